@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Position encodings, computed once when the model is built: nothing of them is left to do at inference."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from perceiver_export.exporter.perceiver.config import FourierPositions, LearnedPositions, Positions
+
+
+def grid_positions(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Coordinates in [-1, 1] of every point of a grid, first axis slowest: (prod(shape), len(shape))."""
+    axes = [torch.linspace(-1.0, 1.0, n, dtype=dtype) for n in shape]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, -2)
+
+
+def fourier_features(positions: Tensor, num_bands: int, max_resolution: tuple[int, ...]) -> Tensor:
+    """Fourier features of positions (M, A) -> (M, A·(2K+1)): all positions, all sines, all cosines, axis by axis.
+
+    Perceiver IO, appendix D: sin(π f_k p) and cos(π f_k p), f_k linear from 1 to max_resolution/2. The order of the
+    operations is transformers', so that float32 tables come out bit-equal to it.
+    """
+    bands = torch.stack([torch.linspace(1.0, n / 2, num_bands, dtype=positions.dtype) for n in max_resolution])
+    phases = math.pi * (positions[:, :, None] * bands[None]).flatten(1)
+    return torch.cat([positions, torch.sin(phases), torch.cos(phases)], dim=-1)
+
+
+class FourierPositionEncoding(nn.Module):
+    """A constant table (M, C) for a grid of ``shape``; not part of the state dict."""
+
+    table: Tensor
+
+    def __init__(self, config: FourierPositions, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        dtype = torch.float32 if config.arithmetic == "float32" else torch.float64
+        positions = grid_positions(shape, dtype)
+        table = fourier_features(positions, config.num_bands, config.max_resolution)
+        self.register_buffer("table", table.to(torch.get_default_dtype()), persistent=False)
+
+    def forward(self) -> Tensor:
+        return self.table
+
+
+class LearnedPositionEncoding(nn.Module):
+    """A trained table and its projection -> (M, C)."""
+
+    def __init__(self, config: LearnedPositions) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(math.prod(config.shape), config.num_table_channels) * 0.02)
+        self.projection = nn.Linear(config.num_table_channels, config.num_channels)
+
+    def forward(self) -> Tensor:
+        encoding: Tensor = self.projection(self.table)
+        return encoding
+
+
+def position_encoding(config: Positions, shape: tuple[int, ...]) -> nn.Module:
+    """The encoding that ``config`` asks for, on a grid of ``shape``."""
+    if isinstance(config, LearnedPositions):
+        return LearnedPositionEncoding(config)
+    return FourierPositionEncoding(config, shape)

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Opening a bundle and checking that its files are those that were exported."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Literal, get_args
+
+from perceiver_export.runtimes.errors import BundleError, UsageError
+from perceiver_export.runtimes.manifest import FileEntry, Manifest, Part, decode_manifest
+
+Verify = Literal["auto", "always", "never"]
+
+_CHUNK = 1 << 20
+
+
+class Bundle:
+    """A bundle's directory and its manifest."""
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path = path
+        self.manifest = manifest
+
+    def __repr__(self) -> str:
+        return f"Bundle({str(self.path)!r}, task={self.manifest.task!r}, precision={self.manifest.precision!r})"
+
+    def part(self, name: str | None = None) -> Part:
+        """The part of that name; None means the only one. Raises UsageError."""
+        parts = self.manifest.parts
+        if name is None and len(parts) == 1:
+            return next(iter(parts.values()))
+        if name not in parts:
+            raise UsageError(f"{self.path} has no part {name!r}", f"its parts: {', '.join(parts)}")
+        return parts[name]
+
+    def file(self, name: str) -> Path:
+        """Where the file of that name lies. It is in the manifest, so it is inside the bundle."""
+        return self.path / name
+
+
+def open_bundle(path: str | os.PathLike[str] | Bundle, verify: Verify = "auto") -> Bundle:
+    """Read a bundle's manifest and check its files.
+
+    ``auto`` hashes a file when it is first seen and after any change of its size or time (a stamp in the user's cache
+    directory remembers); ``always`` hashes every time; ``never`` looks only at names and sizes.
+
+    Raises BundleError: no bundle there, a file missing, cut, or changed; UsageError: an unknown ``verify``.
+    """
+    if isinstance(path, Bundle):
+        path = path.path
+    if verify not in get_args(Verify):
+        raise UsageError(f"verify is {verify!r}", f"it is one of {', '.join(get_args(Verify))}")
+    directory = Path(path)
+    bundle = Bundle(directory, read_manifest(directory))
+    stamps = _Stamps(directory) if verify == "auto" else None
+    for name, entry in bundle.manifest.files.items():
+        _check_file(directory / name, name, entry)
+        if verify != "never" and not (stamps and stamps.holds(name, entry)):
+            _check_hash(directory / name, name, entry)
+            if stamps:
+                stamps.add(name, entry)
+    if stamps:
+        stamps.save()
+    return bundle
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """The manifest of a bundle, without a look at the other files. Raises BundleError."""
+    try:
+        content = (directory / "manifest.json").read_bytes()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise BundleError(
+            f"{directory} is not a bundle: it has no manifest.json",
+            "a bundle is the directory that `perceiver-export export SOURCE -o BUNDLE` writes",
+        ) from error
+    except OSError as error:
+        raise BundleError(f"{directory}/manifest.json cannot be read: {error.strerror}", "check its permissions") from error
+    return decode_manifest(content)
+
+
+def sha256(path: Path) -> str:
+    """Hash of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def cache_directory() -> Path:
+    """Where this package may leave files of its own: $XDG_CACHE_HOME or ~/.cache, then perceiver-export."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path(os.path.expanduser("~/.cache"))) / "perceiver-export"
+
+
+def _check_file(path: Path, name: str, entry: FileEntry) -> None:
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise BundleError(f"{name} is missing from the bundle {path.parent}", "copy or export the bundle again") from error
+    if size != entry.size:
+        raise BundleError(
+            f"{name} has {size} bytes, the manifest says {entry.size}", "the file was cut or changed: copy the bundle again"
+        )
+
+
+def _check_hash(path: Path, name: str, entry: FileEntry) -> None:
+    if sha256(path) != entry.sha256:
+        raise BundleError(
+            f"{name} is not the file that was exported: its sha256 differs from the manifest's",
+            "the file was damaged or changed: copy or export the bundle again",
+        )
+
+
+class _Stamps:
+    """Which files of a bundle were hashed and found right, by size, time and inode. Losing it costs only time."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        key = hashlib.sha256(os.fsencode(directory.resolve())).hexdigest()[:32]
+        self._path = cache_directory() / "verified" / f"{key}.json"
+        try:
+            stamps = json.loads(self._path.read_bytes())
+        except (OSError, ValueError):
+            stamps = {}
+        self._stamps: dict[str, object] = stamps if isinstance(stamps, dict) else {}
+        self._changed = False
+
+    def _stamp(self, name: str, entry: FileEntry) -> list[object]:
+        status = (self._directory / name).stat()
+        return [entry.sha256, status.st_size, status.st_mtime_ns, status.st_ino]
+
+    def holds(self, name: str, entry: FileEntry) -> bool:
+        return self._stamps.get(name) == self._stamp(name, entry)
+
+    def add(self, name: str, entry: FileEntry) -> None:
+        self._stamps[name] = self._stamp(name, entry)
+        self._changed = True
+
+    def save(self) -> None:
+        if not self._changed:
+            return
+        temporary = self._path.with_suffix(f".{os.getpid()}.tmp")
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(json.dumps(self._stamps), encoding="utf-8")
+            temporary.replace(self._path)
+        except OSError:
+            temporary.unlink(missing_ok=True)  # a read-only or full home: the next load hashes again

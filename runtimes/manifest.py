@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What manifest.json says: the one description of a bundle that every other step reads.
+
+Validation is msgspec's. A reader takes every schema version up to its own and refuses newer ones.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import PurePosixPath
+from typing import Any, Literal
+
+import msgspec
+
+from perceiver_export.runtimes.errors import BundleError
+
+SCHEMA_VERSION = 1
+
+DType = Literal["float32", "int32", "int64", "uint8", "bool"]
+
+
+class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """An input or output. A dynamic dimension is a name in ``shape``, and ``ranges`` gives its (least, most)."""
+
+    name: str
+    dtype: DType
+    shape: tuple[int | str, ...]
+    meaning: str = ""
+    ranges: dict[str, tuple[int, int]] = {}
+
+
+class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Cost of one stage of a graph for one sample: FLOPs (2 a multiply-add), parameters, bytes read and written."""
+
+    name: str
+    flops: int
+    parameters: int
+    weight_bytes: int
+    activation_bytes: int
+
+
+class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One graph of a bundle."""
+
+    file: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    stages: tuple[Stage, ...] = ()
+
+
+class ImagePreprocessing(msgspec.Struct, frozen=True, tag="image", forbid_unknown_fields=True):
+    """How a picture becomes the input: centre crop, resize, scale, normalise, in this order.
+
+    ``crop_fraction`` is the (vertical, horizontal) share of the shorter side that is kept; None keeps the whole
+    picture. ``resample`` is Pillow's filter of that name, with antialiasing. Then (pixel · scale − mean) / std.
+    """
+
+    height: int
+    width: int
+    crop_fraction: tuple[float, float] | None
+    resample: Literal["nearest", "bilinear", "bicubic", "lanczos"]
+    scale: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+class Check(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One comparison of the exported graph with torch; ``difference`` and ``tolerance`` are shares of ``scale``."""
+
+    output: str
+    inputs: str
+    difference: float
+    tolerance: float
+    scale: float
+
+
+class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Size and hash of a file that export or quantize wrote."""
+
+    sha256: str
+    size: int
+
+
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The whole of manifest.json."""
+
+    schema_version: int
+    name: str
+    task: str
+    parity: Literal["huggingface", "deepmind"]
+    source: str
+    architecture: dict[str, Any]
+    parts: dict[str, Part]
+    preprocessing: ImagePreprocessing | None
+    labels: tuple[str, ...]
+    precision: str
+    verification: tuple[Check, ...]
+    tools: dict[str, str]
+    files: dict[str, FileEntry]
+
+
+class _Version(msgspec.Struct):
+    schema_version: int
+
+
+def decode_manifest(content: bytes) -> Manifest:
+    """Parse and check manifest.json.
+
+    Raises BundleError: not JSON, of a newer schema, a field missing or wrong, or a path that leaves the bundle.
+    """
+    try:
+        version = msgspec.json.decode(content, type=_Version).schema_version
+        if version > SCHEMA_VERSION:
+            raise BundleError(
+                f"the manifest has schema version {version}, this reader knows versions up to {SCHEMA_VERSION}",
+                "upgrade: pip install -U perceiver-export",
+            )
+        manifest = msgspec.json.decode(content, type=Manifest)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise BundleError(f"manifest.json cannot be read: {error}", "export the bundle again, or copy it again") from error
+    _check(manifest)
+    return manifest
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    """Indented JSON, one trailing newline."""
+    return msgspec.json.format(msgspec.json.encode(manifest), indent=2) + b"\n"
+
+
+def _check(manifest: Manifest) -> None:
+    if not manifest.parts:
+        raise BundleError("the manifest names no part", "export the bundle again")
+    for path in (*manifest.files, *(part.file for part in manifest.parts.values())):
+        pure = PurePosixPath(path)
+        if pure.is_absolute() or ".." in pure.parts or "\\" in path or not pure.parts:
+            raise BundleError(f"the manifest names a path outside the bundle: {path!r}", "do not trust this bundle")
+    for name, part in manifest.parts.items():
+        if part.file not in manifest.files:
+            raise BundleError(f"part {name!r} is in {part.file!r}, which the manifest does not hash", "export the bundle again")
+    steps = manifest.preprocessing
+    if steps is not None:
+        numbers = (steps.scale, *steps.mean, *steps.std, *(steps.crop_fraction or ()))
+        if not all(map(math.isfinite, numbers)) or 0 in steps.std or min(steps.height, steps.width) < 1:
+            raise BundleError("the manifest's preprocessing holds values that are not usable", "export the bundle again")

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures in numpy: crop, resize and normalise as the manifest says. Only reading a file needs Pillow."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from perceiver_export.runtimes.errors import InputError, MissingDependencyError
+from perceiver_export.runtimes.manifest import ImagePreprocessing
+
+Picture = npt.NDArray[np.uint8]
+# Radius of each filter in source pixels at scale 1, as in Pillow.
+_RADIUS = {"nearest": 0.0, "bilinear": 1.0, "bicubic": 2.0, "lanczos": 3.0}
+
+
+def read_picture(path: str | os.PathLike[str]) -> Picture:
+    """A picture file as uint8 (H, W, 3), turned upright as its EXIF says.
+
+    Raises InputError: not there, not a picture, cut short, or absurdly large; MissingDependencyError: no Pillow.
+    """
+    try:
+        from PIL import Image, ImageOps
+    except ImportError as error:
+        raise MissingDependencyError("reading picture files needs Pillow", "pip install 'perceiver-export[images]'") from error
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                return np.asarray(ImageOps.exif_transpose(image).convert("RGB"), dtype=np.uint8)
+    except FileNotFoundError as error:
+        raise InputError(f"{os.fspath(path)} does not exist", "check the path") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise InputError(f"{os.fspath(path)} is larger than a picture should be", "scale it down first") from error
+    except (OSError, ValueError, SyntaxError) as error:
+        # Pillow raises SyntaxError on some broken PNGs.
+        raise InputError(f"{os.fspath(path)} is not a picture that can be read", "give a PNG, JPEG or similar") from error
+
+
+def as_picture(array: npt.NDArray[Any]) -> Picture:
+    """uint8 (H, W, 3) of a grey (H, W), (H, W, 1), colour (H, W, 3) or (H, W, 4) array. Raises InputError."""
+    if array.dtype != np.uint8:
+        raise InputError(f"a picture has dtype {array.dtype}", "give uint8, 0 to 255")
+    if array.ndim == 2:
+        array = array[:, :, None]
+    if array.ndim != 3 or array.shape[2] not in (1, 3, 4) or 0 in array.shape:
+        raise InputError(f"a picture has shape {list(array.shape)}", "give (height, width) or (height, width, 3)")
+    return np.repeat(array, 3, axis=2) if array.shape[2] == 1 else array[:, :, :3]
+
+
+def to_input(picture: npt.NDArray[Any], steps: ImagePreprocessing) -> npt.NDArray[np.float32]:
+    """One picture as the model's input, float32 (3, height, width)."""
+    cropped = as_picture(picture)
+    if steps.crop_fraction is not None:
+        cropped = center_crop(cropped, steps.crop_fraction)
+    resized = resize(cropped, steps.height, steps.width, steps.resample)
+    mean, std = (np.asarray(values, dtype=np.float32)[:, None, None] for values in (steps.mean, steps.std))
+    return (resized.transpose(2, 0, 1).astype(np.float32) * np.float32(steps.scale) - mean) / std
+
+
+def center_crop(picture: Picture, fraction: tuple[float, float]) -> Picture:
+    """The middle of a picture: ``fraction`` of the shorter side, down and across (transformers' Perceiver)."""
+    height, width = picture.shape[:2]
+    rows, columns = (max(1, int(share * min(height, width))) for share in fraction)
+    top, left = (height - rows) // 2, (width - columns) // 2
+    return picture[top : top + rows, left : left + columns]
+
+
+def resize(picture: Picture, height: int, width: int, resample: str) -> Picture:
+    """Resize (H, W, 3) with Pillow's filters and antialiasing: across first, rounded to uint8, then down.
+
+    Equal to Pillow's own to one grey level; Pillow rounds its weights to 22 bits.
+    """
+    if picture.shape[1] != width:
+        picture = _rounded(np.einsum("xw,hwc->hxc", _weights(picture.shape[1], width, resample), picture, optimize=True))
+    if picture.shape[0] != height:
+        picture = _rounded(np.einsum("yh,hwc->ywc", _weights(picture.shape[0], height, resample), picture, optimize=True))
+    return picture
+
+
+def _rounded(values: npt.NDArray[np.float64]) -> Picture:
+    return np.floor(np.clip(values, 0, 255) + 0.5).astype(np.uint8)
+
+
+@lru_cache(maxsize=8)
+def _weights(size: int, new_size: int, resample: str) -> npt.NDArray[np.float64]:
+    """Resampling matrix (new_size, size): rows sum to 1, and to outside pixels no weight is given."""
+    scale = size / new_size
+    centers = (np.arange(new_size) + 0.5) * scale
+    weights = np.zeros((new_size, size))
+    if resample == "nearest":
+        weights[np.arange(new_size), centers.astype(int)] = 1.0
+        return weights
+    stretch = max(scale, 1.0)
+    radius = _RADIUS[resample] * stretch
+    for row, center in enumerate(centers):
+        first, last = max(int(center - radius + 0.5), 0), min(int(center + radius + 0.5), size)
+        taps = _filter((np.arange(first, last) - center + 0.5) / stretch, resample)
+        weights[row, first:last] = taps / taps.sum()
+    return weights
+
+
+def _filter(x: npt.NDArray[np.float64], resample: str) -> npt.NDArray[np.float64]:
+    """Pillow's filter functions; its bicubic has a = -0.5."""
+    x = np.abs(x)
+    if resample == "bilinear":
+        return np.maximum(1.0 - x, 0.0)
+    if resample == "lanczos":
+        return np.where(x < 3.0, np.sinc(x) * np.sinc(x / 3.0), 0.0)
+    inner = (1.5 * x - 2.5) * x * x + 1.0
+    outer = ((-0.5 * x + 2.5) * x - 4.0) * x + 2.0
+    return np.where(x < 1.0, inner, np.where(x < 2.0, outer, 0.0))
