@@ -1,1 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
+"""From a checkpoint to a bundle. torch is loaded on first use, not on import."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from perceiver_export.exporter.export import export
+    from perceiver_export.exporter.inspect import inspect_bundle
+    from perceiver_export.exporter.load import LoadedModel, load_model
+    from perceiver_export.exporter.presets import PRESETS
+
+__all__ = ["PRESETS", "LoadedModel", "export", "inspect_bundle", "load_model"]
+
+_LAZY = {
+    "PRESETS": "presets",
+    "LoadedModel": "load",
+    "export": "export",
+    "inspect_bundle": "inspect",
+    "load_model": "load",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
+    globals()[name] = value  # a submodule of the same name must not shadow the function
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

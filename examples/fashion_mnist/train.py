@@ -129,7 +129,7 @@ def initialise(model: PerceiverIO) -> None:
     cross.input_norm.weight[:3] = 8.0
     damping = torch.exp(-torch.arange(NUM_BANDS) / 8)  # low frequencies: smooth attention maps
     per_channel = torch.cat([torch.ones(3 + 2), damping, damping, damping, damping])
-    cross.attention.key.weight.mul_(4 * per_channel / per_channel.square().mean().sqrt())
+    cross.attention.key.weight.mul_(8 * per_channel / per_channel.square().mean().sqrt())
 
 
 def to_inputs(images: Tensor) -> Tensor:
@@ -155,9 +155,9 @@ def train(model: PerceiverIO, images: np.ndarray, labels: np.ndarray, epochs: in
     decayed = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
     optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}], lr=1.5e-3
+        [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}], lr=1e-3
     )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1.5e-3, total_steps=epochs * steps, pct_start=0.15)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-3, total_steps=epochs * steps, pct_start=0.1)
     forward, criterion = FastForward(model), torch.nn.CrossEntropyLoss(label_smoothing=0.05)
     start = time.perf_counter()
     for epoch in range(epochs):
@@ -179,7 +179,7 @@ def main() -> None:
     """Train, test, write."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--epochs", type=int, default=16)
+    parser.add_argument("--epochs", type=int, default=22)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--pictures", type=int, default=58_000, help="train on the first so many only (for a test)")
     arguments = parser.parse_args()

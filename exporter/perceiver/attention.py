@@ -21,7 +21,8 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, num_heads: int) -> Ten
     The batch of ``queries`` may be 1 where that of keys and values is larger (latents, learned queries).
     """
     q, k, v = (split_heads(x, num_heads) for x in (queries, keys, values))
-    scores = torch.matmul(q, k.transpose(-1, -2)) / math.sqrt(q.shape[-1])
+    # Queries are scaled, not scores: N × d numbers instead of N × M, and none at all where queries are constant.
+    scores = torch.matmul(q / math.sqrt(q.shape[-1]), k.transpose(-1, -2))
     return merge_heads(torch.matmul(torch.softmax(scores, dim=-1), v))
 
 

@@ -45,20 +45,28 @@ class FourierPositionEncoding(nn.Module):
 
 
 class LearnedPositionEncoding(nn.Module):
-    """A trained table and its projection -> (M, C)."""
+    """A trained table and its projection -> (M, C). On another grid than it was trained for, the table is resized
+    bicubically, as transformers' ``interpolate_pos_encoding`` does.
+    """
 
-    def __init__(self, config: LearnedPositions) -> None:
+    def __init__(self, config: LearnedPositions, shape: tuple[int, ...]) -> None:
         super().__init__()
+        self.trained_shape, self.shape = config.shape, shape
         self.table = nn.Parameter(torch.randn(math.prod(config.shape), config.num_table_channels) * 0.02)
         self.projection = nn.Linear(config.num_table_channels, config.num_channels)
 
     def forward(self) -> Tensor:
-        encoding: Tensor = self.projection(self.table)
+        table: Tensor = self.table
+        if self.shape != self.trained_shape:
+            grid = table.unflatten(0, self.trained_shape).permute(2, 0, 1).unsqueeze(0)
+            grid = nn.functional.interpolate(grid, size=self.shape, mode="bicubic", align_corners=False)
+            table = grid.squeeze(0).flatten(1).T
+        encoding: Tensor = self.projection(table)
         return encoding
 
 
 def position_encoding(config: Positions, shape: tuple[int, ...]) -> nn.Module:
     """The encoding that ``config`` asks for, on a grid of ``shape``."""
     if isinstance(config, LearnedPositions):
-        return LearnedPositionEncoding(config)
+        return LearnedPositionEncoding(config, shape)
     return FourierPositionEncoding(config, shape)

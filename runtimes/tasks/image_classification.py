@@ -36,7 +36,7 @@ class ImageClassification:
         assert manifest.preprocessing is not None  # `check` came first
         self.runtime = runtime
         self.labels = manifest.labels
-        self._steps: ImagePreprocessing = manifest.preprocessing
+        self.preprocessing: ImagePreprocessing = manifest.preprocessing
         (self._input,), (self._output,) = runtime.inputs, runtime.outputs
 
     @staticmethod
@@ -56,7 +56,7 @@ class ImageClassification:
     def preprocess(self, picture: PictureLike) -> npt.NDArray[np.float32]:
         """The model's input for one picture, float32 (3, height, width)."""
         array = picture if isinstance(picture, np.ndarray) else read_picture(picture)
-        return to_input(array, self._steps)
+        return to_input(array, self.preprocessing)
 
     def logits(self, pictures: Sequence[PictureLike]) -> npt.NDArray[np.float32]:
         """Logits (len(pictures), labels), in the batches that the bundle was exported for."""

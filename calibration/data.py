@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DATA: from a path or ``module:function`` to a stream of samples, one at a time.
+
+| DATA | what it holds |
+|---|---|
+| directory with labels.csv | pictures; the csv has the columns ``file`` and ``label`` (an index or a label's name) |
+| directory of class folders | pictures, in folders named by an index or a label's name |
+| directory of pictures | pictures without labels |
+| file.npz, or a directory of them | ``image``: uint8 (N, H, W[, 3]), or float32 as the model takes it; optional ``labels`` |
+| module:function | called; gives an iterable of ``{"image": array[, "label": index]}`` |
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import sys
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from perceiver_export.runtimes.errors import DataError, PerceiverExportError
+from perceiver_export.runtimes.runtime import Array
+
+PICTURES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One picture, as a path, uint8 pixels or a preprocessed float32 input; its label's index; where it came from."""
+
+    image: Path | Array
+    label: int | None
+    name: str
+
+
+@dataclass(frozen=True)
+class Data:
+    """Samples that can be gone through once, and how many there are where that is known."""
+
+    samples: Iterable[Sample]
+    count: int | None
+
+
+def open_data(spec: str | Path, labels: tuple[str, ...]) -> Data:
+    """Open DATA for a classifier with these labels. Raises DataError; reading may raise it later too."""
+    path = Path(spec)
+    if path.is_dir():
+        return _open_directory(path, labels)
+    if path.suffix == ".npz":
+        return _open_archives([path], labels)
+    text = str(spec)
+    if ":" in text and not path.exists():
+        return Data(_from_function(text, labels), None)
+    raise DataError(
+        f"{text} is not data that can be read" if path.exists() else f"{text} does not exist",
+        "give a directory of pictures (labels.csv or class folders), an .npz, or module:function",
+    )
+
+
+def _open_directory(path: Path, labels: tuple[str, ...]) -> Data:
+    archives = sorted(path.glob("*.npz"))
+    if archives:
+        return _open_archives(archives, labels)
+    if (path / "labels.csv").is_file():
+        samples = list(_from_csv(path, labels))
+    else:
+        samples = [Sample(file, None, file.name) for file in sorted(path.iterdir()) if _is_picture(file)]
+        for folder in sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith(".")):
+            files = [file for file in sorted(folder.iterdir()) if _is_picture(file)]
+            if files:
+                label = _label(folder.name, labels, f"folder {folder}")
+                samples += [Sample(file, label, f"{folder.name}/{file.name}") for file in files]
+    if not samples:
+        raise DataError(f"{path} holds no pictures and no .npz", f"pictures end in {', '.join(sorted(PICTURES))}")
+    return Data(samples, len(samples))
+
+
+def _from_csv(path: Path, labels: tuple[str, ...]) -> Iterator[Sample]:
+    with (path / "labels.csv").open(newline="", encoding="utf-8") as file:
+        rows = csv.DictReader(file)
+        if not {"file", "label"} <= set(rows.fieldnames or ()):
+            raise DataError(f"{path}/labels.csv has no columns `file` and `label`", "its first line is: file,label")
+        for row in rows:
+            name = row["file"] or ""
+            if not (path / name).is_file():
+                raise DataError(f"{path}/labels.csv names {name!r}, which does not exist", "paths start at the csv's folder")
+            yield Sample(path / name, _label(row["label"] or "", labels, f"labels.csv, file {name}"), name)
+
+
+def _open_archives(paths: list[Path], labels: tuple[str, ...]) -> Data:
+    counts = []
+    for path in paths:
+        with _archive(path) as arrays:
+            counts.append(_check_archive(path, arrays, labels))
+    if not sum(counts):
+        raise DataError(f"{paths[0]} holds no samples", "give at least one")
+    return Data(_from_archives(paths), sum(counts))
+
+
+def _check_archive(path: Path, arrays: Mapping[str, Array], labels: tuple[str, ...]) -> int:
+    """How many samples there are, after a look at names and labels."""
+    names = set(arrays)
+    if "image" not in names or names - {"image", "labels"}:
+        raise DataError(f"{path} holds {', '.join(sorted(names)) or 'nothing'}", "it must hold `image`, and may hold `labels`")
+    images = _member(path, arrays, "image")
+    if images.dtype not in (np.uint8, np.float32) or images.ndim not in (3, 4):
+        raise DataError(
+            f"`image` in {path} is {images.dtype} with shape {list(images.shape)}",
+            "give uint8 (N, H, W) or (N, H, W, 3), or float32 (N, 3, H, W) as the model takes it",
+        )
+    if "labels" in names:
+        found = _member(path, arrays, "labels")
+        if found.shape != (len(images),) or found.dtype.kind not in "iu":
+            raise DataError(f"`labels` in {path} does not fit {len(images)} pictures", "give one integer a picture")
+        for index in np.unique(found):
+            _check_index(int(index), labels, str(path))
+    return len(images)
+
+
+def _from_archives(paths: list[Path]) -> Iterator[Sample]:
+    for path in paths:
+        with _archive(path) as arrays:
+            images = _member(path, arrays, "image")
+            labels = _member(path, arrays, "labels") if "labels" in set(arrays) else None
+        for index, image in enumerate(images):
+            yield Sample(image, None if labels is None else int(labels[index]), f"{path.name}[{index}]")
+
+
+def _archive(path: Path) -> Any:
+    try:
+        return np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path} is not an npz that can be read", "it is truncated or damaged: copy it again") from error
+
+
+def _member(path: Path, arrays: Mapping[str, Array], name: str) -> Array:
+    try:
+        return arrays[name]
+    except Exception as error:
+        # zlib, zipfile and numpy each raise their own for a damaged or pickled member.
+        raise DataError(f"{name!r} in {path} cannot be read: {error}", "it is damaged, or holds Python objects") from error
+
+
+def _from_function(spec: str, labels: tuple[str, ...]) -> Iterator[Sample]:
+    module, _, function = spec.partition(":")
+    samples = _call(spec, module, function)
+    for index, item in enumerate(samples):
+        if not isinstance(item, Mapping) or "image" not in item or not isinstance(item["image"], np.ndarray):
+            raise DataError(f"{spec} gave something else than {{'image': array}}", "give dicts of numpy arrays")
+        label = item.get("label")
+        if label is not None:
+            _check_index(int(label), labels, spec)
+        yield Sample(item["image"], None if label is None else int(label), f"{function}[{index}]")
+
+
+def _call(spec: str, module: str, function: str) -> Iterable[Any]:
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # the user's module lies where the command is typed
+    try:
+        made: Callable[[], Iterable[Any]] = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise DataError(f"{spec} cannot be imported: {error}", "give module:function, seen from this directory") from error
+    try:
+        return iter(made())
+    except PerceiverExportError:
+        raise
+    except TypeError as error:
+        raise DataError(f"{spec} gives no iterable: {error}", "it takes no argument and yields dicts of arrays") from error
+
+
+def _label(text: str, labels: tuple[str, ...], where: str) -> int:
+    if text in labels:
+        return labels.index(text)
+    if not text.lstrip("-").isdigit():
+        raise DataError(f"{where}: {text!r} is not a label of this model", f"its labels: {', '.join(labels[:12])}, or an index")
+    _check_index(int(text), labels, where)
+    return int(text)
+
+
+def _check_index(index: int, labels: tuple[str, ...], where: str) -> None:
+    if not 0 <= index < len(labels):
+        raise DataError(f"{where}: label {index} is out of range", f"this model has {len(labels)} labels, from 0")
+
+
+def _is_picture(path: Path) -> bool:
+    return path.is_file() and path.suffix.lower() in PICTURES

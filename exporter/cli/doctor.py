@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`perceiver-export doctor`."""
+
+from __future__ import annotations
+
+import typer
+
+from perceiver_export.exporter.cli.output import JsonFlag, print_json, print_table
+
+
+def doctor(json: JsonFlag = False) -> None:
+    """Show what this machine can run, and the command that brings each thing that is missing."""
+    from perceiver_export.runtimes.doctor import devices
+    from perceiver_export.runtimes.doctor import doctor as doctor_
+
+    findings, targets = doctor_(), devices()
+    if json:
+        print_json({"targets": targets, "findings": findings})
+        return
+    print_table("this machine", ["", "found", "needed for"], [(f.what, f.found, f.needed_for) for f in findings])
+    for device in targets:
+        typer.echo(f"target {device.target}: {device.engine} on {device.name}")
+    if not targets:
+        typer.echo("no target can run here yet")
+    for fix in dict.fromkeys(finding.fix for finding in findings if finding.fix):
+        typer.echo(f"missing something? {fix}")

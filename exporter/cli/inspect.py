@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`perceiver-export inspect`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from perceiver_export.exporter.cli.output import JsonFlag, count, mebibytes, print_json, print_table, shape
+
+if TYPE_CHECKING:
+    from perceiver_export.exporter.inspect import Inspection
+
+
+def inspect(
+    bundle: Annotated[str, typer.Argument(metavar="BUNDLE|MODEL.onnx", help="A bundle, or an ONNX file.")],
+    json: JsonFlag = False,
+) -> None:
+    """Show parts, shapes, and FLOPs, weights and bytes of each stage."""
+    from perceiver_export.exporter.inspect import inspect_bundle
+
+    inspection = inspect_bundle(bundle)
+    if json:
+        print_json({"path": str(inspection.path), "bytes": inspection.bytes_on_disk, "parts": inspection.parts, "manifest": inspection.manifest})
+    else:
+        show_inspection(inspection)
+
+
+def show_inspection(inspection: Inspection) -> None:
+    """What it is, then a table of stages for each part."""
+    manifest = inspection.manifest
+    if manifest is not None:
+        typer.echo(f"{manifest.name}: {manifest.task}, {manifest.precision}, {manifest.parity} numerics, from {manifest.source}")
+        if manifest.labels:
+            more = ", …" if len(manifest.labels) > 5 else ""
+            typer.echo(f"labels: {len(manifest.labels)} ({', '.join(manifest.labels[:5])}{more})")
+    typer.echo(f"on disk: {mebibytes(inspection.bytes_on_disk)}")
+    for name, part in inspection.parts.items():
+        for kind, specs in (("input", part.inputs), ("output", part.outputs)):
+            for spec in specs:
+                meaning = f", {spec.meaning}" if spec.meaning else ""
+                typer.echo(f"{kind} {spec.name}: {spec.dtype} {shape(spec.shape)}{meaning}")
+        stages = part.stages
+        whole = sum(stage.flops for stage in stages) or 1
+        rows = [
+            (
+                stage.name,
+                f"{count(stage.flops)}FLOP",
+                f"{stage.flops / whole:.1%}",
+                count(stage.parameters),
+                mebibytes(stage.weight_bytes),
+                mebibytes(stage.activation_bytes),
+            )
+            for stage in stages
+        ]
+        rows.append(
+            (
+                "all",
+                f"{count(sum(stage.flops for stage in stages))}FLOP",
+                "100.0%",
+                count(sum(stage.parameters for stage in stages)),
+                mebibytes(sum(stage.weight_bytes for stage in stages)),
+                mebibytes(sum(stage.activation_bytes for stage in stages)),
+            )
+        )
+        print_table(
+            f"part {name} ({part.file}), for a batch of one",
+            ["stage", "work>", "share>", "weights>", "weight bytes>", "bytes read and written>"],
+            rows,
+            "weights: numbers stored in the file, constants such as position tables included; shared ones count once",
+        )

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a bundle or an ONNX file holds and what it costs."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from perceiver_export.runtimes.bundle import read_manifest
+from perceiver_export.runtimes.errors import BundleError, MissingDependencyError
+from perceiver_export.runtimes.manifest import Manifest, Part
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Parts with shapes and costs; the manifest where there is one."""
+
+    path: Path
+    parts: dict[str, Part]
+    manifest: Manifest | None
+    bytes_on_disk: int
+
+
+def inspect_bundle(path: str | os.PathLike[str]) -> Inspection:
+    """Inspect a bundle (from its manifest: neither onnx nor torch is needed) or an ONNX file.
+
+    Raises BundleError, MissingDependencyError.
+    """
+    source = Path(path)
+    if source.is_file() and source.suffix == ".onnx":
+        return _inspect_onnx(source)
+    manifest = read_manifest(source)
+    return Inspection(source, manifest.parts, manifest, sum(entry.size for entry in manifest.files.values()))
+
+
+def _inspect_onnx(path: Path) -> Inspection:
+    try:
+        import onnx_ir as ir
+        import onnx_ir.passes.common as common
+    except ImportError as error:
+        raise MissingDependencyError("inspecting an ONNX file needs onnx-ir", "pip install 'perceiver-export[export]'") from error
+    from perceiver_export.exporter.costs import stage_costs
+    from perceiver_export.runtimes.runtime import open_engine
+
+    try:
+        model = ir.load(path)
+        common.ShapeInferencePass()(model)
+        engine = open_engine(path, "ort-cpu", threads=None)
+        stages = stage_costs(model.graph)
+    except MissingDependencyError:
+        raise
+    except Exception as error:
+        # protobuf, onnx-ir and onnx each have their own errors for a damaged file.
+        raise BundleError(f"{path} is not an ONNX model that can be read", "copy it again") from error
+    weights = {value.const_value.path for value in model.graph.initializers.values() if _external(value.const_value)}
+    size = path.stat().st_size + sum(Path(file).stat().st_size for file in weights)
+    return Inspection(path, {"model": Part(path.name, engine.inputs, engine.outputs, stages)}, None, size)
+
+
+def _external(tensor: object) -> bool:
+    import onnx_ir as ir
+
+    return isinstance(tensor, ir.ExternalTensor)

@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SOURCE -> torch model: a Hugging Face directory, or ``preset:NAME`` with random weights."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import msgspec
+
+from perceiver_export.exporter.perceiver.config import PerceiverConfig
+from perceiver_export.exporter.presets import PRESETS
+from perceiver_export.runtimes.errors import CheckpointError, MissingDependencyError, UnsupportedModelError, UsageError
+from perceiver_export.runtimes.manifest import ImagePreprocessing
+from perceiver_export.runtimes.runtime import Array
+
+if TYPE_CHECKING:
+    from perceiver_export.exporter.perceiver.model import PerceiverIO
+
+Parity = Literal["huggingface", "deepmind"]
+TASK = "image-classification"
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in evaluation mode, with all that the bundle says about it. ``parity``: whose numerics it follows."""
+
+    model: PerceiverIO
+    config: PerceiverConfig
+    task: str
+    parity: Parity
+    source: str
+    labels: tuple[str, ...]
+    preprocessing: ImagePreprocessing
+
+    def run(self, inputs: Array) -> Array:
+        """Logits (n, labels) of preprocessed inputs (n, channels, height, width), in torch: a reference to judge by."""
+        import torch
+
+        with torch.inference_mode():
+            logits: Array = self.model(torch.from_numpy(inputs)).numpy()
+        return logits
+
+
+def load_model(
+    source: str | os.PathLike[str],
+    *,
+    task: str | None = None,
+    parity: str | None = None,
+    shape: Mapping[str, tuple[int, ...]] | None = None,
+) -> LoadedModel:
+    """Load a checkpoint for export.
+
+    ``shape`` maps the input's name to its size without the batch, e.g. ``{"image": (3, 224, 224)}``.
+
+    Raises CheckpointError, UnsupportedModelError, UsageError, MissingDependencyError.
+    """
+    _need_torch()
+    if task not in (None, TASK):
+        raise UnsupportedModelError(f"unknown task {task!r}", f"this version exports: {TASK}")
+    if parity not in (None, "huggingface"):
+        raise UnsupportedModelError(f"parity {parity!r} is not there yet", "this version follows: huggingface")
+    image_shape = _image_shape(shape or {})
+    text = os.fspath(source)
+    if text.startswith("preset:"):
+        return _preset(text.removeprefix("preset:"), image_shape)
+    return _huggingface(Path(text), image_shape)
+
+
+def _preset(name: str, image_shape: tuple[int, int, int] | None) -> LoadedModel:
+    import torch
+
+    from perceiver_export.exporter.perceiver.model import PerceiverIO
+
+    if name not in PRESETS:
+        near = difflib.get_close_matches(name, PRESETS, n=1)
+        raise UsageError(f"there is no preset {name!r}", f"did you mean {near[0]}?" if near else f"presets: {', '.join(PRESETS)}")
+    config = PRESETS[name]
+    if image_shape is not None:
+        channels, height, width = image_shape
+        if channels != config.input.num_channels:
+            raise UsageError(f"preset {name} reads 3 channels, not {channels}", "give --shape image=3xHxW")
+        config = msgspec.structs.replace(config, input=msgspec.structs.replace(config.input, height=height, width=width))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = PerceiverIO(config).eval()
+    return LoadedModel(
+        model=model,
+        config=config,
+        task=TASK,
+        parity="huggingface",
+        source=f"preset:{name} (random weights)",
+        labels=tuple(f"LABEL_{i}" for i in range(config.decoder.num_output_channels)),
+        preprocessing=_preprocessing({}, config.input.height, config.input.width),
+    )
+
+
+def _huggingface(directory: Path, image_shape: tuple[int, int, int] | None) -> LoadedModel:
+    from perceiver_export.exporter.checkpoints.huggingface import load_huggingface, read_preprocessor
+
+    if not directory.is_dir():
+        looks_like_hub_id = directory.parts and len(directory.parts) <= 2 and not directory.suffix
+        raise CheckpointError(
+            f"{directory} is not a directory",
+            f"if it is a hub id, download it first: hf download {directory} --local-dir {directory.name}"
+            if looks_like_hub_id and not directory.exists()
+            else "give a Hugging Face directory (config.json and weights) or preset:NAME",
+        )
+    model, labels = load_huggingface(directory, image_shape)
+    config = model.config
+    return LoadedModel(
+        model=model,
+        config=config,
+        task=TASK,
+        parity="huggingface",
+        source=directory.resolve().name,
+        labels=labels,
+        preprocessing=_preprocessing(read_preprocessor(directory), config.input.height, config.input.width),
+    )
+
+
+class _ImageProcessor(msgspec.Struct):
+    """The part of preprocessor_config.json that counts; defaults are transformers' for a Perceiver."""
+
+    do_resize: bool = True
+    do_center_crop: bool = True
+    do_rescale: bool = True
+    do_normalize: bool = True
+    size: int | dict[str, int] | None = None
+    crop_size: int | dict[str, int] | None = None
+    resample: int = 3
+    rescale_factor: float = 1 / 255
+    image_mean: tuple[float, float, float] = IMAGENET_MEAN
+    image_std: tuple[float, float, float] = IMAGENET_STD
+
+
+_RESAMPLE: dict[int, Literal["nearest", "bilinear", "bicubic", "lanczos"]] = {
+    0: "nearest",
+    1: "lanczos",
+    2: "bilinear",
+    3: "bicubic",
+}
+
+
+def _preprocessing(processor: dict[str, object], height: int, width: int) -> ImagePreprocessing:
+    """preprocessor_config.json as the steps of our runtime, for a model that sees height × width."""
+    try:
+        values = msgspec.convert({key: value for key, value in processor.items() if value is not None}, _ImageProcessor)
+    except msgspec.ValidationError as error:
+        raise CheckpointError(f"preprocessor_config.json: {error}", "copy the checkpoint again") from error
+    if values.resample not in _RESAMPLE:
+        raise UnsupportedModelError(f"preprocessor_config.json: resample {values.resample}", "0 to 3 are supported")
+    crop = None
+    if values.do_center_crop:
+        size, cropped = _sides(values.size, 224), _sides(values.crop_size, 256)
+        crop = (size[0] / cropped[0], size[1] / cropped[1])
+    return ImagePreprocessing(
+        height=height,
+        width=width,
+        crop_fraction=crop,
+        resample=_RESAMPLE[values.resample],
+        scale=values.rescale_factor if values.do_rescale else 1.0,
+        mean=values.image_mean if values.do_normalize else (0.0, 0.0, 0.0),
+        std=values.image_std if values.do_normalize else (1.0, 1.0, 1.0),
+    )
+
+
+def _sides(size: int | dict[str, int] | None, default: int) -> tuple[int, int]:
+    if size is None:
+        return default, default
+    if isinstance(size, int):
+        return size, size
+    try:
+        sides = size["height"], size["width"]
+    except KeyError as error:
+        raise CheckpointError(f"preprocessor_config.json: a size without {error}", "it has height and width") from error
+    if min(sides) < 1:
+        raise CheckpointError(f"preprocessor_config.json: a size of {sides}", "sizes are positive")
+    return sides
+
+
+def _image_shape(shape: Mapping[str, tuple[int, ...]]) -> tuple[int, int, int] | None:
+    for name in shape:
+        if name != "image":
+            raise UsageError(f"there is no input {name!r}", "this model's input is `image`: --shape image=3x224x224")
+    if "image" not in shape:
+        return None
+    sizes = shape["image"]
+    if len(sizes) != 3 or min(sizes) < 1:
+        raise UsageError(f"the shape of `image` is {list(sizes)}", "give channels, height, width: --shape image=3x224x224")
+    return sizes[0], sizes[1], sizes[2]
+
+
+def _need_torch() -> None:
+    try:
+        import onnx  # noqa: F401
+        import onnx_ir  # noqa: F401
+        import onnxscript  # noqa: F401
+        import safetensors  # noqa: F401
+        import torch  # noqa: F401
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"export needs {error.name}, which is not installed", "pip install 'perceiver-export[export]'"
+        ) from error

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything that does not depend on an input is computed now."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from perceiver_export.runtimes.errors import ExportError
+
+
+class FoldConstantsPass(ir.passes.InPlacePass):
+    """Replaces what depends on constants only by its value: one run of ONNX Runtime over that part of the graph.
+
+    Given:  MatMul(x, Transpose(W)), MatMul(LayerNormalization(latents, γ, β), V), Reshape(y, Concat([1], [784], …))
+    Result: MatMul(x, W'), initializer, Reshape(y, initializer)
+
+    An Expand that only repeats (a position table for each picture of a batch) stays: its result would be stored
+    batch times.
+    """
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        graph = model.graph
+        constant = {value for value in graph.initializers.values() if value.const_value is not None}
+        foldable: list[ir.Node] = []
+        for node in graph:
+            if all(value is None or value in constant for value in node.inputs) and not _only_repeats(node):
+                foldable.append(node)
+                constant.update(node.outputs)
+        frontier = [
+            value
+            for node in foldable
+            for value in node.outputs
+            if value.is_graph_output() or any(user not in set(foldable) for user in value.consumers())
+        ]
+        if not frontier:
+            return ir.passes.PassResult(model, modified=False)
+        for value, array in zip(frontier, _evaluate(model, foldable, frontier), strict=True):
+            _replace(graph, value, array)
+        for node in reversed(foldable):
+            if not any(output.uses() or output.is_graph_output() for output in node.outputs):
+                graph.remove(node, safe=True)
+        for name in [name for name, value in graph.initializers.items() if not value.uses()]:
+            del graph.initializers[name]
+        return ir.passes.PassResult(model, modified=True)
+
+
+def _only_repeats(node: ir.Node) -> bool:
+    """An Expand whose result is larger than what it repeats."""
+    if node.op_type != "Expand":
+        return False
+    source, result = node.inputs[0], node.outputs[0]
+    if source is None or source.shape is None or result.shape is None:
+        return True
+    if not (source.shape.is_static() and result.shape.is_static()):
+        return True
+    return math.prod(result.shape.numpy()) > math.prod(source.shape.numpy())
+
+
+def _evaluate(model: ir.Model, nodes: Sequence[ir.Node], outputs: Sequence[ir.Value]) -> list[np.ndarray]:
+    """The values of ``outputs``, computed by ONNX Runtime from a graph without inputs."""
+    import onnxruntime
+
+    values: dict[ir.Value, ir.Value] = {}
+    for node in nodes:
+        for value in node.inputs:
+            if value is not None and value.is_initializer() and value not in values:
+                values[value] = ir.Value(name=value.name, const_value=value.const_value, type=value.type, shape=value.shape)
+    initializers = list(values.values())
+    copies = []
+    for node in nodes:
+        copy = ir.Node(
+            node.domain,
+            node.op_type,
+            [None if value is None else values[value] for value in node.inputs],
+            list(node.attributes.values()),
+            outputs=[ir.Value(name=value.name, type=value.type, shape=value.shape) for value in node.outputs],
+            name=node.name,
+        )
+        values.update(zip(node.outputs, copy.outputs, strict=True))
+        copies.append(copy)
+    graph = ir.Graph(
+        [], [values[value] for value in outputs], nodes=copies, initializers=initializers, opset_imports=model.opset_imports
+    )
+    serialized = ir.to_proto(ir.Model(graph, ir_version=model.ir_version)).SerializeToString()
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(serialized, options, providers=["CPUExecutionProvider"])
+    return list(session.run(None, {}))
+
+
+def _replace(graph: ir.Graph, value: ir.Value, array: np.ndarray) -> None:
+    """Put an initializer in the place of a computed value; a transposed weight keeps the weight's name."""
+    producer = value.producer()
+    name = value.name
+    if producer is not None and producer.op_type == "Transpose" and producer.inputs[0] is not None:
+        source = producer.inputs[0]
+        if source.is_initializer() and len(source.uses()) == 1:
+            name = source.name
+            source.name = f"{name}.untransposed"
+    if name is None:
+        raise ExportError("the traced graph has a value without a name", "report it with the config")
+    constant = ir.Value(
+        name=name, const_value=ir.tensor(np.ascontiguousarray(array), name=name), type=value.type, shape=ir.Shape(array.shape)
+    )
+    value.replace_all_uses_with(constant, replace_graph_outputs=True)
+    graph.initializers[name] = constant

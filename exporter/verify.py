@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Does the exported graph give what torch gives? Run both, on inputs that are easy and on inputs that are not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+
+from perceiver_export.exporter.perceiver.model import PerceiverIO
+from perceiver_export.exporter.trace import Batch
+from perceiver_export.runtimes.compare import compare
+from perceiver_export.runtimes.errors import VerificationError
+from perceiver_export.runtimes.manifest import Check
+from perceiver_export.runtimes.runtime import Array, Runtime
+
+# Two float32 implementations of a 50-layer model differ by about 1e-6 of the output's scale.
+TOLERANCE = 1e-4
+_LARGE = 100.0
+
+
+def verify(
+    model: PerceiverIO, runtime: Runtime, batch: Batch, progress: Callable[[int, int], None]
+) -> tuple[tuple[Check, ...], dict[str, Array]]:
+    """Compare the loaded graph with torch on three seeds; the checks, and the arrays of golden.npz.
+
+    golden.npz holds ``input/NAME`` and ``output/NAME`` of the first seed.
+
+    Raises VerificationError: a difference above `TOLERANCE` of the output's scale, or a NaN or infinity.
+    """
+    checks, golden = [], {}
+    cases = list(_cases(model, batch))
+    for index, (description, image) in enumerate(cases):
+        progress(index, len(cases))
+        with torch.no_grad():
+            reference = model(torch.from_numpy(image)).numpy()
+        found = runtime.run({"image": image})["logits"]
+        if not (np.isfinite(reference).all() and np.isfinite(found).all()):
+            side = "torch" if not np.isfinite(reference).all() else "the exported graph"
+            raise VerificationError(
+                f"{side} gives NaN or infinite values for {description}",
+                "the checkpoint overflows float32; check its training before exporting it",
+            )
+        comparison = compare(found, reference, TOLERANCE)
+        if not comparison:
+            raise VerificationError(f"for {description} the exported graph {comparison}", "report it: this is a bug")
+        checks.append(Check("logits", description, comparison.difference, TOLERANCE, comparison.scale))
+        if not golden:
+            golden = {"input/image": image, "output/logits": reference}
+    progress(len(cases), len(cases))
+    return tuple(checks), golden
+
+
+def _cases(model: PerceiverIO, batch: Batch) -> Iterator[tuple[str, Array]]:
+    """Three seeds, the last with large inputs; a dynamic batch is tried at its three sizes."""
+    sizes = (batch.typical, batch.least, batch.most)
+    for seed, (size, scale) in enumerate(zip(sizes, (1.0, 1.0, _LARGE), strict=True)):
+        image = np.random.default_rng(seed).normal(size=(size, *model.input_adapter.shape)) * scale
+        yield f"seed {seed}, normal values × {scale:g}, batch {size}", image.astype(np.float32)
