@@ -7,19 +7,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from perceiver_export.calibration.validate import Validation, validate
+    from perceiver_export.calibration.validation import Validation, validate
 
 __all__ = ["Validation", "validate"]
 
-_LAZY = {"Validation": "validate", "validate": "validate"}
+_LAZY = {"Validation": "validation", "validate": "validation"}
 
 
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
-    globals()[name] = value  # a submodule of the same name must not shadow the function
-    return value
+    return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -6,7 +6,7 @@
 | directory with labels.csv | pictures; the csv has the columns ``file`` and ``label`` (an index or a label's name) |
 | directory of class folders | pictures, in folders named by an index or a label's name |
 | directory of pictures | pictures without labels |
-| file.npz, or a directory of them | ``image``: uint8 (N, H, W[, 3]), or float32 as the model takes it; optional ``labels`` |
+| file.npz, or a directory of them | ``image``: uint8 (N, H, W[, 3]) or the model's float32; ``labels`` if any |
 | module:function | called; gives an iterable of ``{"image": array[, "label": index]}`` |
 """
 
@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
 from perceiver_export.runtimes.errors import DataError, PerceiverExportError
 from perceiver_export.runtimes.runtime import Array
 
@@ -88,7 +87,9 @@ def _from_csv(path: Path, labels: tuple[str, ...]) -> Iterator[Sample]:
         for row in rows:
             name = row["file"] or ""
             if not (path / name).is_file():
-                raise DataError(f"{path}/labels.csv names {name!r}, which does not exist", "paths start at the csv's folder")
+                raise DataError(
+                    f"{path}/labels.csv names {name!r}, which does not exist", "paths start at the csv's folder"
+                )
             yield Sample(path / name, _label(row["label"] or "", labels, f"labels.csv, file {name}"), name)
 
 
@@ -106,7 +107,9 @@ def _check_archive(path: Path, arrays: Mapping[str, Array], labels: tuple[str, .
     """How many samples there are, after a look at names and labels."""
     names = set(arrays)
     if "image" not in names or names - {"image", "labels"}:
-        raise DataError(f"{path} holds {', '.join(sorted(names)) or 'nothing'}", "it must hold `image`, and may hold `labels`")
+        raise DataError(
+            f"{path} holds {', '.join(sorted(names)) or 'nothing'}", "it must hold `image`, and may hold `labels`"
+        )
     images = _member(path, arrays, "image")
     if images.dtype not in (np.uint8, np.float32) or images.ndim not in (3, 4):
         raise DataError(
@@ -135,7 +138,9 @@ def _archive(path: Path) -> Any:
     try:
         return np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path} is not an npz that can be read", "it is truncated or damaged: copy it again") from error
+        raise DataError(
+            f"{path} is not an npz that can be read", "it is truncated or damaged: copy it again"
+        ) from error
 
 
 def _member(path: Path, arrays: Mapping[str, Array], name: str) -> Array:
@@ -143,7 +148,9 @@ def _member(path: Path, arrays: Mapping[str, Array], name: str) -> Array:
         return arrays[name]
     except Exception as error:
         # zlib, zipfile and numpy each raise their own for a damaged or pickled member.
-        raise DataError(f"{name!r} in {path} cannot be read: {error}", "it is damaged, or holds Python objects") from error
+        raise DataError(
+            f"{name!r} in {path} cannot be read: {error}", "it is damaged, or holds Python objects"
+        ) from error
 
 
 def _from_function(spec: str, labels: tuple[str, ...]) -> Iterator[Sample]:
@@ -164,20 +171,26 @@ def _call(spec: str, module: str, function: str) -> Iterable[Any]:
     try:
         made: Callable[[], Iterable[Any]] = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
-        raise DataError(f"{spec} cannot be imported: {error}", "give module:function, seen from this directory") from error
+        raise DataError(
+            f"{spec} cannot be imported: {error}", "give module:function, seen from this directory"
+        ) from error
     try:
         return iter(made())
     except PerceiverExportError:
         raise
     except TypeError as error:
-        raise DataError(f"{spec} gives no iterable: {error}", "it takes no argument and yields dicts of arrays") from error
+        raise DataError(
+            f"{spec} gives no iterable: {error}", "it takes no argument and yields dicts of arrays"
+        ) from error
 
 
 def _label(text: str, labels: tuple[str, ...], where: str) -> int:
     if text in labels:
         return labels.index(text)
     if not text.lstrip("-").isdigit():
-        raise DataError(f"{where}: {text!r} is not a label of this model", f"its labels: {', '.join(labels[:12])}, or an index")
+        raise DataError(
+            f"{where}: {text!r} is not a label of this model", f"its labels: {', '.join(labels[:12])}, or an index"
+        )
     _check_index(int(text), labels, where)
     return int(text)
 

@@ -7,9 +7,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from perceiver_export.exporter.export import export
-    from perceiver_export.exporter.inspect import inspect_bundle
+    from perceiver_export.exporter.inspection import inspect_bundle
     from perceiver_export.exporter.load import LoadedModel, load_model
+    from perceiver_export.exporter.pipeline import export
     from perceiver_export.exporter.presets import PRESETS
 
 __all__ = ["PRESETS", "LoadedModel", "export", "inspect_bundle", "load_model"]
@@ -17,8 +17,8 @@ __all__ = ["PRESETS", "LoadedModel", "export", "inspect_bundle", "load_model"]
 _LAZY = {
     "PRESETS": "presets",
     "LoadedModel": "load",
-    "export": "export",
-    "inspect_bundle": "inspect",
+    "export": "pipeline",
+    "inspect_bundle": "inspection",
     "load_model": "load",
 }
 
@@ -26,9 +26,7 @@ _LAZY = {
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
-    globals()[name] = value  # a submodule of the same name must not shadow the function
-    return value
+    return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -7,7 +7,6 @@ import math
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
-
 from perceiver_export.runtimes.manifest import Stage
 
 _NO_WORK = frozenset({"Reshape", "Squeeze", "Unsqueeze", "Identity", "Flatten", "Shape", "Constant"})
@@ -35,7 +34,9 @@ def stage_costs(graph: ir.Graph) -> tuple[Stage, ...]:
         total = totals.setdefault(_stage(node.name or ""), _Total())
         total.flops += node_flops(node)
         if node.op_type not in _NO_WORK:
-            total.activation_bytes += sum(_bytes(value) for value in (*node.inputs, *node.outputs) if _is_activation(value))
+            total.activation_bytes += sum(
+                _bytes(value) for value in (*node.inputs, *node.outputs) if _is_activation(value)
+            )
         for value in node.inputs:
             weight = value.const_value if value is not None and value.is_initializer() else None
             if value is not None and value.name is not None and weight is not None and weight.dtype.is_floating_point():
@@ -46,7 +47,8 @@ def stage_costs(graph: ir.Graph) -> tuple[Stage, ...]:
         own = {weight: size for weight, size in total.weights.items() if weight not in counted}
         counted.update(own)
         parameters, weight_bytes = (sum(sizes) for sizes in zip(*own.values(), strict=True)) if own else (0, 0)
-        stages.append(Stage(name, total.flops, parameters, weight_bytes, total.activation_bytes))
+        if total.flops or parameters or total.activation_bytes:
+            stages.append(Stage(name, total.flops, parameters, weight_bytes, total.activation_bytes))
     return tuple(stages)
 
 
@@ -60,7 +62,9 @@ def node_flops(node: ir.Node) -> int:
         return 2 * elements * _size(node.inputs[0], 0 if transposed else 1)
     if node.op_type == "Conv":
         weight = node.inputs[1]
-        return 2 * elements * math.prod(_size(weight, axis) for axis in range(1, len(weight.shape or ()) if weight else 0))
+        return (
+            2 * elements * math.prod(_size(weight, axis) for axis in range(1, len(weight.shape or ()) if weight else 0))
+        )
     if node.op_type in ("MaxPool", "AveragePool"):
         return elements * math.prod(node.attributes.get_ints("kernel_shape", (1,)))
     if node.op_type in _NO_WORK or node.op_type in _MOVES:

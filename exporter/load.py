@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import msgspec
-
 from perceiver_export.exporter.perceiver.config import PerceiverConfig
 from perceiver_export.exporter.presets import PRESETS
 from perceiver_export.runtimes.errors import CheckpointError, MissingDependencyError, UnsupportedModelError, UsageError
@@ -74,18 +73,21 @@ def load_model(
 
 def _preset(name: str, image_shape: tuple[int, int, int] | None) -> LoadedModel:
     import torch
-
     from perceiver_export.exporter.perceiver.model import PerceiverIO
 
     if name not in PRESETS:
         near = difflib.get_close_matches(name, PRESETS, n=1)
-        raise UsageError(f"there is no preset {name!r}", f"did you mean {near[0]}?" if near else f"presets: {', '.join(PRESETS)}")
+        raise UsageError(
+            f"there is no preset {name!r}", f"did you mean {near[0]}?" if near else f"presets: {', '.join(PRESETS)}"
+        )
     config = PRESETS[name]
     if image_shape is not None:
         channels, height, width = image_shape
         if channels != config.input.num_channels:
             raise UsageError(f"preset {name} reads 3 channels, not {channels}", "give --shape image=3xHxW")
-        config = msgspec.structs.replace(config, input=msgspec.structs.replace(config.input, height=height, width=width))
+        config = msgspec.structs.replace(
+            config, input=msgspec.structs.replace(config.input, height=height, width=width)
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = PerceiverIO(config).eval()
@@ -139,8 +141,7 @@ class _ImageProcessor(msgspec.Struct):
     image_std: tuple[float, float, float] = IMAGENET_STD
 
 
-_RESAMPLE: dict[int, Literal["nearest", "bilinear", "bicubic", "lanczos"]] = {
-    0: "nearest",
+_RESAMPLE: dict[int, Literal["bilinear", "bicubic", "lanczos"]] = {
     1: "lanczos",
     2: "bilinear",
     3: "bicubic",
@@ -154,7 +155,10 @@ def _preprocessing(processor: dict[str, object], height: int, width: int) -> Ima
     except msgspec.ValidationError as error:
         raise CheckpointError(f"preprocessor_config.json: {error}", "copy the checkpoint again") from error
     if values.resample not in _RESAMPLE:
-        raise UnsupportedModelError(f"preprocessor_config.json: resample {values.resample}", "0 to 3 are supported")
+        raise UnsupportedModelError(
+            f"preprocessor_config.json: resample {values.resample}",
+            "1 (lanczos), 2 (bilinear) and 3 (bicubic) are supported",
+        )
     crop = None
     if values.do_center_crop:
         size, cropped = _sides(values.size, 224), _sides(values.crop_size, 256)
@@ -192,7 +196,9 @@ def _image_shape(shape: Mapping[str, tuple[int, ...]]) -> tuple[int, int, int] |
         return None
     sizes = shape["image"]
     if len(sizes) != 3 or min(sizes) < 1:
-        raise UsageError(f"the shape of `image` is {list(sizes)}", "give channels, height, width: --shape image=3x224x224")
+        raise UsageError(
+            f"the shape of `image` is {list(sizes)}", "give channels, height, width: --shape image=3x224x224"
+        )
     return sizes[0], sizes[1], sizes[2]
 
 

@@ -30,8 +30,6 @@ def _imagenet(image: ImageInput) -> PerceiverConfig:
 
 PRESETS: dict[str, PerceiverConfig] = {
     "imagenet-learned": _imagenet(ImageInput(3, 224, 224, "conv1x1", 256, LearnedPositions((224, 224), 256, 256))),
-    "imagenet-fourier": _imagenet(
-        ImageInput(3, 224, 224, "pixels", 3, FourierPositions(64, (224, 224), "float32"))
-    ),
+    "imagenet-fourier": _imagenet(ImageInput(3, 224, 224, "pixels", 3, FourierPositions(64, (224, 224), "float32"))),
     "imagenet-conv": _imagenet(ImageInput(3, 224, 224, "conv", 64, FourierPositions(64, (56, 56), "float32"))),
 }

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 import torch
-
 from perceiver_export.exporter.passes import run_passes
 from perceiver_export.exporter.perceiver.model import PerceiverIO
 from perceiver_export.runtimes.errors import ExportError, UsageError
@@ -69,7 +68,9 @@ def trace(model: PerceiverIO, batch: Batch) -> ir.Model:
                 verbose=False,
             )
     except torch.onnx.OnnxExporterError as error:
-        raise ExportError(f"torch cannot trace this model: {str(error).splitlines()[0]}", "report it with the config") from error
+        raise ExportError(
+            f"torch cannot trace this model: {str(error).splitlines()[0]}", "report it with the config"
+        ) from error
     assert program is not None
     graph = program.model
     graph.ir_version = IR_VERSION
@@ -82,9 +83,15 @@ def tensor_specs(model: PerceiverIO, batch: Batch) -> tuple[TensorSpec, TensorSp
     size: int | str = "batch" if batch.dynamic else batch.typical
     ranges = {"batch": (batch.least, batch.most)} if batch.dynamic else {}
     return (
-        TensorSpec("image", "float32", (size, *model.input_adapter.shape), "preprocessed pictures, channels first", ranges),
         TensorSpec(
-            "logits", "float32", (size, model.config.decoder.num_output_channels), "one score a label, before softmax", ranges
+            "image", "float32", (size, *model.input_adapter.shape), "preprocessed pictures, channels first", ranges
+        ),
+        TensorSpec(
+            "logits",
+            "float32",
+            (size, model.config.decoder.num_output_channels),
+            "one score a label, before softmax",
+            ranges,
         ),
     )
 

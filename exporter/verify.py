@@ -7,10 +7,9 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
-
 from perceiver_export.exporter.perceiver.model import PerceiverIO
 from perceiver_export.exporter.trace import Batch
-from perceiver_export.runtimes.compare import compare
+from perceiver_export.runtimes.comparison import compare
 from perceiver_export.runtimes.errors import VerificationError
 from perceiver_export.runtimes.manifest import Check
 from perceiver_export.runtimes.runtime import Array, Runtime
@@ -29,7 +28,8 @@ def verify(
 
     Raises VerificationError: a difference above `TOLERANCE` of the output's scale, or a NaN or infinity.
     """
-    checks, golden = [], {}
+    checks: list[Check] = []
+    golden: dict[str, Array] = {}
     cases = list(_cases(model, batch))
     for index, (description, image) in enumerate(cases):
         progress(index, len(cases))

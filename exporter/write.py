@@ -46,9 +46,7 @@ def new_bundle(path: Path, overwrite: bool) -> Iterator[Path]:
 
 def file_entries(directory: Path) -> dict[str, FileEntry]:
     """Size and hash of every file in ``directory``."""
-    return {
-        file.name: FileEntry(sha256=sha256(file), size=file.stat().st_size) for file in sorted(directory.iterdir())
-    }
+    return {file.name: FileEntry(sha256=sha256(file), size=file.stat().st_size) for file in sorted(directory.iterdir())}
 
 
 def refuse_existing(path: Path, overwrite: bool) -> None:
@@ -60,7 +58,9 @@ def refuse_existing(path: Path, overwrite: bool) -> None:
     if not (path / "manifest.json").is_file():
         raise BundleExistsError(f"{path} exists and is not a bundle", "choose another place with -o")
     if not overwrite:
-        raise BundleExistsError(f"there is already a bundle at {path}", "replace it with --overwrite, or choose another -o")
+        raise BundleExistsError(
+            f"there is already a bundle at {path}", "replace it with --overwrite, or choose another -o"
+        )
 
 
 def _move(temporary: Path, path: Path, overwrite: bool) -> None:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The runtime that an app embeds: numpy and the manifest reader, an engine library on first use, never torch.
 
-    from perceiver_export.runtimes import load
+from perceiver_export.runtimes import load
 
-    with load("fashion") as runtime:
-        outputs = runtime.run({"image": image})
+with load("fashion") as runtime:
+    outputs = runtime.run({"image": image})
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from perceiver_export.runtimes.manifest import Manifest, TensorSpec
 from perceiver_export.runtimes.runtime import Runtime, load, load_onnx
 
 if TYPE_CHECKING:
-    from perceiver_export.runtimes.bench import bench
-    from perceiver_export.runtimes.compare import Comparison, compare
-    from perceiver_export.runtimes.doctor import devices, doctor
+    from perceiver_export.runtimes.benchmark import bench
+    from perceiver_export.runtimes.comparison import Comparison, compare
+    from perceiver_export.runtimes.machine import devices, doctor
     from perceiver_export.runtimes.tasks import open_task
 
 __all__ = [
@@ -42,11 +42,11 @@ __all__ = [
 
 # Imported on first use: an app that only runs arrays does not pay for them.
 _LAZY = {
-    "Comparison": "compare",
-    "bench": "bench",
-    "compare": "compare",
-    "devices": "doctor",
-    "doctor": "doctor",
+    "Comparison": "comparison",
+    "bench": "benchmark",
+    "compare": "comparison",
+    "devices": "machine",
+    "doctor": "machine",
     "open_task": "tasks",
 }
 
@@ -54,9 +54,7 @@ _LAZY = {
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
-    globals()[name] = value  # a submodule of the same name must not shadow the function
-    return value
+    return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -77,7 +78,9 @@ def read_manifest(directory: Path) -> Manifest:
             "a bundle is the directory that `perceiver-export export SOURCE -o BUNDLE` writes",
         ) from error
     except OSError as error:
-        raise BundleError(f"{directory}/manifest.json cannot be read: {error.strerror}", "check its permissions") from error
+        raise BundleError(
+            f"{directory}/manifest.json cannot be read: {error.strerror}", "check its permissions"
+        ) from error
     return decode_manifest(content)
 
 
@@ -100,10 +103,13 @@ def _check_file(path: Path, name: str, entry: FileEntry) -> None:
     try:
         size = path.stat().st_size
     except OSError as error:
-        raise BundleError(f"{name} is missing from the bundle {path.parent}", "copy or export the bundle again") from error
+        raise BundleError(
+            f"{name} is missing from the bundle {path.parent}", "copy or export the bundle again"
+        ) from error
     if size != entry.size:
         raise BundleError(
-            f"{name} has {size} bytes, the manifest says {entry.size}", "the file was cut or changed: copy the bundle again"
+            f"{name} has {size} bytes, the manifest says {entry.size}",
+            "the file was cut or changed: copy the bundle again",
         )
 
 
@@ -149,4 +155,5 @@ class _Stamps:
             temporary.write_text(json.dumps(self._stamps), encoding="utf-8")
             temporary.replace(self._path)
         except OSError:
-            temporary.unlink(missing_ok=True)  # a read-only or full home: the next load hashes again
+            with contextlib.suppress(OSError):  # a read-only or full home: the next load hashes again
+                temporary.unlink()

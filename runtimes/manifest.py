@@ -11,7 +11,6 @@ from pathlib import PurePosixPath
 from typing import Any, Literal
 
 import msgspec
-
 from perceiver_export.runtimes.errors import BundleError
 
 SCHEMA_VERSION = 1
@@ -58,7 +57,7 @@ class ImagePreprocessing(msgspec.Struct, frozen=True, tag="image", forbid_unknow
     height: int
     width: int
     crop_fraction: tuple[float, float] | None
-    resample: Literal["nearest", "bilinear", "bicubic", "lanczos"]
+    resample: Literal["bilinear", "bicubic", "lanczos"]
     scale: float
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -117,7 +116,9 @@ def decode_manifest(content: bytes) -> Manifest:
             )
         manifest = msgspec.json.decode(content, type=Manifest)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise BundleError(f"manifest.json cannot be read: {error}", "export the bundle again, or copy it again") from error
+        raise BundleError(
+            f"manifest.json cannot be read: {error}", "export the bundle again, or copy it again"
+        ) from error
     _check(manifest)
     return manifest
 
@@ -136,9 +137,13 @@ def _check(manifest: Manifest) -> None:
             raise BundleError(f"the manifest names a path outside the bundle: {path!r}", "do not trust this bundle")
     for name, part in manifest.parts.items():
         if part.file not in manifest.files:
-            raise BundleError(f"part {name!r} is in {part.file!r}, which the manifest does not hash", "export the bundle again")
+            raise BundleError(
+                f"part {name!r} is in {part.file!r}, which the manifest does not hash", "export the bundle again"
+            )
     steps = manifest.preprocessing
     if steps is not None:
         numbers = (steps.scale, *steps.mean, *steps.std, *(steps.crop_fraction or ()))
         if not all(map(math.isfinite, numbers)) or 0 in steps.std or min(steps.height, steps.width) < 1:
-            raise BundleError("the manifest's preprocessing holds values that are not usable", "export the bundle again")
+            raise BundleError(
+                "the manifest's preprocessing holds values that are not usable", "export the bundle again"
+            )

@@ -39,7 +39,9 @@ def open(path: Path, threads: int | None) -> OrtEngine:
     with _translated(f"{path} cannot be loaded"):
         session = onnxruntime.InferenceSession(str(path), options, providers=[_PROVIDER])
     if session.get_providers() != [_PROVIDER]:
-        raise DeviceError(f"onnxruntime took {session.get_providers()} instead of {_PROVIDER}", "use a plain onnxruntime")
+        raise DeviceError(
+            f"onnxruntime took {session.get_providers()} instead of {_PROVIDER}", "use a plain onnxruntime"
+        )
     return OrtEngine(session, threads, onnxruntime.__version__)
 
 
@@ -85,7 +87,9 @@ class OrtEngine:
 def _spec(node: Any) -> TensorSpec:
     shape = tuple(dim if isinstance(dim, int) else str(dim) for dim in node.shape)
     if node.type not in _DTYPES:
-        raise DeviceError(f"{node.name!r} is a {node.type}, which this runtime does not carry", "export with float32 or int32")
+        raise DeviceError(
+            f"{node.name!r} is a {node.type}, which this runtime does not carry", "export with float32 or int32"
+        )
     return TensorSpec(name=node.name, dtype=_DTYPES[node.type], shape=shape)
 
 

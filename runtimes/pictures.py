@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-
 from perceiver_export.runtimes.errors import InputError, MissingDependencyError
 from perceiver_export.runtimes.manifest import ImagePreprocessing
 
 Picture = npt.NDArray[np.uint8]
 # Radius of each filter in source pixels at scale 1, as in Pillow.
-_RADIUS = {"nearest": 0.0, "bilinear": 1.0, "bicubic": 2.0, "lanczos": 3.0}
+_RADIUS = {"bilinear": 1.0, "bicubic": 2.0, "lanczos": 3.0}
+
+_ONE = float(1 << 22)  # the fixed-point 1 of Pillow's resampling weights
 
 
 def read_picture(path: str | os.PathLike[str]) -> Picture:
@@ -27,7 +28,9 @@ def read_picture(path: str | os.PathLike[str]) -> Picture:
     try:
         from PIL import Image, ImageOps
     except ImportError as error:
-        raise MissingDependencyError("reading picture files needs Pillow", "pip install 'perceiver-export[images]'") from error
+        raise MissingDependencyError(
+            "reading picture files needs Pillow", "pip install 'perceiver-export[images]'"
+        ) from error
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -39,7 +42,9 @@ def read_picture(path: str | os.PathLike[str]) -> Picture:
         raise InputError(f"{os.fspath(path)} is larger than a picture should be", "scale it down first") from error
     except (OSError, ValueError, SyntaxError) as error:
         # Pillow raises SyntaxError on some broken PNGs.
-        raise InputError(f"{os.fspath(path)} is not a picture that can be read", "give a PNG, JPEG or similar") from error
+        raise InputError(
+            f"{os.fspath(path)} is not a picture that can be read", "give a PNG, JPEG or similar"
+        ) from error
 
 
 def as_picture(array: npt.NDArray[Any]) -> Picture:
@@ -72,37 +77,38 @@ def center_crop(picture: Picture, fraction: tuple[float, float]) -> Picture:
 
 
 def resize(picture: Picture, height: int, width: int, resample: str) -> Picture:
-    """Resize (H, W, 3) with Pillow's filters and antialiasing: across first, rounded to uint8, then down.
-
-    Equal to Pillow's own to one grey level; Pillow rounds its weights to 22 bits.
-    """
+    """Resize (H, W, 3) with Pillow's antialiased filters, bit for bit: across first, rounded to uint8, then down."""
     if picture.shape[1] != width:
-        picture = _rounded(np.einsum("xw,hwc->hxc", _weights(picture.shape[1], width, resample), picture, optimize=True))
+        picture = _rounded(
+            np.einsum("xw,hwc->hxc", _weights(picture.shape[1], width, resample), picture, optimize=True)
+        )
     if picture.shape[0] != height:
-        picture = _rounded(np.einsum("yh,hwc->ywc", _weights(picture.shape[0], height, resample), picture, optimize=True))
+        picture = _rounded(
+            np.einsum("yh,hwc->ywc", _weights(picture.shape[0], height, resample), picture, optimize=True)
+        )
     return picture
 
 
 def _rounded(values: npt.NDArray[np.float64]) -> Picture:
-    return np.floor(np.clip(values, 0, 255) + 0.5).astype(np.uint8)
+    return np.clip(np.floor((values + _ONE / 2) / _ONE), 0, 255).astype(np.uint8)
 
 
 @lru_cache(maxsize=8)
 def _weights(size: int, new_size: int, resample: str) -> npt.NDArray[np.float64]:
-    """Resampling matrix (new_size, size): rows sum to 1, and to outside pixels no weight is given."""
+    """Resampling matrix (new_size, size) in Pillow's fixed point: whole numbers, of which `_ONE` is 1.
+
+    float64 holds sums of such weights times 0 to 255 exactly. Pixels outside the picture get no weight.
+    """
     scale = size / new_size
-    centers = (np.arange(new_size) + 0.5) * scale
-    weights = np.zeros((new_size, size))
-    if resample == "nearest":
-        weights[np.arange(new_size), centers.astype(int)] = 1.0
-        return weights
     stretch = max(scale, 1.0)
     radius = _RADIUS[resample] * stretch
-    for row, center in enumerate(centers):
+    weights = np.zeros((new_size, size))
+    for row in range(new_size):
+        center = (row + 0.5) * scale
         first, last = max(int(center - radius + 0.5), 0), min(int(center + radius + 0.5), size)
-        taps = _filter((np.arange(first, last) - center + 0.5) / stretch, resample)
+        taps = _filter((np.arange(first, last) - center + 0.5) * (1.0 / stretch), resample)
         weights[row, first:last] = taps / taps.sum()
-    return weights
+    return np.trunc(weights * _ONE + np.where(weights < 0, -0.5, 0.5))
 
 
 def _filter(x: npt.NDArray[np.float64], resample: str) -> npt.NDArray[np.float64]:

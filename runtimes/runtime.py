@@ -13,7 +13,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
-
 from perceiver_export.runtimes.bundle import Bundle, Verify, open_bundle
 from perceiver_export.runtimes.errors import DeviceError, InputError, RuntimeClosedError, UsageError
 from perceiver_export.runtimes.manifest import TensorSpec
@@ -47,7 +46,9 @@ class Runtime:
     Use it as a context manager, or call `close`.
     """
 
-    def __init__(self, engine: Engine, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...], precision: str) -> None:
+    def __init__(
+        self, engine: Engine, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...], precision: str
+    ) -> None:
         self.inputs = inputs
         self.outputs = outputs
         self._precision = precision
@@ -140,9 +141,13 @@ class Runtime:
         for spec in self.outputs:
             array = out[spec.name]
             if not isinstance(array, np.ndarray) or array.dtype != np.dtype(spec.dtype):
-                raise InputError(f"`out` for {spec.name!r} is not an array of {spec.dtype}", "allocate it with that dtype")
+                raise InputError(
+                    f"`out` for {spec.name!r} is not an array of {spec.dtype}", "allocate it with that dtype"
+                )
             if not (array.flags.c_contiguous and array.flags.writeable):
-                raise InputError(f"`out` for {spec.name!r} is not contiguous and writeable", "allocate it with numpy.empty")
+                raise InputError(
+                    f"`out` for {spec.name!r} is not contiguous and writeable", "allocate it with numpy.empty"
+                )
             _check_shape(spec, array.shape, sizes)
         return out
 

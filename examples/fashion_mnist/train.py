@@ -19,11 +19,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
-from torch import Tensor
-
 from perceiver_export.exporter.checkpoints.huggingface import architecture, huggingface_name, read_config
 from perceiver_export.exporter.perceiver.model import PerceiverIO
+from safetensors.torch import save_file
+from torch import Tensor
 
 DATASET = Path("/usr/share/datasets/fashion-mnist")
 HELD_OUT = slice(58_000, 60_000)
@@ -81,13 +80,14 @@ class FastForward:
     def __init__(self, model: PerceiverIO) -> None:
         self.model = model
         self.shape = (model.config.input.height, model.config.input.width)
-        grid = model.input_adapter.positions().unflatten(0, self.shape)
+        grid = model.input_adapter.positions().reshape(*self.shape, -1)
         self.varies_by_row = (grid[:, :1] == grid).flatten(0, 1).all(0)
 
     def positions_read(self, weights: Tensor) -> Tensor:
         """``weights @ table`` (B, N, 258) by axes: each position channel depends on the row or the column alone."""
-        grid = self.model.input_adapter.positions().unflatten(0, self.shape)
-        per_row, per_column = weights.unflatten(-1, self.shape).sum(-1), weights.unflatten(-1, self.shape).sum(-2)
+        grid = self.model.input_adapter.positions().reshape(*self.shape, -1)
+        on_grid = weights.reshape(*weights.shape[:-1], *self.shape)
+        per_row, per_column = on_grid.sum(-1), on_grid.sum(-2)
         return torch.where(self.varies_by_row, per_row @ grid[:, 0], per_column @ grid[0])
 
     def __call__(self, image: Tensor) -> Tensor:
@@ -162,7 +162,7 @@ def train(model: PerceiverIO, images: np.ndarray, labels: np.ndarray, epochs: in
     start = time.perf_counter()
     for epoch in range(epochs):
         losses = []
-        for indices in torch.randperm(len(pictures), generator=generator)[: steps * batch].split(batch):
+        for indices in torch.randperm(len(pictures), generator=generator)[: steps * batch].reshape(steps, batch):
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 logits = forward(to_inputs(pictures[indices]))
             loss = criterion(logits.float(), targets[indices])
@@ -172,7 +172,9 @@ def train(model: PerceiverIO, images: np.ndarray, labels: np.ndarray, epochs: in
             optimizer.step()
             schedule.step()
             losses.append(loss.item())
-        print(f"epoch {epoch + 1}/{epochs}  loss {np.mean(losses):.4f}  {time.perf_counter() - start:.0f} s", flush=True)
+        print(
+            f"epoch {epoch + 1}/{epochs}  loss {np.mean(losses):.4f}  {time.perf_counter() - start:.0f} s", flush=True
+        )
 
 
 def main() -> None:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
-
 from perceiver_export.exporter.checkpoints.state import load_state
 from perceiver_export.exporter.checkpoints.tensors import read_state_dict
 from perceiver_export.exporter.perceiver.config import (
@@ -74,7 +73,9 @@ class HuggingFaceConfig(msgspec.Struct):
         return tuple(f"LABEL_{i}" for i in range(self.num_labels or 2))
 
 
-def load_huggingface(directory: Path, image_shape: tuple[int, int, int] | None = None) -> tuple[PerceiverIO, tuple[str, ...]]:
+def load_huggingface(
+    directory: Path, image_shape: tuple[int, int, int] | None = None
+) -> tuple[PerceiverIO, tuple[str, ...]]:
     """The model of a Hugging Face directory with its weights, in evaluation mode, and its labels.
 
     ``image_shape`` (channels, height, width) is the picture that the model will see; by default what
@@ -96,7 +97,7 @@ def read_config(directory: Path) -> HuggingFaceConfig:
     if config.model_type != "perceiver":
         raise UnsupportedModelError(
             f"{path} is of a {config.model_type or 'unnamed'!r} model, not of a Perceiver",
-            "a Perceiver's config.json says \"model_type\": \"perceiver\"",
+            'a Perceiver\'s config.json says "model_type": "perceiver"',
         )
     name = (config.architectures or ["PerceiverModel"])[0]
     if name not in ARCHITECTURES:
@@ -133,9 +134,10 @@ def architecture(config: HuggingFaceConfig, image_shape: tuple[int, int, int]) -
     image = _image_input(config, image_shape)
     if image.num_input_channels != config.d_model:
         raise CheckpointError(
-            f"d_model is {config.d_model}, but {_architecture_name(config)} makes inputs of {image.num_input_channels} channels",
+            f"d_model is {config.d_model}, {_architecture_name(config)} reads {image.num_input_channels} channels",
             f"set d_model to {image.num_input_channels}, or `architectures` to the class that was trained",
         )
+    _check_heads(config, image.num_input_channels)
     return PerceiverConfig(
         input=image,
         encoder=EncoderConfig(
@@ -166,7 +168,9 @@ def _image_input(config: HuggingFaceConfig, image_shape: tuple[int, int, int]) -
     features = ARCHITECTURES[_architecture_name(config)]
     channels, height, width = image_shape
     if channels != _RGB:
-        raise CheckpointError(f"the picture has {channels} channels, the checkpoint reads {_RGB}", "give --shape image=3xHxW")
+        raise CheckpointError(
+            f"the picture has {channels} channels, the checkpoint reads {_RGB}", "give --shape image=3xHxW"
+        )
     if features == "conv1x1":
         side = _square(config.image_size)
         return ImageInput(_RGB, height, width, "conv1x1", 256, LearnedPositions((side, side), 256, 256))
@@ -241,10 +245,34 @@ def _check_values(path: Path, config: HuggingFaceConfig) -> None:
             raise CheckpointError(f"{path}: {name} is {getattr(config, name)}", "sizes are positive")
 
 
+def _check_heads(config: HuggingFaceConfig, num_input_channels: int) -> None:
+    cross = num_input_channels if config.cross_attention_shape_for_attention == "kv" else config.d_latents
+    cross_qk, self_qk = config.qk_channels or cross, config.qk_channels or config.d_latents
+    for where, heads, channels in (
+        ("cross-attention", config.num_cross_attention_heads, (cross_qk, config.v_channels or cross_qk)),
+        ("self-attention", config.num_self_attention_heads, (self_qk, config.v_channels or self_qk)),
+    ):
+        for width in channels:
+            if width < 1 or width % heads:
+                raise CheckpointError(
+                    f"config.json: {width} {where} channels cannot be split into {heads} heads",
+                    "heads must divide qk_channels and v_channels",
+                )
+    # The residual adds what attention gives to the latents.
+    gives = config.v_channels or self_qk
+    if gives != config.d_latents:
+        raise UnsupportedModelError(
+            f"config.json: self-attention gives {gives} channels, d_latents is {config.d_latents}",
+            "transformers cannot run such a model either",
+        )
+
+
 def _decode(path: Path, type_: type[_T]) -> _T:
     try:
         return msgspec.json.decode(path.read_bytes(), type=type_)
     except FileNotFoundError as error:
-        raise CheckpointError(f"{path} does not exist", "give a Hugging Face directory: config.json and weights") from error
+        raise CheckpointError(
+            f"{path} does not exist", "give a Hugging Face directory: config.json and weights"
+        ) from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}", "copy the checkpoint again") from error

@@ -6,9 +6,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterable
 
-from torch import Tensor, nn
-
 from perceiver_export.runtimes.errors import CheckpointError
+from torch import Tensor, nn
 
 _SHOWN = 5
 
@@ -22,7 +21,9 @@ def load_state(model: nn.Module, state: dict[str, Tensor], name_in_checkpoint: C
     missing = sorted(set(names) - set(state))
     unknown = sorted(set(state) - set(names))
     if missing or unknown:
-        raise CheckpointError(_describe(missing, unknown), "config.json and weights are not of one model, or keys were renamed")
+        raise CheckpointError(
+            _describe(missing, unknown), "config.json and weights are not of one model, or keys were renamed"
+        )
     own_state = model.state_dict()
     for theirs, own in names.items():
         expected, found = tuple(own_state[own].shape), tuple(state[theirs].shape)
@@ -30,6 +31,10 @@ def load_state(model: nn.Module, state: dict[str, Tensor], name_in_checkpoint: C
             raise CheckpointError(
                 f"tensor {theirs!r} has shape {found}, the config asks for {expected}",
                 "config.json and weights are not of one model",
+            )
+        if own_state[own].is_floating_point() != state[theirs].is_floating_point():
+            raise CheckpointError(
+                f"tensor {theirs!r} has dtype {state[theirs].dtype}", "the checkpoint is quantized or damaged"
             )
     model.load_state_dict({own: state[theirs] for theirs, own in names.items()})
 

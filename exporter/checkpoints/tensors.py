@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import json
 import pickle
+import warnings
 import zipfile
 from pathlib import Path
 
 import torch
-from torch import Tensor
-
 from perceiver_export.runtimes.errors import CheckpointError
+from torch import Tensor
 
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
 _SHARDED = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -49,7 +49,9 @@ def _read_shards(directory: Path, index: Path) -> dict[str, Tensor]:
         if Path(shard).name != shard:
             raise CheckpointError(f"{index} names a file outside the checkpoint: {shard}", "do not trust this file")
         if not (directory / shard).is_file():
-            raise CheckpointError(f"shard {shard} is missing from {directory}", f"{index.name} lists {len(shards)} shards")
+            raise CheckpointError(
+                f"shard {shard} is missing from {directory}", f"{index.name} lists {len(shards)} shards"
+            )
         state.update(_read_file(directory / shard))
     if set(weight_map) != set(state):
         differing = sorted(set(weight_map) ^ set(state))
@@ -78,7 +80,9 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickle protocols; what cannot be read raises
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} was refused: it holds more than tensors, or is damaged",
@@ -101,5 +105,7 @@ def _checked(state: dict[str, Tensor]) -> dict[str, Tensor]:
         if tensor.dtype != torch.float64:
             state[name] = tensor = tensor.float()
         if not torch.isfinite(tensor).all():
-            raise CheckpointError(f"tensor {name!r} holds NaN or infinite values", "the checkpoint is of a diverged training")
+            raise CheckpointError(
+                f"tensor {name!r} holds NaN or infinite values", "the checkpoint is of a diverged training"
+            )
     return state

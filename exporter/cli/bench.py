@@ -6,7 +6,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-
 from perceiver_export.exporter.cli.output import (
     DeviceOption,
     JsonFlag,
@@ -17,13 +16,14 @@ from perceiver_export.exporter.cli.output import (
 )
 
 if TYPE_CHECKING:
-    from perceiver_export.runtimes.bench import Bench
+    from perceiver_export.runtimes.benchmark import Bench
 
 
 def bench(
     bundle: Annotated[str, typer.Argument(metavar="BUNDLE", help="A bundle, or an ONNX file.")],
     against: Annotated[
-        str | None, typer.Option(metavar="BUNDLE0|MODEL.onnx", help="Measure this one too, in turn, and give the ratio.")
+        str | None,
+        typer.Option(metavar="BUNDLE0|MODEL.onnx", help="Measure this one too, in turn, and give the ratio."),
     ] = None,
     runs: Annotated[int, typer.Option(help="Counted calls.")] = 100,
     device: DeviceOption = "auto",
@@ -31,7 +31,7 @@ def bench(
     json: JsonFlag = False,
 ) -> None:
     """Measure latency, throughput, load time and memory on this machine."""
-    from perceiver_export.runtimes.bench import bench as bench_
+    from perceiver_export.runtimes.benchmark import bench as bench_
 
     with progress_bar("bench", quiet=json) as progress:
         result = bench_(
@@ -50,7 +50,19 @@ def bench(
 
 def show_bench(result: Bench) -> None:
     """The measurements as a table, the ratio below it."""
-    columns = ["", "target", "engine", "threads", "batch>", "p50>", "p95>", "p99>", "samples/s>", "load>", "peak memory>"]
+    columns = [
+        "",
+        "target",
+        "engine",
+        "threads",
+        "batch>",
+        "p50>",
+        "p95>",
+        "p99>",
+        "samples/s>",
+        "load>",
+        "peak memory>",
+    ]
     rows = [
         (
             side.name,
@@ -71,4 +83,7 @@ def show_bench(result: Bench) -> None:
     if result.ratio is not None and result.ratio_quartiles is not None:
         low, high = result.ratio_quartiles
         first, second = (side.name for side in result.measurements)
-        typer.echo(f"{first} takes {result.ratio:.3f} × the time of {second} (paired; half of the pairs within {low:.3f} to {high:.3f})")
+        typer.echo(
+            f"{first} takes {result.ratio:.3f} × the time of {second} a sample "
+            f"(paired; half of the pairs within {low:.3f} to {high:.3f})"
+        )

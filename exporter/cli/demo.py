@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-
 from perceiver_export.exporter.cli.output import progress_bar
 from perceiver_export.runtimes.errors import DataError
 
@@ -19,7 +18,8 @@ _EXAMPLE = Path("examples/fashion_mnist")
 
 def demo(
     output: Annotated[
-        str | None, typer.Option("--output", "-o", help="Keep the bundle here; by default it goes to a temporary place.")
+        str | None,
+        typer.Option("--output", "-o", help="Keep the bundle here; by default it goes to a temporary place."),
     ] = None,
     example: Annotated[str | None, typer.Option(help="The folder examples/fashion_mnist of the repository.")] = None,
 ) -> None:
@@ -33,19 +33,22 @@ def demo(
     finally:
         if directory is not None:
             shutil.rmtree(directory, ignore_errors=True)
-    typer.echo(f"\nThe whole road took {time.monotonic() - start:.0f} s." + ("" if output is None else f" The bundle is in {bundle}."))
+    typer.echo(
+        f"\nThe whole road took {time.monotonic() - start:.0f} s."
+        + ("" if output is None else f" The bundle is in {bundle}.")
+    )
 
 
 def _demo(folder: Path, bundle: Path) -> None:
-    from perceiver_export.calibration.validate import validate
+    from perceiver_export.calibration.validation import validate
     from perceiver_export.exporter.cli.bench import show_bench
     from perceiver_export.exporter.cli.export import export
     from perceiver_export.exporter.cli.inspect import show_inspection
     from perceiver_export.exporter.cli.run import run
     from perceiver_export.exporter.cli.validate import show_validation
-    from perceiver_export.exporter.inspect import inspect_bundle
+    from perceiver_export.exporter.inspection import inspect_bundle
     from perceiver_export.exporter.load import load_model
-    from perceiver_export.runtimes.bench import bench
+    from perceiver_export.runtimes.benchmark import bench
 
     checkpoint, pictures, data = folder / "checkpoint", folder / "pictures", folder / "test.npz"
     _step(1, "export: a trained checkpoint becomes a bundle that needs no torch", f"export {checkpoint} -o {bundle}")
@@ -89,5 +92,5 @@ def _find_example(given: str | None) -> Path:
             return folder
     raise DataError(
         f"the demo's model and pictures are not at {candidates[0]}",
-        "they are not in the wheel: run it in a clone of the repository, or give --example CLONE/examples/fashion_mnist",
+        "they are not in the wheel: run it in a clone of the repository, or give --example FOLDER",
     )

@@ -4,14 +4,13 @@
 from __future__ import annotations
 
 import typer
-
 from perceiver_export.exporter.cli.output import JsonFlag, print_json, print_table
 
 
 def doctor(json: JsonFlag = False) -> None:
     """Show what this machine can run, and the command that brings each thing that is missing."""
-    from perceiver_export.runtimes.doctor import devices
-    from perceiver_export.runtimes.doctor import doctor as doctor_
+    from perceiver_export.runtimes.machine import devices
+    from perceiver_export.runtimes.machine import doctor as doctor_
 
     findings, targets = doctor_(), devices()
     if json:

@@ -6,7 +6,6 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-
 from perceiver_export.exporter.cli.output import JsonFlag, count, mebibytes, print_json, progress_bar, shape
 from perceiver_export.runtimes.errors import UsageError
 
@@ -27,7 +26,7 @@ def export(
 
     Nothing is written unless the graph gives what torch gives.
     """
-    from perceiver_export.exporter.export import export as export_
+    from perceiver_export.exporter.pipeline import export as export_
 
     sizes = dict(_parse_shape(text) for text in shape_ or ())
     with progress_bar("export", quiet=json) as progress:

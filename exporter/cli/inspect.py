@@ -6,11 +6,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-
 from perceiver_export.exporter.cli.output import JsonFlag, count, mebibytes, print_json, print_table, shape
 
 if TYPE_CHECKING:
-    from perceiver_export.exporter.inspect import Inspection
+    from perceiver_export.exporter.inspection import Inspection
 
 
 def inspect(
@@ -18,11 +17,18 @@ def inspect(
     json: JsonFlag = False,
 ) -> None:
     """Show parts, shapes, and FLOPs, weights and bytes of each stage."""
-    from perceiver_export.exporter.inspect import inspect_bundle
+    from perceiver_export.exporter.inspection import inspect_bundle
 
     inspection = inspect_bundle(bundle)
     if json:
-        print_json({"path": str(inspection.path), "bytes": inspection.bytes_on_disk, "parts": inspection.parts, "manifest": inspection.manifest})
+        print_json(
+            {
+                "path": str(inspection.path),
+                "bytes": inspection.bytes_on_disk,
+                "parts": inspection.parts,
+                "manifest": inspection.manifest,
+            }
+        )
     else:
         show_inspection(inspection)
 
@@ -31,7 +37,8 @@ def show_inspection(inspection: Inspection) -> None:
     """What it is, then a table of stages for each part."""
     manifest = inspection.manifest
     if manifest is not None:
-        typer.echo(f"{manifest.name}: {manifest.task}, {manifest.precision}, {manifest.parity} numerics, from {manifest.source}")
+        kind = f"{manifest.task}, {manifest.precision}, {manifest.parity} numerics"
+        typer.echo(f"{manifest.name}: {kind}, from {manifest.source}")
         if manifest.labels:
             more = ", …" if len(manifest.labels) > 5 else ""
             typer.echo(f"labels: {len(manifest.labels)} ({', '.join(manifest.labels[:5])}{more})")

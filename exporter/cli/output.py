@@ -31,7 +31,12 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]
 
     # Piped to a file there is no width to fit into, and a table folded at 80 columns is hard to read.
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
-    table = Table(title=Text(title, style="bold"), title_justify="left", caption=Text(note) if note else None, caption_justify="left")
+    table = Table(
+        title=Text(title, style="bold"),
+        title_justify="left",
+        caption=Text(note) if note else None,
+        caption_justify="left",
+    )
     for column in columns:
         table.add_column(column.rstrip(">"), justify="right" if column.endswith(">") else "left", overflow="fold")
     for row in rows:

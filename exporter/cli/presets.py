@@ -17,10 +17,11 @@ def presets(json: JsonFlag = False) -> None:
     for name, config in PRESETS.items():
         image, encoder = config.input, config.encoder
         layers = f"{encoder.num_blocks} × {encoder.num_self_attentions_per_block} shared"
+        positions = image.positions.__struct_config__.tag
         rows.append(
             (
                 f"preset:{name}",
-                f"{image.num_channels} × {image.height} × {image.width}, {image.features}, {image.positions.__struct_config__.tag} positions",
+                f"{image.num_channels} × {image.height} × {image.width}, {image.features}, {positions} positions",
                 f"{encoder.num_latents} × {encoder.num_latent_channels}",
                 layers,
                 f"{config.decoder.num_output_channels} labels",

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-
 from perceiver_export.exporter.cli.output import (
     BundleArgument,
     DeviceOption,
@@ -25,7 +24,9 @@ if TYPE_CHECKING:
 def run(
     bundle: BundleArgument,
     inputs: Annotated[list[str], typer.Argument(metavar="INPUT…", help="Picture files, or directories of them.")],
-    output: Annotated[str | None, typer.Option("--output", "-o", help="Write the answers as JSON to this file.")] = None,
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", help="Write the answers as JSON to this file.")
+    ] = None,
     top: Annotated[int, typer.Option(help="How many labels to show of each.")] = 3,
     device: DeviceOption = "auto",
     threads: ThreadsOption = None,

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-
 from perceiver_export.exporter.cli.output import (
     BundleArgument,
     DeviceOption,
@@ -19,16 +18,19 @@ from perceiver_export.exporter.cli.output import (
 )
 
 if TYPE_CHECKING:
-    from perceiver_export.calibration.validate import Reference, Validation
+    from perceiver_export.calibration.validation import Reference, Validation
 
 
 def validate(
     bundle: BundleArgument,
     data: Annotated[str, typer.Option(help="Pictures with labels.csv or class folders, .npz, or module:function.")],
     against: Annotated[
-        str | None, typer.Option(metavar="BUNDLE0|SOURCE", help="Reference: another bundle, or the checkpoint in torch.")
+        str | None,
+        typer.Option(metavar="BUNDLE0|SOURCE", help="Reference: another bundle, or the checkpoint in torch."),
     ] = None,
-    max_drop: Annotated[float | None, typer.Option(help="Largest fall of top-1 below the reference, in points.")] = None,
+    max_drop: Annotated[
+        float | None, typer.Option(help="Largest fall of top-1 below the reference, in points.")
+    ] = None,
     min_agreement: Annotated[
         float | None, typer.Option(help="Least lower 95 % bound of agreement with the reference, in percent.")
     ] = None,
@@ -38,7 +40,7 @@ def validate(
     json: JsonFlag = False,
 ) -> None:
     """Measure top-1, and agreement with a reference, with exact 95 % bounds; exit 1 where a gate does not hold."""
-    from perceiver_export.calibration.validate import validate as validate_
+    from perceiver_export.calibration.validation import validate as validate_
 
     with progress_bar("validate", quiet=json) as progress:
         result = validate_(
@@ -67,7 +69,8 @@ def reference(bundle: str, against: str) -> str | Reference:
     from perceiver_export.runtimes.bundle import read_manifest
 
     shapes = {
-        spec.name: tuple(int(dim) for dim in spec.shape[1:]) for spec in next(iter(read_manifest(Path(bundle)).parts.values())).inputs
+        spec.name: tuple(int(dim) for dim in spec.shape[1:])
+        for spec in next(iter(read_manifest(Path(bundle)).parts.values())).inputs
     }
     return load_model(against, shape=shapes).run
 
@@ -87,4 +90,4 @@ def show_validation(name: str, result: Validation) -> None:
         rows.append(("outputs", "all finite; no labels and no reference to measure against"))
     print_table(f"{name} on {result.samples:,} samples", ["", "measured"], rows)
     for gate in result.gates:
-        typer.echo(f"{'held' if gate.held else 'NOT HELD'}: {gate.what} {gate.measured:.2f} %, asked for {gate.asked:g} %")
+        typer.echo(str(gate))

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
-
 from perceiver_export.runtimes.errors import ExportError
 
 
@@ -68,7 +67,9 @@ def _evaluate(model: ir.Model, nodes: Sequence[ir.Node], outputs: Sequence[ir.Va
     for node in nodes:
         for value in node.inputs:
             if value is not None and value.is_initializer() and value not in values:
-                values[value] = ir.Value(name=value.name, const_value=value.const_value, type=value.type, shape=value.shape)
+                values[value] = ir.Value(
+                    name=value.name, const_value=value.const_value, type=value.type, shape=value.shape
+                )
     initializers = list(values.values())
     copies = []
     for node in nodes:
@@ -83,7 +84,11 @@ def _evaluate(model: ir.Model, nodes: Sequence[ir.Node], outputs: Sequence[ir.Va
         values.update(zip(node.outputs, copy.outputs, strict=True))
         copies.append(copy)
     graph = ir.Graph(
-        [], [values[value] for value in outputs], nodes=copies, initializers=initializers, opset_imports=model.opset_imports
+        [],
+        [values[value] for value in outputs],
+        nodes=copies,
+        initializers=initializers,
+        opset_imports=model.opset_imports,
     )
     serialized = ir.to_proto(ir.Model(graph, ir_version=model.ir_version)).SerializeToString()
     options = onnxruntime.SessionOptions()
@@ -105,7 +110,10 @@ def _replace(graph: ir.Graph, value: ir.Value, array: np.ndarray) -> None:
     if name is None:
         raise ExportError("the traced graph has a value without a name", "report it with the config")
     constant = ir.Value(
-        name=name, const_value=ir.tensor(np.ascontiguousarray(array), name=name), type=value.type, shape=ir.Shape(array.shape)
+        name=name,
+        const_value=ir.tensor(array, name=name),
+        type=value.type,
+        shape=ir.Shape(array.shape),
     )
     value.replace_all_uses_with(constant, replace_graph_outputs=True)
     graph.initializers[name] = constant

@@ -10,9 +10,8 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor, nn
-
 from perceiver_export.exporter.perceiver.config import Activation
+from torch import Tensor, nn
 
 
 def attend(queries: Tensor, keys: Tensor, values: Tensor, num_heads: int) -> Tensor:
@@ -28,7 +27,7 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, num_heads: int) -> Ten
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
     """(B, N, H·d) -> (B, H, N, d)."""
-    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+    return x.reshape(*x.shape[:-1], num_heads, -1).transpose(1, 2)
 
 
 def merge_heads(x: Tensor) -> Tensor:
@@ -40,7 +39,12 @@ class Attention(nn.Module):
     """Projections round `attend`: queries (B, N, Q) over inputs (B, M, C) -> (B, N, Q)."""
 
     def __init__(
-        self, num_query_channels: int, num_input_channels: int, num_qk_channels: int, num_v_channels: int, num_heads: int
+        self,
+        num_query_channels: int,
+        num_input_channels: int,
+        num_qk_channels: int,
+        num_v_channels: int,
+        num_heads: int,
     ) -> None:
         super().__init__()
         self.num_heads = num_heads
@@ -50,9 +54,7 @@ class Attention(nn.Module):
         self.output = nn.Linear(num_v_channels, num_query_channels)
 
     def forward(self, queries: Tensor, inputs: Tensor) -> Tensor:
-        context: Tensor = self.output(
-            attend(self.query(queries), self.key(inputs), self.value(inputs), self.num_heads)
-        )
+        context: Tensor = self.output(attend(self.query(queries), self.key(inputs), self.value(inputs), self.num_heads))
         return context
 
 

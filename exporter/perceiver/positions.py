@@ -6,9 +6,8 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor, nn
-
 from perceiver_export.exporter.perceiver.config import FourierPositions, LearnedPositions, Positions
+from torch import Tensor, nn
 
 
 def grid_positions(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -58,7 +57,7 @@ class LearnedPositionEncoding(nn.Module):
     def forward(self) -> Tensor:
         table: Tensor = self.table
         if self.shape != self.trained_shape:
-            grid = table.unflatten(0, self.trained_shape).permute(2, 0, 1).unsqueeze(0)
+            grid = table.reshape(*self.trained_shape, -1).permute(2, 0, 1).unsqueeze(0)
             grid = nn.functional.interpolate(grid, size=self.shape, mode="bicubic", align_corners=False)
             table = grid.squeeze(0).flatten(1).T
         encoding: Tensor = self.projection(table)

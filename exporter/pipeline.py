@@ -10,15 +10,18 @@ import platform
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
-
 from perceiver_export.exporter.load import LoadedModel, load_model
 from perceiver_export.exporter.write import file_entries, new_bundle, refuse_existing
 from perceiver_export.runtimes.bundle import Bundle, open_bundle
 from perceiver_export.runtimes.manifest import SCHEMA_VERSION, Manifest, Part, encode_manifest
 from perceiver_export.runtimes.runtime import Array, Runtime, open_engine
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 # progress(what is being done, steps done, steps in all)
 Progress = Callable[[str, int, int], None]
@@ -68,7 +71,9 @@ def export(
         report("verify", 3, 4)
         engine = open_engine(directory / GRAPH, "ort-cpu", threads=None)
         with Runtime(engine, inputs, outputs, "fp32") as runtime:
-            checks, golden = verify(loaded.model, runtime, sizes, lambda done, of: report("verify", 3 * of + done, 4 * of))
+            checks, golden = verify(
+                loaded.model, runtime, sizes, lambda done, of: report("verify", 3 * of + done, 4 * of)
+            )
         _save_arrays(directory / GOLDEN, golden)
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,
@@ -90,11 +95,10 @@ def export(
     return open_bundle(path)
 
 
-def _save_graph(model: object, directory: Path) -> None:
+def _save_graph(model: ir.Model, directory: Path) -> None:
     """model.onnx, and its weights beside it: an engine then maps them instead of holding them twice."""
     import onnx_ir as ir
 
-    assert isinstance(model, ir.Model)
     model.producer_name = "perceiver-export"
     model.producer_version = importlib.metadata.version("perceiver-export")
     ir.save(model, directory / GRAPH, external_data=WEIGHTS)
@@ -106,7 +110,9 @@ def _save_arrays(path: Path, arrays: Mapping[str, Array]) -> None:
         for name, array in arrays.items():
             buffer = io.BytesIO()
             np.lib.format.write_array(buffer, array, allow_pickle=False)
-            archive.writestr(zipfile.ZipInfo(f"{name}.npy", (1980, 1, 1, 0, 0, 0)), buffer.getvalue(), zipfile.ZIP_DEFLATED)
+            archive.writestr(
+                zipfile.ZipInfo(f"{name}.npy", (1980, 1, 1, 0, 0, 0)), buffer.getvalue(), zipfile.ZIP_DEFLATED
+            )
 
 
 def _tools() -> dict[str, str]:

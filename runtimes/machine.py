@@ -12,7 +12,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # Instruction sets that decide how fast (and for int8, how exactly) a CPU runs a model.
-_FEATURES = ("avx2", "fma", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "asimd", "asimddp", "i8mm", "sve")
+_FEATURES = (
+    "avx2",
+    "fma",
+    "avx512f",
+    "avx512_vnni",
+    "avx_vnni",
+    "avx512_bf16",
+    "amx_int8",
+    "asimd",
+    "asimddp",
+    "i8mm",
+    "sve",
+)
 
 # What each part of the work needs, and the extra that brings it.
 _NEEDS = (

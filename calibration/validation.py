@@ -10,7 +10,6 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
-
 from perceiver_export.calibration.data import Sample, open_data
 from perceiver_export.calibration.statistics import Proportion, proportion
 from perceiver_export.runtimes.bundle import Bundle
@@ -34,6 +33,9 @@ class Gate(msgspec.Struct, frozen=True):
     measured: float
     held: bool
 
+    def __str__(self) -> str:
+        return f"{'held' if self.held else 'NOT HELD'}: {self.what} {self.asked:g} %; measured {self.measured:.2f} %"
+
 
 class Validation(msgspec.Struct, frozen=True):
     """What was measured. Fields that need labels or a reference are None without them; ``drop`` is in points."""
@@ -49,10 +51,7 @@ class Validation(msgspec.Struct, frozen=True):
         """Raise GateError unless every gate held."""
         for gate in self.gates:
             if not gate.held:
-                raise GateError(
-                    f"gate not held: {gate.what} is {gate.measured:.2f} %, asked for {gate.asked:g} %",
-                    "this model is not as good as was asked; nothing was changed",
-                )
+                raise GateError(str(gate), "this bundle is not as close to its reference as was asked")
 
 
 def validate(
@@ -84,11 +83,19 @@ def validate(
         opened = open_data(data, task.labels)
         total = opened.count if samples is None or opened.count is None else min(samples, opened.count)
         if against is None or callable(against):
-            return _validate(task, against, itertools.islice(opened.samples, samples), total, max_drop, min_agreement, progress)
+            return _validate(
+                task, against, itertools.islice(opened.samples, samples), total, max_drop, min_agreement, progress
+            )
         with open_task(against, device, threads) as other:
             _check_same(task, other)
             return _validate(
-                task, other.run_inputs, itertools.islice(opened.samples, samples), total, max_drop, min_agreement, progress
+                task,
+                other.run_inputs,
+                itertools.islice(opened.samples, samples),
+                total,
+                max_drop,
+                min_agreement,
+                progress,
             )
 
 
@@ -112,7 +119,9 @@ def _validate(
             progress(len(labels), total)
     if not labels:
         raise DataError("the data holds no samples", "it is empty, or a generator that was used up")
-    return _result(labels, np.concatenate(found), np.concatenate(expected) if expected else None, max_drop, min_agreement)
+    return _result(
+        labels, np.concatenate(found), np.concatenate(expected) if expected else None, max_drop, min_agreement
+    )
 
 
 def _result(
@@ -130,11 +139,17 @@ def _result(
     gates = []
     if max_drop is not None:
         if drop is None:
-            raise DataError("the data has no labels, so a drop cannot be measured", "add labels, or gate on --min-agreement")
-        gates.append(Gate("drop of top-1 below the reference", max_drop, drop, drop <= max_drop))
+            raise DataError(
+                "the data has no labels, so a drop cannot be measured", "add labels, or gate on --min-agreement"
+            )
+        gates.append(Gate("top-1 falls below the reference by at most", max_drop, drop, drop <= max_drop))
     if min_agreement is not None and agreement is not None:
         low = 100 * agreement.low
-        gates.append(Gate("lower 95 % bound of agreement with the reference", min_agreement, low, low >= min_agreement))
+        gates.append(
+            Gate(
+                "agreement with the reference (lower 95 % bound) is at least", min_agreement, low, low >= min_agreement
+            )
+        )
     return Validation(count, top1, reference, drop, agreement, tuple(gates))
 
 

@@ -14,10 +14,9 @@ from typing import Any
 
 import msgspec
 import numpy as np
-
 from perceiver_export.runtimes.bundle import Bundle, open_bundle
-from perceiver_export.runtimes.doctor import available_cores, cpu_features, cpu_name
 from perceiver_export.runtimes.errors import BundleError, PerceiverExportError, UsageError
+from perceiver_export.runtimes.machine import available_cores, cpu_features, cpu_name
 from perceiver_export.runtimes.manifest import TensorSpec
 from perceiver_export.runtimes.runtime import Array, Runtime, load, load_onnx
 
@@ -47,7 +46,7 @@ class Measurement(msgspec.Struct, frozen=True):
 
 
 class Bench(msgspec.Struct, frozen=True):
-    """``ratio``: median over pairs of blocks of the first side's time by the second's, with its quartiles."""
+    """``ratio``: median over pairs of blocks of the first side's time a sample by the second's, with its quartiles."""
 
     machine: str
     runs: int
@@ -78,16 +77,15 @@ def bench(
     try:
         feeds = [_feeds(path, runtime) for path, runtime in zip(paths, runtimes, strict=True)]
         times = _interleaved(runtimes, feeds, runs, progress)
-        measured = tuple(
-            _measurement(*side) for side in zip(paths, runtimes, feeds, times, fresh, strict=True)
-        )
+        measured = tuple(_measurement(*side) for side in zip(paths, runtimes, feeds, times, fresh, strict=True))
     finally:
         for runtime in runtimes:
             runtime.close()
     machine = f"{cpu_name()}, {available_cores()} cores, {' '.join(cpu_features()) or sys.platform}"
     if against is None:
         return Bench(machine, runs, measured)
-    blocks = [_block_medians(side) for side in times]
+    # A sample's time, so that bundles of different batch sizes compare.
+    blocks = [_block_medians(side) / each.batch for side, each in zip(times, measured, strict=True)]
     ratios = blocks[0] / blocks[1]
     low, high = np.quantile(ratios, [0.25, 0.75])
     return Bench(machine, runs, measured, float(np.median(ratios)), (float(low), float(high)))
@@ -169,21 +167,18 @@ def _fresh(path: Path, device: str, threads: int | None) -> dict[str, float]:
     try:
         answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     except (IndexError, ValueError) as error:
-        raise BundleError(f"{path} cannot be run in a process of its own", done.stderr.strip()[-500:] or "it died") from error
+        raise BundleError(
+            f"{path} cannot be run in a process of its own", done.stderr.strip()[-500:] or "it died"
+        ) from error
     if "message" in answer:
         raise BundleError(answer["message"], answer["hint"])
     return answer
 
 
 def _main(path: Path, device: str, threads: int | None) -> dict[str, Any]:
-    import resource
-
     import onnxruntime  # noqa: F401  the library's own size is not the model's
 
-    def peak() -> float:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-    base = peak()
+    base = _peak_memory()
     try:
         start = time.perf_counter()
         runtime = _open(path, device, threads)
@@ -193,7 +188,18 @@ def _main(path: Path, device: str, threads: int | None) -> dict[str, Any]:
             runtime.run(feeds)
     except PerceiverExportError as error:
         return {"message": error.message, "hint": error.hint}
-    return {"load": seconds * 1e3, "peak": peak(), "base": base}
+    return {"load": seconds * 1e3, "peak": _peak_memory(), "base": base}
+
+
+def _peak_memory() -> float:
+    """MiB. From /proc where there is one: getrusage's figure survives exec, so it would start with the parent's."""
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+        return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) / 1024
+    except (OSError, StopIteration):
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 if __name__ == "__main__":

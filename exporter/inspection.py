@@ -39,7 +39,9 @@ def _inspect_onnx(path: Path) -> Inspection:
         import onnx_ir as ir
         import onnx_ir.passes.common as common
     except ImportError as error:
-        raise MissingDependencyError("inspecting an ONNX file needs onnx-ir", "pip install 'perceiver-export[export]'") from error
+        raise MissingDependencyError(
+            "inspecting an ONNX file needs onnx-ir", "pip install 'perceiver-export[export]'"
+        ) from error
     from perceiver_export.exporter.costs import stage_costs
     from perceiver_export.runtimes.runtime import open_engine
 
@@ -53,12 +55,7 @@ def _inspect_onnx(path: Path) -> Inspection:
     except Exception as error:
         # protobuf, onnx-ir and onnx each have their own errors for a damaged file.
         raise BundleError(f"{path} is not an ONNX model that can be read", "copy it again") from error
-    weights = {value.const_value.path for value in model.graph.initializers.values() if _external(value.const_value)}
-    size = path.stat().st_size + sum(Path(file).stat().st_size for file in weights)
+    tensors = [value.const_value for value in model.graph.initializers.values()]
+    beside = {Path(tensor.path) for tensor in tensors if isinstance(tensor, ir.ExternalTensor)}
+    size = sum(file.stat().st_size for file in {path, *beside})
     return Inspection(path, {"model": Part(path.name, engine.inputs, engine.outputs, stages)}, None, size)
-
-
-def _external(tensor: object) -> bool:
-    import onnx_ir as ir
-
-    return isinstance(tensor, ir.ExternalTensor)

@@ -1,0 +1,56 @@
+# make demo and make test each work as the first command in a fresh clone; they need Python 3.11 or newer and an index.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed
+# A strict editable install links file by file, so it is repeated when the list of files changes.
+LISTING := $(VENV)/files
+# The product supports 3.10; the runtime's tests run there too where that interpreter is.
+PYTHON310 ?= $(shell for p in python3.10 $$HOME/.pyenv/versions/3.10.*/bin/python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info[:2] != (3, 10))' 2>/dev/null && echo $$p && break; done)
+
+.PHONY: install demo test check test-py310 benchmarks clean FORCE
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt $(LISTING)
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt torch
+	$(BIN)/python -m pip install -q -c constraints.txt --config-settings editable_mode=strict -e '.[dev]'
+	@touch $@
+
+$(LISTING): FORCE
+	@mkdir -p $(VENV)
+	@find exporter runtimes calibration -name '*.py' | sort > $@.new; cmp -s $@.new $@ && rm $@.new || mv $@.new $@
+
+demo: install
+	$(BIN)/perceiver-export demo
+
+test: check
+	$(BIN)/python -m pytest
+	$(MAKE) test-py310
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict runtimes calibration exporter tests examples
+
+test-py310: install
+ifeq ($(PYTHON310),)
+	@echo "no Python 3.10 here: the runtime was not tested on it"
+else
+	test -x $(VENV)/py310/bin/python || $(PYTHON310) -m venv $(VENV)/py310
+	$(VENV)/py310/bin/python -m pip install -q -c constraints-py310.txt '.[ort,images]' pytest
+	rm -rf $(VENV)/py310/bundle
+	$(BIN)/perceiver-export export examples/fashion_mnist/checkpoint -o $(VENV)/py310/bundle --json > /dev/null
+	PERCEIVER_TEST_BUNDLE=$(CURDIR)/$(VENV)/py310/bundle $(VENV)/py310/bin/python -m pytest tests/runtimes
+endif
+
+benchmarks: install
+	$(BIN)/python tests/benchmarks/overhead.py
+	$(BIN)/python tests/benchmarks/imports.py
+	$(BIN)/python tests/benchmarks/export_full_size.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small random checkpoints, made by transformers itself."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+KINDS = {"learned": 512, "fourier": 261, "conv": 322}
+
+
+def make_transformers_model(kind: str, **changes: Any) -> Any:
+    """A transformers Perceiver with every parameter and buffer away from its default."""
+    import transformers
+
+    classes = {"learned": "Learned", "fourier": "Fourier", "conv": "ConvProcessing"}
+    sizes: dict[str, Any] = {
+        "num_latents": 7,
+        "d_latents": 24,
+        "d_model": KINDS[kind],
+        "num_blocks": 2,
+        "num_self_attends_per_block": 3,
+        "num_self_attention_heads": 4,
+        "num_cross_attention_heads": 1,
+        "image_size": 12,
+        "num_labels": 5,
+    }
+    config = transformers.PerceiverConfig(**{**sizes, **changes})
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = getattr(transformers, f"PerceiverForImageClassification{classes[kind]}")(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+        for buffer in model.buffers():
+            if buffer.is_floating_point():
+                buffer.add_(torch.rand_like(buffer))
+    return model
+
+
+MakeCheckpoint = Callable[..., Path]
+
+
+@pytest.fixture
+def make_checkpoint(tmp_path: Path) -> MakeCheckpoint:
+    """``make_checkpoint(kind, save_options={}, **config)`` -> a Hugging Face directory."""
+
+    def make(kind: str, save_options: dict[str, Any] | None = None, **changes: Any) -> Path:
+        directory = tmp_path / f"checkpoint-{kind}"
+        make_transformers_model(kind, **changes).save_pretrained(directory, **(save_options or {}))
+        return directory
+
+    return make

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A bundle is written whole or not at all, and only if it is right."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from perceiver_export.exporter import LoadedModel, export, inspect_bundle, load_model, pipeline, verify
+from perceiver_export.exporter.write import new_bundle
+from perceiver_export.runtimes import open_bundle
+from perceiver_export.runtimes.errors import (
+    BundleError,
+    BundleExistsError,
+    ExportError,
+    VerificationError,
+)
+
+from .conftest import MakeCheckpoint
+
+
+@pytest.fixture
+def loaded(make_checkpoint: MakeCheckpoint) -> LoadedModel:
+    return load_model(make_checkpoint("fourier"), shape={"image": (3, 8, 8)})
+
+
+def left_in(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir() if not path.name.startswith("checkpoint"))
+
+
+def test_the_bundle_says_what_it_holds(loaded: LoadedModel, tmp_path: Path) -> None:
+    manifest = export(loaded, tmp_path / "bundle").manifest
+
+    assert left_in(tmp_path) == ["bundle"]
+    assert sorted(manifest.files) == ["golden.npz", "model.onnx", "model.weights"]
+    assert len(manifest.verification) == 3
+    assert all(check.difference < 1e-5 for check in manifest.verification)
+    assert manifest.architecture["encoder"]["num_latents"] == 7
+    assert manifest.tools["torch"] == torch.__version__.split("+")[0] or manifest.tools["torch"] == torch.__version__
+    with np.load(tmp_path / "bundle" / "golden.npz") as golden:
+        np.testing.assert_allclose(golden["output/logits"], loaded.run(golden["input/image"]), atol=1e-6)
+
+
+def test_inspection_adds_up(loaded: LoadedModel, tmp_path: Path) -> None:
+    bundle = export(loaded, tmp_path / "bundle")
+    from_manifest, from_graph = inspect_bundle(bundle.path), inspect_bundle(bundle.path / "model.onnx")
+
+    assert from_manifest.parts["model"].stages == from_graph.parts["model"].stages
+    assert from_manifest.manifest == bundle.manifest
+    assert sum(entry.size for entry in bundle.manifest.files.values()) == from_manifest.bytes_on_disk
+    (tmp_path / "broken.onnx").write_bytes(b"not a graph")
+    with pytest.raises(BundleError):
+        inspect_bundle(tmp_path / "broken.onnx")
+
+
+def test_an_existing_bundle_is_replaced_only_when_asked(loaded: LoadedModel, tmp_path: Path) -> None:
+    export(loaded, tmp_path / "bundle", batch=1)
+    with pytest.raises(BundleExistsError) as caught:
+        export(loaded, tmp_path / "bundle", batch=2)
+    assert "--overwrite" in caught.value.hint
+    assert open_bundle(tmp_path / "bundle").part().inputs[0].shape[0] == 1
+
+    export(loaded, tmp_path / "bundle", batch=2, overwrite=True)
+    assert open_bundle(tmp_path / "bundle").part().inputs[0].shape[0] == 2
+    assert left_in(tmp_path) == ["bundle"]
+
+
+def test_what_is_not_a_bundle_is_never_replaced(loaded: LoadedModel, tmp_path: Path) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter1.txt").write_text("years of work")
+    for place in (tmp_path / "thesis", tmp_path / "thesis" / "chapter1.txt"):
+        with pytest.raises(BundleExistsError):
+            export(loaded, place, overwrite=True)
+    assert (tmp_path / "thesis" / "chapter1.txt").read_text() == "years of work"
+
+
+def test_a_place_that_cannot_be_written(loaded: LoadedModel, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ExportError, match="cannot be written"):
+        export(loaded, tmp_path / "file" / "bundle")
+
+
+@pytest.mark.parametrize("stage", ["graph", "golden", "manifest"])
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_full_disk_leaves_what_was_there(
+    loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, exists: bool
+) -> None:
+    if exists:
+        export(loaded, tmp_path / "bundle")
+
+    def full(*arguments: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    name = {"graph": "_save_graph", "golden": "_save_arrays", "manifest": "encode_manifest"}[stage]
+    monkeypatch.setattr(pipeline, name, full)
+    with pytest.raises(ExportError, match="disk is full"):
+        export(loaded, tmp_path / "bundle", overwrite=True)
+
+    assert left_in(tmp_path) == (["bundle"] if exists else [])
+    if exists:
+        open_bundle(tmp_path / "bundle", verify="always")
+
+
+def test_a_rename_that_fails_puts_the_old_bundle_back(
+    loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export(loaded, tmp_path / "bundle")
+    original = Path.rename
+
+    def rename(self: Path, target: Path) -> Path:
+        if self.name.endswith(".partial"):
+            raise OSError(errno.EIO, "Input/output error")
+        return original(self, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(ExportError):
+        export(loaded, tmp_path / "bundle", overwrite=True)
+
+    assert left_in(tmp_path) == ["bundle"]
+    open_bundle(tmp_path / "bundle", verify="always")
+
+
+def test_ctrl_c_leaves_nothing(loaded: LoadedModel, tmp_path: Path) -> None:
+    def interrupt(what: str, done: int, total: int) -> None:
+        if what == "verify":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        export(loaded, tmp_path / "bundle", progress=interrupt)
+
+    assert left_in(tmp_path) == []
+
+
+def test_of_two_exports_to_one_place_the_first_to_finish_wins(tmp_path: Path) -> None:
+    def write_slowly() -> None:
+        with new_bundle(tmp_path / "bundle", False) as slow:
+            (slow / "manifest.json").write_text("slow")
+            with new_bundle(tmp_path / "bundle", False) as fast:
+                (fast / "manifest.json").write_text("fast")
+
+    with pytest.raises(BundleExistsError, match="in the meantime"):
+        write_slowly()
+
+    assert (tmp_path / "bundle" / "manifest.json").read_text() == "fast"
+    assert left_in(tmp_path) == ["bundle"]
+
+
+def test_a_graph_that_differs_from_torch_is_refused(
+    loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = pipeline._save_graph
+
+    def save_another(model: Any, directory: Path) -> None:
+        original(model, directory)
+        with torch.no_grad():
+            loaded.model.decoder.output.bias.add_(0.01)  # torch is no longer what was written
+
+    monkeypatch.setattr(pipeline, "_save_graph", save_another)
+    with pytest.raises(VerificationError, match="differs by"):
+        export(loaded, tmp_path / "bundle")
+    assert left_in(tmp_path) == []
+
+
+def test_a_model_that_overflows_is_refused(loaded: LoadedModel, tmp_path: Path) -> None:
+    with torch.no_grad():
+        loaded.model.decoder.output.weight.fill_(3e38)
+    with pytest.raises(VerificationError, match="NaN or infinite"):
+        export(loaded, tmp_path / "bundle")
+    assert left_in(tmp_path) == []
+
+
+def test_large_inputs_are_among_those_that_are_compared(loaded: LoadedModel, tmp_path: Path) -> None:
+    checks = export(loaded, tmp_path / "bundle").manifest.verification
+
+    assert verify._LARGE == 100
+    assert "× 100" in checks[-1].inputs

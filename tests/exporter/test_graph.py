@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The exported graph: constants baked, weights stored once, nothing that engines or devices stumble over."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from perceiver_export.exporter import LoadedModel, export, load_model
+from perceiver_export.exporter.costs import stage_costs
+from perceiver_export.exporter.trace import IR_VERSION, OPSET, Batch, trace
+from perceiver_export.runtimes import load
+from perceiver_export.runtimes.errors import UsageError
+
+from .conftest import MakeCheckpoint
+
+SIZES = {"learned": (10, 14), "fourier": (13, 17), "conv": (37, 30)}
+# Whatever computes positions, draws numbers or works on shapes at run time.
+FORBIDDEN = {"Sin", "Cos", "Range", "Shape", "ConstantOfShape", "Resize", "Constant", "Identity", "Cast", "If", "Loop"}
+FORBIDDEN |= {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial"}
+
+
+@pytest.fixture(params=SIZES)
+def loaded(request: pytest.FixtureRequest, make_checkpoint: MakeCheckpoint) -> LoadedModel:
+    return load_model(make_checkpoint(request.param), shape={"image": (3, *SIZES[request.param])})
+
+
+def test_nothing_constant_is_left_to_do(loaded: LoadedModel) -> None:
+    graph = trace(loaded.model, Batch.parse(1)).graph
+    operators = Counter(node.op_type for node in graph)
+
+    assert not FORBIDDEN & set(operators)
+    for node in graph:
+        assert node.domain == ""
+        assert not all(value is None or value.is_initializer() for value in node.inputs), f"{node.name} is constant"
+    assert all(value.shape is not None and value.shape.rank() <= 6 for node in graph for value in node.outputs)
+
+
+def test_shared_blocks_share_their_weights(loaded: LoadedModel) -> None:
+    graph = trace(loaded.model, Batch.parse(1)).graph
+    parameters = sum(parameter.numel() for parameter in loaded.model.encoder.self_attentions.parameters())
+    stored = sum(
+        value.const_value.size
+        for name, value in graph.initializers.items()
+        if name.startswith("encoder.self_attentions.") and value.const_value is not None
+    )
+
+    assert stored == parameters
+    for layer in range(3):
+        weight = graph.initializers[f"encoder.self_attentions.{layer}.mlp.hidden.weight"]
+        assert [user.op_type for user in weight.consumers()] == ["MatMul", "MatMul"]  # two blocks
+
+
+def test_weights_are_stored_as_matmul_takes_them(loaded: LoadedModel) -> None:
+    graph = trace(loaded.model, Batch.parse(1)).graph
+    weight = graph.initializers["decoder.output.weight"].const_value
+    assert weight is not None
+
+    np.testing.assert_array_equal(loaded.model.decoder.output.weight.detach().numpy().T, weight.numpy())
+
+
+def test_the_file_is_standard_onnx_of_the_promised_versions(loaded: LoadedModel, tmp_path: Path) -> None:
+    bundle = export(loaded, tmp_path / "bundle")
+    model = onnx.load(bundle.path / "model.onnx")
+
+    onnx.checker.check_model(bundle.path / "model.onnx", full_check=True)
+    assert model.ir_version == IR_VERSION
+    assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", OPSET)]
+
+
+def test_no_path_of_the_exporting_machine_is_in_the_files(loaded: LoadedModel, tmp_path: Path) -> None:
+    bundle = export(loaded, tmp_path / "bundle")
+
+    for name in ("model.onnx", "manifest.json"):
+        content = (bundle.path / name).read_bytes()
+        assert not re.search(rb"site-packages|\.py\b|/home/|/root/|" + re.escape(str(tmp_path).encode()), content), name
+
+
+def test_the_same_checkpoint_gives_the_same_bytes(loaded: LoadedModel, tmp_path: Path) -> None:
+    first, second = (export(loaded, tmp_path / name / "bundle") for name in ("first", "second"))
+
+    assert first.manifest.files == second.manifest.files
+
+
+def test_a_fixed_batch_does_not_store_positions_for_each_picture(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    loaded = load_model(make_checkpoint("fourier"), shape={"image": (3, 16, 16)})
+    one, four = (export(loaded, tmp_path / str(batch), batch=batch) for batch in (1, 4))
+
+    assert four.manifest.files["model.weights"].size < 1.1 * one.manifest.files["model.weights"].size
+
+
+def test_a_range_of_batches_runs_at_every_size_and_refuses_others(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    loaded = load_model(make_checkpoint("fourier"), shape={"image": (3, 16, 16)})
+    bundle = export(loaded, tmp_path / "bundle", batch="1:2:5")
+    images = np.random.default_rng(0).normal(size=(6, 3, 16, 16)).astype(np.float32)
+
+    with load(bundle) as runtime:
+        assert runtime.inputs[0].shape == ("batch", 3, 16, 16)
+        assert runtime.inputs[0].ranges == {"batch": (1, 5)}
+        for size in range(1, 6):
+            expected = loaded.run(images[:size])
+            found = runtime.run({"image": images[:size]})["logits"]
+            np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+            buffer = np.empty_like(expected)
+            np.testing.assert_array_equal(
+                runtime.run({"image": images[:size]}, out={"logits": buffer})["logits"], found
+            )
+        for size in (0, 6):
+            with pytest.raises(Exception, match="batch from 1 to 5"):
+                runtime.run({"image": images[:size]})
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "two", "1:2", "4:2:8", "1:2:3:4", ""])
+def test_batches_that_make_no_sense(text: str) -> None:
+    with pytest.raises(UsageError):
+        Batch.parse(text)
+
+
+def test_costs_count_every_product_once() -> None:
+    model = ir.from_onnx_text(
+        """<ir_version: 10, opset_import: ["" : 20]>
+        stage (float[2,3,4] x) => (float[2,3,6] y)
+        <float[4,5] w = {1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18,19,20},
+         float[5,6] v = {1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17,18,19,20,21,22,23,24,25,26,27,28,29,30}>
+        { h = MatMul(x, w)
+          y = MatMul(h, v) }"""
+    )
+    ir.passes.common.ShapeInferencePass()(model)
+    (stage,) = stage_costs(model.graph)
+
+    assert stage.flops == 2 * (2 * 3 * 4 * 5) + 2 * (2 * 3 * 5 * 6)
+    assert stage.parameters == 4 * 5 + 5 * 6
+    assert stage.weight_bytes == 4 * stage.parameters
+    assert stage.activation_bytes == 4 * (2 * 3 * 4 + 2 * (2 * 3 * 5) + 2 * 3 * 6)

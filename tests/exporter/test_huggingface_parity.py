@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Our torch models are transformers' to rounding, from every file layout that transformers writes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from perceiver_export.exporter import load_model
+from perceiver_export.runtimes.pictures import to_input
+from PIL import Image
+
+from .conftest import MakeCheckpoint, make_transformers_model
+
+SIZES = {"learned": (12, 12), "fourier": (13, 17), "conv": (37, 30)}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "qk and v channels": {"qk_channels": 16, "v_channels": 24},
+    "shape of the queries": {"cross_attention_shape_for_attention": "q"},
+    "no residual, wider": {
+        "use_query_residual": False,
+        "cross_attention_widening_factor": 2,
+        "self_attention_widening_factor": 3,
+    },
+    "tanh gelu, one block": {"hidden_act": "gelu_new", "num_blocks": 1},
+    "more cross heads": {"num_cross_attention_heads": 2, "qk_channels": 8, "v_channels": 24},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("kind", SIZES)
+def test_logits_are_transformers(make_checkpoint: MakeCheckpoint, kind: str, variant: str) -> None:
+    directory = make_checkpoint(kind, **VARIANTS[variant])
+    theirs = make_transformers_model(kind, **VARIANTS[variant])
+    ours = load_model(directory, shape={"image": (3, *SIZES[kind])}).model
+    image = torch.randn(2, 3, *SIZES[kind], dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-10)):
+        with torch.no_grad():
+            expected = theirs.to(dtype)(image.to(dtype)).logits
+            found = ours.to(dtype)(image.to(dtype))
+        assert (found - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+def test_learned_positions_are_resized_as_transformers_does(make_checkpoint: MakeCheckpoint) -> None:
+    directory = make_checkpoint("learned")
+    ours = load_model(directory, shape={"image": (3, 9, 15)}).model
+    image = torch.randn(1, 3, 9, 15, generator=torch.Generator().manual_seed(1))
+
+    with torch.no_grad():
+        expected = make_transformers_model("learned")(image, interpolate_pos_encoding=True).logits
+        found = ours(image)
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_sharded_safetensors_and_bin_files_hold_the_same(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    whole = make_checkpoint("fourier")
+    sharded = tmp_path / "sharded"
+    make_transformers_model("fourier").save_pretrained(sharded, max_shard_size="100KB")
+    assert len(list(sharded.glob("*.safetensors"))) > 1
+    pickled = tmp_path / "pickled"
+    pickled.mkdir()
+    (pickled / "config.json").write_bytes((whole / "config.json").read_bytes())
+    torch.save(make_transformers_model("fourier").state_dict(), pickled / "pytorch_model.bin")
+
+    expected = load_model(whole).model.state_dict()
+    for directory in (sharded, pickled):
+        found = load_model(directory).model.state_dict()
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_half_precision_checkpoints_are_widened(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    half = tmp_path / "half"
+    make_transformers_model("fourier").to(torch.float16).save_pretrained(half)
+
+    assert {parameter.dtype for parameter in load_model(half).model.parameters()} == {torch.float32}
+
+
+def test_labels_and_picture_size_come_from_the_directory(make_checkpoint: MakeCheckpoint) -> None:
+    directory = make_checkpoint("fourier", id2label=dict(enumerate("abcde")))
+    assert load_model(directory).labels == tuple("abcde")
+    assert load_model(directory).config.input.height == 224
+
+    (directory / "preprocessor_config.json").write_text(json.dumps({"size": {"height": 20, "width": 30}}))
+    image = load_model(directory).config.input
+    assert (image.height, image.width) == (20, 30)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"do_center_crop": False},
+        {"size": {"height": 32, "width": 48}, "crop_size": {"height": 40, "width": 52}},
+        {"resample": 2, "image_mean": [0.1, 0.2, 0.3], "image_std": [0.9, 0.8, 0.7]},
+        {"do_rescale": False, "do_normalize": False},
+    ],
+)
+@pytest.mark.parametrize("size", [(300, 401), (101, 64)])
+def test_pictures_are_prepared_as_transformers_does(
+    make_checkpoint: MakeCheckpoint, settings: dict[str, Any], size: tuple[int, int]
+) -> None:
+    from transformers.models.perceiver.image_processing_pil_perceiver import PerceiverImageProcessorPil
+
+    directory = make_checkpoint("fourier")
+    (directory / "preprocessor_config.json").write_text(json.dumps(settings))
+    picture = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    expected = PerceiverImageProcessorPil(**settings)(Image.fromarray(picture), return_tensors="np")["pixel_values"][0]
+
+    found = to_input(picture, load_model(directory).preprocessing)
+
+    np.testing.assert_allclose(found, expected, atol=1e-5 * max(1.0, float(np.abs(expected).max())))

@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Comparisons that must fail do fail."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from perceiver_export.runtimes.comparison import compare
+
+REFERENCE = np.array([1.0, -2.0], np.float32)
+
+
+def test_a_difference_is_measured_against_the_references_scale() -> None:
+    comparison = compare(np.array([1.0, -2.002], np.float32), REFERENCE, 1e-2)
+
+    assert comparison
+    assert comparison.difference == pytest.approx(1e-3, rel=1e-3)
+    assert not compare(np.array([1.0, -2.2], np.float32), REFERENCE, 1e-2)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_nan_and_infinity_never_pass(bad: float) -> None:
+    assert not compare(np.array([1.0, bad]), REFERENCE, 1.0)
+    assert not compare(REFERENCE, np.array([1.0, bad]), 1.0)
+
+
+def test_another_shape_never_passes() -> None:
+    assert not compare(REFERENCE[:1], REFERENCE, 1.0)

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every target must do: one suite over every backend that is here."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from perceiver_export.runtimes import Runtime, load
+from perceiver_export.runtimes.errors import DeviceError, InputError, RuntimeClosedError, UsageError
+from perceiver_export.runtimes.runtime import TARGETS
+
+
+@pytest.fixture(params=sorted(TARGETS))
+def runtime(request: pytest.FixtureRequest, fashion_bundle: Path) -> Iterator[Runtime]:
+    with load(fashion_bundle, device=request.param) as loaded:
+        yield loaded
+
+
+@pytest.fixture
+def golden(fashion_bundle: Path) -> dict[str, Any]:
+    with np.load(fashion_bundle / "golden.npz") as arrays:
+        return {"image": arrays["input/image"], "logits": arrays["output/logits"]}
+
+
+def test_outputs_are_those_of_torch(runtime: Runtime, golden: dict[str, Any]) -> None:
+    found = runtime.run({"image": golden["image"]})["logits"]
+
+    np.testing.assert_allclose(found, golden["logits"], atol=1e-4 * np.abs(golden["logits"]).max())
+
+
+def test_inputs_and_outputs_are_described(runtime: Runtime) -> None:
+    assert [(spec.name, spec.dtype, spec.shape) for spec in runtime.inputs] == [("image", "float32", (1, 3, 28, 28))]
+    assert [(spec.name, spec.dtype, spec.shape) for spec in runtime.outputs] == [("logits", "float32", (1, 10))]
+
+
+def test_describe_says_what_it_runs_on(runtime: Runtime) -> None:
+    described = runtime.describe()
+
+    assert described["target"] in TARGETS
+    assert described["precision"] == "fp32"
+    assert described["version"]
+
+
+def test_returned_arrays_are_the_callers_to_keep(runtime: Runtime, golden: dict[str, Any]) -> None:
+    first = runtime.run({"image": golden["image"]})["logits"]
+    kept = first.copy()
+    runtime.run({"image": golden["image"] * 2})
+
+    np.testing.assert_array_equal(kept, first)
+
+
+def test_out_is_written_and_returned(runtime: Runtime, golden: dict[str, Any]) -> None:
+    buffer = np.full((1, 10), np.nan, np.float32)
+    outputs = runtime.run({"image": golden["image"]}, out={"logits": buffer})
+
+    assert outputs["logits"] is buffer
+    np.testing.assert_array_equal(runtime.run({"image": golden["image"]})["logits"], buffer)
+
+
+@pytest.mark.parametrize(
+    "buffer",
+    [
+        np.zeros((1, 11), np.float32),
+        np.zeros((1, 10), np.float64),
+        np.zeros((1, 20), np.float32)[:, ::2],
+        np.broadcast_to(np.float32(0), (1, 10)),
+    ],
+    ids=["shape", "dtype", "strided", "read-only"],
+)
+def test_out_that_does_not_fit_is_refused(runtime: Runtime, golden: dict[str, Any], buffer: Any) -> None:
+    with pytest.raises(InputError):
+        runtime.run({"image": golden["image"]}, out={"logits": buffer})
+    with pytest.raises(InputError, match="`out` has"):
+        runtime.run({"image": golden["image"]}, out={"scores": buffer})
+
+
+@pytest.mark.parametrize(
+    ("feeds", "message"),
+    [
+        ({}, "is missing"),
+        ({"picture": np.zeros((1, 3, 28, 28), np.float32)}, "'image' is missing"),
+        ({"image": np.zeros((1, 3, 28, 28), np.float32), "mask": np.zeros(1)}, "unknown input 'mask'"),
+        ({"image": np.zeros((1, 3, 28, 28), np.float64)}, "dtype float64"),
+        ({"image": np.zeros((1, 3, 28, 27), np.float32)}, "has shape"),
+        ({"image": np.zeros((3, 28, 28), np.float32)}, "has shape"),
+        ({"image": np.zeros((2, 3, 28, 28), np.float32)}, "has shape"),
+        ({"image": [[1.0]]}, "is a list"),
+    ],
+)
+def test_feeds_that_do_not_fit_are_refused_and_the_next_good_call_works(
+    runtime: Runtime, golden: dict[str, Any], feeds: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        runtime.run(feeds)
+
+    assert caught.value.hint
+    assert runtime.run({"image": golden["image"]})["logits"].shape == (1, 10)
+
+
+def test_strided_and_big_endian_feeds_give_the_same(runtime: Runtime, golden: dict[str, Any]) -> None:
+    expected = runtime.run({"image": golden["image"]})["logits"]
+    strided = np.repeat(golden["image"], 2, axis=3)[..., ::2]
+
+    np.testing.assert_array_equal(expected, runtime.run({"image": strided})["logits"])
+    np.testing.assert_array_equal(expected, runtime.run({"image": golden["image"].astype(">f4")})["logits"])
+
+
+def test_nan_goes_through(runtime: Runtime) -> None:
+    assert np.isnan(runtime.run({"image": np.full((1, 3, 28, 28), np.nan, np.float32)})["logits"]).all()
+
+
+def test_eight_threads_get_their_own_answers(runtime: Runtime) -> None:
+    images = np.random.default_rng(0).normal(size=(8, 1, 3, 28, 28)).astype(np.float32)
+    expected = [runtime.run({"image": image})["logits"] for image in images]
+    barrier = threading.Barrier(8)
+
+    def work(index: int) -> bool:
+        barrier.wait()
+        return all(np.array_equal(runtime.run({"image": images[index]})["logits"], expected[index]) for _ in range(20))
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(work, range(8)))
+
+
+def test_submit_gives_a_future(runtime: Runtime, golden: dict[str, Any]) -> None:
+    futures = [runtime.submit({"image": golden["image"] * scale}) for scale in (1, 2, 3)]
+
+    for scale, future in zip((1, 2, 3), futures, strict=True):
+        expected = runtime.run({"image": golden["image"] * scale})["logits"]
+        np.testing.assert_array_equal(expected, future.result(timeout=60)["logits"])
+    with pytest.raises(InputError):
+        runtime.submit({}).result(timeout=60)
+
+
+def test_several_runtimes_live_in_one_process(fashion_bundle: Path, golden: dict[str, Any]) -> None:
+    with load(fashion_bundle) as first, load(fashion_bundle, threads=1) as second:
+        left, right = (loaded.run({"image": golden["image"]})["logits"] for loaded in (first, second))
+
+    np.testing.assert_allclose(left, right, atol=1e-5)
+
+
+def test_close_finishes_what_was_submitted_and_refuses_more(fashion_bundle: Path, golden: dict[str, Any]) -> None:
+    runtime = load(fashion_bundle)
+    future = runtime.submit({"image": golden["image"]})
+    runtime.close()
+    runtime.close()
+
+    assert future.result(timeout=60)["logits"].shape == (1, 10)
+    for call in (lambda: runtime.run({}), lambda: runtime.submit({}), runtime.describe):
+        with pytest.raises(RuntimeClosedError):
+            call()
+
+
+def test_a_target_that_does_not_exist_is_refused(fashion_bundle: Path) -> None:
+    with pytest.raises(DeviceError, match="there is no target 'ort-gpu'"):
+        load(fashion_bundle, device="ort-gpu")
+    with pytest.raises(UsageError):
+        load(fashion_bundle, threads=0)
+    with pytest.raises(UsageError, match="no part 'encoder'"):
+        load(fashion_bundle, part="encoder")

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an import brings into a process that has imported nothing else."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import perceiver_export.runtimes
+import pytest
+
+HEAVY = {
+    "torch",
+    "onnx",
+    "onnx_ir",
+    "onnxruntime",
+    "openvino",
+    "tensorrt",
+    "typer",
+    "rich",
+    "PIL",
+    "scipy",
+    "safetensors",
+}
+
+
+def loaded_by(statement: str) -> set[str]:
+    """Top-level modules after a statement, in a fresh interpreter."""
+    code = f"{statement}\nimport sys; print(*sorted({{name.partition('.')[0] for name in sys.modules}}))"
+    return set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
+
+
+def test_the_runtime_brings_numpy_and_the_manifest_reader_only() -> None:
+    loaded = loaded_by("import perceiver_export.runtimes")
+
+    assert loaded & HEAVY == set()
+    assert {"numpy", "msgspec"} <= loaded
+    third_party = {name for name in loaded if name not in sys.stdlib_module_names and not name.startswith("_")}
+    assert third_party - loaded_by("import numpy, msgspec") == {"perceiver_export"}
+
+
+def test_running_brings_the_engine_and_still_no_torch(fashion_bundle: Path) -> None:
+    loaded = loaded_by(
+        "import numpy, perceiver_export.runtimes as r\n"
+        f"t = r.open_task({str(fashion_bundle)!r})\n"
+        "t(numpy.zeros((28, 28), numpy.uint8))"
+    )
+
+    assert loaded & HEAVY == {"onnxruntime"}
+
+
+def test_everything_that_is_promised_is_there() -> None:
+    assert perceiver_export.runtimes.__all__ == sorted(perceiver_export.runtimes.__all__)
+    for name in perceiver_export.runtimes.__all__:
+        assert getattr(perceiver_export.runtimes, name) is not None
+    with pytest.raises(AttributeError):
+        _ = perceiver_export.runtimes.no_such_thing
+
+
+def test_an_engine_that_is_not_installed_is_named_with_its_extra(fashion_bundle: Path) -> None:
+    code = (
+        "import sys; sys.modules['onnxruntime'] = None\n"
+        "from perceiver_export.runtimes import load\n"
+        "from perceiver_export.runtimes.errors import MissingDependencyError\n"
+        f"try: load({str(fashion_bundle)!r})\n"
+        "except MissingDependencyError as error: print(error.hint)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert done.stdout == "pip install 'perceiver-export[ort]'\n"
