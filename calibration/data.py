@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import importlib
 import sys
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from perceiver_export.runtimes.errors import DataError, PerceiverExportError
 from perceiver_export.runtimes.runtime import Array
 
@@ -134,13 +136,16 @@ def _from_archives(paths: list[Path]) -> Iterator[Sample]:
             yield Sample(image, None if labels is None else int(labels[index]), f"{path.name}[{index}]")
 
 
-def _archive(path: Path) -> Any:
-    try:
-        return np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(
-            f"{path} is not an npz that can be read", "it is truncated or damaged: copy it again"
-        ) from error
+@contextlib.contextmanager
+def _archive(path: Path) -> Iterator[Mapping[str, Array]]:
+    with contextlib.ExitStack() as stack:
+        try:
+            arrays = np.load(stack.enter_context(path.open("rb")), allow_pickle=False)
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise DataError(f"{path} is not an npz that can be read", "it is damaged or cut: copy it again") from error
+        if isinstance(arrays, np.ndarray):
+            raise DataError(f"{path} is an npy, not an npz", "save it with numpy.savez(path, image=…)")
+        yield stack.enter_context(arrays)
 
 
 def _member(path: Path, arrays: Mapping[str, Array], name: str) -> Array:

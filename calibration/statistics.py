@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import msgspec
+
 from perceiver_export.runtimes.errors import MissingDependencyError
 
 CONFIDENCE = 0.95

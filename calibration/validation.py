@@ -10,6 +10,7 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
+
 from perceiver_export.calibration.data import Sample, open_data
 from perceiver_export.calibration.statistics import Proportion, proportion
 from perceiver_export.runtimes.bundle import Bundle

@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
+
 from perceiver_export.runtimes.manifest import Stage
 
 _NO_WORK = frozenset({"Reshape", "Squeeze", "Unsqueeze", "Identity", "Flatten", "Shape", "Constant"})

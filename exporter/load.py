@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import msgspec
+
 from perceiver_export.exporter.perceiver.config import PerceiverConfig
 from perceiver_export.exporter.presets import PRESETS
 from perceiver_export.runtimes.errors import CheckpointError, MissingDependencyError, UnsupportedModelError, UsageError
@@ -73,6 +74,7 @@ def load_model(
 
 def _preset(name: str, image_shape: tuple[int, int, int] | None) -> LoadedModel:
     import torch
+
     from perceiver_export.exporter.perceiver.model import PerceiverIO
 
     if name not in PRESETS:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
+
 from perceiver_export.exporter.load import LoadedModel, load_model
 from perceiver_export.exporter.write import file_entries, new_bundle, refuse_existing
 from perceiver_export.runtimes.bundle import Bundle, open_bundle

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 import torch
+
 from perceiver_export.exporter.passes import run_passes
 from perceiver_export.exporter.perceiver.model import PerceiverIO
 from perceiver_export.runtimes.errors import ExportError, UsageError

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
+
 from perceiver_export.exporter.perceiver.model import PerceiverIO
 from perceiver_export.exporter.trace import Batch
 from perceiver_export.runtimes.comparison import compare

@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
+
 from perceiver_export.runtimes.bundle import Bundle, open_bundle
 from perceiver_export.runtimes.errors import BundleError, PerceiverExportError, UsageError
 from perceiver_export.runtimes.machine import available_cores, cpu_features, cpu_name

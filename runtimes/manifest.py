@@ -11,6 +11,7 @@ from pathlib import PurePosixPath
 from typing import Any, Literal
 
 import msgspec
+
 from perceiver_export.runtimes.errors import BundleError
 
 SCHEMA_VERSION = 1

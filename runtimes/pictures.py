@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
 from perceiver_export.runtimes.errors import InputError, MissingDependencyError
 from perceiver_export.runtimes.manifest import ImagePreprocessing
 
@@ -106,7 +107,7 @@ def _weights(size: int, new_size: int, resample: str) -> npt.NDArray[np.float64]
     for row in range(new_size):
         center = (row + 0.5) * scale
         first, last = max(int(center - radius + 0.5), 0), min(int(center + radius + 0.5), size)
-        taps = _filter((np.arange(first, last) - center + 0.5) * (1.0 / stretch), resample)
+        taps = _filter((np.arange(first, last, dtype=np.float64) - center + 0.5) * (1.0 / stretch), resample)
         weights[row, first:last] = taps / taps.sum()
     return np.trunc(weights * _ONE + np.where(weights < 0, -0.5, 0.5))
 

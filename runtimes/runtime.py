@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+
 from perceiver_export.runtimes.bundle import Bundle, Verify, open_bundle
 from perceiver_export.runtimes.errors import DeviceError, InputError, RuntimeClosedError, UsageError
 from perceiver_export.runtimes.manifest import TensorSpec

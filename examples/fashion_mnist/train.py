@@ -19,10 +19,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from perceiver_export.exporter.checkpoints.huggingface import architecture, huggingface_name, read_config
-from perceiver_export.exporter.perceiver.model import PerceiverIO
 from safetensors.torch import save_file
 from torch import Tensor
+
+from perceiver_export.exporter.checkpoints.huggingface import architecture, huggingface_name, read_config
+from perceiver_export.exporter.perceiver.model import PerceiverIO
 
 DATASET = Path("/usr/share/datasets/fashion-mnist")
 HELD_OUT = slice(58_000, 60_000)

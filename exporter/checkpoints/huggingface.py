@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
+
 from perceiver_export.exporter.checkpoints.state import load_state
 from perceiver_export.exporter.checkpoints.tensors import read_state_dict
 from perceiver_export.exporter.perceiver.config import (

@@ -6,8 +6,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterable
 
-from perceiver_export.runtimes.errors import CheckpointError
 from torch import Tensor, nn
+
+from perceiver_export.runtimes.errors import CheckpointError
 
 _SHOWN = 5
 

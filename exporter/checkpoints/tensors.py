@@ -14,8 +14,9 @@ import zipfile
 from pathlib import Path
 
 import torch
-from perceiver_export.runtimes.errors import CheckpointError
 from torch import Tensor
+
+from perceiver_export.runtimes.errors import CheckpointError
 
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
 _SHARDED = ("model.safetensors.index.json", "pytorch_model.bin.index.json")

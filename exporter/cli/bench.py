@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
 from perceiver_export.exporter.cli.output import (
     DeviceOption,
     JsonFlag,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
 from perceiver_export.exporter.cli.output import progress_bar
 from perceiver_export.runtimes.errors import DataError
 

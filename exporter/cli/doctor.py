@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import typer
+
 from perceiver_export.exporter.cli.output import JsonFlag, print_json, print_table
 
 

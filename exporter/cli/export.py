@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
+
 from perceiver_export.exporter.cli.output import JsonFlag, count, mebibytes, print_json, progress_bar, shape
 from perceiver_export.runtimes.errors import UsageError
 

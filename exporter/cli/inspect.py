@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
 from perceiver_export.exporter.cli.output import JsonFlag, count, mebibytes, print_json, print_table, shape
 
 if TYPE_CHECKING:

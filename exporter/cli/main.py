@@ -10,6 +10,7 @@ import sys
 from typing import Annotated
 
 import typer
+
 from perceiver_export.exporter.cli.bench import bench
 from perceiver_export.exporter.cli.demo import demo
 from perceiver_export.exporter.cli.doctor import doctor

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
 from perceiver_export.exporter.cli.output import (
     BundleArgument,
     DeviceOption,

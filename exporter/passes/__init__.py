@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 import onnx_ir.passes.common as common
+
 from perceiver_export.exporter.passes.constants import FoldConstantsPass
 from perceiver_export.exporter.passes.names import NameNodesPass
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
+
 from perceiver_export.runtimes.errors import ExportError
 
 

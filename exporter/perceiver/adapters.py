@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor, nn
+
 from perceiver_export.exporter.perceiver.config import ImageInput
 from perceiver_export.exporter.perceiver.positions import position_encoding
-from torch import Tensor, nn
 
 
 class ImageAdapter(nn.Module):

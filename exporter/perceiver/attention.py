@@ -10,8 +10,9 @@ from __future__ import annotations
 import math
 
 import torch
-from perceiver_export.exporter.perceiver.config import Activation
 from torch import Tensor, nn
+
+from perceiver_export.exporter.perceiver.config import Activation
 
 
 def attend(queries: Tensor, keys: Tensor, values: Tensor, num_heads: int) -> Tensor:

@@ -7,10 +7,11 @@ Source: Perceiver IO (arXiv 2107.14795), figure 2.
 from __future__ import annotations
 
 import torch
+from torch import Tensor, nn
+
 from perceiver_export.exporter.perceiver.adapters import ImageAdapter
 from perceiver_export.exporter.perceiver.attention import CrossAttention, SelfAttention
 from perceiver_export.exporter.perceiver.config import Activation, DecoderConfig, EncoderConfig, PerceiverConfig
-from torch import Tensor, nn
 
 
 class PerceiverEncoder(nn.Module):

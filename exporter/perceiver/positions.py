@@ -6,8 +6,9 @@ from __future__ import annotations
 import math
 
 import torch
-from perceiver_export.exporter.perceiver.config import FourierPositions, LearnedPositions, Positions
 from torch import Tensor, nn
+
+from perceiver_export.exporter.perceiver.config import FourierPositions, LearnedPositions, Positions
 
 
 def grid_positions(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
 from perceiver_export.runtimes.errors import BundleError, UsageError
 from perceiver_export.runtimes.manifest import ImagePreprocessing, Manifest
 from perceiver_export.runtimes.pictures import read_picture, to_input

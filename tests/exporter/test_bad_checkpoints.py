@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
 from perceiver_export.exporter import load_model
 from perceiver_export.runtimes.errors import CheckpointError, UnsupportedModelError, UsageError
-from safetensors.torch import load_file, save_file
 
 from .conftest import MakeCheckpoint
 
@@ -29,7 +30,7 @@ def edit_config(directory: Path, **changes: Any) -> None:
     (directory / "config.json").write_text(json.dumps({**config, **changes}), encoding="utf-8")
 
 
-def edit_weights(directory: Path, edit: Callable[[dict[str, torch.Tensor]], None]) -> None:
+def edit_weights(directory: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
     state = load_file(directory / "model.safetensors")
     edit(state)
     save_file(state, directory / "model.safetensors")
@@ -82,7 +83,7 @@ def test_wrong_shape(checkpoint: Path) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite(checkpoint: Path, value: float) -> None:
-    edit_weights(checkpoint, lambda state: state["perceiver.embeddings.latents"].view(-1)[3].fill_(value) and None)
+    edit_weights(checkpoint, lambda state: state["perceiver.embeddings.latents"].view(-1)[3].fill_(value))
 
     with pytest.raises(CheckpointError, match=r"'perceiver\.embeddings\.latents' holds NaN"):
         load_model(checkpoint)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
 from perceiver_export.exporter import LoadedModel, export, inspect_bundle, load_model, pipeline, verify
 from perceiver_export.exporter.write import new_bundle
 from perceiver_export.runtimes import open_bundle

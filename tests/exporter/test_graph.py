@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+
 from perceiver_export.exporter import LoadedModel, export, load_model
 from perceiver_export.exporter.costs import stage_costs
 from perceiver_export.exporter.trace import IR_VERSION, OPSET, Batch, trace

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+
 from perceiver_export.exporter import load_model
 from perceiver_export.runtimes.pictures import to_input
-from PIL import Image
 
 from .conftest import MakeCheckpoint, make_transformers_model
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from perceiver_export.runtimes import bench, devices, doctor
 from perceiver_export.runtimes.errors import BundleError, UsageError
 

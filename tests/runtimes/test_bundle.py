@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from perceiver_export.runtimes import bundle as bundle_module
 from perceiver_export.runtimes import load, open_bundle, open_task
 from perceiver_export.runtimes.errors import BundleError, UsageError
 
@@ -47,9 +49,13 @@ def test_a_stamp_spares_the_second_hashing_and_any_change_of_time_renews_it(
     copied_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hashed: list[str] = []
-    module = __import__("perceiver_export.runtimes.bundle", fromlist=["sha256"])
-    original = module.sha256
-    monkeypatch.setattr(module, "sha256", lambda path: hashed.append(path.name) or original(path))
+    original = bundle_module.sha256
+
+    def counted(path: Path) -> str:
+        hashed.append(path.name)
+        return original(path)
+
+    monkeypatch.setattr(bundle_module, "sha256", counted)
 
     open_bundle(copied_bundle)
     assert sorted(hashed) == ["golden.npz", "model.onnx", "model.weights"]

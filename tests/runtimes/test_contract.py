@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from perceiver_export.runtimes import Runtime, load
 from perceiver_export.runtimes.errors import DeviceError, InputError, RuntimeClosedError, UsageError
 from perceiver_export.runtimes.runtime import TARGETS

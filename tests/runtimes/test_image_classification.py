@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from perceiver_export.runtimes import open_task
 from perceiver_export.runtimes.errors import BundleError, UsageError
 

@@ -7,8 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import perceiver_export.runtimes
 import pytest
+
+import perceiver_export.runtimes
 
 HEAVY = {
     "torch",

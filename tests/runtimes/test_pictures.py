@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
+
 from perceiver_export.runtimes.errors import InputError
 from perceiver_export.runtimes.manifest import ImagePreprocessing
 from perceiver_export.runtimes.pictures import as_picture, center_crop, read_picture, resize, to_input
-from PIL import Image
 
 FILTERS = {
     "bilinear": Image.Resampling.BILINEAR,

@@ -1,0 +1,17 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run a bundle from an app: pictures in, labels out, no torch in the process.
+
+perceiver-export export examples/fashion_mnist/checkpoint -o fashion
+python examples/01_run_in_an_app.py fashion examples/fashion_mnist/pictures/bag.png
+"""
+
+import sys
+
+from perceiver_export.runtimes import open_task
+
+bundle, *pictures = sys.argv[1:]
+with open_task(bundle, device="auto") as classify:
+    print(classify.runtime.describe())
+    for picture in pictures:
+        best = classify(picture)[0]
+        print(f"{picture}: {best.label} ({best.probability:.1%})")

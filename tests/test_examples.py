@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The examples run, as their first lines say."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+DATASET = Path("/usr/share/datasets/fashion-mnist")
+
+
+def run(*command: str | Path) -> str:
+    return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, check=True).stdout
+
+
+def test_run_in_an_app(fashion_bundle: Path) -> None:
+    output = run(EXAMPLES / "01_run_in_an_app.py", fashion_bundle, EXAMPLES / "fashion_mnist" / "pictures" / "bag.png")
+
+    assert "bag.png: Bag" in output
+
+
+def test_run_arrays(fashion_bundle: Path) -> None:
+    rows = [line for line in run(EXAMPLES / "02_run_arrays.py", fashion_bundle).splitlines() if line.startswith("[[")]
+
+    assert len(rows) == 3
+    assert len(set(rows)) == 1
+
+
+def test_the_checkpoint_is_one_that_transformers_loads() -> None:
+    import torch
+    from transformers import PerceiverForImageClassificationFourier
+
+    from perceiver_export.exporter import load_model
+
+    checkpoint = EXAMPLES / "fashion_mnist" / "checkpoint"
+    theirs = PerceiverForImageClassificationFourier.from_pretrained(checkpoint)
+    image = torch.randn(2, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+
+    with torch.no_grad():
+        expected, found = theirs(image).logits, load_model(checkpoint).model(image)
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert sum(path.stat().st_size for path in checkpoint.iterdir()) <= 3_000_000
+
+
+def test_the_shipped_data_is_the_datasets() -> None:
+    with np.load(EXAMPLES / "fashion_mnist" / "test.npz") as data:
+        assert data["image"].shape == (10_000, 28, 28)
+        assert np.bincount(data["labels"]).tolist() == [1000] * 10
+    with np.load(EXAMPLES / "fashion_mnist" / "held_out.npz") as data:
+        assert data["image"].shape == (2_000, 28, 28)
+
+
+@pytest.mark.skipif(not DATASET.is_dir(), reason="needs Debian's dataset-fashion-mnist")
+def test_training_runs_and_writes_a_checkpoint(tmp_path: Path) -> None:
+    output = run(EXAMPLES / "fashion_mnist" / "train.py", "--out", tmp_path, "--epochs", "1", "--pictures", "640")
+
+    assert "test top-1" in output
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "perceiver"
+    assert (tmp_path / "model.safetensors").stat().st_size < 3_000_000
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_fast_forward_of_training_is_the_models_own_function(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from perceiver_export.exporter import load_model
+
+    monkeypatch.syspath_prepend(EXAMPLES / "fashion_mnist")
+    import train
+
+    model = load_model(EXAMPLES / "fashion_mnist" / "checkpoint").model.double()
+    image = torch.randn(2, 3, 28, 28, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        assert (train.FastForward(model)(image) - model(image)).abs().max() < 1e-10
