@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING
 import msgspec
 import numpy as np
 
+from perceiver_export.exporter.batch import Batch
 from perceiver_export.exporter.load import LoadedModel, load_model
 from perceiver_export.exporter.write import file_entries, new_bundle, refuse_existing
 from perceiver_export.runtimes.bundle import Bundle, open_bundle
-from perceiver_export.runtimes.manifest import SCHEMA_VERSION, Manifest, Part, encode_manifest
+from perceiver_export.runtimes.manifest import SCHEMA_VERSION, Check, Manifest, Part, encode_manifest
 from perceiver_export.runtimes.runtime import Array, Runtime, open_engine
 
 if TYPE_CHECKING:
@@ -51,16 +52,15 @@ def export(
     MissingDependencyError.
     """
     report = progress or (lambda what, done, total: None)
-    path = Path(out)
+    path = Path(os.path.abspath(out))  # so that "." and "bundle/" have a name too
+    sizes = Batch.parse(batch)
     refuse_existing(path, overwrite)
     report("load", 0, 4)
     loaded = source if isinstance(source, LoadedModel) else load_model(source, task=task, parity=parity, shape=shape)
     # They import torch, which `load_model` has checked is there.
     from perceiver_export.exporter.costs import stage_costs
-    from perceiver_export.exporter.trace import Batch, tensor_specs, trace
-    from perceiver_export.exporter.verify import verify
+    from perceiver_export.exporter.trace import tensor_specs, trace
 
-    sizes = Batch.parse(batch)
     report("trace", 1, 4)
     model = trace(loaded.model, sizes)
     inputs, outputs = ((spec,) for spec in tensor_specs(loaded.model, sizes))
@@ -68,32 +68,41 @@ def export(
     with new_bundle(path, overwrite) as directory:
         report("write", 2, 4)
         _save_graph(model, directory)
-        del model
         report("verify", 3, 4)
-        engine = open_engine(directory / GRAPH, "ort-cpu", threads=None)
-        with Runtime(engine, inputs, outputs, "fp32") as runtime:
-            checks, golden = verify(
-                loaded.model, runtime, sizes, lambda done, of: report("verify", 3 * of + done, 4 * of)
-            )
-        _save_arrays(directory / GOLDEN, golden)
-        manifest = Manifest(
-            schema_version=SCHEMA_VERSION,
-            name=path.name,
-            task=loaded.task,
-            parity=loaded.parity,
-            source=loaded.source,
-            architecture=msgspec.to_builtins(loaded.config),
-            parts={"model": part},
-            preprocessing=loaded.preprocessing,
-            labels=loaded.labels,
-            precision="fp32",
-            verification=checks,
-            tools=_tools(),
-            files=file_entries(directory),
-        )
+        checks = _verify(loaded, part, sizes, directory, report)
+        manifest = _manifest(path.name, loaded, part, checks, directory)
         (directory / "manifest.json").write_bytes(encode_manifest(manifest))
     report("done", 4, 4)
     return open_bundle(path)
+
+
+def _verify(loaded: LoadedModel, part: Part, batch: Batch, directory: Path, report: Progress) -> tuple[Check, ...]:
+    """Run what was written, compare it with torch, and keep the first case as golden.npz."""
+    from perceiver_export.exporter.verify import verify
+
+    engine = open_engine(directory / part.file, "ort-cpu", threads=None)
+    with Runtime(engine, part.inputs, part.outputs, "fp32") as runtime:
+        checks, golden = verify(loaded.model, runtime, batch, lambda done, of: report("verify", 3 * of + done, 4 * of))
+    _save_arrays(directory / GOLDEN, golden)
+    return checks
+
+
+def _manifest(name: str, loaded: LoadedModel, part: Part, checks: tuple[Check, ...], directory: Path) -> Manifest:
+    return Manifest(
+        schema_version=SCHEMA_VERSION,
+        name=name,
+        task=loaded.task,
+        parity=loaded.parity,
+        source=loaded.source,
+        architecture=msgspec.to_builtins(loaded.config),
+        parts={"model": part},
+        preprocessing=loaded.preprocessing,
+        labels=loaded.labels,
+        precision="fp32",
+        verification=checks,
+        tools=_tools(),
+        files=file_entries(directory),
+    )
 
 
 def _save_graph(model: ir.Model, directory: Path) -> None:

@@ -8,44 +8,18 @@ import io
 import logging
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import onnx_ir as ir
 import torch
 
+from perceiver_export.exporter.batch import Batch
 from perceiver_export.exporter.passes import run_passes
 from perceiver_export.exporter.perceiver.model import PerceiverIO
-from perceiver_export.runtimes.errors import ExportError, UsageError
+from perceiver_export.runtimes.errors import ExportError
 from perceiver_export.runtimes.manifest import TensorSpec
 
 OPSET = 20
 IR_VERSION = 10  # onnxruntime 1.23, the newest for Python 3.10, refuses 12 and above
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Batch size: one number, or from ``least`` to ``most`` with ``typical`` in between."""
-
-    least: int
-    typical: int
-    most: int
-
-    @classmethod
-    def parse(cls, text: str | int) -> Batch:
-        """``4`` or ``1:4:16``. Raises UsageError."""
-        try:
-            numbers = [int(number) for number in str(text).split(":")]
-        except ValueError:
-            numbers = []
-        if len(numbers) == 1:
-            numbers *= 3
-        if len(numbers) != 3 or not 1 <= numbers[0] <= numbers[1] <= numbers[2]:
-            raise UsageError(f"batch is {text!r}", "give a number, or MIN:OPT:MAX such as 1:4:16")
-        return cls(*numbers)
-
-    @property
-    def dynamic(self) -> bool:
-        return self.least != self.most
 
 
 def trace(model: PerceiverIO, batch: Batch) -> ir.Model:

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 
+from perceiver_export.exporter.batch import Batch
 from perceiver_export.exporter.perceiver.model import PerceiverIO
-from perceiver_export.exporter.trace import Batch
 from perceiver_export.runtimes.comparison import compare
 from perceiver_export.runtimes.errors import VerificationError
 from perceiver_export.runtimes.manifest import Check

@@ -26,16 +26,16 @@ _FEATURES = (
     "sve",
 )
 
-# What each part of the work needs, and the extra that brings it.
+# What each part of the work needs; any of the distributions will do, the first is what we would install.
 _NEEDS = (
-    ("run (target ort-cpu)", ("onnxruntime", "onnxruntime-gpu"), "ort"),
-    ("read picture files", ("pillow",), "images"),
-    ("validate", ("scipy",), "validate"),
-    ("export", ("torch",), "export"),
-    ("export", ("onnx",), "export"),
-    ("export", ("onnx-ir",), "export"),
-    ("export", ("onnxscript",), "export"),
-    ("export", ("safetensors",), "export"),
+    ("run (target ort-cpu)", ("onnxruntime", "onnxruntime-gpu")),
+    ("read picture files", ("pillow",)),
+    ("validate", ("scipy",)),
+    ("export", ("torch",)),
+    ("export", ("onnx",)),
+    ("export", ("onnx-ir",)),
+    ("export", ("onnxscript",)),
+    ("export", ("safetensors",)),
 )
 
 
@@ -71,9 +71,9 @@ def doctor() -> tuple[Finding, ...]:
         Finding("CPU", "ort-cpu", f"{cpu_name()}, {available_cores()} cores available"),
         Finding("CPU features", "ort-cpu", " ".join(cpu_features()) or "none of note found"),
     ]
-    for needed_for, distributions, extra in _NEEDS:
+    for needed_for, distributions in _NEEDS:
         version = _version(distributions)
-        fix = "" if version else f"{sys.executable} -m pip install 'perceiver-export[{extra}]'"
+        fix = "" if version else f"{sys.executable} -m pip install {distributions[0]}"
         findings.append(Finding(distributions[0], needed_for, version or "not installed", fix))
     return tuple(findings)
 

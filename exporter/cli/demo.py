@@ -46,9 +46,8 @@ def _demo(folder: Path, bundle: Path) -> None:
     from perceiver_export.exporter.cli.export import export
     from perceiver_export.exporter.cli.inspect import show_inspection
     from perceiver_export.exporter.cli.run import run
-    from perceiver_export.exporter.cli.validate import show_validation
+    from perceiver_export.exporter.cli.validate import reference, show_validation
     from perceiver_export.exporter.inspection import inspect_bundle
-    from perceiver_export.exporter.load import load_model
     from perceiver_export.runtimes.benchmark import bench
 
     checkpoint, pictures, data = folder / "checkpoint", folder / "pictures", folder / "test.npz"
@@ -67,7 +66,7 @@ def _demo(folder: Path, bundle: Path) -> None:
         result = validate(
             bundle,
             data,
-            against=load_model(checkpoint).run,
+            against=reference(str(bundle), str(checkpoint)),
             max_drop=0.1,
             min_agreement=99.9,
             progress=lambda done, total: progress("validate", done, total),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from perceiver_export.exporter.cli.output import JsonFlag, count, mebibytes, print_json, print_table, shape
+from perceiver_export.runtimes.manifest import Stage
 
 if TYPE_CHECKING:
     from perceiver_export.exporter.inspection import Inspection
@@ -49,32 +50,32 @@ def show_inspection(inspection: Inspection) -> None:
             for spec in specs:
                 meaning = f", {spec.meaning}" if spec.meaning else ""
                 typer.echo(f"{kind} {spec.name}: {spec.dtype} {shape(spec.shape)}{meaning}")
-        stages = part.stages
-        whole = sum(stage.flops for stage in stages) or 1
-        rows = [
-            (
-                stage.name,
-                f"{count(stage.flops)}FLOP",
-                f"{stage.flops / whole:.1%}",
-                count(stage.parameters),
-                mebibytes(stage.weight_bytes),
-                mebibytes(stage.activation_bytes),
-            )
-            for stage in stages
-        ]
-        rows.append(
-            (
-                "all",
-                f"{count(sum(stage.flops for stage in stages))}FLOP",
-                "100.0%",
-                count(sum(stage.parameters for stage in stages)),
-                mebibytes(sum(stage.weight_bytes for stage in stages)),
-                mebibytes(sum(stage.activation_bytes for stage in stages)),
-            )
-        )
+        whole = _sum(part.stages)
+        rows = [_row(stage, whole) for stage in (*part.stages, whole)]
         print_table(
             f"part {name} ({part.file}), for a batch of one",
             ["stage", "work>", "share>", "weights>", "weight bytes>", "bytes read and written>"],
             rows,
             "weights: numbers stored in the file, constants such as position tables included; shared ones count once",
         )
+
+
+def _sum(stages: tuple[Stage, ...]) -> Stage:
+    return Stage(
+        "all",
+        sum(stage.flops for stage in stages),
+        sum(stage.parameters for stage in stages),
+        sum(stage.weight_bytes for stage in stages),
+        sum(stage.activation_bytes for stage in stages),
+    )
+
+
+def _row(stage: Stage, whole: Stage) -> tuple[str, ...]:
+    return (
+        stage.name,
+        f"{count(stage.flops)}FLOP",
+        f"{stage.flops / (whole.flops or 1):.1%}",
+        count(stage.parameters),
+        mebibytes(stage.weight_bytes),
+        mebibytes(stage.activation_bytes),
+    )

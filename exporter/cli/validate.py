@@ -68,12 +68,17 @@ def reference(bundle: str, against: str) -> str | Reference:
         return against
     from perceiver_export.exporter.load import load_model
     from perceiver_export.runtimes.bundle import read_manifest
+    from perceiver_export.runtimes.errors import UsageError
 
-    shapes = {
-        spec.name: tuple(int(dim) for dim in spec.shape[1:])
-        for spec in next(iter(read_manifest(Path(bundle)).parts.values())).inputs
-    }
-    return load_model(against, shape=shapes).run
+    manifest = read_manifest(Path(bundle))
+    (image,) = next(iter(manifest.parts.values())).inputs
+    loaded = load_model(against, shape={image.name: tuple(int(dim) for dim in image.shape[1:])})
+    if (loaded.labels, loaded.preprocessing) != (manifest.labels, manifest.preprocessing):
+        raise UsageError(
+            f"{against} prepares pictures differently from {bundle}, or has other labels",
+            "give the checkpoint that the bundle was exported from",
+        )
+    return loaded.run
 
 
 def show_validation(name: str, result: Validation) -> None:

@@ -13,8 +13,9 @@ import onnx_ir as ir
 import pytest
 
 from perceiver_export.exporter import LoadedModel, export, load_model
+from perceiver_export.exporter.batch import Batch
 from perceiver_export.exporter.costs import stage_costs
-from perceiver_export.exporter.trace import IR_VERSION, OPSET, Batch, trace
+from perceiver_export.exporter.trace import IR_VERSION, OPSET, trace
 from perceiver_export.runtimes import load
 from perceiver_export.runtimes.errors import UsageError
 
