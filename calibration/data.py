@@ -49,12 +49,14 @@ class Data:
 
 def open_data(spec: str | Path, labels: tuple[str, ...]) -> Data:
     """Open DATA for a classifier with these labels. Raises DataError; reading may raise it later too."""
-    path = Path(spec)
-    if path.is_dir():
-        return _open_directory(path, labels)
-    if path.suffix == ".npz":
-        return _open_archives([path], labels)
-    text = str(spec)
+    path, text = Path(spec), str(spec)
+    try:
+        if path.is_dir():
+            return _open_directory(path, labels)
+        if path.suffix == ".npz" and path.exists():
+            return _open_archives([path], labels)
+    except PermissionError as error:
+        raise DataError(f"{text} cannot be read: {error.strerror}", "check its permissions") from error
     if ":" in text and not path.exists():
         return Data(_from_function(text, labels), None)
     raise DataError(
@@ -82,17 +84,25 @@ def _open_directory(path: Path, labels: tuple[str, ...]) -> Data:
 
 
 def _from_csv(path: Path, labels: tuple[str, ...]) -> Iterator[Sample]:
-    with (path / "labels.csv").open(newline="", encoding="utf-8") as file:
-        rows = csv.DictReader(file)
-        if not {"file", "label"} <= set(rows.fieldnames or ()):
-            raise DataError(f"{path}/labels.csv has no columns `file` and `label`", "its first line is: file,label")
-        for row in rows:
-            name = row["file"] or ""
-            if not (path / name).is_file():
-                raise DataError(
-                    f"{path}/labels.csv names {name!r}, which does not exist", "paths start at the csv's folder"
-                )
-            yield Sample(path / name, _label(row["label"] or "", labels, f"labels.csv, file {name}"), name)
+    for row in _rows(path / "labels.csv"):
+        name = row["file"] or ""
+        if not (path / name).is_file():
+            raise DataError(
+                f"{path}/labels.csv names {name!r}, which does not exist", "paths start at the csv's folder"
+            )
+        yield Sample(path / name, _label(row["label"] or "", labels, f"labels.csv, file {name}"), name)
+
+
+def _rows(path: Path) -> list[dict[str, str | None]]:
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:  # Excel writes a byte order mark
+            reader = csv.DictReader(file)
+            names, rows = set(reader.fieldnames or ()), list(reader)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path} cannot be read: {error}", "save it as UTF-8, comma-separated") from error
+    if not {"file", "label"} <= names:
+        raise DataError(f"{path} has no columns `file` and `label`", "its first line is: file,label")
+    return rows
 
 
 def _open_archives(paths: list[Path], labels: tuple[str, ...]) -> Data:
@@ -165,9 +175,7 @@ def _from_function(spec: str, labels: tuple[str, ...]) -> Iterator[Sample]:
         if not isinstance(item, Mapping) or "image" not in item or not isinstance(item["image"], np.ndarray):
             raise DataError(f"{spec} gave something else than {{'image': array}}", "give dicts of numpy arrays")
         label = item.get("label")
-        if label is not None:
-            _check_index(int(label), labels, spec)
-        yield Sample(item["image"], None if label is None else int(label), f"{function}[{index}]")
+        yield Sample(item["image"], None if label is None else _label(str(label), labels, spec), f"{function}[{index}]")
 
 
 def _call(spec: str, module: str, function: str) -> Iterable[Any]:
@@ -175,7 +183,7 @@ def _call(spec: str, module: str, function: str) -> Iterable[Any]:
         sys.path.insert(0, "")  # the user's module lies where the command is typed
     try:
         made: Callable[[], Iterable[Any]] = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise DataError(
             f"{spec} cannot be imported: {error}", "give module:function, seen from this directory"
         ) from error
@@ -192,12 +200,14 @@ def _call(spec: str, module: str, function: str) -> Iterable[Any]:
 def _label(text: str, labels: tuple[str, ...], where: str) -> int:
     if text in labels:
         return labels.index(text)
-    if not text.lstrip("-").isdigit():
+    try:
+        index = int(text)
+    except ValueError as error:
         raise DataError(
             f"{where}: {text!r} is not a label of this model", f"its labels: {', '.join(labels[:12])}, or an index"
-        )
-    _check_index(int(text), labels, where)
-    return int(text)
+        ) from error
+    _check_index(index, labels, where)
+    return index
 
 
 def _check_index(index: int, labels: tuple[str, ...], where: str) -> None:

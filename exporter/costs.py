@@ -27,9 +27,11 @@ def stage_costs(graph: ir.Graph) -> tuple[Stage, ...]:
     """Costs by stage (`input_adapter`, `encoder.cross_attention`, `encoder.self_attentions`, …) in order of running.
 
     FLOPs count a multiply-add as 2. A shared weight counts once in parameters and bytes, and in FLOPs as often as it
-    is used. A dynamic dimension counts as 1, so that the figures are for a batch of one. Bytes of activations are
-    those that each node reads and writes, as if every node went to memory.
+    is used. FLOPs and bytes of activations are divided by the batch, and a dynamic one counts as 1, so that the
+    figures are for one sample. Bytes of activations are those that each node reads and writes, as if every node went
+    to memory.
     """
+    batch = _dims(graph.inputs[0])[0]
     totals: dict[str, _Total] = {}
     for node in graph:
         total = totals.setdefault(_stage(node.name or ""), _Total())
@@ -49,7 +51,8 @@ def stage_costs(graph: ir.Graph) -> tuple[Stage, ...]:
         counted.update(own)
         parameters, weight_bytes = (sum(sizes) for sizes in zip(*own.values(), strict=True)) if own else (0, 0)
         if total.flops or parameters or total.activation_bytes:
-            stages.append(Stage(name, total.flops, parameters, weight_bytes, total.activation_bytes))
+            per_sample = total.flops // batch, total.activation_bytes // batch
+            stages.append(Stage(name, per_sample[0], parameters, weight_bytes, per_sample[1]))
     return tuple(stages)
 
 

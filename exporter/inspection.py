@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from perceiver_export.runtimes.bundle import read_manifest
+from perceiver_export.runtimes.bundle import open_bundle
 from perceiver_export.runtimes.errors import BundleError, MissingDependencyError
 from perceiver_export.runtimes.manifest import Manifest, Part
 
@@ -30,7 +30,7 @@ def inspect_bundle(path: str | os.PathLike[str]) -> Inspection:
     source = Path(path)
     if source.is_file() and source.suffix == ".onnx":
         return _inspect_onnx(source)
-    manifest = read_manifest(source)
+    manifest = open_bundle(source, verify="never").manifest
     return Inspection(source, manifest.parts, manifest, sum(entry.size for entry in manifest.files.values()))
 
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 Parity = Literal["huggingface", "deepmind"]
 TASK = "image-classification"
+MAX_SIDE = 16_384  # of a picture; more is a slip of the pen, and would ask torch for terabytes
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -161,10 +162,19 @@ def _preprocessing(processor: dict[str, object], height: int, width: int) -> Ima
             f"preprocessor_config.json: resample {values.resample}",
             "1 (lanczos), 2 (bilinear) and 3 (bicubic) are supported",
         )
+    if not values.do_resize:
+        raise UnsupportedModelError(
+            "preprocessor_config.json: do_resize is false", "a model of fixed shape needs the resize"
+        )
     crop = None
     if values.do_center_crop:
         size, cropped = _sides(values.size, 224), _sides(values.crop_size, 256)
         crop = (size[0] / cropped[0], size[1] / cropped[1])
+        if max(crop) > 1:
+            raise UnsupportedModelError(
+                f"preprocessor_config.json: size {size} is larger than crop_size {cropped}",
+                "pictures would be padded; set crop_size to the larger, or do_center_crop to false",
+            )
     return ImagePreprocessing(
         height=height,
         width=width,
@@ -180,13 +190,13 @@ def _sides(size: int | dict[str, int] | None, default: int) -> tuple[int, int]:
     if size is None:
         return default, default
     if isinstance(size, int):
-        return size, size
+        size = {"height": size, "width": size}
     try:
         sides = size["height"], size["width"]
     except KeyError as error:
         raise CheckpointError(f"preprocessor_config.json: a size without {error}", "it has height and width") from error
-    if min(sides) < 1:
-        raise CheckpointError(f"preprocessor_config.json: a size of {sides}", "sizes are positive")
+    if not 1 <= min(sides) <= max(sides) <= MAX_SIDE:
+        raise CheckpointError(f"preprocessor_config.json: a size of {sides}", f"sizes are from 1 to {MAX_SIDE}")
     return sides
 
 
@@ -197,7 +207,7 @@ def _image_shape(shape: Mapping[str, tuple[int, ...]]) -> tuple[int, int, int] |
     if "image" not in shape:
         return None
     sizes = shape["image"]
-    if len(sizes) != 3 or min(sizes) < 1:
+    if len(sizes) != 3 or not 1 <= min(sizes) <= max(sizes) <= MAX_SIDE:
         raise UsageError(
             f"the shape of `image` is {list(sizes)}", "give channels, height, width: --shape image=3x224x224"
         )
@@ -208,6 +218,7 @@ def _need_torch() -> None:
     try:
         import onnx  # noqa: F401
         import onnx_ir  # noqa: F401
+        import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
         import safetensors  # noqa: F401
         import torch  # noqa: F401

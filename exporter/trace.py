@@ -49,7 +49,12 @@ def trace(model: PerceiverIO, batch: Batch) -> ir.Model:
     assert program is not None
     graph = program.model
     graph.ir_version = IR_VERSION
-    run_passes(graph)
+    try:
+        run_passes(graph)
+    except ir.passes.PassError as error:
+        raise ExportError(
+            f"the traced graph cannot be folded: {error.__cause__}", "report it with the config"
+        ) from error
     return graph
 
 

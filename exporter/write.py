@@ -5,14 +5,14 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from perceiver_export.runtimes.bundle import sha256
-from perceiver_export.runtimes.errors import BundleExistsError, ExportError
+from perceiver_export.runtimes.bundle import read_manifest, sha256
+from perceiver_export.runtimes.errors import BundleError, BundleExistsError, ExportError
 from perceiver_export.runtimes.manifest import FileEntry
 
 
@@ -25,19 +25,19 @@ def new_bundle(path: Path, overwrite: bool) -> Iterator[Path]:
 
     Raises BundleExistsError; ExportError where the disk is full or the place cannot be written.
     """
+    path = path.resolve()  # through a symbolic link, so that the link stays one
     refuse_existing(path, overwrite)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+        temporary.mkdir()
     except OSError as error:
         raise _write_error(path, error) from error
     try:
         yield temporary
         for file in (temporary, *temporary.iterdir()):
             _sync(file)
-        temporary.chmod(0o777 & ~_umask())
         _move(temporary, path, overwrite)
-        _sync(path.parent)
     except OSError as error:
         raise _write_error(path, error) from error
     finally:
@@ -50,13 +50,15 @@ def file_entries(directory: Path) -> dict[str, FileEntry]:
 
 
 def refuse_existing(path: Path, overwrite: bool) -> None:
-    """Raise BundleExistsError unless ``path`` is free, or a bundle that may be replaced."""
-    if not os.path.lexists(path):
-        return
-    if path.is_dir() and not any(path.iterdir()):
-        return
-    if not (path / "manifest.json").is_file():
-        raise BundleExistsError(f"{path} exists and is not a bundle", "choose another place with -o")
+    """Raise BundleExistsError unless ``path`` is free, an empty directory, or a bundle that may be replaced."""
+    try:
+        if not os.path.lexists(path) or (path.is_dir() and not any(path.iterdir())):
+            return
+        read_manifest(path)
+    except OSError as error:
+        raise _write_error(path, error) from error
+    except BundleError as error:
+        raise BundleExistsError(f"{path} exists and is not a bundle", "choose another place with -o") from error
     if not overwrite:
         raise BundleExistsError(
             f"there is already a bundle at {path}", "replace it with --overwrite, or choose another -o"
@@ -64,29 +66,29 @@ def refuse_existing(path: Path, overwrite: bool) -> None:
 
 
 def _move(temporary: Path, path: Path, overwrite: bool) -> None:
-    if overwrite and (path / "manifest.json").is_file():
-        old = temporary.with_suffix(".old")
-        path.rename(old)
-        try:
-            temporary.rename(path)
-        except BaseException:
-            old.rename(path)
-            raise
-        shutil.rmtree(old)
-        return
+    """Rename into place. A bundle that is replaced is moved aside first, and back if that fails or is interrupted."""
+    old = temporary.with_suffix(".old")
     try:
+        if overwrite and (path / "manifest.json").is_file():
+            path.rename(old)
         temporary.rename(path)  # replaces an empty directory, fails on any other
-    except OSError as error:
-        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+    except BaseException as error:
+        if old.exists() and not path.exists():
+            old.rename(path)
+        shutil.rmtree(old, ignore_errors=True)  # another export is in the place, and replaces the old one as well
+        if isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.ENOENT):
             raise BundleExistsError(
                 f"another export wrote {path} in the meantime", "theirs is there; replace it with --overwrite"
             ) from error
         raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _write_error(path: Path, error: OSError) -> ExportError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return ExportError(f"the disk is full, nothing was written to {path}", "free some space, or choose another -o")
+    if error.errno is None:  # numpy's own, where an array could not be written to its end
+        return ExportError(f"{path} could not be written to its end: {error}", "is the disk full? free some space")
     return ExportError(f"{path} cannot be written: {error.strerror or error}", "choose another place with -o")
 
 
@@ -97,9 +99,3 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

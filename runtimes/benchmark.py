@@ -10,13 +10,12 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
 
 from perceiver_export.runtimes.bundle import Bundle, open_bundle
-from perceiver_export.runtimes.errors import BundleError, PerceiverExportError, UsageError
+from perceiver_export.runtimes.errors import BundleError, UsageError
 from perceiver_export.runtimes.machine import available_cores, cpu_features, cpu_name
 from perceiver_export.runtimes.manifest import TensorSpec
 from perceiver_export.runtimes.runtime import Array, Runtime, load, load_onnx
@@ -73,9 +72,9 @@ def bench(
         raise UsageError(f"runs is {runs}", f"give {_BLOCK} or more")
     path = bundle.path if isinstance(bundle, Bundle) else Path(bundle)
     paths = [path] if against is None else [path, Path(against)]
-    fresh = [_fresh(path, device, threads) for path in paths]
     runtimes = [_open(path, device, threads) for path in paths]
     try:
+        fresh = [_fresh(path, device, threads) for path in paths]
         feeds = [_feeds(path, runtime) for path, runtime in zip(paths, runtimes, strict=True)]
         times = _interleaved(runtimes, feeds, runs, progress)
         measured = tuple(_measurement(*side) for side in zip(paths, runtimes, feeds, times, fresh, strict=True))
@@ -84,12 +83,12 @@ def bench(
             runtime.close()
     machine = f"{cpu_name()}, {available_cores()} cores, {' '.join(cpu_features()) or sys.platform}"
     if against is None:
-        return Bench(machine, runs, measured)
+        return Bench(machine, len(times[0]), measured)
     # A sample's time, so that bundles of different batch sizes compare.
     blocks = [_block_medians(side) / each.batch for side, each in zip(times, measured, strict=True)]
     ratios = blocks[0] / blocks[1]
     low, high = np.quantile(ratios, [0.25, 0.75])
-    return Bench(machine, runs, measured, float(np.median(ratios)), (float(low), float(high)))
+    return Bench(machine, len(times[0]), measured, float(np.median(ratios)), (float(low), float(high)))
 
 
 def _block_medians(times: list[float]) -> Array:
@@ -163,33 +162,30 @@ def _random(spec: TensorSpec, generator: np.random.Generator) -> Array:
 
 def _fresh(path: Path, device: str, threads: int | None) -> dict[str, float]:
     """Load time and memory, in a process that has done nothing else."""
-    command = [sys.executable, "-m", __name__, str(path), device, str(threads or 0)]
+    # Not `-m`, which would let a file of the current directory stand in for a library.
+    code = f"import sys; sys.path.pop(0); from {__name__} import _main; _main(*sys.argv[1:])"
+    command = [sys.executable, "-c", code, str(path.resolve()), device, str(threads or 0)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     try:
-        answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        answer: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     except (IndexError, ValueError) as error:
         raise BundleError(
             f"{path} cannot be run in a process of its own", done.stderr.strip()[-500:] or "it died"
         ) from error
-    if "message" in answer:
-        raise BundleError(answer["message"], answer["hint"])
     return answer
 
 
-def _main(path: Path, device: str, threads: int | None) -> dict[str, Any]:
+def _main(path: str, device: str, threads: str) -> None:
     import onnxruntime  # noqa: F401  the library's own size is not the model's
 
     base = _peak_memory()
-    try:
-        start = time.perf_counter()
-        runtime = _open(path, device, threads)
-        seconds = time.perf_counter() - start
-        feeds = _feeds(path, runtime)
-        for _ in range(_WARMUP):
-            runtime.run(feeds)
-    except PerceiverExportError as error:
-        return {"message": error.message, "hint": error.hint}
-    return {"load": seconds * 1e3, "peak": _peak_memory(), "base": base}
+    start = time.perf_counter()
+    runtime = _open(Path(path), device, int(threads) or None)
+    seconds = time.perf_counter() - start
+    feeds = _feeds(Path(path), runtime)
+    for _ in range(_WARMUP):
+        runtime.run(feeds)
+    sys.stdout.write(json.dumps({"load": seconds * 1e3, "peak": _peak_memory(), "base": base}))
 
 
 def _peak_memory() -> float:
@@ -201,7 +197,3 @@ def _peak_memory() -> float:
         import resource
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
-if __name__ == "__main__":
-    sys.stdout.write(json.dumps(_main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]) or None)))

@@ -58,7 +58,7 @@ def open_bundle(path: str | os.PathLike[str] | Bundle, verify: Verify = "auto") 
     bundle = Bundle(directory, read_manifest(directory))
     stamps = _Stamps(directory) if verify == "auto" else None
     for name, entry in bundle.manifest.files.items():
-        _check_file(directory / name, name, entry)
+        _check_file(directory, name, entry)
         if verify != "never" and not (stamps and stamps.holds(name, entry)):
             _check_hash(directory / name, name, entry)
             if stamps:
@@ -99,13 +99,17 @@ def cache_directory() -> Path:
     return (Path(base) if base else Path(os.path.expanduser("~/.cache"))) / "perceiver-export"
 
 
-def _check_file(path: Path, name: str, entry: FileEntry) -> None:
+def _check_file(directory: Path, name: str, entry: FileEntry) -> None:
+    path = directory / name
     try:
-        size = path.stat().st_size
+        inside = path.is_file() and path.resolve().is_relative_to(directory.resolve())
+        size = path.stat().st_size if inside else 0
     except OSError as error:
+        raise BundleError(f"{name} cannot be read: {error.strerror}", "check its permissions") from error
+    if not inside:
         raise BundleError(
-            f"{name} is missing from the bundle {path.parent}", "copy or export the bundle again"
-        ) from error
+            f"{name} is missing from the bundle {directory}, or a link out of it", "copy or export the bundle again"
+        )
     if size != entry.size:
         raise BundleError(
             f"{name} has {size} bytes, the manifest says {entry.size}",
@@ -114,7 +118,11 @@ def _check_file(path: Path, name: str, entry: FileEntry) -> None:
 
 
 def _check_hash(path: Path, name: str, entry: FileEntry) -> None:
-    if sha256(path) != entry.sha256:
+    try:
+        found = sha256(path)
+    except OSError as error:
+        raise BundleError(f"{name} cannot be read: {error.strerror}", "check its permissions") from error
+    if found != entry.sha256:
         raise BundleError(
             f"{name} is not the file that was exported: its sha256 differs from the manifest's",
             "the file was damaged or changed: copy or export the bundle again",

@@ -130,21 +130,34 @@ def encode_manifest(manifest: Manifest) -> bytes:
 
 
 def _check(manifest: Manifest) -> None:
-    if not manifest.parts:
-        raise BundleError("the manifest names no part", "export the bundle again")
+    if manifest.schema_version < 1 or not manifest.parts:
+        raise BundleError("the manifest names no part, or no version", "export the bundle again")
     for path in (*manifest.files, *(part.file for part in manifest.parts.values())):
         pure = PurePosixPath(path)
-        if pure.is_absolute() or ".." in pure.parts or "\\" in path or not pure.parts:
+        if pure.is_absolute() or ".." in pure.parts or "\\" in path or "\0" in path or not pure.parts:
             raise BundleError(f"the manifest names a path outside the bundle: {path!r}", "do not trust this bundle")
     for name, part in manifest.parts.items():
         if part.file not in manifest.files:
             raise BundleError(
                 f"part {name!r} is in {part.file!r}, which the manifest does not hash", "export the bundle again"
             )
-    steps = manifest.preprocessing
-    if steps is not None:
-        numbers = (steps.scale, *steps.mean, *steps.std, *(steps.crop_fraction or ()))
-        if not all(map(math.isfinite, numbers)) or 0 in steps.std or min(steps.height, steps.width) < 1:
-            raise BundleError(
-                "the manifest's preprocessing holds values that are not usable", "export the bundle again"
-            )
+        for spec in (*part.inputs, *part.outputs):
+            _check_spec(spec)
+    if manifest.preprocessing is not None:
+        _check_preprocessing(manifest.preprocessing)
+
+
+def _check_spec(spec: TensorSpec) -> None:
+    sizes = [spec.ranges.get(dim, (0, 0)) if isinstance(dim, str) else (dim, dim) for dim in spec.shape]
+    if any(not 1 <= least <= most < 1 << 31 for least, most in sizes):
+        raise BundleError(
+            f"the manifest gives {spec.name!r} a shape that cannot be: {spec.shape}", "export the bundle again"
+        )
+
+
+def _check_preprocessing(steps: ImagePreprocessing) -> None:
+    crop = steps.crop_fraction or (1.0, 1.0)
+    numbers = (steps.scale, *steps.mean, *steps.std, *crop)
+    usable = all(map(math.isfinite, numbers)) and 0 not in steps.std and all(0 < share <= 1 for share in crop)
+    if not usable or not (len(steps.mean) == len(steps.std) == 3) or min(steps.height, steps.width) < 1:
+        raise BundleError("the manifest's preprocessing holds values that are not usable", "export the bundle again")

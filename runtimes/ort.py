@@ -85,7 +85,7 @@ class OrtEngine:
 
 
 def _spec(node: Any) -> TensorSpec:
-    shape = tuple(dim if isinstance(dim, int) else str(dim) for dim in node.shape)
+    shape = tuple(dim if isinstance(dim, int) else dim or f"dim{axis}" for axis, dim in enumerate(node.shape))
     if node.type not in _DTYPES:
         raise DeviceError(
             f"{node.name!r} is a {node.type}, which this runtime does not carry", "export with float32 or int32"
@@ -104,9 +104,19 @@ def _translated(what: str) -> Iterator[None]:
 def _ours(error: Exception, what: str) -> Exception:
     """onnxruntime's exceptions as ours; anything else as it is."""
     module, name = type(error).__module__, type(error).__name__
-    if not module.startswith("onnxruntime"):
+    if not module.startswith("onnxruntime") and type(error) is not RuntimeError:  # what run_with_iobinding raises
         return error
     first_line = str(error).splitlines()[0] if str(error) else name
-    if name in ("InvalidProtobuf", "NoSuchFile", "InvalidGraph", "NoModel", "ModelLoadCanceled"):
-        return BundleError(f"{what}: {first_line}", "the file is damaged or not an ONNX model: copy or export it again")
+    if name in (
+        "Fail",
+        "InvalidArgument",
+        "InvalidProtobuf",
+        "NoSuchFile",
+        "InvalidGraph",
+        "NoModel",
+        "RuntimeException",
+    ):
+        return BundleError(
+            f"{what}: {first_line}", "the file is damaged, or its engine too old: copy or export it again"
+        )
     return DeviceError(f"{what}: {first_line}", "see `perceiver-export doctor`; a newer onnxruntime may be needed")

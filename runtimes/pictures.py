@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from functools import lru_cache
 from typing import Any
 
@@ -18,6 +17,7 @@ Picture = npt.NDArray[np.uint8]
 # Radius of each filter in source pixels at scale 1, as in Pillow.
 _RADIUS = {"bilinear": 1.0, "bicubic": 2.0, "lanczos": 3.0}
 
+_MOST_PIXELS = 80_000_000
 _ONE = float(1 << 22)  # the fixed-point 1 of Pillow's resampling weights
 
 
@@ -33,16 +33,19 @@ def read_picture(path: str | os.PathLike[str]) -> Picture:
             "reading picture files needs Pillow", "pip install 'perceiver-export[images]'"
         ) from error
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                return np.asarray(ImageOps.exif_transpose(image).convert("RGB"), dtype=np.uint8)
+        with Image.open(path) as image:
+            if image.width * image.height > _MOST_PIXELS or image.mode.startswith(("I", "F")):
+                raise InputError(
+                    f"{os.fspath(path)} is larger than a picture should be, or has more than 8 bits a channel",
+                    "convert it to 8 bits and a usual size first",
+                )
+            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"), dtype=np.uint8)
+    except InputError:
+        raise
     except FileNotFoundError as error:
         raise InputError(f"{os.fspath(path)} does not exist", "check the path") from error
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise InputError(f"{os.fspath(path)} is larger than a picture should be", "scale it down first") from error
-    except (OSError, ValueError, SyntaxError) as error:
-        # Pillow raises SyntaxError on some broken PNGs.
+    except Exception as error:
+        # Damaged files make Pillow raise anything: OSError, SyntaxError, TypeError, its own.
         raise InputError(
             f"{os.fspath(path)} is not a picture that can be read", "give a PNG, JPEG or similar"
         ) from error

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from perceiver_export.runtimes.bundle import Bundle, Verify, open_bundle
-from perceiver_export.runtimes.errors import DeviceError, InputError, RuntimeClosedError, UsageError
+from perceiver_export.runtimes.errors import BundleError, DeviceError, InputError, RuntimeClosedError, UsageError
 from perceiver_export.runtimes.manifest import TensorSpec
 
 Array = npt.NDArray[Any]
@@ -67,9 +67,9 @@ class Runtime:
 
         Raises InputError: a missing or unknown name, wrong dtype or shape; RuntimeClosedError after `close`.
         """
-        engine = self._engine
-        if engine is None:
-            raise RuntimeClosedError("this runtime is closed", "call load() again")
+        return self._run(self._open_engine(), feeds, out)
+
+    def _run(self, engine: Engine, feeds: Feeds, out: Mapping[str, Array] | None) -> dict[str, Array]:
         feeds = self._checked(feeds)
         if out is None:
             return engine.run(feeds)
@@ -79,25 +79,29 @@ class Runtime:
     def submit(self, feeds: Feeds) -> Future[dict[str, Array]]:
         """`run` in the background; the arrays in ``feeds`` must not change until the future is done."""
         with self._lock:
-            if self._engine is None:
-                raise RuntimeClosedError("this runtime is closed", "call load() again")
+            engine = self._open_engine()
             if self._pool is None:
                 self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="perceiver-export")
-            return self._pool.submit(self.run, feeds)
+            # The engine goes along: `close` lets what was submitted finish.
+            return self._pool.submit(self._run, engine, feeds, None)
 
     def describe(self) -> dict[str, Any]:
         """What it really runs on: target, device, engine, versions, threads, precision."""
-        if self._engine is None:
-            raise RuntimeClosedError("this runtime is closed", "call load() again")
-        return {**self._engine.describe(), "precision": self._precision}
+        return {**self._open_engine().describe(), "precision": self._precision}
 
     def close(self) -> None:
         """Finish what was submitted and let go of the engine. May be called twice."""
         with self._lock:
+            self._engine = None
             pool, self._pool = self._pool, None
         if pool is not None:
             pool.shutdown(wait=True)
-        self._engine = None
+
+    def _open_engine(self) -> Engine:
+        engine = self._engine
+        if engine is None:
+            raise RuntimeClosedError("this runtime is closed", "call load() again")
+        return engine
 
     def __enter__(self) -> Runtime:
         return self
@@ -173,8 +177,8 @@ def load(
     described = opened.part(part)
     engine = open_engine(opened.file(described.file), device, threads)
     for ours, theirs in ((described.inputs, engine.inputs), (described.outputs, engine.outputs)):
-        if [(s.name, s.dtype, len(s.shape)) for s in ours] != [(s.name, s.dtype, len(s.shape)) for s in theirs]:
-            raise DeviceError(
+        if [_signature(spec) for spec in ours] != [_signature(spec) for spec in theirs]:
+            raise BundleError(
                 f"{described.file} takes or gives other tensors than the manifest says", "export the bundle again"
             )
     return Runtime(engine, described.inputs, described.outputs, opened.manifest.precision)
@@ -195,6 +199,11 @@ def open_engine(path: Path, device: str, threads: int | None) -> Engine:
         raise DeviceError(f"there is no target {device!r}", f"targets of this version: auto, {', '.join(TARGETS)}")
     engine: Engine = importlib.import_module(TARGETS[target]).open(path, threads)
     return engine
+
+
+def _signature(spec: TensorSpec) -> tuple[str, str, tuple[int | None, ...]]:
+    """Name, dtype and fixed dimensions: what a manifest and a graph must agree on."""
+    return spec.name, spec.dtype, tuple(dim if isinstance(dim, int) else None for dim in spec.shape)
 
 
 def _names(specs: tuple[TensorSpec, ...]) -> str:

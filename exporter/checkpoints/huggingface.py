@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
+import torch
 
-from perceiver_export.exporter.checkpoints.state import load_state
+from perceiver_export.exporter.checkpoints.state import check_state, load_state
 from perceiver_export.exporter.checkpoints.tensors import read_state_dict
 from perceiver_export.exporter.perceiver.config import (
     DecoderConfig,
@@ -41,6 +42,8 @@ _OTHER_PERCEIVERS = (
 _RGB = 3
 _T = TypeVar("_T")
 _BANDS = 64
+_MOST_PIXELS = 16_384
+_MOST = 1 << 20  # of any size in a config: more than any Perceiver has, less than what memory is asked for in vain
 
 
 class HuggingFaceConfig(msgspec.Struct):
@@ -63,14 +66,14 @@ class HuggingFaceConfig(msgspec.Struct):
     hidden_act: str = "gelu"
     use_query_residual: bool = True
     image_size: int | list[int] = 56
-    id2label: dict[str, str] | None = None
+    id2label: dict[int, str] | None = None
     num_labels: int | None = None
 
     @property
     def labels(self) -> tuple[str, ...]:
         """Class names in order; LABEL_i where the config has none, two of them where it does not even count."""
         if self.id2label is not None:
-            return tuple(self.id2label[key] for key in sorted(self.id2label, key=int))
+            return tuple(self.id2label[key] for key in sorted(self.id2label))
         return tuple(f"LABEL_{i}" for i in range(self.num_labels or 2))
 
 
@@ -86,7 +89,10 @@ def load_huggingface(
     """
     config = read_config(directory)
     state = read_state_dict(directory)
-    model = PerceiverIO(architecture(config, image_shape or default_image_shape(config, directory)))
+    sizes = architecture(config, image_shape or default_image_shape(config, directory))
+    with torch.device("meta"):  # nothing is allocated until names and shapes are known to fit
+        check_state(PerceiverIO(sizes), state, huggingface_name)
+    model = PerceiverIO(sizes)
     load_state(model, state, huggingface_name)
     return model.eval(), config.labels
 
@@ -122,9 +128,12 @@ def default_image_shape(config: HuggingFaceConfig, directory: Path) -> tuple[int
     """(channels, height, width) as the image processor makes them, else as the learned positions have them."""
     size = read_preprocessor(directory).get("size")
     if isinstance(size, int):
-        return _RGB, size, size
+        size = {"height": size, "width": size}
     if isinstance(size, dict) and isinstance(size.get("height"), int) and isinstance(size.get("width"), int):
-        return _RGB, size["height"], size["width"]
+        sides = size["height"], size["width"]
+        if not 1 <= min(sides) <= max(sides) <= _MOST_PIXELS:
+            raise CheckpointError(f"preprocessor_config.json: a size of {sides}", f"sizes are from 1 to {_MOST_PIXELS}")
+        return _RGB, *sides
     if ARCHITECTURES[_architecture_name(config)] == "conv1x1":
         return _RGB, _square(config.image_size), _square(config.image_size)
     return _RGB, 224, 224
@@ -242,8 +251,8 @@ def _check_values(path: Path, config: HuggingFaceConfig) -> None:
     sizes = ("num_latents", "d_latents", "d_model", "num_blocks", "num_self_attends_per_block")
     heads = ("num_self_attention_heads", "num_cross_attention_heads")
     for name in (*sizes, *heads, "self_attention_widening_factor", "cross_attention_widening_factor"):
-        if getattr(config, name) < 1:
-            raise CheckpointError(f"{path}: {name} is {getattr(config, name)}", "sizes are positive")
+        if not 1 <= getattr(config, name) <= _MOST:
+            raise CheckpointError(f"{path}: {name} is {getattr(config, name)}", f"sizes are from 1 to {_MOST}")
 
 
 def _check_heads(config: HuggingFaceConfig, num_input_channels: int) -> None:
@@ -275,5 +284,5 @@ def _decode(path: Path, type_: type[_T]) -> _T:
         raise CheckpointError(
             f"{path} does not exist", "give a Hugging Face directory: config.json and weights"
         ) from error
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}", "copy the checkpoint again") from error

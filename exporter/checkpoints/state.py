@@ -14,7 +14,12 @@ _SHOWN = 5
 
 
 def load_state(model: nn.Module, state: dict[str, Tensor], name_in_checkpoint: Callable[[str], str]) -> None:
-    """Copy ``state`` into ``model``; ``name_in_checkpoint`` gives the checkpoint's name of one of our parameters.
+    """Copy ``state``, which `check_state` found right, into ``model``."""
+    model.load_state_dict({own: state[name_in_checkpoint(own)] for own in model.state_dict()})
+
+
+def check_state(model: nn.Module, state: dict[str, Tensor], name_in_checkpoint: Callable[[str], str]) -> None:
+    """Does ``state`` fit ``model``? ``name_in_checkpoint`` gives the checkpoint's name of one of our parameters.
 
     Raises CheckpointError: keys missing or left over (with the nearest match), or a shape that differs.
     """
@@ -37,7 +42,6 @@ def load_state(model: nn.Module, state: dict[str, Tensor], name_in_checkpoint: C
             raise CheckpointError(
                 f"tensor {theirs!r} has dtype {state[theirs].dtype}", "the checkpoint is quantized or damaged"
             )
-    model.load_state_dict({own: state[theirs] for theirs, own in names.items()})
 
 
 def _describe(missing: list[str], unknown: list[str]) -> str:

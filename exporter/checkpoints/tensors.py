@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import pickle
 import warnings
-import zipfile
 from pathlib import Path
 
 import torch
@@ -89,13 +88,18 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
             f"{path} was refused: it holds more than tensors, or is damaged",
             "it could execute code when read; ask its author for a safetensors file",
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except Exception as error:  # a damaged pickle makes torch raise anything, AssertionError and IndexError included
         raise CheckpointError(
             f"{path} is not a readable PyTorch file", "it is truncated or damaged: copy it again"
         ) from error
-    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+    if not isinstance(state, dict) or not all(_is_plain(name, tensor) for name, tensor in state.items()):
         raise CheckpointError(f"{path} does not hold a state dict", "save `model.state_dict()`, not the model")
     return state
+
+
+def _is_plain(name: object, tensor: object) -> bool:
+    dense = isinstance(tensor, Tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu"
+    return isinstance(name, str) and dense
 
 
 def _checked(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Annotated, Any
 
@@ -50,8 +51,6 @@ def progress_bar(what: str, quiet: bool = False) -> Iterator[Callable[[str, int,
 
     Gives ``update(description, done, total)``.
     """
-    import time
-
     if quiet or not sys.stderr.isatty():
         yield lambda description, done, total: None
         return
@@ -62,18 +61,19 @@ def progress_bar(what: str, quiet: bool = False) -> Iterator[Callable[[str, int,
         TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=Console(stderr=True), transient=True
     )
     task = progress.add_task(what, total=None)
-    start = time.monotonic()
+    timer = threading.Timer(2.0, progress.start)
+    timer.daemon = True
+    timer.start()
 
     def update(description: str, done: int, total: int | None) -> None:
-        if time.monotonic() - start > 2 and not progress.live.is_started:
-            progress.start()
         progress.update(task, description=description, completed=done, total=total)
 
     try:
         yield update
     finally:
-        if progress.live.is_started:
-            progress.stop()
+        timer.cancel()
+        timer.join()
+        progress.stop()
 
 
 def mebibytes(size: float) -> str:

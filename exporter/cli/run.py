@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,6 +17,7 @@ from perceiver_export.exporter.cli.output import (
     ThreadsOption,
     print_json,
     print_table,
+    progress_bar,
 )
 from perceiver_export.runtimes.errors import InputError
 
@@ -37,8 +40,13 @@ def run(
     from perceiver_export.runtimes.tasks import open_task
 
     files = _files(inputs)
-    with open_task(bundle, device, threads) as task:
-        answers = {str(file): task(file, top=top) for file in files}
+    if output is not None and (Path(output).is_dir() or not Path(output).absolute().parent.is_dir()):
+        raise InputError(f"{output} cannot be written: it is a directory, or its folder is not there", "give -o a file")
+    answers = {}
+    with open_task(bundle, device, threads) as task, progress_bar("run", quiet=json) as progress:
+        for done, file in enumerate(files):
+            progress("run", done, len(files))
+            answers[os.fsencode(file).decode(errors="replace")] = task(file, top=top)
         where = task.runtime.describe()
     document = {"runtime": where, "answers": answers}
     if output is not None:
@@ -79,5 +87,6 @@ def _write(path: Path, document: object) -> None:
         temporary.write_bytes(msgspec.json.format(msgspec.json.encode(document), indent=2) + b"\n")
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise InputError(f"{path} cannot be written: {error.strerror}", "choose another file with -o") from error

@@ -11,6 +11,10 @@ import onnx_ir as ir
 
 from perceiver_export.runtimes.errors import ExportError
 
+_RANDOM = frozenset(
+    {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial"}
+)
+
 
 class FoldConstantsPass(ir.passes.InPlacePass):
     """Replaces what depends on constants only by its value: one run of ONNX Runtime over that part of the graph.
@@ -27,14 +31,15 @@ class FoldConstantsPass(ir.passes.InPlacePass):
         constant = {value for value in graph.initializers.values() if value.const_value is not None}
         foldable: list[ir.Node] = []
         for node in graph:
-            if all(value is None or value in constant for value in node.inputs) and not _only_repeats(node):
+            if all(value is None or value in constant for value in node.inputs) and not _must_stay(node):
                 foldable.append(node)
                 constant.update(node.outputs)
+        folded = set(foldable)
         frontier = [
             value
             for node in foldable
             for value in node.outputs
-            if value.is_graph_output() or any(user not in set(foldable) for user in value.consumers())
+            if value.is_graph_output() or any(user not in folded for user in value.consumers())
         ]
         if not frontier:
             return ir.passes.PassResult(model, modified=False)
@@ -48,8 +53,12 @@ class FoldConstantsPass(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, modified=True)
 
 
-def _only_repeats(node: ir.Node) -> bool:
-    """An Expand whose result is larger than what it repeats."""
+def _must_stay(node: ir.Node) -> bool:
+    """A node that draws numbers or holds a graph, or an Expand whose result is larger than what it repeats."""
+    if node.op_type in _RANDOM or any(
+        attribute.type == ir.AttributeType.GRAPH for attribute in node.attributes.values()
+    ):
+        return True
     if node.op_type != "Expand":
         return False
     source, result = node.inputs[0], node.outputs[0]

@@ -42,8 +42,15 @@ class ImageClassification:
     @staticmethod
     def check(manifest: Manifest) -> None:
         """Raise BundleError unless the manifest describes a classifier of pictures."""
-        if manifest.preprocessing is None or not manifest.labels:
+        steps, part = manifest.preprocessing, next(iter(manifest.parts.values()))
+        if steps is None or not manifest.labels:
             raise BundleError("the manifest has no picture preprocessing or no labels", "export the bundle again")
+        takes, gives = ([spec.shape[1:] for spec in specs] for specs in (part.inputs, part.outputs))
+        if takes != [(3, steps.height, steps.width)] or gives != [(len(manifest.labels),)]:
+            raise BundleError(
+                f"{len(manifest.labels)} labels and pictures of {steps.height} × {steps.width} do not fit the graph",
+                "export the bundle again",
+            )
 
     def __call__(self, picture: PictureLike, top: int = 5) -> list[Prediction]:
         """The ``top`` labels, most probable first. Raises InputError where the picture cannot be read."""

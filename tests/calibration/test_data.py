@@ -145,6 +145,17 @@ def test_labels_csv_that_does_not_fit(tmp_path: Path, csv: str) -> None:
         read(tmp_path)
 
 
+def test_labels_csv_as_excel_writes_it(tmp_path: Path) -> None:
+    save_picture(tmp_path / "a.png")
+    (tmp_path / "labels.csv").write_bytes(b"\xef\xbb\xbffile,label\r\na.png,dog\r\n")
+    assert [sample.label for sample in read(tmp_path)] == [1]
+
+    for content in (b"file,label\na.png,\xff\n", "file,label\na.png,²\n".encode(), b"file,label\na.png,--5\n"):
+        (tmp_path / "labels.csv").write_bytes(content)
+        with pytest.raises(DataError):
+            read(tmp_path)
+
+
 def test_places_without_data(tmp_path: Path) -> None:
     (tmp_path / "bird").mkdir()
     (tmp_path / "text.txt").write_text("")

@@ -17,14 +17,15 @@ from perceiver_export.runtimes.errors import DataError, GateError, UsageError
 
 FASHION = Path(__file__).resolve().parents[2] / "examples" / "fashion_mnist"
 TEST = FASHION / "test.npz"
+README_TOP1 = 0.8672
 
 
 def test_the_shipped_model_is_as_right_as_the_readme_says(fashion_bundle: Path) -> None:
-    result = validate(fashion_bundle, TEST, samples=2000)
+    result = validate(fashion_bundle, TEST)
 
-    assert result.samples == 2000
+    assert result.samples == 10_000
     assert result.top1 is not None
-    assert result.top1.value > 0.84
+    assert result.top1.value == pytest.approx(README_TOP1, abs=5e-4)  # a few ties fall differently on other CPUs
     assert result.agreement is None
 
 

@@ -112,6 +112,9 @@ def test_integer_weights(checkpoint: Path) -> None:
         ({"cross_attention_shape_for_attention": "v"}, CheckpointError, "shape_for_attention"),
         ({"num_blocks": -1}, CheckpointError, "num_blocks is -1"),
         ({"num_latents": 8}, CheckpointError, "shape"),
+        ({"num_latents": 10**12}, CheckpointError, "num_latents is"),
+        ({"d_latents": 1_000_000}, CheckpointError, "shape"),
+        ({"id2label": {"a": "cat"}}, CheckpointError, "cannot be read"),
     ],
 )
 def test_configs_that_do_not_fit(
@@ -226,3 +229,17 @@ def test_arguments_that_make_no_sense(checkpoint: Path) -> None:
             load_model(checkpoint, shape=shape)
     with pytest.raises(CheckpointError, match="1 channels"):
         load_model(checkpoint, shape={"image": (1, 4, 4)})
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_damaged_bin_files_never_show_a_trace(checkpoint: Path, legacy: bool) -> None:
+    (checkpoint / "model.safetensors").unlink()
+    path = checkpoint / "pytorch_model.bin"
+    torch.save({"perceiver.embeddings.latents": torch.zeros(7, 24)}, path, _use_new_zipfile_serialization=not legacy)
+    content = path.read_bytes()
+    for position in range(0, len(content), max(1, len(content) // 200)):
+        flipped = bytearray(content)
+        flipped[position] ^= 0x10
+        path.write_bytes(flipped)
+        with pytest.raises(CheckpointError):  # if it can be read at all, most tensors are missing
+            load_model(checkpoint)

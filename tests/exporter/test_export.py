@@ -3,15 +3,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
 
-from perceiver_export.exporter import LoadedModel, export, inspect_bundle, load_model, pipeline, verify
+from perceiver_export.exporter import LoadedModel, export, inspect_bundle, load_model, pipeline
 from perceiver_export.exporter.write import new_bundle
 from perceiver_export.runtimes import open_bundle
 from perceiver_export.runtimes.errors import (
@@ -177,5 +182,73 @@ def test_a_model_that_overflows_is_refused(loaded: LoadedModel, tmp_path: Path) 
 def test_large_inputs_are_among_those_that_are_compared(loaded: LoadedModel, tmp_path: Path) -> None:
     checks = export(loaded, tmp_path / "bundle").manifest.verification
 
-    assert verify._LARGE == 100
-    assert "× 100" in checks[-1].inputs
+    assert "normal values × 100" in checks[-1].inputs
+
+
+def test_a_real_write_that_fails_leaves_nothing(loaded: LoadedModel, tmp_path: Path) -> None:
+    """The kernel refuses to write more than 100 kB to a file, as a full disk would."""
+    checkpoint = next(path for path in tmp_path.iterdir() if path.name.startswith("checkpoint"))
+    code = (
+        "import resource, sys; from perceiver_export.exporter import export, load_model\n"
+        "from perceiver_export.runtimes.errors import ExportError\n"
+        "loaded = load_model(sys.argv[1], shape={'image': (3, 32, 32)})\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "try: export(loaded, sys.argv[2])\n"
+        "except ExportError as error: print(error.hint)"
+    )
+    command = [sys.executable, "-c", code, str(checkpoint), str(tmp_path / "bundle")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+
+    assert "free some space" in done.stdout
+    assert left_in(tmp_path) == []
+
+
+def test_the_manifest_of_another_program_is_no_reason_to_replace_its_folder(
+    loaded: LoadedModel, tmp_path: Path
+) -> None:
+    (tmp_path / "extension").mkdir()
+    (tmp_path / "extension" / "manifest.json").write_text('{"manifest_version": 3, "name": "theirs"}')
+    with pytest.raises(BundleExistsError, match="is not a bundle"):
+        export(loaded, tmp_path / "extension", overwrite=True)
+    assert (tmp_path / "extension" / "manifest.json").is_file()
+
+
+def test_a_link_to_a_bundle_stays_a_link(loaded: LoadedModel, tmp_path: Path) -> None:
+    export(loaded, tmp_path / "bundle")
+    (tmp_path / "link").symlink_to(tmp_path / "bundle")
+    export(loaded, tmp_path / "link", batch=2, overwrite=True)
+
+    assert (tmp_path / "link").is_symlink()
+    assert open_bundle(tmp_path / "bundle").part().inputs[0].shape[0] == 2
+    assert left_in(tmp_path) == ["bundle", "link"]
+
+
+def test_a_bundle_that_no_reader_would_take_is_not_published(loaded: LoadedModel, tmp_path: Path) -> None:
+    export(loaded, tmp_path / "bundle")
+    broken = dataclasses.replace(
+        loaded, preprocessing=msgspec.structs.replace(loaded.preprocessing, std=(0.0, 0.0, 0.0))
+    )
+    with pytest.raises(BundleError, match="not usable"):
+        export(broken, tmp_path / "bundle", overwrite=True)
+
+    open_bundle(tmp_path / "bundle", verify="always")
+    assert left_in(tmp_path) == ["bundle"]
+
+
+def test_an_overwrite_that_another_export_overtakes_loses_nothing_of_theirs(
+    tmp_path: Path, loaded: LoadedModel
+) -> None:
+    export(loaded, tmp_path / "bundle")
+
+    def write_slowly() -> None:
+        with new_bundle(tmp_path / "bundle", True) as slow:
+            (slow / "manifest.json").write_text("slow")
+            shutil.rmtree(tmp_path / "bundle")
+            (tmp_path / "bundle").mkdir()
+            (tmp_path / "bundle" / "theirs.txt").write_text("theirs")
+
+    with pytest.raises(BundleExistsError, match="in the meantime"):
+        write_slowly()
+
+    assert (tmp_path / "bundle" / "theirs.txt").read_text() == "theirs"
+    assert left_in(tmp_path) == ["bundle"]

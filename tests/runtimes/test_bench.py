@@ -8,14 +8,15 @@ from pathlib import Path
 import pytest
 
 from perceiver_export.runtimes import bench, devices, doctor
-from perceiver_export.runtimes.errors import BundleError, UsageError
+from perceiver_export.runtimes.errors import BundleError, DeviceError, UsageError
 
 
 def test_a_bundle_against_its_own_graph_is_about_as_fast(fashion_bundle: Path) -> None:
     result = bench(fashion_bundle, against=fashion_bundle / "model.onnx", runs=20, threads=1)
     first, second = result.measurements
 
-    assert result.ratio == pytest.approx(1, abs=0.9)
+    assert result.ratio is not None
+    assert 0.2 < result.ratio < 5  # the same graph twice, on a machine that others use too
     assert 0 < first.p50 <= first.p95 <= first.p99
     assert first.throughput > 0
     assert (first.name, second.name) == (fashion_bundle.name, "model.onnx")
@@ -28,6 +29,8 @@ def test_what_cannot_be_measured_is_refused(fashion_bundle: Path, tmp_path: Path
         bench(fashion_bundle, runs=1)
     with pytest.raises(BundleError):
         bench(tmp_path)
+    with pytest.raises(DeviceError, match="no target"):
+        bench(fashion_bundle, device="abacus")
     (tmp_path / "cut.onnx").write_bytes((fashion_bundle / "model.onnx").read_bytes()[:1000])
     with pytest.raises(BundleError):
         bench(tmp_path / "cut.onnx")

@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +157,28 @@ def test_close_finishes_what_was_submitted_and_refuses_more(fashion_bundle: Path
     for call in (lambda: runtime.run({}), lambda: runtime.submit({}), runtime.describe):
         with pytest.raises(RuntimeClosedError):
             call()
+
+
+def test_whatever_was_accepted_while_closing_is_finished(fashion_bundle: Path, golden: dict[str, Any]) -> None:
+    runtime = load(fashion_bundle)
+    accepted: list[Future[dict[str, Any]]] = []
+
+    def submit_until_closed() -> None:
+        while True:
+            try:
+                accepted.append(runtime.submit({"image": golden["image"]}))
+            except RuntimeClosedError:
+                return
+
+    thread = threading.Thread(target=submit_until_closed)
+    thread.start()
+    time.sleep(0.05)
+    runtime.close()
+    thread.join(timeout=60)
+
+    assert not thread.is_alive()
+    assert accepted
+    assert all(future.result(timeout=60)["logits"].shape == (1, 10) for future in accepted)
 
 
 def test_a_target_that_does_not_exist_is_refused(fashion_bundle: Path) -> None:

@@ -94,3 +94,10 @@ def test_a_turned_photograph_is_turned_upright(tmp_path: Path) -> None:
     image.save(tmp_path / "turned.png", exif=exif)
 
     assert read_picture(tmp_path / "turned.png").shape == (4, 3, 3)
+
+
+def test_a_picture_of_sixteen_bits_is_refused_and_not_clipped(tmp_path: Path) -> None:
+    Image.fromarray(np.full((4, 4), 4000, np.uint16)).save(tmp_path / "deep.png")
+
+    with pytest.raises(InputError, match="8 bits"):
+        read_picture(tmp_path / "deep.png")
