@@ -17,7 +17,7 @@ with load(sys.argv[1]) as runtime:
     buffer = np.empty((1, 10), np.float32)
 
     print(runtime.run({"image": frame})["logits"])  # a new array, yours to keep
-    runtime.run({"image": frame}, out={"logits": buffer})  # into your own array: nothing is allocated
+    runtime.run({"image": frame}, out={"logits": buffer})  # into your own array
     print(buffer)
     future = runtime.submit({"image": frame})  # in the background
     print(future.result()["logits"])

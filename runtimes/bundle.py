@@ -4,11 +4,11 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import os
 from pathlib import Path
 from typing import Literal, get_args
+
+import msgspec
 
 from perceiver_export.runtimes.errors import BundleError, UsageError
 from perceiver_export.runtimes.manifest import FileEntry, Manifest, Part, decode_manifest
@@ -86,6 +86,8 @@ def read_manifest(directory: Path) -> Manifest:
 
 def sha256(path: Path) -> str:
     """Hash of a file, read in pieces."""
+    import hashlib  # with its OpenSSL a tenth of this package's import time
+
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):
@@ -133,17 +135,18 @@ class _Stamps:
     """Which files of a bundle were hashed and found right, by size, time and inode. Losing it costs only time."""
 
     def __init__(self, directory: Path) -> None:
+        import hashlib
+
         self._directory = directory
         key = hashlib.sha256(os.fsencode(directory.resolve())).hexdigest()[:32]
         self._path = cache_directory() / "verified" / f"{key}.json"
         try:
-            stamps = json.loads(self._path.read_bytes())
-        except (OSError, ValueError):
-            stamps = {}
-        self._stamps: dict[str, object] = stamps if isinstance(stamps, dict) else {}
+            self._stamps = msgspec.json.decode(self._path.read_bytes(), type=dict[str, list[str | int]])
+        except (OSError, msgspec.DecodeError, UnicodeDecodeError):
+            self._stamps = {}
         self._changed = False
 
-    def _stamp(self, name: str, entry: FileEntry) -> list[object]:
+    def _stamp(self, name: str, entry: FileEntry) -> list[str | int]:
         status = (self._directory / name).stat()
         return [entry.sha256, status.st_size, status.st_mtime_ns, status.st_ino]
 
@@ -160,7 +163,7 @@ class _Stamps:
         temporary = self._path.with_suffix(f".{os.getpid()}.tmp")
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps(self._stamps), encoding="utf-8")
+            temporary.write_bytes(msgspec.json.encode(self._stamps))
             temporary.replace(self._path)
         except OSError:
             with contextlib.suppress(OSError):  # a read-only or full home: the next load hashes again

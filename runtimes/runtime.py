@@ -6,10 +6,9 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +16,9 @@ import numpy.typing as npt
 from perceiver_export.runtimes.bundle import Bundle, Verify, open_bundle
 from perceiver_export.runtimes.errors import BundleError, DeviceError, InputError, RuntimeClosedError, UsageError
 from perceiver_export.runtimes.manifest import TensorSpec
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future, ThreadPoolExecutor
 
 Array = npt.NDArray[Any]
 Feeds = Mapping[str, Array]
@@ -78,6 +80,8 @@ class Runtime:
 
     def submit(self, feeds: Feeds) -> Future[dict[str, Array]]:
         """`run` in the background; the arrays in ``feeds`` must not change until the future is done."""
+        from concurrent.futures import ThreadPoolExecutor
+
         with self._lock:
             engine = self._open_engine()
             if self._pool is None:

@@ -6,8 +6,10 @@ This is the only place that turns errors into text and exit codes: 0 done and ga
 
 from __future__ import annotations
 
+import functools
 import sys
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, ParamSpec
 
 import typer
 
@@ -21,6 +23,8 @@ from perceiver_export.exporter.cli.run import run
 from perceiver_export.exporter.cli.validate import validate
 from perceiver_export.runtimes.errors import PerceiverExportError
 
+_P = ParamSpec("_P")
+
 app = typer.Typer(
     name="perceiver-export",
     help="Takes a trained Perceiver IO and makes it run on a device, verified, without torch.",
@@ -28,8 +32,25 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def _interruptible(command: Callable[_P, None]) -> Callable[_P, None]:
+    """Ctrl-C as one of our errors; typer would exit with 130 and say nothing of what became of the work."""
+
+    @functools.wraps(command)
+    def run_command(*arguments: _P.args, **options: _P.kwargs) -> None:
+        try:
+            command(*arguments, **options)
+        except KeyboardInterrupt as error:
+            raise PerceiverExportError(
+                "interrupted", "nothing was left half-written; type the command again"
+            ) from error
+
+    return run_command
+
+
 for command in (export, run, validate, bench, inspect, doctor, presets, demo):
-    app.command()(command)
+    app.command()(_interruptible(command))
 
 
 def _show_version(asked: bool) -> None:
@@ -55,9 +76,6 @@ def main() -> None:
         app()
     except PerceiverExportError as error:
         _complain(error.message, error.hint)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        _complain("interrupted", "nothing was left half-written; type the command again")
         sys.exit(1)
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output went away, as `head` does
