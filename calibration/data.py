@@ -204,7 +204,8 @@ def _label(text: str, labels: tuple[str, ...], where: str) -> int:
         index = int(text)
     except ValueError as error:
         raise DataError(
-            f"{where}: {text!r} is not a label of this model", f"its labels: {', '.join(labels[:12])}, or an index"
+            f"{where}: {text!r} is not a label of this model",
+            f"give an index from 0, or one of: {', '.join(labels[:12])}",
         ) from error
     _check_index(index, labels, where)
     return index

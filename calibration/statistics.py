@@ -20,7 +20,8 @@ class Proportion(msgspec.Struct, frozen=True):
     high: float
 
     def __str__(self) -> str:
-        return f"{self.value:.2%} ({self.count:,} of {self.total:,}; 95 % bounds {self.low:.2%} to {self.high:.2%})"
+        bounds = f"{100 * self.low:.2f} to {100 * self.high:.2f} %"
+        return f"{100 * self.value:.2f} % ({self.count:,} of {self.total:,}; 95 % bounds {bounds})"
 
 
 def proportion(count: int, total: int) -> Proportion:

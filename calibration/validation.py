@@ -35,7 +35,7 @@ class Gate(msgspec.Struct, frozen=True):
     held: bool
 
     def __str__(self) -> str:
-        return f"{'held' if self.held else 'NOT HELD'}: {self.what} {self.asked:g} %; measured {self.measured:.2f} %"
+        return f"{'held' if self.held else 'NOT HELD'}: {self.what} {self.asked:g}, measured {self.measured:.2f}"
 
 
 class Validation(msgspec.Struct, frozen=True):
@@ -52,7 +52,10 @@ class Validation(msgspec.Struct, frozen=True):
         """Raise GateError unless every gate held."""
         for gate in self.gates:
             if not gate.held:
-                raise GateError(str(gate), "this bundle is not as close to its reference as was asked")
+                raise GateError(
+                    str(gate),
+                    "the bundle is not as close to its reference as was asked, or the samples are too few to show it",
+                )
 
 
 def validate(
@@ -143,12 +146,15 @@ def _result(
             raise DataError(
                 "the data has no labels, so a drop cannot be measured", "add labels, or gate on --min-agreement"
             )
-        gates.append(Gate("top-1 falls below the reference by at most", max_drop, drop, drop <= max_drop))
+        gates.append(Gate("fall of top-1 below the reference, in points, at most", max_drop, drop, drop <= max_drop))
     if min_agreement is not None and agreement is not None:
         low = 100 * agreement.low
         gates.append(
             Gate(
-                "agreement with the reference (lower 95 % bound) is at least", min_agreement, low, low >= min_agreement
+                "lower 95 % bound of the agreement with the reference, in percent, at least",
+                min_agreement,
+                low,
+                low >= min_agreement,
             )
         )
     return Validation(count, top1, reference, drop, agreement, tuple(gates))
@@ -185,8 +191,10 @@ def _batches(samples: Iterable[Sample], size: int) -> Iterator[list[Sample]]:
 
 
 def _check_same(task: ImageClassification, other: ImageClassification) -> None:
+    if task.labels != other.labels:
+        raise UsageError("the two bundles have different labels", "compare bundles of one checkpoint")
     steps: tuple[ImagePreprocessing, ImagePreprocessing] = (task.preprocessing, other.preprocessing)
-    if steps[0] != steps[1] or task.labels != other.labels:
+    if steps[0] != steps[1]:
         raise UsageError(
-            "the two bundles prepare pictures differently or have other labels", "compare bundles of one checkpoint"
+            "the two bundles prepare pictures differently", "compare bundles of one checkpoint, exported at one --shape"
         )

@@ -9,6 +9,8 @@ import sys
 
 from perceiver_export.runtimes import open_task
 
+if len(sys.argv) < 3:
+    sys.exit("usage: 01_run_in_an_app.py BUNDLE PICTURE…")
 bundle, *pictures = sys.argv[1:]
 with open_task(bundle, device="auto") as classify:
     print(classify.runtime.describe())

@@ -10,6 +10,8 @@ import numpy as np
 
 from perceiver_export.runtimes import load
 
+if len(sys.argv) != 2:
+    sys.exit("usage: 02_run_arrays.py BUNDLE")
 with load(sys.argv[1]) as runtime:
     for spec in (*runtime.inputs, *runtime.outputs):
         print(spec.name, spec.dtype, spec.shape, spec.meaning)

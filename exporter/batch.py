@@ -26,7 +26,10 @@ class Batch:
         if len(numbers) == 1:
             numbers *= 3
         if len(numbers) != 3 or not 1 <= numbers[0] <= numbers[1] <= numbers[2]:
-            raise UsageError(f"batch is {text!r}", "give a number, or MIN:OPT:MAX such as 1:4:16")
+            raise UsageError(
+                f"batch {text!r} is neither a positive number nor a rising range",
+                "give a number, or MIN:OPT:MAX such as 1:4:16",
+            )
         return cls(*numbers)
 
     @property

@@ -54,7 +54,9 @@ def _inspect_onnx(path: Path) -> Inspection:
         raise
     except Exception as error:
         # protobuf, onnx-ir and onnx each have their own errors for a damaged file.
-        raise BundleError(f"{path} is not an ONNX model that can be read", "copy it again") from error
+        raise BundleError(
+            f"{path} is not an ONNX model that can be read", "copy it again, with its weights (model.weights) beside it"
+        ) from error
     tensors = [value.const_value for value in model.graph.initializers.values()]
     beside = {Path(tensor.path) for tensor in tensors if isinstance(tensor, ir.ExternalTensor)}
     size = sum(file.stat().st_size for file in {path, *beside})

@@ -38,6 +38,7 @@ class LoadedModel:
     source: str
     labels: tuple[str, ...]
     preprocessing: ImagePreprocessing
+    notes: tuple[str, ...] = ()
 
     def run(self, inputs: Array) -> Array:
         """Logits (n, labels) of preprocessed inputs (n, channels, height, width), in torch: a reference to judge by."""
@@ -117,7 +118,7 @@ def _huggingface(directory: Path, image_shape: tuple[int, int, int] | None) -> L
             else "give a Hugging Face directory (config.json and weights) or preset:NAME",
         )
     model, labels = load_huggingface(directory, image_shape)
-    config = model.config
+    config, processor = model.config, read_preprocessor(directory)
     return LoadedModel(
         model=model,
         config=config,
@@ -125,8 +126,37 @@ def _huggingface(directory: Path, image_shape: tuple[int, int, int] | None) -> L
         parity="huggingface",
         source=directory.resolve().name,
         labels=labels,
-        preprocessing=_preprocessing(read_preprocessor(directory), config.input.height, config.input.width),
+        preprocessing=_preprocessing(processor, config.input.height, config.input.width),
+        notes=_notes(directory, model, image_shape, bool(processor), labels),
     )
+
+
+def _notes(
+    directory: Path,
+    model: PerceiverIO,
+    image_shape: tuple[int, int, int] | None,
+    has_processor: bool,
+    labels: tuple[str, ...],
+) -> tuple[str, ...]:
+    """What the checkpoint did not say, and what was taken instead."""
+    from perceiver_export.exporter.checkpoints.huggingface import default_image_shape, read_config
+
+    notes = []
+    image = model.config.input
+    if not has_processor:
+        notes.append(
+            f"no preprocessor_config.json: pictures of {image.height} × {image.width}, cropped and normalised as for"
+            " ImageNet, are assumed; a model trained otherwise will be wrong"
+        )
+    usual = default_image_shape(read_config(directory), directory)
+    if image_shape is not None and image_shape != usual:
+        notes.append(
+            f"pictures of {image.height} × {image.width}, where the checkpoint says {usual[1]} × {usual[2]}:"
+            " its accuracy there is another; measure it with `validate`"
+        )
+    if all(label == f"LABEL_{index}" for index, label in enumerate(labels)):
+        notes.append("config.json names no labels: they are LABEL_0, LABEL_1, …")
+    return tuple(notes)
 
 
 class _ImageProcessor(msgspec.Struct):

@@ -103,6 +103,7 @@ def _manifest(name: str, loaded: LoadedModel, part: Part, checks: tuple[Check, .
         verification=checks,
         tools=_tools(),
         files=file_entries(directory),
+        notes=loaded.notes,
     )
 
 

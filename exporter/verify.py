@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -17,6 +18,9 @@ from perceiver_export.runtimes.runtime import Array, Runtime
 
 # Two float32 implementations of a 50-layer model differ by about 1e-6 of the output's scale.
 TOLERANCE = 1e-4
+# A model with very sharp attention multiplies rounding errors. Where torch in float32 is itself further than this from
+# torch in float64, the graph may differ from it by so many times torch's own error: another order of sums is no bug.
+_TIMES_TORCHS_OWN = 10
 _LARGE = 100.0
 
 
@@ -27,7 +31,8 @@ def verify(
 
     golden.npz holds ``input/NAME`` and ``output/NAME`` of the first seed.
 
-    Raises VerificationError: a difference above `TOLERANCE` of the output's scale, or a NaN or infinity.
+    Raises VerificationError: a difference above `TOLERANCE` of the output's scale (above ten times torch's own rounding
+    error, where that is more), or a NaN or infinity.
     """
     checks: list[Check] = []
     golden: dict[str, Array] = {}
@@ -45,12 +50,21 @@ def verify(
             )
         comparison = compare(found, reference, TOLERANCE)
         if not comparison:
+            own = compare(reference, _in_float64(model, image), TOLERANCE).difference
+            comparison = compare(found, reference, max(TOLERANCE, _TIMES_TORCHS_OWN * own))
+        if not comparison:
             raise VerificationError(f"for {description} the exported graph {comparison}", "report it: this is a bug")
-        checks.append(Check("logits", description, comparison.difference, TOLERANCE, comparison.scale))
+        checks.append(Check("logits", description, comparison.difference, comparison.tolerance, comparison.scale))
         if not golden:
             golden = {"input/image": image, "output/logits": reference}
     progress(len(cases), len(cases))
     return tuple(checks), golden
+
+
+def _in_float64(model: PerceiverIO, image: Array) -> Array:
+    with torch.no_grad():
+        exact: Array = copy.deepcopy(model).double()(torch.from_numpy(image).double()).numpy()
+    return exact
 
 
 def _cases(model: PerceiverIO, batch: Batch) -> Iterator[tuple[str, Array]]:

@@ -73,9 +73,13 @@ def read_manifest(directory: Path) -> Manifest:
     try:
         content = (directory / "manifest.json").read_bytes()
     except (FileNotFoundError, NotADirectoryError) as error:
+        what = "is not a bundle: it has no manifest.json" if directory.exists() else "does not exist"
+        is_checkpoint = (directory / "config.json").is_file()
         raise BundleError(
-            f"{directory} is not a bundle: it has no manifest.json",
-            "a bundle is the directory that `perceiver-export export SOURCE -o BUNDLE` writes",
+            f"{directory} {what}",
+            f"it looks like a checkpoint: perceiver-export export {directory} -o BUNDLE"
+            if is_checkpoint
+            else "a bundle is the directory that `perceiver-export export SOURCE -o BUNDLE` writes",
         ) from error
     except OSError as error:
         raise BundleError(

@@ -97,6 +97,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     verification: tuple[Check, ...]
     tools: dict[str, str]
     files: dict[str, FileEntry]
+    notes: tuple[str, ...] = ()  # what was assumed at export, for a person to know
 
 
 class _Version(msgspec.Struct):

@@ -34,11 +34,10 @@ def read_picture(path: str | os.PathLike[str]) -> Picture:
         ) from error
     try:
         with Image.open(path) as image:
-            if image.width * image.height > _MOST_PIXELS or image.mode.startswith(("I", "F")):
-                raise InputError(
-                    f"{os.fspath(path)} is larger than a picture should be, or has more than 8 bits a channel",
-                    "convert it to 8 bits and a usual size first",
-                )
+            if image.width * image.height > _MOST_PIXELS:
+                raise InputError(f"{os.fspath(path)} has {image.width} × {image.height} pixels", "scale it down first")
+            if image.mode.startswith(("I", "F")):
+                raise InputError(f"{os.fspath(path)} has more than 8 bits a channel", "convert it to 8 bits first")
             return np.asarray(ImageOps.exif_transpose(image).convert("RGB"), dtype=np.uint8)
     except InputError:
         raise

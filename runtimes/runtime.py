@@ -122,7 +122,10 @@ class Runtime:
         for name, dtype, spec in self._input_checks:
             array = feeds.get(name)
             if array is None:
-                raise InputError(f"input {name!r} is missing", f"the model takes {_names(self.inputs)}")
+                raise InputError(
+                    f"input {name!r} is missing, there is {', '.join(map(repr, feeds)) or 'nothing'}",
+                    f"the model takes {_names(self.inputs)}",
+                )
             if not isinstance(array, np.ndarray):
                 raise InputError(f"input {name!r} is a {type(array).__name__}", "give a numpy array")
             if array.dtype != dtype:
@@ -200,7 +203,9 @@ def open_engine(path: Path, device: str, threads: int | None) -> Engine:
 
     target = next(iter(TARGETS)) if device == "auto" else device
     if target not in TARGETS:
-        raise DeviceError(f"there is no target {device!r}", f"targets of this version: auto, {', '.join(TARGETS)}")
+        raise DeviceError(
+            f"there is no target {device!r}", f"the device is one of the targets auto, {', '.join(TARGETS)}"
+        )
     engine: Engine = importlib.import_module(TARGETS[target]).open(path, threads)
     return engine
 

@@ -34,25 +34,25 @@ def demo(
     finally:
         if directory is not None:
             shutil.rmtree(directory, ignore_errors=True)
-    typer.echo(
-        f"\nThe whole road took {time.monotonic() - start:.0f} s."
-        + ("" if output is None else f" The bundle is in {bundle}.")
-    )
+    kept = f"The bundle is in {bundle}." if output is not None else "The bundle was temporary; keep it with -o BUNDLE."
+    typer.echo(f"\nThe whole road took {time.monotonic() - start:.0f} s. {kept}")
 
 
 def _demo(folder: Path, bundle: Path) -> None:
     from perceiver_export.calibration.validation import validate
     from perceiver_export.exporter.cli.bench import show_bench
-    from perceiver_export.exporter.cli.export import export
+    from perceiver_export.exporter.cli.export import show_export
     from perceiver_export.exporter.cli.inspect import show_inspection
     from perceiver_export.exporter.cli.run import run
     from perceiver_export.exporter.cli.validate import reference, show_validation
     from perceiver_export.exporter.inspection import inspect_bundle
+    from perceiver_export.exporter.pipeline import export
     from perceiver_export.runtimes.benchmark import bench
 
     checkpoint, pictures, data = folder / "checkpoint", folder / "pictures", folder / "test.npz"
     _step(1, "export: a trained checkpoint becomes a bundle that needs no torch", f"export {checkpoint} -o {bundle}")
-    export(str(checkpoint), str(bundle))
+    with progress_bar("export") as progress:
+        show_export(export(checkpoint, bundle, progress=progress), show_next=False)
     _step(2, "inspect: what is in it, and where the work is", f"inspect {bundle}")
     show_inspection(inspect_bundle(bundle))
     _step(3, "run: a few pictures of clothes", f"run {bundle} {pictures}")

@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from perceiver_export.exporter.cli.output import JsonFlag, count, mebibytes, print_json, progress_bar, shape
 from perceiver_export.runtimes.errors import UsageError
+
+if TYPE_CHECKING:
+    from perceiver_export.runtimes.bundle import Bundle
 
 
 def export(
@@ -38,6 +41,12 @@ def export(
     if json:
         print_json({"bundle": str(bundle.path), "manifest": manifest})
         return
+    show_export(bundle)
+
+
+def show_export(bundle: Bundle, show_next: bool = True) -> None:
+    """What was written, what was assumed, and the commands to type next."""
+    manifest = bundle.manifest
     part = bundle.part()
     worst = max(manifest.verification, key=lambda check: check.difference)
     size = sum(entry.size for entry in manifest.files.values())
@@ -49,6 +58,10 @@ def export(
         f"  verified against torch on {len(manifest.verification)} seeds: largest difference {worst.difference:.1e} "
         f"of the output's scale ({worst.tolerance:.0e} allowed)"
     )
+    for note in manifest.notes:
+        typer.echo(typer.style("note:", fg="yellow", bold=True) + f" {note}")
+    if not show_next:
+        return
     typer.echo(f"next: perceiver-export run {bundle.path} PICTURE…")
     typer.echo(f"      perceiver-export validate {bundle.path} --data DATA")
 

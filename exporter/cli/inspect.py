@@ -75,7 +75,7 @@ def _row(stage: Stage, whole: Stage) -> tuple[str, ...]:
         stage.name,
         f"{count(stage.flops)}FLOP",
         f"{stage.flops / (whole.flops or 1):.1%}",
-        count(stage.parameters),
+        count(stage.parameters).rstrip(),
         mebibytes(stage.weight_bytes),
         mebibytes(stage.activation_bytes),
     )

@@ -86,7 +86,7 @@ def count(number: float) -> str:
     for power, suffix in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
         if number >= power:
             return f"{number / power:.2f}{suffix}"
-    return f"{number:g}"
+    return f"{number:g} "
 
 
 def shape(dims: Sequence[int | str]) -> str:

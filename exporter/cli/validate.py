@@ -94,6 +94,7 @@ def show_validation(name: str, result: Validation) -> None:
         rows.append(("agreement with the reference", str(result.agreement)))
     if not rows:
         rows.append(("outputs", "all finite; no labels and no reference to measure against"))
-    print_table(f"{name} on {result.samples:,} samples", ["", "measured"], rows)
+    print_table(f"{name} on {result.samples:,} sample{'s' if result.samples != 1 else ''}", ["", "measured"], rows)
     for gate in result.gates:
-        typer.echo(str(gate))
+        if gate.held:  # one that does not is the error that follows
+            typer.echo(str(gate))

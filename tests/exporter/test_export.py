@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import json
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from perceiver_export.exporter import LoadedModel, export, inspect_bundle, load_model, pipeline
+from perceiver_export.exporter import LoadedModel, export, inspect_bundle, load_model, pipeline, verify
 from perceiver_export.exporter.write import new_bundle
 from perceiver_export.runtimes import open_bundle
 from perceiver_export.runtimes.errors import (
@@ -252,3 +253,35 @@ def test_an_overwrite_that_another_export_overtakes_loses_nothing_of_theirs(
 
     assert (tmp_path / "bundle" / "theirs.txt").read_text() == "theirs"
     assert left_in(tmp_path) == ["bundle"]
+
+
+def test_a_model_that_multiplies_rounding_is_held_to_torchs_own_error(loaded: LoadedModel, tmp_path: Path) -> None:
+    """Very sharp attention: float32 torch itself is further than the usual tolerance from float64 torch."""
+    with torch.no_grad():
+        for name, parameter in loaded.model.named_parameters():
+            if name.endswith(("query.weight", "key.weight")):
+                parameter.mul_(12)
+    image = np.random.default_rng(0).normal(size=(1, 3, 8, 8)).astype(np.float32)
+    exact = verify._in_float64(loaded.model, image)
+    own = np.abs(loaded.run(image) - exact).max() / np.abs(exact).max()
+
+    checks = export(loaded, tmp_path / "bundle").manifest.verification
+
+    for check in checks:
+        assert check.difference <= check.tolerance <= max(1e-4, 100 * own)
+
+
+def test_the_bundle_says_what_was_assumed(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    checkpoint = make_checkpoint("fourier")
+    notes = export(checkpoint, tmp_path / "assumed", shape={"image": (3, 8, 8)}).manifest.notes
+    assert [note.split(":")[0] for note in notes] == [
+        "no preprocessor_config.json",
+        "pictures of 8 × 8, where the checkpoint says 224 × 224",
+        "config.json names no labels",
+    ]
+
+    (checkpoint / "preprocessor_config.json").write_text('{"size": {"height": 8, "width": 8}}')
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["id2label"] = dict(enumerate("abcde"))
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    assert export(checkpoint, tmp_path / "told").manifest.notes == ()

@@ -181,7 +181,7 @@ def test_a_graph_that_is_garbage_with_the_right_hash_is_refused(copied_bundle: P
 def test_a_place_without_a_bundle_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for path in (tmp_path, tmp_path / "absent", tmp_path / "file"):
-        with pytest.raises(BundleError, match="is not a bundle"):
+        with pytest.raises(BundleError, match=r"is not a bundle|does not exist"):
             load(path)
 
 
