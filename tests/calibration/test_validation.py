@@ -104,11 +104,14 @@ def test_what_makes_no_sense_is_refused(fashion_bundle: Path, tmp_path: Path) ->
         validate(fashion_bundle, tmp_path / "small.npz")
 
 
-def test_bundles_that_prepare_pictures_differently_are_not_compared(fashion_bundle: Path, tmp_path: Path) -> None:
+def test_bundles_that_do_not_compare_are_not_compared(fashion_bundle: Path, tmp_path: Path) -> None:
     other = export("preset:imagenet-conv", tmp_path / "other", shape={"image": (3, 32, 32)}).path
+    larger = export(FASHION / "checkpoint", tmp_path / "larger", shape={"image": (3, 32, 32)}).path
 
-    with pytest.raises(UsageError, match="differently"):
+    with pytest.raises(UsageError, match="different labels"):
         validate(fashion_bundle, TEST, against=other)
+    with pytest.raises(UsageError, match="prepare pictures differently"):
+        validate(fashion_bundle, TEST, against=larger)
 
 
 @pytest.mark.parametrize("count", [0, 1, 50, 99, 100])
