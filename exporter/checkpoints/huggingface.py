@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import msgspec
 import torch
 
+from perceiver_export.exporter.checkpoints.preprocessor import picture_sides
 from perceiver_export.exporter.checkpoints.state import check_state, load_state
 from perceiver_export.exporter.checkpoints.tensors import read_state_dict
 from perceiver_export.exporter.perceiver.config import (
@@ -42,7 +43,6 @@ _OTHER_PERCEIVERS = (
 _RGB = 3
 _T = TypeVar("_T")
 _BANDS = 64
-_MOST_PIXELS = 16_384
 _MOST = 1 << 20  # of any size in a config: more than any Perceiver has, less than what memory is asked for in vain
 
 
@@ -127,13 +127,9 @@ def read_preprocessor(directory: Path) -> dict[str, Any]:
 def default_image_shape(config: HuggingFaceConfig, directory: Path) -> tuple[int, int, int]:
     """(channels, height, width) as the image processor makes them, else as the learned positions have them."""
     size = read_preprocessor(directory).get("size")
-    if isinstance(size, int):
-        size = {"height": size, "width": size}
-    if isinstance(size, dict) and isinstance(size.get("height"), int) and isinstance(size.get("width"), int):
-        sides = size["height"], size["width"]
-        if not 1 <= min(sides) <= max(sides) <= _MOST_PIXELS:
-            raise CheckpointError(f"preprocessor_config.json: a size of {sides}", f"sizes are from 1 to {_MOST_PIXELS}")
-        return _RGB, *sides
+    by_sides = isinstance(size, dict) and all(isinstance(size.get(side), int) for side in ("height", "width"))
+    if isinstance(size, int) or by_sides:
+        return _RGB, *picture_sides(size, default=224)
     if ARCHITECTURES[_architecture_name(config)] == "conv1x1":
         return _RGB, _square(config.image_size), _square(config.image_size)
     return _RGB, 224, 224
