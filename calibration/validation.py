@@ -14,8 +14,8 @@ import numpy as np
 from perceiver_export.calibration.data import Sample, open_data
 from perceiver_export.calibration.statistics import Proportion, proportion
 from perceiver_export.runtimes.bundle import Bundle
-from perceiver_export.runtimes.errors import DataError, GateError, UsageError
-from perceiver_export.runtimes.manifest import ImagePreprocessing
+from perceiver_export.runtimes.errors import DataError, GateError, UnsupportedModelError, UsageError
+from perceiver_export.runtimes.preprocessing import ImagePreprocessing
 from perceiver_export.runtimes.runtime import Array
 from perceiver_export.runtimes.tasks import open_task
 from perceiver_export.runtimes.tasks.image_classification import ImageClassification
@@ -83,14 +83,14 @@ def validate(
         raise UsageError("a gate needs a reference", "give --against BUNDLE or --against CHECKPOINT")
     if samples is not None and samples < 1:
         raise UsageError(f"samples is {samples}", "give 1 or more, or leave it out")
-    with open_task(bundle, device, threads) as task:
+    with _open_classifier(bundle, device, threads) as task:
         opened = open_data(data, task.labels)
         total = opened.count if samples is None or opened.count is None else min(samples, opened.count)
         if against is None or callable(against):
             return _validate(
                 task, against, itertools.islice(opened.samples, samples), total, max_drop, min_agreement, progress
             )
-        with open_task(against, device, threads) as other:
+        with _open_classifier(against, device, threads) as other:
             _check_same(task, other)
             return _validate(
                 task,
@@ -101,6 +101,17 @@ def validate(
                 min_agreement,
                 progress,
             )
+
+
+def _open_classifier(bundle: str | os.PathLike[str] | Bundle, device: str, threads: int | None) -> ImageClassification:
+    task = open_task(bundle, device, threads)
+    if not isinstance(task, ImageClassification):
+        task.close()
+        raise UnsupportedModelError(
+            f"this version validates image classifiers, the bundle is of {task.manifest.task}",
+            "compare the outputs of `perceiver-export run` with your own reference",
+        )
+    return task
 
 
 def _validate(

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from perceiver_export.exporter.inspection import inspect_bundle
-    from perceiver_export.exporter.load import LoadedModel, load_model
+    from perceiver_export.exporter.load import load_model
+    from perceiver_export.exporter.loaded import LoadedModel
     from perceiver_export.exporter.pipeline import export
     from perceiver_export.exporter.presets import PRESETS
 
@@ -16,7 +17,7 @@ __all__ = ["PRESETS", "LoadedModel", "export", "inspect_bundle", "load_model"]
 
 _LAZY = {
     "PRESETS": "presets",
-    "LoadedModel": "load",
+    "LoadedModel": "loaded",
     "export": "pipeline",
     "inspect_bundle": "inspection",
     "load_model": "load",

@@ -43,7 +43,7 @@ def _inspect_onnx(path: Path) -> Inspection:
             "inspecting an ONNX file needs onnx-ir", "pip install 'perceiver-export[export]'"
         ) from error
     from perceiver_export.exporter.costs import stage_costs
-    from perceiver_export.runtimes.runtime import open_engine
+    from perceiver_export.runtimes.loading import open_engine
 
     try:
         model = ir.load(path)

@@ -1,51 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SOURCE -> torch model: a Hugging Face directory, or ``preset:NAME`` with random weights."""
+"""SOURCE -> torch model, whatever it is a checkpoint of."""
 
 from __future__ import annotations
 
-import difflib
 import os
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-import msgspec
+from perceiver_export.exporter.checkpoints.preprocessor import MAX_SIDE
+from perceiver_export.exporter.loaded import LoadedModel
+from perceiver_export.runtimes.errors import CheckpointError, MissingDependencyError, UsageError
 
-from perceiver_export.exporter.checkpoints.preprocessor import MAX_SIDE, image_preprocessing
-from perceiver_export.exporter.perceiver.config import PerceiverConfig
-from perceiver_export.exporter.presets import PRESETS
-from perceiver_export.runtimes.errors import CheckpointError, MissingDependencyError, UnsupportedModelError, UsageError
-from perceiver_export.runtimes.manifest import ImagePreprocessing
-from perceiver_export.runtimes.runtime import Array
-
-if TYPE_CHECKING:
-    from perceiver_export.exporter.perceiver.model import PerceiverIO
-
-Parity = Literal["huggingface", "deepmind"]
-TASK = "image-classification"
-
-
-@dataclass(frozen=True)
-class LoadedModel:
-    """A model in evaluation mode, with all that the bundle says about it. ``parity``: whose numerics it follows."""
-
-    model: PerceiverIO
-    config: PerceiverConfig
-    task: str
-    parity: Parity
-    source: str
-    labels: tuple[str, ...]
-    preprocessing: ImagePreprocessing
-    notes: tuple[str, ...] = ()
-
-    def run(self, inputs: Array) -> Array:
-        """Logits (n, labels) of preprocessed inputs (n, channels, height, width), in torch: a reference to judge by."""
-        import torch
-
-        with torch.inference_mode():
-            logits: Array = self.model(torch.from_numpy(inputs)).numpy()
-        return logits
+_PARITIES = ("huggingface", "deepmind")
 
 
 def load_model(
@@ -54,59 +22,75 @@ def load_model(
     task: str | None = None,
     parity: str | None = None,
     shape: Mapping[str, tuple[int, ...]] | None = None,
+    config: str | os.PathLike[str] | None = None,
 ) -> LoadedModel:
-    """Load a checkpoint for export.
+    """Load a checkpoint for export. ``source`` is one of
 
-    ``shape`` maps the input's name to its size without the batch, e.g. ``{"image": (3, 224, 224)}``.
+    - a Hugging Face directory,
+    - ``deepmind:TASK:FILE``, a Haiku pickle, and with ``config`` a JSON file of the sizes that it differs in,
+    - ``krasserm:FILE`` or ``lucidrains:FILE``, a state dict, with ``config`` the JSON file of its model's arguments,
+    - ``preset:NAME``, random weights at a paper's sizes,
+    - ``module:function``, your own: a function that gives a `PerceiverIO` or a `LoadedModel`.
+
+    ``parity`` says whose numerics to follow; by default those of the code that trained the checkpoint. ``shape`` maps
+    an input's name to its size without the batch, e.g. ``{"image": (3, 224, 224)}``. ``task`` is only checked against
+    what the checkpoint is, but for one's own model, of which it tells.
 
     Raises CheckpointError, UnsupportedModelError, UsageError, MissingDependencyError.
     """
     _need_torch()
-    if task not in (None, TASK):
-        raise UnsupportedModelError(f"unknown task {task!r}", f"this version exports: {TASK}")
-    if parity not in (None, "huggingface"):
-        raise UnsupportedModelError(f"parity {parity!r} is not there yet", "this version follows: huggingface")
-    image_shape = _image_shape(shape or {})
-    text = os.fspath(source)
-    if text.startswith("preset:"):
-        return _preset(text.removeprefix("preset:"), image_shape)
-    return _huggingface(Path(text), image_shape)
+    if parity not in (None, *_PARITIES):
+        raise UsageError(f"there is no parity {parity!r}", f"it is one of {', '.join(_PARITIES)}")
+    loaded = _load(os.fspath(source), task, _parity(parity), _image_shape(shape or {}), config)
+    if task is not None and task != loaded.task:
+        raise UsageError(f"{source} is a model of {loaded.task}, not of {task}", "leave --task out")
+    return loaded
 
 
-def _preset(name: str, image_shape: tuple[int, int, int] | None) -> LoadedModel:
-    import torch
+def _load(
+    text: str,
+    task: str | None,
+    parity: Literal["huggingface", "deepmind"] | None,
+    image_shape: tuple[int, int, int] | None,
+    config: str | os.PathLike[str] | None,
+) -> LoadedModel:
+    kind, _, rest = text.partition(":")
+    sizes = None if config is None else Path(config)
+    if kind == "preset":
+        from perceiver_export.exporter.presets import load_preset
 
-    from perceiver_export.exporter.perceiver.model import PerceiverIO
+        return load_preset(rest, parity or "deepmind", image_shape)
+    if kind == "deepmind":
+        from perceiver_export.exporter.checkpoints.haiku import load_haiku
 
-    if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, n=1)
+        return load_haiku(rest, parity or "deepmind", sizes, image_shape)
+    if kind in ("krasserm", "lucidrains"):
+        return _load_foreign(kind, Path(rest), sizes)
+    if re.fullmatch(r"[\w.]+:\w+", text) and not Path(text).exists():
+        from perceiver_export.exporter.own import load_own
+
+        return load_own(text, task)
+    return _load_directory(Path(text), parity or "huggingface", image_shape)
+
+
+def _load_foreign(kind: str, file: Path, config: Path | None) -> LoadedModel:
+    if config is None:
         raise UsageError(
-            f"there is no preset {name!r}", f"did you mean {near[0]}?" if near else f"presets: {', '.join(PRESETS)}"
+            f"a state dict of {kind} does not say its sizes", "give the arguments of its model: --config FILE.json"
         )
-    config = PRESETS[name]
-    if image_shape is not None:
-        channels, height, width = image_shape
-        if channels != config.input.num_channels:
-            raise UsageError(f"preset {name} reads 3 channels, not {channels}", "give --shape image=3xHxW")
-        config = msgspec.structs.replace(
-            config, input=msgspec.structs.replace(config.input, height=height, width=width)
-        )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = PerceiverIO(config).eval()
-    return LoadedModel(
-        model=model,
-        config=config,
-        task=TASK,
-        parity="huggingface",
-        source=f"preset:{name} (random weights)",
-        labels=tuple(f"LABEL_{i}" for i in range(config.decoder.num_output_channels)),
-        preprocessing=image_preprocessing({}, config.input.height, config.input.width),
-    )
+    if kind == "krasserm":
+        from perceiver_export.exporter.checkpoints.krasserm import load_krasserm
+
+        return load_krasserm(file, config)
+    from perceiver_export.exporter.checkpoints.lucidrains import load_lucidrains
+
+    return load_lucidrains(file, config)
 
 
-def _huggingface(directory: Path, image_shape: tuple[int, int, int] | None) -> LoadedModel:
-    from perceiver_export.exporter.checkpoints.huggingface import load_huggingface, read_preprocessor
+def _load_directory(
+    directory: Path, parity: Literal["huggingface", "deepmind"], image_shape: tuple[int, int, int] | None
+) -> LoadedModel:
+    from perceiver_export.exporter.checkpoints.huggingface import load_huggingface
 
     if not directory.is_dir():
         looks_like_hub_id = directory.parts and len(directory.parts) <= 2 and not directory.suffix
@@ -114,54 +98,21 @@ def _huggingface(directory: Path, image_shape: tuple[int, int, int] | None) -> L
             f"{directory} is not a directory",
             f"if it is a hub id, download it first: hf download {directory} --local-dir {directory.name}"
             if looks_like_hub_id and not directory.exists()
-            else "give a Hugging Face directory (config.json and weights) or preset:NAME",
+            else "give a Hugging Face directory (config.json and weights), deepmind:TASK:FILE or preset:NAME",
         )
-    model, labels = load_huggingface(directory, image_shape)
-    config, processor = model.config, read_preprocessor(directory)
-    return LoadedModel(
-        model=model,
-        config=config,
-        task=TASK,
-        parity="huggingface",
-        source=directory.resolve().name,
-        labels=labels,
-        preprocessing=image_preprocessing(processor, config.input.height, config.input.width),
-        notes=_notes(directory, model, image_shape, bool(processor), labels),
-    )
+    return load_huggingface(directory, parity, image_shape)
 
 
-def _notes(
-    directory: Path,
-    model: PerceiverIO,
-    image_shape: tuple[int, int, int] | None,
-    has_processor: bool,
-    labels: tuple[str, ...],
-) -> tuple[str, ...]:
-    """What the checkpoint did not say, and what was taken instead."""
-    from perceiver_export.exporter.checkpoints.huggingface import default_image_shape, read_config
-
-    notes = []
-    image = model.config.input
-    if not has_processor:
-        notes.append(
-            f"no preprocessor_config.json: pictures of {image.height} × {image.width}, cropped and normalised as for"
-            " ImageNet, are assumed; a model trained otherwise will be wrong"
-        )
-    usual = default_image_shape(read_config(directory), directory)
-    if image_shape is not None and image_shape != usual:
-        notes.append(
-            f"pictures of {image.height} × {image.width}, where the checkpoint says {usual[1]} × {usual[2]}:"
-            " its accuracy there is another; measure it with `validate`"
-        )
-    if all(label == f"LABEL_{index}" for index, label in enumerate(labels)):
-        notes.append("config.json names no labels: they are LABEL_0, LABEL_1, …")
-    return tuple(notes)
+def _parity(parity: str | None) -> Literal["huggingface", "deepmind"] | None:
+    return "deepmind" if parity == "deepmind" else "huggingface" if parity == "huggingface" else None
 
 
 def _image_shape(shape: Mapping[str, tuple[int, ...]]) -> tuple[int, int, int] | None:
     for name in shape:
         if name != "image":
-            raise UsageError(f"there is no input {name!r}", "this model's input is `image`: --shape image=3x224x224")
+            raise UsageError(
+                f"the size of {name!r} cannot be chosen", "`image` can, of picture models: --shape image=3x224x224"
+            )
     if "image" not in shape:
         return None
     sizes = shape["image"]

@@ -16,19 +16,24 @@ import msgspec
 import numpy as np
 
 from perceiver_export.exporter.batch import Batch
-from perceiver_export.exporter.load import LoadedModel, load_model
+from perceiver_export.exporter.load import load_model
+from perceiver_export.exporter.loaded import LoadedModel
 from perceiver_export.exporter.write import file_entries, new_bundle, refuse_existing
 from perceiver_export.runtimes.bundle import Bundle, open_bundle
-from perceiver_export.runtimes.manifest import SCHEMA_VERSION, Check, Manifest, Part, encode_manifest
-from perceiver_export.runtimes.runtime import Array, Runtime, open_engine
+from perceiver_export.runtimes.errors import UsageError
+from perceiver_export.runtimes.loading import open_engine
+from perceiver_export.runtimes.manifest import SCHEMA_VERSION, Check, Manifest, Part, TensorSpec, encode_manifest
+from perceiver_export.runtimes.runtime import Array, Runtime
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+    from perceiver_export.exporter.parts import GraphPart
+
 # progress(what is being done, steps done, steps in all)
 Progress = Callable[[str, int, int], None]
 
-GRAPH, WEIGHTS, GOLDEN = "model.onnx", "model.weights", "golden.npz"
+GOLDEN = "golden.npz"
 _TOOLS = ("perceiver-export", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
 
 
@@ -38,15 +43,21 @@ def export(
     *,
     task: str | None = None,
     parity: str | None = None,
+    split: bool | None = None,
+    dynamic_queries: bool = False,
     batch: str | int = 1,
     shape: Mapping[str, tuple[int, ...]] | None = None,
+    config: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Bundle:
     """Export a checkpoint to a bundle at ``out``, verified against torch; nothing is written if anything fails.
 
-    ``batch`` is a number or ``"MIN:OPT:MAX"``; ``shape`` fixes the input's size without the batch, e.g.
-    ``{"image": (3, 224, 224)}``. A `LoadedModel` may be given instead of a path.
+    ``split`` writes encoder and decoder apart, so that a caller decodes only the queries it needs; None splits where
+    decoding all of them in one call would not fit into memory (video). A decoder takes a fixed number of queries a call
+    (``shape={"queries": (n,)}`` sets it), or with ``dynamic_queries`` any number up to that. ``batch`` is a number or
+    ``"MIN:OPT:MAX"``; ``shape`` fixes an input's size without the batch, e.g. ``{"image": (3, 224, 224)}``. ``config``
+    is the JSON file of sizes that a bare state dict comes with. A `LoadedModel` may be given instead of a path.
 
     Raises CheckpointError, UnsupportedModelError, UsageError, ExportError, VerificationError, BundleExistsError,
     MissingDependencyError.
@@ -54,41 +65,95 @@ def export(
     report = progress or (lambda what, done, total: None)
     path = Path(os.path.abspath(out))  # so that "." and "bundle/" have a name too
     sizes = Batch.parse(batch)
+    shapes = dict(shape or {})
+    queries = shapes.pop("queries", None)
     refuse_existing(path, overwrite)
-    report("load", 0, 4)
-    loaded = source if isinstance(source, LoadedModel) else load_model(source, task=task, parity=parity, shape=shape)
-    # They import torch, which `load_model` has checked is there.
-    from perceiver_export.exporter.costs import stage_costs
-    from perceiver_export.exporter.trace import tensor_specs, trace
+    report("load", 0, 1)
+    loaded = (
+        source
+        if isinstance(source, LoadedModel)
+        else load_model(source, task=task, parity=parity, shape=shapes, config=config)
+    )
+    from perceiver_export.exporter.parts import output_specs  # imports torch, which `load_model` has checked is there
 
-    report("trace", 1, 4)
-    model = trace(loaded.model, sizes)
-    inputs, outputs = ((spec,) for spec in tensor_specs(loaded.model, sizes))
-    part = Part(GRAPH, inputs, outputs, stage_costs(model.graph))
+    graphs = _parts(loaded, sizes, loaded.split if split is None else split, dynamic_queries, queries)
     with new_bundle(path, overwrite) as directory:
-        report("write", 2, 4)
-        _save_graph(model, directory)
-        report("verify", 3, 4)
-        checks = _verify(loaded, part, sizes, directory, report)
-        manifest = _manifest(path.name, loaded, part, checks, directory)
+        parts = _write_graphs(loaded, graphs, directory, report)
+        checks = _verify(loaded, graphs, parts, directory, report)
+        outputs = output_specs(loaded.config, sizes) if len(graphs) > 1 else ()
+        manifest = _manifest(path.name, loaded, parts, outputs, checks, directory)
         (directory / "manifest.json").write_bytes(encode_manifest(manifest))
         open_bundle(directory, verify="never")  # what no reader would take is not published
-    report("done", 4, 4)
+    report("done", 1, 1)
     return open_bundle(path)
 
 
-def _verify(loaded: LoadedModel, part: Part, batch: Batch, directory: Path, report: Progress) -> tuple[Check, ...]:
-    """Run what was written, compare it with torch, and keep the first case as golden.npz."""
+def _parts(
+    loaded: LoadedModel, batch: Batch, split: bool, dynamic_queries: bool, queries: tuple[int, ...] | None
+) -> tuple[GraphPart, ...]:
+    from perceiver_export.exporter.parts import split_model, whole_model
+
+    if queries is not None and (len(queries) != 1 or queries[0] < 1):
+        raise UsageError(f"the shape of `queries` is {list(queries)}", "give their number: --shape queries=1024")
+    if split:
+        return split_model(loaded.model, batch, dynamic_queries, queries[0] if queries else None)
+    if dynamic_queries or queries:
+        raise UsageError("queries are chosen in split bundles only", "add --split")
+    return (whole_model(loaded.model, batch),)
+
+
+def _write_graphs(
+    loaded: LoadedModel, graphs: tuple[GraphPart, ...], directory: Path, report: Progress
+) -> dict[str, Part]:
+    from perceiver_export.exporter.costs import stage_costs
+    from perceiver_export.exporter.graph_files import save_graphs
+    from perceiver_export.exporter.trace import trace
+
+    models: dict[str, ir.Model] = {}
+    parts: dict[str, Part] = {}
+    for index, graph in enumerate(graphs):
+        report(f"trace {graph.name}", index, 3 * len(graphs))
+        file = f"{graph.name}.onnx"
+        models[file] = trace(graph, loaded.config)
+        stages = stage_costs(models[file].graph)
+        parts[graph.name] = Part(file, graph.inputs, graph.outputs, stages, graph.num_queries)
+    report("write", 1, 3)
+    save_graphs(models, directory)
+    return parts
+
+
+def _verify(
+    loaded: LoadedModel, graphs: tuple[GraphPart, ...], parts: dict[str, Part], directory: Path, report: Progress
+) -> tuple[Check, ...]:
+    """Run what was written, compare it with torch, and keep the first case of each part as golden.npz."""
     from perceiver_export.exporter.verify import verify
 
-    engine = open_engine(directory / part.file, "ort-cpu", threads=None)
-    with Runtime(engine, part.inputs, part.outputs, "fp32") as runtime:
-        checks, golden = verify(loaded.model, runtime, batch, lambda done, of: report("verify", 3 * of + done, 4 * of))
+    checks: list[Check] = []
+    golden: dict[str, Array] = {}
+    for index, graph in enumerate(graphs):
+
+        def progress(done: int, total: int, index: int = index) -> None:
+            report("verify", len(graphs) * total + index * total + done, 2 * len(graphs) * total)
+
+        engine = open_engine(directory / parts[graph.name].file, "ort-cpu", threads=None)
+        with Runtime(engine, graph.inputs, graph.outputs, "fp32") as runtime:
+            found, arrays = verify(graph, loaded.config, runtime, progress)
+        checks += found
+        # `input/image` of a whole model, `encoder/input/image` of a part
+        prefix = "" if len(graphs) == 1 else f"{graph.name}/"
+        golden |= {f"{prefix}{name}": array for name, array in arrays.items()}
     _save_arrays(directory / GOLDEN, golden)
-    return checks
+    return tuple(checks)
 
 
-def _manifest(name: str, loaded: LoadedModel, part: Part, checks: tuple[Check, ...], directory: Path) -> Manifest:
+def _manifest(
+    name: str,
+    loaded: LoadedModel,
+    parts: dict[str, Part],
+    outputs: tuple[TensorSpec, ...],
+    checks: tuple[Check, ...],
+    directory: Path,
+) -> Manifest:
     return Manifest(
         schema_version=SCHEMA_VERSION,
         name=name,
@@ -96,24 +161,16 @@ def _manifest(name: str, loaded: LoadedModel, part: Part, checks: tuple[Check, .
         parity=loaded.parity,
         source=loaded.source,
         architecture=msgspec.to_builtins(loaded.config),
-        parts={"model": part},
+        parts=parts,
         preprocessing=loaded.preprocessing,
         labels=loaded.labels,
         precision="fp32",
         verification=checks,
         tools=_tools(),
         files=file_entries(directory),
+        outputs=outputs,
         notes=loaded.notes,
     )
-
-
-def _save_graph(model: ir.Model, directory: Path) -> None:
-    """model.onnx, and its weights beside it: an engine then maps them instead of holding them twice."""
-    import onnx_ir as ir
-
-    model.producer_name = "perceiver-export"
-    model.producer_version = importlib.metadata.version("perceiver-export")
-    ir.save(model, directory / GRAPH, external_data=WEIGHTS)
 
 
 def _save_arrays(path: Path, arrays: Mapping[str, Array]) -> None:

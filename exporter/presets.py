@@ -1,35 +1,275 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The architectures of the papers at their full sizes, for sizing a device before there is a checkpoint."""
+"""The systems of both papers at their full sizes, for sizing a device before there is a checkpoint.
+
+Where a paper leaves a size open, or its counts do not follow from the sizes that it gives, the remark says what was
+taken. Nothing here imports torch but `load_preset`.
+"""
 
 from __future__ import annotations
 
-from perceiver_export.exporter.perceiver.config import (
-    DecoderConfig,
-    EncoderConfig,
-    FourierPositions,
-    ImageInput,
-    LearnedPositions,
-    PerceiverConfig,
-)
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
-# Perceiver IO (arXiv 2107.14795), table 7, configuration A: 512 latents of 1024 channels, 8 times the same 6 layers.
-_IMAGENET_ENCODER = EncoderConfig(
-    num_latents=512,
-    num_latent_channels=1024,
-    num_blocks=8,
-    num_self_attentions_per_block=6,
-    num_cross_attention_heads=1,
-    num_self_attention_heads=8,
-)
-_IMAGENET_DECODER = DecoderConfig(num_queries=1, num_query_channels=1024, num_output_channels=1000)
+import msgspec
+
+from perceiver_export.exporter.loaded import LoadedModel
+from perceiver_export.exporter.perceiver import paper_sizes as sizes
+from perceiver_export.exporter.perceiver.architectures import EncoderSizes, Parity
+from perceiver_export.exporter.perceiver.config import AverageDecoder, ImageInput, PerceiverConfig
+from perceiver_export.exporter.preset_preprocessing import preset_preprocessing
+from perceiver_export.runtimes.errors import UsageError
+
+_SMALLEST_SIDE = 5  # of a picture that transformers' convolution and pool leave anything of
 
 
-def _imagenet(image: ImageInput) -> PerceiverConfig:
-    return PerceiverConfig(input=image, encoder=_IMAGENET_ENCODER, decoder=_IMAGENET_DECODER)
+@dataclass(frozen=True)
+class Preset:
+    """One system: how it is built, and what its paper says of it.
+
+    ``parameters`` and ``flops`` are the paper's own, None where it has none; `preset_counts.count` gives those of the
+    config. ``remark``: what deviates, and what was taken where the paper is silent.
+    """
+
+    task: str
+    build: Callable[[Parity], PerceiverConfig]
+    reference: str
+    parameters: float | None = None
+    flops: float | None = None
+    remark: str = ""
 
 
-PRESETS: dict[str, PerceiverConfig] = {
-    "imagenet-learned": _imagenet(ImageInput(3, 224, 224, "conv1x1", 256, LearnedPositions((224, 224), 256, 256))),
-    "imagenet-fourier": _imagenet(ImageInput(3, 224, 224, "pixels", 3, FourierPositions(64, (224, 224), "float32"))),
-    "imagenet-conv": _imagenet(ImageInput(3, 224, 224, "conv", 64, FourierPositions(64, (56, 56), "float32"))),
+PRESETS: dict[str, Preset] = {
+    "language-bytes": Preset(
+        "fill-mask",
+        partial(sizes.language, sizes.BYTES, 2048, 1280, 26),
+        "Perceiver IO, tables 1 and 11",
+        201e6,
+        113e9,
+        remark="The paper's FLOPs are nearly those of one query, not of all 2048.",
+    ),
+    "language-bytes-plus-plus": Preset(
+        "fill-mask",
+        partial(sizes.language, sizes.BYTES, 2048, 1536, 40),
+        "Perceiver IO++, tables 1 and 11",
+        425e6,
+        241e9,
+        remark="The paper's FLOPs are those of all 2048 queries, unlike those of language-bytes.",
+    ),
+    "language-sentencepiece": Preset(
+        "arrays",
+        partial(sizes.language, sizes.SENTENCEPIECE, 512, 1280, 26),
+        "Perceiver IO, tables 1 and 11",
+        223e6,
+        119e9,
+        remark="The paper's FLOPs are neither those of all 512 queries nor of one; what it counts is not known."
+        " Tokens in, scores out: the tokenizer is yours.",
+    ),
+    "language-classification": Preset(
+        "text-classification",
+        sizes.sentence_classifier,
+        "Perceiver IO, section F.4",
+        None,
+        113e9,
+        remark="The FLOPs are those of table 1. A linear layer gives the classes, as in transformers; the paper has two"
+        " layers.",
+    ),
+    "language-multitask": Preset(
+        "text-classification",
+        sizes.glue,
+        "Perceiver IO, section 4.1",
+        remark="A linear layer gives each task's classes; the paper has two, 13.1 M parameters more. The queries are"
+        " decoded task by task, and each projects the latents to keys and values again (1.7 GFLOP).",
+    ),
+    "imagenet-learned": Preset(
+        "image-classification",
+        partial(sizes.imagenet, "conv1x1", 224, sizes.CONFIG_A),
+        "Perceiver IO, table 7",
+        62.3e6,
+        407e9,
+        remark="The paper has the same FLOPs as with Fourier positions; but this model reads 512 channels a pixel, not"
+        " 261, and projects its positions.",
+    ),
+    "imagenet-fourier": Preset(
+        "image-classification",
+        partial(sizes.imagenet, "pixels", 224, sizes.CONFIG_A),
+        "Perceiver IO, table 7",
+        48.4e6,
+        407e9,
+    ),
+    "imagenet-conv": Preset(
+        "image-classification",
+        partial(sizes.imagenet, "conv", 56, sizes.CONFIG_A),
+        "Perceiver IO, table 7",
+        48.6e6,
+        369e9,
+    ),
+    "imagenet-fourier-b": Preset(
+        "image-classification",
+        partial(sizes.imagenet, "pixels", 224, sizes.CONFIG_B),
+        "Perceiver IO, table 7 and section A.2",
+        212e6,
+        213e9,
+        remark="16 layers with MLPs four times as wide, which the parameters confirm, take 223 GFLOP alone, more than"
+        " the paper's total. Section A.2 projects pixels to 256 channels first, which would be 213.1 M and 335 GFLOP.",
+    ),
+    "imagenet-conv-b": Preset(
+        "image-classification",
+        partial(sizes.imagenet, "conv", 56, sizes.CONFIG_B),
+        "Perceiver IO, table 7 and section A.2",
+        212e6,
+        176e9,
+        remark="As imagenet-fourier-b: the latent layers alone take 223 GFLOP.",
+    ),
+    "optical-flow": Preset(
+        "optical-flow",
+        sizes.flow,
+        "Perceiver IO, section H",
+        27.9e6,
+        987e9,
+        remark="The released model. The paper's counts do not follow from what it describes: 24 layers of 512 channels"
+        " alone have 37.9 M parameters. It projects features and positions to 64 channels, the released model features"
+        " only.",
+    ),
+    "video-autoencoding": Preset(
+        "video-autoencoding",
+        partial(sizes.video, 784),
+        "Perceiver IO, tables 4 and 17",
+        20.0e6,
+        6.85e12,
+        remark="The released model; why the paper counts fewer FLOPs is not known. It describes positions of 387"
+        " channels, the released model has 195: that changes no FLOP, for both are padded to as many.",
+    ),
+    "video-autoencoding-176x": Preset("video-autoencoding", partial(sizes.video, 392), "Perceiver IO, table 4"),
+    "video-autoencoding-352x": Preset("video-autoencoding", partial(sizes.video, 196), "Perceiver IO, table 4"),
+    "audioset-raw": Preset(
+        "audio-classification",
+        partial(sizes.audioset, None, 512),
+        "Perceiver IO, table 10",
+        25.0e6,
+        52.9e9,
+        remark="The paper says 64 bands an axis; its 487 channels leave 16 beside video patches of 2 × 8 × 8.",
+    ),
+    "audioset-mel": Preset(
+        "audio-classification",
+        partial(sizes.audioset, sizes.MEL, 1024),
+        "Perceiver IO, table 10",
+        88.2e6,
+        129.5e9,
+        remark="Where the paper has 1.6 M parameters more is not known. Of the spectrogram it only says 4800 values:"
+        " 75 frames of 64 bins are taken, with positions along both axes, where the paper has one.",
+    ),
+    "starcraft": Preset(
+        "sets",
+        sizes.starcraft,
+        "Perceiver IO, section B and tables 5 and 9",
+        None,
+        0.93e9,
+        remark="The latents' width is not published; of the powers of two, 512 comes nearest. The paper's 140 M"
+        " parameters must be the whole agent's: the Transformer replaced, 144 M there, has 2.4 M by its sizes.",
+    ),
+    "perceiver-imagenet": Preset(
+        "image-classification",
+        partial(sizes.first_imagenet, 8, "all-but-first", "all"),
+        "Perceiver, table 6",
+        44.9e6,
+        707.2e9,
+    ),
+    "perceiver-imagenet-1x": Preset(
+        "image-classification",
+        partial(sizes.first_imagenet, 1, "all-but-first", "all"),
+        "Perceiver, table 6",
+        42.1e6,
+        404.3e9,
+    ),
+    "perceiver-imagenet-unshared": Preset(
+        "image-classification", partial(sizes.first_imagenet, 8, "none", "none"), "Perceiver, table 7", 326.2e6, 707.2e9
+    ),
+    "perceiver-audioset": Preset(
+        "audio-classification",
+        partial(sizes.first_audioset, EncoderSizes(512, 512, 12)),
+        "Perceiver IO, table 10",
+        21.0e6,
+        52.3e9,
+        remark="The first Perceiver as the second paper runs it: inputs are read once. Bands as in audioset-raw.",
+    ),
+    "perceiver-audioset-2x": Preset(
+        "audio-classification",
+        partial(sizes.first_audioset, EncoderSizes(512, 1024, 8, 2)),
+        "Perceiver, section 4.2",
+        remark="Latents of ImageNet's size are taken; the paper does not say. Bands as in audioset-raw.",
+    ),
+    "modelnet40": Preset(
+        "point-cloud-classification",
+        sizes.modelnet,
+        "Perceiver, section 4.3",
+        remark="The paper has about 2000 points; 2048 are taken, as many as ModelNet40's usual files hold.",
+    ),
 }
+
+
+def load_preset(name: str, parity: Parity, image_shape: tuple[int, int, int] | None = None) -> LoadedModel:
+    """The preset with random weights, the same ones each time.
+
+    ``image_shape`` (channels, height, width) is the picture that an image classifier will see, 3 × 224 × 224 unless
+    given: Fourier positions are computed on its grid, a learned table is resized to it.
+
+    Raises UsageError: no such preset, or pictures that it does not take.
+    """
+    if name not in PRESETS:
+        near = difflib.get_close_matches(name, PRESETS, n=1)
+        raise UsageError(
+            f"there is no preset {name!r}", f"did you mean {near[0]}?" if near else f"presets: {', '.join(PRESETS)}"
+        )
+    import torch
+
+    from perceiver_export.exporter.perceiver.model import PerceiverIO
+
+    preset = PRESETS[name]
+    config = preset.build(parity)
+    if image_shape is not None:
+        config = _resized(name, config, image_shape)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = PerceiverIO(config).eval()
+    return LoadedModel(
+        model=model,
+        config=config,
+        task=preset.task,
+        parity=parity,
+        source=f"preset:{name} (random weights)",
+        labels=_labels(preset.task, config),
+        preprocessing=preset_preprocessing(preset.task, config, parity),
+        split=preset.task == "video-autoencoding",
+    )
+
+
+def _resized(name: str, config: PerceiverConfig, image_shape: tuple[int, int, int]) -> PerceiverConfig:
+    image = config.inputs.get("image")
+    if not isinstance(image, ImageInput):
+        raise UsageError(f"preset {name} reads no pictures, its sizes are fixed", "leave --shape out")
+    channels, height, width = image_shape
+    if channels != image.num_channels:
+        raise UsageError(
+            f"preset {name} reads {image.num_channels} channels, not {channels}", "give --shape image=3xHxW"
+        )
+    too_small = min(height, width) < _SMALLEST_SIDE
+    if image.features == "conv" and image.padding == "huggingface" and too_small:
+        raise UsageError(
+            f"{height} × {width} pictures are too small to convolve", f"give sides of {_SMALLEST_SIDE} or more"
+        )
+    resized = msgspec.structs.replace(image, height=height, width=width)
+    return msgspec.structs.replace(config, inputs={**config.inputs, "image": resized})
+
+
+def _labels(task: str, config: PerceiverConfig) -> tuple[str, ...]:
+    """Names for the classes; none where there are several tasks, or no classes."""
+    if not task.endswith("-classification") and task != "video-autoencoding":
+        return ()
+    if isinstance(config.decoder, AverageDecoder):
+        count = config.decoder.num_output_channels
+    else:
+        classes = config.decoder.outputs.get("label" if task == "video-autoencoding" else "logits")
+        count = classes.shape[0] if classes is not None else 0
+    return tuple(f"LABEL_{index}" for index in range(count))

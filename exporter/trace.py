@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""torch model -> ONNX graph, by torch's dynamo exporter, then our passes."""
+"""torch module -> ONNX graph, by torch's dynamo exporter, then our passes."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ import io
 import logging
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import onnx_ir as ir
 import torch
 
-from perceiver_export.exporter.batch import Batch
+from perceiver_export.exporter.parts import GraphPart
 from perceiver_export.exporter.passes import run_passes
-from perceiver_export.exporter.perceiver.model import PerceiverIO
+from perceiver_export.exporter.perceiver.config import PerceiverConfig
+from perceiver_export.exporter.sample_inputs import sample_inputs
 from perceiver_export.runtimes.errors import ExportError
 from perceiver_export.runtimes.manifest import TensorSpec
 
@@ -22,23 +24,24 @@ OPSET = 20
 IR_VERSION = 10  # onnxruntime 1.23, the newest for Python 3.10, refuses 12 and above
 
 
-def trace(model: PerceiverIO, batch: Batch) -> ir.Model:
+def trace(part: GraphPart, config: PerceiverConfig) -> ir.Model:
     """The canonical graph: constants baked, weights stored once, nodes named by the module they come from.
 
     Raises ExportError where torch cannot trace the model.
     """
-    example = torch.zeros(max(batch.typical, 2) if batch.dynamic else batch.typical, *model.input_adapter.shape)
-    dynamic = {"image": {0: torch.export.Dim("batch", min=batch.least, max=batch.most)}} if batch.dynamic else None
+    # A size of 1 would be taken for a constant; of a dynamic dimension any other will do.
+    sizes = {name: max(size, 2) for name, size in part.typical.items()}
+    example = sample_inputs(part, config, sizes, seed=0)
     try:
         with torch.no_grad(), _quiet():
             program = torch.onnx.export(
-                model,
-                (example,),
+                part.module,
+                tuple(torch.from_numpy(array) for array in example.values()),
                 dynamo=True,
                 opset_version=OPSET,
-                input_names=["image"],
-                output_names=["logits"],
-                dynamic_shapes=dynamic,
+                input_names=[spec.name for spec in part.inputs],
+                output_names=[spec.name for spec in part.outputs],
+                dynamic_shapes=_dynamic_shapes(part.inputs),
                 optimize=False,
                 verbose=False,
             )
@@ -58,22 +61,16 @@ def trace(model: PerceiverIO, batch: Batch) -> ir.Model:
     return graph
 
 
-def tensor_specs(model: PerceiverIO, batch: Batch) -> tuple[TensorSpec, TensorSpec]:
-    """The input and the output of the traced model, as the manifest describes them."""
-    size: int | str = "batch" if batch.dynamic else batch.typical
-    ranges = {"batch": (batch.least, batch.most)} if batch.dynamic else {}
-    return (
-        TensorSpec(
-            "image", "float32", (size, *model.input_adapter.shape), "preprocessed pictures, channels first", ranges
-        ),
-        TensorSpec(
-            "logits",
-            "float32",
-            (size, model.config.decoder.num_output_channels),
-            "one score a label, before softmax",
-            ranges,
-        ),
-    )
+def _dynamic_shapes(specs: tuple[TensorSpec, ...]) -> Any:
+    if not any(spec.ranges for spec in specs):
+        return None
+    dims: dict[str, Any] = {}
+    shapes = []
+    for spec in specs:
+        for name, (least, most) in spec.ranges.items():
+            dims.setdefault(name, torch.export.Dim(name, min=least, max=most))
+        shapes.append({axis: dims[dim] for axis, dim in enumerate(spec.shape) if isinstance(dim, str)})
+    return (tuple(shapes),)  # one tuple for the one argument, *tensors
 
 
 @contextlib.contextmanager

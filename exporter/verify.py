@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Does the exported graph give what torch gives? Run both, on inputs that are easy and on inputs that are not."""
+"""Does an exported graph give what torch gives? Run both, on inputs that are easy and on inputs that are not."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 
-from perceiver_export.exporter.batch import Batch
-from perceiver_export.exporter.perceiver.model import PerceiverIO
+from perceiver_export.exporter.parts import GraphPart
+from perceiver_export.exporter.perceiver.config import PerceiverConfig
+from perceiver_export.exporter.sample_inputs import sample_inputs
 from perceiver_export.runtimes.comparison import compare
 from perceiver_export.runtimes.errors import VerificationError
 from perceiver_export.runtimes.manifest import Check
@@ -25,51 +26,68 @@ _LARGE = 100.0
 
 
 def verify(
-    model: PerceiverIO, runtime: Runtime, batch: Batch, progress: Callable[[int, int], None]
+    part: GraphPart, config: PerceiverConfig, runtime: Runtime, progress: Callable[[int, int], None]
 ) -> tuple[tuple[Check, ...], dict[str, Array]]:
-    """Compare the loaded graph with torch on three seeds; the checks, and the arrays of golden.npz.
+    """Compare a loaded graph with torch on three seeds; the checks, and its arrays for golden.npz.
 
-    golden.npz holds ``input/NAME`` and ``output/NAME`` of the first seed.
+    The arrays are ``input/NAME`` and ``output/NAME`` of the first seed.
 
     Raises VerificationError: a difference above `TOLERANCE` of the output's scale (above ten times torch's own rounding
     error, where that is more), or a NaN or infinity.
     """
     checks: list[Check] = []
     golden: dict[str, Array] = {}
-    cases = list(_cases(model, batch))
-    for index, (description, image) in enumerate(cases):
+    cases = list(_cases(part, config))
+    for index, (description, feeds) in enumerate(cases):
         progress(index, len(cases))
-        with torch.no_grad():
-            reference = model(torch.from_numpy(image)).numpy()
-        found = runtime.run({"image": image})["logits"]
-        if not (np.isfinite(reference).all() and np.isfinite(found).all()):
-            side = "torch" if not np.isfinite(reference).all() else "the exported graph"
-            raise VerificationError(
-                f"{side} gives NaN or infinite values for {description}",
-                "the checkpoint overflows float32; check its training before exporting it",
-            )
-        comparison = compare(found, reference, TOLERANCE)
-        if not comparison:
-            own = compare(reference, _in_float64(model, image), TOLERANCE).difference
-            comparison = compare(found, reference, max(TOLERANCE, _TIMES_TORCHS_OWN * own))
-        if not comparison:
-            raise VerificationError(f"for {description} the exported graph {comparison}", "report it: this is a bug")
-        checks.append(Check("logits", description, comparison.difference, comparison.tolerance, comparison.scale))
+        reference = _in_torch(part, feeds)
+        found = runtime.run(feeds)
+        checks += [_check(part, name, description, feeds, found[name], reference[name]) for name in reference]
         if not golden:
-            golden = {"input/image": image, "output/logits": reference}
+            golden = {f"input/{name}": array for name, array in feeds.items()}
+            golden |= {f"output/{name}": array for name, array in reference.items()}
     progress(len(cases), len(cases))
     return tuple(checks), golden
 
 
-def _in_float64(model: PerceiverIO, image: Array) -> Array:
+def _check(
+    part: GraphPart, output: str, description: str, feeds: dict[str, Array], found: Array, reference: Array
+) -> Check:
+    if not (np.isfinite(reference).all() and np.isfinite(found).all()):
+        side = "torch" if not np.isfinite(reference).all() else "the exported graph"
+        raise VerificationError(
+            f"{side} gives NaN or infinite values for {description}",
+            "the checkpoint overflows float32; check its training before exporting it",
+        )
+    comparison = compare(found, reference, TOLERANCE)
+    if not comparison:
+        own = compare(reference, _in_float64(part, feeds)[output], TOLERANCE).difference
+        comparison = compare(found, reference, max(TOLERANCE, _TIMES_TORCHS_OWN * own))
+    if not comparison:
+        raise VerificationError(
+            f"{output} for {description}: the exported graph {comparison}", "report it: this is a bug"
+        )
+    return Check(output, description, comparison.difference, comparison.tolerance, comparison.scale)
+
+
+def _in_torch(part: GraphPart, feeds: dict[str, Array]) -> dict[str, Array]:
     with torch.no_grad():
-        exact: Array = copy.deepcopy(model).double()(torch.from_numpy(image).double()).numpy()
-    return exact
+        outputs = part.module(*(torch.from_numpy(array) for array in feeds.values()))
+    return {spec.name: output.numpy() for spec, output in zip(part.outputs, outputs, strict=True)}
 
 
-def _cases(model: PerceiverIO, batch: Batch) -> Iterator[tuple[str, Array]]:
-    """Three seeds, the last with large inputs; a dynamic batch is tried at its three sizes."""
-    sizes = (batch.typical, batch.least, batch.most)
-    for seed, (size, scale) in enumerate(zip(sizes, (1.0, 1.0, _LARGE), strict=True)):
-        image = np.random.default_rng(seed).normal(size=(size, *model.input_adapter.shape)) * scale
-        yield f"seed {seed}, normal values × {scale:g}, batch {size}", image.astype(np.float32)
+def _in_float64(part: GraphPart, feeds: dict[str, Array]) -> dict[str, Array]:
+    tensors = [torch.from_numpy(array) for array in feeds.values()]
+    with torch.no_grad():
+        module = copy.deepcopy(part.module).double()
+        outputs = module(*(tensor.double() if tensor.is_floating_point() else tensor for tensor in tensors))
+    return {spec.name: output.numpy() for spec, output in zip(part.outputs, outputs, strict=True)}
+
+
+def _cases(part: GraphPart, config: PerceiverConfig) -> Iterator[tuple[str, dict[str, Array]]]:
+    """Three seeds, the last with large inputs; dynamic dimensions are tried as usual, at least and at most."""
+    ranges = {name: limits for spec in part.inputs for name, limits in spec.ranges.items()}
+    least, most = ({name: limits[end] for name, limits in ranges.items()} for end in (0, 1))
+    for seed, (sizes, scale) in enumerate(zip((part.typical, least, most), (1.0, 1.0, _LARGE), strict=True)):
+        shown = "".join(f", {name} {size}" for name, size in sizes.items())
+        yield f"seed {seed}, normal values × {scale:g}{shown}", sample_inputs(part, config, sizes, seed, scale)

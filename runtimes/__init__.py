@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from perceiver_export.runtimes.bundle import Bundle, open_bundle
 from perceiver_export.runtimes.errors import PerceiverExportError
+from perceiver_export.runtimes.loading import load, load_onnx
 from perceiver_export.runtimes.manifest import Manifest, TensorSpec
-from perceiver_export.runtimes.runtime import Runtime, load, load_onnx
+from perceiver_export.runtimes.runtime import Runtime
 
 if TYPE_CHECKING:
     from perceiver_export.runtimes.benchmark import bench

@@ -16,9 +16,10 @@ import numpy as np
 
 from perceiver_export.runtimes.bundle import Bundle, open_bundle
 from perceiver_export.runtimes.errors import BundleError, UsageError
+from perceiver_export.runtimes.loading import load, load_onnx
 from perceiver_export.runtimes.machine import available_cores, cpu_features, cpu_name
 from perceiver_export.runtimes.manifest import TensorSpec
-from perceiver_export.runtimes.runtime import Array, Runtime, load, load_onnx
+from perceiver_export.runtimes.runtime import Array, Runtime
 
 _BLOCK = 5  # runs in a row of one side; the first of a block finds cold caches and is not counted
 _WARMUP = 3
@@ -59,6 +60,7 @@ def bench(
     bundle: str | os.PathLike[str] | Bundle,
     *,
     against: str | os.PathLike[str] | None = None,
+    part: str | None = None,
     device: str = "auto",
     runs: int = 100,
     threads: int | None = None,
@@ -66,16 +68,17 @@ def bench(
 ) -> Bench:
     """Measure a bundle (or an ONNX file), alone or in turn with another, on the same machine in the same minutes.
 
-    Inputs are the bundle's golden ones, random where there are none. Raises UsageError and what `load` raises.
+    ``part`` is that of split bundles; None measures all of it, every query decoded. Inputs are the bundle's golden
+    ones, random where there are none. Raises UsageError and what `load` raises.
     """
     if runs < _BLOCK:
         raise UsageError(f"runs is {runs}", f"give {_BLOCK} or more")
     path = bundle.path if isinstance(bundle, Bundle) else Path(bundle)
     paths = [path] if against is None else [path, Path(against)]
-    runtimes = [_open(path, device, threads) for path in paths]
+    runtimes = [_open(path, device, part, threads) for path in paths]
     try:
-        fresh = [_fresh(path, device, threads) for path in paths]
-        feeds = [_feeds(path, runtime) for path, runtime in zip(paths, runtimes, strict=True)]
+        fresh = [_fresh(path, device, part, threads) for path in paths]
+        feeds = [_feeds(path, part, runtime) for path, runtime in zip(paths, runtimes, strict=True)]
         times = _interleaved(runtimes, feeds, runs, progress)
         measured = tuple(_measurement(*side) for side in zip(paths, runtimes, feeds, times, fresh, strict=True))
     finally:
@@ -139,18 +142,21 @@ def _measurement(
     )
 
 
-def _open(path: Path, device: str, threads: int | None) -> Runtime:
+def _open(path: Path, device: str, part: str | None, threads: int | None) -> Runtime:
     if path.suffix == ".onnx" and path.is_file():
         return load_onnx(path, device, threads)
-    return load(path, device, threads=threads)
+    return load(path, device, part, threads)
 
 
-def _feeds(path: Path, runtime: Runtime) -> dict[str, Array]:
+def _feeds(path: Path, part: str | None, runtime: Runtime) -> dict[str, Array]:
+    generator = np.random.default_rng(0)
+    feeds = {spec.name: _random(spec, generator) for spec in runtime.inputs}
     if path.is_dir() and "golden.npz" in open_bundle(path).manifest.files:
         with np.load(path / "golden.npz", allow_pickle=False) as golden:
-            return {spec.name: golden[f"input/{spec.name}"] for spec in runtime.inputs}
-    generator = np.random.default_rng(0)
-    return {spec.name: _random(spec, generator) for spec in runtime.inputs}
+            for name in feeds:
+                key = f"{part or 'encoder'}/input/{name}" if open_bundle(path).split else f"input/{name}"
+                feeds[name] = golden[key] if key in golden else feeds[name]
+    return feeds
 
 
 def _random(spec: TensorSpec, generator: np.random.Generator) -> Array:
@@ -160,11 +166,11 @@ def _random(spec: TensorSpec, generator: np.random.Generator) -> Array:
     return np.zeros(shape, spec.dtype)
 
 
-def _fresh(path: Path, device: str, threads: int | None) -> dict[str, float]:
+def _fresh(path: Path, device: str, part: str | None, threads: int | None) -> dict[str, float]:
     """Load time and memory, in a process that has done nothing else."""
     # Not `-m`, which would let a file of the current directory stand in for a library.
     code = f"import sys; sys.path.pop(0); from {__name__} import _main; _main(*sys.argv[1:])"
-    command = [sys.executable, "-c", code, str(path.resolve()), device, str(threads or 0)]
+    command = [sys.executable, "-c", code, str(path.resolve()), device, part or "", str(threads or 0)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     try:
         answer: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
@@ -175,14 +181,14 @@ def _fresh(path: Path, device: str, threads: int | None) -> dict[str, float]:
     return answer
 
 
-def _main(path: str, device: str, threads: str) -> None:
+def _main(path: str, device: str, part: str, threads: str) -> None:
     import onnxruntime  # noqa: F401  the library's own size is not the model's
 
     base = _peak_memory()
     start = time.perf_counter()
-    runtime = _open(Path(path), device, int(threads) or None)
+    runtime = _open(Path(path), device, part or None, int(threads) or None)
     seconds = time.perf_counter() - start
-    feeds = _feeds(Path(path), runtime)
+    feeds = _feeds(Path(path), part or None, runtime)
     for _ in range(_WARMUP):
         runtime.run(feeds)
     sys.stdout.write(json.dumps({"load": seconds * 1e3, "peak": _peak_memory(), "base": base}))

@@ -28,6 +28,11 @@ class Bundle:
     def __repr__(self) -> str:
         return f"Bundle({str(self.path)!r}, task={self.manifest.task!r}, precision={self.manifest.precision!r})"
 
+    @property
+    def split(self) -> bool:
+        """Whether encoder and decoder are apart."""
+        return "encoder" in self.manifest.parts
+
     def part(self, name: str | None = None) -> Part:
         """The part of that name; None means the only one. Raises UsageError."""
         parts = self.manifest.parts

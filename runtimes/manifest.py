@@ -6,13 +6,13 @@ Validation is msgspec's. A reader takes every schema version up to its own and r
 
 from __future__ import annotations
 
-import math
 from pathlib import PurePosixPath
 from typing import Any, Literal
 
 import msgspec
 
 from perceiver_export.runtimes.errors import BundleError
+from perceiver_export.runtimes.preprocessing import Preprocessing, check_preprocessing
 
 SCHEMA_VERSION = 1
 
@@ -46,22 +46,7 @@ class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     stages: tuple[Stage, ...] = ()
-
-
-class ImagePreprocessing(msgspec.Struct, frozen=True, tag="image", forbid_unknown_fields=True):
-    """How a picture becomes the input: centre crop, resize, scale, normalise, in this order.
-
-    ``crop_fraction`` is the (vertical, horizontal) share of the shorter side that is kept; None keeps the whole
-    picture. ``resample`` is Pillow's filter of that name, with antialiasing. Then (pixel · scale − mean) / std.
-    """
-
-    height: int
-    width: int
-    crop_fraction: tuple[float, float] | None
-    resample: Literal["bilinear", "bicubic", "lanczos"]
-    scale: float
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    num_queries: int | None = None  # of a decoder: how many queries there are to choose from
 
 
 class Check(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -87,16 +72,17 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     schema_version: int
     name: str
     task: str
-    parity: Literal["huggingface", "deepmind"]
+    parity: Literal["huggingface", "deepmind", "own"]
     source: str
     architecture: dict[str, Any]
     parts: dict[str, Part]
-    preprocessing: ImagePreprocessing | None
+    preprocessing: Preprocessing | None
     labels: tuple[str, ...]
     precision: str
     verification: tuple[Check, ...]
     tools: dict[str, str]
     files: dict[str, FileEntry]
+    outputs: tuple[TensorSpec, ...] = ()  # of a split bundle: what its parts give together
     notes: tuple[str, ...] = ()  # what was assumed at export, for a person to know
 
 
@@ -145,7 +131,7 @@ def _check(manifest: Manifest) -> None:
         for spec in (*part.inputs, *part.outputs):
             _check_spec(spec)
     if manifest.preprocessing is not None:
-        _check_preprocessing(manifest.preprocessing)
+        check_preprocessing(manifest.preprocessing)
 
 
 def _check_spec(spec: TensorSpec) -> None:
@@ -154,11 +140,3 @@ def _check_spec(spec: TensorSpec) -> None:
         raise BundleError(
             f"the manifest gives {spec.name!r} a shape that cannot be: {spec.shape}", "export the bundle again"
         )
-
-
-def _check_preprocessing(steps: ImagePreprocessing) -> None:
-    crop = steps.crop_fraction or (1.0, 1.0)
-    numbers = (steps.scale, *steps.mean, *steps.std, *crop)
-    usable = all(map(math.isfinite, numbers)) and 0 not in steps.std and all(0 < share <= 1 for share in crop)
-    if not usable or not (len(steps.mean) == len(steps.std) == 3) or min(steps.height, steps.width) < 1:
-        raise BundleError("the manifest's preprocessing holds values that are not usable", "export the bundle again")

@@ -4,18 +4,25 @@
 from __future__ import annotations
 
 import os
+import re
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from perceiver_export.runtimes.errors import InputError, MissingDependencyError
-from perceiver_export.runtimes.manifest import ImagePreprocessing
+from perceiver_export.runtimes.opencv_resize import resize_cubic
+from perceiver_export.runtimes.preprocessing import ImagePreprocessing
 
 Picture = npt.NDArray[np.uint8]
 # Radius of each filter in source pixels at scale 1, as in Pillow.
 _RADIUS = {"bilinear": 1.0, "bicubic": 2.0, "lanczos": 3.0}
+_OPENCV = "opencv-bicubic"  # DeepMind's resize, and with it goes DeepMind's crop
+
+# Files of a directory that are taken for pictures.
+_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
 
 _MOST_PIXELS = 80_000_000
 _ONE = float(1 << 22)  # the fixed-point 1 of Pillow's resampling weights
@@ -50,6 +57,27 @@ def read_picture(path: str | os.PathLike[str]) -> Picture:
         ) from error
 
 
+def picture_files(directory: str | os.PathLike[str]) -> list[Path]:
+    """A directory's picture files by name, numbers as numbers: frame2 before frame10.
+
+    Raises InputError: no directory, or no pictures in it.
+    """
+    path = Path(directory)
+    try:
+        found = [file for file in path.iterdir() if file.suffix.lower() in _SUFFIXES and file.is_file()]
+    except OSError as error:
+        raise InputError(f"{path} is not a directory that can be read", "give a directory of pictures") from error
+    if not found:
+        raise InputError(f"{path} holds no pictures", f"pictures end in {', '.join(sorted(_SUFFIXES))}")
+    return sorted(found, key=_natural)
+
+
+def _natural(file: Path) -> tuple[list[str | int], str]:
+    parts: list[str | int] = list(re.split(r"([0-9]+)", file.name))
+    parts[1::2] = map(int, parts[1::2])
+    return parts, file.name
+
+
 def as_picture(array: npt.NDArray[Any]) -> Picture:
     """uint8 (H, W, 3) of a grey (H, W), (H, W, 1), colour (H, W, 3) or (H, W, 4) array. Raises InputError."""
     if array.dtype != np.uint8:
@@ -65,22 +93,31 @@ def to_input(picture: npt.NDArray[Any], steps: ImagePreprocessing) -> npt.NDArra
     """One picture as the model's input, float32 (3, height, width)."""
     cropped = as_picture(picture)
     if steps.crop_fraction is not None:
-        cropped = center_crop(cropped, steps.crop_fraction)
+        cropped = center_crop(cropped, steps.crop_fraction, round_up=steps.resample == _OPENCV)
     resized = resize(cropped, steps.height, steps.width, steps.resample)
     mean, std = (np.asarray(values, dtype=np.float32)[:, None, None] for values in (steps.mean, steps.std))
     return (resized.transpose(2, 0, 1).astype(np.float32) * np.float32(steps.scale) - mean) / std
 
 
-def center_crop(picture: Picture, fraction: tuple[float, float]) -> Picture:
-    """The middle of a picture: ``fraction`` of the shorter side, down and across (transformers' Perceiver)."""
+def center_crop(picture: Picture, fraction: tuple[float, float], round_up: bool = False) -> Picture:
+    """The middle of a picture: ``fraction`` of the shorter side, down and across.
+
+    Where an odd number of pixels is left over, transformers' Perceiver begins half a pixel above and left of the
+    middle, DeepMind's code (``round_up``) below and right of it.
+    """
     height, width = picture.shape[:2]
     rows, columns = (max(1, int(share * min(height, width))) for share in fraction)
-    top, left = (height - rows) // 2, (width - columns) // 2
+    top, left = ((whole - part + round_up) // 2 for whole, part in ((height, rows), (width, columns)))
     return picture[top : top + rows, left : left + columns]
 
 
 def resize(picture: Picture, height: int, width: int, resample: str) -> Picture:
-    """Resize (H, W, 3) with Pillow's antialiased filters, bit for bit: across first, rounded to uint8, then down."""
+    """Resize (H, W, 3) with Pillow's antialiased filters, bit for bit: across first, rounded to uint8, then down.
+
+    ``opencv-bicubic`` is OpenCV's cubic filter instead, see `resize_cubic`.
+    """
+    if resample == _OPENCV:
+        return resize_cubic(picture, height, width)
     if picture.shape[1] != width:
         picture = _rounded(
             np.einsum("xw,hwc->hxc", _weights(picture.shape[1], width, resample), picture, optimize=True)

@@ -3,18 +3,15 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Mapping
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from perceiver_export.runtimes.bundle import Bundle, Verify, open_bundle
-from perceiver_export.runtimes.errors import BundleError, DeviceError, InputError, RuntimeClosedError, UsageError
+from perceiver_export.runtimes.errors import InputError, RuntimeClosedError
 from perceiver_export.runtimes.manifest import TensorSpec
 
 if TYPE_CHECKING:
@@ -22,9 +19,6 @@ if TYPE_CHECKING:
 
 Array = npt.NDArray[Any]
 Feeds = Mapping[str, Array]
-
-# Every target, in the order of `device="auto"`, and the module that runs it (`open(path, threads) -> Engine`).
-TARGETS = {"ort-cpu": "perceiver_export.runtimes.ort"}
 
 
 class Engine(Protocol):
@@ -162,57 +156,6 @@ class Runtime:
                 )
             _check_shape(spec, array.shape, sizes)
         return out
-
-
-def load(
-    bundle: str | os.PathLike[str] | Bundle,
-    device: str = "auto",
-    part: str | None = None,
-    threads: int | None = None,
-    verify: Verify = "auto",
-) -> Runtime:
-    """Load a bundle for running.
-
-    ``device`` is a target (`TARGETS`) or ``auto``, which takes the first that is present; a named device is used or
-    refused, never replaced. ``threads`` are the engine's; None leaves the choice to it.
-
-    Raises BundleError, DeviceError, MissingDependencyError, UsageError.
-    """
-    if threads is not None and threads < 1:
-        raise UsageError(f"threads is {threads}", "give 1 or more, or leave it out")
-    opened = open_bundle(bundle, verify)
-    described = opened.part(part)
-    engine = open_engine(opened.file(described.file), device, threads)
-    for ours, theirs in ((described.inputs, engine.inputs), (described.outputs, engine.outputs)):
-        if [_signature(spec) for spec in ours] != [_signature(spec) for spec in theirs]:
-            raise BundleError(
-                f"{described.file} takes or gives other tensors than the manifest says", "export the bundle again"
-            )
-    return Runtime(engine, described.inputs, described.outputs, opened.manifest.precision)
-
-
-def load_onnx(path: str | os.PathLike[str], device: str = "auto", threads: int | None = None) -> Runtime:
-    """Load a bare ONNX file, to compare with it. Its own description of inputs and outputs is believed."""
-    engine = open_engine(Path(path), device, threads)
-    return Runtime(engine, engine.inputs, engine.outputs, "unknown")
-
-
-def open_engine(path: Path, device: str, threads: int | None) -> Engine:
-    """Compile a graph for a target. Raises DeviceError, MissingDependencyError."""
-    import importlib
-
-    target = next(iter(TARGETS)) if device == "auto" else device
-    if target not in TARGETS:
-        raise DeviceError(
-            f"there is no target {device!r}", f"the device is one of the targets auto, {', '.join(TARGETS)}"
-        )
-    engine: Engine = importlib.import_module(TARGETS[target]).open(path, threads)
-    return engine
-
-
-def _signature(spec: TensorSpec) -> tuple[str, str, tuple[int | None, ...]]:
-    """Name, dtype and fixed dimensions: what a manifest and a graph must agree on."""
-    return spec.name, spec.dtype, tuple(dim if isinstance(dim, int) else None for dim in spec.shape)
 
 
 def _names(specs: tuple[TensorSpec, ...]) -> str:

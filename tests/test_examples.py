@@ -43,7 +43,7 @@ def test_the_checkpoint_is_one_that_transformers_loads() -> None:
     image = torch.randn(2, 3, 28, 28, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
     with torch.no_grad():
-        expected, found = theirs(image).logits, load_model(checkpoint).model.double()(image)
+        expected, found = theirs(image).logits, load_model(checkpoint).model.double()({"image": image})["logits"]
     assert (found - expected).abs().max() <= 1e-10 * expected.abs().max()
     assert sum(path.stat().st_size for path in checkpoint.iterdir()) <= 3_000_000
 
@@ -77,4 +77,4 @@ def test_the_fast_forward_of_training_is_the_models_own_function(seed: int, monk
     model = load_model(EXAMPLES / "fashion_mnist" / "checkpoint").model.double()
     image = torch.randn(2, 3, 28, 28, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
-        assert (train.FastForward(model)(image) - model(image)).abs().max() < 1e-10
+        assert (train.FastForward(model)(image) - model({"image": image})["logits"]).abs().max() < 1e-10

@@ -22,7 +22,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from perceiver_export.exporter.checkpoints.huggingface import architecture, huggingface_name, read_config
+from perceiver_export.exporter.checkpoints.huggingface import architecture
+from perceiver_export.exporter.checkpoints.huggingface_config import read_config
+from perceiver_export.exporter.checkpoints.huggingface_names import huggingface_sources
+from perceiver_export.exporter.perceiver.config import ImageInput
 from perceiver_export.exporter.perceiver.model import PerceiverIO
 
 DATASET = Path("/usr/share/datasets/fashion-mnist")
@@ -80,20 +83,23 @@ class FastForward:
 
     def __init__(self, model: PerceiverIO) -> None:
         self.model = model
-        self.shape = (model.config.input.height, model.config.input.width)
-        grid = model.input_adapter.positions().reshape(*self.shape, -1)
+        image = model.config.inputs["image"]
+        assert isinstance(image, ImageInput)
+        self.shape = (image.height, image.width)
+        self.positions = model.inputs["image"].positions
+        grid = self.positions().reshape(*self.shape, -1)
         self.varies_by_row = (grid[:, :1] == grid).flatten(0, 1).all(0)
 
     def positions_read(self, weights: Tensor) -> Tensor:
         """``weights @ table`` (B, N, 258) by axes: each position channel depends on the row or the column alone."""
-        grid = self.model.input_adapter.positions().reshape(*self.shape, -1)
+        grid = self.positions().reshape(*self.shape, -1)
         on_grid = weights.reshape(*weights.shape[:-1], *self.shape)
         per_row, per_column = on_grid.sum(-1), on_grid.sum(-2)
         return torch.where(self.varies_by_row, per_row @ grid[:, 0], per_column @ grid[0])
 
     def __call__(self, image: Tensor) -> Tensor:
-        encoder, cross = self.model.encoder, self.model.encoder.cross_attention
-        attention, norm, table = cross.attention, cross.input_norm, self.model.input_adapter.positions()
+        encoder, cross = self.model.encoder, self.model.encoder.cross_attentions[0]
+        attention, norm, table = cross.attention, cross.input_norm, self.positions()
         features = image.flatten(2)
         num_channels = features.shape[1] + table.shape[1]
         mean = (features.sum(1) + table.sum(1)) / num_channels
@@ -110,11 +116,10 @@ class FastForward:
         context = (context - context.mean(-1, keepdim=True)) * norm.weight + norm.bias
         x = attention.output(attention.value(context)) + encoder.latents
         latents = x + cross.mlp(cross.mlp_norm(x))
-        for _ in range(encoder.num_blocks):
-            for layer in encoder.self_attentions:
+        for _ in range(encoder.config.num_blocks):
+            for layer in encoder.self_attentions[0]:
                 latents = layer(latents)
-        outputs: Tensor = self.model.decoder(latents).squeeze(1)
-        return outputs
+        return self.model.decode("logits", latents, None, {}).squeeze(1)
 
 
 @torch.no_grad()
@@ -124,9 +129,9 @@ def initialise(model: PerceiverIO) -> None:
     With transformers' initialisation all latents read the picture's mean for thousands of steps, and 3 pixel channels
     are drowned by 258 position channels.
     """
-    encoder, cross = model.encoder, model.encoder.cross_attention
+    encoder, cross = model.encoder, model.encoder.cross_attentions[0]
     encoder.latents.normal_(std=0.5)
-    model.decoder.queries.normal_(std=0.5)
+    model.decoder.queries["logits"].table.normal_(std=0.5)
     cross.input_norm.weight[:3] = 8.0
     damping = torch.exp(-torch.arange(NUM_BANDS) / 8)  # low frequencies: smooth attention maps
     per_channel = torch.cat([torch.ones(3 + 2), damping, damping, damping, damping])
@@ -143,7 +148,8 @@ def accuracy(model: PerceiverIO, images: np.ndarray, labels: np.ndarray) -> floa
     """Top-1 of the plain model."""
     hits = 0
     for start in range(0, len(images), 250):
-        logits = model(to_inputs(torch.from_numpy(images[start : start + 250].copy())))
+        pictures = to_inputs(torch.from_numpy(images[start : start + 250].copy()))
+        logits = model({"image": pictures})["logits"]
         hits += int((logits.argmax(-1).numpy() == labels[start : start + 250]).sum())
     return hits / len(images)
 
@@ -192,13 +198,14 @@ def main() -> None:
     (arguments.out / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
     (arguments.out / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR, indent=2) + "\n")
 
-    model = PerceiverIO(architecture(read_config(arguments.out), (3, 28, 28)))
+    model = PerceiverIO(architecture(read_config(arguments.out), "huggingface", (3, 28, 28)))
     initialise(model)
     images, labels = read_split("train")
     kept = np.delete(np.arange(len(images)), np.r_[HELD_OUT])[: arguments.pictures]
     train(model, images[kept], labels[kept], arguments.epochs, arguments.seed)
     model.eval()
-    state = {huggingface_name(name): tensor.contiguous() for name, tensor in model.state_dict().items()}
+    sources = huggingface_sources("image-classification")
+    state = {sources(name).name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     save_file(state, arguments.out / "model.safetensors", metadata={"format": "pt"})
     print(f"held-out top-1 {accuracy(model, images[HELD_OUT], labels[HELD_OUT]):.4f}")
     print(f"test top-1     {accuracy(model, *read_split('t10k')):.4f}")

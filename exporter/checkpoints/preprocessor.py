@@ -8,7 +8,7 @@ from typing import Literal
 import msgspec
 
 from perceiver_export.runtimes.errors import CheckpointError, UnsupportedModelError
-from perceiver_export.runtimes.manifest import ImagePreprocessing
+from perceiver_export.runtimes.preprocessing import ImagePreprocessing
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 MAX_SIDE = 16_384  # of a picture; more is a slip of the pen, and would ask torch for terabytes

@@ -1,47 +1,97 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Filling a model with the tensors of a checkpoint: every key used once, every shape right, or an error that lists."""
+"""Filling a model with the tensors of a checkpoint: every key used, every shape right, or an error that lists."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
+from perceiver_export.exporter.perceiver.config import PerceiverConfig
+from perceiver_export.exporter.perceiver.model import PerceiverIO
 from perceiver_export.runtimes.errors import CheckpointError
 
 _SHOWN = 5
 
 
-def load_state(model: nn.Module, state: dict[str, Tensor], name_in_checkpoint: Callable[[str], str]) -> None:
-    """Copy ``state``, which `check_state` found right, into ``model``."""
-    model.load_state_dict({own: state[name_in_checkpoint(own)] for own in model.state_dict()})
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
 
 
-def check_state(model: nn.Module, state: dict[str, Tensor], name_in_checkpoint: Callable[[str], str]) -> None:
-    """Does ``state`` fit ``model``? ``name_in_checkpoint`` gives the checkpoint's name of one of our parameters.
+@dataclass(frozen=True)
+class Source:
+    """Where one of our parameters comes from: the checkpoint's name for it, and how its layout becomes ours."""
+
+    name: str
+    convert: Callable[[Tensor], Tensor] = _as_it_is
+
+
+# Our parameter's name -> where it comes from.
+Sources = Callable[[str], Source]
+
+
+def load_model_state(
+    config: PerceiverConfig, state: Mapping[str, Tensor], sources: Sources, ignored: Collection[str] = ()
+) -> PerceiverIO:
+    """The model of ``config`` with the tensors of ``state``, in evaluation mode.
+
+    ``ignored`` names tensors of the checkpoint that no inference reads (a mask token that is never used).
 
     Raises CheckpointError: keys missing or left over (with the nearest match), or a shape that differs.
     """
-    names = {name_in_checkpoint(own): own for own in model.state_dict()}
-    missing = sorted(set(names) - set(state))
-    unknown = sorted(set(state) - set(names))
+    with torch.device("meta"):  # nothing is allocated until names and shapes are known to fit
+        expected = {name: tensor for name, tensor in PerceiverIO(config).state_dict().items() if not _is_counter(name)}
+    wanted = {own: sources(own) for own in expected}
+    _check_names({source.name for source in wanted.values()}, set(state), set(ignored))
+    for own, source in wanted.items():
+        _check_tensor(source, state[source.name], expected[own])
+    model = PerceiverIO(config)
+    _fill(model, {own: source.convert(state[source.name]) for own, source in wanted.items()})
+    return model.eval()
+
+
+def _fill(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert not unexpected
+    assert all(_is_counter(name) for name in missing)
+
+
+def _is_counter(name: str) -> bool:
+    """Batch norm counts its updates; inference does not read that, and not every checkpoint has it."""
+    return name.endswith("num_batches_tracked")
+
+
+def _check_names(wanted: set[str], there: set[str], ignored: set[str]) -> None:
+    missing = sorted(wanted - there)
+    unknown = sorted(name for name in there - wanted - ignored if not _is_counter(name))
     if missing or unknown:
         raise CheckpointError(
-            _describe(missing, unknown), "config.json and weights are not of one model, or keys were renamed"
+            _describe(missing, unknown), "config and weights are not of one model, or keys were renamed"
         )
-    own_state = model.state_dict()
-    for theirs, own in names.items():
-        expected, found = tuple(own_state[own].shape), tuple(state[theirs].shape)
-        if expected != found:
-            raise CheckpointError(
-                f"tensor {theirs!r} has shape {found}, the config asks for {expected}",
-                "config.json and weights are not of one model",
-            )
-        if own_state[own].is_floating_point() != state[theirs].is_floating_point():
-            raise CheckpointError(
-                f"tensor {theirs!r} has dtype {state[theirs].dtype}", "the checkpoint is quantized or damaged"
-            )
+
+
+def _check_tensor(source: Source, found: Tensor, expected: Tensor) -> None:
+    try:
+        converted = source.convert(torch.empty(found.shape, device="meta"))
+    except (RuntimeError, IndexError, ValueError) as error:
+        raise CheckpointError(
+            f"tensor {source.name!r} has shape {tuple(found.shape)}, which is not that of its layer",
+            "config and weights are not of one model",
+        ) from error
+    if converted.shape != expected.shape:
+        as_ours = "" if found.shape == converted.shape else f" ({tuple(converted.shape)} in our layout)"
+        raise CheckpointError(
+            f"tensor {source.name!r} has shape {tuple(found.shape)}{as_ours}, "
+            f"the config asks for {tuple(expected.shape)}",
+            "config and weights are not of one model",
+        )
+    if found.is_floating_point() != expected.is_floating_point():
+        raise CheckpointError(
+            f"tensor {source.name!r} has dtype {found.dtype}", "the checkpoint is quantized or damaged"
+        )
 
 
 def _describe(missing: list[str], unknown: list[str]) -> str:

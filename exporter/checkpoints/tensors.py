@@ -18,6 +18,8 @@ from torch import Tensor
 from perceiver_export.runtimes.errors import CheckpointError
 
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
+# Under which name checkpoints of a training hold the model's state dict.
+_NESTED = ("state_dict", "model_state_dict", "model")
 _SHARDED = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 
 
@@ -36,6 +38,29 @@ def read_state_dict(directory: Path) -> dict[str, Tensor]:
         f"no weights in {directory}",
         f"a Hugging Face directory holds one of {', '.join((*_SINGLE, *_SHARDED))}",
     )
+
+
+def read_state_file(path: Path) -> dict[str, Tensor]:
+    """All tensors of one file, ``.safetensors`` or a PyTorch file of any name; floats as float32 or float64.
+
+    A training's checkpoint (Lightning's and others) is read too: the state dict in it. Shared tensors that
+    `safetensors.torch.save_model` wrote once are there under all of their names.
+
+    Raises CheckpointError: no such file, a broken one, or one that wants to execute code.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path} is not a file", "give a state dict: a .safetensors, .pt, .pth or .bin file")
+    if path.suffix == ".safetensors":
+        return _with_shared(path, _checked(_read_safetensors(path)))
+    return _checked(_read_pickle(path, _NESTED))
+
+
+def _with_shared(path: Path, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        names = file.metadata() or {}
+    return {**{name: state[kept] for name, kept in names.items() if kept in state}, **state}
 
 
 def _read_shards(directory: Path, index: Path) -> dict[str, Tensor]:
@@ -78,23 +103,33 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         ) from error
 
 
-def _read_pickle(path: Path) -> dict[str, Tensor]:
+def _read_pickle(path: Path, nested: tuple[str, ...] = ()) -> dict[str, Tensor]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickle protocols; what cannot be read raises
             state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path} was refused: it holds more than tensors, or is damaged",
-            "it could execute code when read; ask its author for a safetensors file",
+            f"{path} was refused: it holds more than tensors, or is damaged", _refusal_hint(path)
         ) from error
     except Exception as error:  # a damaged pickle makes torch raise anything, AssertionError and IndexError included
         raise CheckpointError(
             f"{path} is not a readable PyTorch file", "it is truncated or damaged: copy it again"
         ) from error
+    if isinstance(state, dict):
+        state = next((state[key] for key in nested if isinstance(state.get(key), dict)), state)
     if not isinstance(state, dict) or not all(_is_plain(name, tensor) for name, tensor in state.items()):
         raise CheckpointError(f"{path} does not hold a state dict", "save `model.state_dict()`, not the model")
     return state
+
+
+def _refusal_hint(path: Path) -> str:
+    if path.suffix != ".ckpt":
+        return "it could execute code when read; ask its author for a safetensors file"
+    return (
+        "a checkpoint of Lightning often holds its training's own objects. Where you trust it, take the tensors out: "
+        f"torch.save(torch.load({path.name!r}, map_location='cpu', weights_only=False)['state_dict'], 'model.pt')"
+    )
 
 
 def _is_plain(name: object, tensor: object) -> bool:

@@ -26,6 +26,9 @@ def bench(
         str | None,
         typer.Option(metavar="BUNDLE0|MODEL.onnx", help="Measure this one too, in turn, and give the ratio."),
     ] = None,
+    part: Annotated[
+        str | None, typer.Option(help="One part of a split bundle; without it all queries are decoded.")
+    ] = None,
     runs: Annotated[int, typer.Option(help="Counted calls.")] = 100,
     device: DeviceOption = "auto",
     threads: ThreadsOption = None,
@@ -38,6 +41,7 @@ def bench(
         result = bench_(
             bundle,
             against=against,
+            part=part,
             device=device,
             runs=runs,
             threads=threads,

@@ -8,20 +8,46 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from perceiver_export.exporter.cli.output import JsonFlag, count, mebibytes, print_json, progress_bar, shape
+from perceiver_export.exporter.cli.run import INPUTS
 from perceiver_export.runtimes.errors import UsageError
 
 if TYPE_CHECKING:
     from perceiver_export.runtimes.bundle import Bundle
+    from perceiver_export.runtimes.manifest import Part
 
 
 def export(
-    source: Annotated[str, typer.Argument(metavar="SOURCE", help="A Hugging Face directory, or preset:NAME.")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            help="A Hugging Face directory, deepmind:TASK:FILE, krasserm:FILE, lucidrains:FILE, preset:NAME, or "
+            "module:function that gives your own model.",
+        ),
+    ],
     output: Annotated[str, typer.Option("--output", "-o", metavar="BUNDLE", help="Where the bundle goes.")],
     task: Annotated[str | None, typer.Option(help="What the model does, where the checkpoint does not tell.")] = None,
-    parity: Annotated[str | None, typer.Option(help="Whose numerics to follow: huggingface.")] = None,
-    batch: Annotated[str, typer.Option(metavar="N|MIN:OPT:MAX", help="Pictures a call: fixed, or a range.")] = "1",
+    parity: Annotated[
+        str | None,
+        typer.Option(help="Whose numerics to follow: huggingface or deepmind. By default those of the checkpoint."),
+    ] = None,
+    split: Annotated[
+        bool | None,
+        typer.Option(
+            "--split/--no-split",
+            help="Encoder and decoder apart, to decode only what is needed. By default for video only.",
+        ),
+    ] = None,
+    dynamic_queries: Annotated[
+        bool, typer.Option("--dynamic-queries", help="Decoders take any number of queries a call.")
+    ] = False,
+    batch: Annotated[str, typer.Option(metavar="N|MIN:OPT:MAX", help="Samples a call: fixed, or a range.")] = "1",
     shape_: Annotated[
-        list[str] | None, typer.Option("--shape", metavar="NAME=…", help="Fix an input's size, e.g. image=3x224x224.")
+        list[str] | None,
+        typer.Option("--shape", metavar="NAME=…", help="Fix a size, e.g. image=3x224x224 or queries=1024."),
+    ] = None,
+    config: Annotated[
+        str | None, typer.Option(metavar="FILE.json", help="Sizes of a state dict that does not tell them.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a bundle that is already there.")] = False,
     json: JsonFlag = False,
@@ -35,7 +61,17 @@ def export(
     sizes = dict(_parse_shape(text) for text in shape_ or ())
     with progress_bar("export", quiet=json) as progress:
         bundle = export_(
-            source, output, task=task, parity=parity, batch=batch, shape=sizes, overwrite=overwrite, progress=progress
+            source,
+            output,
+            task=task,
+            parity=parity,
+            split=split,
+            dynamic_queries=dynamic_queries,
+            batch=batch,
+            shape=sizes,
+            config=config,
+            overwrite=overwrite,
+            progress=progress,
         )
     manifest = bundle.manifest
     if json:
@@ -47,23 +83,30 @@ def export(
 def show_export(bundle: Bundle, show_next: bool = True) -> None:
     """What was written, what was assumed, and the commands to type next."""
     manifest = bundle.manifest
-    part = bundle.part()
     worst = max(manifest.verification, key=lambda check: check.difference)
     size = sum(entry.size for entry in manifest.files.values())
     typer.echo(f"exported {manifest.source} to {bundle.path} ({mebibytes(size)})")
-    for spec in (*part.inputs, *part.outputs):
-        typer.echo(f"  {spec.name}: {spec.dtype} {shape(spec.shape)}, {spec.meaning}")
-    typer.echo(f"  work: {count(sum(stage.flops for stage in part.stages))}FLOP a picture")
+    for name, part in manifest.parts.items():
+        if bundle.split:
+            typer.echo(f"part {name}")
+        for spec in (*part.inputs, *part.outputs):
+            typer.echo(f"  {spec.name}: {spec.dtype} {shape(spec.shape)}, {spec.meaning}")
+        typer.echo(f"  work: {count(sum(stage.flops for stage in part.stages))}FLOP {_once(part)}")
     typer.echo(
-        f"  verified against torch on {len(manifest.verification)} seeds: largest difference {worst.difference:.1e} "
-        f"of the output's scale ({worst.tolerance:.0e} allowed)"
+        f"  verified against torch in {len(manifest.verification)} comparisons: largest difference "
+        f"{worst.difference:.1e} of the output's scale ({worst.tolerance:.0e} allowed)"
     )
     for note in manifest.notes:
         typer.echo(typer.style("note:", fg="yellow", bold=True) + f" {note}")
     if not show_next:
         return
-    typer.echo(f"next: perceiver-export run {bundle.path} PICTURE…")
-    typer.echo(f"      perceiver-export validate {bundle.path} --data DATA")
+    typer.echo(f"next: perceiver-export run {bundle.path} {INPUTS.get(manifest.task, 'INPUT…')}")
+    if manifest.task == "image-classification":
+        typer.echo(f"      perceiver-export validate {bundle.path} --data DATA")
+
+
+def _once(part: Part) -> str:
+    return "a sample" if part.num_queries is None else "a call"
 
 
 def _parse_shape(text: str) -> tuple[str, tuple[int, ...]]:

@@ -69,16 +69,19 @@ def reference(bundle: str, against: str) -> str | Reference:
     from perceiver_export.exporter.load import load_model
     from perceiver_export.runtimes.bundle import read_manifest
     from perceiver_export.runtimes.errors import UsageError
+    from perceiver_export.runtimes.preprocessing import ImagePreprocessing
 
     manifest = read_manifest(Path(bundle))
-    (image,) = next(iter(manifest.parts.values())).inputs
-    loaded = load_model(against, shape={image.name: tuple(int(dim) for dim in image.shape[1:])})
+    steps = manifest.preprocessing
+    if not isinstance(steps, ImagePreprocessing):
+        raise UsageError(f"{bundle} is of {manifest.task}", "a checkpoint can be the reference of an image classifier")
+    loaded = load_model(against, parity=manifest.parity, shape={"image": (3, steps.height, steps.width)})
     if (loaded.labels, loaded.preprocessing) != (manifest.labels, manifest.preprocessing):
         raise UsageError(
             f"{against} prepares pictures differently from {bundle}, or has other labels",
             "give the checkpoint that the bundle was exported from",
         )
-    return loaded.run
+    return lambda pictures: loaded.run({"image": pictures})["logits"]
 
 
 def show_validation(name: str, result: Validation) -> None:

@@ -3,11 +3,20 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
-from perceiver_export.exporter.perceiver.config import ImageInput
-from perceiver_export.exporter.perceiver.positions import position_encoding
+from perceiver_export.exporter.perceiver.config import (
+    ArrayInput,
+    FramePairInput,
+    ImageInput,
+    Input,
+    MaskedInput,
+    TokenInput,
+)
+from perceiver_export.exporter.perceiver.positions import fourier_features, position_encoding
 
 
 class ImageAdapter(nn.Module):
@@ -15,16 +24,13 @@ class ImageAdapter(nn.Module):
 
     def __init__(self, config: ImageInput) -> None:
         super().__init__()
-        self.shape = (config.num_channels, config.height, config.width)
         self.features = _features(config)
         with torch.no_grad():
-            grid = self.features.eval()(torch.zeros(1, *self.shape)).shape[2:]
+            grid = self.features.eval()(torch.zeros(1, config.num_channels, config.height, config.width)).shape[2:]
         self.positions = position_encoding(config.positions, tuple(grid))
 
     def forward(self, image: Tensor) -> Tensor:
-        features = self.features(image).flatten(2).transpose(1, 2)
-        positions: Tensor = self.positions()
-        return torch.cat([features, positions.expand(features.shape[0], -1, -1)], dim=-1)
+        return _beside(self.features(image).flatten(2).transpose(1, 2), self.positions())
 
 
 def _features(config: ImageInput) -> nn.Module:
@@ -63,3 +69,99 @@ def _same_padding(x: Tensor, kernel: int, stride: int = 2) -> tuple[int, int, in
     height, width = x.shape[-2:]
     vertical, horizontal = (max((-(-n // stride) - 1) * stride + kernel - n, 0) for n in (height, width))
     return horizontal // 2, horizontal - horizontal // 2, vertical // 2, vertical - vertical // 2
+
+
+class FramePairAdapter(nn.Module):
+    """Two frames (B, 2, 3, H, W) -> inputs (B, H·W, C): features, then position.
+
+    The original cuts 3×3 zero-padded patches and projects the 54 values of both frames; that is a 3×3 convolution
+    over 6 channels, and needs no array nine times as large as the frames.
+    """
+
+    def __init__(self, config: FramePairInput) -> None:
+        super().__init__()
+        self.features = nn.Conv2d(6, config.num_feature_channels, kernel_size=3, padding=1)
+        self.positions = position_encoding(config.positions, (config.height, config.width))
+
+    def forward(self, frames: Tensor) -> Tensor:
+        features: Tensor = self.features(frames.flatten(1, 2))
+        return _beside(features.flatten(2).transpose(1, 2), self.positions())
+
+
+class TokenAdapter(nn.Module):
+    """Tokens (B, S) -> inputs (B, S, C): embedding plus trained position."""
+
+    def __init__(self, config: TokenInput) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(config.vocabulary_size, config.num_input_channels)
+        self.positions = nn.Parameter(torch.randn(config.length, config.num_input_channels) * 0.02)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        inputs: Tensor = self.embedding(tokens) + self.positions
+        return inputs
+
+
+class ArrayAdapter(nn.Module):
+    """Arrays (B, *shape, channels) -> inputs (B, M, C): values of a patch, then position."""
+
+    def __init__(self, config: ArrayInput) -> None:
+        super().__init__()
+        self.config = config
+        self.projection: nn.Module = nn.Identity()
+        if config.num_projected_channels:
+            num_values = config.num_channels * math.prod(config.patch)
+            self.projection = nn.Linear(num_values, config.num_projected_channels)
+        self.positions = position_encoding(config.positions, config.grid) if config.positions is not None else None
+
+    def forward(self, array: Tensor) -> Tensor:
+        if self.config.value_positions is not None:
+            return fourier_features(array.flatten(1, -2), self.config.value_positions)
+        patches = space_to_depth(array, self.config.patch) if self.config.patch else array.flatten(1, -2)
+        features: Tensor = self.projection(patches)
+        return features if self.positions is None else _beside(features, self.positions())
+
+
+def space_to_depth(array: Tensor, patch: tuple[int, ...]) -> Tensor:
+    """(B, *shape, C) -> (B, M, prod(patch)·C): the values of each patch in order, channels fastest.
+
+    One axis at a time, the last first, so that no tensor has a rank above 5 (TensorRT takes 8, others fewer).
+    """
+    batch, *shape, channels = array.shape
+    rest = 1  # patches along the axes that are done
+    for axis in reversed(range(len(shape))):
+        before, count = math.prod(shape[:axis]), shape[axis] // patch[axis]
+        array = array.reshape(-1, count, patch[axis], rest, channels)
+        if rest > 1 and patch[axis] > 1:
+            array = array.transpose(2, 3)
+        rest, channels = rest * count, channels * patch[axis]
+        array = array.reshape(batch * before, rest, channels)
+    return array
+
+
+class MaskTokenAdapter(nn.Module):
+    """Nothing -> inputs (1, M, C): a modality that is always masked."""
+
+    def __init__(self, config: MaskedInput) -> None:
+        super().__init__()
+        self.num_inputs = config.num_inputs
+        self.token = nn.Parameter(torch.randn(1, config.num_input_channels) * 0.02)
+
+    def forward(self) -> Tensor:
+        return self.token.expand(self.num_inputs, -1).unsqueeze(0)
+
+
+def input_adapter(config: Input) -> nn.Module:
+    """The adapter that ``config`` asks for."""
+    if isinstance(config, ImageInput):
+        return ImageAdapter(config)
+    if isinstance(config, FramePairInput):
+        return FramePairAdapter(config)
+    if isinstance(config, TokenInput):
+        return TokenAdapter(config)
+    if isinstance(config, ArrayInput):
+        return ArrayAdapter(config)
+    return MaskTokenAdapter(config)
+
+
+def _beside(features: Tensor, positions: Tensor) -> Tensor:
+    return torch.cat([features, positions.expand(features.shape[0], -1, -1)], dim=-1)

@@ -8,22 +8,41 @@ Source: Perceiver IO (arXiv 2107.14795), section 3.1 and appendix E. All layers 
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from perceiver_export.exporter.perceiver.config import Activation
+from perceiver_export.exporter.perceiver.config import Activation, AttentionConfig
+
+# Small enough that the softmax gives an exact zero, and that any score vanishes when it is added.
+_MASKED_SCORE = -1e30
 
 
-def attend(queries: Tensor, keys: Tensor, values: Tensor, num_heads: int) -> Tensor:
+def attend(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    num_heads: int,
+    mask: Tensor | None = None,
+    masked_rows: Literal["zero", "mean"] = "mean",
+) -> Tensor:
     """Multi-head attention, softmax(QKᵀ/√d)V: (B, N, E), (B, M, E), (B, M, V) -> (B, N, V).
 
-    The batch of ``queries`` may be 1 where that of keys and values is larger (latents, learned queries).
+    The batch of ``queries`` may be 1 where that of keys and values is larger (latents, learned queries). ``mask``
+    (B, M), 1 or 0, says which keys are there. Where a sample has none, its queries read the mean of all values
+    (transformers), or ``zero`` (DeepMind).
     """
     q, k, v = (split_heads(x, num_heads) for x in (queries, keys, values))
     # Queries are scaled, not scores: N × d numbers instead of N × M, and none at all where queries are constant.
     scores = torch.matmul(q / math.sqrt(q.shape[-1]), k.transpose(-1, -2))
-    return merge_heads(torch.matmul(torch.softmax(scores, dim=-1), v))
+    if mask is not None:
+        mask = mask.to(scores.dtype)
+        scores = scores + (_MASKED_SCORE * (1 - mask))[:, None, None, :]
+    read = merge_heads(torch.matmul(torch.softmax(scores, dim=-1), v))
+    if mask is not None and masked_rows == "zero":
+        read = read * mask.amax(dim=-1)[:, None, None]
+    return read
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
@@ -41,88 +60,92 @@ class Attention(nn.Module):
 
     def __init__(
         self,
+        config: AttentionConfig,
         num_query_channels: int,
         num_input_channels: int,
-        num_qk_channels: int,
-        num_v_channels: int,
-        num_heads: int,
+        masked_rows: Literal["zero", "mean"] = "mean",
     ) -> None:
         super().__init__()
-        self.num_heads = num_heads
-        self.query = nn.Linear(num_query_channels, num_qk_channels)
-        self.key = nn.Linear(num_input_channels, num_qk_channels)
-        self.value = nn.Linear(num_input_channels, num_v_channels)
-        self.output = nn.Linear(num_v_channels, num_query_channels)
+        self.num_heads, self.masked_rows = config.num_heads, masked_rows
+        self.query = nn.Linear(num_query_channels, config.num_qk_channels, bias=config.qkv_bias)
+        self.key = nn.Linear(num_input_channels, config.num_qk_channels, bias=config.qkv_bias)
+        self.value = nn.Linear(num_input_channels, config.num_v_channels, bias=config.qkv_bias)
+        self.output = nn.Linear(config.num_v_channels, num_query_channels)
 
-    def forward(self, queries: Tensor, inputs: Tensor) -> Tensor:
-        context: Tensor = self.output(attend(self.query(queries), self.key(inputs), self.value(inputs), self.num_heads))
-        return context
+    def forward(
+        self, queries: Tensor, inputs: Tensor, mask: Tensor | None = None, query_mask: Tensor | None = None
+    ) -> Tensor:
+        read = attend(self.query(queries), self.key(inputs), self.value(inputs), self.num_heads, mask, self.masked_rows)
+        if query_mask is not None:
+            read = read * query_mask.to(read.dtype)[:, :, None]
+        output: Tensor = self.output(read)
+        return output
 
 
 class MLP(nn.Module):
-    """Linear, GELU, linear: (…, C) -> (…, C). DeepMind's GELU is the tanh approximation, transformers' is exact."""
+    """Linear, activation, linear: (…, C) -> (…, C)."""
 
     def __init__(self, num_channels: int, widening_factor: int, activation: Activation) -> None:
         super().__init__()
-        self.hidden = nn.Linear(num_channels, widening_factor * num_channels)
+        self.gated = activation == "geglu"
+        width = widening_factor * num_channels
+        self.hidden = nn.Linear(num_channels, 2 * width if self.gated else width)
         self.activation = nn.GELU(approximate="tanh" if activation == "gelu-tanh" else "none")
-        self.output = nn.Linear(widening_factor * num_channels, num_channels)
+        self.output = nn.Linear(width, num_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.output(self.activation(self.hidden(x)))
+        hidden = self.hidden(x)
+        if self.gated:
+            value, gate = hidden.chunk(2, dim=-1)
+            hidden = value * self.activation(gate)
+        else:
+            hidden = self.activation(hidden)
+        y: Tensor = self.output(hidden)
         return y
 
 
 class CrossAttention(nn.Module):
     """Queries (B, N, Q) read inputs (B, M, C) -> (B, N, Q).
 
-    ``query_residual`` adds the queries to what they read; it is off where queries are positions and outputs are not.
+    ``mask`` (B, M) says which inputs are there; queries that ``query_mask`` (B, N) leaves out read zeros.
     """
 
     def __init__(
         self,
+        config: AttentionConfig,
         num_query_channels: int,
         num_input_channels: int,
-        num_qk_channels: int,
-        num_v_channels: int,
-        num_heads: int,
-        widening_factor: int,
-        query_residual: bool,
         activation: Activation,
+        masked_rows: Literal["zero", "mean"] = "mean",
+        mlp: bool = True,
     ) -> None:
         super().__init__()
-        self.query_residual = query_residual
+        self.query_residual, self.has_mlp = config.query_residual, mlp
         self.query_norm = nn.LayerNorm(num_query_channels)
         self.input_norm = nn.LayerNorm(num_input_channels)
-        self.attention = Attention(num_query_channels, num_input_channels, num_qk_channels, num_v_channels, num_heads)
-        self.mlp_norm = nn.LayerNorm(num_query_channels)
-        self.mlp = MLP(num_query_channels, widening_factor, activation)
+        self.attention = Attention(config, num_query_channels, num_input_channels, masked_rows)
+        if mlp:
+            self.mlp_norm = nn.LayerNorm(num_query_channels)
+            self.mlp = MLP(num_query_channels, config.widening_factor, activation)
 
-    def forward(self, queries: Tensor, inputs: Tensor) -> Tensor:
-        x: Tensor = self.attention(self.query_norm(queries), self.input_norm(inputs))
+    def forward(
+        self, queries: Tensor, inputs: Tensor, mask: Tensor | None = None, query_mask: Tensor | None = None
+    ) -> Tensor:
+        x: Tensor = self.attention(self.query_norm(queries), self.input_norm(inputs), mask, query_mask)
         if self.query_residual:
             x = x + queries
-        y: Tensor = x + self.mlp(self.mlp_norm(x))
-        return y
+        return x + self.mlp(self.mlp_norm(x)) if self.has_mlp else x
 
 
 class SelfAttention(nn.Module):
     """Latents (B, N, D) read each other -> (B, N, D)."""
 
-    def __init__(
-        self,
-        num_channels: int,
-        num_qk_channels: int,
-        num_v_channels: int,
-        num_heads: int,
-        widening_factor: int,
-        activation: Activation,
-    ) -> None:
+    def __init__(self, config: AttentionConfig, num_channels: int, activation: Activation) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(num_channels)
-        self.attention = Attention(num_channels, num_channels, num_qk_channels, num_v_channels, num_heads)
+        self.attention = Attention(config, num_channels, num_channels)
         self.mlp_norm = nn.LayerNorm(num_channels)
-        self.mlp = MLP(num_channels, widening_factor, activation)
+        self.mlp = MLP(num_channels, config.widening_factor, activation)
 
     def forward(self, x: Tensor) -> Tensor:
         normed = self.norm(x)

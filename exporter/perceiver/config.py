@@ -1,30 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All sizes of a Perceiver IO, as plain data.
+"""All sizes of a Perceiver, as plain data.
 
 A config says everything that is needed to build the torch model (`model.PerceiverIO`) and is written, as it is,
 into the bundle's manifest under ``architecture``. Names are those of the papers: latents (N × D), inputs (M × C),
-queries (O × F).
+queries (O × F). Perceiver IO is arXiv 2107.14795, Perceiver arXiv 2103.03206.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import msgspec
 
-Activation = Literal["gelu", "gelu-tanh"]
+# DeepMind's GELU is the tanh approximation, transformers' the exact one; GEGLU is lucidrains' gated one.
+Activation = Literal["gelu", "gelu-tanh", "geglu"]
+Sharing = Literal["all", "all-but-first", "none"]
 
 
 class FourierPositions(msgspec.Struct, frozen=True, tag="fourier", forbid_unknown_fields=True):
     """Fourier features of grid positions (Perceiver IO, appendix D): per axis the position, K sines, K cosines.
 
     ``max_resolution`` has one entry an axis; frequencies run linearly from 1 to ``max_resolution / 2``.
-    ``arithmetic`` is the precision in which the table is computed before it is rounded to the model's:
-    transformers computes in float32 always, and its float64 models can only be matched by doing the same.
+    ``endpoint``: positions run from -1 to 1 with both ends (linspace); without, they are -1 + 2 i / n, as DeepMind's
+    decoders are trained on sampled points. ``order``: all positions, all sines, all cosines, or axis after axis
+    sines, cosines, position (lucidrains). ``arithmetic`` is the precision in which the table is computed before it is
+    rounded to the model's: transformers computes in float32 always, and its float64 models can only be matched by
+    doing the same.
     """
 
     num_bands: int
-    max_resolution: tuple[int, ...]
+    max_resolution: tuple[float, ...]
+    endpoint: bool = True
+    order: Literal["positions-first", "axis-by-axis"] = "positions-first"
     arithmetic: Literal["float32", "float64"] = "float64"
 
     @property
@@ -33,11 +41,15 @@ class FourierPositions(msgspec.Struct, frozen=True, tag="fourier", forbid_unknow
 
 
 class LearnedPositions(msgspec.Struct, frozen=True, tag="learned", forbid_unknown_fields=True):
-    """A trained table of ``prod(shape)`` × ``num_table_channels``, projected linearly to ``num_channels``."""
+    """A trained table of ``prod(shape)`` × ``num_table_channels``, projected linearly to another width (0: not)."""
 
     shape: tuple[int, ...]
     num_table_channels: int
-    num_channels: int
+    num_projected_channels: int = 0
+
+    @property
+    def num_channels(self) -> int:
+        return self.num_projected_channels or self.num_table_channels
 
 
 Positions = FourierPositions | LearnedPositions
@@ -62,47 +74,191 @@ class ImageInput(msgspec.Struct, frozen=True, tag="image", forbid_unknown_fields
 
     @property
     def num_input_channels(self) -> int:
-        """C, the channels of one input: features and position."""
         return self.num_feature_channels + self.positions.num_channels
 
 
-class EncoderConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One cross-attention from the inputs into N × D latents, then ``num_blocks`` times the same self-attentions.
+class FramePairInput(msgspec.Struct, frozen=True, tag="frame-pair", forbid_unknown_fields=True):
+    """Two frames, (B, 2, 3, H, W) float32: of each pixel the 3×3 patches of both, projected, beside its position."""
 
-    ``num_qk_channels`` and ``num_v_channels`` are the widths of the projected queries/keys and values; None
-    means: C in the cross-attention and D in the self-attentions (DeepMind's ``shape_for_attn="kv"``).
+    height: int
+    width: int
+    num_feature_channels: int
+    positions: Positions
+
+    @property
+    def num_input_channels(self) -> int:
+        return self.num_feature_channels + self.positions.num_channels
+
+
+class TokenInput(msgspec.Struct, frozen=True, tag="tokens", forbid_unknown_fields=True):
+    """Tokens, (B, length) int32, and their mask: embeddings plus trained positions."""
+
+    vocabulary_size: int
+    length: int
+    num_input_channels: int
+
+
+class ArrayInput(msgspec.Struct, frozen=True, tag="array", forbid_unknown_fields=True):
+    """An array of any rank, channels last, (B, *shape, num_channels) float32: audio, video, voxels, points, sets.
+
+    In this order: ``patch`` (one size an axis) moves each patch's values into channels; ``num_projected_channels``
+    projects them linearly (0: not); ``positions`` of the grid of patches are put beside them. Or ``value_positions``:
+    the values are themselves coordinates (points), and their Fourier features the inputs. ``masked`` adds an input
+    NAME_mask, (B, M) int32, that says which are there.
+    """
+
+    shape: tuple[int, ...]
+    num_channels: int
+    patch: tuple[int, ...] = ()
+    num_projected_channels: int = 0
+    positions: Positions | None = None
+    value_positions: FourierPositions | None = None
+    masked: bool = False
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """How many patches there are along each axis."""
+        patch = self.patch or (1,) * len(self.shape)
+        return tuple(size // step for size, step in zip(self.shape, patch, strict=True))
+
+    @property
+    def num_input_channels(self) -> int:
+        if self.value_positions is not None:
+            return self.value_positions.num_channels  # the values themselves are the first of them
+        features = self.num_projected_channels or self.num_channels * math.prod(self.patch)
+        return features + (self.positions.num_channels if self.positions is not None else 0)
+
+
+class MaskedInput(msgspec.Struct, frozen=True, tag="masked", forbid_unknown_fields=True):
+    """A modality that is never given at inference: its trained mask token, ``num_inputs`` times.
+
+    So DeepMind's video autoencoder classifies: its label is always masked.
+    """
+
+    num_inputs: int
+    num_input_channels: int
+
+
+Input = ImageInput | FramePairInput | TokenInput | ArrayInput | MaskedInput
+
+
+class AttentionConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Widths of one kind of attention layer. ``query_residual`` adds the queries to what they read."""
+
+    num_heads: int
+    num_qk_channels: int
+    num_v_channels: int
+    widening_factor: int = 1
+    query_residual: bool = True
+    qkv_bias: bool = True
+
+
+class EncoderConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Latents (N × D) that read the inputs, then ``num_blocks`` times some self-attentions.
+
+    Perceiver IO reads the inputs once, before the first block; the first Perceiver again before each of the first
+    ``num_cross_attentions`` blocks. ``*_sharing``: whether all of them have the same weights, or all but the first.
     """
 
     num_latents: int
     num_latent_channels: int
     num_blocks: int
     num_self_attentions_per_block: int
-    num_cross_attention_heads: int
-    num_self_attention_heads: int
-    num_qk_channels: int | None = None
-    num_v_channels: int | None = None
-    cross_attention_width: Literal["kv", "q"] = "kv"
-    cross_attention_widening_factor: int = 1
-    self_attention_widening_factor: int = 1
-    query_residual: bool = True
+    cross_attention: AttentionConfig
+    self_attention: AttentionConfig
+    num_cross_attentions: int = 1
+    cross_attention_sharing: Sharing = "all"
+    block_sharing: Sharing = "all"
 
 
-class DecoderConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One cross-attention from the latents into O × F learned queries, then a linear layer to the outputs."""
+class LearnedQueries(msgspec.Struct, frozen=True, tag="learned", forbid_unknown_fields=True):
+    """Trained queries (O × F): one for a class, one a position of a text."""
 
     num_queries: int
+    num_channels: int
+
+
+class PositionQueries(msgspec.Struct, frozen=True, tag="positions", forbid_unknown_fields=True):
+    """Fourier features of every point of a grid: pixels, samples."""
+
+    shape: tuple[int, ...]
+    positions: FourierPositions
+
+    @property
+    def num_queries(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def num_channels(self) -> int:
+        return self.positions.num_channels
+
+
+class InputQueries(msgspec.Struct, frozen=True, tag="inputs", forbid_unknown_fields=True):
+    """The model's own inputs (M × C), as optical flow and sets have it."""
+
+    num_queries: int
+    num_channels: int
+
+
+class GivenQueries(msgspec.Struct, frozen=True, tag="given", forbid_unknown_fields=True):
+    """Queries that the caller gives with each call, (O, F) float32: an input named NAME_queries."""
+
+    num_queries: int
+    num_channels: int
+
+
+Queries = LearnedQueries | PositionQueries | InputQueries | GivenQueries
+
+
+class OutputConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What is read from the latents: one row of ``num_channels`` a query.
+
+    ``num_channels`` of a head of its own; 0 takes the decoder's ``num_output_channels``. ``shape`` is that of the
+    output without the batch, of as many elements. ``scale`` multiplies it.
+    """
+
+    queries: Queries
+    shape: tuple[int, ...]
+    num_channels: int = 0
+    scale: float = 1.0
+
+
+class QueryDecoder(msgspec.Struct, frozen=True, tag="queries", forbid_unknown_fields=True):
+    """Perceiver IO's decoder: queries read the latents in one cross-attention.
+
+    Queries of several outputs are padded with trained vectors to ``num_query_channels``. Then a linear layer to
+    ``num_output_channels`` (0: none), then each output's head. ``tied_to`` names the `TokenInput` whose embedding
+    is the last layer.
+    """
+
+    outputs: dict[str, OutputConfig]
     num_query_channels: int
+    cross_attention: AttentionConfig
+    num_output_channels: int = 0
+    tied_to: str | None = None
+    mlp: bool = True
+
+
+class AverageDecoder(msgspec.Struct, frozen=True, tag="average", forbid_unknown_fields=True):
+    """The first Perceiver's head: the mean of the latents, a LayerNorm (lucidrains) or none, a linear layer."""
+
     num_output_channels: int
-    num_heads: int = 1
-    cross_attention_width: Literal["kv", "q"] = "kv"
-    widening_factor: int = 1
-    query_residual: bool = True
+    norm: bool = False
+    output: str = "logits"
 
 
 class PerceiverConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A Perceiver IO: input adapter, encoder, decoder."""
+    """Inputs by name in the order in which they are concatenated, an encoder, a decoder.
 
-    input: ImageInput
+    With several inputs each is padded with a trained vector to ``num_input_channels``. ``masked_rows``: a query whose
+    keys are all masked reads zeros (DeepMind) or the mean of the values (transformers). ``mask_queries``: where
+    queries stand for the input's own elements, those that are masked read zeros (DeepMind).
+    """
+
+    inputs: dict[str, Input]
+    num_input_channels: int
     encoder: EncoderConfig
-    decoder: DecoderConfig
+    decoder: QueryDecoder | AverageDecoder
     activation: Activation = "gelu"
+    masked_rows: Literal["zero", "mean"] = "mean"
+    mask_queries: bool = False

@@ -1,94 +1,137 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Perceiver IO, cut where export cuts it: input adapter -> encoder -> latents -> decoder -> outputs.
+"""Perceiver and Perceiver IO, cut where export cuts them: inputs -> encoder -> latents -> decoder -> outputs.
 
 Source: Perceiver IO (arXiv 2107.14795), figure 2.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
-from perceiver_export.exporter.perceiver.adapters import ImageAdapter
-from perceiver_export.exporter.perceiver.attention import CrossAttention, SelfAttention
-from perceiver_export.exporter.perceiver.config import Activation, DecoderConfig, EncoderConfig, PerceiverConfig
-
-
-class PerceiverEncoder(nn.Module):
-    """Inputs (B, M, C) -> latents (B, N, D). All blocks share the weights of one."""
-
-    def __init__(self, config: EncoderConfig, num_input_channels: int, activation: Activation) -> None:
-        super().__init__()
-        num_channels = config.num_latent_channels
-        self.num_blocks = config.num_blocks
-        self.latents = nn.Parameter(torch.randn(config.num_latents, num_channels) * 0.02)
-        cross_width = num_input_channels if config.cross_attention_width == "kv" else num_channels
-        cross_qk = config.num_qk_channels or cross_width
-        self_qk = config.num_qk_channels or num_channels
-        self.cross_attention = CrossAttention(
-            num_channels,
-            num_input_channels,
-            cross_qk,
-            config.num_v_channels or cross_qk,
-            config.num_cross_attention_heads,
-            config.cross_attention_widening_factor,
-            config.query_residual,
-            activation,
-        )
-        self.self_attentions = nn.ModuleList(
-            SelfAttention(
-                num_channels,
-                self_qk,
-                config.num_v_channels or self_qk,
-                config.num_self_attention_heads,
-                config.self_attention_widening_factor,
-                activation,
-            )
-            for _ in range(config.num_self_attentions_per_block)
-        )
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        latents: Tensor = self.cross_attention(self.latents.unsqueeze(0), inputs)
-        for _ in range(self.num_blocks):
-            for layer in self.self_attentions:
-                latents = layer(latents)
-        return latents
-
-
-class PerceiverDecoder(nn.Module):
-    """Latents (B, N, D), read by learned queries (O × F) -> outputs (B, O, E)."""
-
-    def __init__(self, config: DecoderConfig, num_latent_channels: int, activation: Activation) -> None:
-        super().__init__()
-        width = num_latent_channels if config.cross_attention_width == "kv" else config.num_query_channels
-        self.queries = nn.Parameter(torch.randn(config.num_queries, config.num_query_channels) * 0.02)
-        self.cross_attention = CrossAttention(
-            config.num_query_channels,
-            num_latent_channels,
-            width,
-            width,
-            config.num_heads,
-            config.widening_factor,
-            config.query_residual,
-            activation,
-        )
-        self.output = nn.Linear(config.num_query_channels, config.num_output_channels)
-
-    def forward(self, latents: Tensor) -> Tensor:
-        outputs: Tensor = self.output(self.cross_attention(self.queries.unsqueeze(0), latents))
-        return outputs
+from perceiver_export.exporter.perceiver.adapters import TokenAdapter, input_adapter
+from perceiver_export.exporter.perceiver.checks import check_config
+from perceiver_export.exporter.perceiver.config import (
+    ArrayInput,
+    GivenQueries,
+    InputQueries,
+    MaskedInput,
+    PerceiverConfig,
+    QueryDecoder,
+    TokenInput,
+)
+from perceiver_export.exporter.perceiver.decoder import AverageHead, PerceiverDecoder, input_queries
+from perceiver_export.exporter.perceiver.encoder import PerceiverEncoder
 
 
 class PerceiverIO(nn.Module):
-    """Image classifier: pictures (B, channels, height, width) -> logits (B, labels)."""
+    """Arrays by input name -> arrays by output name; what they are is all in the config.
+
+    Raises UsageError: a config whose sizes contradict each other.
+    """
 
     def __init__(self, config: PerceiverConfig) -> None:
         super().__init__()
+        check_config(config)
         self.config = config
-        self.input_adapter = ImageAdapter(config.input)
-        self.encoder = PerceiverEncoder(config.encoder, config.input.num_input_channels, config.activation)
-        self.decoder = PerceiverDecoder(config.decoder, config.encoder.num_latent_channels, config.activation)
+        self.inputs = nn.ModuleDict({name: input_adapter(one) for name, one in config.inputs.items()})
+        self.input_paddings = nn.ParameterDict(
+            {
+                name: nn.Parameter(torch.randn(1, config.num_input_channels - one.num_input_channels) * 0.02)
+                for name, one in config.inputs.items()
+                if one.num_input_channels < config.num_input_channels
+            }
+        )
+        self.encoder = PerceiverEncoder(
+            config.encoder, config.num_input_channels, config.activation, config.masked_rows
+        )
+        self.decoder: PerceiverDecoder | AverageHead
+        num_latent_channels = config.encoder.num_latent_channels
+        if isinstance(config.decoder, QueryDecoder):
+            tied = config.inputs.get(config.decoder.tied_to or "")
+            vocabulary_size = tied.vocabulary_size if isinstance(tied, TokenInput) else None
+            self.decoder = PerceiverDecoder(config.decoder, num_latent_channels, config.activation, vocabulary_size)
+        else:
+            self.decoder = AverageHead(config.decoder, num_latent_channels)
 
-    def forward(self, image: Tensor) -> Tensor:
-        outputs: Tensor = self.decoder(self.encoder(self.input_adapter(image)))
-        return outputs.squeeze(1)
+    def forward(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """All outputs, each (B, *shape). Masks may be left out: then all is there."""
+        inputs, mask = self.embed(feeds)
+        latents = self.encoder(inputs, mask)
+        if isinstance(self.decoder, AverageHead):
+            assert not isinstance(self.config.decoder, QueryDecoder)
+            return {self.config.decoder.output: self.decoder(latents)}
+        assert isinstance(self.config.decoder, QueryDecoder)
+        outputs = {}
+        for name, output in self.config.decoder.outputs.items():
+            rows = self.decode(name, latents, None, feeds, inputs, mask)
+            outputs[name] = rows.reshape(rows.shape[0], *output.shape)
+        return outputs
+
+    def embed(self, feeds: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """All inputs side by side (B, M, C), and which are there (B, M), None where all are."""
+        embedded, masks = [], []
+        for name, config in self.config.inputs.items():
+            adapter = self.inputs[name]
+            rows: Tensor = adapter() if isinstance(config, MaskedInput) else adapter(feeds[name])
+            if name in self.input_paddings:
+                padding = self.input_paddings[name].expand(*rows.shape[:-1], -1)
+                rows = torch.cat([rows, padding], dim=-1)
+            embedded.append(rows)
+            masks.append(feeds.get(f"{name}_mask"))
+        if len(embedded) == 1:
+            return embedded[0], masks[0]
+        batch = next(iter(feeds.values())).shape[0]
+        inputs = torch.cat([rows.expand(batch, -1, -1) for rows in embedded], dim=1)
+        if all(mask is None for mask in masks):
+            return inputs, None
+        there = [
+            torch.ones(batch, rows.shape[1], dtype=torch.int32, device=rows.device) if mask is None else mask
+            for rows, mask in zip(embedded, masks, strict=True)
+        ]
+        return inputs, torch.cat(there, dim=1)
+
+    def decode(
+        self,
+        name: str,
+        latents: Tensor,
+        indices: Tensor | None,
+        feeds: Mapping[str, Tensor],
+        inputs: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """Rows (B, Q, E) of one output for the queries ``indices`` (B, Q), None for all of them.
+
+        ``inputs`` are what `embed` gave, for queries that are inputs; ``mask`` leaves out the queries of inputs that
+        are not there, where the config asks for that.
+        """
+        config = self.config.decoder
+        assert isinstance(config, QueryDecoder)
+        assert isinstance(self.decoder, PerceiverDecoder)
+        output = config.outputs[name]
+        if isinstance(output.queries, GivenQueries):
+            queries = feeds[f"{name}_queries"]
+        elif isinstance(output.queries, InputQueries):
+            assert inputs is not None
+            queries = input_queries(inputs, indices)
+        else:
+            queries = self.decoder.queries[name](indices)
+        embedding = None
+        if config.tied_to is not None:
+            adapter = self.inputs[config.tied_to]
+            assert isinstance(adapter, TokenAdapter)
+            embedding = adapter.embedding.weight
+        query_mask = mask if self.config.mask_queries and indices is None else None
+        rows: Tensor = self.decoder(latents, name, queries, query_mask, embedding)
+        return rows if output.scale == 1 else rows * output.scale
+
+
+def masked_inputs(config: PerceiverConfig) -> tuple[str, ...]:
+    """Names of the inputs that come with a mask."""
+    return tuple(
+        name
+        for name, one in config.inputs.items()
+        if isinstance(one, TokenInput) or (isinstance(one, ArrayInput) and one.masked)
+    )

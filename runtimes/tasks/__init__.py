@@ -1,27 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tasks: what comes before and after a bundle's graph, in numpy. `open_task` picks by the manifest."""
+"""Tasks: what comes before and after a bundle's graphs, in numpy. `open_task` picks by the manifest."""
 
 from __future__ import annotations
 
+import importlib
 import os
+from typing import Any
 
 from perceiver_export.runtimes.bundle import Bundle, Verify, open_bundle
 from perceiver_export.runtimes.errors import BundleError
-from perceiver_export.runtimes.runtime import load
-from perceiver_export.runtimes.tasks.image_classification import ImageClassification
+from perceiver_export.runtimes.loading import load
+from perceiver_export.runtimes.tasks.base import Task
 
-TASKS = {"image-classification": ImageClassification}
+# The module beside this one and its class; imported when a bundle of that task is opened.
+TASKS = {
+    "image-classification": ("image_classification", "ImageClassification"),
+    "fill-mask": ("fill_mask", "FillMask"),
+    "text-classification": ("text_classification", "TextClassification"),
+    "optical-flow": ("optical_flow", "OpticalFlow"),
+    "video-autoencoding": ("video_autoencoding", "VideoAutoencoding"),
+    "audio-classification": ("audio_classification", "AudioClassification"),
+    "point-cloud-classification": ("point_cloud_classification", "PointCloudClassification"),
+    "sets": ("arrays", "Sets"),
+    "arrays": ("arrays", "Arrays"),
+}
 
 
 def open_task(
     bundle: str | os.PathLike[str] | Bundle, device: str = "auto", threads: int | None = None, verify: Verify = "auto"
-) -> ImageClassification:
-    """Load a bundle with the pre- and post-processing of its task. Raises what `load` raises."""
+) -> Any:
+    """Load a bundle with the pre- and post-processing of its task: one of the classes of `TASKS`, by the manifest.
+
+    Its graphs are loaded when they are first needed. Raises what `load` raises.
+    """
     opened = open_bundle(bundle, verify)
-    task = TASKS.get(opened.manifest.task)
-    if task is None:
+    if opened.manifest.task not in TASKS:
         raise BundleError(
             f"{opened.path} is of the unknown task {opened.manifest.task!r}", f"this version knows: {', '.join(TASKS)}"
         )
+    module, name = TASKS[opened.manifest.task]
+    task: type[Task] = getattr(importlib.import_module(f"{__name__}.{module}"), name)
     task.check(opened.manifest)
-    return task(opened.manifest, load(opened, device, threads=threads, verify="never"))
+    return task(opened.manifest, lambda part: load(opened, device, part, threads, verify="never"))

@@ -5,47 +5,41 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from perceiver_export.runtimes.errors import BundleError, UsageError
-from perceiver_export.runtimes.manifest import ImagePreprocessing, Manifest
+from perceiver_export.runtimes.manifest import Manifest
 from perceiver_export.runtimes.pictures import read_picture, to_input
-from perceiver_export.runtimes.runtime import Runtime
+from perceiver_export.runtimes.preprocessing import ImagePreprocessing
+from perceiver_export.runtimes.tasks.base import LoadPart, Task
+from perceiver_export.runtimes.tasks.graphs import interface, limits
+from perceiver_export.runtimes.tasks.prediction import Prediction, softmax
+
+__all__ = ["ImageClassification", "PictureLike", "Prediction", "softmax"]
 
 PictureLike = str | os.PathLike[str] | npt.NDArray[np.uint8]
 
 
-@dataclass(frozen=True)
-class Prediction:
-    """A label, its index and its probability (softmax of the logits)."""
-
-    label: str
-    index: int
-    probability: float
-
-
-class ImageClassification:
+class ImageClassification(Task):
     """``classify(picture)`` -> the most probable labels. A picture is a path or uint8, (H, W) or (H, W, 3)."""
 
-    def __init__(self, manifest: Manifest, runtime: Runtime) -> None:
-        assert manifest.preprocessing is not None  # `check` came first
-        self.runtime = runtime
+    def __init__(self, manifest: Manifest, load_part: LoadPart) -> None:
+        super().__init__(manifest, load_part)
+        assert isinstance(manifest.preprocessing, ImagePreprocessing)  # `check` came first
         self.labels = manifest.labels
-        self.preprocessing: ImagePreprocessing = manifest.preprocessing
-        (self._input,), (self._output,) = runtime.inputs, runtime.outputs
+        self.preprocessing = manifest.preprocessing
+        (self._input,), (self._output,) = interface(manifest)
 
     @staticmethod
     def check(manifest: Manifest) -> None:
         """Raise BundleError unless the manifest describes a classifier of pictures."""
-        steps, part = manifest.preprocessing, next(iter(manifest.parts.values()))
-        if steps is None or not manifest.labels:
+        steps = manifest.preprocessing
+        if not isinstance(steps, ImagePreprocessing) or not manifest.labels:
             raise BundleError("the manifest has no picture preprocessing or no labels", "export the bundle again")
-        takes, gives = ([spec.shape[1:] for spec in specs] for specs in (part.inputs, part.outputs))
+        takes, gives = ([spec.shape[1:] for spec in specs] for specs in interface(manifest))
         if takes != [(3, steps.height, steps.width)] or gives != [(len(manifest.labels),)]:
             raise BundleError(
                 f"{len(manifest.labels)} labels and pictures of {steps.height} × {steps.width} do not fit the graph",
@@ -84,29 +78,8 @@ class ImageClassification:
     @property
     def batch_size(self) -> int:
         """The largest batch that one call takes."""
-        size = self._input.shape[0]
-        return size if isinstance(size, int) else self._input.ranges[size][1]
+        return limits(self._input, 0)[1]
 
     @property
     def _least_batch(self) -> int:
-        size = self._input.shape[0]
-        return size if isinstance(size, int) else self._input.ranges[size][0]
-
-    def close(self) -> None:
-        """Close the runtime."""
-        self.runtime.close()
-
-    def __enter__(self) -> ImageClassification:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-def softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Probabilities along the last axis."""
-    exponents = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    probabilities: npt.NDArray[np.float32] = exponents / exponents.sum(axis=-1, keepdims=True)
-    return probabilities
+        return limits(self._input, 0)[0]

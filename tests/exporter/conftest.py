@@ -11,30 +11,52 @@ from typing import Any
 import pytest
 import torch
 
-KINDS = {"learned": 512, "fourier": 261, "conv": 322}
+# The class, and the sizes that differ from the common ones; odd where an odd size is possible.
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "learned": ("PerceiverForImageClassificationLearned", {"d_model": 512}),
+    "fourier": ("PerceiverForImageClassificationFourier", {"d_model": 261}),
+    "conv": ("PerceiverForImageClassificationConvProcessing", {"d_model": 322}),
+    "language": (
+        "PerceiverForMaskedLM",
+        {"d_model": 40, "max_position_embeddings": 19, "qk_channels": 8, "v_channels": 24},
+    ),
+    "text": ("PerceiverForSequenceClassification", {"d_model": 20, "max_position_embeddings": 13}),
+    "flow": ("PerceiverForOpticalFlow", {"d_model": 322, "train_size": [11, 14]}),
+    "video": (
+        "PerceiverForMultimodalAutoencoding",
+        {
+            "d_model": 405,
+            "num_frames": 3,
+            "image_size": 5,
+            "output_shape": [1, 3, 20, 20],
+            "audio_samples_per_frame": 48,
+            "output_num_channels": 22,
+        },
+    ),
+}
 
 
 def make_transformers_model(kind: str, **changes: Any) -> Any:
     """A transformers Perceiver with every parameter and buffer away from its default."""
     import transformers
 
-    classes = {"learned": "Learned", "fourier": "Fourier", "conv": "ConvProcessing"}
+    name, own_sizes = KINDS[kind]
     sizes: dict[str, Any] = {
         "num_latents": 7,
         "d_latents": 24,
-        "d_model": KINDS[kind],
         "num_blocks": 2,
         "num_self_attends_per_block": 3,
         "num_self_attention_heads": 4,
         "num_cross_attention_heads": 1,
         "image_size": 12,
         "num_labels": 5,
+        **own_sizes,
     }
     config = transformers.PerceiverConfig(**{**sizes, **changes})
     torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = getattr(transformers, f"PerceiverForImageClassification{classes[kind]}")(config).eval()
+        model = getattr(transformers, name)(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))

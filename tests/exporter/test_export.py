@@ -17,7 +17,9 @@ import numpy as np
 import pytest
 import torch
 
-from perceiver_export.exporter import LoadedModel, export, inspect_bundle, load_model, pipeline, verify
+from perceiver_export.exporter import LoadedModel, export, graph_files, inspect_bundle, load_model, pipeline, verify
+from perceiver_export.exporter.batch import Batch
+from perceiver_export.exporter.parts import whole_model
 from perceiver_export.exporter.write import new_bundle
 from perceiver_export.runtimes import open_bundle
 from perceiver_export.runtimes.comparison import compare
@@ -50,7 +52,9 @@ def test_the_bundle_says_what_it_holds(loaded: LoadedModel, tmp_path: Path) -> N
     assert manifest.architecture["encoder"]["num_latents"] == 7
     assert manifest.tools["torch"] == torch.__version__.split("+")[0] or manifest.tools["torch"] == torch.__version__
     with np.load(tmp_path / "bundle" / "golden.npz") as golden:
-        np.testing.assert_allclose(golden["output/logits"], loaded.run(golden["input/image"]), atol=1e-6)
+        np.testing.assert_allclose(
+            golden["output/logits"], loaded.run({"image": golden["input/image"]})["logits"], atol=1e-6
+        )
 
 
 def test_inspection_adds_up(loaded: LoadedModel, tmp_path: Path) -> None:
@@ -103,8 +107,8 @@ def test_a_full_disk_leaves_what_was_there(
     def full(*arguments: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    name = {"graph": "_save_graph", "golden": "_save_arrays", "manifest": "encode_manifest"}[stage]
-    monkeypatch.setattr(pipeline, name, full)
+    name = {"graph": "save_graphs", "golden": "_save_arrays", "manifest": "encode_manifest"}[stage]
+    monkeypatch.setattr(graph_files if stage == "graph" else pipeline, name, full)
     with pytest.raises(ExportError, match="disk is full"):
         export(loaded, tmp_path / "bundle", overwrite=True)
 
@@ -160,14 +164,14 @@ def test_of_two_exports_to_one_place_the_first_to_finish_wins(tmp_path: Path) ->
 def test_a_graph_that_differs_from_torch_is_refused(
     loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = pipeline._save_graph
+    original = graph_files.save_graphs
 
-    def save_another(model: Any, directory: Path) -> None:
-        original(model, directory)
+    def save_another(models: Any, directory: Path) -> None:
+        original(models, directory)
         with torch.no_grad():
             loaded.model.decoder.output.bias.add_(0.01)  # torch is no longer what was written
 
-    monkeypatch.setattr(pipeline, "_save_graph", save_another)
+    monkeypatch.setattr(graph_files, "save_graphs", save_another)
     with pytest.raises(VerificationError, match="differs by"):
         export(loaded, tmp_path / "bundle")
     assert left_in(tmp_path) == []
@@ -261,10 +265,12 @@ def test_a_model_that_loses_digits_is_held_to_torchs_own_error(loaded: LoadedMod
     decoder = loaded.model.decoder
     shift = 1e4 * torch.randn(1, 24, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        decoder.queries.add_(shift)
+        decoder.queries["logits"].table.add_(shift)
         decoder.output.bias.sub_((decoder.output.weight @ shift.T).squeeze(1))
     image = np.random.default_rng(0).normal(size=(1, 3, 8, 8)).astype(np.float32)
-    own = compare(loaded.run(image), verify._in_float64(loaded.model, image), 1e-4)
+    part = whole_model(loaded.model, Batch.parse(1))
+    exact = verify._in_float64(part, {"image": image})["logits"]
+    own = compare(loaded.run({"image": image})["logits"], exact, 1e-4)
     assert not own
 
     checks = export(loaded, tmp_path / "bundle").manifest.verification

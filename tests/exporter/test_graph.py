@@ -15,6 +15,7 @@ import pytest
 from perceiver_export.exporter import LoadedModel, export, load_model
 from perceiver_export.exporter.batch import Batch
 from perceiver_export.exporter.costs import stage_costs
+from perceiver_export.exporter.parts import whole_model
 from perceiver_export.exporter.passes.constants import FoldConstantsPass
 from perceiver_export.exporter.trace import IR_VERSION, OPSET, trace
 from perceiver_export.runtimes import load
@@ -33,9 +34,13 @@ def loaded(request: pytest.FixtureRequest, make_checkpoint: MakeCheckpoint) -> L
     return load_model(make_checkpoint(request.param), shape={"image": (3, *SIZES[request.param])})
 
 
+def trace_whole(loaded: LoadedModel, batch: str) -> ir.Model:
+    return trace(whole_model(loaded.model, Batch.parse(batch)), loaded.config)
+
+
 @pytest.mark.parametrize("batch", ["1", "4", "1:2:4"])
 def test_nothing_constant_is_left_to_do(loaded: LoadedModel, batch: str) -> None:
-    graph = trace(loaded.model, Batch.parse(batch)).graph
+    graph = trace_whole(loaded, batch).graph
     operators = Counter(node.op_type for node in graph)
 
     if batch == "1:2:4":  # how often positions are repeated is known at run time only
@@ -50,7 +55,7 @@ def test_nothing_constant_is_left_to_do(loaded: LoadedModel, batch: str) -> None
 
 
 def test_shared_blocks_share_their_weights(loaded: LoadedModel) -> None:
-    graph = trace(loaded.model, Batch.parse(1)).graph
+    graph = trace_whole(loaded, "1").graph
     parameters = sum(parameter.numel() for parameter in loaded.model.encoder.self_attentions.parameters())
     stored = sum(
         value.const_value.size
@@ -60,12 +65,12 @@ def test_shared_blocks_share_their_weights(loaded: LoadedModel) -> None:
 
     assert stored == parameters
     for layer in range(3):
-        weight = graph.initializers[f"encoder.self_attentions.{layer}.mlp.hidden.weight"]
+        weight = graph.initializers[f"encoder.self_attentions.0.{layer}.mlp.hidden.weight"]
         assert [user.op_type for user in weight.consumers()] == ["MatMul", "MatMul"]  # two blocks
 
 
 def test_weights_are_stored_as_matmul_takes_them(loaded: LoadedModel) -> None:
-    graph = trace(loaded.model, Batch.parse(1)).graph
+    graph = trace_whole(loaded, "1").graph
     weight = graph.initializers["decoder.output.weight"].const_value
     assert weight is not None
 
@@ -108,10 +113,9 @@ def test_random_numbers_are_not_taken_for_constants(operator: str) -> None:
 
 
 def test_costs_do_not_depend_on_the_batch(make_checkpoint: MakeCheckpoint) -> None:
-    model = load_model(make_checkpoint("fourier"), shape={"image": (3, 8, 8)}).model
+    loaded = load_model(make_checkpoint("fourier"), shape={"image": (3, 8, 8)})
     one, four, range_ = (
-        sum(stage.flops for stage in stage_costs(trace(model, Batch.parse(batch)).graph))
-        for batch in ("1", "4", "1:2:4")
+        sum(stage.flops for stage in stage_costs(trace_whole(loaded, batch).graph)) for batch in ("1", "4", "1:2:4")
     )
 
     assert one == four == range_
@@ -137,7 +141,7 @@ def test_a_range_of_batches_runs_at_every_size_and_refuses_others(
         assert runtime.inputs[0].shape == ("batch", 3, 16, 16)
         assert runtime.inputs[0].ranges == {"batch": (1, 5)}
         for size in range(1, 6):
-            expected = loaded.run(images[:size])
+            expected = loaded.run({"image": images[:size]})["logits"]
             found = runtime.run({"image": images[:size]})["logits"]
             np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
             buffer = np.empty_like(expected)

@@ -16,8 +16,8 @@ from perceiver_export.exporter import load_model
 from perceiver_export.runtimes.pictures import to_input
 
 from .conftest import MakeCheckpoint, make_transformers_model
+from .transformers_reference import SIZES, difference
 
-SIZES = {"learned": (12, 12), "fourier": (13, 17), "conv": (37, 30)}
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "qk and v channels": {"qk_channels": 16, "v_channels": 24},
@@ -34,17 +34,19 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("kind", SIZES)
-def test_logits_are_transformers(make_checkpoint: MakeCheckpoint, kind: str, variant: str) -> None:
-    directory = make_checkpoint(kind, **VARIANTS[variant])
-    theirs = make_transformers_model(kind, **VARIANTS[variant])
-    ours = load_model(directory, shape={"image": (3, *SIZES[kind])}).model
-    image = torch.randn(2, 3, *SIZES[kind], dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-
+def test_logits_are_transformers(kind: str, variant: str) -> None:
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-10)):
-        with torch.no_grad():
-            expected = theirs.to(dtype)(image.to(dtype)).logits
-            found = ours.to(dtype)(image.to(dtype))
-        assert (found - expected).abs().max() <= tolerance * expected.abs().max()
+        assert difference(kind, dtype, **VARIANTS[variant]) <= tolerance
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"qk_channels": 8, "v_channels": 24}, {"cross_attention_shape_for_attention": "q"}, {"num_blocks": 1}],
+)
+@pytest.mark.parametrize("kind", ["language", "text", "flow", "video"])
+def test_outputs_are_transformers(kind: str, changes: dict[str, Any]) -> None:
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-10)):
+        assert difference(kind, dtype, **changes) <= tolerance
 
 
 def test_learned_positions_are_resized_as_transformers_does(make_checkpoint: MakeCheckpoint) -> None:
@@ -54,7 +56,7 @@ def test_learned_positions_are_resized_as_transformers_does(make_checkpoint: Mak
 
     with torch.no_grad():
         expected = make_transformers_model("learned")(image, interpolate_pos_encoding=True).logits
-        found = ours(image)
+        found = ours({"image": image})["logits"]
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
@@ -84,10 +86,10 @@ def test_half_precision_checkpoints_are_widened(make_checkpoint: MakeCheckpoint,
 def test_labels_and_picture_size_come_from_the_directory(make_checkpoint: MakeCheckpoint) -> None:
     directory = make_checkpoint("fourier", id2label=dict(enumerate("abcde")))
     assert load_model(directory).labels == tuple("abcde")
-    assert load_model(directory).config.input.height == 224
+    assert load_model(directory).config.inputs["image"].height == 224
 
     (directory / "preprocessor_config.json").write_text(json.dumps({"size": {"height": 20, "width": 30}}))
-    image = load_model(directory).config.input
+    image = load_model(directory).config.inputs["image"]
     assert (image.height, image.width) == (20, 30)
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from perceiver_export.runtimes import Runtime, load
 from perceiver_export.runtimes.errors import DeviceError, InputError, RuntimeClosedError, UsageError
-from perceiver_export.runtimes.runtime import TARGETS
+from perceiver_export.runtimes.loading import TARGETS
 
 
 @pytest.fixture(params=sorted(TARGETS))

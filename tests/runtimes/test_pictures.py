@@ -11,8 +11,15 @@ import pytest
 from PIL import Image
 
 from perceiver_export.runtimes.errors import InputError
-from perceiver_export.runtimes.manifest import ImagePreprocessing
-from perceiver_export.runtimes.pictures import as_picture, center_crop, read_picture, resize, to_input
+from perceiver_export.runtimes.pictures import (
+    as_picture,
+    center_crop,
+    picture_files,
+    read_picture,
+    resize,
+    to_input,
+)
+from perceiver_export.runtimes.preprocessing import ImagePreprocessing
 
 FILTERS = {
     "bilinear": Image.Resampling.BILINEAR,
@@ -42,6 +49,12 @@ def test_the_crop_is_the_middle_of_the_shorter_side() -> None:
     picture = np.arange(10 * 20, dtype=np.uint8).reshape(10, 20, 1)
 
     assert center_crop(picture, (0.5, 0.5))[:, :, 0].tolist() == picture[2:7, 7:12, 0].tolist()
+
+
+def test_deepminds_crop_begins_on_the_other_side_of_the_middle() -> None:
+    picture = np.arange(10 * 20, dtype=np.uint8).reshape(10, 20, 1)
+
+    assert center_crop(picture, (0.5, 0.5), round_up=True)[:, :, 0].tolist() == picture[3:8, 8:13, 0].tolist()
 
 
 def test_normalisation_follows_the_manifest() -> None:
@@ -101,3 +114,22 @@ def test_a_picture_of_sixteen_bits_is_refused_and_not_clipped(tmp_path: Path) ->
 
     with pytest.raises(InputError, match="8 bits"):
         read_picture(tmp_path / "deep.png")
+
+
+def test_files_of_a_directory_come_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    for name in ("frame10.png", "frame2.PNG", "frame1.jpg", "notes.txt", "a.png", "7.png"):
+        (tmp_path / name).touch()
+    (tmp_path / "folder.png").mkdir()
+
+    names = [path.name for path in picture_files(tmp_path)]
+
+    assert names == ["7.png", "a.png", "frame1.jpg", "frame2.PNG", "frame10.png"]
+
+
+def test_a_directory_without_pictures_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(InputError, match="holds no pictures"):
+        picture_files(tmp_path)
+    for wrong in ("notes.txt", "absent"):
+        with pytest.raises(InputError, match="not a directory"):
+            picture_files(tmp_path / wrong)

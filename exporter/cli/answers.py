@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How commands show labels: a row an input, the most probable label first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from perceiver_export.exporter.cli.files import write_json
+from perceiver_export.exporter.cli.output import print_json, print_table
+from perceiver_export.exporter.cli.run_options import RunOptions
+
+if TYPE_CHECKING:
+    from perceiver_export.runtimes.tasks.prediction import Prediction
+
+
+def title(bundle: str, where: Mapping[str, Any]) -> str:
+    """Which bundle ran on what."""
+    return f"{bundle} on {where['engine']} {where['version']}, {where['device']}"
+
+
+def ranked(predictions: Sequence[Prediction]) -> list[str]:
+    """Labels with their probabilities, a cell each."""
+    return [f"{prediction.label}  {prediction.probability:.1%}" for prediction in predictions]
+
+
+def show_labels(
+    bundle: str,
+    what: str,
+    answers: Mapping[str, Sequence[Prediction]],
+    where: Mapping[str, Any],
+    output: Path | None,
+    options: RunOptions,
+    note: str = "",
+) -> None:
+    """Write the answers where ``output`` says so, and print them as the options say. Raises InputError."""
+    document = {"runtime": where, "answers": answers}
+    if output is not None:
+        write_json(output, document)
+    if options.json:
+        print_json(document)
+        return
+    rows = [(name, *ranked(predictions)) for name, predictions in answers.items()]
+    ranks = [f"{rank}." for rank in range(1, max(map(len, rows)))]
+    print_table(title(bundle, where), [what, *ranks], rows, note)

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Optical flow as files: Middlebury's .flo, .npy, and a picture in the colours of Middlebury's wheel."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+from functools import lru_cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from perceiver_export.runtimes.errors import InputError, MissingDependencyError
+
+Flow = npt.NDArray[np.float32]
+
+FORMATS = (".flo", ".npy", ".png")
+_TAG = b"PIEH"  # 202021.25 as a little-endian float32
+_UNKNOWN = 1e9  # Middlebury marks pixels of unknown flow by larger numbers
+
+
+def write_flow(path: str | os.PathLike[str], flow: npt.NDArray[Any]) -> None:
+    """Write a flow (H, W, 2) as the name's ending says: .flo, .npy (float32), or .png, a picture to look at.
+
+    The file appears when it is complete. Raises InputError: another ending, no flow, or a place that cannot be
+    written; MissingDependencyError: .png without Pillow.
+    """
+    target = Path(path)
+    encode = {".flo": _flo, ".npy": _npy, ".png": _png}[check_format(target)]
+    _write(target, encode(as_flow(flow)))
+
+
+def check_format(path: Path) -> str:
+    """The ending of a file that `write_flow` can write. Raises InputError."""
+    ending = path.suffix.lower()
+    if ending not in FORMATS:
+        raise InputError(f"{path} has an unknown ending", f"name it {', '.join(FORMATS[:-1])} or {FORMATS[-1]}")
+    return ending
+
+
+def read_flo(path: str | os.PathLike[str]) -> Flow:
+    """The flow (H, W, 2) of a .flo file. Raises InputError: not there, no such file, cut short or too long."""
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise InputError(f"{os.fspath(path)} cannot be read: {error.strerror}", "check the path") from error
+    if content[:4] != _TAG or len(content) < 12:
+        raise InputError(f"{os.fspath(path)} is no .flo file", "it begins with the letters PIEH and two sizes")
+    width, height = (int(side) for side in np.frombuffer(content, "<i4", 2, offset=4))
+    if min(width, height) < 1 or len(content) != 12 + 8 * width * height:
+        raise InputError(
+            f"{os.fspath(path)} says {height} × {width} pixels and has {len(content) - 12} bytes of them",
+            "copy or write it again",
+        )
+    return np.frombuffer(content, "<f4", offset=12).reshape(height, width, 2).astype(np.float32)
+
+
+def as_flow(array: npt.NDArray[Any]) -> Flow:
+    """float32 (H, W, 2), or InputError."""
+    if array.ndim != 3 or array.shape[2] != 2 or 0 in array.shape or array.dtype.kind != "f":
+        raise InputError(f"a flow has {array.dtype} and shape {list(array.shape)}", "give floats, (height, width, 2)")
+    return array.astype(np.float32, copy=False)
+
+
+def flow_picture(flow: npt.NDArray[Any], largest: float | None = None) -> npt.NDArray[np.uint8]:
+    """A flow (H, W, 2) as colours, uint8 (H, W, 3): the hue is the direction, the strength of the colour the length.
+
+    Red is right, yellow down, blue left, violet up, as Middlebury's evaluation shows flow (Baker et al., "A Database
+    and Evaluation Methodology for Optical Flow", IJCV 2011). A displacement of ``largest`` pixels has the full colour,
+    longer ones are darkened; None takes the longest of this flow. Unknown flow (NaN, or above 1e9) is black.
+    """
+    right, down = (as_flow(flow)[..., axis].astype(np.float64) for axis in (0, 1))
+    with np.errstate(invalid="ignore"):
+        known = (np.abs(right) <= _UNKNOWN) & (np.abs(down) <= _UNKNOWN)
+    right, down = np.where(known, right, 0.0), np.where(known, down, 0.0)
+    length = np.hypot(right, down)
+    full = float(length.max()) if largest is None else largest
+    length = (length / full if full > 0 else length)[..., None]
+    hue = _hues(np.arctan2(-down, -right))
+    color = np.where(length <= 1.0, 1.0 - length * (1.0 - hue), 0.75 * hue)
+    return np.where(known[..., None], np.floor(255.0 * color), 0.0).astype(np.uint8)
+
+
+def _hues(angles: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Colours (..., 3), 0 to 1, of angles from −π to π, between the two nearest of the wheel."""
+    wheel = color_wheel() / 255.0
+    position = (angles / np.pi + 1.0) / 2.0 * (len(wheel) - 1)
+    first = np.floor(position).astype(np.intp)
+    share = (position - first)[..., None]
+    return (1.0 - share) * wheel[first] + share * wheel[(first + 1) % len(wheel)]
+
+
+@lru_cache(maxsize=1)
+def color_wheel() -> npt.NDArray[np.float64]:
+    """Middlebury's 55 hues (55, 3), 0 to 255. Cached: do not change it.
+
+    Red to yellow, green, cyan, blue, magenta and back; the steps of each stretch are such that they look alike.
+    """
+    corners = np.array([[1, 0, 0], [1, 1, 0], [0, 1, 0], [0, 1, 1], [0, 0, 1], [1, 0, 1], [1, 0, 0]]) * 255.0
+    stretches = []
+    for (start, end), steps in zip(pairwise(corners), (15, 6, 4, 11, 13, 6), strict=True):
+        rising = np.floor(255.0 * np.arange(steps)[:, None] / steps)
+        stretches.append(start + np.sign(end - start) * rising)
+    return np.concatenate(stretches)
+
+
+def _flo(flow: Flow) -> bytes:
+    height, width = flow.shape[:2]
+    return _TAG + np.array([width, height], "<i4").tobytes() + flow.astype("<f4").tobytes()
+
+
+def _npy(flow: Flow) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, flow, allow_pickle=False)
+    return buffer.getvalue()
+
+
+def _png(flow: Flow) -> bytes:
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise MissingDependencyError(
+            "writing a picture needs Pillow", "pip install 'perceiver-export[images]', or write .flo or .npy"
+        ) from error
+    buffer = io.BytesIO()
+    Image.fromarray(flow_picture(flow)).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def _write(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise InputError(f"{path} cannot be written: {error.strerror}", "choose another place") from error

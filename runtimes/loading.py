@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a bundle, or a bare ONNX file, to a `Runtime` on a target."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from perceiver_export.runtimes.bundle import Bundle, Verify, open_bundle
+from perceiver_export.runtimes.errors import BundleError, DeviceError, UsageError
+from perceiver_export.runtimes.manifest import TensorSpec
+from perceiver_export.runtimes.runtime import Engine, Runtime
+
+# Every target, in the order of `device="auto"`, and the module that runs it (`open(path, threads) -> Engine`).
+TARGETS = {"ort-cpu": "perceiver_export.runtimes.ort"}
+
+
+def load(
+    bundle: str | os.PathLike[str] | Bundle,
+    device: str = "auto",
+    part: str | None = None,
+    threads: int | None = None,
+    verify: Verify = "auto",
+) -> Runtime:
+    """Load a bundle for running.
+
+    A split bundle's ``part`` is one of its parts; None joins them behind one `run`, which decodes every query.
+    ``device`` is a target (`TARGETS`) or ``auto``, which takes the first that is present; a named device is used or
+    refused, never replaced. ``threads`` are the engine's; None leaves the choice to it.
+
+    Raises BundleError, DeviceError, MissingDependencyError, UsageError.
+    """
+    if threads is not None and threads < 1:
+        raise UsageError(f"threads is {threads}", "give 1 or more, or leave it out")
+    opened = open_bundle(bundle, verify)
+    if part is None and opened.split:
+        return _load_joined(opened, device, threads)
+    described = opened.part(part)
+    engine = open_engine(opened.file(described.file), device, threads)
+    for ours, theirs in ((described.inputs, engine.inputs), (described.outputs, engine.outputs)):
+        if [_signature(spec) for spec in ours] != [_signature(spec) for spec in theirs]:
+            raise BundleError(
+                f"{described.file} takes or gives other tensors than the manifest says", "export the bundle again"
+            )
+    return Runtime(engine, described.inputs, described.outputs, opened.manifest.precision)
+
+
+def _load_joined(bundle: Bundle, device: str, threads: int | None) -> Runtime:
+    from perceiver_export.runtimes.joined import JoinedEngine
+
+    engine = JoinedEngine(
+        bundle.manifest,
+        {name: load(bundle, device, name, threads, verify="never") for name in bundle.manifest.parts},
+    )
+    return Runtime(engine, engine.inputs, engine.outputs, bundle.manifest.precision)
+
+
+def load_onnx(path: str | os.PathLike[str], device: str = "auto", threads: int | None = None) -> Runtime:
+    """Load a bare ONNX file, to compare with it. Its own description of inputs and outputs is believed."""
+    engine = open_engine(Path(path), device, threads)
+    return Runtime(engine, engine.inputs, engine.outputs, "unknown")
+
+
+def open_engine(path: Path, device: str, threads: int | None) -> Engine:
+    """Compile a graph for a target. Raises DeviceError, MissingDependencyError."""
+    import importlib
+
+    target = next(iter(TARGETS)) if device == "auto" else device
+    if target not in TARGETS:
+        raise DeviceError(
+            f"there is no target {device!r}", f"the device is one of the targets auto, {', '.join(TARGETS)}"
+        )
+    engine: Engine = importlib.import_module(TARGETS[target]).open(path, threads)
+    return engine
+
+
+def _signature(spec: TensorSpec) -> tuple[str, str, tuple[int | None, ...]]:
+    """Name, dtype and fixed dimensions: what a manifest and a graph must agree on."""
+    return spec.name, spec.dtype, tuple(dim if isinstance(dim, int) else None for dim in spec.shape)

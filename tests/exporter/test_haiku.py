@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loading DeepMind's pickles: the six released lists of parameters, transformers' copies of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from perceiver_export.exporter import load_model
+from perceiver_export.exporter.checkpoints.haiku import load_haiku_state
+from perceiver_export.exporter.checkpoints.haiku_config import read_flags
+from perceiver_export.exporter.checkpoints.haiku_names import HaikuModel, haiku_sources, ignored_names
+from perceiver_export.exporter.checkpoints.huggingface_names import huggingface_sources
+from perceiver_export.runtimes.errors import CheckpointError
+from perceiver_export.runtimes.preprocessing import (
+    FlowPreprocessing,
+    ImagePreprocessing,
+    TextPreprocessing,
+    VideoPreprocessing,
+)
+
+from . import haiku_writer
+from .conftest import MakeCheckpoint, make_transformers_model
+from .deepmind_reference import VECTORS, load
+
+RELEASED: dict[HaikuModel, str] = {
+    "language": "language",
+    "imagenet-learned": "imagenet_learned",
+    "imagenet-fourier": "imagenet_fourier",
+    "imagenet-conv": "imagenet_conv",
+    "optical-flow": "optical_flow",
+    "video-autoencoding": "video_autoencoding",
+}
+PARAMETERS = {  # of the released models, as counted by DeepMind's own code
+    "language": 201_108_230,
+    "imagenet-learned": 62_255_848,
+    "imagenet-fourier": 48_440_627,
+    "imagenet-conv": 48_646_522,
+    "optical-flow": 41_057_134,
+    "video-autoencoding": 19_858_855,
+}
+# transformers' class of each model, sizes that its own code fixes, and what no parameter's shape tells.
+COPIES: dict[str, tuple[HaikuModel, dict[str, Any]]] = {
+    "learned": ("imagenet-learned", {"num_blocks": 2}),
+    "fourier": ("imagenet-fourier", {"num_blocks": 2}),
+    "conv": ("imagenet-conv", {"num_blocks": 2}),
+    "language": ("language", {"num_blocks": 2, "num_cross_attention_heads": 1}),
+    "flow": ("optical-flow", {"num_blocks": 2, "train_size": [11, 14]}),
+    "video": (
+        "video-autoencoding",
+        {"num_blocks": 2, "num_frames": 3, "image_size": [20, 20], "num_samples": 144},
+    ),
+}
+
+
+@pytest.mark.parametrize("model", RELEASED)
+def test_released_parameters_fit_exactly(model: HaikuModel) -> None:
+    released = json.loads((VECTORS / "released_param_shapes.json").read_text(encoding="utf-8"))[RELEASED[model]]
+    with torch.device("meta"):  # shapes without numbers: 201 million parameters take no memory
+        state = {name: torch.empty(shape) for name, shape in {**released["params"], **released["state"]}.items()}
+        network = load_haiku_state(model, state, read_flags(model, None))
+
+    unread = sum(state[name].numel() for name in ignored_names(released["params"]))
+    assert (unread > 0) == (model == "video-autoencoding")
+    assert sum(one.numel() for one in network.parameters()) + unread == PARAMETERS[model] == released["num_params"]
+
+
+@pytest.mark.parametrize("parity", ["huggingface", "deepmind"])
+@pytest.mark.parametrize("kind", COPIES)
+def test_a_pickle_and_transformers_copy_of_it_are_one_model(
+    kind: str, parity: str, make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    model, sizes = COPIES[kind]
+    copy = load_model(make_checkpoint(kind), parity=parity)
+    own_names = [name for name in copy.model.state_dict() if not name.endswith("num_batches_tracked")]
+    pickle = haiku_writer.write(tmp_path / "params.pickle", _haiku_of(kind, model, own_names, copy.task))
+    config = tmp_path / "sizes.json"
+    config.write_text(json.dumps({**sizes, "num_self_attention_heads": 4}), encoding="utf-8")
+
+    found = load_model(f"deepmind:{model}:{pickle}", parity=parity, config=config)
+
+    assert found.config == copy.config
+    assert (found.task, found.parity, found.split) == (copy.task, copy.parity, copy.split)
+    assert (found.labels, found.preprocessing) == (copy.labels, copy.preprocessing)
+    expected, state = copy.model.state_dict(), found.model.state_dict()
+    assert state.keys() == expected.keys()
+    assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
+
+
+def _haiku_of(kind: str, model: HaikuModel, own_names: Iterable[str], task: str) -> object:
+    """The content of a pickle whose copy in transformers is ``make_transformers_model(kind)``.
+
+    transformers' conversion of DeepMind's pickles renames, takes ``numpy.transpose`` of every weight (of convolutions
+    too, all four axes) and drops axes of size one.
+    """
+    published = make_transformers_model(kind).state_dict()
+    tree: dict[str, dict[str, object]] = {}
+    for own in own_names:
+        array = published[huggingface_sources(task)(own).name].numpy()
+        module, _, parameter = haiku_sources(model)(own).name.rpartition("/")
+        if parameter == "w":
+            array = np.transpose(array)
+        if "batchnorm" in module:
+            array = array.reshape(1, 1, 1, -1)
+        tree.setdefault(module, {})[parameter] = np.ascontiguousarray(array)
+    state = {module: tree.pop(module) for module in list(tree) if module.endswith("_ema")}
+    params = haiku_writer.flat_mappings(tree)
+    return {"params": params, "state": haiku_writer.flat_mappings(state)} if state else params
+
+
+def test_a_bundle_is_told_what_the_original_does() -> None:
+    learned, language, flow, video = (
+        load(VECTORS / name) for name in ("imagenet_learned", "language", "optical_flow", "video_autoencoding")
+    )
+
+    assert [one.task for one in (learned, language, flow, video)] == [
+        "image-classification",
+        "fill-mask",
+        "optical-flow",
+        "video-autoencoding",
+    ]
+    picture = learned.preprocessing
+    assert isinstance(picture, ImagePreprocessing)
+    assert (picture.height, picture.width, picture.resample, picture.crop_fraction) == (
+        12,
+        16,
+        "opencv-bicubic",
+        (224 / 256, 224 / 256),
+    )
+    assert language.preprocessing == TextPreprocessing(32, special_tokens=False)
+    assert flow.preprocessing == FlowPreprocessing(16, 24, min_overlap=4)
+    assert video.preprocessing == VideoPreprocessing(4, 16, 16, 128, 48_000)
+    assert [len(one.labels) for one in (learned, language, flow, video)] == [11, 0, 0, 72]
+    assert (learned.labels[10], video.labels[71]) == ("LABEL_10", "LABEL_71")
+    assert "no labels" in learned.notes[0]
+    assert [one.split for one in (learned, language, flow, video)] == [False, False, False, True]
+    assert {one.source for one in (learned, language, flow, video)} == {"checkpoint.pickle"}
+
+
+def test_another_picture_size_is_noted() -> None:
+    found = load(VECTORS / "imagenet_fourier", image_size=(20, 17))
+
+    assert found.config.inputs["image"].height == 20  # type: ignore[union-attr]
+    assert any("trained on 16 × 16" in note for note in found.notes)
+
+
+def test_original_file_names_are_names_of_models() -> None:
+    file = VECTORS / "imagenet_conv" / "checkpoint.pickle"
+    for name in ("imagenet-conv", "imagenet_conv", "imagenet_conv_preprocessing"):
+        with pytest.raises(CheckpointError, match="8 heads"):  # of the released model; its own are 4
+            load_model(f"deepmind:{name}:{file}")

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Each of transformers' systems, exported whole and split, gives what transformers gives, and decodes what is asked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import pytest
+import torch
+
+from perceiver_export.exporter import export, load_model
+from perceiver_export.runtimes import Bundle, load
+from perceiver_export.runtimes.errors import InputError, UsageError
+from perceiver_export.runtimes.queries import decode
+
+from .conftest import MakeCheckpoint, make_transformers_model
+from .transformers_reference import SIZES, make_feeds, run_transformers
+
+KINDS = ["fourier", "language", "text", "flow", "video"]
+RANDOM = {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial"}
+Arrays = dict[str, npt.NDArray[Any]]
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def export_kind(kind: str, make_checkpoint: MakeCheckpoint, tmp_path: Path, **options: Any) -> Bundle:
+    shape = {"image": (3, *SIZES[kind])} if kind in SIZES else {}
+    if options.get("split"):
+        shape["queries"] = (7,)
+    return export(make_checkpoint(kind), tmp_path / "bundle", shape=shape, **options)
+
+
+def samples(kind: str) -> tuple[Arrays, Arrays]:
+    """Two samples, and transformers' answers to them."""
+    feeds = {name: tensor[:2] for name, tensor in make_feeds(kind, torch.float32).items()}
+    with torch.no_grad():
+        expected = run_transformers(kind, make_transformers_model(kind), feeds)
+    arrays = {name: tensor.numpy() for name, tensor in feeds.items()}
+    return arrays, {name: tensor.numpy() for name, tensor in expected.items()}
+
+
+def assert_close(found: npt.NDArray[Any], expected: npt.NDArray[Any]) -> None:
+    np.testing.assert_allclose(found.ravel(), expected.ravel(), rtol=0, atol=2e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"split": False, "batch": 2},
+        {"split": True, "batch": 2},
+        {"split": True, "batch": "1:2:4", "dynamic_queries": True},
+    ],
+    ids=["whole", "split", "split, dynamic"],
+)
+def test_bundles_give_what_transformers_gives(
+    kind: str, options: dict[str, Any], make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    bundle = export_kind(kind, make_checkpoint, tmp_path, **options)
+    feeds, expected = samples(kind)
+
+    with load(bundle) as runtime:
+        found = runtime.run(feeds)
+        into = {name: np.empty_like(array) for name, array in found.items()}
+        runtime.run(feeds, out=into)
+    assert found.keys() == expected.keys()
+    for name, array in found.items():
+        assert_close(array, expected[name])
+        np.testing.assert_array_equal(into[name], array)
+    for part in bundle.manifest.parts.values():
+        operators = {node.op_type for node in ir.load(bundle.path / part.file).graph}
+        assert not operators & RANDOM
+
+
+@pytest.mark.parametrize(("kind", "part"), [("language", "decoder"), ("flow", "decoder"), ("video", "decoder_video")])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_decoder_decodes_the_queries_it_is_asked_for(
+    kind: str, part: str, dynamic: bool, make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    bundle = export_kind(kind, make_checkpoint, tmp_path, split=True, batch=2, dynamic_queries=dynamic)
+    feeds, expected = samples(kind)
+    count = bundle.manifest.parts[part].num_queries
+    assert count is not None
+    with load(bundle, part="encoder") as encoder, load(bundle, part=part) as decoder:
+        output = decoder.outputs[0].name
+        rows = expected[output].reshape(2, count, -1)
+        latents = encoder.run({spec.name: feeds[spec.name] for spec in encoder.inputs})
+        given = {spec.name: {**feeds, **latents}[spec.name] for spec in decoder.inputs if spec.name != "queries"}
+        for queries in ([count - 1], [0, 3, 3, 1, 5, 2, 4, 6, 0, count - 2], list(range(7))):
+            found = decode(decoder, given, np.array(queries), count)
+            np.testing.assert_allclose(found, rows[:, queries], rtol=0, atol=2e-5 * np.abs(rows).max())
+        each = np.array([[1, 2], [3, 0]])
+        np.testing.assert_allclose(
+            decode(decoder, given, each, count),
+            np.stack([rows[0, [1, 2]], rows[1, [3, 0]]]),
+            rtol=0,
+            atol=2e-5 * np.abs(rows).max(),
+        )
+        for wrong in ([-1], [count], [], [[1], [2], [3]], [0.5]):
+            with pytest.raises(InputError):
+                decode(decoder, given, np.array(wrong), count)
+
+
+def test_only_the_label_of_a_video_is_decoded(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    bundle = export_kind("video", make_checkpoint, tmp_path, split=True, batch=2)
+    feeds, expected = samples("video")
+
+    assert [spec.name for spec in bundle.manifest.parts["encoder"].inputs] == ["audio", "frames"]  # no label goes in
+    with load(bundle, part="encoder") as encoder, load(bundle, part="decoder_label") as decoder:
+        found = decoder.run(encoder.run(feeds))["label"]
+    assert_close(found, expected["label"])
+
+
+def test_parts_share_one_file_of_weights(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    whole = export_kind("video", make_checkpoint, tmp_path / "whole", split=False)
+    parts = export_kind("video", make_checkpoint, tmp_path / "split", split=True)
+
+    assert [name for name in parts.manifest.files if name.endswith(".weights")] == ["model.weights"]
+    assert parts.manifest.files["model.weights"].size <= whole.manifest.files["model.weights"].size
+
+
+def test_splitting_is_the_default_for_video_only(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    assert load_model(make_checkpoint("video")).split
+    assert not load_model(make_checkpoint("flow")).split
+    with pytest.raises(UsageError, match="split bundles only"):
+        export(make_checkpoint("flow"), tmp_path / "bundle", dynamic_queries=True)
+    for wrong in ((0,), (2, 3)):
+        with pytest.raises(UsageError, match="shape of `queries`"):
+            export(make_checkpoint("flow"), tmp_path / "bundle", split=True, shape={"queries": wrong})
+
+
+@pytest.mark.parametrize("kind", ["learned", "conv", "language", "video"])
+def test_the_other_parity_gives_other_numbers(kind: str, make_checkpoint: MakeCheckpoint) -> None:
+    directory = make_checkpoint(kind)
+    shape = {"image": (3, *SIZES[kind])} if kind in SIZES else {}
+    feeds = make_feeds(kind, torch.float32)
+    outputs = []
+    for parity in ("huggingface", "deepmind"):
+        with torch.no_grad():
+            outputs.append(load_model(directory, parity=parity, shape=shape).model(feeds))
+    for name, one in outputs[0].items():
+        assert (one - outputs[1][name]).abs().max() > 1e-5

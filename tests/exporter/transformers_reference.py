@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Our models beside transformers' own, on the same inputs: shared by the tests and the parity benchmark."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from perceiver_export.exporter import load_model
+
+from .conftest import make_transformers_model
+
+SIZES = {"learned": (12, 12), "fourier": (13, 17), "conv": (37, 30)}  # pictures, height and width
+
+
+def difference(kind: str, dtype: torch.dtype, **changes: Any) -> float:
+    """Largest difference of our outputs from transformers', as a share of each output's scale."""
+    theirs = make_transformers_model(kind, **changes)
+    with tempfile.TemporaryDirectory() as directory:
+        theirs.save_pretrained(directory)
+        shape = {"image": (3, *SIZES[kind])} if kind in SIZES else {}
+        ours = load_model(Path(directory), shape=shape).model.to(dtype)
+    feeds = make_feeds(kind, dtype)
+    with torch.no_grad():
+        found = ours(feeds)
+        expected = run_transformers(kind, theirs.to(dtype), feeds)
+    assert found.keys() == expected.keys()
+    return max(
+        float((found[name] - expected[name].reshape(found[name].shape)).abs().max() / expected[name].abs().max())
+        for name in expected
+    )
+
+
+def make_feeds(kind: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Inputs of our models: a batch of two; the texts are of different lengths, one with holes in its mask, one with nothing."""
+    generator = torch.Generator().manual_seed(1)
+    if kind in SIZES:
+        return {"image": torch.randn(2, 3, *SIZES[kind], dtype=dtype, generator=generator)}
+    if kind == "flow":
+        return {"frames": torch.randn(2, 2, 3, 11, 14, dtype=dtype, generator=generator)}
+    if kind == "video":
+        return {
+            "audio": torch.randn(2, 144, 1, dtype=dtype, generator=generator),
+            "frames": torch.rand(2, 3, 20, 20, 3, dtype=dtype, generator=generator),
+        }
+    length = {"language": 19, "text": 13}[kind]
+    tokens = torch.randint(0, 262, (4, length), generator=generator, dtype=torch.int32)
+    mask = torch.ones(4, length, dtype=torch.int32)
+    mask[1, 9:] = 0
+    mask[2, ::3] = 0
+    mask[3] = 0
+    return {"tokens": tokens, "tokens_mask": mask}
+
+
+def run_transformers(kind: str, model: Any, feeds: dict[str, Tensor]) -> dict[str, Tensor]:
+    """transformers' outputs for our inputs, under our names."""
+    if kind in SIZES:
+        return {"logits": model(feeds["image"]).logits}
+    if kind == "flow":
+        return {"flow": model(_patches(feeds["frames"])).logits * 20}
+    if kind == "video":
+        return _run_video(model, feeds)
+    return {"logits": model(inputs=feeds["tokens"], attention_mask=feeds["tokens_mask"]).logits}
+
+
+def _patches(frames: Tensor) -> Tensor:
+    """3×3 zero-padded patches of each frame: (B, 2, 3, H, W) -> (B, 2, 27, H, W), channels fastest."""
+    batch, pair, channels, height, width = frames.shape
+    columns = torch.nn.functional.unfold(frames.flatten(0, 1), kernel_size=3, padding=1)
+    columns = columns.reshape(batch, pair, channels, 9, height, width).transpose(2, 3)
+    return columns.reshape(batch, pair, 27, height, width)
+
+
+def _run_video(model: Any, feeds: dict[str, Tensor]) -> dict[str, Tensor]:
+    """All points, by their indices: without indices transformers fails, and its positions would be others."""
+    frames = feeds["frames"].permute(0, 1, 4, 2, 3)
+    outputs = model(
+        inputs={"image": frames, "audio": feeds["audio"], "label": torch.zeros(2, 5, dtype=frames.dtype)},
+        subsampled_output_points={"image": torch.arange(3 * 20 * 20), "audio": torch.arange(9), "label": None},
+    ).logits
+    return {"video": outputs["image"], "sound": outputs["audio"], "label": outputs["label"]}

@@ -1,0 +1,346 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models of your own and of sets: arrays in, arrays out, with and without a batch."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from perceiver_export.exporter.cli.run_arrays import run
+from perceiver_export.exporter.cli.run_options import RunOptions
+from perceiver_export.runtimes.errors import BundleError, InputError, UsageError
+from perceiver_export.runtimes.manifest import Manifest, Part, TensorSpec
+from perceiver_export.runtimes.runtime import Feeds, Runtime
+from perceiver_export.runtimes.tasks.arrays import Arrays, Sets, read_arrays
+from perceiver_export.runtimes.tasks.graphs import interface
+
+N, C, E = 6, 4, 2
+RNG = np.random.default_rng(0)
+
+
+def spec(name: str, *shape: int | str, dtype: Any = "float32", **ranges: tuple[int, int]) -> TensorSpec:
+    return TensorSpec(name, dtype, shape, "", ranges)
+
+
+class Engine:
+    """Sums of all inputs, each over everything but the batch; rows of sets are entities' first channels."""
+
+    def __init__(self, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> None:
+        self.inputs, self.outputs = inputs, outputs
+        self.calls: list[Feeds] = []
+
+    def run(self, feeds: Feeds) -> dict[str, Any]:
+        self.calls.append(feeds)
+        if "entities" in feeds:
+            mask = feeds.get("entities_mask", np.ones(feeds["entities"].shape[:2], np.int32))
+            # What one entity gets depends on all that count, as in a model.
+            total = (feeds["entities"] * mask[..., None]).sum(axis=1, keepdims=True)
+            return {"outputs": (feeds["entities"] + total)[..., :E].astype(np.float32)}
+        return {
+            name: sum(a.reshape(len(a), -1).sum(axis=1, keepdims=True) for a in feeds.values()).astype(np.float32)
+            for name in (one.name for one in self.outputs)
+        }
+
+    def run_into(self, feeds: Feeds, out: Any) -> None:
+        raise NotImplementedError
+
+    def describe(self) -> dict[str, Any]:
+        return {"engine": "numpy", "version": "0", "device": "here"}
+
+
+def manifest(task: str, parts: dict[str, Part], outputs: tuple[TensorSpec, ...] = ()) -> Manifest:
+    return Manifest(1, "m", task, "deepmind", "", {}, parts, None, (), "fp32", (), {}, {}, outputs)
+
+
+def arrays_of(*inputs: TensorSpec, outputs: tuple[str, ...] = ("total",)) -> tuple[Arrays, Engine]:
+    gives = tuple(spec(name, inputs[0].shape[0], 1, **inputs[0].ranges) for name in outputs)
+    described = manifest("arrays", {"model": Part("m.onnx", inputs, gives)})
+    Arrays.check(described)
+    engine = Engine(inputs, gives)
+    return Arrays(described, lambda _: Runtime(engine, inputs, gives, "fp32")), engine
+
+
+def sets_of(masked: bool = True, batch: int = 1) -> tuple[Sets, Engine]:
+    inputs: tuple[TensorSpec, ...] = (spec("entities", batch, N, C),)
+    if masked:
+        inputs += (spec("entities_mask", batch, N, dtype="int32"),)
+    gives = (spec("outputs", batch, N, E),)
+    described = manifest("sets", {"model": Part("m.onnx", inputs, gives)})
+    Sets.check(described)
+    engine = Engine(inputs, gives)
+    return Sets(described, lambda _: Runtime(engine, inputs, gives, "fp32")), engine
+
+
+def two(batch: int | str = 1, **ranges: tuple[int, int]) -> tuple[Arrays, Engine]:
+    return arrays_of(spec("left", batch, 2, 3, **ranges), spec("right", batch, 4, dtype="int32", **ranges))
+
+
+LEFT, RIGHT = RNG.normal(size=(5, 2, 3)).astype(np.float32), RNG.integers(-9, 9, (5, 4), dtype=np.int32)
+TOTALS = LEFT.sum(axis=(1, 2)) + RIGHT.sum(axis=1)
+
+
+@pytest.mark.parametrize(("batch", "ranges"), [(1, {}), (2, {}), (8, {}), ("n", {"n": (1, 4)}), ("n", {"n": (3, 9)})])
+def test_any_number_of_samples_goes_through_any_batch(batch: int | str, ranges: dict[str, tuple[int, int]]) -> None:
+    task, _ = two(batch, **ranges)
+    for count in (1, 4, 5):
+        outputs = task({"left": LEFT[:count], "right": RIGHT[:count]})
+        assert outputs.keys() == {"total"}
+        np.testing.assert_allclose(outputs["total"], TOTALS[:count, None], rtol=1e-5)
+
+
+def test_without_a_batch_the_outputs_have_none() -> None:
+    task, _ = two()
+    outputs = task({"left": LEFT[0], "right": RIGHT[0]})
+
+    assert outputs["total"].shape == (1,)
+    np.testing.assert_allclose(outputs["total"], TOTALS[:1], rtol=1e-5)
+
+
+def test_numbers_are_converted_where_they_keep_their_meaning() -> None:
+    task, engine = two()
+    task({"left": LEFT[:1].astype(np.float64), "right": RIGHT[:1].astype(np.int64)})
+    task({"left": LEFT[:1].astype(np.float16), "right": RIGHT[:1] > 0})
+
+    assert {array.dtype.name for call in engine.calls for array in call.values()} == {"float32", "int32"}
+    np.testing.assert_array_equal(engine.calls[1]["right"], RIGHT[:1] > 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"left": None}, "given are 'right'"),
+        ({"more": LEFT}, "given are"),
+        ({"left": LEFT[0], "right": RIGHT}, "dimensions do not fit"),
+        ({"left": LEFT[0, 0], "right": RIGHT[0]}, "dimensions do not fit"),
+        ({"left": LEFT[:2]}, "'left' has 2, 'right' has 5"),
+        ({"left": LEFT[:0], "right": RIGHT[:0]}, "'left' has 0"),
+        ({"left": LEFT[:, :1]}, "left"),
+        ({"right": RIGHT.astype(np.float32)}, "float32, the model takes int32"),
+        ({"left": LEFT.astype(np.int32)}, "int32, the model takes float32"),
+        ({"left": LEFT.astype(str)}, "<U"),
+        ({"right": np.full((5, 4), 1 << 40)}, "1099511627776"),
+        ({"left": np.full((5, 2, 3), 1e300)}, r"1e\+300"),
+        ({"left": [1, 2]}, "is a list"),
+    ],
+)
+def test_arrays_that_the_model_does_not_take_are_refused(changes: dict[str, Any], message: str) -> None:
+    task, engine = two()
+    given = {"left": LEFT, "right": RIGHT, **changes}
+    with pytest.raises(InputError, match=message):
+        task({name: array for name, array in given.items() if array is not None})
+
+    assert not engine.calls
+
+
+def test_a_model_with_one_input_takes_the_array_alone() -> None:
+    task, _ = arrays_of(spec("x", 1, 3))
+    assert task(np.array([1, 2, 3.5]))["total"].tolist() == [6.5]
+    assert task({"x": np.array([[1, 2, 3.5]])})["total"].tolist() == [[6.5]]
+    with pytest.raises(InputError, match="given are 'left'"):
+        two()[0](LEFT)
+
+
+def test_masks_that_leave_nothing_are_refused() -> None:
+    x, mask = spec("x", 1, 3), spec("x_mask", 1, 3, dtype="int32")
+    y, other = spec("y", 1, 3), spec("y_mask", 1, 3, dtype="int32")
+    ones, none = np.ones((2, 3), np.float32), np.array([[0, 1, 0], [0, 0, 0]])
+
+    with pytest.raises(InputError, match="'x_mask' masks everything of sample 1"):
+        arrays_of(x, mask)[0]({"x": ones, "x_mask": none})
+    with pytest.raises(InputError, match="'x_mask' masks everything of sample 0"):
+        arrays_of(x, mask)[0]({"x": ones[0], "x_mask": np.zeros(3, int)})
+    with pytest.raises(InputError, match="other values"):
+        arrays_of(x, mask)[0]({"x": ones, "x_mask": none + 1})
+    with pytest.raises(InputError, match="'x_mask' and 'y_mask' masks everything of sample 1"):
+        arrays_of(x, mask, y, other)[0]({"x": ones, "x_mask": none, "y": ones, "y_mask": none})
+    # One modality of two may be absent.
+    arrays_of(x, mask, y, other)[0]({"x": ones, "x_mask": none, "y": ones, "y_mask": 1 - none})
+    arrays_of(x, mask, y)[0]({"x": ones, "x_mask": none, "y": ones})
+
+
+def test_the_interface_of_a_split_bundle_has_its_given_queries() -> None:
+    x, latents, given = spec("x", 1, 3), spec("latents", 1, 2, 2), spec("y_queries", 1, 5, 2)
+    index, y = spec("queries", 1, 4, dtype="int32"), spec("y", 1, 5)
+    parts = {
+        "encoder": Part("e.onnx", (x,), (latents,)),
+        "decoder_y": Part("d.onnx", (latents, given), (y,)),
+        "decoder_z": Part("z.onnx", (latents, index), (spec("z", 1, 4, 1),)),
+    }
+    outputs = (y, spec("z", 1, 9))
+
+    assert interface(manifest("arrays", parts, outputs)) == ((x, given), outputs)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_sets_of_any_size_are_padded_and_masked(batch: int) -> None:
+    task, engine = sets_of(batch=batch)
+    entities = RNG.normal(size=(4, C)).astype(np.float32)
+    found = task(entities)
+
+    assert found.shape == (4, E)
+    np.testing.assert_allclose(found, (entities + entities.sum(axis=0))[:, :E], rtol=1e-5)
+    assert engine.calls[0]["entities"].shape == (batch, N, C)
+    assert engine.calls[0]["entities_mask"][0].tolist() == [1, 1, 1, 1, 0, 0]
+
+
+def test_sets_of_different_sizes_come_with_a_mask() -> None:
+    task, _ = sets_of()
+    entities = RNG.normal(size=(2, 4, C))
+    mask = np.array([[True, True, True, False], [False, True, False, False]])
+    found = task(entities, mask)
+
+    assert found.shape == (2, 4, E)
+    np.testing.assert_allclose(found[0, :3], task(entities[0, :3]), rtol=1e-5)
+    np.testing.assert_allclose(found[1, 1], task(entities[1, 1:2])[0], rtol=1e-5)
+    np.testing.assert_array_equal(task(entities[0], mask[0]), found[0])
+
+
+@pytest.mark.parametrize(
+    ("entities", "mask", "message"),
+    [
+        (np.zeros((0, C)), None, "shape"),
+        (np.zeros((0, 2, C)), None, "shape"),
+        (np.zeros((N + 1, C)), None, f"{N + 1}"),
+        (np.zeros((2, C + 1)), None, "shape"),
+        (np.zeros(C), None, "shape"),
+        (np.zeros((1, 1, 2, C)), None, "shape"),
+        (np.full((2, C), np.nan), None, "not finite"),
+        (np.zeros((2, C), np.int32), None, "int32"),
+        (np.zeros((2, C)), np.zeros(2, np.int32), "masks everything"),
+        (np.zeros((2, 2, C)), np.array([[1, 0], [0, 0]]), "masks everything of sample 1"),
+        (np.zeros((2, C)), np.ones(3, np.int32), "the mask has shape"),
+        (np.zeros((2, C)), np.ones((1, 2), np.int32), "the mask has shape"),
+        (np.zeros((2, C)), np.array([1, 2]), "other values"),
+        (np.zeros((2, C)), np.array([1.0, 0.0]), "float64"),
+    ],
+)
+def test_what_is_no_set_is_refused(entities: Any, mask: Any, message: str) -> None:
+    task, engine = sets_of()
+    with pytest.raises(InputError, match=message):
+        task(entities, mask)
+
+    assert not engine.calls
+
+
+def test_a_model_of_sets_without_a_mask_needs_all_its_entities() -> None:
+    task, _ = sets_of(masked=False)
+    assert task(np.ones((N, C))).shape == (N, E)
+    with pytest.raises(InputError, match="there are 2 entities"):
+        task(np.ones((2, C)))
+    with pytest.raises(InputError, match="a mask is given"):
+        task(np.ones((N, C)), np.ones(N, np.int32))
+
+
+def test_manifests_that_do_not_fit_are_refused() -> None:
+    x, y = spec("x", 1, 3), spec("outputs", 1, N, E)
+    for inputs, outputs in [((), (x,)), ((x,), ()), ((spec("x"),), (x,)), ((x,), (spec("y"),))]:
+        with pytest.raises(BundleError):
+            Arrays.check(manifest("arrays", {"model": Part("m.onnx", inputs, outputs)}))
+    entities, mask = spec("entities", 1, N, C), spec("entities_mask", 1, N, dtype="int32")
+    for inputs, outputs in [
+        ((x,), (y,)),
+        ((spec("entities", 1, N),), (y,)),
+        ((entities, x), (y,)),
+        ((entities, spec("entities_mask", 1, N + 1)), (y,)),
+        ((entities, mask), (spec("outputs", 1, N + 1, E),)),
+        ((entities, mask), (spec("logits", 1, N, E),)),
+    ]:
+        with pytest.raises(BundleError):
+            Sets.check(manifest("sets", {"model": Part("m.onnx", inputs, outputs)}))
+
+
+def test_archives_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
+    np.savez_compressed(tmp_path / "good.npz", x=np.arange(1000))
+    content = (tmp_path / "good.npz").read_bytes()
+    np.savez(tmp_path / "objects.npz", x=np.array([{}], dtype=object))
+    flipped = bytearray(content)
+    flipped[60] ^= 255
+    broken = {"text.npz": b"text", "empty.npz": b"", "cut.npz": content[:-30], "flipped.npz": bytes(flipped)}
+    for name, bad in broken.items():
+        (tmp_path / name).write_bytes(bad)
+    with zipfile.ZipFile(tmp_path / "other.npz", "w") as archive:
+        archive.writestr("notes.txt", "no array")
+    np.save(tmp_path / "array.npy", np.zeros(3))
+    (tmp_path / "array.npy").rename(tmp_path / "array.npz")
+    for name in (*broken, "objects.npz", "other.npz", "array.npz", "absent.npz", "a.txt"):
+        with pytest.raises(InputError):
+            read_arrays(tmp_path / name)
+    with pytest.raises(InputError):
+        read_arrays(tmp_path)
+
+    found = read_arrays(tmp_path / "good.npz")
+    assert isinstance(found, dict)
+    assert found["x"].tolist() == list(range(1000))
+
+
+def opened_as(monkeypatch: pytest.MonkeyPatch, task: Arrays | Sets) -> None:
+    monkeypatch.setattr("perceiver_export.runtimes.tasks.open_task", lambda *_: task)
+
+
+TABLE, JSON = RunOptions(3, "auto", None, json=False), RunOptions(3, "auto", None, json=True)
+
+
+def test_run_writes_the_outputs_and_prints_what_they_are(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # `file` is what numpy.savez calls its own first parameter.
+    inputs = (spec("left", 1, 2, 3), spec("right", 1, 4, dtype="int32"))
+    opened_as(monkeypatch, arrays_of(*inputs, outputs=("total", "file"))[0])
+    np.savez(tmp_path / "in.npz", left=LEFT, right=RIGHT)
+    run("bundle", [str(tmp_path / "in.npz")], tmp_path / "out.npz", TABLE)
+
+    shown = capsys.readouterr().out
+    assert "5 × 1" in shown
+    assert f"{TOTALS.max():.6g}"[:5] in shown
+    with np.load(tmp_path / "out.npz") as written:
+        assert sorted(written.files) == ["file", "total"]
+        np.testing.assert_allclose(written["file"], TOTALS[:, None], rtol=1e-5)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["in.npz", "out.npz"]
+
+
+def test_run_prints_json(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    opened_as(monkeypatch, arrays_of(spec("x", 1, 3))[0])
+    np.save(tmp_path / "x.npy", np.array([[1, 2, 3.0], [4, 5, 6.0]]))
+    run("bundle", [str(tmp_path / "x.npy")], None, JSON)
+
+    total = json.loads(capsys.readouterr().out)["outputs"]["total"]
+    assert total == {"dtype": "float32", "shape": [2, 1], "min": 6.0, "mean": 10.5, "max": 15.0}
+
+
+def test_run_takes_sets_from_both_kinds_of_file(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    entities = RNG.normal(size=(3, C))
+    np.save(tmp_path / "a.npy", entities)
+    np.savez(tmp_path / "a.npz", entities=entities, entities_mask=np.array([1, 1, 1]))
+    np.savez(tmp_path / "wrong.npz", units=entities)
+    shown = []
+    for name in ("a.npy", "a.npz"):
+        opened_as(monkeypatch, sets_of()[0])
+        run("bundle", [str(tmp_path / name)], None, JSON)
+        shown.append(json.loads(capsys.readouterr().out)["outputs"]["outputs"])
+
+    assert shown[0] == shown[1]
+    assert shown[0]["shape"] == [3, E]
+    with pytest.raises(InputError, match="'units'"):
+        run("bundle", [str(tmp_path / "wrong.npz")], None, JSON)
+
+
+def test_run_refuses_what_it_cannot_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    task, engine = arrays_of(spec("x", 1, 3))
+    opened_as(monkeypatch, task)
+    np.save(tmp_path / "x.npy", np.zeros((1, 3), np.float32))
+    file = str(tmp_path / "x.npy")
+    with pytest.raises(UsageError, match="2 inputs"):
+        run("bundle", [file, file], None, TABLE)
+    with pytest.raises(UsageError, match="npz"):
+        run("bundle", [file], tmp_path / "out.npy", TABLE)
+    with pytest.raises(InputError, match="cannot be written"):
+        run("bundle", [file], tmp_path, TABLE)
+
+    assert not engine.calls

@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Audio classification: sound, spectrograms and frames into the graph, independent probabilities out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from perceiver_export.exporter.cli.run_audio import run
+from perceiver_export.exporter.cli.run_options import RunOptions
+from perceiver_export.runtimes.audio_files import write_wav
+from perceiver_export.runtimes.errors import BundleError, InputError, UsageError
+from perceiver_export.runtimes.manifest import Manifest, Part, TensorSpec
+from perceiver_export.runtimes.preprocessing import AudioPreprocessing, PointsPreprocessing
+from perceiver_export.runtimes.runtime import Feeds, Runtime
+from perceiver_export.runtimes.spectrograms import log_mel
+from perceiver_export.runtimes.tasks.audio_classification import AudioClassification
+from perceiver_export.runtimes.tasks.ranking import sigmoid
+from perceiver_export.runtimes.video_frames import prepare_frames
+
+RATE, SAMPLES, MEL, T, H, W = 8000, 1600, (10, 6), 2, 4, 4
+SOUND = (np.random.default_rng(0).normal(size=SAMPLES + 100) * 0.1 + 0.2).astype(np.float32)
+FRAMES = np.random.default_rng(1).integers(0, 256, (T + 1, 6, 5, 3), dtype=np.uint8)
+LABELS = ("speech", "music", "dog", "rain")
+
+HEARS = AudioPreprocessing(SAMPLES, RATE)
+HEARS_MEL = AudioPreprocessing(SAMPLES, RATE, mel=MEL)
+GIVEN_MEL = AudioPreprocessing(0, RATE, mel=MEL)
+SEES = AudioPreprocessing(0, RATE, T, H, W)
+BOTH = AudioPreprocessing(SAMPLES, RATE, T, H, W)
+
+
+class Engine:
+    """Scores: the mean of each input in a label of its own, then 1 and −200."""
+
+    def __init__(self, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> None:
+        self.inputs, self.outputs = inputs, outputs
+        self.calls: list[Feeds] = []
+
+    def run(self, feeds: Feeds) -> dict[str, Any]:
+        self.calls.append(feeds)
+        batch = len(next(iter(feeds.values())))
+        means = [feeds[spec.name].reshape(batch, -1).mean(axis=1) for spec in self.inputs]
+        rest = [np.full(batch, value, np.float32) for value in (1, -200, 0)]
+        return {"logits": np.stack([*means, *rest], axis=1)[:, :4].astype(np.float32)}
+
+    def run_into(self, feeds: Feeds, out: Any) -> None:
+        raise NotImplementedError
+
+    def describe(self) -> dict[str, Any]:
+        return {"engine": "numpy", "version": "0", "device": "here"}
+
+
+def bundle_of(steps: Any, batch: int = 1, labels: Sequence[str] = LABELS, **part: Any) -> tuple[Manifest, Engine]:
+    inputs = []
+    if isinstance(steps, AudioPreprocessing):
+        if steps.mel:
+            inputs.append(TensorSpec("mel", "float32", (batch, *steps.mel, 1)))
+        elif steps.num_samples:
+            inputs.append(TensorSpec("audio", "float32", (batch, steps.num_samples, 1)))
+        if steps.num_frames:
+            inputs.append(TensorSpec("frames", "float32", (batch, steps.num_frames, steps.height, steps.width, 3)))
+    given = {"inputs": tuple(inputs), "outputs": (TensorSpec("logits", "float32", (batch, 4)),), **part}
+    described = Manifest(
+        1, "m", "audio-classification", "deepmind", "", {}, {"model": Part("m.onnx", **given)}, steps, tuple(labels),
+        "fp32", (), {}, {},
+    )  # fmt: skip
+    return described, Engine(given["inputs"], given["outputs"])
+
+
+def task_of(described: Manifest, engine: Engine) -> AudioClassification:
+    AudioClassification.check(described)
+    return AudioClassification(described, lambda _: Runtime(engine, engine.inputs, engine.outputs, "fp32"))
+
+
+def test_sound_goes_in_and_each_label_has_its_own_probability(tmp_path: Path) -> None:
+    sound = np.round(SOUND * 32768) / np.float32(32768)
+    write_wav(tmp_path / "a.wav", sound, RATE)
+    described, engine = bundle_of(HEARS)
+    with task_of(described, engine) as task:
+        found = task(tmp_path / "a.wav", top=3)
+        assert task(sound, top=3) == found
+
+    np.testing.assert_array_equal(engine.calls[0]["audio"], sound[None, :SAMPLES, None])
+    mean = float(sound[:SAMPLES].mean())
+    assert [(one.label, one.index) for one in found] == [("music", 1), ("speech", 0), ("rain", 3)]
+    assert [one.probability for one in found] == pytest.approx(
+        [1 / (1 + np.exp(-1)), 1 / (1 + np.exp(-mean)), 0.5], abs=1e-6
+    )
+    assert sum(one.probability for one in found) > 1.5
+
+
+def test_a_bundle_without_names_gives_indices() -> None:
+    with task_of(*bundle_of(HEARS, labels=())) as task:
+        assert [one.label for one in task(SOUND, top=2)] == ["1", "0"]
+
+
+def test_sound_becomes_a_spectrogram_for_a_model_of_spectrograms() -> None:
+    described, engine = bundle_of(HEARS_MEL)
+    with task_of(described, engine) as task:
+        task(SOUND)
+
+    np.testing.assert_array_equal(engine.calls[0]["mel"][0, :, :, 0], log_mel(SOUND[:SAMPLES], RATE, *MEL))
+
+
+@pytest.mark.parametrize("steps", [HEARS_MEL, GIVEN_MEL])
+def test_a_spectrogram_can_be_given_as_it_is(steps: AudioPreprocessing, tmp_path: Path) -> None:
+    mel = np.random.default_rng(2).normal(size=MEL)
+    np.save(tmp_path / "mel.npy", mel)
+    described, engine = bundle_of(steps)
+    with task_of(described, engine) as task:
+        for given in (mel, mel[..., None], tmp_path / "mel.npy", str(tmp_path / "mel.npy")):
+            task(given)
+
+    for call in engine.calls:
+        np.testing.assert_array_equal(call["mel"], mel[None, ..., None].astype(np.float32))
+
+
+def test_frames_alone_and_with_sound() -> None:
+    prepared = prepare_frames(list(FRAMES[:T]), H, W)[None]
+    described, engine = bundle_of(SEES)
+    with task_of(described, engine) as task:
+        assert (task.hears, task.sees) == (False, True)
+        task(frames=FRAMES)
+    np.testing.assert_array_equal(engine.calls[0]["frames"], prepared)
+
+    described, engine = bundle_of(BOTH)
+    with task_of(described, engine) as task:
+        assert (task.hears, task.sees) == (True, True)
+        task(SOUND, FRAMES)
+    np.testing.assert_array_equal(engine.calls[0]["frames"], prepared)
+    np.testing.assert_array_equal(engine.calls[0]["audio"][0, :, 0], SOUND[:SAMPLES])
+
+
+def test_the_batch_of_the_bundle_is_filled_up() -> None:
+    described, engine = bundle_of(HEARS, batch=2)
+    with task_of(described, engine) as task, task_of(*bundle_of(HEARS)) as alone:
+        samples = [task.preprocess(SOUND[at:])["audio"] for at in range(3)]
+        logits = task.run_inputs({"audio": np.concatenate(samples)})
+        np.testing.assert_array_equal(logits, np.concatenate([alone.run_inputs({"audio": one}) for one in samples]))
+
+    assert logits.shape == (3, 4)
+    assert len(engine.calls) == 2
+
+
+@pytest.mark.parametrize(
+    ("steps", "audio", "frames", "message"),
+    [
+        (HEARS, None, None, "takes sound"),
+        (HEARS, SOUND, FRAMES, "no frames"),
+        (SEES, SOUND, FRAMES, "no sound"),
+        (BOTH, SOUND, None, "takes frames"),
+        (BOTH, SOUND, FRAMES[:1], "1 frames"),
+        (HEARS, SOUND[:100], None, "100 samples"),
+        (HEARS, "nowhere.wav", None, "does not exist"),
+        (HEARS, SOUND * np.nan, None, "not finite"),
+        (GIVEN_MEL, SOUND, None, r"shape \[1700\]"),
+        (GIVEN_MEL, "sound.wav", None, "sound file"),
+        (GIVEN_MEL, np.zeros((6, 10), np.float32), None, r"shape \[6, 10\]"),
+        (HEARS_MEL, np.zeros(MEL, np.int32), None, "int32"),
+        (HEARS_MEL, np.full(MEL, np.inf), None, "not finite"),
+        (HEARS_MEL, "nowhere.npy", None, "does not exist"),
+    ],
+)
+def test_what_the_model_does_not_take_is_refused(
+    steps: AudioPreprocessing, audio: Any, frames: Any, message: str
+) -> None:
+    described, engine = bundle_of(steps)
+    with task_of(described, engine) as task, pytest.raises(InputError, match=message):
+        task(audio, frames)
+
+    assert not engine.calls
+
+
+def test_a_spectrogram_file_of_another_shape_is_refused(tmp_path: Path) -> None:
+    np.save(tmp_path / "mel.npy", np.zeros((MEL[0] + 1, MEL[1]), np.float32))
+    with task_of(*bundle_of(HEARS_MEL)) as task, pytest.raises(InputError, match=r"\[11, 6\]"):
+        task(tmp_path / "mel.npy")
+
+
+def test_no_label_at_all_is_a_usage_error() -> None:
+    with task_of(*bundle_of(HEARS)) as task, pytest.raises(UsageError):
+        task(SOUND, top=0)
+
+
+@pytest.mark.parametrize(
+    ("steps", "changes"),
+    [
+        (None, {}),
+        (PointsPreprocessing(4), {}),
+        (AudioPreprocessing(0, RATE), {}),
+        (HEARS, {"labels": ("one",)}),
+        (HEARS, {"inputs": (TensorSpec("audio", "float32", (1, SAMPLES + 1, 1)),)}),
+        (HEARS, {"inputs": (TensorSpec("sound", "float32", (1, SAMPLES, 1)),)}),
+        (HEARS, {"outputs": (TensorSpec("scores", "float32", (1, 4)),)}),
+        (HEARS, {"outputs": (TensorSpec("logits", "float32", (1, 4, 2)),)}),
+    ],
+)
+def test_manifests_that_do_not_fit_are_refused(steps: Any, changes: dict[str, Any]) -> None:
+    with pytest.raises(BundleError):
+        AudioClassification.check(bundle_of(steps, **changes)[0])
+
+
+def test_the_sigmoid_does_not_overflow() -> None:
+    with np.errstate(all="raise", under="ignore"):
+        found = sigmoid(np.array([-3e38, -1, 0, 1, 3e38], np.float32))
+
+    assert found.tolist() == pytest.approx([0, 0.26894143, 0.5, 0.73105857, 1], abs=1e-7)
+
+
+def opened_by(monkeypatch: pytest.MonkeyPatch, steps: AudioPreprocessing) -> None:
+    monkeypatch.setattr("perceiver_export.runtimes.tasks.open_task", lambda *_: task_of(*bundle_of(steps)))
+
+
+OPTIONS = RunOptions(top=2, device="auto", threads=None, json=False)
+
+
+def test_run_takes_many_recordings(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    opened_by(monkeypatch, HEARS)
+    files = [str(tmp_path / name) for name in ("a.wav", "b.wav")]
+    for file in files:
+        write_wav(file, SOUND, RATE)
+    run("bundle", files, tmp_path / "out.json", OPTIONS)
+
+    shown = capsys.readouterr().out
+    assert shown.count("music  73.1%") == 2
+    written = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
+    assert list(written["answers"]) == files
+    assert written["answers"][files[0]][0]["label"] == "music"
+
+
+def test_run_takes_recordings_and_frames_in_pairs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    opened_by(monkeypatch, BOTH)
+    wav, frames = str(tmp_path / "a.wav"), str(tmp_path / "frames.npy")
+    write_wav(wav, SOUND, RATE)
+    np.save(frames, FRAMES)
+    run("bundle", [wav, frames], None, RunOptions(1, "auto", None, json=True))
+
+    assert list(json.loads(capsys.readouterr().out)["answers"]) == [wav]
+    with pytest.raises(UsageError, match="hears and sees"):
+        run("bundle", [wav], None, OPTIONS)
+
+
+def test_run_takes_frames_alone_where_the_model_hears_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    opened_by(monkeypatch, SEES)
+    np.save(tmp_path / "frames.npy", FRAMES)
+    run("bundle", [str(tmp_path / "frames.npy")], None, OPTIONS)
+
+    assert "music  73.1%" in capsys.readouterr().out
+
+
+def test_run_refuses_a_file_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    opened_by(monkeypatch, HEARS)
+    for output in (tmp_path, tmp_path / "no" / "out.json"):
+        with pytest.raises(InputError, match="cannot be written"):
+            run("bundle", ["a.wav"], output, OPTIONS)

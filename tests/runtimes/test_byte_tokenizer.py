@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The byte tokenizer is DeepMind's and transformers', and what is no text is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from perceiver_export.runtimes.byte_tokenizer import (
+    CLS,
+    MASK,
+    SEP,
+    SPECIAL_TOKENS,
+    VOCABULARY,
+    ByteTokenizer,
+    byte_tokens,
+    decode,
+    symbol,
+)
+from perceiver_export.runtimes.errors import InputError
+
+VECTORS = json.loads(
+    (Path(__file__).resolve().parents[1] / "vectors" / "functions" / "tokenizer.json").read_text(encoding="utf-8")
+)
+DEEPMIND = ByteTokenizer(512, special_tokens=False)
+TRANSFORMERS = ByteTokenizer(512, special_tokens=True)
+TEXTS = [
+    "This is an incomplete sentence where some words are[MASK][MASK][MASK] [MASK].",
+    "[[MASK]] [mask] [MASK [MASKED] MASK]",
+    "first[SEP]second",
+    "[PAD][BOS][EOS][CLS]",
+    "  Grüße,\u00a0naïve café 日本語 🙂\r\n\ttabs\x00\x7f ",
+]
+
+
+@pytest.fixture(scope="module")
+def original() -> Any:
+    return pytest.importorskip("transformers").PerceiverTokenizer(model_max_length=512)
+
+
+def test_the_special_tokens_are_deepminds() -> None:
+    names = {name.strip("[]").lower(): token for token, name in enumerate(SPECIAL_TOKENS)}
+
+    assert names == VECTORS["special"]
+    assert VECTORS["vocab_size"] == VOCABULARY
+
+
+@pytest.mark.parametrize("case", [case for case in VECTORS["encode"] if case["text"]])
+def test_texts_are_encoded_as_by_deepminds_code(case: dict[str, Any]) -> None:
+    for text in (case["text"], case["text"].encode()):
+        tokens = DEEPMIND.encode(text)
+
+        assert tokens.dtype == np.int32
+        assert tokens.tolist() == case["ids"]
+
+
+@pytest.mark.parametrize("case", VECTORS["encode_bytes"])
+def test_bytes_are_encoded_as_by_deepminds_code(case: dict[str, Any]) -> None:
+    assert byte_tokens(bytes.fromhex(case["bytes_hex"])).tolist() == case["ids"]
+
+
+@pytest.mark.parametrize("case", VECTORS["decode"] + VECTORS["round_trip"])
+def test_tokens_are_decoded_as_by_deepminds_code(case: dict[str, Any]) -> None:
+    assert decode(case["ids"]) == case["text"]
+    assert decode(np.array(case["ids"], dtype=np.int32)) == case["text"]
+
+
+def test_padding_is_deepminds() -> None:
+    case = VECTORS["pad"]
+    padded = ByteTokenizer(case["max_sequence_length"], special_tokens=False)([decode(case["inputs"])])
+
+    assert [array.dtype.name for array in padded.values()] == ["int32", "int32"]
+    assert [array.shape for array in padded.values()] == [(1, 65), (1, 65)]
+    assert padded["tokens"][0].tolist() == case["padded"]
+    assert padded["tokens_mask"][0].tolist() == case["mask"]
+
+
+def test_texts_are_encoded_and_padded_as_by_transformers(original: Any) -> None:
+    expected = original(TEXTS, padding="max_length", max_length=512)
+    found = TRANSFORMERS(TEXTS)
+
+    assert found["tokens"].tolist() == expected["input_ids"]
+    assert found["tokens_mask"].tolist() == expected["attention_mask"]
+
+
+def test_a_pair_of_texts_is_transformers_pair(original: Any) -> None:
+    assert TRANSFORMERS.encode("first[SEP]second").tolist() == original("first", "second")["input_ids"]
+
+
+def test_any_text_is_encoded_and_decoded_as_by_transformers(original: Any) -> None:
+    random = np.random.default_rng(0)
+    letters = [chr(code) for code in (*range(0x250), 0x300, 0x2028, 0x65E5, 0xFEFF, 0xFFFD, 0x1F642, 0x10FFFF)]
+    tokenizer = ByteTokenizer(2048, special_tokens=True)
+    for _ in range(200):
+        text = "".join(random.choice([*letters, *SPECIAL_TOKENS * 20], size=random.integers(1, 60)))
+        tokens = tokenizer.encode(text).tolist()
+
+        assert tokens == original(text)["input_ids"]
+        assert decode(tokens, special=True) == original.decode(tokens, clean_up_tokenization_spaces=False)
+
+
+def test_nine_masks_are_written_short() -> None:
+    for tokenizer in (DEEPMIND, TRANSFORMERS):
+        expected = tokenizer.encode("words are" + "[MASK]" * 9 + ".")
+
+        assert tokenizer.encode("words are[MASK*9].").tolist() == expected.tolist()
+        assert tokenizer.encode("words are[MASK*007][MASK*2].").tolist() == expected.tolist()
+    assert DEEPMIND.encode("a[MASK*2]").tolist() == [ord("a") + 6, MASK, MASK]
+
+
+def test_deepmind_knows_no_special_token_but_the_mask() -> None:
+    assert DEEPMIND.encode("[SEP]").tolist() == [byte + 6 for byte in b"[SEP]"]
+    assert TRANSFORMERS.encode("[SEP]").tolist() == [CLS, SEP, SEP]
+
+
+def test_special_tokens_are_written_by_name_where_asked() -> None:
+    tokens = TRANSFORMERS.encode("a[MASK]b[PAD]")
+
+    assert decode(tokens, special=True) == "[CLS]a[MASK]b[PAD][SEP]"
+    assert decode(TRANSFORMERS.strip(tokens), special=True) == "a[MASK]b[PAD]"
+    assert decode(DEEPMIND.strip(DEEPMIND.encode("ab"))) == "ab"
+
+
+def test_symbols_are_readable() -> None:
+    shown = [symbol(token) for token in (0, 3, 6, 6 + 10, 6 + 32, 6 + 97, 6 + 127, 6 + 195, 261)]
+
+    assert shown == ["[PAD]", "[MASK]", "\\x00", "\\n", " ", "a", "\\x7f", "\\xc3", "\\xff"]
+    assert len({symbol(token) for token in range(VOCABULARY)}) == VOCABULARY
+
+
+@pytest.mark.parametrize("token", [-1, 262])
+def test_what_is_no_token_is_refused(token: int) -> None:
+    with pytest.raises(InputError, match=f"{token} is not a token"):
+        decode([103, token])
+    with pytest.raises(InputError, match=f"{token} is not a token"):
+        symbol(token)
+
+
+@pytest.mark.parametrize("special_tokens", [False, True])
+def test_a_text_may_be_as_long_as_the_model_and_no_longer(special_tokens: bool) -> None:
+    tokenizer = ByteTokenizer(12, special_tokens)
+    assert len(tokenizer.encode("x" * tokenizer.room)) == 12
+
+    for text, size in (("x" * (tokenizer.room + 1), tokenizer.room + 1), ("日本語日本語", 18), ("ab[MASK*99]", 101)):
+        with pytest.raises(InputError, match=f"has {size} bytes, {tokenizer.room} fit"):
+            tokenizer.encode(text)
+
+
+@pytest.mark.parametrize("count", ["999999999999", "9" * 5000])
+def test_absurdly_many_masks_are_refused_before_they_are_made(count: str) -> None:
+    with pytest.raises(InputError, match="512 fit"):
+        DEEPMIND.encode(f"[MASK*{count}]")
+
+
+@pytest.mark.parametrize("text", ["", b"", "[MASK*0]", "a[MASK*000]", None, 7, ["a"]])
+def test_no_text_is_refused(text: Any) -> None:
+    with pytest.raises(InputError):
+        DEEPMIND.encode(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "offset"), [(b"caf\xe9 au lait", 3), (b"\xff", 0), ("日".encode()[:2], 0), ("caf\udce9", 3)]
+)
+def test_bytes_that_are_not_utf8_are_refused_with_their_offset(text: str | bytes, offset: int) -> None:
+    with pytest.raises(InputError, match=f"not valid UTF-8: byte 0x.. at offset {offset}$"):
+        DEEPMIND.encode(text)
+
+
+def test_half_of_a_utf16_pair_is_refused() -> None:
+    with pytest.raises(InputError, match=r"character 2 of the text is '\\ud83d'"):
+        DEEPMIND.encode("ab\ud83d")

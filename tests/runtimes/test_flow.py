@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Optical flow: DeepMind's tiles and stitching, and files that others can read."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from PIL import Image
+
+from perceiver_export.runtimes.errors import InputError, UsageError
+from perceiver_export.runtimes.flow_files import color_wheel, flow_picture, read_flo, write_flow
+from perceiver_export.runtimes.flow_tiles import Box, Stitching, Tile, grid, tile_weights, tiles
+
+Array = npt.NDArray[Any]
+FOLDERS = [
+    Path(__file__).resolve().parents[1] / "vectors",
+    *(Path(folder) for folder in os.environ.get("PERCEIVER_VECTORS", "").split(os.pathsep) if folder),
+]
+
+
+def stitch_cases() -> list[Any]:
+    found = []
+    for folder in FOLDERS:
+        cases = json.loads((folder / "functions" / "cases.json").read_text(encoding="utf-8"))["cases"]
+        found += [
+            pytest.param(folder, name, case, id=name)
+            for name, case in cases.items()
+            if name.split("/")[0] == "flow_stitch"
+        ]
+    assert found
+    return found
+
+
+def grid_files() -> list[Path]:
+    return [path for folder in FOLDERS if (path := folder / "functions" / "flow_grids.json").exists()]
+
+
+def stitched(frame: tuple[int, int], tile: tuple[int, int], corners: Array, flows: Array) -> Array:
+    stitching = Stitching(Box(0, 0, *frame), tile)
+    for corner, flow in zip(corners, flows, strict=True):
+        stitching.add(Tile(Box(int(corner[0]), int(corner[1]), *tile), 1), flow)
+    return stitching.flow()
+
+
+# Tiles
+
+
+@pytest.mark.parametrize("path", grid_files())
+def test_grids_of_the_released_model_are_deepminds(path: Path) -> None:
+    document = json.loads(path.read_text(encoding="utf-8"))
+    tile = tuple(document["patch_size"])
+    assert document["grids"]
+    for case in document["grids"]:
+        expected = [tuple(corner) for corner in case["tiles"]]
+        assert grid(tuple(case["image"]), tile, case["min_overlap"]) == expected
+        once = tiles(tuple(case["image"]), tile, case["min_overlap"])
+        lowest, rightmost = (whole - part for whole, part in zip(case["image"], tile, strict=True))
+        inside = Counter(corner for corner in expected if corner[0] <= lowest and corner[1] <= rightmost)
+        assert {(found.box.top, found.box.left): found.times for found in once} == inside
+
+
+@pytest.mark.parametrize("path", grid_files())
+def test_what_deepminds_grid_refuses_is_refused(path: Path) -> None:
+    document = json.loads(path.read_text(encoding="utf-8"))
+    assert document["errors"]
+    for case in document["errors"]:
+        overlap = case.get("min_overlap", 20)
+        refused = InputError if overlap < min(document["patch_size"]) else UsageError
+        with pytest.raises(refused):
+            grid(tuple(case["image"]), tuple(document["patch_size"]), overlap)
+
+
+@pytest.mark.parametrize(("folder", "name", "case"), stitch_cases())
+def test_stitching_is_deepminds(folder: Path, name: str, case: dict[str, Any]) -> None:
+    frame, tile, overlap = tuple(case["image_size"]), tuple(case["patch_size"]), case["min_overlap"]
+    with np.load(folder / "functions" / "functions.npz") as vectors:
+        corners, flows, expected = (vectors[f"{name}/{key}"] for key in ("grid", "tiles", "out"))
+    # What the model gave for a corner; a repeated tile was run twice there, on the same pixels.
+    by_corner = {tuple(corner): flow for corner, flow in zip(corners.tolist(), flows, strict=True)}
+
+    every = stitched(frame, tile, corners, flows)
+    once = Stitching(Box(0, 0, *frame), tile)
+    for found in tiles(frame, tile, overlap):
+        once.add(found, by_corner[found.box.top, found.box.left])
+
+    assert grid(frame, tile, overlap) == list(map(tuple, corners.tolist()))
+    np.testing.assert_allclose(every, expected[0], rtol=0, atol=1e-6 * np.abs(expected).max())
+    if len(by_corner) == len(corners):
+        np.testing.assert_array_equal(once.flow(), every)
+
+
+@pytest.mark.parametrize("frame", [(16, 24), (16, 60), (45, 24)])
+def test_running_a_repeated_tile_once_is_exactly_the_same(frame: tuple[int, int]) -> None:
+    """A frame as high or as wide as a tile: every tile is repeated equally, and counting it once would do too."""
+    tile = (16, 24)
+    corners = grid(frame, tile, 4)
+    flows = {corner: np.random.default_rng(corner).normal(size=(*tile, 2)).astype(np.float32) for corner in corners}
+    assert len(corners) > len(flows)
+
+    twice = stitched(frame, tile, np.array(corners), np.stack([flows[corner] for corner in corners]))
+    counted = Stitching(Box(0, 0, *frame), tile)
+    dropped = Stitching(Box(0, 0, *frame), tile)
+    for found in tiles(frame, tile, 4):
+        counted.add(found, flows[found.box.top, found.box.left])
+        dropped.add(Tile(found.box, 1), flows[found.box.top, found.box.left])
+
+    np.testing.assert_array_equal(counted.flow(), dropped.flow())
+    np.testing.assert_allclose(twice, counted.flow(), rtol=1e-6, atol=1e-6)
+
+
+def test_a_tile_that_alone_is_repeated_counts_twice() -> None:
+    """28 rows, tiles of 16 that overlap by 4: the starts are 0, 12 and 12, and dropping one would not be the same."""
+    frame, tile = (28, 24), (16, 24)
+    corners = grid(frame, tile, 4)
+    assert Counter(corners) == {(0, 0): 2, (12, 0): 4}
+    flows = {(0, 0): np.full((*tile, 2), 1.0, np.float32), (12, 0): np.full((*tile, 2), 4.0, np.float32)}
+
+    every = stitched(frame, tile, np.array(corners), np.stack([flows[corner] for corner in corners]))
+    counted = Stitching(Box(0, 0, *frame), tile)
+    for found in tiles(frame, tile, 4):
+        counted.add(found, flows[found.box.top, found.box.left])
+
+    np.testing.assert_allclose(counted.flow(), every, rtol=1e-6)
+    # Row 13 is 3rd from the bottom of the first tile and 2nd from the top of the second, which counts twice.
+    assert every[13, 12, 0] == pytest.approx((1 * 3 + 4 * 2 * 2) / (3 + 2 * 2))
+
+
+@pytest.mark.parametrize("overlap", [0, 1, 4, 15])
+def test_tiles_cover_frames_of_every_size(overlap: int) -> None:
+    """Also of those for which the notebook's grid reaches beyond the frame."""
+    beyond = 0
+    for size in range(16, 100):
+        beyond += any(top + 16 > size for top, _ in grid((size, 16), (16, 16), overlap))
+        starts = [found.box.top for found in tiles((size, 16), (16, 16), overlap)]
+        assert starts[0] == 0
+        assert starts[-1] == size - 16
+        shared = [upper + 16 - lower for upper, lower in pairwise(starts)]
+        assert all(overlap <= rows < 16 for rows in shared)
+    assert (beyond > 0) == (overlap > 1)
+
+
+def test_weights_fall_to_one_at_the_border() -> None:
+    assert tile_weights((4, 6)).tolist() == [
+        [1, 1, 1, 1, 1, 1],
+        [1, 2, 2, 2, 2, 1],
+        [1, 2, 2, 2, 2, 1],
+        [1, 1, 1, 1, 1, 1],
+    ]
+
+
+# Files
+
+
+@pytest.fixture
+def flow() -> npt.NDArray[np.float32]:
+    return np.random.default_rng(0).normal(scale=5, size=(5, 7, 2)).astype(np.float32)
+
+
+def test_flo_is_middleburys_layout(tmp_path: Path) -> None:
+    small = np.array([[[1.5, -2.0], [0.25, 3.0], [7.0, 8.0]]], np.float32)
+    write_flow(tmp_path / "a.flo", small)
+
+    content = struct.pack("<fii6f", 202021.25, 3, 1, 1.5, -2.0, 0.25, 3.0, 7.0, 8.0)
+    assert (tmp_path / "a.flo").read_bytes() == content
+    np.testing.assert_array_equal(read_flo(tmp_path / "a.flo"), small)
+
+
+def test_files_give_the_flow_back(flow: npt.NDArray[np.float32], tmp_path: Path) -> None:
+    for name in ("a.flo", "a.NPY", "a.png"):
+        write_flow(tmp_path / name, flow)
+
+    np.testing.assert_array_equal(read_flo(tmp_path / "a.flo"), flow)
+    np.testing.assert_array_equal(np.load(tmp_path / "a.NPY"), flow)
+    with Image.open(tmp_path / "a.png") as picture:
+        np.testing.assert_array_equal(np.asarray(picture), flow_picture(flow))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.NPY", "a.flo", "a.png"]
+
+
+def test_damaged_flo_files_are_refused(flow: npt.NDArray[np.float32], tmp_path: Path) -> None:
+    write_flow(tmp_path / "good.flo", flow)
+    content = (tmp_path / "good.flo").read_bytes()
+    for number, broken in enumerate(
+        [b"", b"PIEH", b"HEIP" + content[4:], content[:-1], content + b"\0" * 8, content[:4] + b"\xff" * 8]
+    ):
+        (tmp_path / f"{number}.flo").write_bytes(broken)
+        with pytest.raises(InputError):
+            read_flo(tmp_path / f"{number}.flo")
+    with pytest.raises(InputError, match="cannot be read"):
+        read_flo(tmp_path / "absent.flo")
+
+
+def test_what_cannot_be_written_is_refused(flow: npt.NDArray[np.float32], tmp_path: Path) -> None:
+    (tmp_path / "folder.flo").mkdir()
+    for name in ("flow.jpg", "flow", "absent/flow.flo", "folder.flo"):
+        with pytest.raises(InputError):
+            write_flow(tmp_path / name, flow)
+    for wrong in (flow[..., :1], flow[0], flow.astype(np.int32), flow[:0]):
+        with pytest.raises(InputError, match="a flow has"):
+            write_flow(tmp_path / "wrong.flo", wrong)
+    assert [path.name for path in tmp_path.iterdir()] == ["folder.flo"]
+
+
+def test_the_wheel_has_middleburys_55_hues() -> None:
+    wheel = color_wheel()
+
+    assert wheel.shape == (55, 3)
+    starts = {0: (255, 0, 0), 15: (255, 255, 0), 21: (0, 255, 0), 25: (0, 255, 255), 36: (0, 0, 255), 49: (255, 0, 255)}
+    assert {index: tuple(wheel[index]) for index in starts} == starts
+    assert wheel[1].tolist() == [255, 17, 0]  # a fifteenth of the way to yellow
+    assert wheel[54].tolist() == [255, 0, 43]  # one sixth before red again
+
+
+@pytest.mark.parametrize(
+    ("right", "down", "color"),
+    [(1, 0, (255, 0, 0)), (0, 1, (255, 229, 0)), (-1, 0, (0, 209, 255)), (0, -1, (88, 0, 255))],
+)
+def test_directions_have_middleburys_colours(right: float, down: float, color: tuple[int, ...]) -> None:
+    moving = np.array([[[right, down], [0, 0], [right / 2, down / 2]]], np.float32)
+    picture = flow_picture(moving)
+
+    assert tuple(picture[0, 0]) == color
+    assert tuple(picture[0, 1]) == (255, 255, 255)
+    # Half as long, half as far from white.
+    np.testing.assert_allclose(picture[0, 2], (np.array(color) + 255) / 2, atol=1)
+
+
+def test_a_fixed_scale_darkens_what_is_longer() -> None:
+    moving = np.array([[[2, 0], [1, 0], [4, 0]]], np.float32)
+
+    assert flow_picture(moving, largest=2)[0].tolist() == [[255, 0, 0], [255, 127, 127], [191, 0, 0]]
+
+
+def test_unknown_flow_is_black_and_does_not_set_the_scale() -> None:
+    moving = np.array([[[1, 0], [np.nan, 0], [2e9, 0], [0, -np.inf]]], np.float32)
+
+    assert flow_picture(moving)[0].tolist() == [[255, 0, 0], [0, 0, 0], [0, 0, 0], [0, 0, 0]]
+
+
+def test_nothing_moves_is_white() -> None:
+    assert flow_picture(np.zeros((2, 3, 2), np.float32)).tolist() == [[[255] * 3] * 3] * 2

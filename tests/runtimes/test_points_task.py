@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Point-cloud classification: clouds of any size into a graph of a fixed number of points."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from perceiver_export.exporter.cli.run_options import RunOptions
+from perceiver_export.exporter.cli.run_points import run
+from perceiver_export.runtimes.errors import BundleError, InputError, UsageError
+from perceiver_export.runtimes.manifest import Manifest, Part, TensorSpec
+from perceiver_export.runtimes.point_files import into_unit_cube
+from perceiver_export.runtimes.preprocessing import PointsPreprocessing, VideoPreprocessing
+from perceiver_export.runtimes.runtime import Feeds, Runtime
+from perceiver_export.runtimes.tasks.point_cloud_classification import PointCloudClassification
+
+N = 8
+CLOUD = np.random.default_rng(0).normal(size=(20, 3)) + 5
+LABELS = ("chair", "table", "lamp")
+
+
+class Engine:
+    """Scores: the mean square of each axis over the points that count."""
+
+    def __init__(self, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> None:
+        self.inputs, self.outputs = inputs, outputs
+        self.calls: list[Feeds] = []
+
+    def run(self, feeds: Feeds) -> dict[str, Any]:
+        self.calls.append(feeds)
+        mask = feeds.get("points_mask", np.ones(feeds["points"].shape[:2], np.int32))[..., None]
+        return {"logits": (feeds["points"] ** 2 * mask).sum(axis=1) / mask.sum(axis=1).astype(np.float32)}
+
+    def run_into(self, feeds: Feeds, out: Any) -> None:
+        raise NotImplementedError
+
+    def describe(self) -> dict[str, Any]:
+        return {"engine": "numpy", "version": "0", "device": "here"}
+
+
+def task_of(
+    masked: bool = True, batch: int | str = 1, labels: tuple[str, ...] = LABELS, **changes: Any
+) -> tuple[PointCloudClassification, Engine]:
+    ranges = {"batch": (2, 3)} if batch == "batch" else {}
+    inputs = [TensorSpec("points", "float32", (batch, N, 3), "", ranges)]
+    if masked:
+        inputs.append(TensorSpec("points_mask", "int32", (batch, N), "", ranges))
+    part = {"inputs": tuple(inputs), "outputs": (TensorSpec("logits", "float32", (batch, 3), "", ranges),), **changes}
+    steps = part.pop("preprocessing", PointsPreprocessing(N))
+    described = Manifest(
+        1, "m", "point-cloud-classification", "deepmind", "", {}, {"model": Part("m.onnx", **part)}, steps, labels,
+        "fp32", (), {}, {},
+    )  # fmt: skip
+    PointCloudClassification.check(described)
+    engine = Engine(part["inputs"], part["outputs"])
+    return PointCloudClassification(described, lambda _: Runtime(engine, engine.inputs, engine.outputs, "fp32")), engine
+
+
+def test_too_many_points_are_thinned_out_and_normalised() -> None:
+    task, engine = task_of()
+    found = task(CLOUD, top=3)
+
+    points = into_unit_cube(CLOUD[[0, 2, 5, 7, 10, 12, 15, 17]])
+    np.testing.assert_array_equal(engine.calls[0]["points"][0], points)
+    assert engine.calls[0]["points_mask"].tolist() == [[1] * N]
+    scores = (points**2).mean(axis=0)
+    probabilities = np.exp(scores) / np.exp(scores).sum()
+    assert [one.index for one in found] == np.argsort(-scores).tolist()
+    assert {one.label: one.probability for one in found} == pytest.approx(
+        dict(zip(LABELS, probabilities.tolist(), strict=True)), abs=1e-6
+    )
+
+
+def test_too_few_points_are_padded_and_masked() -> None:
+    task, engine = task_of()
+    task(CLOUD[:5])
+
+    np.testing.assert_array_equal(engine.calls[0]["points"][0, :5], into_unit_cube(CLOUD[:5]))
+    assert not engine.calls[0]["points"][0, 5:].any()
+    assert engine.calls[0]["points_mask"].tolist() == [[1] * 5 + [0] * 3]
+    assert engine.calls[0]["points_mask"].dtype == np.int32
+
+
+def test_a_model_without_a_mask_needs_all_its_points() -> None:
+    task, engine = task_of(masked=False)
+    with pytest.raises(InputError, match="5 points") as caught:
+        task(CLOUD[:5])
+    assert f"needs {N}" in caught.value.hint
+    assert not engine.calls
+
+    task(CLOUD[:N])
+    assert engine.calls[0].keys() == {"points"}
+
+
+@pytest.mark.parametrize("batch", [2, "batch"])
+def test_files_and_arrays_in_any_batch_give_the_same(batch: int | str, tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", CLOUD)
+    np.savetxt(tmp_path / "a.xyz", CLOUD, fmt="%.17g")
+    task, engine = task_of(batch=batch)
+    logits = task.logits([CLOUD[:7], tmp_path / "a.npy", CLOUD, tmp_path / "a.xyz", CLOUD[3:]])
+
+    alone, _ = task_of()
+    np.testing.assert_array_equal(logits, alone.logits([CLOUD[:7], CLOUD, CLOUD, CLOUD, CLOUD[3:]]))
+    assert len(engine.calls) == (3 if batch == 2 else 2)
+
+
+@pytest.mark.parametrize(
+    "cloud",
+    [
+        np.zeros((0, 3)),
+        np.zeros((9, 4)),
+        np.full((9, 3), np.nan),
+        np.zeros((1, 9, 3)),
+        "nowhere.xyz",
+        Path(__file__),
+    ],
+)
+def test_what_is_no_cloud_is_refused(cloud: Any) -> None:
+    task, engine = task_of()
+    with pytest.raises(InputError):
+        task(cloud)
+    with pytest.raises(UsageError):
+        task(CLOUD, top=0)
+    assert not engine.calls
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"preprocessing": None},
+        {"preprocessing": VideoPreprocessing(1, 1, 1, 1, 1)},
+        {"preprocessing": PointsPreprocessing(N + 1)},
+        {"labels": ("one", "two")},
+        {"inputs": (TensorSpec("cloud", "float32", (1, N, 3)),)},
+        {"inputs": (TensorSpec("points", "float32", (1, N, 4)),)},
+        {"outputs": (TensorSpec("label", "float32", (1, 3)),)},
+    ],
+)
+def test_manifests_that_do_not_fit_are_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(BundleError):
+        task_of(**changes)
+
+
+def test_run_takes_files_and_directories(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("perceiver_export.runtimes.tasks.open_task", lambda *_: task_of()[0])
+    np.save(tmp_path / "b.npy", CLOUD)
+    np.savetxt(tmp_path / "a.xyz", CLOUD[:4])
+    (tmp_path / "notes.txt").write_text("no cloud", encoding="utf-8")
+    run("bundle", [str(tmp_path)], tmp_path / "out.json", RunOptions(3, "auto", None, json=True))
+
+    answers = json.loads(capsys.readouterr().out)["answers"]
+    assert list(answers) == [str(tmp_path / "a.xyz"), str(tmp_path / "b.npy")]
+    assert sorted(one["label"] for one in answers[str(tmp_path / "b.npy")]) == sorted(LABELS)
+    assert json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))["answers"] == answers
+
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="no point clouds"):
+        run("bundle", [str(tmp_path / "empty")], None, RunOptions(3, "auto", None, json=False))
