@@ -28,7 +28,8 @@ def load_model(
 
     - a Hugging Face directory,
     - ``deepmind:TASK:FILE``, a Haiku pickle, and with ``config`` a JSON file of the sizes that it differs in,
-    - ``krasserm:FILE`` or ``lucidrains:FILE``, a state dict, with ``config`` the JSON file of its model's arguments,
+    - ``lucidrains:FILE``, a state dict, with ``config`` the JSON file of its model's arguments,
+    - ``krasserm:DIRECTORY``, or ``krasserm:FILE``, a state dict, with ``config`` its model's config.json,
     - ``preset:NAME``, random weights at a paper's sizes,
     - ``module:function``, your own: a function that gives a `PerceiverIO` or a `LoadedModel`.
 
@@ -65,7 +66,7 @@ def _load(
 
         return load_haiku(rest, parity or "deepmind", sizes, image_shape)
     if kind in ("krasserm", "lucidrains"):
-        return _load_foreign(kind, Path(rest), sizes)
+        return _load_foreign(kind, Path(rest), sizes, parity, image_shape)
     if re.fullmatch(r"[\w.]+:\w+", text) and not Path(text).exists():
         from perceiver_export.exporter.own import load_own
 
@@ -73,18 +74,27 @@ def _load(
     return _load_directory(Path(text), parity or "huggingface", image_shape)
 
 
-def _load_foreign(kind: str, file: Path, config: Path | None) -> LoadedModel:
-    if config is None:
+def _load_foreign(
+    kind: str, source: Path, config: Path | None, parity: str | None, image_shape: tuple[int, int, int] | None
+) -> LoadedModel:
+    if image_shape is not None:
         raise UsageError(
-            f"a state dict of {kind} does not say its sizes", "give the arguments of its model: --config FILE.json"
+            f"the sizes of a model of {kind} are those that its config says", "leave --shape out, edit the config"
         )
+    own = "huggingface" if kind == "krasserm" else None
+    if parity not in (None, own):
+        raise UsageError(f"models of {kind} have no numerics but their own", "leave --parity out")
     if kind == "krasserm":
         from perceiver_export.exporter.checkpoints.krasserm import load_krasserm
 
-        return load_krasserm(file, config)
+        return load_krasserm(source, config)
+    if config is None:
+        raise UsageError(
+            "a state dict of lucidrains does not say its sizes", "give the arguments of its model: --config FILE.json"
+        )
     from perceiver_export.exporter.checkpoints.lucidrains import load_lucidrains
 
-    return load_lucidrains(file, config)
+    return load_lucidrains(source, config)
 
 
 def _load_directory(

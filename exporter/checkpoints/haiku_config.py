@@ -26,6 +26,7 @@ from perceiver_export.exporter.perceiver.config import (
     FourierPositions,
     ImageInput,
     MaskedInput,
+    OutputConfig,
     PerceiverConfig,
     PositionQueries,
     QueryDecoder,
@@ -69,19 +70,22 @@ class FourierImageFlags(ImageFlags, frozen=True):
 
 
 class FlowFlags(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Of optical flow. ``train_size`` (height, width) is that of a tile; neighbours share ``min_overlap`` pixels."""
+    """Of optical flow. ``train_size`` (height, width) is that of a tile; neighbours share ``min_overlap`` pixels or
+    more: by default 20, or a quarter of a tile that is lower than 80.
+    """
 
     num_blocks: _Count = 1
     num_cross_attention_heads: _Count = 1
     num_self_attention_heads: _Count = 16
     num_decoder_heads: _Count = 1
     train_size: tuple[_Side, _Side] = (368, 496)
-    min_overlap: Annotated[int, msgspec.Meta(ge=0, le=MAX_SIDE)] = 20
+    min_overlap: Annotated[int, msgspec.Meta(ge=0, le=MAX_SIDE)] | None = None
 
 
 class VideoFlags(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Of the video autoencoder. ``spatial_patch`` is the side of a patch of a frame; the resolutions are those of the
-    Fourier positions, by default the grid of patches and the number of samples.
+    """Of the video autoencoder. The resolutions are those of the Fourier positions, by default the grid of patches and
+    the number of samples. ``spatial_patch`` is the side of a patch of a frame; it follows from the shapes where the
+    encoder has as many bands as the decoder.
     """
 
     num_blocks: _Count = 1
@@ -92,7 +96,7 @@ class VideoFlags(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     image_size: tuple[_Side, _Side] = (224, 224)
     num_samples: _Count = 30_720
     sample_rate: _Count = 48_000
-    spatial_patch: _Side = 4
+    spatial_patch: _Side | None = None
     image_resolution: tuple[_Resolution, _Resolution, _Resolution] | None = None
     audio_resolution: _Resolution | None = None
 
@@ -114,12 +118,18 @@ def read_flags(model: HaikuModel, path: Path | None) -> Flags:
     if path is None:
         return kind()
     try:
-        return msgspec.json.decode(path.read_bytes(), type=kind)
+        flags = msgspec.json.decode(path.read_bytes(), type=kind)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}", "give a JSON file of sizes") from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         fields = ", ".join(kind.__struct_fields__)
         raise CheckpointError(f"{path}: {error}", f"sizes that {model} can be given: {fields}") from error
+    if isinstance(flags, FlowFlags) and (flags.min_overlap or 0) >= min(flags.train_size):
+        raise CheckpointError(
+            f"{path}: min_overlap is {flags.min_overlap}, train_size {list(flags.train_size)}",
+            "neighbours share less than a tile",
+        )
+    return flags
 
 
 def architecture(
@@ -223,11 +233,13 @@ def _image_input(
 
 
 def _video_autoencoder(known: Shapes, flags: VideoFlags, encoder: EncoderSizes, parity: Parity) -> PerceiverConfig:
-    """Encoder and decoder may differ in their numbers of bands; paddings tell both."""
+    width, query_width = known.num_input_channels, known.num_query_channels
     samples_per_patch = known.of("audio_postprocessor/linear/b", 1)[0]
-    step = flags.spatial_patch
-    _check_whole(flags, samples_per_patch)
-    audio = flags.audio_resolution or flags.num_samples
+    sound_bands = known.bands(query_width, 0, 1, "decoder.paddings.sound")
+    video_bands = known.bands(query_width, 0, 3, "decoder.paddings.video")
+    step = flags.spatial_patch or known.spatial_patch(video_bands)
+    _check_whole(flags, step, samples_per_patch)
+    audio = (flags.audio_resolution or flags.num_samples,)
     frames = flags.image_resolution or (flags.num_frames, *(side // step for side in flags.image_size))
     sizes = VideoSizes(
         flags.num_frames,
@@ -241,19 +253,15 @@ def _video_autoencoder(known: Shapes, flags: VideoFlags, encoder: EncoderSizes, 
     )
     config = architectures.video_autoencoder(sizes, encoder, parity)
     assert isinstance(config.decoder, QueryDecoder)
-    width, query_width = known.num_input_channels, known.num_query_channels
     inputs = {
-        "audio": _array(config, "audio", known.bands(width, samples_per_patch, 1, "input_paddings.audio"), (audio,)),
+        "audio": _array(config, "audio", known.bands(width, samples_per_patch, 1, "input_paddings.audio"), audio),
         "frames": _array(config, "frames", known.bands(width, _RGB * step**2, 3, "input_paddings.frames"), frames),
         "label": MaskedInput(1, width),
     }
-    queries = {
-        "sound": _queries(config.decoder, "sound", known.bands(query_width, 0, 1, "decoder.paddings.sound"), (audio,)),
-        "video": _queries(config.decoder, "video", known.bands(query_width, 0, 3, "decoder.paddings.video"), frames),
-    }
     outputs = {
-        name: replace(output, queries=queries.get(name, output.queries))
-        for name, output in config.decoder.outputs.items()
+        **config.decoder.outputs,
+        "sound": _queried(config.decoder.outputs["sound"], sound_bands, audio),
+        "video": _queried(config.decoder.outputs["video"], video_bands, frames),
     }
     decoder = replace(config.decoder, outputs=outputs, num_query_channels=query_width)
     return replace(config, inputs=inputs, num_input_channels=width, decoder=decoder)
@@ -265,10 +273,10 @@ def _array(config: PerceiverConfig, name: str, bands: int, resolution: tuple[flo
     return replace(array, positions=_positions(array.positions, bands, resolution))
 
 
-def _queries(decoder: QueryDecoder, name: str, bands: int, resolution: tuple[float, ...]) -> PositionQueries:
-    queries = decoder.outputs[name].queries
-    assert isinstance(queries, PositionQueries)
-    return replace(queries, positions=_positions(queries.positions, bands, resolution))
+def _queried(output: OutputConfig, bands: int, resolution: tuple[float, ...]) -> OutputConfig:
+    assert isinstance(output.queries, PositionQueries)
+    positions = _positions(output.queries.positions, bands, resolution)
+    return replace(output, queries=replace(output.queries, positions=positions))
 
 
 def _positions(positions: object, bands: int, resolution: tuple[float, ...]) -> FourierPositions:
@@ -276,12 +284,12 @@ def _positions(positions: object, bands: int, resolution: tuple[float, ...]) -> 
     return replace(positions, num_bands=bands, max_resolution=tuple(map(float, resolution)))
 
 
-def _check_whole(flags: VideoFlags, samples_per_patch: int) -> None:
-    if any(side % flags.spatial_patch for side in flags.image_size):
+def _check_whole(flags: VideoFlags, step: int, samples_per_patch: int) -> None:
+    if any(side % step for side in flags.image_size):
         raise CheckpointError(
             f"frames of {flags.image_size[0]} × {flags.image_size[1]} have no whole number of patches of"
-            f" {flags.spatial_patch} × {flags.spatial_patch}",
-            "set image_size and spatial_patch of the config to what the model was trained with",
+            f" {step} × {step}",
+            "set image_size (and spatial_patch) of the config to what the model was trained with",
         )
     if flags.num_samples % samples_per_patch:
         raise CheckpointError(

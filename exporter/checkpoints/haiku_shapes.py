@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -94,7 +95,7 @@ class Shapes:
 
         ``padding`` is our name of its trained vector. Positions of A axes and K bands have A·(2K+1) channels.
         """
-        padded = self.of(haiku_sources(self.model)(padding).name, 2)[1] if padding else 0
+        padded = self._padding(padding) if padding else 0
         channels = width - padded - num_features
         bands, rest = divmod(channels - axes, 2 * axes)
         if rest or bands < 1:
@@ -105,3 +106,19 @@ class Shapes:
                 _NOT_OF_ONE_MODEL,
             )
         return bands
+
+    def spatial_patch(self, num_bands: int) -> int:
+        """The side of a patch of a video's frames, whose positions have so many bands."""
+        values = self.num_input_channels - self._padding("input_paddings.frames") - 3 * (2 * num_bands + 1)
+        side = math.isqrt(max(values, 0) // 3)
+        if side < 1 or 3 * side**2 != values:
+            raise CheckpointError(
+                f"a patch of a frame has {values} values beside positions of {num_bands} bands, which is no square of"
+                " RGB pixels",
+                "if the encoder has other bands than the decoder, set spatial_patch in --config FILE.json;"
+                " else the checkpoint is of another model",
+            )
+        return side
+
+    def _padding(self, own: str) -> int:
+        return self.of(haiku_sources(self.model)(own).name, 2)[1]

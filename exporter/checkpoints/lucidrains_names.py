@@ -47,6 +47,7 @@ _LAYOUTS = (
     Layout("PerceiverIO", "cross_attend_blocks.0", "cross_attend_blocks.1", "layers.{i}.0", "layers.{i}.1"),
 )
 DECODER, DECODER_MLP = "decoder_cross_attn", "decoder_ff"
+QUERIES = "queries"  # trained queries, which lucidrains leaves to the caller, beside the model's own tensors
 
 # What is found in the names of models that are others, though their sizes may be the same.
 _OTHERS = (
@@ -92,19 +93,18 @@ def layout_of(names: Iterable[str]) -> Layout:
     return layouts[0]
 
 
-def lucidrains_sources(layout: Layout, queries: str | None = None) -> Sources:
-    """Where our parameters are; ``queries`` names the trained queries, which are no part of lucidrains' model."""
+def lucidrains_sources(layout: Layout) -> Sources:
+    """Where our parameters are; `QUERIES` is none of lucidrains' own names."""
+    head = "to_logits.2." if layout.model == "Perceiver" else "to_logits."
 
     def source(own: str) -> Source:
         if own == "encoder.latents":
             return Source("latents")
         if own.startswith("decoder.queries."):
-            assert queries is not None
-            return Source(queries, _without_batch)
+            return Source(QUERIES)
         if own.startswith("decoder.norm."):
             return Source(own.replace("decoder.norm.", "to_logits.1."))
         if own.startswith("decoder.output."):
-            head = "to_logits.2." if layout.model == "Perceiver" else "to_logits."
             return Source(own.replace("decoder.output.", head))
         if own.startswith("decoder.cross_attention."):
             return _in_a_layer(own.removeprefix("decoder.cross_attention."), DECODER, DECODER_MLP)
@@ -145,11 +145,11 @@ def _in_a_layer(rest: str, attention: str, mlp: str) -> Source:
 
 
 def _keys(weight: Tensor) -> Tensor:
-    return weight[: len(weight) // 2]
+    return weight.chunk(2)[0]
 
 
 def _values(weight: Tensor) -> Tensor:
-    return weight[len(weight) // 2 :]
+    return weight.chunk(2)[1]
 
 
 def _whole(tensor: Tensor) -> Tensor:
@@ -157,8 +157,3 @@ def _whole(tensor: Tensor) -> Tensor:
 
 
 _HALVES: dict[str, Callable[[Tensor], Tensor]] = {"attention.key": _keys, "attention.value": _values}
-
-
-def _without_batch(queries: Tensor) -> Tensor:
-    """(1, O, F) or (O, F) -> (O, F)."""
-    return queries[0] if queries.ndim == 3 and len(queries) == 1 else queries

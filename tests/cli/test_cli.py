@@ -10,34 +10,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from .commands import COMMAND, fail, perceiver_export, succeed
+
 FASHION = Path(__file__).resolve().parents[2] / "examples" / "fashion_mnist"
-COMMAND = [sys.executable, "-c", "from perceiver_export.exporter.cli.main import main; main()"]
-
-
-def perceiver_export(*arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True, check=False, **options)
-
-
-def succeed(*arguments: str | Path) -> str:
-    done = perceiver_export(*arguments)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
-    return done.stdout
-
-
-def fail(*arguments: str | Path) -> str:
-    """One error line, one hint line, nothing else, exit code 1."""
-    done = perceiver_export(*arguments)
-    assert done.returncode == 1, done.stdout
-    error, hint = done.stderr.splitlines()
-    assert error.startswith("error: ")
-    assert hint.startswith("hint: ")
-    assert len(hint) > 10
-    return done.stderr
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from perceiver_export.exporter.checkpoints.haiku import load_haiku_state
 from perceiver_export.exporter.checkpoints.haiku_config import read_flags
 from perceiver_export.exporter.checkpoints.haiku_names import HaikuModel, haiku_sources, ignored_names
 from perceiver_export.exporter.checkpoints.huggingface_names import huggingface_sources
-from perceiver_export.runtimes.errors import CheckpointError
+from perceiver_export.exporter.perceiver.config import FourierPositions, ImageInput
 from perceiver_export.runtimes.preprocessing import (
     FlowPreprocessing,
     ImagePreprocessing,
@@ -27,7 +27,7 @@ from perceiver_export.runtimes.preprocessing import (
 
 from . import haiku_writer
 from .conftest import MakeCheckpoint, make_transformers_model
-from .deepmind_reference import VECTORS, load
+from .deepmind_reference import VECTORS, flags, load
 
 RELEASED: dict[HaikuModel, str] = {
     "language": "language",
@@ -146,12 +146,30 @@ def test_a_bundle_is_told_what_the_original_does() -> None:
 def test_another_picture_size_is_noted() -> None:
     found = load(VECTORS / "imagenet_fourier", image_size=(20, 17))
 
-    assert found.config.inputs["image"].height == 20  # type: ignore[union-attr]
+    image = found.config.inputs["image"]
+    assert isinstance(image, ImageInput)
+    assert (image.height, image.width) == (20, 17)
     assert any("trained on 16 × 16" in note for note in found.notes)
 
 
-def test_original_file_names_are_names_of_models() -> None:
-    file = VECTORS / "imagenet_conv" / "checkpoint.pickle"
-    for name in ("imagenet-conv", "imagenet_conv", "imagenet_conv_preprocessing"):
-        with pytest.raises(CheckpointError, match="8 heads"):  # of the released model; its own are 4
-            load_model(f"deepmind:{name}:{file}")
+@pytest.mark.parametrize("name", ["imagenet-conv", "imagenet_conv", "imagenet_conv_preprocessing", "ImageNet-Conv"])
+def test_models_have_the_names_that_deepmind_gives_them(name: str) -> None:
+    found = load_model(f"deepmind:{name}:{VECTORS / 'imagenet_conv' / 'checkpoint.pickle'}")
+
+    # Read without a config, so with the flags of the released model.
+    assert (found.config.encoder.num_blocks, found.config.encoder.self_attention.num_heads) == (8, 8)
+    image = found.config.inputs["image"]
+    assert isinstance(image, ImageInput)
+    assert isinstance(image.positions, FourierPositions)
+    assert (image.height, image.width, image.positions.max_resolution) == (224, 224, (56, 56))
+
+
+def test_patches_of_a_video_follow_from_the_shapes(tmp_path: Path) -> None:
+    folder = VECTORS / "video_autoencoding"
+    config = tmp_path / "sizes.json"
+    config.write_text(json.dumps({**flags(folder), "spatial_patch": None}), encoding="utf-8")
+
+    assert (
+        load_model(f"deepmind:video-autoencoding:{folder / 'checkpoint.pickle'}", config=config).config
+        == load(folder).config
+    )

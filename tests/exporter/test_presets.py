@@ -4,9 +4,6 @@
 from __future__ import annotations
 
 import importlib
-import json
-import subprocess
-import sys
 from typing import Any
 
 import msgspec
@@ -20,12 +17,11 @@ from perceiver_export.exporter.load import load_model
 from perceiver_export.exporter.loaded import LoadedModel
 from perceiver_export.exporter.parts import input_specs, output_specs, split_model, whole_model
 from perceiver_export.exporter.perceiver import paper_sizes
-from perceiver_export.exporter.perceiver.architectures import EncoderSizes, Parity, set_transformer
-from perceiver_export.exporter.perceiver.config import ArrayInput, ImageInput, PerceiverConfig, QueryDecoder
+from perceiver_export.exporter.perceiver.architectures import EncoderSizes, Parity, image_classifier, set_transformer
+from perceiver_export.exporter.perceiver.config import ImageInput
 from perceiver_export.exporter.perceiver.model import PerceiverIO
 from perceiver_export.exporter.preset_counts import count
 from perceiver_export.exporter.presets import PRESETS, load_preset
-from perceiver_export.runtimes.errors import UsageError
 from perceiver_export.runtimes.manifest import SCHEMA_VERSION, Manifest, Part
 from perceiver_export.runtimes.preprocessing import (
     AudioPreprocessing,
@@ -148,7 +144,8 @@ def test_numbers_in_remarks() -> None:
 
     config = PRESETS["imagenet-fourier-b"].build("deepmind")
     image = msgspec.structs.replace(config.inputs["image"], features="conv1x1", num_feature_channels=256)
-    wide = paper_sizes.image_classifier(image, paper_sizes.CONFIG_B, 1000, "deepmind")
+    assert isinstance(image, ImageInput)
+    wide = image_classifier(image, paper_sizes.CONFIG_B, 1000, "deepmind")
     assert count(wide).parameters == pytest.approx(213.1e6, rel=3e-4)
     assert count(wide).flops == pytest.approx(335e9, rel=2e-3)
 
@@ -253,6 +250,12 @@ def test_pictures_of_another_size(name: str) -> None:
     assert image.positions == usual.config.inputs["image"].positions  # type: ignore[union-attr]
     assert count(other.config).parameters == count(usual.config).parameters
     assert count(other.config).flops < count(usual.config).flops
+
+
+@pytest.mark.parametrize(("parity", "side"), [("deepmind", 1), ("huggingface", 5)])
+def test_the_smallest_pictures(parity: Parity, side: int) -> None:
+    """Below these nothing is left of a picture; see the usage errors."""
+    assert run_on_meta(on_meta("imagenet-conv", parity, (3, side, side)).model)["logits"].shape == (1, 1000)
 
 
 def test_weights_are_the_same_each_time_and_leave_the_generator_alone() -> None:
