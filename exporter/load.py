@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 from collections.abc import Mapping
@@ -26,7 +27,7 @@ def load_model(
 ) -> LoadedModel:
     """Load a checkpoint for export. ``source`` is one of
 
-    - a Hugging Face directory,
+    - a Hugging Face directory, or a hub id (``owner/name``), which is downloaded,
     - ``deepmind:TASK:FILE``, a Haiku pickle, and with ``config`` a JSON file of the sizes that it differs in,
     - ``lucidrains:FILE``, a state dict, with ``config`` the JSON file of its model's arguments,
     - ``krasserm:DIRECTORY``, or ``krasserm:FILE``, a state dict, with ``config`` its model's config.json,
@@ -100,15 +101,16 @@ def _load_foreign(
 def _load_directory(
     directory: Path, parity: Literal["huggingface", "deepmind"], image_shape: tuple[int, int, int] | None
 ) -> LoadedModel:
+    from perceiver_export.exporter.checkpoints.hub import download, is_hub_id
     from perceiver_export.exporter.checkpoints.huggingface import load_huggingface
 
+    if not directory.exists() and is_hub_id(str(directory)):
+        loaded = load_huggingface(download(str(directory)), parity, image_shape)
+        return dataclasses.replace(loaded, source=str(directory))  # not the cache's name for it
     if not directory.is_dir():
-        looks_like_hub_id = directory.parts and len(directory.parts) <= 2 and not directory.suffix
         raise CheckpointError(
             f"{directory} is not a directory",
-            f"if it is a hub id, download it first: hf download {directory} --local-dir {directory.name}"
-            if looks_like_hub_id and not directory.exists()
-            else "give a Hugging Face directory (config.json and weights), deepmind:TASK:FILE or preset:NAME",
+            "give a Hugging Face directory (config.json and weights), deepmind:TASK:FILE or preset:NAME",
         )
     return load_huggingface(directory, parity, image_shape)
 

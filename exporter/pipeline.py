@@ -135,9 +135,11 @@ def _verify(
         def progress(done: int, total: int, index: int = index) -> None:
             report("verify", len(graphs) * total + index * total + done, 2 * len(graphs) * total)
 
-        engine = open_engine(directory / parts[graph.name].file, "ort-cpu", threads=None)
-        with Runtime(engine, graph.inputs, graph.outputs, "fp32") as runtime:
-            found, arrays = verify(graph, loaded.config, runtime, progress)
+        def load(graph: GraphPart = graph) -> Runtime:
+            engine = open_engine(directory / parts[graph.name].file, "ort-cpu", threads=None)
+            return Runtime(engine, graph.inputs, graph.outputs, "fp32")
+
+        found, arrays = verify(graph, loaded.config, load, progress)
         checks += found
         # `input/image` of a whole model, `encoder/input/image` of a part
         prefix = "" if len(graphs) == 1 else f"{graph.name}/"

@@ -79,8 +79,8 @@ PRESETS: dict[str, Preset] = {
         "text-classification",
         sizes.glue,
         "Perceiver IO, section 4.1",
-        remark="A linear layer gives each task's classes; the paper has two, 13.1 M parameters more. The queries are"
-        " decoded task by task, and each projects the latents to keys and values again (1.7 GFLOP).",
+        remark="A linear layer gives each task's classes; the paper has two, 13.1 M parameters more. torch"
+        " projects the latents to keys and values again for each task (1.7 GFLOP), the exported graph once.",
     ),
     "imagenet-learned": Preset(
         "image-classification",

@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 
 from perceiver_export.exporter.parts import GraphPart
-from perceiver_export.exporter.perceiver.config import PerceiverConfig, TokenInput
+from perceiver_export.exporter.perceiver.config import ArrayInput, PerceiverConfig, TokenInput
 from perceiver_export.runtimes.manifest import TensorSpec
 from perceiver_export.runtimes.runtime import Array
 
@@ -16,8 +16,9 @@ def sample_inputs(
 ) -> dict[str, Array]:
     """Arrays for every input of ``part``; ``sizes`` gives each dynamic dimension a number.
 
-    Numbers are normal times ``scale``; tokens and queries any of those there are; masks leave out the last elements,
-    another number of them in each sample.
+    Numbers are normal times ``scale``, coordinates of points between -1 and 1 (their Fourier features are all that the
+    model sees, and mean nothing further out); tokens and queries any of those there are; masks leave out the last
+    elements, another number of them in each sample.
     """
     rng = np.random.default_rng(seed)
     return {spec.name: _sample(spec, part, config, sizes, rng, scale) for spec in part.inputs}
@@ -32,9 +33,11 @@ def _sample(
     scale: float,
 ) -> Array:
     shape = tuple(sizes[dim] if isinstance(dim, str) else dim for dim in spec.shape)
-    tokens = config.inputs.get(spec.name)
-    if isinstance(tokens, TokenInput):
-        return rng.integers(0, tokens.vocabulary_size, shape, dtype=np.int32)
+    one = config.inputs.get(spec.name)
+    if isinstance(one, TokenInput):
+        return rng.integers(0, one.vocabulary_size, shape, dtype=np.int32)
+    if isinstance(one, ArrayInput) and one.value_positions is not None:
+        return rng.uniform(-1, 1, shape).astype(np.float32)
     if spec.name == "queries" and part.num_queries is not None:
         return rng.integers(0, part.num_queries, shape, dtype=np.int32)
     if spec.dtype == "int32":

@@ -26,27 +26,29 @@ _LARGE = 100.0
 
 
 def verify(
-    part: GraphPart, config: PerceiverConfig, runtime: Runtime, progress: Callable[[int, int], None]
+    part: GraphPart, config: PerceiverConfig, load: Callable[[], Runtime], progress: Callable[[int, int], None]
 ) -> tuple[tuple[Check, ...], dict[str, Array]]:
-    """Compare a loaded graph with torch on three seeds; the checks, and its arrays for golden.npz.
+    """Compare a graph with torch on three seeds; the checks, and its arrays for golden.npz.
 
-    The arrays are ``input/NAME`` and ``output/NAME`` of the first seed.
+    The arrays are ``input/NAME`` and ``output/NAME`` of the first seed. torch is done before ``load`` is called: of a
+    large model both at once need not fit into memory.
 
     Raises VerificationError: a difference above `TOLERANCE` of the output's scale (above ten times torch's own rounding
     error, where that is more), or a NaN or infinity.
     """
     checks: list[Check] = []
-    golden: dict[str, Array] = {}
     cases = list(_cases(part, config))
-    for index, (description, feeds) in enumerate(cases):
-        progress(index, len(cases))
-        reference = _in_torch(part, feeds)
-        found = runtime.run(feeds)
-        checks += [_check(part, name, description, feeds, found[name], reference[name]) for name in reference]
-        if not golden:
-            golden = {f"input/{name}": array for name, array in feeds.items()}
-            golden |= {f"output/{name}": array for name, array in reference.items()}
-    progress(len(cases), len(cases))
+    references = []
+    for index, (_, feeds) in enumerate(cases):
+        progress(index, 2 * len(cases))
+        references.append(_in_torch(part, feeds))
+    with load() as runtime:
+        for index, ((description, feeds), reference) in enumerate(zip(cases, references, strict=True)):
+            progress(len(cases) + index, 2 * len(cases))
+            found = runtime.run(feeds)
+            checks += [_check(part, name, description, feeds, found[name], reference[name]) for name in reference]
+    golden = {f"input/{name}": array for name, array in cases[0][1].items()}
+    golden |= {f"output/{name}": array for name, array in references[0].items()}
     return tuple(checks), golden
 
 

@@ -25,7 +25,10 @@ from torch import Tensor
 from perceiver_export.exporter.checkpoints.huggingface import architecture
 from perceiver_export.exporter.checkpoints.huggingface_config import read_config
 from perceiver_export.exporter.checkpoints.huggingface_names import huggingface_sources
+from perceiver_export.exporter.perceiver.adapters import ImageAdapter
+from perceiver_export.exporter.perceiver.attention import CrossAttention
 from perceiver_export.exporter.perceiver.config import ImageInput
+from perceiver_export.exporter.perceiver.decoder import PerceiverDecoder
 from perceiver_export.exporter.perceiver.model import PerceiverIO
 
 DATASET = Path("/usr/share/datasets/fashion-mnist")
@@ -74,6 +77,13 @@ def read_split(name: str) -> tuple[np.ndarray, np.ndarray]:
     return np.frombuffer(images, np.uint8, offset=16).reshape(-1, 28, 28), np.frombuffer(labels, np.uint8, offset=8)
 
 
+def cross_attention(model: PerceiverIO) -> CrossAttention:
+    """The one layer that reads the picture."""
+    (layer,) = model.encoder.cross_attentions
+    assert isinstance(layer, CrossAttention)
+    return layer
+
+
 class FastForward:
     """The model's own function in an order of products that costs a third (plain model in evaluation: same logits).
 
@@ -86,7 +96,9 @@ class FastForward:
         image = model.config.inputs["image"]
         assert isinstance(image, ImageInput)
         self.shape = (image.height, image.width)
-        self.positions = model.inputs["image"].positions
+        adapter = model.inputs["image"]
+        assert isinstance(adapter, ImageAdapter)
+        self.positions = adapter.positions
         grid = self.positions().reshape(*self.shape, -1)
         self.varies_by_row = (grid[:, :1] == grid).flatten(0, 1).all(0)
 
@@ -98,7 +110,7 @@ class FastForward:
         return torch.where(self.varies_by_row, per_row @ grid[:, 0], per_column @ grid[0])
 
     def __call__(self, image: Tensor) -> Tensor:
-        encoder, cross = self.model.encoder, self.model.encoder.cross_attentions[0]
+        encoder, cross = self.model.encoder, cross_attention(self.model)
         attention, norm, table = cross.attention, cross.input_norm, self.positions()
         features = image.flatten(2)
         num_channels = features.shape[1] + table.shape[1]
@@ -117,7 +129,7 @@ class FastForward:
         x = attention.output(attention.value(context)) + encoder.latents
         latents = x + cross.mlp(cross.mlp_norm(x))
         for _ in range(encoder.config.num_blocks):
-            for layer in encoder.self_attentions[0]:
+            for layer in encoder.self_attentions[0].children():
                 latents = layer(latents)
         return self.model.decode("logits", latents, None, {}).squeeze(1)
 
@@ -129,9 +141,11 @@ def initialise(model: PerceiverIO) -> None:
     With transformers' initialisation all latents read the picture's mean for thousands of steps, and 3 pixel channels
     are drowned by 258 position channels.
     """
-    encoder, cross = model.encoder, model.encoder.cross_attentions[0]
+    encoder, cross = model.encoder, cross_attention(model)
     encoder.latents.normal_(std=0.5)
-    model.decoder.queries["logits"].table.normal_(std=0.5)
+    assert isinstance(model.decoder, PerceiverDecoder)
+    for queries in model.decoder.queries.parameters():
+        queries.normal_(std=0.5)
     cross.input_norm.weight[:3] = 8.0
     damping = torch.exp(-torch.arange(NUM_BANDS) / 8)  # low frequencies: smooth attention maps
     per_channel = torch.cat([torch.ones(3 + 2), damping, damping, damping, damping])

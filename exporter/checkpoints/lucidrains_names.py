@@ -51,7 +51,6 @@ QUERIES = "queries"  # trained queries, which lucidrains leaves to the caller, b
 
 # What is found in the names of models that are others, though their sizes may be the same.
 _OTHERS = (
-    (r"(^|\.)token_emb\.", "a PerceiverLM", "Perceiver and PerceiverIO are supported"),
     (r"\.to_attn_logits\.", "a model with attn_residual", "train it without attn_residual"),
     (r"\.gru\.", "the gated Perceiver", "Perceiver and PerceiverIO are supported"),
     (r"(\.fn\.to_qkv|^data_proj)\.", "the experimental Perceiver", "Perceiver and PerceiverIO are supported"),
@@ -90,6 +89,11 @@ def layout_of(names: Iterable[str]) -> Layout:
         start = layout.cross_attention.format(i=0)
         if any(name.startswith(f"{start}.") for name in names):
             return layout
+    if is_io:
+        raise UnsupportedModelError(
+            "the checkpoint is of a PerceiverIO of perceiver-pytorch 0.6 or older, whose layers are others",
+            "train it with perceiver-pytorch 0.8 or newer",
+        )
     return layouts[0]
 
 

@@ -10,6 +10,7 @@ from perceiver_export.exporter.perceiver.config import (
     AttentionConfig,
     Input,
     InputQueries,
+    LearnedPositions,
     OutputConfig,
     PerceiverConfig,
     PositionQueries,
@@ -42,11 +43,12 @@ def _check_input(name: str, one: Input) -> None:
     patch = one.patch or (1,) * len(one.shape)
     fits = len(patch) == len(one.shape) and not any(size % step for size, step in zip(one.shape, patch, strict=True))
     _require(fits, f"input {name!r}: patches of {one.patch} do not divide {one.shape}", "give one size an axis")
-    axes = None
+    axes = len(one.shape)
     if one.positions is not None:
-        axes = len(getattr(one.positions, "max_resolution", None) or getattr(one.positions, "shape", ()))
+        positions = one.positions
+        axes = len(positions.shape if isinstance(positions, LearnedPositions) else positions.max_resolution)
     _require(
-        axes in (None, len(one.shape)),
+        axes == len(one.shape),
         f"input {name!r} has {len(one.shape)} axes, its positions {axes}",
         "give positions as many entries as the array has axes",
     )

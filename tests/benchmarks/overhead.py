@@ -16,11 +16,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 
-from perceiver_export.exporter import LoadedModel, export, load_model
-from perceiver_export.exporter.perceiver.config import DecoderConfig, EncoderConfig
+from perceiver_export.exporter import LoadedModel, export
+from perceiver_export.exporter.perceiver.architectures import EncoderSizes, image_classifier, image_input
 from perceiver_export.runtimes import load
 from perceiver_export.runtimes.ort import OrtEngine
 
@@ -29,13 +28,9 @@ def tiny_model() -> LoadedModel:
     """The conv architecture with 4 latents of 8 channels and one layer, on 32 × 32 pictures."""
     from perceiver_export.exporter.perceiver.model import PerceiverIO
 
-    loaded = load_model("preset:imagenet-conv", shape={"image": (3, 32, 32)})
-    config = msgspec.structs.replace(
-        loaded.config, encoder=EncoderConfig(4, 8, 1, 1, 1, 1), decoder=DecoderConfig(1, 8, 10)
-    )
-    return LoadedModel(
-        PerceiverIO(config).eval(), config, loaded.task, loaded.parity, "tiny", loaded.labels[:10], loaded.preprocessing
-    )
+    image = image_input("conv", 32, 32, "deepmind", (8, 8))
+    config = image_classifier(image, EncoderSizes(4, 8, 1, num_self_attention_heads=1), 10, "deepmind")
+    return LoadedModel(PerceiverIO(config).eval(), config, "arrays", "deepmind", "tiny")
 
 
 def microseconds(call: Callable[[], Any]) -> float:

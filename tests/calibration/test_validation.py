@@ -14,6 +14,7 @@ from perceiver_export.calibration.statistics import proportion
 from perceiver_export.exporter import export, load_model
 from perceiver_export.runtimes import open_task
 from perceiver_export.runtimes.errors import DataError, GateError, UsageError
+from perceiver_export.runtimes.runtime import Array
 
 FASHION = Path(__file__).resolve().parents[2] / "examples" / "fashion_mnist"
 TEST = FASHION / "test.npz"
@@ -30,7 +31,11 @@ def test_the_shipped_model_is_as_right_as_the_readme_says(fashion_bundle: Path) 
 
 
 def test_the_bundle_agrees_with_torch(fashion_bundle: Path) -> None:
-    reference = load_model(FASHION / "checkpoint").run
+    model = load_model(FASHION / "checkpoint")
+
+    def reference(pictures: Array) -> Array:
+        return model.run({"image": pictures})["logits"]
+
     result = validate(fashion_bundle, TEST, against=reference, samples=500, max_drop=0, min_agreement=99)
     result.require()
 

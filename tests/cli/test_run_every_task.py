@@ -167,7 +167,7 @@ def test_bad_input_is_one_error_and_one_hint(bundles: dict[tuple[str, bool], Pat
 def test_own_models_of_the_examples(tmp_path: Path) -> None:
     examples = Path(__file__).resolve().parents[2] / "examples"
     succeed("export", "your_own:robot", "-o", tmp_path / "robot", cwd=examples)
-    arrays = {
+    arrays: dict[str, Any] = {
         "sound": RNG.normal(size=(160, 1)),
         "touch": RNG.normal(size=(6, 8, 2)),
         "joints": RNG.normal(size=(7, 3)),

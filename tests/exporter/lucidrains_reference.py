@@ -28,8 +28,7 @@ _WIDTHS = {
     "cross_dim_head": 4,
     "latent_dim_head": 5,
 }
-_OWN = ("class", "input_shape", "masked", "num_queries", "queries", "queries_file", "prefix", "task", "labels")
-_OWN += ("preprocessor",)
+_OWN = {"class", "input_shape", "masked", "num_queries", "queries", "prefix", "task", "labels", "preprocessor"}
 BATCH = 3
 
 

@@ -146,13 +146,6 @@ def test_places_without_a_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
         load_model(checkpoint)
 
 
-def test_a_hub_id_gets_the_command_that_downloads_it() -> None:
-    with pytest.raises(CheckpointError) as caught:
-        load_model("deepmind/vision-perceiver-fourier")
-
-    assert "hf download deepmind/vision-perceiver-fourier" in caught.value.hint
-
-
 class Hostile:
     """A pickle of this would create a file when it is read."""
 

@@ -12,8 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
-from perceiver_export.exporter import load_model
+from perceiver_export.exporter import LoadedModel, load_model
+from perceiver_export.exporter.perceiver.config import ImageInput
 from perceiver_export.runtimes.pictures import to_input
+from perceiver_export.runtimes.preprocessing import ImagePreprocessing
 
 from .conftest import MakeCheckpoint, make_transformers_model
 from .transformers_reference import SIZES, difference
@@ -32,6 +34,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
+TEXT_VARIANTS: list[dict[str, Any]] = [
+    {},
+    {"qk_channels": 8, "v_channels": 24},
+    {"cross_attention_shape_for_attention": "q"},
+    {"num_blocks": 1},
+]
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("kind", SIZES)
 def test_logits_are_transformers(kind: str, variant: str) -> None:
@@ -39,10 +49,7 @@ def test_logits_are_transformers(kind: str, variant: str) -> None:
         assert difference(kind, dtype, **VARIANTS[variant]) <= tolerance
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [{}, {"qk_channels": 8, "v_channels": 24}, {"cross_attention_shape_for_attention": "q"}, {"num_blocks": 1}],
-)
+@pytest.mark.parametrize("changes", TEXT_VARIANTS)
 @pytest.mark.parametrize("kind", ["language", "text", "flow", "video"])
 def test_outputs_are_transformers(kind: str, changes: dict[str, Any]) -> None:
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-10)):
@@ -76,6 +83,29 @@ def test_sharded_safetensors_and_bin_files_hold_the_same(make_checkpoint: MakeCh
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
+def test_a_directory_of_transformers_4(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    """Fields that version 5 no longer has, sizes as plain numbers, weights as a pickle."""
+    new, old = make_checkpoint("fourier"), tmp_path / "old"
+    old.mkdir()
+    config = json.loads((new / "config.json").read_text())
+    config |= {
+        "_label_trainable_num_channels": 1024,
+        "hidden_dropout_prob": 0.1,
+        "seq_len": 2048,
+        "torch_dtype": "float32",
+    }
+    config.pop("dtype", None)
+    (old / "config.json").write_text(json.dumps(config))
+    torch.save(make_transformers_model("fourier").state_dict(), old / "pytorch_model.bin")
+    processor = {"feature_extractor_type": "PerceiverFeatureExtractor", "size": 20, "crop_size": 23, "resample": 3}
+    (old / "preprocessor_config.json").write_text(json.dumps(processor))
+
+    loaded, expected = load_model(old), load_model(new).model.state_dict()
+    assert isinstance(loaded.preprocessing, ImagePreprocessing)
+    assert (loaded.preprocessing.height, loaded.preprocessing.crop_fraction) == (20, (20 / 23, 20 / 23))
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.model.state_dict().items())
+
+
 def test_half_precision_checkpoints_are_widened(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     half = tmp_path / "half"
     make_transformers_model("fourier").to(torch.float16).save_pretrained(half)
@@ -83,13 +113,19 @@ def test_half_precision_checkpoints_are_widened(make_checkpoint: MakeCheckpoint,
     assert {parameter.dtype for parameter in load_model(half).model.parameters()} == {torch.float32}
 
 
+def image_input(loaded: LoadedModel) -> ImageInput:
+    image = loaded.config.inputs["image"]
+    assert isinstance(image, ImageInput)
+    return image
+
+
 def test_labels_and_picture_size_come_from_the_directory(make_checkpoint: MakeCheckpoint) -> None:
     directory = make_checkpoint("fourier", id2label=dict(enumerate("abcde")))
     assert load_model(directory).labels == tuple("abcde")
-    assert load_model(directory).config.inputs["image"].height == 224
+    assert image_input(load_model(directory)).height == 224
 
     (directory / "preprocessor_config.json").write_text(json.dumps({"size": {"height": 20, "width": 30}}))
-    image = load_model(directory).config.inputs["image"]
+    image = image_input(load_model(directory))
     assert (image.height, image.width) == (20, 30)
 
 
@@ -114,6 +150,8 @@ def test_pictures_are_prepared_as_transformers_does(
     picture = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
     expected = PerceiverImageProcessorPil(**settings)(Image.fromarray(picture), return_tensors="np")["pixel_values"][0]
 
-    found = to_input(picture, load_model(directory).preprocessing)
+    steps = load_model(directory).preprocessing
+    assert isinstance(steps, ImagePreprocessing)
+    found = to_input(picture, steps)
 
     np.testing.assert_allclose(found, expected, atol=1e-5 * max(1.0, float(np.abs(expected).max())))

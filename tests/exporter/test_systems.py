@@ -31,7 +31,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 
 def export_kind(kind: str, make_checkpoint: MakeCheckpoint, tmp_path: Path, **options: Any) -> Bundle:
-    shape = {"image": (3, *SIZES[kind])} if kind in SIZES else {}
+    shape: dict[str, tuple[int, ...]] = {"image": (3, *SIZES[kind])} if kind in SIZES else {}
     if options.get("split"):
         shape["queries"] = (7,)
     return export(make_checkpoint(kind), tmp_path / "bundle", shape=shape, **options)

@@ -36,7 +36,7 @@ def difference(kind: str, dtype: torch.dtype, **changes: Any) -> float:
 
 
 def make_feeds(kind: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Inputs of our models: a batch of two; the texts are of different lengths, one with holes in its mask, one with nothing."""
+    """Inputs of our models: two samples, or four texts: of two lengths, one with holes in its mask, one all masked."""
     generator = torch.Generator().manual_seed(1)
     if kind in SIZES:
         return {"image": torch.randn(2, 3, *SIZES[kind], dtype=dtype, generator=generator)}
