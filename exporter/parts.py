@@ -216,5 +216,6 @@ class _AverageDecoder(nn.Module):
         assert isinstance(model.decoder, AverageHead)
         self.model = nn.ModuleDict({"decoder": model.decoder})
 
-    def forward(self, latents: Tensor) -> tuple[Tensor]:
+    def forward(self, *tensors: Tensor) -> tuple[Tensor]:
+        (latents,) = tensors
         return (self.model["decoder"](latents),)

@@ -108,7 +108,12 @@ def _shortened(model: KrassermModel) -> dict[str, Callable[[Tensor], Tensor]]:
     length = text_length(model)
 
     def cut(whole: int) -> Callable[[Tensor], Tensor]:
-        return lambda table: table[:length] if table.shape[:1] == (whole,) else table
+        def rows(table: Tensor) -> Tensor:
+            if table.shape[:1] != (whole,):
+                raise ValueError("another number of rows than the config says")  # `load_model_state` tells
+            return table[:length]
+
+        return rows
 
     return {TOKEN_POSITIONS: cut(model.encoder.max_seq_len), QUERIES: cut(model.decoder.max_seq_len)}
 

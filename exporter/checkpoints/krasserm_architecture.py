@@ -57,6 +57,7 @@ def text_length(model: KrassermModel) -> int:
 
 def architecture(model: KrassermModel) -> PerceiverConfig:
     """Our config of the model. Raises CheckpointError: heads that do not divide their channels."""
+    one: Input
     if isinstance(model, OpticalFlow):
         name, one = "frames", _frames(model)
     elif isinstance(model, ImageClassifier):

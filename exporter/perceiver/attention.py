@@ -96,8 +96,8 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.hidden(x)
         if self.gated:
-            value, gate = hidden.chunk(2, dim=-1)
-            hidden = value * self.activation(gate)
+            width = self.output.in_features  # slices: `chunk` would become a sequence, which few engines take
+            hidden = hidden[..., :width] * self.activation(hidden[..., width:])
         else:
             hidden = self.activation(hidden)
         y: Tensor = self.output(hidden)

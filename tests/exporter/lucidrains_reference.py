@@ -67,6 +67,13 @@ def load(directory: Path, state: dict[str, Tensor], config: dict[str, Any]) -> L
     return load_model(f"lucidrains:{directory / 'model.pt'}", config=write_config(directory, config))
 
 
+def assert_same(found: LoadedModel, expected: LoadedModel) -> None:
+    """Both have the same weights, to the bit."""
+    tensors = found.model.state_dict()
+    assert tensors.keys() == expected.model.state_dict().keys()
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in expected.model.state_dict().items())
+
+
 def make_feeds(config: dict[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
     """Inputs of our model. Of the masks one leaves out some, one nothing, and one everything."""
     generator = torch.Generator().manual_seed(1)

@@ -13,12 +13,12 @@ from safetensors.torch import load_file, save_file, save_model
 from torch import Tensor, nn
 
 from perceiver_export.exporter import export, load_model
-from perceiver_export.exporter.loaded import LoadedModel
 from perceiver_export.runtimes.tasks import open_task
 
 from .lucidrains_reference import (
     BATCH,
     arguments,
+    assert_same,
     difference,
     load,
     make_feeds,
@@ -59,12 +59,6 @@ CASES = [("Perceiver", name) for name in PERCEIVERS] + [("PerceiverIO", name) fo
 
 def variant(model: str, name: str, **changes: Any) -> dict[str, Any]:
     return arguments(model, **(PERCEIVERS if model == "Perceiver" else IOS)[name], **changes)
-
-
-def assert_same(found: LoadedModel, expected: LoadedModel) -> None:
-    tensors = found.model.state_dict()
-    assert tensors.keys() == expected.model.state_dict().keys()
-    assert all(torch.equal(tensors[name], tensor) for name, tensor in expected.model.state_dict().items())
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -148,25 +142,6 @@ def test_tied_layers_that_are_loaded_as_if_they_were_not(tmp_path: Path) -> None
         expected = run_lucidrains(theirs, feeds)
         found = loaded.model(feeds)["logits"]
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
-
-
-@pytest.mark.parametrize("suffix", [".pt", ".pth", ".bin", ".ckpt", ""])
-@pytest.mark.parametrize("nested", [None, "state_dict", "model_state_dict", "model"])
-def test_files_of_pytorch(tmp_path: Path, suffix: str, nested: str | None) -> None:
-    config = arguments("PerceiverIO")
-    state = make_lucidrains_model(config).state_dict()
-    expected = load(tmp_path, state, config)
-    file = tmp_path / f"other{suffix}"
-    torch.save({nested: state, "epoch": 3, "optimizer": {"lr": 0.1}} if nested else state, file)
-
-    assert_same(load_model(f"lucidrains:{file}", config=tmp_path / "model.json"), expected)
-
-
-def test_half_precision_is_widened(tmp_path: Path) -> None:
-    config = arguments("Perceiver")
-    model = load(tmp_path, make_lucidrains_model(config).half().state_dict(), config).model
-
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
 class Wrapped(nn.Module):
