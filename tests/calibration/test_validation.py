@@ -67,7 +67,7 @@ def test_pictures_with_a_csv(fashion_bundle: Path) -> None:
 
 def test_a_ruined_model_does_not_pass(fashion_bundle: Path, tmp_path: Path) -> None:
     loaded = load_model(FASHION / "checkpoint")
-    dict(loaded.model.named_parameters())["encoder.self_attentions.0.mlp.output.weight"].data.mul_(8)
+    dict(loaded.model.named_parameters())["encoder.self_attentions.0.0.mlp.output.weight"].data.mul_(8)
     ruined = export(loaded, tmp_path / "ruined").path
 
     result = validate(ruined, TEST, against=fashion_bundle, samples=500, max_drop=1, min_agreement=95)

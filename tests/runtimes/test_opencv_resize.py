@@ -162,17 +162,3 @@ def test_cubic_overshoots_at_an_edge_and_is_clipped() -> None:
 
     # By hand: a quarter of a pixel on, the weights of a = −0.75 are −0.105, 0.879, 0.262 and −0.035.
     assert resize_cubic(edge, 1, 12)[0, :, 0].tolist() == [0, 0, 0, 0, 0, 23, 77, 111, 104, 100, 100, 100]
-
-
-def test_opencv_itself_where_it_is_installed() -> None:
-    cv2 = pytest.importorskip("cv2")
-    random = np.random.default_rng(0)
-    for _ in range(20):
-        height, width, new_height, new_width = (int(side) for side in random.integers(4, 90, 4))
-        picture = random.integers(0, 256, (height, width, 3), dtype=np.uint8)
-
-        cubic = cv2.resize(picture, (new_width, new_height), interpolation=cv2.INTER_CUBIC)
-        linear = cv2.resize(picture, (new_width, new_height))
-
-        assert differences(resize_cubic(picture, new_height, new_width), cubic).max() <= 1
-        np.testing.assert_array_equal(resize_linear(picture, new_height, new_width), linear)
