@@ -61,6 +61,7 @@ def _load(
     if kind == "preset":
         from perceiver_export.exporter.presets import load_preset
 
+        _refuse("a preset", config=config)
         return load_preset(rest, parity or "deepmind", image_shape)
     if kind == "deepmind":
         from perceiver_export.exporter.checkpoints.haiku import load_haiku
@@ -71,8 +72,17 @@ def _load(
     if re.fullmatch(r"[\w.]+:\w+", text) and not Path(text).exists():
         from perceiver_export.exporter.own import load_own
 
+        _refuse("a model of your own", parity=parity, shape=image_shape, config=config)
         return load_own(text, task)
+    _refuse("a Hugging Face directory", config=config)
     return _load_directory(Path(text), parity or "huggingface", image_shape)
+
+
+def _refuse(what: str, **options: object) -> None:
+    """What would be ignored is refused."""
+    for name, value in options.items():
+        if value is not None:
+            raise UsageError(f"{what} takes no --{name}", f"leave --{name} out")
 
 
 def _load_foreign(

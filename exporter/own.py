@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +23,12 @@ def load_own(spec: str, task: str | None) -> LoadedModel:
     from perceiver_export.exporter.perceiver.model import PerceiverIO
 
     module, _, function = spec.partition(":")
-    made = _factory(spec, module, function)()
+    factory = _factory(spec, module, function)
+    try:
+        inspect.signature(factory).bind()
+    except TypeError as error:
+        raise UsageError(f"{spec} wants arguments: {error}", "give a function without arguments") from error
+    made = factory()
     if isinstance(made, LoadedModel):
         return made
     if not isinstance(made, PerceiverIO):
@@ -39,7 +45,7 @@ def _factory(spec: str, module: str, function: str) -> Callable[[], Any]:
         sys.path.insert(0, "")  # the user's module lies where the command is typed
     try:
         factory = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, SyntaxError) as error:
         raise UsageError(
             f"{spec} cannot be imported: {error}", "give module:function, seen from this directory"
         ) from error

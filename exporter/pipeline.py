@@ -24,6 +24,7 @@ from perceiver_export.runtimes.errors import UsageError
 from perceiver_export.runtimes.loading import open_engine
 from perceiver_export.runtimes.manifest import SCHEMA_VERSION, Check, Manifest, Part, TensorSpec, encode_manifest
 from perceiver_export.runtimes.runtime import Array, Runtime
+from perceiver_export.runtimes.tasks import checked_task
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -74,6 +75,7 @@ def export(
         if isinstance(source, LoadedModel)
         else load_model(source, task=task, parity=parity, shape=shapes, config=config)
     )
+    loaded.model.eval()  # one's own may come from training
     from perceiver_export.exporter.parts import output_specs  # imports torch, which `load_model` has checked is there
 
     graphs = _parts(loaded, sizes, loaded.split if split is None else split, dynamic_queries, queries)
@@ -83,7 +85,7 @@ def export(
         outputs = output_specs(loaded.config, sizes) if len(graphs) > 1 else ()
         manifest = _manifest(path.name, loaded, parts, outputs, checks, directory)
         (directory / "manifest.json").write_bytes(encode_manifest(manifest))
-        open_bundle(directory, verify="never")  # what no reader would take is not published
+        checked_task(open_bundle(directory, verify="never").manifest)  # what no reader would take is not published
     report("done", 1, 1)
     return open_bundle(path)
 

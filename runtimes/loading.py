@@ -42,7 +42,7 @@ def load(
             raise BundleError(
                 f"{described.file} takes or gives other tensors than the manifest says", "export the bundle again"
             )
-    return Runtime(engine, described.inputs, described.outputs, opened.manifest.precision)
+    return Runtime(engine, described.inputs, described.outputs, opened.manifest.precision, described.num_queries)
 
 
 def _load_joined(bundle: Bundle, device: str, threads: int | None) -> Runtime:

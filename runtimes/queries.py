@@ -11,18 +11,19 @@ from perceiver_export.runtimes.runtime import Feeds, Runtime
 
 
 def decode(
-    decoder: Runtime, feeds: Feeds, queries: npt.NDArray[np.integer], num_queries: int | None = None
+    decoder: Runtime, feeds: Feeds, queries: npt.ArrayLike, num_queries: int | None = None
 ) -> npt.NDArray[np.float32]:
     """The outputs (B, n, E) of ``queries``: flat indices, (n,) for all samples alike or (B, n).
 
     ``feeds`` are the decoder's other inputs: ``latents`` (B, N, D) and whatever its queries are made of. A decoder
     with a fixed number of queries is called as often as needed, the last call padded with the last query.
-    ``num_queries`` (`Part.num_queries`) is how many there are; a decoder of a single query takes no indices, and gives
-    its output as one row.
+    ``num_queries`` is how many there are, by default as the bundle says; a decoder of a single query takes no indices,
+    and gives its output as one row.
 
     Raises InputError: an index below 0 or not below ``num_queries``, no query at all, or a shape that does not fit.
     """
     batch = len(feeds["latents"])
+    num_queries = decoder.num_queries if num_queries is None else num_queries
     if all(spec.name != "queries" for spec in decoder.inputs):
         rows = _rows(queries, batch, num_queries=1)
         (only,) = decoder.run(feeds).values()
@@ -40,7 +41,7 @@ def decode(
     return np.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
 
 
-def _rows(queries: npt.NDArray[np.integer], batch: int, num_queries: int | None) -> npt.NDArray[np.int32]:
+def _rows(queries: npt.ArrayLike, batch: int, num_queries: int | None) -> npt.NDArray[np.int32]:
     rows = np.asarray(queries)
     if rows.dtype.kind not in "iu" or rows.ndim not in (1, 2) or not rows.size:
         raise InputError(
@@ -49,9 +50,10 @@ def _rows(queries: npt.NDArray[np.integer], batch: int, num_queries: int | None)
     if rows.ndim == 2 and len(rows) != batch:
         raise InputError(f"queries are given for {len(rows)} samples, the latents are of {batch}", "give (batch, n)")
     least, most = int(rows.min()), int(rows.max())
-    if least < 0 or (num_queries is not None and most >= num_queries):
+    count = num_queries if num_queries is not None else 1 << 31
+    if least < 0 or most >= count:
         wrong = least if least < 0 else most
-        raise InputError(f"query {wrong} is out of range", f"the model has {num_queries} queries, counted from 0")
+        raise InputError(f"query {wrong} is out of range", f"the model has {count} queries, counted from 0")
     return np.broadcast_to(rows.astype(np.int32), (batch, rows.shape[-1]))
 
 

@@ -44,10 +44,16 @@ class Runtime:
     """
 
     def __init__(
-        self, engine: Engine, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...], precision: str
+        self,
+        engine: Engine,
+        inputs: tuple[TensorSpec, ...],
+        outputs: tuple[TensorSpec, ...],
+        precision: str,
+        num_queries: int | None = None,
     ) -> None:
         self.inputs = inputs
         self.outputs = outputs
+        self.num_queries = num_queries  # of a decoder: how many queries there are to choose from
         self._precision = precision
         self._engine: Engine | None = engine
         self._input_checks = tuple((spec.name, np.dtype(spec.dtype), spec) for spec in inputs)
@@ -131,6 +137,8 @@ class Runtime:
                 array = array.astype(dtype)
             if array.shape != self._fixed.get(name):
                 _check_shape(spec, array.shape, sizes)
+            if name == "queries" and self.num_queries is not None:
+                _check_queries(array, self.num_queries)
             checked[name] = array if array.flags.c_contiguous else np.ascontiguousarray(array)
         if len(feeds) != len(checked):
             unknown = sorted(set(feeds) - set(checked))
@@ -160,6 +168,13 @@ class Runtime:
 
 def _names(specs: tuple[TensorSpec, ...]) -> str:
     return ", ".join(f"{spec.name} ({spec.dtype} {list(spec.shape)})" for spec in specs)
+
+
+def _check_queries(queries: Array, count: int) -> None:
+    """An engine would read beside the table, or from its end."""
+    if queries.size and not 0 <= int(queries.min()) <= int(queries.max()) < count:
+        wrong = int(queries.min()) if queries.min() < 0 else int(queries.max())
+        raise InputError(f"query {wrong} is out of range", f"the model has {count} queries, counted from 0")
 
 
 def _check_shape(spec: TensorSpec, shape: tuple[int, ...], sizes: dict[str, int]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from perceiver_export.runtimes.bundle import Bundle, Verify, open_bundle
 from perceiver_export.runtimes.errors import BundleError
 from perceiver_export.runtimes.loading import load
+from perceiver_export.runtimes.manifest import Manifest
 from perceiver_export.runtimes.tasks.base import Task
 
 # The module beside this one and its class; imported when a bundle of that task is opened.
@@ -34,11 +35,17 @@ def open_task(
     Its graphs are loaded when they are first needed. Raises what `load` raises.
     """
     opened = open_bundle(bundle, verify)
-    if opened.manifest.task not in TASKS:
-        raise BundleError(
-            f"{opened.path} is of the unknown task {opened.manifest.task!r}", f"this version knows: {', '.join(TASKS)}"
-        )
-    module, name = TASKS[opened.manifest.task]
-    task: type[Task] = getattr(importlib.import_module(f"{__name__}.{module}"), name)
-    task.check(opened.manifest)
+    task = checked_task(opened.manifest)
     return task(opened.manifest, lambda part: load(opened, device, part, threads, verify="never"))
+
+
+def checked_task(manifest: Manifest) -> type[Task]:
+    """The class of the manifest's task. Raises BundleError: an unknown task, or a manifest that does not fit it."""
+    if manifest.task not in TASKS:
+        raise BundleError(
+            f"{manifest.name} is of the unknown task {manifest.task!r}", f"this version knows: {', '.join(TASKS)}"
+        )
+    module, name = TASKS[manifest.task]
+    task: type[Task] = getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    task.check(manifest)
+    return task

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from perceiver_export.runtimes.errors import RuntimeClosedError
 from perceiver_export.runtimes.manifest import Manifest
 from perceiver_export.runtimes.runtime import Runtime
 
@@ -24,6 +25,7 @@ class Task:
         self.manifest = manifest
         self._load_part = load_part
         self._parts: dict[str | None, Runtime] = {}
+        self._closed = False
 
     @staticmethod
     def check(manifest: Manifest) -> None:
@@ -41,12 +43,15 @@ class Task:
 
     def part(self, name: str | None) -> Runtime:
         """One part of the bundle, loaded at first use; None is the whole model. Raises what `load` raises."""
+        if self._closed:
+            raise RuntimeClosedError("this task is closed", "call open_task() again")
         if name not in self._parts:
             self._parts[name] = self._load_part(name)
         return self._parts[name]
 
     def close(self) -> None:
-        """Close every part that was loaded."""
+        """Close every part that was loaded. May be called twice."""
+        self._closed = True
         for runtime in self._parts.values():
             runtime.close()
 

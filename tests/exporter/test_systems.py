@@ -104,7 +104,9 @@ def test_a_decoder_decodes_the_queries_it_is_asked_for(
         )
         for wrong in ([-1], [count], [], [[1], [2], [3]], [0.5]):
             with pytest.raises(InputError):
-                decode(decoder, given, np.array(wrong), count)
+                decode(decoder, given, np.array(wrong))
+        with pytest.raises(InputError, match="out of range"):
+            decoder.run({**given, "queries": np.full((2, 7), count, np.int32)})
 
 
 def test_only_the_label_of_a_video_is_decoded(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
