@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The part of the inputs that no call changes: position encodings and padding, axis by axis where they allow it.
+
+An input is x_j = [f_j, p_j]: features (M × C_f) that change with each call beside constants (M × C_p). Fourier features
+of a grid are separable: each of their channels depends on one axis alone. So a product with them needs one small table
+an axis, not one row an input.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from perceiver_export.exporter.perceiver.config import FourierPositions
+
+
+@dataclass(frozen=True)
+class Term:
+    """Constant channels that vary along one axis of the grid, along none (None), or freely ("grid").
+
+    ``channels`` are their places among the C_p constants; ``table`` is (size of the axis | 1 | M, len(channels)).
+    """
+
+    channels: tuple[int, ...]
+    axis: int | str | None
+    table: Tensor
+
+
+@dataclass(frozen=True)
+class Constants:
+    """The constants of one input: M rows on a grid of ``shape``, as a sum of terms."""
+
+    shape: tuple[int, ...]
+    num_channels: int
+    terms: tuple[Term, ...]
+
+    @property
+    def num_rows(self) -> int:
+        """M."""
+        return math.prod(self.shape)
+
+    def table(self) -> Tensor:
+        """All of them, (M, C_p)."""
+        first = self.terms[0].table if self.terms else torch.zeros(1, 0)
+        table = torch.zeros(self.num_rows, self.num_channels, dtype=first.dtype)
+        for term in self.terms:
+            table[:, list(term.channels)] = self._rows(term)
+        return table
+
+    def _rows(self, term: Term) -> Tensor:
+        """A term's table for every row (M, C_t)."""
+        if term.axis == "grid":
+            return term.table
+        if term.axis is None:
+            return term.table.expand(self.num_rows, -1)
+        assert isinstance(term.axis, int)
+        view = [1] * len(self.shape) + [-1]
+        view[term.axis] = self.shape[term.axis]
+        return term.table.reshape(view).expand(*self.shape, -1).reshape(self.num_rows, -1)
+
+
+def fourier_constants(config: FourierPositions, shape: tuple[int, ...], table: Tensor) -> Constants:
+    """The encoding ``table`` (M, C) of a grid, split by axes; every number is taken from the table."""
+    axes, bands = len(shape), config.num_bands
+    terms = []
+    for axis, size in enumerate(shape):
+        if config.order == "positions-first":
+            sines = axes + axis * bands
+            channels = [axis, *range(sines, sines + bands), *range(sines + axes * bands, sines + (axes + 1) * bands)]
+        else:
+            channels = list(range(axis * (2 * bands + 1), (axis + 1) * (2 * bands + 1)))
+        stride = math.prod(shape[axis + 1 :])
+        terms.append(Term(tuple(channels), axis, table[: size * stride : stride, channels]))
+    return Constants(shape, table.shape[1], tuple(terms))
+
+
+def free_constants(shape: tuple[int, ...], table: Tensor) -> Constants:
+    """Constants (M, C) without structure: a learned table."""
+    return Constants(shape, table.shape[1], (Term(tuple(range(table.shape[1])), "grid", table),))
+
+
+def with_padding(constants: Constants, padding: Tensor) -> Constants:
+    """The same constants with a vector (1, P) beside them that is the same for every row."""
+    start = constants.num_channels
+    term = Term(tuple(range(start, start + padding.shape[1])), None, padding)
+    return Constants(constants.shape, start + padding.shape[1], (*constants.terms, term))
+
+
+def no_constants(num_rows: int) -> Constants:
+    """Inputs that are features altogether."""
+    return Constants((num_rows,), 0, ())
+
+
+def scores_of(constants: Constants, weights: Tensor) -> list[tuple[int | str | None, Tensor]]:
+    """``weights`` (…, N, C_p) times the constants, term by term: (axis, (…, N, size of the axis | 1 | M))."""
+    return [(term.axis, weights[..., list(term.channels)] @ term.table.T) for term in constants.terms]
+
+
+def add_on_grid(scores: Tensor, terms: Sequence[tuple[int | str | None, Tensor]], shape: tuple[int, ...]) -> Tensor:
+    """Add each term to scores (…, N, M) along its own axis."""
+    grid = scores.reshape(*scores.shape[:-1], *shape)
+    for axis, term in terms:
+        if axis == "grid":
+            view = [*term.shape[:-1], *shape]
+        else:
+            sizes = [1] * len(shape)
+            if isinstance(axis, int):
+                sizes[axis] = shape[axis]
+            view = [*term.shape[:-1], *sizes]
+        grid = grid + term.reshape(view)
+    return grid.reshape(scores.shape)
+
+
+def read_constants(weights: Tensor, constants: Constants) -> Tensor:
+    """``weights`` (…, N, M) times the constants (M, C_p) -> (…, N, C_p), by sums over the other axes."""
+    grid = weights.reshape(*weights.shape[:-1], *constants.shape)
+    pieces: list[Tensor] = []
+    order: list[int] = []
+    for term in constants.terms:
+        if term.axis == "grid":
+            piece = weights @ term.table
+        elif term.axis is None:
+            piece = weights.sum(-1, keepdim=True) * term.table
+        else:
+            assert isinstance(term.axis, int)
+            others = [axis - len(constants.shape) for axis in range(len(constants.shape)) if axis != term.axis]
+            piece = (grid.sum(others) if others else grid) @ term.table
+        pieces.append(piece)
+        order += term.channels
+    places = torch.argsort(torch.tensor(order))
+    return torch.cat(pieces, dim=-1)[..., places] if order != sorted(order) else torch.cat(pieces, dim=-1)

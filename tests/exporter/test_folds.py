@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every fold is the module that it replaces, in float64: heads, masks, residuals, 1 to 3 axes, several inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from perceiver_export.exporter.fold.constants import (
+    Constants,
+    fourier_constants,
+    free_constants,
+    with_padding,
+)
+from perceiver_export.exporter.fold.deviation import Modality
+from perceiver_export.exporter.fold.few_queries import FewQueriesAttention
+from perceiver_export.exporter.fold.many_queries import InputQueriesAttention
+from perceiver_export.exporter.fold.position_queries import PositionQueriesAttention
+from perceiver_export.exporter.fold.tails import LinearTail
+from perceiver_export.exporter.perceiver.attention import CrossAttention
+from perceiver_export.exporter.perceiver.config import AttentionConfig, FourierPositions
+from perceiver_export.exporter.perceiver.positions import fourier_table
+
+TOLERANCE = 1e-10
+
+
+@pytest.fixture(autouse=True)
+def exact() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def grid(*shape: int, bands: int = 2) -> Constants:
+    config = FourierPositions(bands, tuple(float(size) for size in shape))
+    return fourier_constants(config, shape, fourier_table(config, shape))
+
+
+def attention(num_queries: int, num_inputs: int, heads: int, residual: bool, rows: str = "mean") -> CrossAttention:
+    config = AttentionConfig(heads, 8, 12, 2, residual)
+    module = CrossAttention(config, num_queries, num_inputs, "gelu", "zero" if rows == "zero" else "mean")
+    for parameter in module.parameters():
+        parameter.add_(0.3 * torch.randn_like(parameter))
+    return module.eval()
+
+
+MODALITIES = {
+    "picture": lambda: [Modality(3, grid(5, 7))],
+    "sound": lambda: [Modality(4, grid(9, bands=3))],
+    "voxels": lambda: [Modality(2, grid(3, 2, 4, bands=1))],
+    "learned": lambda: [Modality(3, free_constants((12,), torch.randn(12, 6)))],
+    "no constants": lambda: [Modality(9, Constants((11,), 0, ()))],
+    "several": lambda: [
+        Modality(4, grid(3, 2, 5)),
+        Modality(2, with_padding(grid(6), torch.randn(1, 12))),
+        Modality(0, with_padding(Constants((2,), 0, ()), torch.randn(1, 19))),
+    ],
+}
+
+
+@pytest.mark.parametrize("kind", MODALITIES)
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("rows", [None, "mean", "zero"])
+@pytest.mark.parametrize("chunk", [None, 4])
+def test_few_queries(kind: str, heads: int, residual: bool, rows: str | None, chunk: int | None) -> None:
+    modalities = MODALITIES[kind]()
+    reference = attention(10, modalities[0].num_channels, heads, residual, rows or "mean")
+    features = [
+        3 * torch.randn(2, one.constants.num_rows, one.num_features) + 1 if one.num_features else None
+        for one in modalities
+    ]
+    inputs = torch.cat([_beside(own, one.constants) for own, one in zip(features, modalities, strict=True)], dim=1)
+    mask = None
+    if rows is not None:
+        mask = (torch.rand(2, inputs.shape[1]) > 0.3).int()
+        mask[1] = 0
+    queries = torch.randn(1, 6, 10)
+
+    expected = reference(queries, inputs, mask)
+    found = FewQueriesAttention(reference, modalities, chunk)(queries, features, mask)
+
+    assert (found - expected).abs().max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("kind", ["picture", "sound", "voxels", "learned"])
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("chunk", [None, 2])
+def test_input_queries(kind: str, heads: int, residual: bool, chunk: int | None) -> None:
+    (modality,) = MODALITIES[kind]()
+    reference = attention(modality.num_channels, 10, heads, residual)
+    layers = [nn.Linear(modality.num_channels, 6), nn.Linear(6, 2)]
+    features = 2 * torch.randn(2, modality.constants.num_rows, modality.num_features) + 1
+    latents = torch.randn(2, 9, 10)
+
+    expected = layers[1](layers[0](reference(_beside(features, modality.constants), latents))) * 0.2
+    tail = LinearTail(reference, layers, 0.2)
+    found = InputQueriesAttention(reference, tail, modality, chunk)(latents, features)
+
+    assert expected.abs().max() > 1e-3
+    assert (found - expected).abs().max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("shape", [(7,), (3, 4), (2, 3, 5)])
+@pytest.mark.parametrize("heads", [1, 2])
+def test_position_queries(shape: tuple[int, ...], heads: int) -> None:
+    constants = with_padding(grid(*shape), torch.randn(1, 5))
+    reference = attention(constants.num_channels, 10, heads, residual=False)
+    layers = [nn.Linear(constants.num_channels, 6)]
+    latents = torch.randn(2, 9, 10)
+
+    expected = layers[0](reference(constants.table().unsqueeze(0), latents))
+    folded = PositionQueriesAttention(reference, LinearTail(reference, layers), constants)
+    indices = torch.randint(0, constants.num_rows, (2, 4))
+
+    assert (folded(latents, None) - expected).abs().max() <= TOLERANCE
+    wanted = torch.stack([expected[sample, indices[sample]] for sample in range(2)])
+    assert (folded(latents, indices) - wanted).abs().max() <= TOLERANCE
+
+
+def _beside(features: Tensor | None, constants: Constants) -> Tensor:
+    table = constants.table().expand(2, -1, -1)
+    return table if features is None else torch.cat([features, table], dim=-1)
