@@ -34,7 +34,7 @@ def preset_preprocessing(task: str, config: PerceiverConfig, parity: Parity) -> 
         steps = image_preprocessing({}, one.height, one.width)
         return msgspec.structs.replace(steps, resample="opencv-bicubic") if parity == "deepmind" else steps
     if isinstance(one, FramePairInput):
-        return FlowPreprocessing(one.height, one.width)
+        return FlowPreprocessing.of_tile(one.height, one.width)
     if isinstance(one, TokenInput) and task != "arrays":
         return TextPreprocessing(one.length, special_tokens=parity == "huggingface")
     if task == "point-cloud-classification" and isinstance(one, ArrayInput):

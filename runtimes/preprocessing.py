@@ -40,7 +40,12 @@ class FlowPreprocessing(msgspec.Struct, frozen=True, tag="flow", forbid_unknown_
 
     height: int
     width: int
-    min_overlap: int = 20
+    min_overlap: int
+
+    @classmethod
+    def of_tile(cls, height: int, width: int) -> FlowPreprocessing:
+        """DeepMind's overlap, 20 pixels, or a quarter of the shorter side where tiles are small."""
+        return cls(height, width, min(20, min(height, width) // 4))
 
 
 class VideoPreprocessing(msgspec.Struct, frozen=True, tag="video", forbid_unknown_fields=True):

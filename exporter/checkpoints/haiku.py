@@ -151,8 +151,9 @@ def _preprocessing(config: PerceiverConfig, flags: Flags, parity: str) -> Prepro
         assert isinstance(tokens, TokenInput)
         return TextPreprocessing(tokens.length, special_tokens=parity == "huggingface")
     if isinstance(flags, FlowFlags):
-        least = min(20, min(flags.train_size) // 4) if flags.min_overlap is None else flags.min_overlap
-        return FlowPreprocessing(*flags.train_size, least)
+        if flags.min_overlap is None:
+            return FlowPreprocessing.of_tile(*flags.train_size)
+        return FlowPreprocessing(*flags.train_size, flags.min_overlap)
     return VideoPreprocessing(flags.num_frames, *flags.image_size, flags.num_samples, flags.sample_rate)
 
 

@@ -147,7 +147,7 @@ def _preprocessing(config: HuggingFaceConfig, directory: Path, sizes: PerceiverC
         steps = image_preprocessing(read_preprocessor(directory), image.height, image.width)
         return msgspec.structs.replace(steps, resample="opencv-bicubic") if parity == "deepmind" else steps
     if task == "optical-flow":
-        return FlowPreprocessing(*config.train_size, min_overlap=min(20, min(config.train_size) // 4))
+        return FlowPreprocessing.of_tile(*config.train_size)
     if task == "video-autoencoding":
         video = _video_sizes(config)
         return VideoPreprocessing(video.num_frames, video.height, video.width, video.num_samples, sample_rate=48_000)

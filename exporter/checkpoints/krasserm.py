@@ -144,7 +144,7 @@ def _processor(directory: Path) -> dict[str, Any]:
 
 def _preprocessing(config: KrassermConfig, model: KrassermModel, processor: dict[str, Any]) -> Preprocessing:
     if isinstance(model, OpticalFlow):
-        return FlowPreprocessing(*model.encoder.image_shape)
+        return FlowPreprocessing.of_tile(*model.encoder.image_shape)
     if isinstance(model, ImageClassifier):
         height, width, _ = model.encoder.image_shape
         # Where pictures come in the right size, resizing does nothing; others the model could not take.
