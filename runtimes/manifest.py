@@ -47,6 +47,11 @@ class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     outputs: tuple[TensorSpec, ...]
     stages: tuple[Stage, ...] = ()
     num_queries: int | None = None  # of a decoder: how many queries there are to choose from
+    lowered: dict[str, str] = {}  # by target, the graph that was rewritten for it; others run `file`
+
+    def graph_for(self, target: str) -> str:
+        """The file that an engine of this target is made from."""
+        return self.lowered.get(target, self.file)
 
 
 class Check(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -119,15 +124,17 @@ def encode_manifest(manifest: Manifest) -> bytes:
 def _check(manifest: Manifest) -> None:
     if manifest.schema_version < 1 or not manifest.parts:
         raise BundleError("the manifest names no part, or no version", "export the bundle again")
-    for path in (*manifest.files, *(part.file for part in manifest.parts.values())):
+    graphs = [graph for part in manifest.parts.values() for graph in (part.file, *part.lowered.values())]
+    for path in (*manifest.files, *graphs):
         pure = PurePosixPath(path)
         if pure.is_absolute() or ".." in pure.parts or "\\" in path or "\0" in path or not pure.parts:
             raise BundleError(f"the manifest names a path outside the bundle: {path!r}", "do not trust this bundle")
     for name, part in manifest.parts.items():
-        if part.file not in manifest.files:
-            raise BundleError(
-                f"part {name!r} is in {part.file!r}, which the manifest does not hash", "export the bundle again"
-            )
+        for graph in (part.file, *part.lowered.values()):
+            if graph not in manifest.files:
+                raise BundleError(
+                    f"part {name!r} is in {graph!r}, which the manifest does not hash", "export the bundle again"
+                )
         for spec in (*part.inputs, *part.outputs):
             _check_spec(spec)
     if manifest.preprocessing is not None:
