@@ -27,6 +27,7 @@ from perceiver_export.exporter.checkpoints.tensors import read_state_dict
 from perceiver_export.exporter.loaded import LoadedModel
 from perceiver_export.exporter.perceiver import architectures
 from perceiver_export.exporter.perceiver.architectures import Parity, VideoSizes
+from perceiver_export.exporter.perceiver.checks import check_config
 from perceiver_export.exporter.perceiver.config import AttentionConfig, ImageInput, PerceiverConfig, TokenInput
 from perceiver_export.runtimes.errors import CheckpointError, UnsupportedModelError, UsageError
 from perceiver_export.runtimes.preprocessing import (
@@ -85,7 +86,11 @@ def architecture(config: HuggingFaceConfig, parity: Parity, image_shape: tuple[i
             f"d_model is {config.d_model}, {config.architecture} reads {sizes.num_input_channels} channels",
             f"set d_model to {sizes.num_input_channels}, or `architectures` to the class that was trained",
         )
-    _check_heads(sizes)
+    _check_residual(sizes)
+    try:
+        check_config(sizes)
+    except UsageError as error:  # sizes that are not the caller's, but the file's
+        raise CheckpointError(f"config.json: {error.message}", error.hint) from error
     return sizes
 
 
@@ -175,19 +180,11 @@ def _notes(config: HuggingFaceConfig, directory: Path, sizes: PerceiverConfig) -
     return tuple(notes)
 
 
-def _check_heads(sizes: PerceiverConfig) -> None:
-    encoder = sizes.encoder
-    for where, layer in (("cross-attention", encoder.cross_attention), ("self-attention", encoder.self_attention)):
-        for width in (layer.num_qk_channels, layer.num_v_channels):
-            if width < 1 or width % layer.num_heads:
-                raise CheckpointError(
-                    f"config.json: {width} {where} channels cannot be split into {layer.num_heads} heads",
-                    "heads must divide qk_channels and v_channels",
-                )
-    # The residual adds what attention gives to the latents.
-    gives = encoder.self_attention.num_v_channels
-    if gives != encoder.num_latent_channels:
+def _check_residual(sizes: PerceiverConfig) -> None:
+    """The residual adds to the latents what self-attention gives: in transformers as many channels as values have."""
+    gives, takes = sizes.encoder.self_attention.num_v_channels, sizes.encoder.num_latent_channels
+    if gives != takes:
         raise UnsupportedModelError(
-            f"config.json: self-attention gives {gives} channels, d_latents is {encoder.num_latent_channels}",
+            f"config.json: self-attention gives {gives} channels, d_latents is {takes}",
             "transformers cannot run such a model either",
         )

@@ -25,6 +25,15 @@ TASKS = {
 _RGB = 3
 _T = TypeVar("_T")
 _MOST = 1 << 20  # of any size in a config: more than any Perceiver has, less than what memory is asked for in vain
+_MOST_SIDE = 2048  # of a square of positions: its table is the square of it
+# Numbers, None, or several numbers: each is from 1 to _MOST.
+_SIZES = (
+    *("num_latents", "d_latents", "d_model", "num_blocks", "num_self_attends_per_block", "qk_channels", "v_channels"),
+    *("num_self_attention_heads", "num_cross_attention_heads"),
+    *("self_attention_widening_factor", "cross_attention_widening_factor"),
+    *("vocab_size", "max_position_embeddings", "image_size", "train_size", "num_labels"),
+    *("num_frames", "audio_samples_per_frame", "samples_per_patch", "output_shape", "output_num_channels"),
+)
 
 
 class HuggingFaceConfig(msgspec.Struct):
@@ -139,11 +148,18 @@ def _check_values(path: Path, config: HuggingFaceConfig) -> None:
             f"{path}: cross_attention_shape_for_attention is {config.cross_attention_shape_for_attention!r}",
             "it is 'q' or 'kv'",
         )
-    sizes = ("num_latents", "d_latents", "d_model", "num_blocks", "num_self_attends_per_block")
-    heads = ("num_self_attention_heads", "num_cross_attention_heads")
-    for name in (*sizes, *heads, "self_attention_widening_factor", "cross_attention_widening_factor"):
-        if not 1 <= getattr(config, name) <= _MOST:
-            raise CheckpointError(f"{path}: {name} is {getattr(config, name)}", f"sizes are from 1 to {_MOST}")
+    for name in _SIZES:
+        value = getattr(config, name)
+        for size in value if isinstance(value, list | tuple) else (value,):
+            if size is not None and not 1 <= size <= _MOST:
+                raise CheckpointError(f"{path}: {name} is {value}", f"sizes are from 1 to {_MOST}")
+    if config.id2label == {}:
+        raise CheckpointError(f"{path}: id2label names no labels", "leave it out, or name each class")
+    sides = config.image_size if isinstance(config.image_size, list) else [config.image_size] * 2
+    if len(sides) != 2 or sides[0] != sides[1] or sides[0] > _MOST_SIDE:
+        raise CheckpointError(
+            f"{path}: image_size is {config.image_size}", f"it is the side of a square, from 1 to {_MOST_SIDE}"
+        )
 
 
 def _decode(path: Path, type_: type[_T]) -> _T:

@@ -15,6 +15,7 @@ from perceiver_export.exporter.perceiver.model import PerceiverIO
 from perceiver_export.runtimes.errors import CheckpointError
 
 _SHOWN = 5
+_LONGEST = 200  # characters of a name that is shown as it is
 
 
 def _as_it_is(tensor: Tensor) -> Tensor:
@@ -105,8 +106,16 @@ def _describe(missing: list[str], unknown: list[str]) -> str:
 
 def _listed(names: Iterable[str], candidates: list[str]) -> str:
     names = list(names)
+    short = [candidate for candidate in candidates if len(candidate) <= _LONGEST]  # long ones are compared for hours
     shown = []
     for name in names[:_SHOWN]:
-        near = difflib.get_close_matches(name, candidates, n=1, cutoff=0.8)
-        shown.append(f"{name} (nearest: {near[0]})" if near else name)
+        near = difflib.get_close_matches(name, short, n=1, cutoff=0.8) if len(name) <= _LONGEST else []
+        shown.append(f"{_shown(name)} (nearest: {_shown(near[0])})" if near else _shown(name))
     return ", ".join(shown) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+
+
+def _shown(name: str) -> str:
+    """A name from a file may be a page long, or hold what steers a terminal."""
+    if len(name) <= _LONGEST:
+        return name if name.isprintable() else repr(name)
+    return f"{name[:_LONGEST]!r}…"
