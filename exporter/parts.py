@@ -88,19 +88,19 @@ def _decoder(
     assert isinstance(model.config.decoder, QueryDecoder)
     output = model.config.decoder.outputs[name]
     total = output.queries.num_queries
-    inputs = [latents]
+    needed = set(model.config.inputs) if isinstance(output.queries, InputQueries) else {f"{name}_queries"}
+    given = [spec for spec in input_specs(model.config, batch) if spec.name in needed]
     if isinstance(output.queries, GivenQueries) or total == 1:
-        inputs += [spec for spec in input_specs(model.config, batch) if spec.name == f"{name}_queries"]
+        inputs = [latents, *given]
         spec = next(spec for spec in output_specs(model.config, batch) if spec.name == name)
         return GraphPart(part, _Decoder(model, name, inputs, output.shape), tuple(inputs), (spec,), _typical(batch))
     usual = total if dynamic else _LEARNED_QUERIES if isinstance(output.queries, LearnedQueries) else _GRID_QUERIES
     most = min(queries or usual, total)
+    dynamic = dynamic and most > 1  # torch knows no range from 1 to 1
     size: int | str = "queries" if dynamic else most
     ranges = {**latents.ranges, **({"queries": (1, most)} if dynamic else {})}
     meaning = f"which of {total} queries to decode, counted from 0"
-    inputs.append(TensorSpec("queries", "int32", (latents.shape[0], size), meaning, ranges))
-    if isinstance(output.queries, InputQueries):
-        inputs += [spec for spec in input_specs(model.config, batch) if not spec.name.endswith("_mask")]
+    inputs = [latents, TensorSpec("queries", "int32", (latents.shape[0], size), meaning, ranges), *given]
     channels = math.prod(output.shape) // total
     rows = TensorSpec(name, "float32", (latents.shape[0], size, channels), "one row a query", ranges)
     typical = _typical(batch) | ({"queries": min(most, _LEARNED_QUERIES)} if dynamic else {})
@@ -137,13 +137,13 @@ def input_specs(config: PerceiverConfig, batch: Batch) -> tuple[TensorSpec, ...]
 
 def output_specs(config: PerceiverConfig, batch: Batch) -> tuple[TensorSpec, ...]:
     """What the model gives."""
+    taken = {spec.name for spec in input_specs(config, batch)}
+    for name in config.decoder.outputs if isinstance(config.decoder, QueryDecoder) else (config.decoder.output,):
+        if name in taken:
+            raise UsageError(f"an output is called {name!r}, as an input is", "give it another name")
     if not isinstance(config.decoder, QueryDecoder):
         shape = (config.decoder.num_output_channels,)
         return (_spec(config.decoder.output, shape, batch, "one score a label, before softmax"),)
-    taken = {spec.name for spec in input_specs(config, batch)}
-    for name in config.decoder.outputs:
-        if name in taken or name == "latents":
-            raise UsageError(f"an output is called {name!r}, as an input or the latents are", "give it another name")
     return tuple(
         _spec(name, output.shape, batch, _MEANINGS.get(name, "")) for name, output in config.decoder.outputs.items()
     )

@@ -18,10 +18,9 @@ from perceiver_export.exporter.loaded import LoadedModel
 from perceiver_export.exporter.perceiver import paper_sizes as sizes
 from perceiver_export.exporter.perceiver.architectures import EncoderSizes, Parity
 from perceiver_export.exporter.perceiver.config import AverageDecoder, ImageInput, PerceiverConfig
+from perceiver_export.exporter.perceiver.input_checks import check_image
 from perceiver_export.exporter.preset_preprocessing import preset_preprocessing
 from perceiver_export.runtimes.errors import UsageError
-
-_SMALLEST_SIDE = 5  # of a picture that transformers' convolution and pool leave anything of
 
 
 @dataclass(frozen=True)
@@ -254,12 +253,8 @@ def _resized(name: str, config: PerceiverConfig, image_shape: tuple[int, int, in
         raise UsageError(
             f"preset {name} reads {image.num_channels} channels, not {channels}", "give --shape image=3xHxW"
         )
-    too_small = min(height, width) < _SMALLEST_SIDE
-    if image.features == "conv" and image.padding == "huggingface" and too_small:
-        raise UsageError(
-            f"{height} × {width} pictures are too small to convolve", f"give sides of {_SMALLEST_SIDE} or more"
-        )
     resized = msgspec.structs.replace(image, height=height, width=width)
+    check_image("image", resized)
     return msgspec.structs.replace(config, inputs={**config.inputs, "image": resized})
 
 

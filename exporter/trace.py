@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import re
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -21,6 +22,7 @@ from perceiver_export.runtimes.errors import ExportError
 from perceiver_export.runtimes.manifest import TensorSpec
 
 OPSET = 20
+_ESCAPES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")  # colours
 IR_VERSION = 10  # onnxruntime 1.23, the newest for Python 3.10, refuses 12 and above
 
 
@@ -46,9 +48,7 @@ def trace(part: GraphPart, config: PerceiverConfig) -> ir.Model:
                 verbose=False,
             )
     except torch.onnx.OnnxExporterError as error:
-        raise ExportError(
-            f"torch cannot trace this model: {str(error).splitlines()[0]}", "report it with the config"
-        ) from error
+        raise ExportError(f"torch cannot trace this model: {_reason(error)}", "report it with the config") from error
     assert program is not None
     graph = program.model
     graph.ir_version = IR_VERSION
@@ -73,17 +73,28 @@ def _dynamic_shapes(specs: tuple[TensorSpec, ...]) -> Any:
     return (tuple(shapes),)  # one tuple for the one argument, *tensors
 
 
+def _reason(error: BaseException) -> str:
+    """What went wrong, in a line: torch's own message is a page of advice round the error that it caught."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in _ESCAPES.sub("", str(error)).splitlines() if line.strip()]
+    return ": ".join((type(error).__name__, *lines[:1]))
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """torch's exporter talks on every channel (progress, notes about torchvision, its own deprecations)."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
+    """torch's exporter talks on every channel (progress, notes about torchvision, its own deprecations, stack traces
+    of what it raises anyway).
+    """
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)  # handlers of torch's loggers keep the stderr that they were made with
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
             warnings.simplefilter("ignore")
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        logging.disable(disabled)

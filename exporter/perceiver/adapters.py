@@ -25,9 +25,7 @@ class ImageAdapter(nn.Module):
     def __init__(self, config: ImageInput) -> None:
         super().__init__()
         self.features = _features(config)
-        with torch.no_grad():
-            grid = self.features.eval()(torch.zeros(1, config.num_channels, config.height, config.width)).shape[2:]
-        self.positions = position_encoding(config.positions, tuple(grid))
+        self.positions = position_encoding(config.positions, config.grid)
 
     def forward(self, image: Tensor) -> Tensor:
         return _beside(self.features(image).flatten(2).transpose(1, 2), self.positions())

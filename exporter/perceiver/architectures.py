@@ -27,9 +27,11 @@ from perceiver_export.exporter.perceiver.config import (
     OutputConfig,
     PerceiverConfig,
     PositionQueries,
+    Positions,
     QueryDecoder,
     TokenInput,
 )
+from perceiver_export.exporter.perceiver.input_checks import check_image
 
 Parity = Literal["huggingface", "deepmind"]
 
@@ -109,13 +111,17 @@ def image_input(
 ) -> ImageInput:
     """The three picture inputs. ``trained_grid`` is what the positions were trained on, or their highest frequency;
     ``num_position_channels`` those of a learned table and of its projection.
+
+    Raises UsageError: a picture that is too small for the convolution, or too large for a table of its positions.
     """
     channels = num_feature_channels or {"pixels": 3, "conv1x1": 256, "conv": 64}[features]
     padding: Literal["same", "huggingface"] = "huggingface" if parity == "huggingface" else "same"
+    positions: Positions = fourier(num_bands, trained_grid, parity)
     if features == "conv1x1":
         positions = LearnedPositions(trained_grid, *num_position_channels)
-        return ImageInput(3, height, width, features, channels, positions, padding)
-    return ImageInput(3, height, width, features, channels, fourier(num_bands, trained_grid, parity), padding)
+    image = ImageInput(3, height, width, features, channels, positions, padding)
+    check_image("image", image)
+    return image
 
 
 def language_model(
@@ -149,12 +155,7 @@ def multitask_text_classifier(
 
 
 def optical_flow(
-    height: int,
-    width: int,
-    encoder: EncoderSizes,
-    parity: Parity,
-    num_feature_channels: int = 64,
-    num_bands: int = 64,
+    height: int, width: int, encoder: EncoderSizes, parity: Parity, num_feature_channels: int = 64, num_bands: int = 64
 ) -> PerceiverConfig:
     """Two frames -> the displacement of every pixel, in pixels; the inputs are the queries."""
     positions = fourier(num_bands, (height, width), parity)
@@ -192,12 +193,8 @@ def video_autoencoder(sizes: VideoSizes, encoder: EncoderSizes, parity: Parity) 
     step = sizes.spatial_patch
     grid = sizes.image_resolution or (sizes.height // step, sizes.width // step)
     image_resolution, audio_resolution = (sizes.num_frames, *grid), (sizes.num_samples,)
-    audio = ArrayInput(
-        (sizes.num_samples,),
-        1,
-        (sizes.samples_per_patch,),
-        positions=fourier(sizes.audio_bands, audio_resolution, parity),
-    )
+    audio_positions = fourier(sizes.audio_bands, audio_resolution, parity)
+    audio = ArrayInput((sizes.num_samples,), 1, (sizes.samples_per_patch,), positions=audio_positions)
     frames = ArrayInput(
         (sizes.num_frames, sizes.height, sizes.width),
         3,

@@ -73,6 +73,19 @@ class ImageInput(msgspec.Struct, frozen=True, tag="image", forbid_unknown_fields
     padding: Literal["same", "huggingface"] = "huggingface"
 
     @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of features: pixels, or what the convolution and the pool leave of them."""
+        if self.features != "conv":
+            return self.height, self.width
+        halves = (-(-side // 2) for side in (self.height, self.width))
+        height, width = (-(-half // 2) if self.padding == "same" else (half - 1) // 2 for half in halves)
+        return height, width
+
+    @property
+    def num_inputs(self) -> int:
+        return math.prod(self.grid)
+
+    @property
     def num_input_channels(self) -> int:
         return self.num_feature_channels + self.positions.num_channels
 
@@ -86,6 +99,10 @@ class FramePairInput(msgspec.Struct, frozen=True, tag="frame-pair", forbid_unkno
     positions: Positions
 
     @property
+    def num_inputs(self) -> int:
+        return self.height * self.width
+
+    @property
     def num_input_channels(self) -> int:
         return self.num_feature_channels + self.positions.num_channels
 
@@ -96,6 +113,10 @@ class TokenInput(msgspec.Struct, frozen=True, tag="tokens", forbid_unknown_field
     vocabulary_size: int
     length: int
     num_input_channels: int
+
+    @property
+    def num_inputs(self) -> int:
+        return self.length
 
 
 class ArrayInput(msgspec.Struct, frozen=True, tag="array", forbid_unknown_fields=True):
@@ -120,6 +141,10 @@ class ArrayInput(msgspec.Struct, frozen=True, tag="array", forbid_unknown_fields
         """How many patches there are along each axis."""
         patch = self.patch or (1,) * len(self.shape)
         return tuple(size // step for size, step in zip(self.shape, patch, strict=True))
+
+    @property
+    def num_inputs(self) -> int:
+        return math.prod(self.grid)
 
     @property
     def num_input_channels(self) -> int:

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from perceiver_export.exporter.perceiver.adapters import TokenAdapter, input_adapter
 from perceiver_export.exporter.perceiver.checks import check_config
 from perceiver_export.exporter.perceiver.config import (
-    ArrayInput,
     GivenQueries,
     InputQueries,
     MaskedInput,
@@ -126,12 +125,3 @@ class PerceiverIO(nn.Module):
         query_mask = mask if self.config.mask_queries and indices is None else None
         rows: Tensor = self.decoder(latents, name, queries, query_mask, embedding)
         return rows if output.scale == 1 else rows * output.scale
-
-
-def masked_inputs(config: PerceiverConfig) -> tuple[str, ...]:
-    """Names of the inputs that come with a mask."""
-    return tuple(
-        name
-        for name, one in config.inputs.items()
-        if isinstance(one, TokenInput) or (isinstance(one, ArrayInput) and one.masked)
-    )
