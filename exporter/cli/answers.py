@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,10 +26,18 @@ def ranked(predictions: Sequence[Prediction]) -> list[str]:
     return [f"{prediction.label}  {prediction.probability:.1%}" for prediction in predictions]
 
 
+@dataclass(frozen=True)
+class LabelAnswer:
+    """What was given, and its labels."""
+
+    input: str
+    labels: list[Prediction]
+
+
 def show_labels(
     bundle: str,
     what: str,
-    answers: Mapping[str, Sequence[Prediction]],
+    answers: Sequence[LabelAnswer],
     where: Mapping[str, Any],
     output: Path | None,
     options: RunOptions,
@@ -41,6 +50,6 @@ def show_labels(
     if options.json:
         print_json(document)
         return
-    rows = [(name, *ranked(predictions)) for name, predictions in answers.items()]
+    rows = [(answer.input, *ranked(answer.labels)) for answer in answers]
     ranks = [f"{rank}." for rank in range(1, max(map(len, rows)))]
     print_table(title(bundle, where), [what, *ranks], rows, note)

@@ -46,7 +46,7 @@ def new_file(path: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
     """Gives a temporary directory to fill; it becomes ``path``, which is absent or empty. Raises InputError."""
-    path = path.absolute()
+    path = path.resolve()  # a link to an empty directory stays one
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         temporary.mkdir()
@@ -73,7 +73,3 @@ def write_json(path: Path, document: Any) -> None:
 def text(path: str | os.PathLike[str]) -> str:
     """A path as text that JSON and terminals can take, whatever bytes its name has."""
     return os.fsencode(path).decode(errors="replace")
-
-
-def _unwritable(path: Path, error: OSError) -> InputError:
-    return InputError(f"{path} cannot be written: {error.strerror or error}", "choose another place with -o")

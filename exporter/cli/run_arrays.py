@@ -23,7 +23,7 @@ def run(bundle: str, inputs: list[str], output: Path | None, options: RunOptions
     from perceiver_export.runtimes.tasks.arrays import Arrays, Sets
 
     if len(inputs) != 1:
-        raise UsageError(f"there are {len(inputs)} inputs", "give one .npz file with all arrays: run BUNDLE in.npz")
+        raise UsageError(f"inputs given: {len(inputs)}", "give one .npz file with all arrays: run BUNDLE in.npz")
     if output is not None:
         check_file(output)
         if output.suffix.lower() != ".npz":

@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from perceiver_export.exporter.cli.answers import show_labels
+from perceiver_export.exporter.cli.answers import LabelAnswer, show_labels
 from perceiver_export.exporter.cli.files import check_file, text
 from perceiver_export.exporter.cli.output import progress_bar
 from perceiver_export.exporter.cli.run_options import RunOptions
@@ -27,7 +27,7 @@ def run(bundle: str, inputs: list[str], output: Path | None, options: RunOptions
 
     if output is not None:
         check_file(output)
-    answers = {}
+    answers = list[LabelAnswer]()
     with (
         cast("AudioClassification", open_task(bundle, options.device, options.threads)) as task,
         progress_bar("run", quiet=options.json) as progress,
@@ -35,7 +35,8 @@ def run(bundle: str, inputs: list[str], output: Path | None, options: RunOptions
         samples = _samples(inputs, task.hears, task.sees)
         for done, (audio, frames) in enumerate(samples):
             progress("run", done, len(samples))
-            answers[text(audio or frames or "")] = task(audio, frames, options.top)
+            name = " + ".join(text(given) for given in (audio, frames) if given is not None)
+            answers.append(LabelAnswer(name, task(audio, frames, options.top)))
         where = task.runtime.describe()
     show_labels(bundle, "input", answers, where, output, options, _NOTE)
 
@@ -45,7 +46,7 @@ def _samples(inputs: list[str], hears: bool, sees: bool) -> list[tuple[str | Non
     if hears and sees:
         if len(inputs) % 2:
             raise UsageError(
-                f"there are {len(inputs)} inputs, the model hears and sees",
+                f"inputs given: {len(inputs)}, and the model hears and sees",
                 "give each recording with the directory of its frames: run BUNDLE sound.wav frames/",
             )
         return list(zip(inputs[::2], inputs[1::2], strict=True))

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from perceiver_export.exporter.cli.answers import title
-from perceiver_export.exporter.cli.files import check_file, check_new_directory, text
+from perceiver_export.exporter.cli.files import check_file, check_new_directory, new_directory, text
 from perceiver_export.exporter.cli.output import print_json, print_table, progress_bar
 from perceiver_export.exporter.cli.run_options import RunOptions
 from perceiver_export.runtimes.errors import InputError, UsageError
@@ -40,12 +41,14 @@ class Motion:
 
 def run(bundle: str, inputs: list[str], output: Path | None, options: RunOptions) -> None:
     """Flow from each frame to the next, as files where ``output`` says so, and a line about each."""
+    from perceiver_export.runtimes.flow_files import write_flow
     from perceiver_export.runtimes.tasks import open_task
 
     frames = _frames(inputs)
     targets = _targets(frames, output)
     motions = []
     with (
+        new_directory(output) if output is not None and _is_directory(output) else nullcontext() as folder,
         cast("OpticalFlow", open_task(bundle, options.device, options.threads)) as task,
         progress_bar("flow", quiet=options.json) as progress,
     ):
@@ -53,7 +56,10 @@ def run(bundle: str, inputs: list[str], output: Path | None, options: RunOptions
         # The callback reads `named` at each call, and the loop below moves it on.
         flows = task.frames(frames, lambda done, total: progress(named, done, total))
         for number, flow in enumerate(flows):
-            motions.append(_finished(frames[number : number + 2], flow, targets[number]))
+            for target in targets[number]:
+                write_flow(target if folder is None else folder / target.name, flow)
+            first, second = map(text, frames[number : number + 2])
+            motions.append(summarize((first, second), flow, [text(target) for target in targets[number]]))
             named = " → ".join(frame.name for frame in frames[number + 1 : number + 3])
         where = task.runtime.describe()
     if options.json:
@@ -110,7 +116,7 @@ def _targets(frames: Sequence[Path], output: Path | None) -> list[list[Path]]:
     pairs = len(frames) - 1
     if output is None:
         return [[] for _ in range(pairs)]
-    if output.is_dir() or not output.suffix:
+    if _is_directory(output):
         return _targets_in(output, frames[:-1])
     check_format(output)
     if pairs > 1:
@@ -121,31 +127,31 @@ def _targets(frames: Sequence[Path], output: Path | None) -> list[list[Path]]:
     return [[output]]
 
 
+def _is_directory(output: Path) -> bool:
+    """Whether the flows go into a directory; else all of ``output`` is one file."""
+    return output.is_dir() or not output.suffix
+
+
 def _targets_in(directory: Path, frames: Sequence[Path]) -> list[list[Path]]:
-    """NAME.flo and NAME.png for each first frame; the directory is made."""
+    """NAME.flo and NAME.png for each first frame."""
     check_new_directory(directory)
-    try:
-        directory.mkdir(exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{directory} cannot be made: {error.strerror}", "give -o another directory") from error
     stems = [frame.stem for frame in frames]
     if len(set(stems)) < len(stems):
         stems = [f"{number:05}_{stem}" for number, stem in enumerate(stems)]
     return [[directory / f"{stem}.flo", directory / f"{stem}.png"] for stem in stems]
 
 
-def _finished(frames: Sequence[Path], flow: Flow, targets: Sequence[Path]) -> Motion:
-    from perceiver_export.runtimes.flow_files import write_flow
-
-    for target in targets:
-        write_flow(target, flow)
-    first, second = map(text, frames)
-    return summarize((first, second), flow, [text(target) for target in targets])
-
-
 def _print(heading: str, motions: Sequence[Motion], output: Path | None) -> None:
+    paths = {path for motion in motions for path in motion.frames}
+    # Frames of different folders may have one name.
+    unique = len({os.path.basename(path) for path in paths}) == len(paths)
     rows: list[tuple[str, ...]] = [
-        (*map(os.path.basename, motion.frames), f"{motion.mean:.2f}", f"{motion.max:.2f}", motion.direction)
+        (
+            *(os.path.basename(path) if unique else path for path in motion.frames),
+            f"{motion.mean:.2f}",
+            f"{motion.max:.2f}",
+            motion.direction,
+        )
         for motion in motions
     ]
     if output is None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from perceiver_export.exporter.cli.answers import show_labels
+from perceiver_export.exporter.cli.answers import LabelAnswer, show_labels
 from perceiver_export.exporter.cli.files import check_file, text
 from perceiver_export.exporter.cli.output import progress_bar
 from perceiver_export.exporter.cli.run_options import RunOptions
@@ -23,14 +23,14 @@ def run(bundle: str, inputs: list[str], output: Path | None, options: RunOptions
     files = _files(inputs)
     if output is not None:
         check_file(output)
-    answers = {}
+    answers = list[LabelAnswer]()
     with (
         cast("PointCloudClassification", open_task(bundle, options.device, options.threads)) as task,
         progress_bar("run", quiet=options.json) as progress,
     ):
         for done, file in enumerate(files):
             progress("run", done, len(files))
-            answers[text(file)] = task(file, options.top)
+            answers.append(LabelAnswer(text(file), task(file, options.top)))
         where = task.runtime.describe()
     show_labels(bundle, "point cloud", answers, where, output, options)
 

@@ -113,7 +113,9 @@ def _texts(inputs: list[str], by_line: bool) -> list[_Text]:
         else:
             found = [_Text(content.removesuffix(b"\n").removesuffix(b"\r"), source)]
         if not any(text.content for text in found):
-            raise InputError(f"{source} holds no text", "write one text a line" if by_line else "write a text into it")
+            raise InputError(
+                f"{_place(source)} holds no text", "write one text a line" if by_line else "write a text into it"
+            )
         texts += found
     return texts
 
@@ -139,7 +141,12 @@ def _located(source: str | None) -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        raise InputError(f"{source}: {error.message}" if source else error.message, error.hint) from error
+        raise InputError(f"{_place(source)}: {error.message}" if source else error.message, error.hint) from error
+
+
+def _place(source: str) -> str:
+    """A file, or file and line, as people call it."""
+    return f"standard input{source[1:]}" if source == "-" or source.startswith("-:") else source
 
 
 def _documented(document: Any, output: Path | None, options: RunOptions) -> bool:
@@ -152,10 +159,10 @@ def _documented(document: Any, output: Path | None, options: RunOptions) -> bool
 
 
 def _classified(text: _Text, answer: Answer) -> dict[str, Any]:
-    found = {"source": text.source, "text": str(text)}
+    found = {"source": text.source, "input": str(text)}
     if isinstance(answer, dict):
         return {**found, "scores": {name: scores.tolist() for name, scores in answer.items()}}
-    return {**found, "predictions": answer}
+    return {**found, "labels": answer}
 
 
 def _cells(answer: Answer) -> list[str]:

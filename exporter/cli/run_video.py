@@ -39,7 +39,7 @@ def run(bundle: str, inputs: list[str], output: Path | None, options: RunOptions
     from perceiver_export.runtimes.tasks.video_autoencoding import psnr
 
     if len(inputs) > 2:
-        raise UsageError(f"there are {len(inputs)} inputs", "give frames, and a WAV file or nothing: run BUNDLE FRAMES")
+        raise UsageError(f"inputs given: {len(inputs)}", "give frames, and a WAV file or nothing: run BUNDLE FRAMES")
     frames, audio = Path(inputs[0]), Path(inputs[1]) if len(inputs) == 2 else None
     check_top(options.top)
     if output is not None:

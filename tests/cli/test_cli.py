@@ -39,7 +39,8 @@ def test_run_writes_json(bundle: Path, tmp_path: Path) -> None:
     shown = json.loads(succeed("run", bundle, FASHION / "pictures", "--json", "-o", tmp_path / "answers.json"))
 
     assert shown == json.loads((tmp_path / "answers.json").read_text(encoding="utf-8"))
-    assert len(shown["answers"]) == 10
+    assert [Path(answer["input"]).suffix for answer in shown["answers"]] == [".png"] * 10
+    assert {len(answer["labels"]) for answer in shown["answers"]} == {3}
     assert shown["runtime"]["target"] == "ort-cpu"
 
 

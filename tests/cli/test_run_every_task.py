@@ -14,10 +14,13 @@ import pytest
 from PIL import Image
 
 from perceiver_export.exporter import export
+from perceiver_export.exporter.cli import run, run_pictures
 from perceiver_export.runtimes import load, open_bundle
+from perceiver_export.runtimes.tasks import TASKS
 
 from . import small_models
 from .commands import fail, succeed
+from .torch_answers import found_numbers, torch_numbers
 
 RNG = np.random.default_rng(0)
 
@@ -72,6 +75,19 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, bool], 
     return made
 
 
+def test_pictures_of_a_directory_come_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    for name in ("frame10.png", "frame2.png", "notes.txt"):
+        (tmp_path / name).touch()
+
+    assert [file.name for file in run_pictures._files([str(tmp_path), "one.png"])] == [
+        "frame2.png", "frame10.png", "one.png",
+    ]  # fmt: skip
+
+
+def test_every_task_has_a_command_and_says_what_it_takes() -> None:
+    assert TASKS.keys() == run._COMMANDS.keys() == run.INPUTS.keys()
+
+
 @pytest.mark.parametrize("split", [False, True], ids=["whole", "split"])
 @pytest.mark.parametrize(("system", "inputs", "expected"), RUNS, ids=[run[0] for run in RUNS])
 def test_run_answers(
@@ -79,10 +95,15 @@ def test_run_answers(
 ) -> None:
     given = [str(files / text) if (files / text).exists() else text for text in inputs]
     shown = succeed("run", bundles[system, split], *given)
-    document = json.loads(succeed("run", bundles[system, split], *given, "--json"))
+    document = json.loads(succeed("run", bundles[system, split], *given, "--json", "--top", "999"))
 
     assert all(text in shown for text in expected), shown
     assert document["runtime"]["target"] == "ort-cpu"
+    numbers = found_numbers(system, document)
+    reference = torch_numbers(system, getattr(small_models, system)(), bundles[system, False], given)
+    assert numbers.keys() == reference.keys()
+    for name, values in reference.items():
+        np.testing.assert_allclose(numbers[name], values, rtol=1e-4, atol=1e-5, err_msg=name)
 
 
 @pytest.mark.parametrize("system", [run[0] for run in RUNS])
@@ -127,8 +148,8 @@ def test_video_is_written_as_frames_and_sound(
         assert (file.getnframes(), file.getframerate()) == (480, 48_000)
 
 
-def bad_inputs(folder: Path) -> dict[str, tuple[str, list[Any]]]:
-    """What is wrong with it: the system and what it is given."""
+def bad_inputs(folder: Path) -> dict[str, tuple[str, list[Any], str]]:
+    """What is wrong with it: the system, what it is given, and words of the error."""
     (folder / "small").mkdir()
     (folder / "mixed").mkdir()
     Image.fromarray(_smooth((10, 30), 0)).save(folder / "small" / "frame0.png")
@@ -146,22 +167,37 @@ def bad_inputs(folder: Path) -> dict[str, tuple[str, list[Any]]]:
     np.savez(folder / "empty.npz", entities=np.zeros((0, 16), np.float32))
     np.savez(folder / "masked.npz", entities=np.ones((4, 16), np.float32), entities_mask=np.zeros(4, np.int32))
     return {
-        "text longer than the model": ("language", ["x" * 33 + "[MASK]"]),
-        "no mask to fill": ("language", ["nothing to do"]),
-        "text that is not UTF-8": ("language", [folder / "latin.txt"]),
-        "frames smaller than a tile": ("flow", [folder / "small"]),
-        "frames of different sizes": ("flow", [folder / "mixed"]),
-        "sound of another rate": ("mel", [folder / "slow.wav"]),
-        "points that are no numbers": ("points", [folder / "nan.npy"]),
-        "no points": ("points", [folder / "nothing.npy"]),
-        "an empty set": ("sets", [folder / "empty.npz"]),
-        "a mask that masks everything": ("sets", [folder / "masked.npz"]),
+        "text longer than the model": ("language", ["x" * 33 + "[MASK]"], "the text has 34 bytes, 32 fit"),
+        "no mask to fill": ("language", ["nothing to do"], "the text has no [MASK]"),
+        "text that is not UTF-8": (
+            "language",
+            [folder / "latin.txt"],
+            "latin.txt: the text is not valid UTF-8: byte 0xe9 at offset 3",
+        ),
+        "frames smaller than a tile": ("flow", [folder / "small"], "10 × 30"),
+        "frames of different sizes": ("flow", [folder / "mixed"], "frame0.png has 20 × 30 pixels"),
+        "sound of another rate": (
+            "mel",
+            [folder / "slow.wav"],
+            "slow.wav has 44100 samples a second, the model takes 48000",
+        ),
+        "points that are no numbers": ("points", [folder / "nan.npy"], "nan.npy: point 0 is [0.0, 0.0, nan]"),
+        "no points": ("points", [folder / "nothing.npy"], "nothing.npy holds no point"),
+        "an empty set": ("sets", [folder / "empty.npz"], "the entities have shape [1, 0, 16]"),
+        "a mask that masks everything": (
+            "sets",
+            [folder / "masked.npz"],
+            "'entities_mask' masks everything of sample 0",
+        ),
     }
 
 
-def test_bad_input_is_one_error_and_one_hint(bundles: dict[tuple[str, bool], Path], tmp_path: Path) -> None:
-    for system, given in bad_inputs(tmp_path).values():
-        fail("run", bundles[system, False], *given)
+@pytest.mark.parametrize("split", [False, True], ids=["whole", "split"])
+def test_bad_input_is_one_error_and_one_hint(
+    bundles: dict[tuple[str, bool], Path], split: bool, tmp_path: Path
+) -> None:
+    for what, (system, given, expected) in bad_inputs(tmp_path).items():
+        assert expected in fail("run", bundles[system, split], *given).splitlines()[0], what
 
 
 def test_own_models_of_the_examples(tmp_path: Path) -> None:

@@ -91,13 +91,13 @@ def test_a_file_has_a_text_a_line_to_classify(batch: Size, opened: Any, capsys: 
 
     answers = json.loads(capsys.readouterr().out)["answers"]
     lines = ["first", "zweite Zeile\u2028hier", "third", "fourth", "fifth"]
-    assert [answer["text"] for answer in answers] == ["an argument", *lines]
+    assert [answer["input"] for answer in answers] == ["an argument", *lines]
     sources = [None, *(f"{tmp_path / 'texts.txt'}:{number}" for number in (1, 4, 5, 6, 7))]
     assert [answer["source"] for answer in answers] == sources
     with classification(classifier(False, {"logits": 3}, labels=LABELS)) as classify:
         for answer in answers:
-            found = [Prediction(**prediction) for prediction in answer["predictions"]]
-            assert found == classify(answer["text"], top=3)
+            found = [Prediction(**prediction) for prediction in answer["labels"]]
+            assert found == classify(answer["input"], top=3)
 
 
 def test_the_command_shows_labels_or_the_scores_of_tasks(opened: Any, capsys: Any) -> None:
@@ -152,7 +152,7 @@ def test_inputs_and_outputs_that_are_not_there(opened: Any, tmp_path: Path, monk
         (str(tmp_path / "absent.txt"), "No such file"),
         (str(tmp_path / "folder.txt"), "Is a directory"),
         ("[MASK]" + "x" * 5000 + ".txt", "too long"),
-        ("-", "holds no text"),
+        ("-", "standard input holds no text"),
         ("caf\udce9 [MASK]", "not valid UTF-8"),
         ("nothing masked", r"no \[MASK\]"),
     ):
