@@ -25,9 +25,8 @@ from typing import Any
 import numpy as np
 
 from perceiver_export.runtimes.errors import DataError, PerceiverExportError
+from perceiver_export.runtimes.pictures import PICTURE_FILES
 from perceiver_export.runtimes.runtime import Array
-
-PICTURES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ def _open_directory(path: Path, labels: tuple[str, ...]) -> Data:
                 label = _label(folder.name, labels, f"folder {folder}")
                 samples += [Sample(file, label, f"{folder.name}/{file.name}") for file in files]
     if not samples:
-        raise DataError(f"{path} holds no pictures and no .npz", f"pictures end in {', '.join(sorted(PICTURES))}")
+        raise DataError(f"{path} holds no pictures and no .npz", f"pictures end in {', '.join(sorted(PICTURE_FILES))}")
     return Data(samples, len(samples))
 
 
@@ -217,4 +216,4 @@ def _check_index(index: int, labels: tuple[str, ...], where: str) -> None:
 
 
 def _is_picture(path: Path) -> bool:
-    return path.is_file() and path.suffix.lower() in PICTURES
+    return path.is_file() and path.suffix.lower() in PICTURE_FILES

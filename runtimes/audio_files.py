@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from perceiver_export.runtimes.errors import InputError
+from perceiver_export.runtimes.frame_files import as_array
 
 Sound = npt.NDArray[np.float32]
 AudioLike = str | os.PathLike[str] | npt.NDArray[Any]
@@ -47,10 +48,10 @@ def take_sound(audio: AudioLike, sample_rate: int, num_samples: int) -> Sound:
 
     Raises InputError: what `read_wav` and `as_sound` refuse, and sound that is too short.
     """
-    if isinstance(audio, np.ndarray):
-        sound, name = as_sound(audio), "the sound"
-    else:
+    if isinstance(audio, (str, os.PathLike)):
         sound, name = read_wav(audio, sample_rate, num_samples), os.fspath(audio)
+    else:
+        sound, name = as_sound(audio), "the sound"
     if len(sound) < num_samples:
         raise InputError(
             f"{name} lasts {len(sound) / sample_rate:.3f} s, {len(sound)} samples",
@@ -59,8 +60,9 @@ def take_sound(audio: AudioLike, sample_rate: int, num_samples: int) -> Sound:
     return sound[:num_samples]
 
 
-def as_sound(array: npt.NDArray[Any]) -> Sound:
-    """float32 (samples,) of an array (samples,) or (samples, channels), floating point or int16. Raises InputError."""
+def as_sound(sound: npt.ArrayLike) -> Sound:
+    """float32 (samples,) of numbers (samples,) or (samples, channels), floating point or int16. Raises InputError."""
+    array = as_array(sound)
     if array.ndim not in (1, 2) or 0 in array.shape:
         raise InputError(f"the sound has shape {list(array.shape)}", "give (samples,) or (samples, channels)")
     first = array if array.ndim == 1 else array[:, 0]
@@ -113,8 +115,11 @@ def write_wav(path: str | os.PathLike[str], sound: npt.NDArray[np.floating], sam
 
 
 def conversion(path: str | os.PathLike[str], sample_rate: int) -> str:
-    """The command that makes a WAV file of the right rate of any recording."""
-    return f"ffmpeg -i {shlex.quote(os.fspath(path))} -ar {sample_rate} -ac 1 out.wav"
+    """The command that makes a WAV file of the right rate of any recording.
+
+    It keeps the channels: `-ac 1` would mix them, and DeepMind's code takes the first.
+    """
+    return f"ffmpeg -i {shlex.quote(os.fspath(path))} -ar {sample_rate} out.wav"
 
 
 def _find_data(file: BinaryIO, name: str, sample_rate: int) -> tuple[_Format, int]:

@@ -137,7 +137,7 @@ def symbol(token: int) -> str:
 def utf8(text: str | bytes) -> bytes:
     """The bytes of a text. Raises InputError, with the offset, where it is not valid UTF-8."""
     if not isinstance(text, str | bytes):
-        raise InputError(f"the text is a {type(text).__name__}", "give one text, str or bytes")
+        raise InputError(f"the text is of type {type(text).__name__}", "give one text, str or bytes")
     try:
         # Bytes of the command line that are not UTF-8 arrive as surrogate escapes.
         content = text.encode("utf-8", "surrogateescape") if isinstance(text, str) else text

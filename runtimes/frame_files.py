@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The frames of a video: a directory of pictures, a list of them, or an array."""
+"""What tasks are given as files or arrays: a picture, a .npy file, or a video's frames in one of several forms."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def read_frames(frames: FramesLike, count: int) -> list[Picture]:
     """
     found = open_frames(frames)
     if len(found) < count:
-        raise InputError(f"there are {len(found)} frames", f"the model needs {count}")
-    pictures = [as_picture(f) if isinstance(f, np.ndarray) else read_picture(f) for f in found[:count]]
+        raise InputError(f"frames given: {len(found)}", f"the model needs {count}")
+    pictures = [take_picture(frame) for frame in found[:count]]
     for number, picture in enumerate(pictures):
         if picture.shape != pictures[0].shape:
             (height, width), (high, wide) = pictures[0].shape[:2], picture.shape[:2]
@@ -45,6 +45,10 @@ def open_frames(frames: FramesLike) -> Sequence[PictureLike]:
     if isinstance(frames, np.ndarray):
         return _frames_of_array(frames, "the video")
     if not isinstance(frames, (str, os.PathLike)):
+        if not isinstance(frames, Sequence):
+            raise InputError(
+                f"the frames are of type {type(frames).__name__}", "give a directory, a .npy file, an array or a list"
+            )
         return frames
     path = Path(frames)
     if path.is_dir():
@@ -57,6 +61,19 @@ def open_frames(frames: FramesLike) -> Sequence[PictureLike]:
         f"{path} is neither a directory of pictures nor a .npy file",
         f"take it apart first: mkdir frames && ffmpeg -i {shlex.quote(str(path))} frames/%05d.png",
     )
+
+
+def take_picture(picture: PictureLike) -> Picture:
+    """uint8 (H, W, 3) of a picture file or an array. Raises what `read_picture` and `as_picture` raise."""
+    return read_picture(picture) if isinstance(picture, (str, os.PathLike)) else as_picture(as_array(picture))
+
+
+def as_array(given: Any) -> npt.NDArray[Any]:
+    """An array of an array or of nested lists. Raises InputError: lists of different lengths."""
+    try:
+        return np.asarray(given)
+    except ValueError as error:
+        raise InputError("the rows of a list differ in length", "give an array, or rows of one length") from error
 
 
 def load_npy(path: str | os.PathLike[str]) -> npt.NDArray[Any]:

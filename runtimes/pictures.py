@@ -22,7 +22,7 @@ _RADIUS = {"bilinear": 1.0, "bicubic": 2.0, "lanczos": 3.0}
 _OPENCV = "opencv-bicubic"  # DeepMind's resize, and with it goes DeepMind's crop
 
 # Files of a directory that are taken for pictures.
-_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
+PICTURE_FILES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
 
 _MOST_PIXELS = 80_000_000
 _ONE = float(1 << 22)  # the fixed-point 1 of Pillow's resampling weights
@@ -64,11 +64,11 @@ def picture_files(directory: str | os.PathLike[str]) -> list[Path]:
     """
     path = Path(directory)
     try:
-        found = [file for file in path.iterdir() if file.suffix.lower() in _SUFFIXES and file.is_file()]
+        found = [file for file in path.iterdir() if file.suffix.lower() in PICTURE_FILES and file.is_file()]
     except OSError as error:
         raise InputError(f"{path} is not a directory that can be read", "give a directory of pictures") from error
     if not found:
-        raise InputError(f"{path} holds no pictures", f"pictures end in {', '.join(sorted(_SUFFIXES))}")
+        raise InputError(f"{path} holds no pictures", f"pictures end in {', '.join(sorted(PICTURE_FILES))}")
     return sorted(found, key=_natural)
 
 

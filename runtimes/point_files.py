@@ -4,21 +4,24 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from perceiver_export.runtimes.errors import InputError
-from perceiver_export.runtimes.frame_files import load_npy
+from perceiver_export.runtimes.frame_files import as_array, load_npy
 
 # In float64, since clouds may lie far from the origin.
 Points = npt.NDArray[np.float64]
 
 POINT_FILES = (".npy", ".xyz", ".ply")
 _XYZ = ("x", "y", "z")
+# A line of its own: comments may say the word too.
+_END_HEADER = re.compile(rb"(?:\r\n|\r|\n)[ \t]*end_header[ \t]*(?:\r\n|\r|\n|\Z)")
+_MOST_DIGITS = 18  # of a count; Python reads no number of thousands of digits
 
 
 def read_points(path: str | os.PathLike[str]) -> Points:
@@ -45,8 +48,9 @@ def read_points(path: str | os.PathLike[str]) -> Points:
     return as_points(np.array(rows, dtype=np.float64).reshape(-1, 3), name)
 
 
-def as_points(array: npt.NDArray[Any], name: str = "the point cloud") -> Points:
-    """float64 (n, 3) of an array of numbers (n, 3). Raises InputError: other shapes, no point, NaN or infinity."""
+def as_points(cloud: npt.ArrayLike, name: str = "the point cloud") -> Points:
+    """float64 (n, 3) of numbers (n, 3). Raises InputError: other shapes, no point, NaN or infinity."""
+    array = as_array(cloud)
     if array.dtype.kind not in "fiu" or array.ndim != 2 or array.shape[1] != 3:
         raise InputError(
             f"{name} is {array.dtype} with shape {list(array.shape)}",
@@ -58,7 +62,7 @@ def as_points(array: npt.NDArray[Any], name: str = "the point cloud") -> Points:
     wrong = np.flatnonzero(~np.isfinite(points).all(axis=1))
     if len(wrong):
         raise InputError(
-            f"{name}: point {wrong[0]} is {array[wrong[0]].tolist()}, {len(wrong)} of {len(points)} are not finite",
+            f"{name}: point {wrong[0]} is {array[wrong[0]].tolist()}; not finite: {len(wrong)} of {len(points)}",
             "take them out: points[numpy.isfinite(points).all(axis=1)]",
         )
     return points
@@ -92,17 +96,19 @@ def _xyz(content: bytes, name: str) -> list[list[float]]:
 
 def _ply(content: bytes, name: str) -> list[list[float]]:
     """Rows of x, y, z; the elements before the vertices take one line each, as the format says."""
-    lines = _lines(content.partition(b"end_header")[0], name)
-    if not lines or lines[0].strip() != "ply" or b"end_header" not in content:
+    end = _END_HEADER.search(content)
+    lines = _lines(content[: end.start()], name) if end else []
+    if not end or lines[:1] == [] or lines[0].strip() != "ply":
         raise InputError(f"{name} is not a PLY file, or cut short in its header", "give an ASCII .ply, .xyz or .npy")
-    if lines[1:2] != ["format ascii 1.0"]:
+    form = next((line.split() for line in lines if line.split()[:1] == ["format"]), [])
+    if form != ["format", "ascii", "1.0"]:
         raise InputError(
-            f"{name} is not an ASCII PLY file: {' '.join(lines[1:2]) or 'no format'}",
+            f"{name} is not an ASCII PLY file: {' '.join(form)[:60] or 'no format'}",
             "save it as ASCII (Open3D: write_point_cloud(..., write_ascii=True)), or its points with numpy.save",
         )
-    before, count, properties = _ply_vertices(lines[2:], name)
+    before, count, properties = _ply_vertices(lines[1:], name)
     columns = [properties.index(axis) for axis in _XYZ]
-    body = _lines(content.partition(b"end_header")[2], name)[1:]
+    body = _lines(content[end.end() :], name)
     rows = [line.split() for line in body if line.strip()][before : before + count]
     if len(rows) < count:
         raise InputError(f"{name} is cut short: {len(rows)} of {count} points are there", "copy it again")
@@ -116,6 +122,10 @@ def _ply_vertices(header: Sequence[str], name: str) -> tuple[int, int, list[str]
     for line in header:
         words = line.split()
         if words[:1] == ["element"] and len(words) == 3 and words[2].isdecimal():
+            if len(words[2]) > _MOST_DIGITS:
+                raise InputError(
+                    f"{name} counts {words[2][:20]}… of {words[1][:60]}", "its header is damaged: copy it again"
+                )
             inside = words[1] == "vertex"
             if inside:
                 count = int(words[2])

@@ -36,7 +36,10 @@ class Arrays(Task):
             raise BundleError("the model has no input, no output, or one without a batch dimension", _AGAIN)
 
     def __call__(self, arrays: Mapping[str, npt.NDArray[Any]] | npt.NDArray[Any]) -> dict[str, Array]:
-        """All outputs. Raises InputError: arrays that the model does not take, or masks that mask everything."""
+        """All outputs.
+
+        Raises InputError: arrays that the model does not take or that are not finite, masks that mask everything.
+        """
         specs, _ = interface(self.manifest)
         given = self._named(arrays, specs)
         feeds = {spec.name: _converted(given[spec.name], spec) for spec in specs}
@@ -50,6 +53,9 @@ class Arrays(Task):
         if ranks == {-1}:
             feeds = {name: array[None] for name, array in feeds.items()}
         count_samples(feeds)
+        for name, array in feeds.items():
+            if not np.isfinite(array).all():
+                raise InputError(f"{name!r} holds values that are not finite numbers", "mask them, or give 0 for them")
         _check_masks(feeds, specs)
         outputs = run_batched(self.runtime, feeds)
         return {name: array[0] for name, array in outputs.items()} if ranks == {-1} else outputs
@@ -57,7 +63,7 @@ class Arrays(Task):
     def _named(
         self, arrays: Mapping[str, npt.NDArray[Any]] | npt.NDArray[Any], specs: tuple[TensorSpec, ...]
     ) -> Mapping[str, npt.NDArray[Any]]:
-        named = {specs[0].name: arrays} if isinstance(arrays, np.ndarray) else arrays
+        named = arrays if isinstance(arrays, Mapping) else {specs[0].name: arrays}
         if named.keys() != {spec.name for spec in specs}:
             raise InputError(f"given are {', '.join(map(repr, named)) or 'no arrays'}", f"give {_shapes(specs)}")
         return named
@@ -104,7 +110,7 @@ class Sets(Task):
                 raise InputError(f"the mask has shape {list(flags.shape)}", f"the entities want {list(shape)}")
             feeds["entities_mask"] = np.pad(flags.reshape(rows.shape[:2]), ((0, 0), (0, most - count)))
         elif mask is not None or count < most:
-            given = "a mask is given" if mask is not None else f"there are {count} entities"
+            given = "a mask is given" if mask is not None else f"entities given: {count}"
             raise InputError(given, f"the model has no mask: give {most} entities and nothing else")
         _check_masks(feeds, tuple(specs.values()))
         outputs = run_batched(self.runtime, feeds)["outputs"][:, :count]
@@ -121,12 +127,16 @@ class Sets(Task):
 
 
 def _check_masks(feeds: Mapping[str, Array], specs: tuple[TensorSpec, ...]) -> None:
-    """Masks are called ``NAME_mask``; one input of several may be masked altogether, all of them may not."""
+    """Masks are called ``NAME_mask``; one input of several may be masked altogether, all of them may not.
+
+    Queries that are given, ``NAME_queries``, ask the model something and tell it nothing.
+    """
     masks = {s.name: feeds[s.name] for s in specs if s.dtype == "int32" and s.name.endswith("_mask")}
     for name, mask in masks.items():
         if not np.isin(mask, (0, 1)).all():
             raise InputError(f"{name!r} holds other values than 0 and 1", "1 is what counts, 0 is what is masked")
-    if not masks or any(s.name not in masks and f"{s.name}_mask" not in masks for s in specs):
+    told = [s.name for s in specs if s.name not in masks and not s.name.endswith("_queries")]
+    if not masks or any(f"{name}_mask" not in masks for name in told):
         return
     left = np.stack([mask.reshape(len(mask), -1).any(axis=1) for mask in masks.values()]).any(axis=0)
     if not left.all():
@@ -162,7 +172,7 @@ def read_arrays(path: str | os.PathLike[str]) -> dict[str, npt.NDArray[Any]] | n
 def _converted(array: npt.NDArray[Any], spec: TensorSpec) -> Array:
     """The array in the graph's dtype, where no number changes its meaning."""
     if not isinstance(array, np.ndarray):
-        raise InputError(f"{spec.name!r} is a {type(array).__name__}", "give a numpy array")
+        raise InputError(f"{spec.name!r} is of type {type(array).__name__}", "give a numpy array")
     wanted = np.dtype(spec.dtype)
     kinds = "f" if wanted.kind == "f" else "biu"
     if array.dtype == wanted:

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 
@@ -13,6 +15,7 @@ from perceiver_export.runtimes.runtime import Array, Feeds, Runtime
 
 # Shape after the batch dimension; None is any size.
 Shape = tuple[int | None, ...]
+_Given = TypeVar("_Given")
 
 _AGAIN = "export the bundle again"
 
@@ -49,6 +52,16 @@ def limits(spec: TensorSpec, axis: int) -> tuple[int, int]:
     """The least and the most that this dimension may be."""
     size = spec.shape[axis]
     return (size, size) if isinstance(size, int) else spec.ranges[size]
+
+
+def as_list(given: Iterable[_Given], what: str) -> list[_Given]:
+    """The samples that are given. Raises InputError: none; or one alone, a path or a text, which is no list."""
+    if isinstance(given, (str, bytes, os.PathLike)) or not isinstance(given, Iterable):
+        raise InputError(f"the {what} are of type {type(given).__name__}", f"give a list of {what}, even of one")
+    samples = list(given)
+    if not samples:
+        raise InputError(f"no {what} are given", "give one or more")
+    return samples
 
 
 def count_samples(feeds: Feeds) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,8 +12,9 @@ import numpy.typing as npt
 
 from perceiver_export.runtimes.errors import BundleError, InputError
 from perceiver_export.runtimes.flow_tiles import Box, Flow, Stitching, Tile, tiles
+from perceiver_export.runtimes.frame_files import take_picture
 from perceiver_export.runtimes.manifest import Manifest
-from perceiver_export.runtimes.pictures import Picture, as_picture, picture_files, read_picture
+from perceiver_export.runtimes.pictures import Picture, picture_files
 from perceiver_export.runtimes.preprocessing import FlowPreprocessing
 from perceiver_export.runtimes.queries import decode
 from perceiver_export.runtimes.runtime import Feeds
@@ -152,15 +152,13 @@ _Frame = tuple[str, Picture]
 
 
 def _named(frame: FrameLike, name: str) -> _Frame:
-    """A frame's pixels, and what to call it: its file's name where it has one."""
-    if isinstance(frame, np.ndarray):
-        return name, as_picture(frame)
-    return Path(frame).name, read_picture(frame)
+    """A frame's pixels, and what to call it: its path where it has one."""
+    return os.fspath(frame) if isinstance(frame, (str, os.PathLike)) else name, take_picture(frame)
 
 
 def _check_count(frames: int) -> None:
     if frames < 2:
-        raise InputError(f"flow goes from frame to frame, found {frames}", "give two frames of the same size, or more")
+        raise InputError(f"frames given: {frames}", "flow goes from frame to frame: give two or more, of the same size")
 
 
 def _pair(first: _Frame, second: _Frame) -> Picture:

@@ -16,11 +16,18 @@ from perceiver_export.runtimes.point_files import as_points, into_unit_cube, rea
 from perceiver_export.runtimes.preprocessing import PointsPreprocessing
 from perceiver_export.runtimes.runtime import Array, Feeds
 from perceiver_export.runtimes.tasks.base import LoadPart, Task
-from perceiver_export.runtimes.tasks.graphs import Shape, check_interface, check_labels, interface, run_batched
+from perceiver_export.runtimes.tasks.graphs import (
+    Shape,
+    as_list,
+    check_interface,
+    check_labels,
+    interface,
+    run_batched,
+)
 from perceiver_export.runtimes.tasks.prediction import Prediction, softmax
 from perceiver_export.runtimes.tasks.ranking import check_top, rank
 
-CloudLike = str | os.PathLike[str] | npt.NDArray[Any]
+CloudLike = str | os.PathLike[str] | npt.NDArray[Any] | Sequence[Sequence[float]]
 
 
 class PointCloudClassification(Task):
@@ -55,11 +62,11 @@ class PointCloudClassification(Task):
 
     def preprocess(self, cloud: CloudLike) -> dict[str, Array]:
         """The model's inputs of one cloud: ``points`` (1, num_points, 3), and ``points_mask`` where it has one."""
-        points = as_points(cloud) if isinstance(cloud, np.ndarray) else read_points(cloud)
+        points = read_points(cloud) if isinstance(cloud, (str, os.PathLike)) else as_points(cloud)
         missing = self.num_points - len(points)
         if missing > 0 and not self._masked:
             raise InputError(
-                f"the point cloud has {len(points)} points",
+                f"points in the cloud: {len(points)}",
                 f"the model has no mask for padding and needs {self.num_points}; sample more from the surface",
             )
         rows = into_unit_cube(subsample(points, self.num_points))
@@ -70,7 +77,7 @@ class PointCloudClassification(Task):
 
     def logits(self, clouds: Sequence[CloudLike]) -> npt.NDArray[np.float32]:
         """Logits (len(clouds), labels), in the batches that the bundle was exported for."""
-        samples = [self.preprocess(cloud) for cloud in clouds]
+        samples = [self.preprocess(cloud) for cloud in as_list(clouds, "point clouds")]
         return self.run_inputs({name: np.concatenate([sample[name] for sample in samples]) for name in samples[0]})
 
     def run_inputs(self, feeds: Feeds) -> npt.NDArray[np.float32]:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 @dataclass(frozen=True)
 class Prediction:
-    """A label, its index and its probability (softmax of the logits)."""
+    """A label, its index and its probability: softmax of the logits, or sigmoid where labels do not exclude others."""
 
     label: str
     index: int

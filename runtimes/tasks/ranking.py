@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from perceiver_export.runtimes.errors import UsageError
-from perceiver_export.runtimes.tasks.image_classification import Prediction
+from perceiver_export.runtimes.tasks.prediction import Prediction
 
 
 def rank(probabilities: npt.NDArray[np.float32], labels: Sequence[str], top: int) -> list[Prediction]:

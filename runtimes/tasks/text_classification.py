@@ -12,7 +12,7 @@ from perceiver_export.runtimes.byte_tokenizer import ByteTokenizer
 from perceiver_export.runtimes.errors import BundleError, UsageError
 from perceiver_export.runtimes.manifest import Manifest
 from perceiver_export.runtimes.tasks.base import LoadPart, Task
-from perceiver_export.runtimes.tasks.graphs import check_interface, check_labels, interface, run_batched
+from perceiver_export.runtimes.tasks.graphs import as_list, check_interface, check_labels, interface, run_batched
 from perceiver_export.runtimes.tasks.prediction import Prediction, softmax
 from perceiver_export.runtimes.tasks.ranking import check_top, rank
 
@@ -57,14 +57,15 @@ class TextClassification(Task):
     def batch(self, texts: Sequence[str | bytes], top: int = 5) -> list[Answer]:
         """The answer to each text, run in the batches that the bundle was exported for. Raises what a call raises."""
         check_top(top)
-        outputs = self.outputs(texts)
+        given = as_list(texts, "texts")
+        outputs = self.outputs(given)
         if self.labels:
             return [rank(row, self.labels, top) for row in softmax(outputs["logits"])]
-        return [{name: scores[row] for name, scores in outputs.items()} for row in range(len(texts))]
+        return [{name: scores[row] for name, scores in outputs.items()} for row in range(len(given))]
 
     def outputs(self, texts: Sequence[str | bytes]) -> dict[str, Scores]:
         """The model's outputs (len(texts), classes) by name: ``logits``, or an output for each task."""
-        return run_batched(self.runtime, self.tokenizer(texts))
+        return run_batched(self.runtime, self.tokenizer(as_list(texts, "texts")))
 
     def task(self, text: str | bytes, name: str) -> Scores:
         """One task's scores (classes,). Of a split bundle only the encoder and that task's decoder run.

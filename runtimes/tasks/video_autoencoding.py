@@ -167,10 +167,11 @@ def _check_decoders(manifest: Manifest, steps: VideoPreprocessing) -> None:
     sizes = {"video": steps.num_frames * steps.height * steps.width * 3, "sound": steps.num_samples, "label": None}
     for name, size in sizes.items():
         part = manifest.parts.get(f"decoder_{name}")
-        if part is None or [spec.name for spec in part.outputs] != [name] or part.inputs[0].name != "latents":
+        gives = [spec.name for spec in part.outputs] if part is not None else []
+        if part is None or gives != [name] or [spec.name for spec in part.inputs[:1]] != ["latents"]:
             raise BundleError(f"the part decoder_{name} is missing or incomplete", "export the bundle again")
         if [spec.name for spec in part.inputs[1:]] == ["queries"]:
-            width = part.outputs[0].shape[-1]
+            width = part.outputs[0].shape[-1] if part.outputs[0].shape else None
             if not part.num_queries or not isinstance(width, int) or size not in (None, part.num_queries * width):
                 raise BundleError(
                     f"decoder_{name} gives {part.num_queries} × {width} values, the {name} has {size}",

@@ -105,7 +105,7 @@ def test_another_rate_is_refused_with_the_command_that_converts(tmp_path: Path) 
     with pytest.raises(InputError, match="44100") as caught:
         read_wav(path, RATE)
 
-    assert caught.value.hint == f"ffmpeg -i '{path}' -ar 48000 -ac 1 out.wav"
+    assert caught.value.hint == f"ffmpeg -i '{path}' -ar 48000 out.wav"
 
 
 GOOD = riff(pcm(STEREO[:, 0], 16), 16)

@@ -155,7 +155,7 @@ def test_the_batch_of_the_bundle_is_filled_up() -> None:
         (HEARS, SOUND, FRAMES, "no frames"),
         (SEES, SOUND, FRAMES, "no sound"),
         (BOTH, SOUND, None, "takes frames"),
-        (BOTH, SOUND, FRAMES[:1], "1 frames"),
+        (BOTH, SOUND, FRAMES[:1], "frames given: 1"),
         (HEARS, SOUND[:100], None, "100 samples"),
         (HEARS, "nowhere.wav", None, "does not exist"),
         (HEARS, SOUND * np.nan, None, "not finite"),
@@ -181,6 +181,15 @@ def test_a_spectrogram_file_of_another_shape_is_refused(tmp_path: Path) -> None:
     np.save(tmp_path / "mel.npy", np.zeros((MEL[0] + 1, MEL[1]), np.float32))
     with task_of(*bundle_of(HEARS_MEL)) as task, pytest.raises(InputError, match=r"\[11, 6\]"):
         task(tmp_path / "mel.npy")
+
+
+def test_sound_and_frames_may_be_lists() -> None:
+    with task_of(*bundle_of(BOTH)) as task:
+        assert task(SOUND.tolist(), list(FRAMES)) == task(SOUND, FRAMES)
+        wrong: list[tuple[Any, Any]] = [(SOUND.tolist(), 3), ([[0.0], [0.0, 1.0]], FRAMES), (["loud"], FRAMES)]
+        for audio, frames in wrong:
+            with pytest.raises(InputError):
+                task(audio, frames)
 
 
 def test_no_label_at_all_is_a_usage_error() -> None:
@@ -232,8 +241,8 @@ def test_run_takes_many_recordings(
     shown = capsys.readouterr().out
     assert shown.count("music  73.1%") == 2
     written = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
-    assert list(written["answers"]) == files
-    assert written["answers"][files[0]][0]["label"] == "music"
+    assert [answer["input"] for answer in written["answers"]] == files
+    assert written["answers"][0]["labels"][0]["label"] == "music"
 
 
 def test_run_takes_recordings_and_frames_in_pairs(
@@ -243,9 +252,12 @@ def test_run_takes_recordings_and_frames_in_pairs(
     wav, frames = str(tmp_path / "a.wav"), str(tmp_path / "frames.npy")
     write_wav(wav, SOUND, RATE)
     np.save(frames, FRAMES)
-    run("bundle", [wav, frames], None, RunOptions(1, "auto", None, json=True))
+    np.save(tmp_path / "other.npy", FRAMES[::-1])
+    given = [wav, frames, wav, str(tmp_path / "other.npy")]
+    run("bundle", given, None, RunOptions(1, "auto", None, json=True))
 
-    assert list(json.loads(capsys.readouterr().out)["answers"]) == [wav]
+    names = [answer["input"] for answer in json.loads(capsys.readouterr().out)["answers"]]
+    assert names == [f"{wav} + {frames}", f"{wav} + {tmp_path / 'other.npy'}"]
     with pytest.raises(UsageError, match="hears and sees"):
         run("bundle", [wav], None, OPTIONS)
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,10 +21,11 @@ from perceiver_export.runtimes.byte_tokenizer import (
     symbol,
 )
 from perceiver_export.runtimes.errors import InputError
+from tests.vector_folders import vector_folders
 
-VECTORS = json.loads(
-    (Path(__file__).resolve().parents[1] / "vectors" / "functions" / "tokenizer.json").read_text(encoding="utf-8")
-)
+VECTORS = [
+    json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")) for folder in vector_folders("tokenizer.json")
+]
 DEEPMIND = ByteTokenizer(512, special_tokens=False)
 TRANSFORMERS = ByteTokenizer(512, special_tokens=True)
 TEXTS = [
@@ -42,14 +42,19 @@ def original() -> Any:
     return pytest.importorskip("transformers").PerceiverTokenizer(model_max_length=512)
 
 
-def test_the_special_tokens_are_deepminds() -> None:
+def cases(*groups: str) -> list[dict[str, Any]]:
+    return [case for vectors in VECTORS for group in groups for case in vectors[group]]
+
+
+@pytest.mark.parametrize("vectors", VECTORS)
+def test_the_special_tokens_are_deepminds(vectors: dict[str, Any]) -> None:
     names = {name.strip("[]").lower(): token for token, name in enumerate(SPECIAL_TOKENS)}
 
-    assert names == VECTORS["special"]
-    assert VECTORS["vocab_size"] == VOCABULARY
+    assert names == vectors["special"]
+    assert vectors["vocab_size"] == VOCABULARY
 
 
-@pytest.mark.parametrize("case", [case for case in VECTORS["encode"] if case["text"]])
+@pytest.mark.parametrize("case", [case for case in cases("encode") if case["text"]])
 def test_texts_are_encoded_as_by_deepminds_code(case: dict[str, Any]) -> None:
     for text in (case["text"], case["text"].encode()):
         tokens = DEEPMIND.encode(text)
@@ -58,23 +63,23 @@ def test_texts_are_encoded_as_by_deepminds_code(case: dict[str, Any]) -> None:
         assert tokens.tolist() == case["ids"]
 
 
-@pytest.mark.parametrize("case", VECTORS["encode_bytes"])
+@pytest.mark.parametrize("case", cases("encode_bytes"))
 def test_bytes_are_encoded_as_by_deepminds_code(case: dict[str, Any]) -> None:
     assert byte_tokens(bytes.fromhex(case["bytes_hex"])).tolist() == case["ids"]
 
 
-@pytest.mark.parametrize("case", VECTORS["decode"] + VECTORS["round_trip"])
+@pytest.mark.parametrize("case", cases("decode", "round_trip"))
 def test_tokens_are_decoded_as_by_deepminds_code(case: dict[str, Any]) -> None:
     assert decode(case["ids"]) == case["text"]
     assert decode(np.array(case["ids"], dtype=np.int32)) == case["text"]
 
 
-def test_padding_is_deepminds() -> None:
-    case = VECTORS["pad"]
+@pytest.mark.parametrize("case", [vectors["pad"] for vectors in VECTORS])
+def test_padding_is_deepminds(case: dict[str, Any]) -> None:
     padded = ByteTokenizer(case["max_sequence_length"], special_tokens=False)([decode(case["inputs"])])
 
     assert [array.dtype.name for array in padded.values()] == ["int32", "int32"]
-    assert [array.shape for array in padded.values()] == [(1, 65), (1, 65)]
+    assert [array.shape for array in padded.values()] == [(1, case["max_sequence_length"])] * 2
     assert padded["tokens"][0].tolist() == case["padded"]
     assert padded["tokens_mask"][0].tolist() == case["mask"]
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import os
 import struct
 from collections import Counter
 from itertools import pairwise
@@ -19,18 +18,15 @@ from PIL import Image
 from perceiver_export.runtimes.errors import InputError, UsageError
 from perceiver_export.runtimes.flow_files import color_wheel, flow_picture, read_flo, write_flow
 from perceiver_export.runtimes.flow_tiles import Box, Stitching, Tile, grid, tile_weights, tiles
+from tests.vector_folders import vector_folders
 
 Array = npt.NDArray[Any]
-FOLDERS = [
-    Path(__file__).resolve().parents[1] / "vectors",
-    *(Path(folder) for folder in os.environ.get("PERCEIVER_VECTORS", "").split(os.pathsep) if folder),
-]
 
 
 def stitch_cases() -> list[Any]:
     found = []
-    for folder in FOLDERS:
-        cases = json.loads((folder / "functions" / "cases.json").read_text(encoding="utf-8"))["cases"]
+    for folder in vector_folders("cases.json"):
+        cases = json.loads((folder / "cases.json").read_text(encoding="utf-8"))["cases"]
         found += [
             pytest.param(folder, name, case, id=name)
             for name, case in cases.items()
@@ -41,7 +37,7 @@ def stitch_cases() -> list[Any]:
 
 
 def grid_files() -> list[Path]:
-    return [path for folder in FOLDERS if (path := folder / "functions" / "flow_grids.json").exists()]
+    return [folder / "flow_grids.json" for folder in vector_folders("flow_grids.json")]
 
 
 def stitched(frame: tuple[int, int], tile: tuple[int, int], corners: Array, flows: Array) -> Array:
@@ -82,7 +78,7 @@ def test_what_deepminds_grid_refuses_is_refused(path: Path) -> None:
 @pytest.mark.parametrize(("folder", "name", "case"), stitch_cases())
 def test_stitching_is_deepminds(folder: Path, name: str, case: dict[str, Any]) -> None:
     frame, tile, overlap = tuple(case["image_size"]), tuple(case["patch_size"]), case["min_overlap"]
-    with np.load(folder / "functions" / "functions.npz") as vectors:
+    with np.load(folder / "functions.npz") as vectors:
         corners, flows, expected = (vectors[f"{name}/{key}"] for key in ("grid", "tiles", "out"))
     # What the model gave for a corner; a repeated tile was run twice there, on the same pixels.
     by_corner = {tuple(corner): flow for corner, flow in zip(corners.tolist(), flows, strict=True)}

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,9 @@ from perceiver_export.runtimes.manifest import Manifest, Part, TensorSpec
 from perceiver_export.runtimes.pictures import read_picture
 from perceiver_export.runtimes.preprocessing import FlowPreprocessing
 from perceiver_export.runtimes.tasks.optical_flow import FrameLike, OpticalFlow
+from tests.vector_folders import model_folders
 
 Array = npt.NDArray[Any]
-FOLDERS = [
-    Path(__file__).resolve().parents[1] / "vectors",
-    *(Path(folder) for folder in os.environ.get("PERCEIVER_VECTORS", "").split(os.pathsep) if folder),
-]
 
 
 class Fake:
@@ -110,11 +107,11 @@ def picture(height: int, width: int, seed: int = 0) -> npt.NDArray[np.uint8]:
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
-@pytest.mark.parametrize("folder", FOLDERS)
+@pytest.mark.parametrize("folder", model_folders("optical_flow"))
 @pytest.mark.parametrize("key", ["big", "flush"])
 @pytest.mark.parametrize("batch", [1, 4])
 def test_big_frames_are_cut_and_stitched_as_deepmind_does(folder: Path, key: str, batch: int) -> None:
-    with np.load(folder / "optical_flow" / "io.npz") as io:
+    with np.load(folder / "io.npz") as io:
         inputs, pixels = io[f"in/{key}_frames"], io[f"in/{key}_frames_uint8"]
         corners, flows, expected = io[f"mid/{key}_grid"], io[f"mid/{key}_tile_flows"], io[f"out/{key}_flow"]
     height, width = flows.shape[1:3]
@@ -122,7 +119,7 @@ def test_big_frames_are_cut_and_stitched_as_deepmind_does(folder: Path, key: str
     for (top, left), tile_flow in zip(corners.tolist(), flows, strict=True):
         tile = inputs[:, top : top + height, left : left + width].transpose(0, 3, 1, 2)
         recorded[np.ascontiguousarray(tile).tobytes()] = tile_flow
-    config = json.loads((folder / "optical_flow" / "config.json").read_text(encoding="utf-8"))
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     flow, fakes = open_fake(manifest((height, width), batch, overlap=config["tiling"]["min_overlap"]))
     # Found only where the input is DeepMind's to the bit.
     model = fakes[None]
@@ -212,9 +209,9 @@ def test_fewer_than_two_frames_are_refused(tmp_path: Path) -> None:
     flow, _ = open_fake(manifest((16, 24)))
     Image.fromarray(picture(16, 24)).save(tmp_path / "a.png")
     for frames in (tmp_path, [picture(16, 24)], []):
-        with pytest.raises(InputError, match=r"found [01]$"):
+        with pytest.raises(InputError, match=r"frames given: [01]$"):
             flow.frames(frames)
-    with pytest.raises(InputError, match=r"found 1$"):
+    with pytest.raises(InputError, match=r"frames given: 1$"):
         list(flow.frames(iter([picture(16, 24)])))
 
 
@@ -329,6 +326,45 @@ def test_frames_of_one_name_do_not_overwrite_each_other(frames: list[str], tmp_p
 
     names = sorted(path.name for path in (tmp_path / "out").glob("*.flo"))
     assert names == ["00000_frame1.flo", "00001_frame1.flo"]
+
+
+def test_frames_of_one_name_are_told_apart(frames: list[str], tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "other").mkdir()
+    same = tmp_path / "other" / "frame1.png"
+    Image.fromarray(picture(20, 30, 1)).save(same)
+    run_flow.run("bundle", [frames[0], str(same)], None, options())
+    shown = capsys.readouterr().out
+    assert {"in/frame1.png", "other/frame1.png"} <= set(re.findall(r"[a-z]+/frame1\.png", shown))
+
+    Image.fromarray(picture(20, 31)).save(same)
+    with pytest.raises(InputError, match=f"{frames[0]} has 20 × 30 pixels, {same} has 20 × 31"):
+        run_flow.run("bundle", [frames[0], str(same)], None, options())
+
+
+@pytest.mark.parametrize("there", [False, True])
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, InputError])
+def test_a_directory_is_whole_or_not_there(
+    frames: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: bool, stop: type[BaseException]
+) -> None:
+    """The second flow never comes: the third frame is of another size, or somebody has had enough."""
+    seen = []
+
+    def summarize(*given: Any) -> Any:
+        seen.append(list(tmp_path.glob(".*/*.flo")))
+        if stop is KeyboardInterrupt:
+            raise KeyboardInterrupt
+        return run_flow.Motion(("a", "b"), 1, 1, 0, 0, 0, 0, "still", ())
+
+    monkeypatch.setattr(run_flow, "summarize", summarize)
+    Image.fromarray(picture(20, 31)).save(frames[2])
+    if there:
+        (tmp_path / "out").mkdir()
+    with pytest.raises(stop):
+        run_flow.run("bundle", frames, tmp_path / "out", options())
+
+    assert [len(files) for files in seen] == [1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == (["in", "out"] if there else ["in"])
+    assert not there or not any((tmp_path / "out").iterdir())
 
 
 def test_run_refuses_before_it_runs(frames: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -17,26 +16,23 @@ from perceiver_export.runtimes.opencv_resize import resize_cubic, resize_linear
 from perceiver_export.runtimes.pictures import center_crop, resize, to_input
 from perceiver_export.runtimes.preprocessing import ImagePreprocessing
 from perceiver_export.runtimes.video_frames import prepare_frames
+from tests.vector_folders import vector_folders
 
-FOLDERS = [
-    Path(__file__).resolve().parents[1] / "vectors",
-    *(Path(folder) for folder in os.environ.get("PERCEIVER_VECTORS", "").split(os.pathsep) if folder),
-]
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CROP = (224 / 256, 224 / 256)
 
 
 def cases(group: str) -> list[Any]:
     found = []
-    for folder in FOLDERS:
-        names = json.loads((folder / "functions" / "cases.json").read_text(encoding="utf-8"))["cases"]
+    for folder in vector_folders("cases.json"):
+        names = json.loads((folder / "cases.json").read_text(encoding="utf-8"))["cases"]
         found += [pytest.param(folder, name, id=name) for name in names if name.split("/")[0] == group]
     assert found
     return found
 
 
 def arrays(folder: Path, name: str) -> dict[str, npt.NDArray[Any]]:
-    with np.load(folder / "functions" / "functions.npz") as vectors:
+    with np.load(folder / "functions.npz") as vectors:
         return {key[len(name) + 1 :]: vectors[key] for key in vectors.files if key.startswith(f"{name}/")}
 
 

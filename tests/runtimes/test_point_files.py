@@ -51,6 +51,19 @@ def test_ply_takes_x_y_z_by_name_and_passes_over_other_elements(ends: str, tmp_p
     assert read_points(tmp_path / "a.ply").tolist() == POINTS
 
 
+def test_headers_of_ply_files_are_read_as_other_writers_write_them(tmp_path: Path) -> None:
+    texts = {
+        "blank": PLY.replace("format ascii 1.0", "format ascii 1.0 "),
+        "comment": PLY.replace("made by hand", "made by hand, before end_header\ncomment end_header"),
+        "name": PLY.replace("property uchar red", "property uchar end_header"),
+        "comment first": PLY.replace("format ascii 1.0\ncomment made by hand", "comment by hand\nformat ascii 1.0"),
+        "blank at the end": PLY.replace("end_header", "end_header "),
+    }
+    for name, text in texts.items():
+        (tmp_path / f"{name}.ply").write_text(text, encoding="utf-8")
+        assert read_points(tmp_path / f"{name}.ply").tolist() == POINTS, name
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16, np.int32, np.uint8])
 def test_arrays_of_any_numbers_are_taken(dtype: type[Any], tmp_path: Path) -> None:
     points = np.array([[1, 2, 3], [4, 5, 6]], dtype)
@@ -67,13 +80,17 @@ def test_arrays_of_any_numbers_are_taken(dtype: type[Any], tmp_path: Path) -> No
         ("a.xyz", b"1 2 3\n4 5\n", "line 2"),
         ("a.xyz", b"1 2 3 4\n", "line 1"),
         ("a.xyz", b"3\nwater\nO 0 0 0\n", "line 1"),
-        ("a.xyz", b"1 2 3\n1 nan 3\n-inf 2 3\n", "point 1 is .* 2 of 3"),
+        ("a.xyz", b"1 2 3\n1 nan 3\n-inf 2 3\n", "point 1 is .*: 2 of 3"),
         ("a.xyz", b"1 2 \xff\n", "not text"),
         ("a.ply", b"", "not a PLY"),
         ("a.ply", b"solid cube", "not a PLY"),
         ("a.ply", PLY.split("end_header")[0].encode(), "cut short in its header"),
         ("a.ply", PLY.replace("ascii", "binary_little_endian").encode() + b"\x00\xff\x80", "not an ASCII PLY"),
         ("a.ply", PLY.replace("vertex 3", "vertex 9").encode(), "4 of 9"),
+        ("a.ply", PLY.replace("vertex 3", f"vertex {'9' * 5000}").encode(), "counts 9999"),
+        ("a.ply", PLY.replace("camera 2", f"camera {'9' * 5000}").encode(), "counts 9999"),
+        ("a.ply", PLY.replace("vertex 3", f"vertex {'9' * 18}").encode(), "cut short: 4 of"),
+        ("a.ply", PLY.replace("end_header", "no end_header").encode(), "cut short in its header"),
         ("a.ply", PLY.replace("vertex 3", "vertex 0").encode(), "no point"),
         ("a.ply", PLY.replace("vertex 3", "vertices 3").encode(), "no vertices"),
         ("a.ply", PLY.replace("property float z", "property float w").encode(), "no vertices"),

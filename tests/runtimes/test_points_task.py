@@ -88,7 +88,7 @@ def test_too_few_points_are_padded_and_masked() -> None:
 
 def test_a_model_without_a_mask_needs_all_its_points() -> None:
     task, engine = task_of(masked=False)
-    with pytest.raises(InputError, match="5 points") as caught:
+    with pytest.raises(InputError, match="cloud: 5") as caught:
         task(CLOUD[:5])
     assert f"needs {N}" in caught.value.hint
     assert not engine.calls
@@ -116,6 +116,10 @@ def test_files_and_arrays_in_any_batch_give_the_same(batch: int | str, tmp_path:
         np.zeros((9, 4)),
         np.full((9, 3), np.nan),
         np.zeros((1, 9, 3)),
+        [[1, 2, 3], [4, 5]],
+        [["1", "2", "3"]],
+        [],
+        None,
         "nowhere.xyz",
         Path(__file__),
     ],
@@ -126,6 +130,20 @@ def test_what_is_no_cloud_is_refused(cloud: Any) -> None:
         task(cloud)
     with pytest.raises(UsageError):
         task(CLOUD, top=0)
+    assert not engine.calls
+
+
+def test_numbers_in_lists_are_a_cloud() -> None:
+    task, _ = task_of()
+
+    assert task(CLOUD.tolist()) == task(CLOUD)
+
+
+@pytest.mark.parametrize("clouds", [[], iter([]), "a.xyz", Path("a.xyz"), 3], ids=str)
+def test_no_clouds_and_no_list_of_clouds_are_refused(clouds: Any) -> None:
+    task, engine = task_of()
+    with pytest.raises(InputError, match="point clouds are"):
+        task.logits(clouds)
     assert not engine.calls
 
 
@@ -156,9 +174,12 @@ def test_run_takes_files_and_directories(
     run("bundle", [str(tmp_path)], tmp_path / "out.json", RunOptions(3, "auto", None, json=True))
 
     answers = json.loads(capsys.readouterr().out)["answers"]
-    assert list(answers) == [str(tmp_path / "a.xyz"), str(tmp_path / "b.npy")]
-    assert sorted(one["label"] for one in answers[str(tmp_path / "b.npy")]) == sorted(LABELS)
+    assert [answer["input"] for answer in answers] == [str(tmp_path / "a.xyz"), str(tmp_path / "b.npy")]
+    assert sorted(one["label"] for one in answers[1]["labels"]) == sorted(LABELS)
     assert json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))["answers"] == answers
+
+    run("bundle", [str(tmp_path / "b.npy")] * 2, None, RunOptions(3, "auto", None, json=True))
+    assert json.loads(capsys.readouterr().out)["answers"] == [answers[1]] * 2
 
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="no point clouds"):

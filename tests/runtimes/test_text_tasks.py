@@ -194,8 +194,13 @@ def test_texts_that_cannot_be_classified_are_refused_before_anything_runs(split:
         for text in ("", "x" * 39, b"\xff"):
             with pytest.raises(InputError):
                 classify(text)
-        with pytest.raises(InputError):
-            classify.batch([])
+        none_and_no_lists: list[Any] = [[], "ab", b"ab", 3]
+        for texts in none_and_no_lists:
+            for method in (classify.batch, classify.outputs):
+                with pytest.raises(InputError, match="texts are"):
+                    method(texts)
+        with pytest.raises(InputError, match="of type int"):
+            classify.batch([3])  # type: ignore[list-item]
         with pytest.raises(UsageError):
             classify("text", top=0)
 

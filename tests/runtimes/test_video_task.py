@@ -22,8 +22,8 @@ from perceiver_export.runtimes.preprocessing import PointsPreprocessing, VideoPr
 from perceiver_export.runtimes.runtime import Feeds, Runtime
 from perceiver_export.runtimes.tasks.video_autoencoding import VideoAutoencoding, psnr
 from perceiver_export.runtimes.video_frames import prepare_frames
+from tests.vector_folders import model_folders
 
-VECTORS = Path(__file__).resolve().parents[1] / "vectors"
 T, H, W, SAMPLES, PATCH, LABELS = 3, 4, 5, 24, 8, 6
 RATE = 48000
 FRAMES = np.random.default_rng(0).integers(0, 256, (T + 2, 9, 7, 3), dtype=np.uint8)
@@ -200,9 +200,10 @@ def decoder_of(name: str, table: Any) -> tuple[Part, Engine]:
     return part, Engine(part.inputs, part.outputs, rows)
 
 
-def test_rows_are_joined_as_deepminds_code_joins_them() -> None:
+@pytest.mark.parametrize("folder", model_folders("video_autoencoding"))
+def test_rows_are_joined_as_deepminds_code_joins_them(folder: Path) -> None:
     """The rows of each chunk of DeepMind's run, by their flat indices, are joined to DeepMind's video and sound."""
-    with np.load(VECTORS / "video_autoencoding" / "io.npz") as archive:
+    with np.load(folder / "io.npz") as archive:
         io = dict(archive)
     batch, frames, height, width = io["out/image"].shape[:4]
     parts, engines = {}, {}
@@ -258,8 +259,8 @@ def test_no_sound_is_silence() -> None:
 @pytest.mark.parametrize(
     ("frames", "message"),
     [
-        (FRAMES[: T - 1], "2 frames"),
-        ([], "0 frames"),
+        (FRAMES[: T - 1], "frames given: 2"),
+        ([], "frames given: 0"),
         ([FRAMES[0], FRAMES[1], FRAMES[2, :8]], "frame 2 is 8 × 7, frame 0 is 9 × 7"),
         (FRAMES.astype(np.float32), "float32"),
         (FRAMES[0], "shape"),
@@ -312,6 +313,8 @@ def test_manifests_that_do_not_fit_are_refused() -> None:
         manifest({name: part for name, part in parts.items() if name != "decoder_sound"}, outputs),
         manifest({**parts, "decoder_video": Part("m", *interface(1))}, outputs),
         manifest({**parts, "decoder_video": Part("m", parts["decoder_video"].inputs, outputs[:1])}, outputs),
+        manifest({**parts, "decoder_video": Part("m", (), parts["decoder_video"].outputs)}, outputs),
+        manifest({**parts, "decoder_video": Part("m", parts["decoder_video"].inputs, (spec("video"),))}, outputs),
         manifest({**parts, "decoder_sound": msgspec.structs.replace(parts["decoder_sound"], num_queries=4)}, outputs),
     ]
     for one in wrong:

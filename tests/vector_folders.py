@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where DeepMind's reference values lie: `tests/vectors`, and folders that PERCEIVER_VECTORS names.
+
+The environment variable holds paths with the path separator between them; their folders may be nested as one likes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+VECTORS = Path(__file__).resolve().parent / "vectors"
+
+
+def vector_folders(file: str) -> list[Path]:
+    """Every folder that holds a file of this name, those of `tests/vectors` first; there is one at least."""
+    further = [Path(name) for name in os.environ.get("PERCEIVER_VECTORS", "").split(os.pathsep) if name]
+    for root in further:
+        assert root.is_dir(), f"PERCEIVER_VECTORS names {root}, which is not a folder"
+    found = [path.parent for root in (VECTORS, *further) for path in sorted(root.rglob(file))]
+    assert found, f"no folder of vectors holds {file}"
+    return found
+
+
+def model_folders(name: str) -> list[Path]:
+    """Every folder of a reference model of this name, as its config.json says."""
+    folders = vector_folders("config.json")
+    return [folder for folder in folders if json.loads((folder / "config.json").read_text("utf-8"))["name"] == name]
