@@ -14,17 +14,16 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import importlib
-import sys
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from perceiver_export.runtimes.errors import DataError, PerceiverExportError
+from perceiver_export.calibration.user_code import current_directory_importable, find_function
+from perceiver_export.runtimes.errors import DataError, PerceiverExportError, UsageError
 from perceiver_export.runtimes.pictures import PICTURE_FILES
 from perceiver_export.runtimes.runtime import Array
 
@@ -168,32 +167,27 @@ def _member(path: Path, arrays: Mapping[str, Array], name: str) -> Array:
 
 
 def _from_function(spec: str, labels: tuple[str, ...]) -> Iterator[Sample]:
-    module, _, function = spec.partition(":")
-    samples = _call(spec, module, function)
-    for index, item in enumerate(samples):
-        if not isinstance(item, Mapping) or "image" not in item or not isinstance(item["image"], np.ndarray):
-            raise DataError(f"{spec} gave something else than {{'image': array}}", "give dicts of numpy arrays")
-        label = item.get("label")
-        yield Sample(item["image"], None if label is None else _label(str(label), labels, spec), f"{function}[{index}]")
+    with current_directory_importable():  # while it gives samples too: it may import as it goes
+        for index, item in enumerate(_call(spec)):
+            if not isinstance(item, Mapping) or "image" not in item or not isinstance(item["image"], np.ndarray):
+                raise DataError(f"{spec} gave something else than {{'image': array}}", "give dicts of numpy arrays")
+            label = item.get("label")
+            name = f"{spec.partition(':')[2]}[{index}]"
+            yield Sample(item["image"], None if label is None else _label(str(label), labels, spec), name)
 
 
-def _call(spec: str, module: str, function: str) -> Iterable[Any]:
-    if "" not in sys.path:
-        sys.path.insert(0, "")  # the user's module lies where the command is typed
+def _call(spec: str) -> Iterable[Any]:
     try:
-        made: Callable[[], Iterable[Any]] = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError, TypeError) as error:
-        raise DataError(
-            f"{spec} cannot be imported: {error}", "give module:function, seen from this directory"
-        ) from error
-    try:
-        return iter(made())
+        samples: Iterator[Any] = iter(find_function(spec)())
+    except UsageError as error:
+        raise DataError(error.message, error.hint) from error
     except PerceiverExportError:
         raise
     except TypeError as error:
         raise DataError(
             f"{spec} gives no iterable: {error}", "it takes no argument and yields dicts of arrays"
         ) from error
+    return samples
 
 
 def _label(text: str, labels: tuple[str, ...], where: str) -> int:

@@ -11,16 +11,17 @@ A robot that hears, feels and knows where its joints are: what is near, and how 
 
 from __future__ import annotations
 
-from perceiver_export.exporter.perceiver.architectures import EncoderSizes, own_model
-from perceiver_export.exporter.perceiver.config import (
+from perceiver_export.exporter.perceiver import (
     ArrayInput,
+    EncoderSizes,
     FourierPositions,
     LearnedPositions,
     LearnedQueries,
     OutputConfig,
+    PerceiverIO,
     PositionQueries,
+    own_model,
 )
-from perceiver_export.exporter.perceiver.model import PerceiverIO
 
 
 def robot() -> PerceiverIO:

@@ -82,9 +82,12 @@ def test_a_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "    return [3]\n"
         "def needs(argument): ...\n"
     )
-    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry != ""])
+    before = list(sys.path)
 
     assert [sample.label for sample in read("own_data:samples")] == [0, 1, 2]
+    assert sys.path == before
     for spec in ("own_data:broken", "own_data:needs", "own_data:absent", "absent:samples", "own_data:"):
         with pytest.raises(DataError):
             read(spec)

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models of one's own from config to answer: queries of every kind in split bundles, tokens, options without effect."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from perceiver_export.exporter import LoadedModel, export, load_model
+from perceiver_export.exporter.perceiver import (
+    ArrayInput,
+    EncoderSizes,
+    FourierPositions,
+    GivenQueries,
+    InputQueries,
+    LearnedQueries,
+    OutputConfig,
+    PerceiverIO,
+    PositionQueries,
+    TokenInput,
+    own_model,
+)
+from perceiver_export.exporter.perceiver.config import Input
+from perceiver_export.runtimes import Bundle, loading, open_task
+from perceiver_export.runtimes import load as load_bundle
+from perceiver_export.runtimes.errors import InputError, UsageError
+from perceiver_export.runtimes.runtime import Engine
+
+ENCODER = EncoderSizes(4, 16, num_self_attentions_per_block=1)
+POINTS = OutputConfig(PositionQueries((6,), FourierPositions(3, (6,))), (6, 2), 2)
+RNG = np.random.default_rng(0)
+
+
+def loaded(inputs: dict[str, Input], outputs: dict[str, OutputConfig]) -> LoadedModel:
+    model = PerceiverIO(own_model(inputs, outputs, ENCODER)).eval()
+    return LoadedModel(model, model.config, "arrays", "own", "a test")
+
+
+def input_queries(count: int) -> LoadedModel:
+    return loaded({"x": ArrayInput((count,), 3)}, {"y": OutputConfig(InputQueries(count, 3), (count, 2), 2)})
+
+
+def assert_bundle_is_model(bundle: Bundle, model: LoadedModel, feeds: dict[str, Any]) -> None:
+    expected = model.run(feeds)
+    with load_bundle(bundle) as runtime:
+        found = runtime.run(feeds)
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        np.testing.assert_allclose(found[name], array, rtol=0, atol=1e-5 * np.abs(array).max())
+
+
+def test_a_range_of_one_query_is_a_fixed_number(tmp_path: Path) -> None:
+    model = loaded({"x": ArrayInput((5,), 3)}, {"y": POINTS})
+    bundle = export(model, tmp_path / "b", split=True, dynamic_queries=True, shape={"queries": (1,)})
+
+    (queries,) = [spec for spec in bundle.manifest.parts["decoder"].inputs if spec.name == "queries"]
+    assert (queries.shape, queries.ranges) == ((1, 1), {})
+    assert_bundle_is_model(bundle, model, {"x": RNG.normal(size=(1, 5, 3)).astype(np.float32)})
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_inputs_are_the_queries(count: int, tmp_path: Path) -> None:
+    model = input_queries(count)
+    bundle = export(model, tmp_path / "b", split=True)
+
+    assert_bundle_is_model(bundle, model, {"x": RNG.normal(size=(1, count, 3)).astype(np.float32)})
+
+
+def test_a_decoder_takes_the_queries_of_its_own_output_only(tmp_path: Path) -> None:
+    outputs = {
+        "y": OutputConfig(InputQueries(5, 3), (5, 2), 2),
+        "z": OutputConfig(GivenQueries(3, 4), (3, 2), 2),
+        "one": OutputConfig(LearnedQueries(1, 4), (2,), 2),
+    }
+    model = loaded({"x": ArrayInput((5,), 3)}, outputs)
+    bundle = export(model, tmp_path / "b", split=True)
+
+    takes = {name: [spec.name for spec in part.inputs] for name, part in bundle.manifest.parts.items()}
+    assert takes == {
+        "encoder": ["x"],
+        "decoder_y": ["latents", "queries", "x"],
+        "decoder_z": ["latents", "z_queries"],
+        "decoder_one": ["latents"],
+    }
+    feeds = {"x": RNG.normal(size=(1, 5, 3)), "z_queries": RNG.normal(size=(1, 3, 4))}
+    assert_bundle_is_model(bundle, model, {name: array.astype(np.float32) for name, array in feeds.items()})
+
+
+def test_tokens_that_the_model_does_not_know(tmp_path: Path) -> None:
+    bundle = export(loaded({"words": TokenInput(7, 3, 8)}, {"y": POINTS}), tmp_path / "b")
+    there = np.ones(3, int)
+    with open_task(bundle) as run:
+        assert run({"words": np.array([0, 6, 1]), "words_mask": there})["y"].shape == (6, 2)
+        for token in (-1, 7):
+            with pytest.raises(InputError, match=f"holds token {token}") as caught:
+                run({"words": np.array([0, token, 1]), "words_mask": there})
+            assert "knows 7 tokens" in caught.value.hint
+
+
+def test_a_task_loads_each_part_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = loaded({"x": ArrayInput((5,), 3)}, {"y": POINTS})
+    bundle = export(model, tmp_path / "b", split=True)
+    opened: list[str] = []
+    open_engine = loading.open_engine
+
+    def opening(path: Path, device: str, threads: int | None) -> Engine:
+        opened.append(path.name)
+        return open_engine(path, device, threads)
+
+    monkeypatch.setattr(loading, "open_engine", opening)
+    with open_task(bundle) as task:
+        latents = task.part("encoder").run({"x": np.zeros((1, 5, 3), np.float32)})["latents"]
+        whole = task(np.zeros((5, 3), np.float32))["y"]
+        queries = np.arange(6, dtype=np.int32)[None]
+        np.testing.assert_array_equal(task.part("decoder").run({"latents": latents, "queries": queries})["y"][0], whole)
+
+    assert sorted(opened) == ["decoder.onnx", "encoder.onnx"]
+
+
+def test_options_without_effect_are_refused(tmp_path: Path) -> None:
+    classes = OutputConfig(LearnedQueries(1, 4), (2,), 2)
+    model = loaded({"x": ArrayInput((5,), 3)}, {"y": classes})
+    options: list[dict[str, Any]] = [
+        {"split": True, "dynamic_queries": True},
+        {"split": True, "shape": {"queries": (4,)}},
+        {"dynamic_queries": True},
+        {"task": "arrays"},
+        {"parity": "deepmind"},
+        {"config": "sizes.json"},
+        {"shape": {"image": (3, 8, 8)}},
+    ]
+    for one in options:
+        with pytest.raises(UsageError) as caught:
+            export(model, tmp_path / "b", **one)
+        assert caught.value.hint
+    assert not (tmp_path / "b").exists()
+
+
+def test_the_path_of_imports_is_left_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_model.py").write_text(
+        "from perceiver_export.exporter.perceiver import *\n"
+        "def make():\n"
+        "    outputs = {'y': OutputConfig(LearnedQueries(1, 4), (2,), 2)}\n"
+        "    return PerceiverIO(own_model({'x': ArrayInput((5,), 3)}, outputs, EncoderSizes(4, 16, 1)))\n"
+        "def broken():\n"
+        "    raise KeyError\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry != ""])
+    before = list(sys.path)
+
+    assert load_model("my_model:make").task == "arrays"
+    with pytest.raises(KeyError):
+        load_model("my_model:broken")
+    with pytest.raises(UsageError, match="cannot be imported"):
+        load_model("my_model:nothing")
+    assert sys.path == before
+    sys.modules.pop("my_model")
