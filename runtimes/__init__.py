@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from perceiver_export.runtimes.benchmark import bench
     from perceiver_export.runtimes.comparison import Comparison, compare
     from perceiver_export.runtimes.machine import devices, doctor
+    from perceiver_export.runtimes.queries import decode
     from perceiver_export.runtimes.tasks import open_task
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "TensorSpec",
     "bench",
     "compare",
+    "decode",
     "devices",
     "doctor",
     "load",
@@ -46,6 +48,7 @@ _LAZY = {
     "Comparison": "comparison",
     "bench": "benchmark",
     "compare": "comparison",
+    "decode": "queries",
     "devices": "machine",
     "doctor": "machine",
     "open_task": "tasks",

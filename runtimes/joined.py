@@ -17,6 +17,12 @@ from perceiver_export.runtimes.runtime import Array, Feeds, Runtime
 _AGAIN = "export the bundle again"
 
 
+def join(manifest: Manifest, parts: Mapping[str, Runtime]) -> Runtime:
+    """The parts of a split bundle, by name, behind one `run`. Raises BundleError: decoders that do not fit."""
+    engine = JoinedEngine(manifest, parts)
+    return Runtime(engine, engine.inputs, engine.outputs, manifest.precision)
+
+
 class JoinedEngine:
     """Encoder and decoders as one engine: the inputs of all of them, and the outputs of the whole model."""
 

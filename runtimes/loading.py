@@ -34,7 +34,10 @@ def load(
         raise UsageError(f"threads is {threads}", "give 1 or more, or leave it out")
     opened = open_bundle(bundle, verify)
     if part is None and opened.split:
-        return _load_joined(opened, device, threads)
+        from perceiver_export.runtimes.joined import join
+
+        parts = {name: load(opened, device, name, threads, verify="never") for name in opened.manifest.parts}
+        return join(opened.manifest, parts)
     described = opened.part(part)
     engine = open_engine(opened.file(described.file), device, threads)
     for ours, theirs in ((described.inputs, engine.inputs), (described.outputs, engine.outputs)):
@@ -43,16 +46,6 @@ def load(
                 f"{described.file} takes or gives other tensors than the manifest says", "export the bundle again"
             )
     return Runtime(engine, described.inputs, described.outputs, opened.manifest.precision, described.num_queries)
-
-
-def _load_joined(bundle: Bundle, device: str, threads: int | None) -> Runtime:
-    from perceiver_export.runtimes.joined import JoinedEngine
-
-    engine = JoinedEngine(
-        bundle.manifest,
-        {name: load(bundle, device, name, threads, verify="never") for name in bundle.manifest.parts},
-    )
-    return Runtime(engine, engine.inputs, engine.outputs, bundle.manifest.precision)
 
 
 def load_onnx(path: str | os.PathLike[str], device: str = "auto", threads: int | None = None) -> Runtime:

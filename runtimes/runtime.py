@@ -65,7 +65,8 @@ class Runtime:
         """Outputs by name for inputs by name; the arrays returned are the caller's to keep.
 
         With ``out`` (every output by name: right dtype and shape, C-contiguous, writeable) the outputs are written
-        there without allocating, and the same arrays are returned.
+        there without allocating, and the same arrays are returned. The joined parts of a split bundle allocate what
+        goes between them and their rows, and copy these to ``out``.
 
         Raises InputError: a missing or unknown name, wrong dtype or shape; RuntimeClosedError after `close`.
         """

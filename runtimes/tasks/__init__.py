@@ -9,8 +9,10 @@ from typing import Any
 
 from perceiver_export.runtimes.bundle import Bundle, Verify, open_bundle
 from perceiver_export.runtimes.errors import BundleError
+from perceiver_export.runtimes.joined import join
 from perceiver_export.runtimes.loading import load
 from perceiver_export.runtimes.manifest import Manifest
+from perceiver_export.runtimes.runtime import Runtime
 from perceiver_export.runtimes.tasks.base import Task
 
 # The module beside this one and its class; imported when a bundle of that task is opened.
@@ -36,7 +38,14 @@ def open_task(
     """
     opened = open_bundle(bundle, verify)
     task = checked_task(opened.manifest)
-    return task(opened.manifest, lambda part: load(opened, device, part, threads, verify="never"))
+
+    def load_part(name: str | None) -> Runtime:
+        if name is None and opened.split:  # the weights of its parts are in memory once, however they are used
+            return join(opened.manifest, {part: made.part(part) for part in opened.manifest.parts})
+        return load(opened, device, name, threads, verify="never")
+
+    made = task(opened.manifest, load_part)
+    return made
 
 
 def checked_task(manifest: Manifest) -> type[Task]:

@@ -38,7 +38,8 @@ class Arrays(Task):
     def __call__(self, arrays: Mapping[str, npt.NDArray[Any]] | npt.NDArray[Any]) -> dict[str, Array]:
         """All outputs.
 
-        Raises InputError: arrays that the model does not take or that are not finite, masks that mask everything.
+        Raises InputError: arrays that the model does not take or that are not finite, tokens that it does not know,
+        masks that mask everything.
         """
         specs, _ = interface(self.manifest)
         given = self._named(arrays, specs)
@@ -57,6 +58,7 @@ class Arrays(Task):
             if not np.isfinite(array).all():
                 raise InputError(f"{name!r} holds values that are not finite numbers", "mask them, or give 0 for them")
         _check_masks(feeds, specs)
+        _check_tokens(feeds, self.manifest)
         outputs = run_batched(self.runtime, feeds)
         return {name: array[0] for name, array in outputs.items()} if ranks == {-1} else outputs
 
@@ -142,6 +144,19 @@ def _check_masks(feeds: Mapping[str, Array], specs: tuple[TensorSpec, ...]) -> N
     if not left.all():
         what = " and ".join(map(repr, masks))
         raise InputError(f"{what} masks everything of sample {np.argmin(left)}", "leave a 1 in each sample")
+
+
+def _check_tokens(feeds: Mapping[str, Array], manifest: Manifest) -> None:
+    """Tokens are rows of a table; of a negative one an engine takes a row from its end."""
+    inputs = manifest.architecture.get("inputs")
+    for name, one in inputs.items() if isinstance(inputs, dict) else ():
+        count = one.get("vocabulary_size") if isinstance(one, dict) else None
+        tokens = feeds.get(name)
+        if not isinstance(count, int) or tokens is None:
+            continue
+        wrong = tokens[(tokens < 0) | (tokens >= count)]
+        if wrong.size:
+            raise InputError(f"{name!r} holds token {wrong[0]}", f"the model knows {count} tokens, counted from 0")
 
 
 def read_arrays(path: str | os.PathLike[str]) -> dict[str, npt.NDArray[Any]] | npt.NDArray[Any]:
