@@ -52,6 +52,7 @@ benchmarks: install
 	$(BIN)/python tests/benchmarks/imports.py
 	$(BIN)/python tests/benchmarks/parity.py
 	$(BIN)/python tests/benchmarks/deepmind_parity.py
+	$(BIN)/python tests/benchmarks/system_parity.py
 	$(BIN)/python tests/benchmarks/flow_patches.py
 	$(BIN)/python tests/benchmarks/export_full_size.py
 

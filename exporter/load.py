@@ -8,11 +8,14 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING
 
 from perceiver_export.exporter.checkpoints.preprocessor import MAX_SIDE
 from perceiver_export.exporter.loaded import LoadedModel
 from perceiver_export.runtimes.errors import CheckpointError, MissingDependencyError, UsageError
+
+if TYPE_CHECKING:
+    from perceiver_export.exporter.perceiver.architectures import Parity
 
 _PARITIES = ("huggingface", "deepmind")
 
@@ -52,7 +55,7 @@ def load_model(
 def _load(
     text: str,
     task: str | None,
-    parity: Literal["huggingface", "deepmind"] | None,
+    parity: Parity | None,
     image_shape: tuple[int, int, int] | None,
     config: str | os.PathLike[str] | None,
 ) -> LoadedModel:
@@ -75,7 +78,7 @@ def _load(
         _refuse("a model of your own", parity=parity, shape=image_shape, config=config)
         return load_own(text, task)
     _refuse("a Hugging Face directory", config=config)
-    return _load_directory(Path(text), parity or "huggingface", image_shape)
+    return _load_directory(text, parity or "huggingface", image_shape)
 
 
 def _refuse(what: str, **options: object) -> None:
@@ -108,15 +111,14 @@ def _load_foreign(
     return load_lucidrains(source, config)
 
 
-def _load_directory(
-    directory: Path, parity: Literal["huggingface", "deepmind"], image_shape: tuple[int, int, int] | None
-) -> LoadedModel:
+def _load_directory(text: str, parity: Parity, image_shape: tuple[int, int, int] | None) -> LoadedModel:
     from perceiver_export.exporter.checkpoints.hub import download, is_hub_id
     from perceiver_export.exporter.checkpoints.huggingface import load_huggingface
 
-    if not directory.exists() and is_hub_id(str(directory)):
-        loaded = load_huggingface(download(str(directory)), parity, image_shape)
-        return dataclasses.replace(loaded, source=str(directory))  # not the cache's name for it
+    directory = Path(text)  # `./owner/name` loses what says that it is no hub id
+    if not directory.exists() and is_hub_id(text):
+        loaded = load_huggingface(download(text), parity, image_shape)
+        return dataclasses.replace(loaded, source=text)  # not the cache's name for it
     if not directory.is_dir():
         raise CheckpointError(
             f"{directory} is not a directory",
@@ -125,7 +127,7 @@ def _load_directory(
     return load_huggingface(directory, parity, image_shape)
 
 
-def _parity(parity: str | None) -> Literal["huggingface", "deepmind"] | None:
+def _parity(parity: str | None) -> Parity | None:
     return "deepmind" if parity == "deepmind" else "huggingface" if parity == "huggingface" else None
 
 

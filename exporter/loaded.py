@@ -12,6 +12,7 @@ from perceiver_export.runtimes.preprocessing import Preprocessing
 from perceiver_export.runtimes.runtime import Array
 
 if TYPE_CHECKING:
+    from perceiver_export.exporter.perceiver.architectures import Parity
     from perceiver_export.exporter.perceiver.model import PerceiverIO
 
 
@@ -26,7 +27,7 @@ class LoadedModel:
     model: PerceiverIO
     config: PerceiverConfig
     task: str
-    parity: Literal["huggingface", "deepmind", "own"]
+    parity: Parity | Literal["own"]
     source: str
     labels: tuple[str, ...] = ()
     preprocessing: Preprocessing | None = None

@@ -70,11 +70,12 @@ def export(
     queries = shapes.pop("queries", None)
     refuse_existing(path, overwrite)
     report("load", 0, 1)
-    loaded = (
-        source
-        if isinstance(source, LoadedModel)
-        else load_model(source, task=task, parity=parity, shape=shapes, config=config)
-    )
+    if isinstance(source, LoadedModel):
+        if task or parity or shapes or config:
+            raise UsageError("a loaded model has its task, parity, shape and config", "give these to load_model")
+        loaded = source
+    else:
+        loaded = load_model(source, task=task, parity=parity, shape=shapes, config=config)
     loaded.model.eval()  # one's own may come from training
     from perceiver_export.exporter.parts import output_specs  # imports torch, which `load_model` has checked is there
 
@@ -98,7 +99,12 @@ def _parts(
     if queries is not None and (len(queries) != 1 or queries[0] < 1):
         raise UsageError(f"the shape of `queries` is {list(queries)}", "give their number: --shape queries=1024")
     if split:
-        return split_model(loaded.model, batch, dynamic_queries, queries[0] if queries else None)
+        graphs = split_model(loaded.model, batch, dynamic_queries, queries[0] if queries else None)
+        if (dynamic_queries or queries) and all(graph.num_queries is None for graph in graphs):
+            raise UsageError(
+                "no decoder of this model is asked for some of its queries", "leave --dynamic-queries and queries= out"
+            )
+        return graphs
     if dynamic_queries or queries:
         raise UsageError("queries are chosen in split bundles only", "add --split")
     return (whole_model(loaded.model, batch),)

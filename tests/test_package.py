@@ -9,11 +9,18 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
+from perceiver_export.exporter import PRESETS
+from perceiver_export.exporter.checkpoints import huggingface_config
+from perceiver_export.exporter.checkpoints.haiku_names import HaikuModel
+from perceiver_export.runtimes.tasks import TASKS
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 FOLDERS = ("exporter", "runtimes", "calibration")
+PUBLIC = (*FOLDERS, "exporter.perceiver")
 
 
 def python_files() -> list[str]:
@@ -38,7 +45,7 @@ def test_the_wheel_holds_the_tree_under_one_namespace(tmp_path: Path) -> None:
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
-@pytest.mark.parametrize("folder", FOLDERS)
+@pytest.mark.parametrize("folder", PUBLIC)
 def test_what_is_promised_is_there(folder: str) -> None:
     module = importlib.import_module(f"perceiver_export.{folder}")
 
@@ -72,3 +79,30 @@ def test_files_stay_readable() -> None:
     for name in python_files():
         lines = (REPOSITORY / name).read_text(encoding="utf-8").count("\n")
         assert lines <= 330, f"{name} has {lines} lines"
+
+
+def readme_table(heading: str) -> list[list[str]]:
+    """Cells of the rows of the table whose first row begins so."""
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    lines = readme[readme.index(heading) :].split("\n\n")[0].splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+def test_every_table_of_tasks_names_the_same() -> None:
+    named = [name for row in readme_table("| task | call |") for name in re.findall(r"`([\w-]+)`", row[0])]
+    assert named == list(TASKS)
+    assert {preset.task for preset in PRESETS.values()} | set(huggingface_config.TASKS.values()) <= TASKS.keys()
+
+
+def test_the_readmes_systems_and_checkpoints_are_those_of_the_code() -> None:
+    presets = [row[1].strip("`") for row in readme_table("| system | preset |")]
+    assert presets.pop() == "module:function"
+    assert set(presets) <= PRESETS.keys()
+    checkpoints = {row[0]: row[1] for row in readme_table("| SOURCE | what it is |")}
+    released = re.findall(r"`([a-z-]+)`", checkpoints["`deepmind:TASK:FILE`"].split(";")[1].split(".")[0])
+    assert tuple(released) == get_args(HaikuModel)
+    (directory,) = (text for source, text in checkpoints.items() if source == "`path/to/directory`")
+    endings = re.findall(r"`(?:PerceiverFor|…)(\w+)`", directory)
+    assert len(endings) == len(huggingface_config.TASKS)
+    for ending in endings:
+        assert sum(name.endswith(ending) for name in huggingface_config.TASKS) == 1, ending

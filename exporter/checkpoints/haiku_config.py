@@ -18,6 +18,7 @@ from msgspec.structs import replace
 from perceiver_export.exporter.checkpoints import haiku_names
 from perceiver_export.exporter.checkpoints.haiku_names import HaikuModel
 from perceiver_export.exporter.checkpoints.haiku_shapes import Shapes
+from perceiver_export.exporter.checkpoints.json_config import decode_json, read_bytes
 from perceiver_export.exporter.checkpoints.preprocessor import MAX_SIDE
 from perceiver_export.exporter.perceiver import architectures
 from perceiver_export.exporter.perceiver.architectures import EncoderSizes, Parity, VideoSizes
@@ -117,13 +118,7 @@ def read_flags(model: HaikuModel, path: Path | None) -> Flags:
     kind = _FLAGS[model]
     if path is None:
         return kind()
-    try:
-        flags = msgspec.json.decode(path.read_bytes(), type=kind)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}", "give a JSON file of sizes") from error
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        fields = ", ".join(kind.__struct_fields__)
-        raise CheckpointError(f"{path}: {error}", f"sizes that {model} can be given: {fields}") from error
+    flags = decode_json(read_bytes(path, "a JSON file of sizes"), kind, str(path))
     if isinstance(flags, FlowFlags) and (flags.min_overlap or 0) >= min(flags.train_size):
         raise CheckpointError(
             f"{path}: min_overlap is {flags.min_overlap}, train_size {list(flags.train_size)}",

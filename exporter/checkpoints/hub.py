@@ -12,8 +12,8 @@ _FILES = ["config.json", "preprocessor_config.json", "*.safetensors", "*.safeten
 
 
 def is_hub_id(text: str) -> bool:
-    """Whether this could be ``owner/name``."""
-    return re.fullmatch(r"[\w.-]+/[\w.-]+", text) is not None
+    """Whether this could be ``owner/name``; ``./name`` and ``../name`` are paths."""
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text) is not None
 
 
 def download(hub_id: str) -> Path:

@@ -11,7 +11,7 @@ import typer
 
 from perceiver_export.exporter.cli.output import BundleArgument, DeviceOption, JsonFlag, ThreadsOption
 from perceiver_export.exporter.cli.run_options import RunOptions
-from perceiver_export.runtimes.errors import BundleError
+from perceiver_export.runtimes.errors import BundleError, UsageError
 
 # Of each task: the module beside this one and its function, and what to give it.
 _COMMANDS = {
@@ -25,6 +25,8 @@ _COMMANDS = {
     "sets": ("run_arrays", "run"),
     "arrays": ("run_arrays", "run"),
 }
+_TOP = 3
+_WITHOUT_LABELS = ("optical-flow", "sets", "arrays")
 INPUTS = {
     "image-classification": "PICTURE…",
     "fill-mask": "'TEXT WITH [MASK*5]'",
@@ -51,7 +53,7 @@ def run(
         str | None,
         typer.Option("--output", "-o", help="Where the answers go: JSON, or a picture, arrays, a directory of frames."),
     ] = None,
-    top: Annotated[int, typer.Option(help="How many labels to show of each.")] = 3,
+    top: Annotated[int | None, typer.Option(help="How many labels to show of each.", show_default="3")] = None,
     device: DeviceOption = "auto",
     threads: ThreadsOption = None,
     json: JsonFlag = False,
@@ -59,9 +61,13 @@ def run(
     """Run a bundle on files, or on text, and print or write what it says."""
     from perceiver_export.runtimes.bundle import read_manifest
 
-    task = read_manifest(Path(bundle)).task
+    manifest = read_manifest(Path(bundle))
+    task = manifest.task
     if task not in _COMMANDS:
         raise BundleError(f"{bundle} is of the unknown task {task!r}", f"this version knows: {', '.join(_COMMANDS)}")
+    if top is not None and (task in _WITHOUT_LABELS or (task == "text-classification" and not manifest.labels)):
+        raise UsageError(f"{bundle} gives no labels of which --top could be shown", "leave --top out")
     module, function = _COMMANDS[task]
     command = getattr(importlib.import_module(f"perceiver_export.exporter.cli.{module}"), function)
-    command(bundle, inputs, None if output is None else Path(output), RunOptions(top, device, threads, json))
+    options = RunOptions(_TOP if top is None else top, device, threads, json)
+    command(bundle, inputs, None if output is None else Path(output), options)

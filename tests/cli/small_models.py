@@ -30,59 +30,65 @@ SOUND = AudioVideoSizes(480, 16, None, 2, 16, 16, (2, 8, 8), 4, 2)
 def language() -> LoadedModel:
     decoder = AttentionConfig(4, 16, 24, query_residual=False)
     config = architectures.language_model(TOKENS, ENCODER, decoder, "deepmind")
-    return _loaded(config, "fill-mask", TextPreprocessing(32, special_tokens=False))
+    return loaded(config, "fill-mask", TextPreprocessing(32, special_tokens=False))
 
 
 def sentiment() -> LoadedModel:
     config = architectures.text_classifier(TOKENS, ENCODER, 2, "deepmind")
-    return _loaded(config, "text-classification", TextPreprocessing(32, special_tokens=True), ("bad", "good"))
+    return loaded(config, "text-classification", TextPreprocessing(32, special_tokens=True), ("bad", "good"))
 
 
 def glue() -> LoadedModel:
     config = architectures.multitask_text_classifier(TOKENS, ENCODER, {"cola": 2, "mnli": 3}, "deepmind")
-    return _loaded(config, "text-classification", TextPreprocessing(32, special_tokens=False))
+    return loaded(config, "text-classification", TextPreprocessing(32, special_tokens=False))
 
 
 def pictures() -> LoadedModel:
     image = architectures.image_input("conv", 24, 24, "deepmind", (6, 6))
     config = first_perceiver({"image": image}, ENCODER, 3, "deepmind", num_cross_attentions=2)
     steps = ImagePreprocessing(24, 24, (0.875, 0.875), "opencv-bicubic", 1 / 255, (0.5,) * 3, (0.25,) * 3)
-    return _loaded(config, "image-classification", steps, ("cat", "dog", "bird"))
+    return loaded(config, "image-classification", steps, ("cat", "dog", "bird"))
 
 
 def flow() -> LoadedModel:
     config = architectures.optical_flow(16, 24, ENCODER, "deepmind")
-    return _loaded(config, "optical-flow", FlowPreprocessing(16, 24, min_overlap=4))
+    return loaded(config, "optical-flow", FlowPreprocessing(16, 24, min_overlap=4))
 
 
 def video() -> LoadedModel:
     config = architectures.video_autoencoder(VideoSizes(2, 16, 16, 480, 5), ENCODER, "deepmind")
-    return _loaded(config, "video-autoencoding", VideoPreprocessing(2, 16, 16, 480, 48_000), split=True)
+    return loaded(config, "video-autoencoding", VideoPreprocessing(2, 16, 16, 480, 48_000), split=True)
 
 
 def sound() -> LoadedModel:
     inputs = SOUND.inputs("deepmind")
     config = architectures.classifier(inputs, ENCODER, 3, "deepmind", SOUND.num_input_channels)
-    return _loaded(config, "audio-classification", AudioPreprocessing(480, 48_000, 2, 16, 16), ("hum", "hiss", "bang"))
+    return loaded(config, "audio-classification", AudioPreprocessing(480, 48_000, 2, 16, 16), ("hum", "hiss", "bang"))
 
 
 def mel() -> LoadedModel:
     inputs = {"mel": AudioVideoSizes(mel=(6, 8)).inputs("deepmind")["mel"]}
     config = architectures.classifier(inputs, ENCODER, 3, "deepmind")
     steps = AudioPreprocessing(4800, 48_000, mel=(6, 8))
-    return _loaded(config, "audio-classification", steps, ("hum", "hiss", "bang"))
+    return loaded(config, "audio-classification", steps, ("hum", "hiss", "bang"))
+
+
+def first_sound() -> LoadedModel:
+    inputs, channels = SOUND.inputs("deepmind"), SOUND.num_input_channels
+    config = first_perceiver(inputs, ENCODER, 3, "deepmind", 2, "none", "none", channels)
+    return loaded(config, "audio-classification", AudioPreprocessing(480, 48_000, 2, 16, 16), ("hum", "hiss", "bang"))
 
 
 def points() -> LoadedModel:
     config = first_perceiver({"points": point_input(20, 4, 10, "deepmind")}, ENCODER, 4, "deepmind", 2)
-    return _loaded(config, "point-cloud-classification", PointsPreprocessing(20), ("chair", "desk", "lamp", "sofa"))
+    return loaded(config, "point-cloud-classification", PointsPreprocessing(20), ("chair", "desk", "lamp", "sofa"))
 
 
 def sets() -> LoadedModel:
-    return _loaded(architectures.set_transformer(12, 16, 8, ENCODER, "deepmind"), "sets", None)
+    return loaded(architectures.set_transformer(12, 16, 8, ENCODER, "deepmind"), "sets", None)
 
 
-def _loaded(
+def loaded(
     config: PerceiverConfig,
     task: str,
     preprocessing: Preprocessing | None,

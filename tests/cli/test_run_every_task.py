@@ -59,10 +59,12 @@ RUNS: list[tuple[str, list[str], list[str]]] = [
     ("flow", ["frames/frame0.png", "frames/frame1.png"], ["frame0.png", "mean"]),
     ("video", ["video", "sound.wav"], ["PSNR"]),
     ("sound", ["sound.wav", "video"], ["hum", "hiss", "bang"]),
+    ("first_sound", ["sound.wav", "video"], ["hum", "hiss", "bang"]),
     ("mel", ["sound.wav"], ["hum", "hiss", "bang"]),
     ("points", ["cloud.xyz"], ["chair", "cloud.xyz"]),
     ("sets", ["units.npz"], ["outputs", "9 × 8"]),
 ]
+WITHOUT_LABELS = ("glue", "flow", "sets")
 
 
 @pytest.fixture(scope="session")
@@ -95,7 +97,8 @@ def test_run_answers(
 ) -> None:
     given = [str(files / text) if (files / text).exists() else text for text in inputs]
     shown = succeed("run", bundles[system, split], *given)
-    document = json.loads(succeed("run", bundles[system, split], *given, "--json", "--top", "999"))
+    every = [] if system in WITHOUT_LABELS else ["--top", "999"]
+    document = json.loads(succeed("run", bundles[system, split], *given, "--json", *every))
 
     assert all(text in shown for text in expected), shown
     assert document["runtime"]["target"] == "ort-cpu"
@@ -198,6 +201,11 @@ def test_bad_input_is_one_error_and_one_hint(
 ) -> None:
     for what, (system, given, expected) in bad_inputs(tmp_path).items():
         assert expected in fail("run", bundles[system, split], *given).splitlines()[0], what
+
+
+@pytest.mark.parametrize("system", WITHOUT_LABELS)
+def test_labels_are_not_counted_where_there_are_none(bundles: dict[tuple[str, bool], Path], system: str) -> None:
+    assert "no labels" in fail("run", bundles[system, False], "anything", "--top", "2")
 
 
 def test_own_models_of_the_examples(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ Array = npt.NDArray[Any]
 
 
 def found_numbers(system: str, document: dict[str, Any]) -> dict[str, Any]:
-    """The numbers of the document that `run --json --top 99` printed."""
+    """The numbers of the document that `run --json` printed, with `--top 999` where there are labels."""
     if system == "flow":
         (pair,) = document["pairs"]
         return {name: pair[name] for name in ("mean", "max", "mean_x", "mean_y")}

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -89,28 +90,42 @@ def by_hand(model: PerceiverIO, inputs: Tensor, reads: list[int | None], blocks:
     return logits
 
 
-@pytest.mark.parametrize(
-    ("num_cross_attentions", "sharing", "block_sharing", "reads", "blocks"),
-    [
-        (1, "all-but-first", "all", [0, None, None, None], [0, 0, 0, 0]),
-        (2, "all-but-first", "all", [0, 1, None, None], [0, 0, 0, 0]),
-        (4, "all-but-first", "all", [0, 1, 1, 1], [0, 0, 0, 0]),
-        (4, "none", "none", [0, 1, 2, 3], [0, 1, 2, 3]),
-        (3, "all", "all-but-first", [0, 0, 0, None], [0, 1, 1, 1]),
-    ],
-)
-def test_repeated_reading_against_a_loop_by_hand(
-    num_cross_attentions: int,
-    sharing: Sharing,
-    block_sharing: Sharing,
-    reads: list[int | None],
-    blocks: list[int],
-) -> None:
-    points = ArrayInput((9,), 7)
-    config = first_perceiver(
-        {"points": points}, ENCODER, LABELS, "deepmind", num_cross_attentions, sharing, block_sharing
-    )
-    model = build(config)
+@dataclass(frozen=True)
+class Repeated:
+    """How often the inputs are read and what is shared, as a config says it and as the loop goes."""
+
+    num_cross_attentions: int
+    sharing: Sharing
+    block_sharing: Sharing
+    reads: list[int | None]
+    blocks: list[int]
+
+    def build(self) -> PerceiverIO:
+        return build(
+            first_perceiver(
+                {"points": ArrayInput((9,), 7)},
+                ENCODER,
+                LABELS,
+                "deepmind",
+                self.num_cross_attentions,
+                self.sharing,
+                self.block_sharing,
+            )
+        )
+
+
+REPEATED = [
+    Repeated(1, "all-but-first", "all", [0, None, None, None], [0, 0, 0, 0]),
+    Repeated(2, "all-but-first", "all", [0, 1, None, None], [0, 0, 0, 0]),
+    Repeated(4, "all-but-first", "all", [0, 1, 1, 1], [0, 0, 0, 0]),
+    Repeated(4, "none", "none", [0, 1, 2, 3], [0, 1, 2, 3]),
+    Repeated(3, "all", "all-but-first", [0, 0, 0, None], [0, 1, 1, 1]),
+]
+
+
+@pytest.mark.parametrize("repeated", REPEATED, ids=str)
+def test_repeated_reading_against_a_loop_by_hand(repeated: Repeated) -> None:
+    model, reads, blocks = repeated.build(), repeated.reads, repeated.blocks
     inputs = torch.randn(2, 9, 7)
     logits = model({"points": inputs})["logits"]
 

@@ -51,6 +51,13 @@ def test_a_hub_id_that_cannot_be_had(tmp_path: Path) -> None:
     assert "hf download somebody/small-perceiver" in answer
 
 
+def test_paths_are_not_asked_of_the_hub(tmp_path: Path) -> None:
+    for path in ("./nosuch/model", "../model", "nosuch/model/", "/nosuch/model"):
+        answer = load(path, tmp_path / "home")
+        assert answer.startswith("CheckpointError")
+        assert "is not a directory" in answer, path
+
+
 def test_without_huggingface_hub_the_extra_is_named(tmp_path: Path) -> None:
     answer = load("somebody/small-perceiver", tmp_path, "import sys; sys.modules['huggingface_hub'] = None\n" + CODE)
 
