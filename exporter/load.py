@@ -121,8 +121,8 @@ def _load_directory(text: str, parity: Parity, image_shape: tuple[int, int, int]
         return dataclasses.replace(loaded, source=text)  # not the cache's name for it
     if not directory.is_dir():
         raise CheckpointError(
-            f"{directory} is not a directory",
-            "give a Hugging Face directory (config.json and weights), deepmind:TASK:FILE or preset:NAME",
+            f"{text} is not a directory",
+            "give a Hugging Face directory (config.json and weights) or another SOURCE: export --help lists them",
         )
     return load_huggingface(directory, parity, image_shape)
 

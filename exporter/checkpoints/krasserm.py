@@ -56,6 +56,8 @@ def load_krasserm(source: Path, config: Path | None = None) -> LoadedModel:
     directory = source if source.is_dir() else source.parent
     config = config or directory / "config.json"
     if not config.is_file() and not source.is_dir():
+        if not source.exists():
+            raise CheckpointError(f"{source} does not exist", "give a state dict, or a directory with config.json")
         raise UsageError(
             f"a state dict does not say its sizes, and there is no {config}",
             "give the model's config.json: --config FILE.json",

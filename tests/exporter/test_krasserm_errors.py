@@ -190,8 +190,10 @@ def test_a_lightning_checkpoint_with_objects_gets_the_command_that_takes_the_ten
 def test_files_that_are_not_there(tmp_path: Path) -> None:
     directory = write_directory("image", tmp_path / "model")
     assert "is not a file" in failure(directory / "absent.pt").message
+    assert "does not exist" in failure(tmp_path / "absent.pt").message
+    (tmp_path / "model.pt").touch()
     with pytest.raises(UsageError, match="does not say its sizes"):
-        load_model(f"krasserm:{tmp_path}/absent.pt")
+        load_model(f"krasserm:{tmp_path}/model.pt")
     (directory / "model.safetensors").unlink()
     assert "no weights" in failure(directory).message
     (directory / "config.json").unlink()
