@@ -102,7 +102,8 @@ def _parts(
         graphs = split_model(loaded.model, batch, dynamic_queries, queries[0] if queries else None)
         if (dynamic_queries or queries) and all(graph.num_queries is None for graph in graphs):
             raise UsageError(
-                "no decoder of this model is asked for some of its queries", "leave --dynamic-queries and --shape queries=… out"
+                "no decoder of this model is asked for some of its queries",
+                "leave --dynamic-queries and --shape queries=… out",
             )
         return graphs
     if dynamic_queries or queries:
