@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What DeepMind's own code computed (`tests/vectors`), and our models of the same pickles.
 
-Every folder with a config.json and a params.npz is a model. Besides `tests/vectors`, folders named by the environment
-variable PERCEIVER_VECTORS (with the path separator between them) are searched.
+Every folder with a config.json and a params.npz is a model; where they are searched, `tests.vector_folders` says.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,28 +22,20 @@ from perceiver_export.exporter import load_model
 from perceiver_export.exporter.loaded import LoadedModel
 from perceiver_export.exporter.perceiver.config import PerceiverConfig
 from perceiver_export.exporter.perceiver.model import PerceiverIO
+from tests.vector_folders import vector_folders
 
 Array = npt.NDArray[Any]
 Change = Callable[[PerceiverConfig], PerceiverConfig]
 
-VECTORS = Path(__file__).resolve().parents[1] / "vectors"
-
 
 def model_folders() -> list[Path]:
     """Every reference model, those of `tests/vectors` first."""
-    return [folder for folder in _folders_with("params.npz") if (folder / "config.json").is_file()]
+    return [folder for folder in vector_folders("params.npz") if (folder / "config.json").is_file()]
 
 
 def function_folders() -> list[Path]:
     """Every folder of values of single functions."""
-    return _folders_with("cases.json")
-
-
-def _folders_with(file: str) -> list[Path]:
-    further = [Path(name) for name in os.environ.get("PERCEIVER_VECTORS", "").split(os.pathsep) if name]
-    for root in further:
-        assert root.is_dir(), f"PERCEIVER_VECTORS names {root}, which is not a folder"
-    return [path.parent for root in (VECTORS, *further) for path in sorted(root.rglob(file))]
+    return vector_folders("cases.json")
 
 
 @functools.cache

@@ -13,9 +13,10 @@ import pytest
 
 from perceiver_export.exporter import load_model
 from perceiver_export.runtimes.errors import CheckpointError, PerceiverExportError, UsageError
+from tests.vector_folders import VECTORS
 
 from . import haiku_writer
-from .deepmind_reference import VECTORS, Array, arrays, flags
+from .deepmind_reference import Array, arrays, flags
 
 Arrays = dict[str, Array]
 

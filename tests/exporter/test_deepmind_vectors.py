@@ -13,8 +13,9 @@ import torch
 from msgspec.structs import replace
 
 from perceiver_export.exporter.perceiver.config import PerceiverConfig
+from tests.vector_folders import VECTORS
 
-from .deepmind_reference import VECTORS, Array, Change, arrays, facts, load, model_folders, tolerance
+from .deepmind_reference import Array, Change, arrays, facts, load, model_folders, tolerance
 from .deepmind_runs import computed, with_both_ends
 
 FOLDERS = model_folders()

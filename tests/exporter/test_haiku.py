@@ -24,10 +24,11 @@ from perceiver_export.runtimes.preprocessing import (
     TextPreprocessing,
     VideoPreprocessing,
 )
+from tests.vector_folders import VECTORS
 
 from . import haiku_writer
 from .conftest import MakeCheckpoint, make_transformers_model
-from .deepmind_reference import VECTORS, flags, load
+from .deepmind_reference import flags, load
 
 RELEASED: dict[HaikuModel, str] = {
     "language": "language",
