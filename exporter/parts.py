@@ -190,8 +190,7 @@ class _Encoder(nn.Module):
         self.takes = [spec.name for spec in inputs]
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor]:
-        inputs, mask = self.model.embed(dict(zip(self.takes, tensors, strict=True)))
-        return (self.model.encoder(inputs, mask),)
+        return (self.model.encode(dict(zip(self.takes, tensors, strict=True))),)
 
 
 class _Decoder(nn.Module):
@@ -205,8 +204,7 @@ class _Decoder(nn.Module):
     def forward(self, *tensors: Tensor) -> tuple[Tensor]:
         feeds = dict(zip(self.takes, tensors, strict=True))
         latents, indices = feeds.pop("latents"), feeds.pop("queries", None)
-        inputs = self.model.embed(feeds)[0] if any(name in feeds for name in self.model.config.inputs) else None
-        rows = self.model.decode(self.output, latents, indices, feeds, inputs)
+        rows = self.model.decode(self.output, latents, indices, feeds)
         return (rows if self.shape is None else rows.reshape(rows.shape[0], *self.shape),)
 
 

@@ -43,10 +43,43 @@ class Constants:
         """M."""
         return math.prod(self.shape)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of the tables."""
+        return self.terms[0].table.dtype if self.terms else torch.get_default_dtype()
+
+    @property
+    def num_free_channels(self) -> int:
+        """How many channels vary freely over the grid."""
+        return sum(len(term.channels) for term in self.terms if term.axis == "grid")
+
+    @property
+    def num_axes(self) -> int:
+        """Along how many axes some channels vary."""
+        return len({term.axis for term in self.terms if isinstance(term.axis, int)})
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Mean over the channels and sum of their squares, of every row (M,), in float64: without the whole table."""
+        total = torch.zeros(1, dtype=torch.float64)
+        square = torch.zeros(1, dtype=torch.float64)
+        for term in self.terms:
+            exact = term.table.double()
+            total = total + self._spread(term, exact.sum(1))
+            square = square + self._spread(term, (exact**2).sum(1))
+        mean = total / max(self.num_channels, 1)
+        return mean.expand(self.num_rows), square.expand(self.num_rows)
+
+    def _spread(self, term: Term, values: Tensor) -> Tensor:
+        """One number a row of a term's table, for every row of the grid (M or 1,)."""
+        if not isinstance(term.axis, int):
+            return values
+        sizes = [1] * len(self.shape)
+        sizes[term.axis] = self.shape[term.axis]
+        return values.reshape(sizes).expand(self.shape).flatten()
+
     def table(self) -> Tensor:
         """All of them, (M, C_p)."""
-        first = self.terms[0].table if self.terms else torch.zeros(1, 0)
-        table = torch.zeros(self.num_rows, self.num_channels, dtype=first.dtype)
+        table = torch.zeros(self.num_rows, self.num_channels, dtype=self.dtype)
         for term in self.terms:
             table[:, list(term.channels)] = self._rows(term)
         return table
@@ -90,9 +123,9 @@ def with_padding(constants: Constants, padding: Tensor) -> Constants:
     return Constants(constants.shape, start + padding.shape[1], (*constants.terms, term))
 
 
-def no_constants(num_rows: int) -> Constants:
+def no_constants(shape: tuple[int, ...]) -> Constants:
     """Inputs that are features altogether."""
-    return Constants((num_rows,), 0, ())
+    return Constants(shape, 0, ())
 
 
 def scores_of(constants: Constants, weights: Tensor) -> list[tuple[int | str | None, Tensor]]:

@@ -24,21 +24,19 @@ class Modality:
         return self.num_features + self.constants.num_channels
 
 
-class InverseDeviation(nn.Module):
-    """1/σ_j of inputs from their features (B, M, C_f) alone -> (B, M); (1, M) where there are none.
+class Deviation(nn.Module):
+    """σ_j of inputs from their features (B, M, C_f) alone -> (B, M); (1, M) where there are none.
 
     The variance is a sum of squares that are all centred: nothing cancels where features have a large offset.
     """
 
     def __init__(self, modality: Modality, eps: float) -> None:
         super().__init__()
-        table = modality.constants.table()
-        self.eps, self.num_features, self.num_constants = eps, modality.num_features, table.shape[1]
-        exact = table.double()
-        mean = exact.mean(1) if self.num_constants else torch.zeros(len(table), dtype=torch.float64)
-        square = ((exact - mean[:, None]) ** 2).sum(1)
-        self.register_buffer("mean", mean.to(table.dtype))
-        self.register_buffer("square", square.to(table.dtype))
+        self.eps, self.num_features = eps, modality.num_features
+        self.num_constants = modality.constants.num_channels
+        mean, square = modality.constants.moments()
+        self.register_buffer("mean", mean.to(modality.constants.dtype))
+        self.register_buffer("square", (square - self.num_constants * mean**2).to(modality.constants.dtype))
 
     def forward(self, features: Tensor | None) -> Tensor:
         total = self.num_features + self.num_constants
@@ -50,4 +48,4 @@ class InverseDeviation(nn.Module):
             if self.num_constants:
                 share = self.num_features * self.num_constants / total**2
                 variance = variance + share * (own - mean) ** 2
-        return torch.rsqrt(variance + self.eps)
+        return torch.sqrt(variance + self.eps)

@@ -8,6 +8,10 @@ W_k moves to the query side and W_v behind the softmax. With C_0 = I − 11ᵀ/C
 
 What does not depend on j cancels in the softmax: b_k and W_k β. Two M × C × D projections disappear. Where the queries
 are constants, as an encoder's first latents are, so are a_i and its products with the positions.
+
+The division by σ_j behind the softmax costs a pass over all N × M weights, so it happens inside of it: with
+h_ij = softmax_j(score_ij − log σ_j), z_i = Σ_j h_ij x_j / Σ_j h_ij σ_j. Both sums are further columns of products that
+are there anyway. (Not with a mask: rows in which nothing is left must still read the mean of the values.)
 """
 
 from __future__ import annotations
@@ -19,8 +23,14 @@ import torch
 from torch import Tensor, nn
 
 from perceiver_export.exporter.fold.constants import add_on_grid, read_constants, scores_of
-from perceiver_export.exporter.fold.deviation import InverseDeviation, Modality
-from perceiver_export.exporter.perceiver.attention import Attention, CrossAttention, merge_heads, split_heads
+from perceiver_export.exporter.fold.deviation import Deviation, Modality
+from perceiver_export.exporter.perceiver.attention import (
+    MASKED_SCORE,
+    Attention,
+    CrossAttention,
+    merge_heads,
+    split_heads,
+)
 
 
 class FewQueriesAttention(nn.Module):
@@ -37,26 +47,28 @@ class FewQueriesAttention(nn.Module):
         self.num_heads, self.masked_rows = attention.num_heads, attention.masked_rows
         self.query_residual, self.has_mlp = reference.query_residual, reference.has_mlp
         self.query_norm, self.query = reference.query_norm, attention.query
-        self.deviations = nn.ModuleList(InverseDeviation(one, norm.eps) for one in modalities)
-        key = attention.key.weight.unflatten(0, (self.num_heads, -1)) * norm.weight
+        self.deviations = nn.ModuleList(Deviation(one, norm.eps) for one in modalities)
+        dtype = norm.weight.dtype
+        key = attention.key.weight.detach().double().unflatten(0, (self.num_heads, -1)) * norm.weight.detach()
         key = key / math.sqrt(key.shape[1])
-        self.register_buffer("key", key - key.mean(-1, keepdim=True))  # (h, d, C)
+        self.register_buffer("key", (key - key.mean(-1, keepdim=True)).to(dtype))  # (h, d, C)
         matrix, offset = _values_to_output(attention, norm)
-        self.register_buffer("matrix", matrix)
-        self.register_buffer("offset", offset)
+        self.register_buffer("matrix", matrix.to(dtype))
+        self.register_buffer("offset", offset.to(dtype))
         self.register_buffer("bias", attention.output.bias.detach())
         if reference.has_mlp:
             self.mlp_norm, self.mlp = reference.mlp_norm, reference.mlp
 
     def forward(self, queries: Tensor, features: Sequence[Tensor | None], mask: Tensor | None = None) -> Tensor:
         keys = split_heads(self.query(self.query_norm(queries)), self.num_heads) @ self.get_buffer("key")
-        inverse = [deviation(one) for deviation, one in zip(self.deviations, features, strict=True)]
-        bias = None if mask is None else (-1e30 * (1 - mask.to(queries.dtype)))[:, None, None, :]
+        inputs = [
+            _Input(modality, one, deviation(one), masked=mask is not None)
+            for modality, one, deviation in zip(self.modalities, features, self.deviations, strict=True)
+        ]
+        bias = None if mask is None else (MASKED_SCORE * (1 - mask.to(queries.dtype)))[:, None, None, :]
         count = queries.shape[1]
         chunk = self.chunk or count
-        reads = [
-            self._read(keys[:, :, start : start + chunk], features, inverse, bias) for start in range(0, count, chunk)
-        ]
+        reads = [_read(keys[:, :, start : start + chunk], inputs, bias) for start in range(0, count, chunk)]
         read = torch.cat(reads, dim=1) if len(reads) > 1 else reads[0]
         x = read @ self.get_buffer("matrix") + self.get_buffer("offset")
         if mask is not None and self.masked_rows == "zero":
@@ -66,49 +78,74 @@ class FewQueriesAttention(nn.Module):
             x = x + queries
         return x + self.mlp(self.mlp_norm(x)) if self.has_mlp else x
 
-    def _read(
-        self, keys: Tensor, features: Sequence[Tensor | None], inverse: Sequence[Tensor], bias: Tensor | None
-    ) -> Tensor:
-        """z of some queries: a (1 or B, h, n, C) -> (B, n, h·C)."""
-        scores = [
-            self._scores(keys, modality, one, scale)
-            for modality, one, scale in zip(self.modalities, features, inverse, strict=True)
-        ]
-        batch = max(part.shape[0] for part in scores) if len(scores) > 1 else 1
-        joined = torch.cat([p.expand(batch, -1, -1, -1) for p in scores], -1) if len(scores) > 1 else scores[0]
-        weights = torch.softmax(joined if bias is None else joined + bias, dim=-1)
-        total, start = None, 0
-        for modality, one, scale in zip(self.modalities, features, inverse, strict=True):
-            stop = start + modality.constants.num_rows
-            own = weights[..., start:stop] * scale[:, None, None, :]
-            start = stop
-            parts = [] if one is None else [own @ one.unsqueeze(1)]
-            if modality.constants.num_channels:
-                parts.append(read_constants(own, modality.constants))
-            z = torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
-            total = z if total is None else total + z
-        assert total is not None
-        return merge_heads(total)
 
-    def _scores(self, keys: Tensor, modality: Modality, features: Tensor | None, inverse: Tensor) -> Tensor:
-        """(B, h, n, M)."""
-        terms = scores_of(modality.constants, keys[..., modality.num_features :])
-        if features is None:
-            scores = torch.zeros(*keys.shape[:-1], modality.constants.num_rows, dtype=keys.dtype)
+class _Input:
+    """One modality of a call: features with columns for σ and, without a mask, σ log σ beside them (B, M, C_f + …)."""
+
+    def __init__(self, modality: Modality, features: Tensor | None, deviation: Tensor, masked: bool) -> None:
+        self.modality = modality
+        self.inverse = torch.reciprocal(deviation)
+        columns = [] if features is None else [features]
+        if not masked:
+            columns += [deviation.unsqueeze(-1), (deviation * torch.log(self.inverse)).unsqueeze(-1)]
+        self.columns = torch.cat(columns, dim=-1) if len(columns) > 1 else columns[0] if columns else None
+        self.masked = masked
+
+    def scores(self, keys: Tensor) -> Tensor:
+        """score_ij, less log σ_j without a mask: (B, h, n, M)."""
+        count, constants = self.modality.num_features, self.modality.constants
+        own = keys[..., :count]
+        if not self.masked:
+            ones = torch.ones_like(keys[..., :1])
+            own = torch.cat([own, torch.zeros_like(ones), ones], dim=-1)
+        if self.columns is None:
+            scores = torch.zeros(*keys.shape[:-1], constants.num_rows, dtype=keys.dtype)
         else:
-            own = keys[..., : modality.num_features]
             # All heads in one product with the features, which have none.
-            scores = (own.flatten(1, 2) @ features.transpose(-1, -2)).unflatten(1, own.shape[1:3])
-        return add_on_grid(scores, terms, modality.constants.shape) * inverse[:, None, None, :]
+            scores = (own.flatten(1, 2) @ self.columns.transpose(-1, -2)).unflatten(1, own.shape[1:3])
+        scores = add_on_grid(scores, scores_of(constants, keys[..., count:]), constants.shape)
+        return scores * self.inverse[:, None, None, :]
+
+    def read(self, weights: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Σ_j of the weights (B, h, n, M) times x_j (B, h, n, C), and times σ_j (B, h, n, 1) without a mask."""
+        own = weights * self.inverse[:, None, None, :] if self.masked else weights
+        count, constants = self.modality.num_features, self.modality.constants
+        columns = None if self.columns is None else own @ self.columns.unsqueeze(1)
+        parts = [] if columns is None or not count else [columns[..., :count]]
+        if constants.num_channels:
+            parts.append(read_constants(own, constants))
+        z = torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
+        return z, None if columns is None or self.masked else columns[..., count : count + 1]
+
+
+def _read(keys: Tensor, inputs: Sequence[_Input], bias: Tensor | None) -> Tensor:
+    """z of some queries: a (1 or B, h, n, C) -> (B, n, h·C)."""
+    scores = [one.scores(keys) for one in inputs]
+    batch = max(part.shape[0] for part in scores) if len(scores) > 1 else 1
+    joined = torch.cat([part.expand(batch, -1, -1, -1) for part in scores], -1) if len(scores) > 1 else scores[0]
+    weights = torch.softmax(joined if bias is None else joined + bias, dim=-1)
+    starts = [0]
+    for one in inputs:
+        starts.append(starts[-1] + one.modality.constants.num_rows)
+    reads = [
+        one.read(weights[..., start:stop] if len(inputs) > 1 else weights)
+        for one, start, stop in zip(inputs, starts[:-1], starts[1:], strict=True)
+    ]
+    total, norm = reads[0]
+    for z, further in reads[1:]:
+        total = total + z
+        norm = norm + further if norm is not None and further is not None else None
+    return merge_heads(total if norm is None else total / norm)
 
 
 def _values_to_output(attention: Attention, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
-    """What takes z (h·C) to the output (Q): the matrix (h·C, Q), and W_o (W_v β + b_v)."""
-    heads, value, output = attention.num_heads, attention.value, attention.output
-    per_head = output.weight.unflatten(1, (heads, -1)).transpose(0, 1) @ value.weight.unflatten(0, (heads, -1))
-    per_head = per_head * norm.weight
+    """What takes z (h·C) to the output (Q), in float64: the matrix (h·C, Q), and W_o (W_v β + b_v)."""
+    heads = attention.num_heads
+    value, output = attention.value.weight.detach().double(), attention.output.weight.detach().double()
+    per_head = output.unflatten(1, (heads, -1)).transpose(0, 1) @ value.unflatten(0, (heads, -1))
+    per_head = per_head * norm.weight.detach()
     matrix = per_head - per_head.mean(-1, keepdim=True)  # (h, Q, C)
-    shift = value.weight @ norm.bias
-    if value.bias is not None:
-        shift = shift + value.bias
-    return matrix.transpose(-1, -2).flatten(0, 1).contiguous(), output.weight @ shift
+    shift = value @ norm.bias.detach().double()
+    if attention.value.bias is not None:
+        shift = shift + attention.value.bias.detach()
+    return matrix.transpose(-1, -2).flatten(0, 1).contiguous(), output @ shift

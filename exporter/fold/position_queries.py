@@ -18,41 +18,57 @@ from torch import Tensor, nn
 
 from perceiver_export.exporter.fold.constants import Constants, scores_of
 from perceiver_export.exporter.fold.many_queries import KeysForQueries
-from perceiver_export.exporter.fold.tails import LinearTail
 from perceiver_export.exporter.perceiver.attention import CrossAttention
 
 
 class PositionQueriesAttention(nn.Module):
-    """Flat indices (B, O) of grid points, None for all, and latents (B, N, D) -> output rows (B, O, E)."""
+    """Flat indices (B, O) of grid points, None for all, and latents (B, N, D) -> output rows (B, O, E).
 
-    def __init__(self, reference: CrossAttention, tail: LinearTail, constants: Constants) -> None:
+    ``chunk`` is how many points are taken at a time.
+    """
+
+    def __init__(
+        self, reference: CrossAttention, tail: nn.Module, constants: Constants, chunk: int | None = None
+    ) -> None:
         super().__init__()
-        self.constants, self.tail = constants, tail
+        self.constants, self.tail, self.chunk = constants, tail, chunk
         self.folded = KeysForQueries(reference)
-        self.register_buffer("inverse", _inverse_deviations(constants, reference.query_norm.eps))
+        mean, square = constants.moments()
+        variance = square / constants.num_channels - mean**2
+        inverse = torch.rsqrt(variance + reference.query_norm.eps).to(constants.dtype)
+        self.register_buffer("inverse", inverse.unsqueeze(1))
 
     def forward(self, latents: Tensor, indices: Tensor | None) -> Tensor:
-        weights, offset, values = self.folded(latents)
-        shape = self.constants.shape
+        keys, offset, values = self.folded(latents)
+        tables = [(axis, term.transpose(-1, -2)) for axis, term in scores_of(self.constants, keys)]
+        offset = offset.transpose(-1, -2)
         if indices is None:
-            indices = torch.arange(math.prod(shape), device=latents.device).unsqueeze(0).expand(latents.shape[0], -1)
+            indices = torch.arange(self.constants.num_rows, device=latents.device).unsqueeze(0)
+            indices = indices.expand(latents.shape[0], -1)
+        if self.chunk is None or not isinstance(indices.shape[1], int):
+            return self._rows(indices, tables, offset, values)
+        rows = [self._rows(some, tables, offset, values) for some in indices.split(self.chunk, dim=1)]
+        return torch.cat(rows, dim=1) if len(rows) > 1 else rows[0]
+
+    def _rows(
+        self, indices: Tensor, tables: list[tuple[int | str | None, Tensor]], offset: Tensor, values: Tensor
+    ) -> Tensor:
+        shape = self.constants.shape
         scores: Tensor | None = None
-        for axis, term in scores_of(self.constants, weights):
-            own = term.transpose(-1, -2)  # (B, h, size, N)
+        for axis, table in tables:
+            own = table  # (B, h, size, N)
             if isinstance(axis, int):
                 stride = math.prod(shape[axis + 1 :])
-                points = torch.remainder(torch.div(indices, stride, rounding_mode="floor"), shape[axis])
-                own = _rows(own, points)
+                own = _at(table, torch.remainder(torch.div(indices, stride, rounding_mode="floor"), shape[axis]))
             scores = own if scores is None else scores + own
         assert scores is not None
-        scale = nn.functional.embedding(indices, self.get_buffer("inverse").unsqueeze(1))  # (B, O, 1)
-        scores = scores * scale.unsqueeze(1) + offset
-        x = (torch.softmax(scores, dim=-1) @ values).sum(1) + self.folded.get_buffer("bias")
+        scale = nn.functional.embedding(indices, self.get_buffer("inverse"))  # (B, O, 1)
+        x = self.folded.read(scores * scale.unsqueeze(1) + offset, values)
         rows: Tensor = self.tail(x)
         return rows
 
 
-def _rows(table: Tensor, points: Tensor) -> Tensor:
+def _at(table: Tensor, points: Tensor) -> Tensor:
     """Rows ``points`` (B, O) of a table (B, h, size, N) -> (B, h, O, N)."""
     batch, heads, size, count = table.shape
     flat = table.transpose(1, 2).reshape(batch * size, heads * count)
@@ -60,21 +76,3 @@ def _rows(table: Tensor, points: Tensor) -> Tensor:
     rows = nn.functional.embedding(points + offsets, flat)
     apart: Tensor = rows.unflatten(-1, (heads, count)).transpose(1, 2)
     return apart
-
-
-def _inverse_deviations(constants: Constants, eps: float) -> Tensor:
-    """1/σ_j of every point (M,), from sums along each axis: the table of all points need not exist."""
-    grid = [1] * len(constants.shape)
-    total = torch.zeros(grid, dtype=torch.float64)
-    square = torch.zeros(grid, dtype=torch.float64)
-    dtype = torch.get_default_dtype()
-    for term in constants.terms:
-        sizes = list(grid)
-        if isinstance(term.axis, int):
-            sizes[term.axis] = constants.shape[term.axis]
-        exact, dtype = term.table.double(), term.table.dtype
-        total = total + exact.sum(1).reshape(sizes)
-        square = square + (exact**2).sum(1).reshape(sizes)
-    mean = total / constants.num_channels
-    variance = square / constants.num_channels - mean**2
-    return torch.rsqrt(variance + eps).expand(constants.shape).reshape(-1).to(dtype)

@@ -28,7 +28,12 @@ class ImageAdapter(nn.Module):
         self.positions = position_encoding(config.positions, config.grid)
 
     def forward(self, image: Tensor) -> Tensor:
-        return _beside(self.features(image).flatten(2).transpose(1, 2), self.positions())
+        return _beside(self.features_of(image), self.positions())
+
+    def features_of(self, image: Tensor) -> Tensor:
+        """Without the positions."""
+        features: Tensor = self.features(image).flatten(2).transpose(1, 2)
+        return features
 
 
 def _features(config: ImageInput) -> nn.Module:
@@ -82,8 +87,12 @@ class FramePairAdapter(nn.Module):
         self.positions = position_encoding(config.positions, (config.height, config.width))
 
     def forward(self, frames: Tensor) -> Tensor:
-        features: Tensor = self.features(frames.flatten(1, 2))
-        return _beside(features.flatten(2).transpose(1, 2), self.positions())
+        return _beside(self.features_of(frames), self.positions())
+
+    def features_of(self, frames: Tensor) -> Tensor:
+        """Without the positions."""
+        features: Tensor = self.features(frames.flatten(1, 2)).flatten(2).transpose(1, 2)
+        return features
 
 
 class TokenAdapter(nn.Module):
@@ -97,6 +106,8 @@ class TokenAdapter(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         inputs: Tensor = self.embedding(tokens) + self.positions
         return inputs
+
+    features_of = forward  # positions are added, not put beside
 
 
 class ArrayAdapter(nn.Module):
@@ -112,11 +123,16 @@ class ArrayAdapter(nn.Module):
         self.positions = position_encoding(config.positions, config.grid) if config.positions is not None else None
 
     def forward(self, array: Tensor) -> Tensor:
+        features = self.features_of(array)
+        return features if self.positions is None else _beside(features, self.positions())
+
+    def features_of(self, array: Tensor) -> Tensor:
+        """Without the positions of the grid."""
         if self.config.value_positions is not None:
             return fourier_features(array.flatten(1, -2), self.config.value_positions)
         patches = space_to_depth(array, self.config.patch) if self.config.patch else array.flatten(1, -2)
         features: Tensor = self.projection(patches)
-        return features if self.positions is None else _beside(features, self.positions())
+        return features
 
 
 def space_to_depth(array: Tensor, patch: tuple[int, ...]) -> Tensor:

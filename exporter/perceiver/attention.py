@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from perceiver_export.exporter.perceiver.config import Activation, AttentionConfig
 
 # Small enough that the softmax gives an exact zero, and that any score vanishes when it is added.
-_MASKED_SCORE = -1e30
+MASKED_SCORE = -1e30
 
 
 def attend(
@@ -38,7 +38,7 @@ def attend(
     scores = torch.matmul(q / math.sqrt(q.shape[-1]), k.transpose(-1, -2))
     if mask is not None:
         mask = mask.to(scores.dtype)
-        scores = scores + (_MASKED_SCORE * (1 - mask))[:, None, None, :]
+        scores = scores + (MASKED_SCORE * (1 - mask))[:, None, None, :]
     read = merge_heads(torch.matmul(torch.softmax(scores, dim=-1), v))
     if mask is not None and masked_rows == "zero":
         read = read * mask.amax(dim=-1)[:, None, None]
@@ -82,25 +82,26 @@ class Attention(nn.Module):
         return output
 
 
+class GEGLU(nn.Module):
+    """Gated GELU, of lucidrains' models: (…, 2·W) -> (…, W), the second half gates the first."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        width = hidden.shape[-1] // 2  # slices: `chunk` would become a sequence, which few engines take
+        return hidden[..., :width] * nn.functional.gelu(hidden[..., width:])
+
+
 class MLP(nn.Module):
     """Linear, activation, linear: (…, C) -> (…, C)."""
 
     def __init__(self, num_channels: int, widening_factor: int, activation: Activation) -> None:
         super().__init__()
-        self.gated = activation == "geglu"
-        width = widening_factor * num_channels
-        self.hidden = nn.Linear(num_channels, 2 * width if self.gated else width)
-        self.activation = nn.GELU(approximate="tanh" if activation == "gelu-tanh" else "none")
+        gated, width = activation == "geglu", widening_factor * num_channels
+        self.hidden = nn.Linear(num_channels, 2 * width if gated else width)
+        self.activation = GEGLU() if gated else nn.GELU(approximate="tanh" if activation == "gelu-tanh" else "none")
         self.output = nn.Linear(width, num_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = self.hidden(x)
-        if self.gated:
-            width = self.output.in_features  # slices: `chunk` would become a sequence, which few engines take
-            hidden = hidden[..., :width] * self.activation(hidden[..., width:])
-        else:
-            hidden = self.activation(hidden)
-        y: Tensor = self.output(hidden)
+        y: Tensor = self.output(self.activation(self.hidden(x)))
         return y
 
 
@@ -131,10 +132,15 @@ class CrossAttention(nn.Module):
     def forward(
         self, queries: Tensor, inputs: Tensor, mask: Tensor | None = None, query_mask: Tensor | None = None
     ) -> Tensor:
-        x: Tensor = self.attention(self.query_norm(queries), self.input_norm(inputs), mask, query_mask)
-        if self.query_residual:
-            x = x + queries
+        x = self.read(queries, inputs, mask, query_mask)
         return x + self.mlp(self.mlp_norm(x)) if self.has_mlp else x
+
+    def read(
+        self, queries: Tensor, inputs: Tensor, mask: Tensor | None = None, query_mask: Tensor | None = None
+    ) -> Tensor:
+        """The same without the MLP."""
+        x: Tensor = self.attention(self.query_norm(queries), self.input_norm(inputs), mask, query_mask)
+        return x + queries if self.query_residual else x
 
 
 class SelfAttention(nn.Module):

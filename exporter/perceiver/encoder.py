@@ -46,9 +46,9 @@ class PerceiverEncoder(nn.Module):
         latents = self.latents.unsqueeze(0)
         for index in range(self.config.num_blocks):
             if index < self.config.num_cross_attentions:
-                read = self.cross_attentions[_which(index, self.config.cross_attention_sharing)]
+                read = self.cross_attentions[layer_index(index, self.config.cross_attention_sharing)]
                 latents = read(latents, inputs, mask)
-            block = self.self_attentions[_which(index, self.config.block_sharing)]
+            block = self.self_attentions[layer_index(index, self.config.block_sharing)]
             assert isinstance(block, nn.ModuleList)
             for layer in block:
                 latents = layer(latents)
@@ -60,6 +60,6 @@ def _distinct(count: int, sharing: Sharing) -> int:
     return {"all": 1, "all-but-first": min(count, 2), "none": count}[sharing]
 
 
-def _which(index: int, sharing: Sharing) -> int:
+def layer_index(index: int, sharing: Sharing) -> int:
     """Which set of weights the layer ``index`` uses."""
     return {"all": 0, "all-but-first": min(index, 1), "none": index}[sharing]

@@ -69,6 +69,11 @@ class PerceiverIO(nn.Module):
             outputs[name] = rows.reshape(rows.shape[0], *output.shape)
         return outputs
 
+    def encode(self, feeds: Mapping[str, Tensor]) -> Tensor:
+        """Latents (B, N, D) that have read the inputs."""
+        latents: Tensor = self.encoder(*self.embed(feeds))
+        return latents
+
     def embed(self, feeds: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         """All inputs side by side (B, M, C), and which are there (B, M), None where all are."""
         embedded, masks = [], []
@@ -103,8 +108,8 @@ class PerceiverIO(nn.Module):
     ) -> Tensor:
         """Rows (B, Q, E) of one output for the queries ``indices`` (B, Q), None for all of them.
 
-        ``inputs`` are what `embed` gave, for queries that are inputs; ``mask`` leaves out the queries of inputs that
-        are not there, where the config asks for that.
+        ``inputs`` are what `embed` gave, where the caller has that already; ``mask`` leaves out the queries of inputs
+        that are not there, where the config asks for that.
         """
         config = self.config.decoder
         assert isinstance(config, QueryDecoder)
@@ -113,8 +118,7 @@ class PerceiverIO(nn.Module):
         if isinstance(output.queries, GivenQueries):
             queries = feeds[f"{name}_queries"]
         elif isinstance(output.queries, InputQueries):
-            assert inputs is not None
-            queries = input_queries(inputs, indices)
+            queries = input_queries(self.embed(feeds)[0] if inputs is None else inputs, indices)
         else:
             queries = self.decoder.queries[name](indices)
         embedding = None

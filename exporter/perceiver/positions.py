@@ -58,6 +58,7 @@ class FourierPositionEncoding(nn.Module):
 
     def __init__(self, config: FourierPositions, shape: tuple[int, ...]) -> None:
         super().__init__()
+        self.config, self.shape = config, shape
         self.register_buffer("table", fourier_table(config, shape), persistent=False)
 
     def forward(self) -> Tensor:

@@ -19,7 +19,7 @@ from perceiver_export.exporter.fold.deviation import Modality
 from perceiver_export.exporter.fold.few_queries import FewQueriesAttention
 from perceiver_export.exporter.fold.many_queries import InputQueriesAttention
 from perceiver_export.exporter.fold.position_queries import PositionQueriesAttention
-from perceiver_export.exporter.fold.tails import LinearTail
+from perceiver_export.exporter.fold.tails import Linear, LinearTail
 from perceiver_export.exporter.perceiver.attention import CrossAttention
 from perceiver_export.exporter.perceiver.config import AttentionConfig, FourierPositions
 from perceiver_export.exporter.perceiver.positions import fourier_table
@@ -102,7 +102,7 @@ def test_input_queries(kind: str, heads: int, residual: bool, chunk: int | None)
     latents = torch.randn(2, 9, 10)
 
     expected = layers[1](layers[0](reference(_beside(features, modality.constants), latents))) * 0.2
-    tail = LinearTail(reference, layers, 0.2)
+    tail = LinearTail(reference, _linear(layers), 0.2)
     found = InputQueriesAttention(reference, tail, modality, chunk)(latents, features)
 
     assert expected.abs().max() > 1e-3
@@ -118,7 +118,7 @@ def test_position_queries(shape: tuple[int, ...], heads: int) -> None:
     latents = torch.randn(2, 9, 10)
 
     expected = layers[0](reference(constants.table().unsqueeze(0), latents))
-    folded = PositionQueriesAttention(reference, LinearTail(reference, layers), constants)
+    folded = PositionQueriesAttention(reference, LinearTail(reference, _linear(layers)), constants)
     indices = torch.randint(0, constants.num_rows, (2, 4))
 
     assert (folded(latents, None) - expected).abs().max() <= TOLERANCE
@@ -129,3 +129,7 @@ def test_position_queries(shape: tuple[int, ...], heads: int) -> None:
 def _beside(features: Tensor | None, constants: Constants) -> Tensor:
     table = constants.table().expand(2, -1, -1)
     return table if features is None else torch.cat([features, table], dim=-1)
+
+
+def _linear(layers: list[nn.Linear]) -> list[Linear]:
+    return [Linear(layer.weight, layer.bias) for layer in layers]

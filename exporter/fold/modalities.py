@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Each input of a model as features, which a call changes, and constants, which it does not."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from perceiver_export.exporter.fold.constants import (
+    Constants,
+    fourier_constants,
+    free_constants,
+    no_constants,
+    with_padding,
+)
+from perceiver_export.exporter.fold.deviation import Modality
+from perceiver_export.exporter.perceiver.adapters import MaskTokenAdapter
+from perceiver_export.exporter.perceiver.config import ArrayInput, MaskedInput, TokenInput
+from perceiver_export.exporter.perceiver.model import PerceiverIO
+from perceiver_export.exporter.perceiver.positions import FourierPositionEncoding, LearnedPositionEncoding
+
+
+class Features(nn.Module):
+    """What an input adapter computes, without the constants beside it: (B, M, C_f)."""
+
+    def __init__(self, adapter: nn.Module) -> None:
+        super().__init__()
+        self.adapter = adapter
+
+    def forward(self, array: Tensor) -> Tensor:
+        features: Tensor = self.adapter.features_of(array)
+        return features
+
+
+def modality_of(model: PerceiverIO, name: str) -> Modality:
+    """How many features an input has, and its constants: positions on their grid, padding, or a mask token."""
+    config, adapter = model.config.inputs[name], model.inputs[name]
+    if isinstance(config, MaskedInput):
+        assert isinstance(adapter, MaskTokenAdapter)
+        return Modality(0, with_padding(no_constants((config.num_inputs,)), adapter.token.detach()))
+    constants = _positions_of(adapter)
+    if constants is None:
+        assert isinstance(config, ArrayInput | TokenInput)
+        constants = no_constants(config.grid if isinstance(config, ArrayInput) else (config.length,))
+    num_features = config.num_input_channels - constants.num_channels
+    if name in model.input_paddings:
+        constants = with_padding(constants, model.input_paddings[name].detach())
+    return Modality(num_features, constants)
+
+
+def _positions_of(adapter: nn.Module) -> Constants | None:
+    encoding = getattr(adapter, "positions", None)
+    if isinstance(encoding, FourierPositionEncoding):
+        return fourier_constants(encoding.config, encoding.shape, encoding.table)
+    if isinstance(encoding, LearnedPositionEncoding):
+        return free_constants(encoding.shape, encoding().detach())
+    return None  # tokens carry theirs within, points are theirs
