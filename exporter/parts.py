@@ -27,7 +27,7 @@ from perceiver_export.runtimes.errors import UsageError
 from perceiver_export.runtimes.manifest import TensorSpec
 
 # Queries a call of a decoder where nothing else is asked for: few where a text's masked bytes are read, many of a grid.
-_LEARNED_QUERIES, _GRID_QUERIES = 256, 8192
+_LEARNED_QUERIES, GRID_QUERIES = 256, 8192
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def _decoder(
         inputs = [latents, *given]
         spec = next(spec for spec in output_specs(model.config, batch) if spec.name == name)
         return GraphPart(part, _Decoder(model, name, inputs, output.shape), tuple(inputs), (spec,), _typical(batch))
-    usual = total if dynamic else _LEARNED_QUERIES if isinstance(output.queries, LearnedQueries) else _GRID_QUERIES
+    usual = total if dynamic else _LEARNED_QUERIES if isinstance(output.queries, LearnedQueries) else GRID_QUERIES
     most = min(queries or usual, total)
     dynamic = dynamic and most > 1  # torch knows no range from 1 to 1
     size: int | str = "queries" if dynamic else most

@@ -29,7 +29,10 @@ from perceiver_export.runtimes.tasks import checked_task
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+    from perceiver_export.exporter.fold.folded import FoldedPerceiver
+    from perceiver_export.exporter.fold.sites import Sites
     from perceiver_export.exporter.parts import GraphPart
+    from perceiver_export.exporter.perceiver.model import PerceiverIO
 
 # progress(what is being done, steps done, steps in all)
 Progress = Callable[[str, int, int], None]
@@ -49,6 +52,8 @@ def export(
     batch: str | int = 1,
     shape: Mapping[str, tuple[int, ...]] | None = None,
     config: str | os.PathLike[str] | None = None,
+    fold: bool = True,
+    memory_budget: str | int = "512MiB",
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Bundle:
@@ -59,6 +64,10 @@ def export(
     (``shape={"queries": (n,)}`` sets it), or with ``dynamic_queries`` any number up to that. ``batch`` is a number or
     ``"MIN:OPT:MAX"``; ``shape`` fixes an input's size without the batch, e.g. ``{"image": (3, 224, 224)}``. ``config``
     is the JSON file of sizes that a bare state dict comes with. A `LoadedModel` may be given instead of a path.
+
+    ``fold`` rewrites the model into an exactly equal one with less work, site by site where that pays, in pieces that
+    keep the activations within ``memory_budget`` (bytes, or e.g. ``"512MiB"``); the manifest says what was chosen.
+    Without it the graph has every projection as the model has it, and no pieces.
 
     Raises CheckpointError, UnsupportedModelError, UsageError, ExportError, VerificationError, BundleExistsError,
     MissingDependencyError.
@@ -77,12 +86,21 @@ def export(
     else:
         loaded = load_model(source, task=task, parity=parity, shape=shapes, config=config)
     loaded.model.eval()  # one's own may come from training
-    from perceiver_export.exporter.parts import output_specs  # imports torch, which `load_model` has checked is there
+    from perceiver_export.exporter.fold.plan import (
+        parse_budget,
+    )  # imports torch, which `load_model` has checked is there
+    from perceiver_export.exporter.parts import output_specs
 
-    graphs = _parts(loaded, sizes, loaded.split if split is None else split, dynamic_queries, queries)
+    split = loaded.split if split is None else split
+    cut = (sizes, split, dynamic_queries, queries)
+    references = _parts(loaded.model, *cut)
+    sites, graphs = None, references
+    if fold:
+        folded = _folded(loaded.model, parse_budget(memory_budget), *cut)
+        sites, graphs = folded.sites, _parts(folded, *cut)
     with new_bundle(path, overwrite) as directory:
-        parts = _write_graphs(loaded, graphs, directory, report)
-        checks = _verify(loaded, graphs, parts, directory, report)
+        parts = _write_graphs(loaded, graphs, sites, directory, report)
+        checks = _verify(loaded, references, parts, directory, report)
         outputs = output_specs(loaded.config, sizes) if len(graphs) > 1 else ()
         manifest = _manifest(path.name, loaded, parts, outputs, checks, directory)
         (directory / "manifest.json").write_bytes(encode_manifest(manifest))
@@ -91,15 +109,26 @@ def export(
     return open_bundle(path)
 
 
+def _folded(
+    model: PerceiverIO, budget: int, batch: Batch, split: bool, dynamic_queries: bool, queries: tuple[int, ...] | None
+) -> FoldedPerceiver:
+    from perceiver_export.exporter.fold.folded import FoldedPerceiver
+    from perceiver_export.exporter.fold.sites import choose_sites
+    from perceiver_export.exporter.parts import GRID_QUERIES
+
+    at_once = (queries[0] if queries else GRID_QUERIES) if split else None
+    return FoldedPerceiver(model, choose_sites(model, budget, batch.typical, at_once))
+
+
 def _parts(
-    loaded: LoadedModel, batch: Batch, split: bool, dynamic_queries: bool, queries: tuple[int, ...] | None
+    model: PerceiverIO, batch: Batch, split: bool, dynamic_queries: bool, queries: tuple[int, ...] | None
 ) -> tuple[GraphPart, ...]:
     from perceiver_export.exporter.parts import split_model, whole_model
 
     if queries is not None and (len(queries) != 1 or queries[0] < 1):
         raise UsageError(f"the shape of `queries` is {list(queries)}", "give their number: --shape queries=1024")
     if split:
-        graphs = split_model(loaded.model, batch, dynamic_queries, queries[0] if queries else None)
+        graphs = split_model(model, batch, dynamic_queries, queries[0] if queries else None)
         if (dynamic_queries or queries) and all(graph.num_queries is None for graph in graphs):
             raise UsageError(
                 "no decoder of this model is asked for some of its queries",
@@ -108,11 +137,11 @@ def _parts(
         return graphs
     if dynamic_queries or queries:
         raise UsageError("queries are chosen in split bundles only", "add --split")
-    return (whole_model(loaded.model, batch),)
+    return (whole_model(model, batch),)
 
 
 def _write_graphs(
-    loaded: LoadedModel, graphs: tuple[GraphPart, ...], directory: Path, report: Progress
+    loaded: LoadedModel, graphs: tuple[GraphPart, ...], sites: Sites | None, directory: Path, report: Progress
 ) -> dict[str, Part]:
     from perceiver_export.exporter.costs import stage_costs
     from perceiver_export.exporter.graph_files import save_graphs
@@ -125,7 +154,8 @@ def _write_graphs(
         file = f"{graph.name}.onnx"
         models[file] = trace(graph, loaded.config)
         stages = stage_costs(models[file].graph)
-        parts[graph.name] = Part(file, graph.inputs, graph.outputs, stages, graph.num_queries)
+        part = Part(file, graph.inputs, graph.outputs, stages, graph.num_queries)
+        parts[graph.name] = part if sites is None else sites.recorded(part, graph.name)
     report("write", 1, 3)
     save_graphs(models, directory)
     return parts

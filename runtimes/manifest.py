@@ -39,6 +39,41 @@ class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     activation_bytes: int
 
 
+class Cost(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """FLOPs (2 a multiply-add) and bytes of the large arrays at each time that they are read or written."""
+
+    flops: int
+    bytes: int
+
+
+class FoldDecision(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What both forms of a site cost for one sample, which one the graph has, and why."""
+
+    site: str
+    plain: Cost
+    folded: Cost
+    chosen: Literal["plain", "folded"]
+    why: str
+
+
+class PlannedStage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How many of ``count`` units a stage takes at a time, and the bytes of activations that it then needs."""
+
+    stage: str
+    unit: str
+    at_a_time: int
+    count: int
+    bytes: int
+
+
+class MemoryPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``peak``: the bytes of activations that the largest stage needs; a ``budget`` was asked for."""
+
+    budget: int
+    peak: int
+    stages: tuple[PlannedStage, ...]
+
+
 class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One graph of a bundle."""
 
@@ -47,6 +82,8 @@ class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     outputs: tuple[TensorSpec, ...]
     stages: tuple[Stage, ...] = ()
     num_queries: int | None = None  # of a decoder: how many queries there are to choose from
+    folds: tuple[FoldDecision, ...] = ()
+    plan: MemoryPlan | None = None
     lowered: dict[str, str] = {}  # by target, the graph that was rewritten for it; others run `file`
 
     def graph_for(self, target: str) -> str:

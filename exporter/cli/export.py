@@ -49,6 +49,12 @@ def export(
     config: Annotated[
         str | None, typer.Option(metavar="FILE.json", help="Sizes of a state dict that does not tell them.")
     ] = None,
+    fold: Annotated[
+        bool, typer.Option("--fold/--no-fold", help="Leave out the work that constant latents and positions save.")
+    ] = True,
+    memory_budget: Annotated[
+        str, typer.Option(metavar="SIZE", help="Activations that a run may need; larger stages run in pieces.")
+    ] = "512MiB",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a bundle that is already there.")] = False,
     json: JsonFlag = False,
 ) -> None:
@@ -70,6 +76,8 @@ def export(
             batch=batch,
             shape=sizes,
             config=config,
+            fold=fold,
+            memory_budget=memory_budget,
             overwrite=overwrite,
             progress=progress,
         )
@@ -91,7 +99,7 @@ def show_export(bundle: Bundle, show_next: bool = True) -> None:
             typer.echo(f"part {name}")
         for spec in (*part.inputs, *part.outputs):
             typer.echo(f"  {spec.name}: {spec.dtype} {shape(spec.shape)}, {spec.meaning}")
-        typer.echo(f"  work: {count(sum(stage.flops for stage in part.stages))}FLOP {_once(part)}")
+        typer.echo(f"  work: {count(sum(stage.flops for stage in part.stages))}FLOP {_once(part)}{_folded(part)}")
     typer.echo(
         f"  verified against torch in {len(manifest.verification)} comparisons: largest difference "
         f"{worst.difference:.1e} of the output's scale ({worst.tolerance:.0e} allowed)"
@@ -103,6 +111,11 @@ def show_export(bundle: Bundle, show_next: bool = True) -> None:
     typer.echo(f"next: perceiver-export run {bundle.path} {INPUTS.get(manifest.task, 'INPUT…')}")
     if manifest.task == "image-classification":
         typer.echo(f"      perceiver-export validate {bundle.path} --data DATA")
+
+
+def _folded(part: Part) -> str:
+    folded = sum(one.chosen == "folded" for one in part.folds)
+    return f", {folded} of {len(part.folds)} sites folded: see inspect" if part.folds else ""
 
 
 def _once(part: Part) -> str:

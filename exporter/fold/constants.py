@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from perceiver_export.exporter.perceiver.config import FourierPositions
+from perceiver_export.exporter.perceiver.positions import fourier_channels
 
 
 @dataclass(frozen=True)
@@ -98,15 +99,9 @@ class Constants:
 
 def fourier_constants(config: FourierPositions, shape: tuple[int, ...], table: Tensor) -> Constants:
     """The encoding ``table`` (M, C) of a grid, split by axes; every number is taken from the table."""
-    axes, bands = len(shape), config.num_bands
     terms = []
     for axis, size in enumerate(shape):
-        if config.order == "positions-first":
-            sines = axes + axis * bands
-            channels = [axis, *range(sines, sines + bands), *range(sines + axes * bands, sines + (axes + 1) * bands)]
-        else:
-            channels = list(range(axis * (2 * bands + 1), (axis + 1) * (2 * bands + 1)))
-        stride = math.prod(shape[axis + 1 :])
+        channels, stride = fourier_channels(config, len(shape), axis), math.prod(shape[axis + 1 :])
         terms.append(Term(tuple(channels), axis, table[: size * stride : stride, channels]))
     return Constants(shape, table.shape[1], tuple(terms))
 

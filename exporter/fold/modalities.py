@@ -13,7 +13,13 @@ from perceiver_export.exporter.fold.constants import (
     with_padding,
 )
 from perceiver_export.exporter.fold.deviation import Modality
-from perceiver_export.exporter.perceiver.adapters import MaskTokenAdapter
+from perceiver_export.exporter.perceiver.adapters import (
+    ArrayAdapter,
+    FramePairAdapter,
+    ImageAdapter,
+    MaskTokenAdapter,
+    TokenAdapter,
+)
 from perceiver_export.exporter.perceiver.config import ArrayInput, MaskedInput, TokenInput
 from perceiver_export.exporter.perceiver.model import PerceiverIO
 from perceiver_export.exporter.perceiver.positions import FourierPositionEncoding, LearnedPositionEncoding
@@ -27,8 +33,8 @@ class Features(nn.Module):
         self.adapter = adapter
 
     def forward(self, array: Tensor) -> Tensor:
-        features: Tensor = self.adapter.features_of(array)
-        return features
+        assert isinstance(self.adapter, ImageAdapter | FramePairAdapter | TokenAdapter | ArrayAdapter)
+        return self.adapter.features_of(array)
 
 
 def modality_of(model: PerceiverIO, name: str) -> Modality:

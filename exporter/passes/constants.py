@@ -15,6 +15,9 @@ _RANDOM = frozenset(
     {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial"}
 )
 
+_GROWING = frozenset({"Expand", "Add", "Mul", "MatMul"})
+_LARGE = 1 << 20  # numbers
+
 
 class FoldConstantsPass(ir.passes.InPlacePass):
     """Replaces what depends on constants only by its value: one run of ONNX Runtime over that part of the graph.
@@ -22,8 +25,8 @@ class FoldConstantsPass(ir.passes.InPlacePass):
     Given:  MatMul(x, Transpose(W)), MatMul(LayerNormalization(latents, γ, β), V), Reshape(y, Concat([1], [784], …))
     Result: MatMul(x, W'), initializer, Reshape(y, initializer)
 
-    An Expand that only repeats (a position table for each picture of a batch) stays: its result would be stored
-    batch times.
+    What only repeats or combines small constants into a large array stays: a position table for each picture of a
+    batch, the sum of two axes' scores over a grid. Its result would be stored.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -54,19 +57,18 @@ class FoldConstantsPass(ir.passes.InPlacePass):
 
 
 def _must_stay(node: ir.Node) -> bool:
-    """A node that draws numbers or holds a graph, or an Expand whose result is larger than what it repeats."""
+    """A node that draws numbers or holds a graph, or whose result is large and larger than what it is made of."""
     if node.op_type in _RANDOM or any(
         attribute.type == ir.AttributeType.GRAPH for attribute in node.attributes.values()
     ):
         return True
-    if node.op_type != "Expand":
+    if node.op_type not in _GROWING:
         return False
-    source, result = node.inputs[0], node.outputs[0]
-    if source is None or source.shape is None or result.shape is None:
-        return True
-    if not (source.shape.is_static() and result.shape.is_static()):
-        return True
-    return math.prod(result.shape.numpy()) > math.prod(source.shape.numpy())
+    shapes = [value.shape for value in (*node.inputs, *node.outputs) if value is not None]
+    if not all(shape is not None and shape.is_static() for shape in shapes):
+        return node.op_type == "Expand"
+    *sources, result = (math.prod(shape.numpy()) for shape in shapes if shape is not None)
+    return result > sum(sources) and (node.op_type == "Expand" or result > _LARGE)
 
 
 def _evaluate(model: ir.Model, nodes: Sequence[ir.Node], outputs: Sequence[ir.Value]) -> list[np.ndarray]:

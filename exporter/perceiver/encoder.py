@@ -7,6 +7,7 @@ read more than once.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -42,7 +43,7 @@ class PerceiverEncoder(nn.Module):
             for _ in range(_distinct(config.num_blocks, config.block_sharing))
         )
 
-    def forward(self, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, inputs: Tensor | Sequence[Tensor | None], mask: Tensor | None = None) -> Tensor:
         latents = self.latents.unsqueeze(0)
         for index in range(self.config.num_blocks):
             if index < self.config.num_cross_attentions:

@@ -6,7 +6,7 @@ Source: Perceiver IO (arXiv 2107.14795), figure 2.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +46,7 @@ class PerceiverIO(nn.Module):
         self.encoder = PerceiverEncoder(
             config.encoder, config.num_input_channels, config.activation, config.masked_rows
         )
-        self.decoder: PerceiverDecoder | AverageHead
+        self.decoder: nn.Module
         num_latent_channels = config.encoder.num_latent_channels
         if isinstance(config.decoder, QueryDecoder):
             tied = config.inputs.get(config.decoder.tied_to or "")
@@ -89,13 +89,7 @@ class PerceiverIO(nn.Module):
             return embedded[0], masks[0]
         batch = next(iter(feeds.values())).shape[0]
         inputs = torch.cat([rows.expand(batch, -1, -1) for rows in embedded], dim=1)
-        if all(mask is None for mask in masks):
-            return inputs, None
-        there = [
-            torch.ones(batch, rows.shape[1], dtype=torch.int32, device=rows.device) if mask is None else mask
-            for rows, mask in zip(embedded, masks, strict=True)
-        ]
-        return inputs, torch.cat(there, dim=1)
+        return inputs, joined_mask(masks, [rows.shape[1] for rows in embedded], batch)
 
     def decode(
         self,
@@ -113,19 +107,43 @@ class PerceiverIO(nn.Module):
         """
         config = self.config.decoder
         assert isinstance(config, QueryDecoder)
-        assert isinstance(self.decoder, PerceiverDecoder)
-        output = config.outputs[name]
-        if isinstance(output.queries, GivenQueries):
-            queries = feeds[f"{name}_queries"]
-        elif isinstance(output.queries, InputQueries):
-            queries = input_queries(self.embed(feeds)[0] if inputs is None else inputs, indices)
-        else:
-            queries = self.decoder.queries[name](indices)
         embedding = None
         if config.tied_to is not None:
             adapter = self.inputs[config.tied_to]
             assert isinstance(adapter, TokenAdapter)
             embedding = adapter.embedding.weight
-        query_mask = mask if self.config.mask_queries and indices is None else None
-        rows: Tensor = self.decoder(latents, name, queries, query_mask, embedding)
-        return rows if output.scale == 1 else rows * output.scale
+        queries = self.queries_of(name, indices, feeds, inputs)
+        rows: Tensor = self.decoder(latents, name, queries, self.query_mask(indices, mask), embedding)
+        scale = config.outputs[name].scale
+        return rows if scale == 1 else rows * scale
+
+    def queries_of(
+        self, name: str, indices: Tensor | None, feeds: Mapping[str, Tensor], inputs: Tensor | None
+    ) -> Tensor:
+        """Queries (1 or B, Q, F) of one output, before they are padded."""
+        config = self.config.decoder
+        assert isinstance(config, QueryDecoder)
+        queries = config.outputs[name].queries
+        if isinstance(queries, GivenQueries):
+            return feeds[f"{name}_queries"]
+        if isinstance(queries, InputQueries):
+            return input_queries(self.embed(feeds)[0] if inputs is None else inputs, indices)
+        tables = self.decoder.queries
+        assert isinstance(tables, nn.ModuleDict)
+        chosen: Tensor = tables[name](indices)
+        return chosen
+
+    def query_mask(self, indices: Tensor | None, mask: Tensor | None) -> Tensor | None:
+        """Which queries are there (B, O), where the config leaves those out that are not."""
+        return mask if self.config.mask_queries and indices is None else None
+
+
+def joined_mask(masks: Sequence[Tensor | None], sizes: Sequence[int], batch: int) -> Tensor | None:
+    """The masks of all inputs side by side (B, M), ones where an input has none; None where none has."""
+    if all(mask is None for mask in masks):
+        return None
+    there = [
+        torch.ones(batch, size, dtype=torch.int32) if mask is None else mask
+        for mask, size in zip(masks, sizes, strict=True)
+    ]
+    return torch.cat(there, dim=1) if len(there) > 1 else there[0]

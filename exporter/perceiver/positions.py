@@ -44,6 +44,15 @@ def fourier_features(positions: Tensor, config: FourierPositions) -> Tensor:
     return torch.cat([positions, torch.sin(phases), torch.cos(phases)], dim=-1)
 
 
+def fourier_channels(config: FourierPositions, num_axes: int, axis: int) -> list[int]:
+    """Which channels of the features belong to an axis, in the order of `fourier_features` of that axis alone."""
+    bands = config.num_bands
+    if config.order == "axis-by-axis":
+        return list(range(axis * (2 * bands + 1), (axis + 1) * (2 * bands + 1)))
+    sines, cosines = num_axes + axis * bands, num_axes * (1 + bands) + axis * bands
+    return [axis, *range(sines, sines + bands), *range(cosines, cosines + bands)]
+
+
 def fourier_table(config: FourierPositions, shape: tuple[int, ...]) -> Tensor:
     """The constant table (prod(shape), C) of a grid, in the model's precision."""
     dtype = torch.float32 if config.arithmetic == "float32" else torch.float64

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A decoder with its folds: for each output the attention and the tail that cost least."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from perceiver_export.exporter.fold.constants import Constants, Term, with_padding
+from perceiver_export.exporter.fold.many_queries import InputQueriesAttention
+from perceiver_export.exporter.fold.modalities import modality_of
+from perceiver_export.exporter.fold.position_queries import PositionQueriesAttention
+from perceiver_export.exporter.fold.sites import Sites
+from perceiver_export.exporter.fold.tails import Linear, LinearTail, PlainTail
+from perceiver_export.exporter.perceiver.adapters import TokenAdapter
+from perceiver_export.exporter.perceiver.attention import CrossAttention
+from perceiver_export.exporter.perceiver.config import PositionQueries, QueryDecoder
+from perceiver_export.exporter.perceiver.decoder import PerceiverDecoder, PositionQueryTable
+from perceiver_export.exporter.perceiver.model import PerceiverIO
+from perceiver_export.exporter.perceiver.positions import fourier_channels
+
+
+class FoldedDecoder(nn.Module):
+    """``sites`` by output: attention and tail; ``plain``: for queries that a fold does not cover, the tail folded."""
+
+    def __init__(self, model: PerceiverIO, reference: PerceiverDecoder, sites: Sites) -> None:
+        super().__init__()
+        assert isinstance(model.config.decoder, QueryDecoder)
+        self.queries, self.paddings = reference.queries, reference.paddings
+        self.sites, self.plain = nn.ModuleDict(), nn.ModuleDict()
+        attention = reference.cross_attention
+        for name, output in model.config.decoder.outputs.items():
+            site, kind = sites.outputs[name], LinearTail if sites.outputs[name].linear_tail else PlainTail
+            tail = kind(attention, _linear_layers(model, reference, name), output.scale)
+            self.plain[name] = PlainAttention(attention, tail)
+            if site.folded and isinstance(output.queries, PositionQueries):
+                constants = position_constants(reference, name, output.queries)
+                self.sites[name] = PositionQueriesAttention(attention, tail, constants, site.at_a_time)
+            elif site.folded:
+                modality = modality_of(model, next(iter(model.config.inputs)))
+                self.sites[name] = InputQueriesAttention(attention, tail, modality, site.at_a_time)
+            else:
+                self.sites[name] = self.plain[name]
+
+    def padded(self, name: str, queries: Tensor) -> Tensor:
+        """Queries of one output (…, O, F), as wide as those of all outputs."""
+        if name not in self.paddings:
+            return queries
+        return torch.cat([queries, self.paddings[name].expand(*queries.shape[:-1], -1)], dim=-1)
+
+
+class PlainAttention(nn.Module):
+    """Queries (1 or B, O, F) and latents (B, N, D) -> output rows (B, O, E)."""
+
+    def __init__(self, reference: CrossAttention, tail: nn.Module) -> None:
+        super().__init__()
+        self.attention, self.tail = reference, tail
+
+    def forward(self, queries: Tensor, latents: Tensor, query_mask: Tensor | None) -> Tensor:
+        rows: Tensor = self.tail(self.attention.read(queries, latents, query_mask=query_mask))
+        return rows
+
+
+def position_constants(reference: PerceiverDecoder, name: str, queries: PositionQueries) -> Constants:
+    """The queries of a grid, padding included, axis by axis."""
+    table = reference.queries[name]
+    assert isinstance(table, PositionQueryTable)
+    terms = tuple(
+        Term(tuple(fourier_channels(queries.positions, len(queries.shape), axis)), axis, table.axis_table(axis))
+        for axis in range(len(queries.shape))
+    )
+    constants = Constants(queries.shape, queries.num_channels, terms)
+    return with_padding(constants, reference.paddings[name].detach()) if name in reference.paddings else constants
+
+
+def _linear_layers(model: PerceiverIO, reference: PerceiverDecoder, name: str) -> list[Linear]:
+    """What follows the decoder's MLP: final layer, head, tied embedding, as far as there are."""
+    assert isinstance(model.config.decoder, QueryDecoder)
+    modules = [reference.output, *([reference.heads[name]] if name in reference.heads else [])]
+    layers = [Linear(one.weight, one.bias) for one in modules if isinstance(one, nn.Linear)]
+    if model.config.decoder.tied_to is not None and reference.embedding_bias is not None:
+        adapter = model.inputs[model.config.decoder.tied_to]
+        assert isinstance(adapter, TokenAdapter)
+        layers.append(Linear(adapter.embedding.weight, reference.embedding_bias))
+    return layers

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every small system is the same with all folds, in small chunks, in float64: whole, and cut in encoder and decoder."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from perceiver_export.exporter import LoadedModel
+from perceiver_export.exporter.batch import Batch
+from perceiver_export.exporter.fold.folded import FoldedPerceiver
+from perceiver_export.exporter.fold.plan import heads_and_rows, parse_budget
+from perceiver_export.exporter.fold.sites import Sites, choose_sites
+from perceiver_export.exporter.parts import split_model, whole_model
+from perceiver_export.exporter.perceiver.model import PerceiverIO
+from perceiver_export.exporter.sample_inputs import sample_inputs
+from perceiver_export.runtimes.errors import UsageError
+from tests.cli import small_models
+
+SYSTEMS: dict[str, Callable[[], LoadedModel]] = {
+    name: getattr(small_models, name)
+    for name in (
+        "language", "sentiment", "glue", "pictures", "flow", "video", "sound", "mel", "first_sound", "points", "sets",
+    )
+}  # fmt: skip
+TOLERANCE = 1e-10
+BUDGET = 512 << 20
+
+
+def all_folds(sites: Sites, chunk: int) -> Sites:
+    """Every fold that there is, paying or not, in chunks of this size."""
+    foldable = {one.site for one in sites.folds}
+    outputs = {
+        name: dataclasses.replace(
+            site,
+            folded=f"decoder.{name}" in foldable,
+            linear_tail=f"decoder.{name}.tail" in foldable,
+            at_a_time=chunk,
+        )
+        for name, site in sites.outputs.items()
+    }
+    encoder = dataclasses.replace(sites.encoder, folded=True, at_a_time=chunk)
+    return dataclasses.replace(sites, encoder=encoder, outputs=outputs, heads=1, rows=chunk)
+
+
+def random(model: PerceiverIO) -> PerceiverIO:
+    """All parameters, biases and norms included, away from where they start."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return model.double().eval()
+
+
+def feeds_of(loaded: LoadedModel, batch: int) -> dict[str, Tensor]:
+    part = whole_model(loaded.model, Batch.parse(batch))
+    arrays = sample_inputs(part, loaded.config, part.typical, seed=0)
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    return {name: one.double() if one.is_floating_point() else one for name, one in tensors.items()}
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_all_folds_give_the_same(system: str, batch: int) -> None:
+    loaded = SYSTEMS[system]()
+    model, feeds = random(loaded.model), feeds_of(loaded, batch)
+    chosen = choose_sites(model, BUDGET, batch, None)
+
+    with torch.no_grad():
+        expected = model(feeds)
+        for sites in (chosen, all_folds(chosen, 2), all_folds(chosen, 5)):
+            found = FoldedPerceiver(model, sites)(feeds)
+            for name, one in expected.items():
+                assert (found[name] - one).abs().max() <= TOLERANCE * max(1, one.abs().max())
+
+
+@pytest.mark.parametrize("system", ["flow", "video", "language", "sets"])
+def test_chosen_queries_give_the_same(system: str) -> None:
+    loaded = SYSTEMS[system]()
+    model = random(loaded.model)
+    sites = all_folds(choose_sites(model, BUDGET, 1, 8), 3)
+    folded = FoldedPerceiver(model, sites)
+    plain_parts, folded_parts = (split_model(one, Batch.parse(1), queries=8) for one in (model, folded))
+
+    for plain, part in zip(plain_parts, folded_parts, strict=True):
+        arrays = sample_inputs(plain, loaded.config, plain.typical, seed=0)
+        tensors = [torch.from_numpy(array) for array in arrays.values()]
+        tensors = [one.double() if one.is_floating_point() else one for one in tensors]
+        with torch.no_grad():
+            (expected,), (found,) = plain.module(*tensors), part.module(*tensors)
+        assert (found - expected).abs().max() <= TOLERANCE * max(1, expected.abs().max())
+
+
+def test_a_budget_is_kept_or_the_least_is_named() -> None:
+    model = SYSTEMS["flow"]().model
+    whole = choose_sites(model, BUDGET, 1, None).memory
+    assert whole.peak <= BUDGET
+
+    with pytest.raises(UsageError, match=r"needs \d+ MiB of activations at least, the budget is 0."):
+        choose_sites(model, 1 << 10, 1, None)
+
+    budgets = (310 << 10, 320 << 10, 512 << 10)
+    sizes = [choose_sites(model, budget, 1, None).memory.peak for budget in budgets]
+    assert sizes == sorted(sizes)
+    assert all(size <= budget for size, budget in zip(sizes, budgets, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("512MiB", 512 << 20), ("1.5GB", 1_500_000_000), ("2 gib", 2 << 30), (7, 7)]
+)
+def test_budgets_as_text(text: str | int, size: int) -> None:
+    assert parse_budget(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "much", "-3MiB", "12TB", "1e3"])
+def test_budgets_that_are_none(text: str) -> None:
+    with pytest.raises(UsageError, match="is no size"):
+        parse_budget(text)
+
+
+def test_heads_and_rows() -> None:
+    config = SYSTEMS["flow"]().config.encoder  # 4 heads, 6 latents
+    assert heads_and_rows(config, 24) == (4, 6)
+    assert heads_and_rows(config, 18) == (2, 6)
+    assert heads_and_rows(config, 6) == (1, 6)
+    assert heads_and_rows(config, 4) == (1, 4)
