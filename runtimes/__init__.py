@@ -20,8 +20,10 @@ from perceiver_export.runtimes.runtime import Runtime
 
 if TYPE_CHECKING:
     from perceiver_export.runtimes.benchmark import bench
+    from perceiver_export.runtimes.building import build
     from perceiver_export.runtimes.comparison import Comparison, compare
-    from perceiver_export.runtimes.machine import devices, doctor
+    from perceiver_export.runtimes.diagnosis import doctor
+    from perceiver_export.runtimes.presence import devices
     from perceiver_export.runtimes.tasks import open_task
 
 __all__ = [
@@ -32,6 +34,7 @@ __all__ = [
     "Runtime",
     "TensorSpec",
     "bench",
+    "build",
     "compare",
     "devices",
     "doctor",
@@ -45,9 +48,10 @@ __all__ = [
 _LAZY = {
     "Comparison": "comparison",
     "bench": "benchmark",
+    "build": "building",
     "compare": "comparison",
-    "devices": "machine",
-    "doctor": "machine",
+    "devices": "presence",
+    "doctor": "diagnosis",
     "open_task": "tasks",
 }
 

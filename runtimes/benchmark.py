@@ -16,8 +16,8 @@ import numpy as np
 
 from perceiver_export.runtimes.bundle import Bundle, open_bundle
 from perceiver_export.runtimes.errors import BundleError, UsageError
+from perceiver_export.runtimes.hardware import available_cores, cpu_features, cpu_name
 from perceiver_export.runtimes.loading import load, load_onnx
-from perceiver_export.runtimes.machine import available_cores, cpu_features, cpu_name
 from perceiver_export.runtimes.manifest import TensorSpec
 from perceiver_export.runtimes.runtime import Array, Runtime
 

@@ -10,8 +10,8 @@ from perceiver_export.exporter.cli.output import JsonFlag, print_json, print_tab
 
 def doctor(json: JsonFlag = False) -> None:
     """Show what this machine can run, and the command that brings each thing that is missing."""
-    from perceiver_export.runtimes.machine import devices
-    from perceiver_export.runtimes.machine import doctor as doctor_
+    from perceiver_export.runtimes.diagnosis import doctor as doctor_
+    from perceiver_export.runtimes.presence import devices
 
     findings, targets = doctor_(), devices()
     if json:

@@ -21,7 +21,7 @@ import numpy as np
 from perceiver_export.exporter import LoadedModel, export
 from perceiver_export.exporter.perceiver.architectures import EncoderSizes, image_classifier, image_input
 from perceiver_export.runtimes import load
-from perceiver_export.runtimes.ort import OrtEngine
+from perceiver_export.runtimes.engines.ort import OrtEngine
 
 
 def tiny_model() -> LoadedModel:
