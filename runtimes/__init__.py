@@ -19,6 +19,7 @@ from perceiver_export.runtimes.manifest import Manifest, TensorSpec
 from perceiver_export.runtimes.runtime import Runtime
 
 if TYPE_CHECKING:
+    from perceiver_export.runtimes.batcher import Batcher
     from perceiver_export.runtimes.benchmark import bench
     from perceiver_export.runtimes.building import build
     from perceiver_export.runtimes.comparison import Comparison, compare
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from perceiver_export.runtimes.tasks import open_task
 
 __all__ = [
+    "Batcher",
     "Bundle",
     "Comparison",
     "Manifest",
@@ -46,6 +48,7 @@ __all__ = [
 
 # Imported on first use: an app that only runs arrays does not pay for them.
 _LAZY = {
+    "Batcher": "batcher",
     "Comparison": "comparison",
     "bench": "benchmark",
     "build": "building",

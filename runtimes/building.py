@@ -9,13 +9,14 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 from perceiver_export.runtimes.bundle import Bundle, open_bundle
 from perceiver_export.runtimes.engines.backend import Backend, EngineOptions, Hint, Precision, Progress, Source
 from perceiver_export.runtimes.engines.cache import builders_lock, candidates, check_engine, publish, writable_root
 from perceiver_export.runtimes.engines.records import RECORD, Identity, identify, make_source, read_record
 from perceiver_export.runtimes.engines.targets import find_target
-from perceiver_export.runtimes.errors import BundleError
+from perceiver_export.runtimes.errors import BundleError, UsageError, check_choice
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,13 @@ def build(
     ``flags`` are the backend's own. Engines go into the bundle, or into the user's cache directory where the bundle
     cannot be written. Two processes may build at once: one works, the other waits and takes what it made.
 
-    Raises BuildError, BundleError, DeviceError, MissingDependencyError.
+    Raises BuildError, BundleError, DeviceError, MissingDependencyError; UsageError: a dimension that the bundle does
+    not have, or sizes outside its range.
     """
+    check_choice("precision", precision, get_args(Precision))
+    check_choice("hint", hint, get_args(Hint))
     opened = open_bundle(bundle)
+    _check_shapes(opened, shapes or {})
     backend = find_target(target).backend()
     options = EngineOptions(precision=precision, hint=hint, shapes=dict(shapes or {}), flags=dict(flags or {}))
     platform = backend.platform(target, options)
@@ -59,6 +64,19 @@ def build(
         identity = identify(opened, name, source, platform)
         built.append(_build_part(opened, identity, source, backend, force, report))
     return tuple(built)
+
+
+def _check_shapes(bundle: Bundle, shapes: Mapping[str, tuple[int, int, int]]) -> None:
+    specs = [spec for part in bundle.manifest.parts.values() for spec in part.inputs]
+    ranges = {name: limits for spec in specs for name, limits in spec.ranges.items()}
+    for name, sizes in shapes.items():
+        if name not in ranges:
+            raise UsageError(
+                f"the bundle has no dimension {name!r}", f"it has {', '.join(ranges) or 'none: its shapes are fixed'}"
+            )
+        least, most = ranges[name]
+        if not least <= sizes[0] <= sizes[1] <= sizes[2] <= most:
+            raise UsageError(f"{name} goes from {least} to {most} in the bundle, not as {sizes}", "give sizes within")
 
 
 def _build_part(

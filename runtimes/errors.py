@@ -94,3 +94,9 @@ class RuntimeClosedError(PerceiverExportError):
 
 class GateError(PerceiverExportError):
     """A measured accuracy outside what was allowed."""
+
+
+def check_choice(what: str, value: object, choices: tuple[str, ...]) -> None:
+    """Raise UsageError unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise UsageError(f"{what} is {value!r}", f"it is one of {', '.join(choices)}")

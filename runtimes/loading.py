@@ -7,6 +7,7 @@ import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import msgspec
 
@@ -15,7 +16,7 @@ from perceiver_export.runtimes.engines.backend import Backend, Engine, EngineOpt
 from perceiver_export.runtimes.engines.cache import Candidate, candidates, check_engine
 from perceiver_export.runtimes.engines.records import identify, make_source
 from perceiver_export.runtimes.engines.targets import Target, find_target
-from perceiver_export.runtimes.errors import BundleError, EngineError, UsageError
+from perceiver_export.runtimes.errors import BundleError, EngineError, UsageError, check_choice
 from perceiver_export.runtimes.manifest import TensorSpec
 from perceiver_export.runtimes.runtime import Runtime
 
@@ -60,6 +61,9 @@ def load(
     """
     if threads is not None and threads < 1:
         raise UsageError(f"threads is {threads}", "give 1 or more, or leave it out")
+    check_choice("hint", hint, get_args(Hint))
+    if precision is not None:
+        check_choice("precision", precision, get_args(Precision))
     opened = open_bundle(bundle, verify)
     if device == "auto":
         from perceiver_export.runtimes.presence import choose_target

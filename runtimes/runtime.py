@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
+import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from types import TracebackType
@@ -21,6 +23,17 @@ if TYPE_CHECKING:
 __all__ = ["Array", "Engine", "Feeds", "Runtime"]
 
 _IN_FLIGHT = 2  # one runs while the next is prepared
+_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+
+def _keep_engines() -> None:
+    """In a forked child: engines are never freed there, as their destructors wait for threads that did not come along."""
+    for engine in _engines:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(engine))
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_keep_engines)
 
 
 class Runtime:
@@ -52,6 +65,8 @@ class Runtime:
         self._own_requests = isinstance(engine, AsyncEngine) and not check_finite
         self._checks = FeedChecks(inputs, outputs, num_queries)
         self._process = os.getpid()
+        _engines.add(engine)
+        self._closed = False
         self._lock = threading.Lock()
         self._pool: ThreadPoolExecutor | None = None
 
@@ -129,6 +144,7 @@ class Runtime:
         """Finish what was submitted and let go of the engine. May be called twice, and does nothing in a child."""
         if os.getpid() != self._process:
             return
+        self._closed = True  # before the lock, which a thread that submits without end would hardly give up
         with self._lock:
             engine, self._engine = self._engine, None
             pool, self._pool = self._pool, None
@@ -139,7 +155,7 @@ class Runtime:
 
     def _open_engine(self) -> Engine:
         engine = self._engine
-        if engine is None:
+        if engine is None or self._closed:
             raise RuntimeClosedError("this runtime is closed", "call load() again")
         if os.getpid() != self._process:
             raise RuntimeClosedError(

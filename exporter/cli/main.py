@@ -14,6 +14,7 @@ from typing import Annotated, ParamSpec
 import typer
 
 from perceiver_export.exporter.cli.bench import bench
+from perceiver_export.exporter.cli.build import build
 from perceiver_export.exporter.cli.demo import demo
 from perceiver_export.exporter.cli.doctor import doctor
 from perceiver_export.exporter.cli.export import export
@@ -49,7 +50,7 @@ def _interruptible(command: Callable[_P, None]) -> Callable[_P, None]:
     return run_command
 
 
-for command in (export, run, validate, bench, inspect, doctor, presets, demo):
+for command in (export, build, run, validate, bench, inspect, doctor, presets, demo):
     app.command()(_interruptible(command))
 
 

@@ -2,7 +2,7 @@
 """OpenVINO's infer requests behind `run` and `submit`.
 
 A request runs one inference at a time, so each call takes a free one, or makes one. Inputs and outputs of fixed shape
-are the caller's own memory; nothing is copied. A request that is free keeps the arrays of its last call until its next.
+are the caller's own memory; nothing is copied.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ class OpenvinoEngine:
             future.set_exception(error)
             return
         assert self._started is not None
-        self._started.put(_Started(self, request, out, future))
+        self._started.put(_Started(self, request, feeds, out, future))
 
     def _next(self, request: _Request) -> None:
         """Give a request to whoever waits, or put it back."""
@@ -149,10 +149,11 @@ class OpenvinoEngine:
 
 @dataclass(frozen=True)
 class _Started:
-    """A request on its way."""
+    """A request on its way. The feeds are held because OpenVINO only knows their address."""
 
     engine: OpenvinoEngine
     request: _Request
+    feeds: Feeds
     out: dict[str, Array] | None
     future: Future[dict[str, Array]]
 
@@ -205,7 +206,7 @@ class _Request:
 
     def infer(self) -> None:
         try:
-            self._request.infer()
+            self._request.infer(share_outputs=True)  # else it copies them all into a dictionary
         except RuntimeError as error:
             raise _failed(error) from error
 

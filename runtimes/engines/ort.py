@@ -23,6 +23,7 @@ differences = exact
 
 _CPU = "CPUExecutionProvider"
 _GRAPH, _WEIGHTS = "model.onnx", "model.weights"
+_CONFIG = ("session.", "optimization.", "ep.", "mlas.")  # how the names of its session config entries begin
 _SILENT = 4  # fatal only: an error comes back as an exception, printing it too would say it twice
 _DTYPES: dict[str, DType] = {
     "tensor(float)": "float32",
@@ -42,6 +43,9 @@ def platform(target: str, options: EngineOptions) -> Platform:
             f"{target} runs a graph in the precision that it is in, not in {options.precision}",
             "leave --precision out; openvino and tensorrt targets choose one",
         )
+    unknown = [name for name in options.flags if not name.startswith(_CONFIG)]
+    if unknown:
+        raise DeviceError(f"{unknown[0]!r} is no setting of onnxruntime's", f"they begin with {', '.join(_CONFIG)}")
     if provider == "CUDAExecutionProvider":
         gpus = cuda_gpus()
         if not gpus:
@@ -65,7 +69,12 @@ def compile(source: Source, directory: Path, progress: Progress) -> None:
     options.optimized_model_filepath = str(directory / _GRAPH)
     options.add_session_config_entry("session.optimized_model_external_initializers_file_name", _WEIGHTS)
     options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
-    _session(onnxruntime, source, source.graph, options)
+    try:
+        _session(onnxruntime, source, source.graph, options)
+    except BundleError as error:
+        if "write" not in error.message:
+            raise
+        raise BuildError(f"no engine can be written: {error.message}", "is the disk full? free some space") from error
 
 
 def open(source: Source, directory: Path | None, threads: int | None) -> OrtEngine:
@@ -159,6 +168,8 @@ def _session_options(onnxruntime: Any, source: Source, threads: int | None) -> A
     if source.options.hint == "throughput":
         # Threads that spin while they wait steal the cores from the requests beside.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    for name, value in source.options.flags.items():
+        options.add_session_config_entry(name, value)
     if source.target != "ort-cpu":
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     return options
