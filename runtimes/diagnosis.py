@@ -22,7 +22,7 @@ from perceiver_export.runtimes.hardware import (
     linux_distribution,
     pci_devices,
 )
-from perceiver_export.runtimes.presence import presence
+from perceiver_export.runtimes.presence import Device, presence_apart
 
 _NVIDIA, _INTEL = "0x10de", "0x8086"
 _DISPLAY, _ACCELERATOR = "0x03", "0x12"
@@ -42,12 +42,16 @@ _NEEDS = (
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report; ``fix`` is the command to type, empty where nothing is missing or nothing would help."""
+    """One line of the report; ``fix`` is the command to type, empty where nothing is missing or nothing would help.
+
+    ``device`` is there where the line is of a target that runs here.
+    """
 
     what: str
     needed_for: str
     found: str
     fix: str = ""
+    device: Device | None = None
 
 
 def doctor() -> tuple[Finding, ...]:
@@ -125,9 +129,10 @@ def _target(target: Target) -> Finding:
         return Finding(what, needed_for, f"{target.hardware}: {found.found}", found.fix)
     if not target.version():
         return Finding(what, needed_for, "not installed", _library(target))
-    present = presence(target)
+    present = presence_apart(target)
     if present.device is not None:
-        return Finding(what, needed_for, f"{present.device.engine} on {present.device.name}")
+        found_as = f"{present.device.engine} on {present.device.name}"
+        return Finding(what, needed_for, found_as, device=present.device)
     return Finding(
         what, needed_for, present.problem, _library(target) if target.hardware == "CPU" else _userspace(target)
     )

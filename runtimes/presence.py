@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from dataclasses import dataclass
+
+import msgspec
 
 from perceiver_export.runtimes.bundle import Bundle
 from perceiver_export.runtimes.engines.backend import EngineOptions
@@ -44,6 +47,26 @@ def presence(target: Target) -> Presence:
     except (DeviceError, MissingDependencyError) as error:
         return Presence(target, None, error.message, error.hint)
     return Presence(target, Device(target.name, platform.device, f"{platform.library} {platform.version}"))
+
+
+def presence_apart(target: Target) -> Presence:
+    """`presence`, asked in a process of its own: some libraries take theirs down where a driver is missing."""
+    # Not `-m`, which would let a file of the current directory stand in for a library.
+    code = f"import sys; sys.path.pop(0); from {__name__} import _answer; _answer(sys.argv[1])"
+    done = subprocess.run([sys.executable, "-c", code, target.name], capture_output=True, text=True, check=False)
+    try:
+        device, problem, fix = msgspec.json.decode(done.stdout.splitlines()[-1], type=tuple[Device | None, str, str])
+    except (IndexError, msgspec.DecodeError):
+        died = f"its library ends the process: {done.stderr.strip()[-200:] or f'exit code {done.returncode}'}"
+        return Presence(
+            target, None, died, f"{sys.executable} -m pip install --force-reinstall {target.distributions[0]}"
+        )
+    return Presence(target, device, problem, fix)
+
+
+def _answer(name: str) -> None:
+    found = presence(TARGETS[name])
+    sys.stdout.write(msgspec.json.encode((found.device, found.problem, found.fix)).decode())
 
 
 def devices() -> tuple[Device, ...]:

@@ -11,9 +11,9 @@ from perceiver_export.exporter.cli.output import JsonFlag, print_json, print_tab
 def doctor(json: JsonFlag = False) -> None:
     """Show what this machine can run, and the command that brings each thing that is missing."""
     from perceiver_export.runtimes.diagnosis import doctor as doctor_
-    from perceiver_export.runtimes.presence import devices
 
-    findings, targets = doctor_(), devices()
+    findings = doctor_()
+    targets = [finding.device for finding in findings if finding.device is not None]
     if json:
         print_json({"targets": targets, "findings": findings})
         return
