@@ -54,6 +54,9 @@ def run(
     top: Annotated[int, typer.Option(help="How many labels to show of each.")] = 3,
     device: DeviceOption = "auto",
     threads: ThreadsOption = None,
+    check_finite: Annotated[
+        bool, typer.Option("--check-finite", help="Refuse NaN and infinity, in what goes in and in what comes out.")
+    ] = False,
     json: JsonFlag = False,
 ) -> None:
     """Run a bundle on files, or on text, and print or write what it says."""
@@ -64,4 +67,5 @@ def run(
         raise BundleError(f"{bundle} is of the unknown task {task!r}", f"this version knows: {', '.join(_COMMANDS)}")
     module, function = _COMMANDS[task]
     command = getattr(importlib.import_module(f"perceiver_export.exporter.cli.{module}"), function)
-    command(bundle, inputs, None if output is None else Path(output), RunOptions(top, device, threads, json))
+    options = RunOptions(top, device, threads, json, check_finite)
+    command(bundle, inputs, None if output is None else Path(output), options)

@@ -14,14 +14,12 @@ from perceiver_export.runtimes.errors import InputError
 
 def run(bundle: str, inputs: list[str], output: Path | None, options: RunOptions) -> None:
     """The most probable labels of each picture."""
-    from perceiver_export.runtimes.tasks import open_task
-
     files = _files(inputs)
     if output is not None:
         check_file(output)
     answers = {}
     with (
-        open_task(bundle, options.device, options.threads) as task,
+        options.open_task(bundle) as task,
         progress_bar("run", quiet=options.json) as progress,
     ):
         for done, file in enumerate(files):

@@ -11,6 +11,7 @@ from perceiver_export.runtimes.bundle import Bundle, Verify, open_bundle
 from perceiver_export.runtimes.errors import BundleError
 from perceiver_export.runtimes.loading import load
 from perceiver_export.runtimes.manifest import Manifest
+from perceiver_export.runtimes.runtime import Runtime
 from perceiver_export.runtimes.tasks.base import Task
 
 # The module beside this one and its class; imported when a bundle of that task is opened.
@@ -28,15 +29,24 @@ TASKS = {
 
 
 def open_task(
-    bundle: str | os.PathLike[str] | Bundle, device: str = "auto", threads: int | None = None, verify: Verify = "auto"
+    bundle: str | os.PathLike[str] | Bundle,
+    device: str = "auto",
+    threads: int | None = None,
+    verify: Verify = "auto",
+    *,
+    check_finite: bool = False,
 ) -> Any:
     """Load a bundle with the pre- and post-processing of its task: one of the classes of `TASKS`, by the manifest.
 
-    Its graphs are loaded when they are first needed. Raises what `load` raises.
+    Its graphs are loaded when they are first needed. Arguments are those of `load`. Raises what `load` raises.
     """
     opened = open_bundle(bundle, verify)
     task = checked_task(opened.manifest)
-    return task(opened.manifest, lambda part: load(opened, device, part, threads, verify="never"))
+
+    def load_part(part: str | None) -> Runtime:
+        return load(opened, device, part, threads, verify="never", check_finite=check_finite)
+
+    return task(opened.manifest, load_part)
 
 
 def checked_task(manifest: Manifest) -> type[Task]:
