@@ -24,7 +24,7 @@ from perceiver_export.runtimes.bundle import Bundle, open_bundle
 from perceiver_export.runtimes.energy import Meter, find_meter
 from perceiver_export.runtimes.errors import DeviceError, EngineError, UsageError
 from perceiver_export.runtimes.fresh_process import Fresh, measure_fresh
-from perceiver_export.runtimes.hardware import available_cores, cpu_features, cpu_name
+from perceiver_export.runtimes.machine import available_cores, cpu_features, cpu_name
 from perceiver_export.runtimes.presence import choose_target, devices
 from perceiver_export.runtimes.report import read_report, update_report
 from perceiver_export.runtimes.runtime import Array, Runtime

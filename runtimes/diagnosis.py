@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from perceiver_export.runtimes.engines.cuda_driver import cuda_gpus, driver_version
 from perceiver_export.runtimes.engines.targets import TARGETS, Target
-from perceiver_export.runtimes.hardware import (
+from perceiver_export.runtimes.machine import (
     available_cores,
     board,
     cpu_features,

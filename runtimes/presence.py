@@ -15,7 +15,7 @@ from perceiver_export.runtimes.engines.cuda_driver import cuda_gpus
 from perceiver_export.runtimes.engines.records import make_source
 from perceiver_export.runtimes.engines.targets import TARGETS, Target
 from perceiver_export.runtimes.errors import BundleError, DeviceError, MissingDependencyError, PerceiverExportError
-from perceiver_export.runtimes.hardware import device_files
+from perceiver_export.runtimes.machine import device_files
 from perceiver_export.runtimes.report import median_latency
 
 _CPU_TARGETS = ("openvino-cpu", "ort-cpu")

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from perceiver_export.runtimes.errors import BundleError
-from perceiver_export.runtimes.hardware import cpu_name
+from perceiver_export.runtimes.machine import cpu_name
 
 _FILE = "report.json"
 

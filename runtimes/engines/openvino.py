@@ -20,7 +20,7 @@ from perceiver_export.runtimes.engines.backend import EngineOptions, Platform, P
 from perceiver_export.runtimes.engines.openvino_requests import OpenvinoEngine
 from perceiver_export.runtimes.engines.targets import find_target
 from perceiver_export.runtimes.errors import BundleError, DeviceError, EngineError, MissingDependencyError
-from perceiver_export.runtimes.hardware import cpu_features
+from perceiver_export.runtimes.machine import cpu_features
 
 differences = exact
 

@@ -16,7 +16,7 @@ from perceiver_export.runtimes.engines.backend import Array, EngineOptions, Feed
 from perceiver_export.runtimes.engines.cuda_driver import cuda_gpus, driver_version
 from perceiver_export.runtimes.engines.targets import find_target
 from perceiver_export.runtimes.errors import BuildError, BundleError, DeviceError, EngineError, MissingDependencyError
-from perceiver_export.runtimes.hardware import cpu_features, cpu_name
+from perceiver_export.runtimes.machine import cpu_features, cpu_name
 from perceiver_export.runtimes.manifest import DType, TensorSpec
 
 differences = exact

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import platform
 from pathlib import Path
 
 import msgspec
@@ -55,7 +56,7 @@ def model_hash(bundle: Bundle, graph: str) -> str:
     return hashlib.sha256(msgspec.json.encode(entries, order="sorted")).hexdigest()
 
 
-def identify(bundle: Bundle, part: str, source: Source, platform: Platform) -> Identity:
+def identify(bundle: Bundle, part: str, source: Source, here: Platform) -> Identity:
     """What an engine of this part, compiled here and now, would be."""
     graph = source.graph.relative_to(bundle.path).as_posix()
     return Identity(
@@ -64,7 +65,7 @@ def identify(bundle: Bundle, part: str, source: Source, platform: Platform) -> I
         model=model_hash(bundle, graph),
         precision=source.precision,
         options=source.options,
-        platform=platform,
+        platform=here,
     )
 
 
@@ -74,7 +75,8 @@ def make_source(bundle: Bundle, part: Part, target: str, options: EngineOptions)
     Raises BundleError: the bundle is quantized, and its form for this target is not there.
     """
     precision = bundle.manifest.precision
-    if target.startswith("ort-") and precision != "fp32" and target not in part.lowered:
+    lowering = _lowering(part, target)
+    if target.startswith("ort-") and precision != "fp32" and lowering not in part.lowered:
         raise BundleError(
             f"{bundle.path} is {precision}, and {target} needs its graph rewritten for it, which is not in the bundle",
             f"perceiver-export build {bundle.path} --target {target} --lower-only",
@@ -83,12 +85,18 @@ def make_source(bundle: Bundle, part: Part, target: str, options: EngineOptions)
     shapes = {name: options.shapes.get(name, (least, least, most)) for name, (least, most) in ranges.items()}
     return Source(
         target=target,
-        graph=bundle.file(part.graph_for(target)),
+        graph=bundle.file(part.graph_for(lowering)),
         options=msgspec.structs.replace(options, shapes=shapes),
         precision=precision,
         inputs=part.inputs,
         outputs=part.outputs,
     )
+
+
+def _lowering(part: Part, target: str) -> str:
+    """Which of a target's lowerings this machine takes: ONNX Runtime's integer kernels on ARM want another form."""
+    own = f"{target}-arm64"
+    return own if own in part.lowered and platform.machine().lower() in ("aarch64", "arm64") else target
 
 
 def read_record(directory: Path) -> Record | None:

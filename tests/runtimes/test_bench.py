@@ -9,7 +9,7 @@ import pytest
 
 from perceiver_export.runtimes import bench, build, load
 from perceiver_export.runtimes.errors import BundleError, DeviceError, UsageError
-from perceiver_export.runtimes.hardware import cpu_name
+from perceiver_export.runtimes.machine import cpu_name
 from perceiver_export.runtimes.report import read_report, update_report
 from tests.runtimes.targets import EXPECTED
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from perceiver_export.runtimes import devices, diagnosis, doctor, hardware
+from perceiver_export.runtimes import devices, diagnosis, doctor, machine
 from perceiver_export.runtimes.engines.targets import TARGETS, find_target
 from perceiver_export.runtimes.errors import DeviceError
 from tests.runtimes.targets import EXPECTED
@@ -45,8 +45,8 @@ def test_a_jetson_is_known_by_its_release_file(tmp_path: Path) -> None:
     release = tmp_path / "nv_tegra_release"
     release.write_text("# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic, EABI: aarch64, DATE: Wed\n")
 
-    assert hardware.jetson_linux(release) == "36.4.3"
-    assert hardware.jetson_linux(tmp_path / "none") == ""
+    assert machine.jetson_linux(release) == "36.4.3"
+    assert machine.jetson_linux(tmp_path / "none") == ""
 
 
 def test_hardware_is_found_on_the_bus_with_a_driver_or_without(tmp_path: Path) -> None:
@@ -55,9 +55,9 @@ def test_hardware_is_found_on_the_bus_with_a_driver_or_without(tmp_path: Path) -
         (tmp_path / name / "vendor").write_text(f"{vendor}\n")
         (tmp_path / name / "class").write_text(f"{kind}\n")
 
-    assert hardware.pci_devices("0x10de", ("0x03",), tmp_path)
-    assert hardware.pci_devices("0x8086", ("0x12",), tmp_path)
-    assert not hardware.pci_devices("0x8086", ("0x03",), tmp_path)
+    assert machine.pci_devices("0x10de", ("0x03",), tmp_path)
+    assert machine.pci_devices("0x8086", ("0x12",), tmp_path)
+    assert not machine.pci_devices("0x8086", ("0x03",), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_a_fix_is_the_command_of_this_system(
 ) -> None:
     """A machine with an NVIDIA card that nobody installed a driver for."""
     (tmp_path / "os-release").write_text(release)
-    family = hardware.linux_distribution(tmp_path / "os-release")
+    family = machine.linux_distribution(tmp_path / "os-release")
     monkeypatch.setattr(diagnosis, "linux_distribution", lambda: family)
     monkeypatch.setattr(diagnosis, "cuda_gpus", lambda: ())
     monkeypatch.setattr(diagnosis, "pci_devices", lambda vendor, kinds: vendor == "0x10de")
