@@ -49,6 +49,8 @@ endif
 
 benchmarks: install
 	$(BIN)/python tests/benchmarks/overhead.py
+	$(BIN)/python tests/benchmarks/serving.py
+	$(BIN)/python tests/benchmarks/loading.py
 	$(BIN)/python tests/benchmarks/imports.py
 	$(BIN)/python tests/benchmarks/parity.py
 	$(BIN)/python tests/benchmarks/deepmind_parity.py
