@@ -72,7 +72,7 @@ def bench(
 def show_bench(result: Bench) -> None:
     """The measurements as a table, ratios in it or below it."""
     several, energy = len(result.measurements) > 1, any(side.joules is not None for side in result.measurements)
-    columns = ["", "target", "engine", "precision", "threads", "batch>", "p50>", "p95>", "p99>"]
+    columns = ["", "target", "engine", "precision", "threads", "batch>", "p50 / p95 / p99>"]
     columns += ["× first>"] * several + ["samples/s>", "load>", "peak memory>", "from torch>"] + ["energy>"] * energy
     rows = [_row(side, several, energy) for side in result.measurements]
     note = "peak memory: of a fresh process, and in brackets before the load; samples/s: with two requests in flight"
@@ -89,14 +89,14 @@ def show_bench(result: Bench) -> None:
 
 
 def _row(side: Measurement, several: bool, energy: bool) -> list[str]:
-    times = [f"{value:.2f} ms" for value in (side.p50, side.p95, side.p99)]
+    times = f"{side.p50:.2f} / {side.p95:.2f} / {side.p99:.2f} ms"
     ratio = ["1" if side.ratio is None else f"{side.ratio:.3f}"] * several
     joules = ["" if side.joules is None else f"{side.joules:.3g} J ({side.idle_watts:.1f} W idle)"] * energy
     memory = f"{side.peak_memory:.0f} MiB ({side.base_memory:.0f})"
     head = [side.name, side.target, side.engine, side.precision, side.threads, str(side.batch)]
     return [
         *head,
-        *times,
+        times,
         *ratio,
         f"{side.throughput:,.0f}",
         f"{side.load:.0f} ms",

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
@@ -52,7 +53,7 @@ def build(
                     progress=progress,
                 )
     if json:
-        print_json(built)
+        print_json([{**dataclasses.asdict(one), "directory": str(one.directory)} for one in built])
     elif built:
         _show(bundle, built)
 
