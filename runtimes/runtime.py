@@ -96,16 +96,18 @@ class Runtime:
     def submit(self, feeds: Feeds) -> Future[dict[str, Array]]:
         """`run` in the background; the arrays in ``feeds`` must not change until the future is done.
 
-        The engine's own asynchronous requests where it has them (OpenVINO), else two threads. What `run` would raise
-        the future raises; only RuntimeClosedError is raised here.
+        The engine's own asynchronous calls where it has them (OpenVINO; ONNX Runtime with more than one thread), else two
+        threads. What `run` would raise the future raises; only RuntimeClosedError is raised here.
         """
         with self._lock:
             engine = self._open_engine()
             if self._own_requests:
                 try:
-                    return cast(AsyncEngine, engine).submit(self._checked(feeds))
+                    future = cast(AsyncEngine, engine).submit(self._checked(feeds))
                 except PerceiverExportError as error:
                     return _failed(error)
+                if future is not None:
+                    return future
             if self._pool is None:
                 from concurrent.futures import ThreadPoolExecutor
 

@@ -84,8 +84,11 @@ class Engine(Protocol):
 class AsyncEngine(Engine, Protocol):
     """An engine with asynchronous requests of its own; others are called from two threads."""
 
-    def submit(self, feeds: Feeds) -> Future[dict[str, Array]]:
-        """Start on checked feeds and return at once. The feeds are kept until the future is done."""
+    def submit(self, feeds: Feeds) -> Future[dict[str, Array]] | None:
+        """Start on checked feeds and return at once. The feeds are kept until the future is done.
+
+        None: it cannot, as it was opened; it is called from two threads then.
+        """
 
     def close(self) -> None:
         """Return when all that was submitted is done. Nothing is submitted after it."""

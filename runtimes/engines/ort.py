@@ -7,7 +7,9 @@ leave nodes to the CPU is refused: onnxruntime alone would run them there withou
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -106,6 +108,8 @@ class OrtEngine:
         self.inputs = tuple(_spec(node) for node in session.get_inputs())
         self.outputs = tuple(_spec(node) for node in session.get_outputs())
         self._output_names = [spec.name for spec in self.outputs]
+        self._single_threaded = threads == 1  # then there is no thread of the session's own to run on
+        self._in_flight, self._idle = 0, threading.Condition()
 
     def run(self, feeds: Feeds) -> dict[str, Array]:
         try:
@@ -123,6 +127,38 @@ class OrtEngine:
                 array = out[name]
                 binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
             self._session.run_with_iobinding(binding)
+
+    def submit(self, feeds: Feeds) -> Future[dict[str, Array]] | None:
+        if self._single_threaded:
+            return None
+        future: Future[dict[str, Array]] = Future()
+        future.set_running_or_notify_cancel()
+        with self._idle:
+            self._in_flight += 1
+
+        def done(values: Any, held: Any, error: str) -> None:
+            if error:
+                future.set_exception(DeviceError(f"inference failed: {error}", "see `perceiver-export doctor`"))
+            else:
+                future.set_result(dict(zip(self._output_names, values, strict=True)))
+            with self._idle:
+                self._in_flight -= 1
+                self._idle.notify_all()
+
+        try:
+            self._session.run_async(self._output_names, feeds, done, feeds)  # which are held until then
+        except Exception as error:
+            with self._idle:
+                self._in_flight -= 1
+            if "thread pool" not in str(error):
+                raise _ours(error, "inference failed") from error
+            self._single_threaded = True  # a machine of one core
+            return None
+        return future
+
+    def close(self) -> None:
+        with self._idle:
+            self._idle.wait_for(lambda: not self._in_flight)
 
     def describe(self) -> dict[str, Any]:
         provider = self._session.get_providers()[0]

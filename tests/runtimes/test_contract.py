@@ -203,6 +203,13 @@ def test_more_can_be_submitted_than_run_at_once(runtime: Runtime, golden: dict[s
         np.testing.assert_array_equal(runtime.run({"image": image})["logits"], future.result(timeout=60)["logits"])
 
 
+def test_one_thread_can_be_submitted_to_as_well(target: str, fashion_bundle: Path, golden: dict[str, Any]) -> None:
+    with load(fashion_bundle, target, threads=1) as runtime:
+        expected = runtime.run({"image": golden["image"]})["logits"]
+        for outputs in runtime.stream([{"image": golden["image"]}] * 4):
+            np.testing.assert_array_equal(expected, outputs["logits"])
+
+
 def test_a_stream_keeps_the_order_and_reads_no_further_ahead_than_it_may(
     runtime: Runtime, golden: dict[str, Any]
 ) -> None:
@@ -273,7 +280,7 @@ def test_whatever_was_accepted_while_closing_is_finished(
 
     thread = threading.Thread(target=submit_until_closed)
     thread.start()
-    time.sleep(0.05)
+    time.sleep(0.01)
     runtime.close()
     thread.join(timeout=60)
 
