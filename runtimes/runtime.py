@@ -96,8 +96,8 @@ class Runtime:
     def submit(self, feeds: Feeds) -> Future[dict[str, Array]]:
         """`run` in the background; the arrays in ``feeds`` must not change until the future is done.
 
-        The engine's own asynchronous calls where it has them (OpenVINO; ONNX Runtime with more than one thread), else two
-        threads. What `run` would raise the future raises; only RuntimeClosedError is raised here.
+        The engine's own asynchronous calls where it has them (OpenVINO; ONNX Runtime with more than one thread), else
+        two threads. What `run` would raise the future raises; only RuntimeClosedError is raised here.
         """
         with self._lock:
             engine = self._open_engine()
