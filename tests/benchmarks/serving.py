@@ -159,10 +159,8 @@ def main() -> None:
         low, high = measured["quartiles"]
         ratio = f"stream / {measured['best']} {measured['ratio']:.3f} ({low:.3f} to {high:.3f})"
         print(f"{target:13s} two in flight: {rates}; {ratio}")
-        memory = ", ".join(f"{value:.1f}" for value in result["MiB"])
-        print(
-            f"{target:13s} {arguments.calls:,} calls from {_THREADS} threads, every answer right; MiB by fifths: {memory}"
-        )
+        fifths = ", ".join(f"{value:.1f}" for value in result["MiB"])
+        print(f"{target:13s} {arguments.calls:,} calls from {_THREADS} threads, every answer right; MiB: {fifths}")
 
 
 if __name__ == "__main__":
