@@ -21,4 +21,4 @@ class RunOptions:
         """The bundle's task, as these options say. Raises what `runtimes.open_task` raises."""
         from perceiver_export.runtimes.tasks import open_task
 
-        return open_task(bundle, self.device, self.threads, check_finite=self.check_finite)
+        return open_task(bundle, self.device, self.threads, "auto", self.check_finite)

@@ -33,7 +33,6 @@ def open_task(
     device: str = "auto",
     threads: int | None = None,
     verify: Verify = "auto",
-    *,
     check_finite: bool = False,
 ) -> Any:
     """Load a bundle with the pre- and post-processing of its task: one of the classes of `TASKS`, by the manifest.
