@@ -44,11 +44,13 @@ else
 	$(VENV)/py310/bin/python -m pip install -q -c constraints-py310.txt '.[ort,images]' pytest
 	rm -rf $(VENV)/py310/bundle
 	$(BIN)/perceiver-export export examples/fashion_mnist/checkpoint -o $(VENV)/py310/bundle --json > /dev/null
-	PERCEIVER_TEST_BUNDLE=$(CURDIR)/$(VENV)/py310/bundle $(VENV)/py310/bin/python -m pytest tests/runtimes
+	PERCEIVER_TEST_TARGETS=ort-cpu PERCEIVER_TEST_BUNDLE=$(CURDIR)/$(VENV)/py310/bundle $(VENV)/py310/bin/python -m pytest tests/runtimes
 endif
 
 benchmarks: install
 	$(BIN)/python tests/benchmarks/overhead.py
+	$(BIN)/python tests/benchmarks/serving.py
+	$(BIN)/python tests/benchmarks/loading.py
 	$(BIN)/python tests/benchmarks/imports.py
 	$(BIN)/python tests/benchmarks/parity.py
 	$(BIN)/python tests/benchmarks/deepmind_parity.py

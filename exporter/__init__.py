@@ -10,10 +10,11 @@ if TYPE_CHECKING:
     from perceiver_export.exporter.inspection import inspect_bundle
     from perceiver_export.exporter.load import load_model
     from perceiver_export.exporter.loaded import LoadedModel
+    from perceiver_export.exporter.packaging import package
     from perceiver_export.exporter.pipeline import export
     from perceiver_export.exporter.presets import PRESETS
 
-__all__ = ["PRESETS", "LoadedModel", "export", "inspect_bundle", "load_model"]
+__all__ = ["PRESETS", "LoadedModel", "export", "inspect_bundle", "load_model", "package"]
 
 _LAZY = {
     "PRESETS": "presets",
@@ -21,6 +22,7 @@ _LAZY = {
     "export": "pipeline",
     "inspect_bundle": "inspection",
     "load_model": "load",
+    "package": "packaging",
 }
 
 

@@ -19,13 +19,17 @@ from perceiver_export.runtimes.manifest import Manifest, TensorSpec
 from perceiver_export.runtimes.runtime import Runtime
 
 if TYPE_CHECKING:
+    from perceiver_export.runtimes.batcher import Batcher
     from perceiver_export.runtimes.benchmark import bench
+    from perceiver_export.runtimes.building import build
     from perceiver_export.runtimes.comparison import Comparison, compare
-    from perceiver_export.runtimes.machine import devices, doctor
+    from perceiver_export.runtimes.diagnosis import doctor
+    from perceiver_export.runtimes.presence import devices
     from perceiver_export.runtimes.queries import decode
     from perceiver_export.runtimes.tasks import open_task
 
 __all__ = [
+    "Batcher",
     "Bundle",
     "Comparison",
     "Manifest",
@@ -33,6 +37,7 @@ __all__ = [
     "Runtime",
     "TensorSpec",
     "bench",
+    "build",
     "compare",
     "decode",
     "devices",
@@ -45,12 +50,14 @@ __all__ = [
 
 # Imported on first use: an app that only runs arrays does not pay for them.
 _LAZY = {
+    "Batcher": "batcher",
     "Comparison": "comparison",
     "bench": "benchmark",
+    "build": "building",
     "compare": "comparison",
     "decode": "queries",
-    "devices": "machine",
-    "doctor": "machine",
+    "devices": "presence",
+    "doctor": "diagnosis",
     "open_task": "tasks",
 }
 

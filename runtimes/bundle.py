@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -61,15 +62,7 @@ def open_bundle(path: str | os.PathLike[str] | Bundle, verify: Verify = "auto") 
         raise UsageError(f"verify is {verify!r}", f"it is one of {', '.join(get_args(Verify))}")
     directory = Path(path)
     bundle = Bundle(directory, read_manifest(directory))
-    stamps = _Stamps(directory) if verify == "auto" else None
-    for name, entry in bundle.manifest.files.items():
-        _check_file(directory, name, entry)
-        if verify != "never" and not (stamps and stamps.holds(name, entry)):
-            _check_hash(directory / name, name, entry)
-            if stamps:
-                stamps.add(name, entry)
-    if stamps:
-        stamps.save()
+    check_files(directory, bundle.manifest.files, verify)
     return bundle
 
 
@@ -91,6 +84,19 @@ def read_manifest(directory: Path) -> Manifest:
             f"{directory}/manifest.json cannot be read: {error.strerror}", "check its permissions"
         ) from error
     return decode_manifest(content)
+
+
+def check_files(directory: Path, files: Mapping[str, FileEntry], verify: Verify) -> None:
+    """Check files of a directory against their sizes and, as ``verify`` says, hashes. Raises BundleError."""
+    stamps = _Stamps(directory) if verify == "auto" else None
+    for name, entry in files.items():
+        _check_file(directory, name, entry)
+        if verify != "never" and not (stamps and stamps.holds(name, entry)):
+            _check_hash(directory / name, name, entry)
+            if stamps:
+                stamps.add(name, entry)
+    if stamps:
+        stamps.save()
 
 
 def sha256(path: Path) -> str:

@@ -11,6 +11,8 @@
     │   └── BundleExistsError       something is already where the bundle should go
     ├── MissingDependencyError      an extra that is not installed
     ├── DeviceError                 a target that is not there, or refuses the model
+    ├── EngineError                 a compiled engine that is missing, damaged, or was built for something else
+    ├── BuildError                  an engine that could not be compiled or kept
     ├── InputError                  arrays that the model does not take
     ├── DataError                   data (pictures, npz, labels) that cannot be used
     ├── RuntimeClosedError          a call on a closed runtime
@@ -70,6 +72,14 @@ class DeviceError(PerceiverExportError):
     """A target that is not there, or refuses the model."""
 
 
+class EngineError(PerceiverExportError):
+    """A compiled engine that is missing, damaged, or was built for something else."""
+
+
+class BuildError(PerceiverExportError):
+    """An engine that could not be compiled or kept."""
+
+
 class InputError(PerceiverExportError):
     """Arrays that the model does not take."""
 
@@ -84,3 +94,9 @@ class RuntimeClosedError(PerceiverExportError):
 
 class GateError(PerceiverExportError):
     """A measured accuracy outside what was allowed."""
+
+
+def check_choice(what: str, value: object, choices: tuple[str, ...]) -> None:
+    """Raise UsageError unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise UsageError(f"{what} is {value!r}", f"it is one of {', '.join(choices)}")

@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is here to run on, and for each thing that is missing the command that brings it."""
+"""The machine as its operating system tells of it: CPU, cores, JetPack, device files."""
 
 from __future__ import annotations
 
-import importlib.metadata
+import functools
 import os
 import platform
-import sys
-from collections.abc import Iterable
-from dataclasses import dataclass
+import re
 from pathlib import Path
 
 # Instruction sets that decide how fast (and for int8, how exactly) a CPU runs a model.
@@ -26,58 +24,8 @@ _FEATURES = (
     "sve",
 )
 
-# What each part of the work needs; any of the distributions will do, the first is what we would install.
-_NEEDS = (
-    ("run (target ort-cpu)", ("onnxruntime", "onnxruntime-gpu")),
-    ("read picture files", ("pillow",)),
-    ("validate", ("scipy",)),
-    ("export", ("torch",)),
-    ("export", ("onnx",)),
-    ("export", ("onnx-ir",)),
-    ("export", ("onnxscript",)),
-    ("export", ("safetensors",)),
-)
 
-
-@dataclass(frozen=True)
-class Finding:
-    """One line of the report; ``fix`` is the command to type, empty where nothing is missing."""
-
-    what: str
-    needed_for: str
-    found: str
-    fix: str = ""
-
-
-@dataclass(frozen=True)
-class Device:
-    """A target that this machine can run."""
-
-    target: str
-    name: str
-    engine: str
-
-
-def devices() -> tuple[Device, ...]:
-    """Targets that are present, in the order in which ``device="auto"`` takes them."""
-    version = _version(("onnxruntime", "onnxruntime-gpu"))
-    return (Device("ort-cpu", cpu_name(), f"onnxruntime {version}"),) if version else ()
-
-
-def doctor() -> tuple[Finding, ...]:
-    """Everything that a run, validation or export on this machine depends on."""
-    findings = [
-        Finding("Python", "everything", platform.python_version()),
-        Finding("CPU", "ort-cpu", f"{cpu_name()}, {available_cores()} cores available"),
-        Finding("CPU features", "ort-cpu", " ".join(cpu_features()) or "none of note found"),
-    ]
-    for needed_for, distributions in _NEEDS:
-        version = _version(distributions)
-        fix = "" if version else f"{sys.executable} -m pip install {distributions[0]}"
-        findings.append(Finding(distributions[0], needed_for, version or "not installed", fix))
-    return tuple(findings)
-
-
+@functools.cache
 def cpu_name() -> str:
     """The CPU's model name as Linux tells it, else its architecture."""
     for line in _cpuinfo():
@@ -86,6 +34,7 @@ def cpu_name() -> str:
     return platform.machine()
 
 
+@functools.cache
 def cpu_features() -> tuple[str, ...]:
     """Those of the instruction sets of note that this CPU has."""
     for line in _cpuinfo():
@@ -100,17 +49,51 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _cpuinfo() -> Iterable[str]:
+def jetson_linux(release: Path = Path("/etc/nv_tegra_release")) -> str:
+    """Version of Jetson Linux (L4T), "36.4.3"; empty elsewhere. JetPack 6 is 36, JetPack 7 is 38 and 39."""
+    found = re.match(r"# R(\d+) \(release\), REVISION: ([\d.]+)", _first_line(release))
+    return f"{found[1]}.{found[2]}" if found else ""
+
+
+def board() -> str:
+    """What the device tree calls this board ("NVIDIA Jetson Orin Nano Developer Kit"); empty where there is none."""
+    return _first_line(Path("/proc/device-tree/model")).rstrip("\0")
+
+
+def device_files(pattern: str) -> tuple[str, ...]:
+    """Device files of /dev that match: ``dri/renderD*`` are GPUs, ``accel/accel*`` NPUs."""
+    return tuple(sorted(str(path) for path in Path("/dev").glob(pattern)))
+
+
+def pci_devices(vendor: str, kinds: tuple[str, ...], root: Path = Path("/sys/bus/pci/devices")) -> bool:
+    """Whether there is a PCI device of that vendor (``0x10de``) whose class begins with one of ``kinds`` (``0x03``: a
+    display, ``0x12``: an accelerator), with a driver or without.
+    """
+    return any(
+        _first_line(device / "vendor") == vendor and _first_line(device / "class").startswith(kinds)
+        for device in root.glob("*")
+    )
+
+
+def linux_distribution(release: Path = Path("/etc/os-release")) -> str:
+    """ID of /etc/os-release and what it is like, "ubuntu debian"; empty where there is none."""
+    try:
+        text = release.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+    return " ".join(re.findall(r"^ID(?:_LIKE)?=\"?([^\"\n]*)", text, re.MULTILINE))
+
+
+def _first_line(path: Path) -> str:
+    try:
+        with path.open(encoding="utf-8", errors="replace") as file:
+            return file.readline().strip()
+    except OSError:
+        return ""
+
+
+def _cpuinfo() -> list[str]:
     try:
         return Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
-        return ()
-
-
-def _version(distributions: Iterable[str]) -> str:
-    for name in distributions:
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return ""
+        return []

@@ -3,44 +3,46 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import threading
-from collections.abc import Mapping
+import weakref
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
-import numpy.typing as npt
-
-from perceiver_export.runtimes.errors import InputError, RuntimeClosedError
+from perceiver_export.runtimes.checks import FeedChecks, check_finite_inputs, check_finite_outputs
+from perceiver_export.runtimes.engines.backend import Array, AsyncEngine, Engine, Feeds
+from perceiver_export.runtimes.errors import PerceiverExportError, RuntimeClosedError, UsageError
 from perceiver_export.runtimes.manifest import TensorSpec
 
 if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor
 
-Array = npt.NDArray[Any]
-Feeds = Mapping[str, Array]
+__all__ = ["Array", "Engine", "Feeds", "Runtime"]
+
+_IN_FLIGHT = 2  # one runs while the next is prepared
+_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
 
 
-class Engine(Protocol):
-    """What a backend gives: one compiled graph. `run` is called from several threads at once."""
+def _keep_engines() -> None:
+    """In a forked child engines are never freed: their destructors would wait for threads that did not come along."""
+    for engine in _engines:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(engine))
 
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
 
-    def run(self, feeds: Feeds) -> dict[str, Array]:
-        """Run on checked feeds; the arrays returned are the caller's."""
-
-    def run_into(self, feeds: Feeds, out: Mapping[str, Array]) -> None:
-        """Run on checked feeds and leave the outputs in ``out``."""
-
-    def describe(self) -> dict[str, Any]:
-        """Target, device, engine and version, threads."""
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_keep_engines)
 
 
 class Runtime:
     """A loaded graph. Safe to use from several threads; several runtimes may live in one process.
 
-    Use it as a context manager, or call `close`.
+    It belongs to the process that loaded it: a forked child may not use it (engines' threads do not live on there) and
+    is told so. A child of multiprocessing may load its own; one made by a bare `os.fork` beside ONNX Runtime must end
+    with `os._exit`, because onnxruntime's exit handler waits there for ever. Use it as a context manager, or call
+    `close`.
     """
 
     def __init__(
@@ -50,63 +52,126 @@ class Runtime:
         outputs: tuple[TensorSpec, ...],
         precision: str,
         num_queries: int | None = None,
+        *,
+        compiled: str = "at load",
+        check_finite: bool = False,
     ) -> None:
         self.inputs = inputs
         self.outputs = outputs
         self.num_queries = num_queries  # of a decoder: how many queries there are to choose from
-        self._precision = precision
+        self._described = {"precision": precision, "compiled": compiled}
+        self._check_finite = check_finite
         self._engine: Engine | None = engine
-        self._input_checks = tuple((spec.name, np.dtype(spec.dtype), spec) for spec in inputs)
-        self._fixed = {spec.name: spec.shape for spec in (*inputs, *outputs) if not spec.ranges}
+        # Outputs are only looked at here by threads of our own.
+        self._own_requests = isinstance(engine, AsyncEngine) and not check_finite
+        self._checks = FeedChecks(inputs, outputs, num_queries)
+        self._process = os.getpid()
+        _engines.add(engine)
+        self._closed = False
         self._lock = threading.Lock()
         self._pool: ThreadPoolExecutor | None = None
 
     def run(self, feeds: Feeds, out: Mapping[str, Array] | None = None) -> dict[str, Array]:
         """Outputs by name for inputs by name; the arrays returned are the caller's to keep.
 
-        With ``out`` (every output by name: right dtype and shape, C-contiguous, writeable) the outputs are written
-        there without allocating, and the same arrays are returned. The joined parts of a split bundle allocate what
-        goes between them and their rows, and copy these to ``out``.
+        With ``out`` (every output by name: right dtype and shape, C-contiguous, writeable, no memory shared with the
+        inputs) the outputs are written there without allocating, and the same arrays are returned. The joined parts of
+        a split bundle allocate what goes between them and their rows, and copy these to ``out``.
 
-        Raises InputError: a missing or unknown name, wrong dtype or shape; RuntimeClosedError after `close`.
+        Raises InputError: a missing or unknown name, wrong dtype or shape; RuntimeClosedError after `close`, and in a
+        forked child; DeviceError: the device failed or went away.
         """
         return self._run(self._open_engine(), feeds, out)
 
     def _run(self, engine: Engine, feeds: Feeds, out: Mapping[str, Array] | None) -> dict[str, Array]:
         feeds = self._checked(feeds)
         if out is None:
-            return engine.run(feeds)
-        engine.run_into(feeds, self._checked_out(feeds, out))
-        return dict(out)
+            outputs = engine.run(feeds)
+        else:
+            engine.run_into(feeds, self._checks.out(feeds, out))
+            outputs = dict(out)
+        if self._check_finite:
+            check_finite_outputs(outputs)
+        return outputs
 
     def submit(self, feeds: Feeds) -> Future[dict[str, Array]]:
-        """`run` in the background; the arrays in ``feeds`` must not change until the future is done."""
-        from concurrent.futures import ThreadPoolExecutor
+        """`run` in the background; the arrays in ``feeds`` must not change until the future is done.
 
+        The engine's own asynchronous calls where it has them (OpenVINO; ONNX Runtime with more than one thread), else
+        two threads. What `run` would raise the future raises; only RuntimeClosedError is raised here.
+        """
         with self._lock:
             engine = self._open_engine()
+            if self._own_requests:
+                try:
+                    future = cast(AsyncEngine, engine).submit(self._checked(feeds))
+                except PerceiverExportError as error:
+                    return _failed(error)
+                if future is not None:
+                    return future
             if self._pool is None:
-                self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="perceiver-export")
+                from concurrent.futures import ThreadPoolExecutor
+
+                self._pool = ThreadPoolExecutor(max_workers=_IN_FLIGHT, thread_name_prefix="perceiver-export")
             # The engine goes along: `close` lets what was submitted finish.
             return self._pool.submit(self._run, engine, feeds, None)
 
+    def stream(self, feeds: Iterable[Feeds], in_flight: int = _IN_FLIGHT) -> Iterator[dict[str, Array]]:
+        """Outputs of an iterable of feeds, in its order; at most ``in_flight`` are on their way at any time.
+
+        The iterable is read only as fast as outputs are taken, so a camera or a file never runs ahead of the device.
+        What a call raises is raised in its place and ends the stream. Raises UsageError: ``in_flight`` below 1.
+        """
+        if in_flight < 1:
+            raise UsageError(f"in_flight is {in_flight}", "give 1 or more; 2 keeps the device busy")
+        return self._stream(iter(feeds), in_flight)
+
+    def _stream(self, feeds: Iterator[Feeds], in_flight: int) -> Iterator[dict[str, Array]]:
+        started: deque[Future[dict[str, Array]]] = deque()
+        try:
+            for one in feeds:
+                started.append(self.submit(one))
+                if len(started) >= in_flight:
+                    yield started.popleft().result()
+            while started:
+                yield started.popleft().result()
+        finally:
+            for future in started:  # abandoned: what runs still reads the caller's arrays
+                if not future.cancel():
+                    future.exception()
+
     def describe(self) -> dict[str, Any]:
-        """What it really runs on: target, device, engine, versions, threads, precision."""
-        return {**self._open_engine().describe(), "precision": self._precision}
+        """What it really runs on: target, device, engine, versions, threads, precision, and where it was compiled."""
+        return {**self._described, **self._open_engine().describe()}
 
     def close(self) -> None:
-        """Finish what was submitted and let go of the engine. May be called twice."""
+        """Finish what was submitted and let go of the engine. May be called twice, and does nothing in a child."""
+        if os.getpid() != self._process:
+            return
+        self._closed = True  # before the lock, which a thread that submits without end would hardly give up
         with self._lock:
-            self._engine = None
+            engine, self._engine = self._engine, None
             pool, self._pool = self._pool, None
         if pool is not None:
             pool.shutdown(wait=True)
+        if self._own_requests and engine is not None:
+            cast(AsyncEngine, engine).close()
 
     def _open_engine(self) -> Engine:
         engine = self._engine
-        if engine is None:
+        if engine is None or self._closed:
             raise RuntimeClosedError("this runtime is closed", "call load() again")
+        if os.getpid() != self._process:
+            raise RuntimeClosedError(
+                "this runtime was loaded before the process forked", "call load() in the child, or start it with spawn"
+            )
         return engine
+
+    def _checked(self, feeds: Feeds) -> Feeds:
+        checked = self._checks.feeds(feeds)
+        if self._check_finite:
+            check_finite_inputs(checked)
+        return checked
 
     def __enter__(self) -> Runtime:
         return self
@@ -116,80 +181,10 @@ class Runtime:
     ) -> None:
         self.close()
 
-    def _checked(self, feeds: Feeds) -> Feeds:
-        """The feeds if they fit, native and contiguous (copied only where they are not)."""
-        checked = {}
-        sizes: dict[str, int] = {}
-        for name, dtype, spec in self._input_checks:
-            array = feeds.get(name)
-            if array is None:
-                raise InputError(
-                    f"input {name!r} is missing, there is {', '.join(map(repr, feeds)) or 'nothing'}",
-                    f"the model takes {_names(self.inputs)}",
-                )
-            if not isinstance(array, np.ndarray):
-                raise InputError(f"input {name!r} is a {type(array).__name__}", "give a numpy array")
-            if array.dtype != dtype:
-                if array.dtype.newbyteorder("=") != dtype:
-                    raise InputError(
-                        f"input {name!r} has dtype {array.dtype}, the model takes {dtype}",
-                        f"convert it: array.astype(numpy.{dtype})",
-                    )
-                array = array.astype(dtype)
-            if array.shape != self._fixed.get(name):
-                _check_shape(spec, array.shape, sizes)
-            if name == "queries" and self.num_queries is not None:
-                _check_queries(array, self.num_queries)
-            checked[name] = array if array.flags.c_contiguous else np.ascontiguousarray(array)
-        if len(feeds) != len(checked):
-            unknown = sorted(set(feeds) - set(checked))
-            raise InputError(f"unknown input {unknown[0]!r}", f"the model takes {_names(self.inputs)}")
-        return checked
 
-    def _checked_out(self, feeds: Feeds, out: Mapping[str, Array]) -> Mapping[str, Array]:
-        if set(out) != {spec.name for spec in self.outputs}:
-            raise InputError(f"`out` has {', '.join(sorted(out)) or 'nothing'}", f"it must have {_names(self.outputs)}")
-        sizes: dict[str, int] = {}
-        for spec in self.inputs:
-            if spec.ranges:
-                _check_shape(spec, feeds[spec.name].shape, sizes)
-        for spec in self.outputs:
-            array = out[spec.name]
-            if not isinstance(array, np.ndarray) or array.dtype != np.dtype(spec.dtype):
-                raise InputError(
-                    f"`out` for {spec.name!r} is not an array of {spec.dtype}", "allocate it with that dtype"
-                )
-            if not (array.flags.c_contiguous and array.flags.writeable):
-                raise InputError(
-                    f"`out` for {spec.name!r} is not contiguous and writeable", "allocate it with numpy.empty"
-                )
-            _check_shape(spec, array.shape, sizes)
-        return out
+def _failed(error: PerceiverExportError) -> Future[dict[str, Array]]:
+    from concurrent.futures import Future
 
-
-def _names(specs: tuple[TensorSpec, ...]) -> str:
-    return ", ".join(f"{spec.name} ({spec.dtype} {list(spec.shape)})" for spec in specs)
-
-
-def _check_queries(queries: Array, count: int) -> None:
-    """An engine would read beside the table, or from its end."""
-    if queries.size and not 0 <= int(queries.min()) <= int(queries.max()) < count:
-        wrong = int(queries.min()) if queries.min() < 0 else int(queries.max())
-        raise InputError(f"query {wrong} is out of range", f"the model has {count} queries, counted from 0")
-
-
-def _check_shape(spec: TensorSpec, shape: tuple[int, ...], sizes: dict[str, int]) -> None:
-    """Raise InputError unless ``shape`` fits; ``sizes`` collects what the named dimensions are in this call."""
-    fits = len(shape) == len(spec.shape)
-    for expected, found in zip(spec.shape, shape, strict=False):
-        if isinstance(expected, int):
-            fits = fits and expected == found
-        else:
-            least, most = spec.ranges.get(expected, (0, found))
-            fits = fits and least <= found <= most and sizes.setdefault(expected, found) == found
-    if not fits:
-        ranges = "".join(f", {name} from {least} to {most}" for name, (least, most) in spec.ranges.items())
-        raise InputError(
-            f"{spec.name!r} has shape {list(shape)}, the model takes {list(spec.shape)}{ranges}",
-            "shapes are fixed at export: see --batch and --shape of `perceiver-export export`",
-        )
+    future: Future[dict[str, Array]] = Future()
+    future.set_exception(error)
+    return future

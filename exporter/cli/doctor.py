@@ -10,17 +10,16 @@ from perceiver_export.exporter.cli.output import JsonFlag, print_json, print_tab
 
 def doctor(json: JsonFlag = False) -> None:
     """Show what this machine can run, and the command that brings each thing that is missing."""
-    from perceiver_export.runtimes.machine import devices
-    from perceiver_export.runtimes.machine import doctor as doctor_
+    from perceiver_export.runtimes.diagnosis import doctor as doctor_
 
-    findings, targets = doctor_(), devices()
+    findings = doctor_()
+    targets = [finding.device for finding in findings if finding.device is not None]
     if json:
         print_json({"targets": targets, "findings": findings})
         return
     print_table("this machine", ["", "found", "needed for"], [(f.what, f.found, f.needed_for) for f in findings])
-    for device in targets:
-        typer.echo(f"target {device.target}: {device.engine} on {device.name}")
     if not targets:
         typer.echo("no target can run here yet")
-    for fix in dict.fromkeys(finding.fix for finding in findings if finding.fix):
-        typer.echo(f"missing something? {fix}")
+    missing = [finding for finding in findings if finding.fix]
+    if missing:
+        print_table("what would bring the rest", ["", "command"], [(f.what, f.fix) for f in missing])

@@ -56,6 +56,9 @@ def run(
     top: Annotated[int | None, typer.Option(help="How many labels to show of each.", show_default="3")] = None,
     device: DeviceOption = "auto",
     threads: ThreadsOption = None,
+    check_finite: Annotated[
+        bool, typer.Option("--check-finite", help="Refuse NaN and infinity, in what goes in and in what comes out.")
+    ] = False,
     json: JsonFlag = False,
 ) -> None:
     """Run a bundle on files, or on text, and print or write what it says."""
@@ -69,5 +72,5 @@ def run(
         raise UsageError(f"{bundle} gives no labels of which --top could be shown", "leave --top out")
     module, function = _COMMANDS[task]
     command = getattr(importlib.import_module(f"perceiver_export.exporter.cli.{module}"), function)
-    options = RunOptions(_TOP if top is None else top, device, threads, json)
+    options = RunOptions(_TOP if top is None else top, device, threads, json, check_finite)
     command(bundle, inputs, None if output is None else Path(output), options)

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 def run(bundle: str, inputs: list[str], output: Path | None, options: RunOptions) -> None:
     """IN.npz with an array an input (IN.npy for a model with one input): a table of the outputs, or -o OUT.npz."""
-    from perceiver_export.runtimes.tasks import open_task
     from perceiver_export.runtimes.tasks.arrays import Arrays, Sets
 
     if len(inputs) != 1:
@@ -28,7 +27,7 @@ def run(bundle: str, inputs: list[str], output: Path | None, options: RunOptions
         check_file(output)
         if output.suffix.lower() != ".npz":
             raise UsageError(f"{output} does not end in .npz", "give -o a file that does: -o out.npz")
-    with open_task(bundle, options.device, options.threads) as task:
+    with options.open_task(bundle) as task:
         assert isinstance(task, (Arrays, Sets))  # `run` chose by the manifest's task
         outputs = _outputs(task, inputs[0])
         where = task.runtime.describe()

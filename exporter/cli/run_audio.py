@@ -23,13 +23,11 @@ def run(bundle: str, inputs: list[str], output: Path | None, options: RunOptions
 
     A recording is a WAV file, or a spectrogram in a .npy file for a model that takes one.
     """
-    from perceiver_export.runtimes.tasks import open_task
-
     if output is not None:
         check_file(output)
     answers = list[LabelAnswer]()
     with (
-        cast("AudioClassification", open_task(bundle, options.device, options.threads)) as task,
+        cast("AudioClassification", options.open_task(bundle)) as task,
         progress_bar("run", quiet=options.json) as progress,
     ):
         samples = _samples(inputs, task.hears, task.sees)

@@ -42,14 +42,13 @@ class Motion:
 def run(bundle: str, inputs: list[str], output: Path | None, options: RunOptions) -> None:
     """Flow from each frame to the next, as files where ``output`` says so, and a line about each."""
     from perceiver_export.runtimes.flow_files import write_flow
-    from perceiver_export.runtimes.tasks import open_task
 
     frames = _frames(inputs)
     targets = _targets(frames, output)
     motions = []
     with (
         new_directory(output) if output is not None and _is_directory(output) else nullcontext() as folder,
-        cast("OpticalFlow", open_task(bundle, options.device, options.threads)) as task,
+        cast("OpticalFlow", options.open_task(bundle)) as task,
         progress_bar("flow", quiet=options.json) as progress,
     ):
         named = f"{frames[0].name} → {frames[1].name}"

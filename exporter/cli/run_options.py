@@ -4,13 +4,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
 class RunOptions:
-    """``top``: labels to show of each input; ``json``: print JSON instead of tables."""
+    """``top``: labels to show of each input; ``json``: print JSON instead of tables; ``check_finite``: refuse NaN."""
 
     top: int
     device: str
     threads: int | None
     json: bool
+    check_finite: bool = False
+
+    def open_task(self, bundle: str) -> Any:
+        """The bundle's task, as these options say. Raises what `runtimes.open_task` raises."""
+        from perceiver_export.runtimes.tasks import open_task
+
+        return open_task(bundle, self.device, self.threads, "auto", self.check_finite)

@@ -13,14 +13,12 @@ from perceiver_export.exporter.cli.run_options import RunOptions
 
 def run(bundle: str, inputs: list[str], output: Path | None, options: RunOptions) -> None:
     """The most probable labels of each picture."""
-    from perceiver_export.runtimes.tasks import open_task
-
     files = _files(inputs)
     if output is not None:
         check_file(output)
     answers = list[LabelAnswer]()
     with (
-        open_task(bundle, options.device, options.threads) as task,
+        options.open_task(bundle) as task,
         progress_bar("run", quiet=options.json) as progress,
     ):
         for done, file in enumerate(files):

@@ -18,14 +18,15 @@ if TYPE_CHECKING:
 
 def run(bundle: str, inputs: list[str], output: Path | None, options: RunOptions) -> None:
     """Labels of .npy, .xyz and ASCII .ply files, or of all that directories hold."""
-    from perceiver_export.runtimes.tasks import open_task
-
     files = _files(inputs)
     if output is not None:
         check_file(output)
     answers = list[LabelAnswer]()
     with (
-        cast("PointCloudClassification", open_task(bundle, options.device, options.threads)) as task,
+        cast(
+            "PointCloudClassification",
+            options.open_task(bundle),
+        ) as task,
         progress_bar("run", quiet=options.json) as progress,
     ):
         for done, file in enumerate(files):

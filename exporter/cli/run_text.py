@@ -40,14 +40,12 @@ class _Text:
 
 def run_fill_mask(bundle: str, inputs: list[str], output: Path | None, options: RunOptions) -> None:
     """Print each text with its masks filled, and the candidates for each masked byte."""
-    from perceiver_export.runtimes.tasks import open_task
-
     texts = _texts(inputs, by_line=False)
     if output is not None:
         check_file(output)
     answers: list[Filled] = []
     with (
-        cast("FillMask", open_task(bundle, options.device, options.threads)) as task,
+        cast("FillMask", options.open_task(bundle)) as task,
         progress_bar("run", quiet=options.json) as progress,
     ):
         for done, text in enumerate(texts):
@@ -69,7 +67,6 @@ def run_fill_mask(bundle: str, inputs: list[str], output: Path | None, options: 
 
 def run_classification(bundle: str, inputs: list[str], output: Path | None, options: RunOptions) -> None:
     """Print the most probable labels of each text, or the scores of each task."""
-    from perceiver_export.runtimes.tasks import open_task
     from perceiver_export.runtimes.tasks.graphs import limits
 
     texts = _texts(inputs, by_line=True)
@@ -77,7 +74,7 @@ def run_classification(bundle: str, inputs: list[str], output: Path | None, opti
         check_file(output)
     answers: list[Answer] = []
     with (
-        cast("TextClassification", open_task(bundle, options.device, options.threads)) as task,
+        cast("TextClassification", options.open_task(bundle)) as task,
         progress_bar("run", quiet=options.json) as progress,
     ):
         for text in texts:

@@ -34,7 +34,6 @@ class _Frames:
 
 def run(bundle: str, inputs: list[str], output: Path | None, options: RunOptions) -> None:
     """FRAMES [AUDIO.wav]: PSNR and labels; with ``output`` a directory of PNG files, and ``sound.wav``."""
-    from perceiver_export.runtimes.tasks import open_task
     from perceiver_export.runtimes.tasks.ranking import check_top
     from perceiver_export.runtimes.tasks.video_autoencoding import psnr
 
@@ -46,7 +45,7 @@ def run(bundle: str, inputs: list[str], output: Path | None, options: RunOptions
         check_new_directory(output)
         _check_pillow()
     with (
-        cast("VideoAutoencoding", open_task(bundle, options.device, options.threads)) as task,
+        cast("VideoAutoencoding", options.open_task(bundle)) as task,
         progress_bar("encode", quiet=options.json) as progress,
     ):
         used = _used(frames, task.preprocessing.num_frames)

@@ -30,11 +30,15 @@ TASKS = {
 
 
 def open_task(
-    bundle: str | os.PathLike[str] | Bundle, device: str = "auto", threads: int | None = None, verify: Verify = "auto"
+    bundle: str | os.PathLike[str] | Bundle,
+    device: str = "auto",
+    threads: int | None = None,
+    verify: Verify = "auto",
+    check_finite: bool = False,
 ) -> Any:
     """Load a bundle with the pre- and post-processing of its task: one of the classes of `TASKS`, by the manifest.
 
-    Its graphs are loaded when they are first needed. Raises what `load` raises.
+    Its graphs are loaded when they are first needed. Arguments are those of `load`. Raises what `load` raises.
     """
     opened = open_bundle(bundle, verify)
     task = checked_task(opened.manifest)
@@ -42,7 +46,7 @@ def open_task(
     def load_part(name: str | None) -> Runtime:
         if name is None and opened.split:  # the weights of its parts are in memory once, however they are used
             return join(opened.manifest, {part: made.part(part) for part in opened.manifest.parts})
-        return load(opened, device, name, threads, verify="never")
+        return load(opened, device, name, threads, verify="never", check_finite=check_finite)
 
     made = task(opened.manifest, load_part)
     return made

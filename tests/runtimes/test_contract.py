@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import itertools
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -13,15 +15,30 @@ from typing import Any
 import numpy as np
 import pytest
 
-from perceiver_export.runtimes import Runtime, load
+from perceiver_export.runtimes import Runtime, build, load
 from perceiver_export.runtimes.errors import DeviceError, InputError, RuntimeClosedError, UsageError
-from perceiver_export.runtimes.loading import TARGETS
+from tests.runtimes.targets import EXPECTED
 
 
-@pytest.fixture(params=sorted(TARGETS))
-def runtime(request: pytest.FixtureRequest, fashion_bundle: Path) -> Iterator[Runtime]:
-    with load(fashion_bundle, device=request.param) as loaded:
+@pytest.fixture(params=EXPECTED, scope="module")
+def target(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(params=["at load", "built"], scope="module")
+def runtime(request: pytest.FixtureRequest, target: str, fashion_bundle: Path, engines: Path) -> Iterator[Runtime]:
+    path = engines if request.param == "built" else fashion_bundle
+    with load(path, target, verify="never") as loaded:  # no stamps outside of a test's own cache
         yield loaded
+
+
+@pytest.fixture(scope="module")
+def engines(fashion_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the bundle with an engine for every target."""
+    copy = Path(shutil.copytree(fashion_bundle, tmp_path_factory.mktemp("engines") / "fashion"))
+    for target in EXPECTED:
+        build(copy, target)
+    return copy
 
 
 @pytest.fixture
@@ -44,9 +61,10 @@ def test_inputs_and_outputs_are_described(runtime: Runtime) -> None:
 def test_describe_says_what_it_runs_on(runtime: Runtime) -> None:
     described = runtime.describe()
 
-    assert described["target"] in TARGETS
+    assert described["target"] in EXPECTED
     assert described["precision"] == "fp32"
     assert described["version"]
+    assert described["compiled"] == "at load" or (Path(described["compiled"]) / "engine.json").is_file()
 
 
 def test_returned_arrays_are_the_callers_to_keep(runtime: Runtime, golden: dict[str, Any]) -> None:
@@ -63,6 +81,23 @@ def test_out_is_written_and_returned(runtime: Runtime, golden: dict[str, Any]) -
 
     assert outputs["logits"] is buffer
     np.testing.assert_array_equal(runtime.run({"image": golden["image"]})["logits"], buffer)
+
+
+def test_a_call_after_one_with_out_leaves_that_memory_alone(runtime: Runtime, golden: dict[str, Any]) -> None:
+    buffer = np.empty((1, 10), np.float32)
+    runtime.run({"image": golden["image"]}, out={"logits": buffer})
+    kept = buffer.copy()
+    runtime.run({"image": golden["image"] * 2})
+    runtime.submit({"image": golden["image"] * 3}).result(timeout=60)
+
+    np.testing.assert_array_equal(kept, buffer)
+
+
+def test_out_must_not_share_memory_with_an_input(runtime: Runtime) -> None:
+    memory = np.zeros((1, 3, 28, 28), np.float32)
+
+    with pytest.raises(InputError, match="shares memory"):
+        runtime.run({"image": memory}, out={"logits": memory.reshape(-1)[:10].reshape(1, 10)})
 
 
 @pytest.mark.parametrize(
@@ -113,8 +148,28 @@ def test_strided_and_big_endian_feeds_give_the_same(runtime: Runtime, golden: di
     np.testing.assert_array_equal(expected, runtime.run({"image": golden["image"].astype(">f4")})["logits"])
 
 
+def test_read_only_feeds_are_taken_and_left_as_they_are(runtime: Runtime, golden: dict[str, Any]) -> None:
+    image = golden["image"].copy()
+    image.flags.writeable = False
+
+    np.testing.assert_array_equal(
+        runtime.run({"image": golden["image"]})["logits"], runtime.run({"image": image})["logits"]
+    )
+    np.testing.assert_array_equal(golden["image"], image)
+
+
 def test_nan_goes_through(runtime: Runtime) -> None:
     assert np.isnan(runtime.run({"image": np.full((1, 3, 28, 28), np.nan, np.float32)})["logits"]).all()
+
+
+def test_check_finite_refuses_nan_and_the_next_good_call_works(
+    target: str, fashion_bundle: Path, golden: dict[str, Any]
+) -> None:
+    with load(fashion_bundle, target, check_finite=True) as runtime:
+        for call in (runtime.run, lambda feeds: runtime.submit(feeds).result(timeout=60)):
+            with pytest.raises(InputError, match="1 values that are not finite"):
+                call({"image": np.where(np.arange(2352).reshape(1, 3, 28, 28) == 5, np.inf, golden["image"])})
+        assert runtime.run({"image": golden["image"]})["logits"].shape == (1, 10)
 
 
 def test_eight_threads_get_their_own_answers(runtime: Runtime) -> None:
@@ -140,27 +195,80 @@ def test_submit_gives_a_future(runtime: Runtime, golden: dict[str, Any]) -> None
         runtime.submit({}).result(timeout=60)
 
 
-def test_several_runtimes_live_in_one_process(fashion_bundle: Path, golden: dict[str, Any]) -> None:
-    with load(fashion_bundle) as first, load(fashion_bundle, threads=1) as second:
+def test_more_can_be_submitted_than_run_at_once(runtime: Runtime, golden: dict[str, Any]) -> None:
+    images = [golden["image"] * scale for scale in range(1, 21)]
+    futures = [runtime.submit({"image": image}) for image in images]
+
+    for image, future in zip(images, futures, strict=True):
+        np.testing.assert_array_equal(runtime.run({"image": image})["logits"], future.result(timeout=60)["logits"])
+
+
+def test_one_thread_can_be_submitted_to_as_well(target: str, fashion_bundle: Path, golden: dict[str, Any]) -> None:
+    with load(fashion_bundle, target, threads=1) as runtime:
+        expected = runtime.run({"image": golden["image"]})["logits"]
+        for outputs in runtime.stream([{"image": golden["image"]}] * 4):
+            np.testing.assert_array_equal(expected, outputs["logits"])
+
+
+def test_a_stream_keeps_the_order_and_reads_no_further_ahead_than_it_may(
+    runtime: Runtime, golden: dict[str, Any]
+) -> None:
+    read = 0
+
+    def frames() -> Iterator[dict[str, Any]]:
+        nonlocal read
+        for scale in range(1, 11):
+            read = scale
+            yield {"image": golden["image"] * scale}
+
+    for taken, outputs in enumerate(runtime.stream(frames(), in_flight=3), start=1):
+        assert read - taken <= 2
+        expected = runtime.run({"image": golden["image"] * taken})["logits"]
+        np.testing.assert_array_equal(expected, outputs["logits"])
+    assert taken == read == 10
+    assert list(runtime.stream([])) == []
+
+
+def test_a_stream_raises_in_place_and_may_be_abandoned(runtime: Runtime, golden: dict[str, Any]) -> None:
+    good: dict[str, Any] = {"image": golden["image"]}
+    stream = runtime.stream(iter([good, good, {}, good]))
+
+    assert next(stream)["logits"].shape == next(stream)["logits"].shape
+    with pytest.raises(InputError, match="is missing"):
+        next(stream)
+    with pytest.raises(UsageError, match="in_flight is 0"):
+        runtime.stream([good], in_flight=0)
+    abandoned = runtime.stream(itertools.repeat(good))
+    next(abandoned)
+    del abandoned
+    assert runtime.run(good)["logits"].shape == (1, 10)
+
+
+def test_several_runtimes_live_in_one_process(target: str, fashion_bundle: Path, golden: dict[str, Any]) -> None:
+    with load(fashion_bundle, target) as first, load(fashion_bundle, target, threads=1) as second:
         left, right = (loaded.run({"image": golden["image"]})["logits"] for loaded in (first, second))
 
     np.testing.assert_allclose(left, right, atol=1e-5)
 
 
-def test_close_finishes_what_was_submitted_and_refuses_more(fashion_bundle: Path, golden: dict[str, Any]) -> None:
-    runtime = load(fashion_bundle)
-    future = runtime.submit({"image": golden["image"]})
+def test_close_finishes_what_was_submitted_and_refuses_more(
+    target: str, fashion_bundle: Path, golden: dict[str, Any]
+) -> None:
+    runtime = load(fashion_bundle, target)
+    futures = [runtime.submit({"image": golden["image"]}) for _ in range(9)]
     runtime.close()
     runtime.close()
 
-    assert future.result(timeout=60)["logits"].shape == (1, 10)
+    assert all(future.done() and future.result()["logits"].shape == (1, 10) for future in futures)
     for call in (lambda: runtime.run({}), lambda: runtime.submit({}), runtime.describe):
         with pytest.raises(RuntimeClosedError):
             call()
 
 
-def test_whatever_was_accepted_while_closing_is_finished(fashion_bundle: Path, golden: dict[str, Any]) -> None:
-    runtime = load(fashion_bundle)
+def test_whatever_was_accepted_while_closing_is_finished(
+    target: str, fashion_bundle: Path, golden: dict[str, Any]
+) -> None:
+    runtime = load(fashion_bundle, target)
     accepted: list[Future[dict[str, Any]]] = []
 
     def submit_until_closed() -> None:
@@ -172,7 +280,7 @@ def test_whatever_was_accepted_while_closing_is_finished(fashion_bundle: Path, g
 
     thread = threading.Thread(target=submit_until_closed)
     thread.start()
-    time.sleep(0.05)
+    time.sleep(0.01)
     runtime.close()
     thread.join(timeout=60)
 
@@ -182,7 +290,9 @@ def test_whatever_was_accepted_while_closing_is_finished(fashion_bundle: Path, g
 
 
 def test_a_target_that_does_not_exist_is_refused(fashion_bundle: Path) -> None:
-    with pytest.raises(DeviceError, match="there is no target 'ort-gpu'"):
+    with pytest.raises(DeviceError, match="there is no target 'abacus'"):
+        load(fashion_bundle, device="abacus")
+    with pytest.raises(DeviceError, match="no execution provider 'gpu'"):
         load(fashion_bundle, device="ort-gpu")
     with pytest.raises(UsageError):
         load(fashion_bundle, threads=0)

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`perceiver-export build`."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Annotated, cast
+
+import typer
+
+from perceiver_export.exporter.cli.output import BundleArgument, JsonFlag, print_json, print_table, progress_bar
+
+if TYPE_CHECKING:
+    from perceiver_export.runtimes.building import BuiltEngine
+    from perceiver_export.runtimes.engines.backend import Hint, Precision
+
+
+def build(
+    bundle: BundleArgument,
+    target: Annotated[list[str], typer.Option(help="Target to compile for; may be given more than once.")],
+    precision: Annotated[str, typer.Option(help="fp32, fp16 or bf16, where the target has a choice.")] = "fp32",
+    hint: Annotated[str, typer.Option(help="latency: one answer soon; throughput: many answers.")] = "latency",
+    shape: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=LEAST:BEST:MOST", help="Sizes of a named dimension.")
+    ] = None,
+    flag: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="A setting of the target's own engine.")
+    ] = None,
+    lower_only: Annotated[
+        bool, typer.Option("--lower-only", help="Rewrite the graph for the target, but do not compile it.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Compile again even if a valid engine is there.")] = False,
+    json: JsonFlag = False,
+) -> None:
+    """Compile a bundle for targets, on the device that will run it."""
+    from perceiver_export.runtimes.building import build as build_
+
+    sizes, flags = _sizes(shape or []), dict(_pair(text, "--flag") for text in flag or [])
+    built: list[BuiltEngine] = []
+    with progress_bar("build", quiet=json) as progress:
+        for name in target:
+            if lower_only or _lacks_lowering(bundle, name):
+                _lower(bundle, name)
+            if not lower_only:
+                built += build_(
+                    bundle,
+                    name,
+                    precision=cast("Precision", precision),
+                    hint=cast("Hint", hint),
+                    shapes=sizes,
+                    flags=flags,
+                    force=force,
+                    progress=progress,
+                )
+    if json:
+        print_json([{**dataclasses.asdict(one), "directory": str(one.directory)} for one in built])
+    elif built:
+        _show(bundle, built)
+
+
+def _show(bundle: str, built: list[BuiltEngine]) -> None:
+    rows = [
+        (one.target, one.part, "compiled" if one.new else "was there", f"{one.seconds:.1f}", str(one.directory))
+        for one in built
+    ]
+    print_table(f"engines of {bundle}", ["target", "part", "", "seconds>", "engine"], rows)
+    typer.echo(f"next: perceiver-export bench {bundle} --device {built[-1].target}")
+
+
+def _lacks_lowering(bundle: str, target: str) -> bool:
+    from perceiver_export.runtimes.bundle import open_bundle
+
+    manifest = open_bundle(bundle).manifest
+    wanted = target.startswith("ort-") and manifest.precision != "fp32"
+    return wanted and any(target not in part.lowered for part in manifest.parts.values())
+
+
+def _lower(bundle: str, target: str) -> None:
+    from perceiver_export import calibration
+    from perceiver_export.runtimes.engines.targets import find_target
+    from perceiver_export.runtimes.errors import UsageError
+
+    find_target(target)
+    if "lower" not in calibration.__all__:
+        raise UsageError(f"no graph is rewritten for {target} by this version", "leave --lower-only out")
+    calibration.lower(bundle, target)
+
+
+def _sizes(texts: list[str]) -> dict[str, tuple[int, int, int]]:
+    from perceiver_export.runtimes.errors import UsageError
+
+    sizes = {}
+    for text in texts:
+        name, value = _pair(text, "--shape")
+        numbers = [int(number) if number.isdecimal() else 0 for number in value.split(":")]
+        if len(numbers) != 3 or not 1 <= numbers[0] <= numbers[1] <= numbers[2]:
+            raise UsageError(f"--shape {text} gives no sizes", "as in --shape batch=1:4:16: least, best, most")
+        sizes[name] = (numbers[0], numbers[1], numbers[2])
+    return sizes
+
+
+def _pair(text: str, option: str) -> tuple[str, str]:
+    from perceiver_export.runtimes.errors import UsageError
+
+    name, equals, value = text.partition("=")
+    if not (name and equals and value):
+        raise UsageError(f"{option} {text} is not NAME=VALUE", f"as in {option} NAME=VALUE")
+    return name, value

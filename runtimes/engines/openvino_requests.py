@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: Apache-2.0
+"""OpenVINO's infer requests behind `run` and `submit`.
+
+A request runs one inference at a time, so each call takes a free one, or makes one. Inputs and outputs of fixed shape
+are the caller's own memory; nothing is copied.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from perceiver_export.runtimes.engines.backend import Array, Feeds, Source
+from perceiver_export.runtimes.errors import DeviceError
+from perceiver_export.runtimes.manifest import DType, TensorSpec
+
+_DTYPES: dict[str, DType] = {"f32": "float32", "i32": "int32", "i64": "int64", "u8": "uint8", "boolean": "bool"}
+_Submitted = tuple[Feeds, "Future[dict[str, Array]]"]
+
+
+class OpenvinoEngine:
+    """One compiled model and its requests."""
+
+    def __init__(self, openvino: Any, compiled: Any, source: Source, threads: int | None, blob: Any = None) -> None:
+        self._tensor: Callable[..., Any] = openvino.Tensor
+        self._compiled = compiled
+        self._blob = blob  # the memory that weights may lie in
+        self._source = source
+        self._threads = threads
+        self._version = openvino.__version__
+        names = {spec.name for spec in (*source.inputs, *source.outputs)}
+        self.inputs = tuple(_spec(port, names) for port in compiled.inputs)
+        self.outputs = tuple(_spec(port, names) for port in compiled.outputs)
+        self._input_index = {spec.name: index for index, spec in enumerate(self.inputs)}
+        self._output_index = {spec.name: index for index, spec in enumerate(self.outputs)}
+        self._fixed = all(isinstance(dim, int) for spec in self.outputs for dim in spec.shape)
+        self._free: deque[_Request] = deque()
+        # As many at once as the device wants, and two, so that one is always ready when another ends.
+        self._most = max(2, int(compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")))
+        self._lock = threading.Lock()
+        self._running = 0
+        self._waiting: deque[_Submitted] = deque()
+        self._started: queue.SimpleQueue[_Started | None] | None = None
+        self._waiter: threading.Thread | None = None
+
+    def run(self, feeds: Feeds) -> dict[str, Array]:
+        out = self._allocate()
+        request = self._take()
+        try:
+            request.bind(feeds, out)
+            request.infer()
+            return out if out is not None else request.copies()
+        finally:
+            self._free.append(request)
+
+    def run_into(self, feeds: Feeds, out: Mapping[str, Array]) -> None:
+        request = self._take()
+        try:
+            request.bind(feeds, out if self._fixed else None)
+            request.infer()
+            if not self._fixed:
+                request.copy_into(out)
+        finally:
+            self._free.append(request)
+
+    def submit(self, feeds: Feeds) -> Future[dict[str, Array]]:
+        future: Future[dict[str, Array]] = Future()
+        with self._lock:
+            if self._waiter is None:
+                self._started = queue.SimpleQueue()
+                self._waiter = threading.Thread(
+                    target=_finish_in_order, args=(self._started,), name="perceiver-export", daemon=True
+                )
+                self._waiter.start()
+            if self._running >= self._most:
+                self._waiting.append((feeds, future))
+                return future
+            self._running += 1
+        future.set_running_or_notify_cancel()
+        self._start(self._take(), feeds, future)
+        return future
+
+    def close(self) -> None:
+        with self._lock:
+            waiter, started, self._waiter = self._waiter, self._started, None
+        if waiter is None or started is None:
+            return
+        started.put(None)
+        waiter.join()
+
+    def describe(self) -> dict[str, Any]:
+        properties = {name: self._compiled.get_property(name) for name in ("PERFORMANCE_HINT", "NUM_STREAMS")}
+        described = {
+            "target": self._source.target,
+            "device": ", ".join(self._compiled.get_property("EXECUTION_DEVICES")),
+            "engine": "openvino",
+            "version": self._version,
+            "threads": self._threads or "all cores",
+            "hint": str(properties["PERFORMANCE_HINT"]).lower(),
+            "streams": int(properties["NUM_STREAMS"]),
+            "arithmetic": self._compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name(),
+        }
+        if self._source.options.precision != "fp32":
+            described["precision"] = self._source.options.precision
+        return described
+
+    def _take(self) -> _Request:
+        try:
+            return self._free.popleft()
+        except IndexError:
+            return _Request(self._compiled.create_infer_request(), self._tensor, self._input_index, self._output_index)
+
+    def _allocate(self) -> dict[str, Array] | None:
+        if not self._fixed:
+            return None
+        return {spec.name: np.empty([int(dim) for dim in spec.shape], spec.dtype) for spec in self.outputs}
+
+    def _start(self, request: _Request, feeds: Feeds, future: Future[dict[str, Array]]) -> None:
+        out = self._allocate()
+        try:
+            request.bind(feeds, out)
+            request.start()
+        except Exception as error:
+            self._next(request)
+            future.set_exception(error)
+            return
+        assert self._started is not None
+        self._started.put(_Started(self, request, feeds, out, future))
+
+    def _next(self, request: _Request) -> None:
+        """Give a request to whoever waits, or put it back."""
+        while True:
+            with self._lock:
+                if not self._waiting:
+                    self._running -= 1
+                    self._free.append(request)
+                    return
+                feeds, future = self._waiting.popleft()
+            if future.set_running_or_notify_cancel():
+                self._start(request, feeds, future)
+                return
+
+
+@dataclass(frozen=True)
+class _Started:
+    """A request on its way. The feeds are held because OpenVINO only knows their address."""
+
+    engine: OpenvinoEngine
+    request: _Request
+    feeds: Feeds
+    out: dict[str, Array] | None
+    future: Future[dict[str, Array]]
+
+    def finish(self) -> None:
+        try:
+            self.request.wait()
+            result = self.out if self.out is not None else self.request.copies()
+        except Exception as error:
+            self.engine._next(self.request)
+            self.future.set_exception(error)
+        else:
+            self.engine._next(self.request)  # before the caller's callbacks, so that the device does not wait for them
+            self.future.set_result(result)
+
+
+def _finish_in_order(started: queue.SimpleQueue[_Started | None]) -> None:
+    """Wait for requests one after the other. OpenVINO's own callbacks are not called where an inference fails."""
+    stopping = False
+    while True:
+        try:
+            one = started.get(block=not stopping)
+        except queue.Empty:
+            return
+        if one is None:
+            stopping = True  # what was started or waits is finished first: finishing one starts the next
+        else:
+            one.finish()
+        del one  # the engine lives on in the queue's items only
+
+
+class _Request:
+    """An infer request and the memory that it is bound to."""
+
+    def __init__(
+        self, request: Any, tensor: Callable[..., Any], inputs: dict[str, int], outputs: dict[str, int]
+    ) -> None:
+        self._request = request
+        self._tensor = tensor
+        self._inputs = inputs
+        self._outputs = outputs
+
+    def bind(self, feeds: Feeds, out: Mapping[str, Array] | None) -> None:
+        for name, index in self._inputs.items():
+            array = feeds[name]
+            shared = array.flags.writeable  # OpenVINO shares only what it might write to
+            self._request.set_input_tensor(index, self._tensor(array, shared_memory=shared))
+        if out is not None:
+            for name, index in self._outputs.items():
+                self._request.set_output_tensor(index, self._tensor(out[name], shared_memory=True))
+
+    def infer(self) -> None:
+        try:
+            self._request.infer(share_outputs=True)  # else it copies them all into a dictionary
+        except RuntimeError as error:
+            raise _failed(error) from error
+
+    def start(self) -> None:
+        self._request.start_async()
+
+    def wait(self) -> None:
+        try:
+            self._request.wait()
+        except RuntimeError as error:
+            raise _failed(error) from error
+
+    def copies(self) -> dict[str, Array]:
+        return {name: self._request.get_output_tensor(index).data.copy() for name, index in self._outputs.items()}
+
+    def copy_into(self, out: Mapping[str, Array]) -> None:
+        for name, index in self._outputs.items():
+            np.copyto(out[name], self._request.get_output_tensor(index).data)
+
+
+def _failed(error: RuntimeError) -> DeviceError:
+    lines = [line for line in str(error).splitlines() if line and not line.startswith("Exception from")]
+    return DeviceError(f"inference failed: {lines[0] if lines else error}", "see `perceiver-export doctor`")
+
+
+def _spec(port: Any, known: set[str]) -> TensorSpec:
+    """OpenVINO gives a tensor all the names that it ever had; the bundle's is among them."""
+    names = port.get_names()
+    name = next((name for name in names if name in known), port.get_any_name())
+    element = port.get_element_type().get_type_name()
+    if element not in _DTYPES:
+        raise DeviceError(f"{name!r} is a {element}, which this runtime does not carry", "export with float32 or int32")
+    shape = tuple(
+        dim.get_length() if dim.is_static else f"dim{axis}" for axis, dim in enumerate(port.get_partial_shape())
+    )
+    return TensorSpec(name=name, dtype=_DTYPES[element], shape=shape)

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""engine.json: what an engine was built from and for, read before anything of the engine itself is."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+import msgspec
+
+from perceiver_export.runtimes.bundle import Bundle
+from perceiver_export.runtimes.engines.backend import Backend, EngineOptions, Platform, Source
+from perceiver_export.runtimes.errors import BundleError
+from perceiver_export.runtimes.manifest import FileEntry, Part
+
+SCHEMA_VERSION = 1
+RECORD = "engine.json"
+
+
+class Identity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Everything that an engine depends on; its hash is the engine's key."""
+
+    target: str
+    part: str
+    model: str  # hash over the graph's and the weights' hashes
+    precision: str  # of the bundle
+    options: EngineOptions
+    platform: Platform
+
+    @property
+    def key(self) -> str:
+        """Name of the engine's directory: 16 hexadecimal digits."""
+        import hashlib
+
+        return hashlib.sha256(msgspec.json.encode(self, order="sorted")).hexdigest()[:16]
+
+
+class Record(msgspec.Struct, frozen=True):
+    """The whole of engine.json. Unknown fields are let through: a newer writer may say more of the same engine."""
+
+    schema_version: int
+    identity: Identity
+    files: dict[str, FileEntry]
+    seconds: float  # that compiling took
+
+
+def model_hash(bundle: Bundle, graph: str) -> str:
+    """One hash for a graph and the weights beside it, from those in the manifest."""
+    import hashlib
+
+    entries = {
+        name: entry.sha256
+        for name, entry in bundle.manifest.files.items()
+        if name == graph or not name.endswith((".onnx", ".npz", ".json"))
+    }
+    return hashlib.sha256(msgspec.json.encode(entries, order="sorted")).hexdigest()
+
+
+def identify(bundle: Bundle, part: str, source: Source, here: Platform) -> Identity:
+    """What an engine of this part, compiled here and now, would be."""
+    graph = source.graph.relative_to(bundle.path).as_posix()
+    return Identity(
+        target=source.target,
+        part=part,
+        model=model_hash(bundle, graph),
+        precision=source.precision,
+        options=source.options,
+        platform=here,
+    )
+
+
+def make_source(bundle: Bundle, part: Part, target: str, options: EngineOptions) -> Source:
+    """The graph of a part that this target runs, with its dynamic dimensions' ranges among the options.
+
+    Raises BundleError: the bundle is quantized, and its form for this target is not there.
+    """
+    precision = bundle.manifest.precision
+    lowering = _lowering(part, target)
+    if target.startswith("ort-") and precision != "fp32" and lowering not in part.lowered:
+        raise BundleError(
+            f"{bundle.path} is {precision}, and {target} needs its graph rewritten for it, which is not in the bundle",
+            f"perceiver-export build {bundle.path} --target {target} --lower-only",
+        )
+    ranges = {name: sizes for spec in part.inputs for name, sizes in spec.ranges.items()}
+    shapes = {name: options.shapes.get(name, (least, least, most)) for name, (least, most) in ranges.items()}
+    return Source(
+        target=target,
+        graph=bundle.file(part.graph_for(lowering)),
+        options=msgspec.structs.replace(options, shapes=shapes),
+        precision=precision,
+        inputs=part.inputs,
+        outputs=part.outputs,
+    )
+
+
+def _lowering(part: Part, target: str) -> str:
+    """Which of a target's lowerings this machine takes: ONNX Runtime's integer kernels on ARM want another form."""
+    own = f"{target}-arm64"
+    return own if own in part.lowered and platform.machine().lower() in ("aarch64", "arm64") else target
+
+
+def read_record(directory: Path) -> Record | None:
+    """engine.json of a directory; None where it is missing, damaged or of a newer schema."""
+    try:
+        record = msgspec.json.decode((directory / RECORD).read_bytes(), type=Record)
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError):
+        return None
+    return record if record.schema_version <= SCHEMA_VERSION else None
+
+
+def mismatches(built: Identity, here: Identity, backend: Backend) -> tuple[str, ...]:
+    """Why an engine is not what would be built here, one phrase each. Options are compared by the caller's wish."""
+    found = []
+    if built.model != here.model or built.part != here.part:
+        found.append("it was built from another model")
+    if built.options.shapes != here.options.shapes:
+        found.append(f"it was built for the shapes {built.options.shapes}, the bundle has {here.options.shapes}")
+    return (*found, *backend.differences(built.platform, here.platform))

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The table of targets: what each runs on, whose engine it is, and how to install that."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import re
+from dataclasses import dataclass, replace
+from typing import cast
+
+from perceiver_export.runtimes.engines.backend import Backend
+from perceiver_export.runtimes.errors import DeviceError
+
+_ENGINES = "perceiver_export.runtimes.engines"
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where an engine runs. ``distributions``: any of them brings the library; ``extra`` installs the first."""
+
+    name: str
+    module: str
+    distributions: tuple[str, ...]
+    extra: str
+    hardware: str
+    needs_engine: bool = False  # compiling takes minutes, so `load` never does it
+
+    @property
+    def install(self) -> str:
+        """The command that brings the engine's library."""
+        return f"pip install 'perceiver-export[{self.extra}]'"
+
+    def backend(self) -> Backend:
+        """The module that runs it."""
+        return cast(Backend, importlib.import_module(f"{_ENGINES}.{self.module}"))
+
+    def version(self) -> str:
+        """Of the installed library; empty where there is none. Nothing is imported."""
+        for name in self.distributions:
+            try:
+                return importlib.metadata.version(name)
+            except importlib.metadata.PackageNotFoundError:
+                continue
+        return ""
+
+
+_ORT = ("onnxruntime", "onnxruntime-gpu")
+_TABLE = (
+    Target("ort-cuda", "ort", ("onnxruntime-gpu",), "ort", "NVIDIA GPU"),
+    Target("openvino-gpu", "openvino", ("openvino",), "openvino", "Intel GPU"),
+    Target("openvino-npu", "openvino", ("openvino",), "openvino", "Intel NPU"),
+    Target("ort-cpu", "ort", _ORT, "ort", "CPU"),
+    Target("openvino-cpu", "openvino", ("openvino",), "openvino", "CPU"),
+)
+
+# In the order in which `device="auto"` looks at them.
+TARGETS = {target.name: target for target in _TABLE}
+
+
+def find_target(name: str) -> Target:
+    """The target of that name; ``ort-NAME`` is ONNX Runtime with the execution provider of that name.
+
+    Raises DeviceError: there is no such target.
+    """
+    if name in TARGETS:
+        return TARGETS[name]
+    if re.fullmatch(r"ort-[a-z0-9]+", name):
+        return replace(TARGETS["ort-cpu"], name=name, hardware="whatever its execution provider runs on")
+    raise DeviceError(f"there is no target {name!r}", f"the targets are auto, {', '.join(TARGETS)}")

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`build`, `bench --device all`, `package` and `doctor` as a user types them."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from perceiver_export.runtimes import load
+from tests.cli.commands import fail, succeed
+
+TARGETS = ("ort-cpu", "openvino-cpu")
+
+
+def test_build_compiles_for_every_target_named_and_load_finds_it(copied_bundle: Path) -> None:
+    options = [word for target in TARGETS for word in ("--target", target)]
+    built = json.loads(succeed("build", copied_bundle, *options, "--json"))
+
+    assert [(one["target"], one["part"], one["new"]) for one in built] == [(name, "model", True) for name in TARGETS]
+    for one in built:
+        with load(copied_bundle, one["target"]) as runtime:
+            assert runtime.describe()["compiled"] == one["directory"]
+    assert "was there" in succeed("build", copied_bundle, "--target", "ort-cpu")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--target", "abacus"], "there is no target 'abacus'"),
+        (["--target", "openvino-npu"], "OpenVINO finds no NPU here"),
+        (["--target", "ort-cpu", "--precision", "fp16"], "runs a graph in the precision that it is in"),
+        (["--target", "openvino-cpu", "--precision", "fp8"], "precision is 'fp8'"),
+        (["--target", "ort-cpu", "--shape", "batch=1:2"], "gives no sizes"),
+        (["--target", "ort-cpu", "--flag", "threads"], "is not NAME=VALUE"),
+        (["--target", "ort-cpu", "--flag", "threads=2"], "is no setting of onnxruntime's"),
+    ],
+)
+def test_what_cannot_be_built_is_one_error_and_one_hint(
+    fashion_bundle: Path, arguments: list[str], message: str
+) -> None:
+    assert message in fail("build", fashion_bundle, *arguments)
+
+
+def test_bench_of_all_targets_is_a_table_and_a_csv_file(copied_bundle: Path, tmp_path: Path) -> None:
+    table = succeed("bench", copied_bundle, "--device", "all", "--runs", "5", "--csv", tmp_path / "figures.csv")
+    with (tmp_path / "figures.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+
+    assert all(target in table for target in TARGETS)
+    assert [row["target"] for row in rows] == list(TARGETS)
+    assert all(0 < float(row["p50"]) <= float(row["p99"]) and float(row["difference"]) < 1e-4 for row in rows)
+    assert "cannot be written" in fail("bench", copied_bundle, "--csv", tmp_path / "none" / "figures.csv")
+
+
+def test_package_writes_beside_the_bundle_and_says_what_is_next(copied_bundle: Path) -> None:
+    said = succeed("package", copied_bundle, "--for", "triton")
+
+    assert f"tritonserver --model-repository {copied_bundle}-triton" in said
+    assert (copied_bundle.with_name("bundle-triton") / "fashion" / "config.pbtxt").is_file()
+    assert "is there already" in fail("package", copied_bundle, "--for", "triton")
+    assert "the server is 'torchserve'" in fail("package", copied_bundle, "--for", "torchserve")
+
+
+def test_run_with_check_finite_lets_a_picture_through(fashion_bundle: Path) -> None:
+    picture = Path("examples/fashion_mnist/pictures/coat.png").absolute()
+
+    for target in TARGETS:
+        assert "Coat" in succeed("run", fashion_bundle, picture, "--device", target, "--check-finite")
+
+
+def test_doctor_lists_the_targets_that_run_here() -> None:
+    report = json.loads(succeed("doctor", "--json"))
+
+    assert [target["target"] for target in report["targets"]] == list(TARGETS)
+    assert {finding["what"] for finding in report["findings"]} >= {"CPU", "NVIDIA GPU", "target ort-cuda"}

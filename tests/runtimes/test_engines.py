@@ -1,0 +1,310 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Built engines: found, refused before they are opened, rebuilt; whatever happens to a build, the cache stays whole."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from perceiver_export.runtimes import build, load, open_bundle
+from perceiver_export.runtimes.bundle import cache_directory
+from perceiver_export.runtimes.engines.targets import TARGETS
+from perceiver_export.runtimes.errors import BuildError, BundleError, EngineError, UsageError
+from tests.runtimes.targets import EXPECTED
+
+IMAGE = np.random.default_rng(0).normal(size=(1, 3, 28, 28)).astype(np.float32)
+FILES = {"ort-cpu": "model.weights", "openvino-cpu": "model.blob"}
+
+
+@pytest.fixture(params=EXPECTED)
+def target(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def logits(bundle: Path, target: str) -> Any:
+    with load(bundle, target) as runtime:
+        return runtime.run({"image": IMAGE})["logits"]
+
+
+def compiled(bundle: Path, target: str) -> str:
+    with load(bundle, target) as runtime:
+        return str(runtime.describe()["compiled"])
+
+
+def edit_record(directory: Path, edit: Callable[[dict[str, Any]], None]) -> None:
+    path = directory / "engine.json"
+    record = json.loads(path.read_bytes())
+    edit(record)
+    path.write_text(json.dumps(record), encoding="utf-8")
+
+
+def left_behind(bundle: Path) -> list[str]:
+    """Everything below engines/ that is neither a whole engine nor a lock."""
+    place = bundle / "engines"
+    return [
+        str(entry.relative_to(place))
+        for entry in place.glob("*/*")
+        if entry.name != ".lock" and not (entry / "engine.json").is_file()
+    ]
+
+
+def test_an_engine_is_built_once_and_used(copied_bundle: Path, target: str) -> None:
+    before = logits(copied_bundle, target)
+    (first,), (second,) = build(copied_bundle, target), build(copied_bundle, target)
+
+    assert (first.new, second.new) == (True, False)
+    assert first.directory == second.directory == Path(compiled(copied_bundle, target))
+    np.testing.assert_allclose(before, logits(copied_bundle, target), atol=1e-5)
+    assert left_behind(copied_bundle) == []
+
+
+def test_an_engine_goes_along_with_a_copy_of_its_bundle(copied_bundle: Path, tmp_path: Path, target: str) -> None:
+    build(copied_bundle, target)
+    moved = Path(shutil.copytree(copied_bundle, tmp_path / "elsewhere"))
+
+    assert compiled(moved, target).startswith(str(moved))
+
+
+def test_force_builds_again_in_the_same_place(copied_bundle: Path, target: str) -> None:
+    (first,), (again,) = build(copied_bundle, target), build(copied_bundle, target, force=True)
+
+    assert (again.new, again.directory) == (True, first.directory)
+    assert logits(copied_bundle, target).shape == (1, 10)
+
+
+@pytest.mark.parametrize(
+    ("edit", "reason"),
+    [
+        (lambda built: built["platform"].update(version="0.9"), "it was built with {library} 0.9, here is {library} "),
+        (lambda built: built["platform"].update(device="Abacus"), "it was built for the device Abacus, here is "),
+        (lambda built: built["platform"].update(driver="12.6"), "it was built for the driver 12.6, here is none"),
+        (lambda built: built["platform"].update(features=["mmx"]), "it was built for the instruction sets mmx, here "),
+        (lambda built: built.update(model="0" * 64), "it was built from another model"),
+    ],
+    ids=["version", "device", "driver", "features", "model"],
+)
+def test_a_stale_engine_is_told_before_it_is_opened_and_compiled_again(
+    copied_bundle: Path,
+    target: str,
+    edit: Callable[[dict[str, Any]], None],
+    reason: str,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    expected = logits(copied_bundle, target)
+    (built,) = build(copied_bundle, target)
+    edit_record(built.directory, lambda record: edit(record["identity"]))
+    (built.directory / FILES[target]).write_bytes(b"opening this would fail")
+    library = {"ort-cpu": "onnxruntime", "openvino-cpu": "openvino"}[target]
+    why = reason.format(library=library)
+
+    with caplog.at_level(logging.WARNING):
+        assert compiled(copied_bundle, target).startswith(f"at load, because the engine in {built.directory} is not")
+    assert why in caplog.text
+    assert f"perceiver-export build {copied_bundle} --target {target}" in caplog.text
+    np.testing.assert_array_equal(expected, logits(copied_bundle, target))
+
+    # A target whose compiling takes minutes has nothing to fall back on.
+    monkeypatch.setitem(TARGETS, target, dataclasses.replace(TARGETS[target], needs_engine=True))
+    with pytest.raises(EngineError, match=re.escape(why)) as caught:
+        load(copied_bundle, target)
+    assert caught.value.hint == f"rebuild it: perceiver-export build {copied_bundle} --target {target}"
+
+
+def test_a_target_that_needs_an_engine_says_how_to_build_one(
+    copied_bundle: Path, target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(TARGETS, target, dataclasses.replace(TARGETS[target], needs_engine=True))
+
+    with pytest.raises(EngineError, match=r"no engine of .* was built") as caught:
+        load(copied_bundle, target)
+    assert f"perceiver-export build {copied_bundle} --target {target}" in caught.value.hint
+    build(copied_bundle, target)
+    assert logits(copied_bundle, target).shape == (1, 10)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [cut, flip, Path.unlink], ids=["cut", "flipped", "gone"])
+def test_a_damaged_engine_is_refused_and_building_repairs_it(
+    copied_bundle: Path, target: str, damage: Callable[[Path], None]
+) -> None:
+    (built,) = build(copied_bundle, target)
+    damage(built.directory / FILES[target])
+
+    with pytest.raises(EngineError, match="is damaged") as caught:
+        load(copied_bundle, target)
+    assert caught.value.hint == f"rebuild it: perceiver-export build {copied_bundle} --target {target}"
+    (again,) = build(copied_bundle, target)
+    assert (again.new, again.directory) == (True, built.directory)
+    assert logits(copied_bundle, target).shape == (1, 10)
+
+
+def test_an_engine_that_is_not_what_its_record_says_is_refused_all_the_same(copied_bundle: Path, target: str) -> None:
+    (built,) = build(copied_bundle, target)
+    file = built.directory / {"ort-cpu": "model.onnx", "openvino-cpu": "model.blob"}[target]
+    cut(file)
+    edit_record(
+        built.directory,
+        lambda record: record["files"][file.name].update(size=file.stat().st_size),
+    )
+
+    with pytest.raises(EngineError, match="cannot be opened") as caught:
+        load(copied_bundle, target, verify="never")
+    assert f"--target {target} --force" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"not json", b"{}", b'{"schema_version": 99}', b"[1, 2]", b"\xff\xfe"], ids=repr
+)
+def test_a_record_that_cannot_be_read_is_no_engine(copied_bundle: Path, target: str, content: bytes) -> None:
+    (built,) = build(copied_bundle, target)
+    (built.directory / "engine.json").write_bytes(content)
+
+    assert compiled(copied_bundle, target) == "at load"
+    (again,) = build(copied_bundle, target)
+    assert (again.new, again.directory) == (True, built.directory)
+    assert compiled(copied_bundle, target) == str(built.directory)
+
+
+def test_a_record_cannot_point_out_of_its_directory(copied_bundle: Path, target: str) -> None:
+    (built,) = build(copied_bundle, target)
+    edit_record(
+        built.directory, lambda record: record["files"].update({"../../../manifest.json": {"sha256": "0", "size": 1}})
+    )
+
+    with pytest.raises(EngineError, match="is damaged"):
+        load(copied_bundle, target)
+
+
+def in_a_process(statement: str, **options: Any) -> subprocess.Popen[str]:
+    code = f"import os, signal, sys, time\nfrom perceiver_export.runtimes import build\n{statement}"
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, **options)
+
+
+def test_two_processes_build_at_once_and_one_takes_what_the_other_made(copied_bundle: Path, target: str) -> None:
+    slow = "lambda *what: (print(what[0]), time.sleep(1))"
+    builds = [
+        in_a_process(f"print(build({str(copied_bundle)!r}, {target!r}, progress={slow})[0].new)") for _ in range(2)
+    ]
+    answers = sorted(one.communicate(timeout=60)[0].splitlines() for one in builds)
+
+    assert sorted(answer[-1] for answer in answers) == ["False", "True"]
+    assert [one.returncode for one in builds] == [0, 0]
+    assert left_behind(copied_bundle) == []
+    assert logits(copied_bundle, target).shape == (1, 10)
+
+
+def test_a_killed_build_leaves_nothing_that_the_next_one_minds(copied_bundle: Path, target: str) -> None:
+    kill = "lambda *what: os.kill(os.getpid(), signal.SIGKILL)"
+    killed = in_a_process(f"build({str(copied_bundle)!r}, {target!r}, progress={kill})")
+    killed.communicate(timeout=60)
+
+    assert killed.returncode == -signal.SIGKILL
+    assert len(left_behind(copied_bundle)) == 1
+    assert compiled(copied_bundle, target) == "at load"
+    (built,) = build(copied_bundle, target)
+    assert (built.new, left_behind(copied_bundle)) == (True, [])
+
+
+def test_an_interrupted_build_cleans_up(copied_bundle: Path, target: str) -> None:
+    def interrupt(what: str, done: int, total: int | None) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build(copied_bundle, target, progress=interrupt)
+    assert left_behind(copied_bundle) == []
+    assert build(copied_bundle, target)[0].new
+
+
+def test_a_full_disk_leaves_nothing_and_the_next_build_works(copied_bundle: Path, target: str) -> None:
+    open_bundle(copied_bundle)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
+    try:
+        with pytest.raises(BuildError) as caught:
+            build(copied_bundle, target)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "space" in caught.value.hint
+    assert left_behind(copied_bundle) == []
+    assert build(copied_bundle, target)[0].new
+
+
+def test_a_bundle_that_cannot_be_written_has_its_engines_in_the_users_cache(copied_bundle: Path, target: str) -> None:
+    (copied_bundle / "engines").write_text("no directory can be made here", encoding="utf-8")
+    (built,) = build(copied_bundle, target)
+
+    assert built.directory.is_relative_to(cache_directory())
+    assert compiled(copied_bundle, target) == str(built.directory)
+    assert not build(copied_bundle, target)[0].new
+
+
+def test_a_preflight_reads_no_engine(copied_bundle: Path, target: str) -> None:
+    """20 ms are allowed; tests/benchmarks/loading.py measures it."""
+    (built,) = build(copied_bundle, target)
+    edit_record(built.directory, lambda record: record["identity"]["platform"].update(device="Abacus"))
+    (built.directory / FILES[target]).unlink()
+    os.mkfifo(built.directory / FILES[target])  # reading it would wait for ever
+
+    start = time.perf_counter()
+    assert compiled(copied_bundle, target).startswith("at load, because")
+    assert time.perf_counter() - start < 30
+
+
+def test_a_quantized_bundle_without_a_graph_for_the_target_is_refused(
+    edit_manifest: Callable[[str, str], Path],
+) -> None:
+    bundle = edit_manifest('"precision": "fp32"', '"precision": "int8"')
+
+    for call in (load, build):
+        with pytest.raises(BundleError, match="needs its graph rewritten") as caught:
+            call(bundle, "ort-cpu")
+        assert caught.value.hint == f"perceiver-export build {bundle} --target ort-cpu --lower-only"
+    if "openvino-cpu" in EXPECTED:
+        assert logits(bundle, "openvino-cpu").shape == (1, 10)
+
+
+def test_a_target_runs_the_graph_that_was_rewritten_for_it(
+    copied_bundle: Path, edit_manifest: Callable[[str, str], Path]
+) -> None:
+    (copied_bundle / "model.ort-cpu.onnx").write_bytes(b"this is what ort-cpu has to open")
+    entry = '"model.ort-cpu.onnx": {"sha256": "", "size": 32}, "model.onnx": {'
+    edit_manifest('"lowered": {}', '"lowered": {"ort-cpu": "model.ort-cpu.onnx"}')
+    edit_manifest('"model.onnx": {', entry)
+
+    with pytest.raises(BundleError, match=r"model\.ort-cpu\.onnx cannot be loaded"):
+        load(copied_bundle, "ort-cpu", verify="never")
+
+
+def test_what_cannot_be_built_is_refused(copied_bundle: Path, target: str) -> None:
+    with pytest.raises(UsageError, match="precision is 'fp8'"):
+        build(copied_bundle, target, precision="fp8")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="hint is 'speed'"):
+        load(copied_bundle, target, hint="speed")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="no dimension 'batch'"):
+        build(copied_bundle, target, shapes={"batch": (1, 2, 4)})
+    assert not (copied_bundle / "engines").exists()
