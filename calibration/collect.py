@@ -49,13 +49,21 @@ class Observer:
             {name: Activation.empty(width, capacity[name]) for name, width in self._widths.items()}
         )
 
-    def __call__(self, feeds: Feeds) -> dict[str, Array]:
-        """Run one call, and give the graph's own outputs. Raises DataError where a value is NaN or infinite."""
+    def run(self, feeds: Feeds, count: bool = True) -> dict[str, Array]:
+        """Run one call, and give the graph's own outputs; without ``count`` nothing is taken note of.
+
+        Raises DataError where a value is NaN or infinite.
+        """
         given = dict(feeds)
         if self._takes_places:
             given[_PLACES] = self._generator.random(self._rows, np.float32)
         names = [output.name for output in self._session.get_outputs()]
         values = dict(zip(names, self._session.run(None, given), strict=True))
+        if count:
+            self._count(values)
+        return {name: values[name] for name in self._outputs}
+
+    def _count(self, values: dict[str, Array]) -> None:
         for name, activation in self.statistics.activations.items():
             low, high, rows = (values[f"{name}.{what}"] for what in ("low", "high", "rows"))
             if not (np.isfinite(low).all() and np.isfinite(high).all()):
@@ -68,7 +76,6 @@ class Observer:
             before = self.statistics.hazards.get(name)
             self.statistics.hazards[name] = Hazard(max(largest, before.largest if before else 0.0), depth)
         self.statistics.calls += 1
-        return {name: values[name] for name in self._outputs}
 
 
 def load_graph(path: Path) -> ir.Model:

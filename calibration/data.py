@@ -168,9 +168,22 @@ def _member(path: Path, arrays: Mapping[str, Array], name: str) -> Array:
         ) from error
 
 
-def _from_function(spec: str, labels: tuple[str, ...]) -> Iterator[Sample]:
+def read_archives(paths: Iterable[Path]) -> Iterator[tuple[Path, dict[str, Array]]]:
+    """All arrays of each archive, one archive at a time. Raises DataError."""
+    for path in paths:
+        with _archive(path) as arrays:
+            yield path, {name: _member(path, arrays, name) for name in arrays}
+
+
+def call_function(spec: str) -> Iterable[Any]:
+    """What ``module:function`` gives. Raises DataError where it cannot be imported, or gives no iterable."""
     module, _, function = spec.partition(":")
-    samples = _call(spec, module, function)
+    return _call(spec, module, function)
+
+
+def _from_function(spec: str, labels: tuple[str, ...]) -> Iterator[Sample]:
+    samples = call_function(spec)
+    function = spec.partition(":")[2]
     for index, item in enumerate(samples):
         if not isinstance(item, Mapping) or "image" not in item or not isinstance(item["image"], np.ndarray):
             raise DataError(f"{spec} gave something else than {{'image': array}}", "give dicts of numpy arrays")

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a sample of a tensor to the largest value that int8 should still hold; what lies above is clipped to it."""
+"""From a sample of a tensor to the largest value that int8 should still hold; what lies above is clipped to it.
+
+These are ours and not a library's: onnxruntime.quantization's entropy is its minmax (128 bins leave one threshold), its
+histograms keep every tensor of every sample, and NNCF's minimise the error of the values, not of the products.
+"""
 
 from __future__ import annotations
 
@@ -16,58 +20,62 @@ Method = Literal["mse", "minmax", "percentile", "entropy"]
 LEVELS = 127  # of a symmetric int8, on each side of zero
 _PERCENTILE = 99.99
 _BINS = 2048
-_VALUES = 1 << 16  # of a sample that a search looks at
+_ROWS = 128  # of a sample that a search looks at
 
 
-def find_range(method: Method, values: Array, largest: float) -> float:
-    """The clipping value for a sample (any shape) of a tensor whose exact largest absolute value is ``largest``.
+def find_range(method: Method, rows: Array, largest: float, gram: Array) -> float:
+    """The clipping value for sampled ``rows`` (n, K) of a tensor whose exact largest absolute value is ``largest``.
 
-    Never above ``largest``, never 0 (an all-zero tensor gets 1). Raises UsageError: an unknown method.
+    ``gram`` (K, K) is Σ W Wᵀ of the weights that read it: what an error in a channel costs. Never above ``largest``,
+    never 0 (an all-zero tensor gets 1). Raises UsageError: an unknown method.
     """
     if method not in METHODS:
         raise UsageError(f"there is no method {method!r}", f"it is one of {', '.join(get_args(Method))}")
-    flat = np.abs(values, dtype=np.float32).ravel()
-    flat = flat[:: -(-flat.size // _VALUES)] if flat.size > _VALUES else flat
     if largest <= 0.0:
         return 1.0
-    found = METHODS[method](flat, largest) if flat.size else largest
+    found = METHODS[method](rows, largest, gram) if rows.size else largest
     return float(min(found, largest)) or largest
 
 
-def _minmax(values: Array, largest: float) -> float:
+def _minmax(rows: Array, largest: float, gram: Array) -> float:
     return largest
 
 
-def _percentile(values: Array, largest: float) -> float:
-    return float(np.percentile(values, _PERCENTILE))
+def _percentile(rows: Array, largest: float, gram: Array) -> float:
+    return float(np.percentile(np.abs(rows), _PERCENTILE))
 
 
-def _mse(values: Array, largest: float) -> float:
-    """The value with the least squared error of rounding and clipping together, of 60 from the largest down to 0.1 of it."""
-    values = np.append(values, np.float32(largest))  # seen for certain, even if the sample missed it
-    candidates = largest * np.geomspace(1.0, 0.1, 60)
-    errors = [float(np.square(values - fake_quantize(values, clip)).sum()) for clip in candidates]
+def _mse(rows: Array, largest: float, gram: Array) -> float:
+    """The value with the least squared error of the products, Σ e G eᵀ over rows, e what rounding and clipping change.
+
+    The error of the values themselves would clip a few large channels that many small ones outvote, though the weights
+    make much of them: on the Fashion-MNIST model that costs 3 to 6 dB.
+    """
+    rows = rows[:: -(-len(rows) // _ROWS)]
+    candidates = largest * np.geomspace(1.0, 0.2, 24)
+    changes = [fake_quantize(rows, clip) - rows for clip in candidates]
+    errors = [float(np.vdot(change @ gram, change)) for change in changes]
     return float(candidates[int(np.argmin(errors))])
 
 
-def _entropy(values: Array, largest: float) -> float:
+def _entropy(rows: Array, largest: float, gram: Array) -> float:
     """The clipping with the least relative entropy between the histogram and its 128-level version.
 
     Migacz, "8-bit Inference with TensorRT" (2017): of a histogram of 2,048 bins the first i are kept, what lies above
     is counted in the last of them; Q spreads each level's count over its non-empty bins.
     """
-    counts, edges = np.histogram(values, bins=_BINS, range=(0.0, largest))
+    counts, edges = np.histogram(np.abs(rows), bins=_BINS, range=(0.0, largest))
     best, clip = np.inf, largest
     for kept in range(LEVELS + 1, _BINS + 1, 8):
-        reference = counts[:kept].astype(np.float64)
-        # Levels are made of what was inside before outliers are counted in, so that clipping them costs.
+        inside = counts[:kept].astype(np.float64)
         level = np.arange(kept) * (LEVELS + 1) // kept
-        filled = reference > 0
-        totals = np.bincount(level, weights=reference, minlength=LEVELS + 1)
+        filled = inside > 0
+        totals = np.bincount(level, weights=inside, minlength=LEVELS + 1)
         shares = np.bincount(level, weights=filled, minlength=LEVELS + 1)
         spread = np.where(filled, (totals / np.maximum(shares, 1))[level], 0.0)
-        reference[-1] += counts[kept:].sum()
-        divergence = _relative_entropy(reference, spread)
+        # Only the reference counts what was clipped, so that clipping it costs.
+        inside[-1] += counts[kept:].sum()
+        divergence = _relative_entropy(inside, spread)
         if divergence < best:
             best, clip = divergence, float(edges[kept])
     return clip
@@ -86,7 +94,7 @@ def fake_quantize(values: Array, clip: Array | float) -> Array:
     return rounded
 
 
-METHODS: dict[str, Callable[[Array, float], float]] = {
+METHODS: dict[str, Callable[[Array, float, Array], float]] = {
     "mse": _mse,
     "minmax": _minmax,
     "percentile": _percentile,

@@ -10,6 +10,7 @@ import numpy as np
 from perceiver_export.runtimes.runtime import Array
 
 INT4_BLOCK = 32
+_LEAST_BLOCK = 16
 _INT4_LEVELS = 7
 # Narrower clippings are tried for int4, whose largest value costs all others much.
 _INT4_CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
@@ -28,7 +29,7 @@ class IntegerWeight:
         """What an engine computes with, float32."""
         scales = self.scales
         if self.block is not None:
-            scales = np.repeat(scales, self.block, axis=0)[: self.values.shape[0]]
+            scales = np.repeat(scales, self.block, axis=0)
         restored: Array = self.values.astype(np.float32) * scales
         return restored
 
@@ -45,16 +46,22 @@ def quantize_channels(weight: Array, bits: int = 8) -> IntegerWeight:
     return IntegerWeight(values, scales, bits)
 
 
-def quantize_blocks(weight: Array, block: int = INT4_BLOCK) -> IntegerWeight:
+def block_size(depth: int) -> int | None:
+    """Inputs that share a scale: 32, or the divisor of ``depth`` next below or above it; None where 16 … 64 has none.
+
+    OpenVINO refuses a last block that is shorter.
+    """
+    divisors = [size for size in range(_LEAST_BLOCK, 2 * INT4_BLOCK + 1) if depth % size == 0]
+    return min(divisors, key=lambda size: (abs(size - INT4_BLOCK), size), default=None)
+
+
+def quantize_blocks(weight: Array, block: int) -> IntegerWeight:
     """int4, symmetric, one scale for ``block`` inputs of an output channel, clipped where that errs least.
 
-    The last block may be shorter. ``weight`` is (K, N).
+    ``weight`` is (K, N), K a multiple of ``block``.
     """
     depth, width = weight.shape
-    blocks = -(-depth // block)
-    padded = np.zeros((blocks * block, width), np.float32)
-    padded[:depth] = weight
-    grouped = padded.reshape(blocks, block, width)
+    grouped = weight.reshape(depth // block, block, width)
     largest = np.abs(grouped).max(axis=1)
     largest = np.where(largest > 0, largest, 1.0).astype(np.float32)
     best_error = np.full(largest.shape, np.inf, np.float32)
@@ -64,7 +71,7 @@ def quantize_blocks(weight: Array, block: int = INT4_BLOCK) -> IntegerWeight:
         error = np.square(grouped - _round4(grouped, tried) * tried[:, None]).sum(axis=1)
         better = error < best_error
         scales[better], best_error[better] = tried[better], error[better]
-    values = _round4(grouped, scales).reshape(-1, width)[:depth].astype(np.int8)
+    values = _round4(grouped, scales).reshape(depth, width).astype(np.int8)
     return IntegerWeight(values, scales, 4, block)
 
 

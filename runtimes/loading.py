@@ -8,7 +8,7 @@ from pathlib import Path
 
 from perceiver_export.runtimes.bundle import Bundle, Verify, open_bundle
 from perceiver_export.runtimes.errors import BundleError, DeviceError, UsageError
-from perceiver_export.runtimes.manifest import TensorSpec
+from perceiver_export.runtimes.manifest import Part, TensorSpec
 from perceiver_export.runtimes.runtime import Engine, Runtime
 
 # Every target, in the order of `device="auto"`, and the module that runs it (`open(path, threads) -> Engine`).
@@ -36,7 +36,9 @@ def load(
     if part is None and opened.split:
         return _load_joined(opened, device, threads)
     described = opened.part(part)
-    engine = open_engine(opened.file(described.file), device, threads)
+    target = next(iter(TARGETS)) if device == "auto" else device
+    _check_arithmetic(opened)
+    engine = open_engine(opened.file(described.graph_for(_lowering(described, target))), device, threads)
     for ours, theirs in ((described.inputs, engine.inputs), (described.outputs, engine.outputs)):
         if [_signature(spec) for spec in ours] != [_signature(spec) for spec in theirs]:
             raise BundleError(
@@ -72,6 +74,28 @@ def open_engine(path: Path, device: str, threads: int | None) -> Engine:
         )
     engine: Engine = importlib.import_module(TARGETS[target]).open(path, threads)
     return engine
+
+
+def _lowering(part: Part, target: str) -> str:
+    """The lowering that this machine takes of a target: ONNX Runtime's kernels on ARM want another form."""
+    import platform
+
+    own = f"{target}-arm64"
+    return own if own in part.lowered and platform.machine().lower() in ("aarch64", "arm64") else target
+
+
+def _check_arithmetic(bundle: Bundle) -> None:
+    """Refuse 8-bit weights where sums of int8 products saturate. Raises DeviceError."""
+    quantized = bundle.manifest.quantization
+    if quantized is None or not quantized.int8_activations or quantized.weight_bits < 8:
+        return
+    from perceiver_export.runtimes.machine import saturates
+
+    if saturates():
+        raise DeviceError(
+            "this CPU has no VNNI: it adds int8 products in 16 bits, and weights of 8 bits overflow them",
+            "quantize again with --weight-bits 7",
+        )
 
 
 def _signature(spec: TensorSpec) -> tuple[str, str, tuple[int | None, ...]]:
