@@ -68,7 +68,8 @@ class Observer:
             low, high, rows = (values[f"{name}.{what}"] for what in ("low", "high", "rows"))
             if not (np.isfinite(low).all() and np.isfinite(high).all()):
                 raise DataError(
-                    f"the model gives NaN or infinite values in {name}", "look for them in the data, or in the checkpoint"
+                    f"the model gives NaN or infinite values in {name}",
+                    "look for them in the data, or in the checkpoint",
                 )
             activation.add(low, high, rows, self._generator)
         for name, depth in self._hazards.items():

@@ -11,7 +11,17 @@ import onnx_ir as ir
 from perceiver_export.runtimes.manifest import Stage
 
 _NO_WORK = frozenset(
-    {"Reshape", "Squeeze", "Unsqueeze", "Identity", "Flatten", "Shape", "Constant", "QuantizeLinear", "DequantizeLinear"}
+    {
+        "Reshape",
+        "Squeeze",
+        "Unsqueeze",
+        "Identity",
+        "Flatten",
+        "Shape",
+        "Constant",
+        "QuantizeLinear",
+        "DequantizeLinear",
+    }
 )
 _INTEGER_WEIGHTS = frozenset({ir.DataType.INT8, ir.DataType.INT4})
 # FLOPs an output element of what is not a product; 1 for the rest, 0 for what only moves data.

@@ -102,7 +102,7 @@ def _ort(path: Path, feeds: Feeds) -> tuple[str, Kernels]:
             if event.get("cat") == "Node" and event["name"].endswith("_kernel_time")
         }
         graph = ir.load(optimized).graph
-        kernels = {}
+        kernels: Kernels = {}
         for node in graph:
             op = ran.get(node.name or "", node.op_type)
             kernels |= {str(value.name): (op, op in _ORT_INTEGER) for value in node.outputs}
@@ -139,7 +139,7 @@ def _tensor_names(op: Any) -> list[str]:
 
 
 def _text(info: Any, name: str) -> str:
-    value = info[name] if name in info else ""
+    value = info[name] if name in info else ""  # noqa: SIM401  it has no `get`
     return str(getattr(value, "value", value))
 
 

@@ -76,14 +76,18 @@ class DataWatch:
             allowed = self._allowed(name)
             if allowed is not None and (low < allowed[0] - 1e-3 or high > allowed[1] + 1e-3):
                 found = f"from {low:.3g} to {high:.3g}"
-                warnings.append(f"input {name!r} goes {found}, prepared pictures lie in {allowed[0]:.3g} … {allowed[1]:.3g}")
+                warnings.append(
+                    f"input {name!r} goes {found}, prepared pictures lie in {allowed[0]:.3g} … {allowed[1]:.3g}"
+                )
         return warnings
 
     def _allowed(self, name: str) -> tuple[float, float] | None:
         """The least and the largest value that preprocessing can give."""
         steps = self._manifest.preprocessing
         if isinstance(steps, ImagePreprocessing) and name == "image":
-            ends = [(value * steps.scale - m) / s for value in (0, 255) for m, s in zip(steps.mean, steps.std, strict=True)]
+            ends = [
+                (value * steps.scale - m) / s for value in (0, 255) for m, s in zip(steps.mean, steps.std, strict=True)
+            ]
             overshoot = 0.5 * (max(ends) - min(ends))  # bicubic resampling swings beyond its pixels
             return min(ends) - overshoot, max(ends) + overshoot
         if isinstance(steps, FlowPreprocessing) and name == "frames":

@@ -24,7 +24,9 @@ _ROUNDS, _SECONDS = 7, 30.0  # of timing, whichever ends first
 Runner = Callable[[Feeds], Mapping[str, Array]]
 
 
-def output_effects(manifest: Manifest, runners: Mapping[str, Runner], calls: Sequence[Call]) -> tuple[OutputEffect, ...]:
+def output_effects(
+    manifest: Manifest, runners: Mapping[str, Runner], calls: Sequence[Call]
+) -> tuple[OutputEffect, ...]:
     """SQNR and agreement of every output with fp32. Decoders get the quantized encoder's latents."""
     found: dict[str, list[Array]] = {}
     exact: dict[str, list[Array]] = {}
@@ -76,9 +78,7 @@ def measure_speed(
     target: str, fp32: Mapping[str, Path], quantized: Mapping[str, Path], call: Call, threads: int | None
 ) -> Speed:
     """Median time of a call of all parts, fp32 and quantized in turn in the same seconds."""
-    sides = [
-        {name: RUNNERS[target](path, threads) for name, path in graphs.items()} for graphs in (fp32, quantized)
-    ]
+    sides = [{name: RUNNERS[target](path, threads) for name, path in graphs.items()} for graphs in (fp32, quantized)]
     times: tuple[list[float], list[float]] = ([], [])
     start = time.perf_counter()
     for number in range(_ROUNDS + 1):

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -62,7 +62,7 @@ def open_feeds(data: Data, manifest: Manifest, samples: int | None = None) -> Ex
     if isinstance(data, (str, Path)):
         opened = _open(data, manifest, specs, samples)
     else:
-        count = len(data) if hasattr(data, "__len__") else None
+        count = len(data) if isinstance(data, Sized) else None
         opened = Examples(_from_dicts(_spread(data, count, samples), "the data"), count)
     count = opened.count if samples is None or opened.count is None else min(samples, opened.count)
     return Examples(_checked(itertools.islice(opened.stream, samples), specs), count)
@@ -88,9 +88,7 @@ def _spread(items: Iterable[_T], count: int | None, samples: int | None) -> Iter
             yield item
 
 
-def _open(
-    data: str | Path, manifest: Manifest, specs: tuple[TensorSpec, ...], samples: int | None
-) -> Examples:
+def _open(data: str | Path, manifest: Manifest, specs: tuple[TensorSpec, ...], samples: int | None) -> Examples:
     path, text = Path(data), str(data)
     if text == RANDOM:
         return Examples(_random(specs), None)
@@ -104,12 +102,14 @@ def _open(
         return Examples(stream, opened.count)
     if path.suffix == ".jsonl":
         return _from_jsonl(path, manifest, samples)
-    archives = sorted(path.glob("*.npz")) if path.is_dir() else [path] if path.suffix == ".npz" and path.exists() else []
+    archives = (
+        sorted(path.glob("*.npz")) if path.is_dir() else [path] if path.suffix == ".npz" and path.exists() else []
+    )
     if archives:
         return _from_archives(archives, specs, samples)
     raise DataError(
         f"{text} is not data for {manifest.task}" if path.exists() else f"{text} does not exist",
-        f"give an .npz with {', '.join(spec.name for spec in specs)} (samples first), .jsonl of text, or module:function",
+        f"give an .npz of {', '.join(spec.name for spec in specs)} (samples first), .jsonl of text, or module:function",
     )
 
 
@@ -160,7 +160,9 @@ def _from_archives(paths: list[Path], specs: tuple[TensorSpec, ...], samples: in
             )
         unknown = sorted(set(arrays) - {*names, *_LABELS})
         if unknown:
-            raise DataError(f"{path} holds {unknown[0]!r}, which the model does not take", f"it takes {', '.join(names)}")
+            raise DataError(
+                f"{path} holds {unknown[0]!r}, which the model does not take", f"it takes {', '.join(names)}"
+            )
         sizes = {name: len(array) if array.ndim else 0 for name, array in arrays.items()}
         if len(set(sizes.values())) != 1:
             raise DataError(f"{path}: {sizes} samples", "every array has one row a sample")
@@ -192,7 +194,9 @@ def _from_dicts(items: Iterable[Any], where: str, manifest: Manifest | None = No
             raise DataError(f"{where} failed at sample {index + 1}: {error!r}", "mend the function") from error
         index += 1
         name = f"{where}[{index}]"
-        if not isinstance(item, Mapping) or not all(isinstance(array, np.ndarray) for key, array in item.items() if key not in _LABELS):
+        if not isinstance(item, Mapping) or not all(
+            isinstance(array, np.ndarray) for key, array in item.items() if key not in _LABELS
+        ):
             raise DataError(f"{name} is not a dict of numpy arrays", "yield {name: array}")
         feeds = {key: array for key, array in item.items() if key not in _LABELS}
         label = next((item[key] for key in _LABELS if key in item), None)
@@ -231,7 +235,9 @@ def _checked(examples: Iterable[Example], specs: tuple[TensorSpec, ...]) -> Iter
         for spec in specs:
             array = example.feeds.get(spec.name)
             if array is None:
-                raise DataError(f"{example.name} has no {spec.name!r}", f"it has {', '.join(example.feeds) or 'nothing'}")
+                raise DataError(
+                    f"{example.name} has no {spec.name!r}", f"it has {', '.join(example.feeds) or 'nothing'}"
+                )
             feeds[spec.name] = _fitted(array, spec, example.name)
         yield Example(feeds, example.label, example.name)
 
@@ -243,7 +249,7 @@ def _fitted(array: Array, spec: TensorSpec, where: str) -> Array:
     kind = np.dtype(spec.dtype)
     if array.shape != shape or not np.can_cast(array.dtype, kind, "same_kind"):
         raise DataError(
-            f"{spec.name!r} of {where} is {array.dtype} {list(array.shape)}, the model takes {spec.dtype} {list(shape)}",
+            f"{spec.name!r} of {where} is {array.dtype} {list(array.shape)}, the model takes {kind} {list(shape)}",
             "give arrays as the model takes them; shapes are without the batch",
         )
     if array.dtype.kind == "f" and not np.isfinite(array).all():
@@ -262,4 +268,6 @@ def _index(label: Any, labels: tuple[str, ...], where: str) -> int | None:
         return label
     if label in labels:
         return labels.index(label)
-    raise DataError(f"{where}: {label!r} is not a label of this model", f"its labels: {', '.join(labels[:8]) or 'none'}")
+    raise DataError(
+        f"{where}: {label!r} is not a label of this model", f"its labels: {', '.join(labels[:8]) or 'none'}"
+    )

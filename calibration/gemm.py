@@ -13,16 +13,17 @@ def split_gemms(graph: ir.Graph) -> None:
     Given:  y = Gemm<transB = 1, alpha = a, beta = b>(x, W, c)
     Result: y = Add(MatMul(x, a Wᵀ), b c)
     """
-    rewritten: dict[tuple[ir.Value, float, bool], ir.Value] = {}
+    rewritten: dict[tuple[ir.Value, float, int], ir.Value] = {}
     for node in list(graph):
-        if node.op_type != "Gemm" or node.attributes.get_int("transA", 0):
+        turned: int = node.attributes.get_int("transA", 0) if node.op_type == "Gemm" else 0
+        if node.op_type != "Gemm" or turned:
             continue
         x, weight = node.inputs[0], node.inputs[1]
         bias = node.inputs[2] if len(node.inputs) > 2 else None
         if x is None or weight is None or weight.const_value is None or (bias is not None and bias.const_value is None):
             continue
         alpha, beta = node.attributes.get_float("alpha", 1.0), node.attributes.get_float("beta", 1.0)
-        transposed = bool(node.attributes.get_int("transB", 0))
+        transposed = node.attributes.get_int("transB", 0)
         key = (weight, alpha, transposed)
         if key not in rewritten:
             array = weight.const_value.numpy()
@@ -39,22 +40,21 @@ def constant(graph: ir.Graph, name: str, array: np.ndarray, dtype: ir.DataType |
         count += 1
         unique = f"{name}.{count}"
     tensor = ir.tensor(array, dtype=dtype, name=unique)
-    value = ir.Value(
-        name=unique, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape)
-    )
+    shape = ir.Shape(array.shape)
+    value = ir.Value(name=unique, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=shape)
     graph.register_initializer(value)
     return value
 
 
 def remove_unused(graph: ir.Graph) -> None:
     """Drop the initializers that no node reads any more."""
-    for name in [name for name, value in graph.initializers.items() if not value.uses() and not value.is_graph_output()]:
+    for name in [
+        name for name, value in graph.initializers.items() if not value.uses() and not value.is_graph_output()
+    ]:
         del graph.initializers[name]
 
 
-def _replace(
-    graph: ir.Graph, node: ir.Node, x: ir.Value, weight: ir.Value, bias: ir.Value | None, beta: float
-) -> None:
+def _replace(graph: ir.Graph, node: ir.Node, x: ir.Value, weight: ir.Value, bias: ir.Value | None, beta: float) -> None:
     output = node.outputs[0]
     product = ir.node("MatMul", [x, weight], name=f"{node.name}.matmul", outputs=[_like(output, ".matmul")])
     nodes = [product]

@@ -55,12 +55,12 @@ def observe(bundle: Bundle, data: Data, samples: int, threads: int | None, repor
     go_on = isinstance(data, (str, Path))
     try:
         return _observe(bundle, data, samples, size, progress if go_on else None, threads, report)
-    except _ChangedData:
+    except _DataChangedError:
         progress.clear()
         return _observe(bundle, data, samples, size, progress, threads, report)
 
 
-class _ChangedData(Exception):
+class _DataChangedError(Exception):
     """The interrupted pass was on other samples."""
 
 
@@ -90,7 +90,7 @@ def _observe(
             known = len(watch.digests) < len(done)
             _see(watch, batch)
             if known and watch.digests != list(done[: len(watch.digests)]):
-                raise _ChangedData
+                raise _DataChangedError
             if not known or len(calls) < _KEPT:
                 runs = {name: _run(observer, count=not known) for name, observer in observers.items()}
                 feeds, outputs = run_parts(manifest, runs, stack(batch), generator)

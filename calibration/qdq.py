@@ -25,7 +25,7 @@ _INT4_OPSET = 21
 
 @dataclass(frozen=True)
 class LinearPlan:
-    """How one run of a linear is written; ``scale`` None leaves its activation float, ``bias`` None its bias as it is."""
+    """How one run of a linear is written; ``scale`` None leaves its activation float, ``bias`` None its bias."""
 
     linear: Linear
     weight: IntegerWeight
@@ -62,7 +62,7 @@ def write_qdq(model: ir.Model, plans: Iterable[LinearPlan]) -> None:
 def _activation(graph: ir.Graph, linear: Linear, scale: float) -> ir.Value:
     """x -> DQ(Q(x)), both next to the first product that reads it."""
     x = linear.activation
-    scalar = constant(graph, f"{x.name}.scale", np.float32(scale).reshape(()))
+    scalar = constant(graph, f"{x.name}.scale", np.full((), scale, np.float32))
     zero = constant(graph, f"{x.name}.zero_point", np.zeros((), np.int8))
     stage = _stage(linear)
     codes = ir.Value(name=f"{x.name}.int8", type=ir.TensorType(ir.DataType.INT8), shape=x.shape)
@@ -117,6 +117,4 @@ def _stage(linear: Linear) -> str:
 
 def activation_scales(plans: Mapping[str, LinearPlan]) -> dict[str, float]:
     """Scale of each quantized activation by the tensor's name."""
-    return {
-        str(plan.linear.activation.name): plan.scale for plan in plans.values() if plan.scale is not None
-    }
+    return {str(plan.linear.activation.name): plan.scale for plan in plans.values() if plan.scale is not None}

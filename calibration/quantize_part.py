@@ -113,9 +113,7 @@ def _record(planned: PlannedPart, statistics: Statistics) -> PartRecord:
 
 def _kept_float(planned: PlannedPart) -> dict[str, str]:
     """Layers that were to stay float, and what policy keeps float where it is much."""
-    kept = {
-        linear.group: "asked for" for linear in planned.linears if planned.schemes[linear.group] == "float"
-    }
+    kept = {linear.group: "asked for" for linear in planned.linears if planned.schemes[linear.group] == "float"}
     total = sum(linear.macs for linear in planned.linears) + sum(one.macs for one in planned.exclusions) or 1
     by_reason: dict[str, list[Exclusion]] = {}
     for one in planned.exclusions:

@@ -39,7 +39,7 @@ class Fp16Hazard(msgspec.Struct, frozen=True):
 
 
 class LinearRecord(msgspec.Struct, frozen=True):
-    """One run of a linear: ``sqnr`` is its product's on the calibration sample, in dB, by itself; ``alpha`` smoothing's."""
+    """One run of a linear: ``sqnr`` is its own product's on the sampled rows, in dB; ``alpha`` is smoothing's."""
 
     name: str
     group: str

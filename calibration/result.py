@@ -65,9 +65,7 @@ def measure(
     return Result({name: coverage.get(name, ()) for name in parts}, shares, effects, speeds, tuple(_slow(speeds)))
 
 
-def graphs_for(
-    target: str, manifest: Manifest, parts: Mapping[str, QuantizedPart], directory: Path
-) -> dict[str, Path]:
+def graphs_for(target: str, manifest: Manifest, parts: Mapping[str, QuantizedPart], directory: Path) -> dict[str, Path]:
     """The graph of each part that this machine runs for a target."""
     arm = platform.machine().lower() in ("aarch64", "arm64")
     key = f"{target}-arm64" if arm else target
@@ -90,7 +88,7 @@ def require_coverage(result: Result, least: float) -> None:
             ]
             names = ", ".join(f"{layer.name} ({layer.kernel})" for layer in slow[:3])
             raise GateError(
-                f"{100 * found:.2f} % of the multiply-adds run in integer kernels on {target}, {least:g} % were asked for",
+                f"{100 * found:.2f} % of multiply-adds run in integer kernels on {target}, {least:g} % were asked for",
                 f"in float: {names}; accept it with --min-coverage {int(100 * found)}, or name them in --keep-float",
             )
 

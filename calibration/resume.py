@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from perceiver_export.calibration.activations import Hazard, Statistics
+from perceiver_export.calibration.activations import Activation, Hazard, Statistics
 from perceiver_export.runtimes.bundle import Bundle, cache_directory
 from perceiver_export.runtimes.runtime import Array
 
@@ -33,7 +33,7 @@ class Progress:
         self._written = time.monotonic()
 
     def load(self, statistics: Mapping[str, Statistics]) -> tuple[str, ...]:
-        """Fill in the statistics, and give the digests of the samples that they come from; nothing where there is none."""
+        """Fill in the statistics, and give the digests of the samples that they come from; none where there is none."""
         try:
             with np.load(self._path, allow_pickle=False) as arrays:
                 content = {name: arrays[name] for name in arrays}
@@ -100,7 +100,7 @@ def _restore(statistics: Statistics, part: str, content: Mapping[str, Array]) ->
         if [array.shape for array in arrays] != [one.low.shape, one.high.shape, one.rows.shape]:
             raise ValueError(name)
         seen, rows = (int(count) for count in content[f"{part}|{name}|counts"])
-        restored[name] = type(one)(*arrays, rows_seen=seen, rows_kept=rows)
+        restored[name] = Activation(arrays[0], arrays[1], arrays[2], seen, rows)
     statistics.activations.update(restored)
     statistics.calls = int(content[f"{part}|calls"])
     for key in content:

@@ -14,7 +14,9 @@ from perceiver_export.runtimes.errors import BundleError, MissingDependencyError
 _SILENT = 4
 
 
-def open_session(model: ir.Model, folder: Path, threads: int | None = None, config: Mapping[str, str] | None = None) -> Any:
+def open_session(
+    model: ir.Model, folder: Path, threads: int | None = None, config: Mapping[str, str] | None = None
+) -> Any:
     """An `onnxruntime.InferenceSession` on the CPU; external weights are read from ``folder``.
 
     ``config`` are session options by name; the name `optimized_model_filepath` and `enable_profiling` among them are
@@ -24,7 +26,8 @@ def open_session(model: ir.Model, folder: Path, threads: int | None = None, conf
         import onnxruntime
     except ImportError as error:
         raise MissingDependencyError(
-            "calibration runs the model on onnxruntime, which is not installed", "pip install 'perceiver-export[quantize]'"
+            "calibration runs the model on onnxruntime, which is not installed",
+            "pip install 'perceiver-export[quantize]'",
         ) from error
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _SILENT

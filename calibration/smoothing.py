@@ -150,8 +150,8 @@ def _keeps_channels(source: ir.Value, inner: list[ir.Node], product: ir.Node, ou
     shape = _static(source)
     if shape is None or len(source.uses()) != 1:
         return False
-    channels = np.broadcast_to(np.arange(shape[-1]), shape)
-    channels = _reshaped(channels, inner)
+    numbers = np.arange(shape[-1], dtype=np.int16)  # of a small type: inputs may be 180,000 rows
+    channels = _reshaped(np.broadcast_to(numbers, shape), inner)
     rows = _static(product.outputs[0])
     if channels is None or rows is None or channels.ndim != len(rows):
         return False
@@ -159,7 +159,7 @@ def _keeps_channels(source: ir.Value, inner: list[ir.Node], product: ir.Node, ou
     if not (channels == first).all() or first.shape[:-2] != rows[:-2] or first.shape[-1] != rows[-1]:
         return False
     result = _reshaped(np.broadcast_to(first, rows), outer)
-    return result is not None and result.shape[-1] == shape[-1] and bool((result == np.arange(shape[-1])).all())
+    return result is not None and result.shape[-1] == shape[-1] and bool((result == numbers).all())
 
 
 def _reshaped(array: Array, nodes: list[ir.Node]) -> Array | None:
@@ -199,9 +199,7 @@ def _search(site: Site, statistics: Statistics, bits: int) -> tuple[float, Array
     return alpha, found
 
 
-def _error(
-    site: Site, statistics: Statistics, weights: dict[ir.Value, Array], factors: Array, bits: int
-) -> float:
+def _error(site: Site, statistics: Statistics, weights: dict[ir.Value, Array], factors: Array, bits: int) -> float:
     """Squared error of all products on sampled rows, each as a share of the product's size."""
     restored = {
         value: quantize_channels(weight * factors[:, None], bits).dequantized() for value, weight in weights.items()

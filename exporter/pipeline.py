@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 import msgspec
 import numpy as np
 
+from perceiver_export.calibration.write import file_entries, new_bundle, refuse_existing
 from perceiver_export.exporter.batch import Batch
 from perceiver_export.exporter.load import load_model
 from perceiver_export.exporter.loaded import LoadedModel
-from perceiver_export.calibration.write import file_entries, new_bundle, refuse_existing
 from perceiver_export.runtimes.bundle import Bundle, open_bundle
 from perceiver_export.runtimes.errors import UsageError
 from perceiver_export.runtimes.loading import open_engine

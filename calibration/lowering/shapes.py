@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import onnx_ir as ir
 
@@ -62,9 +60,7 @@ def raise_rank_2(graph: ir.Graph) -> None:
 def quantized_products(graph: ir.Graph) -> list[ir.Node]:
     """MatMuls both of whose operands are dequantized."""
     return [
-        node
-        for node in graph
-        if node.op_type == "MatMul" and all(_is_dequantized(value) for value in node.inputs[:2])
+        node for node in graph if node.op_type == "MatMul" and all(_is_dequantized(value) for value in node.inputs[:2])
     ]
 
 
@@ -92,8 +88,8 @@ def _lower_result(graph: ir.Graph, product: ir.Node, axis: ir.Value) -> None:
 
 
 def _is_bias(value: ir.Value | None) -> bool:
-    constant_value = value.const_value if value is not None else None
-    return constant_value is not None and math.prod(constant_value.shape) == constant_value.shape[-1]
+    tensor = value.const_value if value is not None else None
+    return tensor is not None and len(tensor.shape) > 0 and tensor.size == tensor.shape[-1]
 
 
 def _raised(value: ir.Value) -> ir.Value:

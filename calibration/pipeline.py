@@ -99,7 +99,9 @@ def _check(scheme: str, method: str, samples: int, weight_bits: int | None, min_
     if samples < 1:
         raise UsageError(f"samples is {samples}", "give 1 or more; 128 are enough for most")
     if weight_bits not in (None, *_BITS):
-        raise UsageError(f"weights of {weight_bits} bits are not made", "weight-bits is 7 or 8; int4-weights is a scheme")
+        raise UsageError(
+            f"weights of {weight_bits} bits are not made", "weight-bits is 7 or 8; int4-weights is a scheme"
+        )
     if not 0.0 <= min_coverage <= 100.0:
         raise UsageError(f"min-coverage is {min_coverage}", "it is a percentage")
 
@@ -118,9 +120,7 @@ def _check_patterns(source: Bundle, options: PartOptions) -> None:
     schemes_of(linears, options.scheme, options.precision)
 
 
-def _write(
-    source: Bundle, options: PartOptions, observation: Observation, directory: Path
-) -> dict[str, QuantizedPart]:
+def _write(source: Bundle, options: PartOptions, observation: Observation, directory: Path) -> dict[str, QuantizedPart]:
     """Quantize every part and write the graphs with one file of weights, and everything else that the bundle has."""
     import shutil
 
@@ -193,9 +193,7 @@ def _manifest(
     )
 
 
-def _certify(
-    directory: Path, source: Bundle, data: Data, max_drop: float | None, min_agreement: float | None
-) -> None:
+def _certify(directory: Path, source: Bundle, data: Data, max_drop: float | None, min_agreement: float | None) -> None:
     """`validate`'s gates, before the bundle is published. Raises GateError."""
     from perceiver_export.calibration.validation import validate
 
