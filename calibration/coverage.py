@@ -124,13 +124,14 @@ def _openvino(path: Path, feeds: Feeds) -> tuple[str, Kernels]:
     for op in compiled.get_runtime_model().get_ops():
         info = op.get_rt_info()
         layer, precision = _text(info, "layerType"), _text(info, "runtimePrecision")
-        if layer not in ("FullyConnected", "MatMul"):
-            continue
+        is_product = layer in ("FullyConnected", "MatMul")
         primitive = _text(info, "primitiveType")
-        kernel = (f"{layer} {precision} {primitive}", precision in _OPENVINO_INTEGER)
+        kernel = (f"{layer} {precision} {primitive}", is_product and precision in _OPENVINO_INTEGER)
         for name in _text(info, "originalLayersNames").split(","):
             original = name.removesuffix(_DEQUANTIZATION)
-            kernels |= dict.fromkeys([original, *producers.get(original, ())], kernel)
+            for known in (original, *producers.get(original, ())):
+                if is_product or known not in kernels:  # what is fused into something else is named after that
+                    kernels[known] = kernel
     return f"openvino {openvino.__version__.split('-')[0]}", kernels
 
 

@@ -133,7 +133,8 @@ def _gram(weights: tuple[ir.Value, ...]) -> Array:
 
 def _integers(weight: Array, scheme: Scheme, bits: int) -> IntegerWeight:
     block = block_size(weight.shape[-2])
-    if scheme == "int4-weights" and weight.ndim == 2 and block is not None:
+    # TensorRT refuses an odd number of int4.
+    if scheme == "int4-weights" and weight.ndim == 2 and block is not None and weight.size % 2 == 0:
         return quantize_blocks(weight, block)
     # Float activations are multiplied in float, so nothing saturates there.
     return quantize_channels(weight, bits if scheme == "int8" else 8)

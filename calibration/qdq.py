@@ -82,7 +82,7 @@ def _weight(model: ir.Model, linear: Linear, weight: IntegerWeight) -> ir.Value:
     values = constant(graph, f"{name}.int{4 if weight.bits == 4 else 8}", _packed(weight, dtype), dtype)
     scales = constant(graph, f"{name}.scales", weight.scales)
     zero = constant(graph, f"{name}.zero_points", _packed_zeros(weight, dtype), dtype)
-    attributes: dict[str, int] = {"axis": weight.values.ndim - 1}
+    attributes: dict[str, int] = {"axis": 1} if weight.scales.ndim else {}
     if weight.block is not None:
         attributes = {"axis": 0, "block_size": weight.block}
         model.opset_imports[""] = max(_INT4_OPSET, model.opset_imports.get("", 0))
