@@ -13,10 +13,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import onnx_ir as ir
 
 from perceiver_export.calibration.linears import Linear
+from perceiver_export.calibration.record import Coverage, Layer
 from perceiver_export.calibration.sessions import open_session
 from perceiver_export.runtimes.errors import MissingDependencyError, UsageError
 from perceiver_export.runtimes.runtime import Feeds
@@ -24,40 +24,6 @@ from perceiver_export.runtimes.runtime import Feeds
 _ORT_INTEGER = frozenset({"MatMulIntegerToFloat", "QLinearMatMul", "QGemm", "MatMulInteger", "DynamicQuantizeMatMul"})
 _DEQUANTIZATION = "/DequantizationMultiply"  # what OpenVINO calls a product whose scales it has moved behind it
 _OPENVINO_INTEGER = frozenset({"i8", "u8", "int8_t", "uint8_t"})
-
-
-class Layer(msgspec.Struct, frozen=True):
-    """One run of a linear: the kernel that ran it as the engine calls it, and whether that multiplies integers."""
-
-    name: str
-    group: str
-    macs: int
-    kernel: str
-    integer: bool
-
-
-class Coverage(msgspec.Struct, frozen=True):
-    """Of one part on one target. ``share`` is that of multiply-adds."""
-
-    target: str
-    engine: str
-    layers: tuple[Layer, ...]
-
-    @property
-    def share(self) -> float:
-        """Multiply-adds in integer kernels by all of linears; 1 where there are none."""
-        return share(self.layers)
-
-    @property
-    def in_float(self) -> tuple[Layer, ...]:
-        """Layers that run in float, the largest first."""
-        return tuple(sorted((one for one in self.layers if not one.integer), key=lambda one: -one.macs))
-
-
-def share(layers: Sequence[Layer]) -> float:
-    """Multiply-adds in integer kernels by all; 1 where there are none."""
-    total = sum(layer.macs for layer in layers)
-    return sum(layer.macs for layer in layers if layer.integer) / total if total else 1.0
 
 
 def measure_coverage(target: str, path: Path, linears: Sequence[Linear], feeds: Feeds) -> Coverage:

@@ -85,7 +85,8 @@ def _observe(
     calls: list[Call] = []
     generator = np.random.default_rng(0)
     done = progress.load(statistics) if progress is not None else ()
-    with kept(progress, statistics, watch.digests):
+    counted: list[str] = []  # behind the watch by the batch that is running
+    with kept(progress, statistics, counted):
         for batch in batches(examples.stream, size):
             known = len(watch.digests) < len(done)
             _see(watch, batch)
@@ -96,8 +97,9 @@ def _observe(
                 feeds, outputs = run_parts(manifest, runs, stack(batch), generator)
                 if len(calls) < _KEPT:
                     calls.append(Call(feeds, {name: dict(values) for name, values in outputs.items()}))
+            counted[:] = done if known else watch.digests
             if progress is not None and not known:
-                progress.save(statistics, watch.digests)
+                progress.save(statistics, counted)
             report("calibrate", len(watch.digests), total)
     if not calls:
         raise DataError("the data holds no samples", "it is empty, or a generator that was used up")

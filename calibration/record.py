@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
 
-from perceiver_export.calibration.coverage import Coverage
 from perceiver_export.calibration.data_report import DataReport
 from perceiver_export.runtimes.bundle import Bundle
 from perceiver_export.runtimes.errors import BundleError
@@ -19,6 +19,40 @@ POLICY = (
     "linears only: products of activations with weights, int8 with a scale for each output channel; activations one "
     "scale a tensor, symmetric; attention products, softmax, LayerNorm, residuals, GELU and positions stay float"
 )
+
+
+class Layer(msgspec.Struct, frozen=True):
+    """One run of a linear: the kernel that ran it as the engine calls it, and whether that multiplies integers."""
+
+    name: str
+    group: str
+    macs: int
+    kernel: str
+    integer: bool
+
+
+class Coverage(msgspec.Struct, frozen=True):
+    """Of one part on one target. ``share`` is that of multiply-adds."""
+
+    target: str
+    engine: str
+    layers: tuple[Layer, ...]
+
+    @property
+    def share(self) -> float:
+        """Multiply-adds in integer kernels by all of linears; 1 where there are none."""
+        return share(self.layers)
+
+    @property
+    def in_float(self) -> tuple[Layer, ...]:
+        """Layers that run in float, the largest first."""
+        return tuple(sorted((one for one in self.layers if not one.integer), key=lambda one: -one.macs))
+
+
+def share(layers: Sequence[Layer]) -> float:
+    """Multiply-adds in integer kernels by all; 1 where there are none."""
+    total = sum(layer.macs for layer in layers)
+    return sum(layer.macs for layer in layers if layer.integer) / total if total else 1.0
 
 
 class Range(msgspec.Struct, frozen=True):

@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from perceiver_export.calibration.coverage import Coverage, measure_coverage, share
+from perceiver_export.calibration.coverage import measure_coverage
 from perceiver_export.calibration.effects import RUNNERS, measure_speed, output_effects
 from perceiver_export.calibration.observe import Observation
 from perceiver_export.calibration.quantize_part import QuantizedPart
-from perceiver_export.calibration.record import OutputEffect, Speed
+from perceiver_export.calibration.record import Coverage, OutputEffect, Speed, share
 from perceiver_export.runtimes.bundle import Bundle
 from perceiver_export.runtimes.errors import GateError
 from perceiver_export.runtimes.manifest import Manifest

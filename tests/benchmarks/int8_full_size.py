@@ -55,8 +55,11 @@ def plain_export(preset: str, path: Path) -> dict[str, np.ndarray] | None:
     import transformers as t
 
     torch.manual_seed(0)
+    model: Any
     if preset == "imagenet-fourier":
-        model = t.PerceiverForImageClassificationFourier(t.PerceiverConfig(num_labels=1000))
+        config = t.PerceiverConfig()
+        config.num_labels = 1000
+        model = t.PerceiverForImageClassificationFourier(config)
         name, feed = "inputs", torch.randn(1, 3, 224, 224)
     elif preset == "language-bytes":
         sizes: dict[str, Any] = {
@@ -79,12 +82,13 @@ def plain_export(preset: str, path: Path) -> dict[str, np.ndarray] | None:
     class Plain(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.model = model.eval()
+            self.model = model
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             logits: torch.Tensor = self.model(inputs=x).logits
             return logits
 
+    model.eval()
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         with torch.no_grad():

@@ -134,5 +134,5 @@ def test_a_sample_is_uniform_and_bounds_are_exact() -> None:
         activation.add(rows.min(axis=0), rows.max(axis=0), rows, generator)
 
     assert activation.sample.shape == (100, 1)
-    assert (activation.low, activation.high) == (0.0, 9999.0)
+    assert (float(activation.low[0]), float(activation.high[0])) == (0.0, 9999.0)
     assert activation.sample.mean() == pytest.approx(5000, abs=1000)

@@ -16,6 +16,7 @@ from perceiver_export.calibration import measure_sensitivity, quantize, validate
 from perceiver_export.calibration import write as write_module
 from perceiver_export.calibration.collect import Observer
 from perceiver_export.calibration.effects import openvino_runner, ort_runner
+from perceiver_export.calibration.observe import observe
 from perceiver_export.calibration.plan import decibels
 from perceiver_export.calibration.record import Calibration, read_calibration
 from perceiver_export.calibration.sensitivity import write_sensitivity
@@ -70,15 +71,17 @@ def test_the_int8_bundle_is_accurate_and_small(int8: Bundle, fashion_bundle: Pat
     assert weights[int8.path] < 0.5 * weights[fashion_bundle]  # positions, a quarter of this small model, stay float
 
 
-def test_two_engines_agree_as_far_as_one_agrees_with_itself(int8: Bundle, pictures: Array) -> None:
-    """Rounding ties fall either way, so engines differ as much as one does for inputs moved by 1e-6."""
+def test_two_engines_agree_far_better_than_int8_agrees_with_fp32(
+    int8: Bundle, fashion_bundle: Path, pictures: Array
+) -> None:
+    """Roundings that are nearly ties fall either way, so engines are not bit-equal."""
     part = int8.part()
     ort = ort_runner(int8.file(part.graph_for("ort-cpu")))
     openvino = openvino_runner(int8.file(part.graph_for("openvino-cpu")))
-    moved = pictures + np.random.default_rng(0).normal(size=pictures.shape).astype(np.float32) * np.float32(1e-6)
-    here, there, own = logits(ort, pictures), logits(openvino, pictures), logits(ort, moved)
+    exact = logits(ort_runner(fashion_bundle / "model.onnx"), pictures)
+    here, there = logits(ort, pictures), logits(openvino, pictures)
 
-    assert decibels(here, there) > decibels(here, own) - 1.5
+    assert decibels(here, there) > decibels(exact, here) + 10
     assert (here.argmax(1) == there.argmax(1)).mean() >= 0.99
 
 
@@ -146,43 +149,61 @@ def test_sensitivity_puts_the_worst_layer_first(fashion_bundle: Path, tmp_path: 
         assert (tmp_path / name).stat().st_size > 1000
 
 
-class Interrupted(Exception):
-    """Stands for what the operating system does."""
-
-
 def test_an_interrupted_pass_goes_on_where_it_stopped(
     fashion_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = read_calibration(quantize(fashion_bundle, HELD_OUT, tmp_path / "whole", samples=20))
+    whole = observe(open_bundle(fashion_bundle), str(HELD_OUT), 20, None, silent)
     runs: list[bool] = []
-    original = Observer.run
+    original, stop_at = Observer.run, 12
 
     def run(self: Observer, feeds: Any, count: bool = True) -> Any:
-        if len(runs) == 12:
+        if len(runs) == stop_at:
             raise KeyboardInterrupt
         runs.append(count)
         return original(self, feeds, count)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Observer, "run", run)
+    monkeypatch.setattr(Observer, "run", run)
+    with pytest.raises(KeyboardInterrupt):
         quantize(fashion_bundle, HELD_OUT, tmp_path / "out", samples=20)
     assert not (tmp_path / "out").exists()
-    assert list((cache_directory() / "calibration").iterdir())
-    with monkeypatch.context() as patch:
-        runs = ["" for _ in range(0)]  # type: ignore[misc]
-        patch.setattr(
-            Observer, "run", lambda self, feeds, count=True: (runs.append(count), original(self, feeds, count))[1]
-        )
-        resumed = read_calibration(quantize(fashion_bundle, HELD_OUT, tmp_path / "out", samples=20))
+    assert len(list((cache_directory() / "calibration").iterdir())) == 1
+    runs.clear()
+    stop_at = 1000
+    resumed = observe(open_bundle(fashion_bundle), str(HELD_OUT), 20, None, silent)
 
     assert runs.count(True) == 8  # twelve were counted before
-    assert whole is not None
-    assert resumed is not None
     assert resumed.data == whole.data
-    assert [(one.low, one.high) for one in resumed.parts["model"].ranges] == [
-        (one.low, one.high) for one in whole.parts["model"].ranges
-    ]
+    for name, activation in whole.statistics["model"].activations.items():
+        again = resumed.statistics["model"].activations[name]
+        np.testing.assert_array_equal(again.low, activation.low)
+        assert again.rows_seen == activation.rows_seen
     assert not list((cache_directory() / "calibration").iterdir())
+
+
+def test_an_interrupted_pass_on_other_data_starts_again(fashion_bundle: Path, tmp_path: Path) -> None:
+    with np.load(HELD_OUT) as archive:
+        pictures = archive["image"][:6]
+    data = tmp_path / "data.npz"
+    np.savez(data, image=pictures)
+    with pytest.raises(KeyboardInterrupt):
+        observe(open_bundle(fashion_bundle), data, 6, None, interrupted_at(4))
+    np.savez(data, image=pictures[::-1])
+    found = observe(open_bundle(fashion_bundle), data, 6, None, silent)
+
+    assert found.statistics["model"].calls == 6
+    assert found.data.samples == 6
+
+
+def silent(what: str, done: int, total: int) -> None:
+    """No progress is shown."""
+
+
+def interrupted_at(stop: int) -> Any:
+    def report(what: str, done: int, total: int) -> None:
+        if done == stop:
+            raise KeyboardInterrupt
+
+    return report
 
 
 def test_a_full_disk_leaves_nothing(fashion_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,7 +236,6 @@ def test_a_full_disk_leaves_nothing(fashion_bundle: Path, tmp_path: Path, monkey
         ),
         ({"data": [{"image": np.zeros((3, 28, 28), complex)}]}, DataError, "complex128"),
         ({"data": [{"image": np.full((3, 28, 28), np.nan, np.float32)}]}, DataError, "NaN or infinite"),
-        ({"data": [{"image": np.full((3, 28, 28), 1e30, np.float32)}]}, DataError, "NaN or infinite values in"),
         ({"data": [[1, 2]]}, DataError, "not a dict"),
     ],
 )
@@ -237,7 +257,7 @@ def test_bundles_that_cannot_be_quantized_are_refused(int8: Bundle, fashion_bund
         quantize(tmp_path / "nothing", HELD_OUT, tmp_path / "out")
     shutil.copytree(int8.path, tmp_path / "damaged")
     (tmp_path / "damaged" / "calibration.json").write_text("{}")
-    with pytest.raises(BundleError, match="calibration.json cannot be read"):
+    with pytest.raises(BundleError, match=r"calibration\.json cannot be read"):
         read_calibration(Bundle(tmp_path / "damaged", int8.manifest))
 
 
@@ -282,5 +302,5 @@ def test_a_generator_is_read_once_and_may_be_short(fashion_bundle: Path, tmp_pat
 
     assert calibration is not None
     assert calibration.data.samples == 5
-    with pytest.raises(DataError, match="used up"):
+    with pytest.raises(DataError, match="no samples"):
         quantize(fashion_bundle, used_up, tmp_path / "again")

@@ -58,7 +58,7 @@ def test_float_outputs_stay_and_no_product_is_added(tmp_path: Path) -> None:
 
 
 def test_smoothed_integers_are_closer_to_float(tmp_path: Path) -> None:
-    exact = {}
+
     found: dict[bool, float] = {}
     for smoothing in (False, True):
         part, path = quantized(BLOCK, tmp_path / str(smoothing), PartOptions("int8", smooth=smoothing))
