@@ -3,7 +3,7 @@
 
     python tests/benchmarks/int8_accuracy.py [--pictures 10000] [--json FILE]
 
-Fashion-MNIST: calibrated on the 2,000 held-out training pictures, measured on the 10,000 test pictures. Text: calibrated
+Fashion-MNIST: calibrated on the 2,000 held-out training pictures, measured on 10,000 test pictures. Text: calibrated
 on half of the held-out text, measured on the other: the share of masked bytes that are filled rightly. Noise is what
 one engine gives for inputs moved by normal numbers of 1e-6.
 """

@@ -2,7 +2,7 @@
 """Train a small masked language model of bytes on real text and write it as an ordinary Hugging Face directory.
 
     apt-get install bible-kjv
-    python examples/text_bytes/train.py --out examples/text_bytes/checkpoint
+    python examples/text_bytes/train_text.py --out examples/text_bytes/checkpoint
 
 The model is transformers' `PerceiverForMaskedLM`, only small. The text is the King James Bible, verse by verse; every
 20th verse is held out (`held_out`), so that a quantized model can be measured on text that it has never seen.
@@ -11,10 +11,12 @@ The model is transformers' `PerceiverForMaskedLM`, only small. The text is the K
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import math
 import subprocess
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -27,9 +29,11 @@ from perceiver_export.exporter.checkpoints.huggingface_names import huggingface_
 from perceiver_export.exporter.perceiver.model import PerceiverIO
 
 LENGTH = 64
-MASK, FIRST_BYTE = 3, 6
+ROOM = LENGTH - 2  # bytes between [CLS] and [SEP], where transformers' tokenizer puts them
+MASK, CLS, SEP, FIRST_BYTE = 3, 4, 5, 6
 MASKED = 0.15  # of the bytes, as in the paper
 EVERY = 20  # of so many verses one is held out
+PIECES = 2000  # of them are kept beside the checkpoint
 CONFIG = {
     "architectures": ["PerceiverForMaskedLM"],
     "model_type": "perceiver",
@@ -61,8 +65,9 @@ def verses() -> list[bytes]:
 def windows(lines: list[bytes]) -> np.ndarray:
     """Tokens (n, LENGTH): the verses one after the other, cut into pieces."""
     joined = np.frombuffer(b" ".join(lines), np.uint8)
-    count = len(joined) // LENGTH
-    return joined[: count * LENGTH].reshape(count, LENGTH).astype(np.int64) + FIRST_BYTE
+    count = len(joined) // ROOM
+    pieces = joined[: count * ROOM].reshape(count, ROOM).astype(np.int64) + FIRST_BYTE
+    return np.pad(np.pad(pieces, ((0, 0), (1, 0)), constant_values=CLS), ((0, 0), (0, 1)), constant_values=SEP)
 
 
 def split() -> tuple[np.ndarray, np.ndarray]:
@@ -74,8 +79,25 @@ def split() -> tuple[np.ndarray, np.ndarray]:
 
 def masked(tokens: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Tokens with 15 % of the bytes masked, and where."""
-    places = np.random.default_rng(seed).random(tokens.shape) < MASKED
+    places = (np.random.default_rng(seed).random(tokens.shape) < MASKED) & (tokens >= FIRST_BYTE)
     return np.where(places, MASK, tokens), places
+
+
+def write_held_out(path: Path, tokens: np.ndarray) -> None:
+    """Pieces of the held-out verses as they were masked, as `tokens` and `masked`, without a date in the archive."""
+    places = masked(tokens, seed=0)[1]
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
+        for name, array in (("tokens", tokens.astype(np.int16)), ("masked", places)):
+            buffer = io.BytesIO()
+            np.lib.format.write_array(buffer, np.ascontiguousarray(array), allow_pickle=False)
+            archive.writestr(zipfile.ZipInfo(f"{name}.npy", (1980, 1, 1, 0, 0, 0)), buffer.getvalue())
+
+
+def write_lines(path: Path, tokens: np.ndarray) -> None:
+    """The same as text, a line a piece, as `quantize --data` takes it."""
+    given = masked(tokens, seed=0)[0]
+    rows = ("".join("[MASK]" if token == MASK else chr(token - FIRST_BYTE) for token in row[1:-1]) for row in given)
+    path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows), encoding="utf-8")
 
 
 @torch.no_grad()
@@ -144,6 +166,9 @@ def main() -> None:
     sources = huggingface_sources("fill-mask")
     state = {sources(name).name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     save_file(state, arguments.out / "model.safetensors", metadata={"format": "pt"})
+    kept = held_out[:PIECES]
+    write_held_out(arguments.out.parent / "held_out.npz", kept)
+    write_lines(arguments.out.parent / "calibration.jsonl", kept[:256])
     print(f"held-out masked bytes filled rightly {accuracy(model, held_out):.4f}")
 
 
