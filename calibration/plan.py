@@ -110,16 +110,18 @@ def array_of(value: ir.Value) -> Array:
 
 def _clips(linears: Sequence[Linear], statistics: Statistics, method: Method) -> dict[str, float]:
     """One clipping value a tensor, whoever reads it."""
-    readers: dict[str, list[Linear]] = {}
+    readers: dict[str, dict[ir.Value, None]] = {}
     for linear in linears:
-        readers.setdefault(str(linear.activation.name), []).append(linear)
-    clips, grams = {}, dict[tuple[ir.Value, ...], Array]()
-    for name, group in readers.items():
-        activation = statistics.activations[name]
-        key = tuple(dict.fromkeys(linear.weight for linear in group))
-        if key not in grams:
-            grams[key] = _gram(key) if method == "mse" else np.empty((0, 0), np.float32)
-        clips[name] = find_range(method, activation.sample, float(activation.largest.max()), grams[key])
+        readers.setdefault(str(linear.activation.name), {})[linear.weight] = None
+    by_weights: dict[tuple[ir.Value, ...], list[str]] = {}
+    for name, weights in readers.items():
+        by_weights.setdefault(tuple(weights), []).append(name)
+    clips: dict[str, float] = {}
+    for weights_read, names in by_weights.items():  # one K × K matrix at a time
+        gram = _gram(weights_read) if method == "mse" else np.empty((0, 0), np.float32)
+        for name in names:
+            activation = statistics.activations[name]
+            clips[name] = find_range(method, activation.sample, float(activation.largest.max()), gram)
     return clips
 
 

@@ -59,9 +59,7 @@ def measure(
     runners = {name: RUNNERS["ort-cpu"](path, threads) for name, path in graphs["ort-cpu"].items()}
     effects = output_effects(source.manifest, runners, observation.calls)
     fp32 = {name: source.file(part.file) for name, part in source.manifest.parts.items()}
-    speeds = tuple(
-        measure_speed(target, fp32, graphs[target], call, threads) for target in (targets if has_integers else ())
-    )
+    speeds = tuple(measure_speed(target, fp32, graphs[target], call, threads) for target in targets)
     return Result({name: coverage.get(name, ()) for name in parts}, shares, effects, speeds, tuple(_slow(speeds)))
 
 
