@@ -56,25 +56,21 @@ def plain_export(preset: str, path: Path) -> dict[str, np.ndarray] | None:
 
     torch.manual_seed(0)
     model: Any
+    sizes: dict[str, Any]
     if preset == "imagenet-fourier":
-        config = t.PerceiverConfig()
+        sizes = {"d_model": 261, "d_latents": 1024, "num_latents": 512, "num_self_attends_per_block": 6}
+        config = t.PerceiverConfig(**sizes, num_blocks=8, num_cross_attention_heads=1)
         config.num_labels = 1000
         model = t.PerceiverForImageClassificationFourier(config)
         name, feed = "inputs", torch.randn(1, 3, 224, 224)
     elif preset == "language-bytes":
-        sizes: dict[str, Any] = {
-            "d_model": 768,
-            "d_latents": 1280,
-            "num_latents": 256,
-            "num_self_attends_per_block": 26,
-        }
-        heads: dict[str, Any] = {"num_blocks": 1, "qk_channels": 256, "v_channels": 1280}
-        model = t.PerceiverForMaskedLM(t.PerceiverConfig(**sizes, **heads))
+        sizes = {"d_model": 768, "d_latents": 1280, "num_latents": 256, "num_self_attends_per_block": 26}
+        model = t.PerceiverForMaskedLM(t.PerceiverConfig(**sizes, num_blocks=1, qk_channels=256, v_channels=1280))
         name, feed = "inputs", torch.randint(6, 262, (1, 2048))
     elif preset == "optical-flow":
         sizes = {"d_model": 322, "d_latents": 512, "num_latents": 2048, "num_self_attends_per_block": 24}
-        config = t.PerceiverConfig(**sizes, num_blocks=1, num_self_attention_heads=16, train_size=[368, 496])
-        model = t.PerceiverForOpticalFlow(config)
+        sizes |= {"num_self_attention_heads": 16, "num_cross_attention_heads": 1, "train_size": [368, 496]}
+        model = t.PerceiverForOpticalFlow(t.PerceiverConfig(**sizes, num_blocks=1))
         name, feed = "inputs", torch.randn(1, 2, 27, 368, 496)
     else:
         return None
