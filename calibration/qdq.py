@@ -9,7 +9,7 @@ nothing. int4 weights have a scale for each block of inputs, which needs opset 2
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -113,8 +113,3 @@ def _packed_zeros(weight: IntegerWeight, dtype: ir.DataType) -> Array:
 def _stage(linear: Linear) -> str:
     """The module part of the node's name: what costs are counted by."""
     return linear.name.split("/")[0]
-
-
-def activation_scales(plans: Mapping[str, LinearPlan]) -> dict[str, float]:
-    """Scale of each quantized activation by the tensor's name."""
-    return {str(plan.linear.activation.name): plan.scale for plan in plans.values() if plan.scale is not None}
