@@ -23,7 +23,10 @@ _CARRIES = frozenset(
 )
 _FROM_SOFTMAX = _CARRIES | {"ReduceSum", "Identity"}
 _TO_SOFTMAX = _CARRIES | {"Add", "Sub", "Where", "Identity"}
-_ANONYMOUS = re.compile(r"(val|node|tensor|lifted_tensor|_tensor_constant|permute|transpose|t|unsqueeze|view|div|mul)_?\d*(_\d+)?")
+# What tracing calls a computed constant: after the operator that made it.
+_ANONYMOUS = re.compile(
+    r"(val|node|tensor|lifted_tensor|_tensor_constant|permute|transpose|t|unsqueeze|view|div|mul)_?\d*(_\d+)?"
+)
 
 PROBABILITIES = "attention probabilities × a table: one of many keys is far below a step of int8"
 SCORES = "attention scores against a table of positions: positions stay float"

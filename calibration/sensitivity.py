@@ -136,5 +136,6 @@ def _plot(path: Path, groups: tuple[GroupSensitivity, ...]) -> None:
     axes.plot([one.product_sqnr for one in shown], range(len(shown)), "o", ms=3, color="#cc6677", label="own product")
     axes.set_xlabel("SQNR in dB with this layer alone in int8: the shorter, the more it costs")
     axes.tick_params(labelsize=7)
-    axes.legend(loc="lower right")
+    axes.margins(y=0.01)
+    figure.legend(loc="outside upper right", ncols=2)
     figure.savefig(path)
