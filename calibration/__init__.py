@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All that judges a bundle on data, without torch."""
+"""All that edits or judges a bundle without torch."""
 
 from __future__ import annotations
 
@@ -7,11 +7,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from perceiver_export.calibration.pipeline import quantize
+    from perceiver_export.calibration.sensitivity import measure_sensitivity
     from perceiver_export.calibration.validation import Validation, validate
 
-__all__ = ["Validation", "validate"]
+__all__ = ["Validation", "measure_sensitivity", "quantize", "validate"]
 
-_LAZY = {"Validation": "validation", "validate": "validation"}
+_LAZY = {
+    "Validation": "validation",
+    "measure_sensitivity": "sensitivity",
+    "quantize": "pipeline",
+    "validate": "validation",
+}
 
 
 def __getattr__(name: str) -> Any:

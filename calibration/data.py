@@ -166,14 +166,26 @@ def _member(path: Path, arrays: Mapping[str, Array], name: str) -> Array:
         ) from error
 
 
-def _from_function(spec: str, labels: tuple[str, ...]) -> Iterator[Sample]:
+def read_archives(paths: Iterable[Path]) -> Iterator[tuple[Path, dict[str, Array]]]:
+    """All arrays of each archive, one archive at a time. Raises DataError."""
+    for path in paths:
+        with _archive(path) as arrays:
+            yield path, {name: _member(path, arrays, name) for name in arrays}
+
+
+def call_function(spec: str) -> Iterator[Any]:
+    """What ``module:function`` gives. Raises DataError where it cannot be imported, or gives no iterable."""
     with current_directory_importable():  # while it gives samples too: it may import as it goes
-        for index, item in enumerate(_call(spec)):
-            if not isinstance(item, Mapping) or "image" not in item or not isinstance(item["image"], np.ndarray):
-                raise DataError(f"{spec} gave something else than {{'image': array}}", "give dicts of numpy arrays")
-            label = item.get("label")
-            name = f"{spec.partition(':')[2]}[{index}]"
-            yield Sample(item["image"], None if label is None else _label(str(label), labels, spec), name)
+        yield from _call(spec)
+
+
+def _from_function(spec: str, labels: tuple[str, ...]) -> Iterator[Sample]:
+    for index, item in enumerate(call_function(spec)):
+        if not isinstance(item, Mapping) or "image" not in item or not isinstance(item["image"], np.ndarray):
+            raise DataError(f"{spec} gave something else than {{'image': array}}", "give dicts of numpy arrays")
+        label = item.get("label")
+        name = f"{spec.partition(':')[2]}[{index}]"
+        yield Sample(item["image"], None if label is None else _label(str(label), labels, spec), name)
 
 
 def _call(spec: str) -> Iterable[Any]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a bundle or an ONNX file holds and what it costs."""
+"""What a bundle or an ONNX file holds, what it costs, and what runs in integer kernels."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from perceiver_export.calibration.record import Calibration, read_calibration
 from perceiver_export.runtimes.bundle import open_bundle
 from perceiver_export.runtimes.errors import BundleError, MissingDependencyError
 from perceiver_export.runtimes.manifest import Manifest, Part
@@ -14,12 +15,13 @@ from perceiver_export.runtimes.manifest import Manifest, Part
 
 @dataclass(frozen=True)
 class Inspection:
-    """Parts with shapes and costs; the manifest where there is one."""
+    """Parts with shapes and costs; the manifest where there is one; how it was quantized where it was."""
 
     path: Path
     parts: dict[str, Part]
     manifest: Manifest | None
     bytes_on_disk: int
+    calibration: Calibration | None = None
 
 
 def inspect_bundle(path: str | os.PathLike[str]) -> Inspection:
@@ -30,8 +32,10 @@ def inspect_bundle(path: str | os.PathLike[str]) -> Inspection:
     source = Path(path)
     if source.is_file() and source.suffix == ".onnx":
         return _inspect_onnx(source)
-    manifest = open_bundle(source, verify="never").manifest
-    return Inspection(source, manifest.parts, manifest, sum(entry.size for entry in manifest.files.values()))
+    bundle = open_bundle(source, verify="never")
+    manifest = bundle.manifest
+    size = sum(entry.size for entry in manifest.files.values())
+    return Inspection(source, manifest.parts, manifest, size, read_calibration(bundle))
 
 
 def _inspect_onnx(path: Path) -> Inspection:
@@ -42,7 +46,7 @@ def _inspect_onnx(path: Path) -> Inspection:
         raise MissingDependencyError(
             "inspecting an ONNX file needs onnx-ir", "pip install 'perceiver-export[export]'"
         ) from error
-    from perceiver_export.exporter.costs import stage_costs
+    from perceiver_export.calibration.costs import stage_costs
     from perceiver_export.runtimes.loading import open_engine
 
     try:

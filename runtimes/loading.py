@@ -16,7 +16,7 @@ from perceiver_export.runtimes.engines.backend import Backend, Engine, EngineOpt
 from perceiver_export.runtimes.engines.cache import Candidate, candidates, check_engine
 from perceiver_export.runtimes.engines.records import identify, make_source
 from perceiver_export.runtimes.engines.targets import Target, find_target
-from perceiver_export.runtimes.errors import BundleError, EngineError, UsageError, check_choice
+from perceiver_export.runtimes.errors import BundleError, DeviceError, EngineError, UsageError, check_choice
 from perceiver_export.runtimes.manifest import TensorSpec
 from perceiver_export.runtimes.runtime import Runtime
 
@@ -65,6 +65,7 @@ def load(
     if precision is not None:
         check_choice("precision", precision, get_args(Precision))
     opened = open_bundle(bundle, verify)
+    _check_arithmetic(opened)
     if device == "auto":
         from perceiver_export.runtimes.presence import choose_target
 
@@ -170,6 +171,20 @@ def _not_for_here(bundle: Bundle, target: Target, stale: tuple[Candidate, ...], 
 
 def _rebuild(bundle: Bundle, target: str) -> str:
     return f"rebuild it: perceiver-export build {bundle.path} --target {target}"
+
+
+def _check_arithmetic(bundle: Bundle) -> None:
+    """Refuse 8-bit weights where sums of int8 products saturate. Raises DeviceError."""
+    quantized = bundle.manifest.quantization
+    if quantized is None or not quantized.int8_activations or quantized.weight_bits < 8:
+        return
+    from perceiver_export.runtimes.machine import saturates
+
+    if saturates():
+        raise DeviceError(
+            "this CPU has no VNNI: it adds int8 products in 16 bits, and weights of 8 bits overflow them",
+            "quantize again with --weight-bits 7",
+        )
 
 
 def _signature(spec: TensorSpec) -> tuple[str, str, tuple[int | None, ...]]:

@@ -44,6 +44,18 @@ def cpu_features() -> tuple[str, ...]:
     return ()
 
 
+def saturates(machine: str | None = None, features: tuple[str, ...] | None = None) -> bool:
+    """Whether integer kernels add products of uint8 and int8 in 16 bits, where two of them overflow.
+
+    x86 CPUs without VNNI (or AMX) do: `vpmaddubsw` saturates at 32,767, and 2 × 255 × 127 is 64,770. Models for them
+    need weights of 7 bits. By default this machine is asked.
+    """
+    if (machine or platform.machine()).lower() not in ("x86_64", "amd64", "i686"):
+        return False
+    found = cpu_features() if features is None else features
+    return not {"avx512_vnni", "avx_vnni", "amx_int8"} & set(found)
+
+
 def available_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

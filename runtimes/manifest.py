@@ -91,6 +91,22 @@ class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return self.lowered.get(target, self.file)
 
 
+class Quantization(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What was made integers, in short; calibration.json has the rest.
+
+    ``integer_share`` is that of the linears' multiply-adds in integer kernels, by target, as its engine says.
+    ``kept_float`` gives a reason for what was asked for but stays float.
+    """
+
+    scheme: str
+    method: str
+    weight_bits: int
+    int8_activations: bool
+    integer_share: dict[str, float]
+    kept_float: dict[str, str] = {}
+    random_data: bool = False
+
+
 class Check(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One comparison of the exported graph with torch; ``difference`` and ``tolerance`` are shares of ``scale``."""
 
@@ -126,6 +142,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     files: dict[str, FileEntry]
     outputs: tuple[TensorSpec, ...] = ()  # of a split bundle: what its parts give together
     notes: tuple[str, ...] = ()  # what was assumed at export, for a person to know
+    quantization: Quantization | None = None
 
 
 class _Version(msgspec.Struct):

@@ -11,6 +11,7 @@ from perceiver_export.exporter.cli.output import JsonFlag, count, mebibytes, pri
 from perceiver_export.runtimes.manifest import Part, Stage
 
 if TYPE_CHECKING:
+    from perceiver_export.calibration.record import Calibration
     from perceiver_export.exporter.inspection import Inspection
 
 
@@ -29,6 +30,7 @@ def inspect(
                 "bytes": inspection.bytes_on_disk,
                 "parts": inspection.parts,
                 "manifest": inspection.manifest,
+                "calibration": inspection.calibration,
             }
         )
     else:
@@ -59,6 +61,8 @@ def show_inspection(inspection: Inspection) -> None:
             "weights: numbers stored in the file, constants such as position tables included; shared ones count once",
         )
         _show_folds(part)
+    if inspection.calibration is not None:
+        show_precision(inspection.calibration)
 
 
 def _show_folds(part: Part) -> None:
@@ -75,6 +79,35 @@ def _show_folds(part: Part) -> None:
         ]
         title = f"memory plan, for {mebibytes(part.plan.budget)} of activations"
         print_table(title, ["stage", "at a time", "needs>"], rows)
+
+
+def show_precision(calibration: Calibration) -> None:
+    """Each run of a linear: its precision, its SQNR, and the kernel that runs it on each engine."""
+    data = calibration.data
+    typer.echo(
+        f"{calibration.scheme}, ranges by {calibration.method}, weights of {calibration.weight_bits} bits, calibrated "
+        f"on {data.samples:,} samples of {data.source} (fingerprint {data.fingerprint[:16]})"
+    )
+    typer.echo(f"float by policy: {calibration.policy}")
+    for name, part in calibration.parts.items():
+        kernels = [{layer.name: layer.kernel for layer in one.layers} for one in part.coverage]
+        macs = sum(one.macs for one in part.linears) + 1e-9
+        rows = [
+            (
+                one.name,
+                one.scheme,
+                f"{one.macs / macs:.1%}",
+                "" if one.sqnr is None else f"{one.sqnr:.1f}",
+                *(engine.get(one.name, "float") for engine in kernels),
+            )
+            for one in part.linears
+        ]
+        engines = [f"{one.engine}: {one.share:.2%} integer" for one in part.coverage]
+        print_table(f"linears of {name}", ["linear", "precision", "work>", "SQNR, dB>", *engines], rows)
+        for excluded in part.excluded:
+            typer.echo(f"float: {excluded.name} ({excluded.share:.1%} of the work): {excluded.reason}")
+        for hazard in part.hazards:
+            typer.echo(f"too large for fp16: {hazard.name}, up to {hazard.largest:.3g}, sums of {hazard.depth:,}")
 
 
 def _sum(stages: tuple[Stage, ...]) -> Stage:

@@ -21,6 +21,7 @@ from perceiver_export.exporter.cli.export import export
 from perceiver_export.exporter.cli.inspect import inspect
 from perceiver_export.exporter.cli.package import package
 from perceiver_export.exporter.cli.presets import presets
+from perceiver_export.exporter.cli.quantize import quantize
 from perceiver_export.exporter.cli.run import run
 from perceiver_export.exporter.cli.validate import validate
 from perceiver_export.runtimes.errors import PerceiverExportError
@@ -51,7 +52,7 @@ def _interruptible(command: Callable[_P, None]) -> Callable[_P, None]:
     return run_command
 
 
-for command in (export, build, run, validate, bench, package, inspect, doctor, presets, demo):
+for command in (export, quantize, build, run, validate, bench, package, inspect, doctor, presets, demo):
     app.command()(_interruptible(command))
 
 

@@ -74,9 +74,10 @@ def make_source(bundle: Bundle, part: Part, target: str, options: EngineOptions)
 
     Raises BundleError: the bundle is quantized, and its form for this target is not there.
     """
-    precision = bundle.manifest.precision
+    precision, quantized = bundle.manifest.precision, bundle.manifest.quantization
     lowering = _lowering(part, target)
-    if target.startswith("ort-") and precision != "fp32" and lowering not in part.lowered:
+    int8 = quantized is not None and quantized.int8_activations
+    if target.startswith("ort-") and int8 and lowering not in part.lowered:
         raise BundleError(
             f"{bundle.path} is {precision}, and {target} needs its graph rewritten for it, which is not in the bundle",
             f"perceiver-export build {bundle.path} --target {target} --lower-only",

@@ -10,7 +10,20 @@ import onnx_ir as ir
 
 from perceiver_export.runtimes.manifest import Stage
 
-_NO_WORK = frozenset({"Reshape", "Squeeze", "Unsqueeze", "Identity", "Flatten", "Shape", "Constant"})
+_NO_WORK = frozenset(
+    {
+        "Reshape",
+        "Squeeze",
+        "Unsqueeze",
+        "Identity",
+        "Flatten",
+        "Shape",
+        "Constant",
+        "QuantizeLinear",
+        "DequantizeLinear",
+    }
+)
+_INTEGER_WEIGHTS = frozenset({ir.DataType.INT8, ir.DataType.INT4})
 # FLOPs an output element of what is not a product; 1 for the rest, 0 for what only moves data.
 _PER_ELEMENT = {"LayerNormalization": 8, "Softmax": 5, "Gelu": 10, "Erf": 8, "Tanh": 8, "Sqrt": 1}
 _MOVES = frozenset({"Transpose", "Concat", "Expand", "Slice", "Gather", "Pad", "Split", "Cast"})
@@ -42,7 +55,7 @@ def stage_costs(graph: ir.Graph) -> tuple[Stage, ...]:
             )
         for value in node.inputs:
             weight = value.const_value if value is not None and value.is_initializer() else None
-            if value is not None and value.name is not None and weight is not None and weight.dtype.is_floating_point():
+            if value is not None and value.name is not None and weight is not None and _counts(weight):
                 total.weights[value.name] = (weight.size, weight.nbytes)
     counted: set[str] = set()
     stages = []
@@ -54,6 +67,11 @@ def stage_costs(graph: ir.Graph) -> tuple[Stage, ...]:
             per_sample = total.flops // batch, total.activation_bytes // batch
             stages.append(Stage(name, per_sample[0], parameters, weight_bytes, per_sample[1]))
     return tuple(stages)
+
+
+def _counts(weight: ir.TensorProtocol) -> bool:
+    """Weights, not shapes and indices."""
+    return weight.dtype.is_floating_point() or weight.dtype in _INTEGER_WEIGHTS
 
 
 def node_flops(node: ir.Node) -> int:

@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DATA as a bundle's inputs: a stream of ``{name: array}``, one sample at a time, whatever the task.
+
+| DATA | for | what it holds |
+|---|---|---|
+| pictures, or an .npz with `image` | image classification | what `data.open_data` reads; prepared as the bundle says |
+| .jsonl | texts | a line each: ``{"text": "…"[, "label": …]}`` |
+| .npz, or a directory of them | all | arrays by input name, samples on the first axis; `label` or `labels` if any |
+| module:function, or an iterable | all | ``{name: array}`` of one sample, with or without an axis of 1 in front |
+| ``random`` | sizing a device | random numbers; the bundle says so for ever |
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from perceiver_export.calibration.data import call_function, open_data, read_archives
+from perceiver_export.runtimes.byte_tokenizer import ByteTokenizer
+from perceiver_export.runtimes.errors import DataError, PerceiverExportError
+from perceiver_export.runtimes.manifest import Manifest, TensorSpec
+from perceiver_export.runtimes.pictures import read_picture, to_input
+from perceiver_export.runtimes.preprocessing import ImagePreprocessing, TextPreprocessing
+from perceiver_export.runtimes.runtime import Array
+
+RANDOM = "random"
+Data = str | Path | Iterable[Mapping[str, Array]]
+
+_LABELS = ("label", "labels")
+_NOT_DATA = ("latents", "queries")  # what a decoder takes from the encoder and from its caller
+
+
+@dataclass(frozen=True)
+class Example:
+    """One sample without the batch axis, each input by name; its label's index where there is one."""
+
+    feeds: dict[str, Array]
+    label: int | None
+    name: str
+
+
+@dataclass(frozen=True)
+class Examples:
+    """A stream that can be gone through once, and how many there are where that is known."""
+
+    stream: Iterator[Example]
+    count: int | None
+
+
+def open_feeds(data: Data, manifest: Manifest, samples: int | None = None) -> Examples:
+    """Open DATA for a bundle. Raises DataError here or while reading: what is wrong, and in which sample.
+
+    Of more than ``samples`` that many are taken, evenly spread where their number is known: data is often sorted.
+    """
+    specs = model_inputs(manifest)
+    if isinstance(data, (str, Path)):
+        opened = _open(data, manifest, specs, samples)
+    else:
+        count = len(data) if isinstance(data, Sized) else None
+        opened = Examples(_from_dicts(_spread(data, count, samples), "the data"), count)
+    count = opened.count if samples is None or opened.count is None else min(samples, opened.count)
+    return Examples(_checked(itertools.islice(opened.stream, samples), specs), count)
+
+
+def model_inputs(manifest: Manifest) -> tuple[TensorSpec, ...]:
+    """What the whole model takes: the inputs of all parts, each once, without latents and query indices."""
+    specs = {spec.name: spec for part in manifest.parts.values() for spec in part.inputs}
+    return tuple(spec for name, spec in specs.items() if name not in _NOT_DATA)
+
+
+_T = TypeVar("_T")
+
+
+def _spread(items: Iterable[_T], count: int | None, samples: int | None) -> Iterator[_T]:
+    """``samples`` of ``count`` items, evenly spread; all of them where their number is not known."""
+    if count is None or samples is None or count <= samples:
+        yield from items
+        return
+    wanted = {index * count // samples for index in range(samples)}
+    for index, item in enumerate(items):
+        if index in wanted:
+            yield item
+
+
+def _open(data: str | Path, manifest: Manifest, specs: tuple[TensorSpec, ...], samples: int | None) -> Examples:
+    path, text = Path(data), str(data)
+    if text == RANDOM:
+        return Examples(_random(specs), None)
+    if ":" in text and not path.exists():
+        return Examples(_from_dicts(call_function(text), text, manifest), None)
+    if isinstance(manifest.preprocessing, ImagePreprocessing):
+        opened = open_data(data, manifest.labels)
+        prepare = _picture_input(manifest.preprocessing)
+        chosen = _spread(opened.samples, opened.count, samples)
+        stream = (Example({specs[0].name: prepare(sample.image)}, sample.label, sample.name) for sample in chosen)
+        return Examples(stream, opened.count)
+    if path.suffix == ".jsonl":
+        return _from_jsonl(path, manifest, samples)
+    archives = (
+        sorted(path.glob("*.npz")) if path.is_dir() else [path] if path.suffix == ".npz" and path.exists() else []
+    )
+    if archives:
+        return _from_archives(archives, specs, samples)
+    raise DataError(
+        f"{text} is not data for {manifest.task}" if path.exists() else f"{text} does not exist",
+        f"give an .npz of {', '.join(spec.name for spec in specs)} (samples first), .jsonl of text, or module:function",
+    )
+
+
+def _picture_input(steps: ImagePreprocessing) -> Callable[[Path | Array], Array]:
+    def prepare(image: Path | Array) -> Array:
+        if isinstance(image, Path):
+            return to_input(read_picture(image), steps)
+        return to_input(image, steps) if image.dtype == np.uint8 else image
+
+    return prepare
+
+
+def _from_jsonl(path: Path, manifest: Manifest, samples: int | None) -> Examples:
+    if not isinstance(manifest.preprocessing, TextPreprocessing):
+        raise DataError(f"{path} holds text, the bundle is of {manifest.task}", "give an .npz or module:function")
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read: {error}", "give UTF-8, one JSON object a line") from error
+    numbered = _spread(enumerate(lines, start=1), len(lines), samples)
+    return Examples(_texts(numbered, path, manifest), len(lines))
+
+
+def _texts(lines: Iterable[tuple[int, str]], path: Path, manifest: Manifest) -> Iterator[Example]:
+    tokenizer = ByteTokenizer.from_manifest(manifest)
+    for number, line in lines:
+        where = f"{path.name}, line {number}"
+        try:
+            row = json.loads(line)
+            text, label = row["text"], row.get("label")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"{where} is not an object with a `text`", 'a line is {"text": "…", "label": …}') from error
+        if not isinstance(text, str):
+            raise DataError(f"{where}: `text` is a {type(text).__name__}", "give a string")
+        feeds = {name: array[0] for name, array in tokenizer([text]).items()}
+        yield Example(feeds, _index(label, manifest.labels, where), where)
+
+
+def _from_archives(paths: list[Path], specs: tuple[TensorSpec, ...], samples: int | None) -> Examples:
+    names = [spec.name for spec in specs]
+    counts = []
+    for path, arrays in read_archives(paths):
+        missing = [name for name in names if name not in arrays]
+        if missing:
+            raise DataError(
+                f"{path} has no {missing[0]!r}, it holds {', '.join(sorted(arrays)) or 'nothing'}",
+                f"the model takes {', '.join(names)}; samples are on the first axis",
+            )
+        unknown = sorted(set(arrays) - {*names, *_LABELS})
+        if unknown:
+            raise DataError(
+                f"{path} holds {unknown[0]!r}, which the model does not take", f"it takes {', '.join(names)}"
+            )
+        sizes = {name: len(array) if array.ndim else 0 for name, array in arrays.items()}
+        if len(set(sizes.values())) != 1:
+            raise DataError(f"{path}: {sizes} samples", "every array has one row a sample")
+        counts.append(next(iter(sizes.values())))
+    return Examples(_spread(_rows(paths), sum(counts), samples), sum(counts))
+
+
+def _rows(paths: list[Path]) -> Iterator[Example]:
+    for path, arrays in read_archives(paths):
+        labels = next((arrays[name] for name in _LABELS if name in arrays), None)
+        inputs = {name: array for name, array in arrays.items() if name not in _LABELS}
+        for index in range(len(next(iter(inputs.values())))):
+            label = None if labels is None else int(labels[index])
+            yield Example({name: array[index] for name, array in inputs.items()}, label, f"{path.name}[{index}]")
+
+
+def _from_dicts(items: Iterable[Any], where: str, manifest: Manifest | None = None) -> Iterator[Example]:
+    steps = manifest.preprocessing if manifest is not None else None
+    iterator = iter(items)
+    index = -1
+    while True:
+        try:
+            item = next(iterator)
+        except StopIteration:
+            return
+        except PerceiverExportError:
+            raise
+        except Exception as error:  # the user's own code may raise anything
+            raise DataError(f"{where} failed at sample {index + 1}: {error!r}", "mend the function") from error
+        index += 1
+        name = f"{where}[{index}]"
+        if not isinstance(item, Mapping) or not all(
+            isinstance(array, np.ndarray) for key, array in item.items() if key not in _LABELS
+        ):
+            raise DataError(f"{name} is not a dict of numpy arrays", "yield {name: array}")
+        feeds = {key: array for key, array in item.items() if key not in _LABELS}
+        label = next((item[key] for key in _LABELS if key in item), None)
+        if isinstance(steps, ImagePreprocessing) and "image" in feeds and feeds["image"].dtype == np.uint8:
+            feeds["image"] = to_input(feeds["image"], steps)
+        yield Example(feeds, None if label is None else int(label), name)
+
+
+def _random(specs: tuple[TensorSpec, ...]) -> Iterator[Example]:
+    """Normal numbers; random tokens with a mask of ones."""
+    generator, index = np.random.default_rng(0), 0
+    while True:
+        feeds = {}
+        for spec in specs:
+            shape = _sample_shape(spec)
+            if spec.dtype == "float32":
+                feeds[spec.name] = generator.normal(size=shape).astype(np.float32)
+            elif spec.name.endswith("_mask"):
+                feeds[spec.name] = np.ones(shape, spec.dtype)
+            else:
+                feeds[spec.name] = generator.integers(6, 262, shape).astype(spec.dtype)
+        yield Example(feeds, None, f"random[{index}]")
+        index += 1
+
+
+def _checked(examples: Iterable[Example], specs: tuple[TensorSpec, ...]) -> Iterator[Example]:
+    """The same, each with the names, dtypes and shapes that the model takes and without NaN."""
+    for example in examples:
+        feeds = {}
+        unknown = sorted(set(example.feeds) - {spec.name for spec in specs})
+        if unknown:
+            raise DataError(
+                f"{example.name} has {unknown[0]!r}, which the model does not take",
+                f"it takes {', '.join(spec.name for spec in specs)}",
+            )
+        for spec in specs:
+            array = example.feeds.get(spec.name)
+            if array is None:
+                raise DataError(
+                    f"{example.name} has no {spec.name!r}", f"it has {', '.join(example.feeds) or 'nothing'}"
+                )
+            feeds[spec.name] = _fitted(array, spec, example.name)
+        yield Example(feeds, example.label, example.name)
+
+
+def _fitted(array: Array, spec: TensorSpec, where: str) -> Array:
+    shape = _sample_shape(spec)
+    if array.shape == (1, *shape):
+        array = array[0]
+    kind = np.dtype(spec.dtype)
+    if array.shape != shape or not np.can_cast(array.dtype, kind, "same_kind"):
+        raise DataError(
+            f"{spec.name!r} of {where} is {array.dtype} {list(array.shape)}, the model takes {kind} {list(shape)}",
+            "give arrays as the model takes them; shapes are without the batch",
+        )
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise DataError(f"{spec.name!r} of {where} holds NaN or infinite values", "mend the data")
+    return np.ascontiguousarray(array, kind)
+
+
+def _sample_shape(spec: TensorSpec) -> tuple[int, ...]:
+    return tuple(dim if isinstance(dim, int) else spec.ranges.get(dim, (1, 1))[1] for dim in spec.shape[1:])
+
+
+def _index(label: Any, labels: tuple[str, ...], where: str) -> int | None:
+    if label is None:
+        return None
+    if isinstance(label, int) and (not labels or 0 <= label < len(labels)):
+        return label
+    if label in labels:
+        return labels.index(label)
+    raise DataError(
+        f"{where}: {label!r} is not a label of this model", f"its labels: {', '.join(labels[:8]) or 'none'}"
+    )

@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The quantize command's work: bundle + data -> one pass -> integers -> lowered graphs -> measured int8 bundle.
+
+Neither NNCF nor onnxruntime.quantization is underneath, though both were meant to be: what they do well (statistics,
+smoothing, bias correction) takes a few lines a method once one pass has collected the numbers, and what they do around
+it is what a Perceiver cannot use. NNCF calibrates each use of a shared weight by itself, leaves the products of its
+smoothing in the graph, and needs 150 MB of dependencies; onnxruntime's histograms hold every tensor of every sample,
+and its writer makes int32 biases and a Q for each use of a tensor.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import msgspec
+
+from perceiver_export.calibration.feeds import RANDOM, Data
+from perceiver_export.calibration.observe import Observation, observe
+from perceiver_export.calibration.plan import Scheme, schemes_of
+from perceiver_export.calibration.quantize_part import PartOptions, QuantizedPart, quantize_part
+from perceiver_export.calibration.ranges import METHODS, Method
+from perceiver_export.calibration.record import CALIBRATION, Calibration, write_calibration
+from perceiver_export.calibration.result import Result, measure, require_coverage
+from perceiver_export.calibration.write import file_entries, new_bundle, refuse_existing
+from perceiver_export.runtimes.bundle import Bundle, open_bundle
+from perceiver_export.runtimes.errors import GateError, UsageError
+from perceiver_export.runtimes.machine import cpu_features, cpu_name, saturates
+from perceiver_export.runtimes.manifest import Manifest, Part, Quantization, encode_manifest
+
+_BITS = (7, 8)
+
+
+def quantize(
+    bundle: str | os.PathLike[str] | Bundle,
+    data: Data,
+    out: str | os.PathLike[str],
+    *,
+    scheme: Scheme = "int8",
+    method: Method = "mse",
+    samples: int = 128,
+    smooth: bool = True,
+    correct_bias: bool = True,
+    weight_bits: int | None = None,
+    precision: Mapping[str, Scheme] | None = None,
+    keep_float: Sequence[str] = (),
+    min_coverage: float = 100.0,
+    max_drop: float | None = None,
+    min_agreement: float | None = None,
+    overwrite: bool = False,
+    threads: int | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Bundle:
+    """Quantize a bundle, calibrated on DATA (`calibration.feeds`); nothing is written if anything fails.
+
+    ``scheme``: int8 (weights and activations of linears), int8-weights, int4-weights; ``precision`` gives layers whose
+    names match a pattern (`encoder.*.mlp.*`) another, ``keep_float`` none. ``method`` finds activations' ranges.
+    ``weight_bits`` is 8, or 7 for x86 CPUs without VNNI; None takes what this machine needs. ``min_coverage`` is the
+    least share, in percent, of the multiply-adds to be in int8 that must run in integer kernels, on each engine that is
+    here. ``max_drop`` (points) and ``min_agreement`` (percent) are `validate`'s gates against the fp32 bundle on DATA.
+
+    Raises UsageError, DataError, BundleError, BundleExistsError, ExportError (the disk), MissingDependencyError;
+    GateError where coverage or accuracy is below what was asked.
+    """
+    report = progress or (lambda what, done, total: None)
+    path = Path(os.path.abspath(out))
+    wishes: dict[str, Scheme] = {**(precision or {}), **dict.fromkeys(keep_float, "float")}
+    _check(scheme, method, samples, weight_bits, min_coverage)
+    refuse_existing(path, overwrite)
+    source = open_bundle(bundle)
+    if source.manifest.quantization is not None:
+        raise UsageError(f"{source.path} is quantized already", "quantize the fp32 bundle that it was made from")
+    options = PartOptions(scheme, method, smooth, correct_bias, weight_bits or (7 if saturates() else 8), wishes)
+    _check_patterns(source, options)
+    observation = observe(source, data, samples, threads, report)
+    with new_bundle(path, overwrite) as directory:
+        report("quantize", 0, 1)
+        parts = _write(source, options, observation, directory)
+        report("measure", 0, 1)
+        result = measure(source, parts, observation, directory, threads)
+        require_coverage(result, min_coverage)
+        calibration = _calibration(options, observation, parts, result)
+        write_calibration(directory / CALIBRATION, calibration)
+        manifest = _manifest(path.name, source.manifest, options, parts, result, calibration, directory)
+        (directory / "manifest.json").write_bytes(encode_manifest(manifest))
+        if max_drop is not None or min_agreement is not None:
+            _certify(directory, source, data, max_drop, min_agreement)
+    report("done", 1, 1)
+    return open_bundle(path)
+
+
+def _check(scheme: str, method: str, samples: int, weight_bits: int | None, min_coverage: float) -> None:
+    schemes_of((), scheme, {})  # type: ignore[arg-type]  # that is what it checks
+    if scheme == "float":
+        raise UsageError("scheme float leaves nothing to quantize", "use int8, int8-weights or int4-weights")
+    if method not in METHODS:
+        raise UsageError(f"there is no method {method!r}", f"it is one of {', '.join(METHODS)}")
+    if samples < 1:
+        raise UsageError(f"samples is {samples}", "give 1 or more; 128 are enough for most")
+    if weight_bits not in (None, *_BITS):
+        raise UsageError(
+            f"weights of {weight_bits} bits are not made", "weight-bits is 7 or 8; int4-weights is a scheme"
+        )
+    if not 0.0 <= min_coverage <= 100.0:
+        raise UsageError(f"min-coverage is {min_coverage}", "it is a percentage")
+
+
+def _check_patterns(source: Bundle, options: PartOptions) -> None:
+    from perceiver_export.calibration.collect import load_graph
+    from perceiver_export.calibration.linears import find_linears
+    from perceiver_export.calibration.plan import check_patterns
+
+    if not options.precision:
+        return
+    linears = [
+        linear
+        for part in source.manifest.parts.values()
+        for linear in find_linears(load_graph(source.file(part.file)).graph)[0]
+    ]
+    check_patterns([linear.group for linear in linears], list(options.precision))
+    schemes_of(linears, options.scheme, options.precision)
+
+
+def _write(source: Bundle, options: PartOptions, observation: Observation, directory: Path) -> dict[str, QuantizedPart]:
+    """Quantize every part and write the graphs with one file of weights, and everything else that the bundle has."""
+    import shutil
+
+    from perceiver_export.calibration.graph_files import WEIGHTS, save_graphs
+
+    parts = {
+        name: quantize_part(source.file(part.file), part, observation.statistics[name], options)
+        for name, part in source.manifest.parts.items()
+    }
+    save_graphs({file: model for part in parts.values() for file, model in part.models.items()}, directory)
+    graphs = {file for part in source.manifest.parts.values() for file in (part.file, *part.lowered.values())}
+    for name in source.manifest.files:
+        if name not in graphs and name != WEIGHTS:
+            shutil.copyfile(source.file(name), directory / name)
+    return parts
+
+
+def _calibration(
+    options: PartOptions, observation: Observation, parts: Mapping[str, QuantizedPart], result: Result
+) -> Calibration:
+    return Calibration(
+        scheme=options.scheme,
+        method=options.method,
+        weight_bits=options.weight_bits,
+        smooth=options.smooth,
+        correct_bias=options.correct_bias,
+        precision=dict(options.precision),
+        data=observation.data,
+        parts={
+            name: msgspec.structs.replace(part.record, coverage=result.coverage[name]) for name, part in parts.items()
+        },
+        effects=result.effects,
+        speeds=result.speeds,
+        machine=cpu_name(),
+        instruction_set=cpu_features(),
+        warnings=(*observation.data.warnings, *result.warnings),
+    )
+
+
+def _manifest(
+    name: str,
+    source: Manifest,
+    options: PartOptions,
+    parts: Mapping[str, QuantizedPart],
+    result: Result,
+    calibration: Calibration,
+    directory: Path,
+) -> Manifest:
+    quantization = Quantization(
+        scheme=options.scheme,
+        method=options.method,
+        weight_bits=options.weight_bits,
+        int8_activations=any(one.scheme == "int8" for part in parts.values() for one in part.record.linears),
+        integer_share=result.shares,
+        kept_float={name: reason for part in parts.values() for name, reason in part.kept_float.items()},
+        random_data=calibration.data.source == RANDOM,
+    )
+    described: dict[str, Part] = {
+        name: msgspec.structs.replace(part, lowered=parts[name].lowered, stages=parts[name].stages)
+        for name, part in source.parts.items()
+    }
+    return msgspec.structs.replace(
+        source,
+        name=name,
+        parts=described,
+        precision=options.scheme,
+        files=file_entries(directory),
+        notes=(*source.notes, *calibration.warnings),
+        quantization=quantization,
+    )
+
+
+def _certify(directory: Path, source: Bundle, data: Data, max_drop: float | None, min_agreement: float | None) -> None:
+    """`validate`'s gates, before the bundle is published. Raises GateError."""
+    from perceiver_export.calibration.validation import validate
+
+    if not isinstance(data, (str, Path)):
+        raise UsageError("accuracy gates need data that can be read twice", "give a path or module:function")
+    result = validate(directory, data, against=source, max_drop=max_drop, min_agreement=min_agreement)
+    for gate in result.gates:
+        if not gate.held:
+            raise GateError(
+                f"{gate}: nothing was written", "try --keep-float for the layers that `--sensitivity` puts first"
+            )

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`perceiver-export quantize`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from perceiver_export.exporter.cli.output import (
+    BundleArgument,
+    JsonFlag,
+    ThreadsOption,
+    mebibytes,
+    print_json,
+    print_table,
+    progress_bar,
+)
+from perceiver_export.runtimes.errors import UsageError
+
+if TYPE_CHECKING:
+    from perceiver_export.calibration.record import Calibration
+    from perceiver_export.calibration.sensitivity import GroupSensitivity
+    from perceiver_export.runtimes.bundle import Bundle
+
+
+def quantize(
+    bundle: BundleArgument,
+    data: Annotated[
+        str,
+        typer.Option(
+            help="Pictures, .npz by input name (or a directory of them), .jsonl of text, module:function; or `random`."
+        ),
+    ],
+    output: Annotated[str, typer.Option("--output", "-o", metavar="BUNDLE2", help="Where the quantized bundle goes.")],
+    scheme: Annotated[str, typer.Option(help="int8, int8-weights or int4-weights.")] = "int8",
+    method: Annotated[str, typer.Option(help="How ranges are found: mse, minmax, percentile or entropy.")] = "mse",
+    samples: Annotated[int, typer.Option(help="Calibrate on so many samples, evenly spread over the data.")] = 128,
+    keep_float: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Layers that stay float: names, or patterns (decoder.*).")
+    ] = None,
+    precision: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=SCHEME", help="Another scheme for some layers.")
+    ] = None,
+    weight_bits: Annotated[
+        int | None, typer.Option(help="8, or 7 for x86 CPUs without VNNI. By default what this machine needs.")
+    ] = None,
+    smooth: Annotated[bool, typer.Option(help="Fold SmoothQuant into LayerNorms and value projections.")] = True,
+    correct_bias: Annotated[bool, typer.Option(help="Take the mean error out of biases.")] = True,
+    min_coverage: Annotated[
+        float, typer.Option(help="Least share of int8 multiply-adds in integer kernels, in percent.")
+    ] = 100.0,
+    max_drop: Annotated[
+        float | None, typer.Option(help="Largest fall of top-1 below fp32 on the data, in points.")
+    ] = None,
+    min_agreement: Annotated[
+        float | None, typer.Option(help="Least lower 95 % bound of agreement with fp32 on the data, in percent.")
+    ] = None,
+    sensitivity: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Also measure each layer by itself: .json, .svg or .png; the worst are printed."
+        ),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a bundle that is already there.")] = False,
+    threads: ThreadsOption = None,
+    json: JsonFlag = False,
+) -> None:
+    """Quantize a bundle to int8, calibrated on real data, and check that it really runs in integer kernels.
+
+    Nothing is written unless it does. Weights alone: --scheme int8-weights.
+    """
+    from perceiver_export.calibration.pipeline import quantize as quantize_
+    from perceiver_export.calibration.record import read_calibration
+    from perceiver_export.calibration.sensitivity import check_file, measure_sensitivity, write_sensitivity
+
+    if sensitivity is not None:
+        check_file(sensitivity)
+    arguments: dict[str, Any] = {"precision": dict(map(_parse_precision, precision or ()))}
+    with progress_bar("quantize", quiet=json) as progress:
+        made = quantize_(
+            bundle,
+            data,
+            output,
+            scheme=scheme,  # type: ignore[arg-type]  # `quantize` checks what was typed
+            method=method,  # type: ignore[arg-type]
+            samples=samples,
+            keep_float=keep_float or (),
+            weight_bits=weight_bits,
+            smooth=smooth,
+            correct_bias=correct_bias,
+            min_coverage=min_coverage,
+            max_drop=max_drop,
+            min_agreement=min_agreement,
+            overwrite=overwrite,
+            threads=threads,
+            progress=progress,
+            **arguments,
+        )
+        groups = None
+        if sensitivity is not None:
+            groups = measure_sensitivity(bundle, data, threads=threads, progress=progress)
+            write_sensitivity(sensitivity, groups)
+    calibration = read_calibration(made)
+    assert calibration is not None
+    if json:
+        document = {"bundle": str(made.path), "manifest": made.manifest, "calibration": calibration}
+        print_json(document | ({"sensitivity": groups} if groups is not None else {}))
+        return
+    show_quantized(made, calibration)
+    if groups is not None:
+        show_sensitivity(groups)
+
+
+def show_quantized(made: Bundle, calibration: Calibration) -> None:
+    """What came of it: outputs, integer kernels and speed on each engine, and what to be warned of."""
+    data = calibration.data
+    size = sum(entry.size for entry in made.manifest.files.values())
+    typer.echo(f"quantized to {made.path} ({mebibytes(size)}): {calibration.scheme}, ranges by {calibration.method}")
+    typer.echo(f"calibrated on {data.samples:,} samples of {data.source} (fingerprint {data.fingerprint[:16]})")
+    assert made.manifest.quantization is not None
+    rows = [
+        (f"{target}: multiply-adds in integer kernels", f"{share:.2%}")
+        for target, share in made.manifest.quantization.integer_share.items()
+    ]
+    rows += [
+        (f"{one.target}: a call", f"{one.quantized:.2f} ms, fp32 {one.fp32:.2f} ms: {one.ratio:.2f} × as fast")
+        for one in calibration.speeds
+    ]
+    for effect in calibration.effects:
+        agreement = "" if effect.agreement is None else f", same best score in {effect.agreement:.1%}"
+        rows.append((f"output {effect.output} against fp32", f"{effect.sqnr:.1f} dB{agreement}"))
+    print_table(
+        "quantized", ["", "measured"], rows, "outputs are of a few calibration samples; `validate` tells the accuracy"
+    )
+    for name, reason in made.manifest.quantization.kept_float.items():
+        typer.echo(f"float: {name}: {reason}")
+    for warning in calibration.warnings:
+        typer.echo(typer.style("warning:", fg="yellow", bold=True) + f" {warning}")
+    typer.echo(f"next: perceiver-export validate {made.path} --data DATA --against BUNDLE0")
+
+
+def show_sensitivity(groups: tuple[GroupSensitivity, ...]) -> None:
+    """Layers, the worst first."""
+    rows = [(one.group, f"{one.output_sqnr:.1f}", f"{one.product_sqnr:.1f}", f"{one.share:.1%}") for one in groups[:20]]
+    more = f"{len(groups) - 20} more are in the file" if len(groups) > 20 else ""
+    print_table(
+        "each layer in int8 by itself, the worst first", ["layer", "outputs, dB>", "product, dB>", "work>"], rows, more
+    )
+
+
+def _parse_precision(text: str) -> tuple[str, str]:
+    name, equals, scheme = text.rpartition("=")
+    if not equals or not name:
+        raise UsageError(f"--precision {text!r} is not NAME=SCHEME", "for example --precision 'decoder.*=int8-weights'")
+    return name, scheme

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The accuracy table of int8: the trained Fashion-MNIST and byte-level text models, on both engines.
+
+    python tests/benchmarks/int8_accuracy.py [--pictures 10000] [--json FILE]
+
+Fashion-MNIST: calibrated on the 2,000 held-out training pictures, measured on 10,000 test pictures. Text: calibrated
+on half of the held-out text, measured on the other: the share of masked bytes that are filled rightly. Noise is what
+one engine gives for inputs moved by normal numbers of 1e-6.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from perceiver_export.calibration import quantize
+from perceiver_export.calibration.effects import RUNNERS, Runner
+from perceiver_export.calibration.plan import Scheme, decibels
+from perceiver_export.calibration.statistics import proportion
+from perceiver_export.exporter import export
+from perceiver_export.runtimes import Bundle, open_task
+from perceiver_export.runtimes.runtime import Array
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+SCHEMES: tuple[Scheme, ...] = ("int8", "int8-weights", "int4-weights")
+
+
+def opened(bundle: Bundle, target: str) -> Runner:
+    """The bundle's one part on an engine, as this machine runs it."""
+    return RUNNERS[target](bundle.file(bundle.part().graph_for(target)), None)
+
+
+def row(found: Array, exact: Array, hit: Callable[[Array], Array], logits: tuple[Array, Array]) -> dict[str, Any]:
+    """Top-1 drop in points, agreement with its lower bound in percent, SQNR in dB."""
+    same = proportion(int((found == exact).sum()), len(found))
+    return {
+        "top-1": 100 * float(hit(found).mean()),
+        "drop in points": 100 * float(hit(exact).mean() - hit(found).mean()),
+        "agreement with fp32": 100 * same.value,
+        "its lower 95 % bound": 100 * same.low,
+        "SQNR against fp32, dB": decibels(logits[1], logits[0]),
+    }
+
+
+def measure(bundles: dict[str, Bundle], run: Callable[[Runner, float], Array], truth: Array) -> dict[str, Any]:
+    """Every scheme on every engine; ``run(runner, noise)`` gives logits (n, classes) for ``truth`` (n)."""
+    logits = {
+        f"{name} {target}": run(opened(bundle, target), 0.0)
+        for name, bundle in bundles.items()
+        for target in RUNNERS
+        if not (name == "int4-weights" and target != "ort-cpu")
+    }
+    reference = logits["fp32 ort-cpu"]
+    rows: dict[str, Any] = {
+        name: row(found.argmax(1), reference.argmax(1), lambda best: best == truth, (found, reference))
+        for name, found in logits.items()
+    }
+    here, there = logits["int8 ort-cpu"], logits["int8 openvino-cpu"]
+    rows["int8: ONNX Runtime against OpenVINO"] = {
+        "agreement": 100 * float((here.argmax(1) == there.argmax(1)).mean()),
+        "SQNR, dB": decibels(here, there),
+    }
+    return rows
+
+
+def own_noise(rows: dict[str, Any], bundle: Bundle, run: Callable[[Runner, float], Array]) -> None:
+    """Add what inputs moved by 1e-6 and 1e-5 do to one engine."""
+    runner = opened(bundle, "ort-cpu")
+    still = run(runner, 0.0)
+    for size in (1e-6, 1e-5):
+        rows["int8: ONNX Runtime against OpenVINO"][f"ONNX Runtime's own noise at {size:g}, dB"] = decibels(
+            still, run(runner, size)
+        )
+
+
+def fashion(work: Path, count: int) -> dict[str, Any]:
+    """The rows of the picture model."""
+    folder = EXAMPLES / "fashion_mnist"
+    bundles = {"fp32": export(folder / "checkpoint", work / "fashion")}
+    for scheme in SCHEMES:
+        out = work / f"fashion-{scheme}"
+        bundles[scheme] = quantize(bundles["fp32"], folder / "held_out.npz", out, scheme=scheme, samples=2000)
+    with open_task(bundles["fp32"]) as task, np.load(folder / "test.npz") as archive:
+        truth = archive["labels"][:count]
+        pictures = [task.preprocess(picture)[None] for picture in archive["image"][:count]]
+
+    def run(runner: Runner, noise: float) -> Array:
+        generator = np.random.default_rng(0)
+        moved = (p + np.float32(noise) * generator.normal(size=p.shape).astype(np.float32) for p in pictures)
+        return np.concatenate([runner({"image": p})["logits"] for p in (moved if noise else pictures)])
+
+    rows = measure(bundles, run, truth)
+    own_noise(rows, bundles["int8"], run)
+    return rows
+
+
+def text(work: Path) -> dict[str, Any]:
+    """The rows of the text model: masked bytes of the second half of the held-out text."""
+    folder = EXAMPLES / "text_bytes"
+    with np.load(folder / "held_out.npz") as archive:
+        tokens, places = archive["tokens"].astype(np.int32), archive["masked"]
+    given = np.where(places, 3, tokens).astype(np.int32)
+    half = len(tokens) // 2
+    bundles = {"fp32": export(folder / "checkpoint", work / "text")}
+    samples = [{"tokens": one, "tokens_mask": np.ones_like(one)} for one in given[:half]]
+    for scheme in SCHEMES:
+        bundles[scheme] = quantize(bundles["fp32"], samples, work / f"text-{scheme}", scheme=scheme, samples=512)
+
+    def run(runner: Runner, noise: float) -> Array:
+        rows = [
+            runner({"tokens": one[None], "tokens_mask": np.ones_like(one[None])})["logits"][0] for one in given[half:]
+        ]
+        return np.concatenate([row[place] for row, place in zip(rows, places[half:], strict=True)])
+
+    return measure(bundles, run, tokens[half:][places[half:]])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--pictures", type=int, default=10_000)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as directory:
+        results = {"fashion-mnist": fashion(Path(directory), arguments.pictures)}
+        if (EXAMPLES / "text_bytes" / "held_out.npz").is_file():
+            results["text bytes"] = text(Path(directory))
+    print(json.dumps(results, indent=1))
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The canonical form, what its lowerings leave bit-equal, and who takes it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+
+from perceiver_export.calibration.coverage import measure_coverage
+from perceiver_export.calibration.plan import decibels
+from perceiver_export.calibration.quantize_part import PartOptions
+from perceiver_export.calibration.weights import quantize_channels
+from perceiver_export.runtimes.runtime import Array
+from tests.calibration.graphs import BLOCK, FOLDED, GEMM, build, inputs, quantized, run
+
+GRAPHS = {"block": BLOCK, "gemm": GEMM, "folded": FOLDED}
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_the_form_is_canonical(name: str, tmp_path: Path) -> None:
+    part, _ = quantized(GRAPHS[name], tmp_path)
+    path = tmp_path / "int8" / "model.onnx"
+    onnx.checker.check_model(path, full_check=True)
+    graph = ir.load(path).graph
+    products = {linear.node.name for linear in part.integer_linears}
+    dequantized = Counter[str]()
+    for node in graph:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            assert node.inputs[2] is not None
+            assert node.inputs[2].const_value is not None
+            assert not node.inputs[2].const_value.numpy().any(), "zero points are 0"
+        if node.op_type == "DequantizeLinear" and node.inputs[0] is not None and node.inputs[0].is_initializer():
+            dequantized[str(node.inputs[0].name)] += 1
+        if node.op_type == "QuantizeLinear":
+            assert {reader.op_type for reader in node.outputs[0].consumers()} == {"DequantizeLinear"}
+            source = node.inputs[0].producer() if node.inputs[0] is not None else None
+            assert source is None or source.name not in products, "outputs are not quantized"
+
+    assert set(dequantized.values()) == {1}, "one DequantizeLinear a weight"
+    assert len(dequantized) == len({linear.group for linear in part.integer_linears})
+
+
+@pytest.mark.parametrize("lowering", ["model.ort-cpu.onnx", "model.ort-cpu-arm64.onnx"])
+@pytest.mark.parametrize("name", GRAPHS)
+def test_integer_codes_are_bit_equal_after_lowering(name: str, lowering: str, tmp_path: Path) -> None:
+    part, _ = quantized(GRAPHS[name], tmp_path)
+    (feeds,) = inputs(build(GRAPHS[name]), 1, seed=5)
+    codes = {}
+    for file in ("model.onnx", lowering):
+        model = ir.load(tmp_path / "int8" / file)
+        expose_codes(model)
+        codes[file] = run(model, tmp_path / "int8", feeds, optimize=False)
+    offset = 128 if lowering == "model.ort-cpu.onnx" else 0
+
+    assert len(codes[lowering]) == len(codes["model.onnx"]) > 2
+    for tensor, expected in codes["model.onnx"].items():
+        found = codes[lowering][tensor]
+        if expected.dtype == np.float32:
+            np.testing.assert_array_equal(found, expected)
+        else:
+            assert found.dtype == (np.uint8 if offset else np.int8)
+            np.testing.assert_array_equal(found.astype(np.int32).reshape(expected.shape) - offset, expected)
+    assert part.lowered["ort-cpu"] == "model.ort-cpu.onnx"
+
+
+def expose_codes(model: ir.Model) -> None:
+    """Every activation's integers as an output."""
+    for node in model.graph:
+        if node.op_type == "QuantizeLinear":
+            model.graph.outputs.append(node.outputs[0])
+
+
+def test_an_integer_kernel_computes_what_the_codes_say(tmp_path: Path) -> None:
+    """One product on ONNX Runtime's kernel against integer arithmetic in numpy: the same to float32's rounding."""
+    text = """
+    <ir_version: 10, opset_import: ["" : 20]>
+    one (float[1, 6, 16] x, float[16, 16] w, float[16] b) => (float[1, 6, 16] y) { p = MatMul (x, w)  y = Add (p, b) }
+    """
+    part, _ = quantized(text, tmp_path, PartOptions("int8", method="minmax", correct_bias=False))
+    model = build(text)
+    (feeds,) = inputs(model, 1, seed=5)
+    scale = part.record.ranges[0].scale
+    assert scale is not None
+    weight, bias = (initializer(model, name) for name in ("w", "b"))
+    integers = quantize_channels(weight)
+    codes = np.clip(np.rint(feeds["x"] / np.float32(scale)), -128, 127).astype(np.int32)
+    expected = (codes @ integers.values.astype(np.int32)).astype(np.float64) * scale * integers.scales + bias
+    found = run(ir.load(tmp_path / "int8" / "model.ort-cpu.onnx"), tmp_path / "int8", feeds)["y"]
+
+    np.testing.assert_allclose(found, expected, rtol=2e-6, atol=2e-6 * np.abs(expected).max())
+
+
+def initializer(model: ir.Model, name: str) -> Array:
+    value = model.graph.initializers[name].const_value
+    assert value is not None
+    return value.numpy()
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_every_linear_runs_in_integer_kernels_on_onnxruntime(name: str, tmp_path: Path) -> None:
+    part, _ = quantized(GRAPHS[name], tmp_path)
+    (feeds,) = inputs(build(GRAPHS[name]), 1)
+    found = measure_coverage("ort-cpu", tmp_path / "int8" / "model.ort-cpu.onnx", part.integer_linears, feeds)
+
+    assert found.share == 1.0, found.in_float
+    assert {layer.kernel for layer in found.layers} <= {"MatMulIntegerToFloat"}
+
+
+def test_coverage_says_what_stays_float_without_lowering(tmp_path: Path) -> None:
+    """The trap that lowering is for: onnxruntime runs the canonical form in float, and says nothing."""
+    part, _ = quantized(BLOCK, tmp_path)
+    (feeds,) = inputs(build(BLOCK), 1)
+    found = measure_coverage("ort-cpu", tmp_path / "int8" / "model.onnx", part.integer_linears, feeds)
+
+    assert found.share < 0.5
+    assert {layer.group for layer in found.in_float} >= {"w1", "w2"}
+
+
+@pytest.mark.parametrize("name", ["block", "folded"])
+def test_openvino_takes_the_canonical_form_as_it_is(name: str, tmp_path: Path) -> None:
+    part, path = quantized(GRAPHS[name], tmp_path)
+    model = build(GRAPHS[name])
+    feeds = inputs(model, 1, seed=5)[0]
+    found = measure_coverage("openvino-cpu", tmp_path / "int8" / "model.onnx", part.integer_linears, feeds)
+
+    assert found.share == 1.0, found.in_float
+    assert run(model, path.parent, feeds)["y"].shape == feeds["x"].shape
+
+
+def test_tensorrts_parser_takes_the_canonical_form(tmp_path: Path) -> None:
+    tensorrt = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
+    quantized(BLOCK, tmp_path)
+    logger = tensorrt.Logger(tensorrt.Logger.ERROR)
+    network = tensorrt.Builder(logger).create_network(0)
+    parser = tensorrt.OnnxParser(network, logger)
+
+    assert parser.parse_from_file(str(tmp_path / "int8" / "model.onnx")), parser.get_error(0)
+    kinds = Counter(str(network.get_layer(index).type) for index in range(network.num_layers))
+    assert kinds["LayerType.QUANTIZE"] == 6
+
+
+def test_runs_of_one_weight_have_their_own_bias_and_range(tmp_path: Path) -> None:
+    part, path = quantized(BLOCK, tmp_path)
+    graph = part.models["model.onnx"].graph
+    adds = {linear.name: linear for linear in part.integer_linears if linear.group == "w1"}
+    biases = [linear.bias for linear in adds.values()]
+
+    assert len({id(bias) for bias in biases}) == 2
+    assert len({one.scale for one in part.record.ranges if one.name in ("n1", "n2")}) == 2
+    assert sum(node.op_type == "MatMul" for node in graph) == 9
+    assert path.is_file()
+
+
+@pytest.mark.parametrize("scheme", ["int8-weights", "int4-weights"])
+def test_weight_only_schemes_leave_activations_float(scheme: str, tmp_path: Path) -> None:
+    options = PartOptions(scheme)  # type: ignore[arg-type]
+    part, path = quantized(BLOCK, tmp_path, options)
+    graph = part.models["model.onnx"].graph
+    model = build(BLOCK)
+    (feeds,) = inputs(model, 1)
+    exact = run(model, path.parent, feeds)["y"]
+    found = run(part.models["model.onnx"], tmp_path / "int8", feeds)["y"]
+
+    assert not any(node.op_type == "QuantizeLinear" for node in graph)
+    assert part.lowered == {}
+    assert decibels(exact, found) > {"int8-weights": 35, "int4-weights": 15}[scheme]
+
+
+def test_layers_may_have_schemes_of_their_own(tmp_path: Path) -> None:
+    options = PartOptions("int8", precision={"w?": "int8-weights", "wo": "float"})
+    part, _ = quantized(BLOCK, tmp_path, options)
+
+    assert {one.group: one.scheme for one in part.record.linears} == {
+        "wk": "int8-weights",
+        "wv": "int8-weights",
+        "wo": "float",
+        "w1": "int8-weights",
+        "w2": "int8-weights",
+    }
+    assert part.kept_float == {"wo": "asked for"}
+    assert part.integer_linears == ()

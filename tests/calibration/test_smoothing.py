@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Smoothing changes no float number, leaves no product behind, and makes integers better."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from perceiver_export.calibration.linears import find_linears
+from perceiver_export.calibration.plan import decibels
+from perceiver_export.calibration.quantize_part import PartOptions
+from perceiver_export.calibration.smoothing import find_sites, smooth
+from tests.calibration.graphs import BLOCK, FOLDED, build, inputs, observed, quantized, run, save
+
+
+def test_sites_are_shared_layer_norms_and_value_projections() -> None:
+    model = build(BLOCK)
+    sites = find_sites(find_linears(model.graph)[0])
+    groups = [sorted({linear.group for linear in site.readers}) for site in sites]
+
+    # Three LayerNorms share g and b but not readers: each site divides a copy of its own.
+    assert groups == [["wk", "wv"], ["wo"], ["w1"]]
+    assert [len(site.norms) for site in sites] == [1, 0, 2]
+    assert [[value.group for value in site.values] for site in sites] == [[], ["wv"], []]
+
+
+def test_what_something_else_reads_is_left_alone() -> None:
+    text = BLOCK.replace("r = Add (o, x)", "r = Add (o, n)")  # the residual takes the normed input
+    sites = find_sites(find_linears(build(text).graph)[0])
+
+    assert [sorted({linear.group for linear in site.readers}) for site in sites] == [["wo"], ["w1"]]
+    assert find_sites(find_linears(build(FOLDED).graph)[0]) == []
+
+
+def test_values_whose_channels_are_shuffled_are_left_alone() -> None:
+    text = BLOCK.replace("a1 = Transpose <perm = [0, 2, 1, 3]> (a)", "a1 = Transpose <perm = [0, 2, 3, 1]> (a)")
+    sites = find_sites(find_linears(build(text).graph)[0])
+
+    assert ["wo"] not in [sorted({linear.group for linear in site.readers}) for site in sites]
+
+
+def test_float_outputs_stay_and_no_product_is_added(tmp_path: Path) -> None:
+    model = build(BLOCK)
+    path = save(model, tmp_path)
+    feeds = inputs(model, 4)
+    statistics = observed(path, feeds)
+    before = run(model, tmp_path, feeds[0])["y"]
+    operators = [node.op_type for node in model.graph]
+    alphas = smooth(model.graph, find_linears(model.graph)[0], statistics, 8)
+
+    assert set(alphas) == {"wk", "wv", "wo", "w1"}
+    assert [node.op_type for node in model.graph] == operators
+    np.testing.assert_allclose(run(model, tmp_path, feeds[0])["y"], before, rtol=1e-4, atol=1e-4)
+    again = observed(save(model, tmp_path / "smoothed"), feeds)
+    for name, activation in statistics.activations.items():  # the statistics moved along with the graph
+        np.testing.assert_allclose(activation.largest, again.activations[name].largest, rtol=1e-3, atol=1e-4)
+
+
+def test_smoothed_integers_are_closer_to_float(tmp_path: Path) -> None:
+
+    found: dict[bool, float] = {}
+    for smoothing in (False, True):
+        part, path = quantized(BLOCK, tmp_path / str(smoothing), PartOptions("int8", smooth=smoothing))
+        model = build(BLOCK)
+        feeds = inputs(model, 3, seed=9)
+        exact = [run(model, path.parent, one)["y"] for one in feeds]
+        outputs = [run(part.models["model.onnx"], tmp_path / str(smoothing) / "int8", one)["y"] for one in feeds]
+        found[smoothing] = decibels(np.stack(exact), np.stack(outputs))
+
+    assert found[True] > found[False] + 3
