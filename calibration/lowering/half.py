@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""fp32 graph -> fp16 or bf16 graph, with casts in it: what engines want that take precision from the graph alone.
+
+The interface stays float32 and int32. What does not fit into 16 bits stays float32, and the reason is told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+
+Half = Literal["fp16", "bf16"]
+
+_DTYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
+_LARGEST = {"fp16": 65504.0, "bf16": float(ml_dtypes.finfo(ml_dtypes.bfloat16).max)}
+# Samples see less than the device will: what came within this factor of the largest number counts as overflow.
+HEADROOM = 4.0
+# An integer scale below this loses more than 0.4 % of itself to fp16's subnormals.
+_SMALLEST_SCALE = 2.0**-17
+# Masks are large negative constants added to scores. This one is finite in fp16, so is its sum with any score down to
+# -16000, and next to it scores below 16 vanish, as they do next to float32's -1e30.
+_MASK, _FP16_MASK = -1e9, -49152.0
+# Squares and sums: cheap, and where fp16 overflows first.
+_FP32_OPERATORS = frozenset({"Pow", "ReduceSum", "ReduceMean", "ReduceSumSquare", "ReduceL2", "Sqrt", "Reciprocal"})
+
+
+@dataclass
+class _State:
+    graph: ir.Graph
+    low: ir.DataType
+    kept: dict[str, str]
+    casts: dict[tuple[ir.Value, ir.DataType], ir.Value] = field(default_factory=dict)
+
+
+def to_half(model: ir.Model, precision: Half, hazards: Mapping[str, float] | None = None) -> dict[str, str]:
+    """Cast the graph in place; gives the names of nodes that stay float32, each with the reason.
+
+    ``hazards`` is the largest |x| seen of each float tensor, by its name. float32 stay: what reads or writes a tensor
+    beyond the format's range (with `HEADROOM`), sums over more terms than fp16 can count, squares and their means, and
+    integer scales too small for fp16. Constants that mask scores become the largest that fp16 takes without overflow.
+
+    Given:  MatMul(x, W) -> Add(y, b) -> LayerNormalization(z)       where |z| reached 1e6
+    Result: Cast16(x), MatMul(., W16), Cast32(y), Add(., b) -> LayerNormalization(z), Cast16(.)
+    """
+    graph = model.graph
+    masked = _clamp_masks(graph) if precision == "fp16" else set()
+    kept = {
+        node.name or "": reason for node in graph if (reason := _reason(node, precision, hazards or {}, masked)) != ""
+    }
+    state = _State(graph, _DTYPES[precision], kept)
+    for node in list(graph):
+        _cast_node(node, state)
+    for index, value in enumerate(graph.outputs):
+        if value.dtype == state.low:
+            graph.outputs[index] = _cast_output(value, state)
+    for name in [name for name, value in graph.initializers.items() if not value.uses()]:
+        del graph.initializers[name]
+    return kept
+
+
+def _reason(node: ir.Node, precision: Half, hazards: Mapping[str, float], masked: set[ir.Value]) -> str:
+    """Why a node must stay float32; empty where it need not."""
+    limit = _LARGEST[precision] / HEADROOM
+    for value in (*node.inputs, *node.outputs):
+        if value is None or value.dtype != ir.DataType.FLOAT or value in masked:
+            continue
+        most = _largest(value, hazards)
+        if not most < limit:
+            return f"|{value.name}| reaches {most:.3g}"
+    if any(attribute.type == ir.AttributeType.GRAPH for attribute in node.attributes.values()):
+        return "it holds a graph"
+    if precision == "bf16":
+        return ""
+    if node.op_type in _FP32_OPERATORS or (node.op_type == "Mul" and node.inputs[0] is node.inputs[1]):
+        return "it squares or sums"
+    depth = reduction_depth(node)
+    if depth > _LARGEST["fp16"]:
+        return f"it sums {depth} terms"
+    if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+        scale = node.inputs[1]
+        if scale is not None and scale.const_value is not None:
+            smallest = float(np.min(scale.const_value.numpy()))
+            if smallest < _SMALLEST_SCALE:
+                return f"its scale is {smallest:.3g}"
+    return ""
+
+
+def _largest(value: ir.Value, hazards: Mapping[str, float]) -> float:
+    if value.const_value is not None:
+        array = value.const_value.numpy()
+        return float(np.max(np.abs(array))) if array.size else 0.0
+    return hazards.get(value.name or "", 0.0)
+
+
+def reduction_depth(node: ir.Node) -> int:
+    """How many terms a node adds up for one number of its result; 1 where it adds none, or their number is dynamic."""
+    source = node.inputs[0] if node.inputs else None
+    if source is None or source.shape is None or node.op_type not in ("MatMul", "Softmax"):
+        return 1
+    axis = node.attributes.get_int("axis", -1) if node.op_type == "Softmax" else -1
+    size = source.shape[axis]
+    return size if isinstance(size, int) else 1
+
+
+def _clamp_masks(graph: ir.Graph) -> set[ir.Value]:
+    """Make mask constants finite in fp16; gives them and what is computed from them up to the softmax."""
+    masked: set[ir.Value] = set()
+    for value in graph.initializers.values():
+        if value.dtype != ir.DataType.FLOAT or value.const_value is None:
+            continue
+        array = value.const_value.numpy()
+        if array.size and float(array.min()) <= _MASK:
+            value.const_value = ir.tensor(np.maximum(array, np.float32(_FP16_MASK)), name=value.name)
+            masked.add(value)
+    for node in graph:
+        if node.op_type != "Softmax" and any(value in masked for value in node.inputs if value is not None):
+            masked.update(node.outputs)
+    return masked
+
+
+def _cast_node(node: ir.Node, state: _State) -> None:
+    """Give a node inputs of its precision, and its outputs that type."""
+    wanted = ir.DataType.FLOAT if (node.name or "") in state.kept else state.low
+    if node.op_type == "Cast" and node.attributes.get_int("to") == ir.DataType.FLOAT:
+        node.attributes["to"] = ir.AttrInt64("to", int(wanted))
+    else:
+        for index, value in enumerate(node.inputs):
+            if value is not None and value.dtype in (ir.DataType.FLOAT, state.low) and value.dtype != wanted:
+                node.replace_input_with(index, _as(value, wanted, state))
+    for output in node.outputs:
+        if output.dtype == ir.DataType.FLOAT:
+            output.dtype = wanted
+
+
+def _as(value: ir.Value, dtype: ir.DataType, state: _State) -> ir.Value:
+    """The same number in another type: a converted constant, or one Cast for all who ask."""
+    if (value, dtype) in state.casts:
+        return state.casts[value, dtype]
+    suffix = dtype.name.lower()
+    result = ir.Value(name=f"{value.name}.{suffix}", shape=value.shape, type=ir.TensorType(dtype))
+    if value.const_value is not None:
+        # Lazily, or two copies of all weights would be in memory at once.
+        array = value.const_value.numpy().astype(dtype.numpy())
+        result.const_value = ir.tensor(array, name=result.name)
+        state.graph.initializers[result.name or ""] = result
+    else:
+        cast = ir.Node("", "Cast", [value], [ir.AttrInt64("to", int(dtype))], outputs=[result])
+        producer = value.producer()
+        cast.name = f"{producer.name if producer else value.name}/Cast_{suffix}"
+        if producer is None:
+            state.graph.insert_before(state.graph[0], cast)
+        else:
+            state.graph.insert_after(producer, cast)
+    state.casts[value, dtype] = result
+    return result
+
+
+def _cast_output(value: ir.Value, state: _State) -> ir.Value:
+    """The graph's output, under its own name, in float32."""
+    name = value.name
+    value.name = f"{name}.{state.low.name.lower()}"
+    result = _as(value, ir.DataType.FLOAT, state)
+    result.name = name
+    return result
