@@ -128,33 +128,39 @@ def _pad(graph: ir.Graph, node: ir.Node, index: int, axis: int, width: int) -> N
         padded.const_value = ir.tensor(array, name=name)
         graph.initializers[name] = padded
     else:
-        amounts = _constant(graph, f"{name}.pads", pads)
+        amounts = constant(graph, f"{name}.pads", pads)
         graph.insert_before(node, ir.Node("", "Pad", [value, amounts], outputs=[padded], name=f"{node.name}/Pad_{index}"))
     node.replace_input_with(index, padded)
 
 
 def _cut(graph: ir.Graph, node: ir.Node, width: int) -> None:
-    """Keep the first ``width`` numbers of the last axis of a node's result."""
-    result = node.outputs[0]
-    assert result.shape is not None
-    wide = ir.Value(name=f"{result.name}.padded", type=result.type)
-    name = result.name
+    """Keep the first ``width`` numbers of the last axis of a node's result, under the result's name."""
+    narrow = node.outputs[0]
+    assert narrow.shape is not None
+    name, users = narrow.name, list(narrow.uses())
     bounds = [
-        _constant(graph, f"{name}.{what}", np.array([number], np.int64))
-        for what, number in (("starts", 0), ("ends", width), ("axes", len(result.shape) - 1))
+        constant(graph, f"attention.cut.{what}_{number}", np.array([number], np.int64))
+        for what, number in (("start", 0), ("end", width), ("axis", len(narrow.shape) - 1))
     ]
-    cut = ir.Node("", "Slice", [result, *bounds], outputs=[wide], name=f"{node.name}/Slice")
-    wide.shape, users = result.shape, list(result.uses())
+    wide, shape = narrow, narrow.shape
+    wide.name = f"{name}.wide"
+    cut = ir.Node("", "Slice", [wide, *bounds], outputs=[ir.Value(name=name, type=wide.type, shape=shape)])
+    cut.name = f"{node.name}/Slice"
     graph.insert_after(node, cut)
     for user, index in users:
-        user.replace_input_with(index, wide)
+        user.replace_input_with(index, cut.outputs[0])
+    padded = node.inputs[1]
+    wide.shape = ir.Shape([*shape[:-1], padded.shape[-1] if padded is not None and padded.shape is not None else None])
 
 
-def _constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
+def constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
+    """An initializer of that name, made once."""
+    if name in graph.initializers:
+        return graph.initializers[name]
     value = ir.Value(
         name=name,
         shape=ir.Shape(array.shape),
-        type=ir.TensorType(ir.DataType.INT64),
+        type=ir.TensorType(ir.DataType.from_numpy(array.dtype)),
         const_value=ir.tensor(array, name=name),
     )
     graph.initializers[name] = value

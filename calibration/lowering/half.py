@@ -48,10 +48,7 @@ def to_half(model: ir.Model, precision: Half, hazards: Mapping[str, float] | Non
     Result: Cast16(x), MatMul(., W16), Cast32(y), Add(., b) -> LayerNormalization(z), Cast16(.)
     """
     graph = model.graph
-    masked = _clamp_masks(graph) if precision == "fp16" else set()
-    kept = {
-        node.name or "": reason for node in graph if (reason := _reason(node, precision, hazards or {}, masked)) != ""
-    }
+    kept = overflows(graph, precision, hazards or {})
     state = _State(graph, _DTYPES[precision], kept)
     for node in list(graph):
         _cast_node(node, state)
@@ -61,6 +58,13 @@ def to_half(model: ir.Model, precision: Half, hazards: Mapping[str, float] | Non
     for name in [name for name, value in graph.initializers.items() if not value.uses()]:
         del graph.initializers[name]
     return kept
+
+
+def overflows(graph: ir.Graph, precision: Half, hazards: Mapping[str, float]) -> dict[str, str]:
+    """Names of the nodes that must stay float32, with the reason. In fp16, masks are made finite first, in place."""
+    masked = _clamp_masks(graph) if precision == "fp16" else set()
+    reasons = ((node.name or "", _reason(node, precision, hazards, masked)) for node in graph)
+    return {name: reason for name, reason in reasons if reason}
 
 
 def _reason(node: ir.Node, precision: Half, hazards: Mapping[str, float], masked: set[ir.Value]) -> str:
