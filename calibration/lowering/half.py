@@ -17,6 +17,7 @@ import onnx_ir as ir
 Half = Literal["fp16", "bf16"]
 
 _DTYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
+_FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 _LARGEST = {"fp16": 65504.0, "bf16": float(ml_dtypes.finfo(ml_dtypes.bfloat16).max)}
 # Samples see less than the device will: what came within this factor of the largest number counts as overflow.
 HEADROOM = 4.0
@@ -64,17 +65,17 @@ def overflows(graph: ir.Graph, precision: Half, hazards: Mapping[str, float]) ->
     """Names of the nodes that must stay float32, with the reason. In fp16, masks are made finite first, in place."""
     masked = _clamp_masks(graph) if precision == "fp16" else set()
     reasons = ((node.name or "", _reason(node, precision, hazards, masked)) for node in graph)
-    return {name: reason for name, reason in reasons if reason}
+    kept = {name: reason for name, reason in reasons if reason}
+    return kept | {node.name or "": "it computes an index" for node in _index_arithmetic(graph)}
 
 
 def _reason(node: ir.Node, precision: Half, hazards: Mapping[str, float], masked: set[ir.Value]) -> str:
     """Why a node must stay float32; empty where it need not."""
-    limit = _LARGEST[precision] / HEADROOM
     for value in (*node.inputs, *node.outputs):
         if value is None or value.dtype != ir.DataType.FLOAT or value in masked:
             continue
         most = _largest(value, hazards)
-        if not most < limit:
+        if not most < _LARGEST[precision] / (1 if value.const_value is not None else HEADROOM):
             return f"|{value.name}| reaches {most:.3g}"
     if any(attribute.type == ir.AttributeType.GRAPH for attribute in node.attributes.values()):
         return "it holds a graph"
@@ -92,6 +93,25 @@ def _reason(node: ir.Node, precision: Half, hazards: Mapping[str, float], masked
             if smallest < _SMALLEST_SCALE:
                 return f"its scale is {smallest:.3g}"
     return ""
+
+
+def _index_arithmetic(graph: ir.Graph) -> set[ir.Node]:
+    """What computes numbers that become integers: fp16 counts to 2048, and a grid has more points."""
+    found: set[ir.Node] = set()
+    pending = [
+        node
+        for node in graph
+        if node.op_type in ("Cast", "CastLike") and node.outputs[0].dtype not in (None, *_FLOATS)
+    ]
+    while pending:
+        node = pending.pop()
+        for value in node.inputs:
+            producer = value.producer() if value is not None and value.dtype in _FLOATS else None
+            if producer is not None and producer not in found:
+                found.add(producer)
+                pending.append(producer)
+        found.add(node)
+    return found
 
 
 def _largest(value: ir.Value, hazards: Mapping[str, float]) -> float:

@@ -97,16 +97,17 @@ def differences(asked: Mapping[str, str], layers: Iterable[Layer]) -> tuple[Diff
 
 
 def _precisions(layers: Iterable[Layer]) -> dict[str, str]:
-    """Of each node the narrowest type that one of its kernels reads: the product's own, beside its epilogues."""
+    """Of each node the narrowest type that one of its kernels computes in: the product's own, beside its epilogues."""
     order = ("int8", "fp8", "fp16", "bf16", "fp32")
     found: dict[str, str] = {}
     for layer in layers:
-        # int8 weights beside wider activations are unpacked in the kernel: what it computes in is what it reads.
         types = [kind for kind in layer.inputs if kind in order]
         if not types:
             continue
-        # A product of int8 has int8 on both sides; a kernel that merely unpacks an input has constants of its own.
+        # Not of int8 constants: beside wider inputs they are weights that the kernel unpacks.
         narrowest = min(types, key=order.index)
+        if narrowest == "fp32":  # a kernel that begins with a cast reads fp32, and multiplies what its weights are
+            narrowest = next((kind for kind in layer.constants if kind in ("fp16", "bf16")), narrowest)
         for node in layer.nodes:
             if node not in found or order.index(narrowest) < order.index(found[node]):
                 found[node] = narrowest
