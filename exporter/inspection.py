@@ -42,7 +42,7 @@ def _inspect_onnx(path: Path) -> Inspection:
         raise MissingDependencyError(
             "inspecting an ONNX file needs onnx-ir", "pip install 'perceiver-export[export]'"
         ) from error
-    from perceiver_export.exporter.costs import stage_costs
+    from perceiver_export.calibration.costs import stage_costs
     from perceiver_export.runtimes.loading import open_engine
 
     try:

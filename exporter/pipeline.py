@@ -18,7 +18,7 @@ import numpy as np
 from perceiver_export.exporter.batch import Batch
 from perceiver_export.exporter.load import load_model
 from perceiver_export.exporter.loaded import LoadedModel
-from perceiver_export.exporter.write import file_entries, new_bundle, refuse_existing
+from perceiver_export.calibration.write import file_entries, new_bundle, refuse_existing
 from perceiver_export.runtimes.bundle import Bundle, open_bundle
 from perceiver_export.runtimes.errors import UsageError
 from perceiver_export.runtimes.loading import open_engine
@@ -107,8 +107,8 @@ def _parts(
 def _write_graphs(
     loaded: LoadedModel, graphs: tuple[GraphPart, ...], directory: Path, report: Progress
 ) -> dict[str, Part]:
-    from perceiver_export.exporter.costs import stage_costs
-    from perceiver_export.exporter.graph_files import save_graphs
+    from perceiver_export.calibration.costs import stage_costs
+    from perceiver_export.calibration.graph_files import save_graphs
     from perceiver_export.exporter.trace import trace
 
     models: dict[str, ir.Model] = {}

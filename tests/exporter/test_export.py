@@ -20,7 +20,7 @@ import torch
 from perceiver_export.exporter import LoadedModel, export, graph_files, inspect_bundle, load_model, pipeline, verify
 from perceiver_export.exporter.batch import Batch
 from perceiver_export.exporter.parts import whole_model
-from perceiver_export.exporter.write import new_bundle
+from perceiver_export.calibration.write import new_bundle
 from perceiver_export.runtimes import open_bundle
 from perceiver_export.runtimes.comparison import compare
 from perceiver_export.runtimes.errors import (

@@ -14,7 +14,7 @@ import pytest
 
 from perceiver_export.exporter import LoadedModel, export, load_model
 from perceiver_export.exporter.batch import Batch
-from perceiver_export.exporter.costs import stage_costs
+from perceiver_export.calibration.costs import stage_costs
 from perceiver_export.exporter.parts import whole_model
 from perceiver_export.exporter.passes.constants import FoldConstantsPass
 from perceiver_export.exporter.trace import IR_VERSION, OPSET, trace

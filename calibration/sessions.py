@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ONNX Runtime sessions on graphs that are being worked on, whose weights stay in the bundle's file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from perceiver_export.runtimes.errors import BundleError, MissingDependencyError
+
+_SILENT = 4
+
+
+def open_session(model: ir.Model, folder: Path, threads: int | None = None, config: Mapping[str, str] | None = None) -> Any:
+    """An `onnxruntime.InferenceSession` on the CPU; external weights are read from ``folder``.
+
+    ``config`` are session options by name; the name `optimized_model_filepath` and `enable_profiling` among them are
+    attributes. Raises BundleError where onnxruntime refuses the graph, MissingDependencyError.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MissingDependencyError(
+            "calibration runs the model on onnxruntime, which is not installed", "pip install 'perceiver-export[quantize]'"
+        ) from error
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = _SILENT
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    for name, value in (config or {}).items():
+        if "." in name:
+            options.add_session_config_entry(name, value)
+        else:
+            setattr(options, name, value if name != "enable_profiling" else True)
+    serialized = ir.to_proto(model).SerializeToString()
+    try:
+        return onnxruntime.InferenceSession(serialized, options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        if not type(error).__module__.startswith("onnxruntime"):
+            raise
+        first_line = str(error).splitlines()[0]
+        raise BundleError(f"onnxruntime refuses the graph: {first_line}", "report it with the bundle") from error
