@@ -49,9 +49,9 @@ class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     num_queries: int | None = None  # of a decoder: how many queries there are to choose from
     lowered: dict[str, str] = {}  # by target, the graph that was rewritten for it; others run `file`
 
-    def graph_for(self, target: str) -> str:
-        """The file that an engine of this target is made from."""
-        return self.lowered.get(target, self.file)
+    def graph_for(self, lowering: str) -> str:
+        """The file that an engine of the target that wants this lowering is made from."""
+        return self.lowered.get(lowering, self.file)
 
 
 class Check(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

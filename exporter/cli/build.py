@@ -39,7 +39,7 @@ def build(
     with progress_bar("build", quiet=json) as progress:
         for name in target:
             if lower_only or _lacks_lowering(bundle, name):
-                _lower(bundle, name)
+                _lower(bundle, name, cast("Precision", precision))
             if not lower_only:
                 built += build_(
                     bundle,
@@ -74,7 +74,10 @@ def _lacks_lowering(bundle: str, target: str) -> bool:
     return wanted and any(target not in part.lowered for part in manifest.parts.values())
 
 
-def _lower(bundle: str, target: str) -> None:
+def _lower(bundle: str, target: str, precision: Precision) -> None:
+    if target.startswith("tensorrt"):
+        _lower_for_tensorrt(bundle, target, precision)
+        return
     from perceiver_export import calibration
     from perceiver_export.runtimes.engines.targets import find_target
     from perceiver_export.runtimes.errors import UsageError
@@ -83,6 +86,15 @@ def _lower(bundle: str, target: str) -> None:
     if "lower" not in calibration.__all__:
         raise UsageError(f"no graph is rewritten for {target} by this version", "leave --lower-only out")
     calibration.lower(bundle, target)
+
+
+def _lower_for_tensorrt(bundle: str, target: str, precision: Precision) -> None:
+    from perceiver_export.calibration.lowering.tensorrt_bundle import lower_bundle
+
+    for lowered in lower_bundle(bundle, target, precision):
+        kept = sum(map(len, lowered.kept.values()))
+        worst = f", {min(lowered.sqnr.values()):.1f} dB SQNR on ONNX Runtime" if lowered.sqnr else ""
+        typer.echo(f"{lowered.name}: {', '.join(lowered.files)}; {kept} nodes stay fp32{worst}")
 
 
 def _sizes(texts: list[str]) -> dict[str, tuple[int, int, int]]:

@@ -19,6 +19,7 @@ from perceiver_export.exporter.cli.demo import demo
 from perceiver_export.exporter.cli.doctor import doctor
 from perceiver_export.exporter.cli.export import export
 from perceiver_export.exporter.cli.inspect import inspect
+from perceiver_export.exporter.cli.lint import lint
 from perceiver_export.exporter.cli.presets import presets
 from perceiver_export.exporter.cli.run import run
 from perceiver_export.exporter.cli.validate import validate
@@ -50,7 +51,7 @@ def _interruptible(command: Callable[_P, None]) -> Callable[_P, None]:
     return run_command
 
 
-for command in (export, build, run, validate, bench, inspect, doctor, presets, demo):
+for command in (export, build, run, validate, bench, inspect, lint, doctor, presets, demo):
     app.command()(_interruptible(command))
 
 

@@ -9,6 +9,7 @@ import msgspec
 
 from perceiver_export.runtimes.bundle import Bundle
 from perceiver_export.runtimes.engines.backend import Backend, EngineOptions, Platform, Source
+from perceiver_export.runtimes.engines.targets import find_target
 from perceiver_export.runtimes.errors import BundleError
 from perceiver_export.runtimes.manifest import FileEntry, Part
 
@@ -50,9 +51,14 @@ def model_hash(bundle: Bundle, graph: str) -> str:
     entries = {
         name: entry.sha256
         for name, entry in bundle.manifest.files.items()
-        if name == graph or not name.endswith((".onnx", ".npz", ".json"))
+        if name == graph or (not name.endswith((".onnx", ".npz", ".json")) and _is_read_by(graph, name))
     }
     return hashlib.sha256(msgspec.json.encode(entries, order="sorted")).hexdigest()
+
+
+def _is_read_by(graph: str, weights: str) -> bool:
+    """Whether a graph may read a file of weights: the bundle's own, or those of its own lowering."""
+    return weights == "model.weights" or graph.endswith(f".{weights.removesuffix('.weights')}.onnx")
 
 
 def identify(bundle: Bundle, part: str, source: Source, platform: Platform) -> Identity:
@@ -83,7 +89,7 @@ def make_source(bundle: Bundle, part: Part, target: str, options: EngineOptions)
     shapes = {name: options.shapes.get(name, (least, least, most)) for name, (least, most) in ranges.items()}
     return Source(
         target=target,
-        graph=bundle.file(part.graph_for(target)),
+        graph=bundle.file(part.graph_for(find_target(target).lowering(options.precision))),
         options=msgspec.structs.replace(options, shapes=shapes),
         precision=precision,
         inputs=part.inputs,

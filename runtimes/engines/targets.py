@@ -31,6 +31,14 @@ class Target:
         """The command that brings the engine's library."""
         return f"pip install 'perceiver-export[{self.extra}]'"
 
+    def lowering(self, precision: str) -> str:
+        """The name under which a bundle has the graph for this target: TensorRT has one for each precision, and others
+        for version 8, which takes precision from flags.
+        """
+        if self.module != "tensorrt":
+            return self.name
+        return f"{'tensorrt8' if self.version().startswith('8.') else 'tensorrt'}-{precision}"
+
     def backend(self) -> Backend:
         """The module that runs it."""
         return cast(Backend, importlib.import_module(f"{_ENGINES}.{self.module}"))
