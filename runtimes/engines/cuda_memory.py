@@ -71,7 +71,8 @@ class Stream:
     def record(self, work: Callable[[], None]) -> bool:
         """Keep ``work`` as a graph for `replay` instead of doing it; False where it cannot be kept."""
         graph, executable = ctypes.c_void_p(), ctypes.c_void_p()
-        self._cuda.call("cuStreamBeginCapture_v2", self.handle, _CAPTURE_THREAD_LOCAL)
+        if self._cuda.driver.cuStreamBeginCapture_v2(self.handle, _CAPTURE_THREAD_LOCAL):
+            return False
         try:
             work()
         except DeviceError:
