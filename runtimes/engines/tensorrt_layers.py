@@ -25,6 +25,9 @@ _TYPES = (
     ("Float", "fp32"),
     ("FP32", "fp32"),
 )
+_ORDER = ("int8", "fp8", "fp16", "bf16", "fp32")
+# A fused kernel is named after what it does: one that casts before its product (Fc) dequantizes, and multiplies floats.
+_UNPACKS = re.compile(r"^__myl_\w*Cast\w*Fc")
 _ONNX = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
 
 
@@ -98,20 +101,28 @@ def differences(asked: Mapping[str, str], layers: Iterable[Layer]) -> tuple[Diff
 
 def _precisions(layers: Iterable[Layer]) -> dict[str, str]:
     """Of each node the narrowest type that one of its kernels computes in: the product's own, beside its epilogues."""
-    order = ("int8", "fp8", "fp16", "bf16", "fp32")
     found: dict[str, str] = {}
     for layer in layers:
-        types = [kind for kind in layer.inputs if kind in order]
-        if not types:
-            continue
-        # Not of int8 constants: beside wider inputs they are weights that the kernel unpacks.
-        narrowest = min(types, key=order.index)
-        if narrowest == "fp32":  # a kernel that begins with a cast reads fp32, and multiplies what its weights are
-            narrowest = next((kind for kind in layer.constants if kind in ("fp16", "bf16")), narrowest)
-        for node in layer.nodes:
-            if node not in found or order.index(narrowest) < order.index(found[node]):
-                found[node] = narrowest
+        precision = _precision(layer)
+        for node in layer.nodes if precision else ():
+            if node not in found or _ORDER.index(precision) < _ORDER.index(found[node]):
+                found[node] = precision
     return found
+
+
+def _precision(layer: Layer) -> str:
+    """What a kernel computes in: what it reads, unless it converts that first; empty where nothing is reported.
+
+    Constants count little: int8 ones beside wider inputs are weights that the kernel unpacks.
+    """
+    types = [kind for kind in layer.inputs if kind in _ORDER]
+    halves = [kind for kind in (*layer.constants, *layer.outputs) if kind in ("fp16", "bf16")]
+    narrowest = min(types, key=_ORDER.index, default="")
+    if narrowest == "int8" and _UNPACKS.search(layer.name):
+        return halves[0] if halves else "fp32"
+    if narrowest == "fp32":  # a kernel that begins with a cast, and multiplies by weights that are halves
+        return next((kind for kind in layer.constants if kind in ("fp16", "bf16")), narrowest)
+    return narrowest
 
 
 def _from_line(line: str) -> Layer:
