@@ -14,6 +14,8 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
+from perceiver_export.calibration.lowering.attention import find_attentions
+
 Half = Literal["fp16", "bf16"]
 
 _DTYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
@@ -23,9 +25,18 @@ _LARGEST = {"fp16": 65504.0, "bf16": float(ml_dtypes.finfo(ml_dtypes.bfloat16).m
 HEADROOM = 4.0
 # An integer scale below this loses more than 0.4 % of itself to fp16's subnormals.
 _SMALLEST_SCALE = 2.0**-17
+# A weight whose largest number is below this has fewer than 7 bits left for the typical one.
+_SMALLEST_WEIGHT = 2.0**-13
+# fp16 resolves 1/16 at 64 and 1/2 at 600: a probability is off by as much, so scores beyond this are not rounded.
+_LARGEST_SCORE = 64.0
 # Masks are large negative constants added to scores. This one is finite in fp16, so is its sum with any score down to
 # -16000, and next to it scores below 16 vanish, as they do next to float32's -1e30.
 _MASK, _FP16_MASK = -1e9, -49152.0
+# What gives no larger number than it takes: so the largest that went in bounds what comes out, which nobody measured.
+_NO_LARGER = frozenset(
+    "Reshape Transpose Squeeze Unsqueeze Slice Gather Concat Expand Pad Split Flatten Identity Gelu Relu Floor"
+    " ReduceMax ReduceMean MaxPool AveragePool QuantizeLinear DequantizeLinear".split()
+)
 # Squares and sums: cheap, and where fp16 overflows first.
 _FP32_OPERATORS = frozenset({"Pow", "ReduceSum", "ReduceMean", "ReduceSumSquare", "ReduceL2", "Sqrt", "Reciprocal"})
 
@@ -43,7 +54,7 @@ def to_half(model: ir.Model, precision: Half, hazards: Mapping[str, float] | Non
 
     ``hazards`` is the largest |x| seen of each float tensor, by its name. float32 stay: what reads or writes a tensor
     beyond the format's range (with `HEADROOM`), sums over more terms than fp16 can count, squares and their means, and
-    integer scales too small for fp16. Constants that mask scores become the largest that fp16 takes without overflow.
+    integer scales and weights too small for fp16, and attention whose scores are large. Constants that mask scores become the largest that fp16 takes without overflow.
 
     Given:  MatMul(x, W) -> Add(y, b) -> LayerNormalization(z)       where |z| reached 1e6
     Result: Cast16(x), MatMul(., W16), Cast32(y), Add(., b) -> LayerNormalization(z), Cast16(.)
@@ -64,9 +75,11 @@ def to_half(model: ir.Model, precision: Half, hazards: Mapping[str, float] | Non
 def overflows(graph: ir.Graph, precision: Half, hazards: Mapping[str, float]) -> dict[str, str]:
     """Names of the nodes that must stay float32, with the reason. In fp16, masks are made finite first, in place."""
     masked = _clamp_masks(graph) if precision == "fp16" else set()
+    hazards = _carried(graph, hazards)
     reasons = ((node.name or "", _reason(node, precision, hazards, masked)) for node in graph)
     kept = {name: reason for name, reason in reasons if reason}
-    return kept | {node.name or "": "it computes an index" for node in _index_arithmetic(graph)}
+    kept |= {node.name or "": "it computes an index" for node in _index_arithmetic(graph)}
+    return _large_scores(graph, hazards, masked) | kept
 
 
 def _reason(node: ir.Node, precision: Half, hazards: Mapping[str, float], masked: set[ir.Value]) -> str:
@@ -83,6 +96,9 @@ def _reason(node: ir.Node, precision: Half, hazards: Mapping[str, float], masked
         return ""
     if node.op_type in _FP32_OPERATORS or (node.op_type == "Mul" and node.inputs[0] is node.inputs[1]):
         return "it squares or sums"
+    weight = node.inputs[1] if node.op_type in ("MatMul", "Gemm", "Conv") else None
+    if weight is not None and weight.const_value is not None and 0 < _largest(weight, {}) < _SMALLEST_WEIGHT:
+        return f"its weight is at most {_largest(weight, {}):.3g}"
     depth = reduction_depth(node)
     if depth > _LARGEST["fp16"]:
         return f"it sums {depth} terms"
@@ -93,6 +109,46 @@ def _reason(node: ir.Node, precision: Half, hazards: Mapping[str, float], masked
             if smallest < _SMALLEST_SCALE:
                 return f"its scale is {smallest:.3g}"
     return ""
+
+
+def _large_scores(graph: ir.Graph, hazards: Mapping[str, float], masked: set[ir.Value]) -> dict[str, str]:
+    """Of attentions with large scores: softmax, scores, and what makes queries and keys, the linear included.
+
+    An int8 linear is left as it is: its own steps are coarser than what fp16 would cost.
+    """
+    kept: dict[str, str] = {}
+    for attention in find_attentions(graph):
+        most = hazards.get(attention.scores.outputs[0].name or "", 0.0)
+        if most <= _LARGEST_SCORE:
+            continue
+        pending: list[ir.Node] = [attention.softmax]
+        while pending:
+            node = pending.pop()
+            kept[node.name or ""] = f"its scores reach {most:.3g}"
+            if node.op_type == "MatMul" and node is not attention.scores:
+                continue
+            producers = (value.producer() for value in node.inputs if value is not None and value not in masked)
+            pending += [one for one in producers if one is not None and _makes_scores(one)]
+    return kept
+
+
+def _makes_scores(node: ir.Node) -> bool:
+    """Whether a node before a softmax belongs to its scores: products of floats, biases, scales, and what moves."""
+    if node.op_type == "MatMul":
+        sources = (value.producer() for value in node.inputs if value is not None)
+        return not any(source is not None and source.op_type == "DequantizeLinear" for source in sources)
+    return node.op_type in ("Add", "Div", "Mul", "Transpose", "Reshape", "Pad")
+
+
+def _carried(graph: ir.Graph, hazards: Mapping[str, float]) -> dict[str, float]:
+    """Hazards, and those of the tensors that are made of such without becoming larger."""
+    known = dict(hazards)
+    for node in graph:
+        if node.op_type in _NO_LARGER:
+            most = max((known.get(value.name or "", 0.0) for value in node.inputs if value is not None), default=0.0)
+            for value in node.outputs:
+                known.setdefault(value.name or "", most)
+    return known
 
 
 def _index_arithmetic(graph: ir.Graph) -> set[ir.Node]:

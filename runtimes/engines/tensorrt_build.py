@@ -149,23 +149,27 @@ def _run(trt: Any, can: Capabilities, builder: Any, network: Any, config: Any, p
         config.progress_monitor = _monitor(trt, progress, stop, failures)
     progress("compiling", 0, None)
     result: list[Any] = []
+    finished = threading.Event()
 
     def compile_() -> None:
         try:
             result.append(builder.build_serialized_network(network, config))
         except Exception as error:
             failures.append(error)
+        finally:
+            finished.set()
 
     thread = threading.Thread(target=compile_, name="tensorrt-build")
     thread.start()
     interrupted = False
-    while thread.is_alive():
+    while not finished.is_set():
         try:
-            thread.join()
+            finished.wait()  # not `join`: interrupted, Python 3.11's takes the thread for dead
         except KeyboardInterrupt:
             interrupted = True
             stop.set()
             progress("stopping", 0, None)
+    thread.join()
     if interrupted:
         raise KeyboardInterrupt
     if failures:
