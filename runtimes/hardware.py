@@ -65,6 +65,25 @@ def device_files(pattern: str) -> tuple[str, ...]:
     return tuple(sorted(str(path) for path in Path("/dev").glob(pattern)))
 
 
+def pci_devices(vendor: str, kinds: tuple[str, ...], root: Path = Path("/sys/bus/pci/devices")) -> bool:
+    """Whether there is a PCI device of that vendor (``0x10de``) whose class begins with one of ``kinds`` (``0x03``: a
+    display, ``0x12``: an accelerator), with a driver or without.
+    """
+    return any(
+        _first_line(device / "vendor") == vendor and _first_line(device / "class").startswith(kinds)
+        for device in root.glob("*")
+    )
+
+
+def linux_distribution(release: Path = Path("/etc/os-release")) -> str:
+    """ID of /etc/os-release and what it is like, "ubuntu debian"; empty where there is none."""
+    try:
+        text = release.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+    return " ".join(re.findall(r"^ID(?:_LIKE)?=\"?([^\"\n]*)", text, re.MULTILINE))
+
+
 def _first_line(path: Path) -> str:
     try:
         with path.open(encoding="utf-8", errors="replace") as file:

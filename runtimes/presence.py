@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
 from perceiver_export.runtimes.bundle import Bundle
 from perceiver_export.runtimes.engines.backend import EngineOptions
+from perceiver_export.runtimes.engines.cuda_driver import cuda_gpus
 from perceiver_export.runtimes.engines.records import make_source
 from perceiver_export.runtimes.engines.targets import TARGETS, Target
 from perceiver_export.runtimes.errors import BundleError, DeviceError, MissingDependencyError, PerceiverExportError
+from perceiver_export.runtimes.hardware import device_files
 from perceiver_export.runtimes.report import median_latency
 
 _CPU_TARGETS = ("openvino-cpu", "ort-cpu")
@@ -57,7 +60,9 @@ def choose_target(bundle: Bundle) -> str:
     Raises MissingDependencyError: none is present.
     """
     for name, target in TARGETS.items():
-        if name not in _CPU_TARGETS and target.version() and presence(target).device and _can_load(bundle, target):
+        if name in _CPU_TARGETS or not target.version() or not _hardware_here(target):
+            continue
+        if presence(target).device and _can_load(bundle, target):
             return name
     present = [name for name in ("ort-cpu", "openvino-cpu") if TARGETS[name].version()]
     present = [name for name in present if _can_load(bundle, TARGETS[name])] or present
@@ -65,6 +70,15 @@ def choose_target(bundle: Bundle) -> str:
         raise MissingDependencyError("no engine is installed that could run here", TARGETS["ort-cpu"].install)
     measured = {name: median_latency(bundle.path, name) for name in present}
     return min(present, key=lambda name: (measured[name] is None, measured[name] or 0.0))
+
+
+def _hardware_here(target: Target) -> bool:
+    """Whether to ask the target's library at all: importing one for nothing costs every app that starts."""
+    if target.hardware == "NVIDIA GPU":
+        return bool(cuda_gpus())
+    if sys.platform != "linux":
+        return True
+    return bool(device_files("dri/renderD*" if target.hardware == "Intel GPU" else "accel/accel*"))
 
 
 def _can_load(bundle: Bundle, target: Target) -> bool:

@@ -27,7 +27,7 @@ _engines: weakref.WeakSet[Engine] = weakref.WeakSet()
 
 
 def _keep_engines() -> None:
-    """In a forked child: engines are never freed there, as their destructors wait for threads that did not come along."""
+    """In a forked child engines are never freed: their destructors would wait for threads that did not come along."""
     for engine in _engines:
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(engine))
 
@@ -39,8 +39,9 @@ if hasattr(os, "register_at_fork"):
 class Runtime:
     """A loaded graph. Safe to use from several threads; several runtimes may live in one process.
 
-    It belongs to the process that loaded it: a child made by `os.fork` may not use it (engines' threads do not live on
-    there) and is told so; load in the child, or start processes with ``spawn``. Use it as a context manager, or call
+    It belongs to the process that loaded it: a forked child may not use it (engines' threads do not live on there) and
+    is told so. A child of multiprocessing may load its own; one made by a bare `os.fork` beside ONNX Runtime must end
+    with `os._exit`, because onnxruntime's exit handler waits there for ever. Use it as a context manager, or call
     `close`.
     """
 

@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from perceiver_export.exporter.cli.output import (
-    DeviceOption,
     JsonFlag,
     ThreadsOption,
     print_json,
@@ -17,7 +17,7 @@ from perceiver_export.exporter.cli.output import (
 )
 
 if TYPE_CHECKING:
-    from perceiver_export.runtimes.benchmark import Bench
+    from perceiver_export.runtimes.benchmark import Bench, Measurement
 
 
 def bench(
@@ -30,13 +30,25 @@ def bench(
         str | None, typer.Option(help="One part of a split bundle; without it all queries are decoded.")
     ] = None,
     runs: Annotated[int, typer.Option(help="Counted calls.")] = 100,
-    device: DeviceOption = "auto",
+    device: Annotated[
+        str, typer.Option(help="Target to run on; `auto` takes the first that is present, `all` each in turn.")
+    ] = "auto",
     threads: ThreadsOption = None,
+    energy: Annotated[
+        bool, typer.Option("--energy", help="Joules a sample, where the board has power rails; 13 s more a target.")
+    ] = False,
+    save: Annotated[
+        bool, typer.Option("--save", help="Keep the figures in the bundle's report.json, for `auto` and `package`.")
+    ] = False,
+    csv: Annotated[Path | None, typer.Option(metavar="FILE.csv", help="Write the figures here as well.")] = None,
     json: JsonFlag = False,
 ) -> None:
-    """Measure latency, throughput, load time and memory on this machine."""
+    """Measure latency, throughput, load time, memory and accuracy on this machine."""
+    from perceiver_export.exporter.cli.files import check_file
     from perceiver_export.runtimes.benchmark import bench as bench_
 
+    if csv is not None:
+        check_file(csv)
     with progress_bar("bench", quiet=json) as progress:
         result = bench_(
             bundle,
@@ -45,8 +57,12 @@ def bench(
             device=device,
             runs=runs,
             threads=threads,
+            energy=energy,
+            save=save,
             progress=lambda done, total: progress("bench", done, total),
         )
+    if csv is not None:
+        _write_csv(csv, result)
     if json:
         print_json(result)
     else:
@@ -54,37 +70,15 @@ def bench(
 
 
 def show_bench(result: Bench) -> None:
-    """The measurements as a table, the ratio below it."""
-    columns = [
-        "",
-        "target",
-        "engine",
-        "threads",
-        "batch>",
-        "p50>",
-        "p95>",
-        "p99>",
-        "samples/s>",
-        "load>",
-        "peak memory>",
-    ]
-    rows = [
-        (
-            side.name,
-            side.target,
-            side.engine,
-            side.threads,
-            str(side.batch),
-            f"{side.p50:.2f} ms",
-            f"{side.p95:.2f} ms",
-            f"{side.p99:.2f} ms",
-            f"{side.throughput:,.0f}",
-            f"{side.load:.0f} ms",
-            f"{side.peak_memory:.0f} MiB ({side.base_memory:.0f} before load)",
-        )
-        for side in result.measurements
-    ]
-    print_table(f"{result.runs} runs on {result.machine}", columns, rows)
+    """The measurements as a table, ratios in it or below it."""
+    several, energy = len(result.measurements) > 1, any(side.joules is not None for side in result.measurements)
+    columns = ["", "target", "engine", "precision", "threads", "batch>", "p50>", "p95>", "p99>"]
+    columns += ["× first>"] * several + ["samples/s>", "load>", "peak memory>", "from torch>"] + ["energy>"] * energy
+    rows = [_row(side, several, energy) for side in result.measurements]
+    note = "peak memory: of a fresh process, and in brackets before the load; samples/s: with two requests in flight"
+    print_table(f"{result.runs} runs on {result.machine}", columns, rows, note)
+    for reason in result.skipped:
+        typer.echo(f"not measured: {reason}")
     if result.ratio is not None and result.ratio_quartiles is not None:
         low, high = result.ratio_quartiles
         first, second = (side.name for side in result.measurements)
@@ -92,3 +86,47 @@ def show_bench(result: Bench) -> None:
             f"{first} takes {result.ratio:.3f} × the time of {second} a sample "
             f"(paired; half of the pairs within {low:.3f} to {high:.3f})"
         )
+
+
+def _row(side: Measurement, several: bool, energy: bool) -> list[str]:
+    times = [f"{value:.2f} ms" for value in (side.p50, side.p95, side.p99)]
+    ratio = ["1" if side.ratio is None else f"{side.ratio:.3f}"] * several
+    joules = ["" if side.joules is None else f"{side.joules:.3g} J ({side.idle_watts:.1f} W idle)"] * energy
+    memory = f"{side.peak_memory:.0f} MiB ({side.base_memory:.0f})"
+    head = [side.name, side.target, side.engine, side.precision, side.threads, str(side.batch)]
+    return [
+        *head,
+        *times,
+        *ratio,
+        f"{side.throughput:,.0f}",
+        f"{side.load:.0f} ms",
+        memory,
+        _difference(side),
+        *joules,
+    ]
+
+
+def _difference(side: Measurement) -> str:
+    if side.difference is None:
+        return "–"
+    allowed = {None: "", True: f" ≤ {side.tolerance:.0e}", False: f" > {side.tolerance:.0e}!"}
+    return f"{side.difference:.1e}{allowed[side.within_tolerance]}" if side.tolerance else f"{side.difference:.1e}"
+
+
+def _write_csv(path: Path, result: Bench) -> None:
+    import csv
+    import io
+
+    import msgspec
+
+    from perceiver_export.exporter.cli.files import new_file
+
+    rows = [msgspec.to_builtins(side) for side in result.measurements]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=["machine", *rows[0]])
+    writer.writeheader()
+    for row in rows:
+        low_high = row.pop("ratio_quartiles") or ("", "")
+        writer.writerow({"machine": result.machine, **row, "ratio_quartiles": " ".join(map(str, low_high)).strip()})
+    with new_file(path) as temporary:
+        temporary.write_text(text.getvalue(), encoding="utf-8", newline="")

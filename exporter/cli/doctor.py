@@ -18,9 +18,8 @@ def doctor(json: JsonFlag = False) -> None:
         print_json({"targets": targets, "findings": findings})
         return
     print_table("this machine", ["", "found", "needed for"], [(f.what, f.found, f.needed_for) for f in findings])
-    for device in targets:
-        typer.echo(f"target {device.target}: {device.engine} on {device.name}")
     if not targets:
         typer.echo("no target can run here yet")
-    for fix in dict.fromkeys(finding.fix for finding in findings if finding.fix):
-        typer.echo(f"missing something? {fix}")
+    missing = [finding for finding in findings if finding.fix]
+    if missing:
+        print_table("what would bring the rest", ["", "command"], [(f.what, f.fix) for f in missing])

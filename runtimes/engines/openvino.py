@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from perceiver_export.runtimes.engines.backend import EngineOptions, Platform, Precision, Progress, Source, exact
 from perceiver_export.runtimes.engines.openvino_requests import OpenvinoEngine
 from perceiver_export.runtimes.engines.targets import find_target
@@ -61,13 +63,15 @@ def compile(source: Source, directory: Path, progress: Progress) -> None:
 def open(source: Source, directory: Path | None, threads: int | None) -> OpenvinoEngine:
     """A compiled model. Raises BundleError (not a usable graph), EngineError, DeviceError."""
     openvino = _import(source.target)
+    blob = None
     if directory is None:
         compiled = _compiled(source, threads)
     else:
-        blob = (directory / _BLOB).read_bytes()
         with _translated(f"the engine in {directory} cannot be opened", EngineError, _rebuild(source.target)):
+            # Mapped, because plugins go on reading weights from the memory that they import: it lives with the engine.
+            blob = openvino.Tensor(np.memmap(directory / _BLOB, np.uint8, mode="c"), shared_memory=True)
             compiled = _core().import_model(blob, _DEVICES[source.target], _properties(source, threads))
-    return OpenvinoEngine(openvino, compiled, source, threads)
+    return OpenvinoEngine(openvino, compiled, source, threads, blob)
 
 
 def _compiled(source: Source, threads: int | None) -> Any:
@@ -83,11 +87,21 @@ def _compiled(source: Source, threads: int | None) -> Any:
 
 
 def _with_half_weights(openvino: Any, core: Any, model: Any) -> Any:
-    """The model with weights in fp16, as OpenVINO's IR holds them, decompressed where they are used."""
+    """The model with the weights of its linears in fp16, decompressed where they are used."""
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "model.xml"
         openvino.save_model(model, path, compress_to_fp16=True)
-        return core.read_model(path).clone()
+        model = core.read_model(path).clone()
+    for node in model.get_ops():
+        if node.get_type_name() != "Convert" or node.input_value(0).get_node().get_type_name() != "Constant":
+            continue
+        uses = [(use.get_node().get_type_name(), use.get_index()) for use in node.output(0).get_target_inputs()]
+        # Only weights: a MatMul whose first input is such a constant (a Perceiver's constant queries) gives another
+        # answer at each call, as OpenVINO 2026.4 decompresses it into memory that it then uses for something else.
+        if any(use != ("MatMul", 1) for use in uses):
+            whole = node.input_value(0).get_node().data.astype(np.float32)
+            node.output(0).replace(openvino.op.Constant(whole).output(0))
+    return model
 
 
 def _properties(source: Source, threads: int | None) -> dict[str, Any]:

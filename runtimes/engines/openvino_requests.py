@@ -28,9 +28,10 @@ _Submitted = tuple[Feeds, "Future[dict[str, Array]]"]
 class OpenvinoEngine:
     """One compiled model and its requests."""
 
-    def __init__(self, openvino: Any, compiled: Any, source: Source, threads: int | None) -> None:
+    def __init__(self, openvino: Any, compiled: Any, source: Source, threads: int | None, blob: Any = None) -> None:
         self._tensor: Callable[..., Any] = openvino.Tensor
         self._compiled = compiled
+        self._blob = blob  # the memory that weights may lie in
         self._source = source
         self._threads = threads
         self._version = openvino.__version__

@@ -3,8 +3,8 @@
 
     python tests/benchmarks/overhead.py [--calls 2000] [--json]
 
-The model is tiny, so that the call dominates. All sides run in turn in one process, on the same compiled graph. Raw calls
-give arrays of the caller's own, as `Runtime.run` does: `session.run`; `request.infer(…, share_inputs=True)`.
+The model is tiny, so that the call dominates. All sides run in turn in one process, on the same compiled graph. Raw
+calls give arrays of the caller's own, as `Runtime.run` does: `session.run`; `request.infer(…, share_inputs=True)`.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def raw_call(runtime: Runtime, feeds: dict[str, Any]) -> Callable[[], Any]:
 def overhead(runtime: Runtime, calls: int) -> dict[str, float]:
     """Medians in microseconds of the raw call, `run` and `run(out=)`, in turn."""
     feeds = {"image": np.random.default_rng(0).normal(size=(1, 3, 32, 32)).astype(np.float32)}
-    out = {"logits": np.empty(runtime.outputs[0].shape, np.float32)}
+    out = runtime.run(feeds)
     sides: dict[str, Callable[[], Any]] = {
         "raw": raw_call(runtime, feeds),
         "run": lambda: runtime.run(feeds),
@@ -74,9 +74,13 @@ def overhead(runtime: Runtime, calls: int) -> dict[str, float]:
 def allocated(runtime: Runtime) -> dict[str, int]:
     """Peak bytes that Python and numpy allocate during one call, with and without ``out``."""
     feeds = {"image": np.zeros((1, 3, 32, 32), np.float32)}
-    out = {"logits": np.empty(runtime.outputs[0].shape, np.float32)}
+    out = runtime.run(feeds)
+    sides: dict[str, Callable[[], Any]] = {
+        "run": lambda: runtime.run(feeds),
+        "out=": lambda: runtime.run(feeds, out=out),
+    }
     peaks = {}
-    for name, call in {"run": lambda: runtime.run(feeds), "out=": lambda: runtime.run(feeds, out=out)}.items():
+    for name, call in sides.items():
         call()
         tracemalloc.start()
         before = tracemalloc.get_traced_memory()[0]
@@ -107,9 +111,8 @@ def main() -> None:
         medians, peaks = result["microseconds"], result["bytes"]
         for name, median in medians.items():
             print(f"{target:13s} {name:14s} median {median:8.1f} µs   over raw {median - medians['raw']:+7.1f} µs")
-        print(
-            f"{target:13s} outputs of {4 * _SIZE * _SIZE:,} bytes: run allocates {peaks['run']:,}, out= {peaks['out=']:,}"
-        )
+        size = 4 * _SIZE * _SIZE
+        print(f"{target:13s} outputs of {size:,} bytes: run allocates {peaks['run']:,}, out= {peaks['out=']:,}")
 
 
 if __name__ == "__main__":

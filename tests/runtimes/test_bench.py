@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bench on the real engine: figures that hang together."""
+"""Bench on the real engines: figures that hang together."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from perceiver_export.runtimes import bench, devices, doctor
+from perceiver_export.runtimes import bench, build, load
 from perceiver_export.runtimes.errors import BundleError, DeviceError, UsageError
+from perceiver_export.runtimes.hardware import cpu_name
+from perceiver_export.runtimes.report import read_report, update_report
+from tests.runtimes.targets import EXPECTED
 
 
 def test_a_bundle_against_its_own_graph_is_about_as_fast(fashion_bundle: Path) -> None:
-    result = bench(fashion_bundle, against=fashion_bundle / "model.onnx", runs=20, threads=1)
+    result = bench(fashion_bundle, against=fashion_bundle / "model.onnx", device="ort-cpu", runs=20, threads=1)
     first, second = result.measurements
 
     assert result.ratio is not None
@@ -20,8 +23,53 @@ def test_a_bundle_against_its_own_graph_is_about_as_fast(fashion_bundle: Path) -
     assert 0 < first.p50 <= first.p95 <= first.p99
     assert first.throughput > 0
     assert (first.name, second.name) == (fashion_bundle.name, "model.onnx")
+    assert (second.difference, second.within_tolerance) == (None, None)
     for side in (first, second):
         assert 10 < side.base_memory < side.peak_memory < 1000
+
+
+def test_every_target_that_is_here_stands_in_one_table_and_near_torch(copied_bundle: Path) -> None:
+    result = bench(copied_bundle, device="all", runs=5, save=True)
+
+    assert [side.target for side in result.measurements] == list(EXPECTED)
+    for side in result.measurements:
+        assert side.difference is not None
+        assert side.difference < 1e-4 == side.tolerance
+        assert side.within_tolerance
+        assert (side.ratio is None) == (side is result.measurements[0])
+        assert (side.precision, side.compiled) == ("fp32", "at load")
+    saved = read_report(copied_bundle)["bench"][cpu_name()]
+    assert {name: one["p50"] for name, one in saved.items()} == {one.target: one.p50 for one in result.measurements}
+
+
+@pytest.mark.skipif("openvino-cpu" not in EXPECTED, reason="PERCEIVER_TEST_TARGETS expects no OpenVINO")
+def test_fewer_bits_are_held_to_a_wider_tolerance(copied_bundle: Path) -> None:
+    build(copied_bundle, "openvino-cpu", precision="fp16")
+    (side,) = bench(copied_bundle, device="openvino-cpu", runs=5).measurements
+
+    assert side.difference is not None
+    assert 1e-5 < side.difference < 1e-2 == side.tolerance
+    assert len(side.compiled) == 16
+
+
+@pytest.mark.skipif("openvino-cpu" not in EXPECTED, reason="PERCEIVER_TEST_TARGETS expects no OpenVINO")
+def test_auto_takes_the_faster_target_of_the_report_of_this_cpu(copied_bundle: Path) -> None:
+    def chosen(**milliseconds: float) -> str:
+        measured = {name.replace("_", "-"): {"p50": value} for name, value in milliseconds.items()}
+        update_report(copied_bundle, "bench", {cpu_name(): measured, "another CPU": {"ort-cpu": {"p50": 0.001}}})
+        with load(copied_bundle) as runtime:
+            return str(runtime.describe()["target"])
+
+    with load(copied_bundle) as runtime:
+        assert runtime.describe()["target"] == "ort-cpu"
+    assert chosen() == "ort-cpu"
+    assert chosen(ort_cpu=2.0, openvino_cpu=1.0) == "openvino-cpu"
+    assert chosen(ort_cpu=1.0, openvino_cpu=2.0) == "ort-cpu"
+    (copied_bundle / "report.json").write_text("cut", encoding="utf-8")
+    with load(copied_bundle) as runtime:
+        assert runtime.describe()["target"] == "ort-cpu"
+    with pytest.raises(BundleError, match=r"report\.json cannot be read"):
+        update_report(copied_bundle, "bench", {})
 
 
 def test_what_cannot_be_measured_is_refused(fashion_bundle: Path, tmp_path: Path) -> None:
@@ -31,16 +79,8 @@ def test_what_cannot_be_measured_is_refused(fashion_bundle: Path, tmp_path: Path
         bench(tmp_path)
     with pytest.raises(DeviceError, match="no target"):
         bench(fashion_bundle, device="abacus")
+    with pytest.raises(UsageError, match="no bundle"):
+        bench(fashion_bundle / "model.onnx", save=True)
     (tmp_path / "cut.onnx").write_bytes((fashion_bundle / "model.onnx").read_bytes()[:1000])
     with pytest.raises(BundleError):
         bench(tmp_path / "cut.onnx")
-
-
-def test_doctor_finds_what_is_here_and_says_how_to_get_the_rest() -> None:
-    findings = {finding.what: finding for finding in doctor()}
-
-    assert findings["onnxruntime"].found[0].isdigit()
-    assert findings["onnxruntime"].fix == ""
-    for finding in findings.values():
-        assert (finding.found == "not installed") == bool(finding.fix)
-    assert [device.target for device in devices()] == ["ort-cpu"]

@@ -131,7 +131,7 @@ def test_a_target_that_needs_an_engine_says_how_to_build_one(
 ) -> None:
     monkeypatch.setitem(TARGETS, target, dataclasses.replace(TARGETS[target], needs_engine=True))
 
-    with pytest.raises(EngineError, match="no engine of .* was built") as caught:
+    with pytest.raises(EngineError, match=r"no engine of .* was built") as caught:
         load(copied_bundle, target)
     assert f"perceiver-export build {copied_bundle} --target {target}" in caught.value.hint
     build(copied_bundle, target)

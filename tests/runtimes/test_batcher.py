@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The batcher: everyone gets their own answer, batches fill up, nothing is lost or piles up."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from perceiver_export.runtimes import Batcher, Runtime, compare, load
+from perceiver_export.runtimes.errors import InputError, RuntimeClosedError, UsageError
+from perceiver_export.runtimes.runtime import Array, Feeds
+from tests.conftest import FASHION
+from tests.runtimes.targets import EXPECTED
+
+pytestmark = pytest.mark.skipif(
+    "PERCEIVER_TEST_BUNDLE" in os.environ,
+    reason="batched bundles are exported here, which Python 3.10 is not tested for",
+)
+
+IMAGES = np.random.default_rng(0).normal(size=(24, 1, 3, 28, 28)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The demo's model for 1 to 8 samples a call, and for exactly 4."""
+    from perceiver_export.exporter import export
+
+    place = tmp_path_factory.mktemp("batched")
+    return {
+        batch: export(FASHION / "checkpoint", place / f"b{len(batch)}", batch=batch).path for batch in ("1:4:8", "4")
+    }
+
+
+@pytest.fixture(scope="module", params=EXPECTED)
+def target(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module", params=["1:4:8", "4"])
+def runtime(request: pytest.FixtureRequest, bundles: dict[str, Path], target: str) -> Iterator[Runtime]:
+    with load(bundles[request.param], target, verify="never") as loaded:
+        yield loaded
+
+
+@pytest.fixture(scope="module")
+def expected(bundles: dict[str, Path]) -> list[Array]:
+    with load(bundles["1:4:8"], "ort-cpu", verify="never") as runtime:
+        return [runtime.run({"image": image})["logits"] for image in IMAGES]
+
+
+class Counting:
+    """A runtime that notes how many samples each call had."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.inputs, self.outputs, self.num_queries = runtime.inputs, runtime.outputs, runtime.num_queries
+        self.runtime = runtime
+        self.rows: list[int] = []
+
+    def submit(self, feeds: Feeds) -> Future[dict[str, Array]]:
+        self.rows.append(len(feeds["image"]))
+        return self.runtime.submit(feeds)
+
+
+def counted(runtime: Runtime) -> Any:
+    return Counting(runtime)
+
+
+def test_everyone_gets_their_own_answer(runtime: Runtime, expected: list[Array]) -> None:
+    with Batcher(runtime) as batcher, ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda image: batcher.run({"image": image})["logits"], IMAGES))
+
+    for found, wanted in zip(answers, expected, strict=True):
+        assert compare(found, wanted, 1e-4)
+
+
+def test_requests_of_several_samples_are_answered_whole(runtime: Runtime, expected: list[Array]) -> None:
+    with Batcher(runtime) as batcher:
+        futures = [batcher.submit({"image": IMAGES[start : start + 3, 0]}) for start in range(0, 24, 3)]
+        for start, future in zip(range(0, 24, 3), futures, strict=True):
+            found = future.result(timeout=60)["logits"]
+            assert compare(found, np.concatenate(expected[start : start + 3]), 1e-4)
+
+
+def test_what_waits_together_runs_together(bundles: dict[str, Path], target: str) -> None:
+    with load(bundles["1:4:8"], target) as runtime:
+        counting = counted(runtime)
+        with Batcher(counting, max_wait=0.5) as batcher:
+            start = time.perf_counter()
+            futures = [batcher.submit({"image": image}) for image in IMAGES]
+            for future in futures:
+                future.result(timeout=60)
+            assert time.perf_counter() - start < 30
+        assert counting.rows == [8, 8, 8]
+
+
+def test_a_request_alone_waits_no_longer_than_it_may(bundles: dict[str, Path], target: str) -> None:
+    with load(bundles["1:4:8"], target) as runtime:
+        counting = counted(runtime)
+        with Batcher(counting, max_batch=2, max_wait=0.01) as batcher:
+            batcher.run({"image": IMAGES[0]})
+            batcher.run({"image": IMAGES[1]})
+            futures = [batcher.submit({"image": image}) for image in IMAGES[:5]]
+            for future in futures:
+                future.result(timeout=60)
+        assert counting.rows[:2] == [1, 1]
+        assert max(counting.rows) <= 2
+        assert sum(counting.rows) == 7
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        np.zeros((9, 3, 28, 28), np.float32),
+        np.zeros((0, 3, 28, 28), np.float32),
+        np.zeros((1, 3, 28, 27), np.float32),
+        np.zeros((1, 3, 28, 28), np.float64),
+        "picture.png",
+    ],
+    ids=["too many", "none", "shape", "dtype", "type"],
+)
+def test_a_bad_request_is_refused_and_the_others_are_answered(runtime: Runtime, image: Any) -> None:
+    with Batcher(runtime, max_wait=0.05) as batcher:
+        good = batcher.submit({"image": IMAGES[0]})
+        with pytest.raises(InputError):
+            batcher.submit({"image": image})
+        assert good.result(timeout=60)["logits"].shape == (1, 10)
+
+
+def test_close_answers_what_was_accepted_and_refuses_more(runtime: Runtime) -> None:
+    batcher = Batcher(runtime)
+    futures = [batcher.submit({"image": image}) for image in IMAGES]
+    batcher.close()
+    batcher.close()
+
+    assert all(future.done() and future.result()["logits"].shape == (1, 10) for future in futures)
+    with pytest.raises(RuntimeClosedError):
+        batcher.submit({"image": IMAGES[0]})
+
+
+def test_a_cancelled_request_is_left_out(runtime: Runtime) -> None:
+    with Batcher(runtime, max_wait=0.2) as batcher:
+        futures = [batcher.submit({"image": image}) for image in IMAGES[:3]]
+        cancelled = futures[2].cancel()
+        assert futures[0].result(timeout=60)["logits"].shape == (1, 10)
+        assert futures[2].cancelled() == cancelled
+
+
+def test_a_runtime_that_is_closed_first_fails_the_request_and_nothing_hangs(bundles: dict[str, Path]) -> None:
+    runtime = load(bundles["4"], "ort-cpu")
+    with Batcher(runtime) as batcher:
+        runtime.close()
+        with pytest.raises(RuntimeClosedError):
+            batcher.submit({"image": IMAGES[0]}).result(timeout=60)
+
+
+def test_submit_waits_while_four_batches_are_queued(bundles: dict[str, Path]) -> None:
+    """A device that is slow: requests must not pile up without end."""
+    release = threading.Event()
+
+    class Slow(Counting):
+        def submit(self, feeds: Feeds) -> Future[dict[str, Array]]:
+            release.wait(60)
+            return super().submit(feeds)
+
+    accepted = 0
+    with load(bundles["4"], "ort-cpu") as runtime:
+        slow: Any = Slow(runtime)
+        with Batcher(slow) as batcher:
+
+            def flood() -> None:
+                nonlocal accepted
+                for _ in range(100):
+                    batcher.submit({"image": IMAGES[0]})
+                    accepted += 1
+
+            thread = threading.Thread(target=flood)
+            thread.start()
+            time.sleep(0.5)
+            assert 16 <= accepted <= 24
+            release.set()
+            thread.join(60)
+            assert accepted == 100
+
+
+def test_what_cannot_be_batched_is_refused(bundles: dict[str, Path]) -> None:
+    with load(bundles["4"], "ort-cpu") as runtime:
+        for max_batch, max_wait in ((5, 0.0), (0, 0.0), (4, -1.0)):
+            with pytest.raises(UsageError):
+                Batcher(runtime, max_batch, max_wait)

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Doctor and devices say what is here; what other systems have is read from files as those systems write them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from perceiver_export.runtimes import devices, diagnosis, doctor, hardware
+from perceiver_export.runtimes.engines.targets import TARGETS, find_target
+from perceiver_export.runtimes.errors import DeviceError
+from tests.runtimes.targets import EXPECTED
+
+
+def test_doctor_finds_what_is_here_and_says_how_to_get_the_rest() -> None:
+    findings = {finding.what: finding for finding in doctor()}
+
+    for target in EXPECTED:
+        assert " on " in findings[f"target {target}"].found
+        assert findings[f"target {target}"].fix == ""
+    for finding in findings.values():
+        if finding.found == "not installed":
+            assert finding.fix
+    assert {f"target {name}" for name in TARGETS} <= findings.keys()
+
+
+def test_devices_are_the_targets_that_run_here_in_the_order_of_auto() -> None:
+    assert [device.target for device in devices() if device.target in EXPECTED] == list(EXPECTED)
+    assert all(device.engine and device.name for device in devices())
+
+
+def test_every_row_of_the_table_can_be_asked_for_and_says_how_it_is_installed() -> None:
+    assert list(TARGETS)[-2:] == ["ort-cpu", "openvino-cpu"]
+    for name, target in TARGETS.items():
+        assert find_target(name) is target
+        assert target.install.startswith("pip install 'perceiver-export[")
+    assert find_target("ort-coreml").module == "ort"
+    for name in ("", "auto", "ort-", "ort-cpu ", "ort-../x", "openvino-tpu", "ORT-CPU"):
+        with pytest.raises(DeviceError, match="there is no target"):
+            find_target(name)
+
+
+def test_a_jetson_is_known_by_its_release_file(tmp_path: Path) -> None:
+    release = tmp_path / "nv_tegra_release"
+    release.write_text("# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic, EABI: aarch64, DATE: Wed\n")
+
+    assert hardware.jetson_linux(release) == "36.4.3"
+    assert hardware.jetson_linux(tmp_path / "none") == ""
+
+
+def test_hardware_is_found_on_the_bus_with_a_driver_or_without(tmp_path: Path) -> None:
+    for name, vendor, kind in (("0000:01:00.0", "0x10de", "0x030000"), ("0000:00:0b.0", "0x8086", "0x120000")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "vendor").write_text(f"{vendor}\n")
+        (tmp_path / name / "class").write_text(f"{kind}\n")
+
+    assert hardware.pci_devices("0x10de", ("0x03",), tmp_path)
+    assert hardware.pci_devices("0x8086", ("0x12",), tmp_path)
+    assert not hardware.pci_devices("0x8086", ("0x03",), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("release", "command"),
+    [
+        ('NAME="Ubuntu"\nID=ubuntu\nID_LIKE=debian\n', "sudo ubuntu-drivers install"),
+        ('ID=debian\nVERSION_ID="13"\n', "sudo apt install nvidia-driver"),
+        ('ID="rhel"\nID_LIKE="fedora"\n', "sudo dnf install akmod-nvidia"),
+        ("ID=arch\n", "install nvidia-driver with this system's package manager"),
+    ],
+)
+def test_a_fix_is_the_command_of_this_system(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, release: str, command: str
+) -> None:
+    """A machine with an NVIDIA card that nobody installed a driver for."""
+    (tmp_path / "os-release").write_text(release)
+    family = hardware.linux_distribution(tmp_path / "os-release")
+    monkeypatch.setattr(diagnosis, "linux_distribution", lambda: family)
+    monkeypatch.setattr(diagnosis, "cuda_gpus", lambda: ())
+    monkeypatch.setattr(diagnosis, "pci_devices", lambda vendor, kinds: vendor == "0x10de")
+    findings = {finding.what: finding for finding in doctor()}
+
+    assert findings["NVIDIA GPU"].found == "there is one, without a working driver"
+    assert findings["NVIDIA GPU"].fix == findings["target ort-cuda"].fix == command
+
+
+def test_a_device_file_that_may_not_be_opened_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(diagnosis, "pci_devices", lambda vendor, kinds: vendor == "0x8086")
+    monkeypatch.setattr(diagnosis, "device_files", lambda pattern: (str(tmp_path / "renderD128"),))
+    findings = {finding.what: finding for finding in doctor()}
+
+    assert "may not be opened" in findings["Intel GPU"].found
+    assert "usermod -aG render" in findings["target openvino-gpu"].fix
+    monkeypatch.setattr(diagnosis, "device_files", lambda pattern: ())
+    assert "without a kernel driver" in {finding.what: finding for finding in doctor()}["Intel NPU"].found

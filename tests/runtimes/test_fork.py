@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a forked child may do: not use its parent's runtime, but load its own; and neither side hangs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.runtimes.targets import EXPECTED
+
+SCRIPT = """
+import multiprocessing, sys, warnings
+import numpy as np
+from perceiver_export.runtimes import Batcher, load
+from perceiver_export.runtimes.errors import RuntimeClosedError
+
+warnings.simplefilter("ignore", DeprecationWarning)  # of Python 3.12: forking beside threads, which is what is tested
+bundle, target = sys.argv[1:]
+feeds = {"image": np.ones((1, 3, 28, 28), np.float32)}
+
+def refused(call):
+    try:
+        call(feeds)
+    except RuntimeClosedError:
+        return True
+    return False
+
+def child(pipe):
+    global runtime, batcher
+    answers = [refused(call) for call in (runtime.run, runtime.submit, batcher.submit)]
+    batcher.close()
+    runtime.close()
+    del batcher, runtime
+    with load(bundle, target) as own:
+        answers.append(bool(np.array_equal(own.run(feeds)["logits"], expected)))
+        answers.append(bool(np.array_equal(own.submit(feeds).result()["logits"], expected)))
+    pipe.send(answers)
+
+runtime = load(bundle, target)
+batcher = Batcher(runtime)
+expected = runtime.run(feeds)["logits"]
+runtime.submit(feeds).result()
+batcher.run(feeds)
+here, there = multiprocessing.Pipe()
+process = multiprocessing.get_context("fork").Process(target=child, args=(there,))
+process.start()
+print(here.recv() if here.poll(60) else "no answer")
+process.join(30)
+print(process.exitcode, np.array_equal(runtime.submit(feeds).result()["logits"], expected))
+batcher.close()
+runtime.close()
+"""
+
+
+@pytest.mark.parametrize("target", EXPECTED)
+def test_a_forked_child_is_refused_loads_its_own_and_ends(fashion_bundle: Path, target: str) -> None:
+    command = [sys.executable, "-c", SCRIPT, str(fashion_bundle), target]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+    assert done.stdout.splitlines() == ["[True, True, True, True, True]", "0 True"], done.stderr
+    assert done.returncode == 0
