@@ -160,7 +160,7 @@ def _heads(subject: Subject) -> Iterator[Finding]:
 
 def _wide_heads(subject: Subject) -> Iterator[Finding]:
     for attention in find_attentions(subject.graph):
-        if not attention.fits and attention.padded is None:
+        if not attention.fits and attention.padded is None and attention.rows != 1:
             fix = "nothing to do here: more heads, in training, would make them narrower"
             yield _slow("wide-heads", attention.softmax, f"{_widths(attention)}; {_FUSED}", fix)
 

@@ -19,8 +19,7 @@ _BETWEEN = frozenset({"Add", "Mul", "Div", "Cast"})  # from a product to its sof
 class Attention:
     """One attention: ``scores`` = MatMul(queries, keys), ``softmax``, ``read`` = MatMul(softmax, values).
 
-    ``qk`` and ``v`` are the widths of its heads; None where dynamic. ``fusable``: nothing but a mask and a scale
-    stands between the products.
+    ``qk`` and ``v`` are the widths of its heads, ``rows`` how many queries there are; None where dynamic.
     """
 
     scores: ir.Node
@@ -28,6 +27,7 @@ class Attention:
     read: ir.Node
     qk: int | None
     v: int | None
+    rows: int | None = None
 
     @property
     def name(self) -> str:
@@ -36,13 +36,13 @@ class Attention:
 
     @property
     def fits(self) -> bool:
-        """Whether an engine has a kernel for heads this wide."""
-        return self.qk is not None and self.qk == self.v and SMALLEST_HEAD <= self.qk <= LARGEST_HEAD
+        """Whether an engine has a kernel for heads this wide. One query is a product with a vector, and needs none."""
+        return self.rows != 1 and self.qk is not None and self.qk == self.v and SMALLEST_HEAD <= self.qk <= LARGEST_HEAD
 
     @property
     def padded(self) -> int | None:
         """The width at which it would fit, with zeros added; None where it fits as it is, or is too wide."""
-        if self.fits or self.qk is None or self.v is None:
+        if self.fits or self.rows == 1 or self.qk is None or self.v is None:
             return None
         # Kernels come in steps of 8 numbers.
         width = max(-(-max(self.qk, self.v) // 8) * 8, 16)
@@ -56,7 +56,16 @@ def find_attentions(graph: ir.Graph) -> Iterator[Attention]:
             continue
         scores, read = _product_before(node.inputs[0]), _product_after(node.outputs[0])
         if scores is not None and read is not None:
-            yield Attention(scores, node, read, _width(scores.inputs[0]), _width(read.inputs[1]))
+            shape = scores.outputs[0].shape
+            rows = shape[-2] if shape is not None and len(shape) > 1 else None
+            yield Attention(
+                scores,
+                node,
+                read,
+                _width(scores.inputs[0]),
+                _width(read.inputs[1]),
+                rows if isinstance(rows, int) else None,
+            )
 
 
 def pad_heads(model: ir.Model) -> int:

@@ -52,7 +52,7 @@ def build(
                     progress=progress,
                 )
     if json:
-        print_json(built)
+        print_json([{**vars(one), "directory": str(one.directory)} for one in built])
     elif built:
         _show(bundle, built)
 

@@ -66,6 +66,20 @@ def build_engine(
     Raises BuildError: the compiler gave up, or the engine's layers are not of the precision that was asked for (they
     are named); BundleError: the graph cannot be read; DeviceError; KeyboardInterrupt, once the compiler has stopped.
     """
+    return _interruptible(
+        lambda stop: _build(trt, can, platform, source, directory, progress, stop), lambda: progress("stopping", 0, None)
+    )
+
+
+def _build(
+    trt: Any,
+    can: Capabilities,
+    platform: Platform,
+    source: Source,
+    directory: Path,
+    progress: Progress,
+    stop: threading.Event,
+) -> LayerReport:
     logger = make_logger(trt)
     builder = trt.Builder(logger)
     progress("reading the graph", 0, None)
@@ -77,8 +91,11 @@ def build_engine(
     asked = asked_precisions(trt, network, can, source.options)
     check_types(asked, source)
     timing = _timing_cache(platform, config) if can.library == "tensorrt" else None
-    serialized = _run(trt, can, builder, network, config, progress)
-    del parser
+    if can.monitor:
+        config.progress_monitor = _monitor(trt, progress, stop)
+    progress("compiling", 0, None)
+    serialized = builder.build_serialized_network(network, config)
+    del parser  # it owns weights that the network refers to
     if serialized is None:
         raise _given_up(can, source, logger.problems)
     if timing is not None:
@@ -92,6 +109,40 @@ def build_engine(
             "report it with the versions that `perceiver-export doctor` shows; another --precision may be kept",
         )
     return _write(asked, layers, serialized, directory)
+
+
+def _interruptible(work: Callable[[threading.Event], LayerReport], stopping: Callable[[], None]) -> LayerReport:
+    """Work in a thread of its own, so that Ctrl-C arrives here: in a callback TensorRT would swallow it, or end the
+    process.
+
+    The first one asks the work to stop (8.x has no way to: there it is waited for), and is raised once it has.
+    """
+    stop, finished = threading.Event(), threading.Event()
+    results: list[LayerReport] = []
+    errors: list[Exception] = []
+
+    def run() -> None:
+        try:
+            results.append(work(stop))
+        except Exception as error:
+            errors.append(error)
+        finally:
+            finished.set()
+
+    thread = threading.Thread(target=run, name="tensorrt-build")
+    thread.start()
+    while not finished.is_set():
+        try:
+            finished.wait()  # not `join`: interrupted, Python 3.11's takes the thread for dead
+        except KeyboardInterrupt:
+            stop.set()
+            stopping()
+    thread.join()
+    if stop.is_set():
+        raise KeyboardInterrupt
+    if errors:
+        raise errors[0]
+    return results[0]
 
 
 def _configure(trt: Any, can: Capabilities, config: Any, builder: Any, source: Source) -> None:
@@ -138,48 +189,9 @@ def _set_targets(trt: Any, can: Capabilities, config: Any, targets: str) -> None
         config.set_compute_capability(getattr(trt.ComputeCapability, name), index)
 
 
-def _run(trt: Any, can: Capabilities, builder: Any, network: Any, config: Any, progress: Progress) -> Any:
-    """Compile in a thread of its own, so that Ctrl-C arrives here and not in a callback, which would end the process.
-
-    The first one tells the compiler to stop (8.x has no way to: there it is waited for), and is raised once it has.
-    """
-    stop = threading.Event()
-    failures: list[BaseException] = []
-    if can.monitor:
-        config.progress_monitor = _monitor(trt, progress, stop, failures)
-    progress("compiling", 0, None)
-    result: list[Any] = []
-    finished = threading.Event()
-
-    def compile_() -> None:
-        try:
-            result.append(builder.build_serialized_network(network, config))
-        except Exception as error:
-            failures.append(error)
-        finally:
-            finished.set()
-
-    thread = threading.Thread(target=compile_, name="tensorrt-build")
-    thread.start()
-    interrupted = False
-    while not finished.is_set():
-        try:
-            finished.wait()  # not `join`: interrupted, Python 3.11's takes the thread for dead
-        except KeyboardInterrupt:
-            interrupted = True
-            stop.set()
-            progress("stopping", 0, None)
-    thread.join()
-    if interrupted:
-        raise KeyboardInterrupt
-    if failures:
-        raise BuildError(f"{can.name} failed: {failures[0]}", "perceiver-export doctor") from failures[0]
-    return result[0]
-
-
-def _monitor(trt: Any, progress: Progress, stop: threading.Event, failures: list[BaseException]) -> Any:
+def _monitor(trt: Any, progress: Progress, stop: threading.Event) -> Any:
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
-        """Progress of the outermost phases; no exception may leave it."""
+        """Progress of the outermost phases; TensorRT stops where a step gives False."""
 
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
@@ -188,7 +200,6 @@ def _monitor(trt: Any, progress: Progress, stop: threading.Event, failures: list
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
             if parent_phase is None:
                 self.sizes[phase_name] = num_steps
-                self._tell(lambda: progress(phase_name, 0, num_steps))
 
         def phase_finish(self, phase_name: str) -> None:
             self.sizes.pop(phase_name, None)
@@ -196,15 +207,8 @@ def _monitor(trt: Any, progress: Progress, stop: threading.Event, failures: list
         def step_complete(self, phase_name: str, step: int) -> bool:
             size = self.sizes.get(phase_name)
             if size is not None:
-                self._tell(lambda: progress(phase_name, step + 1, size))
+                progress(phase_name, step + 1, size)
             return not stop.is_set()
-
-        def _tell(self, report: Callable[[], None]) -> None:
-            try:
-                report()
-            except Exception as error:
-                failures.append(error)
-                stop.set()
 
     return Monitor()
 
