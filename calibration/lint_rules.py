@@ -35,6 +35,7 @@ _HALF = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 _FLOATS = (ir.DataType.FLOAT, *_HALF)
 _MOST_AXES = 8
 _FP16_TERMS = 65504
+_SMALL_CONSTANT = 1 << 8  # numbers; weights are in another file, and are not read
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,10 @@ def _weight_axis(subject: Subject) -> Iterator[Finding]:
         for product in _products(node.outputs[0]):
             if product.inputs[1] is node.outputs[0] and axis != len(weight.shape) - 1:
                 yield _slow(
-                    "weight-axis", product, "its weight has a scale for each input, so it runs in floating point", _QUANTIZE
+                    "weight-axis",
+                    product,
+                    "its weight has a scale for each input, so it runs in floating point",
+                    _QUANTIZE,
                 )
 
 
@@ -135,7 +139,9 @@ def _one_sided(subject: Subject) -> Iterator[Finding]:
         if node.op_type in ("MatMul", "Gemm"):
             activation, weight = (_dequantized(node.inputs[index]) for index in range(2))
             if activation and not weight and node.inputs[1] is not None and node.inputs[1].is_initializer():
-                yield _slow("one-sided", node, "its input is int8 and its weight is not: it runs in floating point", _QUANTIZE)
+                yield _slow(
+                    "one-sided", node, "its input is int8 and its weight is not: it runs in floating point", _QUANTIZE
+                )
 
 
 def _partial_attention(subject: Subject) -> Iterator[Finding]:
@@ -200,10 +206,12 @@ def _axes(subject: Subject) -> Iterator[Finding]:
 
 def _overflow(subject: Subject) -> Iterator[Finding]:
     for value in subject.graph.initializers.values():
-        if value.dtype == ir.DataType.FLOAT16 and value.const_value is not None and value.const_value.size <= 1 << 16:
-            if not np.all(np.isfinite(value.const_value.numpy())):
-                message = f"{value.name} does not fit into fp16: it became infinite"
-                yield Finding("overflow", "refused", value.name or "", message, _LOWER)
+        tensor = value.const_value
+        if value.dtype != ir.DataType.FLOAT16 or tensor is None or tensor.size > _SMALL_CONSTANT:
+            continue
+        if not np.all(np.isfinite(tensor.numpy())):
+            message = f"{value.name} does not fit into fp16: it became infinite"
+            yield Finding("overflow", "refused", value.name or "", message, _LOWER)
     for node in subject.graph:
         source = node.inputs[0] if node.inputs else None
         if node.op_type == "Softmax" and source is not None and source.dtype == ir.DataType.FLOAT16:

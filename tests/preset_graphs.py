@@ -39,7 +39,9 @@ def preset_config(name: str, layers: int | None = None, blocks: int | None = Non
     return msgspec.structs.replace(config, encoder=reduced)
 
 
-def preset_parts(name: str, layers: int | None = None, blocks: int | None = None) -> tuple[PerceiverConfig, list[GraphPart]]:
+def preset_parts(
+    name: str, layers: int | None = None, blocks: int | None = None
+) -> tuple[PerceiverConfig, list[GraphPart]]:
     """The preset's parts with random weights: split where export splits by itself."""
     config = preset_config(name, layers, blocks)
     with torch.random.fork_rng(devices=[]):

@@ -79,7 +79,8 @@ def pad_heads(model: ir.Model) -> int:
     attentions = [(attention, attention.padded) for attention in find_attentions(model.graph)]
     changed = [(attention, width) for attention, width in attentions if width is not None]
     for attention, width in changed:
-        assert attention.qk is not None and attention.v is not None
+        assert attention.qk is not None
+        assert attention.v is not None
         _pad(model.graph, attention.scores, 0, -1, width)
         _pad(model.graph, attention.scores, 1, -2, width)
         _pad(model.graph, attention.read, 1, -1, width)
@@ -121,7 +122,8 @@ def _width(value: ir.Value | None) -> int | None:
 def _pad(graph: ir.Graph, node: ir.Node, index: int, axis: int, width: int) -> None:
     """Zeros behind the numbers of one axis of an input; a constant is padded now."""
     value = node.inputs[index]
-    assert value is not None and value.shape is not None
+    assert value is not None
+    assert value.shape is not None
     size, rank = value.shape[axis], len(value.shape)
     assert isinstance(size, int)
     if size == width:
@@ -138,7 +140,9 @@ def _pad(graph: ir.Graph, node: ir.Node, index: int, axis: int, width: int) -> N
         graph.initializers[name] = padded
     else:
         amounts = constant(graph, f"{name}.pads", pads)
-        graph.insert_before(node, ir.Node("", "Pad", [value, amounts], outputs=[padded], name=f"{node.name}/Pad_{index}"))
+        graph.insert_before(
+            node, ir.Node("", "Pad", [value, amounts], outputs=[padded], name=f"{node.name}/Pad_{index}")
+        )
     node.replace_input_with(index, padded)
 
 

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
@@ -20,7 +19,7 @@ Half = Literal["fp16", "bf16"]
 
 _DTYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
-_LARGEST = {"fp16": 65504.0, "bf16": float(ml_dtypes.finfo(ml_dtypes.bfloat16).max)}
+_LARGEST = {"fp16": 65504.0, "bf16": 3.3895314e38}
 # Samples see less than the device will: what came within this factor of the largest number counts as overflow.
 HEADROOM = 4.0
 # An integer scale below this loses more than 0.4 % of itself to fp16's subnormals.
@@ -34,8 +33,11 @@ _LARGEST_SCORE = 64.0
 _MASK, _FP16_MASK = -1e9, -49152.0
 # What gives no larger number than it takes: so the largest that went in bounds what comes out, which nobody measured.
 _NO_LARGER = frozenset(
-    "Reshape Transpose Squeeze Unsqueeze Slice Gather Concat Expand Pad Split Flatten Identity Gelu Relu Floor"
-    " ReduceMax ReduceMean MaxPool AveragePool QuantizeLinear DequantizeLinear".split()
+    {
+        *("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Gather", "Concat", "Expand", "Pad", "Split"),
+        *("Flatten", "Identity", "Gelu", "Relu", "Floor", "ReduceMax", "ReduceMean", "MaxPool", "AveragePool"),
+        *("QuantizeLinear", "DequantizeLinear"),
+    }
 )
 # Squares and sums: cheap, and where fp16 overflows first.
 _FP32_OPERATORS = frozenset({"Pow", "ReduceSum", "ReduceMean", "ReduceSumSquare", "ReduceL2", "Sqrt", "Reciprocal"})
@@ -53,8 +55,9 @@ def to_half(model: ir.Model, precision: Half, hazards: Mapping[str, float] | Non
     """Cast the graph in place; gives the names of nodes that stay float32, each with the reason.
 
     ``hazards`` is the largest |x| seen of each float tensor, by its name. float32 stay: what reads or writes a tensor
-    beyond the format's range (with `HEADROOM`), sums over more terms than fp16 can count, squares and their means, and
-    integer scales and weights too small for fp16, and attention whose scores are large. Constants that mask scores become the largest that fp16 takes without overflow.
+    beyond the format's range (with `HEADROOM`), sums over more terms than fp16 can count, squares and their means,
+    indices, integer scales and weights too small for fp16, and attention whose scores are large. Constants that mask
+    scores become the largest that fp16 takes without overflow.
 
     Given:  MatMul(x, W) -> Add(y, b) -> LayerNormalization(z)       where |z| reached 1e6
     Result: Cast16(x), MatMul(., W16), Cast32(y), Add(., b) -> LayerNormalization(z), Cast16(.)
@@ -155,9 +158,7 @@ def _index_arithmetic(graph: ir.Graph) -> set[ir.Node]:
     """What computes numbers that become integers: fp16 counts to 2048, and a grid has more points."""
     found: set[ir.Node] = set()
     pending = [
-        node
-        for node in graph
-        if node.op_type in ("Cast", "CastLike") and node.outputs[0].dtype not in (None, *_FLOATS)
+        node for node in graph if node.op_type in ("Cast", "CastLike") and node.outputs[0].dtype not in (None, *_FLOATS)
     ]
     while pending:
         node = pending.pop()

@@ -11,7 +11,9 @@ import onnx_ir as ir
 from perceiver_export.calibration.lowering.attention import constant
 
 # Operators whose axes became an input with opset 18.
-_REDUCTIONS = frozenset({"ReduceMax", "ReduceMin", "ReduceMean", "ReduceProd", "ReduceL1", "ReduceL2", "ReduceSumSquare"})
+_REDUCTIONS = frozenset(
+    {"ReduceMax", "ReduceMin", "ReduceMean", "ReduceProd", "ReduceL1", "ReduceL2", "ReduceSumSquare"}
+)
 
 
 def to_opset_17(model: ir.Model) -> None:

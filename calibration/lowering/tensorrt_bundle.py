@@ -110,7 +110,13 @@ def _save(models: Mapping[str, ir.Model], directory: Path, temporary: str, weigh
     external = ir.external_data.convert_tensors_to_external(tensors, directory, temporary) if tensors else []
     for value, tensor in zip(values, external, strict=True):
         value.const_value = ir.ExternalTensor(
-            weights, tensor.offset, tensor.length, tensor.dtype, shape=tensor.shape, name=value.name or "", base_dir=directory
+            weights,
+            tensor.offset,
+            tensor.length,
+            tensor.dtype,
+            shape=tensor.shape,
+            name=value.name or "",
+            base_dir=directory,
         )
     for file, model in models.items():
         ir.save(model, directory / f"{file}{mark}")

@@ -41,7 +41,7 @@ def lint(
 def show_lint(result: Lint) -> None:
     """A row a finding; more than a few of one rule are counted."""
     seen: Counter[str] = Counter()
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for finding in result.findings:
         seen[finding.rule] += 1
         if seen[finding.rule] <= _SHOWN:

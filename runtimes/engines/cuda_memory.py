@@ -29,9 +29,10 @@ class Cuda:
     """The first GPU's primary context, which TensorRT works in as well. Raises DeviceError where it does not start."""
 
     def __init__(self, driver: Any = None) -> None:
-        self.driver = driver if driver is not None else load_driver()
-        if self.driver is None:
+        found = driver if driver is not None else load_driver()
+        if found is None:
             raise DeviceError("there is no CUDA driver here", "install NVIDIA's driver; on a Jetson: JetPack")
+        self.driver: Any = found
         device, context, integrated = ctypes.c_int(), ctypes.c_void_p(), ctypes.c_int()
         self.call("cuInit", 0)
         self.call("cuDeviceGet", ctypes.byref(device), 0)
@@ -110,7 +111,7 @@ class Buffer:
         nbytes = max(dtype.itemsize * size, 1)
         cuda.call("cuMemHostAlloc", ctypes.byref(self._host), ctypes.c_size_t(nbytes), _PORTABLE_AND_MAPPED)
         memory = (ctypes.c_char * nbytes).from_address(self._host.value or 0)
-        self.array: Array = np.frombuffer(memory, dtype, size)
+        self.array: Array = np.frombuffer(memoryview(memory), dtype, size)
         address = ctypes.c_void_p()
         if cuda.shares_memory:
             cuda.call("cuMemHostGetDevicePointer_v2", ctypes.byref(address), self._host, 0)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TensorRT on NVIDIA GPUs and Jetsons (`tensorrt`), and TensorRT for RTX (`tensorrt-rtx`), which compiles without a GPU.
+"""TensorRT on NVIDIA GPUs and Jetsons (`tensorrt`), TensorRT for RTX (`tensorrt-rtx`), which needs no GPU to compile.
 
 The driver is asked before anything of TensorRT is made: without one its runtime takes the process down.
 """

@@ -67,7 +67,8 @@ def build_engine(
     are named); BundleError: the graph cannot be read; DeviceError; KeyboardInterrupt, once the compiler has stopped.
     """
     return _interruptible(
-        lambda stop: _build(trt, can, platform, source, directory, progress, stop), lambda: progress("stopping", 0, None)
+        lambda stop: _build(trt, can, platform, source, directory, progress, stop),
+        lambda: progress("stopping", 0, None),
     )
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A TensorRT engine that takes arrays and gives arrays: tensors by name, a stream a caller, the work kept as a graph."""
+"""A TensorRT engine that takes arrays and gives arrays: tensors by name, a stream a caller, runs kept as graphs."""
 
 from __future__ import annotations
 

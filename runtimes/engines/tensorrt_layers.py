@@ -33,7 +33,7 @@ _ONNX = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
 
 @dataclass(frozen=True)
 class Layer:
-    """One kernel of an engine. ``inputs`` and ``constants`` are types (`int8`, `fp16`, …); ``nodes`` are the graph's."""
+    """One kernel of an engine. ``inputs`` and ``constants`` are types (`int8`, `fp16`); ``nodes`` are the graph's."""
 
     name: str
     kind: str
@@ -63,7 +63,9 @@ class Difference:
 def layers_from_log(lines: Iterable[str]) -> tuple[Layer, ...]:
     """From the build log of TensorRT for RTX, with detailed profiling: one `Name: …, LayerType: …` line a layer."""
     text = "\n".join(lines)
-    return tuple(_from_line(line) for line in text.splitlines() if line.startswith("Name: ") and ", LayerType: " in line)
+    return tuple(
+        _from_line(line) for line in text.splitlines() if line.startswith("Name: ") and ", LayerType: " in line
+    )
 
 
 def layers_from_inspector(report: str) -> tuple[Layer, ...]:

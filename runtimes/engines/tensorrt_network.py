@@ -17,8 +17,8 @@ KEEP_FP32 = ":fp32"
 _ONNX = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
 
 
-def parse(trt: Any, can: Capabilities, builder: Any, logger: Any, graph: Path) -> Any:
-    """The network of an ONNX file. Raises BundleError: not readable, or with what this version does not know."""
+def parse(trt: Any, can: Capabilities, builder: Any, logger: Any, graph: Path) -> tuple[Any, Any]:
+    """The network of an ONNX file, and its parser, which owns weights that the network refers to. Raises BundleError: not readable, or with what this version does not know."""
     if not hasattr(trt, "OnnxParser"):
         raise MissingDependencyError(
             f"this {can.name} has no ONNX parser", "install it: apt install libnvonnxparsers-dev python3-libnvinfer"
@@ -34,9 +34,7 @@ def parse(trt: Any, can: Capabilities, builder: Any, logger: Any, graph: Path) -
             "perceiver-export lint BUNDLE --target tensorrt --version"
             f" {can.since[0]}.{can.since[1]} says what does not fit; build --lower-only writes a graph that does",
         )
-    # The network refers to weights that the parser owns.
-    network_with_parser = (network, parser)
-    return network_with_parser
+    return network, parser
 
 
 def _creation_flags(trt: Any, can: Capabilities) -> int:

@@ -26,18 +26,18 @@ VERSIONS = {
     "11.4.0.106": "tensorrt-cu13-bindings==11.4.0.106",
 }
 CLASSES = (
-    "Builder BuilderFlag DataType EngineInspector IBuilderConfig ICudaEngine IExecutionContext IHostMemory ILayer ILogger"
-    " IMatrixMultiplyLayer INetworkDefinition INormalizationLayer IOptimizationProfile IProgressMonitor ITensor ITimingCache"
-    " LayerInformationFormat LayerType MemoryPoolType NetworkDefinitionCreationFlag OnnxParser ParserError"
-    " ProfilingVerbosity Runtime"
-).split()
+    *("Builder", "BuilderFlag", "DataType", "EngineInspector", "IBuilderConfig", "ICudaEngine", "IExecutionContext"),
+    *("IHostMemory", "ILayer", "ILogger", "IMatrixMultiplyLayer", "INetworkDefinition", "INormalizationLayer"),
+    *("IOptimizationProfile", "IProgressMonitor", "ITensor", "ITimingCache", "LayerInformationFormat", "LayerType"),
+    *("MemoryPoolType", "NetworkDefinitionCreationFlag", "OnnxParser", "ParserError", "ProfilingVerbosity", "Runtime"),
+)
 STORED = Path(__file__).parent.parent / "runtimes" / "tensorrt_api.json"
 
 _TAKEN = (
-    "getNvOnnxParserVersion getPluginRegistry getBuilderPluginRegistry initLibNvInferPlugins"
-    " _ZN14nvcaffeparser117createCaffeParserEv _ZN14nvcaffeparser123shutdownProtobufLibraryEv"
-    " _ZN11nvuffparser15createUffParserEv"
-).split()
+    *("getNvOnnxParserVersion", "getPluginRegistry", "getBuilderPluginRegistry", "initLibNvInferPlugins"),
+    *("_ZN14nvcaffeparser117createCaffeParserEv", "_ZN14nvcaffeparser123shutdownProtobufLibraryEv"),
+    "_ZN11nvuffparser15createUffParserEv",
+)
 
 # Runs in a process of its own: names of the module, and of each class.
 _DUMP = """

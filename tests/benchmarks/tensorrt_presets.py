@@ -30,7 +30,10 @@ from perceiver_export.runtimes.engines.backend import EngineOptions, Source
 from tests.preset_graphs import preset_graphs, quantized
 from tests.runtimes.tensorrt_reports import read_report
 
-_ROW = "{preset:28} {part:14} {form:5} {device:5} {fused:>3}/{fusable:<3} {int8:>4}/{linears:<4} {kept:>4} {mebibytes:>7.1f} {seconds:>6.1f} {lint_seconds:>5.2f}"
+_ROW = (
+    "{preset:28} {part:14} {form:5} {device:5} {fused:>3}/{fusable:<3} {int8:>4}/{linears:<4} {kept:>4} {mebibytes:>7.1f}"
+    " {seconds:>6.1f} {lint_seconds:>5.2f}"
+)
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ def main() -> None:
     arguments = parser.parse_args()
     rows = []
     if not arguments.json:
-        print("preset, part, form, device, fused/fusable attentions, int8/linears, fp32 nodes, MiB, s to compile, s to lint")
+        print("preset, part, form, device, fused/fusable, int8/linears, fp32 nodes, MiB, s to compile, s to lint")
     for name in arguments.presets:
         for row in compiled(name, arguments.layers, arguments.blocks):
             rows.append(row)

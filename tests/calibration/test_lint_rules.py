@@ -21,7 +21,8 @@ RNG = np.random.default_rng(0)
 ATTENTION = """(float16[1,8,64,{qk}] q, float16[1,8,{qk},64] k, float16[1,8,64,{v}] v) => (float16[1,8,64,{v}] y)
     {{ s = MatMul(q, k)  p = Softmax<axis = -1>(s)  y = MatMul(p, v) }}"""
 LINEAR = """(float16[1,64,128] x) => (float16[1,64,128] y)
-    { c = QuantizeLinear(x, s, z)  d = DequantizeLinear(c, s, z)  e = DequantizeLinear<axis = AXIS>(w, t, u)  y = MatMul(d, e) }"""
+    { c = QuantizeLinear(x, s, z)  d = DequantizeLinear(c, s, z)
+      e = DequantizeLinear<axis = AXIS>(w, t, u)  y = MatMul(d, e) }"""
 
 
 def scalar(value: float, dtype: Any = np.float16) -> np.ndarray[Any, Any]:
@@ -124,9 +125,7 @@ def test_an_int8_input_of_a_float_weight_is_not_int8(tmp_path: Path) -> None:
     assert compiled(path).int8_products == 0
 
 
-@pytest.mark.parametrize(
-    ("zero", "kind", "rule"), [(3, np.int8, "zero-point"), (128, np.uint8, "uint8")]
-)
+@pytest.mark.parametrize(("zero", "kind", "rule"), [(3, np.int8, "zero-point"), (128, np.uint8, "uint8")])
 def test_integers_that_are_not_symmetric_int8_are_refused(zero: int, kind: Any, rule: str, tmp_path: Path) -> None:
     path = int8_linear(tmp_path / "l.onnx", zero=zero, kind=kind)
 
@@ -193,7 +192,8 @@ def test_the_operator_attention_wants_equal_widths_and_a_kernel(tmp_path: Path) 
     body = "(float16[1,8,64,{qk}] q, float16[1,8,64,{qk}] k, float16[1,8,64,{v}] v) => (float16[1,8,64,{v}] y)"
     body += " {{ y = Attention(q, k, v) }}"
     equal, unequal, wide = (
-        write(tmp_path / f"{qk}-{v}.onnx", body.format(qk=qk, v=v), opset=23) for qk, v in ((64, 64), (32, 160), (512, 512))
+        write(tmp_path / f"{qk}-{v}.onnx", body.format(qk=qk, v=v), opset=23)
+        for qk, v in ((64, 64), (32, 160), (512, 512))
     )
 
     assert rules(equal) == set()

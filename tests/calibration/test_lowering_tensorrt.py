@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TensorRT's graphs: numbers on ONNX Runtime's CPU kernels as a reference (they are not TensorRT's), overflow, bundles."""
+"""TensorRT's graphs: numbers on ONNX Runtime's CPU as a reference (it is not TensorRT), overflow, bundles."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from perceiver_export.runtimes.errors import GateError, UnsupportedModelError
 from tests.calibration.onnx_text import write
 from tests.cli import small_models
 
-Arrays = dict[str, np.ndarray[Any, Any]]
+Arrays = Mapping[str, np.ndarray[Any, Any]]
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,7 @@ def run(model: ir.Model | Path, feeds: Arrays, folder: Path | None = None) -> Ar
         content = ir.to_proto(model).SerializeToString()
         session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
-    return dict(zip(names, session.run(names, feeds), strict=True))
+    return dict(zip(names, session.run(names, dict(feeds)), strict=True))
 
 
 def graph(bundle: Bundle) -> ir.Model:
@@ -115,9 +116,7 @@ def test_lowering_again_replaces_and_other_precisions_stand_beside(copied_bundle
     assert first.files["model.tensorrt-fp16.onnx"] == last.files["model.tensorrt-fp16.onnx"]
 
 
-def test_a_bundle_that_cannot_be_lowered_stays_as_it_was(
-    copied_bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_bundle_that_cannot_be_lowered_stays_as_it_was(copied_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = sorted(path.name for path in copied_bundle.iterdir())
     scaled = scaled_inside(open_bundle(copied_bundle), 3e4)
     ir.save(scaled, copied_bundle / "model.onnx", external_data="model.weights")
@@ -135,7 +134,7 @@ def test_a_bundle_that_cannot_be_lowered_stays_as_it_was(
 def _rehashed(path: Path) -> Path:
     import msgspec
 
-    from perceiver_export.exporter.pipeline import file_entries
+    from perceiver_export.calibration.write import file_entries
     from perceiver_export.runtimes.bundle import read_manifest
     from perceiver_export.runtimes.manifest import encode_manifest
 

@@ -20,7 +20,7 @@ from perceiver_export.calibration.lowering.tensorrt import lower_for_tensorrt
 from perceiver_export.runtimes import build, load
 from perceiver_export.runtimes.engines import tensorrt
 from perceiver_export.runtimes.engines.backend import EngineOptions, Platform, Source
-from perceiver_export.runtimes.engines.cuda_driver import Gpu
+from perceiver_export.runtimes.engines.cuda_driver import Gpu, cuda_gpus
 from perceiver_export.runtimes.errors import BundleError, DeviceError
 from tests.benchmarks.tensorrt_presets import compiled
 from tests.cli.commands import COMMAND, fail, succeed
@@ -41,7 +41,9 @@ SM86 = EngineOptions(precision="fp16", flags={"compute_capability": "sm86"})
 def test_every_attention_that_can_is_fused_and_every_linear_is_int8(name: str, fused: int) -> None:
     rows = list(compiled(name, layers=1, blocks=1))
 
-    assert {(row.form, row.device) for row in rows} == {(form, sm) for form in ("fp16", "int8") for sm in ("sm86", "sm89")}
+    assert {(row.form, row.device) for row in rows} == {
+        (form, sm) for form in ("fp16", "int8") for sm in ("sm86", "sm89")
+    }
     for row in rows:
         assert row.fused == row.fusable
         assert row.int8 == (row.linears if row.form == "int8" else 0)
@@ -86,7 +88,7 @@ def test_the_demo_goes_from_bundle_to_engine(precision: str, copied_bundle: Path
 
 
 def test_without_a_driver_engines_are_built_and_not_run(copied_bundle: Path) -> None:
-    if tensorrt.cuda_gpus():
+    if cuda_gpus():
         pytest.skip("there is an NVIDIA driver here")
     build(copied_bundle, "tensorrt-rtx", flags={"compute_capability": "sm86"})
 
@@ -118,7 +120,7 @@ def test_a_graph_that_is_no_graph_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     path.write_bytes(b"\x08\x0a nothing")
 
-    with pytest.raises(BundleError, match="cannot read model.onnx"):
+    with pytest.raises(BundleError, match=r"cannot read model\.onnx"):
         tensorrt.compile(Source("tensorrt-rtx", path, SM86), tmp_path, lambda what, done, total: None)
 
 

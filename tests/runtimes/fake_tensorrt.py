@@ -84,7 +84,7 @@ class FakeModule:
             raise AttributeError(f"tensorrt {self.__version__} has no {name}")
         if name in ("ILogger", "IProgressMonitor"):
             return type(name, (), {"__init__": lambda one: None})
-        made = {"Builder": _builder, "OnnxParser": _parser, "Runtime": _runtime}.get(name)
+        made = _FACTORIES.get(name)
         if made is not None:
             return lambda *arguments: made(self, *arguments)
         if name in ("float32", "float16", "bfloat16", "int8"):
@@ -117,7 +117,7 @@ def _builder(module: FakeModule, logger: Any) -> Fake:
     return Fake(
         module,
         "Builder",
-        create_network=lambda flags: module._calls.append(f"create_network({flags})") or _network(module),
+        create_network=lambda flags: _network(module, flags),
         create_builder_config=lambda: _config(module),
         create_optimization_profile=lambda: Fake(
             module,
@@ -134,7 +134,8 @@ def _built(module: FakeModule, logger: Any, config: Fake) -> bytes | None:
     return module._build(config)
 
 
-def _network(module: FakeModule) -> Fake:
+def _network(module: FakeModule, flags: int) -> Fake:
+    module._calls.append(f"create_network({flags})")
     layers = module._layers(module)
     return Fake(module, "INetworkDefinition", num_layers=len(layers), get_layer=lambda index: layers[index])
 
@@ -222,6 +223,9 @@ def _context(module: FakeModule) -> Fake:
         set_input_shape=lambda name, shape: shapes.update({name: tuple(shape)}) or True,
         execute_async_v3=execute,
     )
+
+
+_FACTORIES: dict[str, Callable[..., Fake]] = {"Builder": _builder, "OnnxParser": _parser, "Runtime": _runtime}
 
 
 class FakeMemory:

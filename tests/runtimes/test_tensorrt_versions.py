@@ -43,7 +43,9 @@ def network(half: str) -> Callable[[FakeModule], list[Fake]]:
     def layers(module: FakeModule) -> list[Fake]:
         x, q, d, w, wd, y, z = (
             tensor(module, name, dtype)
-            for name, dtype in zip("x q d w e y z".split(), (half, "int8", half, "int8", half, half, "float32"), strict=True)
+            for name, dtype in zip(
+                ["x", "q", "d", "w", "e", "y", "z"], (half, "int8", half, "int8", half, half, "float32"), strict=True
+            )
         )
         return [
             layer(module, "NORMALIZATION", "norm", [x], x),
@@ -163,7 +165,7 @@ def test_another_precision_than_was_asked_for_fails_the_build(
 def test_a_graph_of_another_precision_is_refused_before_compiling(version: str, tmp_path: Path) -> None:
     module = FakeModule(version, network("float32"), inspector())
 
-    with pytest.raises(BuildError, match="fp16 was asked for, and the products of model.onnx are fp32") as raised:
+    with pytest.raises(BuildError, match=r"fp16 was asked for, and the products of model\.onnx are fp32") as raised:
         build(module, tmp_path)
 
     assert "--lower-only" in raised.value.hint
@@ -216,9 +218,7 @@ def test_flags_that_make_no_sense_are_refused(flags: dict[str, str], tmp_path: P
 
 
 @pytest.mark.parametrize("version", STRONG)
-def test_progress_is_told_and_ctrl_c_stops_the_compiler_before_it_is_raised(
-    version: str, tmp_path: Path
-) -> None:
+def test_progress_is_told_and_ctrl_c_stops_the_compiler_before_it_is_raised(version: str, tmp_path: Path) -> None:
     told: list[tuple[str, int, int | None]] = []
     steps: list[bool] = []
 
@@ -381,7 +381,8 @@ def test_an_engine_of_another_model_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("version", "row"), [("8.6.2.3", (8, 6)), ("10.7.0", (10, 3)), ("10.13.3.9", (10, 13)), ("11.5.0", (11, 0)), ("12.0", (11, 0))]
+    ("version", "row"),
+    [("8.6.2.3", (8, 6)), ("10.7.0", (10, 3)), ("10.13.3.9", (10, 13)), ("11.5.0", (11, 0)), ("12.0", (11, 0))],
 )
 def test_a_version_takes_the_row_at_or_below_it(version: str, row: tuple[int, int]) -> None:
     assert capabilities("tensorrt", version).since == row
