@@ -18,7 +18,10 @@ _ONNX = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
 
 
 def parse(trt: Any, can: Capabilities, builder: Any, logger: Any, graph: Path) -> tuple[Any, Any]:
-    """The network of an ONNX file, and its parser, which owns weights that the network refers to. Raises BundleError: not readable, or with what this version does not know."""
+    """The network of an ONNX file, and its parser, which owns weights that the network refers to.
+
+    Raises BundleError: not readable, or with what this version does not know; MissingDependencyError: no parser.
+    """
     if not hasattr(trt, "OnnxParser"):
         raise MissingDependencyError(
             f"this {can.name} has no ONNX parser", "install it: apt install libnvonnxparsers-dev python3-libnvinfer"

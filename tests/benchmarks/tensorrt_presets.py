@@ -31,8 +31,8 @@ from tests.preset_graphs import preset_graphs, quantized
 from tests.runtimes.tensorrt_reports import read_report
 
 _ROW = (
-    "{preset:28} {part:14} {form:5} {device:5} {fused:>3}/{fusable:<3} {int8:>4}/{linears:<4} {kept:>4} {mebibytes:>7.1f}"
-    " {seconds:>6.1f} {lint_seconds:>5.2f}"
+    "{preset:28} {part:14} {form:5} {device:5} {fused:>3}/{fusable:<3} {int8:>4}/{linears:<4} {kept:>4}"
+    " {mebibytes:>7.1f} {seconds:>6.1f} {lint_seconds:>5.2f}"
 )
 
 

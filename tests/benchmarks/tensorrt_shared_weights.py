@@ -55,9 +55,7 @@ def main() -> None:
     ]
     for row in rows if not arguments.json else ():
         shape = "loop" if row.loop else "written out"
-        print(
-            f"{row.form} {row.blocks} blocks {shape:12} {row.mebibytes:7.1f} MiB, {row.fused_attentions} attentions fused"
-        )
+        print(f"{row.form} {row.blocks} blocks {shape:12} {row.mebibytes:7.1f} MiB, {row.fused_attentions} fused")
     if arguments.json:
         print(json.dumps([asdict(row) for row in rows]))
 
