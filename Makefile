@@ -58,6 +58,7 @@ benchmarks: install
 	$(BIN)/python tests/benchmarks/deepmind_parity.py
 	$(BIN)/python tests/benchmarks/flow_patches.py
 	$(BIN)/python tests/benchmarks/export_full_size.py
+	$(BIN)/python tests/benchmarks/fp16_overflow.py
 	$(BIN)/python tests/benchmarks/tensorrt_api.py
 	$(BIN)/python tests/benchmarks/tensorrt_presets.py
 	$(BIN)/python tests/benchmarks/tensorrt_shared_weights.py
