@@ -7,11 +7,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from perceiver_export.calibration.linting import lint
     from perceiver_export.calibration.validation import Validation, validate
 
-__all__ = ["Validation", "validate"]
+__all__ = ["Validation", "lint", "validate"]
 
-_LAZY = {"Validation": "validation", "validate": "validation"}
+_LAZY = {"Validation": "validation", "lint": "linting", "validate": "validation"}
 
 
 def __getattr__(name: str) -> Any:

@@ -11,7 +11,7 @@ import typer
 from perceiver_export.exporter.cli.output import JsonFlag, print_json, print_table
 
 if TYPE_CHECKING:
-    from perceiver_export.calibration.lint import Lint
+    from perceiver_export.calibration.linting import Lint
 
 _SHOWN = 8  # nodes of one rule
 
@@ -24,7 +24,7 @@ def lint(
     json: JsonFlag = False,
 ) -> None:
     """Show what a version of TensorRT would refuse, not fuse, or not run in int8; exit 1 where it refuses something."""
-    from perceiver_export.calibration.lint import lint as lint_
+    from perceiver_export.calibration import lint as lint_
     from perceiver_export.runtimes.errors import GateError
 
     results = lint_(bundle, target, version, precision)

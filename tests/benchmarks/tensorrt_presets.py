@@ -21,7 +21,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # `tests`, when it is run as a command
-from perceiver_export.calibration.lint import lint
+from perceiver_export.calibration.linting import lint
 from perceiver_export.calibration.lowering.attention import find_attentions
 from perceiver_export.calibration.lowering.tensorrt import lower_for_tensorrt
 from perceiver_export.exporter.presets import PRESETS

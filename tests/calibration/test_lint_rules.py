@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 
-from perceiver_export.calibration.lint import Lint, lint
+from perceiver_export.calibration.linting import Lint, lint
 from perceiver_export.runtimes.engines import tensorrt
 from perceiver_export.runtimes.engines.backend import EngineOptions, Precision, Source
 from perceiver_export.runtimes.errors import BuildError, BundleError, DeviceError, UsageError

@@ -14,8 +14,8 @@ import onnxruntime
 import pytest
 
 from perceiver_export.calibration.collect import Observer
-from perceiver_export.calibration.lint import lint
 from perceiver_export.calibration.lint_rules import RULES, Finding, Subject
+from perceiver_export.calibration.linting import lint
 from perceiver_export.calibration.lowering.attention import find_attentions, pad_heads
 from perceiver_export.calibration.lowering.emulation import emulate
 from perceiver_export.calibration.lowering.half import to_half

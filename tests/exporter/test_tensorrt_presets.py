@@ -17,6 +17,7 @@ import pytest
 from perceiver_export.calibration.lowering.attention import find_attentions
 from perceiver_export.calibration.lowering.half import to_half
 from perceiver_export.calibration.lowering.tensorrt import lower_for_tensorrt
+from perceiver_export.calibration.lowering.tensorrt_bundle import lower_bundle
 from perceiver_export.runtimes import build, load
 from perceiver_export.runtimes.engines import tensorrt
 from perceiver_export.runtimes.engines.backend import EngineOptions, Platform, Source
@@ -156,3 +157,20 @@ def test_bf16_is_asked_of_a_gpu_that_has_it(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(DeviceError, match=r"T4 \(sm_75\) has no bf16"):
         tensorrt.platform("tensorrt-rtx", EngineOptions(precision="bf16"))
     assert tensorrt.platform("tensorrt-rtx", EngineOptions(precision="fp16")).device == "NVIDIA T4 (sm_75)"
+
+
+def test_a_device_builds_with_neither_torch_nor_onnx(copied_bundle: Path) -> None:
+    lower_bundle(copied_bundle, "tensorrt-rtx", "fp16")
+    code = f"""
+import sys
+for name in ("torch", "onnx", "onnx_ir", "onnxruntime", "onnxscript"):
+    sys.modules[name] = None
+from perceiver_export.runtimes import build
+(engine,) = build({str(copied_bundle)!r}, "tensorrt-rtx", precision="fp16", flags={{"compute_capability": "sm86"}})
+print(engine.directory)
+"""
+    done = subprocess.run([COMMAND[0], "-W", "error", "-c", code], capture_output=True, text=True, check=False)
+
+    assert done.returncode == 0, done.stderr
+    assert (Path(done.stdout.strip()) / "model.engine").stat().st_size > 1 << 20
+    assert done.stderr == ""

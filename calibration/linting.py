@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Iterator
@@ -88,9 +89,21 @@ def _judge(model: object, name: str, can: Capabilities, ranges: frozenset[str]) 
 
     assert isinstance(model, ir.Model)
     if any(value.shape is None or value.dtype is None for node in model.graph for value in node.outputs):
-        logging.getLogger(common.ShapeInferencePass.__module__).setLevel(logging.ERROR)  # what is wrong, rules say
-        common.ShapeInferencePass()(model)
+        with _quiet(common.ShapeInferencePass.__module__):
+            common.ShapeInferencePass()(model)
     subject = Subject(model.graph, model.opset_imports.get("", 0), can, ranges)
     findings = tuple(finding for rule in RULES for finding in rule(subject))
     attentions = list(find_attentions(model.graph))
     return Lint(name, can.name, findings, len(attentions), sum(attention.fits for attention in attentions))
+
+
+@contextlib.contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Without a library's warnings with traces: what is wrong with a graph, the rules say."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
