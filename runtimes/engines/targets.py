@@ -57,7 +57,7 @@ _TENSORRT = ("tensorrt", "tensorrt-cu12", "tensorrt-cu13")
 _ORT = ("onnxruntime", "onnxruntime-gpu")
 _TABLE = (
     Target("tensorrt", "tensorrt", _TENSORRT, "tensorrt", "NVIDIA GPU", needs_engine=True),
-    Target("tensorrt-rtx", "tensorrt", ("tensorrt-rtx",), "tensorrt-rtx", "NVIDIA RTX GPU", needs_engine=True),
+    Target("tensorrt-rtx", "tensorrt", ("tensorrt-rtx",), "tensorrt-rtx", "NVIDIA GPU", needs_engine=True),
     Target("ort-cuda", "ort", ("onnxruntime-gpu",), "ort", "NVIDIA GPU"),
     Target("openvino-gpu", "openvino", ("openvino",), "openvino", "Intel GPU"),
     Target("openvino-npu", "openvino", ("openvino",), "openvino", "Intel NPU"),
