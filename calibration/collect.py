@@ -124,7 +124,7 @@ def _hazardous(node: ir.Node) -> list[tuple[ir.Value, int]]:
     output = node.outputs[0]
     if output.dtype != ir.DataType.FLOAT:
         return []
-    if node.op_type in ("MatMul", "Conv", "Pow", "Add", "Sub", "Mul", "Div"):
+    if node.op_type in ("MatMul", "Conv", "Pow", "Add"):
         depth = _width(node.inputs[0]) if node.op_type == "MatMul" else 1
         return [(output, depth)]
     if node.op_type in _SUMS and node.inputs[0] is not None:

@@ -43,8 +43,10 @@ def lower_bundle(path: str | os.PathLike[str] | Bundle, target: str, precision: 
     """Write the graphs that ``target`` (tensorrt, tensorrt-rtx) builds from into the bundle: for TensorRT 10 and later,
     and for `tensorrt` also for 8.6, whose graph has the canonical one's weights.
 
-    What overflows 16 bits is found by running the canonical graph on golden.npz. Weights that stay as they are are not
-    stored again. Raises BundleError, GateError (NaN, or too far from the canonical graph), MissingDependencyError,
+    What overflows 16 bits is found by running the canonical graph on golden.npz, and in calibration.json. Weights that
+    stay as they are are not stored again.
+
+    Raises BundleError, GateError (NaN, or too far from the canonical graph), MissingDependencyError,
     UnsupportedModelError.
     """
     bundle = open_bundle(path)
@@ -139,12 +141,12 @@ def _publish(bundle: Bundle, name: str, files: Mapping[str, str], entries: Mappi
 
 
 def _hazards(bundle: Bundle, part: str) -> dict[str, float]:
-    """The largest |x| of tensors that could overflow, on the golden inputs."""
-    from perceiver_export.calibration.collect import Observer
+    """The largest |x| of each tensor, on the golden inputs and where it overflowed in calibration."""
+    from perceiver_export.calibration.lowering.magnitudes import calibrated, magnitudes
 
-    observer = Observer(bundle.file(bundle.manifest.parts[part].file), samples=1)
-    observer(golden_inputs(bundle, part))
-    return {name: hazard.largest for name, hazard in observer.statistics.hazards.items()}
+    seen = magnitudes(bundle.file(bundle.manifest.parts[part].file), golden_inputs(bundle, part))
+    told = calibrated(bundle.file("calibration.json"), part)
+    return {name: max(seen.get(name, 0.0), told.get(name, 0.0)) for name in {*seen, *told}}
 
 
 def golden_inputs(bundle: Bundle, part: str) -> Feeds:

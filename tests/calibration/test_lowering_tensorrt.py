@@ -13,12 +13,12 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
-from perceiver_export.calibration.collect import Observer
 from perceiver_export.calibration.lint_rules import RULES, Finding, Subject
 from perceiver_export.calibration.linting import lint
 from perceiver_export.calibration.lowering.attention import find_attentions, pad_heads
 from perceiver_export.calibration.lowering.emulation import emulate
 from perceiver_export.calibration.lowering.half import to_half
+from perceiver_export.calibration.lowering.magnitudes import calibrated, magnitudes
 from perceiver_export.calibration.lowering.tensorrt import lower_for_tensorrt
 from perceiver_export.calibration.lowering.tensorrt_bundle import golden_inputs, lower_bundle, sqnr
 from perceiver_export.exporter import LoadedModel, export
@@ -171,9 +171,8 @@ def test_what_overflows_stays_fp32_where_it_was_seen_to(fashion_bundle: Path, tm
     bundle = open_bundle(fashion_bundle)
     feeds = golden_inputs(bundle, "model")
     ir.save(scaled_inside(bundle, 3e4), tmp_path / "scaled.onnx", external_data="scaled.weights")
-    observer = Observer(tmp_path / "scaled.onnx", samples=1)
-    expected = observer(feeds)["logits"]
-    hazards = {name: hazard.largest for name, hazard in observer.statistics.hazards.items()}
+    hazards = magnitudes(tmp_path / "scaled.onnx", feeds)
+    expected = run(tmp_path / "scaled.onnx", feeds)["logits"]
 
     blind, told = ir.load(tmp_path / "scaled.onnx"), ir.load(tmp_path / "scaled.onnx")
     to_half(blind, "fp16")
@@ -283,3 +282,11 @@ def test_an_int8_graph_keeps_its_numbers_in_fp16(fashion_bundle: Path) -> None:
 def _rules(model: ir.Model) -> list[Finding]:
     subject = Subject(model.graph, 20, capabilities("tensorrt", "10.3"), frozenset())
     return [finding for rule in RULES for finding in rule(subject)]
+
+
+def test_what_calibration_saw_overflow_counts_too(tmp_path: Path) -> None:
+    record = tmp_path / "calibration.json"
+    record.write_text('{"parts": {"model": {"hazards": [{"name": "x", "largest": 7e4, "depth": 1}]}}}')
+
+    assert calibrated(record, "model") == {"x": 7e4}
+    assert calibrated(tmp_path / "missing.json", "model") == calibrated(record, "decoder") == {}
