@@ -9,7 +9,7 @@ LISTING := $(VENV)/files
 PYTHON310 ?= $(shell for p in python3.10 $$HOME/.pyenv/versions/3.10.*/bin/python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info[:2] != (3, 10))' 2>/dev/null && echo $$p && break; done)
 
-.PHONY: install demo test check test-py310 benchmarks clean FORCE
+.PHONY: install demo test check test-gpu test-py310 benchmarks clean FORCE
 
 install: $(STAMP)
 
@@ -36,6 +36,10 @@ check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict runtimes calibration exporter tests examples
 
+# On a machine with an NVIDIA GPU and TensorRT; `make test` skips these where there is none.
+test-gpu: install
+	PERCEIVER_TEST_GPU=1 $(BIN)/python -m pytest tests/runtimes/test_tensorrt_gpu.py
+
 test-py310: install
 ifeq ($(PYTHON310),)
 	@echo "no Python 3.10 here: the runtime was not tested on it"
@@ -60,6 +64,10 @@ benchmarks: install
 	$(BIN)/python tests/benchmarks/int8_accuracy.py
 	$(BIN)/python tests/benchmarks/int8_full_size.py --plain
 	$(BIN)/python tests/benchmarks/calibration_memory.py
+	$(BIN)/python tests/benchmarks/fp16_overflow.py
+	$(BIN)/python tests/benchmarks/tensorrt_api.py
+	$(BIN)/python tests/benchmarks/tensorrt_presets.py
+	$(BIN)/python tests/benchmarks/tensorrt_shared_weights.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

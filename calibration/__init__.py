@@ -7,14 +7,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from perceiver_export.calibration.linting import lint
     from perceiver_export.calibration.pipeline import quantize
     from perceiver_export.calibration.sensitivity import measure_sensitivity
     from perceiver_export.calibration.validation import Validation, validate
 
-__all__ = ["Validation", "measure_sensitivity", "quantize", "validate"]
+__all__ = ["Validation", "lint", "measure_sensitivity", "quantize", "validate"]
 
 _LAZY = {
     "Validation": "validation",
+    "lint": "linting",
     "measure_sensitivity": "sensitivity",
     "quantize": "pipeline",
     "validate": "validation",

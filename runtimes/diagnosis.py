@@ -142,6 +142,8 @@ def _library(target: Target) -> str:
     """The command that installs a target's library into this Python."""
     if target.name == "ort-cuda" and jetson_linux():
         return "use the target tensorrt: the index has no onnxruntime for a Jetson's GPU"
+    if target.name == "tensorrt" and jetson_linux():
+        return "sudo apt install nvidia-jetpack, and an environment made with python3 -m venv --system-site-packages"
     replaced = " && ".join(
         f"{sys.executable} -m pip {verb}" for verb in ("uninstall -y onnxruntime", "install onnxruntime-gpu")
     )

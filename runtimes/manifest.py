@@ -86,9 +86,9 @@ class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     plan: MemoryPlan | None = None
     lowered: dict[str, str] = {}  # by target, the graph that was rewritten for it; others run `file`
 
-    def graph_for(self, target: str) -> str:
-        """The file that an engine of this target is made from."""
-        return self.lowered.get(target, self.file)
+    def graph_for(self, lowering: str) -> str:
+        """The file that an engine of the target that wants this lowering is made from."""
+        return self.lowered.get(lowering, self.file)
 
 
 class Quantization(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -39,8 +39,8 @@ def build(
     built: list[BuiltEngine] = []
     with progress_bar("build", quiet=json) as progress:
         for name in target:
-            if lower_only or _lacks_lowering(bundle, name):
-                _lower(bundle, name)
+            if lower_only:
+                _lower(bundle, name, cast("Precision", precision))
             if not lower_only:
                 built += build_(
                     bundle,
@@ -67,23 +67,27 @@ def _show(bundle: str, built: list[BuiltEngine]) -> None:
     typer.echo(f"next: perceiver-export bench {bundle} --device {built[-1].target}")
 
 
-def _lacks_lowering(bundle: str, target: str) -> bool:
-    from perceiver_export.runtimes.bundle import open_bundle
-
-    manifest = open_bundle(bundle).manifest
-    wanted = target.startswith("ort-") and manifest.precision != "fp32"
-    return wanted and any(target not in part.lowered for part in manifest.parts.values())
-
-
-def _lower(bundle: str, target: str) -> None:
-    from perceiver_export import calibration
+def _lower(bundle: str, target: str, precision: Precision) -> None:
+    if target.startswith("tensorrt"):
+        _lower_for_tensorrt(bundle, target, precision)
+        return
     from perceiver_export.runtimes.engines.targets import find_target
     from perceiver_export.runtimes.errors import UsageError
 
     find_target(target)
-    if "lower" not in calibration.__all__:
-        raise UsageError(f"no graph is rewritten for {target} by this version", "leave --lower-only out")
-    calibration.lower(bundle, target)
+    raise UsageError(
+        f"build rewrites no graph for {target}: fp32 graphs need none, quantize writes those of int8 bundles",
+        "leave --lower-only out",
+    )
+
+
+def _lower_for_tensorrt(bundle: str, target: str, precision: Precision) -> None:
+    from perceiver_export.calibration.lowering.tensorrt_bundle import lower_bundle
+
+    for lowered in lower_bundle(bundle, target, precision):
+        kept = sum(map(len, lowered.kept.values()))
+        worst = f", {min(lowered.sqnr.values()):.1f} dB SQNR on ONNX Runtime" if lowered.sqnr else ""
+        typer.echo(f"{lowered.name}: {', '.join(lowered.files)}; {kept} nodes stay fp32{worst}")
 
 
 def _sizes(texts: list[str]) -> dict[str, tuple[int, int, int]]:

@@ -19,6 +19,7 @@ from perceiver_export.exporter.cli.demo import demo
 from perceiver_export.exporter.cli.doctor import doctor
 from perceiver_export.exporter.cli.export import export
 from perceiver_export.exporter.cli.inspect import inspect
+from perceiver_export.exporter.cli.lint import lint
 from perceiver_export.exporter.cli.package import package
 from perceiver_export.exporter.cli.presets import presets
 from perceiver_export.exporter.cli.quantize import quantize
@@ -52,7 +53,7 @@ def _interruptible(command: Callable[_P, None]) -> Callable[_P, None]:
     return run_command
 
 
-for command in (export, quantize, build, run, validate, bench, package, inspect, doctor, presets, demo):
+for command in (export, quantize, build, run, validate, bench, package, inspect, lint, doctor, presets, demo):
     app.command()(_interruptible(command))
 
 

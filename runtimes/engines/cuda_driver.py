@@ -26,7 +26,7 @@ class Gpu:
 @functools.cache
 def cuda_gpus() -> tuple[Gpu, ...]:
     """GPUs that the driver gives this process; none without a driver or where it does not start."""
-    driver = _driver()
+    driver = load_driver()
     count = ctypes.c_int()
     if driver is None or driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
         return ()
@@ -35,7 +35,7 @@ def cuda_gpus() -> tuple[Gpu, ...]:
 
 def driver_version() -> str:
     """The newest CUDA that the driver runs, "13.0"; empty without a driver."""
-    driver, version = _driver(), ctypes.c_int()
+    driver, version = load_driver(), ctypes.c_int()
     if driver is None or driver.cuDriverGetVersion(ctypes.byref(version)):
         return ""
     return f"{version.value // 1000}.{version.value % 1000 // 10}"
@@ -55,7 +55,7 @@ def _gpu(driver: ctypes.CDLL, index: int) -> Gpu:
 
 
 @functools.cache
-def _driver() -> ctypes.CDLL | None:
+def load_driver() -> ctypes.CDLL | None:
     try:
         return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
     except OSError:

@@ -10,6 +10,7 @@ import msgspec
 
 from perceiver_export.runtimes.bundle import Bundle
 from perceiver_export.runtimes.engines.backend import Backend, EngineOptions, Platform, Source
+from perceiver_export.runtimes.engines.targets import find_target
 from perceiver_export.runtimes.errors import BundleError
 from perceiver_export.runtimes.manifest import FileEntry, Part
 
@@ -51,9 +52,14 @@ def model_hash(bundle: Bundle, graph: str) -> str:
     entries = {
         name: entry.sha256
         for name, entry in bundle.manifest.files.items()
-        if name == graph or not name.endswith((".onnx", ".npz", ".json"))
+        if name == graph or (not name.endswith((".onnx", ".npz", ".json")) and _is_read_by(graph, name))
     }
     return hashlib.sha256(msgspec.json.encode(entries, order="sorted")).hexdigest()
+
+
+def _is_read_by(graph: str, weights: str) -> bool:
+    """Whether a graph may read a file of weights: the bundle's own, or those of its own lowering."""
+    return weights == "model.weights" or graph.endswith(f".{weights.removesuffix('.weights')}.onnx")
 
 
 def identify(bundle: Bundle, part: str, source: Source, here: Platform) -> Identity:
@@ -75,12 +81,12 @@ def make_source(bundle: Bundle, part: Part, target: str, options: EngineOptions)
     Raises BundleError: the bundle is quantized, and its form for this target is not there.
     """
     precision, quantized = bundle.manifest.precision, bundle.manifest.quantization
-    lowering = _lowering(part, target)
-    int8 = quantized is not None and quantized.int8_activations
-    if target.startswith("ort-") and int8 and lowering not in part.lowered:
+    lowering = _lowering(part, find_target(target).lowering(options.precision))
+    floats = precision == "fp32" or (quantized is not None and not quantized.int8_activations)
+    if target.startswith("ort-") and not floats and lowering not in part.lowered:
         raise BundleError(
             f"{bundle.path} is {precision}, and {target} needs its graph rewritten for it, which is not in the bundle",
-            f"perceiver-export build {bundle.path} --target {target} --lower-only",
+            "quantize the fp32 bundle again: it writes that graph too",
         )
     ranges = {name: sizes for spec in part.inputs for name, sizes in spec.ranges.items()}
     shapes = {name: options.shapes.get(name, (least, least, most)) for name, (least, most) in ranges.items()}
@@ -94,10 +100,10 @@ def make_source(bundle: Bundle, part: Part, target: str, options: EngineOptions)
     )
 
 
-def _lowering(part: Part, target: str) -> str:
+def _lowering(part: Part, wanted: str) -> str:
     """Which of a target's lowerings this machine takes: ONNX Runtime's integer kernels on ARM want another form."""
-    own = f"{target}-arm64"
-    return own if own in part.lowered and platform.machine().lower() in ("aarch64", "arm64") else target
+    own = f"{wanted}-arm64"
+    return own if own in part.lowered and platform.machine().lower() in ("aarch64", "arm64") else wanted
 
 
 def read_record(directory: Path) -> Record | None:

@@ -31,6 +31,14 @@ class Target:
         """The command that brings the engine's library."""
         return f"pip install 'perceiver-export[{self.extra}]'"
 
+    def lowering(self, precision: str) -> str:
+        """The name under which a bundle has the graph for this target: TensorRT has one for each precision, and others
+        for version 8, which takes precision from flags.
+        """
+        if self.module != "tensorrt":
+            return self.name
+        return f"{'tensorrt8' if self.version().startswith('8.') else 'tensorrt'}-{precision}"
+
     def backend(self) -> Backend:
         """The module that runs it."""
         return cast(Backend, importlib.import_module(f"{_ENGINES}.{self.module}"))
@@ -45,8 +53,11 @@ class Target:
         return ""
 
 
+_TENSORRT = ("tensorrt", "tensorrt-cu12", "tensorrt-cu13")
 _ORT = ("onnxruntime", "onnxruntime-gpu")
 _TABLE = (
+    Target("tensorrt", "tensorrt", _TENSORRT, "tensorrt", "NVIDIA GPU", needs_engine=True),
+    Target("tensorrt-rtx", "tensorrt", ("tensorrt-rtx",), "tensorrt-rtx", "NVIDIA GPU", needs_engine=True),
     Target("ort-cuda", "ort", ("onnxruntime-gpu",), "ort", "NVIDIA GPU"),
     Target("openvino-gpu", "openvino", ("openvino",), "openvino", "Intel GPU"),
     Target("openvino-npu", "openvino", ("openvino",), "openvino", "Intel NPU"),

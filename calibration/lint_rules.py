@@ -1,0 +1,285 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rules of `lint`: each looks at a graph and says what TensorRT would refuse, or run slower than it could.
+
+Each rule was seen to hold on TensorRT for RTX 1.7.1: a minimal graph that breaks it does not compile, or loses its
+fused attention or its int8 product (tests/calibration/test_lint_rules.py). The versions in which an operator came are
+NVIDIA's documentation and the bindings' attributes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import onnx_ir as ir
+
+from perceiver_export.calibration.lowering.attention import LARGEST_HEAD, SMALLEST_HEAD, Attention, find_attentions
+from perceiver_export.runtimes.engines.tensorrt_capabilities import Capabilities
+
+# Refused by every version: they carry integers outside of Q/DQ, or belong to ONNX Runtime.
+_NEVER = frozenset(
+    {
+        "ConvInteger",
+        "DynamicQuantizeLinear",
+        "FastGelu",
+        "FusedMatMul",
+        "MatMulInteger",
+        "QLinearConv",
+        "QLinearMatMul",
+        "SkipLayerNormalization",
+    }
+)
+_HALF = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+_FLOATS = (ir.DataType.FLOAT, *_HALF)
+_MOST_AXES = 8
+_FP16_TERMS = 65504
+_SMALL_CONSTANT = 1 << 8  # numbers; weights are in another file, and are not read
+
+
+@dataclass(frozen=True)
+class Finding:
+    """``refused``: it would not parse or compile; ``slow``: it would run, without a fused kernel or without int8."""
+
+    rule: str
+    kind: Literal["refused", "slow"]
+    node: str
+    message: str
+    fix: str
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is judged: a graph, for a version, with the names of dimensions that have a range."""
+
+    graph: ir.Graph
+    opset: int
+    can: Capabilities
+    ranges: frozenset[str]
+
+
+def _operators(subject: Subject) -> Iterator[Finding]:
+    can = subject.can
+    for node in subject.graph:
+        if node.op_type in _NEVER:
+            yield _refused("operator", node, f"{node.op_type} is in no version of TensorRT", _QUANTIZE)
+        elif node.op_type == "Gelu" and not can.gelu:
+            yield _refused("operator", node, f"{can.name} has no Gelu", _LOWER)
+        elif node.op_type == "Attention" and not can.attention:
+            yield _refused("operator", node, f"{can.name} has no Attention; 10.14 is the first", _LOWER)
+
+
+def _opset(subject: Subject) -> Iterator[Finding]:
+    if subject.opset > subject.can.opset:
+        message = f"opset {subject.opset}; {subject.can.name} reads up to {subject.can.opset}"
+        yield Finding("opset", "refused", "", message, _LOWER)
+
+
+def _zero_points(subject: Subject) -> Iterator[Finding]:
+    for node in _quantizers(subject.graph):
+        zero = node.inputs[2] if len(node.inputs) > 2 else None
+        unsigned = zero is None and node.op_type == "QuantizeLinear" and "output_dtype" not in node.attributes
+        if unsigned or (zero is not None and zero.dtype == ir.DataType.UINT8):
+            yield _refused("uint8", node, "8-bit integers are unsigned; TensorRT takes int8 only", _QUANTIZE)
+        elif zero is not None and zero.const_value is not None and np.any(zero.const_value.numpy().astype(np.int32)):
+            yield _refused("zero-point", node, "its zero point is not 0; TensorRT takes symmetric int8 only", _QUANTIZE)
+
+
+def _integer_bias(subject: Subject) -> Iterator[Finding]:
+    for node in _quantizers(subject.graph):
+        if node.op_type == "DequantizeLinear" and node.inputs[0] and node.inputs[0].dtype == ir.DataType.INT32:
+            yield _refused("int32-bias", node, "it dequantizes int32, a bias; TensorRT refuses that", _QUANTIZE)
+
+
+def _scale_types(subject: Subject) -> Iterator[Finding]:
+    weak = subject.can.typing == "weak"
+    for node in _quantizers(subject.graph):
+        scale = node.inputs[1]
+        if scale is None or scale.dtype is None:
+            continue
+        if weak and scale.dtype in _HALF:
+            yield _refused("scale-type", node, f"{subject.can.name} takes fp32 scales only", _LOWER)
+        source = node.inputs[0]
+        if node.op_type == "QuantizeLinear" and source and source.dtype in _FLOATS and source.dtype != scale.dtype:
+            names = f"{_name(source.dtype)} with a scale of {_name(scale.dtype)}"
+            yield _refused("scale-type", node, f"it quantizes {names}; they must be the same", _LOWER)
+
+
+def _half_in_weak(subject: Subject) -> Iterator[Finding]:
+    if subject.can.typing != "weak":
+        return
+    for node in subject.graph:
+        if any(value.dtype in _HALF for value in node.outputs):
+            message = f"the graph is 16 bits wide; {subject.can.name} wants fp32 and takes precision from flags"
+            yield _refused("types", node, message, _LOWER)
+            return
+
+
+def _weight_axis(subject: Subject) -> Iterator[Finding]:
+    for node in _quantizers(subject.graph):
+        scale, weight = node.inputs[1], node.inputs[0]
+        if node.op_type != "DequantizeLinear" or scale is None or not scale.shape or weight is None or not weight.shape:
+            continue
+        if "block_size" in node.attributes:
+            continue
+        axis = node.attributes.get_int("axis", 1) % len(weight.shape)
+        for product in _products(node.outputs[0]):
+            if product.inputs[1] is node.outputs[0] and axis != len(weight.shape) - 1:
+                yield _slow(
+                    "weight-axis",
+                    product,
+                    "its weight has a scale for each input, so it runs in floating point",
+                    _QUANTIZE,
+                )
+
+
+def _one_sided(subject: Subject) -> Iterator[Finding]:
+    for node in subject.graph:
+        if node.op_type in ("MatMul", "Gemm"):
+            activation, weight = (_dequantized(node.inputs[index]) for index in range(2))
+            if activation and not weight and node.inputs[1] is not None and node.inputs[1].is_initializer():
+                yield _slow(
+                    "one-sided", node, "its input is int8 and its weight is not: it runs in floating point", _QUANTIZE
+                )
+
+
+def _partial_attention(subject: Subject) -> Iterator[Finding]:
+    for attention in find_attentions(subject.graph):
+        sides = [*attention.scores.inputs[:2], *attention.read.inputs[:2]]
+        quantized = [_dequantized(value) for value in sides]
+        output = any(user.op_type == "QuantizeLinear" for user in attention.read.outputs[0].consumers())
+        if any(quantized) and not (all(quantized) and output):
+            yield _slow(
+                "partial-attention",
+                attention.softmax,
+                "part of its attention is int8: one kernel becomes three, with the scores in memory",
+                "quantize linears only, or q, k, probabilities, v and the result",
+            )
+
+
+def _heads(subject: Subject) -> Iterator[Finding]:
+    for attention in find_attentions(subject.graph):
+        if not attention.fits and attention.padded is not None:
+            yield _slow("heads", attention.softmax, f"{_widths(attention)}; {_FUSED}", _LOWER)
+
+
+def _wide_heads(subject: Subject) -> Iterator[Finding]:
+    for attention in find_attentions(subject.graph):
+        if not attention.fits and attention.padded is None and attention.rows != 1:
+            fix = "nothing to do here: more heads, in training, would make them narrower"
+            yield _slow("wide-heads", attention.softmax, f"{_widths(attention)}; {_FUSED}", fix)
+
+
+def _full_precision(subject: Subject) -> Iterator[Finding]:
+    if subject.can.typing == "weak":
+        return
+    for attention in find_attentions(subject.graph):
+        if attention.scores.outputs[0].dtype == ir.DataType.FLOAT and attention.fits:
+            yield _slow("fp32-attention", attention.softmax, "it is fp32; only 16 bits have a fused kernel", _LOWER)
+
+
+def _attention_operator(subject: Subject) -> Iterator[Finding]:
+    for node in subject.graph:
+        if node.op_type != "Attention" or len(node.inputs) < 3 or not subject.can.attention:
+            continue
+        q, k, v = (_last(node.inputs[index], node, index) for index in range(3))
+        if k is not None and v is not None and k != v:
+            yield _refused("attention-operator", node, f"keys are {k} wide and values {v}; it wants them equal", _LOWER)
+        elif q is not None and q > LARGEST_HEAD:
+            yield _refused("attention-operator", node, f"heads are {q} wide, for which it has no kernel", _LOWER)
+
+
+def _dynamic(subject: Subject) -> Iterator[Finding]:
+    for value in subject.graph.inputs:
+        names = {str(size) for size in value.shape or () if not isinstance(size, int)} - subject.ranges
+        if names:
+            message = f"input {value.name} has dimensions without a range: {', '.join(sorted(names))}"
+            yield Finding("no-profile", "refused", "", message, "export with --batch MIN:OPT:MAX, which gives one")
+
+
+def _axes(subject: Subject) -> Iterator[Finding]:
+    for node in subject.graph:
+        if any(value.shape is not None and len(value.shape) > _MOST_AXES for value in node.outputs):
+            yield _refused("axes", node, f"it has more than {_MOST_AXES} axes", "reshape in two steps")
+
+
+def _overflow(subject: Subject) -> Iterator[Finding]:
+    for value in subject.graph.initializers.values():
+        tensor = value.const_value
+        if value.dtype != ir.DataType.FLOAT16 or tensor is None or tensor.size > _SMALL_CONSTANT:
+            continue
+        if not np.all(np.isfinite(tensor.numpy())):
+            message = f"{value.name} does not fit into fp16: it became infinite"
+            yield Finding("overflow", "refused", value.name or "", message, _LOWER)
+    for node in subject.graph:
+        source = node.inputs[0] if node.inputs else None
+        if node.op_type == "Softmax" and source is not None and source.dtype == ir.DataType.FLOAT16:
+            terms = _last(source, node, 0)
+            if terms is not None and terms > _FP16_TERMS:
+                yield _slow("overflow", node, f"it adds {terms} terms in fp16, whose largest number is less", _LOWER)
+
+
+RULES: tuple[Callable[[Subject], Iterator[Finding]], ...] = (
+    _opset,
+    _operators,
+    _half_in_weak,
+    _scale_types,
+    _zero_points,
+    _integer_bias,
+    _dynamic,
+    _axes,
+    _attention_operator,
+    _overflow,
+    _weight_axis,
+    _one_sided,
+    _partial_attention,
+    _full_precision,
+    _heads,
+    _wide_heads,
+)
+
+_LOWER = "perceiver-export build BUNDLE --target tensorrt --precision fp16 --lower-only"
+_QUANTIZE = "quantize with `perceiver-export quantize`, whose int8 is the kind that it takes"
+_FUSED = f"attention is one kernel where they are equal, from {SMALLEST_HEAD} to {LARGEST_HEAD}"
+
+
+def _refused(rule: str, node: ir.Node, message: str, fix: str) -> Finding:
+    return Finding(rule, "refused", node.name or node.op_type, message, fix)
+
+
+def _slow(rule: str, node: ir.Node, message: str, fix: str) -> Finding:
+    return Finding(rule, "slow", node.name or node.op_type, message, fix)
+
+
+def _quantizers(graph: ir.Graph) -> Iterator[ir.Node]:
+    return (node for node in graph if node.op_type in ("QuantizeLinear", "DequantizeLinear"))
+
+
+def _products(value: ir.Value) -> Iterator[ir.Node]:
+    return (node for node in value.consumers() if node.op_type in ("MatMul", "Gemm"))
+
+
+def _dequantized(value: ir.Value | None) -> bool:
+    """Whether a value comes from integers, past what only shapes it."""
+    node = value.producer() if value is not None else None
+    while node is not None and node.op_type in ("Transpose", "Reshape", "Pad", "Slice"):
+        node = node.inputs[0].producer() if node.inputs[0] is not None else None
+    return node is not None and node.op_type == "DequantizeLinear"
+
+
+def _widths(attention: Attention) -> str:
+    return f"its heads are {attention.qk or '?'} wide for queries and keys, {attention.v or '?'} for values"
+
+
+def _last(value: ir.Value | None, node: ir.Node, index: int) -> int | None:
+    """The last axis; of three-dimensional inputs of an Attention the width of one head."""
+    size = value.shape[-1] if value is not None and value.shape else None
+    if not isinstance(size, int):
+        return None
+    heads = node.attributes.get_int("q_num_heads" if index == 0 else "kv_num_heads", 1)
+    return size // heads if node.op_type == "Attention" and len(value.shape or ()) == 3 else size  # type: ignore[union-attr]
+
+
+def _name(dtype: ir.DataType) -> str:
+    return str(dtype.name).lower()

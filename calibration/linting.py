@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a version of TensorRT would refuse, not fuse, or not run in int8: told from the graph, without a GPU."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from perceiver_export.runtimes.bundle import open_bundle
+from perceiver_export.runtimes.engines.tensorrt_capabilities import NEWEST, Capabilities, capabilities
+from perceiver_export.runtimes.errors import BundleError, MissingDependencyError, UsageError
+
+if TYPE_CHECKING:
+    from perceiver_export.calibration.lint_rules import Finding
+
+
+@dataclass(frozen=True)
+class Lint:
+    """One graph's findings. ``attentions``: how many it has, and how many of them are of a form that fuses."""
+
+    graph: str
+    version: str
+    findings: tuple[Finding, ...]
+    attentions: int
+    fusable: int
+
+    @property
+    def refused(self) -> bool:
+        """Whether this version would not compile it."""
+        return any(finding.kind == "refused" for finding in self.findings)
+
+
+def lint(
+    path: str | os.PathLike[str], target: str = "tensorrt", version: str | None = None, precision: str | None = None
+) -> tuple[Lint, ...]:
+    """Judge the graphs of a bundle that this version would get, or an ONNX file.
+
+    Of a bundle: those that were lowered for the version (in ``precision``, or in every one that is there), else the
+    canonical ones. ``version`` defaults to the newest that is known. Weights are not read.
+
+    Raises BundleError, DeviceError (no such version), MissingDependencyError (onnx-ir), UsageError.
+    """
+    if target not in NEWEST:
+        raise UsageError(f"there is nothing to lint for {target}", f"targets with rules: {', '.join(NEWEST)}")
+    can = capabilities(target, version or NEWEST[target])
+    try:
+        import onnx_ir as ir
+    except ImportError as error:
+        raise MissingDependencyError("lint needs onnx-ir", "pip install 'perceiver-export[quantize]'") from error
+    found = []
+    for file, ranges in _graphs(Path(path), can, precision):
+        try:
+            model = ir.load(file)
+        except Exception as error:  # protobuf and onnx-ir each have their own for a damaged file
+            raise BundleError(f"{file} is not an ONNX model that can be read", "copy or export it again") from error
+        found.append(_judge(model, file.name, can, ranges))
+    return tuple(found)
+
+
+def _graphs(path: Path, can: Capabilities, precision: str | None) -> Iterator[tuple[Path, frozenset[str]]]:
+    if path.is_file() and path.suffix == ".onnx":
+        yield path, frozenset()
+        return
+    bundle = open_bundle(path, verify="never")
+    for part in bundle.manifest.parts.values():
+        ranges = frozenset(name for spec in part.inputs for name in spec.ranges)
+        prefix = f"{can.lowering}-"
+        lowered = {key.removeprefix(prefix): file for key, file in part.lowered.items() if key.startswith(prefix)}
+        if precision is not None and precision not in lowered and (lowered or precision != "fp32"):
+            raise UsageError(
+                f"{path} has no {precision} graph for {can.name}",
+                f"perceiver-export build {path} --target {can.library} --precision {precision} --lower-only",
+            )
+        files = [lowered[precision]] if precision in lowered else list(lowered.values())
+        yield from ((bundle.file(file), ranges) for file in files or [part.file])
+
+
+def _judge(model: object, name: str, can: Capabilities, ranges: frozenset[str]) -> Lint:
+    import onnx_ir as ir
+    import onnx_ir.passes.common as common
+
+    from perceiver_export.calibration.lint_rules import RULES, Subject
+    from perceiver_export.calibration.lowering.attention import find_attentions
+
+    assert isinstance(model, ir.Model)
+    if any(value.shape is None or value.dtype is None for node in model.graph for value in node.outputs):
+        with _quiet(common.ShapeInferencePass.__module__):
+            common.ShapeInferencePass()(model)
+    subject = Subject(model.graph, model.opset_imports.get("", 0), can, ranges)
+    findings = tuple(finding for rule in RULES for finding in rule(subject))
+    attentions = list(find_attentions(model.graph))
+    return Lint(name, can.name, findings, len(attentions), sum(attention.fits for attention in attentions))
+
+
+@contextlib.contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Without a library's warnings with traces: what is wrong with a graph, the rules say."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""TensorRT on NVIDIA GPUs and Jetsons (`tensorrt`), TensorRT for RTX (`tensorrt-rtx`), which needs no GPU to compile.
+
+The driver is asked before anything of TensorRT is made: without one its runtime takes the process down.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from pathlib import Path
+from typing import Any
+
+from perceiver_export.runtimes.engines.backend import EngineOptions, Platform, Progress, Source
+from perceiver_export.runtimes.engines.cuda_driver import cuda_gpus, driver_version
+from perceiver_export.runtimes.engines.targets import find_target
+from perceiver_export.runtimes.engines.tensorrt_build import ENGINE, build_engine
+from perceiver_export.runtimes.engines.tensorrt_capabilities import capabilities
+from perceiver_export.runtimes.engines.tensorrt_engine import TensorrtEngine
+from perceiver_export.runtimes.errors import BuildError, DeviceError, MissingDependencyError
+
+_MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+_FIRST_BF16 = (8, 0)  # compute capability: Ampere
+
+
+def platform(target: str, options: EngineOptions) -> Platform:
+    """The library and the GPU; of a cross-build (tensorrt-rtx with compute_capability) the GPUs that it is for.
+
+    Raises MissingDependencyError; DeviceError: no driver, no GPU, or one without the precision; BuildError.
+    """
+    crossed = options.flags.get("compute_capability", "") if target == "tensorrt-rtx" else ""
+    gpus = cuda_gpus()
+    if not crossed and not gpus:
+        import_library(target)  # that it is missing would be the first thing to mend
+        raise DeviceError(
+            f"{target} found no NVIDIA GPU here: there is no CUDA driver, or it does not start",
+            "install the driver (on a Jetson: JetPack); tensorrt-rtx builds without a GPU: --flag"
+            " compute_capability=sm86,sm89",
+        )
+    trt = import_library(target)
+    can = capabilities(target, trt.__version__)
+    device = " ".join(sorted(part.strip().lower() for part in crossed.split(","))) if crossed else gpus[0].name
+    if options.precision == "bf16":
+        if can.typing == "weak":
+            raise BuildError(f"{can.name} has no bf16", "give --precision fp16")
+        if not crossed and gpus[0].compute_capability < _FIRST_BF16:
+            raise DeviceError(f"{gpus[0].name} has no bf16", "give --precision fp16")
+    return Platform(library=target, version=trt.__version__, device=device, driver=driver_version())
+
+
+def differences(built: Platform, here: Platform) -> tuple[str, ...]:
+    """An engine is bound to the version and the kind of GPU, not to the driver."""
+    found = []
+    if (built.library, built.version) != (here.library, here.version):
+        found.append(f"it was built with {built.library} {built.version}, here is {here.library} {here.version}")
+    if built.device != here.device and _architecture(here.device) not in built.device.split():
+        found.append(f"it was built for {built.device}, here is {here.device}")
+    return tuple(found)
+
+
+def compile(source: Source, directory: Path, progress: Progress) -> None:
+    """Write model.engine and layers.json. Raises BuildError, BundleError, DeviceError, MissingDependencyError."""
+    here = platform(source.target, source.options)
+    trt = import_library(source.target)
+    build_engine(trt, capabilities(source.target, trt.__version__), here, source, directory, progress)
+
+
+def open(source: Source, directory: Path | None, threads: int | None) -> TensorrtEngine:
+    """An engine that `compile` wrote. Raises DeviceError (no driver, no memory), EngineError."""
+    here = platform(source.target, EngineOptions())
+    assert directory is not None  # the table says that this target needs an engine
+    return TensorrtEngine(import_library(source.target), here, source, directory / ENGINE)
+
+
+def import_library(target: str) -> Any:
+    """`tensorrt` or `tensorrt_rtx`. Raises MissingDependencyError: not installed, or without its libraries."""
+    try:
+        return importlib.import_module(_MODULES[target])
+    except (ImportError, OSError) as error:
+        jetson = "on a Jetson it comes with JetPack: make the environment with `python3 -m venv --system-site-packages`"
+        hint = find_target(target).install if target == "tensorrt-rtx" else f"{find_target(target).install}; {jetson}"
+        raise MissingDependencyError(f"target {target} needs {_MODULES[target]}: {error}", hint) from error
+
+
+def _architecture(device: str) -> str:
+    """`NVIDIA RTX A4000 (sm_86)` -> `sm86`, as a cross-build names it."""
+    found = re.search(r"\(sm_(\d+)\)", device)
+    return f"sm{found[1]}" if found else ""

@@ -1,0 +1,288 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiling a graph with TensorRT, and holding the engine to the precision that was asked for."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from perceiver_export.runtimes.bundle import cache_directory
+from perceiver_export.runtimes.engines.backend import Platform, Progress, Source
+from perceiver_export.runtimes.engines.tensorrt_capabilities import Capabilities
+from perceiver_export.runtimes.engines.tensorrt_layers import (
+    Layer,
+    count_attentions,
+    differences,
+    int8_products,
+    layers_from_inspector,
+    layers_from_log,
+)
+from perceiver_export.runtimes.engines.tensorrt_network import asked_precisions, check_types, constrain, parse
+from perceiver_export.runtimes.errors import BuildError, DeviceError
+
+ENGINE, REPORT = "model.engine", "layers.json"
+_WARNING, _ERROR = 2, 1  # severities count down to 0, an internal error
+_BYTES = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
+
+
+class LayerReport(msgspec.Struct, frozen=True):
+    """layers.json beside an engine: what its own report says. ``precisions`` counts the matrix products by type."""
+
+    layers: int
+    fused_attentions: int
+    int8_products: int
+    precisions: dict[str, int]
+    engine_bytes: int
+
+
+def make_logger(trt: Any) -> Any:
+    """A logger that keeps what went wrong, and the lines in which TensorRT for RTX lists its layers."""
+
+    class Log(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.problems: list[str] = []
+            self.layers: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if int(severity) <= _ERROR:
+                self.problems.append(" ".join(message.split()))
+            elif ", LayerType: " in message:
+                self.layers.append(message)
+
+    return Log()
+
+
+def build_engine(
+    trt: Any, can: Capabilities, platform: Platform, source: Source, directory: Path, progress: Progress
+) -> LayerReport:
+    """Compile ``source`` and write the engine with its report.
+
+    Raises BuildError: the compiler gave up, or the engine's layers are not of the precision that was asked for (they
+    are named); BundleError: the graph cannot be read; DeviceError; KeyboardInterrupt, once the compiler has stopped.
+    """
+    return _interruptible(
+        lambda stop: _build(trt, can, platform, source, directory, progress, stop),
+        lambda: progress("stopping", 0, None),
+    )
+
+
+def _build(
+    trt: Any,
+    can: Capabilities,
+    platform: Platform,
+    source: Source,
+    directory: Path,
+    progress: Progress,
+    stop: threading.Event,
+) -> LayerReport:
+    logger = make_logger(trt)
+    builder = trt.Builder(logger)
+    progress("reading the graph", 0, None)
+    network, parser = parse(trt, can, builder, logger, source.graph)
+    config = builder.create_builder_config()
+    _configure(trt, can, config, builder, source)
+    if can.typing == "weak":
+        constrain(trt, network, config, source.options.precision)
+    asked = asked_precisions(trt, network, can, source.options)
+    check_types(asked, source)
+    timing = _timing_cache(platform, config) if can.library == "tensorrt" else None
+    if can.monitor:
+        config.progress_monitor = _monitor(trt, progress, stop)
+    progress("compiling", 0, None)
+    serialized = builder.build_serialized_network(network, config)
+    del parser  # it owns weights that the network refers to
+    if serialized is None:
+        raise _given_up(can, source, logger.problems)
+    if timing is not None:
+        _save(timing, config)
+    layers = _layers(trt, can, logger, serialized)
+    wrong = differences(asked, layers)
+    if wrong:
+        named = "; ".join(str(one) for one in wrong[:5])
+        raise BuildError(
+            f"{len(wrong)} of {len(asked)} products do not run as asked: {named}{'; …' if len(wrong) > 5 else ''}",
+            "report it with the versions that `perceiver-export doctor` shows; another --precision may be kept",
+        )
+    return _write(asked, layers, serialized, directory)
+
+
+def _interruptible(work: Callable[[threading.Event], LayerReport], stopping: Callable[[], None]) -> LayerReport:
+    """Work in a thread of its own, so that Ctrl-C arrives here: in a callback TensorRT would swallow it, or end the
+    process.
+
+    The first one asks the work to stop (8.x has no way to: there it is waited for), and is raised once it has.
+    """
+    stop, finished = threading.Event(), threading.Event()
+    results: list[LayerReport] = []
+    errors: list[Exception] = []
+
+    def run() -> None:
+        try:
+            results.append(work(stop))
+        except Exception as error:
+            errors.append(error)
+        finally:
+            finished.set()
+
+    thread = threading.Thread(target=run, name="tensorrt-build")
+    thread.start()
+    while not finished.is_set():
+        try:
+            finished.wait()  # not `join`: interrupted, Python 3.11's takes the thread for dead
+        except KeyboardInterrupt:
+            stop.set()
+            stopping()
+    thread.join()
+    if stop.is_set():
+        raise KeyboardInterrupt
+    if errors:
+        raise errors[0]
+    return results[0]
+
+
+def _configure(trt: Any, can: Capabilities, config: Any, builder: Any, source: Source) -> None:
+    flags = dict(source.options.flags)
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    if source.options.precision == "fp32":
+        config.clear_flag(trt.BuilderFlag.TF32)  # it has 10 bits where fp32 has 23
+    if "workspace" in flags:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, _bytes(flags.pop("workspace")))
+    if "optimization_level" in flags:
+        config.builder_optimization_level = _level(flags.pop("optimization_level"))
+    targets = flags.pop("compute_capability", "")
+    if targets:
+        _set_targets(trt, can, config, targets)
+    if flags:
+        raise BuildError(
+            f"{source.target} has no flag {next(iter(flags))!r}",
+            "its flags: workspace=512MiB, optimization_level=0…5; tensorrt-rtx: compute_capability=sm86,sm89",
+        )
+    named = [spec for spec in source.inputs if any(isinstance(size, str) for size in spec.shape)]
+    if named:
+        profile = builder.create_optimization_profile()
+        for spec in named:
+            sizes = [
+                tuple(source.options.shapes[size][which] if isinstance(size, str) else size for size in spec.shape)
+                for which in range(3)
+            ]
+            profile.set_shape(spec.name, *sizes)
+        config.add_optimization_profile(profile)
+
+
+def _set_targets(trt: Any, can: Capabilities, config: Any, targets: str) -> None:
+    if can.library != "tensorrt-rtx":
+        raise BuildError(
+            "TensorRT builds for the GPU that it runs on", "leave compute_capability out, and build on the device"
+        )
+    names = [name.strip().upper() for name in targets.split(",")]
+    known = [name for name in dir(trt.ComputeCapability) if name.startswith("SM")]
+    for name in names:
+        if name not in known:
+            raise DeviceError(f"{can.name} does not build for {name!r}", f"it builds for {', '.join(known)}".lower())
+    config.num_compute_capabilities = len(names)
+    for index, name in enumerate(names):
+        config.set_compute_capability(getattr(trt.ComputeCapability, name), index)
+
+
+def _monitor(trt: Any, progress: Progress, stop: threading.Event) -> Any:
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        """Progress of the outermost phases; TensorRT stops where a step gives False."""
+
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.sizes: dict[str, int] = {}
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            if parent_phase is None:
+                self.sizes[phase_name] = num_steps
+
+        def phase_finish(self, phase_name: str) -> None:
+            self.sizes.pop(phase_name, None)
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            size = self.sizes.get(phase_name)
+            if size is not None:
+                progress(phase_name, step + 1, size)
+            return not stop.is_set()
+
+    return Monitor()
+
+
+def _given_up(can: Capabilities, source: Source, problems: list[str]) -> BuildError:
+    said = problems[0] if problems else "it gives no reason"
+    hint = "perceiver-export lint BUNDLE says what does not fit this version"
+    if re.search(r"workspace|OutOfMemory|out of memory", " ".join(problems), re.IGNORECASE):
+        hint = "give it more memory: --flag workspace=2GiB, or leave it out; and close what else uses the GPU"
+    return BuildError(f"{can.name} could not compile {source.graph.name}: {said}", hint)
+
+
+def _layers(trt: Any, can: Capabilities, logger: Any, serialized: Any) -> tuple[Layer, ...]:
+    if can.library == "tensorrt-rtx":
+        return layers_from_log(logger.layers)
+    runtime = trt.Runtime(logger)
+    engine = runtime.deserialize_cuda_engine(serialized)
+    if engine is None:
+        raise BuildError(
+            f"{can.name} cannot load what it built: {' '.join(logger.problems[-1:])}", "perceiver-export doctor"
+        )
+    inspector = engine.create_engine_inspector()
+    return layers_from_inspector(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
+
+
+def _write(asked: dict[str, str], layers: tuple[Layer, ...], serialized: Any, directory: Path) -> LayerReport:
+    counts: dict[str, int] = {}
+    for precision in asked.values():
+        counts[precision] = counts.get(precision, 0) + 1
+    with (directory / ENGINE).open("wb") as file:
+        file.write(serialized)
+    report = LayerReport(
+        layers=len(layers),
+        fused_attentions=count_attentions(layers),
+        int8_products=len(int8_products(layers, asked)),
+        precisions=counts,
+        engine_bytes=(directory / ENGINE).stat().st_size,
+    )
+    (directory / REPORT).write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
+    return report
+
+
+def _timing_cache(platform: Platform, config: Any) -> Path:
+    """What was measured on this device by this version is not measured again: builds of a fleet, or a second model."""
+    slug = re.sub(r"[^A-Za-z0-9.]+", "-", f"{platform.library}-{platform.version}-{platform.device}")
+    path = cache_directory() / "timing" / f"{slug}.cache"
+    try:
+        content = path.read_bytes()
+    except OSError:
+        content = b""
+    cache = config.create_timing_cache(content) or config.create_timing_cache(b"")
+    config.set_timing_cache(cache, False)
+    return path
+
+
+def _save(path: Path, config: Any) -> None:
+    temporary = path.with_suffix(f".{threading.get_ident()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(bytes(config.get_timing_cache().serialize()))
+        temporary.replace(path)
+    except OSError:  # a full or read-only home: the next build measures again
+        temporary.unlink(missing_ok=True)
+
+
+def _bytes(text: str) -> int:
+    found = re.fullmatch(r"(\d+)\s*([KMG]?)(?:i?B)?", text.strip())
+    if found is None or int(found[1]) == 0:
+        raise BuildError(f"workspace is {text!r}", "give bytes: --flag workspace=512MiB")
+    return int(found[1]) * _BYTES[found[2]]
+
+
+def _level(text: str) -> int:
+    if text not in "012345" or len(text) != 1:
+        raise BuildError(f"optimization_level is {text!r}", "give 0 (fast to build) to 5 (fast to run)")
+    return int(text)

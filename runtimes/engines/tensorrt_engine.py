@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A TensorRT engine that takes arrays and gives arrays: tensors by name, a stream a caller, runs kept as graphs."""
+
+from __future__ import annotations
+
+import math
+import queue
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from perceiver_export.runtimes.engines.backend import Array, Feeds, Platform, Source
+from perceiver_export.runtimes.engines.cuda_memory import Buffer, Cuda, Stream
+from perceiver_export.runtimes.engines.tensorrt_build import make_logger
+from perceiver_export.runtimes.errors import DeviceError, EngineError
+from perceiver_export.runtimes.manifest import TensorSpec
+
+# Callers that run at once; each holds buffers and an execution context with its activations.
+_SLOTS = 2
+
+
+class TensorrtEngine:
+    """One engine with `_SLOTS` places to run in; a third caller waits for one of them.
+
+    Raises EngineError: the file is not an engine for here; DeviceError: no driver, or not enough GPU memory.
+    """
+
+    def __init__(self, trt: Any, here: Platform, source: Source, path: Path, cuda: Cuda | None = None) -> None:
+        self._here, self._source = here, source
+        self.inputs, self.outputs = source.inputs, source.outputs
+        self._cuda = cuda or Cuda()
+        self._cuda.enter()
+        self._logger = make_logger(trt)
+        # Kept: the engine refers to it.
+        self._runtime = trt.Runtime(self._logger)
+        self._engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
+        if self._engine is None:
+            said = " ".join(self._logger.problems[:1]) or "it gives no reason"
+            raise EngineError(
+                f"{here.library} {here.version} does not take {path}: {said}",
+                f"build it again, here: perceiver-export build BUNDLE --target {here.library} --force",
+            )
+        self._check_names()
+        self._free: queue.LifoQueue[_Slot] = queue.LifoQueue()
+        self._lock, self._opened = threading.Lock(), 0
+        self._free.put(self._new_slot())
+
+    def run(self, feeds: Feeds) -> dict[str, Array]:
+        """Outputs in arrays of the caller's own."""
+        slot = self._take()
+        try:
+            return {name: array.copy() for name, array in slot.run(feeds).items()}
+        finally:
+            self._free.put(slot)
+
+    def run_into(self, feeds: Feeds, out: Mapping[str, Array]) -> None:
+        """Outputs in the caller's arrays."""
+        slot = self._take()
+        try:
+            for name, array in slot.run(feeds).items():
+                np.copyto(out[name], array)
+        finally:
+            self._free.put(slot)
+
+    def describe(self) -> dict[str, Any]:
+        """What it runs on; ``zero_copy``: host and GPU share the buffers; ``cuda_graph``: runs are replayed."""
+        slot = self._take()
+        self._free.put(slot)
+        return {
+            "target": self._source.target,
+            "device": self._here.device,
+            "engine": self._here.library,
+            "version": self._here.version,
+            "threads": "none of the CPU's",
+            "precision": self._precision(),
+            "zero_copy": self._cuda.shares_memory,
+            "cuda_graph": slot.replays,
+        }
+
+    def _precision(self) -> str:
+        asked, bundle = self._source.options.precision, self._source.precision
+        return asked if bundle == "fp32" else f"{bundle} with {asked}"
+
+    def _check_names(self) -> None:
+        found = {self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)}
+        wanted = {spec.name for spec in (*self.inputs, *self.outputs)}
+        if found != wanted:
+            raise EngineError(
+                f"the engine has the tensors {', '.join(sorted(found))}, the bundle {', '.join(sorted(wanted))}",
+                f"build it again: perceiver-export build BUNDLE --target {self._here.library} --force",
+            )
+
+    def _new_slot(self) -> _Slot:
+        context = self._engine.create_execution_context()
+        if context is None:
+            raise DeviceError(
+                f"{self._here.device} has too little memory for this engine: {' '.join(self._logger.problems[-1:])}",
+                "free GPU memory, or export with a smaller --memory-budget",
+            )
+        slot = _Slot(self._cuda, context, self._source)
+        self._opened += 1
+        return slot
+
+    def _take(self) -> _Slot:
+        self._cuda.enter()  # the calling thread's first CUDA call, as often as not
+        try:
+            return self._free.get_nowait()
+        except queue.Empty:
+            pass
+        with self._lock:
+            if self._opened < _SLOTS:
+                return self._new_slot()
+        return self._free.get()
+
+
+class _Slot:
+    """An execution context with its stream and buffers; one caller at a time."""
+
+    def __init__(self, cuda: Cuda, context: Any, source: Source) -> None:
+        self._context, self._source = context, source
+        self._stream = Stream(cuda)
+        self._shapes = source.options.shapes
+        self._dynamic = any(isinstance(size, str) for spec in source.inputs for size in spec.shape)
+        self._runs = 0
+        self.replays = False
+        self._buffers: dict[str, Buffer] = {}
+        for spec in (*source.inputs, *source.outputs):
+            self._buffers[spec.name] = Buffer(cuda, np.dtype(spec.dtype), self._room(spec))
+            context.set_tensor_address(spec.name, self._buffers[spec.name].address)
+
+    def run(self, feeds: Feeds) -> dict[str, Array]:
+        """Views of the slot's own buffers, good until it runs again."""
+        sizes: dict[str, int] = {}
+        for spec in self._source.inputs:
+            array = feeds[spec.name]
+            self._buffers[spec.name].array[: array.size] = array.reshape(-1)
+            sizes |= {name: size for name, size in zip(spec.shape, array.shape, strict=True) if isinstance(name, str)}
+            if self._dynamic and not self._context.set_input_shape(spec.name, array.shape):
+                raise DeviceError(f"the engine refuses {spec.name!r} of shape {list(array.shape)}", "build it again")
+        if not (self.replays and self._stream.replay()):
+            self._enqueue(sizes)
+        self._stream.wait()
+        self._runs += 1
+        if self._runs == 1 and not self._dynamic:  # TensorRT asks for one plain run before it is recorded
+            self.replays = self._stream.record(lambda: self._enqueue({}))
+        return {spec.name: self._view(spec, sizes) for spec in self._source.outputs}
+
+    def _enqueue(self, sizes: Mapping[str, int]) -> None:
+        for spec in self._source.inputs:
+            self._buffers[spec.name].to_device(math.prod(_shape(spec, sizes)), self._stream)
+        if not self._context.execute_async_v3(self._stream.handle.value):
+            raise DeviceError("TensorRT could not run the engine", "build it again; perceiver-export doctor")
+        for spec in self._source.outputs:
+            self._buffers[spec.name].to_host(math.prod(_shape(spec, sizes)), self._stream)
+
+    def _view(self, spec: TensorSpec, sizes: Mapping[str, int]) -> Array:
+        shape = _shape(spec, sizes)
+        return self._buffers[spec.name].array[: math.prod(shape)].reshape(shape)
+
+    def _room(self, spec: TensorSpec) -> int:
+        return math.prod(self._shapes[size][2] if isinstance(size, str) else size for size in spec.shape)
+
+
+def _shape(spec: TensorSpec, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    return tuple(sizes[size] if isinstance(size, str) else size for size in spec.shape)

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A graph as TensorRT's network: read, given precision where flags decide it, and asked what it wants of the engine."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from perceiver_export.runtimes.engines.backend import EngineOptions, Precision, Source
+from perceiver_export.runtimes.engines.tensorrt_capabilities import Capabilities
+from perceiver_export.runtimes.errors import BuildError, BundleError, MissingDependencyError
+
+# How lowering marks nodes that overflow in 16 bits, where types are not in the graph (TensorRT 8).
+KEEP_FP32 = ":fp32"
+_ONNX = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
+
+
+def parse(trt: Any, can: Capabilities, builder: Any, logger: Any, graph: Path) -> tuple[Any, Any]:
+    """The network of an ONNX file, and its parser, which owns weights that the network refers to.
+
+    Raises BundleError: not readable, or with what this version does not know; MissingDependencyError: no parser.
+    """
+    if not hasattr(trt, "OnnxParser"):
+        raise MissingDependencyError(
+            f"this {can.name} has no ONNX parser", "install it: apt install libnvonnxparsers-dev python3-libnvinfer"
+        )
+    network = builder.create_network(_creation_flags(trt, can))
+    parser = trt.OnnxParser(network, logger)
+    if not graph.is_file():
+        raise BundleError(f"{graph} does not exist", "export the bundle again")
+    if not parser.parse_from_file(str(graph)):
+        problems = [_problem(can, parser.get_error(index)) for index in range(parser.num_errors)]
+        raise BundleError(
+            f"{can.name} cannot read {graph.name}: {problems[0] if problems else 'it gives no reason'}",
+            "perceiver-export lint BUNDLE --target tensorrt --version"
+            f" {can.since[0]}.{can.since[1]} says what does not fit; build --lower-only writes a graph that does",
+        )
+    return network, parser
+
+
+def _creation_flags(trt: Any, can: Capabilities) -> int:
+    if can.typing == "weak":
+        return 1 << int(trt.NetworkDefinitionCreationFlag.EXPLICIT_BATCH)
+    if can.typing == "strong-flag":
+        return 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+    return 0
+
+
+def _problem(can: Capabilities, error: Any) -> str:
+    where = f"{error.node_operator()} {error.node_name()}: " if can.typing != "weak" else f"node {error.node()}: "
+    return f"{where}{' '.join(str(error.desc()).split())}"
+
+
+def asked_precisions(trt: Any, network: Any, can: Capabilities, options: EngineOptions) -> dict[str, str]:
+    """By node, the precision that each matrix product must have: from the graph's types, or on 8.x from the option."""
+    producers = {}
+    for layer in _layers(network):
+        for index in range(layer.num_outputs):
+            producers[layer.get_output(index).name] = layer
+    asked = {}
+    for layer in _layers(network):
+        if layer.type != trt.LayerType.MATRIX_MULTIPLY:
+            continue
+        sources = [_source(trt, producers, layer.get_input(index)) for index in range(2)]
+        if all(source is not None and source.type == trt.LayerType.CONSTANT for source in sources):
+            continue  # computed when the engine is built
+        if all(source is not None and source.type == trt.LayerType.DEQUANTIZE for source in sources):
+            asked[node_name(layer, can)] = "int8"
+        elif can.typing == "weak":
+            asked[node_name(layer, can)] = "fp32" if layer.name.endswith(KEEP_FP32) else options.precision
+        else:
+            asked[node_name(layer, can)] = _type_name(trt, layer.get_input(0).dtype)
+    return asked
+
+
+def check_types(asked: dict[str, str], source: Source) -> None:
+    """Raise BuildError where the graph is not of the precision that was asked for: no flag could change it."""
+    wanted = source.options.precision
+    found = {precision for precision in asked.values() if precision != "int8"}
+    wrong = found - {"fp32"} if wanted == "fp32" else set() if wanted in found or not found else found
+    if wrong:
+        raise BuildError(
+            f"{wanted} was asked for, and the products of {source.graph.name} are {', '.join(sorted(wrong))}",
+            f"perceiver-export build BUNDLE --target {source.target} --precision {wanted} --lower-only writes the graph"
+            " for it, where onnx is installed",
+        )
+
+
+def constrain(trt: Any, network: Any, config: Any, precision: Precision) -> None:
+    """On 8.x: flags, and each layer's precision as a constraint, so that the fastest wrong one is not taken."""
+    if precision == "bf16":
+        raise BuildError("TensorRT 8 has no bf16", "give --precision fp16, or fp32")
+    config.set_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
+    kinds = trt.LayerType
+    if any(layer.type == kinds.QUANTIZE for layer in _layers(network)):
+        config.set_flag(trt.BuilderFlag.INT8)
+    if precision != "fp16":
+        return
+    config.set_flag(trt.BuilderFlag.FP16)
+    for layer in _layers(network):
+        if layer.type == kinds.NORMALIZATION:
+            layer.compute_precision = trt.float32  # sums of squares
+        if layer.name.endswith(KEEP_FP32):
+            layer.precision = trt.float32
+            for index in range(layer.num_outputs):
+                layer.set_output_type(index, trt.float32)
+        elif layer.type in (kinds.MATRIX_MULTIPLY, kinds.SOFTMAX):
+            layer.precision = trt.float16
+
+
+def node_name(layer: Any, can: Capabilities) -> str:
+    """Of the ONNX node that a layer was made from: in its metadata, on 8.x its own name."""
+    found = _ONNX.search(layer.metadata) if can.typing != "weak" else None
+    return found[1] if found else str(layer.name)
+
+
+def _layers(network: Any) -> Iterator[Any]:
+    return (network.get_layer(index) for index in range(network.num_layers))
+
+
+def _source(trt: Any, producers: dict[str, Any], tensor: Any) -> Any:
+    """The layer that a tensor comes from, behind those that only shape it."""
+    layer = producers.get(tensor.name)
+    while layer is not None and layer.type == trt.LayerType.SHUFFLE:
+        layer = producers.get(layer.get_input(0).name)
+    return layer
+
+
+def _type_name(trt: Any, dtype: Any) -> str:
+    names = {trt.float32: "fp32", trt.float16: "fp16", trt.bfloat16: "bf16", trt.int8: "int8"}
+    return names.get(dtype, str(dtype))

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What TensorRT's Python API has in each version that we support: names of attributes, from the real bindings.
+
+The bindings' wheels (1 MB each) are downloaded into a temporary directory, get empty libraries in the place of
+TensorRT's own, and are imported in a process of their own: no GPU and no TensorRT is needed. `--write` replaces
+tests/runtimes/tensorrt_api.json, which the tests' fake of TensorRT is made from; without it the two are compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+VERSIONS = {
+    "8.6.1": "tensorrt-bindings==8.6.1",
+    "10.3.0": "tensorrt-cu12-bindings==10.3.0",
+    "10.13.3.9": "tensorrt-cu12-bindings==10.13.3.9",
+    "10.16.1.11": "tensorrt-cu12-bindings==10.16.1.11",
+    "11.4.0.106": "tensorrt-cu13-bindings==11.4.0.106",
+}
+CLASSES = (
+    *("Builder", "BuilderFlag", "DataType", "EngineInspector", "IBuilderConfig", "ICudaEngine", "IExecutionContext"),
+    *("IHostMemory", "ILayer", "ILogger", "IMatrixMultiplyLayer", "INetworkDefinition", "INormalizationLayer"),
+    *("IOptimizationProfile", "IProgressMonitor", "ITensor", "ITimingCache", "LayerInformationFormat", "LayerType"),
+    *("MemoryPoolType", "NetworkDefinitionCreationFlag", "OnnxParser", "ParserError", "ProfilingVerbosity", "Runtime"),
+)
+STORED = Path(__file__).parent.parent / "runtimes" / "tensorrt_api.json"
+
+_TAKEN = (
+    *("getNvOnnxParserVersion", "getPluginRegistry", "getBuilderPluginRegistry", "initLibNvInferPlugins"),
+    *("_ZN14nvcaffeparser117createCaffeParserEv", "_ZN14nvcaffeparser123shutdownProtobufLibraryEv"),
+    "_ZN11nvuffparser15createUffParserEv",
+)
+
+# Runs in a process of its own: names of the module, and of each class.
+_DUMP = """
+import importlib, json, os, sys, warnings
+sys.setdlopenflags(os.RTLD_LAZY)  # the rest of TensorRT is looked for when it is called, which it is not
+warnings.simplefilter("ignore")
+sys.path.insert(0, sys.argv[1])
+module = importlib.import_module(sys.argv[2])
+public = lambda thing: sorted(name for name in dir(thing) if not name.startswith("_"))
+classes = {name: public(getattr(module, name)) for name in sys.argv[3:] if hasattr(module, name)}
+print(json.dumps({"module": public(module) + ["__version__"], **classes}))
+"""
+
+
+def main() -> None:
+    """Print, or write, the difference to what is stored."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    found = {version: attributes(requirement) for version, requirement in VERSIONS.items()}
+    if arguments.write:
+        lines = (f"{json.dumps(version)}: {json.dumps(names)}" for version, names in found.items())
+        STORED.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+    same = json.loads(STORED.read_text(encoding="utf-8")) == found
+    counts = {version: sum(map(len, names.values())) for version, names in found.items()}
+    print(json.dumps({"same": same, "names": counts}) if arguments.json else f"{counts}; stored: same={same}")
+    sys.exit(not same)
+
+
+def attributes(requirement: str) -> dict[str, Any]:
+    """The names of one version's bindings."""
+    with tempfile.TemporaryDirectory() as directory:
+        place = Path(directory)
+        pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary", ":all:", "-d", directory]
+        subprocess.run([*pip, requirement], check=True, stderr=subprocess.DEVNULL)
+        (wheel,) = place.glob("*.whl")
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(place)
+        (library,) = place.glob("*/tensorrt.so")
+        for needed in _needed(library):
+            _make_empty(place / needed)
+        dump = [sys.executable, "-W", "ignore", "-c", _DUMP, directory, library.parent.name, *CLASSES]
+        environment = {"LD_LIBRARY_PATH": directory}
+        done = subprocess.run(dump, check=True, env=environment, capture_output=True, text=True)
+        names: dict[str, Any] = json.loads(done.stdout)
+        return names
+
+
+def _needed(library: Path) -> list[str]:
+    """TensorRT's libraries among those that a binding links with."""
+    return sorted({found.decode() for found in re.findall(rb"libnv[a-z_]+[.]so[.][0-9]+", library.read_bytes())})
+
+
+def _make_empty(path: Path) -> None:
+    """A library of functions that give nothing: those whose address bindings take when they are imported."""
+    code = "\n".join(f"void* {name}(void) {{ return 0; }}" for name in _TAKEN)
+    subprocess.run(["cc", "-shared", "-fPIC", "-x", "c", "-", "-o", str(path)], input=code.encode(), check=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,269 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Each rule of lint on the smallest graph that breaks it, and TensorRT for RTX's own verdict on that graph."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from perceiver_export.calibration.linting import Lint, lint
+from perceiver_export.runtimes.engines import tensorrt
+from perceiver_export.runtimes.engines.backend import EngineOptions, Precision, Source
+from perceiver_export.runtimes.errors import BuildError, BundleError, DeviceError, UsageError
+from tests.calibration.onnx_text import write
+from tests.runtimes.tensorrt_reports import LayerReport, read_report
+
+RNG = np.random.default_rng(0)
+ATTENTION = """(float16[1,8,64,{qk}] q, float16[1,8,{qk},64] k, float16[1,8,64,{v}] v) => (float16[1,8,64,{v}] y)
+    {{ s = MatMul(q, k)  p = Softmax<axis = -1>(s)  y = MatMul(p, v) }}"""
+LINEAR = """(float16[1,64,128] x) => (float16[1,64,128] y)
+    { c = QuantizeLinear(x, s, z)  d = DequantizeLinear(c, s, z)
+      e = DequantizeLinear<axis = AXIS>(w, t, u)  y = MatMul(d, e) }"""
+
+
+def scalar(value: float, dtype: Any = np.float16) -> np.ndarray[Any, Any]:
+    return np.array(value, dtype)
+
+
+def int8_linear(path: Path, axis: int = 1, zero: int = 0, kind: Any = np.int8, scale: Any = np.float16) -> Path:
+    """A linear as our quantizer writes it, unless told otherwise."""
+    weight = RNG.integers(-127, 127, (128, 128)).astype(np.int8)
+    return write(
+        path,
+        LINEAR.replace("AXIS", str(axis)),
+        s=scalar(0.05, scale),
+        z=scalar(zero, kind),
+        w=weight,
+        t=np.full(128, 0.01, np.float16),
+        u=np.zeros(128, np.int8),
+    )
+
+
+def rules(path: Path, version: str = "11.4", target: str = "tensorrt") -> set[str]:
+    (result,) = lint(path, target, version)
+    return {finding.rule for finding in result.findings}
+
+
+def compiled(path: Path, precision: Precision = "fp16") -> LayerReport:
+    """What TensorRT for RTX makes of it."""
+    out = path.parent / f"{path.stem}.engine"
+    out.mkdir()
+    options = EngineOptions(precision=precision, flags={"compute_capability": "sm86"})
+    tensorrt.compile(Source("tensorrt-rtx", path, options), out, lambda what, done, total: None)
+    return read_report(out)
+
+
+def refused(path: Path, precision: Precision = "fp16") -> str:
+    with pytest.raises((BuildError, BundleError)) as raised:
+        compiled(path, precision)
+    return raised.value.message
+
+
+def test_what_we_write_has_no_finding_and_runs_as_it_says(tmp_path: Path) -> None:
+    attention, linear = write(tmp_path / "a.onnx", ATTENTION.format(qk=64, v=64)), int8_linear(tmp_path / "l.onnx")
+
+    assert rules(attention) == rules(linear) == set()
+    assert compiled(attention).fused_attentions == 1
+    assert compiled(linear).int8_products == 1
+
+
+@pytest.mark.parametrize(
+    ("qk", "v", "rule"), [(32, 160, "heads"), (4, 4, "heads"), (261, 261, "wide-heads"), (512, 512, "wide-heads")]
+)
+def test_heads_that_do_not_fuse(qk: int, v: int, rule: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "a.onnx", ATTENTION.format(qk=qk, v=v))
+
+    assert rules(path) == {rule}
+    assert compiled(path).fused_attentions == 0
+
+
+@pytest.mark.parametrize("width", [9, 16, 65, 255])
+def test_heads_that_do(width: int, tmp_path: Path) -> None:
+    path = write(tmp_path / "a.onnx", ATTENTION.format(qk=width, v=width))
+
+    assert rules(path) == set()
+    assert compiled(path).fused_attentions == 1
+
+
+def test_attention_in_fp32_is_not_fused(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.onnx", ATTENTION.format(qk=64, v=64).replace("float16", "float"))
+
+    assert rules(path) == {"fp32-attention"}
+    assert "fp32-attention" not in rules(path, "8.6")  # there types are not in the graph
+    assert compiled(path, "fp32").fused_attentions == 0
+
+
+def test_attention_that_is_partly_int8_is_not_fused(tmp_path: Path) -> None:
+    body = """(float16[1,8,64,64] q, float16[1,8,64,64] k, float16[1,8,64,64] v) => (float16[1,8,64,64] y)
+        { a = QuantizeLinear(q, s, z)  b = DequantizeLinear(a, s, z)
+          c = QuantizeLinear(k, s, z)  d = DequantizeLinear(c, s, z)
+          t = MatMul(b, d)  p = Softmax<axis = -1>(t)  y = MatMul(p, v) }"""
+    path = write(tmp_path / "a.onnx", body, s=scalar(0.05), z=scalar(0, np.int8))
+
+    assert rules(path) == {"partial-attention"}
+    assert compiled(path).fused_attentions == 0
+
+
+def test_weights_with_a_scale_for_each_input_are_not_int8(tmp_path: Path) -> None:
+    path = int8_linear(tmp_path / "l.onnx", axis=0)
+
+    assert rules(path) == {"weight-axis"}
+    assert "int8 asked, fp16 found" in refused(path)  # it compiles, and the check of precision stops it
+
+
+def test_an_int8_input_of_a_float_weight_is_not_int8(tmp_path: Path) -> None:
+    body = """(float16[1,64,128] x) => (float16[1,64,128] y)
+        { c = QuantizeLinear(x, s, z)  d = DequantizeLinear(c, s, z)  y = MatMul(d, w) }"""
+    weight = RNG.standard_normal((128, 128)).astype(np.float16)
+    path = write(tmp_path / "l.onnx", body, s=scalar(0.05), z=scalar(0, np.int8), w=weight)
+
+    assert rules(path) == {"one-sided"}
+    assert compiled(path).int8_products == 0
+
+
+@pytest.mark.parametrize(("zero", "kind", "rule"), [(3, np.int8, "zero-point"), (128, np.uint8, "uint8")])
+def test_integers_that_are_not_symmetric_int8_are_refused(zero: int, kind: Any, rule: str, tmp_path: Path) -> None:
+    path = int8_linear(tmp_path / "l.onnx", zero=zero, kind=kind)
+
+    assert rules(path) == {rule}
+    assert refused(path)
+
+
+def test_uint8_from_0_on_would_be_read_as_int8(tmp_path: Path) -> None:
+    """TensorRT for RTX 1.7 warns and goes on, with other numbers."""
+    assert rules(int8_linear(tmp_path / "l.onnx", kind=np.uint8)) == {"uint8"}
+
+
+def test_a_dequantized_int32_bias_is_refused(tmp_path: Path) -> None:
+    body = """(float16[1,64,128] x) => (float16[1,64,128] y)
+        { m = MatMul(x, w)  b = DequantizeLinear(c, s, z)  y = Add(m, b) }"""
+    path = write(
+        tmp_path / "l.onnx",
+        body,
+        w=RNG.standard_normal((128, 128)).astype(np.float16),
+        c=np.arange(128, dtype=np.int32),
+        s=scalar(0.01),
+        z=scalar(0, np.int32),
+    )
+
+    assert rules(path) == {"int32-bias"}
+    assert refused(path)
+
+
+def test_a_scale_of_another_type_is_not_onnx(tmp_path: Path) -> None:
+    body = """(float16[1,64,128] x) => (float16[1,64,128] y)
+        { c = QuantizeLinear(x, s, z)  d = DequantizeLinear(c, t, z)  y = Identity(d) }"""
+    path = write(tmp_path / "l.onnx", body, s=scalar(0.05, np.float32), t=scalar(0.05), z=scalar(0, np.int8))
+
+    assert rules(path) == {"scale-type"}
+    with pytest.raises(onnx.shape_inference.InferenceError, match="inconsistent type"):
+        onnx.checker.check_model(str(path), full_check=True)
+
+
+@pytest.mark.parametrize(
+    ("operator", "body"),
+    [
+        ("MatMulInteger", "(int8[4,8] x, int8[8,4] y) => (int32[4,4] z) { z = MatMulInteger(x, y) }"),
+        (
+            "DynamicQuantizeLinear",
+            "(float[4,8] x) => (uint8[4,8] y, float s, uint8 z) { y, s, z = DynamicQuantizeLinear(x) }",
+        ),
+    ],
+)
+def test_operators_that_no_version_has_are_refused(operator: str, body: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "o.onnx", body)
+
+    assert "operator" in rules(path)
+    assert operator in refused(path, "fp32")
+
+
+def test_operators_are_known_by_version(tmp_path: Path) -> None:
+    gelu = write(tmp_path / "g.onnx", "(float[4] x) => (float[4] y) { y = Gelu(x) }")
+
+    assert rules(gelu, "8.6") == {"operator", "opset"}
+    assert rules(gelu, "10.3") == set()
+
+
+def test_the_operator_attention_wants_equal_widths_and_a_kernel(tmp_path: Path) -> None:
+    body = "(float16[1,8,64,{qk}] q, float16[1,8,64,{qk}] k, float16[1,8,64,{v}] v) => (float16[1,8,64,{v}] y)"
+    body += " {{ y = Attention(q, k, v) }}"
+    equal, unequal, wide = (
+        write(tmp_path / f"{qk}-{v}.onnx", body.format(qk=qk, v=v), opset=23)
+        for qk, v in ((64, 64), (32, 160), (512, 512))
+    )
+
+    assert rules(equal) == set()
+    assert rules(unequal) == rules(wide) == {"attention-operator"}
+    assert rules(equal, "10.13") == {"operator"}
+    assert rules(equal, "10.3") == {"operator", "opset"}
+    compiled(equal)
+    assert refused(unequal)
+    assert refused(wide)
+
+
+def test_a_dimension_without_a_range_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "d.onnx", "(float16[N,64] x) => (float16[N,64] y) { y = Tanh(x) }")
+
+    assert rules(path) == {"no-profile"}
+    assert refused(path)
+
+
+def test_more_than_eight_axes_are_refused(tmp_path: Path) -> None:
+    body = "(float16[1,2,1,2,1,2,1,2,2] x) => (float16[1,2,1,2,1,2,1,2,2] y) { y = Tanh(x) }"
+    path = write(tmp_path / "n.onnx", body)
+
+    assert rules(path) == {"axes"}
+    assert refused(path)
+
+
+def test_what_overflows_fp16_is_told(tmp_path: Path) -> None:
+    infinite = write(
+        tmp_path / "i.onnx",
+        "(float16[1,64] x) => (float16[1,64] y) { y = Add(x, c) }",
+        c=np.array([np.inf], np.float16),
+    )
+    deep = write(tmp_path / "s.onnx", "(float16[1,70000] x) => (float16[1,70000] y) { y = Softmax<axis = -1>(x) }")
+
+    assert rules(infinite) == rules(deep) == {"overflow"}
+
+
+def test_8_takes_types_from_flags_and_fp32_scales(tmp_path: Path) -> None:
+    path = int8_linear(tmp_path / "l.onnx")
+
+    assert rules(path, "8.6") == {"types", "scale-type", "opset"}
+
+
+def test_a_newer_opset_than_a_version_reads(tmp_path: Path) -> None:
+    path = write(tmp_path / "o.onnx", "(float16[4] x) => (float16[4] y) { y = Tanh(x) }", opset=22)
+
+    assert rules(path, "10.3") == {"opset"}
+    assert rules(path, "10.9") == set()
+
+
+def test_bad_questions_are_refused(tmp_path: Path, fashion_bundle: Path) -> None:
+    damaged = tmp_path / "damaged.onnx"
+    damaged.write_bytes(b"not a graph")
+
+    with pytest.raises(BundleError):
+        lint(damaged)
+    with pytest.raises(BundleError):
+        lint(tmp_path / "missing")
+    with pytest.raises(DeviceError):
+        lint(fashion_bundle, version="7.1")
+    with pytest.raises(UsageError, match="nothing to lint for openvino"):
+        lint(fashion_bundle, "openvino")
+    with pytest.raises(UsageError, match="has no bf16 graph"):
+        lint(fashion_bundle, precision="bf16")
+
+
+def test_graphs_are_judged_without_their_weights(tmp_path: Path, fashion_bundle: Path) -> None:
+    alone = tmp_path / "model.onnx"
+    alone.write_bytes((fashion_bundle / "model.onnx").read_bytes())
+    found: tuple[Lint, ...] = lint(alone)
+
+    assert found[0].attentions == 8
+    assert onnx.load(str(alone), load_external_data=False).opset_import[0].version == 20

@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Presets, at the papers' widths and one layer, compiled by TensorRT for RTX without a GPU: all of them are a benchmark
+(tests/benchmarks/tensorrt_presets.py), at full depth as well.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import onnx_ir as ir
+import pytest
+
+from perceiver_export.calibration.lowering.attention import find_attentions
+from perceiver_export.calibration.lowering.half import to_half
+from perceiver_export.calibration.lowering.tensorrt import lower_for_tensorrt
+from perceiver_export.calibration.lowering.tensorrt_bundle import lower_bundle
+from perceiver_export.runtimes import build, load
+from perceiver_export.runtimes.engines import tensorrt
+from perceiver_export.runtimes.engines.backend import EngineOptions, Platform, Source
+from perceiver_export.runtimes.engines.cuda_driver import Gpu, cuda_gpus
+from perceiver_export.runtimes.errors import BundleError, DeviceError
+from tests.benchmarks.tensorrt_presets import compiled
+from tests.cli.commands import COMMAND, fail, succeed
+from tests.preset_graphs import preset_graphs
+
+SM86 = EngineOptions(precision="fp16", flags={"compute_capability": "sm86"})
+
+
+@pytest.mark.parametrize(
+    ("name", "fused"),
+    [
+        ("language-bytes", 3),  # heads of 32 and 160, padded
+        ("imagenet-fourier", 1),  # those of the cross-attentions are 261 and 1024 wide
+        ("optical-flow", 1),
+        ("modelnet40", 1),
+    ],
+)
+def test_every_attention_that_can_is_fused_and_every_linear_is_int8(name: str, fused: int) -> None:
+    rows = list(compiled(name, layers=1, blocks=1))
+
+    assert {(row.form, row.device) for row in rows} == {
+        (form, sm) for form in ("fp16", "int8") for sm in ("sm86", "sm89")
+    }
+    for row in rows:
+        assert row.fused == row.fusable
+        assert row.int8 == (row.linears if row.form == "int8" else 0)
+        assert row.lint_seconds < 5
+    for form in ("fp16", "int8"):
+        assert sum(row.fused for row in rows if (row.form, row.device) == (form, "sm86")) == fused
+
+
+def test_heads_of_unequal_width_are_three_kernels_until_they_are_padded(tmp_path: Path) -> None:
+    (model,) = preset_graphs("language-bytes", 1, 1).values()
+    widths = [(one.qk, one.v) for one in find_attentions(model.graph)]
+    ir.save(model, tmp_path / "plain.onnx", external_data="plain.weights")
+    to_half(model, "fp16")
+    ir.save(model, tmp_path / "half.onnx", external_data="half.weights")
+    padded = ir.load(tmp_path / "plain.onnx")
+    lower_for_tensorrt(padded, "tensorrt", "fp16")
+    ir.save(padded, tmp_path / "padded.onnx", external_data="padded.weights")
+    counts = []
+    for file in ("half", "padded"):
+        out = tmp_path / file
+        out.mkdir()
+        tensorrt.compile(Source("tensorrt-rtx", tmp_path / f"{file}.onnx", SM86), out, lambda what, done, total: None)
+        counts.append(json.loads((out / "layers.json").read_text())["fused_attentions"])
+
+    assert widths == [(32, 160), (32, 160), (32, 96)]
+    assert counts == [0, 3]
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "fp32"])
+def test_the_demo_goes_from_bundle_to_engine(precision: str, copied_bundle: Path) -> None:
+    flags = ("--precision", precision, "--flag", "compute_capability=sm86,sm89")
+    lowered = succeed("build", copied_bundle, "--target", "tensorrt-rtx", "--precision", precision, "--lower-only")
+    built = json.loads(succeed("build", copied_bundle, "--target", "tensorrt-rtx", *flags, "--json"))
+
+    assert lowered.startswith(f"tensorrt-{precision}: ")
+    (engine,) = built
+    report = json.loads((Path(engine["directory"]) / "layers.json").read_text())
+    assert report["fused_attentions"] == (0 if precision == "fp32" else 6)  # all self-attentions
+    assert report["precisions"].get("int8", 0) == 0
+    again = json.loads(succeed("build", copied_bundle, "--target", "tensorrt-rtx", *flags, "--json"))
+    assert not again[0]["new"]
+
+
+def test_without_a_driver_engines_are_built_and_not_run(copied_bundle: Path) -> None:
+    if cuda_gpus():
+        pytest.skip("there is an NVIDIA driver here")
+    build(copied_bundle, "tensorrt-rtx", flags={"compute_capability": "sm86"})
+
+    with pytest.raises(DeviceError, match="no NVIDIA GPU"):
+        load(copied_bundle, "tensorrt-rtx")
+    assert "no NVIDIA GPU" in fail("bench", copied_bundle, "--device", "tensorrt-rtx")
+    assert "no NVIDIA GPU" in fail("build", copied_bundle, "--target", "tensorrt-rtx")
+    assert "needs tensorrt" in fail("build", copied_bundle, "--target", "tensorrt")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--precision", "fp16"), "fp16 was asked for, and the products of model.onnx are fp32"),
+        (("--flag", "compute_capability=sm87"), "does not build for 'SM87'"),
+        (("--flag", "compute_capability=sm75"), "FP32 GEMM is not supported"),
+        (("--flag", "workspace=lots"), "workspace is 'lots'"),
+        (("--flag", "turbo=on"), "no flag 'turbo'"),
+    ],
+)
+def test_what_cannot_be_built_says_why(flags: tuple[str, str], message: str, copied_bundle: Path) -> None:
+    devices = () if "compute_capability" in flags[1] else ("--flag", "compute_capability=sm86")
+
+    assert message in fail("build", copied_bundle, "--target", "tensorrt-rtx", *flags, *devices)
+    assert not list(copied_bundle.glob("engines/*/*/engine.json"))
+
+
+def test_a_graph_that_is_no_graph_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(b"\x08\x0a nothing")
+
+    with pytest.raises(BundleError, match=r"cannot read model\.onnx"):
+        tensorrt.compile(Source("tensorrt-rtx", path, SM86), tmp_path, lambda what, done, total: None)
+
+
+def test_ctrl_c_in_a_build_stops_it_and_leaves_nothing(copied_bundle: Path) -> None:
+    command = [*COMMAND, "build", str(copied_bundle), "--target", "tensorrt-rtx", "--flag", "compute_capability=sm86"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not list(copied_bundle.glob("engines/tensorrt-rtx/.*.partial")):
+        time.sleep(0.001)
+    process.send_signal(signal.SIGINT)  # it has begun to read the graph
+    _, stderr = process.communicate(timeout=60)
+
+    assert process.returncode == 1, stderr
+    assert stderr.splitlines()[0] == "error: interrupted"
+    assert len(stderr.splitlines()) == 2
+    assert not list(copied_bundle.glob("engines/*/*/engine.json"))
+
+
+def test_engines_are_for_the_version_and_the_gpus_that_they_were_built_for() -> None:
+    built = Platform("tensorrt-rtx", "1.7.1.116", "sm86 sm89")
+    here = Platform("tensorrt-rtx", "1.7.1.116", "NVIDIA RTX A4000 (sm_86)", driver="13.0")
+
+    assert tensorrt.differences(built, here) == ()
+    assert tensorrt.differences(here, Platform("tensorrt-rtx", "1.7.1.116", here.device, driver="14.0")) == ()
+    other = Platform("tensorrt-rtx", "1.8.0", "NVIDIA GeForce RTX 5090 (sm_120)")
+    assert tensorrt.differences(built, other) == (
+        "it was built with tensorrt-rtx 1.7.1.116, here is tensorrt-rtx 1.8.0",
+        "it was built for sm86 sm89, here is NVIDIA GeForce RTX 5090 (sm_120)",
+    )
+
+
+def test_bf16_is_asked_of_a_gpu_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensorrt, "cuda_gpus", lambda: (Gpu("NVIDIA T4 (sm_75)", (7, 5), 1 << 34),))
+    with pytest.raises(DeviceError, match=r"T4 \(sm_75\) has no bf16"):
+        tensorrt.platform("tensorrt-rtx", EngineOptions(precision="bf16"))
+    assert tensorrt.platform("tensorrt-rtx", EngineOptions(precision="fp16")).device == "NVIDIA T4 (sm_75)"
+
+
+def test_a_device_builds_with_neither_torch_nor_onnx(copied_bundle: Path) -> None:
+    lower_bundle(copied_bundle, "tensorrt-rtx", "fp16")
+    code = f"""
+import sys
+for name in ("torch", "onnx", "onnx_ir", "onnxruntime", "onnxscript"):
+    sys.modules[name] = None
+from perceiver_export.runtimes import build
+(engine,) = build({str(copied_bundle)!r}, "tensorrt-rtx", precision="fp16", flags={{"compute_capability": "sm86"}})
+print(engine.directory)
+"""
+    done = subprocess.run([COMMAND[0], "-W", "error", "-c", code], capture_output=True, text=True, check=False)
+
+    assert done.returncode == 0, done.stderr
+    assert (Path(done.stdout.strip()) / "model.engine").stat().st_size > 1 << 20
+    assert done.stderr == ""

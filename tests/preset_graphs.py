@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Graphs of the presets, at the papers' widths and any depth, as export makes them; and an int8 form of each."""
+
+from __future__ import annotations
+
+import msgspec
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from perceiver_export.calibration.gemm import split_gemms
+from perceiver_export.calibration.linears import find_linears
+from perceiver_export.calibration.qdq import LinearPlan, write_qdq
+from perceiver_export.calibration.weights import quantize_channels
+from perceiver_export.exporter.batch import Batch
+from perceiver_export.exporter.parts import GraphPart, split_model, whole_model
+from perceiver_export.exporter.perceiver.config import PerceiverConfig
+from perceiver_export.exporter.perceiver.model import PerceiverIO
+from perceiver_export.exporter.presets import PRESETS
+from perceiver_export.exporter.trace import trace
+
+# Of activations behind a LayerNorm: graphs that are only compiled need some scale, not a measured one.
+_SCALE = 4.0 / 127
+
+
+def preset_config(name: str, layers: int | None = None, blocks: int | None = None) -> PerceiverConfig:
+    """The preset with at most so many latent layers a block and blocks; None leaves what it has."""
+    config = PRESETS[name].build("deepmind")
+    encoder = config.encoder
+    most = min(encoder.num_blocks, blocks or encoder.num_blocks)
+    reduced = msgspec.structs.replace(
+        encoder,
+        num_blocks=most,
+        num_self_attentions_per_block=min(
+            encoder.num_self_attentions_per_block, layers or encoder.num_self_attentions_per_block
+        ),
+        num_cross_attentions=min(encoder.num_cross_attentions, most),
+    )
+    return msgspec.structs.replace(config, encoder=reduced)
+
+
+def preset_parts(
+    name: str, layers: int | None = None, blocks: int | None = None
+) -> tuple[PerceiverConfig, list[GraphPart]]:
+    """The preset's parts with random weights: split where export splits by itself."""
+    config = preset_config(name, layers, blocks)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = PerceiverIO(config).eval()
+    split = PRESETS[name].task == "video-autoencoding"
+    return config, list(split_model(model, Batch.parse(1)) if split else (whole_model(model, Batch.parse(1)),))
+
+
+def preset_graphs(name: str, layers: int | None = None, blocks: int | None = None) -> dict[str, ir.Model]:
+    """The preset's canonical graphs by part, as export writes them without folds."""
+    config, parts = preset_parts(name, layers, blocks)
+    return {part.name: trace(part, config) for part in parts}
+
+
+def quantized(model: ir.Model, scale: float = _SCALE) -> int:
+    """Put Q/DQ round every linear, in place, with one scale for all activations; how many linears there are."""
+    split_gemms(model.graph)
+    linears, _ = find_linears(model.graph)
+    weights: dict[ir.Value, LinearPlan] = {}
+    plans = []
+    for linear in linears:
+        known = weights.get(linear.weight)
+        array = linear.weight.const_value
+        assert array is not None
+        weight = known.weight if known else quantize_channels(np.asarray(array.numpy()))
+        plan = LinearPlan(linear, weight, scale)
+        weights.setdefault(linear.weight, plan)
+        plans.append(plan)
+    write_qdq(model, plans)
+    return len(linears)

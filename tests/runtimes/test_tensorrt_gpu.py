@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""TensorRT on a real GPU: `make test-gpu`. Nobody has run these yet; where there is no GPU they skip.
+
+They need a driver, `tensorrt` or `tensorrt-rtx`, and for the rewriting of graphs onnx-ir.
+"""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from perceiver_export.runtimes import Runtime, build, load
+from perceiver_export.runtimes.engines.cuda_driver import cuda_gpus
+from perceiver_export.runtimes.engines.targets import TARGETS
+from perceiver_export.runtimes.errors import BundleError, EngineError
+
+pytestmark = pytest.mark.skipif(not cuda_gpus(), reason="no NVIDIA GPU here; `make test-gpu` runs these on one")
+
+
+@pytest.fixture(params=["tensorrt", "tensorrt-rtx"], scope="module")
+def target(request: pytest.FixtureRequest) -> str:
+    if not TARGETS[request.param].version():
+        pytest.skip(f"{request.param} is not installed here")
+    return str(request.param)
+
+
+@pytest.fixture(params=["fp32", "fp16"], scope="module")
+def built(
+    request: pytest.FixtureRequest, target: str, fashion_bundle: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    from perceiver_export.calibration.lowering.tensorrt_bundle import lower_bundle
+
+    copy = Path(shutil.copytree(fashion_bundle, tmp_path_factory.mktemp("gpu") / "fashion"))
+    lower_bundle(copy, target, request.param)
+    build(copy, target, precision=request.param)
+    return copy
+
+
+@pytest.fixture
+def runtime(built: Path, target: str) -> Runtime:
+    return load(built, target)
+
+
+def golden(bundle: Path) -> tuple[dict[str, Any], np.ndarray[Any, Any]]:
+    with np.load(bundle / "golden.npz") as arrays:
+        return {"image": arrays["input/image"]}, arrays["output/logits"]
+
+
+def test_answers_are_those_of_torch(runtime: Runtime, built: Path) -> None:
+    feeds, expected = golden(built)
+    difference = np.abs(runtime.run(feeds)["logits"] - expected).max() / np.abs(expected).max()
+
+    assert difference < (1e-4 if runtime.describe()["precision"] == "fp32" else 2e-2)
+
+
+def test_replayed_runs_give_the_same_numbers(runtime: Runtime, built: Path) -> None:
+    feeds, _ = golden(built)
+    first, *others = [runtime.run(feeds)["logits"] for _ in range(5)]
+
+    for other in others:
+        np.testing.assert_array_equal(other, first)
+    assert runtime.describe()["cuda_graph"]
+
+
+def test_callers_at_once_get_their_own_answers(runtime: Runtime, built: Path) -> None:
+    feeds, _ = golden(built)
+    inputs = [{"image": feeds["image"] * factor} for factor in (0.5, 1.0, 1.5, 2.0)]
+    expected = [runtime.run(one)["logits"] for one in inputs]
+    wrong: list[int] = []
+
+    def call(index: int) -> None:
+        for _ in range(20):
+            if not np.array_equal(runtime.run(inputs[index])["logits"], expected[index]):
+                wrong.append(index)
+
+    threads = [threading.Thread(target=call, args=(index,)) for index in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert not wrong
+
+
+def test_submitted_runs_finish_and_out_is_written(runtime: Runtime, built: Path) -> None:
+    feeds, _ = golden(built)
+    expected = runtime.run(feeds)["logits"]
+    futures = [runtime.submit(feeds) for _ in range(8)]
+    out = {"logits": np.empty_like(expected)}
+    runtime.run(feeds, out=out)
+
+    for future in futures:
+        np.testing.assert_array_equal(future.result(60)["logits"], expected)
+    np.testing.assert_array_equal(out["logits"], expected)
+
+
+def test_an_engine_that_is_cut_in_half_is_refused(built: Path, target: str, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(built, tmp_path / "cut"))
+    for engine in copy.glob("engines/*/*/model.engine"):
+        engine.write_bytes(engine.read_bytes()[: engine.stat().st_size // 2])
+
+    with pytest.raises((BundleError, EngineError)):
+        load(copy, target)
