@@ -18,7 +18,7 @@ import numpy as np
 from perceiver_export.calibration.statistics import CONFIDENCE, Estimate, scipy_stats
 from perceiver_export.runtimes.runtime import Array
 
-_OUTSIDE = 1e-3  # probability that p_gained is outside the set that is searched
+OUTSIDE = 1e-3  # probability that p_gained is outside the set that is searched
 _GRID = 24
 _NEGLIGIBLE = 1e-10
 _PRECISION = 1e-3  # of the distance between the estimate and its bound
@@ -45,7 +45,7 @@ def p_value(lost: int, gained: int, total: int, margin: float) -> float:
     with np.errstate(invalid="ignore", divide="ignore"):
         given = np.where(p_lost < 1, shares / (1 - p_lost), 0.0)
     tails = binom.pmf(losses, total, p_lost) * binom.sf(least - 1, total - losses, np.clip(given, 0.0, 1.0))
-    return min(1.0, float(tails.sum(axis=1).max()) + _OUTSIDE)
+    return min(1.0, float(tails.sum(axis=1).max()) + OUTSIDE)
 
 
 def score(lost: Array, gained: Array, total: int, margin: float) -> Array:
@@ -70,7 +70,7 @@ def _least_gains(losses: Array, total: int, margin: float, observed: float) -> A
 
 
 def _set_of(count: int, total: int) -> tuple[float, float]:
-    bounds = scipy_stats().binomtest(count, total).proportion_ci(1 - _OUTSIDE, method="exact")
+    bounds = scipy_stats().binomtest(count, total).proportion_ci(1 - OUTSIDE, method="exact")
     return float(bounds.low), float(bounds.high)
 
 

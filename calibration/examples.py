@@ -44,21 +44,17 @@ _TEXT_TASKS = ("fill-mask", "text-classification")
 
 @dataclass(frozen=True)
 class Example:
-    """One sample, without the batch. ``source`` is what a person would look at: a picture's path or pixels, a text."""
+    """One sample, without the batch. ``source`` is what a person would look at: a picture's path or pixels, a text.
+
+    ``digest`` is of the inputs as they were given to the model at calibration: equal for equal content, whatever file
+    it came from, and before anything is masked.
+    """
 
     name: str
     feeds: Arrays
     targets: Arrays
     source: Path | Array | str | None = None
-
-    def fingerprint(self) -> str:
-        """Hash of the inputs as the model gets them: equal for equal content, whatever file it came from."""
-        digest = hashlib.blake2b(digest_size=16)
-        for name in sorted(self.feeds):
-            array = self.feeds[name]
-            digest.update(f"{name} {array.dtype} {array.shape}".encode())
-            digest.update(np.ascontiguousarray(array).data)
-        return digest.hexdigest()
+    digest: str = ""
 
 
 @dataclass(frozen=True)
@@ -91,6 +87,15 @@ def open_examples(task: Task, spec: str | Path) -> Examples:
     raise DataError(f"{text} does not exist", "give an .npz, a directory of them, .jsonl, or module:function")
 
 
+def digest_of(feeds: Mapping[str, Array]) -> str:
+    """16 characters of the SHA-256 of a sample's inputs, without the batch."""
+    digest = hashlib.sha256()
+    for name, array in sorted(feeds.items()):
+        digest.update(f"{name} {array.dtype} {array.shape} ".encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()[:16]
+
+
 _Row = tuple[str, Mapping[str, Any]]
 
 
@@ -109,9 +114,13 @@ def _maker(manifest: Manifest, specs: Mapping[str, TensorSpec]) -> Callable[[_Ro
             values |= {key: array[0] for key, array in encoded.items()}
         if "frames" in specs and getattr(values.get("frames"), "dtype", None) == np.uint8:
             values["frames"] = _signed(values["frames"])
+        for key, spec in specs.items():
+            if key.endswith("_mask") and key not in values:  # nothing is masked
+                values[key] = np.ones([size for size in spec.shape[1:] if isinstance(size, int)], np.int32)
         feeds = {key: _checked(name, values.pop(key, None), spec) for key, spec in specs.items()}
+        digest = digest_of(feeds)
         targets = _targets(manifest, name, feeds, values)
-        return Example(name, feeds, targets, source)
+        return Example(name, feeds, targets, source, digest)
 
     return make
 
@@ -153,17 +162,17 @@ def _picture(task: ImageClassification, sample: Sample) -> Example:
     image, spec = sample.image, task.runtime.inputs[0]
     prepared = image if isinstance(image, np.ndarray) and image.dtype != np.uint8 else task.preprocess(image)
     targets = {} if sample.label is None else {"label": np.asarray(sample.label)}
-    return Example(sample.name, {spec.name: _checked(sample.name, prepared, spec)}, targets, image)
+    feeds = {spec.name: _checked(sample.name, prepared, spec)}
+    return Example(sample.name, feeds, targets, image, digest_of(feeds))
 
 
-def _checked(name: str, array: Any, spec: TensorSpec) -> Array:
+def _checked(name: str, given: Any, spec: TensorSpec) -> Array:
     """The array, if the model takes it."""
     shape, dtype = spec.shape[1:], np.dtype(spec.dtype)
-    if not isinstance(array, np.ndarray):
-        found = "missing" if array is None else f"a {type(array).__name__}"
+    if not isinstance(given, np.ndarray):
+        found = "missing" if given is None else f"a {type(given).__name__}"
         raise DataError(f"{name}: {spec.name!r} is {found}", f"give {dtype} {list(shape)}")
-    if dtype.kind == "i" and array.dtype.kind in "iub":
-        array = array.astype(dtype)
+    array: Array = given.astype(dtype) if dtype.kind == "i" and given.dtype.kind in "iub" else given
     fits = len(array.shape) == len(shape) and all(
         isinstance(size, str) or size == found for size, found in zip(shape, array.shape, strict=True)
     )

@@ -12,6 +12,7 @@ from typing import Literal
 
 import msgspec
 
+from perceiver_export.calibration.drops import OUTSIDE
 from perceiver_export.calibration.statistics import CONFIDENCE, LEAST_FOR_BOOTSTRAP, Estimate, scipy_stats
 from perceiver_export.runtimes.errors import GateError, UndecidedError
 
@@ -60,7 +61,7 @@ def at_most(
         outcome = "held"
     elif found.lower > asked:
         outcome = "not held"
-    needed = _needed(asked - found.value, spread, room) if outcome == "undecided" else None
+    needed = _needed(asked - found.value, spread, room, 1 - CONFIDENCE - OUTSIDE) if outcome == "undecided" else None
     return Gate(option, what, asked, found.value, found.lower, found.upper, unit, outcome, samples, needed)
 
 
@@ -108,15 +109,15 @@ def advice(gate: Gate) -> str:
     return f"not a pass: about {gate.samples_to_decide:,} samples would decide, if the truth is what was measured"
 
 
-def _needed(distance: float, spread: float, room: float) -> int | None:
+def _needed(distance: float, spread: float, room: float, error: float = 1 - CONFIDENCE) -> int | None:
     """Samples for a one-sided test at ``distance`` from the margin; ``room`` is what a sample without flips must rule
-    out: (1 − room)^n ≤ 5 %.
+    out: (1 − room)^n ≤ ``error``.
     """
     z = float(scipy_stats().norm.ppf(CONFIDENCE) + scipy_stats().norm.ppf(_POWER))
     if distance == 0 or (distance > 0 and room <= 0):
         return None
     by_spread = (z * spread / distance) ** 2
-    by_silence = math.log(1 - CONFIDENCE) / math.log1p(-room) if distance > 0 and 0 < room < 1 else 0.0
+    by_silence = math.log(error) / math.log1p(-room) if distance > 0 and 0 < room < 1 else 0.0
     needed = math.ceil(max(by_spread, by_silence, 1.0))
     return needed if needed < _MOST else None
 

@@ -164,7 +164,7 @@ def _go(
     """All samples through both sides; gives the data's fingerprint."""
     prints: list[str] = []
     for batch in _batches(stream, _BATCH):
-        prints += [example.fingerprint() for example in batch]
+        prints += [example.digest for example in batch]
         feeds, targets = stacked(batch)
         outputs = run_side(candidate, feeds, batch)
         pairing.add(batch, outputs, None if reference is None else run_side(reference, feeds, batch), targets)

@@ -68,6 +68,10 @@ def validate(
     """
     from perceiver_export.calibration.targets import validate_targets
 
+    if report is not None:
+        from perceiver_export.calibration.report import check_report_file
+
+        check_report_file(Path(report))
     for file in (junit, report):
         if file is not None:
             check_file(Path(file))
@@ -87,6 +91,8 @@ def validate(
             save_worst=save_worst,
             progress=lambda done, total: progress("validate", done, total),
         )
+    if report is not None:
+        _write_report(Path(report), bundle, results, against, threads)
     if junit is not None:
         from perceiver_export.calibration.junit import junit as junit_xml
 
@@ -140,13 +146,28 @@ def show_validation(name: str, result: Validation) -> None:
     print_table(title, columns, rows, f"each bound holds with 95 % by itself{note}")
     for warning in result.warnings:
         typer.echo(f"warning: {warning}")
-    if result.reference is not None and result.worst_classes:
+    if result.reference is not None and any(row.flips != 0 for row in result.worst_classes):
         _show_classes(result)
-    if result.reference is not None:
+    if result.reference is not None and (not result.worst_classes or any(row.flips for row in result.worst_classes)):
         _show_samples(result)
     for gate in result.gates:
         if gate.held:  # one that does not is the error that follows
             typer.echo(str(gate))
+
+
+def _write_report(
+    path: Path, bundle: str, results: Sequence[Validation], against: str | None, threads: int | None
+) -> None:
+    """The report on what was validated, with the command that was typed."""
+    import shlex
+    import sys
+
+    from perceiver_export.calibration.report import write_report
+    from perceiver_export.calibration.report.gather import gather
+
+    command = shlex.join(["perceiver-export", *sys.argv[1:]])
+    with new_file(path) as temporary:
+        write_report(temporary, gather(bundle, results, against, [command], threads))
 
 
 def show_targets(results: Sequence[Validation]) -> None:
