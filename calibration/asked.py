@@ -9,7 +9,7 @@ from types import ModuleType
 
 import numpy as np
 
-from perceiver_export.calibration.gates import Gate, at_least, at_most, mean_at_most
+from perceiver_export.calibration.gates import Gate, Wanted, at_least, at_most, mean_at_most
 from perceiver_export.calibration.metrics import find_metric
 from perceiver_export.calibration.metrics.base import Metric
 from perceiver_export.calibration.pairing import Scores
@@ -82,10 +82,9 @@ def judge(asked: Asked, scores: Scores, samples: int) -> tuple[Gate, ...]:
     if asked.max_drop is not None:
         gates.append(_drop(asked.max_drop, scores, samples))
     if asked.min_agreement is not None:
-        metric = find_metric(scores.metrics, "agreement")
-        found = estimate(metric, scores.likeness["agreement"])
+        found = estimate(find_metric(scores.metrics, "agreement"), scores.likeness["agreement"])
         what = "lower bound of the agreement with the reference, at least"
-        gates.append(at_least("--min-agreement", what, asked.min_agreement, found, "%", samples, 100.0))
+        gates.append(at_least(Wanted("--min-agreement", "agreement", what, asked.min_agreement, "%"), found, samples))
     if asked.change is not None:
         gates.append(_change(asked, asked.change, scores, samples))
     return tuple(gates)
@@ -100,11 +99,12 @@ def _drop(asked: float, scores: Scores, samples: int) -> Gate:
     candidate, reference = scores.quality[metric.name], scores.reference[metric.name]
     found = _times(worsening(metric, candidate, reference), 100.0)
     what = f"upper bound of the fall of {metric.name} below the reference, at most"
+    wanted = Wanted("--max-drop", f"{metric.name} drop", what, asked, "points")
     if metric.kind != "share":
-        return mean_at_most("--max-drop", what, asked, found, "points", samples)
+        return mean_at_most(wanted, found, samples)
     lost, gained = flips(candidate, reference)
     spread = 100 * math.sqrt(max((lost + gained) / samples - ((lost - gained) / samples) ** 2, 0.0))
-    return at_most("--max-drop", what, asked, found, "points", samples, spread, room=asked / 100)
+    return at_most(wanted, found, samples, spread, room=asked / 100)
 
 
 def _change(asked: Asked, change: float, scores: Scores, samples: int) -> Gate:
@@ -119,12 +119,13 @@ def _change(asked: Asked, change: float, scores: Scores, samples: int) -> Gate:
                 "gate on a distance in its unit (kl, distance, error), or on --min-agreement",
             )
         found = estimate(metric, scores.likeness[metric.name])
-        what = f"upper bound of {metric.name}, at most"
+        subject, what = metric.name, f"upper bound of {metric.name}, at most"
     else:
         found = worsening(metric, scores.quality[metric.name], scores.reference[metric.name], asked.relative)
-        what = f"upper bound of the worsening of {metric.name}, at most"
+        subject = f"worsening of {metric.name}"
+        what = f"upper bound of the {subject}, at most"
     limit = change * (100.0 if asked.relative else 1.0)
-    return mean_at_most(option, what, limit, _times(found, scale), unit, samples)
+    return mean_at_most(Wanted(option, subject, what, limit, unit), _times(found, scale), samples)
 
 
 def _judged(asked: Asked, scores: Scores) -> Metric:

@@ -20,20 +20,27 @@ _POWER = 0.8
 _MOST = 10**9  # samples that nobody has
 
 
+class Wanted(msgspec.Struct, frozen=True):
+    """What is asked: ``limit`` in ``unit``, of a ``subject`` (a drop, an agreement), by a command line's ``option``."""
+
+    option: str
+    subject: str
+    what: str
+    limit: float
+    unit: str
+
+
 class Gate(msgspec.Struct, frozen=True):
-    """One thing that was asked for. ``asked``, ``measured``, ``lower`` and ``upper`` are in ``unit``.
+    """One thing that was asked for, and what came of it: ``measured``, ``lower`` and ``upper`` in its unit.
 
     ``samples_to_decide``: how many would decide four times in five, if the truth is what was measured; None where it
     is decided, or where no number would.
     """
 
-    option: str
-    what: str
-    asked: float
+    wanted: Wanted
     measured: float
     lower: float
     upper: float
-    unit: str
     outcome: Literal["held", "not held", "undecided"]
     samples: int
     samples_to_decide: int | None = None
@@ -45,49 +52,48 @@ class Gate(msgspec.Struct, frozen=True):
 
     def __str__(self) -> str:
         bounds = f"measured {_number(self.measured)}, 95 % bounds {_number(self.lower)} and {_number(self.upper)}"
-        asked = f"{self.option} {_number(self.asked)}"
-        return f"{self.outcome}: {asked}: {self.what} ({bounds}{' ' + self.unit if self.unit else ''})"
+        unit = f" {self.wanted.unit}" if self.wanted.unit else ""
+        return f"{self.outcome}: {self.wanted.option} {_number(self.wanted.limit)}: {self.wanted.what} ({bounds}{unit})"
 
 
-def at_most(
-    option: str, what: str, asked: float, found: Estimate, unit: str, samples: int, spread: float, room: float = 0.0
-) -> Gate:
-    """A gate on a worsening: the upper bound must not exceed ``asked``.
+def at_most(wanted: Wanted, found: Estimate, samples: int, spread: float, room: float = 0.0) -> Gate:
+    """A gate on a worsening: the upper bound must not exceed the limit.
 
-    ``spread`` is the standard deviation of one sample; ``room`` the margin as a share of samples, where it is one.
+    ``spread`` is the standard deviation of one sample; ``room`` the limit as a share of samples, where it is one.
     """
     outcome: Literal["held", "not held", "undecided"] = "undecided"
-    if found.upper <= asked:
+    if found.upper <= wanted.limit:
         outcome = "held"
-    elif found.lower > asked:
+    elif found.lower > wanted.limit:
         outcome = "not held"
-    needed = _needed(asked - found.value, spread, room, 1 - CONFIDENCE - OUTSIDE) if outcome == "undecided" else None
-    return Gate(option, what, asked, found.value, found.lower, found.upper, unit, outcome, samples, needed)
+    needed = None
+    if outcome == "undecided":
+        needed = _needed(wanted.limit - found.value, spread, room, 1 - CONFIDENCE - OUTSIDE)
+    return Gate(wanted, found.value, found.lower, found.upper, outcome, samples, needed)
 
 
-def at_least(option: str, what: str, asked: float, found: Estimate, unit: str, samples: int, scale: float) -> Gate:
-    """A gate on a share, shown times ``scale``: its lower bound must reach ``asked``."""
+def at_least(wanted: Wanted, found: Estimate, samples: int) -> Gate:
+    """A gate on a share, in percent: its lower bound must reach the limit. ``found`` is a share."""
     outcome: Literal["held", "not held", "undecided"] = "undecided"
-    lower, upper = scale * found.lower, scale * found.upper
-    if lower >= asked:
+    value, lower, upper = (100 * bound for bound in (found.value, found.lower, found.upper))
+    if lower >= wanted.limit:
         outcome = "held"
-    elif upper < asked:
+    elif upper < wanted.limit:
         outcome = "not held"
     deviation = math.sqrt(max(found.value * (1 - found.value), 0.0))
-    distance = found.value - asked / scale
-    needed = _needed(distance, deviation, 1 - asked / scale) if outcome == "undecided" else None
-    return Gate(option, what, asked, scale * found.value, lower, upper, unit, outcome, samples, needed)
+    missing = 1 - wanted.limit / 100
+    needed = _needed(found.value - 1 + missing, deviation, missing) if outcome == "undecided" else None
+    return Gate(wanted, value, lower, upper, outcome, samples, needed)
 
 
-def mean_at_most(option: str, what: str, asked: float, found: Estimate, unit: str, samples: int) -> Gate:
+def mean_at_most(wanted: Wanted, found: Estimate, samples: int) -> Gate:
     """A gate on the worsening of a mean. Fewer than 30 samples leave it undecided, whatever resampling says."""
     if samples < LEAST_FOR_BOOTSTRAP:
-        few = (asked, found.value, found.lower, found.upper)
-        return Gate(option, what, *few, unit, "undecided", samples, LEAST_FOR_BOOTSTRAP)
+        return Gate(wanted, found.value, found.lower, found.upper, "undecided", samples, LEAST_FOR_BOOTSTRAP)
     # The width of the bounds says how the mean scatters, and so how one sample does.
     z = float(scipy_stats().norm.ppf(CONFIDENCE))
     spread = (found.upper - found.lower) / (2 * z) * math.sqrt(samples)
-    return at_most(option, what, asked, found, unit, samples, spread)
+    return at_most(wanted, found, samples, spread)
 
 
 def require(gates: tuple[Gate, ...]) -> None:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import os
 import platform
@@ -18,6 +17,7 @@ from perceiver_export.calibration.examples import Example, open_examples
 from perceiver_export.calibration.gates import Gate, require
 from perceiver_export.calibration.metrics import family
 from perceiver_export.calibration.metrics.own import load_own
+from perceiver_export.calibration.overlap import calibrated_on, check_overlap, fingerprint
 from perceiver_export.calibration.pairing import Pairing, stacked
 from perceiver_export.calibration.scores import MetricResult
 from perceiver_export.calibration.sides import Reference, Side, open_side, run_side, side_of
@@ -113,6 +113,7 @@ def validate(
     device: str = "auto",
     against_device: str | None = None,
     threads: int | None = None,
+    allow_overlap: bool = True,
     worst: int = 12,
     save_worst: str | Path | None = None,
     progress: Progress | None = None,
@@ -125,7 +126,8 @@ def validate(
     with the same answer, ``max_metric_change`` against the upper bound of the worsening of ``metric`` (one of the
     task's, or ``module:function``), in its unit or, as "2%", relative to the reference. The gates are in the result;
     `Validation.require` raises where one does not hold. ``samples`` stops after so many. The ``worst`` samples are
-    listed, and saved in the new directory ``save_worst``.
+    listed, and saved in the new directory ``save_worst``. Samples that the bundle was calibrated on are warned of;
+    with ``allow_overlap`` False, as a certificate needs it, they are refused.
 
     Raises DataError, UsageError, BundleError and what `load` raises; GateError where an output is NaN or infinite.
     """
@@ -146,8 +148,10 @@ def validate(
         pairing = Pairing(measures, own, worst, task.manifest.labels)
         candidate = side_of(task)
         with open_side(against, against_device or device, threads, beside=task) as reference:
-            fingerprint = _go(pairing, candidate, reference, stream, total, progress)
-        result = _result(task, candidate, reference, Data(str(data), pairing.count, fingerprint), pairing, asked)
+            digests = _go(pairing, candidate, reference, stream, total, progress)
+        overlap = check_overlap(digests, calibrated_on(bundle), str(data), allow_overlap)
+        measured = Data(str(data), pairing.count, fingerprint(digests))
+        result = _result(task, candidate, reference, measured, pairing, asked, overlap)
     if save_worst is not None:
         write_worst(Path(save_worst), result.worst_samples, pairing.worst.examples())
     return result
@@ -160,8 +164,8 @@ def _go(
     stream: Iterable[Example],
     total: int | None,
     progress: Progress | None,
-) -> str:
-    """All samples through both sides; gives the data's fingerprint."""
+) -> list[str]:
+    """All samples through both sides; gives the digest of each."""
     prints: list[str] = []
     for batch in _batches(stream, _BATCH):
         prints += [example.digest for example in batch]
@@ -172,11 +176,17 @@ def _go(
             progress(pairing.count, total)
     if not pairing.count:
         raise DataError("the data holds no samples", "it is empty, or a generator that was used up")
-    return hashlib.sha256("".join(sorted(prints)).encode()).hexdigest()
+    return prints
 
 
 def _result(
-    task: Task, candidate: Side, reference: Side | None, data: Data, pairing: Pairing, asked: Asked
+    task: Task,
+    candidate: Side,
+    reference: Side | None,
+    data: Data,
+    pairing: Pairing,
+    asked: Asked,
+    overlap: tuple[str, ...],
 ) -> Validation:
     scores = pairing.scores()
     metrics = scores.results()
@@ -189,7 +199,7 @@ def _result(
         metrics,
         None if paired is None else mcnemar(paired.lost or 0, paired.gained or 0),
         judge(asked, scores, data.samples),
-        scores.warnings(data.samples, len(task.manifest.labels)),
+        (*overlap, *scores.warnings(data.samples, len(task.manifest.labels))),
         pairing.worst.samples(),
         scores.worst_classes(task.manifest.labels),
         machine(),

@@ -44,7 +44,8 @@ def load(
             raise BundleError(
                 f"{described.file} takes or gives other tensors than the manifest says", "export the bundle again"
             )
-    return Runtime(engine, described.inputs, described.outputs, opened.manifest.precision, described.num_queries)
+    shown = _certificates(opened, engine)
+    return Runtime(engine, described.inputs, described.outputs, opened.manifest.precision, described.num_queries, shown)
 
 
 def _load_joined(bundle: Bundle, device: str, threads: int | None) -> Runtime:
@@ -54,7 +55,18 @@ def _load_joined(bundle: Bundle, device: str, threads: int | None) -> Runtime:
         bundle.manifest,
         {name: load(bundle, device, name, threads, verify="never") for name in bundle.manifest.parts},
     )
-    return Runtime(engine, engine.inputs, engine.outputs, bundle.manifest.precision)
+    shown = _certificates(bundle, engine)
+    return Runtime(engine, engine.inputs, engine.outputs, bundle.manifest.precision, certificates=shown)
+
+
+def _certificates(bundle: Bundle, engine: Engine) -> tuple[str, ...]:
+    """What was certified and holds on this engine and CPU."""
+    if "calibration.json" not in bundle.manifest.files:
+        return ()
+    from perceiver_export.runtimes.certificates import engine_of, valid_certificates
+
+    described = engine.describe()
+    return tuple(map(str, valid_certificates(bundle, described["target"], engine_of(described))))
 
 
 def load_onnx(path: str | os.PathLike[str], device: str = "auto", threads: int | None = None) -> Runtime:

@@ -50,11 +50,13 @@ class Runtime:
         outputs: tuple[TensorSpec, ...],
         precision: str,
         num_queries: int | None = None,
+        certificates: tuple[str, ...] = (),
     ) -> None:
         self.inputs = inputs
         self.outputs = outputs
         self.num_queries = num_queries  # of a decoder: how many queries there are to choose from
         self._precision = precision
+        self._certificates = certificates
         self._engine: Engine | None = engine
         self._input_checks = tuple((spec.name, np.dtype(spec.dtype), spec) for spec in inputs)
         self._fixed = {spec.name: spec.shape for spec in (*inputs, *outputs) if not spec.ranges}
@@ -90,8 +92,9 @@ class Runtime:
             return self._pool.submit(self._run, engine, feeds, None)
 
     def describe(self) -> dict[str, Any]:
-        """What it really runs on: target, device, engine, versions, threads, precision."""
-        return {**self._open_engine().describe(), "precision": self._precision}
+        """What it really runs on: target, device, engine, versions, threads, precision; certificates that hold here."""
+        described = {**self._open_engine().describe(), "precision": self._precision}
+        return {**described, "certificates": self._certificates} if self._certificates else described
 
     def close(self) -> None:
         """Finish what was submitted and let go of the engine. May be called twice."""

@@ -78,8 +78,8 @@ class Report:
             for gate in validation.gates:
                 needed = gate.samples_to_decide
                 more = "" if needed is None else f"about {needed:,} samples would decide"
-                asked = f"{gate.option} {gate.asked:g}"
-                bounds = f"{gate.measured:.4g} ({gate.lower:.4g} to {gate.upper:.4g}) {gate.unit}".strip()
+                asked = f"{gate.wanted.option} {gate.wanted.limit:g}"
+                bounds = f"{gate.measured:.4g} ({gate.lower:.4g} to {gate.upper:.4g}) {gate.wanted.unit}".strip()
                 rows.append((str(validation.candidate.get("target", "")), asked, bounds, gate.outcome, more))
         return Table("Gates", ("target", "asked", "measured (95 % bounds)>", "outcome", ""), tuple(rows))
 

@@ -7,18 +7,17 @@ import importlib.metadata
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-import msgspec
-
+from perceiver_export.calibration.coverage import share
+from perceiver_export.calibration.record import Calibration, read_calibration
 from perceiver_export.calibration.report.content import Report, Speed, Table, sides
 from perceiver_export.calibration.validation import Validation
 from perceiver_export.runtimes.benchmark import bench
 from perceiver_export.runtimes.bundle import Bundle, open_bundle
+from perceiver_export.runtimes.certificates import engine_of, valid_certificates
 from perceiver_export.runtimes.manifest import Manifest
 
 _RUNS = 50
-_CALIBRATION = "calibration.json"
 
 
 def gather(
@@ -34,7 +33,7 @@ def gather(
     """
     opened = open_bundle(bundle)
     manifest = opened.manifest
-    record = _record(opened)
+    record = read_calibration(opened)
     other = reference if reference is not None and (Path(reference) / "manifest.json").is_file() else None
     speeds = [speed for target in sides(validations) for speed in _speeds(opened.path, other, target, threads)]
     return Report(
@@ -43,16 +42,18 @@ def gather(
         tuple(speeds),
         tuple(_sensitivity(record)),
         tuple(table for table in _tables(manifest, record) if table.rows),
+        certificate=" ".join(_certified(opened, validations)),
         commands=tuple(commands),
         versions={"perceiver-export": importlib.metadata.version("perceiver-export"), **_tools(manifest)},
     )
 
 
-def _record(bundle: Bundle) -> dict[str, Any]:
-    if _CALIBRATION not in bundle.manifest.files:
-        return {}
-    record: dict[str, Any] = msgspec.json.decode(bundle.file(_CALIBRATION).read_bytes())
-    return record
+def _certified(bundle: Bundle, validations: Sequence[Validation]) -> Iterator[str]:
+    """What is certified, for the targets that were validated."""
+    for validation in validations:
+        engine = engine_of(validation.candidate)
+        for certificate in valid_certificates(bundle, str(validation.candidate.get("target")), engine):
+            yield f"Certified: {certificate}."
 
 
 def _speeds(path: Path, other: str | os.PathLike[str] | None, target: str, threads: int | None) -> Iterator[Speed]:
@@ -62,45 +63,49 @@ def _speeds(path: Path, other: str | os.PathLike[str] | None, target: str, threa
         yield Speed(target, side.name, side.p50, side.p95, side.peak_memory, size / 2**20)
 
 
-def _sensitivity(record: dict[str, Any]) -> list[tuple[str, float]]:
+def _sensitivity(record: Calibration | None) -> list[tuple[str, float]]:
     """Each group's worst run, worst first."""
     worst: dict[str, float] = {}
-    for part in record.get("parts", {}).values():
-        for linear in part["linears"]:
-            if linear["sqnr"] is not None:
-                worst[linear["group"]] = min(worst.get(linear["group"], 1e9), linear["sqnr"])
+    for part in record.parts.values() if record is not None else ():
+        for linear in part.linears:
+            if linear.sqnr is not None:
+                worst[linear.group] = min(worst.get(linear.group, linear.sqnr), linear.sqnr)
     return sorted(worst.items(), key=lambda item: item[1])
 
 
-def _tables(manifest: Manifest, record: dict[str, Any]) -> Iterator[Table]:
+def _quantization(record: Calibration) -> Iterator[Table]:
     rows = [
         (
             part,
-            coverage["target"],
-            f"{100 * coverage['share']:.1f} %",
-            f"{sum(layer['integer'] for layer in coverage['layers'])} of {len(coverage['layers'])}",
+            one.target,
+            f"{100 * share(one.layers):.1f} %",
+            f"{sum(layer.integer for layer in one.layers)} of {len(one.layers)}",
         )
-        for part, held in record.get("parts", {}).items()
-        for coverage in held.get("coverage", ())
+        for part, held in record.parts.items()
+        for one in held.coverage
     ]
-    note = "Read from what each engine says that it runs."
     columns = ("part", "target", "multiply-adds in integer kernels>", "linears>")
-    yield Table("Kernel coverage", columns, tuple(rows), note)
+    yield Table("Kernel coverage", columns, tuple(rows), "Read from what each engine says that it runs.")
     excluded = [
-        (row["name"], f"{100 * row['share']:.2f} %", row["reason"])
-        for held in record.get("parts", {}).values()
-        for row in held.get("excluded", ())
+        (one.name, f"{100 * one.share:.2f} %", one.reason) for held in record.parts.values() for one in held.excluded
     ]
     yield Table("Left in float by policy", ("product", "share of multiply-adds>", "why"), tuple(excluded))
-    if record:
-        data = record["data"]
-        said = (
-            ("scheme, ranges", f"{record['scheme']}, {record['method']}"),
-            ("calibrated on", f"{data['samples']:,} samples of {data['source']}"),
-            ("fingerprint", data["fingerprint"]),
-            ("warnings", "; ".join([*data["warnings"], *record["warnings"]]) or "none"),
-        )
-        yield Table("Quantization", ("", ""), said)
+    said = (
+        ("scheme, ranges", f"{record.scheme}, {record.method}"),
+        (
+            "precision of single layers",
+            ", ".join(f"{name}: {one}" for name, one in record.precision.items()) or "as all",
+        ),
+        ("calibrated on", f"{record.data.samples:,} samples of {record.data.source}"),
+        ("fingerprint", record.data.fingerprint),
+        ("warnings", "; ".join(record.warnings) or "none"),
+    )
+    yield Table("Quantization", ("", ""), said)
+
+
+def _tables(manifest: Manifest, record: Calibration | None) -> Iterator[Table]:
+    if record is not None:
+        yield from _quantization(record)
     yield _stages(manifest)
     checks = [
         (check.output, check.inputs, f"{check.difference:.1e}", f"{check.tolerance:.0e}")

@@ -26,7 +26,7 @@ _LAYERS = 15
 
 def drop_plot(validations: Sequence[Validation]) -> str:
     """Each target's gate on a worsening: the measured value, its bounds, and what was allowed."""
-    gates = [next((gate for gate in v.gates if gate.option != "--min-agreement"), None) for v in validations]
+    gates = [next((gate for gate in v.gates if gate.wanted.option != "--min-agreement"), None) for v in validations]
     shown = [(name, gate) for name, gate in zip(sides(validations), gates, strict=True) if gate is not None]
     if not shown:
         return ""
@@ -35,10 +35,12 @@ def drop_plot(validations: Sequence[Validation]) -> str:
         colour = _ACCENT if gate.held else _BAD
         axes.plot([gate.lower, gate.upper], [row, row], color=colour, linewidth=3, solid_capstyle="butt")
         axes.plot([gate.measured], [row], "o", color=colour)
-        axes.plot([gate.asked, gate.asked], [row - 0.35, row + 0.35], color=_TEXT, linewidth=1.5, linestyle="--")
+        axes.plot(
+            [gate.wanted.limit, gate.wanted.limit], [row - 0.35, row + 0.35], color=_TEXT, linewidth=1.5, linestyle="--"
+        )
     axes.set_yticks(range(len(shown)), [name for name, _ in shown])
     axes.set_ylim(len(shown) - 0.4, -0.6)
-    unit = shown[0][1].unit
+    unit = shown[0][1].wanted.unit
     axes.set_xlabel(f"worse by{f', {unit}' if unit else ''}: measured, 95 % bounds; dashed: what is allowed")
     axes.axvline(0, color=_OTHER, linewidth=0.8)
     return _svg(figure, "How much worse the candidate is on each target, with bounds")

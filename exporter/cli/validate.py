@@ -54,6 +54,13 @@ def validate(
     device: Annotated[str, typer.Option(help="Target; `auto` is the first present, `all` each of them.")] = "auto",
     threads: ThreadsOption = None,
     junit: Annotated[str | None, typer.Option(metavar="FILE", help="Write the gates as JUnit XML.")] = None,
+    certify: Annotated[
+        bool,
+        typer.Option("--certify", help="Write a certificate into BUNDLE if all gates hold; it shows where it holds."),
+    ] = False,
+    allow_overlap: Annotated[
+        bool, typer.Option("--allow-overlap", help="Certify though samples were calibrated on, or are repeated.")
+    ] = False,
     save_worst: Annotated[
         str | None, typer.Option(metavar="DIR", help="Save the worst samples here: pictures, inputs, and worst.json.")
     ] = None,
@@ -88,11 +95,10 @@ def validate(
             metric=metric,
             samples=samples,
             threads=threads,
+            allow_overlap=allow_overlap or not certify,
             save_worst=save_worst,
             progress=lambda done, total: progress("validate", done, total),
         )
-    if report is not None:
-        _write_report(Path(report), bundle, results, against, threads)
     if junit is not None:
         from perceiver_export.calibration.junit import junit as junit_xml
 
@@ -105,6 +111,13 @@ def validate(
             show_validation(bundle, result)
         if len(results) > 1:
             show_targets(results)
+    if certify and all(gate.held for result in results for gate in result.gates):
+        from perceiver_export.calibration.certificate import certify as certify_
+
+        for certificate in certify_(bundle, results):
+            typer.echo(f"certified: {certificate}", err=json)
+    if report is not None:
+        _write_report(Path(report), bundle, results, against, threads)
     for result in results:
         result.require()
 
@@ -176,7 +189,7 @@ def show_targets(results: Sequence[Validation]) -> None:
     rows = []
     for result in results:
         values = {metric.name: _value(metric.candidate.value, metric.unit) for metric in result.metrics}
-        gates = ", ".join(f"{gate.option} {gate.outcome}" for gate in result.gates) or "none asked"
+        gates = ", ".join(f"{gate.wanted.option} {gate.outcome}" for gate in result.gates) or "none asked"
         rows.append((str(result.candidate.get("target", "")), *(values.get(name, "") for name in names), gates))
     print_table("all targets", ["target", *(f"{name}>" for name in names), "gates"], rows)
 

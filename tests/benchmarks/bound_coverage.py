@@ -4,8 +4,8 @@
     python tests/benchmarks/bound_coverage.py [--pairs 10000] [--json]
 
 A pair is drawn by how many of n samples only the reference, or only the candidate, has right (shares p_lost and
-p_gained of all), so its true drop is p_lost − p_gained. A bound is wrong where the true value lies beyond it; 5 % may. The
-normal approximation that other tools use stands beside. Means: the mean difference of skewed losses, by bootstrap.
+p_gained of all), so its true drop is p_lost − p_gained. A bound is wrong where the true value lies beyond it; 5 % may.
+The normal approximation that other tools use stands beside. Means: the mean difference of skewed losses, by bootstrap.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
     python tests/benchmarks/validation_throughput.py [--samples 10000] [--json]
 
 Bare is `Runtime.run` of both models on inputs that are prepared already, nothing else. Both are run in blocks of 512
-samples in turn, so that what else the machine does hits both alike; what `validate` does once at its end (bounds, worst pictures)
-is added in full.
+samples in turn, so that what else the machine does hits both alike; what `validate` does once at its end (bounds,
+worst pictures) is added in full.
 """
 
 from __future__ import annotations

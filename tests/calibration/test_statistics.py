@@ -8,7 +8,7 @@ import pytest
 from scipy import optimize, stats
 
 from perceiver_export.calibration.drops import drop, p_value, score
-from perceiver_export.calibration.gates import Gate, at_least, at_most, mean_at_most, require
+from perceiver_export.calibration.gates import Gate, Wanted, at_least, at_most, mean_at_most, require
 from perceiver_export.calibration.statistics import Estimate, bootstrap, mcnemar, proportion, share
 from perceiver_export.runtimes.errors import GateError, UndecidedError
 from perceiver_export.runtimes.runtime import Array
@@ -113,7 +113,7 @@ def gate_on_drop(lost: int, gained: int, total: int, asked: float) -> Gate:
     found = drop(lost, gained, total)
     points = Estimate(100 * found.value, 100 * found.lower, 100 * found.upper)
     spread = 100 * np.sqrt((lost + gained) / total)
-    return at_most("--max-drop", "the drop", asked, points, "points", total, spread, asked / 100)
+    return at_most(Wanted("--max-drop", "drop", "the drop", asked, "points"), points, total, spread, asked / 100)
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def test_the_number_of_samples_that_would_decide_does() -> None:
 
 def test_agreement_is_held_against_its_lower_bound() -> None:
     def gate(right: int, total: int) -> Gate:
-        return at_least("--min-agreement", "agreement", 99.0, share(right, total), "%", total, 100.0)
+        return at_least(Wanted("--min-agreement", "agreement", "agreement", 99.0, "%"), share(right, total), total)
 
     assert gate(299, 299).outcome == "held"
     assert gate(298, 298).outcome == "undecided"
@@ -165,10 +165,10 @@ def test_agreement_is_held_against_its_lower_bound() -> None:
 
 
 def test_few_samples_never_decide_a_mean() -> None:
-    exact = Estimate(0.0, 0.0, 0.0)
+    exact, wanted = Estimate(0.0, 0.0, 0.0), Wanted("--max-metric-change", "epe", "epe", 0.1, "px")
 
-    assert mean_at_most("--max-metric-change", "epe", 0.1, exact, "px", 29).outcome == "undecided"
-    assert mean_at_most("--max-metric-change", "epe", 0.1, exact, "px", 30).outcome == "held"
+    assert mean_at_most(wanted, exact, 29).outcome == "undecided"
+    assert mean_at_most(wanted, exact, 30).outcome == "held"
 
 
 def test_what_does_not_hold_and_what_is_undecided_are_told_apart() -> None:

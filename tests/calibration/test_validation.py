@@ -140,7 +140,7 @@ def test_metrics_and_their_change(fashion_bundle: Path, ruined: Path) -> None:
     assert [gate.outcome for gate in same.gates] == ["held"]
     assert [gate.outcome for gate in worse.gates] == ["not held"]
     assert [gate.outcome for gate in relative.gates] == ["not held"]
-    assert relative.gates[0].unit == "% of the reference's"
+    assert relative.gates[0].wanted.unit == "% of the reference's"
     with pytest.raises(UsageError, match="no change"):
         validate(fashion_bundle, TEST, against=fashion_bundle, samples=3, metric="agreement", max_metric_change=1)
 
