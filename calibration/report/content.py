@@ -80,8 +80,8 @@ class Report:
                 more = "" if needed is None else f"about {needed:,} samples would decide"
                 asked = f"{gate.wanted.option} {gate.wanted.limit:g}"
                 bounds = f"{gate.measured:.4g} ({gate.lower:.4g} to {gate.upper:.4g}) {gate.wanted.unit}".strip()
-                rows.append((str(validation.candidate.get("target", "")), asked, bounds, gate.outcome, more))
-        return Table("Gates", ("target", "asked", "measured (95 % bounds)>", "outcome", ""), tuple(rows))
+                rows.append((str(validation.candidate.get("target", "")), asked, gate.outcome, bounds, more))
+        return Table("Gates", ("target", "asked", "outcome", "measured (95 % bounds)>", ""), tuple(rows))
 
     @property
     def accuracy(self) -> Table:

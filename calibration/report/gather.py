@@ -8,7 +8,6 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from perceiver_export.calibration.coverage import share
 from perceiver_export.calibration.record import Calibration, read_calibration
 from perceiver_export.calibration.report.content import Report, Speed, Table, sides
 from perceiver_export.calibration.validation import Validation
@@ -90,6 +89,7 @@ def _quantization(record: Calibration) -> Iterator[Table]:
         (one.name, f"{100 * one.share:.2f} %", one.reason) for held in record.parts.values() for one in held.excluded
     ]
     yield Table("Left in float by policy", ("product", "share of multiply-adds>", "why"), tuple(excluded))
+    others = ", ".join(f"{name}: {one}" for name, one in record.precision.items())
     said = (
         ("scheme, ranges", f"{record.scheme}, {record.method}"),
         (
