@@ -77,7 +77,7 @@ def _quantization(record: Calibration) -> Iterator[Table]:
         (
             part,
             one.target,
-            f"{100 * share(one.layers):.1f} %",
+            f"{100 * one.share:.1f} %",
             f"{sum(layer.integer for layer in one.layers)} of {len(one.layers)}",
         )
         for part, held in record.parts.items()
@@ -92,10 +92,7 @@ def _quantization(record: Calibration) -> Iterator[Table]:
     others = ", ".join(f"{name}: {one}" for name, one in record.precision.items())
     said = (
         ("scheme, ranges", f"{record.scheme}, {record.method}"),
-        (
-            "precision of single layers",
-            ", ".join(f"{name}: {one}" for name, one in record.precision.items()) or "as all",
-        ),
+        ("other precisions", others or "none"),
         ("calibrated on", f"{record.data.samples:,} samples of {record.data.source}"),
         ("fingerprint", record.data.fingerprint),
         ("warnings", "; ".join(record.warnings) or "none"),
