@@ -44,7 +44,7 @@ def open_side(
     if what is None:
         yield None
     elif callable(what):
-        yield Side("the reference", what, {"target": "torch", "engine": "a function"})
+        yield Side(getattr(what, "name", "the reference"), what, {"target": getattr(what, "target", "a function")})
     else:
         with open_task(what, device, threads) as task:
             check_comparable(beside.manifest, task.manifest)

@@ -44,6 +44,7 @@ class Measurement(msgspec.Struct, frozen=True):
     load: float
     peak_memory: float
     base_memory: float
+    certificates: tuple[str, ...] = ()  # that hold on this engine and machine
 
 
 class Bench(msgspec.Struct, frozen=True):
@@ -139,6 +140,7 @@ def _measurement(
         load=fresh["load"],
         peak_memory=fresh["peak"],
         base_memory=fresh["base"],
+        certificates=described.get("certificates", ()),
     )
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from perceiver_export.calibration.sides import Reference
     from perceiver_export.calibration.statistics import Estimate
     from perceiver_export.calibration.validation import Validation
+    from perceiver_export.runtimes.runtime import Array, Feeds
 
 _SHOWN_WORST = 5
 
@@ -141,7 +143,19 @@ def reference(bundle: str, against: str) -> str | Reference:
             f"{against} prepares its inputs differently from {bundle}, or has another task or other labels",
             "give the checkpoint that the bundle was exported from",
         )
-    return loaded.run
+    return _Checkpoint(Path(against).name or against, loaded.run)
+
+
+@dataclass(frozen=True)
+class _Checkpoint:
+    """A checkpoint as a reference, with the name that results show."""
+
+    name: str
+    run: Reference
+    target: str = "torch"
+
+    def __call__(self, feeds: Feeds) -> Mapping[str, Array]:
+        return self.run(feeds)
 
 
 def show_validation(name: str, result: Validation) -> None:

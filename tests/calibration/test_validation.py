@@ -22,13 +22,6 @@ TEST = FASHION / "test.npz"
 README_TOP1 = 0.8672
 
 
-@pytest.fixture(scope="module")
-def ruined(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    loaded = load_model(FASHION / "checkpoint")
-    dict(loaded.model.named_parameters())["encoder.self_attentions.0.0.mlp.output.weight"].data.mul_(40)
-    return export(loaded, tmp_path_factory.mktemp("bundles") / "ruined").path
-
-
 def test_the_shipped_model_is_as_right_as_the_readme_says(fashion_bundle: Path) -> None:
     result = validate(fashion_bundle, TEST)
 
