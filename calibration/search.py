@@ -38,6 +38,7 @@ from perceiver_export.runtimes.certificates import Certificate
 from perceiver_export.runtimes.errors import GateError, UsageError
 
 _RUNS = 30
+_RANKED_ON = 8  # samples that layers are ranked on: their order is all that is wanted
 _BACK: tuple[Scheme, Scheme] = ("int8-weights", "float")
 
 Report = Callable[[str, int, int], None]
@@ -126,8 +127,8 @@ class Ladder:
 
     def __init__(self, source: Bundle, data: str | Path, folder: Path, threads: int | None, report: Report) -> None:
         self._source, self._data, self._folder, self._threads, self._report = source, data, folder, threads, report
-        groups = [one.group for one in measure_sensitivity(source, data, threads=threads, progress=report)]
-        self.steps = steps(groups)
+        ranked = measure_sensitivity(source, data, samples=_RANKED_ON, threads=threads, progress=report)
+        self.steps = steps([one.group for one in ranked])
 
     def build(self, index: int) -> Path:
         """The bundle of a rung."""

@@ -19,6 +19,7 @@ from perceiver_export.exporter.cli.output import (
     print_table,
     progress_bar,
 )
+from perceiver_export.runtimes.errors import UsageError
 
 if TYPE_CHECKING:
     from perceiver_export.calibration.scores import MetricResult
@@ -84,6 +85,8 @@ def validate(
     for file in (junit, report):
         if file is not None:
             check_file(Path(file))
+    if certify and max_drop is None and min_agreement is None and max_metric_change is None:
+        raise UsageError("a certificate says that a gate held", "ask for one: --max-drop, --min-agreement")
     with progress_bar("validate", quiet=json) as progress:
         results = validate_targets(
             bundle,
@@ -130,7 +133,6 @@ def reference(bundle: str, against: str) -> str | Reference:
         return against
     from perceiver_export.exporter.load import load_model
     from perceiver_export.runtimes.bundle import read_manifest
-    from perceiver_export.runtimes.errors import UsageError
     from perceiver_export.runtimes.preprocessing import ImagePreprocessing
 
     manifest = read_manifest(Path(bundle))

@@ -53,8 +53,8 @@ def test_the_report_opens_and_fits(report: Path, width: int, scheme: str, tmp_pa
         assert (brightness(light) > 0.5) == (scheme == "light")
         drawn = "getComputedStyle(document.querySelector('figure svg text')).fill"
         assert contrast(light, page.evaluate(drawn)) > 12  # plots take the page's colours
-        small = "Math.min(...[...document.querySelectorAll('td, p, pre')].map(e => parseFloat(getComputedStyle(e).fontSize)))"
-        assert page.evaluate(small) >= 12
+        sizes = "[...document.querySelectorAll('td, p, pre')].map(e => parseFloat(getComputedStyle(e).fontSize))"
+        assert min(page.evaluate(sizes)) >= 12
         shots = os.environ.get("REPORT_SCREENSHOTS")
         if shots:
             page.screenshot(Path(shots) / f"report-{width}-{scheme}.png")
