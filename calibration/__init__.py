@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from perceiver_export.calibration.certificate import certify
     from perceiver_export.calibration.layer_errors import measure_layer_errors
+    from perceiver_export.calibration.mixed_precision import search
     from perceiver_export.calibration.pipeline import quantize
-    from perceiver_export.calibration.search import search
     from perceiver_export.calibration.sensitivity import measure_sensitivity
     from perceiver_export.calibration.targets import validate_targets
     from perceiver_export.calibration.validation import Validation, validate
@@ -32,7 +32,7 @@ _LAZY = {
     "measure_layer_errors": "layer_errors",
     "measure_sensitivity": "sensitivity",
     "quantize": "pipeline",
-    "search": "search",
+    "search": "mixed_precision",
     "validate": "validation",
     "validate_targets": "targets",
 }

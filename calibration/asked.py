@@ -49,7 +49,9 @@ class Asked:
             ("--max-metric-change", change, math.inf),
         ):
             if value is not None and not 0 <= value <= most:
-                raise UsageError(f"{name} is {value:g}", f"give a number from 0 to {most:g}")
+                raise UsageError(
+                    f"{name} is {value:g}", f"give a number from 0 to {most:g}" if most < math.inf else "give 0 or more"
+                )
         return cls(max_drop, min_agreement, change, relative, metric)
 
     @property

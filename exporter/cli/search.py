@@ -12,8 +12,8 @@ from perceiver_export.exporter.cli.output import print_json, print_table, progre
 
 
 def search_and_show(bundle: str, output: str | Path, json: bool, **options: Any) -> None:
-    """`calibration.search`, then a row for each mixture that was tried."""
-    from perceiver_export.calibration.search import search
+    """`calibration.mixed_precision`, then a row for each mixture that was tried."""
+    from perceiver_export.calibration.mixed_precision import search
 
     with progress_bar("search", quiet=json) as progress:
         found = search(bundle, output, progress=progress, **options)

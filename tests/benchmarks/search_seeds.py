@@ -4,11 +4,11 @@
     python tests/benchmarks/search_seeds.py [--seeds 100] [--margin 1.0] [--json]
 
 The Fashion-MNIST model gets three hidden units in one MLP that cancel in fp32 and leave noise in int8
-(`tests/calibration/cancelling_units.py`).
-Rungs of the ladder of `calibration.search` are quantized, calibrated on held-out training pictures, and run once over
-the 10,000 test pictures. Each seed then splits these into 3,000 to search on, 4,000 to certify on and 3,000 fresh ones,
-and goes through the same selection as `search`. Counted is how often the kept rung's drop on the fresh pictures is
-within the margin, and whether the changed layer is the first to go back.
+(`tests/calibration/cancelling_units.py`). Rungs of the ladder of `calibration.mixed_precision` are quantized,
+calibrated on held-out training pictures, and run once over the 10,000 test pictures. Each seed then splits these into
+3,000 to search on, 4,000 to certify on and 3,000 fresh ones, and goes through the same selection as `search`. Counted
+is how often the kept rung's drop on the fresh pictures is within the margin, and whether the changed layer is the
+first to go back.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 
 from perceiver_export.calibration.drops import drop
+from perceiver_export.calibration.mixed_precision import fixed_order, fixed_sequence, steps
 from perceiver_export.calibration.pipeline import quantize
-from perceiver_export.calibration.search import fixed_order, fixed_sequence, steps
 from perceiver_export.calibration.sensitivity import measure_sensitivity
 from perceiver_export.exporter import export
 from perceiver_export.runtimes import open_task

@@ -14,7 +14,14 @@ import pytest
 from perceiver_export.calibration import validate
 from perceiver_export.calibration.graph_files import save_graphs
 from perceiver_export.calibration.layer_errors import measure_layer_errors
-from perceiver_export.calibration.search import fixed_order, fixed_sequence, search, steps
+from perceiver_export.calibration.mixed_precision import (
+    Rung,
+    certify_in_order,
+    fixed_order,
+    fixed_sequence,
+    search,
+    steps,
+)
 from perceiver_export.calibration.write import file_entries, new_bundle
 from perceiver_export.exporter import export
 from perceiver_export.runtimes import open_bundle
@@ -100,18 +107,33 @@ def test_a_layer_that_must_not_be_int8_goes_back(cancelling: Path, splits: dict[
     assert list(tmp_path.iterdir()) == [tmp_path / "mixed"]
 
 
-def test_a_search_that_cannot_succeed_leaves_nothing(cancelling: Path, splits: dict[str, Any], tmp_path: Path) -> None:
+def test_a_search_that_cannot_succeed_leaves_nothing(
+    fashion_bundle: Path, splits: dict[str, Any], tmp_path: Path
+) -> None:
     with pytest.raises(UsageError, match="good enough"):
-        search(cancelling, tmp_path / "mixed", **splits)
+        search(fashion_bundle, tmp_path / "mixed", **splits)
     overlapping = {**splits, "certify_on": splits["search_on"]}
     with pytest.raises(DataError, match="300 of 300 samples"):
-        search(cancelling, tmp_path / "mixed", **overlapping, max_drop=2)
-    few = tmp_path / "few.npz"
-    with np.load(splits["certify_on"]) as data:
-        np.savez(few, image=data["image"][:20], labels=data["labels"][:20])
-    with pytest.raises(GateError, match="could not be certified: undecided"):
-        search(cancelling, tmp_path / "mixed", **{**splits, "certify_on": few}, max_drop=5)
+        search(fashion_bundle, tmp_path / "mixed", **overlapping, max_drop=2)
     assert not (tmp_path / "mixed").exists()
+
+
+def test_what_held_on_one_split_must_hold_on_the_other(
+    int8_bundle: Path, fashion_bundle: Path, splits: dict[str, Any], tmp_path: Path
+) -> None:
+    tried = [(Rung({}, 0.5, ("held",)), int8_bundle)]
+    options: dict[str, Any] = {"against": fashion_bundle, "max_drop": 5}
+
+    def quiet(what: str, done: int, total: int) -> None: ...
+
+    kept, evidence = certify_in_order(tried, [0], splits["certify_on"], "auto", options, quiet)
+    assert kept == 0
+    assert evidence[0].samples == 400
+    assert tried[0][0].certification[0].startswith("held: --max-drop 5")
+    with np.load(splits["certify_on"]) as data:
+        np.savez(tmp_path / "few.npz", image=data["image"][:20], labels=data["labels"][:20])
+    with pytest.raises(GateError, match="could not be certified: undecided: --max-drop 5"):
+        certify_in_order(tried, [0], tmp_path / "few.npz", "auto", options, quiet)
 
 
 def test_a_layer_whose_scale_was_ruined_is_refused_and_named_first(

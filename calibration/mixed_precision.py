@@ -97,29 +97,45 @@ def search(
                 f"no mixture of precisions holds: {tried[-1][0].search[0]}",
                 "ask for less, give more samples to search on, or look at `quantize --sensitivity`",
             )
-        passed: dict[int, tuple[Validation, ...]] = {}
-
-        def holds(index: int) -> bool:
-            report("certify", order.index(index), len(order))
-            results = validate_targets(tried[index][1], certify_on, device, **options)
-            rung = tried[index][0]
-            said = tuple(str(gate) for result in results for gate in result.gates)
-            tried[index] = (msgspec.structs.replace(rung, certification=said), tried[index][1])
-            if all(gate.held for result in results for gate in result.gates):
-                passed[index] = results
-            return index in passed
-
-        kept = fixed_sequence(order, holds)
-        if kept is None:
-            first = tried[order[0]][0]
-            raise GateError(
-                f"what held on the search split could not be certified: {first.certification[0]}",
-                "give more samples to certify on, or ask for less; nothing was written",
-            )
-        made = certify(tried[kept][1], passed[kept])
+        kept, evidence = certify_in_order(tried, order, certify_on, device, options, report)
+        made = certify(tried[kept][1], evidence)
         with new_bundle(path, overwrite) as directory:
             shutil.copytree(tried[kept][1], directory, dirs_exist_ok=True)
     return Found(tuple(rung for rung, _ in tried), kept, made)
+
+
+def certify_in_order(
+    tried: list[tuple[Rung, Path]],
+    order: Sequence[int],
+    data: str | Path,
+    device: str,
+    options: Mapping[str, Any],
+    report: Report,
+) -> tuple[int, tuple[Validation, ...]]:
+    """Which rung of ``tried`` is kept, by a fixed sequence on the certification split, and the evidence for it.
+
+    What the gates said is noted in ``tried``. Raises GateError where not even the first of ``order`` holds.
+    """
+    passed: dict[int, tuple[Validation, ...]] = {}
+
+    def holds(index: int) -> bool:
+        report("certify", order.index(index), len(order))
+        rung, path = tried[index]
+        results = validate_targets(path, data, device, **options)
+        said = tuple(str(gate) for result in results for gate in result.gates)
+        tried[index] = (msgspec.structs.replace(rung, certification=said), path)
+        if _held(said):
+            passed[index] = results
+        return index in passed
+
+    kept = fixed_sequence(order, holds)
+    if kept is None:
+        said = tried[order[0]][0].certification
+        raise GateError(
+            f"what held on the search split could not be certified: {next(one for one in said if not _held([one]))}",
+            "give more samples to certify on, or ask for less; nothing was written",
+        )
+    return kept, passed[kept]
 
 
 class Ladder:
