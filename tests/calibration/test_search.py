@@ -107,7 +107,7 @@ def test_a_layer_that_must_not_be_int8_goes_back(cancelling: Path, splits: dict[
     assert list(tmp_path.iterdir()) == [tmp_path / "mixed"]
 
 
-def test_a_search_that_cannot_succeed_leaves_nothing(
+def test_a_search_without_a_gate_or_with_shared_samples_is_refused(
     fashion_bundle: Path, splits: dict[str, Any], tmp_path: Path
 ) -> None:
     with pytest.raises(UsageError, match="good enough"):
