@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from perceiver_export.calibration.record import Calibration, read_calibration
-from perceiver_export.runtimes.bundle import open_bundle
 from perceiver_export.runtimes.bundle import Bundle, open_bundle
 from perceiver_export.runtimes.certificates import applies, certificates
 from perceiver_export.runtimes.errors import BundleError, MissingDependencyError
@@ -40,8 +39,7 @@ def inspect_bundle(path: str | os.PathLike[str]) -> Inspection:
     bundle = open_bundle(source, verify="never")
     manifest = bundle.manifest
     size = sum(entry.size for entry in manifest.files.values())
-    return Inspection(source, manifest.parts, manifest, size, read_calibration(bundle))
-    return Inspection(source, manifest.parts, manifest, size, *_certificates(bundle))
+    return Inspection(source, manifest.parts, manifest, size, read_calibration(bundle), *_certificates(bundle))
 
 
 def _certificates(bundle: Bundle) -> tuple[tuple[str, ...], tuple[str, ...]]:
