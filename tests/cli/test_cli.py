@@ -75,7 +75,14 @@ def test_validate_refuses_what_cannot_be_before_it_runs(bundle: Path, tmp_path: 
     assert "no metric 'epe'" in fail(*common, "--against", bundle, "--metric", "epe", "--max-metric-change", "1")
     assert "a certificate says that a gate held" in fail(*common, "--samples", "5", "--certify")
     assert "two sets of samples" in fail(
-        "quantize", bundle, "--data", FASHION / "held_out.npz", "-o", tmp_path / "int8", "--search", FASHION / "test.npz"
+        "quantize",
+        bundle,
+        "--data",
+        FASHION / "held_out.npz",
+        "-o",
+        tmp_path / "int8",
+        "--search",
+        FASHION / "test.npz",
     )
 
 
