@@ -9,7 +9,7 @@ LISTING := $(VENV)/files
 PYTHON310 ?= $(shell for p in python3.10 $$HOME/.pyenv/versions/3.10.*/bin/python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info[:2] != (3, 10))' 2>/dev/null && echo $$p && break; done)
 
-.PHONY: install demo test check test-gpu test-py310 benchmarks clean FORCE
+.PHONY: install demo test test-report check test-gpu test-py310 benchmarks clean FORCE
 
 install: $(STAMP)
 
@@ -22,7 +22,7 @@ $(STAMP): pyproject.toml constraints.txt $(LISTING)
 
 $(LISTING): FORCE
 	@mkdir -p $(VENV)
-	@find exporter runtimes calibration -name '*.py' | sort > $@.new; cmp -s $@.new $@ && rm $@.new || mv $@.new $@
+	@find exporter runtimes calibration \( -name '*.py' -o -name '*.j2' \) | sort > $@.new; cmp -s $@.new $@ && rm $@.new || mv $@.new $@
 
 demo: install
 	$(BIN)/perceiver-export demo
@@ -30,6 +30,10 @@ demo: install
 test: check
 	$(BIN)/python -m pytest
 	$(MAKE) test-py310
+
+# The report, opened in headless Chromium (Debian's `chromium`): part of `make test` where that is installed.
+test-report: install
+	$(BIN)/python -m pytest tests/calibration/test_report_in_browser.py
 
 check: install
 	$(BIN)/ruff check .
@@ -68,6 +72,9 @@ benchmarks: install
 	$(BIN)/python tests/benchmarks/tensorrt_api.py
 	$(BIN)/python tests/benchmarks/tensorrt_presets.py
 	$(BIN)/python tests/benchmarks/tensorrt_shared_weights.py
+	$(BIN)/python tests/benchmarks/bound_coverage.py
+	$(BIN)/python tests/benchmarks/validation_throughput.py
+	$(BIN)/python tests/benchmarks/search_seeds.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

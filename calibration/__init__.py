@@ -7,19 +7,37 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from perceiver_export.calibration.certificate import certify
+    from perceiver_export.calibration.layer_errors import measure_layer_errors
     from perceiver_export.calibration.linting import lint
+    from perceiver_export.calibration.mixed_precision import search
     from perceiver_export.calibration.pipeline import quantize
     from perceiver_export.calibration.sensitivity import measure_sensitivity
+    from perceiver_export.calibration.targets import validate_targets
     from perceiver_export.calibration.validation import Validation, validate
 
-__all__ = ["Validation", "lint", "measure_sensitivity", "quantize", "validate"]
+__all__ = [
+    "Validation",
+    "certify",
+    "lint",
+    "measure_layer_errors",
+    "measure_sensitivity",
+    "quantize",
+    "search",
+    "validate",
+    "validate_targets",
+]
 
 _LAZY = {
     "Validation": "validation",
+    "certify": "certificate",
     "lint": "linting",
+    "measure_layer_errors": "layer_errors",
     "measure_sensitivity": "sensitivity",
     "quantize": "pipeline",
+    "search": "mixed_precision",
     "validate": "validation",
+    "validate_targets": "targets",
 }
 
 

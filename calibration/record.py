@@ -144,7 +144,7 @@ class Calibration(msgspec.Struct, frozen=True):
 
 def read_calibration(bundle: Bundle) -> Calibration | None:
     """A quantized bundle's record; None where the bundle is not quantized. Raises BundleError."""
-    if CALIBRATION not in bundle.manifest.files:
+    if CALIBRATION not in bundle.manifest.files or bundle.manifest.quantization is None:
         return None
     try:
         return msgspec.json.decode(bundle.file(CALIBRATION).read_bytes(), type=Calibration)

@@ -1,61 +1,103 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How right a bundle is on labelled data, and how often it says what its reference says."""
+"""How good a bundle is on data, and how close to a reference: both on the same inputs, paired sample by sample."""
 
 from __future__ import annotations
 
 import itertools
 import os
+import platform
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
-import numpy as np
 
-from perceiver_export.calibration.data import Sample, open_data
-from perceiver_export.calibration.statistics import Proportion, proportion
+from perceiver_export.calibration.asked import Asked, check_asked, judge
+from perceiver_export.calibration.examples import Example, open_examples
+from perceiver_export.calibration.gates import Gate, require
+from perceiver_export.calibration.metrics import family
+from perceiver_export.calibration.metrics.own import load_own
+from perceiver_export.calibration.overlap import calibrated_on, check_overlap, fingerprint
+from perceiver_export.calibration.pairing import Pairing, stacked
+from perceiver_export.calibration.scores import MetricResult
+from perceiver_export.calibration.sides import Reference, Side, open_side, run_side, side_of
+from perceiver_export.calibration.statistics import Proportion, mcnemar, proportion
+from perceiver_export.calibration.worst import WorstClass, WorstSample
+from perceiver_export.calibration.worst_files import check_new_folder, write_worst
 from perceiver_export.runtimes.bundle import Bundle
-from perceiver_export.runtimes.errors import DataError, GateError, UnsupportedModelError, UsageError
-from perceiver_export.runtimes.preprocessing import ImagePreprocessing
-from perceiver_export.runtimes.runtime import Array
+from perceiver_export.runtimes.errors import DataError, UsageError
+from perceiver_export.runtimes.machine import available_cores, cpu_features, cpu_name
 from perceiver_export.runtimes.tasks import open_task
-from perceiver_export.runtimes.tasks.image_classification import ImageClassification
-
-# A reference that is not a bundle: preprocessed inputs (n, 3, height, width) -> logits (n, labels).
-Reference = Callable[[Array], Array]
+from perceiver_export.runtimes.tasks.base import Task
 
 _BATCH = 64  # samples handed on at a time; a bundle of another batch size cuts it as it needs
 
+Progress = Callable[[int, int | None], None]
 
-class Gate(msgspec.Struct, frozen=True):
-    """One thing that was asked for, and whether it held."""
 
-    what: str
-    asked: float
-    measured: float
-    held: bool
+class Data(msgspec.Struct, frozen=True):
+    """What it was measured on. ``fingerprint``: a hash of the samples' inputs, whatever their order or files."""
 
-    def __str__(self) -> str:
-        return f"{'held' if self.held else 'NOT HELD'}: {self.what} {self.asked:g}, measured {self.measured:.2f}"
+    source: str
+    samples: int
+    fingerprint: str
 
 
 class Validation(msgspec.Struct, frozen=True):
-    """What was measured. Fields that need labels or a reference are None without them; ``drop`` is in points."""
+    """What was measured. Shares are in percent, drops in points; fields that need a reference are empty without one."""
 
-    samples: int
-    top1: Proportion | None
-    reference_top1: Proportion | None
-    drop: float | None
-    agreement: Proportion | None
+    task: str
+    candidate: dict[str, Any]
+    reference: dict[str, Any] | None
+    data: Data
+    metrics: tuple[MetricResult, ...]
+    mcnemar: float | None
     gates: tuple[Gate, ...]
+    warnings: tuple[str, ...]
+    worst_samples: tuple[WorstSample, ...]
+    worst_classes: tuple[WorstClass, ...]
+    machine: dict[str, str]
 
     def require(self) -> None:
-        """Raise GateError unless every gate held."""
-        for gate in self.gates:
-            if not gate.held:
-                raise GateError(
-                    str(gate),
-                    "the bundle is not as close to its reference as was asked, or the samples are too few to show it",
-                )
+        """Raise GateError where a gate does not hold, UndecidedError where the samples are too few to say."""
+        require(self.gates)
+
+    def metric(self, name: str) -> MetricResult | None:
+        """The result of that name, if it was measured."""
+        return next((result for result in self.metrics if result.name == name), None)
+
+    @property
+    def samples(self) -> int:
+        """How many samples there were."""
+        return self.data.samples
+
+    @property
+    def top1(self) -> Proportion | None:
+        """The candidate's right answers."""
+        return self._count("top-1", of_reference=False)
+
+    @property
+    def reference_top1(self) -> Proportion | None:
+        """The reference's right answers."""
+        return self._count("top-1", of_reference=True)
+
+    @property
+    def drop(self) -> float | None:
+        """Measured fall of top-1 in points."""
+        result = self.metric("top-1")
+        return None if result is None or result.worsening is None else result.worsening.value
+
+    @property
+    def agreement(self) -> Proportion | None:
+        """Samples to which both give the same first label."""
+        return self._count("agreement", of_reference=False)
+
+    def _count(self, name: str, of_reference: bool) -> Proportion | None:
+        result = self.metric(name)
+        side = None if result is None else result.reference if of_reference else result.candidate
+        if side is None or self.task == "fill-mask":
+            return None
+        return proportion(round(side.value / 100 * self.samples), self.samples)
 
 
 def validate(
@@ -65,147 +107,117 @@ def validate(
     against: str | os.PathLike[str] | Bundle | Reference | None = None,
     max_drop: float | None = None,
     min_agreement: float | None = None,
+    max_metric_change: float | str | None = None,
+    metric: str | None = None,
     samples: int | None = None,
     device: str = "auto",
+    against_device: str | None = None,
     threads: int | None = None,
-    progress: Callable[[int, int | None], None] | None = None,
+    allow_overlap: bool = True,
+    worst: int = 12,
+    save_worst: str | Path | None = None,
+    progress: Progress | None = None,
 ) -> Validation:
-    """Run a bundle, and its reference, over DATA (`calibration.data`), both on the same preprocessed inputs.
+    """Run a bundle, and its reference, over DATA (`calibration.examples`), both on the same inputs.
 
-    ``against`` is another bundle or a function from inputs to logits (a torch model, say). ``max_drop`` bounds the
-    measured fall of top-1 below the reference's, in points; ``min_agreement`` bounds from below the lower exact 95 %
-    bound of the share of samples with the same top-1, in percent. The gates are in the result; `Validation.require`
-    raises where one does not hold. ``samples`` stops after so many.
+    ``against`` is another bundle, the same one with another ``against_device``, or a function from inputs to outputs by
+    name (a torch model, say). ``max_drop`` (points) is held against the one-sided exact 95 % upper bound of the paired
+    fall of the share of right answers, ``min_agreement`` (percent) against the lower bound of the share of samples
+    with the same answer, ``max_metric_change`` against the upper bound of the worsening of ``metric`` (one of the
+    task's, or ``module:function``), in its unit or, as "2%", relative to the reference. The gates are in the result;
+    `Validation.require` raises where one does not hold. ``samples`` stops after so many. The ``worst`` samples are
+    listed, and saved in the new directory ``save_worst``. Samples that the bundle was calibrated on are warned of;
+    with ``allow_overlap`` False, as a certificate needs it, they are refused.
 
     Raises DataError, UsageError, BundleError and what `load` raises; GateError where an output is NaN or infinite.
     """
-    if against is None and (max_drop is not None or min_agreement is not None):
-        raise UsageError("a gate needs a reference", "give --against BUNDLE or --against CHECKPOINT")
+    asked = Asked.of(max_drop, min_agreement, max_metric_change, metric)
     if samples is not None and samples < 1:
         raise UsageError(f"samples is {samples}", "give 1 or more, or leave it out")
-    with _open_classifier(bundle, device, threads) as task:
-        opened = open_data(data, task.labels)
+    if against is None and against_device is not None:
+        against = bundle
+    if save_worst is not None:
+        check_new_folder(Path(save_worst))
+    own = load_own(asked.metric) if asked.metric is not None and ":" in asked.metric else None
+    with open_task(bundle, device, threads) as task:
+        measures = family(task.manifest)
+        check_asked(asked, measures, against is not None)
+        opened = open_examples(task, data)
+        stream = itertools.islice(opened.stream, samples)
         total = opened.count if samples is None or opened.count is None else min(samples, opened.count)
-        if against is None or callable(against):
-            return _validate(
-                task, against, itertools.islice(opened.samples, samples), total, max_drop, min_agreement, progress
-            )
-        with _open_classifier(against, device, threads) as other:
-            _check_same(task, other)
-            return _validate(
-                task,
-                other.run_inputs,
-                itertools.islice(opened.samples, samples),
-                total,
-                max_drop,
-                min_agreement,
-                progress,
-            )
+        pairing = Pairing(measures, own, worst, task.manifest.labels)
+        candidate = side_of(task)
+        with open_side(against, against_device or device, threads, beside=task) as reference:
+            digests = _go(pairing, candidate, reference, stream, total, progress)
+        overlap = check_overlap(digests, calibrated_on(bundle), str(data), allow_overlap)
+        measured = Data(str(data), pairing.count, fingerprint(digests))
+        result = _result(task, candidate, reference, measured, pairing, asked, overlap)
+    if save_worst is not None:
+        write_worst(Path(save_worst), result.worst_samples, pairing.worst.examples())
+    return result
 
 
-def _open_classifier(bundle: str | os.PathLike[str] | Bundle, device: str, threads: int | None) -> ImageClassification:
-    task = open_task(bundle, device, threads)
-    if not isinstance(task, ImageClassification):
-        task.close()
-        raise UnsupportedModelError(
-            f"this version validates image classifiers, the bundle is of {task.manifest.task}",
-            "compare the outputs of `perceiver-export run` with your own reference",
-        )
-    return task
-
-
-def _validate(
-    task: ImageClassification,
-    reference: Reference | None,
-    stream: Iterable[Sample],
+def _go(
+    pairing: Pairing,
+    candidate: Side,
+    reference: Side | None,
+    stream: Iterable[Example],
     total: int | None,
-    max_drop: float | None,
-    min_agreement: float | None,
-    progress: Callable[[int, int | None], None] | None,
-) -> Validation:
-    labels, found, expected = [], [], []
+    progress: Progress | None,
+) -> list[str]:
+    """All samples through both sides; gives the digest of each."""
+    prints: list[str] = []
     for batch in _batches(stream, _BATCH):
-        inputs = np.stack([_input(task, sample) for sample in batch])
-        found.append(_best(task.run_inputs(inputs), batch, "the bundle"))
-        if reference is not None:
-            expected.append(_best(reference(inputs), batch, "the reference"))
-        labels += [sample.label for sample in batch]
+        prints += [example.digest for example in batch]
+        feeds, targets = stacked(batch)
+        outputs = run_side(candidate, feeds, batch)
+        pairing.add(batch, outputs, None if reference is None else run_side(reference, feeds, batch), targets)
         if progress is not None:
-            progress(len(labels), total)
-    if not labels:
+            progress(pairing.count, total)
+    if not pairing.count:
         raise DataError("the data holds no samples", "it is empty, or a generator that was used up")
-    return _result(
-        labels, np.concatenate(found), np.concatenate(expected) if expected else None, max_drop, min_agreement
-    )
+    return prints
 
 
 def _result(
-    labels: list[int | None], found: Array, expected: Array | None, max_drop: float | None, min_agreement: float | None
+    task: Task,
+    candidate: Side,
+    reference: Side | None,
+    data: Data,
+    pairing: Pairing,
+    asked: Asked,
+    overlap: tuple[str, ...],
 ) -> Validation:
-    count = len(labels)
-    labelled = None not in labels
-    if not labelled and any(label is not None for label in labels):
-        raise DataError("some samples have a label and some have none", "label all of them, or none")
-    truth = np.asarray(labels) if labelled else None
-    top1 = None if truth is None else proportion(int((found == truth).sum()), count)
-    reference = None if truth is None or expected is None else proportion(int((expected == truth).sum()), count)
-    drop = 100 * (reference.value - top1.value) if reference is not None and top1 is not None else None
-    agreement = None if expected is None else proportion(int((found == expected).sum()), count)
-    gates = []
-    if max_drop is not None:
-        if drop is None:
-            raise DataError(
-                "the data has no labels, so a drop cannot be measured", "add labels, or gate on --min-agreement"
-            )
-        gates.append(Gate("fall of top-1 below the reference, in points, at most", max_drop, drop, drop <= max_drop))
-    if min_agreement is not None and agreement is not None:
-        low = 100 * agreement.low
-        gates.append(
-            Gate(
-                "lower 95 % bound of the agreement with the reference, in percent, at least",
-                min_agreement,
-                low,
-                low >= min_agreement,
-            )
-        )
-    return Validation(count, top1, reference, drop, agreement, tuple(gates))
+    scores = pairing.scores()
+    metrics = scores.results()
+    paired = next((result for result in metrics if result.lost is not None), None)
+    return Validation(
+        task.manifest.task,
+        {"name": candidate.name, **candidate.engine},
+        None if reference is None else {"name": reference.name, **reference.engine},
+        data,
+        metrics,
+        None if paired is None else mcnemar(paired.lost or 0, paired.gained or 0),
+        judge(asked, scores, data.samples),
+        (*overlap, *scores.warnings(data.samples, len(task.manifest.labels))),
+        pairing.worst.samples(),
+        scores.worst_classes(task.manifest.labels),
+        machine(),
+    )
 
 
-def _input(task: ImageClassification, sample: Sample) -> Array:
-    image = sample.image
-    if isinstance(image, Path) or image.dtype == np.uint8:
-        return task.preprocess(image)
-    shape = task.runtime.inputs[0].shape[1:]
-    if image.dtype != np.float32 or image.shape != shape:
-        raise DataError(
-            f"{sample.name} is {image.dtype} with shape {list(image.shape)}",
-            f"give uint8 pictures, or float32 {list(shape)} as the model takes it",
-        )
-    if not np.isfinite(image).all():
-        raise DataError(f"{sample.name} holds NaN or infinite values", "mend the data")
-    return image
+def machine() -> dict[str, str]:
+    """What a measured number belongs to."""
+    return {
+        "cpu": cpu_name(),
+        "cores": str(available_cores()),
+        "instruction set": " ".join(cpu_features()),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+    }
 
 
-def _best(logits: Array, batch: list[Sample], whose: str) -> Array:
-    bad = ~np.isfinite(logits).all(axis=1)
-    if bad.any():
-        name = batch[int(np.argmax(bad))].name
-        raise GateError(f"{whose} gives NaN or infinite values for {name}", "such a model must not be shipped")
-    best: Array = logits.argmax(axis=1)
-    return best
-
-
-def _batches(samples: Iterable[Sample], size: int) -> Iterator[list[Sample]]:
+def _batches(samples: Iterable[Example], size: int) -> Iterator[list[Example]]:
     iterator = iter(samples)
     while batch := list(itertools.islice(iterator, size)):
         yield batch
-
-
-def _check_same(task: ImageClassification, other: ImageClassification) -> None:
-    if task.labels != other.labels:
-        raise UsageError("the two bundles have different labels", "compare bundles of one checkpoint")
-    steps: tuple[ImagePreprocessing, ImagePreprocessing] = (task.preprocessing, other.preprocessing)
-    if steps[0] != steps[1]:
-        raise UsageError(
-            "the two bundles prepare pictures differently", "compare bundles of one checkpoint, exported at one --shape"
-        )

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from perceiver_export.calibration.record import Calibration, read_calibration
-from perceiver_export.runtimes.bundle import open_bundle
+from perceiver_export.runtimes.bundle import Bundle, open_bundle
+from perceiver_export.runtimes.certificates import applies, certificates
 from perceiver_export.runtimes.errors import BundleError, MissingDependencyError
 from perceiver_export.runtimes.manifest import Manifest, Part
+from perceiver_export.runtimes.presence import devices
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,8 @@ class Inspection:
     manifest: Manifest | None
     bytes_on_disk: int
     calibration: Calibration | None = None
+    certificates: tuple[str, ...] = ()  # that hold on a target of this machine
+    certified_elsewhere: tuple[str, ...] = ()  # targets and engines of those that do not
 
 
 def inspect_bundle(path: str | os.PathLike[str]) -> Inspection:
@@ -35,7 +39,19 @@ def inspect_bundle(path: str | os.PathLike[str]) -> Inspection:
     bundle = open_bundle(source, verify="never")
     manifest = bundle.manifest
     size = sum(entry.size for entry in manifest.files.values())
-    return Inspection(source, manifest.parts, manifest, size, read_calibration(bundle))
+    return Inspection(source, manifest.parts, manifest, size, read_calibration(bundle), *_certificates(bundle))
+
+
+def _certificates(bundle: Bundle) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Certificates that hold on a target of this machine, and where the others do."""
+    here = [(device.target, device.engine) for device in devices()]
+    held, elsewhere = [], []
+    for one in certificates(bundle):
+        if any(applies(one, bundle, target, engine) for target, engine in here):
+            held.append(str(one))
+        else:
+            elsewhere.append(f"{one.target} with {one.engine} on {' '.join(one.instruction_set)}")
+    return tuple(held), tuple(elsewhere)
 
 
 def _inspect_onnx(path: Path) -> Inspection:

@@ -65,6 +65,7 @@ class Measurement(msgspec.Struct, frozen=True, kw_only=True):
     joules: float | None = None
     idle_watts: float | None = None
     energy_source: str | None = None
+    certificates: tuple[str, ...] = ()  # that hold on this engine and machine
 
     @property
     def within_tolerance(self) -> bool | None:
@@ -234,6 +235,7 @@ def _measurement(
         joules=None if joules is None else joules / batch,
         idle_watts=idle,
         energy_source=source,
+        certificates=described.get("certificates", ()),
     )
 
 

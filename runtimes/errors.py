@@ -17,6 +17,7 @@
     ├── DataError                   data (pictures, npz, labels) that cannot be used
     ├── RuntimeClosedError          a call on a closed runtime
     └── GateError                   a measured accuracy outside what was allowed
+        └── UndecidedError          too few samples to say whether it is
 
 The command line prints the message and the hint and exits with 1; anything else that is raised is a bug.
 """
@@ -94,6 +95,10 @@ class RuntimeClosedError(PerceiverExportError):
 
 class GateError(PerceiverExportError):
     """A measured accuracy outside what was allowed."""
+
+
+class UndecidedError(GateError):
+    """Too few samples to say whether a measured accuracy is within what was allowed."""
 
 
 def check_choice(what: str, value: object, choices: tuple[str, ...]) -> None:

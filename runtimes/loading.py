@@ -78,6 +78,16 @@ def load(
     return join(opened.manifest, {name: _load_part(opened, name, wish) for name in opened.manifest.parts})
 
 
+def _certificates(bundle: Bundle, engine: Engine) -> tuple[str, ...]:
+    """What was certified and holds on this engine and CPU."""
+    if "calibration.json" not in bundle.manifest.files:
+        return ()
+    from perceiver_export.runtimes.certificates import engine_of, valid_certificates
+
+    described = engine.describe()
+    return tuple(map(str, valid_certificates(bundle, described["target"], engine_of(described))))
+
+
 def load_onnx(path: str | os.PathLike[str], device: str = "auto", threads: int | None = None) -> Runtime:
     """Load a bare ONNX file, to compare with it. Its own description of inputs and outputs is believed."""
     engine = open_engine(Path(path), "ort-cpu" if device == "auto" else device, threads)
@@ -147,6 +157,7 @@ def _load_part(bundle: Bundle, name: str | None, wish: _Wish) -> Runtime:
         part.num_queries,
         compiled=compiled,
         check_finite=wish.check_finite,
+        certificates=_certificates(bundle, engine),
     )
 
 

@@ -55,11 +55,14 @@ class Runtime:
         *,
         compiled: str = "at load",
         check_finite: bool = False,
+        certificates: tuple[str, ...] = (),
     ) -> None:
         self.inputs = inputs
         self.outputs = outputs
         self.num_queries = num_queries  # of a decoder: how many queries there are to choose from
-        self._described = {"precision": precision, "compiled": compiled}
+        self._described: dict[str, Any] = {"precision": precision, "compiled": compiled}
+        if certificates:
+            self._described["certificates"] = certificates
         self._check_finite = check_finite
         self._engine: Engine | None = engine
         # Outputs are only looked at here by threads of our own.
@@ -141,7 +144,9 @@ class Runtime:
                     future.exception()
 
     def describe(self) -> dict[str, Any]:
-        """What it really runs on: target, device, engine, versions, threads, precision, and where it was compiled."""
+        """What it really runs on: target, device, engine, versions, threads, precision, where it was compiled, and the
+        certificates that hold here.
+        """
         return {**self._described, **self._open_engine().describe()}
 
     def close(self) -> None:

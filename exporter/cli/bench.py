@@ -79,6 +79,9 @@ def show_bench(result: Bench) -> None:
     print_table(f"{result.runs} runs on {result.machine}", columns, rows, note)
     for reason in result.skipped:
         typer.echo(f"not measured: {reason}")
+    for side in result.measurements:
+        for certificate in side.certificates:
+            typer.echo(f"{side.name}: {certificate}")
     if result.ratio is not None and result.ratio_quartiles is not None:
         low, high = result.ratio_quartiles
         first, second = (side.name for side in result.measurements)

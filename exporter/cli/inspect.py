@@ -31,6 +31,8 @@ def inspect(
                 "parts": inspection.parts,
                 "manifest": inspection.manifest,
                 "calibration": inspection.calibration,
+                "certificates": inspection.certificates,
+                "certified_elsewhere": inspection.certified_elsewhere,
             }
         )
     else:
@@ -47,6 +49,10 @@ def show_inspection(inspection: Inspection) -> None:
             more = ", …" if len(manifest.labels) > 5 else ""
             typer.echo(f"labels: {len(manifest.labels)} ({', '.join(manifest.labels[:5])}{more})")
     typer.echo(f"on disk: {mebibytes(inspection.bytes_on_disk)}")
+    for certificate in inspection.certificates:
+        typer.echo(f"certified, and valid here: {certificate}")
+    if inspection.certified_elsewhere:
+        typer.echo(f"certified elsewhere, not valid here: {', '.join(inspection.certified_elsewhere)}")
     for name, part in inspection.parts.items():
         for kind, specs in (("input", part.inputs), ("output", part.outputs)):
             for spec in specs:

@@ -10,6 +10,7 @@ import typer
 
 from perceiver_export.exporter.cli.output import (
     BundleArgument,
+    DeviceOption,
     JsonFlag,
     ThreadsOption,
     mebibytes,
@@ -57,6 +58,18 @@ def quantize(
     min_agreement: Annotated[
         float | None, typer.Option(help="Least lower 95 % bound of agreement with fp32 on the data, in percent.")
     ] = None,
+    search_on: Annotated[
+        str | None,
+        typer.Option("--search", metavar="DATA", help="Give layers back precision until the gates hold on this data."),
+    ] = None,
+    certify_on: Annotated[
+        str | None,
+        typer.Option("--certify", metavar="DATA", help="Certify what --search found on this data, which it never saw."),
+    ] = None,
+    device: DeviceOption = "auto",
+    allow_overlap: Annotated[
+        bool, typer.Option("--allow-overlap", help="Search and certify though the sets share samples.")
+    ] = False,
     sensitivity: Annotated[
         Path | None,
         typer.Option(
@@ -75,6 +88,16 @@ def quantize(
     from perceiver_export.calibration.record import read_calibration
     from perceiver_export.calibration.sensitivity import check_file, measure_sensitivity, write_sensitivity
 
+    if search_on is not None or certify_on is not None:
+        if search_on is None or certify_on is None:
+            raise UsageError("a search needs two sets of samples", "give --search DATA and --certify DATA")
+        from perceiver_export.exporter.cli.search import search_and_show
+
+        gates = {"max_drop": max_drop, "min_agreement": min_agreement}
+        splits = {"calibrate": data, "search_on": search_on, "certify_on": certify_on}
+        options = {"device": device, "threads": threads, "overwrite": overwrite, "allow_overlap": allow_overlap}
+        search_and_show(bundle, output, json, **splits, **options, **gates)
+        return
     if sensitivity is not None:
         check_file(sensitivity)
     arguments: dict[str, Any] = {"precision": dict(map(_parse_precision, precision or ()))}

@@ -3,63 +3,128 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from perceiver_export.exporter.cli.files import check_file, new_file
 from perceiver_export.exporter.cli.output import (
     BundleArgument,
-    DeviceOption,
     JsonFlag,
     ThreadsOption,
     print_json,
     print_table,
     progress_bar,
 )
+from perceiver_export.runtimes.errors import UsageError
 
 if TYPE_CHECKING:
-    from perceiver_export.calibration.validation import Reference, Validation
+    from perceiver_export.calibration.scores import MetricResult
+    from perceiver_export.calibration.sides import Reference
+    from perceiver_export.calibration.statistics import Estimate
+    from perceiver_export.calibration.validation import Validation
+    from perceiver_export.runtimes.runtime import Array, Feeds
+
+_SHOWN_WORST = 5
 
 
 def validate(
     bundle: BundleArgument,
-    data: Annotated[str, typer.Option(help="Pictures with labels.csv or class folders, .npz, or module:function.")],
+    data: Annotated[
+        str, typer.Option(help="Pictures with labels.csv or in class folders, .npz, .jsonl, module:function.")
+    ],
     against: Annotated[
         str | None,
         typer.Option(metavar="BUNDLE0|SOURCE", help="Reference: another bundle, or the checkpoint in torch."),
     ] = None,
+    against_device: Annotated[
+        str | None, typer.Option(help="Target of the reference; without --against the same bundle on that target.")
+    ] = None,
     max_drop: Annotated[
-        float | None, typer.Option(help="Largest fall of top-1 below the reference, in points.")
+        float | None, typer.Option(help="Gate: most points that right answers may fall (95 % upper bound).")
     ] = None,
     min_agreement: Annotated[
-        float | None, typer.Option(help="Least lower 95 % bound of agreement with the reference, in percent.")
+        float | None, typer.Option(help="Gate: least agreement with the reference, in percent (95 % lower bound).")
     ] = None,
+    max_metric_change: Annotated[
+        str | None, typer.Option(help="Gate: most that --metric may worsen, in its unit or as 2% (95 % upper bound).")
+    ] = None,
+    metric: Annotated[str | None, typer.Option(help="One of the task's metrics, or module:function.")] = None,
     samples: Annotated[int | None, typer.Option(help="Stop after so many samples.")] = None,
-    device: DeviceOption = "auto",
+    device: Annotated[str, typer.Option(help="Target; `auto` is the first present, `all` each of them.")] = "auto",
     threads: ThreadsOption = None,
+    junit: Annotated[str | None, typer.Option(metavar="FILE", help="Write the gates as JUnit XML.")] = None,
+    certify: Annotated[
+        bool,
+        typer.Option("--certify", help="Write a certificate into BUNDLE if all gates hold; it shows where it holds."),
+    ] = False,
+    allow_overlap: Annotated[
+        bool, typer.Option("--allow-overlap", help="Certify though samples were calibrated on, or are repeated.")
+    ] = False,
+    save_worst: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Save the worst samples here: pictures, inputs, and worst.json.")
+    ] = None,
+    report: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Write a report: .html with everything in it, or .md.")
+    ] = None,
     json: JsonFlag = False,
 ) -> None:
-    """Measure top-1, and agreement with a reference, with exact 95 % bounds; exit 1 where a gate does not hold."""
-    from perceiver_export.calibration.validation import validate as validate_
+    """Measure a bundle, paired with a reference, with 95 % bounds; exit 1 where a gate does not hold.
 
+    A gate that the samples cannot decide is no pass either: it says how many would.
+    """
+    from perceiver_export.calibration.targets import validate_targets
+
+    if report is not None:
+        from perceiver_export.calibration.report import check_report_file
+
+        check_report_file(Path(report))
+    for file in (junit, report):
+        if file is not None:
+            check_file(Path(file))
+    if certify and max_drop is None and min_agreement is None and max_metric_change is None:
+        raise UsageError("a certificate says that a gate held", "ask for one: --max-drop, --min-agreement")
     with progress_bar("validate", quiet=json) as progress:
-        result = validate_(
+        results = validate_targets(
             bundle,
             data,
+            device,
             against=None if against is None else reference(bundle, against),
+            against_device=against_device,
             max_drop=max_drop,
             min_agreement=min_agreement,
+            max_metric_change=max_metric_change,
+            metric=metric,
             samples=samples,
-            device=device,
             threads=threads,
+            allow_overlap=allow_overlap or not certify,
+            save_worst=save_worst,
             progress=lambda done, total: progress("validate", done, total),
         )
+    if junit is not None:
+        from perceiver_export.calibration.junit import junit as junit_xml
+
+        with new_file(Path(junit)) as temporary:
+            temporary.write_bytes(junit_xml(results))
     if json:
-        print_json(result)
+        print_json(results[0] if device != "all" else {"targets": results})
     else:
-        show_validation(bundle, result)
-    result.require()
+        for result in results:
+            show_validation(bundle, result)
+        if len(results) > 1:
+            show_targets(results)
+    if certify and all(gate.held for result in results for gate in result.gates):
+        from perceiver_export.calibration.certificate import certify as certify_
+
+        for certificate in certify_(bundle, results):
+            typer.echo(f"certified: {certificate}", err=json)
+    if report is not None:
+        _write_report(Path(report), bundle, results, against, threads)
+    for result in results:
+        result.require()
 
 
 def reference(bundle: str, against: str) -> str | Reference:
@@ -68,36 +133,129 @@ def reference(bundle: str, against: str) -> str | Reference:
         return against
     from perceiver_export.exporter.load import load_model
     from perceiver_export.runtimes.bundle import read_manifest
-    from perceiver_export.runtimes.errors import UsageError
     from perceiver_export.runtimes.preprocessing import ImagePreprocessing
 
     manifest = read_manifest(Path(bundle))
     steps = manifest.preprocessing
-    if not isinstance(steps, ImagePreprocessing):
-        raise UsageError(f"{bundle} is of {manifest.task}", "a checkpoint can be the reference of an image classifier")
-    loaded = load_model(against, parity=manifest.parity, shape={"image": (3, steps.height, steps.width)})
-    if (loaded.labels, loaded.preprocessing) != (manifest.labels, manifest.preprocessing):
+    shape = {"image": (3, steps.height, steps.width)} if isinstance(steps, ImagePreprocessing) else {}
+    parity = None if manifest.parity == "own" else manifest.parity
+    loaded = load_model(against, parity=parity, shape=shape)
+    if (loaded.task, loaded.labels, loaded.preprocessing) != (manifest.task, manifest.labels, manifest.preprocessing):
         raise UsageError(
-            f"{against} prepares pictures differently from {bundle}, or has other labels",
+            f"{against} prepares its inputs differently from {bundle}, or has another task or other labels",
             "give the checkpoint that the bundle was exported from",
         )
-    return lambda pictures: loaded.run({"image": pictures})["logits"]
+    return _Checkpoint(Path(against).name or against, loaded.run)
+
+
+@dataclass(frozen=True)
+class _Checkpoint:
+    """A checkpoint as a reference, with the name that results show."""
+
+    name: str
+    run: Reference
+    target: str = "torch"
+
+    def __call__(self, feeds: Feeds) -> Mapping[str, Array]:
+        return self.run(feeds)
 
 
 def show_validation(name: str, result: Validation) -> None:
-    """The result as a table, the gates below it."""
-    rows = []
-    if result.top1 is not None:
-        rows.append(("top-1", str(result.top1)))
-    if result.reference_top1 is not None:
-        rows.append(("top-1 of the reference", str(result.reference_top1)))
-    if result.drop is not None:
-        rows.append(("drop", f"{result.drop:+.2f} points"))
-    if result.agreement is not None:
-        rows.append(("agreement with the reference", str(result.agreement)))
+    """The metrics of both sides as a table; below it warnings, worst classes and samples, and gates."""
+    title = f"{name} on {result.samples:,} sample{'s' if result.samples != 1 else ''}"
+    title += f", {result.candidate.get('target', '')}"
+    if result.reference is not None:
+        title += f", against {result.reference['name']} ({result.reference.get('target', '')})"
+    rows = [_row(metric) for metric in result.metrics]
     if not rows:
-        rows.append(("outputs", "all finite; no labels and no reference to measure against"))
-    print_table(f"{name} on {result.samples:,} sample{'s' if result.samples != 1 else ''}", ["", "measured"], rows)
+        rows.append(("outputs", "all finite; no labels and no reference to measure against", "", "", ""))
+    columns = ["", "measured>", "95 % bounds>", "reference>", "worse by (bounds)>"]
+    flips = next((metric for metric in result.metrics if metric.lost is not None), None)
+    note = "" if flips is None else _flips(flips, result.mcnemar)
+    print_table(title, columns, rows, f"each bound holds with 95 % by itself{note}")
+    for warning in result.warnings:
+        typer.echo(f"warning: {warning}")
+    if result.reference is not None and any(row.flips != 0 for row in result.worst_classes):
+        _show_classes(result)
+    if result.reference is not None and (not result.worst_classes or any(row.flips for row in result.worst_classes)):
+        _show_samples(result)
     for gate in result.gates:
         if gate.held:  # one that does not is the error that follows
             typer.echo(str(gate))
+
+
+def _write_report(
+    path: Path, bundle: str, results: Sequence[Validation], against: str | None, threads: int | None
+) -> None:
+    """The report on what was validated, with the command that was typed."""
+    import shlex
+    import sys
+
+    from perceiver_export.calibration.report import write_report
+    from perceiver_export.calibration.report.gather import gather
+
+    command = shlex.join(["perceiver-export", *sys.argv[1:]])
+    with new_file(path) as temporary:
+        write_report(temporary, gather(bundle, results, against, [command], threads))
+
+
+def show_targets(results: Sequence[Validation]) -> None:
+    """All targets beside each other."""
+    names = [metric.name for metric in results[0].metrics]
+    rows = []
+    for result in results:
+        values = {metric.name: _value(metric.candidate.value, metric.unit) for metric in result.metrics}
+        gates = ", ".join(f"{gate.wanted.option} {gate.outcome}" for gate in result.gates) or "none asked"
+        rows.append((str(result.candidate.get("target", "")), *(values.get(name, "") for name in names), gates))
+    print_table("all targets", ["target", *(f"{name}>" for name in names), "gates"], rows)
+
+
+def _row(metric: MetricResult) -> tuple[str, str, str, str, str]:
+    unit, change = metric.unit, metric.worsening
+    worse = ""
+    if change is not None:
+        points = "points" if unit == "%" else unit
+        worse = f"{change.value:+.4g} ({change.lower:+.4g} to {change.upper:+.4g}) {points}"
+    other = "" if metric.reference is None else _value(metric.reference.value, unit)
+    return metric.name, _value(metric.candidate.value, unit), _bounds(metric.candidate, unit), other, worse
+
+
+def _value(value: float, unit: str) -> str:
+    return f"{value:.2f} %" if unit == "%" else f"{value:.4g} {unit}".strip()
+
+
+def _bounds(found: Estimate, unit: str) -> str:
+    return f"{found.lower:.2f} to {found.upper:.2f}" if unit == "%" else f"{found.lower:.4g} to {found.upper:.4g}"
+
+
+def _flips(metric: MetricResult, p_value: float | None) -> str:
+    if p_value is None:
+        return ""
+    return (
+        f"; {metric.lost:,} right with the reference only, {metric.gained:,} with the candidate only"
+        f" (exact McNemar p = {p_value:.3g})"
+    )
+
+
+def _show_classes(result: Validation) -> None:
+    rows = [
+        (row.label, f"{row.samples:,}", *(_share(side) for side in (row.candidate, row.reference)), f"{row.flips:,}")
+        for row in result.worst_classes[:_SHOWN_WORST]
+    ]
+    print_table("worst classes", ["label", "samples>", "right>", "reference right>", "answers that differ>"], rows)
+
+
+def _show_samples(result: Validation) -> None:
+    rows = [
+        (row.name, row.label, row.reference, row.candidate, _scores(row.scores))
+        for row in result.worst_samples[:_SHOWN_WORST]
+    ]
+    print_table("worst samples", ["sample", "label", "reference", "candidate", "scores"], rows)
+
+
+def _scores(scores: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value:.3g}" for name, value in scores.items())
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f} %"

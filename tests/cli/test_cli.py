@@ -44,7 +44,7 @@ def test_run_writes_json(bundle: Path, tmp_path: Path) -> None:
     assert shown["runtime"]["target"] == "ort-cpu"
 
 
-def test_validate_gates_by_exit_code(bundle: Path) -> None:
+def test_validate_gates_by_exit_code(bundle: Path, tmp_path: Path) -> None:
     common: list[str | Path] = [
         "validate",
         bundle,
@@ -56,11 +56,35 @@ def test_validate_gates_by_exit_code(bundle: Path) -> None:
         FASHION / "checkpoint",
     ]
 
-    assert "held" in succeed(*common, "--max-drop", "0.5", "--min-agreement", "98")
-    assert "NOT HELD" in fail(*common, "--min-agreement", "99.9")
-    result = json.loads(succeed(*common, "--json"))
-    assert result["agreement"]["count"] == 300
-    assert result["samples"] == 300
+    assert "held: --max-drop 1.5" in succeed(*common, "--max-drop", "1.5", "--min-agreement", "98")
+    said = fail(*common, "--min-agreement", "99.9")
+    assert "undecided: --min-agreement 99.9" in said
+    assert "2,995 samples would decide" in said
+    result = json.loads(succeed(*common, "--json", "--junit", tmp_path / "gates.xml"))
+    assert result["data"]["samples"] == 300
+    assert [metric["name"] for metric in result["metrics"]] == ["top-1", "top-5", "agreement", "kl"]
+    assert (tmp_path / "gates.xml").read_text(encoding="utf-8").startswith("<?xml")
+
+
+def test_validate_refuses_what_cannot_be_before_it_runs(bundle: Path, tmp_path: Path) -> None:
+    common: list[str | Path] = ["validate", bundle, "--data", FASHION / "test.npz"]
+
+    assert "cannot be written as .pdf" in fail(*common, "--report", tmp_path / "a.pdf")
+    assert "cannot be written" in fail(*common, "--junit", tmp_path / "absent" / "gates.xml")
+    assert "no target 'tpu'" in fail(*common, "--device", "tpu")
+    assert "a gate needs a reference" in fail(*common, "--max-drop", "1")
+    assert "no metric 'epe'" in fail(*common, "--against", bundle, "--metric", "epe", "--max-metric-change", "1")
+    assert "a certificate says that a gate held" in fail(*common, "--samples", "5", "--certify")
+    assert "two sets of samples" in fail(
+        "quantize",
+        bundle,
+        "--data",
+        FASHION / "held_out.npz",
+        "-o",
+        tmp_path / "int8",
+        "--search",
+        FASHION / "test.npz",
+    )
 
 
 def test_bench_compares(bundle: Path) -> None:
@@ -168,10 +192,14 @@ def test_the_demo_goes_the_whole_road(tmp_path: Path) -> None:
         "1. export",
         "2. inspect",
         "3. run",
-        "4. validate",
-        "5. bench",
+        "4. quantize",
+        "5. validate",
+        "6. bench",
         "10,000 samples",
+        "certified: top-1 drop ≤ 0.6 points and agreement ≥ 97 %",
         "The whole road took",
     ):
         assert expected in output
     assert (tmp_path / "fashion" / "manifest.json").is_file()
+    assert (tmp_path / "fashion-int8" / "calibration.json").is_file()
+    assert "<svg" in (tmp_path / "fashion-report.html").read_text(encoding="utf-8")

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writing certificates: from gates that held on samples that nothing was chosen by, into the bundle."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import shutil
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from perceiver_export.calibration.gates import Gate
+from perceiver_export.calibration.statistics import CONFIDENCE
+from perceiver_export.calibration.validation import Validation
+from perceiver_export.calibration.write import new_bundle
+from perceiver_export.runtimes.bundle import Bundle, open_bundle, sha256
+from perceiver_export.runtimes.certificates import FILE, Certificate, Claim, certificates, engine_of
+from perceiver_export.runtimes.errors import DataError, UsageError
+from perceiver_export.runtimes.machine import cpu_features
+from perceiver_export.runtimes.manifest import FileEntry, encode_manifest
+
+_ONE_CLASS = "all samples have one label"
+
+
+def certify(bundle: str | os.PathLike[str] | Bundle, validations: Sequence[Validation]) -> tuple[Certificate, ...]:
+    """Write a certificate for each target that was validated into the bundle, in place of earlier ones for it.
+
+    The bundle is replaced as a whole: readers see the old one or the new one.
+
+    Raises GateError or UndecidedError where a gate did not hold; UsageError where none was asked; DataError where the
+    samples cannot bear it.
+    """
+    opened = open_bundle(bundle)
+    made = tuple(_certificate(opened, validation) for validation in validations)
+    kept = tuple(one for one in certificates(opened) if not any(_same_place(one, new) for new in made))
+    _write(opened, (*kept, *made))
+    return made
+
+
+def _certificate(bundle: Bundle, validation: Validation) -> Certificate:
+    if not validation.gates:
+        raise UsageError("a certificate says that a gate held", "ask for one: --max-drop, --min-agreement")
+    validation.require()
+    for warning in validation.warnings:
+        if warning.startswith(_ONE_CLASS):
+            raise DataError(warning, "certify on data with all the labels that the model will see")
+    target = str(validation.candidate.get("target"))
+    graphs = {part.graph_for(target) for part in bundle.manifest.parts.values()}
+    weights = {name for name in bundle.manifest.files if name.endswith(".weights")}
+    return Certificate(
+        claims=tuple(map(_claim, validation.gates)),
+        samples=validation.samples,
+        data=validation.data.fingerprint,
+        reference=str((validation.reference or {}).get("name")),
+        target=target,
+        engine=engine_of(validation.candidate),
+        instruction_set=cpu_features(),
+        graphs={name: bundle.manifest.files[name].sha256 for name in sorted(graphs | weights)},
+        date=datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+    )
+
+
+def _claim(gate: Gate) -> Claim:
+    """What was asked, not what was measured: the margin was fixed before the samples were seen."""
+    name = gate.wanted.subject
+    if gate.wanted.option == "--min-agreement":
+        return Claim(name, "at least", gate.wanted.limit, gate.wanted.unit, gate.lower, CONFIDENCE)
+    return Claim(name, "at most", gate.wanted.limit, gate.wanted.unit, gate.upper, CONFIDENCE)
+
+
+def _same_place(one: Certificate, other: Certificate) -> bool:
+    places = [(c.target, c.engine, c.instruction_set, {claim.what for claim in c.claims}) for c in (one, other)]
+    return places[0] == places[1]
+
+
+def _write(bundle: Bundle, made: Sequence[Certificate]) -> None:
+    with new_bundle(bundle.path, overwrite=True) as directory:
+        shutil.copytree(bundle.path, directory, copy_function=_link, dirs_exist_ok=True)
+        record: dict[str, Any] = {}
+        if FILE in bundle.manifest.files:
+            record = msgspec.json.decode((directory / FILE).read_bytes())
+        record["certificates"] = made
+        for name in (FILE, "manifest.json"):
+            (directory / name).unlink(missing_ok=True)  # a link to the old one's content
+        (directory / FILE).write_bytes(msgspec.json.format(msgspec.json.encode(record), indent=2) + b"\n")
+        entry = FileEntry(sha256=sha256(directory / FILE), size=(directory / FILE).stat().st_size)
+        manifest = msgspec.structs.replace(bundle.manifest, files={**bundle.manifest.files, FILE: entry})
+        (directory / "manifest.json").write_bytes(encode_manifest(manifest))
+
+
+def _link(source: str, target: str) -> None:
+    """Weights of hundreds of MB need no second copy."""
+    with contextlib.suppress(OSError):
+        os.link(source, target)
+        return
+    shutil.copyfile(source, target)

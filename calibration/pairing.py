@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is kept while two models run over the same samples: a few numbers a sample, and the worst samples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import ModuleType
+
+import numpy as np
+
+from perceiver_export.calibration.examples import Example
+from perceiver_export.calibration.metrics.base import Column, Columns, Metric
+from perceiver_export.calibration.metrics.own import OwnMetric
+from perceiver_export.calibration.scores import MetricResult, joined, measure
+from perceiver_export.calibration.statistics import LEAST_FOR_BOOTSTRAP
+from perceiver_export.calibration.worst import Worst, WorstClass, badness, worst_classes
+from perceiver_export.runtimes.errors import DataError
+from perceiver_export.runtimes.runtime import Array
+
+Outputs = Mapping[str, Array]
+
+
+class Scores:
+    """Values of every sample: ``quality`` of the candidate and of the ``reference``, and ``likeness`` of the two.
+
+    ``classes``: of classifiers, each sample's label and what both sides said, as indices (n,).
+    """
+
+    def __init__(self, metrics: tuple[Metric, ...], sides: Mapping[str, list[Columns]], classes: Outputs) -> None:
+        self.metrics = metrics
+        self.quality, self.reference, self.likeness = (joined(sides[n]) for n in ("quality", "reference", "likeness"))
+        self.classes = classes
+
+    def results(self) -> tuple[MetricResult, ...]:
+        """Every metric that was measured, in the family's order."""
+        found = []
+        for metric in self.metrics:
+            if metric.name in self.quality and metric.of == "quality":
+                found.append(measure(metric, self.quality[metric.name], self.reference.get(metric.name)))
+            elif metric.name in self.likeness and metric.of == "likeness":
+                found.append(measure(metric, self.likeness[metric.name], None))
+        return tuple(found)
+
+    def warnings(self, samples: int, labels: int) -> tuple[str, ...]:
+        """What makes these numbers say less than they seem to."""
+        found = []
+        if samples < LEAST_FOR_BOOTSTRAP:
+            found.append(f"only {samples} sample{'s' if samples > 1 else ''}: bounds are wide, and means have none")
+        seen = np.unique(self.classes.get("label", ()))
+        if len(seen) == 1 and labels > 1 and samples > 1:
+            found.append("all samples have one label: this says nothing of the others")
+        side = self.reference or self.quality
+        if "top-1" in side and labels > 1 and side["top-1"].values.mean() <= 1 / labels:
+            whose = "reference" if self.reference else "model"
+            right = f"{100 * side['top-1'].values.mean():.1f} % right, {labels} labels"
+            found.append(
+                f"the {whose} is no better than chance ({right}): the data's labels or preparation may not be its own"
+            )
+        return tuple(found)
+
+    def worst_classes(self, labels: tuple[str, ...]) -> tuple[WorstClass, ...]:
+        """Classes by label, or by the reference's answer where there are no labels; empty for other tasks."""
+        classes = self.classes.get("label", self.classes.get("reference"))
+        if classes is None or "candidate" not in self.classes:
+            return ()
+        names = labels or tuple(str(index) for index in range(int(classes.max()) + 1))
+        sides = (self.quality.get("top-1"), self.reference.get("top-1"), self.likeness.get("agreement"))
+        return worst_classes(names, classes, *(None if side is None else side.values > 0 for side in sides))
+
+
+class Pairing:
+    """Collects batch by batch, by a task's ``family`` of metrics, and by a metric of one's own."""
+
+    def __init__(self, family: ModuleType, own: OwnMetric | None, worst: int, labels: tuple[str, ...]) -> None:
+        self.worst = Worst(worst)
+        self._metrics: tuple[Metric, ...] = ((own.metric,) if own else ()) + tuple(family.METRICS)
+        self._family, self._own, self._labels = family, own, labels
+        self._sides: dict[str, list[Columns]] = {"quality": [], "reference": [], "likeness": []}
+        self._classes: dict[str, list[Array]] = {}
+
+    @property
+    def count(self) -> int:
+        """Samples so far."""
+        return self.worst.seen
+
+    def add(self, batch: Sequence[Example], outputs: Outputs, reference: Outputs | None, targets: Outputs) -> None:
+        """Take in a batch. Raises DataError where targets come and go, or do not fit the metrics."""
+        columns = {
+            "quality": self._quality(outputs, targets, len(batch)),
+            "reference": {} if reference is None else self._quality(reference, targets, len(batch)),
+            "likeness": {} if reference is None else self._family.likeness(outputs, reference, targets),
+        }
+        for name, side in columns.items():
+            if self.count and bool(self._sides[name]) != bool(side):
+                raise DataError("some samples have a label and some have none", "label all of them, or none")
+            if side:
+                self._sides[name].append(side)
+        said = self._answers(outputs, reference, targets)
+        for name, classes in said.items():
+            self._classes.setdefault(name, []).append(classes)
+        scores = columns["quality"] | columns["likeness"]
+        ranks = badness(columns["quality"], columns["reference"], columns["likeness"], self._metrics, len(batch))
+        names = {name: [self._name(index) for index in classes.tolist()] for name, classes in said.items()}
+        self.worst.add(batch, ranks, scores, names)
+
+    def scores(self) -> Scores:
+        """Everything that was collected."""
+        classes = {name: np.concatenate(parts) for name, parts in self._classes.items()}
+        return Scores(self._metrics, self._sides, classes)
+
+    def _quality(self, outputs: Outputs, targets: Outputs, count: int) -> Columns:
+        own: dict[str, Column] = {}
+        if self._own is not None:
+            own[self._own.metric.name] = self._own.column(outputs, targets, count)
+        try:
+            return own | (self._family.quality(outputs, targets) if targets else {})
+        except KeyError:
+            return own  # targets of another kind, for a metric of one's own
+
+    def _answers(self, outputs: Outputs, reference: Outputs | None, targets: Outputs) -> dict[str, Array]:
+        """Labels as indices, of classifiers."""
+        if "logits" not in outputs or outputs["logits"].ndim != 2:
+            return {}
+        said = {"label": targets["label"]} if "label" in targets else {}
+        said["candidate"] = outputs["logits"].argmax(axis=1)
+        if reference is not None:
+            said["reference"] = reference["logits"].argmax(axis=1)
+        return said
+
+    def _name(self, index: int) -> str:
+        return self._labels[index] if index < len(self._labels) else str(index)
+
+
+def stacked(batch: Sequence[Example]) -> tuple[dict[str, Array], dict[str, Array]]:
+    """Feeds and targets of a batch, (n, ...) by name. Raises DataError where not all samples have the same targets."""
+    first = batch[0]
+    for example in batch:
+        if example.targets.keys() != first.targets.keys():
+            raise DataError("some samples have a label and some have none", "label all of them, or none")
+        for name, target in example.targets.items():
+            if target.shape != first.targets[name].shape:
+                raise DataError(f"{example.name}: {name!r} has another shape than before it", "give targets one shape")
+    feeds = {name: np.stack([example.feeds[name] for example in batch]) for name in first.feeds}
+    targets = {name: np.stack([example.targets[name] for example in batch]) for name in first.targets}
+    return feeds, targets

@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a report says, as plain rows; the templates only lay it out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from perceiver_export.calibration.scores import MetricResult
+from perceiver_export.calibration.statistics import Estimate
+from perceiver_export.calibration.validation import Validation
+
+Rows = tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A title, column names (``>`` at the end: numbers, to the right), rows, and a sentence below."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: Rows
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """One side on one target: milliseconds a call, MiB of a fresh process."""
+
+    target: str
+    name: str
+    p50: float
+    p95: float
+    peak_memory: float
+    size: float  # MiB on disk
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything. ``validations`` has one a target, at least one; ``tables`` follow after the worst samples."""
+
+    title: str
+    validations: tuple[Validation, ...]
+    speeds: tuple[Speed, ...] = ()
+    sensitivity: tuple[tuple[str, float], ...] = ()  # layer, SQNR in dB; worst first
+    tables: tuple[Table, ...] = ()
+    certificate: str = ""
+    commands: tuple[str, ...] = ()
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def verdict(self) -> str:
+        """``held`` only if every gate on every target held."""
+        outcomes = {gate.outcome for validation in self.validations for gate in validation.gates}
+        for outcome in ("not held", "undecided", "held"):
+            if outcome in outcomes:
+                return outcome
+        return "no gate asked"
+
+    @property
+    def summary(self) -> str:
+        """One sentence that says what was found."""
+        first = self.validations[0]
+        against = f" against {first.reference['name']}" if first.reference is not None else ""
+        on = ", ".join(str(validation.candidate.get("target", "")) for validation in self.validations)
+        return f"{first.candidate['name']}{against} on {first.samples:,} samples, {on}"
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Of all targets, each once."""
+        return tuple(dict.fromkeys(warning for validation in self.validations for warning in validation.warnings))
+
+    @property
+    def gates(self) -> Table:
+        """A row a gate and target."""
+        rows = []
+        for validation in self.validations:
+            for gate in validation.gates:
+                needed = gate.samples_to_decide
+                more = "" if needed is None else f"about {needed:,} samples would decide"
+                asked = f"{gate.wanted.option} {gate.wanted.limit:g}"
+                bounds = f"{gate.measured:.4g} ({gate.lower:.4g} to {gate.upper:.4g}) {gate.wanted.unit}".strip()
+                rows.append((str(validation.candidate.get("target", "")), asked, gate.outcome, bounds, more))
+        return Table("Gates", ("target", "asked", "outcome", "measured (95 % bounds)>", ""), tuple(rows))
+
+    @property
+    def accuracy(self) -> Table:
+        """A row a metric and target."""
+        rows = [
+            (str(validation.candidate.get("target", "")), *metric_row(metric))
+            for validation in self.validations
+            for metric in validation.metrics
+        ]
+        first = self.validations[0]
+        note = "Each bound holds with 95 % by itself."
+        flips = next((metric for metric in first.metrics if metric.lost is not None), None)
+        if flips is not None and first.mcnemar is not None:
+            note += (
+                f" On {first.candidate.get('target', 'the first target')}, {flips.lost:,} samples are right with the"
+                f" reference only and {flips.gained:,} with the candidate only (exact McNemar p = {first.mcnemar:.3g})."
+            )
+        columns = ("target", "metric", "candidate (95 % bounds)>", "reference>", "worse by (95 % bounds)>")
+        return Table("Accuracy", columns, tuple(rows), note)
+
+    @property
+    def latency(self) -> Table:
+        """A row a side and target; empty where nothing was timed."""
+        rows = tuple(
+            (
+                speed.target,
+                speed.name,
+                f"{speed.p50:.2f} ms",
+                f"{speed.p95:.2f} ms",
+                f"{speed.peak_memory:.0f} MiB",
+                f"{speed.size:.1f} MiB",
+            )
+            for speed in self.speeds
+        )
+        return Table("Latency, memory, size", ("target", "", "p50>", "p95>", "peak memory>", "on disk>"), rows)
+
+    @property
+    def classes(self) -> Table:
+        """The classes of the first target, the one that fell most first."""
+        rows = tuple(
+            (
+                row.label,
+                f"{row.samples:,}",
+                _share(row.candidate),
+                _share(row.reference),
+                "" if row.flips is None else f"{row.flips:,}",
+            )
+            for row in self.validations[0].worst_classes[:20]
+        )
+        return Table("Classes", ("label", "samples>", "right>", "reference right>", "answers that differ>"), rows)
+
+    @property
+    def environment(self) -> Table:
+        """Machine, engines, data."""
+        first = self.validations[0]
+        rows = [*first.machine.items(), ("data", first.data.source), ("samples", f"{first.samples:,}")]
+        rows.append(("fingerprint of the data", first.data.fingerprint))
+        for validation in self.validations:
+            for side in (validation.candidate, validation.reference or {}):
+                if side:
+                    said = ", ".join(f"{key} {value}" for key, value in side.items() if key != "name" and value)
+                    rows.append((str(side["name"]), said))
+        rows += self.versions.items()
+        return Table("Environment", ("", ""), tuple(dict.fromkeys(rows)))
+
+
+def metric_row(metric: MetricResult) -> tuple[str, str, str, str]:
+    """Name, candidate, reference, worsening, as texts."""
+    unit, change = metric.unit, metric.worsening
+    worse = ""
+    if change is not None:
+        worse = f"{change.value:+.4g} ({change.lower:+.4g} to {change.upper:+.4g}) {'points' if unit == '%' else unit}"
+    other = "" if metric.reference is None else shown(metric.reference.value, unit)
+    return metric.name, f"{shown(metric.candidate.value, unit)} ({_bounds(metric.candidate, unit)})", other, worse
+
+
+def shown(value: float, unit: str) -> str:
+    """A number with its unit, percent with two digits."""
+    return f"{value:.2f} %" if unit == "%" else f"{value:.4g} {unit}".strip()
+
+
+def sides(validations: Sequence[Validation]) -> tuple[str, ...]:
+    """Targets, in order."""
+    return tuple(str(validation.candidate.get("target", "")) for validation in validations)
+
+
+def _bounds(found: Estimate, unit: str) -> str:
+    return f"{found.lower:.2f} to {found.upper:.2f}" if unit == "%" else f"{found.lower:.4g} to {found.upper:.4g}"
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f} %"

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How often the bounds of `validate` are wrong: 10,000 synthetic pairs of models whose true drop is known.
+
+    python tests/benchmarks/bound_coverage.py [--pairs 10000] [--json]
+
+A pair is drawn by how many of n samples only the reference, or only the candidate, has right (shares p_lost and
+p_gained of all), so its true drop is p_lost − p_gained. A bound is wrong where the true value lies beyond it; 5 % may.
+The normal approximation that other tools use stands beside. Means: the mean difference of skewed losses, by bootstrap.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable
+
+import numpy as np
+from scipy import stats
+
+from perceiver_export.calibration.drops import p_value
+from perceiver_export.calibration.statistics import CONFIDENCE, bootstrap, share
+from perceiver_export.runtimes.runtime import Array
+
+# (samples, p_lost, p_gained): few flips and many, no drop and some.
+CASES = (
+    (300, 0.010, 0.010),
+    (1_000, 0.004, 0.001),
+    (1_000, 0.030, 0.020),
+    (2_000, 0.002, 0.000),
+    (10_000, 0.006, 0.004),
+    (10_000, 0.0005, 0.0002),
+    (10_000, 0.040, 0.030),
+)
+MEANS = ((30, 0.5), (200, 1.0), (1_000, 1.0))  # (samples, sigma of the log-normal loss)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--pairs", type=int, default=10_000)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    rows = [*drops(options.pairs), *agreements(options.pairs), *means(options.pairs // 10)]
+    if options.json:
+        json.dump(rows, sys.stdout, indent=2)
+        return
+    for row in rows:
+        print(
+            f"{row['what']:<52} {row['pairs']:>6} pairs   truth beyond the 95 % bound: {100 * row['wrong']:.2f} %"
+            + (f"   (normal approximation {100 * row['normal']:.2f} %)" if "normal" in row else "")
+        )
+    worst = max(row["wrong"] for row in rows if row["exact"])
+    print(f"exact bounds, worst case: {100 * worst:.2f} % (5 % allowed)")
+
+
+def drops(pairs: int) -> Iterable[dict[str, float | str | bool]]:
+    generator = np.random.default_rng(0)
+    z = stats.norm.ppf(0.95)
+    for samples, p_lost, p_gained in CASES:
+        drawn = generator.multinomial(samples, [p_lost, p_gained, 1 - p_lost - p_gained], size=pairs)
+        counts, times = np.unique(drawn[:, :2], axis=0, return_counts=True)
+        true = p_lost - p_gained
+        # The bound is the largest drop that the test does not refuse: it is below the true one where that is refused.
+        chances = [p_value(int(lost), int(gained), samples, true) for lost, gained in counts]
+        refused = np.array(chances) <= 1 - CONFIDENCE
+        value = (counts[:, 0] - counts[:, 1]) / samples
+        normal = value + z * np.sqrt(np.maximum(counts.sum(axis=1) / samples - value**2, 0) / samples)
+        yield {
+            "what": f"drop of {100 * true:.2f} points, {samples:,} samples, {100 * (p_lost + p_gained):.2f} % flip",
+            "pairs": pairs,
+            "wrong": float(times[refused].sum() / pairs),
+            "normal": float(times[normal < true - 1e-12].sum() / pairs),
+            "exact": True,
+        }
+
+
+def agreements(pairs: int) -> Iterable[dict[str, float | str | bool]]:
+    generator = np.random.default_rng(1)
+    for samples, agreement in ((300, 0.99), (10_000, 0.985)):
+        counts, times = np.unique(generator.binomial(samples, agreement, size=pairs), return_counts=True)
+        bounds = np.array([share(int(count), samples).lower for count in counts])
+        wrong = float(times[bounds > agreement].sum() / pairs)
+        what = f"agreement of {100 * agreement:g} %, {samples:,} samples"
+        yield {"what": what, "pairs": pairs, "wrong": wrong, "exact": True}
+
+
+def means(pairs: int) -> Iterable[dict[str, float | str | bool]]:
+    generator = np.random.default_rng(2)
+    for samples, sigma in MEANS:
+        true, wrong = float(np.exp(sigma**2 / 2)), 0
+        for _ in range(pairs):
+            losses = generator.lognormal(0, sigma, samples)
+            wrong += bootstrap((losses,), _mean).upper < true
+        what = f"mean of log-normal losses (sigma {sigma:g}), {samples:,} samples"
+        yield {"what": what, "pairs": pairs, "wrong": wrong / pairs, "exact": False}
+
+
+def _mean(values: Array, axis: int = -1) -> Array:
+    return np.asarray(values.mean(axis=axis))
+
+
+if __name__ == "__main__":
+    main()

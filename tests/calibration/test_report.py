@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reports and JUnit say what was measured, and hold nothing that must be fetched."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from xml.etree import ElementTree
+
+import msgspec
+import pytest
+
+from perceiver_export.calibration import validate
+from perceiver_export.calibration.junit import junit
+from perceiver_export.calibration.report import check_report_file, render_html, render_markdown
+from perceiver_export.calibration.report.content import Report
+from perceiver_export.calibration.report.gather import gather
+from perceiver_export.calibration.validation import Validation
+from perceiver_export.runtimes.errors import UsageError
+
+TEST = Path(__file__).resolve().parents[2] / "examples" / "fashion_mnist" / "test.npz"
+
+
+@pytest.fixture(scope="module")
+def results(int8_bundle: Path, fashion_bundle: Path) -> tuple[Validation, Validation]:
+    held = validate(int8_bundle, TEST, against=fashion_bundle, samples=200, max_drop=8, min_agreement=90)
+    open_ = validate(int8_bundle, TEST, against=fashion_bundle, samples=200, max_drop=0.3, min_agreement=90)
+    return held, open_
+
+
+@pytest.fixture(scope="module")
+def report(int8_bundle: Path, fashion_bundle: Path, results: tuple[Validation, Validation]) -> Report:
+    return gather(int8_bundle, results[:1], fashion_bundle, ["perceiver-export validate …"])
+
+
+def test_html_holds_everything_and_fetches_nothing(report: Report) -> None:
+    page = render_html(report)
+
+    for expected in (
+        ">Held<",
+        "<h2>Gates</h2>",
+        "<h2>Accuracy</h2>",
+        "<h2>Latency, memory, size</h2>",
+        "<h2>Sensitivity by layer</h2>",
+        "<h2>Worst samples</h2>",
+        "<h2>Kernel coverage</h2>",
+        "<h2>Environment</h2>",
+        "<h2>Reproduce</h2>",
+        "prefers-color-scheme: dark",
+        report.validations[0].data.fingerprint,
+        report.validations[0].worst_samples[0].picture,
+    ):
+        assert expected in page
+    assert not re.findall(r'(?:src|href)="(?!data:|#)', page)
+    assert "http://" not in page.replace("http://www.w3.org/", "")
+    assert "https://" not in page
+    assert "<script" not in page
+    assert len(page) < 300_000
+    assert page.count("<svg") == 3
+    assert "#0102" not in page  # every colour is the page's
+
+
+def test_markdown_is_a_table_a_section(report: Report) -> None:
+    text = render_markdown(report)
+
+    lines = text.splitlines()
+    assert lines[0] == "## fashion-int8: image-classification, int8: held"
+    assert "### Gates" in lines
+    for number, line in enumerate(lines):
+        if line.startswith("| ---"):
+            columns = line.count("|")
+            assert lines[number - 1].count("|") == columns
+            assert lines[number + 1].count("|") == columns
+
+
+def test_undecided_is_never_shown_as_held(report: Report, results: tuple[Validation, Validation]) -> None:
+    undecided = Report("model", (results[0], results[1]))
+
+    assert undecided.verdict == "undecided"
+    assert "Undecided: this is not a pass" in render_html(undecided)
+    assert "samples would decide" in render_markdown(undecided)
+
+
+def test_names_from_outside_are_text_and_nothing_else(results: tuple[Validation, Validation]) -> None:
+    evil = "<script>alert(1)</script>|$x$"
+    candidate = {**results[0].candidate, "name": evil, "target": evil}
+    page = render_html(Report(evil, (msgspec.structs.replace(results[0], candidate=candidate),)))
+
+    assert "<script" not in page
+    assert "&lt;script&gt;" in page
+
+
+def test_reports_are_html_or_markdown() -> None:
+    check_report_file(Path("a.html"))
+    check_report_file(Path("a.md"))
+    with pytest.raises(UsageError, match=r"\.pdf"):
+        check_report_file(Path("a.pdf"))
+
+
+def test_junit_has_a_case_a_gate(results: tuple[Validation, Validation]) -> None:
+    root = ElementTree.fromstring(junit(results))
+
+    held, undecided = root.findall("testsuite")
+    assert (held.get("tests"), held.get("failures"), held.get("errors")) == ("2", "0", "0")
+    assert (undecided.get("tests"), undecided.get("failures"), undecided.get("errors")) == ("2", "0", "1")
+    error = undecided.find("testcase/error")
+    assert error is not None
+    assert error.get("type") == "undecided"
+    assert "samples would decide" in (error.text or "")

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Validation of every task: small random models, real engines, and torch as the reference."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from perceiver_export.calibration import validate
+from perceiver_export.exporter import LoadedModel, export
+from perceiver_export.runtimes.errors import DataError, UsageError
+from perceiver_export.runtimes.runtime import Array
+from tests.cli import small_models
+
+GENERATOR = np.random.default_rng(0)
+TEXTS = ["The quick brown fox jumps", "over the lazy dog.", "Pack my box with five", "dozen liquor jugs."]
+
+
+def normal(*shape: int) -> Array:
+    return GENERATOR.normal(size=shape).astype(np.float32)
+
+
+def text_file(folder: Path) -> Path:
+    path = folder / "texts.jsonl"
+    rows = [{"text": text, "label": ("bad", "good")[number % 2]} for number, text in enumerate(TEXTS)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def archive(folder: Path, **arrays: Array) -> Path:
+    np.savez(folder / "data.npz", **arrays)  # type: ignore[arg-type]
+    return folder / "data.npz"
+
+
+def flow_file(folder: Path) -> Path:
+    frames = GENERATOR.integers(0, 256, (3, 2, 16, 24, 3), dtype=np.uint8)
+    truth = normal(3, 16, 24, 2)
+    truth[0, :4] = np.nan
+    return archive(folder, frames=frames, flow=truth)
+
+
+def video_file(folder: Path) -> Path:
+    frames = GENERATOR.uniform(size=(2, 2, 16, 16, 3)).astype(np.float32)
+    return archive(folder, frames=frames, audio=normal(2, 480, 1))
+
+
+def points_file(folder: Path) -> Path:
+    return archive(folder, points=normal(5, 20, 3), labels=np.array([0, 1, 2, 3, 0]))
+
+
+def sets_file(folder: Path) -> Path:
+    mask = np.ones((3, 12), np.int64)
+    mask[:, 9:] = 0
+    return archive(folder, entities=normal(3, 12, 16), entities_mask=mask)
+
+
+CASES: list[tuple[Callable[[], LoadedModel], Callable[[Path], Path], set[str], int]] = [
+    (small_models.language, text_file, {"token accuracy", "perplexity", "agreement", "kl"}, 4),
+    (small_models.sentiment, text_file, {"top-1", "agreement", "kl"}, 4),
+    (small_models.flow, flow_file, {"epe", "outliers", "distance", "sqnr"}, 3),
+    (small_models.video, video_file, {"psnr", "ssim", "sound snr", "sqnr", "agreement", "kl"}, 2),
+    (small_models.points, points_file, {"top-1", "agreement", "kl"}, 5),
+    (small_models.sets, sets_file, {"error", "sqnr", "cosine"}, 3),
+]
+
+
+@pytest.mark.parametrize(("model", "data", "names", "count"), CASES, ids=[case[0].__name__ for case in CASES])
+def test_a_bundle_is_as_good_as_torch(
+    tmp_path: Path,
+    model: Callable[[], LoadedModel],
+    data: Callable[[Path], Path],
+    names: set[str],
+    count: int,
+) -> None:
+    loaded = model()
+    bundle = export(loaded, tmp_path / "bundle").path
+    path = data(tmp_path)
+
+    result = validate(bundle, path, against=loaded.run)
+
+    assert {metric.name for metric in result.metrics} == names
+    assert result.samples == len(result.worst_samples) == count
+    for metric in result.metrics:
+        if metric.reference is not None:
+            assert metric.candidate.value == pytest.approx(metric.reference.value, rel=1e-3, abs=1e-4)
+    likeness = {metric.name: metric.candidate.value for metric in result.metrics if metric.of == "likeness"}
+    assert likeness.get("agreement", 100) == 100
+    assert likeness.get("kl", 0) < 1e-6
+    assert likeness.get("sqnr", 100) > 80
+    assert result == validate(bundle, path, against=loaded.run)  # nothing is left to chance
+
+
+def test_gates_that_do_not_fit_the_task(tmp_path: Path) -> None:
+    bundle = export(small_models.flow(), tmp_path / "bundle").path
+    data = flow_file(tmp_path)
+
+    with pytest.raises(UsageError, match="no share of right answers"):
+        validate(bundle, data, against=bundle, max_drop=1)
+    with pytest.raises(UsageError, match="no agreement"):
+        validate(bundle, data, against=bundle, min_agreement=99)
+    (gate,) = validate(bundle, data, against=bundle, max_metric_change="2%").gates
+    assert (gate.outcome, gate.samples_to_decide) == ("undecided", 30)  # 3 pairs, though they are equal
+    with np.load(data) as arrays:
+        unknown = archive(tmp_path, frames=arrays["frames"])
+    assert {metric.name for metric in validate(bundle, unknown, against=bundle).metrics} == {"distance", "sqnr"}
+    with pytest.raises(DataError, match="epe was not measured"):
+        validate(bundle, unknown, against=bundle, metric="epe", max_metric_change=1)
+
+
+def test_data_that_does_not_fit_the_model(tmp_path: Path) -> None:
+    bundle = export(small_models.points(), tmp_path / "points").path
+    text = export(small_models.language(), tmp_path / "text").path
+    points = normal(4, 20, 3)
+
+    for arrays, message in (
+        ({"points": points, "labels": np.array([0, 1, 2, 4])}, "label 4 is out of range"),
+        ({"points": points, "labels": np.array([0, 1, 2])}, "samples as their first axis"),
+        ({"points": points[:, :9]}, r"shape \[9, 3\]"),
+        ({"points": points.astype(np.float64)}, "float64"),
+        ({"clouds": points}, "'points' is missing"),
+        ({"points": points * np.nan}, "NaN"),
+    ):
+        with pytest.raises(DataError, match=message):
+            validate(bundle, archive(tmp_path, **arrays))
+    for line in ("", "{", '{"txt": "a"}', '"text"', json.dumps({"text": "too long " * 9}), json.dumps({"text": ""})):
+        (tmp_path / "broken.jsonl").write_text(line + "\n", encoding="utf-8")
+        with pytest.raises(DataError):
+            validate(text, tmp_path / "broken.jsonl")
+    for spec in (tmp_path / "absent.npz", tmp_path, text_file(tmp_path), "absent:samples"):
+        with pytest.raises(DataError):
+            validate(bundle, spec)
