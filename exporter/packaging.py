@@ -7,10 +7,10 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from perceiver_export.calibration.write import new_bundle
 from perceiver_export.exporter.package_kserve import write_kserve
 from perceiver_export.exporter.package_ovms import write_ovms
 from perceiver_export.exporter.package_triton import write_triton
-from perceiver_export.exporter.write import new_bundle
 from perceiver_export.runtimes.bundle import Bundle, open_bundle
 from perceiver_export.runtimes.engines.backend import EngineOptions
 from perceiver_export.runtimes.engines.records import make_source

@@ -8,6 +8,7 @@ Source: Perceiver IO (arXiv 2107.14795), section 3.1 and appendix E. All layers 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -17,6 +18,7 @@ from perceiver_export.exporter.perceiver.config import Activation, AttentionConf
 
 # Small enough that the softmax gives an exact zero, and that any score vanishes when it is added.
 MASKED_SCORE = -1e30
+LARGEST_SCORES = 1 << 25  # numbers that torch holds at a time
 
 
 def attend(
@@ -35,14 +37,26 @@ def attend(
     """
     q, k, v = (split_heads(x, num_heads) for x in (queries, keys, values))
     # Queries are scaled, not scores: N × d numbers instead of N × M, and none at all where queries are constant.
-    scores = torch.matmul(q / math.sqrt(q.shape[-1]), k.transpose(-1, -2))
-    if mask is not None:
-        mask = mask.to(scores.dtype)
-        scores = scores + (MASKED_SCORE * (1 - mask))[:, None, None, :]
-    read = merge_heads(torch.matmul(torch.softmax(scores, dim=-1), v))
+    q = q / math.sqrt(q.shape[-1])
+    bias = None if mask is None else (MASKED_SCORE * (1 - mask.to(q.dtype)))[:, None, None, :]
+    reads = [_attend(rows, k, v, bias) for rows in _pieces(q, k)]
+    read = merge_heads(torch.cat(reads, dim=2) if len(reads) > 1 else reads[0])
     if mask is not None and masked_rows == "zero":
-        read = read * mask.amax(dim=-1)[:, None, None]
+        read = read * mask.to(read.dtype).amax(dim=-1)[:, None, None]
     return read
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    scores = torch.matmul(q, k.transpose(-1, -2))
+    return torch.matmul(torch.softmax(scores if bias is None else scores + bias, dim=-1), v)
+
+
+def _pieces(q: Tensor, k: Tensor) -> Sequence[Tensor]:
+    """The queries, some at a time where torch itself runs: scores of the flow model would take 1.5 GB twice over."""
+    if torch.compiler.is_exporting():
+        return (q,)
+    rows = max(1, LARGEST_SCORES // (k.shape[0] * k.shape[1] * k.shape[2]))
+    return q.split(rows, dim=2)
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
