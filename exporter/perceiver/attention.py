@@ -56,7 +56,8 @@ def _pieces(q: Tensor, k: Tensor) -> Sequence[Tensor]:
     if torch.compiler.is_exporting():
         return (q,)
     rows = max(1, LARGEST_SCORES // (k.shape[0] * k.shape[1] * k.shape[2]))
-    return q.split(rows, dim=2)
+    pieces: Sequence[Tensor] = q.split(rows, dim=2)
+    return pieces
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:

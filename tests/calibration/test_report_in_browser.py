@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The report in headless Chromium: nothing is complained of, nothing fetched, nothing wider than the window.
 
-Needs a `chromium` on the path, and is skipped without; with PERCEIVER_EXPECT_CHROMIUM=1 its absence is a failure. REPORT_SCREENSHOTS
-names a folder for pictures of it.
+Needs a `chromium` on the path, and is skipped without; with PERCEIVER_EXPECT_CHROMIUM=1 its absence is a failure.
+REPORT_SCREENSHOTS names a folder for pictures of it.
 """
 
 from __future__ import annotations
