@@ -58,6 +58,9 @@ def make_logger(trt: Any) -> Any:
     return Log()
 
 
+_STEP = 0.2  # seconds
+
+
 def build_engine(
     trt: Any, can: Capabilities, platform: Platform, source: Source, directory: Path, progress: Progress
 ) -> LayerReport:
@@ -134,7 +137,9 @@ def _interruptible(work: Callable[[threading.Event], LayerReport], stopping: Cal
     thread.start()
     while not finished.is_set():
         try:
-            finished.wait()  # not `join`: interrupted, Python 3.11's takes the thread for dead
+            # Not `join`: interrupted, Python 3.11's takes the thread for dead. In steps: a signal that arrives just
+            # before the wait does not end it.
+            finished.wait(_STEP)
         except KeyboardInterrupt:
             stop.set()
             stopping()

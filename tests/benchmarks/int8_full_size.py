@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -21,11 +22,14 @@ from typing import Any
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 from perceiver_export.calibration import quantize
 from perceiver_export.calibration.effects import RUNNERS, Runner
 from perceiver_export.calibration.record import read_calibration
 from perceiver_export.exporter import export
 from perceiver_export.runtimes.bundle import Bundle, open_bundle
+from tests.benchmarks.plain_models import plain_export, plain_feeds, transformers_model
 
 PRESETS = (
     "imagenet-fourier",
@@ -47,51 +51,6 @@ def graph_bytes(bundle: Bundle) -> int:
     """Bytes of the canonical graphs and of the weights."""
     files = {part.file for part in bundle.manifest.parts.values()} | {"model.weights"}
     return sum(entry.size for name, entry in bundle.manifest.files.items() if name in files)
-
-
-def plain_export(preset: str, path: Path) -> dict[str, np.ndarray] | None:
-    """transformers' model of that size with random weights through torch.onnx; its feeds. None where it has no such."""
-    import torch
-    import transformers as t
-
-    torch.manual_seed(0)
-    model: Any
-    sizes: dict[str, Any]
-    if preset == "imagenet-fourier":
-        sizes = {"d_model": 261, "d_latents": 1024, "num_latents": 512, "num_self_attends_per_block": 6}
-        config = t.PerceiverConfig(**sizes, num_blocks=8, num_cross_attention_heads=1)
-        config.num_labels = 1000
-        model = t.PerceiverForImageClassificationFourier(config)
-        name, feed = "inputs", torch.randn(1, 3, 224, 224)
-    elif preset == "language-bytes":
-        sizes = {"d_model": 768, "d_latents": 1280, "num_latents": 256, "num_self_attends_per_block": 26}
-        model = t.PerceiverForMaskedLM(t.PerceiverConfig(**sizes, num_blocks=1, qk_channels=256, v_channels=1280))
-        name, feed = "inputs", torch.randint(6, 262, (1, 2048))
-    elif preset == "optical-flow":
-        sizes = {"d_model": 322, "d_latents": 512, "num_latents": 2048, "num_self_attends_per_block": 24}
-        sizes |= {"num_self_attention_heads": 16, "num_cross_attention_heads": 1, "train_size": [368, 496]}
-        model = t.PerceiverForOpticalFlow(t.PerceiverConfig(**sizes, num_blocks=1))
-        name, feed = "inputs", torch.randn(1, 2, 27, 368, 496)
-    else:
-        return None
-
-    class Plain(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = model
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            logits: torch.Tensor = self.model(inputs=x).logits
-            return logits
-
-    model.eval()
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with torch.no_grad():
-            torch.onnx.export(
-                Plain(), (feed,), path, dynamo=True, input_names=[name], external_data=True, opset_version=20
-            )
-    return {name: feed.numpy()}
 
 
 def measure(preset: str, work: Path, plain: bool, threads: int) -> dict[str, Any]:
@@ -136,9 +95,13 @@ def in_turn(fp32: Bundle, int8: Bundle, preset: str, work: Path, plain: bool, th
                 (open_runner(bundle.file(part.graph_for(target)), threads), feeds[name])
                 for name, part in bundle.manifest.parts.items()
             ]
-    if plain and (given := plain_export(preset, work / f"{preset}-plain" / "model.onnx")) is not None:
+    model = transformers_model(preset) if plain else None
+    if model is not None:
+        path, given = work / f"{preset}-plain" / "model.onnx", feeds["model"]
+        if not path.is_file():
+            plain_export(preset, model, given, path)
         for target, open_runner in RUNNERS.items():
-            sides[f"plain {target}"] = [(open_runner(work / f"{preset}-plain" / "model.onnx", threads), given)]
+            sides[f"plain {target}"] = [(open_runner(path, threads), plain_feeds(preset, given))]
     taken: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(ROUNDS + 1):
         for name, runs in sides.items():

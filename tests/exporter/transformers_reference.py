@@ -61,13 +61,13 @@ def run_transformers(kind: str, model: Any, feeds: dict[str, Tensor]) -> dict[st
     if kind in SIZES:
         return {"logits": model(feeds["image"]).logits}
     if kind == "flow":
-        return {"flow": model(_patches(feeds["frames"])).logits * 20}
+        return {"flow": model(patches(feeds["frames"])).logits * 20}
     if kind == "video":
         return _run_video(model, feeds)
     return {"logits": model(inputs=feeds["tokens"], attention_mask=feeds["tokens_mask"]).logits}
 
 
-def _patches(frames: Tensor) -> Tensor:
+def patches(frames: Tensor) -> Tensor:
     """3×3 zero-padded patches of each frame: (B, 2, 3, H, W) -> (B, 2, 27, H, W), channels fastest."""
     batch, pair, channels, height, width = frames.shape
     columns = torch.nn.functional.unfold(frames.flatten(0, 1), kernel_size=3, padding=1)

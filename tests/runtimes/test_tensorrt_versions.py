@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -217,6 +217,15 @@ def test_flags_that_make_no_sense_are_refused(flags: dict[str, str], tmp_path: P
         build(made("10.3.0"), tmp_path, flags=flags)
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Ctrl-C as at a terminal: shells let what runs in the background ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("version", STRONG)
 def test_progress_is_told_and_ctrl_c_stops_the_compiler_before_it_is_raised(version: str, tmp_path: Path) -> None:
     told: list[tuple[str, int, int | None]] = []

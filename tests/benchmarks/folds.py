@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Time and memory of folded exports beside plain ones, transformers → torch.onnx, on ONNX Runtime and OpenVINO.
+
+    python tests/benchmarks/folds.py [PRESET…] [--work DIR] [--rounds 3] [--threads 2] [--json FILE]
+
+One model with random weights, saved by transformers, is exported twice: by `perceiver-export export`, and by
+torch.onnx as it is. Every figure is of fresh processes that load, run twice and are timed on the runs after; sides take
+turns, the median counts. Memory is the largest resident size of a process, without what its libraries took before the
+load. Outputs of all sides must agree within 1e-4 of their scale. The last lines say which share of the engine's own
+rate in one large product the folded model reaches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+PRESETS = ("optical-flow", "imagenet-fourier", "imagenet-learned", "imagenet-conv", "language-bytes")
+ENGINES = ("ort", "openvino")
+AGREE = 1e-4
+_SIZE = 2048  # of the square product that measures an engine's rate
+
+
+def run_side(graph: Path, engine: str, feeds: Path, output: Path, threads: int) -> dict[str, float]:
+    """In this process: milliseconds of a call, the best of three after two others; MiB above what was there before."""
+    from perceiver_export.runtimes import Runtime  # noqa: F401  what it imports is not the model's
+    from perceiver_export.runtimes.loading import load_onnx
+
+    __import__({"ort": "onnxruntime", "openvino": "openvino"}[engine])
+    before = peak_memory()
+    with np.load(feeds) as arrays:
+        given = dict(arrays)
+    runtime = load_onnx(graph, f"{engine}-cpu", threads)
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        outputs = runtime.run(given)
+        times.append((time.perf_counter() - start) * 1e3)
+    np.save(output, np.asarray(next(iter(outputs.values()))))
+    return {"ms": min(times[2:]), "peak": peak_memory(), "before": before}
+
+
+def peak_memory() -> float:
+    """MiB. From /proc: getrusage's figure survives exec, so it would start with the parent's."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) / 1024
+
+
+def gemm_rate(engine: str, threads: int) -> float:
+    """GFLOP/s of one product of square matrices."""
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    from perceiver_export.runtimes.loading import load_onnx
+
+    matrix = np.random.default_rng(0).normal(size=(_SIZE, _SIZE)).astype(np.float32)
+    tensors = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [_SIZE, _SIZE]) for name in ("a", "y")]
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["a", "b"], ["y"])],
+        "product",
+        tensors[:1],
+        tensors[1:],
+        [numpy_helper.from_array(matrix, "b")],
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "product.onnx"
+        onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
+        runtime = load_onnx(path, f"{engine}-cpu", threads)
+        times = []
+        for _ in range(6):
+            start = time.perf_counter()
+            runtime.run({"a": matrix})
+            times.append(time.perf_counter() - start)
+    return 2 * _SIZE**3 / min(times) / 1e9
+
+
+def measure(preset: str, work: Path, rounds: int, threads: int) -> dict[str, Any]:
+    """All sides of one preset, in turn."""
+    from perceiver_export.exporter import export
+    from perceiver_export.runtimes.bundle import open_bundle
+    from tests.benchmarks.plain_models import plain_export, plain_feeds, plain_scale, transformers_model
+
+    bundle = work / f"{preset}-folded"
+    plain = work / f"{preset}-plain" / "model.onnx"
+    if not (plain.is_file() and (bundle / "manifest.json").is_file()):
+        model = transformers_model(preset)
+        assert model is not None
+        model.save_pretrained(work / f"{preset}-checkpoint")
+        export(work / f"{preset}-checkpoint", bundle, overwrite=True)
+        feeds = golden(bundle)
+        plain_export(preset, model, feeds, plain)
+        del model
+    (part,) = open_bundle(bundle).manifest.parts.values()
+    feeds = golden(bundle)
+    np.savez(work / "folded.npz", allow_pickle=False, **feeds)
+    np.savez(work / "plain.npz", allow_pickle=False, **plain_feeds(preset, feeds))
+    sides = {f"{kind} {engine}": (kind, engine) for engine in ENGINES for kind in ("folded", "plain")}
+    found: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
+    outputs: dict[str, np.ndarray] = {}
+    for _ in range(rounds):
+        for side, (kind, engine) in sides.items():
+            graph = bundle / part.graph_for(f"{engine}-cpu") if kind == "folded" else plain
+            found[side].append(in_a_process(graph, engine, work / f"{kind}.npz", work / "out.npy", threads))
+            outputs[side] = np.load(work / "out.npy") * (plain_scale(preset) if kind == "plain" else 1)
+    reference = outputs["plain ort"]
+    scale = float(np.abs(reference).max())
+    ms = {side: float(np.median([one["ms"] for one in runs])) for side, runs in found.items()}
+    peak = {side: float(np.median([one["peak"] - one["before"] for one in runs])) for side, runs in found.items()}
+    flops = sum(stage.flops for stage in part.stages)
+    return {
+        "preset": preset,
+        "milliseconds": ms,
+        "MiB above the libraries": peak,
+        "planned MiB": 0 if part.plan is None else part.plan.peak / 2**20,
+        "largest difference from plain": {
+            side: float(np.abs(array.reshape(reference.shape) - reference).max() / scale)
+            for side, array in outputs.items()
+        },
+        "best plain over best folded": min(ms["plain ort"], ms["plain openvino"])
+        / min(ms["folded ort"], ms["folded openvino"]),
+        "plain ort over folded ort": ms["plain ort"] / ms["folded ort"],
+        "GFLOP of the folded graph": flops / 1e9,
+        "share of the engine's rate": {
+            engine: flops / 1e6 / ms[f"folded {engine}"] / in_a_process_rate(engine, threads) for engine in ENGINES
+        },
+    }
+
+
+def golden(bundle: Path) -> dict[str, np.ndarray]:
+    """The inputs that the bundle was verified with."""
+    with np.load(bundle / "golden.npz") as arrays:
+        return {name.removeprefix("input/"): arrays[name] for name in arrays if name.startswith("input/")}
+
+
+def in_a_process(graph: Path, engine: str, feeds: Path, output: Path, threads: int) -> dict[str, float]:
+    """`run_side` in a process of its own."""
+    answer: dict[str, float] = _call("--side", str(graph), engine, str(feeds), str(output), str(threads))
+    return answer
+
+
+def in_a_process_rate(engine: str, threads: int) -> float:
+    """`gemm_rate` in a process of its own."""
+    rate: float = _call("--rate", engine, str(threads))
+    return rate
+
+
+def _call(*arguments: str) -> Any:
+    done = subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(arguments)}:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--side"]:
+        graph, engine, feeds, output, threads = sys.argv[2:]
+        print(json.dumps(run_side(Path(graph), engine, Path(feeds), Path(output), int(threads))))
+        return
+    if sys.argv[1:2] == ["--rate"]:
+        print(json.dumps(gemm_rate(sys.argv[2], int(sys.argv[3]))))
+        return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("presets", nargs="*", default=PRESETS)
+    parser.add_argument("--work", type=Path)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    results = []
+    with tempfile.TemporaryDirectory() as temporary:
+        work = arguments.work or Path(temporary)
+        work.mkdir(parents=True, exist_ok=True)
+        for preset in arguments.presets:
+            results.append(measure(preset, work, arguments.rounds, arguments.threads))
+            print(json.dumps(results[-1], indent=1), flush=True)
+            worst = max(results[-1]["largest difference from plain"].values())
+            if worst > AGREE:
+                raise SystemExit(f"{preset}: outputs differ by {worst:.1e} of their scale, {AGREE:.0e} is allowed")
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+    main()
