@@ -29,6 +29,7 @@ _ANONYMOUS = re.compile(
 )
 
 PROBABILITIES = "attention probabilities × a table: one of many keys is far below a step of int8"
+RESIDUAL = "the residual beside a folded MLP: residuals stay float"
 SCORES = "attention scores against a table of positions: positions stay float"
 
 
@@ -147,6 +148,9 @@ def _initializer_of(node: ir.Node) -> ir.Value | None:
 
 
 def _reason_to_stay_float(node: ir.Node) -> str:
+    weight = node.inputs[1]
+    if weight is not None and (weight.name or "").endswith(".direct"):
+        return RESIDUAL
     if _reaches(node.inputs[:1], _FROM_SOFTMAX, lambda value: [value.producer()]):
         return PROBABILITIES
     if _reaches(node.outputs, _TO_SOFTMAX, lambda value: value.consumers()):

@@ -23,6 +23,14 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
 
 
 @pytest.fixture(scope="session")
+def plain_fashion_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same without folds: every projection of the model is a layer of the graph. Read it, do not change it."""
+    from perceiver_export.exporter import export
+
+    return export(FASHION / "checkpoint", tmp_path_factory.mktemp("bundles") / "plain", fold=False).path
+
+
+@pytest.fixture(scope="session")
 def fashion_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo's model as a bundle; read it, do not change it. PERCEIVER_TEST_BUNDLE names one made elsewhere."""
     made = os.environ.get("PERCEIVER_TEST_BUNDLE")

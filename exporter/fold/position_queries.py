@@ -47,7 +47,8 @@ class PositionQueriesAttention(nn.Module):
             indices = indices.expand(latents.shape[0], -1)
         if self.chunk is None or not isinstance(indices.shape[1], int):
             return self._rows(indices, tables, offset, values)
-        rows = [self._rows(some, tables, offset, values) for some in indices.split(self.chunk, dim=1)]
+        starts = range(0, indices.shape[1], self.chunk)
+        rows = [self._rows(indices[:, start : start + self.chunk], tables, offset, values) for start in starts]
         return torch.cat(rows, dim=1) if len(rows) > 1 else rows[0]
 
     def _rows(

@@ -41,10 +41,10 @@ def test_a_gemm_becomes_a_linear_with_the_same_result(tmp_path: Path) -> None:
     np.testing.assert_allclose(run(model, tmp_path, feeds)["y"], before, rtol=1e-5, atol=1e-5)
 
 
-def test_the_exported_model_has_the_linears_that_its_layers_have(fashion_bundle: Path) -> None:
+def test_the_exported_model_has_the_linears_that_its_layers_have(plain_fashion_bundle: Path) -> None:
     from perceiver_export.calibration.collect import load_graph
 
-    linears, exclusions = find_linears(load_graph(fashion_bundle / "model.onnx").graph)
+    linears, exclusions = find_linears(load_graph(plain_fashion_bundle / "model.onnx").graph)
     runs = [linear for linear in linears if linear.group == "encoder.self_attentions.0.2.mlp.hidden"]
 
     assert len(runs) == 2  # two blocks, one weight

@@ -260,9 +260,9 @@ def test_bad_questions_are_refused(tmp_path: Path, fashion_bundle: Path) -> None
         lint(fashion_bundle, precision="bf16")
 
 
-def test_graphs_are_judged_without_their_weights(tmp_path: Path, fashion_bundle: Path) -> None:
+def test_graphs_are_judged_without_their_weights(tmp_path: Path, plain_fashion_bundle: Path) -> None:
     alone = tmp_path / "model.onnx"
-    alone.write_bytes((fashion_bundle / "model.onnx").read_bytes())
+    alone.write_bytes((plain_fashion_bundle / "model.onnx").read_bytes())
     found: tuple[Lint, ...] = lint(alone)
 
     assert found[0].attentions == 8

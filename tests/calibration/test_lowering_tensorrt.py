@@ -36,7 +36,7 @@ Arrays = Mapping[str, np.ndarray[Any, Any]]
 @pytest.fixture(scope="module")
 def language(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """Masked, with heads of 4 for queries and 6 for values in its decoder."""
-    return export(small_models.language(), tmp_path_factory.mktemp("language") / "language")
+    return export(small_models.language(), tmp_path_factory.mktemp("language") / "language", fold=False)
 
 
 def run(model: ir.Model | Path, feeds: Arrays, folder: Path | None = None) -> Arrays:
@@ -151,7 +151,7 @@ def _rehashed(path: Path) -> Path:
 @pytest.mark.parametrize("build", [small_models.pictures, small_models.flow], ids=lambda one: one.__name__)
 def test_every_kind_of_model_keeps_more_than_50_db(build: Any, tmp_path: Path) -> None:
     model: LoadedModel = build()
-    bundle = export(model, tmp_path / "bundle")
+    bundle = export(model, tmp_path / "bundle", fold=False)
     strong, weak = lower_bundle(bundle, "tensorrt", "fp16")
 
     assert min(strong.sqnr.values()) > 50
@@ -159,7 +159,7 @@ def test_every_kind_of_model_keeps_more_than_50_db(build: Any, tmp_path: Path) -
 
 
 def test_split_parts_are_lowered_each(tmp_path: Path) -> None:
-    bundle = export(small_models.video(), tmp_path / "video")
+    bundle = export(small_models.video(), tmp_path / "video", fold=False)
     (lowered,) = lower_bundle(bundle, "tensorrt-rtx", "fp16")
 
     assert set(lowered.kept) == {"encoder", "decoder_video", "decoder_sound", "decoder_label"}
@@ -167,8 +167,8 @@ def test_split_parts_are_lowered_each(tmp_path: Path) -> None:
     assert set(lowered.kept["decoder_video"].values()) == {"it computes an index"}
 
 
-def test_what_overflows_stays_fp32_where_it_was_seen_to(fashion_bundle: Path, tmp_path: Path) -> None:
-    bundle = open_bundle(fashion_bundle)
+def test_what_overflows_stays_fp32_where_it_was_seen_to(plain_fashion_bundle: Path, tmp_path: Path) -> None:
+    bundle = open_bundle(plain_fashion_bundle)
     feeds = golden_inputs(bundle, "model")
     ir.save(scaled_inside(bundle, 3e4), tmp_path / "scaled.onnx", external_data="scaled.weights")
     hazards = magnitudes(tmp_path / "scaled.onnx", feeds)
@@ -187,8 +187,8 @@ def test_what_overflows_stays_fp32_where_it_was_seen_to(fashion_bundle: Path, tm
     assert all(name.endswith((".mlp.hidden", ".mlp.activation", ".mlp.output")) for name in overflowing)
 
 
-def test_bf16_keeps_what_fp16_cannot(fashion_bundle: Path, tmp_path: Path) -> None:
-    model = scaled_inside(open_bundle(fashion_bundle), 3e4)
+def test_bf16_keeps_what_fp16_cannot(plain_fashion_bundle: Path, tmp_path: Path) -> None:
+    model = scaled_inside(open_bundle(plain_fashion_bundle), 3e4)
 
     hazards = {node.outputs[0].name or "": 1e6 for node in model.graph if node.op_type == "Gelu"}
 
@@ -265,8 +265,8 @@ def test_scales_too_small_for_fp16_stay_fp32(tmp_path: Path) -> None:
     assert to_half(model, "fp16") == dict.fromkeys(("QuantizeLinear_0", "DequantizeLinear_1"), "its scale is 1e-06")
 
 
-def test_an_int8_graph_keeps_its_numbers_in_fp16(fashion_bundle: Path) -> None:
-    bundle = open_bundle(fashion_bundle)
+def test_an_int8_graph_keeps_its_numbers_in_fp16(plain_fashion_bundle: Path) -> None:
+    bundle = open_bundle(plain_fashion_bundle)
     canonical, lowered = graph(bundle), graph(bundle)
     for model in (canonical, lowered):
         quantized(model)

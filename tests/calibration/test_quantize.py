@@ -99,14 +99,14 @@ def test_it_says_what_it_is_and_what_it_was_calibrated_on(int8: Bundle, calibrat
     assert calibration.effects[0].sqnr > 24
 
 
-def test_validate_gates_hold_before_anything_is_written(fashion_bundle: Path, tmp_path: Path) -> None:
+def test_validate_gates_hold_before_anything_is_written(plain_fashion_bundle: Path, tmp_path: Path) -> None:
     data = tmp_path / "few.npz"
     with np.load(HELD_OUT) as archive:
         np.savez(data, image=archive["image"][:40], labels=archive["labels"][:40])
-    made = quantize(fashion_bundle, data, tmp_path / "held", samples=40, max_drop=10.0, min_agreement=50.0)
-    assert validate(made, data, against=fashion_bundle).samples == 40
+    made = quantize(plain_fashion_bundle, data, tmp_path / "held", samples=40, max_drop=10.0, min_agreement=50.0)
+    assert validate(made, data, against=plain_fashion_bundle).samples == 40
     with pytest.raises(GateError, match="NOT HELD"):
-        quantize(fashion_bundle, data, tmp_path / "not", samples=40, min_agreement=99.9)
+        quantize(plain_fashion_bundle, data, tmp_path / "not", samples=40, min_agreement=99.9)
     assert not (tmp_path / "not").exists()
 
 
@@ -124,9 +124,13 @@ def test_coverage_below_what_was_asked_fails(
     assert made.manifest.quantization.integer_share["ort-cpu"] == 0.0
 
 
-def test_layers_stay_float_by_name(fashion_bundle: Path, tmp_path: Path) -> None:
+def test_layers_stay_float_by_name(plain_fashion_bundle: Path, tmp_path: Path) -> None:
     made = quantize(
-        fashion_bundle, HELD_OUT, tmp_path / "out", samples=8, keep_float=["encoder.cross_attentions.0.attention.*"]
+        plain_fashion_bundle,
+        HELD_OUT,
+        tmp_path / "out",
+        samples=8,
+        keep_float=["encoder.cross_attentions.0.attention.*"],
     )
     assert made.manifest.quantization is not None
     kept = made.manifest.quantization.kept_float
@@ -134,11 +138,11 @@ def test_layers_stay_float_by_name(fashion_bundle: Path, tmp_path: Path) -> None
     assert set(kept) == {f"encoder.cross_attentions.0.attention.{name}" for name in ("key", "value", "output")}
     assert made.manifest.quantization.integer_share["ort-cpu"] == 1.0  # of what was to be int8
     with pytest.raises(UsageError, match="no layer is called 'nonsense'"):
-        quantize(fashion_bundle, HELD_OUT, tmp_path / "other", keep_float=["nonsense"])
+        quantize(plain_fashion_bundle, HELD_OUT, tmp_path / "other", keep_float=["nonsense"])
 
 
-def test_sensitivity_puts_the_worst_layer_first(fashion_bundle: Path, tmp_path: Path) -> None:
-    groups = measure_sensitivity(fashion_bundle, HELD_OUT, samples=8)
+def test_sensitivity_puts_the_worst_layer_first(plain_fashion_bundle: Path, tmp_path: Path) -> None:
+    groups = measure_sensitivity(plain_fashion_bundle, HELD_OUT, samples=8)
 
     # Its scores reach 700, so that a step of its int8 moves a softmax.
     assert groups[0].group == "encoder.cross_attentions.0.attention.key"
