@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib.metadata
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import onnx_ir as ir
@@ -30,6 +32,7 @@ def save_graphs(models: Mapping[str, ir.Model], directory: Path) -> None:
             stored.setdefault(digest, tensor)
             places.append((value, digest))
     external = ir.external_data.convert_tensors_to_external(list(stored.values()), directory, WEIGHTS)
+    _check_whole(external, directory)
     by_digest = dict(zip(stored, external, strict=True))
     for value, digest in places:
         value.const_value = by_digest[digest]
@@ -37,3 +40,10 @@ def save_graphs(models: Mapping[str, ir.Model], directory: Path) -> None:
         model.producer_name = "perceiver-export"
         model.producer_version = importlib.metadata.version("perceiver-export")
         ir.save(model, directory / file)
+
+
+def _check_whole(tensors: Sequence[ir.TensorProtocol], directory: Path) -> None:
+    """Raise OSError where the disk was full at the last bytes: onnx-ir does not look at how many were taken."""
+    ends = [(one.offset or 0) + (one.length or 0) for one in tensors if isinstance(one, ir.ExternalTensor)]
+    if ends and (directory / WEIGHTS).stat().st_size < max(ends):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

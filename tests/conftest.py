@@ -48,6 +48,12 @@ def copied_bundle(fashion_bundle: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def copied_plain_bundle(plain_fashion_bundle: Path, tmp_path: Path) -> Path:
+    """A copy of the demo's bundle without folds."""
+    return Path(shutil.copytree(plain_fashion_bundle, tmp_path / "bundle"))
+
+
+@pytest.fixture
 def edit_manifest(copied_bundle: Path) -> Callable[[str, str], Path]:
     """Replace text in the copy's manifest, and give the copy."""
 

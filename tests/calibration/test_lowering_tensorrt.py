@@ -72,8 +72,8 @@ def scaled_inside(bundle: Bundle, factor: float) -> ir.Model:
     return model
 
 
-def test_a_trained_model_keeps_more_than_50_db_in_fp16_and_all_of_it_on_8(copied_bundle: Path) -> None:
-    strong, weak = lower_bundle(copied_bundle, "tensorrt", "fp16")
+def test_a_trained_model_keeps_more_than_50_db_in_fp16_and_all_of_it_on_8(copied_plain_bundle: Path) -> None:
+    strong, weak = lower_bundle(copied_plain_bundle, "tensorrt", "fp16")
 
     assert strong.name == "tensorrt-fp16"
     assert weak.name == "tensorrt8-fp16"
@@ -88,50 +88,52 @@ def test_a_trained_model_keeps_more_than_50_db_in_fp16_and_all_of_it_on_8(copied
     assert min(weak.sqnr.values()) > 100  # its graph is fp32: flags give the precision
 
 
-def test_a_bundle_with_more_graphs_is_whole_and_shares_weights(copied_bundle: Path) -> None:
-    before = {path.name for path in copied_bundle.iterdir()}
-    lower_bundle(copied_bundle, "tensorrt", "fp16")
-    added = {path.name for path in copied_bundle.iterdir()} - before
+def test_a_bundle_with_more_graphs_is_whole_and_shares_weights(copied_plain_bundle: Path) -> None:
+    before = {path.name for path in copied_plain_bundle.iterdir()}
+    lower_bundle(copied_plain_bundle, "tensorrt", "fp16")
+    added = {path.name for path in copied_plain_bundle.iterdir()} - before
 
     assert added == {"model.tensorrt-fp16.onnx", "tensorrt-fp16.weights", "model.tensorrt8-fp16.onnx"}
-    bundle = open_bundle(copied_bundle, verify="always")
+    bundle = open_bundle(copied_plain_bundle, verify="always")
     assert bundle.manifest.parts["model"].lowered.keys() == {"tensorrt-fp16", "tensorrt8-fp16"}
-    sizes = {name: (copied_bundle / name).stat().st_size for name in ("model.weights", "tensorrt-fp16.weights")}
+    sizes = {name: (copied_plain_bundle / name).stat().st_size for name in ("model.weights", "tensorrt-fp16.weights")}
     assert 0.4 < sizes["tensorrt-fp16.weights"] / sizes["model.weights"] < 0.6
     for version in ("8.6", "10.3", "10.13", "10.16", "11.4"):
-        (found,) = lint(copied_bundle, "tensorrt", version)
+        (found,) = lint(copied_plain_bundle, "tensorrt", version)
         assert {finding.rule for finding in found.findings} == {"wide-heads"}  # the cross-attention's 261
-    with load(copied_bundle, "ort-cpu") as runtime:  # the canonical graph is as it was
+    with load(copied_plain_bundle, "ort-cpu") as runtime:  # the canonical graph is as it was
         golden = golden_inputs(bundle, "model")
-        with np.load(copied_bundle / "golden.npz") as arrays:
+        with np.load(copied_plain_bundle / "golden.npz") as arrays:
             np.testing.assert_allclose(runtime.run(golden)["logits"], arrays["output/logits"], atol=1e-4)
 
 
-def test_lowering_again_replaces_and_other_precisions_stand_beside(copied_bundle: Path) -> None:
-    lower_bundle(copied_bundle, "tensorrt-rtx", "fp16")
-    first = open_bundle(copied_bundle).manifest
-    lower_bundle(copied_bundle, "tensorrt-rtx", "fp16")
-    (half,) = lower_bundle(copied_bundle, "tensorrt-rtx", "bf16")
-    last = open_bundle(copied_bundle, verify="always").manifest
+def test_lowering_again_replaces_and_other_precisions_stand_beside(copied_plain_bundle: Path) -> None:
+    lower_bundle(copied_plain_bundle, "tensorrt-rtx", "fp16")
+    first = open_bundle(copied_plain_bundle).manifest
+    lower_bundle(copied_plain_bundle, "tensorrt-rtx", "fp16")
+    (half,) = lower_bundle(copied_plain_bundle, "tensorrt-rtx", "bf16")
+    last = open_bundle(copied_plain_bundle, verify="always").manifest
 
     assert 15 < min(half.sqnr.values()) < 45  # 8 bits where fp16 has 11
     assert last.parts["model"].lowered.keys() == {"tensorrt-fp16", "tensorrt-bf16"}
     assert first.files["model.tensorrt-fp16.onnx"] == last.files["model.tensorrt-fp16.onnx"]
 
 
-def test_a_bundle_that_cannot_be_lowered_stays_as_it_was(copied_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = sorted(path.name for path in copied_bundle.iterdir())
-    scaled = scaled_inside(open_bundle(copied_bundle), 3e4)
-    ir.save(scaled, copied_bundle / "model.onnx", external_data="model.weights")
+def test_a_bundle_that_cannot_be_lowered_stays_as_it_was(
+    copied_plain_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = sorted(path.name for path in copied_plain_bundle.iterdir())
+    scaled = scaled_inside(open_bundle(copied_plain_bundle), 3e4)
+    ir.save(scaled, copied_plain_bundle / "model.onnx", external_data="model.weights")
     hidden = "perceiver_export.calibration.lowering.tensorrt_bundle._hazards"
     monkeypatch.setattr(hidden, lambda bundle, part: {})  # as if nothing had been seen to overflow
-    manifest = (copied_bundle / "manifest.json").read_bytes()
+    manifest = (copied_plain_bundle / "manifest.json").read_bytes()
 
     with pytest.raises(GateError, match="NaN or infinite"):
-        lower_bundle(_rehashed(copied_bundle), "tensorrt-rtx", "fp16")
+        lower_bundle(_rehashed(copied_plain_bundle), "tensorrt-rtx", "fp16")
 
-    assert sorted(path.name for path in copied_bundle.iterdir()) == before
-    assert len((copied_bundle / "manifest.json").read_bytes()) == len(manifest)
+    assert sorted(path.name for path in copied_plain_bundle.iterdir()) == before
+    assert len((copied_plain_bundle / "manifest.json").read_bytes()) == len(manifest)
 
 
 def _rehashed(path: Path) -> Path:
