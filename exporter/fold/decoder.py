@@ -6,18 +6,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from perceiver_export.exporter.fold.constants import Constants, Term, with_padding
 from perceiver_export.exporter.fold.many_queries import InputQueriesAttention
-from perceiver_export.exporter.fold.modalities import modality_of
+from perceiver_export.exporter.fold.modalities import modality_of, position_constants
 from perceiver_export.exporter.fold.position_queries import PositionQueriesAttention
 from perceiver_export.exporter.fold.sites import Sites
 from perceiver_export.exporter.fold.tails import Linear, LinearTail, PlainTail
 from perceiver_export.exporter.perceiver.adapters import TokenAdapter
 from perceiver_export.exporter.perceiver.attention import CrossAttention
 from perceiver_export.exporter.perceiver.config import PositionQueries, QueryDecoder
-from perceiver_export.exporter.perceiver.decoder import PerceiverDecoder, PositionQueryTable
+from perceiver_export.exporter.perceiver.decoder import PerceiverDecoder
 from perceiver_export.exporter.perceiver.model import PerceiverIO
-from perceiver_export.exporter.perceiver.positions import fourier_channels
 
 
 class FoldedDecoder(nn.Module):
@@ -59,18 +57,6 @@ class PlainAttention(nn.Module):
     def forward(self, queries: Tensor, latents: Tensor, query_mask: Tensor | None) -> Tensor:
         rows: Tensor = self.tail(self.attention.read(queries, latents, query_mask=query_mask))
         return rows
-
-
-def position_constants(reference: PerceiverDecoder, name: str, queries: PositionQueries) -> Constants:
-    """The queries of a grid, padding included, axis by axis."""
-    table = reference.queries[name]
-    assert isinstance(table, PositionQueryTable)
-    terms = tuple(
-        Term(tuple(fourier_channels(queries.positions, len(queries.shape), axis)), axis, table.axis_table(axis))
-        for axis in range(len(queries.shape))
-    )
-    constants = Constants(queries.shape, queries.num_channels, terms)
-    return with_padding(constants, reference.paddings[name].detach()) if name in reference.paddings else constants
 
 
 def _linear_layers(model: PerceiverIO, reference: PerceiverDecoder, name: str) -> list[Linear]:

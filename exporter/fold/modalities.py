@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from perceiver_export.exporter.fold.constants import (
     Constants,
+    Term,
     fourier_constants,
     free_constants,
     no_constants,
@@ -20,9 +21,14 @@ from perceiver_export.exporter.perceiver.adapters import (
     MaskTokenAdapter,
     TokenAdapter,
 )
-from perceiver_export.exporter.perceiver.config import ArrayInput, MaskedInput, TokenInput
+from perceiver_export.exporter.perceiver.config import ArrayInput, MaskedInput, PositionQueries, TokenInput
+from perceiver_export.exporter.perceiver.decoder import PerceiverDecoder, PositionQueryTable
 from perceiver_export.exporter.perceiver.model import PerceiverIO
-from perceiver_export.exporter.perceiver.positions import FourierPositionEncoding, LearnedPositionEncoding
+from perceiver_export.exporter.perceiver.positions import (
+    FourierPositionEncoding,
+    LearnedPositionEncoding,
+    fourier_channels,
+)
 
 
 class Features(nn.Module):
@@ -51,6 +57,18 @@ def modality_of(model: PerceiverIO, name: str) -> Modality:
     if name in model.input_paddings:
         constants = with_padding(constants, model.input_paddings[name].detach())
     return Modality(num_features, constants)
+
+
+def position_constants(reference: PerceiverDecoder, name: str, queries: PositionQueries) -> Constants:
+    """The queries of a grid, padding included, axis by axis."""
+    table = reference.queries[name]
+    assert isinstance(table, PositionQueryTable)
+    terms = tuple(
+        Term(tuple(fourier_channels(queries.positions, len(queries.shape), axis)), axis, table.axis_table(axis))
+        for axis in range(len(queries.shape))
+    )
+    constants = Constants(queries.shape, queries.num_channels, terms)
+    return with_padding(constants, reference.paddings[name].detach()) if name in reference.paddings else constants
 
 
 def _positions_of(adapter: nn.Module) -> Constants | None:

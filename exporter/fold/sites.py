@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import msgspec
 
 from perceiver_export.exporter.fold import decisions, plan
-from perceiver_export.exporter.fold.modalities import modality_of
+from perceiver_export.exporter.fold.modalities import modality_of, position_constants
 from perceiver_export.exporter.perceiver.config import InputQueries, MaskedInput, PositionQueries, QueryDecoder
 from perceiver_export.exporter.perceiver.decoder import PerceiverDecoder
 from perceiver_export.exporter.perceiver.model import PerceiverIO
@@ -101,8 +101,6 @@ def _output_decisions(
     attention: FoldDecision | None = None
     sizes = (config.decoder.cross_attention, encoder.num_latents, encoder.num_latent_channels)
     if isinstance(output.queries, PositionQueries) and not config.decoder.cross_attention.query_residual:
-        from perceiver_export.exporter.fold.decoder import position_constants
-
         constants = position_constants(decoder, name, output.queries)
         attention = decisions.position_queries(f"decoder.{name}", *sizes, constants, count)
     elif isinstance(output.queries, InputQueries) and len(config.inputs) == 1 and not config.mask_queries:
