@@ -13,6 +13,7 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
+from torch.onnx import OnnxExporterError
 
 from perceiver_export.exporter.parts import GraphPart
 from perceiver_export.exporter.passes import run_passes
@@ -47,7 +48,7 @@ def trace(part: GraphPart, config: PerceiverConfig) -> ir.Model:
                 optimize=False,
                 verbose=False,
             )
-    except torch.onnx.OnnxExporterError as error:
+    except OnnxExporterError as error:
         raise ExportError(f"torch cannot trace this model: {_reason(error)}", "report it with the config") from error
     assert program is not None
     graph = program.model

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import re
+import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -134,21 +136,30 @@ def _interruptible(work: Callable[[threading.Event], LayerReport], stopping: Cal
             finished.set()
 
     thread = threading.Thread(target=run, name="tensorrt-build")
-    thread.start()
-    while not finished.is_set():
-        try:
-            # Not `join`: interrupted, Python 3.11's takes the thread for dead. In steps: a signal that arrives just
-            # before the wait does not end it.
-            finished.wait(_STEP)
-        except KeyboardInterrupt:
-            stop.set()
+    with _ctrl_c_sets(stop):
+        thread.start()
+        while not finished.wait(_STEP) and not stop.is_set():
+            pass
+        if stop.is_set():
             stopping()
-    thread.join()
+        thread.join()
     if stop.is_set():
         raise KeyboardInterrupt
     if errors:
         raise errors[0]
     return results[0]
+
+
+@contextmanager
+def _ctrl_c_sets(stop: threading.Event) -> Iterator[None]:
+    """Ctrl-C sets ``stop``; raised where the main thread happens to be, it could leave the compiler running behind."""
+    heard = threading.current_thread() is threading.main_thread() and callable(signal.getsignal(signal.SIGINT))
+    before = signal.signal(signal.SIGINT, lambda *_: stop.set()) if heard else None
+    try:
+        yield
+    finally:
+        if heard:
+            signal.signal(signal.SIGINT, before)
 
 
 def _configure(trt: Any, can: Capabilities, config: Any, builder: Any, source: Source) -> None:

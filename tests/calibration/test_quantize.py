@@ -102,10 +102,10 @@ def test_it_says_what_it_is_and_what_it_was_calibrated_on(int8: Bundle, calibrat
 def test_validate_gates_hold_before_anything_is_written(plain_fashion_bundle: Path, tmp_path: Path) -> None:
     data = tmp_path / "few.npz"
     with np.load(HELD_OUT) as archive:
-        np.savez(data, image=archive["image"][:40], labels=archive["labels"][:40])
+        np.savez(data, image=archive["image"][:200], labels=archive["labels"][:200])
     made = quantize(plain_fashion_bundle, data, tmp_path / "held", samples=40, max_drop=10.0, min_agreement=50.0)
-    assert validate(made, data, against=plain_fashion_bundle).samples == 40
-    with pytest.raises(GateError, match="not held"):
+    assert validate(made, data, against=plain_fashion_bundle).samples == 200
+    with pytest.raises(GateError, match=r"not held|undecided"):
         quantize(plain_fashion_bundle, data, tmp_path / "not", samples=40, min_agreement=99.9)
     assert not (tmp_path / "not").exists()
 

@@ -25,10 +25,11 @@ from perceiver_export.exporter.perceiver import (
     own_model,
 )
 from perceiver_export.exporter.perceiver.config import Input
-from perceiver_export.runtimes import Bundle, loading, open_task
+from perceiver_export.runtimes import Bundle, open_task
 from perceiver_export.runtimes import load as load_bundle
+from perceiver_export.runtimes.engines import ort
+from perceiver_export.runtimes.engines.backend import Engine, Source
 from perceiver_export.runtimes.errors import InputError, UsageError
-from perceiver_export.runtimes.runtime import Engine
 
 ENCODER = EncoderSizes(4, 16, num_self_attentions_per_block=1)
 POINTS = OutputConfig(PositionQueries((6,), FourierPositions(3, (6,))), (6, 2), 2)
@@ -105,14 +106,14 @@ def test_a_task_loads_each_part_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     model = loaded({"x": ArrayInput((5,), 3)}, {"y": POINTS})
     bundle = export(model, tmp_path / "b", split=True)
     opened: list[str] = []
-    open_engine = loading.open_engine
+    open_engine = ort.open
 
-    def opening(path: Path, device: str, threads: int | None) -> Engine:
-        opened.append(path.name)
-        return open_engine(path, device, threads)
+    def opening(source: Source, directory: Path | None, threads: int | None) -> Engine:
+        opened.append(source.graph.name)
+        return open_engine(source, directory, threads)
 
-    monkeypatch.setattr(loading, "open_engine", opening)
-    with open_task(bundle) as task:
+    monkeypatch.setattr(ort, "open", opening)
+    with open_task(bundle, device="ort-cpu") as task:
         latents = task.part("encoder").run({"x": np.zeros((1, 5, 3), np.float32)})["latents"]
         whole = task(np.zeros((5, 3), np.float32))["y"]
         queries = np.arange(6, dtype=np.int32)[None]

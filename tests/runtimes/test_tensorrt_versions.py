@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
+import _thread
 import json
-import os
 import signal
 import threading
 import time
@@ -236,7 +236,7 @@ def test_progress_is_told_and_ctrl_c_stops_the_compiler_before_it_is_raised(vers
         monitor.phase_start("Building", None, 10)
         monitor.phase_start("inner", "Building", 3)
         steps.append(monitor.step_complete("Building", 0))
-        os.kill(os.getpid(), signal.SIGINT)
+        _thread.interrupt_main(signal.SIGINT)
         while monitor.step_complete("Building", 1):
             time.sleep(0.001)
         steps.append(False)
