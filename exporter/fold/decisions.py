@@ -35,7 +35,7 @@ def few_queries(site: str, config: AttentionConfig, num_queries: int, modalities
     flops = numbers = 0
     for one in modalities:
         rows = num_queries * one.constants.num_rows * config.num_heads
-        own = one.num_features + 2 + one.constants.num_free_channels
+        own = one.num_values + 2 + one.constants.num_free_channels
         flops += 4 * rows * own
         # written, scaled, softmax, read; each axis of the positions is added, and summed over
         numbers += rows * (6 + 3 * one.constants.num_axes) + 4 * one.constants.num_rows * own

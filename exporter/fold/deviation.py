@@ -13,21 +13,40 @@ from perceiver_export.exporter.fold.constants import Constants
 
 @dataclass(frozen=True)
 class Modality:
-    """One input, x_j = [f_j, p_j]: ``num_features`` channels that change with each call, and its constants."""
+    """One input, x_j = [f_j, p_j]: ``num_features`` channels that change with each call, and its constants.
+
+    ``basis`` (R, C_f), where features are a linear layer of fewer values v_j, f_j = [v_j, 1] basis: then the values
+    alone are multiplied, and the features never computed.
+    """
 
     num_features: int
     constants: Constants
+    basis: Tensor | None = None
 
     @property
     def num_channels(self) -> int:
         """C."""
         return self.num_features + self.constants.num_channels
 
+    @property
+    def num_values(self) -> int:
+        """R, or C_f: how many numbers of an input change."""
+        return self.num_features if self.basis is None else self.basis.shape[0]
+
+    def to_values(self, weights: Tensor) -> Tensor:
+        """What is multiplied with features (…, C_f), to be multiplied with values (…, R)."""
+        return weights if self.basis is None else weights @ self.basis.T
+
+    def to_features(self, read: Tensor) -> Tensor:
+        """Sums of values (…, R) as sums of features (…, C_f)."""
+        return read if self.basis is None else read @ self.basis
+
 
 class Deviation(nn.Module):
-    """σ_j of inputs from their features (B, M, C_f) alone -> (B, M); (1, M) where there are none.
+    """σ_j of inputs from their features or values (B, M, C_f | R) alone -> (B, M); (1, M) where there are none.
 
-    The variance is a sum of squares that are all centred: nothing cancels where features have a large offset.
+    The variance is a sum of squares that are all centred: nothing cancels where features have a large offset. Of a
+    basis, centred over its channels, only the triangle T of its decomposition T Q counts: ‖v T Q‖ = ‖v T‖.
     """
 
     def __init__(self, modality: Modality, eps: float) -> None:
@@ -37,14 +56,21 @@ class Deviation(nn.Module):
         mean, square = modality.constants.moments()
         self.register_buffer("mean", mean.to(modality.constants.dtype))
         self.register_buffer("square", (square - self.num_constants * mean**2).to(modality.constants.dtype))
+        self.linear = modality.basis is not None
+        if modality.basis is not None:
+            basis = modality.basis.detach().double()
+            centred = basis - basis.mean(1, keepdim=True)
+            self.register_buffer("average", basis.mean(1).to(modality.basis.dtype))
+            self.register_buffer("triangle", torch.linalg.qr(centred.T, "r").R.T.to(modality.basis.dtype))
 
     def forward(self, features: Tensor | None) -> Tensor:
         total = self.num_features + self.num_constants
         mean = self.get_buffer("mean").unsqueeze(0)
         variance = self.get_buffer("square").unsqueeze(0) / total
         if features is not None:
-            own = features.mean(-1)
-            variance = variance + ((features - own.unsqueeze(-1)) ** 2).sum(-1) / total
+            own = features @ self.get_buffer("average") if self.linear else features.mean(-1)
+            centred = features @ self.get_buffer("triangle") if self.linear else features - own.unsqueeze(-1)
+            variance = variance + (centred**2).sum(-1) / total
             if self.num_constants:
                 share = self.num_features * self.num_constants / total**2
                 variance = variance + share * (own - mean) ** 2

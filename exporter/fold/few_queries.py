@@ -34,7 +34,8 @@ from perceiver_export.exporter.perceiver.attention import (
 
 
 class FewQueriesAttention(nn.Module):
-    """Queries (1 or B, N, Q) and the features (B, M, C_f) of each modality -> (B, N, Q), as `CrossAttention` gives.
+    """Queries (1 or B, N, Q) and the features of each modality, or their values (B, M, C_f | R) -> (B, N, Q), as
+    `CrossAttention` gives.
 
     ``mask`` (B, M) leaves out inputs of all modalities, in their order. ``chunk`` is how many queries are taken at a
     time: the rows of a softmax do not depend on each other, so the result is the same and the memory less.
@@ -94,7 +95,7 @@ class _Input:
     def scores(self, keys: Tensor) -> Tensor:
         """score_ij, less log σ_j without a mask: (B, h, n, M)."""
         count, constants = self.modality.num_features, self.modality.constants
-        own = keys[..., :count]
+        own = self.modality.to_values(keys[..., :count])
         if not self.masked:
             ones = torch.ones_like(keys[..., :1])
             own = torch.cat([own, torch.zeros_like(ones), ones], dim=-1)
@@ -109,9 +110,9 @@ class _Input:
     def read(self, weights: Tensor) -> tuple[Tensor, Tensor | None]:
         """Σ_j of the weights (B, h, n, M) times x_j (B, h, n, C), and times σ_j (B, h, n, 1) without a mask."""
         own = weights * self.inverse[:, None, None, :] if self.masked else weights
-        count, constants = self.modality.num_features, self.modality.constants
+        count, constants = self.modality.num_values, self.modality.constants
         columns = None if self.columns is None else own @ self.columns.unsqueeze(1)
-        parts = [] if columns is None or not count else [columns[..., :count]]
+        parts = [] if columns is None or not count else [self.modality.to_features(columns[..., :count])]
         if constants.num_channels:
             parts.append(read_constants(own, constants))
         z = torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]

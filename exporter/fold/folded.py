@@ -30,11 +30,12 @@ class FoldedPerceiver(PerceiverIO):
         self.inputs, self.input_paddings = model.inputs, model.input_paddings
         self.features = nn.ModuleDict(
             {
-                name: Features(model.inputs[name])
+                name: Features(model.inputs[name], modality_of(model, name).basis is not None)
                 for name, one in model.config.inputs.items()
                 if not isinstance(one, MaskedInput)
             }
         )
+        self.query_features = Features(next(iter(model.inputs.values())))
         self.sizes = [modality_of(model, name).constants.num_rows for name in model.config.inputs]
         self.encoder = FoldedEncoder(model, sites)
         self.decoder = model.decoder
@@ -72,7 +73,7 @@ class FoldedPerceiver(PerceiverIO):
         rows: Tensor
         if isinstance(site, InputQueriesAttention) and indices is None:
             # Computed for the encoder too: equal nodes of a graph become one.
-            rows = site(latents, self._features(next(iter(self.config.inputs)), feeds))
+            rows = site(latents, self.query_features(feeds[next(iter(self.config.inputs))]))
         elif isinstance(site, PositionQueriesAttention):
             rows = site(latents, indices)
         else:

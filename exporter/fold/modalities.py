@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from perceiver_export.exporter.fold.constants import (
@@ -32,13 +33,20 @@ from perceiver_export.exporter.perceiver.positions import (
 
 
 class Features(nn.Module):
-    """What an input adapter computes, without the constants beside it: (B, M, C_f)."""
+    """What an input adapter computes, without the constants beside it: (B, M, C_f).
 
-    def __init__(self, adapter: nn.Module) -> None:
+    ``values``: what its linear layer is given, with a column of ones for the layer's bias (B, M, R).
+    """
+
+    def __init__(self, adapter: nn.Module, values: bool = False) -> None:
         super().__init__()
-        self.adapter = adapter
+        self.adapter, self.values = adapter, values
 
     def forward(self, array: Tensor) -> Tensor:
+        if self.values:
+            assert isinstance(self.adapter, ImageAdapter | ArrayAdapter)
+            values = self.adapter.values_of(array)
+            return torch.cat([values, torch.ones_like(values[..., :1])], dim=-1)
         assert isinstance(self.adapter, ImageAdapter | FramePairAdapter | TokenAdapter | ArrayAdapter)
         return self.adapter.features_of(array)
 
@@ -56,7 +64,7 @@ def modality_of(model: PerceiverIO, name: str) -> Modality:
     num_features = config.num_input_channels - constants.num_channels
     if name in model.input_paddings:
         constants = with_padding(constants, model.input_paddings[name].detach())
-    return Modality(num_features, constants)
+    return Modality(num_features, constants, _basis(adapter))
 
 
 def position_constants(reference: PerceiverDecoder, name: str, queries: PositionQueries) -> Constants:
@@ -69,6 +77,19 @@ def position_constants(reference: PerceiverDecoder, name: str, queries: Position
     )
     constants = Constants(queries.shape, queries.num_channels, terms)
     return with_padding(constants, reference.paddings[name].detach()) if name in reference.paddings else constants
+
+
+def _basis(adapter: nn.Module) -> Tensor | None:
+    """The matrix of an adapter's linear layer over its bias (R, C_f), where it makes many features of few values."""
+    if isinstance(adapter, ImageAdapter) and isinstance(adapter.features, nn.Conv2d):
+        weight, bias = adapter.features.weight.flatten(1), adapter.features.bias
+    elif isinstance(adapter, ArrayAdapter) and isinstance(adapter.projection, nn.Linear):
+        weight, bias = adapter.projection.weight, adapter.projection.bias
+    else:
+        return None
+    assert bias is not None
+    basis = torch.cat([weight.detach().T, bias.detach()[None]])
+    return basis if basis.shape[0] < basis.shape[1] else None
 
 
 def _positions_of(adapter: nn.Module) -> Constants | None:

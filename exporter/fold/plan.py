@@ -84,7 +84,7 @@ def encoder(config: PerceiverConfig, modalities: Sequence[Modality], folded: boo
     masked = any(getattr(one, "masked", False) for one in config.inputs.values())
     scores = attention.num_heads * count * (_SCORES + masked) * _FLOAT * batch
     if folded:
-        numbers = sum(one.constants.num_rows * (3 * one.num_features + 4) for one in modalities)
+        numbers = sum(one.constants.num_rows * (3 * one.num_values + 4) for one in modalities)
         return Stage(
             "encoder.cross_attention", "latents", latents.num_latents, numbers * _FLOAT * batch, scores, _ENCODER_PIECE
         )

@@ -32,8 +32,11 @@ class ImageAdapter(nn.Module):
 
     def features_of(self, image: Tensor) -> Tensor:
         """Without the positions."""
-        features: Tensor = self.features(image).flatten(2).transpose(1, 2)
-        return features
+        return self.values_of(self.features(image))
+
+    def values_of(self, image: Tensor) -> Tensor:
+        """Pixel by pixel: (B, channels, height, width) -> (B, M, channels)."""
+        return image.flatten(2).transpose(1, 2)
 
 
 def _features(config: ImageInput) -> nn.Module:
@@ -130,9 +133,12 @@ class ArrayAdapter(nn.Module):
         """Without the positions of the grid."""
         if self.config.value_positions is not None:
             return fourier_features(array.flatten(1, -2), self.config.value_positions)
-        patches = space_to_depth(array, self.config.patch) if self.config.patch else array.flatten(1, -2)
-        features: Tensor = self.projection(patches)
+        features: Tensor = self.projection(self.values_of(array))
         return features
+
+    def values_of(self, array: Tensor) -> Tensor:
+        """Patch by patch, as they come."""
+        return space_to_depth(array, self.config.patch) if self.config.patch else array.flatten(1, -2)
 
 
 def space_to_depth(array: Tensor, patch: tuple[int, ...]) -> Tensor:

@@ -19,7 +19,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import msgspec
 import numpy.typing as npt
 
-from perceiver_export.runtimes.manifest import TensorSpec
+from perceiver_export.runtimes.manifest import MemoryPlan, TensorSpec
 
 Array = npt.NDArray[Any]
 Feeds = Mapping[str, Array]
@@ -59,6 +59,7 @@ class Source(msgspec.Struct, frozen=True):
     precision: str = "fp32"  # of the bundle: fp32, or the name of a quantization scheme
     inputs: tuple[TensorSpec, ...] = ()
     outputs: tuple[TensorSpec, ...] = ()
+    plan: MemoryPlan | None = None
 
 
 class Engine(Protocol):

@@ -97,6 +97,7 @@ def make_source(bundle: Bundle, part: Part, target: str, options: EngineOptions)
         precision=precision,
         inputs=part.inputs,
         outputs=part.outputs,
+        plan=part.plan,
     )
 
 

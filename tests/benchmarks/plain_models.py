@@ -23,7 +23,9 @@ def transformers_model(preset: str) -> Any | None:
     if preset == "imagenet-fourier":
         model = t.PerceiverForImageClassificationFourier(t.PerceiverConfig(d_model=261, **_IMAGENET, **_ONE_HEAD))
     elif preset == "imagenet-learned":
-        model = t.PerceiverForImageClassificationLearned(t.PerceiverConfig(d_model=512, **_IMAGENET, **_ONE_HEAD))
+        model = t.PerceiverForImageClassificationLearned(
+            t.PerceiverConfig(d_model=512, image_size=224, **_IMAGENET, **_ONE_HEAD)
+        )
     elif preset == "imagenet-conv":
         model = t.PerceiverForImageClassificationConvProcessing(
             t.PerceiverConfig(d_model=322, **_IMAGENET, **_ONE_HEAD)

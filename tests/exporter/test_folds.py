@@ -7,6 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from perceiver_export.exporter.fold.constants import (
@@ -56,6 +58,7 @@ MODALITIES = {
     "sound": lambda: [Modality(4, grid(9, bands=3))],
     "voxels": lambda: [Modality(2, grid(3, 2, 4, bands=1))],
     "learned": lambda: [Modality(3, free_constants((12,), torch.randn(12, 6)))],
+    "projected": lambda: [Modality(7, free_constants((12,), torch.randn(12, 6)), torch.randn(4, 7))],
     "no constants": lambda: [Modality(9, Constants((11,), 0, ()))],
     "several": lambda: [
         Modality(4, grid(3, 2, 5)),
@@ -73,21 +76,50 @@ MODALITIES = {
 def test_few_queries(kind: str, heads: int, residual: bool, rows: str | None, chunk: int | None) -> None:
     modalities = MODALITIES[kind]()
     reference = attention(10, modalities[0].num_channels, heads, residual, rows or "mean")
-    features = [
-        3 * torch.randn(2, one.constants.num_rows, one.num_features) + 1 if one.num_features else None
+    assert difference(reference, modalities, torch.randn(1, 6, 10), rows is not None, chunk) <= TOLERANCE
+
+
+def difference(
+    reference: CrossAttention, modalities: list[Modality], queries: Tensor, masked: bool, chunk: int | None
+) -> float:
+    """The largest between the folded attention of few queries and the reference, on random inputs."""
+    values = [
+        _ones(one, 3 * torch.randn(2, one.constants.num_rows, one.num_values) + 1) if one.num_features else None
         for one in modalities
     ]
+    features = [None if own is None else one.to_features(own) for own, one in zip(values, modalities, strict=True)]
     inputs = torch.cat([_beside(own, one.constants) for own, one in zip(features, modalities, strict=True)], dim=1)
     mask = None
-    if rows is not None:
+    if masked:
         mask = (torch.rand(2, inputs.shape[1]) > 0.3).int()
         mask[1] = 0
-    queries = torch.randn(1, 6, 10)
-
     expected = reference(queries, inputs, mask)
-    found = FewQueriesAttention(reference, modalities, chunk)(queries, features, mask)
+    found = FewQueriesAttention(reference, modalities, chunk)(queries, values, mask)
+    return float((found - expected).abs().max())
 
-    assert (found - expected).abs().max() <= TOLERANCE
+
+@given(st.data())
+@settings(max_examples=150, deadline=None, derandomize=True)
+def test_few_queries_of_any_size(data: st.DataObject) -> None:
+    """Sizes, heads, masks, splits into features and positions, 1 to 3 axes, with and without a LayerNorm's own."""
+    sizes = st.integers(1, 4)
+    constants = grid(*data.draw(st.lists(sizes, min_size=1, max_size=3), "grid"), bands=data.draw(sizes, "bands"))
+    if data.draw(st.booleans(), "learned"):
+        constants = free_constants(constants.shape, constants.table() + torch.randn(constants.num_rows, 1))
+    if padding := data.draw(st.integers(0, 3), "padding"):
+        constants = with_padding(constants, torch.randn(1, padding))
+    num_features = data.draw(st.integers(0, 5), "features")
+    basis = torch.randn(data.draw(sizes, "values"), num_features) if num_features and data.draw(st.booleans()) else None
+    modality = Modality(num_features, constants, basis)
+    heads, residual = data.draw(st.sampled_from([1, 2, 4]), "heads"), data.draw(st.booleans(), "residual")
+    rows, masked = data.draw(st.sampled_from(["mean", "zero"])), data.draw(st.booleans(), "masked")
+    reference = attention(10, modality.num_channels, heads, residual, rows)
+    if data.draw(st.booleans(), "plain LayerNorm"):
+        reference.input_norm.weight.fill_(1)
+        reference.input_norm.bias.zero_()
+    queries = torch.randn(data.draw(st.sampled_from([1, 2])), data.draw(sizes, "queries"), 10)
+
+    assert difference(reference, [modality], queries, masked, data.draw(sizes, "chunk")) <= TOLERANCE
 
 
 @pytest.mark.parametrize("kind", ["picture", "sound", "voxels", "learned"])
@@ -124,6 +156,13 @@ def test_position_queries(shape: tuple[int, ...], heads: int) -> None:
     assert (folded(latents, None) - expected).abs().max() <= TOLERANCE
     wanted = torch.stack([expected[sample, indices[sample]] for sample in range(2)])
     assert (folded(latents, indices) - wanted).abs().max() <= TOLERANCE
+
+
+def _ones(modality: Modality, values: Tensor) -> Tensor:
+    """The last value of a basis is 1, for its bias."""
+    if modality.basis is not None:
+        values[..., -1] = 1
+    return values
 
 
 def _beside(features: Tensor | None, constants: Constants) -> Tensor:
