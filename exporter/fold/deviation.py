@@ -60,16 +60,22 @@ class Deviation(nn.Module):
         if modality.basis is not None:
             basis = modality.basis.detach().double()
             centred = basis - basis.mean(1, keepdim=True)
-            self.register_buffer("average", basis.mean(1).to(modality.basis.dtype))
-            self.register_buffer("triangle", torch.linalg.qr(centred.T, "r").R.T.to(modality.basis.dtype))
+            triangle = torch.linalg.qr(centred.T, "r").R.T
+            # The mean is a column of the same product: of a vector, onnxruntime 1.32's fused product is wrong.
+            moments = torch.cat([triangle, basis.mean(1, keepdim=True)], dim=1)
+            self.register_buffer("moments", moments.to(modality.basis.dtype))
 
     def forward(self, features: Tensor | None) -> Tensor:
         total = self.num_features + self.num_constants
         mean = self.get_buffer("mean").unsqueeze(0)
         variance = self.get_buffer("square").unsqueeze(0) / total
         if features is not None:
-            own = features @ self.get_buffer("average") if self.linear else features.mean(-1)
-            centred = features @ self.get_buffer("triangle") if self.linear else features - own.unsqueeze(-1)
+            if self.linear:
+                moments = features @ self.get_buffer("moments")
+                centred, own = moments[..., :-1], moments[..., -1]
+            else:
+                own = features.mean(-1)
+                centred = features - own.unsqueeze(-1)
             variance = variance + (centred**2).sum(-1) / total
             if self.num_constants:
                 share = self.num_features * self.num_constants / total**2

@@ -1,41 +1,88 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Time and peak memory of exporting the full-size Fourier ImageNet architecture (random weights).
+"""Time and peak memory of exporting an architecture at full size (random weights), beside torch.onnx.
 
-python tests/benchmarks/export_full_size.py [PRESET]
+    python tests/benchmarks/export_full_size.py [PRESET…] [--json FILE]
+
+Each side in a fresh process. Ours is measured up to the graph that lies on disk, and once more with its verification
+against torch, which torch.onnx does not have. The peer exports transformers' model as it is, where there is one.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import re
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
+from typing import Any
 
-CODE = """
-import json, sys, time
-from pathlib import Path
-from perceiver_export.exporter import export
-stages, start = {}, time.perf_counter()
-def progress(what, done, total):
-    stages.setdefault(what, time.perf_counter() - start)
-bundle = export(sys.argv[1], sys.argv[2], progress=progress)
-peak = next(int(l.split()[1]) for l in Path("/proc/self/status").read_text().splitlines() if l.startswith("VmHWM"))
-print(json.dumps({"seconds": time.perf_counter() - start, "stages begin at": stages, "peak RSS MiB": peak / 1024,
-    "weights MiB": bundle.manifest.files["model.weights"].size / 2**20,
-    "largest difference from torch": max(c.difference for c in bundle.manifest.verification)}))
-"""
+
+def ours(preset: str, out: Path) -> dict[str, float]:
+    """In this process: seconds and MiB, of the graph and of all."""
+    from perceiver_export.exporter import export
+    from tests.benchmarks.folds import peak_memory
+
+    start = time.perf_counter()
+    written: dict[str, float] = {}
+
+    def progress(what: str, done: int, total: int) -> None:
+        if what == "verify" and not written:
+            written.update(seconds=time.perf_counter() - start, peak=peak_memory())
+
+    bundle = export(f"preset:{preset}", out, progress=progress)
+    weights = bundle.manifest.files["model.weights"].size / 2**20
+    return {
+        "seconds": written["seconds"],
+        "peak MiB": written["peak"],
+        "allowed MiB": 0.7e9 / 2**20 + 4 * weights,
+        "seconds with verification": time.perf_counter() - start,
+        "peak MiB with verification": peak_memory(),
+        "weights MiB": weights,
+        "largest difference from torch": max(one.difference for one in bundle.manifest.verification),
+    }
+
+
+def plain(preset: str, out: Path) -> dict[str, float] | None:
+    """In this process: the same of torch.onnx."""
+    import numpy as np
+
+    from perceiver_export.runtimes.bundle import open_bundle
+    from tests.benchmarks.folds import golden, peak_memory
+    from tests.benchmarks.plain_models import plain_export, transformers_model
+
+    feeds = {name: np.array(array) for name, array in golden(open_bundle(out / "ours").path).items()}
+    start = time.perf_counter()
+    model = transformers_model(preset)
+    if model is None:
+        return None
+    plain_export(preset, model, feeds, out / "plain" / "model.onnx")
+    return {"seconds": time.perf_counter() - start, "peak MiB": peak_memory()}
 
 
 def main() -> None:
-    preset = sys.argv[1] if len(sys.argv) > 1 else "preset:imagenet-fourier"
-    with tempfile.TemporaryDirectory() as directory:
-        command = [sys.executable, "-c", CODE, preset, str(Path(directory) / "bundle")]
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    print(preset, re.sub(r"(\d+\.\d{2})\d+", r"\1", done.stdout.strip()))
-    json.loads(done.stdout)
+    if sys.argv[1:2] == ["--side"]:
+        side, preset, out = sys.argv[2:]
+        print(json.dumps(ours(preset, Path(out) / "ours") if side == "ours" else plain(preset, Path(out))))
+        return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("presets", nargs="*", default=["imagenet-fourier"])
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    results: dict[str, Any] = {}
+    for preset in arguments.presets:
+        with tempfile.TemporaryDirectory() as directory:
+            results[preset] = {}
+            for side in ("ours", "plain"):
+                command = [sys.executable, __file__, "--side", side, preset, directory]
+                done = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+                results[preset][side] = json.loads(done.stdout.splitlines()[-1])
+        print(preset, json.dumps(results[preset], indent=1), flush=True)
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[2]))
     main()
