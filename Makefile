@@ -64,7 +64,10 @@ benchmarks: install
 	$(BIN)/python tests/benchmarks/deepmind_parity.py
 	$(BIN)/python tests/benchmarks/system_parity.py
 	$(BIN)/python tests/benchmarks/flow_patches.py
-	$(BIN)/python tests/benchmarks/export_full_size.py
+	$(BIN)/python tests/benchmarks/folds.py
+	$(BIN)/python tests/benchmarks/video_folds.py
+	$(BIN)/python tests/benchmarks/fold_scaling.py
+	$(BIN)/python tests/benchmarks/export_full_size.py imagenet-fourier language-bytes optical-flow
 	$(BIN)/python tests/benchmarks/int8_accuracy.py
 	$(BIN)/python tests/benchmarks/int8_full_size.py --plain
 	$(BIN)/python tests/benchmarks/calibration_memory.py

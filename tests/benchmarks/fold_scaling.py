@@ -10,6 +10,7 @@ the cross-attention. Both graphs are ours, `--fold` and `--no-fold`, each in fre
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 import tempfile
@@ -48,14 +49,14 @@ def export_encoder(side: int, out: Path, fold: bool) -> None:
     """The model at this size of picture, with one self-attention."""
     import msgspec
 
-    from perceiver_export.exporter import LoadedModel, export
+    from perceiver_export.exporter import export
     from perceiver_export.exporter.perceiver.model import PerceiverIO
     from perceiver_export.exporter.presets import load_preset
 
     full = load_preset("imagenet-fourier", "huggingface", (3, side, side))
     encoder = msgspec.structs.replace(full.config.encoder, num_blocks=1, num_self_attentions_per_block=1)
     config = msgspec.structs.replace(full.config, encoder=encoder)
-    model = LoadedModel(PerceiverIO(config).eval(), config, full.task, full.parity, "random weights")
+    model = dataclasses.replace(full, model=PerceiverIO(config).eval(), config=config)
     export(model, out, fold=fold, memory_budget="512MiB" if fold else "64GiB")
 
 
