@@ -86,7 +86,7 @@ def search(
     if not any(gates.get(name) is not None for name in ("max_drop", "min_agreement", "max_metric_change")):
         raise UsageError("a search needs to know what is good enough", "give --max-drop or --min-agreement")
     source = open_bundle(bundle)
-    check_splits(source, calibrate, search_on, certify_on, allow_overlap)
+    searched = check_splits(source, calibrate, search_on, certify_on, allow_overlap)
     with tempfile.TemporaryDirectory(prefix="perceiver-export-search-") as folder:
         ladder = Ladder(source, calibrate, Path(folder), threads, report)
         options = {"against": source, "threads": threads, **gates}
@@ -98,7 +98,7 @@ def search(
                 "ask for less, give more samples to search on, or look at `quantize --sensitivity`",
             )
         kept, evidence = certify_in_order(tried, order, certify_on, device, options, report)
-        made = certify(tried[kept][1], evidence)
+        made = certify(tried[kept][1], evidence, searched)
         with new_bundle(path, overwrite) as directory:
             shutil.copytree(tried[kept][1], directory, dirs_exist_ok=True)
     return Found(tuple(rung for rung, _ in tried), kept, made)

@@ -44,6 +44,7 @@ class Report:
     speeds: tuple[Speed, ...] = ()
     sensitivity: tuple[tuple[str, float], ...] = ()  # layer, SQNR in dB; worst first
     tables: tuple[Table, ...] = ()
+    sensitivity_note: str = ""
     certificate: str = ""
     commands: tuple[str, ...] = ()
     versions: dict[str, str] = field(default_factory=dict)
@@ -117,6 +118,12 @@ class Report:
             for speed in self.speeds
         )
         return Table("Latency, memory, size", ("target", "", "p50>", "p95>", "peak memory>", "on disk>"), rows)
+
+    @property
+    def worst_layers(self) -> Table:
+        """The few most sensitive ones, for where there is no plot."""
+        rows = tuple((name, f"{decibels:.1f}") for name, decibels in self.sensitivity[:5])
+        return Table("Most sensitive layers", ("layer", "SQNR, dB>"), rows, self.sensitivity_note)
 
     @property
     def classes(self) -> Table:

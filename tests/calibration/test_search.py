@@ -104,6 +104,8 @@ def test_a_layer_that_must_not_be_int8_goes_back(cancelling: Path, splits: dict[
     bundle = open_bundle(tmp_path / "mixed", verify="always")
     assert certificates(bundle) == found.certificates
     assert found.certificates[0].samples == 400
+    with pytest.raises(DataError, match=r"300 of 300 samples .* searched on"):
+        validate(bundle, splits["search_on"], against=cancelling, max_drop=5, allow_overlap=False)
     assert list(tmp_path.iterdir()) == [tmp_path / "mixed"]
 
 
