@@ -12,6 +12,8 @@ from perceiver_export.calibration.validation import Validation
 
 Rows = tuple[tuple[str, ...], ...]
 
+_LONG, _MOST_COLUMNS = 30, 4  # characters, and columns, that fit side by side into 390 pixels
+
 
 @dataclass(frozen=True)
 class Table:
@@ -21,6 +23,12 @@ class Table:
     columns: tuple[str, ...]
     rows: Rows
     note: str = ""
+
+    @property
+    def stacks(self) -> bool:
+        """Whether a telephone is too narrow for it, so that each row becomes a list there."""
+        long = any(len(cell) > _LONG for row in self.rows for cell in row)
+        return any(self.columns) and (len(self.columns) > _MOST_COLUMNS or long)
 
 
 @dataclass(frozen=True)
@@ -45,7 +53,7 @@ class Report:
     sensitivity: tuple[tuple[str, float], ...] = ()  # layer, SQNR in dB; worst first
     tables: tuple[Table, ...] = ()
     sensitivity_note: str = ""
-    certificate: str = ""
+    certificates: tuple[str, ...] = ()
     commands: tuple[str, ...] = ()
     versions: dict[str, str] = field(default_factory=dict)
 
@@ -80,7 +88,8 @@ class Report:
                 needed = gate.samples_to_decide
                 more = "" if needed is None else f"about {needed:,} samples would decide"
                 asked = f"{gate.wanted.option} {gate.wanted.limit:g}"
-                bounds = f"{gate.measured:.4g} ({gate.lower:.4g} to {gate.upper:.4g}) {gate.wanted.unit}".strip()
+                value, lower, upper = map(_number, (gate.measured, gate.lower, gate.upper))
+                bounds = f"{value} ({lower} to {upper}) {gate.wanted.unit}".strip()
                 rows.append((str(validation.candidate.get("target", "")), asked, gate.outcome, bounds, more))
         return Table("Gates", ("target", "asked", "outcome", "measured (95 % bounds)>", ""), tuple(rows))
 
@@ -160,14 +169,16 @@ def metric_row(metric: MetricResult) -> tuple[str, str, str, str]:
     unit, change = metric.unit, metric.worsening
     worse = ""
     if change is not None:
-        worse = f"{change.value:+.4g} ({change.lower:+.4g} to {change.upper:+.4g}) {'points' if unit == '%' else unit}"
+        digits = "+.3f" if unit == "%" else "+.3g"
+        value, lower, upper = (format(bound, digits) for bound in (change.value, change.lower, change.upper))
+        worse = f"{value} ({lower} to {upper}) {'points' if unit == '%' else unit}".strip()
     other = "" if metric.reference is None else shown(metric.reference.value, unit)
     return metric.name, f"{shown(metric.candidate.value, unit)} ({_bounds(metric.candidate, unit)})", other, worse
 
 
 def shown(value: float, unit: str) -> str:
     """A number with its unit, percent with two digits."""
-    return f"{value:.2f} %" if unit == "%" else f"{value:.4g} {unit}".strip()
+    return f"{value:.2f} %" if unit == "%" else f"{value:.3g} {unit}".strip()
 
 
 def sides(validations: Sequence[Validation]) -> tuple[str, ...]:
@@ -176,7 +187,11 @@ def sides(validations: Sequence[Validation]) -> tuple[str, ...]:
 
 
 def _bounds(found: Estimate, unit: str) -> str:
-    return f"{found.lower:.2f} to {found.upper:.2f}" if unit == "%" else f"{found.lower:.4g} to {found.upper:.4g}"
+    return f"{found.lower:.2f} to {found.upper:.2f}" if unit == "%" else f"{found.lower:.3g} to {found.upper:.3g}"
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}" if abs(value) < 1 else f"{value:.2f}"
 
 
 def _share(value: float | None) -> str:

@@ -51,7 +51,7 @@ def gather(
         tuple(speeds),
         tuple(layers),
         tuple(table for table in tables(manifest, record) if table.rows),
-        certificate=" ".join(_certified(opened, validations)),
+        certificates=tuple(_certified(opened, validations)),
         sensitivity_note=how if layers else "",
         commands=tuple(commands),
         versions={"perceiver-export": importlib.metadata.version("perceiver-export"), **_tools(manifest)},
@@ -63,7 +63,7 @@ def _certified(bundle: Bundle, validations: Sequence[Validation]) -> Iterator[st
     for validation in validations:
         engine = engine_of(validation.candidate)
         for certificate in valid_certificates(bundle, str(validation.candidate.get("target")), engine):
-            yield f"Certified: {certificate}."
+            yield str(certificate)
 
 
 def _speeds(path: Path, other: str | os.PathLike[str] | None, target: str, threads: int | None) -> Iterator[Speed]:
