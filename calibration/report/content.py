@@ -12,7 +12,7 @@ from perceiver_export.calibration.validation import Validation
 
 Rows = tuple[tuple[str, ...], ...]
 
-_LONG, _MOST_COLUMNS = 30, 4  # characters, and columns, that fit side by side into 390 pixels
+_NARROW, _GAP = 50, 2  # characters that fit into 390 pixels, and those between two columns
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,9 @@ class Table:
     @property
     def stacks(self) -> bool:
         """Whether a telephone is too narrow for it, so that each row becomes a list there."""
-        long = any(len(cell) > _LONG for row in self.rows for cell in row)
-        return any(self.columns) and (len(self.columns) > _MOST_COLUMNS or long)
+        headers = [max(map(len, name.rstrip(">").split()), default=0) for name in self.columns]
+        widths = (max(map(len, cells)) + _GAP for cells in zip(*self.rows, strict=True))
+        return any(headers) and sum(map(max, widths, (width + _GAP for width in headers))) > _NARROW
 
 
 @dataclass(frozen=True)
@@ -106,8 +107,8 @@ class Report:
         flips = next((metric for metric in first.metrics if metric.lost is not None), None)
         if flips is not None and first.mcnemar is not None:
             note += (
-                f" On {first.candidate.get('target', 'the first target')}, {flips.lost:,} samples are right with the"
-                f" reference only and {flips.gained:,} with the candidate only (exact McNemar p = {first.mcnemar:.3g})."
+                f" Right answers on {first.candidate.get('target', 'the first target')} that only the reference gives:"
+                f" {flips.lost:,}; only the candidate: {flips.gained:,} (exact McNemar p = {first.mcnemar:.3g})."
             )
         columns = ("target", "metric", "candidate (95 % bounds)>", "reference>", "worse by (95 % bounds)>")
         return Table("Accuracy", columns, tuple(rows), note)
@@ -158,7 +159,8 @@ class Report:
         for validation in self.validations:
             for side in (validation.candidate, validation.reference or {}):
                 if side:
-                    said = ", ".join(f"{key} {value}" for key, value in side.items() if key != "name" and value)
+                    shown = {key: value for key, value in side.items() if value and key not in ("name", "certificates")}
+                said = ", ".join(f"{key} {value}" for key, value in shown.items())
                     rows.append((str(side["name"]), said))
         rows += self.versions.items()
         return Table("Environment", ("", ""), tuple(dict.fromkeys(rows)))
