@@ -159,9 +159,8 @@ class Report:
         for validation in self.validations:
             for side in (validation.candidate, validation.reference or {}):
                 if side:
-                    shown = {key: value for key, value in side.items() if value and key not in ("name", "certificates")}
-                said = ", ".join(f"{key} {value}" for key, value in shown.items())
-                    rows.append((str(side["name"]), said))
+                    kept = [key for key, value in side.items() if value and key not in ("name", "certificates")]
+                    rows.append((str(side["name"]), ", ".join(f"{key} {side[key]}" for key in kept)))
         rows += self.versions.items()
         return Table("Environment", ("", ""), tuple(dict.fromkeys(rows)))
 

@@ -45,8 +45,8 @@ def main() -> None:
     for one in found:
         print(
             f"{one['target']}: top-1 {one['top-1']:.2f} %, fp32 {one['fp32']:.2f} %; drop {one['drop']:+.2f} points"
-            f" ({one['lost']} lost, {one['gained']} gained), 95 % upper bound {one['upper bound']:.3f} ({one['outcome']}:"
-            f" at most {MAX_DROP}); agreement {one['agreement']:.2f} %, lower bound {one['its lower bound']:.2f} %"
+            f" ({one['lost']} lost, {one['gained']} gained), 95 % upper bound {one['upper bound']:.3f}"
+            f" ({one['outcome']}: at most {MAX_DROP}); agreement {one['agreement']:.2f} %, lower bound {one['its lower bound']:.2f} %"
         )
 
 
