@@ -46,7 +46,8 @@ def main() -> None:
         print(
             f"{one['target']}: top-1 {one['top-1']:.2f} %, fp32 {one['fp32']:.2f} %; drop {one['drop']:+.2f} points"
             f" ({one['lost']} lost, {one['gained']} gained), 95 % upper bound {one['upper bound']:.3f}"
-            f" ({one['outcome']}: at most {MAX_DROP}); agreement {one['agreement']:.2f} %, lower bound {one['its lower bound']:.2f} %"
+            f" ({one['outcome']}: at most {MAX_DROP});"
+            f" agreement {one['agreement']:.2f} %, lower bound {one['its lower bound']:.2f} %"
         )
 
 
