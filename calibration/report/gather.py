@@ -63,7 +63,8 @@ def _certified(bundle: Bundle, validations: Sequence[Validation]) -> Iterator[st
     for validation in validations:
         engine = engine_of(validation.candidate)
         for certificate in valid_certificates(bundle, str(validation.candidate.get("target")), engine):
-            yield str(certificate)
+            elsewhere = "" if certificate.data == validation.data.fingerprint else "; on other samples than this report"
+            yield f"{certificate}{elsewhere}"
 
 
 def _speeds(path: Path, other: str | os.PathLike[str] | None, target: str, threads: int | None) -> Iterator[Speed]:
