@@ -88,7 +88,7 @@ def search(
     source = open_bundle(bundle)
     searched = check_splits(source, calibrate, search_on, certify_on, allow_overlap)
     with tempfile.TemporaryDirectory(prefix="perceiver-export-search-") as folder:
-        ladder = Ladder(source, calibrate, Path(folder), threads, report)
+        ladder = Ladder(source, calibrate, Path(folder) / path.name, threads, report)
         options = {"against": source, "threads": threads, **gates}
         tried = _climb(ladder, search_on, device, options, report)
         order = fixed_order([rung.time for rung, _ in tried], [_held(rung.search) for rung, _ in tried])
@@ -139,16 +139,16 @@ def certify_in_order(
 
 
 class Ladder:
-    """Mixtures in the order of how much goes back, each quantized when it is asked for."""
+    """Mixtures in the order of how much goes back, each quantized when it is asked for, as a bundle named as ``out``."""
 
-    def __init__(self, source: Bundle, data: str | Path, folder: Path, threads: int | None, report: Report) -> None:
-        self._source, self._data, self._folder, self._threads, self._report = source, data, folder, threads, report
+    def __init__(self, source: Bundle, data: str | Path, out: Path, threads: int | None, report: Report) -> None:
+        self._source, self._data, self._out, self._threads, self._report = source, data, out, threads, report
         ranked = measure_sensitivity(source, data, samples=_RANKED_ON, threads=threads, progress=report)
         self.steps = steps([one.group for one in ranked])
 
     def build(self, index: int) -> Path:
         """The bundle of a rung."""
-        path = self._folder / f"rung-{index}" / self._source.path.name
+        path = self._out.parent / f"rung-{index}" / self._out.name
         path.parent.mkdir()
         options: dict[str, Any] = {"precision": self.steps[index], "threads": self._threads, "progress": self._report}
         return quantize(self._source, self._data, path, **options).path

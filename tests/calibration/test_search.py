@@ -103,6 +103,7 @@ def test_a_layer_that_must_not_be_int8_goes_back(cancelling: Path, splits: dict[
     assert all(said.startswith("held") for said in kept.certification)
     bundle = open_bundle(tmp_path / "mixed", verify="always")
     assert certificates(bundle) == found.certificates
+    assert bundle.manifest.name == "mixed"
     assert found.certificates[0].samples == 400
     with pytest.raises(DataError, match=r"300 of 300 samples .* searched on"):
         validate(bundle, splits["search_on"], against=cancelling, max_drop=5, allow_overlap=False)
