@@ -139,7 +139,7 @@ def certify_in_order(
 
 
 class Ladder:
-    """Mixtures in the order of how much goes back, each quantized when it is asked for, as a bundle named as ``out``."""
+    """Mixtures in the order of how much goes back, each quantized when it is asked for, under the name of ``out``."""
 
     def __init__(self, source: Bundle, data: str | Path, out: Path, threads: int | None, report: Report) -> None:
         self._source, self._data, self._out, self._threads, self._report = source, data, out, threads, report
