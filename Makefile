@@ -65,6 +65,7 @@ benchmarks: install
 	$(BIN)/python tests/benchmarks/system_parity.py
 	$(BIN)/python tests/benchmarks/flow_patches.py
 	$(BIN)/python tests/benchmarks/export_full_size.py
+	$(BIN)/python tests/benchmarks/int8_drop.py
 	$(BIN)/python tests/benchmarks/int8_accuracy.py
 	$(BIN)/python tests/benchmarks/int8_full_size.py --plain
 	$(BIN)/python tests/benchmarks/calibration_memory.py
