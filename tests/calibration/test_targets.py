@@ -36,6 +36,8 @@ def test_all_targets_are_in_one_report_each_with_its_certificate(
     for target, certificate in zip(present, made, strict=True):
         with load(bundle, target) as runtime:
             assert runtime.describe()["certificates"] == (str(certificate),)
+    with load(bundle, "openvino-cpu", precision="fp16") as runtime:  # weights that nothing was measured with
+        assert "certificates" not in runtime.describe()
     report = gather(bundle, results, fashion_bundle)
     assert [row[0] for row in report.accuracy.rows[:: len(results[0].metrics)]] == present
     assert [(speed.target, speed.name) for speed in report.speeds] == [
