@@ -18,7 +18,7 @@ from perceiver_export.calibration.report.gather import gather
 from perceiver_export.calibration.validation import Validation
 from perceiver_export.runtimes import open_bundle
 from perceiver_export.runtimes.errors import UsageError
-from tests.calibration.test_search import with_a_scale_times
+from tests.calibration.damaged_scales import with_a_scale_times
 
 TEST = Path(__file__).resolve().parents[2] / "examples" / "fashion_mnist" / "test.npz"
 
