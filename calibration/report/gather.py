@@ -21,6 +21,7 @@ from perceiver_export.runtimes.manifest import Manifest
 _RUNS = 50
 _MEASURED = "Each layer's product in this bundle against the reference's, on the first samples; worst run of each."
 _RECORDED = "Each layer's own product against fp32's, at calibration; worst run of each."
+_MOST_MOVED = 4 << 30  # bytes: all products of both graphs are held at once, and a report must not fill the memory
 
 Layers = list[tuple[str, float]]
 
@@ -80,7 +81,9 @@ def _measured(
     """Each layer's error as the bundle is, which shows one that was damaged too; None where it cannot be measured."""
     if reference is None or bundle.manifest.quantization is None:
         return None
-    if open_bundle(reference, "never").manifest.quantization is not None:
+    exact = open_bundle(reference, "never").manifest
+    moved = sum(stage.activation_bytes for part in exact.parts.values() for stage in part.stages)
+    if exact.quantization is not None or moved > _MOST_MOVED:
         return None
     try:
         from perceiver_export.calibration.layer_errors import measure_layer_errors
