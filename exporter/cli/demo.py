@@ -87,7 +87,7 @@ def _quantize(folder: Path, bundle: Path, quantized: Path, report: Path, steps: 
     from perceiver_export.exporter.cli.validate import validate
     from perceiver_export.runtimes.benchmark import bench
 
-    checkpoint, held_out, data = folder / "checkpoint", folder / "held_out.npz", folder / "test.npz"
+    held_out, data = folder / "held_out.npz", folder / "test.npz"
     command = f"quantize {bundle} --data {held_out} -o {quantized}"
     steps.begin("quantize: int8, calibrated on pictures held out of training", command)
     with progress_bar("quantize") as progress:
@@ -96,15 +96,15 @@ def _quantize(folder: Path, bundle: Path, quantized: Path, report: Path, steps: 
     assert record is not None
     show_quantized(made, record)
     steps.begin(
-        "validate: the 10,000 official test pictures on every engine that is here, against the checkpoint in torch; "
-        "a certificate for each, and a report",
-        f"validate {quantized} --data {data} --against {checkpoint} --device all --max-drop {_MAX_DROP}"
+        "validate: the 10,000 official test pictures on every engine that is here, against the fp32 bundle, which "
+        "export held against torch; a certificate for each, and a report",
+        f"validate {quantized} --data {data} --against {bundle} --device all --max-drop {_MAX_DROP}"
         f" --min-agreement {_AGREEMENT} --certify --report {report}",
     )
     validate(
         str(quantized),
         str(data),
-        against=str(checkpoint),
+        against=str(bundle),
         max_drop=_MAX_DROP,
         min_agreement=_AGREEMENT,
         device="all",
