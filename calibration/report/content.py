@@ -12,7 +12,7 @@ from perceiver_export.calibration.validation import Validation
 
 Rows = tuple[tuple[str, ...], ...]
 
-_NARROW, _GAP = 54, 2  # characters that fit into 390 pixels, and those between two columns
+_NARROW, _GAP = 50, 2  # characters that fit into 390 pixels, and those between two columns
 
 
 @dataclass(frozen=True)
