@@ -34,7 +34,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         exact = export(FASHION / "checkpoint", Path(folder) / "fp32", fold=not options.plain)
         made = quantize(exact, FASHION / "held_out.npz", Path(folder) / "int8")
-        gates = {"max_drop": MAX_DROP, "min_agreement": MIN_AGREEMENT}
+        gates: dict[str, Any] = {"max_drop": MAX_DROP, "min_agreement": MIN_AGREEMENT}
         results = validate_targets(
             made, FASHION / "test.npz", against=exact, samples=options.samples, allow_overlap=False, **gates
         )
