@@ -68,6 +68,7 @@ benchmarks: install
 	$(BIN)/python tests/benchmarks/video_folds.py
 	$(BIN)/python tests/benchmarks/fold_scaling.py
 	$(BIN)/python tests/benchmarks/export_full_size.py imagenet-fourier language-bytes optical-flow
+	$(BIN)/python tests/benchmarks/int8_drop.py
 	$(BIN)/python tests/benchmarks/int8_accuracy.py
 	$(BIN)/python tests/benchmarks/int8_full_size.py --plain
 	$(BIN)/python tests/benchmarks/calibration_memory.py

@@ -25,10 +25,13 @@ from perceiver_export.runtimes.manifest import FileEntry, encode_manifest
 _ONE_CLASS = "all samples have one label"
 
 
-def certify(bundle: str | os.PathLike[str] | Bundle, validations: Sequence[Validation]) -> tuple[Certificate, ...]:
+def certify(
+    bundle: str | os.PathLike[str] | Bundle, validations: Sequence[Validation], searched: Sequence[str] = ()
+) -> tuple[Certificate, ...]:
     """Write a certificate for each target that was validated into the bundle, in place of earlier ones for it.
 
-    The bundle is replaced as a whole: readers see the old one or the new one.
+    ``searched`` are digests of the samples that the bundle was chosen on: no later certificate may use them. The bundle
+    is replaced as a whole: readers see the old one or the new one.
 
     Raises GateError or UndecidedError where a gate did not hold; UsageError where none was asked; DataError where the
     samples cannot bear it.
@@ -36,7 +39,7 @@ def certify(bundle: str | os.PathLike[str] | Bundle, validations: Sequence[Valid
     opened = open_bundle(bundle)
     made = tuple(_certificate(opened, validation) for validation in validations)
     kept = tuple(one for one in certificates(opened) if not any(_same_place(one, new) for new in made))
-    _write(opened, (*kept, *made))
+    _write(opened, (*kept, *made), searched)
     return made
 
 
@@ -76,13 +79,14 @@ def _same_place(one: Certificate, other: Certificate) -> bool:
     return places[0] == places[1]
 
 
-def _write(bundle: Bundle, made: Sequence[Certificate]) -> None:
+def _write(bundle: Bundle, made: Sequence[Certificate], searched: Sequence[str]) -> None:
     with new_bundle(bundle.path, overwrite=True) as directory:
         shutil.copytree(bundle.path, directory, copy_function=_link, dirs_exist_ok=True)
         record: dict[str, Any] = {}
         if FILE in bundle.manifest.files:
             record = msgspec.json.decode((directory / FILE).read_bytes())
         record["certificates"] = made
+        record["searched"] = sorted({*record.get("searched", ()), *searched})
         for name in (FILE, "manifest.json"):
             (directory / name).unlink(missing_ok=True)  # a link to the old one's content
         (directory / FILE).write_bytes(msgspec.json.format(msgspec.json.encode(record), indent=2) + b"\n")

@@ -86,9 +86,9 @@ def search(
     if not any(gates.get(name) is not None for name in ("max_drop", "min_agreement", "max_metric_change")):
         raise UsageError("a search needs to know what is good enough", "give --max-drop or --min-agreement")
     source = open_bundle(bundle)
-    check_splits(source, calibrate, search_on, certify_on, allow_overlap)
+    searched = check_splits(source, calibrate, search_on, certify_on, allow_overlap)
     with tempfile.TemporaryDirectory(prefix="perceiver-export-search-") as folder:
-        ladder = Ladder(source, calibrate, Path(folder), threads, report)
+        ladder = Ladder(source, calibrate, Path(folder) / path.name, threads, report)
         options = {"against": source, "threads": threads, **gates}
         tried = _climb(ladder, search_on, device, options, report)
         order = fixed_order([rung.time for rung, _ in tried], [_held(rung.search) for rung, _ in tried])
@@ -98,7 +98,7 @@ def search(
                 "ask for less, give more samples to search on, or look at `quantize --sensitivity`",
             )
         kept, evidence = certify_in_order(tried, order, certify_on, device, options, report)
-        made = certify(tried[kept][1], evidence)
+        made = certify(tried[kept][1], evidence, searched)
         with new_bundle(path, overwrite) as directory:
             shutil.copytree(tried[kept][1], directory, dirs_exist_ok=True)
     return Found(tuple(rung for rung, _ in tried), kept, made)
@@ -139,16 +139,16 @@ def certify_in_order(
 
 
 class Ladder:
-    """Mixtures in the order of how much goes back, each quantized when it is asked for."""
+    """Mixtures in the order of how much goes back, each quantized when it is asked for, under the name of ``out``."""
 
-    def __init__(self, source: Bundle, data: str | Path, folder: Path, threads: int | None, report: Report) -> None:
-        self._source, self._data, self._folder, self._threads, self._report = source, data, folder, threads, report
+    def __init__(self, source: Bundle, data: str | Path, out: Path, threads: int | None, report: Report) -> None:
+        self._source, self._data, self._out, self._threads, self._report = source, data, out, threads, report
         ranked = measure_sensitivity(source, data, samples=_RANKED_ON, threads=threads, progress=report)
         self.steps = steps([one.group for one in ranked])
 
     def build(self, index: int) -> Path:
         """The bundle of a rung."""
-        path = self._folder / f"rung-{index}" / self._source.path.name
+        path = self._out.parent / f"rung-{index}" / self._out.name
         path.parent.mkdir()
         options: dict[str, Any] = {"precision": self.steps[index], "threads": self._threads, "progress": self._report}
         return quantize(self._source, self._data, path, **options).path

@@ -18,9 +18,9 @@ def fingerprint(digests: Sequence[str]) -> str:
 
 
 def calibrated_on(bundle: str | os.PathLike[str] | Bundle) -> frozenset[str]:
-    """Digests of the samples that a bundle's ranges come from; none of one that is not quantized."""
+    """Digests of the samples that a bundle's ranges and precisions come from; none of one that is not quantized."""
     record = read_calibration(open_bundle(bundle, "never"))
-    return frozenset(() if record is None else record.data.digests)
+    return frozenset(() if record is None else (*record.data.digests, *record.searched))
 
 
 def check_overlap(digests: Sequence[str], used: Collection[str], data: str, allowed: bool) -> tuple[str, ...]:

@@ -139,6 +139,7 @@ class Calibration(msgspec.Struct, frozen=True):
     instruction_set: tuple[str, ...]
     warnings: tuple[str, ...]
     policy: str = POLICY
+    searched: tuple[str, ...] = ()  # digests of the samples that precisions were chosen on
     schema_version: int = _VERSION
 
 

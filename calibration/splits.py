@@ -13,8 +13,11 @@ from perceiver_export.runtimes.tasks import open_task
 
 def check_splits(
     bundle: Bundle, calibrate: str | Path, search_on: str | Path, certify_on: str | Path, allowed: bool
-) -> None:
-    """Raise DataError where two sets share samples, or one repeats them, unless that is ``allowed``."""
+) -> tuple[str, ...]:
+    """The digests of the samples to search on.
+
+    Raises DataError where two sets share samples, or one repeats them, unless that is ``allowed``.
+    """
     with open_task(bundle) as task:
         calibration, searched, certified = (
             [example.digest for example in open_examples(task, data).stream]
@@ -22,3 +25,4 @@ def check_splits(
         )
     check_overlap(searched, frozenset(calibration), str(search_on), allowed)
     check_overlap(certified, frozenset(calibration) | frozenset(searched), str(certify_on), allowed)
+    return tuple(searched)

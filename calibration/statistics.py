@@ -74,9 +74,12 @@ def bootstrap(columns: tuple[Array, ...], statistic: Callable[..., Array], seed:
     beyond. A statistic that resampling does not move keeps its value as both bounds.
     """
     rows, stats = np.arange(len(columns[0])), scipy_stats()
+    constant = [bool(np.all(column == column[0])) for column in columns]  # weights often are: need not be drawn
 
     def of_rows(drawn: Array, axis: int = -1) -> Array:
-        return statistic(*(column[drawn] for column in columns), axis=axis)
+        pairs = zip(columns, constant, strict=True)
+        found = (np.broadcast_to(column[0], drawn.shape) if same else column[drawn] for column, same in pairs)
+        return statistic(*found, axis=axis)
 
     value = float(of_rows(rows))
     options: dict[str, Any] = {
@@ -85,7 +88,7 @@ def bootstrap(columns: tuple[Array, ...], statistic: Callable[..., Array], seed:
         "method": "BCa" if len(rows) <= _SMALL else "percentile",
         "rng": np.random.default_rng(seed),
     }
-    if len(rows) < 2 or all(np.all(column == column[0]) for column in columns):
+    if len(rows) < 2 or all(constant):
         return Estimate(value, value, value)
     with warnings.catch_warnings(), np.errstate(invalid="ignore", divide="ignore"):
         warnings.simplefilter("ignore")  # a statistic that does not move: handled by its NaN below

@@ -3,27 +3,46 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Any
 
 from perceiver_export.calibration.validation import Validation, validate
+from perceiver_export.calibration.worst_files import new_folder
 from perceiver_export.runtimes.bundle import Bundle
 from perceiver_export.runtimes.errors import DeviceError
 from perceiver_export.runtimes.presence import devices
 
 
 def validate_targets(
-    bundle: str | os.PathLike[str] | Bundle, data: str | Path, targets: str = "all", **options: Any
+    bundle: str | os.PathLike[str] | Bundle,
+    data: str | Path,
+    targets: str = "all",
+    save_worst: str | Path | None = None,
+    **options: Any,
 ) -> tuple[Validation, ...]:
     """`validate` on a target, or on ``all`` that are present; ``options`` are its other arguments.
 
-    Raises what `validate` raises; DeviceError where no target is present.
+    Of ``all``, ``save_worst`` gets a folder a target. Raises what `validate` raises; DeviceError where no target is
+    present.
     """
     if targets != "all":
-        return (validate(bundle, data, device=targets, **options),)
+        return (validate(bundle, data, device=targets, save_worst=save_worst, **options),)
     present = [device.target for device in devices()]
     if not present:
         raise DeviceError("no target is present", "perceiver-export doctor says what is missing")
     reference = options.pop("against_device", None) or (present[0] if options.get("against") is not None else None)
-    return tuple(validate(bundle, data, device=target, against_device=reference, **options) for target in present)
+    with contextlib.ExitStack() as stack:
+        folder = None if save_worst is None else stack.enter_context(new_folder(Path(save_worst)))
+        return tuple(
+            validate(
+                bundle,
+                data,
+                device=target,
+                against_device=reference,
+                save_worst=None if folder is None else folder / target,
+                **options,
+            )
+            for target in present
+        )

@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -25,11 +26,29 @@ def check_new_folder(path: Path) -> None:
         raise DataError(f"{path} cannot be made: its folder is not there", "choose another directory")
 
 
-def write_worst(path: Path, samples: Sequence[WorstSample], examples: Sequence[Example]) -> None:
-    """Write NN.npz, NN.png or NN.txt, and worst.json; all or nothing. Raises DataError."""
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder to write into, which becomes ``path`` when the block ends well, and vanishes otherwise.
+
+    Raises DataError where that cannot be, or something is there already.
+    """
+    check_new_folder(path)
     temporary = path.absolute().with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         temporary.mkdir()
+        yield temporary
+        if path.is_dir():
+            path.rmdir()
+        temporary.rename(path)
+    except OSError as error:
+        raise DataError(f"{path} cannot be written: {error.strerror or error}", "choose another directory") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_worst(path: Path, samples: Sequence[WorstSample], examples: Sequence[Example]) -> None:
+    """Write NN.npz, NN.png or NN.txt, and worst.json; all or nothing. Raises DataError."""
+    with new_folder(path) as temporary:
         for number, (sample, example) in enumerate(zip(samples, examples, strict=True)):
             targets = {f"target_{name}": target for name, target in example.targets.items()}
             np.savez(temporary / f"{number:02}.npz", **example.feeds, **targets)  # type: ignore[arg-type]
@@ -40,10 +59,3 @@ def write_worst(path: Path, samples: Sequence[WorstSample], examples: Sequence[E
                 (temporary / f"{number:02}.txt").write_text(sample.text, encoding="utf-8")
         listed = [msgspec.structs.replace(sample, picture="") for sample in samples]
         (temporary / "worst.json").write_bytes(msgspec.json.format(msgspec.json.encode(listed), indent=2) + b"\n")
-        if path.is_dir():
-            path.rmdir()
-        temporary.rename(path)
-    except OSError as error:
-        raise DataError(f"{path} cannot be written: {error.strerror or error}", "choose another directory") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

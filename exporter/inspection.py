@@ -44,10 +44,11 @@ def inspect_bundle(path: str | os.PathLike[str]) -> Inspection:
 
 def _certificates(bundle: Bundle) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Certificates that hold on a target of this machine, and where the others do."""
-    here = [(device.target, device.engine) for device in devices()]
     held, elsewhere = [], []
     for one in certificates(bundle):
-        if any(applies(one, bundle, target, engine) for target, engine in here):
+        engine = one.engine.partition(", in ")[0]  # one that was built in another precision is here all the same
+        here = any((device.target, device.engine) == (one.target, engine) for device in devices())
+        if here and applies(one, bundle, one.target, one.engine):
             held.append(str(one))
         else:
             elsewhere.append(f"{one.target} with {one.engine} on {' '.join(one.instruction_set)}")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Certificates in calibration.json: what was shown of a bundle, on which engine, on which instructions.
 
-A certificate holds where it was measured. Another engine, another version of it, or a CPU with other instructions
-rounds and sums otherwise, so there it is not shown as valid. `calibration.certificate` writes them.
+A certificate holds where it was measured. Another engine, another version or precision of it, or a CPU with other
+instructions rounds and sums otherwise, so there it is not shown as valid. `calibration.certificate` writes them.
 """
 
 from __future__ import annotations
@@ -86,5 +86,7 @@ def valid_certificates(bundle: Bundle, target: str, engine: str) -> tuple[Certif
 
 
 def engine_of(described: dict[str, object]) -> str:
-    """Name and version of what `Runtime.describe` describes."""
-    return f"{described.get('engine')} {described.get('version')}"
+    """Name and version of what `Runtime.describe` describes, and the precision where it was built in another."""
+    precision = str(described.get("precision"))
+    built = f", in {precision}" if precision in ("fp16", "bf16") or " with " in precision else ""
+    return f"{described.get('engine')} {described.get('version')}{built}"

@@ -84,7 +84,7 @@ def _certificates(bundle: Bundle, engine: Engine) -> tuple[str, ...]:
         return ()
     from perceiver_export.runtimes.certificates import engine_of, valid_certificates
 
-    described = engine.describe()
+    described = {"precision": bundle.manifest.precision, **engine.describe()}
     return tuple(map(str, valid_certificates(bundle, described["target"], engine_of(described))))
 
 

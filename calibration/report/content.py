@@ -12,6 +12,8 @@ from perceiver_export.calibration.validation import Validation
 
 Rows = tuple[tuple[str, ...], ...]
 
+_NARROW, _GAP = 50, 2  # characters that fit into 390 pixels, and those between two columns
+
 
 @dataclass(frozen=True)
 class Table:
@@ -21,6 +23,13 @@ class Table:
     columns: tuple[str, ...]
     rows: Rows
     note: str = ""
+
+    @property
+    def stacks(self) -> bool:
+        """Whether a telephone is too narrow for it, so that each row becomes a list there."""
+        headers = [max(map(len, name.rstrip(">").split()), default=0) for name in self.columns]
+        widths = (max(map(len, cells)) + _GAP for cells in zip(*self.rows, strict=True))
+        return any(headers) and sum(map(max, widths, (width + _GAP for width in headers))) > _NARROW
 
 
 @dataclass(frozen=True)
@@ -44,7 +53,8 @@ class Report:
     speeds: tuple[Speed, ...] = ()
     sensitivity: tuple[tuple[str, float], ...] = ()  # layer, SQNR in dB; worst first
     tables: tuple[Table, ...] = ()
-    certificate: str = ""
+    sensitivity_note: str = ""
+    certificates: tuple[str, ...] = ()
     commands: tuple[str, ...] = ()
     versions: dict[str, str] = field(default_factory=dict)
 
@@ -79,7 +89,8 @@ class Report:
                 needed = gate.samples_to_decide
                 more = "" if needed is None else f"about {needed:,} samples would decide"
                 asked = f"{gate.wanted.option} {gate.wanted.limit:g}"
-                bounds = f"{gate.measured:.4g} ({gate.lower:.4g} to {gate.upper:.4g}) {gate.wanted.unit}".strip()
+                value, lower, upper = map(_number, (gate.measured, gate.lower, gate.upper))
+                bounds = f"{value} ({lower} to {upper}) {gate.wanted.unit}".strip()
                 rows.append((str(validation.candidate.get("target", "")), asked, gate.outcome, bounds, more))
         return Table("Gates", ("target", "asked", "outcome", "measured (95 % bounds)>", ""), tuple(rows))
 
@@ -96,8 +107,8 @@ class Report:
         flips = next((metric for metric in first.metrics if metric.lost is not None), None)
         if flips is not None and first.mcnemar is not None:
             note += (
-                f" On {first.candidate.get('target', 'the first target')}, {flips.lost:,} samples are right with the"
-                f" reference only and {flips.gained:,} with the candidate only (exact McNemar p = {first.mcnemar:.3g})."
+                f" Right answers on {first.candidate.get('target', 'the first target')} that only the reference gives:"
+                f" {flips.lost:,}; only the candidate: {flips.gained:,} (exact McNemar p = {first.mcnemar:.3g})."
             )
         columns = ("target", "metric", "candidate (95 % bounds)>", "reference>", "worse by (95 % bounds)>")
         return Table("Accuracy", columns, tuple(rows), note)
@@ -117,6 +128,12 @@ class Report:
             for speed in self.speeds
         )
         return Table("Latency, memory, size", ("target", "", "p50>", "p95>", "peak memory>", "on disk>"), rows)
+
+    @property
+    def worst_layers(self) -> Table:
+        """The few most sensitive ones, for where there is no plot."""
+        rows = tuple((name, f"{decibels:.1f}") for name, decibels in self.sensitivity[:5])
+        return Table("Most sensitive layers", ("layer", "SQNR, dB>"), rows, self.sensitivity_note)
 
     @property
     def classes(self) -> Table:
@@ -142,8 +159,8 @@ class Report:
         for validation in self.validations:
             for side in (validation.candidate, validation.reference or {}):
                 if side:
-                    said = ", ".join(f"{key} {value}" for key, value in side.items() if key != "name" and value)
-                    rows.append((str(side["name"]), said))
+                    kept = [key for key, value in side.items() if value and key not in ("name", "certificates")]
+                    rows.append((str(side["name"]), ", ".join(f"{key} {side[key]}" for key in kept)))
         rows += self.versions.items()
         return Table("Environment", ("", ""), tuple(dict.fromkeys(rows)))
 
@@ -153,14 +170,16 @@ def metric_row(metric: MetricResult) -> tuple[str, str, str, str]:
     unit, change = metric.unit, metric.worsening
     worse = ""
     if change is not None:
-        worse = f"{change.value:+.4g} ({change.lower:+.4g} to {change.upper:+.4g}) {'points' if unit == '%' else unit}"
+        digits = "+.3f" if unit == "%" else "+.3g"
+        value, lower, upper = (format(bound, digits) for bound in (change.value, change.lower, change.upper))
+        worse = f"{value} ({lower} to {upper}) {'points' if unit == '%' else unit}".strip()
     other = "" if metric.reference is None else shown(metric.reference.value, unit)
     return metric.name, f"{shown(metric.candidate.value, unit)} ({_bounds(metric.candidate, unit)})", other, worse
 
 
 def shown(value: float, unit: str) -> str:
     """A number with its unit, percent with two digits."""
-    return f"{value:.2f} %" if unit == "%" else f"{value:.4g} {unit}".strip()
+    return f"{value:.2f} %" if unit == "%" else f"{value:.3g} {unit}".strip()
 
 
 def sides(validations: Sequence[Validation]) -> tuple[str, ...]:
@@ -169,7 +188,11 @@ def sides(validations: Sequence[Validation]) -> tuple[str, ...]:
 
 
 def _bounds(found: Estimate, unit: str) -> str:
-    return f"{found.lower:.2f} to {found.upper:.2f}" if unit == "%" else f"{found.lower:.4g} to {found.upper:.4g}"
+    return f"{found.lower:.2f} to {found.upper:.2f}" if unit == "%" else f"{found.lower:.3g} to {found.upper:.3g}"
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}" if abs(value) < 1 else f"{value:.2f}"
 
 
 def _share(value: float | None) -> str:

@@ -9,14 +9,21 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from perceiver_export.calibration.record import Calibration, read_calibration
-from perceiver_export.calibration.report.content import Report, Speed, Table, sides
+from perceiver_export.calibration.report.content import Report, Speed, sides
+from perceiver_export.calibration.report.tables import tables
 from perceiver_export.calibration.validation import Validation
 from perceiver_export.runtimes.benchmark import bench
 from perceiver_export.runtimes.bundle import Bundle, open_bundle
 from perceiver_export.runtimes.certificates import engine_of, valid_certificates
+from perceiver_export.runtimes.errors import DataError, UsageError
 from perceiver_export.runtimes.manifest import Manifest
 
 _RUNS = 50
+_MEASURED = "Each layer's product in this bundle against the reference's, on the first samples; worst run of each."
+_RECORDED = "Each layer's own product against fp32's, at calibration; worst run of each."
+_MOST_MOVED = 4 << 30  # bytes: all products of both graphs are held at once, and a report must not fill the memory
+
+Layers = list[tuple[str, float]]
 
 
 def gather(
@@ -28,20 +35,25 @@ def gather(
 ) -> Report:
     """A report on a bundle that was validated. Each target is timed, in turn with ``reference`` if that is a bundle.
 
+    The sensitivity of layers is then measured against the reference, on the data that was validated on; else it is what
+    `quantize` wrote down at calibration.
+
     Raises what `bench` raises.
     """
     opened = open_bundle(bundle)
     manifest = opened.manifest
     record = read_calibration(opened)
     other = reference if reference is not None and (Path(reference) / "manifest.json").is_file() else None
+    layers, how = _measured(opened, other, validations[0], threads) or (_recorded(record), _RECORDED)
     speeds = [speed for target in sides(validations) for speed in _speeds(opened.path, other, target, threads)]
     return Report(
         f"{manifest.name}: {manifest.task}, {manifest.precision}",
         tuple(validations),
         tuple(speeds),
-        tuple(_sensitivity(record)),
-        tuple(table for table in _tables(manifest, record) if table.rows),
-        certificate=" ".join(_certified(opened, validations)),
+        tuple(layers),
+        tuple(table for table in tables(manifest, record) if table.rows),
+        certificates=tuple(_certified(opened, validations)),
+        sensitivity_note=how if layers else "",
         commands=tuple(commands),
         versions={"perceiver-export": importlib.metadata.version("perceiver-export"), **_tools(manifest)},
     )
@@ -52,7 +64,8 @@ def _certified(bundle: Bundle, validations: Sequence[Validation]) -> Iterator[st
     for validation in validations:
         engine = engine_of(validation.candidate)
         for certificate in valid_certificates(bundle, str(validation.candidate.get("target")), engine):
-            yield f"Certified: {certificate}."
+            elsewhere = "" if certificate.data == validation.data.fingerprint else "; on other samples than this report"
+            yield f"{certificate}{elsewhere}"
 
 
 def _speeds(path: Path, other: str | os.PathLike[str] | None, target: str, threads: int | None) -> Iterator[Speed]:
@@ -62,71 +75,33 @@ def _speeds(path: Path, other: str | os.PathLike[str] | None, target: str, threa
         yield Speed(target, side.name, side.p50, side.p95, side.peak_memory, size / 2**20)
 
 
-def _sensitivity(record: Calibration | None) -> list[tuple[str, float]]:
-    """Each group's worst run, worst first."""
+def _measured(
+    bundle: Bundle, reference: str | os.PathLike[str] | None, validation: Validation, threads: int | None
+) -> tuple[Layers, str] | None:
+    """Each layer's error as the bundle is, which shows one that was damaged too; None where it cannot be measured."""
+    if reference is None or bundle.manifest.quantization is None:
+        return None
+    exact = open_bundle(reference, "never").manifest
+    moved = sum(stage.activation_bytes for part in exact.parts.values() for stage in part.stages)
+    if exact.quantization is not None or moved > _MOST_MOVED:
+        return None
+    try:
+        from perceiver_export.calibration.layer_errors import measure_layer_errors
+
+        found = measure_layer_errors(bundle, reference, validation.data.source, threads=threads)
+    except (ImportError, UsageError, DataError):  # no onnx here, other linears, or targets among the data's arrays
+        return None
+    return [(error.group, error.sqnr) for error in found], _MEASURED
+
+
+def _recorded(record: Calibration | None) -> Layers:
+    """Each group's worst run at calibration, worst first."""
     worst: dict[str, float] = {}
     for part in record.parts.values() if record is not None else ():
         for linear in part.linears:
             if linear.sqnr is not None:
                 worst[linear.group] = min(worst.get(linear.group, linear.sqnr), linear.sqnr)
     return sorted(worst.items(), key=lambda item: item[1])
-
-
-def _quantization(record: Calibration) -> Iterator[Table]:
-    rows = [
-        (
-            part,
-            one.target,
-            f"{100 * one.share:.1f} %",
-            f"{sum(layer.integer for layer in one.layers)} of {len(one.layers)}",
-        )
-        for part, held in record.parts.items()
-        for one in held.coverage
-    ]
-    columns = ("part", "target", "multiply-adds in integer kernels>", "linears>")
-    yield Table("Kernel coverage", columns, tuple(rows), "Read from what each engine says that it runs.")
-    excluded = [
-        (one.name, f"{100 * one.share:.2f} %", one.reason) for held in record.parts.values() for one in held.excluded
-    ]
-    yield Table("Left in float by policy", ("product", "share of multiply-adds>", "why"), tuple(excluded))
-    others = ", ".join(f"{name}: {one}" for name, one in record.precision.items())
-    said = (
-        ("scheme, ranges", f"{record.scheme}, {record.method}"),
-        ("other precisions", others or "none"),
-        ("calibrated on", f"{record.data.samples:,} samples of {record.data.source}"),
-        ("fingerprint", record.data.fingerprint),
-        ("warnings", "; ".join(record.warnings) or "none"),
-    )
-    yield Table("Quantization", ("", ""), said)
-
-
-def _tables(manifest: Manifest, record: Calibration | None) -> Iterator[Table]:
-    if record is not None:
-        yield from _quantization(record)
-    yield _stages(manifest)
-    checks = [
-        (check.output, check.inputs, f"{check.difference:.1e}", f"{check.tolerance:.0e}")
-        for check in manifest.verification
-    ]
-    note = "Differences from torch at export, as a share of the output's scale."
-    names = ("output", "inputs", "largest difference>", "allowed>")
-    yield Table("Verified at export", names, tuple(checks), note)
-
-
-def _stages(manifest: Manifest) -> Table:
-    rows = [
-        (
-            name,
-            stage.name,
-            f"{stage.flops / 1e6:,.2f}",
-            f"{stage.parameters:,}",
-            f"{stage.activation_bytes / 2**20:.1f}",
-        )
-        for name, part in manifest.parts.items()
-        for stage in part.stages
-    ]
-    columns = ("part", "stage", "MFLOP>", "weights>", "MiB read and written>")
-    return Table("Stages, for one sample", columns, tuple(rows))
 
 
 def _tools(manifest: Manifest) -> dict[str, str]:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 # What matplotlib draws with, and what the page's style sheet calls it.
 _TEXT, _ACCENT, _OTHER, _BAD = "#010203", "#010204", "#010205", "#010206"
 _COLOURS = {_TEXT: "var(--text)", _ACCENT: "var(--accent)", _OTHER: "var(--muted)", _BAD: "var(--bad)"}
-_WIDTH = 5.6  # inches: text stays readable on a telephone
+_WIDTH = 4.5  # inches: text stays readable on a telephone
 _ROW = 0.34
 _LAYERS = 15
 
@@ -41,7 +41,7 @@ def drop_plot(validations: Sequence[Validation]) -> str:
     axes.set_yticks(range(len(shown)), [name for name, _ in shown])
     axes.set_ylim(len(shown) - 0.4, -0.6)
     unit = shown[0][1].wanted.unit
-    axes.set_xlabel(f"worse by{f', {unit}' if unit else ''}: measured, 95 % bounds; dashed: what is allowed")
+    axes.set_xlabel(f"worse by{f', {unit}' if unit else ''}: measured, 95 % bounds\n(dashed: what is allowed)")
     axes.axvline(0, color=_OTHER, linewidth=0.8)
     return _svg(figure, "How much worse the candidate is on each target, with bounds")
 
@@ -68,7 +68,7 @@ def sensitivity_plot(layers: Sequence[tuple[str, float]]) -> str:
     axes.barh(range(len(worst)), [decibels for _, decibels in worst], color=_ACCENT, height=0.6)
     axes.set_yticks(range(len(worst)), [name if len(name) < 40 else f"…{name[-38:]}" for name, _ in worst])
     axes.invert_yaxis()
-    axes.set_xlabel("signal to quantization noise, dB: short bars are the sensitive layers")
+    axes.set_xlabel("signal to quantization noise, dB\n(short bars: sensitive layers)")
     return _svg(figure, "The most sensitive layers")
 
 

@@ -16,7 +16,9 @@ from perceiver_export.calibration.report import check_report_file, render_html, 
 from perceiver_export.calibration.report.content import Report
 from perceiver_export.calibration.report.gather import gather
 from perceiver_export.calibration.validation import Validation
+from perceiver_export.runtimes import open_bundle
 from perceiver_export.runtimes.errors import UsageError
+from tests.calibration.damaged_scales import with_a_scale_times
 
 TEST = Path(__file__).resolve().parents[2] / "examples" / "fashion_mnist" / "test.npz"
 
@@ -44,6 +46,9 @@ def test_html_holds_everything_and_fetches_nothing(report: Report) -> None:
         "<h2>Sensitivity by layer</h2>",
         "<h2>Worst samples</h2>",
         "<h2>Kernel coverage</h2>",
+        "<h2>Speed against fp32</h2>",
+        "<h2>Folds</h2>",
+        "<h2>Memory plan</h2>",
         "<h2>Environment</h2>",
         "<h2>Reproduce</h2>",
         "prefers-color-scheme: dark",
@@ -71,6 +76,42 @@ def test_markdown_is_a_table_a_section(report: Report) -> None:
             columns = line.count("|")
             assert lines[number - 1].count("|") == columns
             assert lines[number + 1].count("|") == columns
+
+
+def test_folds_and_plan_are_the_manifests(report: Report, int8_bundle: Path) -> None:
+    part = open_bundle(int8_bundle).manifest.parts["model"]
+    tables = {table.title: table for table in report.tables}
+    text = render_markdown(report)
+
+    folds, plan = tables["Folds"], tables["Memory plan"]
+    assert [(row[0], row[1], row[-1]) for row in folds.rows] == [(one.site, one.chosen, one.why) for one in part.folds]
+    encoder = part.folds[0]
+    assert encoder.chosen == "folded"
+    assert folds.columns[2:4] == ("plain MFLOP>", "folded MFLOP>")
+    expected = [f"{flops / 1e6:.2f}" for flops in (encoder.plain.flops, encoder.folded.flops)]
+    assert list(folds.rows[0][2:4]) == expected
+    assert part.plan is not None
+    assert [row[1] for row in plan.rows] == [stage.stage for stage in part.plan.stages]
+    assert plan.rows[0][2] == "32 of 32 latents"
+    assert f"peak at {part.plan.peak / 2**20:.2f} MiB, of a budget of 512 MiB" in plan.note
+    assert f"| {encoder.site} | folded |" in text
+    assert "### Memory plan" in text
+
+
+def test_the_most_sensitive_layer_is_measured_on_the_bundle_itself(
+    int8_bundle: Path, fashion_bundle: Path, report: Report, results: tuple[Validation, Validation], tmp_path: Path
+) -> None:
+    group = "encoder.self_attentions.0.1.mlp.output"
+    ruined = with_a_scale_times(4.0, group, int8_bundle, tmp_path / "ruined")
+
+    damaged = gather(ruined, results[:1], fashion_bundle)
+
+    assert damaged.sensitivity[0][0] == group
+    assert report.sensitivity[0][0] != group
+    assert f"| {group} | -9." in render_markdown(damaged)
+    recorded = gather(int8_bundle, results[:1])  # without the reference: what was noted at calibration
+    assert recorded.sensitivity_note != damaged.sensitivity_note
+    assert {name for name, _ in recorded.sensitivity} == {name for name, _ in report.sensitivity}
 
 
 def test_undecided_is_never_shown_as_held(report: Report, results: tuple[Validation, Validation]) -> None:

@@ -44,6 +44,8 @@ def test_the_report_opens_and_fits(report: Path, width: int, scheme: str, tmp_pa
 
         assert page.complaints() == []
         assert page.evaluate("document.documentElement.scrollWidth") == width
+        boxes = "[...document.querySelectorAll('.wide, figure')].filter(e => e.scrollWidth > e.clientWidth)"
+        assert page.evaluate(f"{boxes}.map(e => e.innerText)") == []  # nothing is cut off beside the window
         assert page.evaluate("document.images.length") == 12
         assert page.evaluate("[...document.images].every(image => image.complete && image.naturalWidth === 28)")
         assert page.evaluate("document.querySelector('.verdict strong').innerText") == "Undecided: this is not a pass"

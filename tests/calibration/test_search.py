@@ -6,13 +6,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
-import onnx_ir as ir
 import pytest
 
 from perceiver_export.calibration import validate
-from perceiver_export.calibration.graph_files import save_graphs
 from perceiver_export.calibration.layer_errors import measure_layer_errors
 from perceiver_export.calibration.mixed_precision import (
     Rung,
@@ -22,13 +19,12 @@ from perceiver_export.calibration.mixed_precision import (
     search,
     steps,
 )
-from perceiver_export.calibration.write import file_entries, new_bundle
 from perceiver_export.exporter import export
 from perceiver_export.runtimes import open_bundle
 from perceiver_export.runtimes.certificates import certificates
 from perceiver_export.runtimes.errors import DataError, GateError, UsageError
-from perceiver_export.runtimes.manifest import encode_manifest
 from tests.calibration.cancelling_units import LAYER, with_cancelling_units
+from tests.calibration.damaged_scales import with_a_scale_times
 
 FASHION = Path(__file__).resolve().parents[2] / "examples" / "fashion_mnist"
 
@@ -103,7 +99,10 @@ def test_a_layer_that_must_not_be_int8_goes_back(cancelling: Path, splits: dict[
     assert all(said.startswith("held") for said in kept.certification)
     bundle = open_bundle(tmp_path / "mixed", verify="always")
     assert certificates(bundle) == found.certificates
+    assert bundle.manifest.name == "mixed"
     assert found.certificates[0].samples == 400
+    with pytest.raises(DataError, match=r"300 of 300 samples .* searched on"):
+        validate(bundle, splits["search_on"], against=cancelling, max_drop=5, allow_overlap=False)
     assert list(tmp_path.iterdir()) == [tmp_path / "mixed"]
 
 
@@ -151,24 +150,3 @@ def test_a_layer_whose_scale_was_ruined_is_refused_and_named_first(
     assert errors[0].group == group
     assert errors[0].sqnr == pytest.approx(-9.5, abs=1)  # an error of three times the signal
     assert measure_layer_errors(int8_bundle, fashion_bundle, FASHION / "test.npz")[0].sqnr > 10
-
-
-def with_a_scale_times(factor: float, group: str, bundle: Path, path: Path) -> Path:
-    """A copy of a bundle in whose graphs the weight scales of one layer are wrong."""
-    opened = open_bundle(bundle)
-    part = opened.part()
-    models = {file: ir.load(bundle / file) for file in {part.file, *part.lowered.values()}}
-    for model in models.values():
-        (name,) = [name for name in model.graph.initializers if name.startswith(group) and name.endswith(".scales")]
-        value = model.graph.initializers[name]
-        assert value.const_value is not None
-        value.const_value = ir.tensor(value.const_value.numpy() * np.float32(factor), name=name)
-    with new_bundle(path, overwrite=False) as directory:
-        save_graphs(models, directory)
-        for name in opened.manifest.files:
-            if not (directory / name).exists():
-                (directory / name).write_bytes((bundle / name).read_bytes())
-        manifest = opened.manifest
-        changed = msgspec.structs.replace(manifest, files=file_entries(directory))
-        (directory / "manifest.json").write_bytes(encode_manifest(changed))
-    return path

@@ -16,11 +16,11 @@ HELD_OUT = str(FASHION / "held_out.npz")
 
 
 @pytest.fixture(scope="module")
-def int8(fashion_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def int8(plain_fashion_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("quantized")
     out, plot = folder / "int8", folder / "layers.json"
     arguments = ["--data", HELD_OUT, "-o", str(out), "--samples", "16", "--sensitivity", str(plot)]
-    shown = succeed("quantize", fashion_bundle, *arguments)
+    shown = succeed("quantize", plain_fashion_bundle, *arguments)
     assert "ort-cpu: multiply-adds in integer kernels" in shown
     assert "warning: 16 samples to calibrate on" in shown
     assert "the worst first" in shown
