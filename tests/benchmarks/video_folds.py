@@ -87,8 +87,8 @@ def main() -> None:
             export("preset:video-autoencoding", bundles["plain"], fold=False, split=True, shape=shape)
         found: dict[str, list[dict[str, float]]] = {kind: [] for kind in bundles}
         for _ in range(arguments.rounds):
-            for kind, bundle in bundles.items():
-                command = [sys.executable, __file__, "--side", kind, str(bundle), str(arguments.threads)]
+            for kind, made in bundles.items():
+                command = [sys.executable, __file__, "--side", kind, str(made), str(arguments.threads)]
                 done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
                 found[kind].append(json.loads(done.stdout.splitlines()[-1]))
     result: dict[str, dict[str, float] | float] = {
