@@ -61,13 +61,14 @@ def main() -> None:
     parser.add_argument("presets", nargs="*", default=list(PRESETS))
     parser.add_argument("--layers", type=int)
     parser.add_argument("--blocks", type=int)
+    parser.add_argument("--no-fold", dest="fold", action="store_false", help="every projection as the model has it")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     rows = []
     if not arguments.json:
         print("preset, part, form, device, fused/fusable, int8/linears, fp32 nodes, MiB, s to compile, s to lint")
     for name in arguments.presets:
-        for row in compiled(name, arguments.layers, arguments.blocks):
+        for row in compiled(name, arguments.layers, arguments.blocks, arguments.fold):
             rows.append(row)
             if not arguments.json:
                 print(_ROW.format(**asdict(row)), flush=True)
@@ -76,11 +77,11 @@ def main() -> None:
     sys.exit(not whole)
 
 
-def compiled(name: str, layers: int | None, blocks: int | None) -> Iterator[Compiled]:
+def compiled(name: str, layers: int | None, blocks: int | None, fold: bool = True) -> Iterator[Compiled]:
     """Engines of one preset: its parts in fp16 and int8 for both architectures."""
     with tempfile.TemporaryDirectory() as directory:
         place = Path(directory)
-        graphs = preset_graphs(name, layers, blocks)
+        graphs = preset_graphs(name, layers, blocks, fold)
         for part in list(graphs):
             ir.save(graphs.pop(part), place / f"{part}.onnx", external_data=f"{part}.weights")
         for canonical in sorted(place.glob("*.onnx")):
