@@ -129,7 +129,7 @@ def test_lowering_again_replaces_and_other_precisions_stand_beside(copied_bundle
     (half,) = lower_bundle(copied_bundle, "tensorrt-rtx", "bf16")
     last = open_bundle(copied_bundle, verify="always").manifest
 
-    assert 15 < min(half.sqnr.values()) < 45  # 8 bits where fp16 has 11
+    assert 40 < min(half.sqnr.values()) < 55  # 8 bits where fp16 has 11
     assert last.parts["model"].lowered.keys() == {"tensorrt-fp16", "tensorrt-bf16"}
     assert first.files["model.tensorrt-fp16.onnx"] == last.files["model.tensorrt-fp16.onnx"]
 
