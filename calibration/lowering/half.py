@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 import onnx_ir as ir
 
-from perceiver_export.calibration.lowering.scores import large_scores
+from perceiver_export.calibration.lowering.scores import large_scores, largest
 
 Half = Literal["fp16", "bf16"]
 
@@ -88,7 +88,7 @@ def _reason(node: ir.Node, precision: Half, hazards: Mapping[str, float], masked
     for value in (*node.inputs, *node.outputs):
         if value is None or value.dtype != ir.DataType.FLOAT or value in masked:
             continue
-        most = _largest(value, hazards)
+        most = largest(value, hazards)
         if not most < _LARGEST[precision] / (1 if value.const_value is not None else HEADROOM):
             return f"|{value.name}| reaches {most:.3g}"
     if any(attribute.type == ir.AttributeType.GRAPH for attribute in node.attributes.values()):
@@ -98,8 +98,8 @@ def _reason(node: ir.Node, precision: Half, hazards: Mapping[str, float], masked
     if node.op_type in _FP32_OPERATORS or (node.op_type == "Mul" and node.inputs[0] is node.inputs[1]):
         return "it squares or sums"
     weight = node.inputs[1] if node.op_type in ("MatMul", "Gemm", "Conv") else None
-    if weight is not None and weight.const_value is not None and 0 < _largest(weight, {}) < _SMALLEST_WEIGHT:
-        return f"its weight is at most {_largest(weight, {}):.3g}"
+    if weight is not None and weight.const_value is not None and 0 < largest(weight, {}) < _SMALLEST_WEIGHT:
+        return f"its weight is at most {largest(weight, {}):.3g}"
     depth = reduction_depth(node)
     if depth > _LARGEST["fp16"]:
         return f"it sums {depth} terms"
@@ -138,13 +138,6 @@ def _index_arithmetic(graph: ir.Graph) -> set[ir.Node]:
                 pending.append(producer)
         found.add(node)
     return found
-
-
-def _largest(value: ir.Value, hazards: Mapping[str, float]) -> float:
-    if value.const_value is not None:
-        array = value.const_value.numpy()
-        return float(np.max(np.abs(array))) if array.size else 0.0
-    return hazards.get(value.name or "", 0.0)
 
 
 def reduction_depth(node: ir.Node) -> int:

@@ -55,23 +55,25 @@ def _largest_term(scores: ir.Value, hazards: Mapping[str, float], masked: set[ir
             continue
         seen.add(value)
         if value not in masked:
-            most = max(most, factor * hazards.get(value.name or "", 0.0))
+            most = max(most, factor * largest(value, hazards))
         producer = value.producer()
         if producer is None or producer.op_type not in _TERMS or (producer.op_type == "Mul" and value in masked):
             continue
-        for one in producer.inputs:
-            if one is not None and one.dtype == value.dtype and one.const_value is None:
-                scale = _others(one, producer, hazards) if producer.op_type == "Mul" else 1.0
+        terms = [one for one in producer.inputs if one is not None and one.dtype == value.dtype]
+        for one in terms:
+            others = [largest(other, hazards) for other in terms if other is not one]
+            scale = max(others, default=1.0) if producer.op_type == "Mul" else 1.0
+            if one.const_value is None:
                 pending.append((one, factor * scale))
     return most
 
 
-def _others(value: ir.Value, product: ir.Node, hazards: Mapping[str, float]) -> float:
-    """The largest of a product's other operand."""
-    (other,) = [one for one in product.inputs if one is not value] or [value]
-    if other is None or other.const_value is None:
-        return hazards.get(other.name or "", 0.0) if other is not None else 0.0
-    return float(np.max(np.abs(other.const_value.numpy())))
+def largest(value: ir.Value, hazards: Mapping[str, float]) -> float:
+    """The largest |x| of a constant, or the one seen; 0 where nobody saw it."""
+    if value.const_value is not None:
+        array = value.const_value.numpy()
+        return float(np.max(np.abs(array))) if array.size else 0.0
+    return hazards.get(value.name or "", 0.0)
 
 
 def _makers(softmax: ir.Node) -> set[ir.Node]:
