@@ -14,7 +14,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from perceiver_export.runtimes.engines.backend import EngineOptions, Source
 from tests.preset_graphs import preset_graphs, quantized
 from tests.runtimes.tensorrt_reports import read_report
 
+_DEVICES = ("sm86", "sm89")
 _ROW = (
     "{preset:28} {part:14} {form:5} {device:5} {fused:>3}/{fusable:<3} {int8:>4}/{linears:<4} {kept:>4}"
     " {mebibytes:>7.1f} {seconds:>6.1f} {lint_seconds:>5.2f}"
@@ -77,8 +78,10 @@ def main() -> None:
     sys.exit(not whole)
 
 
-def compiled(name: str, layers: int | None, blocks: int | None, fold: bool = True) -> Iterator[Compiled]:
-    """Engines of one preset: its parts in fp16 and int8 for both architectures."""
+def compiled(
+    name: str, layers: int | None, blocks: int | None, fold: bool = True, devices: Sequence[str] = _DEVICES
+) -> Iterator[Compiled]:
+    """Engines of one preset: its parts in fp16 and int8, for each architecture."""
     with tempfile.TemporaryDirectory() as directory:
         place = Path(directory)
         graphs = preset_graphs(name, layers, blocks, fold)
@@ -88,11 +91,11 @@ def compiled(name: str, layers: int | None, blocks: int | None, fold: bool = Tru
             for form in ("fp16", "int8"):
                 work = place / form
                 work.mkdir()
-                yield from _forms(name, canonical, form, work)
+                yield from _forms(name, canonical, form, work, devices)
                 shutil.rmtree(work)
 
 
-def _forms(name: str, canonical: Path, form: str, work: Path) -> Iterator[Compiled]:
+def _forms(name: str, canonical: Path, form: str, work: Path, devices: Sequence[str]) -> Iterator[Compiled]:
     model = ir.load(canonical)
     linears = quantized(model) if form == "int8" else 0
     kept = lower_for_tensorrt(model, "tensorrt", "fp16")
@@ -104,7 +107,7 @@ def _forms(name: str, canonical: Path, form: str, work: Path) -> Iterator[Compil
     (judged,) = lint(lowered, "tensorrt-rtx")
     lint_seconds = time.perf_counter() - start
     assert not judged.refused, judged.findings
-    for device in ("sm86", "sm89"):
+    for device in devices:
         out = work / device
         out.mkdir()
         options = EngineOptions(precision="fp16", flags={"compute_capability": device})
