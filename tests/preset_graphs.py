@@ -13,7 +13,9 @@ from perceiver_export.calibration.linears import find_linears
 from perceiver_export.calibration.qdq import LinearPlan, write_qdq
 from perceiver_export.calibration.weights import quantize_channels
 from perceiver_export.exporter.batch import Batch
-from perceiver_export.exporter.parts import GraphPart, split_model, whole_model
+from perceiver_export.exporter.fold.folded import FoldedPerceiver
+from perceiver_export.exporter.fold.sites import choose_sites
+from perceiver_export.exporter.parts import GRID_QUERIES, GraphPart, split_model, whole_model
 from perceiver_export.exporter.perceiver.config import PerceiverConfig
 from perceiver_export.exporter.perceiver.model import PerceiverIO
 from perceiver_export.exporter.presets import PRESETS
@@ -21,6 +23,7 @@ from perceiver_export.exporter.trace import trace
 
 # Of activations behind a LayerNorm: graphs that are only compiled need some scale, not a measured one.
 _SCALE = 4.0 / 127
+_MEMORY_BUDGET = 512 << 20  # export's default, in bytes
 
 
 def preset_config(name: str, layers: int | None = None, blocks: int | None = None) -> PerceiverConfig:
@@ -40,20 +43,24 @@ def preset_config(name: str, layers: int | None = None, blocks: int | None = Non
 
 
 def preset_parts(
-    name: str, layers: int | None = None, blocks: int | None = None
+    name: str, layers: int | None = None, blocks: int | None = None, fold: bool = True
 ) -> tuple[PerceiverConfig, list[GraphPart]]:
-    """The preset's parts with random weights: split where export splits by itself."""
+    """The preset's parts with random weights: split and folded where export does so by itself."""
     config = preset_config(name, layers, blocks)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = PerceiverIO(config).eval()
     split = PRESETS[name].task == "video-autoencoding"
+    if fold:
+        model = FoldedPerceiver(model, choose_sites(model, _MEMORY_BUDGET, 1, GRID_QUERIES if split else None))
     return config, list(split_model(model, Batch.parse(1)) if split else (whole_model(model, Batch.parse(1)),))
 
 
-def preset_graphs(name: str, layers: int | None = None, blocks: int | None = None) -> dict[str, ir.Model]:
-    """The preset's canonical graphs by part, as export writes them without folds."""
-    config, parts = preset_parts(name, layers, blocks)
+def preset_graphs(
+    name: str, layers: int | None = None, blocks: int | None = None, fold: bool = True
+) -> dict[str, ir.Model]:
+    """The preset's canonical graphs by part, as export writes them."""
+    config, parts = preset_parts(name, layers, blocks, fold)
     return {part.name: trace(part, config) for part in parts}
 
 

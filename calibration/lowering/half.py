@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 import onnx_ir as ir
 
-from perceiver_export.calibration.lowering.attention import find_attentions
+from perceiver_export.calibration.lowering.scores import large_scores, largest
 
 Half = Literal["fp16", "bf16"]
 
@@ -26,8 +26,6 @@ HEADROOM = 4.0
 _SMALLEST_SCALE = 2.0**-17
 # A weight whose largest number is below this has fewer than 7 bits left for the typical one.
 _SMALLEST_WEIGHT = 2.0**-13
-# fp16 resolves 1/16 at 64 and 1/2 at 600: a probability is off by as much, so scores beyond this are not rounded.
-_LARGEST_SCORE = 64.0
 # Masks are large negative constants added to scores. This one is finite in fp16, so is its sum with any score down to
 # -16000, and next to it scores below 16 vanish, as they do next to float32's -1e30.
 _MASK, _FP16_MASK = -1e9, -49152.0
@@ -82,7 +80,7 @@ def overflows(graph: ir.Graph, precision: Half, hazards: Mapping[str, float]) ->
     reasons = ((node.name or "", _reason(node, precision, hazards, masked)) for node in graph)
     kept = {name: reason for name, reason in reasons if reason}
     kept |= {node.name or "": "it computes an index" for node in _index_arithmetic(graph)}
-    return _large_scores(graph, hazards, masked) | kept
+    return large_scores(graph, hazards, masked) | kept
 
 
 def _reason(node: ir.Node, precision: Half, hazards: Mapping[str, float], masked: set[ir.Value]) -> str:
@@ -90,7 +88,7 @@ def _reason(node: ir.Node, precision: Half, hazards: Mapping[str, float], masked
     for value in (*node.inputs, *node.outputs):
         if value is None or value.dtype != ir.DataType.FLOAT or value in masked:
             continue
-        most = _largest(value, hazards)
+        most = largest(value, hazards)
         if not most < _LARGEST[precision] / (1 if value.const_value is not None else HEADROOM):
             return f"|{value.name}| reaches {most:.3g}"
     if any(attribute.type == ir.AttributeType.GRAPH for attribute in node.attributes.values()):
@@ -100,8 +98,8 @@ def _reason(node: ir.Node, precision: Half, hazards: Mapping[str, float], masked
     if node.op_type in _FP32_OPERATORS or (node.op_type == "Mul" and node.inputs[0] is node.inputs[1]):
         return "it squares or sums"
     weight = node.inputs[1] if node.op_type in ("MatMul", "Gemm", "Conv") else None
-    if weight is not None and weight.const_value is not None and 0 < _largest(weight, {}) < _SMALLEST_WEIGHT:
-        return f"its weight is at most {_largest(weight, {}):.3g}"
+    if weight is not None and weight.const_value is not None and 0 < largest(weight, {}) < _SMALLEST_WEIGHT:
+        return f"its weight is at most {largest(weight, {}):.3g}"
     depth = reduction_depth(node)
     if depth > _LARGEST["fp16"]:
         return f"it sums {depth} terms"
@@ -112,35 +110,6 @@ def _reason(node: ir.Node, precision: Half, hazards: Mapping[str, float], masked
             if smallest < _SMALLEST_SCALE:
                 return f"its scale is {smallest:.3g}"
     return ""
-
-
-def _large_scores(graph: ir.Graph, hazards: Mapping[str, float], masked: set[ir.Value]) -> dict[str, str]:
-    """Of attentions with large scores: softmax, scores, and what makes queries and keys, the linear included.
-
-    An int8 linear is left as it is: its own steps are coarser than what fp16 would cost.
-    """
-    kept: dict[str, str] = {}
-    for attention in find_attentions(graph):
-        most = hazards.get(attention.scores.outputs[0].name or "", 0.0)
-        if most <= _LARGEST_SCORE:
-            continue
-        pending: list[ir.Node] = [attention.softmax]
-        while pending:
-            node = pending.pop()
-            kept[node.name or ""] = f"its scores reach {most:.3g}"
-            if node.op_type == "MatMul" and node is not attention.scores:
-                continue
-            producers = (value.producer() for value in node.inputs if value is not None and value not in masked)
-            pending += [one for one in producers if one is not None and _makes_scores(one)]
-    return kept
-
-
-def _makes_scores(node: ir.Node) -> bool:
-    """Whether a node before a softmax belongs to its scores: products of floats, biases, scales, and what moves."""
-    if node.op_type == "MatMul":
-        sources = (value.producer() for value in node.inputs if value is not None)
-        return not any(source is not None and source.op_type == "DequantizeLinear" for source in sources)
-    return node.op_type in ("Add", "Div", "Mul", "Transpose", "Reshape", "Pad")
 
 
 def _carried(graph: ir.Graph, hazards: Mapping[str, float]) -> dict[str, float]:
@@ -169,13 +138,6 @@ def _index_arithmetic(graph: ir.Graph) -> set[ir.Node]:
                 pending.append(producer)
         found.add(node)
     return found
-
-
-def _largest(value: ir.Value, hazards: Mapping[str, float]) -> float:
-    if value.const_value is not None:
-        array = value.const_value.numpy()
-        return float(np.max(np.abs(array))) if array.size else 0.0
-    return hazards.get(value.name or "", 0.0)
 
 
 def reduction_depth(node: ir.Node) -> int:

@@ -17,10 +17,10 @@ _REDUCTIONS = frozenset(
 
 
 def to_opset_17(model: ir.Model) -> None:
-    """Rewrite in place what our graphs have of opsets 18 to 20.
+    """Rewrite in place what our graphs have of opsets 18 to 20, and CastLike, which 8.6 may not read.
 
-    Given:  Gelu(x), ReduceMax(x, axes), Cast<to, saturate>(x)
-    Result: 0.5 x (1 + Erf(x / √2)), ReduceMax<axes>(x), Cast<to>(x)
+    Given:  Gelu(x), ReduceMax(x, axes), Cast<to, saturate>(x), CastLike(x, y)
+    Result: 0.5 x (1 + Erf(x / √2)), ReduceMax<axes>(x), Cast<to>(x), Cast<to>(x)
     """
     graph = model.graph
     for node in list(graph):
@@ -28,6 +28,12 @@ def to_opset_17(model: ir.Model) -> None:
             _decompose_gelu(graph, node)
         elif node.op_type in _REDUCTIONS and len(node.inputs) > 1:
             _axes_to_attribute(node)
+        elif node.op_type == "CastLike" and node.outputs[0].dtype is not None:
+            node.op_type = "Cast"
+            node.replace_input_with(1, None)
+            node.resize_inputs(1)
+            node.attributes.clear()
+            node.attributes["to"] = ir.AttrInt64("to", int(node.outputs[0].dtype))
         elif node.op_type in ("Cast", "QuantizeLinear"):
             node.attributes.pop("saturate", None)
     for name in [name for name, value in graph.initializers.items() if not value.uses()]:

@@ -4,10 +4,7 @@
 from __future__ import annotations
 
 import re
-import signal
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +12,7 @@ import msgspec
 
 from perceiver_export.runtimes.bundle import cache_directory
 from perceiver_export.runtimes.engines.backend import Platform, Progress, Source
+from perceiver_export.runtimes.engines.interruptible import interruptible
 from perceiver_export.runtimes.engines.tensorrt_capabilities import Capabilities
 from perceiver_export.runtimes.engines.tensorrt_layers import (
     Layer,
@@ -60,9 +58,6 @@ def make_logger(trt: Any) -> Any:
     return Log()
 
 
-_STEP = 0.2  # seconds
-
-
 def build_engine(
     trt: Any, can: Capabilities, platform: Platform, source: Source, directory: Path, progress: Progress
 ) -> LayerReport:
@@ -71,7 +66,7 @@ def build_engine(
     Raises BuildError: the compiler gave up, or the engine's layers are not of the precision that was asked for (they
     are named); BundleError: the graph cannot be read; DeviceError; KeyboardInterrupt, once the compiler has stopped.
     """
-    return _interruptible(
+    return interruptible(
         lambda stop: _build(trt, can, platform, source, directory, progress, stop),
         lambda: progress("stopping", 0, None),
     )
@@ -115,51 +110,6 @@ def _build(
             "report it with the versions that `perceiver-export doctor` shows; another --precision may be kept",
         )
     return _write(asked, layers, serialized, directory)
-
-
-def _interruptible(work: Callable[[threading.Event], LayerReport], stopping: Callable[[], None]) -> LayerReport:
-    """Work in a thread of its own, so that Ctrl-C arrives here: in a callback TensorRT would swallow it, or end the
-    process.
-
-    The first one asks the work to stop (8.x has no way to: there it is waited for), and is raised once it has.
-    """
-    stop, finished = threading.Event(), threading.Event()
-    results: list[LayerReport] = []
-    errors: list[Exception] = []
-
-    def run() -> None:
-        try:
-            results.append(work(stop))
-        except Exception as error:
-            errors.append(error)
-        finally:
-            finished.set()
-
-    thread = threading.Thread(target=run, name="tensorrt-build")
-    with _ctrl_c_sets(stop):
-        thread.start()
-        while not finished.wait(_STEP) and not stop.is_set():
-            pass
-        if stop.is_set():
-            stopping()
-        thread.join()
-    if stop.is_set():
-        raise KeyboardInterrupt
-    if errors:
-        raise errors[0]
-    return results[0]
-
-
-@contextmanager
-def _ctrl_c_sets(stop: threading.Event) -> Iterator[None]:
-    """Ctrl-C sets ``stop``; raised where the main thread happens to be, it could leave the compiler running behind."""
-    heard = threading.current_thread() is threading.main_thread() and callable(signal.getsignal(signal.SIGINT))
-    before = signal.signal(signal.SIGINT, lambda *_: stop.set()) if heard else None
-    try:
-        yield
-    finally:
-        if heard:
-            signal.signal(signal.SIGINT, before)
 
 
 def _configure(trt: Any, can: Capabilities, config: Any, builder: Any, source: Source) -> None:

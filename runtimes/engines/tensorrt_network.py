@@ -55,17 +55,15 @@ def _problem(can: Capabilities, error: Any) -> str:
 
 def asked_precisions(trt: Any, network: Any, can: Capabilities, options: EngineOptions) -> dict[str, str]:
     """By node, the precision that each matrix product must have: from the graph's types, or on 8.x from the option."""
-    producers = {}
+    producers, constants = {}, _constants(trt, network)
     for layer in _layers(network):
         for index in range(layer.num_outputs):
             producers[layer.get_output(index).name] = layer
     asked = {}
     for layer in _layers(network):
-        if layer.type != trt.LayerType.MATRIX_MULTIPLY:
+        if layer.type != trt.LayerType.MATRIX_MULTIPLY or layer.get_output(0).name in constants:
             continue
         sources = [_source(trt, producers, layer.get_input(index)) for index in range(2)]
-        if all(source is not None and source.type == trt.LayerType.CONSTANT for source in sources):
-            continue  # computed when the engine is built
         if all(source is not None and source.type == trt.LayerType.DEQUANTIZE for source in sources):
             asked[node_name(layer, can)] = "int8"
         elif can.typing == "weak":
@@ -118,6 +116,17 @@ def node_name(layer: Any, can: Capabilities) -> str:
 
 def _layers(network: Any) -> Iterator[Any]:
     return (network.get_layer(index) for index in range(network.num_layers))
+
+
+def _constants(trt: Any, network: Any) -> set[str]:
+    """Names of tensors that no input changes: they are computed when the engine is built."""
+    found: set[str] = set()
+    for layer in _layers(network):  # producers come before their users
+        inputs = [layer.get_input(index) for index in range(layer.num_inputs)]
+        given = [one.name in found for one in inputs if one is not None]
+        if layer.type == trt.LayerType.CONSTANT or (given and all(given)):
+            found.update(layer.get_output(index).name for index in range(layer.num_outputs))
+    return found
 
 
 def _source(trt: Any, producers: dict[str, Any], tensor: Any) -> Any:

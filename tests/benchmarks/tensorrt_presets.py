@@ -14,7 +14,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from perceiver_export.runtimes.engines.backend import EngineOptions, Source
 from tests.preset_graphs import preset_graphs, quantized
 from tests.runtimes.tensorrt_reports import read_report
 
+_DEVICES = ("sm86", "sm89")
 _ROW = (
     "{preset:28} {part:14} {form:5} {device:5} {fused:>3}/{fusable:<3} {int8:>4}/{linears:<4} {kept:>4}"
     " {mebibytes:>7.1f} {seconds:>6.1f} {lint_seconds:>5.2f}"
@@ -61,13 +62,14 @@ def main() -> None:
     parser.add_argument("presets", nargs="*", default=list(PRESETS))
     parser.add_argument("--layers", type=int)
     parser.add_argument("--blocks", type=int)
+    parser.add_argument("--no-fold", dest="fold", action="store_false", help="every projection as the model has it")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     rows = []
     if not arguments.json:
         print("preset, part, form, device, fused/fusable, int8/linears, fp32 nodes, MiB, s to compile, s to lint")
     for name in arguments.presets:
-        for row in compiled(name, arguments.layers, arguments.blocks):
+        for row in compiled(name, arguments.layers, arguments.blocks, arguments.fold):
             rows.append(row)
             if not arguments.json:
                 print(_ROW.format(**asdict(row)), flush=True)
@@ -76,22 +78,24 @@ def main() -> None:
     sys.exit(not whole)
 
 
-def compiled(name: str, layers: int | None, blocks: int | None) -> Iterator[Compiled]:
-    """Engines of one preset: its parts in fp16 and int8 for both architectures."""
+def compiled(
+    name: str, layers: int | None, blocks: int | None, fold: bool = True, devices: Sequence[str] = _DEVICES
+) -> Iterator[Compiled]:
+    """Engines of one preset: its parts in fp16 and int8, for each architecture."""
     with tempfile.TemporaryDirectory() as directory:
         place = Path(directory)
-        graphs = preset_graphs(name, layers, blocks)
+        graphs = preset_graphs(name, layers, blocks, fold)
         for part in list(graphs):
             ir.save(graphs.pop(part), place / f"{part}.onnx", external_data=f"{part}.weights")
         for canonical in sorted(place.glob("*.onnx")):
             for form in ("fp16", "int8"):
                 work = place / form
                 work.mkdir()
-                yield from _forms(name, canonical, form, work)
+                yield from _forms(name, canonical, form, work, devices)
                 shutil.rmtree(work)
 
 
-def _forms(name: str, canonical: Path, form: str, work: Path) -> Iterator[Compiled]:
+def _forms(name: str, canonical: Path, form: str, work: Path, devices: Sequence[str]) -> Iterator[Compiled]:
     model = ir.load(canonical)
     linears = quantized(model) if form == "int8" else 0
     kept = lower_for_tensorrt(model, "tensorrt", "fp16")
@@ -103,7 +107,7 @@ def _forms(name: str, canonical: Path, form: str, work: Path) -> Iterator[Compil
     (judged,) = lint(lowered, "tensorrt-rtx")
     lint_seconds = time.perf_counter() - start
     assert not judged.refused, judged.findings
-    for device in ("sm86", "sm89"):
+    for device in devices:
         out = work / device
         out.mkdir()
         options = EngineOptions(precision="fp16", flags={"compute_capability": device})

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ Arrays = Mapping[str, np.ndarray[Any, Any]]
 @pytest.fixture(scope="module")
 def language(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """Masked, with heads of 4 for queries and 6 for values in its decoder."""
-    return export(small_models.language(), tmp_path_factory.mktemp("language") / "language", fold=False)
+    return export(small_models.language(), tmp_path_factory.mktemp("language") / "language")
 
 
 def run(model: ir.Model | Path, feeds: Arrays, folder: Path | None = None) -> Arrays:
@@ -72,68 +73,80 @@ def scaled_inside(bundle: Bundle, factor: float) -> ir.Model:
     return model
 
 
-def test_a_trained_model_keeps_more_than_50_db_in_fp16_and_all_of_it_on_8(copied_plain_bundle: Path) -> None:
-    strong, weak = lower_bundle(copied_plain_bundle, "tensorrt", "fp16")
+def test_a_trained_model_keeps_more_than_50_db_in_fp16_and_all_of_it_on_8(copied_bundle: Path) -> None:
+    strong, weak = lower_bundle(copied_bundle, "tensorrt", "fp16")
 
     assert strong.name == "tensorrt-fp16"
     assert weak.name == "tensorrt8-fp16"
-    assert min(strong.sqnr.values()) > 50
-    # Its cross-attention has scores of hundreds, where fp16 is half a unit off: 40 dB if they were not fp32.
-    reasons = {reason.rsplit(" ", 1)[0] for reason in strong.kept["model"].values()}
-    assert reasons == {"its scores reach"}
-    assert {name.split("/")[0] for name in strong.kept["model"]} == {
-        "encoder.cross_attentions.0.attention",
-        "encoder.cross_attentions.0.attention.key",
-    }
+    assert min(strong.sqnr.values()) > 60
+    # Its cross-attention has scores of hundreds, where fp16 is half a unit off: 43 dB if all that makes them were not
+    # fp32, the deviations of the inputs too.
+    reasons = {re.sub(r" [\d.]+$", "", reason) for reason in strong.kept["model"].values()}
+    assert reasons == {"its scores reach", "it squares or sums"}
+    names = {name.split("/")[0] for name in strong.kept["model"]} - {"features.image"}
+    assert names == {"encoder.cross_attentions.0", "encoder.cross_attentions.0.deviations.0"}
+    assert not any("MatMul_2" in name for name in strong.kept["model"])  # what reads the inputs
     assert min(weak.sqnr.values()) > 100  # its graph is fp32: flags give the precision
 
 
-def test_a_bundle_with_more_graphs_is_whole_and_shares_weights(copied_plain_bundle: Path) -> None:
-    before = {path.name for path in copied_plain_bundle.iterdir()}
-    lower_bundle(copied_plain_bundle, "tensorrt", "fp16")
-    added = {path.name for path in copied_plain_bundle.iterdir()} - before
+def test_a_plain_graph_keeps_queries_and_keys_of_large_scores(plain_fashion_bundle: Path) -> None:
+    bundle = open_bundle(plain_fashion_bundle)
+    feeds, model = golden_inputs(bundle, "model"), graph(bundle)
+    kept = to_half(model, "fp16", magnitudes(bundle.path / "model.onnx", feeds))
+    expected = run(bundle.path / "model.onnx", feeds)["logits"]
+
+    assert sqnr(expected, run(model, feeds, bundle.path)["logits"]) > 50
+    assert {reason.rsplit(" ", 1)[0] for reason in kept.values()} == {"its scores reach"}
+    assert {name.split("/")[0] for name in kept} == {
+        "encoder.cross_attentions.0.attention",
+        "encoder.cross_attentions.0.attention.key",
+    }
+
+
+def test_a_bundle_with_more_graphs_is_whole_and_shares_weights(copied_bundle: Path) -> None:
+    before = {path.name for path in copied_bundle.iterdir()}
+    lower_bundle(copied_bundle, "tensorrt", "fp16")
+    added = {path.name for path in copied_bundle.iterdir()} - before
 
     assert added == {"model.tensorrt-fp16.onnx", "tensorrt-fp16.weights", "model.tensorrt8-fp16.onnx"}
-    bundle = open_bundle(copied_plain_bundle, verify="always")
+    bundle = open_bundle(copied_bundle, verify="always")
     assert bundle.manifest.parts["model"].lowered.keys() == {"tensorrt-fp16", "tensorrt8-fp16"}
-    sizes = {name: (copied_plain_bundle / name).stat().st_size for name in ("model.weights", "tensorrt-fp16.weights")}
+    sizes = {name: (copied_bundle / name).stat().st_size for name in ("model.weights", "tensorrt-fp16.weights")}
     assert 0.4 < sizes["tensorrt-fp16.weights"] / sizes["model.weights"] < 0.6
     for version in ("8.6", "10.3", "10.13", "10.16", "11.4"):
-        (found,) = lint(copied_plain_bundle, "tensorrt", version)
-        assert {finding.rule for finding in found.findings} == {"wide-heads"}  # the cross-attention's 261
-    with load(copied_plain_bundle, "ort-cpu") as runtime:  # the canonical graph is as it was
+        (found,) = lint(copied_bundle, "tensorrt", version)
+        assert not found.findings
+    with load(copied_bundle, "ort-cpu") as runtime:  # the canonical graph is as it was
         golden = golden_inputs(bundle, "model")
-        with np.load(copied_plain_bundle / "golden.npz") as arrays:
+        with np.load(copied_bundle / "golden.npz") as arrays:
             np.testing.assert_allclose(runtime.run(golden)["logits"], arrays["output/logits"], atol=1e-4)
 
 
-def test_lowering_again_replaces_and_other_precisions_stand_beside(copied_plain_bundle: Path) -> None:
-    lower_bundle(copied_plain_bundle, "tensorrt-rtx", "fp16")
-    first = open_bundle(copied_plain_bundle).manifest
-    lower_bundle(copied_plain_bundle, "tensorrt-rtx", "fp16")
-    (half,) = lower_bundle(copied_plain_bundle, "tensorrt-rtx", "bf16")
-    last = open_bundle(copied_plain_bundle, verify="always").manifest
+def test_lowering_again_replaces_and_other_precisions_stand_beside(copied_bundle: Path) -> None:
+    lower_bundle(copied_bundle, "tensorrt-rtx", "fp16")
+    first = open_bundle(copied_bundle).manifest
+    lower_bundle(copied_bundle, "tensorrt-rtx", "fp16")
+    (half,) = lower_bundle(copied_bundle, "tensorrt-rtx", "bf16")
+    last = open_bundle(copied_bundle, verify="always").manifest
 
-    assert 15 < min(half.sqnr.values()) < 45  # 8 bits where fp16 has 11
+    assert 40 < min(half.sqnr.values()) < 55  # 8 bits where fp16 has 11
     assert last.parts["model"].lowered.keys() == {"tensorrt-fp16", "tensorrt-bf16"}
     assert first.files["model.tensorrt-fp16.onnx"] == last.files["model.tensorrt-fp16.onnx"]
 
 
-def test_a_bundle_that_cannot_be_lowered_stays_as_it_was(
-    copied_plain_bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    before = sorted(path.name for path in copied_plain_bundle.iterdir())
-    scaled = scaled_inside(open_bundle(copied_plain_bundle), 3e4)
-    ir.save(scaled, copied_plain_bundle / "model.onnx", external_data="model.weights")
+def test_a_bundle_that_cannot_be_lowered_stays_as_it_was(copied_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = sorted(path.name for path in copied_bundle.iterdir())
+    scaled = scaled_inside(open_bundle(copied_bundle), 3e4)
+    ir.save(scaled, copied_bundle / "model.onnx", external_data="model.weights")
     hidden = "perceiver_export.calibration.lowering.tensorrt_bundle._hazards"
     monkeypatch.setattr(hidden, lambda bundle, part: {})  # as if nothing had been seen to overflow
-    manifest = (copied_plain_bundle / "manifest.json").read_bytes()
+    manifest = (copied_bundle / "manifest.json").read_bytes()
 
     with pytest.raises(GateError, match="NaN or infinite"):
-        lower_bundle(_rehashed(copied_plain_bundle), "tensorrt-rtx", "fp16")
+        lower_bundle(_rehashed(copied_bundle), "tensorrt-rtx", "fp16")
 
-    assert sorted(path.name for path in copied_plain_bundle.iterdir()) == before
-    assert len((copied_plain_bundle / "manifest.json").read_bytes()) == len(manifest)
+    assert sorted(path.name for path in copied_bundle.iterdir()) == before
+    assert len((copied_bundle / "manifest.json").read_bytes()) == len(manifest)
 
 
 def _rehashed(path: Path) -> Path:
@@ -150,10 +163,12 @@ def _rehashed(path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("build", [small_models.pictures, small_models.flow], ids=lambda one: one.__name__)
+@pytest.mark.parametrize(
+    "build", [small_models.pictures, small_models.flow, small_models.first_sound], ids=lambda one: one.__name__
+)
 def test_every_kind_of_model_keeps_more_than_50_db(build: Any, tmp_path: Path) -> None:
     model: LoadedModel = build()
-    bundle = export(model, tmp_path / "bundle", fold=False)
+    bundle = export(model, tmp_path / "bundle")
     strong, weak = lower_bundle(bundle, "tensorrt", "fp16")
 
     assert min(strong.sqnr.values()) > 50
@@ -161,7 +176,7 @@ def test_every_kind_of_model_keeps_more_than_50_db(build: Any, tmp_path: Path) -
 
 
 def test_split_parts_are_lowered_each(tmp_path: Path) -> None:
-    bundle = export(small_models.video(), tmp_path / "video", fold=False)
+    bundle = export(small_models.video(), tmp_path / "video")
     (lowered,) = lower_bundle(bundle, "tensorrt-rtx", "fp16")
 
     assert set(lowered.kept) == {"encoder", "decoder_video", "decoder_sound", "decoder_label"}
@@ -169,8 +184,8 @@ def test_split_parts_are_lowered_each(tmp_path: Path) -> None:
     assert set(lowered.kept["decoder_video"].values()) == {"it computes an index"}
 
 
-def test_what_overflows_stays_fp32_where_it_was_seen_to(plain_fashion_bundle: Path, tmp_path: Path) -> None:
-    bundle = open_bundle(plain_fashion_bundle)
+def test_what_overflows_stays_fp32_where_it_was_seen_to(fashion_bundle: Path, tmp_path: Path) -> None:
+    bundle = open_bundle(fashion_bundle)
     feeds = golden_inputs(bundle, "model")
     ir.save(scaled_inside(bundle, 3e4), tmp_path / "scaled.onnx", external_data="scaled.weights")
     hazards = magnitudes(tmp_path / "scaled.onnx", feeds)
@@ -189,12 +204,43 @@ def test_what_overflows_stays_fp32_where_it_was_seen_to(plain_fashion_bundle: Pa
     assert all(name.endswith((".mlp.hidden", ".mlp.activation", ".mlp.output")) for name in overflowing)
 
 
-def test_bf16_keeps_what_fp16_cannot(plain_fashion_bundle: Path, tmp_path: Path) -> None:
-    model = scaled_inside(open_bundle(plain_fashion_bundle), 3e4)
+def test_bf16_keeps_what_fp16_cannot(fashion_bundle: Path, tmp_path: Path) -> None:
+    model = scaled_inside(open_bundle(fashion_bundle), 3e4)
 
     hazards = {node.outputs[0].name or "": 1e6 for node in model.graph if node.op_type == "Gelu"}
 
     assert to_half(model, "bf16", hazards) == {}
+
+
+SCORES = """(float[2,8] q, float[8,3] k, float[1,3] keep) => (float[2,8] y) {
+    s = MatMul(q, k)  left = Mul(keep, lowest)  t = Add(s, left)  p = Softmax<axis = -1>(t)  y = MatMul(p, v) }"""
+
+
+@pytest.mark.parametrize(("largest", "kept"), [(63.0, set()), (65.0, {"MatMul_0", "Mul_1", "Add_2", "Softmax_3"})])
+def test_large_scores_are_seen_beside_a_mask(largest: float, kept: set[str], tmp_path: Path) -> None:
+    path = write(tmp_path / "s.onnx", SCORES, lowest=np.array(-1e30, np.float32), v=np.ones((3, 8), np.float32))
+    model = ir.load(path)
+    ir.passes.common.ShapeInferencePass()(model)
+
+    assert set(to_half(model, "fp16", {"s": largest, "t": 1e30, "left": 1e30, "keep": 1.0})) == kept
+    feeds = {
+        "q": np.full((2, 8), 2, np.float32),
+        "k": np.full((8, 3), 4, np.float32),
+        "keep": np.zeros((1, 3), np.float32),
+    }
+    np.testing.assert_allclose(run(model, feeds, tmp_path)["y"], 1, rtol=1e-3)
+
+
+CANCEL = """(float[2,8] q, float[8,3] k, float[2,3] grid, float[3] inverse) => (float[2,8] y) {
+    s = MatMul(q, k)  t = Add(s, grid)  u = Mul(t, inverse)  p = Softmax<axis = -1>(u)  y = MatMul(p, v) }"""
+
+
+@pytest.mark.parametrize(("inverse", "kept"), [(0.25, set()), (0.5, {"MatMul_0", "Add_1", "Mul_2", "Softmax_3"})])
+def test_large_terms_of_small_scores_count_as_they_are_scaled(inverse: float, kept: set[str], tmp_path: Path) -> None:
+    model = ir.load(write(tmp_path / "c.onnx", CANCEL, v=np.ones((3, 8), np.float32)))
+    ir.passes.common.ShapeInferencePass()(model)
+
+    assert set(to_half(model, "fp16", {"s": 200, "grid": 200, "t": 20, "inverse": inverse, "u": 10})) == kept
 
 
 @pytest.mark.parametrize("mask", ["none", "some", "all"])
@@ -267,8 +313,8 @@ def test_scales_too_small_for_fp16_stay_fp32(tmp_path: Path) -> None:
     assert to_half(model, "fp16") == dict.fromkeys(("QuantizeLinear_0", "DequantizeLinear_1"), "its scale is 1e-06")
 
 
-def test_an_int8_graph_keeps_its_numbers_in_fp16(plain_fashion_bundle: Path) -> None:
-    bundle = open_bundle(plain_fashion_bundle)
+def test_an_int8_graph_keeps_its_numbers_in_fp16(fashion_bundle: Path) -> None:
+    bundle = open_bundle(fashion_bundle)
     canonical, lowered = graph(bundle), graph(bundle)
     for model in (canonical, lowered):
         quantized(model)

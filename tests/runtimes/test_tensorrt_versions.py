@@ -38,14 +38,15 @@ RANGED = {"batch": (1, 4)}
 
 
 def network(half: str) -> Callable[[FakeModule], list[Fake]]:
-    """A normalization, an int8 product, a product of activations of type ``half`` and one that overflows."""
+    """A normalization, an int8 product, a product of activations of type ``half``, one that overflows, and one of
+    constants, which no engine has a kernel for.
+    """
 
     def layers(module: FakeModule) -> list[Fake]:
-        x, q, d, w, wd, y, z = (
+        types = (half, "int8", half, "int8", half, half, "float32", half, half, half)
+        x, q, d, w, wd, y, z, c, sums, product = (
             tensor(module, name, dtype)
-            for name, dtype in zip(
-                ["x", "q", "d", "w", "e", "y", "z"], (half, "int8", half, "int8", half, half, "float32"), strict=True
-            )
+            for name, dtype in zip(["x", "q", "d", "w", "e", "y", "z", "c", "sums", "product"], types, strict=True)
         )
         return [
             layer(module, "NORMALIZATION", "norm", [x], x),
@@ -57,6 +58,9 @@ def network(half: str) -> Callable[[FakeModule], list[Fake]]:
             layer(module, "MATRIX_MULTIPLY", "attention/MatMul_1", [y, x], y),
             layer(module, "SOFTMAX", "attention/Softmax_1", [y], y),
             layer(module, "MATRIX_MULTIPLY", "attention/MatMul_2:fp32", [z, z], z),
+            layer(module, "CONSTANT", "c", [], c),
+            layer(module, "CONCATENATION", "c/Concat", [c, c], sums),
+            layer(module, "MATRIX_MULTIPLY", "constants/MatMul", [sums, c], product),
         ]
 
     return layers
