@@ -17,6 +17,7 @@ from perceiver_export.exporter.perceiver.config import (
     InputQueries,
     LearnedQueries,
     MaskedInput,
+    OutputConfig,
     PerceiverConfig,
     QueryDecoder,
     TokenInput,
@@ -27,7 +28,7 @@ from perceiver_export.runtimes.errors import UsageError
 from perceiver_export.runtimes.manifest import TensorSpec
 
 # Queries a call of a decoder where nothing else is asked for: few where a text's masked bytes are read, many of a grid.
-_LEARNED_QUERIES, GRID_QUERIES = 256, 8192
+_LEARNED_QUERIES, _GRID_QUERIES = 256, 8192
 
 
 @dataclass(frozen=True)
@@ -94,8 +95,7 @@ def _decoder(
         inputs = [latents, *given]
         spec = next(spec for spec in output_specs(model.config, batch) if spec.name == name)
         return GraphPart(part, _Decoder(model, name, inputs, output.shape), tuple(inputs), (spec,), _typical(batch))
-    usual = total if dynamic else _LEARNED_QUERIES if isinstance(output.queries, LearnedQueries) else GRID_QUERIES
-    most = min(queries or usual, total)
+    most = most_queries(output, queries, dynamic)
     dynamic = dynamic and most > 1  # torch knows no range from 1 to 1
     size: int | str = "queries" if dynamic else most
     ranges = {**latents.ranges, **({"queries": (1, most)} if dynamic else {})}
@@ -105,6 +105,21 @@ def _decoder(
     rows = TensorSpec(name, "float32", (latents.shape[0], size, channels), "one row a query", ranges)
     typical = _typical(batch) | ({"queries": min(most, _LEARNED_QUERIES)} if dynamic else {})
     return GraphPart(part, _Decoder(model, name, inputs, None), tuple(inputs), (rows,), typical, total)
+
+
+def most_queries(output: OutputConfig, queries: int | None, dynamic: bool) -> int:
+    """How many queries of an output a split decoder takes in a call, at most."""
+    total = output.queries.num_queries
+    usual = total if dynamic else _LEARNED_QUERIES if isinstance(output.queries, LearnedQueries) else _GRID_QUERIES
+    return min(queries or usual, total)
+
+
+def planned_queries(config: PerceiverConfig, queries: int | None, dynamic: bool) -> dict[str, int]:
+    """For how many queries of each output a split decoder is planned: of any number, for those of a usual call."""
+    if not isinstance(config.decoder, QueryDecoder):
+        return {}
+    most = {name: most_queries(output, queries, dynamic) for name, output in config.decoder.outputs.items()}
+    return {name: min(count, queries or _GRID_QUERIES) if dynamic else count for name, count in most.items()}
 
 
 def input_specs(config: PerceiverConfig, batch: Batch) -> tuple[TensorSpec, ...]:

@@ -17,6 +17,7 @@ import numpy as np
 
 from perceiver_export.calibration.write import file_entries, new_bundle, refuse_existing
 from perceiver_export.exporter.batch import Batch
+from perceiver_export.exporter.budget import DEFAULT_BUDGET, parse_budget
 from perceiver_export.exporter.load import load_model
 from perceiver_export.exporter.loaded import LoadedModel
 from perceiver_export.runtimes.bundle import Bundle, open_bundle
@@ -53,7 +54,7 @@ def export(
     shape: Mapping[str, tuple[int, ...]] | None = None,
     config: str | os.PathLike[str] | None = None,
     fold: bool = True,
-    memory_budget: str | int = "512MiB",
+    memory_budget: str | int | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Bundle:
@@ -66,8 +67,9 @@ def export(
     is the JSON file of sizes that a bare state dict comes with. A `LoadedModel` may be given instead of a path.
 
     ``fold`` rewrites the model into an exactly equal one with less work, site by site where that pays, in pieces that
-    keep the activations within ``memory_budget`` (bytes, or e.g. ``"512MiB"``); the manifest says what was chosen.
-    Without it the graph has every projection as the model has it, and no pieces.
+    keep the activations within ``memory_budget`` (bytes, or e.g. ``"512MiB"``, which is the default) at the largest
+    batch; a decoder of any number of queries is planned for calls of 8192. The manifest says what was chosen. Without
+    ``fold`` the graph has every projection as the model has it, and no pieces.
 
     Raises CheckpointError, UnsupportedModelError, UsageError, ExportError, VerificationError, BundleExistsError,
     MissingDependencyError.
@@ -77,6 +79,11 @@ def export(
     sizes = Batch.parse(batch)
     shapes = dict(shape or {})
     queries = shapes.pop("queries", None)
+    if memory_budget is not None and not fold:
+        raise UsageError(
+            "a graph without folds has no pieces to fit a budget", "leave --memory-budget or --no-fold out"
+        )
+    budget = parse_budget(DEFAULT_BUDGET if memory_budget is None else memory_budget)
     refuse_existing(path, overwrite)
     report("load", 0, 1)
     if isinstance(source, LoadedModel):
@@ -86,9 +93,6 @@ def export(
     else:
         loaded = load_model(source, task=task, parity=parity, shape=shapes, config=config)
     loaded.model.eval()  # one's own may come from training
-    from perceiver_export.exporter.fold.plan import (
-        parse_budget,
-    )  # imports torch, which `load_model` has checked is there
     from perceiver_export.exporter.parts import output_specs
 
     split = loaded.split if split is None else split
@@ -96,7 +100,7 @@ def export(
     references = _parts(loaded.model, *cut)
     sites, graphs = None, references
     if fold:
-        folded = _folded(loaded.model, parse_budget(memory_budget), *cut)
+        folded = _folded(loaded.model, budget, *cut)
         sites, graphs = folded.sites, _parts(folded, *cut)
     with new_bundle(path, overwrite) as directory:
         parts = _write_graphs(loaded, graphs, sites, directory, report)
@@ -114,10 +118,10 @@ def _folded(
 ) -> FoldedPerceiver:
     from perceiver_export.exporter.fold.folded import FoldedPerceiver
     from perceiver_export.exporter.fold.sites import choose_sites
-    from perceiver_export.exporter.parts import GRID_QUERIES
+    from perceiver_export.exporter.parts import planned_queries
 
-    at_once = (queries[0] if queries else GRID_QUERIES) if split else None
-    return FoldedPerceiver(model, choose_sites(model, budget, batch.typical, at_once))
+    at_once = planned_queries(model.config, queries[0] if queries else None, dynamic_queries) if split else None
+    return FoldedPerceiver(model, choose_sites(model, budget, batch.most, at_once))
 
 
 def _parts(

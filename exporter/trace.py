@@ -49,7 +49,9 @@ def trace(part: GraphPart, config: PerceiverConfig) -> ir.Model:
                 verbose=False,
             )
     except OnnxExporterError as error:
-        raise ExportError(f"torch cannot trace this model: {_reason(error)}", "report it with the config") from error
+        raise ExportError(
+            f"torch cannot trace this model: {_reason(error)}", "report it with the config; --no-fold may do meanwhile"
+        ) from error
     assert program is not None
     graph = program.model
     graph.ir_version = IR_VERSION

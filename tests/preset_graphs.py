@@ -15,7 +15,7 @@ from perceiver_export.calibration.weights import quantize_channels
 from perceiver_export.exporter.batch import Batch
 from perceiver_export.exporter.fold.folded import FoldedPerceiver
 from perceiver_export.exporter.fold.sites import choose_sites
-from perceiver_export.exporter.parts import GRID_QUERIES, GraphPart, split_model, whole_model
+from perceiver_export.exporter.parts import GraphPart, planned_queries, split_model, whole_model
 from perceiver_export.exporter.perceiver.config import PerceiverConfig
 from perceiver_export.exporter.perceiver.model import PerceiverIO
 from perceiver_export.exporter.presets import PRESETS
@@ -52,7 +52,9 @@ def preset_parts(
         model = PerceiverIO(config).eval()
     split = PRESETS[name].task == "video-autoencoding"
     if fold:
-        model = FoldedPerceiver(model, choose_sites(model, _MEMORY_BUDGET, 1, GRID_QUERIES if split else None))
+        model = FoldedPerceiver(
+            model, choose_sites(model, _MEMORY_BUDGET, 1, planned_queries(model.config, None, False) if split else None)
+        )
     return config, list(split_model(model, Batch.parse(1)) if split else (whole_model(model, Batch.parse(1)),))
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from perceiver_export.exporter.budget import DEFAULT_BUDGET
 from perceiver_export.exporter.cli.output import JsonFlag, count, mebibytes, print_json, progress_bar, shape
 from perceiver_export.exporter.cli.run import INPUTS
 from perceiver_export.runtimes.errors import UsageError
@@ -53,8 +54,13 @@ def export(
         bool, typer.Option("--fold/--no-fold", help="Leave out the work that constant latents and positions save.")
     ] = True,
     memory_budget: Annotated[
-        str, typer.Option(metavar="SIZE", help="Activations that a run may need; larger stages run in pieces.")
-    ] = "512MiB",
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Activations that a run may need; larger stages run in pieces.",
+            show_default=DEFAULT_BUDGET,
+        ),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a bundle that is already there.")] = False,
     json: JsonFlag = False,
 ) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from perceiver_export.exporter.cli.output import JsonFlag, count, mebibytes, print_json, print_table, shape
-from perceiver_export.runtimes.manifest import Part, Stage
+from perceiver_export.runtimes.manifest import Part, PlannedStage, Stage
 
 if TYPE_CHECKING:
     from perceiver_export.calibration.record import Calibration
@@ -75,16 +75,23 @@ def _show_folds(part: Part) -> None:
     """What was folded and why, and how much of each stage is computed at a time."""
     if part.folds:
         rows = [
-            (one.site, *(f"{count(cost.flops)}FLOP" for cost in (one.plain, one.folded)), one.chosen, one.why)
+            (
+                one.site,
+                *(f"{count(cost.flops)}FLOP, {mebibytes(cost.bytes)}" for cost in (one.plain, one.folded)),
+                one.chosen,
+                one.why,
+            )
             for one in part.folds
         ]
         print_table("folds", ["site", "plain>", "folded>", "chosen", "why"], rows)
     if part.plan is not None:
-        rows = [
-            (one.stage, f"{one.at_a_time} of {one.count} {one.unit}", mebibytes(one.bytes)) for one in part.plan.stages
-        ]
+        rows = [(one.stage, _at_a_time(one), mebibytes(one.bytes)) for one in part.plan.stages]
         title = f"memory plan, for {mebibytes(part.plan.budget)} of activations"
         print_table(title, ["stage", "at a time", "needs>"], rows)
+
+
+def _at_a_time(stage: PlannedStage) -> str:
+    return "all at once" if stage.at_a_time == stage.count else f"{stage.at_a_time} of {stage.count} {stage.unit}"
 
 
 def show_precision(calibration: Calibration) -> None:

@@ -21,6 +21,7 @@ FLOPS_A_BYTE = 10
 _FLOAT = 4
 # FLOPs; less than a millisecond anywhere. A tail of one query stays as it is, and can be quantized as it is.
 _NEXT_TO_NOTHING = 1 << 24
+_MOST_AXES = 3
 
 
 def few_queries(site: str, config: AttentionConfig, num_queries: int, modalities: Sequence[Modality]) -> FoldDecision:
@@ -40,7 +41,8 @@ def few_queries(site: str, config: AttentionConfig, num_queries: int, modalities
         # written, scaled, softmax, read; each axis of the positions is added, and summed over
         numbers += rows * (6 + 3 * one.constants.num_axes) + 4 * one.constants.num_rows * own
     flops += 2 * num_queries * config.num_heads * channels * widths
-    return _decide(site, plain, _cost(flops, numbers), "keys and values of the inputs are not computed")
+    axes = max(len(one.constants.shape) for one in modalities)
+    return _decide(site, plain, _cost(flops, numbers), "keys and values of the inputs are not computed", axes)
 
 
 def input_queries(
@@ -56,7 +58,8 @@ def input_queries(
         2 * rows * (own + channels) + _keys(config, num_latents, num_latent_channels, channels),
         rows * (6 + 2 * further) + count * (3 * own + 2 * channels),
     )
-    return _decide(site, plain, folded, "queries are projected into the keys, the output into the values")
+    how = "queries are projected into the keys, the output into the values"
+    return _decide(site, plain, folded, how, len(modality.constants.shape))
 
 
 def position_queries(
@@ -107,14 +110,17 @@ def _cost(flops: int, numbers: int) -> Cost:
     return Cost(flops, numbers * _FLOAT)
 
 
-def _decide(site: str, plain: Cost, folded: Cost, how: str) -> FoldDecision:
+def _decide(site: str, plain: Cost, folded: Cost, how: str, axes: int = 1) -> FoldDecision:
     ratio = _weighed(plain) / _weighed(folded)
+    if axes > _MOST_AXES:
+        why = f"{axes} axes of positions would need tensors of rank {axes + 3}; engines take 6"
+        return FoldDecision(site, plain, folded, "plain", why)
     if 0 < _weighed(plain) - _weighed(folded) < _NEXT_TO_NOTHING:
         return FoldDecision(site, plain, folded, "plain", "folding would save next to nothing")
     if ratio > 1:
-        return FoldDecision(site, plain, folded, "folded", f"{how}: {ratio:.1f} times less work")
-    less = "as much" if math.isclose(ratio, 1, rel_tol=0.05) else f"{1 / ratio:.1f} times"
-    return FoldDecision(site, plain, folded, "plain", f"folded would be {less} the work")
+        return FoldDecision(site, plain, folded, "folded", f"{how}: {ratio:.1f} times less work and traffic")
+    less = "as much" if math.isclose(ratio, 1, rel_tol=0.05) else f"{1 / ratio:.1f} times the"
+    return FoldDecision(site, plain, folded, "plain", f"folded would be {less} work and traffic")
 
 
 def _weighed(cost: Cost) -> int:

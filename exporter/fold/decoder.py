@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from perceiver_export.exporter.fold.many_queries import InputQueriesAttention
-from perceiver_export.exporter.fold.modalities import modality_of, position_constants
+from perceiver_export.exporter.fold.modalities import position_constants, query_modality
 from perceiver_export.exporter.fold.position_queries import PositionQueriesAttention
 from perceiver_export.exporter.fold.sites import Sites
 from perceiver_export.exporter.fold.tails import Linear, LinearTail, PlainTail
@@ -35,7 +35,7 @@ class FoldedDecoder(nn.Module):
                 constants = position_constants(reference, name, output.queries)
                 self.sites[name] = PositionQueriesAttention(attention, tail, constants, site.at_a_time)
             elif site.folded:
-                modality = modality_of(model, next(iter(model.config.inputs)))
+                modality = query_modality(model, reference, name)
                 self.sites[name] = InputQueriesAttention(attention, tail, modality, site.at_a_time)
             else:
                 self.sites[name] = self.plain[name]

@@ -80,7 +80,7 @@ class InputQueriesAttention(nn.Module):
     def forward(self, latents: Tensor, features: Tensor) -> Tensor:
         keys, offset, values = self.folded(latents)
         count = self.modality.num_features
-        rows, terms = self._constant_scores(keys[..., count:])
+        rows, terms = self._constant_scores(keys[..., count:], offset)
         deviation = self.deviation(features).unsqueeze(-1)
         columns = torch.cat([features, torch.ones_like(deviation), deviation], dim=-1)
         inverse = torch.reciprocal(deviation)
@@ -102,12 +102,12 @@ class InputQueriesAttention(nn.Module):
             outputs.append(self.tail(x))
         return torch.cat(outputs, dim=1) if len(outputs) > 1 else outputs[0]
 
-    def _constant_scores(self, keys: Tensor) -> tuple[Tensor, list[tuple[int | None, Tensor]]]:
+    def _constant_scores(self, keys: Tensor, offset: Tensor) -> tuple[Tensor, list[tuple[int | None, Tensor]]]:
         """The constants' scores: a row for each step (B, steps or 1, h, 1, N), and what varies within a step.
 
         The latter is (axis within a step, (B, 1 or steps, h, size, N)); axis None is all of a step.
         """
-        rows = torch.zeros_like(keys[..., :1].transpose(-1, -2)).unsqueeze(1)
+        rows = torch.zeros_like(offset.transpose(-1, -2)).unsqueeze(1)
         terms: list[tuple[int | None, Tensor]] = []
         several = len(self.modality.constants.shape) > 1
         for axis, scores in scores_of(self.modality.constants, keys):

@@ -22,7 +22,7 @@ from perceiver_export.exporter.perceiver.adapters import (
     MaskTokenAdapter,
     TokenAdapter,
 )
-from perceiver_export.exporter.perceiver.config import ArrayInput, MaskedInput, PositionQueries, TokenInput
+from perceiver_export.exporter.perceiver.config import ArrayInput, Input, MaskedInput, PositionQueries, TokenInput
 from perceiver_export.exporter.perceiver.decoder import PerceiverDecoder, PositionQueryTable
 from perceiver_export.exporter.perceiver.model import PerceiverIO
 from perceiver_export.exporter.perceiver.positions import (
@@ -56,15 +56,23 @@ def modality_of(model: PerceiverIO, name: str) -> Modality:
     config, adapter = model.config.inputs[name], model.inputs[name]
     if isinstance(config, MaskedInput):
         assert isinstance(adapter, MaskTokenAdapter)
-        return Modality(0, with_padding(no_constants((config.num_inputs,)), adapter.token.detach()))
-    constants = _positions_of(adapter)
-    if constants is None:
-        assert isinstance(config, ArrayInput | TokenInput)
-        constants = no_constants(config.grid if isinstance(config, ArrayInput) else (config.length,))
+        constants = with_padding(no_constants((config.num_inputs,)), adapter.token.detach())
+    else:
+        constants = _constants_of(adapter, config)
     num_features = config.num_input_channels - constants.num_channels
     if name in model.input_paddings:
         constants = with_padding(constants, model.input_paddings[name].detach())
     return Modality(num_features, constants, _basis(adapter))
+
+
+def query_modality(model: PerceiverIO, reference: PerceiverDecoder, output: str) -> Modality:
+    """The only input as an output's queries: its features themselves, as wide as the queries of all outputs."""
+    (name,) = model.config.inputs
+    modality = modality_of(model, name)
+    constants = modality.constants
+    if output in reference.paddings:
+        constants = with_padding(constants, reference.paddings[output].detach())
+    return Modality(modality.num_features, constants)
 
 
 def position_constants(reference: PerceiverDecoder, name: str, queries: PositionQueries) -> Constants:
@@ -92,10 +100,12 @@ def _basis(adapter: nn.Module) -> Tensor | None:
     return basis if basis.shape[0] < basis.shape[1] else None
 
 
-def _positions_of(adapter: nn.Module) -> Constants | None:
+def _constants_of(adapter: nn.Module, config: Input) -> Constants:
     encoding = getattr(adapter, "positions", None)
     if isinstance(encoding, FourierPositionEncoding):
         return fourier_constants(encoding.config, encoding.shape, encoding.table)
     if isinstance(encoding, LearnedPositionEncoding):
         return free_constants(encoding.shape, encoding().detach())
-    return None  # tokens carry theirs within, points are theirs
+    # Tokens carry their positions within, points are theirs.
+    assert isinstance(config, ArrayInput | TokenInput)
+    return no_constants(config.grid if isinstance(config, ArrayInput) else (config.length,))

@@ -10,7 +10,6 @@ them for each piece. Scores count twice, since an engine reads one array to writ
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,6 +21,7 @@ from perceiver_export.exporter.perceiver.config import (
     PerceiverConfig,
     PositionQueries,
     QueryDecoder,
+    TokenInput,
 )
 from perceiver_export.exporter.perceiver.model import PerceiverIO
 from perceiver_export.runtimes.errors import UsageError
@@ -65,23 +65,11 @@ def within(stages: Sequence[Stage], budget: int) -> tuple[PlannedStage, ...]:
     return tuple(stage.within(budget) for stage in stages)
 
 
-def parse_budget(text: str | int) -> int:
-    """Bytes; ``"512MiB"``, ``"1.5GB"``. Raises UsageError."""
-    if isinstance(text, int):
-        return text
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]i?)?B?\s*", text, re.IGNORECASE)
-    if found is None:
-        raise UsageError(f"--memory-budget {text!r} is no size", "for example 512MiB or 1.5GB")
-    number, unit = found.groups()
-    factors = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
-    return int(float(number) * factors[(unit or "").lower()])
-
-
 def encoder(config: PerceiverConfig, modalities: Sequence[Modality], folded: bool, batch: int) -> Stage:
     """Inputs are read by some latents at a time; unfolded, by all."""
     latents, attention = config.encoder, config.encoder.cross_attention
     count = sum(one.constants.num_rows for one in modalities)
-    masked = any(getattr(one, "masked", False) for one in config.inputs.values())
+    masked = any(isinstance(one, TokenInput) or getattr(one, "masked", False) for one in config.inputs.values())
     scores = attention.num_heads * count * (_SCORES + masked) * _FLOAT * batch
     if folded:
         numbers = sum(one.constants.num_rows * (3 * one.num_values + 4) for one in modalities)

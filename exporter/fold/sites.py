@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import msgspec
 
 from perceiver_export.exporter.fold import decisions, plan
-from perceiver_export.exporter.fold.modalities import modality_of, position_constants
-from perceiver_export.exporter.perceiver.config import InputQueries, MaskedInput, PositionQueries, QueryDecoder
+from perceiver_export.exporter.fold.modalities import modality_of, position_constants, query_modality
+from perceiver_export.exporter.perceiver.config import InputQueries, PositionQueries, QueryDecoder
 from perceiver_export.exporter.perceiver.decoder import PerceiverDecoder
 from perceiver_export.exporter.perceiver.model import PerceiverIO
 from perceiver_export.runtimes.manifest import FoldDecision, MemoryPlan, Part
@@ -38,19 +38,23 @@ class Sites:
 
     def recorded(self, part: Part, name: str) -> Part:
         """The part of the manifest with what was decided for this graph: `model`, `encoder`, `decoder_NAME`."""
-        prefix = {"model": "", "encoder": "encoder.", "decoder": "decoder."}.get(name, name.replace("_", ".", 1))
-        folds = tuple(one for one in self.folds if one.site.startswith(prefix))
-        stages = tuple(one for one in self.memory.stages if one.stage.startswith(prefix))
+        prefix = name.replace("_", ".", 1)  # a decoder's name has its output's behind it
+
+        def own(site: str) -> bool:
+            return name == "model" or site == prefix or site.startswith(f"{prefix}.")
+
+        folds = tuple(one for one in self.folds if own(one.site))
+        stages = tuple(one for one in self.memory.stages if own(one.stage))
         if not stages:  # an average of the latents
             return part
         memory = MemoryPlan(self.memory.budget, max(one.bytes for one in stages), stages)
         return msgspec.structs.replace(part, folds=folds, plan=memory)
 
 
-def choose_sites(model: PerceiverIO, budget: int, batch: int, queries: int | None) -> Sites:
+def choose_sites(model: PerceiverIO, budget: int, batch: int, queries: Mapping[str, int] | None) -> Sites:
     """The cheaper form of every site, in chunks that keep activations within ``budget`` bytes.
 
-    ``queries``: how many a call decodes where not all of them.
+    ``batch``: the largest; ``queries``: how many of each output a call decodes, None for all of them.
 
     Raises UsageError: no chunk is small enough; it says what the least budget is.
     """
@@ -59,7 +63,6 @@ def choose_sites(model: PerceiverIO, budget: int, batch: int, queries: int | Non
     encoder = decisions.few_queries(
         "encoder.cross_attention", config.encoder.cross_attention, config.encoder.num_latents, modalities
     )
-    only_masked = all(isinstance(one, MaskedInput) for one in config.inputs.values())
     stages = [
         plan.encoder(config, modalities, encoder.chosen == "folded", batch),
         plan.self_attention(config.encoder, batch),
@@ -67,17 +70,18 @@ def choose_sites(model: PerceiverIO, budget: int, batch: int, queries: int | Non
     folds, outputs = [encoder], {}
     if isinstance(config.decoder, QueryDecoder):
         for name in config.decoder.outputs:
-            attention, tail = _output_decisions(model, name, queries)
+            count = None if queries is None else queries[name]
+            attention, tail = _output_decisions(model, name, count)
             folded = attention is not None and attention.chosen == "folded"
             linear = tail is not None and tail.chosen == "folded"
             folds += [one for one in (attention, tail) if one is not None]
-            stages.append(plan.decoder(model, name, folded, batch, queries))
+            stages.append(plan.decoder(model, name, folded, batch, count))
             outputs[name] = Site(folded, None, linear)
     chosen = plan.within(stages, budget)
     by_stage = {stage.stage: stage for stage in chosen}
     heads, rows = plan.heads_and_rows(config.encoder, by_stage["encoder.self_attentions"].at_a_time)
     return Sites(
-        Site(encoder.chosen == "folded" and not only_masked, by_stage["encoder.cross_attention"].at_a_time),
+        Site(encoder.chosen == "folded", by_stage["encoder.cross_attention"].at_a_time),
         heads,
         rows,
         {
@@ -104,7 +108,7 @@ def _output_decisions(
         constants = position_constants(decoder, name, output.queries)
         attention = decisions.position_queries(f"decoder.{name}", *sizes, constants, count)
     elif isinstance(output.queries, InputQueries) and len(config.inputs) == 1 and not config.mask_queries:
-        (modality,) = (modality_of(model, one) for one in config.inputs)
+        modality = query_modality(model, decoder, name)
         if queries is None and modality.num_features:
             attention = decisions.input_queries(f"decoder.{name}", *sizes, modality)
     widths = [

@@ -5,17 +5,33 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from torch import Tensor
 
-from perceiver_export.exporter import LoadedModel
+from perceiver_export.exporter import LoadedModel, export
 from perceiver_export.exporter.batch import Batch
+from perceiver_export.exporter.budget import parse_budget
 from perceiver_export.exporter.fold.folded import FoldedPerceiver
-from perceiver_export.exporter.fold.plan import heads_and_rows, parse_budget
+from perceiver_export.exporter.fold.plan import heads_and_rows
 from perceiver_export.exporter.fold.sites import Sites, choose_sites
-from perceiver_export.exporter.parts import split_model, whole_model
+from perceiver_export.exporter.parts import planned_queries, split_model, whole_model
+from perceiver_export.exporter.perceiver.config import (
+    ArrayInput,
+    AttentionConfig,
+    EncoderConfig,
+    FourierPositions,
+    Input,
+    InputQueries,
+    LearnedQueries,
+    MaskedInput,
+    OutputConfig,
+    PerceiverConfig,
+    QueryDecoder,
+)
 from perceiver_export.exporter.perceiver.model import PerceiverIO
 from perceiver_export.exporter.sample_inputs import sample_inputs
 from perceiver_export.runtimes.errors import UsageError
@@ -27,6 +43,14 @@ SYSTEMS: dict[str, Callable[[], LoadedModel]] = {
         "language", "sentiment", "glue", "pictures", "flow", "video", "sound", "mel", "first_sound", "points", "sets",
     )
 }  # fmt: skip
+ONE = AttentionConfig(1, 16, 16)
+IMAGE = ArrayInput((6, 5), 3, positions=FourierPositions(2, (6.0, 5.0)))
+OWN = {
+    "a set": (ArrayInput((40,), 16), 0),
+    "projected": (msgspec.structs.replace(IMAGE, patch=(1, 1), num_projected_channels=9), 0),
+    "narrower queries": (IMAGE, 4),
+    "four axes": (ArrayInput((3, 2, 3, 2), 3, positions=FourierPositions(1, (3.0, 2.0, 3.0, 2.0))), 0),
+}
 TOLERANCE = 1e-10
 BUDGET = 512 << 20
 
@@ -78,11 +102,60 @@ def test_all_folds_give_the_same(system: str, batch: int) -> None:
                 assert (found[name] - one).abs().max() <= TOLERANCE * max(1, one.abs().max())
 
 
+@pytest.mark.parametrize("kind", OWN)
+def test_queries_that_are_inputs_of_any_kind(kind: str) -> None:
+    one, wider = OWN[kind]
+    width = one.num_input_channels
+    decoder = QueryDecoder(
+        {
+            "each": OutputConfig(InputQueries(one.num_inputs, width), (one.num_inputs, 2), 2),
+            "all": OutputConfig(LearnedQueries(1, width + wider), (3,), 3),
+        },
+        width + wider,
+        ONE,
+    )
+    assert_folds_change_nothing(PerceiverConfig({"x": one}, width, EncoderConfig(7, 12, 1, 1, ONE, ONE), decoder))
+
+
+def test_a_masked_input_beside_a_wider_one() -> None:
+    inputs: dict[str, Input] = {"x": IMAGE, "label": MaskedInput(2, 5)}
+    decoder = QueryDecoder({"y": OutputConfig(LearnedQueries(1, 8), (3,), 3)}, 8, ONE)
+    width = IMAGE.num_input_channels + 2
+    assert_folds_change_nothing(PerceiverConfig(inputs, width, EncoderConfig(7, 12, 1, 1, ONE, ONE), decoder))
+
+
+def assert_folds_change_nothing(config: PerceiverConfig) -> None:
+    model = random(PerceiverIO(config))
+    feeds = {
+        name: torch.randn(2, *one.shape, one.num_channels, dtype=torch.float64)
+        for name, one in config.inputs.items()
+        if isinstance(one, ArrayInput)
+    }
+    chosen = choose_sites(model, BUDGET, 2, None)
+    with torch.no_grad():
+        expected = model(feeds)
+        for sites in (chosen, all_folds(chosen, 2)):
+            found = FoldedPerceiver(model, sites)(feeds)
+            for name, one in expected.items():
+                assert (found[name] - one).abs().max() <= TOLERANCE * max(1, one.abs().max())
+
+
+def test_four_axes_stay_plain() -> None:
+    axes = ArrayInput((8, 8, 8, 8), 3, positions=FourierPositions(4, (8.0, 8.0, 8.0, 8.0)))
+    decoder = QueryDecoder({"y": OutputConfig(LearnedQueries(1, 8), (3,), 3)}, 8, ONE)
+    model = PerceiverIO(
+        PerceiverConfig({"x": axes}, axes.num_input_channels, EncoderConfig(16, 12, 1, 1, ONE, ONE), decoder)
+    )
+    (encoder,) = [one for one in choose_sites(model, BUDGET, 1, None).folds if one.site.startswith("encoder")]
+    assert encoder.chosen == "plain"
+    assert "rank 7" in encoder.why
+
+
 @pytest.mark.parametrize("system", ["flow", "video", "language", "sets"])
 def test_chosen_queries_give_the_same(system: str) -> None:
     loaded = SYSTEMS[system]()
     model = random(loaded.model)
-    sites = all_folds(choose_sites(model, BUDGET, 1, 8), 3)
+    sites = all_folds(choose_sites(model, BUDGET, 1, planned_queries(model.config, 8, dynamic=False)), 3)
     folded = FoldedPerceiver(model, sites)
     plain_parts, folded_parts = (split_model(one, Batch.parse(1), queries=8) for one in (model, folded))
 
@@ -120,6 +193,30 @@ def test_budgets_as_text(text: str | int, size: int) -> None:
 def test_budgets_that_are_none(text: str) -> None:
     with pytest.raises(UsageError, match="is no size"):
         parse_budget(text)
+
+
+def test_a_budget_without_folds_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no pieces"):
+        export(SYSTEMS["language"](), tmp_path / "b", fold=False, memory_budget="1MiB")
+    with pytest.raises(UsageError, match="is no size"):
+        export(SYSTEMS["language"](), tmp_path / "b", memory_budget="much")
+    assert not (tmp_path / "b").exists()
+
+
+def test_each_part_has_its_own_plan(tmp_path: Path) -> None:
+    """Planned for the largest batch, and for as many queries as the decoder takes."""
+    loaded = SYSTEMS["language"]()
+    parts = {
+        batch: export(loaded, tmp_path / batch.replace(":", "-"), split=True, batch=batch).manifest.parts
+        for batch in ("1:2:16", "16")
+    }
+    for name in ("encoder", "decoder"):
+        ranged, fixed = (parts[batch][name].plan for batch in parts)
+        assert ranged is not None
+        assert fixed is not None
+        assert ranged.peak == fixed.peak
+        assert all(stage.stage.startswith(name) for stage in ranged.stages)
+    assert not any(one.site.startswith("decoder") for one in parts["16"]["encoder"].folds)
 
 
 def test_heads_and_rows() -> None:

@@ -122,7 +122,7 @@ def test_few_queries_of_any_size(data: st.DataObject) -> None:
     assert difference(reference, [modality], queries, masked, data.draw(sizes, "chunk")) <= TOLERANCE
 
 
-@pytest.mark.parametrize("kind", ["picture", "sound", "voxels", "learned"])
+@pytest.mark.parametrize("kind", ["picture", "sound", "voxels", "learned", "no constants"])
 @pytest.mark.parametrize("heads", [1, 2])
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("chunk", [None, 2])
