@@ -3,8 +3,9 @@
 
     python tests/benchmarks/export_full_size.py [PRESET…] [--json FILE]
 
-Each side in a fresh process, timed from the loaded model on. Ours is measured up to the graph that lies on disk, and once more with its verification
-against torch, which torch.onnx does not have. The peer exports transformers' model as it is, where there is one.
+Each side in a fresh process, timed from the loaded model on. Ours is measured up to the graph that lies on disk, and
+once more with its verification against torch, which torch.onnx does not have. The peer exports transformers' model as
+it is, where there is one.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def main() -> None:
             results[preset] = {}
             for side in ("ours", "plain"):
                 command = [sys.executable, __file__, "--side", side, preset, directory]
-                done = subprocess.run(command, check=False, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                done = subprocess.run(command, check=False, capture_output=True, text=True)
                 if done.returncode:
                     raise SystemExit(done.stderr[-2000:])
                 results[preset][side] = json.loads(done.stdout.splitlines()[-1])
