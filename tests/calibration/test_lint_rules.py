@@ -258,6 +258,8 @@ def test_bad_questions_are_refused(tmp_path: Path, fashion_bundle: Path) -> None
         lint(fashion_bundle, "openvino")
     with pytest.raises(UsageError, match="has no bf16 graph"):
         lint(fashion_bundle, precision="bf16")
+    with pytest.raises(UsageError, match="precision is 'int8'"):
+        lint(fashion_bundle, precision="int8")
 
 
 def test_graphs_are_judged_without_their_weights(tmp_path: Path, plain_fashion_bundle: Path) -> None:

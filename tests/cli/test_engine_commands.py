@@ -33,6 +33,7 @@ def test_build_compiles_for_every_target_named_and_load_finds_it(copied_bundle: 
         (["--target", "openvino-npu"], "OpenVINO finds no NPU here"),
         (["--target", "ort-cpu", "--precision", "fp16"], "runs a graph in the precision that it is in"),
         (["--target", "openvino-cpu", "--precision", "fp8"], "precision is 'fp8'"),
+        (["--target", "tensorrt", "--lower-only", "--precision", "int8"], "precision is 'int8'"),
         (["--target", "ort-cpu", "--shape", "batch=1:2"], "gives no sizes"),
         (["--target", "ort-cpu", "--flag", "threads"], "is not NAME=VALUE"),
         (["--target", "ort-cpu", "--flag", "threads=2"], "is no setting of onnxruntime's"),
