@@ -16,6 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from perceiver_export.calibration.lowering.attention import LARGEST_HEAD, SMALLEST_HEAD, Attention, find_attentions
+from perceiver_export.runtimes.engines.backend import Array
 from perceiver_export.runtimes.engines.tensorrt_capabilities import Capabilities
 
 # Refused by every version: they carry integers outside of Q/DQ, or belong to ONNX Runtime.
@@ -35,7 +36,6 @@ _HALF = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 _FLOATS = (ir.DataType.FLOAT, *_HALF)
 _MOST_AXES = 8
 _FP16_TERMS = 65504
-_SMALL_CONSTANT = 1 << 8  # numbers; weights are in another file, and are not read
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def _zero_points(subject: Subject) -> Iterator[Finding]:
         unsigned = zero is None and node.op_type == "QuantizeLinear" and "output_dtype" not in node.attributes
         if unsigned or (zero is not None and zero.dtype == ir.DataType.UINT8):
             yield _refused("uint8", node, "8-bit integers are unsigned; TensorRT takes int8 only", _QUANTIZE)
-        elif zero is not None and zero.const_value is not None and np.any(zero.const_value.numpy().astype(np.int32)):
+        elif zero is not None and (array := _inline(zero)) is not None and np.any(array.astype(np.int32)):
             yield _refused("zero-point", node, "its zero point is not 0; TensorRT takes symmetric int8 only", _QUANTIZE)
 
 
@@ -206,10 +206,8 @@ def _axes(subject: Subject) -> Iterator[Finding]:
 
 def _overflow(subject: Subject) -> Iterator[Finding]:
     for value in subject.graph.initializers.values():
-        tensor = value.const_value
-        if value.dtype != ir.DataType.FLOAT16 or tensor is None or tensor.size > _SMALL_CONSTANT:
-            continue
-        if not np.all(np.isfinite(tensor.numpy())):
+        array = _inline(value) if value.dtype == ir.DataType.FLOAT16 else None
+        if array is not None and not np.all(np.isfinite(array)):
             message = f"{value.name} does not fit into fp16: it became infinite"
             yield Finding("overflow", "refused", value.name or "", message, _LOWER)
     for node in subject.graph:
@@ -258,6 +256,12 @@ def _quantizers(graph: ir.Graph) -> Iterator[ir.Node]:
 
 def _products(value: ir.Value) -> Iterator[ir.Node]:
     return (node for node in value.consumers() if node.op_type in ("MatMul", "Gemm"))
+
+
+def _inline(value: ir.Value) -> Array | None:
+    """A constant that is in the graph itself; those in a file of weights are not read, and it may not be there."""
+    tensor = value.const_value
+    return None if tensor is None or isinstance(tensor, ir.ExternalTensor) else tensor.numpy()
 
 
 def _dequantized(value: ir.Value | None) -> bool:

@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 
 from perceiver_export.calibration.linting import Lint, lint
+from perceiver_export.calibration.lowering.tensorrt_bundle import lower_bundle
 from perceiver_export.runtimes.engines import tensorrt
 from perceiver_export.runtimes.engines.backend import EngineOptions, Precision, Source
 from perceiver_export.runtimes.errors import BuildError, BundleError, DeviceError, UsageError
@@ -260,6 +262,22 @@ def test_bad_questions_are_refused(tmp_path: Path, fashion_bundle: Path) -> None
         lint(fashion_bundle, precision="bf16")
     with pytest.raises(UsageError, match="precision is 'int8'"):
         lint(fashion_bundle, precision="int8")
+
+
+def test_lowered_graphs_are_judged_without_their_weights(tmp_path: Path, copied_bundle: Path) -> None:
+    lower_bundle(copied_bundle, "tensorrt-rtx", "fp16")
+    alone = tmp_path / "alone.onnx"
+    alone.write_bytes((copied_bundle / "model.tensorrt-fp16.onnx").read_bytes())
+
+    assert rules(alone) == set()
+
+
+def test_zero_points_in_a_file_of_weights_are_not_read(tmp_path: Path) -> None:
+    model = ir.load(int8_linear(tmp_path / "l.onnx", zero=3))
+    ir.save(model, tmp_path / "external.onnx", external_data="l.weights", size_threshold_bytes=0)
+    (tmp_path / "l.weights").unlink()
+
+    assert rules(tmp_path / "external.onnx") == set()
 
 
 def test_graphs_are_judged_without_their_weights(tmp_path: Path, plain_fashion_bundle: Path) -> None:
