@@ -34,8 +34,8 @@ def parse(trt: Any, can: Capabilities, builder: Any, logger: Any, graph: Path) -
         problems = [_problem(can, parser.get_error(index)) for index in range(parser.num_errors)]
         raise BundleError(
             f"{can.name} cannot read {graph.name}: {problems[0] if problems else 'it gives no reason'}",
-            "perceiver-export lint BUNDLE --target tensorrt --version"
-            f" {can.since[0]}.{can.since[1]} says what does not fit; build --lower-only writes a graph that does",
+            f"perceiver-export lint BUNDLE --target {can.library} --version"
+            f" {can.version[0]}.{can.version[1]} says what does not fit; build --lower-only writes a graph that does",
         )
     return network, parser
 
