@@ -88,8 +88,11 @@ def _lower(bundle: str, target: str, precision: Precision) -> tuple[Lowered, ...
 def _show_lowered(lowered: list[Lowered]) -> None:
     for one in lowered:
         kept = sum(map(len, one.kept.values()))
-        worst = f", {min(one.sqnr.values()):.1f} dB SQNR on ONNX Runtime" if one.sqnr else ""
-        typer.echo(f"{one.name}: {', '.join(one.files)}; {kept} nodes stay fp32{worst}")
+        if one.name.startswith("tensorrt8-"):  # the graph is fp32 still, so there is nothing to measure
+            result = "the builder sets the precision of the others"
+        else:
+            result = f"{min(one.sqnr.values()):.1f} dB SQNR on ONNX Runtime"
+        typer.echo(f"{one.name}: {', '.join(one.files)}; {kept} nodes stay fp32, {result}")
 
 
 def _sizes(texts: list[str]) -> dict[str, tuple[int, int, int]]:

@@ -54,6 +54,9 @@ def test_lowered_graphs_are_told_to_machines_too(copied_bundle: Path) -> None:
     assert [one["name"] for one in lowered] == ["tensorrt-fp16", "tensorrt8-fp16"]
     assert all((copied_bundle / file).is_file() for one in lowered for file in one["files"])
     assert min(lowered[0]["sqnr"].values()) > 60
+    told = succeed("build", copied_bundle, *options)
+    assert told.count("dB SQNR") == 1
+    assert "the builder sets the precision of the others" in told
 
 
 def test_bench_of_all_targets_is_a_table_and_a_csv_file(copied_bundle: Path, tmp_path: Path) -> None:
