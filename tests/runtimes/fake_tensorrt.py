@@ -38,6 +38,8 @@ class Fake:
         if name not in self._names:
             raise AttributeError(f"{self._kind} has no {name}")
         self._calls.append(f"{self._kind}.{name} = {value}")
+        if "name" in self._values:
+            self._calls.append(f"{self._values['name']} has {name} {value}")
         self._values[name] = value
 
 

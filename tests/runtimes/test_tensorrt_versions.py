@@ -38,15 +38,15 @@ RANGED = {"batch": (1, 4)}
 
 
 def network(half: str) -> Callable[[FakeModule], list[Fake]]:
-    """A normalization, an int8 product, a product of activations of type ``half``, one that overflows, and one of
-    constants, which no engine has a kernel for.
+    """A normalization, an int8 product, a product of activations of type ``half``, one that overflows, an index that is
+    computed beside it, and a product of constants, which no engine has a kernel for.
     """
 
     def layers(module: FakeModule) -> list[Fake]:
-        types = (half, "int8", half, "int8", half, half, "float32", half, half, half)
-        x, q, d, w, wd, y, z, c, sums, product = (
+        types = (half, "int8", half, "int8", half, half, "float32", half, half, half, "int32")
+        x, q, d, w, wd, y, z, c, sums, product, row = (
             tensor(module, name, dtype)
-            for name, dtype in zip(["x", "q", "d", "w", "e", "y", "z", "c", "sums", "product"], types, strict=True)
+            for name, dtype in zip("x q d w e y z c sums product row".split(), types, strict=True)
         )
         return [
             layer(module, "NORMALIZATION", "norm", [x], x),
@@ -58,6 +58,7 @@ def network(half: str) -> Callable[[FakeModule], list[Fake]]:
             layer(module, "MATRIX_MULTIPLY", "attention/MatMul_1", [y, x], y),
             layer(module, "SOFTMAX", "attention/Softmax_1", [y], y),
             layer(module, "MATRIX_MULTIPLY", "attention/MatMul_2:fp32", [z, z], z),
+            layer(module, "CAST", "row/Cast:fp32", [z], row),
             layer(module, "CONSTANT", "c", [], c),
             layer(module, "CONCATENATION", "c/Concat", [c, c], sums),
             layer(module, "MATRIX_MULTIPLY", "constants/MatMul", [sums, c], product),
@@ -127,7 +128,11 @@ def test_precision_is_in_flags_on_8_and_in_the_graph_from_10_on(version: str, tm
             "set_flag('BuilderFlag.INT8',)",
             "set_flag('BuilderFlag.FP16',)",
         ]
-        assert "ILayer.precision = float32" in module._calls  # of the layer that overflows
+        assert "attention/MatMul_1 has precision float16" in module._calls
+        assert "attention/MatMul_2:fp32 has precision float32" in module._calls  # it overflows
+        assert "attention/MatMul_2:fp32 gives float32" in module._calls
+        assert "row/Cast:fp32 gives float32" not in module._calls  # it gives integers
+        assert not any(call.startswith("linear/MatMul_1 has precision") for call in module._calls)  # it is int8
         assert "INormalizationLayer.compute_precision = float32" in module._calls
     else:
         assert flags == []
