@@ -156,6 +156,8 @@ def test_fp32_is_not_tf32(version: str, tmp_path: Path) -> None:
         (inspector(linear="Half"), "linear/MatMul_1: int8 asked, fp16 found"),
         (inspector(attention="Float"), "attention/MatMul_1: fp16 asked, fp32 found"),
         (inspector(attention="BFloat16"), "attention/MatMul_1: fp16 asked, bf16 found"),
+        (inspector(last="Half"), "attention/MatMul_2:fp32: fp32 asked, fp16 found"),
+        (inspector(attention="Int8"), "attention/MatMul_1: fp16 asked, int8 found"),
         ("not json", "linear/MatMul_1: int8 asked, nothing found"),
         ('{"Layers": ["linear/MatMul_1"]}', "linear/MatMul_1: int8 asked, nothing found"),
     ],
