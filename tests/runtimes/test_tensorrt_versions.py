@@ -359,6 +359,32 @@ def test_callers_at_once_have_streams_of_their_own(tmp_path: Path) -> None:
     assert 1 <= memory.calls.count("cuStreamCreate") <= 2
 
 
+def test_a_caller_without_memory_of_its_own_waits_its_turn(tmp_path: Path) -> None:
+    memory = FakeMemory(graphs=False)
+    engine = opened("10.3.0", tmp_path / "engine", memory)
+    memory.capacity = 8  # too little for another place to run in
+    memory.running.clear()
+    answers: list[float] = []
+
+    def call(value: float) -> None:
+        answers.append(float(engine.run({"x": np.full((2, 3), value, np.float32)})["y"][0, 0]))
+
+    first, second = (threading.Thread(target=call, args=(value,)) for value in (1, 2))
+    first.start()
+    while "cuStreamSynchronize" not in memory.calls:
+        time.sleep(0.001)
+    tried = memory.calls.count("cuMemHostAlloc")
+    second.start()
+    while memory.calls.count("cuMemHostAlloc") == tried:
+        time.sleep(0.001)
+    assert not engine.describe()["cuda_graph"]  # answered while all is taken
+    memory.running.set()
+    first.join()
+    second.join()
+
+    assert answers == [2, 4]
+
+
 def test_memory_is_given_back(tmp_path: Path) -> None:
     memory = FakeMemory()
     engine = opened("10.3.0", tmp_path / "engine", memory)
@@ -369,6 +395,8 @@ def test_memory_is_given_back(tmp_path: Path) -> None:
         ("cuMemHostAlloc", "cuMemFreeHost"),
         ("cuMemAlloc_v2", "cuMemFree_v2"),
         ("cuStreamCreate", "cuStreamDestroy_v2"),
+        ("cuStreamEndCapture", "cuGraphDestroy"),
+        ("cuGraphInstantiateWithFlags", "cuGraphExecDestroy"),
     ):
         assert memory.calls.count(taken) == memory.calls.count(freed) > 0
 
