@@ -65,15 +65,15 @@ def _operators(subject: Subject) -> Iterator[Finding]:
         if node.op_type in _NEVER:
             yield _refused("operator", node, f"{node.op_type} is in no version of TensorRT", _QUANTIZE)
         elif node.op_type == "Gelu" and not can.gelu:
-            yield _refused("operator", node, f"{can.name} has no Gelu", _LOWER)
+            yield _refused("operator", node, f"{can.name} has no Gelu", _lower(subject))
         elif node.op_type == "Attention" and not can.attention:
-            yield _refused("operator", node, f"{can.name} has no Attention; 10.14 is the first", _LOWER)
+            yield _refused("operator", node, f"{can.name} has no Attention; 10.14 is the first", _lower(subject))
 
 
 def _opset(subject: Subject) -> Iterator[Finding]:
     if subject.opset > subject.can.opset:
         message = f"opset {subject.opset}; {subject.can.name} reads up to {subject.can.opset}"
-        yield Finding("opset", "refused", "", message, _LOWER)
+        yield Finding("opset", "refused", "", message, _lower(subject))
 
 
 def _zero_points(subject: Subject) -> Iterator[Finding]:
@@ -99,11 +99,11 @@ def _scale_types(subject: Subject) -> Iterator[Finding]:
         if scale is None or scale.dtype is None:
             continue
         if weak and scale.dtype in _HALF:
-            yield _refused("scale-type", node, f"{subject.can.name} takes fp32 scales only", _LOWER)
+            yield _refused("scale-type", node, f"{subject.can.name} takes fp32 scales only", _lower(subject))
         source = node.inputs[0]
         if node.op_type == "QuantizeLinear" and source and source.dtype in _FLOATS and source.dtype != scale.dtype:
             names = f"{_name(source.dtype)} with a scale of {_name(scale.dtype)}"
-            yield _refused("scale-type", node, f"it quantizes {names}; they must be the same", _LOWER)
+            yield _refused("scale-type", node, f"it quantizes {names}; they must be the same", _lower(subject))
 
 
 def _half_in_weak(subject: Subject) -> Iterator[Finding]:
@@ -112,7 +112,7 @@ def _half_in_weak(subject: Subject) -> Iterator[Finding]:
     for node in subject.graph:
         if any(value.dtype in _HALF for value in node.outputs):
             message = f"the graph is 16 bits wide; {subject.can.name} wants fp32 and takes precision from flags"
-            yield _refused("types", node, message, _LOWER)
+            yield _refused("types", node, message, _lower(subject))
             return
 
 
@@ -161,7 +161,7 @@ def _partial_attention(subject: Subject) -> Iterator[Finding]:
 def _heads(subject: Subject) -> Iterator[Finding]:
     for attention in find_attentions(subject.graph):
         if not attention.fits and attention.padded is not None:
-            yield _slow("heads", attention.softmax, f"{_widths(attention)}; {_FUSED}", _LOWER)
+            yield _slow("heads", attention.softmax, f"{_widths(attention)}; {_FUSED}", _lower(subject))
 
 
 def _wide_heads(subject: Subject) -> Iterator[Finding]:
@@ -176,7 +176,9 @@ def _full_precision(subject: Subject) -> Iterator[Finding]:
         return
     for attention in find_attentions(subject.graph):
         if attention.scores.outputs[0].dtype == ir.DataType.FLOAT and attention.fits:
-            yield _slow("fp32-attention", attention.softmax, "it is fp32; only 16 bits have a fused kernel", _LOWER)
+            yield _slow(
+                "fp32-attention", attention.softmax, "it is fp32; only 16 bits have a fused kernel", _lower(subject)
+            )
 
 
 def _attention_operator(subject: Subject) -> Iterator[Finding]:
@@ -185,9 +187,13 @@ def _attention_operator(subject: Subject) -> Iterator[Finding]:
             continue
         q, k, v = (_last(node.inputs[index], node, index) for index in range(3))
         if k is not None and v is not None and k != v:
-            yield _refused("attention-operator", node, f"keys are {k} wide and values {v}; it wants them equal", _LOWER)
+            yield _refused(
+                "attention-operator", node, f"keys are {k} wide and values {v}; it wants them equal", _lower(subject)
+            )
         elif q is not None and q > LARGEST_HEAD:
-            yield _refused("attention-operator", node, f"heads are {q} wide, for which it has no kernel", _LOWER)
+            yield _refused(
+                "attention-operator", node, f"heads are {q} wide, for which it has no kernel", _lower(subject)
+            )
 
 
 def _dynamic(subject: Subject) -> Iterator[Finding]:
@@ -209,13 +215,15 @@ def _overflow(subject: Subject) -> Iterator[Finding]:
         array = _inline(value) if value.dtype == ir.DataType.FLOAT16 else None
         if array is not None and not np.all(np.isfinite(array)):
             message = f"{value.name} does not fit into fp16: it became infinite"
-            yield Finding("overflow", "refused", value.name or "", message, _LOWER)
+            yield Finding("overflow", "refused", value.name or "", message, _lower(subject))
     for node in subject.graph:
         source = node.inputs[0] if node.inputs else None
         if node.op_type == "Softmax" and source is not None and source.dtype == ir.DataType.FLOAT16:
             terms = _last(source, node, 0)
             if terms is not None and terms > _FP16_TERMS:
-                yield _slow("overflow", node, f"it adds {terms} terms in fp16, whose largest number is less", _LOWER)
+                yield _slow(
+                    "overflow", node, f"it adds {terms} terms in fp16, whose largest number is less", _lower(subject)
+                )
 
 
 RULES: tuple[Callable[[Subject], Iterator[Finding]], ...] = (
@@ -237,9 +245,12 @@ RULES: tuple[Callable[[Subject], Iterator[Finding]], ...] = (
     _wide_heads,
 )
 
-_LOWER = "perceiver-export build BUNDLE --target tensorrt --precision fp16 --lower-only"
 _QUANTIZE = "quantize with `perceiver-export quantize`, whose int8 is the kind that it takes"
 _FUSED = f"attention is one kernel where they are equal, from {SMALLEST_HEAD} to {LARGEST_HEAD}"
+
+
+def _lower(subject: Subject) -> str:
+    return f"perceiver-export build BUNDLE --target {subject.can.library} --precision fp16 --lower-only"
 
 
 def _refused(rule: str, node: ir.Node, message: str, fix: str) -> Finding:

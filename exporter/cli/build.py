@@ -59,16 +59,17 @@ def build(
     elif lower_only:
         _show_lowered(lowered)
     else:
-        _show(bundle, built)
+        _show(bundle, built, flags.get("compute_capability", ""))
 
 
-def _show(bundle: str, built: list[BuiltEngine]) -> None:
+def _show(bundle: str, built: list[BuiltEngine], crossed: str) -> None:
     rows = [
         (one.target, one.part, "compiled" if one.new else "was there", f"{one.seconds:.1f}", str(one.directory))
         for one in built
     ]
     print_table(f"engines of {bundle}", ["target", "part", "", "seconds>", "engine"], rows)
-    typer.echo(f"next: perceiver-export bench {bundle} --device {built[-1].target}")
+    where = f"on a machine with such a GPU ({crossed}): " if crossed else ""
+    typer.echo(f"next: {where}perceiver-export bench {bundle} --device {built[-1].target}")
 
 
 def _lower(bundle: str, target: str, precision: Precision) -> tuple[Lowered, ...]:

@@ -13,6 +13,7 @@ import pytest
 
 from perceiver_export.calibration.linting import Lint, lint
 from perceiver_export.calibration.lowering.tensorrt_bundle import lower_bundle
+from perceiver_export.exporter.cli.lint import show_lint
 from perceiver_export.runtimes.engines import tensorrt
 from perceiver_export.runtimes.engines.backend import EngineOptions, Precision, Source
 from perceiver_export.runtimes.errors import BuildError, BundleError, DeviceError, UsageError
@@ -181,6 +182,22 @@ def test_operators_that_no_version_has_are_refused(operator: str, body: str, tmp
 
     assert "operator" in rules(path)
     assert operator in refused(path, "fp32")
+
+
+def test_findings_of_one_kind_are_a_row_and_the_fix_is_for_the_target(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    body = "(float[4] x) => (float[4] y) { a = FastGelu(x)  b = FastGelu(a)  y = FastGelu(b) }"
+    (result,) = lint(write(tmp_path / "g.onnx", body), "tensorrt-rtx")
+    show_lint(result)
+    told = capsys.readouterr().out
+
+    assert len(result.findings) == 3
+    assert told.count("FastGelu is in no version") == 1
+    assert all(finding.node in told for finding in result.findings)
+    deep = "(float16[1,70000] x) => (float16[1,70000] y) { y = Softmax<axis = -1>(x) }"
+    (result,) = lint(write(tmp_path / "s.onnx", deep), "tensorrt-rtx")
+    assert "--target tensorrt-rtx " in result.findings[0].fix
 
 
 def test_operators_are_known_by_version(tmp_path: Path) -> None:

@@ -46,7 +46,9 @@ def network(half: str) -> Callable[[FakeModule], list[Fake]]:
         types = (half, "int8", half, "int8", half, half, "float32", half, half, half, "int32")
         x, q, d, w, wd, y, z, c, sums, product, row = (
             tensor(module, name, dtype)
-            for name, dtype in zip("x q d w e y z c sums product row".split(), types, strict=True)
+            for name, dtype in zip(
+                ["x", "q", "d", "w", "e", "y", "z", "c", "sums", "product", "row"], types, strict=True
+            )
         )
         return [
             layer(module, "NORMALIZATION", "norm", [x], x),
