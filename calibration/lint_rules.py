@@ -127,10 +127,7 @@ def _weight_axis(subject: Subject) -> Iterator[Finding]:
         for product in _products(node.outputs[0]):
             if product.inputs[1] is node.outputs[0] and axis != len(weight.shape) - 1:
                 yield _slow(
-                    "weight-axis",
-                    product,
-                    "its weight has a scale for each input, so it runs in floating point",
-                    _QUANTIZE,
+                    "weight-axis", product, "its weight has a scale for each input: it runs in floats", _QUANTIZE
                 )
 
 

@@ -183,6 +183,8 @@ def _monitor(trt: Any, progress: Progress, stop: threading.Event) -> Any:
 def _given_up(can: Capabilities, source: Source, problems: list[str]) -> BuildError:
     said = problems[0] if problems else "it gives no reason"
     hint = "perceiver-export lint BUNDLE says what does not fit this version"
+    if re.search(r"SM75\): FP32", " ".join(problems)):
+        hint = "leave sm75 out, where TensorRT for RTX has no fp32 products; this graph has some"
     if re.search(r"workspace|OutOfMemory|out of memory", " ".join(problems), re.IGNORECASE):
         hint = "give it more memory: --flag workspace=2GiB, or leave it out; and close what else uses the GPU"
     return BuildError(f"{can.name} could not compile {source.graph.name}: {said}", hint)
