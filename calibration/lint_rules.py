@@ -16,6 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from perceiver_export.calibration.lowering.attention import LARGEST_HEAD, SMALLEST_HEAD, Attention, find_attentions
+from perceiver_export.runtimes.engines.backend import Array
 from perceiver_export.runtimes.engines.tensorrt_capabilities import Capabilities
 
 # Refused by every version: they carry integers outside of Q/DQ, or belong to ONNX Runtime.
@@ -35,7 +36,6 @@ _HALF = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 _FLOATS = (ir.DataType.FLOAT, *_HALF)
 _MOST_AXES = 8
 _FP16_TERMS = 65504
-_SMALL_CONSTANT = 1 << 8  # numbers; weights are in another file, and are not read
 
 
 @dataclass(frozen=True)
@@ -65,15 +65,15 @@ def _operators(subject: Subject) -> Iterator[Finding]:
         if node.op_type in _NEVER:
             yield _refused("operator", node, f"{node.op_type} is in no version of TensorRT", _QUANTIZE)
         elif node.op_type == "Gelu" and not can.gelu:
-            yield _refused("operator", node, f"{can.name} has no Gelu", _LOWER)
+            yield _refused("operator", node, f"{can.name} has no Gelu", _lower(subject))
         elif node.op_type == "Attention" and not can.attention:
-            yield _refused("operator", node, f"{can.name} has no Attention; 10.14 is the first", _LOWER)
+            yield _refused("operator", node, f"{can.name} has no Attention; 10.14 is the first", _lower(subject))
 
 
 def _opset(subject: Subject) -> Iterator[Finding]:
     if subject.opset > subject.can.opset:
         message = f"opset {subject.opset}; {subject.can.name} reads up to {subject.can.opset}"
-        yield Finding("opset", "refused", "", message, _LOWER)
+        yield Finding("opset", "refused", "", message, _lower(subject))
 
 
 def _zero_points(subject: Subject) -> Iterator[Finding]:
@@ -82,7 +82,7 @@ def _zero_points(subject: Subject) -> Iterator[Finding]:
         unsigned = zero is None and node.op_type == "QuantizeLinear" and "output_dtype" not in node.attributes
         if unsigned or (zero is not None and zero.dtype == ir.DataType.UINT8):
             yield _refused("uint8", node, "8-bit integers are unsigned; TensorRT takes int8 only", _QUANTIZE)
-        elif zero is not None and zero.const_value is not None and np.any(zero.const_value.numpy().astype(np.int32)):
+        elif zero is not None and (array := _inline(zero)) is not None and np.any(array.astype(np.int32)):
             yield _refused("zero-point", node, "its zero point is not 0; TensorRT takes symmetric int8 only", _QUANTIZE)
 
 
@@ -99,11 +99,11 @@ def _scale_types(subject: Subject) -> Iterator[Finding]:
         if scale is None or scale.dtype is None:
             continue
         if weak and scale.dtype in _HALF:
-            yield _refused("scale-type", node, f"{subject.can.name} takes fp32 scales only", _LOWER)
+            yield _refused("scale-type", node, f"{subject.can.name} takes fp32 scales only", _lower(subject))
         source = node.inputs[0]
         if node.op_type == "QuantizeLinear" and source and source.dtype in _FLOATS and source.dtype != scale.dtype:
             names = f"{_name(source.dtype)} with a scale of {_name(scale.dtype)}"
-            yield _refused("scale-type", node, f"it quantizes {names}; they must be the same", _LOWER)
+            yield _refused("scale-type", node, f"it quantizes {names}; they must be the same", _lower(subject))
 
 
 def _half_in_weak(subject: Subject) -> Iterator[Finding]:
@@ -112,7 +112,7 @@ def _half_in_weak(subject: Subject) -> Iterator[Finding]:
     for node in subject.graph:
         if any(value.dtype in _HALF for value in node.outputs):
             message = f"the graph is 16 bits wide; {subject.can.name} wants fp32 and takes precision from flags"
-            yield _refused("types", node, message, _LOWER)
+            yield _refused("types", node, message, _lower(subject))
             return
 
 
@@ -127,10 +127,7 @@ def _weight_axis(subject: Subject) -> Iterator[Finding]:
         for product in _products(node.outputs[0]):
             if product.inputs[1] is node.outputs[0] and axis != len(weight.shape) - 1:
                 yield _slow(
-                    "weight-axis",
-                    product,
-                    "its weight has a scale for each input, so it runs in floating point",
-                    _QUANTIZE,
+                    "weight-axis", product, "its weight has a scale for each input: it runs in floats", _QUANTIZE
                 )
 
 
@@ -161,7 +158,7 @@ def _partial_attention(subject: Subject) -> Iterator[Finding]:
 def _heads(subject: Subject) -> Iterator[Finding]:
     for attention in find_attentions(subject.graph):
         if not attention.fits and attention.padded is not None:
-            yield _slow("heads", attention.softmax, f"{_widths(attention)}; {_FUSED}", _LOWER)
+            yield _slow("heads", attention.softmax, f"{_widths(attention)}; {_FUSED}", _lower(subject))
 
 
 def _wide_heads(subject: Subject) -> Iterator[Finding]:
@@ -176,7 +173,9 @@ def _full_precision(subject: Subject) -> Iterator[Finding]:
         return
     for attention in find_attentions(subject.graph):
         if attention.scores.outputs[0].dtype == ir.DataType.FLOAT and attention.fits:
-            yield _slow("fp32-attention", attention.softmax, "it is fp32; only 16 bits have a fused kernel", _LOWER)
+            yield _slow(
+                "fp32-attention", attention.softmax, "it is fp32; only 16 bits have a fused kernel", _lower(subject)
+            )
 
 
 def _attention_operator(subject: Subject) -> Iterator[Finding]:
@@ -185,9 +184,13 @@ def _attention_operator(subject: Subject) -> Iterator[Finding]:
             continue
         q, k, v = (_last(node.inputs[index], node, index) for index in range(3))
         if k is not None and v is not None and k != v:
-            yield _refused("attention-operator", node, f"keys are {k} wide and values {v}; it wants them equal", _LOWER)
+            yield _refused(
+                "attention-operator", node, f"keys are {k} wide and values {v}; it wants them equal", _lower(subject)
+            )
         elif q is not None and q > LARGEST_HEAD:
-            yield _refused("attention-operator", node, f"heads are {q} wide, for which it has no kernel", _LOWER)
+            yield _refused(
+                "attention-operator", node, f"heads are {q} wide, for which it has no kernel", _lower(subject)
+            )
 
 
 def _dynamic(subject: Subject) -> Iterator[Finding]:
@@ -206,18 +209,18 @@ def _axes(subject: Subject) -> Iterator[Finding]:
 
 def _overflow(subject: Subject) -> Iterator[Finding]:
     for value in subject.graph.initializers.values():
-        tensor = value.const_value
-        if value.dtype != ir.DataType.FLOAT16 or tensor is None or tensor.size > _SMALL_CONSTANT:
-            continue
-        if not np.all(np.isfinite(tensor.numpy())):
+        array = _inline(value) if value.dtype == ir.DataType.FLOAT16 else None
+        if array is not None and not np.all(np.isfinite(array)):
             message = f"{value.name} does not fit into fp16: it became infinite"
-            yield Finding("overflow", "refused", value.name or "", message, _LOWER)
+            yield Finding("overflow", "refused", value.name or "", message, _lower(subject))
     for node in subject.graph:
         source = node.inputs[0] if node.inputs else None
         if node.op_type == "Softmax" and source is not None and source.dtype == ir.DataType.FLOAT16:
             terms = _last(source, node, 0)
             if terms is not None and terms > _FP16_TERMS:
-                yield _slow("overflow", node, f"it adds {terms} terms in fp16, whose largest number is less", _LOWER)
+                yield _slow(
+                    "overflow", node, f"it adds {terms} terms in fp16, whose largest number is less", _lower(subject)
+                )
 
 
 RULES: tuple[Callable[[Subject], Iterator[Finding]], ...] = (
@@ -239,9 +242,12 @@ RULES: tuple[Callable[[Subject], Iterator[Finding]], ...] = (
     _wide_heads,
 )
 
-_LOWER = "perceiver-export build BUNDLE --target tensorrt --precision fp16 --lower-only"
 _QUANTIZE = "quantize with `perceiver-export quantize`, whose int8 is the kind that it takes"
 _FUSED = f"attention is one kernel where they are equal, from {SMALLEST_HEAD} to {LARGEST_HEAD}"
+
+
+def _lower(subject: Subject) -> str:
+    return f"perceiver-export build BUNDLE --target {subject.can.library} --precision fp16 --lower-only"
 
 
 def _refused(rule: str, node: ir.Node, message: str, fix: str) -> Finding:
@@ -258,6 +264,12 @@ def _quantizers(graph: ir.Graph) -> Iterator[ir.Node]:
 
 def _products(value: ir.Value) -> Iterator[ir.Node]:
     return (node for node in value.consumers() if node.op_type in ("MatMul", "Gemm"))
+
+
+def _inline(value: ir.Value) -> Array | None:
+    """A constant that is in the graph itself; those in a file of weights are not read, and it may not be there."""
+    tensor = value.const_value
+    return None if tensor is None or isinstance(tensor, ir.ExternalTensor) else tensor.numpy()
 
 
 def _dequantized(value: ir.Value | None) -> bool:

@@ -9,11 +9,12 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from perceiver_export.runtimes.bundle import open_bundle
+from perceiver_export.runtimes.engines.backend import Precision
 from perceiver_export.runtimes.engines.tensorrt_capabilities import NEWEST, Capabilities, capabilities
-from perceiver_export.runtimes.errors import BundleError, MissingDependencyError, UsageError
+from perceiver_export.runtimes.errors import BundleError, MissingDependencyError, UsageError, check_choice
 
 if TYPE_CHECKING:
     from perceiver_export.calibration.lint_rules import Finding
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Lint:
-    """One graph's findings. ``attentions``: how many it has, and how many of them are of a form that fuses."""
+    """One graph's findings. ``attentions``: how many it has; ``fusable``: those whose heads are as wide as a fused
+    kernel takes, which it does in 16 bits.
+    """
 
     graph: str
     version: str
@@ -47,6 +50,8 @@ def lint(
     """
     if target not in NEWEST:
         raise UsageError(f"there is nothing to lint for {target}", f"targets with rules: {', '.join(NEWEST)}")
+    if precision is not None:
+        check_choice("precision", precision, get_args(Precision))
     can = capabilities(target, version or NEWEST[target])
     try:
         import onnx_ir as ir

@@ -74,11 +74,13 @@ def settings(bundle: Bundle, target: str) -> Settings:
 
 
 def copy_graph(bundle: Bundle, served: ServedPart, directory: Path) -> None:
-    """The graph as model.onnx, with the weights beside it under the name that it knows them by."""
+    """The graph as model.onnx, with those weights beside it that it names, under the name that it knows them by."""
     directory.mkdir(parents=True)
     shutil.copyfile(bundle.file(served.graph), directory / "model.onnx")
+    # Names of files are in a graph as they are written, and to look for them needs no onnx here.
+    graph = (directory / "model.onnx").read_bytes()
     for name in bundle.manifest.files:
-        if not name.endswith((".onnx", ".npz", ".json")):
+        if not name.endswith((".onnx", ".npz", ".json")) and name.encode() in graph:
             shutil.copyfile(bundle.file(name), directory / name)
 
 

@@ -124,7 +124,9 @@ def _target(target: Target) -> Finding:
     hardware = {"NVIDIA GPU": _nvidia, "Intel GPU": _intel_gpu, "Intel NPU": _intel_npu}.get(target.hardware)
     found = hardware() if hardware is not None else None
     if found is not None and found.found == "none":
-        return Finding(what, needed_for, f"no {target.hardware} here")
+        compiles = "; it compiles here for others' (--flag compute_capability=sm86)"
+        crossed = target.name == "tensorrt-rtx" and target.version()
+        return Finding(what, needed_for, f"no {target.hardware} here{compiles if crossed else ''}")
     if found is not None and found.fix:
         return Finding(what, needed_for, f"{target.hardware}: {found.found}", found.fix)
     if not target.version():
@@ -147,7 +149,11 @@ def _library(target: Target) -> str:
     replaced = " && ".join(
         f"{sys.executable} -m pip {verb}" for verb in ("uninstall -y onnxruntime", "install onnxruntime-gpu")
     )
-    return replaced if target.name == "ort-cuda" else f"{sys.executable} -m pip install {target.distributions[0]}"
+    return (
+        replaced
+        if target.name == "ort-cuda"
+        else f"{sys.executable} -m pip install {target.distributions[0]}{target.from_index}"
+    )
 
 
 def _userspace(target: Target) -> str:

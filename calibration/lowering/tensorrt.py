@@ -29,7 +29,7 @@ def lower_for_tensorrt(
     if family == "tensorrt8":
         if precision == "bf16":
             raise UnsupportedModelError("TensorRT 8 has no bf16", "give --precision fp16")
-        kept = overflows(model.graph, "fp16", hazards or {})
+        kept = overflows(model.graph, "fp16", hazards or {}) if precision != "fp32" else {}
         for node in model.graph:
             if node.name in kept:
                 node.name = f"{node.name}{KEEP_FP32}"

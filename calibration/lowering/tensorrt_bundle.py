@@ -8,14 +8,20 @@ import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import msgspec
 import numpy as np
 
 from perceiver_export.runtimes.bundle import Bundle, open_bundle, sha256
 from perceiver_export.runtimes.engines.backend import Array, Feeds, Precision
-from perceiver_export.runtimes.errors import BundleError, GateError, MissingDependencyError, UnsupportedModelError
+from perceiver_export.runtimes.errors import (
+    BundleError,
+    GateError,
+    MissingDependencyError,
+    UnsupportedModelError,
+    check_choice,
+)
 from perceiver_export.runtimes.manifest import FileEntry, Manifest, encode_manifest
 
 if TYPE_CHECKING:
@@ -47,8 +53,9 @@ def lower_bundle(path: str | os.PathLike[str] | Bundle, target: str, precision: 
     stay as they are are not stored again.
 
     Raises BundleError, GateError (NaN, or too far from the canonical graph), MissingDependencyError,
-    UnsupportedModelError.
+    UnsupportedModelError, UsageError (no such precision).
     """
+    check_choice("precision", precision, get_args(Precision))
     bundle = open_bundle(path)
     try:
         import onnx_ir  # noqa: F401

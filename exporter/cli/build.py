@@ -11,6 +11,7 @@ import typer
 from perceiver_export.exporter.cli.output import BundleArgument, JsonFlag, print_json, print_table, progress_bar
 
 if TYPE_CHECKING:
+    from perceiver_export.calibration.lowering.tensorrt_bundle import Lowered
     from perceiver_export.runtimes.building import BuiltEngine
     from perceiver_export.runtimes.engines.backend import Hint, Precision
 
@@ -37,11 +38,12 @@ def build(
 
     sizes, flags = _sizes(shape or []), dict(_pair(text, "--flag") for text in flag or [])
     built: list[BuiltEngine] = []
+    lowered: list[Lowered] = []
     with progress_bar("build", quiet=json) as progress:
         for name in target:
             if lower_only:
-                _lower(bundle, name, cast("Precision", precision))
-            if not lower_only:
+                lowered += _lower(bundle, name, cast("Precision", precision))
+            else:
                 built += build_(
                     bundle,
                     name,
@@ -53,41 +55,45 @@ def build(
                     progress=progress,
                 )
     if json:
-        print_json([{**dataclasses.asdict(one), "directory": str(one.directory)} for one in built])
-    elif built:
-        _show(bundle, built)
+        print_json(lowered or [{**dataclasses.asdict(one), "directory": str(one.directory)} for one in built])
+    elif lower_only:
+        _show_lowered(lowered)
+    else:
+        _show(bundle, built, flags.get("compute_capability", ""))
 
 
-def _show(bundle: str, built: list[BuiltEngine]) -> None:
+def _show(bundle: str, built: list[BuiltEngine], crossed: str) -> None:
     rows = [
         (one.target, one.part, "compiled" if one.new else "was there", f"{one.seconds:.1f}", str(one.directory))
         for one in built
     ]
     print_table(f"engines of {bundle}", ["target", "part", "", "seconds>", "engine"], rows)
-    typer.echo(f"next: perceiver-export bench {bundle} --device {built[-1].target}")
+    where = f"on a machine with such a GPU ({crossed}): " if crossed else ""
+    typer.echo(f"next: {where}perceiver-export bench {bundle} --device {built[-1].target}")
 
 
-def _lower(bundle: str, target: str, precision: Precision) -> None:
-    if target.startswith("tensorrt"):
-        _lower_for_tensorrt(bundle, target, precision)
-        return
+def _lower(bundle: str, target: str, precision: Precision) -> tuple[Lowered, ...]:
     from perceiver_export.runtimes.engines.targets import find_target
     from perceiver_export.runtimes.errors import UsageError
 
-    find_target(target)
-    raise UsageError(
-        f"build rewrites no graph for {target}: fp32 graphs need none, quantize writes those of int8 bundles",
-        "leave --lower-only out",
-    )
-
-
-def _lower_for_tensorrt(bundle: str, target: str, precision: Precision) -> None:
+    if find_target(target).module != "tensorrt":
+        raise UsageError(
+            f"build rewrites no graph for {target}: fp32 graphs need none, quantize writes those of int8 bundles",
+            "leave --lower-only out",
+        )
     from perceiver_export.calibration.lowering.tensorrt_bundle import lower_bundle
 
-    for lowered in lower_bundle(bundle, target, precision):
-        kept = sum(map(len, lowered.kept.values()))
-        worst = f", {min(lowered.sqnr.values()):.1f} dB SQNR on ONNX Runtime" if lowered.sqnr else ""
-        typer.echo(f"{lowered.name}: {', '.join(lowered.files)}; {kept} nodes stay fp32{worst}")
+    return lower_bundle(bundle, target, precision)
+
+
+def _show_lowered(lowered: list[Lowered]) -> None:
+    for one in lowered:
+        kept = sum(map(len, one.kept.values()))
+        if one.name.startswith("tensorrt8-"):  # the graph is fp32 still, so there is nothing to measure
+            result = "the builder sets the precision of the others"
+        else:
+            result = f"{min(one.sqnr.values()):.1f} dB SQNR on ONNX Runtime"
+        typer.echo(f"{one.name}: {', '.join(one.files)}; {kept} nodes stay fp32, {result}")
 
 
 def _sizes(texts: list[str]) -> dict[str, tuple[int, int, int]]:

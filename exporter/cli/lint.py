@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -39,16 +38,20 @@ def lint(
 
 
 def show_lint(result: Lint) -> None:
-    """A row a finding; more than a few of one rule are counted."""
-    seen: Counter[str] = Counter()
-    rows: list[tuple[str, ...]] = []
+    """A row for what is wrong and how to mend it, with the nodes that it is true of; more than a few are counted."""
+    nodes: dict[tuple[str, str, str, str], list[str]] = {}
     for finding in result.findings:
-        seen[finding.rule] += 1
-        if seen[finding.rule] <= _SHOWN:
-            rows.append((finding.kind, finding.rule, finding.node, finding.message, finding.fix))
-    rows += [("", rule, f"{count - _SHOWN} more", "", "") for rule, count in seen.items() if count > _SHOWN]
+        nodes.setdefault((finding.kind, finding.rule, finding.message, finding.fix), []).append(finding.node)
+    rows = [(kind, rule, _listed(names), message, fix) for (kind, rule, message, fix), names in nodes.items()]
     if rows:
         print_table(f"{result.graph} for {result.version}", ["", "rule", "node", "what", "what to do"], rows)
     else:
         typer.echo(f"{result.graph} for {result.version}: nothing found")
-    typer.echo(f"attention: {result.fusable} of {result.attentions} are of a form that fuses")
+    typer.echo(
+        f"attention: heads of {result.fusable} of {result.attentions} are as wide as a fused kernel of 16 bits takes"
+    )
+
+
+def _listed(nodes: list[str]) -> str:
+    more = [f"and {len(nodes) - _SHOWN} more"] if len(nodes) > _SHOWN else []
+    return "\n".join(nodes[:_SHOWN] + more)

@@ -74,17 +74,19 @@ class Stream:
         graph, executable = ctypes.c_void_p(), ctypes.c_void_p()
         if self._cuda.driver.cuStreamBeginCapture_v2(self.handle, _CAPTURE_THREAD_LOCAL):
             return False
+        whole = True
         try:
             work()
         except DeviceError:
-            self._cuda.driver.cuStreamEndCapture(self.handle, ctypes.byref(graph))
+            whole = False
+        if self._cuda.driver.cuStreamEndCapture(self.handle, ctypes.byref(graph)) or not graph:
             return False
-        if self._cuda.driver.cuStreamEndCapture(self.handle, ctypes.byref(graph)):
-            return False
-        if self._cuda.driver.cuGraphInstantiateWithFlags(ctypes.byref(executable), graph, ctypes.c_ulonglong(0)):
-            return False
-        self._graph = executable
-        return True
+        if whole and not self._cuda.driver.cuGraphInstantiateWithFlags(
+            ctypes.byref(executable), graph, ctypes.c_ulonglong(0)
+        ):
+            self._graph = executable
+        self._cuda.driver.cuGraphDestroy(graph)  # what was made from it is its own
+        return self._graph is not None
 
     def replay(self) -> bool:
         """Do the recorded work again; False where none was recorded."""

@@ -25,11 +25,17 @@ class Target:
     extra: str
     hardware: str
     needs_engine: bool = False  # compiling takes minutes, so `load` never does it
+    index: str = ""  # where the distributions are, if not where pip looks by itself
 
     @property
     def install(self) -> str:
         """The command that brings the engine's library."""
-        return f"pip install 'perceiver-export[{self.extra}]'"
+        return f"pip install 'perceiver-export[{self.extra}]'{self.from_index}"
+
+    @property
+    def from_index(self) -> str:
+        """What `pip install` is to be told of the index."""
+        return f" --extra-index-url {self.index}" if self.index else ""
 
     def lowering(self, precision: str) -> str:
         """The name under which a bundle has the graph for this target: TensorRT has one for each precision, and others
@@ -56,7 +62,7 @@ class Target:
 _TENSORRT = ("tensorrt", "tensorrt-cu12", "tensorrt-cu13")
 _ORT = ("onnxruntime", "onnxruntime-gpu")
 _TABLE = (
-    Target("tensorrt", "tensorrt", _TENSORRT, "tensorrt", "NVIDIA GPU", needs_engine=True),
+    Target("tensorrt", "tensorrt", _TENSORRT, "tensorrt", "NVIDIA GPU", True, "https://pypi.nvidia.com"),
     Target("tensorrt-rtx", "tensorrt", ("tensorrt-rtx",), "tensorrt-rtx", "NVIDIA GPU", needs_engine=True),
     Target("ort-cuda", "ort", ("onnxruntime-gpu",), "ort", "NVIDIA GPU"),
     Target("openvino-gpu", "openvino", ("openvino",), "openvino", "Intel GPU"),

@@ -17,8 +17,8 @@ from perceiver_export.runtimes.engines.tensorrt_capabilities import Capabilities
 from perceiver_export.runtimes.engines.tensorrt_layers import (
     Layer,
     count_attentions,
+    count_precisions,
     differences,
-    int8_products,
     layers_from_inspector,
     layers_from_log,
 )
@@ -26,7 +26,7 @@ from perceiver_export.runtimes.engines.tensorrt_network import asked_precisions,
 from perceiver_export.runtimes.errors import BuildError, DeviceError
 
 ENGINE, REPORT = "model.engine", "layers.json"
-_WARNING, _ERROR = 2, 1  # severities count down to 0, an internal error
+_ERROR = 1  # severities count down to 0, an internal error
 _BYTES = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 
 
@@ -183,6 +183,8 @@ def _monitor(trt: Any, progress: Progress, stop: threading.Event) -> Any:
 def _given_up(can: Capabilities, source: Source, problems: list[str]) -> BuildError:
     said = problems[0] if problems else "it gives no reason"
     hint = "perceiver-export lint BUNDLE says what does not fit this version"
+    if re.search(r"SM75\): FP32", " ".join(problems)):
+        hint = "leave sm75 out, where TensorRT for RTX has no fp32 products; this graph has some"
     if re.search(r"workspace|OutOfMemory|out of memory", " ".join(problems), re.IGNORECASE):
         hint = "give it more memory: --flag workspace=2GiB, or leave it out; and close what else uses the GPU"
     return BuildError(f"{can.name} could not compile {source.graph.name}: {said}", hint)
@@ -202,15 +204,13 @@ def _layers(trt: Any, can: Capabilities, logger: Any, serialized: Any) -> tuple[
 
 
 def _write(asked: dict[str, str], layers: tuple[Layer, ...], serialized: Any, directory: Path) -> LayerReport:
-    counts: dict[str, int] = {}
-    for precision in asked.values():
-        counts[precision] = counts.get(precision, 0) + 1
+    counts = count_precisions(layers, asked)
     with (directory / ENGINE).open("wb") as file:
         file.write(serialized)
     report = LayerReport(
         layers=len(layers),
         fused_attentions=count_attentions(layers),
-        int8_products=len(int8_products(layers, asked)),
+        int8_products=counts.get("int8", 0),
         precisions=counts,
         engine_bytes=(directory / ENGINE).stat().st_size,
     )

@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import queue
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ _SLOTS = 2
 
 
 class TensorrtEngine:
-    """One engine with `_SLOTS` places to run in; a third caller waits for one of them.
+    """One engine with `_SLOTS` places to run in; a third caller waits for one of them. Where memory is
+    short of the second place, callers take turns in the first.
 
     Raises EngineError: the file is not an engine for here; DeviceError: no driver, or not enough GPU memory.
     """
@@ -45,30 +47,23 @@ class TensorrtEngine:
             )
         self._check_names()
         self._free: queue.LifoQueue[_Slot] = queue.LifoQueue()
-        self._lock, self._opened = threading.Lock(), 0
+        self._lock, self._opened, self._limit = threading.Lock(), 0, _SLOTS
+        self._replays = False
         self._free.put(self._new_slot())
 
     def run(self, feeds: Feeds) -> dict[str, Array]:
         """Outputs in arrays of the caller's own."""
-        slot = self._take()
-        try:
+        with self._slot() as slot:
             return {name: array.copy() for name, array in slot.run(feeds).items()}
-        finally:
-            self._free.put(slot)
 
     def run_into(self, feeds: Feeds, out: Mapping[str, Array]) -> None:
         """Outputs in the caller's arrays."""
-        slot = self._take()
-        try:
+        with self._slot() as slot:
             for name, array in slot.run(feeds).items():
                 np.copyto(out[name], array)
-        finally:
-            self._free.put(slot)
 
     def describe(self) -> dict[str, Any]:
         """What it runs on; ``zero_copy``: host and GPU share the buffers; ``cuda_graph``: runs are replayed."""
-        slot = self._take()
-        self._free.put(slot)
         return {
             "target": self._source.target,
             "device": self._here.device,
@@ -77,7 +72,7 @@ class TensorrtEngine:
             "threads": "none of the CPU's",
             "precision": self._precision(),
             "zero_copy": self._cuda.shares_memory,
-            "cuda_graph": slot.replays,
+            "cuda_graph": self._replays,
         }
 
     def _precision(self) -> str:
@@ -104,6 +99,15 @@ class TensorrtEngine:
         self._opened += 1
         return slot
 
+    @contextlib.contextmanager
+    def _slot(self) -> Iterator[_Slot]:
+        slot = self._take()
+        try:
+            yield slot
+        finally:
+            self._replays |= slot.replays
+            self._free.put(slot)
+
     def _take(self) -> _Slot:
         self._cuda.enter()  # the calling thread's first CUDA call, as often as not
         try:
@@ -111,8 +115,11 @@ class TensorrtEngine:
         except queue.Empty:
             pass
         with self._lock:
-            if self._opened < _SLOTS:
-                return self._new_slot()
+            if self._opened < self._limit:
+                try:
+                    return self._new_slot()
+                except DeviceError:  # no memory for another: the one that is open will be free again
+                    self._limit = self._opened
         return self._free.get()
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -82,23 +83,23 @@ def count_attentions(layers: Iterable[Layer]) -> int:
     return sum(layer.fused_attention for layer in layers)
 
 
-def int8_products(layers: Iterable[Layer], products: Iterable[str]) -> frozenset[str]:
-    """Those of the named products whose kernel reads int8."""
+def count_precisions(layers: Iterable[Layer], products: Iterable[str]) -> dict[str, int]:
+    """How many of the named products run in each type; those that are in no layer's report count nowhere."""
     found = _precisions(layers)
-    return frozenset(node for node in products if found.get(node) == "int8")
+    return dict(Counter(found[node] for node in products if node in found))
 
 
 def differences(asked: Mapping[str, str], layers: Iterable[Layer]) -> tuple[Difference, ...]:
-    """Products (by node name) that run in a wider type than was asked for, or are in no layer's report."""
+    """Products (by node name) that run in another type than was asked for, or are in no layer's report.
+
+    A narrower one is as wrong as a wider one: what was to stay fp32 would overflow.
+    """
     found = _precisions(layers)
-    width = {"int8": 1, "fp8": 1, "fp16": 2, "bf16": 2, "fp32": 4}
-    wrong = []
-    for node, precision in asked.items():
-        reported = found.get(node, "")
-        same_width = reported and width[reported] == width[precision] and reported != precision
-        if not reported or width[reported] > width[precision] or same_width:
-            wrong.append(Difference(node, precision, reported))
-    return tuple(wrong)
+    return tuple(
+        Difference(node, precision, found.get(node, ""))
+        for node, precision in asked.items()
+        if found.get(node) != precision
+    )
 
 
 def _precisions(layers: Iterable[Layer]) -> dict[str, str]:

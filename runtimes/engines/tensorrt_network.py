@@ -34,8 +34,8 @@ def parse(trt: Any, can: Capabilities, builder: Any, logger: Any, graph: Path) -
         problems = [_problem(can, parser.get_error(index)) for index in range(parser.num_errors)]
         raise BundleError(
             f"{can.name} cannot read {graph.name}: {problems[0] if problems else 'it gives no reason'}",
-            "perceiver-export lint BUNDLE --target tensorrt --version"
-            f" {can.since[0]}.{can.since[1]} says what does not fit; build --lower-only writes a graph that does",
+            f"perceiver-export lint BUNDLE --target {can.library} --version"
+            f" {can.version[0]}.{can.version[1]} says what does not fit; build --lower-only writes a graph that does",
         )
     return network, parser
 
@@ -55,16 +55,12 @@ def _problem(can: Capabilities, error: Any) -> str:
 
 def asked_precisions(trt: Any, network: Any, can: Capabilities, options: EngineOptions) -> dict[str, str]:
     """By node, the precision that each matrix product must have: from the graph's types, or on 8.x from the option."""
-    producers, constants = {}, _constants(trt, network)
-    for layer in _layers(network):
-        for index in range(layer.num_outputs):
-            producers[layer.get_output(index).name] = layer
+    producers, constants = _producers(network), _constants(trt, network)
     asked = {}
     for layer in _layers(network):
         if layer.type != trt.LayerType.MATRIX_MULTIPLY or layer.get_output(0).name in constants:
             continue
-        sources = [_source(trt, producers, layer.get_input(index)) for index in range(2)]
-        if all(source is not None and source.type == trt.LayerType.DEQUANTIZE for source in sources):
+        if _is_int8(trt, producers, layer):
             asked[node_name(layer, can)] = "int8"
         elif can.typing == "weak":
             asked[node_name(layer, can)] = "fp32" if layer.name.endswith(KEEP_FP32) else options.precision
@@ -97,14 +93,18 @@ def constrain(trt: Any, network: Any, config: Any, precision: Precision) -> None
     if precision != "fp16":
         return
     config.set_flag(trt.BuilderFlag.FP16)
+    producers = _producers(network)
     for layer in _layers(network):
         if layer.type == kinds.NORMALIZATION:
             layer.compute_precision = trt.float32  # sums of squares
         if layer.name.endswith(KEEP_FP32):
             layer.precision = trt.float32
             for index in range(layer.num_outputs):
-                layer.set_output_type(index, trt.float32)
-        elif layer.type in (kinds.MATRIX_MULTIPLY, kinds.SOFTMAX):
+                if layer.get_output(index).dtype == trt.float32:  # not those of indices and comparisons
+                    layer.set_output_type(index, trt.float32)
+        elif layer.type == kinds.SOFTMAX or (
+            layer.type == kinds.MATRIX_MULTIPLY and not _is_int8(trt, producers, layer)
+        ):
             layer.precision = trt.float16
 
 
@@ -116,6 +116,17 @@ def node_name(layer: Any, can: Capabilities) -> str:
 
 def _layers(network: Any) -> Iterator[Any]:
     return (network.get_layer(index) for index in range(network.num_layers))
+
+
+def _producers(network: Any) -> dict[str, Any]:
+    """The layer that each tensor comes from, by the tensor's name."""
+    return {layer.get_output(index).name: layer for layer in _layers(network) for index in range(layer.num_outputs)}
+
+
+def _is_int8(trt: Any, producers: dict[str, Any], product: Any) -> bool:
+    """Whether both sides of a product are dequantized, so that it is to run in int8."""
+    sources = [_source(trt, producers, product.get_input(index)) for index in range(2)]
+    return all(source is not None and source.type == trt.LayerType.DEQUANTIZE for source in sources)
 
 
 def _constants(trt: Any, network: Any) -> set[str]:

@@ -8,9 +8,12 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 
 from perceiver_export.calibration.linting import Lint, lint
+from perceiver_export.calibration.lowering.tensorrt_bundle import lower_bundle
+from perceiver_export.exporter.cli.lint import show_lint
 from perceiver_export.runtimes.engines import tensorrt
 from perceiver_export.runtimes.engines.backend import EngineOptions, Precision, Source
 from perceiver_export.runtimes.errors import BuildError, BundleError, DeviceError, UsageError
@@ -181,6 +184,22 @@ def test_operators_that_no_version_has_are_refused(operator: str, body: str, tmp
     assert operator in refused(path, "fp32")
 
 
+def test_findings_of_one_kind_are_a_row_and_the_fix_is_for_the_target(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    body = "(float[4] x) => (float[4] y) { a = FastGelu(x)  b = FastGelu(a)  y = FastGelu(b) }"
+    (result,) = lint(write(tmp_path / "g.onnx", body), "tensorrt-rtx")
+    show_lint(result)
+    told = capsys.readouterr().out
+
+    assert len(result.findings) == 3
+    assert told.count("FastGelu is in no version") == 1
+    assert all(finding.node in told for finding in result.findings)
+    deep = "(float16[1,70000] x) => (float16[1,70000] y) { y = Softmax<axis = -1>(x) }"
+    (result,) = lint(write(tmp_path / "s.onnx", deep), "tensorrt-rtx")
+    assert "--target tensorrt-rtx " in result.findings[0].fix
+
+
 def test_operators_are_known_by_version(tmp_path: Path) -> None:
     gelu = write(tmp_path / "g.onnx", "(float[4] x) => (float[4] y) { y = Gelu(x) }")
 
@@ -258,6 +277,24 @@ def test_bad_questions_are_refused(tmp_path: Path, fashion_bundle: Path) -> None
         lint(fashion_bundle, "openvino")
     with pytest.raises(UsageError, match="has no bf16 graph"):
         lint(fashion_bundle, precision="bf16")
+    with pytest.raises(UsageError, match="precision is 'int8'"):
+        lint(fashion_bundle, precision="int8")
+
+
+def test_lowered_graphs_are_judged_without_their_weights(tmp_path: Path, copied_bundle: Path) -> None:
+    lower_bundle(copied_bundle, "tensorrt-rtx", "fp16")
+    alone = tmp_path / "alone.onnx"
+    alone.write_bytes((copied_bundle / "model.tensorrt-fp16.onnx").read_bytes())
+
+    assert rules(alone) == set()
+
+
+def test_zero_points_in_a_file_of_weights_are_not_read(tmp_path: Path) -> None:
+    model = ir.load(int8_linear(tmp_path / "l.onnx", zero=3))
+    ir.save(model, tmp_path / "external.onnx", external_data="l.weights", size_threshold_bytes=0)
+    (tmp_path / "l.weights").unlink()
+
+    assert rules(tmp_path / "external.onnx") == set()
 
 
 def test_graphs_are_judged_without_their_weights(tmp_path: Path, plain_fashion_bundle: Path) -> None:

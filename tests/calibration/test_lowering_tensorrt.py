@@ -26,6 +26,7 @@ from perceiver_export.exporter import LoadedModel, export
 from perceiver_export.runtimes import load, open_bundle
 from perceiver_export.runtimes.bundle import Bundle
 from perceiver_export.runtimes.engines.tensorrt_capabilities import capabilities
+from perceiver_export.runtimes.engines.tensorrt_network import KEEP_FP32
 from perceiver_export.runtimes.errors import GateError, UnsupportedModelError
 from tests.calibration.onnx_text import write
 from tests.cli import small_models
@@ -275,6 +276,15 @@ def test_opset_17_is_what_its_checker_takes(language: Bundle, tmp_path: Path) ->
 
     onnx.checker.check_model(str(tmp_path / "model.onnx"), full_check=True)
     assert onnx.load(str(tmp_path / "model.onnx"), load_external_data=False).opset_import[0].version == 17
+
+
+def test_8_marks_no_node_where_all_is_fp32(language: Bundle) -> None:
+    model = graph(language)
+    hazards = {node.outputs[0].name or "": 1e6 for node in model.graph}
+
+    assert lower_for_tensorrt(model, "tensorrt8", "fp32", hazards) == {}
+    assert not any((node.name or "").endswith(KEEP_FP32) for node in model.graph)
+    assert lower_for_tensorrt(graph(language), "tensorrt8", "fp16", hazards)
 
 
 def test_8_has_no_bf16(language: Bundle) -> None:

@@ -33,6 +33,9 @@ def test_build_compiles_for_every_target_named_and_load_finds_it(copied_bundle: 
         (["--target", "openvino-npu"], "OpenVINO finds no NPU here"),
         (["--target", "ort-cpu", "--precision", "fp16"], "runs a graph in the precision that it is in"),
         (["--target", "openvino-cpu", "--precision", "fp8"], "precision is 'fp8'"),
+        (["--target", "tensorrtfoo", "--lower-only"], "there is no target 'tensorrtfoo'"),
+        (["--target", "ort-cpu", "--lower-only"], "build rewrites no graph for ort-cpu"),
+        (["--target", "tensorrt", "--lower-only", "--precision", "int8"], "precision is 'int8'"),
         (["--target", "ort-cpu", "--shape", "batch=1:2"], "gives no sizes"),
         (["--target", "ort-cpu", "--flag", "threads"], "is not NAME=VALUE"),
         (["--target", "ort-cpu", "--flag", "threads=2"], "is no setting of onnxruntime's"),
@@ -42,6 +45,18 @@ def test_what_cannot_be_built_is_one_error_and_one_hint(
     fashion_bundle: Path, arguments: list[str], message: str
 ) -> None:
     assert message in fail("build", fashion_bundle, *arguments)
+
+
+def test_lowered_graphs_are_told_to_machines_too(copied_bundle: Path) -> None:
+    options = ["--target", "tensorrt", "--precision", "fp16", "--lower-only"]
+    lowered = json.loads(succeed("build", copied_bundle, *options, "--json"))
+
+    assert [one["name"] for one in lowered] == ["tensorrt-fp16", "tensorrt8-fp16"]
+    assert all((copied_bundle / file).is_file() for one in lowered for file in one["files"])
+    assert min(lowered[0]["sqnr"].values()) > 60
+    told = succeed("build", copied_bundle, *options)
+    assert told.count("dB SQNR") == 1
+    assert "the builder sets the precision of the others" in told
 
 
 def test_bench_of_all_targets_is_a_table_and_a_csv_file(copied_bundle: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import pytest
 import yaml
 from google.protobuf import text_format
 
+from perceiver_export.calibration.lowering.tensorrt_bundle import lower_bundle
 from perceiver_export.exporter import export, package
 from perceiver_export.runtimes import load, load_onnx
 from perceiver_export.runtimes.errors import BundleError, BundleExistsError, UsageError
@@ -124,6 +125,15 @@ def test_the_model_in_a_repository_is_the_bundles(fashion_bundle: Path, tmp_path
 
     with load(fashion_bundle, "ort-cpu") as ours, load_onnx(path / "fashion" / "1" / "model.onnx") as theirs:
         np.testing.assert_array_equal(ours.run(feeds)["logits"], theirs.run(feeds)["logits"])
+
+
+def test_weights_of_other_targets_stay_behind(copied_bundle: Path, tmp_path: Path) -> None:
+    lower_bundle(copied_bundle, "tensorrt-rtx", "fp16")
+    path = package(copied_bundle, "triton", tmp_path / "repository")
+
+    assert (copied_bundle / "tensorrt-fp16.weights").is_file()
+    (model,) = path.rglob("model.onnx")
+    assert sorted(file.name for file in model.parent.iterdir()) == ["model.onnx", "model.weights"]
 
 
 def test_a_range_of_batches_is_left_to_tritons_batcher_as_the_bench_says(batched: Path, tmp_path: Path) -> None:

@@ -38,6 +38,8 @@ class Fake:
         if name not in self._names:
             raise AttributeError(f"{self._kind} has no {name}")
         self._calls.append(f"{self._kind}.{name} = {value}")
+        if "name" in self._values:
+            self._calls.append(f"{self._values['name']} has {name} {value}")
         self._values[name] = value
 
 
@@ -239,6 +241,8 @@ class FakeMemory:
         self.blocks: dict[int, np.ndarray[Any, Any]] = {}
         self.calls: list[str] = []
         self.threads: set[int] = set()
+        self.running = threading.Event()  # cleared by a test that wants work to take long
+        self.running.set()
         self._streams = 0
         self._recording: list[Callable[[], None]] | None = None
         self._graphs: list[list[Callable[[], None]]] = []
@@ -298,6 +302,9 @@ class FakeMemory:
         self._streams += 1
         result._obj.value = self._streams
 
+    def _cuStreamSynchronize(self, stream: Any) -> None:  # noqa: N802
+        assert self.running.wait(60)
+
     def _cuStreamBeginCapture_v2(self, stream: Any, mode: int) -> int:  # noqa: N802
         self._recording = [] if self.graphs else None
         return 0 if self.graphs else 900
@@ -305,10 +312,11 @@ class FakeMemory:
     def _cuStreamEndCapture(self, stream: Any, result: Any) -> None:  # noqa: N802
         assert self._recording is not None
         self._graphs.append(self._recording)
+        result._obj.value = len(self._graphs)
         self._recording = None
 
     def _cuGraphInstantiateWithFlags(self, result: Any, graph: Any, flags: Any) -> None:  # noqa: N802
-        result._obj.value = len(self._graphs)
+        result._obj.value = graph.value
 
     def _cuGraphLaunch(self, graph: Any, stream: Any) -> None:  # noqa: N802
         for job in self._graphs[graph.value - 1]:

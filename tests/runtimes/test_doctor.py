@@ -84,6 +84,16 @@ def test_a_fix_is_the_command_of_this_system(
     assert findings["NVIDIA GPU"].fix == findings["target ort-cuda"].fix == command
 
 
+def test_tensorrt_for_rtx_compiles_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(diagnosis, "cuda_gpus", lambda: ())
+    monkeypatch.setattr(diagnosis, "pci_devices", lambda vendor, kinds: False)
+    findings = {finding.what: finding for finding in doctor()}
+
+    assert "it compiles here" in findings["target tensorrt-rtx"].found
+    assert findings["target tensorrt"].found == findings["target ort-cuda"].found == "no NVIDIA GPU here"
+    assert find_target("tensorrt").install.endswith("[tensorrt]' --extra-index-url https://pypi.nvidia.com")
+
+
 def test_a_device_file_that_may_not_be_opened_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(diagnosis, "pci_devices", lambda vendor, kinds: vendor == "0x8086")
     monkeypatch.setattr(diagnosis, "device_files", lambda pattern: (str(tmp_path / "renderD128"),))

@@ -38,15 +38,17 @@ RANGED = {"batch": (1, 4)}
 
 
 def network(half: str) -> Callable[[FakeModule], list[Fake]]:
-    """A normalization, an int8 product, a product of activations of type ``half``, one that overflows, and one of
-    constants, which no engine has a kernel for.
+    """A normalization, an int8 product, a product of activations of type ``half``, one that overflows, an index that is
+    computed beside it, and a product of constants, which no engine has a kernel for.
     """
 
     def layers(module: FakeModule) -> list[Fake]:
-        types = (half, "int8", half, "int8", half, half, "float32", half, half, half)
-        x, q, d, w, wd, y, z, c, sums, product = (
+        types = (half, "int8", half, "int8", half, half, "float32", half, half, half, "int32")
+        x, q, d, w, wd, y, z, c, sums, product, row = (
             tensor(module, name, dtype)
-            for name, dtype in zip(["x", "q", "d", "w", "e", "y", "z", "c", "sums", "product"], types, strict=True)
+            for name, dtype in zip(
+                ["x", "q", "d", "w", "e", "y", "z", "c", "sums", "product", "row"], types, strict=True
+            )
         )
         return [
             layer(module, "NORMALIZATION", "norm", [x], x),
@@ -58,6 +60,7 @@ def network(half: str) -> Callable[[FakeModule], list[Fake]]:
             layer(module, "MATRIX_MULTIPLY", "attention/MatMul_1", [y, x], y),
             layer(module, "SOFTMAX", "attention/Softmax_1", [y], y),
             layer(module, "MATRIX_MULTIPLY", "attention/MatMul_2:fp32", [z, z], z),
+            layer(module, "CAST", "row/Cast:fp32", [z], row),
             layer(module, "CONSTANT", "c", [], c),
             layer(module, "CONCATENATION", "c/Concat", [c, c], sums),
             layer(module, "MATRIX_MULTIPLY", "constants/MatMul", [sums, c], product),
@@ -127,7 +130,11 @@ def test_precision_is_in_flags_on_8_and_in_the_graph_from_10_on(version: str, tm
             "set_flag('BuilderFlag.INT8',)",
             "set_flag('BuilderFlag.FP16',)",
         ]
-        assert "ILayer.precision = float32" in module._calls  # of the layer that overflows
+        assert "attention/MatMul_1 has precision float16" in module._calls
+        assert "attention/MatMul_2:fp32 has precision float32" in module._calls  # it overflows
+        assert "attention/MatMul_2:fp32 gives float32" in module._calls
+        assert "row/Cast:fp32 gives float32" not in module._calls  # it gives integers
+        assert not any(call.startswith("linear/MatMul_1 has precision") for call in module._calls)  # it is int8
         assert "INormalizationLayer.compute_precision = float32" in module._calls
     else:
         assert flags == []
@@ -151,6 +158,8 @@ def test_fp32_is_not_tf32(version: str, tmp_path: Path) -> None:
         (inspector(linear="Half"), "linear/MatMul_1: int8 asked, fp16 found"),
         (inspector(attention="Float"), "attention/MatMul_1: fp16 asked, fp32 found"),
         (inspector(attention="BFloat16"), "attention/MatMul_1: fp16 asked, bf16 found"),
+        (inspector(last="Half"), "attention/MatMul_2:fp32: fp32 asked, fp16 found"),
+        (inspector(attention="Int8"), "attention/MatMul_1: fp16 asked, int8 found"),
         ("not json", "linear/MatMul_1: int8 asked, nothing found"),
         ('{"Layers": ["linear/MatMul_1"]}', "linear/MatMul_1: int8 asked, nothing found"),
     ],
@@ -352,6 +361,32 @@ def test_callers_at_once_have_streams_of_their_own(tmp_path: Path) -> None:
     assert 1 <= memory.calls.count("cuStreamCreate") <= 2
 
 
+def test_a_caller_without_memory_of_its_own_waits_its_turn(tmp_path: Path) -> None:
+    memory = FakeMemory(graphs=False)
+    engine = opened("10.3.0", tmp_path / "engine", memory)
+    memory.capacity = 8  # too little for another place to run in
+    memory.running.clear()
+    answers: list[float] = []
+
+    def call(value: float) -> None:
+        answers.append(float(engine.run({"x": np.full((2, 3), value, np.float32)})["y"][0, 0]))
+
+    first, second = (threading.Thread(target=call, args=(value,)) for value in (1, 2))
+    first.start()
+    while "cuStreamSynchronize" not in memory.calls:
+        time.sleep(0.001)
+    tried = memory.calls.count("cuMemHostAlloc")
+    second.start()
+    while memory.calls.count("cuMemHostAlloc") == tried:
+        time.sleep(0.001)
+    assert not engine.describe()["cuda_graph"]  # answered while all is taken
+    memory.running.set()
+    first.join()
+    second.join()
+
+    assert answers == [2, 4]
+
+
 def test_memory_is_given_back(tmp_path: Path) -> None:
     memory = FakeMemory()
     engine = opened("10.3.0", tmp_path / "engine", memory)
@@ -362,6 +397,8 @@ def test_memory_is_given_back(tmp_path: Path) -> None:
         ("cuMemHostAlloc", "cuMemFreeHost"),
         ("cuMemAlloc_v2", "cuMemFree_v2"),
         ("cuStreamCreate", "cuStreamDestroy_v2"),
+        ("cuStreamEndCapture", "cuGraphDestroy"),
+        ("cuGraphInstantiateWithFlags", "cuGraphExecDestroy"),
     ):
         assert memory.calls.count(taken) == memory.calls.count(freed) > 0
 
@@ -395,16 +432,24 @@ def test_an_engine_of_another_model_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("version", "row"),
-    [("8.6.2.3", (8, 6)), ("10.7.0", (10, 3)), ("10.13.3.9", (10, 13)), ("11.5.0", (11, 0)), ("12.0", (11, 0))],
+    [("8.6.2.3", (8, 6)), ("10.7.0", (10, 3)), ("10.13.3.9", (10, 13)), ("11.5.0", (11, 0))],
 )
 def test_a_version_takes_the_row_at_or_below_it(version: str, row: tuple[int, int]) -> None:
-    assert capabilities("tensorrt", version).since == row
+    found = capabilities("tensorrt", version)
+
+    assert found.since == row
+    assert found.name == f"TensorRT {'.'.join(version.split('.')[:2])}"
 
 
-@pytest.mark.parametrize("version", ["8.5.2", "9.2", "7.1.3", "", "ten"])
+@pytest.mark.parametrize("version", ["8.5.2", "9.2", "7.1.3", "12.0", "", "ten"])
 def test_versions_that_are_not_supported_are_refused(version: str) -> None:
     with pytest.raises(DeviceError, match="is not supported"):
         capabilities("tensorrt", version)
+
+
+def test_a_version_of_tensorrt_is_none_of_tensorrt_for_rtx() -> None:
+    with pytest.raises(DeviceError, match=r"tensorrt-rtx 10\.3 is not supported"):
+        capabilities("tensorrt-rtx", "10.3")
 
 
 def test_every_row_of_the_table_is_sorted_and_grows() -> None:
