@@ -115,6 +115,7 @@ class OrtEngine:
         self._output_names = [spec.name for spec in self.outputs]
         self._single_threaded = threads == 1  # then there is no thread of the session's own to run on
         self._in_flight, self._idle = 0, threading.Condition()
+        self._calling: set[int] = set()  # threads that are in a caller's callback
 
     def run(self, feeds: Feeds) -> dict[str, Array]:
         try:
@@ -142,11 +143,14 @@ class OrtEngine:
             self._in_flight += 1
 
         def done(values: Any, held: Any, error: str) -> None:
+            thread = threading.get_ident()
+            self._calling.add(thread)
             if error:
                 future.set_exception(DeviceError(f"inference failed: {error}", "see `perceiver-export doctor`"))
             else:
                 future.set_result(dict(zip(self._output_names, values, strict=True)))
             with self._idle:
+                self._calling.discard(thread)
                 self._in_flight -= 1
                 self._idle.notify_all()
 
@@ -162,6 +166,9 @@ class OrtEngine:
         return future
 
     def close(self) -> None:
+        if threading.get_ident() in self._calling:  # a callback does not wait for itself; the interpreter's exit does
+            threading.Thread(target=self.close, name="perceiver-export-close", daemon=False).start()
+            return
         with self._idle:
             self._idle.wait_for(lambda: not self._in_flight)
 

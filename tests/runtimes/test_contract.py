@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import itertools
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -263,6 +265,48 @@ def test_close_finishes_what_was_submitted_and_refuses_more(
     for call in (lambda: runtime.run({}), lambda: runtime.submit({}), runtime.describe):
         with pytest.raises(RuntimeClosedError):
             call()
+
+
+@pytest.mark.parametrize("options", [{}, {"threads": 1}, {"check_finite": True}], ids=str)
+def test_a_callback_may_close_and_the_rest_is_finished(
+    target: str, fashion_bundle: Path, golden: dict[str, Any], options: dict[str, Any]
+) -> None:
+    runtime = load(fashion_bundle, target, **options)
+    closed: Future[None] = Future()
+
+    def close(_: Future[dict[str, Any]]) -> None:
+        try:
+            started.wait(timeout=60)
+            runtime.close()
+            closed.set_result(None)
+        except BaseException as error:
+            closed.set_exception(error)
+
+    started = threading.Event()
+    futures = [runtime.submit({"image": golden["image"]})]
+    futures[0].add_done_callback(close)
+    futures += [runtime.submit({"image": golden["image"]}) for _ in range(5)]
+    started.set()
+
+    closed.result(timeout=60)
+    assert all(future.result(timeout=60)["logits"].shape == (1, 10) for future in futures)
+    with pytest.raises(RuntimeClosedError):
+        runtime.submit({})
+
+
+def test_a_process_that_ends_after_a_close_in_a_callback_ends_well(target: str, fashion_bundle: Path) -> None:
+    code = f"""
+import numpy, threading
+from perceiver_export.runtimes import load
+runtime, closed = load({str(fashion_bundle)!r}, {target!r}), threading.Event()
+feeds = {{"image": numpy.zeros((1, 3, 28, 28), numpy.float32)}}
+futures = [runtime.submit(feeds) for _ in range(9)]
+futures[0].add_done_callback(lambda future: (runtime.close(), closed.set()))
+closed.wait(60)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
+
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_whatever_was_accepted_while_closing_is_finished(
