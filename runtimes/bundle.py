@@ -86,13 +86,13 @@ def read_manifest(directory: Path) -> Manifest:
     return decode_manifest(content)
 
 
-def check_files(directory: Path, files: Mapping[str, FileEntry], verify: Verify) -> None:
-    """Check files of a directory against their sizes and, as ``verify`` says, hashes. Raises BundleError."""
+def check_files(directory: Path, files: Mapping[str, FileEntry], verify: Verify, record: str = "the manifest") -> None:
+    """Check files of a directory against the sizes and, as ``verify`` says, hashes of a record. Raises BundleError."""
     stamps = _Stamps(directory) if verify == "auto" else None
     for name, entry in files.items():
-        _check_file(directory, name, entry)
+        _check_file(directory, name, entry, record)
         if verify != "never" and not (stamps and stamps.holds(name, entry)):
-            _check_hash(directory / name, name, entry)
+            _check_hash(directory / name, name, entry, record)
             if stamps:
                 stamps.add(name, entry)
     if stamps:
@@ -116,7 +116,7 @@ def cache_directory() -> Path:
     return (Path(base) if base else Path(os.path.expanduser("~/.cache"))) / "perceiver-export"
 
 
-def _check_file(directory: Path, name: str, entry: FileEntry) -> None:
+def _check_file(directory: Path, name: str, entry: FileEntry, record: str) -> None:
     path = directory / name
     try:
         inside = path.is_file() and path.resolve().is_relative_to(directory.resolve())
@@ -124,24 +124,22 @@ def _check_file(directory: Path, name: str, entry: FileEntry) -> None:
     except OSError as error:
         raise BundleError(f"{name} cannot be read: {error.strerror}", "check its permissions") from error
     if not inside:
-        raise BundleError(
-            f"{name} is missing from the bundle {directory}, or a link out of it", "copy or export the bundle again"
-        )
+        raise BundleError(f"{name} is missing from {directory}, or a link out of it", "copy or export the bundle again")
     if size != entry.size:
         raise BundleError(
-            f"{name} has {size} bytes, the manifest says {entry.size}",
+            f"{name} has {size} bytes, {record} says {entry.size}",
             "the file was cut or changed: copy the bundle again",
         )
 
 
-def _check_hash(path: Path, name: str, entry: FileEntry) -> None:
+def _check_hash(path: Path, name: str, entry: FileEntry, record: str) -> None:
     try:
         found = sha256(path)
     except OSError as error:
         raise BundleError(f"{name} cannot be read: {error.strerror}", "check its permissions") from error
     if found != entry.sha256:
         raise BundleError(
-            f"{name} is not the file that was exported: its sha256 differs from the manifest's",
+            f"{name} is not the file that was exported: its sha256 differs from {record}'s",
             "the file was damaged or changed: copy or export the bundle again",
         )
 

@@ -11,6 +11,8 @@ from perceiver_export.runtimes.engines.backend import Array, Feeds
 from perceiver_export.runtimes.errors import DeviceError, InputError
 from perceiver_export.runtimes.manifest import TensorSpec
 
+_FIXED = "shapes are fixed at export: see --batch and --shape of `perceiver-export export`"
+
 
 class FeedChecks:
     """The checks of one graph, prepared once."""
@@ -28,15 +30,18 @@ class FeedChecks:
 
     def feeds(self, feeds: Feeds) -> Feeds:
         """The feeds if they fit, native and contiguous (copied only where they are not). Raises InputError."""
+        if not isinstance(feeds, Mapping):
+            raise InputError(
+                f"the inputs are a {type(feeds).__name__}, not arrays by name",
+                f"give {{name: array}}; the model takes {names(self.inputs)}",
+            )
         checked = {}
         sizes: dict[str, int] = {}
         for name, dtype, spec in self._prepared:
             array = feeds.get(name)
             if array is None:
-                raise InputError(
-                    f"input {name!r} is missing, there is {', '.join(map(repr, feeds)) or 'nothing'}",
-                    f"the model takes {names(self.inputs)}",
-                )
+                there = f"input {name!r} is missing, there is {', '.join(map(repr, feeds))}"
+                raise InputError(there if feeds else "no inputs were given", f"the model takes {names(self.inputs)}")
             if not isinstance(array, np.ndarray):
                 raise InputError(f"input {name!r} is a {type(array).__name__}", "give a numpy array")
             if array.dtype != dtype:
@@ -53,6 +58,8 @@ class FeedChecks:
 
     def out(self, feeds: Feeds, out: Mapping[str, Array]) -> Mapping[str, Array]:
         """``out`` if outputs for these feeds can be written there. Raises InputError."""
+        if not isinstance(out, Mapping):
+            raise InputError(f"`out` is a {type(out).__name__}, not arrays by name", "give {name: array}")
         if len(out) != len(self._out) or any(name not in out for name, _, _ in self._out):
             raise InputError(f"`out` has {', '.join(sorted(out)) or 'nothing'}", f"it must have {names(self.outputs)}")
         sizes: dict[str, int] = {}
@@ -66,7 +73,7 @@ class FeedChecks:
             if not (array.flags.c_contiguous and array.flags.writeable):
                 raise InputError(f"`out` for {name!r} is not contiguous and writeable", "allocate it with numpy.empty")
             if array.shape != self._fixed.get(name):
-                check_shape(spec, array.shape, sizes)
+                check_shape(spec, array.shape, sizes, f"allocate `out` for {name!r} with that shape")
             if any(np.may_share_memory(array, feed) for feed in feeds.values()):
                 raise InputError(
                     f"`out` for {name!r} shares memory with an input",
@@ -94,7 +101,7 @@ def check_finite_outputs(outputs: Mapping[str, Array]) -> None:
             )
 
 
-def check_shape(spec: TensorSpec, shape: tuple[int, ...], sizes: dict[str, int]) -> None:
+def check_shape(spec: TensorSpec, shape: tuple[int, ...], sizes: dict[str, int], hint: str = _FIXED) -> None:
     """Raise InputError unless ``shape`` fits; ``sizes`` collects what the named dimensions are in this call."""
     fits = len(shape) == len(spec.shape)
     for expected, found in zip(spec.shape, shape, strict=False):
@@ -107,7 +114,7 @@ def check_shape(spec: TensorSpec, shape: tuple[int, ...], sizes: dict[str, int])
         ranges = "".join(f", {name} from {least} to {most}" for name, (least, most) in spec.ranges.items())
         raise InputError(
             f"{spec.name!r} has shape {list(shape)}, the model takes {list(spec.shape)}{ranges}",
-            "shapes are fixed at export: see --batch and --shape of `perceiver-export export`",
+            hint,
         )
 
 

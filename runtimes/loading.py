@@ -13,7 +13,7 @@ import msgspec
 
 from perceiver_export.runtimes.bundle import Bundle, Verify, open_bundle
 from perceiver_export.runtimes.engines.backend import Backend, Engine, EngineOptions, Hint, Precision, Source
-from perceiver_export.runtimes.engines.cache import Candidate, candidates, check_engine
+from perceiver_export.runtimes.engines.cache import Candidate, candidates, check_engine, unreadable
 from perceiver_export.runtimes.engines.records import identify, make_source
 from perceiver_export.runtimes.engines.targets import Target, find_target
 from perceiver_export.runtimes.errors import BundleError, DeviceError, EngineError, UsageError, check_choice
@@ -134,13 +134,13 @@ def _load_part(bundle: Bundle, name: str | None, wish: _Wish) -> Runtime:
     options = EngineOptions(precision=wish.precision or "fp32", hint=wish.hint)
     source = make_source(bundle, part, target.name, options)
     found, stale = find_engine(bundle, key, source, backend, wish.precision)
-    compiled = "at load"
     if found is not None:
         _check_whole(bundle, found, wish)
         source = msgspec.structs.replace(source, options=found.record.identity.options)
         compiled = str(found.directory)
-    elif target.needs_engine or stale:
-        compiled = _not_for_here(bundle, target, stale, options)
+    else:
+        compiled = _at_load(bundle, target, stale, options)
+    if stale:
         source = msgspec.structs.replace(source, options=stale[0].record.identity.options)
     engine = backend.open(source, found.directory if found else None, wish.threads)
     for ours, theirs in ((part.inputs, engine.inputs), (part.outputs, engine.outputs)):
@@ -170,12 +170,21 @@ def _check_whole(bundle: Bundle, found: Candidate, wish: _Wish) -> None:
         ) from error
 
 
-def _not_for_here(bundle: Bundle, target: Target, stale: tuple[Candidate, ...], options: EngineOptions) -> str:
-    """Why no engine of those that were built will do. Raises EngineError for targets that cannot do without."""
-    why = f"the engine in {stale[0].directory} is not for here: {'; '.join(stale[0].problems)}" if stale else ""
+def _at_load(bundle: Bundle, target: Target, stale: tuple[Candidate, ...], options: EngineOptions) -> str:
+    """What `describe` says of where it was compiled: at load, and why no engine of those that were built will do.
+
+    Raises EngineError for targets that cannot do without one.
+    """
+    why = ""
+    if stale:
+        why = f"the engine in {stale[0].directory} is not for here: {'; '.join(stale[0].problems)}"
+    elif damaged := unreadable(bundle, target.name):
+        why = f"the engine in {damaged[0]} cannot be told: its engine.json is missing, damaged or of a newer version"
     if target.needs_engine:
         message = why or f"no engine of {bundle.path} was built for {target.name} here ({options.precision})"
         raise EngineError(message, _rebuild(bundle, target.name))
+    if not why:
+        return "at load"
     _log.warning("%s; compiled again at load. %s", why, _rebuild(bundle, target.name))
     return f"at load, because {why}"
 

@@ -73,6 +73,7 @@ class Runtime:
         self._closed = False
         self._lock = threading.Lock()
         self._pool: ThreadPoolExecutor | None = None
+        self._workers: set[int] = set()  # the pool's threads
 
     def run(self, feeds: Feeds, out: Mapping[str, Array] | None = None) -> dict[str, Array]:
         """Outputs by name for inputs by name; the arrays returned are the caller's to keep.
@@ -115,7 +116,10 @@ class Runtime:
             if self._pool is None:
                 from concurrent.futures import ThreadPoolExecutor
 
-                self._pool = ThreadPoolExecutor(max_workers=_IN_FLIGHT, thread_name_prefix="perceiver-export")
+                workers = self._workers
+                self._pool = ThreadPoolExecutor(
+                    _IN_FLIGHT, "perceiver-export", initializer=lambda: workers.add(threading.get_ident())
+                )
             # The engine goes along: `close` lets what was submitted finish.
             return self._pool.submit(self._run, engine, feeds, None)
 
@@ -150,7 +154,10 @@ class Runtime:
         return {**self._described, **self._open_engine().describe()}
 
     def close(self) -> None:
-        """Finish what was submitted and let go of the engine. May be called twice, and does nothing in a child."""
+        """Finish what was submitted and let go of the engine. May be called twice, and does nothing in a child.
+
+        A future's callback may call it too: it then returns at once, and what was submitted is finished behind it.
+        """
         if os.getpid() != self._process:
             return
         self._closed = True  # before the lock, which a thread that submits without end would hardly give up
@@ -158,7 +165,7 @@ class Runtime:
             engine, self._engine = self._engine, None
             pool, self._pool = self._pool, None
         if pool is not None:
-            pool.shutdown(wait=True)
+            pool.shutdown(wait=threading.get_ident() not in self._workers)
         if self._own_requests and engine is not None:
             cast(AsyncEngine, engine).close()
 

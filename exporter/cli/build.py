@@ -64,7 +64,12 @@ def build(
 
 def _show(bundle: str, built: list[BuiltEngine], crossed: str) -> None:
     rows = [
-        (one.target, one.part, "compiled" if one.new else "was there", f"{one.seconds:.1f}", str(one.directory))
+        (
+            one.target,
+            one.part,
+            *(("compiled", f"{one.seconds:.1f}") if one.new else ("was there", "")),
+            str(one.directory),
+        )
         for one in built
     ]
     print_table(f"engines of {bundle}", ["target", "part", "", "seconds>", "engine"], rows)

@@ -13,7 +13,7 @@ _NEXT = {
     "triton": "tritonserver --model-repository {path}",
     "ovms": "docker run -p 9000:9000 -v {path}:/models openvino/model_server "
     "--port 9000 --config_path /models/config.json",
-    "kserve": "kubectl apply -f {path}/servingruntime.yaml -f {path}/inferenceservice.yaml, after the upload",
+    "kserve": "kubectl apply -f {path}/servingruntime.yaml -f {path}/inferenceservice.yaml",
 }
 
 
@@ -36,4 +36,6 @@ def package(
         print_json({"path": str(path), "files": sorted(str(file.relative_to(path)) for file in path.rglob("*.*"))})
         return
     typer.echo(f"{path} is a model repository for {server}")
+    if server == "kserve":
+        typer.echo(f"upload {path.absolute()}/repository to the storageUri of inferenceservice.yaml first")
     typer.echo(f"next: {_NEXT[server].format(path=path.absolute())}")

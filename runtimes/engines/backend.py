@@ -92,7 +92,10 @@ class AsyncEngine(Engine, Protocol):
         """
 
     def close(self) -> None:
-        """Return when all that was submitted is done. Nothing is submitted after it."""
+        """Return when all that was submitted is done; at once in a future's callback, and what is left is finished.
+
+        Nothing is submitted after it.
+        """
 
 
 class Backend(Protocol):

@@ -51,6 +51,12 @@ def candidates(bundle: Bundle, here: Identity, backend: Backend) -> tuple[Candid
     return tuple(candidate for _, candidate in found)
 
 
+def unreadable(bundle: Bundle, target: str) -> tuple[Path, ...]:
+    """Directories of engines of that target whose engine.json cannot be read; a killed build leaves none."""
+    directories = [directory for root in roots(bundle) for directory in _directories(root / target)]
+    return tuple(directory for directory in directories if read_record(directory) is None)
+
+
 def roots(bundle: Bundle) -> tuple[Path, Path]:
     """Where engines of this bundle may lie: in it, and in the user's cache directory."""
     import hashlib
@@ -64,7 +70,7 @@ def roots(bundle: Bundle) -> tuple[Path, Path]:
 
 def check_engine(candidate: Candidate, verify: Verify) -> None:
     """Raise BundleError unless the engine's files are those that were built; hashed as a bundle's files are."""
-    check_files(candidate.directory, candidate.record.files, verify)
+    check_files(candidate.directory, candidate.record.files, verify, RECORD)
 
 
 def publish(root: Path, identity: Identity, write: Callable[[Path], float]) -> Path:

@@ -93,7 +93,10 @@ class OpenvinoEngine:
         if waiter is None or started is None:
             return
         started.put(None)
-        waiter.join()
+        if waiter is threading.current_thread():  # a callback does not wait for itself; the interpreter's exit does
+            threading.Thread(target=waiter.join, name="perceiver-export-close", daemon=False).start()
+        else:
+            waiter.join()
 
     def describe(self) -> dict[str, Any]:
         properties = {name: self._compiled.get_property(name) for name in ("PERFORMANCE_HINT", "NUM_STREAMS")}

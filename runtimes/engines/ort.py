@@ -8,9 +8,8 @@ leave nodes to the CPU is refused: onnxruntime alone would run them there withou
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,8 @@ _CONFIG = ("session.", "optimization.", "ep.", "mlas.")  # how the names of its 
 # at 616 and 413 above its weights. Neither is slower: the arena gives freed arrays back at once.
 _LARGE = 2**24
 _SILENT = 4  # fatal only: an error comes back as an exception, printing it too would say it twice
+_NO_MEMORY = ("allocate", "bad_alloc", "bad allocation", "out of memory")  # in the words of allocators
+_DAMAGED = ("Fail", "InvalidArgument", "InvalidProtobuf", "NoSuchFile", "InvalidGraph", "NoModel", "RuntimeException")
 _DTYPES: dict[str, DType] = {
     "tensor(float)": "float32",
     "tensor(int32)": "int32",
@@ -79,7 +80,10 @@ def compile(source: Source, directory: Path, progress: Progress) -> None:
     try:
         _session(onnxruntime, source, source.graph, options)
     except BundleError as error:
-        if "write" not in error.message:
+        said = str(error.__cause__)
+        for path in (source.graph, source.graph.parent, directory):  # whose names may say anything
+            said = said.replace(str(path), "")
+        if "write" not in said:
             raise
         raise BuildError(f"no engine can be written: {error.message}", "is the disk full? free some space") from error
 
@@ -115,23 +119,26 @@ class OrtEngine:
         self._output_names = [spec.name for spec in self.outputs]
         self._single_threaded = threads == 1  # then there is no thread of the session's own to run on
         self._in_flight, self._idle = 0, threading.Condition()
+        self._calling: set[int] = set()  # threads that are in a caller's callback
 
     def run(self, feeds: Feeds) -> dict[str, Array]:
         try:
             values = self._session.run(self._output_names, feeds)
         except Exception as error:
-            raise _ours(error, "inference failed") from error
+            raise _ours(error) from error
         return dict(zip(self._output_names, values, strict=True))
 
     def run_into(self, feeds: Feeds, out: Mapping[str, Array]) -> None:
         binding = self._session.io_binding()
-        with _translated("inference failed"):
+        try:
             for name, array in feeds.items():
                 binding.bind_cpu_input(name, array)
             for name in self._output_names:
                 array = out[name]
                 binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
             self._session.run_with_iobinding(binding)
+        except Exception as error:
+            raise _ours(error) from error
 
     def submit(self, feeds: Feeds) -> Future[dict[str, Array]] | None:
         if self._single_threaded:
@@ -142,11 +149,14 @@ class OrtEngine:
             self._in_flight += 1
 
         def done(values: Any, held: Any, error: str) -> None:
+            thread = threading.get_ident()
+            self._calling.add(thread)
             if error:
-                future.set_exception(DeviceError(f"inference failed: {error}", "see `perceiver-export doctor`"))
+                future.set_exception(_failed("inference failed", error.splitlines()[0]))
             else:
                 future.set_result(dict(zip(self._output_names, values, strict=True)))
             with self._idle:
+                self._calling.discard(thread)
                 self._in_flight -= 1
                 self._idle.notify_all()
 
@@ -156,12 +166,15 @@ class OrtEngine:
             with self._idle:
                 self._in_flight -= 1
             if "thread pool" not in str(error):
-                raise _ours(error, "inference failed") from error
+                raise _ours(error) from error
             self._single_threaded = True  # a machine of one core
             return None
         return future
 
     def close(self) -> None:
+        if threading.get_ident() in self._calling:  # a callback does not wait for itself; the interpreter's exit does
+            threading.Thread(target=self.close, name="perceiver-export-close", daemon=False).start()
+            return
         with self._idle:
             self._idle.wait_for(lambda: not self._in_flight)
 
@@ -220,8 +233,10 @@ def _session_options(onnxruntime: Any, source: Source, threads: int | None) -> A
 
 def _session(onnxruntime: Any, source: Source, graph: Path, options: Any) -> Any:
     provider = _provider(onnxruntime, source.target)
-    with _translated(f"{graph} cannot be loaded"):
-        session = onnxruntime.InferenceSession(str(graph), options, providers=[provider])
+    try:  # without its own fallback, which prints that it tries again with another provider, and may take that
+        session = onnxruntime.InferenceSession(str(graph), options, providers=[provider], enable_fallback=0)
+    except Exception as error:
+        raise _ours(error, graph, source.options.flags) from error
     if session.get_providers()[0] != provider:
         raise DeviceError(
             f"onnxruntime took {session.get_providers()[0]} instead of {provider}",
@@ -239,34 +254,30 @@ def _spec(node: Any) -> TensorSpec:
     return TensorSpec(name=node.name, dtype=_DTYPES[node.type], shape=shape)
 
 
-@contextmanager
-def _translated(what: str) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        raise _ours(error, what) from error
-
-
-def _ours(error: Exception, what: str) -> Exception:
-    """onnxruntime's exceptions as ours; anything else as it is."""
+def _ours(error: Exception, loading: Path | None = None, flags: Mapping[str, str] | None = None) -> Exception:
+    """onnxruntime's exceptions as ours, of a graph that is loaded or else of a run; anything else as it is."""
     module, name = type(error).__module__, type(error).__name__
     if not module.startswith("onnxruntime") and type(error) is not RuntimeError:  # what run_with_iobinding raises
         return error
+    what = "inference failed" if loading is None else f"{loading} cannot be loaded"
     first_line = str(error).splitlines()[0] if str(error) else name
     if "disable_cpu_ep_fallback" in first_line or "fallback to CPU" in first_line:
         return DeviceError(
             f"{what}: the provider leaves some of the graph to the CPU", "use ort-cpu, or a provider that takes it all"
         )
-    if name in (
-        "Fail",
-        "InvalidArgument",
-        "InvalidProtobuf",
-        "NoSuchFile",
-        "InvalidGraph",
-        "NoModel",
-        "RuntimeException",
-    ):
+    if loading is None or any(words in first_line for words in _NO_MEMORY):
+        return _failed(what, first_line)
+    if flags:
+        return DeviceError(f"{what}: {first_line}", f"leave --flag {', --flag '.join(flags)} out")
+    if name in _DAMAGED:
         return BundleError(
             f"{what}: {first_line}", "the file is damaged, or its engine too old: copy or export it again"
         )
     return DeviceError(f"{what}: {first_line}", "see `perceiver-export doctor`; a newer onnxruntime may be needed")
+
+
+def _failed(what: str, message: str) -> DeviceError:
+    """What the device could not do with a graph that is whole."""
+    if any(words in message for words in _NO_MEMORY):
+        return DeviceError(f"{what}: {message}", "free memory, or export with a smaller --memory-budget")
+    return DeviceError(f"{what}: {message}", "see `perceiver-export doctor`")

@@ -84,4 +84,8 @@ def find_target(name: str) -> Target:
         return TARGETS[name]
     if re.fullmatch(r"ort-[a-z0-9]+", name):
         return replace(TARGETS["ort-cpu"], name=name, hardware="whatever its execution provider runs on")
-    raise DeviceError(f"there is no target {name!r}", f"the targets are auto, {', '.join(TARGETS)}")
+    raise DeviceError(
+        f"there is no target {name!r}",
+        f"the targets are auto, {', '.join(TARGETS)}, and ort-NAME for an execution provider of onnxruntime's, "
+        "in small letters",
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ def test_build_compiles_for_every_target_named_and_load_finds_it(copied_bundle: 
     for one in built:
         with load(copied_bundle, one["target"]) as runtime:
             assert runtime.describe()["compiled"] == one["directory"]
-    assert "was there" in succeed("build", copied_bundle, "--target", "ort-cpu")
+    assert re.search(r"was there\s+│\s+│", succeed("build", copied_bundle, "--target", "ort-cpu"))
 
 
 @pytest.mark.parametrize(
@@ -75,6 +76,7 @@ def test_package_writes_beside_the_bundle_and_says_what_is_next(copied_bundle: P
 
     assert f"tritonserver --model-repository {copied_bundle}-triton" in said
     assert (copied_bundle.with_name("bundle-triton") / "fashion" / "config.pbtxt").is_file()
+    assert succeed("package", copied_bundle, "--for", "kserve").endswith("inferenceservice.yaml\n")
     assert "is there already" in fail("package", copied_bundle, "--for", "triton")
     assert "the server is 'torchserve'" in fail("package", copied_bundle, "--for", "torchserve")
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import itertools
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -115,12 +117,24 @@ def test_out_that_does_not_fit_is_refused(runtime: Runtime, golden: dict[str, An
         runtime.run({"image": golden["image"]}, out={"logits": buffer})
     with pytest.raises(InputError, match="`out` has"):
         runtime.run({"image": golden["image"]}, out={"scores": buffer})
+    with pytest.raises(InputError, match="`out` is a ndarray"):
+        runtime.run({"image": golden["image"]}, out=buffer)
+
+
+def test_out_of_another_shape_is_to_be_allocated_with_that_of_the_model(
+    runtime: Runtime, golden: dict[str, Any]
+) -> None:
+    with pytest.raises(InputError, match=r"shape \[1, 11\].*\[1, 10\]") as caught:
+        runtime.run({"image": golden["image"]}, out={"logits": np.zeros((1, 11), np.float32)})
+    assert caught.value.hint == "allocate `out` for 'logits' with that shape"
 
 
 @pytest.mark.parametrize(
     ("feeds", "message"),
     [
-        ({}, "is missing"),
+        ({}, "no inputs were given"),
+        (None, "the inputs are a NoneType"),
+        (np.zeros((1, 3, 28, 28), np.float32), "the inputs are a ndarray"),
         ({"picture": np.zeros((1, 3, 28, 28), np.float32)}, "'image' is missing"),
         ({"image": np.zeros((1, 3, 28, 28), np.float32), "mask": np.zeros(1)}, "unknown input 'mask'"),
         ({"image": np.zeros((1, 3, 28, 28), np.float64)}, "dtype float64"),
@@ -131,7 +145,7 @@ def test_out_that_does_not_fit_is_refused(runtime: Runtime, golden: dict[str, An
     ],
 )
 def test_feeds_that_do_not_fit_are_refused_and_the_next_good_call_works(
-    runtime: Runtime, golden: dict[str, Any], feeds: dict[str, Any], message: str
+    runtime: Runtime, golden: dict[str, Any], feeds: Any, message: str
 ) -> None:
     with pytest.raises(InputError, match=message) as caught:
         runtime.run(feeds)
@@ -234,7 +248,7 @@ def test_a_stream_raises_in_place_and_may_be_abandoned(runtime: Runtime, golden:
     stream = runtime.stream(iter([good, good, {}, good]))
 
     assert next(stream)["logits"].shape == next(stream)["logits"].shape
-    with pytest.raises(InputError, match="is missing"):
+    with pytest.raises(InputError, match="no inputs were given"):
         next(stream)
     with pytest.raises(UsageError, match="in_flight is 0"):
         runtime.stream([good], in_flight=0)
@@ -265,6 +279,48 @@ def test_close_finishes_what_was_submitted_and_refuses_more(
             call()
 
 
+@pytest.mark.parametrize("options", [{}, {"threads": 1}, {"check_finite": True}], ids=str)
+def test_a_callback_may_close_and_the_rest_is_finished(
+    target: str, fashion_bundle: Path, golden: dict[str, Any], options: dict[str, Any]
+) -> None:
+    runtime = load(fashion_bundle, target, **options)
+    closed: Future[None] = Future()
+
+    def close(_: Future[dict[str, Any]]) -> None:
+        try:
+            started.wait(timeout=60)
+            runtime.close()
+            closed.set_result(None)
+        except BaseException as error:
+            closed.set_exception(error)
+
+    started = threading.Event()
+    futures = [runtime.submit({"image": golden["image"]})]
+    futures[0].add_done_callback(close)
+    futures += [runtime.submit({"image": golden["image"]}) for _ in range(5)]
+    started.set()
+
+    closed.result(timeout=60)
+    assert all(future.result(timeout=60)["logits"].shape == (1, 10) for future in futures)
+    with pytest.raises(RuntimeClosedError):
+        runtime.submit({})
+
+
+def test_a_process_that_ends_after_a_close_in_a_callback_ends_well(target: str, fashion_bundle: Path) -> None:
+    code = f"""
+import numpy, threading
+from perceiver_export.runtimes import load
+runtime, closed = load({str(fashion_bundle)!r}, {target!r}), threading.Event()
+feeds = {{"image": numpy.zeros((1, 3, 28, 28), numpy.float32)}}
+futures = [runtime.submit(feeds) for _ in range(9)]
+futures[0].add_done_callback(lambda future: (runtime.close(), closed.set()))
+closed.wait(60)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
+
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 def test_whatever_was_accepted_while_closing_is_finished(
     target: str, fashion_bundle: Path, golden: dict[str, Any]
 ) -> None:
@@ -290,8 +346,10 @@ def test_whatever_was_accepted_while_closing_is_finished(
 
 
 def test_a_target_that_does_not_exist_is_refused(fashion_bundle: Path) -> None:
-    with pytest.raises(DeviceError, match="there is no target 'abacus'"):
-        load(fashion_bundle, device="abacus")
+    for name in ("abacus", "ort-CPU", "ort-"):
+        with pytest.raises(DeviceError, match=f"there is no target '{name}'") as caught:
+            load(fashion_bundle, device=name)
+        assert "ort-NAME" in caught.value.hint
     with pytest.raises(DeviceError, match="no execution provider 'gpu'"):
         load(fashion_bundle, device="ort-gpu")
     with pytest.raises(UsageError):

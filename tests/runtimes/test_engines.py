@@ -157,6 +157,8 @@ def test_a_damaged_engine_is_refused_and_building_repairs_it(
 
     with pytest.raises(EngineError, match="is damaged") as caught:
         load(copied_bundle, target)
+    assert "manifest" not in caught.value.message
+    assert ("engine.json" in caught.value.message) == (damage is not Path.unlink)
     assert caught.value.hint == f"rebuild it: perceiver-export build {copied_bundle} --target {target}"
     (again,) = build(copied_bundle, target)
     assert (again.new, again.directory) == (True, built.directory)
@@ -178,13 +180,27 @@ def test_an_engine_that_is_not_what_its_record_says_is_refused_all_the_same(copi
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"not json", b"{}", b'{"schema_version": 99}', b"[1, 2]", b"\xff\xfe"], ids=repr
+    "content", [None, b"", b"not json", b"{}", b'{"schema_version": 99}', b"[1, 2]", b"\xff\xfe"], ids=repr
 )
-def test_a_record_that_cannot_be_read_is_no_engine(copied_bundle: Path, target: str, content: bytes) -> None:
+def test_a_record_that_cannot_be_read_is_told_and_is_no_engine(
+    copied_bundle: Path,
+    target: str,
+    content: bytes | None,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     (built,) = build(copied_bundle, target)
-    (built.directory / "engine.json").write_bytes(content)
+    (built.directory / "engine.json").unlink()
+    if content is not None:
+        (built.directory / "engine.json").write_bytes(content)
+    why = f"the engine in {built.directory} cannot be told: its engine.json is missing, damaged or of a newer version"
 
-    assert compiled(copied_bundle, target) == "at load"
+    with caplog.at_level(logging.WARNING):
+        assert compiled(copied_bundle, target) == f"at load, because {why}"
+    assert f"{why}; compiled again at load. rebuild it: perceiver-export build {copied_bundle}" in caplog.text
+    with monkeypatch.context() as patch, pytest.raises(EngineError, match=re.escape(why)):
+        patch.setitem(TARGETS, target, dataclasses.replace(TARGETS[target], needs_engine=True))
+        load(copied_bundle, target)
     (again,) = build(copied_bundle, target)
     assert (again.new, again.directory) == (True, built.directory)
     assert compiled(copied_bundle, target) == str(built.directory)
