@@ -200,11 +200,11 @@ def main() -> None:
     """Train, test, write."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     torch.manual_seed(arguments.seed)
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)  # batches are small: two threads wait for each other
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
     model = PerceiverIO(architecture(read_config(arguments.out), "huggingface", (3, 1, 1)))
