@@ -2,8 +2,8 @@
 """One streaming pass over the data that collects everything for every scheme.
 
 Reductions run inside the graph, so what leaves it is a few numbers a tensor and not the tensor: all tensors of one
-ImageNet picture are 3.4 GB. They run right behind what they reduce and the session takes them in that order, so that it need not be kept either.
-Bounds are exact; the sample of rows is drawn at random positions, new ones in each call.
+ImageNet picture are 3.4 GB. They run right behind what they reduce, so that it need not be kept either. Bounds are
+exact; the sample of rows is drawn at random positions, new ones in each call.
 """
 
 from __future__ import annotations

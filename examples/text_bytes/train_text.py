@@ -4,19 +4,17 @@
     apt-get install bible-kjv
     python examples/text_bytes/train_text.py --out examples/text_bytes/checkpoint
 
-The model is transformers' `PerceiverForMaskedLM`, only small. The text is the King James Bible, verse by verse; every
-20th verse is held out (`held_out`), so that a quantized model can be measured on text that it has never seen.
+The model is transformers' `PerceiverForMaskedLM`, only small: 64 bytes, as many latents. The text is the King James
+Bible, verse by verse; every 20th verse is held out, for calibration and for tests on text that it has never seen.
 """
 
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import math
 import subprocess
 import time
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +36,7 @@ MASK, CLS, SEP, FIRST_BYTE = 3, 4, 5, 6
 MASKED = 0.15  # of the bytes, as in the paper
 EVERY = 20  # of so many verses one is held out
 RATE, WARMUP = 2e-3, 200
-PIECES = 2000  # of them are kept beside the checkpoint
+CALIBRATION, TEST = 512, 2500  # pieces of them that are kept beside the checkpoint, masked and as they are
 CODE = 24  # channels that say where a byte or a latent is
 FREQUENCIES = 2 * math.pi / torch.logspace(math.log10(3.5), math.log10(2 * LENGTH), CODE // 2)
 CONFIG = {
@@ -90,20 +88,9 @@ def masked(tokens: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
     return np.where(places, MASK, tokens), places
 
 
-def write_held_out(path: Path, tokens: np.ndarray) -> None:
-    """Pieces of the held-out verses as they were masked, as `tokens` and `masked`, without a date in the archive."""
-    places = masked(tokens, seed=0)[1]
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
-        for name, array in (("tokens", tokens.astype(np.int16)), ("masked", places)):
-            buffer = io.BytesIO()
-            np.lib.format.write_array(buffer, np.ascontiguousarray(array), allow_pickle=False)
-            archive.writestr(zipfile.ZipInfo(f"{name}.npy", (1980, 1, 1, 0, 0, 0)), buffer.getvalue())
-
-
-def write_lines(path: Path, tokens: np.ndarray) -> None:
-    """The same as text, a line a piece, as `quantize --data` takes it."""
-    given = masked(tokens, seed=0)[0]
-    rows = ("".join("[MASK]" if token == MASK else chr(token - FIRST_BYTE) for token in row[1:-1]) for row in given)
+def write_texts(path: Path, tokens: np.ndarray) -> None:
+    """One JSON object a line, as `quantize --data` and `validate --data` take it; masked bytes as [MASK]."""
+    rows = ("".join("[MASK]" if token == MASK else chr(token - FIRST_BYTE) for token in row[1:-1]) for row in tokens)
     path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows), encoding="utf-8")
 
 
@@ -192,7 +179,8 @@ def train(model: PerceiverIO, tokens: np.ndarray, steps: int, seed: int, batch: 
         losses.append(loss.item())
         if step % 200 == 0:
             print(
-                f"step {step}/{steps}  loss {np.mean(losses[-200:]):.3f}  {time.perf_counter() - start:.0f} s", flush=True
+                f"step {step}/{steps}  loss {np.mean(losses[-200:]):.3f}  {time.perf_counter() - start:.0f} s",
+                flush=True,
             )
 
 
@@ -216,9 +204,8 @@ def main() -> None:
     sources = huggingface_sources("fill-mask")
     state = {sources(name).name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     save_file(state, arguments.out / "model.safetensors", metadata={"format": "pt"})
-    kept = held_out[:PIECES]
-    write_held_out(arguments.out.parent / "held_out.npz", kept)
-    write_lines(arguments.out.parent / "calibration.jsonl", kept[:256])
+    write_texts(arguments.out.parent / "calibration.jsonl", masked(held_out[:CALIBRATION], seed=1)[0])
+    write_texts(arguments.out.parent / "test.jsonl", held_out[CALIBRATION : CALIBRATION + TEST])
     print(f"held-out masked bytes filled rightly {accuracy(model, held_out):.4f}")
 
 
