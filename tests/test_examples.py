@@ -56,7 +56,7 @@ def test_the_text_model_is_one_that_transformers_loads() -> None:
     from perceiver_export.exporter import load_model
 
     checkpoint = EXAMPLES / "text_bytes" / "checkpoint"
-    theirs = PerceiverForMaskedLM.from_pretrained(checkpoint).double().eval()
+    theirs = PerceiverForMaskedLM.from_pretrained(checkpoint).double()
     tokens = torch.randint(6, 128, (2, 64), generator=torch.Generator().manual_seed(0))
     there = torch.ones(2, 64)
 

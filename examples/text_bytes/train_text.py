@@ -117,7 +117,9 @@ def positional_code(positions: Tensor) -> Tensor:
 def shift(offset: float) -> Tensor:
     """The rotation (24, 24) with shift(o) · code(x) = code(x + o)."""
     cos, sin = (FREQUENCIES * offset).cos(), (FREQUENCIES * offset).sin()
-    return torch.block_diag(*(torch.tensor([[c, -s], [s, c]]) for c, s in zip(cos, sin, strict=True)))
+    turns = (torch.tensor([[c, -s], [s, c]]) for c, s in zip(cos, sin, strict=True))
+    rotation: Tensor = torch.block_diag(*turns)
+    return rotation
 
 
 def look_at(attention: Attention, offsets: tuple[float, ...], sharpness: float) -> None:

@@ -22,7 +22,8 @@ def fp32(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_it_fills_bytes_that_their_neighbours_tell(fp32: Path) -> None:
     with open_task(fp32) as fill:
-        assert fill("In the beginning God created [MASK*3] heaven and the earth").text.split()[5] == "the"
+        filled = fill("And the LORD sp[MASK]ke unto M[MASK]ses, saying, Speak u[MASK]to the")
+    assert filled.text == "And the LORD spake unto Moses, saying, Speak unto the"
 
 
 @pytest.mark.parametrize("target", ["ort-cpu", "openvino-cpu"])
