@@ -2,7 +2,8 @@
 """One streaming pass over the data that collects everything for every scheme.
 
 Reductions run inside the graph, so what leaves it is a few numbers a tensor and not the tensor: all tensors of one
-ImageNet picture are 3.4 GB. Bounds are exact; the sample of rows is drawn at random positions, new ones in each call.
+ImageNet picture are 3.4 GB. They run right behind what they reduce, so that it need not be kept either. Bounds are
+exact; the sample of rows is drawn at random positions, new ones in each call.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class Observer:
         self._rows = max((-(-rows // max(1, samples)) for rows in capacity.values()), default=1)
         rows = {name: -(-kept // max(1, samples)) for name, kept in capacity.items()}
         self._hazards = _watch(model.graph, sorted(activations, key=lambda value: str(value.name)), rows)
-        self._session = open_session(model, path.parent, threads)
+        self._session = open_session(model, path.parent, threads, in_order=True)
         self._takes_places = bool(activations)
         self._generator = np.random.default_rng(seed)
         self.statistics = Statistics(
@@ -98,33 +99,60 @@ def _watch(graph: ir.Graph, activations: list[ir.Value], rows: dict[str, int]) -
         places = ir.Value(name=_PLACES, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([None]))
         graph.inputs.append(places)
     for value in activations:
-        width = _width(value)
+        width, behind = _width(value), _Behind(graph, value)
         flat = constant(graph, f"calibration.rows_of_{width}", np.array([-1, width], np.int64))
-        matrix = _add(graph, "Reshape", [value, flat], f"{value.name}.matrix")
+        matrix = behind.add("Reshape", [value, flat], "matrix")
         axis = constant(graph, "calibration.first", np.array([0], np.int64))
-        _output(graph, _add(graph, "ReduceMin", [matrix, axis], f"{value.name}.low", keepdims=0))
-        _output(graph, _add(graph, "ReduceMax", [matrix, axis], f"{value.name}.high", keepdims=0))
-        _sample_rows(graph, matrix, places, rows[str(value.name)], str(value.name))
+        behind.output("ReduceMin", [matrix, axis], "low", keepdims=0)
+        behind.output("ReduceMax", [matrix, axis], "high", keepdims=0)
+        _sample_rows(behind, matrix, places, rows[str(value.name)])
     for value in hazards:
-        flat_value = _add(graph, "Reshape", [value, scalars], f"{value.name}.flat")
-        _output(graph, _add(graph, "ReduceMin", [flat_value], f"{value.name}.least", keepdims=0))
-        _output(graph, _add(graph, "ReduceMax", [flat_value], f"{value.name}.most", keepdims=0))
+        behind = _Behind(graph, value)
+        flat_value = behind.add("Reshape", [value, scalars], "flat")
+        behind.output("ReduceMin", [flat_value], "least", keepdims=0)
+        behind.output("ReduceMax", [flat_value], "most", keepdims=0)
     return {str(value.name): depth for value, depth in hazards.items()}
 
 
-def _sample_rows(graph: ir.Graph, matrix: ir.Value, places: ir.Value, count: int, name: str) -> None:
+class _Behind:
+    """Puts nodes right behind what makes a value, before the graph goes on."""
+
+    def __init__(self, graph: ir.Graph, value: ir.Value) -> None:
+        self.graph, self._name, self._last = graph, value.name, value.producer()
+
+    def add(self, op: str, inputs: list[ir.Value], what: str, **attributes: int) -> ir.Value:
+        """A node, whose output is called after the value."""
+        made = ir.Value(name=f"{self._name}.{what}")
+        node = ir.node(op, inputs, attributes, outputs=[made], name=made.name)
+        if self._last is None:  # an input of the graph
+            self.graph.insert_before(self.graph[0], node)
+        else:
+            self.graph.insert_after(self._last, node)
+        self._last = node
+        return made
+
+    def output(self, op: str, inputs: list[ir.Value], what: str, **attributes: int) -> None:
+        """A node, whose output leaves the graph."""
+        self.graph.outputs.append(self.add(op, inputs, what, **attributes))
+
+    def constant(self, what: str, array: Array) -> ir.Value:
+        """An initializer, called after the value."""
+        return constant(self.graph, f"{self._name}.{what}", array)
+
+
+def _sample_rows(behind: _Behind, matrix: ir.Value, places: ir.Value, count: int) -> None:
     """rows = matrix[floor(places[:count] × number of rows)]; the number may be dynamic, so it is taken in the graph."""
-    zero = constant(graph, f"{name}.zero", np.array([0], np.int64))
-    wanted = constant(graph, f"{name}.wanted", np.array([count], np.int64))
-    one = constant(graph, f"{name}.one", np.array(1, np.int64))
-    shape = _add(graph, "Shape", [matrix], f"{name}.shape", start=0, end=1)
-    taken = _add(graph, "Slice", [places, zero, wanted], f"{name}.taken")
-    total = _add(graph, "Cast", [shape], f"{name}.total", to=ir.DataType.FLOAT)
-    scaled = _add(graph, "Mul", [taken, total], f"{name}.scaled")
-    indices = _add(graph, "Cast", [scaled], f"{name}.indices", to=ir.DataType.INT64)
-    last = _add(graph, "Sub", [shape, one], f"{name}.last")
-    bounded = _add(graph, "Min", [indices, last], f"{name}.bounded")  # 0.99999997 × M may round up to M
-    _output(graph, _add(graph, "Gather", [matrix, bounded], f"{name}.rows", axis=0))
+    zero = behind.constant("zero", np.array([0], np.int64))
+    wanted = behind.constant("wanted", np.array([count], np.int64))
+    one = behind.constant("one", np.array(1, np.int64))
+    shape = behind.add("Shape", [matrix], "shape", start=0, end=1)
+    taken = behind.add("Slice", [places, zero, wanted], "taken")
+    total = behind.add("Cast", [shape], "total", to=ir.DataType.FLOAT)
+    scaled = behind.add("Mul", [taken, total], "scaled")
+    indices = behind.add("Cast", [scaled], "indices", to=ir.DataType.INT64)
+    last = behind.add("Sub", [shape, one], "last")
+    bounded = behind.add("Min", [indices, last], "bounded")  # 0.99999997 × M may round up to M
+    behind.output("Gather", [matrix, bounded], "rows", axis=0)
 
 
 def _hazardous(node: ir.Node) -> list[tuple[ir.Value, int]]:
@@ -138,16 +166,6 @@ def _hazardous(node: ir.Node) -> list[tuple[ir.Value, int]]:
     if node.op_type in _SUMS and node.inputs[0] is not None:
         return [(node.inputs[0], _width(node.inputs[0]))]
     return []
-
-
-def _add(graph: ir.Graph, op: str, inputs: list[ir.Value], name: str, **attributes: int) -> ir.Value:
-    value = ir.Value(name=name)
-    graph.append(ir.node(op, inputs, attributes, outputs=[value], name=name))
-    return value
-
-
-def _output(graph: ir.Graph, value: ir.Value) -> None:
-    graph.outputs.append(value)
 
 
 def _width(value: ir.Value | None) -> int:

@@ -90,7 +90,10 @@ def _relative_entropy(reference: Array, other: Array) -> float:
 def fake_quantize(values: Array, clip: Array | float) -> Array:
     """What int8 makes of values with that clipping: round to the nearest of 255 levels, ties to even."""
     scale = np.asarray(clip, np.float32) / np.float32(LEVELS)
-    rounded: Array = np.clip(np.rint(values / scale), -LEVELS - 1, LEVELS) * scale
+    rounded: Array = np.asarray(values / scale)
+    np.rint(rounded, out=rounded)  # in place: searches do this for every candidate of every tensor
+    np.clip(rounded, -LEVELS - 1, LEVELS, out=rounded)
+    rounded *= scale
     return rounded
 
 

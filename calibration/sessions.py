@@ -15,10 +15,16 @@ _SILENT = 4
 
 
 def open_session(
-    model: ir.Model, folder: Path, threads: int | None = None, config: Mapping[str, str] | None = None
+    model: ir.Model,
+    folder: Path,
+    threads: int | None = None,
+    config: Mapping[str, str] | None = None,
+    in_order: bool = False,
 ) -> Any:
     """An `onnxruntime.InferenceSession` on the CPU; external weights are read from ``folder``.
 
+    ``in_order``: nodes run in the order of the graph, and memory is taken as they go; by itself onnxruntime runs all
+    of the graph before small nodes beside it, and keeps room for all tensors of a call from the second one on.
     ``config`` are session options by name; the name `optimized_model_filepath` and `enable_profiling` among them are
     attributes. Raises BundleError where onnxruntime refuses the graph, MissingDependencyError.
     """
@@ -33,6 +39,9 @@ def open_session(
     options.log_severity_level = _SILENT
     if threads is not None:
         options.intra_op_num_threads = threads
+    if in_order:
+        options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
+        options.enable_mem_pattern = False
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     for name, value in (config or {}).items():
         if "." in name:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -48,6 +49,24 @@ def test_the_checkpoint_is_one_that_transformers_loads() -> None:
     assert sum(path.stat().st_size for path in checkpoint.iterdir()) <= 3_000_000
 
 
+def test_the_text_model_is_one_that_transformers_loads() -> None:
+    import torch
+    from transformers import PerceiverForMaskedLM
+
+    from perceiver_export.exporter import load_model
+
+    checkpoint = EXAMPLES / "text_bytes" / "checkpoint"
+    theirs = PerceiverForMaskedLM.from_pretrained(checkpoint).double()
+    tokens = torch.randint(6, 128, (2, 64), generator=torch.Generator().manual_seed(0))
+    there = torch.ones(2, 64)
+
+    with torch.no_grad():
+        expected = theirs(tokens, attention_mask=there).logits
+        found = load_model(checkpoint).model.double()({"tokens": tokens.int(), "tokens_mask": there.int()})["logits"]
+    assert (found - expected).abs().max() <= 1e-10 * expected.abs().max()
+    assert sum(path.stat().st_size for path in checkpoint.iterdir()) <= 3_000_000
+
+
 def test_the_shipped_data_is_the_datasets() -> None:
     with np.load(EXAMPLES / "fashion_mnist" / "test.npz") as data:
         assert data["image"].shape == (10_000, 28, 28)
@@ -63,6 +82,19 @@ def test_training_runs_and_writes_a_checkpoint(tmp_path: Path) -> None:
     assert "test top-1" in output
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "perceiver"
     assert (tmp_path / "model.safetensors").stat().st_size < 3_000_000
+
+
+@pytest.mark.skipif(shutil.which("bible") is None, reason="needs Debian's bible-kjv")
+def test_training_on_text_runs_and_writes_a_checkpoint(tmp_path: Path) -> None:
+    output = run(EXAMPLES / "text_bytes" / "train_text.py", "--out", tmp_path / "checkpoint", "--steps", "2")
+
+    assert "filled rightly" in output
+    assert (tmp_path / "checkpoint" / "model.safetensors").stat().st_size < 3_000_000
+    for name, count in (("calibration.jsonl", 512), ("test.jsonl", 2500)):
+        lines = [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
+        assert len(lines) == count
+        assert all(("[MASK]" in line["text"]) == (name == "calibration.jsonl") for line in lines)
+        assert (EXAMPLES / "text_bytes" / name).read_text() == (tmp_path / name).read_text()
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -1,22 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """Integer kernels, size and speed of the full-size architectures in int8, beside plain fp32 exports (random weights).
 
-    python tests/benchmarks/int8_full_size.py [PRESET…] [--work DIR] [--plain] [--threads 2] [--json FILE]
+    python tests/benchmarks/int8_full_size.py [PRESET…] [--work DIR] [--samples 2] [--rounds 3] [--threads 2]
+        [--no-plain] [--json FILE]
 
-Exports each preset, quantizes it on two random samples, and prints the share of the linears' multiply-adds in integer
-kernels as ONNX Runtime and OpenVINO say, bytes of graph and weights over those of the fp32 bundle, and milliseconds a
-call, all sides in turn in one process. ``--plain`` adds what transformers → torch.onnx gives, in fp32 on both engines:
-the speed-up is over the faster of them. Weights are random: this says nothing about accuracy. A step that is already
-in ``--work`` is not repeated.
+One model with random weights is exported (folded, as `export` does) and quantized on random samples, and exported by
+transformers → torch.onnx as it is. Printed are the share of the linears' multiply-adds in integer kernels as ONNX
+Runtime and OpenVINO say, what is excluded, bytes of graph and weights over those of the fp32 bundle, the largest
+resident size while quantizing, and milliseconds a call of all sides as `folds.py` takes them: fresh processes in turn.
+The speed-up is over the faster engine with the plain export. Video has no plain side: it is split, and as transformers
+has it it takes more memory than most machines have. Weights are random: this says nothing about accuracy. A step that
+is already in ``--work`` is not repeated.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +27,10 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from perceiver_export.calibration import quantize
-from perceiver_export.calibration.effects import RUNNERS, Runner
 from perceiver_export.calibration.record import read_calibration
 from perceiver_export.exporter import export
 from perceiver_export.runtimes.bundle import Bundle, open_bundle
+from tests.benchmarks.folds import ENGINES, golden, in_a_process
 from tests.benchmarks.plain_models import plain_export, plain_feeds, transformers_model
 
 PRESETS = (
@@ -39,12 +41,36 @@ PRESETS = (
     "optical-flow",
     "video-autoencoding",
 )
-ROUNDS = 5
+QUANTIZE = """
+import resource, sys
+from perceiver_export.calibration import quantize
+source, out, samples, threads = sys.argv[1:]
+quantize(source, "random", out, samples=int(samples), min_coverage=0, threads=int(threads))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+"""
 
 
-def made(path: Path, make: Any) -> Bundle:
-    """The bundle at a path, made if it is not there."""
-    return open_bundle(path) if (path / "manifest.json").is_file() else make()
+def exported(preset: str, work: Path, plain: bool) -> Bundle:
+    """The folded bundle, and the plain graph of the same weights beside it, where transformers has that model."""
+    path, graph = work / f"{preset}-folded", work / f"{preset}-plain" / "model.onnx"
+    if (path / "manifest.json").is_file() and (graph.is_file() or not plain):
+        return open_bundle(path)
+    model = transformers_model(preset) if plain else None
+    if model is None:
+        return export(f"preset:{preset}", path, overwrite=True)
+    model.save_pretrained(work / f"{preset}-checkpoint")
+    bundle = export(work / f"{preset}-checkpoint", path, overwrite=True)
+    plain_export(preset, model, golden(path), graph)
+    return bundle
+
+
+def quantized(fp32: Bundle, out: Path, samples: int, threads: int) -> tuple[Bundle, float | None]:
+    """The int8 bundle, and the largest MiB of the process that made it, if it was made now."""
+    if (out / "manifest.json").is_file():
+        return open_bundle(out), None
+    command = [sys.executable, "-c", QUANTIZE, str(fp32.path), str(out), str(samples), str(threads)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return open_bundle(out), float(done.stdout.splitlines()[-1])
 
 
 def graph_bytes(bundle: Bundle) -> int:
@@ -53,92 +79,73 @@ def graph_bytes(bundle: Bundle) -> int:
     return sum(entry.size for name, entry in bundle.manifest.files.items() if name in files)
 
 
-def measure(preset: str, work: Path, plain: bool, threads: int) -> dict[str, Any]:
+def measure(preset: str, work: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """All figures of one architecture."""
-    fp32 = made(work / preset, lambda: export(f"preset:{preset}", work / preset))
-    int8 = made(
-        work / f"{preset}-int8",
-        lambda: quantize(fp32, "random", work / f"{preset}-int8", samples=2, min_coverage=0, threads=threads),
-    )
+    plain = arguments.plain and preset != "video-autoencoding"
+    fp32 = exported(preset, work, plain)
+    int8, peak = quantized(fp32, work / f"{preset}-int8", arguments.samples, arguments.threads)
     calibration = read_calibration(int8)
     assert calibration is not None
     assert int8.manifest.quantization is not None
     result: dict[str, Any] = {
         "preset": preset,
+        "linears": {part: len(record.linears) for part, record in calibration.parts.items()},
         "integer share": int8.manifest.quantization.integer_share,
         "bytes over fp32's": graph_bytes(int8) / graph_bytes(fp32),
         "excluded": {part: sum(one.share for one in record.excluded) for part, record in calibration.parts.items()},
+        "kept float": int8.manifest.quantization.kept_float,
         "not integer": [
             f"{one.target}: {layer.name} ({layer.kernel})"
             for record in calibration.parts.values()
             for one in record.coverage
             for layer in one.in_float
         ],
+        "peak MiB while quantizing": peak,
     }
-    result["milliseconds"] = times = in_turn(fp32, int8, preset, work, plain, threads)
-    best_plain = min((ms for name, ms in times.items() if name.startswith("plain")), default=None)
-    best_fp32 = min(ms for name, ms in times.items() if name.startswith("fp32"))
-    best_int8 = min(ms for name, ms in times.items() if name.startswith("int8"))
-    result["int8 over our fp32"] = best_fp32 / best_int8
-    if best_plain is not None:
-        result["int8 over the best plain fp32"] = best_plain / best_int8
+    if not arguments.rounds:
+        return result
+    result["milliseconds"] = times = in_turn(preset, work, plain, arguments.rounds, arguments.threads)
+    best = {
+        kind: min(ms for side, ms in times.items() if side.startswith(kind)) for kind in {s.split()[0] for s in times}
+    }
+    result["int8 over our fp32"] = best["fp32"] / best["int8"]
+    if plain:
+        result["int8 over the best plain fp32"] = best["plain"] / best["int8"]
     return result
 
 
-def in_turn(fp32: Bundle, int8: Bundle, preset: str, work: Path, plain: bool, threads: int) -> dict[str, float]:
-    """Median milliseconds of a call of all parts, by side and engine."""
-    feeds = random_feeds(fp32)
-    sides: dict[str, list[tuple[Runner, dict[str, np.ndarray]]]] = {}
-    for kind, bundle in (("fp32", fp32), ("int8", int8)):
-        for target, open_runner in RUNNERS.items():
-            sides[f"{kind} {target}"] = [
-                (open_runner(bundle.file(part.graph_for(target)), threads), feeds[name])
-                for name, part in bundle.manifest.parts.items()
-            ]
-    model = transformers_model(preset) if plain else None
-    if model is not None:
-        path, given = work / f"{preset}-plain" / "model.onnx", feeds["model"]
-        if not path.is_file():
-            plain_export(preset, model, given, path)
-        for target, open_runner in RUNNERS.items():
-            sides[f"plain {target}"] = [(open_runner(path, threads), plain_feeds(preset, given))]
-    taken: dict[str, list[float]] = {name: [] for name in sides}
-    for number in range(ROUNDS + 1):
-        for name, runs in sides.items():
-            start = time.perf_counter()
-            for runner, arrays in runs:
-                runner(arrays)
-            if number:
-                taken[name].append((time.perf_counter() - start) * 1e3)
-    return {name: float(np.median(values)) for name, values in taken.items()}
-
-
-def random_feeds(bundle: Bundle) -> dict[str, dict[str, np.ndarray]]:
-    """Normal numbers; tokens and indices in range."""
-    generator = np.random.default_rng(0)
-    feeds: dict[str, dict[str, np.ndarray]] = {}
-    for name, part in bundle.manifest.parts.items():
-        feeds[name] = {}
-        for spec in part.inputs:
-            shape = tuple(dim if isinstance(dim, int) else spec.ranges[dim][0] for dim in spec.shape)
-            whole = np.ones(shape) if spec.name.endswith("_mask") else generator.integers(6, 200, shape)
-            array = generator.normal(size=shape) if spec.dtype == "float32" else whole
-            feeds[name][spec.name] = array.astype(spec.dtype)
-    return feeds
+def in_turn(preset: str, work: Path, plain: bool, rounds: int, threads: int) -> dict[str, float]:
+    """Median milliseconds of a call, by side and engine."""
+    feeds = golden(work / f"{preset}-folded")
+    np.savez(work / "folded.npz", allow_pickle=False, **feeds)
+    sides = {"fp32": ("folded", work / f"{preset}-folded"), "int8": ("folded", work / f"{preset}-int8")}
+    if plain:
+        np.savez(work / "plain.npz", allow_pickle=False, **plain_feeds(preset, feeds))
+        sides["plain"] = ("plain", work / f"{preset}-plain" / "model.onnx")
+    found: dict[str, list[float]] = {}
+    for _ in range(rounds):
+        for engine in ENGINES:
+            for side, (kind, source) in sides.items():
+                run = in_a_process(kind, source, engine, work / f"{kind}.npz", work / "out.npy", threads)
+                found.setdefault(f"{side} {engine}", []).append(run["ms"])
+    return {side: float(np.median(times)) for side, times in found.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("presets", nargs="*", default=PRESETS)
     parser.add_argument("--work", type=Path)
-    parser.add_argument("--plain", action="store_true")
+    parser.add_argument("--samples", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3, help="of timing; 0 for none")
+    parser.add_argument("--plain", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        results = []
+        results, work = [], arguments.work or Path(temporary)
+        work.mkdir(parents=True, exist_ok=True)
         for preset in arguments.presets:
-            results.append(measure(preset, arguments.work or Path(temporary), arguments.plain, arguments.threads))
+            results.append(measure(preset, work, arguments))
             print(json.dumps(results[-1], indent=1), flush=True)
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(results, indent=1))

@@ -12,7 +12,7 @@ import onnx_ir as ir
 import pytest
 
 from perceiver_export.calibration.coverage import measure_coverage
-from perceiver_export.calibration.plan import decibels
+from perceiver_export.calibration.plan import Scheme, decibels
 from perceiver_export.calibration.quantize_part import PartOptions
 from perceiver_export.calibration.weights import quantize_channels
 from perceiver_export.runtimes.runtime import Array
@@ -132,16 +132,17 @@ def test_openvino_takes_the_canonical_form_as_it_is(name: str, tmp_path: Path) -
     assert run(model, path.parent, feeds)["y"].shape == feeds["x"].shape
 
 
-def test_tensorrts_parser_takes_the_canonical_form(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("scheme", "quantizes"), [("int8", 6), ("int8-weights", 0), ("int4-weights", 0)])
+def test_tensorrts_parser_takes_the_canonical_form(scheme: Scheme, quantizes: int, tmp_path: Path) -> None:
     tensorrt = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
-    quantized(BLOCK, tmp_path)
+    quantized(BLOCK, tmp_path, PartOptions(scheme))
     logger = tensorrt.Logger(tensorrt.Logger.ERROR)
     network = tensorrt.Builder(logger).create_network(0)
     parser = tensorrt.OnnxParser(network, logger)
 
     assert parser.parse_from_file(str(tmp_path / "int8" / "model.onnx")), parser.get_error(0)
     kinds = Counter(str(network.get_layer(index).type) for index in range(network.num_layers))
-    assert kinds["LayerType.QUANTIZE"] == 6
+    assert kinds["LayerType.QUANTIZE"] == quantizes
 
 
 def test_runs_of_one_weight_have_their_own_bias_and_range(tmp_path: Path) -> None:
