@@ -45,7 +45,9 @@ class Scores:
         """What makes these numbers say less than they seem to."""
         found = []
         if samples < LEAST_FOR_BOOTSTRAP:
-            found.append(f"only {samples} sample{'s' if samples > 1 else ''}: bounds are wide, and means have none")
+            found.append(
+                f"only {samples} sample{'s' if samples > 1 else ''}: bounds are wide, those of means too narrow"
+            )
         seen = np.unique(self.classes.get("label", ()))
         if len(seen) == 1 and labels > 1 and samples > 1:
             found.append("all samples have one label: this says nothing of the others")
