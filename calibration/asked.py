@@ -77,8 +77,8 @@ def check_asked(asked: Asked, family: ModuleType, has_reference: bool) -> None:
             f"this task has no agreement; it has {', '.join(names)}", "gate on --max-metric-change, with --metric"
         )
     if asked.change is not None and (asked.metric is None or ":" not in asked.metric):
-        named = asked.metric and find_metric(family.METRICS, asked.metric)
-        _check_change(asked, named or next(filter(_can_change, family.METRICS)))
+        first = next(metric for metric in family.METRICS if _can_change(metric))
+        _check_change(asked, first if asked.metric is None else find_metric(family.METRICS, asked.metric))
 
 
 def _check_change(asked: Asked, metric: Metric) -> None:
