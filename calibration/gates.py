@@ -124,7 +124,10 @@ def advice(gate: Gate) -> str:
         if gate.lower == gate.upper:
             return "no sample differs from another, so there are no bounds: give other samples, or gate on a share"
         return "what was measured lies on the margin itself, so no number of samples decides: ask for more, or for less"
-    return f"not a pass: about {gate.samples_to_decide:,} samples would decide, if the truth is what was measured"
+    return (
+        f"not a pass: about {gate.samples_to_decide:,} samples would decide, if the truth is what was measured;"
+        " take fresh ones, for adding to these until the gate holds voids the 95 %"
+    )
 
 
 def _needed(distance: float, spread: float, room: float, error: float = 1 - CONFIDENCE) -> int | None:

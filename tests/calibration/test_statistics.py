@@ -209,6 +209,7 @@ def test_what_does_not_hold_and_what_is_undecided_are_told_apart() -> None:
     with pytest.raises(UndecidedError, match=r"^undecided.* 3 samples cannot tell") as caught:
         require((undecided,))
     assert "301" in caught.value.hint
+    assert "fresh" in caught.value.hint
     with pytest.raises(GateError, match=r"^not held: --max-drop 1:") as failure:
         require((undecided, failed))
     assert not isinstance(failure.value, UndecidedError)
