@@ -9,7 +9,7 @@ from types import ModuleType
 
 import numpy as np
 
-from perceiver_export.calibration.gates import Gate, Wanted, at_least, at_most, mean_at_most
+from perceiver_export.calibration.gates import RELATIVE, Gate, Wanted, at_least, at_most, mean_at_most
 from perceiver_export.calibration.metrics import find_metric
 from perceiver_export.calibration.metrics.base import Metric
 from perceiver_export.calibration.pairing import Scores
@@ -76,6 +76,28 @@ def check_asked(asked: Asked, family: ModuleType, has_reference: bool) -> None:
         raise UsageError(
             f"this task has no agreement; it has {', '.join(names)}", "gate on --max-metric-change, with --metric"
         )
+    if asked.change is not None and (asked.metric is None or ":" not in asked.metric):
+        first = next(metric for metric in family.METRICS if _can_change(metric))
+        _check_change(asked, first if asked.metric is None else find_metric(family.METRICS, asked.metric))
+
+
+def _check_change(asked: Asked, metric: Metric) -> None:
+    """Raise UsageError where a change of this metric makes no sense, or has no bounds."""
+    if metric.of == "likeness" and (asked.relative or not _can_change(metric)):
+        raise UsageError(
+            f"{metric.name} says how alike both are, so it has no change",
+            "gate on a distance in its unit (kl, distance, error), or on --min-agreement",
+        )
+    if asked.relative and metric.kind == "share":
+        raise UsageError(
+            f"{metric.name} is a share already, and a share of it has no exact bounds",
+            "give points: --max-drop, or --max-metric-change without %",
+        )
+
+
+def _can_change(metric: Metric) -> bool:
+    """A quality can get worse, a distance can be too large."""
+    return metric.of == "quality" or metric.better == "lower"
 
 
 def judge(asked: Asked, scores: Scores, samples: int) -> tuple[Gate, ...]:
@@ -111,15 +133,11 @@ def _drop(asked: float, scores: Scores, samples: int) -> Gate:
 
 def _change(asked: Asked, change: float, scores: Scores, samples: int) -> Gate:
     metric = _judged(asked, scores)
+    _check_change(asked, metric)
     scale = 100.0 if metric.unit == "%" or asked.relative else 1.0
-    unit = "% of the reference's" if asked.relative else "points" if metric.unit == "%" else metric.unit
+    unit = RELATIVE if asked.relative else "points" if metric.unit == "%" else metric.unit
     option = f"--metric {metric.name} --max-metric-change" if asked.metric else "--max-metric-change"
     if metric.of == "likeness":
-        if metric.better == "higher" or asked.relative:
-            raise UsageError(
-                f"{metric.name} says how alike both are, so it has no change",
-                "gate on a distance in its unit (kl, distance, error), or on --min-agreement",
-            )
         found = estimate(metric, scores.likeness[metric.name])
         subject, what = metric.name, f"upper bound of {metric.name}, at most"
     else:
@@ -139,7 +157,7 @@ def _judged(asked: Asked, scores: Scores) -> Metric:
             raise DataError(f"{metric.name} was not measured", "the data has no targets for it")
         return metric
     for metric in scores.metrics:
-        if metric.name in measured and (metric.of == "quality" or metric.better == "lower"):
+        if metric.name in measured and _can_change(metric):
             return metric
     raise DataError("nothing was measured that could change", "add targets to the data")
 

@@ -22,7 +22,11 @@ from perceiver_export.runtimes.errors import DataError, UsageError
 from perceiver_export.runtimes.machine import cpu_features
 from perceiver_export.runtimes.manifest import FileEntry, encode_manifest
 
-_ONE_CLASS = "all samples have one label"
+_REFUSED = {
+    "one label": "certify on data with all the labels that the model will see",
+    "chance": "a reference that guesses shows nothing: check the data's labels, or take another reference",
+}
+_CAVEATS = ("overlap", "repeated")  # what --allow-overlap lets through
 
 
 def certify(
@@ -47,9 +51,10 @@ def _certificate(bundle: Bundle, validation: Validation) -> Certificate:
     if not validation.gates:
         raise UsageError("a certificate says that a gate held", "ask for one: --max-drop, --min-agreement")
     validation.require()
-    for warning in validation.warnings:
-        if warning.startswith(_ONE_CLASS):
-            raise DataError(warning, "certify on data with all the labels that the model will see")
+    warnings = dict(zip(validation.warning_kinds, validation.warnings, strict=True))
+    for kind, hint in _REFUSED.items():
+        if kind in warnings:
+            raise DataError(warnings[kind], hint)
     target = str(validation.candidate.get("target"))
     graphs = {part.graph_for(target) for part in bundle.manifest.parts.values()}
     weights = {name for name in bundle.manifest.files if name.endswith(".weights")}
@@ -63,6 +68,7 @@ def _certificate(bundle: Bundle, validation: Validation) -> Certificate:
         instruction_set=cpu_features(),
         graphs={name: bundle.manifest.files[name].sha256 for name in sorted(graphs | weights)},
         date=datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        caveats=tuple(warnings[kind] for kind in _CAVEATS if kind in warnings),
     )
 
 

@@ -16,6 +16,7 @@ from perceiver_export.calibration.drops import OUTSIDE
 from perceiver_export.calibration.statistics import CONFIDENCE, LEAST_FOR_BOOTSTRAP, Estimate, scipy_stats
 from perceiver_export.runtimes.errors import GateError, UndecidedError
 
+RELATIVE = "% of the reference's"  # unit of a limit that was given as 2%
 _POWER = 0.8
 _MOST = 10**9  # samples that nobody has
 
@@ -28,6 +29,11 @@ class Wanted(msgspec.Struct, frozen=True):
     what: str
     limit: float
     unit: str
+
+    @property
+    def typed(self) -> str:
+        """The option with its limit, as it was typed."""
+        return f"{self.option} {_number(self.limit)}{'%' if self.unit == RELATIVE else ''}"
 
 
 class Gate(msgspec.Struct, frozen=True):
@@ -53,7 +59,7 @@ class Gate(msgspec.Struct, frozen=True):
     def __str__(self) -> str:
         bounds = f"measured {_number(self.measured)}, 95 % bounds {_number(self.lower)} and {_number(self.upper)}"
         unit = f" {self.wanted.unit}" if self.wanted.unit else ""
-        return f"{self.outcome}: {self.wanted.option} {_number(self.wanted.limit)}: {self.wanted.what} ({bounds}{unit})"
+        return f"{self.outcome}: {self.wanted.typed}: {self.wanted.what} ({bounds}{unit})"
 
 
 def at_most(wanted: Wanted, found: Estimate, samples: int, spread: float, room: float = 0.0) -> Gate:
@@ -87,9 +93,13 @@ def at_least(wanted: Wanted, found: Estimate, samples: int) -> Gate:
 
 
 def mean_at_most(wanted: Wanted, found: Estimate, samples: int) -> Gate:
-    """A gate on the worsening of a mean. Fewer than 30 samples leave it undecided, whatever resampling says."""
+    """A gate on the worsening of a mean. Fewer than 30 samples leave it undecided, whatever resampling says, and so do
+    samples that are all alike: of what was not drawn, resampling then says nothing.
+    """
     if samples < LEAST_FOR_BOOTSTRAP:
         return Gate(wanted, found.value, found.lower, found.upper, "undecided", samples, LEAST_FOR_BOOTSTRAP)
+    if found.lower == found.upper:
+        return Gate(wanted, found.value, found.lower, found.upper, "undecided", samples)
     # The width of the bounds says how the mean scatters, and so how one sample does.
     z = float(scipy_stats().norm.ppf(CONFIDENCE))
     spread = (found.upper - found.lower) / (2 * z) * math.sqrt(samples)
@@ -111,8 +121,13 @@ def advice(gate: Gate) -> str:
     if gate.outcome == "not held":
         return "the candidate is not as close to its reference as was asked: do not ship it, or ask for less"
     if gate.samples_to_decide is None:
+        if gate.lower == gate.upper:
+            return "no sample differs from another, so there are no bounds: give other samples, or gate on a share"
         return "what was measured lies on the margin itself, so no number of samples decides: ask for more, or for less"
-    return f"not a pass: about {gate.samples_to_decide:,} samples would decide, if the truth is what was measured"
+    return (
+        f"not a pass: about {gate.samples_to_decide:,} samples would decide, if the truth is what was measured;"
+        " take fresh ones, for adding to these until the gate holds voids the 95 %"
+    )
 
 
 def _needed(distance: float, spread: float, room: float, error: float = 1 - CONFIDENCE) -> int | None:

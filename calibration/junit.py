@@ -45,7 +45,7 @@ def _properties(suite: ElementTree.Element, result: Validation) -> None:
 
 
 def _case(suite: ElementTree.Element, name: str, gate: Gate) -> None:
-    case = ElementTree.SubElement(suite, "testcase", classname=name, name=f"{gate.wanted.option} {gate.wanted.limit:g}")
+    case = ElementTree.SubElement(suite, "testcase", classname=name, name=gate.wanted.typed)
     if gate.outcome in _ELEMENT:
         kind = gate.outcome.replace(" ", "-")
         found = ElementTree.SubElement(case, _ELEMENT[gate.outcome], type=kind, message=str(gate))

@@ -23,21 +23,23 @@ def calibrated_on(bundle: str | os.PathLike[str] | Bundle) -> frozenset[str]:
     return frozenset(() if record is None else (*record.data.digests, *record.searched))
 
 
-def check_overlap(digests: Sequence[str], used: Collection[str], data: str, allowed: bool) -> tuple[str, ...]:
-    """A warning where samples were used before, and where some are repeated. Raises DataError unless ``allowed``."""
+def check_overlap(digests: Sequence[str], used: Collection[str], data: str, allowed: bool) -> dict[str, str]:
+    """Warnings by kind: where samples were used before, and where some are repeated. Raises DataError unless
+    ``allowed``.
+    """
     again = sum(digest in used for digest in digests)
-    found = []
+    found = {}
     if again:
         said = f"{again:,} of {len(digests):,} samples of {data} were calibrated or searched on"
         if not allowed:
             raise DataError(
                 said, "certify on samples that nothing was chosen by; --allow-overlap certifies all the same"
             )
-        found.append(f"{said}: what is measured on them is too good")
+        found["overlap"] = f"{said}: what is measured on them is too good"
     repeated = len(digests) - len(set(digests))
     if repeated:
         said = f"{repeated:,} of {len(digests):,} samples of {data} are repeated, so the bounds are too narrow"
         if not allowed:
             raise DataError(said, "give each sample once, or allow it: --allow-overlap")
-        found.append(said)
-    return tuple(found)
+        found["repeated"] = said
+    return found

@@ -41,22 +41,23 @@ class Scores:
                 found.append(measure(metric, self.likeness[metric.name], None))
         return tuple(found)
 
-    def warnings(self, samples: int, labels: int) -> tuple[str, ...]:
-        """What makes these numbers say less than they seem to."""
-        found = []
+    def warnings(self, samples: int, labels: int) -> dict[str, str]:
+        """By kind, what makes these numbers say less than they seem to."""
+        found = {}
         if samples < LEAST_FOR_BOOTSTRAP:
-            found.append(f"only {samples} sample{'s' if samples > 1 else ''}: bounds are wide, and means have none")
+            plural = "s" if samples > 1 else ""
+            found["few"] = f"only {samples} sample{plural}: bounds are wide, those of means too narrow"
         seen = np.unique(self.classes.get("label", ()))
         if len(seen) == 1 and labels > 1 and samples > 1:
-            found.append("all samples have one label: this says nothing of the others")
+            found["one label"] = "all samples have one label: this says nothing of the others"
         side = self.reference or self.quality
         if "top-1" in side and labels > 1 and side["top-1"].values.mean() <= 1 / labels:
             whose = "reference" if self.reference else "model"
             right = f"{100 * side['top-1'].values.mean():.1f} % right, {labels} labels"
-            found.append(
+            found["chance"] = (
                 f"the {whose} is no better than chance ({right}): the data's labels or preparation may not be its own"
             )
-        return tuple(found)
+        return found
 
     def worst_classes(self, labels: tuple[str, ...]) -> tuple[WorstClass, ...]:
         """Classes by label, or by the reference's answer where there are no labels; empty for other tasks."""

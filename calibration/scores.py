@@ -60,9 +60,8 @@ def estimate(metric: Metric, column: Column) -> Estimate:
         return share(int(column.values.sum()), count)
     found = bootstrap((column.values * column.weights, column.weights), _mean(metric))
     if metric.unit == "%" and found.lower == found.upper:
-        # No sample differs from another, so resampling knows no more; how rare a different one is at most, counts do.
-        rare = share(0, count).upper
-        return Estimate(found.value, max(0.0, found.value - rare), min(1.0, found.value + rare))
+        wider = _with_rare(found, count)
+        return Estimate(wider.value, max(0.0, wider.lower), min(1.0, wider.upper))
     return found
 
 
@@ -78,7 +77,11 @@ def worsening(metric: Metric, candidate: Column, reference: Column, relative: bo
         return change / np.maximum(np.abs(second), 1e-12) if relative else change
 
     weights = candidate.weights
-    return bootstrap((candidate.values * weights, reference.values * weights, weights), statistic)
+    found = bootstrap((candidate.values * weights, reference.values * weights, weights), statistic)
+    if metric.unit == "%" and found.lower == found.upper:
+        level = abs(float(of_side(reference.values * weights, weights))) if relative else 1.0
+        return _with_rare(found, len(weights), 1 / max(level, 1e-12))
+    return found
 
 
 def flips(candidate: Column, reference: Column) -> tuple[int, int]:
@@ -103,6 +106,14 @@ def _mean(metric: Metric) -> Callable[..., Array]:
         return np.exp(found) if metric.kind == "exp" else found
 
     return mean
+
+
+def _with_rare(found: Estimate, count: int, scale: float = 1.0) -> Estimate:
+    """Bounds of a share where no sample differs from another: resampling knows no more then, but how rare a sample
+    that differs is at most, their number says (0 of ``count``).
+    """
+    rare = scale * share(0, count).upper
+    return Estimate(found.value, found.value - rare, found.value + rare)
 
 
 def _scaled(found: Estimate, scale: float) -> Estimate:

@@ -44,7 +44,10 @@ class Data(msgspec.Struct, frozen=True):
 
 
 class Validation(msgspec.Struct, frozen=True):
-    """What was measured. Shares are in percent, drops in points; fields that need a reference are empty without one."""
+    """What was measured. Shares are in percent, drops in points; fields that need a reference are empty without one.
+
+    ``warning_kinds``: of each warning one of overlap, repeated, few, one label, chance.
+    """
 
     task: str
     candidate: dict[str, Any]
@@ -57,6 +60,7 @@ class Validation(msgspec.Struct, frozen=True):
     worst_samples: tuple[WorstSample, ...]
     worst_classes: tuple[WorstClass, ...]
     machine: dict[str, str]
+    warning_kinds: tuple[str, ...] = ()
 
     def require(self) -> None:
         """Raise GateError where a gate does not hold, UndecidedError where the samples are too few to say."""
@@ -186,10 +190,11 @@ def _result(
     data: Data,
     pairing: Pairing,
     asked: Asked,
-    overlap: tuple[str, ...],
+    overlap: dict[str, str],
 ) -> Validation:
     scores = pairing.scores()
     metrics = scores.results()
+    warnings = overlap | scores.warnings(data.samples, len(task.manifest.labels))
     paired = next((result for result in metrics if result.lost is not None), None)
     return Validation(
         task.manifest.task,
@@ -199,10 +204,11 @@ def _result(
         metrics,
         None if paired is None else mcnemar(paired.lost or 0, paired.gained or 0),
         judge(asked, scores, data.samples),
-        (*overlap, *scores.warnings(data.samples, len(task.manifest.labels))),
+        tuple(warnings.values()),
         pairing.worst.samples(),
         scores.worst_classes(task.manifest.labels),
         machine(),
+        tuple(warnings),
     )
 
 

@@ -31,7 +31,9 @@ class Claim(msgspec.Struct, frozen=True):
 
 
 class Certificate(msgspec.Struct, frozen=True):
-    """``graphs``: SHA-256 of what ran, by file; ``reference`` what it was held against; ``data`` its fingerprint."""
+    """``graphs``: SHA-256 of what ran, by file; ``reference`` what it was held against; ``data`` its fingerprint;
+    ``caveats`` what was let through (``--allow-overlap``) and makes it say less.
+    """
 
     claims: tuple[Claim, ...]
     samples: int
@@ -42,14 +44,16 @@ class Certificate(msgspec.Struct, frozen=True):
     instruction_set: tuple[str, ...]
     graphs: dict[str, str]
     date: str
+    caveats: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         claims = " and ".join(map(str, self.claims))
         where = f"{self.target}, {self.engine}, {' '.join(self.instruction_set) or 'no instructions of note'}"
         confidence = f"{100 * self.claims[0].confidence:g} %" if self.claims else "no"
+        caveats = "".join(f"; but {caveat}" for caveat in self.caveats)
         return (
             f"{claims} against {self.reference} with {confidence} confidence each,"
-            f" {self.samples:,} samples of {self.data[:16]}, {where}"
+            f" {self.samples:,} samples of {self.data[:16]}, {where}{caveats}"
         )
 
 

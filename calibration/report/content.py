@@ -88,7 +88,7 @@ class Report:
             for gate in validation.gates:
                 needed = gate.samples_to_decide
                 more = "" if needed is None else f"about {needed:,} samples would decide"
-                asked = f"{gate.wanted.option} {gate.wanted.limit:g}"
+                asked = gate.wanted.typed
                 value, lower, upper = map(_number, (gate.measured, gate.lower, gate.upper))
                 bounds = f"{value} ({lower} to {upper}) {gate.wanted.unit}".strip()
                 rows.append((str(validation.candidate.get("target", "")), asked, gate.outcome, bounds, more))

@@ -98,6 +98,11 @@ def test_without_evidence_there_is_no_certificate(
         certify(bundle, [validate(ruined, fresh, against=fashion_bundle, max_drop=1)])
     with pytest.raises(DataError, match="one label"):
         certify(bundle, [validate(bundle, tmp_path / "one.npz", against=fashion_bundle, max_drop=20)])
+    with np.load(TEST) as data:
+        wrong = (data["labels"][:300].astype(int) + 1) % 10
+        np.savez(tmp_path / "wrong.npz", image=data["image"][:300], labels=wrong)
+    with pytest.raises(DataError, match="no better than chance"):
+        certify(bundle, [validate(bundle, tmp_path / "wrong.npz", against=fashion_bundle, max_drop=20)])
     assert content == {file.name: file.read_bytes() for file in bundle.iterdir()}
 
 
@@ -110,6 +115,9 @@ def test_samples_that_were_calibrated_on_are_found(bundle: Path, fashion_bundle:
     assert result.warnings[0].startswith("3 of 130 samples")
     with pytest.raises(DataError, match=r"3 of 130 samples .* were calibrated or searched on"):
         validate(bundle, held_out, against=fashion_bundle, samples=130, max_drop=1, allow_overlap=False)
+    (made,) = certify(bundle, [validate(bundle, held_out, against=fashion_bundle, samples=130, max_drop=20)])
+    assert made.caveats == (result.warnings[0],)
+    assert "; but 3 of 130 samples" in inspect_bundle(bundle).certificates[0]
     with np.load(TEST) as data:
         np.savez(
             tmp_path / "twice.npz", image=np.repeat(data["image"][:40], 2, 0), labels=data["labels"][:40].repeat(2)

@@ -8,7 +8,9 @@ import pytest
 from scipy import optimize, stats
 
 from perceiver_export.calibration.drops import drop, p_value, score
-from perceiver_export.calibration.gates import Gate, Wanted, at_least, at_most, mean_at_most, require
+from perceiver_export.calibration.gates import RELATIVE, Gate, Wanted, at_least, at_most, mean_at_most, require
+from perceiver_export.calibration.metrics.base import Column, Metric
+from perceiver_export.calibration.scores import worsening
 from perceiver_export.calibration.statistics import Estimate, bootstrap, mcnemar, proportion, share
 from perceiver_export.runtimes.errors import GateError, UndecidedError
 from perceiver_export.runtimes.runtime import Array
@@ -165,10 +167,39 @@ def test_agreement_is_held_against_its_lower_bound() -> None:
 
 
 def test_few_samples_never_decide_a_mean() -> None:
-    exact, wanted = Estimate(0.0, 0.0, 0.0), Wanted("--max-metric-change", "epe", "epe", 0.1, "px")
+    close, wanted = Estimate(0.0, -0.01, 0.01), Wanted("--max-metric-change", "epe", "epe", 0.1, "px")
 
-    assert mean_at_most(wanted, exact, 29).outcome == "undecided"
-    assert mean_at_most(wanted, exact, 30).outcome == "held"
+    assert mean_at_most(wanted, close, 29).outcome == "undecided"
+    assert mean_at_most(wanted, close, 30).outcome == "held"
+
+
+def test_samples_that_are_all_alike_never_decide_a_mean() -> None:
+    """Resampling equal values gives bounds of width 0, which say nothing of a sample that was not drawn."""
+    wanted = Wanted("--max-metric-change", "epe", "epe", 0.1, "px")
+
+    gate = mean_at_most(wanted, Estimate(0.0, 0.0, 0.0), 1000)
+
+    assert (gate.outcome, gate.samples_to_decide) == ("undecided", None)
+    with pytest.raises(UndecidedError) as caught:
+        require((gate,))
+    assert "no sample differs" in caught.value.hint
+
+
+@pytest.mark.parametrize("count", [31, 299])
+def test_means_of_shares_that_are_all_alike_are_bounded_by_counts(count: int) -> None:
+    """Token accuracy of equal models: a rare text that differs may be among 1 - 0.05^(1/n) of all."""
+    accuracy = Metric("token accuracy", "quality", "higher", "mean", "%")
+    column = Column.of(np.full(count, 0.5))
+    rare = 1 - 0.05 ** (1 / count)
+
+    assert worsening(accuracy, column, column).upper == pytest.approx(rare)
+    assert worsening(accuracy, column, column, relative=True).upper == pytest.approx(2 * rare)
+    assert worsening(accuracy, column, column).value == 0
+
+
+def test_a_gate_is_shown_as_it_was_typed() -> None:
+    assert Wanted("--max-metric-change", "epe", "epe", 2.0, RELATIVE).typed == "--max-metric-change 2%"
+    assert Wanted("--min-agreement", "agreement", "agreement", 99.5, "%").typed == "--min-agreement 99.5"
 
 
 def test_what_does_not_hold_and_what_is_undecided_are_told_apart() -> None:
@@ -178,6 +209,7 @@ def test_what_does_not_hold_and_what_is_undecided_are_told_apart() -> None:
     with pytest.raises(UndecidedError, match=r"^undecided.* 3 samples cannot tell") as caught:
         require((undecided,))
     assert "301" in caught.value.hint
+    assert "fresh" in caught.value.hint
     with pytest.raises(GateError, match=r"^not held: --max-drop 1:") as failure:
         require((undecided, failed))
     assert not isinstance(failure.value, UndecidedError)
