@@ -2,7 +2,7 @@
 """Integer kernels, size and speed of the full-size architectures in int8, beside plain fp32 exports (random weights).
 
     python tests/benchmarks/int8_full_size.py [PRESET…] [--work DIR] [--samples 2] [--rounds 3] [--threads 2]
-        [--no-plain] [--json FILE]
+        [--no-plain] [--leave-out "plain ort"] [--json FILE]
 
 One model with random weights is exported (folded, as `export` does) and quantized on random samples, and exported by
 transformers → torch.onnx as it is. Printed are the share of the linears' multiply-adds in integer kernels as ONNX
@@ -104,7 +104,7 @@ def measure(preset: str, work: Path, arguments: argparse.Namespace) -> dict[str,
     }
     if not arguments.rounds:
         return result
-    result["milliseconds"] = times = in_turn(preset, work, plain, arguments.rounds, arguments.threads)
+    result["milliseconds"] = times = in_turn(preset, work, plain, arguments)
     best = {
         kind: min(ms for side, ms in times.items() if side.startswith(kind)) for kind in {s.split()[0] for s in times}
     }
@@ -114,7 +114,7 @@ def measure(preset: str, work: Path, arguments: argparse.Namespace) -> dict[str,
     return result
 
 
-def in_turn(preset: str, work: Path, plain: bool, rounds: int, threads: int) -> dict[str, float]:
+def in_turn(preset: str, work: Path, plain: bool, arguments: argparse.Namespace) -> dict[str, float]:
     """Median milliseconds of a call, by side and engine."""
     feeds = golden(work / f"{preset}-folded")
     np.savez(work / "folded.npz", allow_pickle=False, **feeds)
@@ -123,10 +123,13 @@ def in_turn(preset: str, work: Path, plain: bool, rounds: int, threads: int) -> 
         np.savez(work / "plain.npz", allow_pickle=False, **plain_feeds(preset, feeds))
         sides["plain"] = ("plain", work / f"{preset}-plain" / "model.onnx")
     found: dict[str, list[float]] = {}
-    for _ in range(rounds):
+    for _ in range(arguments.rounds):
         for engine in ENGINES:
             for side, (kind, source) in sides.items():
-                run = in_a_process(kind, source, engine, work / f"{kind}.npz", work / "out.npy", threads)
+                if f"{side} {engine}" in arguments.leave_out:
+                    continue
+                feed = work / f"{kind}.npz"
+                run = in_a_process(kind, source, engine, feed, work / "out.npy", arguments.threads)
                 found.setdefault(f"{side} {engine}", []).append(run["ms"])
     return {side: float(np.median(times)) for side, times in found.items()}
 
@@ -138,6 +141,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3, help="of timing; 0 for none")
     parser.add_argument("--plain", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--leave-out", nargs="*", default=[], metavar="SIDE", help='of timing, as "plain ort" (slow)')
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
