@@ -195,6 +195,28 @@ def _call(*arguments: str) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def table(results: list[dict[str, Any]]) -> str:
+    """One row a preset, as Markdown."""
+    lines = [
+        "| preset | folded ms: ort, openvino | plain ms: ort, openvino | best over best | on ort | MiB on ort, plain "
+        "| predicted over measured | share of the rate on ort |",
+        "|" + "---|" * 8,
+    ]
+    for one in results:
+        ms, peak, rate = one["milliseconds"], one["peak MiB"], one["share of the engine's rate"]["ort"]
+        cells = [
+            one["preset"],
+            *(", ".join(f"{ms[f'{kind} {engine}']:.0f}" for engine in ENGINES) for kind in ("folded", "plain")),
+            f"{one['best plain over best folded']:.2f}",
+            f"{one['plain ort over folded ort']:.2f}",
+            f"{peak['folded ort']:.0f}, {peak['plain ort']:.0f}",
+            f"{one['predicted MiB']['ort'] / peak['folded ort']:.2f}",
+            f"{rate:.2f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     if sys.argv[1:2] == ["--side"]:
         kind, source, engine, feeds, output, threads = sys.argv[2:]
@@ -220,6 +242,7 @@ def main() -> None:
             worst = max(results[-1]["largest difference from plain"].values())
             if worst > AGREE:
                 raise SystemExit(f"{preset}: outputs differ by {worst:.1e} of their scale, {AGREE:.0e} is allowed")
+    print(table(results))
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(results, indent=1))
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import pytest
@@ -21,8 +22,9 @@ from perceiver_export.exporter.fold.deviation import Modality
 from perceiver_export.exporter.fold.few_queries import FewQueriesAttention
 from perceiver_export.exporter.fold.many_queries import InputQueriesAttention
 from perceiver_export.exporter.fold.position_queries import PositionQueriesAttention
+from perceiver_export.exporter.fold.self_attention import ChunkedSelfAttention
 from perceiver_export.exporter.fold.tails import Linear, LinearTail
-from perceiver_export.exporter.perceiver.attention import CrossAttention
+from perceiver_export.exporter.perceiver.attention import CrossAttention, SelfAttention
 from perceiver_export.exporter.perceiver.config import AttentionConfig, FourierPositions
 from perceiver_export.exporter.perceiver.positions import fourier_table
 
@@ -156,6 +158,42 @@ def test_position_queries(shape: tuple[int, ...], heads: int) -> None:
     assert (folded(latents, None) - expected).abs().max() <= TOLERANCE
     wanted = torch.stack([expected[sample, indices[sample]] for sample in range(2)])
     assert (folded(latents, indices) - wanted).abs().max() <= TOLERANCE
+
+
+@given(st.data())
+@settings(max_examples=80, deadline=None, derandomize=True)
+def test_many_queries_of_any_size(data: st.DataObject) -> None:
+    """Inputs and grid points as queries: sizes, heads, chunks, 1 to 3 axes, padding, a tail of one to three layers."""
+    sizes = st.integers(1, 4)
+    constants = grid(*data.draw(st.lists(sizes, min_size=1, max_size=3), "grid"), bands=data.draw(sizes, "bands"))
+    if padding := data.draw(st.integers(0, 3), "padding"):
+        constants = with_padding(constants, torch.randn(1, padding))
+    num_features = data.draw(st.integers(0, 5), "features")
+    heads, chunk = data.draw(st.sampled_from([1, 2, 4]), "heads"), data.draw(sizes, "chunk")
+    residual = bool(num_features) and data.draw(st.booleans(), "residual")
+    width = num_features + constants.num_channels
+    reference = attention(width, 10, heads, residual)
+    widths = [width, *data.draw(st.lists(sizes, min_size=1, max_size=3), "layers")]
+    layers = [nn.Linear(before, after) for before, after in itertools.pairwise(widths)]
+    tail = LinearTail(reference, _linear(layers), 0.5)
+    features = 2 * torch.randn(2, constants.num_rows, num_features) + 1
+    latents = torch.randn(2, data.draw(sizes, "latents"), 10)
+
+    expected = 0.5 * nn.Sequential(*layers)(reference(_beside(features, constants), latents))
+    if num_features:
+        found = InputQueriesAttention(reference, tail, Modality(num_features, constants), chunk)(latents, features)
+    else:
+        found = PositionQueriesAttention(reference, tail, constants, chunk)(latents, None)
+    assert (found - expected).abs().max() <= TOLERANCE
+
+
+@given(st.integers(1, 9), st.sampled_from([1, 2, 4]), st.integers(1, 4), st.integers(1, 9))
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_self_attention_in_pieces(latents: int, heads: int, at_a_time: int, rows: int) -> None:
+    config = AttentionConfig(heads, 8, 12, 2)
+    reference = SelfAttention(config, 10, "gelu").eval()
+    x = torch.randn(2, latents, 10)
+    assert (ChunkedSelfAttention(reference, at_a_time, rows)(x) - reference(x)).abs().max() <= TOLERANCE
 
 
 def _ones(modality: Modality, values: Tensor) -> Tensor:
