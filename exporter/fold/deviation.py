@@ -76,8 +76,10 @@ class Deviation(nn.Module):
             else:
                 own = features.mean(-1)
                 centred = features - own.unsqueeze(-1)
-            variance = variance + (centred**2).sum(-1) / total
+            changing = (centred**2).sum(-1) / total
             if self.num_constants:
                 share = self.num_features * self.num_constants / total**2
-                variance = variance + share * (own - mean) ** 2
+                changing = changing + share * (own - mean) ** 2
+            # Last: OpenVINO 2026.4.1 adds a constant that follows a sum wrongly where there are several samples.
+            variance = changing + variance
         return torch.sqrt(variance + self.eps)
