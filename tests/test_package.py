@@ -59,7 +59,7 @@ def test_the_readmes_map_names_every_file() -> None:
     mapped = set(re.findall(r"^\| `([\w/.]+\.py)` \|", readme, flags=re.MULTILINE))
     tracked = {name for name in python_files() if not name.endswith("__init__.py")}
     examples = {str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "examples").rglob("*.py")}
-    benchmarks = {str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "tests" / "benchmarks").glob("*.py")}
+    benchmarks = {str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "tests/benchmarks").glob("[!_]*.py")}
 
     assert mapped == tracked | examples | benchmarks
 
