@@ -8,10 +8,11 @@ import os
 from pathlib import Path
 from typing import Any
 
+from perceiver_export.calibration.directories import new_directory
 from perceiver_export.calibration.validation import Validation, validate
-from perceiver_export.calibration.worst_files import new_folder
+from perceiver_export.calibration.worst_files import OPTION
 from perceiver_export.runtimes.bundle import Bundle
-from perceiver_export.runtimes.errors import DeviceError
+from perceiver_export.runtimes.errors import DataError, DeviceError
 from perceiver_export.runtimes.presence import devices
 
 
@@ -34,7 +35,7 @@ def validate_targets(
         raise DeviceError("no target is present", "perceiver-export doctor says what is missing")
     reference = options.pop("against_device", None) or (present[0] if options.get("against") is not None else None)
     with contextlib.ExitStack() as stack:
-        folder = None if save_worst is None else stack.enter_context(new_folder(Path(save_worst)))
+        folder = None if save_worst is None else stack.enter_context(new_directory(Path(save_worst), OPTION, DataError))
         return tuple(
             validate(
                 bundle,

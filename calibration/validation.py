@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 
 from perceiver_export.calibration.asked import Asked, check_asked, judge
+from perceiver_export.calibration.directories import check_new_directory
 from perceiver_export.calibration.examples import Example, open_examples
 from perceiver_export.calibration.gates import Gate, require
 from perceiver_export.calibration.metrics import family
@@ -23,7 +24,7 @@ from perceiver_export.calibration.scores import MetricResult
 from perceiver_export.calibration.sides import Reference, Side, open_side, run_side, side_of
 from perceiver_export.calibration.statistics import Proportion, mcnemar, proportion
 from perceiver_export.calibration.worst import WorstClass, WorstSample
-from perceiver_export.calibration.worst_files import check_new_folder, write_worst
+from perceiver_export.calibration.worst_files import OPTION, write_worst
 from perceiver_export.runtimes.bundle import Bundle
 from perceiver_export.runtimes.errors import DataError, UsageError
 from perceiver_export.runtimes.machine import available_cores, cpu_features, cpu_name
@@ -141,7 +142,7 @@ def validate(
     if against is None and against_device is not None:
         against = bundle
     if save_worst is not None:
-        check_new_folder(Path(save_worst))
+        check_new_directory(Path(save_worst), OPTION, DataError)
     own = load_own(asked.metric) if asked.metric is not None and ":" in asked.metric else None
     with open_task(bundle, device, threads) as task:
         measures = family(task.manifest)

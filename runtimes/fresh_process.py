@@ -45,17 +45,17 @@ def _main(text: str) -> None:
     side = msgspec.json.decode(text, type=Side)
     # The library's own time and size are not the model's.
     find_target(side.device).backend().platform(side.device, EngineOptions())
-    base = _peak_memory()
+    base = peak_memory()
     start = time.perf_counter()
     runtime = open_side(side)
     seconds = time.perf_counter() - start
     feeds = side_feeds(side, runtime)
     for _ in range(_WARMUP):
         runtime.run(feeds)
-    sys.stdout.write(json.dumps({"load": seconds * 1e3, "peak": _peak_memory(), "base": base}))
+    sys.stdout.write(json.dumps({"load": seconds * 1e3, "peak": peak_memory(), "base": base}))
 
 
-def _peak_memory() -> float:
+def peak_memory() -> float:
     """MiB. From /proc where there is one: getrusage's figure survives exec, so it would start with the parent's."""
     try:
         status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")

@@ -10,8 +10,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from perceiver_export.calibration.directories import check_new_directory, new_directory
 from perceiver_export.exporter.cli.answers import title
-from perceiver_export.exporter.cli.files import check_file, check_new_directory, new_directory, text
+from perceiver_export.exporter.cli.files import check_file, text
 from perceiver_export.exporter.cli.output import print_json, print_table, progress_bar
 from perceiver_export.exporter.cli.run_options import RunOptions
 from perceiver_export.runtimes.errors import InputError, UsageError
@@ -47,7 +48,9 @@ def run(bundle: str, inputs: list[str], output: Path | None, options: RunOptions
     targets = _targets(frames, output)
     motions = []
     with (
-        new_directory(output) if output is not None and _is_directory(output) else nullcontext() as folder,
+        new_directory(output, "-o", InputError)
+        if output is not None and _is_directory(output)
+        else nullcontext() as folder,
         cast("OpticalFlow", options.open_task(bundle)) as task,
         progress_bar("flow", quiet=options.json) as progress,
     ):
@@ -133,7 +136,7 @@ def _is_directory(output: Path) -> bool:
 
 def _targets_in(directory: Path, frames: Sequence[Path]) -> list[list[Path]]:
     """NAME.flo and NAME.png for each first frame."""
-    check_new_directory(directory)
+    check_new_directory(directory, "-o", InputError)
     stems = [frame.stem for frame in frames]
     if len(set(stems)) < len(stems):
         stems = [f"{number:05}_{stem}" for number, stem in enumerate(stems)]

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from perceiver_export.calibration.directories import check_new_directory, new_directory
 from perceiver_export.exporter.cli.answers import ranked, title
-from perceiver_export.exporter.cli.files import check_new_directory, new_directory, text
+from perceiver_export.exporter.cli.files import text
 from perceiver_export.exporter.cli.output import print_json, print_table, progress_bar
 from perceiver_export.exporter.cli.run_options import RunOptions
-from perceiver_export.runtimes.errors import MissingDependencyError, UsageError
+from perceiver_export.runtimes.errors import InputError, MissingDependencyError, UsageError
 
 if TYPE_CHECKING:
     from perceiver_export.runtimes.tasks.video_autoencoding import Reconstruction, VideoAutoencoding
@@ -42,7 +43,7 @@ def run(bundle: str, inputs: list[str], output: Path | None, options: RunOptions
     frames, audio = Path(inputs[0]), Path(inputs[1]) if len(inputs) == 2 else None
     check_top(options.top)
     if output is not None:
-        check_new_directory(output)
+        check_new_directory(output, "-o", InputError)
         _check_pillow()
     with (
         cast("VideoAutoencoding", options.open_task(bundle)) as task,
@@ -84,7 +85,7 @@ def _write(directory: Path, answer: Reconstruction, sample_rate: int) -> None:
     from perceiver_export.runtimes.audio_files import write_wav
 
     digits = max(4, len(str(len(answer.pictures))))
-    with new_directory(directory) as temporary:
+    with new_directory(directory, "-o", InputError) as temporary:
         for number, picture in enumerate(answer.pictures):
             Image.fromarray(picture).save(temporary / f"frame_{number:0{digits}}.png")
         write_wav(temporary / "sound.wav", answer.sound, sample_rate)

@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
 from perceiver_export.exporter.fold.decoder import FoldedDecoder
+from perceiver_export.exporter.fold.deviation import Modality
 from perceiver_export.exporter.fold.few_queries import FewQueriesAttention
 from perceiver_export.exporter.fold.many_queries import InputQueriesAttention
 from perceiver_export.exporter.fold.modalities import Features, modality_of
@@ -28,16 +29,17 @@ class FoldedPerceiver(PerceiverIO):
         nn.Module.__init__(self)
         self.config, self.sites = model.config, sites
         self.inputs, self.input_paddings = model.inputs, model.input_paddings
+        modalities = {name: modality_of(model, name) for name in model.config.inputs}
         self.features = nn.ModuleDict(
             {
-                name: Features(model.inputs[name], modality_of(model, name).basis is not None)
-                for name, one in model.config.inputs.items()
-                if not isinstance(one, MaskedInput)
+                name: Features(model.inputs[name], modality.basis is not None)
+                for name, modality in modalities.items()
+                if not isinstance(model.config.inputs[name], MaskedInput)
             }
         )
         self.query_features = Features(next(iter(model.inputs.values())))
-        self.sizes = [modality_of(model, name).constants.num_rows for name in model.config.inputs]
-        self.encoder = FoldedEncoder(model, sites)
+        self.sizes = [modality.constants.num_rows for modality in modalities.values()]
+        self.encoder = FoldedEncoder(model, list(modalities.values()), sites)
         self.decoder = model.decoder
         if isinstance(model.decoder, PerceiverDecoder):
             self.decoder = FoldedDecoder(model, model.decoder, sites)
@@ -95,13 +97,12 @@ class FoldedPerceiver(PerceiverIO):
 class FoldedEncoder(PerceiverEncoder):
     """The features of each input (B, M, C_f), and which rows are there (B, M) -> latents (B, N, D)."""
 
-    def __init__(self, model: PerceiverIO, sites: Sites) -> None:
+    def __init__(self, model: PerceiverIO, modalities: Sequence[Modality], sites: Sites) -> None:
         nn.Module.__init__(self)
         reference = model.encoder
         self.config, self.latents = reference.config, reference.latents
         self.cross_attentions = reference.cross_attentions
         if sites.encoder.folded:
-            modalities = [modality_of(model, name) for name in model.config.inputs]
             self.cross_attentions = nn.ModuleList(
                 FewQueriesAttention(one, modalities, sites.encoder.at_a_time)
                 for one in reference.cross_attentions

@@ -38,9 +38,8 @@ samples = (one.feeds for one in open_feeds("random", bundle.manifest).stream)
 observe(bundle, samples, count, None, lambda *_: None)
 """
 PEAK = """
-from pathlib import Path
-lines = Path("/proc/self/status").read_text().splitlines()
-print(next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024)
+from perceiver_export.runtimes.fresh_process import peak_memory
+print(peak_memory())
 """
 
 

@@ -23,7 +23,7 @@ from typing import Any
 def ours(preset: str, out: Path) -> dict[str, float]:
     """In this process: seconds and MiB, of the graph and of all."""
     from perceiver_export.exporter import export, load_model
-    from tests.benchmarks.folds import peak_memory
+    from perceiver_export.runtimes.fresh_process import peak_memory
 
     loaded = load_model(f"preset:{preset}")
     start = time.perf_counter()
@@ -51,7 +51,8 @@ def plain(preset: str, out: Path) -> dict[str, float] | None:
     import numpy as np
 
     from perceiver_export.runtimes.bundle import open_bundle
-    from tests.benchmarks.folds import golden, peak_memory
+    from perceiver_export.runtimes.fresh_process import peak_memory
+    from tests.benchmarks.folds import golden
     from tests.benchmarks.plain_models import plain_export, transformers_model
 
     feeds = {name: np.array(array) for name, array in golden(open_bundle(out / "ours").path).items()}

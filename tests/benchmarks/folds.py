@@ -34,6 +34,7 @@ _SIZE = 2048  # of the square product that measures an engine's rate
 def run_side(kind: str, source: Path, engine: str, feeds: Path, output: Path, threads: int) -> dict[str, float]:
     """In this process: milliseconds of a call, the best of three after two others; the process's largest MiB."""
     from perceiver_export.runtimes import Runtime  # noqa: F401  what it imports was there before
+    from perceiver_export.runtimes.fresh_process import peak_memory
 
     __import__({"ort": "onnxruntime", "openvino": "openvino"}[engine])
     before = peak_memory()
@@ -72,12 +73,6 @@ def load_plain(graph: Path, engine: str, threads: int) -> Callable[[dict[str, np
         str(graph), "CPU", {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
     )
     return lambda feeds: np.asarray(model(feeds)[0])
-
-
-def peak_memory() -> float:
-    """MiB. From /proc: getrusage's figure survives exec, so it would start with the parent's."""
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) / 1024
 
 
 def gemm_rate(engine: str, threads: int) -> float:

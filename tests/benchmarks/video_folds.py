@@ -30,7 +30,7 @@ _COMPARED = 3  # chunks
 def run_folded(bundle: Path, clip: Path, rows: Path, threads: int) -> dict[str, float]:
     """In this process: seconds of a clip, the better of two."""
     from perceiver_export.runtimes import load
-    from tests.benchmarks.folds import peak_memory
+    from perceiver_export.runtimes.fresh_process import peak_memory
 
     runtime, feeds = load(bundle, "ort-cpu", threads=threads), dict(np.load(clip))
     times = []
@@ -45,7 +45,7 @@ def run_folded(bundle: Path, clip: Path, rows: Path, threads: int) -> dict[str, 
 def run_plain(bundle: Path, clip: Path, rows: Path, threads: int) -> dict[str, float]:
     """In this process: seconds of a clip, from two chunks after one that warms up."""
     from perceiver_export.runtimes import load
-    from tests.benchmarks.folds import peak_memory
+    from perceiver_export.runtimes.fresh_process import peak_memory
 
     encoder = load(bundle, "ort-cpu", part="encoder", threads=threads)
     decoder = load(bundle, "ort-cpu", part="decoder_video", threads=threads)
