@@ -128,8 +128,13 @@ def scores_of(constants: Constants, weights: Tensor) -> list[tuple[int | str | N
     return [(term.axis, weights[..., list(term.channels)] @ term.table.T) for term in constants.terms]
 
 
-def add_on_grid(scores: Tensor, terms: Sequence[tuple[int | str | None, Tensor]], shape: tuple[int, ...]) -> Tensor:
-    """Add each term to scores (…, N, M) along its own axis."""
+def add_on_grid(
+    scores: Tensor,
+    terms: Sequence[tuple[int | str | None, Tensor]],
+    shape: tuple[int, ...],
+    factor: Tensor,
+) -> Tensor:
+    """Add each term to scores (…, N, M) along its own axis; the sum times ``factor`` (…, 1, M)."""
     grid = scores.reshape(*scores.shape[:-1], *shape)
     for axis, term in terms:
         if axis == "grid":
@@ -140,6 +145,8 @@ def add_on_grid(scores: Tensor, terms: Sequence[tuple[int | str | None, Tensor]]
                 sizes[axis] = shape[axis]
             view = [*term.shape[:-1], *sizes]
         grid = grid + term.reshape(view)
+    # In the shape of the sums: an engine that fuses does all of it in one pass.
+    grid = grid * factor.reshape(*factor.shape[:-1], *shape)
     return grid.reshape(scores.shape)
 
 

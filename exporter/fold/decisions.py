@@ -52,7 +52,7 @@ def input_queries(
     count, channels = modality.constants.num_rows, modality.num_channels
     plain = _plain_decoder(config, count, channels, num_latents, num_latent_channels)
     rows = count * num_latents * config.num_heads
-    own = modality.num_features + 2 + modality.constants.num_free_channels
+    own = modality.num_values + 2 + modality.constants.num_free_channels
     further = max(modality.constants.num_axes - 1, 0)
     folded = _cost(
         2 * rows * (own + channels) + _keys(config, num_latents, num_latent_channels, channels),

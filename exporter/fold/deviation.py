@@ -43,10 +43,10 @@ class Modality:
 
 
 class Deviation(nn.Module):
-    """σ_j of inputs from their features or values (B, M, C_f | R) alone -> (B, M); (1, M) where there are none.
+    """σ_j of inputs from their features or values (B, C_f | R, M) alone -> (B, M); (1, M) where there are none.
 
     The variance is a sum of squares that are all centred: nothing cancels where features have a large offset. Of a
-    basis, centred over its channels, only the triangle T of its decomposition T Q counts: ‖v T Q‖ = ‖v T‖.
+    basis, centred over its channels, only the triangle R of its decomposition (Q R)ᵀ counts: ‖Q R v‖ = ‖R v‖.
     """
 
     def __init__(self, modality: Modality, eps: float) -> None:
@@ -60,10 +60,10 @@ class Deviation(nn.Module):
         if modality.basis is not None:
             basis = modality.basis.detach().double()
             centred = basis - basis.mean(1, keepdim=True)
-            triangle = torch.linalg.qr(centred.T, "r").R.T
-            # The mean is a column of the same product: of a vector, onnxruntime 1.32's fused product is wrong.
-            moments = torch.cat([triangle, basis.mean(1, keepdim=True)], dim=1)
-            self.register_buffer("moments", moments.to(modality.basis.dtype))
+            triangle = torch.linalg.qr(centred.T, "r").R
+            self.register_buffer("triangle", triangle.to(modality.basis.dtype))
+            # A matrix of one row: of a vector, onnxruntime 1.32's fused product is wrong.
+            self.register_buffer("average", basis.mean(1, keepdim=True).T.to(modality.basis.dtype))
 
     def forward(self, features: Tensor | None) -> Tensor:
         total = self.num_features + self.num_constants
@@ -71,12 +71,12 @@ class Deviation(nn.Module):
         variance = self.get_buffer("square").unsqueeze(0) / total
         if features is not None:
             if self.linear:
-                moments = features @ self.get_buffer("moments")
-                centred, own = moments[..., :-1], moments[..., -1]
+                own = (self.get_buffer("average") @ features).squeeze(1)
+                centred = self.get_buffer("triangle") @ features
             else:
-                own = features.mean(-1)
-                centred = features - own.unsqueeze(-1)
-            changing = (centred**2).sum(-1) / total
+                own = features.mean(1)
+                centred = features - own.unsqueeze(1)
+            changing = (centred**2).sum(1) / total
             if self.num_constants:
                 share = self.num_features * self.num_constants / total**2
                 changing = changing + share * (own - mean) ** 2

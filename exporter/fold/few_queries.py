@@ -86,10 +86,10 @@ class _Input:
     def __init__(self, modality: Modality, features: Tensor | None, deviation: Tensor, masked: bool) -> None:
         self.modality = modality
         self.inverse = torch.reciprocal(deviation)
-        columns = [] if features is None else [features]
+        rows = [] if features is None else [features]
         if not masked:
-            columns += [deviation.unsqueeze(-1), (deviation * torch.log(self.inverse)).unsqueeze(-1)]
-        self.columns = torch.cat(columns, dim=-1) if len(columns) > 1 else columns[0] if columns else None
+            rows += [deviation.unsqueeze(1), (deviation * torch.log(self.inverse)).unsqueeze(1)]
+        self.rows = torch.cat(rows, dim=1) if len(rows) > 1 else rows[0] if rows else None
         self.masked = masked
 
     def scores(self, keys: Tensor) -> Tensor:
@@ -97,21 +97,20 @@ class _Input:
         count, constants = self.modality.num_features, self.modality.constants
         own = self.modality.to_values(keys[..., :count])
         if not self.masked:
-            ones = torch.ones_like(keys[..., :1])
-            own = torch.cat([own, torch.zeros_like(ones), ones], dim=-1)
-        if self.columns is None:
+            own = torch.cat([own, own.new_zeros(*own.shape[:-1], 1), own.new_ones(*own.shape[:-1], 1)], dim=-1)
+        if self.rows is None:
             scores = torch.zeros(*keys.shape[:-1], constants.num_rows, dtype=keys.dtype)
         else:
             # All heads in one product with the features, which have none.
-            scores = (own.flatten(1, 2) @ self.columns.transpose(-1, -2)).unflatten(1, own.shape[1:3])
-        scores = add_on_grid(scores, scores_of(constants, keys[..., count:]), constants.shape)
-        return scores * self.inverse[:, None, None, :]
+            scores = (own.flatten(1, 2) @ self.rows).unflatten(1, own.shape[1:3])
+        terms = scores_of(constants, keys[..., count:])
+        return add_on_grid(scores, terms, constants.shape, self.inverse[:, None, None, :])
 
     def read(self, weights: Tensor) -> tuple[Tensor, Tensor | None]:
         """Σ_j of the weights (B, h, n, M) times x_j (B, h, n, C), and times σ_j (B, h, n, 1) without a mask."""
         own = weights * self.inverse[:, None, None, :] if self.masked else weights
         count, constants = self.modality.num_values, self.modality.constants
-        columns = None if self.columns is None else own @ self.columns.unsqueeze(1)
+        columns = None if self.rows is None else own @ self.rows.transpose(1, 2).unsqueeze(1)
         parts = [] if columns is None or not count else [self.modality.to_features(columns[..., :count])]
         if constants.num_channels:
             parts.append(read_constants(own, constants))

@@ -37,7 +37,9 @@ class FoldedPerceiver(PerceiverIO):
                 if not isinstance(model.config.inputs[name], MaskedInput)
             }
         )
-        self.query_features = Features(next(iter(model.inputs.values())))
+        residual = isinstance(model.decoder, PerceiverDecoder) and model.decoder.cross_attention.query_residual
+        first, modality = next(iter(model.inputs.values())), next(iter(modalities.values()))
+        self.query_features = Features(first, modality.basis is not None and not residual)
         self.sizes = [modality.constants.num_rows for modality in modalities.values()]
         self.encoder = FoldedEncoder(model, list(modalities.values()), sites)
         self.decoder = model.decoder
@@ -95,7 +97,7 @@ class FoldedPerceiver(PerceiverIO):
 
 
 class FoldedEncoder(PerceiverEncoder):
-    """The features of each input (B, M, C_f), and which rows are there (B, M) -> latents (B, N, D)."""
+    """The features of each input (B, C_f, M), and which rows are there (B, M) -> latents (B, N, D)."""
 
     def __init__(self, model: PerceiverIO, modalities: Sequence[Modality], sites: Sites) -> None:
         nn.Module.__init__(self)

@@ -58,7 +58,7 @@ class KeysForQueries(nn.Module):
 
 
 class InputQueriesAttention(nn.Module):
-    """Features (B, M, C_f) of the queries and latents (B, N, D) -> output rows (B, M, E).
+    """Features (B, C_f, M) of the queries and latents (B, N, D) -> output rows (B, M, E).
 
     ``chunk`` is how many steps along the grid's first axis are taken at a time.
     """
@@ -81,10 +81,13 @@ class InputQueriesAttention(nn.Module):
         keys, offset, values = self.folded(latents)
         count = self.modality.num_features
         rows, terms = self._constant_scores(keys[..., count:], offset)
-        deviation = self.deviation(features).unsqueeze(-1)
-        columns = torch.cat([features, torch.ones_like(deviation), deviation], dim=-1)
-        inverse = torch.reciprocal(deviation)
-        keys = keys[..., :count].transpose(-1, -2).unsqueeze(1)  # (B, 1, h, C_f, N)
+        deviation = self.deviation(features).unsqueeze(1)
+        ones = [] if self.modality.basis is not None else [torch.ones_like(deviation)]
+        columns = torch.cat([features, *ones, deviation], dim=1).transpose(1, 2)
+        inverse = torch.reciprocal(deviation).transpose(1, 2)
+        keys = self.modality.to_values(keys[..., :count]).transpose(-1, -2).unsqueeze(1)  # (B, 1, h, C_f, N)
+        if self.modality.basis is not None:
+            keys, rows = keys[..., :-1, :], rows + keys[..., -1:, :]
         offset = offset.transpose(-1, -2).unsqueeze(1)
         step, outputs = math.prod(self.inner), []
         for start in range(0, self.steps, self.chunk):
@@ -133,7 +136,7 @@ class InputQueriesAttention(nn.Module):
         return added
 
     def _queries(self, features: Tensor, own: slice) -> Tensor:
-        part = features[:, own]
+        part = features.transpose(1, 2)[:, own]
         return torch.cat([part, self.get_buffer("constants")[own].expand(part.shape[0], -1, -1)], dim=-1)
 
 

@@ -33,9 +33,9 @@ from perceiver_export.exporter.perceiver.positions import (
 
 
 class Features(nn.Module):
-    """What an input adapter computes, without the constants beside it: (B, M, C_f).
+    """What an input adapter computes, without the constants beside it, channels first: (B, C_f, M).
 
-    ``values``: what its linear layer is given, with a column of ones for the layer's bias (B, M, R).
+    ``values``: what its linear layer is given, with a row of ones for the layer's bias (B, R, M).
     """
 
     def __init__(self, adapter: nn.Module, values: bool = False) -> None:
@@ -44,11 +44,11 @@ class Features(nn.Module):
 
     def forward(self, array: Tensor) -> Tensor:
         if self.values:
-            assert isinstance(self.adapter, ImageAdapter | ArrayAdapter)
-            values = self.adapter.values_of(array)
-            return torch.cat([values, torch.ones_like(values[..., :1])], dim=-1)
+            assert isinstance(self.adapter, ImageAdapter | FramePairAdapter | ArrayAdapter)
+            values = self.adapter.values_of(array).transpose(1, 2)
+            return torch.cat([values, torch.ones_like(values[:, :1])], dim=1)
         assert isinstance(self.adapter, ImageAdapter | FramePairAdapter | TokenAdapter | ArrayAdapter)
-        return self.adapter.features_of(array)
+        return self.adapter.features_of(array).transpose(1, 2)
 
 
 def modality_of(model: PerceiverIO, name: str) -> Modality:
@@ -72,7 +72,8 @@ def query_modality(model: PerceiverIO, reference: PerceiverDecoder, output: str)
     constants = modality.constants
     if output in reference.paddings:
         constants = with_padding(constants, reference.paddings[output].detach())
-    return Modality(modality.num_features, constants)
+    residual = reference.cross_attention.query_residual  # adds the features themselves
+    return Modality(modality.num_features, constants, None if residual else modality.basis)
 
 
 def position_constants(reference: PerceiverDecoder, name: str, queries: PositionQueries) -> Constants:
@@ -89,7 +90,9 @@ def position_constants(reference: PerceiverDecoder, name: str, queries: Position
 
 def _basis(adapter: nn.Module) -> Tensor | None:
     """The matrix of an adapter's linear layer over its bias (R, C_f), where it makes many features of few values."""
-    if isinstance(adapter, ImageAdapter) and isinstance(adapter.features, nn.Conv2d):
+    if isinstance(adapter, FramePairAdapter):
+        weight, bias = adapter.features.weight.permute(0, 2, 3, 1).flatten(1), adapter.features.bias
+    elif isinstance(adapter, ImageAdapter) and isinstance(adapter.features, nn.Conv2d):
         weight, bias = adapter.features.weight.flatten(1), adapter.features.bias
     elif isinstance(adapter, ArrayAdapter) and isinstance(adapter.projection, nn.Linear):
         weight, bias = adapter.projection.weight, adapter.projection.bias

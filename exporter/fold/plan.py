@@ -123,7 +123,7 @@ def decoder(model: PerceiverIO, name: str, folded: bool, batch: int, queries: in
     fixed = total * rows + latents.num_latents * (2 * latents.num_latent_channels + 3 * channels * attention.num_heads)
     if folded and isinstance(output.queries, InputQueries):
         (modality,) = (modality_of(model, one) for one in model.config.inputs)
-        fixed += total * (3 * modality.num_features + 4)
+        fixed += total * (3 * modality.num_values + 4)
         shape = modality.constants.shape
         steps = shape[0] if len(shape) > 1 else 1
         return _stage(name, "grid rows", steps, fixed, each * (total // steps), batch)

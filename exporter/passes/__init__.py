@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 import onnx_ir.passes.common as common
+from onnxscript.rewriter import RewritePass
+from onnxscript.rewriter.rules.common import transpose_transpose_rule
 
 from perceiver_export.exporter.passes.constants import FoldConstantsPass
 from perceiver_export.exporter.passes.names import NameNodesPass
@@ -20,6 +22,8 @@ PIPELINE: tuple[ir.passes.InPlacePass, ...] = (
     common.CommonSubexpressionEliminationPass(),
     # Types and shapes of values that the exporter left open; folding needs them, and so does counting FLOPs.
     common.ShapeInferencePass(),
+    # Features come as rows and are read as columns.
+    RewritePass([transpose_transpose_rule]),
     FoldConstantsPass(),
     common.IdentityEliminationPass(),
     # What folding left without a reader.

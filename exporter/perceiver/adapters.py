@@ -97,6 +97,13 @@ class FramePairAdapter(nn.Module):
         features: Tensor = self.features(frames.flatten(1, 2)).flatten(2).transpose(1, 2)
         return features
 
+    def values_of(self, frames: Tensor) -> Tensor:
+        """The 3×3 patches of both frames (B, M, 54), pixel by pixel of a patch, channels within."""
+        channels = nn.functional.pad(frames.flatten(1, 2), (1, 1, 1, 1))
+        height, width = frames.shape[-2:]
+        shifted = [channels[:, :, y : y + height, x : x + width] for y in range(3) for x in range(3)]
+        return torch.cat(shifted, dim=1).flatten(2).transpose(1, 2)
+
 
 class TokenAdapter(nn.Module):
     """Tokens (B, S) -> inputs (B, S, C): embedding plus trained position."""

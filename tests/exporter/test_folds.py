@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterator
 
@@ -96,7 +97,8 @@ def difference(
         mask = (torch.rand(2, inputs.shape[1]) > 0.3).int()
         mask[1] = 0
     expected = reference(queries, inputs, mask)
-    found = FewQueriesAttention(reference, modalities, chunk)(queries, values, mask)
+    first = [None if own is None else own.transpose(1, 2) for own in values]  # channels first
+    found = FewQueriesAttention(reference, modalities, chunk)(queries, first, mask)
     return float((found - expected).abs().max())
 
 
@@ -124,20 +126,23 @@ def test_few_queries_of_any_size(data: st.DataObject) -> None:
     assert difference(reference, [modality], queries, masked, data.draw(sizes, "chunk")) <= TOLERANCE
 
 
-@pytest.mark.parametrize("kind", ["picture", "sound", "voxels", "learned", "no constants"])
+@pytest.mark.parametrize("kind", ["picture", "sound", "voxels", "learned", "projected", "no constants"])
 @pytest.mark.parametrize("heads", [1, 2])
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("chunk", [None, 2])
 def test_input_queries(kind: str, heads: int, residual: bool, chunk: int | None) -> None:
     (modality,) = MODALITIES[kind]()
+    if residual:  # adds the features themselves
+        modality = dataclasses.replace(modality, basis=None)
     reference = attention(modality.num_channels, 10, heads, residual)
     layers = [nn.Linear(modality.num_channels, 6), nn.Linear(6, 2)]
-    features = 2 * torch.randn(2, modality.constants.num_rows, modality.num_features) + 1
+    values = _ones(modality, 2 * torch.randn(2, modality.constants.num_rows, modality.num_values) + 1)
+    features = modality.to_features(values)
     latents = torch.randn(2, 9, 10)
 
     expected = layers[1](layers[0](reference(_beside(features, modality.constants), latents))) * 0.2
     tail = LinearTail(reference, _linear(layers), 0.2)
-    found = InputQueriesAttention(reference, tail, modality, chunk)(latents, features)
+    found = InputQueriesAttention(reference, tail, modality, chunk)(latents, values.transpose(1, 2))
 
     assert expected.abs().max() > 1e-3
     assert (found - expected).abs().max() <= TOLERANCE
@@ -171,17 +176,21 @@ def test_many_queries_of_any_size(data: st.DataObject) -> None:
     num_features = data.draw(st.integers(0, 5), "features")
     heads, chunk = data.draw(st.sampled_from([1, 2, 4]), "heads"), data.draw(sizes, "chunk")
     residual = bool(num_features) and data.draw(st.booleans(), "residual")
-    width = num_features + constants.num_channels
+    linear = num_features and not residual and data.draw(st.booleans(), "linear")
+    basis = torch.randn(data.draw(sizes, "values"), num_features) if linear else None
+    modality = Modality(num_features, constants, basis)
+    width = modality.num_channels
     reference = attention(width, 10, heads, residual)
     widths = [width, *data.draw(st.lists(sizes, min_size=1, max_size=3), "layers")]
     layers = [nn.Linear(before, after) for before, after in itertools.pairwise(widths)]
     tail = LinearTail(reference, _linear(layers), 0.5)
-    features = 2 * torch.randn(2, constants.num_rows, num_features) + 1
+    values = _ones(modality, 2 * torch.randn(2, constants.num_rows, modality.num_values) + 1)
+    features = modality.to_features(values)
     latents = torch.randn(2, data.draw(sizes, "latents"), 10)
 
     expected = 0.5 * nn.Sequential(*layers)(reference(_beside(features, constants), latents))
     if num_features:
-        found = InputQueriesAttention(reference, tail, Modality(num_features, constants), chunk)(latents, features)
+        found = InputQueriesAttention(reference, tail, modality, chunk)(latents, values.transpose(1, 2))
     else:
         found = PositionQueriesAttention(reference, tail, constants, chunk)(latents, None)
     assert (found - expected).abs().max() <= TOLERANCE
