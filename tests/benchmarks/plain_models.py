@@ -77,7 +77,7 @@ def plain_export(preset: str, model: Any, feeds: dict[str, np.ndarray], path: Pa
     path.parent.mkdir(parents=True, exist_ok=True)
     with torch.no_grad():
         torch.onnx.export(
-            Plain(),
+            Plain().eval(),
             tuple(map(torch.from_numpy, given.values())),
             path,
             dynamo=True,
