@@ -80,7 +80,7 @@ def side_of(task: Task) -> Side:
     return Side(manifest.name, lambda feeds: run_batched(runtime, feeds), engine)
 
 
-def run_side(side: Side, feeds: Feeds, batch: Sequence[Example]) -> dict[str, Array]:
+def run_side(side: Side, feeds: Feeds, batch: Sequence[Example], role: str = "candidate") -> dict[str, Array]:
     """The side's outputs of a batch. Raises GateError where one is not finite: that is a failure, never a pass."""
     outputs = dict(side.run(feeds))
     for name, array in outputs.items():
@@ -91,7 +91,7 @@ def run_side(side: Side, feeds: Feeds, batch: Sequence[Example]) -> dict[str, Ar
         if not np.isfinite(array).all():
             bad = ~np.isfinite(array).reshape(len(array), -1).all(axis=1)
             raise GateError(
-                f"{side.name} on {side.engine['target']} gives NaN or infinite values for"
+                f"the {role} ({side.name} on {side.engine['target']}) gives NaN or infinite values for"
                 f" {batch[int(np.argmax(bad))].name}",
                 "such a model must not be shipped",
             )
@@ -104,7 +104,7 @@ def run_reference(
     """`run_side` of the reference. Raises UsageError where it does not give what the ``candidate`` gave: arrays of
     other shapes would be compared after a fashion, and show nothing.
     """
-    outputs = run_side(side, feeds, batch)
+    outputs = run_side(side, feeds, batch, "reference")
     for name, array in candidate.items():
         if name not in outputs:
             raise UsageError(f"{side.name} gives no {name!r}, it gives {', '.join(outputs) or 'nothing'}", _SAME)

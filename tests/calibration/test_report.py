@@ -142,9 +142,12 @@ def test_junit_has_a_case_a_gate(results: tuple[Validation, Validation]) -> None
     root = ElementTree.fromstring(junit(results))
 
     held, undecided = root.findall("testsuite")
-    assert (held.get("tests"), held.get("failures"), held.get("errors")) == ("2", "0", "0")
-    assert (undecided.get("tests"), undecided.get("failures"), undecided.get("errors")) == ("2", "0", "1")
+    assert (held.get("tests"), held.get("failures"), held.get("errors")) == ("3", "0", "0")
+    assert (undecided.get("tests"), undecided.get("failures"), undecided.get("errors")) == ("3", "0", "1")
     error = undecided.find("testcase/error")
     assert error is not None
     assert error.get("type") == "undecided"
     assert "samples would decide" in (error.text or "")
+    properties = {one.get("name"): one.get("value") for one in held.iter("property")}
+    assert properties["reference target"] == "ort-cpu"
+    assert properties["reference model.onnx"] == (results[0].reference or {})["graphs"]["model.onnx"]
