@@ -61,9 +61,9 @@ class Report:
 
     @property
     def verdict(self) -> str:
-        """``held`` only if every gate on every target held."""
+        """``held`` only if every gate on every target held; ``failed`` where outputs were not finite on one."""
         if any(validation.failure is not None for validation in self.validations):
-            return "not held"
+            return "failed"
         outcomes = {gate.outcome for validation in self.validations for gate in validation.gates}
         for outcome in ("not held", "undecided", "held"):
             if outcome in outcomes:

@@ -67,7 +67,7 @@ def test_nan_outputs_are_written_where_machines_and_people_read(
     assert failure is not None
     assert failure.get("message") == message
     lines = report.read_text(encoding="utf-8").splitlines()
-    assert lines[0].endswith(": not held")
+    assert lines[0].endswith(": failed")
     assert any(message in line for line in lines[1:])
     assert not (nan_bundle / "calibration.json").exists()
 

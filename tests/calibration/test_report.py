@@ -15,7 +15,7 @@ from perceiver_export.calibration.junit import junit
 from perceiver_export.calibration.report import check_report_file, render_html, render_markdown
 from perceiver_export.calibration.report.content import Report
 from perceiver_export.calibration.report.gather import gather
-from perceiver_export.calibration.validation import Validation
+from perceiver_export.calibration.validation import Failure, Validation
 from perceiver_export.runtimes import open_bundle
 from perceiver_export.runtimes.errors import UsageError
 from tests.calibration.damaged_scales import with_a_scale_times
@@ -120,6 +120,16 @@ def test_undecided_is_never_shown_as_held(report: Report, results: tuple[Validat
     assert undecided.verdict == "undecided"
     assert "Undecided: this is not a pass" in render_html(undecided)
     assert "samples would decide" in render_markdown(undecided)
+
+
+def test_a_failure_on_one_target_is_never_shown_as_held(results: tuple[Validation, Validation]) -> None:
+    failure = Failure("the candidate gives NaN", "such a model must not be shipped")
+    report = Report("model", (results[0], msgspec.structs.replace(results[0], gates=(), failure=failure)))
+    page = render_html(report)
+
+    assert report.verdict == "failed"
+    assert "<strong>Failed</strong>" in page
+    assert "Warning: the candidate gives NaN" in page
 
 
 def test_names_from_outside_are_text_and_nothing_else(results: tuple[Validation, Validation]) -> None:
