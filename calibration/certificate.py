@@ -13,11 +13,13 @@ from typing import Any
 import msgspec
 
 from perceiver_export.calibration.gates import Gate
+from perceiver_export.calibration.references import check_reference
 from perceiver_export.calibration.statistics import CONFIDENCE
 from perceiver_export.calibration.validation import Validation
 from perceiver_export.calibration.write import new_bundle
 from perceiver_export.runtimes.bundle import Bundle, open_bundle, sha256
-from perceiver_export.runtimes.certificates import FILE, Certificate, Claim, certificates, engine_of
+from perceiver_export.runtimes.certificates import FILE, Certificate, Claim, certificates, engine_of, precision_of
+from perceiver_export.runtimes.engines.records import graphs_of
 from perceiver_export.runtimes.errors import DataError, UsageError
 from perceiver_export.runtimes.machine import cpu_features
 from perceiver_export.runtimes.manifest import FileEntry, encode_manifest
@@ -37,8 +39,9 @@ def certify(
     ``searched`` are digests of the samples that the bundle was chosen on: no later certificate may use them. The bundle
     is replaced as a whole: readers see the old one or the new one.
 
-    Raises GateError or UndecidedError where a gate did not hold; UsageError where none was asked; DataError where the
-    samples cannot bear it.
+    Raises GateError or UndecidedError where a gate did not hold; UsageError where none was asked, where something else
+    than this bundle was validated, or where the reference can bear no certificate (`references.check_reference`);
+    DataError where the samples cannot.
     """
     opened = open_bundle(bundle)
     made = tuple(_certificate(opened, validation) for validation in validations)
@@ -55,20 +58,29 @@ def _certificate(bundle: Bundle, validation: Validation) -> Certificate:
     for kind, hint in _REFUSED.items():
         if kind in warnings:
             raise DataError(warnings[kind], hint)
-    target = str(validation.candidate.get("target"))
-    graphs = {part.graph_for(target) for part in bundle.manifest.parts.values()}
-    weights = {name for name in bundle.manifest.files if name.endswith(".weights")}
+    check_reference(validation.candidate, validation.reference)
+    target, engine = str(validation.candidate["target"]), engine_of(validation.candidate)
+    graphs = graphs_of(bundle.manifest, target, precision_of(engine))
+    if validation.candidate.get("graphs") != graphs:
+        raise UsageError(
+            f"other graphs were validated than those that {bundle.path} has for {target}", "validate this bundle again"
+        )
+    reference = validation.reference or {}
     return Certificate(
         claims=tuple(map(_claim, validation.gates)),
         samples=validation.samples,
         data=validation.data.fingerprint,
-        reference=str((validation.reference or {}).get("name")),
+        reference=str(reference.get("name")),
         target=target,
-        engine=engine_of(validation.candidate),
+        engine=engine,
         instruction_set=cpu_features(),
-        graphs={name: bundle.manifest.files[name].sha256 for name in sorted(graphs | weights)},
+        graphs=graphs,
         date=datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         caveats=tuple(warnings[kind] for kind in _CAVEATS if kind in warnings),
+        device=str(validation.candidate.get("device", "")),
+        reference_target=str(reference.get("target")),
+        reference_engine=engine_of(reference),
+        reference_graphs=dict(reference.get("graphs", {})),
     )
 
 
@@ -81,7 +93,15 @@ def _claim(gate: Gate) -> Claim:
 
 
 def _same_place(one: Certificate, other: Certificate) -> bool:
-    places = [(c.target, c.engine, c.instruction_set, {claim.what for claim in c.claims}) for c in (one, other)]
+    """Whether one takes the other's place: the same things claimed, in the same place, against the same reference."""
+    places = [
+        (
+            (c.target, c.engine, c.instruction_set, c.device),
+            (c.reference_target, c.reference_engine, c.reference_graphs),
+            {claim.what for claim in c.claims},
+        )
+        for c in (one, other)
+    ]
     return places[0] == places[1]
 
 

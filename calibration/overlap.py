@@ -13,7 +13,7 @@ from perceiver_export.runtimes.errors import DataError
 
 
 def fingerprint(digests: Sequence[str]) -> str:
-    """One hash of a set of samples, whatever their order."""
+    """One hash of a set of samples, by a digest of each, whatever their order."""
     return hashlib.sha256("".join(sorted(digests)).encode()).hexdigest()
 
 

@@ -23,13 +23,16 @@ Outputs = Mapping[str, Array]
 class Scores:
     """Values of every sample: ``quality`` of the candidate and of the ``reference``, and ``likeness`` of the two.
 
-    ``classes``: of classifiers, each sample's label and what both sides said, as indices (n,).
+    ``classes``: of classifiers, each sample's label and what both sides said, as indices (n,). ``unused``: which
+    targets nothing was judged by, in words.
     """
 
-    def __init__(self, metrics: tuple[Metric, ...], sides: Mapping[str, list[Columns]], classes: Outputs) -> None:
+    def __init__(
+        self, metrics: tuple[Metric, ...], sides: Mapping[str, list[Columns]], classes: Outputs, unused: str = ""
+    ) -> None:
         self.metrics = metrics
         self.quality, self.reference, self.likeness = (joined(sides[n]) for n in ("quality", "reference", "likeness"))
-        self.classes = classes
+        self.classes, self._unused = classes, unused
 
     def results(self) -> tuple[MetricResult, ...]:
         """Every metric that was measured, in the family's order."""
@@ -47,6 +50,8 @@ class Scores:
         if samples < LEAST_FOR_BOOTSTRAP:
             plural = "s" if samples > 1 else ""
             found["few"] = f"only {samples} sample{plural}: bounds are wide, those of means too narrow"
+        if self._unused:
+            found["unused"] = self._unused
         seen = np.unique(self.classes.get("label", ()))
         if len(seen) == 1 and labels > 1 and samples > 1:
             found["one label"] = "all samples have one label: this says nothing of the others"
@@ -78,6 +83,7 @@ class Pairing:
         self._family, self._own, self._labels = family, own, labels
         self._sides: dict[str, list[Columns]] = {"quality": [], "reference": [], "likeness": []}
         self._classes: dict[str, list[Array]] = {}
+        self._unused: set[str] = set()
 
     @property
     def count(self) -> int:
@@ -92,7 +98,8 @@ class Pairing:
             "likeness": {} if reference is None else self._family.likeness(outputs, reference, targets),
         }
         for name, side in columns.items():
-            if self.count and bool(self._sides[name]) != bool(side):
+            before = self._sides[name][0].keys() if self._sides[name] else ()
+            if self.count and set(before) != set(side):
                 raise DataError("some samples have a label and some have none", "label all of them, or none")
             if side:
                 self._sides[name].append(side)
@@ -107,16 +114,22 @@ class Pairing:
     def scores(self) -> Scores:
         """Everything that was collected."""
         classes = {name: np.concatenate(parts) for name, parts in self._classes.items()}
-        return Scores(self._metrics, self._sides, classes)
+        unused = ""
+        if self._unused:
+            names, wanted = ", ".join(sorted(self._unused)), ", ".join(self._family.TARGETS)
+            unused = f"nothing was judged by the data's {names}: this task is judged by `{wanted}`"
+        return Scores(self._metrics, self._sides, classes, unused)
 
     def _quality(self, outputs: Outputs, targets: Outputs, count: int) -> Columns:
         own: dict[str, Column] = {}
         if self._own is not None:
             own[self._own.metric.name] = self._own.column(outputs, targets, count)
-        try:
-            return own | (self._family.quality(outputs, targets) if targets else {})
-        except KeyError:
-            return own  # targets of another kind, for a metric of one's own
+        if all(name in targets for name in self._family.TARGETS):
+            judged: Columns = self._family.quality(outputs, targets)
+            return own | judged
+        if self._own is None:
+            self._unused.update(targets)
+        return own  # there are none, or they are of another kind, for a metric of one's own
 
     def _answers(self, outputs: Outputs, reference: Outputs | None, targets: Outputs) -> dict[str, Array]:
         """Labels as indices, of classifiers."""

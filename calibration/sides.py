@@ -13,6 +13,8 @@ import numpy as np
 
 from perceiver_export.calibration.examples import Example
 from perceiver_export.runtimes.bundle import Bundle
+from perceiver_export.runtimes.certificates import device_of, engine_of, precision_of
+from perceiver_export.runtimes.engines.records import graphs_of
 from perceiver_export.runtimes.errors import GateError, UsageError
 from perceiver_export.runtimes.manifest import Manifest
 from perceiver_export.runtimes.runtime import Array, Feeds
@@ -20,17 +22,29 @@ from perceiver_export.runtimes.tasks import open_task
 from perceiver_export.runtimes.tasks.base import Task
 from perceiver_export.runtimes.tasks.graphs import interface, run_batched
 
-# A reference that is not a bundle: preprocessed inputs (n, ...) by name -> outputs (n, ...) by name.
+# A reference that is not a bundle: preprocessed inputs (n, ...) by name -> outputs (n, ...) by name. It may have a
+# ``name``, and ``described``: what a bundle's side has in `Side.engine`, without which nothing is certified against it.
 Reference = Callable[[Feeds], Mapping[str, Array]]
+
+_SAME = "a reference gives the same outputs as the bundle, by name, a row a sample"
 
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two that are compared. ``engine``: what it runs on (`Runtime.describe`)."""
+    """One of the two that are compared.
+
+    ``engine``: what it runs on (`Runtime.describe`), the ``device``'s name, the SHA-256 of the ``graphs`` that run, by
+    file, and the scheme of its ``quantization``, if it is quantized.
+    """
 
     name: str
     run: Reference
     engine: dict[str, Any]
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """Name and engine, as results and reports show them."""
+        return {"name": self.name, **self.engine}
 
 
 @contextlib.contextmanager
@@ -44,7 +58,8 @@ def open_side(
     if what is None:
         yield None
     elif callable(what):
-        yield Side(getattr(what, "name", "the reference"), what, {"target": getattr(what, "target", "a function")})
+        described = getattr(what, "described", {"target": "a function"})
+        yield Side(getattr(what, "name", "the reference"), what, dict(described))
     else:
         with open_task(what, device, threads) as task:
             check_comparable(beside.manifest, task.manifest)
@@ -53,11 +68,19 @@ def open_side(
 
 def side_of(task: Task) -> Side:
     """An opened bundle as a side."""
-    runtime = task.runtime
-    return Side(task.manifest.name, lambda feeds: run_batched(runtime, feeds), runtime.describe())
+    runtime, manifest = task.runtime, task.manifest
+    described = runtime.describe()
+    target = str(described["target"])
+    engine = {
+        **described,
+        "device": device_of(target),
+        "graphs": graphs_of(manifest, target, precision_of(engine_of(described))),
+        "quantization": manifest.quantization.scheme if manifest.quantization is not None else "",
+    }
+    return Side(manifest.name, lambda feeds: run_batched(runtime, feeds), engine)
 
 
-def run_side(side: Side, feeds: Feeds, batch: Sequence[Example]) -> dict[str, Array]:
+def run_side(side: Side, feeds: Feeds, batch: Sequence[Example], role: str = "candidate") -> dict[str, Array]:
     """The side's outputs of a batch. Raises GateError where one is not finite: that is a failure, never a pass."""
     outputs = dict(side.run(feeds))
     for name, array in outputs.items():
@@ -68,9 +91,26 @@ def run_side(side: Side, feeds: Feeds, batch: Sequence[Example]) -> dict[str, Ar
         if not np.isfinite(array).all():
             bad = ~np.isfinite(array).reshape(len(array), -1).all(axis=1)
             raise GateError(
-                f"{side.name} gives NaN or infinite values for {batch[int(np.argmax(bad))].name}",
+                f"the {role} ({side.name} on {side.engine['target']}) gives NaN or infinite values for"
+                f" {batch[int(np.argmax(bad))].name}",
                 "such a model must not be shipped",
             )
+    return outputs
+
+
+def run_reference(
+    side: Side, feeds: Feeds, batch: Sequence[Example], candidate: Mapping[str, Array]
+) -> dict[str, Array]:
+    """`run_side` of the reference. Raises UsageError where it does not give what the ``candidate`` gave: arrays of
+    other shapes would be compared after a fashion, and show nothing.
+    """
+    outputs = run_side(side, feeds, batch, "reference")
+    for name, array in candidate.items():
+        if name not in outputs:
+            raise UsageError(f"{side.name} gives no {name!r}, it gives {', '.join(outputs) or 'nothing'}", _SAME)
+        if outputs[name].shape != array.shape:
+            found, expected = list(outputs[name].shape), list(array.shape)
+            raise UsageError(f"{side.name} gives {name!r} of shape {found}, the candidate {expected}", _SAME)
     return outputs
 
 

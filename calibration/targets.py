@@ -33,7 +33,9 @@ def validate_targets(
     present = [device.target for device in devices()]
     if not present:
         raise DeviceError("no target is present", "perceiver-export doctor says what is missing")
-    reference = options.pop("against_device", None) or (present[0] if options.get("against") is not None else None)
+    against = options.get("against")
+    on_a_target = against is not None and not callable(against)
+    reference = options.pop("against_device", None) or (present[0] if on_a_target else None)
     with contextlib.ExitStack() as stack:
         folder = None if save_worst is None else stack.enter_context(new_directory(Path(save_worst), OPTION, DataError))
         return tuple(

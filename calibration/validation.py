@@ -14,19 +14,20 @@ import msgspec
 
 from perceiver_export.calibration.asked import Asked, check_asked, judge
 from perceiver_export.calibration.directories import check_new_directory
-from perceiver_export.calibration.examples import Example, open_examples
+from perceiver_export.calibration.examples import Example, digest_of, open_examples
 from perceiver_export.calibration.gates import Gate, require
 from perceiver_export.calibration.metrics import family
 from perceiver_export.calibration.metrics.own import load_own
 from perceiver_export.calibration.overlap import calibrated_on, check_overlap, fingerprint
 from perceiver_export.calibration.pairing import Pairing, stacked
+from perceiver_export.calibration.references import check_reference, doubts
 from perceiver_export.calibration.scores import MetricResult
-from perceiver_export.calibration.sides import Reference, Side, open_side, run_side, side_of
+from perceiver_export.calibration.sides import Reference, Side, open_side, run_reference, run_side, side_of
 from perceiver_export.calibration.statistics import Proportion, mcnemar, proportion
 from perceiver_export.calibration.worst import WorstClass, WorstSample
 from perceiver_export.calibration.worst_files import OPTION, write_worst
 from perceiver_export.runtimes.bundle import Bundle
-from perceiver_export.runtimes.errors import DataError, UsageError
+from perceiver_export.runtimes.errors import DataError, GateError, UsageError
 from perceiver_export.runtimes.machine import available_cores, cpu_features, cpu_name
 from perceiver_export.runtimes.tasks import open_task
 from perceiver_export.runtimes.tasks.base import Task
@@ -37,17 +38,28 @@ Progress = Callable[[int, int | None], None]
 
 
 class Data(msgspec.Struct, frozen=True):
-    """What it was measured on. ``fingerprint``: a hash of the samples' inputs, whatever their order or files."""
+    """What it was measured on. ``fingerprint``: a hash of the samples' inputs and of the targets that they were judged
+    by, whatever their order or files.
+    """
 
     source: str
     samples: int
     fingerprint: str
 
 
+class Failure(msgspec.Struct, frozen=True):
+    """What made an end of it, and what to do."""
+
+    message: str
+    hint: str
+
+
 class Validation(msgspec.Struct, frozen=True):
     """What was measured. Shares are in percent, drops in points; fields that need a reference are empty without one.
 
-    ``warning_kinds``: of each warning one of overlap, repeated, few, one label, chance.
+    ``warning_kinds``: of each warning one of overlap, repeated, itself, quantized, few, unused, one label, chance.
+    ``failure``: why it came to no end, NaN outputs; then nothing but the sides, the machine and the samples so far is
+    in it, and no gate can hold.
     """
 
     task: str
@@ -62,10 +74,18 @@ class Validation(msgspec.Struct, frozen=True):
     worst_classes: tuple[WorstClass, ...]
     machine: dict[str, str]
     warning_kinds: tuple[str, ...] = ()
+    failure: Failure | None = None
 
     def require(self) -> None:
-        """Raise GateError where a gate does not hold, UndecidedError where the samples are too few to say."""
+        """Raise GateError where it failed or a gate does not hold, UndecidedError where the samples are too few."""
+        if self.failure is not None:
+            raise GateError(self.failure.message, self.failure.hint)
         require(self.gates)
+
+    @property
+    def held(self) -> bool:
+        """Whether gates were asked for, and all of them hold."""
+        return self.failure is None and bool(self.gates) and all(gate.held for gate in self.gates)
 
     def metric(self, name: str) -> MetricResult | None:
         """The result of that name, if it was measured."""
@@ -119,6 +139,8 @@ def validate(
     against_device: str | None = None,
     threads: int | None = None,
     allow_overlap: bool = True,
+    certifying: bool = False,
+    keep_failures: bool = False,
     worst: int = 12,
     save_worst: str | Path | None = None,
     progress: Progress | None = None,
@@ -132,13 +154,17 @@ def validate(
     task's, or ``module:function``), in its unit or, as "2%", relative to the reference. The gates are in the result;
     `Validation.require` raises where one does not hold. ``samples`` stops after so many. The ``worst`` samples are
     listed, and saved in the new directory ``save_worst``. Samples that the bundle was calibrated on are warned of;
-    with ``allow_overlap`` False, as a certificate needs it, they are refused.
+    with ``allow_overlap`` False, as a certificate needs it, they are refused. ``certifying`` refuses, before anything
+    runs, a reference that no certificate can rest on.
 
-    Raises DataError, UsageError, BundleError and what `load` raises; GateError where an output is NaN or infinite.
+    Raises DataError, UsageError, BundleError and what `load` raises; GateError where an output is NaN or infinite, or
+    with ``keep_failures`` gives a result that says so, which `Validation.require` raises.
     """
     asked = Asked.of(max_drop, min_agreement, max_metric_change, metric)
     if samples is not None and samples < 1:
         raise UsageError(f"samples is {samples}", "give 1 or more, or leave it out")
+    if callable(against) and against_device is not None:
+        raise UsageError("a checkpoint runs in torch, and on no target", "leave --against-device out")
     if against is None and against_device is not None:
         against = bundle
     if save_worst is not None:
@@ -153,9 +179,16 @@ def validate(
         pairing = Pairing(measures, own, worst, task.manifest.labels)
         candidate = side_of(task)
         with open_side(against, against_device or device, threads, beside=task) as reference:
-            digests = _go(pairing, candidate, reference, stream, total, progress)
-        overlap = check_overlap(digests, calibrated_on(bundle), str(data), allow_overlap)
-        measured = Data(str(data), pairing.count, fingerprint(digests))
+            if certifying:
+                check_reference(candidate.engine, None if reference is None else reference.engine)
+            try:
+                inputs, judged = _go(pairing, candidate, reference, stream, total, progress)
+            except GateError as error:
+                if not keep_failures:
+                    raise
+                return _failed(task, candidate, reference, Data(str(data), pairing.count, ""), error)
+        overlap = check_overlap(inputs, calibrated_on(bundle), str(data), allow_overlap)
+        measured = Data(str(data), pairing.count, fingerprint(judged))
         result = _result(task, candidate, reference, measured, pairing, asked, overlap)
     if save_worst is not None:
         write_worst(Path(save_worst), result.worst_samples, pairing.worst.examples())
@@ -169,19 +202,22 @@ def _go(
     stream: Iterable[Example],
     total: int | None,
     progress: Progress | None,
-) -> list[str]:
-    """All samples through both sides; gives the digest of each."""
-    prints: list[str] = []
+) -> tuple[list[str], list[str]]:
+    """All samples through both sides; gives the digest of each one's inputs, and of inputs and targets."""
+    inputs: list[str] = []
+    judged: list[str] = []
     for batch in _batches(stream, _BATCH):
-        prints += [example.digest for example in batch]
+        inputs += [example.digest for example in batch]
+        judged += [example.digest + digest_of(example.targets) for example in batch]
         feeds, targets = stacked(batch)
         outputs = run_side(candidate, feeds, batch)
-        pairing.add(batch, outputs, None if reference is None else run_side(reference, feeds, batch), targets)
+        expected = None if reference is None else run_reference(reference, feeds, batch, outputs)
+        pairing.add(batch, outputs, expected, targets)
         if progress is not None:
             progress(pairing.count, total)
     if not pairing.count:
         raise DataError("the data holds no samples", "it is empty, or a generator that was used up")
-    return prints
+    return inputs, judged
 
 
 def _result(
@@ -195,12 +231,13 @@ def _result(
 ) -> Validation:
     scores = pairing.scores()
     metrics = scores.results()
-    warnings = overlap | scores.warnings(data.samples, len(task.manifest.labels))
+    doubted = doubts(candidate.engine, None if reference is None else reference.engine)
+    warnings = overlap | doubted | scores.warnings(data.samples, len(task.manifest.labels))
     paired = next((result for result in metrics if result.lost is not None), None)
     return Validation(
         task.manifest.task,
-        {"name": candidate.name, **candidate.engine},
-        None if reference is None else {"name": reference.name, **reference.engine},
+        candidate.described,
+        None if reference is None else reference.described,
         data,
         metrics,
         None if paired is None else mcnemar(paired.lost or 0, paired.gained or 0),
@@ -210,6 +247,24 @@ def _result(
         scores.worst_classes(task.manifest.labels),
         machine(),
         tuple(warnings),
+    )
+
+
+def _failed(task: Task, candidate: Side, reference: Side | None, data: Data, error: GateError) -> Validation:
+    """What is known where a side gave NaN."""
+    return Validation(
+        task.manifest.task,
+        candidate.described,
+        None if reference is None else reference.described,
+        data,
+        metrics=(),
+        mcnemar=None,
+        gates=(),
+        warnings=(),
+        worst_samples=(),
+        worst_classes=(),
+        machine=machine(),
+        failure=Failure(error.message, error.hint),
     )
 
 

@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from perceiver_export.exporter.packaging import package
     from perceiver_export.exporter.pipeline import export
     from perceiver_export.exporter.presets import PRESETS
+    from perceiver_export.exporter.reference import load_reference
 
-__all__ = ["PRESETS", "LoadedModel", "export", "inspect_bundle", "load_model", "package"]
+__all__ = ["PRESETS", "LoadedModel", "export", "inspect_bundle", "load_model", "load_reference", "package"]
 
 _LAZY = {
     "PRESETS": "presets",
@@ -22,6 +23,7 @@ _LAZY = {
     "export": "pipeline",
     "inspect_bundle": "inspection",
     "load_model": "load",
+    "load_reference": "reference",
     "package": "packaging",
 }
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from perceiver_export.calibration.record import Calibration, read_calibration
 from perceiver_export.runtimes.bundle import Bundle, open_bundle
-from perceiver_export.runtimes.certificates import applies, certificates
+from perceiver_export.runtimes.certificates import applies, certificates, on_cpu
 from perceiver_export.runtimes.errors import BundleError, MissingDependencyError
 from perceiver_export.runtimes.manifest import Manifest, Part
 from perceiver_export.runtimes.presence import devices
@@ -51,7 +51,8 @@ def _certificates(bundle: Bundle) -> tuple[tuple[str, ...], tuple[str, ...]]:
         if here and applies(one, bundle, one.target, one.engine):
             held.append(str(one))
         else:
-            elsewhere.append(f"{one.target} with {one.engine} on {' '.join(one.instruction_set)}")
+            where = one.device if one.device and not on_cpu(one.target) else " ".join(one.instruction_set)
+            elsewhere.append(f"{one.target} with {one.engine} on {where}")
     return tuple(held), tuple(elsewhere)
 
 

@@ -4,6 +4,7 @@
 | name | what it is |
 |---|---|
 | `METRICS` | its metrics; the first measured against labels is the one that gates take where none is named |
+| `TARGETS` | the targets that answers are judged by; without them there is no quality |
 | `quality(outputs, targets)` | how good answers are: columns by metric; needs targets |
 | `likeness(outputs, reference, targets)` | how like the reference's they are: columns by metric |
 

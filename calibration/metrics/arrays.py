@@ -15,6 +15,7 @@ METRICS = (
     Metric("sqnr", "likeness", "higher", "mean", "dB"),
     Metric("cosine", "likeness", "higher", "mean"),
 )
+TARGETS: tuple[str, ...] = ()
 
 
 def quality(outputs: Mapping[str, Array], targets: Mapping[str, Array]) -> Columns:

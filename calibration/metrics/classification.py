@@ -20,6 +20,7 @@ METRICS = (
     Metric("agreement", "likeness", "higher", "share", "%"),
     Metric("kl", "likeness", "lower", "mean", "nats"),
 )
+TARGETS: tuple[str, ...] = ("label",)
 
 _TOP = 5
 

@@ -16,6 +16,7 @@ METRICS = (
     Metric("distance", "likeness", "lower", "mean", "px"),
     Metric("sqnr", "likeness", "higher", "mean", "dB"),
 )
+TARGETS: tuple[str, ...] = ("flow",)
 
 _PIXELS, _SHARE = 3.0, 0.05
 

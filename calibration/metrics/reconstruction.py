@@ -19,6 +19,7 @@ METRICS = (
     Metric("agreement", "likeness", "higher", "share", "%"),
     Metric("kl", "likeness", "lower", "mean", "nats"),
 )
+TARGETS: tuple[str, ...] = ("frames",)
 
 _MOST = 100.0  # dB, which stands for equal
 

@@ -20,6 +20,7 @@ METRICS = (
     Metric("agreement", "likeness", "higher", "mean", "%"),
     Metric("kl", "likeness", "lower", "mean", "nats"),
 )
+TARGETS: tuple[str, ...] = ("tokens",)
 
 
 def quality(outputs: Mapping[str, Array], targets: Mapping[str, Array]) -> Columns:

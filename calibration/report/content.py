@@ -12,6 +12,7 @@ from perceiver_export.calibration.validation import Validation
 
 Rows = tuple[tuple[str, ...], ...]
 
+_APART = ("name", "certificates", "graphs")  # of a side, what is not said in one line with its engine
 _NARROW, _GAP = 50, 2  # characters that fit into 390 pixels, and those between two columns
 
 
@@ -60,7 +61,9 @@ class Report:
 
     @property
     def verdict(self) -> str:
-        """``held`` only if every gate on every target held."""
+        """``held`` only if every gate on every target held; ``failed`` where outputs were not finite on one."""
+        if any(validation.failure is not None for validation in self.validations):
+            return "failed"
         outcomes = {gate.outcome for validation in self.validations for gate in validation.gates}
         for outcome in ("not held", "undecided", "held"):
             if outcome in outcomes:
@@ -77,8 +80,10 @@ class Report:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """Of all targets, each once."""
-        return tuple(dict.fromkeys(warning for validation in self.validations for warning in validation.warnings))
+        """Of all targets, each once; first why one came to no end."""
+        failures = [validation.failure.message for validation in self.validations if validation.failure is not None]
+        warnings = [warning for validation in self.validations for warning in validation.warnings]
+        return tuple(dict.fromkeys(failures + warnings))
 
     @property
     def gates(self) -> Table:
@@ -159,8 +164,9 @@ class Report:
         for validation in self.validations:
             for side in (validation.candidate, validation.reference or {}):
                 if side:
-                    kept = [key for key, value in side.items() if value and key not in ("name", "certificates")]
+                    kept = [key for key, value in side.items() if value and key not in _APART]
                     rows.append((str(side["name"]), ", ".join(f"{key} {side[key]}" for key in kept)))
+                    rows += [(f"{side['name']}: {file}", digest) for file, digest in side.get("graphs", {}).items()]
         rows += self.versions.items()
         return Table("Environment", ("", ""), tuple(dict.fromkeys(rows)))
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
     from perceiver_export.calibration.sides import Reference
     from perceiver_export.calibration.statistics import Estimate
     from perceiver_export.calibration.validation import Validation
-    from perceiver_export.runtimes.runtime import Array, Feeds
 
 _SHOWN_WORST = 5
 
@@ -92,7 +90,7 @@ def validate(
             bundle,
             data,
             device,
-            against=None if against is None else reference(bundle, against),
+            against=None if against is None else _reference(bundle, against),
             against_device=against_device,
             max_drop=max_drop,
             min_agreement=min_agreement,
@@ -101,6 +99,8 @@ def validate(
             samples=samples,
             threads=threads,
             allow_overlap=allow_overlap or not certify,
+            certifying=certify,
+            keep_failures=True,
             save_worst=save_worst,
             progress=lambda done, total: progress("validate", done, total),
         )
@@ -112,11 +112,8 @@ def validate(
     if json:
         print_json(results[0] if device != "all" else {"targets": results})
     else:
-        for result in results:
-            show_validation(bundle, result)
-        if len(results) > 1:
-            show_targets(results)
-    if certify and all(gate.held for result in results for gate in result.gates):
+        _show(bundle, results)
+    if certify and all(result.held for result in results):
         from perceiver_export.calibration.certificate import certify as certify_
 
         for certificate in certify_(bundle, results):
@@ -127,37 +124,20 @@ def validate(
         result.require()
 
 
-def reference(bundle: str, against: str) -> str | Reference:
+def _reference(bundle: str, against: str) -> str | Reference:
     """``--against`` as `validate` takes it: a bundle by its path, a checkpoint as a function that runs it in torch."""
     if (Path(against) / "manifest.json").is_file():
         return against
-    from perceiver_export.exporter.load import load_model
-    from perceiver_export.runtimes.bundle import read_manifest
-    from perceiver_export.runtimes.preprocessing import ImagePreprocessing
+    from perceiver_export.exporter.reference import load_reference
 
-    manifest = read_manifest(Path(bundle))
-    steps = manifest.preprocessing
-    shape = {"image": (3, steps.height, steps.width)} if isinstance(steps, ImagePreprocessing) else {}
-    parity = None if manifest.parity == "own" else manifest.parity
-    loaded = load_model(against, parity=parity, shape=shape)
-    if (loaded.task, loaded.labels, loaded.preprocessing) != (manifest.task, manifest.labels, manifest.preprocessing):
-        raise UsageError(
-            f"{against} prepares its inputs differently from {bundle}, or has another task or other labels",
-            "give the checkpoint that the bundle was exported from",
-        )
-    return _Checkpoint(Path(against).name or against, loaded.run)
+    return load_reference(bundle, against)
 
 
-@dataclass(frozen=True)
-class _Checkpoint:
-    """A checkpoint as a reference, with the name that results show."""
-
-    name: str
-    run: Reference
-    target: str = "torch"
-
-    def __call__(self, feeds: Feeds) -> Mapping[str, Array]:
-        return self.run(feeds)
+def _show(bundle: str, results: Sequence[Validation]) -> None:
+    for result in results:
+        show_validation(bundle, result)
+    if len(results) > 1:
+        show_targets(results)
 
 
 def show_validation(name: str, result: Validation) -> None:
@@ -167,7 +147,9 @@ def show_validation(name: str, result: Validation) -> None:
     if result.reference is not None:
         title += f", against {result.reference['name']} ({result.reference.get('target', '')})"
     rows = [_row(metric) for metric in result.metrics]
-    if not rows:
+    if result.failure is not None:
+        rows.append(("outputs", "NaN or infinite", "", "", ""))
+    elif not rows:
         rows.append(("outputs", "all finite; no labels and no reference to measure against", "", "", ""))
     columns = ["", "measured>", "95 % bounds>", "reference>", "worse by (bounds)>"]
     flips = next((metric for metric in result.metrics if metric.lost is not None), None)
@@ -201,11 +183,12 @@ def _write_report(
 
 def show_targets(results: Sequence[Validation]) -> None:
     """All targets beside each other."""
-    names = [metric.name for metric in results[0].metrics]
+    names = list(dict.fromkeys(metric.name for result in results for metric in result.metrics))
     rows = []
     for result in results:
         values = {metric.name: _value(metric.candidate.value, metric.unit) for metric in result.metrics}
         gates = ", ".join(f"{gate.wanted.option} {gate.outcome}" for gate in result.gates) or "none asked"
+        gates = gates if result.failure is None else "failed: NaN or infinite outputs"
         rows.append((str(result.candidate.get("target", "")), *(values.get(name, "") for name in names), gates))
     print_table("all targets", ["target", *(f"{name}>" for name in names), "gates"], rows)
 

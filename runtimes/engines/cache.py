@@ -45,7 +45,7 @@ def candidates(bundle: Bundle, here: Identity, backend: Backend) -> tuple[Candid
         for directory in _directories(root / here.target):
             record = read_record(directory)
             if record is not None and record.identity.target == here.target and record.identity.part == here.part:
-                problems = mismatches(record.identity, here, backend)
+                problems = mismatches(bundle, record.identity, here, backend)
                 found.append((_modified(directory), Candidate(directory, record, problems)))
     found.sort(key=lambda pair: pair[0], reverse=True)
     return tuple(candidate for _, candidate in found)

@@ -12,7 +12,7 @@ from perceiver_export.runtimes.bundle import Bundle
 from perceiver_export.runtimes.engines.backend import Backend, EngineOptions, Platform, Source
 from perceiver_export.runtimes.engines.targets import find_target
 from perceiver_export.runtimes.errors import BundleError
-from perceiver_export.runtimes.manifest import FileEntry, Part
+from perceiver_export.runtimes.manifest import FileEntry, Manifest, Part
 
 SCHEMA_VERSION = 1
 RECORD = "engine.json"
@@ -45,16 +45,35 @@ class Record(msgspec.Struct, frozen=True):
     seconds: float  # that compiling took
 
 
+def files_of(manifest: Manifest, graph: str) -> dict[str, str]:
+    """SHA-256 of a graph and of the weights beside it, by file, from those in the manifest."""
+    return {
+        name: entry.sha256
+        for name, entry in manifest.files.items()
+        if name == graph or (not name.endswith((".onnx", ".npz", ".json")) and _is_read_by(graph, name))
+    }
+
+
+def graphs_of(manifest: Manifest, target: str, precision: str) -> dict[str, str]:
+    """SHA-256, by file, of all that a target runs in that precision: each part's graph, the one that was rewritten for
+    the target where there is one, and weights. Raises DeviceError: there is no such target.
+    """
+    found: dict[str, str] = {}
+    for part in manifest.parts.values():
+        found |= files_of(manifest, graph_for(part, target, precision))
+    return dict(sorted(found.items()))
+
+
+def graph_for(part: Part, target: str, precision: str) -> str:
+    """The file of a part that an engine of this target, in this precision, is made from."""
+    return part.graph_for(_lowering(part, find_target(target).lowering(precision)))
+
+
 def model_hash(bundle: Bundle, graph: str) -> str:
     """One hash for a graph and the weights beside it, from those in the manifest."""
     import hashlib
 
-    entries = {
-        name: entry.sha256
-        for name, entry in bundle.manifest.files.items()
-        if name == graph or (not name.endswith((".onnx", ".npz", ".json")) and _is_read_by(graph, name))
-    }
-    return hashlib.sha256(msgspec.json.encode(entries, order="sorted")).hexdigest()
+    return hashlib.sha256(msgspec.json.encode(files_of(bundle.manifest, graph), order="sorted")).hexdigest()
 
 
 def _is_read_by(graph: str, weights: str) -> bool:
@@ -116,10 +135,14 @@ def read_record(directory: Path) -> Record | None:
     return record if record.schema_version <= SCHEMA_VERSION else None
 
 
-def mismatches(built: Identity, here: Identity, backend: Backend) -> tuple[str, ...]:
-    """Why an engine is not what would be built here, one phrase each. Options are compared by the caller's wish."""
+def mismatches(bundle: Bundle, built: Identity, here: Identity, backend: Backend) -> tuple[str, ...]:
+    """Why an engine is not what would be built here, one phrase each. Options are compared by the caller's wish, and
+    the model is that of the engine's own precision, which may have a graph of its own.
+    """
     found = []
-    if built.model != here.model or built.part != here.part:
+    part = bundle.manifest.parts.get(built.part)
+    graph = "" if part is None else graph_for(part, here.target, built.options.precision)
+    if built.part != here.part or built.model != model_hash(bundle, graph):
         found.append("it was built from another model")
     if built.options.shapes != here.options.shapes:
         found.append(f"it was built for the shapes {built.options.shapes}, the bundle has {here.options.shapes}")

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
+from typing import Any, get_args
 
 import msgspec
 import numpy as np
@@ -13,13 +15,20 @@ import pytest
 
 from perceiver_export.calibration import validate
 from perceiver_export.calibration.certificate import certify
+from perceiver_export.calibration.lowering.tensorrt_bundle import lower_bundle
 from perceiver_export.calibration.record import read_calibration
+from perceiver_export.exporter import load_model, load_reference
 from perceiver_export.exporter.inspection import inspect_bundle
 from perceiver_export.runtimes import certificates, load, open_bundle
+from perceiver_export.runtimes.engines.backend import EngineOptions, Platform, Precision
+from perceiver_export.runtimes.engines.records import graphs_of, identify, make_source, mismatches
+from perceiver_export.runtimes.engines.targets import find_target
 from perceiver_export.runtimes.errors import DataError, GateError, UndecidedError, UsageError
+from perceiver_export.runtimes.machine import cpu_name
 
 FASHION = Path(__file__).resolve().parents[2] / "examples" / "fashion_mnist"
 TEST = FASHION / "test.npz"
+CPUS = ("ort-cpu", "openvino-cpu")
 
 
 @pytest.fixture
@@ -44,8 +53,11 @@ def test_a_certificate_says_what_was_asked_and_where_it_holds(
     (made,) = certify(bundle, [result])
 
     assert str(made).startswith(
-        "top-1 drop ≤ 5 points and agreement ≥ 90 % against fashion with 95 % confidence each, 300 samples of "
+        f"top-1 drop ≤ 5 points and agreement ≥ 90 % against fashion (ort-cpu, {made.engine}) with 95 % confidence"
+        " each, 300 samples of "
     )
+    assert made.reference_graphs == graphs_of(open_bundle(fashion_bundle).manifest, "ort-cpu", "fp32")
+    assert made.device == cpu_name()
     assert read_calibration(open_bundle(bundle, verify="always")) == before  # nothing else of the record changed
     with load(bundle) as runtime:
         assert runtime.describe()["certificates"] == (str(made),)
@@ -69,17 +81,106 @@ def test_another_engine_or_another_graph_is_not_certified(bundle: Path, fashion_
     assert not certificates.applies(made, opened, "openvino-cpu", made.engine)
     changed = msgspec.structs.replace(made, graphs={**made.graphs, "model.weights": "0" * 64})
     assert not certificates.applies(changed, opened, made.target, made.engine)
+    nameless = msgspec.structs.replace(made, reference_graphs={})
+    assert not certificates.applies(nameless, opened, made.target, made.engine)
     assert certify(bundle, [result]) == (made,)  # a second time replaces the first
     assert certificates.certificates(open_bundle(bundle)) == (made,)
 
 
-def test_an_fp32_bundle_can_be_certified_too(copied_bundle: Path, fashion_bundle: Path, fresh: Path) -> None:
-    result = validate(copied_bundle, fresh, against=fashion_bundle, max_drop=5)
+def test_an_fp32_bundle_is_certified_against_its_checkpoint(copied_bundle: Path, fresh: Path) -> None:
+    weights = hashlib.sha256((FASHION / "checkpoint" / "model.safetensors").read_bytes()).hexdigest()
+    reference = load_reference(copied_bundle, str(FASHION / "checkpoint"))
 
-    (made,) = certify(copied_bundle, [result])
+    (made,) = certify(copied_bundle, [validate(copied_bundle, fresh, against=reference, max_drop=5, certifying=True)])
 
+    assert (made.reference, made.reference_target) == ("checkpoint", "torch")
+    assert made.reference_engine.startswith("torch 2.")
+    assert made.reference_graphs == {"model.safetensors": weights}
     assert read_calibration(open_bundle(copied_bundle)) is None
     assert certificates.certificates(open_bundle(copied_bundle, verify="always")) == (made,)
+    on_another_target = validate(copied_bundle, fresh, against_device="openvino-cpu", max_drop=5, certifying=True)
+    (other,) = certify(copied_bundle, [on_another_target])
+    assert other.reference_target == "openvino-cpu"
+    assert certificates.certificates(open_bundle(copied_bundle)) == (made, other)  # another reference, another claim
+
+
+def test_what_shows_nothing_is_no_reference(
+    bundle: Path, int8_bundle: Path, fashion_bundle: Path, copied_bundle: Path, fresh: Path
+) -> None:
+    def never(feeds: Any) -> Any:
+        raise AssertionError("it ran")
+
+    float_model = load_model(FASHION / "checkpoint").run
+    references: list[tuple[Path, dict[str, Any], str, str | None]] = [
+        (copied_bundle, {"against": fashion_bundle}, "candidate itself, the same graphs on ort-cpu", "itself"),
+        (bundle, {"against": int8_bundle}, "candidate itself, the same graphs on ort-cpu", "itself"),
+        (bundle, {"against_device": "openvino-cpu"}, r"quantized itself \(int8\)", "quantized"),
+        (bundle, {"against": float_model}, "no hash tells which", None),
+    ]
+    for candidate, options, message, kind in references:
+        options |= {"min_agreement": 1, "samples": 60}
+        result = validate(candidate, fresh, **options)
+        assert result.held
+        assert result.warning_kinds == (() if kind is None else (kind,))
+        with pytest.raises(UsageError, match=message):
+            certify(candidate, [result])
+    with pytest.raises(UsageError, match="no hash tells which"):
+        validate(bundle, fresh, against=never, max_drop=5, certifying=True)
+    with pytest.raises(UsageError, match="runs in torch"):
+        validate(bundle, fresh, against=never, against_device="ort-cpu")
+    assert not open_bundle(copied_bundle).manifest.files.keys() & {"calibration.json"}
+
+
+def test_another_bundle_than_was_validated_gets_no_certificate(
+    bundle: Path, fashion_bundle: Path, copied_plain_bundle: Path, fresh: Path
+) -> None:
+    result = validate(copied_plain_bundle, fresh, against=fashion_bundle, min_agreement=90)
+
+    with pytest.raises(UsageError, match=r"other graphs were validated than those that .* has for ort-cpu"):
+        certify(bundle, [result])
+
+
+def test_graphs_are_those_that_a_target_runs(
+    bundle: Path, copied_bundle: Path, fashion_bundle: Path, fresh: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = [validate(bundle, fresh, device=target, against=fashion_bundle, max_drop=5) for target in CPUS]
+    part = open_bundle(bundle).manifest.parts["model"]
+    for result, file in zip(results, (part.lowered["ort-cpu"], part.file), strict=True):
+        assert result.candidate["graphs"].keys() == {file, "model.weights"}
+
+    lower_bundle(copied_bundle, "tensorrt", "fp16")
+    lowered = open_bundle(copied_bundle)
+    graphs = graphs_of(lowered.manifest, "tensorrt", "fp16")
+    assert "model.tensorrt-fp16.onnx" in graphs
+    assert "model.onnx" not in graphs
+    assert graphs_of(lowered.manifest, "tensorrt", "fp32").keys() == {"model.onnx", "model.weights"}
+    (made,) = certify(bundle, results[:1])
+    engine, device = "tensorrt 10.3.0, in fp16", "NVIDIA Orin (sm_87)"
+    on_gpu = msgspec.structs.replace(made, target="tensorrt", engine=engine, device=device, graphs=graphs)
+    monkeypatch.setattr(certificates, "device_of", lambda target: device)
+    assert certificates.applies(on_gpu, lowered, "tensorrt", engine)
+    canonical = msgspec.structs.replace(on_gpu, graphs=graphs_of(lowered.manifest, "tensorrt", "fp32"))
+    assert not certificates.applies(canonical, lowered, "tensorrt", engine)
+    monkeypatch.setattr(certificates, "device_of", lambda target: "NVIDIA RTX A4000 (sm_86)")
+    assert not certificates.applies(on_gpu, lowered, "tensorrt", engine)
+    assert f", tensorrt on {device}, {engine}, " in str(on_gpu)
+
+
+def test_an_engine_of_a_lowered_graph_is_one_of_this_bundle(copied_bundle: Path) -> None:
+    """`load` without a precision takes what was built last, whose graph may not be the one of fp32."""
+    lower_bundle(copied_bundle, "tensorrt", "fp16")
+    opened, backend = open_bundle(copied_bundle), find_target("tensorrt").backend()
+    part, platform = opened.part(), Platform("tensorrt", "10.3.0", "NVIDIA Orin (sm_87)")
+    built, asked = (
+        identify(opened, "model", make_source(opened, part, "tensorrt", EngineOptions(precision=precision)), platform)
+        for precision in get_args(Precision)[1::-1]
+    )
+
+    assert built.options.precision == "fp16"
+    assert built.model != asked.model
+    assert mismatches(opened, built, asked, backend) == ()
+    stranger = msgspec.structs.replace(built, model=asked.model)
+    assert mismatches(opened, stranger, asked, backend) == ("it was built from another model",)
 
 
 def test_without_evidence_there_is_no_certificate(
@@ -95,7 +196,7 @@ def test_without_evidence_there_is_no_certificate(
     with pytest.raises(UndecidedError):
         certify(bundle, [validate(bundle, fresh, against=fashion_bundle, max_drop=0.01)])
     with pytest.raises(GateError, match="not held"):
-        certify(bundle, [validate(ruined, fresh, against=fashion_bundle, max_drop=1)])
+        certify(ruined, [validate(ruined, fresh, against=fashion_bundle, max_drop=1)])
     with pytest.raises(DataError, match="one label"):
         certify(bundle, [validate(bundle, tmp_path / "one.npz", against=fashion_bundle, max_drop=20)])
     with np.load(TEST) as data:

@@ -15,7 +15,7 @@ from perceiver_export.calibration.junit import junit
 from perceiver_export.calibration.report import check_report_file, render_html, render_markdown
 from perceiver_export.calibration.report.content import Report
 from perceiver_export.calibration.report.gather import gather
-from perceiver_export.calibration.validation import Validation
+from perceiver_export.calibration.validation import Failure, Validation
 from perceiver_export.runtimes import open_bundle
 from perceiver_export.runtimes.errors import UsageError
 from tests.calibration.damaged_scales import with_a_scale_times
@@ -122,6 +122,16 @@ def test_undecided_is_never_shown_as_held(report: Report, results: tuple[Validat
     assert "samples would decide" in render_markdown(undecided)
 
 
+def test_a_failure_on_one_target_is_never_shown_as_held(results: tuple[Validation, Validation]) -> None:
+    failure = Failure("the candidate gives NaN", "such a model must not be shipped")
+    report = Report("model", (results[0], msgspec.structs.replace(results[0], gates=(), failure=failure)))
+    page = render_html(report)
+
+    assert report.verdict == "failed"
+    assert "<strong>Failed</strong>" in page
+    assert "Warning: the candidate gives NaN" in page
+
+
 def test_names_from_outside_are_text_and_nothing_else(results: tuple[Validation, Validation]) -> None:
     evil = "<script>alert(1)</script>|$x$"
     candidate = {**results[0].candidate, "name": evil, "target": evil}
@@ -142,9 +152,12 @@ def test_junit_has_a_case_a_gate(results: tuple[Validation, Validation]) -> None
     root = ElementTree.fromstring(junit(results))
 
     held, undecided = root.findall("testsuite")
-    assert (held.get("tests"), held.get("failures"), held.get("errors")) == ("2", "0", "0")
-    assert (undecided.get("tests"), undecided.get("failures"), undecided.get("errors")) == ("2", "0", "1")
+    assert (held.get("tests"), held.get("failures"), held.get("errors")) == ("3", "0", "0")
+    assert (undecided.get("tests"), undecided.get("failures"), undecided.get("errors")) == ("3", "0", "1")
     error = undecided.find("testcase/error")
     assert error is not None
     assert error.get("type") == "undecided"
     assert "samples would decide" in (error.text or "")
+    properties = {one.get("name"): one.get("value") for one in held.iter("property")}
+    assert properties["reference target"] == "ort-cpu"
+    assert properties["reference model.onnx"] == (results[0].reference or {})["graphs"]["model.onnx"]

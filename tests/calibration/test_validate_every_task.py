@@ -107,6 +107,12 @@ def test_gates_that_do_not_fit_the_task(tmp_path: Path) -> None:
     with np.load(data) as arrays:
         unknown = archive(tmp_path, frames=arrays["frames"])
     assert {metric.name for metric in validate(bundle, unknown, against=bundle).metrics} == {"distance", "sqnr"}
+    frames = GENERATOR.integers(0, 256, (3, 2, 16, 24, 3), dtype=np.uint8)
+    misnamed = archive(tmp_path, frames=frames, flows=normal(3, 16, 24, 2))
+    result = validate(bundle, misnamed, against=bundle)
+    assert result.warning_kinds == ("itself", "few", "unused")
+    assert result.warnings[2] == "nothing was judged by the data's flows: this task is judged by `flow`"
+    unknown = archive(tmp_path, frames=frames)
     with pytest.raises(DataError, match="epe was not measured"):
         validate(bundle, unknown, against=bundle, metric="epe", max_metric_change=1)
 
