@@ -122,11 +122,8 @@ class Trials:
         return all_held(said)
 
     def _judge(self, step: int, data: str | Path) -> tuple[tuple[str, ...], tuple[Validation, ...]]:
-        """What the gates say of a rung on each target. NaN in its outputs is a gate that does not hold."""
-        try:
-            results = tuple(validate(self.path(step), data, device=target, **self.settings) for target in self.targets)
-        except GateError as error:
-            return (f"not held: {error.message}",), ()
+        """What the gates say of a rung on each target. Raises GateError where an output is NaN or infinite."""
+        results = tuple(validate(self.path(step), data, device=target, **self.settings) for target in self.targets)
         several = len(self.targets) > 1
         marks = [f" on {target}" if several else "" for target in self.targets]
         return tuple(f"{gate}{mark}" for one, mark in zip(results, marks, strict=True) for gate in one.gates), results
