@@ -7,9 +7,9 @@ other, measured, as a share of the signal. Noise of small independent errors add
 the largest effect first. Where float takes away more beyond int8 weights than these do, the layer skips them: of a
 convex hull only corners are worth a try (Sinha & Zoltners, The Multiple-Choice Knapsack Problem, Oper. Res. 1979).
 
-Float is what the graph has: fp32 on CPUs, where fp16 gains no speed (their engines compute in fp32 in any case). In a
-TensorRT engine built with --precision fp16 the same layers run in fp16, but for those that would overflow
-(`lowering.half`): there the last rung of a layer is its fp16 rung.
+Float is what the graph has: fp32 on CPUs, where fp16 gains no time unless they have its arithmetic, as few do (engines
+compute in fp32 in any case). In a TensorRT engine built with --precision fp16 the same layers run in fp16, but for
+those that would overflow (`lowering.half`): there the last rung of a layer is its fp16 rung.
 """
 
 from __future__ import annotations

@@ -61,20 +61,19 @@ def test_climbing_finds_the_lowest_rung_that_holds_with_few_questions(lowest: in
     assert lowest == 0 or lowest - 1 in asked
 
 
-def test_climbing_ends_where_nothing_holds_or_nothing_is_to_gain() -> None:
+@pytest.mark.parametrize(
+    ("count", "lowest", "questions"),
+    [(5, 5, [0, 1, 2, 4]), (45, 20, [0, 1, 2, 4, 8, 16, 32, 44]), (1, 0, [0]), (1, 1, [0]), (2, 0, [0, 1])],
+)
+def test_climbing_ends_where_nothing_holds_or_nothing_is_to_gain(count: int, lowest: int, questions: list[int]) -> None:
     asked: list[int] = []
-    climb(5, lambda index: asked.append(index) is not None, lambda lower, upper: True)
-    assert asked == [0, 1, 2, 4]
-    asked.clear()
 
     def holds(index: int) -> bool:
         asked.append(index)
-        return index >= 20
+        return index >= lowest
 
-    climb(45, holds, lambda lower, upper: False)
-    assert asked == [0, 1, 2, 4, 8, 16, 32, 44]
-    asked.clear()
-    climb(1, lambda index: index == 0, lambda lower, upper: True)
+    climb(count, holds, lambda lower, upper: False)
+    assert asked == questions
 
 
 def test_the_safest_is_tested_first_and_what_gains_too_little_never() -> None:

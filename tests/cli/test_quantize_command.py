@@ -71,8 +71,16 @@ def test_every_option_of_quantize_takes_effect_in_a_search(fashion_bundle: Path,
     wishes = ["--method", "minmax", "--samples", "24", "--weight-bits", "7", "--no-smooth", "--no-correct-bias"]
     wishes += ["--keep-float", kept, "--precision", f"{weights}=int4-weights", "--threads", "1", "--device", "all"]
     wishes += ["--max-metric-change", "0.5", "--metric", "kl", "--min-agreement", "80", "--least-gain", "1"]
-    splits = ["--search", tmp_path / "search.npz", "--certify", tmp_path / "certify.npz"]
-    arguments = ["--data", HELD_OUT, "-o", tmp_path / "mixed", "--sensitivity", tmp_path / "layers.json", *wishes]
+    splits: list[str | Path] = ["--search", tmp_path / "search.npz", "--certify", tmp_path / "certify.npz"]
+    arguments: list[str | Path] = [
+        "--data",
+        HELD_OUT,
+        "-o",
+        tmp_path / "mixed",
+        "--sensitivity",
+        tmp_path / "layers.json",
+        *wishes,
+    ]
 
     found = json.loads(succeed("quantize", fashion_bundle, *arguments, *splits, "--json"))
 
