@@ -98,10 +98,11 @@ class Ladder:
 
     def build(self, index: int, path: Path) -> None:
         """Write the bundle of a rung to ``path``. Raises what `quantize` raises."""
-        raised = {glob.escape(group): scheme for group, scheme in self.raised(index).items()}
+        back = self.raised(index)
+        raised = {glob.escape(group): scheme for group, scheme in back.items()}
         # Of several patterns the last one that fits decides, so what went back comes after what was asked.
         asked = {name: scheme for name, scheme in self._options.precision.items() if name not in raised}
-        options = dataclasses.replace(self._options, precision={**asked, **raised})
+        options = dataclasses.replace(self._options, precision={**asked, **raised}, raised=frozenset(back))
         with new_bundle(path, overwrite=False) as directory:
             settings = (self._min_coverage, self._threads, self._report)
             write_quantized(self._source, options, self._copy(), directory, path.name, *settings)

@@ -128,8 +128,9 @@ def test_what_is_kept_float_is_no_part_of_the_ladder_and_float_in_every_rung(
     assert made.manifest.quantization.weight_bits == 7
     floats = {group for group, scheme in ladder.rungs[last].items() if scheme == "float"}
     assert floats
-    assert floats <= set(made.manifest.quantization.kept_float)
-    assert any(name.startswith("encoder.") for name in made.manifest.quantization.kept_float)
+    kept = made.manifest.quantization.kept_float
+    assert {kept[name] for name in floats} == {"found by a search"}
+    assert {reason for name, reason in kept.items() if name.startswith("encoder.self_attentions.")} == {"asked for"}
 
 
 def test_layers_that_went_back_to_float_are_fp16_where_tensorrt_is_built_so(
