@@ -29,8 +29,10 @@ from typing import Any
 
 import msgspec
 
+from perceiver_export.calibration.asked import Asked, check_asked
 from perceiver_export.calibration.certificate import certify
 from perceiver_export.calibration.ladder import Ladder
+from perceiver_export.calibration.metrics import family
 from perceiver_export.calibration.observe import Report, observe
 from perceiver_export.calibration.pipeline import check_numbers, part_options
 from perceiver_export.calibration.plan import Scheme
@@ -98,6 +100,7 @@ def search(
     _check(samples, min_coverage, least_gain, path, overwrite)
     source = open_bundle(bundle)
     options = part_options(source, scheme, **wishes)
+    check_asked(Asked.of(max_drop, min_agreement, max_metric_change, metric), family(source.manifest), True)
     targets = search_targets(device, source)
     searched = check_splits(source, calibrate, search_on, certify_on, allow_overlap)
     settings = {"against": source, "against_device": targets[0], "threads": threads, **gates, "metric": metric}

@@ -111,7 +111,8 @@ def test_a_search_takes_all_that_quantize_takes() -> None:
         ({"device": "tpu"}, DeviceError, "no target 'tpu'"),
         ({"device": "tensorrt-rtx"}, DeviceError, "tensorrt-rtx runs engines that take minutes to build"),
         ({"calibrate": "random"}, DataError, "random"),
-        ({"metric": "epe", "max_metric_change": 1, "keep_float": ["encoder.*"]}, UsageError, "no metric 'epe'"),
+        ({"metric": "epe", "max_metric_change": 1}, UsageError, "no metric 'epe'"),
+        ({"max_drop": -1}, UsageError, "--max-drop is -1"),
     ],
 )
 def test_no_option_is_ignored(
