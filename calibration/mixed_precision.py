@@ -1,16 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Mixed precision that holds a gate: found on one split of the data, certified on another.
 
-1. **Ladder.** All layers in int8 is the first rung. Layers then go back to higher precision in the order of their
-   sensitivity, 1, 2, 4, … of them: first to int8 weights with float activations, on the next rung to float.
-2. **Search.** Each rung is held against the fp32 bundle on the search split, and timed, up to the first that holds and
-   one more for safety. A rung that is no faster than a safer one is dropped.
+1. **Ladder.** What was asked for is the first rung. On each next one a layer goes back, to int8 weights with float
+   activations or to float, the step that takes most noise from the outputs first (`calibration.ladder`).
+2. **Search.** Rungs 0, 1, 2, 4, … are held against the fp32 bundle on the search split, on each target, and timed there
+   in turn with it, up to the first that holds and one more for safety; then halves of what lies below, as long as there
+   is time to gain. A rung costs its time as a share of fp32's, of several targets the geometric mean; where weights
+   alone are quantized, which is for size, its bytes. One that does not cost at least ``least_gain`` less than a safer
+   one is dropped: nobody should risk accuracy for less than that, and less than about 2 % is noise of the clock.
 3. **Certify.** On the certification split the rungs that are left are tested in a fixed sequence, the safest first,
-   each at 5 %, up to the first that does not hold; the fastest that held is kept. The order was fixed before a sample
+   each at 5 %, up to the first that does not hold; the cheapest that held is kept. The order was fixed before a sample
    of this split was seen, so the chance of certifying any rung that is worse than the margin is 5 % in all, not for
-   each (Learn then Test, Angelopoulos et al., arXiv 2110.01052; Pareto Testing, Laufer-Goldshtein et al., 2210.07913).
+   each: a wrong one is only kept if the first wrong one of the sequence passes its own test (Learn then Test,
+   Angelopoulos et al., arXiv 2110.01052, section 2.2; the frontier first, the sequence along it, on two splits: Pareto
+   Testing, Laufer-Goldshtein et al., arXiv 2210.07913). Several gates and targets must all hold, which makes a wrong
+   pass no more likely (Berger, Technometrics 1982).
 
-Neither split may share samples with the other, or with those that ranges were calibrated on.
+No split may share samples with another, or with those that ranges were calibrated on.
 """
 
 from __future__ import annotations
@@ -18,47 +24,41 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from perceiver_export.calibration.asked import Asked, check_asked
 from perceiver_export.calibration.certificate import certify
-from perceiver_export.calibration.pipeline import quantize
+from perceiver_export.calibration.ladder import Ladder
+from perceiver_export.calibration.metrics import family
+from perceiver_export.calibration.observe import Report, observe
+from perceiver_export.calibration.pipeline import check_numbers, part_options
 from perceiver_export.calibration.plan import Scheme
-from perceiver_export.calibration.sensitivity import measure_sensitivity
+from perceiver_export.calibration.sensitivity import GroupSensitivity
 from perceiver_export.calibration.splits import check_splits
-from perceiver_export.calibration.targets import validate_targets
-from perceiver_export.calibration.validation import Validation
+from perceiver_export.calibration.trials import Rung, Trials
 from perceiver_export.calibration.write import new_bundle, refuse_existing
-from perceiver_export.runtimes.benchmark import bench
 from perceiver_export.runtimes.bundle import Bundle, open_bundle
 from perceiver_export.runtimes.certificates import Certificate
-from perceiver_export.runtimes.errors import GateError, UsageError
-
-_RUNS = 30
-_RANKED_ON = 8  # samples that layers are ranked on: their order is all that is wanted
-_BACK: tuple[Scheme, Scheme] = ("int8-weights", "float")
-
-Report = Callable[[str, int, int], None]
-
-
-class Rung(msgspec.Struct, frozen=True):
-    """One mixture: the layers that are not int8, its time as a share of fp32's, what the gates said on each split."""
-
-    precision: dict[str, Scheme]
-    time: float
-    search: tuple[str, ...]
-    certification: tuple[str, ...] = ()
+from perceiver_export.runtimes.engines.targets import find_target
+from perceiver_export.runtimes.errors import DeviceError, UsageError
+from perceiver_export.runtimes.presence import choose_target, devices
 
 
 class Found(msgspec.Struct, frozen=True):
-    """What was tried, in order, which of it was kept, and the certificates that it has."""
+    """What was tried, in the ladder's order, which of it was kept, and the certificates that it has.
+
+    ``ladder`` is the number of rungs that there were, ``ranking`` what each layer costs by itself, the worst first.
+    """
 
     rungs: tuple[Rung, ...]
     kept: int
     certificates: tuple[Certificate, ...]
+    ladder: int
+    ranking: tuple[GroupSensitivity, ...]
+    warnings: tuple[str, ...]
 
 
 def search(
@@ -69,140 +69,82 @@ def search(
     search_on: str | Path,
     certify_on: str | Path,
     device: str = "auto",
+    scheme: Scheme = "int8",
+    samples: int = 128,
+    min_coverage: float = 100.0,
+    max_drop: float | None = None,
+    min_agreement: float | None = None,
+    max_metric_change: float | str | None = None,
+    metric: str | None = None,
+    least_gain: float = 2.0,
     threads: int | None = None,
     overwrite: bool = False,
     allow_overlap: bool = False,
     progress: Report | None = None,
-    **gates: Any,
+    **wishes: Any,
 ) -> Found:
-    """Write to ``out`` the fastest mixture whose gates (`validate`'s ``max_drop``, ``min_agreement``, …) are certified.
+    """Write to ``out`` the cheapest mixture whose gates (`validate`'s) are certified, on a target or on ``all``.
+
+    ``scheme``, ``samples``, ``min_coverage`` and ``wishes`` (method, smooth, correct_bias, weight_bits, precision,
+    keep_float) are `quantize`'s and hold for every rung: layers start where ``precision`` puts them, and those that are
+    kept float are float throughout. ``least_gain``: percent of a safer rung's cost that a riskier one must save.
 
     Raises GateError where no rung holds (nothing is written), UsageError, DataError where splits overlap, and what
     `quantize` and `validate` raise.
     """
     report = progress or (lambda what, done, total: None)
     path = Path(os.path.abspath(out))
-    refuse_existing(path, overwrite)
-    if not any(gates.get(name) is not None for name in ("max_drop", "min_agreement", "max_metric_change")):
+    gates = {"max_drop": max_drop, "min_agreement": min_agreement, "max_metric_change": max_metric_change}
+    if all(gate is None for gate in gates.values()):
         raise UsageError("a search needs to know what is good enough", "give --max-drop or --min-agreement")
+    _check(samples, min_coverage, least_gain, path, overwrite)
     source = open_bundle(bundle)
+    options = part_options(source, scheme, **wishes)
+    check_asked(Asked.of(max_drop, min_agreement, max_metric_change, metric), family(source.manifest), True)
+    targets = search_targets(device, source)
     searched = check_splits(source, calibrate, search_on, certify_on, allow_overlap)
+    settings = {"against": source, "against_device": targets[0], "threads": threads, **gates, "metric": metric}
     with tempfile.TemporaryDirectory(prefix="perceiver-export-search-") as folder:
-        ladder = Ladder(source, calibrate, Path(folder) / path.name, threads, report)
-        options = {"against": source, "threads": threads, **gates}
-        tried = _climb(ladder, search_on, device, options, report)
-        order = fixed_order([rung.time for rung, _ in tried], [_held(rung.search) for rung, _ in tried])
-        if not order:
-            raise GateError(
-                f"no mixture of precisions holds: {tried[-1][0].search[0]}",
-                "ask for less, give more samples to search on, or look at `quantize --sensitivity`",
-            )
-        kept, evidence = certify_in_order(tried, order, certify_on, device, options, report)
-        made = certify(tried[kept][1], evidence, searched)
+        observation = observe(source, calibrate, samples, threads, report)
+        ladder = Ladder(source, observation, options, min_coverage, threads, report)
+        trials = Trials(ladder, Path(folder), path.name, targets, settings, scheme == "int8", report)
+        order = trials.search(search_on, least_gain / 100)
+        kept, evidence = trials.certify(order, certify_on)
+        made = certify(trials.path(kept), evidence, searched)
         with new_bundle(path, overwrite) as directory:
-            shutil.copytree(tried[kept][1], directory, dirs_exist_ok=True)
-    return Found(tuple(rung for rung, _ in tried), kept, made)
+            shutil.copytree(trials.path(kept), directory, dirs_exist_ok=True)
+    steps = sorted(trials.rungs)
+    rungs = tuple(trials.rungs[step] for step in steps)
+    slow = _slow(trials.rungs[kept])
+    return Found(rungs, steps.index(kept), made, len(ladder.rungs), ladder.ranking, slow)
 
 
-def certify_in_order(
-    tried: list[tuple[Rung, Path]],
-    order: Sequence[int],
-    data: str | Path,
-    device: str,
-    options: Mapping[str, Any],
-    report: Report,
-) -> tuple[int, tuple[Validation, ...]]:
-    """Which rung of ``tried`` is kept, by a fixed sequence on the certification split, and the evidence for it.
-
-    What the gates said is noted in ``tried``. Raises GateError where not even the first of ``order`` holds.
-    """
-    passed: dict[int, tuple[Validation, ...]] = {}
-
-    def holds(index: int) -> bool:
-        report("certify", order.index(index), len(order))
-        rung, path = tried[index]
-        results = validate_targets(path, data, device, **options)
-        said = tuple(str(gate) for result in results for gate in result.gates)
-        tried[index] = (msgspec.structs.replace(rung, certification=said), path)
-        if _held(said):
-            passed[index] = results
-        return index in passed
-
-    kept = fixed_sequence(order, holds)
-    if kept is None:
-        said = tried[order[0]][0].certification
-        raise GateError(
-            f"what held on the search split could not be certified: {next(one for one in said if not _held([one]))}",
-            "give more samples to certify on, or ask for less; nothing was written",
+def search_targets(device: str, source: Bundle) -> tuple[str, ...]:
+    """The targets that a search runs and times its rungs on. Raises DeviceError: none, or it needs engines built."""
+    if device == "all":
+        names = [found.target for found in devices()]
+    else:
+        names = [choose_target(source) if device == "auto" else device]
+    here = tuple(name for name in names if not find_target(name).needs_engine)
+    if not here:
+        said = f"{', '.join(names)} runs engines that take minutes to build" if names else "no target is present"
+        raise DeviceError(
+            f"{said}: a search, which tries many bundles, does not",
+            "search with --device ort-cpu or openvino-cpu, build what it finds, then `validate --device … --certify`",
         )
-    return kept, passed[kept]
+    return here
 
 
-class Ladder:
-    """Mixtures in the order of how much goes back, each quantized when it is asked for, under the name of ``out``."""
-
-    def __init__(self, source: Bundle, data: str | Path, out: Path, threads: int | None, report: Report) -> None:
-        self._source, self._data, self._out, self._threads, self._report = source, data, out, threads, report
-        ranked = measure_sensitivity(source, data, samples=_RANKED_ON, threads=threads, progress=report)
-        self.steps = steps([one.group for one in ranked])
-
-    def build(self, index: int) -> Path:
-        """The bundle of a rung."""
-        path = self._out.parent / f"rung-{index}" / self._out.name
-        path.parent.mkdir()
-        options: dict[str, Any] = {"precision": self.steps[index], "threads": self._threads, "progress": self._report}
-        return quantize(self._source, self._data, path, **options).path
+def _check(samples: int, min_coverage: float, least_gain: float, path: Path, overwrite: bool) -> None:
+    check_numbers(samples, min_coverage)
+    if not 0.0 <= least_gain < 100.0:
+        raise UsageError(f"least-gain is {least_gain:g}", "it is a percentage of a safer mixture's cost")
+    refuse_existing(path, overwrite)
 
 
-def steps(groups: Sequence[str]) -> list[dict[str, Scheme]]:
-    """The rungs for groups in the order of their sensitivity, the worst first."""
-    counts = sorted({min(1 << power, len(groups)) for power in range(len(groups).bit_length() + 1)}) if groups else []
-    return [{}, *(dict.fromkeys(groups[:count], scheme) for count in counts for scheme in _BACK)]
-
-
-def fixed_order(times: Sequence[float], held: Sequence[bool]) -> list[int]:
-    """The order of certification: the rungs that held on the search split, safest (last) first, faster ones after it.
-
-    A rung that is no faster than a safer one is never worth a test.
-    """
-    order: list[int] = []
-    for index in reversed(range(len(times))):
-        if held[index] and (not order or times[index] < times[order[-1]]):
-            order.append(index)
-    return order
-
-
-def fixed_sequence(order: Sequence[int], holds: Callable[[int], bool]) -> int | None:
-    """Test one after the other, each at the full level, up to the first that fails; the last that held, or None."""
-    kept = None
-    for index in order:
-        if not holds(index):
-            break
-        kept = index
-    return kept
-
-
-def _climb(
-    ladder: Ladder, data: str | Path, device: str, options: Mapping[str, Any], report: Report
-) -> list[tuple[Rung, Path]]:
-    """Rungs up to the first that holds on the search split, and one more."""
-    tried: list[tuple[Rung, Path]] = []
-    spare = 1
-    for index in range(len(ladder.steps)):
-        report("search", index, len(ladder.steps))
-        path = ladder.build(index)
-        results = validate_targets(path, data, device, **options)
-        said = tuple(str(gate) for result in results for gate in result.gates)
-        # In turn with fp32, so that whatever else the machine does hits both.
-        where = device if device != "all" else "auto"
-        timed = bench(path, against=options["against"].path, device=where, runs=_RUNS, threads=options["threads"])
-        tried.append((Rung(ladder.steps[index], timed.ratio or 1.0, said), path))
-        if any(_held(rung.search) for rung, _ in tried):
-            if spare == 0:
-                break
-            spare -= 1
-    return tried
-
-
-def _held(said: Sequence[str]) -> bool:
-    return bool(said) and all(text.startswith("held") for text in said)
+def _slow(kept: Rung) -> tuple[str, ...]:
+    return tuple(
+        f"what was kept is not faster than fp32 on this machine's {time.target}: {time.ratio:.2f} × its time"
+        for time in kept.times
+        if time.ratio >= 1.0
+    )

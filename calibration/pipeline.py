@@ -11,13 +11,14 @@ and its writer makes int32 biases and a Q for each use of a tensor.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from perceiver_export.calibration.feeds import RANDOM, Data
-from perceiver_export.calibration.observe import Observation, observe
+from perceiver_export.calibration.observe import Observation, Report, observe
 from perceiver_export.calibration.plan import Scheme, schemes_of
 from perceiver_export.calibration.quantize_part import PartOptions, QuantizedPart, quantize_part
 from perceiver_export.calibration.ranges import METHODS, Method
@@ -48,9 +49,11 @@ def quantize(
     min_coverage: float = 100.0,
     max_drop: float | None = None,
     min_agreement: float | None = None,
+    max_metric_change: float | str | None = None,
+    metric: str | None = None,
     overwrite: bool = False,
     threads: int | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Report | None = None,
 ) -> Bundle:
     """Quantize a bundle, calibrated on DATA (`calibration.feeds`); nothing is written if anything fails.
 
@@ -58,50 +61,87 @@ def quantize(
     names match a pattern (`encoder.*.mlp.*`) another, ``keep_float`` none. ``method`` finds activations' ranges.
     ``weight_bits`` is 8, or 7 for x86 CPUs without VNNI; None takes what this machine needs. ``min_coverage`` is the
     least share, in percent, of the multiply-adds to be in int8 that must run in integer kernels, on each engine that is
-    here. ``max_drop`` (points) and ``min_agreement`` (percent) are `validate`'s gates against the fp32 bundle on DATA.
+    here. ``max_drop`` (points), ``min_agreement`` (percent) and ``max_metric_change`` of ``metric`` are `validate`'s
+    gates against the fp32 bundle on DATA.
 
     Raises UsageError, DataError, BundleError, BundleExistsError, ExportError (the disk), MissingDependencyError;
     GateError where coverage or accuracy is below what was asked.
     """
     report = progress or (lambda what, done, total: None)
     path = Path(os.path.abspath(out))
-    wishes: dict[str, Scheme] = {**(precision or {}), **dict.fromkeys(keep_float, "float")}
-    _check(scheme, method, samples, weight_bits, min_coverage)
+    wishes: dict[str, Any] = {"smooth": smooth, "correct_bias": correct_bias, "weight_bits": weight_bits}
+    check_numbers(samples, min_coverage)
     refuse_existing(path, overwrite)
     source = open_bundle(bundle)
-    if source.manifest.quantization is not None:
-        raise UsageError(f"{source.path} is quantized already", "quantize the fp32 bundle that it was made from")
-    options = PartOptions(scheme, method, smooth, correct_bias, weight_bits or (7 if saturates() else 8), wishes)
-    _check_patterns(source, options)
+    options = part_options(source, scheme, method, **wishes, precision=precision, keep_float=keep_float)
     observation = observe(source, data, samples, threads, report)
+    gates = {"max_drop": max_drop, "min_agreement": min_agreement, "max_metric_change": max_metric_change}
     with new_bundle(path, overwrite) as directory:
-        report("quantize", 0, 1)
-        parts = _write(source, options, observation, directory)
-        report("measure", 0, 1)
-        result = measure(source, parts, observation, directory, threads)
-        require_coverage(result, min_coverage)
-        calibration = _calibration(options, observation, parts, result)
-        write_calibration(directory / CALIBRATION, calibration)
-        manifest = _manifest(path.name, source.manifest, options, parts, result, calibration, directory)
-        (directory / "manifest.json").write_bytes(encode_manifest(manifest))
-        if max_drop is not None or min_agreement is not None:
-            _certify(directory, source, data, max_drop, min_agreement)
+        write_quantized(source, options, observation, directory, path.name, min_coverage, threads, report)
+        if any(gate is not None for gate in gates.values()):
+            _require(directory, source, data, {**gates, "metric": metric})
     report("done", 1, 1)
     return open_bundle(path)
 
 
-def _check(scheme: str, method: str, samples: int, weight_bits: int | None, min_coverage: float) -> None:
-    schemes_of((), scheme, {})  # type: ignore[arg-type]  # that is what it checks
+def part_options(
+    source: Bundle,
+    scheme: Scheme = "int8",
+    method: Method = "mse",
+    *,
+    smooth: bool = True,
+    correct_bias: bool = True,
+    weight_bits: int | None = None,
+    precision: Mapping[str, Scheme] | None = None,
+    keep_float: Sequence[str] = (),
+) -> PartOptions:
+    """`quantize`'s arguments of the same names, checked. Raises UsageError: they or the bundle do not fit."""
+    if source.manifest.quantization is not None:
+        raise UsageError(f"{source.path} is quantized already", "give the fp32 bundle that it was made from")
+    schemes_of((), scheme, {})
     if scheme == "float":
         raise UsageError("scheme float leaves nothing to quantize", "use int8, int8-weights or int4-weights")
     if method not in METHODS:
         raise UsageError(f"there is no method {method!r}", f"it is one of {', '.join(METHODS)}")
-    if samples < 1:
-        raise UsageError(f"samples is {samples}", "give 1 or more; 128 are enough for most")
     if weight_bits not in (None, *_BITS):
         raise UsageError(
             f"weights of {weight_bits} bits are not made", "weight-bits is 7 or 8; int4-weights is a scheme"
         )
+    wishes: dict[str, Scheme] = {**(precision or {}), **dict.fromkeys(keep_float, "float")}
+    options = PartOptions(scheme, method, smooth, correct_bias, weight_bits or (7 if saturates() else 8), wishes)
+    _check_patterns(source, options)
+    return options
+
+
+def write_quantized(
+    source: Bundle,
+    options: PartOptions,
+    observation: Observation,
+    directory: Path,
+    name: str,
+    min_coverage: float,
+    threads: int | None,
+    report: Report,
+) -> None:
+    """All files of a quantized bundle, to be called ``name``; smoothing changes the observation's statistics.
+
+    Raises GateError: its coverage is below ``min_coverage``.
+    """
+    report("quantize", 0, 1)
+    parts = _write(source, options, observation, directory)
+    report("measure", 0, 1)
+    result = measure(source, parts, observation, directory, threads)
+    require_coverage(result, min_coverage)
+    calibration = _calibration(options, observation, parts, result)
+    write_calibration(directory / CALIBRATION, calibration)
+    manifest = _manifest(name, source.manifest, options, parts, result, calibration, directory)
+    (directory / "manifest.json").write_bytes(encode_manifest(manifest))
+
+
+def check_numbers(samples: int, min_coverage: float) -> None:
+    """Raise UsageError where a number of `quantize` makes no sense."""
+    if samples < 1:
+        raise UsageError(f"samples is {samples}", "give 1 or more; 128 are enough for most")
     if not 0.0 <= min_coverage <= 100.0:
         raise UsageError(f"min-coverage is {min_coverage}", "it is a percentage")
 
@@ -195,14 +235,13 @@ def _manifest(
     )
 
 
-def _certify(directory: Path, source: Bundle, data: Data, max_drop: float | None, min_agreement: float | None) -> None:
+def _require(directory: Path, source: Bundle, data: Data, gates: Mapping[str, Any]) -> None:
     """`validate`'s gates, before the bundle is published. Raises GateError."""
     from perceiver_export.calibration.validation import validate
 
     if not isinstance(data, (str, Path)):
         raise UsageError("accuracy gates need data that can be read twice", "give a path or module:function")
-    result = validate(directory, data, against=source, max_drop=max_drop, min_agreement=min_agreement)
-    for gate in result.gates:
+    for gate in validate(directory, data, against=source, **gates).gates:
         if not gate.held:
             raise GateError(
                 f"{gate}: nothing was written", "try --keep-float for the layers that `--sensitivity` puts first"

@@ -26,7 +26,7 @@ _TELLING = 0.02  # exclusions above this share of the multiply-adds are told in 
 
 @dataclass(frozen=True)
 class PartOptions:
-    """How to quantize; the arguments of `quantize` by the same names."""
+    """How to quantize; the arguments of `quantize` by the same names. ``raised``: layers that a search put back."""
 
     scheme: Scheme
     method: Method = "mse"
@@ -34,6 +34,7 @@ class PartOptions:
     correct_bias: bool = True
     weight_bits: int = 8
     precision: Mapping[str, Scheme] = field(default_factory=dict)
+    raised: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def quantize_part(path: Path, part: Part, statistics: Statistics, options: PartO
         models[file], lowered[target] = planned.model.clone(), file
         lower(models[file])
     stages = stage_costs(planned.model.graph)
-    return QuantizedPart(models, lowered, integer, record, _kept_float(planned), stages)
+    return QuantizedPart(models, lowered, integer, record, _kept_float(planned, options.raised), stages)
 
 
 def _record(planned: PlannedPart, statistics: Statistics) -> PartRecord:
@@ -111,9 +112,10 @@ def _record(planned: PlannedPart, statistics: Statistics) -> PartRecord:
     return PartRecord(tuple(linears), ranges, hazards, excluded)
 
 
-def _kept_float(planned: PlannedPart) -> dict[str, str]:
+def _kept_float(planned: PlannedPart, raised: frozenset[str]) -> dict[str, str]:
     """Layers that were to stay float, and what policy keeps float where it is much."""
-    kept = {linear.group: "asked for" for linear in planned.linears if planned.schemes[linear.group] == "float"}
+    floats = [linear.group for linear in planned.linears if planned.schemes[linear.group] == "float"]
+    kept = {group: "found by a search" if group in raised else "asked for" for group in floats}
     total = sum(linear.macs for linear in planned.linears) + sum(one.macs for one in planned.exclusions) or 1
     by_reason: dict[str, list[Exclusion]] = {}
     for one in planned.exclusions:

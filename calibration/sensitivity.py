@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each layer costs by itself: one layer in int8, all others float, the worst first.
+"""What each layer costs by itself: one layer quantized, all others float, the worst first.
 
 Of each: the SQNR of its own products on sampled rows, and that of the model's outputs, in dB. The second decides, for a
 layer may be exact and its output still be blown up by a softmax of large scores.
@@ -8,19 +8,21 @@ layer may be exact and its output still be blown up by a softmax of large scores
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
 
+from perceiver_export.calibration.activations import Statistics
 from perceiver_export.calibration.feeds import Data
 from perceiver_export.calibration.linears import find_linears
-from perceiver_export.calibration.observe import Call, observe
-from perceiver_export.calibration.plan import decibels, product_sqnr
+from perceiver_export.calibration.observe import Call, Observation, Report, observe
+from perceiver_export.calibration.pipeline import part_options
+from perceiver_export.calibration.plan import Scheme, decibels, product_sqnr
 from perceiver_export.calibration.qdq import LinearPlan, write_qdq
 from perceiver_export.calibration.quantize_part import PartOptions, PlannedPart, plan_part
-from perceiver_export.calibration.ranges import LEVELS, Method
+from perceiver_export.calibration.ranges import LEVELS
 from perceiver_export.calibration.sessions import open_session
 from perceiver_export.runtimes.bundle import Bundle, open_bundle
 from perceiver_export.runtimes.errors import ExportError, MissingDependencyError, UsageError
@@ -30,13 +32,16 @@ _FORMATS = (".json", ".svg", ".png")
 
 
 class GroupSensitivity(msgspec.Struct, frozen=True):
-    """A layer: the least SQNR of its products, that of its part's outputs (dB), its share of the multiply-adds."""
+    """A layer: the least SQNR of its products, that of its part's outputs (dB), its share of the multiply-adds, and the
+    scheme that it was measured in.
+    """
 
     part: str
     group: str
     product_sqnr: float
     output_sqnr: float
     share: float
+    scheme: Scheme = "int8"
 
 
 def measure_sensitivity(
@@ -44,42 +49,51 @@ def measure_sensitivity(
     data: Data,
     *,
     samples: int = _SAMPLES,
-    method: Method = "mse",
     threads: int | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Report | None = None,
+    **wishes: Any,
 ) -> tuple[GroupSensitivity, ...]:
     """Sensitivity of every layer of an fp32 bundle, the worst output first. Costs one short run a layer.
 
+    ``wishes`` are those of `pipeline.part_options`: scheme, method, smooth, …; layers that stay float are left out.
     Raises what `quantize` raises.
     """
     report = progress or (lambda what, done, total: None)
     source = open_bundle(bundle)
-    if source.manifest.quantization is not None:
-        raise UsageError(f"{source.path} is quantized already", "give the fp32 bundle that it was made from")
-    observation = observe(source, data, samples, threads, report)
+    options = part_options(source, **wishes)
+    return group_sensitivity(source, observe(source, data, samples, threads, report), options, threads, report)
+
+
+def group_sensitivity(
+    source: Bundle, observation: Observation, options: PartOptions, threads: int | None, report: Report
+) -> tuple[GroupSensitivity, ...]:
+    """The same of an observation, whose statistics smoothing changes."""
     found: list[GroupSensitivity] = []
     for name, part in source.manifest.parts.items():
         statistics = observation.statistics[name]
-        planned = plan_part(source.file(part.file), statistics, PartOptions("int8", method))
+        planned = plan_part(source.file(part.file), statistics, options)
         total = sum(linear.macs for linear in planned.linears)
         groups = list(dict.fromkeys(plan.linear.group for plan in planned.plans))
-        products = {
-            plan.linear.name: product_sqnr(plan.linear, plan.weight, (plan.scale or 0.0) * LEVELS, statistics)
-            for plan in planned.plans
-        }
+        products = {plan.linear.name: _product_sqnr(plan, statistics) for plan in planned.plans}
         for index, group in enumerate(groups):
             report(f"sensitivity of {name}", index, len(groups))
             own = [plan.linear for plan in planned.plans if plan.linear.group == group]
             output = _output_sqnr(planned, group, source.path, name, observation.calls, threads)
             share = sum(linear.macs for linear in own) / total
-            found.append(GroupSensitivity(name, group, min(products[one.name] for one in own), output, share))
+            product = min(products[one.name] for one in own)
+            found.append(GroupSensitivity(name, group, product, output, share, planned.schemes[group]))
     return tuple(sorted(found, key=lambda one: one.output_sqnr))
+
+
+def _product_sqnr(plan: LinearPlan, statistics: Statistics) -> float:
+    clip = None if plan.scale is None else plan.scale * LEVELS
+    return product_sqnr(plan.linear, plan.weight, clip, statistics)
 
 
 def _output_sqnr(
     planned: PlannedPart, group: str, folder: Path, part: str, calls: tuple[Call, ...], threads: int | None
 ) -> float:
-    """The least SQNR of the part's outputs with this group alone in int8."""
+    """The least SQNR of the part's outputs with this group alone quantized."""
     model = planned.model.clone()
     linears = {linear.name: linear for linear in find_linears(model.graph)[0]}
     write_qdq(

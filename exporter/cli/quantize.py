@@ -10,7 +10,6 @@ import typer
 
 from perceiver_export.exporter.cli.output import (
     BundleArgument,
-    DeviceOption,
     JsonFlag,
     ThreadsOption,
     mebibytes,
@@ -58,6 +57,12 @@ def quantize(
     min_agreement: Annotated[
         float | None, typer.Option(help="Least lower 95 % bound of agreement with fp32 on the data, in percent.")
     ] = None,
+    max_metric_change: Annotated[
+        str | None, typer.Option(metavar="X", help="Largest worsening of --metric on the data: 0.05, or 2%.")
+    ] = None,
+    metric: Annotated[
+        str | None, typer.Option(help="The metric of --max-metric-change: one of the task's, or module:function.")
+    ] = None,
     search_on: Annotated[
         str | None,
         typer.Option("--search", metavar="DATA", help="Give layers back precision until the gates hold on this data."),
@@ -66,9 +71,15 @@ def quantize(
         str | None,
         typer.Option("--certify", metavar="DATA", help="Certify what --search found on this data, which it never saw."),
     ] = None,
-    device: DeviceOption = "auto",
+    device: Annotated[
+        str, typer.Option(help="Of --search: the target to hold and time mixtures on; `all` for each that is present.")
+    ] = "auto",
+    least_gain: Annotated[
+        float | None,
+        typer.Option(metavar="PERCENT", help="Of --search: time that a riskier mixture must save; 2 by default."),
+    ] = None,
     allow_overlap: Annotated[
-        bool, typer.Option("--allow-overlap", help="Search and certify though the sets share samples.")
+        bool, typer.Option("--allow-overlap", help="Of --search: go on though the sets share samples.")
     ] = False,
     sensitivity: Annotated[
         Path | None,
@@ -88,42 +99,32 @@ def quantize(
     from perceiver_export.calibration.record import read_calibration
     from perceiver_export.calibration.sensitivity import check_file, measure_sensitivity, write_sensitivity
 
-    if search_on is not None or certify_on is not None:
-        if search_on is None or certify_on is None:
-            raise UsageError("a search needs two sets of samples", "give --search DATA and --certify DATA")
-        from perceiver_export.exporter.cli.search import search_and_show
-
-        gates = {"max_drop": max_drop, "min_agreement": min_agreement}
-        splits = {"calibrate": data, "search_on": search_on, "certify_on": certify_on}
-        options = {"device": device, "threads": threads, "overwrite": overwrite, "allow_overlap": allow_overlap}
-        search_and_show(bundle, output, json, **splits, **options, **gates)
-        return
     if sensitivity is not None:
         check_file(sensitivity)
-    arguments: dict[str, Any] = {"precision": dict(map(_parse_precision, precision or ()))}
+    wishes: dict[str, Any] = {
+        "scheme": scheme,
+        "method": method,
+        "smooth": smooth,
+        "correct_bias": correct_bias,
+        "weight_bits": weight_bits,
+        "precision": dict(map(_parse_precision, precision or ())),
+        "keep_float": keep_float or (),
+    }
+    gates = {"max_drop": max_drop, "min_agreement": min_agreement, "max_metric_change": max_metric_change}
+    common: dict[str, Any] = {"samples": samples, "min_coverage": min_coverage, "metric": metric, **gates}
+    common |= {"overwrite": overwrite, "threads": threads}
+    if _searches(search_on, certify_on, {"--device": device != "auto", "--allow-overlap": allow_overlap}, least_gain):
+        from perceiver_export.exporter.cli.search import search_and_show
+
+        splits = {"calibrate": data, "search_on": search_on, "certify_on": certify_on, "allow_overlap": allow_overlap}
+        common["least_gain"] = 2.0 if least_gain is None else least_gain
+        search_and_show(bundle, output, json, sensitivity, **splits, device=device, **common, **wishes)
+        return
     with progress_bar("quantize", quiet=json) as progress:
-        made = quantize_(
-            bundle,
-            data,
-            output,
-            scheme=scheme,  # type: ignore[arg-type]  # `quantize` checks what was typed
-            method=method,  # type: ignore[arg-type]
-            samples=samples,
-            keep_float=keep_float or (),
-            weight_bits=weight_bits,
-            smooth=smooth,
-            correct_bias=correct_bias,
-            min_coverage=min_coverage,
-            max_drop=max_drop,
-            min_agreement=min_agreement,
-            overwrite=overwrite,
-            threads=threads,
-            progress=progress,
-            **arguments,
-        )
+        made = quantize_(bundle, data, output, progress=progress, **common, **wishes)
         groups = None
         if sensitivity is not None:
-            groups = measure_sensitivity(bundle, data, threads=threads, progress=progress)
+            groups = measure_sensitivity(bundle, data, threads=threads, progress=progress, **wishes)
             write_sensitivity(sensitivity, groups)
     calibration = read_calibration(made)
     assert calibration is not None
@@ -134,6 +135,18 @@ def quantize(
     show_quantized(made, calibration)
     if groups is not None:
         show_sensitivity(groups)
+
+
+def _searches(
+    search_on: str | None, certify_on: str | None, only_then: dict[str, bool], least_gain: float | None
+) -> bool:
+    """Whether to search. Raises UsageError where an option would have no effect."""
+    if (search_on is None) != (certify_on is None):
+        raise UsageError("a search needs two sets of samples", "give --search DATA and --certify DATA")
+    given = [name for name, said in {**only_then, "--least-gain": least_gain is not None}.items() if said]
+    if search_on is None and given:
+        raise UsageError(f"{given[0]} has no effect without a search", "give --search DATA and --certify DATA with it")
+    return search_on is not None
 
 
 def show_quantized(made: Bundle, calibration: Calibration) -> None:
@@ -169,7 +182,10 @@ def show_sensitivity(groups: tuple[GroupSensitivity, ...]) -> None:
     rows = [(one.group, f"{one.output_sqnr:.1f}", f"{one.product_sqnr:.1f}", f"{one.share:.1%}") for one in groups[:20]]
     more = f"{len(groups) - 20} more are in the file" if len(groups) > 20 else ""
     print_table(
-        "each layer in int8 by itself, the worst first", ["layer", "outputs, dB>", "product, dB>", "work>"], rows, more
+        "each layer quantized by itself, the worst first",
+        ["layer", "outputs, dB>", "product, dB>", "work>"],
+        rows,
+        more,
     )
 
 

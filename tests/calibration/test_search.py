@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The search: its ladder, its fixed sequence, and a model where one layer must not be int8."""
+"""The search as a whole: a model where one layer must not be int8, options, and what is refused."""
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +12,14 @@ import pytest
 
 from perceiver_export.calibration import validate
 from perceiver_export.calibration.layer_errors import measure_layer_errors
-from perceiver_export.calibration.mixed_precision import (
-    Rung,
-    certify_in_order,
-    fixed_order,
-    fixed_sequence,
-    search,
-    steps,
-)
+from perceiver_export.calibration.lowering import LOWERINGS
+from perceiver_export.calibration.mixed_precision import search
+from perceiver_export.calibration.pipeline import part_options, quantize
+from perceiver_export.calibration.record import read_calibration
 from perceiver_export.exporter import export
 from perceiver_export.runtimes import open_bundle
 from perceiver_export.runtimes.certificates import certificates
-from perceiver_export.runtimes.errors import DataError, GateError, UsageError
+from perceiver_export.runtimes.errors import DataError, DeviceError, GateError, PerceiverExportError, UsageError
 from tests.calibration.cancelling_units import LAYER, with_cancelling_units
 from tests.calibration.damaged_scales import with_a_scale_times
 
@@ -46,57 +43,20 @@ def splits(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return found
 
 
-def test_layers_go_back_one_two_four_of_them() -> None:
-    rungs = steps(["a", "b", "c"])
-
-    assert [(list(rung), next(iter(rung.values()), None)) for rung in rungs] == [
-        ([], None),
-        (["a"], "int8-weights"),
-        (["a"], "float"),
-        (["a", "b"], "int8-weights"),
-        (["a", "b"], "float"),
-        (["a", "b", "c"], "int8-weights"),
-        (["a", "b", "c"], "float"),
-    ]
-    assert steps([]) == [{}]
-
-
-def test_the_safest_is_tested_first_and_the_slower_never() -> None:
-    assert fixed_order([0.4, 0.5, 0.6], [True, True, True]) == [2, 1, 0]
-    assert fixed_order([0.4, 0.5, 0.6], [False, True, True]) == [2, 1]
-    assert fixed_order([0.4, 0.7, 0.6], [False, True, True]) == [2]
-    assert fixed_order([0.4], [False]) == []
-
-
-def test_a_fixed_sequence_stops_at_the_first_that_fails() -> None:
-    asked: list[int] = []
-
-    def holds(index: int) -> bool:
-        asked.append(index)
-        return index != 1
-
-    assert fixed_sequence([2, 1, 0], holds) == 2
-    assert asked == [2, 1]
-    assert fixed_sequence([1, 2], holds) is None
-    assert fixed_sequence([], holds) is None
-
-
-def test_a_fixed_sequence_keeps_the_error_rate() -> None:
-    """Every rung is on the margin, so certifying any is wrong: it happens in 5 %, however many rungs there are."""
-    generator = np.random.default_rng(0)
-    wrong = sum(fixed_sequence(range(6), lambda index: generator.uniform() < 0.05) is not None for _ in range(4000))
-
-    assert wrong / 4000 < 0.06
-
-
 def test_a_layer_that_must_not_be_int8_goes_back(cancelling: Path, splits: dict[str, Any], tmp_path: Path) -> None:
     found = search(cancelling, tmp_path / "mixed", **splits, max_drop=5, min_agreement=92)
 
+    assert [rung.step for rung in found.rungs] == [0, 1, 2]
     assert found.rungs[0].precision == {}
     assert not all(said.startswith("held") for said in found.rungs[0].search)
     kept = found.rungs[found.kept]
-    assert next(iter(kept.precision)) == f"{LAYER}.output"
+    assert next(iter(kept.precision)) == found.ranking[0].group == f"{LAYER}.output"
     assert all(said.startswith("held") for said in kept.certification)
+    for rung in found.rungs:
+        assert [time.target for time in rung.times] == ["ort-cpu"]
+        assert rung.time == pytest.approx(rung.times[0].ratio)
+        assert rung.times[0].milliseconds > 0
+        assert 0.4 < rung.size < 0.6
     bundle = open_bundle(tmp_path / "mixed", verify="always")
     assert certificates(bundle) == found.certificates
     assert bundle.manifest.name == "mixed"
@@ -118,21 +78,69 @@ def test_a_search_without_a_gate_or_with_shared_samples_is_refused(
 
 
 def test_what_held_on_one_split_must_hold_on_the_other(
-    int8_bundle: Path, fashion_bundle: Path, splits: dict[str, Any], tmp_path: Path
+    fashion_bundle: Path, splits: dict[str, Any], tmp_path: Path
 ) -> None:
-    tried = [(Rung({}, 0.5, ("held",)), int8_bundle)]
-    options: dict[str, Any] = {"against": fashion_bundle, "max_drop": 5}
-
-    def quiet(what: str, done: int, total: int) -> None: ...
-
-    kept, evidence = certify_in_order(tried, [0], splits["certify_on"], "auto", options, quiet)
-    assert kept == 0
-    assert evidence[0].samples == 400
-    assert tried[0][0].certification[0].startswith("held: --max-drop 5")
     with np.load(splits["certify_on"]) as data:
         np.savez(tmp_path / "few.npz", image=data["image"][:20], labels=data["labels"][:20])
+    options = {**splits, "certify_on": tmp_path / "few.npz", "keep_float": ["encoder.*"], "samples": 8}
+
     with pytest.raises(GateError, match="could not be certified: undecided: --max-drop 5"):
-        certify_in_order(tried, [0], tmp_path / "few.npz", "auto", options, quiet)
+        search(fashion_bundle, tmp_path / "mixed", **options, max_drop=5)
+    assert list(tmp_path.iterdir()) == [tmp_path / "few.npz"]
+
+
+def test_a_search_takes_all_that_quantize_takes() -> None:
+    """Or a command line that has both would leave something out without a word."""
+    taken = {**inspect.signature(search).parameters, **inspect.signature(part_options).parameters}
+
+    assert set(inspect.signature(quantize).parameters) - {"data"} <= set(taken)
+
+
+@pytest.mark.parametrize(
+    ("wishes", "error", "message"),
+    [
+        ({"scheme": "int3"}, UsageError, "no scheme 'int3'"),
+        ({"method": "magic"}, UsageError, "no method 'magic'"),
+        ({"samples": 0}, UsageError, "samples is 0"),
+        ({"weight_bits": 5}, UsageError, "weights of 5 bits"),
+        ({"precision": {"*": "int3"}}, UsageError, "no scheme 'int3'"),
+        ({"keep_float": ["head"]}, UsageError, "no layer is called 'head'"),
+        ({"keep_float": ["*"], "samples": 1}, UsageError, "no layer is left to quantize"),
+        ({"min_coverage": 120.0}, UsageError, "min-coverage is 120"),
+        ({"least_gain": 100.0}, UsageError, "least-gain is 100"),
+        ({"device": "tpu"}, DeviceError, "no target 'tpu'"),
+        ({"device": "tensorrt-rtx"}, DeviceError, "tensorrt-rtx runs engines that take minutes to build"),
+        ({"calibrate": "random"}, DataError, "random"),
+        ({"metric": "epe", "max_metric_change": 1}, UsageError, "no metric 'epe'"),
+        ({"max_drop": -1}, UsageError, "--max-drop is -1"),
+    ],
+)
+def test_no_option_is_ignored(
+    wishes: dict[str, Any],
+    error: type[PerceiverExportError],
+    message: str,
+    fashion_bundle: Path,
+    splits: dict[str, Any],
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(error, match=message):
+        search(fashion_bundle, tmp_path / "mixed", **{**splits, "max_drop": 5, "samples": 8, **wishes})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_coverage_counts_in_a_search_too(
+    fashion_bundle: Path, splits: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without its lowering ONNX Runtime computes in float."""
+    monkeypatch.setitem(LOWERINGS, "ort-cpu", lambda model: None)
+    few: dict[str, Any] = {**splits, "samples": 8, "keep_float": ["encoder.*"], "max_drop": 20}
+    with pytest.raises(GateError, match=r"0\.00 % of multiply-adds run in integer kernels on ort-cpu"):
+        search(fashion_bundle, tmp_path / "mixed", **few)
+    search(fashion_bundle, tmp_path / "mixed", **few, min_coverage=0)
+
+    calibration = read_calibration(open_bundle(tmp_path / "mixed"))
+    assert calibration is not None
+    assert all(one.scheme == "float" for one in calibration.parts["model"].linears if one.group.startswith("encoder."))
 
 
 def test_a_layer_whose_scale_was_ruined_is_refused_and_named_first(

@@ -6,8 +6,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from perceiver_export.calibration.record import read_calibration
+from perceiver_export.runtimes import open_bundle
 from tests.conftest import FASHION
 
 from .commands import fail, succeed
@@ -45,6 +48,10 @@ def test_inspect_shows_every_linear_with_its_kernel(int8: Path) -> None:
         (["--data", "nowhere", "--samples", "3"], "nowhere does not exist"),
         (["--data", HELD_OUT, "--precision", "decoder"], "--precision 'decoder' is not NAME=SCHEME"),
         (["--data", HELD_OUT, "--keep-float", "head"], "no layer is called 'head'"),
+        (["--data", HELD_OUT, "--device", "ort-cpu"], "--device has no effect without a search"),
+        (["--data", HELD_OUT, "--allow-overlap"], "--allow-overlap has no effect without a search"),
+        (["--data", HELD_OUT, "--least-gain", "1"], "--least-gain has no effect without a search"),
+        (["--data", HELD_OUT, "--certify", HELD_OUT], "a search needs two sets of samples"),
         (
             ["--data", HELD_OUT, "--sensitivity", "layers.txt"],
             "layers.txt is no file that sensitivities are written to",
@@ -54,3 +61,45 @@ def test_inspect_shows_every_linear_with_its_kernel(int8: Path) -> None:
 def test_errors_are_one_line_and_a_hint(arguments: list[str], error: str, fashion_bundle: Path, tmp_path: Path) -> None:
     assert error in fail("quantize", fashion_bundle, "-o", tmp_path / "out", *arguments)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_every_option_of_quantize_takes_effect_in_a_search(fashion_bundle: Path, tmp_path: Path) -> None:
+    with np.load(FASHION / "test.npz") as data:
+        for name, start, stop in (("search", 0, 200), ("certify", 200, 400)):
+            np.savez(tmp_path / f"{name}.npz", image=data["image"][start:stop], labels=data["labels"][start:stop])
+    kept, weights = "encoder.cross_attentions.*", "decoder.plain.logits.tail.mlp.hidden"
+    wishes = ["--method", "minmax", "--samples", "24", "--weight-bits", "7", "--no-smooth", "--no-correct-bias"]
+    wishes += ["--keep-float", kept, "--precision", f"{weights}=int4-weights", "--threads", "1", "--device", "all"]
+    wishes += ["--max-metric-change", "0.5", "--metric", "kl", "--min-agreement", "80", "--least-gain", "1"]
+    splits: list[str | Path] = ["--search", tmp_path / "search.npz", "--certify", tmp_path / "certify.npz"]
+    arguments: list[str | Path] = [
+        "--data",
+        HELD_OUT,
+        "-o",
+        tmp_path / "mixed",
+        "--sensitivity",
+        tmp_path / "layers.json",
+        *wishes,
+    ]
+
+    found = json.loads(succeed("quantize", fashion_bundle, *arguments, *splits, "--json"))
+
+    kept_rung = found["rungs"][found["kept"]]
+    assert [time["target"] for time in kept_rung["times"]] == ["ort-cpu", "openvino-cpu"]
+    assert len(kept_rung["certification"]) == 4  # two gates on two targets
+    assert {one["target"] for one in found["certificates"]} == {"ort-cpu", "openvino-cpu"}
+    ranking = json.loads((tmp_path / "layers.json").read_text())
+    assert ranking == found["ranking"]
+    assert next(one["scheme"] for one in ranking if one["group"] == weights) == "int4-weights"
+    calibration = read_calibration(open_bundle(tmp_path / "mixed"))
+    assert calibration is not None
+    assert (calibration.method, calibration.weight_bits, calibration.data.samples) == ("minmax", 7, 24)
+    assert not calibration.smooth
+    assert not calibration.correct_bias
+    schemes = {one.group: one.scheme for one in calibration.parts["model"].linears}
+    floats = {name for name in schemes if name.startswith("encoder.cross_attentions.")}
+    assert floats
+    assert all(schemes[name] == "float" for name in floats)
+    assert floats.isdisjoint(one["group"] for one in ranking)
+    if weights not in kept_rung["precision"]:
+        assert schemes[weights] == "int4-weights"
