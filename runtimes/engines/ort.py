@@ -171,8 +171,11 @@ class OrtEngine:
             return None
         return future
 
+    def in_callback(self) -> bool:
+        return threading.get_ident() in self._calling
+
     def close(self) -> None:
-        if threading.get_ident() in self._calling:  # a callback does not wait for itself; the interpreter's exit does
+        if self.in_callback():  # a callback does not wait for itself; the interpreter's exit does
             threading.Thread(target=self.close, name="perceiver-export-close", daemon=False).start()
             return
         with self._idle:

@@ -19,6 +19,7 @@ import pytest
 
 from perceiver_export.runtimes import Runtime, build, load
 from perceiver_export.runtimes.errors import DeviceError, InputError, RuntimeClosedError, UsageError
+from perceiver_export.runtimes.loading import load_onnx
 from tests.runtimes.targets import EXPECTED
 
 
@@ -306,6 +307,23 @@ def test_a_callback_may_close_and_the_rest_is_finished(
         runtime.submit({})
 
 
+@pytest.mark.parametrize("options", [{}, {"threads": 1}], ids=str)
+def test_a_stream_may_be_abandoned_in_a_callback(
+    target: str, fashion_bundle: Path, golden: dict[str, Any], options: dict[str, Any]
+) -> None:
+    """Where the garbage collector runs is nobody's choice."""
+    good: dict[str, Any] = {"image": golden["image"]}
+    with load(fashion_bundle, target, **options) as runtime:
+        stream = runtime.stream(itertools.repeat(good), in_flight=4)
+        next(stream)
+        abandoned, ready = threading.Event(), threading.Event()
+        future = runtime.submit(good)
+        future.add_done_callback(lambda _: (ready.wait(60), stream.close(), abandoned.set()))
+        ready.set()
+        assert abandoned.wait(timeout=60)
+        assert runtime.submit(good).result(timeout=60)["logits"].shape == (1, 10)
+
+
 def test_a_process_that_ends_after_a_close_in_a_callback_ends_well(target: str, fashion_bundle: Path) -> None:
     code = f"""
 import numpy, threading
@@ -352,7 +370,10 @@ def test_a_target_that_does_not_exist_is_refused(fashion_bundle: Path) -> None:
         assert "ort-NAME" in caught.value.hint
     with pytest.raises(DeviceError, match="no execution provider 'gpu'"):
         load(fashion_bundle, device="ort-gpu")
-    with pytest.raises(UsageError):
-        load(fashion_bundle, threads=0)
+    for threads in (0, 100_000):
+        with pytest.raises(UsageError, match=f"threads is {threads}"):
+            load(fashion_bundle, threads=threads)
+        with pytest.raises(UsageError, match=f"threads is {threads}"):
+            load_onnx(fashion_bundle / "model.onnx", threads=threads)
     with pytest.raises(UsageError, match="no part 'encoder'"):
         load(fashion_bundle, part="encoder")
