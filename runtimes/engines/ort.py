@@ -207,6 +207,11 @@ def _provider(onnxruntime: Any, target: str) -> str:
     """onnxruntime's name of the target's execution provider. Raises DeviceError."""
     here = {name.removesuffix("ExecutionProvider").lower(): name for name in onnxruntime.get_available_providers()}
     wanted = target.removeprefix("ort-")
+    if wanted in _plugins(onnxruntime):
+        raise DeviceError(
+            f"{wanted!r} is a plugin of onnxruntime's, which this runtime does not run",
+            f"use an execution provider that is compiled into it: {', '.join(sorted(here))}",
+        )
     if wanted not in here:
         raise DeviceError(
             f"this onnxruntime has no execution provider {wanted!r}, it has {', '.join(sorted(here))}",
@@ -215,6 +220,15 @@ def _provider(onnxruntime: Any, target: str) -> str:
             else "install an onnxruntime that was built with it; see `perceiver-export doctor`",
         )
     return str(here[wanted])
+
+
+def _plugins(onnxruntime: Any) -> set[str]:
+    """Execution providers that an app registered with `register_execution_provider_library`, from 1.23 on."""
+    if not hasattr(onnxruntime, "get_ep_devices"):
+        return set()
+    compiled = onnxruntime.get_available_providers()
+    found = {device.ep_name for device in onnxruntime.get_ep_devices()} - set(compiled)
+    return {name.removesuffix("ExecutionProvider").lower() for name in found}
 
 
 def _session_options(onnxruntime: Any, source: Source, threads: int | None) -> Any:

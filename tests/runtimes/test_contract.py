@@ -317,8 +317,13 @@ def test_a_stream_may_be_abandoned_in_a_callback(
         stream = runtime.stream(itertools.repeat(good), in_flight=4)
         next(stream)
         abandoned, ready = threading.Event(), threading.Event()
-        future = runtime.submit(good)
-        future.add_done_callback(lambda _: (ready.wait(60), stream.close(), abandoned.set()))
+
+        def abandon(_: Future[dict[str, Any]]) -> None:
+            ready.wait(timeout=60)
+            stream.close()  # type: ignore[attr-defined]
+            abandoned.set()
+
+        runtime.submit(good).add_done_callback(abandon)
         ready.set()
         assert abandoned.wait(timeout=60)
         assert runtime.submit(good).result(timeout=60)["logits"].shape == (1, 10)
