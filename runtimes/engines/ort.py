@@ -224,11 +224,8 @@ def _provider(onnxruntime: Any, target: str) -> str:
 
 def _plugins(onnxruntime: Any) -> set[str]:
     """Execution providers that an app registered with `register_execution_provider_library`, from 1.23 on."""
-    if not hasattr(onnxruntime, "get_ep_devices"):
-        return set()
-    compiled = onnxruntime.get_available_providers()
-    found = {device.ep_name for device in onnxruntime.get_ep_devices()} - set(compiled)
-    return {name.removesuffix("ExecutionProvider").lower() for name in found}
+    found = {device.ep_name for device in getattr(onnxruntime, "get_ep_devices", list)()}
+    return {name.removesuffix("ExecutionProvider").lower() for name in found - {*onnxruntime.get_available_providers()}}
 
 
 def _session_options(onnxruntime: Any, source: Source, threads: int | None) -> Any:

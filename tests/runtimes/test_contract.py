@@ -289,17 +289,13 @@ def test_a_callback_may_close_and_the_rest_is_finished(
 
     def close(_: Future[dict[str, Any]]) -> None:
         try:
-            started.wait(timeout=60)
             runtime.close()
             closed.set_result(None)
         except BaseException as error:
             closed.set_exception(error)
 
-    started = threading.Event()
-    futures = [runtime.submit({"image": golden["image"]})]
-    futures[0].add_done_callback(close)
-    futures += [runtime.submit({"image": golden["image"]}) for _ in range(5)]
-    started.set()
+    futures = [runtime.submit({"image": golden["image"]}) for _ in range(30)]
+    futures[3].add_done_callback(close)  # which is not done yet, or it closes here
 
     closed.result(timeout=60)
     assert all(future.result(timeout=60)["logits"].shape == (1, 10) for future in futures)
@@ -316,15 +312,13 @@ def test_a_stream_may_be_abandoned_in_a_callback(
     with load(fashion_bundle, target, **options) as runtime:
         stream = runtime.stream(itertools.repeat(good), in_flight=4)
         next(stream)
-        abandoned, ready = threading.Event(), threading.Event()
+        abandoned = threading.Event()
 
         def abandon(_: Future[dict[str, Any]]) -> None:
-            ready.wait(timeout=60)
             stream.close()  # type: ignore[attr-defined]
             abandoned.set()
 
-        runtime.submit(good).add_done_callback(abandon)
-        ready.set()
+        [runtime.submit(good) for _ in range(30)][3].add_done_callback(abandon)
         assert abandoned.wait(timeout=60)
         assert runtime.submit(good).result(timeout=60)["logits"].shape == (1, 10)
 
