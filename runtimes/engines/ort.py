@@ -85,7 +85,8 @@ def compile(source: Source, directory: Path, progress: Progress) -> None:
             said = said.replace(str(path), "")
         if "write" not in said:
             raise
-        raise BuildError(f"no engine can be written: {error.message}", "is the disk full? free some space") from error
+        place = directory.parent
+        raise BuildError(f"onnxruntime cannot write an engine to {place}", "is the disk full? free space") from error
 
 
 def open(source: Source, directory: Path | None, threads: int | None) -> OrtEngine:
