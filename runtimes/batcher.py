@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 import os
-import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -33,14 +33,16 @@ _IN_FLIGHT = 2
 class _Request:
     feeds: Feeds
     rows: int
-    future: Future[dict[str, Array]]
+    future: Future[dict[str, Array]] = field(default_factory=Future)
+    arrived: float = field(default_factory=time.monotonic)
 
 
 class Batcher:
     """Collects requests until there are ``max_batch`` samples or the first has waited ``max_wait`` seconds.
 
     The model's first axis is the batch, of a range or fixed; a fixed one is filled up with copies of the last sample.
-    May be used from many threads. The runtime stays the caller's to close, after this one.
+    May be used from many threads. The runtime stays the caller's to close, after this one. A future's callback may
+    call `submit` and `close`, which do not wait there; waiting for another future in it (`run`) may wait for ever.
     """
 
     def __init__(self, runtime: Runtime, max_batch: int | None = None, max_wait: float = 0.002) -> None:
@@ -48,16 +50,20 @@ class Batcher:
         self._runtime = runtime
         self._least, most = _batch_limits((*runtime.inputs, *runtime.outputs))
         self._most = most if max_batch is None else max_batch
-        if not 1 <= self._most <= most or max_wait < 0:
+        if not 1 <= self._most <= most or not 0 <= max_wait <= threading.TIMEOUT_MAX:
             raise UsageError(
-                f"max_batch is {self._most} and max_wait {max_wait}", f"the model takes 1 to {most} samples at once"
+                f"max_batch is {self._most} and max_wait {max_wait}",
+                f"the model takes 1 to {most} samples at once; max_wait is in seconds",
             )
         inputs, outputs = (tuple(_per_request(spec, self._most) for spec in specs) for specs in _specs(runtime))
         self._checks = FeedChecks(inputs, outputs, runtime.num_queries)
         self._max_wait = max_wait
-        self._queue: queue.Queue[_Request | None] = queue.Queue(_QUEUED_BATCHES * self._most)
-        self._slots = threading.Semaphore(_IN_FLIGHT)
+        self._queue: deque[_Request] = deque()
         self._lock = threading.Lock()
+        self._room, self._work, self._idle = (threading.Condition(self._lock) for _ in range(3))
+        self._running = 0  # batches on the device
+        self._unanswered = 0  # requests
+        self._calling: set[int] = set()  # threads that are in callers' callbacks
         self._closed = False
         self._process = os.getpid()
         self._thread = threading.Thread(target=self._collect, name="perceiver-export batcher", daemon=True)
@@ -71,72 +77,98 @@ class Batcher:
         Raises InputError, RuntimeClosedError.
         """
         feeds = self._checks.feeds(feeds)
-        request = _Request(feeds, len(next(iter(feeds.values()))), Future())
+        if os.getpid() != self._process:  # where the lock may be held for ever
+            raise RuntimeClosedError("this batcher is of the process that forked", "make a new one")
+        request = _Request(feeds, len(next(iter(feeds.values()))))
         with self._lock:
-            if self._closed or os.getpid() != self._process:
-                raise RuntimeClosedError("this batcher is closed, or of another process", "make a new one")
-            self._queue.put(request)
+            self._room.wait_for(self._may_queue)
+            if self._closed:
+                raise RuntimeClosedError("this batcher is closed", "make a new one")
+            self._queue.append(request)
+            self._unanswered += 1
+            self._work.notify()
         return request.future
+
+    def _may_queue(self) -> bool:
+        waits = len(self._queue) >= _QUEUED_BATCHES * self._most and threading.get_ident() not in self._calling
+        return self._closed or not waits
 
     def run(self, feeds: Feeds) -> dict[str, Array]:
         """`submit`, and wait."""
         return self.submit(feeds).result()
 
     def close(self) -> None:
-        """Answer what was submitted. May be called twice."""
+        """Answer what was submitted. May be called twice, and does nothing in a child.
+
+        In a future's callback it returns at once, and what was submitted is answered behind it: the runtime must stay
+        open until then.
+        """
         if os.getpid() != self._process:
             return
         with self._lock:
-            if not self._closed:
-                self._closed = True
-                self._queue.put(None)
+            self._closed = True
+            self._room.notify_all()
+            self._work.notify()
+            if threading.get_ident() in self._calling:  # which does not wait for itself; the interpreter's exit does
+                threading.Thread(target=self.close, name="perceiver-export-close", daemon=False).start()
+                return
+            self._idle.wait_for(lambda: not self._unanswered)
         self._thread.join()
-        for _ in range(_IN_FLIGHT):
-            self._slots.acquire()
-        self._slots.release(_IN_FLIGHT)
 
     def _collect(self) -> None:
-        kept: _Request | None = None
-        while True:
-            first = kept or self._queue.get()
-            if first is None:
-                return
-            batch, kept, ended = self._fill(first)
+        while batch := self._next_batch():
             live = [request for request in batch if request.future.set_running_or_notify_cancel()]
             if live:
-                self._slots.acquire()
                 self._start(live)
-            if ended:
-                return
+            self._answered(len(batch) - len(live))
 
-    def _fill(self, first: _Request) -> tuple[list[_Request], _Request | None, bool]:
-        """A batch; a request that did not fit into it; whether `close` was called."""
-        batch, rows = [first], first.rows
-        deadline = time.monotonic() + self._max_wait
-        while rows < self._most:
-            try:
-                request = self._queue.get(timeout=max(0.0, deadline - time.monotonic()))
-            except queue.Empty:
-                break
-            if request is None:
-                return batch, None, True
-            if rows + request.rows > self._most:
-                return batch, request, False
-            batch.append(request)
-            rows += request.rows
-        return batch, None, False
+    def _next_batch(self) -> list[_Request]:
+        """What goes together, when there is enough of it or it has waited; nothing once all is handed on."""
+        with self._lock:
+            self._work.wait_for(lambda: self._queue or self._closed)
+            if not self._queue:
+                return []
+            wait = self._queue[0].arrived + self._max_wait - time.monotonic()
+            self._work.wait_for(self._enough, max(0.0, wait))
+            self._work.wait_for(lambda: self._running < _IN_FLIGHT)
+            batch = [self._queue.popleft()]
+            rows = batch[0].rows
+            while self._queue and rows + self._queue[0].rows <= self._most:
+                batch.append(self._queue.popleft())
+                rows += batch[-1].rows
+            self._room.notify_all()
+            return batch
+
+    def _enough(self) -> bool:
+        return self._closed or sum(request.rows for request in self._queue) >= self._most
+
+    def _answered(self, requests: int) -> None:
+        with self._lock:
+            self._unanswered -= requests
+            if not self._unanswered:
+                self._idle.notify_all()
 
     def _start(self, batch: Sequence[_Request]) -> None:
-        def done(future: Future[dict[str, Array]]) -> None:
-            self._slots.release()
-            _answer(batch, future)
-
+        with self._lock:
+            self._running += 1
         try:
-            self._runtime.submit(self._joined(batch)).add_done_callback(done)
-        except Exception as error:  # the runtime was closed first
-            self._slots.release()
-            for request in batch:
-                request.future.set_exception(error)
+            future = self._runtime.submit(self._joined(batch))
+        except Exception as error:  # the runtime was closed first, or memory is short
+            future = Future()
+            future.set_exception(error)
+        future.add_done_callback(lambda done: self._finish(batch, done))
+
+    def _finish(self, batch: Sequence[_Request], done: Future[dict[str, Array]]) -> None:
+        thread = threading.get_ident()
+        with self._lock:
+            self._running -= 1  # before the callers' callbacks, so that the device does not wait for them
+            self._work.notify()
+        self._calling.add(thread)
+        try:
+            _answer(batch, done)
+        finally:
+            self._calling.discard(thread)
+            self._answered(len(batch))
 
     def _joined(self, batch: Sequence[_Request]) -> dict[str, Array]:
         missing = self._least - sum(request.rows for request in batch)

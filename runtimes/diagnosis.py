@@ -133,7 +133,8 @@ def _target(target: Target) -> Finding:
         return Finding(what, needed_for, "not installed", _library(target))
     present = presence_apart(target)
     if present.device is not None:
-        found_as = f"{present.device.engine} on {present.device.name}"
+        engine = present.device.engine.partition("-")[0]  # without the commit that OpenVINO's version has
+        found_as = f"{engine} on {present.device.name}"
         return Finding(what, needed_for, found_as, device=present.device)
     return Finding(
         what, needed_for, present.problem, _library(target) if target.hardware == "CPU" else _userspace(target)

@@ -22,6 +22,8 @@ from perceiver_export.runtimes.runtime import Runtime
 
 _log = logging.getLogger(__name__)
 
+_MOST_THREADS = 1024  # onnxruntime starts as many as it is told, for minutes if they are thousands
+
 
 @dataclass(frozen=True)
 class _Wish:
@@ -59,8 +61,7 @@ def load(
 
     Raises BundleError, DeviceError, EngineError, MissingDependencyError, UsageError.
     """
-    if threads is not None and threads < 1:
-        raise UsageError(f"threads is {threads}", "give 1 or more, or leave it out")
+    _check_threads(threads)
     check_choice("hint", hint, get_args(Hint))
     if precision is not None:
         check_choice("precision", precision, get_args(Precision))
@@ -95,7 +96,8 @@ def load_onnx(path: str | os.PathLike[str], device: str = "auto", threads: int |
 
 
 def open_engine(path: Path, device: str, threads: int | None) -> Engine:
-    """Compile a graph for a target. Raises DeviceError, EngineError, MissingDependencyError."""
+    """Compile a graph for a target. Raises DeviceError, EngineError, MissingDependencyError, UsageError."""
+    _check_threads(threads)
     target = find_target(device)
     if target.needs_engine:
         raise EngineError(
@@ -191,6 +193,11 @@ def _at_load(bundle: Bundle, target: Target, stale: tuple[Candidate, ...], optio
 
 def _rebuild(bundle: Bundle, target: str) -> str:
     return f"rebuild it: perceiver-export build {bundle.path} --target {target}"
+
+
+def _check_threads(threads: int | None) -> None:
+    if threads is not None and not 1 <= threads <= _MOST_THREADS:
+        raise UsageError(f"threads is {threads}", f"give 1 to {_MOST_THREADS}, or leave it out")
 
 
 def _check_arithmetic(bundle: Bundle) -> None:

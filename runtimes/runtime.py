@@ -102,7 +102,8 @@ class Runtime:
         """`run` in the background; the arrays in ``feeds`` must not change until the future is done.
 
         The engine's own asynchronous calls where it has them (OpenVINO; ONNX Runtime with more than one thread), else
-        two threads. What `run` would raise the future raises; only RuntimeClosedError is raised here.
+        two threads. What `run` would raise the future raises; only RuntimeClosedError is raised here. A future's
+        callback runs in the thread that finishes the others: it may submit and close, but not wait for another future.
         """
         with self._lock:
             engine = self._open_engine()
@@ -134,6 +135,7 @@ class Runtime:
         return self._stream(iter(feeds), in_flight)
 
     def _stream(self, feeds: Iterator[Feeds], in_flight: int) -> Iterator[dict[str, Array]]:
+        engine = self._open_engine()
         started: deque[Future[dict[str, Array]]] = deque()
         try:
             for one in feeds:
@@ -144,7 +146,7 @@ class Runtime:
                 yield started.popleft().result()
         finally:
             for future in started:  # abandoned: what runs still reads the caller's arrays
-                if not future.cancel():
+                if not (future.cancel() or self._in_callback(engine)):
                     future.exception()
 
     def describe(self) -> dict[str, Any]:
@@ -164,10 +166,14 @@ class Runtime:
         with self._lock:
             engine, self._engine = self._engine, None
             pool, self._pool = self._pool, None
-        if pool is not None:
-            pool.shutdown(wait=threading.get_ident() not in self._workers)
+        if pool is not None and engine is not None:
+            pool.shutdown(wait=not self._in_callback(engine))
         if self._own_requests and engine is not None:
             cast(AsyncEngine, engine).close()
+
+    def _in_callback(self, engine: Engine) -> bool:
+        own = self._own_requests and cast(AsyncEngine, engine).in_callback()
+        return own or threading.get_ident() in self._workers
 
     def _open_engine(self) -> Engine:
         engine = self._engine

@@ -76,7 +76,7 @@ def show_bench(result: Bench) -> None:
     columns += ["× first>"] * several + ["samples/s>", "load>", "peak memory>", "from torch>"] + ["energy>"] * energy
     rows = [_row(side, several, energy) for side in result.measurements]
     note = "peak memory: of a fresh process, and in brackets before the load; samples/s: with two requests in flight"
-    print_table(f"{result.runs} runs on {result.machine}", columns, rows, note)
+    print_table(f"{result.runs} runs on {result.machine}", columns, rows, note, turns=True)
     for reason in result.skipped:
         typer.echo(f"not measured: {reason}")
     for side in result.measurements:

@@ -104,7 +104,8 @@ def show_export(bundle: Bundle, show_next: bool = True) -> None:
         if bundle.split:
             typer.echo(f"part {name}")
         for spec in (*part.inputs, *part.outputs):
-            typer.echo(f"  {spec.name}: {spec.dtype} {shape(spec.shape)}, {spec.meaning}")
+            meaning = f", {spec.meaning}" if spec.meaning else ""
+            typer.echo(f"  {spec.name}: {spec.dtype} {shape(spec.shape)}{meaning}")
         typer.echo(f"  work: {count(sum(stage.flops for stage in part.stages))}FLOP {_once(part)}{_folded(part)}")
     typer.echo(
         f"  verified against torch in {len(manifest.verification)} comparisons: largest difference "

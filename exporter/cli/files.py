@@ -15,7 +15,10 @@ from perceiver_export.runtimes.errors import InputError
 def check_file(path: Path) -> None:
     """Before a model runs for minutes: refuse a file that cannot be written anyway. Raises InputError."""
     if path.is_dir() or not path.absolute().parent.is_dir():
-        raise InputError(f"{path} cannot be written: it is a directory, or its folder is not there", "give -o a file")
+        raise InputError(
+            f"{path} cannot be written: it is a directory, or its folder is not there",
+            "name a file in a folder that is there",
+        )
 
 
 @contextlib.contextmanager
@@ -26,9 +29,7 @@ def new_file(path: Path) -> Iterator[Path]:
         yield temporary
         temporary.replace(path)
     except OSError as error:
-        raise InputError(
-            f"{path} cannot be written: {error.strerror or error}", "choose another file with -o"
-        ) from error
+        raise InputError(f"{path} cannot be written: {error.strerror or error}", "choose another file") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()

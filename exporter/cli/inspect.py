@@ -59,7 +59,7 @@ def show_inspection(inspection: Inspection) -> None:
                 meaning = f", {spec.meaning}" if spec.meaning else ""
                 typer.echo(f"{kind} {spec.name}: {spec.dtype} {shape(spec.shape)}{meaning}")
         whole = _sum(part.stages)
-        rows = [_row(stage, whole) for stage in (*part.stages, whole)]
+        rows = [_row(stage, whole) for stage in (*part.stages, whole) if _costs(stage, whole)]
         print_table(
             f"part {name} ({part.file}), for a batch of one",
             ["stage", "work>", "share>", "weights>", "weight bytes>", "bytes read and written>"],
@@ -131,6 +131,11 @@ def _sum(stages: tuple[Stage, ...]) -> Stage:
         sum(stage.weight_bytes for stage in stages),
         sum(stage.activation_bytes for stage in stages),
     )
+
+
+def _costs(stage: Stage, whole: Stage) -> bool:
+    """Whether a stage is worth a row: it computes, holds weights, or moves a hundredth of all bytes."""
+    return bool(stage.flops or stage.parameters) or stage.activation_bytes >= 0.01 * whole.activation_bytes > 0
 
 
 def _row(stage: Stage, whole: Stage) -> tuple[str, ...]:

@@ -7,9 +7,14 @@ import contextlib
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_ENDLESS = 10_000  # columns of a terminal
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON for machines instead of tables.")]
 DeviceOption = Annotated[str, typer.Option(help="Target to run on; `auto` takes the first that is present.")]
@@ -24,14 +29,31 @@ def print_json(value: Any) -> None:
     typer.echo(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
 
 
-def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], note: str = "") -> None:
-    """A table as wide as it needs to be; columns named with a trailing ``>`` are right-aligned."""
+def print_table(
+    title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], note: str = "", turns: bool = False
+) -> None:
+    """A table as wide as it needs to be; columns named with a trailing ``>`` are right-aligned.
+
+    One that ``turns`` has a row a column where the terminal is too narrow for it.
+    """
     from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
+    from rich.measure import Measurement
 
     # Piped to a file there is no width to fit into, and a table folded at 80 columns is hard to read.
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    rows = list(rows)
+    table = _table(title, columns, rows, note)
+    if turns and Measurement.get(console, console.options.update(width=_ENDLESS), table).maximum > console.width:
+        head, *rest = zip(columns, *rows, strict=True)
+        turned = [(name.rstrip(">"), *cells) for name, *cells in rest]
+        table = _table(title, [head[0], *(f"{cell}>" for cell in head[1:])], turned, note)
+    console.print(table)
+
+
+def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], note: str) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
     table = Table(
         title=Text(title, style="bold"),
         title_justify="left",
@@ -42,7 +64,7 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]
         table.add_column(column.rstrip(">"), justify="right" if column.endswith(">") else "left", overflow="fold")
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
-    console.print(table)
+    return table
 
 
 @contextlib.contextmanager
@@ -77,7 +99,9 @@ def progress_bar(what: str, quiet: bool = False) -> Iterator[Callable[[str, int,
 
 
 def mebibytes(size: float) -> str:
-    """Bytes as MiB."""
+    """Bytes as MiB, of less than a tenth of one as KiB."""
+    if 0 < size < 0.1 * 2**20:
+        return f"{size / 2**10:.1f} KiB"
     return f"{size / 2**20:,.1f} MiB"
 
 

@@ -33,7 +33,8 @@ def package(
 
     path = package_(bundle, server, output, target=target)
     if json:
-        print_json({"path": str(path), "files": sorted(str(file.relative_to(path)) for file in path.rglob("*.*"))})
+        files = sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file())
+        print_json({"path": str(path), "files": files})
         return
     typer.echo(f"{path} is a model repository for {server}")
     if server == "kserve":

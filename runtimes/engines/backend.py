@@ -91,6 +91,9 @@ class AsyncEngine(Engine, Protocol):
         None: it cannot, as it was opened; it is called from two threads then.
         """
 
+    def in_callback(self) -> bool:
+        """Whether a future's callback runs in this thread: to wait for another future there may be for ever."""
+
     def close(self) -> None:
         """Return when all that was submitted is done; at once in a future's callback, and what is left is finished.
 

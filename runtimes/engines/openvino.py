@@ -27,6 +27,7 @@ differences = exact
 _BLOB = "model.blob"
 _DEVICES = {"openvino-cpu": "CPU", "openvino-gpu": "GPU", "openvino-npu": "NPU"}
 _ARITHMETIC: dict[Precision, str] = {"fp32": "f32", "fp16": "f16", "bf16": "bf16"}
+_LACKS = "perceiver-export doctor says what this device lacks"
 _HINTS = {"latency": "LATENCY", "throughput": "THROUGHPUT"}
 
 
@@ -82,7 +83,12 @@ def _compiled(source: Source, threads: int | None) -> Any:
         model = core.read_model(str(source.graph))
     if source.options.precision == "fp16":
         model = _with_half_weights(openvino, core, model)
-    with _translated(f"{source.target} refuses {source.graph.name}", DeviceError):
+    flags = source.options.flags
+    with _translated(
+        f"{source.target} refuses {source.graph.name}",
+        DeviceError,
+        f"leave --flag {', --flag '.join(flags)} out" if flags else _LACKS,
+    ):
         return core.compile_model(model, _DEVICES[source.target], _properties(source, threads))
 
 
@@ -147,7 +153,7 @@ def _rebuild(target: str) -> str:
 def _translated(
     what: str,
     kind: type[BundleError | DeviceError | EngineError],
-    hint: str = "perceiver-export doctor says what this device lacks",
+    hint: str = _LACKS,
 ) -> Iterator[None]:
     """OpenVINO raises RuntimeError for everything, so the place decides what it means."""
     try:

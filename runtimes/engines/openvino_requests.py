@@ -49,6 +49,7 @@ class OpenvinoEngine:
         self._waiting: deque[_Submitted] = deque()
         self._started: queue.SimpleQueue[_Started | None] | None = None
         self._waiter: threading.Thread | None = None
+        self._waiter_id: int | None = None
 
     def run(self, feeds: Feeds) -> dict[str, Array]:
         out = self._allocate()
@@ -79,13 +80,18 @@ class OpenvinoEngine:
                     target=_finish_in_order, args=(self._started,), name="perceiver-export", daemon=True
                 )
                 self._waiter.start()
+                self._waiter_id = self._waiter.ident
             if self._running >= self._most:
                 self._waiting.append((feeds, future))
                 return future
             self._running += 1
         future.set_running_or_notify_cancel()
-        self._start(self._take(), feeds, future)
+        if not self._start(None, feeds, future):
+            self._next(None)
         return future
+
+    def in_callback(self) -> bool:
+        return threading.get_ident() == self._waiter_id
 
     def close(self) -> None:
         with self._lock:
@@ -93,7 +99,7 @@ class OpenvinoEngine:
         if waiter is None or started is None:
             return
         started.put(None)
-        if waiter is threading.current_thread():  # a callback does not wait for itself; the interpreter's exit does
+        if self.in_callback():  # a callback does not wait for itself; the interpreter's exit does
             threading.Thread(target=waiter.join, name="perceiver-export-close", daemon=False).start()
         else:
             waiter.join()
@@ -118,36 +124,43 @@ class OpenvinoEngine:
         try:
             return self._free.popleft()
         except IndexError:
-            return _Request(self._compiled.create_infer_request(), self._tensor, self._input_index, self._output_index)
+            pass
+        try:
+            request = self._compiled.create_infer_request()
+        except RuntimeError as error:
+            raise _failed(error) from error
+        return _Request(request, self._tensor, self._input_index, self._output_index)
 
     def _allocate(self) -> dict[str, Array] | None:
         if not self._fixed:
             return None
         return {spec.name: np.empty([int(dim) for dim in spec.shape], spec.dtype) for spec in self.outputs}
 
-    def _start(self, request: _Request, feeds: Feeds, future: Future[dict[str, Array]]) -> None:
-        out = self._allocate()
+    def _start(self, request: _Request | None, feeds: Feeds, future: Future[dict[str, Array]]) -> bool:
+        """Start on a request, None: on a free one. Where it fails the future says so."""
         try:
+            request = request or self._take()
+            out = self._allocate()
             request.bind(feeds, out)
             request.start()
         except Exception as error:
-            self._next(request)
             future.set_exception(error)
-            return
+            return False
         assert self._started is not None
         self._started.put(_Started(self, request, feeds, out, future))
+        return True
 
-    def _next(self, request: _Request) -> None:
-        """Give a request to whoever waits, or put it back."""
+    def _next(self, request: _Request | None) -> None:
+        """Give a request (None: it could not be started) to whoever waits, or put it back."""
         while True:
             with self._lock:
                 if not self._waiting:
                     self._running -= 1
-                    self._free.append(request)
+                    if request is not None:
+                        self._free.append(request)
                     return
                 feeds, future = self._waiting.popleft()
-            if future.set_running_or_notify_cancel():
-                self._start(request, feeds, future)
+            if future.set_running_or_notify_cancel() and self._start(request, feeds, future):
                 return
 
 
@@ -200,13 +213,16 @@ class _Request:
         self._outputs = outputs
 
     def bind(self, feeds: Feeds, out: Mapping[str, Array] | None) -> None:
-        for name, index in self._inputs.items():
-            array = feeds[name]
-            shared = array.flags.writeable  # OpenVINO shares only what it might write to
-            self._request.set_input_tensor(index, self._tensor(array, shared_memory=shared))
-        if out is not None:
-            for name, index in self._outputs.items():
-                self._request.set_output_tensor(index, self._tensor(out[name], shared_memory=True))
+        try:
+            for name, index in self._inputs.items():
+                array = feeds[name]
+                shared = array.flags.writeable  # OpenVINO shares only what it might write to
+                self._request.set_input_tensor(index, self._tensor(array, shared_memory=shared))
+            if out is not None:
+                for name, index in self._outputs.items():
+                    self._request.set_output_tensor(index, self._tensor(out[name], shared_memory=True))
+        except RuntimeError as error:
+            raise _failed(error) from error
 
     def infer(self) -> None:
         try:
@@ -215,7 +231,10 @@ class _Request:
             raise _failed(error) from error
 
     def start(self) -> None:
-        self._request.start_async()
+        try:
+            self._request.start_async()
+        except RuntimeError as error:
+            raise _failed(error) from error
 
     def wait(self) -> None:
         try:

@@ -85,7 +85,8 @@ def compile(source: Source, directory: Path, progress: Progress) -> None:
             said = said.replace(str(path), "")
         if "write" not in said:
             raise
-        raise BuildError(f"no engine can be written: {error.message}", "is the disk full? free some space") from error
+        place = directory.parent
+        raise BuildError(f"onnxruntime cannot write an engine to {place}", "is the disk full? free space") from error
 
 
 def open(source: Source, directory: Path | None, threads: int | None) -> OrtEngine:
@@ -171,8 +172,11 @@ class OrtEngine:
             return None
         return future
 
+    def in_callback(self) -> bool:
+        return threading.get_ident() in self._calling
+
     def close(self) -> None:
-        if threading.get_ident() in self._calling:  # a callback does not wait for itself; the interpreter's exit does
+        if self.in_callback():  # a callback does not wait for itself; the interpreter's exit does
             threading.Thread(target=self.close, name="perceiver-export-close", daemon=False).start()
             return
         with self._idle:
@@ -204,6 +208,11 @@ def _provider(onnxruntime: Any, target: str) -> str:
     """onnxruntime's name of the target's execution provider. Raises DeviceError."""
     here = {name.removesuffix("ExecutionProvider").lower(): name for name in onnxruntime.get_available_providers()}
     wanted = target.removeprefix("ort-")
+    if wanted in _plugins(onnxruntime):
+        raise DeviceError(
+            f"{wanted!r} is a plugin of onnxruntime's, which this runtime does not run",
+            f"use an execution provider that is compiled into it: {', '.join(sorted(here))}",
+        )
     if wanted not in here:
         raise DeviceError(
             f"this onnxruntime has no execution provider {wanted!r}, it has {', '.join(sorted(here))}",
@@ -212,6 +221,12 @@ def _provider(onnxruntime: Any, target: str) -> str:
             else "install an onnxruntime that was built with it; see `perceiver-export doctor`",
         )
     return str(here[wanted])
+
+
+def _plugins(onnxruntime: Any) -> set[str]:
+    """Execution providers that an app registered with `register_execution_provider_library`, from 1.23 on."""
+    found = {device.ep_name for device in getattr(onnxruntime, "get_ep_devices", list)()}
+    return {name.removesuffix("ExecutionProvider").lower() for name in found - {*onnxruntime.get_available_providers()}}
 
 
 def _session_options(onnxruntime: Any, source: Source, threads: int | None) -> Any:

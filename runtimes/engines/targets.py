@@ -86,6 +86,6 @@ def find_target(name: str) -> Target:
         return replace(TARGETS["ort-cpu"], name=name, hardware="whatever its execution provider runs on")
     raise DeviceError(
         f"there is no target {name!r}",
-        f"the targets are auto, {', '.join(TARGETS)}, and ort-NAME for an execution provider of onnxruntime's, "
-        "in small letters",
+        f"the targets are {', '.join(TARGETS)}, and ort-NAME for an execution provider of onnxruntime's, in small "
+        "letters; auto, where one is loaded, takes the first that is present",
     )

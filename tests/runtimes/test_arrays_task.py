@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -11,77 +10,24 @@ from typing import Any
 import numpy as np
 import pytest
 
-from perceiver_export.exporter.cli.run_arrays import run
-from perceiver_export.exporter.cli.run_options import RunOptions
-from perceiver_export.runtimes.errors import BundleError, InputError, UsageError
-from perceiver_export.runtimes.manifest import Manifest, Part, TensorSpec
-from perceiver_export.runtimes.runtime import Feeds, Runtime
+from perceiver_export.runtimes.errors import BundleError, InputError
+from perceiver_export.runtimes.manifest import Part
 from perceiver_export.runtimes.tasks.arrays import Arrays, Sets, read_arrays
 from perceiver_export.runtimes.tasks.graphs import interface
-
-N, C, E = 6, 4, 2
-RNG = np.random.default_rng(0)
-
-
-def spec(name: str, *shape: int | str, dtype: Any = "float32", **ranges: tuple[int, int]) -> TensorSpec:
-    return TensorSpec(name, dtype, shape, "", ranges)
-
-
-class Engine:
-    """Sums of all inputs, each over everything but the batch; rows of sets are entities' first channels."""
-
-    def __init__(self, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> None:
-        self.inputs, self.outputs = inputs, outputs
-        self.calls: list[Feeds] = []
-
-    def run(self, feeds: Feeds) -> dict[str, Any]:
-        self.calls.append(feeds)
-        if "entities" in feeds:
-            mask = feeds.get("entities_mask", np.ones(feeds["entities"].shape[:2], np.int32))
-            # What one entity gets depends on all that count, as in a model.
-            total = (feeds["entities"] * mask[..., None]).sum(axis=1, keepdims=True)
-            return {"outputs": (feeds["entities"] + total)[..., :E].astype(np.float32)}
-        return {
-            name: sum(a.reshape(len(a), -1).sum(axis=1, keepdims=True) for a in feeds.values()).astype(np.float32)
-            for name in (one.name for one in self.outputs)
-        }
-
-    def run_into(self, feeds: Feeds, out: Any) -> None:
-        raise NotImplementedError
-
-    def describe(self) -> dict[str, Any]:
-        return {"engine": "numpy", "version": "0", "device": "here"}
-
-
-def manifest(task: str, parts: dict[str, Part], outputs: tuple[TensorSpec, ...] = ()) -> Manifest:
-    return Manifest(1, "m", task, "deepmind", "", {}, parts, None, (), "fp32", (), {}, {}, outputs)
-
-
-def arrays_of(*inputs: TensorSpec, outputs: tuple[str, ...] = ("total",)) -> tuple[Arrays, Engine]:
-    gives = tuple(spec(name, inputs[0].shape[0], 1, **inputs[0].ranges) for name in outputs)
-    described = manifest("arrays", {"model": Part("m.onnx", inputs, gives)})
-    Arrays.check(described)
-    engine = Engine(inputs, gives)
-    return Arrays(described, lambda _: Runtime(engine, inputs, gives, "fp32")), engine
-
-
-def sets_of(masked: bool = True, batch: int = 1) -> tuple[Sets, Engine]:
-    inputs: tuple[TensorSpec, ...] = (spec("entities", batch, N, C),)
-    if masked:
-        inputs += (spec("entities_mask", batch, N, dtype="int32"),)
-    gives = (spec("outputs", batch, N, E),)
-    described = manifest("sets", {"model": Part("m.onnx", inputs, gives)})
-    Sets.check(described)
-    engine = Engine(inputs, gives)
-    return Sets(described, lambda _: Runtime(engine, inputs, gives, "fp32")), engine
-
-
-def two(batch: int | str = 1, **ranges: tuple[int, int]) -> tuple[Arrays, Engine]:
-    return arrays_of(spec("left", batch, 2, 3, **ranges), spec("right", batch, 4, dtype="int32", **ranges))
-
-
-LEFT, RIGHT = RNG.normal(size=(5, 2, 3)).astype(np.float32), RNG.integers(-9, 9, (5, 4), dtype=np.int32)
-TOTALS = LEFT.sum(axis=(1, 2)) + RIGHT.sum(axis=1)
+from tests.runtimes.array_models import (
+    LEFT,
+    RIGHT,
+    RNG,
+    TOTALS,
+    C,
+    E,
+    N,
+    arrays_of,
+    manifest,
+    sets_of,
+    spec,
+    two,
+)
 
 
 @pytest.mark.parametrize(("batch", "ranges"), [(1, {}), (2, {}), (8, {}), ("n", {"n": (1, 4)}), ("n", {"n": (3, 9)})])
@@ -281,71 +227,3 @@ def test_archives_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
     found = read_arrays(tmp_path / "good.npz")
     assert isinstance(found, dict)
     assert found["x"].tolist() == list(range(1000))
-
-
-def opened_as(monkeypatch: pytest.MonkeyPatch, task: Arrays | Sets) -> None:
-    monkeypatch.setattr("perceiver_export.runtimes.tasks.open_task", lambda *_: task)
-
-
-TABLE, JSON = RunOptions(3, "auto", None, json=False), RunOptions(3, "auto", None, json=True)
-
-
-def test_run_writes_the_outputs_and_prints_what_they_are(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    # `file` is what numpy.savez calls its own first parameter.
-    inputs = (spec("left", 1, 2, 3), spec("right", 1, 4, dtype="int32"))
-    opened_as(monkeypatch, arrays_of(*inputs, outputs=("total", "file"))[0])
-    np.savez(tmp_path / "in.npz", left=LEFT, right=RIGHT)
-    run("bundle", [str(tmp_path / "in.npz")], tmp_path / "out.npz", TABLE)
-
-    shown = capsys.readouterr().out
-    assert "5 × 1" in shown
-    assert f"{TOTALS.max():.6g}"[:5] in shown
-    with np.load(tmp_path / "out.npz") as written:
-        assert sorted(written.files) == ["file", "total"]
-        np.testing.assert_allclose(written["file"], TOTALS[:, None], rtol=1e-5)
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["in.npz", "out.npz"]
-
-
-def test_run_prints_json(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    opened_as(monkeypatch, arrays_of(spec("x", 1, 3))[0])
-    np.save(tmp_path / "x.npy", np.array([[1, 2, 3.0], [4, 5, 6.0]]))
-    run("bundle", [str(tmp_path / "x.npy")], None, JSON)
-
-    total = json.loads(capsys.readouterr().out)["outputs"]["total"]
-    assert total == {"dtype": "float32", "shape": [2, 1], "min": 6.0, "mean": 10.5, "max": 15.0}
-
-
-def test_run_takes_sets_from_both_kinds_of_file(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    entities = RNG.normal(size=(3, C))
-    np.save(tmp_path / "a.npy", entities)
-    np.savez(tmp_path / "a.npz", entities=entities, entities_mask=np.array([1, 1, 1]))
-    np.savez(tmp_path / "wrong.npz", units=entities)
-    shown = []
-    for name in ("a.npy", "a.npz"):
-        opened_as(monkeypatch, sets_of()[0])
-        run("bundle", [str(tmp_path / name)], None, JSON)
-        shown.append(json.loads(capsys.readouterr().out)["outputs"]["outputs"])
-
-    assert shown[0] == shown[1]
-    assert shown[0]["shape"] == [3, E]
-    with pytest.raises(InputError, match="'units'"):
-        run("bundle", [str(tmp_path / "wrong.npz")], None, JSON)
-
-
-def test_run_refuses_what_it_cannot_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    task, engine = arrays_of(spec("x", 1, 3))
-    opened_as(monkeypatch, task)
-    np.save(tmp_path / "x.npy", np.zeros((1, 3), np.float32))
-    file = str(tmp_path / "x.npy")
-    with pytest.raises(UsageError, match="inputs given: 2"):
-        run("bundle", [file, file], None, TABLE)
-    with pytest.raises(UsageError, match="npz"):
-        run("bundle", [file], tmp_path / "out.npy", TABLE)
-    with pytest.raises(InputError, match="cannot be written"):
-        run("bundle", [file], tmp_path, TABLE)
-
-    assert not engine.calls

@@ -195,3 +195,92 @@ def test_what_cannot_be_batched_is_refused(bundles: dict[str, Path]) -> None:
         for max_batch, max_wait in ((5, 0.0), (0, 0.0), (4, -1.0)):
             with pytest.raises(UsageError):
                 Batcher(runtime, max_batch, max_wait)
+
+
+def test_a_callback_may_submit_and_close_and_the_rest_is_answered(runtime: Runtime) -> None:
+    """More than may be queued, so that waiting there would be for ever."""
+    batcher = Batcher(runtime)
+    closed: Future[list[Future[dict[str, Array]]]] = Future()
+
+    def submit_and_close(_: Future[dict[str, Array]]) -> None:
+        try:
+            more = [batcher.submit({"image": IMAGES[index % 24]}) for index in range(50)]
+            batcher.close()
+            closed.set_result(more)
+        except BaseException as error:
+            closed.set_exception(error)
+
+    futures = [batcher.submit({"image": image}) for image in IMAGES]
+    futures[4].add_done_callback(submit_and_close)  # which is not done yet, or it closes here
+
+    futures += closed.result(timeout=60)
+    assert all(future.result(timeout=60)["logits"].shape == (1, 10) for future in futures)
+    batcher.close()
+    with pytest.raises(RuntimeClosedError):
+        batcher.submit({"image": IMAGES[0]})
+
+
+def test_a_failed_requests_callback_may_close(bundles: dict[str, Path]) -> None:
+    """The runtime is closed, so that its answer comes in the batcher's own thread."""
+    runtime = load(bundles["4"], "ort-cpu")
+    batcher = Batcher(runtime, max_wait=0.2)
+    closed = threading.Event()
+
+    def close(_: Future[dict[str, Array]]) -> None:
+        batcher.close()
+        closed.set()
+
+    future = batcher.submit({"image": IMAGES[0]})
+    future.add_done_callback(close)
+    runtime.close()
+
+    assert closed.wait(timeout=60)
+    with pytest.raises(RuntimeClosedError):
+        future.result(timeout=60)
+    batcher.close()
+
+
+def test_close_returns_when_answers_are_there_and_their_callbacks_have_run(runtime: Runtime) -> None:
+    batcher = Batcher(runtime)
+    called: list[Future[dict[str, Array]]] = []
+
+    def slow(done: Future[dict[str, Array]]) -> None:
+        time.sleep(0.002)
+        called.append(done)
+
+    futures = [batcher.submit({"image": image}) for image in IMAGES]
+    for future in futures:
+        future.add_done_callback(slow)
+    batcher.close()
+
+    assert len(called) == len(futures)
+
+
+def test_close_refuses_those_who_wait_for_room(bundles: dict[str, Path]) -> None:
+    release, refused = threading.Event(), threading.Event()
+
+    class Slow(Counting):
+        def submit(self, feeds: Feeds) -> Future[dict[str, Array]]:
+            release.wait(60)
+            return super().submit(feeds)
+
+    with load(bundles["4"], "ort-cpu") as runtime:
+        slow: Any = Slow(runtime)
+        batcher = Batcher(slow)
+
+        def flood() -> None:
+            try:
+                for _ in range(100):
+                    batcher.submit({"image": IMAGES[0]})
+            except RuntimeClosedError:
+                refused.set()
+
+        flooding, closing = threading.Thread(target=flood), threading.Thread(target=batcher.close)
+        flooding.start()
+        time.sleep(0.2)
+        closing.start()
+        assert refused.wait(timeout=60)
+        release.set()
+        for thread in (flooding, closing):
+            thread.join(timeout=60)
+            assert not thread.is_alive()

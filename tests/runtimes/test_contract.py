@@ -3,50 +3,18 @@
 
 from __future__ import annotations
 
-import itertools
-import shutil
-import subprocess
-import sys
 import threading
-import time
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from perceiver_export.runtimes import Runtime, build, load
-from perceiver_export.runtimes.errors import DeviceError, InputError, RuntimeClosedError, UsageError
+from perceiver_export.runtimes import Runtime, load
+from perceiver_export.runtimes.errors import DeviceError, InputError, UsageError
+from perceiver_export.runtimes.loading import load_onnx
 from tests.runtimes.targets import EXPECTED
-
-
-@pytest.fixture(params=EXPECTED, scope="module")
-def target(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
-@pytest.fixture(params=["at load", "built"], scope="module")
-def runtime(request: pytest.FixtureRequest, target: str, fashion_bundle: Path, engines: Path) -> Iterator[Runtime]:
-    path = engines if request.param == "built" else fashion_bundle
-    with load(path, target, verify="never") as loaded:  # no stamps outside of a test's own cache
-        yield loaded
-
-
-@pytest.fixture(scope="module")
-def engines(fashion_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the bundle with an engine for every target."""
-    copy = Path(shutil.copytree(fashion_bundle, tmp_path_factory.mktemp("engines") / "fashion"))
-    for target in EXPECTED:
-        build(copy, target)
-    return copy
-
-
-@pytest.fixture
-def golden(fashion_bundle: Path) -> dict[str, Any]:
-    with np.load(fashion_bundle / "golden.npz") as arrays:
-        return {"image": arrays["input/image"], "logits": arrays["output/logits"]}
 
 
 def test_outputs_are_those_of_torch(runtime: Runtime, golden: dict[str, Any]) -> None:
@@ -199,150 +167,11 @@ def test_eight_threads_get_their_own_answers(runtime: Runtime) -> None:
         assert all(pool.map(work, range(8)))
 
 
-def test_submit_gives_a_future(runtime: Runtime, golden: dict[str, Any]) -> None:
-    futures = [runtime.submit({"image": golden["image"] * scale}) for scale in (1, 2, 3)]
-
-    for scale, future in zip((1, 2, 3), futures, strict=True):
-        expected = runtime.run({"image": golden["image"] * scale})["logits"]
-        np.testing.assert_array_equal(expected, future.result(timeout=60)["logits"])
-    with pytest.raises(InputError):
-        runtime.submit({}).result(timeout=60)
-
-
-def test_more_can_be_submitted_than_run_at_once(runtime: Runtime, golden: dict[str, Any]) -> None:
-    images = [golden["image"] * scale for scale in range(1, 21)]
-    futures = [runtime.submit({"image": image}) for image in images]
-
-    for image, future in zip(images, futures, strict=True):
-        np.testing.assert_array_equal(runtime.run({"image": image})["logits"], future.result(timeout=60)["logits"])
-
-
-def test_one_thread_can_be_submitted_to_as_well(target: str, fashion_bundle: Path, golden: dict[str, Any]) -> None:
-    with load(fashion_bundle, target, threads=1) as runtime:
-        expected = runtime.run({"image": golden["image"]})["logits"]
-        for outputs in runtime.stream([{"image": golden["image"]}] * 4):
-            np.testing.assert_array_equal(expected, outputs["logits"])
-
-
-def test_a_stream_keeps_the_order_and_reads_no_further_ahead_than_it_may(
-    runtime: Runtime, golden: dict[str, Any]
-) -> None:
-    read = 0
-
-    def frames() -> Iterator[dict[str, Any]]:
-        nonlocal read
-        for scale in range(1, 11):
-            read = scale
-            yield {"image": golden["image"] * scale}
-
-    for taken, outputs in enumerate(runtime.stream(frames(), in_flight=3), start=1):
-        assert read - taken <= 2
-        expected = runtime.run({"image": golden["image"] * taken})["logits"]
-        np.testing.assert_array_equal(expected, outputs["logits"])
-    assert taken == read == 10
-    assert list(runtime.stream([])) == []
-
-
-def test_a_stream_raises_in_place_and_may_be_abandoned(runtime: Runtime, golden: dict[str, Any]) -> None:
-    good: dict[str, Any] = {"image": golden["image"]}
-    stream = runtime.stream(iter([good, good, {}, good]))
-
-    assert next(stream)["logits"].shape == next(stream)["logits"].shape
-    with pytest.raises(InputError, match="no inputs were given"):
-        next(stream)
-    with pytest.raises(UsageError, match="in_flight is 0"):
-        runtime.stream([good], in_flight=0)
-    abandoned = runtime.stream(itertools.repeat(good))
-    next(abandoned)
-    del abandoned
-    assert runtime.run(good)["logits"].shape == (1, 10)
-
-
 def test_several_runtimes_live_in_one_process(target: str, fashion_bundle: Path, golden: dict[str, Any]) -> None:
     with load(fashion_bundle, target) as first, load(fashion_bundle, target, threads=1) as second:
         left, right = (loaded.run({"image": golden["image"]})["logits"] for loaded in (first, second))
 
     np.testing.assert_allclose(left, right, atol=1e-5)
-
-
-def test_close_finishes_what_was_submitted_and_refuses_more(
-    target: str, fashion_bundle: Path, golden: dict[str, Any]
-) -> None:
-    runtime = load(fashion_bundle, target)
-    futures = [runtime.submit({"image": golden["image"]}) for _ in range(9)]
-    runtime.close()
-    runtime.close()
-
-    assert all(future.done() and future.result()["logits"].shape == (1, 10) for future in futures)
-    for call in (lambda: runtime.run({}), lambda: runtime.submit({}), runtime.describe):
-        with pytest.raises(RuntimeClosedError):
-            call()
-
-
-@pytest.mark.parametrize("options", [{}, {"threads": 1}, {"check_finite": True}], ids=str)
-def test_a_callback_may_close_and_the_rest_is_finished(
-    target: str, fashion_bundle: Path, golden: dict[str, Any], options: dict[str, Any]
-) -> None:
-    runtime = load(fashion_bundle, target, **options)
-    closed: Future[None] = Future()
-
-    def close(_: Future[dict[str, Any]]) -> None:
-        try:
-            started.wait(timeout=60)
-            runtime.close()
-            closed.set_result(None)
-        except BaseException as error:
-            closed.set_exception(error)
-
-    started = threading.Event()
-    futures = [runtime.submit({"image": golden["image"]})]
-    futures[0].add_done_callback(close)
-    futures += [runtime.submit({"image": golden["image"]}) for _ in range(5)]
-    started.set()
-
-    closed.result(timeout=60)
-    assert all(future.result(timeout=60)["logits"].shape == (1, 10) for future in futures)
-    with pytest.raises(RuntimeClosedError):
-        runtime.submit({})
-
-
-def test_a_process_that_ends_after_a_close_in_a_callback_ends_well(target: str, fashion_bundle: Path) -> None:
-    code = f"""
-import numpy, threading
-from perceiver_export.runtimes import load
-runtime, closed = load({str(fashion_bundle)!r}, {target!r}), threading.Event()
-feeds = {{"image": numpy.zeros((1, 3, 28, 28), numpy.float32)}}
-futures = [runtime.submit(feeds) for _ in range(9)]
-futures[0].add_done_callback(lambda future: (runtime.close(), closed.set()))
-closed.wait(60)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
-
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-
-
-def test_whatever_was_accepted_while_closing_is_finished(
-    target: str, fashion_bundle: Path, golden: dict[str, Any]
-) -> None:
-    runtime = load(fashion_bundle, target)
-    accepted: list[Future[dict[str, Any]]] = []
-
-    def submit_until_closed() -> None:
-        while True:
-            try:
-                accepted.append(runtime.submit({"image": golden["image"]}))
-            except RuntimeClosedError:
-                return
-
-    thread = threading.Thread(target=submit_until_closed)
-    thread.start()
-    time.sleep(0.01)
-    runtime.close()
-    thread.join(timeout=60)
-
-    assert not thread.is_alive()
-    assert accepted
-    assert all(future.result(timeout=60)["logits"].shape == (1, 10) for future in accepted)
 
 
 def test_a_target_that_does_not_exist_is_refused(fashion_bundle: Path) -> None:
@@ -352,7 +181,10 @@ def test_a_target_that_does_not_exist_is_refused(fashion_bundle: Path) -> None:
         assert "ort-NAME" in caught.value.hint
     with pytest.raises(DeviceError, match="no execution provider 'gpu'"):
         load(fashion_bundle, device="ort-gpu")
-    with pytest.raises(UsageError):
-        load(fashion_bundle, threads=0)
+    for threads in (0, 100_000):
+        with pytest.raises(UsageError, match=f"threads is {threads}"):
+            load(fashion_bundle, threads=threads)
+        with pytest.raises(UsageError, match=f"threads is {threads}"):
+            load_onnx(fashion_bundle / "model.onnx", threads=threads)
     with pytest.raises(UsageError, match="no part 'encoder'"):
         load(fashion_bundle, part="encoder")

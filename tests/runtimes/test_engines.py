@@ -1,18 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Built engines: found, refused before they are opened, rebuilt; whatever happens to a build, the cache stays whole."""
+"""Built engines: found, refused before they are opened, rebuilt."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import os
 import re
-import resource
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,46 +16,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from perceiver_export.runtimes import build, load, open_bundle
-from perceiver_export.runtimes.bundle import cache_directory
+from perceiver_export.runtimes import build, load
 from perceiver_export.runtimes.engines.targets import TARGETS
-from perceiver_export.runtimes.errors import BuildError, BundleError, EngineError, UsageError
+from perceiver_export.runtimes.errors import BundleError, EngineError
+from tests.runtimes.built_engines import compiled, edit_record, left_behind, logits
 from tests.runtimes.targets import EXPECTED
 
-IMAGE = np.random.default_rng(0).normal(size=(1, 3, 28, 28)).astype(np.float32)
 FILES = {"ort-cpu": "model.weights", "openvino-cpu": "model.blob"}
 
 
 @pytest.fixture(params=EXPECTED)
 def target(request: pytest.FixtureRequest) -> str:
     return str(request.param)
-
-
-def logits(bundle: Path, target: str) -> Any:
-    with load(bundle, target) as runtime:
-        return runtime.run({"image": IMAGE})["logits"]
-
-
-def compiled(bundle: Path, target: str) -> str:
-    with load(bundle, target) as runtime:
-        return str(runtime.describe()["compiled"])
-
-
-def edit_record(directory: Path, edit: Callable[[dict[str, Any]], None]) -> None:
-    path = directory / "engine.json"
-    record = json.loads(path.read_bytes())
-    edit(record)
-    path.write_text(json.dumps(record), encoding="utf-8")
-
-
-def left_behind(bundle: Path) -> list[str]:
-    """Everything below engines/ that is neither a whole engine nor a lock."""
-    place = bundle / "engines"
-    return [
-        str(entry.relative_to(place))
-        for entry in place.glob("*/*")
-        if entry.name != ".lock" and not (entry / "engine.json").is_file()
-    ]
 
 
 def test_an_engine_is_built_once_and_used(copied_bundle: Path, target: str) -> None:
@@ -217,69 +184,6 @@ def test_a_record_cannot_point_out_of_its_directory(copied_bundle: Path, target:
         load(copied_bundle, target)
 
 
-def in_a_process(statement: str, **options: Any) -> subprocess.Popen[str]:
-    code = f"import os, signal, sys, time\nfrom perceiver_export.runtimes import build\n{statement}"
-    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, **options)
-
-
-def test_two_processes_build_at_once_and_one_takes_what_the_other_made(copied_bundle: Path, target: str) -> None:
-    slow = "lambda *what: (print(what[0]), time.sleep(1))"
-    builds = [
-        in_a_process(f"print(build({str(copied_bundle)!r}, {target!r}, progress={slow})[0].new)") for _ in range(2)
-    ]
-    answers = sorted(one.communicate(timeout=60)[0].splitlines() for one in builds)
-
-    assert sorted(answer[-1] for answer in answers) == ["False", "True"]
-    assert [one.returncode for one in builds] == [0, 0]
-    assert left_behind(copied_bundle) == []
-    assert logits(copied_bundle, target).shape == (1, 10)
-
-
-def test_a_killed_build_leaves_nothing_that_the_next_one_minds(copied_bundle: Path, target: str) -> None:
-    kill = "lambda *what: os.kill(os.getpid(), signal.SIGKILL)"
-    killed = in_a_process(f"build({str(copied_bundle)!r}, {target!r}, progress={kill})")
-    killed.communicate(timeout=60)
-
-    assert killed.returncode == -signal.SIGKILL
-    assert len(left_behind(copied_bundle)) == 1
-    assert compiled(copied_bundle, target) == "at load"
-    (built,) = build(copied_bundle, target)
-    assert (built.new, left_behind(copied_bundle)) == (True, [])
-
-
-def test_an_interrupted_build_cleans_up(copied_bundle: Path, target: str) -> None:
-    def interrupt(what: str, done: int, total: int | None) -> None:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        build(copied_bundle, target, progress=interrupt)
-    assert left_behind(copied_bundle) == []
-    assert build(copied_bundle, target)[0].new
-
-
-def test_a_full_disk_leaves_nothing_and_the_next_build_works(copied_bundle: Path, target: str) -> None:
-    open_bundle(copied_bundle)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
-    try:
-        with pytest.raises(BuildError) as caught:
-            build(copied_bundle, target)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert "space" in caught.value.hint
-    assert left_behind(copied_bundle) == []
-    assert build(copied_bundle, target)[0].new
-
-
-def test_a_bundle_that_cannot_be_written_has_its_engines_in_the_users_cache(copied_bundle: Path, target: str) -> None:
-    (copied_bundle / "engines").write_text("no directory can be made here", encoding="utf-8")
-    (built,) = build(copied_bundle, target)
-
-    assert built.directory.is_relative_to(cache_directory())
-    assert compiled(copied_bundle, target) == str(built.directory)
-    assert not build(copied_bundle, target)[0].new
-
-
 def test_a_preflight_reads_no_engine(copied_bundle: Path, target: str) -> None:
     """20 ms are allowed; tests/benchmarks/loading.py measures it."""
     (built,) = build(copied_bundle, target)
@@ -315,13 +219,3 @@ def test_a_target_runs_the_graph_that_was_rewritten_for_it(
 
     with pytest.raises(BundleError, match=r"model\.ort-cpu\.onnx cannot be loaded"):
         load(copied_bundle, "ort-cpu", verify="never")
-
-
-def test_what_cannot_be_built_is_refused(copied_bundle: Path, target: str) -> None:
-    with pytest.raises(UsageError, match="precision is 'fp8'"):
-        build(copied_bundle, target, precision="fp8")  # type: ignore[arg-type]
-    with pytest.raises(UsageError, match="hint is 'speed'"):
-        load(copied_bundle, target, hint="speed")  # type: ignore[arg-type]
-    with pytest.raises(UsageError, match="no dimension 'batch'"):
-        build(copied_bundle, target, shapes={"batch": (1, 2, 4)})
-    assert not (copied_bundle / "engines").exists()

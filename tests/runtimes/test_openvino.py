@@ -12,6 +12,7 @@ import pytest
 from perceiver_export.runtimes import build, load
 from perceiver_export.runtimes.engines import openvino
 from perceiver_export.runtimes.engines.backend import EngineOptions, Source
+from perceiver_export.runtimes.engines.openvino_requests import OpenvinoEngine
 from perceiver_export.runtimes.errors import BundleError, DeviceError
 from perceiver_export.runtimes.manifest import TensorSpec
 from tests.runtimes.targets import EXPECTED
@@ -91,8 +92,9 @@ def test_outputs_that_overflow_are_refused_where_that_is_asked_for(fashion_bundl
 
 
 def test_a_setting_that_openvino_does_not_know_is_refused(copied_bundle: Path) -> None:
-    with pytest.raises(DeviceError, match="Unsupported property FOO"):
+    with pytest.raises(DeviceError, match="Unsupported property FOO") as caught:
         build(copied_bundle, "openvino-cpu", flags={"FOO": "1"})
+    assert caught.value.hint == "leave --flag FOO out"
 
 
 @pytest.mark.parametrize("device", ["openvino-gpu", "openvino-npu"])
@@ -110,8 +112,9 @@ def test_a_graph_that_cannot_be_read_is_a_broken_bundle(tmp_path: Path) -> None:
         openvino.open(Source("openvino-cpu", tmp_path / "none.onnx"), None, None)
 
 
-def test_an_inference_that_fails_raises_from_run_and_from_the_future_and_the_next_one_works(tmp_path: Path) -> None:
-    """Two matrices whose sizes only meet at run time; OpenVINO would not call back after the failure."""
+@pytest.fixture
+def product(tmp_path: Path) -> OpenvinoEngine:
+    """Two matrices whose sizes only meet at run time."""
     import onnx
 
     (tmp_path / "product.onnx").write_bytes(
@@ -122,7 +125,14 @@ def test_an_inference_that_fails_raises_from_run_and_from_the_future_and_the_nex
     )
     spec = TensorSpec("a", "float32", ("m", "k"))
     source = Source("openvino-cpu", tmp_path / "product.onnx", EngineOptions(), inputs=(spec,))
-    engine = openvino.open(source, None, None)
+    return openvino.open(source, None, None)
+
+
+def test_an_inference_that_fails_raises_from_run_and_from_the_future_and_the_next_one_works(
+    product: OpenvinoEngine,
+) -> None:
+    """OpenVINO would not call back after the failure."""
+    engine = product
     good = {"a": np.ones((2, 3), np.float32), "b": np.ones((3, 4), np.float32)}
     bad = {**good, "b": np.ones((5, 4), np.float32)}
 
@@ -139,3 +149,20 @@ def test_an_inference_that_fails_raises_from_run_and_from_the_future_and_the_nex
     engine.run_into(good, out)
     np.testing.assert_array_equal(np.full((2, 4), 3, np.float32), out["c"])
     engine.close()
+
+
+def test_whatever_cannot_be_started_fails_however_many_wait_and_the_next_one_works(product: OpenvinoEngine) -> None:
+    """As when a device goes away: each that fails starts the next one."""
+    slow = {"a": np.ones((600, 600), np.float32), "b": np.ones((600, 600), np.float32)}
+    wrong = {"a": np.ones((2, 3, 4), np.float32), "b": np.ones((3, 4), np.float32)}  # the checks are the runtime's
+    futures = [product.submit(feeds) for feeds in [slow] * 4 + [wrong] * 2000]
+
+    for future in futures[4:]:
+        with pytest.raises(DeviceError, match="inference failed"):
+            future.result(timeout=60)
+    for feeds in (wrong, slow, wrong, slow):
+        future = product.submit(feeds)
+        assert isinstance(future.exception(timeout=60), DeviceError) == (feeds is wrong)
+    with pytest.raises(DeviceError, match="inference failed"):
+        product.run(wrong)
+    product.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -84,3 +85,26 @@ def test_a_large_plan_has_memory_given_back_at_once(peak: int | None, kept: bool
     options = ort._session_options(onnxruntime, source, None)
 
     assert (options.enable_mem_pattern, options.enable_mem_reuse) == (kept, kept)
+
+
+def test_a_plugin_provider_is_told_from_one_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No plugin can be had for every machine that tests run on; only the listing of them is made up."""
+    device = SimpleNamespace(ep_name="AbacusExecutionProvider")
+    monkeypatch.setattr(onnxruntime, "get_ep_devices", lambda: [device], raising=False)
+
+    with pytest.raises(DeviceError, match="'abacus' is a plugin of onnxruntime's"):
+        ort.platform("ort-abacus", EngineOptions())
+    with pytest.raises(DeviceError, match="no execution provider 'slide'"):
+        ort.platform("ort-slide", EngineOptions())
+
+
+def test_a_model_of_compiled_nodes_is_refused(tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")  # not where the runtime alone is tested
+    model = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["" : 17, "com.microsoft" : 1]> compiled (float[1] x) => (float[1] y)'
+        '{ y = com.microsoft.EPContext <embed_mode = 1, ep_cache_context = "", source = "Abacus"> (x) }'
+    )
+    onnx.save(model, tmp_path / "compiled.onnx")
+
+    with pytest.raises((BundleError, DeviceError), match="EPContext"):
+        load_onnx(tmp_path / "compiled.onnx")

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runtimes that the tests of every target share."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from perceiver_export.runtimes import Runtime, build, load
+from tests.runtimes.targets import EXPECTED
+
+
+@pytest.fixture(params=EXPECTED, scope="module")
+def target(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(params=["at load", "built"], scope="module")
+def runtime(request: pytest.FixtureRequest, target: str, fashion_bundle: Path, engines: Path) -> Iterator[Runtime]:
+    path = engines if request.param == "built" else fashion_bundle
+    with load(path, target, verify="never") as loaded:  # no stamps outside of a test's own cache
+        yield loaded
+
+
+@pytest.fixture(scope="module")
+def engines(fashion_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the bundle with an engine for every target."""
+    copy = Path(shutil.copytree(fashion_bundle, tmp_path_factory.mktemp("engines") / "fashion"))
+    for target in EXPECTED:
+        build(copy, target)
+    return copy
+
+
+@pytest.fixture
+def golden(fashion_bundle: Path) -> dict[str, Any]:
+    with np.load(fashion_bundle / "golden.npz") as arrays:
+        return {"image": arrays["input/image"], "logits": arrays["output/logits"]}

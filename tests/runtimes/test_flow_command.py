@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`run` on frames: what it writes, and what it refuses before the model runs."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from PIL import Image
+
+import perceiver_export.runtimes.tasks
+from perceiver_export.exporter.cli import run_flow
+from perceiver_export.exporter.cli.run_options import RunOptions
+from perceiver_export.runtimes.errors import InputError, UsageError
+from perceiver_export.runtimes.flow_files import flow_picture, read_flo
+from perceiver_export.runtimes.pictures import read_picture
+from tests.runtimes.flow_models import manifest, open_fake, picture
+
+
+@pytest.fixture
+def frames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Three frames in a directory of their own, and a bundle that `run` opens."""
+    monkeypatch.setattr(perceiver_export.runtimes.tasks, "open_task", lambda *_: open_fake(manifest((16, 24)))[0])
+    (tmp_path / "in").mkdir()
+    paths = [tmp_path / "in" / f"frame{number}.png" for number in (1, 2, 10)]
+    for seed, path in enumerate(paths):
+        Image.fromarray(picture(20, 30, seed)).save(path)
+    return list(map(str, paths))
+
+
+def options(json: bool = False) -> RunOptions:
+    return RunOptions(top=3, device="auto", threads=None, json=json)
+
+
+def expected_flow(first: str, second: str) -> npt.NDArray[np.float32]:
+    return open_fake(manifest((16, 24)))[0](first, second)
+
+
+@pytest.mark.parametrize("ending", [".flo", ".npy", ".png"])
+def test_run_writes_one_flow(frames: list[str], tmp_path: Path, ending: str, capsys: Any) -> None:
+    output = tmp_path / f"flow{ending}"
+    run_flow.run("bundle", frames[:2], output, options())
+
+    flow = expected_flow(*frames[:2])
+    if ending == ".png":
+        np.testing.assert_array_equal(read_picture(output), flow_picture(flow))
+    else:
+        np.testing.assert_array_equal(read_flo(output) if ending == ".flo" else np.load(output), flow)
+    shown = capsys.readouterr().out
+    assert "frame1.png" in shown
+    assert f"{np.hypot(*flow.transpose(2, 0, 1)).max():.2f}" in shown
+    assert f"flow{ending}" in shown.replace("\n", "")
+
+
+def test_run_writes_a_directory_of_flows(frames: list[str], tmp_path: Path, capsys: Any) -> None:
+    run_flow.run("bundle", [str(tmp_path / "in")], tmp_path / "out", options(json=True))
+
+    shown = json.loads(capsys.readouterr().out)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "frame1.flo", "frame1.png", "frame2.flo", "frame2.png",
+    ]  # fmt: skip
+    np.testing.assert_array_equal(read_flo(tmp_path / "out" / "frame2.flo"), expected_flow(frames[1], frames[2]))
+    assert [pair["frames"] for pair in shown["pairs"]] == [frames[:2], frames[1:]]
+    flow = expected_flow(frames[0], frames[1])
+    lengths = np.hypot(flow[..., 0], flow[..., 1])
+    first = shown["pairs"][0]
+    assert (first["height"], first["width"]) == (20, 30)
+    assert first["mean"] == pytest.approx(lengths.mean(), rel=1e-5)
+    assert first["max"] == pytest.approx(lengths.max(), rel=1e-5)
+    assert first["files"] == [str(tmp_path / "out" / name) for name in ("frame1.flo", "frame1.png")]
+
+
+def test_run_without_output_says_how_to_write(frames: list[str], tmp_path: Path, capsys: Any) -> None:
+    run_flow.run("bundle", frames, None, options())
+
+    shown = capsys.readouterr().out
+    assert ".flo" in shown
+    assert shown.count("frame2.png") == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_frames_of_one_name_do_not_overwrite_each_other(frames: list[str], tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    same = tmp_path / "other" / "frame1.png"
+    Image.open(frames[1]).save(same)
+
+    run_flow.run("bundle", [frames[0], str(same), frames[2]], tmp_path / "out", options(json=True))
+
+    names = sorted(path.name for path in (tmp_path / "out").glob("*.flo"))
+    assert names == ["00000_frame1.flo", "00001_frame1.flo"]
+
+
+def test_frames_of_one_name_are_told_apart(frames: list[str], tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "other").mkdir()
+    same = tmp_path / "other" / "frame1.png"
+    Image.fromarray(picture(20, 30, 1)).save(same)
+    run_flow.run("bundle", [frames[0], str(same)], None, options())
+    shown = capsys.readouterr().out
+    assert {"in/frame1.png", "other/frame1.png"} <= set(re.findall(r"[a-z]+/frame1\.png", shown))
+
+    Image.fromarray(picture(20, 31)).save(same)
+    with pytest.raises(InputError, match=f"{frames[0]} has 20 × 30 pixels, {same} has 20 × 31"):
+        run_flow.run("bundle", [frames[0], str(same)], None, options())
+
+
+@pytest.mark.parametrize("there", [False, True])
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, InputError])
+def test_a_directory_is_whole_or_not_there(
+    frames: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: bool, stop: type[BaseException]
+) -> None:
+    """The second flow never comes: the third frame is of another size, or somebody has had enough."""
+    seen = []
+
+    def summarize(*given: Any) -> Any:
+        seen.append(list(tmp_path.glob(".*/*.flo")))
+        if stop is KeyboardInterrupt:
+            raise KeyboardInterrupt
+        return run_flow.Motion(("a", "b"), 1, 1, 0, 0, 0, 0, "still", ())
+
+    monkeypatch.setattr(run_flow, "summarize", summarize)
+    Image.fromarray(picture(20, 31)).save(frames[2])
+    if there:
+        (tmp_path / "out").mkdir()
+    with pytest.raises(stop):
+        run_flow.run("bundle", frames, tmp_path / "out", options())
+
+    assert [len(files) for files in seen] == [1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == (["in", "out"] if there else ["in"])
+    assert not there or not any((tmp_path / "out").iterdir())
+
+
+def test_run_refuses_before_it_runs(frames: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(perceiver_export.runtimes.tasks, "open_task", lambda *_: pytest.fail("the model was loaded"))
+    (tmp_path / "taken").touch()
+    (tmp_path / "empty").mkdir()
+    for inputs, output in [
+        (frames[:1], None),
+        ([str(tmp_path / "empty")], None),
+        ([str(tmp_path / "in"), frames[0]], None),
+        (frames[:2], tmp_path / "flow.jpg"),
+        (frames[:2], tmp_path / "absent" / "flow.flo"),
+        (frames, tmp_path / "flow.flo"),
+        (frames, tmp_path / "taken"),
+        (frames, tmp_path / "in"),
+        (frames[:2], Path(frames[1])),
+        (frames, tmp_path / "absent" / "out"),
+    ]:
+        with pytest.raises((InputError, UsageError)) as raised:
+            run_flow.run("bundle", inputs, output, options())
+        assert len(raised.value.hint) > 10
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "direction"),
+    [
+        (3, 0.2, "right"), (3, 3, "down and right"), (0, 3, "down"), (-3, 3, "down and left"), (-3, 0, "left"),
+        (-3, -3, "up and left"), (0, -3, "up"), (3, -3, "up and right"), (0.01, 0, "still"),
+        (np.nan, 0, "not a number"),
+    ],
+)  # fmt: skip
+def test_directions_in_words(x: float, y: float, direction: str) -> None:
+    flow = np.broadcast_to(np.array([x, y], np.float32), (4, 4, 2))
+
+    assert run_flow.summarize(("a", "b"), flow).direction == direction
+
+
+def test_a_zoom_has_no_direction() -> None:
+    flow = np.stack(np.meshgrid(np.arange(-3, 4), np.arange(-3, 4)), axis=-1).astype(np.float32)
+
+    assert run_flow.summarize(("a", "b"), flow).direction == "mixed"
