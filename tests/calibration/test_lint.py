@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnx_ir.passes.common
 import pytest
 
 from perceiver_export.calibration.lint_attention import FOLDED, FP32, NOT_LOWERED, ONE_QUERY, PART_INT8

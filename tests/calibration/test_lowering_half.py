@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+import onnx_ir.passes.common
 import pytest
 
 from perceiver_export.calibration.lowering.half import to_half
