@@ -40,9 +40,12 @@ check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict runtimes calibration exporter tests examples
 
-# On a machine with an NVIDIA GPU and TensorRT; `make test` skips these where there is none.
-test-gpu: install
-	PERCEIVER_TEST_GPU=1 $(BIN)/python -m pytest tests/runtimes/test_tensorrt_gpu.py
+# On a machine with an NVIDIA GPU and TensorRT; where there is none each test says why it is skipped. On a Jetson, with the
+# environment that sees JetPack's TensorRT and has pytest, and the demo's bundle with its graphs rewritten for fp16:
+# make test-gpu GPU_PYTHON=app/bin/python PERCEIVER_TEST_BUNDLE=BUNDLE
+GPU_PYTHON ?= $(BIN)/python
+test-gpu: $(if $(PERCEIVER_TEST_BUNDLE),,install)
+	$(GPU_PYTHON) -m pytest tests/runtimes/test_tensorrt_gpu.py
 
 test-py310: install
 ifeq ($(PYTHON310),)

@@ -15,7 +15,16 @@ from typing import Literal
 import numpy as np
 import onnx_ir as ir
 
-from perceiver_export.calibration.lowering.attention import LARGEST_HEAD, SMALLEST_HEAD, Attention, find_attentions
+from perceiver_export.calibration.lint_attention import (
+    HALF,
+    NOT_LOWERED,
+    PART_INT8,
+    dequantized,
+    is_half,
+    is_partly_int8,
+    widths,
+)
+from perceiver_export.calibration.lowering.attention import LARGEST_HEAD, find_attentions
 from perceiver_export.runtimes.engines.backend import Array
 from perceiver_export.runtimes.engines.tensorrt_capabilities import Capabilities
 
@@ -32,8 +41,7 @@ _NEVER = frozenset(
         "SkipLayerNormalization",
     }
 )
-_HALF = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
-_FLOATS = (ir.DataType.FLOAT, *_HALF)
+_FLOATS = (ir.DataType.FLOAT, *HALF)
 _MOST_AXES = 8
 _FP16_TERMS = 65504
 
@@ -98,7 +106,7 @@ def _scale_types(subject: Subject) -> Iterator[Finding]:
         scale = node.inputs[1]
         if scale is None or scale.dtype is None:
             continue
-        if weak and scale.dtype in _HALF:
+        if weak and scale.dtype in HALF:
             yield _refused("scale-type", node, f"{subject.can.name} takes fp32 scales only", _lower(subject))
         source = node.inputs[0]
         if node.op_type == "QuantizeLinear" and source and source.dtype in _FLOATS and source.dtype != scale.dtype:
@@ -110,7 +118,7 @@ def _half_in_weak(subject: Subject) -> Iterator[Finding]:
     if subject.can.typing != "weak":
         return
     for node in subject.graph:
-        if any(value.dtype in _HALF for value in node.outputs):
+        if any(value.dtype in HALF for value in node.outputs):
             message = f"the graph is 16 bits wide; {subject.can.name} wants fp32 and takes precision from flags"
             yield _refused("types", node, message, _lower(subject))
             return
@@ -134,7 +142,7 @@ def _weight_axis(subject: Subject) -> Iterator[Finding]:
 def _one_sided(subject: Subject) -> Iterator[Finding]:
     for node in subject.graph:
         if node.op_type in ("MatMul", "Gemm"):
-            activation, weight = (_dequantized(node.inputs[index]) for index in range(2))
+            activation, weight = (dequantized(node.inputs[index]) for index in range(2))
             if activation and not weight and node.inputs[1] is not None and node.inputs[1].is_initializer():
                 yield _slow(
                     "one-sided", node, "its input is int8 and its weight is not: it runs in floating point", _QUANTIZE
@@ -143,39 +151,31 @@ def _one_sided(subject: Subject) -> Iterator[Finding]:
 
 def _partial_attention(subject: Subject) -> Iterator[Finding]:
     for attention in find_attentions(subject.graph):
-        sides = [*attention.scores.inputs[:2], *attention.read.inputs[:2]]
-        quantized = [_dequantized(value) for value in sides]
-        output = any(user.op_type == "QuantizeLinear" for user in attention.read.outputs[0].consumers())
-        if any(quantized) and not (all(quantized) and output):
-            yield _slow(
-                "partial-attention",
-                attention.softmax,
-                "part of its attention is int8: one kernel becomes three, with the scores in memory",
-                "quantize linears only, or q, k, probabilities, v and the result",
-            )
+        if is_partly_int8(attention):
+            fix = "quantize linears only, or q, k, probabilities, v and the result"
+            yield _slow("partial-attention", attention.softmax, PART_INT8, fix)
 
 
 def _heads(subject: Subject) -> Iterator[Finding]:
     for attention in find_attentions(subject.graph):
         if not attention.fits and attention.padded is not None:
-            yield _slow("heads", attention.softmax, f"{_widths(attention)}; {_FUSED}", _lower(subject))
+            yield _slow("heads", attention.softmax, widths(attention), _lower(subject))
 
 
 def _wide_heads(subject: Subject) -> Iterator[Finding]:
     for attention in find_attentions(subject.graph):
         if not attention.fits and attention.padded is None and attention.rows != 1:
-            fix = "nothing to do here: more heads, in training, would make them narrower"
-            yield _slow("wide-heads", attention.softmax, f"{_widths(attention)}; {_FUSED}", fix)
+            fix = "nothing to do here: unless it is folded, more heads, in training, would make them narrower"
+            yield _slow("wide-heads", attention.softmax, widths(attention), fix)
 
 
 def _full_precision(subject: Subject) -> Iterator[Finding]:
-    if subject.can.typing == "weak":
+    """Of a graph that is lowered already, lowering itself has left in fp32 what would be too coarse."""
+    if subject.can.typing == "weak" or is_half(subject.graph):
         return
     for attention in find_attentions(subject.graph):
         if attention.scores.outputs[0].dtype == ir.DataType.FLOAT and attention.fits:
-            yield _slow(
-                "fp32-attention", attention.softmax, "it is fp32; only 16 bits have a fused kernel", _lower(subject)
-            )
+            yield _slow("fp32-attention", attention.softmax, NOT_LOWERED, _lower(subject))
 
 
 def _attention_operator(subject: Subject) -> Iterator[Finding]:
@@ -243,7 +243,6 @@ RULES: tuple[Callable[[Subject], Iterator[Finding]], ...] = (
 )
 
 _QUANTIZE = "quantize with `perceiver-export quantize`, whose int8 is the kind that it takes"
-_FUSED = f"attention is one kernel where they are equal, from {SMALLEST_HEAD} to {LARGEST_HEAD}"
 
 
 def _lower(subject: Subject) -> str:
@@ -270,18 +269,6 @@ def _inline(value: ir.Value) -> Array | None:
     """A constant that is in the graph itself; those in a file of weights are not read, and it may not be there."""
     tensor = value.const_value
     return None if tensor is None or isinstance(tensor, ir.ExternalTensor) else tensor.numpy()
-
-
-def _dequantized(value: ir.Value | None) -> bool:
-    """Whether a value comes from integers, past what only shapes it."""
-    node = value.producer() if value is not None else None
-    while node is not None and node.op_type in ("Transpose", "Reshape", "Pad", "Slice"):
-        node = node.inputs[0].producer() if node.inputs[0] is not None else None
-    return node is not None and node.op_type == "DequantizeLinear"
-
-
-def _widths(attention: Attention) -> str:
-    return f"its heads are {attention.qk or '?'} wide for queries and keys, {attention.v or '?'} for values"
 
 
 def _last(value: ir.Value | None, node: ir.Node, index: int) -> int | None:

@@ -22,15 +22,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Lint:
-    """One graph's findings. ``attentions``: how many it has; ``fusable``: those whose heads are as wide as a fused
-    kernel takes, which it does in 16 bits.
+    """One graph's findings. ``attentions``: how many it has, in as many pieces as it computes them in; ``unfused``:
+    those that do not become one kernel, by the name of their softmax, each with the reason. ``weight_bytes`` of the
+    graph's constants, and ``bytes_each_use`` if an engine had a copy of each for every node that uses it.
     """
 
     graph: str
     version: str
     findings: tuple[Finding, ...]
     attentions: int
-    fusable: int
+    unfused: dict[str, str]
+    weight_bytes: int
+    bytes_each_use: int
+
+    @property
+    def fusable(self) -> int:
+        """How many attentions become one kernel."""
+        return self.attentions - len(self.unfused)
 
     @property
     def refused(self) -> bool:
@@ -89,8 +97,9 @@ def _judge(model: object, name: str, can: Capabilities, ranges: frozenset[str]) 
     import onnx_ir as ir
     import onnx_ir.passes.common as common
 
+    from perceiver_export.calibration.lint_attention import attentions
     from perceiver_export.calibration.lint_rules import RULES, Subject
-    from perceiver_export.calibration.lowering.attention import find_attentions
+    from perceiver_export.calibration.lint_weights import weight_bytes
 
     assert isinstance(model, ir.Model)
     if any(value.shape is None or value.dtype is None for node in model.graph for value in node.outputs):
@@ -98,8 +107,9 @@ def _judge(model: object, name: str, can: Capabilities, ranges: frozenset[str]) 
             common.ShapeInferencePass()(model)
     subject = Subject(model.graph, model.opset_imports.get("", 0), can, ranges)
     findings = tuple(finding for rule in RULES for finding in rule(subject))
-    attentions = list(find_attentions(model.graph))
-    return Lint(name, can.name, findings, len(attentions), sum(attention.fits for attention in attentions))
+    reasons = attentions(model.graph, can)
+    unfused = {node: reason for node, reason in reasons.items() if reason}
+    return Lint(name, can.name, findings, len(reasons), unfused, *weight_bytes(model.graph))
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from perceiver_export.exporter.cli.output import JsonFlag, print_json, print_table
+from perceiver_export.exporter.cli.output import JsonFlag, mebibytes, print_json, print_table
 
 if TYPE_CHECKING:
     from perceiver_export.calibration.linting import Lint
@@ -47,9 +47,16 @@ def show_lint(result: Lint) -> None:
         print_table(f"{result.graph} for {result.version}", ["", "rule", "node", "what", "what to do"], rows)
     else:
         typer.echo(f"{result.graph} for {result.version}: nothing found")
-    typer.echo(
-        f"attention: heads of {result.fusable} of {result.attentions} are as wide as a fused kernel of 16 bits takes"
-    )
+    typer.echo(f"attention: {result.fusable} of {result.attentions} become one kernel")
+    reasons: dict[str, list[str]] = {}
+    for node, reason in result.unfused.items():
+        reasons.setdefault(reason, []).append(node)
+    for reason, names in reasons.items():
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        typer.echo(f"  {len(names)} not: {names[0]}{more} ({reason})")
+    once, each = mebibytes(result.weight_bytes), mebibytes(result.bytes_each_use)
+    copied = "" if once == each else f"; {each} if an engine had a copy for each use"
+    typer.echo(f"weights: {once} as the graph stores them{copied}")
 
 
 def _listed(nodes: list[str]) -> str:

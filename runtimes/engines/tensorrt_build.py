@@ -10,9 +10,9 @@ from typing import Any
 
 import msgspec
 
-from perceiver_export.runtimes.bundle import cache_directory
 from perceiver_export.runtimes.engines.backend import Platform, Progress, Source
 from perceiver_export.runtimes.engines.interruptible import interruptible
+from perceiver_export.runtimes.engines.tensorrt_caches import read_timings, write_timings
 from perceiver_export.runtimes.engines.tensorrt_capabilities import Capabilities
 from perceiver_export.runtimes.engines.tensorrt_layers import (
     Layer,
@@ -22,7 +22,13 @@ from perceiver_export.runtimes.engines.tensorrt_layers import (
     layers_from_inspector,
     layers_from_log,
 )
-from perceiver_export.runtimes.engines.tensorrt_network import asked_precisions, check_types, constrain, parse
+from perceiver_export.runtimes.engines.tensorrt_network import (
+    asked_precisions,
+    check_types,
+    constrain,
+    parse,
+    weight_bytes,
+)
 from perceiver_export.runtimes.errors import BuildError, DeviceError
 
 ENGINE, REPORT = "model.engine", "layers.json"
@@ -31,13 +37,17 @@ _BYTES = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 
 
 class LayerReport(msgspec.Struct, frozen=True):
-    """layers.json beside an engine: what its own report says. ``precisions`` counts the matrix products by type."""
+    """layers.json beside an engine: what its own report says. ``precisions`` counts the matrix products by type;
+    ``weight_bytes`` are those of the graph's constants, ``bytes_each_use`` with a copy for each layer that uses one.
+    """
 
     layers: int
     fused_attentions: int
     int8_products: int
     precisions: dict[str, int]
     engine_bytes: int
+    weight_bytes: int
+    bytes_each_use: int
 
 
 def make_logger(trt: Any) -> Any:
@@ -91,16 +101,18 @@ def _build(
         constrain(trt, network, config, source.options.precision)
     asked = asked_precisions(trt, network, can, source.options)
     check_types(asked, source)
-    timing = _timing_cache(platform, config) if can.library == "tensorrt" else None
+    timings = read_timings(platform, config) if can.library == "tensorrt" else None
     if can.monitor:
         config.progress_monitor = _monitor(trt, progress, stop)
-    progress("compiling", 0, None)
+    weights = weight_bytes(trt, network)
+    once, each = (round(size / 2**20) for size in weights)
+    progress(f"compiling {once} MiB of weights{f', {each} if each use has a copy' if each > once else ''}", 0, None)
     serialized = builder.build_serialized_network(network, config)
     del parser  # it owns weights that the network refers to
     if serialized is None:
         raise _given_up(can, source, logger.problems)
-    if timing is not None:
-        _save(timing, config)
+    if timings is not None:
+        write_timings(timings, config)
     layers = _layers(trt, can, logger, serialized)
     wrong = differences(asked, layers)
     if wrong:
@@ -109,7 +121,7 @@ def _build(
             f"{len(wrong)} of {len(asked)} products do not run as asked: {named}{'; …' if len(wrong) > 5 else ''}",
             "report it with the versions that `perceiver-export doctor` shows; another --precision may be kept",
         )
-    return _write(asked, layers, serialized, directory)
+    return _write(asked, layers, weights, serialized, directory)
 
 
 def _configure(trt: Any, can: Capabilities, config: Any, builder: Any, source: Source) -> None:
@@ -203,7 +215,9 @@ def _layers(trt: Any, can: Capabilities, logger: Any, serialized: Any) -> tuple[
     return layers_from_inspector(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
 
 
-def _write(asked: dict[str, str], layers: tuple[Layer, ...], serialized: Any, directory: Path) -> LayerReport:
+def _write(
+    asked: dict[str, str], layers: tuple[Layer, ...], weights: tuple[int, int], serialized: Any, directory: Path
+) -> LayerReport:
     counts = count_precisions(layers, asked)
     with (directory / ENGINE).open("wb") as file:
         file.write(serialized)
@@ -213,32 +227,11 @@ def _write(asked: dict[str, str], layers: tuple[Layer, ...], serialized: Any, di
         int8_products=counts.get("int8", 0),
         precisions=counts,
         engine_bytes=(directory / ENGINE).stat().st_size,
+        weight_bytes=weights[0],
+        bytes_each_use=weights[1],
     )
     (directory / REPORT).write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
     return report
-
-
-def _timing_cache(platform: Platform, config: Any) -> Path:
-    """What was measured on this device by this version is not measured again: builds of a fleet, or a second model."""
-    slug = re.sub(r"[^A-Za-z0-9.]+", "-", f"{platform.library}-{platform.version}-{platform.device}")
-    path = cache_directory() / "timing" / f"{slug}.cache"
-    try:
-        content = path.read_bytes()
-    except OSError:
-        content = b""
-    cache = config.create_timing_cache(content) or config.create_timing_cache(b"")
-    config.set_timing_cache(cache, False)
-    return path
-
-
-def _save(path: Path, config: Any) -> None:
-    temporary = path.with_suffix(f".{threading.get_ident()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(bytes(config.get_timing_cache().serialize()))
-        temporary.replace(path)
-    except OSError:  # a full or read-only home: the next build measures again
-        temporary.unlink(missing_ok=True)
 
 
 def _bytes(text: str) -> int:

@@ -16,6 +16,7 @@ import numpy as np
 from perceiver_export.runtimes.engines.backend import Array, Feeds, Platform, Source
 from perceiver_export.runtimes.engines.cuda_memory import Buffer, Cuda, Stream
 from perceiver_export.runtimes.engines.tensorrt_build import make_logger
+from perceiver_export.runtimes.engines.tensorrt_caches import KernelCache
 from perceiver_export.runtimes.errors import DeviceError, EngineError
 from perceiver_export.runtimes.manifest import TensorSpec
 
@@ -46,6 +47,8 @@ class TensorrtEngine:
                 f"build it again, here: perceiver-export build BUNDLE --target {here.library} --force",
             )
         self._check_names()
+        # TensorRT for RTX compiles kernels for the GPU that it finds, at their first run.
+        self._kernels = KernelCache(self._engine, path) if here.library == "tensorrt-rtx" else None
         self._free: queue.LifoQueue[_Slot] = queue.LifoQueue()
         self._lock, self._opened, self._limit = threading.Lock(), 0, _SLOTS
         self._replays = False
@@ -89,7 +92,7 @@ class TensorrtEngine:
             )
 
     def _new_slot(self) -> _Slot:
-        context = self._engine.create_execution_context()
+        context = self._kernels.context() if self._kernels else self._engine.create_execution_context()
         if context is None:
             raise DeviceError(
                 f"{self._here.device} has too little memory for this engine: {' '.join(self._logger.problems[-1:])}",
@@ -104,6 +107,8 @@ class TensorrtEngine:
         slot = self._take()
         try:
             yield slot
+            if self._kernels and slot.runs == 1:
+                self._kernels.keep()
         finally:
             self._replays |= slot.replays
             self._free.put(slot)
@@ -131,7 +136,7 @@ class _Slot:
         self._stream = Stream(cuda)
         self._shapes = source.options.shapes
         self._dynamic = any(isinstance(size, str) for spec in source.inputs for size in spec.shape)
-        self._runs = 0
+        self.runs = 0
         self.replays = False
         self._buffers: dict[str, Buffer] = {}
         for spec in (*source.inputs, *source.outputs):
@@ -150,8 +155,8 @@ class _Slot:
         if not (self.replays and self._stream.replay()):
             self._enqueue(sizes)
         self._stream.wait()
-        self._runs += 1
-        if self._runs == 1 and not self._dynamic:  # TensorRT asks for one plain run before it is recorded
+        self.runs += 1
+        if self.runs == 1 and not self._dynamic:  # TensorRT asks for one plain run before it is recorded
             self.replays = self._stream.record(lambda: self._enqueue({}))
         return {spec.name: self._view(spec, sizes) for spec in self._source.outputs}
 

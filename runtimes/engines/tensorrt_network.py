@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -108,6 +109,27 @@ def constrain(trt: Any, network: Any, config: Any, precision: Precision) -> None
             layer.precision = trt.float16
 
 
+def weight_bytes(trt: Any, network: Any) -> tuple[int, int]:
+    """Bytes of all constants, as the graph has them: stored once, and a copy for each layer that uses one.
+
+    Which of the two an engine is nearer to is known after it was built: TensorRT for RTX stores weights once.
+    """
+    kinds = trt.LayerType
+    shaped = (kinds.DEQUANTIZE, kinds.SHUFFLE, kinds.CAST, kinds.IDENTITY)  # computed when the engine is built
+    readers: dict[str, list[Any]] = {}
+    for layer in _layers(network):
+        for tensor in _inputs(layer):
+            readers.setdefault(tensor.name, []).append(layer)
+
+    def uses(tensor: Any) -> int:
+        found = readers.get(tensor.name, ())
+        return sum(uses(layer.get_output(0)) if layer.type in shaped else 1 for layer in found)
+
+    constants = [layer.get_output(0) for layer in _layers(network) if layer.type == kinds.CONSTANT]
+    sizes = [(tensor, math.prod(tensor.shape) * tensor.dtype.itemsize) for tensor in constants]
+    return sum(size for _, size in sizes), sum(size * uses(tensor) for tensor, size in sizes)
+
+
 def node_name(layer: Any, can: Capabilities) -> str:
     """Of the ONNX node that a layer was made from: in its metadata, on 8.x its own name."""
     found = _ONNX.search(layer.metadata) if can.typing != "weak" else None
@@ -116,6 +138,12 @@ def node_name(layer: Any, can: Capabilities) -> str:
 
 def _layers(network: Any) -> Iterator[Any]:
     return (network.get_layer(index) for index in range(network.num_layers))
+
+
+def _inputs(layer: Any) -> list[Any]:
+    """Those that are given; optional ones may be None."""
+    found = (layer.get_input(index) for index in range(layer.num_inputs))
+    return [tensor for tensor in found if tensor is not None]
 
 
 def _producers(network: Any) -> dict[str, Any]:
@@ -133,8 +161,7 @@ def _constants(trt: Any, network: Any) -> set[str]:
     """Names of tensors that no input changes: they are computed when the engine is built."""
     found: set[str] = set()
     for layer in _layers(network):  # producers come before their users
-        inputs = [layer.get_input(index) for index in range(layer.num_inputs)]
-        given = [one.name in found for one in inputs if one is not None]
+        given = [one.name in found for one in _inputs(layer)]
         if layer.type == trt.LayerType.CONSTANT or (given and all(given)):
             found.update(layer.get_output(index).name for index in range(layer.num_outputs))
     return found

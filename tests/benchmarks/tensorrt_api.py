@@ -2,13 +2,15 @@
 """What TensorRT's Python API has in each version that we support: names of attributes, from the real bindings.
 
 The bindings' wheels (1 MB each) are downloaded into a temporary directory, get empty libraries in the place of
-TensorRT's own, and are imported in a process of their own: no GPU and no TensorRT is needed. `--write` replaces
-tests/runtimes/tensorrt_api.json, which the tests' fake of TensorRT is made from; without it the two are compared.
+TensorRT's own, and are imported in a process of their own: no GPU and no TensorRT is needed. TensorRT for RTX is the
+one that is installed. `--write` replaces tests/runtimes/tensorrt_api.json, which the tests' fake of TensorRT is made
+from; without it the two are compared.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import re
 import subprocess
@@ -25,11 +27,21 @@ VERSIONS = {
     "10.16.1.11": "tensorrt-cu12-bindings==10.16.1.11",
     "11.4.0.106": "tensorrt-cu13-bindings==11.4.0.106",
 }
+RTX = "1.7.1.116"
 CLASSES = (
     *("Builder", "BuilderFlag", "DataType", "EngineInspector", "IBuilderConfig", "ICudaEngine", "IExecutionContext"),
     *("IHostMemory", "ILayer", "ILogger", "IMatrixMultiplyLayer", "INetworkDefinition", "INormalizationLayer"),
     *("IOptimizationProfile", "IProgressMonitor", "ITensor", "ITimingCache", "LayerInformationFormat", "LayerType"),
-    *("MemoryPoolType", "NetworkDefinitionCreationFlag", "OnnxParser", "ParserError", "ProfilingVerbosity", "Runtime"),
+    *(
+        "IRuntimeCache",
+        "IRuntimeConfig",
+        "MemoryPoolType",
+        "NetworkDefinitionCreationFlag",
+        "OnnxParser",
+        "ParserError",
+        "ProfilingVerbosity",
+        "Runtime",
+    ),
 )
 STORED = Path(__file__).parent.parent / "runtimes" / "tensorrt_api.json"
 
@@ -59,6 +71,8 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     found = {version: attributes(requirement) for version, requirement in VERSIONS.items()}
+    assert importlib.metadata.version("tensorrt-rtx") == RTX
+    found[RTX] = _dumped("", "tensorrt_rtx")
     if arguments.write:
         lines = (f"{json.dumps(version)}: {json.dumps(names)}" for version, names in found.items())
         STORED.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
@@ -80,11 +94,14 @@ def attributes(requirement: str) -> dict[str, Any]:
         (library,) = place.glob("*/tensorrt.so")
         for needed in _needed(library):
             _make_empty(place / needed)
-        dump = [sys.executable, "-W", "ignore", "-c", _DUMP, directory, library.parent.name, *CLASSES]
-        environment = {"LD_LIBRARY_PATH": directory}
-        done = subprocess.run(dump, check=True, env=environment, capture_output=True, text=True)
-        names: dict[str, Any] = json.loads(done.stdout)
-        return names
+        return _dumped(directory, library.parent.name)
+
+
+def _dumped(directory: str, module: str) -> dict[str, Any]:
+    command = [sys.executable, "-W", "ignore", "-c", _DUMP, directory, module, *CLASSES]
+    done = subprocess.run(command, check=True, env={"LD_LIBRARY_PATH": directory}, capture_output=True, text=True)
+    names: dict[str, Any] = json.loads(done.stdout)
+    return names
 
 
 def _needed(library: Path) -> list[str]:

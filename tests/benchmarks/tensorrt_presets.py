@@ -22,7 +22,6 @@ import onnx_ir as ir
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # `tests`, when it is run as a command
 from perceiver_export.calibration.linting import lint
-from perceiver_export.calibration.lowering.attention import find_attentions
 from perceiver_export.calibration.lowering.tensorrt import lower_for_tensorrt
 from perceiver_export.exporter.presets import PRESETS
 from perceiver_export.runtimes.engines import tensorrt
@@ -30,6 +29,7 @@ from perceiver_export.runtimes.engines.backend import EngineOptions, Source
 from tests.preset_graphs import preset_graphs, quantized
 from tests.runtimes.tensorrt_reports import read_report
 
+_FORMS = ("fp16", "int8")
 _DEVICES = ("sm86", "sm89")
 _ROW = (
     "{preset:28} {part:14} {form:5} {device:5} {fused:>3}/{fusable:<3} {int8:>4}/{linears:<4} {kept:>4}"
@@ -39,7 +39,7 @@ _ROW = (
 
 @dataclass(frozen=True)
 class Compiled:
-    """One engine. ``attentions``: all of the graph; ``fusable``: those whose heads a kernel takes."""
+    """One engine. ``attentions``: all of the graph; ``fusable``: those that `lint` says become one kernel."""
 
     preset: str
     part: str
@@ -79,7 +79,12 @@ def main() -> None:
 
 
 def compiled(
-    name: str, layers: int | None, blocks: int | None, fold: bool = True, devices: Sequence[str] = _DEVICES
+    name: str,
+    layers: int | None,
+    blocks: int | None,
+    fold: bool = True,
+    forms: Sequence[str] = _FORMS,
+    devices: Sequence[str] = _DEVICES,
 ) -> Iterator[Compiled]:
     """Engines of one preset: its parts in fp16 and int8, for each architecture."""
     with tempfile.TemporaryDirectory() as directory:
@@ -88,7 +93,7 @@ def compiled(
         for part in list(graphs):
             ir.save(graphs.pop(part), place / f"{part}.onnx", external_data=f"{part}.weights")
         for canonical in sorted(place.glob("*.onnx")):
-            for form in ("fp16", "int8"):
+            for form in forms:
                 work = place / form
                 work.mkdir()
                 yield from _forms(name, canonical, form, work, devices)
@@ -99,7 +104,6 @@ def _forms(name: str, canonical: Path, form: str, work: Path, devices: Sequence[
     model = ir.load(canonical)
     linears = quantized(model) if form == "int8" else 0
     kept = lower_for_tensorrt(model, "tensorrt", "fp16")
-    attentions = list(find_attentions(model.graph))
     lowered = work / "lowered.onnx"
     ir.save(model, lowered, external_data="lowered.weights")
     del model
@@ -120,7 +124,7 @@ def _forms(name: str, canonical: Path, form: str, work: Path, devices: Sequence[
             canonical.stem,
             form,
             device,
-            len(attentions),
+            judged.attentions,
             judged.fusable,
             report.fused_attentions,
             linears,

@@ -8,62 +8,19 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnx_ir as ir
 import pytest
 
-from perceiver_export.calibration.linting import Lint, lint
-from perceiver_export.calibration.lowering.tensorrt_bundle import lower_bundle
-from perceiver_export.exporter.cli.lint import show_lint
-from perceiver_export.runtimes.engines import tensorrt
-from perceiver_export.runtimes.engines.backend import EngineOptions, Precision, Source
-from perceiver_export.runtimes.errors import BuildError, BundleError, DeviceError, UsageError
+from tests.calibration.lint_cases import (
+    ATTENTION,
+    RNG,
+    compiled,
+    int8_linear,
+    partly_int8_attention,
+    refused,
+    rules,
+    scalar,
+)
 from tests.calibration.onnx_text import write
-from tests.runtimes.tensorrt_reports import LayerReport, read_report
-
-RNG = np.random.default_rng(0)
-ATTENTION = """(float16[1,8,64,{qk}] q, float16[1,8,{qk},64] k, float16[1,8,64,{v}] v) => (float16[1,8,64,{v}] y)
-    {{ s = MatMul(q, k)  p = Softmax<axis = -1>(s)  y = MatMul(p, v) }}"""
-LINEAR = """(float16[1,64,128] x) => (float16[1,64,128] y)
-    { c = QuantizeLinear(x, s, z)  d = DequantizeLinear(c, s, z)
-      e = DequantizeLinear<axis = AXIS>(w, t, u)  y = MatMul(d, e) }"""
-
-
-def scalar(value: float, dtype: Any = np.float16) -> np.ndarray[Any, Any]:
-    return np.array(value, dtype)
-
-
-def int8_linear(path: Path, axis: int = 1, zero: int = 0, kind: Any = np.int8, scale: Any = np.float16) -> Path:
-    """A linear as our quantizer writes it, unless told otherwise."""
-    weight = RNG.integers(-127, 127, (128, 128)).astype(np.int8)
-    return write(
-        path,
-        LINEAR.replace("AXIS", str(axis)),
-        s=scalar(0.05, scale),
-        z=scalar(zero, kind),
-        w=weight,
-        t=np.full(128, 0.01, np.float16),
-        u=np.zeros(128, np.int8),
-    )
-
-
-def rules(path: Path, version: str = "11.4", target: str = "tensorrt") -> set[str]:
-    (result,) = lint(path, target, version)
-    return {finding.rule for finding in result.findings}
-
-
-def compiled(path: Path, precision: Precision = "fp16") -> LayerReport:
-    """What TensorRT for RTX makes of it."""
-    out = path.parent / f"{path.stem}.engine"
-    out.mkdir()
-    options = EngineOptions(precision=precision, flags={"compute_capability": "sm86"})
-    tensorrt.compile(Source("tensorrt-rtx", path, options), out, lambda what, done, total: None)
-    return read_report(out)
-
-
-def refused(path: Path, precision: Precision = "fp16") -> str:
-    with pytest.raises((BuildError, BundleError)) as raised:
-        compiled(path, precision)
-    return raised.value.message
 
 
 def test_what_we_write_has_no_finding_and_runs_as_it_says(tmp_path: Path) -> None:
@@ -101,11 +58,7 @@ def test_attention_in_fp32_is_not_fused(tmp_path: Path) -> None:
 
 
 def test_attention_that_is_partly_int8_is_not_fused(tmp_path: Path) -> None:
-    body = """(float16[1,8,64,64] q, float16[1,8,64,64] k, float16[1,8,64,64] v) => (float16[1,8,64,64] y)
-        { a = QuantizeLinear(q, s, z)  b = DequantizeLinear(a, s, z)
-          c = QuantizeLinear(k, s, z)  d = DequantizeLinear(c, s, z)
-          t = MatMul(b, d)  p = Softmax<axis = -1>(t)  y = MatMul(p, v) }"""
-    path = write(tmp_path / "a.onnx", body, s=scalar(0.05), z=scalar(0, np.int8))
+    path = partly_int8_attention(tmp_path / "a.onnx")
 
     assert rules(path) == {"partial-attention"}
     assert compiled(path).fused_attentions == 0
@@ -184,22 +137,6 @@ def test_operators_that_no_version_has_are_refused(operator: str, body: str, tmp
     assert operator in refused(path, "fp32")
 
 
-def test_findings_of_one_kind_are_a_row_and_the_fix_is_for_the_target(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    body = "(float[4] x) => (float[4] y) { a = FastGelu(x)  b = FastGelu(a)  y = FastGelu(b) }"
-    (result,) = lint(write(tmp_path / "g.onnx", body), "tensorrt-rtx")
-    show_lint(result)
-    told = capsys.readouterr().out
-
-    assert len(result.findings) == 3
-    assert told.count("FastGelu is in no version") == 1
-    assert all(finding.node in told for finding in result.findings)
-    deep = "(float16[1,70000] x) => (float16[1,70000] y) { y = Softmax<axis = -1>(x) }"
-    (result,) = lint(write(tmp_path / "s.onnx", deep), "tensorrt-rtx")
-    assert "--target tensorrt-rtx " in result.findings[0].fix
-
-
 def test_operators_are_known_by_version(tmp_path: Path) -> None:
     gelu = write(tmp_path / "g.onnx", "(float[4] x) => (float[4] y) { y = Gelu(x) }")
 
@@ -261,46 +198,3 @@ def test_a_newer_opset_than_a_version_reads(tmp_path: Path) -> None:
 
     assert rules(path, "10.3") == {"opset"}
     assert rules(path, "10.9") == set()
-
-
-def test_bad_questions_are_refused(tmp_path: Path, fashion_bundle: Path) -> None:
-    damaged = tmp_path / "damaged.onnx"
-    damaged.write_bytes(b"not a graph")
-
-    with pytest.raises(BundleError):
-        lint(damaged)
-    with pytest.raises(BundleError):
-        lint(tmp_path / "missing")
-    with pytest.raises(DeviceError):
-        lint(fashion_bundle, version="7.1")
-    with pytest.raises(UsageError, match="nothing to lint for openvino"):
-        lint(fashion_bundle, "openvino")
-    with pytest.raises(UsageError, match="has no bf16 graph"):
-        lint(fashion_bundle, precision="bf16")
-    with pytest.raises(UsageError, match="precision is 'int8'"):
-        lint(fashion_bundle, precision="int8")
-
-
-def test_lowered_graphs_are_judged_without_their_weights(tmp_path: Path, copied_bundle: Path) -> None:
-    lower_bundle(copied_bundle, "tensorrt-rtx", "fp16")
-    alone = tmp_path / "alone.onnx"
-    alone.write_bytes((copied_bundle / "model.tensorrt-fp16.onnx").read_bytes())
-
-    assert rules(alone) == set()
-
-
-def test_zero_points_in_a_file_of_weights_are_not_read(tmp_path: Path) -> None:
-    model = ir.load(int8_linear(tmp_path / "l.onnx", zero=3))
-    ir.save(model, tmp_path / "external.onnx", external_data="l.weights", size_threshold_bytes=0)
-    (tmp_path / "l.weights").unlink()
-
-    assert rules(tmp_path / "external.onnx") == set()
-
-
-def test_graphs_are_judged_without_their_weights(tmp_path: Path, plain_fashion_bundle: Path) -> None:
-    alone = tmp_path / "model.onnx"
-    alone.write_bytes((plain_fashion_bundle / "model.onnx").read_bytes())
-    found: tuple[Lint, ...] = lint(alone)
-
-    assert found[0].attentions == 8
-    assert onnx.load(str(alone), load_external_data=False).opset_import[0].version == 20

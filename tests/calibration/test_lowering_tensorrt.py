@@ -4,20 +4,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxruntime
 import pytest
 
 from perceiver_export.calibration.lint_rules import RULES, Finding, Subject
 from perceiver_export.calibration.linting import lint
 from perceiver_export.calibration.lowering.attention import find_attentions, pad_heads
-from perceiver_export.calibration.lowering.emulation import emulate
 from perceiver_export.calibration.lowering.half import to_half
 from perceiver_export.calibration.lowering.magnitudes import calibrated, magnitudes
 from perceiver_export.calibration.lowering.tensorrt import lower_for_tensorrt
@@ -28,32 +25,15 @@ from perceiver_export.runtimes.bundle import Bundle
 from perceiver_export.runtimes.engines.tensorrt_capabilities import capabilities
 from perceiver_export.runtimes.engines.tensorrt_network import KEEP_FP32
 from perceiver_export.runtimes.errors import GateError, UnsupportedModelError
-from tests.calibration.onnx_text import write
+from tests.calibration.reference_runs import run
 from tests.cli import small_models
 from tests.preset_graphs import quantized
-
-Arrays = Mapping[str, np.ndarray[Any, Any]]
 
 
 @pytest.fixture(scope="module")
 def language(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """Masked, with heads of 4 for queries and 6 for values in its decoder."""
     return export(small_models.language(), tmp_path_factory.mktemp("language") / "language")
-
-
-def run(model: ir.Model | Path, feeds: Arrays, folder: Path | None = None) -> Arrays:
-    """On ONNX Runtime; a graph in 16 bits is rounded after every node."""
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    if isinstance(model, Path):
-        session = onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
-    else:
-        emulate(model)
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
-        content = ir.to_proto(model).SerializeToString()
-        session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-    names = [output.name for output in session.get_outputs()]
-    return dict(zip(names, session.run(names, dict(feeds)), strict=True))
 
 
 def graph(bundle: Bundle) -> ir.Model:
@@ -213,37 +193,6 @@ def test_bf16_keeps_what_fp16_cannot(fashion_bundle: Path, tmp_path: Path) -> No
     assert to_half(model, "bf16", hazards) == {}
 
 
-SCORES = """(float[2,8] q, float[8,3] k, float[1,3] keep) => (float[2,8] y) {
-    s = MatMul(q, k)  left = Mul(keep, lowest)  t = Add(s, left)  p = Softmax<axis = -1>(t)  y = MatMul(p, v) }"""
-
-
-@pytest.mark.parametrize(("largest", "kept"), [(63.0, set()), (65.0, {"MatMul_0", "Mul_1", "Add_2", "Softmax_3"})])
-def test_large_scores_are_seen_beside_a_mask(largest: float, kept: set[str], tmp_path: Path) -> None:
-    path = write(tmp_path / "s.onnx", SCORES, lowest=np.array(-1e30, np.float32), v=np.ones((3, 8), np.float32))
-    model = ir.load(path)
-    ir.passes.common.ShapeInferencePass()(model)
-
-    assert set(to_half(model, "fp16", {"s": largest, "t": 1e30, "left": 1e30, "keep": 1.0})) == kept
-    feeds = {
-        "q": np.full((2, 8), 2, np.float32),
-        "k": np.full((8, 3), 4, np.float32),
-        "keep": np.zeros((1, 3), np.float32),
-    }
-    np.testing.assert_allclose(run(model, feeds, tmp_path)["y"], 1, rtol=1e-3)
-
-
-CANCEL = """(float[2,8] q, float[8,3] k, float[2,3] grid, float[3] inverse) => (float[2,8] y) {
-    s = MatMul(q, k)  t = Add(s, grid)  u = Mul(t, inverse)  p = Softmax<axis = -1>(u)  y = MatMul(p, v) }"""
-
-
-@pytest.mark.parametrize(("inverse", "kept"), [(0.25, set()), (0.5, {"MatMul_0", "Add_1", "Mul_2", "Softmax_3"})])
-def test_large_terms_of_small_scores_count_as_they_are_scaled(inverse: float, kept: set[str], tmp_path: Path) -> None:
-    model = ir.load(write(tmp_path / "c.onnx", CANCEL, v=np.ones((3, 8), np.float32)))
-    ir.passes.common.ShapeInferencePass()(model)
-
-    assert set(to_half(model, "fp16", {"s": 200, "grid": 200, "t": 20, "inverse": inverse, "u": 10})) == kept
-
-
 @pytest.mark.parametrize("mask", ["none", "some", "all"])
 def test_masks_are_finite_in_fp16(language: Bundle, mask: str) -> None:
     feeds = dict(golden_inputs(language, "model"))
@@ -290,37 +239,6 @@ def test_8_marks_no_node_where_all_is_fp32(language: Bundle) -> None:
 def test_8_has_no_bf16(language: Bundle) -> None:
     with pytest.raises(UnsupportedModelError, match="no bf16"):
         lower_for_tensorrt(graph(language), "tensorrt8", "bf16")
-
-
-def test_indices_are_not_computed_in_fp16(tmp_path: Path) -> None:
-    body = """(int32[3] i) => (int32[3] row, float[3] y)
-        { f = Cast<to = 1>(i)  d = Div(f, w)  r = Floor(d)  row = Cast<to = 6>(r)  y = Mul(f, h) }"""
-    path = write(tmp_path / "i.onnx", body, w=np.array(224, np.float32), h=np.array(0.5, np.float32))
-    model = ir.load(path)
-    ir.passes.common.ShapeInferencePass()(model)
-    kept = to_half(model, "fp16")
-
-    given = np.array([50175, 2049, 4481], np.int32)
-    assert set(kept.values()) == {"it computes an index"}
-    np.testing.assert_array_equal(run(model, {"i": given}, tmp_path)["row"], given // 224)
-
-
-def test_sums_of_more_terms_than_fp16_counts_stay_fp32(tmp_path: Path) -> None:
-    path = write(tmp_path / "s.onnx", "(float[1,70000] x) => (float[1,70000] y) { y = Softmax<axis = -1>(x) }")
-    model = ir.load(path)
-
-    assert to_half(model, "fp16") == {"Softmax_0": "it sums 70000 terms"}
-    np.testing.assert_allclose(run(model, {"x": np.zeros((1, 70000), np.float32)}, tmp_path)["y"], 1 / 70000, rtol=1e-3)
-
-
-def test_scales_too_small_for_fp16_stay_fp32(tmp_path: Path) -> None:
-    body = """(float[1,4] x) => (float[1,4] y)
-        { c = QuantizeLinear(x, s, z)  d = DequantizeLinear(c, s, z)  y = Add(d, x) }"""
-    path = write(tmp_path / "q.onnx", body, s=np.array(1e-6, np.float32), z=np.array(0, np.int8))
-    model = ir.load(path)
-    ir.passes.common.ShapeInferencePass()(model)
-
-    assert to_half(model, "fp16") == dict.fromkeys(("QuantizeLinear_0", "DequantizeLinear_1"), "its scale is 1e-06")
 
 
 def test_an_int8_graph_keeps_its_numbers_in_fp16(fashion_bundle: Path) -> None:

@@ -14,10 +14,12 @@ from pathlib import Path
 import onnx_ir as ir
 import pytest
 
+from perceiver_export.calibration.linting import lint
 from perceiver_export.calibration.lowering.attention import find_attentions
 from perceiver_export.calibration.lowering.half import to_half
 from perceiver_export.calibration.lowering.tensorrt import lower_for_tensorrt
 from perceiver_export.calibration.lowering.tensorrt_bundle import lower_bundle
+from perceiver_export.exporter import export
 from perceiver_export.runtimes import build, load
 from perceiver_export.runtimes.engines import tensorrt
 from perceiver_export.runtimes.engines.backend import EngineOptions, Platform, Source
@@ -25,7 +27,9 @@ from perceiver_export.runtimes.engines.cuda_driver import Gpu, cuda_gpus
 from perceiver_export.runtimes.errors import BundleError, DeviceError
 from tests.benchmarks.tensorrt_presets import compiled
 from tests.cli.commands import COMMAND, fail, succeed
+from tests.conftest import FASHION
 from tests.preset_graphs import preset_graphs
+from tests.runtimes.tensorrt_reports import read_report
 
 SM86 = EngineOptions(precision="fp16", flags={"compute_capability": "sm86"})
 
@@ -42,16 +46,16 @@ SM86 = EngineOptions(precision="fp16", flags={"compute_capability": "sm86"})
     ],
 )
 def test_every_attention_that_can_is_fused_and_every_linear_is_int8(name: str, fold: bool, fused: int) -> None:
-    # Flow's pieces take the compiler ten seconds for each engine.
-    devices = ("sm86",) if name == "optical-flow" else ("sm86", "sm89")
-    rows = list(compiled(name, 1, 1, fold, devices))
+    # Flow's pieces take the compiler ten seconds for each engine; its int8 graph has the attention of the other too.
+    forms, devices = (("int8",), ("sm86",)) if name == "optical-flow" else (("fp16", "int8"), ("sm86", "sm89"))
+    rows = list(compiled(name, 1, 1, fold, forms, devices))
 
-    assert {(row.form, row.device) for row in rows} == {(form, sm) for form in ("fp16", "int8") for sm in devices}
+    assert {(row.form, row.device) for row in rows} == {(form, sm) for form in forms for sm in devices}
     for row in rows:
         assert row.fused == row.fusable
         assert row.int8 == (row.linears if row.form == "int8" else 0)
         assert row.lint_seconds < 5
-    for form in ("fp16", "int8"):
+    for form in forms:
         assert sum(row.fused for row in rows if (row.form, row.device) == (form, "sm86")) == fused
 
 
@@ -88,6 +92,16 @@ def test_the_demo_goes_from_bundle_to_engine(precision: str, copied_bundle: Path
     assert report["precisions"].get("int8", 0) == 0
     again = json.loads(succeed("build", copied_bundle, "--target", "tensorrt-rtx", *flags, "--json"))
     assert not again[0]["new"]
+
+
+def test_a_batch_of_named_size_is_one_engine(tmp_path: Path) -> None:
+    bundle = export(FASHION / "checkpoint", tmp_path / "bundle", batch="1:4:16").path
+    lower_bundle(bundle, "tensorrt-rtx", "fp16")
+    flags = {"compute_capability": "sm86"}
+    (engine,) = build(bundle, "tensorrt-rtx", precision="fp16", flags=flags, shapes={"batch": (1, 8, 16)})
+
+    assert not lint(bundle, "tensorrt-rtx")[0].findings
+    assert read_report(engine.directory).fused_attentions == 6
 
 
 def test_without_a_driver_engines_are_built_and_not_run(copied_bundle: Path) -> None:

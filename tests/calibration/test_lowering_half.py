@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What stays fp32 in a 16-bit graph, on graphs of a few nodes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import onnx_ir.passes.common
+import pytest
+
+from perceiver_export.calibration.lowering.half import to_half
+from tests.calibration.onnx_text import write
+from tests.calibration.reference_runs import run
+
+SCORES = """(float[2,8] q, float[8,3] k, float[1,3] keep) => (float[2,8] y) {
+    s = MatMul(q, k)  left = Mul(keep, lowest)  t = Add(s, left)  p = Softmax<axis = -1>(t)  y = MatMul(p, v) }"""
+
+
+@pytest.mark.parametrize(("largest", "kept"), [(63.0, set()), (65.0, {"MatMul_0", "Mul_1", "Add_2", "Softmax_3"})])
+def test_large_scores_are_seen_beside_a_mask(largest: float, kept: set[str], tmp_path: Path) -> None:
+    path = write(tmp_path / "s.onnx", SCORES, lowest=np.array(-1e30, np.float32), v=np.ones((3, 8), np.float32))
+    model = ir.load(path)
+    ir.passes.common.ShapeInferencePass()(model)
+
+    assert set(to_half(model, "fp16", {"s": largest, "t": 1e30, "left": 1e30, "keep": 1.0})) == kept
+    feeds = {
+        "q": np.full((2, 8), 2, np.float32),
+        "k": np.full((8, 3), 4, np.float32),
+        "keep": np.zeros((1, 3), np.float32),
+    }
+    np.testing.assert_allclose(run(model, feeds, tmp_path)["y"], 1, rtol=1e-3)
+
+
+CANCEL = """(float[2,8] q, float[8,3] k, float[2,3] grid, float[3] inverse) => (float[2,8] y) {
+    s = MatMul(q, k)  t = Add(s, grid)  u = Mul(t, inverse)  p = Softmax<axis = -1>(u)  y = MatMul(p, v) }"""
+
+
+@pytest.mark.parametrize(("inverse", "kept"), [(0.25, set()), (0.5, {"MatMul_0", "Add_1", "Mul_2", "Softmax_3"})])
+def test_large_terms_of_small_scores_count_as_they_are_scaled(inverse: float, kept: set[str], tmp_path: Path) -> None:
+    model = ir.load(write(tmp_path / "c.onnx", CANCEL, v=np.ones((3, 8), np.float32)))
+    ir.passes.common.ShapeInferencePass()(model)
+
+    assert set(to_half(model, "fp16", {"s": 200, "grid": 200, "t": 20, "inverse": inverse, "u": 10})) == kept
+
+
+def test_indices_are_not_computed_in_fp16(tmp_path: Path) -> None:
+    body = """(int32[3] i) => (int32[3] row, float[3] y)
+        { f = Cast<to = 1>(i)  d = Div(f, w)  r = Floor(d)  row = Cast<to = 6>(r)  y = Mul(f, h) }"""
+    path = write(tmp_path / "i.onnx", body, w=np.array(224, np.float32), h=np.array(0.5, np.float32))
+    model = ir.load(path)
+    ir.passes.common.ShapeInferencePass()(model)
+    kept = to_half(model, "fp16")
+
+    given = np.array([50175, 2049, 4481], np.int32)
+    assert set(kept.values()) == {"it computes an index"}
+    np.testing.assert_array_equal(run(model, {"i": given}, tmp_path)["row"], given // 224)
+
+
+def test_sums_of_more_terms_than_fp16_counts_stay_fp32(tmp_path: Path) -> None:
+    path = write(tmp_path / "s.onnx", "(float[1,70000] x) => (float[1,70000] y) { y = Softmax<axis = -1>(x) }")
+    model = ir.load(path)
+
+    assert to_half(model, "fp16") == {"Softmax_0": "it sums 70000 terms"}
+    np.testing.assert_allclose(run(model, {"x": np.zeros((1, 70000), np.float32)}, tmp_path)["y"], 1 / 70000, rtol=1e-3)
+
+
+def test_scales_too_small_for_fp16_stay_fp32(tmp_path: Path) -> None:
+    body = """(float[1,4] x) => (float[1,4] y)
+        { c = QuantizeLinear(x, s, z)  d = DequantizeLinear(c, s, z)  y = Add(d, x) }"""
+    path = write(tmp_path / "q.onnx", body, s=np.array(1e-6, np.float32), z=np.array(0, np.int8))
+    model = ir.load(path)
+    ir.passes.common.ShapeInferencePass()(model)
+
+    assert to_half(model, "fp16") == dict.fromkeys(("QuantizeLinear_0", "DequantizeLinear_1"), "its scale is 1e-06")
