@@ -6,7 +6,8 @@ from __future__ import annotations
 import itertools
 import os
 import platform
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,9 @@ from perceiver_export.runtimes.machine import available_cores, cpu_features, cpu
 from perceiver_export.runtimes.tasks import open_task
 from perceiver_export.runtimes.tasks.base import Task
 
-_BATCH = 64  # samples handed on at a time; a bundle of another batch size cuts it as it needs
+# Samples handed on at a time; a bundle of another batch size cuts them as it needs. Two engines' waiting threads are in
+# each other's way at every change from one to the other, so fast models change seldom.
+_BATCH, _LARGEST_BATCH, _SECONDS = 64, 512, 0.5
 
 Progress = Callable[[int, int | None], None]
 
@@ -206,13 +209,17 @@ def _go(
     """All samples through both sides; gives the digest of each one's inputs, and of inputs and targets."""
     inputs: list[str] = []
     judged: list[str] = []
-    for batch in _batches(stream, _BATCH):
+    samples, size = iter(stream), _BATCH
+    while batch := list(itertools.islice(samples, size)):
+        start = time.perf_counter()
         inputs += [example.digest for example in batch]
         judged += [example.digest + digest_of(example.targets) for example in batch]
         feeds, targets = stacked(batch)
         outputs = run_side(candidate, feeds, batch)
         expected = None if reference is None else run_reference(reference, feeds, batch, outputs)
         pairing.add(batch, outputs, expected, targets)
+        if time.perf_counter() - start < _SECONDS:
+            size = min(2 * size, _LARGEST_BATCH)
         if progress is not None:
             progress(pairing.count, total)
     if not pairing.count:
@@ -277,9 +284,3 @@ def machine() -> dict[str, str]:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
     }
-
-
-def _batches(samples: Iterable[Example], size: int) -> Iterator[list[Example]]:
-    iterator = iter(samples)
-    while batch := list(itertools.islice(iterator, size)):
-        yield batch

@@ -3,8 +3,8 @@
 
     python tests/benchmarks/validation_throughput.py [--samples 10000] [--json]
 
-Bare is `Runtime.run` of both models on inputs that are prepared already, nothing else. Both are run in blocks of 512
-samples in turn, so that what else the machine does hits both alike, and the median block counts for all, so that a
+Bare is `Runtime.run` of both models on inputs that are prepared already, nothing else. Both are run in turn, in
+blocks of at least 512 samples, so that what else the machine does hits both alike, and the median block counts for all, so that a
 pause does not. What `validate` does once, before (load) and after (bounds, worst pictures), is added in full.
 """
 
@@ -56,9 +56,9 @@ def measure(one: Path, other: Path, samples: int) -> dict[str, float]:
         begin, resumed = 0, time.perf_counter()
 
         def run_bare(done: int, total: int | None) -> None:
-            """After each block of `validate`, the same block bare."""
+            """After each block of `validate`, the same samples bare."""
             nonlocal begin, resumed
-            if done % _BLOCK and done != total:
+            if done - begin < _BLOCK and done != total:
                 return
             start = time.perf_counter()
             for runtime in (first.runtime, second.runtime):
