@@ -2,15 +2,16 @@
 """OpenVINO's infer requests behind `run` and `submit`.
 
 A request runs one inference at a time, so each call takes a free one, or makes one. Inputs and outputs of fixed shape
-are the caller's own memory; nothing is copied.
+are the caller's own memory; nothing is copied, but for arrays so small that a copy costs less than an address.
 """
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from perceiver_export.runtimes.errors import DeviceError
 from perceiver_export.runtimes.manifest import DType, TensorSpec
 
 _DTYPES: dict[str, DType] = {"f32": "float32", "i32": "int32", "i64": "int64", "u8": "uint8", "boolean": "bool"}
+_SMALL = 16 << 10  # bytes; copied in about a microsecond, where binding takes several
 _Submitted = tuple[Feeds, "Future[dict[str, Array]]"]
 
 
@@ -38,9 +40,6 @@ class OpenvinoEngine:
         names = {spec.name for spec in (*source.inputs, *source.outputs)}
         self.inputs = tuple(_spec(port, names) for port in compiled.inputs)
         self.outputs = tuple(_spec(port, names) for port in compiled.outputs)
-        self._input_index = {spec.name: index for index, spec in enumerate(self.inputs)}
-        self._output_index = {spec.name: index for index, spec in enumerate(self.outputs)}
-        self._fixed = all(isinstance(dim, int) for spec in self.outputs for dim in spec.shape)
         self._free: deque[_Request] = deque()
         # As many at once as the device wants, and two, so that one is always ready when another ends.
         self._most = max(2, int(compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")))
@@ -52,22 +51,20 @@ class OpenvinoEngine:
         self._waiter_id: int | None = None
 
     def run(self, feeds: Feeds) -> dict[str, Array]:
-        out = self._allocate()
         request = self._take()
         try:
-            request.bind(feeds, out)
+            request.bind(feeds)
             request.infer()
-            return out if out is not None else request.copies()
+            return request.results()
         finally:
             self._free.append(request)
 
     def run_into(self, feeds: Feeds, out: Mapping[str, Array]) -> None:
         request = self._take()
         try:
-            request.bind(feeds, out if self._fixed else None)
+            request.bind(feeds, out)
             request.infer()
-            if not self._fixed:
-                request.copy_into(out)
+            request.results_into(out)
         finally:
             self._free.append(request)
 
@@ -129,25 +126,19 @@ class OpenvinoEngine:
             request = self._compiled.create_infer_request()
         except RuntimeError as error:
             raise _failed(error) from error
-        return _Request(request, self._tensor, self._input_index, self._output_index)
-
-    def _allocate(self) -> dict[str, Array] | None:
-        if not self._fixed:
-            return None
-        return {spec.name: np.empty([int(dim) for dim in spec.shape], spec.dtype) for spec in self.outputs}
+        return _Request(request, self._tensor, self.inputs, self.outputs)
 
     def _start(self, request: _Request | None, feeds: Feeds, future: Future[dict[str, Array]]) -> bool:
         """Start on a request, None: on a free one. Where it fails the future says so."""
         try:
             request = request or self._take()
-            out = self._allocate()
-            request.bind(feeds, out)
+            request.bind(feeds)
             request.start()
         except Exception as error:
             future.set_exception(error)
             return False
         assert self._started is not None
-        self._started.put(_Started(self, request, feeds, out, future))
+        self._started.put(_Started(self, request, feeds, future))
         return True
 
     def _next(self, request: _Request | None) -> None:
@@ -171,13 +162,12 @@ class _Started:
     engine: OpenvinoEngine
     request: _Request
     feeds: Feeds
-    out: dict[str, Array] | None
     future: Future[dict[str, Array]]
 
     def finish(self) -> None:
         try:
             self.request.wait()
-            result = self.out if self.out is not None else self.request.copies()
+            result = self.request.results()
         except Exception as error:
             self.engine._next(self.request)
             self.future.set_exception(error)
@@ -205,22 +195,39 @@ class _Request:
     """An infer request and the memory that it is bound to."""
 
     def __init__(
-        self, request: Any, tensor: Callable[..., Any], inputs: dict[str, int], outputs: dict[str, int]
+        self, request: Any, tensor: Callable[..., Any], inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]
     ) -> None:
         self._request = request
         self._tensor = tensor
-        self._inputs = inputs
-        self._outputs = outputs
+        self._inputs, self._outputs = tuple(inputs), tuple(outputs)
+        # The request's own memory, of small arrays.
+        self._in = {
+            spec.name: request.get_input_tensor(index).data for index, spec in enumerate(inputs) if _is_small(spec)
+        }
+        self._out = {
+            spec.name: request.get_output_tensor(index).data for index, spec in enumerate(outputs) if _is_small(spec)
+        }
+        self._large = [
+            (index, spec, [int(dim) for dim in spec.shape])
+            for index, spec in enumerate(outputs)
+            if spec.name not in self._out and _num_bytes(spec) is not None
+        ]
+        self._bound: dict[str, Array] = {}
 
-    def bind(self, feeds: Feeds, out: Mapping[str, Array] | None) -> None:
+    def bind(self, feeds: Feeds, out: Mapping[str, Array] | None = None) -> None:
+        """Outputs go to ``out``, or to new arrays; those of no fixed shape are OpenVINO's until they are copied."""
         try:
-            for name, index in self._inputs.items():
-                array = feeds[name]
+            for index, spec in enumerate(self._inputs):
+                array = feeds[spec.name]
+                if spec.name in self._in:
+                    np.copyto(self._in[spec.name], array)
+                    continue
                 shared = array.flags.writeable  # OpenVINO shares only what it might write to
                 self._request.set_input_tensor(index, self._tensor(array, shared_memory=shared))
-            if out is not None:
-                for name, index in self._outputs.items():
-                    self._request.set_output_tensor(index, self._tensor(out[name], shared_memory=True))
+            for index, spec, shape in self._large:
+                array = np.empty(shape, spec.dtype) if out is None else out[spec.name]
+                self._request.set_output_tensor(index, self._tensor(array, shared_memory=True))
+                self._bound[spec.name] = array
         except RuntimeError as error:
             raise _failed(error) from error
 
@@ -242,12 +249,35 @@ class _Request:
         except RuntimeError as error:
             raise _failed(error) from error
 
-    def copies(self) -> dict[str, Array]:
-        return {name: self._request.get_output_tensor(index).data.copy() for name, index in self._outputs.items()}
+    def results(self) -> dict[str, Array]:
+        """Arrays that are the caller's alone."""
+        found = {}
+        for index, spec in enumerate(self._outputs):
+            bound = self._bound.pop(spec.name, None)
+            found[spec.name] = self._held(index, spec).copy() if bound is None else bound
+        return found
 
-    def copy_into(self, out: Mapping[str, Array]) -> None:
-        for name, index in self._outputs.items():
-            np.copyto(out[name], self._request.get_output_tensor(index).data)
+    def results_into(self, out: Mapping[str, Array]) -> None:
+        """Copy what is not there yet."""
+        for index, spec in enumerate(self._outputs):
+            if self._bound.pop(spec.name, None) is None:
+                np.copyto(out[spec.name], self._held(index, spec))
+
+    def _held(self, index: int, spec: TensorSpec) -> Array:
+        own = self._out.get(spec.name)
+        held: Array = self._request.get_output_tensor(index).data if own is None else own
+        return held
+
+
+def _is_small(spec: TensorSpec) -> bool:
+    size = _num_bytes(spec)
+    return size is not None and size <= _SMALL
+
+
+def _num_bytes(spec: TensorSpec) -> int | None:
+    """None where the shape is not fixed."""
+    sizes = [dim for dim in spec.shape if isinstance(dim, int)]
+    return math.prod(sizes) * np.dtype(spec.dtype).itemsize if len(sizes) == len(spec.shape) else None
 
 
 def _failed(error: RuntimeError) -> DeviceError:

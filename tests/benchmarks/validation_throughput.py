@@ -4,8 +4,8 @@
     python tests/benchmarks/validation_throughput.py [--samples 10000] [--json]
 
 Bare is `Runtime.run` of both models on inputs that are prepared already, nothing else. Both are run in turn, in
-blocks of at least 512 samples, so that what else the machine does hits both alike, and the median block counts for all, so that a
-pause does not. What `validate` does once, before (load) and after (bounds, worst pictures), is added in full.
+blocks of at least 512 samples, so that what else the machine does hits both alike, and the median block counts for all,
+so that a pause does not. What `validate` does once, before (load) and after (bounds, worst pictures), is added in full.
 """
 
 from __future__ import annotations
