@@ -53,6 +53,26 @@ def is_partly_int8(attention: Attention) -> bool:
     return any(sides) and not (all(sides) and output)
 
 
+def is_folded(attention: Attention) -> bool:
+    """Whether scores are multiplied by what changes with the inputs, as by a folded LayerNorm's deviations."""
+    pending, seen = [attention.softmax], {attention.scores}
+    while pending:
+        for value in pending.pop().inputs:
+            node = value.producer() if value is not None else None
+            if node is None or node in seen or node.op_type not in _BETWEEN:
+                continue
+            if node.op_type in ("Mul", "Div") and not any(_is_constant(one) for one in node.inputs):
+                return True
+            seen.add(node)
+            pending.append(node)
+    return False
+
+
+def _is_constant(value: ir.Value | None) -> bool:
+    producer = value.producer() if value is not None else None
+    return value is not None and (value.is_initializer() or (producer is not None and producer.op_type == "Constant"))
+
+
 def dequantized(value: ir.Value | None) -> bool:
     """Whether a value comes from integers, past what only shapes it."""
     node = value.producer() if value is not None else None
@@ -72,6 +92,8 @@ def widths(attention: Attention) -> str:
 def _reason(attention: Attention, can: Capabilities, lowered: bool) -> str:
     if attention.rows == 1:
         return ONE_QUERY
+    if is_folded(attention):
+        return FOLDED
     if not attention.fits:
         return widths(attention)
     if is_partly_int8(attention):

@@ -20,6 +20,7 @@ from perceiver_export.calibration.lint_attention import (
     NOT_LOWERED,
     PART_INT8,
     dequantized,
+    is_folded,
     is_half,
     is_partly_int8,
     widths,
@@ -164,8 +165,8 @@ def _heads(subject: Subject) -> Iterator[Finding]:
 
 def _wide_heads(subject: Subject) -> Iterator[Finding]:
     for attention in find_attentions(subject.graph):
-        if not attention.fits and attention.padded is None and attention.rows != 1:
-            fix = "nothing to do here: unless it is folded, more heads, in training, would make them narrower"
+        if not (attention.fits or is_folded(attention)) and attention.padded is None and attention.rows != 1:
+            fix = "nothing to do here: more heads, in training, would make them narrower"
             yield _slow("wide-heads", attention.softmax, widths(attention), fix)
 
 

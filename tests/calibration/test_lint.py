@@ -102,6 +102,17 @@ def test_folded_attention_is_told_from_what_fuses_and_from_a_classifier(tmp_path
     assert (none.attentions, none.unfused) == (0, {})
 
 
+def test_inputs_as_folded_queries_are_no_wide_heads(tmp_path: Path) -> None:
+    body = """(float16[1,1,64,66] x, float16[1,1,64,1] s, float16[1,1,66,16] k, float16[1,1,16,322] v)
+      => (float16[1,1,64,322] y) { a = MatMul(x, k)  b = Mul(a, FACTOR)  p = Softmax<axis = -1>(b)  y = MatMul(p, v) }"""
+    (folded,) = lint(write(tmp_path / "f.onnx", body.replace("FACTOR", "s")))
+    (plain,) = lint(write(tmp_path / "p.onnx", body.replace("FACTOR", "c"), c=scalar(0.5)))
+
+    assert (list(folded.unfused.values()), folded.findings) == ([FOLDED], ())
+    assert "66 wide" in next(iter(plain.unfused.values()))
+    assert {finding.rule for finding in plain.findings} == {"wide-heads"}
+
+
 def test_why_attention_is_not_one_kernel(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one = ATTENTION.format(qk=64, v=64)
     alone = one.replace("8,64,64", "8,1,64", 1).replace("=> (float16[1,8,64,64]", "=> (float16[1,8,1,64]")
