@@ -104,7 +104,8 @@ def test_folded_attention_is_told_from_what_fuses_and_from_a_classifier(tmp_path
 
 def test_inputs_as_folded_queries_are_no_wide_heads(tmp_path: Path) -> None:
     body = """(float16[1,1,64,66] x, float16[1,1,64,1] s, float16[1,1,66,16] k, float16[1,1,16,322] v)
-      => (float16[1,1,64,322] y) { a = MatMul(x, k)  b = Mul(a, FACTOR)  p = Softmax<axis = -1>(b)  y = MatMul(p, v) }"""
+      => (float16[1,1,64,322] y) { a = MatMul(x, k)  b = Mul(a, FACTOR)
+        p = Softmax<axis = -1>(b)  y = MatMul(p, v) }"""
     (folded,) = lint(write(tmp_path / "f.onnx", body.replace("FACTOR", "s")))
     (plain,) = lint(write(tmp_path / "p.onnx", body.replace("FACTOR", "c"), c=scalar(0.5)))
 
