@@ -60,7 +60,7 @@ def load_reference(bundle: str | Path, source: str) -> Checkpoint:
         "target": "torch",
         "device": cpu_name(),
         "engine": "torch",
-        "version": torch.__version__,
+        "version": str(torch.__version__),
         "graphs": _hashes(source, loaded),
     }
     return Checkpoint(Path(source).name or source, loaded, described)

@@ -62,8 +62,8 @@ class Deviation(nn.Module):
             centred = basis - basis.mean(1, keepdim=True)
             triangle = torch.linalg.qr(centred.T, "r").R
             self.register_buffer("triangle", triangle.to(modality.basis.dtype))
-            # A matrix of one row: of a vector, onnxruntime 1.32's fused product is wrong.
-            self.register_buffer("average", basis.mean(1, keepdim=True).T.to(modality.basis.dtype))
+            # No product: of a vector onnxruntime 1.32's fused one is wrong, and TensorRT for RTX has none for one row.
+            self.register_buffer("average", basis.mean(1, keepdim=True).to(modality.basis.dtype))
 
     def forward(self, features: Tensor | None) -> Tensor:
         total = self.num_features + self.num_constants
@@ -71,7 +71,7 @@ class Deviation(nn.Module):
         variance = self.get_buffer("square").unsqueeze(0) / total
         if features is not None:
             if self.linear:
-                own = (self.get_buffer("average") @ features).squeeze(1)
+                own = (self.get_buffer("average") * features).sum(1)
                 centred = self.get_buffer("triangle") @ features
             else:
                 own = features.mean(1)
