@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 from pathlib import Path
@@ -19,18 +18,6 @@ from perceiver_export.runtimes.errors import DataError, GateError, UsageError
 from tests.cli.commands import fail, perceiver_export
 
 TEST = Path(__file__).resolve().parents[2] / "examples" / "fashion_mnist" / "test.npz"
-
-
-@pytest.fixture
-def nan_bundle(copied_bundle: Path) -> Path:
-    """The demo's model with NaN for every weight, hashed as if it were meant so."""
-    weights, manifest = copied_bundle / "model.weights", copied_bundle / "manifest.json"
-    content = b"\xff" * weights.stat().st_size
-    weights.write_bytes(content)
-    described = json.loads(manifest.read_bytes())
-    described["files"]["model.weights"]["sha256"] = hashlib.sha256(content).hexdigest()
-    manifest.write_text(json.dumps(described), encoding="utf-8")
-    return copied_bundle
 
 
 def test_nan_outputs_are_written_where_machines_and_people_read(
