@@ -35,7 +35,7 @@ class Time(msgspec.Struct, frozen=True):
 class Rung(msgspec.Struct, frozen=True):
     """One mixture: its place on the ladder, the layers that went back, what it costs, and what the gates said.
 
-    ``size`` is the bundle's as a share of fp32's. ``search`` and ``certification`` have a line a gate and target, or one
+    ``size`` is the bundle's as a share of fp32's. ``search`` and ``certification`` have a line a gate and target, one
     that begins with failed where an output was NaN or infinite.
     """
 

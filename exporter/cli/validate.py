@@ -63,7 +63,8 @@ def validate(
         bool, typer.Option("--allow-overlap", help="Certify though samples were calibrated on, or are repeated.")
     ] = False,
     save_worst: Annotated[
-        str | None, typer.Option(metavar="DIR", help="Save the worst samples here (pictures, inputs, worst.json) and classes.")
+        str | None,
+        typer.Option(metavar="DIR", help="Save the worst samples here (pictures, inputs, worst.json) and classes."),
     ] = None,
     report: Annotated[
         str | None, typer.Option(metavar="FILE", help="Write a report: .html with everything in it, or .md.")

@@ -59,6 +59,22 @@ def test_nan_outputs_are_written_where_machines_and_people_read(
     assert not (nan_bundle / "calibration.json").exists()
 
 
+def test_what_may_not_be_certified_is_reported_all_the_same(
+    int8_bundle: Path, fashion_bundle: Path, tmp_path: Path
+) -> None:
+    with np.load(TEST) as data:
+        one = data["labels"] == 3
+        np.savez(tmp_path / "one.npz", image=data["image"][one][:40], labels=data["labels"][one][:40])
+    report = tmp_path / "report.md"
+
+    options = ["--against", fashion_bundle, "--max-drop", "30", "--certify", "--report", report]
+    said = fail("validate", int8_bundle, "--data", tmp_path / "one.npz", *options)
+
+    assert "error: all samples have one label" in said
+    assert "Certified" not in report.read_text(encoding="utf-8")
+    assert "all samples have one label" in report.read_text(encoding="utf-8")
+
+
 def test_a_reference_that_gives_nan_fails_too_and_is_never_held(fashion_bundle: Path) -> None:
     def broken(feeds: Any) -> Any:
         return {"logits": np.full((len(feeds["image"]), 10), np.nan, np.float32)}

@@ -18,7 +18,14 @@ from perceiver_export.calibration.pipeline import part_options, quantize
 from perceiver_export.exporter import export
 from perceiver_export.runtimes import open_bundle
 from perceiver_export.runtimes.certificates import certificates
-from perceiver_export.runtimes.errors import DataError, DeviceError, GateError, PerceiverExportError, UndecidedError, UsageError
+from perceiver_export.runtimes.errors import (
+    DataError,
+    DeviceError,
+    GateError,
+    PerceiverExportError,
+    UndecidedError,
+    UsageError,
+)
 from tests.calibration.cancelling_units import LAYER, with_cancelling_units
 from tests.calibration.damaged_scales import with_a_scale_times
 
@@ -59,7 +66,7 @@ def test_a_layer_that_must_not_be_int8_goes_back(cancelling: Path, splits: dict[
         assert [time.target for time in rung.times] == ["ort-cpu"]
         assert rung.time == pytest.approx(rung.times[0].ratio)
         assert rung.times[0].milliseconds > 0
-        assert 0.4 < rung.size < 0.6
+        assert 0.7 < rung.size < 0.95  # most layers are float
     bundle = open_bundle(tmp_path / "mixed", verify="always")
     assert certificates(bundle) == found.certificates
     assert bundle.manifest.name == "mixed"

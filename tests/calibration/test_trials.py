@@ -64,8 +64,12 @@ def test_a_rung_with_nan_does_not_hold_and_the_search_goes_on(
     assert not trials.path(0).exists()
 
 
-def test_where_every_rung_gives_nan_nothing_holds(nan_bundle: Path, fashion_bundle: Path, few: Path, tmp_path: Path) -> None:
-    with pytest.raises(GateError, match="no mixture of precisions holds: failed: the candidate .* gives NaN") as caught:
+def test_where_every_rung_gives_nan_nothing_holds(
+    nan_bundle: Path, fashion_bundle: Path, few: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        GateError, match=r"no mixture of precisions holds: failed: the candidate .* gives NaN"
+    ) as caught:
         on_trial(fashion_bundle, tmp_path, nan_bundle, max_drop=5).search(few, 0.0)
     assert not isinstance(caught.value, UndecidedError)
 
@@ -79,7 +83,7 @@ def test_nan_in_certification_is_no_pass(
     shutil.rmtree(trials.path(step))
     shutil.copytree(nan_bundle, trials.path(step))
 
-    with pytest.raises(GateError, match="could not be certified: failed: the candidate .* gives NaN"):
+    with pytest.raises(GateError, match=r"could not be certified: failed: the candidate .* gives NaN"):
         trials.certify([step], few)
 
 
