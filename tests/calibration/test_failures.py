@@ -67,7 +67,7 @@ def test_what_may_not_be_certified_is_reported_all_the_same(
         np.savez(tmp_path / "one.npz", image=data["image"][one][:40], labels=data["labels"][one][:40])
     report = tmp_path / "report.md"
 
-    options = ["--against", fashion_bundle, "--max-drop", "30", "--certify", "--report", report]
+    options: list[str | Path] = ["--against", fashion_bundle, "--max-drop", "30", "--certify", "--report", report]
     said = fail("validate", int8_bundle, "--data", tmp_path / "one.npz", *options)
 
     assert "error: all samples have one label" in said

@@ -134,7 +134,7 @@ def test_coverage_counts_and_what_held_on_one_split_must_hold_on_the_other(
     with np.load(splits["certify_on"]) as data:
         np.savez(tmp_path / "few.npz", image=data["image"][:20], labels=data["labels"][:20])
     few: dict[str, Any] = {**splits, "certify_on": tmp_path / "few.npz", "samples": 8, "max_drop": 5}
-    few["keep_float"] = ["encoder.*", "decoder.plain.logits.attention.*"]
+    few["keep_float"] = ["encoder.*", "decoder.plain.logits.attention.*", "decoder.plain.logits.tail.weights.*"]
 
     with pytest.raises(GateError, match=r"0\.00 % of multiply-adds run in integer kernels on ort-cpu"):
         search(fashion_bundle, tmp_path / "mixed", **few)
