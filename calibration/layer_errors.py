@@ -93,16 +93,19 @@ class _Watched:
             if ".value" in group:
                 gains = (signal * other).sum(axis=0) / np.maximum(np.square(other).sum(axis=0), 1e-300)
                 other = other * gains
-            sums = np.array([np.square(signal).sum(), np.square(other - signal).sum()])
+            with np.errstate(invalid="ignore", over="ignore"):  # what is not finite shows in `errors`
+                sums = np.array([np.square(signal).sum(), np.square(other - signal).sum()])
             self._sums[linear] = self._sums.get(linear, np.zeros(2)) + sums
         return {name: exact[name] for name in self._outputs}
 
     def errors(self) -> dict[str, float]:
-        """SQNR by group, of its worst run."""
+        """SQNR by group, of its worst run; where a product is not finite as bad as can be."""
         found: dict[str, float] = {}
         for linear, (signal, noise) in self._sums.items():
             group = self._products[linear][0]
-            ratio = min(_EXACT, float(10 * np.log10(max(signal, 1e-300) / max(noise, 1e-300))))
+            ratio = -_EXACT
+            if np.isfinite(noise):
+                ratio = min(_EXACT, float(10 * np.log10(max(signal, 1e-300) / max(noise, 1e-300))))
             found[group] = min(found.get(group, _EXACT), ratio)
         return found
 

@@ -89,8 +89,9 @@ def search(
     keep_float) are `quantize`'s and hold for every rung: layers start where ``precision`` puts them, and those that are
     kept float are float throughout. ``least_gain``: percent of a safer rung's cost that a riskier one must save.
 
-    Raises GateError where no rung holds (nothing is written), UsageError, DataError where splits overlap, and what
-    `quantize` and `validate` raise.
+    A rung with NaN or infinite outputs does not hold. Raises GateError where none holds, UndecidedError where the
+    samples are too few to say (nothing is written); UsageError, DataError where splits overlap, and what `quantize` and
+    `validate` raise.
     """
     report = progress or (lambda what, done, total: None)
     path = Path(os.path.abspath(out))

@@ -26,7 +26,7 @@ from perceiver_export.calibration.record import CALIBRATION, Calibration, write_
 from perceiver_export.calibration.result import Result, measure, require_coverage
 from perceiver_export.calibration.write import file_entries, new_bundle, refuse_existing
 from perceiver_export.runtimes.bundle import Bundle, open_bundle
-from perceiver_export.runtimes.errors import GateError, UsageError
+from perceiver_export.runtimes.errors import GateError, UndecidedError, UsageError
 from perceiver_export.runtimes.machine import cpu_features, cpu_name, saturates
 from perceiver_export.runtimes.manifest import Manifest, Part, Quantization, encode_manifest
 
@@ -236,13 +236,14 @@ def _manifest(
 
 
 def _require(directory: Path, source: Bundle, data: Data, gates: Mapping[str, Any]) -> None:
-    """`validate`'s gates, before the bundle is published. Raises GateError."""
+    """`validate`'s gates, before the bundle is published. Raises GateError, UndecidedError."""
     from perceiver_export.calibration.validation import validate
 
     if not isinstance(data, (str, Path)):
         raise UsageError("accuracy gates need data that can be read twice", "give a path or module:function")
     for gate in validate(directory, data, against=source, **gates).gates:
         if not gate.held:
-            raise GateError(
+            kind = UndecidedError if gate.outcome == "undecided" else GateError
+            raise kind(
                 f"{gate}: nothing was written", "try --keep-float for the layers that `--sensitivity` puts first"
             )

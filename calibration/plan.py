@@ -95,10 +95,14 @@ def product_sqnr(linear: Linear, weight: IntegerWeight, clip: float | None, stat
 
 
 def decibels(exact: Array, found: Array) -> float:
-    """Signal to quantization noise: 10 log10 of Σ exact² over Σ (found − exact)²; 200 where they are equal."""
+    """Signal to quantization noise: 10 log10 of Σ exact² over Σ (found − exact)²; 200 where they are equal, −200 where
+    what was found is not finite: JSON and the order of layers take numbers.
+    """
     exact = exact.astype(np.float64)
     noise = float(np.square(found - exact).sum())
     signal = float(np.square(exact).sum())
+    if not np.isfinite(noise):
+        return -200.0
     return 200.0 if noise == 0.0 else float(10 * np.log10(max(signal, 1e-300) / noise))
 
 

@@ -19,7 +19,7 @@ from perceiver_export.calibration.sequence import climb, fixed_order, fixed_sequ
 from perceiver_export.calibration.validation import Validation, validate
 from perceiver_export.runtimes.benchmark import bench
 from perceiver_export.runtimes.bundle import open_bundle
-from perceiver_export.runtimes.errors import GateError
+from perceiver_export.runtimes.errors import GateError, UndecidedError
 
 _RUNS = 40
 
@@ -35,7 +35,8 @@ class Time(msgspec.Struct, frozen=True):
 class Rung(msgspec.Struct, frozen=True):
     """One mixture: its place on the ladder, the layers that went back, what it costs, and what the gates said.
 
-    ``size`` is the bundle's as a share of fp32's. ``search`` and ``certification`` have a line a gate and target.
+    ``size`` is the bundle's as a share of fp32's. ``search`` and ``certification`` have a line a gate and target, one
+    that begins with failed where an output was NaN or infinite.
     """
 
     step: int
@@ -80,11 +81,8 @@ class Trials:
         held = {step: all_held(rung.search) for step, rung in self.rungs.items()}
         order = fixed_order({step: self._cost(step) for step in held}, held, least_gain)
         if not order:
-            said = next(one for one in self.rungs[max(held)].search if not all_held([one]))
-            raise GateError(
-                f"no mixture of precisions holds: {said}",
-                "ask for less, give more samples to search on, or look at `quantize --sensitivity`",
-            )
+            hint = "ask for less, give more samples to search on, or look at `quantize --sensitivity`"
+            raise _refusal("no mixture of precisions holds", self.rungs[max(held)].search, hint)
         return order
 
     def certify(self, order: Sequence[int], data: str | Path) -> tuple[int, tuple[Validation, ...]]:
@@ -102,11 +100,9 @@ class Trials:
 
         kept = fixed_sequence(order, holds)
         if kept is None:
-            said = next(one for one in self.rungs[order[0]].certification if not all_held([one]))
-            raise GateError(
-                f"what held on the search split could not be certified: {said}",
-                "give more samples to certify on, or ask for less; nothing was written",
-            )
+            hint = "give more samples to certify on, or ask for less; nothing was written"
+            said = self.rungs[order[0]].certification
+            raise _refusal("what held on the search split could not be certified", said, hint)
         return kept, evidence[kept]
 
     def _try(self, step: int, data: str | Path) -> bool:
@@ -122,11 +118,13 @@ class Trials:
         return all_held(said)
 
     def _judge(self, step: int, data: str | Path) -> tuple[tuple[str, ...], tuple[Validation, ...]]:
-        """What the gates say of a rung on each target. Raises GateError where an output is NaN or infinite."""
-        results = tuple(validate(self.path(step), data, device=target, **self.settings) for target in self.targets)
+        """What the gates say of a rung on each target. NaN outputs are the rung's failure, and others may hold."""
+        options = {**self.settings, "keep_failures": True}
+        results = tuple(validate(self.path(step), data, device=target, **options) for target in self.targets)
         several = len(self.targets) > 1
         marks = [f" on {target}" if several else "" for target in self.targets]
-        return tuple(f"{gate}{mark}" for one, mark in zip(results, marks, strict=True) for gate in one.gates), results
+        said = (f"{text}{mark}" for one, mark in zip(results, marks, strict=True) for text in _said(one))
+        return tuple(said), results
 
     def _time(self, path: Path, target: str) -> Time:
         """In turn with fp32, so that whatever else the machine does hits both."""
@@ -141,6 +139,21 @@ class Trials:
 def all_held(said: Sequence[str]) -> bool:
     """Whether every gate held, and there was one."""
     return bool(said) and all(text.startswith("held") for text in said)
+
+
+def _said(result: Validation) -> tuple[str, ...]:
+    """A line a gate; of outputs that were not finite one that can never be taken for held."""
+    if result.failure is not None:
+        return (f"failed: {result.failure.message}",)
+    return tuple(map(str, result.gates))
+
+
+def _refusal(what: str, said: Sequence[str], hint: str) -> GateError:
+    """The error that quotes the first line that is not held; undecided where nothing worse was said."""
+    open_ = [text for text in said if not all_held([text])]
+    decided = [text for text in open_ if not text.startswith("undecided")]
+    kind = GateError if decided else UndecidedError
+    return kind(f"{what}: {(decided or open_)[0]}", hint)
 
 
 def bundle_size(path: Path) -> int:

@@ -156,9 +156,9 @@ def validate(
     with the same answer, ``max_metric_change`` against the upper bound of the worsening of ``metric`` (one of the
     task's, or ``module:function``), in its unit or, as "2%", relative to the reference. The gates are in the result;
     `Validation.require` raises where one does not hold. ``samples`` stops after so many. The ``worst`` samples are
-    listed, and saved in the new directory ``save_worst``. Samples that the bundle was calibrated on are warned of;
-    with ``allow_overlap`` False, as a certificate needs it, they are refused. ``certifying`` refuses, before anything
-    runs, a reference that no certificate can rest on.
+    listed, and saved with the classes in the new directory ``save_worst``. Samples that the bundle was calibrated on
+    are warned of; with ``allow_overlap`` False, as a certificate needs it, they are refused. ``certifying`` refuses,
+    before anything runs, a reference that no certificate can rest on.
 
     Raises DataError, UsageError, BundleError and what `load` raises; GateError where an output is NaN or infinite, or
     with ``keep_failures`` gives a result that says so, which `Validation.require` raises.
@@ -194,7 +194,7 @@ def validate(
         measured = Data(str(data), pairing.count, fingerprint(judged))
         result = _result(task, candidate, reference, measured, pairing, asked, overlap)
     if save_worst is not None:
-        write_worst(Path(save_worst), result.worst_samples, pairing.worst.examples())
+        write_worst(Path(save_worst), result.worst_samples, pairing.worst.examples(), result.worst_classes)
     return result
 
 

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The worst samples as files: each one's inputs and targets, its picture or text, and worst.json that lists them."""
+"""The worst as files: each sample's inputs and targets, its picture or text, worst.json that lists the samples, and
+classes.json with the classes, the worst first.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +14,16 @@ import numpy as np
 
 from perceiver_export.calibration.directories import new_directory
 from perceiver_export.calibration.examples import Example
-from perceiver_export.calibration.worst import WorstSample
+from perceiver_export.calibration.worst import WorstClass, WorstSample
 from perceiver_export.runtimes.errors import DataError
 
 OPTION = "--save-worst"
 
 
-def write_worst(path: Path, samples: Sequence[WorstSample], examples: Sequence[Example]) -> None:
-    """Write NN.npz, NN.png or NN.txt, and worst.json; all or nothing. Raises DataError."""
+def write_worst(
+    path: Path, samples: Sequence[WorstSample], examples: Sequence[Example], classes: Sequence[WorstClass]
+) -> None:
+    """Write NN.npz, NN.png or NN.txt, worst.json, and of classifiers classes.json; all or nothing. Raises DataError."""
     with new_directory(path, OPTION, DataError) as temporary:
         for number, (sample, example) in enumerate(zip(samples, examples, strict=True)):
             targets = {f"target_{name}": target for name, target in example.targets.items()}
@@ -30,4 +34,10 @@ def write_worst(path: Path, samples: Sequence[WorstSample], examples: Sequence[E
             if sample.text:
                 (temporary / f"{number:02}.txt").write_text(sample.text, encoding="utf-8")
         listed = [msgspec.structs.replace(sample, picture="") for sample in samples]
-        (temporary / "worst.json").write_bytes(msgspec.json.format(msgspec.json.encode(listed), indent=2) + b"\n")
+        _write(temporary / "worst.json", listed)
+        if classes:
+            _write(temporary / "classes.json", classes)
+
+
+def _write(path: Path, rows: Sequence[object]) -> None:
+    path.write_bytes(msgspec.json.format(msgspec.json.encode(rows), indent=2) + b"\n")

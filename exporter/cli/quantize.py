@@ -95,23 +95,15 @@ def quantize(
 
     Nothing is written unless it does. Weights alone: --scheme int8-weights.
     """
-    from perceiver_export.calibration.pipeline import quantize as quantize_
-    from perceiver_export.calibration.record import read_calibration
-    from perceiver_export.calibration.sensitivity import check_file, measure_sensitivity, write_sensitivity
-
     if sensitivity is not None:
+        from perceiver_export.calibration.sensitivity import check_file
+
         check_file(sensitivity)
-    wishes: dict[str, Any] = {
-        "scheme": scheme,
-        "method": method,
-        "smooth": smooth,
-        "correct_bias": correct_bias,
-        "weight_bits": weight_bits,
-        "precision": dict(map(_parse_precision, precision or ())),
-        "keep_float": keep_float or (),
-    }
-    gates = {"max_drop": max_drop, "min_agreement": min_agreement, "max_metric_change": max_metric_change}
-    common: dict[str, Any] = {"samples": samples, "min_coverage": min_coverage, "metric": metric, **gates}
+    wishes: dict[str, Any] = {"scheme": scheme, "method": method, "smooth": smooth, "correct_bias": correct_bias}
+    wishes |= {"weight_bits": weight_bits, "keep_float": keep_float or ()}
+    wishes["precision"] = dict(map(_parse_precision, precision or ()))
+    common: dict[str, Any] = {"samples": samples, "min_coverage": min_coverage, "max_drop": max_drop}
+    common |= {"min_agreement": min_agreement, "max_metric_change": max_metric_change, "metric": metric}
     common |= {"overwrite": overwrite, "threads": threads}
     if _searches(search_on, certify_on, {"--device": device != "auto", "--allow-overlap": allow_overlap}, least_gain):
         from perceiver_export.exporter.cli.search import search_and_show
@@ -119,12 +111,29 @@ def quantize(
         splits = {"calibrate": data, "search_on": search_on, "certify_on": certify_on, "allow_overlap": allow_overlap}
         common["least_gain"] = 2.0 if least_gain is None else least_gain
         search_and_show(bundle, output, json, sensitivity, **splits, device=device, **common, **wishes)
-        return
+    else:
+        _quantize_and_show(bundle, data, output, json, sensitivity, common, wishes)
+
+
+def _quantize_and_show(
+    bundle: str,
+    data: str,
+    output: str,
+    json: bool,
+    sensitivity: Path | None,
+    common: dict[str, Any],
+    wishes: dict[str, Any],
+) -> None:
+    """`calibration.pipeline`, each layer by itself where that was asked for, and what came of it."""
+    from perceiver_export.calibration.pipeline import quantize as quantize_
+    from perceiver_export.calibration.record import read_calibration
+    from perceiver_export.calibration.sensitivity import measure_sensitivity, write_sensitivity
+
+    groups = None
     with progress_bar("quantize", quiet=json) as progress:
         made = quantize_(bundle, data, output, progress=progress, **common, **wishes)
-        groups = None
         if sensitivity is not None:
-            groups = measure_sensitivity(bundle, data, threads=threads, progress=progress, **wishes)
+            groups = measure_sensitivity(bundle, data, threads=common["threads"], progress=progress, **wishes)
             write_sensitivity(sensitivity, groups)
     calibration = read_calibration(made)
     assert calibration is not None

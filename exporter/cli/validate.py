@@ -63,7 +63,8 @@ def validate(
         bool, typer.Option("--allow-overlap", help="Certify though samples were calibrated on, or are repeated.")
     ] = False,
     save_worst: Annotated[
-        str | None, typer.Option(metavar="DIR", help="Save the worst samples here: pictures, inputs, and worst.json.")
+        str | None,
+        typer.Option(metavar="DIR", help="Save the worst samples here (pictures, inputs, worst.json) and classes."),
     ] = None,
     report: Annotated[
         str | None, typer.Option(metavar="FILE", help="Write a report: .html with everything in it, or .md.")
@@ -76,15 +77,16 @@ def validate(
     """
     from perceiver_export.calibration.targets import validate_targets
 
-    if report is not None:
-        from perceiver_export.calibration.report import check_report_file
-
-        check_report_file(Path(report))
-    for file in (junit, report):
-        if file is not None:
-            check_file(Path(file))
-    if certify and max_drop is None and min_agreement is None and max_metric_change is None:
+    gates: dict[str, Any] = {
+        "max_drop": max_drop,
+        "min_agreement": min_agreement,
+        "max_metric_change": max_metric_change,
+    }
+    _check_files(junit, report)
+    if certify and all(gate is None for gate in gates.values()):
         raise UsageError("a certificate says that a gate held", "ask for one: --max-drop, --min-agreement")
+    options: dict[str, Any] = {**gates, "metric": metric, "samples": samples, "threads": threads}
+    options |= {"allow_overlap": allow_overlap or not certify, "certifying": certify, "save_worst": save_worst}
     with progress_bar("validate", quiet=json) as progress:
         results = validate_targets(
             bundle,
@@ -92,36 +94,37 @@ def validate(
             device,
             against=None if against is None else _reference(bundle, against),
             against_device=against_device,
-            max_drop=max_drop,
-            min_agreement=min_agreement,
-            max_metric_change=max_metric_change,
-            metric=metric,
-            samples=samples,
-            threads=threads,
-            allow_overlap=allow_overlap or not certify,
-            certifying=certify,
             keep_failures=True,
-            save_worst=save_worst,
             progress=lambda done, total: progress("validate", done, total),
+            **options,
         )
     if junit is not None:
-        from perceiver_export.calibration.junit import junit as junit_xml
-
-        with new_file(Path(junit)) as temporary:
-            temporary.write_bytes(junit_xml(results))
+        _write_junit(Path(junit), results)
     if json:
         print_json(results[0] if device != "all" else {"targets": results})
     else:
         _show(bundle, results)
-    if certify and all(result.held for result in results):
-        from perceiver_export.calibration.certificate import certify as certify_
-
-        for certificate in certify_(bundle, results):
-            typer.echo(f"certified: {certificate}", err=json)
-    if report is not None:
-        _write_report(Path(report), bundle, results, against, threads)
+    try:
+        if certify and all(result.held for result in results):
+            _certify(bundle, results, json)
+    finally:  # what could not be certified is worth a report too
+        if report is not None:
+            _write_report(Path(report), bundle, results, against, threads)
     for result in results:
         result.require()
+
+
+def _check_files(junit: str | None, report: str | None) -> None:
+    """Before models run for minutes: raise UsageError where a file could not be written."""
+    if report is not None:
+        from perceiver_export.calibration.report import check_report_file
+
+        check_report_file(Path(report))
+    files = [Path(file).absolute() for file in (junit, report) if file is not None]
+    for file in files:
+        check_file(file)
+    if len(set(files)) < len(files):
+        raise UsageError(f"{report} cannot be both the JUnit file and the report", "give each a file of its own")
 
 
 def _reference(bundle: str, against: str) -> str | Reference:
@@ -164,6 +167,21 @@ def show_validation(name: str, result: Validation) -> None:
     for gate in result.gates:
         if gate.held:  # one that does not is the error that follows
             typer.echo(str(gate))
+
+
+def _certify(bundle: str, results: Sequence[Validation], json: bool) -> None:
+    """Write the certificates and say them, where JSON is printed beside it."""
+    from perceiver_export.calibration.certificate import certify
+
+    for certificate in certify(bundle, results):
+        typer.echo(f"certified: {certificate}", err=json)
+
+
+def _write_junit(path: Path, results: Sequence[Validation]) -> None:
+    from perceiver_export.calibration.junit import junit
+
+    with new_file(path) as temporary:
+        temporary.write_bytes(junit(results))
 
 
 def _write_report(

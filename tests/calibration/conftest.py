@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -26,3 +29,16 @@ def ruined(tmp_path_factory: pytest.TempPathFactory) -> Path:
     loaded = load_model(FASHION / "checkpoint")
     dict(loaded.model.named_parameters())["encoder.self_attentions.0.0.mlp.output.weight"].data.mul_(40)
     return export(loaded, tmp_path_factory.mktemp("bundles") / "ruined").path
+
+
+@pytest.fixture(scope="session")
+def nan_bundle(fashion_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's model with NaN for every weight, hashed as if it were meant so."""
+    path = Path(shutil.copytree(fashion_bundle, tmp_path_factory.mktemp("nan") / "fashion"))
+    weights, manifest = path / "model.weights", path / "manifest.json"
+    content = b"\xff" * weights.stat().st_size
+    weights.write_bytes(content)
+    described = json.loads(manifest.read_bytes())
+    described["files"]["model.weights"]["sha256"] = hashlib.sha256(content).hexdigest()
+    manifest.write_text(json.dumps(described), encoding="utf-8")
+    return path

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 from pathlib import Path
@@ -19,18 +18,6 @@ from perceiver_export.runtimes.errors import DataError, GateError, UsageError
 from tests.cli.commands import fail, perceiver_export
 
 TEST = Path(__file__).resolve().parents[2] / "examples" / "fashion_mnist" / "test.npz"
-
-
-@pytest.fixture
-def nan_bundle(copied_bundle: Path) -> Path:
-    """The demo's model with NaN for every weight, hashed as if it were meant so."""
-    weights, manifest = copied_bundle / "model.weights", copied_bundle / "manifest.json"
-    content = b"\xff" * weights.stat().st_size
-    weights.write_bytes(content)
-    described = json.loads(manifest.read_bytes())
-    described["files"]["model.weights"]["sha256"] = hashlib.sha256(content).hexdigest()
-    manifest.write_text(json.dumps(described), encoding="utf-8")
-    return copied_bundle
 
 
 def test_nan_outputs_are_written_where_machines_and_people_read(
@@ -70,6 +57,22 @@ def test_nan_outputs_are_written_where_machines_and_people_read(
     assert lines[0].endswith(": failed")
     assert any(message in line for line in lines[1:])
     assert not (nan_bundle / "calibration.json").exists()
+
+
+def test_what_may_not_be_certified_is_reported_all_the_same(
+    int8_bundle: Path, fashion_bundle: Path, tmp_path: Path
+) -> None:
+    with np.load(TEST) as data:
+        one = data["labels"] == 3
+        np.savez(tmp_path / "one.npz", image=data["image"][one][:40], labels=data["labels"][one][:40])
+    report = tmp_path / "report.md"
+
+    options: list[str | Path] = ["--against", fashion_bundle, "--max-drop", "30", "--certify", "--report", report]
+    said = fail("validate", int8_bundle, "--data", tmp_path / "one.npz", *options)
+
+    assert "error: all samples have one label" in said
+    assert "Certified" not in report.read_text(encoding="utf-8")
+    assert "all samples have one label" in report.read_text(encoding="utf-8")
 
 
 def test_a_reference_that_gives_nan_fails_too_and_is_never_held(fashion_bundle: Path) -> None:

@@ -93,6 +93,8 @@ def test_worst_samples_and_classes_are_those_that_got_worse(fashion_bundle: Path
     assert len(list((tmp_path / "worst").glob("*.png"))) == 7
     listed = json.loads((tmp_path / "worst" / "worst.json").read_bytes())
     assert [row["name"] for row in listed] == [sample.name for sample in result.worst_samples]
+    classes = json.loads((tmp_path / "worst" / "classes.json").read_bytes())
+    assert [row["label"] for row in classes] == [row.label for row in result.worst_classes]
     with np.load(tmp_path / "worst" / "00.npz") as saved, open_task(ruined) as task:
         logits = task.runtime.run({"image": saved["image"][None]})["logits"][0]
         assert task.labels[int(logits.argmax())] == listed[0]["candidate"]

@@ -71,6 +71,8 @@ def test_validate_refuses_what_cannot_be_before_it_runs(bundle: Path, tmp_path: 
 
     assert "cannot be written as .pdf" in fail(*common, "--report", tmp_path / "a.pdf")
     assert "cannot be written" in fail(*common, "--junit", tmp_path / "absent" / "gates.xml")
+    one_file = tmp_path / "a.md"
+    assert "both the JUnit file and the report" in fail(*common, "--junit", one_file, "--report", one_file)
     assert "no target 'tpu'" in fail(*common, "--device", "tpu")
     assert "a gate needs a reference" in fail(*common, "--max-drop", "1")
     assert "no metric 'epe'" in fail(*common, "--against", bundle, "--metric", "epe", "--max-metric-change", "1")
