@@ -50,7 +50,8 @@ def _sizes(node: ir.Node) -> list[int] | None:
     if shape is None:
         return None
     sizes = shape[node.attributes.get_int("start", 0) : node.attributes.get_int("end", len(shape))]
-    return [int(size) for size in sizes] if all(isinstance(size, int) for size in sizes) else None
+    known = [size for size in sizes if isinstance(size, int)]
+    return known if len(known) == len(sizes) else None
 
 
 def _replace_shape(graph: ir.Graph, node: ir.Node, sizes: list[int]) -> None:
