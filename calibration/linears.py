@@ -22,7 +22,7 @@ _CARRIES = frozenset(
     {"Mul", "Div", "Reshape", "Transpose", "Slice", "Split", "Concat", "Squeeze", "Unsqueeze", "Expand", "Cast"}
 )
 _FROM_SOFTMAX = _CARRIES | {"ReduceSum", "Identity"}
-_TO_SOFTMAX = _CARRIES | {"Add", "Sub", "Where", "Identity"}
+_TO_SOFTMAX = _CARRIES | {"Add", "Sub", "Where", "Identity", "Gather"}  # rows of a table of scores, by index
 # What tracing calls a computed constant: after the operator that made it.
 _ANONYMOUS = re.compile(
     r"(val|node|tensor|lifted_tensor|_tensor_constant|permute|transpose|t|unsqueeze|view|div|mul)_?\d*(_\d+)?"

@@ -24,25 +24,38 @@ _NEXT_TO_NOTHING = 1 << 24
 _MOST_AXES = 3
 
 
-def few_queries(site: str, config: AttentionConfig, num_queries: int, modalities: Sequence[Modality]) -> FoldDecision:
-    """An encoder's cross-attention: N queries over M inputs of C channels."""
+def few_queries(
+    site: str,
+    config: AttentionConfig,
+    num_queries: int,
+    modalities: Sequence[Modality],
+    reads: int = 1,
+    distinct: int = 1,
+) -> FoldDecision:
+    """An encoder's cross-attention: N queries over M inputs of C channels.
+
+    It is run ``reads`` times, with ``distinct`` sets of weights. Unfolded, reads with the same weights have their keys
+    and values in common, which do not depend on the latents.
+    """
     count = sum(one.constants.num_rows for one in modalities)
     channels, widths = modalities[0].num_channels, config.num_qk_channels + config.num_v_channels
     scores = num_queries * count
     plain = _cost(
-        2 * count * channels * widths + 2 * scores * widths,
-        2 * count * (channels + widths) + 4 * scores * config.num_heads,
+        distinct * 2 * count * channels * widths + reads * 2 * scores * widths,
+        distinct * 2 * count * (channels + widths) + reads * 4 * scores * config.num_heads,
     )
-    flops = numbers = 0
+    flops = numbers = features = 0
     for one in modalities:
         rows = num_queries * one.constants.num_rows * config.num_heads
         own = one.num_values + 2 + one.constants.num_free_channels
         flops += 4 * rows * own
         # written, scaled, softmax, read; each axis of the positions is added, and summed over
-        numbers += rows * (6 + 3 * one.constants.num_axes) + 4 * one.constants.num_rows * own
+        numbers += rows * (6 + 3 * one.constants.num_axes)
+        features += 4 * one.constants.num_rows * own  # in common to all reads
     flops += 2 * num_queries * config.num_heads * channels * widths
     axes = max(len(one.constants.shape) for one in modalities)
-    return _decide(site, plain, _cost(flops, numbers), "keys and values of the inputs are not computed", axes)
+    folded = _cost(reads * flops, reads * numbers + features)
+    return _decide(site, plain, folded, "keys and values of the inputs are not computed", axes)
 
 
 def input_queries(

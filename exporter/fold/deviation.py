@@ -33,9 +33,16 @@ class Modality:
         """R, or C_f: how many numbers of an input change."""
         return self.num_features if self.basis is None else self.basis.shape[0]
 
-    def to_values(self, weights: Tensor) -> Tensor:
-        """What is multiplied with features (…, C_f), to be multiplied with values (…, R)."""
-        return weights if self.basis is None else weights @ self.basis.T
+    def over_values(self, weights: Tensor) -> Tensor:
+        """What is multiplied with the channels of an input (…, C), to be multiplied with values, constants beside."""
+        if self.basis is None:
+            return weights
+        own, rest = weights[..., : self.num_features], weights[..., self.num_features :]
+        return torch.cat([own @ self.basis.detach().to(own.dtype).T, rest], dim=-1)
+
+    def of_values(self) -> Modality:
+        """The same input with its values as the features."""
+        return Modality(self.num_values, self.constants)
 
     def to_features(self, read: Tensor) -> Tensor:
         """Sums of values (…, R) as sums of features (…, C_f)."""

@@ -30,6 +30,7 @@ from perceiver_export.exporter.perceiver.attention import (
     CrossAttention,
     merge_heads,
     split_heads,
+    unstacked,
 )
 
 
@@ -52,9 +53,14 @@ class FewQueriesAttention(nn.Module):
         dtype = norm.weight.dtype
         key = attention.key.weight.detach().double().unflatten(0, (self.num_heads, -1)) * norm.weight.detach()
         key = key / math.sqrt(key.shape[1])
-        self.register_buffer("key", (key - key.mean(-1, keepdim=True)).to(dtype))  # (h, d, C)
+        key = key - key.mean(-1, keepdim=True)  # (h, d, C)
         matrix, offset = _values_to_output(attention, norm)
-        self.register_buffer("matrix", matrix.to(dtype))
+        if len(self.modalities) == 1:  # several have the channels of these matrices in common
+            (modality,) = self.modalities
+            key, matrix = modality.over_values(key), modality.over_values(matrix)
+            self.modalities = (modality.of_values(),)
+        self.register_buffer("key", unstacked(key).to(dtype))
+        self.register_buffer("matrix", matrix.transpose(-1, -2).flatten(0, 1).contiguous().to(dtype))
         self.register_buffer("offset", offset.to(dtype))
         self.register_buffer("bias", attention.output.bias.detach())
         if reference.has_mlp:
@@ -94,10 +100,11 @@ class _Input:
 
     def scores(self, keys: Tensor) -> Tensor:
         """score_ij, less log σ_j without a mask: (B, h, n, M)."""
-        count, constants = self.modality.num_features, self.modality.constants
-        own = self.modality.to_values(keys[..., :count])
+        count, constants = self.modality.num_values, self.modality.constants
+        keys = self.modality.over_values(keys)
+        own = keys[..., :count]
         if not self.masked:
-            own = torch.cat([own, own.new_zeros(*own.shape[:-1], 1), own.new_ones(*own.shape[:-1], 1)], dim=-1)
+            own = nn.functional.pad(nn.functional.pad(own, (0, 1)), (0, 1), value=1.0)  # for σ, and for σ log σ
         if self.rows is None:
             scores = torch.zeros(*keys.shape[:-1], constants.num_rows, dtype=keys.dtype)
         else:
@@ -139,7 +146,7 @@ def _read(keys: Tensor, inputs: Sequence[_Input], bias: Tensor | None) -> Tensor
 
 
 def _values_to_output(attention: Attention, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
-    """What takes z (h·C) to the output (Q), in float64: the matrix (h·C, Q), and W_o (W_v β + b_v)."""
+    """What takes z to the output (Q), in float64: a matrix a head (h, Q, C), and W_o (W_v β + b_v)."""
     heads = attention.num_heads
     value, output = attention.value.weight.detach().double(), attention.output.weight.detach().double()
     per_head = output.unflatten(1, (heads, -1)).transpose(0, 1) @ value.unflatten(0, (heads, -1))
@@ -148,4 +155,4 @@ def _values_to_output(attention: Attention, norm: nn.LayerNorm) -> tuple[Tensor,
     shift = value @ norm.bias.detach().double()
     if attention.value.bias is not None:
         shift = shift + attention.value.bias.detach()
-    return matrix.transpose(-1, -2).flatten(0, 1).contiguous(), output @ shift
+    return matrix, output @ shift

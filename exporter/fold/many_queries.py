@@ -21,13 +21,16 @@ from torch import Tensor, nn
 
 from perceiver_export.exporter.fold.constants import scores_of
 from perceiver_export.exporter.fold.deviation import Deviation, Modality
-from perceiver_export.exporter.perceiver.attention import CrossAttention, split_heads
+from perceiver_export.exporter.perceiver.attention import CrossAttention, split_heads, unstacked
 
 
 class KeysForQueries(nn.Module):
-    """Latents (B, N, D) -> b (B, h, N, C), c (B, h, N, 1) and values as wide as the queries, v' (B, h, N, C)."""
+    """Latents (B, N, D) -> b (B, h, N, C), c (B, h, N, 1) and values as wide as the queries, v' (B, h, N, C).
 
-    def __init__(self, reference: CrossAttention) -> None:
+    ``modality``: the queries, where b is to be multiplied with their values instead of their features.
+    """
+
+    def __init__(self, reference: CrossAttention, modality: Modality | None = None) -> None:
         super().__init__()
         attention, norm = reference.attention, reference.query_norm
         self.num_heads, dtype = attention.num_heads, norm.weight.dtype
@@ -38,11 +41,13 @@ class KeysForQueries(nn.Module):
             shift = shift + attention.query.bias.detach()
         query = weight.unflatten(0, (self.num_heads, -1)) * norm.weight.detach()
         scale = 1 / math.sqrt(query.shape[1])
-        # (h, d, C), centred, and c beside it
-        query = torch.cat([query - query.mean(-1, keepdim=True), shift.unflatten(0, (self.num_heads, -1, 1))], dim=-1)
-        self.register_buffer("query", (query * scale).to(dtype))
+        query = query - query.mean(-1, keepdim=True)  # (h, d, C)
+        if modality is not None:
+            query = modality.over_values(query)
+        query = torch.cat([query, shift.unflatten(0, (self.num_heads, -1, 1))], dim=-1)  # c beside b
+        self.register_buffer("query", unstacked(query * scale).to(dtype))
         output = attention.output.weight.detach().unflatten(1, (self.num_heads, -1)).permute(1, 2, 0)
-        self.register_buffer("output", output.contiguous())
+        self.register_buffer("output", unstacked(output).contiguous())
         self.register_buffer("bias", attention.output.bias.detach())
 
     def forward(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -72,20 +77,20 @@ class InputQueriesAttention(nn.Module):
         self.steps, self.inner = (shape[0], shape[1:]) if len(shape) > 1 else (1, shape)
         self.chunk = chunk or self.steps
         self.query_residual = reference.query_residual
-        self.folded = KeysForQueries(reference)
+        self.folded = KeysForQueries(reference, modality)
         self.deviation = Deviation(modality, reference.query_norm.eps)
         if self.query_residual:
             self.register_buffer("constants", modality.constants.table())
 
     def forward(self, latents: Tensor, features: Tensor) -> Tensor:
         keys, offset, values = self.folded(latents)
-        count = self.modality.num_features
+        count = self.modality.num_values
         rows, terms = self._constant_scores(keys[..., count:], offset)
         deviation = self.deviation(features).unsqueeze(1)
         ones = [] if self.modality.basis is not None else [torch.ones_like(deviation)]
         columns = torch.cat([features, *ones, deviation], dim=1).transpose(1, 2)
         inverse = torch.reciprocal(deviation).transpose(1, 2)
-        keys = self.modality.to_values(keys[..., :count]).transpose(-1, -2).unsqueeze(1)  # (B, 1, h, C_f, N)
+        keys = keys[..., :count].transpose(-1, -2).unsqueeze(1)  # (B, 1, h, C_f | R, N)
         if self.modality.basis is not None:
             keys, rows = keys[..., :-1, :], rows + keys[..., -1:, :]
         offset = offset.transpose(-1, -2).unsqueeze(1)

@@ -61,7 +61,12 @@ def choose_sites(model: PerceiverIO, budget: int, batch: int, queries: Mapping[s
     config = model.config
     modalities = [modality_of(model, name) for name in config.inputs]
     encoder = decisions.few_queries(
-        "encoder.cross_attention", config.encoder.cross_attention, config.encoder.num_latents, modalities
+        "encoder.cross_attention",
+        config.encoder.cross_attention,
+        config.encoder.num_latents,
+        modalities,
+        config.encoder.num_cross_attentions,
+        len(model.encoder.cross_attentions),
     )
     stages = [
         plan.encoder(config, modalities, encoder.chosen == "folded", batch),

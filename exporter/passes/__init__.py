@@ -10,6 +10,7 @@ from onnxscript.rewriter.rules.common import transpose_transpose_rule
 
 from perceiver_export.exporter.passes.constants import FoldConstantsPass
 from perceiver_export.exporter.passes.names import NameNodesPass
+from perceiver_export.exporter.passes.settled import SettleTypesAndShapesPass
 
 
 def run_passes(model: ir.Model) -> None:
@@ -20,11 +21,13 @@ def run_passes(model: ir.Model) -> None:
 PIPELINE: tuple[ir.passes.InPlacePass, ...] = (
     # One Transpose(W) a weight instead of one a use, so that folding makes one array of it.
     common.CommonSubexpressionEliminationPass(),
+    SettleTypesAndShapesPass(),
     # Types and shapes of values that the exporter left open; folding needs them, and so does counting FLOPs.
     common.ShapeInferencePass(),
     # Features come as rows and are read as columns.
     RewritePass([transpose_transpose_rule]),
     FoldConstantsPass(),
+    FoldConstantsPass(),  # again: what is expanded to a shape that was computed, and is small
     common.IdentityEliminationPass(),
     # What folding left without a reader.
     common.RemoveUnusedNodesPass(),

@@ -16,7 +16,7 @@ _RANDOM = frozenset(
 )
 
 _GROWING = frozenset({"Expand", "Add", "Mul", "MatMul"})
-_LARGE = 1 << 20  # numbers
+_SMALL, _LARGE = 1 << 12, 1 << 20  # numbers
 
 
 class FoldConstantsPass(ir.passes.InPlacePass):
@@ -64,11 +64,23 @@ def _must_stay(node: ir.Node) -> bool:
         return True
     if node.op_type not in _GROWING:
         return False
+    if node.op_type == "Expand" and (size := _expanded(node)) is not None:
+        return size > _SMALL
     shapes = [value.shape for value in (*node.inputs, *node.outputs) if value is not None]
     if not all(shape is not None and shape.is_static() for shape in shapes):
         return node.op_type == "Expand"
     *sources, result = (math.prod(shape.numpy()) for shape in shapes if shape is not None)
     return result > sum(sources) and (node.op_type == "Expand" or result > _LARGE)
+
+
+def _expanded(node: ir.Node) -> int | None:
+    """How many numbers an Expand gives; None where its shape is computed. Inference does not always tell."""
+    source, target = node.inputs[:2]
+    if source is None or source.shape is None or not source.shape.is_static():
+        return None
+    if target is None or target.const_value is None:
+        return None
+    return math.prod(np.broadcast_shapes(source.shape.numpy(), tuple(target.const_value.numpy().tolist())))
 
 
 def _evaluate(model: ir.Model, nodes: Sequence[ir.Node], outputs: Sequence[ir.Value]) -> list[np.ndarray]:

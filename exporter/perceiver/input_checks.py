@@ -83,9 +83,12 @@ def _check_array(where: str, one: ArrayInput) -> None:
     if one.value_positions is not None:
         check_positions(where, one.value_positions, len(one.value_positions.max_resolution))
         require(
-            len(one.value_positions.max_resolution) == one.num_channels and one.positions is None and not one.patch,
+            len(one.value_positions.max_resolution) == one.num_channels
+            and one.positions is None
+            and not one.patch
+            and not one.num_projected_channels,
             f"{where}: coordinates of {one.num_channels} channels do not fit its value_positions",
-            "give max_resolution one entry a channel, and neither patch nor positions",
+            "give max_resolution one entry a channel, and neither patch, projection nor positions",
         )
 
 

@@ -38,7 +38,7 @@ MEANS = ((30, 0.5), (200, 1.0), (1_000, 1.0))  # (samples, sigma of the log-norm
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=10_000)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()

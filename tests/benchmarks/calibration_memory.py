@@ -50,7 +50,7 @@ def peak(code: str, bundle: Path, samples: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bundle", type=Path)
     parser.add_argument("--samples", type=int, nargs="+", default=[32, 128, 512])
     parser.add_argument("--json", type=Path)

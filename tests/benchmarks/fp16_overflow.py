@@ -46,7 +46,7 @@ class Overflow:
 
 def main() -> None:
     """Print a row for each preset."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("presets", nargs="*", default=list(_PRESETS))
     parser.add_argument("--factor", type=float, default=1e5)
     parser.add_argument("--json", action="store_true")

@@ -26,7 +26,7 @@ MAX_DROP, MIN_AGREEMENT = 0.6, 97.0
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plain", action="store_true")
     parser.add_argument("--samples", type=int, default=10_000)
     parser.add_argument("--json", action="store_true")

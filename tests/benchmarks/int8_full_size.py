@@ -135,7 +135,7 @@ def in_turn(preset: str, work: Path, plain: bool, arguments: argparse.Namespace)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("presets", nargs="*", default=PRESETS)
     parser.add_argument("--work", type=Path)
     parser.add_argument("--samples", type=int, default=2)

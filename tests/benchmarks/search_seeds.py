@@ -54,7 +54,7 @@ _POWER = 0.99
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=100)
     parser.add_argument("--margin", type=float, default=1.0)
     parser.add_argument("--samples", type=int, default=10_000)

@@ -66,7 +66,7 @@ print(json.dumps({"module": public(module) + ["__version__"], **classes}))
 
 def main() -> None:
     """Print, or write, the difference to what is stored."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()

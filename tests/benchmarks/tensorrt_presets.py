@@ -58,7 +58,7 @@ class Compiled:
 
 def main() -> None:
     """Print a row for each engine."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("presets", nargs="*", default=list(PRESETS))
     parser.add_argument("--layers", type=int)
     parser.add_argument("--blocks", type=int)

@@ -39,6 +39,7 @@ from perceiver_export.exporter.perceiver.config import (
     QueryDecoder,
     TokenInput,
 )
+from perceiver_export.exporter.perceiver.input_checks import check_input
 from perceiver_export.exporter.perceiver.model import PerceiverIO
 from perceiver_export.exporter.trace import trace
 from perceiver_export.runtimes.errors import ExportError, UsageError
@@ -219,3 +220,11 @@ def test_a_model_that_torch_cannot_trace(capfd: pytest.CaptureFixture[str]) -> N
     assert "\n" not in caught.value.message
     assert capfd.readouterr() == ("", "")
     assert logging.root.manager.disable == before
+
+
+def test_coordinates_are_not_projected() -> None:
+    """Their Fourier features are the inputs; a projection beside would be taken for the features' own basis."""
+    positions = FourierPositions(2, (8.0, 8.0))
+    points = ArrayInput((9,), 2, value_positions=positions, num_projected_channels=30)
+    with pytest.raises(UsageError, match="do not fit its value_positions"):
+        check_input("points", points, 30)

@@ -19,6 +19,7 @@ from perceiver_export.exporter.fold.folded import FoldedPerceiver
 from perceiver_export.exporter.fold.plan import heads_and_rows
 from perceiver_export.exporter.fold.sites import Sites, choose_sites
 from perceiver_export.exporter.parts import planned_queries, split_model, whole_model
+from perceiver_export.exporter.perceiver.architectures import EncoderSizes
 from perceiver_export.exporter.perceiver.config import (
     ArrayInput,
     AttentionConfig,
@@ -32,8 +33,10 @@ from perceiver_export.exporter.perceiver.config import (
     PerceiverConfig,
     QueryDecoder,
 )
+from perceiver_export.exporter.perceiver.first_perceiver import first_perceiver
 from perceiver_export.exporter.perceiver.model import PerceiverIO
 from perceiver_export.exporter.sample_inputs import sample_inputs
+from perceiver_export.exporter.trace import trace
 from perceiver_export.runtimes.errors import UsageError
 from tests.cli import small_models
 
@@ -225,3 +228,27 @@ def test_heads_and_rows() -> None:
     assert heads_and_rows(config, 18) == (2, 6)
     assert heads_and_rows(config, 6) == (1, 6)
     assert heads_and_rows(config, 4) == (1, 4)
+
+
+def test_every_read_of_the_inputs_counts() -> None:
+    """Unfolded, reads with the same weights have keys and values in common, as in the traced graph, but not scores."""
+    inputs: dict[str, Input] = {"x": ArrayInput((16, 16), 3, positions=FourierPositions(8, (16.0, 16.0)))}
+    sizes = EncoderSizes(8, 16, num_self_attentions_per_block=1, num_blocks=4, num_self_attention_heads=2)
+    decisions = {}
+    for reads in (1, 3, 4):
+        config = first_perceiver(inputs, sizes, 3, "deepmind", num_cross_attentions=reads)
+        model = PerceiverIO(config).eval()
+        (decisions[reads],) = choose_sites(model, BUDGET, 1, None).folds
+        if reads == 3:
+            graph = trace(whole_model(model, Batch.parse(1)), config).graph
+            keys = [
+                node
+                for node in graph
+                if "cross_attentions" in str(node.name) and ".attention.key/MatMul" in str(node.name)
+            ]
+            assert len(keys) == 2  # the second and the third read with the same weights
+    projections = decisions[3].plain.flops - 3 * (decisions[4].plain.flops - decisions[3].plain.flops)
+    one_set = decisions[1].plain.flops - (decisions[4].plain.flops - decisions[3].plain.flops)
+
+    assert projections == 2 * one_set > 0
+    assert decisions[4].folded.flops == 4 * decisions[1].folded.flops
