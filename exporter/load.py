@@ -121,7 +121,7 @@ def _load_directory(text: str, parity: Parity, image_shape: tuple[int, int, int]
         return dataclasses.replace(loaded, source=text)  # not the cache's name for it
     if not directory.is_dir():
         raise CheckpointError(
-            f"{text} is not a directory",
+            f"{text} {'is not a directory' if directory.exists() else 'does not exist'}",
             "give a Hugging Face directory (config.json and weights) or another SOURCE: export --help lists them",
         )
     return load_huggingface(directory, parity, image_shape)

@@ -72,7 +72,10 @@ def _check_shapes(bundle: Bundle, shapes: Mapping[str, tuple[int, int, int]]) ->
     for name, sizes in shapes.items():
         if name not in ranges:
             raise UsageError(
-                f"the bundle has no dimension {name!r}", f"it has {', '.join(ranges) or 'none: its shapes are fixed'}"
+                f"the bundle has no dimension {name!r}",
+                f"it has {', '.join(ranges)}"
+                if ranges
+                else "its shapes are fixed: export it with --batch LEAST:BEST:MOST",
             )
         least, most = ranges[name]
         if not least <= sizes[0] <= sizes[1] <= sizes[2] <= most:

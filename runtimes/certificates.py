@@ -66,9 +66,10 @@ class Certificate(msgspec.Struct, frozen=True):
         where = f"{self.target}{device}, {self.engine}, {' '.join(self.instruction_set) or 'no instructions of note'}"
         confidence = f"{100 * self.claims[0].confidence:g} %" if self.claims else "no"
         caveats = "".join(f"; but {caveat}" for caveat in self.caveats)
+        each = " each" if len(self.claims) > 1 else ""
         return (
             f"{claims} against {self.reference} ({self.reference_target}, {self.reference_engine}) with {confidence}"
-            f" confidence each, {self.samples:,} samples of {self.data[:16]}, {where}{caveats}"
+            f" confidence{each}, {self.samples:,} samples of {self.data[:16]}, {where}{caveats}"
         )
 
 

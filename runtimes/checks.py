@@ -12,6 +12,7 @@ from perceiver_export.runtimes.errors import DeviceError, InputError
 from perceiver_export.runtimes.manifest import TensorSpec
 
 _FIXED = "shapes are fixed at export: see --batch and --shape of `perceiver-export export`"
+_RANGES = "give sizes within, the same for all inputs; `perceiver-export export --batch` says which they are"
 
 
 class FeedChecks:
@@ -73,7 +74,7 @@ class FeedChecks:
             if not (array.flags.c_contiguous and array.flags.writeable):
                 raise InputError(f"`out` for {name!r} is not contiguous and writeable", "allocate it with numpy.empty")
             if array.shape != self._fixed.get(name):
-                check_shape(spec, array.shape, sizes, f"allocate `out` for {name!r} with that shape")
+                check_shape(spec, array.shape, sizes, f"allocate `out` for {name!r} with that shape", "gives")
             if any(np.may_share_memory(array, feed) for feed in feeds.values()):
                 raise InputError(
                     f"`out` for {name!r} shares memory with an input",
@@ -101,7 +102,9 @@ def check_finite_outputs(outputs: Mapping[str, Array]) -> None:
             )
 
 
-def check_shape(spec: TensorSpec, shape: tuple[int, ...], sizes: dict[str, int], hint: str = _FIXED) -> None:
+def check_shape(
+    spec: TensorSpec, shape: tuple[int, ...], sizes: dict[str, int], hint: str = "", verb: str = "takes"
+) -> None:
     """Raise InputError unless ``shape`` fits; ``sizes`` collects what the named dimensions are in this call."""
     fits = len(shape) == len(spec.shape)
     for expected, found in zip(spec.shape, shape, strict=False):
@@ -113,8 +116,8 @@ def check_shape(spec: TensorSpec, shape: tuple[int, ...], sizes: dict[str, int],
     if not fits:
         ranges = "".join(f", {name} from {least} to {most}" for name, (least, most) in spec.ranges.items())
         raise InputError(
-            f"{spec.name!r} has shape {list(shape)}, the model takes {list(spec.shape)}{ranges}",
-            hint,
+            f"{spec.name!r} has shape {list(shape)}, the model {verb} {list(spec.shape)}{ranges}",
+            hint or (_RANGES if ranges else _FIXED),
         )
 
 

@@ -136,7 +136,7 @@ def test_config_json_that_is_not_json(checkpoint: Path, content: bytes) -> None:
 
 
 def test_places_without_a_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="is not a directory"):
+    with pytest.raises(CheckpointError, match="does not exist"):
         load_model(tmp_path / "absent")
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match=r"config\.json does not exist"):
