@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -157,9 +158,10 @@ class Report:
 
     @property
     def environment(self) -> Table:
-        """Machine, engines, data."""
+        """When, machine, engines, data."""
         first = self.validations[0]
-        rows = [*first.machine.items(), ("data", first.data.source), ("samples", f"{first.samples:,}")]
+        today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+        rows = [("date", today), *first.machine.items(), ("data", first.data.source), ("samples", f"{first.samples:,}")]
         rows.append(("fingerprint of the data", first.data.fingerprint))
         for validation in self.validations:
             for side in (validation.candidate, validation.reference or {}):
