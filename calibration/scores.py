@@ -73,7 +73,7 @@ def worsening(metric: Metric, candidate: Column, reference: Column, relative: bo
 
     def statistic(found: Array, expected: Array, weights: Array, axis: int = -1) -> Array:
         first, second = of_side(found, weights, axis), of_side(expected, weights, axis)
-        change: Array = sign * (first - second)
+        change: Array = sign * (first - second) + 0.0  # adding 0 makes -0 a 0
         return change / np.maximum(np.abs(second), 1e-12) if relative else change
 
     weights = candidate.weights
