@@ -12,7 +12,7 @@ from perceiver_export.calibration.examples import Example
 from perceiver_export.calibration.metrics import share_of_right
 from perceiver_export.calibration.metrics.base import Column, Columns, Metric
 from perceiver_export.calibration.metrics.own import OwnMetric
-from perceiver_export.calibration.scores import MetricResult, joined, measure
+from perceiver_export.calibration.scores import MetricResult, joined, measure, of_samples
 from perceiver_export.calibration.statistics import LEAST_FOR_BOOTSTRAP
 from perceiver_export.calibration.worst import Worst, WorstClass, badness, worst_classes
 from perceiver_export.runtimes.errors import DataError
@@ -126,7 +126,8 @@ class Pairing:
         said = self._answers(outputs, reference, targets)
         for name, classes in said.items():
             self._classes.setdefault(name, []).append(classes)
-        scores = columns["quality"] | columns["likeness"]
+        measured = columns["quality"] | columns["likeness"]
+        scores = {m.name: of_samples(m, measured[m.name]) for m in self._metrics if m.name in measured}
         ranks = badness(columns["quality"], columns["reference"], columns["likeness"], self._metrics, len(batch))
         names = {name: [self._name(index) for index in classes.tolist()] for name, classes in said.items()}
         self.worst.add(batch, ranks, scores, names)

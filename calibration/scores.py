@@ -13,6 +13,8 @@ from perceiver_export.calibration.metrics.base import Column, Columns, Metric
 from perceiver_export.calibration.statistics import Estimate, bootstrap, share
 from perceiver_export.runtimes.runtime import Array
 
+_LARGEST_EXPONENT = 700.0  # of float64; a ruined model's surprise may be larger
+
 
 class MetricResult(msgspec.Struct, frozen=True):
     """One metric. Shares and their bounds are in percent, a worsening of them in points.
@@ -63,6 +65,13 @@ def estimate(metric: Metric, column: Column) -> Estimate:
         wider = _with_rare(found, count)
         return Estimate(wider.value, max(0.0, wider.lower), min(1.0, wider.upper))
     return found
+
+
+def of_samples(metric: Metric, column: Column) -> Column:
+    """Values (n,) of single samples as the metric is shown: shares in percent, perplexities and no logarithms."""
+    if metric.kind == "exp":
+        return Column(np.exp(np.minimum(column.values, _LARGEST_EXPONENT)), column.weights)
+    return Column(column.values * (100.0 if metric.unit == "%" else 1.0), column.weights)
 
 
 def worsening(metric: Metric, candidate: Column, reference: Column, relative: bool = False) -> Estimate:

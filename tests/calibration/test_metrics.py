@@ -83,6 +83,18 @@ def test_a_text_reference_that_guesses_is_warned_of(right: int, warned: bool) ->
         assert warnings["chance"].startswith(f"the reference is no better than chance ({2.5 * right:.1f} % right, 40 ")
 
 
+def test_a_worst_text_is_shown_in_the_units_of_the_table() -> None:
+    pairing = Pairing(text, None, 1, ())
+    logits = np.zeros((1, 2, 262), np.float32)
+
+    pairing.add([Example("a", {}, {})], {"logits": logits}, None, {"tokens": np.array([[0, 7]])})
+    table = {result.name: result.candidate.value for result in pairing.scores().results()}
+    (sample,) = pairing.worst.samples()
+
+    assert sample.scores == pytest.approx({"token accuracy": 50.0, "perplexity": 262.0})
+    assert sample.scores == pytest.approx(table)
+
+
 def test_masks_are_chosen_by_the_text_alone() -> None:
     tokens = np.concatenate(
         [np.frombuffer(b"a text of some forty bytes, not very long", np.uint8) + FIRST_BYTE, [0, 0]]
