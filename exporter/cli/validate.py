@@ -256,7 +256,7 @@ def _show_samples(result: Validation) -> None:
 
 
 def _scores(scores: Mapping[str, float], units: Mapping[str, str]) -> str:
-    return ", ".join(f"{name} {value:.3g} {units[name]}".strip() for name, value in scores.items())
+    return ", ".join(f"{name} {value:.4g} {units[name]}".strip() for name, value in scores.items())
 
 
 def _share(value: float | None) -> str:
