@@ -10,7 +10,7 @@ from types import ModuleType
 import numpy as np
 
 from perceiver_export.calibration.gates import RELATIVE, Gate, Wanted, at_least, at_most, mean_at_most
-from perceiver_export.calibration.metrics import find_metric
+from perceiver_export.calibration.metrics import find_metric, share_of_right
 from perceiver_export.calibration.metrics.base import Metric
 from perceiver_export.calibration.pairing import Scores
 from perceiver_export.calibration.scores import estimate, flips, worsening
@@ -67,7 +67,7 @@ def check_asked(asked: Asked, family: ModuleType, has_reference: bool) -> None:
     names = [metric.name for metric in family.METRICS]
     if asked.metric is not None and ":" not in asked.metric:
         find_metric(family.METRICS, asked.metric)
-    if asked.max_drop is not None and _share(family.METRICS) is None:
+    if asked.max_drop is not None and share_of_right(family.METRICS) is None:
         raise UsageError(
             f"this task has no share of right answers, so --max-drop does not fit it; it has {', '.join(names)}",
             "gate on --max-metric-change, with --metric to say which",
@@ -115,7 +115,7 @@ def judge(asked: Asked, scores: Scores, samples: int) -> tuple[Gate, ...]:
 
 
 def _drop(asked: float, scores: Scores, samples: int) -> Gate:
-    metric = _share(scores.metrics)
+    metric = share_of_right(scores.metrics)
     if metric is None or metric.name not in scores.quality:
         raise DataError(
             "the data has no labels, so a drop cannot be measured", "add labels, or gate on --min-agreement"
@@ -160,11 +160,6 @@ def _judged(asked: Asked, scores: Scores) -> Metric:
         if metric.name in measured and _can_change(metric):
             return metric
     raise DataError("nothing was measured that could change", "add targets to the data")
-
-
-def _share(metrics: tuple[Metric, ...]) -> Metric | None:
-    """The share of right answers, if the task has one."""
-    return next((m for m in metrics if m.of == "quality" and m.unit == "%" and m.better == "higher"), None)
 
 
 def _times(found: Estimate, scale: float) -> Estimate:

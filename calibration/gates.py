@@ -100,9 +100,10 @@ def mean_at_most(wanted: Wanted, found: Estimate, samples: int) -> Gate:
         return Gate(wanted, found.value, found.lower, found.upper, "undecided", samples, LEAST_FOR_BOOTSTRAP)
     if found.lower == found.upper:
         return Gate(wanted, found.value, found.lower, found.upper, "undecided", samples)
-    # The width of the bounds says how the mean scatters, and so how one sample does.
+    # The distance of the bound that the limit is in says how the mean scatters, and so how one sample does.
     z = float(scipy_stats().norm.ppf(CONFIDENCE))
-    spread = (found.upper - found.lower) / (2 * z) * math.sqrt(samples)
+    distance = found.upper - found.value if found.value < wanted.limit else found.value - found.lower
+    spread = distance / z * math.sqrt(samples)
     return at_most(wanted, found, samples, spread)
 
 
@@ -135,7 +136,7 @@ def _needed(distance: float, spread: float, room: float, error: float = 1 - CONF
     out: (1 − room)^n ≤ ``error``.
     """
     z = float(scipy_stats().norm.ppf(CONFIDENCE) + scipy_stats().norm.ppf(_POWER))
-    if distance == 0 or (distance > 0 and room <= 0):
+    if distance == 0 or (distance > 0 and room <= 0 and spread <= 0):
         return None
     by_spread = (z * spread / distance) ** 2
     by_silence = math.log(error) / math.log1p(-room) if distance > 0 and 0 < room < 1 else 0.0

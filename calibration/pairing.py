@@ -9,9 +9,10 @@ from types import ModuleType
 import numpy as np
 
 from perceiver_export.calibration.examples import Example
+from perceiver_export.calibration.metrics import share_of_right
 from perceiver_export.calibration.metrics.base import Column, Columns, Metric
 from perceiver_export.calibration.metrics.own import OwnMetric
-from perceiver_export.calibration.scores import MetricResult, joined, measure
+from perceiver_export.calibration.scores import MetricResult, joined, measure, of_samples
 from perceiver_export.calibration.statistics import LEAST_FOR_BOOTSTRAP
 from perceiver_export.calibration.worst import Worst, WorstClass, badness, worst_classes
 from perceiver_export.runtimes.errors import DataError
@@ -23,16 +24,21 @@ Outputs = Mapping[str, Array]
 class Scores:
     """Values of every sample: ``quality`` of the candidate and of the ``reference``, and ``likeness`` of the two.
 
-    ``classes``: of classifiers, each sample's label and what both sides said, as indices (n,). ``unused``: which
-    targets nothing was judged by, in words.
+    ``classes``: of classifiers, each sample's label and what both sides said, as indices (n,). ``choices``: how many
+    answers the logits tell apart, 0 without logits. ``unused``: which targets nothing was judged by, in words.
     """
 
     def __init__(
-        self, metrics: tuple[Metric, ...], sides: Mapping[str, list[Columns]], classes: Outputs, unused: str = ""
+        self,
+        metrics: tuple[Metric, ...],
+        sides: Mapping[str, list[Columns]],
+        classes: Outputs,
+        choices: int = 0,
+        unused: str = "",
     ) -> None:
         self.metrics = metrics
         self.quality, self.reference, self.likeness = (joined(sides[n]) for n in ("quality", "reference", "likeness"))
-        self.classes, self._unused = classes, unused
+        self.classes, self._choices, self._unused = classes, choices, unused
 
     def results(self) -> tuple[MetricResult, ...]:
         """Every metric that was measured, in the family's order."""
@@ -55,14 +61,25 @@ class Scores:
         seen = np.unique(self.classes.get("label", ()))
         if len(seen) == 1 and labels > 1 and samples > 1:
             found["one label"] = "all samples have one label: this says nothing of the others"
-        side = self.reference or self.quality
-        if "top-1" in side and labels > 1 and side["top-1"].values.mean() <= 1 / labels:
-            whose = "reference" if self.reference else "model"
-            right = f"{100 * side['top-1'].values.mean():.1f} % right, {labels} labels"
-            found["chance"] = (
-                f"the {whose} is no better than chance ({right}): the data's labels or preparation may not be its own"
-            )
+        found |= self._guessing()
         return found
+
+    def _guessing(self) -> dict[str, str]:
+        """The warning of a model, the reference if there is one, that is right no oftener than one that guesses."""
+        side = self.reference or self.quality
+        metric = share_of_right(tuple(one for one in self.metrics if ":" not in one.name))  # of the task, not one's own
+        if metric is None or metric.name not in side:
+            return {}
+        column = side[metric.name]
+        right = float((column.values * column.weights).sum() / max(column.weights.sum(), 1e-12))
+        if right > (1 / self._choices if self._choices > 1 else 0.0):
+            return {}
+        whose = "reference" if self.reference else "model"
+        among = f", {self._choices} possible answers" if self._choices > 1 else ""
+        return {
+            "chance": f"the {whose} is no better than chance ({100 * right:.1f} % right{among}):"
+            " it may be untrained, or the data's labels or preparation not its own"
+        }
 
     def worst_classes(self, labels: tuple[str, ...]) -> tuple[WorstClass, ...]:
         """Classes by label, or by the reference's answer where there are no labels; empty for other tasks."""
@@ -84,6 +101,7 @@ class Pairing:
         self._sides: dict[str, list[Columns]] = {"quality": [], "reference": [], "likeness": []}
         self._classes: dict[str, list[Array]] = {}
         self._unused: set[str] = set()
+        self._choices = 0
 
     @property
     def count(self) -> int:
@@ -92,6 +110,8 @@ class Pairing:
 
     def add(self, batch: Sequence[Example], outputs: Outputs, reference: Outputs | None, targets: Outputs) -> None:
         """Take in a batch. Raises DataError where targets come and go, or do not fit the metrics."""
+        if "logits" in outputs:
+            self._choices = outputs["logits"].shape[-1]
         columns = {
             "quality": self._quality(outputs, targets, len(batch)),
             "reference": {} if reference is None else self._quality(reference, targets, len(batch)),
@@ -106,7 +126,8 @@ class Pairing:
         said = self._answers(outputs, reference, targets)
         for name, classes in said.items():
             self._classes.setdefault(name, []).append(classes)
-        scores = columns["quality"] | columns["likeness"]
+        measured = columns["quality"] | columns["likeness"]
+        scores = {m.name: of_samples(m, measured[m.name]) for m in self._metrics if m.name in measured}
         ranks = badness(columns["quality"], columns["reference"], columns["likeness"], self._metrics, len(batch))
         names = {name: [self._name(index) for index in classes.tolist()] for name, classes in said.items()}
         self.worst.add(batch, ranks, scores, names)
@@ -118,7 +139,7 @@ class Pairing:
         if self._unused:
             names, wanted = ", ".join(sorted(self._unused)), ", ".join(self._family.TARGETS)
             unused = f"nothing was judged by the data's {names}: this task is judged by `{wanted}`"
-        return Scores(self._metrics, self._sides, classes, unused)
+        return Scores(self._metrics, self._sides, classes, self._choices, unused)
 
     def _quality(self, outputs: Outputs, targets: Outputs, count: int) -> Columns:
         own: dict[str, Column] = {}

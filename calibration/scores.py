@@ -13,6 +13,8 @@ from perceiver_export.calibration.metrics.base import Column, Columns, Metric
 from perceiver_export.calibration.statistics import Estimate, bootstrap, share
 from perceiver_export.runtimes.runtime import Array
 
+_LARGEST_EXPONENT = 700.0  # of float64; a ruined model's surprise may be larger
+
 
 class MetricResult(msgspec.Struct, frozen=True):
     """One metric. Shares and their bounds are in percent, a worsening of them in points.
@@ -65,6 +67,13 @@ def estimate(metric: Metric, column: Column) -> Estimate:
     return found
 
 
+def of_samples(metric: Metric, column: Column) -> Column:
+    """Values (n,) of single samples as the metric is shown: shares in percent, perplexities and no logarithms."""
+    if metric.kind == "exp":
+        return Column(np.exp(np.minimum(column.values, _LARGEST_EXPONENT)), column.weights)
+    return Column(column.values * (100.0 if metric.unit == "%" else 1.0), column.weights)
+
+
 def worsening(metric: Metric, candidate: Column, reference: Column, relative: bool = False) -> Estimate:
     """How much worse the candidate is, positive where it is; as a share of the reference's value if ``relative``."""
     if metric.kind == "share" and not relative:
@@ -73,7 +82,7 @@ def worsening(metric: Metric, candidate: Column, reference: Column, relative: bo
 
     def statistic(found: Array, expected: Array, weights: Array, axis: int = -1) -> Array:
         first, second = of_side(found, weights, axis), of_side(expected, weights, axis)
-        change: Array = sign * (first - second)
+        change: Array = sign * (first - second) + 0.0  # adding 0 makes -0 a 0
         return change / np.maximum(np.abs(second), 1e-12) if relative else change
 
     weights = candidate.weights

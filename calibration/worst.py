@@ -20,7 +20,7 @@ _SIDE = 96  # pixels of a thumbnail's longer side
 
 
 class WorstSample(msgspec.Struct, frozen=True):
-    """A sample on which the candidate did worst. Scores are by metric; ``picture`` is a PNG as a data URI."""
+    """A sample on which the candidate did worst. Scores are by metric, in its unit; ``picture`` is a PNG data URI."""
 
     index: int
     name: str

@@ -42,6 +42,11 @@ def family(manifest: Manifest) -> ModuleType:
     return importlib.import_module(f"{__name__}.{name}")
 
 
+def share_of_right(metrics: tuple[Metric, ...]) -> Metric | None:
+    """The share of right answers, if the task has one."""
+    return next((m for m in metrics if m.of == "quality" and m.unit == "%" and m.better == "higher"), None)
+
+
 def find_metric(metrics: tuple[Metric, ...], name: str) -> Metric:
     """The metric of that name. Raises UsageError with the names that the task has."""
     for metric in metrics:

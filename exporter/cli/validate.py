@@ -247,15 +247,16 @@ def _show_classes(result: Validation) -> None:
 
 
 def _show_samples(result: Validation) -> None:
+    units = {metric.name: metric.unit for metric in result.metrics}
     rows = [
-        (row.name, row.label, row.reference, row.candidate, _scores(row.scores))
+        (row.name, row.label, row.reference, row.candidate, _scores(row.scores, units))
         for row in result.worst_samples[:_SHOWN_WORST]
     ]
     print_table("worst samples", ["sample", "label", "reference", "candidate", "scores"], rows)
 
 
-def _scores(scores: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {value:.3g}" for name, value in scores.items())
+def _scores(scores: Mapping[str, float], units: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {value:.4g} {units[name]}".strip() for name, value in scores.items())
 
 
 def _share(value: float | None) -> str:

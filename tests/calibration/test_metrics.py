@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 from scipy import special, stats
 
+from perceiver_export.calibration.examples import Example
 from perceiver_export.calibration.masking import mask_tokens
 from perceiver_export.calibration.metrics import arrays, classification, flow, reconstruction, text
 from perceiver_export.calibration.metrics.base import cosine, kl, sqnr
 from perceiver_export.calibration.metrics.own import load_own
+from perceiver_export.calibration.pairing import Pairing
 from perceiver_export.calibration.scores import measure
 from perceiver_export.runtimes.byte_tokenizer import FIRST_BYTE, MASK
 from perceiver_export.runtimes.errors import DataError, UsageError
@@ -62,6 +64,35 @@ def test_text_is_judged_at_masked_positions_only_and_by_their_number() -> None:
     right = 5 - np.log(np.exp(5) + 5)
     assert accuracy == pytest.approx(50.0)  # 2 of 4 bytes, not the mean of 1 and 1/3
     assert perplexity == pytest.approx(np.exp((-2 * right + 2 * np.log(6)) / 4), rel=1e-5)
+
+
+@pytest.mark.parametrize(("right", "warned"), [(0, True), (1, True), (2, False), (40, False)])
+def test_a_text_reference_that_guesses_is_warned_of(right: int, warned: bool) -> None:
+    """One byte of 40 is as often as chance has it, of 40 choices; the candidate is right always."""
+    tokens = np.arange(40)[None]
+    candidate = np.eye(40, dtype=np.float32)[None]
+    reference = np.roll(candidate, 1, axis=2)
+    reference[0, :right] = candidate[0, :right]
+    pairing = Pairing(text, None, 1, ())
+
+    pairing.add([Example("a", {}, {})], {"logits": candidate}, {"logits": reference}, {"tokens": tokens})
+    warnings = pairing.scores().warnings(300, 0)
+
+    assert warnings.keys() == ({"chance"} if warned else set())
+    if warned:
+        assert warnings["chance"].startswith(f"the reference is no better than chance ({2.5 * right:.1f} % right, 40 ")
+
+
+def test_a_worst_text_is_shown_in_the_units_of_the_table() -> None:
+    pairing = Pairing(text, None, 1, ())
+    logits = np.zeros((1, 2, 262), np.float32)
+
+    pairing.add([Example("a", {}, {})], {"logits": logits}, None, {"tokens": np.array([[0, 7]])})
+    table = {result.name: result.candidate.value for result in pairing.scores().results()}
+    (sample,) = pairing.worst.samples()
+
+    assert sample.scores == pytest.approx({"token accuracy": 50.0, "perplexity": 262.0})
+    assert sample.scores == pytest.approx(table)
 
 
 def test_masks_are_chosen_by_the_text_alone() -> None:

@@ -173,6 +173,29 @@ def test_few_samples_never_decide_a_mean() -> None:
     assert mean_at_most(wanted, close, 30).outcome == "held"
 
 
+@pytest.mark.parametrize("limit", [3.0, 0.5])
+def test_the_number_of_texts_that_would_decide_does(limit: float) -> None:
+    """Equal sides: bounds are 0 plus or minus 7.05 points with 41 texts, and 0.75 with 400."""
+    accuracy = Metric("token accuracy", "quality", "higher", "mean", "%")
+    wanted = Wanted("--max-drop", "drop", "the drop", limit, "points")
+
+    def gate(count: int) -> Gate:
+        column = Column.of(np.linspace(0.4, 0.6, count))
+        found = worsening(accuracy, column, column)
+        points = Estimate(100 * found.value, 100 * found.lower, 100 * found.upper)
+        return mean_at_most(wanted, points, count)
+
+    few = gate(41)
+    assert "measured 0, 95 % bounds -7.05 and 7.05 points" in str(few)
+    assert few.outcome == "undecided"
+    assert few.samples_to_decide is not None
+    assert 41 < few.samples_to_decide < 10**6
+    assert gate(few.samples_to_decide).held
+    with pytest.raises(UndecidedError) as caught:
+        require((few,))
+    assert f"about {few.samples_to_decide:,} samples would decide" in caught.value.hint
+
+
 def test_samples_that_are_all_alike_never_decide_a_mean() -> None:
     """Resampling equal values gives bounds of width 0, which say nothing of a sample that was not drawn."""
     wanted = Wanted("--max-metric-change", "epe", "epe", 0.1, "px")
