@@ -25,7 +25,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def _search(source: Path, out: Path, **options: Any) -> None:
-    splits = {"calibrate": HELD_OUT, "search_on": HELD_OUT, "certify_on": FASHION / "test.npz"}
+    splits: dict[str, Any] = {"calibrate": HELD_OUT, "search_on": HELD_OUT, "certify_on": FASHION / "test.npz"}
     search(source, out, **splits, min_agreement=50.0, **options)
 
 

@@ -24,7 +24,7 @@ def test_no_command_overwrites_what_it_reads(copied_bundle: Path, tmp_path: Path
     figures.write_text("{}")
     manifest = copied_bundle / "manifest.json"
     before = {path: path.read_bytes() for path in (picture, data, figures, manifest)}
-    validate = ["validate", copied_bundle, "--data", data]
+    validate: list[str | Path] = ["validate", copied_bundle, "--data", data]
 
     assert "is read by this command" in fail("run", copied_bundle, picture, "-o", picture)
     assert "lies inside the bundle" in fail("run", copied_bundle, picture, "-o", manifest)
@@ -33,7 +33,7 @@ def test_no_command_overwrites_what_it_reads(copied_bundle: Path, tmp_path: Path
     assert "does not end in .xml" in fail(*validate, "--junit", manifest)
     assert "lies inside the bundle" in fail(*validate, "--junit", copied_bundle / "gates.xml")
     assert "lies inside the bundle" in fail(*validate, "--save-worst", copied_bundle / "worst")
-    quantize = ["quantize", copied_bundle, "-o", tmp_path / "int8"]
+    quantize: list[str | Path] = ["quantize", copied_bundle, "-o", tmp_path / "int8"]
     assert "is read by this command" in fail(*quantize, "--data", figures, "--sensitivity", figures)
     assert "lies inside the bundle" in fail(*quantize, "--data", data, "--sensitivity", copied_bundle / "golden.json")
     assert {path: path.read_bytes() for path in before} == before
