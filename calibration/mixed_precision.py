@@ -39,7 +39,7 @@ from perceiver_export.calibration.plan import Scheme
 from perceiver_export.calibration.sensitivity import GroupSensitivity
 from perceiver_export.calibration.splits import check_splits
 from perceiver_export.calibration.trials import Rung, Trials
-from perceiver_export.calibration.write import new_bundle, refuse_existing
+from perceiver_export.calibration.write import new_bundle, refuse_place
 from perceiver_export.runtimes.bundle import Bundle, open_bundle
 from perceiver_export.runtimes.certificates import Certificate
 from perceiver_export.runtimes.engines.targets import find_target
@@ -98,7 +98,8 @@ def search(
     gates = {"max_drop": max_drop, "min_agreement": min_agreement, "max_metric_change": max_metric_change}
     if all(gate is None for gate in gates.values()):
         raise UsageError("a search needs to know what is good enough", "give --max-drop or --min-agreement")
-    _check(samples, min_coverage, least_gain, path, overwrite)
+    _check(samples, min_coverage, least_gain)
+    refuse_place(path, overwrite, bundle)
     source = open_bundle(bundle)
     options = part_options(source, scheme, **wishes)
     check_asked(Asked.of(max_drop, min_agreement, max_metric_change, metric), family(source.manifest), True)
@@ -136,11 +137,10 @@ def search_targets(device: str, source: Bundle) -> tuple[str, ...]:
     return here
 
 
-def _check(samples: int, min_coverage: float, least_gain: float, path: Path, overwrite: bool) -> None:
+def _check(samples: int, min_coverage: float, least_gain: float) -> None:
     check_numbers(samples, min_coverage)
     if not 0.0 <= least_gain < 100.0:
         raise UsageError(f"least-gain is {least_gain:g}", "it is a percentage of a safer mixture's cost")
-    refuse_existing(path, overwrite)
 
 
 def _slow(kept: Rung) -> tuple[str, ...]:

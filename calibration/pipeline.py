@@ -24,7 +24,7 @@ from perceiver_export.calibration.quantize_part import PartOptions, QuantizedPar
 from perceiver_export.calibration.ranges import METHODS, Method
 from perceiver_export.calibration.record import CALIBRATION, Calibration, write_calibration
 from perceiver_export.calibration.result import Result, measure, require_coverage
-from perceiver_export.calibration.write import file_entries, new_bundle, refuse_existing
+from perceiver_export.calibration.write import file_entries, new_bundle, refuse_place
 from perceiver_export.runtimes.bundle import Bundle, open_bundle
 from perceiver_export.runtimes.errors import GateError, UndecidedError, UsageError
 from perceiver_export.runtimes.machine import cpu_features, cpu_name, saturates
@@ -71,7 +71,7 @@ def quantize(
     path = Path(os.path.abspath(out))
     wishes: dict[str, Any] = {"smooth": smooth, "correct_bias": correct_bias, "weight_bits": weight_bits}
     check_numbers(samples, min_coverage)
-    refuse_existing(path, overwrite)
+    refuse_place(path, overwrite, bundle)
     source = open_bundle(bundle)
     options = part_options(source, scheme, method, **wishes, precision=precision, keep_float=keep_float)
     observation = observe(source, data, samples, threads, report)
@@ -159,11 +159,12 @@ def _check_patterns(source: Bundle, options: PartOptions) -> None:
         for linear in find_linears(load_graph(source.file(part.file)).graph)[0]
     ]
     check_patterns([linear.group for linear in linears], list(options.precision))
-    schemes_of(linears, options.scheme, options.precision)
+    if set(schemes_of(linears, options.scheme, options.precision).values()) == {"float"}:
+        raise UsageError("no layer is left to quantize", "keep fewer of them float")
 
 
 def _write(source: Bundle, options: PartOptions, observation: Observation, directory: Path) -> dict[str, QuantizedPart]:
-    """Quantize every part and write the graphs with one file of weights, and everything else that the bundle has."""
+    """Quantize every part and write the graphs with one file of weights; copy what else the bundle has."""
     import shutil
 
     from perceiver_export.calibration.graph_files import WEIGHTS, save_graphs
@@ -173,9 +174,12 @@ def _write(source: Bundle, options: PartOptions, observation: Observation, direc
         for name, part in source.manifest.parts.items()
     }
     save_graphs({file: model for part in parts.values() for file, model in part.models.items()}, directory)
-    graphs = {file for part in source.manifest.parts.values() for file in (part.file, *part.lowered.values())}
+    # What belongs to the fp32 graphs stays behind: they, their weights, and those of graphs lowered for a target.
+    left = {WEIGHTS}
+    for part in source.manifest.parts.values():
+        left |= {part.file, *part.lowered.values(), *(f"{lowering}.weights" for lowering in part.lowered)}
     for name in source.manifest.files:
-        if name not in graphs and name != WEIGHTS:
+        if name not in left:
             shutil.copyfile(source.file(name), directory / name)
     return parts
 

@@ -3,20 +3,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from perceiver_export.runtimes.bundle import read_manifest, sha256
-from perceiver_export.runtimes.errors import BundleError, BundleExistsError, ExportError
+from perceiver_export.runtimes.bundle import Bundle, read_manifest, sha256
+from perceiver_export.runtimes.errors import BundleError, BundleExistsError, ExportError, UsageError
 from perceiver_export.runtimes.manifest import FileEntry
 
 
-@contextmanager
+@contextlib.contextmanager
 def new_bundle(path: Path, overwrite: bool) -> Iterator[Path]:
     """A temporary directory beside ``path`` that becomes ``path`` when the block ends well, and vanishes otherwise.
 
@@ -47,6 +47,28 @@ def new_bundle(path: Path, overwrite: bool) -> Iterator[Path]:
 def file_entries(directory: Path) -> dict[str, FileEntry]:
     """Size and hash of every file in ``directory``."""
     return {file.name: FileEntry(sha256=sha256(file), size=file.stat().st_size) for file in sorted(directory.iterdir())}
+
+
+def enclosing_bundle(path: Path) -> Path | None:
+    """The bundle that ``path`` lies in, through symbolic links; None where it is in none, or is one itself."""
+    for folder in path.resolve().parents:
+        if os.path.isfile(folder / "manifest.json"):
+            with contextlib.suppress(BundleError, OSError):  # another program's manifest.json
+                read_manifest(folder)
+                return folder
+    return None
+
+
+def refuse_place(path: Path, overwrite: bool, source: str | os.PathLike[str] | Bundle | None = None) -> None:
+    """`refuse_existing`, and UsageError inside another bundle, or where ``source``, a bundle, would be lost."""
+    place, bundle = path.resolve(), enclosing_bundle(path)
+    if source is not None:
+        read = (source.path if isinstance(source, Bundle) else Path(source)).resolve()
+        if place == read or place in read.parents:
+            raise UsageError(f"{path} would take the place of its own source {read}", "choose another -o")
+    if bundle is not None:
+        raise UsageError(f"{path} lies inside the bundle {bundle}", "choose a place outside of it with -o")
+    refuse_existing(path, overwrite)
 
 
 def refuse_existing(path: Path, overwrite: bool) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import numpy as np
 
-from perceiver_export.calibration.write import file_entries, new_bundle, refuse_existing
+from perceiver_export.calibration.write import file_entries, new_bundle, refuse_place
 from perceiver_export.exporter.batch import Batch
 from perceiver_export.exporter.budget import DEFAULT_BUDGET, parse_budget
 from perceiver_export.exporter.load import load_model
@@ -84,7 +84,7 @@ def export(
             "a graph without folds has no pieces to fit a budget", "leave --memory-budget or --no-fold out"
         )
     budget = parse_budget(DEFAULT_BUDGET if memory_budget is None else memory_budget)
-    refuse_existing(path, overwrite)
+    refuse_place(path, overwrite)
     report("load", 0, 1)
     if isinstance(source, LoadedModel):
         if task or parity or shapes or config:

@@ -44,10 +44,11 @@ def bench(
     json: JsonFlag = False,
 ) -> None:
     """Measure latency, throughput, load time, memory and accuracy on this machine."""
-    from perceiver_export.exporter.cli.files import check_file
+    from perceiver_export.exporter.cli.files import check_file, check_output
     from perceiver_export.runtimes.benchmark import bench as bench_
 
     if csv is not None:
+        check_output(csv, (bundle, against), ".csv")
         check_file(csv)
     with progress_bar("bench", quiet=json) as progress:
         result = bench_(

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from perceiver_export.runtimes.errors import InputError
+from perceiver_export.runtimes.errors import InputError, UsageError
+
+_NO_DATA = (".html", ".json", ".md", ".xml")  # what commands write, and read as nobody's samples
 
 
 def check_file(path: Path) -> None:
@@ -19,6 +21,27 @@ def check_file(path: Path) -> None:
             f"{path} cannot be written: it is a directory, or its folder is not there",
             "name a file in a folder that is there",
         )
+
+
+def check_output(path: Path, read: Iterable[str | os.PathLike[str] | None], ending: str | None = None) -> None:
+    """Refuse a file or directory to write that what is ``read`` would be lost to, or another ``ending``.
+
+    What is read are inputs as they were typed: files, directories of samples, text, or none. Raises UsageError.
+    """
+    from perceiver_export.calibration.write import enclosing_bundle
+
+    if ending is not None and path.suffix.lower() != ending:
+        raise UsageError(f"{path} does not end in {ending}", f"name a file that does: {path.stem}{ending}")
+    bundle = enclosing_bundle(path)
+    if bundle is not None:
+        raise UsageError(f"{path} lies inside the bundle {bundle}", "write to a place outside of it")
+    for one in read:
+        if one is None or not os.path.exists(one):  # text, and module:function
+            continue
+        place, source = path.resolve(), Path(one).resolve()
+        sample = path.is_file() and source in place.parents and path.suffix.lower() not in _NO_DATA
+        if place == source or sample:
+            raise UsageError(f"{path} is read by this command, and would be overwritten", "write to another place")
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from perceiver_export.exporter.cli.files import check_output
 from perceiver_export.exporter.cli.output import (
     BundleArgument,
     JsonFlag,
@@ -99,6 +100,7 @@ def quantize(
         from perceiver_export.calibration.sensitivity import check_file
 
         check_file(sensitivity)
+        check_output(sensitivity, (bundle, data, search_on, certify_on))
     wishes: dict[str, Any] = {"scheme": scheme, "method": method, "smooth": smooth, "correct_bias": correct_bias}
     wishes |= {"weight_bits": weight_bits, "keep_float": keep_float or ()}
     wishes["precision"] = dict(map(_parse_precision, precision or ()))

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from perceiver_export.exporter.cli.files import check_output
 from perceiver_export.exporter.cli.output import BundleArgument, DeviceOption, JsonFlag, ThreadsOption
 from perceiver_export.exporter.cli.run_options import RunOptions
 from perceiver_export.runtimes.errors import BundleError, UsageError
@@ -70,6 +71,8 @@ def run(
         raise BundleError(f"{bundle} is of the unknown task {task!r}", f"this version knows: {', '.join(_COMMANDS)}")
     if top is not None and (task in _WITHOUT_LABELS or (task == "text-classification" and not manifest.labels)):
         raise UsageError(f"{bundle} gives no labels of which --top could be shown", "leave --top out")
+    if output is not None:
+        check_output(Path(output), (bundle, *inputs))
     module, function = _COMMANDS[task]
     command = getattr(importlib.import_module(f"perceiver_export.exporter.cli.{module}"), function)
     options = RunOptions(_TOP if top is None else top, device, threads, json, check_finite)

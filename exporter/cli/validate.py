@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from perceiver_export.exporter.cli.files import check_file, new_file
+from perceiver_export.exporter.cli.files import check_file, check_output, new_file
 from perceiver_export.exporter.cli.output import (
     BundleArgument,
     JsonFlag,
@@ -83,6 +83,9 @@ def validate(
         "max_metric_change": max_metric_change,
     }
     _check_files(junit, report)
+    for written, ending in ((junit, ".xml"), (report, None), (save_worst, None)):
+        if written is not None:
+            check_output(Path(written), (bundle, data, against), ending)
     if certify and all(gate is None for gate in gates.values()):
         raise UsageError("a certificate says that a gate held", "ask for one: --max-drop, --min-agreement")
     options: dict[str, Any] = {**gates, "metric": metric, "samples": samples, "threads": threads}
