@@ -126,7 +126,7 @@ def test_errors_are_one_line_and_one_hint(bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
 
     assert "already a bundle" in fail("export", checkpoint, "-o", bundle)
-    assert "not a directory" in fail("export", tmp_path / "absent", "-o", tmp_path / "x")
+    assert "does not exist" in fail("export", tmp_path / "absent", "-o", tmp_path / "x")
     assert "batch" in fail("export", checkpoint, "-o", tmp_path / "x", "--batch", "many")
     assert "--shape" in fail("export", checkpoint, "-o", tmp_path / "x", "--shape", "image")
     assert "not a picture" in fail("run", bundle, tmp_path / "text.png")
