@@ -134,9 +134,16 @@ def add_on_grid(
     shape: tuple[int, ...],
     factor: Tensor,
 ) -> Tensor:
-    """Add each term to scores (…, N, M) along its own axis; the sum times ``factor`` (…, 1, M)."""
+    """Add each term to scores (…, N, M) along its own axis; the sum times ``factor`` (…, 1, M), which is positive."""
     grid = scores.reshape(*scores.shape[:-1], *shape)
+    axes = [axis for axis, _ in terms]
+    apart = [axis for axis in axes if isinstance(axis, int)][:-1] if "grid" not in axes else []
+    # OpenVINO adds constants of a sum to each other beforehand, small tables of two axes to one of N × M (1.4 GiB for
+    # optical flow), unless all but one depend on the input: the sign of what is positive does, and is 1.
+    one = torch.sign(factor[..., :1])
     for axis, term in terms:
+        if axis in apart:
+            term = term * one
         if axis == "grid":
             view = [*term.shape[:-1], *shape]
         else:

@@ -4,10 +4,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
+import onnx_ir as ir
+import openvino
 import pytest
 import torch
 from torch import Tensor
@@ -252,3 +255,22 @@ def test_every_read_of_the_inputs_counts() -> None:
 
     assert projections == 2 * one_set > 0
     assert decisions[4].folded.flops == 4 * decisions[1].folded.flops
+
+
+@pytest.mark.parametrize("shape", [(24, 20), (4, 12, 10)])
+def test_no_engine_adds_the_axes_up_beforehand(shape: tuple[int, ...], tmp_path: Path) -> None:
+    """OpenVINO would hold the sum of the axes' tables, as large as all scores, as one constant."""
+    inputs: dict[str, Input] = {"x": ArrayInput(shape, 3, positions=FourierPositions(4, tuple(map(float, shape))))}
+    sizes = EncoderSizes(16, 16, num_self_attentions_per_block=1, num_blocks=1, num_self_attention_heads=2)
+    config = first_perceiver(inputs, sizes, 3, "deepmind", num_cross_attentions=1)
+    model = PerceiverIO(config).eval()
+    folded = FoldedPerceiver(model, all_folds(choose_sites(model, BUDGET, 1, None), 16))
+    ir.save(trace(whole_model(folded, Batch.parse(1)), config), tmp_path / "model.onnx")
+
+    compiled = openvino.Core().compile_model(tmp_path / "model.onnx", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+
+    ops = compiled.get_runtime_model().get_ordered_ops()
+    assert any(list(one.get_output_shape(0))[-len(shape) :] == list(shape) for one in ops)  # the scores
+    constants = [one.get_output_shape(0) for one in ops if one.get_rt_info()["layerType"].astype(str) == "Const"]
+    assert constants
+    assert max(map(math.prod, constants)) < 16 * math.prod(shape)
