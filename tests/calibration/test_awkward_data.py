@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 
 from perceiver_export.calibration import measure_sensitivity, quantize
+from perceiver_export.calibration.collect import Observer
 from perceiver_export.calibration.feeds import open_feeds
 from perceiver_export.exporter import export
 from perceiver_export.runtimes.errors import DataError, UsageError
 from perceiver_export.runtimes.manifest import Manifest
+from tests.calibration.graphs import build, save
 from tests.cli.commands import fail
 from tests.cli.small_models import flow as small_flow
 from tests.conftest import FASHION
@@ -130,3 +132,21 @@ def test_gates_that_cannot_be_held_are_refused_before_anything_runs(
 def test_sensitivity_refuses_the_same_threads(fashion_bundle: Path) -> None:
     with pytest.raises(UsageError, match="threads is 0"):
         measure_sensitivity(fashion_bundle, FASHION / "held_out.npz", threads=0)
+
+
+@pytest.mark.parametrize("row", [0, 3, 5])
+def test_nan_in_one_row_of_a_tensor_is_found(row: int, tmp_path: Path) -> None:
+    """onnxruntime's reductions pass over a NaN that is not in the first row, so bounds alone do not show it."""
+    text = """
+    <ir_version: 10, opset_import: ["" : 20]>
+    one (float[1, 6, 16] x, float[16, 16] w) => (float[1, 6, 16] y) { l = Log (x)  y = MatMul (l, w) }
+    """
+    model = build(text)
+    observer = Observer(save(model, tmp_path), 1)
+    rows = np.ones((1, 6, 16), np.float32)
+    rows[0, row, 2] = -1.0
+
+    observer.run({"x": np.ones_like(rows)})
+    with pytest.raises(DataError, match="NaN or infinite values in y"):
+        observer.run({"x": rows})
+    assert observer.statistics.calls == 1
