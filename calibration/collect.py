@@ -8,7 +8,6 @@ exact; the sample of rows is drawn at random positions, new ones in each call.
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import numpy as np
@@ -65,19 +64,25 @@ class Observer:
         return {name: values[name] for name in self._outputs}
 
     def _count(self, values: dict[str, Array]) -> None:
+        # Bounds alone would not show a NaN: onnxruntime's ReduceMax passes over it, except in the first row.
+        for name in self._outputs:
+            _require_finite(name, values[name])
         for name, activation in self.statistics.activations.items():
             low, high, rows = (values[f"{name}.{what}"] for what in ("low", "high", "rows"))
-            if not (np.isfinite(low).all() and np.isfinite(high).all()):
-                raise DataError(
-                    f"the model gives NaN or infinite values in {name}",
-                    "look for them in the data, or in the checkpoint",
-                )
+            _require_finite(name, low, high, rows)
             activation.add(low, high, rows, self._generator)
         for name, depth in self._hazards.items():
             largest = max(-float(values[f"{name}.least"]), float(values[f"{name}.most"]))
             before = self.statistics.hazards.get(name)
             self.statistics.hazards[name] = Hazard(max(largest, before.largest if before else 0.0), depth)
         self.statistics.calls += 1
+
+
+def _require_finite(name: str, *arrays: Array) -> None:
+    if not all(np.isfinite(array).all() for array in arrays):
+        raise DataError(
+            f"the model gives NaN or infinite values in {name}", "look for them in the data, or in the checkpoint"
+        )
 
 
 def load_graph(path: Path) -> ir.Model:
@@ -171,4 +176,4 @@ def _hazardous(node: ir.Node) -> list[tuple[ir.Value, int]]:
 def _width(value: ir.Value | None) -> int:
     """The size of the last axis."""
     last = value.shape[-1] if value is not None and value.shape is not None and len(value.shape) else 1
-    return last if isinstance(last, int) else math.prod(())
+    return last if isinstance(last, int) else 1

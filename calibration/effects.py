@@ -15,6 +15,7 @@ from perceiver_export.calibration.observe import Call
 from perceiver_export.calibration.plan import decibels
 from perceiver_export.calibration.record import OutputEffect, Speed
 from perceiver_export.calibration.sessions import open_session
+from perceiver_export.runtimes.errors import GateError
 from perceiver_export.runtimes.manifest import Manifest
 from perceiver_export.runtimes.runtime import Array, Feeds
 
@@ -77,9 +78,14 @@ RUNNERS = {"ort-cpu": ort_runner, "openvino-cpu": openvino_runner}
 def measure_speed(
     target: str, fp32: Mapping[str, Path], quantized: Mapping[str, Path], call: Call, threads: int | None
 ) -> Speed:
-    """Median time of a call of all parts, fp32 and quantized in turn in the same seconds."""
+    """Median time of a call of all parts, fp32 and quantized in turn in the same seconds.
+
+    Raises GateError where a quantized part gives NaN or infinite values: engines have kernels that do.
+    """
     sides = [{name: RUNNERS[target](path, threads) for name, path in graphs.items()} for graphs in (fp32, quantized)]
     times: tuple[list[float], list[float]] = ([], [])
+    for name, runner in sides[1].items():
+        _require_finite(runner(call.feeds[name]), target)
     start = time.perf_counter()
     for number in range(_ROUNDS + 1):
         for runners, taken in zip(sides, times, strict=True):
@@ -91,3 +97,12 @@ def measure_speed(
         if number and time.perf_counter() - start > _SECONDS:
             break
     return Speed(target, float(np.median(times[0])), float(np.median(times[1])))
+
+
+def _require_finite(outputs: Mapping[str, Array], target: str) -> None:
+    for name, values in outputs.items():
+        if not np.isfinite(values).all():
+            raise GateError(
+                f"the quantized model's {name!r} holds NaN or infinite values on {target}",
+                "fp32 gives none: try another --scheme, or --keep-float for some layers",
+            )

@@ -199,7 +199,8 @@ def _lines(path: Path, manifest: Manifest) -> list[_Row]:
         raise DataError(f"{path} holds text, the bundle is of {manifest.task}", "give arrays as .npz")
     rows: list[_Row] = []
     try:
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        # Not `splitlines`: in JSON a line may hold U+2028 and its like.
+        for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
             if line.strip():
                 row = json.loads(line)
                 if not isinstance(row, dict) or not isinstance(row.get("text"), str):

@@ -5,7 +5,7 @@
 |---|---|---|
 | pictures, or an .npz with `image` | image classification | what `data.open_data` reads; prepared as the bundle says |
 | .jsonl | texts | a line each: ``{"text": "…"[, "label": …]}`` |
-| .npz, or a directory of them | all | arrays by input name, samples on the first axis; `label` or `labels` if any |
+| .npz, or a directory of them | all | arrays by input name, samples on the first axis; and what `validate` judges by |
 | module:function, or an iterable | all | ``{name: array}`` of one sample, with or without an axis of 1 in front |
 | ``random`` | sizing a device | random numbers; the bundle says so for ever |
 """
@@ -23,11 +23,12 @@ import numpy as np
 
 from perceiver_export.calibration.data import call_function, open_data, read_archives
 from perceiver_export.runtimes.byte_tokenizer import ByteTokenizer
-from perceiver_export.runtimes.errors import DataError, PerceiverExportError
+from perceiver_export.runtimes.errors import DataError, InputError, PerceiverExportError
 from perceiver_export.runtimes.manifest import Manifest, TensorSpec
 from perceiver_export.runtimes.pictures import read_picture, to_input
 from perceiver_export.runtimes.preprocessing import ImagePreprocessing, TextPreprocessing
 from perceiver_export.runtimes.runtime import Array
+from perceiver_export.runtimes.tasks.arrays import check_tokens
 
 RANDOM = "random"
 Data = str | Path | Iterable[Mapping[str, Array]]
@@ -63,9 +64,9 @@ def open_feeds(data: Data, manifest: Manifest, samples: int | None = None) -> Ex
         opened = _open(data, manifest, specs, samples)
     else:
         count = len(data) if isinstance(data, Sized) else None
-        opened = Examples(_from_dicts(_spread(data, count, samples), "the data"), count)
+        opened = Examples(_from_dicts(_spread(data, count, samples), "the data", manifest), count)
     count = opened.count if samples is None or opened.count is None else min(samples, opened.count)
-    return Examples(_checked(itertools.islice(opened.stream, samples), specs), count)
+    return Examples(_checked(itertools.islice(opened.stream, samples), manifest), count)
 
 
 def model_inputs(manifest: Manifest) -> tuple[TensorSpec, ...]:
@@ -106,7 +107,7 @@ def _open(data: str | Path, manifest: Manifest, specs: tuple[TensorSpec, ...], s
         sorted(path.glob("*.npz")) if path.is_dir() else [path] if path.suffix == ".npz" and path.exists() else []
     )
     if archives:
-        return _from_archives(archives, specs, samples)
+        return _from_archives(archives, manifest, samples)
     raise DataError(
         f"{text} is not data for {manifest.task}" if path.exists() else f"{text} does not exist",
         f"give an .npz of {', '.join(spec.name for spec in specs)} (samples first), .jsonl of text, or module:function",
@@ -126,11 +127,11 @@ def _from_jsonl(path: Path, manifest: Manifest, samples: int | None) -> Examples
     if not isinstance(manifest.preprocessing, TextPreprocessing):
         raise DataError(f"{path} holds text, the bundle is of {manifest.task}", "give an .npz or module:function")
     try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        # Not `splitlines`: in JSON a line may hold U+2028 and its like.
+        lines = [one for one in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1) if one[1].strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read: {error}", "give UTF-8, one JSON object a line") from error
-    numbered = _spread(enumerate(lines, start=1), len(lines), samples)
-    return Examples(_texts(numbered, path, manifest), len(lines))
+    return Examples(_texts(_spread(lines, len(lines), samples), path, manifest), len(lines))
 
 
 def _texts(lines: Iterable[tuple[int, str]], path: Path, manifest: Manifest) -> Iterator[Example]:
@@ -144,12 +145,15 @@ def _texts(lines: Iterable[tuple[int, str]], path: Path, manifest: Manifest) -> 
             raise DataError(f"{where} is not an object with a `text`", 'a line is {"text": "…", "label": …}') from error
         if not isinstance(text, str):
             raise DataError(f"{where}: `text` is a {type(text).__name__}", "give a string")
-        feeds = {name: array[0] for name, array in tokenizer([text]).items()}
+        try:
+            feeds = {name: array[0] for name, array in tokenizer([text]).items()}
+        except InputError as error:
+            raise DataError(f"{where}: {error.message}", error.hint) from error
         yield Example(feeds, _index(label, manifest.labels, where), where)
 
 
-def _from_archives(paths: list[Path], specs: tuple[TensorSpec, ...], samples: int | None) -> Examples:
-    names = [spec.name for spec in specs]
+def _from_archives(paths: list[Path], manifest: Manifest, samples: int | None) -> Examples:
+    names = [spec.name for spec in model_inputs(manifest)]
     counts = []
     for path, arrays in read_archives(paths):
         missing = [name for name in names if name not in arrays]
@@ -158,7 +162,7 @@ def _from_archives(paths: list[Path], specs: tuple[TensorSpec, ...], samples: in
                 f"{path} has no {missing[0]!r}, it holds {', '.join(sorted(arrays)) or 'nothing'}",
                 f"the model takes {', '.join(names)}; samples are on the first axis",
             )
-        unknown = sorted(set(arrays) - {*names, *_LABELS})
+        unknown = sorted(name for name in set(arrays) - set(names) if not _is_target(name, manifest))
         if unknown:
             raise DataError(
                 f"{path} holds {unknown[0]!r}, which the model does not take", f"it takes {', '.join(names)}"
@@ -167,20 +171,27 @@ def _from_archives(paths: list[Path], specs: tuple[TensorSpec, ...], samples: in
         if len(set(sizes.values())) != 1:
             raise DataError(f"{path}: {sizes} samples", "every array has one row a sample")
         counts.append(next(iter(sizes.values())))
-    return Examples(_spread(_rows(paths), sum(counts), samples), sum(counts))
+    return Examples(_spread(_rows(paths, manifest), sum(counts), samples), sum(counts))
 
 
-def _rows(paths: list[Path]) -> Iterator[Example]:
+def _is_target(name: str, manifest: Manifest) -> bool:
+    """Whether an array is not for the model, but for `validate`, which reads the same files."""
+    known = (*_LABELS, "flow") if manifest.task == "optical-flow" else _LABELS
+    return name in known or manifest.task in ("sets", "arrays")  # metrics of one's own take any array
+
+
+def _rows(paths: list[Path], manifest: Manifest) -> Iterator[Example]:
     for path, arrays in read_archives(paths):
         labels = next((arrays[name] for name in _LABELS if name in arrays), None)
         inputs = {name: array for name, array in arrays.items() if name not in _LABELS}
         for index in range(len(next(iter(inputs.values())))):
-            label = None if labels is None else int(labels[index])
-            yield Example({name: array[index] for name, array in inputs.items()}, label, f"{path.name}[{index}]")
+            where = f"{path.name}[{index}]"
+            label = None if labels is None else _index(labels[index], manifest.labels, where)
+            yield Example({name: array[index] for name, array in inputs.items()}, label, where)
 
 
-def _from_dicts(items: Iterable[Any], where: str, manifest: Manifest | None = None) -> Iterator[Example]:
-    steps = manifest.preprocessing if manifest is not None else None
+def _from_dicts(items: Iterable[Any], where: str, manifest: Manifest) -> Iterator[Example]:
+    steps = manifest.preprocessing
     iterator = iter(items)
     index = -1
     while True:
@@ -202,7 +213,7 @@ def _from_dicts(items: Iterable[Any], where: str, manifest: Manifest | None = No
         label = next((item[key] for key in _LABELS if key in item), None)
         if isinstance(steps, ImagePreprocessing) and "image" in feeds and feeds["image"].dtype == np.uint8:
             feeds["image"] = to_input(feeds["image"], steps)
-        yield Example(feeds, None if label is None else int(label), name)
+        yield Example(feeds, _index(label, manifest.labels, name), name)
 
 
 def _random(specs: tuple[TensorSpec, ...]) -> Iterator[Example]:
@@ -222,11 +233,13 @@ def _random(specs: tuple[TensorSpec, ...]) -> Iterator[Example]:
         index += 1
 
 
-def _checked(examples: Iterable[Example], specs: tuple[TensorSpec, ...]) -> Iterator[Example]:
+def _checked(examples: Iterable[Example], manifest: Manifest) -> Iterator[Example]:
     """The same, each with the names, dtypes and shapes that the model takes and without NaN."""
+    specs = model_inputs(manifest)
+    names = {spec.name for spec in specs}
     for example in examples:
         feeds = {}
-        unknown = sorted(set(example.feeds) - {spec.name for spec in specs})
+        unknown = sorted(name for name in set(example.feeds) - names if not _is_target(name, manifest))
         if unknown:
             raise DataError(
                 f"{example.name} has {unknown[0]!r}, which the model does not take",
@@ -239,6 +252,10 @@ def _checked(examples: Iterable[Example], specs: tuple[TensorSpec, ...]) -> Iter
                     f"{example.name} has no {spec.name!r}", f"it has {', '.join(example.feeds) or 'nothing'}"
                 )
             feeds[spec.name] = _fitted(array, spec, example.name)
+        try:
+            check_tokens(feeds, manifest)
+        except InputError as error:
+            raise DataError(f"{example.name}: {error.message}", error.hint) from error
         yield Example(feeds, example.label, example.name)
 
 
@@ -252,9 +269,13 @@ def _fitted(array: Array, spec: TensorSpec, where: str) -> Array:
             f"{spec.name!r} of {where} is {array.dtype} {list(array.shape)}, the model takes {kind} {list(shape)}",
             "give arrays as the model takes them; shapes are without the batch",
         )
-    if array.dtype.kind == "f" and not np.isfinite(array).all():
-        raise DataError(f"{spec.name!r} of {where} holds NaN or infinite values", "mend the data")
-    return np.ascontiguousarray(array, kind)
+    with np.errstate(over="ignore"):
+        given: Array = np.ascontiguousarray(array, kind)
+    if kind.kind == "f" and not np.isfinite(given).all():
+        raise DataError(f"{spec.name!r} of {where} holds NaN or infinite values as {kind}", "mend the data")
+    if kind.kind == "i" and not np.array_equal(given, array):
+        raise DataError(f"{spec.name!r} of {where} holds numbers that do not fit {kind}", "mend the data")
+    return given
 
 
 def _sample_shape(spec: TensorSpec) -> tuple[int, ...]:
@@ -262,12 +283,16 @@ def _sample_shape(spec: TensorSpec) -> tuple[int, ...]:
 
 
 def _index(label: Any, labels: tuple[str, ...], where: str) -> int | None:
-    if label is None:
+    """A label, by number or name, as its number; None where there is none, or the model has no labels."""
+    if label is None or not labels:
         return None
-    if isinstance(label, int) and (not labels or 0 <= label < len(labels)):
+    if isinstance(label, (np.ndarray, np.generic)) and label.ndim == 0:
+        label = label.item()
+    if isinstance(label, int) and 0 <= label < len(labels):
         return label
-    if label in labels:
+    if isinstance(label, str) and label in labels:
         return labels.index(label)
     raise DataError(
-        f"{where}: {label!r} is not a label of this model", f"its labels: {', '.join(labels[:8]) or 'none'}"
+        f"{where}: {label!r} is not a label of this model",
+        f"it has {len(labels)}, from 0, or by name: {', '.join(labels[:8])}",
     )

@@ -98,7 +98,7 @@ def search(
     gates = {"max_drop": max_drop, "min_agreement": min_agreement, "max_metric_change": max_metric_change}
     if all(gate is None for gate in gates.values()):
         raise UsageError("a search needs to know what is good enough", "give --max-drop or --min-agreement")
-    _check(samples, min_coverage, least_gain)
+    _check(samples, min_coverage, least_gain, threads)
     refuse_place(path, overwrite, bundle)
     source = open_bundle(bundle)
     options = part_options(source, scheme, **wishes)
@@ -137,8 +137,8 @@ def search_targets(device: str, source: Bundle) -> tuple[str, ...]:
     return here
 
 
-def _check(samples: int, min_coverage: float, least_gain: float) -> None:
-    check_numbers(samples, min_coverage)
+def _check(samples: int, min_coverage: float, least_gain: float, threads: int | None) -> None:
+    check_numbers(samples, min_coverage, threads)
     if not 0.0 <= least_gain < 100.0:
         raise UsageError(f"least-gain is {least_gain:g}", "it is a percentage of a safer mixture's cost")
 

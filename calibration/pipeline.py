@@ -17,16 +17,20 @@ from typing import Any
 
 import msgspec
 
+from perceiver_export.calibration.asked import Asked, check_asked
 from perceiver_export.calibration.feeds import RANDOM, Data
+from perceiver_export.calibration.metrics import family
 from perceiver_export.calibration.observe import Observation, Report, observe
 from perceiver_export.calibration.plan import Scheme, schemes_of
 from perceiver_export.calibration.quantize_part import PartOptions, QuantizedPart, quantize_part
 from perceiver_export.calibration.ranges import METHODS, Method
 from perceiver_export.calibration.record import CALIBRATION, Calibration, write_calibration
 from perceiver_export.calibration.result import Result, measure, require_coverage
+from perceiver_export.calibration.statistics import scipy_stats
 from perceiver_export.calibration.write import file_entries, new_bundle, refuse_place
 from perceiver_export.runtimes.bundle import Bundle, open_bundle
 from perceiver_export.runtimes.errors import GateError, UndecidedError, UsageError
+from perceiver_export.runtimes.loading import check_threads
 from perceiver_export.runtimes.machine import cpu_features, cpu_name, saturates
 from perceiver_export.runtimes.manifest import Manifest, Part, Quantization, encode_manifest
 
@@ -70,15 +74,16 @@ def quantize(
     report = progress or (lambda what, done, total: None)
     path = Path(os.path.abspath(out))
     wishes: dict[str, Any] = {"smooth": smooth, "correct_bias": correct_bias, "weight_bits": weight_bits}
-    check_numbers(samples, min_coverage)
+    check_numbers(samples, min_coverage, threads)
     refuse_place(path, overwrite, bundle)
     source = open_bundle(bundle)
     options = part_options(source, scheme, method, **wishes, precision=precision, keep_float=keep_float)
-    observation = observe(source, data, samples, threads, report)
     gates = {"max_drop": max_drop, "min_agreement": min_agreement, "max_metric_change": max_metric_change}
+    gated = _check_gates(source, data, {**gates, "metric": metric})
+    observation = observe(source, data, samples, threads, report)
     with new_bundle(path, overwrite) as directory:
         write_quantized(source, options, observation, directory, path.name, min_coverage, threads, report)
-        if any(gate is not None for gate in gates.values()):
+        if gated:
             _require(directory, source, data, {**gates, "metric": metric})
     report("done", 1, 1)
     return open_bundle(path)
@@ -138,12 +143,31 @@ def write_quantized(
     (directory / "manifest.json").write_bytes(encode_manifest(manifest))
 
 
-def check_numbers(samples: int, min_coverage: float) -> None:
+def check_numbers(samples: int, min_coverage: float, threads: int | None) -> None:
     """Raise UsageError where a number of `quantize` makes no sense."""
     if samples < 1:
         raise UsageError(f"samples is {samples}", "give 1 or more; 128 are enough for most")
     if not 0.0 <= min_coverage <= 100.0:
         raise UsageError(f"min-coverage is {min_coverage}", "it is a percentage")
+    check_threads(threads)
+
+
+def _check_gates(source: Bundle, data: Data, gates: Mapping[str, Any]) -> bool:
+    """Whether there are gates. Raises UsageError, before anything runs, where they cannot be held against DATA;
+    MissingDependencyError without what bounds need.
+    """
+    asked = Asked.of(**gates)
+    if asked.metric is not None and asked.change is None:
+        raise UsageError("--metric has no effect without --max-metric-change", "give both, or neither")
+    if not asked.any:
+        return False
+    check_asked(asked, family(source.manifest), has_reference=True)
+    if not isinstance(data, (str, Path)):
+        raise UsageError("accuracy gates need data that can be read twice", "give a path or module:function")
+    if str(data) == RANDOM:
+        raise UsageError("random numbers show no accuracy", "give real data with gates, or leave the gates out")
+    scipy_stats()
+    return True
 
 
 def _check_patterns(source: Bundle, options: PartOptions) -> None:
@@ -243,8 +267,7 @@ def _require(directory: Path, source: Bundle, data: Data, gates: Mapping[str, An
     """`validate`'s gates, before the bundle is published. Raises GateError, UndecidedError."""
     from perceiver_export.calibration.validation import validate
 
-    if not isinstance(data, (str, Path)):
-        raise UsageError("accuracy gates need data that can be read twice", "give a path or module:function")
+    assert isinstance(data, (str, Path))
     for gate in validate(directory, data, against=source, **gates).gates:
         if not gate.held:
             kind = UndecidedError if gate.outcome == "undecided" else GateError

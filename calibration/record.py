@@ -142,6 +142,13 @@ class Calibration(msgspec.Struct, frozen=True):
     searched: tuple[str, ...] = ()  # digests of the samples that precisions were chosen on
     schema_version: int = _VERSION
 
+    @property
+    def how(self) -> str:
+        """The scheme in words; ranges, and the bits of weights that are multiplied as integers, only where any are."""
+        if not any(one.scheme == "int8" for part in self.parts.values() for one in part.linears):
+            return self.scheme
+        return f"{self.scheme}, ranges by {self.method}, weights of {self.weight_bits} bits"
+
 
 def read_calibration(bundle: Bundle) -> Calibration | None:
     """A quantized bundle's record; None where the bundle is not quantized. Raises BundleError."""

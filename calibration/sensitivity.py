@@ -7,6 +7,7 @@ layer may be exact and its output still be blown up by a softmax of large scores
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from perceiver_export.calibration.activations import Statistics
 from perceiver_export.calibration.feeds import Data
 from perceiver_export.calibration.linears import find_linears
 from perceiver_export.calibration.observe import Call, Observation, Report, observe
-from perceiver_export.calibration.pipeline import part_options
+from perceiver_export.calibration.pipeline import check_numbers, part_options
 from perceiver_export.calibration.plan import Scheme, decibels, product_sqnr
 from perceiver_export.calibration.qdq import LinearPlan, write_qdq
 from perceiver_export.calibration.quantize_part import PartOptions, PlannedPart, plan_part
@@ -29,6 +30,7 @@ from perceiver_export.runtimes.errors import ExportError, MissingDependencyError
 
 _SAMPLES = 32
 _FORMATS = (".json", ".svg", ".png")
+_NO_MATPLOTLIB = ("a plot needs matplotlib", "pip install matplotlib, or give a .json")
 
 
 class GroupSensitivity(msgspec.Struct, frozen=True):
@@ -59,6 +61,7 @@ def measure_sensitivity(
     Raises what `quantize` raises.
     """
     report = progress or (lambda what, done, total: None)
+    check_numbers(samples, 0.0, threads)
     source = open_bundle(bundle)
     options = part_options(source, **wishes)
     return group_sensitivity(source, observe(source, data, samples, threads, report), options, threads, report)
@@ -116,11 +119,13 @@ def _output_sqnr(
 
 
 def check_file(path: Path) -> None:
-    """Raise UsageError, before minutes of work, where the file could not be written."""
+    """Raise UsageError or MissingDependencyError, before minutes of work, where the file could not be written."""
     if path.suffix not in _FORMATS:
         raise UsageError(f"{path} is no file that sensitivities are written to", f"it ends in {', '.join(_FORMATS)}")
     if not path.absolute().parent.is_dir() or path.is_dir():
         raise UsageError(f"{path} cannot be written", "its folder is not there, or it is a folder itself")
+    if path.suffix != ".json" and importlib.util.find_spec("matplotlib") is None:
+        raise MissingDependencyError(*_NO_MATPLOTLIB)
 
 
 def write_sensitivity(path: Path, groups: tuple[GroupSensitivity, ...]) -> None:
@@ -142,7 +147,7 @@ def _plot(path: Path, groups: tuple[GroupSensitivity, ...]) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise MissingDependencyError("a plot needs matplotlib", "pip install matplotlib, or give a .json") from error
+        raise MissingDependencyError(*_NO_MATPLOTLIB) from error
     shown = groups[:60][::-1]
     figure = Figure(figsize=(9, 1.2 + 0.2 * len(shown)), layout="constrained")
     axes = figure.subplots()

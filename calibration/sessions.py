@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 
-from perceiver_export.runtimes.errors import BundleError, MissingDependencyError
+from perceiver_export.runtimes.errors import BundleError, ExportError, MissingDependencyError
 
 _SILENT = 4
 
@@ -26,7 +27,8 @@ def open_session(
     ``in_order``: nodes run in the order of the graph, and memory is taken as they go; by itself onnxruntime runs all
     of the graph before small nodes beside it, and keeps room for all tensors of a call from the second one on.
     ``config`` are session options by name; the name `optimized_model_filepath` and `enable_profiling` among them are
-    attributes. Raises BundleError where onnxruntime refuses the graph, MissingDependencyError.
+    attributes. Raises BundleError where onnxruntime refuses the graph, ExportError where it cannot write what was asked
+    for, MissingDependencyError.
     """
     try:
         import onnxruntime
@@ -55,4 +57,9 @@ def open_session(
         if not type(error).__module__.startswith("onnxruntime"):
             raise
         first_line = str(error).splitlines()[0]
+        if "Failed to write" in first_line:  # what it made of the graph, where that was asked for
+            raise ExportError(
+                f"the disk of the temporary directory {tempfile.gettempdir()} is full",
+                "free some space there, or name another directory with TMPDIR",
+            ) from error
         raise BundleError(f"onnxruntime refuses the graph: {first_line}", "report it with the bundle") from error

@@ -71,8 +71,8 @@ def find_sites(linears: Sequence[Linear]) -> list[Site]:
         readers = _connected(linear, by_weight)
         done |= {reader.weight for reader in readers}
         makers = {reader.activation for reader in readers}
-        if any(_reader_nodes(value) - {reader.node for reader in readers} for value in makers):
-            continue  # something else reads it, and would see it divided
+        if any(_read_by_others(value, {reader.node for reader in readers}) for value in makers):
+            continue  # it would be seen divided
         norms = [value.producer() for value in makers]
         if all(norm is not None and norm.op_type == "LayerNormalization" for norm in norms):
             if len({tuple(norm.inputs[1:]) for norm in norms if norm is not None}) == 1:
@@ -98,8 +98,13 @@ def _connected(start: Linear, by_weight: dict[ir.Value, list[Linear]]) -> tuple[
     return tuple(found.values())
 
 
-def _reader_nodes(value: ir.Value) -> set[ir.Node]:
-    return set(value.consumers())
+def _read_by_others(value: ir.Value, readers: set[ir.Node]) -> bool:
+    """Whether anything but these nodes, or whoever calls the graph, sees a value."""
+    return value.is_graph_output() or not set(value.consumers()) <= readers
+
+
+def _has_one_reader(value: ir.Value) -> bool:
+    return len(value.uses()) == 1 and not value.is_graph_output()
 
 
 def _value_projections(
@@ -125,6 +130,8 @@ def _through_attention(value: ir.Value, by_output: dict[ir.Value, Linear]) -> Li
     outer, product = _back_through_shapes(value)
     if product is None or product.op_type != "MatMul" or product.inputs[1] is None:
         return None
+    if outer and not _has_one_reader(product.outputs[0]):
+        return None  # without shapes behind it, it is what the readers read
     inner, _ = _back_through_shapes(product.inputs[1])
     source = inner[-1].inputs[0] if inner else product.inputs[1]
     linear = by_output.get(source) if source is not None else None
@@ -138,7 +145,7 @@ def _back_through_shapes(value: ir.Value) -> tuple[list[ir.Node], ir.Node | None
     nodes: list[ir.Node] = []
     current: ir.Value | None = value
     while current is not None and (node := current.producer()) is not None:
-        if node.op_type not in ("Reshape", "Transpose") or len(node.outputs[0].uses()) != 1:
+        if node.op_type not in ("Reshape", "Transpose") or not _has_one_reader(node.outputs[0]):
             return nodes, node
         nodes.append(node)
         current = node.inputs[0]
@@ -148,7 +155,7 @@ def _back_through_shapes(value: ir.Value) -> tuple[list[ir.Node], ir.Node | None
 def _keeps_channels(source: ir.Value, inner: list[ir.Node], product: ir.Node, outer: list[ir.Node]) -> bool:
     """Whether channel j of ``source`` ends up as channel j of the attention's output: tried on channel numbers."""
     shape = _static(source)
-    if shape is None or len(source.uses()) != 1:
+    if shape is None or not _has_one_reader(source):
         return False
     numbers = np.arange(shape[-1], dtype=np.int16)  # of a small type: inputs may be 180,000 rows
     channels = _reshaped(np.broadcast_to(numbers, shape), inner)

@@ -49,12 +49,12 @@ def quantize_channels(weight: Array, bits: int = 8) -> IntegerWeight:
 
 
 def block_size(depth: int) -> int | None:
-    """Inputs that share a scale: 32, or the divisor of ``depth`` next below or above it; None where 16 … 64 has none.
+    """Inputs that share a scale: the largest even divisor of ``depth`` from 16 to 32; None where there is none.
 
-    OpenVINO refuses a last block that is shorter.
+    OpenVINO 2026.4 refuses a last block that is shorter. It computes wrong numbers, or NaN, with odd blocks, and with
+    blocks of more than 32 where there are few rows.
     """
-    divisors = [size for size in range(_LEAST_BLOCK, 2 * INT4_BLOCK + 1) if depth % size == 0]
-    return min(divisors, key=lambda size: (abs(size - INT4_BLOCK), size), default=None)
+    return max((size for size in range(_LEAST_BLOCK, INT4_BLOCK + 1, 2) if depth % size == 0), default=None)
 
 
 def quantize_blocks(weight: Array, block: int) -> IntegerWeight:

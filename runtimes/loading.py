@@ -61,7 +61,7 @@ def load(
 
     Raises BundleError, DeviceError, EngineError, MissingDependencyError, UsageError.
     """
-    _check_threads(threads)
+    check_threads(threads)
     check_choice("hint", hint, get_args(Hint))
     if precision is not None:
         check_choice("precision", precision, get_args(Precision))
@@ -97,7 +97,7 @@ def load_onnx(path: str | os.PathLike[str], device: str = "auto", threads: int |
 
 def open_engine(path: Path, device: str, threads: int | None) -> Engine:
     """Compile a graph for a target. Raises DeviceError, EngineError, MissingDependencyError, UsageError."""
-    _check_threads(threads)
+    check_threads(threads)
     target = find_target(device)
     if target.needs_engine:
         raise EngineError(
@@ -195,7 +195,8 @@ def _rebuild(bundle: Bundle, target: str) -> str:
     return f"rebuild it: perceiver-export build {bundle.path} --target {target}"
 
 
-def _check_threads(threads: int | None) -> None:
+def check_threads(threads: int | None) -> None:
+    """Raise UsageError for a number of threads that makes no sense."""
     if threads is not None and not 1 <= threads <= _MOST_THREADS:
         raise UsageError(f"threads is {threads}", f"give 1 to {_MOST_THREADS}, or leave it out")
 

@@ -98,8 +98,8 @@ def show_precision(calibration: Calibration) -> None:
     """Each run of a linear: its precision, its SQNR, and the kernel that runs it on each engine."""
     data = calibration.data
     typer.echo(
-        f"{calibration.scheme}, ranges by {calibration.method}, weights of {calibration.weight_bits} bits, calibrated "
-        f"on {data.samples:,} samples of {data.source} (fingerprint {data.fingerprint[:16]})"
+        f"{calibration.how}, calibrated on {data.samples:,} samples of {data.source} "
+        f"(fingerprint {data.fingerprint[:16]})"
     )
     typer.echo(f"float by policy: {calibration.policy}")
     for name, part in calibration.parts.items():

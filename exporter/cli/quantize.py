@@ -164,7 +164,7 @@ def show_quantized(made: Bundle, calibration: Calibration) -> None:
     """What came of it: outputs, integer kernels and speed on each engine, and what to be warned of."""
     data = calibration.data
     size = sum(entry.size for entry in made.manifest.files.values())
-    typer.echo(f"quantized to {made.path} ({mebibytes(size)}): {calibration.scheme}, ranges by {calibration.method}")
+    typer.echo(f"quantized to {made.path} ({mebibytes(size)}): {calibration.how}")
     typer.echo(f"calibrated on {data.samples:,} samples of {data.source} (fingerprint {data.fingerprint[:16]})")
     assert made.manifest.quantization is not None
     rows = [

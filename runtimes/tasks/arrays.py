@@ -58,7 +58,7 @@ class Arrays(Task):
             if not np.isfinite(array).all():
                 raise InputError(f"{name!r} holds values that are not finite numbers", "mask them, or give 0 for them")
         _check_masks(feeds, specs)
-        _check_tokens(feeds, self.manifest)
+        check_tokens(feeds, self.manifest)
         outputs = run_batched(self.runtime, feeds)
         return {name: array[0] for name, array in outputs.items()} if ranks == {-1} else outputs
 
@@ -146,8 +146,10 @@ def _check_masks(feeds: Mapping[str, Array], specs: tuple[TensorSpec, ...]) -> N
         raise InputError(f"{what} masks everything of sample {np.argmin(left)}", "leave a 1 in each sample")
 
 
-def _check_tokens(feeds: Mapping[str, Array], manifest: Manifest) -> None:
-    """Tokens are rows of a table; of a negative one an engine takes a row from its end."""
+def check_tokens(feeds: Mapping[str, Array], manifest: Manifest) -> None:
+    """Raise InputError for a token that the model does not know: of a negative one an engine takes a row of its table
+    from the end. Arrays may come with a batch or without.
+    """
     inputs = manifest.architecture.get("inputs")
     for name, one in inputs.items() if isinstance(inputs, dict) else ():
         count = one.get("vocabulary_size") if isinstance(one, dict) else None

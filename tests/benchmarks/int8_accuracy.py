@@ -55,7 +55,6 @@ def measure(bundles: dict[str, Bundle], run: Callable[[Runner, float], Array], t
         f"{name} {target}": run(opened(bundle, target), 0.0)
         for name, bundle in bundles.items()
         for target in RUNNERS
-        if not (name == "int4-weights" and target != "ort-cpu")
     }
     reference = logits["fp32 ort-cpu"]
     rows: dict[str, Any] = {
@@ -108,7 +107,7 @@ def text(work: Path) -> dict[str, Any]:
     rows: dict[str, Any] = {}
     for scheme in SCHEMES:
         made = quantize(fp32, folder / "calibration.jsonl", work / f"text-{scheme}", scheme=scheme, samples=512)
-        for target in RUNNERS if scheme == "int8" else ("ort-cpu",):
+        for target in RUNNERS:
             found = validate(made, folder / "test.jsonl", against=fp32, device=target, against_device="ort-cpu")
             rows[f"{scheme} {target}"] = {
                 result.name: msgspec.to_builtins({"found": result.candidate, "worse by": result.worsening})

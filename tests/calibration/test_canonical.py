@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -12,6 +14,7 @@ import onnx_ir as ir
 import pytest
 
 from perceiver_export.calibration.coverage import measure_coverage
+from perceiver_export.calibration.effects import openvino_runner, ort_runner
 from perceiver_export.calibration.plan import Scheme, decibels
 from perceiver_export.calibration.quantize_part import PartOptions
 from perceiver_export.calibration.weights import quantize_channels
@@ -75,8 +78,13 @@ def expose_codes(model: ir.Model) -> None:
             model.graph.outputs.append(node.outputs[0])
 
 
-def test_an_integer_kernel_computes_what_the_codes_say(tmp_path: Path) -> None:
-    """One product on ONNX Runtime's kernel against integer arithmetic in numpy: the same to float32's rounding."""
+@pytest.mark.parametrize(("file", "open_graph"), [("model.ort-cpu.onnx", ort_runner), ("model.onnx", openvino_runner)])
+def test_an_integer_kernel_computes_what_the_codes_say(
+    file: str, open_graph: Callable[..., Any], tmp_path: Path
+) -> None:
+    """One product on an engine's kernel against integer arithmetic in numpy: the same to float32's rounding. OpenVINO
+    takes the canonical graph as it is, so its codes are those of the graph.
+    """
     text = """
     <ir_version: 10, opset_import: ["" : 20]>
     one (float[1, 6, 16] x, float[16, 16] w, float[16] b) => (float[1, 6, 16] y) { p = MatMul (x, w)  y = Add (p, b) }
@@ -90,7 +98,7 @@ def test_an_integer_kernel_computes_what_the_codes_say(tmp_path: Path) -> None:
     integers = quantize_channels(weight)
     codes = np.clip(np.rint(feeds["x"] / np.float32(scale)), -128, 127).astype(np.int32)
     expected = (codes @ integers.values.astype(np.int32)).astype(np.float64) * scale * integers.scales + bias
-    found = run(ir.load(tmp_path / "int8" / "model.ort-cpu.onnx"), tmp_path / "int8", feeds)["y"]
+    found = open_graph(tmp_path / "int8" / file)(feeds)["y"]
 
     np.testing.assert_allclose(found, expected, rtol=2e-6, atol=2e-6 * np.abs(expected).max())
 

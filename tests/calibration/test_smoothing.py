@@ -6,6 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from perceiver_export.calibration.linears import find_linears
 from perceiver_export.calibration.plan import decibels
@@ -69,3 +70,21 @@ def test_smoothed_integers_are_closer_to_float(tmp_path: Path) -> None:
         found[smoothing] = decibels(np.stack(exact), np.stack(outputs))
 
     assert found[True] > found[False] + 3
+
+
+@pytest.mark.parametrize(
+    ("site", "change"),
+    [
+        ("wk", ("=> (float[1, 6, 16] y)", "=> (float[1, 6, 16] y, float[1, 6, 16] n)")),
+        ("wo", ("=> (float[1, 6, 16] y)", "=> (float[1, 6, 16] y, float[1, 6, 16] v1)")),
+        ("wo", ("=> (float[1, 6, 16] y)", "=> (float[1, 6, 16] y, float[1, 2, 6, 8] a)")),
+        ("wo", ("  y = Add (r1, m2)", "  again = Mul (a, a)\n  y = Add (r1, m2)")),
+    ],
+)
+def test_what_leaves_the_graph_is_never_divided(site: str, change: tuple[str, str]) -> None:
+    """An output of the graph, or an attention's output that something reads beside the linear."""
+    text = BLOCK.replace(*change)
+    assert text != BLOCK
+    sites = find_sites(find_linears(build(text).graph)[0])
+
+    assert site not in {linear.group for one in sites for linear in one.readers}

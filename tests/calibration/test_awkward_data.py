@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calibration data that looks right and is not: refused with the sample's name, before anything is written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from perceiver_export.calibration import measure_sensitivity, quantize
+from perceiver_export.calibration.collect import Observer
+from perceiver_export.calibration.feeds import open_feeds
+from perceiver_export.exporter import export
+from perceiver_export.runtimes.errors import DataError, UsageError
+from perceiver_export.runtimes.manifest import Manifest
+from tests.calibration.graphs import build, save
+from tests.cli.commands import fail
+from tests.cli.small_models import flow as small_flow
+from tests.conftest import FASHION
+
+TEXT = FASHION.parent / "text_bytes"
+
+
+@pytest.fixture(scope="module")
+def text_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export(TEXT / "checkpoint", tmp_path_factory.mktemp("text") / "text").path
+
+
+@pytest.fixture(scope="module")
+def texts(text_bundle: Path) -> Manifest:
+    from perceiver_export.runtimes import open_bundle
+
+    return open_bundle(text_bundle).manifest
+
+
+@pytest.fixture(scope="module")
+def pictures(fashion_bundle: Path) -> Manifest:
+    from perceiver_export.runtimes import open_bundle
+
+    return open_bundle(fashion_bundle).manifest
+
+
+@pytest.mark.parametrize("token", [262, -5])
+def test_tokens_that_the_model_does_not_know_are_refused(text_bundle: Path, tmp_path: Path, token: int) -> None:
+    """Of a negative one the engine would take a row from the table's end, and say nothing."""
+    data = tmp_path / "tokens.npz"
+    np.savez(data, tokens=np.full((2, 64), token, np.int32), tokens_mask=np.ones((2, 64), np.int32))
+
+    said = fail("quantize", text_bundle, "--data", data, "-o", tmp_path / "out")
+
+    assert f"tokens.npz[0]: 'tokens' holds token {token}" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_numbers_that_do_not_fit_the_models_type_are_refused(texts: Manifest, pictures: Manifest) -> None:
+    large = {"tokens": np.full(64, 2**32 + 7), "tokens_mask": np.ones(64, np.int32)}
+    with pytest.raises(DataError, match="numbers that do not fit int32"):
+        list(open_feeds([large], texts).stream)
+    with pytest.raises(DataError, match="NaN or infinite values as float32"):
+        list(open_feeds([{"image": np.full((3, 28, 28), 1e300)}], pictures).stream)
+
+
+@pytest.mark.parametrize(("label", "found"), [("Shirt", 6), (np.int64(6), 6), (np.array(6), 6), (None, None)])
+def test_labels_come_by_number_or_name(pictures: Manifest, label: Any, found: int | None) -> None:
+    (example,) = open_feeds([{"image": np.zeros((3, 28, 28), np.float32), "label": label}], pictures).stream
+    assert example.label == found
+
+
+@pytest.mark.parametrize("label", [99, -1, 1.5, "Shoe", np.arange(2)])
+def test_labels_that_the_model_does_not_have_are_refused(pictures: Manifest, label: Any) -> None:
+    samples = [{"image": np.zeros((3, 28, 28), np.float32), "label": label}]
+    with pytest.raises(DataError, match=r"the data\[0\]: .* is not a label of this model"):
+        list(open_feeds(samples, pictures).stream)
+
+
+def test_an_iterables_pixels_are_prepared_as_a_functions_are(pictures: Manifest) -> None:
+    pixels = np.full((28, 28), 255, np.uint8)
+    (example,) = open_feeds([{"image": pixels}], pictures).stream
+
+    assert example.feeds["image"].shape == (3, 28, 28)
+    assert example.feeds["image"].max() < 10
+
+
+def test_lines_are_named_as_an_editor_counts_them(texts: Manifest, tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    path.write_text('\n\n{"text": "one\u2028line"}\n\n{"text": "' + "a" * 500 + '"}\n', encoding="utf-8")
+
+    stream = open_feeds(path, texts).stream
+    assert next(stream).name == "lines.jsonl, line 3"
+    with pytest.raises(DataError, match=r"lines.jsonl, line 5: the text has 500 bytes"):
+        next(stream)
+
+
+def test_what_is_validated_on_can_be_calibrated_on(tmp_path: Path) -> None:
+    """An .npz of frames and true flow serves `quantize --max-metric-change`, which both calibrates and validates."""
+    manifest = export(small_flow(), tmp_path / "flow").manifest
+    (spec,) = (one for one in manifest.parts["model"].inputs if one.name == "frames")
+    shape = [int(size) for size in spec.shape[1:]]
+    frames = np.zeros((2, *shape), np.float32)
+    np.savez(tmp_path / "data.npz", frames=frames, flow=np.zeros((2, *shape[-2:], 2), np.float32))
+    np.savez(tmp_path / "typo.npz", frames=frames, flwo=np.zeros(2))
+
+    assert [set(example.feeds) for example in open_feeds(tmp_path / "data.npz", manifest).stream] == [{"frames"}] * 2
+    with pytest.raises(DataError, match="'flwo', which the model does not take"):
+        open_feeds(tmp_path / "typo.npz", manifest)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"threads": -3}, "threads is -3"),
+        ({"max_drop": 1.0, "data": [{}]}, "data that can be read twice"),
+        ({"max_drop": 1.0, "data": "random"}, "random numbers show no accuracy"),
+        ({"max_drop": -1.0}, "--max-drop is -1"),
+        ({"metric": "kl"}, "--metric has no effect without --max-metric-change"),
+        ({"metric": "nonsense", "max_metric_change": 0.1}, "no metric 'nonsense'"),
+    ],
+)
+def test_gates_that_cannot_be_held_are_refused_before_anything_runs(
+    options: dict[str, Any], message: str, fashion_bundle: Path, tmp_path: Path
+) -> None:
+    ran: list[str] = []
+    data = options.pop("data", FASHION / "held_out.npz")
+    with pytest.raises(UsageError, match=message):
+        quantize(fashion_bundle, data, tmp_path / "out", progress=lambda what, *_: ran.append(what), **options)
+    assert ran == []
+    assert not (tmp_path / "out").exists()
+
+
+def test_sensitivity_refuses_the_same_threads(fashion_bundle: Path) -> None:
+    with pytest.raises(UsageError, match="threads is 0"):
+        measure_sensitivity(fashion_bundle, FASHION / "held_out.npz", threads=0)
+
+
+@pytest.mark.parametrize("row", [0, 3, 5])
+def test_nan_in_one_row_of_a_tensor_is_found(row: int, tmp_path: Path) -> None:
+    """onnxruntime's reductions pass over a NaN that is not in the first row, so bounds alone do not show it."""
+    text = """
+    <ir_version: 10, opset_import: ["" : 20]>
+    one (float[1, 6, 16] x, float[16, 16] w) => (float[1, 6, 16] y) { l = Log (x)  y = MatMul (l, w) }
+    """
+    model = build(text)
+    observer = Observer(save(model, tmp_path), 1)
+    rows = np.ones((1, 6, 16), np.float32)
+    rows[0, row, 2] = -1.0
+
+    observer.run({"x": np.ones_like(rows)})
+    with pytest.raises(DataError, match="NaN or infinite values in y"):
+        observer.run({"x": rows})
+    assert observer.statistics.calls == 1
