@@ -145,6 +145,15 @@ def test_usage_errors_exit_with_two(arguments: list[str]) -> None:
     assert perceiver_export(*arguments).returncode == 2
 
 
+@pytest.mark.parametrize("module", ["cli", "cli.main"])
+def test_python_runs_it_as_a_module_too(module: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", f"perceiver_export.exporter.{module}", "inspect", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: {tmp_path} is not a bundle")
+
+
 def test_ctrl_c_in_the_middle_leaves_nothing(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [*COMMAND, "export", "preset:imagenet-fourier", "-o", str(tmp_path / "bundle"), "--shape", "image=3x32x32"],

@@ -44,8 +44,9 @@ def test_a_truncated_or_missing_file_is_found_without_hashing(copied_bundle: Pat
         open_bundle(copied_bundle, verify="never")
 
     (copied_bundle / name).unlink()
-    with pytest.raises(BundleError, match="is missing"):
+    with pytest.raises(BundleError, match="is missing") as caught:
         open_bundle(copied_bundle, verify="never")
+    assert str(caught.value) == f"{caught.value.message}\nhint: copy or export the bundle again"
 
 
 def test_a_stamp_spares_the_second_hashing_and_any_change_of_time_renews_it(
