@@ -11,7 +11,7 @@ from pathlib import Path
 from perceiver_export.calibration.record import Calibration, read_calibration
 from perceiver_export.calibration.report.content import Report, Speed, sides
 from perceiver_export.calibration.report.tables import tables
-from perceiver_export.calibration.validation import Validation
+from perceiver_export.calibration.validated import Validation
 from perceiver_export.runtimes.benchmark import bench
 from perceiver_export.runtimes.bundle import Bundle, open_bundle
 from perceiver_export.runtimes.certificates import engine_of, valid_certificates

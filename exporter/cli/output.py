@@ -18,6 +18,9 @@ _ENDLESS = 10_000  # columns of a terminal
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON for machines instead of tables.")]
 DeviceOption = Annotated[str, typer.Option(help="Target to run on; `auto` takes the first that is present.")]
+PrecisionOption = Annotated[
+    str | None, typer.Option(help="Engine of this precision (fp32, fp16, bf16); by default the one built last.")
+]
 ThreadsOption = Annotated[int | None, typer.Option(help="Threads of the engine; it decides where none are given.")]
 BundleArgument = Annotated[str, typer.Argument(metavar="BUNDLE", help="A bundle, as `export` writes it.")]
 

@@ -185,6 +185,8 @@ def show_quantized(made: Bundle, calibration: Calibration) -> None:
         typer.echo(f"float: {name}: {reason}")
     for warning in calibration.warnings:
         typer.echo(typer.style("warning:", fg="yellow", bold=True) + f" {warning}")
+    for gate in calibration.gates:
+        typer.echo(str(gate))
     typer.echo(f"next: perceiver-export validate {made.path} --data DATA --against BUNDLE0")
 
 

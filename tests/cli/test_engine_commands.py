@@ -7,11 +7,14 @@ import csv
 import json
 import re
 from pathlib import Path
+from typing import cast
 
 import pytest
 
-from perceiver_export.runtimes import load
+from perceiver_export.runtimes import build, load
+from perceiver_export.runtimes.engines.backend import Precision
 from tests.cli.commands import fail, succeed
+from tests.conftest import FASHION
 
 TARGETS = ("ort-cpu", "openvino-cpu")
 
@@ -27,10 +30,28 @@ def test_build_compiles_for_every_target_named_and_load_finds_it(copied_bundle: 
     assert re.search(r"was there\s+│\s+│", succeed("build", copied_bundle, "--target", "ort-cpu"))
 
 
+def test_the_engine_built_last_is_taken_and_named_or_the_one_that_is_asked_for(copied_bundle: Path) -> None:
+    for precision in ("fp32", "fp16"):
+        build(copied_bundle, "openvino-cpu", precision=cast(Precision, precision))
+    where, data = ["--device", "openvino-cpu"], ["--data", FASHION / "test.npz", "--samples", "3", "--json"]
+
+    for asked, taken in (([], "fp16"), (["--precision", "fp32"], "fp32")):
+        shown = succeed("run", copied_bundle, FASHION / "pictures" / "coat.png", *where, *asked)
+        assert f", CPU, {taken}" in shown
+        measured = json.loads(succeed("bench", copied_bundle, "--runs", "5", "--json", *where, *asked))
+        assert measured["measurements"][0]["precision"] == taken
+        validated = json.loads(succeed("validate", copied_bundle, *data, *where, *asked))
+        assert validated["candidate"]["precision"] == taken
+    assert "in the precision that it is in" in fail(
+        "bench", copied_bundle, "--device", "ort-cpu", "--precision", "bf16"
+    )
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--target", "abacus"], "there is no target 'abacus'"),
+        (["--target", "openvno"], "hint: did you mean openvino-cpu or openvino-gpu or openvino-npu? the targets are"),
         (["--target", "openvino-npu"], "OpenVINO finds no NPU here"),
         (["--target", "ort-cpu", "--precision", "fp16"], "runs a graph in the precision that it is in"),
         (["--target", "openvino-cpu", "--precision", "fp8"], "precision is 'fp8'"),
