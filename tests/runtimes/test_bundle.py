@@ -151,7 +151,7 @@ def test_values_that_cannot_be_are_refused(copied_bundle: Path) -> None:
 BAD_STEPS: list[dict[str, Any]] = [
     {"height": 0},
     {"height": 10**12},
-    {"std": [0, 1, 1]},
+    *({"std": std} for std in ([0, 1, 1], [-1, 1, 1], [1, 1], [1] * 4)),
     {"mean": [0.5, 0.5]},
     {"crop_fraction": [1.5, 1.5]},
     {"crop_fraction": [-1, -1]},
