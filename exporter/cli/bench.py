@@ -26,7 +26,7 @@ def bench(
     bundle: Annotated[str, typer.Argument(metavar="BUNDLE", help="A bundle, or an ONNX file.")],
     against: Annotated[
         str | None,
-        typer.Option(metavar="BUNDLE0|MODEL.onnx", help="Measure this one too, in turn, and give the ratio."),
+        typer.Option(metavar="BUNDLE|MODEL.onnx", help="Measure this one too, in turn, and give the ratio."),
     ] = None,
     part: Annotated[
         str | None, typer.Option(help="One part of a split bundle; without it all queries are decoded.")

@@ -62,9 +62,7 @@ def run(
     ],
     output: Annotated[
         str | None,
-        typer.Option(
-            "--output", "-o", help="Where the answers go: .json, or a picture, arrays, a directory of frames."
-        ),
+        typer.Option("--output", "-o", help="Where answers go: .json, or a picture, arrays, a directory of frames."),
     ] = None,
     top: Annotated[int | None, typer.Option(help="How many labels to show of each.", show_default="3")] = None,
     device: DeviceOption = "auto",

@@ -37,7 +37,7 @@ def validate(
     ],
     against: Annotated[
         str | None,
-        typer.Option(metavar="BUNDLE0|SOURCE", help="Reference: another bundle, or the checkpoint in torch."),
+        typer.Option(metavar="BUNDLE|SOURCE", help="Reference: another bundle, or the checkpoint in torch."),
     ] = None,
     against_device: Annotated[
         str | None,

@@ -86,7 +86,8 @@ def find_target(name: str) -> Target:
         return replace(TARGETS["ort-cpu"], name=name, hardware="whatever its execution provider runs on")
     import difflib
 
-    near = difflib.get_close_matches(name.lower(), TARGETS)
+    close = difflib.get_close_matches(name.lower(), TARGETS)
+    near = [target for target in TARGETS if target in close]
     raise DeviceError(
         f"there is no target {name!r}",
         (f"did you mean {' or '.join(near)}? " if near else "")
