@@ -75,6 +75,10 @@ def test_validate_refuses_what_cannot_be_before_it_runs(bundle: Path, tmp_path: 
     assert "both the JUnit file and the report" in fail(*common, "--junit", one_file, "--report", one_file)
     assert "no target 'tpu'" in fail(*common, "--device", "tpu")
     assert "a gate needs a reference" in fail(*common, "--max-drop", "1")
+    for source in ("preset:language-bytes", "lucidrains:model.pt", "tests.cli.small_models:points"):
+        said = fail(*common, "--against", source, cwd=FASHION.parents[1])
+        assert f"{source} " in said
+        assert "hint: give the checkpoint that" in said
     assert "no metric 'epe'" in fail(*common, "--against", bundle, "--metric", "epe", "--max-metric-change", "1")
     assert "a certificate says that a gate held" in fail(*common, "--samples", "5", "--certify")
     assert "two sets of samples" in fail(
