@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import msgspec
 
 from perceiver_export.runtimes.bundle import Bundle
-from perceiver_export.runtimes.engines.backend import EngineOptions
+from perceiver_export.runtimes.engines.backend import EngineOptions, Precision
 from perceiver_export.runtimes.engines.records import graphs_of
 from perceiver_export.runtimes.engines.targets import TARGETS, find_target
 from perceiver_export.runtimes.errors import BundleError
@@ -115,10 +115,10 @@ def engine_of(described: Mapping[str, object]) -> str:
     return f"{described.get('engine')} {described.get('version')}{built}"
 
 
-def precision_of(engine: str) -> str:
+def precision_of(engine: str) -> Precision:
     """The precision that an engine was built in, from what `engine_of` calls it."""
     last = engine.rpartition(" ")[2]
-    return last if last in ("fp16", "bf16") else "fp32"
+    return "fp16" if last == "fp16" else "bf16" if last == "bf16" else "fp32"
 
 
 def device_of(target: str) -> str:

@@ -140,6 +140,7 @@ def test_errors_are_one_line_and_one_hint(bundle: Path, tmp_path: Path) -> None:
     assert "holds no pictures" in fail("validate", bundle, "--data", tmp_path / "empty")
     assert "no manifest.json" in fail("inspect", tmp_path)
     assert "no manifest.json" in fail("bench", tmp_path)
+    assert "hint: it looks like a SOURCE: perceiver-export export preset:x" in fail("bench", "preset:x")
     assert "not at" in fail("demo", "--example", tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "text.png"]
 
