@@ -93,11 +93,8 @@ def export(
         loaded = source
     else:
         loaded = load_model(source, task=task, parity=parity, shape=shapes, config=config)
+    _check_preprocessing(loaded)
     loaded.model.eval()  # one's own may come from training
-    if loaded.preprocessing is not None and (found := unusable(loaded.preprocessing)):
-        raise UnsupportedModelError(
-            f"the model's preprocessing cannot be used: {found}", "mend what it was loaded from"
-        )
     from perceiver_export.exporter.parts import output_specs
 
     split = loaded.split if split is None else split
@@ -116,6 +113,14 @@ def export(
         checked_task(open_bundle(directory, verify="never").manifest)  # what no reader would take is not published
     report("done", 1, 1)
     return open_bundle(path)
+
+
+def _check_preprocessing(loaded: LoadedModel) -> None:
+    """Raise UnsupportedModelError before hours of work that no reader of the bundle would take."""
+    if loaded.preprocessing is not None and (found := unusable(loaded.preprocessing)):
+        raise UnsupportedModelError(
+            f"the model's preprocessing cannot be used: {found}", "mend what it was loaded from"
+        )
 
 
 def _folded(

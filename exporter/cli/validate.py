@@ -80,11 +80,8 @@ def validate(
     """
     from perceiver_export.calibration.targets import validate_targets
 
-    gates: dict[str, Any] = {
-        "max_drop": max_drop,
-        "min_agreement": min_agreement,
-        "max_metric_change": max_metric_change,
-    }
+    gates: dict[str, Any] = {"max_drop": max_drop, "min_agreement": min_agreement}
+    gates["max_metric_change"] = max_metric_change
     _check_files(junit, report)
     for written, ending in ((junit, ".xml"), (report, None), (save_worst, None)):
         if written is not None:
@@ -92,8 +89,8 @@ def validate(
     if certify and all(gate is None for gate in gates.values()):
         raise UsageError("a certificate says that a gate held", "ask for one: --max-drop, --min-agreement")
     options: dict[str, Any] = {**gates, "metric": metric, "samples": samples, "threads": threads}
-    options["precision"] = precision
     options |= {"allow_overlap": allow_overlap or not certify, "certifying": certify, "save_worst": save_worst}
+    options["precision"] = precision
     with progress_bar("validate", quiet=json) as progress:
         results = validate_targets(
             bundle,
