@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from perceiver_export.calibration.pipeline import quantize
     from perceiver_export.calibration.sensitivity import measure_sensitivity
     from perceiver_export.calibration.targets import validate_targets
-    from perceiver_export.calibration.validation import Validation, validate
+    from perceiver_export.calibration.validated import Validation
+    from perceiver_export.calibration.validation import validate
 
 __all__ = [
     "Validation",
@@ -29,7 +30,7 @@ __all__ = [
 ]
 
 _LAZY = {
-    "Validation": "validation",
+    "Validation": "validated",
     "certify": "certificate",
     "lint": "linting",
     "measure_layer_errors": "layer_errors",

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from collections.abc import Mapping
 
 import msgspec
 import numpy as np
@@ -12,6 +13,9 @@ import numpy as np
 from perceiver_export.calibration.feeds import Example
 from perceiver_export.runtimes.manifest import Manifest
 from perceiver_export.runtimes.preprocessing import FlowPreprocessing, ImagePreprocessing, VideoPreprocessing
+from perceiver_export.runtimes.runtime import Array
+
+Bounds = dict[str, tuple[float, float]]  # the least and the largest value of each input
 
 ENOUGH = 32  # PTQ4ViT (arXiv 2111.12293) finds 32 pictures within 0.1 points of 128
 
@@ -35,7 +39,7 @@ class DataWatch:
         self._labels: Counter[int] = Counter()
         self._first: dict[str, bytes] = {}
         self._varies: set[str] = set()
-        self._bounds: dict[str, tuple[float, float]] = {}
+        self._bounds: Bounds = {}
 
     def see(self, example: Example) -> str:
         """Take note of a sample, and give its digest."""
@@ -46,8 +50,7 @@ class DataWatch:
             own = hashlib.sha256(content).digest()
             if self._first.setdefault(name, own) != own:
                 self._varies.add(name)
-            low, high = self._bounds.get(name, (np.inf, -np.inf))
-            self._bounds[name] = (min(low, float(array.min())), max(high, float(array.max())))
+        widen(self._bounds, example.feeds)
         if example.label is not None:
             self._labels[example.label] += 1
         self.digests.append(digest.hexdigest()[:16])
@@ -72,26 +75,38 @@ class DataWatch:
         for name in self._bounds if count > 1 else ():
             if name not in self._varies and not name.endswith("_mask"):
                 warnings.append(f"input {name!r} is the same in all samples")
-        for name, (low, high) in self._bounds.items():
-            allowed = self._allowed(name)
-            if allowed is not None and (low < allowed[0] - 1e-3 or high > allowed[1] + 1e-3):
-                found = f"from {low:.3g} to {high:.3g}"
-                warnings.append(
-                    f"input {name!r} goes {found}, prepared pictures lie in {allowed[0]:.3g} … {allowed[1]:.3g}"
-                )
-        return warnings
+        return [*warnings, *out_of_range(self._manifest, self._bounds)]
 
-    def _allowed(self, name: str) -> tuple[float, float] | None:
-        """The least and the largest value that preprocessing can give."""
-        steps = self._manifest.preprocessing
-        if isinstance(steps, ImagePreprocessing) and name == "image":
-            ends = [
-                (value * steps.scale - m) / s for value in (0, 255) for m, s in zip(steps.mean, steps.std, strict=True)
-            ]
-            overshoot = 0.5 * (max(ends) - min(ends))  # bicubic resampling swings beyond its pixels
-            return min(ends) - overshoot, max(ends) + overshoot
-        if isinstance(steps, FlowPreprocessing) and name == "frames":
-            return -1.0, 1.0
-        if isinstance(steps, VideoPreprocessing) and name == "video":
-            return 0.0, 1.0
-        return None
+
+def widen(bounds: Bounds, feeds: Mapping[str, Array]) -> None:
+    """Take arrays into the bounds of their inputs."""
+    for name, array in feeds.items():
+        low, high = bounds.get(name, (np.inf, -np.inf))
+        bounds[name] = (min(low, float(array.min())), max(high, float(array.max())))
+
+
+def out_of_range(manifest: Manifest, bounds: Bounds) -> list[str]:
+    """A warning of each input that preprocessing cannot have given: it was prepared otherwise, twice, or not at all."""
+    warnings = []
+    for name, (low, high) in bounds.items():
+        least, most = _allowed(manifest, name)
+        if low < least - 1e-3 or high > most + 1e-3:
+            warnings.append(
+                f"input {name!r} goes from {low:.3g} to {high:.3g}, prepared as in training it lies in"
+                f" {least:.3g} … {most:.3g}"
+            )
+    return warnings
+
+
+def _allowed(manifest: Manifest, name: str) -> tuple[float, float]:
+    """The least and the largest value that preprocessing can give."""
+    steps = manifest.preprocessing
+    if isinstance(steps, ImagePreprocessing) and name == "image":
+        ends = [(value * steps.scale - m) / s for value in (0, 255) for m, s in zip(steps.mean, steps.std, strict=True)]
+        overshoot = 0.5 * (max(ends) - min(ends))  # bicubic resampling swings beyond its pixels
+        return min(ends) - overshoot, max(ends) + overshoot
+    if isinstance(steps, FlowPreprocessing) and name == "frames":
+        return -1.0, 1.0
+    if isinstance(steps, VideoPreprocessing) and name in ("frames", "audio"):
+        return (0.0, 1.0) if name == "frames" else (-1.0, 1.0)
+    return -np.inf, np.inf

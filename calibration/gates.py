@@ -40,7 +40,8 @@ class Gate(msgspec.Struct, frozen=True):
     """One thing that was asked for, and what came of it: ``measured``, ``lower`` and ``upper`` in its unit.
 
     ``samples_to_decide``: how many would decide four times in five, if the truth is what was measured; None where it
-    is decided, or where no number would.
+    is decided, or where no number would. ``reservations``: what makes it say less than it seems to (samples that are
+    repeated, a reference that guesses); a gate that holds is never shown without them.
     """
 
     wanted: Wanted
@@ -50,6 +51,7 @@ class Gate(msgspec.Struct, frozen=True):
     outcome: Literal["held", "not held", "undecided"]
     samples: int
     samples_to_decide: int | None = None
+    reservations: tuple[str, ...] = ()
 
     @property
     def held(self) -> bool:
@@ -59,7 +61,8 @@ class Gate(msgspec.Struct, frozen=True):
     def __str__(self) -> str:
         bounds = f"measured {_number(self.measured)}, 95 % bounds {_number(self.lower)} and {_number(self.upper)}"
         unit = f" {self.wanted.unit}" if self.wanted.unit else ""
-        return f"{self.outcome}: {self.wanted.typed}: {self.wanted.what} ({bounds}{unit})"
+        but = "".join(f"; but {reservation}" for reservation in self.reservations) if self.held else ""
+        return f"{self.outcome}: {self.wanted.typed}: {self.wanted.what} ({bounds}{unit}){but}"
 
 
 def at_most(wanted: Wanted, found: Estimate, samples: int, spread: float, room: float = 0.0) -> Gate:
@@ -108,13 +111,13 @@ def mean_at_most(wanted: Wanted, found: Estimate, samples: int) -> Gate:
 
 
 def require(gates: tuple[Gate, ...]) -> None:
-    """Raise GateError for the first gate that does not hold, else UndecidedError for the first undecided one."""
-    for gate in gates:
-        if gate.outcome == "not held":
-            raise GateError(str(gate), advice(gate))
-    for gate in gates:
-        if gate.outcome == "undecided":
-            raise UndecidedError(f"{gate}: {gate.samples:,} samples cannot tell", advice(gate))
+    """Raise GateError where a gate does not hold, else UndecidedError where one is undecided; all of them are named."""
+    failed = [gate for gate in gates if gate.outcome == "not held"]
+    undecided = [gate for gate in gates if gate.outcome == "undecided"]
+    said = [*map(str, failed), *(f"{gate}: {gate.samples:,} samples cannot tell" for gate in undecided)]
+    if said:
+        kind = GateError if failed else UndecidedError
+        raise kind("; ".join(said), advice((failed or undecided)[0]))
 
 
 def advice(gate: Gate) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from xml.etree import ElementTree
 
 from perceiver_export.calibration.gates import Gate, advice
-from perceiver_export.calibration.validation import Validation
+from perceiver_export.calibration.validated import Validation
 
 _ELEMENT = {"not held": "failure", "undecided": "error"}
 

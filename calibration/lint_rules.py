@@ -60,12 +60,17 @@ class Finding:
 
 @dataclass(frozen=True)
 class Subject:
-    """What is judged: a graph, for a version, with the names of dimensions that have a range."""
+    """What is judged: a graph, for a version, with the names of dimensions that have a range.
+
+    ``bundle`` is the one that it lies in; ``lowered``: another graph of it is lowered for this version already.
+    """
 
     graph: ir.Graph
     opset: int
     can: Capabilities
     ranges: frozenset[str]
+    bundle: str = "BUNDLE"
+    lowered: bool = False
 
 
 def _operators(subject: Subject) -> Iterator[Finding]:
@@ -247,7 +252,10 @@ _QUANTIZE = "quantize with `perceiver-export quantize`, whose int8 is the kind t
 
 
 def _lower(subject: Subject) -> str:
-    return f"perceiver-export build BUNDLE --target {subject.can.library} --precision fp16 --lower-only"
+    library = subject.can.library
+    if subject.lowered:
+        return f"it is lowered beside: perceiver-export lint {subject.bundle} --target {library} --precision fp16"
+    return f"perceiver-export build {subject.bundle} --target {library} --precision fp16 --lower-only"
 
 
 def _refused(rule: str, node: ir.Node, message: str, fix: str) -> Finding:

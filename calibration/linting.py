@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
-from perceiver_export.runtimes.bundle import open_bundle
+from perceiver_export.calibration.write import enclosing_bundle
+from perceiver_export.runtimes.bundle import open_bundle, read_manifest
 from perceiver_export.runtimes.engines.backend import Precision
 from perceiver_export.runtimes.engines.tensorrt_capabilities import NEWEST, Capabilities, capabilities
 from perceiver_export.runtimes.errors import BundleError, MissingDependencyError, UsageError, check_choice
@@ -71,7 +72,7 @@ def lint(
             model = ir.load(file)
         except Exception as error:  # protobuf and onnx-ir each have their own for a damaged file
             raise BundleError(f"{file} is not an ONNX model that can be read", "copy or export it again") from error
-        found.append(_judge(model, file.name, can, ranges))
+        found.append(_judge(model, file, can, ranges))
     return tuple(found)
 
 
@@ -93,7 +94,16 @@ def _graphs(path: Path, can: Capabilities, precision: str | None) -> Iterator[tu
         yield from ((bundle.file(file), ranges) for file in files or [part.file])
 
 
-def _judge(model: object, name: str, can: Capabilities, ranges: frozenset[str]) -> Lint:
+def _place(file: Path, can: Capabilities) -> tuple[str, bool]:
+    """The bundle that a graph lies in, and whether another graph of it is lowered to fp16 for this version."""
+    if enclosing_bundle(file) != file.parent.resolve():
+        return "BUNDLE", False
+    parts = read_manifest(file.parent).parts.values()
+    lowered = [part.lowered.get(f"{can.lowering}-fp16", file.name) for part in parts]
+    return str(file.parent), file.name not in lowered
+
+
+def _judge(model: object, file: Path, can: Capabilities, ranges: frozenset[str]) -> Lint:
     import onnx_ir as ir
     import onnx_ir.passes.common as common
 
@@ -105,11 +115,11 @@ def _judge(model: object, name: str, can: Capabilities, ranges: frozenset[str]) 
     if any(value.shape is None or value.dtype is None for node in model.graph for value in node.outputs):
         with _quiet(common.ShapeInferencePass.__module__):
             common.ShapeInferencePass()(model)
-    subject = Subject(model.graph, model.opset_imports.get("", 0), can, ranges)
+    subject = Subject(model.graph, model.opset_imports.get("", 0), can, ranges, *_place(file, can))
     findings = tuple(finding for rule in RULES for finding in rule(subject))
     reasons = attentions(model.graph, can)
     unfused = {node: reason for node, reason in reasons.items() if reason}
-    return Lint(name, can.name, findings, len(reasons), unfused, *weight_bytes(model.graph))
+    return Lint(file.name, can.name, findings, len(reasons), unfused, *weight_bytes(model.graph))
 
 
 @contextlib.contextmanager

@@ -24,10 +24,10 @@ from perceiver_export.calibration.observe import Observation, Report, observe
 from perceiver_export.calibration.plan import Scheme, schemes_of
 from perceiver_export.calibration.quantize_part import PartOptions, QuantizedPart, quantize_part
 from perceiver_export.calibration.ranges import METHODS, Method
-from perceiver_export.calibration.record import CALIBRATION, Calibration, write_calibration
+from perceiver_export.calibration.record import CALIBRATION, Calibration, read_calibration, write_calibration
 from perceiver_export.calibration.result import Result, measure, require_coverage
 from perceiver_export.calibration.statistics import scipy_stats
-from perceiver_export.calibration.write import file_entries, new_bundle, refuse_place
+from perceiver_export.calibration.write import file_entries, file_entry, new_bundle, refuse_place
 from perceiver_export.runtimes.bundle import Bundle, open_bundle
 from perceiver_export.runtimes.errors import GateError, UndecidedError, UsageError
 from perceiver_export.runtimes.loading import check_threads
@@ -84,7 +84,7 @@ def quantize(
     with new_bundle(path, overwrite) as directory:
         write_quantized(source, options, observation, directory, path.name, min_coverage, threads, report)
         if gated:
-            _require(directory, source, data, {**gates, "metric": metric})
+            _judge(directory, source, data, {**gates, "metric": metric})
     report("done", 1, 1)
     return open_bundle(path)
 
@@ -263,14 +263,24 @@ def _manifest(
     )
 
 
-def _require(directory: Path, source: Bundle, data: Data, gates: Mapping[str, Any]) -> None:
-    """`validate`'s gates, before the bundle is published. Raises GateError, UndecidedError."""
+def _judge(directory: Path, source: Bundle, data: Data, gates: Mapping[str, Any]) -> None:
+    """`validate`'s gates, into the record of a bundle before it is published. Raises GateError, UndecidedError."""
     from perceiver_export.calibration.validation import validate
 
     assert isinstance(data, (str, Path))
-    for gate in validate(directory, data, against=source, **gates).gates:
-        if not gate.held:
-            kind = UndecidedError if gate.outcome == "undecided" else GateError
-            raise kind(
-                f"{gate}: nothing was written", "try --keep-float for the layers that `--sensitivity` puts first"
-            )
+    found = validate(directory, data, against=source, **gates)
+    try:
+        found.require()
+    except UndecidedError as error:
+        raise UndecidedError(f"{error.message}: nothing was written", error.hint) from error
+    except GateError as error:
+        raise GateError(
+            f"{error.message}: nothing was written", "try --keep-float for the layers that `--sensitivity` puts first"
+        ) from error
+    made = open_bundle(directory, "never")
+    calibration = read_calibration(made)
+    assert calibration is not None
+    write_calibration(directory / CALIBRATION, msgspec.structs.replace(calibration, gates=found.gates))
+    files = {**made.manifest.files, CALIBRATION: file_entry(directory / CALIBRATION)}
+    manifest = msgspec.structs.replace(made.manifest, files=files)
+    (directory / "manifest.json").write_bytes(encode_manifest(manifest))

@@ -9,6 +9,7 @@ from pathlib import Path
 import msgspec
 
 from perceiver_export.calibration.data_report import DataReport
+from perceiver_export.calibration.gates import Gate
 from perceiver_export.runtimes.bundle import Bundle
 from perceiver_export.runtimes.errors import BundleError
 
@@ -123,7 +124,9 @@ class OutputEffect(msgspec.Struct, frozen=True):
 
 
 class Calibration(msgspec.Struct, frozen=True):
-    """The whole of calibration.json. A certificate is not here: what was measured on calibration data proves little."""
+    """The whole of calibration.json but certificates. ``gates`` are those that held on the calibration data, which
+    proves little.
+    """
 
     scheme: str
     method: str
@@ -140,6 +143,7 @@ class Calibration(msgspec.Struct, frozen=True):
     warnings: tuple[str, ...]
     policy: str = POLICY
     searched: tuple[str, ...] = ()  # digests of the samples that precisions were chosen on
+    gates: tuple[Gate, ...] = ()
     schema_version: int = _VERSION
 
     @property

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from perceiver_export.calibration.directories import new_directory
-from perceiver_export.calibration.validation import Validation, validate
+from perceiver_export.calibration.validated import Validation
+from perceiver_export.calibration.validation import validate
 from perceiver_export.calibration.worst_files import OPTION
 from perceiver_export.runtimes.bundle import Bundle
 from perceiver_export.runtimes.errors import DataError, DeviceError

@@ -16,7 +16,8 @@ from perceiver_export.calibration.ladder import Ladder
 from perceiver_export.calibration.observe import Report
 from perceiver_export.calibration.plan import Scheme
 from perceiver_export.calibration.sequence import climb, fixed_order, fixed_sequence, gains
-from perceiver_export.calibration.validation import Validation, validate
+from perceiver_export.calibration.validated import Validation
+from perceiver_export.calibration.validation import validate
 from perceiver_export.runtimes.benchmark import bench
 from perceiver_export.runtimes.bundle import open_bundle
 from perceiver_export.runtimes.errors import GateError, UndecidedError

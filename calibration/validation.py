@@ -9,25 +9,24 @@ import platform
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
 from perceiver_export.calibration.asked import Asked, check_asked, judge
+from perceiver_export.calibration.data_report import Bounds, out_of_range, widen
 from perceiver_export.calibration.directories import check_new_directory
 from perceiver_export.calibration.examples import Example, digest_of, open_examples
-from perceiver_export.calibration.gates import Gate, require
 from perceiver_export.calibration.metrics import family
 from perceiver_export.calibration.metrics.own import load_own
 from perceiver_export.calibration.overlap import calibrated_on, check_overlap, fingerprint
 from perceiver_export.calibration.pairing import Pairing, stacked
 from perceiver_export.calibration.references import check_reference, doubts
-from perceiver_export.calibration.scores import MetricResult
 from perceiver_export.calibration.sides import Reference, Side, open_side, run_reference, run_side, side_of
-from perceiver_export.calibration.statistics import Proportion, mcnemar, proportion
-from perceiver_export.calibration.worst import WorstClass, WorstSample
+from perceiver_export.calibration.statistics import mcnemar
+from perceiver_export.calibration.validated import Data, Failure, Validation
 from perceiver_export.calibration.worst_files import OPTION, write_worst
 from perceiver_export.runtimes.bundle import Bundle
+from perceiver_export.runtimes.engines.backend import Precision
 from perceiver_export.runtimes.errors import DataError, GateError, UsageError
 from perceiver_export.runtimes.machine import available_cores, cpu_features, cpu_name
 from perceiver_export.runtimes.tasks import open_task
@@ -36,96 +35,10 @@ from perceiver_export.runtimes.tasks.base import Task
 # Samples handed on at a time; a bundle of another batch size cuts them as it needs. Two engines' waiting threads are in
 # each other's way at every change from one to the other, so fast models change seldom.
 _BATCH, _LARGEST_BATCH, _SECONDS = 64, 512, 0.5
+# Kinds of warnings that a gate which holds may not be shown without: few samples its bounds know of already.
+_RESERVATIONS = ("overlap", "repeated", "range", "itself", "quantized", "one label", "chance")
 
 Progress = Callable[[int, int | None], None]
-
-
-class Data(msgspec.Struct, frozen=True):
-    """What it was measured on. ``fingerprint``: a hash of the samples' inputs and of the targets that they were judged
-    by, whatever their order or files.
-    """
-
-    source: str
-    samples: int
-    fingerprint: str
-
-
-class Failure(msgspec.Struct, frozen=True):
-    """What made an end of it, and what to do."""
-
-    message: str
-    hint: str
-
-
-class Validation(msgspec.Struct, frozen=True):
-    """What was measured. Shares are in percent, drops in points; fields that need a reference are empty without one.
-
-    ``warning_kinds``: of each warning one of overlap, repeated, itself, quantized, few, unused, one label, chance.
-    ``failure``: why it came to no end, NaN outputs; then nothing but the sides, the machine and the samples so far is
-    in it, and no gate can hold.
-    """
-
-    task: str
-    candidate: dict[str, Any]
-    reference: dict[str, Any] | None
-    data: Data
-    metrics: tuple[MetricResult, ...]
-    mcnemar: float | None
-    gates: tuple[Gate, ...]
-    warnings: tuple[str, ...]
-    worst_samples: tuple[WorstSample, ...]
-    worst_classes: tuple[WorstClass, ...]
-    machine: dict[str, str]
-    warning_kinds: tuple[str, ...] = ()
-    failure: Failure | None = None
-
-    def require(self) -> None:
-        """Raise GateError where it failed or a gate does not hold, UndecidedError where the samples are too few."""
-        if self.failure is not None:
-            raise GateError(self.failure.message, self.failure.hint)
-        require(self.gates)
-
-    @property
-    def held(self) -> bool:
-        """Whether gates were asked for, and all of them hold."""
-        return self.failure is None and bool(self.gates) and all(gate.held for gate in self.gates)
-
-    def metric(self, name: str) -> MetricResult | None:
-        """The result of that name, if it was measured."""
-        return next((result for result in self.metrics if result.name == name), None)
-
-    @property
-    def samples(self) -> int:
-        """How many samples there were."""
-        return self.data.samples
-
-    @property
-    def top1(self) -> Proportion | None:
-        """The candidate's right answers."""
-        return self._count("top-1", of_reference=False)
-
-    @property
-    def reference_top1(self) -> Proportion | None:
-        """The reference's right answers."""
-        return self._count("top-1", of_reference=True)
-
-    @property
-    def drop(self) -> float | None:
-        """Measured fall of top-1 in points."""
-        result = self.metric("top-1")
-        return None if result is None or result.worsening is None else result.worsening.value
-
-    @property
-    def agreement(self) -> Proportion | None:
-        """Samples to which both give the same first label."""
-        return self._count("agreement", of_reference=False)
-
-    def _count(self, name: str, of_reference: bool) -> Proportion | None:
-        result = self.metric(name)
-        side = None if result is None else result.reference if of_reference else result.candidate
-        if side is None or self.task == "fill-mask":
-            return None
-        return proportion(round(side.value / 100 * self.samples), self.samples)
 
 
 def validate(
@@ -140,6 +53,7 @@ def validate(
     samples: int | None = None,
     device: str = "auto",
     against_device: str | None = None,
+    precision: Precision | None = None,
     threads: int | None = None,
     allow_overlap: bool = True,
     certifying: bool = False,
@@ -150,8 +64,9 @@ def validate(
 ) -> Validation:
     """Run a bundle, and its reference, over DATA (`calibration.examples`), both on the same inputs.
 
-    ``against`` is another bundle, the same one with another ``against_device``, or a function from inputs to outputs by
-    name (a torch model, say). ``max_drop`` (points) is held against the one-sided exact 95 % upper bound of the paired
+    ``against`` is another bundle, on the same target unless ``against_device`` is given, the same bundle on another, or
+    a function from inputs to outputs by name (a torch model, say). ``precision`` is that of the bundle's engine, as in
+    `load`. ``max_drop`` (points) is held against the one-sided exact 95 % upper bound of the paired
     fall of the share of right answers, ``min_agreement`` (percent) against the lower bound of the share of samples
     with the same answer, ``max_metric_change`` against the upper bound of the worsening of ``metric`` (one of the
     task's, or ``module:function``), in its unit or, as "2%", relative to the reference. The gates are in the result;
@@ -173,7 +88,7 @@ def validate(
     if save_worst is not None:
         check_new_directory(Path(save_worst), OPTION, DataError)
     own = load_own(asked.metric) if asked.metric is not None and ":" in asked.metric else None
-    with open_task(bundle, device, threads) as task:
+    with open_task(bundle, device, threads, precision=precision) as task:
         measures = family(task.manifest)
         check_asked(asked, measures, against is not None)
         opened = open_examples(task, data)
@@ -181,18 +96,22 @@ def validate(
         total = opened.count if samples is None or opened.count is None else min(samples, opened.count)
         pairing = Pairing(measures, own, worst, task.manifest.labels)
         candidate = side_of(task)
-        with open_side(against, against_device or device, threads, beside=task) as reference:
+        # What `auto` takes may differ from bundle to bundle, and the target is none of what is compared.
+        other = against_device or str(candidate.engine["target"])
+        with open_side(against, other, threads, beside=task) as reference:
             if certifying:
                 check_reference(candidate.engine, None if reference is None else reference.engine)
             try:
-                inputs, judged = _go(pairing, candidate, reference, stream, total, progress)
+                inputs, judged, bounds = _go(pairing, candidate, reference, stream, total, progress)
             except GateError as error:
                 if not keep_failures:
                     raise
                 return _failed(task, candidate, reference, Data(str(data), pairing.count, ""), error)
-        overlap = check_overlap(inputs, calibrated_on(bundle), str(data), allow_overlap)
+        doubted = check_overlap(inputs, calibrated_on(bundle), str(data), allow_overlap)
+        if strange := out_of_range(task.manifest, bounds):
+            doubted["range"] = "; ".join(strange)
         measured = Data(str(data), pairing.count, fingerprint(judged))
-        result = _result(task, candidate, reference, measured, pairing, asked, overlap)
+        result = _result(task, candidate, reference, measured, pairing, asked, doubted)
     if save_worst is not None:
         write_worst(Path(save_worst), result.worst_samples, pairing.worst.examples(), result.worst_classes)
     return result
@@ -205,16 +124,20 @@ def _go(
     stream: Iterable[Example],
     total: int | None,
     progress: Progress | None,
-) -> tuple[list[str], list[str]]:
-    """All samples through both sides; gives the digest of each one's inputs, and of inputs and targets."""
+) -> tuple[list[str], list[str], Bounds]:
+    """All samples through both sides; gives the digest of each one's inputs, and of inputs and targets, and the inputs'
+    bounds.
+    """
     inputs: list[str] = []
     judged: list[str] = []
+    bounds: Bounds = {}
     samples, size = iter(stream), _BATCH
     while batch := list(itertools.islice(samples, size)):
         start = time.perf_counter()
         inputs += [example.digest for example in batch]
         judged += [example.digest + digest_of(example.targets) for example in batch]
         feeds, targets = stacked(batch)
+        widen(bounds, feeds)
         outputs = run_side(candidate, feeds, batch)
         expected = None if reference is None else run_reference(reference, feeds, batch, outputs)
         pairing.add(batch, outputs, expected, targets)
@@ -224,7 +147,7 @@ def _go(
             progress(pairing.count, total)
     if not pairing.count:
         raise DataError("the data holds no samples", "it is empty, or a generator that was used up")
-    return inputs, judged
+    return inputs, judged, bounds
 
 
 def _result(
@@ -234,12 +157,13 @@ def _result(
     data: Data,
     pairing: Pairing,
     asked: Asked,
-    overlap: dict[str, str],
+    doubted: dict[str, str],
 ) -> Validation:
     scores = pairing.scores()
     metrics = scores.results()
-    doubted = doubts(candidate.engine, None if reference is None else reference.engine)
-    warnings = overlap | doubted | scores.warnings(data.samples, len(task.manifest.labels))
+    doubted = doubted | doubts(candidate.engine, None if reference is None else reference.engine)
+    warnings = doubted | scores.warnings(data.samples, len(task.manifest.labels))
+    reservations = tuple(warnings[kind] for kind in _RESERVATIONS if kind in warnings)
     paired = next((result for result in metrics if result.lost is not None), None)
     return Validation(
         task.manifest.task,
@@ -248,7 +172,7 @@ def _result(
         data,
         metrics,
         None if paired is None else mcnemar(paired.lost or 0, paired.gained or 0),
-        judge(asked, scores, data.samples),
+        tuple(msgspec.structs.replace(gate, reservations=reservations) for gate in judge(asked, scores, data.samples)),
         tuple(warnings.values()),
         pairing.worst.samples(),
         scores.worst_classes(task.manifest.labels),

@@ -21,9 +21,10 @@ from perceiver_export.exporter.budget import DEFAULT_BUDGET, parse_budget
 from perceiver_export.exporter.load import load_model
 from perceiver_export.exporter.loaded import LoadedModel
 from perceiver_export.runtimes.bundle import Bundle, open_bundle
-from perceiver_export.runtimes.errors import UsageError
+from perceiver_export.runtimes.errors import UnsupportedModelError, UsageError
 from perceiver_export.runtimes.loading import open_engine
 from perceiver_export.runtimes.manifest import SCHEMA_VERSION, Check, Manifest, Part, TensorSpec, encode_manifest
+from perceiver_export.runtimes.preprocessing import unusable
 from perceiver_export.runtimes.runtime import Array, Runtime
 from perceiver_export.runtimes.tasks import checked_task
 
@@ -92,6 +93,7 @@ def export(
         loaded = source
     else:
         loaded = load_model(source, task=task, parity=parity, shape=shapes, config=config)
+    _check_preprocessing(loaded)
     loaded.model.eval()  # one's own may come from training
     from perceiver_export.exporter.parts import output_specs
 
@@ -111,6 +113,14 @@ def export(
         checked_task(open_bundle(directory, verify="never").manifest)  # what no reader would take is not published
     report("done", 1, 1)
     return open_bundle(path)
+
+
+def _check_preprocessing(loaded: LoadedModel) -> None:
+    """Raise UnsupportedModelError before hours of work that no reader of the bundle would take."""
+    if loaded.preprocessing is not None and (found := unusable(loaded.preprocessing)):
+        raise UnsupportedModelError(
+            f"the model's preprocessing cannot be used: {found}", "mend what it was loaded from"
+        )
 
 
 def _folded(

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from perceiver_export.exporter.loaded import LoadedModel
 
 _KINDS = ("deepmind:", "lucidrains:", "krasserm:")
+_AS_THEY_ARE = r"(lucidrains|krasserm):|(?!preset:)[\w.]+:\w+$"  # whose sizes and numerics cannot be chosen
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin", "model*.safetensors", "pytorch_model*.bin")  # as they are read
 
 
@@ -46,9 +48,19 @@ def load_reference(bundle: str | Path, source: str) -> Checkpoint:
     """
     manifest = read_manifest(Path(bundle))
     steps = manifest.preprocessing
-    shape = {"image": (3, steps.height, steps.width)} if isinstance(steps, ImagePreprocessing) else {}
-    parity = None if manifest.parity == "own" else manifest.parity
-    loaded = load_model(source, parity=parity, shape=shape)
+    options: dict[str, Any] = {}
+    if not re.match(_AS_THEY_ARE, source):
+        options["parity"] = None if manifest.parity == "own" else manifest.parity
+        if isinstance(steps, ImagePreprocessing):
+            options["shape"] = {"image": (3, steps.height, steps.width)}
+    try:
+        loaded = load_model(source, **options)
+    except UsageError as error:
+        if "--" not in error.hint:
+            raise
+        # The hint is about options of `export`, which nobody typed here.
+        hint = "give the checkpoint that it was exported from; or export this one by itself: --against BUNDLE"
+        raise UsageError(f"{source} is no reference for {bundle}: {error.message}", hint) from error
     if (loaded.task, loaded.labels, loaded.preprocessing) != (manifest.task, manifest.labels, manifest.preprocessing):
         raise UsageError(
             f"{source} prepares its inputs differently from {bundle}, or has another task or other labels",

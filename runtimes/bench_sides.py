@@ -10,6 +10,7 @@ import numpy as np
 
 from perceiver_export.runtimes.bundle import open_bundle
 from perceiver_export.runtimes.comparison import compare
+from perceiver_export.runtimes.engines.backend import Precision
 from perceiver_export.runtimes.loading import load, load_onnx
 from perceiver_export.runtimes.manifest import TensorSpec
 from perceiver_export.runtimes.runtime import Array, Runtime
@@ -26,6 +27,7 @@ class Side(msgspec.Struct, frozen=True):
     device: str
     part: str | None
     threads: int | None
+    precision: Precision | None = None  # of the engine; a graph has its own
 
     @property
     def is_graph(self) -> bool:
@@ -37,7 +39,7 @@ def open_side(side: Side) -> Runtime:
     """Load it. Raises what `load` raises."""
     if side.is_graph:
         return load_onnx(side.path, side.device, side.threads)
-    return load(side.path, side.device, side.part, side.threads)
+    return load(side.path, side.device, side.part, side.threads, precision=side.precision)
 
 
 def side_feeds(side: Side, runtime: Runtime) -> dict[str, Array]:

@@ -22,6 +22,7 @@ from perceiver_export.runtimes.bench_sides import (
 )
 from perceiver_export.runtimes.bundle import Bundle, open_bundle
 from perceiver_export.runtimes.energy import Meter, find_meter
+from perceiver_export.runtimes.engines.backend import Precision
 from perceiver_export.runtimes.errors import DeviceError, EngineError, UsageError
 from perceiver_export.runtimes.fresh_process import Fresh, measure_fresh
 from perceiver_export.runtimes.machine import available_cores, cpu_features, cpu_name
@@ -97,14 +98,16 @@ def bench(
     device: str = "auto",
     runs: int = 100,
     threads: int | None = None,
+    precision: Precision | None = None,
     energy: bool = False,
     save: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Bench:
     """Measure a bundle (or an ONNX file), alone or in turn with others, on the same machine in the same minutes.
 
-    ``device`` is a target, ``auto``, or ``all`` for every target that is present and takes the bundle. ``part`` is that
-    of split bundles; None measures all of it, every query decoded. Inputs are the bundle's golden ones, random where
+    ``device`` is a target, ``auto``, or ``all`` for every target that is present and takes the bundle; a bundle
+    ``against`` runs on the same one. ``precision`` is that of the bundle's engine, as in `load`. ``part`` is that of
+    split bundles; None measures all of it, every query decoded. Inputs are the bundle's golden ones, random where
     there are none. ``energy`` measures 10 s more a side; ``save`` keeps the figures in the bundle's report.json, where
     ``device="auto"`` and `package` look for them.
 
@@ -114,7 +117,8 @@ def bench(
         raise UsageError(f"runs is {runs}", f"give {_BLOCK} or more")
     path = bundle.path if isinstance(bundle, Bundle) else Path(bundle)
     meter = find_meter() if energy else None
-    sides, runtimes, skipped = _open_sides([path] if against is None else [path, Path(against)], device, part, threads)
+    wishes = _wished(path, None if against is None else Path(against), device, part, threads, precision)
+    sides, runtimes, skipped = _open_sides(wishes, all_of_them=device == "all")
     if save and sides[0].is_graph:
         raise UsageError(f"{path} is no bundle", "only a bundle has a report.json to save to")
     try:
@@ -132,27 +136,35 @@ def bench(
     return result
 
 
-def _open_sides(
-    paths: Sequence[Path], device: str, part: str | None, threads: int | None
-) -> tuple[list[Side], list[Runtime], tuple[str, ...]]:
-    names = [found.target for found in devices()] if device == "all" else [device]
+def _wished(
+    path: Path, against: Path | None, device: str, part: str | None, threads: int | None, precision: Precision | None
+) -> list[Side]:
+    """What to open: a bundle that is compared with another on the same targets, whatever `auto` is for the other."""
+    first = Side(str(path), device, part, threads, precision)
+    sides = [first] if against is None else [first, Side(str(against), device, part, threads)]
+    if device == "all":
+        targets = [found.target for found in devices()]
+        return [msgspec.structs.replace(side, device=target) for side in sides for target in targets]
+    if device == "auto":
+        chosen = next((choose_target(open_bundle(side.path)) for side in sides if not side.is_graph), "ort-cpu")
+        return [msgspec.structs.replace(side, device="ort-cpu" if side.is_graph else chosen) for side in sides]
+    return sides
+
+
+def _open_sides(wishes: Sequence[Side], all_of_them: bool) -> tuple[list[Side], list[Runtime], tuple[str, ...]]:
+    """The sides that opened, with their runtimes, and of ``all`` targets those that did not, with the reason."""
     sides, runtimes, refused = [], [], []
-    for path in paths:
-        for name in names:
-            side = Side(str(path), name, part, threads)
-            if name == "auto":
-                target = "ort-cpu" if side.is_graph else choose_target(open_bundle(path))
-                side = Side(str(path), target, part, threads)
-            try:
-                runtimes.append(open_side(side))
-            except (DeviceError, EngineError) as error:
-                if device != "all":
-                    raise
-                refused.append(f"{name}: {error.message}")
-                continue
-            sides.append(side)
+    for side in wishes:
+        try:
+            runtimes.append(open_side(side))
+        except (DeviceError, EngineError) as error:
+            if not all_of_them:
+                raise
+            refused.append(f"{side.device}: {error.message}")
+            continue
+        sides.append(side)
     if not sides:
-        raise DeviceError(f"no target takes {paths[0]}: {'; '.join(refused)}", "see `perceiver-export doctor`")
+        raise DeviceError(f"no target takes {wishes[0].path}: {'; '.join(refused)}", "see `perceiver-export doctor`")
     return sides, runtimes, tuple(refused)
 
 

@@ -17,6 +17,7 @@ from perceiver_export.runtimes.manifest import FileEntry, Manifest, Part, decode
 Verify = Literal["auto", "always", "never"]
 
 _CHUNK = 1 << 20
+_SOURCES = ("preset:", "deepmind:", "krasserm:", "lucidrains:")  # how `export`'s sources begin that are no directories
 
 
 class Bundle:
@@ -72,11 +73,11 @@ def read_manifest(directory: Path) -> Manifest:
         content = (directory / "manifest.json").read_bytes()
     except (FileNotFoundError, NotADirectoryError) as error:
         what = "is not a bundle: it has no manifest.json" if directory.exists() else "does not exist"
-        is_checkpoint = (directory / "config.json").is_file()
+        is_source = (directory / "config.json").is_file() or str(directory).startswith(_SOURCES)
         raise BundleError(
             f"{directory} {what}",
-            f"it looks like a checkpoint: perceiver-export export {directory} -o BUNDLE"
-            if is_checkpoint
+            f"it looks like a SOURCE: perceiver-export export {directory} -o BUNDLE"
+            if is_source
             else "a bundle is the directory that `perceiver-export export SOURCE -o BUNDLE` writes",
         ) from error
     except OSError as error:

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import msgspec
 
 from perceiver_export.runtimes.bundle import Bundle
-from perceiver_export.runtimes.engines.backend import EngineOptions
+from perceiver_export.runtimes.engines.backend import EngineOptions, Precision
 from perceiver_export.runtimes.engines.records import graphs_of
 from perceiver_export.runtimes.engines.targets import TARGETS, find_target
 from perceiver_export.runtimes.errors import BundleError
@@ -41,8 +41,8 @@ class Certificate(msgspec.Struct, frozen=True):
     """``graphs``: SHA-256 of what ran, by file (`graphs_of`), on a ``device`` (the CPU's or the GPU's name).
 
     The reference is told by its name, where it ran, and the SHA-256 of its graphs, of a checkpoint its weights';
-    ``data`` is the fingerprint of the samples and of what they were judged by; ``caveats`` what was let through
-    (``--allow-overlap``) and makes it say less.
+    ``data`` is the fingerprint of the samples and of what they were judged by; ``caveats`` what makes it say less:
+    what ``--allow-overlap`` let through, inputs out of range.
     """
 
     claims: tuple[Claim, ...]
@@ -115,10 +115,10 @@ def engine_of(described: Mapping[str, object]) -> str:
     return f"{described.get('engine')} {described.get('version')}{built}"
 
 
-def precision_of(engine: str) -> str:
+def precision_of(engine: str) -> Precision:
     """The precision that an engine was built in, from what `engine_of` calls it."""
     last = engine.rpartition(" ")[2]
-    return last if last in ("fp16", "bf16") else "fp32"
+    return "fp16" if last == "fp16" else "bf16" if last == "bf16" else "fp32"
 
 
 def device_of(target: str) -> str:

@@ -26,12 +26,15 @@ from __future__ import annotations
 
 
 class PerceiverExportError(Exception):
-    """Base of all. `message` says what happened and what was found; `hint` what to do about it."""
+    """Base of all. `message` says what happened and what was found; `hint` what to do about it. A trace shows both."""
 
     def __init__(self, message: str, hint: str) -> None:
         super().__init__(message)
         self.message = message
         self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message}\nhint: {self.hint}"
 
     def __reduce__(self) -> tuple[type[PerceiverExportError], tuple[str, str]]:
         return type(self), (self.message, self.hint)

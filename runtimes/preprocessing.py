@@ -90,16 +90,29 @@ Preprocessing = (
 
 def check_preprocessing(steps: Preprocessing) -> None:
     """Raise BundleError where a value cannot be used."""
-    numbers = [value for value in msgspec.structs.astuple(steps) if isinstance(value, int)]
-    usable = all(0 <= number < 1 << 31 for number in numbers)
-    if isinstance(steps, ImagePreprocessing):
-        usable = usable and _usable_picture(steps)
-    if not usable:
-        raise BundleError("the manifest's preprocessing holds values that are not usable", "export the bundle again")
+    if found := unusable(steps):
+        raise BundleError(f"the manifest's preprocessing cannot be used: {found}", "export the bundle again")
 
 
-def _usable_picture(steps: ImagePreprocessing) -> bool:
-    crop = steps.crop_fraction or (1.0, 1.0)
-    numbers = (steps.scale, *steps.mean, *steps.std, *crop)
-    finite = all(map(math.isfinite, numbers)) and 0 not in steps.std and all(0 < share <= 1 for share in crop)
-    return finite and len(steps.mean) == len(steps.std) == 3 and min(steps.height, steps.width) >= 1
+def unusable(steps: Preprocessing) -> str:
+    """The first value that cannot be used, and what it should be; empty where all can."""
+    for name in steps.__struct_fields__:
+        value = getattr(steps, name)
+        if isinstance(value, int) and not 0 <= value < 1 << 31:
+            return f"{name} is {value}"
+    return _unusable_picture(steps) if isinstance(steps, ImagePreprocessing) else ""
+
+
+def _unusable_picture(steps: ImagePreprocessing) -> str:
+    if min(steps.height, steps.width) < 1:
+        return f"pictures of {steps.height} × {steps.width}"
+    if not (math.isfinite(steps.scale) and steps.scale > 0):
+        return f"scale is {steps.scale}, not above 0"
+    for name, values in (("mean", steps.mean), ("std", steps.std)):
+        if len(values) != 3 or not all(map(math.isfinite, values)):
+            return f"{name} is {list(values)}, not a number for each of three channels"
+    if min(steps.std) <= 0:
+        return f"std is {list(steps.std)}, not above 0"
+    if steps.crop_fraction is not None and not all(0 < share <= 1 for share in steps.crop_fraction):
+        return f"crop_fraction is {list(steps.crop_fraction)}, not above 0 and up to 1"
+    return ""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from perceiver_export.calibration.scores import MetricResult
 from perceiver_export.calibration.statistics import Estimate
-from perceiver_export.calibration.validation import Validation
+from perceiver_export.calibration.validated import Validation
 
 Rows = tuple[tuple[str, ...], ...]
 
@@ -87,6 +87,12 @@ class Report:
         return tuple(dict.fromkeys(failures + warnings))
 
     @property
+    def reservations(self) -> tuple[str, ...]:
+        """What makes gates that held say less than they seem to."""
+        said = (one for validation in self.validations for gate in validation.gates for one in gate.reservations)
+        return tuple(dict.fromkeys(said))
+
+    @property
     def gates(self) -> Table:
         """A row a gate and target."""
         rows = []
@@ -94,6 +100,7 @@ class Report:
             for gate in validation.gates:
                 needed = gate.samples_to_decide
                 more = "" if needed is None else f"about {needed:,} samples would decide"
+                more = "; ".join(f"but {one}" for one in gate.reservations) if gate.held else more
                 asked = gate.wanted.typed
                 value, lower, upper = map(_number, (gate.measured, gate.lower, gate.upper))
                 bounds = f"{value} ({lower} to {upper}) {gate.wanted.unit}".strip()

@@ -9,12 +9,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from perceiver_export.calibration.record import Calibration, read_calibration
-from perceiver_export.calibration.report.content import Report, Speed, sides
+from perceiver_export.calibration.report.content import Report, Speed
 from perceiver_export.calibration.report.tables import tables
-from perceiver_export.calibration.validation import Validation
+from perceiver_export.calibration.validated import Validation
 from perceiver_export.runtimes.benchmark import bench
 from perceiver_export.runtimes.bundle import Bundle, open_bundle
-from perceiver_export.runtimes.certificates import engine_of, valid_certificates
+from perceiver_export.runtimes.certificates import engine_of, precision_of, valid_certificates
 from perceiver_export.runtimes.errors import DataError, UsageError
 from perceiver_export.runtimes.manifest import Manifest
 
@@ -45,7 +45,7 @@ def gather(
     record = read_calibration(opened)
     other = reference if reference is not None and (Path(reference) / "manifest.json").is_file() else None
     layers, how = _measured(opened, other, validations[0], threads) or (_recorded(record), _RECORDED)
-    speeds = [speed for target in sides(validations) for speed in _speeds(opened.path, other, target, threads)]
+    speeds = [speed for validation in validations for speed in _speeds(opened.path, other, validation, threads)]
     return Report(
         f"{manifest.name}: {manifest.task}, {manifest.precision}",
         tuple(validations),
@@ -68,8 +68,13 @@ def _certified(bundle: Bundle, validations: Sequence[Validation]) -> Iterator[st
             yield f"{certificate}{elsewhere}"
 
 
-def _speeds(path: Path, other: str | os.PathLike[str] | None, target: str, threads: int | None) -> Iterator[Speed]:
-    measured = bench(path, against=other, device=target, runs=_RUNS, threads=threads)
+def _speeds(
+    path: Path, other: str | os.PathLike[str] | None, validation: Validation, threads: int | None
+) -> Iterator[Speed]:
+    """Of the engine that was validated, in its precision."""
+    target = str(validation.candidate.get("target", ""))
+    precision = precision_of(engine_of(validation.candidate))
+    measured = bench(path, against=other, device=target, runs=_RUNS, threads=threads, precision=precision)
     for side, folder in zip(measured.measurements, (path, other), strict=False):
         size = sum(entry.size for entry in open_bundle(folder or path, "never").manifest.files.values())
         yield Speed(target, side.name, side.p50, side.p95, side.peak_memory, size / 2**20)

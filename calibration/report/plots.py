@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from perceiver_export.calibration.report.content import Speed, sides
-from perceiver_export.calibration.validation import Validation
+from perceiver_export.calibration.validated import Validation
 from perceiver_export.runtimes.errors import MissingDependencyError
 
 if TYPE_CHECKING:

@@ -128,7 +128,7 @@ def _notes(arguments: Arguments, state: dict[str, Tensor]) -> tuple[str, ...]:
         outside.remove(arguments.queries)
     if outside:
         notes.append(
-            f"{len(outside)} tensors outside of {arguments.prefix} are no part of the model, and were left out: "
+            f"what lies outside of {arguments.prefix} is no part of the model, and was left out ({len(outside)}): "
             + ", ".join(outside[:5])
             + (", …" if len(outside) > 5 else "")
         )

@@ -12,6 +12,7 @@ from perceiver_export.runtimes.preprocessing import ImagePreprocessing
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 MAX_SIDE = 16_384  # of a picture; more is a slip of the pen, and would ask torch for terabytes
+_FIELDS = "image_mean and image_std are three numbers each, those of image_std above 0; rescale_factor is one above 0"
 
 
 class _ImageProcessor(msgspec.Struct):
@@ -41,7 +42,7 @@ def image_preprocessing(processor: dict[str, object], height: int, width: int) -
     try:
         values = msgspec.convert({key: value for key, value in processor.items() if value is not None}, _ImageProcessor)
     except msgspec.ValidationError as error:
-        raise CheckpointError(f"preprocessor_config.json: {error}", "copy the checkpoint again") from error
+        raise CheckpointError(f"preprocessor_config.json: {error}", _FIELDS) from error
     if values.resample not in _RESAMPLE:
         raise UnsupportedModelError(
             f"preprocessor_config.json: resample {values.resample}",
@@ -60,7 +61,7 @@ def image_preprocessing(processor: dict[str, object], height: int, width: int) -
                 f"preprocessor_config.json: size {size} is larger than crop_size {cropped}",
                 "pictures would be padded; set crop_size to the larger, or do_center_crop to false",
             )
-    return ImagePreprocessing(
+    steps = ImagePreprocessing(
         height=height,
         width=width,
         crop_fraction=crop,
@@ -69,6 +70,10 @@ def image_preprocessing(processor: dict[str, object], height: int, width: int) -
         mean=values.image_mean if values.do_normalize else (0.0, 0.0, 0.0),
         std=values.image_std if values.do_normalize else (1.0, 1.0, 1.0),
     )
+    if not min(*steps.std, steps.scale) > 0:
+        found = f"image_std {list(values.image_std)}, rescale_factor {values.rescale_factor}"
+        raise CheckpointError(f"preprocessor_config.json: {found}: not above 0", _FIELDS)
+    return steps
 
 
 def picture_sides(size: int | dict[str, int] | None, default: int) -> tuple[int, int]:

@@ -98,10 +98,14 @@ def _check_tensor(source: Source, found: Tensor, expected: Tensor) -> None:
 def _describe(missing: list[str], unknown: list[str]) -> str:
     parts = []
     if missing:
-        parts.append(f"{len(missing)} tensors are missing from the checkpoint: {_listed(missing, unknown)}")
+        parts.append(f"{_tensors(missing)} missing from the checkpoint: {_listed(missing, unknown)}")
     if unknown:
-        parts.append(f"{len(unknown)} tensors of the checkpoint are unknown: {_listed(unknown, missing)}")
+        parts.append(f"{_tensors(unknown)} unknown, of the checkpoint: {_listed(unknown, missing)}")
     return "; ".join(parts)
+
+
+def _tensors(names: list[str]) -> str:
+    return f"{len(names)} tensors are" if len(names) > 1 else "1 tensor is"
 
 
 def _listed(names: Iterable[str], candidates: list[str]) -> str:

@@ -81,7 +81,7 @@ def _read_shards(directory: Path, index: Path) -> dict[str, Tensor]:
     if set(weight_map) != set(state):
         differing = sorted(set(weight_map) ^ set(state))
         raise CheckpointError(
-            f"{index.name} and its shards disagree about {len(differing)} tensors, first {differing[0]!r}",
+            f"{index.name} and its shards disagree about {len(differing)} of the tensors, first {differing[0]!r}",
             "copy the checkpoint again: shards and index are not of one piece",
         )
     return state

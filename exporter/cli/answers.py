@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 
 
 def title(bundle: str, where: Mapping[str, Any]) -> str:
-    """Which bundle ran on what."""
-    return f"{bundle} on {where['engine']} {where['version']}, {where['device']}"
+    """Which bundle ran on what, in the precision of the engine that was taken."""
+    version = where["version"].partition("-")[0]  # OpenVINO's goes on with its branch
+    return f"{bundle} on {where['engine']} {version}, {where['device']}, {where['precision']}"
 
 
 def ranked(predictions: Sequence[Prediction]) -> list[str]:

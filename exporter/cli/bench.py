@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
 from perceiver_export.exporter.cli.output import (
     JsonFlag,
+    PrecisionOption,
     ThreadsOption,
     print_json,
     print_table,
@@ -18,21 +19,23 @@ from perceiver_export.exporter.cli.output import (
 
 if TYPE_CHECKING:
     from perceiver_export.runtimes.benchmark import Bench, Measurement
+    from perceiver_export.runtimes.engines.backend import Precision
 
 
 def bench(
     bundle: Annotated[str, typer.Argument(metavar="BUNDLE", help="A bundle, or an ONNX file.")],
     against: Annotated[
         str | None,
-        typer.Option(metavar="BUNDLE0|MODEL.onnx", help="Measure this one too, in turn, and give the ratio."),
+        typer.Option(metavar="BUNDLE|MODEL.onnx", help="Measure this one too, in turn, and give the ratio."),
     ] = None,
     part: Annotated[
         str | None, typer.Option(help="One part of a split bundle; without it all queries are decoded.")
     ] = None,
-    runs: Annotated[int, typer.Option(help="Counted calls.")] = 100,
+    runs: Annotated[int, typer.Option(help="Counted calls, rounded up to a multiple of 4.")] = 100,
     device: Annotated[
         str, typer.Option(help="Target to run on; `auto` takes the first that is present, `all` each in turn.")
     ] = "auto",
+    precision: PrecisionOption = None,
     threads: ThreadsOption = None,
     energy: Annotated[
         bool, typer.Option("--energy", help="Joules a sample, where the board has power rails; 13 s more a target.")
@@ -58,6 +61,7 @@ def bench(
             device=device,
             runs=runs,
             threads=threads,
+            precision=cast("Precision | None", precision),
             energy=energy,
             save=save,
             progress=lambda done, total: progress("bench", done, total),
@@ -76,8 +80,11 @@ def show_bench(result: Bench) -> None:
     columns = ["", "target", "engine", "precision", "threads", "batch>", "p50 / p95 / p99>"]
     columns += ["× first>"] * several + ["samples/s>", "load>", "peak memory>", "from torch>"] + ["energy>"] * energy
     rows = [_row(side, several, energy) for side in result.measurements]
-    note = "peak memory: of a fresh process, and in brackets before the load; samples/s: with two requests in flight"
-    print_table(f"{result.runs} runs on {result.machine}", columns, rows, note, turns=True)
+    note = (
+        "samples/s: with two requests in flight; peak memory: of a fresh process, and in brackets before the load; "
+        "from torch: largest difference of the outputs from torch's in fp32, as a share of their scale"
+    )
+    print_table(f"{result.runs} counted calls on {result.machine}", columns, rows, note, turns=True)
     for reason in result.skipped:
         typer.echo(f"not measured: {reason}")
     for side in result.measurements:
@@ -85,7 +92,10 @@ def show_bench(result: Bench) -> None:
             typer.echo(f"{side.name}: {certificate}")
     if result.ratio is not None and result.ratio_quartiles is not None:
         low, high = result.ratio_quartiles
-        first, second = (side.name for side in result.measurements)
+        several_targets = len({side.target for side in result.measurements}) > 1
+        first, second = (
+            f"{side.name} on {side.target}" if several_targets else side.name for side in result.measurements
+        )
         typer.echo(
             f"{first} takes {result.ratio:.3f} × the time of {second} a sample "
             f"(paired; half of the pairs within {low:.3f} to {high:.3f})"

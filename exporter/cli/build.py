@@ -72,7 +72,8 @@ def _show(bundle: str, built: list[BuiltEngine], crossed: str) -> None:
         )
         for one in built
     ]
-    print_table(f"engines of {bundle}", ["target", "part", "", "seconds>", "engine"], rows)
+    note = "the engine that was built last is used; `--precision` of run, bench and validate asks for another"
+    print_table(f"engines of {bundle}", ["target", "part", "", "seconds>", "engine"], rows, note)
     where = f"on a machine with such a GPU ({crossed}): " if crossed else ""
     typer.echo(f"next: {where}perceiver-export bench {bundle} --device {built[-1].target}")
 

@@ -31,13 +31,15 @@ def demo(
     directory = Path(tempfile.mkdtemp(prefix="perceiver-export-demo-")) if output is None else None
     bundle = Path(output) if output is not None else (directory or Path()) / "fashion"
     quantized, report = (bundle.with_name(f"{bundle.name}{ending}") for ending in ("-int8", "-report.html"))
+    if directory is not None:
+        typer.echo(f"What is made lies in {directory} and is removed at the end; -o BUNDLE keeps it.")
     try:
         _export(folder, bundle, steps)
         _quantize(folder, bundle, quantized, report, steps)
     finally:
         if directory is not None:
             shutil.rmtree(directory, ignore_errors=True)
-    kept = f"Kept: {bundle}, {quantized}, {report}." if output else "Nothing was kept; keep it with -o BUNDLE."
+    kept = f"Kept: {bundle}, {quantized}, {report}." if output else "Nothing was kept; -o BUNDLE keeps it."
     typer.echo(f"\n{steps.times()}\n{kept}")
 
 
@@ -94,7 +96,7 @@ def _quantize(folder: Path, bundle: Path, quantized: Path, report: Path, steps: 
         made = quantize(bundle, held_out, quantized, progress=progress)
     record = read_calibration(made)
     assert record is not None
-    show_quantized(made, record)
+    show_quantized(bundle, made, record)
     steps.begin(
         "validate: the 10,000 official test pictures on every engine that is here, against the fp32 bundle, which "
         "export held against torch; a certificate for each, and a report",

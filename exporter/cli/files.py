@@ -30,11 +30,6 @@ def check_output(path: Path, read: Iterable[str | os.PathLike[str] | None], endi
     """
     from perceiver_export.calibration.write import enclosing_bundle
 
-    if ending is not None and path.suffix.lower() != ending:
-        raise UsageError(f"{path} does not end in {ending}", f"name a file that does: {path.stem}{ending}")
-    bundle = enclosing_bundle(path)
-    if bundle is not None:
-        raise UsageError(f"{path} lies inside the bundle {bundle}", "write to a place outside of it")
     for one in read:
         if one is None or not os.path.exists(one):  # text, and module:function
             continue
@@ -42,6 +37,11 @@ def check_output(path: Path, read: Iterable[str | os.PathLike[str] | None], endi
         sample = path.is_file() and source in place.parents and path.suffix.lower() not in _NO_DATA
         if place == source or sample:
             raise UsageError(f"{path} is read by this command, and would be overwritten", "write to another place")
+    if ending is not None and path.suffix.lower() != ending:
+        raise UsageError(f"{path} does not end in {ending}", f"name a file that does: {path.stem}{ending}")
+    bundle = enclosing_bundle(path)
+    if bundle is not None:
+        raise UsageError(f"{path} lies inside the bundle {bundle}", "write to a place outside of it")
 
 
 @contextlib.contextmanager

@@ -102,6 +102,8 @@ def show_precision(calibration: Calibration) -> None:
         f"(fingerprint {data.fingerprint[:16]})"
     )
     typer.echo(f"float by policy: {calibration.policy}")
+    for gate in calibration.gates:
+        typer.echo(f"on the calibration data, {gate}")
     for name, part in calibration.parts.items():
         kernels = [{layer.name: layer.kernel for layer in one.layers} for one in part.coverage]
         macs = sum(one.macs for one in part.linears) + 1e-9

@@ -90,3 +90,7 @@ def _complain(message: str, hint: str) -> None:
     one_line = " ".join(message.split())
     typer.echo(typer.style("error:", fg="red", bold=True) + f" {one_line}", err=True)
     typer.echo(typer.style("hint:", fg="yellow", bold=True) + f" {' '.join(hint.split())}", err=True)
+
+
+if __name__ == "__main__":
+    main()

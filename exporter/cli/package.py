@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from perceiver_export.exporter.cli.output import BundleArgument, JsonFlag, print_json
+from perceiver_export.exporter.cli.output import BundleArgument, JsonFlag, mebibytes, print_json
 
 _NEXT = {
     "triton": "tritonserver --model-repository {path}",
@@ -32,11 +32,13 @@ def package(
     from perceiver_export.exporter.packaging import package as package_
 
     path = package_(bundle, server, output, target=target)
+    files = sorted(file.relative_to(path) for file in path.rglob("*") if file.is_file())
     if json:
-        files = sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file())
-        print_json({"path": str(path), "files": files})
+        print_json({"path": str(path), "files": list(map(str, files))})
         return
-    typer.echo(f"{path} is a model repository for {server}")
+    typer.echo(f"{path} is a model repository for {server}:")
+    for file in files:
+        typer.echo(f"  {file} ({mebibytes((path / file).stat().st_size)})")
     if server == "kserve":
         typer.echo(f"upload {path.absolute()}/repository to the storageUri of inferenceservice.yaml first")
     typer.echo(f"next: {_NEXT[server].format(path=path.absolute())}")

@@ -143,7 +143,7 @@ def _quantize_and_show(
         document = {"bundle": str(made.path), "manifest": made.manifest, "calibration": calibration}
         print_json(document | ({"sensitivity": groups} if groups is not None else {}))
         return
-    show_quantized(made, calibration)
+    show_quantized(bundle, made, calibration)
     if groups is not None:
         show_sensitivity(groups)
 
@@ -160,7 +160,7 @@ def _searches(
     return search_on is not None
 
 
-def show_quantized(made: Bundle, calibration: Calibration) -> None:
+def show_quantized(source: str | Path, made: Bundle, calibration: Calibration) -> None:
     """What came of it: outputs, integer kernels and speed on each engine, and what to be warned of."""
     data = calibration.data
     size = sum(entry.size for entry in made.manifest.files.values())
@@ -185,7 +185,9 @@ def show_quantized(made: Bundle, calibration: Calibration) -> None:
         typer.echo(f"float: {name}: {reason}")
     for warning in calibration.warnings:
         typer.echo(typer.style("warning:", fg="yellow", bold=True) + f" {warning}")
-    typer.echo(f"next: perceiver-export validate {made.path} --data DATA --against BUNDLE0")
+    for gate in calibration.gates:
+        typer.echo(str(gate))
+    typer.echo(f"next: perceiver-export validate {made.path} --data DATA --against {source}")
 
 
 def show_sensitivity(groups: tuple[GroupSensitivity, ...]) -> None:

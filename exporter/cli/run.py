@@ -5,14 +5,23 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
 from perceiver_export.exporter.cli.files import check_output
-from perceiver_export.exporter.cli.output import BundleArgument, DeviceOption, JsonFlag, ThreadsOption
+from perceiver_export.exporter.cli.output import (
+    BundleArgument,
+    DeviceOption,
+    JsonFlag,
+    PrecisionOption,
+    ThreadsOption,
+)
 from perceiver_export.exporter.cli.run_options import RunOptions
 from perceiver_export.runtimes.errors import BundleError, UsageError
+
+if TYPE_CHECKING:
+    from perceiver_export.runtimes.engines.backend import Precision
 
 # Of each task: the module beside this one and its function, and what to give it.
 _COMMANDS = {
@@ -28,6 +37,7 @@ _COMMANDS = {
 }
 _TOP = 3
 _WITHOUT_LABELS = ("optical-flow", "sets", "arrays")
+_NO_JSON = (*_WITHOUT_LABELS, "video-autoencoding")  # what -o of these writes, and how it may be called, they know
 INPUTS = {
     "image-classification": "PICTURE…",
     "fill-mask": "'TEXT WITH [MASK*5]'",
@@ -52,10 +62,11 @@ def run(
     ],
     output: Annotated[
         str | None,
-        typer.Option("--output", "-o", help="Where the answers go: JSON, or a picture, arrays, a directory of frames."),
+        typer.Option("--output", "-o", help="Where answers go: .json, or a picture, arrays, a directory of frames."),
     ] = None,
     top: Annotated[int | None, typer.Option(help="How many labels to show of each.", show_default="3")] = None,
     device: DeviceOption = "auto",
+    precision: PrecisionOption = None,
     threads: ThreadsOption = None,
     check_finite: Annotated[
         bool, typer.Option("--check-finite", help="Refuse NaN and infinity, in what goes in and in what comes out.")
@@ -72,8 +83,9 @@ def run(
     if top is not None and (task in _WITHOUT_LABELS or (task == "text-classification" and not manifest.labels)):
         raise UsageError(f"{bundle} gives no labels of which --top could be shown", "leave --top out")
     if output is not None:
-        check_output(Path(output), (bundle, *inputs))
+        check_output(Path(output), (bundle, *inputs), None if task in _NO_JSON else ".json")
     module, function = _COMMANDS[task]
     command = getattr(importlib.import_module(f"perceiver_export.exporter.cli.{module}"), function)
-    options = RunOptions(_TOP if top is None else top, device, threads, json, check_finite)
+    wish = cast("Precision | None", precision)
+    options = RunOptions(_TOP if top is None else top, device, threads, json, check_finite, wish)
     command(bundle, inputs, None if output is None else Path(output), options)

@@ -44,6 +44,8 @@ def run(bundle: str, inputs: list[str], output: Path | None, options: RunOptions
     check_top(options.top)
     if output is not None:
         check_new_directory(output, "-o", InputError)
+        if output.suffix and not output.is_dir():
+            raise UsageError(f"{output} is a file's name", f"frames and sound go into a directory: -o {output.stem}")
         _check_pillow()
     with (
         cast("VideoAutoencoding", options.open_task(bundle)) as task,

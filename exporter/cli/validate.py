@@ -13,6 +13,7 @@ from perceiver_export.exporter.cli.files import check_file, check_output, new_fi
 from perceiver_export.exporter.cli.output import (
     BundleArgument,
     JsonFlag,
+    PrecisionOption,
     ThreadsOption,
     print_json,
     print_table,
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from perceiver_export.calibration.scores import MetricResult
     from perceiver_export.calibration.sides import Reference
     from perceiver_export.calibration.statistics import Estimate
-    from perceiver_export.calibration.validation import Validation
+    from perceiver_export.calibration.validated import Validation
 
 _SHOWN_WORST = 5
 
@@ -36,10 +37,11 @@ def validate(
     ],
     against: Annotated[
         str | None,
-        typer.Option(metavar="BUNDLE0|SOURCE", help="Reference: another bundle, or the checkpoint in torch."),
+        typer.Option(metavar="BUNDLE|SOURCE", help="Reference: another bundle, or the checkpoint in torch."),
     ] = None,
     against_device: Annotated[
-        str | None, typer.Option(help="Target of the reference; without --against the same bundle on that target.")
+        str | None,
+        typer.Option(help="Target of the reference, by default BUNDLE's; without --against BUNDLE itself on it."),
     ] = None,
     max_drop: Annotated[
         float | None, typer.Option(help="Gate: most points that right answers may fall (95 % upper bound).")
@@ -53,6 +55,7 @@ def validate(
     metric: Annotated[str | None, typer.Option(help="One of the task's metrics, or module:function.")] = None,
     samples: Annotated[int | None, typer.Option(help="Stop after so many samples.")] = None,
     device: Annotated[str, typer.Option(help="Target; `auto` is the first present, `all` each of them.")] = "auto",
+    precision: PrecisionOption = None,
     threads: ThreadsOption = None,
     junit: Annotated[str | None, typer.Option(metavar="FILE", help="Write the gates as JUnit XML.")] = None,
     certify: Annotated[
@@ -77,11 +80,8 @@ def validate(
     """
     from perceiver_export.calibration.targets import validate_targets
 
-    gates: dict[str, Any] = {
-        "max_drop": max_drop,
-        "min_agreement": min_agreement,
-        "max_metric_change": max_metric_change,
-    }
+    gates: dict[str, Any] = {"max_drop": max_drop, "min_agreement": min_agreement}
+    gates["max_metric_change"] = max_metric_change
     _check_files(junit, report)
     for written, ending in ((junit, ".xml"), (report, None), (save_worst, None)):
         if written is not None:
@@ -90,6 +90,7 @@ def validate(
         raise UsageError("a certificate says that a gate held", "ask for one: --max-drop, --min-agreement")
     options: dict[str, Any] = {**gates, "metric": metric, "samples": samples, "threads": threads}
     options |= {"allow_overlap": allow_overlap or not certify, "certifying": certify, "save_worst": save_worst}
+    options["precision"] = precision
     with progress_bar("validate", quiet=json) as progress:
         results = validate_targets(
             bundle,
@@ -149,9 +150,9 @@ def _show(bundle: str, results: Sequence[Validation]) -> None:
 def show_validation(name: str, result: Validation) -> None:
     """The metrics of both sides as a table; below it warnings, worst classes and samples, and gates."""
     title = f"{name} on {result.samples:,} sample{'s' if result.samples != 1 else ''}"
-    title += f", {result.candidate.get('target', '')}"
+    title += f", {_where(result.candidate)}"
     if result.reference is not None:
-        title += f", against {result.reference['name']} ({result.reference.get('target', '')})"
+        title += f", against {result.reference['name']} ({_where(result.reference)})"
     rows = [_row(metric) for metric in result.metrics]
     if result.failure is not None:
         rows.append(("outputs", "NaN or infinite", "", "", ""))
@@ -170,6 +171,11 @@ def show_validation(name: str, result: Validation) -> None:
     for gate in result.gates:
         if gate.held:  # one that does not is the error that follows
             typer.echo(str(gate))
+
+
+def _where(side: Mapping[str, Any]) -> str:
+    """Target, and the precision of the engine that was taken there."""
+    return ", ".join(str(side[key]) for key in ("target", "precision") if key in side)
 
 
 def _certify(bundle: str, results: Sequence[Validation], json: bool) -> None:

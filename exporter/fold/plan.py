@@ -13,6 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from perceiver_export.exporter.budget import budget_text
 from perceiver_export.exporter.fold.deviation import Modality
 from perceiver_export.exporter.fold.modalities import modality_of
 from perceiver_export.exporter.perceiver.config import (
@@ -59,7 +60,7 @@ def within(stages: Sequence[Stage], budget: int) -> tuple[PlannedStage, ...]:
     if worst.fixed + worst.each > budget:
         least = -(-(worst.fixed + worst.each) // _MIB)
         raise UsageError(
-            f"{worst.name} needs {least} MiB of activations at least, the budget is {budget / _MIB:g} MiB",
+            f"{worst.name} needs {least} MiB of activations at least, the budget is {budget_text(budget)}",
             f"--memory-budget {least}MiB or more",
         )
     return tuple(stage.within(budget) for stage in stages)

@@ -84,8 +84,13 @@ def find_target(name: str) -> Target:
         return TARGETS[name]
     if re.fullmatch(r"ort-[a-z0-9]+", name):
         return replace(TARGETS["ort-cpu"], name=name, hardware="whatever its execution provider runs on")
+    import difflib
+
+    close = difflib.get_close_matches(name.lower(), TARGETS)
+    near = [target for target in TARGETS if target in close]
     raise DeviceError(
         f"there is no target {name!r}",
-        f"the targets are {', '.join(TARGETS)}, and ort-NAME for an execution provider of onnxruntime's, in small "
+        (f"did you mean {' or '.join(near)}? " if near else "")
+        + f"the targets are {', '.join(TARGETS)}, and ort-NAME for an execution provider of onnxruntime's, in small "
         "letters; auto, where one is loaded, takes the first that is present",
     )

@@ -8,6 +8,7 @@ import os
 from typing import Any
 
 from perceiver_export.runtimes.bundle import Bundle, Verify, open_bundle
+from perceiver_export.runtimes.engines.backend import Precision
 from perceiver_export.runtimes.errors import BundleError
 from perceiver_export.runtimes.joined import join
 from perceiver_export.runtimes.loading import load
@@ -35,6 +36,7 @@ def open_task(
     threads: int | None = None,
     verify: Verify = "auto",
     check_finite: bool = False,
+    precision: Precision | None = None,
 ) -> Any:
     """Load a bundle with the pre- and post-processing of its task: one of the classes of `TASKS`, by the manifest.
 
@@ -46,7 +48,7 @@ def open_task(
     def load_part(name: str | None) -> Runtime:
         if name is None and opened.split:  # the weights of its parts are in memory once, however they are used
             return join(opened.manifest, {part: made.part(part) for part in opened.manifest.parts})
-        return load(opened, device, name, threads, verify="never", check_finite=check_finite)
+        return load(opened, device, name, threads, "never", precision=precision, check_finite=check_finite)
 
     made = task(opened.manifest, load_part)
     return made

@@ -18,7 +18,7 @@ from typing import Any
 
 from perceiver_export.calibration.pipeline import quantize
 from perceiver_export.calibration.targets import validate_targets
-from perceiver_export.calibration.validation import Validation
+from perceiver_export.calibration.validated import Validation
 from perceiver_export.exporter import export
 
 FASHION = Path(__file__).resolve().parents[2] / "examples" / "fashion_mnist"

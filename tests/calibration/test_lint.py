@@ -61,6 +61,9 @@ def test_lowered_graphs_are_judged_without_their_weights(tmp_path: Path, copied_
     alone.write_bytes((copied_bundle / "model.tensorrt-fp16.onnx").read_bytes())
 
     assert rules(alone) == set()
+    (before,) = lint(copied_bundle / "model.onnx")  # whose lowered form lies beside it
+    command = f"perceiver-export lint {copied_bundle} --target tensorrt --precision fp16"
+    assert {finding.fix for finding in before.findings} == {f"it is lowered beside: {command}"}
 
 
 def test_zero_points_in_a_file_of_weights_are_not_read(tmp_path: Path) -> None:

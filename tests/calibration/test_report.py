@@ -15,7 +15,7 @@ from perceiver_export.calibration.junit import junit
 from perceiver_export.calibration.report import check_report_file, render_html, render_markdown
 from perceiver_export.calibration.report.content import Report
 from perceiver_export.calibration.report.gather import gather
-from perceiver_export.calibration.validation import Failure, Validation
+from perceiver_export.calibration.validated import Failure, Validation
 from perceiver_export.runtimes import open_bundle
 from perceiver_export.runtimes.errors import UsageError
 from tests.calibration.damaged_scales import with_a_scale_times

@@ -12,9 +12,14 @@ import numpy as np
 import pytest
 
 from perceiver_export.calibration import validate
+from perceiver_export.calibration.junit import junit
+from perceiver_export.calibration.report import render_html, render_markdown
+from perceiver_export.calibration.report.content import Report
 from perceiver_export.exporter import export, load_model
 from perceiver_export.runtimes import open_task
 from perceiver_export.runtimes.errors import DataError, GateError, UndecidedError, UsageError
+from perceiver_export.runtimes.machine import cpu_name
+from perceiver_export.runtimes.report import update_report
 from tests.cli import small_models
 
 FASHION = Path(__file__).resolve().parents[2] / "examples" / "fashion_mnist"
@@ -193,6 +198,56 @@ def test_numbers_that_say_little_are_warned_of(fashion_bundle: Path, tmp_path: P
     assert few.startswith("only 3 samples")
     assert one.startswith("all samples have one label")
     assert "no better than chance" in chance
+
+
+def test_a_gate_that_holds_is_not_shown_without_its_reservations(
+    fashion_bundle: Path, int8_bundle: Path, tmp_path: Path
+) -> None:
+    with np.load(TEST) as data:
+        images, labels = data["image"][:100], data["labels"][:100]
+    with open_task(fashion_bundle) as task:
+        twice = np.stack([4 * task.preprocess(image) for image in images])
+    np.savez(tmp_path / "few.npz", image=np.tile(images[:40], (5, 1, 1)), labels=np.tile(labels[:40], 5))
+    np.savez(tmp_path / "wrong.npz", image=images, labels=(labels.astype(int) + 1) % 10)
+    np.savez(tmp_path / "twice.npz", image=twice, labels=labels)
+
+    for name, kind, said in (
+        ("few", "repeated", "160 of 200 samples"),
+        ("wrong", "chance", "the reference is no better than chance"),
+        ("twice", "range", "input 'image' goes from"),
+    ):
+        result = validate(int8_bundle, tmp_path / f"{name}.npz", against=fashion_bundle, max_drop=40, min_agreement=40)
+        assert result.warning_kinds == (kind,)
+        for gate in result.gates:
+            assert gate.reservations == result.warnings
+            assert str(gate).startswith("held: ")
+            assert f"; but {said}" in str(gate)
+        assert junit([result]).decode().count(f"; but {said}") == 2
+        report = Report("model", (result,))
+        assert render_markdown(report).startswith("## model: held, with reservations\n\n")
+        assert "<strong>Held, with reservations</strong>" in render_html(report)
+    clean = validate(int8_bundle, TEST, against=fashion_bundle, samples=200, max_drop=8)
+    assert [gate.reservations for gate in clean.gates] == [()]
+
+
+def test_every_gate_that_fails_is_named(fashion_bundle: Path, ruined: Path) -> None:
+    result = validate(ruined, TEST, against=fashion_bundle, samples=200, max_drop=1, min_agreement=95)
+
+    with pytest.raises(GateError, match=r"not held: --max-drop 1: .*; not held: --min-agreement 95: "):
+        result.require()
+
+
+def test_both_sides_run_on_one_target_whatever_auto_is_for_the_reference(
+    copied_bundle: Path, fashion_bundle: Path
+) -> None:
+    update_report(copied_bundle, "bench", {cpu_name(): {"ort-cpu": {"p50": 2.0}, "openvino-cpu": {"p50": 1.0}}})
+
+    for first, second, target in (
+        (copied_bundle, fashion_bundle, "openvino-cpu"),
+        (fashion_bundle, copied_bundle, "ort-cpu"),
+    ):
+        result = validate(first, TEST, against=second, samples=3)
+        assert (result.candidate["target"], (result.reference or {})["target"]) == (target, target)
 
 
 def test_labels_on_some_samples_only(fashion_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

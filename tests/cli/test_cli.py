@@ -75,6 +75,10 @@ def test_validate_refuses_what_cannot_be_before_it_runs(bundle: Path, tmp_path: 
     assert "both the JUnit file and the report" in fail(*common, "--junit", one_file, "--report", one_file)
     assert "no target 'tpu'" in fail(*common, "--device", "tpu")
     assert "a gate needs a reference" in fail(*common, "--max-drop", "1")
+    for source in ("preset:language-bytes", "lucidrains:model.pt", "tests.cli.small_models:points"):
+        said = fail(*common, "--against", source, cwd=FASHION.parents[1])
+        assert f"{source} " in said
+        assert "hint: give the checkpoint that" in said
     assert "no metric 'epe'" in fail(*common, "--against", bundle, "--metric", "epe", "--max-metric-change", "1")
     assert "a certificate says that a gate held" in fail(*common, "--samples", "5", "--certify")
     assert "two sets of samples" in fail(
@@ -136,6 +140,7 @@ def test_errors_are_one_line_and_one_hint(bundle: Path, tmp_path: Path) -> None:
     assert "holds no pictures" in fail("validate", bundle, "--data", tmp_path / "empty")
     assert "no manifest.json" in fail("inspect", tmp_path)
     assert "no manifest.json" in fail("bench", tmp_path)
+    assert "hint: it looks like a SOURCE: perceiver-export export preset:x" in fail("bench", "preset:x")
     assert "not at" in fail("demo", "--example", tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "text.png"]
 
@@ -143,6 +148,15 @@ def test_errors_are_one_line_and_one_hint(bundle: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("arguments", [["export"], ["dance"], ["run", "--loud"], ["bench", "x", "--runs", "many"]])
 def test_usage_errors_exit_with_two(arguments: list[str]) -> None:
     assert perceiver_export(*arguments).returncode == 2
+
+
+@pytest.mark.parametrize("module", ["cli", "cli.main"])
+def test_python_runs_it_as_a_module_too(module: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", f"perceiver_export.exporter.{module}", "inspect", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: {tmp_path} is not a bundle")
 
 
 def test_ctrl_c_in_the_middle_leaves_nothing(tmp_path: Path) -> None:

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from perceiver_export.runtimes import load
+from perceiver_export.runtimes import build, load
 from tests.cli.commands import fail, succeed
+from tests.conftest import FASHION
 
 TARGETS = ("ort-cpu", "openvino-cpu")
 
@@ -27,10 +28,28 @@ def test_build_compiles_for_every_target_named_and_load_finds_it(copied_bundle: 
     assert re.search(r"was there\s+│\s+│", succeed("build", copied_bundle, "--target", "ort-cpu"))
 
 
+def test_the_engine_built_last_is_taken_and_named_or_the_one_that_is_asked_for(copied_bundle: Path) -> None:
+    for precision in ("fp32", "fp16"):
+        build(copied_bundle, "openvino-cpu", precision=precision)
+    where, data = ["--device", "openvino-cpu"], ["--data", str(FASHION / "test.npz"), "--samples", "3", "--json"]
+
+    for asked, taken in (([], "fp16"), (["--precision", "fp32"], "fp32")):
+        shown = succeed("run", copied_bundle, FASHION / "pictures" / "coat.png", *where, *asked)
+        assert f", CPU, {taken}" in " ".join(shown.split())
+        measured = json.loads(succeed("bench", copied_bundle, "--runs", "5", "--json", *where, *asked))
+        assert measured["measurements"][0]["precision"] == taken
+        validated = json.loads(succeed("validate", copied_bundle, *data, *where, *asked))
+        assert validated["candidate"]["precision"] == taken
+    assert "in the precision that it is in" in fail(
+        "bench", copied_bundle, "--device", "ort-cpu", "--precision", "bf16"
+    )
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--target", "abacus"], "there is no target 'abacus'"),
+        (["--target", "openvno"], "hint: did you mean openvino-gpu or openvino-npu or openvino-cpu? the targets are"),
         (["--target", "openvino-npu"], "OpenVINO finds no NPU here"),
         (["--target", "ort-cpu", "--precision", "fp16"], "runs a graph in the precision that it is in"),
         (["--target", "openvino-cpu", "--precision", "fp8"], "precision is 'fp8'"),
@@ -75,6 +94,7 @@ def test_package_writes_beside_the_bundle_and_says_what_is_next(copied_bundle: P
     said = succeed("package", copied_bundle, "--for", "triton")
 
     assert f"tritonserver --model-repository {copied_bundle}-triton" in said
+    assert re.search(r"^  fashion/config\.pbtxt \(.* KiB\)\n", said, flags=re.MULTILINE)
     assert (copied_bundle.with_name("bundle-triton") / "fashion" / "config.pbtxt").is_file()
     assert succeed("package", copied_bundle, "--for", "kserve").endswith("inferenceservice.yaml\n")
     assert "is there already" in fail("package", copied_bundle, "--for", "triton")

@@ -41,6 +41,22 @@ def test_inspect_shows_every_linear_with_its_kernel(int8: Path) -> None:
     assert document["manifest"]["quantization"]["integer_share"] == {"ort-cpu": 1.0, "openvino-cpu": 1.0}
 
 
+def test_what_gates_found_is_shown_kept_and_all_that_fail_are_named(fashion_bundle: Path, tmp_path: Path) -> None:
+    common: list[str | Path] = ["quantize", fashion_bundle, "--data", HELD_OUT, "--samples", "32", "-o"]
+    shown = succeed(*common, tmp_path / "held", "--max-drop", "5", "--min-agreement", "90")
+    kept = json.loads(succeed("inspect", tmp_path / "held", "--json"))["calibration"]["gates"]
+    said = fail(*common, tmp_path / "not", "--max-drop", "0.01", "--min-agreement", "99.99")
+
+    for option in ("--max-drop 5", "--min-agreement 90"):
+        assert any(line.startswith(f"held: {option}") for line in shown.splitlines())
+    assert shown.count("; but 32 of 2,000 samples") == 2
+    assert [gate["outcome"] for gate in kept] == ["held", "held"]
+    assert "on the calibration data, held: --max-drop 5" in succeed("inspect", tmp_path / "held")
+    assert open_bundle(tmp_path / "held", "always").manifest.name == "held"
+    assert all(option in said for option in ("--max-drop 0.01", "--min-agreement 99.99", "nothing was written"))
+    assert not (tmp_path / "not").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [

@@ -201,13 +201,21 @@ def test_an_index_that_is_not_one(checkpoint: Path, index: str) -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [{"resample": 0}, {"image_mean": [0.5]}, {"size": {"shortest_edge": 224}}, {"size": {"height": 0, "width": 1}}],
+    [
+        {"resample": 0},
+        {"size": {"shortest_edge": 224}},
+        {"size": {"height": 0, "width": 1}},
+        *({"image_std": std} for std in ([0.5, 0, 0.5], [0.5, -1, 0.5], [0.5], [0.5] * 4, "half")),
+        {"image_mean": [0.5]},
+        {"rescale_factor": 0},
+    ],
 )
 def test_a_preprocessor_that_cannot_be_followed(checkpoint: Path, settings: dict[str, Any]) -> None:
     (checkpoint / "preprocessor_config.json").write_text(json.dumps(settings))
 
-    with pytest.raises((CheckpointError, UnsupportedModelError)):
+    with pytest.raises((CheckpointError, UnsupportedModelError)) as caught:
         load_model(checkpoint)
+    assert "image_std are three numbers" in caught.value.hint or not {*settings} & {"image_std", "image_mean"}
 
 
 def test_arguments_that_make_no_sense(checkpoint: Path) -> None:

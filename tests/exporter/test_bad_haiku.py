@@ -56,7 +56,7 @@ _CROSS_VALUE = "perceiver_encoder/~/cross_attention/attention/linear_2/w"
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("language", lambda params: params.pop(_VALUE), f"1 tensors are missing from the checkpoint: {_VALUE}"),
+        ("language", lambda params: params.pop(_VALUE), f"1 tensor is missing from the checkpoint: {_VALUE}"),
         ("language", _rename(_VALUE, f"{_VALUE}_"), f"{_VALUE} (nearest: {_VALUE}_)"),
         ("language", _set("perceiver_encoder/~/self_attention_9/extra/w", 2, 2), "self_attention_9/extra/w"),
         ("language", _rename(_CROSS_VALUE, f"{_CROSS_VALUE}_"), f"no parameter '{_CROSS_VALUE}' (nearest: "),

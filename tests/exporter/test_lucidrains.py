@@ -177,7 +177,7 @@ def test_trained_queries(tmp_path: Path, shape: tuple[int, ...], apart: bool) ->
         expected = theirs(feeds["data"], feeds["data_mask"].bool())
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
     assert loaded.notes == (
-        "2 tensors outside of io. are no part of the model, and were left out: head.bias, head.weight",
+        "what lies outside of io. is no part of the model, and was left out (2): head.bias, head.weight",
     )
 
 

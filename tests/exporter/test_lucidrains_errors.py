@@ -140,7 +140,7 @@ def test_errors_name_what_is_in_an_old_file(tmp_path: Path) -> None:
     del state["layers.1.0.fn.to_kv.weight"]
 
     assert (
-        "1 tensors are missing from the checkpoint: layers.1.0.fn.to_kv.weight"
+        "1 tensor is missing from the checkpoint: layers.1.0.fn.to_kv.weight"
         in failure(tmp_path, state, config).message
     )
 

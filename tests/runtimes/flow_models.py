@@ -37,7 +37,7 @@ class Fake:
         return self.function(dict(feeds))
 
     def describe(self) -> dict[str, Any]:
-        return {"engine": "fake", "version": "1", "device": "none"}
+        return {"engine": "fake", "version": "1", "device": "none", "precision": "fp32"}
 
     def close(self) -> None:
         self.closed = True

@@ -72,6 +72,20 @@ def test_auto_takes_the_faster_target_of_the_report_of_this_cpu(copied_bundle: P
         update_report(copied_bundle, "bench", {})
 
 
+@pytest.mark.skipif("openvino-cpu" not in EXPECTED, reason="PERCEIVER_TEST_TARGETS expects no OpenVINO")
+def test_both_bundles_run_on_one_target_whatever_auto_is_for_the_other(
+    copied_bundle: Path, fashion_bundle: Path
+) -> None:
+    measured = {"ort-cpu": {"p50": 2.0}, "openvino-cpu": {"p50": 1.0}}
+    update_report(copied_bundle, "bench", {cpu_name(): measured})
+
+    for first, second, target in (
+        (copied_bundle, fashion_bundle, "openvino-cpu"),
+        (fashion_bundle, copied_bundle, "ort-cpu"),
+    ):
+        assert {side.target for side in bench(first, against=second, runs=5).measurements} == {target}
+
+
 def test_what_cannot_be_measured_is_refused(fashion_bundle: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError):
         bench(fashion_bundle, runs=1)

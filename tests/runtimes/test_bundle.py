@@ -44,8 +44,9 @@ def test_a_truncated_or_missing_file_is_found_without_hashing(copied_bundle: Pat
         open_bundle(copied_bundle, verify="never")
 
     (copied_bundle / name).unlink()
-    with pytest.raises(BundleError, match="is missing"):
+    with pytest.raises(BundleError, match="is missing") as caught:
         open_bundle(copied_bundle, verify="never")
+    assert str(caught.value) == f"{caught.value.message}\nhint: copy or export the bundle again"
 
 
 def test_a_stamp_spares_the_second_hashing_and_any_change_of_time_renews_it(
@@ -150,7 +151,7 @@ def test_values_that_cannot_be_are_refused(copied_bundle: Path) -> None:
 BAD_STEPS: list[dict[str, Any]] = [
     {"height": 0},
     {"height": 10**12},
-    {"std": [0, 1, 1]},
+    *({"std": std} for std in ([0, 1, 1], [-1, 1, 1], [1, 1], [1] * 4)),
     {"mean": [0.5, 0.5]},
     {"crop_fraction": [1.5, 1.5]},
     {"crop_fraction": [-1, -1]},

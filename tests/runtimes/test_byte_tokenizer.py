@@ -171,7 +171,7 @@ def test_no_text_is_refused(text: Any) -> None:
     ("text", "offset"), [(b"caf\xe9 au lait", 3), (b"\xff", 0), ("日".encode()[:2], 0), ("caf\udce9", 3)]
 )
 def test_bytes_that_are_not_utf8_are_refused_with_their_offset(text: str | bytes, offset: int) -> None:
-    with pytest.raises(InputError, match=f"not valid UTF-8: byte 0x.. at offset {offset}$"):
+    with pytest.raises(InputError, match=f"not valid UTF-8: byte 0x.. at offset {offset}\nhint: "):
         DEEPMIND.encode(text)
 
 

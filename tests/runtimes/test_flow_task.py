@@ -120,9 +120,9 @@ def test_fewer_than_two_frames_are_refused(tmp_path: Path) -> None:
     flow, _ = open_fake(manifest((16, 24)))
     Image.fromarray(picture(16, 24)).save(tmp_path / "a.png")
     for frames in (tmp_path, [picture(16, 24)], []):
-        with pytest.raises(InputError, match=r"frames given: [01]$"):
+        with pytest.raises(InputError, match=r"frames given: [01]\nhint: "):
             flow.frames(frames)
-    with pytest.raises(InputError, match=r"frames given: 1$"):
+    with pytest.raises(InputError, match=r"frames given: 1\nhint: "):
         list(flow.frames(iter([picture(16, 24)])))
 
 

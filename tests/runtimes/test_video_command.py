@@ -73,8 +73,9 @@ def test_run_refuses_what_it_cannot_do_before_the_model_runs(opened: Engine, tmp
     for output in (full, full / "f8.png", tmp_path / "no" / "out"):
         with pytest.raises(InputError):
             run("bundle", [str(full)], output, OPTIONS)
-    with pytest.raises(UsageError):
-        run("bundle", [str(full)] * 3, None, OPTIONS)
+    for inputs, file in (([str(full)] * 3, None), ([str(full)], tmp_path / "out.mp4")):
+        with pytest.raises(UsageError):
+            run("bundle", inputs, file, OPTIONS)
     with pytest.raises(UsageError):
         run("bundle", [str(full)], None, RunOptions(0, "auto", None, json=False))
 

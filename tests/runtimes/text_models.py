@@ -40,7 +40,7 @@ class NumpyEngine:
         raise NotImplementedError
 
     def describe(self) -> dict[str, Any]:
-        return {"engine": "numpy", "version": "0", "device": "cpu"}
+        return {"engine": "numpy", "version": "0", "device": "cpu", "precision": "fp32"}
 
 
 class Bundle:
