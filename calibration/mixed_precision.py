@@ -90,8 +90,8 @@ def search(
     kept float are float throughout. ``least_gain``: percent of a safer rung's cost that a riskier one must save.
 
     A rung with NaN or infinite outputs does not hold. Raises GateError where none holds, UndecidedError where the
-    samples are too few to say (nothing is written); UsageError, DataError where splits overlap, and what `quantize` and
-    `validate` raise.
+    samples are too few to say, BrokenReferenceError where the fp32 bundle gives NaN (nothing is written); UsageError,
+    DataError where splits overlap, and what `quantize` and `validate` raise.
     """
     report = progress or (lambda what, done, total: None)
     path = Path(os.path.abspath(out))

@@ -23,12 +23,12 @@ from perceiver_export.calibration.overlap import calibrated_on, check_overlap, f
 from perceiver_export.calibration.pairing import Pairing, stacked
 from perceiver_export.calibration.references import check_reference, doubts
 from perceiver_export.calibration.scores import MetricResult
-from perceiver_export.calibration.sides import Reference, Side, open_side, run_reference, run_side, side_of
+from perceiver_export.calibration.sides import Reference, Side, check_alike, open_side, run_side, side_of
 from perceiver_export.calibration.statistics import Proportion, mcnemar, proportion
 from perceiver_export.calibration.worst import WorstClass, WorstSample
 from perceiver_export.calibration.worst_files import OPTION, write_worst
 from perceiver_export.runtimes.bundle import Bundle
-from perceiver_export.runtimes.errors import DataError, GateError, UsageError
+from perceiver_export.runtimes.errors import BrokenReferenceError, DataError, GateError, UsageError
 from perceiver_export.runtimes.machine import available_cores, cpu_features, cpu_name
 from perceiver_export.runtimes.tasks import open_task
 from perceiver_export.runtimes.tasks.base import Task
@@ -51,10 +51,11 @@ class Data(msgspec.Struct, frozen=True):
 
 
 class Failure(msgspec.Struct, frozen=True):
-    """What made an end of it, and what to do."""
+    """What made an end of it, and what to do; ``of_reference``: it was not the candidate's fault."""
 
     message: str
     hint: str
+    of_reference: bool = False
 
 
 class Validation(msgspec.Struct, frozen=True):
@@ -80,9 +81,12 @@ class Validation(msgspec.Struct, frozen=True):
     failure: Failure | None = None
 
     def require(self) -> None:
-        """Raise GateError where it failed or a gate does not hold, UndecidedError where the samples are too few."""
+        """Raise GateError where it failed or a gate does not hold, UndecidedError where the samples are too few,
+        BrokenReferenceError where the reference gave NaN.
+        """
         if self.failure is not None:
-            raise GateError(self.failure.message, self.failure.hint)
+            kind = BrokenReferenceError if self.failure.of_reference else GateError
+            raise kind(self.failure.message, self.failure.hint)
         require(self.gates)
 
     @property
@@ -215,8 +219,11 @@ def _go(
         inputs += [example.digest for example in batch]
         judged += [example.digest + digest_of(example.targets) for example in batch]
         feeds, targets = stacked(batch)
+        # The reference first: of a sample that breaks both it is the reference that must be mended.
+        expected = None if reference is None else run_side(reference, feeds, batch, is_reference=True)
         outputs = run_side(candidate, feeds, batch)
-        expected = None if reference is None else run_reference(reference, feeds, batch, outputs)
+        if reference is not None and expected is not None:
+            check_alike(reference, expected, outputs)
         pairing.add(batch, outputs, expected, targets)
         if time.perf_counter() - start < _SECONDS:
             size = min(2 * size, _LARGEST_BATCH)
@@ -271,7 +278,7 @@ def _failed(task: Task, candidate: Side, reference: Side | None, data: Data, err
         worst_samples=(),
         worst_classes=(),
         machine=machine(),
-        failure=Failure(error.message, error.hint),
+        failure=Failure(error.message, error.hint, isinstance(error, BrokenReferenceError)),
     )
 
 
