@@ -14,6 +14,7 @@ from perceiver_export.calibration.validation import Validation
 Rows = tuple[tuple[str, ...], ...]
 
 _APART = ("name", "certificates", "graphs")  # of a side, what is not said in one line with its engine
+_CLASSES = 20  # at most, in the table of them
 _NARROW, _GAP = 50, 2  # characters that fit into 390 pixels, and those between two columns
 
 
@@ -143,7 +144,9 @@ class Report:
 
     @property
     def classes(self) -> Table:
-        """The classes of the first target, the one that fell most first."""
+        """The classes of the first target in which something changed, the one that fell most first."""
+        found = self.validations[0].worst_classes
+        changed = [row for row in found if row.changed]
         rows = tuple(
             (
                 row.label,
@@ -152,9 +155,11 @@ class Report:
                 _share(row.reference),
                 "" if row.flips is None else f"{row.flips:,}",
             )
-            for row in self.validations[0].worst_classes[:20]
+            for row in changed[:_CLASSES]
         )
-        return Table("Classes", ("label", "samples>", "right>", "reference right>", "answers that differ>"), rows)
+        what = "a wrong answer" if self.validations[0].reference is None else "an answer that differs"
+        note = f"{len(changed):,} of {len(found):,} classes have {what}; the largest fall is first."
+        return Table("Classes", ("label", "samples>", "right>", "reference right>", "answers that differ>"), rows, note)
 
     @property
     def environment(self) -> Table:
