@@ -8,6 +8,8 @@
 | .npz, or a directory of them | all | arrays by input name, samples on the first axis; `label` or `labels` if any |
 | module:function, or an iterable | all | ``{name: array}`` of one sample, with or without an axis of 1 in front |
 | ``random`` | sizing a device | random numbers; the bundle says so for ever |
+
+A mask of an input, ``NAME_mask``, may be left out of arrays: then nothing is masked.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from perceiver_export.calibration.data import call_function, open_data, read_archives
+from perceiver_export.calibration.masks import is_mask, require_masks, with_masks
 from perceiver_export.runtimes.byte_tokenizer import ByteTokenizer
 from perceiver_export.runtimes.errors import DataError, PerceiverExportError
 from perceiver_export.runtimes.manifest import Manifest, TensorSpec
@@ -152,7 +155,7 @@ def _from_archives(paths: list[Path], specs: tuple[TensorSpec, ...], samples: in
     names = [spec.name for spec in specs]
     counts = []
     for path, arrays in read_archives(paths):
-        missing = [name for name in names if name not in arrays]
+        missing = [name for name in names if name not in arrays and not is_mask(name)]
         if missing:
             raise DataError(
                 f"{path} has no {missing[0]!r}, it holds {', '.join(sorted(arrays)) or 'nothing'}",
@@ -206,7 +209,7 @@ def _from_dicts(items: Iterable[Any], where: str, manifest: Manifest | None = No
 
 
 def _random(specs: tuple[TensorSpec, ...]) -> Iterator[Example]:
-    """Normal numbers; random tokens with a mask of ones."""
+    """Normal numbers; random tokens. Masks are left out: nothing is masked."""
     generator, index = np.random.default_rng(0), 0
     while True:
         feeds = {}
@@ -214,9 +217,7 @@ def _random(specs: tuple[TensorSpec, ...]) -> Iterator[Example]:
             shape = _sample_shape(spec)
             if spec.dtype == "float32":
                 feeds[spec.name] = generator.normal(size=shape).astype(np.float32)
-            elif spec.name.endswith("_mask"):
-                feeds[spec.name] = np.ones(shape, spec.dtype)
-            else:
+            elif not is_mask(spec.name):
                 feeds[spec.name] = generator.integers(6, 262, shape).astype(spec.dtype)
         yield Example(feeds, None, f"random[{index}]")
         index += 1
@@ -226,19 +227,21 @@ def _checked(examples: Iterable[Example], specs: tuple[TensorSpec, ...]) -> Iter
     """The same, each with the names, dtypes and shapes that the model takes and without NaN."""
     for example in examples:
         feeds = {}
-        unknown = sorted(set(example.feeds) - {spec.name for spec in specs})
+        given = with_masks(example.feeds, specs, example.name)
+        unknown = sorted(set(given) - {spec.name for spec in specs})
         if unknown:
             raise DataError(
                 f"{example.name} has {unknown[0]!r}, which the model does not take",
                 f"it takes {', '.join(spec.name for spec in specs)}",
             )
         for spec in specs:
-            array = example.feeds.get(spec.name)
+            array = given.get(spec.name)
             if array is None:
                 raise DataError(
                     f"{example.name} has no {spec.name!r}", f"it has {', '.join(example.feeds) or 'nothing'}"
                 )
             feeds[spec.name] = _fitted(array, spec, example.name)
+        require_masks(feeds, specs, example.name)
         yield Example(feeds, example.label, example.name)
 
 
