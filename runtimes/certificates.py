@@ -41,8 +41,8 @@ class Certificate(msgspec.Struct, frozen=True):
     """``graphs``: SHA-256 of what ran, by file (`graphs_of`), on a ``device`` (the CPU's or the GPU's name).
 
     The reference is told by its name, where it ran, and the SHA-256 of its graphs, of a checkpoint its weights';
-    ``data`` is the fingerprint of the samples and of what they were judged by; ``caveats`` what was let through
-    (``--allow-overlap``) and makes it say less.
+    ``data`` is the fingerprint of the samples and of what they were judged by; ``caveats`` what makes it say less:
+    what was let through (``--allow-overlap``), and bounds that are not exact.
     """
 
     claims: tuple[Claim, ...]

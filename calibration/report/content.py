@@ -7,6 +7,7 @@ import datetime
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from perceiver_export.calibration.gates import CAVEAT
 from perceiver_export.calibration.scores import MetricResult
 from perceiver_export.calibration.statistics import Estimate
 from perceiver_export.calibration.validation import Validation
@@ -99,7 +100,10 @@ class Report:
                 value, lower, upper = map(_number, (gate.measured, gate.lower, gate.upper))
                 bounds = f"{value} ({lower} to {upper}) {gate.wanted.unit}".strip()
                 rows.append((str(validation.candidate.get("target", "")), asked, gate.outcome, bounds, more))
-        return Table("Gates", ("target", "asked", "outcome", "measured (95 % bounds)>", ""), tuple(rows))
+        gates = (gate for validation in self.validations for gate in validation.gates)
+        means = dict.fromkeys(gate.wanted.subject for gate in gates if gate.bounds == "bootstrap")
+        note = f"Bounds of {', '.join(means)} are {CAVEAT}. The others are exact." if means else ""
+        return Table("Gates", ("target", "asked", "outcome", "measured (95 % bounds)>", ""), tuple(rows), note)
 
     @property
     def accuracy(self) -> Table:
