@@ -16,13 +16,13 @@ from perceiver_export.calibration.gates import CAVEAT, Gate
 from perceiver_export.calibration.references import check_reference
 from perceiver_export.calibration.statistics import CONFIDENCE
 from perceiver_export.calibration.validation import Validation
-from perceiver_export.calibration.write import new_bundle
-from perceiver_export.runtimes.bundle import Bundle, open_bundle, sha256
+from perceiver_export.calibration.write import file_entry, new_bundle
+from perceiver_export.runtimes.bundle import Bundle, open_bundle
 from perceiver_export.runtimes.certificates import FILE, Certificate, Claim, certificates, engine_of, precision_of
 from perceiver_export.runtimes.engines.records import graphs_of
 from perceiver_export.runtimes.errors import DataError, UsageError
 from perceiver_export.runtimes.machine import cpu_features
-from perceiver_export.runtimes.manifest import FileEntry, encode_manifest
+from perceiver_export.runtimes.manifest import encode_manifest
 
 _REFUSED = {
     "one label": "certify on data with all the labels that the model will see",
@@ -123,8 +123,8 @@ def _write(bundle: Bundle, made: Sequence[Certificate], searched: Sequence[str])
         for name in (FILE, "manifest.json"):
             (directory / name).unlink(missing_ok=True)  # a link to the old one's content
         (directory / FILE).write_bytes(msgspec.json.format(msgspec.json.encode(record), indent=2) + b"\n")
-        entry = FileEntry(sha256=sha256(directory / FILE), size=(directory / FILE).stat().st_size)
-        manifest = msgspec.structs.replace(bundle.manifest, files={**bundle.manifest.files, FILE: entry})
+        files = {**bundle.manifest.files, FILE: file_entry(directory / FILE)}
+        manifest = msgspec.structs.replace(bundle.manifest, files=files)
         (directory / "manifest.json").write_bytes(encode_manifest(manifest))
 
 

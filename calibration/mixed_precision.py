@@ -112,6 +112,7 @@ def search(
         trials = Trials(ladder, Path(folder), path.name, targets, settings, scheme == "int8", report)
         order = trials.search(search_on, least_gain / 100)
         kept, evidence = trials.certify(order, certify_on)
+        ladder.complete(trials.path(kept))
         made = certify(trials.path(kept), evidence, searched)
         with new_bundle(path, overwrite) as directory:
             shutil.copytree(trials.path(kept), directory, dirs_exist_ok=True)

@@ -46,7 +46,12 @@ def new_bundle(path: Path, overwrite: bool) -> Iterator[Path]:
 
 def file_entries(directory: Path) -> dict[str, FileEntry]:
     """Size and hash of every file in ``directory``."""
-    return {file.name: FileEntry(sha256=sha256(file), size=file.stat().st_size) for file in sorted(directory.iterdir())}
+    return {file.name: file_entry(file) for file in sorted(directory.iterdir())}
+
+
+def file_entry(file: Path) -> FileEntry:
+    """Size and hash of a file."""
+    return FileEntry(sha256=sha256(file), size=file.stat().st_size)
 
 
 def enclosing_bundle(path: Path) -> Path | None:
