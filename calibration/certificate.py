@@ -7,12 +7,12 @@ import contextlib
 import datetime
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import msgspec
 
-from perceiver_export.calibration.gates import Gate
+from perceiver_export.calibration.gates import CAVEAT, Gate
 from perceiver_export.calibration.references import check_reference
 from perceiver_export.calibration.statistics import CONFIDENCE
 from perceiver_export.calibration.validated import Validation
@@ -76,12 +76,19 @@ def _certificate(bundle: Bundle, validation: Validation) -> Certificate:
         instruction_set=cpu_features(),
         graphs=graphs,
         date=datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        caveats=tuple(warnings[kind] for kind in _CAVEATS if kind in warnings),
+        caveats=(*(warnings[kind] for kind in _CAVEATS if kind in warnings), *_of_means(validation.gates)),
         device=str(validation.candidate.get("device", "")),
         reference_target=str(reference.get("target")),
         reference_engine=engine_of(reference),
         reference_graphs=dict(reference.get("graphs", {})),
     )
+
+
+def _of_means(gates: Sequence[Gate]) -> Iterator[str]:
+    """What makes a bound less sure than the exact ones: a certificate goes further than the page that says it."""
+    names = [gate.wanted.subject for gate in gates if gate.bounds == "bootstrap"]
+    if names:
+        yield f"the bound of {' and of '.join(names)} is {CAVEAT}"
 
 
 def _claim(gate: Gate) -> Claim:

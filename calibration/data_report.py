@@ -11,6 +11,7 @@ import msgspec
 import numpy as np
 
 from perceiver_export.calibration.feeds import Example
+from perceiver_export.calibration.masks import is_mask
 from perceiver_export.runtimes.manifest import Manifest
 from perceiver_export.runtimes.preprocessing import FlowPreprocessing, ImagePreprocessing, VideoPreprocessing
 from perceiver_export.runtimes.runtime import Array
@@ -73,7 +74,7 @@ class DataWatch:
         if count > 1 and len(self._labels) == 1 and len(self._manifest.labels) > 1:
             warnings.append(f"all samples are of one class, {self._manifest.labels[next(iter(self._labels))]!r}")
         for name in self._bounds if count > 1 else ():
-            if name not in self._varies and not name.endswith("_mask"):
+            if name not in self._varies and not is_mask(name):
                 warnings.append(f"input {name!r} is the same in all samples")
         return [*warnings, *out_of_range(self._manifest, self._bounds)]
 

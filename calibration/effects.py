@@ -49,9 +49,9 @@ def _effect(name: str, exact: Array, found: Array) -> OutputEffect:
     return OutputEffect(name, decibels(exact, found), agreement)
 
 
-def ort_runner(path: Path, threads: int | None = None) -> Runner:
-    """A graph on ONNX Runtime."""
-    session = open_session(ir.load(path), path.parent, threads)
+def ort_runner(path: Path, threads: int | None = None, in_order: bool = False) -> Runner:
+    """A graph on ONNX Runtime; ``in_order`` (`open_session`) takes less memory and is not what an app runs."""
+    session = open_session(ir.load(path), path.parent, threads, in_order=in_order)
     names = [output.name for output in session.get_outputs()]
     return lambda feeds: dict(zip(names, session.run(None, dict(feeds)), strict=True))
 

@@ -5,13 +5,13 @@
 |---|---|---|
 | image classification | as `calibration.data` | labels |
 | other classifiers | arrays by the inputs' names; of text also .jsonl with ``text`` | ``labels``, ``label`` |
-| masked language model | .jsonl with ``text``, or ``tokens`` and ``tokens_mask`` | 15 % of the bytes, masked here |
+| masked language model | .jsonl with ``text``, or ``tokens`` | 15 % of the bytes, masked here |
 | optical flow | ``frames``, as the model takes them or uint8 (N, 2, H, W, 3) | ``flow`` (N, H, W, 2), NaN: unknown |
 | video autoencoding | arrays by the inputs' names | the inputs themselves |
 | sets, arrays | arrays by the inputs' names | any other array, for a metric of one's own |
 
-Arrays come in an .npz, a directory of them, or from module:function as dicts without the batch. Each example is held
-against what the model takes before it runs.
+Arrays come in an .npz, a directory of them, or from module:function as dicts without the batch; a mask of an input,
+``NAME_mask``, may be left out. Each example is held against what the model takes before it runs.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import numpy as np
 from perceiver_export.calibration.data import Sample, open_data
 from perceiver_export.calibration.functions import import_function
 from perceiver_export.calibration.masking import mask_tokens
+from perceiver_export.calibration.masks import require_masks, with_masks
 from perceiver_export.runtimes.byte_tokenizer import ByteTokenizer
 from perceiver_export.runtimes.errors import DataError, InputError, PerceiverExportError, UsageError
 from perceiver_export.runtimes.manifest import Manifest, TensorSpec
@@ -114,10 +115,9 @@ def _maker(manifest: Manifest, specs: Mapping[str, TensorSpec]) -> Callable[[_Ro
             values |= {key: array[0] for key, array in encoded.items()}
         if "frames" in specs and getattr(values.get("frames"), "dtype", None) == np.uint8:
             values["frames"] = _signed(values["frames"])
-        for key, spec in specs.items():
-            if key.endswith("_mask") and key not in values:  # nothing is masked
-                values[key] = np.ones([size for size in spec.shape[1:] if isinstance(size, int)], np.int32)
+        values = with_masks(values, specs.values(), name)
         feeds = {key: _checked(name, values.pop(key, None), spec) for key, spec in specs.items()}
+        require_masks(feeds, specs.values(), name)
         digest = digest_of(feeds)
         targets = _targets(manifest, name, feeds, values)
         return Example(name, feeds, targets, source, digest)

@@ -8,6 +8,8 @@
 | .npz, or a directory of them | all | arrays by input name, samples on the first axis; and what `validate` judges by |
 | module:function, or an iterable | all | ``{name: array}`` of one sample, with or without an axis of 1 in front |
 | ``random`` | sizing a device | random numbers; the bundle says so for ever |
+
+A mask of an input, ``NAME_mask``, may be left out of arrays: then nothing is masked.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from perceiver_export.calibration.data import call_function, open_data, read_archives
+from perceiver_export.calibration.masks import is_mask, require_masks, with_masks
 from perceiver_export.runtimes.byte_tokenizer import ByteTokenizer
 from perceiver_export.runtimes.errors import DataError, InputError, PerceiverExportError
 from perceiver_export.runtimes.manifest import Manifest, TensorSpec
@@ -156,7 +159,7 @@ def _from_archives(paths: list[Path], manifest: Manifest, samples: int | None) -
     names = [spec.name for spec in model_inputs(manifest)]
     counts = []
     for path, arrays in read_archives(paths):
-        missing = [name for name in names if name not in arrays]
+        missing = [name for name in names if name not in arrays and not is_mask(name)]
         if missing:
             raise DataError(
                 f"{path} has no {missing[0]!r}, it holds {', '.join(sorted(arrays)) or 'nothing'}",
@@ -217,7 +220,7 @@ def _from_dicts(items: Iterable[Any], where: str, manifest: Manifest) -> Iterato
 
 
 def _random(specs: tuple[TensorSpec, ...]) -> Iterator[Example]:
-    """Normal numbers; random tokens with a mask of ones."""
+    """Normal numbers; random tokens. Masks are left out: nothing is masked."""
     generator, index = np.random.default_rng(0), 0
     while True:
         feeds = {}
@@ -225,9 +228,7 @@ def _random(specs: tuple[TensorSpec, ...]) -> Iterator[Example]:
             shape = _sample_shape(spec)
             if spec.dtype == "float32":
                 feeds[spec.name] = generator.normal(size=shape).astype(np.float32)
-            elif spec.name.endswith("_mask"):
-                feeds[spec.name] = np.ones(shape, spec.dtype)
-            else:
+            elif not is_mask(spec.name):
                 feeds[spec.name] = generator.integers(6, 262, shape).astype(spec.dtype)
         yield Example(feeds, None, f"random[{index}]")
         index += 1
@@ -239,14 +240,15 @@ def _checked(examples: Iterable[Example], manifest: Manifest) -> Iterator[Exampl
     names = {spec.name for spec in specs}
     for example in examples:
         feeds = {}
-        unknown = sorted(name for name in set(example.feeds) - names if not _is_target(name, manifest))
+        given = with_masks(example.feeds, specs, example.name)
+        unknown = sorted(name for name in set(given) - names if not _is_target(name, manifest))
         if unknown:
             raise DataError(
                 f"{example.name} has {unknown[0]!r}, which the model does not take",
                 f"it takes {', '.join(spec.name for spec in specs)}",
             )
         for spec in specs:
-            array = example.feeds.get(spec.name)
+            array = given.get(spec.name)
             if array is None:
                 raise DataError(
                     f"{example.name} has no {spec.name!r}", f"it has {', '.join(example.feeds) or 'nothing'}"
@@ -256,6 +258,7 @@ def _checked(examples: Iterable[Example], manifest: Manifest) -> Iterator[Exampl
             check_tokens(feeds, manifest)
         except InputError as error:
             raise DataError(f"{example.name}: {error.message}", error.hint) from error
+        require_masks(feeds, specs, example.name)
         yield Example(feeds, example.label, example.name)
 
 

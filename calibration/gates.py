@@ -17,6 +17,7 @@ from perceiver_export.calibration.statistics import CONFIDENCE, LEAST_FOR_BOOTST
 from perceiver_export.runtimes.errors import GateError, UndecidedError
 
 RELATIVE = "% of the reference's"  # unit of a limit that was given as 2%
+CAVEAT = "by bootstrap, which is too narrow where samples are few and skewed"  # tests/benchmarks/bound_coverage.py
 _POWER = 0.8
 _MOST = 10**9  # samples that nobody has
 
@@ -40,8 +41,9 @@ class Gate(msgspec.Struct, frozen=True):
     """One thing that was asked for, and what came of it: ``measured``, ``lower`` and ``upper`` in its unit.
 
     ``samples_to_decide``: how many would decide four times in five, if the truth is what was measured; None where it
-    is decided, or where no number would. ``reservations``: what makes it say less than it seems to (samples that are
-    repeated, a reference that guesses); a gate that holds is never shown without them.
+    is decided, or where no number would. ``bounds`` are exact, or those of a mean, with its `CAVEAT`.
+    ``reservations``: what makes it say less than it seems to (samples that are repeated, a reference that guesses); a
+    gate that holds is never shown without them.
     """
 
     wanted: Wanted
@@ -52,6 +54,7 @@ class Gate(msgspec.Struct, frozen=True):
     samples: int
     samples_to_decide: int | None = None
     reservations: tuple[str, ...] = ()
+    bounds: Literal["exact", "bootstrap"] = "exact"
 
     @property
     def held(self) -> bool:
@@ -59,7 +62,8 @@ class Gate(msgspec.Struct, frozen=True):
         return self.outcome == "held"
 
     def __str__(self) -> str:
-        bounds = f"measured {_number(self.measured)}, 95 % bounds {_number(self.lower)} and {_number(self.upper)}"
+        how = " by bootstrap" if self.bounds == "bootstrap" else ""
+        bounds = f"measured {_number(self.measured)}, 95 % bounds{how} {_number(self.lower)} and {_number(self.upper)}"
         unit = f" {self.wanted.unit}" if self.wanted.unit else ""
         but = "".join(f"; but {reservation}" for reservation in self.reservations) if self.held else ""
         return f"{self.outcome}: {self.wanted.typed}: {self.wanted.what} ({bounds}{unit}){but}"
@@ -99,15 +103,14 @@ def mean_at_most(wanted: Wanted, found: Estimate, samples: int) -> Gate:
     """A gate on the worsening of a mean. Fewer than 30 samples leave it undecided, whatever resampling says, and so do
     samples that are all alike: of what was not drawn, resampling then says nothing.
     """
-    if samples < LEAST_FOR_BOOTSTRAP:
-        return Gate(wanted, found.value, found.lower, found.upper, "undecided", samples, LEAST_FOR_BOOTSTRAP)
-    if found.lower == found.upper:
-        return Gate(wanted, found.value, found.lower, found.upper, "undecided", samples)
+    if samples < LEAST_FOR_BOOTSTRAP or found.lower == found.upper:
+        needed = LEAST_FOR_BOOTSTRAP if samples < LEAST_FOR_BOOTSTRAP else None
+        return Gate(wanted, found.value, found.lower, found.upper, "undecided", samples, needed, bounds="bootstrap")
     # The distance of the bound that the limit is in says how the mean scatters, and so how one sample does.
     z = float(scipy_stats().norm.ppf(CONFIDENCE))
     distance = found.upper - found.value if found.value < wanted.limit else found.value - found.lower
     spread = distance / z * math.sqrt(samples)
-    return at_most(wanted, found, samples, spread)
+    return msgspec.structs.replace(at_most(wanted, found, samples, spread), bounds="bootstrap")
 
 
 def require(gates: tuple[Gate, ...]) -> None:

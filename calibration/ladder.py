@@ -23,7 +23,7 @@ from pathlib import Path
 import msgspec
 
 from perceiver_export.calibration.observe import Observation, Report
-from perceiver_export.calibration.pipeline import write_quantized
+from perceiver_export.calibration.pipeline import compare_with_fp32, write_quantized
 from perceiver_export.calibration.plan import Scheme
 from perceiver_export.calibration.quantize_part import PartOptions
 from perceiver_export.calibration.sensitivity import GroupSensitivity, group_sensitivity
@@ -104,8 +104,14 @@ class Ladder:
         asked = {name: scheme for name, scheme in self._options.precision.items() if name not in raised}
         options = dataclasses.replace(self._options, precision={**asked, **raised}, raised=frozenset(back))
         with new_bundle(path, overwrite=False) as directory:
-            settings = (self._min_coverage, self._threads, self._report)
+            settings = (self._min_coverage, self._report)
             write_quantized(self._source, options, self._copy(), directory, path.name, *settings)
+
+    def complete(self, path: Path) -> None:
+        """Into the record of the rung at ``path``, which is the one that is kept: what `quantize` measures of it. All
+        others are judged and timed on data, so that nobody would read it.
+        """
+        compare_with_fp32(self._source, self._observation, path, self._threads)
 
     def _measure(self, options: PartOptions) -> tuple[GroupSensitivity, ...]:
         return group_sensitivity(self._source, self._copy(), options, self._threads, self._report)

@@ -90,8 +90,8 @@ def search(
     kept float are float throughout. ``least_gain``: percent of a safer rung's cost that a riskier one must save.
 
     A rung with NaN or infinite outputs does not hold. Raises GateError where none holds, UndecidedError where the
-    samples are too few to say (nothing is written); UsageError, DataError where splits overlap, and what `quantize` and
-    `validate` raise.
+    samples are too few to say, BrokenReferenceError where the fp32 bundle gives NaN (nothing is written); UsageError,
+    DataError where splits overlap, and what `quantize` and `validate` raise.
     """
     report = progress or (lambda what, done, total: None)
     path = Path(os.path.abspath(out))
@@ -112,6 +112,7 @@ def search(
         trials = Trials(ladder, Path(folder), path.name, targets, settings, scheme == "int8", report)
         order = trials.search(search_on, least_gain / 100)
         kept, evidence = trials.certify(order, certify_on)
+        ladder.complete(trials.path(kept))
         made = certify(trials.path(kept), evidence, searched)
         with new_bundle(path, overwrite) as directory:
             shutil.copytree(trials.path(kept), directory, dirs_exist_ok=True)

@@ -25,14 +25,14 @@ from perceiver_export.calibration.plan import Scheme, schemes_of
 from perceiver_export.calibration.quantize_part import PartOptions, QuantizedPart, quantize_part
 from perceiver_export.calibration.ranges import METHODS, Method
 from perceiver_export.calibration.record import CALIBRATION, Calibration, read_calibration, write_calibration
-from perceiver_export.calibration.result import Result, measure, require_coverage
+from perceiver_export.calibration.result import Covered, compare, measure_kernels, require_coverage
 from perceiver_export.calibration.statistics import scipy_stats
 from perceiver_export.calibration.write import file_entries, file_entry, new_bundle, refuse_place
 from perceiver_export.runtimes.bundle import Bundle, open_bundle
 from perceiver_export.runtimes.errors import GateError, UndecidedError, UsageError
 from perceiver_export.runtimes.loading import check_threads
 from perceiver_export.runtimes.machine import cpu_features, cpu_name, saturates
-from perceiver_export.runtimes.manifest import Manifest, Part, Quantization, encode_manifest
+from perceiver_export.runtimes.manifest import Quantization, encode_manifest
 
 _BITS = (7, 8)
 
@@ -82,7 +82,8 @@ def quantize(
     gated = _check_gates(source, data, {**gates, "metric": metric})
     observation = observe(source, data, samples, threads, report)
     with new_bundle(path, overwrite) as directory:
-        write_quantized(source, options, observation, directory, path.name, min_coverage, threads, report)
+        write_quantized(source, options, observation, directory, path.name, min_coverage, report)
+        compare_with_fp32(source, observation, directory, threads)
         if gated:
             _judge(directory, source, data, {**gates, "metric": metric})
     report("done", 1, 1)
@@ -125,21 +126,49 @@ def write_quantized(
     directory: Path,
     name: str,
     min_coverage: float,
-    threads: int | None,
     report: Report,
 ) -> None:
     """All files of a quantized bundle, to be called ``name``; smoothing changes the observation's statistics.
 
-    Raises GateError: its coverage is below ``min_coverage``.
+    `compare_with_fp32` completes its record. Raises GateError: its coverage is below ``min_coverage``.
     """
     report("quantize", 0, 1)
-    parts = _write(source, options, observation, directory)
+    quantized = _write(source, options, observation, directory)
     report("measure", 0, 1)
-    result = measure(source, parts, observation, directory, threads)
-    require_coverage(result, min_coverage)
-    calibration = _calibration(options, observation, parts, result)
+    parts = {
+        name: msgspec.structs.replace(part, lowered=quantized[name].lowered, stages=quantized[name].stages)
+        for name, part in source.manifest.parts.items()
+    }
+    covered = measure_kernels(parts, quantized, observation.calls[0].feeds, directory)
+    require_coverage(covered, min_coverage)
+    calibration = _calibration(options, observation, quantized, covered)
     write_calibration(directory / CALIBRATION, calibration)
-    manifest = _manifest(name, source.manifest, options, parts, result, calibration, directory)
+    manifest = msgspec.structs.replace(
+        source.manifest,
+        name=name,
+        parts=parts,
+        precision=options.scheme,
+        files=file_entries(directory),
+        notes=(*source.manifest.notes, *calibration.warnings),
+        quantization=_quantization(options, quantized, covered, calibration),
+    )
+    (directory / "manifest.json").write_bytes(encode_manifest(manifest))
+
+
+def compare_with_fp32(source: Bundle, observation: Observation, directory: Path, threads: int | None) -> None:
+    """Into the record of the quantized bundle in ``directory``: its outputs and its speed against fp32's."""
+    made = open_bundle(directory, verify="never")
+    compared = compare(source, made.manifest.parts, observation, directory, threads)
+    record = read_calibration(made)
+    assert record is not None
+    warnings = (*record.warnings, *compared.warnings)
+    record = msgspec.structs.replace(record, effects=compared.effects, speeds=compared.speeds, warnings=warnings)
+    write_calibration(directory / CALIBRATION, record)
+    manifest = msgspec.structs.replace(
+        made.manifest,
+        files={**made.manifest.files, CALIBRATION: file_entry(directory / CALIBRATION)},
+        notes=(*made.manifest.notes, *compared.warnings),
+    )
     (directory / "manifest.json").write_bytes(encode_manifest(manifest))
 
 
@@ -209,7 +238,7 @@ def _write(source: Bundle, options: PartOptions, observation: Observation, direc
 
 
 def _calibration(
-    options: PartOptions, observation: Observation, parts: Mapping[str, QuantizedPart], result: Result
+    options: PartOptions, observation: Observation, parts: Mapping[str, QuantizedPart], covered: Covered
 ) -> Calibration:
     return Calibration(
         scheme=options.scheme,
@@ -220,46 +249,27 @@ def _calibration(
         precision=dict(options.precision),
         data=observation.data,
         parts={
-            name: msgspec.structs.replace(part.record, coverage=result.coverage[name]) for name, part in parts.items()
+            name: msgspec.structs.replace(part.record, coverage=covered.coverage[name]) for name, part in parts.items()
         },
-        effects=result.effects,
-        speeds=result.speeds,
+        effects=(),
+        speeds=(),
         machine=cpu_name(),
         instruction_set=cpu_features(),
-        warnings=(*observation.data.warnings, *result.warnings),
+        warnings=observation.data.warnings,
     )
 
 
-def _manifest(
-    name: str,
-    source: Manifest,
-    options: PartOptions,
-    parts: Mapping[str, QuantizedPart],
-    result: Result,
-    calibration: Calibration,
-    directory: Path,
-) -> Manifest:
-    quantization = Quantization(
+def _quantization(
+    options: PartOptions, parts: Mapping[str, QuantizedPart], covered: Covered, calibration: Calibration
+) -> Quantization:
+    return Quantization(
         scheme=options.scheme,
         method=options.method,
         weight_bits=options.weight_bits,
         int8_activations=any(one.scheme == "int8" for part in parts.values() for one in part.record.linears),
-        integer_share=result.shares,
+        integer_share=covered.shares,
         kept_float={name: reason for part in parts.values() for name, reason in part.kept_float.items()},
         random_data=calibration.data.source == RANDOM,
-    )
-    described: dict[str, Part] = {
-        name: msgspec.structs.replace(part, lowered=parts[name].lowered, stages=parts[name].stages)
-        for name, part in source.parts.items()
-    }
-    return msgspec.structs.replace(
-        source,
-        name=name,
-        parts=described,
-        precision=options.scheme,
-        files=file_entries(directory),
-        notes=(*source.notes, *calibration.warnings),
-        quantization=quantization,
     )
 
 

@@ -15,7 +15,7 @@ from perceiver_export.calibration.examples import Example
 from perceiver_export.runtimes.bundle import Bundle
 from perceiver_export.runtimes.certificates import device_of, engine_of, precision_of
 from perceiver_export.runtimes.engines.records import graphs_of
-from perceiver_export.runtimes.errors import GateError, UsageError
+from perceiver_export.runtimes.errors import BrokenReferenceError, GateError, UsageError
 from perceiver_export.runtimes.manifest import Manifest
 from perceiver_export.runtimes.runtime import Array, Feeds
 from perceiver_export.runtimes.tasks import open_task
@@ -26,6 +26,7 @@ from perceiver_export.runtimes.tasks.graphs import interface, run_batched
 # ``name``, and ``described``: what a bundle's side has in `Side.engine`, without which nothing is certified against it.
 Reference = Callable[[Feeds], Mapping[str, Array]]
 
+_BROKEN = "nothing can be held against it: look at that sample and at the model, or give another reference"
 _SAME = "a reference gives the same outputs as the bundle, by name, a row a sample"
 
 
@@ -80,8 +81,10 @@ def side_of(task: Task) -> Side:
     return Side(manifest.name, lambda feeds: run_batched(runtime, feeds), engine)
 
 
-def run_side(side: Side, feeds: Feeds, batch: Sequence[Example], role: str = "candidate") -> dict[str, Array]:
-    """The side's outputs of a batch. Raises GateError where one is not finite: that is a failure, never a pass."""
+def run_side(side: Side, feeds: Feeds, batch: Sequence[Example], is_reference: bool = False) -> dict[str, Array]:
+    """The side's outputs of a batch. Raises GateError where one is not finite: that is a failure, never a pass;
+    BrokenReferenceError where it is the reference's.
+    """
     outputs = dict(side.run(feeds))
     for name, array in outputs.items():
         if len(array) != len(batch):
@@ -90,28 +93,24 @@ def run_side(side: Side, feeds: Feeds, batch: Sequence[Example], role: str = "ca
             )
         if not np.isfinite(array).all():
             bad = ~np.isfinite(array).reshape(len(array), -1).all(axis=1)
-            raise GateError(
-                f"the {role} ({side.name} on {side.engine['target']}) gives NaN or infinite values for"
-                f" {batch[int(np.argmax(bad))].name}",
-                "such a model must not be shipped",
-            )
+            gives = f"({side.name} on {side.engine['target']}) gives NaN or infinite values for"
+            gives += f" {batch[int(np.argmax(bad))].name}"
+            if is_reference:
+                raise BrokenReferenceError(f"the reference {gives}", _BROKEN)
+            raise GateError(f"the candidate {gives}", "such a model must not be shipped")
     return outputs
 
 
-def run_reference(
-    side: Side, feeds: Feeds, batch: Sequence[Example], candidate: Mapping[str, Array]
-) -> dict[str, Array]:
-    """`run_side` of the reference. Raises UsageError where it does not give what the ``candidate`` gave: arrays of
-    other shapes would be compared after a fashion, and show nothing.
+def check_alike(side: Side, outputs: Mapping[str, Array], candidate: Mapping[str, Array]) -> None:
+    """Raise UsageError where the reference does not give what the ``candidate`` gave: arrays of other shapes would be
+    compared after a fashion, and show nothing.
     """
-    outputs = run_side(side, feeds, batch, "reference")
     for name, array in candidate.items():
         if name not in outputs:
             raise UsageError(f"{side.name} gives no {name!r}, it gives {', '.join(outputs) or 'nothing'}", _SAME)
         if outputs[name].shape != array.shape:
             found, expected = list(outputs[name].shape), list(array.shape)
             raise UsageError(f"{side.name} gives {name!r} of shape {found}, the candidate {expected}", _SAME)
-    return outputs
 
 
 def check_comparable(one: Manifest, other: Manifest) -> None:

@@ -119,9 +119,15 @@ class Trials:
         return all_held(said)
 
     def _judge(self, step: int, data: str | Path) -> tuple[tuple[str, ...], tuple[Validation, ...]]:
-        """What the gates say of a rung on each target. NaN outputs are the rung's failure, and others may hold."""
+        """What the gates say of a rung on each target. NaN outputs are the rung's failure, and others may hold.
+
+        Raises BrokenReferenceError where it is the reference that gives NaN: then no rung can hold.
+        """
         options = {**self.settings, "keep_failures": True}
         results = tuple(validate(self.path(step), data, device=target, **options) for target in self.targets)
+        for result in results:
+            if result.failure is not None and result.failure.of_reference:
+                result.require()
         several = len(self.targets) > 1
         marks = [f" on {target}" if several else "" for target in self.targets]
         said = (f"{text}{mark}" for one, mark in zip(results, marks, strict=True) for text in _said(one))

@@ -11,7 +11,7 @@ from perceiver_export.calibration.gates import Gate, require
 from perceiver_export.calibration.scores import MetricResult
 from perceiver_export.calibration.statistics import Proportion, proportion
 from perceiver_export.calibration.worst import WorstClass, WorstSample
-from perceiver_export.runtimes.errors import GateError
+from perceiver_export.runtimes.errors import BrokenReferenceError, GateError
 
 
 class Data(msgspec.Struct, frozen=True):
@@ -25,10 +25,11 @@ class Data(msgspec.Struct, frozen=True):
 
 
 class Failure(msgspec.Struct, frozen=True):
-    """What made an end of it, and what to do."""
+    """What made an end of it, and what to do; ``of_reference``: it was not the candidate's fault."""
 
     message: str
     hint: str
+    of_reference: bool = False
 
 
 class Validation(msgspec.Struct, frozen=True):
@@ -54,9 +55,12 @@ class Validation(msgspec.Struct, frozen=True):
     failure: Failure | None = None
 
     def require(self) -> None:
-        """Raise GateError where it failed or a gate does not hold, UndecidedError where the samples are too few."""
+        """Raise GateError where it failed or a gate does not hold, UndecidedError where the samples are too few,
+        BrokenReferenceError where the reference gave NaN.
+        """
         if self.failure is not None:
-            raise GateError(self.failure.message, self.failure.hint)
+            kind = BrokenReferenceError if self.failure.of_reference else GateError
+            raise kind(self.failure.message, self.failure.hint)
         require(self.gates)
 
     @property

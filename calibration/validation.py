@@ -21,13 +21,13 @@ from perceiver_export.calibration.metrics.own import load_own
 from perceiver_export.calibration.overlap import calibrated_on, check_overlap, fingerprint
 from perceiver_export.calibration.pairing import Pairing, stacked
 from perceiver_export.calibration.references import check_reference, doubts
-from perceiver_export.calibration.sides import Reference, Side, open_side, run_reference, run_side, side_of
+from perceiver_export.calibration.sides import Reference, Side, check_alike, open_side, run_side, side_of
 from perceiver_export.calibration.statistics import mcnemar
 from perceiver_export.calibration.validated import Data, Failure, Validation
 from perceiver_export.calibration.worst_files import OPTION, write_worst
 from perceiver_export.runtimes.bundle import Bundle
 from perceiver_export.runtimes.engines.backend import Precision
-from perceiver_export.runtimes.errors import DataError, GateError, UsageError
+from perceiver_export.runtimes.errors import BrokenReferenceError, DataError, GateError, UsageError
 from perceiver_export.runtimes.machine import available_cores, cpu_features, cpu_name
 from perceiver_export.runtimes.tasks import open_task
 from perceiver_export.runtimes.tasks.base import Task
@@ -138,8 +138,11 @@ def _go(
         judged += [example.digest + digest_of(example.targets) for example in batch]
         feeds, targets = stacked(batch)
         widen(bounds, feeds)
+        # The reference first: of a sample that breaks both it is the reference that must be mended.
+        expected = None if reference is None else run_side(reference, feeds, batch, is_reference=True)
         outputs = run_side(candidate, feeds, batch)
-        expected = None if reference is None else run_reference(reference, feeds, batch, outputs)
+        if reference is not None and expected is not None:
+            check_alike(reference, expected, outputs)
         pairing.add(batch, outputs, expected, targets)
         if time.perf_counter() - start < _SECONDS:
             size = min(2 * size, _LARGEST_BATCH)
@@ -195,7 +198,7 @@ def _failed(task: Task, candidate: Side, reference: Side | None, data: Data, err
         worst_samples=(),
         worst_classes=(),
         machine=machine(),
-        failure=Failure(error.message, error.hint),
+        failure=Failure(error.message, error.hint, isinstance(error, BrokenReferenceError)),
     )
 
 

@@ -41,6 +41,11 @@ class WorstClass(msgspec.Struct, frozen=True):
     reference: float | None
     flips: int | None
 
+    @property
+    def changed(self) -> bool:
+        """Whether an answer differs from the reference's; without a reference, whether one is wrong."""
+        return self.candidate != 100.0 if self.flips is None else self.flips > 0
+
 
 @dataclass
 class Worst:

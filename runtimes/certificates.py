@@ -42,7 +42,7 @@ class Certificate(msgspec.Struct, frozen=True):
 
     The reference is told by its name, where it ran, and the SHA-256 of its graphs, of a checkpoint its weights';
     ``data`` is the fingerprint of the samples and of what they were judged by; ``caveats`` what makes it say less:
-    what ``--allow-overlap`` let through, inputs out of range.
+    what ``--allow-overlap`` let through, inputs out of range, and bounds that are not exact.
     """
 
     claims: tuple[Claim, ...]

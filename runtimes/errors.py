@@ -17,7 +17,8 @@
     ├── DataError                   data (pictures, npz, labels) that cannot be used
     ├── RuntimeClosedError          a call on a closed runtime
     └── GateError                   a measured accuracy outside what was allowed
-        └── UndecidedError          too few samples to say whether it is
+        ├── UndecidedError          too few samples to say whether it is
+        └── BrokenReferenceError    a reference that gives NaN: nothing can be held against it
 
 The command line prints the message and the hint and exits with 1; anything else that is raised is a bug.
 """
@@ -102,6 +103,10 @@ class GateError(PerceiverExportError):
 
 class UndecidedError(GateError):
     """Too few samples to say whether a measured accuracy is within what was allowed."""
+
+
+class BrokenReferenceError(GateError):
+    """A reference that gives NaN or infinite values: nothing can be held against it."""
 
 
 def check_choice(what: str, value: object, choices: tuple[str, ...]) -> None:

@@ -7,6 +7,7 @@ import datetime
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from perceiver_export.calibration.gates import CAVEAT
 from perceiver_export.calibration.scores import MetricResult
 from perceiver_export.calibration.statistics import Estimate
 from perceiver_export.calibration.validated import Validation
@@ -14,6 +15,7 @@ from perceiver_export.calibration.validated import Validation
 Rows = tuple[tuple[str, ...], ...]
 
 _APART = ("name", "certificates", "graphs")  # of a side, what is not said in one line with its engine
+_CLASSES = 20  # at most, in the table of them
 _NARROW, _GAP = 50, 2  # characters that fit into 390 pixels, and those between two columns
 
 
@@ -105,7 +107,10 @@ class Report:
                 value, lower, upper = map(_number, (gate.measured, gate.lower, gate.upper))
                 bounds = f"{value} ({lower} to {upper}) {gate.wanted.unit}".strip()
                 rows.append((str(validation.candidate.get("target", "")), asked, gate.outcome, bounds, more))
-        return Table("Gates", ("target", "asked", "outcome", "measured (95 % bounds)>", ""), tuple(rows))
+        gates = (gate for validation in self.validations for gate in validation.gates)
+        means = dict.fromkeys(gate.wanted.subject for gate in gates if gate.bounds == "bootstrap")
+        note = f"Bounds of {', '.join(means)} are {CAVEAT}. The others are exact." if means else ""
+        return Table("Gates", ("target", "asked", "outcome", "measured (95 % bounds)>", ""), tuple(rows), note)
 
     @property
     def accuracy(self) -> Table:
@@ -150,7 +155,9 @@ class Report:
 
     @property
     def classes(self) -> Table:
-        """The classes of the first target, the one that fell most first."""
+        """The classes of the first target in which something changed, the one that fell most first."""
+        found = self.validations[0].worst_classes
+        changed = [row for row in found if row.changed]
         rows = tuple(
             (
                 row.label,
@@ -159,9 +166,11 @@ class Report:
                 _share(row.reference),
                 "" if row.flips is None else f"{row.flips:,}",
             )
-            for row in self.validations[0].worst_classes[:20]
+            for row in changed[:_CLASSES]
         )
-        return Table("Classes", ("label", "samples>", "right>", "reference right>", "answers that differ>"), rows)
+        what = "a wrong answer" if self.validations[0].reference is None else "an answer that differs"
+        note = f"{len(changed):,} of {len(found):,} classes have {what}; the largest fall is first."
+        return Table("Classes", ("label", "samples>", "right>", "reference right>", "answers that differ>"), rows, note)
 
     @property
     def environment(self) -> Table:

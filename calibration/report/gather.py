@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from perceiver_export.calibration.record import Calibration, read_calibration
+from perceiver_export.calibration.report.commands import made_by
 from perceiver_export.calibration.report.content import Report, Speed
 from perceiver_export.calibration.report.tables import tables
 from perceiver_export.calibration.validated import Validation
@@ -54,7 +55,7 @@ def gather(
         tuple(table for table in tables(manifest, record) if table.rows),
         certificates=tuple(_certified(opened, validations)),
         sensitivity_note=how if layers else "",
-        commands=tuple(commands),
+        commands=(*made_by(manifest, record), *commands),
         versions={"perceiver-export": importlib.metadata.version("perceiver-export"), **_tools(manifest)},
     )
 

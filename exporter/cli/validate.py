@@ -250,7 +250,7 @@ def _flips(metric: MetricResult, p_value: float | None) -> str:
 def _show_classes(result: Validation) -> None:
     rows = [
         (row.label, f"{row.samples:,}", *(_share(side) for side in (row.candidate, row.reference)), f"{row.flips:,}")
-        for row in result.worst_classes[:_SHOWN_WORST]
+        for row in [row for row in result.worst_classes if row.changed][:_SHOWN_WORST]
     ]
     print_table("worst classes", ["label", "samples>", "right>", "reference right>", "answers that differ>"], rows)
 

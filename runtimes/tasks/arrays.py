@@ -57,7 +57,7 @@ class Arrays(Task):
         for name, array in feeds.items():
             if not np.isfinite(array).all():
                 raise InputError(f"{name!r} holds values that are not finite numbers", "mask them, or give 0 for them")
-        _check_masks(feeds, specs)
+        check_masks(feeds, specs)
         check_tokens(feeds, self.manifest)
         outputs = run_batched(self.runtime, feeds)
         return {name: array[0] for name, array in outputs.items()} if ranks == {-1} else outputs
@@ -114,7 +114,7 @@ class Sets(Task):
         elif mask is not None or count < most:
             given = "a mask is given" if mask is not None else f"entities given: {count}"
             raise InputError(given, f"the model has no mask: give {most} entities and nothing else")
-        _check_masks(feeds, tuple(specs.values()))
+        check_masks(feeds, tuple(specs.values()))
         outputs = run_batched(self.runtime, feeds)["outputs"][:, :count]
         return outputs[0] if alone else outputs
 
@@ -128,10 +128,11 @@ class Sets(Task):
             raise InputError("the entities hold values that are not finite numbers", "take those entities out")
 
 
-def _check_masks(feeds: Mapping[str, Array], specs: tuple[TensorSpec, ...]) -> None:
+def check_masks(feeds: Mapping[str, Array], specs: tuple[TensorSpec, ...]) -> None:
     """Masks are called ``NAME_mask``; one input of several may be masked altogether, all of them may not.
 
-    Queries that are given, ``NAME_queries``, ask the model something and tell it nothing.
+    Queries that are given, ``NAME_queries``, ask the model something and tell it nothing. Arrays are with the batch.
+    Raises InputError.
     """
     masks = {s.name: feeds[s.name] for s in specs if s.dtype == "int32" and s.name.endswith("_mask")}
     for name, mask in masks.items():

@@ -5,7 +5,8 @@
 
 Each side in a fresh process, timed from the loaded model on. Ours is measured up to the graph that lies on disk, and
 once more with its verification against torch, which torch.onnx does not have. The peer exports transformers' model as
-it is, where there is one.
+it is, where there is one. A table says in the end whether the limits held: no slower than torch.onnx, and at most
+0.7 GB and four times the weights in memory.
 """
 
 from __future__ import annotations
@@ -64,6 +65,16 @@ def plain(preset: str, out: Path) -> dict[str, float] | None:
     return {"seconds": time.perf_counter() - start, "peak MiB": peak_memory()}
 
 
+def held(found: dict[str, dict[str, float] | None]) -> list[tuple[str, str, str, str]]:
+    """A row a limit: what, measured, allowed, whether it held. Without a peer nothing limits the time."""
+    ours, plain = found["ours"], found["plain"]
+    assert ours is not None
+    limits = [("memory, MiB", ours["peak MiB"], ours["allowed MiB"])]
+    if plain is not None:
+        limits.append(("time, s", ours["seconds"], plain["seconds"]))
+    return [(name, f"{got:,.1f}", f"{most:,.1f}", "yes" if got <= most else "NO") for name, got, most in limits]
+
+
 def main() -> None:
     if sys.argv[1:2] == ["--side"]:
         side, preset, out = sys.argv[2:]
@@ -84,6 +95,10 @@ def main() -> None:
                     raise SystemExit(done.stderr[-2000:])
                 results[preset][side] = json.loads(done.stdout.splitlines()[-1])
         print(preset, json.dumps(results[preset], indent=1), flush=True)
+    print(f"\n{'preset':<24}{'graph on disk':<16}{'measured':>12}{'at most':>12}{'held':>6}")
+    for preset, found in results.items():
+        for name, got, most, answer in held(found):
+            print(f"{preset:<24}{name:<16}{got:>12}{most:>12}{answer:>6}")
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(results, indent=1))
 

@@ -4,7 +4,8 @@
     python tests/benchmarks/fold_scaling.py [--rounds 3] [--threads 2] [--json FILE] [--figure FILE.svg]
 
 ImageNet's Fourier Perceiver IO with a single self-attention, on pictures of 100² to 632² pixels: what grows with M is
-the cross-attention. Both graphs are ours, `--fold` and `--no-fold`, each in fresh processes that take turns.
+the cross-attention. Both graphs are ours, `--fold` and `--no-fold`, each in fresh processes that take turns. In the end
+it says whether the folded encoder's cost grows no faster than linearly, and slower than the plain one's.
 """
 
 from __future__ import annotations
@@ -67,6 +68,17 @@ def slopes(rows: list[dict[str, float]]) -> dict[str, float]:
     return {name: float(np.polyfit(thousands, [row[name] for row in rows], 1)[0]) for name in names}
 
 
+def held(rows: list[dict[str, float]]) -> dict[str, bool]:
+    """The limits: an input costs no more among many than among few, and one more costs less than in the plain graph."""
+    found, first, last = slopes(rows), rows[0], rows[-1]
+    limits = {}
+    for unit in ("ms", "MiB"):
+        folded, plain = f"folded {unit}", f"plain {unit}"
+        limits[f"{unit}: no faster than linearly"] = last[folded] / first[folded] <= last["inputs"] / first["inputs"]
+        limits[f"{unit}: slower than plain"] = found[folded] < found[plain]
+    return limits
+
+
 def draw(rows: list[dict[str, float]], figure: Path) -> None:
     """Two panels: time and memory."""
     import matplotlib
@@ -97,6 +109,8 @@ def main() -> None:
         rows = measure(Path(temporary), arguments.rounds, arguments.threads)
     result: dict[str, Any] = {"rows": rows, "for each thousand inputs": slopes(rows)}
     print(json.dumps(result["for each thousand inputs"], indent=1))
+    for limit, holds in held(rows).items():
+        print(f"{limit:<30} {'yes' if holds else 'NO'}")
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(result, indent=1))
     if arguments.figure is not None:

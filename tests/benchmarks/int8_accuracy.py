@@ -52,9 +52,7 @@ def row(found: Array, exact: Array, hit: Callable[[Array], Array], logits: tuple
 def measure(bundles: dict[str, Bundle], run: Callable[[Runner, float], Array], truth: Array) -> dict[str, Any]:
     """Every scheme on every engine; ``run(runner, noise)`` gives logits (n, classes) for ``truth`` (n)."""
     logits = {
-        f"{name} {target}": run(opened(bundle, target), 0.0)
-        for name, bundle in bundles.items()
-        for target in RUNNERS
+        f"{name} {target}": run(opened(bundle, target), 0.0) for name, bundle in bundles.items() for target in RUNNERS
     }
     reference = logits["fp32 ort-cpu"]
     rows: dict[str, Any] = {

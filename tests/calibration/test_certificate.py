@@ -17,6 +17,7 @@ from perceiver_export.calibration import validate
 from perceiver_export.calibration.certificate import certify
 from perceiver_export.calibration.lowering.tensorrt_bundle import lower_bundle
 from perceiver_export.calibration.record import read_calibration
+from perceiver_export.calibration.report.content import Report
 from perceiver_export.exporter import load_model, load_reference
 from perceiver_export.exporter.inspection import inspect_bundle
 from perceiver_export.runtimes import certificates, load, open_bundle
@@ -69,6 +70,24 @@ def test_a_certificate_says_what_was_asked_and_where_it_holds(
     inspection = inspect_bundle(bundle)
     assert inspection.certificates == ()
     assert inspection.certified_elsewhere[0].startswith("ort-cpu with onnxruntime")
+
+
+def test_a_bound_by_bootstrap_says_so_wherever_it_is_shown(bundle: Path, fashion_bundle: Path, fresh: Path) -> None:
+    """It is less sure than an exact one, and a certificate goes further than the manual."""
+    options: dict[str, Any] = {"against": fashion_bundle, "max_drop": 5, "allow_overlap": False}
+    result = validate(bundle, fresh, **options, metric="kl", max_metric_change=1)
+    exact, mean = result.gates
+
+    (made,) = certify(bundle, [result])
+
+    caveat = "the bound of kl is by bootstrap, which is too narrow where samples are few and skewed"
+    assert made.caveats == (caveat,)
+    assert str(made).endswith(f"; but {caveat}")
+    assert "95 % bounds by bootstrap " in str(mean)
+    assert "bootstrap" not in str(exact)
+    note = Report("model", (result,)).gates.note
+    assert note.startswith("Bounds of kl are by bootstrap, which is too narrow where samples are few and skewed.")
+    assert Report("model", (validate(bundle, fresh, **options),)).gates.note == ""
 
 
 def test_another_engine_or_another_graph_is_not_certified(bundle: Path, fashion_bundle: Path, fresh: Path) -> None:

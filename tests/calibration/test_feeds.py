@@ -82,7 +82,7 @@ def test_arrays_by_input_name(sharded: bool, points: Manifest, tmp_path: Path) -
     generator = np.random.default_rng(0)
     for shard in range(3 if sharded else 1):
         arrays = {name: generator.normal(size=(4, *shapes[name])).astype(np.float64) for name in names}
-        arrays = {name: array.astype(np.int64) if name.endswith("_mask") else array for name, array in arrays.items()}
+        arrays |= {name: (arrays[name] > 0).astype(np.int64) for name in names if name.endswith("_mask")}
         np.savez(tmp_path / f"{shard}.npz", labels=np.arange(4), **arrays)  # type: ignore[arg-type]
     found = read(tmp_path if sharded else tmp_path / "0.npz", points)
 

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import errno
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,24 +11,12 @@ import numpy as np
 import pytest
 
 from perceiver_export.calibration import measure_sensitivity, quantize, validate
-from perceiver_export.calibration import write as write_module
-from perceiver_export.calibration.collect import Observer
 from perceiver_export.calibration.effects import openvino_runner, ort_runner
-from perceiver_export.calibration.observe import observe
 from perceiver_export.calibration.plan import decibels
 from perceiver_export.calibration.record import Calibration, read_calibration
 from perceiver_export.calibration.sensitivity import write_sensitivity
 from perceiver_export.runtimes import Bundle, load, open_bundle, open_task
-from perceiver_export.runtimes.bundle import cache_directory
-from perceiver_export.runtimes.errors import (
-    BundleError,
-    BundleExistsError,
-    DataError,
-    DeviceError,
-    ExportError,
-    GateError,
-    UsageError,
-)
+from perceiver_export.runtimes.errors import DataError, DeviceError, GateError, UsageError
 from perceiver_export.runtimes.runtime import Array
 from tests.conftest import FASHION
 
@@ -151,118 +137,6 @@ def test_sensitivity_puts_the_worst_layer_first(plain_fashion_bundle: Path, tmp_
     for name in ("all.json", "all.svg", "all.png"):
         write_sensitivity(tmp_path / name, groups)
         assert (tmp_path / name).stat().st_size > 1000
-
-
-def test_an_interrupted_pass_goes_on_where_it_stopped(
-    fashion_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = observe(open_bundle(fashion_bundle), str(HELD_OUT), 20, None, silent)
-    runs: list[bool] = []
-    original, stop_at = Observer.run, 12
-
-    def run(self: Observer, feeds: Any, count: bool = True) -> Any:
-        if len(runs) == stop_at:
-            raise KeyboardInterrupt
-        runs.append(count)
-        return original(self, feeds, count)
-
-    monkeypatch.setattr(Observer, "run", run)
-    with pytest.raises(KeyboardInterrupt):
-        quantize(fashion_bundle, HELD_OUT, tmp_path / "out", samples=20)
-    assert not (tmp_path / "out").exists()
-    assert len(list((cache_directory() / "calibration").iterdir())) == 1
-    runs.clear()
-    stop_at = 1000
-    resumed = observe(open_bundle(fashion_bundle), str(HELD_OUT), 20, None, silent)
-
-    assert runs.count(True) == 8  # twelve were counted before
-    assert resumed.data == whole.data
-    for name, activation in whole.statistics["model"].activations.items():
-        again = resumed.statistics["model"].activations[name]
-        np.testing.assert_array_equal(again.low, activation.low)
-        assert again.rows_seen == activation.rows_seen
-    assert not list((cache_directory() / "calibration").iterdir())
-
-
-def test_an_interrupted_pass_on_other_data_starts_again(fashion_bundle: Path, tmp_path: Path) -> None:
-    with np.load(HELD_OUT) as archive:
-        pictures = archive["image"][:6]
-    data = tmp_path / "data.npz"
-    np.savez(data, image=pictures)
-    with pytest.raises(KeyboardInterrupt):
-        observe(open_bundle(fashion_bundle), data, 6, None, interrupted_at(4))
-    np.savez(data, image=pictures[::-1])
-    found = observe(open_bundle(fashion_bundle), data, 6, None, silent)
-
-    assert found.statistics["model"].calls == 6
-    assert found.data.samples == 6
-
-
-def silent(what: str, done: int, total: int) -> None:
-    """No progress is shown."""
-
-
-def interrupted_at(stop: int) -> Any:
-    def report(what: str, done: int, total: int) -> None:
-        if done == stop:
-            raise KeyboardInterrupt
-
-    return report
-
-
-def test_a_full_disk_leaves_nothing(fashion_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(path: Path) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(write_module, "_sync", full)
-    with pytest.raises(ExportError, match="the disk is full"):
-        quantize(fashion_bundle, HELD_OUT, tmp_path / "out", samples=4)
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        ({"scheme": "int2"}, UsageError, "no scheme 'int2'"),
-        ({"scheme": "float"}, UsageError, "nothing to quantize"),
-        ({"method": "magic"}, UsageError, "no method 'magic'"),
-        ({"samples": 0}, UsageError, "samples is 0"),
-        ({"weight_bits": 5}, UsageError, "weights of 5 bits"),
-        ({"min_coverage": 120.0}, UsageError, "min-coverage is 120"),
-        ({"precision": {"*": "int3"}}, UsageError, "no scheme 'int3'"),
-        ({"data": "nowhere.npz"}, DataError, "nowhere.npz does not exist"),
-        ({"data": []}, DataError, "no samples"),
-        ({"data": [{"picture": np.zeros((3, 28, 28), np.float32)}]}, DataError, "'picture', which the model does not"),
-        (
-            {"data": [{"image": np.zeros((3, 28, 27), np.float32)}]},
-            DataError,
-            r"float32 \[3, 28, 27\], the model takes",
-        ),
-        ({"data": [{"image": np.zeros((3, 28, 28), complex)}]}, DataError, "complex128"),
-        ({"data": [{"image": np.full((3, 28, 28), np.nan, np.float32)}]}, DataError, "NaN or infinite"),
-        ({"data": [[1, 2]]}, DataError, "not a dict"),
-    ],
-)
-def test_what_makes_no_sense_is_refused(
-    arguments: dict[str, Any], error: type[Exception], message: str, fashion_bundle: Path, tmp_path: Path
-) -> None:
-    data = arguments.pop("data", HELD_OUT)
-    with pytest.raises(error, match=message):
-        quantize(fashion_bundle, data, tmp_path / "out", **arguments)
-    assert not (tmp_path / "out").exists()
-
-
-def test_bundles_that_cannot_be_quantized_are_refused(int8: Bundle, fashion_bundle: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="is quantized already"):
-        quantize(int8, HELD_OUT, tmp_path / "twice")
-    with pytest.raises(BundleExistsError):
-        quantize(fashion_bundle, HELD_OUT, int8.path)
-    with pytest.raises(BundleError, match="does not exist"):
-        quantize(tmp_path / "nothing", HELD_OUT, tmp_path / "out")
-    shutil.copytree(int8.path, tmp_path / "damaged")
-    (tmp_path / "damaged" / "calibration.json").write_text("{}")
-    with pytest.raises(BundleError, match=r"calibration\.json cannot be read"):
-        read_calibration(Bundle(tmp_path / "damaged", int8.manifest))
 
 
 def test_three_samples_one_class_and_random_data_are_told(fashion_bundle: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -12,12 +13,17 @@ import pytest
 
 from perceiver_export.calibration import validate
 from perceiver_export.calibration.junit import junit
+from perceiver_export.calibration.record import read_calibration
 from perceiver_export.calibration.report import check_report_file, render_html, render_markdown
+from perceiver_export.calibration.report.commands import made_by
 from perceiver_export.calibration.report.content import Report
 from perceiver_export.calibration.report.gather import gather
+from perceiver_export.calibration.report.plots import sensitivity_plot
 from perceiver_export.calibration.validated import Failure, Validation
+from perceiver_export.calibration.worst import WorstClass
 from perceiver_export.runtimes import open_bundle
 from perceiver_export.runtimes.errors import UsageError
+from perceiver_export.runtimes.manifest import TensorSpec
 from tests.calibration.damaged_scales import with_a_scale_times
 
 TEST = Path(__file__).resolve().parents[2] / "examples" / "fashion_mnist" / "test.npz"
@@ -112,6 +118,74 @@ def test_the_most_sensitive_layer_is_measured_on_the_bundle_itself(
     recorded = gather(int8_bundle, results[:1])  # without the reference: what was noted at calibration
     assert recorded.sensitivity_note != damaged.sensitivity_note
     assert {name for name, _ in recorded.sensitivity} == {name for name, _ in report.sensitivity}
+
+
+def test_names_of_layers_are_whole(report: Report) -> None:
+    names = [name for name, _ in report.sensitivity[:15]]
+    assert max(map(len, names)) > 38
+    plot = sensitivity_plot(report.sensitivity)
+    assert all(f">{name}</text>" in plot for name in names)
+
+    long = "decoder_of_a_name." * 6 + "query"
+    assert f">…{long[-53:]}</text>" in sensitivity_plot([(long, 20.0)])
+
+
+def test_classes_in_which_nothing_changed_are_not_listed(
+    report: Report, results: tuple[Validation, Validation]
+) -> None:
+    rows = [WorstClass("hat", 4, 75.0, 100.0, 1), WorstClass("shoe", 5, 80.0, 80.0, 0)]
+    with_reference = msgspec.structs.replace(results[0], worst_classes=tuple(rows))
+    alone = [WorstClass("hat", 4, 75.0, None, None), WorstClass("shoe", 5, 100.0, None, None)]
+    without = msgspec.structs.replace(results[0], reference=None, worst_classes=tuple(alone))
+
+    table = Report("model", (with_reference,)).classes
+    assert [row[0] for row in table.rows] == ["hat"]
+    assert table.note.startswith("1 of 2 classes have an answer that differs")
+    table = Report("model", (without,)).classes
+    assert [row[0] for row in table.rows] == ["hat"]
+    assert table.note.startswith("1 of 2 classes have a wrong answer")
+    listed = {row[0] for row in report.classes.rows}
+    assert listed == {row.label for row in report.validations[0].worst_classes if row.flips}
+
+
+def test_the_commands_say_what_the_bundle_knows_and_no_more(report: Report, int8_bundle: Path) -> None:
+    comment, export_, quantize_, validate_ = report.commands
+
+    assert comment.startswith("#")
+    assert "SOURCE was called checkpoint" in comment
+    assert export_ == (
+        "perceiver-export export SOURCE -o BUNDLE0 --parity huggingface --no-split --memory-budget 512MiB"
+    )
+    data = shlex.quote(str(TEST.with_name("held_out.npz")))
+    assert quantize_.startswith(f"perceiver-export quantize BUNDLE0 --data {data} -o fashion-int8 --scheme int8 ")
+    assert "--samples 32" in quantize_
+    assert validate_ == "perceiver-export validate …"
+    assert "export SOURCE -o BUNDLE0" in render_html(report)
+
+    record = read_calibration(open_bundle(int8_bundle))
+    assert record is not None
+    other = msgspec.structs.replace(record, smooth=False, precision={"decoder.*": "float"})
+    typed = list(made_by(open_bundle(int8_bundle).manifest, other))[-1]
+    assert typed.endswith("--no-smooth --precision 'decoder.*=float'")
+
+
+def test_what_was_exported_otherwise_is_typed_otherwise(fashion_bundle: Path) -> None:
+    manifest = open_bundle(fashion_bundle).manifest
+    part = manifest.parts["model"]
+    batch = tuple(
+        msgspec.structs.replace(spec, shape=("batch", *spec.shape[1:]), ranges={"batch": (1, 16)})
+        for spec in part.inputs
+    )
+    queries = TensorSpec("queries", "int32", ("batch", 256), "", {"batch": (1, 16)})
+    parts = {
+        "encoder": msgspec.structs.replace(part, inputs=batch, plan=None),
+        "decoder": msgspec.structs.replace(part, inputs=(queries,), plan=None),
+    }
+    other = msgspec.structs.replace(manifest, source="preset:imagenet-conv (random weights)", parts=parts, parity="own")
+
+    assert list(made_by(other, None))[-1] == (
+        "perceiver-export export preset:imagenet-conv -o fashion --batch 1:OPT:16 --split --shape queries=256 --no-fold"
+    )
 
 
 def test_undecided_is_never_shown_as_held(report: Report, results: tuple[Validation, Validation]) -> None:

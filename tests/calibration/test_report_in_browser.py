@@ -19,6 +19,11 @@ from tests.calibration.browser import find_chromium, open_page
 
 TEST = Path(__file__).resolve().parents[2] / "examples" / "fashion_mnist" / "test.npz"
 CHROMIUM = find_chromium()
+# Whether some of a text lies outside of its plot.
+CUT = """cut = text => {
+    const [inner, outer] = [text, text.closest('svg')].map(element => element.getBoundingClientRect());
+    return inner.left < outer.left || inner.right > outer.right || inner.bottom > outer.bottom;
+}"""
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +51,8 @@ def test_the_report_opens_and_fits(report: Path, width: int, scheme: str, tmp_pa
         assert page.evaluate("document.documentElement.scrollWidth") == width
         boxes = "[...document.querySelectorAll('.wide, figure')].filter(e => e.scrollWidth > e.clientWidth)"
         assert page.evaluate(f"{boxes}.map(e => e.innerText)") == []  # nothing is cut off beside the window
+        texts = "[...document.querySelectorAll('figure svg text')].filter(text => cut(text))"
+        assert page.evaluate(f"{CUT}; {texts}.map(text => text.textContent)") == []
         assert page.evaluate("document.images.length") == 12
         assert page.evaluate("[...document.images].every(image => image.complete && image.naturalWidth === 28)")
         assert page.evaluate("document.querySelector('.verdict strong').innerText") == "Undecided: this is not a pass"

@@ -16,7 +16,7 @@ from perceiver_export.calibration.layer_errors import measure_layer_errors
 from perceiver_export.calibration.plan import decibels
 from perceiver_export.calibration.trials import Trials
 from perceiver_export.runtimes import open_bundle
-from perceiver_export.runtimes.errors import GateError, UndecidedError
+from perceiver_export.runtimes.errors import BrokenReferenceError, GateError, UndecidedError
 
 TEST = Path(__file__).resolve().parents[2] / "examples" / "fashion_mnist" / "test.npz"
 
@@ -85,6 +85,27 @@ def test_nan_in_certification_is_no_pass(
 
     with pytest.raises(GateError, match=r"could not be certified: failed: the candidate .* gives NaN"):
         trials.certify([step], few)
+
+
+def test_a_reference_that_gives_nan_ends_the_search_at_once(
+    nan_bundle: Path, int8_bundle: Path, few: Path, tmp_path: Path
+) -> None:
+    """No rung could ever hold against it, so to ask for less would be no help."""
+    trials = on_trial(nan_bundle, tmp_path, int8_bundle, int8_bundle, max_drop=5)
+
+    with pytest.raises(
+        BrokenReferenceError,
+        match=r"^the reference \(fashion on ort-cpu\) gives NaN or infinite values for few\.npz\[0\]",
+    ) as caught:
+        trials.search(few, 0.0)
+
+    assert "another reference" in caught.value.hint
+    assert not trials.path(1).exists()
+
+
+def test_a_sample_that_breaks_both_sides_is_told_of_the_reference(nan_bundle: Path, few: Path, tmp_path: Path) -> None:
+    with pytest.raises(BrokenReferenceError, match="the reference"):
+        on_trial(nan_bundle, tmp_path, nan_bundle, max_drop=5).search(few, 0.0)
 
 
 def test_too_few_samples_leave_a_search_undecided(

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from perceiver_export.runtimes.manifest import Manifest, Part, TensorSpec
-from perceiver_export.runtimes.runtime import Feeds, Runtime
+from perceiver_export.runtimes.runtime import Array, Feeds, Runtime
 from perceiver_export.runtimes.tasks.arrays import Arrays, Sets
+from tests.runtimes.numpy_engine import NumpyEngine
 
 N, C, E = 6, 4, 2
 
@@ -21,56 +22,43 @@ def spec(name: str, *shape: int | str, dtype: Any = "float32", **ranges: tuple[i
     return TensorSpec(name, dtype, shape, "", ranges)
 
 
-class Engine:
-    """Sums of all inputs, each over everything but the batch; rows of sets are entities' first channels."""
+def sums(names: tuple[str, ...], feeds: Feeds) -> dict[str, Array]:
+    """Each of ``names``: the sum of all inputs over everything but the batch."""
+    total = sum(array.reshape(len(array), -1).sum(axis=1, keepdims=True) for array in feeds.values())
+    return {name: np.asarray(total, np.float32) for name in names}
 
-    def __init__(self, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> None:
-        self.inputs, self.outputs = inputs, outputs
-        self.calls: list[Feeds] = []
 
-    def run(self, feeds: Feeds) -> dict[str, Any]:
-        self.calls.append(feeds)
-        if "entities" in feeds:
-            mask = feeds.get("entities_mask", np.ones(feeds["entities"].shape[:2], np.int32))
-            # What one entity gets depends on all that count, as in a model.
-            total = (feeds["entities"] * mask[..., None]).sum(axis=1, keepdims=True)
-            return {"outputs": (feeds["entities"] + total)[..., :E].astype(np.float32)}
-        return {
-            name: sum(a.reshape(len(a), -1).sum(axis=1, keepdims=True) for a in feeds.values()).astype(np.float32)
-            for name in (one.name for one in self.outputs)
-        }
-
-    def run_into(self, feeds: Feeds, out: Any) -> None:
-        raise NotImplementedError
-
-    def describe(self) -> dict[str, Any]:
-        return {"engine": "numpy", "version": "0", "device": "here"}
+def rows(feeds: Feeds) -> dict[str, Array]:
+    """An entity's first channels and the sum of all that count: what one gets depends on the others, as in a model."""
+    mask = feeds.get("entities_mask", np.ones(feeds["entities"].shape[:2], np.int32))
+    total = (feeds["entities"] * mask[..., None]).sum(axis=1, keepdims=True)
+    return {"outputs": (feeds["entities"] + total)[..., :E].astype(np.float32)}
 
 
 def manifest(task: str, parts: dict[str, Part], outputs: tuple[TensorSpec, ...] = ()) -> Manifest:
     return Manifest(1, "m", task, "deepmind", "", {}, parts, None, (), "fp32", (), {}, {}, outputs)
 
 
-def arrays_of(*inputs: TensorSpec, outputs: tuple[str, ...] = ("total",)) -> tuple[Arrays, Engine]:
+def arrays_of(*inputs: TensorSpec, outputs: tuple[str, ...] = ("total",)) -> tuple[Arrays, NumpyEngine]:
     gives = tuple(spec(name, inputs[0].shape[0], 1, **inputs[0].ranges) for name in outputs)
     described = manifest("arrays", {"model": Part("m.onnx", inputs, gives)})
     Arrays.check(described)
-    engine = Engine(inputs, gives)
+    engine = NumpyEngine(lambda feeds: sums(outputs, feeds), inputs, gives)
     return Arrays(described, lambda _: Runtime(engine, inputs, gives, "fp32")), engine
 
 
-def sets_of(masked: bool = True, batch: int = 1) -> tuple[Sets, Engine]:
+def sets_of(masked: bool = True, batch: int = 1) -> tuple[Sets, NumpyEngine]:
     inputs: tuple[TensorSpec, ...] = (spec("entities", batch, N, C),)
     if masked:
         inputs += (spec("entities_mask", batch, N, dtype="int32"),)
     gives = (spec("outputs", batch, N, E),)
     described = manifest("sets", {"model": Part("m.onnx", inputs, gives)})
     Sets.check(described)
-    engine = Engine(inputs, gives)
+    engine = NumpyEngine(rows, inputs, gives)
     return Sets(described, lambda _: Runtime(engine, inputs, gives, "fp32")), engine
 
 
-def two(batch: int | str = 1, **ranges: tuple[int, int]) -> tuple[Arrays, Engine]:
+def two(batch: int | str = 1, **ranges: tuple[int, int]) -> tuple[Arrays, NumpyEngine]:
     return arrays_of(spec("left", batch, 2, 3, **ranges), spec("right", batch, 4, dtype="int32", **ranges))
 
 

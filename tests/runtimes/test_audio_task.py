@@ -17,11 +17,12 @@ from perceiver_export.runtimes.audio_files import write_wav
 from perceiver_export.runtimes.errors import BundleError, InputError, UsageError
 from perceiver_export.runtimes.manifest import Manifest, Part, TensorSpec
 from perceiver_export.runtimes.preprocessing import AudioPreprocessing, PointsPreprocessing
-from perceiver_export.runtimes.runtime import Feeds, Runtime
+from perceiver_export.runtimes.runtime import Array, Feeds, Runtime
 from perceiver_export.runtimes.spectrograms import log_mel
 from perceiver_export.runtimes.tasks.audio_classification import AudioClassification
 from perceiver_export.runtimes.tasks.ranking import sigmoid
 from perceiver_export.runtimes.video_frames import prepare_frames
+from tests.runtimes.numpy_engine import NumpyEngine
 
 RATE, SAMPLES, MEL, T, H, W = 8000, 1600, (10, 6), 2, 4, 4
 SOUND = (np.random.default_rng(0).normal(size=SAMPLES + 100) * 0.1 + 0.2).astype(np.float32)
@@ -35,28 +36,15 @@ SEES = AudioPreprocessing(0, RATE, T, H, W)
 BOTH = AudioPreprocessing(SAMPLES, RATE, T, H, W)
 
 
-class Engine:
+def means(names: Sequence[str], feeds: Feeds) -> dict[str, Array]:
     """Scores: the mean of each input in a label of its own, then 1 and −200."""
-
-    def __init__(self, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> None:
-        self.inputs, self.outputs = inputs, outputs
-        self.calls: list[Feeds] = []
-
-    def run(self, feeds: Feeds) -> dict[str, Any]:
-        self.calls.append(feeds)
-        batch = len(next(iter(feeds.values())))
-        means = [feeds[spec.name].reshape(batch, -1).mean(axis=1) for spec in self.inputs]
-        rest = [np.full(batch, value, np.float32) for value in (1, -200, 0)]
-        return {"logits": np.stack([*means, *rest], axis=1)[:, :4].astype(np.float32)}
-
-    def run_into(self, feeds: Feeds, out: Any) -> None:
-        raise NotImplementedError
-
-    def describe(self) -> dict[str, Any]:
-        return {"engine": "numpy", "version": "0", "device": "here"}
+    batch = len(feeds[names[0]])
+    found = [feeds[name].reshape(batch, -1).mean(axis=1) for name in names]
+    rest = [np.full(batch, value, np.float32) for value in (1, -200, 0)]
+    return {"logits": np.stack([*found, *rest], axis=1)[:, :4].astype(np.float32)}
 
 
-def bundle_of(steps: Any, batch: int = 1, labels: Sequence[str] = LABELS, **part: Any) -> tuple[Manifest, Engine]:
+def bundle_of(steps: Any, batch: int = 1, labels: Sequence[str] = LABELS, **part: Any) -> tuple[Manifest, NumpyEngine]:
     inputs = []
     if isinstance(steps, AudioPreprocessing):
         if steps.mel:
@@ -70,10 +58,11 @@ def bundle_of(steps: Any, batch: int = 1, labels: Sequence[str] = LABELS, **part
         1, "m", "audio-classification", "deepmind", "", {}, {"model": Part("m.onnx", **given)}, steps, tuple(labels),
         "fp32", (), {}, {},
     )  # fmt: skip
-    return described, Engine(given["inputs"], given["outputs"])
+    names = [spec.name for spec in given["inputs"]]
+    return described, NumpyEngine(lambda feeds: means(names, feeds), given["inputs"], given["outputs"])
 
 
-def task_of(described: Manifest, engine: Engine) -> AudioClassification:
+def task_of(described: Manifest, engine: NumpyEngine) -> AudioClassification:
     AudioClassification.check(described)
     return AudioClassification(described, lambda _: Runtime(engine, engine.inputs, engine.outputs, "fp32"))
 

@@ -16,36 +16,24 @@ from perceiver_export.runtimes.errors import BundleError, InputError, UsageError
 from perceiver_export.runtimes.manifest import Manifest, Part, TensorSpec
 from perceiver_export.runtimes.point_files import into_unit_cube
 from perceiver_export.runtimes.preprocessing import PointsPreprocessing, VideoPreprocessing
-from perceiver_export.runtimes.runtime import Feeds, Runtime
+from perceiver_export.runtimes.runtime import Array, Feeds, Runtime
 from perceiver_export.runtimes.tasks.point_cloud_classification import PointCloudClassification
+from tests.runtimes.numpy_engine import NumpyEngine
 
 N = 8
 CLOUD = np.random.default_rng(0).normal(size=(20, 3)) + 5
 LABELS = ("chair", "table", "lamp")
 
 
-class Engine:
+def squares(feeds: Feeds) -> dict[str, Array]:
     """Scores: the mean square of each axis over the points that count."""
-
-    def __init__(self, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> None:
-        self.inputs, self.outputs = inputs, outputs
-        self.calls: list[Feeds] = []
-
-    def run(self, feeds: Feeds) -> dict[str, Any]:
-        self.calls.append(feeds)
-        mask = feeds.get("points_mask", np.ones(feeds["points"].shape[:2], np.int32))[..., None]
-        return {"logits": (feeds["points"] ** 2 * mask).sum(axis=1) / mask.sum(axis=1).astype(np.float32)}
-
-    def run_into(self, feeds: Feeds, out: Any) -> None:
-        raise NotImplementedError
-
-    def describe(self) -> dict[str, Any]:
-        return {"engine": "numpy", "version": "0", "device": "here"}
+    mask = feeds.get("points_mask", np.ones(feeds["points"].shape[:2], np.int32))[..., None]
+    return {"logits": (feeds["points"] ** 2 * mask).sum(axis=1) / mask.sum(axis=1).astype(np.float32)}
 
 
 def task_of(
     masked: bool = True, batch: int | str = 1, labels: tuple[str, ...] = LABELS, **changes: Any
-) -> tuple[PointCloudClassification, Engine]:
+) -> tuple[PointCloudClassification, NumpyEngine]:
     ranges = {"batch": (2, 3)} if batch == "batch" else {}
     inputs = [TensorSpec("points", "float32", (batch, N, 3), "", ranges)]
     if masked:
@@ -57,7 +45,7 @@ def task_of(
         "fp32", (), {}, {},
     )  # fmt: skip
     PointCloudClassification.check(described)
-    engine = Engine(part["inputs"], part["outputs"])
+    engine = NumpyEngine(squares, part["inputs"], part["outputs"])
     return PointCloudClassification(described, lambda _: Runtime(engine, engine.inputs, engine.outputs, "fp32")), engine
 
 

@@ -14,12 +14,12 @@ from perceiver_export.exporter.cli.run_options import RunOptions
 from perceiver_export.exporter.cli.run_video import run
 from perceiver_export.runtimes.audio_files import read_wav, write_wav
 from perceiver_export.runtimes.errors import InputError, UsageError
+from tests.runtimes.numpy_engine import NumpyEngine
 from tests.runtimes.video_models import (
     FRAMES,
     RATE,
     SAMPLES,
     SOUND,
-    Engine,
     T,
     task_of,
     whole,
@@ -28,7 +28,7 @@ from tests.runtimes.video_models import (
 
 
 @pytest.fixture
-def opened(monkeypatch: pytest.MonkeyPatch) -> Engine:
+def opened(monkeypatch: pytest.MonkeyPatch) -> NumpyEngine:
     described, engine = whole()
     monkeypatch.setattr("perceiver_export.runtimes.tasks.open_task", lambda *_: task_of(described, engine))
     return engine
@@ -37,7 +37,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> Engine:
 OPTIONS = RunOptions(top=2, device="auto", threads=None, json=False)
 
 
-def test_run_writes_frames_and_sound(opened: Engine, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_run_writes_frames_and_sound(opened: NumpyEngine, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     frames, out = write_frames(tmp_path / "frames"), tmp_path / "out"
     write_wav(tmp_path / "a.wav", SOUND, RATE)
     run("bundle", [str(frames), str(tmp_path / "a.wav")], out, OPTIONS)
@@ -53,7 +53,7 @@ def test_run_writes_frames_and_sound(opened: Engine, tmp_path: Path, capsys: pyt
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a.wav", "frames", "out"]
 
 
-def test_run_prints_json(opened: Engine, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_run_prints_json(opened: NumpyEngine, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import json
 
     np.save(tmp_path / "frames.npy", FRAMES[:T])
@@ -68,7 +68,7 @@ def test_run_prints_json(opened: Engine, tmp_path: Path, capsys: pytest.CaptureF
     assert document["psnr"]["video"] == pytest.approx(-10 * math.log10(error), abs=1e-4)
 
 
-def test_run_refuses_what_it_cannot_do_before_the_model_runs(opened: Engine, tmp_path: Path) -> None:
+def test_run_refuses_what_it_cannot_do_before_the_model_runs(opened: NumpyEngine, tmp_path: Path) -> None:
     full = write_frames(tmp_path / "frames")
     for output in (full, full / "f8.png", tmp_path / "no" / "out"):
         with pytest.raises(InputError):

@@ -15,15 +15,15 @@ from perceiver_export.runtimes.audio_files import read_wav, write_wav
 from perceiver_export.runtimes.errors import BundleError, InputError, UsageError
 from perceiver_export.runtimes.manifest import Part
 from perceiver_export.runtimes.preprocessing import PointsPreprocessing, VideoPreprocessing
-from perceiver_export.runtimes.runtime import Feeds, Runtime
+from perceiver_export.runtimes.runtime import Array, Feeds, Runtime
 from perceiver_export.runtimes.tasks.video_autoencoding import VideoAutoencoding, psnr
 from perceiver_export.runtimes.video_frames import prepare_frames
+from tests.runtimes.numpy_engine import NumpyEngine
 from tests.runtimes.video_models import (
     FRAMES,
     RATE,
     SAMPLES,
     SOUND,
-    Engine,
     H,
     T,
     W,
@@ -99,16 +99,16 @@ def test_progress_counts_the_queries_to_their_end(monkeypatch: pytest.MonkeyPatc
     ]
 
 
-def decoder_of(name: str, table: Any) -> tuple[Part, Engine]:
+def decoder_of(name: str, table: Any) -> tuple[Part, NumpyEngine]:
     """A decoder that reads its rows from a table (batch, queries, channels)."""
     batch, count, channels = table.shape
     inputs = (spec("latents", batch, 1, 1), spec("queries", batch, 50, dtype="int32"))
     part = Part(f"{name}.onnx", inputs, (spec(name, batch, 50, channels),), num_queries=count)
 
-    def rows(feeds: Feeds) -> Any:
-        return np.stack([one[row] for one, row in zip(table, feeds["queries"], strict=True)])
+    def rows(feeds: Feeds) -> dict[str, Array]:
+        return {name: np.stack([one[row] for one, row in zip(table, feeds["queries"], strict=True)])}
 
-    return part, Engine(part.inputs, part.outputs, rows)
+    return part, NumpyEngine(rows, part.inputs, part.outputs)
 
 
 @pytest.mark.parametrize("folder", model_folders("video_autoencoding"))

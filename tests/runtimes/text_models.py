@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from perceiver_export.runtimes.preprocessing import TextPreprocessing
 from perceiver_export.runtimes.runtime import Array, Feeds, Runtime
 from perceiver_export.runtimes.tasks.fill_mask import FillMask
 from perceiver_export.runtimes.tasks.text_classification import TextClassification
+from tests.runtimes.numpy_engine import NumpyEngine
 
 LENGTH, NUM_LATENTS, CHUNK = 40, 3, 4
 SENTENCE = "Two bytes are missing."
@@ -22,25 +22,6 @@ LABELS = ("short", "long", "shouting")
 TASKS = {"cola": 2, "mnli": 3, "stsb": 1}
 Size = int | tuple[int, int]
 BATCHES: list[Size] = [1, 3, (1, 4), (2, 4)]
-Function = Callable[[Feeds], dict[str, Array]]
-
-
-class NumpyEngine:
-    """A graph that is a function of numpy; ``calls`` are the feeds it was given."""
-
-    def __init__(self, function: Function, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> None:
-        self.function, self.inputs, self.outputs = function, inputs, outputs
-        self.calls: list[Feeds] = []
-
-    def run(self, feeds: Feeds) -> dict[str, Array]:
-        self.calls.append(feeds)
-        return self.function(feeds)
-
-    def run_into(self, feeds: Feeds, out: Mapping[str, Array]) -> None:
-        raise NotImplementedError
-
-    def describe(self) -> dict[str, Any]:
-        return {"engine": "numpy", "version": "0", "device": "cpu", "precision": "fp32"}
 
 
 class Bundle:

@@ -12,8 +12,9 @@ from PIL import Image
 
 from perceiver_export.runtimes.manifest import Manifest, Part, TensorSpec
 from perceiver_export.runtimes.preprocessing import VideoPreprocessing
-from perceiver_export.runtimes.runtime import Feeds, Runtime
+from perceiver_export.runtimes.runtime import Array, Feeds, Runtime
 from perceiver_export.runtimes.tasks.video_autoencoding import VideoAutoencoding
+from tests.runtimes.numpy_engine import NumpyEngine
 
 T, H, W, SAMPLES, PATCH, LABELS = 3, 4, 5, 24, 8, 6
 
@@ -25,26 +26,6 @@ FRAMES = np.random.default_rng(0).integers(0, 256, (T + 2, 9, 7, 3), dtype=np.ui
 
 
 SOUND = (np.random.default_rng(1).random(SAMPLES + 10) * 2 - 1).astype(np.float32)
-
-
-class Engine:
-    """Computes in numpy, and counts."""
-
-    def __init__(
-        self, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...], compute: Callable[[Feeds], Any]
-    ) -> None:
-        self.inputs, self.outputs, self.compute = inputs, outputs, compute
-        self.calls: list[Feeds] = []
-
-    def run(self, feeds: Feeds) -> dict[str, Any]:
-        self.calls.append(feeds)
-        return {self.outputs[0].name: self.compute(feeds)} if len(self.outputs) == 1 else self.compute(feeds)
-
-    def run_into(self, feeds: Feeds, out: Any) -> None:
-        raise NotImplementedError
-
-    def describe(self) -> dict[str, Any]:
-        return {"engine": "numpy", "version": "0", "device": "here"}
 
 
 def spec(name: str, *shape: int | str, dtype: Any = "float32", **ranges: tuple[int, int]) -> TensorSpec:
@@ -76,12 +57,12 @@ def answers(feeds: Feeds) -> dict[str, Any]:
     return {"video": feeds["frames"] * 2 - 0.5, "sound": feeds["audio"] * 3, "label": scores}
 
 
-def whole(batch: int | str = 1, **ranges: tuple[int, int]) -> tuple[Manifest, Engine]:
+def whole(batch: int | str = 1, **ranges: tuple[int, int]) -> tuple[Manifest, NumpyEngine]:
     inputs, outputs = interface(batch, **ranges)
-    return manifest({"model": Part("m.onnx", inputs, outputs)}), Engine(inputs, outputs, answers)
+    return manifest({"model": Part("m.onnx", inputs, outputs)}), NumpyEngine(answers, inputs, outputs)
 
 
-def split(batch: int = 1, queries: int | str = 7, most: int = 1000) -> tuple[Manifest, dict[str, Engine]]:
+def split(batch: int = 1, queries: int | str = 7, most: int = 1000) -> tuple[Manifest, dict[str, NumpyEngine]]:
     """Latents carry both inputs; each decoder computes its rows from them."""
     (inputs, outputs), size = interface(batch), T * H * W * 3
     latents = spec("latents", batch, 1, size + SAMPLES)
@@ -89,22 +70,28 @@ def split(batch: int = 1, queries: int | str = 7, most: int = 1000) -> tuple[Man
     asked = spec("queries", batch, queries, dtype="int32", **some)
     video, sound = spec("video", batch, queries, 3, **some), spec("sound", batch, queries, PATCH, **some)
 
-    def encode(feeds: Feeds) -> Any:
+    def encode(feeds: Feeds) -> dict[str, Array]:
         flat = [feeds["frames"].reshape(batch, -1), feeds["audio"].reshape(batch, -1)]
-        return np.concatenate(flat, axis=1)[:, None]
+        return {"latents": np.concatenate(flat, axis=1)[:, None]}
 
-    def rows(feeds: Feeds, begin: int, width: int, change: Callable[[Any], Any]) -> Any:
+    def rows(feeds: Feeds, begin: int, width: int, change: Callable[[Array], Array]) -> Array:
         table = change(feeds["latents"][:, 0, begin:][:, : size if begin == 0 else SAMPLES]).reshape(batch, -1, width)
         return np.stack([one[row] for one, row in zip(table, feeds["queries"], strict=True)])
 
-    def score(feeds: Feeds) -> Any:
-        return answers({"frames": feeds["latents"], "audio": feeds["latents"]})["label"]
+    def show(feeds: Feeds) -> dict[str, Array]:
+        return {"video": rows(feeds, 0, 3, lambda x: x * 2 - 0.5)}
+
+    def hear(feeds: Feeds) -> dict[str, Array]:
+        return {"sound": rows(feeds, size, PATCH, lambda x: x * 3)}
+
+    def score(feeds: Feeds) -> dict[str, Array]:
+        return {"label": answers({"frames": feeds["latents"], "audio": feeds["latents"]})["label"]}
 
     engines = {
-        "encoder": Engine(inputs, (latents,), encode),
-        "decoder_video": Engine((latents, asked), (video,), lambda f: rows(f, 0, 3, lambda x: x * 2 - 0.5)),
-        "decoder_sound": Engine((latents, asked), (sound,), lambda f: rows(f, size, PATCH, lambda x: x * 3)),
-        "decoder_label": Engine((latents,), (outputs[2],), score),
+        "encoder": NumpyEngine(encode, inputs, (latents,)),
+        "decoder_video": NumpyEngine(show, (latents, asked), (video,)),
+        "decoder_sound": NumpyEngine(hear, (latents, asked), (sound,)),
+        "decoder_label": NumpyEngine(score, (latents,), (outputs[2],)),
     }
     count = {"decoder_video": T * H * W, "decoder_sound": SAMPLES // PATCH}
     parts = {
@@ -114,11 +101,11 @@ def split(batch: int = 1, queries: int | str = 7, most: int = 1000) -> tuple[Man
     return manifest(parts, outputs), engines
 
 
-def task_of(described: Manifest, engines: Engine | dict[str, Engine]) -> VideoAutoencoding:
+def task_of(described: Manifest, engines: NumpyEngine | dict[str, NumpyEngine]) -> VideoAutoencoding:
     VideoAutoencoding.check(described)
 
     def load(name: str | None) -> Runtime:
-        engine = engines if isinstance(engines, Engine) else engines[name or "whole"]
+        engine = engines if isinstance(engines, NumpyEngine) else engines[name or "whole"]
         return Runtime(engine, engine.inputs, engine.outputs, "fp32")
 
     return VideoAutoencoding(described, load)
