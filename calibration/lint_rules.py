@@ -9,8 +9,6 @@ NVIDIA's documentation and the bindings' attributes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -25,69 +23,28 @@ from perceiver_export.calibration.lint_attention import (
     is_partly_int8,
     widths,
 )
+from perceiver_export.calibration.lint_findings import QUANTIZE, Finding, Subject, lower, refused, slow
+from perceiver_export.calibration.lint_operators import operators
+from perceiver_export.calibration.lint_weights import shared_weights
 from perceiver_export.calibration.lowering.attention import LARGEST_HEAD, find_attentions
 from perceiver_export.runtimes.engines.backend import Array
-from perceiver_export.runtimes.engines.tensorrt_capabilities import Capabilities
 
-# Refused by every version: they carry integers outside of Q/DQ, or belong to ONNX Runtime.
-_NEVER = frozenset(
-    {
-        "ConvInteger",
-        "DynamicQuantizeLinear",
-        "FastGelu",
-        "FusedMatMul",
-        "MatMulInteger",
-        "QLinearConv",
-        "QLinearMatMul",
-        "SkipLayerNormalization",
-    }
-)
 _FLOATS = (ir.DataType.FLOAT, *HALF)
+_INT4 = (ir.DataType.INT4, ir.DataType.UINT4)
 _MOST_AXES = 8
 _FP16_TERMS = 65504
-
-
-@dataclass(frozen=True)
-class Finding:
-    """``refused``: it would not parse or compile; ``slow``: it would run, without a fused kernel or without int8."""
-
-    rule: str
-    kind: Literal["refused", "slow"]
-    node: str
-    message: str
-    fix: str
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What is judged: a graph, for a version, with the names of dimensions that have a range.
-
-    ``bundle`` is the one that it lies in; ``lowered``: another graph of it is lowered for this version already.
-    """
-
-    graph: ir.Graph
-    opset: int
-    can: Capabilities
-    ranges: frozenset[str]
-    bundle: str = "BUNDLE"
-    lowered: bool = False
-
-
-def _operators(subject: Subject) -> Iterator[Finding]:
-    can = subject.can
-    for node in subject.graph:
-        if node.op_type in _NEVER:
-            yield _refused("operator", node, f"{node.op_type} is in no version of TensorRT", _QUANTIZE)
-        elif node.op_type == "Gelu" and not can.gelu:
-            yield _refused("operator", node, f"{can.name} has no Gelu", _lower(subject))
-        elif node.op_type == "Attention" and not can.attention:
-            yield _refused("operator", node, f"{can.name} has no Attention; 10.14 is the first", _lower(subject))
 
 
 def _opset(subject: Subject) -> Iterator[Finding]:
     if subject.opset > subject.can.opset:
         message = f"opset {subject.opset}; {subject.can.name} reads up to {subject.can.opset}"
-        yield Finding("opset", "refused", "", message, _lower(subject))
+        fix = lower(subject)
+        if any(value.dtype in _INT4 for value in subject.graph.initializers.values()):
+            message, fix = (
+                f"{message}: int4 weights need 21",
+                "quantize with --scheme int8-weights, or a newer TensorRT",
+            )
+        yield Finding("opset", "refused", "", message, fix)
 
 
 def _zero_points(subject: Subject) -> Iterator[Finding]:
@@ -95,15 +52,15 @@ def _zero_points(subject: Subject) -> Iterator[Finding]:
         zero = node.inputs[2] if len(node.inputs) > 2 else None
         unsigned = zero is None and node.op_type == "QuantizeLinear" and "output_dtype" not in node.attributes
         if unsigned or (zero is not None and zero.dtype == ir.DataType.UINT8):
-            yield _refused("uint8", node, "8-bit integers are unsigned; TensorRT takes int8 only", _QUANTIZE)
+            yield refused("uint8", node, "8-bit integers are unsigned; TensorRT takes int8 only", QUANTIZE)
         elif zero is not None and (array := _inline(zero)) is not None and np.any(array.astype(np.int32)):
-            yield _refused("zero-point", node, "its zero point is not 0; TensorRT takes symmetric int8 only", _QUANTIZE)
+            yield refused("zero-point", node, "its zero point is not 0; TensorRT takes symmetric int8 only", QUANTIZE)
 
 
 def _integer_bias(subject: Subject) -> Iterator[Finding]:
     for node in _quantizers(subject.graph):
         if node.op_type == "DequantizeLinear" and node.inputs[0] and node.inputs[0].dtype == ir.DataType.INT32:
-            yield _refused("int32-bias", node, "it dequantizes int32, a bias; TensorRT refuses that", _QUANTIZE)
+            yield refused("int32-bias", node, "it dequantizes int32, a bias; TensorRT refuses that", QUANTIZE)
 
 
 def _scale_types(subject: Subject) -> Iterator[Finding]:
@@ -113,11 +70,11 @@ def _scale_types(subject: Subject) -> Iterator[Finding]:
         if scale is None or scale.dtype is None:
             continue
         if weak and scale.dtype in HALF:
-            yield _refused("scale-type", node, f"{subject.can.name} takes fp32 scales only", _lower(subject))
+            yield refused("scale-type", node, f"{subject.can.name} takes fp32 scales only", lower(subject))
         source = node.inputs[0]
         if node.op_type == "QuantizeLinear" and source and source.dtype in _FLOATS and source.dtype != scale.dtype:
             names = f"{_name(source.dtype)} with a scale of {_name(scale.dtype)}"
-            yield _refused("scale-type", node, f"it quantizes {names}; they must be the same", _lower(subject))
+            yield refused("scale-type", node, f"it quantizes {names}; they must be the same", lower(subject))
 
 
 def _half_in_weak(subject: Subject) -> Iterator[Finding]:
@@ -126,7 +83,7 @@ def _half_in_weak(subject: Subject) -> Iterator[Finding]:
     for node in subject.graph:
         if any(value.dtype in HALF for value in node.outputs):
             message = f"the graph is 16 bits wide; {subject.can.name} wants fp32 and takes precision from flags"
-            yield _refused("types", node, message, _lower(subject))
+            yield refused("types", node, message, lower(subject))
             return
 
 
@@ -140,9 +97,7 @@ def _weight_axis(subject: Subject) -> Iterator[Finding]:
         axis = node.attributes.get_int("axis", 1) % len(weight.shape)
         for product in _products(node.outputs[0]):
             if product.inputs[1] is node.outputs[0] and axis != len(weight.shape) - 1:
-                yield _slow(
-                    "weight-axis", product, "its weight has a scale for each input: it runs in floats", _QUANTIZE
-                )
+                yield slow("weight-axis", product, "its weight has a scale for each input: it runs in floats", QUANTIZE)
 
 
 def _one_sided(subject: Subject) -> Iterator[Finding]:
@@ -150,8 +105,8 @@ def _one_sided(subject: Subject) -> Iterator[Finding]:
         if node.op_type in ("MatMul", "Gemm"):
             activation, weight = (dequantized(node.inputs[index]) for index in range(2))
             if activation and not weight and node.inputs[1] is not None and node.inputs[1].is_initializer():
-                yield _slow(
-                    "one-sided", node, "its input is int8 and its weight is not: it runs in floating point", _QUANTIZE
+                yield slow(
+                    "one-sided", node, "its input is int8 and its weight is not: it runs in floating point", QUANTIZE
                 )
 
 
@@ -159,20 +114,20 @@ def _partial_attention(subject: Subject) -> Iterator[Finding]:
     for attention in find_attentions(subject.graph):
         if is_partly_int8(attention):
             fix = "quantize linears only, or q, k, probabilities, v and the result"
-            yield _slow("partial-attention", attention.softmax, PART_INT8, fix)
+            yield slow("partial-attention", attention.softmax, PART_INT8, fix)
 
 
 def _heads(subject: Subject) -> Iterator[Finding]:
     for attention in find_attentions(subject.graph):
         if not attention.fits and attention.padded is not None:
-            yield _slow("heads", attention.softmax, widths(attention), _lower(subject))
+            yield slow("heads", attention.softmax, widths(attention), lower(subject))
 
 
 def _wide_heads(subject: Subject) -> Iterator[Finding]:
     for attention in find_attentions(subject.graph):
         if not (attention.fits or is_folded(attention)) and attention.padded is None and attention.rows != 1:
             fix = "nothing to do here: more heads, in training, would make them narrower"
-            yield _slow("wide-heads", attention.softmax, widths(attention), fix)
+            yield slow("wide-heads", attention.softmax, widths(attention), fix)
 
 
 def _full_precision(subject: Subject) -> Iterator[Finding]:
@@ -181,7 +136,7 @@ def _full_precision(subject: Subject) -> Iterator[Finding]:
         return
     for attention in find_attentions(subject.graph):
         if attention.scores.outputs[0].dtype == ir.DataType.FLOAT and attention.fits:
-            yield _slow("fp32-attention", attention.softmax, NOT_LOWERED, _lower(subject))
+            yield slow("fp32-attention", attention.softmax, NOT_LOWERED, lower(subject))
 
 
 def _attention_operator(subject: Subject) -> Iterator[Finding]:
@@ -190,13 +145,11 @@ def _attention_operator(subject: Subject) -> Iterator[Finding]:
             continue
         q, k, v = (_last(node.inputs[index], node, index) for index in range(3))
         if k is not None and v is not None and k != v:
-            yield _refused(
-                "attention-operator", node, f"keys are {k} wide and values {v}; it wants them equal", _lower(subject)
+            yield refused(
+                "attention-operator", node, f"keys are {k} wide and values {v}; it wants them equal", lower(subject)
             )
         elif q is not None and q > LARGEST_HEAD:
-            yield _refused(
-                "attention-operator", node, f"heads are {q} wide, for which it has no kernel", _lower(subject)
-            )
+            yield refused("attention-operator", node, f"heads are {q} wide, for which it has no kernel", lower(subject))
 
 
 def _dynamic(subject: Subject) -> Iterator[Finding]:
@@ -210,7 +163,7 @@ def _dynamic(subject: Subject) -> Iterator[Finding]:
 def _axes(subject: Subject) -> Iterator[Finding]:
     for node in subject.graph:
         if any(value.shape is not None and len(value.shape) > _MOST_AXES for value in node.outputs):
-            yield _refused("axes", node, f"it has more than {_MOST_AXES} axes", "reshape in two steps")
+            yield refused("axes", node, f"it has more than {_MOST_AXES} axes", "reshape in two steps")
 
 
 def _overflow(subject: Subject) -> Iterator[Finding]:
@@ -218,20 +171,20 @@ def _overflow(subject: Subject) -> Iterator[Finding]:
         array = _inline(value) if value.dtype == ir.DataType.FLOAT16 else None
         if array is not None and not np.all(np.isfinite(array)):
             message = f"{value.name} does not fit into fp16: it became infinite"
-            yield Finding("overflow", "refused", value.name or "", message, _lower(subject))
+            yield Finding("overflow", "refused", value.name or "", message, lower(subject))
     for node in subject.graph:
         source = node.inputs[0] if node.inputs else None
         if node.op_type == "Softmax" and source is not None and source.dtype == ir.DataType.FLOAT16:
             terms = _last(source, node, 0)
             if terms is not None and terms > _FP16_TERMS:
-                yield _slow(
-                    "overflow", node, f"it adds {terms} terms in fp16, whose largest number is less", _lower(subject)
+                yield slow(
+                    "overflow", node, f"it adds {terms} terms in fp16, whose largest number is less", lower(subject)
                 )
 
 
 RULES: tuple[Callable[[Subject], Iterator[Finding]], ...] = (
     _opset,
-    _operators,
+    operators,
     _half_in_weak,
     _scale_types,
     _zero_points,
@@ -242,28 +195,12 @@ RULES: tuple[Callable[[Subject], Iterator[Finding]], ...] = (
     _overflow,
     _weight_axis,
     _one_sided,
+    shared_weights,
     _partial_attention,
     _full_precision,
     _heads,
     _wide_heads,
 )
-
-_QUANTIZE = "quantize with `perceiver-export quantize`, whose int8 is the kind that it takes"
-
-
-def _lower(subject: Subject) -> str:
-    library = subject.can.library
-    if subject.lowered:
-        return f"it is lowered beside: perceiver-export lint {subject.bundle} --target {library} --precision fp16"
-    return f"perceiver-export build {subject.bundle} --target {library} --precision fp16 --lower-only"
-
-
-def _refused(rule: str, node: ir.Node, message: str, fix: str) -> Finding:
-    return Finding(rule, "refused", node.name or node.op_type, message, fix)
-
-
-def _slow(rule: str, node: ir.Node, message: str, fix: str) -> Finding:
-    return Finding(rule, "slow", node.name or node.op_type, message, fix)
 
 
 def _quantizers(graph: ir.Graph) -> Iterator[ir.Node]:

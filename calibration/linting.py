@@ -18,7 +18,7 @@ from perceiver_export.runtimes.engines.tensorrt_capabilities import NEWEST, Capa
 from perceiver_export.runtimes.errors import BundleError, MissingDependencyError, UsageError, check_choice
 
 if TYPE_CHECKING:
-    from perceiver_export.calibration.lint_rules import Finding
+    from perceiver_export.calibration.lint_findings import Finding
 
 
 @dataclass(frozen=True)
@@ -85,11 +85,13 @@ def _graphs(path: Path, can: Capabilities, precision: str | None) -> Iterator[tu
         ranges = frozenset(name for spec in part.inputs for name in spec.ranges)
         prefix = f"{can.lowering}-"
         lowered = {key.removeprefix(prefix): file for key, file in part.lowered.items() if key.startswith(prefix)}
+        if can.typing == "weak" and precision == "bf16":
+            raise UsageError(f"{can.name} has no bf16", "give --precision fp16 or fp32")
         if precision is not None and precision not in lowered and (lowered or precision != "fp32"):
-            raise UsageError(
-                f"{path} has no {precision} graph for {can.name}",
-                f"perceiver-export build {path} --target {can.library} --precision {precision} --lower-only",
-            )
+            hint = f"perceiver-export build {path} --target {can.library} --precision {precision} --lower-only"
+            if can.typing == "weak" and "int4" in bundle.manifest.precision:
+                hint = "it has no int4: quantize with --scheme int8-weights"
+            raise UsageError(f"{path} has no {precision} graph for {can.name}", hint)
         files = [lowered[precision]] if precision in lowered else list(lowered.values())
         yield from ((bundle.file(file), ranges) for file in files or [part.file])
 
@@ -108,14 +110,16 @@ def _judge(model: object, file: Path, can: Capabilities, ranges: frozenset[str])
     import onnx_ir.passes.common as common
 
     from perceiver_export.calibration.lint_attention import attentions
-    from perceiver_export.calibration.lint_rules import RULES, Subject
+    from perceiver_export.calibration.lint_findings import Subject
+    from perceiver_export.calibration.lint_rules import RULES
     from perceiver_export.calibration.lint_weights import weight_bytes
 
     assert isinstance(model, ir.Model)
     if any(value.shape is None or value.dtype is None for node in model.graph for value in node.outputs):
         with _quiet(common.ShapeInferencePass.__module__):
             common.ShapeInferencePass()(model)
-    subject = Subject(model.graph, model.opset_imports.get("", 0), can, ranges, *_place(file, can))
+    functions = tuple(model.functions.values())
+    subject = Subject(model.graph, model.opset_imports.get("", 0), can, ranges, functions, *_place(file, can))
     findings = tuple(finding for rule in RULES for finding in rule(subject))
     reasons = attentions(model.graph, can)
     unfused = {node: reason for node, reason in reasons.items() if reason}

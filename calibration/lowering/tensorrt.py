@@ -29,6 +29,8 @@ def lower_for_tensorrt(
     if family == "tensorrt8":
         if precision == "bf16":
             raise UnsupportedModelError("TensorRT 8 has no bf16", "give --precision fp16")
+        if has_int4(model.graph):
+            raise UnsupportedModelError("TensorRT 8 has no int4", "quantize with --scheme int8-weights")
         kept = overflows(model.graph, "fp16", hazards or {}) if precision != "fp32" else {}
         for node in model.graph:
             if node.name in kept:
@@ -37,3 +39,8 @@ def lower_for_tensorrt(
     elif precision != "fp32":
         kept = to_half(model, precision, hazards)
     return kept
+
+
+def has_int4(graph: ir.Graph) -> bool:
+    """Whether weights are int4, which opset 21 is the first to have."""
+    return any(value.dtype == ir.DataType.INT4 for value in graph.initializers.values())

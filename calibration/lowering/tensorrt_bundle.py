@@ -47,7 +47,7 @@ class Lowered:
 
 def lower_bundle(path: str | os.PathLike[str] | Bundle, target: str, precision: Precision) -> tuple[Lowered, ...]:
     """Write the graphs that ``target`` (tensorrt, tensorrt-rtx) builds from into the bundle: for TensorRT 10 and later,
-    and for `tensorrt` also for 8.6, whose graph has the canonical one's weights.
+    and for `tensorrt` also for 8.6, whose graph has the canonical one's weights and which has no bf16 and no int4.
 
     What overflows 16 bits is found by running the canonical graph on golden.npz, and in calibration.json. Weights that
     stay as they are are not stored again.
@@ -64,9 +64,18 @@ def lower_bundle(path: str | os.PathLike[str] | Bundle, target: str, precision: 
         raise MissingDependencyError(
             "rewriting a graph needs onnx-ir and onnxruntime", "pip install 'perceiver-export[quantize]'"
         ) from error
-    families = ("tensorrt", "tensorrt8") if target == "tensorrt" and precision != "bf16" else ("tensorrt",)
+    weak = target == "tensorrt" and precision != "bf16" and not _has_int4(bundle)
+    families = ("tensorrt", "tensorrt8") if weak else ("tensorrt",)
     hazards = {name: _hazards(bundle, name) for name in bundle.manifest.parts} if precision != "fp32" else {}
     return tuple(_lower(bundle, family, precision, hazards) for family in families)
+
+
+def _has_int4(bundle: Bundle) -> bool:
+    import onnx_ir as ir
+
+    from perceiver_export.calibration.lowering.tensorrt import has_int4
+
+    return any(has_int4(ir.load(bundle.file(part.file)).graph) for part in bundle.manifest.parts.values())
 
 
 def _lower(bundle: Bundle, family: str, precision: Precision, hazards: Mapping[str, Mapping[str, float]]) -> Lowered:

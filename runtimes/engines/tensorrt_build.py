@@ -24,6 +24,7 @@ from perceiver_export.runtimes.engines.tensorrt_layers import (
 )
 from perceiver_export.runtimes.engines.tensorrt_network import (
     asked_precisions,
+    check_shared_weights,
     check_types,
     constrain,
     parse,
@@ -101,6 +102,7 @@ def _build(
         constrain(trt, network, config, source.options.precision)
     asked = asked_precisions(trt, network, can, source.options)
     check_types(asked, source)
+    check_shared_weights(trt, network, can, source.graph)
     timings = read_timings(platform, config) if can.library == "tensorrt" else None
     if can.monitor:
         config.progress_monitor = _monitor(trt, progress, stop)

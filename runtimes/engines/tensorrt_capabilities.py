@@ -43,6 +43,11 @@ class Capabilities:
         return f"{label} {self.version[0]}.{self.version[1]}"
 
     @property
+    def shared_weights_crash(self) -> bool:
+        """Whether it falls over weights that alone are integers and are used more than once (measured on 1.7.1.116)."""
+        return self.library == "tensorrt-rtx" and self.version == (1, 7)
+
+    @property
     def lowering(self) -> str:
         """The family of lowered graphs that it takes: `tensorrt8` has precision in flags, `tensorrt` in the graph."""
         return "tensorrt8" if self.typing == "weak" else "tensorrt"
@@ -77,7 +82,8 @@ def capabilities(library: str, version: str) -> Capabilities:
     if not rows:
         known = ", ".join(f"{row.since[0]}.{row.since[1]}" for row in _TABLE if row.library == library)
         raise DeviceError(
-            f"{library} {version} is not supported", f"versions from these on are: {known}; on a Jetson, JetPack 6 or 7"
+            f"{library} {version} is not supported",
+            f"versions from these on are: {known}{'; on a Jetson, JetPack 6 or 7' if library == 'tensorrt' else ''}",
         )
     return replace(rows[-1], version=found)
 

@@ -29,6 +29,8 @@ _TYPES = (
 _ORDER = ("int8", "fp8", "fp16", "bf16", "fp32")
 # A fused kernel is named after what it does: one that casts before its product (Fc) dequantizes, and multiplies floats.
 _UNPACKS = re.compile(r"^__myl_\w*Cast\w*Fc")
+# They only move numbers, also those of a product that is named in their metadata.
+_MOVES = ("Reformat", "NoOp", "Constant")
 _ONNX = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
 
 
@@ -106,7 +108,7 @@ def _precisions(layers: Iterable[Layer]) -> dict[str, str]:
     """Of each node the narrowest type that one of its kernels computes in: the product's own, beside its epilogues."""
     found: dict[str, str] = {}
     for layer in layers:
-        precision = _precision(layer)
+        precision = "" if layer.kind.startswith(_MOVES) else _precision(layer)
         for node in layer.nodes if precision else ():
             if node not in found or _ORDER.index(precision) < _ORDER.index(found[node]):
                 found[node] = precision

@@ -15,6 +15,8 @@ from perceiver_export.runtimes.errors import BuildError, BundleError, MissingDep
 
 # How lowering marks nodes that overflow in 16 bits, where types are not in the graph (TensorRT 8).
 KEEP_FP32 = ":fp32"
+SHARED_WEIGHTS = "products of one input whose weights alone are integers, and shared by blocks, crash its compiler"
+SHARED_WEIGHTS_FIX = "int8 weights compile with --precision bf16; int4 weights do not: quantize with --scheme int8"
 _ONNX = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
 
 
@@ -89,7 +91,7 @@ def constrain(trt: Any, network: Any, config: Any, precision: Precision) -> None
         raise BuildError("TensorRT 8 has no bf16", "give --precision fp16, or fp32")
     config.set_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
     kinds = trt.LayerType
-    if any(layer.type == kinds.QUANTIZE for layer in _layers(network)):
+    if any(layer.type in (kinds.QUANTIZE, kinds.DEQUANTIZE) for layer in _layers(network)):
         config.set_flag(trt.BuilderFlag.INT8)
     if precision != "fp16":
         return
@@ -109,6 +111,31 @@ def constrain(trt: Any, network: Any, config: Any, precision: Precision) -> None
             layer.precision = trt.float16
 
 
+def check_shared_weights(trt: Any, network: Any, can: Capabilities, graph: Path) -> None:
+    """Raise BuildError where TensorRT for RTX 1.7 would take the process down, or fail with words about vectors."""
+    if not can.shared_weights_crash:
+        return
+    producers = _producers(network)
+    uses: dict[str, int] = {}
+    weights: dict[str, dict[str, Any]] = {}  # of each input, by the weight's name a product of the two
+    for layer in _layers(network):
+        if layer.type != trt.LayerType.MATRIX_MULTIPLY or _is_int8(trt, producers, layer):
+            continue
+        left, right = layer.get_input(0), _source(trt, producers, layer.get_input(1))
+        if right is None or right.type != trt.LayerType.DEQUANTIZE:
+            continue
+        if left.dtype == trt.bfloat16 and right.get_input(0).dtype == trt.int8:
+            continue
+        name = right.get_output(0).name
+        uses[name] = uses.get(name, 0) + 1
+        weights.setdefault(left.name, {})[name] = layer
+    for products in weights.values():
+        shared = [layer for name, layer in products.items() if uses[name] > 1]
+        if len(shared) > 1:
+            where = f"{graph.name}, {node_name(shared[0], can)}"
+            raise BuildError(f"{can.name} cannot compile {where}: {SHARED_WEIGHTS}", SHARED_WEIGHTS_FIX)
+
+
 def weight_bytes(trt: Any, network: Any) -> tuple[int, int]:
     """Bytes of all constants, as the graph has them: stored once, and a copy for each layer that uses one.
 
@@ -126,7 +153,7 @@ def weight_bytes(trt: Any, network: Any) -> tuple[int, int]:
         return sum(uses(layer.get_output(0)) if layer.type in shaped else 1 for layer in found)
 
     constants = [layer.get_output(0) for layer in _layers(network) if layer.type == kinds.CONSTANT]
-    sizes = [(tensor, math.prod(tensor.shape) * tensor.dtype.itemsize) for tensor in constants]
+    sizes = [(tensor, math.ceil(math.prod(tensor.shape) * tensor.dtype.itemsize)) for tensor in constants]
     return sum(size for _, size in sizes), sum(size * uses(tensor) for tensor, size in sizes)
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,11 @@ import onnx.parser
 
 
 def write(path: Path, body: str, opset: int = 20, **constants: np.ndarray[Any, Any]) -> Path:
-    """Write `(inputs) => (outputs) { nodes }`; names of ``constants`` may stand in it without being declared."""
-    model = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["": {opset}]> g {body}')
+    """Write `(inputs) => (outputs) { nodes }`; names of ``constants`` may stand in it without being declared, and so
+    may domains, as in `mine.Operator(x)`.
+    """
+    domains = "".join(f', "{domain}": 1' for domain in sorted(set(re.findall(r"= ([a-z.]+)[.][A-Z]\w*\(", body))))
+    model = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["": {opset}{domains}]> g {body}')
     for index, node in enumerate(model.graph.node):
         node.name = f"{node.op_type}_{index}"
     for name, array in constants.items():

@@ -30,7 +30,7 @@ def test_findings_of_one_kind_are_a_row_and_the_fix_is_for_the_target(
     told = capsys.readouterr().out
 
     assert len(result.findings) == 3
-    assert told.count("FastGelu is in no version") == 1
+    assert told.count("FastGelu is no operator of ONNX") == 1
     assert all(finding.node in told for finding in result.findings)
     deep = "(float16[1,70000] x) => (float16[1,70000] y) { y = Softmax<axis = -1>(x) }"
     (result,) = lint(write(tmp_path / "s.onnx", deep), "tensorrt-rtx")
@@ -51,6 +51,12 @@ def test_bad_questions_are_refused(tmp_path: Path, fashion_bundle: Path) -> None
         lint(fashion_bundle, "openvino")
     with pytest.raises(UsageError, match="has no bf16 graph"):
         lint(fashion_bundle, precision="bf16")
+    with pytest.raises(UsageError, match=r"8\.6 has no bf16") as raised:
+        lint(fashion_bundle, version="8.6", precision="bf16")
+    assert raised.value.hint == "give --precision fp16 or fp32"
+    with pytest.raises(DeviceError) as unknown:
+        lint(fashion_bundle, "tensorrt-rtx", "2.0")
+    assert "JetPack" not in unknown.value.hint
     with pytest.raises(UsageError, match="precision is 'int8'"):
         lint(fashion_bundle, precision="int8")
 

@@ -6,10 +6,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 import pytest
 
+from perceiver_export.calibration.lint_operators import MORE, NEVER, SINCE
+from perceiver_export.runtimes.engines.tensorrt import import_library
+from perceiver_export.runtimes.engines.tensorrt_build import make_logger
 from tests.calibration.lint_cases import (
     ATTENTION,
     RNG,
@@ -137,11 +141,97 @@ def test_operators_that_no_version_has_are_refused(operator: str, body: str, tmp
     assert operator in refused(path, "fp32")
 
 
+INNER = """(float[4,4] x) => (float[4,4] y) {
+    n = Constant<value = int64 {2}>()  c = Constant<value = bool {1}>()
+    y = Loop(n, c, x) <body = b (int64 i, bool p, float[4,4] a) => (bool q, float[4,4] z)
+        { q = Identity(p)  z = Det(a) }> }"""
+
+
+@pytest.mark.parametrize(
+    ("operator", "body"),
+    [
+        ("BitShift", '(int32[4] x) => (int32[4] y) { y = BitShift<direction = "LEFT">(x, x) }'),
+        ("SequenceConstruct", "(float[4] x) => (float[4] y) { s = SequenceConstruct(x)  y = SequenceAt(s, i) }"),
+        ("Det", INNER),
+        ("FusedMatMul", "(float[4,4] x) => (float[4,4] y) { y = com.microsoft.FusedMatMul(x, x) }"),
+        ("Mine", "(float[4,4] x) => (float[4,4] y) { y = mine.Mine(x) }"),
+    ],
+)
+def test_operators_that_are_not_onnx_or_not_tensorrt_are_refused(operator: str, body: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "o.onnx", body, i=np.array(0, np.int64))
+
+    assert rules(path) == rules(path, "8.6") - {"opset"} == {"operator"}
+    assert operator in refused(path, "fp32")
+
+
+def test_names_decide_and_not_domains_and_functions_are_looked_into(tmp_path: Path) -> None:
+    body = "(float[4,4] x) => (float[4,4] y) {{ y = {operator}(x) }}"
+    called = '{body} <domain: "mine", opset_import: ["": 20]> Call (a) => (b) {{ b = {inside}(a) }}'
+    gelu, good, bad = (
+        write(tmp_path / f"{name}.onnx", text)
+        for name, text in (
+            ("gelu", body.format(operator="com.microsoft.Gelu")),
+            ("good", called.format(body=body.format(operator="mine.Call"), inside="Relu")),
+            ("bad", called.format(body=body.format(operator="mine.Call"), inside="Det")),
+        )
+    )
+
+    assert rules(gelu) == rules(good) == set()
+    assert rules(bad) == {"operator"}
+    compiled(gelu, "fp32")
+    compiled(good, "fp32")
+    assert "Det" in refused(bad, "fp32")
+
+
+def test_every_operator_that_no_version_has_is_unknown_to_the_parser() -> None:
+    trt = import_library("tensorrt-rtx")
+    logger = make_logger(trt)
+    builder = trt.Builder(logger)
+    parser = trt.OnnxParser(builder.create_network(0), logger)
+
+    assert not [name for name in NEVER if parser.supports_operator(name)]
+    assert [name for name in ("Gelu", *SINCE, *MORE) if not parser.supports_operator(name)] == []
+
+
+SHARED = """({kind}[1,32,128] x) => ({kind}[1,32,128] y) {{
+    d = DequantizeLinear<axis = 1>(w, s)  e = DequantizeLinear<axis = 1>(v, s)
+    a = LayerNormalization(x, g)  b = MatMul(a, d)  c = {second}  m = Add(b, c)
+    h = LayerNormalization(m, g)  i = MatMul(h, d)  j = MatMul(h, e)  y = Add(i, j) }}"""
+
+
+def shared(path: Path, second: str = "MatMul(a, e)", kind: str = "float16") -> Path:
+    """Two products of one input, twice, whose weights alone are int8."""
+    floats = ml_dtypes.bfloat16 if kind == "bfloat16" else np.float16
+    weights = {name: RNG.integers(-127, 127, (128, 128)).astype(np.int8) for name in "wv"}
+    ones = {"s": np.full(128, 0.01, floats), "g": np.ones(128, floats)}
+    return write(path, SHARED.format(second=second, kind=kind), 20, **weights, **ones)
+
+
+def test_weights_alone_in_int8_that_blocks_share_crash_rtx_and_are_refused_before(tmp_path: Path) -> None:
+    """Without the check TensorRT for RTX 1.7.1 ends the process with a segmentation fault."""
+    path = shared(tmp_path / "s.onnx")
+
+    assert rules(path, "1.7", "tensorrt-rtx") == {"shared-weights"}
+    assert rules(path, "11.4") == set()  # of TensorRT itself nobody knows
+    assert "crash its compiler" in refused(path)
+
+
+@pytest.mark.parametrize(("second", "kind"), [("Tanh(a)", "float16"), ("MatMul(a, e)", "bfloat16")])
+def test_those_that_do_not_crash_are_compiled(second: str, kind: str, tmp_path: Path) -> None:
+    path = shared(tmp_path / "s.onnx", second, kind)
+
+    assert rules(path, "1.7", "tensorrt-rtx") == set()
+    assert compiled(path, "bf16" if kind == "bfloat16" else "fp16").int8_products == 0
+
+
 def test_operators_are_known_by_version(tmp_path: Path) -> None:
     gelu = write(tmp_path / "g.onnx", "(float[4] x) => (float[4] y) { y = Gelu(x) }")
 
     assert rules(gelu, "8.6") == {"operator", "opset"}
     assert rules(gelu, "10.3") == set()
+    norm = write(tmp_path / "n.onnx", "(float[4] x) => (float[4] y) { y = RMSNormalization(x, x) }", opset=23)
+    assert rules(norm, "10.14") == {"operator"}
+    assert rules(norm, "10.15") == rules(norm, "1.7", "tensorrt-rtx") == set()
 
 
 def test_the_operator_attention_wants_equal_widths_and_a_kernel(tmp_path: Path) -> None:

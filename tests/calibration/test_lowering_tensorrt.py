@@ -12,19 +12,22 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from perceiver_export.calibration.lint_rules import RULES, Finding, Subject
+from perceiver_export.calibration.lint_findings import Finding, Subject
+from perceiver_export.calibration.lint_rules import RULES
 from perceiver_export.calibration.linting import lint
 from perceiver_export.calibration.lowering.attention import find_attentions, pad_heads
 from perceiver_export.calibration.lowering.half import to_half
 from perceiver_export.calibration.lowering.magnitudes import calibrated, magnitudes
 from perceiver_export.calibration.lowering.tensorrt import lower_for_tensorrt
 from perceiver_export.calibration.lowering.tensorrt_bundle import golden_inputs, lower_bundle, sqnr
+from perceiver_export.calibration.pipeline import quantize
 from perceiver_export.exporter import LoadedModel, export
 from perceiver_export.runtimes import load, open_bundle
 from perceiver_export.runtimes.bundle import Bundle
 from perceiver_export.runtimes.engines.tensorrt_capabilities import capabilities
 from perceiver_export.runtimes.engines.tensorrt_network import KEEP_FP32
-from perceiver_export.runtimes.errors import GateError, UnsupportedModelError
+from perceiver_export.runtimes.errors import GateError, UnsupportedModelError, UsageError
+from tests.calibration.conftest import FASHION
 from tests.calibration.reference_runs import run
 from tests.cli import small_models
 from tests.preset_graphs import quantized
@@ -239,6 +242,24 @@ def test_8_marks_no_node_where_all_is_fp32(language: Bundle) -> None:
 def test_8_has_no_bf16(language: Bundle) -> None:
     with pytest.raises(UnsupportedModelError, match="no bf16"):
         lower_for_tensorrt(graph(language), "tensorrt8", "bf16")
+
+
+def test_8_and_the_first_10_have_no_int4(fashion_bundle: Path, tmp_path: Path) -> None:
+    source = FASHION / "held_out.npz"
+    bundle = quantize(fashion_bundle, source, tmp_path / "int4", scheme="int4-weights", samples=8)
+
+    with pytest.raises(UnsupportedModelError, match="no int4"):
+        lower_for_tensorrt(graph(bundle), "tensorrt8", "fp16")
+    (lowered,) = lower_bundle(bundle, "tensorrt", "fp16")
+    assert lowered.name == "tensorrt-fp16"
+    with pytest.raises(UsageError, match=r"no fp16 graph for TensorRT 8\.6") as raised:
+        lint(bundle.path, version="8.6", precision="fp16")
+    assert "int8-weights" in raised.value.hint
+    (early,), (late,) = (lint(bundle.path, version=version) for version in ("10.3", "10.13"))
+    assert [(finding.rule, finding.fix.split(",")[0]) for finding in early.findings] == [
+        ("opset", "quantize with --scheme int8-weights")
+    ]
+    assert not late.findings
 
 
 def test_an_int8_graph_keeps_its_numbers_in_fp16(fashion_bundle: Path) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import _thread
+import json
 import signal
 import time
 from collections.abc import Iterator
@@ -106,6 +107,35 @@ def test_another_precision_than_was_asked_for_fails_the_build(
 
     assert named in raised.value.message
     assert not (tmp_path / "model.engine").exists()
+
+
+@pytest.mark.parametrize("kind", ["Reformat", "NoOp"])
+def test_a_kernel_that_only_moves_numbers_is_no_proof_of_a_products_precision(kind: str, tmp_path: Path) -> None:
+    report = json.loads(inspector(linear="Half"))
+    moved = {**report["Layers"][0], "LayerType": kind, "Name": "Reformatting CopyNode for Input Tensor 0"}
+    moved["Inputs"] = [{"Name": "a", "Format/Datatype": "Row major Int8 format"}]
+    report["Layers"].append(moved)
+
+    with pytest.raises(BuildError, match="linear/MatMul_1: int8 asked, fp16 found"):
+        build(made("10.3.0", json.dumps(report)), tmp_path)
+
+
+def test_weights_that_alone_are_int8_want_its_flag_on_8_too(tmp_path: Path) -> None:
+    def layers(module: FakeModule) -> list[Fake]:
+        x, w, d, y = (
+            tensor(module, name, kind)
+            for name, kind in zip("xwdy", ("float32", "int8", "float32", "float32"), strict=True)
+        )
+        return [
+            layer(module, "CONSTANT", "w", [], w),
+            layer(module, "DEQUANTIZE", "w/Dequantize", [w], d),
+            layer(module, "MATRIX_MULTIPLY", "attention/MatMul_1", [x, d], y),
+        ]
+
+    module = FakeModule("8.6.1", layers, inspector())
+    build(module, tmp_path)
+
+    assert "set_flag('BuilderFlag.INT8',)" in module._calls
 
 
 @pytest.mark.parametrize("version", STRONG)
