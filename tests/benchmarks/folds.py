@@ -39,7 +39,7 @@ def run_side(kind: str, source: Path, engine: str, feeds: Path, output: Path, th
 
     __import__({"ort": "onnxruntime", "openvino": "openvino"}[engine])
     before = peak_memory()
-    run = load_folded(source, engine, threads) if kind == "folded" else load_plain(source, engine, threads)
+    run = load_plain(source, engine, threads) if kind == "plain" else load_folded(source, engine, threads, kind)
     with np.load(feeds) as arrays:
         given = dict(arrays)
     times = []
@@ -51,11 +51,11 @@ def run_side(kind: str, source: Path, engine: str, feeds: Path, output: Path, th
     return {"ms": min(times[2:]), "peak": peak_memory(), "before": before}
 
 
-def load_folded(bundle: Path, engine: str, threads: int) -> Callable[[dict[str, np.ndarray]], np.ndarray]:
-    """As the runtime loads it."""
+def load_folded(bundle: Path, engine: str, threads: int, kind: str) -> Callable[[dict[str, np.ndarray]], np.ndarray]:
+    """As the runtime loads it; of kind `bf16` what is not int8 computes in bf16."""
     from perceiver_export.runtimes import load
 
-    runtime = load(bundle, f"{engine}-cpu", threads=threads)
+    runtime = load(bundle, f"{engine}-cpu", threads=threads, precision="bf16" if kind == "bf16" else None)
     return lambda feeds: next(iter(runtime.run(feeds).values()))
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +21,27 @@ import msgspec
 import numpy as np
 
 from perceiver_export.calibration import quantize, validate
-from perceiver_export.calibration.effects import RUNNERS, Runner
+from perceiver_export.calibration.effects import Runner
 from perceiver_export.calibration.plan import Scheme, decibels
 from perceiver_export.calibration.statistics import proportion
 from perceiver_export.exporter import export
-from perceiver_export.runtimes import Bundle, open_task
+from perceiver_export.runtimes import Bundle, load, open_task
+from perceiver_export.runtimes.engines.backend import Precision
 from perceiver_export.runtimes.runtime import Array
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 SCHEMES: tuple[Scheme, ...] = ("int8", "int8-weights", "int4-weights")
+# The last computes in bf16 what is not int8: one row of it is enough.
+ENGINES: tuple[tuple[str, Precision | None], ...]
+ENGINES = (("ort-cpu", None), ("openvino-cpu", None), ("openvino-cpu", "bf16"))
 
 
-def opened(bundle: Bundle, target: str) -> Runner:
-    """The bundle's one part on an engine, as this machine runs it."""
-    return RUNNERS[target](bundle.file(bundle.part().graph_for(target)), None)
+def combinations(schemes: Iterable[str]) -> Iterator[tuple[str, str, str, Precision | None]]:
+    """Row, scheme, target and precision of what is measured."""
+    for scheme in schemes:
+        for target, precision in ENGINES:
+            if precision is None or scheme == "int8":
+                yield " ".join(filter(None, (scheme, target, precision))), scheme, target, precision
 
 
 def row(found: Array, exact: Array, hit: Callable[[Array], Array], logits: tuple[Array, Array]) -> dict[str, Any]:
@@ -52,7 +59,8 @@ def row(found: Array, exact: Array, hit: Callable[[Array], Array], logits: tuple
 def measure(bundles: dict[str, Bundle], run: Callable[[Runner, float], Array], truth: Array) -> dict[str, Any]:
     """Every scheme on every engine; ``run(runner, noise)`` gives logits (n, classes) for ``truth`` (n)."""
     logits = {
-        f"{name} {target}": run(opened(bundle, target), 0.0) for name, bundle in bundles.items() for target in RUNNERS
+        name: run(load(bundles[scheme], target, precision=precision).run, 0.0)
+        for name, scheme, target, precision in combinations(bundles)
     }
     reference = logits["fp32 ort-cpu"]
     rows: dict[str, Any] = {
@@ -69,7 +77,7 @@ def measure(bundles: dict[str, Bundle], run: Callable[[Runner, float], Array], t
 
 def own_noise(rows: dict[str, Any], bundle: Bundle, run: Callable[[Runner, float], Array]) -> None:
     """Add what inputs moved by 1e-6 and 1e-5 do to one engine."""
-    runner = opened(bundle, "ort-cpu")
+    runner = load(bundle, "ort-cpu").run
     still = run(runner, 0.0)
     for size in (1e-6, 1e-5):
         rows["int8: ONNX Runtime against OpenVINO"][f"ONNX Runtime's own noise at {size:g}, dB"] = decibels(
@@ -103,14 +111,17 @@ def text(work: Path) -> dict[str, Any]:
     folder = EXAMPLES / "text_bytes"
     fp32 = export(folder / "checkpoint", work / "text")
     rows: dict[str, Any] = {}
-    for scheme in SCHEMES:
-        made = quantize(fp32, folder / "calibration.jsonl", work / f"text-{scheme}", scheme=scheme, samples=512)
-        for target in RUNNERS:
-            found = validate(made, folder / "test.jsonl", against=fp32, device=target, against_device="ort-cpu")
-            rows[f"{scheme} {target}"] = {
-                result.name: msgspec.to_builtins({"found": result.candidate, "worse by": result.worsening})
-                for result in found.metrics
-            }
+    bundles: dict[str, Bundle] = {
+        scheme: quantize(fp32, folder / "calibration.jsonl", work / f"text-{scheme}", scheme=scheme, samples=512)
+        for scheme in SCHEMES
+    }
+    for name, scheme, target, precision in combinations(bundles):
+        made, data = bundles[scheme], folder / "test.jsonl"
+        found = validate(made, data, against=fp32, device=target, against_device="ort-cpu", precision=precision)
+        rows[name] = {
+            result.name: msgspec.to_builtins({"found": result.candidate, "worse by": result.worsening})
+            for result in found.metrics
+        }
     return rows
 
 

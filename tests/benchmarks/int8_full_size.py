@@ -2,15 +2,16 @@
 """Integer kernels, size and speed of the full-size architectures in int8, beside plain fp32 exports (random weights).
 
     python tests/benchmarks/int8_full_size.py [PRESET…] [--work DIR] [--samples 2] [--rounds 3] [--threads 2]
-        [--no-plain] [--leave-out "plain ort"] [--json FILE]
+        [--bf16] [--no-plain] [--leave-out "plain ort"] [--json FILE]
 
 One model with random weights is exported (folded, as `export` does) and quantized on random samples, and exported by
 transformers → torch.onnx as it is. Printed are the share of the linears' multiply-adds in integer kernels as ONNX
 Runtime and OpenVINO say, what is excluded, bytes of graph and weights over those of the fp32 bundle, the largest
 resident size while quantizing, and milliseconds a call of all sides as `folds.py` takes them: fresh processes in turn.
-The speed-up is over the faster engine with the plain export. Video has no plain side: it is split, and as transformers
-has it it takes more memory than most machines have. Weights are random: this says nothing about accuracy. A step that
-is already in ``--work`` is not repeated.
+The speed-up is over the faster engine with the plain export. With ``--bf16`` also int8 on OpenVINO with floats of 16
+bits (`--precision bf16`), beside the same fp32. Video has no plain side: it is split, and as transformers has it it
+takes more memory than most machines have. Weights are random: this says nothing about accuracy. A step that is already
+in ``--work`` is not repeated.
 """
 
 from __future__ import annotations
@@ -106,11 +107,13 @@ def measure(preset: str, work: Path, arguments: argparse.Namespace) -> dict[str,
         return result
     result["milliseconds"] = times = in_turn(preset, work, plain, arguments)
     best = {
-        kind: min(ms for side, ms in times.items() if side.startswith(kind)) for kind in {s.split()[0] for s in times}
+        kind: min(ms for side, ms in times.items() if side.split()[0] == kind) for kind in {s.split()[0] for s in times}
     }
     result["int8 over our fp32"] = best["fp32"] / best["int8"]
     if plain:
         result["int8 over the best plain fp32"] = best["plain"] / best["int8"]
+        if arguments.bf16:
+            result["int8 with floats of bf16 over the best plain fp32"] = best["plain"] / best["int8-bf16"]
     return result
 
 
@@ -122,13 +125,15 @@ def in_turn(preset: str, work: Path, plain: bool, arguments: argparse.Namespace)
     if plain:
         np.savez(work / "plain.npz", allow_pickle=False, **plain_feeds(preset, feeds))
         sides["plain"] = ("plain", work / f"{preset}-plain" / "model.onnx")
+    if arguments.bf16:
+        sides["int8-bf16"] = ("bf16", work / f"{preset}-int8")
     found: dict[str, list[float]] = {}
     for _ in range(arguments.rounds):
         for engine in ENGINES:
             for side, (kind, source) in sides.items():
-                if f"{side} {engine}" in arguments.leave_out:
+                if f"{side} {engine}" in (*arguments.leave_out, "int8-bf16 ort"):
                     continue
-                feed = work / f"{kind}.npz"
+                feed = work / ("plain.npz" if kind == "plain" else "folded.npz")
                 run = in_a_process(kind, source, engine, feed, work / "out.npy", arguments.threads)
                 found.setdefault(f"{side} {engine}", []).append(run["ms"])
     return {side: float(np.median(times)) for side, times in found.items()}
@@ -141,6 +146,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3, help="of timing; 0 for none")
     parser.add_argument("--plain", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--bf16", action="store_true", help="also int8 beside bf16 on OpenVINO")
     parser.add_argument("--leave-out", nargs="*", default=[], metavar="SIDE", help='of timing, as "plain ort" (slow)')
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path)

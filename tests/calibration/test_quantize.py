@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import openvino
 import pytest
 
 from perceiver_export.calibration import measure_sensitivity, quantize, validate
@@ -21,6 +22,7 @@ from perceiver_export.runtimes.runtime import Array
 from tests.conftest import FASHION
 
 HELD_OUT = FASHION / "held_out.npz"
+TOLD = ("originalLayersNames", "layerType", "runtimePrecision")
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +48,20 @@ def logits(run: Any, pictures: Array) -> Array:
     return np.concatenate([run({"image": picture[None]})["logits"] for picture in pictures])
 
 
+def int8_products(graph: Path, floats: str) -> set[str]:
+    """Linears that OpenVINO runs in integer kernels."""
+    compiled = openvino.Core().compile_model(str(graph), "CPU", {"INFERENCE_PRECISION_HINT": floats})
+    told = [
+        {key: str(value.astype(str)) for key, value in op.get_rt_info().items() if key in TOLD}
+        for op in compiled.get_runtime_model().get_ops()
+    ]
+    return {
+        one["originalLayersNames"].split(",")[0]
+        for one in told
+        if (one["layerType"], one["runtimePrecision"]) == ("FullyConnected", "i8")
+    }
+
+
 def test_the_int8_bundle_is_accurate_and_small(int8: Bundle, fashion_bundle: Path, pictures: Array) -> None:
     with load(int8) as runtime, load(fashion_bundle) as reference:
         found, exact = (logits(one.run, pictures) for one in (runtime, reference))
@@ -69,6 +85,22 @@ def test_two_engines_agree_far_better_than_int8_agrees_with_fp32(
 
     assert decibels(here, there) > decibels(exact, here) + 10
     assert (here.argmax(1) == there.argmax(1)).mean() >= 0.99
+
+
+def test_linears_stay_int8_beside_floats_of_16_bits(int8: Bundle, pictures: Array) -> None:
+    part, core = int8.part(), openvino.Core()
+    if "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        with pytest.raises(DeviceError, match="bf16"):
+            load(int8, "openvino-cpu", precision="bf16")
+        return
+
+    with load(int8, "openvino-cpu") as plain, load(int8, "openvino-cpu", precision="bf16") as half:
+        exact, found = logits(plain.run, pictures), logits(half.run, pictures)
+    assert np.abs(found - exact).max() > 0
+    assert decibels(exact, found) > 24  # what int8 itself must reach
+
+    graph = int8.file(part.file)
+    assert int8_products(graph, "bf16") == int8_products(graph, "f32") != set()
 
 
 def test_it_says_what_it_is_and_what_it_was_calibrated_on(int8: Bundle, calibration: Calibration) -> None:
