@@ -61,6 +61,12 @@ class Source(msgspec.Struct, frozen=True):
     outputs: tuple[TensorSpec, ...] = ()
     plan: MemoryPlan | None = None
 
+    @property
+    def compiled_precision(self) -> str:
+        """What the engine computes in: `fp16`, or of a quantized bundle `int8 with fp16`."""
+        asked = self.options.precision
+        return asked if self.precision == "fp32" else f"{self.precision} with {asked}"
+
 
 class Engine(Protocol):
     """One compiled graph. All of it is called from several threads at once.

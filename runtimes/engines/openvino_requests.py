@@ -114,7 +114,7 @@ class OpenvinoEngine:
             "arithmetic": self._compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name(),
         }
         if self._source.options.precision != "fp32":
-            described["precision"] = self._source.options.precision
+            described["precision"] = self._source.compiled_precision
         return described
 
     def _take(self) -> _Request:

@@ -73,14 +73,10 @@ class TensorrtEngine:
             "engine": self._here.library,
             "version": self._here.version,
             "threads": "none of the CPU's",
-            "precision": self._precision(),
+            "precision": self._source.compiled_precision,
             "zero_copy": self._cuda.shares_memory,
             "cuda_graph": self._replays,
         }
-
-    def _precision(self) -> str:
-        asked, bundle = self._source.options.precision, self._source.precision
-        return asked if bundle == "fp32" else f"{bundle} with {asked}"
 
     def _check_names(self) -> None:
         found = {self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)}

@@ -96,6 +96,7 @@ def test_linears_stay_int8_beside_floats_of_16_bits(int8: Bundle, pictures: Arra
 
     with load(int8, "openvino-cpu") as plain, load(int8, "openvino-cpu", precision="bf16") as half:
         exact, found = logits(plain.run, pictures), logits(half.run, pictures)
+        assert (plain.describe()["precision"], half.describe()["precision"]) == ("int8", "int8 with bf16")
     assert np.abs(found - exact).max() > 0
     assert decibels(exact, found) > 24  # what int8 itself must reach
 
