@@ -100,7 +100,7 @@ def _describe(missing: list[str], unknown: list[str]) -> str:
     if missing:
         parts.append(f"{_tensors(missing)} missing from the checkpoint: {_listed(missing, unknown)}")
     if unknown:
-        parts.append(f"{_tensors(unknown)} unknown, of the checkpoint: {_listed(unknown, missing)}")
+        parts.append(f"{_tensors(unknown)} unknown to the model: {_listed(unknown, missing)}")
     return "; ".join(parts)
 
 

@@ -186,7 +186,7 @@ def test_the_number_of_texts_that_would_decide_does(limit: float) -> None:
         return mean_at_most(wanted, points, count)
 
     few = gate(41)
-    assert "measured 0, 95 % bounds -7.05 and 7.05 points" in str(few)
+    assert "measured 0, 95 % bounds by bootstrap -7.05 and 7.05 points" in str(few)
     assert few.outcome == "undecided"
     assert few.samples_to_decide is not None
     assert 41 < few.samples_to_decide < 10**6

@@ -28,6 +28,7 @@ from perceiver_export.runtimes.errors import (
     BundleError,
     BundleExistsError,
     ExportError,
+    UnsupportedModelError,
     VerificationError,
 )
 from perceiver_export.runtimes.preprocessing import ImagePreprocessing
@@ -234,11 +235,12 @@ def test_a_link_to_a_bundle_stays_a_link(loaded: LoadedModel, tmp_path: Path) ->
 def test_a_bundle_that_no_reader_would_take_is_not_published(loaded: LoadedModel, tmp_path: Path) -> None:
     export(loaded, tmp_path / "bundle")
     assert isinstance(loaded.preprocessing, ImagePreprocessing)
-    broken = dataclasses.replace(
-        loaded, preprocessing=msgspec.structs.replace(loaded.preprocessing, std=(0.0, 0.0, 0.0))
-    )
-    with pytest.raises(BundleError, match="not usable"):
+    broken = dataclasses.replace(loaded, preprocessing=msgspec.structs.replace(loaded.preprocessing, height=17))
+    with pytest.raises(BundleError, match="image"):
         export(broken, tmp_path / "bundle", overwrite=True)
+    zero = dataclasses.replace(loaded, preprocessing=msgspec.structs.replace(loaded.preprocessing, std=(0.0, 0.0, 0.0)))
+    with pytest.raises(UnsupportedModelError, match=r"std is .* not above 0"):
+        export(zero, tmp_path / "bundle", overwrite=True)
 
     open_bundle(tmp_path / "bundle", verify="always")
     assert left_in(tmp_path) == ["bundle"]

@@ -63,8 +63,8 @@ def edit_weights(directory: Path, name: str, edit: Callable[[dict[str, Tensor]],
         ("image", "encoder", {"num_self_attention_heads": 5}, "self_attention of the encoder: 12 qk_channels"),
         ("image", "encoder", {"num_self_attention_blocks": 1}, "2 num_cross_attention_layers, 1 num_self_attention"),
         ("image", "encoder", {"num_self_attention_layers_per_block": 3}, "tensors are missing.*self_attn_1.2"),
-        ("image", "encoder", {"num_self_attention_layers_per_block": 1}, "are unknown: .*self_attn_1.1"),
-        ("image", "encoder", {"first_cross_attention_layer_shared": True}, "are unknown: .*cross_attn_n"),
+        ("image", "encoder", {"num_self_attention_layers_per_block": 1}, "are unknown to the model: .*self_attn_1.1"),
+        ("image", "encoder", {"first_cross_attention_layer_shared": True}, "are unknown to the model: .*cross_attn_n"),
         (
             "image",
             "encoder",
@@ -77,7 +77,12 @@ def edit_weights(directory: Path, name: str, edit: Callable[[dict[str, Tensor]],
         ("language", "encoder", {"vocab_size": 263}, "vocab_size is 263 in the encoder, 262 in the decoder"),
         ("language", "encoder", {"max_seq_len": 6}, r"pos_embedding\.weight' has shape \(7, 14\)"),
         ("language", "decoder", {"max_seq_len": 8}, r"query_provider\._query' has shape \(7, 14\), which is not"),
-        ("language_untied", "decoder", {"num_output_query_channels": None}, "are unknown: 1.output_adapter.linear"),
+        (
+            "language_untied",
+            "decoder",
+            {"num_output_query_channels": None},
+            "to the model: 1.output_adapter.linear",
+        ),
         ("flow", "encoder", {"num_patch_input_channels": 12}, "num_patch_input_channels is 12"),
         ("flow", "encoder", {"image_shape": [11, 9]}, r"\(11, 9\) in the encoder, \(9, 11\) in the decoder"),
         ("flow", "decoder", {"rescale_factor": 0}, r"at `\$\.decoder\.rescale_factor`"),
@@ -157,7 +162,7 @@ def test_positions_where_none_are_computed(tmp_path: Path) -> None:
     directory = write_directory("text", tmp_path / "model")
     edit_weights(directory, "text", lambda state: state.update({POSITIONS: torch.zeros(35, 18)}))
 
-    assert "1 tensors of the checkpoint are unknown: 0.input_adapter.position_encoding" in failure(directory).message
+    assert "1 tensor is unknown to the model: 0.input_adapter.position_encoding" in failure(directory).message
 
 
 def test_a_checkpoint_of_lucidrains(tmp_path: Path) -> None:

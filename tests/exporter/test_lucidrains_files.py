@@ -115,5 +115,5 @@ def test_metadata_of_safetensors_that_names_nothing(tmp_path: Path) -> None:
     assert load_model(f"lucidrains:{tmp_path}/model.safetensors", config=file).task == "arrays"
 
     save_file(state, tmp_path / "model.safetensors", {"extra": "latents"})
-    with pytest.raises(CheckpointError, match="1 tensors of the checkpoint are unknown: extra"):
+    with pytest.raises(CheckpointError, match="1 tensor is unknown to the model: extra"):
         load_model(f"lucidrains:{tmp_path}/model.safetensors", config=file)

@@ -27,4 +27,4 @@ class NumpyEngine:
         raise NotImplementedError
 
     def describe(self) -> dict[str, Any]:
-        return {"engine": "numpy", "version": "0", "device": "here", "precision": "fp32"}
+        return {"engine": "numpy", "version": "0", "device": "cpu", "precision": "fp32"}
