@@ -157,19 +157,9 @@ def write_quantized(
 
 def compare_with_fp32(source: Bundle, observation: Observation, directory: Path, threads: int | None) -> None:
     """Into the record of the quantized bundle in ``directory``: its outputs and its speed against fp32's."""
-    made = open_bundle(directory, verify="never")
-    compared = compare(source, made.manifest.parts, observation, directory, threads)
-    record = read_calibration(made)
-    assert record is not None
-    warnings = (*record.warnings, *compared.warnings)
-    record = msgspec.structs.replace(record, effects=compared.effects, speeds=compared.speeds, warnings=warnings)
-    write_calibration(directory / CALIBRATION, record)
-    manifest = msgspec.structs.replace(
-        made.manifest,
-        files={**made.manifest.files, CALIBRATION: file_entry(directory / CALIBRATION)},
-        notes=(*made.manifest.notes, *compared.warnings),
-    )
-    (directory / "manifest.json").write_bytes(encode_manifest(manifest))
+    parts = open_bundle(directory, verify="never").manifest.parts
+    compared = compare(source, parts, observation, directory, threads)
+    _add_to_record(directory, compared.warnings, effects=compared.effects, speeds=compared.speeds)
 
 
 def check_numbers(samples: int, min_coverage: float, threads: int | None) -> None:
@@ -287,10 +277,19 @@ def _judge(directory: Path, source: Bundle, data: Data, gates: Mapping[str, Any]
         raise GateError(
             f"{error.message}: nothing was written", "try --keep-float for the layers that `--sensitivity` puts first"
         ) from error
-    made = open_bundle(directory, "never")
-    calibration = read_calibration(made)
-    assert calibration is not None
-    write_calibration(directory / CALIBRATION, msgspec.structs.replace(calibration, gates=found.gates))
-    files = {**made.manifest.files, CALIBRATION: file_entry(directory / CALIBRATION)}
-    manifest = msgspec.structs.replace(made.manifest, files=files)
+    _add_to_record(directory, gates=found.gates)
+
+
+def _add_to_record(directory: Path, warnings: Sequence[str] = (), **found: Any) -> None:
+    """What was measured of a bundle after it was written, into its calibration.json and manifest."""
+    made = open_bundle(directory, verify="never")
+    record = read_calibration(made)
+    assert record is not None
+    record = msgspec.structs.replace(record, warnings=(*record.warnings, *warnings), **found)
+    write_calibration(directory / CALIBRATION, record)
+    manifest = msgspec.structs.replace(
+        made.manifest,
+        files={**made.manifest.files, CALIBRATION: file_entry(directory / CALIBRATION)},
+        notes=(*made.manifest.notes, *warnings),
+    )
     (directory / "manifest.json").write_bytes(encode_manifest(manifest))
