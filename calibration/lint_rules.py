@@ -26,13 +26,15 @@ from perceiver_export.calibration.lint_attention import (
 from perceiver_export.calibration.lint_findings import QUANTIZE, Finding, Subject, lower, refused, slow
 from perceiver_export.calibration.lint_operators import operators
 from perceiver_export.calibration.lint_weights import shared_weights
-from perceiver_export.calibration.lowering.attention import LARGEST_HEAD, find_attentions
+from perceiver_export.calibration.lowering.attention import SMALLEST_HEAD, find_attentions
 from perceiver_export.runtimes.engines.backend import Array
 
 _FLOATS = (ir.DataType.FLOAT, *HALF)
 _INT4 = (ir.DataType.INT4, ir.DataType.UINT4)
 _MOST_AXES = 8
 _FP16_TERMS = 65504
+_WIDEST_OPERATOR = 256  # one more than attention of products and a softmax; 257 does not compile
+_INT32 = np.iinfo(np.int32)
 
 
 def _opset(subject: Subject) -> Iterator[Finding]:
@@ -85,6 +87,19 @@ def _half_in_weak(subject: Subject) -> Iterator[Finding]:
             message = f"the graph is 16 bits wide; {subject.can.name} wants fp32 and takes precision from flags"
             yield refused("types", node, message, lower(subject))
             return
+
+
+def _int64(subject: Subject) -> Iterator[Finding]:
+    """Ends of a Slice are often the largest number there is, and mean the same when cut off."""
+    if subject.can.typing != "weak":
+        return
+    for value in subject.graph.initializers.values():
+        array = _inline(value) if value.dtype == ir.DataType.INT64 else None
+        if array is None or not array.size or all(node.op_type == "Slice" for node in value.consumers()):
+            continue
+        if array.min() < _INT32.min or array.max() > _INT32.max:
+            message = f"{value.name} has integers beyond 32 bits, to which {subject.can.name} cuts them off"
+            yield Finding("int64", "refused", value.name or "", message, "keep integers within 32 bits in the model")
 
 
 def _weight_axis(subject: Subject) -> Iterator[Finding]:
@@ -143,13 +158,18 @@ def _attention_operator(subject: Subject) -> Iterator[Finding]:
     for node in subject.graph:
         if node.op_type != "Attention" or len(node.inputs) < 3 or not subject.can.attention:
             continue
+        queries = node.inputs[0]
         q, k, v = (_last(node.inputs[index], node, index) for index in range(3))
+        one_query = queries is not None and queries.shape is not None and queries.shape[-2:-1] == (1,)
+        problem = ""
         if k is not None and v is not None and k != v:
-            yield refused(
-                "attention-operator", node, f"keys are {k} wide and values {v}; it wants them equal", lower(subject)
-            )
-        elif q is not None and q > LARGEST_HEAD:
-            yield refused("attention-operator", node, f"heads are {q} wide, for which it has no kernel", lower(subject))
+            problem = f"keys are {k} wide and values {v}; it wants them equal"
+        elif q is not None and not (one_query or SMALLEST_HEAD <= q <= _WIDEST_OPERATOR):
+            problem = f"heads are {q} wide, for which it has no kernel"
+        elif queries is not None and queries.dtype == ir.DataType.FLOAT and not one_query:
+            problem = "it is fp32, for which it has no kernel"
+        if problem:
+            yield refused("attention-operator", node, problem, lower(subject))
 
 
 def _dynamic(subject: Subject) -> Iterator[Finding]:
@@ -186,6 +206,7 @@ RULES: tuple[Callable[[Subject], Iterator[Finding]], ...] = (
     _opset,
     operators,
     _half_in_weak,
+    _int64,
     _scale_types,
     _zero_points,
     _integer_bias,

@@ -18,6 +18,8 @@ from perceiver_export.runtimes.engines.tensorrt_capabilities import NEWEST, Capa
 from perceiver_export.runtimes.errors import BundleError, MissingDependencyError, UsageError, check_choice
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
+
     from perceiver_export.calibration.lint_findings import Finding
 
 
@@ -115,6 +117,7 @@ def _judge(model: object, file: Path, can: Capabilities, ranges: frozenset[str])
     from perceiver_export.calibration.lint_weights import weight_bytes
 
     assert isinstance(model, ir.Model)
+    _check_nodes(model, file)
     if any(value.shape is None or value.dtype is None for node in model.graph for value in node.outputs):
         with _quiet(common.ShapeInferencePass.__module__):
             common.ShapeInferencePass()(model)
@@ -124,6 +127,25 @@ def _judge(model: object, file: Path, can: Capabilities, ranges: frozenset[str])
     reasons = attentions(model.graph, can)
     unfused = {node: reason for node, reason in reasons.items() if reason}
     return Lint(file.name, can.name, findings, len(reasons), unfused, *weight_bytes(model.graph))
+
+
+def _check_nodes(model: ir.Model, file: Path) -> None:
+    """Raise BundleError where a file is no ONNX: it names no opset, or a node lacks what its operator must have."""
+    import onnx.defs
+    import onnx_ir as ir
+
+    broken = "" if model.opset_imports else "it names no opset"
+    for graph in (model.graph, *model.functions.values()):
+        for node in ir.traversal.RecursiveGraphIterator(graph):
+            least = onnx.defs.get_schema(node.op_type).min_input if onnx.defs.has(node.op_type) else 0
+            if node.domain:  # the name of one of ONNX's operators, which may take less there
+                least = min(least, 2)
+            if len(node.inputs) < least:
+                broken = f"{node.name or node.op_type} has {len(node.inputs)} inputs, {node.op_type} has {least}"
+            elif not node.outputs:
+                broken = f"{node.name or node.op_type} has no outputs"
+    if broken:
+        raise BundleError(f"{file} is not valid ONNX: {broken}", "copy or export it again")
 
 
 @contextlib.contextmanager

@@ -133,12 +133,13 @@ def _target(target: Target) -> Finding:
         return Finding(what, needed_for, "not installed", _library(target))
     present = presence_apart(target)
     if present.device is not None:
-        engine = present.device.engine.partition("-")[0]  # without the commit that OpenVINO's version has
-        found_as = f"{engine} on {present.device.name}"
+        library, _, version = present.device.engine.partition(" ")
+        found_as = f"{library} {version.partition('-')[0]} on {present.device.name}"  # OpenVINO's names its commit
         return Finding(what, needed_for, found_as, device=present.device)
-    return Finding(
-        what, needed_for, present.problem, _library(target) if target.hardware == "CPU" else _userspace(target)
-    )
+    if target.module == "tensorrt":
+        return Finding(what, needed_for, present.problem, present.fix)
+    fix = _library(target) if target.hardware == "CPU" else _userspace(target)
+    return Finding(what, needed_for, present.problem, fix)
 
 
 def _library(target: Target) -> str:

@@ -167,9 +167,8 @@ def _check_whole(bundle: Bundle, found: Candidate, wish: _Wish) -> None:
     try:
         check_engine(found, wish.verify)
     except BundleError as error:
-        raise EngineError(
-            f"the engine in {found.directory} is damaged: {error.message}", _rebuild(bundle, wish.device)
-        ) from error
+        hint = _rebuild(bundle, wish.device, found.record.identity.options.precision)
+        raise EngineError(f"the engine in {found.directory} is damaged: {error.message}", hint) from error
 
 
 def _at_load(bundle: Bundle, target: Target, stale: tuple[Candidate, ...], options: EngineOptions) -> str:
@@ -182,17 +181,19 @@ def _at_load(bundle: Bundle, target: Target, stale: tuple[Candidate, ...], optio
         why = f"the engine in {stale[0].directory} is not for here: {'; '.join(stale[0].problems)}"
     elif damaged := unreadable(bundle, target.name):
         why = f"the engine in {damaged[0]} cannot be told: its engine.json is missing, damaged or of a newer version"
+    precision = stale[0].record.identity.options.precision if stale else options.precision
     if target.needs_engine:
         message = why or f"no engine of {bundle.path} was built for {target.name} here ({options.precision})"
-        raise EngineError(message, _rebuild(bundle, target.name))
+        raise EngineError(message, _rebuild(bundle, target.name, precision))
     if not why:
         return "at load"
-    _log.warning("%s; compiled again at load. %s", why, _rebuild(bundle, target.name))
+    _log.warning("%s; compiled again at load. %s", why, _rebuild(bundle, target.name, precision))
     return f"at load, because {why}"
 
 
-def _rebuild(bundle: Bundle, target: str) -> str:
-    return f"rebuild it: perceiver-export build {bundle.path} --target {target}"
+def _rebuild(bundle: Bundle, target: str, precision: str) -> str:
+    asked = "" if precision == "fp32" else f" --precision {precision}"
+    return f"rebuild it: perceiver-export build {bundle.path} --target {target}{asked}"
 
 
 def check_threads(threads: int | None) -> None:

@@ -115,7 +115,7 @@ def _rank(value: ir.Value) -> int:
 
 
 def _width(value: ir.Value | None) -> int | None:
-    size = value.shape[-1] if value is not None and value.shape is not None else None
+    size = value.shape[-1] if value is not None and value.shape else None
     return size if isinstance(size, int) else None
 
 

@@ -12,15 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from perceiver_export.runtimes.engines.backend import EngineOptions, Platform, Progress, Source
-from perceiver_export.runtimes.engines.cuda_driver import cuda_gpus, driver_version
+from perceiver_export.runtimes.engines.cuda_driver import Gpu, cuda_gpus, driver_version
 from perceiver_export.runtimes.engines.targets import find_target
-from perceiver_export.runtimes.engines.tensorrt_build import ENGINE, build_engine
+from perceiver_export.runtimes.engines.tensorrt_build import ENGINE, build_engine, rtx_gpus
 from perceiver_export.runtimes.engines.tensorrt_capabilities import capabilities
 from perceiver_export.runtimes.engines.tensorrt_engine import TensorrtEngine
 from perceiver_export.runtimes.errors import BuildError, DeviceError, MissingDependencyError
 
 _MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 _FIRST_BF16 = (8, 0)  # compute capability: Ampere
+_NO_BF16 = ("75",)  # of those that TensorRT for RTX builds for
+# As apt names what an import of TensorRT from JetPack or NVIDIA's own packages may lack.
+_PACKAGES = {"nvinfer": "libnvinfer", "nvinfer_plugin": "libnvinfer-plugin", "nvonnxparser": "libnvonnxparsers"}
 
 
 def platform(target: str, options: EngineOptions) -> Platform:
@@ -39,12 +42,18 @@ def platform(target: str, options: EngineOptions) -> Platform:
         )
     trt = import_library(target)
     can = capabilities(target, trt.__version__)
-    device = " ".join(sorted(part.strip().lower() for part in crossed.split(","))) if crossed else gpus[0].name
+    if target == "tensorrt-rtx" and not crossed:
+        _check_gpu(gpus[0], rtx_gpus(trt), can.name)
+    device = " ".join(sorted({part.strip().lower() for part in crossed.split(",")})) if crossed else gpus[0].name
     if options.precision == "bf16":
         if can.typing == "weak":
             raise BuildError(f"{can.name} has no bf16", "give --precision fp16")
-        if not crossed and gpus[0].compute_capability < _FIRST_BF16:
-            raise DeviceError(f"{gpus[0].name} has no bf16", "give --precision fp16")
+        if crossed:
+            names = [name for name in device.split() if name.removeprefix("sm") in _NO_BF16]
+        else:
+            names = [gpu.name for gpu in gpus[:1] if gpu.compute_capability < _FIRST_BF16]
+        if names:
+            raise DeviceError(f"{names[0]} has no bf16", "give --precision fp16")
     return Platform(library=target, version=trt.__version__, device=device, driver=driver_version())
 
 
@@ -79,7 +88,18 @@ def import_library(target: str) -> Any:
     except (ImportError, OSError) as error:
         jetson = "on a Jetson it comes with JetPack: make the environment with `python3 -m venv --system-site-packages`"
         hint = find_target(target).install if target == "tensorrt-rtx" else f"{find_target(target).install}; {jetson}"
+        missing = re.search(r"lib(\w+)\.so\.(\d+)", str(error))
+        if missing and missing[1] in _PACKAGES:
+            hint = (
+                f"on a Jetson: sudo apt install {_PACKAGES[missing[1]]}{missing[2]}; else {find_target(target).install}"
+            )
         raise MissingDependencyError(f"target {target} needs {_MODULES[target]}: {error}", hint) from error
+
+
+def _check_gpu(gpu: Gpu, known: list[str], name: str) -> None:
+    """Without this one it would compile, for other GPUs. Raises DeviceError."""
+    if f"sm{gpu.compute_capability[0]}{gpu.compute_capability[1]}" not in known:
+        raise DeviceError(f"{name} is not for {gpu.name}", f"it is for {', '.join(known)}; use --target tensorrt here")
 
 
 def _architecture(device: str) -> str:

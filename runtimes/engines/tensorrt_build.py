@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from perceiver_export.runtimes.engines.backend import Platform, Progress, Source
+from perceiver_export.runtimes.engines.cuda_driver import driver_version
 from perceiver_export.runtimes.engines.interruptible import interruptible
 from perceiver_export.runtimes.engines.tensorrt_caches import read_timings, write_timings
 from perceiver_export.runtimes.engines.tensorrt_capabilities import Capabilities
@@ -69,6 +70,24 @@ def make_logger(trt: Any) -> Any:
     return Log()
 
 
+def start(factory: Any, logger: Any, name: str) -> Any:
+    """TensorRT's builder or runtime, which both start CUDA. Raises DeviceError: CUDA does not start for them."""
+    try:
+        return factory(logger)
+    except TypeError as error:  # what its bindings make of a null pointer
+        raise DeviceError(
+            f"{name} does not start: {' '.join(logger.problems[:1]) or 'it gives no reason'}",
+            f"it may want a newer driver, or GPU memory that others hold: the driver runs CUDA {driver_version()};"
+            " perceiver-export doctor shows the rest",
+        ) from error
+
+
+def rtx_gpus(trt: Any) -> list[str]:
+    """The GPUs that TensorRT for RTX builds for: `sm86`, the oldest first."""
+    names = [name.lower() for name in dir(trt.ComputeCapability) if name.startswith("SM")]
+    return sorted(names, key=lambda name: int(name.removeprefix("sm")))
+
+
 def build_engine(
     trt: Any, can: Capabilities, platform: Platform, source: Source, directory: Path, progress: Progress
 ) -> LayerReport:
@@ -93,7 +112,7 @@ def _build(
     stop: threading.Event,
 ) -> LayerReport:
     logger = make_logger(trt)
-    builder = trt.Builder(logger)
+    builder = start(trt.Builder, logger, can.name)
     progress("reading the graph", 0, None)
     network, parser = parse(trt, can, builder, logger, source.graph)
     config = builder.create_builder_config()
@@ -160,11 +179,11 @@ def _set_targets(trt: Any, can: Capabilities, config: Any, targets: str) -> None
         raise BuildError(
             "TensorRT builds for the GPU that it runs on", "leave compute_capability out, and build on the device"
         )
-    names = [name.strip().upper() for name in targets.split(",")]
-    known = [name for name in dir(trt.ComputeCapability) if name.startswith("SM")]
+    names = list(dict.fromkeys(name.strip().upper() for name in targets.split(",")))
+    known = rtx_gpus(trt)
     for name in names:
-        if name not in known:
-            raise DeviceError(f"{can.name} does not build for {name!r}", f"it builds for {', '.join(known)}".lower())
+        if name.lower() not in known:
+            raise DeviceError(f"{can.name} does not build for {name!r}", f"it builds for {', '.join(known)}")
     config.num_compute_capabilities = len(names)
     for index, name in enumerate(names):
         config.set_compute_capability(getattr(trt.ComputeCapability, name), index)
@@ -196,7 +215,10 @@ def _monitor(trt: Any, progress: Progress, stop: threading.Event) -> Any:
 
 def _given_up(can: Capabilities, source: Source, problems: list[str]) -> BuildError:
     said = problems[0] if problems else "it gives no reason"
-    hint = "perceiver-export lint BUNDLE says what does not fit this version"
+    version = f"{can.version[0]}.{can.version[1]}"
+    hint = (
+        f"perceiver-export lint {source.graph.parent} --target {can.library} --version {version} says what does not fit"
+    )
     if re.search(r"SM75\): FP32", " ".join(problems)):
         hint = "leave sm75 out, where TensorRT for RTX has no fp32 products; this graph has some"
     if re.search(r"workspace|OutOfMemory|out of memory", " ".join(problems), re.IGNORECASE):
@@ -207,7 +229,7 @@ def _given_up(can: Capabilities, source: Source, problems: list[str]) -> BuildEr
 def _layers(trt: Any, can: Capabilities, logger: Any, serialized: Any) -> tuple[Layer, ...]:
     if can.library == "tensorrt-rtx":
         return layers_from_log(logger.layers)
-    runtime = trt.Runtime(logger)
+    runtime = start(trt.Runtime, logger, can.name)
     engine = runtime.deserialize_cuda_engine(serialized)
     if engine is None:
         raise BuildError(
@@ -237,10 +259,11 @@ def _write(
 
 
 def _bytes(text: str) -> int:
-    found = re.fullmatch(r"(\d+)\s*([KMG]?)(?:i?B)?", text.strip())
-    if found is None or int(found[1]) == 0:
+    found = re.fullmatch(r"(\d{1,19})\s*([KMG]?)(?:i?B)?", text.strip())
+    size = int(found[1]) * _BYTES[found[2]] if found else 0
+    if not 0 < size < 2**63:
         raise BuildError(f"workspace is {text!r}", "give bytes: --flag workspace=512MiB")
-    return int(found[1]) * _BYTES[found[2]]
+    return size
 
 
 def _level(text: str) -> int:

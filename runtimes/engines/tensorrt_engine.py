@@ -15,7 +15,7 @@ import numpy as np
 
 from perceiver_export.runtimes.engines.backend import Array, Feeds, Platform, Source
 from perceiver_export.runtimes.engines.cuda_memory import Buffer, Cuda, Stream
-from perceiver_export.runtimes.engines.tensorrt_build import make_logger
+from perceiver_export.runtimes.engines.tensorrt_build import make_logger, start
 from perceiver_export.runtimes.engines.tensorrt_caches import KernelCache
 from perceiver_export.runtimes.errors import DeviceError, EngineError
 from perceiver_export.runtimes.manifest import TensorSpec
@@ -38,13 +38,13 @@ class TensorrtEngine:
         self._cuda.enter()
         self._logger = make_logger(trt)
         # Kept: the engine refers to it.
-        self._runtime = trt.Runtime(self._logger)
+        self._runtime = start(trt.Runtime, self._logger, f"{here.library} {here.version}")
         self._engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
         if self._engine is None:
             said = " ".join(self._logger.problems[:1]) or "it gives no reason"
             raise EngineError(
                 f"{here.library} {here.version} does not take {path}: {said}",
-                f"build it again, here: perceiver-export build BUNDLE --target {here.library} --force",
+                f"build it again, here: {self._rebuild()}",
             )
         self._check_names()
         # TensorRT for RTX compiles kernels for the GPU that it finds, at their first run.
@@ -84,8 +84,12 @@ class TensorrtEngine:
         if found != wanted:
             raise EngineError(
                 f"the engine has the tensors {', '.join(sorted(found))}, the bundle {', '.join(sorted(wanted))}",
-                f"build it again: perceiver-export build BUNDLE --target {self._here.library} --force",
+                f"build it again: {self._rebuild()}",
             )
+
+    def _rebuild(self) -> str:
+        bundle, precision = self._source.graph.parent, self._source.options.precision
+        return f"perceiver-export build {bundle} --target {self._source.target} --precision {precision} --force"
 
     def _new_slot(self) -> _Slot:
         context = self._kernels.context() if self._kernels else self._engine.create_execution_context()

@@ -37,7 +37,7 @@ def parse(trt: Any, can: Capabilities, builder: Any, logger: Any, graph: Path) -
         problems = [_problem(can, parser.get_error(index)) for index in range(parser.num_errors)]
         raise BundleError(
             f"{can.name} cannot read {graph.name}: {problems[0] if problems else 'it gives no reason'}",
-            f"perceiver-export lint BUNDLE --target {can.library} --version"
+            f"perceiver-export lint {graph.parent} --target {can.library} --version"
             f" {can.version[0]}.{can.version[1]} says what does not fit; build --lower-only writes a graph that does",
         )
     return network, parser
@@ -80,8 +80,8 @@ def check_types(asked: dict[str, str], source: Source) -> None:
     if wrong:
         raise BuildError(
             f"{wanted} was asked for, and the products of {source.graph.name} are {', '.join(sorted(wrong))}",
-            f"perceiver-export build BUNDLE --target {source.target} --precision {wanted} --lower-only writes the graph"
-            " for it, where onnx is installed",
+            f"perceiver-export build {source.graph.parent} --target {source.target} --precision {wanted} --lower-only"
+            " writes the graph for it, where onnx is installed",
         )
 
 

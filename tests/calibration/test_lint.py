@@ -61,6 +61,36 @@ def test_bad_questions_are_refused(tmp_path: Path, fashion_bundle: Path) -> None
         lint(fashion_bundle, precision="int8")
 
 
+@pytest.mark.parametrize(
+    ("operator", "inputs", "message"),
+    [
+        ("QuantizeLinear", ["x"], "QuantizeLinear has 1 inputs, QuantizeLinear has 2"),
+        ("MatMul", ["x"], "MatMul has 1 inputs"),
+        ("Softmax", [], "Softmax has 0 inputs"),
+    ],
+)
+def test_a_node_without_its_inputs_is_refused(operator: str, inputs: list[str], message: str, tmp_path: Path) -> None:
+    body = onnx.helper.make_graph([onnx.helper.make_node(operator, inputs, ["y"])], "g", [], [])
+    path = tmp_path / "g.onnx"
+    onnx.save(onnx.helper.make_model(body, opset_imports=[onnx.helper.make_opsetid("", 20)]), path)
+
+    with pytest.raises(BundleError, match=message):
+        lint(path)
+
+
+def test_an_empty_file_is_no_graph(tmp_path: Path) -> None:
+    (tmp_path / "g.onnx").touch()
+
+    with pytest.raises(BundleError, match="names no opset"):
+        lint(tmp_path / "g.onnx")
+
+
+def test_products_of_numbers_are_no_attention(tmp_path: Path) -> None:
+    body = "(float q, float k, float v) => (float y) { s = MatMul(q, k)  p = Softmax(s)  y = MatMul(p, v) }"
+
+    assert lint(write(tmp_path / "g.onnx", body))[0].attentions == 1
+
+
 def test_lowered_graphs_are_judged_without_their_weights(tmp_path: Path, copied_bundle: Path) -> None:
     lower_bundle(copied_bundle, "tensorrt-rtx", "fp16")
     alone = tmp_path / "alone.onnx"

@@ -12,6 +12,7 @@ import onnx
 import pytest
 
 from perceiver_export.calibration.lint_operators import MORE, NEVER, SINCE
+from perceiver_export.runtimes.engines.backend import Precision
 from perceiver_export.runtimes.engines.tensorrt import import_library
 from perceiver_export.runtimes.engines.tensorrt_build import make_logger
 from tests.calibration.lint_cases import (
@@ -237,18 +238,43 @@ def test_operators_are_known_by_version(tmp_path: Path) -> None:
 def test_the_operator_attention_wants_equal_widths_and_a_kernel(tmp_path: Path) -> None:
     body = "(float16[1,8,64,{qk}] q, float16[1,8,64,{qk}] k, float16[1,8,64,{v}] v) => (float16[1,8,64,{v}] y)"
     body += " {{ y = Attention(q, k, v) }}"
-    equal, unequal, wide = (
-        write(tmp_path / f"{qk}-{v}.onnx", body.format(qk=qk, v=v), opset=23)
-        for qk, v in ((64, 64), (32, 160), (512, 512))
+    equal, unequal = (
+        write(tmp_path / f"{qk}-{v}.onnx", body.format(qk=qk, v=v), opset=23) for qk, v in ((64, 64), (32, 160))
     )
 
     assert rules(equal) == set()
-    assert rules(unequal) == rules(wide) == {"attention-operator"}
+    assert rules(unequal) == {"attention-operator"}
     assert rules(equal, "10.13") == {"operator"}
     assert rules(equal, "10.3") == {"operator", "opset"}
     compiled(equal)
     assert refused(unequal)
-    assert refused(wide)
+
+
+@pytest.mark.parametrize(
+    ("width", "kind", "queries", "compiles"),
+    [
+        (8, "float16", 64, False),
+        (9, "float16", 64, True),
+        (256, "float16", 64, True),
+        (257, "float16", 64, False),
+        (64, "float", 64, False),
+        (64, "bfloat16", 64, True),
+        (8, "float16", 1, True),  # of one query any width, and fp32
+        (64, "float", 1, True),
+    ],
+)
+def test_the_operator_attention_compiles_where_it_has_a_kernel(
+    width: int, kind: str, queries: int, compiles: bool, tmp_path: Path
+) -> None:
+    q, kv = f"{kind}[1,8,{queries},{width}]", f"{kind}[1,8,64,{width}]"
+    path = write(tmp_path / "a.onnx", f"({q} q, {kv} k, {kv} v) => ({q} y) {{ y = Attention(q, k, v) }}", opset=23)
+    precision: Precision = {"float16": "fp16", "bfloat16": "bf16", "float": "fp32"}[kind]  # type: ignore[assignment]
+
+    assert rules(path) == (set() if compiles else {"attention-operator"})
+    if compiles:
+        compiled(path, precision)
+    else:
+        assert "dedicated kernel" in refused(path, precision)
 
 
 def test_a_dimension_without_a_range_is_refused(tmp_path: Path) -> None:
@@ -275,6 +301,19 @@ def test_what_overflows_fp16_is_told(tmp_path: Path) -> None:
     deep = write(tmp_path / "s.onnx", "(float16[1,70000] x) => (float16[1,70000] y) { y = Softmax<axis = -1>(x) }")
 
     assert rules(infinite) == rules(deep) == {"overflow"}
+
+
+def test_8_cuts_integers_off_at_32_bits(tmp_path: Path) -> None:
+    """It has no int64; no such version can be asked here."""
+    added = "(int64[2] x) => (int64[2] y) { y = Add(x, c) }"
+    cut = "(float[4] x) => (float[4] y) { y = Slice(x, s, c) }"
+    large, small, end = (
+        write(tmp_path / f"{name}.onnx", body, 17, c=np.array([number], np.int64), s=np.array([0], np.int64))
+        for name, body, number in (("large", added, 2**40), ("small", added, 7), ("end", cut, 2**63 - 1))
+    )
+
+    assert rules(large, "8.6") == {"int64"}
+    assert rules(small, "8.6") == rules(end, "8.6") == rules(large, "10.3") == set()
 
 
 def test_8_takes_types_from_flags_and_fp32_scales(tmp_path: Path) -> None:

@@ -11,8 +11,10 @@ from typing import Any
 COMMAND = [sys.executable, "-c", "from perceiver_export.exporter.cli.main import main; main()"]
 
 
-def perceiver_export(*arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True, check=False, **options)
+def perceiver_export(
+    *arguments: str | Path, command: list[str] = COMMAND, **options: Any
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, check=False, **options)
 
 
 def succeed(*arguments: str | Path, **options: Any) -> str:

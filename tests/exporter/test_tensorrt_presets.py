@@ -124,11 +124,12 @@ def test_without_a_driver_engines_are_built_and_not_run(copied_bundle: Path) -> 
         (("--precision", "fp16"), "fp16 was asked for, and the products of model.onnx are fp32"),
         (("--flag", "compute_capability=sm87"), "does not build for 'SM87'"),
         (("--flag", "compute_capability=sm75"), "leave sm75 out"),
+        (("--flag", "compute_capability=sm75", "--precision", "bf16"), "sm75 has no bf16"),
         (("--flag", "workspace=lots"), "workspace is 'lots'"),
         (("--flag", "turbo=on"), "no flag 'turbo'"),
     ],
 )
-def test_what_cannot_be_built_says_why(flags: tuple[str, str], message: str, copied_bundle: Path) -> None:
+def test_what_cannot_be_built_says_why(flags: tuple[str, ...], message: str, copied_bundle: Path) -> None:
     devices = () if "compute_capability" in flags[1] else ("--flag", "compute_capability=sm86")
 
     assert message in fail("build", copied_bundle, "--target", "tensorrt-rtx", *flags, *devices)
@@ -158,9 +159,10 @@ def test_ctrl_c_in_a_build_stops_it_and_leaves_nothing(copied_bundle: Path) -> N
 
 
 def test_engines_are_for_the_version_and_the_gpus_that_they_were_built_for() -> None:
-    built = Platform("tensorrt-rtx", "1.7.1.116", "sm86 sm89")
+    built = tensorrt.platform("tensorrt-rtx", EngineOptions(flags={"compute_capability": "sm89, SM86,sm86"}))
     here = Platform("tensorrt-rtx", "1.7.1.116", "NVIDIA RTX A4000 (sm_86)", driver="13.0")
 
+    assert built.device == "sm86 sm89"
     assert tensorrt.differences(built, here) == ()
     assert tensorrt.differences(here, Platform("tensorrt-rtx", "1.7.1.116", here.device, driver="14.0")) == ()
     other = Platform("tensorrt-rtx", "1.8.0", "NVIDIA GeForce RTX 5090 (sm_120)")

@@ -67,3 +67,9 @@ def inspector(linear: str = "Int8", attention: str = "Half", last: str = "Float"
 
 def made(version: str, report: str | None = None, **more: Any) -> FakeModule:
     return FakeModule(version, network("float16"), inspector() if report is None else report, **more)
+
+
+def no_cuda(logger: Any) -> Any:
+    """What TensorRT's `Builder` and `Runtime` do where CUDA does not start for them."""
+    logger.log(1, "CUDA initialization failure with error: 35")
+    raise TypeError("pybind11::init(): factory function returned nullptr")

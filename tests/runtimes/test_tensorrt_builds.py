@@ -16,9 +16,9 @@ import pytest
 from perceiver_export.runtimes.engines.backend import EngineOptions, Platform, Source
 from perceiver_export.runtimes.engines.tensorrt_build import LayerReport, build_engine
 from perceiver_export.runtimes.engines.tensorrt_capabilities import capabilities
-from perceiver_export.runtimes.errors import BuildError, BundleError, MissingDependencyError
+from perceiver_export.runtimes.errors import BuildError, BundleError, DeviceError, MissingDependencyError
 from perceiver_export.runtimes.manifest import TensorSpec
-from tests.runtimes.fake_networks import RANGED, STRONG, VERSIONS, X, Y, inspector, made, network
+from tests.runtimes.fake_networks import RANGED, STRONG, VERSIONS, X, Y, inspector, made, network, no_cuda
 from tests.runtimes.fake_tensorrt import Fake, FakeModule, layer, tensor
 
 
@@ -176,6 +176,20 @@ def test_tensorrt_without_its_parser_says_what_to_install(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("made_for", ["Builder", "Runtime"])
+def test_cuda_that_does_not_start_is_an_error_of_the_device(version: str, made_for: str, tmp_path: Path) -> None:
+    """As with a driver that is too old for this TensorRT: its bindings have nothing but a null pointer then."""
+    module = made(version)
+    setattr(module, made_for, no_cuda)
+
+    with pytest.raises(DeviceError, match="does not start: CUDA initialization failure with error: 35") as raised:
+        build(module, tmp_path)
+
+    assert "newer driver" in raised.value.hint
+    assert not (tmp_path / "model.engine").exists()
+
+
+@pytest.mark.parametrize("version", VERSIONS)
 def test_too_little_workspace_is_told_apart(version: str, tmp_path: Path) -> None:
     problem = "Could not find any implementation for node {ForeignNode[x]} due to insufficient workspace."
     module = made(version, problems=(problem,), build=lambda config: None)
@@ -187,7 +201,16 @@ def test_too_little_workspace_is_told_apart(version: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    "flags", [{"workspace": "much"}, {"workspace": "0"}, {"optimization_level": "6"}, {"speed": "high"}]
+    "flags",
+    [
+        {"workspace": "much"},
+        {"workspace": "0"},
+        {"workspace": "9999999999GiB"},
+        {"workspace": "9" * 5000},
+        {"optimization_level": "6"},
+        {"speed": "high"},
+    ],
+    ids=lambda flags: " ".join(flags.values())[:20],
 )
 def test_flags_that_make_no_sense_are_refused(flags: dict[str, str], tmp_path: Path) -> None:
     with pytest.raises(BuildError, match=next(iter(flags))):

@@ -18,11 +18,16 @@ from perceiver_export.runtimes.engines.cuda_memory import Cuda
 from perceiver_export.runtimes.engines.tensorrt_engine import TensorrtEngine
 from perceiver_export.runtimes.errors import DeviceError, EngineError
 from perceiver_export.runtimes.manifest import TensorSpec
+from perceiver_export.runtimes.runtime import Runtime
 from tests.runtimes.fake_cuda import FakeMemory
-from tests.runtimes.fake_networks import RANGED, RTX, VERSIONS, X, Y, made
+from tests.runtimes.fake_networks import RANGED, RTX, VERSIONS, X, Y, made, no_cuda
 from tests.runtimes.fake_tensorrt import FakeModule
 
 ALL = (*VERSIONS, RTX)
+
+
+def target(version: str) -> str:
+    return "tensorrt-rtx" if version == RTX else "tensorrt"
 
 
 def opened(
@@ -35,10 +40,10 @@ def opened(
 def loaded(
     module: FakeModule, path: Path, memory: FakeMemory, specs: tuple[TensorSpec, TensorSpec] = (X, Y), **options: Any
 ) -> TensorrtEngine:
-    target = "tensorrt-rtx" if module.__version__ == RTX else "tensorrt"
-    source = Source(target, path, EngineOptions(precision="fp16", **options), inputs=specs[:1], outputs=specs[1:])
+    library = target(module.__version__)
+    source = Source(library, path, EngineOptions(precision="fp16", **options), inputs=specs[:1], outputs=specs[1:])
     return TensorrtEngine(
-        module, Platform(target, module.__version__, "NVIDIA Orin (sm_87)"), source, path, Cuda(memory)
+        module, Platform(library, module.__version__, "NVIDIA Orin (sm_87)"), source, path, Cuda(memory)
     )
 
 
@@ -163,7 +168,34 @@ def test_an_engine_that_is_cut_in_half_is_refused(version: str, tmp_path: Path) 
     with pytest.raises(EngineError, match="Magic tag does not match") as raised:
         loaded(made(version), path, FakeMemory())
 
-    assert "--force" in raised.value.hint
+    assert raised.value.hint.endswith(f"build {tmp_path} --target {target(version)} --precision fp16 --force")
+
+
+@pytest.mark.parametrize("version", ALL)
+def test_cuda_that_does_not_start_is_an_error_of_the_device(version: str, tmp_path: Path) -> None:
+    path, module = tmp_path / "engine", made(version)
+    path.write_bytes(b"engine")
+    module.Runtime = no_cuda
+
+    with pytest.raises(DeviceError, match="does not start: CUDA initialization failure with error: 35") as raised:
+        loaded(module, path, FakeMemory())
+
+    assert "newer driver" in raised.value.hint
+
+
+def test_submitted_runs_have_streams_of_their_own(tmp_path: Path) -> None:
+    memory = FakeMemory()
+    runtime = Runtime(opened("10.3.0", tmp_path / "engine", memory), (X,), (Y,), "fp32")
+    memory.running.clear()  # the first one goes on until the second has begun
+    first, second = (runtime.submit({"x": np.full((2, 3), value, np.float32)}) for value in (1, 2))
+    while memory.calls.count("cuStreamSynchronize") < 2:
+        time.sleep(0.001)
+    assert not first.done()
+    memory.running.set()
+
+    assert [future.result(60)["y"][0, 0] for future in (first, second)] == [2, 4]
+    assert memory.calls.count("cuStreamCreate") == 2
+    runtime.close()
 
 
 def test_an_engine_of_another_model_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What goes wrong with TensorRT on a device, as its user sees it: GPUs are told to be there, TensorRT for RTX is real."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import onnx
+import pytest
+
+from perceiver_export.calibration.lowering.tensorrt_bundle import lower_bundle
+from perceiver_export.calibration.write import file_entries
+from perceiver_export.runtimes import build
+from perceiver_export.runtimes.manifest import encode_manifest, read_manifest
+from tests.calibration.onnx_text import write
+from tests.cli.commands import fail
+from tests.conftest import FASHION
+from tests.runtimes.built_engines import edit_record, left_behind
+
+SM86 = ("--target", "tensorrt-rtx", "--flag", "compute_capability=sm86")
+PICTURE = FASHION / "pictures" / "coat.png"
+
+
+def on_a(name: str, compute_capability: tuple[int, int]) -> list[str]:
+    """The command, on a machine whose driver tells of this GPU."""
+    gpu = f"Gpu('{name} (sm_{compute_capability[0]}{compute_capability[1]})', {compute_capability}, 1 << 34)"
+    code = (
+        "from perceiver_export.runtimes.engines import tensorrt; from perceiver_export.runtimes.engines.cuda_driver"
+        f" import Gpu; tensorrt.cuda_gpus = lambda: ({gpu},); from perceiver_export.exporter.cli.main import main; main()"
+    )
+    return [sys.executable, "-c", code]
+
+
+A4000 = on_a("NVIDIA RTX A4000", (8, 6))
+
+
+@pytest.fixture
+def built(copied_bundle: Path) -> Path:
+    """A bundle with an engine in fp16 for SM86."""
+    lower_bundle(copied_bundle, "tensorrt-rtx", "fp16")
+    build(copied_bundle, "tensorrt-rtx", precision="fp16", flags={"compute_capability": "sm86"})
+    return copied_bundle
+
+
+def of_another_version(record: dict[str, Any]) -> None:
+    record["identity"]["platform"]["version"] = "1.6.0.5"
+
+
+def cut(engine: Path) -> None:
+    content = (engine / "model.engine").read_bytes()
+    (engine / "model.engine").write_bytes(content[: len(content) // 2])
+
+
+@pytest.mark.parametrize(
+    ("command", "spoil", "message"),
+    [
+        (
+            A4000,
+            lambda engine: edit_record(engine, of_another_version),
+            "it was built with tensorrt-rtx 1.6.0.5, here is",
+        ),
+        (on_a("RTX 5090", (12, 0)), lambda engine: None, "it was built for sm86, here is RTX 5090 (sm_120)"),
+        (A4000, cut, "is damaged: model.engine has"),
+    ],
+    ids=["version", "device", "half"],
+)
+def test_an_engine_that_is_not_for_here_is_refused_with_the_command_that_makes_one(
+    command: list[str], spoil: Callable[[Path], None], message: str, built: Path
+) -> None:
+    (record,) = built.glob("engines/tensorrt-rtx/*/engine.json")
+    spoil(record.parent)
+
+    for verb in (["run", built, PICTURE], ["bench", built], ["validate", built, "--data", FASHION / "test.npz"]):
+        said = fail(*verb, "--device", "tensorrt-rtx", command=command)
+        assert message in said
+        assert f"build {built} --target tensorrt-rtx --precision fp16" in said
+
+
+def test_a_gpu_that_tensorrt_for_rtx_is_not_for_is_sent_to_tensorrt(copied_bundle: Path) -> None:
+    said = fail("build", copied_bundle, "--target", "tensorrt-rtx", command=on_a("Orin", (8, 7)))
+
+    assert "TensorRT for RTX 1.7 is not for Orin (sm_87)" in said
+    assert "sm75, sm80, sm86, sm89, sm120, sm121; use --target tensorrt here" in said
+
+
+@pytest.mark.parametrize(
+    ("library", "package"),
+    [("libnvonnxparser.so.10", "libnvonnxparsers10"), ("libnvinfer_plugin.so.8", "libnvinfer-plugin8")],
+)
+def test_tensorrt_without_one_of_its_libraries_says_which_package_has_it(
+    library: str, package: str, copied_bundle: Path, tmp_path: Path
+) -> None:
+    """Its Python module is linked with all of them, the parser's too: importing it without one fails with these words."""
+    (tmp_path / "tensorrt.py").write_text(f"raise ImportError('{library}: cannot open shared object file')")
+    paths = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    said = fail("build", copied_bundle, "--target", "tensorrt", command=A4000, env={**os.environ, "PYTHONPATH": paths})
+
+    assert f"needs tensorrt: {library}" in said
+    assert f"sudo apt install {package};" in said
+
+
+def test_an_operator_that_the_version_lacks_is_named_and_nothing_is_left(copied_bundle: Path) -> None:
+    body = (
+        "(float[1,3,28,28] image) => (float[1,10] logits) { d = Det(image)  r = Reshape(d, s)  logits = MatMul(r, w) }"
+    )
+    model = write(copied_bundle / "model.onnx", body, s=np.array([1, 3], np.int64), w=np.ones((3, 10), np.float32))
+    onnx.checker.check_model(str(model))
+    manifest = read_manifest(copied_bundle)
+    (copied_bundle / "manifest.json").unlink()
+    changed = msgspec.structs.replace(manifest, files=file_entries(copied_bundle))
+    (copied_bundle / "manifest.json").write_bytes(encode_manifest(changed))
+    said = fail("build", copied_bundle, *SM86)
+
+    assert "cannot read model.onnx: Det " in said
+    assert f"perceiver-export lint {copied_bundle} --target tensorrt-rtx --version 1.7" in said
+    assert left_behind(copied_bundle) == []
+
+
+@pytest.mark.parametrize("workspace", ["1KiB", "0", "99999999999999GiB"])
+def test_a_workspace_that_cannot_be_leaves_nothing(workspace: str, copied_bundle: Path) -> None:
+    assert "--flag workspace=" in fail("build", copied_bundle, *SM86, "--flag", f"workspace={workspace}")
+    assert left_behind(copied_bundle) == []
