@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What goes wrong with TensorRT on a device, as its user sees it: GPUs are told to be there, TensorRT for RTX is real."""
+"""What goes wrong with TensorRT on a device, as its user sees it: the GPU is made up, TensorRT for RTX is real."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ import pytest
 from perceiver_export.calibration.lowering.tensorrt_bundle import lower_bundle
 from perceiver_export.calibration.write import file_entries
 from perceiver_export.runtimes import build
-from perceiver_export.runtimes.manifest import encode_manifest, read_manifest
+from perceiver_export.runtimes.bundle import read_manifest
+from perceiver_export.runtimes.manifest import encode_manifest
 from tests.calibration.onnx_text import write
 from tests.cli.commands import fail
 from tests.conftest import FASHION
@@ -30,11 +31,14 @@ PICTURE = FASHION / "pictures" / "coat.png"
 def on_a(name: str, compute_capability: tuple[int, int]) -> list[str]:
     """The command, on a machine whose driver tells of this GPU."""
     gpu = f"Gpu('{name} (sm_{compute_capability[0]}{compute_capability[1]})', {compute_capability}, 1 << 34)"
-    code = (
-        "from perceiver_export.runtimes.engines import tensorrt; from perceiver_export.runtimes.engines.cuda_driver"
-        f" import Gpu; tensorrt.cuda_gpus = lambda: ({gpu},); from perceiver_export.exporter.cli.main import main; main()"
+    lines = (
+        "from perceiver_export.exporter.cli.main import main",
+        "from perceiver_export.runtimes.engines import tensorrt",
+        "from perceiver_export.runtimes.engines.cuda_driver import Gpu",
+        f"tensorrt.cuda_gpus = lambda: ({gpu},)",
+        "main()",
     )
-    return [sys.executable, "-c", code]
+    return [sys.executable, "-c", "\n".join(lines)]
 
 
 A4000 = on_a("NVIDIA RTX A4000", (8, 6))
@@ -96,7 +100,7 @@ def test_a_gpu_that_tensorrt_for_rtx_is_not_for_is_sent_to_tensorrt(copied_bundl
 def test_tensorrt_without_one_of_its_libraries_says_which_package_has_it(
     library: str, package: str, copied_bundle: Path, tmp_path: Path
 ) -> None:
-    """Its Python module is linked with all of them, the parser's too: importing it without one fails with these words."""
+    """Its Python module is linked with all of them, the parser's too: without one its import fails in these words."""
     (tmp_path / "tensorrt.py").write_text(f"raise ImportError('{library}: cannot open shared object file')")
     paths = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
     said = fail("build", copied_bundle, "--target", "tensorrt", command=A4000, env={**os.environ, "PYTHONPATH": paths})
