@@ -42,10 +42,24 @@ _LAZY = {
 }
 
 
+_VALIDATE = ("Validation", "certify", "validate", "validate_targets")  # need less than the others
+
+
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
+    try:
+        module = importlib.import_module(f"{__name__}.{_LAZY[name]}")
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("perceiver_export"):
+            raise
+        from perceiver_export.runtimes.errors import MissingDependencyError
+
+        extra = "validate" if name in _VALIDATE else "quantize"
+        raise MissingDependencyError(
+            f"{name} needs {error.name}, which is not installed", f"pip install 'perceiver-export[{extra}]'"
+        ) from error
+    return getattr(module, name)
 
 
 def __dir__() -> list[str]:

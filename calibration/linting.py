@@ -135,7 +135,8 @@ def _check_nodes(model: ir.Model, file: Path) -> None:
     import onnx_ir as ir
 
     broken = "" if model.opset_imports else "it names no opset"
-    for graph in (model.graph, *model.functions.values()):
+    graphs: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
+    for graph in graphs:
         for node in ir.traversal.RecursiveGraphIterator(graph):
             least = onnx.defs.get_schema(node.op_type).min_input if onnx.defs.has(node.op_type) else 0
             if node.domain:  # the name of one of ONNX's operators, which may take less there

@@ -13,7 +13,7 @@ from perceiver_export.calibration.activations import Statistics
 from perceiver_export.calibration.collect import load_graph
 from perceiver_export.calibration.costs import stage_costs
 from perceiver_export.calibration.linears import Exclusion, Linear, find_linears
-from perceiver_export.calibration.lowering import LOWERINGS
+from perceiver_export.calibration.lowering.ort import LOWERINGS
 from perceiver_export.calibration.plan import Scheme, make_plans, product_sqnr, schemes_of
 from perceiver_export.calibration.qdq import LinearPlan, write_qdq
 from perceiver_export.calibration.ranges import LEVELS, Method

@@ -127,7 +127,7 @@ def _quantize_and_show(
     wishes: dict[str, Any],
 ) -> None:
     """`calibration.pipeline`, each layer by itself where that was asked for, and what came of it."""
-    from perceiver_export.calibration.pipeline import quantize as quantize_
+    from perceiver_export.calibration import quantize as quantize_
     from perceiver_export.calibration.record import read_calibration
     from perceiver_export.calibration.sensitivity import measure_sensitivity, write_sensitivity
 

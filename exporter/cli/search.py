@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def search_and_show(bundle: str, output: str | Path, json: bool, sensitivity: Path | None, **options: Any) -> None:
     """`calibration.mixed_precision`, then a row for each mixture that was tried."""
-    from perceiver_export.calibration.mixed_precision import search
+    from perceiver_export.calibration import search
     from perceiver_export.calibration.sensitivity import write_sensitivity
 
     with progress_bar("search", quiet=json) as progress:

@@ -133,7 +133,7 @@ def test_coverage_below_what_was_asked_fails(
     fashion_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without its lowering ONNX Runtime computes in float, and quantize must not call that int8."""
-    from perceiver_export.calibration.lowering import LOWERINGS
+    from perceiver_export.calibration.lowering.ort import LOWERINGS
 
     monkeypatch.setitem(LOWERINGS, "ort-cpu", lambda model: None)
     with pytest.raises(GateError, match=r"0\.00 % of multiply-adds run in integer kernels on ort-cpu, 100 %"):

@@ -12,7 +12,7 @@ import pytest
 
 from perceiver_export.calibration import validate
 from perceiver_export.calibration.layer_errors import measure_layer_errors
-from perceiver_export.calibration.lowering import LOWERINGS
+from perceiver_export.calibration.lowering.ort import LOWERINGS
 from perceiver_export.calibration.mixed_precision import search
 from perceiver_export.calibration.pipeline import part_options, quantize
 from perceiver_export.exporter import export

@@ -20,7 +20,7 @@ from perceiver_export.runtimes import build
 from perceiver_export.runtimes.bundle import read_manifest
 from perceiver_export.runtimes.manifest import encode_manifest
 from tests.calibration.onnx_text import write
-from tests.cli.commands import fail
+from tests.cli.commands import fail, succeed
 from tests.conftest import FASHION
 from tests.runtimes.built_engines import edit_record, left_behind
 
@@ -80,7 +80,12 @@ def test_an_engine_that_is_not_for_here_is_refused_with_the_command_that_makes_o
     (record,) = built.glob("engines/tensorrt-rtx/*/engine.json")
     spoil(record.parent)
 
-    for verb in (["run", built, PICTURE], ["bench", built], ["validate", built, "--data", FASHION / "test.npz"]):
+    verbs: tuple[list[str | Path], ...] = (
+        ["run", built, PICTURE],
+        ["bench", built],
+        ["validate", built, "--data", FASHION / "test.npz"],
+    )
+    for verb in verbs:
         said = fail(*verb, "--device", "tensorrt-rtx", command=command)
         assert message in said
         assert f"build {built} --target tensorrt-rtx --precision fp16" in said
@@ -124,6 +129,32 @@ def test_an_operator_that_the_version_lacks_is_named_and_nothing_is_left(copied_
     assert "cannot read model.onnx: Det " in said
     assert f"perceiver-export lint {copied_bundle} --target tensorrt-rtx --version 1.7" in said
     assert left_behind(copied_bundle) == []
+
+
+# As on a device: nothing of what rewrites or trains models can be imported.
+ON_A_DEVICE = """
+import sys
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "onnx", "onnx_ir", "onnxscript", "safetensors"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Missing())
+from perceiver_export.exporter.cli.main import main
+main()
+"""
+
+
+def test_commands_of_a_device_need_neither_torch_nor_onnx_and_others_say_what_they_need(copied_bundle: Path) -> None:
+    device, data = [sys.executable, "-c", ON_A_DEVICE], ("--data", FASHION / "test.npz")
+    succeed("doctor", command=device)
+    succeed("build", copied_bundle, *SM86, command=device)
+    succeed("bench", copied_bundle, "--device", "ort-cpu", "--runs", "3", command=device)
+    succeed("validate", copied_bundle, *data, "--samples", "3", "--device", "ort-cpu", command=device)
+
+    for arguments in (("build", copied_bundle, "--target", "tensorrt", "--lower-only"), ("lint", copied_bundle)):
+        assert "pip install 'perceiver-export[quantize]'" in fail(*arguments, command=device)
+    said = fail("quantize", copied_bundle, *data, "-o", copied_bundle.parent / "int8", command=device)
+    assert "quantize needs onnx_ir, which is not installed" in said
 
 
 @pytest.mark.parametrize("workspace", ["1KiB", "0", "99999999999999GiB"])

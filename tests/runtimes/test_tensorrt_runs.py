@@ -175,7 +175,7 @@ def test_an_engine_that_is_cut_in_half_is_refused(version: str, tmp_path: Path) 
 def test_cuda_that_does_not_start_is_an_error_of_the_device(version: str, tmp_path: Path) -> None:
     path, module = tmp_path / "engine", made(version)
     path.write_bytes(b"engine")
-    module.Runtime = no_cuda
+    setattr(module, "Runtime", no_cuda)  # noqa: B010
 
     with pytest.raises(DeviceError, match="does not start: CUDA initialization failure with error: 35") as raised:
         loaded(module, path, FakeMemory())
