@@ -148,7 +148,7 @@ def test_commands_of_a_device_need_neither_torch_nor_onnx_and_others_say_what_th
     device, data = [sys.executable, "-c", ON_A_DEVICE], ("--data", FASHION / "test.npz")
     succeed("doctor", command=device)
     succeed("build", copied_bundle, *SM86, command=device)
-    succeed("bench", copied_bundle, "--device", "ort-cpu", "--runs", "3", command=device)
+    succeed("bench", copied_bundle, "--device", "ort-cpu", "--runs", "5", command=device)
     succeed("validate", copied_bundle, *data, "--samples", "3", "--device", "ort-cpu", command=device)
 
     for arguments in (("build", copied_bundle, "--target", "tensorrt", "--lower-only"), ("lint", copied_bundle)):
