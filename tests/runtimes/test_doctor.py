@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from perceiver_export.runtimes import devices, diagnosis, doctor, machine
+from perceiver_export.runtimes.engines.cuda_driver import Gpu
 from perceiver_export.runtimes.engines.targets import TARGETS, find_target
 from perceiver_export.runtimes.errors import DeviceError
+from perceiver_export.runtimes.presence import Device, Presence
 from tests.runtimes.targets import EXPECTED
 
 
@@ -93,6 +95,22 @@ def test_tensorrt_for_rtx_compiles_without_a_gpu(monkeypatch: pytest.MonkeyPatch
     assert "it compiles here" in findings["target tensorrt-rtx"].found
     assert findings["target tensorrt"].found == findings["target ort-cuda"].found == "no NVIDIA GPU here"
     assert find_target("tensorrt").install.endswith("[tensorrt]' --extra-index-url https://pypi.nvidia.com")
+
+
+def test_a_target_is_shown_by_its_whole_name_and_a_wrong_gpu_with_its_fix(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tensorrt_rtx")  # not where the runtime alone is tested
+    target = find_target("tensorrt-rtx")
+    monkeypatch.setattr(diagnosis, "cuda_gpus", lambda: (Gpu("Orin (sm_87)", (8, 7), 1 << 33),))
+    found = []
+    for answer in (
+        Presence(target, Device("tensorrt-rtx", "RTX A4000 (sm_86)", "tensorrt-rtx 1.7.1.116")),
+        Presence(target, None, "not for Orin (sm_87)", "use --target tensorrt here"),
+    ):
+        monkeypatch.setattr(diagnosis, "presence_apart", lambda target, answer=answer: answer)
+        found += [one for one in doctor() if one.what == "target tensorrt-rtx"]
+
+    assert found[0].found == "tensorrt-rtx 1.7.1.116 on RTX A4000 (sm_86)"
+    assert (found[1].found, found[1].fix) == ("not for Orin (sm_87)", "use --target tensorrt here")
 
 
 def test_a_device_file_that_may_not_be_opened_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
