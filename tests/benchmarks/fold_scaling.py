@@ -58,7 +58,7 @@ def export_encoder(side: int, out: Path, fold: bool) -> None:
     encoder = msgspec.structs.replace(full.config.encoder, num_blocks=1, num_self_attentions_per_block=1)
     config = msgspec.structs.replace(full.config, encoder=encoder)
     model = dataclasses.replace(full, model=PerceiverIO(config).eval(), config=config)
-    export(model, out, fold=fold, memory_budget="512MiB" if fold else "64GiB")
+    export(model, out, fold=fold)
 
 
 def slopes(rows: list[dict[str, float]]) -> dict[str, float]:
