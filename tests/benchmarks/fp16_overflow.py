@@ -28,7 +28,15 @@ from perceiver_export.exporter.trace import trace
 from perceiver_export.runtimes.engines.backend import Array, Feeds
 from tests.preset_graphs import preset_parts
 
-_PRESETS = ("language-bytes", "imagenet-learned", "imagenet-fourier", "imagenet-conv", "audioset-raw", "starcraft")
+_PRESETS = (
+    "language-bytes",
+    "imagenet-learned",
+    "imagenet-fourier",
+    "imagenet-conv",
+    "optical-flow",
+    "audioset-raw",
+    "starcraft",
+)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +30,24 @@ from perceiver_export.runtimes.engines.tensorrt_capabilities import capabilities
 from perceiver_export.runtimes.engines.tensorrt_network import KEEP_FP32
 from perceiver_export.runtimes.errors import GateError, UnsupportedModelError, UsageError
 from tests.calibration.conftest import FASHION
+from tests.calibration.onnx_text import write
 from tests.calibration.reference_runs import run
 from tests.cli import small_models
 from tests.preset_graphs import quantized
+
+LONG, MEBIFLOATS = 32, 4
+LOOK = f"""
+import sys
+import numpy as np
+from pathlib import Path
+from perceiver_export.calibration.lowering.magnitudes import magnitudes
+from perceiver_export.runtimes.fresh_process import peak_memory
+feeds = {{"a0": np.ones(({MEBIFLOATS}, 1024, 1024), np.float32)}}
+import onnxruntime
+before = peak_memory()
+found = magnitudes(Path(sys.argv[1]), feeds)
+print(found["a1"], peak_memory() - before)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +183,20 @@ def test_split_parts_are_lowered_each(tmp_path: Path) -> None:
     assert set(lowered.kept) == {"encoder", "decoder_video", "decoder_sound", "decoder_label"}
     assert min(lowered.sqnr.values()) > 50
     assert set(lowered.kept["decoder_video"].values()) == {"it computes an index"}
+
+
+def test_looking_for_overflow_keeps_no_tensor_alive(tmp_path: Path) -> None:
+    """Optical flow took more than 22 GB when all reductions came last."""
+    chain = "".join(f"a{step + 1} = Sin(a{step})  " for step in range(LONG))
+    shape = f"float[{MEBIFLOATS},1024,1024]"
+    known = ", ".join(f"{shape} a{step + 1}" for step in range(LONG))
+    body = f"({shape} a0) => (float y) <{known}> {{ {chain} y = ReduceMax<keepdims = 0>(a{LONG}) }}"
+    path = write(tmp_path / "long.onnx", body)
+    done = subprocess.run([sys.executable, "-c", LOOK, str(path)], check=True, capture_output=True, text=True)
+    largest, growth = map(float, done.stdout.split())
+
+    assert largest == pytest.approx(np.sin(1.0))
+    assert growth < 4 * MEBIFLOATS * LONG / 4  # MiB; all of them at once would be four times that
 
 
 def test_what_overflows_stays_fp32_where_it_was_seen_to(fashion_bundle: Path, tmp_path: Path) -> None:
