@@ -73,12 +73,12 @@ def _is_constant(value: ir.Value | None) -> bool:
     return value is not None and (value.is_initializer() or (producer is not None and producer.op_type == "Constant"))
 
 
-def dequantized(value: ir.Value | None) -> bool:
-    """Whether a value comes from integers, past what only shapes it."""
+def dequantized(value: ir.Value | None) -> ir.Node | None:
+    """What makes a value of integers, past what only shapes or casts it; None where it comes from floats."""
     node = value.producer() if value is not None else None
-    while node is not None and node.op_type in ("Transpose", "Reshape", "Pad", "Slice"):
+    while node is not None and node.op_type in ("Transpose", "Reshape", "Pad", "Slice", "Cast"):
         node = node.inputs[0].producer() if node.inputs[0] is not None else None
-    return node is not None and node.op_type == "DequantizeLinear"
+    return node if node is not None and node.op_type == "DequantizeLinear" else None
 
 
 def widths(attention: Attention) -> str:

@@ -79,6 +79,23 @@ def _scale_types(subject: Subject) -> Iterator[Finding]:
             yield refused("scale-type", node, f"it quantizes {names}; they must be the same", lower(subject))
 
 
+def _pairs_of_scales(subject: Subject) -> Iterator[Finding]:
+    if subject.can.library != "tensorrt-rtx":  # measured there, on 1.7.1
+        return
+    known: dict[ir.Value | None, set[ir.DataType]] = {}
+    for node in subject.graph:
+        sides = [dequantized(value) for value in node.inputs[:2]] if node.op_type in ("MatMul", "Gemm") else []
+        integers = [side for side in sides if side is not None]
+        if len(integers) < 2:
+            continue
+        types = known.setdefault(integers[0].inputs[0], set())
+        types |= {side.inputs[1].dtype for side in integers if side.inputs[1] and side.inputs[1].dtype}
+        if len(types) > 1:
+            names = " and ".join(sorted(map(_name, types)))
+            message = f"it, and products that read the same tensor, have integers with scales of {names}"
+            yield refused("scale-type", node, message, lower(subject))
+
+
 def _half_in_weak(subject: Subject) -> Iterator[Finding]:
     if subject.can.typing != "weak":
         return
@@ -208,6 +225,7 @@ RULES: tuple[Callable[[Subject], Iterator[Finding]], ...] = (
     _half_in_weak,
     _int64,
     _scale_types,
+    _pairs_of_scales,
     _zero_points,
     _integer_bias,
     _dynamic,

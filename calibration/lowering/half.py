@@ -29,6 +29,12 @@ _SMALLEST_WEIGHT = 2.0**-13
 # Masks are large negative constants added to scores. This one is finite in fp16, so is its sum with any score down to
 # -16000, and next to it scores below 16 vanish, as they do next to float32's -1e30.
 _MASK, _FP16_MASK = -1e9, -49152.0
+_MASKED = frozenset(
+    {
+        *("Add", "Sub", "Mul", "Where", "Pad", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Concat"),
+        *("Expand", "Gather", "Cast", "CastLike", "Identity", "Split"),
+    }
+)
 # What gives no larger number than it takes: so the largest that went in bounds what comes out, which nobody measured.
 _NO_LARGER = frozenset(
     {
@@ -80,7 +86,8 @@ def overflows(graph: ir.Graph, precision: Half, hazards: Mapping[str, float]) ->
     reasons = ((node.name or "", _reason(node, precision, hazards, masked)) for node in graph)
     kept = {name: reason for name, reason in reasons if reason}
     kept |= {node.name or "": "it computes an index" for node in _index_arithmetic(graph)}
-    return large_scores(graph, hazards, masked) | kept
+    kept = large_scores(graph, hazards, masked) | kept
+    return _integer_products(graph, kept) | kept
 
 
 def _reason(node: ir.Node, precision: Half, hazards: Mapping[str, float], masked: set[ir.Value]) -> str:
@@ -123,6 +130,25 @@ def _carried(graph: ir.Graph, hazards: Mapping[str, float]) -> dict[str, float]:
     return known
 
 
+def _integer_products(graph: ir.Graph, kept: Mapping[str, str]) -> dict[str, str]:
+    """Products of integers to stay float32, since one beside them does, or a scale of theirs: TensorRT for RTX does not
+    compile those whose two scales differ in type, nor those that do so among all that read one tensor (1.7.1).
+    """
+    readers: dict[ir.Value | None, list[ir.Node]] = {}
+    reasons: dict[ir.Value | None, str] = {}
+    for node in graph:
+        sides = [value.producer() for value in node.inputs[:2] if value] if node.op_type in ("MatMul", "Gemm") else []
+        integers = [side for side in sides if side is not None and side.op_type == "DequantizeLinear"]
+        if len(integers) < 2:
+            continue
+        read = integers[0].inputs[0]
+        readers.setdefault(read, []).append(node)
+        for one in (node, *integers):
+            if (one.name or "") in kept:
+                reasons.setdefault(read, kept[one.name or ""])
+    return {node.name or "": reason for read, reason in reasons.items() for node in readers[read]}
+
+
 def _index_arithmetic(graph: ir.Graph) -> set[ir.Node]:
     """What computes numbers that become integers: fp16 counts to 2048, and a grid has more points."""
     found: set[ir.Node] = set()
@@ -151,7 +177,9 @@ def reduction_depth(node: ir.Node) -> int:
 
 
 def _clamp_masks(graph: ir.Graph) -> set[ir.Value]:
-    """Make mask constants finite in fp16; gives them and what is computed from them up to the softmax."""
+    """Make mask constants finite in fp16; gives them and the sums and copies of them, which go into a softmax, or, of
+    a picture's padded border, into a largest number.
+    """
     masked: set[ir.Value] = set()
     for value in graph.initializers.values():
         if value.dtype != ir.DataType.FLOAT or value.const_value is None:
@@ -161,7 +189,7 @@ def _clamp_masks(graph: ir.Graph) -> set[ir.Value]:
             value.const_value = ir.tensor(np.maximum(array, np.float32(_FP16_MASK)), name=value.name)
             masked.add(value)
     for node in graph:
-        if node.op_type != "Softmax" and any(value in masked for value in node.inputs if value is not None):
+        if node.op_type in _MASKED and any(value in masked for value in node.inputs if value is not None):
             masked.update(node.outputs)
     return masked
 
@@ -184,16 +212,23 @@ def _as(value: ir.Value, dtype: ir.DataType, state: _State) -> ir.Value:
     """The same number in another type: a converted constant, or one Cast for all who ask."""
     if (value, dtype) in state.casts:
         return state.casts[value, dtype]
-    suffix = dtype.name.lower()
+    suffix, producer = dtype.name.lower(), value.producer()
     result = ir.Value(name=f"{value.name}.{suffix}", shape=value.shape, type=ir.TensorType(dtype))
-    if value.const_value is not None:
+    if producer is not None and producer.op_type == "DequantizeLinear":
+        # A Cast would hide from engines that the product behind is one of integers.
+        scale = producer.inputs[1]
+        assert scale is not None
+        inputs = [producer.inputs[0], _as(scale, dtype, state), *producer.inputs[2:]]
+        again = ir.Node("", producer.op_type, inputs, producer.attributes.values(), outputs=[result])
+        again.name = f"{producer.name}/{suffix}"
+        state.graph.insert_after(producer, again)
+    elif value.const_value is not None:
         # Lazily, or two copies of all weights would be in memory at once.
         array = value.const_value.numpy().astype(dtype.numpy())
         result.const_value = ir.tensor(array, name=result.name)
         state.graph.initializers[result.name or ""] = result
     else:
         cast = ir.Node("", "Cast", [value], [ir.AttrInt64("to", int(dtype))], outputs=[result])
-        producer = value.producer()
         cast.name = f"{producer.name if producer else value.name}/Cast_{suffix}"
         if producer is None:
             state.graph.insert_before(state.graph[0], cast)

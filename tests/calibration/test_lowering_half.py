@@ -11,9 +11,12 @@ import onnx_ir.passes.common
 import pytest
 
 from perceiver_export.calibration.lowering.half import to_half
+from perceiver_export.calibration.lowering.tensorrt_bundle import sqnr
+from tests.calibration.lint_cases import compiled, refused, rules
 from tests.calibration.onnx_text import write
 from tests.calibration.reference_runs import run
 
+INTEGERS = np.random.default_rng(0).integers(-127, 127, (128, 128)).astype(np.int8)
 SCORES = """(float[2,8] q, float[8,3] k, float[1,3] keep) => (float[2,8] y) {
     s = MatMul(q, k)  left = Mul(keep, lowest)  t = Add(s, left)  p = Softmax<axis = -1>(t)  y = MatMul(p, v) }"""
 
@@ -74,3 +77,42 @@ def test_scales_too_small_for_fp16_stay_fp32(tmp_path: Path) -> None:
     ir.passes.common.ShapeInferencePass()(model)
 
     assert to_half(model, "fp16") == dict.fromkeys(("QuantizeLinear_0", "DequantizeLinear_1"), "its scale is 1e-06")
+
+
+def test_products_of_integers_have_scales_of_one_type(tmp_path: Path) -> None:
+    """TensorRT for RTX 1.7.1 stops with a type mismatch where one scale is fp16 and the other fp32."""
+    body = """(float[1,32,128] x) => (float[1,32,128] y) { c = QuantizeLinear(x, s, z)  d = DequantizeLinear(c, s, z)
+        e = DequantizeLinear<axis = 1>(w, t)  f = DequantizeLinear<axis = 1>(w, u)  a = MatMul(d, e)  b = MatMul(d, f)
+        y = Add(a, b) }"""
+    t, u, s = np.full(128, 1e-6, np.float32), np.full(128, 1e-2, np.float32), np.array(0.02, np.float32)
+    path = write(tmp_path / "p.onnx", body, w=INTEGERS, z=np.array(0, np.int8), t=t, u=u, s=s)
+    model = ir.load(path)
+    ir.passes.common.ShapeInferencePass()(model)
+    feeds = {"x": np.random.default_rng(1).normal(size=(1, 32, 128)).astype(np.float32)}
+    expected = run(path, feeds)["y"]
+
+    assert set(to_half(model, "fp16")) == {"DequantizeLinear_2", "MatMul_4", "MatMul_5"}
+    ir.save(model, tmp_path / "lowered.onnx")
+    assert rules(tmp_path / "lowered.onnx", "1.7", "tensorrt-rtx") == set()
+    assert compiled(tmp_path / "lowered.onnx").int8_products == 2
+    assert sqnr(expected, run(model, feeds, tmp_path)["y"]) > 50
+
+
+@pytest.mark.parametrize(
+    "products",
+    [
+        "f = Cast<to = 10>(e)  a = MatMul(d, f)  y = Cast<to = 1>(a)",
+        "f = DequantizeLinear<axis = 1>(w, u)  g = DequantizeLinear(c, r, z)  a = MatMul(g, e)  b = MatMul(d, f)"
+        "  h = Cast<to = 1>(b)  y = Add(a, h)",
+    ],
+    ids=["of one product", "of two that read one tensor"],
+)
+def test_scales_of_two_types_do_not_compile(products: str, tmp_path: Path) -> None:
+    body = f"""(float16[1,32,128] x) => (float[1,32,128] y) {{ c = QuantizeLinear(x, s, z)
+        d = DequantizeLinear(c, s, z)  e = DequantizeLinear<axis = 1>(w, t)  {products} }}"""
+    t, u = np.full(128, 1e-2, np.float32), np.full(128, 1e-2, np.float16)
+    s, r = np.array(0.02, np.float16), np.array(0.02, np.float32)
+    path = write(tmp_path / "p.onnx", body, w=INTEGERS, z=np.array(0, np.int8), t=t, s=s, u=u, r=r)
+
+    assert rules(path, "1.7", "tensorrt-rtx") == {"scale-type"}
+    assert "type" in refused(path).partition("could not compile")[2]

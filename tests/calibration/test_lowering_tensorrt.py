@@ -199,10 +199,19 @@ def test_looking_for_overflow_keeps_no_tensor_alive(tmp_path: Path) -> None:
     assert growth < 4 * MEBIFLOATS * LONG / 4  # MiB; all of them at once would be four times that
 
 
-def test_what_overflows_stays_fp32_where_it_was_seen_to(fashion_bundle: Path, tmp_path: Path) -> None:
-    bundle = open_bundle(fashion_bundle)
+@pytest.fixture(scope="module")
+def convolution(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pads pictures with minus infinity in front of its pooling."""
+    return export(small_models.pictures(), tmp_path_factory.mktemp("convolution") / "convolution").path
+
+
+@pytest.mark.parametrize(("model", "factor"), [("fashion_bundle", 3e4), ("convolution", 1e6)])
+def test_what_overflows_stays_fp32_where_it_was_seen_to(
+    model: str, factor: float, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    bundle = open_bundle(request.getfixturevalue(model))
     feeds = golden_inputs(bundle, "model")
-    ir.save(scaled_inside(bundle, 3e4), tmp_path / "scaled.onnx", external_data="scaled.weights")
+    ir.save(scaled_inside(bundle, factor), tmp_path / "scaled.onnx", external_data="scaled.weights")
     hazards = magnitudes(tmp_path / "scaled.onnx", feeds)
     expected = run(tmp_path / "scaled.onnx", feeds)["logits"]
 
