@@ -85,7 +85,7 @@ def quantize(
         write_quantized(source, options, observation, directory, path.name, min_coverage, report)
         compare_with_fp32(source, observation, directory, threads)
         if gated:
-            _judge(directory, source, data, {**gates, "metric": metric})
+            _judge(directory, source, data, {**gates, "metric": metric, "threads": threads})
     report("done", 1, 1)
     return open_bundle(path)
 
@@ -263,12 +263,12 @@ def _quantization(
     )
 
 
-def _judge(directory: Path, source: Bundle, data: Data, gates: Mapping[str, Any]) -> None:
+def _judge(directory: Path, source: Bundle, data: Data, options: Mapping[str, Any]) -> None:
     """`validate`'s gates, into the record of a bundle before it is published. Raises GateError, UndecidedError."""
     from perceiver_export.calibration.validation import validate
 
     assert isinstance(data, (str, Path))
-    found = validate(directory, data, against=source, **gates)
+    found = validate(directory, data, against=source, **options)
     try:
         found.require()
     except UndecidedError as error:
