@@ -37,6 +37,7 @@ from perceiver_export.runtimes.runtime import Array
 from perceiver_export.runtimes.tasks.arrays import check_tokens, vocabulary_sizes
 
 RANDOM = "random"
+ITERABLE = "an iterable"  # what data is called that has no name
 Data = str | Path | Iterable[Mapping[str, Array]]
 
 _LABELS = ("label", "labels")
