@@ -10,8 +10,9 @@
 | video autoencoding | arrays by the inputs' names | the inputs themselves |
 | sets, arrays | arrays by the inputs' names | any other array, for a metric of one's own |
 
-Arrays come in an .npz, a directory of them, or from module:function as dicts without the batch; a mask of an input,
-``NAME_mask``, may be left out. Each example is held against what the model takes before it runs.
+Arrays come in an .npz, a directory of them, or from module:function as dicts without the batch, or with an axis of 1 in
+front; a mask of an input, ``NAME_mask``, may be left out. Each example is held against what the model takes before it
+runs.
 """
 
 from __future__ import annotations
@@ -159,6 +160,8 @@ def _checked(name: str, given: Any, spec: TensorSpec) -> Array:
         found = "missing" if given is None else f"a {type(given).__name__}"
         raise DataError(f"{name}: {spec.name!r} is {found}", f"give {dtype} {list(shape)}")
     array: Array = given.astype(dtype) if dtype.kind == "i" and given.dtype.kind in "iub" else given
+    if array.ndim == len(shape) + 1 and len(array) == 1:
+        array = array[0]
     fits = len(array.shape) == len(shape) and all(
         isinstance(size, str) or size == found for size, found in zip(shape, array.shape, strict=True)
     )

@@ -100,6 +100,24 @@ def test_samples_without_a_label_have_none(pictures: Manifest) -> None:
     assert example.label is None
 
 
+def test_an_axis_of_one_in_front_is_a_batch_to_both(sentiment: Path, tmp_path: Path) -> None:
+    tokens = np.random.default_rng(0).integers(6, 262, (2, 1, 32))
+    np.savez(tmp_path / "data.npz", tokens=tokens)
+    np.savez(tmp_path / "two.npz", tokens=tokens.reshape(1, 2, 32))
+    manifest = read_manifest(sentiment)
+
+    with open_task(sentiment) as task:
+        validated = [example.feeds for example in open_examples(task, tmp_path / "data.npz").stream]
+        with pytest.raises(DataError, match=r"shape \[2, 32\]"):
+            list(open_examples(task, tmp_path / "two.npz").stream)
+    calibrated = [example.feeds for example in open_feeds(tmp_path / "data.npz", manifest).stream]
+    with pytest.raises(DataError, match=r"int64 \[2, 32\]"):
+        list(open_feeds(tmp_path / "two.npz", manifest).stream)
+
+    for found in (validated, calibrated):
+        np.testing.assert_array_equal(np.stack([one["tokens"] for one in found]), tokens[:, 0])
+
+
 @pytest.mark.parametrize(
     ("label", "found"), [("good", 1), (1, 1), (np.int64(1), 1), (np.array(1), 1), (1.0, 1), ("1", 1), (True, 1)]
 )
