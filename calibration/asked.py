@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 
@@ -79,6 +80,15 @@ def check_asked(asked: Asked, family: ModuleType, has_reference: bool) -> None:
     if asked.change is not None and (asked.metric is None or ":" not in asked.metric):
         first = next(metric for metric in family.METRICS if _can_change(metric))
         _check_change(asked, first if asked.metric is None else find_metric(family.METRICS, asked.metric))
+
+
+def asked_against_fp32(family: ModuleType, **gates: Any) -> Asked:
+    """`Asked.of` for those who gate a quantized bundle against the one that it is made from. Raises UsageError."""
+    asked = Asked.of(**gates)
+    if asked.metric is not None and asked.change is None:
+        raise UsageError("--metric has no effect without --max-metric-change", "give both, or neither")
+    check_asked(asked, family, has_reference=True)
+    return asked
 
 
 def _check_change(asked: Asked, metric: Metric) -> None:

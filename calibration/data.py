@@ -18,12 +18,12 @@ import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from perceiver_export.calibration.user_code import current_directory_importable, find_function
-from perceiver_export.runtimes.errors import DataError, PerceiverExportError, UsageError
+from perceiver_export.calibration.labels import label_index
+from perceiver_export.calibration.user_code import call_function
+from perceiver_export.runtimes.errors import DataError
 from perceiver_export.runtimes.pictures import PICTURE_FILES
 from perceiver_export.runtimes.runtime import Array
 
@@ -74,7 +74,7 @@ def _open_directory(path: Path, labels: tuple[str, ...]) -> Data:
         for folder in sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith(".")):
             files = [file for file in sorted(folder.iterdir()) if _is_picture(file)]
             if files:
-                label = _label(folder.name, labels, f"folder {folder}")
+                label = label_index(folder.name, labels, f"folder {folder}")
                 samples += [Sample(file, label, f"{folder.name}/{file.name}") for file in files]
     if not samples:
         raise DataError(f"{path} holds no pictures and no .npz", f"pictures end in {', '.join(sorted(PICTURE_FILES))}")
@@ -88,7 +88,7 @@ def _from_csv(path: Path, labels: tuple[str, ...]) -> Iterator[Sample]:
             raise DataError(
                 f"{path}/labels.csv names {name!r}, which does not exist", "paths start at the csv's folder"
             )
-        yield Sample(path / name, _label(row["label"] or "", labels, f"labels.csv, file {name}"), name)
+        yield Sample(path / name, label_index(row["label"] or "", labels, f"labels.csv, file {name}"), name)
 
 
 def _rows(path: Path) -> list[dict[str, str | None]]:
@@ -131,7 +131,7 @@ def _check_archive(path: Path, arrays: Mapping[str, Array], labels: tuple[str, .
         if found.shape != (len(images),) or found.dtype.kind not in "iu":
             raise DataError(f"`labels` in {path} does not fit {len(images)} pictures", "give one integer a picture")
         for index in np.unique(found):
-            _check_index(int(index), labels, str(path))
+            label_index(index, labels, str(path))
     return len(images)
 
 
@@ -173,52 +173,13 @@ def read_archives(paths: Iterable[Path]) -> Iterator[tuple[Path, dict[str, Array
             yield path, {name: _member(path, arrays, name) for name in arrays}
 
 
-def call_function(spec: str) -> Iterator[Any]:
-    """What ``module:function`` gives. Raises DataError where it cannot be imported, or gives no iterable."""
-    with current_directory_importable():  # while it gives samples too: it may import as it goes
-        yield from _call(spec)
-
-
 def _from_function(spec: str, labels: tuple[str, ...]) -> Iterator[Sample]:
     for index, item in enumerate(call_function(spec)):
         if not isinstance(item, Mapping) or "image" not in item or not isinstance(item["image"], np.ndarray):
             raise DataError(f"{spec} gave something else than {{'image': array}}", "give dicts of numpy arrays")
         label = item.get("label")
         name = f"{spec.partition(':')[2]}[{index}]"
-        yield Sample(item["image"], None if label is None else _label(str(label), labels, spec), name)
-
-
-def _call(spec: str) -> Iterable[Any]:
-    try:
-        samples: Iterator[Any] = iter(find_function(spec)())
-    except UsageError as error:
-        raise DataError(error.message, error.hint) from error
-    except PerceiverExportError:
-        raise
-    except TypeError as error:
-        raise DataError(
-            f"{spec} gives no iterable: {error}", "it takes no argument and yields dicts of arrays"
-        ) from error
-    return samples
-
-
-def _label(text: str, labels: tuple[str, ...], where: str) -> int:
-    if text in labels:
-        return labels.index(text)
-    try:
-        index = int(text)
-    except ValueError as error:
-        raise DataError(
-            f"{where}: {text!r} is not a label of this model",
-            f"give an index from 0, or one of: {', '.join(labels[:12])}",
-        ) from error
-    _check_index(index, labels, where)
-    return index
-
-
-def _check_index(index: int, labels: tuple[str, ...], where: str) -> None:
-    if not 0 <= index < len(labels):
-        raise DataError(f"{where}: label {index} is out of range", f"this model has {len(labels)} labels, from 0")
+        yield Sample(item["image"], None if label is None else label_index(label, labels, name), name)
 
 
 def _is_picture(path: Path) -> bool:

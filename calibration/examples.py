@@ -10,8 +10,9 @@
 | video autoencoding | arrays by the inputs' names | the inputs themselves |
 | sets, arrays | arrays by the inputs' names | any other array, for a metric of one's own |
 
-Arrays come in an .npz, a directory of them, or from module:function as dicts without the batch; a mask of an input,
-``NAME_mask``, may be left out. Each example is held against what the model takes before it runs.
+Arrays come in an .npz, a directory of them, or from module:function as dicts without the batch, or with an axis of 1 in
+front; a mask of an input, ``NAME_mask``, may be left out. Each example is held against what the model takes before it
+runs.
 """
 
 from __future__ import annotations
@@ -26,11 +27,13 @@ from typing import Any
 import numpy as np
 
 from perceiver_export.calibration.data import Sample, open_data
-from perceiver_export.calibration.functions import import_function
+from perceiver_export.calibration.frames import with_frames
+from perceiver_export.calibration.labels import label_index
 from perceiver_export.calibration.masking import mask_tokens
 from perceiver_export.calibration.masks import require_masks, with_masks
+from perceiver_export.calibration.user_code import call_function
 from perceiver_export.runtimes.byte_tokenizer import ByteTokenizer
-from perceiver_export.runtimes.errors import DataError, InputError, PerceiverExportError, UsageError
+from perceiver_export.runtimes.errors import DataError, InputError
 from perceiver_export.runtimes.manifest import Manifest, TensorSpec
 from perceiver_export.runtimes.runtime import Array
 from perceiver_export.runtimes.tasks.arrays import read_arrays
@@ -113,9 +116,7 @@ def _maker(manifest: Manifest, specs: Mapping[str, TensorSpec]) -> Callable[[_Ro
             except InputError as error:
                 raise DataError(f"{name}: {error.message}", error.hint) from error
             values |= {key: array[0] for key, array in encoded.items()}
-        if "frames" in specs and getattr(values.get("frames"), "dtype", None) == np.uint8:
-            values["frames"] = _signed(values["frames"])
-        values = with_masks(values, specs.values(), name)
+        values = with_masks(with_frames(values, manifest), specs.values(), name)
         feeds = {key: _checked(name, values.pop(key, None), spec) for key, spec in specs.items()}
         require_masks(feeds, specs.values(), name)
         digest = digest_of(feeds)
@@ -134,28 +135,14 @@ def _targets(manifest: Manifest, name: str, feeds: Arrays, values: dict[str, Any
     label = values.pop("label", values.pop("labels", None))
     targets = {key: np.asarray(value) for key, value in values.items()}
     if label is not None:
-        targets["label"] = np.asarray(_label(name, label, manifest))
+        count = len(manifest.labels) or int(interface(manifest)[1][0].shape[-1])
+        targets["label"] = np.asarray(label_index(label, manifest.labels, name, count))
     if manifest.task == "optical-flow" and "flow" in targets:
         expected = (*feeds["frames"].shape[-2:], 2)
         if targets["flow"].shape != expected or targets["flow"].dtype.kind != "f":
             found = targets["flow"]
             raise DataError(f"{name}: `flow` is {found.dtype} {list(found.shape)}", f"give float {list(expected)}")
     return targets
-
-
-def _label(name: str, label: Any, manifest: Manifest) -> int:
-    if str(label) in manifest.labels:
-        return manifest.labels.index(str(label))
-    try:
-        index = int(label)
-    except (TypeError, ValueError) as error:
-        raise DataError(
-            f"{name}: {label!r} is not a label of this model", "give an index from 0, or a label"
-        ) from error
-    most = len(manifest.labels) or int(interface(manifest)[1][0].shape[-1])
-    if not 0 <= index < most:
-        raise DataError(f"{name}: label {index} is out of range", f"this model has {most} labels, from 0")
-    return index
 
 
 def _picture(task: ImageClassification, sample: Sample) -> Example:
@@ -173,6 +160,8 @@ def _checked(name: str, given: Any, spec: TensorSpec) -> Array:
         found = "missing" if given is None else f"a {type(given).__name__}"
         raise DataError(f"{name}: {spec.name!r} is {found}", f"give {dtype} {list(shape)}")
     array: Array = given.astype(dtype) if dtype.kind == "i" and given.dtype.kind in "iub" else given
+    if array.ndim == len(shape) + 1 and len(array) == 1:
+        array = array[0]
     fits = len(array.shape) == len(shape) and all(
         isinstance(size, str) or size == found for size, found in zip(shape, array.shape, strict=True)
     )
@@ -184,14 +173,6 @@ def _checked(name: str, given: Any, spec: TensorSpec) -> Array:
     if dtype.kind == "f" and not np.isfinite(array).all():
         raise DataError(f"{name}: {spec.name!r} holds NaN or infinite values", "mend the data")
     return array
-
-
-def _signed(frames: Array) -> Array:
-    """uint8 (2, H, W, 3) as the model takes it: float32 (2, 3, H, W) in [-1, 1]."""
-    scaled: Array = (frames / 255.0 * 2.0 - 1.0).astype(np.float32)
-    if scaled.ndim == 4:
-        scaled = np.moveaxis(scaled, -1, 1)
-    return scaled  # any other shape is refused where all are
 
 
 def _lines(path: Path, manifest: Manifest) -> list[_Row]:
@@ -236,15 +217,7 @@ def _count(file: Path, arrays: Arrays) -> int:
 
 
 def _from_function(spec: str) -> Iterator[_Row]:
-    try:
-        made = iter(import_function(spec)())
-    except UsageError as error:
-        raise DataError(error.message, error.hint) from error
-    except PerceiverExportError:
-        raise
-    except TypeError as error:
-        raise DataError(f"{spec} gives no iterable: {error}", "it takes no argument and yields dicts") from error
-    for index, row in enumerate(made):
+    for index, row in enumerate(call_function(spec)):
         if not isinstance(row, Mapping):
             raise DataError(f"{spec} gave a {type(row).__name__}", "it yields dicts of numpy arrays")
         yield f"{spec.partition(':')[2]}[{index}]", row

@@ -23,20 +23,25 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from perceiver_export.calibration.data import call_function, open_data, read_archives
+from perceiver_export.calibration.data import open_data, read_archives
+from perceiver_export.calibration.frames import with_frames
+from perceiver_export.calibration.labels import label_index
 from perceiver_export.calibration.masks import is_mask, require_masks, with_masks
+from perceiver_export.calibration.user_code import call_function, samples_of
 from perceiver_export.runtimes.byte_tokenizer import ByteTokenizer
-from perceiver_export.runtimes.errors import DataError, InputError, PerceiverExportError
+from perceiver_export.runtimes.errors import DataError, InputError
 from perceiver_export.runtimes.manifest import Manifest, TensorSpec
 from perceiver_export.runtimes.pictures import read_picture, to_input
 from perceiver_export.runtimes.preprocessing import ImagePreprocessing, TextPreprocessing
 from perceiver_export.runtimes.runtime import Array
-from perceiver_export.runtimes.tasks.arrays import check_tokens
+from perceiver_export.runtimes.tasks.arrays import check_tokens, vocabulary_sizes
 
 RANDOM = "random"
+ITERABLE = "an iterable"  # what data is called that has no name
 Data = str | Path | Iterable[Mapping[str, Array]]
 
 _LABELS = ("label", "labels")
+_SPECIAL, _BYTES = 6, 262  # tokens of the papers: the first are no bytes
 _NOT_DATA = ("latents", "queries")  # what a decoder takes from the encoder and from its caller
 
 
@@ -67,7 +72,8 @@ def open_feeds(data: Data, manifest: Manifest, samples: int | None = None) -> Ex
         opened = _open(data, manifest, specs, samples)
     else:
         count = len(data) if isinstance(data, Sized) else None
-        opened = Examples(_from_dicts(_spread(data, count, samples), "the data", manifest), count)
+        items = samples_of(_spread(data, count, samples), "the data")
+        opened = Examples(_from_dicts(items, "the data", manifest), count)
     count = opened.count if samples is None or opened.count is None else min(samples, opened.count)
     return Examples(_checked(itertools.islice(opened.stream, samples), manifest), count)
 
@@ -95,7 +101,7 @@ def _spread(items: Iterable[_T], count: int | None, samples: int | None) -> Iter
 def _open(data: str | Path, manifest: Manifest, specs: tuple[TensorSpec, ...], samples: int | None) -> Examples:
     path, text = Path(data), str(data)
     if text == RANDOM:
-        return Examples(_random(specs), None)
+        return Examples(_random(manifest, specs), None)
     if ":" in text and not path.exists():
         return Examples(_from_dicts(call_function(text), text, manifest), None)
     if isinstance(manifest.preprocessing, ImagePreprocessing):
@@ -152,7 +158,7 @@ def _texts(lines: Iterable[tuple[int, str]], path: Path, manifest: Manifest) -> 
             feeds = {name: array[0] for name, array in tokenizer([text]).items()}
         except InputError as error:
             raise DataError(f"{where}: {error.message}", error.hint) from error
-        yield Example(feeds, _index(label, manifest.labels, where), where)
+        yield Example(feeds, _label(label, manifest, where), where)
 
 
 def _from_archives(paths: list[Path], manifest: Manifest, samples: int | None) -> Examples:
@@ -189,24 +195,13 @@ def _rows(paths: list[Path], manifest: Manifest) -> Iterator[Example]:
         inputs = {name: array for name, array in arrays.items() if name not in _LABELS}
         for index in range(len(next(iter(inputs.values())))):
             where = f"{path.name}[{index}]"
-            label = None if labels is None else _index(labels[index], manifest.labels, where)
+            label = None if labels is None else _label(labels[index], manifest, where)
             yield Example({name: array[index] for name, array in inputs.items()}, label, where)
 
 
 def _from_dicts(items: Iterable[Any], where: str, manifest: Manifest) -> Iterator[Example]:
     steps = manifest.preprocessing
-    iterator = iter(items)
-    index = -1
-    while True:
-        try:
-            item = next(iterator)
-        except StopIteration:
-            return
-        except PerceiverExportError:
-            raise
-        except Exception as error:  # the user's own code may raise anything
-            raise DataError(f"{where} failed at sample {index + 1}: {error!r}", "mend the function") from error
-        index += 1
+    for index, item in enumerate(items):
         name = f"{where}[{index}]"
         if not isinstance(item, Mapping) or not all(
             isinstance(array, np.ndarray) for key, array in item.items() if key not in _LABELS
@@ -216,12 +211,13 @@ def _from_dicts(items: Iterable[Any], where: str, manifest: Manifest) -> Iterato
         label = next((item[key] for key in _LABELS if key in item), None)
         if isinstance(steps, ImagePreprocessing) and "image" in feeds and feeds["image"].dtype == np.uint8:
             feeds["image"] = to_input(feeds["image"], steps)
-        yield Example(feeds, _index(label, manifest.labels, name), name)
+        yield Example(feeds, _label(label, manifest, name), name)
 
 
-def _random(specs: tuple[TensorSpec, ...]) -> Iterator[Example]:
-    """Normal numbers; random tokens. Masks are left out: nothing is masked."""
+def _random(manifest: Manifest, specs: tuple[TensorSpec, ...]) -> Iterator[Example]:
+    """Normal numbers; random tokens that the model knows. Masks are left out: nothing is masked."""
     generator, index = np.random.default_rng(0), 0
+    known = vocabulary_sizes(manifest)
     while True:
         feeds = {}
         for spec in specs:
@@ -229,7 +225,9 @@ def _random(specs: tuple[TensorSpec, ...]) -> Iterator[Example]:
             if spec.dtype == "float32":
                 feeds[spec.name] = generator.normal(size=shape).astype(np.float32)
             elif not is_mask(spec.name):
-                feeds[spec.name] = generator.integers(6, 262, shape).astype(spec.dtype)
+                count = known.get(spec.name, _BYTES)
+                first = _SPECIAL if count > _SPECIAL else 0
+                feeds[spec.name] = generator.integers(first, count, shape).astype(spec.dtype)
         yield Example(feeds, None, f"random[{index}]")
         index += 1
 
@@ -240,7 +238,7 @@ def _checked(examples: Iterable[Example], manifest: Manifest) -> Iterator[Exampl
     names = {spec.name for spec in specs}
     for example in examples:
         feeds = {}
-        given = with_masks(example.feeds, specs, example.name)
+        given = with_masks(with_frames(example.feeds, manifest), specs, example.name)
         unknown = sorted(name for name in set(given) - names if not _is_target(name, manifest))
         if unknown:
             raise DataError(
@@ -285,17 +283,6 @@ def _sample_shape(spec: TensorSpec) -> tuple[int, ...]:
     return tuple(dim if isinstance(dim, int) else spec.ranges.get(dim, (1, 1))[1] for dim in spec.shape[1:])
 
 
-def _index(label: Any, labels: tuple[str, ...], where: str) -> int | None:
-    """A label, by number or name, as its number; None where there is none, or the model has no labels."""
-    if label is None or not labels:
-        return None
-    if isinstance(label, (np.ndarray, np.generic)) and label.ndim == 0:
-        label = label.item()
-    if isinstance(label, int) and 0 <= label < len(labels):
-        return label
-    if isinstance(label, str) and label in labels:
-        return labels.index(label)
-    raise DataError(
-        f"{where}: {label!r} is not a label of this model",
-        f"it has {len(labels)}, from 0, or by name: {', '.join(labels[:8])}",
-    )
+def _label(label: Any, manifest: Manifest, where: str) -> int | None:
+    """A label's number; None where there is none, or the model has no labels."""
+    return None if label is None or not manifest.labels else label_index(label, manifest.labels, where)

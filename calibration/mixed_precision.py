@@ -29,7 +29,7 @@ from typing import Any
 
 import msgspec
 
-from perceiver_export.calibration.asked import Asked, check_asked
+from perceiver_export.calibration.asked import asked_against_fp32
 from perceiver_export.calibration.certificate import certify
 from perceiver_export.calibration.ladder import Ladder
 from perceiver_export.calibration.metrics import family
@@ -102,7 +102,7 @@ def search(
     refuse_place(path, overwrite, bundle)
     source = open_bundle(bundle)
     options = part_options(source, scheme, **wishes)
-    check_asked(Asked.of(max_drop, min_agreement, max_metric_change, metric), family(source.manifest), True)
+    asked_against_fp32(family(source.manifest), **gates, metric=metric)
     targets = search_targets(device, source)
     searched = check_splits(source, calibrate, search_on, certify_on, allow_overlap)
     settings = {"against": source, "against_device": targets[0], "threads": threads, **gates, "metric": metric}

@@ -12,7 +12,7 @@ import numpy as np
 from perceiver_export.calibration.activations import Statistics
 from perceiver_export.calibration.collect import Observer
 from perceiver_export.calibration.data_report import DataReport, DataWatch
-from perceiver_export.calibration.feeds import RANDOM, Data, Example, open_feeds
+from perceiver_export.calibration.feeds import ITERABLE, RANDOM, Data, Example, open_feeds
 from perceiver_export.calibration.parts import Run, batch_size, batches, run_parts, stack
 from perceiver_export.calibration.resume import Progress, kept
 from perceiver_export.runtimes.bundle import Bundle
@@ -81,7 +81,7 @@ def _observe(
         for name, part in manifest.parts.items()
     }
     statistics = {name: observer.statistics for name, observer in observers.items()}
-    watch = DataWatch(manifest, str(data) if isinstance(data, (str, Path)) else "an iterable")
+    watch = DataWatch(manifest, str(data) if isinstance(data, (str, Path)) else ITERABLE)
     calls: list[Call] = []
     generator = np.random.default_rng(0)
     done = progress.load(statistics) if progress is not None else ()

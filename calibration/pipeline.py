@@ -17,7 +17,7 @@ from typing import Any
 
 import msgspec
 
-from perceiver_export.calibration.asked import Asked, check_asked
+from perceiver_export.calibration.asked import asked_against_fp32
 from perceiver_export.calibration.feeds import RANDOM, Data
 from perceiver_export.calibration.metrics import family
 from perceiver_export.calibration.observe import Observation, Report, observe
@@ -85,7 +85,7 @@ def quantize(
         write_quantized(source, options, observation, directory, path.name, min_coverage, report)
         compare_with_fp32(source, observation, directory, threads)
         if gated:
-            _judge(directory, source, data, {**gates, "metric": metric})
+            _judge(directory, source, data, {**gates, "metric": metric, "threads": threads})
     report("done", 1, 1)
     return open_bundle(path)
 
@@ -175,12 +175,8 @@ def _check_gates(source: Bundle, data: Data, gates: Mapping[str, Any]) -> bool:
     """Whether there are gates. Raises UsageError, before anything runs, where they cannot be held against DATA;
     MissingDependencyError without what bounds need.
     """
-    asked = Asked.of(**gates)
-    if asked.metric is not None and asked.change is None:
-        raise UsageError("--metric has no effect without --max-metric-change", "give both, or neither")
-    if not asked.any:
+    if not asked_against_fp32(family(source.manifest), **gates).any:
         return False
-    check_asked(asked, family(source.manifest), has_reference=True)
     if not isinstance(data, (str, Path)):
         raise UsageError("accuracy gates need data that can be read twice", "give a path or module:function")
     if str(data) == RANDOM:
@@ -263,12 +259,12 @@ def _quantization(
     )
 
 
-def _judge(directory: Path, source: Bundle, data: Data, gates: Mapping[str, Any]) -> None:
+def _judge(directory: Path, source: Bundle, data: Data, options: Mapping[str, Any]) -> None:
     """`validate`'s gates, into the record of a bundle before it is published. Raises GateError, UndecidedError."""
     from perceiver_export.calibration.validation import validate
 
     assert isinstance(data, (str, Path))
-    found = validate(directory, data, against=source, **gates)
+    found = validate(directory, data, against=source, **options)
     try:
         found.require()
     except UndecidedError as error:

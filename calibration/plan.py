@@ -24,6 +24,7 @@ Scheme = Literal["int8", "int8-weights", "int4-weights", "float"]
 def schemes_of(linears: Sequence[Linear], scheme: Scheme, precision: Mapping[str, Scheme]) -> dict[str, Scheme]:
     """The scheme of each group: that of the last pattern (`encoder.*.mlp.*`) that its name matches, else ``scheme``.
 
+    In place of int4 a weight that cannot be cut into blocks gets int8.
     Raises UsageError: an unknown scheme, or a pattern that matches nothing.
     """
     for asked in (scheme, *precision.values()):
@@ -35,7 +36,11 @@ def schemes_of(linears: Sequence[Linear], scheme: Scheme, precision: Mapping[str
         for group in groups:
             if fnmatchcase(group, pattern):
                 chosen[group] = asked
-    return chosen
+    too_odd = {linear.group for linear in linears if _block(linear.weight) is None}
+    return {
+        group: "int8-weights" if asked == "int4-weights" and group in too_odd else asked
+        for group, asked in chosen.items()
+    }
 
 
 def check_patterns(groups: Sequence[str], patterns: Sequence[str]) -> None:
@@ -63,7 +68,7 @@ def make_plans(
         if scheme == "float":
             continue
         if linear.weight not in weights:
-            weights[linear.weight] = _integers(array_of(linear.weight), scheme, bits)
+            weights[linear.weight] = _integers(linear.weight, scheme, bits)
         weight = weights[linear.weight]
         clip = clips.get(str(linear.activation.name)) if scheme == "int8" else None
         bias = corrected_bias(linear, weight, clip, statistics) if correct_bias else None
@@ -137,10 +142,17 @@ def _gram(weights: tuple[ir.Value, ...]) -> Array:
     return gram
 
 
-def _integers(weight: Array, scheme: Scheme, bits: int) -> IntegerWeight:
-    block = block_size(weight.shape[-2])
-    # TensorRT refuses an odd number of int4.
-    if scheme == "int4-weights" and weight.ndim == 2 and block is not None and weight.size % 2 == 0:
+def _integers(value: ir.Value, scheme: Scheme, bits: int) -> IntegerWeight:
+    weight, block = array_of(value), _block(value)
+    if scheme == "int4-weights" and block is not None:
         return quantize_blocks(weight, block)
     # Float activations are multiplied in float, so nothing saturates there.
     return quantize_channels(weight, bits if scheme == "int8" else 8)
+
+
+def _block(value: ir.Value) -> int | None:
+    """How many inputs of a weight share an int4 scale; None where it cannot be in int4."""
+    weight = array_of(value)
+    if weight.ndim != 2 or weight.size % 2:  # TensorRT refuses an odd number of int4
+        return None
+    return block_size(weight.shape[0])

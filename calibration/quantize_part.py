@@ -99,8 +99,6 @@ def _record(planned: PlannedPart, statistics: Statistics) -> PartRecord:
         clip = None if plan is None or plan.scale is None else plan.scale * LEVELS
         sqnr = None if plan is None else product_sqnr(linear, plan.weight, clip, statistics)
         scheme, alpha = planned.schemes[linear.group], planned.alphas.get(linear.group)
-        if plan is not None and scheme == "int4-weights" and plan.weight.bits != 4:
-            scheme = "int8-weights"  # its inputs cannot be cut into blocks
         linears.append(LinearRecord(linear.name, linear.group, scheme, linear.macs, sqnr, alpha))
     scales = {str(plan.linear.activation.name): plan.scale for plan in planned.plans if plan.scale is not None}
     ranges = tuple(

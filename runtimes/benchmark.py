@@ -141,6 +141,8 @@ def _wished(
 ) -> list[Side]:
     """What to open: a bundle that is compared with another on the same targets, whatever `auto` is for the other."""
     first = Side(str(path), device, part, threads, precision)
+    if precision is not None and first.is_graph:
+        raise UsageError(f"{path} runs in the precision that it is in", "leave --precision out, or give a bundle")
     sides = [first] if against is None else [first, Side(str(against), device, part, threads)]
     if device == "all":
         targets = [found.target for found in devices()]

@@ -14,8 +14,8 @@ from typing import Literal
 
 import numpy as np
 
-from perceiver_export.calibration.functions import import_function
 from perceiver_export.calibration.metrics.base import Column, Metric
+from perceiver_export.calibration.user_code import current_directory_importable, find_function
 from perceiver_export.runtimes.errors import DataError, PerceiverExportError, UsageError
 from perceiver_export.runtimes.runtime import Array
 
@@ -35,7 +35,8 @@ class OwnMetric:
         for row in range(count):
             sides = [{name: array[row] for name, array in side.items()} for side in (outputs, targets)]
             try:
-                value = float(self.function(*sides))
+                with current_directory_importable():  # it may import as it goes
+                    value = float(self.function(*sides))
             except PerceiverExportError:
                 raise
             except Exception as error:
@@ -48,7 +49,8 @@ class OwnMetric:
 
 def load_own(spec: str) -> OwnMetric:
     """Import ``module:function``, seen from the current directory. Raises UsageError."""
-    function = import_function(spec)
+    with current_directory_importable():
+        function = find_function(spec)
     better: Literal["higher", "lower"] = getattr(function, "better", "higher")
     if better not in ("higher", "lower"):
         raise UsageError(f"{spec} has better = {better!r}", "it is 'higher' or 'lower'")

@@ -7,10 +7,11 @@ import re
 import shlex
 from collections.abc import Iterator
 
+from perceiver_export.calibration.feeds import ITERABLE
 from perceiver_export.calibration.record import Calibration
 from perceiver_export.runtimes.manifest import Manifest
 
-_SOURCE, _FP32 = "SOURCE", "BUNDLE0"
+_SOURCE, _FP32, _DATA = "SOURCE", "BUNDLE0", "DATA"
 _MIB = 1 << 20
 
 
@@ -24,7 +25,8 @@ def made_by(manifest: Manifest, record: Calibration | None) -> Iterator[str]:
     )
     yield _line("export", source, "-o", name, *_export_options(manifest))
     if record is not None:
-        yield _line("quantize", _FP32, "--data", record.data.source, "-o", manifest.name, *_quantize_options(record))
+        data = _DATA if record.data.source == ITERABLE else record.data.source
+        yield _line("quantize", _FP32, "--data", data, "-o", manifest.name, *_quantize_options(record))
 
 
 def _source(manifest: Manifest) -> str:

@@ -45,7 +45,9 @@ def run(bundle: str, inputs: list[str], output: Path | None, options: RunOptions
     if output is not None:
         check_new_directory(output, "-o", InputError)
         if output.suffix and not output.is_dir():
-            raise UsageError(f"{output} is a file's name", f"frames and sound go into a directory: -o {output.stem}")
+            raise UsageError(
+                f"{output} is a file's name", f"frames and sound go into a directory: -o {output.with_suffix('')}"
+            )
         _check_pillow()
     with (
         cast("VideoAutoencoding", options.open_task(bundle)) as task,

@@ -41,7 +41,9 @@ def validate(
     ] = None,
     against_device: Annotated[
         str | None,
-        typer.Option(help="Target of the reference, by default BUNDLE's; without --against BUNDLE itself on it."),
+        typer.Option(
+            help="Target of the reference, by default BUNDLE's (of `all` the first). Without --against: BUNDLE on it."
+        ),
     ] = None,
     max_drop: Annotated[
         float | None, typer.Option(help="Gate: most points that right answers may fall (95 % upper bound).")

@@ -151,15 +151,23 @@ def check_tokens(feeds: Mapping[str, Array], manifest: Manifest) -> None:
     """Raise InputError for a token that the model does not know: of a negative one an engine takes a row of its table
     from the end. Arrays may come with a batch or without.
     """
-    inputs = manifest.architecture.get("inputs")
-    for name, one in inputs.items() if isinstance(inputs, dict) else ():
-        count = one.get("vocabulary_size") if isinstance(one, dict) else None
+    for name, count in vocabulary_sizes(manifest).items():
         tokens = feeds.get(name)
-        if not isinstance(count, int) or tokens is None:
+        if tokens is None:
             continue
         wrong = tokens[(tokens < 0) | (tokens >= count)]
         if wrong.size:
             raise InputError(f"{name!r} holds token {wrong[0]}", f"the model knows {count} tokens, counted from 0")
+
+
+def vocabulary_sizes(manifest: Manifest) -> dict[str, int]:
+    """How many tokens each input of tokens knows."""
+    inputs = manifest.architecture.get("inputs")
+    found = {
+        name: one.get("vocabulary_size") if isinstance(one, dict) else None
+        for name, one in (inputs.items() if isinstance(inputs, dict) else ())
+    }
+    return {name: count for name, count in found.items() if isinstance(count, int)}
 
 
 def read_arrays(path: str | os.PathLike[str]) -> dict[str, npt.NDArray[Any]] | npt.NDArray[Any]:

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import itertools
+import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +14,20 @@ import pytest
 
 from perceiver_export.calibration import measure_sensitivity, quantize
 from perceiver_export.calibration.collect import Observer
+from perceiver_export.calibration.data import open_data
+from perceiver_export.calibration.examples import open_examples
 from perceiver_export.calibration.feeds import open_feeds
+from perceiver_export.calibration.labels import label_index
 from perceiver_export.exporter import export
+from perceiver_export.exporter.perceiver import architectures
+from perceiver_export.exporter.perceiver.config import TokenInput
+from perceiver_export.runtimes import open_task
+from perceiver_export.runtimes.bundle import read_manifest
 from perceiver_export.runtimes.errors import DataError, UsageError
 from perceiver_export.runtimes.manifest import Manifest
 from tests.calibration.graphs import build, save
+from tests.cli import small_models
 from tests.cli.commands import fail
-from tests.cli.small_models import flow as small_flow
 from tests.conftest import FASHION
 
 TEXT = FASHION.parent / "text_bytes"
@@ -33,6 +43,28 @@ def texts(text_bundle: Path) -> Manifest:
     from perceiver_export.runtimes import open_bundle
 
     return open_bundle(text_bundle).manifest
+
+
+@pytest.fixture(scope="module")
+def sentiment(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return export(small_models.sentiment(), tmp_path_factory.mktemp("sentiment") / "sentiment").path
+
+
+def as_quantize(bundle: Path, data: Path) -> Any:
+    (example,) = open_feeds(data, read_manifest(bundle)).stream
+    return example.label
+
+
+def as_validate(bundle: Path, data: Path) -> Any:
+    with open_task(bundle) as task:
+        (example,) = open_examples(task, data).stream
+    return example.targets["label"]
+
+
+def arrays_with(label: Any, folder: Path) -> Path:
+    """One sample of tokens."""
+    np.savez(folder / "data.npz", tokens=np.full((1, 32), 70, np.int32), label=np.array([label]))
+    return folder / "data.npz"
 
 
 @pytest.fixture(scope="module")
@@ -62,17 +94,120 @@ def test_numbers_that_do_not_fit_the_models_type_are_refused(texts: Manifest, pi
         list(open_feeds([{"image": np.full((3, 28, 28), 1e300)}], pictures).stream)
 
 
-@pytest.mark.parametrize(("label", "found"), [("Shirt", 6), (np.int64(6), 6), (np.array(6), 6), (None, None)])
-def test_labels_come_by_number_or_name(pictures: Manifest, label: Any, found: int | None) -> None:
-    (example,) = open_feeds([{"image": np.zeros((3, 28, 28), np.float32), "label": label}], pictures).stream
-    assert example.label == found
+def test_samples_without_a_label_have_none(pictures: Manifest) -> None:
+    sample: dict[str, Any] = {"image": np.zeros((3, 28, 28), np.float32), "label": None}
+    (example,) = open_feeds([sample], pictures).stream
+    assert example.label is None
 
 
-@pytest.mark.parametrize("label", [99, -1, 1.5, "Shoe", np.arange(2)])
-def test_labels_that_the_model_does_not_have_are_refused(pictures: Manifest, label: Any) -> None:
-    samples = [{"image": np.zeros((3, 28, 28), np.float32), "label": label}]
-    with pytest.raises(DataError, match=r"the data\[0\]: .* is not a label of this model"):
-        list(open_feeds(samples, pictures).stream)
+def test_an_axis_of_one_in_front_is_a_batch_to_both(sentiment: Path, tmp_path: Path) -> None:
+    tokens = np.random.default_rng(0).integers(6, 262, (2, 1, 32))
+    np.savez(tmp_path / "data.npz", tokens=tokens)
+    np.savez(tmp_path / "two.npz", tokens=tokens.reshape(1, 2, 32))
+    manifest = read_manifest(sentiment)
+
+    with open_task(sentiment) as task:
+        validated = [example.feeds for example in open_examples(task, tmp_path / "data.npz").stream]
+        with pytest.raises(DataError, match=r"shape \[2, 32\]"):
+            list(open_examples(task, tmp_path / "two.npz").stream)
+    calibrated = [example.feeds for example in open_feeds(tmp_path / "data.npz", manifest).stream]
+    with pytest.raises(DataError, match=r"int64 \[2, 32\]"):
+        list(open_feeds(tmp_path / "two.npz", manifest).stream)
+
+    for found in (validated, calibrated):
+        np.testing.assert_array_equal(np.stack([one["tokens"] for one in found]), tokens[:, 0])
+
+
+@pytest.mark.parametrize(
+    ("label", "found"), [("good", 1), (1, 1), (np.int64(1), 1), (np.array(1), 1), (1.0, 1), ("1", 1), (True, 1)]
+)
+def test_labels_come_by_number_or_name(sentiment: Path, tmp_path: Path, label: Any, found: int) -> None:
+    data = arrays_with(label, tmp_path)
+    assert (as_quantize(sentiment, data), as_validate(sentiment, data)) == (found, found)
+
+
+@pytest.mark.parametrize(
+    ("label", "said"),
+    [(2, "label 2 is out of range"), (-1, "label -1 is out"), (0.6, "0.6 is not a label"), ("ugly", "'ugly' is not")],
+)
+def test_labels_that_the_model_does_not_have_are_refused(
+    sentiment: Path, tmp_path: Path, label: Any, said: str
+) -> None:
+    """By both alike: a fraction that is cut to a number makes a right answer of a wrong one."""
+    data = arrays_with(label, tmp_path)
+    for reader in (as_quantize, as_validate):
+        with pytest.raises(DataError, match=said):
+            reader(sentiment, data)
+    with pytest.raises(DataError, match="is not a label"):
+        label_index(np.arange(2), ("bad", "good"), "here")
+
+
+def test_a_name_that_is_a_number_goes_before_the_number() -> None:
+    assert [label_index(label, ("1", "0"), "here") for label in ("1", "0", 1, 0)] == [0, 1, 1, 0]
+
+
+def test_random_tokens_are_tokens_that_the_model_knows(tmp_path: Path) -> None:
+    """A vocabulary smaller than the papers' 262 bytes: what `quantize` draws itself, it must not refuse."""
+    for known in (40, 3):
+        config = architectures.text_classifier(TokenInput(known, 32, 24), small_models.ENCODER, 2, "deepmind")
+        manifest = export(small_models.loaded(config, "arrays", None), tmp_path / str(known)).manifest
+        drawn = [example.feeds["tokens"] for example in itertools.islice(open_feeds("random", manifest).stream, 20)]
+        assert (np.min(drawn), np.max(drawn)) == (6 if known > 6 else 0, known - 1)
+
+
+def test_pixels_of_frames_are_prepared_for_both(tmp_path: Path) -> None:
+    bundle = export(small_models.flow(), tmp_path / "flow")
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 2, 16, 24, 3)).astype(np.uint8)
+    np.savez(tmp_path / "data.npz", frames=pixels)
+    expected = np.moveaxis((pixels / 255.0 * 2.0 - 1.0).astype(np.float32), -1, 2)
+
+    with open_task(bundle) as task:
+        validated = [example.feeds["frames"] for example in open_examples(task, tmp_path / "data.npz").stream]
+    calibrated = [example.feeds["frames"] for example in open_feeds(tmp_path / "data.npz", bundle.manifest).stream]
+
+    for found in (validated, calibrated):
+        np.testing.assert_array_equal(np.stack(found), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("fails_at_once", r"failed: KeyError\('x'\)"),
+        ("fails_later", "failed at sample 1: ZeroDivisionError"),
+        ("no_iterable", "gives no iterable"),
+        ("not_there", "cannot be imported"),
+    ],
+)
+def test_a_function_that_fails_is_one_error_for_all_who_call_it(
+    name: str, said: str, sentiment: Path, pictures: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module, sample in (
+        ("texts_fail", "tokens=numpy.ones(32, int)"),
+        ("pictures_fail", "image=numpy.zeros((9, 9))"),
+    ):
+        (tmp_path / f"{module}.py").write_text(
+            "import numpy\n"
+            "def fails_at_once(): raise KeyError('x')\n"
+            f"def fails_later():\n    yield dict({sample})\n    1 / 0\n"
+            "def no_iterable(): return 3\n"
+        )
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    monkeypatch.chdir(tmp_path)
+    path = list(sys.path)
+
+    with open_task(sentiment) as task:
+        streams: dict[str, list[Callable[[str], Iterable[Any]]]] = {
+            "texts_fail": [
+                lambda spec: open_examples(task, spec).stream,
+                lambda spec: open_feeds(spec, task.manifest).stream,
+            ],
+            "pictures_fail": [lambda spec: open_data(spec, pictures.labels).samples],
+        }
+        for module, readers in streams.items():
+            for read in readers:
+                with pytest.raises(DataError, match=f"^{module}:{name} {said}"):
+                    list(read(f"{module}:{name}"))
+    assert sys.path == path
 
 
 def test_an_iterables_pixels_are_prepared_as_a_functions_are(pictures: Manifest) -> None:
@@ -95,7 +230,7 @@ def test_lines_are_named_as_an_editor_counts_them(texts: Manifest, tmp_path: Pat
 
 def test_what_is_validated_on_can_be_calibrated_on(tmp_path: Path) -> None:
     """An .npz of frames and true flow serves `quantize --max-metric-change`, which both calibrates and validates."""
-    manifest = export(small_flow(), tmp_path / "flow").manifest
+    manifest = export(small_models.flow(), tmp_path / "flow").manifest
     (spec,) = (one for one in manifest.parts["model"].inputs if one.name == "frames")
     shape = [int(size) for size in spec.shape[1:]]
     frames = np.zeros((2, *shape), np.float32)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from perceiver_export.calibration import quantize
+from perceiver_export.calibration import measure_sensitivity, quantize
 from perceiver_export.calibration.effects import RUNNERS, Runner, openvino_runner, ort_runner
 from perceiver_export.calibration.plan import decibels
 from perceiver_export.calibration.quantize_part import PartOptions
@@ -56,6 +56,11 @@ def test_the_trained_model_runs_on_both_engines(fashion_bundle: Path, tmp_path: 
     schemes = [one.scheme for one in calibration.parts["model"].linears]
     assert set(schemes) == {"int4-weights", "int8-weights"}
     assert schemes.count("int8-weights") == 1  # 261 channels
+
+    ranking = measure_sensitivity(fashion_bundle, FASHION / "held_out.npz", samples=2, scheme="int4-weights")
+    assert {one.group: one.scheme for one in ranking} == {
+        one.group: one.scheme for one in calibration.parts["model"].linears
+    }
 
 
 def test_nan_on_an_engine_is_never_published(

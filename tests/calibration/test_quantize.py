@@ -16,6 +16,7 @@ from perceiver_export.calibration.effects import openvino_runner, ort_runner
 from perceiver_export.calibration.plan import decibels
 from perceiver_export.calibration.record import Calibration, read_calibration
 from perceiver_export.calibration.sensitivity import write_sensitivity
+from perceiver_export.calibration.validated import Validation
 from perceiver_export.runtimes import Bundle, load, open_bundle, open_task
 from perceiver_export.runtimes.errors import DataError, DeviceError, GateError, UsageError
 from perceiver_export.runtimes.runtime import Array
@@ -118,11 +119,23 @@ def test_it_says_what_it_is_and_what_it_was_calibrated_on(int8: Bundle, calibrat
     assert calibration.effects[0].sqnr > 24
 
 
-def test_validate_gates_hold_before_anything_is_written(plain_fashion_bundle: Path, tmp_path: Path) -> None:
+def test_validate_gates_hold_before_anything_is_written(
+    plain_fashion_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judged: list[Validation] = []
+
+    def judge(*arguments: Any, **options: Any) -> Validation:
+        judged.append(validate(*arguments, **options))
+        return judged[-1]
+
+    monkeypatch.setattr("perceiver_export.calibration.validation.validate", judge)
     data = tmp_path / "few.npz"
     with np.load(HELD_OUT) as archive:
         np.savez(data, image=archive["image"][:200], labels=archive["labels"][:200])
-    made = quantize(plain_fashion_bundle, data, tmp_path / "held", samples=40, max_drop=10.0, min_agreement=50.0)
+    options: dict[str, Any] = {"samples": 40, "threads": 1}
+    made = quantize(plain_fashion_bundle, data, tmp_path / "held", max_drop=10.0, min_agreement=50.0, **options)
+    (found,) = judged
+    assert found.candidate["threads"] == (found.reference or {})["threads"] == 1
     assert validate(made, data, against=plain_fashion_bundle).samples == 200
     with pytest.raises(GateError, match=r"not held|undecided"):
         quantize(plain_fashion_bundle, data, tmp_path / "not", samples=40, min_agreement=99.9)

@@ -168,6 +168,9 @@ def test_the_commands_say_what_the_bundle_knows_and_no_more(report: Report, int8
     typed = list(made_by(open_bundle(int8_bundle).manifest, other))[-1]
     assert typed.endswith("--no-smooth --precision 'decoder.*=float'")
 
+    nameless = msgspec.structs.replace(record, data=msgspec.structs.replace(record.data, source="an iterable"))
+    assert "--data DATA -o" in list(made_by(open_bundle(int8_bundle).manifest, nameless))[-1]
+
 
 def test_what_was_exported_otherwise_is_typed_otherwise(fashion_bundle: Path) -> None:
     manifest = open_bundle(fashion_bundle).manifest

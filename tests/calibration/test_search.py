@@ -111,6 +111,7 @@ def test_a_search_takes_all_that_quantize_takes() -> None:
         ({"calibrate": "random"}, DataError, "random"),
         ({"metric": "epe", "max_metric_change": 1}, UsageError, "no metric 'epe'"),
         ({"max_drop": -1}, UsageError, "--max-drop is -1"),
+        ({"metric": "kl"}, UsageError, "--metric has no effect without --max-metric-change"),
     ],
 )
 def test_no_option_is_ignored(

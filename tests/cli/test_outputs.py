@@ -29,7 +29,9 @@ def test_no_command_overwrites_what_it_reads(copied_bundle: Path, tmp_path: Path
     assert "is read by this command" in fail("run", copied_bundle, picture, "-o", picture)
     assert "lies inside the bundle" in fail("run", copied_bundle, picture, "-o", manifest)
     for name in ("answers.png", "answers"):  # what it writes is JSON
-        assert "hint: name a file that does: answers.json" in fail("run", copied_bundle, picture, "-o", tmp_path / name)
+        assert f"hint: name a file that does: {tmp_path / 'answers.json'}" in fail(
+            "run", copied_bundle, picture, "-o", tmp_path / name
+        )
     assert "does not end in .csv" in fail("bench", copied_bundle, "--csv", data)
     assert "lies inside the bundle" in fail("bench", copied_bundle, "--csv", copied_bundle / "a.csv")
     assert "does not end in .xml" in fail(*validate, "--junit", manifest)

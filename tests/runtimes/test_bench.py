@@ -93,6 +93,8 @@ def test_what_cannot_be_measured_is_refused(fashion_bundle: Path, tmp_path: Path
         bench(tmp_path)
     with pytest.raises(DeviceError, match="no target"):
         bench(fashion_bundle, device="abacus")
+    with pytest.raises(UsageError, match="in the precision that it is in"):
+        bench(fashion_bundle / "model.onnx", against=fashion_bundle, precision="bf16")
     with pytest.raises(UsageError, match="no bundle"):
         bench(fashion_bundle / "model.onnx", save=True)
     (tmp_path / "cut.onnx").write_bytes((fashion_bundle / "model.onnx").read_bytes()[:1000])
