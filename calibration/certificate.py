@@ -28,6 +28,7 @@ _REFUSED = {
     "one label": "certify on data with all the labels that the model will see",
     "chance": "a reference that guesses shows nothing: check the data's labels, or take another reference",
 }
+_ELSEWHERE = "copy the bundle to where it can be written, and certify it there"
 _CAVEATS = ("overlap", "repeated", "range")  # the first two only where --allow-overlap lets them through
 
 
@@ -113,7 +114,7 @@ def _same_place(one: Certificate, other: Certificate) -> bool:
 
 
 def _write(bundle: Bundle, made: Sequence[Certificate], searched: Sequence[str]) -> None:
-    with new_bundle(bundle.path, overwrite=True) as directory:
+    with new_bundle(bundle.path, overwrite=True, elsewhere=_ELSEWHERE) as directory:
         shutil.copytree(bundle.path, directory, copy_function=_link, dirs_exist_ok=True)
         record: dict[str, Any] = {}
         if FILE in bundle.manifest.files:

@@ -153,7 +153,7 @@ def _texts(lines: Iterable[tuple[int, str]], path: Path, manifest: Manifest) -> 
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{where} is not an object with a `text`", 'a line is {"text": "…", "label": …}') from error
         if not isinstance(text, str):
-            raise DataError(f"{where}: `text` is a {type(text).__name__}", "give a string")
+            raise DataError(f"{where}: `text` is of type {type(text).__name__}", "give a string")
         try:
             feeds = {name: array[0] for name, array in tokenizer([text]).items()}
         except InputError as error:

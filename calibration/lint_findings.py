@@ -29,7 +29,8 @@ class Subject:
     """What is judged: a graph, for a version, with the names of dimensions that have a range, and the functions that
     the graph calls.
 
-    ``bundle`` is the one that it lies in; ``lowered``: another graph of it is lowered for this version already.
+    ``bundle`` is the one that it lies in, empty where it lies in none; ``lowered``: another graph of it is lowered for
+    this version already.
     """
 
     graph: ir.Graph
@@ -37,13 +38,16 @@ class Subject:
     can: Capabilities
     ranges: frozenset[str]
     functions: tuple[ir.Function, ...] = ()
-    bundle: str = "BUNDLE"
+    bundle: str = ""
     lowered: bool = False
 
 
 def lower(subject: Subject) -> str:
-    """The command that rewrites a graph for the version."""
+    """The command that rewrites a graph for the version; of a file that is in no bundle, where to get one."""
     library = subject.can.library
+    if not subject.bundle:
+        rewrite = f"perceiver-export build BUNDLE --target {library} --precision fp16 --lower-only"
+        return f"only graphs of bundles can be rewritten: export the checkpoint, then {rewrite}"
     if subject.lowered:
         return f"it is lowered beside: perceiver-export lint {subject.bundle} --target {library} --precision fp16"
     return f"perceiver-export build {subject.bundle} --target {library} --precision fp16 --lower-only"

@@ -40,7 +40,7 @@ _INT32 = np.iinfo(np.int32)
 def _opset(subject: Subject) -> Iterator[Finding]:
     if subject.opset > subject.can.opset:
         message = f"opset {subject.opset}; {subject.can.name} reads up to {subject.can.opset}"
-        fix = lower(subject)
+        fix = lower(subject) if subject.bundle else f"export it with opset {subject.can.opset}"
         if any(value.dtype in _INT4 for value in subject.graph.initializers.values()):
             message, fix = (
                 f"{message}: int4 weights need 21",
@@ -194,7 +194,10 @@ def _dynamic(subject: Subject) -> Iterator[Finding]:
         names = {str(size) for size in value.shape or () if not isinstance(size, int)} - subject.ranges
         if names:
             message = f"input {value.name} has dimensions without a range: {', '.join(sorted(names))}"
-            yield Finding("no-profile", "refused", "", message, "export with --batch MIN:OPT:MAX, which gives one")
+            fix = "export with --batch MIN:OPT:MAX, which gives one"
+            if not subject.bundle:
+                fix = "export it with fixed sizes, or build it with a profile (trtexec: --minShapes and so on)"
+            yield Finding("no-profile", "refused", "", message, fix)
 
 
 def _axes(subject: Subject) -> Iterator[Finding]:

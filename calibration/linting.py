@@ -99,9 +99,9 @@ def _graphs(path: Path, can: Capabilities, precision: str | None) -> Iterator[tu
 
 
 def _place(file: Path, can: Capabilities) -> tuple[str, bool]:
-    """The bundle that a graph lies in, and whether another graph of it is lowered to fp16 for this version."""
+    """The bundle that a graph lies in, if any, and whether another graph of it is lowered to fp16 for this version."""
     if enclosing_bundle(file) != file.parent.resolve():
-        return "BUNDLE", False
+        return "", False
     parts = read_manifest(file.parent).parts.values()
     lowered = [part.lowered.get(f"{can.lowering}-fp16", file.name) for part in parts]
     return str(file.parent), file.name not in lowered

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,8 +18,9 @@ CALIBRATION = "calibration.json"
 _VERSION = 1
 
 POLICY = (
-    "linears only: products of activations with weights, int8 with a scale for each output channel; activations one "
-    "scale a tensor, symmetric; attention products, softmax, LayerNorm, residuals, GELU and positions stay float"
+    "linears only: products of activations with weights, int8 with a scale for each output channel, int4 with one for "
+    "each block of inputs as well; activations, where they are integers, one scale a tensor, symmetric; attention "
+    "products, softmax, LayerNorm, residuals, GELU and positions stay float"
 )
 
 
@@ -148,10 +150,14 @@ class Calibration(msgspec.Struct, frozen=True):
 
     @property
     def how(self) -> str:
-        """The scheme in words; ranges, and the bits of weights that are multiplied as integers, only where any are."""
-        if not any(one.scheme == "int8" for part in self.parts.values() for one in part.linears):
-            return self.scheme
-        return f"{self.scheme}, ranges by {self.method}, weights of {self.weight_bits} bits"
+        """The scheme in words, with the layers that have another one; ranges, and the bits of weights that are
+        multiplied as integers, only where any are.
+        """
+        layers = {(name, one.group): one.scheme for name, part in self.parts.items() for one in part.linears}
+        counts = Counter(layers.values())
+        ranges = f", ranges by {self.method}, weights of {self.weight_bits} bits" if counts["int8"] else ""
+        others = [f"{count} {scheme}" for scheme, count in counts.items() if scheme != self.scheme]
+        return f"{self.scheme}{ranges}" + (f"; of {len(layers)} layers {', '.join(others)}" if others else "")
 
 
 def read_calibration(bundle: Bundle) -> Calibration | None:

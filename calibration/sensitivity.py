@@ -7,6 +7,7 @@ layer may be exact and its output still be blown up by a softmax of large scores
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 from pathlib import Path
@@ -140,7 +141,8 @@ def write_sensitivity(path: Path, groups: tuple[GroupSensitivity, ...]) -> None:
     except OSError as error:
         raise ExportError(f"{path} cannot be written: {error.strerror or error}", "choose another file") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # of a read-only file system nothing is removed either
+            temporary.unlink()
 
 
 def _plot(path: Path, groups: tuple[GroupSensitivity, ...]) -> None:
@@ -153,7 +155,8 @@ def _plot(path: Path, groups: tuple[GroupSensitivity, ...]) -> None:
     axes = figure.subplots()
     axes.barh([one.group for one in shown], [one.output_sqnr for one in shown], color="#4477aa", label="outputs")
     axes.plot([one.product_sqnr for one in shown], range(len(shown)), "o", ms=3, color="#cc6677", label="own product")
-    axes.set_xlabel("SQNR in dB with this layer alone in int8: the shorter, the more it costs")
+    schemes = " or ".join(sorted({one.scheme for one in groups}))
+    axes.set_xlabel(f"SQNR in dB with this layer alone in {schemes}: the shorter, the more it costs")
     axes.tick_params(labelsize=7)
     axes.margins(y=0.01)
     figure.legend(loc="outside upper right", ncols=2)

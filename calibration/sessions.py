@@ -13,6 +13,16 @@ import onnx_ir as ir
 from perceiver_export.runtimes.errors import BundleError, ExportError, MissingDependencyError
 
 _SILENT = 4
+_TYPED_OPSET = 21  # the first whose QuantizeLinear has `output_dtype`
+
+
+def _broken(model: ir.Model) -> list[str]:
+    """Optimizers of onnxruntime (1.32) that spoil the graph.
+
+    One makes uint8 of int8 activations, and leaves the `output_dtype` which another wrote: the graph is refused then.
+    Integer weights alone need no such change, and int8 beside int4 weights, which need the opset, is only checked here.
+    """
+    return ["QDQS8ToU8Transformer"] if model.opset_imports.get("", 0) >= _TYPED_OPSET else []
 
 
 def open_session(
@@ -52,7 +62,9 @@ def open_session(
             setattr(options, name, value if name != "enable_profiling" else True)
     serialized = ir.to_proto(model).SerializeToString()
     try:
-        return onnxruntime.InferenceSession(serialized, options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(
+            serialized, options, providers=["CPUExecutionProvider"], disabled_optimizers=_broken(model)
+        )
     except Exception as error:
         if not type(error).__module__.startswith("onnxruntime"):
             raise

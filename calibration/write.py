@@ -15,13 +15,15 @@ from perceiver_export.runtimes.bundle import Bundle, read_manifest, sha256
 from perceiver_export.runtimes.errors import BundleError, BundleExistsError, ExportError, UsageError
 from perceiver_export.runtimes.manifest import FileEntry
 
+_ELSEWHERE = "choose another place with -o"
+
 
 @contextlib.contextmanager
-def new_bundle(path: Path, overwrite: bool) -> Iterator[Path]:
+def new_bundle(path: Path, overwrite: bool, elsewhere: str = _ELSEWHERE) -> Iterator[Path]:
     """A temporary directory beside ``path`` that becomes ``path`` when the block ends well, and vanishes otherwise.
 
     An existing bundle is replaced only with ``overwrite``, and only at the very end; anything else there is never
-    touched. Of two writers at one place the first to finish wins.
+    touched. Of two writers at one place the first to finish wins. ``elsewhere`` is the hint where it cannot be written.
 
     Raises BundleExistsError; ExportError where the disk is full or the place cannot be written.
     """
@@ -32,14 +34,14 @@ def new_bundle(path: Path, overwrite: bool) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
     except OSError as error:
-        raise _write_error(path, error) from error
+        raise _write_error(path, error, elsewhere) from error
     try:
         yield temporary
         for file in (temporary, *temporary.iterdir()):
             _sync(file)
         _move(temporary, path, overwrite)
     except OSError as error:
-        raise _write_error(path, error) from error
+        raise _write_error(path, error, elsewhere) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -111,12 +113,12 @@ def _move(temporary: Path, path: Path, overwrite: bool) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _write_error(path: Path, error: OSError) -> ExportError:
+def _write_error(path: Path, error: OSError, elsewhere: str = _ELSEWHERE) -> ExportError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return ExportError(f"the disk is full, nothing was written to {path}", "free some space, or choose another -o")
+        return ExportError(f"the disk is full, nothing was written to {path}", f"free some space, or {elsewhere}")
     if error.errno is None:  # numpy's own, where an array could not be written to its end
         return ExportError(f"{path} could not be written to its end: {error}", "is the disk full? free some space")
-    return ExportError(f"{path} cannot be written: {error.strerror or error}", "choose another place with -o")
+    return ExportError(f"{path} cannot be written: {error.strerror or error}", elsewhere)
 
 
 def _sync(path: Path) -> None:

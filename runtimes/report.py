@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 from pathlib import Path
@@ -36,7 +37,8 @@ def update_report(bundle: Path, section: str, content: Any) -> None:
         temporary.write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
         os.replace(temporary, bundle / _FILE)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # of a read-only file system nothing is removed either
+            temporary.unlink()
         raise BundleError(
             f"{bundle / _FILE} cannot be written: {error.strerror or error}", "is the bundle read-only?"
         ) from error

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 from collections.abc import Callable, Mapping
@@ -108,7 +109,8 @@ def _lower(bundle: Bundle, family: str, precision: Precision, hazards: Mapping[s
         raise BundleError(f"{bundle.path} cannot be written: {error.strerror or error}", "copy it elsewhere") from error
     finally:
         for file in written:
-            (bundle.path / file).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # of a read-only file system nothing is removed either
+                (bundle.path / file).unlink()
     return Lowered(name, tuple(sorted(entries)), kept, sqnr)
 
 

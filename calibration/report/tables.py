@@ -33,7 +33,7 @@ def _quantization(record: Calibration) -> Iterator[Table]:
         for part, held in record.parts.items()
         for one in held.coverage
     ]
-    columns = ("part", "target", "multiply-adds in integer kernels>", "linears>")
+    columns = ("part", "target", "int8 multiply-adds in integer kernels>", "linears>")
     yield Table("Kernel coverage", columns, tuple(rows), "Read from what each engine says that it runs.")
     excluded = [
         (one.name, f"{100 * one.share:.2f} %", one.reason) for held in record.parts.values() for one in held.excluded
@@ -46,7 +46,7 @@ def _quantization(record: Calibration) -> Iterator[Table]:
     yield Table("Speed against fp32", ("target", "fp32>", f"{record.scheme}>", "as fast>"), tuple(times), note)
     others = ", ".join(f"{name}: {one}" for name, one in record.precision.items())
     said = (
-        ("scheme, ranges", f"{record.scheme}, {record.method}"),
+        ("scheme", record.how),
         ("other precisions", others or "none"),
         ("calibrated on", f"{record.data.samples:,} samples of {record.data.source}"),
         ("fingerprint", record.data.fingerprint),

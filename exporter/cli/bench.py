@@ -31,7 +31,7 @@ def bench(
     part: Annotated[
         str | None, typer.Option(help="One part of a split bundle; without it all queries are decoded.")
     ] = None,
-    runs: Annotated[int, typer.Option(help="Counted calls, rounded up to a multiple of 4.")] = 100,
+    runs: Annotated[int, typer.Option(help="Counted calls, 5 or more, rounded up to a multiple of 4.")] = 100,
     device: Annotated[
         str, typer.Option(help="Target to run on; `auto` takes the first that is present, `all` each in turn.")
     ] = "auto",
@@ -82,7 +82,8 @@ def show_bench(result: Bench) -> None:
     rows = [_row(side, several, energy) for side in result.measurements]
     note = (
         "samples/s: with two requests in flight; peak memory: of a fresh process, and in brackets before the load; "
-        "from torch: largest difference of the outputs from torch's in fp32, as a share of their scale"
+        "from torch: largest difference of the outputs from torch's in fp32, as a share of their scale, on golden.npz's "
+        "random inputs (far from what int8 was calibrated for: `validate` tells its accuracy)"
     )
     print_table(f"{result.runs} counted calls on {result.machine}", columns, rows, note, turns=True)
     for reason in result.skipped:

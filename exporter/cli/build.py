@@ -75,6 +75,9 @@ def _show(bundle: str, built: list[BuiltEngine], crossed: str) -> None:
     note = "the engine that was built last is used; `--precision` of run, bench and validate asks for another"
     print_table(f"engines of {bundle}", ["target", "part", "", "seconds>", "engine"], rows, note)
     where = f"on a machine with such a GPU ({crossed}): " if crossed else ""
+    if crossed and not all(one.directory.is_relative_to(bundle) for one in built):
+        warning = "the bundle cannot be written, so the engine is not in it: build a copy of it, and take that along"
+        typer.echo(typer.style("warning:", fg="yellow", bold=True) + f" {warning}")
     typer.echo(f"next: {where}perceiver-export bench {bundle} --device {built[-1].target}")
 
 

@@ -96,7 +96,7 @@ def _quantize(folder: Path, bundle: Path, quantized: Path, report: Path, steps: 
         made = quantize(bundle, held_out, quantized, progress=progress)
     record = read_calibration(made)
     assert record is not None
-    show_quantized(bundle, made, record)
+    show_quantized(made, record)
     steps.begin(
         "validate: the 10,000 official test pictures on every engine that is here, against the fp32 bundle, which "
         "export held against torch; a certificate for each, and a report",

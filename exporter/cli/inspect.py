@@ -101,7 +101,7 @@ def show_precision(calibration: Calibration) -> None:
         f"{calibration.how}, calibrated on {data.samples:,} samples of {data.source} "
         f"(fingerprint {data.fingerprint[:16]})"
     )
-    typer.echo(f"float by policy: {calibration.policy}")
+    typer.echo(f"quantized by policy: {calibration.policy}")
     for gate in calibration.gates:
         typer.echo(f"on the calibration data, {gate}")
     for name, part in calibration.parts.items():
@@ -117,7 +117,7 @@ def show_precision(calibration: Calibration) -> None:
             )
             for one in part.linears
         ]
-        engines = [f"{one.engine}: {one.share:.2%} integer" for one in part.coverage]
+        engines = [f"{one.engine}: {one.share:.2%} of int8 in integer kernels" for one in part.coverage]
         print_table(f"linears of {name}", ["linear", "precision", "work>", "SQNR, dB>", *engines], rows)
         for excluded in part.excluded:
             typer.echo(f"float: {excluded.name} ({excluded.share:.1%} of the work): {excluded.reason}")

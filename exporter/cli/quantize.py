@@ -143,9 +143,10 @@ def _quantize_and_show(
         document = {"bundle": str(made.path), "manifest": made.manifest, "calibration": calibration}
         print_json(document | ({"sensitivity": groups} if groups is not None else {}))
         return
-    show_quantized(bundle, made, calibration)
+    show_quantized(made, calibration)
     if groups is not None:
-        show_sensitivity(groups)
+        show_sensitivity(groups, sensitivity)
+    typer.echo(f"next: perceiver-export validate {made.path} --data DATA --against {bundle}")
 
 
 def _searches(
@@ -160,7 +161,7 @@ def _searches(
     return search_on is not None
 
 
-def show_quantized(source: str | Path, made: Bundle, calibration: Calibration) -> None:
+def show_quantized(made: Bundle, calibration: Calibration) -> None:
     """What came of it: outputs, integer kernels and speed on each engine, and what to be warned of."""
     data = calibration.data
     size = sum(entry.size for entry in made.manifest.files.values())
@@ -168,7 +169,7 @@ def show_quantized(source: str | Path, made: Bundle, calibration: Calibration) -
     typer.echo(f"calibrated on {data.samples:,} samples of {data.source} (fingerprint {data.fingerprint[:16]})")
     assert made.manifest.quantization is not None
     rows = [
-        (f"{target}: multiply-adds in integer kernels", f"{share:.2%}")
+        (f"{target}: int8 multiply-adds in integer kernels", f"{share:.2%}")
         for target, share in made.manifest.quantization.integer_share.items()
     ]
     rows += [
@@ -187,13 +188,12 @@ def show_quantized(source: str | Path, made: Bundle, calibration: Calibration) -
         typer.echo(typer.style("warning:", fg="yellow", bold=True) + f" {warning}")
     for gate in calibration.gates:
         typer.echo(str(gate))
-    typer.echo(f"next: perceiver-export validate {made.path} --data DATA --against {source}")
 
 
-def show_sensitivity(groups: tuple[GroupSensitivity, ...]) -> None:
-    """Layers, the worst first."""
+def show_sensitivity(groups: tuple[GroupSensitivity, ...], file: Path | None) -> None:
+    """Layers, the worst first; the rest is in ``file``."""
     rows = [(one.group, f"{one.output_sqnr:.1f}", f"{one.product_sqnr:.1f}", f"{one.share:.1%}") for one in groups[:20]]
-    more = f"{len(groups) - 20} more are in the file" if len(groups) > 20 else ""
+    more = f"{len(groups) - 20} more are in {file}" if len(groups) > 20 else ""
     print_table(
         "each layer quantized by itself, the worst first",
         ["layer", "outputs, dB>", "product, dB>", "work>"],

@@ -263,7 +263,9 @@ def _show_samples(result: Validation) -> None:
         (row.name, row.label, row.reference, row.candidate, _scores(row.scores, units))
         for row in result.worst_samples[:_SHOWN_WORST]
     ]
-    print_table("worst samples", ["sample", "label", "reference", "candidate", "scores"], rows)
+    columns = ["sample", "label", "reference", "candidate", "scores"]
+    said = [index for index in range(len(columns)) if any(row[index] for row in rows)]  # only classifiers have labels
+    print_table("worst samples", [columns[index] for index in said], [[row[index] for index in said] for row in rows])
 
 
 def _scores(scores: Mapping[str, float], units: Mapping[str, str]) -> str:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import shutil
@@ -13,7 +14,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from perceiver_export.calibration import validate
+from perceiver_export.calibration import validate, write
 from perceiver_export.calibration.certificate import certify
 from perceiver_export.calibration.lowering.tensorrt_bundle import lower_bundle
 from perceiver_export.calibration.record import read_calibration
@@ -24,7 +25,7 @@ from perceiver_export.runtimes import certificates, load, open_bundle
 from perceiver_export.runtimes.engines.backend import EngineOptions, Platform, Precision
 from perceiver_export.runtimes.engines.records import graphs_of, identify, make_source, mismatches
 from perceiver_export.runtimes.engines.targets import find_target
-from perceiver_export.runtimes.errors import DataError, GateError, UndecidedError, UsageError
+from perceiver_export.runtimes.errors import DataError, ExportError, GateError, UndecidedError, UsageError
 from perceiver_export.runtimes.machine import cpu_name
 
 FASHION = Path(__file__).resolve().parents[2] / "examples" / "fashion_mnist"
@@ -70,6 +71,20 @@ def test_a_certificate_says_what_was_asked_and_where_it_holds(
     inspection = inspect_bundle(bundle)
     assert inspection.certificates == ()
     assert inspection.certified_elsewhere[0].startswith("ort-cpu with onnxruntime")
+
+
+def test_a_bundle_that_cannot_be_written_gets_a_hint_that_validate_can_follow(
+    bundle: Path, fashion_bundle: Path, fresh: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_only(path: Path) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    result = validate(bundle, fresh, against=fashion_bundle, max_drop=5)
+    monkeypatch.setattr(write, "_sync", read_only)
+    with pytest.raises(ExportError, match="Read-only file system") as raised:
+        certify(bundle, [result])
+
+    assert raised.value.hint == "copy the bundle to where it can be written, and certify it there"
 
 
 def test_a_bound_by_bootstrap_says_so_wherever_it_is_shown(bundle: Path, fashion_bundle: Path, fresh: Path) -> None:

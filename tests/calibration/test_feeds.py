@@ -125,7 +125,7 @@ def test_data_that_does_not_fit_is_refused(
     np.savez(tmp_path / "floats.npz", tokens=np.zeros((2, 32)), tokens_mask=np.zeros((2, 32)))
     cases: list[tuple[Any, Manifest, str]] = [
         (tmp_path / "bad.jsonl", texts, r"bad.jsonl, line 1 is not an object with a `text`"),
-        (tmp_path / "number.jsonl", texts, "`text` is a int"),
+        (tmp_path / "number.jsonl", texts, "`text` is of type int"),
         (tmp_path / "label.jsonl", texts, "'ugly' is not a label"),
         (tmp_path / "bytes.jsonl", texts, "cannot be read"),
         (tmp_path / "bad.jsonl", points, "holds text, the bundle is of point-cloud"),

@@ -12,6 +12,7 @@ import onnx
 import pytest
 
 from perceiver_export.calibration.lint_operators import MORE, NEVER, SINCE
+from perceiver_export.calibration.linting import lint
 from perceiver_export.runtimes.engines.backend import Precision
 from perceiver_export.runtimes.engines.tensorrt import import_library
 from perceiver_export.runtimes.engines.tensorrt_build import make_logger
@@ -282,6 +283,16 @@ def test_a_dimension_without_a_range_is_refused(tmp_path: Path) -> None:
 
     assert rules(path) == {"no-profile"}
     assert refused(path)
+
+
+def test_a_file_in_no_bundle_is_not_sent_to_options_of_bundles(tmp_path: Path) -> None:
+    path = write(tmp_path / "d.onnx", "(float16[N,64] x) => (float16[N,64] y) { y = Tanh(x) }")
+    findings = lint(path, version="8.6")[0].findings
+
+    fixes = {finding.rule: finding.fix for finding in findings}
+    assert fixes["opset"] == "export it with opset 17"
+    assert "--minShapes" in fixes["no-profile"]
+    assert not any(fix.startswith("perceiver-export") or "--batch" in fix for fix in fixes.values())
 
 
 def test_more_than_eight_axes_are_refused(tmp_path: Path) -> None:

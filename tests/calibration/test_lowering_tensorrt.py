@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import subprocess
 import sys
@@ -17,18 +18,21 @@ import pytest
 from perceiver_export.calibration.lint_findings import Finding, Subject
 from perceiver_export.calibration.lint_rules import RULES
 from perceiver_export.calibration.linting import lint
+from perceiver_export.calibration.lowering import tensorrt_bundle
 from perceiver_export.calibration.lowering.attention import find_attentions, pad_heads
 from perceiver_export.calibration.lowering.half import to_half
 from perceiver_export.calibration.lowering.magnitudes import calibrated, magnitudes
 from perceiver_export.calibration.lowering.tensorrt import lower_for_tensorrt
 from perceiver_export.calibration.lowering.tensorrt_bundle import golden_inputs, lower_bundle, sqnr
 from perceiver_export.calibration.pipeline import quantize
+from perceiver_export.calibration.plan import Scheme
+from perceiver_export.calibration.record import read_calibration
 from perceiver_export.exporter import LoadedModel, export
 from perceiver_export.runtimes import load, open_bundle
 from perceiver_export.runtimes.bundle import Bundle
 from perceiver_export.runtimes.engines.tensorrt_capabilities import capabilities
 from perceiver_export.runtimes.engines.tensorrt_network import KEEP_FP32
-from perceiver_export.runtimes.errors import GateError, UnsupportedModelError, UsageError
+from perceiver_export.runtimes.errors import BundleError, GateError, UnsupportedModelError, UsageError
 from tests.calibration.conftest import FASHION
 from tests.calibration.onnx_text import write
 from tests.calibration.reference_runs import run
@@ -282,6 +286,31 @@ def test_8_marks_no_node_where_all_is_fp32(language: Bundle) -> None:
 def test_8_has_no_bf16(language: Bundle) -> None:
     with pytest.raises(UnsupportedModelError, match="no bf16"):
         lower_for_tensorrt(graph(language), "tensorrt8", "bf16")
+
+
+def test_int8_beside_int4_weights_is_rewritten_in_every_precision(fashion_bundle: Path, tmp_path: Path) -> None:
+    """The graph is of opset 21, where onnxruntime's optimizer spoils Q/DQ of int8 activations."""
+    mixture: dict[str, Scheme] = {"encoder.self_attentions.0.2.mlp.*": "int4-weights", "decoder.*": "float"}
+    bundle = quantize(fashion_bundle, FASHION / "held_out.npz", tmp_path / "mixed", precision=mixture, samples=8)
+
+    for precision, least in (("fp32", 100), ("fp16", 30), ("bf16", 25)):
+        (lowered,) = lower_bundle(bundle, "tensorrt", precision)  # type: ignore[arg-type]
+        assert lowered.sqnr["model/logits"] > least
+    calibration = read_calibration(bundle)
+    assert calibration is not None
+    assert calibration.how == "int8, ranges by mse, weights of 8 bits; of 27 layers 2 int4-weights, 6 float"
+
+
+def test_a_read_only_file_system_is_one_error(copied_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There even removing a file that was never written fails."""
+
+    def read_only(*arguments: Any, **options: Any) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(tensorrt_bundle, "_save", read_only)
+    monkeypatch.setattr(Path, "unlink", read_only)
+    with pytest.raises(BundleError, match="cannot be written: Read-only file system"):
+        lower_bundle(open_bundle(copied_bundle), "tensorrt", "fp32")
 
 
 def test_8_and_the_first_10_have_no_int4(fashion_bundle: Path, tmp_path: Path) -> None:

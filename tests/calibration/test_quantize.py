@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import openvino
 import pytest
@@ -18,7 +19,7 @@ from perceiver_export.calibration.record import Calibration, read_calibration
 from perceiver_export.calibration.sensitivity import write_sensitivity
 from perceiver_export.calibration.validated import Validation
 from perceiver_export.runtimes import Bundle, load, open_bundle, open_task
-from perceiver_export.runtimes.errors import DataError, DeviceError, GateError, UsageError
+from perceiver_export.runtimes.errors import DataError, DeviceError, ExportError, GateError, UsageError
 from perceiver_export.runtimes.runtime import Array
 from tests.conftest import FASHION
 
@@ -183,6 +184,14 @@ def test_sensitivity_puts_the_worst_layer_first(plain_fashion_bundle: Path, tmp_
     for name in ("all.json", "all.svg", "all.png"):
         write_sensitivity(tmp_path / name, groups)
         assert (tmp_path / name).stat().st_size > 1000
+    weights_alone = tuple(msgspec.structs.replace(one, scheme="int8-weights") for one in groups)
+    for name, drawn, scheme in (("int8.svg", groups, "int8"), ("weights.svg", weights_alone, "int8-weights")):
+        write_sensitivity(tmp_path / name, drawn)
+        assert f"with this layer alone in {scheme}:" in (tmp_path / name).read_text(encoding="utf-8")
+    (tmp_path / "file").write_text("")
+    for name in ("in.json", "in.svg"):
+        with pytest.raises(ExportError, match="cannot be written"):
+            write_sensitivity(tmp_path / "file" / name, groups)
 
 
 def test_three_samples_one_class_and_random_data_are_told(fashion_bundle: Path, tmp_path: Path) -> None:

@@ -24,9 +24,11 @@ def int8(plain_fashion_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -
     out, plot = folder / "int8", folder / "layers.json"
     arguments = ["--data", HELD_OUT, "-o", str(out), "--samples", "16", "--sensitivity", str(plot)]
     shown = succeed("quantize", plain_fashion_bundle, *arguments)
-    assert "ort-cpu: multiply-adds in integer kernels" in shown
+    assert "ort-cpu: int8 multiply-adds in integer kernels" in shown
     assert "warning: 16 samples to calibrate on" in shown
     assert "the worst first" in shown
+    assert f"9 more are in {plot}" in shown
+    assert shown.splitlines()[-1].startswith("next: perceiver-export validate ")
     assert json.loads(plot.read_text())[0]["group"] == "encoder.cross_attentions.0.attention.key"
     return out
 
@@ -36,7 +38,7 @@ def test_inspect_shows_every_linear_with_its_kernel(int8: Path) -> None:
     document = json.loads(succeed("inspect", int8, "--json"))
 
     assert "MatMulIntegerToFloat" in text
-    assert "100.00% integer" in text
+    assert "100.00% of int8 in" in text
     assert len(document["calibration"]["parts"]["model"]["linears"]) == 47
     assert document["manifest"]["quantization"]["integer_share"] == {"ort-cpu": 1.0, "openvino-cpu": 1.0}
 

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -69,6 +71,18 @@ def test_auto_takes_the_faster_target_of_the_report_of_this_cpu(copied_bundle: P
     with load(copied_bundle) as runtime:
         assert runtime.describe()["target"] == "ort-cpu"
     with pytest.raises(BundleError, match=r"report\.json cannot be read"):
+        update_report(copied_bundle, "bench", {})
+
+
+def test_figures_of_a_bundle_on_a_read_only_file_system(copied_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There even removing a file that was never written fails."""
+
+    def read_only(*arguments: Any, **options: Any) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "write_bytes", read_only)
+    monkeypatch.setattr(Path, "unlink", read_only)
+    with pytest.raises(BundleError, match=r"report\.json cannot be written: Read-only file system"):
         update_report(copied_bundle, "bench", {})
 
 
