@@ -82,8 +82,8 @@ def show_bench(result: Bench) -> None:
     rows = [_row(side, several, energy) for side in result.measurements]
     note = (
         "samples/s: with two requests in flight; peak memory: of a fresh process, and in brackets before the load; "
-        "from torch: largest difference of the outputs from torch's in fp32, as a share of their scale, on golden.npz's "
-        "random inputs (far from what int8 was calibrated for: `validate` tells its accuracy)"
+        "from torch: largest difference of the outputs from torch's in fp32, as a share of their scale, on the random "
+        "inputs of golden.npz (far from what int8 was calibrated for: `validate` tells its accuracy)"
     )
     print_table(f"{result.runs} counted calls on {result.machine}", columns, rows, note, turns=True)
     for reason in result.skipped:
