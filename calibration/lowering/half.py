@@ -60,8 +60,8 @@ def to_half(model: ir.Model, precision: Half, hazards: Mapping[str, float] | Non
 
     ``hazards`` is the largest |x| seen of each float tensor, by its name. float32 stay: what reads or writes a tensor
     beyond the format's range (with `HEADROOM`), sums over more terms than fp16 can count, squares and their means,
-    indices, integer scales and weights too small for fp16, and attention whose scores are large. Constants that mask
-    scores become the largest that fp16 takes without overflow.
+    indices, integer scales and weights too small for fp16, products of integers beside them, and attention whose scores
+    are large. Constants that mask scores become the largest that fp16 takes without overflow.
 
     Given:  MatMul(x, W) -> Add(y, b) -> LayerNormalization(z)       where |z| reached 1e6
     Result: Cast16(x), MatMul(., W16), Cast32(y), Add(., b) -> LayerNormalization(z), Cast16(.)
@@ -209,13 +209,16 @@ def _cast_node(node: ir.Node, state: _State) -> None:
 
 
 def _as(value: ir.Value, dtype: ir.DataType, state: _State) -> ir.Value:
-    """The same number in another type: a converted constant, or one Cast for all who ask."""
+    """The same number in another type: a converted constant, or one Cast for all who ask; of a DequantizeLinear that
+    float32 is asked of, another one.
+    """
     if (value, dtype) in state.casts:
         return state.casts[value, dtype]
     suffix, producer = dtype.name.lower(), value.producer()
     result = ir.Value(name=f"{value.name}.{suffix}", shape=value.shape, type=ir.TensorType(dtype))
-    if producer is not None and producer.op_type == "DequantizeLinear":
-        # A Cast would hide from engines that the product behind is one of integers.
+    if producer is not None and producer.op_type == "DequantizeLinear" and dtype == ir.DataType.FLOAT:
+        # A Cast would hide from engines that the product behind is one of integers. One that stays float32 does so for
+        # its scale, which would be lost in 16 bits: that is cast, and is no product of integers (`_integer_products`).
         scale = producer.inputs[1]
         assert scale is not None
         inputs = [producer.inputs[0], _as(scale, dtype, state), *producer.inputs[2:]]

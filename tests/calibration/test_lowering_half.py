@@ -116,3 +116,21 @@ def test_scales_of_two_types_do_not_compile(products: str, tmp_path: Path) -> No
 
     assert rules(path, "1.7", "tensorrt-rtx") == {"scale-type"}
     assert "type" in refused(path).partition("could not compile")[2]
+
+
+def test_weights_alone_keep_scales_that_16_bits_would_lose(tmp_path: Path) -> None:
+    """A scale of 1e-8 is 0 in fp16, which TensorRT refuses; the weights that are made with it are not all 0."""
+    body = """(float[1,32,128] x) => (float[1,32,128] y) { e = DequantizeLinear<axis = 1>(w, t)  a = MatMul(x, e)
+        y = Mul(a, large) }"""
+    scales = np.where(np.arange(128) % 2, 1e-2, 1e-8).astype(np.float32)
+    path = write(tmp_path / "p.onnx", body, w=INTEGERS, t=scales, large=1 / scales)
+    model = ir.load(path)
+    ir.passes.common.ShapeInferencePass()(model)
+    feeds = {"x": np.random.default_rng(1).normal(size=(1, 32, 128)).astype(np.float32)}
+    expected = run(path, feeds)["y"]
+
+    assert to_half(model, "fp16") == {"DequantizeLinear_0": "its scale is 1e-08", "Mul_2": "|large| reaches 1e+08"}
+    ir.save(model, tmp_path / "lowered.onnx")
+    assert rules(tmp_path / "lowered.onnx", "1.7", "tensorrt-rtx") == set()
+    assert compiled(tmp_path / "lowered.onnx").precisions == {"fp16": 1}
+    assert sqnr(expected, run(model, feeds, tmp_path)["y"]) > 30
