@@ -38,7 +38,8 @@ def check_output(path: Path, read: Iterable[str | os.PathLike[str] | None], endi
         if place == source or sample:
             raise UsageError(f"{path} is read by this command, and would be overwritten", "write to another place")
     if ending is not None and path.suffix.lower() != ending:
-        raise UsageError(f"{path} does not end in {ending}", f"name a file that does: {path.with_suffix(ending)}")
+        named = path / f"NAME{ending}" if path.is_dir() else path.with_suffix(ending)
+        raise UsageError(f"{path} does not end in {ending}", f"name a file that does: {named}")
     bundle = enclosing_bundle(path)
     if bundle is not None:
         raise UsageError(f"{path} lies inside the bundle {bundle}", "write to a place outside of it")

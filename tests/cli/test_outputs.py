@@ -32,6 +32,8 @@ def test_no_command_overwrites_what_it_reads(copied_bundle: Path, tmp_path: Path
         assert f"hint: name a file that does: {tmp_path / 'answers.json'}" in fail(
             "run", copied_bundle, picture, "-o", tmp_path / name
         )
+    for folder, named in ((".", "NAME.json"), ("/", "/NAME.json"), (tmp_path, tmp_path / "NAME.json")):
+        assert f"hint: name a file that does: {named}" in fail("run", copied_bundle, picture, "-o", folder)
     assert "does not end in .csv" in fail("bench", copied_bundle, "--csv", data)
     assert "lies inside the bundle" in fail("bench", copied_bundle, "--csv", copied_bundle / "a.csv")
     assert "does not end in .xml" in fail(*validate, "--junit", manifest)
