@@ -18,6 +18,7 @@ import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -173,11 +174,27 @@ def read_archives(paths: Iterable[Path]) -> Iterator[tuple[Path, dict[str, Array
             yield path, {name: _member(path, arrays, name) for name in arrays}
 
 
+def is_of_kind(found: np.dtype[Any], wanted: np.dtype[Any]) -> bool:
+    """Whether numbers are of the kind that a model takes: floats of any width, or integers and booleans."""
+    return found.kind in ("f" if wanted.kind == "f" else "iub")
+
+
+def converted(array: Array, dtype: np.dtype[Any], what: str) -> Array:
+    """Numbers of that kind as the model takes them. Raises DataError: NaN, infinite, or too large for ``dtype``."""
+    with np.errstate(over="ignore"):
+        given: Array = np.ascontiguousarray(array, dtype)
+    if dtype.kind == "f" and not np.isfinite(given).all():
+        raise DataError(f"{what} holds NaN or infinite values as {dtype}", "mend the data")
+    if dtype.kind == "i" and not np.array_equal(given, array):
+        raise DataError(f"{what} holds numbers that do not fit {dtype}", "mend the data")
+    return given
+
+
 def _from_function(spec: str, labels: tuple[str, ...]) -> Iterator[Sample]:
     for index, item in enumerate(call_function(spec)):
         if not isinstance(item, Mapping) or "image" not in item or not isinstance(item["image"], np.ndarray):
             raise DataError(f"{spec} gave something else than {{'image': array}}", "give dicts of numpy arrays")
-        label = item.get("label")
+        label = item.get("label", item.get("labels"))
         name = f"{spec.partition(':')[2]}[{index}]"
         yield Sample(item["image"], None if label is None else label_index(label, labels, name), name)
 

@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from perceiver_export.calibration.data import Sample, open_data
+from perceiver_export.calibration.data import Sample, converted, is_of_kind, open_data
 from perceiver_export.calibration.frames import with_frames
 from perceiver_export.calibration.labels import label_index
 from perceiver_export.calibration.masking import mask_tokens
@@ -159,20 +159,16 @@ def _checked(name: str, given: Any, spec: TensorSpec) -> Array:
     if not isinstance(given, np.ndarray):
         found = "missing" if given is None else f"a {type(given).__name__}"
         raise DataError(f"{name}: {spec.name!r} is {found}", f"give {dtype} {list(shape)}")
-    array: Array = given.astype(dtype) if dtype.kind == "i" and given.dtype.kind in "iub" else given
-    if array.ndim == len(shape) + 1 and len(array) == 1:
-        array = array[0]
+    array: Array = given[0] if given.ndim == len(shape) + 1 and len(given) == 1 else given
     fits = len(array.shape) == len(shape) and all(
         isinstance(size, str) or size == found for size, found in zip(shape, array.shape, strict=True)
     )
-    if array.dtype != dtype or not fits:
+    if not is_of_kind(array.dtype, dtype) or not fits:
         raise DataError(
             f"{name}: {spec.name!r} is {array.dtype} with shape {list(array.shape)}",
             f"give {dtype} {list(shape)}, as the model takes it",
         )
-    if dtype.kind == "f" and not np.isfinite(array).all():
-        raise DataError(f"{name}: {spec.name!r} holds NaN or infinite values", "mend the data")
-    return array
+    return converted(array, dtype, f"{name}: {spec.name!r}")
 
 
 def _lines(path: Path, manifest: Manifest) -> list[_Row]:

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from perceiver_export.calibration.data import open_data, read_archives
+from perceiver_export.calibration.data import converted, is_of_kind, open_data, read_archives
 from perceiver_export.calibration.frames import with_frames
 from perceiver_export.calibration.labels import label_index
 from perceiver_export.calibration.masks import is_mask, require_masks, with_masks
@@ -265,18 +265,12 @@ def _fitted(array: Array, spec: TensorSpec, where: str) -> Array:
     if array.shape == (1, *shape):
         array = array[0]
     kind = np.dtype(spec.dtype)
-    if array.shape != shape or not np.can_cast(array.dtype, kind, "same_kind"):
+    if array.shape != shape or not is_of_kind(array.dtype, kind):
         raise DataError(
             f"{spec.name!r} of {where} is {array.dtype} {list(array.shape)}, the model takes {kind} {list(shape)}",
             "give arrays as the model takes them; shapes are without the batch",
         )
-    with np.errstate(over="ignore"):
-        given: Array = np.ascontiguousarray(array, kind)
-    if kind.kind == "f" and not np.isfinite(given).all():
-        raise DataError(f"{spec.name!r} of {where} holds NaN or infinite values as {kind}", "mend the data")
-    if kind.kind == "i" and not np.array_equal(given, array):
-        raise DataError(f"{spec.name!r} of {where} holds numbers that do not fit {kind}", "mend the data")
-    return given
+    return converted(array, kind, f"{spec.name!r} of {where}")
 
 
 def _sample_shape(spec: TensorSpec) -> tuple[int, ...]:

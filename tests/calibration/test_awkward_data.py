@@ -94,6 +94,44 @@ def test_numbers_that_do_not_fit_the_models_type_are_refused(texts: Manifest, pi
         list(open_feeds([{"image": np.full((3, 28, 28), 1e300)}], pictures).stream)
 
 
+def test_numbers_of_another_width_are_read_alike(sentiment: Path, texts: Manifest, tmp_path: Path) -> None:
+    """`validate` cut 2**32 + 7 to token 7, and refused float64, which `quantize` takes."""
+    np.savez(tmp_path / "large.npz", tokens=np.full((1, 32), 2**32 + 7))
+    with open_task(sentiment) as task:
+        readers = (
+            lambda data: list(open_examples(task, data).stream),
+            lambda data: list(open_feeds(data, task.manifest).stream),
+        )
+        for read in readers:
+            with pytest.raises(DataError, match=r"'tokens'.* holds numbers that do not fit int32"):
+                read(tmp_path / "large.npz")
+
+    points = export(small_models.points(), tmp_path / "points").path
+    given = np.random.default_rng(0).normal(size=(1, 20, 3))
+    for name, array in (("double", given), ("whole", np.ones((1, 20, 3), int)), ("huge", given * 1e300)):
+        np.savez(tmp_path / f"{name}.npz", points=array)
+    with open_task(points) as task:
+        for open_ in (lambda data: open_examples(task, data), lambda data: open_feeds(data, task.manifest)):
+            (example,) = open_(tmp_path / "double.npz").stream
+            np.testing.assert_array_equal(example.feeds["points"], given[0].astype(np.float32))
+            for name, said in (("whole", "is int64"), ("huge", "NaN or infinite values as float32")):
+                with pytest.raises(DataError, match=said):
+                    list(open_(tmp_path / f"{name}.npz").stream)
+
+
+def test_a_function_may_call_a_pictures_label_labels(
+    pictures: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = "import numpy\ndef samples(): yield {'image': numpy.zeros((28, 28), numpy.uint8), 'labels': 'Shirt'}\n"
+    (tmp_path / "plural.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "plural", raising=False)
+
+    (validated,) = open_data("plural:samples", pictures.labels).samples
+    (calibrated,) = open_feeds("plural:samples", pictures).stream
+    assert validated.label == calibrated.label == pictures.labels.index("Shirt")
+
+
 def test_samples_without_a_label_have_none(pictures: Manifest) -> None:
     sample: dict[str, Any] = {"image": np.zeros((3, 28, 28), np.float32), "label": None}
     (example,) = open_feeds([sample], pictures).stream
@@ -159,14 +197,14 @@ def test_pixels_of_frames_are_prepared_for_both(tmp_path: Path) -> None:
     bundle = export(small_models.flow(), tmp_path / "flow")
     pixels = np.random.default_rng(0).integers(0, 256, (3, 2, 16, 24, 3)).astype(np.uint8)
     np.savez(tmp_path / "data.npz", frames=pixels)
+    np.savez(tmp_path / "batches.npz", frames=pixels[:, None])
     expected = np.moveaxis((pixels / 255.0 * 2.0 - 1.0).astype(np.float32), -1, 2)
 
     with open_task(bundle) as task:
-        validated = [example.feeds["frames"] for example in open_examples(task, tmp_path / "data.npz").stream]
-    calibrated = [example.feeds["frames"] for example in open_feeds(tmp_path / "data.npz", bundle.manifest).stream]
-
-    for found in (validated, calibrated):
-        np.testing.assert_array_equal(np.stack(found), expected)
+        for data in (tmp_path / "data.npz", tmp_path / "batches.npz"):
+            for stream in (open_examples(task, data).stream, open_feeds(data, task.manifest).stream):
+                found = [example.feeds["frames"] for example in stream]
+                np.testing.assert_array_equal(np.stack(found), expected)
 
 
 @pytest.mark.parametrize(

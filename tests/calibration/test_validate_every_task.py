@@ -126,7 +126,7 @@ def test_data_that_does_not_fit_the_model(tmp_path: Path) -> None:
         ({"points": points, "labels": np.array([0, 1, 2, 4])}, "label 4 is out of range"),
         ({"points": points, "labels": np.array([0, 1, 2])}, r"holds points \[4, 20, 3\], labels \[3\]"),
         ({"points": points[:, :9]}, r"shape \[9, 3\]"),
-        ({"points": points.astype(np.float64)}, "float64"),
+        ({"points": points.astype(np.complex64)}, "complex64"),
         ({"clouds": points}, "'points' is missing"),
         ({"points": points * np.nan}, "NaN"),
     ):
