@@ -68,6 +68,7 @@ def to_half(model: ir.Model, precision: Half, hazards: Mapping[str, float] | Non
     """
     graph = model.graph
     kept = overflows(graph, precision, hazards or {})
+    kept = _integer_products(graph, kept) | kept
     state = _State(graph, _DTYPES[precision], kept)
     for node in list(graph):
         _cast_node(node, state)
@@ -86,8 +87,7 @@ def overflows(graph: ir.Graph, precision: Half, hazards: Mapping[str, float]) ->
     reasons = ((node.name or "", _reason(node, precision, hazards, masked)) for node in graph)
     kept = {name: reason for name, reason in reasons if reason}
     kept |= {node.name or "": "it computes an index" for node in _index_arithmetic(graph)}
-    kept = large_scores(graph, hazards, masked) | kept
-    return _integer_products(graph, kept) | kept
+    return large_scores(graph, hazards, masked) | kept
 
 
 def _reason(node: ir.Node, precision: Half, hazards: Mapping[str, float], masked: set[ir.Value]) -> str:

@@ -11,6 +11,7 @@ import onnx_ir.passes.common
 import pytest
 
 from perceiver_export.calibration.lowering.half import to_half
+from perceiver_export.calibration.lowering.tensorrt import lower_for_tensorrt
 from perceiver_export.calibration.lowering.tensorrt_bundle import sqnr
 from tests.calibration.lint_cases import compiled, refused, rules
 from tests.calibration.onnx_text import write
@@ -91,6 +92,8 @@ def test_products_of_integers_have_scales_of_one_type(tmp_path: Path) -> None:
     feeds = {"x": np.random.default_rng(1).normal(size=(1, 32, 128)).astype(np.float32)}
     expected = run(path, feeds)["y"]
 
+    for_8 = lower_for_tensorrt(model.clone(), "tensorrt8", "fp16")
+    assert set(for_8) == {"DequantizeLinear_2"}  # all scales are fp32 there, and constraints would undo int8
     assert set(to_half(model, "fp16")) == {"DequantizeLinear_2", "MatMul_4", "MatMul_5"}
     ir.save(model, tmp_path / "lowered.onnx")
     assert rules(tmp_path / "lowered.onnx", "1.7", "tensorrt-rtx") == set()
