@@ -157,7 +157,7 @@ def _checked(name: str, given: Any, spec: TensorSpec) -> Array:
     """The array, if the model takes it."""
     shape, dtype = spec.shape[1:], np.dtype(spec.dtype)
     if not isinstance(given, np.ndarray):
-        found = "missing" if given is None else f"a {type(given).__name__}"
+        found = "missing" if given is None else f"of type {type(given).__name__}"
         raise DataError(f"{name}: {spec.name!r} is {found}", f"give {dtype} {list(shape)}")
     array: Array = given[0] if given.ndim == len(shape) + 1 and len(given) == 1 else given
     fits = len(array.shape) == len(shape) and all(

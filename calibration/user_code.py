@@ -33,12 +33,17 @@ def find_function(spec: str) -> Callable[..., Any]:
         found = getattr(importlib.import_module(module), name)
     except PerceiverExportError:
         raise
+    except SystemExit as error:  # or the command would end here, with 0 as if its gates held
+        raise UsageError(
+            f"{spec} cannot be imported: its module ends the program",
+            "put what it does as a script under `if __name__ == '__main__':`",
+        ) from error
     except Exception as error:  # a module may raise anything while it is imported
         raise UsageError(
             f"{spec} cannot be imported: {error}", "give module:function, seen from this directory"
         ) from error
     if not callable(found):
-        raise UsageError(f"{spec} is a {type(found).__name__}", "give a function")
+        raise UsageError(f"{spec} is of type {type(found).__name__}", "give a function")
     function: Callable[..., Any] = found
     return function
 
@@ -54,7 +59,7 @@ def call_function(spec: str) -> Iterator[Any]:
             raise DataError(error.message, error.hint) from error
         except PerceiverExportError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise DataError(f"{spec} failed: {error!r}", "it takes no argument and yields dicts of arrays") from error
         yield from samples_of(samples, spec)
 
@@ -73,7 +78,7 @@ def samples_of(items: Iterable[Any], where: str) -> Iterator[Any]:
             return
         except PerceiverExportError:
             raise
-        except Exception as error:  # the user's own code may raise anything
+        except (Exception, SystemExit) as error:  # the user's own code may raise anything
             raise DataError(f"{where} failed at sample {index}: {error!r}", "mend the function") from error
         yield item
         index += 1

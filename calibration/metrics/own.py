@@ -39,7 +39,7 @@ class OwnMetric:
                     value = float(self.function(*sides))
             except PerceiverExportError:
                 raise
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 raise UsageError(f"{self.metric.name} failed: {type(error).__name__}: {error}", _FORM) from error
             if not math.isfinite(value):
                 raise DataError(f"{self.metric.name} gave {value}", "a metric gives a finite number for every sample")

@@ -212,6 +212,8 @@ def test_pixels_of_frames_are_prepared_for_both(tmp_path: Path) -> None:
     [
         ("fails_at_once", r"failed: KeyError\('x'\)"),
         ("fails_later", "failed at sample 1: ZeroDivisionError"),
+        ("leaves_at_once", r"failed: SystemExit\(0\)"),
+        ("leaves_later", r"failed at sample 1: SystemExit\(0\)"),
         ("no_iterable", "gives no iterable"),
         ("not_there", "cannot be imported"),
     ],
@@ -227,6 +229,8 @@ def test_a_function_that_fails_is_one_error_for_all_who_call_it(
             "import numpy\n"
             "def fails_at_once(): raise KeyError('x')\n"
             f"def fails_later():\n    yield dict({sample})\n    1 / 0\n"
+            "def leaves_at_once(): raise SystemExit(0)\n"
+            f"def leaves_later():\n    yield dict({sample})\n    raise SystemExit(0)\n"
             "def no_iterable(): return 3\n"
         )
         monkeypatch.delitem(sys.modules, module, raising=False)
@@ -246,6 +250,21 @@ def test_a_function_that_fails_is_one_error_for_all_who_call_it(
                 with pytest.raises(DataError, match=f"^{module}:{name} {said}"):
                     list(read(f"{module}:{name}"))
     assert sys.path == path
+
+
+def test_a_script_that_ends_the_program_ends_no_command(
+    fashion_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`validate` ended with 0, as if its gates held."""
+    (tmp_path / "script.py").write_text("import sys\ndef samples(): yield {}\nsys.exit(0)\n")
+    (tmp_path / "metric.py").write_text("import sys\ndef leaves(outputs, targets): sys.exit(0)\n")
+    monkeypatch.chdir(tmp_path)
+    command = ["validate", fashion_bundle, "--against", fashion_bundle, "--samples", "2"]
+
+    said = fail(*command, "--data", "script:samples", "--max-drop", "1")
+    assert "script:samples cannot be imported: its module ends the program" in said
+    own = ["--metric", "metric:leaves", "--max-metric-change", "1"]
+    assert "metric:leaves failed: SystemExit: 0" in fail(*command, "--data", FASHION / "test.npz", *own)
 
 
 def test_an_iterables_pixels_are_prepared_as_a_functions_are(pictures: Manifest) -> None:
