@@ -259,7 +259,7 @@ def test_a_script_that_ends_the_program_ends_no_command(
     (tmp_path / "script.py").write_text("import sys\ndef samples(): yield {}\nsys.exit(0)\n")
     (tmp_path / "metric.py").write_text("import sys\ndef leaves(outputs, targets): sys.exit(0)\n")
     monkeypatch.chdir(tmp_path)
-    command = ["validate", fashion_bundle, "--against", fashion_bundle, "--samples", "2"]
+    command: list[str | Path] = ["validate", fashion_bundle, "--against", fashion_bundle, "--samples", "2"]
 
     said = fail(*command, "--data", "script:samples", "--max-drop", "1")
     assert "script:samples cannot be imported: its module ends the program" in said

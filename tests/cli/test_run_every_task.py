@@ -224,7 +224,7 @@ def test_own_models_of_the_examples(tmp_path: Path) -> None:
     for spec, expected in (
         ("your_own:nothing", "cannot be imported"),
         ("nowhere:robot", "cannot be imported"),
-        ("math:pi", "is a float"),
+        ("math:pi", "is of type float"),
         ("os:getcwd", "gave a str"),
     ):
         assert expected in fail("export", spec, "-o", tmp_path / "no", cwd=examples)
