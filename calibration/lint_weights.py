@@ -54,6 +54,8 @@ def shared_weights(subject: Subject) -> Iterator[Finding]:
 def _is_shared(product: ir.Node) -> bool:
     weight = product.inputs[1]
     source = weight.producer() if weight is not None else None
+    if source is not None and source.op_type == "Cast" and source.inputs[0] is not None:
+        source = source.inputs[0].producer()  # a scale too small for 16 bits stays fp32, and what it makes is cast
     if weight is None or source is None or source.op_type != "DequantizeLinear" or dequantized(product.inputs[0]):
         return False
     stored = source.inputs[0]

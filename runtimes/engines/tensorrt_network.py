@@ -121,7 +121,8 @@ def check_shared_weights(trt: Any, network: Any, can: Capabilities, graph: Path)
     for layer in _layers(network):
         if layer.type != trt.LayerType.MATRIX_MULTIPLY or _is_int8(trt, producers, layer):
             continue
-        left, right = layer.get_input(0), _source(trt, producers, layer.get_input(1))
+        shaped = (trt.LayerType.SHUFFLE, trt.LayerType.CAST)  # a scale too small for 16 bits stays fp32, and is cast
+        left, right = layer.get_input(0), _source(producers, layer.get_input(1), shaped)
         if right is None or right.type != trt.LayerType.DEQUANTIZE:
             continue
         if left.dtype == trt.bfloat16 and right.get_input(0).dtype == trt.int8:
@@ -180,7 +181,7 @@ def _producers(network: Any) -> dict[str, Any]:
 
 def _is_int8(trt: Any, producers: dict[str, Any], product: Any) -> bool:
     """Whether both sides of a product are dequantized, so that it is to run in int8."""
-    sources = [_source(trt, producers, product.get_input(index)) for index in range(2)]
+    sources = [_source(producers, product.get_input(index), (trt.LayerType.SHUFFLE,)) for index in range(2)]
     return all(source is not None and source.type == trt.LayerType.DEQUANTIZE for source in sources)
 
 
@@ -194,10 +195,10 @@ def _constants(trt: Any, network: Any) -> set[str]:
     return found
 
 
-def _source(trt: Any, producers: dict[str, Any], tensor: Any) -> Any:
-    """The layer that a tensor comes from, behind those that only shape it."""
+def _source(producers: dict[str, Any], tensor: Any, past: tuple[Any, ...]) -> Any:
+    """The layer that a tensor comes from, behind those of the types ``past``."""
     layer = producers.get(tensor.name)
-    while layer is not None and layer.type == trt.LayerType.SHUFFLE:
+    while layer is not None and layer.type in past:
         layer = producers.get(layer.get_input(0).name)
     return layer
 

@@ -218,6 +218,19 @@ def test_weights_alone_in_int8_that_blocks_share_crash_rtx_and_are_refused_befor
     assert "crash its compiler" in refused(path)
 
 
+def test_those_whose_scales_stay_fp32_are_refused_too(tmp_path: Path) -> None:
+    """A Cast of the weights behind them changes nothing: it crashes too."""
+    body = SHARED.format(second="MatMul(a, e)", kind="float16")
+    for name, weight in (("d", "w"), ("e", "v")):
+        made = f"DequantizeLinear<axis = 1>({weight}, s)"
+        body = body.replace(f"{name} = {made}", f"{name}f = {made}  {name} = Cast<to = 10>({name}f)")
+    weights = {name: RNG.integers(-127, 127, (128, 128)).astype(np.int8) for name in "wv"}
+    path = write(tmp_path / "c.onnx", body, 20, **weights, s=np.full(128, 1e-6, np.float32), g=np.ones(128, np.float16))
+
+    assert rules(path, "1.7", "tensorrt-rtx") == {"shared-weights"}
+    assert "crash its compiler" in refused(path)
+
+
 @pytest.mark.parametrize(("second", "kind"), [("Tanh(a)", "float16"), ("MatMul(a, e)", "bfloat16")])
 def test_those_that_do_not_crash_are_compiled(second: str, kind: str, tmp_path: Path) -> None:
     path = shared(tmp_path / "s.onnx", second, kind)
