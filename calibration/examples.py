@@ -147,7 +147,10 @@ def _targets(manifest: Manifest, name: str, feeds: Arrays, values: dict[str, Any
 
 def _picture(task: ImageClassification, sample: Sample) -> Example:
     image, spec = sample.image, task.runtime.inputs[0]
-    prepared = image if isinstance(image, np.ndarray) and image.dtype != np.uint8 else task.preprocess(image)
+    try:
+        prepared = image if isinstance(image, np.ndarray) and image.dtype != np.uint8 else task.preprocess(image)
+    except InputError as error:
+        raise DataError(f"{sample.name}: {error.message}", error.hint) from error
     targets = {} if sample.label is None else {"label": np.asarray(sample.label)}
     feeds = {spec.name: _checked(sample.name, prepared, spec)}
     return Example(sample.name, feeds, targets, image, digest_of(feeds))

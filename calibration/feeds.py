@@ -16,14 +16,14 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
-from perceiver_export.calibration.data import converted, is_of_kind, open_data, read_archives
+from perceiver_export.calibration.data import Sample, converted, is_of_kind, open_data, read_archives
 from perceiver_export.calibration.frames import with_frames
 from perceiver_export.calibration.labels import label_index
 from perceiver_export.calibration.masks import is_mask, require_masks, with_masks
@@ -106,10 +106,8 @@ def _open(data: str | Path, manifest: Manifest, specs: tuple[TensorSpec, ...], s
         return Examples(_from_dicts(call_function(text), text, manifest), None)
     if isinstance(manifest.preprocessing, ImagePreprocessing):
         opened = open_data(data, manifest.labels)
-        prepare = _picture_input(manifest.preprocessing)
         chosen = _spread(opened.samples, opened.count, samples)
-        stream = (Example({specs[0].name: prepare(sample.image)}, sample.label, sample.name) for sample in chosen)
-        return Examples(stream, opened.count)
+        return Examples(_pictures(chosen, specs[0].name, manifest.preprocessing), opened.count)
     if path.suffix == ".jsonl":
         return _from_jsonl(path, manifest, samples)
     archives = (
@@ -123,13 +121,19 @@ def _open(data: str | Path, manifest: Manifest, specs: tuple[TensorSpec, ...], s
     )
 
 
-def _picture_input(steps: ImagePreprocessing) -> Callable[[Path | Array], Array]:
-    def prepare(image: Path | Array) -> Array:
+def _pictures(samples: Iterable[Sample], name: str, steps: ImagePreprocessing) -> Iterator[Example]:
+    for sample in samples:
+        yield Example({name: _prepared(sample.image, steps, sample.name)}, sample.label, sample.name)
+
+
+def _prepared(image: Path | Array, steps: ImagePreprocessing, where: str) -> Array:
+    """A picture as the model takes it; an array of floats is that already."""
+    try:
         if isinstance(image, Path):
             return to_input(read_picture(image), steps)
         return to_input(image, steps) if image.dtype == np.uint8 else image
-
-    return prepare
+    except InputError as error:
+        raise DataError(f"{where}: {error.message}", error.hint) from error
 
 
 def _from_jsonl(path: Path, manifest: Manifest, samples: int | None) -> Examples:
@@ -209,8 +213,8 @@ def _from_dicts(items: Iterable[Any], where: str, manifest: Manifest) -> Iterato
             raise DataError(f"{name} is not a dict of numpy arrays", "yield {name: array}")
         feeds = {key: array for key, array in item.items() if key not in _LABELS}
         label = next((item[key] for key in _LABELS if key in item), None)
-        if isinstance(steps, ImagePreprocessing) and "image" in feeds and feeds["image"].dtype == np.uint8:
-            feeds["image"] = to_input(feeds["image"], steps)
+        if isinstance(steps, ImagePreprocessing) and "image" in feeds:
+            feeds["image"] = _prepared(feeds["image"], steps, name)
         yield Example(feeds, _label(label, manifest, name), name)
 
 

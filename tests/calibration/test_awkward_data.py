@@ -132,6 +132,22 @@ def test_a_function_may_call_a_pictures_label_labels(
     assert validated.label == calibrated.label == pictures.labels.index("Shirt")
 
 
+def test_a_picture_that_cannot_be_prepared_is_named(fashion_bundle: Path, tmp_path: Path) -> None:
+    manifest = read_manifest(fashion_bundle)
+    pictures = np.zeros((3, 28, 28, 5), np.uint8)
+    np.savez(tmp_path / "five.npz", image=pictures)
+    (tmp_path / "text.png").write_text("no picture")
+
+    with open_task(fashion_bundle) as task:
+        for data, said in ((tmp_path / "five.npz", r"five.npz\[0\]: .*\[28, 28, 5\]"), (tmp_path, "text.png.*not a")):
+            for stream in (open_examples(task, data).stream, open_feeds(data, manifest).stream):
+                with pytest.raises(DataError, match=said):
+                    list(stream)
+            (tmp_path / "five.npz").unlink(missing_ok=True)
+    with pytest.raises(DataError, match=r"the data\[0\]: a picture has shape"):
+        list(open_feeds([{"image": pictures[0]}], manifest).stream)
+
+
 def test_samples_without_a_label_have_none(pictures: Manifest) -> None:
     sample: dict[str, Any] = {"image": np.zeros((3, 28, 28), np.float32), "label": None}
     (example,) = open_feeds([sample], pictures).stream

@@ -34,6 +34,7 @@ from perceiver_export.runtimes.engines.tensorrt_capabilities import capabilities
 from perceiver_export.runtimes.engines.tensorrt_network import KEEP_FP32
 from perceiver_export.runtimes.errors import BundleError, GateError, UnsupportedModelError, UsageError
 from tests.calibration.conftest import FASHION
+from tests.calibration.lint_cases import compiled
 from tests.calibration.onnx_text import write
 from tests.calibration.reference_runs import run
 from tests.cli import small_models
@@ -296,6 +297,7 @@ def test_int8_beside_int4_weights_is_rewritten_in_every_precision(fashion_bundle
     for precision, least in (("fp32", 100), ("fp16", 30), ("bf16", 25)):
         (lowered,) = lower_bundle(bundle, "tensorrt", precision)  # type: ignore[arg-type]
         assert lowered.sqnr["model/logits"] > least
+    assert compiled(bundle.file("model.tensorrt-fp16.onnx")).int8_products > 0
     calibration = read_calibration(bundle)
     assert calibration is not None
     assert calibration.how == "int8, ranges by mse, weights of 8 bits; of 27 layers 2 int4-weights, 6 float"
