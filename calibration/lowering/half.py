@@ -6,7 +6,7 @@ The interface stays float32 and int32. What does not fit into 16 bits stays floa
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -61,7 +61,7 @@ def to_half(model: ir.Model, precision: Half, hazards: Mapping[str, float] | Non
     ``hazards`` is the largest |x| seen of each float tensor, by its name. float32 stay: what reads or writes a tensor
     beyond the format's range (with `HEADROOM`), sums over more terms than fp16 can count, squares and their means,
     indices, integer scales and weights too small for fp16, products of integers beside them, and attention whose scores
-    are large. Constants that mask scores become the largest that fp16 takes without overflow.
+    are large. Constants that mask scores become the largest that fp16 takes without overflow, where fp16 reads them.
 
     Given:  MatMul(x, W) -> Add(y, b) -> LayerNormalization(z)       where |z| reached 1e6
     Result: Cast16(x), MatMul(., W16), Cast32(y), Add(., b) -> LayerNormalization(z), Cast16(.)
@@ -81,13 +81,21 @@ def to_half(model: ir.Model, precision: Half, hazards: Mapping[str, float] | Non
 
 
 def overflows(graph: ir.Graph, precision: Half, hazards: Mapping[str, float]) -> dict[str, str]:
-    """Names of the nodes that must stay float32, with the reason. In fp16, masks are made finite first, in place."""
-    masked = _clamp_masks(graph) if precision == "fp16" else set()
+    """Names of the nodes that must stay float32, with the reason. In fp16, masks are made finite in place, but for
+    those that only such nodes read.
+    """
+    masks = _clamp_masks(graph) if precision == "fp16" else {}
+    masked = _masked(graph, masks)
     hazards = _carried(graph, hazards)
     reasons = ((node.name or "", _reason(node, precision, hazards, masked)) for node in graph)
     kept = {name: reason for name, reason in reasons if reason}
     kept |= {node.name or "": "it computes an index" for node in _index_arithmetic(graph)}
-    return large_scores(graph, hazards, masked) | kept
+    kept = large_scores(graph, hazards, masked) | kept
+    for value, given in masks.items():
+        readers = {user for one in _masked(graph, [value]) for user in one.consumers()}
+        if all((node.name or "") in kept for node in readers):
+            value.const_value = given  # scores that float32 is kept for may be larger than fp16's mask
+    return kept
 
 
 def _reason(node: ir.Node, precision: Half, hazards: Mapping[str, float], masked: set[ir.Value]) -> str:
@@ -176,18 +184,24 @@ def reduction_depth(node: ir.Node) -> int:
     return size if isinstance(size, int) else 1
 
 
-def _clamp_masks(graph: ir.Graph) -> set[ir.Value]:
-    """Make mask constants finite in fp16; gives them and the sums and copies of them, which go into a softmax, or, of
-    a picture's padded border, into a largest number.
-    """
-    masked: set[ir.Value] = set()
+def _clamp_masks(graph: ir.Graph) -> dict[ir.Value, ir.TensorProtocol]:
+    """Make mask constants finite in fp16; gives them, with what they were."""
+    found: dict[ir.Value, ir.TensorProtocol] = {}
     for value in graph.initializers.values():
         if value.dtype != ir.DataType.FLOAT or value.const_value is None:
             continue
         array = value.const_value.numpy()
         if array.size and float(array.min()) <= _MASK:
+            found[value] = value.const_value
             value.const_value = ir.tensor(np.maximum(array, np.float32(_FP16_MASK)), name=value.name)
-            masked.add(value)
+    return found
+
+
+def _masked(graph: ir.Graph, masks: Iterable[ir.Value]) -> set[ir.Value]:
+    """Mask constants and the sums and copies of them, which go into a softmax, or, of a picture's padded border, into a
+    largest number.
+    """
+    masked = set(masks)
     for node in graph:
         if node.op_type in _MASKED and any(value in masked for value in node.inputs if value is not None):
             masked.update(node.outputs)

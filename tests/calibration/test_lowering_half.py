@@ -37,6 +37,18 @@ def test_large_scores_are_seen_beside_a_mask(largest: float, kept: set[str], tmp
     np.testing.assert_allclose(run(model, feeds, tmp_path)["y"], 1, rtol=1e-3)
 
 
+def test_a_mask_hides_scores_that_are_larger_than_fp16s_mask(tmp_path: Path) -> None:
+    values = np.arange(24, dtype=np.float32).reshape(3, 8)
+    path = write(tmp_path / "s.onnx", SCORES, lowest=np.array(-1e30, np.float32), v=values)
+    model = ir.load(path)
+    ir.passes.common.ShapeInferencePass()(model)
+    keys = np.stack([np.full(8, 12500), np.zeros(8), np.full(8, -1)], axis=1).astype(np.float32)
+    feeds = {"q": np.ones((2, 8), np.float32), "k": keys, "keep": np.array([[1, 0, 0]], np.float32)}
+
+    to_half(model, "fp16", {"s": 1e5, "t": 1e30, "left": 1e30, "keep": 1.0, "k": 12500})
+    np.testing.assert_allclose(run(model, feeds, tmp_path)["y"], run(path, feeds)["y"], rtol=1e-3)
+
+
 CANCEL = """(float[2,8] q, float[8,3] k, float[2,3] grid, float[3] inverse) => (float[2,8] y) {
     s = MatMul(q, k)  t = Add(s, grid)  u = Mul(t, inverse)  p = Softmax<axis = -1>(u)  y = MatMul(p, v) }"""
 
