@@ -102,7 +102,8 @@ def _show_lowered(lowered: list[Lowered]) -> None:
             result = "the builder sets the precision of the others"
         else:
             result = f"{min(one.sqnr.values()):.1f} dB SQNR on ONNX Runtime"
-        typer.echo(f"{one.name}: {', '.join(one.files)}; {kept} nodes stay fp32, {result}")
+        stay = "1 node stays" if kept == 1 else f"{kept} nodes stay"
+        typer.echo(f"{one.name}: {', '.join(one.files)}; {stay} fp32, {result}")
 
 
 def _sizes(texts: list[str]) -> dict[str, tuple[int, int, int]]:
