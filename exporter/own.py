@@ -7,7 +7,7 @@ import inspect
 
 from perceiver_export.calibration.user_code import current_directory_importable, find_function
 from perceiver_export.exporter.loaded import LoadedModel
-from perceiver_export.runtimes.errors import UnsupportedModelError, UsageError
+from perceiver_export.runtimes.errors import PerceiverExportError, UnsupportedModelError, UsageError
 
 
 def load_own(spec: str, task: str | None) -> LoadedModel:
@@ -15,7 +15,7 @@ def load_own(spec: str, task: str | None) -> LoadedModel:
 
     A bare model becomes a bundle of ``task``, by default ``arrays``: arrays in, arrays out.
 
-    Raises UsageError: it cannot be imported, or wants arguments; UnsupportedModelError: it gives something else.
+    Raises UsageError: it cannot be imported, wants arguments, or fails; UnsupportedModelError: it gives something else.
     """
     from perceiver_export.exporter.perceiver.model import PerceiverIO
 
@@ -25,7 +25,14 @@ def load_own(spec: str, task: str | None) -> LoadedModel:
             inspect.signature(factory).bind()
         except TypeError as error:
             raise UsageError(f"{spec} wants arguments: {error}", "give a function without arguments") from error
-        made = factory()
+        try:
+            made = factory()
+        except PerceiverExportError:
+            raise
+        except (Exception, SystemExit) as error:
+            module, _, name = spec.partition(":")
+            hint = f'python -c "import {module}; {module}.{name}()" shows where'
+            raise UsageError(f"{spec} failed: {error!r}", hint) from error
     if isinstance(made, LoadedModel):
         return made
     if not isinstance(made, PerceiverIO):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
@@ -78,7 +79,7 @@ def _show(bundle: str, built: list[BuiltEngine], crossed: str) -> None:
     if crossed and not all(one.directory.is_relative_to(bundle) for one in built):
         warning = "the bundle cannot be written, so the engine is not in it: build a copy of it, and take that along"
         typer.echo(typer.style("warning:", fg="yellow", bold=True) + f" {warning}")
-    typer.echo(f"next: {where}perceiver-export bench {bundle} --device {built[-1].target}")
+    typer.echo(f"next: {where}perceiver-export bench {shlex.quote(bundle)} --device {built[-1].target}")
 
 
 def _lower(bundle: str, target: str, precision: Precision) -> tuple[Lowered, ...]:

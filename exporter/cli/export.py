@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -115,9 +116,10 @@ def show_export(bundle: Bundle, show_next: bool = True) -> None:
         typer.echo(typer.style("note:", fg="yellow", bold=True) + f" {note}")
     if not show_next:
         return
-    typer.echo(f"next: perceiver-export run {bundle.path} {INPUTS.get(manifest.task, 'INPUT…')}")
+    path = shlex.quote(str(bundle.path))
+    typer.echo(f"next: perceiver-export run {path} {INPUTS.get(manifest.task, 'INPUT…')}")
     if manifest.task == "image-classification":
-        typer.echo(f"      perceiver-export validate {bundle.path} --data DATA")
+        typer.echo(f"      perceiver-export validate {path} --data DATA")
 
 
 def _folded(part: Part) -> str:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Annotated
 
 import typer
@@ -41,4 +42,4 @@ def package(
         typer.echo(f"  {file} ({mebibytes((path / file).stat().st_size)})")
     if server == "kserve":
         typer.echo(f"upload {path.absolute()}/repository to the storageUri of inferenceservice.yaml first")
-    typer.echo(f"next: {_NEXT[server].format(path=path.absolute())}")
+    typer.echo(f"next: {_NEXT[server].format(path=shlex.quote(str(path.absolute())))}")

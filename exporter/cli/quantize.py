@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -146,7 +147,8 @@ def _quantize_and_show(
     show_quantized(made, calibration)
     if groups is not None:
         show_sensitivity(groups, sensitivity)
-    typer.echo(f"next: perceiver-export validate {made.path} --data DATA --against {bundle}")
+    command = shlex.join(["perceiver-export", "validate", str(made.path), "--data", "DATA", "--against", bundle])
+    typer.echo(f"next: {command}")
 
 
 def _searches(

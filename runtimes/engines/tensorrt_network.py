@@ -100,14 +100,14 @@ def constrain(trt: Any, network: Any, config: Any, precision: Precision) -> None
     for layer in _layers(network):
         if layer.type == kinds.NORMALIZATION:
             layer.compute_precision = trt.float32  # sums of squares
+        int8 = layer.type == kinds.MATRIX_MULTIPLY and _is_int8(trt, producers, layer)
         if layer.name.endswith(KEEP_FP32):
-            layer.precision = trt.float32
+            if not int8:  # which only its sums and its output leave
+                layer.precision = trt.float32
             for index in range(layer.num_outputs):
                 if layer.get_output(index).dtype == trt.float32:  # not those of indices and comparisons
                     layer.set_output_type(index, trt.float32)
-        elif layer.type == kinds.SOFTMAX or (
-            layer.type == kinds.MATRIX_MULTIPLY and not _is_int8(trt, producers, layer)
-        ):
+        elif layer.type in (kinds.SOFTMAX, kinds.MATRIX_MULTIPLY) and not int8:
             layer.precision = trt.float16
 
 

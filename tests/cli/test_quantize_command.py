@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,8 @@ HELD_OUT = str(FASHION / "held_out.npz")
 
 @pytest.fixture(scope="module")
 def int8(plain_fashion_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("quantized")
+    folder = tmp_path_factory.mktemp("quantized") / "with a space"
+    folder.mkdir()
     out, plot = folder / "int8", folder / "layers.json"
     arguments = ["--data", HELD_OUT, "-o", str(out), "--samples", "16", "--sensitivity", str(plot)]
     shown = succeed("quantize", plain_fashion_bundle, *arguments)
@@ -28,7 +30,7 @@ def int8(plain_fashion_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -
     assert "warning: 16 samples to calibrate on" in shown
     assert "the worst first" in shown
     assert f"9 more are in {plot}" in shown
-    assert shown.splitlines()[-1].startswith("next: perceiver-export validate ")
+    assert shown.splitlines()[-1].startswith(f"next: perceiver-export validate {shlex.quote(str(out))} ")
     assert json.loads(plot.read_text())[0]["group"] == "encoder.cross_attentions.0.attention.key"
     return out
 

@@ -149,14 +149,18 @@ def test_the_path_of_imports_is_left_as_it_was(tmp_path: Path, monkeypatch: pyte
         "    return PerceiverIO(own_model({'x': ArrayInput((5,), 3)}, outputs, EncoderSizes(4, 16, 1)))\n"
         "def broken():\n"
         "    raise KeyError\n"
+        "def ending():\n"
+        "    raise SystemExit(0)\n"
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry != ""])
     before = list(sys.path)
 
     assert load_model("my_model:make").task == "arrays"
-    with pytest.raises(KeyError):
-        load_model("my_model:broken")
+    for name, error in (("broken", "KeyError"), ("ending", "SystemExit")):
+        with pytest.raises(UsageError, match=rf"my_model:{name} failed: {error}\(") as caught:
+            load_model(f"my_model:{name}")
+        assert f'python -c "import my_model; my_model.{name}()"' in caught.value.hint
     with pytest.raises(UsageError, match="cannot be imported"):
         load_model("my_model:nothing")
     assert sys.path == before

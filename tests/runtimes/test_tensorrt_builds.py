@@ -78,6 +78,19 @@ def test_precision_is_in_flags_on_8_and_in_the_graph_from_10_on(version: str, tm
     assert (created == "create_network(0)") == version.startswith("11.")
 
 
+def test_on_8_an_int8_product_whose_sum_overflows_stays_int8(tmp_path: Path) -> None:
+    def overflowing(module: FakeModule) -> list[Fake]:
+        layers = network("float16")(module)
+        next(one for one in layers if one.name == "linear/MatMul_1").name = "linear/MatMul_1:fp32"
+        return layers
+
+    module = FakeModule("8.6.1", overflowing, inspector().replace("linear/MatMul_1", "linear/MatMul_1:fp32"))
+
+    assert build(module, tmp_path).precisions == {"int8": 1, "fp16": 1, "fp32": 1}
+    assert not any(call.startswith("linear/MatMul_1:fp32 has precision") for call in module._calls)
+    assert "attention/MatMul_2:fp32 has precision float32" in module._calls
+
+
 @pytest.mark.parametrize("version", VERSIONS)
 def test_fp32_is_not_tf32(version: str, tmp_path: Path) -> None:
     module = FakeModule(version, network("float32"), inspector(attention="Float"))
