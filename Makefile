@@ -9,7 +9,7 @@ LISTING := $(VENV)/files
 PYTHON310 ?= $(shell for p in python3.10 $$HOME/.pyenv/versions/3.10.*/bin/python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info[:2] != (3, 10))' 2>/dev/null && echo $$p && break; done)
 
-.PHONY: install demo test test-report check test-gpu test-py310 benchmarks clean FORCE
+.PHONY: install demo test test-report check check-fast pure test-gpu test-py310 benchmarks fuzz clean FORCE
 
 install: $(STAMP)
 
@@ -27,9 +27,25 @@ $(LISTING): FORCE
 demo: install
 	$(BIN)/perceiver-export demo
 
+# Each worker has a core of its own; they share the bundles that tests need, and take tests from one another.
+WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 1); echo $$((n < 8 ? n : 8)))
 test: check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 	$(MAKE) test-py310
+
+# Lint, types, and the tests that need neither an export nor an engine, side by side: below 90 seconds on two cores.
+PURE := $(addprefix tests/,runtimes/test_byte_tokenizer.py runtimes/test_audio_files.py runtimes/test_npz.py \
+	runtimes/test_opencv_resize.py runtimes/test_pictures.py runtimes/test_point_files.py runtimes/test_flow.py \
+	runtimes/test_tensorrt_capabilities.py runtimes/test_compare.py runtimes/test_text_tasks.py \
+	runtimes/test_video_task.py runtimes/test_points_task.py runtimes/test_audio_task.py runtimes/test_flow_task.py \
+	calibration/test_statistics.py calibration/test_labels.py calibration/test_fingerprints.py \
+	calibration/test_integers.py exporter/test_config_checks.py exporter/test_haiku_pickle.py \
+	exporter/test_hostile_pickles.py exporter/test_bad_haiku.py exporter/test_attention_pieces.py \
+	exporter/test_preprocessor.py cli/test_run_text.py)
+check-fast: install
+	$(MAKE) -j2 check pure
+pure: install
+	$(BIN)/python -m pytest -q $(PURE)
 
 # The report, opened in headless Chromium (Debian's `chromium`): part of `make test` where that is installed.
 test-report: install
@@ -58,30 +74,19 @@ else
 	PERCEIVER_TEST_TARGETS=ort-cpu PERCEIVER_TEST_BUNDLE=$(CURDIR)/$(VENV)/py310/bundle $(VENV)/py310/bin/python -m pytest tests/runtimes
 endif
 
+BENCHMARKS := overhead serving loading imports parity deepmind_parity system_parity flow_patches folds zoo video_folds \
+	fold_scaling export_full_size int8_drop int8_accuracy int8_full_size calibration_memory fp16_overflow tensorrt_api \
+	tensorrt_presets tensorrt_shared_weights bound_coverage validation_throughput search_seeds
 benchmarks: install
-	$(BIN)/python tests/benchmarks/overhead.py
-	$(BIN)/python tests/benchmarks/serving.py
-	$(BIN)/python tests/benchmarks/loading.py
-	$(BIN)/python tests/benchmarks/imports.py
-	$(BIN)/python tests/benchmarks/parity.py
-	$(BIN)/python tests/benchmarks/deepmind_parity.py
-	$(BIN)/python tests/benchmarks/system_parity.py
-	$(BIN)/python tests/benchmarks/flow_patches.py
-	$(BIN)/python tests/benchmarks/folds.py
-	$(BIN)/python tests/benchmarks/video_folds.py
-	$(BIN)/python tests/benchmarks/fold_scaling.py
-	$(BIN)/python tests/benchmarks/export_full_size.py imagenet-fourier language-bytes optical-flow
-	$(BIN)/python tests/benchmarks/int8_drop.py
-	$(BIN)/python tests/benchmarks/int8_accuracy.py
-	$(BIN)/python tests/benchmarks/int8_full_size.py --plain
-	$(BIN)/python tests/benchmarks/calibration_memory.py
-	$(BIN)/python tests/benchmarks/fp16_overflow.py
-	$(BIN)/python tests/benchmarks/tensorrt_api.py
-	$(BIN)/python tests/benchmarks/tensorrt_presets.py
-	$(BIN)/python tests/benchmarks/tensorrt_shared_weights.py
-	$(BIN)/python tests/benchmarks/bound_coverage.py
-	$(BIN)/python tests/benchmarks/validation_throughput.py
-	$(BIN)/python tests/benchmarks/search_seeds.py
+	for name in $(BENCHMARKS); do echo "# $$name"; $(BIN)/python -m tests.benchmarks.$$name || exit 1; done
+
+# Damaged files to every reader, for MINUTES; then commands that are killed, programs that end in the middle, and loads.
+MINUTES ?= 10
+fuzz: install
+	$(BIN)/python tests/fuzz/readers.py --minutes $(MINUTES) --seed $$$$
+	$(BIN)/python tests/fuzz/kills.py --minutes $(MINUTES) --kills 100000 --seed $$$$
+	$(BIN)/python tests/fuzz/exits.py --times 2
+	$(BIN)/python tests/fuzz/loads.py --minutes $(MINUTES)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All that edits or judges a bundle without torch."""
+"""Everything that changes or judges a bundle without PyTorch."""
 
 from __future__ import annotations
 
@@ -7,55 +7,48 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from perceiver_export.calibration.certificate import certify
-    from perceiver_export.calibration.layer_errors import measure_layer_errors
-    from perceiver_export.calibration.linting import lint
-    from perceiver_export.calibration.mixed_precision import search
-    from perceiver_export.calibration.pipeline import quantize
-    from perceiver_export.calibration.sensitivity import measure_sensitivity
-    from perceiver_export.calibration.targets import validate_targets
-    from perceiver_export.calibration.validated import Validation
-    from perceiver_export.calibration.validation import validate
+    from perceiver_export.calibration.lowering.lint import lint as lint
+    from perceiver_export.calibration.lowering.tensorrt import lower_bundle as lower_bundle
+    from perceiver_export.calibration.quantization.options import QuantizeOptions as QuantizeOptions
+    from perceiver_export.calibration.quantization.pipeline import quantize as quantize
+    from perceiver_export.calibration.quantization.search import search as search
+    from perceiver_export.calibration.quantization.sensitivity import measure_layer_errors as measure_layer_errors
+    from perceiver_export.calibration.quantization.sensitivity import measure_sensitivity as measure_sensitivity
+    from perceiver_export.calibration.validation.certify import certify as certify
+    from perceiver_export.calibration.validation.options import Gates as Gates
+    from perceiver_export.calibration.validation.options import ValidateOptions as ValidateOptions
+    from perceiver_export.calibration.validation.results import Validation as Validation
+    from perceiver_export.calibration.validation.validation import validate as validate
+    from perceiver_export.calibration.validation.validation import validate_targets as validate_targets
 
-__all__ = [
-    "Validation",
-    "certify",
-    "lint",
-    "measure_layer_errors",
-    "measure_sensitivity",
-    "quantize",
-    "search",
-    "validate",
-    "validate_targets",
-]
-
-_LAZY = {
-    "Validation": "validated",
-    "certify": "certificate",
-    "lint": "linting",
-    "measure_layer_errors": "layer_errors",
-    "measure_sensitivity": "sensitivity",
-    "quantize": "pipeline",
-    "search": "mixed_precision",
-    "validate": "validation",
-    "validate_targets": "targets",
+# Modules by their public names, imported on first use.
+_NAMES = {
+    "lowering.lint": "lint",
+    "lowering.tensorrt": "lower_bundle",
+    "quantization.options": "QuantizeOptions",
+    "quantization.pipeline": "quantize",
+    "quantization.search": "search",
+    "quantization.sensitivity": "measure_layer_errors measure_sensitivity",
+    "validation.certify": "certify",
+    "validation.options": "Gates ValidateOptions",
+    "validation.results": "Validation",
+    "validation.validation": "validate validate_targets",
 }
-
-
-_VALIDATE = ("Validation", "certify", "validate", "validate_targets")  # need less than the others
+_MODULES = {name: module for module, names in _NAMES.items() for name in names.split()}
+__all__ = sorted(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        module = importlib.import_module(f"{__name__}.{_LAZY[name]}")
+        module = importlib.import_module(f"{__name__}.{_MODULES[name]}")
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("perceiver_export"):
             raise
         from perceiver_export.runtimes.errors import MissingDependencyError
 
-        extra = "validate" if name in _VALIDATE else "quantize"
+        extra = "validate" if _MODULES[name].startswith("validation") else "quantize"
         raise MissingDependencyError(
             f"{name} needs {error.name}, which is not installed", f"pip install 'perceiver-export[{extra}]'"
         ) from error

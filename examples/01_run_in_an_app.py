@@ -8,11 +8,12 @@ python examples/01_run_in_an_app.py fashion examples/fashion_mnist/pictures/bag.
 import sys
 
 from perceiver_export.runtimes import open_task
+from perceiver_export.runtimes.tasks import ImageClassification
 
 if len(sys.argv) < 3:
     sys.exit("usage: 01_run_in_an_app.py BUNDLE PICTURE…")
 bundle, *pictures = sys.argv[1:]
-with open_task(bundle, device="auto") as classify:
+with open_task(bundle, ImageClassification, device="auto") as classify:
     print(classify.runtime.describe())
     for picture in pictures:
         best = classify(picture)[0]

@@ -7,25 +7,37 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from perceiver_export.exporter.inspection import inspect_bundle
-    from perceiver_export.exporter.load import load_model
+    from perceiver_export.exporter.describe import inspect_bundle
     from perceiver_export.exporter.loaded import LoadedModel
-    from perceiver_export.exporter.packaging import package
-    from perceiver_export.exporter.pipeline import export
+    from perceiver_export.exporter.own import OwnModel
+    from perceiver_export.exporter.pipeline import ExportOptions, export
     from perceiver_export.exporter.presets import PRESETS
-    from perceiver_export.exporter.reference import load_reference
-
-__all__ = ["PRESETS", "LoadedModel", "export", "inspect_bundle", "load_model", "load_reference", "package"]
+    from perceiver_export.exporter.serving import package
+    from perceiver_export.exporter.sources import load_model, load_reference
 
 _LAZY = {
     "PRESETS": "presets",
+    "ExportOptions": "pipeline",
     "LoadedModel": "loaded",
+    "OwnModel": "own",
     "export": "pipeline",
-    "inspect_bundle": "inspection",
-    "load_model": "load",
-    "load_reference": "reference",
-    "package": "packaging",
+    "inspect_bundle": "describe",
+    "load_model": "sources",
+    "load_reference": "sources",
+    "package": "serving",
 }
+
+__all__ = [
+    "PRESETS",
+    "ExportOptions",
+    "LoadedModel",
+    "OwnModel",
+    "export",
+    "inspect_bundle",
+    "load_model",
+    "load_reference",
+    "package",
+]
 
 
 def __getattr__(name: str) -> Any:

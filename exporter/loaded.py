@@ -1,31 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model, ready for export, with all that a bundle says about it."""
+"""`LoadedModel`: a model ready for export, with everything that its bundle says about it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
 
-from perceiver_export.exporter.perceiver.config import PerceiverConfig
+from perceiver_export.runtimes.manifest import OutputKind
 from perceiver_export.runtimes.preprocessing import Preprocessing
 from perceiver_export.runtimes.runtime import Array
 
 if TYPE_CHECKING:
-    from perceiver_export.exporter.perceiver.architectures import Parity
-    from perceiver_export.exporter.perceiver.model import PerceiverIO
+    from perceiver_export.exporter.model.architectures import Parity
+    from perceiver_export.exporter.model.perceiver import PerceiverIO
+
+
+OWN_SOURCE = "your own code"
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model in evaluation mode, with all that the bundle says about it.
+    """A model in evaluation mode, with everything that its bundle says about it.
 
-    ``parity``: whose numerics it follows; ``own`` are those of no released model. ``split``: whether it is exported
-    as encoder and decoder where nothing else is asked for.
+    ``config`` is None for any module and for an ONNX file, which become graphs as they are.
+    ``parity``: whose numerics it follows; ``own`` are those of no released model. ``split``: whether the default is to
+    export encoder and decoder apart. ``output_kinds``: the meaning of outputs, by name, where it is not the task's
+    usual one. ``files``: content of further files of the bundle, by name.
     """
 
-    model: PerceiverIO
-    config: PerceiverConfig
+    model: Any  # PerceiverIO, or without config NamedModule or OnnxFile
+    config: Any  # PerceiverConfig or None
     task: str
     parity: Parity | Literal["own"]
     source: str
@@ -33,11 +39,50 @@ class LoadedModel:
     preprocessing: Preprocessing | None = None
     split: bool = False
     notes: tuple[str, ...] = ()
+    output_kinds: Mapping[str, OutputKind] = field(default_factory=dict)
+    files: Mapping[str, bytes] = field(default_factory=dict)
+
+    @classmethod
+    def own(
+        cls,
+        model: PerceiverIO,
+        task: str = "arrays",
+        *,
+        labels: Sequence[str] = (),
+        preprocessing: Preprocessing | None = None,
+        output_kinds: Mapping[str, OutputKind] | None = None,
+        split: bool = False,
+        notes: Sequence[str] = (),
+    ) -> LoadedModel:
+        """A model of your own, for any task: an image classifier, for example, has ``preprocessing``, the steps from an
+        image to its input, and ``labels``, the names of its scores in their order.
+
+        ``output_kinds`` gives the meaning of outputs, by name: ``single-label`` (softmax), ``multi-label`` (sigmoid),
+        ``regression``, or ``none``. Commands and gates follow it. By default the only output of a classifier is
+        ``single-label`` (of a sound classifier ``multi-label``).
+        """
+        given = tuple(labels), preprocessing, split, tuple(notes), dict(output_kinds or {})
+        return cls(model.eval(), model.config, task, "own", OWN_SOURCE, *given)
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """All outputs by name for preprocessed inputs by name, in torch: a reference to judge by."""
+        """All outputs by name for preprocessed inputs by name, from the source itself: a reference to judge by."""
+        if self.config is None:
+            found: dict[str, Array] = self.model.run(feeds)
+            return found
         import torch
 
         with torch.inference_mode():
             outputs = self.model({name: torch.from_numpy(array) for name, array in feeds.items()})
         return {name: output.numpy() for name, output in outputs.items()}
+
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 of the weights in torch, or of the ONNX file."""
+        if hasattr(self.model, "hashes"):
+            found: dict[str, str] = self.model.hashes()
+            return found
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.model.state_dict().items()):
+            array = tensor.cpu().contiguous().numpy()
+            digest.update(f"{name} {array.dtype} {array.shape} ".encode())
+            digest.update(array.data)
+        return {"tensors in torch": digest.hexdigest()}

@@ -1,44 +1,157 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``module:function``: a model of your own, built from our parts by your own code."""
+"""Models of your own: any `torch.nn.Module`, called with example inputs.
+
+def policy() -> OwnModel:
+model = Policy(...)
+model.load_state_dict(torch.load("policy.pt", weights_only=True))
+return OwnModel(model, {"image": torch.rand(1, 3, 96, 96), "state": torch.rand(1, 14)}, outputs=("actions",))
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
-from perceiver_export.calibration.user_code import current_directory_importable, find_function
-from perceiver_export.exporter.loaded import LoadedModel
-from perceiver_export.runtimes.errors import PerceiverExportError, UnsupportedModelError, UsageError
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from perceiver_export.runtimes.errors import UnsupportedModelError, UsageError
+from perceiver_export.runtimes.manifest import OutputKind
+from perceiver_export.runtimes.preprocessing import Preprocessing
+from perceiver_export.runtimes.runtime import Array
+
+Inputs = Mapping[str, Tensor] | Sequence[Tensor]
 
 
-def load_own(spec: str, task: str | None) -> LoadedModel:
-    """Call ``module:function``, seen from the current directory; it gives a `PerceiverIO` or a `LoadedModel`.
+@dataclass(frozen=True)
+class OwnModel:
+    """A module of your own, example inputs, and what its bundle says about it.
 
-    A bare model becomes a bundle of ``task``, by default ``arrays``: arrays in, arrays out.
-
-    Raises UsageError: it cannot be imported, wants arguments, or fails; UnsupportedModelError: it gives something else.
+    ``inputs``: tensors by the names of forward's arguments, or a tuple in their order; the first dimension is the
+    batch. ``outputs``: names of what forward returns, in its order; by default the keys of a dict, else `output`,
+    `output_1`, …. ``labels``, ``preprocessing`` and ``output_kinds`` as in `LoadedModel.own`.
     """
-    from perceiver_export.exporter.perceiver.model import PerceiverIO
 
-    with current_directory_importable():
-        factory = find_function(spec)
-        try:
-            inspect.signature(factory).bind()
-        except TypeError as error:
-            raise UsageError(f"{spec} wants arguments: {error}", "give a function without arguments") from error
-        try:
-            made = factory()
-        except PerceiverExportError:
-            raise
-        except (Exception, SystemExit) as error:
-            module, _, name = spec.partition(":")
-            hint = f'python -c "import {module}; {module}.{name}()" shows where'
-            raise UsageError(f"{spec} failed: {error!r}", hint) from error
-    if isinstance(made, LoadedModel):
-        return made
-    if not isinstance(made, PerceiverIO):
-        raise UnsupportedModelError(
-            f"{spec} gave a {type(made).__name__}, not a PerceiverIO",
-            "build it of what perceiver_export.exporter.perceiver gives: see examples/your_own.py",
+    module: nn.Module
+    inputs: Inputs
+    outputs: Sequence[str] = ()
+    task: str = "arrays"
+    labels: Sequence[str] = ()
+    preprocessing: Preprocessing | None = None
+    output_kinds: Mapping[str, OutputKind] = field(default_factory=dict)
+
+
+class NamedModule(nn.Module):
+    """A module that takes and returns tensors by name: {input: (B, …)} -> {output: (B, …)}.
+
+    ``examples``: the example inputs as arrays. Raises UsageError for inputs that forward does not take, and
+    UnsupportedModelError for a forward that fails on them, returns no tensors, or gives two answers to one question.
+    """
+
+    def __init__(self, module: nn.Module, inputs: Inputs, outputs: Sequence[str] = ()) -> None:
+        super().__init__()
+        self.model = module.eval()
+        self._positional = not isinstance(inputs, Mapping)
+        named = dict(inputs) if isinstance(inputs, Mapping) else _by_position(module, inputs)
+        self.examples: dict[str, Array] = {name: _array(name, value) for name, value in named.items()}
+        self.outputs: tuple[str, ...] = ()
+        first_call = self._named(_called(self, named), tuple(outputs))
+        again = self.run(self.examples)
+        for name, first in first_call.items():
+            if not np.array_equal(first, again[name], equal_nan=first.dtype.kind == "f"):
+                raise UnsupportedModelError(
+                    f"two calls with the same inputs give different values of {name!r}",
+                    "remove random numbers and dropout that eval() leaves on, or make them an input",
+                )
+
+    def forward(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        found = self._call(feeds)
+        return dict(zip(self.outputs, (tensor for _, tensor in _tensors(found)), strict=True))
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """The same with numpy arrays."""
+        with torch.no_grad():
+            found = self.forward({name: torch.from_numpy(array) for name, array in feeds.items()})
+        return {name: tensor.numpy() for name, tensor in found.items()}
+
+    def _call(self, feeds: Mapping[str, Tensor]) -> Any:
+        if self._positional:
+            return self.model(*(feeds[name] for name in self.examples))
+        return self.model(**{name: feeds[name] for name in self.examples})
+
+    def _named(self, found: Any, asked: tuple[str, ...]) -> dict[str, Array]:
+        """What forward returned, with the names that were ``asked`` or its own keys."""
+        tensors = list(_tensors(found))
+        if not tensors:
+            raise UnsupportedModelError(
+                f"forward returns a {type(found).__name__} without tensors",
+                "return a tensor, a tuple or a dict of them",
+            )
+        if asked and len(asked) != len(tensors):
+            raise UsageError(
+                f"outputs names {len(asked)} outputs, forward returns {len(tensors)}", "name each of them, in order"
+            )
+        self.outputs = asked or tuple(name for name, _ in tensors)
+        if len(set(self.outputs) | set(self.examples)) < len(self.outputs) + len(self.examples):
+            raise UsageError(
+                f"a name is used twice among the inputs {list(self.examples)} and outputs {list(self.outputs)}",
+                "give outputs=(…) other names",
+            )
+        return {name: _array(name, tensor) for name, (_, tensor) in zip(self.outputs, tensors, strict=True)}
+
+
+def _by_position(module: nn.Module, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
+    parameters = [
+        one
+        for one in inspect.signature(module.forward).parameters.values()
+        if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)
+    ]
+    variable = any(one.kind is one.VAR_POSITIONAL for one in inspect.signature(module.forward).parameters.values())
+    names = [one.name for one in parameters] + [f"input_{index}" for index in range(len(parameters), len(inputs))]
+    if len(inputs) > len(parameters) and not variable:
+        raise UsageError(
+            f"{len(inputs)} inputs for a forward of {len(parameters)} arguments", "give a dict of names to tensors"
         )
-    model = made.eval()
-    return LoadedModel(model=model, config=model.config, task=task or "arrays", parity="own", source=spec)
+    return dict(zip(names, inputs, strict=False))
+
+
+def _called(module: NamedModule, inputs: Mapping[str, Tensor]) -> Any:
+    try:
+        with torch.no_grad():
+            return module._call(inputs)
+    except Exception as error:  # the user's own code
+        takes = ", ".join(inspect.signature(module.model.forward).parameters)
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
+        raise UnsupportedModelError(
+            f"forward fails on the example inputs: {type(error).__name__}: {reason}",
+            f"forward takes ({takes}); the inputs are {', '.join(inputs)}",
+        ) from error
+
+
+def _array(name: str, value: object) -> Array:
+    if isinstance(value, np.ndarray):
+        return value
+    if not isinstance(value, Tensor):
+        raise UsageError(
+            f"{name!r} is of type {type(value).__name__}, not a tensor",
+            "give tensors only, and set other arguments in a module around yours",
+        )
+    return value.detach().cpu().numpy()
+
+
+def _tensors(found: Any, name: str = "output") -> Iterator[tuple[str, Tensor]]:
+    """Tensors of what forward returned, with a name each; None and numbers are left out."""
+    if isinstance(found, Tensor):
+        yield name, found
+    elif isinstance(found, Mapping):
+        for key, value in found.items():
+            yield from _tensors(value, str(key) if name == "output" else f"{name}_{key}")
+    elif dataclasses.is_dataclass(found) and not isinstance(found, type):
+        yield from _tensors({one.name: getattr(found, one.name) for one in dataclasses.fields(found)}, name)
+    elif isinstance(found, (tuple, list)):
+        for index, value in enumerate(found):
+            yield from _tensors(value, f"{name}_{index}" if index else name)

@@ -1,203 +1,262 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The export command's work: checkpoint -> torch model -> graph -> verified bundle."""
+"""`export`: a model is loaded, traced, folded, written, and compared with its source."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import importlib.metadata
-import io
 import os
 import platform
-import zipfile
+import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import msgspec
-import numpy as np
 
-from perceiver_export.calibration.write import file_entries, new_bundle, refuse_place
-from perceiver_export.exporter.batch import Batch
-from perceiver_export.exporter.budget import DEFAULT_BUDGET, parse_budget
-from perceiver_export.exporter.load import load_model
+from perceiver_export.calibration.bundles import absolute_place, file_entries, new_bundle, refuse_place
+from perceiver_export.calibration.validation.options import option
 from perceiver_export.exporter.loaded import LoadedModel
-from perceiver_export.runtimes.bundle import Bundle, open_bundle
-from perceiver_export.runtimes.errors import UnsupportedModelError, UsageError
-from perceiver_export.runtimes.loading import open_engine
-from perceiver_export.runtimes.manifest import SCHEMA_VERSION, Check, Manifest, Part, TensorSpec, encode_manifest
-from perceiver_export.runtimes.preprocessing import unusable
-from perceiver_export.runtimes.runtime import Array, Runtime
+from perceiver_export.exporter.sources import check_installed, load_model, loaded_module
+from perceiver_export.runtimes.bundle import GOLDEN, Bundle, open_bundle
+from perceiver_export.runtimes.errors import BundleError, UnsupportedModelError, UsageError, check_kind
+from perceiver_export.runtimes.manifest import (
+    SCHEMA_VERSION,
+    Check,
+    Manifest,
+    OutputKind,
+    Part,
+    TensorSpec,
+    default_kinds,
+    encode_manifest,
+)
+from perceiver_export.runtimes.npz import write_npz
+from perceiver_export.runtimes.preprocessing import (
+    AudioPreprocessing,
+    Preprocessing,
+    TextPreprocessing,
+    VideoPreprocessing,
+    unusable,
+)
+from perceiver_export.runtimes.runtime import Array
 from perceiver_export.runtimes.tasks import checked_task
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from perceiver_export.exporter.fold.folded import FoldedPerceiver
-    from perceiver_export.exporter.fold.sites import Sites
-    from perceiver_export.exporter.parts import GraphPart
-    from perceiver_export.exporter.perceiver.model import PerceiverIO
+    from perceiver_export.exporter.graphs import Batch, GraphPart
+    from perceiver_export.exporter.module_folds.sites import Sites
+    from perceiver_export.exporter.own import OwnModel
+
+DEFAULT_BUDGET = "512MiB"
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
+_TOOLS = ("perceiver-export", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
 
 # progress(what is being done, steps done, steps in all)
 Progress = Callable[[str, int, int], None]
 
-GOLDEN = "golden.npz"
-_TOOLS = ("perceiver-export", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """How a model becomes a bundle. Each field carries its documentation, which `export --help` prints."""
+
+    task: str | None = option(None, "What the model does. Your own bare model is `arrays` (the default) or `sets`.")
+    parity: str | None = option(None, "Whose numerics to follow: huggingface or deepmind; by default the checkpoint's.")
+    split: bool | None = option(
+        None, "Encoder and decoder as separate graphs, to decode only the queries you need; by default for video only."
+    )
+    dynamic_queries: bool = option(False, "Split decoders take any number of queries a call.")
+    batch: str | int | None = option(
+        None,
+        "Samples a call: a number, or a range. By default 1, or as many as your example inputs have.",
+        "N|MIN:OPT:MAX",
+    )
+    shape: Mapping[str, tuple[int, ...]] = field(
+        default_factory=dict,
+        metadata={"doc": "Fix a size, without the batch: image=3x224x224; queries=1024 a call of a split decoder."},
+    )
+    config: str | os.PathLike[str] | None = field(
+        default=None, metadata={"doc": "Sizes of a state dict that does not hold them.", "value": "FILE.json"}
+    )
+    like: str | os.PathLike[str] | None = field(
+        default=None,
+        metadata={"doc": "Task, labels and preprocessing of an ONNX file: as this bundle.", "value": "BUNDLE"},
+    )
+    fold: bool = option(True, "Rewrite the model into an equal one with less work, where that pays.")
+    memory_budget: str | int | None = option(
+        None, f"Memory for activations, {DEFAULT_BUDGET} by default; larger stages run in pieces.", "SIZE"
+    )
+    truncate: bool = option(False, "The bundle cuts texts that are longer than the model, instead of refusing them.")
+    overwrite: bool = option(False, "Replace an existing bundle.")
+
+
+_DEFAULTS = ExportOptions()
 
 
 def export(
-    source: str | os.PathLike[str] | LoadedModel,
-    out: str | os.PathLike[str],
+    source: str | os.PathLike[str] | LoadedModel | OwnModel,
+    output: str | os.PathLike[str],
+    options: ExportOptions = _DEFAULTS,
     *,
-    task: str | None = None,
-    parity: str | None = None,
-    split: bool | None = None,
-    dynamic_queries: bool = False,
-    batch: str | int = 1,
-    shape: Mapping[str, tuple[int, ...]] | None = None,
-    config: str | os.PathLike[str] | None = None,
-    fold: bool = True,
-    memory_budget: str | int | None = None,
-    overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Bundle:
-    """Export a checkpoint to a bundle at ``out``, verified against torch; nothing is written if anything fails.
+    """Export a model to a bundle at ``output``: a loaded one, an `OwnModel`, or a source that `load_model` takes.
 
-    ``split`` writes encoder and decoder apart, so that a caller decodes only the queries it needs; None splits where
-    decoding all of them in one call would not fit into memory (video). A decoder takes a fixed number of queries a call
-    (``shape={"queries": (n,)}`` sets it), or with ``dynamic_queries`` any number up to that. ``batch`` is a number or
-    ``"MIN:OPT:MAX"``; ``shape`` fixes an input's size without the batch, e.g. ``{"image": (3, 224, 224)}``. ``config``
-    is the JSON file of sizes that a bare state dict comes with. A `LoadedModel` may be given instead of a path.
+    The bundle is written only if the ONNX graph reproduces PyTorch's outputs on three random inputs, one of them large
+    in magnitude. A failure leaves nothing behind.
 
-    ``fold`` rewrites the model into an exactly equal one with less work, site by site where that pays, in pieces that
-    keep the activations within ``memory_budget`` (bytes, or e.g. ``"512MiB"``, which is the default) at the largest
-    batch; a decoder of any number of queries is planned for calls of 8192. The manifest says what was chosen. Without
-    ``fold`` the graph has every projection as the model has it, and no pieces.
+    With ``fold`` the graph computes the same function in fewer operations, in pieces that keep the activations of the
+    largest batch within ``memory_budget`` (bytes, or a text such as "512MiB"). A decoder of any number of queries is
+    planned for calls of 8192. The manifest records each decision. Without ``fold`` the graph has every projection that
+    the model has, and no pieces.
 
     Raises CheckpointError, UnsupportedModelError, UsageError, ExportError, VerificationError, BundleExistsError,
     MissingDependencyError.
     """
     report = progress or (lambda what, done, total: None)
-    path = Path(os.path.abspath(out))  # so that "." and "bundle/" have a name too
-    sizes = Batch.parse(batch)
-    shapes = dict(shape or {})
-    queries = shapes.pop("queries", None)
-    if memory_budget is not None and not fold:
-        raise UsageError(
-            "a graph without folds has no pieces to fit a budget", "leave --memory-budget or --no-fold out"
-        )
-    budget = parse_budget(DEFAULT_BUDGET if memory_budget is None else memory_budget)
-    refuse_place(path, overwrite)
-    report("load", 0, 1)
-    if isinstance(source, LoadedModel):
-        if task or parity or shapes or config:
-            raise UsageError("a loaded model has its task, parity, shape and config", "give these to load_model")
-        loaded = source
-    else:
-        loaded = load_model(source, task=task, parity=parity, shape=shapes, config=config)
-    _check_preprocessing(loaded)
-    loaded.model.eval()  # one's own may come from training
-    from perceiver_export.exporter.parts import output_specs
+    check_installed()
+    from perceiver_export.exporter.graphs import Batch, make_graphs, output_specs
 
-    split = loaded.split if split is None else split
-    cut = (sizes, split, dynamic_queries, queries)
-    references = _parts(loaded.model, *cut)
-    sites, graphs = None, references
-    if fold:
-        folded = _folded(loaded.model, budget, *cut)
-        sites, graphs = folded.sites, _parts(folded, *cut)
-    with new_bundle(path, overwrite) as directory:
+    path, budget = absolute_place(output), _budget(options)
+    batch = None if options.batch is None else Batch.parse(options.batch)
+    refuse_place(path, options.overwrite)
+    report("load", 0, 1)
+    loaded = _load(source, options)
+    if loaded.config is None:
+        return _export_own(path, loaded, options, batch, budget, report)
+    batch = batch or Batch.parse(1)
+    split = loaded.split if options.split is None else options.split
+    queries = options.shape.get("queries")
+    make = functools.partial(make_graphs, batch=batch, split=split, queries=queries, dynamic=options.dynamic_queries)
+    references = make(loaded.model)
+    graphs, sites = references, None
+    if options.fold:
+        from perceiver_export.exporter.graphs import planned_queries
+        from perceiver_export.exporter.module_folds.folded import FoldedPerceiver
+        from perceiver_export.exporter.module_folds.sites import choose_sites
+
+        planned = planned_queries(loaded.config, queries[0] if queries else None, options.dynamic_queries)
+        sites = choose_sites(loaded.model, budget, batch.most, planned if split else None)
+        graphs = make(FoldedPerceiver(loaded.model, sites))
+    with new_bundle(path, options.overwrite) as directory:
         parts = _write_graphs(loaded, graphs, sites, directory, report)
-        checks = _verify(loaded, references, parts, directory, report)
-        outputs = output_specs(loaded.config, sizes) if len(graphs) > 1 else ()
+        checks = _verify(loaded, references, directory, report)
+        for name, content in loaded.files.items():
+            (directory / name).write_bytes(content)
+        outputs = output_specs(loaded.config, batch) if len(graphs) > 1 else ()
         manifest = _manifest(path.name, loaded, parts, outputs, checks, directory)
         (directory / "manifest.json").write_bytes(encode_manifest(manifest))
-        checked_task(open_bundle(directory, verify="never").manifest)  # what no reader would take is not published
+        _check_task(open_bundle(directory, verify="never").manifest)
     report("done", 1, 1)
     return open_bundle(path)
 
 
-def _check_preprocessing(loaded: LoadedModel) -> None:
-    """Raise UnsupportedModelError before hours of work that no reader of the bundle would take."""
-    if loaded.preprocessing is not None and (found := unusable(loaded.preprocessing)):
-        raise UnsupportedModelError(
-            f"the model's preprocessing cannot be used: {found}", "mend what it was loaded from"
+def _export_own(
+    path: Path, loaded: LoadedModel, options: ExportOptions, batch: Batch | None, budget: int, report: Progress
+) -> Bundle:
+    """Any module, or an ONNX file: one graph, folded as it is."""
+    from perceiver_export.calibration.graphs import save_graphs, stage_costs
+    from perceiver_export.exporter.graphs import own_graph
+    from perceiver_export.exporter.trace import folded_graph, with_vocabularies
+
+    if options.split or options.dynamic_queries:
+        raise UsageError("--split takes Perceivers that say where their latents are", "leave --split out")
+    graph = own_graph(loaded.model, batch)
+    report("trace and fold", 0, 3)
+    (first, *_), own = graph.inputs[0].shape or (1,), graph.ranges.get("batch")
+    samples = own[1] if own else int(first)
+    model, folds, planned = folded_graph(graph, options.fold, budget, samples)
+    graph = with_vocabularies(graph, model.graph)
+    part = Part(graph.file, graph.inputs, graph.outputs, stage_costs(model.graph), None, folds, planned)
+    with new_bundle(path, options.overwrite) as directory:
+        report("write", 1, 3)
+        save_graphs({graph.file: model}, directory)
+        checks = _verify(loaded, (graph,), directory, report)
+        manifest = _manifest(path.name, loaded, {"model": part}, (), checks, directory)
+        (directory / "manifest.json").write_bytes(encode_manifest(manifest))
+        _check_task(open_bundle(directory, verify="never").manifest)
+    report("done", 1, 1)
+    return open_bundle(path)
+
+
+def parse_budget(text: str | int) -> int:
+    """Bytes; ``"512MiB"``, ``"1.5GB"``. Raises UsageError."""
+    check_kind("--memory-budget", text, (str, int), "a size, for example 512MiB")
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]i?)?B?\s*", str(text), re.IGNORECASE)
+    if found is None:
+        raise UsageError(f"--memory-budget {text!r} is not a size", "for example 512MiB or 1.5GB")
+    number, unit = found.groups()
+    return int(float(number) * _UNITS[(unit or "").lower()])
+
+
+def _budget(options: ExportOptions) -> int:
+    if options.memory_budget is not None and not options.fold:
+        raise UsageError("--memory-budget has no effect with --no-fold", "leave --memory-budget or --no-fold out")
+    return parse_budget(DEFAULT_BUDGET if options.memory_budget is None else options.memory_budget)
+
+
+def _load(source: str | os.PathLike[str] | LoadedModel | OwnModel, options: ExportOptions) -> LoadedModel:
+    """The model in evaluation mode. Raises UnsupportedModelError where no reader could use its preprocessing."""
+    shape = {name: size for name, size in options.shape.items() if name != "queries" or str(source).endswith(".onnx")}
+    from perceiver_export.exporter.own import OwnModel
+
+    if isinstance(source, OwnModel):
+        source = loaded_module(source)
+    if not isinstance(source, LoadedModel):
+        loaded = load_model(
+            source, task=options.task, parity=options.parity, shape=shape, config=options.config, like=options.like
         )
-
-
-def _folded(
-    model: PerceiverIO, budget: int, batch: Batch, split: bool, dynamic_queries: bool, queries: tuple[int, ...] | None
-) -> FoldedPerceiver:
-    from perceiver_export.exporter.fold.folded import FoldedPerceiver
-    from perceiver_export.exporter.fold.sites import choose_sites
-    from perceiver_export.exporter.parts import planned_queries
-
-    at_once = planned_queries(model.config, queries[0] if queries else None, dynamic_queries) if split else None
-    return FoldedPerceiver(model, choose_sites(model, budget, batch.most, at_once))
-
-
-def _parts(
-    model: PerceiverIO, batch: Batch, split: bool, dynamic_queries: bool, queries: tuple[int, ...] | None
-) -> tuple[GraphPart, ...]:
-    from perceiver_export.exporter.parts import split_model, whole_model
-
-    if queries is not None and (len(queries) != 1 or queries[0] < 1):
-        raise UsageError(f"the shape of `queries` is {list(queries)}", "give their number: --shape queries=1024")
-    if split:
-        graphs = split_model(model, batch, dynamic_queries, queries[0] if queries else None)
-        if (dynamic_queries or queries) and all(graph.num_queries is None for graph in graphs):
-            raise UsageError(
-                "no decoder of this model is asked for some of its queries",
-                "leave --dynamic-queries and --shape queries=… out",
-            )
-        return graphs
-    if dynamic_queries or queries:
-        raise UsageError("queries are chosen in split bundles only", "add --split")
-    return (whole_model(model, batch),)
+    elif options.task or options.parity or shape or options.config:
+        raise UsageError("a loaded model has its task, parity, shape and config", "give these to load_model")
+    else:
+        loaded = source
+    if options.truncate:
+        if not isinstance(loaded.preprocessing, TextPreprocessing):
+            raise UsageError(f"a model of {loaded.task} reads no text", "leave --truncate out")
+        steps = msgspec.structs.replace(loaded.preprocessing, truncate=True)
+        loaded = dataclasses.replace(loaded, preprocessing=steps)
+    if loaded.preprocessing is not None and (found := unusable(loaded.preprocessing)):
+        raise UnsupportedModelError(f"the model's preprocessing cannot be used: {found}", "correct its source")
+    if loaded.config is not None:
+        loaded.model.eval()  # your own may come from training
+    return loaded
 
 
 def _write_graphs(
     loaded: LoadedModel, graphs: tuple[GraphPart, ...], sites: Sites | None, directory: Path, report: Progress
 ) -> dict[str, Part]:
-    from perceiver_export.calibration.costs import stage_costs
-    from perceiver_export.calibration.graph_files import save_graphs
+    from perceiver_export.calibration.graphs import save_graphs, stage_costs
     from perceiver_export.exporter.trace import trace
 
     models: dict[str, ir.Model] = {}
     parts: dict[str, Part] = {}
     for index, graph in enumerate(graphs):
         report(f"trace {graph.name}", index, 3 * len(graphs))
-        file = f"{graph.name}.onnx"
-        models[file] = trace(graph, loaded.config)
-        stages = stage_costs(models[file].graph)
-        part = Part(file, graph.inputs, graph.outputs, stages, graph.num_queries)
+        models[graph.file] = trace(graph, loaded.config)
+        stages = stage_costs(models[graph.file].graph)
+        part = Part(graph.file, graph.inputs, graph.outputs, stages, graph.num_queries)
         parts[graph.name] = part if sites is None else sites.recorded(part, graph.name)
     report("write", 1, 3)
     save_graphs(models, directory)
     return parts
 
 
-def _verify(
-    loaded: LoadedModel, graphs: tuple[GraphPart, ...], parts: dict[str, Part], directory: Path, report: Progress
-) -> tuple[Check, ...]:
-    """Run what was written, compare it with torch, and keep the first case of each part as golden.npz."""
-    from perceiver_export.exporter.verify import verify
+def _verify(loaded: LoadedModel, graphs: tuple[GraphPart, ...], directory: Path, report: Progress) -> tuple[Check, ...]:
+    """Compare the written graphs with torch, and keep the first case of each as golden.npz."""
+    from perceiver_export.exporter.trace import verify
 
     checks: list[Check] = []
     golden: dict[str, Array] = {}
-    for index, graph in enumerate(graphs):
-
-        def progress(done: int, total: int, index: int = index) -> None:
-            report("verify", len(graphs) * total + index * total + done, 2 * len(graphs) * total)
-
-        def load(graph: GraphPart = graph) -> Runtime:
-            engine = open_engine(directory / parts[graph.name].file, "ort-cpu", threads=None)
-            return Runtime(engine, graph.inputs, graph.outputs, "fp32")
-
-        found, arrays = verify(graph, loaded.config, load, progress)
+    for graph in graphs:
+        progress = functools.partial(report, f"verify {graph.name}")
+        found, arrays = verify(graph, loaded.config, directory / graph.file, progress)
         checks += found
         # `input/image` of a whole model, `encoder/input/image` of a part
         prefix = "" if len(graphs) == 1 else f"{graph.name}/"
         golden |= {f"{prefix}{name}": array for name, array in arrays.items()}
-    _save_arrays(directory / GOLDEN, golden)
+    write_npz(directory / GOLDEN, golden)
     return tuple(checks)
 
 
@@ -215,32 +274,40 @@ def _manifest(
         task=loaded.task,
         parity=loaded.parity,
         source=loaded.source,
-        architecture=msgspec.to_builtins(loaded.config),
-        parts=parts,
+        architecture={} if loaded.config is None else msgspec.to_builtins(loaded.config),
+        parts={part: _with_frames(one, loaded.preprocessing) for part, one in parts.items()},
         preprocessing=loaded.preprocessing,
         labels=loaded.labels,
         precision="fp32",
         verification=checks,
-        tools=_tools(),
+        tools={"python": platform.python_version(), **{name: _version(name) for name in _TOOLS}},
         files=file_entries(directory),
         outputs=outputs,
         notes=loaded.notes,
+        output_kinds=_kinds(loaded, [spec.name for spec in outputs or next(iter(parts.values())).outputs]),
     )
 
 
-def _save_arrays(path: Path, arrays: Mapping[str, Array]) -> None:
-    """An npz whose bytes depend on the arrays alone (numpy's own holds the time of writing)."""
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, array in arrays.items():
-            buffer = io.BytesIO()
-            np.lib.format.write_array(buffer, array, allow_pickle=False)
-            archive.writestr(
-                zipfile.ZipInfo(f"{name}.npy", (1980, 1, 1, 0, 0, 0)), buffer.getvalue(), zipfile.ZIP_DEFLATED
-            )
+def _with_frames(part: Part, preprocessing: Preprocessing | None) -> Part:
+    """The part with the meaning of `frames` where preprocessing makes them; the graph does not contain it."""
+    if not isinstance(preprocessing, (VideoPreprocessing, AudioPreprocessing)):
+        return part
+    inputs = (
+        msgspec.structs.replace(spec, meaning="RGB frames in [0, 1], channels last") if spec.name == "frames" else spec
+        for spec in part.inputs
+    )
+    return msgspec.structs.replace(part, inputs=tuple(inputs))
 
 
-def _tools() -> dict[str, str]:
-    return {"python": platform.python_version(), **{name: _version(name) for name in _TOOLS}}
+def _kinds(loaded: LoadedModel, outputs: list[str]) -> dict[str, OutputKind]:
+    """The kind of each output. Raises UnsupportedModelError: the model names an unknown output or kind."""
+    for name, kind in sorted(loaded.output_kinds.items()):
+        for value, known in ((name, outputs), (kind, get_args(OutputKind))):
+            if value not in known:
+                raise UnsupportedModelError(
+                    f"output_kinds has {name!r}: {kind!r}; {value!r} is unknown", f"it is one of {', '.join(known)}"
+                )
+    return default_kinds(loaded.task, loaded.labels, outputs) | dict(loaded.output_kinds)
 
 
 def _version(distribution: str) -> str:
@@ -248,3 +315,13 @@ def _version(distribution: str) -> str:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return "of another distribution"  # onnxruntime-gpu brings the module onnxruntime
+
+
+def _check_task(manifest: Manifest) -> None:
+    """Raise BundleError for a bundle that no reader would take, before it is published."""
+    try:
+        checked_task(manifest)
+    except BundleError as error:
+        own = "give what it lacks: LoadedModel.own(model, task, labels=…, preprocessing=…, output_kinds=…)"
+        hint = own if manifest.parity == "own" else error.hint
+        raise BundleError(f"the model does not fit its task: {error.message}", hint) from error

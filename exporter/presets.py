@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The systems of both papers at their full sizes, for sizing a device before there is a checkpoint.
 
-Where a paper leaves a size open, or its counts do not follow from the sizes that it gives, the remark says what was
-taken. Nothing here imports torch but `load_preset`.
+The remarks name each size that a paper leaves open, and each count that does not follow from the sizes in the paper.
+Only `load_preset` imports torch.
 """
 
 from __future__ import annotations
@@ -11,28 +11,83 @@ import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import msgspec
 
+from perceiver_export.exporter import preset_sizes as sizes
 from perceiver_export.exporter.loaded import LoadedModel
-from perceiver_export.exporter.perceiver import paper_sizes as sizes
-from perceiver_export.exporter.perceiver.architectures import EncoderSizes, Parity
-from perceiver_export.exporter.perceiver.config import AverageDecoder, ImageInput, PerceiverConfig
-from perceiver_export.exporter.perceiver.input_checks import check_image
-from perceiver_export.exporter.preset_preprocessing import preset_preprocessing
+from perceiver_export.exporter.model.architectures import AudioVideoSizes, EncoderSizes, Parity
+from perceiver_export.exporter.model.checks import check_input
+from perceiver_export.exporter.model.config import (
+    ArrayInput,
+    AverageDecoder,
+    FramePairInput,
+    ImageInput,
+    PerceiverConfig,
+    TokenInput,
+)
 from perceiver_export.runtimes.errors import UsageError
+from perceiver_export.runtimes.preprocessing import (
+    AudioPreprocessing,
+    FlowPreprocessing,
+    PointsPreprocessing,
+    Preprocessing,
+    TextPreprocessing,
+    VideoPreprocessing,
+)
+
+SAMPLE_RATE = 48_000  # in both papers
+
+
+def _preprocessing(task: str, config: PerceiverConfig, parity: Parity) -> Preprocessing | None:
+    """The steps before a model of these sizes; None where it takes arrays as they are."""
+    one, frames = next(iter(config.inputs.values())), config.inputs.get("frames")
+    if isinstance(one, ImageInput):
+        from perceiver_export.exporter.checkpoints.preprocessor import as_deepmind, image_preprocessing
+
+        steps = image_preprocessing({}, one.height, one.width)
+        return as_deepmind(steps) if parity == "deepmind" else steps
+    if isinstance(one, FramePairInput):
+        return FlowPreprocessing.of_tile(one.height, one.width)
+    if isinstance(one, TokenInput) and task != "arrays":
+        return TextPreprocessing(one.length, special_tokens=parity == "huggingface")
+    if task == "point-cloud-classification" and isinstance(one, ArrayInput):
+        return PointsPreprocessing(one.shape[0])
+    if not isinstance(frames, ArrayInput) or not isinstance(one, ArrayInput):
+        return None
+    num_frames, height, width = frames.shape
+    if task == "video-autoencoding":
+        return VideoPreprocessing(num_frames, height, width, one.shape[0], SAMPLE_RATE)
+    mel = (one.shape[0], one.shape[1]) if len(one.shape) == 2 else None
+    # A spectrogram is made of as many samples as the model of raw audio hears.
+    num_samples = AudioVideoSizes.num_samples if mel else one.shape[0]
+    return AudioPreprocessing(num_samples, SAMPLE_RATE, num_frames, height, width, mel)
+
+
+class Counts(NamedTuple):
+    """Numbers that are trained, and FLOPs of one sample: with all queries, and with the first query of each output.
+
+    FLOPs are those of matrix products and convolutions, a multiply-add as 2, as both papers count (Perceiver IO,
+    appendix D). Tests compare these figures with torch's own counter.
+    """
+
+    parameters: int
+    flops: int
+    flops_of_one_query: int
 
 
 @dataclass(frozen=True)
 class Preset:
-    """One system: how it is built, and what its paper says of it.
+    """One system: how it is built, its counts with DeepMind's numerics, and the figures of its paper.
 
-    ``parameters`` and ``flops`` are the paper's own, None where it has none; `preset_counts.count` gives those of the
-    config. ``remark``: what deviates, and what was taken where the paper is silent.
+    ``parameters`` and ``flops`` are the paper's own, None where it has none. ``remark``: where the model deviates, and
+    the choice where the paper is silent.
     """
 
     task: str
     build: Callable[[Parity], PerceiverConfig]
+    counts: Counts
     reference: str
     parameters: float | None = None
     flops: float | None = None
@@ -43,6 +98,7 @@ PRESETS: dict[str, Preset] = {
     "language-bytes": Preset(
         "fill-mask",
         partial(sizes.language, sizes.BYTES, 2048, 1280, 26),
+        Counts(201_108_230, 120_949_047_296, 111_002_919_936),
         "Perceiver IO, tables 1 and 11",
         201e6,
         113e9,
@@ -51,6 +107,7 @@ PRESETS: dict[str, Preset] = {
     "language-bytes-plus-plus": Preset(
         "fill-mask",
         partial(sizes.language, sizes.BYTES, 2048, 1536, 40),
+        Counts(425_607_430, 240_872_587_264, 230_926_459_904),
         "Perceiver IO++, tables 1 and 11",
         425e6,
         241e9,
@@ -59,15 +116,17 @@ PRESETS: dict[str, Preset] = {
     "language-sentencepiece": Preset(
         "arrays",
         partial(sizes.language, sizes.SENTENCEPIECE, 512, 1280, 26),
+        Counts(223_155_456, 133_613_748_224, 106_219_831_296),
         "Perceiver IO, tables 1 and 11",
         223e6,
         119e9,
-        remark="The paper's FLOPs are neither those of all 512 queries nor of one; what it counts is not known."
+        remark="The paper's FLOPs are neither those of all 512 queries nor of one; how it counts is not published."
         " Tokens in, scores out: the tokenizer is yours.",
     ),
     "language-classification": Preset(
         "text-classification",
         sizes.sentence_classifier,
+        Counts(206_098_690, 112_019_117_056, 112_019_117_056),
         "Perceiver IO, section F.4",
         None,
         113e9,
@@ -77,6 +136,7 @@ PRESETS: dict[str, Preset] = {
     "language-multitask": Preset(
         "text-classification",
         sizes.glue,
+        Counts(206_125_584, 123_864_129_536, 123_864_129_536),
         "Perceiver IO, section 4.1",
         remark="A linear layer gives each task's classes; the paper has two, 13.1 M parameters more. torch"
         " projects the latents to keys and values again for each task (1.7 GFLOP), the exported graph once.",
@@ -84,6 +144,7 @@ PRESETS: dict[str, Preset] = {
     "imagenet-learned": Preset(
         "image-classification",
         partial(sizes.imagenet, "conv1x1", 224, sizes.CONFIG_A),
+        Counts(62_255_848, 478_038_933_504, 478_038_933_504),
         "Perceiver IO, table 7",
         62.3e6,
         407e9,
@@ -93,6 +154,7 @@ PRESETS: dict[str, Preset] = {
     "imagenet-fourier": Preset(
         "image-classification",
         partial(sizes.imagenet, "pixels", 224, sizes.CONFIG_A),
+        Counts(48_440_627, 406_124_744_704, 406_124_744_704),
         "Perceiver IO, table 7",
         48.4e6,
         407e9,
@@ -100,6 +162,7 @@ PRESETS: dict[str, Preset] = {
     "imagenet-conv": Preset(
         "image-classification",
         partial(sizes.imagenet, "conv", 56, sizes.CONFIG_A),
+        Counts(48_646_522, 369_364_730_880, 369_364_730_880),
         "Perceiver IO, table 7",
         48.6e6,
         369e9,
@@ -107,6 +170,7 @@ PRESETS: dict[str, Preset] = {
     "imagenet-fourier-b": Preset(
         "image-classification",
         partial(sizes.imagenet, "pixels", 224, sizes.CONFIG_B),
+        Counts(212_170_035, 268_685_791_232, 268_685_791_232),
         "Perceiver IO, table 7 and section A.2",
         212e6,
         213e9,
@@ -116,6 +180,7 @@ PRESETS: dict[str, Preset] = {
     "imagenet-conv-b": Preset(
         "image-classification",
         partial(sizes.imagenet, "conv", 56, sizes.CONFIG_B),
+        Counts(212_375_930, 231_925_777_408, 231_925_777_408),
         "Perceiver IO, table 7 and section A.2",
         212e6,
         176e9,
@@ -124,6 +189,7 @@ PRESETS: dict[str, Preset] = {
     "optical-flow": Preset(
         "optical-flow",
         sizes.flow,
+        Counts(41_057_134, 1_886_745_225_216, 924_867_361_048),
         "Perceiver IO, section H",
         27.9e6,
         987e9,
@@ -134,17 +200,29 @@ PRESETS: dict[str, Preset] = {
     "video-autoencoding": Preset(
         "video-autoencoding",
         partial(sizes.video, 784),
+        Counts(19_857_443, 7_472_063_721_488, 252_544_136_240),
         "Perceiver IO, tables 4 and 17",
         20.0e6,
         6.85e12,
         remark="The released model; why the paper counts fewer FLOPs is not known. It describes positions of 387"
         " channels, the released model has 195: that changes no FLOP, for both are padded to as many.",
     ),
-    "video-autoencoding-176x": Preset("video-autoencoding", partial(sizes.video, 392), "Perceiver IO, table 4"),
-    "video-autoencoding-352x": Preset("video-autoencoding", partial(sizes.video, 196), "Perceiver IO, table 4"),
+    "video-autoencoding-176x": Preset(
+        "video-autoencoding",
+        partial(sizes.video, 392),
+        Counts(19_656_739, 6_748_872_316_944, 175_406_062_640),
+        "Perceiver IO, table 4",
+    ),
+    "video-autoencoding-352x": Preset(
+        "video-autoencoding",
+        partial(sizes.video, 196),
+        Counts(19_556_387, 6_389_164_837_904, 138_725_249_072),
+        "Perceiver IO, table 4",
+    ),
     "audioset-raw": Preset(
         "audio-classification",
         partial(sizes.audioset, None, 512),
+        Counts(24_922_462, 52_708_002_688, 52_708_002_688),
         "Perceiver IO, table 10",
         25.0e6,
         52.9e9,
@@ -153,6 +231,7 @@ PRESETS: dict[str, Preset] = {
     "audioset-mel": Preset(
         "audio-classification",
         partial(sizes.audioset, sizes.MEL, 1024),
+        Counts(86_568_284, 129_274_484_480, 129_274_484_480),
         "Perceiver IO, table 10",
         88.2e6,
         129.5e9,
@@ -162,6 +241,7 @@ PRESETS: dict[str, Preset] = {
     "starcraft": Preset(
         "sets",
         sizes.starcraft,
+        Counts(6_627_456, 1_012_924_416, 544_079_872),
         "Perceiver IO, section B and tables 5 and 9",
         None,
         0.93e9,
@@ -171,6 +251,7 @@ PRESETS: dict[str, Preset] = {
     "perceiver-imagenet": Preset(
         "image-classification",
         partial(sizes.first_imagenet, 8, "all-but-first", "all"),
+        Counts(44_912_254, 706_279_096_320, 706_279_096_320),
         "Perceiver, table 6",
         44.9e6,
         707.2e9,
@@ -178,16 +259,23 @@ PRESETS: dict[str, Preset] = {
     "perceiver-imagenet-1x": Preset(
         "image-classification",
         partial(sizes.first_imagenet, 1, "all-but-first", "all"),
+        Counts(42_135_859, 403_966_775_296, 403_966_775_296),
         "Perceiver, table 6",
         42.1e6,
         404.3e9,
     ),
     "perceiver-imagenet-unshared": Preset(
-        "image-classification", partial(sizes.first_imagenet, 8, "none", "none"), "Perceiver, table 7", 326.2e6, 707.2e9
+        "image-classification",
+        partial(sizes.first_imagenet, 8, "none", "none"),
+        Counts(326_241_856, 706_279_096_320, 706_279_096_320),
+        "Perceiver, table 7",
+        326.2e6,
+        707.2e9,
     ),
     "perceiver-audioset": Preset(
         "audio-classification",
         partial(sizes.first_audioset, EncoderSizes(512, 512, 12)),
+        Counts(20_971_870, 52_163_252_096, 52_163_252_096),
         "Perceiver IO, table 10",
         21.0e6,
         52.3e9,
@@ -196,12 +284,14 @@ PRESETS: dict[str, Preset] = {
     "perceiver-audioset-2x": Preset(
         "audio-classification",
         partial(sizes.first_audioset, EncoderSizes(512, 1024, 8, 2)),
+        Counts(109_048_771, 177_288_519_424, 177_288_519_424),
         "Perceiver, section 4.2",
         remark="Latents of ImageNet's size are taken; the paper does not say. Bands as in audioset-raw.",
     ),
     "modelnet40": Preset(
         "point-cloud-classification",
         sizes.modelnet,
+        Counts(44_772_202, 101_812_764_672, 101_812_764_672),
         "Perceiver, section 4.3",
         remark="The paper has about 2000 points; 2048 are taken, as many as ModelNet40's usual files hold.",
     ),
@@ -211,10 +301,10 @@ PRESETS: dict[str, Preset] = {
 def load_preset(name: str, parity: Parity, image_shape: tuple[int, int, int] | None = None) -> LoadedModel:
     """The preset with random weights, the same ones each time.
 
-    ``image_shape`` (channels, height, width) is the picture that an image classifier will see, 3 × 224 × 224 unless
+    ``image_shape`` (channels, height, width) is the image that a classifier will see, 3 × 224 × 224 unless
     given: Fourier positions are computed on its grid, a learned table is resized to it.
 
-    Raises UsageError: no such preset, or pictures that it does not take.
+    Raises UsageError: no such preset, or images that it does not take.
     """
     if name not in PRESETS:
         near = difflib.get_close_matches(name, PRESETS, n=1)
@@ -223,7 +313,7 @@ def load_preset(name: str, parity: Parity, image_shape: tuple[int, int, int] | N
         )
     import torch
 
-    from perceiver_export.exporter.perceiver.model import PerceiverIO
+    from perceiver_export.exporter.model.perceiver import PerceiverIO
 
     preset = PRESETS[name]
     config = preset.build(parity)
@@ -239,7 +329,7 @@ def load_preset(name: str, parity: Parity, image_shape: tuple[int, int, int] | N
         parity=parity,
         source=f"preset:{name} (random weights)",
         labels=_labels(preset.task, config),
-        preprocessing=preset_preprocessing(preset.task, config, parity),
+        preprocessing=_preprocessing(preset.task, config, parity),
         split=preset.task == "video-autoencoding",
     )
 
@@ -247,14 +337,14 @@ def load_preset(name: str, parity: Parity, image_shape: tuple[int, int, int] | N
 def _resized(name: str, config: PerceiverConfig, image_shape: tuple[int, int, int]) -> PerceiverConfig:
     image = config.inputs.get("image")
     if not isinstance(image, ImageInput):
-        raise UsageError(f"preset {name} reads no pictures, its sizes are fixed", "leave --shape out")
+        raise UsageError(f"preset {name} reads no images, its sizes are fixed", "leave --shape out")
     channels, height, width = image_shape
     if channels != image.num_channels:
         raise UsageError(
             f"preset {name} reads {image.num_channels} channels, not {channels}", "give --shape image=3xHxW"
         )
     resized = msgspec.structs.replace(image, height=height, width=width)
-    check_image("image", resized)
+    check_input("image", resized)
     return msgspec.structs.replace(config, inputs={**config.inputs, "image": resized})
 
 

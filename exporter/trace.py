@@ -1,83 +1,247 @@
 # SPDX-License-Identifier: Apache-2.0
-"""torch module -> ONNX graph, by torch's dynamo exporter, then our passes."""
+"""From a torch module to an ONNX graph, and the comparison of both on random inputs."""
 
 from __future__ import annotations
 
 import contextlib
+import copy
+import dataclasses
 import io
 import logging
 import re
 import warnings
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, cast
 
+import msgspec
+import numpy as np
 import onnx_ir as ir
 import torch
+from torch import Tensor, nn
 from torch.onnx import OnnxExporterError
 
-from perceiver_export.exporter.parts import GraphPart
-from perceiver_export.exporter.passes import run_passes
-from perceiver_export.exporter.perceiver.config import PerceiverConfig
-from perceiver_export.exporter.sample_inputs import sample_inputs
-from perceiver_export.runtimes.errors import ExportError
-from perceiver_export.runtimes.manifest import TensorSpec
+from perceiver_export.exporter.graphs import GraphPart, repeated
+from perceiver_export.exporter.model.config import ArrayInput, PerceiverConfig
+from perceiver_export.exporter.onnx_files import OnnxFile, refuse, vocabularies
+from perceiver_export.exporter.own import NamedModule
+from perceiver_export.exporter.simplify import simplify, without_metadata, without_sequences
+from perceiver_export.runtimes.errors import ExportError, VerificationError
+from perceiver_export.runtimes.manifest import Check, FoldDecision, MemoryPlan, TensorSpec
+from perceiver_export.runtimes.opening import open_engine
+from perceiver_export.runtimes.runtime import Array, Runtime, compare
 
 OPSET = 20
-_ESCAPES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")  # colours
 IR_VERSION = 10  # onnxruntime 1.23, the newest for Python 3.10, refuses 12 and above
+# Two float32 implementations of a 50-layer model differ by about 1e-6 of the output's scale.
+TOLERANCE = 1e-4
+# Very sharp attention multiplies rounding errors. Where torch in float32 is itself further than the tolerance from
+# torch in float64, the graph may differ by so many times torch's own error: another order of sums is no bug.
+_TIMES_TORCHS_OWN = 10
+_LARGE = 100.0
+_DATA_DEPENDENT = re.compile(r"data.?dependent|unbacked|Dynamic control flow|nonzero", re.IGNORECASE)
+_ESCAPES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")  # colours
 
 
-def trace(part: GraphPart, config: PerceiverConfig) -> ir.Model:
-    """The canonical graph: constants baked, weights stored once, nodes named by the module they come from.
+def sample_inputs(
+    part: GraphPart, config: PerceiverConfig | None, sizes: dict[str, int], seed: int, scale: float = 1.0
+) -> dict[str, Array]:
+    """Random arrays for every input of ``part``; ``sizes`` gives each dynamic dimension a number.
+
+    Numbers are normal times ``scale``. Coordinates of points lie between -1 and 1: the model sees only their Fourier
+    features, which mean nothing further out. Tokens and queries are any valid ones. Masks leave out the last elements,
+    another number of them in each sample. Where there are examples, the first seed gives these, and further ones are
+    like them.
+    """
+    rng = np.random.default_rng(seed)
+
+    def sample(spec: TensorSpec) -> Array:
+        shape = tuple(sizes[dim] if isinstance(dim, str) else dim for dim in spec.shape)
+        if spec.name in part.examples:
+            return _like(part.examples[spec.name], spec, shape, rng if seed else None, scale)
+        one = None if config is None else config.inputs.get(spec.name)
+        if isinstance(one, ArrayInput) and one.value_positions is not None:
+            return rng.uniform(-1, 1, shape).astype(np.float32)
+        if spec.dtype == "int32" and spec.name.endswith("_mask"):
+            there = rng.integers(1, shape[1], shape[0], endpoint=True)
+            return (np.arange(shape[1]) < there[:, None]).astype(np.int32)
+        if spec.values is not None:
+            return rng.integers(*spec.values, shape, dtype=np.int32, endpoint=True)
+        return (rng.normal(size=shape) * scale).astype(np.float32)
+
+    return {spec.name: sample(spec) for spec in part.inputs}
+
+
+def _like(
+    example: Array, spec: TensorSpec, shape: tuple[int, ...], rng: np.random.Generator | None, scale: float
+) -> Array:
+    """The example with as many samples, or random numbers of its spread."""
+    if rng is None:
+        return repeated(example, shape[0]) if example.shape != shape else example
+    if example.dtype.kind == "f":
+        spread = rng.normal(size=shape) * (scale * example.std() or scale)
+        like: Array = (example.mean() + spread).astype(example.dtype)
+        return like
+    least, most = spec.values or (example.min(initial=0), example.max(initial=1))
+    drawn: Array = rng.integers(int(least), int(most), shape, endpoint=True).astype(example.dtype)
+    return drawn
+
+
+def trace(part: GraphPart, config: PerceiverConfig | None) -> ir.Model:
+    """The graph with constants baked, weights stored once, and nodes named after their modules.
 
     Raises ExportError where torch cannot trace the model.
     """
-    # A size of 1 would be taken for a constant; of a dynamic dimension any other will do.
+    # torch would take a size of 1 for a constant; any other size of a dynamic dimension will do.
     sizes = {name: max(size, 2) for name, size in part.typical.items()}
-    example = sample_inputs(part, config, sizes, seed=0)
     try:
-        with torch.no_grad(), _quiet():
-            program = torch.onnx.export(
-                part.module,
-                tuple(torch.from_numpy(array) for array in example.values()),
-                dynamo=True,
-                opset_version=OPSET,
-                input_names=[spec.name for spec in part.inputs],
-                output_names=[spec.name for spec in part.outputs],
-                dynamic_shapes=_dynamic_shapes(part.inputs),
-                optimize=False,
-                verbose=False,
-            )
-    except OnnxExporterError as error:
+        model = _traced(part, sample_inputs(part, config, sizes, seed=0), _dynamic_shapes(part.inputs))
+        simplify(model)
+        without_metadata(model)
+    except (OnnxExporterError, ir.passes.PassError) as error:
         raise ExportError(
-            f"torch cannot trace this model: {_reason(error)}", "report it with the config; --no-fold may do meanwhile"
+            f"torch cannot trace this model: {_reason(error)}",
+            "report it with the config; try --no-fold",
         ) from error
+    return model
+
+
+def folded_graph(
+    part: GraphPart, fold: bool, budget: int, batch: int
+) -> tuple[ir.Model, tuple[FoldDecision, ...], MemoryPlan | None]:
+    """The graph of any module or ONNX file, folded and in pieces within ``budget`` bytes.
+
+    Dynamic dimensions are traced and folded as prime numbers, see `fold.dynamic`. Raises ExportError.
+    """
+    from perceiver_export.exporter.fold.dynamic import make_dynamic, stand_ins
+    from perceiver_export.exporter.fold.engine import fold as fold_graph
+    from perceiver_export.exporter.fold.nodes import Sizes
+    from perceiver_export.exporter.fold.plan import plan
+
+    taken = [size for array in part.examples.values() for size in array.shape]
+    if isinstance(part.module, nn.Module):
+        taken += [size for weight in part.module.state_dict().values() for size in weight.shape]
+    primes = stand_ins(list(part.typical), taken)
+    examples = sample_inputs(part, None, primes, seed=0)
+    real = Sizes({primes[name]: max(part.ranges[name]) for name in primes})
+    if isinstance(part.module, OnnxFile):
+        model = part.module.graph({name: array.shape for name, array in examples.items()}, real)
+    else:
+        model = _any_traced(part, examples)
+    with _quiet():
+        without_sequences(model)
+    refuse(model.graph)
+    simplify(model, real.planned)
+    decisions: tuple[FoldDecision, ...] = ()
+    planned = None
+    if fold:
+        decisions = fold_graph(model, real, batch)
+        planned = plan(model, budget, real)
+        simplify(model, real.planned)
+    make_dynamic(model, primes)
+    without_metadata(model)
+    return model, decisions, planned
+
+
+def with_vocabularies(part: GraphPart, graph: ir.Graph) -> GraphPart:
+    """The part with the range of integers that look up rows of a table."""
+    known = vocabularies(graph)
+    inputs = tuple(
+        msgspec.structs.replace(spec, values=(0, known[spec.name] - 1)) if spec.name in known else spec
+        for spec in part.inputs
+    )
+    return dataclasses.replace(part, inputs=inputs)
+
+
+def _any_traced(part: GraphPart, examples: dict[str, Array]) -> ir.Model:
+    """By torch.export, else by TorchScript. Raises ExportError with the reasons of both."""
+    try:
+        return _traced(part, examples, None)
+    except Exception as error:  # tracing runs the user's own code
+        first = error
+    if _DATA_DEPENDENT.search(_everything(first)):
+        # TorchScript would keep the branch that the examples take, without a word.
+        raise ExportError(
+            f"what the model computes depends on the values of its inputs: {_reason(first)}",
+            "replace branches on tensors by torch.where, and .item() and sizes from data by fixed ones",
+        ) from first
+    try:
+        return _scripted(part, examples)
+    except Exception as error:
+        raise ExportError(
+            f"torch.export cannot trace this model: {_reason(first)}; nor can TorchScript: {_reason(error)}",
+            "remove what depends on the values of tensors: branches, sizes, .item()",
+        ) from error
+
+
+def _traced(part: GraphPart, examples: dict[str, Array], dynamic_shapes: Any) -> ir.Model:
+    with torch.no_grad(), _quiet():
+        program = torch.onnx.export(
+            _positional(part),
+            tuple(torch.from_numpy(array) for array in examples.values()),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=[spec.name for spec in part.inputs],
+            output_names=[spec.name for spec in part.outputs],
+            dynamic_shapes=dynamic_shapes,
+            optimize=False,
+            verbose=False,
+        )
     assert program is not None
-    graph = program.model
-    graph.ir_version = IR_VERSION
-    try:
-        run_passes(graph)
-    except ir.passes.PassError as error:
-        raise ExportError(
-            f"the traced graph cannot be folded: {error.__cause__}", "report it with the config"
-        ) from error
-    return graph
+    program.model.ir_version = IR_VERSION
+    return program.model
+
+
+def _everything(error: BaseException) -> str:
+    """The text of an error and of all its causes."""
+    return str(error) + ("" if error.__cause__ is None else _everything(error.__cause__))
+
+
+def _scripted(part: GraphPart, examples: dict[str, Array]) -> ir.Model:
+    import onnx
+
+    written = io.BytesIO()
+    with torch.no_grad(), _quiet():
+        torch.onnx.export(
+            _positional(part),
+            tuple(torch.from_numpy(array) for array in examples.values()),
+            cast(Any, written),  # torch takes a file; its types do not say so
+            dynamo=False,
+            opset_version=OPSET,
+            input_names=[spec.name for spec in part.inputs],
+            output_names=[spec.name for spec in part.outputs],
+        )
+    return ir.from_proto(onnx.load_from_string(written.getvalue()))
+
+
+def _positional(part: GraphPart) -> nn.Module:
+    assert isinstance(part.module, nn.Module)
+    return _ByPosition(part.module) if isinstance(part.module, NamedModule) else part.module
+
+
+class _ByPosition(nn.Module):
+    """A `NamedModule` as torch's exporters call it; its weights are called ``model.…``."""
+
+    def __init__(self, named: NamedModule) -> None:
+        super().__init__()
+        self.model, self._named = named.model, [named]  # in a list, or the weights would have two names
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        (named,) = self._named
+        return tuple(named(dict(zip(named.examples, tensors, strict=True))).values())
 
 
 def _dynamic_shapes(specs: tuple[TensorSpec, ...]) -> Any:
     if not any(spec.ranges for spec in specs):
         return None
-    dims: dict[str, Any] = {}
-    shapes = []
-    for spec in specs:
-        for name, (least, most) in spec.ranges.items():
-            dims.setdefault(name, torch.export.Dim(name, min=least, max=most))
-        shapes.append({axis: dims[dim] for axis, dim in enumerate(spec.shape) if isinstance(dim, str)})
+    ranges = {name: limits for spec in specs for name, limits in spec.ranges.items()}
+    dims: Any = {name: torch.export.Dim(name, min=least, max=most) for name, (least, most) in ranges.items()}
+    shapes = ({axis: dims[dim] for axis, dim in enumerate(spec.shape) if isinstance(dim, str)} for spec in specs)
     return (tuple(shapes),)  # one tuple for the one argument, *tensors
 
 
 def _reason(error: BaseException) -> str:
-    """What went wrong, in a line: torch's own message is a page of advice round the error that it caught."""
+    """The first cause in one line: torch's own message is a page of advice around it."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = [line.strip() for line in _ESCAPES.sub("", str(error)).splitlines() if line.strip()]
@@ -86,9 +250,7 @@ def _reason(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """torch's exporter talks on every channel (progress, notes about torchvision, its own deprecations, stack traces
-    of what it raises anyway).
-    """
+    """Silence torch's exporter: progress, notes about torchvision, its own deprecations, traces of what it raises."""
     disabled = logging.root.manager.disable
     logging.disable(logging.CRITICAL)  # handlers of torch's loggers keep the stderr that they were made with
     try:
@@ -101,3 +263,74 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(disabled)
+
+
+def verify(
+    part: GraphPart, config: PerceiverConfig | None, path: Path, progress: Callable[[int, int], None]
+) -> tuple[list[Check], dict[str, Array]]:
+    """Compare the graph at ``path`` with torch on three random inputs.
+
+    Returns the checks, and ``input/NAME`` and ``output/NAME`` of the first case for golden.npz. torch is done before
+    the graph is loaded: both of a large model need not fit into memory at once.
+
+    Raises VerificationError: a difference above `TOLERANCE` of the output's scale (above ten times torch's own rounding
+    error, where that is more), or a NaN or infinity.
+    """
+    cases = list(_cases(part, config))
+    references = []
+    for index, (_, feeds) in enumerate(cases):
+        progress(index, 2 * len(cases))
+        references.append(_reference(part, feeds))
+    checks: list[Check] = []
+    with Runtime(open_engine(path, "ort-cpu", threads=None), part.inputs, part.outputs, "fp32") as runtime:
+        for index, ((description, feeds), reference) in enumerate(zip(cases, references, strict=True)):
+            progress(len(cases) + index, 2 * len(cases))
+            found = runtime.run(feeds)
+            checks += [_check(part, name, description, feeds, found[name], reference[name]) for name in reference]
+    golden = {f"input/{name}": array for name, array in cases[0][1].items()}
+    return checks, golden | {f"output/{name}": array for name, array in references[0].items()}
+
+
+def _check(
+    part: GraphPart, output: str, description: str, feeds: dict[str, Array], found: Array, reference: Array
+) -> Check:
+    for side, array in (("torch", reference), ("the exported graph", found)):
+        if not np.isfinite(array).all():
+            raise VerificationError(
+                f"{side} returns NaN or infinite values for {description}",
+                "the checkpoint overflows float32; check its training before exporting it",
+            )
+    comparison = compare(found, reference, TOLERANCE)
+    if not comparison:
+        own = compare(reference, _reference(part, feeds, double=True)[output], TOLERANCE).difference
+        comparison = compare(found, reference, max(TOLERANCE, _TIMES_TORCHS_OWN * own))
+    if not comparison:
+        raise VerificationError(
+            f"{output} for {description}: the exported graph {comparison}",
+            "report it: this is a bug; a graph exported with --no-fold may pass meanwhile",
+        )
+    return Check(output, description, comparison.difference, comparison.tolerance, comparison.scale)
+
+
+def _reference(part: GraphPart, feeds: dict[str, Array], double: bool = False) -> dict[str, Array]:
+    """What the source itself gives, in float64 with ``double``. An ONNX file has one precision."""
+    if isinstance(part.module, OnnxFile):
+        return part.module.run(feeds)
+    module = copy.deepcopy(part.module).double() if double else part.module
+    tensors = {name: torch.from_numpy(array) for name, array in feeds.items()}
+    if double:
+        tensors = {name: one.double() if one.is_floating_point() else one for name, one in tensors.items()}
+    with torch.no_grad():
+        if isinstance(module, NamedModule):
+            return {name: output.numpy() for name, output in module(tensors).items()}
+        outputs = module(*tensors.values())
+    return {spec.name: output.numpy() for spec, output in zip(part.outputs, outputs, strict=True)}
+
+
+def _cases(part: GraphPart, config: PerceiverConfig | None) -> Iterator[tuple[str, dict[str, Array]]]:
+    """Three seeds, the last with large inputs; dynamic dimensions are tried as usual, at least and at most."""
+    ranges = part.ranges
+    least, most = ({name: limits[end] for name, limits in ranges.items()} for end in (0, 1))
+    for seed, (sizes, scale) in enumerate(zip((part.typical, least, most), (1.0, 1.0, _LARGE), strict=True)):
+        shown = "".join(f", {name} {size}" for name, size in sizes.items())
+        yield f"seed {seed}, normal values × {scale:g}{shown}", sample_inputs(part, config, sizes, seed, scale)

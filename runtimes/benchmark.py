@@ -1,48 +1,46 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Latency, throughput, load time, memory, distance from torch and energy; ratios where several are compared."""
+"""Latency, throughput, load time, memory and distance from torch of one or several models, measured in turn."""
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from itertools import repeat
 from pathlib import Path
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
 
-from perceiver_export.runtimes.bench_sides import (
-    TOLERANCES,
-    Side,
-    difference_from_golden,
-    open_side,
-    side_feeds,
-)
-from perceiver_export.runtimes.bundle import Bundle, open_bundle
-from perceiver_export.runtimes.energy import Meter, find_meter
-from perceiver_export.runtimes.engines.backend import Precision
-from perceiver_export.runtimes.errors import DeviceError, EngineError, UsageError
-from perceiver_export.runtimes.fresh_process import Fresh, measure_fresh
-from perceiver_export.runtimes.machine import available_cores, cpu_features, cpu_name
+from perceiver_export.runtimes.bundle import Bundle, change_report, golden_arrays, open_bundle
+from perceiver_export.runtimes.engines.backend import EngineOptions, Precision, find_target
+from perceiver_export.runtimes.errors import BundleError, DeviceError, EngineError, UsageError, check_kind, check_whole
+from perceiver_export.runtimes.loading import load, load_onnx
+from perceiver_export.runtimes.machine import available_cores, cpu_features, cpu_name, peak_memory
 from perceiver_export.runtimes.presence import choose_target, devices
-from perceiver_export.runtimes.report import read_report, update_report
-from perceiver_export.runtimes.runtime import Array, Runtime
+from perceiver_export.runtimes.runtime import Array, Runtime, compare
 
-_BLOCK = 5  # runs in a row of one side; the first of a block finds cold caches and is not counted
+# How far outputs may be from torch's in fp32, as a share of the output's scale: what export allows, and for fewer bits
+# in proportion to what one rounding costs (2^-11 and 2^-8 against 2^-24, with room for the depth of a model).
+TOLERANCES = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 1e-1}
+_BLOCK = 5  # consecutive runs of one side; the first of a block finds cold caches and is not counted
+_COUNTED = _BLOCK - 1
 _WARMUP = 3
-_ENERGY_SECONDS = 10.0  # a Jetson's sensors and governors need as long to settle
 
 
 class Measurement(msgspec.Struct, frozen=True, kw_only=True):
-    """One side. Times in milliseconds a call of ``batch`` samples; memory in MiB, of a fresh process.
+    """One side. Times are milliseconds per call of ``batch`` samples; memory is MiB, of a fresh process.
 
-    ``throughput`` is samples a second with two requests in flight. ``peak_memory`` is the process's largest resident
-    size after load and runs; ``base_memory`` what Python, numpy and the engine's library took before the load.
-    ``ratio`` is the time of a sample relative to the first side's, the median over pairs of blocks, with quartiles.
-    ``difference`` is the largest from torch's golden outputs, as a share of their scale; ``tolerance`` what the
-    precision allows. ``joules`` are of one sample, idle power included; ``idle_watts`` were drawn before.
+    ``throughput`` is samples per second with two requests in flight. ``peak_memory`` is the process's largest resident
+    size after load and runs; ``base_memory`` is what Python, numpy and the engine's library took before the load.
+    ``ratio`` is the time of a sample relative to the first side's: the median over pairs of blocks, with quartiles.
+    ``difference`` is the largest from torch's golden outputs, as a share of their scale; ``tolerance`` is the
+    limit for the precision.
     """
 
     name: str
@@ -63,23 +61,20 @@ class Measurement(msgspec.Struct, frozen=True, kw_only=True):
     ratio_quartiles: tuple[float, float] | None = None
     difference: float | None = None
     tolerance: float | None = None
-    joules: float | None = None
-    idle_watts: float | None = None
-    energy_source: str | None = None
     certificates: tuple[str, ...] = ()  # that hold on this engine and machine
 
     @property
     def within_tolerance(self) -> bool | None:
-        """Whether outputs are as near to torch's as the precision allows; None where nothing says so."""
+        """Whether outputs are as near to PyTorch's as the precision allows; None if there is nothing to compare."""
         if self.difference is None or self.tolerance is None:
             return None
         return self.difference <= self.tolerance
 
 
 class Bench(msgspec.Struct, frozen=True):
-    """``ratio``: with ``against``, the median of the first side's time a sample by the second's, with its quartiles.
+    """``ratio``: with ``against``, the median of the first side's time per sample by the second's, with its quartiles.
 
-    ``skipped``: of ``device="all"``, the targets that did not take the bundle, and why.
+    ``skipped``: for ``device="all"``, the targets that refused the bundle, and why.
     """
 
     machine: str
@@ -99,7 +94,6 @@ def bench(
     runs: int = 100,
     threads: int | None = None,
     precision: Precision | None = None,
-    energy: bool = False,
     save: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Bench:
@@ -107,182 +101,219 @@ def bench(
 
     ``device`` is a target, ``auto``, or ``all`` for every target that is present and takes the bundle; a bundle
     ``against`` runs on the same one. ``precision`` is that of the bundle's engine, as in `load`. ``part`` is that of
-    split bundles; None measures all of it, every query decoded. Inputs are the bundle's golden ones, random where
-    there are none. ``energy`` measures 10 s more a side; ``save`` keeps the figures in the bundle's report.json, where
-    ``device="auto"`` and `package` look for them.
+    split bundles; None measures all of it, every query decoded. Inputs are the bundle's golden ones, or random.
+    ``save`` keeps the figures in the bundle's report.json, where ``device="auto"`` and `package` look for them.
 
-    Raises UsageError, DeviceError (no target takes it; no power rails) and what `load` raises.
+    Raises UsageError; DeviceError: no target takes it; and what `load` raises.
     """
-    if runs < _BLOCK:
-        raise UsageError(f"runs is {runs}", f"give {_BLOCK} or more")
+    check_whole("runs", runs, _BLOCK, None, f"give {_BLOCK} or more")
+    for given in (bundle, "" if against is None else against):
+        check_kind("a side of the benchmark", given, (str, os.PathLike, Bundle), "the path of a bundle or an ONNX file")
     path = bundle.path if isinstance(bundle, Bundle) else Path(bundle)
-    meter = find_meter() if energy else None
-    wishes = _wished(path, None if against is None else Path(against), device, part, threads, precision)
-    sides, runtimes, skipped = _open_sides(wishes, all_of_them=device == "all")
-    if save and sides[0].is_graph:
-        raise UsageError(f"{path} is no bundle", "only a bundle has a report.json to save to")
-    try:
-        feeds = [side_feeds(side, runtime) for side, runtime in zip(sides, runtimes, strict=True)]
-        fresh = [measure_fresh(side) for side in sides]
-        times, rates = _interleaved(runtimes, feeds, runs, progress)
-        joules = [None if meter is None else _energy(meter, *one) for one in zip(runtimes, feeds, strict=True)]
-        measured = [_measurement(*one) for one in zip(sides, runtimes, feeds, times, rates, fresh, joules, strict=True)]
-    finally:
-        for runtime in runtimes:
-            runtime.close()
-    result = _compared(measured, times, skipped, paired=against is not None and device != "all")
-    if save:
-        _save(path, [one for one, side in zip(result.measurements, sides, strict=True) if side.path == str(path)])
-    return result
-
-
-def _wished(
-    path: Path, against: Path | None, device: str, part: str | None, threads: int | None, precision: Precision | None
-) -> list[Side]:
-    """What to open: a bundle that is compared with another on the same targets, whatever `auto` is for the other."""
     first = Side(str(path), device, part, threads, precision)
-    if precision is not None and first.is_graph:
-        raise UsageError(f"{path} runs in the precision that it is in", "leave --precision out, or give a bundle")
-    sides = [first] if against is None else [first, Side(str(against), device, part, threads)]
+    if first.is_graph and precision is not None:
+        raise UsageError(f"{path} has its own precision", "leave --precision out, or give a bundle")
+    if first.is_graph and save:
+        raise UsageError(f"{path} is not a bundle", "only a bundle has a report.json to save to")
+    other = [] if against is None else [Side(str(Path(against)), device, part, threads)]
+    opened, skipped = _open(_on_targets([first, *other], device), all_of_them=device == "all")
+    try:
+        fresh = [_measure_fresh(one.side) for one in opened]
+        _measure(opened, -(-runs // _COUNTED), progress)
+        medians = [one.medians() for one in opened]
+        ratios = [{}, *(_ratio(own / medians[0]) for own in medians[1:])]
+        measured = tuple(map(_measurement, opened, fresh, ratios))
+    finally:
+        for one in opened:
+            one.runtime.close()
+    if save:
+        _save(path, [one for one, side in zip(measured, opened, strict=True) if side.side.path == str(path)])
+    machine = f"{cpu_name()}, {available_cores()} cores, {' '.join(cpu_features()) or sys.platform}"
+    ratio = _ratio(medians[0] / medians[1]) if other and device != "all" else {}
+    return Bench(machine, len(opened[0].times), measured, skipped=skipped, **ratio)
+
+
+class Side(msgspec.Struct, frozen=True):
+    """A bundle or an ONNX file on a target."""
+
+    path: str
+    device: str
+    part: str | None
+    threads: int | None
+    precision: Precision | None = None  # of the engine; a graph has its own
+
+    @property
+    def is_graph(self) -> bool:
+        """An ONNX file rather than a bundle."""
+        return self.path.endswith(".onnx") and Path(self.path).is_file()
+
+    def open(self) -> Runtime:
+        """Raises what `load` raises."""
+        if self.is_graph:
+            return load_onnx(self.path, self.device, self.threads)
+        return load(self.path, self.device, self.part, self.threads, precision=self.precision)
+
+    def golden(self, kind: Literal["input", "output"]) -> dict[str, Array]:
+        """Arrays by name. A split bundle that is measured whole has the encoder's inputs and no outputs."""
+        if self.is_graph:
+            return {}
+        bundle = open_bundle(self.path)
+        if bundle.split and self.part is None and kind == "output":
+            return {}
+        first = "encoder" if bundle.split else next(iter(bundle.manifest.parts))
+        return golden_arrays(bundle, self.part or first, kind)
+
+    def feeds(self, runtime: Runtime) -> dict[str, Array]:
+        """The golden inputs; random ones for inputs without."""
+        golden, generator = self.golden("input"), np.random.default_rng(0)
+        feeds = {}
+        for spec in runtime.inputs:
+            shape = tuple(dim if isinstance(dim, int) else spec.ranges.get(dim, (1, 1))[0] for dim in spec.shape)
+            if spec.name in golden:
+                feeds[spec.name] = golden[spec.name]
+            elif spec.dtype == "float32":
+                feeds[spec.name] = generator.normal(size=shape).astype(np.float32)
+            else:
+                feeds[spec.name] = np.full(shape, 0 if spec.values is None else spec.values[0], spec.dtype)
+        return feeds
+
+
+@dataclass
+class _Opened:
+    """A side, and milliseconds and calls per second as they are measured."""
+
+    side: Side
+    runtime: Runtime
+    feeds: dict[str, Array]
+    times: list[float] = field(default_factory=list)
+    streamed: float = 0.0  # seconds of as many calls
+
+    @property
+    def batch(self) -> int:
+        return len(next(iter(self.feeds.values())))
+
+    def block(self) -> None:
+        for count in range(_BLOCK):
+            start = time.perf_counter()
+            self.runtime.run(self.feeds)
+            if count:
+                self.times.append((time.perf_counter() - start) * 1e3)
+        start = time.perf_counter()
+        for _ in self.runtime.stream(repeat(self.feeds, _BLOCK)):
+            pass
+        self.streamed += time.perf_counter() - start
+
+    def medians(self) -> Array:
+        """Of each block, per sample, so that bundles of different batch sizes compare."""
+        return np.asarray(np.median(np.reshape(self.times, (-1, _COUNTED)), axis=1) / self.batch)
+
+
+def _on_targets(sides: list[Side], device: str) -> list[Side]:
+    """The sides on every target that they run on; both on the same one, even if `auto` differs for the other."""
     if device == "all":
         targets = [found.target for found in devices()]
         return [msgspec.structs.replace(side, device=target) for side in sides for target in targets]
     if device == "auto":
-        chosen = next((choose_target(open_bundle(side.path)) for side in sides if not side.is_graph), "ort-cpu")
+        bundles = (side for side in sides if not side.is_graph)
+        chosen = next((choose_target(open_bundle(side.path), side.precision) for side in bundles), "ort-cpu")
         return [msgspec.structs.replace(side, device="ort-cpu" if side.is_graph else chosen) for side in sides]
     return sides
 
 
-def _open_sides(wishes: Sequence[Side], all_of_them: bool) -> tuple[list[Side], list[Runtime], tuple[str, ...]]:
-    """The sides that opened, with their runtimes, and of ``all`` targets those that did not, with the reason."""
-    sides, runtimes, refused = [], [], []
-    for side in wishes:
+def _open(sides: Sequence[Side], all_of_them: bool) -> tuple[list[_Opened], tuple[str, ...]]:
+    """The sides that opened; for ``all`` targets also those that did not, with the reason."""
+    opened, refused = [], []
+    for side in sides:
         try:
-            runtimes.append(open_side(side))
+            runtime = side.open()
+            opened.append(_Opened(side, runtime, side.feeds(runtime)))
         except (DeviceError, EngineError) as error:
             if not all_of_them:
                 raise
             refused.append(f"{side.device}: {error.message}")
-            continue
-        sides.append(side)
-    if not sides:
-        raise DeviceError(f"no target takes {wishes[0].path}: {'; '.join(refused)}", "see `perceiver-export doctor`")
-    return sides, runtimes, tuple(refused)
+    if not opened:
+        raise DeviceError(f"no target takes {sides[0].path}: {'; '.join(refused)}", "see `perceiver-export doctor`")
+    return opened, tuple(refused)
 
 
-def _interleaved(
-    runtimes: list[Runtime],
-    feeds: list[dict[str, Array]],
-    runs: int,
-    progress: Callable[[int, int], None] | None,
-) -> tuple[list[list[float]], list[float]]:
-    """Milliseconds of each counted call, side by side in blocks, A A A A A B B B B B A …; and calls a second with two
-    in flight, in blocks of the same length.
-    """
-    for runtime, arrays in zip(runtimes, feeds, strict=True):
+def _measure(sides: list[_Opened], blocks: int, progress: Callable[[int, int], None] | None) -> None:
+    """Blocks of each side in turn, A A A A A B B B B B A …"""
+    for side in sides:
         for _ in range(_WARMUP):
-            runtime.run(arrays)
-    times: list[list[float]] = [[] for _ in runtimes]
-    streamed = [0.0 for _ in runtimes]
-    blocks = -(-runs // (_BLOCK - 1))
+            side.runtime.run(side.feeds)
     for block in range(blocks):
-        for index, (runtime, arrays) in enumerate(zip(runtimes, feeds, strict=True)):
-            times[index] += list(_timed(runtime, arrays))[1:]
-            start = time.perf_counter()
-            for _ in runtime.stream(repeat(arrays, _BLOCK)):
-                pass
-            streamed[index] += time.perf_counter() - start
+        for side in sides:
+            side.block()
         if progress is not None:
             progress(block + 1, blocks)
-    return times, [blocks * _BLOCK / seconds for seconds in streamed]
 
 
-def _timed(runtime: Runtime, arrays: dict[str, Array]) -> Iterator[float]:
-    for _ in range(_BLOCK):
-        start = time.perf_counter()
-        runtime.run(arrays)
-        yield (time.perf_counter() - start) * 1e3
-
-
-def _energy(meter: Meter, runtime: Runtime, feeds: dict[str, Array]) -> tuple[float, float, str]:
-    """Joules a call over 10 s of calls, the watts of 3 s before without any, and what was measured."""
-    with meter.measure() as idle:
-        time.sleep(_ENERGY_SECONDS * 0.3)
-    calls, end = 0, time.perf_counter() + _ENERGY_SECONDS
-    with meter.measure() as used:
-        while time.perf_counter() < end:
-            runtime.run(feeds)
-            calls += 1
-    return used.joules / calls, idle.watts, used.source
-
-
-def _measurement(
-    side: Side,
-    runtime: Runtime,
-    feeds: dict[str, Array],
-    times: list[float],
-    rate: float,
-    fresh: Fresh,
-    energy: tuple[float, float, str] | None,
-) -> Measurement:
-    described = runtime.describe()
-    batch = next(iter(feeds.values())).shape[0]
-    p50, p95, p99 = (float(value) for value in np.quantile(times, [0.5, 0.95, 0.99]))
-    joules, idle, source = energy if energy is not None else (None, None, None)
+def _measurement(one: _Opened, fresh: tuple[float, float, float], ratio: dict[str, Any]) -> Measurement:
+    described, golden, outputs = one.runtime.describe(), one.side.golden("output"), one.runtime.run(one.feeds)
+    p50, p95, p99 = map(float, np.quantile(one.times, [0.5, 0.95, 0.99]))
+    differences = [compare(outputs[name], golden[name], 0.0).difference for name in outputs if name in golden]
+    compiled = described["compiled"]
     return Measurement(
-        name=Path(side.path).name or side.path,
+        name=Path(one.side.path).name or one.side.path,
         target=described["target"],
         engine=f"{described['engine']} {described['version'].partition('-')[0]}",
         precision=described["precision"],
-        compiled=_engine_key(described["compiled"]),
+        # A figure that travels names its engine, not where that lay.
+        compiled=Path(compiled).name if Path(compiled).is_absolute() else compiled.partition(",")[0],
         threads=str(described["threads"]),
-        batch=batch,
+        batch=one.batch,
         p50=p50,
         p95=p95,
         p99=p99,
-        throughput=rate * batch,
-        load=fresh.load,
-        peak_memory=fresh.peak,
-        base_memory=fresh.base,
-        difference=difference_from_golden(side, runtime.run(feeds)),
+        throughput=len(one.times) / _COUNTED * _BLOCK / one.streamed * one.batch,
+        load=fresh[0],
+        peak_memory=fresh[1],
+        base_memory=fresh[2],
+        difference=max(differences, default=None),
         tolerance=TOLERANCES.get(described["precision"]),
-        joules=None if joules is None else joules / batch,
-        idle_watts=idle,
-        energy_source=source,
         certificates=described.get("certificates", ()),
+        **ratio,
     )
 
 
-def _engine_key(compiled: str) -> str:
-    """A figure that travels says which engine it is of, not where that lay."""
-    return Path(compiled).name if Path(compiled).is_absolute() else compiled.partition(",")[0]
-
-
-def _compared(measured: list[Measurement], times: list[list[float]], skipped: tuple[str, ...], paired: bool) -> Bench:
-    """Ratios of a sample's time, so that bundles of different batch sizes compare."""
-    machine = f"{cpu_name()}, {available_cores()} cores, {' '.join(cpu_features()) or sys.platform}"
-    blocks = [_block_medians(side) / each.batch for side, each in zip(times, measured, strict=True)]
-    for index in range(1, len(measured)):
-        ratio, quartiles = _ratio(blocks[index] / blocks[0])
-        measured[index] = msgspec.structs.replace(measured[index], ratio=ratio, ratio_quartiles=quartiles)
-    result = Bench(machine, len(times[0]), tuple(measured), skipped=skipped)
-    if not paired:
-        return result
-    ratio, quartiles = _ratio(blocks[0] / blocks[1])
-    return msgspec.structs.replace(result, ratio=ratio, ratio_quartiles=quartiles)
-
-
-def _ratio(pairs: Array) -> tuple[float, tuple[float, float]]:
-    low, median, high = np.quantile(pairs, [0.25, 0.5, 0.75])
-    return float(median), (float(low), float(high))
-
-
-def _block_medians(times: list[float]) -> Array:
-    counted = _BLOCK - 1
-    return np.array([np.median(times[start : start + counted]) for start in range(0, len(times), counted)])
+def _ratio(pairs: Array) -> dict[str, Any]:
+    low, median, high = map(float, np.quantile(pairs, [0.25, 0.5, 0.75]))
+    return {"ratio": median, "ratio_quartiles": (low, high)}
 
 
 def _save(bundle: Path, measured: list[Measurement]) -> None:
-    machines = read_report(bundle).get("bench", {})
-    here = {**machines.get(cpu_name(), {}), **{one.target: msgspec.to_builtins(one) for one in measured}}
-    update_report(bundle, "bench", {**machines, cpu_name(): here})
+    new = {one.target: msgspec.to_builtins(one) for one in measured}
+
+    def added(machines: Any) -> Any:
+        before: dict[str, Any] = machines if isinstance(machines, dict) else {}
+        here = before.get(cpu_name(), {})
+        return {**before, cpu_name(): {**(here if isinstance(here, dict) else {}), **new}}
+
+    change_report(bundle, "bench", added)
+
+
+def _measure_fresh(side: Side) -> tuple[float, float, float]:
+    """Load in milliseconds, and the process's MiB afterwards and before, in a process that does nothing else."""
+    # Not `-m`, which would let a file of the current directory stand in for a library.
+    code = f"import sys; sys.path.pop(0); from {__name__} import _main; _main(sys.argv[1])"
+    command = [sys.executable, "-c", code, json.dumps(msgspec.to_builtins(side))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        return msgspec.json.decode(done.stdout.splitlines()[-1], type=tuple[float, float, float])
+    except (IndexError, msgspec.DecodeError) as error:
+        raise BundleError(
+            f"{side.path} cannot be run in a process of its own", done.stderr.strip()[-500:] or "it died"
+        ) from error
+
+
+def _main(text: str) -> None:
+    side = msgspec.convert(json.loads(text), Side)  # not msgspec's reader: file names may have any bytes
+    # The library's own time and size are not the model's.
+    find_target(side.device).backend().platform(side.device, EngineOptions())
+    base, start = peak_memory(), time.perf_counter()
+    runtime = side.open()
+    seconds = time.perf_counter() - start
+    feeds = side.feeds(runtime)
+    for _ in range(_WARMUP):
+        runtime.run(feeds)
+    sys.stdout.write(json.dumps([seconds * 1e3, peak_memory(), base]))

@@ -1,27 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiling a bundle's graphs for a target, ahead of the first load: with the target's library, not torch, not onnx."""
+"""Compile a bundle's graphs for a target before the first load: with the target's library, without torch or onnx."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
 from perceiver_export.runtimes.bundle import Bundle, open_bundle
-from perceiver_export.runtimes.engines.backend import Backend, EngineOptions, Hint, Precision, Progress, Source
-from perceiver_export.runtimes.engines.cache import builders_lock, candidates, check_engine, publish, writable_root
-from perceiver_export.runtimes.engines.records import RECORD, Identity, identify, make_source, read_record
-from perceiver_export.runtimes.engines.targets import find_target
-from perceiver_export.runtimes.errors import BundleError, UsageError, check_choice
+from perceiver_export.runtimes.engines.backend import (
+    Backend,
+    EngineOptions,
+    Hint,
+    Precision,
+    Progress,
+    Source,
+    find_target,
+)
+from perceiver_export.runtimes.engines.cache import (
+    RECORD,
+    Identity,
+    builders_lock,
+    candidates,
+    check_engine,
+    identify,
+    make_source,
+    publish,
+    writable_root,
+)
+from perceiver_export.runtimes.engines.flags import check_flags
+from perceiver_export.runtimes.errors import BundleError, UsageError, check_choice, check_kind
 
 
 @dataclass(frozen=True)
 class BuiltEngine:
-    """One part's engine. ``seconds`` is what compiling took; ``new`` is False where it was there already."""
+    """One part's engine. ``seconds`` is the compile time; ``new`` is False if the engine existed already."""
 
     target: str
     part: str
@@ -39,30 +56,33 @@ def build(
     shapes: Mapping[str, tuple[int, int, int]] | None = None,
     flags: Mapping[str, str] | None = None,
     force: bool = False,
-    progress: Progress | None = None,
+    progress: Progress = lambda what, done, total: None,
 ) -> tuple[BuiltEngine, ...]:
-    """Compile every part of a bundle for a target, on the device that will run it, unless a valid engine is there.
+    """Compile every part of a bundle for a target, on the device that will run it, unless a valid engine exists.
 
-    ``shapes`` gives a named dimension's least, best and largest size where the target wants to know the best;
-    ``flags`` are the backend's own. Engines go into the bundle, or into the user's cache directory where the bundle
-    cannot be written. Two processes may build at once: one works, the other waits and takes what it made.
+    ``shapes`` gives the least, best and largest size of a named dimension. ``flags`` are settings of the target's own
+    library, from the list of its backend. Engines go into the bundle, or into the user's cache directory if the bundle
+    cannot be written. If two processes build at once, one works and the other waits and takes its result.
 
-    Raises BuildError, BundleError, DeviceError, MissingDependencyError; UsageError: a dimension that the bundle does
-    not have, or sizes outside its range.
+    Raises BuildError, BundleError, DeviceError, MissingDependencyError; UsageError: an unknown dimension, sizes
+    outside its range, or a flag that the target does not take.
     """
     check_choice("precision", precision, get_args(Precision))
     check_choice("hint", hint, get_args(Hint))
+    check_kind("shapes", shapes or {}, Mapping, "{name: (least, best, most)}")
+    check_kind("flags", flags or {}, Mapping, "{name: value}, both text")
     opened = open_bundle(bundle)
     _check_shapes(opened, shapes or {})
     backend = find_target(target).backend()
+    check_flags(target, flags or {}, backend.flags(target))
     options = EngineOptions(precision=precision, hint=hint, shapes=dict(shapes or {}), flags=dict(flags or {}))
     platform = backend.platform(target, options)
-    report = progress or (lambda what, done, total: None)
     built = []
     for name, part in opened.manifest.parts.items():
         source = make_source(opened, part, target, options)
         identity = identify(opened, name, source, platform)
-        built.append(_build_part(opened, identity, source, backend, force, report))
+        found = None if force else _valid(opened, identity, backend)
+        built.append(found or _build_part(opened, identity, source, backend, force, progress))
     return tuple(built)
 
 
@@ -71,49 +91,42 @@ def _check_shapes(bundle: Bundle, shapes: Mapping[str, tuple[int, int, int]]) ->
     ranges = {name: limits for spec in specs for name, limits in spec.ranges.items()}
     for name, sizes in shapes.items():
         if name not in ranges:
-            raise UsageError(
-                f"the bundle has no dimension {name!r}",
-                f"it has {', '.join(ranges)}"
-                if ranges
-                else "its shapes are fixed: export it with --batch LEAST:BEST:MOST",
-            )
+            known = f"it has {', '.join(ranges)}" if ranges else "export it with --batch LEAST:BEST:MOST"
+            raise UsageError(f"the bundle has no dimension {name!r}", known)
         least, most = ranges[name]
-        if not least <= sizes[0] <= sizes[1] <= sizes[2] <= most:
+        whole = isinstance(sizes, Sequence) and len(sizes) == 3 and all(isinstance(size, int) for size in sizes)
+        if not whole or not least <= sizes[0] <= sizes[1] <= sizes[2] <= most:
             raise UsageError(f"{name} goes from {least} to {most} in the bundle, not as {sizes}", "give sizes within")
 
 
 def _build_part(
     bundle: Bundle, identity: Identity, source: Source, backend: Backend, force: bool, progress: Progress
 ) -> BuiltEngine:
-    found = None if force else _valid(bundle, identity, backend)
-    if found is not None:
-        return found
-    root = writable_root(bundle)
-    what = f"{identity.part} for {identity.target}"
-    with builders_lock(root, identity.target, lambda: progress(f"another process builds {what}, waiting", 0, None)):
-        found = None if force else _valid(bundle, identity, backend)  # the one that we waited for made it
-        if found is not None:
+    seconds = 0.0
+
+    def write(directory: Path) -> float:
+        nonlocal seconds
+        start = time.perf_counter()
+        backend.compile(source, directory, progress)
+        seconds = time.perf_counter() - start
+        return seconds
+
+    root, waiting = writable_root(bundle), f"another process builds {identity.part} for {identity.target}, waiting"
+    with builders_lock(root, identity.target, lambda: progress(waiting, 0, None)):
+        if not force and (found := _valid(bundle, identity, backend)):  # the other process made it
             return found
-
-        def write(directory: Path) -> float:
-            start = time.perf_counter()
-            backend.compile(source, directory, progress)
-            return time.perf_counter() - start
-
         directory = publish(root, identity, write)
-    record = read_record(directory)
-    return BuiltEngine(identity.target, identity.part, directory, record.seconds if record else 0.0, new=True)
+    return BuiltEngine(identity.target, identity.part, directory, seconds, new=True)
 
 
 def _valid(bundle: Bundle, identity: Identity, backend: Backend) -> BuiltEngine | None:
-    """An engine that need not be built again: of this very identity, and whole."""
+    """A complete engine of this identity."""
     for candidate in candidates(bundle, identity, backend):
         if candidate.record.identity.options == identity.options and not candidate.problems:
-            try:
+            with contextlib.suppress(BundleError):
                 check_engine(candidate, "auto")
-            except BundleError:
-                continue
-            with contextlib.suppress(OSError):  # `load` takes the one that was asked for last
-                os.utime(candidate.directory / RECORD)
-            return BuiltEngine(identity.target, identity.part, candidate.directory, candidate.record.seconds, new=False)
+                with contextlib.suppress(OSError):  # `load` takes the engine that was asked for last
+                    os.utime(candidate.directory / RECORD, follow_symlinks=False)
+                seconds = candidate.record.seconds
+                return BuiltEngine(identity.target, identity.part, candidate.directory, seconds, new=False)
     return None

@@ -1,23 +1,53 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Opening a bundle and checking that its files are those that were exported."""
+"""Open a bundle and check that its files are those that were exported; read and write its report.json.
+
+report.json holds measurements of the bundle. It changes later, so the manifest does not hash it.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import msgspec
 
-from perceiver_export.runtimes.errors import BundleError, UsageError
-from perceiver_export.runtimes.manifest import FileEntry, Manifest, Part, decode_manifest
+from perceiver_export.runtimes.errors import BundleError, UsageError, check_choice, check_kind
+from perceiver_export.runtimes.files import (
+    cache_directory,
+    decode_json,
+    encode_json,
+    inside,
+    locked,
+    private_cache,
+    read_bytes,
+    read_json,
+    reading,
+    recover,
+    replacing,
+    write_cache,
+    writing,
+)
+from perceiver_export.runtimes.machine import cpu_name
+from perceiver_export.runtimes.manifest import FileEntry, Manifest, Part, assumed_note, decode_manifest
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+_log = logging.getLogger(__name__)
 
 Verify = Literal["auto", "always", "never"]
 
+GOLDEN = "golden.npz"
+_REPORT = "report.json"
 _CHUNK = 1 << 20
-_SOURCES = ("preset:", "deepmind:", "krasserm:", "lucidrains:")  # how `export`'s sources begin that are no directories
+MANIFEST_LIMIT = 16 << 20  # bytes; with 100,000 labels it has 3 MB
+_SOURCES = ("preset:", "deepmind:")  # prefixes of `export`'s sources
+_AGAIN = "copy or export the bundle again"
 
 
 class Bundle:
@@ -32,77 +62,109 @@ class Bundle:
 
     @property
     def split(self) -> bool:
-        """Whether encoder and decoder are apart."""
+        """Whether encoder and decoder are separate parts."""
         return "encoder" in self.manifest.parts
 
     def part(self, name: str | None = None) -> Part:
-        """The part of that name; None means the only one. Raises UsageError."""
+        """The part of that name; None is the only one. Raises UsageError."""
         parts = self.manifest.parts
         if name is None and len(parts) == 1:
             return next(iter(parts.values()))
-        if name not in parts:
+        if not isinstance(name, str) or name not in parts:
             raise UsageError(f"{self.path} has no part {name!r}", f"its parts: {', '.join(parts)}")
         return parts[name]
 
     def file(self, name: str) -> Path:
-        """Where the file of that name lies. It is in the manifest, so it is inside the bundle."""
-        return self.path / name
+        """The path of a file of the bundle. Raises BundleError: the name would leave the bundle."""
+        return inside(self.path, name)
 
 
 def open_bundle(path: str | os.PathLike[str] | Bundle, verify: Verify = "auto") -> Bundle:
     """Read a bundle's manifest and check its files.
 
-    ``auto`` hashes a file when it is first seen and after any change of its size or time (a stamp in the user's cache
-    directory remembers); ``always`` hashes every time; ``never`` looks only at names and sizes.
+    ``auto`` hashes a file when it is first seen and after its size, times or inode change (a stamp in the user's cache
+    directory records them). ``always`` hashes every time. ``never`` checks names and sizes only; engines of `build` are
+    then still checked as with ``auto``. A graph may read only weights that the manifest lists.
 
-    Raises BundleError: no bundle there, a file missing, cut, or changed; UsageError: an unknown ``verify``.
+    Raises BundleError: no bundle, or a file that is missing, cut or changed; UsageError: an unknown ``verify``, no
+    path.
     """
     if isinstance(path, Bundle):
         path = path.path
-    if verify not in get_args(Verify):
-        raise UsageError(f"verify is {verify!r}", f"it is one of {', '.join(get_args(Verify))}")
+    check_choice("verify", verify, get_args(Verify))
+    check_kind("a bundle", path, (str, os.PathLike), "the path of its directory")
     directory = Path(path)
     bundle = Bundle(directory, read_manifest(directory))
     check_files(directory, bundle.manifest.files, verify)
+    if note := assumed_note(bundle.manifest):
+        _warn(directory, note)
     return bundle
 
 
+@functools.cache
+def _warn(directory: Path, note: str) -> None:
+    """Once a process: bundles are opened again and again."""
+    _log.warning("%s: %s", directory, note)
+
+
 def read_manifest(directory: Path) -> Manifest:
-    """The manifest of a bundle, without a look at the other files. Raises BundleError."""
+    """The manifest of a bundle. The other files are not checked. Raises BundleError."""
+    recover(directory)
     try:
-        content = (directory / "manifest.json").read_bytes()
-    except (FileNotFoundError, NotADirectoryError) as error:
+        with reading(directory / "manifest.json", BundleError, _AGAIN):
+            content = read_bytes(directory / "manifest.json", MANIFEST_LIMIT)
+    except BundleError as error:
+        if not isinstance(error.__cause__, (FileNotFoundError, NotADirectoryError)):
+            raise
         what = "is not a bundle: it has no manifest.json" if directory.exists() else "does not exist"
-        is_source = (directory / "config.json").is_file() or str(directory).startswith(_SOURCES)
-        raise BundleError(
-            f"{directory} {what}",
-            f"it looks like a SOURCE: perceiver-export export {directory} -o BUNDLE"
-            if is_source
-            else "a bundle is the directory that `perceiver-export export SOURCE -o BUNDLE` writes",
-        ) from error
-    except OSError as error:
-        raise BundleError(
-            f"{directory}/manifest.json cannot be read: {error.strerror}", "check its permissions"
-        ) from error
+        hint = "a bundle is the directory that `perceiver-export export SOURCE -o BUNDLE` writes"
+        if (directory / "config.json").is_file() or str(directory).startswith(_SOURCES):
+            hint = f"it looks like a SOURCE: perceiver-export export {directory} -o BUNDLE"
+        raise BundleError(f"{directory} {what}", hint) from error
     return decode_manifest(content)
+
+
+def golden_arrays(bundle: Bundle, part: str, kind: Literal["input", "output"]) -> dict[str, npt.NDArray[Any]]:
+    """The inputs or outputs of PyTorch for a part, from golden.npz; empty without that file. Raises BundleError."""
+    if GOLDEN not in bundle.manifest.files:
+        return {}
+    from perceiver_export.runtimes.npz import Npz
+
+    prefix = f"{part}/{kind}/" if len(bundle.manifest.parts) > 1 else f"{kind}/"
+    with Npz(bundle.file(GOLDEN), BundleError) as golden:
+        arrays = golden.read([name for name in golden.headers if name.startswith(prefix)])
+    return {name.removeprefix(prefix): array for name, array in arrays.items()}
 
 
 def check_files(directory: Path, files: Mapping[str, FileEntry], verify: Verify, record: str = "the manifest") -> None:
     """Check files of a directory against the sizes and, as ``verify`` says, hashes of a record. Raises BundleError."""
-    stamps = _Stamps(directory) if verify == "auto" else None
+    import hashlib  # loads OpenSSL, a tenth of this package's import time
+
+    known: dict[str, list[str | int]] = {}
+    stamps: dict[str, list[str | int]] = {}
+    key = hashlib.sha256(os.fsencode(directory.resolve())).hexdigest()[:32]
+    cache = cache_directory() / "verified" / f"{key}.json"
+    if verify == "auto":
+        with contextlib.suppress(OSError, ValueError):  # without the cache the files are hashed again
+            private_cache()
+            known = decode_json(read_bytes(cache), dict[str, list[str | int]])
     for name, entry in files.items():
-        _check_file(directory, name, entry, record)
-        if verify != "never" and not (stamps and stamps.holds(name, entry)):
-            _check_hash(directory / name, name, entry, record)
-            if stamps:
-                stamps.add(name, entry)
-    if stamps:
-        stamps.save()
+        stamp = _check_file(directory, name, entry, record)
+        stamps[name] = stamp  # taken before the hash: a change during it is noticed next time
+        if verify != "never" and known.get(name) != stamp:
+            with reading(name, BundleError):
+                digest = sha256(directory / name)
+            if digest != entry.sha256:
+                raise BundleError(f"{name} was changed: its sha256 differs from the one in {record}", _AGAIN)
+            if name.endswith(".onnx"):
+                _check_weights(directory / name, name, files, record)
+    if verify == "auto" and stamps != known:
+        write_cache(cache, encode_json(stamps))
 
 
 def sha256(path: Path) -> str:
-    """Hash of a file, read in pieces."""
-    import hashlib  # with its OpenSSL a tenth of this package's import time
+    """Hash of a file, read in pieces. Raises OSError."""
+    import hashlib
 
     digest = hashlib.sha256()
     with path.open("rb") as file:
@@ -111,74 +173,70 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def cache_directory() -> Path:
-    """Where this package may leave files of its own: $XDG_CACHE_HOME or ~/.cache, then perceiver-export."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path(os.path.expanduser("~/.cache"))) / "perceiver-export"
-
-
-def _check_file(directory: Path, name: str, entry: FileEntry, record: str) -> None:
+def _check_file(directory: Path, name: str, entry: FileEntry, record: str) -> list[str | int]:
+    """The file's stamp: every change of its content changes one of these, and nobody can set st_ctime back."""
     path = directory / name
+    with reading(path, BundleError):
+        found = path.is_file() and path.resolve().is_relative_to(directory.resolve())
+        status = path.stat() if found else None
+    if status is None:
+        raise BundleError(f"{name} is missing from {directory}, or is a link out of it", _AGAIN)
+    if status.st_size != entry.size:
+        raise BundleError(f"{name} has {status.st_size} bytes, {record} says {entry.size}", _AGAIN)
+    times = status.st_mtime_ns, status.st_ctime_ns
+    return [entry.sha256, status.st_size, status.st_ino, status.st_dev, *times]
+
+
+def _check_weights(path: Path, name: str, files: Mapping[str, FileEntry], record: str) -> None:
+    """Raise BundleError if a graph reads weights that the record does not list, so that nobody hashes them."""
+    from perceiver_export.runtimes.external_data import external_files
+
+    for one in sorted(external_files(path)):
+        if os.path.normpath(os.path.join(os.path.dirname(name), one)) not in files:
+            raise BundleError(f"{name} reads weights from {one!r}, which {record} does not list", _AGAIN)
+
+
+def read_report(bundle: Path) -> dict[str, Any]:
+    """The report by section; empty if there is none. Raises BundleError: it is damaged."""
+    path = bundle / _REPORT
+    if not os.path.lexists(path):
+        return {}
+    return read_json(path, dict[str, Any], BundleError, "remove it; `bench` and `validate` measure again")
+
+
+def change_report(bundle: Path, section: str, change: Callable[[Any], Any]) -> None:
+    """Replace one section by ``change(section)``, None if it is absent. Two writers wait for each other.
+
+    Raises BundleError: the report is damaged, or cannot be written.
+    """
+    path = bundle / _REPORT
+    hint = "copy the bundle to a place that can be written"
+    with writing(path, BundleError, hint), locked(bundle / "manifest.json"):
+        report = read_report(bundle)
+        report[section] = change(report.get(section))
+        with replacing(path) as temporary:
+            temporary.write_bytes(encode_json(report))
+
+
+class Measured(msgspec.Struct, frozen=True):
+    """A target's figures from `bench --save`: milliseconds a call, samples a second, and samples in a call."""
+
+    p50: float
+    throughput: float = 0.0
+    batch: int = 1
+
+
+def measurements(bundle: Path) -> dict[str, dict[str, Measured]]:
+    """The figures of `bench --save`, by machine and target. Raises BundleError: a report of another shape."""
     try:
-        inside = path.is_file() and path.resolve().is_relative_to(directory.resolve())
-        size = path.stat().st_size if inside else 0
-    except OSError as error:
-        raise BundleError(f"{name} cannot be read: {error.strerror}", "check its permissions") from error
-    if not inside:
-        raise BundleError(f"{name} is missing from {directory}, or a link out of it", "copy or export the bundle again")
-    if size != entry.size:
-        raise BundleError(
-            f"{name} has {size} bytes, {record} says {entry.size}",
-            "the file was cut or changed: copy the bundle again",
-        )
+        return msgspec.convert(read_report(bundle).get("bench", {}), dict[str, dict[str, Measured]])
+    except msgspec.ValidationError as error:
+        raise BundleError(f"{bundle / _REPORT}: `bench` cannot be used: {error}", "run `bench --save` again") from error
 
 
-def _check_hash(path: Path, name: str, entry: FileEntry, record: str) -> None:
-    try:
-        found = sha256(path)
-    except OSError as error:
-        raise BundleError(f"{name} cannot be read: {error.strerror}", "check its permissions") from error
-    if found != entry.sha256:
-        raise BundleError(
-            f"{name} is not the file that was exported: its sha256 differs from {record}'s",
-            "the file was damaged or changed: copy or export the bundle again",
-        )
-
-
-class _Stamps:
-    """Which files of a bundle were hashed and found right, by size, time and inode. Losing it costs only time."""
-
-    def __init__(self, directory: Path) -> None:
-        import hashlib
-
-        self._directory = directory
-        key = hashlib.sha256(os.fsencode(directory.resolve())).hexdigest()[:32]
-        self._path = cache_directory() / "verified" / f"{key}.json"
-        try:
-            self._stamps = msgspec.json.decode(self._path.read_bytes(), type=dict[str, list[str | int]])
-        except (OSError, msgspec.DecodeError, UnicodeDecodeError):
-            self._stamps = {}
-        self._changed = False
-
-    def _stamp(self, name: str, entry: FileEntry) -> list[str | int]:
-        status = (self._directory / name).stat()
-        return [entry.sha256, status.st_size, status.st_mtime_ns, status.st_ino]
-
-    def holds(self, name: str, entry: FileEntry) -> bool:
-        return self._stamps.get(name) == self._stamp(name, entry)
-
-    def add(self, name: str, entry: FileEntry) -> None:
-        self._stamps[name] = self._stamp(name, entry)
-        self._changed = True
-
-    def save(self) -> None:
-        if not self._changed:
-            return
-        temporary = self._path.with_suffix(f".{os.getpid()}.tmp")
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_bytes(msgspec.json.encode(self._stamps))
-            temporary.replace(self._path)
-        except OSError:
-            with contextlib.suppress(OSError):  # a read-only or full home: the next load hashes again
-                temporary.unlink()
+def median_latency(bundle: Path, target: str) -> float | None:
+    """Milliseconds of one call on this CPU model, as `bench --save` measured them; None if nobody did."""
+    with contextlib.suppress(BundleError):
+        measured = measurements(bundle).get(cpu_name(), {}).get(target)
+        return None if measured is None else measured.p50
+    return None

@@ -1,30 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Certificates in calibration.json: what was shown of a bundle, against what, on which engine and device.
+"""Certificates in calibration.json: proven claims about a bundle, with the reference, the engine and the device.
 
-A certificate holds where it was measured. Another engine, another version or precision of it, a CPU with other
-instructions or another GPU rounds and sums otherwise, and so does a graph that was rewritten since: there it is not
-shown as valid. An engine that was compiled again from the same graph counts as the same. `calibration.certificate`
-writes them.
+A certificate holds only for the engine and device where it was measured. Another engine, another version or precision
+of it, a CPU with other instructions, another GPU or a rewritten graph round and sum differently: there it is not shown
+as valid. An engine that was compiled again from the same graph counts as the same. `calibration.certify` writes them.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from typing import cast
 
 import msgspec
 
 from perceiver_export.runtimes.bundle import Bundle
-from perceiver_export.runtimes.engines.backend import EngineOptions, Precision
-from perceiver_export.runtimes.engines.records import graphs_of
-from perceiver_export.runtimes.engines.targets import TARGETS, find_target
-from perceiver_export.runtimes.errors import BundleError
+from perceiver_export.runtimes.engines.backend import TARGETS, EngineOptions, Precision, find_target
+from perceiver_export.runtimes.engines.cache import graphs_of
+from perceiver_export.runtimes.files import read_json
 from perceiver_export.runtimes.machine import cpu_features
 
 FILE = "calibration.json"
+_SHOWN = 10  # labels that are named with their counts
 
 
 class Claim(msgspec.Struct, frozen=True):
-    """``what`` is at most, or at least, ``limit`` (in ``unit``) with ``confidence``; ``bound`` is what was measured."""
+    """``what`` is at most, or at least, ``limit`` (in ``unit``) with ``confidence``; ``bound`` was measured."""
 
     what: str
     sense: str
@@ -38,11 +39,12 @@ class Claim(msgspec.Struct, frozen=True):
 
 
 class Certificate(msgspec.Struct, frozen=True):
-    """``graphs``: SHA-256 of what ran, by file (`graphs_of`), on a ``device`` (the CPU's or the GPU's name).
+    """``graphs``: SHA-256 of the candidate, by file (`graphs_of`); ``device``: the CPU's or the GPU's name.
 
-    The reference is told by its name, where it ran, and the SHA-256 of its graphs, of a checkpoint its weights';
-    ``data`` is the fingerprint of the samples and of what they were judged by; ``caveats`` what makes it say less:
-    what ``--allow-overlap`` let through, inputs out of range, and bounds that are not exact.
+    The reference has its name, its target and engine, and the SHA-256 of its graphs (for a checkpoint: its weights).
+    ``data`` is the fingerprint of the samples and their labels or targets, ``labels`` counts each label. ``caveats``
+    weaken the claims: samples that ``--allow-overlap`` accepted, inputs out of range, unseen labels, a very wide
+    margin, and bounds that are not exact.
     """
 
     claims: tuple[Claim, ...]
@@ -59,6 +61,7 @@ class Certificate(msgspec.Struct, frozen=True):
     reference_target: str = ""
     reference_engine: str = ""
     reference_graphs: dict[str, str] = {}
+    labels: dict[str, int] = {}
 
     def __str__(self) -> str:
         claims = " and ".join(map(str, self.claims))
@@ -69,29 +72,35 @@ class Certificate(msgspec.Struct, frozen=True):
         each = " each" if len(self.claims) > 1 else ""
         return (
             f"{claims} against {self.reference} ({self.reference_target}, {self.reference_engine}) with {confidence}"
-            f" confidence{each}, {self.samples:,} samples of {self.data[:16]}, {where}{caveats}"
+            f" confidence{each}, {self.samples:,} samples of {self.data[:16]}{_counted(self.labels)}, {where}{caveats}"
         )
 
 
+def _counted(labels: Mapping[str, int]) -> str:
+    """The counts of labels, in words."""
+    if not labels:
+        return ""
+    if len(labels) <= _SHOWN:
+        return f" ({', '.join(f'{name} {count:,}' for name, count in labels.items())})"
+    return f" ({len(labels):,} labels, {min(labels.values()):,} to {max(labels.values()):,} of each)"
+
+
 class _Record(msgspec.Struct):
-    """The part of calibration.json that is read here."""
+    """The certificates of calibration.json."""
 
     certificates: tuple[Certificate, ...] = ()
 
 
 def certificates(bundle: Bundle) -> tuple[Certificate, ...]:
-    """All of a bundle, wherever they hold. Raises BundleError: a calibration.json that cannot be read."""
+    """All certificates of a bundle, valid here or not. Raises BundleError: a calibration.json that cannot be read."""
     if FILE not in bundle.manifest.files:
         return ()
-    try:
-        return msgspec.json.decode(bundle.file(FILE).read_bytes(), type=_Record).certificates
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise BundleError(f"{FILE} cannot be read: {error}", "copy or quantize the bundle again") from error
+    return read_json(bundle.file(FILE), _Record, hint="copy or quantize the bundle again").certificates
 
 
 def applies(certificate: Certificate, bundle: Bundle, target: str, engine: str) -> bool:
     """Whether it was measured on the graphs that would run here, on this target, engine and version, with this CPU's
-    instructions, and where the target is no CPU on this very device. One that does not tell its reference never is.
+    instructions, and for targets other than the CPU on this device. One without a reference never applies.
 
     Raises DeviceError, MissingDependencyError: a target that is not here.
     """
@@ -104,21 +113,40 @@ def applies(certificate: Certificate, bundle: Bundle, target: str, engine: str) 
 
 
 def valid_certificates(bundle: Bundle, target: str, engine: str) -> tuple[Certificate, ...]:
-    """Those that apply here."""
+    """The certificates that apply here."""
     return tuple(one for one in certificates(bundle) if applies(one, bundle, target, engine))
 
 
 def engine_of(described: Mapping[str, object]) -> str:
-    """Name and version of what `Runtime.describe` describes, and the precision where it was built in another."""
-    precision = str(described.get("precision"))
-    built = f", in {precision}" if precision in ("fp16", "bf16") or " with " in precision else ""
-    return f"{described.get('engine')} {described.get('version')}{built}"
+    """A name for the engine of `Runtime.describe`: library and version; the precision of the build and the types that
+    it computes in, if they differ; and flags. Engines of one name compute alike.
+    """
+    precision, arithmetic, flags = str(described.get("precision")), described.get("arithmetic"), described.get("flags")
+    halves = precision in ("fp16", "bf16") or " with " in precision
+    parts = [f"{described.get('engine')} {described.get('version')}"]
+    parts += [f"in {precision}"] * halves
+    if arithmetic and arithmetic != (precision if halves else "fp32"):
+        parts.append(f"computing in {arithmetic}")
+    return ", ".join(parts) + (_flagged(flags) if isinstance(flags, Mapping) else "")
 
 
 def precision_of(engine: str) -> Precision:
-    """The precision that an engine was built in, from what `engine_of` calls it."""
-    last = engine.rpartition(" ")[2]
-    return "fp16" if last == "fp16" else "bf16" if last == "bf16" else "fp32"
+    """The precision of an engine's build, from its name by `engine_of`."""
+    found = re.search(r", in (?:\S+ with )?(fp16|bf16)(?:,|$)", engine)
+    return cast(Precision, found[1]) if found else "fp32"
+
+
+def may_be(engine: str, library: str, options: EngineOptions) -> bool:
+    """Whether an engine's name by `engine_of` has that library and version and these options. The rest of the name is
+    known only when the engine is loaded.
+    """
+    flags = "".join(engine.partition(", with ")[1:])
+    found = (engine.partition(",")[0], precision_of(engine), flags)
+    return found == (library, options.precision, _flagged(options.flags))
+
+
+def _flagged(flags: Mapping[str, object]) -> str:
+    return "".join(f", with {name}={value}" for name, value in sorted(flags.items()))
 
 
 def device_of(target: str) -> str:
@@ -127,5 +155,5 @@ def device_of(target: str) -> str:
 
 
 def on_cpu(target: str) -> bool:
-    """Whether a target runs on the CPU, where instructions and not the model's name decide about sums."""
+    """Whether a target runs on the CPU: there the instructions decide how sums round, not the CPU's name."""
     return target in TARGETS and TARGETS[target].hardware == "CPU"

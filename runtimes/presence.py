@@ -1,28 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which targets can run here, and which of them ``device="auto"`` takes."""
+"""The targets that can run here, and the one that ``device="auto"`` takes."""
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
-from dataclasses import dataclass
 
 import msgspec
 
-from perceiver_export.runtimes.bundle import Bundle
-from perceiver_export.runtimes.engines.backend import EngineOptions
-from perceiver_export.runtimes.engines.cuda_driver import cuda_gpus
-from perceiver_export.runtimes.engines.records import make_source
-from perceiver_export.runtimes.engines.targets import TARGETS, Target
-from perceiver_export.runtimes.errors import BundleError, DeviceError, MissingDependencyError, PerceiverExportError
+from perceiver_export.runtimes.bundle import Bundle, median_latency
+from perceiver_export.runtimes.certificates import Certificate, applies, certificates, may_be
+from perceiver_export.runtimes.engines.backend import TARGETS, EngineOptions, Precision, Target, find_target
+from perceiver_export.runtimes.engines.cache import make_source
+from perceiver_export.runtimes.engines.cuda import cuda_gpus
+from perceiver_export.runtimes.errors import DeviceError, MissingDependencyError, PerceiverExportError
 from perceiver_export.runtimes.machine import device_files
-from perceiver_export.runtimes.report import median_latency
+from perceiver_export.runtimes.opening import engine_for
 
-_CPU_TARGETS = ("openvino-cpu", "ort-cpu")
+_log = logging.getLogger(__name__)
+
+_CPU_TARGETS = ("ort-cpu", "openvino-cpu")
+_DEVICE_FILES = {"Intel GPU": "dri/renderD*", "Intel NPU": "accel/accel*"}
 
 
-@dataclass(frozen=True)
-class Device:
+class Device(msgspec.Struct, frozen=True):
     """A target that this machine can run."""
 
     target: str
@@ -30,11 +32,9 @@ class Device:
     engine: str
 
 
-@dataclass(frozen=True)
-class Presence:
-    """A target, and the device that it would run on here; or why it cannot, and what to do about that."""
+class Presence(msgspec.Struct, frozen=True):
+    """The device that a target would run on here, or why it cannot run and how to fix that."""
 
-    target: Target
     device: Device | None
     problem: str = ""
     fix: str = ""
@@ -45,75 +45,104 @@ def presence(target: Target) -> Presence:
     try:
         platform = target.backend().platform(target.name, EngineOptions())
     except (DeviceError, MissingDependencyError) as error:
-        return Presence(target, None, error.message, error.hint)
-    return Presence(target, Device(target.name, platform.device, f"{platform.library} {platform.version}"))
+        return Presence(None, error.message, error.hint)
+    return Presence(Device(target.name, platform.device, f"{platform.library} {platform.version}"))
 
 
 def presence_apart(target: Target) -> Presence:
-    """`presence`, asked in a process of its own: some libraries take theirs down where a driver is missing."""
+    """`presence` in its own process: some libraries end the process if a driver is missing."""
     # Not `-m`, which would let a file of the current directory stand in for a library.
-    code = f"import sys; sys.path.pop(0); from {__name__} import _answer; _answer(sys.argv[1])"
+    code = (
+        f"import sys, msgspec; sys.path.pop(0); from {__name__} import TARGETS, presence;"
+        " print(msgspec.json.encode(presence(TARGETS[sys.argv[1]])).decode())"
+    )
     done = subprocess.run([sys.executable, "-c", code, target.name], capture_output=True, text=True, check=False)
     try:
-        device, problem, fix = msgspec.json.decode(done.stdout.splitlines()[-1], type=tuple[Device | None, str, str])
+        return msgspec.json.decode(done.stdout.splitlines()[-1], type=Presence)
     except (IndexError, msgspec.DecodeError):
         died = f"its library ends the process: {done.stderr.strip()[-200:] or f'exit code {done.returncode}'}"
-        return Presence(
-            target, None, died, f"{sys.executable} -m pip install --force-reinstall {target.distributions[0]}"
-        )
-    return Presence(target, device, problem, fix)
-
-
-def _answer(name: str) -> None:
-    found = presence(TARGETS[name])
-    sys.stdout.write(msgspec.json.encode((found.device, found.problem, found.fix)).decode())
+        return Presence(None, died, f"{sys.executable} -m pip install --force-reinstall {target.distributions[0]}")
 
 
 def devices() -> tuple[Device, ...]:
-    """Targets that are present, in the order in which ``device="auto"`` looks at them."""
+    """Targets that can run here, in the order in which ``device="auto"`` tries them."""
     found = (presence(target).device for target in TARGETS.values() if target.version())
     return tuple(device for device in found if device is not None)
 
 
-def choose_target(bundle: Bundle) -> str:
-    """What ``device="auto"`` is: the first target of the table that is present and, where compiling takes minutes, has
-    an engine for here; of the two that run on the CPU the one that the bundle's report says is faster on this CPU, else
-    ort-cpu, else openvino-cpu.
+def choose_target(bundle: Bundle, precision: Precision | None = None) -> str:
+    """The target for ``device="auto"``.
 
-    Raises MissingDependencyError: none is present.
+    The first that has a certificate of the bundle that holds here; else the first of the table that is present and, if
+    it compiles for minutes, has an engine for here. Of the two targets on the CPU the faster one by the bundle's
+    report comes first, then ort-cpu. ``precision`` is the engine's, as in `load`.
+
+    Raises MissingDependencyError: no target is present.
     """
-    for name, target in TARGETS.items():
-        if name in _CPU_TARGETS or not target.version() or not _hardware_here(target):
-            continue
-        if presence(target).device and _can_load(bundle, target):
+    names = [name for name, target in TARGETS.items() if name not in _CPU_TARGETS and _worth_asking(target)]
+    cpus = [name for name in _CPU_TARGETS if TARGETS[name].version()]
+    measured = {name: median_latency(bundle.path, name) for name in cpus}
+    names += sorted(cpus, key=lambda name: (measured[name] is None, measured[name] or 0.0))
+    written = {one.target for one in certificates(bundle)}
+    for name in sorted(written, key=lambda name: (names.index(name) if name in names else len(names), name)):
+        if certificates_for(bundle, name, precision):
+            _log.info("%s: auto is %s, which is certified here", bundle.path, name)
             return name
-    present = [name for name in ("ort-cpu", "openvino-cpu") if TARGETS[name].version()]
-    present = [name for name in present if _can_load(bundle, TARGETS[name])] or present
-    if not present:
+    if written:
+        _log.info("%s: no certificate holds here, of those for %s", bundle.path, ", ".join(sorted(written)))
+    for name in names:
+        why = _why_not(bundle, TARGETS[name])
+        _log.info("%s: auto is %s%s", bundle.path, "not " * bool(why) + name, f": {why}" if why else "")
+        if not why:
+            return name
+    if not cpus:
         raise MissingDependencyError("no engine is installed that could run here", TARGETS["ort-cpu"].install)
-    measured = {name: median_latency(bundle.path, name) for name in present}
-    return min(present, key=lambda name: (measured[name] is None, measured[name] or 0.0))
+    return next(name for name in names if name in cpus)  # `load` reports the problem
 
 
-def _hardware_here(target: Target) -> bool:
-    """Whether to ask the target's library at all: importing one for nothing costs every app that starts."""
+def certificates_for(bundle: Bundle, target: str, precision: Precision | None = None) -> tuple[Certificate, ...]:
+    """The certificates that hold here for what `load` runs on a target.
+
+    No engine is loaded, and no library is imported for a target without a certificate. Raises BundleError: a
+    calibration.json that cannot be read.
+    """
+    written = [one for one in certificates(bundle) if one.target == target]
+    if not written or not _worth_asking(find_target(target)):
+        return ()
+    try:
+        here = find_target(target).backend().platform(target, EngineOptions())
+        options = EngineOptions(precision=precision or "fp32")
+        used = [engine_for(bundle, name, target, options, precision)[0].options for name in bundle.manifest.parts]
+    except PerceiverExportError as error:
+        _log.debug("%s: nothing runs on %s here: %s", bundle.path, target, error.message)
+        return ()
+    engine = f"{here.library} {here.version}"
+    return tuple(
+        one
+        for one in written
+        if all(may_be(one.engine, engine, part) for part in used) and applies(one, bundle, target, one.engine)
+    )
+
+
+def _worth_asking(target: Target) -> bool:
+    """Whether to import the target's library: an import in vain costs every app that starts."""
+    if not target.version():
+        return False
     if target.hardware == "NVIDIA GPU":
         return bool(cuda_gpus())
-    if sys.platform != "linux":
-        return True
-    return bool(device_files("dri/renderD*" if target.hardware == "Intel GPU" else "accel/accel*"))
+    return target.hardware not in _DEVICE_FILES or bool(device_files(_DEVICE_FILES[target.hardware]))
 
 
-def _can_load(bundle: Bundle, target: Target) -> bool:
-    from perceiver_export.runtimes.loading import find_engine
-
+def _why_not(bundle: Bundle, target: Target) -> str:
+    """Why a target cannot run the bundle; empty if it can. Libraries of CPU targets are not imported for this."""
+    if target.name not in _CPU_TARGETS and (problem := presence(target).problem):
+        return problem
     try:
         for name, part in bundle.manifest.parts.items():
-            source = make_source(bundle, part, target.name, EngineOptions())
-            if target.needs_engine and find_engine(bundle, name, source, target.backend(), None)[0] is None:
-                return False
-    except BundleError:  # quantized, without a graph for this target
-        return False
-    except PerceiverExportError:
-        return False
-    return True
+            if not target.needs_engine:
+                make_source(bundle, part, target.name, EngineOptions())
+            elif engine_for(bundle, name, target.name, EngineOptions(), None)[1] is None:
+                return f"no engine of {name} was built for it here"
+    except PerceiverExportError as error:  # such as: quantized, without a graph for this target
+        return error.message
+    return ""

@@ -1,48 +1,164 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an app holds: a loaded part of a bundle that takes arrays and gives arrays."""
+"""A loaded part of a bundle: it takes arrays, checks them in every call, and returns arrays."""
 
 from __future__ import annotations
 
-import ctypes
 import os
 import threading
 import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, cast
+from concurrent.futures import Future
+from typing import Any
 
-from perceiver_export.runtimes.checks import FeedChecks, check_finite_inputs, check_finite_outputs
+import msgspec
+import numpy as np
+
+from perceiver_export.runtimes import exits
 from perceiver_export.runtimes.engines.backend import Array, AsyncEngine, Engine, Feeds
-from perceiver_export.runtimes.errors import PerceiverExportError, RuntimeClosedError, UsageError
+from perceiver_export.runtimes.errors import (
+    DeviceError,
+    InputError,
+    PerceiverExportError,
+    RuntimeClosedError,
+    check_kind,
+    check_whole,
+)
 from perceiver_export.runtimes.manifest import TensorSpec
-
-if TYPE_CHECKING:
-    from concurrent.futures import Future, ThreadPoolExecutor
 
 __all__ = ["Array", "Engine", "Feeds", "Runtime"]
 
 _IN_FLIGHT = 2  # one runs while the next is prepared
+_FIXED = "shapes are fixed at export: see --batch and --shape of `perceiver-export export`"
+_RANGES = "give sizes within, the same for all inputs; `perceiver-export export --batch` sets the limits"
+
+
+class FeedChecks:
+    """The checks of one graph, prepared once."""
+
+    def __init__(self, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> None:
+        self._inputs, self._outputs = (
+            tuple((spec, np.dtype(spec.dtype), None if spec.ranges else spec.shape) for spec in specs)
+            for specs in (inputs, outputs)
+        )
+        self._any_range = any(spec.ranges for spec in inputs)
+        self._hint, self._out_hint = (
+            f"give {{name: array}}: {', '.join(f'{one.name} ({one.dtype} {list(one.shape)})' for one in specs)}"
+            for specs in (inputs, outputs)
+        )
+
+    def feeds(self, feeds: Feeds) -> Feeds:
+        """The feeds if they fit, in native byte order and contiguous (copied only if not). Raises InputError."""
+        if not isinstance(feeds, Mapping):
+            raise InputError(f"the inputs are a {type(feeds).__name__}, not arrays by name", self._hint)
+        checked = {}
+        sizes: dict[str, int] = {}
+        for spec, dtype, fixed in self._inputs:
+            name = spec.name
+            array = feeds.get(name)
+            if not isinstance(array, np.ndarray):
+                found = f"is a {type(array).__name__}" if name in feeds else "is missing"
+                raise InputError(
+                    f"input {name!r} {found}; given: {', '.join(map(repr, feeds)) or 'nothing'}", self._hint
+                )
+            if array.dtype != dtype:
+                if array.dtype.newbyteorder("=") != dtype:
+                    raise InputError(f"input {name!r} has dtype {array.dtype}, the model takes {dtype}", self._hint)
+                array = array.astype(dtype)
+            if array.shape != fixed:
+                check_shape(spec, array.shape, sizes)
+            if spec.values is not None:
+                check_values(array, spec)
+            checked[name] = array if array.flags.c_contiguous else np.ascontiguousarray(array)
+        if len(feeds) != len(checked):
+            raise InputError(f"unknown input {min(map(repr, feeds.keys() - checked.keys()))}", self._hint)
+        return checked
+
+    def out(self, feeds: Feeds, out: Mapping[str, Array]) -> Mapping[str, Array]:
+        """``out`` if outputs for these feeds can be written there. Raises InputError."""
+        if not isinstance(out, Mapping) or out.keys() != {spec.name for spec, _, _ in self._outputs}:
+            found = ", ".join(map(repr, out)) if isinstance(out, Mapping) else type(out).__name__
+            raise InputError(f"`out` is {found or 'empty'}", self._out_hint)
+        sizes: dict[str, int] = {}
+        if self._any_range:
+            for spec, _, _ in self._inputs:
+                check_shape(spec, feeds[spec.name].shape, sizes)
+        for spec, dtype, fixed in self._outputs:
+            name, array = spec.name, out[spec.name]
+            if not isinstance(array, np.ndarray) or array.dtype != dtype:
+                raise InputError(f"`out` for {name!r} is not an array of {dtype}", "allocate it with that dtype")
+            if not (array.flags.c_contiguous and array.flags.writeable):
+                raise InputError(f"`out` for {name!r} is not contiguous and writeable", "allocate it with numpy.empty")
+            if array.shape != fixed:
+                check_shape(spec, array.shape, sizes, f"allocate `out` for {name!r} with that shape", "gives")
+            if any(np.may_share_memory(array, feed) for feed in feeds.values()):
+                raise InputError(f"`out` for {name!r} shares memory with an input", "give it memory of its own")
+        return out
+
+
+def _check_finite(arrays: Mapping[str, Array], what: str, error: type[PerceiverExportError], hint: str) -> None:
+    """Raise ``error`` for NaN or infinity."""
+    for name, array in arrays.items():
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            count = int(array.size - np.isfinite(array).sum())
+            raise error(f"{what} {name!r} has {count} values that are not finite", hint)
+
+
+def check_shape(
+    spec: TensorSpec, shape: tuple[int, ...], sizes: dict[str, int], hint: str = "", verb: str = "takes"
+) -> None:
+    """Raise InputError unless ``shape`` fits; ``sizes`` collects the named dimensions of this call."""
+    fits = len(shape) == len(spec.shape)
+    for expected, found in zip(spec.shape, shape, strict=False):
+        if isinstance(expected, int):
+            fits = fits and expected == found
+        else:
+            least, most = spec.ranges.get(expected, (0, found))
+            fits = fits and least <= found <= most and sizes.setdefault(expected, found) == found
+    if not fits:
+        ranges = "".join(f", {name} from {least} to {most}" for name, (least, most) in spec.ranges.items())
+        raise InputError(
+            f"{spec.name!r} has shape {list(shape)}, the model {verb} {list(spec.shape)}{ranges}",
+            hint or (_RANGES if ranges else _FIXED),
+        )
+
+
+def check_values(array: Array, spec: TensorSpec) -> None:
+    """Raise InputError for an integer outside the input's range.
+
+    An engine would read outside a table, or from its end, and answer without an error.
+    """
+    if spec.values is None or not array.size:
+        return
+    least, most = spec.values
+    low, high = int(array.min()), int(array.max())
+    if low < least or high > most:
+        wrong = low if low < least else high
+        hint = "1 keeps a position, 0 masks it" if spec.name.endswith("_mask") else "counted from 0"
+        raise InputError(f"{spec.name!r} holds {wrong}, the model takes {least} to {most}", hint)
+
+
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()
 
 
 def _keep_engines() -> None:
-    """In a forked child engines are never freed: their destructors would wait for threads that did not come along."""
+    """In a forked child engines are never freed: their destructors would wait for threads that do not exist there."""
+    import ctypes
+
     for engine in _engines:
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(engine))
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_keep_engines)
+os.register_at_fork(after_in_child=_keep_engines)
 
 
 class Runtime:
-    """A loaded graph. Safe to use from several threads; several runtimes may live in one process.
+    """A loaded graph. Safe to use from several threads; several runtimes may exist in one process.
 
-    It belongs to the process that loaded it: a forked child may not use it (engines' threads do not live on there) and
-    is told so. A child of multiprocessing may load its own; one made by a bare `os.fork` beside ONNX Runtime must end
-    with `os._exit`, because onnxruntime's exit handler waits there for ever. Use it as a context manager, or call
-    `close`.
+    It belongs to the process that loaded it. In a forked child its calls raise RuntimeClosedError, because engines'
+    threads do not exist there. A child of multiprocessing may load its own; a child of a bare `os.fork` beside ONNX
+    Runtime must end with `os._exit`, because onnxruntime's exit handler waits there forever. Use it as a context
+    manager, or call `close`.
     """
 
     def __init__(
@@ -59,35 +175,39 @@ class Runtime:
     ) -> None:
         self.inputs = inputs
         self.outputs = outputs
-        self.num_queries = num_queries  # of a decoder: how many queries there are to choose from
+        self.num_queries = num_queries  # of a decoder: the number of queries to choose from
         self._described: dict[str, Any] = {"precision": precision, "compiled": compiled}
         if certificates:
             self._described["certificates"] = certificates
         self._check_finite = check_finite
         self._engine: Engine | None = engine
-        # Outputs are only looked at here by threads of our own.
-        self._own_requests = isinstance(engine, AsyncEngine) and not check_finite
-        self._checks = FeedChecks(inputs, outputs, num_queries)
+        # Only our own threads can check outputs.
+        self._requests = engine if isinstance(engine, AsyncEngine) and not check_finite else None
+        self._checks = FeedChecks(inputs, outputs)
         self._process = os.getpid()
-        _engines.add(engine)
         self._closed = False
         self._lock = threading.Lock()
-        self._pool: ThreadPoolExecutor | None = None
-        self._workers: set[int] = set()  # the pool's threads
+        self._workers: exits.Workers | None = None
+        _engines.add(engine)
+        exits.arm()
+        if self._requests is not None:
+            exits.close_at_exit(self._requests)
 
+    @exits.awaited
     def run(self, feeds: Feeds, out: Mapping[str, Array] | None = None) -> dict[str, Array]:
-        """Outputs by name for inputs by name; the arrays returned are the caller's to keep.
+        """Outputs by name for inputs by name. The caller owns the returned arrays.
 
-        With ``out`` (every output by name: right dtype and shape, C-contiguous, writeable, no memory shared with the
-        inputs) the outputs are written there without allocating, and the same arrays are returned. The joined parts of
-        a split bundle allocate what goes between them and their rows, and copy these to ``out``.
+        ``out`` holds an array for every output: right dtype and shape, C-contiguous, writeable, no memory shared with
+        the inputs. The outputs are written there without allocating, and the same arrays are returned. The joined parts
+        of a split bundle allocate their intermediate arrays and copy the result to ``out``.
 
         Raises InputError: a missing or unknown name, wrong dtype or shape; RuntimeClosedError after `close`, and in a
-        forked child; DeviceError: the device failed or went away.
+        forked child; DeviceError: the device failed.
         """
+        exits.enter()
         return self._run(self._open_engine(), feeds, out)
 
-    def _run(self, engine: Engine, feeds: Feeds, out: Mapping[str, Array] | None) -> dict[str, Array]:
+    def _run(self, engine: Engine, feeds: Feeds, out: Mapping[str, Array] | None = None) -> dict[str, Array]:
         feeds = self._checked(feeds)
         if out is None:
             outputs = engine.run(feeds)
@@ -95,47 +215,47 @@ class Runtime:
             engine.run_into(feeds, self._checks.out(feeds, out))
             outputs = dict(out)
         if self._check_finite:
-            check_finite_outputs(outputs)
+            _check_finite(outputs, "output", DeviceError, "it may overflow: build with fp32")
         return outputs
 
+    @exits.awaited
     def submit(self, feeds: Feeds) -> Future[dict[str, Array]]:
-        """`run` in the background; the arrays in ``feeds`` must not change until the future is done.
+        """`run` in the background. The arrays in ``feeds`` must not change until the future is done.
 
-        The engine's own asynchronous calls where it has them (OpenVINO; ONNX Runtime with more than one thread), else
-        two threads. What `run` would raise the future raises; only RuntimeClosedError is raised here. A future's
-        callback runs in the thread that finishes the others: it may submit and close, but not wait for another future.
+        Uses ONNX Runtime's own asynchronous calls if it has several threads, else two threads. The future raises what
+        `run` would raise; only RuntimeClosedError is raised here. A future's callback runs in the thread that finishes
+        the others: it may submit and close, but not wait for another future.
         """
+        if exits.ending and not exits.hold():
+            return Future()  # in a callback at the end of the program: nobody waits for this future
         with self._lock:
             engine = self._open_engine()
-            if self._own_requests:
+            if self._requests is not None and not exits.ending:
                 try:
-                    future = cast(AsyncEngine, engine).submit(self._checked(feeds))
+                    future = self._requests.submit(self._checked(feeds))
                 except PerceiverExportError as error:
-                    return _failed(error)
+                    (future := Future[dict[str, Array]]()).set_exception(error)
                 if future is not None:
                     return future
-            if self._pool is None:
-                from concurrent.futures import ThreadPoolExecutor
-
-                workers = self._workers
-                self._pool = ThreadPoolExecutor(
-                    _IN_FLIGHT, "perceiver-export", initializer=lambda: workers.add(threading.get_ident())
-                )
-            # The engine goes along: `close` lets what was submitted finish.
-            return self._pool.submit(self._run, engine, feeds, None)
+            if self._workers is None:
+                self._workers = exits.Workers(getattr(engine, "in_flight", _IN_FLIGHT))
+            # The call holds the engine: `close` lets submitted calls finish.
+            return self._workers.submit(lambda: self._run(engine, feeds))
 
     def stream(self, feeds: Iterable[Feeds], in_flight: int = _IN_FLIGHT) -> Iterator[dict[str, Array]]:
-        """Outputs of an iterable of feeds, in its order; at most ``in_flight`` are on their way at any time.
+        """Outputs of an iterable of feeds, in its order, with at most ``in_flight`` submitted at any time.
 
         The iterable is read only as fast as outputs are taken, so a camera or a file never runs ahead of the device.
-        What a call raises is raised in its place and ends the stream. Raises UsageError: ``in_flight`` below 1.
+        An error of a call is raised in its place and ends the stream. Raises UsageError: ``in_flight`` below 1, or
+        no iterable.
         """
-        if in_flight < 1:
-            raise UsageError(f"in_flight is {in_flight}", "give 1 or more; 2 keeps the device busy")
+        check_whole("in_flight", in_flight, 1, None, "give 1 or more; 2 keeps the device busy")
+        check_kind("the stream's input", feeds, Iterable, "an iterable of {name: array}")
         return self._stream(iter(feeds), in_flight)
 
     def _stream(self, feeds: Iterator[Feeds], in_flight: int) -> Iterator[dict[str, Array]]:
-        engine = self._open_engine()
+        self._open_engine()
+        requests = self._requests
         started: deque[Future[dict[str, Array]]] = deque()
         try:
             for one in feeds:
@@ -145,35 +265,29 @@ class Runtime:
             while started:
                 yield started.popleft().result()
         finally:
-            for future in started:  # abandoned: what runs still reads the caller's arrays
-                if not (future.cancel() or self._in_callback(engine)):
+            for future in started:  # abandoned: running calls still read the caller's arrays
+                if not future.cancel() and not any(one.in_callback() for one in (requests, self._workers) if one):
                     future.exception()
 
+    @exits.awaited
     def describe(self) -> dict[str, Any]:
-        """What it really runs on: target, device, engine, versions, threads, precision, where it was compiled, and the
-        certificates that hold here.
-        """
+        """Target, device, engine, versions, threads, precision, where it was compiled, and valid certificates."""
+        exits.enter()
         return {**self._described, **self._open_engine().describe()}
 
     def close(self) -> None:
-        """Finish what was submitted and let go of the engine. May be called twice, and does nothing in a child.
+        """Finish submitted calls and release the engine. May be called twice, and does nothing in a forked child.
 
-        A future's callback may call it too: it then returns at once, and what was submitted is finished behind it.
+        In a future's callback it returns at once, and submitted calls are finished in the background.
         """
         if os.getpid() != self._process:
             return
-        self._closed = True  # before the lock, which a thread that submits without end would hardly give up
+        self._closed = True  # before the lock, which a thread that submits without end would hardly release
         with self._lock:
-            engine, self._engine = self._engine, None
-            pool, self._pool = self._pool, None
-        if pool is not None and engine is not None:
-            pool.shutdown(wait=not self._in_callback(engine))
-        if self._own_requests and engine is not None:
-            cast(AsyncEngine, engine).close()
-
-    def _in_callback(self, engine: Engine) -> bool:
-        own = self._own_requests and cast(AsyncEngine, engine).in_callback()
-        return own or threading.get_ident() in self._workers
+            requests, self._requests, self._engine = self._requests, None, None
+        for one in (self._workers, requests):
+            if one is not None:
+                one.close()
 
     def _open_engine(self) -> Engine:
         engine = self._engine
@@ -181,28 +295,45 @@ class Runtime:
             raise RuntimeClosedError("this runtime is closed", "call load() again")
         if os.getpid() != self._process:
             raise RuntimeClosedError(
-                "this runtime was loaded before the process forked", "call load() in the child, or start it with spawn"
+                "this runtime was loaded before the fork", "call load() in the child, or use spawn"
             )
         return engine
 
     def _checked(self, feeds: Feeds) -> Feeds:
         checked = self._checks.feeds(feeds)
         if self._check_finite:
-            check_finite_inputs(checked)
+            _check_finite(checked, "input", InputError, "find where they come from")
         return checked
 
     def __enter__(self) -> Runtime:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
-def _failed(error: PerceiverExportError) -> Future[dict[str, Array]]:
-    from concurrent.futures import Future
+class Comparison(msgspec.Struct, frozen=True):
+    """Largest absolute difference, as a share of the reference's largest absolute value. True if within tolerance.
 
-    future: Future[dict[str, Array]] = Future()
-    future.set_exception(error)
-    return future
+    NaN or infinity on either side is never within tolerance.
+    """
+
+    difference: float
+    tolerance: float
+    scale: float
+
+    def __bool__(self) -> bool:
+        return bool(np.isfinite(self.difference)) and self.difference <= self.tolerance
+
+    def __str__(self) -> str:
+        return f"differs by {self.difference:.1e} of the output's scale {self.scale:.3g}, {self.tolerance:.0e} allowed"
+
+
+def compare(found: Array, reference: Array, tolerance: float) -> Comparison:
+    """Compare two arrays of one shape. For different shapes the difference is NaN."""
+    if found.shape != reference.shape:
+        return Comparison(float("nan"), tolerance, float("nan"))
+    exact = reference.astype(np.float64)
+    scale = float(np.max(np.abs(exact), initial=0.0))
+    largest = float(np.max(np.abs(found.astype(np.float64) - exact), initial=0.0))
+    return Comparison(largest / scale if scale > 0 else largest, tolerance, scale)

@@ -3,15 +3,28 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 FASHION = REPOSITORY / "examples" / "fashion_mnist"
+MadeOnce = Callable[[str, Callable[[Path], object]], Path]
+
+# Engines start a thread for each core: workers of pytest-xdist, one a core, would wait for one another's.
+WORKER = os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw")
+if WORKER and hasattr(os, "sched_setaffinity"):
+    CORES = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {CORES[int(WORKER) % len(CORES)]})
+
+# A shell that starts the suite in the background makes it ignore SIGINT, and commands under test would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
@@ -22,23 +35,64 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
     return cache
 
 
+@pytest.fixture(autouse=True, scope="session")
+def own_configuration(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One key for the engines that tests build, which is not the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CONFIG_HOME", str(tmp_path_factory.mktemp("configuration")))
+        yield
+
+
 @pytest.fixture(scope="session")
-def plain_fashion_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> MadeOnce:
+    """``made_once(name, make)``: the folder ``name``, written by ``make(folder)`` for all tests of all workers."""
+    base = tmp_path_factory.getbasetemp()
+    root = (base.parent if WORKER else base) / "made-once"
+    root.mkdir(exist_ok=True)
+
+    def folder(name: str, make: Callable[[Path], object]) -> Path:
+        place, done = root / name, root / f"{name}.done"
+        with (root / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not done.exists():
+                shutil.rmtree(place, ignore_errors=True)
+                make(place)
+                done.touch()
+        return place
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def plain_fashion_bundle(made_once: MadeOnce) -> Path:
     """The same without folds: every projection of the model is a layer of the graph. Read it, do not change it."""
-    from perceiver_export.exporter import export
+    from perceiver_export.exporter import ExportOptions, export
 
-    return export(FASHION / "checkpoint", tmp_path_factory.mktemp("bundles") / "plain", fold=False).path
+    return made_once("plain", lambda path: export(FASHION / "checkpoint", path, ExportOptions(fold=False)))
 
 
 @pytest.fixture(scope="session")
-def fashion_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def fashion_bundle(made_once: MadeOnce) -> Path:
     """The demo's model as a bundle; read it, do not change it. PERCEIVER_TEST_BUNDLE names one made elsewhere."""
     made = os.environ.get("PERCEIVER_TEST_BUNDLE")
     if made:
         return Path(made)
     from perceiver_export.exporter import export
 
-    return export(FASHION / "checkpoint", tmp_path_factory.mktemp("bundles") / "fashion").path
+    return made_once("fashion", lambda path: export(FASHION / "checkpoint", path))
+
+
+@pytest.fixture(scope="session")
+def small_bundle(made_once: MadeOnce) -> Callable[..., Path]:
+    """``small_bundle(system, split=False)``: a model of `tests.cli.small_models` as a bundle; do not change it."""
+    from perceiver_export.exporter import ExportOptions, export
+    from tests.cli import small_models
+
+    def bundle(system: str, split: bool = False) -> Path:
+        name, options = f"{system}-{'split' if split else 'whole'}", ExportOptions(split=split)
+        return made_once(name, lambda path: export(getattr(small_models, system)(), path, options))
+
+    return bundle
 
 
 @pytest.fixture

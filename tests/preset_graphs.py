@@ -8,16 +8,20 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from perceiver_export.calibration.gemm import split_gemms
-from perceiver_export.calibration.linears import find_linears
-from perceiver_export.calibration.qdq import LinearPlan, write_qdq
-from perceiver_export.calibration.weights import quantize_channels
-from perceiver_export.exporter.batch import Batch
-from perceiver_export.exporter.fold.folded import FoldedPerceiver
-from perceiver_export.exporter.fold.sites import choose_sites
-from perceiver_export.exporter.parts import GraphPart, planned_queries, split_model, whole_model
-from perceiver_export.exporter.perceiver.config import PerceiverConfig
-from perceiver_export.exporter.perceiver.model import PerceiverIO
+from perceiver_export.calibration.graphs import split_gemms
+from perceiver_export.calibration.quantization.integers import LinearPlan, quantize_channels, write_qdq
+from perceiver_export.calibration.quantization.linears import find_linears
+from perceiver_export.exporter.graphs import (
+    Batch,
+    GraphPart,
+    planned_queries,
+    split_model,
+    whole_model,
+)
+from perceiver_export.exporter.model.config import PerceiverConfig
+from perceiver_export.exporter.model.perceiver import PerceiverIO
+from perceiver_export.exporter.module_folds.folded import FoldedPerceiver
+from perceiver_export.exporter.module_folds.sites import choose_sites
 from perceiver_export.exporter.presets import PRESETS
 from perceiver_export.exporter.trace import trace
 
@@ -77,7 +81,7 @@ def quantized(model: ir.Model, scale: float = _SCALE) -> int:
         array = linear.weight.const_value
         assert array is not None
         weight = known.weight if known else quantize_channels(np.asarray(array.numpy()))
-        plan = LinearPlan(linear, weight, scale)
+        plan = LinearPlan(linear, "int8", weight, scale)
         weights.setdefault(linear.weight, plan)
         plans.append(plan)
     write_qdq(model, plans)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a graph has attention, softmax(QKᵀ + mask)V, and heads of widths that engines have one kernel for."""
+"""Where a graph has attention, softmax(QKᵀ + mask)V, and heads of widths for which engines have one kernel."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-# Widths of heads that TensorRT's attention kernels take (measured on TensorRT for RTX 1.7: 9 to 255, query and key as
-# wide as value); others run as three kernels with the scores in memory.
+from perceiver_export.calibration.graphs import array_of, constant, dims, is_constant
+
+# Widths of heads that TensorRT's attention kernels take (measured on TensorRT for RTX 1.7: 9 to 255, queries and keys
+# as wide as values). Others run as three kernels with the scores in memory.
 SMALLEST_HEAD, LARGEST_HEAD = 9, 255
 _BETWEEN = frozenset({"Add", "Mul", "Div", "Cast"})  # from a product to its softmax: mask and scale
 
@@ -56,16 +58,8 @@ def find_attentions(graph: ir.Graph) -> Iterator[Attention]:
             continue
         scores, read = _product_before(node.inputs[0]), _product_after(node.outputs[0])
         if scores is not None and read is not None:
-            shape = scores.outputs[0].shape
-            rows = shape[-2] if shape is not None and len(shape) > 1 else None
-            yield Attention(
-                scores,
-                node,
-                read,
-                _width(scores.inputs[0]),
-                _width(read.inputs[1]),
-                rows if isinstance(rows, int) else None,
-            )
+            qk, v, rows = _size(scores.inputs[0], -1), _size(read.inputs[1], -1), _size(scores.outputs[0], -2)
+            yield Attention(scores, node, read, qk, v, rows)
 
 
 def pad_heads(model: ir.Model) -> int:
@@ -79,30 +73,26 @@ def pad_heads(model: ir.Model) -> int:
     attentions = [(attention, attention.padded) for attention in find_attentions(model.graph)]
     changed = [(attention, width) for attention, width in attentions if width is not None]
     for attention, width in changed:
-        assert attention.qk is not None
-        assert attention.v is not None
         _pad(model.graph, attention.scores, 0, -1, width)
         _pad(model.graph, attention.scores, 1, -2, width)
         _pad(model.graph, attention.read, 1, -1, width)
-        if width > attention.v:
+        if attention.v is not None and width > attention.v:
             _cut(model.graph, attention.read, attention.v)
     return len(changed)
 
 
 def _product_before(value: ir.Value | None) -> ir.Node | None:
+    """The MatMul that makes scores, before mask and scale."""
     node = value.producer() if value is not None else None
     while node is not None and node.op_type in _BETWEEN:
-        inputs = [one for one in node.inputs if one is not None and not one.is_initializer()]
-        products = [one.producer() for one in inputs if _rank(one) == _rank(node.outputs[0])]
-        node = next((one for one in products if one is not None and _leads_to_product(one)), None)
+        rank = _rank(node.outputs[0])
+        made = (one.producer() for one in node.inputs if one is not None and _rank(one) == rank)
+        node = next((one for one in made if one is not None and one.op_type in {"MatMul", *_BETWEEN}), None)
     return node if node is not None and node.op_type == "MatMul" else None
 
 
-def _leads_to_product(node: ir.Node) -> bool:
-    return node.op_type == "MatMul" or node.op_type in _BETWEEN
-
-
 def _product_after(value: ir.Value) -> ir.Node | None:
+    """The MatMul that reads probabilities, and nothing else does."""
     users = list(value.consumers())
     while len(users) == 1 and users[0].op_type == "Cast":
         users = list(users[0].outputs[0].consumers())
@@ -114,8 +104,9 @@ def _rank(value: ir.Value) -> int:
     return len(value.shape) if value.shape is not None else -1
 
 
-def _width(value: ir.Value | None) -> int | None:
-    size = value.shape[-1] if value is not None and value.shape else None
+def _size(value: ir.Value | None, axis: int) -> int | None:
+    """The size of an axis; None where it is dynamic, or not there."""
+    size = value.shape[axis] if value is not None and value.shape and len(value.shape) >= -axis else None
     return size if isinstance(size, int) else None
 
 
@@ -123,58 +114,33 @@ def _pad(graph: ir.Graph, node: ir.Node, index: int, axis: int, width: int) -> N
     """Zeros behind the numbers of one axis of an input; a constant is padded now."""
     value = node.inputs[index]
     assert value is not None
-    assert value.shape is not None
-    size, rank = value.shape[axis], len(value.shape)
-    assert isinstance(size, int)
-    if size == width:
+    sizes = dims(value)
+    if sizes[axis] == width:
         return
-    pads = np.zeros(2 * rank, np.int64)
-    pads[rank:][axis] = width - size
-    shape = list(value.shape)
-    shape[axis] = width
+    pads = np.zeros((2, len(sizes)), np.int64)
+    pads[1, axis] = width - sizes[axis]
     name = f"{value.name}.padded_{node.name}"
-    padded = ir.Value(name=name, shape=ir.Shape(shape), type=value.type)
-    if value.const_value is not None:
-        array = np.pad(value.const_value.numpy(), list(zip(pads[:rank], pads[rank:], strict=True)))
-        padded.const_value = ir.tensor(array, name=name)
-        graph.initializers[name] = padded
+    if is_constant(value):
+        padded = constant(graph, name, np.pad(array_of(value), pads.T))
     else:
-        amounts = constant(graph, f"{name}.pads", pads)
-        graph.insert_before(
-            node, ir.Node("", "Pad", [value, amounts], outputs=[padded], name=f"{node.name}/Pad_{index}")
-        )
+        shape = list(value.shape or ())
+        shape[axis] = width
+        padded = ir.Value(name=name, shape=ir.Shape(shape), type=value.type)
+        amounts = constant(graph, f"{name}.pads", pads.reshape(-1))
+        made = ir.node("Pad", [value, amounts], outputs=[padded], name=f"{node.name}/Pad_{index}")
+        graph.insert_before(node, made)
     node.replace_input_with(index, padded)
 
 
 def _cut(graph: ir.Graph, node: ir.Node, width: int) -> None:
     """Keep the first ``width`` numbers of the last axis of a node's result, under the result's name."""
-    narrow = node.outputs[0]
-    assert narrow.shape is not None
-    name, users = narrow.name, list(narrow.uses())
+    wide, padded = node.outputs[0], node.inputs[1]
+    assert wide.shape is not None
     bounds = [
         constant(graph, f"attention.cut.{what}_{number}", np.array([number], np.int64))
-        for what, number in (("start", 0), ("end", width), ("axis", len(narrow.shape) - 1))
+        for what, number in (("start", 0), ("end", width), ("axis", len(wide.shape) - 1))
     ]
-    wide, shape = narrow, narrow.shape
-    wide.name = f"{name}.wide"
-    cut = ir.Node("", "Slice", [wide, *bounds], outputs=[ir.Value(name=name, type=wide.type, shape=shape)])
-    cut.name = f"{node.name}/Slice"
-    graph.insert_after(node, cut)
-    for user, index in users:
-        user.replace_input_with(index, cut.outputs[0])
-    padded = node.inputs[1]
-    wide.shape = ir.Shape([*shape[:-1], padded.shape[-1] if padded is not None and padded.shape is not None else None])
-
-
-def constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
-    """An initializer of that name, made once."""
-    if name in graph.initializers:
-        return graph.initializers[name]
-    value = ir.Value(
-        name=name,
-        shape=ir.Shape(array.shape),
-        type=ir.TensorType(ir.DataType.from_numpy(array.dtype)),
-        const_value=ir.tensor(array, name=name),
-    )
-    graph.initializers[name] = value
-    return value
+    narrow = ir.Value(name=wide.name, type=wide.type, shape=wide.shape)
+    wide.replace_all_uses_with(narrow, replace_graph_outputs=True)
+    wide.name, wide.shape = f"{wide.name}.wide", ir.Shape([*wide.shape[:-1], dims(padded)[-1]])
+    graph.insert_after(node, ir.node("Slice", [wide, *bounds], outputs=[narrow], name=f"{node.name}/Slice"))

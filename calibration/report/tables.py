@@ -1,125 +1,300 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a bundle says of itself, as tables of a report: kernels, precision, folds, memory plan, stages, verification."""
+"""The content of a report as rows of tables, which the terminal, HTML and Markdown each draw in their own way."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import datetime
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
-from perceiver_export.calibration.record import Calibration
-from perceiver_export.calibration.report.content import Table
-from perceiver_export.runtimes.manifest import Cost, Manifest
+from perceiver_export.calibration.quantization.record import Calibration
+from perceiver_export.calibration.validation.gates import AT_LEAST, CAVEAT, Gate
+from perceiver_export.calibration.validation.results import Validation
+from perceiver_export.calibration.validation.statistics import Estimate
+from perceiver_export.runtimes.benchmark import Measurement
+from perceiver_export.runtimes.manifest import Manifest, Part, Stage
 
+_APART = ("name", "certificates", "graphs")  # of a side, what does not go in one line with its engine
+_CLASSES, _LAYERS = 20, 15  # at most, in their tables
 _MIB = 1 << 20
 
 
-def tables(manifest: Manifest, record: Calibration | None) -> Iterator[Table]:
-    """In the order of the report; some are empty."""
-    if record is not None:
-        yield from _quantization(record)
-    yield _folds(manifest)
-    yield _plan(manifest)
-    yield _stages(manifest)
-    yield _verified(manifest)
+@dataclass(frozen=True)
+class Bar:
+    """From ``left`` over ``width``, with a dot at ``dot`` and a line at ``limit``, all in percent of the column."""
+
+    left: float
+    width: float
+    dot: float | None = None
+    limit: float | None = None
 
 
-def _quantization(record: Calibration) -> Iterator[Table]:
+@dataclass(frozen=True)
+class Table:
+    """A title, column names (``>`` at the end: numbers, right-aligned), rows of texts, a note, a bar per row."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""
+    bars: Sequence[Bar] = ()
+
+    def without_empty(self) -> Table:
+        """Without the columns that are empty in every row."""
+        kept = [index for index in range(len(self.columns)) if any(row[index] for row in self.rows)]
+        rows = [tuple(row[index] for index in kept) for row in self.rows]
+        return replace(self, columns=tuple(self.columns[index] for index in kept), rows=rows)
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that a report shows. ``validations`` has one per target; ``tables`` are about the bundle itself.
+
+    ``speeds``: each side on each target, with MiB on disk; the candidate's ratio is to the reference's time.
+    ``sensitivity``: layers and their SQNR in dB, worst first. ``certificates``: those that the validations show.
+    """
+
+    title: str
+    validations: tuple[Validation, ...]
+    speeds: tuple[tuple[Measurement, float], ...] = ()
+    sensitivity: tuple[tuple[str, float], ...] = ()
+    tables: tuple[Table, ...] = ()
+    sensitivity_note: str = ""
+    certificates: tuple[str, ...] = ()
+    command: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def verdict(self) -> str:
+        """``held`` only if every gate held on every target; ``failed`` if outputs were not finite on one."""
+        if any(validation.failure is not None for validation in self.validations):
+            return "failed"
+        outcomes = {gate.outcome for _, gate in self._gates}
+        return next((one for one in ("not held", "vacuous", "undecided", "held") if one in outcomes), "no gate asked")
+
+    @property
+    def summary(self) -> str:
+        """One line: what was compared, on what."""
+        first, places = self.validations[0], []
+        for one in self.validations:
+            precision = f" in {one.candidate['precision']}" if "precision" in one.candidate else ""
+            other = (one.reference or {}).get("target", "")
+            beside = f" (reference on {other})" if other not in ("", one.candidate.get("target")) else ""
+            places.append(f"{_target(one)}{precision}{beside}")
+        against = f" against {first.reference['name']}" if first.reference is not None else ""
+        plural = "s" if first.samples != 1 else ""
+        return f"{first.candidate['name']}{against} on {first.samples:,} sample{plural}, {', '.join(places)}"
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Of all targets, each once; failures first."""
+        failures = [validation.failure.message for validation in self.validations if validation.failure is not None]
+        warnings = [warning for validation in self.validations for warning in validation.warnings]
+        return tuple(dict.fromkeys(failures + warnings))
+
+    @property
+    def reservations(self) -> tuple[str, ...]:
+        """Reasons why gates that held mean less than they seem to."""
+        return tuple(dict.fromkeys(one for _, gate in self._gates for one in gate.reservations))
+
+    @property
+    def _gates(self) -> list[tuple[str, Gate]]:
+        return [(_target(validation), gate) for validation in self.validations for gate in validation.gates]
+
+    @property
+    def gates(self) -> Table:
+        """One row per gate and target."""
+        rows = []
+        for target, gate in self._gates:
+            needed = gate.samples_to_decide
+            more = "" if needed is None else f"about {needed:,} samples would decide"
+            more = "; ".join(f"but {one}" for one in gate.reservations) if gate.held else gate.vacuous or more
+            found = Estimate(gate.measured, gate.lower, gate.upper)
+            rows.append((target, str(gate.wanted), gate.outcome, _bounded(found, gate.wanted.unit), more))
+        means = ", ".join(dict.fromkeys(gate.wanted.subject for _, gate in self._gates if gate.bounds == "bootstrap"))
+        note = f"Bounds of {means} are {CAVEAT}. The others are exact." if means else ""
+        columns = ("target", "asked", "outcome", "measured (95 % bounds)>", " ")
+        return Table("Gates", columns, rows, note, [_interval(gate) for _, gate in self._gates]).without_empty()
+
+    @property
+    def accuracy(self) -> Table:
+        """One row per metric and target."""
+        rows = []
+        for one in self.validations:
+            if not one.metrics:
+                found = "all finite; no labels or reference to measure against"
+                rows.append((_target(one), "outputs", found if one.failure is None else "NaN or infinite", "", ""))
+            for metric in one.metrics:
+                unit = metric.unit
+                other = "" if metric.reference is None else _shown(metric.reference.value, unit)
+                points = "points" if unit == "%" else unit
+                worse = "" if metric.worsening is None else _bounded(metric.worsening, points, "+")
+                rows.append((_target(one), metric.name, _bounded(metric.candidate, unit), other, worse))
+        first = self.validations[0]
+        note, flips = "Each bound holds with 95 % confidence by itself.", first.flips
+        if flips is not None and first.mcnemar is not None:
+            note += (
+                f" On {_target(first)}, {flips.lost:,} right with the reference only, {flips.gained:,} with the"
+                f" candidate only (exact McNemar p = {first.mcnemar:.3g})."
+            )
+        columns = ("target", "metric", "candidate (95 % bounds)>", "reference>", "worse by (95 % bounds)>")
+        return Table("Accuracy", columns, rows, note).without_empty()
+
+    @property
+    def latency(self) -> Table:
+        """One row per side and target, with the one measurement of speed; empty if nothing was timed."""
+        rows = []
+        for one, size in self.speeds:
+            low, high = one.ratio_quartiles or (0.0, 0.0)
+            ratio = ("", "") if one.ratio is None else (f"{one.ratio:.3f} ×", f"{low:.3f} to {high:.3f}")
+            times = (f"{one.p50:.2f} ms", f"{one.p95:.2f} ms", *ratio)
+            rows.append((one.target, one.name, *times, f"{one.peak_memory:.0f} MiB", f"{size:.1f} MiB"))
+        paired = any(one.ratio is not None for one, _ in self.speeds)
+        note = "Both sides were timed in turn. The ratio is the median over pairs. Bars are p50." if paired else ""
+        times_ = ("p50>", "p95>", "of the reference's time>", "half of the pairs>")
+        columns = ("target", "side", *times_, "peak memory>", "on disk>")
+        bars = _lengths([one.p50 for one, _ in self.speeds])
+        return Table("Latency, memory, size", columns, rows, note, bars).without_empty()
+
+    @property
+    def layers(self) -> Table:
+        """The most sensitive layers, worst first."""
+        worst = self.sensitivity[:_LAYERS]
+        rows = [(name, f"{decibels:.1f}") for name, decibels in worst]
+        bars = _lengths([decibels for _, decibels in worst])
+        return Table("Most sensitive layers", ("layer", "SQNR, dB>"), rows, self.sensitivity_note, bars)
+
+    @property
+    def classes(self) -> Table:
+        """The classes of the first target in which something changed, the largest fall first."""
+        first = self.validations[0]
+        changed, rows = [row for row in first.worst_classes if row.changed], []
+        for row in changed[:_CLASSES]:
+            shares = ("" if share is None else f"{share:.1f} %" for share in (row.candidate, row.reference))
+            rows.append((row.label, f"{row.samples:,}", *shares, "" if row.flips is None else f"{row.flips:,}"))
+        what = "a wrong answer" if first.reference is None else "an answer that differs"
+        note = f"{len(changed):,} of {len(first.worst_classes):,} classes have {what}; the largest fall is first."
+        columns = ("label", "samples>", "right>", "reference right>", "answers that differ>")
+        return Table("Worst classes", columns, rows, note).without_empty()
+
+    @property
+    def samples(self) -> Table:
+        """The worst samples of the first target, worst first."""
+        units, rows = {metric.name: metric.unit for metric in self.validations[0].metrics}, []
+        for one in self.validations[0].worst_samples:
+            scores = ", ".join(f"{name} {value:.4g} {units[name]}".strip() for name, value in one.scores.items())
+            rows.append((one.name, one.label, one.reference, one.candidate, scores))
+        return Table("Worst samples", ("sample", "label", "reference", "candidate", "scores"), rows).without_empty()
+
+    @property
+    def environment(self) -> Table:
+        """When, machine, engines, data, command."""
+        first = self.validations[0]
+        rows = [("date", datetime.datetime.now(datetime.timezone.utc).date().isoformat()), *first.machine.items()]
+        rows += [("data", first.data.source), ("samples", f"{first.samples:,}")]
+        rows += [("fingerprint of the data", first.data.fingerprint)]
+        for side in (side for one in self.validations for side in (one.candidate, one.reference) if side):
+            kept = [f"{key} {value}" for key, value in side.items() if value and key not in _APART]
+            rows.append((str(side["name"]), ", ".join(kept)))
+            rows += [(f"{side['name']}: {file}", digest) for file, digest in side.get("graphs", {}).items()]
+        rows += [*self.versions.items(), *([("command", self.command)] if self.command else [])]
+        return Table("Environment", ("", ""), list(dict.fromkeys(rows)))
+
+
+def _target(validation: Validation) -> str:
+    return str(validation.candidate.get("target", ""))
+
+
+def _interval(gate: Gate) -> Bar:
+    """Bounds, measured value and limit, on an axis of their own; a drop's starts at 0 or below."""
+    ends = [gate.lower, gate.upper, gate.wanted.limit, *([] if gate.wanted.what == AT_LEAST else [0.0])]
+    scale = 100 / max(max(ends) - min(ends), 1e-12)
+    left, right, dot, limit = (scale * (x - min(ends)) for x in (gate.lower, gate.upper, gate.measured, ends[2]))
+    return Bar(left, right - left, dot, limit)
+
+
+def _lengths(values: Sequence[float]) -> list[Bar]:
+    most = max([*values, 1e-12])
+    return [Bar(0, 100 * max(value, 0.0) / most) for value in values]
+
+
+def _shown(value: float, unit: str, sign: str = "") -> str:
+    digits = ".2f" if unit == "%" else ".3f" if unit == "points" else ".4g"
+    return f"{value:{sign}{digits}} {unit}".strip()
+
+
+def _bounded(found: Estimate, unit: str, sign: str = "") -> str:
+    """Value and bounds with their unit."""
+    shown = (_shown(one, unit, sign).removesuffix(unit).strip() for one in (found.value, found.lower, found.upper))
+    return "{} ({} to {}) {}".format(*shown, unit).strip()
+
+
+def tables(manifest: Manifest, record: Calibration | None) -> list[Table]:
+    """A bundle's own tables: quantization, stages, folds, memory plan, verification."""
+    found = [] if record is None else _quantization(record)
+    for name, part in manifest.parts.items():
+        found += part_tables(name, part)
     rows = [
-        (
-            part,
-            one.target,
-            f"{100 * one.share:.1f} %",
-            f"{sum(layer.integer for layer in one.layers)} of {len(one.layers)}",
-        )
-        for part, held in record.parts.items()
-        for one in held.coverage
+        (check.output, check.inputs, f"{check.difference:.1e}", f"{check.tolerance:.0e}")
+        for check in manifest.verification
     ]
+    note = "Differences from PyTorch at export, as a share of the output's scale."
+    found.append(Table("Verified at export", ("output", "inputs", "largest difference>", "allowed>"), rows, note))
+    return [table for table in found if table.rows]
+
+
+def part_tables(name: str, part: Part) -> list[Table]:
+    """Stages, folds and memory plan of a part, for one sample."""
+    figures = ("flops", "parameters", "weight_bytes", "activation_bytes")
+    whole = Stage("all", *(sum(getattr(stage, figure) for stage in part.stages) for figure in figures))
+    scale, unit = (1e9, "GFLOP") if whole.flops >= 1e9 else (1e6, "MFLOP")
+    rows: list[tuple[str, ...]] = []
+    for one in (*part.stages, whole):
+        if one.flops or one.parameters or one.activation_bytes >= 0.01 * whole.activation_bytes > 0:
+            work = (f"{one.flops / scale:,.2f}", f"{one.flops / (whole.flops or 1):.1%}", f"{one.parameters:,}")
+            rows.append((one.name, *work, *_mebibytes(one.weight_bytes, one.activation_bytes)))
+    columns: tuple[str, ...] = ("share>", "weights>", "MiB of weights>", "MiB read and written>")
+    note = "Weights are numbers in the file, constants such as position tables included; shared ones count once."
+    found = [Table(f"Part {name} ({part.file})", ("stage", f"{unit}>", *columns), rows, note)]
+    rows = []
+    for fold in part.folds:
+        flops = (f"{fold.plain.flops / scale:,.2f}", f"{fold.folded.flops / scale:,.2f}")
+        moved = _mebibytes(fold.plain.bytes, fold.folded.bytes)
+        rows.append((fold.site, fold.chosen, *flops, *moved, fold.why))
+    columns = ("site", "chosen", f"plain {unit}>", f"folded {unit}>", "plain MiB moved>", "folded MiB moved>", "why")
+    note = "Both forms compute the same; the graph has the chosen one. Arrays count whenever they are read or written."
+    found.append(Table(f"Folds of {name}", columns, rows, note))
+    if part.plan is not None:
+        rows = [
+            (stage.stage, f"{stage.at_a_time:,} of {stage.count:,} {stage.unit}", *_mebibytes(stage.bytes))
+            for stage in part.plan.stages
+        ]
+        note = f"Activations peak at {part.plan.peak / _MIB:,.2f} MiB, of a budget of {part.plan.budget / _MIB:,g} MiB."
+        found.append(Table(f"Memory plan of {name}", ("stage", "at a time", "MiB>"), rows, note))
+    return [table.without_empty() for table in found if table.rows]
+
+
+def _mebibytes(*sizes: float) -> list[str]:
+    return [f"{size / _MIB:,.2f}" for size in sizes]
+
+
+def _quantization(record: Calibration) -> list[Table]:
+    rows, left = [], []
+    for part, held in record.parts.items():
+        for one in held.coverage:
+            integer = f"{sum(layer.integer for layer in one.layers)} of {len(one.layers)}"
+            rows.append((part, one.target, f"{100 * one.share:.1f} %", integer))
+        left += [(product.name, f"{100 * product.share:.2f} %", product.reason) for product in held.excluded]
     columns = ("part", "target", "int8 multiply-adds in integer kernels>", "linears>")
-    yield Table("Kernel coverage", columns, tuple(rows), "Read from what each engine says that it runs.")
-    excluded = [
-        (one.name, f"{100 * one.share:.2f} %", one.reason) for held in record.parts.values() for one in held.excluded
-    ]
-    yield Table("Left in float by policy", ("product", "share of multiply-adds>", "why"), tuple(excluded))
-    times = [
-        (one.target, f"{one.fp32:.2f} ms", f"{one.quantized:.2f} ms", f"{one.ratio:.2f} ×") for one in record.speeds
-    ]
-    note = f"Median of a call, in turn, when it was quantized, on {record.machine}."
-    yield Table("Speed against fp32", ("target", "fp32>", f"{record.scheme}>", "as fast>"), tuple(times), note)
-    others = ", ".join(f"{name}: {one}" for name, one in record.precision.items())
-    said = (
+    said = [
         ("scheme", record.how),
-        ("other precisions", others or "none"),
+        ("other precisions", ", ".join(f"{name}: {one}" for name, one in record.precision.items()) or "none"),
         ("calibrated on", f"{record.data.samples:,} samples of {record.data.source}"),
         ("fingerprint", record.data.fingerprint),
         ("warnings", "; ".join(record.warnings) or "none"),
-    )
-    yield Table("Quantization", ("", ""), said)
-
-
-def _folds(manifest: Manifest) -> Table:
-    """Both forms of each site. Bytes are of each time that a large array is read or written, hence more than memory."""
-    folds = [one for part in manifest.parts.values() for one in part.folds]
-    scale, unit = _flops([cost for one in folds for cost in (one.plain, one.folded)])
-    rows = tuple(
-        (
-            one.site,
-            one.chosen,
-            f"{one.plain.flops / scale:,.2f}",
-            f"{one.folded.flops / scale:,.2f}",
-            f"{one.plain.bytes / _MIB:,.1f}",
-            f"{one.folded.bytes / _MIB:,.1f}",
-            one.why,
-        )
-        for one in folds
-    )
-    columns = ("site", "chosen", f"plain {unit}>", f"folded {unit}>", "plain MiB moved>", "folded MiB moved>", "why")
-    note = "Both forms compute the same; the graph has the one that was chosen. For one sample."
-    return Table("Folds", columns, rows, note)
-
-
-def _plan(manifest: Manifest) -> Table:
-    plans = [(name, part.plan) for name, part in manifest.parts.items() if part.plan is not None]
-    rows = tuple(
-        (
-            name,
-            stage.stage,
-            f"{stage.at_a_time:,} of {stage.count:,} {stage.unit}",
-            f"{stage.bytes / _MIB:,.2f}",
-        )
-        for name, plan in plans
-        for stage in plan.stages
-    )
-    note = " ".join(
-        f"{name}: activations peak at {plan.peak / _MIB:,.2f} MiB, of a budget of {plan.budget / _MIB:,g} MiB."
-        for name, plan in plans
-    )
-    return Table("Memory plan", ("part", "stage", "at a time", "MiB>"), rows, note)
-
-
-def _stages(manifest: Manifest) -> Table:
-    stages = [(name, stage) for name, part in manifest.parts.items() for stage in part.stages]
-    scale, unit = _flops([Cost(stage.flops, 0) for _, stage in stages])
-    rows = tuple(
-        (
-            name,
-            stage.name,
-            f"{stage.flops / scale:,.2f}",
-            f"{stage.parameters:,}",
-            f"{stage.activation_bytes / _MIB:.1f}",
-        )
-        for name, stage in stages
-    )
-    return Table("Stages, for one sample", ("part", "stage", f"{unit}>", "weights>", "MiB read and written>"), rows)
-
-
-def _verified(manifest: Manifest) -> Table:
-    checks = tuple(
-        (check.output, check.inputs, f"{check.difference:.1e}", f"{check.tolerance:.0e}")
-        for check in manifest.verification
-    )
-    note = "Differences from torch at export, as a share of the output's scale."
-    return Table("Verified at export", ("output", "inputs", "largest difference>", "allowed>"), checks, note)
-
-
-def _flops(costs: list[Cost]) -> tuple[float, str]:
-    """The unit of a column: GFLOP where any number of it reaches one."""
-    return (1e9, "GFLOP") if any(cost.flops >= 1e9 for cost in costs) else (1e6, "MFLOP")
+    ]
+    return [
+        Table("Kernel coverage", columns, rows, "Read from each engine's own record of what it runs."),
+        Table("Left in float by policy", ("product", "share of multiply-adds>", "why"), left),
+        Table("Quantization", ("", ""), said),
+    ]

@@ -22,14 +22,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from perceiver_export.exporter.checkpoints.huggingface import architecture
+from perceiver_export.exporter.checkpoints.huggingface import architecture, huggingface_sources
 from perceiver_export.exporter.checkpoints.huggingface_config import read_config
-from perceiver_export.exporter.checkpoints.huggingface_names import huggingface_sources
-from perceiver_export.exporter.perceiver.adapters import ImageAdapter
-from perceiver_export.exporter.perceiver.attention import CrossAttention
-from perceiver_export.exporter.perceiver.config import ImageInput
-from perceiver_export.exporter.perceiver.decoder import PerceiverDecoder
-from perceiver_export.exporter.perceiver.model import PerceiverIO
+from perceiver_export.exporter.model.attention import CrossAttention
+from perceiver_export.exporter.model.config import ImageInput
+from perceiver_export.exporter.model.inputs import ImageAdapter
+from perceiver_export.exporter.model.perceiver import PerceiverDecoder, PerceiverIO
 
 DATASET = Path("/usr/share/datasets/fashion-mnist")
 HELD_OUT = slice(58_000, 60_000)
@@ -204,7 +202,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--epochs", type=int, default=22)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--pictures", type=int, default=58_000, help="train on the first so many only (for a test)")
+    parser.add_argument("--pictures", type=int, default=58_000, help="the first ones only (for a test)")
     arguments = parser.parse_args()
     torch.manual_seed(arguments.seed)
     torch.set_num_threads(2)
@@ -221,8 +219,9 @@ def main() -> None:
     sources = huggingface_sources("image-classification")
     state = {sources(name).name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     save_file(state, arguments.out / "model.safetensors", metadata={"format": "pt"})
-    print(f"held-out top-1 {accuracy(model, images[HELD_OUT], labels[HELD_OUT]):.4f}")
-    print(f"test top-1     {accuracy(model, *read_split('t10k')):.4f}")
+    first = slice(arguments.pictures)
+    print(f"held-out top-1 {accuracy(model, images[HELD_OUT][first], labels[HELD_OUT][first]):.4f}")
+    print(f"test top-1     {accuracy(model, *(array[first] for array in read_split('t10k'))):.4f}")
 
 
 if __name__ == "__main__":

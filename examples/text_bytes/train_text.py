@@ -22,13 +22,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from perceiver_export.exporter.checkpoints.huggingface import architecture
+from perceiver_export.exporter.checkpoints.huggingface import architecture, huggingface_sources
 from perceiver_export.exporter.checkpoints.huggingface_config import read_config
-from perceiver_export.exporter.checkpoints.huggingface_names import huggingface_sources
-from perceiver_export.exporter.perceiver.adapters import TokenAdapter
-from perceiver_export.exporter.perceiver.attention import Attention, CrossAttention, SelfAttention
-from perceiver_export.exporter.perceiver.decoder import PerceiverDecoder
-from perceiver_export.exporter.perceiver.model import PerceiverIO
+from perceiver_export.exporter.model.attention import Attention, CrossAttention, SelfAttention
+from perceiver_export.exporter.model.inputs import TokenAdapter
+from perceiver_export.exporter.model.perceiver import PerceiverDecoder, PerceiverIO
 
 LENGTH = 64
 ROOM = LENGTH - 2  # bytes between [CLS] and [SEP], where transformers' tokenizer puts them
@@ -192,6 +190,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--measured", type=int, help="test on the first pieces only (for a test)")
     arguments = parser.parse_args()
     torch.manual_seed(arguments.seed)
     torch.set_num_threads(1)  # batches are small: two threads wait for each other
@@ -208,7 +207,7 @@ def main() -> None:
     save_file(state, arguments.out / "model.safetensors", metadata={"format": "pt"})
     write_texts(arguments.out.parent / "calibration.jsonl", masked(held_out[:CALIBRATION], seed=1)[0])
     write_texts(arguments.out.parent / "test.jsonl", held_out[CALIBRATION : CALIBRATION + TEST])
-    print(f"held-out masked bytes filled rightly {accuracy(model, held_out):.4f}")
+    print(f"held-out masked bytes filled rightly {accuracy(model, held_out[: arguments.measured]):.4f}")
 
 
 if __name__ == "__main__":

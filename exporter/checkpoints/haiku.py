@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from msgspec.structs import replace
 from torch import Tensor
 
 from perceiver_export.exporter.checkpoints.haiku_config import (
@@ -23,11 +22,16 @@ from perceiver_export.exporter.checkpoints.haiku_config import (
 )
 from perceiver_export.exporter.checkpoints.haiku_names import HaikuModel, haiku_sources, ignored_names, released_model
 from perceiver_export.exporter.checkpoints.haiku_pickle import read_haiku
-from perceiver_export.exporter.checkpoints.preprocessor import image_preprocessing
-from perceiver_export.exporter.checkpoints.state import load_model_state
+from perceiver_export.exporter.checkpoints.preprocessor import as_deepmind, image_preprocessing
+from perceiver_export.exporter.checkpoints.weights import load_model_state
 from perceiver_export.exporter.loaded import LoadedModel
-from perceiver_export.exporter.perceiver.config import ImageInput, PerceiverConfig, QueryDecoder, TokenInput
-from perceiver_export.exporter.perceiver.model import PerceiverIO
+from perceiver_export.exporter.model.config import (
+    ImageInput,
+    PerceiverConfig,
+    QueryDecoder,
+    TokenInput,
+)
+from perceiver_export.exporter.model.perceiver import PerceiverIO
 from perceiver_export.runtimes.errors import CheckpointError, UsageError
 from perceiver_export.runtimes.preprocessing import (
     FlowPreprocessing,
@@ -44,8 +48,9 @@ _TASKS: dict[HaikuModel, str] = {
     "optical-flow": "optical-flow",
     "video-autoencoding": "video-autoencoding",
 }
-# What the models are called in DeepMind's notebooks, and by their task.
-_OTHER_NAMES: dict[str, HaikuModel] = {
+# The models by their own names, by those of DeepMind's notebooks, and by their task.
+_NAMES: dict[str, HaikuModel] = {
+    **{model: model for model in _TASKS},
     "fill-mask": "language",
     "masked-language-modelling": "language",
     "imagenet-learned-position-encoding": "imagenet-learned",
@@ -106,20 +111,12 @@ def load_haiku_state(
 
 def _parse(spec: str) -> tuple[HaikuModel, Path]:
     name, _, file = spec.partition(":")
-    model = name.lower().replace("_", "-")
-    if model in _OTHER_NAMES:
-        return _named(_OTHER_NAMES[model], file)
-    for known in _TASKS:
-        if model == known:
-            return _named(known, file)
-    near = difflib.get_close_matches(model, [*_TASKS, *_OTHER_NAMES], n=1)
-    raise UsageError(
-        f"there is no released model {name!r}",
-        (f"did you mean {near[0]}? " if near else "") + f"give deepmind:TASK:FILE, TASK one of {', '.join(_TASKS)}",
-    )
-
-
-def _named(model: HaikuModel, file: str) -> tuple[HaikuModel, Path]:
+    plain = name.lower().replace("_", "-")
+    model = _NAMES.get(plain)
+    if model is None:
+        near = difflib.get_close_matches(plain, _NAMES, n=1)
+        tasks = f"give deepmind:TASK:FILE, TASK one of {', '.join(_TASKS)}"
+        raise UsageError(f"there is no released model {name!r}", (f"did you mean {near[0]}? " if near else "") + tasks)
     if not file:
         raise UsageError("no checkpoint file is given", f"give deepmind:{model}:FILE")
     return model, Path(file)
@@ -145,7 +142,7 @@ def _preprocessing(config: PerceiverConfig, flags: Flags, parity: str) -> Prepro
         image = config.inputs["image"]
         assert isinstance(image, ImageInput)
         steps = image_preprocessing({}, image.height, image.width)
-        return replace(steps, resample="opencv-bicubic") if parity == "deepmind" else steps
+        return as_deepmind(steps) if parity == "deepmind" else steps
     if isinstance(flags, LanguageFlags):
         tokens = config.inputs["tokens"]
         assert isinstance(tokens, TokenInput)

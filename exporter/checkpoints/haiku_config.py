@@ -16,13 +16,11 @@ import msgspec
 from msgspec.structs import replace
 
 from perceiver_export.exporter.checkpoints import haiku_names
-from perceiver_export.exporter.checkpoints.haiku_names import HaikuModel
-from perceiver_export.exporter.checkpoints.haiku_shapes import Shapes
-from perceiver_export.exporter.checkpoints.json_config import decode_json, read_bytes
-from perceiver_export.exporter.checkpoints.preprocessor import MAX_SIDE
-from perceiver_export.exporter.perceiver import architectures
-from perceiver_export.exporter.perceiver.architectures import EncoderSizes, Parity, VideoSizes
-from perceiver_export.exporter.perceiver.config import (
+from perceiver_export.exporter.checkpoints.haiku_names import HaikuModel, Shapes
+from perceiver_export.exporter.checkpoints.weights import decode_json, read_bytes
+from perceiver_export.exporter.model import architectures
+from perceiver_export.exporter.model.architectures import EncoderSizes, Parity, VideoSizes
+from perceiver_export.exporter.model.config import (
     ArrayInput,
     FourierPositions,
     ImageInput,
@@ -34,6 +32,7 @@ from perceiver_export.exporter.perceiver.config import (
     TokenInput,
 )
 from perceiver_export.runtimes.errors import CheckpointError
+from perceiver_export.runtimes.preprocessing import MAX_SIDE
 
 _RGB = 3
 _Count = Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
@@ -280,14 +279,13 @@ def _positions(positions: object, bands: int, resolution: tuple[float, ...]) -> 
 
 
 def _check_whole(flags: VideoFlags, step: int, samples_per_patch: int) -> None:
-    if any(side % step for side in flags.image_size):
-        raise CheckpointError(
-            f"frames of {flags.image_size[0]} × {flags.image_size[1]} have no whole number of patches of"
-            f" {step} × {step}",
-            "set image_size (and spatial_patch) of the config to what the model was trained with",
-        )
-    if flags.num_samples % samples_per_patch:
-        raise CheckpointError(
-            f"{flags.num_samples} samples are no whole number of patches of {samples_per_patch}",
-            "set num_samples of the config to what the model was trained with",
-        )
+    height, width = flags.image_size
+    for divides, values, patch in (
+        (height % step == width % step == 0, f"frames of {height} × {width} have", f"{step} × {step}"),
+        (flags.num_samples % samples_per_patch == 0, f"{flags.num_samples} samples are", samples_per_patch),
+    ):
+        if not divides:
+            raise CheckpointError(
+                f"{values} no whole number of patches of {patch}",
+                "set image_size, spatial_patch and num_samples of the config to the sizes used in training",
+            )

@@ -1,16 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Haiku's names of our parameters in DeepMind's six released models, and how their layout becomes ours."""
+"""Haiku's names of our parameters in DeepMind's six released models, their layouts, and the sizes in their shapes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import difflib
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from perceiver_export.exporter.checkpoints.huggingface_names import patches_to_kernel
-from perceiver_export.exporter.checkpoints.state import Source, Sources
+from perceiver_export.exporter.checkpoints.huggingface import patches_to_kernel
+from perceiver_export.exporter.checkpoints.weights import Source, Sources
+from perceiver_export.exporter.model.config import AttentionConfig
+from perceiver_export.runtimes.errors import CheckpointError
 
 HaikuModel = Literal[
     "language", "imagenet-learned", "imagenet-fourier", "imagenet-conv", "optical-flow", "video-autoencoding"
@@ -105,7 +111,7 @@ def haiku_sources(model: HaikuModel, swap_kernel: bool = False) -> Sources:
             return Source(tables[own])
         module, _, kind = own.rpartition(".")
         if module == "inputs.image.features.norm":
-            return Source(f"{DOWNSAMPLE_NORM}/{_BATCH_NORM[kind]}", _flattened)
+            return Source(f"{DOWNSAMPLE_NORM}/{_BATCH_NORM[kind]}", torch.flatten)
         if module == "inputs.image.features.conv":
             return Source(f"{DOWNSAMPLE_CONV}/w", _swapped_kernel if swap_kernel else hwio_to_oihw)
         if module == "inputs.image.features":
@@ -121,27 +127,19 @@ def haiku_sources(model: HaikuModel, swap_kernel: bool = False) -> Sources:
 
 
 def ignored_names(names: Iterable[str]) -> frozenset[str]:
-    """Those of ``names`` that no inference reads: tokens that never stand in, and batch norm's own counts."""
+    """The ``names`` that inference does not read: tokens that are never used, and batch norm's own counts."""
     return frozenset(name for name in names if name in _DEAD or name.rpartition("/")[2] in ("hidden", "counter"))
 
 
 def released_model(names: Iterable[str]) -> HaikuModel | None:
-    """Which of the released models has parameters of such names; None where none has."""
+    """The released model that has parameters of such names, or None."""
     names = list(names)
-    for part, model in _TELLING:
-        if any(part in name for name in names):
-            return model
-    return None
+    return next((model for part, model in _TELLING if any(part in name for name in names)), None)
 
 
 def encoder_module(model: HaikuModel) -> str:
     """The module that holds the encoder's."""
     return "encoder/~" if model == "video-autoencoding" else "perceiver_encoder/~"
-
-
-def decoder_module(model: HaikuModel) -> str:
-    """The module that holds the decoder's."""
-    return _DECODERS[model]
 
 
 def latents_name(model: HaikuModel) -> str:
@@ -162,24 +160,128 @@ def _transposed(weight: Tensor) -> Tensor:
     return torch.permute(weight, (1, 0)).contiguous()
 
 
-def _flattened(tensor: Tensor) -> Tensor:
-    return tensor.flatten()
-
-
 def _module(model: HaikuModel, own: str) -> str:
     """Haiku's module for a linear layer or a LayerNorm of ours."""
+    encoder = encoder_module(model)
     if own == "inputs.frames.features":
         return PATCHES_LINEAR
     if own == "decoder.output":
         return f"{_DECODERS[model]}/output"
     if own in _LINEAR:
         return _LINEAR[own]
-    if own.startswith("decoder.cross_attention."):
-        rest = own.removeprefix("decoder.cross_attention.")
-        return f"{_DECODERS[model]}/cross_attention/{({**_IN_A_LAYER, **_CROSS_NORMS})[rest]}"
-    if own.startswith("encoder.cross_attentions.0."):
-        rest = own.removeprefix("encoder.cross_attentions.0.")
-        return f"{encoder_module(model)}/cross_attention/{({**_IN_A_LAYER, **_CROSS_NORMS})[rest]}"
+    for prefix, place in (("decoder.cross_attention.", _DECODERS[model]), ("encoder.cross_attentions.0.", encoder)):
+        if own.startswith(prefix):
+            return f"{place}/cross_attention/{({**_IN_A_LAYER, **_CROSS_NORMS})[own.removeprefix(prefix)]}"
     index, _, rest = own.removeprefix("encoder.self_attentions.0.").partition(".")
     layer = "self_attention" if index == "0" else f"self_attention_{index}"  # Haiku numbers from the second on
-    return f"{encoder_module(model)}/{layer}/{({**_IN_A_LAYER, **_SELF_NORMS})[rest]}"
+    return f"{encoder}/{layer}/{({**_IN_A_LAYER, **_SELF_NORMS})[rest]}"
+
+
+_NOT_OF_ONE_MODEL = (
+    "the checkpoint is of another model, its parameters were renamed,"
+    " or it was trained with other sizes: say them in --config FILE.json"
+)
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Shapes by name, and the sizes that follow from them. Everything here raises CheckpointError where they do not
+    fit together.
+    """
+
+    model: HaikuModel
+    shapes: Mapping[str, tuple[int, ...]]
+
+    @property
+    def cross(self) -> str:
+        """The encoder's cross-attention."""
+        return f"{encoder_module(self.model)}/cross_attention"
+
+    @property
+    def self_attention(self) -> str:
+        """The first of a block's self-attentions."""
+        return f"{encoder_module(self.model)}/self_attention"
+
+    @property
+    def decoder(self) -> str:
+        """The decoder's cross-attention."""
+        return f"{_DECODERS[self.model]}/cross_attention"
+
+    @property
+    def output(self) -> str:
+        """The decoder's last layer."""
+        return f"{_DECODERS[self.model]}/output"
+
+    @property
+    def num_input_channels(self) -> int:
+        return self.of(f"{self.cross}/attention/linear_1/w", 2)[0]
+
+    @property
+    def num_query_channels(self) -> int:
+        return self.of(f"{self.decoder}/attention/linear/w", 2)[0]
+
+    @property
+    def num_self_attentions(self) -> int:
+        """How many layers a block has; all blocks share them."""
+        layer = re.compile(re.escape(self.self_attention) + r"(_\d+)?/")
+        return len({found.group() for name in self.shapes if (found := layer.match(name))})
+
+    def of(self, name: str, rank: int) -> tuple[int, ...]:
+        """The shape of one parameter, which has so many axes."""
+        if name not in self.shapes:
+            near = difflib.get_close_matches(name, self.shapes, n=1, cutoff=0.8)
+            raise CheckpointError(
+                f"the checkpoint has no parameter {name!r}" + (f" (nearest: {near[0]})" if near else ""),
+                _NOT_OF_ONE_MODEL,
+            )
+        shape = self.shapes[name]
+        if len(shape) != rank or 0 in shape:
+            raise CheckpointError(f"parameter {name!r} has shape {shape}, not {rank} axes", _NOT_OF_ONE_MODEL)
+        return shape
+
+    def attention(self, module: str, num_heads: int, flag: str) -> AttentionConfig:
+        """Widths of one layer; ``flag`` is what the config calls its number of heads."""
+        num_qk_channels, num_v_channels = (
+            self.of(f"{module}/attention/{linear}/w", 2)[1] for linear in ("linear", "linear_2")
+        )
+        for width in (num_qk_channels, num_v_channels):
+            if width % num_heads:
+                raise CheckpointError(
+                    f"the {width} channels of {module!r} cannot be split into {num_heads} heads",
+                    f"set {flag} of the config to what the model was trained with",
+                )
+        num_channels, hidden = self.of(f"{module}/mlp/linear/w", 2)
+        return AttentionConfig(num_heads, num_qk_channels, num_v_channels, max(1, hidden // num_channels))
+
+    def bands(self, width: int, num_features: int, axes: int, padding: str = "") -> int:
+        """How many Fourier bands there are in rows of ``width`` channels: features, positions, padding.
+
+        ``padding`` is our name of its trained vector. Positions of A axes and K bands have A·(2K+1) channels.
+        """
+        padded = self._padding(padding) if padding else 0
+        channels = width - padded - num_features
+        bands, rest = divmod(channels - axes, 2 * axes)
+        if rest or bands < 1:
+            beside = f"{num_features} of features" + (f" and {padded} of padding" if padded else "")
+            raise CheckpointError(
+                f"{width} channels less {beside} leave {channels} for Fourier positions on {axes} axes,"
+                f" which have {axes} + {2 * axes} a band",
+                _NOT_OF_ONE_MODEL,
+            )
+        return bands
+
+    def spatial_patch(self, num_bands: int) -> int:
+        """The side of a patch of a video's frames, whose positions have so many bands."""
+        values = self.num_input_channels - self._padding("input_paddings.frames") - 3 * (2 * num_bands + 1)
+        side = math.isqrt(max(values, 0) // 3)
+        if side < 1 or 3 * side**2 != values:
+            raise CheckpointError(
+                f"a patch of a frame has {values} values beside positions of {num_bands} bands, which is no square of"
+                " RGB pixels",
+                "if the encoder has other bands than the decoder, set spatial_patch in --config FILE.json;"
+                " else the checkpoint is of another model",
+            )
+        return side
+
+    def _padding(self, own: str) -> int:
+        return self.of(haiku_sources(self.model)(own).name, 2)[1]

@@ -3,45 +3,162 @@
 
 Covers the seven task classes of transformers 4 and 5. What their code fixes and no config says (64 bands, 256
 channels, decoder heads) is fixed here too.
+
+transformers' names of our parameters, and the few whose layout differs.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Literal
 
 import msgspec
+import torch
+from torch import Tensor
 
 from perceiver_export.exporter.checkpoints.huggingface_config import (
+    ACTIVATIONS,
     TASKS,
     HuggingFaceConfig,
+    Labels,
     default_image_shape,
     read_config,
-    read_preprocessor,
-    square,
 )
-from perceiver_export.exporter.checkpoints.huggingface_names import DEAD, huggingface_sources
-from perceiver_export.exporter.checkpoints.preprocessor import image_preprocessing
-from perceiver_export.exporter.checkpoints.state import load_model_state
-from perceiver_export.exporter.checkpoints.tensors import read_state_dict
+from perceiver_export.exporter.checkpoints.origins import refuse_other_directories, refuse_other_packages, unwrapped
+from perceiver_export.exporter.checkpoints.preprocessor import (
+    as_deepmind,
+    image_preprocessing,
+    proportions_note,
+    read_preprocessor,
+)
+from perceiver_export.exporter.checkpoints.tokenizer import FoundTokenizer, find_tokenizer
+from perceiver_export.exporter.checkpoints.weights import Source, Sources, load_model_state, read_state_dict
 from perceiver_export.exporter.loaded import LoadedModel
-from perceiver_export.exporter.perceiver import architectures
-from perceiver_export.exporter.perceiver.architectures import Parity, VideoSizes
-from perceiver_export.exporter.perceiver.checks import check_config
-from perceiver_export.exporter.perceiver.config import AttentionConfig, ImageInput, PerceiverConfig, TokenInput
+from perceiver_export.exporter.model import architectures
+from perceiver_export.exporter.model.architectures import Parity, VideoSizes
+from perceiver_export.exporter.model.checks import check_config
+from perceiver_export.exporter.model.config import (
+    AttentionConfig,
+    ImageInput,
+    PerceiverConfig,
+    TokenInput,
+)
 from perceiver_export.runtimes.errors import CheckpointError, UnsupportedModelError, UsageError
 from perceiver_export.runtimes.preprocessing import (
     FlowPreprocessing,
     Preprocessing,
-    TextPreprocessing,
     VideoPreprocessing,
 )
+
+# The last of them are where transformers has the parameter: one level deeper in all models but the language model.
+_QUERIES = "output_position_encodings.position_embeddings"
+_COMMON = (
+    ("encoder.latents", "perceiver.embeddings.latents"),
+    ("encoder.cross_attentions.0.", "perceiver.encoder.cross_attention."),
+    ("encoder.self_attentions.0.", "perceiver.encoder.self_attends."),
+    ("decoder.cross_attention.", "perceiver.decoder.decoder.decoding_cross_attention."),
+    ("decoder.output.", "perceiver.decoder.decoder.final_layer."),
+    ("decoder.queries.logits.table", f"perceiver.decoder.decoder.{_QUERIES}"),
+)
+_TEXT = (
+    ("inputs.tokens.embedding.", "perceiver.input_preprocessor.embeddings."),
+    ("inputs.tokens.positions", "perceiver.input_preprocessor.position_embeddings.weight"),
+)
+_LANGUAGE_MODEL = (
+    ("decoder.cross_attention.", "perceiver.decoder.decoding_cross_attention."),
+    ("decoder.queries.logits.table", f"perceiver.decoder.{_QUERIES}"),
+    ("decoder.embedding_bias", "embedding_decoder.bias"),
+    *_TEXT,
+)
+_IMAGE = (
+    ("inputs.image.positions.table", "perceiver.input_preprocessor.position_embeddings.position_embeddings"),
+    ("inputs.image.positions.projection.", "perceiver.input_preprocessor.positions_projection."),
+    ("inputs.image.features.conv.", "perceiver.input_preprocessor.convnet.conv."),
+    ("inputs.image.features.norm.", "perceiver.input_preprocessor.convnet.batchnorm."),
+    ("inputs.image.features.", "perceiver.input_preprocessor.convnet_1x1."),
+)
+_FLOW = (("inputs.frames.features.", "perceiver.input_preprocessor.conv_after_patches."),)
+_VIDEO = (
+    ("inputs.label.token", "perceiver.input_preprocessor.mask.label"),
+    ("input_paddings.audio", "perceiver.input_preprocessor.padding.audio"),
+    ("input_paddings.frames", "perceiver.input_preprocessor.padding.image"),
+    ("decoder.paddings.sound", "perceiver.decoder.padding.audio"),
+    ("decoder.paddings.video", "perceiver.decoder.padding.image"),
+    ("decoder.paddings.label", "perceiver.decoder.padding.label"),
+    ("decoder.queries.label.table", f"perceiver.decoder.modalities.label.decoder.{_QUERIES}"),
+    ("decoder.heads.sound.", "perceiver.output_postprocessor.modalities.audio.classifier."),
+    ("decoder.heads.video.", "perceiver.output_postprocessor.modalities.image.classifier."),
+    ("decoder.heads.label.", "perceiver.output_postprocessor.modalities.label.classifier."),
+)
+# Of the video autoencoder: what training reads and inference does not (the label is always masked, the rest never).
+DEAD = (
+    "perceiver.input_preprocessor.mask.audio",
+    "perceiver.input_preprocessor.mask.image",
+    "perceiver.input_preprocessor.padding.label",
+)
+_OF_TASK = {
+    "image-classification": _IMAGE,
+    "fill-mask": _LANGUAGE_MODEL,
+    "text-classification": _TEXT,
+    "optical-flow": _FLOW,
+    "video-autoencoding": _VIDEO,
+}
+_IN_A_LAYER = (
+    (".attention.output.", ".attention.output.dense."),
+    (".attention.query.", ".attention.self.query."),
+    (".attention.key.", ".attention.self.key."),
+    (".attention.value.", ".attention.self.value."),
+    (".query_norm.", ".attention.self.layernorm1."),
+    (".input_norm.", ".attention.self.layernorm2."),
+    (".mlp_norm.", ".layernorm."),
+    (".norm.", ".attention.self.layernorm1."),
+    (".mlp.hidden.", ".mlp.dense1."),
+    (".mlp.output.", ".mlp.dense2."),
+)
+
+
+def huggingface_sources(task: str, swap_kernel: bool = False) -> Sources:
+    """Where our parameters are in a checkpoint of transformers.
+
+    ``swap_kernel`` undoes what transformers' conversion of DeepMind's weights did to the 7×7 convolution: height and
+    width of its kernel are exchanged, and with DeepMind's numerics must not be.
+    """
+    names = (*_OF_TASK[task], *_COMMON)
+
+    def source(own: str) -> Source:
+        ours, theirs = next(pair for pair in names if own.startswith(pair[0]))
+        name = theirs + _in_a_layer(own.removeprefix(ours)) if "attention" in ours else theirs + own.removeprefix(ours)
+        if own == "inputs.frames.features.weight":
+            return Source(name, patches_to_kernel)
+        if own == "inputs.image.features.conv.weight" and swap_kernel:
+            return Source(name, lambda kernel: kernel.transpose(-1, -2).contiguous())
+        return Source(name)
+
+    return source
+
+
+def patches_to_kernel(weight: Tensor) -> Tensor:
+    """A linear layer (E, 54) over 3×3 patches of two RGB frames as a convolution's kernel (E, 6, 3, 3)."""
+    return torch.permute(weight.reshape(-1, 2, 3, 3, 3), (0, 1, 4, 2, 3)).flatten(1, 2).contiguous()
+
+
+def _in_a_layer(rest: str) -> str:
+    # With a dot in front the part inside the layer is matched whole: `.norm.` is not `.mlp_norm.`
+    rest = "." + rest
+    for part, their_part in _IN_A_LAYER:
+        if part in rest:
+            rest = rest.replace(part, their_part)
+            break
+    return rest[1:]
+
 
 _FEATURES: dict[str, Literal["conv1x1", "pixels", "conv"]] = {
     "PerceiverForImageClassificationLearned": "conv1x1",
     "PerceiverForImageClassificationFourier": "pixels",
     "PerceiverForImageClassificationConvProcessing": "conv",
 }
+_LABELLED = ("image-classification", "text-classification", "video-autoencoding")
 _RGB = 3
 
 
@@ -56,36 +173,37 @@ def load_huggingface(
 
     Raises CheckpointError (unreadable, or config and weights that differ), UnsupportedModelError, UsageError.
     """
+    refuse_other_directories(directory)
     config = read_config(directory)
     task = TASKS[config.architecture]
     if image_shape is not None and task != "image-classification":
         raise UsageError(f"the input sizes of {config.architecture} are fixed by its weights", "leave --shape out")
-    state = read_state_dict(directory)
+    found = read_state_dict(directory)
+    refuse_other_packages(directory, found)
+    state, notes = unwrapped(found)
     sizes = architecture(config, parity, image_shape or default_image_shape(config, directory))
     sources = huggingface_sources(task, swap_kernel=parity == "deepmind")
     model = load_model_state(sizes, state, sources, ignored=DEAD if task == "video-autoencoding" else ())
-    has_labels = task in ("image-classification", "text-classification", "video-autoencoding")
+    text = _text(config, directory, parity)
+    labels = config.read_labels() if task in _LABELLED else None
     return LoadedModel(
         model=model,
         config=sizes,
-        task=task,
+        task=task if text is None or text.steps is not None else "arrays",
         parity=parity,
         source=directory.resolve().name,
-        labels=config.labels if has_labels else (),
-        preprocessing=_preprocessing(config, directory, sizes, parity),
+        labels=labels.names if labels else (),
+        preprocessing=_preprocessing(config, directory, sizes, parity) if text is None else text.steps,
         split=task == "video-autoencoding",
-        notes=_notes(config, directory, sizes) if has_labels else (),
+        notes=(*notes, *_notes(config, directory, sizes, labels), *(text.notes if text else ())),
+        files=text.files if text else {},
+        output_kinds={"logits": labels.kind} if labels and task != "video-autoencoding" else {},
     )
 
 
 def architecture(config: HuggingFaceConfig, parity: Parity, image_shape: tuple[int, int, int]) -> PerceiverConfig:
     """Our config of what transformers builds from theirs, at one picture size."""
     sizes = _architecture(config, parity, image_shape)
-    if sizes.num_input_channels != config.d_model:
-        raise CheckpointError(
-            f"d_model is {config.d_model}, {config.architecture} reads {sizes.num_input_channels} channels",
-            f"set d_model to {sizes.num_input_channels}, or `architectures` to the class that was trained",
-        )
     _check_residual(sizes)
     try:
         check_config(sizes)
@@ -98,7 +216,7 @@ def _architecture(config: HuggingFaceConfig, parity: Parity, image_shape: tuple[
     task = TASKS[config.architecture]
     if task == "image-classification":
         image = _image_input(config, parity, image_shape)
-        sizes = architectures.image_classifier(image, config.encoder, len(config.labels), parity)
+        sizes = architectures.image_classifier(image, config.encoder, len(config.read_labels().names), parity)
     elif task == "optical-flow":
         sizes = architectures.optical_flow(*config.train_size, config.encoder, parity)
     elif task == "video-autoencoding":
@@ -106,13 +224,12 @@ def _architecture(config: HuggingFaceConfig, parity: Parity, image_shape: tuple[
     else:
         tokens = TokenInput(config.vocab_size, config.max_position_embeddings, config.d_model)
         if task == "text-classification":
-            sizes = architectures.text_classifier(tokens, config.encoder, len(config.labels), parity)
+            sizes = architectures.text_classifier(tokens, config.encoder, len(config.read_labels().names), parity)
         else:  # transformers fixes these widths in its class
             decoder = AttentionConfig(8, 8 * 32, config.d_model, query_residual=False)
             sizes = architectures.language_model(tokens, config.encoder, decoder, parity)
-    if config.hidden_act != "gelu":
-        sizes = msgspec.structs.replace(sizes, activation="gelu-tanh")
-    return sizes
+    activation = ACTIVATIONS[config.hidden_act]
+    return sizes if activation == "gelu" else msgspec.structs.replace(sizes, activation=activation)
 
 
 def _image_input(config: HuggingFaceConfig, parity: Parity, image_shape: tuple[int, int, int]) -> ImageInput:
@@ -122,7 +239,7 @@ def _image_input(config: HuggingFaceConfig, parity: Parity, image_shape: tuple[i
         raise CheckpointError(
             f"the picture has {channels} channels, the checkpoint reads {_RGB}", "give --shape image=3xHxW"
         )
-    side = {"conv1x1": square(config.image_size), "conv": 56, "pixels": 224}[features]
+    side = {"conv1x1": config.image_size, "conv": 56, "pixels": 224}[features]
     return architectures.image_input(features, height, width, parity, (side, side))
 
 
@@ -130,16 +247,18 @@ def _video_sizes(config: HuggingFaceConfig) -> VideoSizes:
     _, num_frames, height, width = config.output_shape
     if num_frames != config.num_frames:
         raise CheckpointError(
-            f"config.json: output_shape has {num_frames} frames, num_frames is {config.num_frames}", "make them one"
+            f"config.json: output_shape has {num_frames} frames, num_frames is {config.num_frames}",
+            "make them one: a model that reads another number of frames than it gives is not supported",
         )
     return VideoSizes(
         num_frames=num_frames,
         height=height,
         width=width,
         num_samples=num_frames * config.audio_samples_per_frame,
-        num_labels=len(config.labels),
+        num_labels=len(config.read_labels().names),
         samples_per_patch=config.samples_per_patch,
-        image_resolution=(square(config.image_size), square(config.image_size)),
+        image_resolution=(config.image_size, config.image_size),
+        num_label_query_channels=config.label_query_channels,
         num_output_channels=config.output_num_channels,
     )
 
@@ -150,21 +269,44 @@ def _preprocessing(config: HuggingFaceConfig, directory: Path, sizes: PerceiverC
         image = sizes.inputs["image"]
         assert isinstance(image, ImageInput)
         steps = image_preprocessing(read_preprocessor(directory), image.height, image.width)
-        return msgspec.structs.replace(steps, resample="opencv-bicubic") if parity == "deepmind" else steps
+        return as_deepmind(steps) if parity == "deepmind" else steps
     if task == "optical-flow":
         return FlowPreprocessing.of_tile(*config.train_size)
     if task == "video-autoencoding":
         video = _video_sizes(config)
-        return VideoPreprocessing(video.num_frames, video.height, video.width, video.num_samples, sample_rate=48_000)
-    return TextPreprocessing(config.max_position_embeddings, special_tokens=parity == "huggingface")
+        return VideoPreprocessing(video.num_frames, video.height, video.width, video.num_samples)
+    raise AssertionError(task)  # text is `find_tokenizer`'s
 
 
-def _notes(config: HuggingFaceConfig, directory: Path, sizes: PerceiverConfig) -> tuple[str, ...]:
+def _text(config: HuggingFaceConfig, directory: Path, parity: Parity) -> FoundTokenizer | None:
+    """The tokenizer of a model of text; None for others. DeepMind's code adds no special tokens to its bytes."""
+    task = TASKS[config.architecture]
+    if task not in ("fill-mask", "text-classification"):
+        return None
+    found = find_tokenizer(directory, task, config.max_position_embeddings, config.vocab_size)
+    if parity == "deepmind" and found.steps is not None:
+        return dataclasses.replace(found, steps=msgspec.structs.replace(found.steps, special_tokens=False))
+    return found
+
+
+def _notes(
+    config: HuggingFaceConfig, directory: Path, sizes: PerceiverConfig, labels: Labels | None
+) -> tuple[str, ...]:
     """What the checkpoint did not say, and what was taken instead."""
-    notes = []
+    notes = list(labels.notes) if labels else []
+    if config.auto_map:
+        notes.append(f"config.json names code of its own (auto_map): transformers' {config.architecture} was taken")
+    if "audio" in sizes.inputs:
+        notes.append(
+            "config.json does not say the sampling rate of the sound: give it at the rate of the training"
+            " (DeepMind's released model: 48 kHz)"
+        )
     image = sizes.inputs.get("image")
     if isinstance(image, ImageInput):
-        if not read_preprocessor(directory):
+        processor = read_preprocessor(directory)
+        if note := proportions_note(image_preprocessing(processor, image.height, image.width)):
+            notes.append(note)
+        if not processor:
             notes.append(
                 f"no preprocessor_config.json: pictures of {image.height} × {image.width}, cropped and normalised as"
                 " for ImageNet, are assumed; a model trained otherwise will be wrong"
@@ -175,15 +317,13 @@ def _notes(config: HuggingFaceConfig, directory: Path, sizes: PerceiverConfig) -
                 f"pictures of {image.height} × {image.width}, where the checkpoint says {usual[1]} × {usual[2]}:"
                 " its accuracy there is another; measure it with `validate`"
             )
-    if all(label == f"LABEL_{index}" for index, label in enumerate(config.labels)):
-        notes.append("config.json names no labels: they are LABEL_0, LABEL_1, …")
     return tuple(notes)
 
 
 def _check_residual(sizes: PerceiverConfig) -> None:
     """The residual adds to the latents what self-attention gives: in transformers as many channels as values have."""
     gives, takes = sizes.encoder.self_attention.num_v_channels, sizes.encoder.num_latent_channels
-    if gives != takes:
+    if gives != takes and sizes.encoder.num_self_attentions_per_block:
         raise UnsupportedModelError(
             f"config.json: self-attention gives {gives} channels, d_latents is {takes}",
             "transformers cannot run such a model either",

@@ -1,17 +1,91 @@
 # SPDX-License-Identifier: Apache-2.0
-"""config.json and preprocessor_config.json of a Hugging Face directory."""
+"""config.json and preprocessor_config.json of a Hugging Face directory.
+
+`HuggingFaceConfig` is the table of what becomes of each field of config.json: docs/checkpoints.md is made from it.
+
+What a checkpoint's outputs are called and what they mean: id2label, num_labels and problem_type, as transformers.
+"""
 
 from __future__ import annotations
 
 import difflib
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any
 
 import msgspec
+from msgspec import Meta
 
-from perceiver_export.exporter.checkpoints.preprocessor import picture_sides
-from perceiver_export.exporter.perceiver.architectures import EncoderSizes
+from perceiver_export.exporter.checkpoints.preprocessor import image_shape, read_preprocessor
+from perceiver_export.exporter.checkpoints.weights import convert, decode_json, read_bytes
+from perceiver_export.exporter.model.architectures import EncoderSizes
+from perceiver_export.exporter.model.config import Activation
 from perceiver_export.runtimes.errors import CheckpointError, UnsupportedModelError
+from perceiver_export.runtimes.manifest import OutputKind
+
+_MOST = 1 << 20
+LabelName = str | int | float | bool | None
+
+
+@dataclass(frozen=True)
+class Labels:
+    """``names`` has one entry an output; ``notes`` say what the config says of them that the names do not show."""
+
+    names: tuple[str, ...]
+    kind: OutputKind
+    notes: tuple[str, ...] = ()
+
+
+def read_labels(
+    id2label: Mapping[str, LabelName] | None, num_labels: int | None, problem_type: str | None, where: str
+) -> Labels:
+    """Output i is called id2label[i], else LABEL_i.
+
+    As in transformers 5 there are ``num_labels`` outputs, else as many as id2label names, else two; where both are
+    there and differ, nothing is named. What the scores mean follows the rules of transformers' pipelines.
+
+    Raises CheckpointError: keys that are no indices, no labels at all, or a single one where labels exclude each other.
+    """
+    try:
+        named = {int(key): name for key, name in (id2label or {}).items()}
+    except ValueError as error:
+        raise CheckpointError(
+            f"{where}: a key of id2label is no index: {str(error)[:200]}", 'write "0", "1", …'
+        ) from error
+    count = num_labels if num_labels is not None else 2 if id2label is None else len(named)
+    if not 1 <= count <= _MOST:
+        raise CheckpointError(f"{where}: id2label names {count} labels", "name each output, or leave id2label out")
+    if problem_type == "single_label_classification" and count == 1:  # transformers refuses it too
+        raise CheckpointError(
+            f"{where}: problem_type is {problem_type!r} and there is 1 label, whose softmax is always 100 %",
+            "give problem_type regression, or multi_label_classification for a sigmoid",
+        )
+    notes = []
+    if id2label is not None and len(named) != count:
+        notes.append(f"{where}: id2label names {len(named)} labels, num_labels is {count}: none is named")
+        named = {}
+    names = tuple(str(named[i]) if named.get(i) is not None else f"LABEL_{i}" for i in range(count))
+    if all(name == f"LABEL_{i}" for i, name in enumerate(names)):
+        notes.append(f"{where} names no labels: they are LABEL_0, LABEL_1, …")
+    elif gaps := [names[i] for i in range(count) if named.get(i) is None]:
+        outside = [f"{i} ({name})" for i, name in sorted(named.items()) if not 0 <= i < count]
+        notes.append(
+            f"{where}: id2label has no name for {_listed(gaps)}" + (f", but for {_listed(outside)}" * bool(outside))
+        )
+    return Labels(names, _kind(problem_type, count), tuple(notes))
+
+
+def _kind(problem_type: str | None, count: int) -> OutputKind:
+    if problem_type == "regression":
+        return "regression"
+    return "multi-label" if problem_type == "multi_label_classification" or count == 1 else "single-label"
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
 
 TASKS = {
     "PerceiverForImageClassificationLearned": "image-classification",
@@ -22,62 +96,147 @@ TASKS = {
     "PerceiverForOpticalFlow": "optical-flow",
     "PerceiverForMultimodalAutoencoding": "video-autoencoding",
 }
+
+
+def _classes(*tasks: str) -> tuple[str, ...]:
+    return tuple(name for name, task in TASKS.items() if task in tasks)
+
+
+_TEXT = _classes("fill-mask", "text-classification")
+_VIDEO = _classes("video-autoencoding")
+_CLASSIFIERS = _classes("image-classification", "text-classification")
+_LABELLED = _CLASSIFIERS + _VIDEO
+
+# transformers' names of activation functions. Several are one function, but for rounding.
+ACTIVATIONS: dict[str, Activation] = {
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_new": "gelu-tanh",
+    "gelu_fast": "gelu-tanh",
+    "gelu_accurate": "gelu-tanh",
+    "gelu_pytorch_tanh": "gelu-tanh",
+    "gelu_python_tanh": "gelu-tanh",
+    "gelu_10": "gelu-clipped",
+    "quick_gelu": "quick-gelu",
+    "relu": "relu",
+    "relu2": "relu-squared",
+    "relu6": "relu6",
+    "leaky_relu": "leaky-relu",
+    "silu": "silu",
+    "swish": "silu",
+    "hardswish": "hardswish",
+    "mish": "mish",
+    "sqrtsoftplus": "sqrt-softplus",
+    "sigmoid": "sigmoid",
+    "tanh": "tanh",
+    "laplace": "laplace",
+    "linear": "linear",
+}
+_TRAINED_ACTIVATIONS = ("prelu", "xielu")
+
 _RGB = 3
-_T = TypeVar("_T")
-_MOST = 1 << 20  # of any size in a config: more than any Perceiver has, less than what memory is asked for in vain
-_MOST_SIDE = 2048  # of a square of positions: its table is the square of it
-# Numbers, None, or several numbers: each is from 1 to _MOST.
-_SIZES = (
-    *("num_latents", "d_latents", "d_model", "num_blocks", "num_self_attends_per_block", "qk_channels", "v_channels"),
-    *("num_self_attention_heads", "num_cross_attention_heads"),
-    *("self_attention_widening_factor", "cross_attention_widening_factor"),
-    *("vocab_size", "max_position_embeddings", "image_size", "train_size", "num_labels"),
-    *("num_frames", "audio_samples_per_frame", "samples_per_patch", "output_shape", "output_num_channels"),
+_SIZE = Meta(ge=1, le=_MOST)
+_SIDE = Meta(ge=1, le=2048)  # of a square of positions: its table is the square of it
+_Size = Annotated[int, _SIZE]
+_OWN_MODEL = (
+    "load it with your own transformers and export it as a module: export module:function, a function that returns"
+    " (model, {'name of an argument': example tensor}), see examples/your_own.py"
 )
 
 
+@dataclass(frozen=True)
+class Use:
+    """What becomes of a field, and in which classes. Others ignore it, as they do in transformers."""
+
+    text: str
+    by: tuple[str, ...] = tuple(TASKS)
+
+
 class HuggingFaceConfig(msgspec.Struct):
-    """The part of config.json that says sizes; names and defaults are transformers' `PerceiverConfig`."""
+    """The fields of config.json that count. Names, types and defaults are those of transformers' `PerceiverConfig`."""
 
-    model_type: str = ""
-    architectures: list[str] | None = None
-    num_latents: int = 256
-    d_latents: int = 1280
-    d_model: int = 768
-    num_blocks: int = 1
-    num_self_attends_per_block: int = 26
-    num_self_attention_heads: int = 8
-    num_cross_attention_heads: int = 8
-    qk_channels: int | None = None
-    v_channels: int | None = None
-    cross_attention_shape_for_attention: str = "kv"
-    self_attention_widening_factor: int = 1
-    cross_attention_widening_factor: int = 1
-    hidden_act: str = "gelu"
-    use_query_residual: bool = True
-    vocab_size: int = 262
-    max_position_embeddings: int = 2048
-    image_size: int | list[int] = 56
-    train_size: tuple[int, int] = (368, 496)
-    num_frames: int = 16
-    audio_samples_per_frame: int = 1920
-    samples_per_patch: int = 16
-    output_shape: tuple[int, int, int, int] = (1, 16, 224, 224)
-    output_num_channels: int = 512
-    id2label: dict[int, str] | None = None
-    num_labels: int | None = None
-
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """Class names in order; LABEL_i where the config has none, two of them where it does not even count."""
-        if self.id2label is not None:
-            return tuple(self.id2label[key] for key in sorted(self.id2label))
-        return tuple(f"LABEL_{i}" for i in range(self.num_labels or 2))
+    model_type: Annotated[str, Use("`perceiver`; another is refused")] = ""
+    architectures: Annotated[
+        list[str] | None, Use("the first is the class; one that is not listed here is refused")
+    ] = None
+    num_latents: Annotated[int, _SIZE, Use("number of latents")] = 256
+    d_latents: Annotated[int, _SIZE, Use("channels of the latents")] = 1280
+    d_model: Annotated[int, _SIZE, Use("channels of the token embedding", _TEXT)] = 768
+    num_blocks: Annotated[int, _SIZE, Use("how often the block of self-attentions runs")] = 1
+    num_self_attends_per_block: Annotated[int, Meta(ge=0, le=_MOST), Use("self-attentions of a block; may be 0")] = 26
+    num_self_attention_heads: Annotated[int, _SIZE, Use("heads of the self-attentions")] = 8
+    num_cross_attention_heads: Annotated[int, _SIZE, Use("heads of the encoder's cross-attention")] = 8
+    qk_channels: Annotated[_Size | None, Use("channels of the encoder's queries and keys")] = None
+    v_channels: Annotated[_Size | None, Use("channels of the encoder's values")] = None
+    cross_attention_shape_for_attention: Annotated[
+        str, Use("`kv` or `q`: whose channels a cross-attention has where qk_channels does not say; else refused")
+    ] = "kv"
+    self_attention_widening_factor: Annotated[int, _SIZE, Use("width of the self-attentions' MLP")] = 1
+    cross_attention_widening_factor: Annotated[int, _SIZE, Use("width of the encoder's cross-attention's MLP")] = 1
+    hidden_act: Annotated[
+        str,
+        Use(
+            f"activation of every MLP: {', '.join(ACTIVATIONS)}. Refused: {' and '.join(_TRAINED_ACTIVATIONS)}, which "
+            "have trained parameters of their own"
+        ),
+    ] = "gelu"
+    use_query_residual: Annotated[bool, Use("whether the encoder's cross-attention adds the latents")] = True
+    vocab_size: Annotated[int, _SIZE, Use("number of tokens", _TEXT)] = 262
+    max_position_embeddings: Annotated[int, _SIZE, Use("length of the input; shorter texts are padded", _TEXT)] = 2048
+    image_size: Annotated[
+        int,
+        _SIDE,
+        Use(
+            "side of the learned positions, and the image's size where no preprocessor says it; of the video "
+            "autoencoder, the highest frequency of its positions",
+            ("PerceiverForImageClassificationLearned", *_VIDEO),
+        ),
+    ] = 56
+    train_size: Annotated[tuple[_Size, _Size], Use("height and width of a tile", _classes("optical-flow"))] = (368, 496)
+    num_frames: Annotated[int, _SIZE, Use("frames of a video; must be those of output_shape", _VIDEO)] = 16
+    audio_samples_per_frame: Annotated[int, _SIZE, Use("samples of sound beside each frame", _VIDEO)] = 1920
+    samples_per_patch: Annotated[int, _SIZE, Use("samples of a patch of sound", _VIDEO)] = 16
+    output_shape: Annotated[
+        tuple[int, _Size, _Size, _Size], Use("frames, height and width, of the input too; the batch is ignored", _VIDEO)
+    ] = (1, 16, 224, 224)
+    output_num_channels: Annotated[int, _SIZE, Use("channels before the outputs' heads", _VIDEO)] = 512
+    label_query_channels: Annotated[int, _SIZE, Use("channels of the label's query", _VIDEO)] = msgspec.field(
+        default=1024, name="_label_trainable_num_channels"
+    )
+    num_labels: Annotated[
+        _Size | None, Use("number of labels; where id2label names another number, all are LABEL_i", _LABELLED)
+    ] = None
+    id2label: Annotated[
+        dict[str, LabelName] | None,
+        Use(
+            "output i is called id2label[i], else LABEL_i; two labels where there is neither this nor num_labels",
+            _LABELLED,
+        ),
+    ] = None
+    problem_type: Annotated[
+        str | None,
+        Use(
+            "as in transformers' pipelines: `regression` gives the numbers as they are; `multi_label_classification`,"
+            " or a single label, sigmoid; all else softmax; `single_label_classification` with one label is refused",
+            _CLASSIFIERS,
+        ),
+    ] = None
+    auto_map: Annotated[
+        Any, Use("code of the checkpoint is not run: transformers' own class is, and a note says so")
+    ] = None
+    quantization_config: Annotated[Any, Use("refused: the weights are not what the layers multiply with")] = None
+    per_layer_config: Annotated[Any, Use("refused: transformers has no layers of a Perceiver that it applies to")] = (
+        None
+    )
 
     @property
     def architecture(self) -> str:
         """The class that was trained."""
-        return (self.architectures or ["PerceiverModel"])[0]
+        return (self.architectures or [""])[0]
+
+    def read_labels(self) -> Labels:
+        """What the outputs are called, and what they mean. Raises CheckpointError."""
+        return read_labels(self.id2label, self.num_labels, self.problem_type, "config.json")
 
     @property
     def encoder(self) -> EncoderSizes:
@@ -98,76 +257,98 @@ class HuggingFaceConfig(msgspec.Struct):
         )
 
 
+# Fields that occur in config.json and that no class of transformers reads when it answers.
+IGNORED = {
+    "layer_norm_eps": "no class reads it: every LayerNorm has 1e-5",
+    "attention_probs_dropout_prob, hidden_dropout_prob, classifier_dropout": "training only",
+    "initializer_range": "training only",
+    "dtype, torch_dtype": "weights are widened to float32, whatever they were saved as",
+    "chunk_size_feed_forward": "the answer is the same",
+    "output_attentions, output_hidden_states, return_dict": "the answer is the same",
+    "tie_word_embeddings": "the language model's last layer is its embedding, always",
+    "label2id": "labels are named by id2label",
+    "function_to_apply": "the pipelines read it only where a model has no labels",
+    "task_specific_params": "transformers 5 does not read it",
+    "attn_implementation": "the answer is the same",
+    "is_decoder, is_encoder_decoder, add_cross_attention, pruned_heads, seq_len": "no class reads it",
+    "pad_token_id, bos_token_id, eos_token_id": "no class reads it; padding is masked",
+    "_name_or_path, transformers_version": "where it came from",
+    "any other": "ignored, as transformers does",
+}
+
+
+def uses() -> dict[str, Use]:
+    """What becomes of each field of `HuggingFaceConfig`, by its name in config.json."""
+    hints = typing.get_type_hints(HuggingFaceConfig, include_extras=True)
+    names = {field.name: field.encode_name for field in msgspec.structs.fields(HuggingFaceConfig)}
+    return {
+        names[field]: next(one for one in hint.__metadata__ if isinstance(one, Use)) for field, hint in hints.items()
+    }
+
+
 def read_config(directory: Path) -> HuggingFaceConfig:
     """config.json of a supported Perceiver. Raises CheckpointError and UnsupportedModelError."""
     path = directory / "config.json"
-    config = _decode(path, HuggingFaceConfig)
+    values = decode_json(
+        read_bytes(path, "a Hugging Face directory: config.json and weights"), dict[str, Any], str(path)
+    )
+    head = {field: value for field, value in values.items() if field in ("model_type", "architectures")}
+    name = _check_class(path, convert(head, HuggingFaceConfig, str(path)))
+    read = {field for field, use in uses().items() if name in use.by}
+    values = {field: value for field, value in values.items() if field in read}
+    config = convert(values, HuggingFaceConfig, str(path))
+    _check_values(path, config)
+    return config
+
+
+def default_image_shape(config: HuggingFaceConfig, directory: Path) -> tuple[int, int, int]:
+    """(channels, height, width) as the image processor makes them, else as the learned positions have them."""
+    if shape := image_shape(read_preprocessor(directory)):
+        return _RGB, *shape
+    if config.architecture == "PerceiverForImageClassificationLearned":
+        return _RGB, config.image_size, config.image_size
+    return _RGB, 224, 224
+
+
+def _check_class(path: Path, config: HuggingFaceConfig) -> str:
     if config.model_type != "perceiver":
         raise UnsupportedModelError(
             f"{path} is of a {config.model_type or 'unnamed'!r} model, not of a Perceiver",
             'a Perceiver\'s config.json says "model_type": "perceiver"',
         )
     name = config.architecture
-    if name not in TASKS:
-        near = difflib.get_close_matches(name, TASKS, n=1, cutoff=0.8)
+    if not name:
         raise UnsupportedModelError(
-            f"{path} names the architecture {name!r}, which cannot be exported",
-            f"did you mean {near[0]}?" if near else f"supported: {', '.join(TASKS)}",
+            f"{path} does not name its class", f"set `architectures` to the class that was trained: {', '.join(TASKS)}"
         )
-    _check_values(path, config)
-    return config
-
-
-def read_preprocessor(directory: Path) -> dict[str, Any]:
-    """preprocessor_config.json, or an empty dict where there is none."""
-    path = directory / "preprocessor_config.json"
-    return _decode(path, dict[str, Any]) if path.is_file() else {}
-
-
-def default_image_shape(config: HuggingFaceConfig, directory: Path) -> tuple[int, int, int]:
-    """(channels, height, width) as the image processor makes them, else as the learned positions have them."""
-    size = read_preprocessor(directory).get("size")
-    by_sides = isinstance(size, dict) and all(isinstance(size.get(side), int) for side in ("height", "width"))
-    if isinstance(size, int) or by_sides:
-        return _RGB, *picture_sides(size, default=224)
-    if config.architecture == "PerceiverForImageClassificationLearned":
-        return _RGB, square(config.image_size), square(config.image_size)
-    return _RGB, 224, 224
-
-
-def square(size: int | list[int]) -> int:
-    """The side of a square that a config gives as a number or as two."""
-    return size if isinstance(size, int) else size[0]
+    if name not in TASKS:
+        near = difflib.get_close_matches(name, TASKS, n=1, cutoff=0.95)  # a slip of the pen, not another class
+        raise UnsupportedModelError(
+            f"{path} names the class {name!r}, which is none of the {len(TASKS)} that are exported",
+            f"did you mean {near[0]}?" if near else _OWN_MODEL,
+        )
+    return name
 
 
 def _check_values(path: Path, config: HuggingFaceConfig) -> None:
-    if config.hidden_act not in ("gelu", "gelu_new", "gelu_pytorch_tanh"):
-        raise UnsupportedModelError(f"{path}: hidden_act is {config.hidden_act!r}", "Perceivers use gelu")
-    if config.cross_attention_shape_for_attention not in ("q", "kv"):
-        raise CheckpointError(
-            f"{path}: cross_attention_shape_for_attention is {config.cross_attention_shape_for_attention!r}",
-            "it is 'q' or 'kv'",
+    if config.hidden_act in _TRAINED_ACTIVATIONS:
+        raise UnsupportedModelError(
+            f"{path}: hidden_act is {config.hidden_act!r}, which has trained parameters of its own", _OWN_MODEL
         )
-    for name in _SIZES:
-        value = getattr(config, name)
-        for size in value if isinstance(value, list | tuple) else (value,):
-            if size is not None and not 1 <= size <= _MOST:
-                raise CheckpointError(f"{path}: {name} is {value}", f"sizes are from 1 to {_MOST}")
-    if config.id2label == {}:
-        raise CheckpointError(f"{path}: id2label names no labels", "leave it out, or name each class")
-    sides = config.image_size if isinstance(config.image_size, list) else [config.image_size] * 2
-    if len(sides) != 2 or sides[0] != sides[1] or sides[0] > _MOST_SIDE:
+    if config.hidden_act not in ACTIVATIONS:
         raise CheckpointError(
-            f"{path}: image_size is {config.image_size}", f"it is the side of a square, from 1 to {_MOST_SIDE}"
+            f"{path}: hidden_act is {config.hidden_act!r}, which is no activation of transformers",
+            f"it is one of {', '.join(ACTIVATIONS)}",
         )
-
-
-def _decode(path: Path, type_: type[_T]) -> _T:
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=type_)
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{path} does not exist", "give a Hugging Face directory: config.json and weights"
-        ) from error
-    except (msgspec.DecodeError, UnicodeDecodeError, OSError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}", "copy the checkpoint again") from error
+    shape = config.cross_attention_shape_for_attention
+    unread = config.architecture == "PerceiverForMaskedLM" and config.qk_channels is not None
+    if shape not in ("q", "kv") and not unread:
+        raise CheckpointError(f"{path}: cross_attention_shape_for_attention is {shape!r}", "it is 'q' or 'kv'")
+    if config.quantization_config:
+        raise UnsupportedModelError(
+            f"{path} has a quantization_config: its weights are quantized",
+            "export the model that it was made from, or load it in transformers, call dequantize() and save_pretrained;"
+            " `quantize` then makes an int8 bundle",
+        )
+    if config.per_layer_config:
+        raise UnsupportedModelError(f"{path} has a per_layer_config", _OWN_MODEL)

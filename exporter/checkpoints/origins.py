@@ -1,35 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whose code wrote a state dict, by the names in it: to tell a person who names the wrong one."""
+"""Whose code wrote a checkpoint, by the names in it: to read it as it is, or to say what to give instead."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+import re
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
+from torch import Tensor
+
+from perceiver_export.exporter.checkpoints.huggingface_config import TASKS
+from perceiver_export.exporter.checkpoints.weights import decode_json, read_bytes
 from perceiver_export.runtimes.errors import CheckpointError
 
-# How two of its tensors are called, whatever module they are in.
-_TELLING = {
-    "krasserm": ("0.latent_provider._query", "0.cross_attn_1.1.module.0.weight"),
-    "lucidrains": ("latents", "fn.to_kv.weight"),
-    "huggingface": ("embeddings.latents", "attention.self.query.weight"),
-}
-_HINTS = {
-    "krasserm": "it is a checkpoint of krasserm/perceiver-io: give krasserm:{path}",
-    "lucidrains": "it is a checkpoint of lucidrains/perceiver-pytorch: give lucidrains:{path}",
-    "huggingface": "it is a checkpoint of transformers: give its directory, without a name before it",
+# How two tensors of other packages' models are called, whatever module they are in, and what to do about them.
+_OTHERS = {
+    "krasserm/perceiver-io": ("0.latent_provider._query", "0.cross_attn_1.1.module.0.weight"),
+    "lucidrains/perceiver-pytorch": ("latents", "fn.to_kv.weight"),
 }
 
+_MERGE = (
+    "merge it, with the base loaded as for the training: "
+    "model = PeftModel.from_pretrained({name}.from_pretrained({base}), {adapter}).merge_and_unload(); "
+    "model.save_pretrained('merged'); then export merged"
+)
+_MERGE_ANY = _MERGE.format(name="CLASS", base="BASE", adapter="ADAPTER")
+_LATENTS = "embeddings.latents"  # of transformers' PerceiverModel, which its task classes call `perceiver`
+# Parts that wrappers of PyTorch put into the names of a module's tensors: DataParallel, compile, FSDP, checkpointing.
+_WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
-def check_origin(path: Path, names: Collection[str], expected: str) -> None:
-    """Raise CheckpointError where a state dict holds nothing of the model that is ``expected``."""
-    if not _of(names, expected):
-        found = next((origin for origin in _TELLING if _of(names, origin)), None)
-        shown = ", ".join(sorted(names)[:3]) or "none"
-        raise CheckpointError(
-            f"{path} holds no model of {expected}: the first of its {len(names)} tensors are {shown}",
-            _HINTS[found].format(path=path) if found else "give the state dict of the model: model.state_dict()",
-        )
+
+def refuse_other_packages(directory: Path, names: Collection[str]) -> None:
+    """Raise CheckpointError for the state dict of another package's model."""
+    for package, telling in _OTHERS.items():
+        if all(prefixes(names, name) for name in telling):
+            raise CheckpointError(
+                f"{directory} holds a model of {package}, not of transformers",
+                "build it with that package and export it as your own module: see examples/other_packages.py",
+            )
 
 
 def prefixes(names: Iterable[str], name: str) -> list[str]:
@@ -37,5 +46,49 @@ def prefixes(names: Iterable[str], name: str) -> list[str]:
     return sorted(one.removesuffix(name) for one in names if one == name or one.endswith(f".{name}"))
 
 
-def _of(names: Collection[str], origin: str) -> bool:
-    return all(prefixes(names, name) for name in _TELLING[origin])
+def unwrapped(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Tensors under transformers' own names, and a note of what was taken off: ``module.``, ``_orig_mod.``, ``model.``.
+
+    Names without ``perceiver.`` are taken, as in transformers. Raises CheckpointError: there are several models, or the
+    tensors of an adapter that was not merged.
+    """
+    if adapter := next((name for name in state if "lora_" in name or ".base_layer." in name), None):
+        raise CheckpointError(f"the checkpoint holds an adapter of PEFT that is not merged: {adapter!r}", _MERGE_ANY)
+    parts = [part for part in _WRAPPERS if any(part in name.split(".") for name in state)]
+    names = {name: ".".join(part for part in name.split(".") if part not in _WRAPPERS) for name in state}
+    starts = prefixes(names.values(), _LATENTS)
+    start = starts[0] if starts else "perceiver."
+    outer = start.removesuffix("perceiver.")
+    unwrapped = {name: named.removeprefix(outer) for name, named in names.items()}
+    if outer == start:  # a bare PerceiverModel; the head of a language model lies outside of it
+        unwrapped = {
+            name: own if own.startswith("embedding_decoder.") else f"perceiver.{own}" for name, own in unwrapped.items()
+        }
+    if len(starts) > 1 or len(set(unwrapped.values())) < len(names):
+        raise CheckpointError(
+            f"the checkpoint holds more than one model: {', '.join(starts)}", "save the state dict of one of them"
+        )
+    taken_off = [*(f"{part}." for part in parts), *([outer] if outer else [])]
+    notes = (f"{' and '.join(taken_off)} was taken off the names of the weights",) if taken_off else ()
+    return {unwrapped[name]: tensor for name, tensor in state.items()}, notes
+
+
+def refuse_other_directories(directory: Path) -> None:
+    """Raise CheckpointError for an adapter of PEFT, and for a training's output that holds checkpoints only."""
+    adapter = directory / "adapter_config.json"
+    if adapter.is_file():
+        settings = decode_json(read_bytes(adapter, "the adapter's settings"), dict[str, Any], str(adapter))
+        base = repr(settings.get("base_model_name_or_path") or "BASE")
+        mapping = settings.get("auto_mapping")
+        name = str(mapping.get("base_model_class")) if isinstance(mapping, dict) else ""
+        raise CheckpointError(
+            f"{directory} holds an adapter of PEFT, which needs its base model {base}",
+            _MERGE.format(name=name if name in TASKS else "CLASS", base=base, adapter=repr(str(directory))),
+        )
+    numbers = [re.fullmatch(r"checkpoint-(\d+)", path.name) for path in directory.glob("checkpoint-*/")]
+    found = sorted((int(match[1]) for match in numbers if match), reverse=True)
+    if found and not (directory / "config.json").is_file():
+        raise CheckpointError(
+            f"{directory} is the output of a training: it holds {len(found)} checkpoints, and no model beside them",
+            f"give one of them; the newest is {directory / f'checkpoint-{found[0]}'}",
+        )

@@ -3,88 +3,157 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import difflib
+from pathlib import Path
+from typing import Any
 
 import msgspec
 
+from perceiver_export.exporter.checkpoints.image_processors import (
+    FILE,
+    FLAGS,
+    PROCESSORS,
+    SWITCHES,
+    Processor,
+    Steps,
+    Values,
+)
+from perceiver_export.exporter.checkpoints.weights import decode_json, read_bytes
 from perceiver_export.runtimes.errors import CheckpointError, UnsupportedModelError
-from perceiver_export.runtimes.preprocessing import ImagePreprocessing
-
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-MAX_SIDE = 16_384  # of a picture; more is a slip of the pen, and would ask torch for terabytes
-_FIELDS = "image_mean and image_std are three numbers each, those of image_std above 0; rescale_factor is one above 0"
-
-
-class _ImageProcessor(msgspec.Struct):
-    """The part of preprocessor_config.json that counts; defaults are transformers' for a Perceiver."""
-
-    do_resize: bool = True
-    do_center_crop: bool = True
-    do_rescale: bool = True
-    do_normalize: bool = True
-    size: int | dict[str, int] | None = None
-    crop_size: int | dict[str, int] | None = None
-    resample: int = 3
-    rescale_factor: float = 1 / 255
-    image_mean: tuple[float, float, float] = IMAGENET_MEAN
-    image_std: tuple[float, float, float] = IMAGENET_STD
+from perceiver_export.runtimes.preprocessing import (
+    CenterCrop,
+    CenterCropShare,
+    ImagePreprocessing,
+    ImageStep,
+    Resize,
+    ResizeEdge,
+    ResizeInto,
+    unusable,
+)
 
 
-_RESAMPLE: dict[int, Literal["bilinear", "bicubic", "lanczos"]] = {
-    1: "lanczos",
-    2: "bilinear",
-    3: "bicubic",
-}
+def read_preprocessor(directory: Path) -> dict[str, Any]:
+    """What a checkpoint's directory says about its images; an empty dict where it says nothing.
+
+    As in transformers, ``image_processor`` of processor_config.json goes before preprocessor_config.json. Raises
+    CheckpointError.
+    """
+    for path in (directory / "processor_config.json", directory / FILE):
+        if path.is_file():
+            found = decode_json(read_bytes(path, "the image processor's settings"), dict[str, Any], str(path))
+            nested = found.get("image_processor") if path.name != FILE else found
+            if isinstance(nested, dict):
+                return nested
+    return {}
 
 
-def image_preprocessing(processor: dict[str, object], height: int, width: int) -> ImagePreprocessing:
-    """preprocessor_config.json as the steps of our runtime, for a model that sees height × width."""
-    try:
-        values = msgspec.convert({key: value for key, value in processor.items() if value is not None}, _ImageProcessor)
-    except msgspec.ValidationError as error:
-        raise CheckpointError(f"preprocessor_config.json: {error}", _FIELDS) from error
-    if values.resample not in _RESAMPLE:
-        raise UnsupportedModelError(
-            f"preprocessor_config.json: resample {values.resample}",
-            "1 (lanczos), 2 (bilinear) and 3 (bicubic) are supported",
-        )
-    if not values.do_resize:
-        raise UnsupportedModelError(
-            "preprocessor_config.json: do_resize is false", "a model of fixed shape needs the resize"
-        )
-    crop = None
-    if values.do_center_crop:
-        size, cropped = picture_sides(values.size, 224), picture_sides(values.crop_size, 256)
-        crop = (size[0] / cropped[0], size[1] / cropped[1])
-        if max(crop) > 1:
+def image_preprocessing(processor: dict[str, Any], height: int, width: int) -> ImagePreprocessing:
+    """preprocessor_config.json as the steps of our runtime, for a model that sees height × width.
+
+    Where that is not the size that the file says, all its sizes are scaled. Raises CheckpointError (a value that
+    cannot be) and UnsupportedModelError (a class or a step that is not known here).
+    """
+    steps = _steps(processor)
+    found = ImagePreprocessing(height, width, tuple(_scaled(steps, height, width)))
+    if wrong := unusable(found):
+        raise CheckpointError(f"{FILE}: {wrong}", "correct the value, or leave it out for transformers' default")
+    return found
+
+
+def proportions_note(preprocessing: ImagePreprocessing) -> str:
+    """What becomes of images of another shape than the model's, where the steps do not simply resize them."""
+    size, steps = f"{preprocessing.height} × {preprocessing.width}", preprocessing.steps
+    kept = next((step for step in steps if isinstance(step, (ResizeEdge, ResizeInto))), None)
+    crops = any(isinstance(step, CenterCrop) for step in steps)
+    if kept is None:
+        fixed = crops or any(isinstance(step, Resize) for step in steps)
+        return "" if fixed else f"{FILE}: images are not resized; those of another size than {size} are refused"
+    if isinstance(kept, ResizeEdge):
+        sized = f"the shorter side becomes {kept.shortest} pixels"
+        sized += f", the longer at most {kept.longest}" if kept.longest else ""
+    else:
+        sized = f"they are resized to fit into {kept.height} × {kept.width}"
+    then = f"the middle {size} is cut out" if crops else f"those that are not {size} then are refused"
+    return f"{FILE}: images keep their proportions: {sized}, and {then}"
+
+
+def image_shape(processor: dict[str, Any]) -> tuple[int, int] | None:
+    """The height and width that the file's steps give; of a square image where they keep proportions. None: any."""
+    return _shape(_steps(processor)) if processor else None
+
+
+def as_deepmind(preprocessing: ImagePreprocessing) -> ImagePreprocessing:
+    """The same with DeepMind's numerics: OpenCV's filter, and the crop's odd pixel on the other side."""
+    steps: list[ImageStep] = []
+    for step in preprocessing.steps:
+        if isinstance(step, (Resize, ResizeEdge, ResizeInto)):
+            step = msgspec.structs.replace(step, resample="opencv-bicubic")
+        elif isinstance(step, CenterCropShare):
+            step = msgspec.structs.replace(step, round_up=True)
+        steps.append(step)
+    return msgspec.structs.replace(preprocessing, steps=tuple(steps))
+
+
+def _steps(processor: dict[str, Any]) -> tuple[ImageStep, ...]:
+    kind = _processor(processor)
+    given = {name: False if value is None and name in SWITCHES else value for name, value in processor.items()}
+    # Other values that are null are the defaults in transformers 4; transformers 5 refuses most of them.
+    given = {name: value for name, value in given.items() if value is not None or name == "crop_pct"}
+    for name, value in given.items():
+        if name.startswith("do_") and value and name not in FLAGS:
             raise UnsupportedModelError(
-                f"preprocessor_config.json: size {size} is larger than crop_size {cropped}",
-                "pictures would be padded; set crop_size to the larger, or do_center_crop to false",
+                f"{FILE}: {name} is {value}, a step that is not known here",
+                f"set {name} to false where the model does not need it; else give prepared arrays",
             )
-    steps = ImagePreprocessing(
-        height=height,
-        width=width,
-        crop_fraction=crop,
-        resample=_RESAMPLE[values.resample],
-        scale=values.rescale_factor if values.do_rescale else 1.0,
-        mean=values.image_mean if values.do_normalize else (0.0, 0.0, 0.0),
-        std=values.image_std if values.do_normalize else (1.0, 1.0, 1.0),
-    )
-    if not min(*steps.std, steps.scale) > 0:
-        found = f"image_std {list(values.image_std)}, rescale_factor {values.rescale_factor}"
-        raise CheckpointError(f"preprocessor_config.json: {found}: not above 0", _FIELDS)
-    return steps
-
-
-def picture_sides(size: int | dict[str, int] | None, default: int) -> tuple[int, int]:
-    if size is None:
-        return default, default
-    if isinstance(size, int):
-        size = {"height": size, "width": size}
     try:
-        sides = size["height"], size["width"]
-    except KeyError as error:
-        raise CheckpointError(f"preprocessor_config.json: a size without {error}", "it has height and width") from error
-    if not 1 <= min(sides) <= max(sides) <= MAX_SIDE:
-        raise CheckpointError(f"preprocessor_config.json: a size of {sides}", f"sizes are from 1 to {MAX_SIDE}")
-    return sides
+        values = msgspec.convert({**kind.defaults, **given}, Values)
+    except msgspec.ValidationError as error:
+        raise CheckpointError(f"{FILE}: {error}", "correct the value, or leave it out for the default") from error
+    return tuple(step for steps in kind.steps for step in steps(values))
+
+
+def _processor(processor: dict[str, Any]) -> Processor:
+    given = (
+        processor.get("image_processor_type") or processor.get("feature_extractor_type") or "PerceiverImageProcessor"
+    )
+    name = str(given).replace("FeatureExtractor", "ImageProcessor").removesuffix("Fast").removesuffix("Pil")
+    if name not in PROCESSORS:
+        near = difflib.get_close_matches(name, PROCESSORS, n=1, cutoff=0.9)
+        raise UnsupportedModelError(
+            f"{FILE}: the steps of {given} are not known here",
+            f"did you mean {near[0]}?" if near else f"known: {', '.join(PROCESSORS)}; or give prepared arrays",
+        )
+    return PROCESSORS[name]
+
+
+def _shape(steps: tuple[ImageStep, ...]) -> tuple[int, int] | None:
+    shape = None
+    for step in steps:
+        if isinstance(step, (Resize, CenterCrop)):
+            shape = (step.height, step.width)
+        elif isinstance(step, ResizeEdge):
+            shape = (step.shortest, step.shortest)
+        elif isinstance(step, ResizeInto):
+            shape = (min(step.height, step.width),) * 2
+    return shape
+
+
+def _scaled(steps: tuple[ImageStep, ...], height: int, width: int) -> Steps:
+    """The steps with all their sizes scaled, so that they give height × width."""
+    shape = _shape(steps)
+    if shape is None or shape == (height, width):
+        return steps
+    down, across = height / shape[0], width / shape[1]
+    # A crop needs the longer factor to be full; without one an image of the model's proportions gets the shorter.
+    edge = max(down, across) if any(isinstance(step, CenterCrop) for step in steps) else min(down, across)
+    return tuple(_scaled_step(step, down, across, edge) for step in steps)
+
+
+def _scaled_step(step: ImageStep, down: float, across: float, edge: float) -> ImageStep:
+    if isinstance(step, (Resize, ResizeInto, CenterCrop)):
+        height, width = max(1, round(step.height * down)), max(1, round(step.width * across))
+        return msgspec.structs.replace(step, height=height, width=width)
+    if isinstance(step, ResizeEdge):
+        shortest, longest = max(1, round(step.shortest * edge)), round(step.longest * edge)
+        return msgspec.structs.replace(step, shortest=shortest, longest=longest)
+    return step

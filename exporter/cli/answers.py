@@ -1,56 +1,203 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How commands show labels: a row an input, the most probable label first."""
+"""Answers of `run`: code for all tasks, and the tasks that answer with labels, values or arrays.
+
+A task has two functions here, or in `run_text` and `run_frames`. The first reads the request before the model is
+loaded, and refuses what cannot work. The second asks the model.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from perceiver_export.exporter.cli.files import write_json
-from perceiver_export.exporter.cli.output import print_json, print_table
-from perceiver_export.exporter.cli.run_options import RunOptions
+from perceiver_export.calibration.validation.options import option
+from perceiver_export.exporter.cli.output import new_file, shape
+from perceiver_export.runtimes.engines.backend import Precision
+from perceiver_export.runtimes.errors import InputError, UsageError, printable
+from perceiver_export.runtimes.files import readable
 
 if TYPE_CHECKING:
-    from perceiver_export.runtimes.tasks.prediction import Prediction
+    from perceiver_export.runtimes.manifest import OutputKind
+    from perceiver_export.runtimes.runtime import Array, Runtime
+    from perceiver_export.runtimes.tasks.base import Prediction
 
-
-def title(bundle: str, where: Mapping[str, Any]) -> str:
-    """Which bundle ran on what, in the precision of the engine that was taken."""
-    version = where["version"].partition("-")[0]  # OpenVINO's goes on with its branch
-    return f"{bundle} on {where['engine']} {version}, {where['device']}, {where['precision']}"
-
-
-def ranked(predictions: Sequence[Prediction]) -> list[str]:
-    """Labels with their probabilities, a cell each."""
-    return [f"{prediction.label}  {prediction.probability:.1%}" for prediction in predictions]
+Progress = Callable[[str, int, "int | None"], None]
+_SHOWN = 20  # samples of arrays
+_INDEPENDENT = "each label has its own probability; they do not exclude each other"
 
 
 @dataclass(frozen=True)
-class LabelAnswer:
-    """What was given, and its labels."""
+class Request:
+    """One call of `run`; fields with a doc are options of the command."""
 
-    input: str
-    labels: list[Prediction]
+    bundle: str = ""
+    inputs: Sequence[str] = ()
+    output: Path | None = None
+    top: int = 3
+    device: str = option("auto", "Target to run on; `auto` takes the first that is present.")
+    precision: Precision | None = option(None, "Engine of this precision; by default the one built last.")
+    threads: int | None = option(None, "Threads of the engine; by default the engine chooses.")
+    check_finite: bool = option(False, "Refuse NaN and infinity in inputs and outputs.")
+    text: Sequence[str] = option(tuple, "A text, even if a file has that name. May be given again.", "TEXT")
+    truncate: bool = option(False, "Cut texts that are longer than the model, instead of refusing them.")
+    json: bool = False
 
 
-def show_labels(
-    bundle: str,
-    what: str,
-    answers: Sequence[LabelAnswer],
-    where: Mapping[str, Any],
-    output: Path | None,
-    options: RunOptions,
-    note: str = "",
-) -> None:
-    """Write the answers where ``output`` says so, and print them as the options say. Raises InputError."""
-    document = {"runtime": where, "answers": answers}
-    if output is not None:
-        write_json(output, document)
-    if options.json:
-        print_json(document)
-        return
-    rows = [(answer.input, *ranked(answer.labels)) for answer in answers]
-    ranks = [f"{rank}." for rank in range(1, max(map(len, rows)))]
-    print_table(title(bundle, where), [what, *ranks], rows, note)
+class Table(NamedTuple):
+    """Arguments of `print_table`; without a title, the bundle and where it ran."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""
+    title: str | None = None
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The model's answers: ``document`` for JSON, ``shown`` for people, ``save`` to write what is not JSON."""
+
+    runtime: Runtime
+    document: Mapping[str, Any]
+    shown: Sequence[Table | str]
+    save: Callable[[Path], None] | None = None
+
+
+def described(answer: Sequence[Prediction]) -> tuple[dict[str, Any], dict[str, str]]:
+    """An answer for JSON (``labels``, or ``values``), and its cells by header: ranks, or the names of values."""
+    from perceiver_export.runtimes.tasks.base import Value
+
+    values = [one for one in answer if isinstance(one, Value)]
+    if values:
+        document = [{"label": one.label, "index": one.index, "value": one.value} for one in values]
+        return {"values": document}, {f"{printable(one.label)}>": f"{one.value:.6g}" for one in values}
+    cells = {f"{rank}.": f"{printable(one.label)}  {one.probability:.1%}" for rank, one in enumerate(answer, 1)}
+    return {"labels": answer}, cells
+
+
+def label_table(
+    what: str, names: Sequence[str], answers: Sequence[Sequence[Prediction]], kind: OutputKind | None, *notes: str
+) -> Table:
+    """A row for each sample: its name, and its answer."""
+    cells = [described(answer)[1] for answer in answers]
+    rows = [(name, *one.values()) for name, one in zip(names, cells, strict=True)]
+    independent = [_INDEPENDENT] if kind == "multi-label" else []
+    return Table([what, *max(cells, key=len)], rows, "; ".join([*independent, *notes]))
+
+
+def answer_each(what: str, task: Any, samples: Any, request: Request, progress: Progress) -> Answers:
+    """Ask about one sample after the other; each is the arguments of the task's call, None for one that is absent."""
+    names, answers = [], []
+    for done, sample in enumerate(samples):
+        progress("run", done, len(samples))
+        names.append(" + ".join(readable(part) for part in sample if part is not None))
+        answers.append(task(*sample, request.top))
+    documents = [{"input": name, **described(one)[0]} for name, one in zip(names, answers, strict=True)]
+    return Answers(task.runtime, {"answers": documents}, [label_table(what, names, answers, task.kind)])
+
+
+def image_files(request: Request) -> list[tuple[Path]]:
+    """The files, and the images of the directories, in order."""
+    from perceiver_export.runtimes.tasks.image_files import picture_files
+
+    return _files(request, picture_files)
+
+
+def point_files(request: Request) -> list[tuple[Path]]:
+    """The files, and the point clouds of the directories, in order."""
+    from perceiver_export.runtimes.tasks.points import POINT_FILES
+
+    def clouds(directory: Path) -> list[Path]:
+        found = sorted(file for file in directory.iterdir() if file.suffix.lower() in POINT_FILES)
+        if not found:
+            raise InputError(f"{directory} holds no point clouds", f"they end in {', '.join(POINT_FILES)}")
+        return found
+
+    return _files(request, clouds)
+
+
+def _files(request: Request, listed: Callable[[Path], list[Path]]) -> list[tuple[Path]]:
+    return [(file,) for path in map(Path, request.inputs) for file in (listed(path) if path.is_dir() else [path])]
+
+
+def answer_sounds(task: Any, inputs: Sequence[str], request: Request, progress: Progress) -> Answers:
+    """Recordings (a spectrogram in .npy for a model that takes one), frames, or pairs AUDIO FRAMES of both."""
+    samples: list[tuple[str | None, str | None]]
+    samples = [(name, None) if task.hears else (None, name) for name in inputs]
+    if task.hears and task.sees:
+        if len(inputs) % 2:
+            raise UsageError(
+                f"the model takes recordings and frames in pairs, {len(inputs)} inputs are given",
+                "give each recording with the directory of its frames: run BUNDLE sound.wav frames/",
+            )
+        samples = list(zip(inputs[::2], inputs[1::2], strict=True))
+    return answer_each("input", task, samples, request, progress)
+
+
+def array_file(request: Request) -> str:
+    """The one file IN.npz, or IN.npy for a model with one input."""
+    if len(request.inputs) != 1:
+        raise UsageError(
+            f"inputs given: {len(request.inputs)}", "give one .npz file with all arrays: run BUNDLE in.npz"
+        )
+    return request.inputs[0]
+
+
+def answer_arrays(task: Any, file: str, request: Request, progress: Progress) -> Answers:
+    """A summary of each output, and the answers of the one output that has labels or values."""
+    import numpy as np
+
+    from perceiver_export.runtimes.manifest import judged_output
+    from perceiver_export.runtimes.tasks.base import answer
+
+    outputs = _outputs(task, file)
+    summaries = {name: _summary(array) for name, array in outputs.items()}
+    rows = [
+        (name, one["dtype"], shape(one["shape"]), *(f"{one[key]:.6g}" for key in ("min", "mean", "max")))
+        for name, one in summaries.items()
+    ]
+    output = request.output
+    note = f"written: {output}" if output is not None else "not written; -o out.npz writes them"
+    shown = [Table(["output", "dtype", "shape", "min>", "mean>", "max>"], rows, note)]
+    document: dict[str, Any] = {"outputs": summaries, "file": readable(output) if output is not None else None}
+    name, kind = judged_output(task.manifest) or ("", None)
+    if kind is not None and outputs[name].ndim in (1, 2):
+        answers = [answer(row, kind, task.manifest.labels, request.top) for row in np.atleast_2d(outputs[name])]
+        document["answers"] = [described(one)[0] for one in answers]
+        more = len(answers) - _SHOWN
+        notes = [f"{more:,} more samples: --json has them all"] if more > 0 else []
+        names = list(map(str, range(len(answers))))[:_SHOWN]
+        table = label_table("sample>", names, answers[:_SHOWN], kind, *notes)
+        shown.append(table._replace(title=f"answers of {name}"))
+    return Answers(task.runtime, document, shown, lambda path: _write(path, outputs))
+
+
+def _outputs(task: Any, file: str) -> dict[str, Array]:
+    from perceiver_export.runtimes.tasks.arrays import Arrays, read_arrays
+
+    arrays = read_arrays(file)
+    if isinstance(task, Arrays):
+        return task(arrays)
+    if not isinstance(arrays, dict):
+        return {"outputs": task(arrays)}
+    if not {"entities"} <= arrays.keys() <= {"entities", "entities_mask"}:
+        raise InputError(
+            f"{file} holds {', '.join(map(repr, arrays)) or 'nothing'}",
+            "give `entities`, and `entities_mask` if needed",
+        )
+    return {"outputs": task(arrays["entities"], arrays.get("entities_mask"))}
+
+
+def _summary(array: Array) -> dict[str, Any]:
+    import numpy as np
+
+    values = {"min": array.min(), "mean": array.mean(dtype=np.float64), "max": array.max()}
+    return {"dtype": str(array.dtype), "shape": list(array.shape), **{key: float(v) for key, v in values.items()}}
+
+
+def _write(path: Path, outputs: Mapping[str, Array]) -> None:
+    from perceiver_export.runtimes.npz import write_npz
+
+    with new_file(path) as temporary:
+        write_npz(temporary, outputs)

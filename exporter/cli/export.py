@@ -1,143 +1,260 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`perceiver-export export`."""
+"""`perceiver-export export`, `presets`, `inspect` and `package`."""
 
 from __future__ import annotations
 
 import shlex
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from perceiver_export.exporter.budget import DEFAULT_BUDGET
-from perceiver_export.exporter.cli.output import JsonFlag, count, mebibytes, print_json, progress_bar, shape
-from perceiver_export.exporter.cli.run import INPUTS
-from perceiver_export.runtimes.errors import UsageError
+from perceiver_export.exporter.cli import output as ui
+from perceiver_export.exporter.cli.run import example_input
+from perceiver_export.exporter.pipeline import ExportOptions
+from perceiver_export.runtimes.errors import UsageError, printable
 
 if TYPE_CHECKING:
+    from perceiver_export.calibration.quantization.record import Calibration
+    from perceiver_export.exporter.describe import Inspection
+    from perceiver_export.exporter.model.config import Input
+    from perceiver_export.exporter.presets import Preset
     from perceiver_export.runtimes.bundle import Bundle
-    from perceiver_export.runtimes.manifest import Part
+
+_PRESETS_NOTE = (
+    "Of one sample, with all queries of the model; a multiply-add is two FLOPs. Then the paper's figure, and the"
+    " difference of this model from it."
+)
+_NEXT = {
+    "triton": "tritonserver --model-repository {path}",
+    "ovms": "docker run -p 9000:9000 -v {path}:/models openvino/model_server "
+    "--port 9000 --config_path /models/config.json",
+}
 
 
+def _parse_shape(text: str) -> tuple[str, tuple[int, ...]]:
+    """``image=3x224x224`` -> ("image", (3, 224, 224)). Raises UsageError."""
+    name, value = ui.pair(text, "--shape", "image=3x224x224")
+    sizes = value.replace(",", "x").split("x")
+    if not all(size.isdecimal() for size in sizes):
+        raise UsageError(f"--shape {text!r} is not NAME=SIZE", "for example --shape image=3x224x224")
+    return name, tuple(map(int, sizes))
+
+
+@ui.options_of(ExportOptions, shape=_parse_shape)
 def export(
     source: Annotated[
         str,
         typer.Argument(
             metavar="SOURCE",
-            help="A Hugging Face directory, deepmind:TASK:FILE, krasserm:FILE, lucidrains:FILE, preset:NAME, or "
-            "module:function that gives your own model.",
+            help="module:function that returns any torch module with example inputs, FILE.onnx, "
+            "a Hugging Face directory, deepmind:TASK:FILE or preset:NAME.",
         ),
     ],
     output: Annotated[str, typer.Option("--output", "-o", metavar="BUNDLE", help="Where the bundle goes.")],
-    task: Annotated[str | None, typer.Option(help="What the model does, where the checkpoint does not tell.")] = None,
-    parity: Annotated[
-        str | None,
-        typer.Option(help="Whose numerics to follow: huggingface or deepmind. By default those of the checkpoint."),
-    ] = None,
-    split: Annotated[
-        bool | None,
-        typer.Option(
-            "--split/--no-split",
-            help="Encoder and decoder apart, to decode only what is needed. By default for video only.",
-        ),
-    ] = None,
-    dynamic_queries: Annotated[
-        bool, typer.Option("--dynamic-queries", help="Decoders take any number of queries a call.")
-    ] = False,
-    batch: Annotated[str, typer.Option(metavar="N|MIN:OPT:MAX", help="Samples a call: fixed, or a range.")] = "1",
-    shape_: Annotated[
-        list[str] | None,
-        typer.Option("--shape", metavar="NAME=…", help="Fix a size, e.g. image=3x224x224 or queries=1024."),
-    ] = None,
-    config: Annotated[
-        str | None, typer.Option(metavar="FILE.json", help="Sizes of a state dict that does not tell them.")
-    ] = None,
-    fold: Annotated[
-        bool, typer.Option("--fold/--no-fold", help="Leave out the work that constant latents and positions save.")
-    ] = True,
-    memory_budget: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SIZE",
-            help="Activations that a run may need; larger stages run in pieces.",
-            show_default=DEFAULT_BUDGET,
-        ),
-    ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a bundle that is already there.")] = False,
-    json: JsonFlag = False,
+    options: ExportOptions,
+    json: ui.JsonFlag = False,
 ) -> None:
-    """Export a checkpoint to a bundle: trace, bake constants, compare with torch, write.
+    """Export a checkpoint to a bundle: trace, fold constants, compare with PyTorch, write.
 
-    Nothing is written unless the graph gives what torch gives.
+    The bundle is written only if the graph reproduces PyTorch's outputs.
     """
     from perceiver_export.exporter.pipeline import export as export_
 
-    sizes = dict(_parse_shape(text) for text in shape_ or ())
-    with progress_bar("export", quiet=json) as progress:
-        bundle = export_(
-            source,
-            output,
-            task=task,
-            parity=parity,
-            split=split,
-            dynamic_queries=dynamic_queries,
-            batch=batch,
-            shape=sizes,
-            config=config,
-            fold=fold,
-            memory_budget=memory_budget,
-            overwrite=overwrite,
-            progress=progress,
-        )
-    manifest = bundle.manifest
+    with ui.progress_bar("export", quiet=json) as progress:
+        bundle = export_(source, output, options, progress=progress)
     if json:
-        print_json({"bundle": str(bundle.path), "manifest": manifest})
-        return
-    show_export(bundle)
+        ui.print_json({"bundle": str(bundle.path), "manifest": bundle.manifest})
+    else:
+        _show_export(bundle)
 
 
-def show_export(bundle: Bundle, show_next: bool = True) -> None:
-    """What was written, what was assumed, and the commands to type next."""
+def _show_export(bundle: Bundle) -> None:
+    """The files, the assumptions, and the commands to type next."""
     manifest = bundle.manifest
+    source = "the ONNX file" if manifest.source.endswith(".onnx") else "torch"
     worst = max(manifest.verification, key=lambda check: check.difference)
     size = sum(entry.size for entry in manifest.files.values())
-    typer.echo(f"exported {manifest.source} to {bundle.path} ({mebibytes(size)})")
+    ui.say(f"exported {manifest.source} to {bundle.path} ({ui.mebibytes(size)})")
     for name, part in manifest.parts.items():
         if bundle.split:
-            typer.echo(f"part {name}")
+            ui.say(f"part {name}")
         for spec in (*part.inputs, *part.outputs):
-            meaning = f", {spec.meaning}" if spec.meaning else ""
-            typer.echo(f"  {spec.name}: {spec.dtype} {shape(spec.shape)}{meaning}")
-        typer.echo(f"  work: {count(sum(stage.flops for stage in part.stages))}FLOP {_once(part)}{_folded(part)}")
-    typer.echo(
-        f"  verified against torch in {len(manifest.verification)} comparisons: largest difference "
+            ui.say(f"  {ui.described(spec, manifest.output_kinds)}")
+        folded = sum(one.chosen == "folded" for one in part.folds)
+        folds = f", {folded} of {len(part.folds)} sites folded: see inspect" if part.folds else ""
+        each = "sample" if part.num_queries is None else "call"
+        ui.say(f"  work: {ui.count(sum(stage.flops for stage in part.stages))}FLOP a {each}{folds}")
+    ui.say(
+        f"  verified against {source} in {len(manifest.verification)} comparisons: largest difference "
         f"{worst.difference:.1e} of the output's scale ({worst.tolerance:.0e} allowed)"
     )
     for note in manifest.notes:
-        typer.echo(typer.style("note:", fg="yellow", bold=True) + f" {note}")
-    if not show_next:
-        return
+        ui.say(note, "note:")
     path = shlex.quote(str(bundle.path))
-    typer.echo(f"next: perceiver-export run {path} {INPUTS.get(manifest.task, 'INPUT…')}")
+    ui.say(f"next: perceiver-export run {path} {example_input(manifest)}")
     if manifest.task == "image-classification":
-        typer.echo(f"      perceiver-export validate {path} --data DATA")
+        ui.say(f"      perceiver-export validate {path} --data DATA")
 
 
-def _folded(part: Part) -> str:
-    folded = sum(one.chosen == "folded" for one in part.folds)
-    return f", {folded} of {len(part.folds)} sites folded: see inspect" if part.folds else ""
+def presets(json: ui.JsonFlag = False) -> None:
+    """List the papers' systems, which `export preset:NAME` builds with random weights to size a device."""
+    from perceiver_export.exporter.presets import PRESETS
+
+    if json:
+        ui.print_json({name: _preset_document(preset) for name, preset in PRESETS.items()})
+        return
+    remarks = (f"{name}: {_remark(preset)}" for name, preset in PRESETS.items() if _remark(preset))
+    ui.print_table(
+        "systems of the papers, to export as preset:NAME",
+        ["preset\n  task", "inputs\nlatents", "parameters\npaper>", "FLOPs\npaper>"],
+        [_preset_row(name, preset) for name, preset in PRESETS.items()],
+        "\n".join([_PRESETS_NOTE, *remarks]),
+    )
 
 
-def _once(part: Part) -> str:
-    return "a sample" if part.num_queries is None else "a call"
+def _preset_document(preset: Preset) -> dict[str, Any]:
+    paper = {"reference": preset.reference, "parameters": preset.parameters, "flops": preset.flops}
+    counts = preset.counts._asdict()
+    return {
+        "task": preset.task,
+        **counts,
+        "paper": paper,
+        "remark": preset.remark,
+        "architecture": preset.build("deepmind"),
+    }
 
 
-def _parse_shape(text: str) -> tuple[str, tuple[int, ...]]:
-    """``image=3x224x224`` -> ("image", (3, 224, 224)). Raises UsageError."""
-    name, equals, dims = text.partition("=")
-    try:
-        sizes = tuple(int(dim) for dim in dims.replace(",", "x").split("x"))
-    except ValueError:
-        sizes = ()
-    if not equals or not sizes:
-        raise UsageError(f"--shape {text!r} is not NAME=SIZE", "for example --shape image=3x224x224")
-    return name, sizes
+def _preset_row(name: str, preset: Preset) -> list[str]:
+    """Cells of one preset, each with what belongs together in lines below each other."""
+    config = preset.build("deepmind")
+    sizes = [f"{name} {_size(one)}" for name, one in config.inputs.items() if _size(one)]
+    latents = f"latents {config.encoder.num_latents}×{config.encoder.num_latent_channels}"
+    pairs = ((preset.counts.parameters, preset.parameters), (preset.counts.flops, preset.flops))
+    return [f"{name}\n  {preset.task}", "\n".join([*sizes, latents]), *(_compared(*one) for one in pairs)]
+
+
+def _remark(preset: Preset) -> str:
+    if preset.task not in ("fill-mask", "arrays"):
+        return preset.remark
+    power, unit = ui.unit(preset.counts.flops_of_one_query)
+    return f"{preset.remark} One query: {preset.counts.flops_of_one_query / power:.4g} {unit}FLOP."
+
+
+def _size(one: Input) -> str:
+    """3×224×224; empty for an input that is not given."""
+    from perceiver_export.exporter.model.config import ArrayInput, FramePairInput, ImageInput, TokenInput
+
+    shape: tuple[int, ...] = ()
+    if isinstance(one, ImageInput):
+        shape = (one.num_channels, one.height, one.width)
+    elif isinstance(one, FramePairInput):
+        shape = (2, 3, one.height, one.width)
+    elif isinstance(one, TokenInput):
+        shape = (one.length,)
+    elif isinstance(one, ArrayInput):
+        shape = (*one.shape, one.num_channels)
+    return "×".join(map(str, shape))
+
+
+def _compared(ours: float, paper: float | None) -> str:
+    """62.26 M; below it the paper's number in the same unit, and how far ours is from it."""
+    power, unit = ui.unit(ours)
+    there = "" if paper is None else f"\n{paper / power:.4g} {unit}\n{ours / paper - 1:+.1%}"
+    return f"{ours / power:.4g} {unit}{there}"
+
+
+def inspect(
+    bundle: Annotated[str, typer.Argument(metavar="BUNDLE|MODEL.onnx", help="A bundle, or an ONNX file.")],
+    json: ui.JsonFlag = False,
+) -> None:
+    """Show parts, shapes, and FLOPs, weights and bytes of each stage."""
+    from perceiver_export.exporter.describe import inspect_bundle
+
+    found = inspect_bundle(bundle)
+    if json:
+        document = {**vars(found), "path": str(found.path), "bytes": found.bytes_on_disk}
+        del document["bytes_on_disk"]
+        ui.print_json(document)
+    else:
+        _show_inspection(found)
+
+
+def _show_inspection(inspection: Inspection) -> None:
+    """A description, then tables of each part."""
+    from perceiver_export.calibration.report.tables import part_tables
+
+    manifest = inspection.manifest
+    if manifest is not None:
+        kind = f"{manifest.task}, {manifest.precision}, {manifest.parity} numerics"
+        ui.say(f"{manifest.name}: {kind}, from {manifest.source}")
+        if manifest.labels:
+            more = ", …" if len(manifest.labels) > 5 else ""
+            ui.say(f"labels: {len(manifest.labels)} ({', '.join(map(printable, manifest.labels[:5]))}{more})")
+        for note in manifest.notes:
+            ui.say(note, "note:")
+    ui.say(f"on disk: {ui.mebibytes(inspection.bytes_on_disk)}")
+    held = {"": inspection.certificates, **inspection.certified_with}
+    for options, certificates in held.items():
+        for certificate in certificates:
+            ui.say(f"certified, and valid here{f' with {options}' if options else ''}: {certificate}")
+    if inspection.certified_elsewhere:
+        ui.say(f"certified elsewhere, not valid here: {', '.join(inspection.certified_elsewhere)}")
+    for name, part in inspection.parts.items():
+        for what, specs in (("input", part.inputs), ("output", part.outputs)):
+            for spec in specs:
+                ui.say(f"{what} {ui.described(spec, {} if manifest is None else manifest.output_kinds)}")
+        for table in part_tables(name, part):
+            ui.print_table(table.title, table.columns, table.rows, table.note)
+    if inspection.calibration is not None:
+        _show_precision(inspection.calibration)
+
+
+def _show_precision(calibration: Calibration) -> None:
+    """Each linear layer: its precision, its SQNR, and the kernel that runs it on each engine."""
+    data = calibration.data
+    source = f"{data.samples:,} samples of {data.source} (fingerprint {data.fingerprint[:16]})"
+    ui.say(f"{calibration.how}, calibrated on {source}")
+    ui.say(f"quantized by policy: {calibration.policy}")
+    for gate in calibration.gates:
+        ui.say(f"on the calibration data, {gate}")
+    for name, part in calibration.parts.items():
+        kernels = [{layer.name: layer.kernel for layer in one.layers} for one in part.coverage]
+        macs = sum(one.macs for one in part.linears) + 1e-9
+        rows = [
+            (
+                *(one.name, one.scheme, f"{one.macs / macs:.1%}", "" if one.sqnr is None else f"{one.sqnr:.1f}"),
+                *(engine.get(one.name, "float") for engine in kernels),
+            )
+            for one in part.linears
+        ]
+        shares = [f"{one.engine}: {one.share:.2%} of int8 in integer kernels" for one in part.coverage]
+        ui.print_table(f"linears of {name}", ["linear", "precision", "work>", "SQNR, dB>", *shares], rows)
+        for excluded in part.excluded:
+            ui.say(f"float: {excluded.name} ({excluded.share:.1%} of the work): {excluded.reason}")
+        for hazard in part.hazards:
+            ui.say(f"too large for fp16: {hazard.name}, up to {hazard.largest:.3g}, sums of {hazard.depth:,}")
+
+
+def package(
+    bundle: ui.BundleArgument,
+    server: Annotated[str, typer.Option("--for", metavar="triton|ovms", help="The server to write it for.")],
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", help="Where the model repository goes; by default BUNDLE-SERVER.")
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option(help="Target on the server: ort-cpu, ort-cuda, openvino-cpu, -gpu or -npu.")
+    ] = None,
+    json: ui.JsonFlag = False,
+) -> None:
+    """Write a model repository for an inference server, set up by the figures of `bench --save`."""
+    from perceiver_export.exporter.serving import package as package_
+
+    path = package_(bundle, server, output, target=target)
+    files = sorted(file.relative_to(path) for file in path.rglob("*") if file.is_file())
+    if json:
+        ui.print_json({"path": str(path), "files": list(map(str, files))})
+        return
+    ui.say(f"{path} is a model repository for {server}:")
+    for file in files:
+        ui.say(f"  {file} ({ui.mebibytes((path / file).stat().st_size)})")
+    ui.say(f"next: {_NEXT[server].format(path=shlex.quote(str(path.absolute())))}")

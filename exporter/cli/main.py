@@ -1,37 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`perceiver-export`: one file a command beside this one, each a skin over the Python call of the same name.
+"""`perceiver-export`: each command is a thin layer over the Python function of the same name.
 
-This is the only place that turns errors into text and exit codes: 0 done and gates held, 1 not, 2 usage.
+Only this module turns errors into text and exit codes: 0 done and gates held, 1 not, 2 wrong usage.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import logging
+import os
 import sys
 from collections.abc import Callable
 from typing import Annotated, ParamSpec
 
 import typer
 
-from perceiver_export.exporter.cli.bench import bench
-from perceiver_export.exporter.cli.build import build
 from perceiver_export.exporter.cli.demo import demo
-from perceiver_export.exporter.cli.doctor import doctor
-from perceiver_export.exporter.cli.export import export
-from perceiver_export.exporter.cli.inspect import inspect
-from perceiver_export.exporter.cli.lint import lint
-from perceiver_export.exporter.cli.package import package
-from perceiver_export.exporter.cli.presets import presets
+from perceiver_export.exporter.cli.engines import bench, build, doctor, lint
+from perceiver_export.exporter.cli.export import export, inspect, package, presets
 from perceiver_export.exporter.cli.quantize import quantize
 from perceiver_export.exporter.cli.run import run
 from perceiver_export.exporter.cli.validate import validate
-from perceiver_export.runtimes.errors import PerceiverExportError
+from perceiver_export.runtimes.errors import PerceiverExportError, printable
+from perceiver_export.runtimes.files import is_full
 
 _P = ParamSpec("_P")
 
 app = typer.Typer(
     name="perceiver-export",
-    help="Takes a trained Perceiver IO and makes it run on a device, verified, without torch.",
+    help="Takes a trained Perceiver IO and runs it on a device, verified, without torch.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -39,7 +37,7 @@ app = typer.Typer(
 
 
 def _interruptible(command: Callable[_P, None]) -> Callable[_P, None]:
-    """Ctrl-C as one of our errors; typer would exit with 130 and say nothing of what became of the work."""
+    """Ctrl-C as one of our errors; typer would exit with 130, silently."""
 
     @functools.wraps(command)
     def run_command(*arguments: _P.args, **options: _P.kwargs) -> None:
@@ -76,6 +74,8 @@ def _options(
 
 def main() -> None:
     """Console script: run a command; our errors become one `error:` and one `hint:` line."""
+    if logging.lastResort is not None:  # warnings, such as of an engine that is compiled again, on standard error
+        logging.getLogger("perceiver_export").addHandler(logging.lastResort)
     try:
         app()
     except PerceiverExportError as error:
@@ -84,12 +84,21 @@ def main() -> None:
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output went away, as `head` does
         sys.exit(1)
+    except OSError as error:
+        if not is_full(error):
+            raise
+        with contextlib.suppress(OSError):  # what waits for standard output is not tried again when Python ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _complain(
+            f"the disk is full: {error.filename or 'the output'} was not written", "free some space and try again"
+        )
+        sys.exit(1)
 
 
 def _complain(message: str, hint: str) -> None:
     one_line = " ".join(message.split())
-    typer.echo(typer.style("error:", fg="red", bold=True) + f" {one_line}", err=True)
-    typer.echo(typer.style("hint:", fg="yellow", bold=True) + f" {' '.join(hint.split())}", err=True)
+    typer.echo(typer.style("error:", fg="red", bold=True) + f" {printable(one_line)}", err=True)
+    typer.echo(typer.style("hint:", fg="yellow", bold=True) + f" {printable(' '.join(hint.split()))}", err=True)
 
 
 if __name__ == "__main__":

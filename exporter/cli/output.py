@@ -1,143 +1,181 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What commands print: tables for people, JSON for machines, progress for those who wait at a terminal."""
+"""Shared by all commands: options, tables for people, JSON for machines, progress, checks of files."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
+import inspect
+import os
 import re
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-if TYPE_CHECKING:
-    from rich.console import Console, ConsoleOptions, JustifyMethod
-    from rich.measure import Measurement
-    from rich.table import Table
-    from rich.text import Text
+from perceiver_export.runtimes.errors import InputError, UsageError, printable
+from perceiver_export.runtimes.files import check_writable, encode_json, replacing, write_bytes, writing
 
-_ENDLESS = 10_000  # columns of a terminal
+if TYPE_CHECKING:
+    from perceiver_export.runtimes.manifest import OutputKind, TensorSpec
+
+_STEERING = re.compile("[\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 _LEAST = 8  # columns of a terminal that are left for a name
 _BETWEEN_PARTS = re.compile(r"(?<=\w[./_:-])(?=[^\W\d_])|(?<=/)(?=\w)")  # encoder. self_ attentions.0. mlp
+_NO_DATA = (".html", ".json", ".md", ".xml")  # files that commands write, and that are never samples
+_KINDS = {
+    "single-label": "labels that exclude each other (softmax)",
+    "multi-label": "labels that do not exclude each other (sigmoid)",
+    "regression": "values as they are",
+}
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON for machines instead of tables.")]
-DeviceOption = Annotated[str, typer.Option(help="Target to run on; `auto` takes the first that is present.")]
-PrecisionOption = Annotated[
-    str | None, typer.Option(help="Engine of this precision (fp32, fp16, bf16); by default the one built last.")
-]
-ThreadsOption = Annotated[int | None, typer.Option(help="Threads of the engine; it decides where none are given.")]
 BundleArgument = Annotated[str, typer.Argument(metavar="BUNDLE", help="A bundle, as `export` writes it.")]
+
+
+def options_of(*kinds: type[Any], **parse: Callable[[str], tuple[str, Any]]) -> Callable[..., Any]:
+    """Decorate a command: each of its parameters that is a dataclass of ``kinds`` becomes an option for each field that
+    has a ``doc``.
+
+    The help of an option is its field's ``doc`` in the metadata, its metavar ``value``. A field that is a mapping takes
+    several NAME=VALUE, each read by the function of its name in ``parse``. A field that is a dataclass itself takes the
+    options of its own fields.
+    """
+    fields = [found for kind in kinds for found in _flat(kind)]
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        signature = inspect.signature(command, eval_str=True)
+        parameters = {name: one for name, one in signature.parameters.items() if one.annotation in kinds}
+
+        @functools.wraps(command)
+        def run(*arguments: Any, **given: Any) -> None:
+            values = {field.name: given.pop(field.name) for field, _ in fields}
+            values |= {name: dict(map(read, values[name] or ())) for name, read in parse.items()}
+            built = {name: _built(one.annotation, values) for name, one in parameters.items()}
+            command(*arguments, **given, **built)
+
+        others = [one for name, one in signature.parameters.items() if name not in parameters]
+        made = [_parameter(field, hint) for field, hint in fields]
+        run.__signature__ = signature.replace(parameters=[*others, *made])  # type: ignore[attr-defined]
+        run.__annotations__ = {one.name: one.annotation for one in (*others, *made)}
+        return run
+
+    return decorate
+
+
+def _flat(kind: type[Any]) -> Iterator[tuple[dataclasses.Field[Any], Any]]:
+    """The fields with a ``doc``, nested ones included, and their types."""
+    hints = get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        if dataclasses.is_dataclass(hints[field.name]):
+            yield from _flat(hints[field.name])
+        elif "doc" in field.metadata:
+            yield field, hints[field.name]
+
+
+def _built(kind: type[Any], values: dict[str, Any]) -> Any:
+    hints, own = get_type_hints(kind), {}
+    for field in dataclasses.fields(kind):
+        nested = dataclasses.is_dataclass(hints[field.name])
+        value = _built(hints[field.name], values) if nested else values.get(field.name)
+        if value is not None:
+            own[field.name] = value
+    return kind(**own)
+
+
+def _parameter(field: dataclasses.Field[Any], hint: Any) -> inspect.Parameter:
+    flag, default, metavar = f"--{field.name.replace('_', '-')}", field.default, field.metadata.get("value")
+    kind: Any = hint
+    if default is dataclasses.MISSING:  # a mapping or a sequence
+        kind, default, metavar = list[str] | None, None, metavar or "NAME=VALUE"
+    elif hint in (bool, bool | None):
+        flag = flag if default is False else f"{flag}/{flag.replace('--', '--no-', 1)}"
+    elif hint not in (int, int | None, float, float | None):
+        kind, default = (str | None, None) if default is None else (str, str(default))
+    annotation = Annotated[kind, typer.Option(flag, metavar=metavar, help=field.metadata.get("doc"))]
+    return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def say(text: str, mark: str = "") -> None:
+    """Lines on standard output, after a coloured ``mark``; spells out characters that steer the terminal."""
+    typer.echo((typer.style(mark, fg="yellow", bold=True) + " " if mark else "") + _lines(text))
 
 
 def print_json(value: Any) -> None:
     """One JSON document on standard output."""
-    import msgspec
+    # JSON escapes only the first of the control characters.
+    document = encode_json(value).decode()
+    typer.echo(_STEERING.sub(lambda found: f"\\u{ord(found[0]):04x}", document), nl=False)
 
-    typer.echo(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
+
+def _lines(text: str) -> str:
+    return "\n".join(map(printable, text.split("\n")))
 
 
-def print_table(
-    title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], note: str = "", turns: bool = False
-) -> None:
-    """A table as wide as it needs to be; columns named with a trailing ``>`` are figures, right-aligned.
+def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], note: str = "") -> None:
+    """A table as wide as it needs to be; a column whose name ends in ``>`` holds figures, right-aligned.
 
-    Where the terminal is too narrow for it, names are folded between their parts, and figures not at all; one that
-    ``turns`` has a row a column instead.
+    In a terminal that is too narrow, names fold between their parts, and figures never.
     """
     from rich.console import Console
-    from rich.measure import Measurement
-
-    # Piped to a file there is no width to fit into, and a table folded at 80 columns is hard to read.
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
-    rows = list(rows)
-
-    def fits(table: Table) -> bool:
-        return Measurement.get(console, console.options.update(width=_ENDLESS), table).maximum <= console.width
-
-    table = _table(title, columns, rows, note)
-    if turns and not fits(table):
-        head, *rest = zip(columns, *rows, strict=True)
-        columns = [head[0], *(f"{cell}>" for cell in head[1:])]
-        rows = [(name.rstrip(">"), *cells) for name, *cells in rest]
-        table = _table(title, columns, rows, note)
-    if not fits(table):
-        table = _table(title, columns, rows, note, console.width)
-    console.print(table)
-
-
-def _table(
-    title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], note: str, width: int | None = None
-) -> Table:
-    """``width``: what it must be made to fit into."""
     from rich.table import Table
     from rich.text import Text
 
-    rows = list(rows)
-    table = Table(
-        title=Text(title, style="bold"),
-        title_justify="left",
-        caption=Text(note) if note else None,
-        caption_justify="left",
-    )
-    whole = {} if width is None else _figures(columns, rows, width)
+    # A pipe has no width, and a table folded at 80 columns is hard to read.
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    cells = [[_lines(cell) for cell in row] for row in (columns, *rows)]
+    widths = [max(len(line) for cell in column for line in cell.split("\n")) for column in zip(*cells, strict=True)]
+    if sum(widths) + 3 * len(columns) + 1 > console.width:
+        cells = _narrowed(cells, console.width - 3 * len(columns) - 1)
+    table = Table(title=Text(_lines(title), style="bold"), title_justify="left", caption_justify="left")
+    table.caption = Text(_lines(note)) if note else None
+    for name, header in zip(columns, cells[0], strict=True):
+        figures = name.endswith(">")
+        table.add_column(header.rstrip(">"), justify="right" if figures else "left", overflow="fold", no_wrap=figures)
+    for row in cells[1:]:
+        table.add_row(*map(Text, row))
+    console.print(table)
+
+
+def _narrowed(cells: Sequence[Sequence[str]], width: int) -> list[list[str]]:
+    """The same with a line for each word above figures, and with long words of names in lines.
+
+    ``width``: characters of all columns together.
+    """
+    columns = list(zip(*cells, strict=True))
+    figures = [header.endswith(">") for header, *_ in columns]
+    for index, (header, *rest) in enumerate(columns):
+        if figures[index]:
+            columns[index] = (header.replace(" ", "\n"), *rest)
+            width -= max(len(line) for cell in columns[index] for line in cell.split("\n"))
+    each = max(width // max(figures.count(False), 1), _LEAST)
     for index, column in enumerate(columns):
-        name, justify = column.rstrip(">"), "right" if column.endswith(">") else "left"
-        header = "\n".join(_folded(name, whole.get(index, _ENDLESS)))
-        table.add_column(header, justify=cast("JustifyMethod", justify), overflow="fold", no_wrap=index in whole)
-    for row in rows:
-        cells = enumerate(row)
-        table.add_row(*(Text(cell) if width is None or index in whole else _Name(cell) for index, cell in cells))
-    return table
+        if not figures[index]:
+            columns[index] = tuple(
+                re.sub(rf"\S{{{each + 1},}}", lambda long: _broken(long[0], each), cell) for cell in column
+            )
+    return [list(row) for row in zip(*columns, strict=True)]
 
 
-def _figures(columns: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> dict[int, int]:
-    """Of columns that need not be folded, index and width; none where too little would be left for the others."""
-    found = {
-        index: max(len(text) for text in (*name.rstrip(">").split(), *(row[index] for row in rows), ""))
-        for index, name in enumerate(columns)
-        if name.endswith(">")
-    }
-    left = width - sum(found.values()) - 3 * len(columns) - 1
-    return found if left >= _LEAST * (len(columns) - len(found)) else {}
-
-
-class _Name:
-    """A cell of a table that is folded between words, and words that are too long between their parts."""
-
-    def __init__(self, text: str) -> None:
-        self._text = text
-
-    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
-        from rich.measure import Measurement
-        from rich.text import Text
-
-        return Measurement.get(console, options, Text(self._text))
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
-        from rich.text import Text
-
-        lines = (part for line in self._text.split("\n") for part in _folded(line, options.max_width))
-        yield Text("\n".join(lines), overflow="fold")
-
-
-def _folded(line: str, width: int) -> list[str]:
+def _broken(word: str, width: int) -> str:
+    """A long word in lines, broken between its parts."""
     lines = [""]
-    for word in re.findall(r"\s*\S+", line):
-        for part in [word] if len(word.strip()) <= width else _BETWEEN_PARTS.split(word):
-            if lines[-1] and len(lines[-1]) + len(part) > width:
-                lines.append(part.lstrip())
-            else:
-                lines[-1] += part
-    return lines
+    for part in _BETWEEN_PARTS.split(word):
+        if lines[-1] and len(lines[-1]) + len(part) > width:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(lines)
 
 
 @contextlib.contextmanager
 def progress_bar(what: str, quiet: bool = False) -> Iterator[Callable[[str, int, int | None], None]]:
     """A bar on standard error that appears after two seconds; nothing where that is not a terminal.
 
-    Gives ``update(description, done, total)``.
+    Yields ``update(description, done, total)``.
     """
     if quiet or not sys.stderr.isatty():
         yield lambda description, done, total: None
@@ -145,15 +183,16 @@ def progress_bar(what: str, quiet: bool = False) -> Iterator[Callable[[str, int,
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    progress = Progress(
-        TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=Console(stderr=True), transient=True
-    )
+    columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
+    progress = Progress(*columns, console=Console(stderr=True), transient=True)
     task = progress.add_task(what, total=None)
     timer = threading.Timer(2.0, progress.start)
     timer.daemon = True
     timer.start()
 
     def update(description: str, done: int, total: int | None) -> None:
+        if progress.tasks[0].finished:  # the next of several: its time and its share begin anew
+            progress.reset(task)
         progress.update(task, description=description, completed=done, total=total)
 
     try:
@@ -165,20 +204,79 @@ def progress_bar(what: str, quiet: bool = False) -> Iterator[Callable[[str, int,
 
 
 def mebibytes(size: float) -> str:
-    """Bytes as MiB, of less than a tenth of one as KiB."""
-    if 0 < size < 0.1 * 2**20:
-        return f"{size / 2**10:.1f} KiB"
-    return f"{size / 2**20:,.1f} MiB"
+    """Bytes as MiB; less than a tenth of one as KiB."""
+    return f"{size / 2**10:.1f} KiB" if 0 < size < 0.1 * 2**20 else f"{size / 2**20:,.1f} MiB"
+
+
+def unit(number: float) -> tuple[float, str]:
+    """The power of ten to divide by, and its letter: 1e6 and M; 1 for numbers below a thousand."""
+    return next((one for one in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")) if number >= one[0]), (1.0, ""))
 
 
 def count(number: float) -> str:
     """1,234,567 as 1.23 M."""
-    for power, suffix in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
-        if number >= power:
-            return f"{number / power:.2f}{suffix}"
-    return f"{number:g} "
+    power, letter = unit(number)
+    return f"{number / power:.2f} {letter}" if letter else f"{number:g} "
 
 
 def shape(dims: Sequence[int | str]) -> str:
     """1 × 3 × 224 × 224."""
-    return " × ".join(str(dim) for dim in dims)
+    return " × ".join(map(str, dims))
+
+
+def described(spec: TensorSpec, kinds: Mapping[str, OutputKind]) -> str:
+    """A tensor's name, type, shape and meaning; ``kinds`` are those of outputs, by name."""
+    meanings = (spec.meaning, _KINDS.get(kinds.get(spec.name, ""), ""))
+    return ", ".join(filter(None, (f"{spec.name}: {spec.dtype} {shape(spec.shape)}", *meanings)))
+
+
+def pair(text: str, option: str, example: str) -> tuple[str, str]:
+    """NAME=VALUE -> (NAME, VALUE). Raises UsageError."""
+    name, equals, value = text.partition("=")
+    if not (name and equals and value):
+        raise UsageError(f"{option} {text!r} is not NAME=VALUE", f"for example {option} {example}")
+    return name, value
+
+
+def check_file(path: Path) -> None:
+    """Refuse a file that cannot be written, before a model runs for minutes. Raises InputError."""
+    check_writable(path, InputError, "choose another file")
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise InputError(
+            f"{path} cannot be written: it is a directory, or its folder does not exist",
+            "name a file in an existing folder",
+        )
+
+
+def check_output(path: Path, read: Iterable[str | os.PathLike[str] | None], ending: str | None = None) -> None:
+    """Refuse a file or directory that would overwrite an input, that lies in a bundle, or has another ``ending``.
+
+    ``read`` are inputs as typed: files, directories of samples, text, or none. Raises UsageError.
+    """
+    from perceiver_export.calibration.bundles import enclosing_bundle
+
+    for one in read:
+        if one is None or not os.path.exists(one):  # text, and module:function
+            continue
+        place, source = path.resolve(), Path(one).resolve()
+        sample = path.is_file() and source in place.parents and path.suffix.lower() not in _NO_DATA
+        if place == source or sample:
+            raise UsageError(f"{path} is read by this command, and would be overwritten", "write to another place")
+    if ending is not None and path.suffix.lower() != ending:
+        named = path / f"NAME{ending}" if path.is_dir() else path.with_suffix(ending)
+        raise UsageError(f"{path} does not end in {ending}", f"name a file that does: {named}")
+    bundle = enclosing_bundle(path)
+    if bundle is not None:
+        raise UsageError(f"{path} lies inside the bundle {bundle}", "write to a place outside of it")
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Yields a temporary path to write to, with the same ending; it becomes ``path``. Raises InputError."""
+    with writing(path, InputError, "choose another file"), replacing(path) as temporary:
+        yield temporary
+
+
+def write_json(path: Path, document: Any) -> None:
+    """Write a document as indented JSON. Raises InputError."""
+    write_bytes(path, encode_json(document), InputError, "choose another file")

@@ -1,91 +1,129 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`perceiver-export run`: what a bundle does with files or text, by its task."""
+"""`perceiver-export run`: read files or text, ask the bundle's task, show and save the answers."""
 
 from __future__ import annotations
 
-import importlib
+import shlex
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from perceiver_export.exporter.cli.files import check_output
-from perceiver_export.exporter.cli.output import (
-    BundleArgument,
-    DeviceOption,
-    JsonFlag,
-    PrecisionOption,
-    ThreadsOption,
-)
-from perceiver_export.exporter.cli.run_options import RunOptions
+from perceiver_export.exporter.cli import answers, run_frames, run_text
+from perceiver_export.exporter.cli import output as ui
+from perceiver_export.exporter.cli.answers import Answers, Progress, Request, Table
 from perceiver_export.runtimes.errors import BundleError, UsageError
+from perceiver_export.runtimes.preprocessing import TextPreprocessing
 
 if TYPE_CHECKING:
-    from perceiver_export.runtimes.engines.backend import Precision
+    from perceiver_export.runtimes.manifest import Manifest
 
-# Of each task: the module beside this one and its function, and what to give it.
-_COMMANDS = {
-    "image-classification": ("run_pictures", "run"),
-    "fill-mask": ("run_text", "run_fill_mask"),
-    "text-classification": ("run_text", "run_classification"),
-    "optical-flow": ("run_flow", "run"),
-    "video-autoencoding": ("run_video", "run"),
-    "audio-classification": ("run_audio", "run"),
-    "point-cloud-classification": ("run_points", "run"),
-    "sets": ("run_arrays", "run"),
-    "arrays": ("run_arrays", "run"),
+
+class _Runner(NamedTuple):
+    """``read`` checks a request and reads its samples, ``answer`` asks the task; ``ending`` is that of -o."""
+
+    example: str
+    read: Callable[[Request], Any]
+    answer: Callable[[Any, Any, Request, Progress], Answers]
+    ending: str | None = ".json"
+
+
+_ARRAYS = _Runner("ARRAYS.npz -o OUT.npz", answers.array_file, answers.answer_arrays, ".npz")
+RUNNERS = {
+    "image-classification": _Runner("IMAGE…", answers.image_files, partial(answers.answer_each, "image")),
+    "fill-mask": _Runner("'TEXT WITH [MASK*5]'", partial(run_text.read_texts, by_line=False), run_text.answer_masks),
+    "text-classification": _Runner("'TEXT'", partial(run_text.read_texts, by_line=True), run_text.answer_texts),
+    "optical-flow": _Runner("FRAME0.png FRAME1.png -o flow.png", run_frames.read_frames, run_frames.answer_flow, None),
+    "video-autoencoding": _Runner(
+        "FRAMES_DIRECTORY SOUND.wav -o DIRECTORY", run_frames.read_video, run_frames.answer_video, None
+    ),
+    "audio-classification": _Runner("SOUND.wav", lambda request: request.inputs, answers.answer_sounds),
+    "point-cloud-classification": _Runner(
+        "POINTS.ply", answers.point_files, partial(answers.answer_each, "point cloud")
+    ),
+    "sets": _ARRAYS._replace(example="ENTITIES.npz -o OUT.npz"),
+    "arrays": _ARRAYS,
 }
-_TOP = 3
-_WITHOUT_LABELS = ("optical-flow", "sets", "arrays")
-_NO_JSON = (*_WITHOUT_LABELS, "video-autoencoding")  # what -o of these writes, and how it may be called, they know
-INPUTS = {
-    "image-classification": "PICTURE…",
-    "fill-mask": "'TEXT WITH [MASK*5]'",
-    "text-classification": "'TEXT'",
-    "optical-flow": "FRAME0.png FRAME1.png -o flow.png",
-    "video-autoencoding": "FRAMES_DIRECTORY SOUND.wav -o DIRECTORY",
-    "audio-classification": "SOUND.wav",
-    "point-cloud-classification": "POINTS.ply",
-    "sets": "ENTITIES.npz -o OUT.npz",
-    "arrays": "ARRAYS.npz -o OUT.npz",
-}
 
 
+@ui.options_of(Request)
 def run(
-    bundle: BundleArgument,
+    bundle: ui.BundleArgument,
+    options: Request,
     inputs: Annotated[
-        list[str],
+        list[str] | None,
         typer.Argument(
             metavar="INPUT…",
-            help="Pictures (files or directories), text, two frames or a directory of them, WAV, .ply/.xyz/.npy, .npz.",
+            help="Images (files or directories), text, .txt or .jsonl, two frames or a directory of them, WAV, "
+            ".ply/.xyz/.npy, .npz.",
+            show_default=False,
         ),
-    ],
-    output: Annotated[
-        str | None,
-        typer.Option("--output", "-o", help="Where answers go: .json, or a picture, arrays, a directory of frames."),
     ] = None,
-    top: Annotated[int | None, typer.Option(help="How many labels to show of each.", show_default="3")] = None,
-    device: DeviceOption = "auto",
-    precision: PrecisionOption = None,
-    threads: ThreadsOption = None,
-    check_finite: Annotated[
-        bool, typer.Option("--check-finite", help="Refuse NaN and infinity, in what goes in and in what comes out.")
-    ] = False,
-    json: JsonFlag = False,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Where answers go: .json, or an image, arrays, a directory of frames."),
+    ] = None,
+    top: Annotated[int | None, typer.Option(help="Labels to show of each sample.", show_default="3")] = None,
+    json: ui.JsonFlag = False,
 ) -> None:
-    """Run a bundle on files, or on text, and print or write what it says."""
+    """Run a bundle on files or text, and print or write its answers."""
     from perceiver_export.runtimes.bundle import read_manifest
+    from perceiver_export.runtimes.manifest import judged_output
 
     manifest = read_manifest(Path(bundle))
     task = manifest.task
-    if task not in _COMMANDS:
-        raise BundleError(f"{bundle} is of the unknown task {task!r}", f"this version knows: {', '.join(_COMMANDS)}")
-    if top is not None and (task in _WITHOUT_LABELS or (task == "text-classification" and not manifest.labels)):
-        raise UsageError(f"{bundle} gives no labels of which --top could be shown", "leave --top out")
-    if output is not None:
-        check_output(Path(output), (bundle, *inputs), None if task in _NO_JSON else ".json")
-    module, function = _COMMANDS[task]
-    command = getattr(importlib.import_module(f"perceiver_export.exporter.cli.{module}"), function)
-    wish = cast("Precision | None", precision)
-    options = RunOptions(_TOP if top is None else top, device, threads, json, check_finite, wish)
-    command(bundle, inputs, None if output is None else Path(output), options)
+    if task not in RUNNERS:
+        raise BundleError(f"{bundle} is of the unknown task {task!r}", f"this version knows: {', '.join(RUNNERS)}")
+    judged = judged_output(manifest)
+    if top is not None and task != "fill-mask" and (judged is None or judged[1] == "regression"):
+        raise UsageError(f"{bundle} has no labels for --top to choose from", "leave --top out")
+    if (options.text or options.truncate) and task not in ("fill-mask", "text-classification"):
+        raise UsageError(f"{bundle} is of {task}, which reads no text", "leave --text and --truncate out")
+    if not inputs and not options.text:
+        raise UsageError("no input is given", f"give {RUNNERS[task].example}")
+    request = replace(options, bundle=bundle, inputs=inputs or (), output=output, json=json)
+    run_task(task, request if top is None else replace(request, top=top))
+
+
+def run_task(task: str, request: Request) -> None:
+    """Read, ask, save and show. Raises what the task raises."""
+    from perceiver_export.runtimes.tasks import open_task
+
+    runner, one = RUNNERS[task], request
+    if one.output is not None:
+        ui.check_output(one.output, (one.bundle, *one.inputs), runner.ending)
+    samples = runner.read(request)
+    if one.output is not None and runner.ending:
+        ui.check_file(one.output)
+    with (
+        open_task(one.bundle, one.device, one.threads, "auto", one.check_finite, one.precision, one.truncate) as opened,
+        ui.progress_bar("run", quiet=request.json) as progress,
+    ):
+        found = runner.answer(opened, samples, request, progress)
+        where = found.runtime.describe()
+    document = {"runtime": where, **found.document}
+    if one.output is not None and found.save is not None:
+        found.save(one.output)
+    elif one.output is not None and runner.ending == ".json":
+        ui.write_json(one.output, document)
+    if request.json:
+        ui.print_json(document)
+        return
+    version = where["version"].partition("-")[0]  # OpenVINO's goes on with its branch
+    title = f"{request.bundle} on {where['engine']} {version}, {where['device']}, {where['precision']}"
+    for shown in found.shown:
+        if isinstance(shown, Table):
+            ui.print_table(shown.title or title, shown.columns, shown.rows, shown.note)
+        else:
+            ui.say(shown)
+
+
+def example_input(manifest: Manifest) -> str:
+    """What to type behind `run BUNDLE`; the mask is that of the bundle's tokenizer."""
+    steps = manifest.preprocessing
+    if manifest.task == "fill-mask" and isinstance(steps, TextPreprocessing) and steps.tokenizer:
+        return shlex.quote(f"TEXT WITH {steps.tokenizer.mask}")
+    return RUNNERS[manifest.task].example if manifest.task in RUNNERS else "INPUT…"

@@ -3,274 +3,195 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import shlex
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from perceiver_export.exporter.cli.files import check_file, check_output, new_file
+from perceiver_export.calibration.validation.options import ValidateOptions
 from perceiver_export.exporter.cli.output import (
     BundleArgument,
     JsonFlag,
-    PrecisionOption,
-    ThreadsOption,
+    check_file,
+    check_output,
+    new_file,
+    options_of,
     print_json,
     print_table,
     progress_bar,
+    say,
 )
 from perceiver_export.runtimes.errors import UsageError
+from perceiver_export.runtimes.files import readable
 
 if TYPE_CHECKING:
-    from perceiver_export.calibration.scores import MetricResult
-    from perceiver_export.calibration.sides import Reference
-    from perceiver_export.calibration.statistics import Estimate
-    from perceiver_export.calibration.validated import Validation
+    from perceiver_export.calibration.report.tables import Report
+    from perceiver_export.calibration.validation.results import Validation
+    from perceiver_export.runtimes.certificates import Certificate
 
 _SHOWN_WORST = 5
+_OUTPUTS = {"save_worst": "worst samples", "junit": "JUnit", "report": "report"}  # in words
 
 
+@options_of(ValidateOptions)
 def validate(
     bundle: BundleArgument,
     data: Annotated[
-        str, typer.Option(help="Pictures with labels.csv or in class folders, .npz, .jsonl, module:function.")
+        str, typer.Option(help="Images with labels.csv or in class folders, .npz, .jsonl, module:function.")
     ],
-    against: Annotated[
-        str | None,
-        typer.Option(metavar="BUNDLE|SOURCE", help="Reference: another bundle, or the checkpoint in torch."),
-    ] = None,
-    against_device: Annotated[
-        str | None,
-        typer.Option(
-            help="Target of the reference, by default BUNDLE's (of `all` the first). Without --against: BUNDLE on it."
-        ),
-    ] = None,
-    max_drop: Annotated[
-        float | None, typer.Option(help="Gate: most points that right answers may fall (95 % upper bound).")
-    ] = None,
-    min_agreement: Annotated[
-        float | None, typer.Option(help="Gate: least agreement with the reference, in percent (95 % lower bound).")
-    ] = None,
-    max_metric_change: Annotated[
-        str | None, typer.Option(help="Gate: most that --metric may worsen, in its unit or as 2% (95 % upper bound).")
-    ] = None,
-    metric: Annotated[str | None, typer.Option(help="One of the task's metrics, or module:function.")] = None,
-    samples: Annotated[int | None, typer.Option(help="Stop after so many samples.")] = None,
-    device: Annotated[str, typer.Option(help="Target; `auto` is the first present, `all` each of them.")] = "auto",
-    precision: PrecisionOption = None,
-    threads: ThreadsOption = None,
-    junit: Annotated[str | None, typer.Option(metavar="FILE", help="Write the gates as JUnit XML.")] = None,
-    certify: Annotated[
-        bool,
-        typer.Option("--certify", help="Write a certificate into BUNDLE if all gates hold; it shows where it holds."),
-    ] = False,
-    allow_overlap: Annotated[
-        bool, typer.Option("--allow-overlap", help="Certify though samples were calibrated on, or are repeated.")
-    ] = False,
-    save_worst: Annotated[
-        str | None,
-        typer.Option(metavar="DIR", help="Save the worst samples here (pictures, inputs, worst.json) and classes."),
-    ] = None,
+    options: ValidateOptions,
+    junit: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the gates as JUnit XML.")] = None,
     report: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Write a report: .html with everything in it, or .md.")
+        Path | None, typer.Option(metavar="FILE", help="Write a report: .html with everything in it, or .md.")
     ] = None,
     json: JsonFlag = False,
 ) -> None:
-    """Measure a bundle, paired with a reference, with 95 % bounds; exit 1 where a gate does not hold.
+    """Measure a bundle, paired with a reference, with 95 % bounds; exit 1 if a gate does not hold.
 
-    A gate that the samples cannot decide is no pass either: it says how many would.
+    A gate that the samples cannot decide is not a pass either: it says how many would.
     """
-    from perceiver_export.calibration.targets import validate_targets
+    import msgspec
 
-    gates: dict[str, Any] = {"max_drop": max_drop, "min_agreement": min_agreement}
-    gates["max_metric_change"] = max_metric_change
-    _check_files(junit, report)
-    for written, ending in ((junit, ".xml"), (report, None), (save_worst, None)):
-        if written is not None:
-            check_output(Path(written), (bundle, data, against), ending)
-    if certify and all(gate is None for gate in gates.values()):
-        raise UsageError("a certificate says that a gate held", "ask for one: --max-drop, --min-agreement")
-    options: dict[str, Any] = {**gates, "metric": metric, "samples": samples, "threads": threads}
-    options |= {"allow_overlap": allow_overlap or not certify, "certifying": certify, "save_worst": save_worst}
-    options["precision"] = precision
-    with progress_bar("validate", quiet=json) as progress:
-        results = validate_targets(
-            bundle,
-            data,
-            device,
-            against=None if against is None else _reference(bundle, against),
-            against_device=against_device,
-            keep_failures=True,
-            progress=lambda done, total: progress("validate", done, total),
-            **options,
-        )
-    if junit is not None:
-        _write_junit(Path(junit), results)
-    if json:
-        print_json(results[0] if device != "all" else {"targets": results})
-    else:
-        _show(bundle, results)
+    against = cast("str | None", options.against)
+    worst = None if options.save_worst is None else Path(options.save_worst)
+    outputs = {name: path for name, path in zip(_OUTPUTS, (worst, junit, report), strict=False) if path is not None}
+    _check_outputs(outputs, (bundle, data, against))
+    found = _Outcome(_validated(bundle, data, against, options, json))
+    if not json:
+        _show(found.results)
     try:
-        if certify and all(result.held for result in results):
-            _certify(bundle, results, json)
-    finally:  # what could not be certified is worth a report too
-        if report is not None:
-            _write_report(Path(report), bundle, results, against, threads)
-    for result in results:
+        _write(bundle, found, options, outputs, json)
+    finally:  # even if the last output could not be written
+        if json:
+            several = options.device == "all"
+            shown = {"targets": found.results} if several else msgspec.structs.asdict(found.results[0])
+            print_json({**shown, "certificates": found.certificates, "written": found.written})
+        else:
+            _show_written(found)
+    for result in found.results:
         result.require()
 
 
-def _check_files(junit: str | None, report: str | None) -> None:
-    """Before models run for minutes: raise UsageError where a file could not be written."""
-    if report is not None:
-        from perceiver_export.calibration.report import check_report_file
+@dataclass
+class _Outcome:
+    """The results, the report, certificates, and where outputs were written, by name."""
 
-        check_report_file(Path(report))
-    files = [Path(file).absolute() for file in (junit, report) if file is not None]
-    for file in files:
-        check_file(file)
-    if len(set(files)) < len(files):
-        raise UsageError(f"{report} cannot be both the JUnit file and the report", "give each a file of its own")
+    results: tuple[Validation, ...]
+    report: Report | None = None
+    certificates: tuple[Certificate, ...] = ()
+    written: dict[str, str] = field(default_factory=dict)
 
 
-def _reference(bundle: str, against: str) -> str | Reference:
-    """``--against`` as `validate` takes it: a bundle by its path, a checkpoint as a function that runs it in torch."""
-    if (Path(against) / "manifest.json").is_file():
-        return against
-    from perceiver_export.exporter.reference import load_reference
+def _check_outputs(outputs: Mapping[str, Path], read: Sequence[str | None]) -> None:
+    """Raise, before models run for minutes, if one of the outputs cannot be written."""
+    from perceiver_export.calibration.report.report import check_report_file
 
-    return load_reference(bundle, against)
-
-
-def _show(bundle: str, results: Sequence[Validation]) -> None:
-    for result in results:
-        show_validation(bundle, result)
-    if len(results) > 1:
-        show_targets(results)
-
-
-def show_validation(name: str, result: Validation) -> None:
-    """The metrics of both sides as a table; below it warnings, worst classes and samples, and gates."""
-    title = f"{name} on {result.samples:,} sample{'s' if result.samples != 1 else ''}"
-    title += f", {_where(result.candidate)}"
-    if result.reference is not None:
-        title += f", against {result.reference['name']} ({_where(result.reference)})"
-    rows = [_row(metric) for metric in result.metrics]
-    if result.failure is not None:
-        rows.append(("outputs", "NaN or infinite", "", "", ""))
-    elif not rows:
-        rows.append(("outputs", "all finite; no labels and no reference to measure against", "", "", ""))
-    columns = ["", "measured>", "95 % bounds>", "reference>", "worse by (bounds)>"]
-    flips = next((metric for metric in result.metrics if metric.lost is not None), None)
-    note = "" if flips is None else _flips(flips, result.mcnemar)
-    print_table(title, columns, rows, f"each bound holds with 95 % by itself{note}")
-    for warning in result.warnings:
-        typer.echo(f"warning: {warning}")
-    if result.reference is not None and any(row.flips != 0 for row in result.worst_classes):
-        _show_classes(result)
-    if result.reference is not None and (not result.worst_classes or any(row.flips for row in result.worst_classes)):
-        _show_samples(result)
-    for gate in result.gates:
-        if gate.held:  # one that does not is the error that follows
-            typer.echo(str(gate))
+    if "report" in outputs:
+        check_report_file(outputs["report"])
+    places = [path.absolute() for path in outputs.values()]
+    for name, path in outputs.items():
+        if places.count(path.absolute()) > 1:
+            raise UsageError(f"two outputs would be {path}", "name two files")
+        if name != "save_worst":
+            check_file(path.absolute())
+        check_output(path, read, ".xml" if name == "junit" else None)
 
 
-def _where(side: Mapping[str, Any]) -> str:
-    """Target, and the precision of the engine that was taken there."""
-    return ", ".join(str(side[key]) for key in ("target", "precision") if key in side)
+def _validated(
+    bundle: str, data: str, against: str | None, options: ValidateOptions, quiet: bool
+) -> tuple[Validation, ...]:
+    """`calibration.validate_targets`, against a bundle or a function that runs a checkpoint in PyTorch."""
+    from perceiver_export.calibration.validation.validation import validate_targets
+
+    if against is not None and not (Path(against) / "manifest.json").is_file():
+        from perceiver_export.exporter.sources import load_reference
+
+        options = replace(options, against=load_reference(bundle, against))
+    options = replace(options, keep_failures=True)
+    with progress_bar("validate", quiet=quiet) as progress:
+        return validate_targets(bundle, data, options, progress=lambda *counts: progress("validate", *counts))
 
 
-def _certify(bundle: str, results: Sequence[Validation], json: bool) -> None:
-    """Write the certificates and say them, where JSON is printed beside it."""
-    from perceiver_export.calibration.certificate import certify
+def _write(bundle: str, found: _Outcome, options: ValidateOptions, outputs: Mapping[str, Path], quiet: bool) -> None:
+    """Write the outputs, and note in ``found`` where."""
+    from perceiver_export.calibration.report.report import gather, junit, write_report
+    from perceiver_export.calibration.validation.certify import certify
+    from perceiver_export.runtimes.certificates import FILE
 
-    for certificate in certify(bundle, results):
-        typer.echo(f"certified: {certificate}", err=json)
-
-
-def _write_junit(path: Path, results: Sequence[Validation]) -> None:
-    from perceiver_export.calibration.junit import junit
-
-    with new_file(path) as temporary:
-        temporary.write_bytes(junit(results))
-
-
-def _write_report(
-    path: Path, bundle: str, results: Sequence[Validation], against: str | None, threads: int | None
-) -> None:
-    """The report on what was validated, with the command that was typed."""
-    import shlex
-    import sys
-
-    from perceiver_export.calibration.report import write_report
-    from perceiver_export.calibration.report.gather import gather
-
-    command = shlex.join(["perceiver-export", *sys.argv[1:]])
-    with new_file(path) as temporary:
-        write_report(temporary, gather(bundle, results, against, [command], threads))
+    if "save_worst" in outputs and outputs["save_worst"].is_dir():  # not if outputs were NaN
+        found.written["save_worst"] = readable(outputs["save_worst"])
+    if "junit" in outputs:
+        with new_file(outputs["junit"]) as temporary:
+            temporary.write_bytes(junit(found.results))
+        found.written["junit"] = readable(outputs["junit"])
+    try:
+        if options.certify and all(result.held for result in found.results):
+            found.certificates = certify(bundle, found.results)
+            found.written["certificate"] = readable(Path(bundle) / FILE)
+    finally:  # results that cannot be certified deserve a report too
+        if "report" in outputs:
+            command = shlex.join(["perceiver-export", *sys.argv[1:]])
+            against = cast("str | None", options.against)
+            with progress_bar("report", quiet=quiet), new_file(outputs["report"]) as temporary:
+                found.report = gather(bundle, found.results, against, command, options.threads)
+                write_report(temporary, found.report)
+            found.written["report"] = readable(outputs["report"])
 
 
-def show_targets(results: Sequence[Validation]) -> None:
-    """All targets beside each other."""
-    names = list(dict.fromkeys(metric.name for result in results for metric in result.metrics))
-    rows = []
-    for result in results:
-        values = {metric.name: _value(metric.candidate.value, metric.unit) for metric in result.metrics}
-        gates = ", ".join(f"{gate.wanted.option} {gate.outcome}" for gate in result.gates) or "none asked"
-        gates = gates if result.failure is None else "failed: NaN or infinite outputs"
-        rows.append((str(result.candidate.get("target", "")), *(values.get(name, "") for name in names), gates))
-    print_table("all targets", ["target", *(f"{name}>" for name in names), "gates"], rows)
+def _show_written(found: _Outcome) -> None:
+    for certificate in found.certificates:
+        say(f"certified: {certificate}")
+    for name, said in {"certificate": "certificate", **_OUTPUTS}.items():
+        if name in found.written:
+            say(f"{said} written to {found.written[name]}")
+    if found.certificates:
+        say("")
+        for name, said in _summary(found):
+            say(said, f"{name:<11}")
 
 
-def _row(metric: MetricResult) -> tuple[str, str, str, str, str]:
-    unit, change = metric.unit, metric.worsening
-    worse = ""
-    if change is not None:
-        points = "points" if unit == "%" else unit
-        worse = f"{change.value:+.4g} ({change.lower:+.4g} to {change.upper:+.4g}) {points}"
-    other = "" if metric.reference is None else _value(metric.reference.value, unit)
-    return metric.name, _value(metric.candidate.value, unit), _bounds(metric.candidate, unit), other, worse
+def _summary(found: _Outcome) -> Iterator[tuple[str, str]]:
+    """A certified bundle in a few lines: on the first target where there are several."""
+    from perceiver_export.calibration.report.tables import Report
+
+    report, quality = found.report or Report("", found.results), found.results[0].metrics[0]
+    accuracy = {row[1]: row[2:] for row in reversed(report.accuracy.rows)}
+    if quality.worsening is not None:
+        yield "accuracy", "{} {}, reference {}, worse by {}".format(quality.name, *accuracy[quality.name])
+    if "agreement" in accuracy:
+        yield "agreement", f"{accuracy['agreement'][0]} of answers are the reference's"
+    if any(one.ratio is not None for one, _ in report.speeds):
+        (target, _, p50, _, ratio, half, _, size), (*_, other) = report.latency.rows[:2]
+        yield "size", f"{size}, reference {other}"
+        yield "speed", f"{p50} a call on {target}, {ratio} the reference's time ({half} in half of the pairs)"
+    claims = " and ".join(map(str, found.certificates[0].claims))
+    yield "certificate", f"{claims} on {' and on '.join(one.target for one in found.certificates)}"
+    if "report" in found.written:
+        yield "report", found.written["report"]
 
 
-def _value(value: float, unit: str) -> str:
-    return f"{value:.2f} %" if unit == "%" else f"{value:.4g} {unit}".strip()
+def _show(results: Sequence[Validation]) -> None:
+    """The metrics of both sides as a table, then warnings, worst classes and samples, and the gates that held.
 
+    A gate that does not hold is the error that follows.
+    """
+    from perceiver_export.calibration.report.tables import Report
 
-def _bounds(found: Estimate, unit: str) -> str:
-    return f"{found.lower:.2f} to {found.upper:.2f}" if unit == "%" else f"{found.lower:.4g} to {found.upper:.4g}"
-
-
-def _flips(metric: MetricResult, p_value: float | None) -> str:
-    if p_value is None:
-        return ""
-    return (
-        f"; {metric.lost:,} right with the reference only, {metric.gained:,} with the candidate only"
-        f" (exact McNemar p = {p_value:.3g})"
-    )
-
-
-def _show_classes(result: Validation) -> None:
-    rows = [
-        (row.label, f"{row.samples:,}", *(_share(side) for side in (row.candidate, row.reference)), f"{row.flips:,}")
-        for row in [row for row in result.worst_classes if row.changed][:_SHOWN_WORST]
-    ]
-    print_table("worst classes", ["label", "samples>", "right>", "reference right>", "answers that differ>"], rows)
-
-
-def _show_samples(result: Validation) -> None:
-    units = {metric.name: metric.unit for metric in result.metrics}
-    rows = [
-        (row.name, row.label, row.reference, row.candidate, _scores(row.scores, units))
-        for row in result.worst_samples[:_SHOWN_WORST]
-    ]
-    columns = ["sample", "label", "reference", "candidate", "scores"]
-    said = [index for index in range(len(columns)) if any(row[index] for row in rows)]  # only classifiers have labels
-    print_table("worst samples", [columns[index] for index in said], [[row[index] for index in said] for row in rows])
-
-
-def _scores(scores: Mapping[str, float], units: Mapping[str, str]) -> str:
-    return ", ".join(f"{name} {value:.4g} {units[name]}".strip() for name, value in scores.items())
-
-
-def _share(value: float | None) -> str:
-    return "" if value is None else f"{value:.1f} %"
+    report = Report("", tuple(results))
+    first, accuracy = report.validations[0], report.accuracy
+    print_table(report.summary, accuracy.columns, accuracy.rows, accuracy.note)
+    for warning in report.warnings:
+        say(f"warning: {warning}")
+    flips = [row.flips for row in first.worst_classes]
+    worst = [report.classes] * (any(count != 0 for count in flips)) + [report.samples] * (not flips or any(flips))
+    for table in worst if first.reference is not None else ():
+        print_table(table.title, table.columns, table.rows[:_SHOWN_WORST])
+    for result in report.validations:
+        where = f" on {result.candidate.get('target')}" if len(report.validations) > 1 else ""
+        for gate in result.gates:
+            if gate.held:
+                say(f"{gate}{where}")

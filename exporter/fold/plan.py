@@ -1,138 +1,132 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much of each stage is computed at a time, so that activations stay within a budget.
+"""Which regions are computed in pieces so that activations stay within a budget, and the peak that is to be expected.
 
-Rows of a softmax do not depend on each other: an encoder's cross-attention is cut by latents, the latents'
-self-attention by heads and rows, a decoder by queries, and the result is the same. What a stage needs is counted from
-the arrays that live at once in the folded modules: inputs and results for the whole of it, scores and what is made of
-them for each piece. Scores count twice, since an engine reads one array to write the next.
+An engine runs the nodes in order, and an array lives from the node that makes it to the last that reads it. The peak
+is the most that lives at once; scores count twice where one array is read to write the next.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 
-from perceiver_export.exporter.budget import budget_text
-from perceiver_export.exporter.fold.deviation import Modality
-from perceiver_export.exporter.fold.modalities import modality_of
-from perceiver_export.exporter.perceiver.config import (
-    EncoderConfig,
-    InputQueries,
-    PerceiverConfig,
-    PositionQueries,
-    QueryDecoder,
-    TokenInput,
-)
-from perceiver_export.exporter.perceiver.model import PerceiverIO
-from perceiver_export.runtimes.errors import UsageError
-from perceiver_export.runtimes.manifest import PlannedStage
+import onnx_ir as ir
+import onnx_ir.passes.common as common
 
-_FLOAT = 4
-_MIB = 1 << 20
+from perceiver_export.exporter.fold.nodes import VIEWS, Nodes, Sizes, array_of, axis_of, put, shape_of, sizes
+from perceiver_export.exporter.fold.slicing import Region, copy_region, region_of, rows_of
+from perceiver_export.runtimes.manifest import MemoryPlan, PlannedStage
+
 # Larger pieces are not faster: measured with 64 to 256 rows of flow's encoder, 2 to 16 grid rows of its decoder.
-_ENCODER_PIECE, _PIECE = 192 << 20, 64 << 20
+_PIECE, _LARGE_PIECE = 64 << 20, 192 << 20
+_LARGE = 1 << 32  # bytes of scores whose pieces may be large
 _SCORES = 2
+_FOLLOWED = 16  # what is behind a softmax is followed while it is at least a part of so many of its size
 
 
-@dataclass(frozen=True)
-class Stage:
-    """Bytes of a stage: ``fixed``, and ``each`` for every unit of ``count``; no piece needs to exceed ``largest``."""
-
-    name: str
-    unit: str
-    count: int
-    fixed: int
-    each: int
-    largest: int = _PIECE
-
-    def within(self, budget: int) -> PlannedStage:
-        """As much at a time as the budget allows, in pieces of equal size."""
-        most = max(1, min(self.count, (budget - self.fixed) // self.each, self.largest // self.each))
-        pieces = -(-self.count // most)
-        size = -(-self.count // pieces)
-        return PlannedStage(self.name, self.unit, size, self.count, self.fixed + size * self.each)
+def plan(model: ir.Model, budget: int, real: Sizes) -> MemoryPlan:
+    """Cut what is larger than the budget or than the fastest pieces, in place."""
+    stages = []
+    for softmax in [node for node in model.graph if node.op_type == "Softmax"]:
+        stage = _cut(softmax, budget, real)
+        if stage is not None:
+            stages.append(stage)
+    common.RemoveUnusedNodesPass()(model)
+    model.graph.sort()
+    return MemoryPlan(budget, peak(model.graph, real), tuple(stages))
 
 
-def within(stages: Sequence[Stage], budget: int) -> tuple[PlannedStage, ...]:
-    """All stages in pieces that keep to the budget. Raises UsageError with the least that would do."""
-    worst = max(stages, key=lambda stage: stage.fixed + stage.each)
-    if worst.fixed + worst.each > budget:
-        least = -(-(worst.fixed + worst.each) // _MIB)
-        raise UsageError(
-            f"{worst.name} needs {least} MiB of activations at least, the budget is {budget_text(budget)}",
-            f"--memory-budget {least}MiB or more",
-        )
-    return tuple(stage.within(budget) for stage in stages)
+def _cut(softmax: ir.Node, budget: int, real: Sizes) -> PlannedStage | None:
+    """The region around a softmax in pieces; None where it is small, or cannot be cut."""
+    shape = shape_of(softmax.outputs[0])
+    if shape is None or softmax.graph is None:
+        return None
+    whole = _bytes(softmax.outputs[0], real)
+    piece = min(budget, _PIECE if whole < _LARGE else _LARGE_PIECE)
+    if _SCORES * whole <= piece:
+        return None
+    over = axis_of(softmax, len(shape))
+    for axis, extent in enumerate(shape):
+        if axis == over or extent == 1 or real.dynamic(extent):
+            continue
+        region = region_of(softmax, axis, math.prod(shape) // _FOLLOWED)
+        if region is None:
+            continue
+        size = _piece_size(region, piece, real)
+        if size < region.steps:
+            _write(softmax, region, size)
+            unit = "heads" if len(shape) == 4 and axis == 1 else "rows"
+            at_once = size * (extent // region.steps)
+            largest = _largest(region, real)
+            return PlannedStage(softmax.name or "", unit, at_once, extent, _SCORES * largest * size // region.steps)
+    return None
 
 
-def encoder(config: PerceiverConfig, modalities: Sequence[Modality], folded: bool, batch: int) -> Stage:
-    """Inputs are read by some latents at a time; unfolded, by all."""
-    latents, attention = config.encoder, config.encoder.cross_attention
-    count = sum(one.constants.num_rows for one in modalities)
-    masked = any(isinstance(one, TokenInput) or getattr(one, "masked", False) for one in config.inputs.values())
-    scores = attention.num_heads * count * (_SCORES + masked) * _FLOAT * batch
-    if folded:
-        numbers = sum(one.constants.num_rows * (3 * one.num_values + 4) for one in modalities)
-        return Stage(
-            "encoder.cross_attention", "latents", latents.num_latents, numbers * _FLOAT * batch, scores, _ENCODER_PIECE
-        )
-    widths = 2 * config.num_input_channels + attention.num_qk_channels + attention.num_v_channels
-    return Stage(
-        "encoder.cross_attention",
-        "encoder",
-        1,
-        0,
-        count * widths * _FLOAT * batch + scores * latents.num_latents,
-    )
+def _piece_size(region: Region, piece: int, real: Sizes) -> int:
+    """Steps of the axis a piece takes, as equal as can be."""
+    steps = region.steps
+    count = min(steps, -(-_SCORES * _largest(region, real) // piece))
+    return -(-steps // count)
 
 
-def self_attention(config: EncoderConfig, batch: int) -> Stage:
-    """Heads times rows: a piece is some heads, or some rows of one head."""
-    attention, count = config.self_attention, config.num_latents
-    widths = 4 * config.num_latent_channels + 2 * attention.num_qk_channels + 2 * attention.num_v_channels
-    widths = max(widths, config.num_latent_channels * (3 + 2 * attention.widening_factor))
-    return Stage(
-        "encoder.self_attentions",
-        "rows of all heads",
-        attention.num_heads * count,
-        count * widths * _FLOAT * batch,
-        count * _SCORES * _FLOAT * batch,
-    )
+def _largest(region: Region, real: Sizes) -> int:
+    return max(_bytes(value, real) for value in region.inside)
 
 
-def heads_and_rows(config: EncoderConfig, at_a_time: int) -> tuple[int, int]:
-    """``at_a_time`` of heads × latents as whole heads, or as equal parts of one head's rows."""
-    heads, count = config.self_attention.num_heads, config.num_latents
-    if at_a_time < count:
-        return 1, at_a_time
-    most = at_a_time // count
-    pieces = -(-heads // most)
-    return -(-heads // pieces), count
+def _write(softmax: ir.Node, region: Region, size: int) -> None:
+    nodes, steps = Nodes(region.nodes[-1]), region.steps
+    parts: dict[ir.Value, list[ir.Value]] = {value: [] for value in region.results}
+    for start in range(0, steps, size):
+        made = _piece(nodes, region, start, min(start + size, steps))
+        for value, own in parts.items():
+            own.append(made[value])
+    for value, own in parts.items():
+        joined = nodes.concat(own, region.axes[value])
+        joined.type = value.type
+        put(value, joined)
 
 
-def decoder(model: PerceiverIO, name: str, folded: bool, batch: int, queries: int | None) -> Stage:
-    """Some queries at a time, where they are folded; else all of a call."""
-    config = model.config.decoder
-    assert isinstance(config, QueryDecoder)
-    output, attention, latents = config.outputs[name], config.cross_attention, model.config.encoder
-    total = min(queries or output.queries.num_queries, output.queries.num_queries)
-    channels = config.num_query_channels
-    rows = math.prod(output.shape) // output.queries.num_queries
-    tail = channels * (2 + 2 * attention.widening_factor)
-    each = attention.num_heads * latents.num_latents * _SCORES + max(2 * channels, tail)
-    fixed = total * rows + latents.num_latents * (2 * latents.num_latent_channels + 3 * channels * attention.num_heads)
-    if folded and isinstance(output.queries, InputQueries):
-        (modality,) = (modality_of(model, one) for one in model.config.inputs)
-        fixed += total * (3 * modality.num_values + 4)
-        shape = modality.constants.shape
-        steps = shape[0] if len(shape) > 1 else 1
-        return _stage(name, "grid rows", steps, fixed, each * (total // steps), batch)
-    if folded and isinstance(output.queries, PositionQueries):
-        return _stage(name, "queries", total, fixed, each + attention.num_heads * latents.num_latents, batch)
-    plain = each + 2 * channels + attention.num_qk_channels + attention.num_v_channels
-    return _stage(name, "decoder", 1, fixed, total * plain, batch)
+def _piece(nodes: Nodes, region: Region, start: int, stop: int) -> dict[ir.Value, ir.Value]:
+    """The region for some steps of its axis."""
+    steps = region.steps
+    taken: dict[tuple[ir.Value, int], ir.Value] = {}
+
+    def take(value: ir.Value, axis: int) -> ir.Value:
+        if (value, axis) not in taken:
+            each = sizes(value)[axis] // steps
+            taken[value, axis] = rows_of(nodes, value, axis, start * each, stop * each)
+        return taken[value, axis]
+
+    return copy_region(nodes, region, take, lambda extent: extent // steps * (stop - start))
 
 
-def _stage(name: str, unit: str, count: int, fixed: int, each: int, batch: int) -> Stage:
-    return Stage(f"decoder.{name}", unit, count, fixed * _FLOAT * batch, each * _FLOAT * batch)
+def peak(graph: ir.Graph, real: Sizes) -> int:
+    """The most bytes of activations that live at once."""
+    return max(_live(graph, real), default=0)
+
+
+def _live(graph: ir.Graph, real: Sizes) -> Iterator[int]:
+    """Bytes at each node: its inputs and results, and what is read later. A view is the array that it shows."""
+    shown: dict[ir.Value, ir.Value] = {}
+    last: dict[ir.Value, int] = {}
+    nodes = list(graph)
+    for index, node in enumerate(nodes):
+        for value in node.inputs:
+            if value is not None:
+                last[shown.get(value, value)] = index
+        if node.op_type in VIEWS and node.inputs[0] is not None:
+            shown[node.outputs[0]] = shown.get(node.inputs[0], node.inputs[0])
+    last |= {shown.get(value, value): len(nodes) for value in (*graph.outputs, *graph.inputs)}
+    live = {value: _bytes(value, real) for value in graph.inputs}
+    for index, node in enumerate(nodes):
+        live |= {value: _bytes(value, real) for value in node.outputs if value not in shown}
+        yield sum(live.values())
+        for value in [value for value in live if last.get(value, index) <= index]:
+            del live[value]
+
+
+def _bytes(value: ir.Value, real: Sizes) -> int:
+    shape = shape_of(value)
+    if shape is None or array_of(value) is not None or value.dtype is None:
+        return 0
+    return int(real.count(shape) * value.dtype.itemsize)

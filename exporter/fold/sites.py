@@ -1,132 +1,328 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What becomes of each site of a model: folded or not, and how much of it is computed at a time."""
+"""Matrix products that can be re-associated, what that costs, and what was decided.
+
+A site is a product one of whose operands is a layout of rows in some form. With q for the other operand,
+
+    scores   q · row_m  =  s_m (q A_iᵀ F_i[m] + q T_mᵀ) + q bᵀ         it contracts the rows' columns
+    read     Σ_m p_m row_m  =  (Σ_m p_m s_m F_i[m]) A_i + Σ_m p_m s_m T_m + b Σ_m p_m      it contracts the rows
+
+so that the rows themselves are never computed. All sites of one projection are decided together: it is only saved if
+nobody reads it any more.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from typing import Literal
 
-import msgspec
+import numpy as np
+import onnx_ir as ir
 
-from perceiver_export.exporter.fold import decisions, plan
-from perceiver_export.exporter.fold.modalities import modality_of, position_constants, query_modality
-from perceiver_export.exporter.perceiver.config import InputQueries, PositionQueries, QueryDecoder
-from perceiver_export.exporter.perceiver.decoder import PerceiverDecoder
-from perceiver_export.exporter.perceiver.model import PerceiverIO
-from perceiver_export.runtimes.manifest import FoldDecision, MemoryPlan, Part
+from perceiver_export.exporter.fold.layout import Atom, Axis, Layout, extent, layout_of
+from perceiver_export.exporter.fold.nodes import VIEWS, Sizes, array_of, made_by, operand, shape_of, sizes
+from perceiver_export.exporter.fold.rowform import Forms, RowForm
+from perceiver_export.runtimes.manifest import Cost, FoldDecision
+
+# Of a 2-core VNNI Xeon under ONNX Runtime: 430 GFLOP/s in large products, 40 GB/s in element-wise passes.
+FLOPS_A_BYTE = 10
+_FLOAT = 4
+LEAST_GAIN = 1 << 22  # FLOPs; a fraction of a millisecond anywhere
+_SAVED = frozenset({"MatMul", "LayerNormalization", "Concat"})  # what a form must make unnecessary
+_MOST_AXES = 3  # of a grid: engines take tensors of rank 6
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Site:
-    """A cross-attention: ``at_a_time`` latents, grid steps or queries; ``linear_tail`` of a decoder."""
+    """One operand of one product. Axes are atoms of the rows' tensor, see `layout`.
 
-    folded: bool
-    at_a_time: int | None = None
-    linear_tail: bool = False
-
-
-@dataclass(frozen=True)
-class Sites:
-    """All of a model's; ``heads`` and ``rows`` are those of the latents' self-attention."""
-
-    encoder: Site
-    heads: int
-    rows: int
-    outputs: Mapping[str, Site]
-    folds: tuple[FoldDecision, ...]
-    memory: MemoryPlan
-
-    def recorded(self, part: Part, name: str) -> Part:
-        """The part of the manifest with what was decided for this graph: `model`, `encoder`, `decoder_NAME`."""
-        prefix = name.replace("_", ".", 1)  # a decoder's name has its output's behind it
-
-        def own(site: str) -> bool:
-            return name == "model" or site == prefix or site.startswith(f"{prefix}.")
-
-        folds = tuple(one for one in self.folds if own(one.site))
-        stages = tuple(one for one in self.memory.stages if own(one.stage))
-        if not stages:  # an average of the latents
-            return part
-        memory = MemoryPlan(self.memory.budget, max(one.bytes for one in stages), stages)
-        return msgspec.structs.replace(part, folds=folds, plan=memory)
-
-
-def choose_sites(model: PerceiverIO, budget: int, batch: int, queries: Mapping[str, int] | None) -> Sites:
-    """The cheaper form of every site, in chunks that keep activations within ``budget`` bytes.
-
-    ``batch``: the largest; ``queries``: how many of each output a call decodes, None for all of them.
-
-    Raises UsageError: no chunk is small enough; it says what the least budget is.
+    ``batch``: the product's leading axes, with their kinds: `row` (samples), `column` (heads) or `none` (repeated);
+    ``lead``: the same for the other operand, 1 where that is repeated. ``rows`` and ``columns``: the last two axes.
+    ``picks`` (heads or 1, …, d): the columns that each head reads.
+    ``order``: (extents, axes) that take the rows to the order in which the product reads them, None where they are.
     """
-    config = model.config
-    modalities = [modality_of(model, name) for name in config.inputs]
-    encoder = decisions.few_queries(
-        "encoder.cross_attention",
-        config.encoder.cross_attention,
-        config.encoder.num_latents,
-        modalities,
-        config.encoder.num_cross_attentions,
-        len(model.encoder.cross_attentions),
-    )
-    stages = [
-        plan.encoder(config, modalities, encoder.chosen == "folded", batch),
-        plan.self_attention(config.encoder, batch),
-    ]
-    folds, outputs = [encoder], {}
-    if isinstance(config.decoder, QueryDecoder):
-        for name in config.decoder.outputs:
-            count = None if queries is None else queries[name]
-            attention, tail = _output_decisions(model, name, count)
-            folded = attention is not None and attention.chosen == "folded"
-            linear = tail is not None and tail.chosen == "folded"
-            folds += [one for one in (attention, tail) if one is not None]
-            stages.append(plan.decoder(model, name, folded, batch, count))
-            outputs[name] = Site(folded, None, linear)
-    chosen = plan.within(stages, budget)
-    by_stage = {stage.stage: stage for stage in chosen}
-    heads, rows = plan.heads_and_rows(config.encoder, by_stage["encoder.self_attentions"].at_a_time)
-    return Sites(
-        Site(encoder.chosen == "folded", by_stage["encoder.cross_attention"].at_a_time),
-        heads,
-        rows,
-        {
-            name: Site(one.folded, by_stage[f"decoder.{name}"].at_a_time, one.linear_tail)
-            for name, one in outputs.items()
-        },
-        tuple(folds),
-        MemoryPlan(budget, max(stage.bytes for stage in chosen), chosen),
+
+    node: ir.Node
+    side: int
+    kind: Literal["scores", "read"]
+    layout: Layout
+    batch: tuple[tuple[int, str], ...]
+    lead: tuple[int, ...]
+    num_rows: int
+    num_columns: int
+    picks: np.ndarray
+    order: tuple[list[int], list[int]] | None
+    forms: tuple[RowForm, ...]
+
+    @property
+    def other(self) -> ir.Value:
+        value = self.node.inputs[1 - self.side]
+        assert value is not None
+        return value
+
+
+def find_sites(graph: ir.Graph, forms: Forms) -> tuple[list[Site], dict[ir.Node, str]]:
+    """All sites in the graph's order, and why the other products of two activations are none."""
+    found: list[Site] = []
+    blocked: dict[ir.Node, str] = {}
+    for node in graph:
+        if node.op_type != "MatMul" or not all(shape_of(one) for one in (*node.inputs, *node.outputs)):
+            continue
+        if any((array := array_of(value)) is not None and array.ndim <= 2 for value in node.inputs[1:]):
+            continue  # a linear layer
+        reasons = []
+        for side in (0, 1):
+            site = _site(node, side, forms)
+            if isinstance(site, Site):
+                found.append(site)
+            elif site:
+                reasons.append(site)
+        if len(reasons) == 2:
+            blocked[node] = "; ".join(dict.fromkeys(reasons))
+    return found, blocked
+
+
+def _site(node: ir.Node, side: int, forms: Forms) -> Site | str:
+    """The site, or why there is none."""
+    value = node.inputs[side]
+    assert value is not None
+    if array_of(value) is not None:
+        return "an operand is constant"
+    layout = layout_of(value)
+    shape = sizes(layout.source)
+    if len(shape) < 2 or len(layout.axes) < 2:
+        return "an operand is no matrix"
+    width = shape[-1]
+    result, other = sizes(node.outputs[0])[:-2], sizes(operand(node, 1 - side))[:-2]
+    *batch, first, second = layout.axes
+    batch = [[]] * (len(result) - len(batch)) + batch
+    batch = [axis or ([(size, 0)] if size > 1 else []) for axis, size in zip(batch, result, strict=True)]
+    other = (1,) * (len(result) - len(other)) + other
+    contracted, free = (second, first) if side == 0 else (first, second)
+    batch = [_split(axis, width) for axis in batch]
+    contracted, free = _split(contracted, width), _split(free, width)
+    kinds = {_kind(atom, width) for axis in (*batch, contracted, free) for atom in axis}
+    if "mixed" in kinds:
+        return "a view mixes rows and columns"
+    if _all(contracted, "column", width) and _all(free, "row", width):
+        kind: Literal["scores", "read"] = "scores"
+        columns, rows = contracted, free
+    elif _all(contracted, "row", width) and _all(free, "column", width) and side == 1:
+        kind, columns, rows = "read", free, contracted
+    else:
+        return "a view mixes rows and columns"
+    leading = [atom for axis in batch for atom in axis]
+    order = _order([atom for atom in leading if _kind(atom, width) == "row"] + rows, math.prod(shape[:-1]), width)
+    if order is None or layout.offset >= width:
+        return "some of the rows only"
+    made = tuple(form for form in forms.of(layout.source) if form.kills)
+    if not any(one.op_type in _SAVED for form in made for one in form.kills):
+        return _reason(layout.source)
+    if kind == "read" and other != result:
+        return "probabilities are repeated"
+    pairs = zip(batch, other, strict=True)
+    lead = tuple(size if there > 1 else 1 for axis, there in pairs for size, _ in axis)
+    named = tuple((size, _kind((size, stride), width)) for size, stride in leading)
+    picks = _picks(leading, columns, layout.offset % width, width)
+    straight = order[1] == list(range(len(order[1])))
+    sides = extent(rows), extent(columns)
+    return Site(node, side, kind, layout, named, lead, *sides, picks, None if straight else order, made)
+
+
+def _kind(atom: Atom, width: int) -> str:
+    size, stride = atom
+    if stride == 0:
+        return "none"
+    if size * stride <= width:
+        return "column"
+    return "row" if stride % width == 0 else "mixed"
+
+
+def _split(axis: Axis, width: int) -> Axis:
+    """An atom that counts rows and their columns, as nn.MultiheadAttention's samples × heads, as one of each."""
+    made: Axis = []
+    for size, stride in axis:
+        if 0 < stride < width < size * stride and width % stride == 0 and size * stride % width == 0:
+            made += [(size * stride // width, width), (width // stride, stride)]
+        else:
+            made.append((size, stride))
+    return made
+
+
+def _all(axis: Iterable[Atom], kind: str, width: int) -> bool:
+    return all(_kind(atom, width) == kind for atom in axis)
+
+
+def _order(rows: list[Atom], count: int, width: int) -> tuple[list[int], list[int]] | None:
+    """Extents of the source's rows and the axes that give the product's order; None where some rows are left out."""
+    falling = sorted(range(len(rows)), key=lambda index: -rows[index][1])
+    left = count
+    for index in falling:
+        left //= rows[index][0]
+        if rows[index][1] != left * width:
+            return None
+    return (
+        ([rows[index][0] for index in falling], [falling.index(index) for index in range(len(rows))])
+        if left == 1
+        else None
     )
 
 
-def _output_decisions(
-    model: PerceiverIO, name: str, queries: int | None
-) -> tuple[FoldDecision | None, FoldDecision | None]:
-    """Of one output: its attention's and its tail's; None where there is nothing to fold."""
-    config, decoder = model.config, model.decoder
-    assert isinstance(config.decoder, QueryDecoder)
-    assert isinstance(decoder, PerceiverDecoder)
-    output, encoder = config.decoder.outputs[name], config.encoder
-    count = min(queries or output.queries.num_queries, output.queries.num_queries)
-    attention: FoldDecision | None = None
-    sizes = (config.decoder.cross_attention, encoder.num_latents, encoder.num_latent_channels)
-    if isinstance(output.queries, PositionQueries) and not config.decoder.cross_attention.query_residual:
-        constants = position_constants(decoder, name, output.queries)
-        attention = decisions.position_queries(f"decoder.{name}", *sizes, constants, count)
-    elif isinstance(output.queries, InputQueries) and len(config.inputs) == 1 and not config.mask_queries:
-        modality = query_modality(model, decoder, name)
-        if queries is None and modality.num_features:
-            attention = decisions.input_queries(f"decoder.{name}", *sizes, modality)
-    widths = [
-        width
-        for width in (
-            config.decoder.num_output_channels,
-            output.num_channels,
-            0 if decoder.embedding_bias is None else len(decoder.embedding_bias),
-        )
-        if width
-    ]
-    tail = None
-    if config.decoder.mlp and widths:
-        widening = config.decoder.cross_attention.widening_factor
-        tail = decisions.linear_tail(f"decoder.{name}.tail", count, config.decoder.num_query_channels, widening, widths)
-    return attention, tail
+def _picks(leading: list[Atom], columns: list[Atom], offset: int, width: int) -> np.ndarray:
+    own = [atom if _kind(atom, width) == "column" else (1, 0) for atom in leading] + list(columns)
+    picks = np.full([size for size, _ in own], offset)
+    for axis, (size, stride) in enumerate(own):
+        picks = picks + (np.arange(size) * stride).reshape([-1 if one == axis else 1 for one in range(len(own))])
+    return picks.reshape(*picks.shape[: len(leading)], -1)
+
+
+def _reason(source: ir.Value) -> str:
+    """Why rows have no other form than themselves."""
+    node = source.producer()
+    if node is None:
+        return "an operand is an input of the graph"
+    if made_by(source, "Softmax") is not None:
+        return "an operand is a softmax"
+    makers = (value.producer() for value in node.inputs if value is not None)
+    operators = {maker.op_type for maker in makers if maker is not None}
+    if node.op_type in ("Add", "Sub", "Concat") and operators & {"Mul", "Neg"}:
+        return "rotary positions or another product of activations"
+    if node.op_type in ("Div", "Mul"):
+        return "rows are divided by their norm, or multiplied with an activation"
+    return f"{node.op_type} makes the rows"
+
+
+def node_flops(node: ir.Node, real: Sizes) -> int:
+    """Multiply-adds of products, times 2."""
+    result = shape_of(node.outputs[0])
+    if result is None:
+        return 0
+    if node.op_type == "MatMul":
+        return 2 * real.count(result) * real.real(sizes(operand(node))[-1])
+    if node.op_type == "Conv":
+        return 2 * real.count(result) * math.prod(sizes(operand(node, 1))[1:])
+    return 0
+
+
+def cost_of(nodes: Iterable[ir.Node], real: Sizes) -> Cost:
+    """FLOPs, and bytes of activations that are read and written."""
+    flops = numbers = 0
+    for node in nodes:
+        flops += node_flops(node, real)
+        if node.op_type in VIEWS:
+            continue
+        for value in (*node.inputs, *node.outputs):
+            shape = shape_of(value)
+            if shape is not None and array_of(value) is None:
+                numbers += real.count(shape)
+    return Cost(flops, numbers * _FLOAT)
+
+
+def unneeded(values: Iterable[ir.Value], without: Collection[ir.Node], kept: Iterable[ir.Value]) -> set[ir.Node]:
+    """Nodes that nobody needs once the nodes ``without`` read the values no more; ``kept`` are still read."""
+    dead: set[ir.Node] = set()
+    keep = {value.producer() for value in kept}
+    left = [node for value in values if (node := value.producer()) is not None]
+    while left:
+        node = left.pop()
+        if node in dead or node in keep or any(result.is_graph_output() for result in node.outputs):
+            continue
+        if all(user in dead or user in without for result in node.outputs for user in result.consumers()):
+            dead.add(node)
+            left += [made for value in node.inputs if value is not None and (made := value.producer()) is not None]
+    return dead
+
+
+def folded_cost(site: Site, form: RowForm, real: Sizes) -> Cost | None:
+    """Of the nodes that would take a site's place; None where they cannot be made."""
+    axes = extra = 0
+    if form.table is not None:
+        grid = form.table.sizes
+        if len(grid) > _MOST_AXES or (not form.table.is_row and (site.order or form.table.rows != site.num_rows)):
+            return None
+        axes = sum(1 for table in form.table.tables if np.any(table))
+        extra = sum(grid)
+    total = real.count(sizes(site.node.outputs[0]))
+    rows, columns = real.real(site.num_rows), real.real(site.num_columns)
+    queries = total // (rows if site.kind == "scores" else columns)  # of all samples and heads
+    fixed = array_of(site.other) is not None and site.kind == "scores"
+    flops = 2 * queries * rows * form.columns + (0 if fixed else 2 * queries * columns * (form.columns + extra))
+    normed = form.norm is not None
+    all_rows = real.count(form.lead)
+    numbers = queries * rows * (1 + 2 * normed + 2 * axes)
+    numbers += all_rows * form.columns * 2 * (1 + normed) + 3 * all_rows * normed
+    return Cost(flops, numbers * _FLOAT)
+
+
+def weigh(cost: Cost) -> int:
+    return cost.flops + FLOPS_A_BYTE * cost.bytes
+
+
+def total(costs: Iterable[Cost]) -> Cost:
+    listed = list(costs)
+    return Cost(sum(one.flops for one in listed), sum(one.bytes for one in listed))
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """The cheapest form of all sites that read one tensor, the form's index, and what both ways cost."""
+
+    sites: tuple[Site, ...]
+    index: int
+    plain: Cost
+    folded: Cost
+
+    @property
+    def gain(self) -> int:
+        return weigh(self.plain) - weigh(self.folded)
+
+
+def choose(sites: Iterable[Site], real: Sizes, least_gain: int) -> tuple[list[Choice], list[Choice]]:
+    """What is folded, the largest gain first, and what is not. Sites that read one tensor are decided together."""
+    groups: dict[ir.Value, list[Site]] = {}
+    for site in sites:
+        groups.setdefault(site.layout.source, []).append(site)
+    best = {source: _best(group, real) for source, group in groups.items()}
+    taken: list[Choice] = []
+    while True:
+        source, choice = max(best.items(), key=lambda one: one[1].gain if one[1] else -math.inf, default=(None, None))
+        if source is None or choice is None or choice.gain <= least_gain:
+            return taken, [one for one in best.values() if one is not None]
+        taken.append(choice)
+        del best[source]
+        # A product is rewritten once: what shares one with it has less to gain now.
+        nodes = {site.node for site in choice.sites}
+        for other in [one for one in best if any(site.node in nodes for site in groups[one])]:
+            groups[other] = [site for site in groups[other] if site.node not in nodes]
+            best[other] = _best(groups[other], real) if groups[other] else None
+
+
+def _best(group: list[Site], real: Sizes) -> Choice | None:
+    nodes = {site.node for site in group}
+    operands = [value for site in group if (value := site.node.inputs[site.side]) is not None]
+    products = cost_of(nodes, real)
+    best: Choice | None = None
+    for index, form in enumerate(group[0].forms):
+        costs = [folded_cost(site, site.forms[index], real) for site in group]
+        known = [cost for cost in costs if cost is not None]
+        if len(known) < len(costs):
+            continue
+        saved = cost_of(unneeded(operands, nodes, form.reads), real)
+        choice = Choice(tuple(group), index, total([products, saved]), total(known))
+        if best is None or choice.gain > best.gain:
+            best = choice
+    return best
+
+
+def decided(node: ir.Node, plain: Cost, new: Cost, folded: bool, how: str, batch: int) -> FoldDecision:
+    """A decision as the manifest records it, for one sample. ``how``: what a fold does."""
+    one, other = (Cost(cost.flops // batch, cost.bytes // batch) for cost in (plain, new))
+    ratio = weigh(plain) / max(weigh(new), 1)
+    if folded:
+        why = f"{how}: {ratio:.1f} times less work"
+    elif ratio > 1:
+        why = "folding would save next to nothing"
+    else:
+        why = f"folded would be {1 / ratio:.1f} times the work"
+    return FoldDecision(node.name or "", one, other, "folded" if folded else "plain", why)

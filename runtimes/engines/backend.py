@@ -1,35 +1,42 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a backend gives: four functions in one module, named in the table of targets.
+"""The interface of a backend: five functions in one module, named in the table of targets.
 
-    platform      what an engine of this target depends on beside its model: library, device, driver
+    platform      everything that an engine of this target depends on beside its model: library, device, driver
     differences   why an engine that was built on one platform is not for another
+    flags         the settings of its library that a user may choose
     compile       a graph -> engine files in a directory
     open          those files, or the graph itself where compiling takes seconds -> an `Engine`
 
-A backend imports its library inside these functions, and turns its exceptions into ours there.
+A backend imports its library inside these functions, and turns its exceptions into ours there. The table of targets
+lists the hardware of each, its engine, and how to install that.
 """
 
 from __future__ import annotations
 
+import importlib
+import re
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 import msgspec
 import numpy.typing as npt
 
+from perceiver_export.runtimes.engines.flags import Flags
+from perceiver_export.runtimes.errors import DeviceError, check_kind
 from perceiver_export.runtimes.manifest import MemoryPlan, TensorSpec
 
 Array = npt.NDArray[Any]
 Feeds = Mapping[str, Array]
 Precision = Literal["fp32", "fp16", "bf16"]
 Hint = Literal["latency", "throughput"]
-Progress = Callable[[str, int, int | None], None]  # what is being done, steps done, steps in all if known
+Progress = Callable[[str, int, int | None], None]  # description, steps done, steps in all if known
 
 
 class Platform(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What an engine depends on beside its model. Empty strings where a target has no such thing."""
+    """Everything that an engine depends on beside its model. Strings are empty if a target has no such thing."""
 
     library: str  # onnxruntime
     version: str
@@ -39,7 +46,7 @@ class Platform(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class EngineOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a user may choose for a compiled engine. All of it is in the engine's key.
+    """A user's choices for a compiled engine. All are in the engine's key.
 
     ``shapes`` has, for each named dimension, the least, the best and the largest size; ``flags`` are a backend's own.
     """
@@ -63,9 +70,14 @@ class Source(msgspec.Struct, frozen=True):
 
     @property
     def compiled_precision(self) -> str:
-        """What the engine computes in: `fp16`, or of a quantized bundle `int8 with fp16`."""
+        """The precision of the build: `fp16`, or for a quantized bundle `int8 with fp16`."""
         asked = self.options.precision
         return asked if self.precision == "fp32" else f"{self.precision} with {asked}"
+
+    @property
+    def flags_described(self) -> dict[str, Any]:
+        """``flags`` as `Engine.describe` gives them: they may change answers. Empty without flags."""
+        return {"flags": self.options.flags} if self.options.flags else {}
 
 
 class Engine(Protocol):
@@ -84,7 +96,9 @@ class Engine(Protocol):
         """Run on checked feeds and leave the outputs in ``out``."""
 
     def describe(self) -> dict[str, Any]:
-        """Target, device, engine (its library), version, threads; precision where it is not the bundle's."""
+        """Target, device, engine (its library), version, threads; precision where it is not the bundle's, and ``flags``
+        where there are any. ``arithmetic`` is what the engine itself says that it computes in, where it can be asked.
+        """
 
 
 @runtime_checkable
@@ -101,7 +115,7 @@ class AsyncEngine(Engine, Protocol):
         """Whether a future's callback runs in this thread: to wait for another future there may be for ever."""
 
     def close(self) -> None:
-        """Return when all that was submitted is done; at once in a future's callback, and what is left is finished.
+        """Return when all submitted calls are done; in a future's callback at once, and they still finish.
 
         Nothing is submitted after it.
         """
@@ -111,10 +125,13 @@ class Backend(Protocol):
     """A module with these functions. Each raises MissingDependencyError (with the extra) and DeviceError."""
 
     def platform(self, target: str, options: EngineOptions) -> Platform:
-        """What is here. Cheap: no graph is loaded. Raises where the target cannot run (or be built for) here."""
+        """This machine's platform. Cheap: it loads no graph. Raises if the target cannot run (or be built for) here."""
 
     def differences(self, built: Platform, here: Platform) -> tuple[str, ...]:
         """Why an engine built there is not for here, one phrase each; empty where it is. `exact` asks for equality."""
+
+    def flags(self, target: str) -> Flags:
+        """Settings of the library that may be given by name, with their values. See `flags.py`."""
 
     def compile(self, source: Source, directory: Path, progress: Progress) -> None:
         """Write engine files into ``directory``, which is empty. Raises BuildError, BundleError."""
@@ -128,14 +145,99 @@ class Backend(Protocol):
 
 def exact(built: Platform, here: Platform) -> tuple[str, ...]:
     """`differences` of backends whose engines run only on the very platform that they were built on."""
-    found = []
-    if (built.library, built.version) != (here.library, here.version):
-        found.append(f"it was built with {built.library} {built.version}, here is {here.library} {here.version}")
-    for what in ("device", "driver"):
-        ours, theirs = getattr(here, what), getattr(built, what)
-        if ours != theirs:
-            found.append(f"it was built for the {what} {theirs or 'none'}, here is {ours or 'none'}")
-    if built.features != here.features:
-        ours, theirs = " ".join(here.features), " ".join(built.features)
-        found.append(f"it was built for the instruction sets {theirs or 'none'}, here are {ours or 'none'}")
-    return tuple(found)
+    facts = (
+        ("library", f"{built.library} {built.version}", f"{here.library} {here.version}"),
+        ("device", built.device, here.device),
+        ("driver", built.driver, here.driver),
+        ("instruction sets", " ".join(built.features), " ".join(here.features)),
+    )
+    return tuple(
+        f"it was built for the {what} {theirs or 'none'}, here is {ours or 'none'}"
+        for what, theirs, ours in facts
+        if theirs != ours
+    )
+
+
+_ENGINES = "perceiver_export.runtimes.engines"
+
+
+class Target(msgspec.Struct, frozen=True):
+    """Where an engine runs. Any of ``distributions`` has the library; ``extra`` installs the first."""
+
+    name: str
+    module: str
+    distributions: tuple[str, ...]
+    extra: str
+    hardware: str
+    needs_engine: bool = False  # compiling takes minutes, so `load` never does it
+    index: str = ""  # where the distributions are, if not where pip looks by itself
+
+    @property
+    def install(self) -> str:
+        """The command that brings the engine's library."""
+        return f"pip install 'perceiver-export[{self.extra}]'{self.from_index}"
+
+    @property
+    def from_index(self) -> str:
+        """The option of `pip install` for the index."""
+        return f" --extra-index-url {self.index}" if self.index else ""
+
+    def lowering(self, precision: str) -> str:
+        """The name under which a bundle has the graph for this target: TensorRT has one for each precision."""
+        return f"tensorrt-{precision}" if self.module == "tensorrt" else self.name
+
+    def backend(self) -> Backend:
+        """The module that runs it."""
+        return cast(Backend, importlib.import_module(f"{_ENGINES}.{self.module}"))
+
+    def version(self) -> str:
+        """The installed library's version, empty if it is missing. Nothing is imported."""
+        return installed_version(*self.distributions)
+
+
+def installed_version(*distributions: str) -> str:
+    """The version of the first distribution that is installed; empty if none is."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    for name in distributions:
+        with suppress(PackageNotFoundError):
+            return version(name)
+    return ""
+
+
+_TENSORRT = ("tensorrt", "tensorrt-cu12", "tensorrt-cu13")
+_ORT = ("onnxruntime", "onnxruntime-gpu")
+_TABLE = (
+    Target("tensorrt", "tensorrt", _TENSORRT, "tensorrt", "NVIDIA GPU", True, "https://pypi.nvidia.com"),
+    Target("tensorrt-rtx", "tensorrt", ("tensorrt-rtx",), "tensorrt-rtx", "NVIDIA GPU", needs_engine=True),
+    Target("ort-cuda", "ort", ("onnxruntime-gpu",), "ort", "NVIDIA GPU"),
+    Target("openvino-gpu", "openvino", ("openvino",), "openvino", "Intel GPU"),
+    Target("openvino-npu", "openvino", ("openvino",), "openvino", "Intel NPU"),
+    Target("ort-cpu", "ort", _ORT, "ort", "CPU"),
+    Target("openvino-cpu", "openvino", ("openvino",), "openvino", "CPU"),
+)
+
+# In the order in which `device="auto"` looks at them.
+TARGETS = {target.name: target for target in _TABLE}
+
+
+def find_target(name: str) -> Target:
+    """The target of that name; ``ort-NAME`` is ONNX Runtime with the execution provider of that name.
+
+    Raises DeviceError: there is no such target; UsageError: it is no text.
+    """
+    check_kind("a target", name, str, f"one of {', '.join(TARGETS)}")
+    if name in TARGETS:
+        return TARGETS[name]
+    if re.fullmatch(r"ort-[a-z0-9]+", name):
+        return msgspec.structs.replace(TARGETS["ort-cpu"], name=name, hardware="its execution provider's device")
+    import difflib
+
+    close = difflib.get_close_matches(name.lower(), TARGETS)
+    near = [target for target in TARGETS if target in close]
+    raise DeviceError(
+        f"there is no target {name!r}",
+        (f"did you mean {' or '.join(near)}? " if near else "")
+        + f"the targets are {', '.join(TARGETS)}, and ort-NAME for an execution provider of onnxruntime's, in small "
+        "letters; auto, where one is loaded, takes the first that is present",
+    )

@@ -1,71 +1,269 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiled engines on disk: found by what engine.json says of them, published whole by one rename.
+"""Compiled engines on disk: identified by their engine.json, published complete by one rename or exchange.
 
-They lie in the bundle, `engines/TARGET/KEY/`; where the bundle cannot be written, in the user's cache directory under
-the hash of the bundle's manifest. A lock keeps two builders of one target apart; it falls when its holder dies.
+Engines lie in the bundle, `engines/TARGET/KEY/`. If the bundle cannot be written, they lie in the user's cache
+directory under the hash of the bundle's manifest. A lock keeps two builders of one target apart. engine.json says what
+an engine was built from and for; it is read before any other file of the engine.
+
+Libraries trust the engines that they load: a changed byte ends the process, or worse. A hash beside an engine only
+shows that the engine is complete, and whoever changes one can change the other. So `build` signs engine.json
+(HMAC-SHA256) with 32 random bytes in the user's configuration directory, and other engines are not given to their
+library. PERCEIVER_EXPORT_ENGINE_KEY names another file, so that a fleet of devices can load engines that one built.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
-import secrets
-import shutil
-import sys
+import platform
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
-from perceiver_export.runtimes.bundle import Bundle, Verify, cache_directory, check_files, sha256
-from perceiver_export.runtimes.engines.backend import Backend
-from perceiver_export.runtimes.engines.records import RECORD, SCHEMA_VERSION, Identity, Record, mismatches, read_record
-from perceiver_export.runtimes.errors import BuildError, BundleError, PerceiverExportError
-from perceiver_export.runtimes.manifest import FileEntry
+from perceiver_export.runtimes.bundle import Bundle, Verify, check_files, sha256
+from perceiver_export.runtimes.engines.backend import Backend, EngineOptions, Platform, Source, find_target
+from perceiver_export.runtimes.engines.flags import flag_problem
+from perceiver_export.runtimes.errors import BuildError, BundleError
+from perceiver_export.runtimes.files import (
+    cache_directory,
+    decode_json,
+    encode_json,
+    locked,
+    read_bytes,
+    reading,
+    replacing,
+    writing,
+)
+from perceiver_export.runtimes.manifest import FileEntry, Manifest, Part
 
-_PARTIAL = ".partial"
-_LOCK = ".lock"
+SCHEMA_VERSION = 1
+RECORD = "engine.json"
+ENVIRONMENT = "PERCEIVER_EXPORT_ENGINE_KEY"
+_KEY_BYTES = 32
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """An engine that lies in a bundle or in the cache. ``problems``: why it is not for here and now; none if it is."""
+class Identity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Everything that an engine depends on. Its hash is the engine's key."""
+
+    target: str
+    part: str
+    model: str  # hash over the graph's and the weights' hashes
+    precision: str  # of the bundle
+    options: EngineOptions
+    platform: Platform
+
+    @property
+    def key(self) -> str:
+        """Name of the engine's directory: 16 hexadecimal digits."""
+        return _hash(self)[:16]
+
+
+class Record(msgspec.Struct, frozen=True):
+    """The contents of engine.json. Unknown fields are allowed: a newer writer may add some.
+
+    ``mac`` signs all other fields, among them the hashes of the engine's files; see `keys`.
+    """
+
+    schema_version: int
+    identity: Identity
+    files: dict[str, FileEntry]
+    seconds: float  # compile time
+    mac: str = ""
+
+    def signed(self, key: bytes) -> Record:
+        """The same record with the signature of that key."""
+        return msgspec.structs.replace(self, mac=self._signature(key))
+
+    def distrust(self) -> tuple[str, ...]:
+        """Why the engine may not be given to its library; empty if this user built it."""
+        import hmac
+
+        try:
+            if hmac.compare_digest(self.mac.encode(), self._signature(read_key()).encode()):
+                return ()
+            why = "engine.json has no valid signature"
+        except FileNotFoundError:
+            why = "there is no such key yet"
+        except (OSError, ValueError) as error:
+            why = str(error)
+        return (f"it was not built with this user's key, {key_file()}: {why}",)
+
+    def _signature(self, key: bytes) -> str:
+        import hmac  # loads OpenSSL, a tenth of this package's import time
+
+        content = msgspec.json.encode(msgspec.structs.replace(self, mac=""), order="sorted")
+        return hmac.new(key, b"perceiver-export engine\0" + content, "sha256").hexdigest()
+
+
+class Candidate(msgspec.Struct, frozen=True):
+    """An engine in the bundle or in the cache. ``problems``: why it cannot be used here; empty if it can.
+
+    ``trusted``: this user built it. The contents of another user's engine.json are only shown.
+    """
 
     directory: Path
     record: Record
     problems: tuple[str, ...]
+    trusted: bool
+
+
+def _hash(document: object) -> str:
+    import hashlib
+
+    return hashlib.sha256(msgspec.json.encode(document, order="sorted")).hexdigest()
+
+
+def key_file() -> Path:
+    """The path of the key, whether it exists or not."""
+    if named := os.environ.get(ENVIRONMENT):
+        return Path(named)
+    base = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
+    return Path(base) / "perceiver-export" / "engine.key"
+
+
+def read_key() -> bytes:
+    """The key. Raises FileNotFoundError: there is none yet; ValueError: the file cannot be trusted; OSError."""
+    path, named = key_file(), bool(os.environ.get(ENVIRONMENT))
+    key = read_bytes(path.resolve() if named else path, 1 << 10)
+    status = path.stat()
+    # A named key may be root's, readable by a group: 0640.
+    if status.st_uid not in ({os.geteuid(), 0} if named else {os.geteuid()}):
+        raise ValueError(f"{path} belongs to another user")
+    if status.st_mode & (0o027 if named else 0o077):
+        raise ValueError(f"{path} can be read or written by others: chmod {'0640' if named else '0600'} {path}")
+    if len(key) != _KEY_BYTES:
+        raise ValueError(f"{path} has {len(key)} bytes, a key has {_KEY_BYTES}")
+    return key
+
+
+def ensure_key() -> bytes:
+    """The key, made if there is none. Raises BuildError: it cannot be made, read or trusted."""
+    path = key_file()
+    try:
+        if not os.path.lexists(path):
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with locked(path.parent.resolve()):  # two builds may make it at once
+                if not path.exists():
+                    with replacing(path) as temporary:
+                        temporary.chmod(0o600)
+                        temporary.write_bytes(os.urandom(_KEY_BYTES))
+        return read_key()
+    except (OSError, ValueError) as error:
+        said = error.strerror if isinstance(error, OSError) else error
+        raise BuildError(
+            f"the key that signs engines cannot be used, {path}: {said or error}",
+            f"set its permissions, or name another file in {ENVIRONMENT}: 32 random bytes, mode 0600",
+        ) from error
+
+
+def files_of(manifest: Manifest, graph: str) -> dict[str, str]:
+    """SHA-256, by file, of a graph and its weights: the bundle's own file, or that of the graph's lowering."""
+
+    def is_read(name: str) -> bool:
+        if name == graph or name == "model.weights":
+            return True
+        own = graph.endswith(f".{name.removesuffix('.weights')}.onnx")
+        return own and not name.endswith((".onnx", ".npz", ".json"))
+
+    return {name: entry.sha256 for name, entry in manifest.files.items() if is_read(name)}
+
+
+def graphs_of(manifest: Manifest, target: str, precision: str) -> dict[str, str]:
+    """SHA-256, by file, of all graphs and weights that a target runs in that precision. Raises DeviceError."""
+    found: dict[str, str] = {}
+    for part in manifest.parts.values():
+        found |= files_of(manifest, graph_for(part, target, precision))
+    return dict(sorted(found.items()))
+
+
+def graph_for(part: Part, target: str, precision: str) -> str:
+    """The file of a part that an engine of this target, in this precision, is made from."""
+    lowering = find_target(target).lowering(precision)
+    on_arm = f"{lowering}-arm64"  # ONNX Runtime's integer kernels on ARM need another form
+    if on_arm in part.lowered and platform.machine().lower() in ("aarch64", "arm64"):
+        lowering = on_arm
+    return part.graph_for(lowering)
+
+
+def model_hash(bundle: Bundle, graph: str) -> str:
+    """One hash for a graph and its weights, from those in the manifest."""
+    return _hash(files_of(bundle.manifest, graph))
+
+
+def make_source(bundle: Bundle, part: Part, target: str, options: EngineOptions) -> Source:
+    """The graph of a part that this target runs. The options get the ranges of its dynamic dimensions.
+
+    Raises BundleError: the bundle is quantized, and its graph for this target is absent.
+    """
+    precision, quantized = bundle.manifest.precision, bundle.manifest.quantization
+    graph = graph_for(part, target, options.precision)
+    floats = precision == "fp32" or (quantized is not None and not quantized.int8_activations)
+    if target.startswith("ort-") and not floats and graph == part.file:
+        raise BundleError(
+            f"{bundle.path} is {precision}, and {target} needs its graph rewritten for it, which is not in the bundle",
+            "quantize the fp32 bundle again: it writes that graph too",
+        )
+    ranges = {name: sizes for spec in part.inputs for name, sizes in spec.ranges.items()}
+    shapes = {name: options.shapes.get(name, (least, least, most)) for name, (least, most) in ranges.items()}
+    options = msgspec.structs.replace(options, shapes=shapes)
+    return Source(target, bundle.file(graph), options, precision, part.inputs, part.outputs, part.plan)
+
+
+def identify(bundle: Bundle, part: str, source: Source, here: Platform) -> Identity:
+    """The identity of an engine of this part if it were compiled here and now."""
+    model = model_hash(bundle, source.graph.relative_to(bundle.path).as_posix())
+    return Identity(source.target, part, model, source.precision, source.options, here)
+
+
+def mismatches(bundle: Bundle, built: Identity, here: Identity, backend: Backend) -> tuple[str, ...]:
+    """Why an engine differs from the one that would be built here, one phrase each.
+
+    The model is that of the engine's own precision, which may have its own graph. The caller compares other options.
+    """
+    allowed = backend.flags(here.target)
+    found = [problem for flag in built.options.flags.items() if (problem := flag_problem(*flag, allowed))]
+    part = bundle.manifest.parts.get(built.part)
+    graph = "" if part is None else graph_for(part, here.target, built.options.precision)
+    if built.part != here.part or built.model != model_hash(bundle, graph):
+        found.append("it was built from another model")
+    if built.options.shapes != here.options.shapes:
+        found.append(f"it was built for the shapes {built.options.shapes}, the bundle has {here.options.shapes}")
+    return (*found, *backend.differences(built.platform, here.platform))
+
+
+def read_record(directory: Path) -> Record | None:
+    """engine.json of a directory; None if it is missing, damaged, a link or of a newer schema."""
+    try:
+        record = decode_json(read_bytes(directory / RECORD), Record)
+    except (OSError, ValueError):
+        return None
+    return record if record.schema_version <= SCHEMA_VERSION else None
 
 
 def candidates(bundle: Bundle, here: Identity, backend: Backend) -> tuple[Candidate, ...]:
-    """Engines of that target and part, the newest first. Nothing but engine.json is read."""
+    """Engines of that target and part, the newest first. Only engine.json is read."""
     found = []
-    for root in roots(bundle):
-        for directory in _directories(root / here.target):
-            record = read_record(directory)
-            if record is not None and record.identity.target == here.target and record.identity.part == here.part:
-                problems = mismatches(bundle, record.identity, here, backend)
-                found.append((_modified(directory), Candidate(directory, record, problems)))
-    found.sort(key=lambda pair: pair[0], reverse=True)
-    return tuple(candidate for _, candidate in found)
+    for directory in _places(bundle, here.target):
+        record = None if directory.is_symlink() else read_record(directory)
+        if record is not None and record.identity.target == here.target and record.identity.part == here.part:
+            distrust = record.distrust()
+            problems = (*distrust, *mismatches(bundle, record.identity, here, backend))
+            with contextlib.suppress(OSError):  # another process removed it
+                written = (directory / RECORD).stat().st_mtime_ns
+                found.append((written, Candidate(directory, record, problems, not distrust)))
+    return tuple(one for _, one in sorted(found, key=lambda pair: pair[0], reverse=True))
 
 
-def unreadable(bundle: Bundle, target: str) -> tuple[Path, ...]:
-    """Directories of engines of that target whose engine.json cannot be read; a killed build leaves none."""
-    directories = [directory for root in roots(bundle) for directory in _directories(root / target)]
-    return tuple(directory for directory in directories if read_record(directory) is None)
-
-
-def roots(bundle: Bundle) -> tuple[Path, Path]:
-    """Where engines of this bundle may lie: in it, and in the user's cache directory."""
-    import hashlib
-
-    try:
-        manifest = hashlib.sha256((bundle.path / "manifest.json").read_bytes()).hexdigest()[:32]
-    except OSError as error:
-        raise BundleError(f"{bundle.path}/manifest.json cannot be read: {error}", "check its permissions") from error
-    return bundle.path / "engines", cache_directory() / "engines" / manifest
+def unreadable(bundle: Bundle, target: str) -> tuple[str, ...]:
+    """Links and damaged engines among the engines of that target, with the reason."""
+    return tuple(
+        _is_link(place)
+        if place.is_symlink()
+        else f"the engine in {place} cannot be read: its engine.json is missing, damaged or of a newer version"
+        for place in _places(bundle, target)
+        if place.is_symlink() or read_record(place) is None
+    )
 
 
 def check_engine(candidate: Candidate, verify: Verify) -> None:
@@ -73,103 +271,80 @@ def check_engine(candidate: Candidate, verify: Verify) -> None:
     check_files(candidate.directory, candidate.record.files, verify, RECORD)
 
 
-def publish(root: Path, identity: Identity, write: Callable[[Path], float]) -> Path:
-    """Have ``write`` fill a temporary directory (it gives the seconds that it took), and rename that into place.
+@contextlib.contextmanager
+def builders_lock(root: Path, target: str, waiting: Callable[[], None]) -> Iterator[None]:
+    """Hold the lock of one target's engines; ``waiting`` is called once if another process holds it.
 
-    The caller holds the lock. Raises BuildError: the disk is full, or the place cannot be written.
+    Raises BuildError: the engines cannot be written.
     """
-    place = root / identity.target / identity.key
-    temporary = place.with_name(f".{identity.key}.{secrets.token_hex(4)}{_PARTIAL}")
-    try:
-        temporary.mkdir(parents=True)
+    import shutil
+
+    directory = root / target
+    _check_no_links(root, directory)
+    with writing(root, BuildError, "check its permissions"):
+        directory.mkdir(parents=True, exist_ok=True)
+        with locked(directory, waiting=waiting):
+            for left in directory.glob(".*.partial"):  # of killed builds
+                shutil.rmtree(left, ignore_errors=True)
+            yield
+
+
+def publish(root: Path, identity: Identity, write: Callable[[Path], float]) -> Path:
+    """Let ``write`` fill a temporary directory, and rename it into place. ``write`` returns the seconds it took.
+
+    The caller holds the lock. Raises BuildError: the key cannot be used, or the place is a link; OSError.
+    """
+    key, place = ensure_key(), root / identity.target / identity.key
+    _check_no_links(place)
+    if not place.is_dir():
+        place.unlink(missing_ok=True)
+    with replacing(place, directory=True) as temporary:
         seconds = write(temporary)
-        files = {
-            file.name: FileEntry(sha256=sha256(file), size=file.stat().st_size) for file in sorted(temporary.iterdir())
-        }
-        record = Record(schema_version=SCHEMA_VERSION, identity=identity, files=files, seconds=seconds)
-        (temporary / RECORD).write_bytes(msgspec.json.format(msgspec.json.encode(record), indent=2) + b"\n")
-        for file in (*temporary.iterdir(), temporary):
-            _sync(file)
-        if place.exists():  # damaged, or it would have been taken
-            shutil.rmtree(place)
-        temporary.rename(place)
-    except OSError as error:
-        raise write_error(root, error) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        files = {file.name: FileEntry(sha256(file), file.stat().st_size) for file in sorted(temporary.iterdir())}
+        record = Record(SCHEMA_VERSION, identity, files, seconds)
+        (temporary / RECORD).write_bytes(encode_json(record.signed(key)))
     return place
 
 
-@contextlib.contextmanager
-def builders_lock(root: Path, target: str, waiting: Callable[[], None]) -> Iterator[None]:
-    """Hold the lock of one target's engines; ``waiting`` is called once where another process holds it.
-
-    What a killed build left behind is removed. Raises BuildError where the place cannot be written.
-    """
-    directory = root / target
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(directory / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as error:
-        raise write_error(root, error) from error
-    try:
-        _lock(descriptor, waiting)
-        for left in directory.glob(f".*{_PARTIAL}"):
-            shutil.rmtree(left, ignore_errors=True)
-        yield
-    finally:
-        os.close(descriptor)  # and with it falls the lock
-
-
-def write_error(place: Path, error: OSError) -> PerceiverExportError:
-    """Ours for what the file system refused."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return BuildError(f"the disk is full, no engine was written to {place}", "free some space and build again")
-    return BuildError(f"no engine can be written to {place}: {error.strerror or error}", "check its permissions")
-
-
 def writable_root(bundle: Bundle) -> Path:
-    """The bundle's own place for engines, or the user's cache where the bundle cannot be written."""
-    own, cached = roots(bundle)
-    try:
+    """The bundle's own place for engines, or the user's cache if the bundle cannot be written.
+
+    Raises BuildError: it is a link.
+    """
+    own, cached = _roots(bundle)
+    _check_no_links(own)
+    with contextlib.suppress(OSError):
         own.mkdir(exist_ok=True)
-    except OSError:
-        return cached
-    return own if os.access(own, os.W_OK | os.X_OK) else cached
+        if os.access(own, os.W_OK | os.X_OK):
+            return own
+    return cached
 
 
-def _lock(descriptor: int, waiting: Callable[[], None]) -> None:
-    if sys.platform == "win32":
-        return  # the rename is whole without it; two builders only work twice
-    import fcntl
-
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        waiting()
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):  # some network file systems have no locks
-            raise
+def _roots(bundle: Bundle) -> tuple[Path, Path]:
+    """The two places for engines of this bundle: inside it, and in the user's cache directory."""
+    manifest = bundle.path / "manifest.json"
+    with reading(manifest, BundleError):
+        digest = sha256(manifest)
+    return bundle.path / "engines", cache_directory() / "engines" / digest[:32]
 
 
-def _directories(place: Path) -> list[Path]:
-    try:
-        return [entry for entry in place.iterdir() if not entry.name.startswith(".")]
-    except OSError:
-        return []
+def _places(bundle: Bundle, target: str) -> Iterator[Path]:
+    """Everything among the engines of a target. A link on the way there ends the search and is yielded itself."""
+    for root in _roots(bundle):
+        links = [place for place in (root, root / target) if place.is_symlink()]
+        if links:
+            yield links[0]
+            continue
+        with contextlib.suppress(OSError):
+            yield from (entry for entry in (root / target).iterdir() if not entry.name.startswith("."))
 
 
-def _modified(directory: Path) -> int:
-    try:
-        return (directory / RECORD).stat().st_mtime_ns
-    except OSError:
-        return 0
+def _check_no_links(*places: Path) -> None:
+    """Raise BuildError if a path to an engine is a link: the engine would be written to its target."""
+    for place in places:
+        if place.is_symlink():
+            raise BuildError(_is_link(place), "remove it, or build a copy of the bundle")
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _is_link(place: Path) -> str:
+    return f"{place} is a symbolic link, which is not followed for engines"

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """OpenVINO on Intel's (and any x86 or ARM) CPU, its GPU and its NPU.
 
-What is compiled is the plugin's own form of the model, as it exports it. Arithmetic is what was asked for: left to
-itself OpenVINO computes an fp32 model in bf16 where the CPU has it, and in fp16 on a GPU.
+The engine is the model as the plugin exports it. By default OpenVINO computes an fp32 model in bf16 if the CPU has
+bf16, in fp16 on a GPU, and with 8-bit weights converts activations to int8 if the CPU has VNNI. Here it computes in the
+precision of the build. Every CPU stores fp16 weights; CPUs with AVX512-FP16 or similar also compute in fp16:
+`OpenvinoEngine.describe` says which.
 """
 
 from __future__ import annotations
@@ -16,44 +18,96 @@ from typing import Any
 
 import numpy as np
 
-from perceiver_export.runtimes.engines.backend import EngineOptions, Platform, Precision, Progress, Source, exact
-from perceiver_export.runtimes.engines.openvino_requests import OpenvinoEngine
-from perceiver_export.runtimes.engines.targets import find_target
-from perceiver_export.runtimes.errors import BundleError, DeviceError, EngineError, MissingDependencyError
+from perceiver_export.runtimes.engines.backend import (
+    EngineOptions,
+    Platform,
+    Precision,
+    Progress,
+    Source,
+    exact,
+    find_target,
+)
+from perceiver_export.runtimes.engines.flags import NUMBER, YES_NO, Flags, Values, one_of, without_openvinos
+from perceiver_export.runtimes.engines.openvino_engine import DEVICES, OpenvinoEngine, first_line
+from perceiver_export.runtimes.errors import BuildError, BundleError, DeviceError, EngineError, require
 from perceiver_export.runtimes.machine import cpu_features
 
 differences = exact
 
 _BLOB = "model.blob"
-_DEVICES = {"openvino-cpu": "CPU", "openvino-gpu": "GPU", "openvino-npu": "NPU"}
 _ARITHMETIC: dict[Precision, str] = {"fp32": "f32", "fp16": "f16", "bf16": "bf16"}
-_LACKS = "perceiver-export doctor says what this device lacks"
+# These keep an fp32 model in fp32 on every CPU: see above.
+CPU_ARITHMETIC: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
+_TEMPORARY = "free some space there, or name another directory with TMPDIR"
+_LACKS = "perceiver-export doctor shows what this device lacks"
+_PRIORITY = one_of("LOW", "MEDIUM", "HIGH")
+_FLAGS: dict[str, Flags] = {
+    "CPU": {
+        "NUM_STREAMS": Values("AUTO|NUMA|[0-9]{1,4}", "AUTO, NUMA or a number"),
+        "INFERENCE_NUM_THREADS": NUMBER,
+        "PERFORMANCE_HINT_NUM_REQUESTS": NUMBER,
+        "EXECUTION_MODE_HINT": one_of("PERFORMANCE", "ACCURACY"),
+        "ENABLE_CPU_PINNING": YES_NO,
+        "ENABLE_CPU_RESERVATION": YES_NO,
+        "ENABLE_HYPER_THREADING": YES_NO,
+        "SCHEDULING_CORE_TYPE": one_of("ANY_CORE", "PCORE_ONLY", "ECORE_ONLY"),
+        "CPU_DENORMALS_OPTIMIZATION": YES_NO,
+        "CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE": Values(r"[01]|0\.[0-9]{1,6}|1\.0", "a share from 0 to 1"),
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": NUMBER,
+    },
+    "GPU": {
+        "NUM_STREAMS": Values("AUTO|[0-9]{1,4}", "AUTO or a number"),
+        "PERFORMANCE_HINT_NUM_REQUESTS": NUMBER,
+        "EXECUTION_MODE_HINT": one_of("PERFORMANCE", "ACCURACY"),
+        "COMPILATION_NUM_THREADS": NUMBER,
+        "MODEL_PRIORITY": _PRIORITY,
+        "GPU_QUEUE_PRIORITY": _PRIORITY,
+        "GPU_QUEUE_THROTTLE": _PRIORITY,
+        "GPU_HOST_TASK_PRIORITY": _PRIORITY,
+        "GPU_ENABLE_LOOP_UNROLLING": YES_NO,
+        "GPU_DISABLE_WINOGRAD_CONVOLUTION": YES_NO,
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": NUMBER,
+    },
+    "NPU": {
+        "PERFORMANCE_HINT_NUM_REQUESTS": NUMBER,
+        "MODEL_PRIORITY": _PRIORITY,
+        "NPU_TURBO": YES_NO,
+        "NPU_TILES": NUMBER,
+    },
+}
 _HINTS = {"latency": "LATENCY", "throughput": "THROUGHPUT"}
 
 
 def platform(target: str, options: EngineOptions) -> Platform:
-    """What is here. Raises MissingDependencyError; DeviceError: no such device, or not in that precision."""
-    openvino, device = _import(target), _DEVICES[target]
+    """This machine's platform. Raises MissingDependencyError; DeviceError: no such device, or not in that precision."""
+    openvino, device = _import(target), DEVICES[target]
     core = _core()
     if device not in {name.partition(".")[0] for name in core.available_devices}:
         raise DeviceError(
             f"OpenVINO finds no {device} here, only {', '.join(core.available_devices) or 'nothing'}",
-            f"perceiver-export doctor says what the {device} lacks",
+            _LACKS,
         )
     capabilities = core.get_property(device, "OPTIMIZATION_CAPABILITIES")
     if options.precision == "bf16" and "BF16" not in capabilities:
         raise DeviceError(f"the {device} has no bf16, it has {', '.join(capabilities)}", "leave --precision out")
+    supported = core.get_property(device, "SUPPORTED_PROPERTIES")
+    drivers = [name for name in ("GPU_DRIVER_VERSION", "NPU_DRIVER_VERSION") if name in supported]
     return Platform(
         library="openvino",
         version=openvino.__version__,
         device=core.get_property(device, "FULL_DEVICE_NAME"),
-        driver=_driver(core, device),
+        driver=str(core.get_property(device, drivers[0])) if drivers else "",
         features=cpu_features() if device == "CPU" else (),
     )
 
 
+def flags(target: str) -> Flags:
+    """Properties of the plugin."""
+    return _FLAGS[DEVICES[target]]
+
+
 def compile(source: Source, directory: Path, progress: Progress) -> None:
-    """Compile and export. With fp16 weights are stored in half the bytes. Raises BundleError, DeviceError."""
+    """Compile and export. With fp16 float weights are stored in half the bytes. Raises BundleError, DeviceError."""
     progress("compiling", 0, None)
     compiled = _compiled(source, None)
     with _translated(f"{source.target} could not export its model", DeviceError):
@@ -68,10 +122,11 @@ def open(source: Source, directory: Path | None, threads: int | None) -> Openvin
     if directory is None:
         compiled = _compiled(source, threads)
     else:
-        with _translated(f"the engine in {directory} cannot be opened", EngineError, _rebuild(source.target)):
+        rebuild = f"rebuild it: perceiver-export build BUNDLE --target {source.target} --force"
+        with _translated(f"the engine in {directory} cannot be opened", EngineError, rebuild):
             # Mapped, because plugins go on reading weights from the memory that they import: it lives with the engine.
             blob = openvino.Tensor(np.memmap(directory / _BLOB, np.uint8, mode="c"), shared_memory=True)
-            compiled = _core().import_model(blob, _DEVICES[source.target], _properties(source, threads))
+            compiled = _core().import_model(blob, DEVICES[source.target], _properties(source, threads))
     return OpenvinoEngine(openvino, compiled, source, threads, blob)
 
 
@@ -83,41 +138,45 @@ def _compiled(source: Source, threads: int | None) -> Any:
         model = core.read_model(str(source.graph))
     if source.options.precision == "fp16":
         model = _with_half_weights(openvino, core, model)
-    flags = source.options.flags
+    given = source.options.flags
     with _translated(
         f"{source.target} refuses {source.graph.name}",
         DeviceError,
-        f"leave --flag {', --flag '.join(flags)} out" if flags else _LACKS,
+        f"leave --flag {', --flag '.join(given)} out" if given else _LACKS,
     ):
-        return core.compile_model(model, _DEVICES[source.target], _properties(source, threads))
+        return core.compile_model(model, DEVICES[source.target], _properties(source, threads))
 
 
 def _with_half_weights(openvino: Any, core: Any, model: Any) -> Any:
     """The model with the weights of its linears in fp16, decompressed where they are used."""
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "model.xml"
-        openvino.save_model(model, path, compress_to_fp16=True)
-        model = core.read_model(path).clone()
+        with _translated(f"{directory} could not hold the model's weights", BuildError, _TEMPORARY):
+            openvino.save_model(model, path, compress_to_fp16=True)
+            model = core.read_model(path).clone()
     for node in model.get_ops():
-        if node.get_type_name() != "Convert" or node.input_value(0).get_node().get_type_name() != "Constant":
+        # Float weights; integers of a quantized model stay integers.
+        held = node.input_value(0).get_node() if node.get_type_name() == "Convert" else node
+        if held.get_type_name() != "Constant" or held is node or held.get_element_type() != openvino.Type.f16:
             continue
         uses = [(use.get_node().get_type_name(), use.get_index()) for use in node.output(0).get_target_inputs()]
         # Only weights: a MatMul whose first input is such a constant (a Perceiver's constant queries) gives another
         # answer at each call, as OpenVINO 2026.4 decompresses it into memory that it then uses for something else.
         if any(use != ("MatMul", 1) for use in uses):
-            whole = node.input_value(0).get_node().data.astype(np.float32)
-            node.output(0).replace(openvino.op.Constant(whole).output(0))
+            node.output(0).replace(openvino.op.Constant(held.data.astype(np.float32)).output(0))
     return model
 
 
 def _properties(source: Source, threads: int | None) -> dict[str, Any]:
-    # A CPU that has no fp16 arithmetic still halves the weights' memory; there the sums stay fp32.
+    # A CPU that has no fp16 arithmetic still halves the weights' memory, and computes in fp32.
     precision = source.options.precision
-    device = _DEVICES[source.target]
+    device = DEVICES[source.target]
     halves = device != "CPU" or "FP16" in _core().get_property(device, "OPTIMIZATION_CAPABILITIES")
     properties: dict[str, Any] = {"PERFORMANCE_HINT": _HINTS[source.options.hint]}
     if device != "NPU":  # which computes in fp16 and int8 only
         properties["INFERENCE_PRECISION_HINT"] = _ARITHMETIC[precision if precision != "fp16" or halves else "fp32"]
+    if device == "CPU":
+        properties = {**CPU_ARITHMETIC, **properties}
     if threads is not None and device == "CPU":
         properties["INFERENCE_NUM_THREADS"] = threads
     return {**properties, **source.options.flags}
@@ -129,35 +188,16 @@ def _core() -> Any:
 
 
 def _import(target: str) -> Any:
-    try:
-        import openvino
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"target {target} needs openvino, which is not installed", find_target(target).install
-        ) from error
-    return openvino
-
-
-def _driver(core: Any, device: str) -> str:
-    for name in ("GPU_DRIVER_VERSION", "NPU_DRIVER_VERSION"):
-        if name in core.get_property(device, "SUPPORTED_PROPERTIES"):
-            return str(core.get_property(device, name))
-    return ""
-
-
-def _rebuild(target: str) -> str:
-    return f"rebuild it: perceiver-export build BUNDLE --target {target} --force"
+    with without_openvinos():
+        return require("openvino", f"target {target}", find_target(target).install)
 
 
 @contextmanager
 def _translated(
-    what: str,
-    kind: type[BundleError | DeviceError | EngineError],
-    hint: str = _LACKS,
+    what: str, kind: type[BuildError | BundleError | DeviceError | EngineError], hint: str = _LACKS
 ) -> Iterator[None]:
     """OpenVINO raises RuntimeError for everything, so the place decides what it means."""
     try:
         yield
     except RuntimeError as error:
-        lines = [line for line in str(error).splitlines() if line and not line.startswith("Exception from")]
-        raise kind(f"{what}: {lines[0] if lines else error}", hint) from error
+        raise kind(f"{what}: {first_line(error)}", hint) from error

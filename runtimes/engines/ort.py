@@ -1,22 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
 """ONNX Runtime: the CPU, CUDA, and by name (``ort-NAME``) any execution provider that is installed.
 
-What is compiled is the graph as its optimizer leaves it, with the weights beside it. A session whose provider would
-leave nodes to the CPU is refused: onnxruntime alone would run them there without a word.
+The engine is the graph after onnxruntime's optimizer, with the weights beside it. onnxruntime silently runs operators
+that a provider does not support on the CPU. Here that is an error.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from perceiver_export.runtimes.engines.backend import Array, EngineOptions, Feeds, Platform, Progress, Source, exact
-from perceiver_export.runtimes.engines.cuda_driver import cuda_gpus, driver_version
-from perceiver_export.runtimes.engines.targets import find_target
-from perceiver_export.runtimes.errors import BuildError, BundleError, DeviceError, EngineError, MissingDependencyError
+from perceiver_export.runtimes import exits
+from perceiver_export.runtimes.engines.backend import (
+    Array,
+    EngineOptions,
+    Feeds,
+    Platform,
+    Progress,
+    Source,
+    exact,
+    find_target,
+)
+from perceiver_export.runtimes.engines.cuda import cuda_gpus, driver_version
+from perceiver_export.runtimes.engines.flags import BIT, MICROSECONDS, NUMBER, Flags, Values, check_onnxruntimes, one_of
+from perceiver_export.runtimes.errors import (
+    BuildError,
+    BundleError,
+    DeviceError,
+    EngineError,
+    PerceiverExportError,
+    require,
+)
 from perceiver_export.runtimes.machine import cpu_features, cpu_name
 from perceiver_export.runtimes.manifest import DType, TensorSpec
 
@@ -24,14 +41,35 @@ differences = exact
 
 _CPU = "CPUExecutionProvider"
 _GRAPH, _WEIGHTS = "model.onnx", "model.weights"
-_CONFIG = ("session.", "optimization.", "ep.", "mlas.")  # how the names of its session config entries begin
-# Bytes of activations from which memory counts. A memory pattern saves 10 µs a call, and lays out one block for all of
-# a run beside what the first run took; arrays that are reused live as long as the last that reuses them. ImageNet's
-# Fourier model peaked at 620 MiB, at 422 without patterns, and at 330, which loading takes, without reuse; optical flow
-# at 616 and 413 above its weights. Neither is slower: the arena gives freed arrays back at once.
+# Session config entries of onnxruntime 1.22 to 1.32; an older version ignores entries that it does not know.
+_FLAGS: Flags = {
+    "session.intra_op.allow_spinning": BIT,
+    "session.inter_op.allow_spinning": BIT,
+    "session.intra_op.spin_duration_us": MICROSECONDS,
+    "session.inter_op.spin_duration_us": MICROSECONDS,
+    "session.force_spinning_stop": BIT,
+    "session.intra_op_thread_affinities": Values(r"[0-9,;-]{1,1000}", "numbers of processors, as 1,2;3,4"),
+    "session.dynamic_block_base": NUMBER,
+    "session.set_denormal_as_zero": BIT,
+    "session.disable_prepacking": BIT,
+    "session.disable_quant_qdq": BIT,
+    "session.disable_double_qdq_remover": BIT,
+    "session.enable_quant_qdq_cleanup": BIT,
+    "session.qdq_matmulnbits_accuracy_level": one_of("0", "1", "2", "3", "4"),
+    "session.x64quantprecision": BIT,
+    "optimization.enable_gelu_approximation": BIT,
+    "optimization.enable_cast_chain_elimination": BIT,
+    "optimization.disable_specified_optimizers": Values(r"[A-Za-z0-9_;]{1,1000}", "names of optimizers, as A;B"),
+    "mlas.disable_kleidiai": BIT,
+    "mlas.use_lut_gemm": BIT,
+}
+# Bytes of activations from which memory counts. A memory pattern saves 10 µs a call, and allocates one block for all of
+# a run beside the first run's memory; reused arrays live as long as their last user. ImageNet's Fourier model peaked at
+# 620 MiB, at 422 without patterns, and at 330, which loading takes, without reuse; optical flow at 616 and 413 above
+# its weights. Neither is slower: the arena gives freed arrays back at once.
 _LARGE = 2**24
-_SILENT = 4  # fatal only: an error comes back as an exception, printing it too would say it twice
-_NO_MEMORY = ("allocate", "bad_alloc", "bad allocation", "out of memory")  # in the words of allocators
+_SILENT = 4  # fatal only: onnxruntime would also print the errors that it raises
+_NO_MEMORY = ("allocate", "bad_alloc", "bad allocation", "out of memory")  # words of allocators
 _DAMAGED = ("Fail", "InvalidArgument", "InvalidProtobuf", "NoSuchFile", "InvalidGraph", "NoModel", "RuntimeException")
 _DTYPES: dict[str, DType] = {
     "tensor(float)": "float32",
@@ -43,25 +81,24 @@ _DTYPES: dict[str, DType] = {
 
 
 def platform(target: str, options: EngineOptions) -> Platform:
-    """What is here. Raises MissingDependencyError; DeviceError: no such provider, or nothing for it to run on."""
+    """This machine's platform. Raises MissingDependencyError; DeviceError: no such provider, or no device for it."""
     onnxruntime = _import(target)
     provider = _provider(onnxruntime, target)
     if options.precision != "fp32":
         raise DeviceError(
-            f"{target} runs a graph in the precision that it is in, not in {options.precision}",
+            f"{target} runs a graph in its own precision, not in {options.precision}",
             "leave --precision out; openvino and tensorrt targets choose one",
         )
-    unknown = [name for name in options.flags if not name.startswith(_CONFIG)]
-    if unknown:
-        raise DeviceError(f"{unknown[0]!r} is no setting of onnxruntime's", f"they begin with {', '.join(_CONFIG)}")
-    if provider == "CUDAExecutionProvider":
-        gpus = cuda_gpus()
-        if not gpus:
-            raise DeviceError(
-                f"{target} needs an NVIDIA GPU with its driver, and there is none", "see `perceiver-export doctor`"
-            )
-        return Platform("onnxruntime", onnxruntime.__version__, gpus[0].name, driver_version())
-    return Platform("onnxruntime", onnxruntime.__version__, cpu_name(), features=cpu_features())
+    if provider != "CUDAExecutionProvider":
+        return Platform("onnxruntime", onnxruntime.__version__, cpu_name(), features=cpu_features())
+    if not cuda_gpus():
+        raise DeviceError(f"{target} needs an NVIDIA GPU and its driver", "see `perceiver-export doctor`")
+    return Platform("onnxruntime", onnxruntime.__version__, cuda_gpus()[0].name, driver_version())
+
+
+def flags(target: str) -> Flags:
+    """Session config entries."""
+    return _FLAGS
 
 
 def compile(source: Source, directory: Path, progress: Progress) -> None:
@@ -69,58 +106,59 @@ def compile(source: Source, directory: Path, progress: Progress) -> None:
     onnxruntime = _import(source.target)
     if source.target not in ("ort-cpu", "ort-cuda"):
         raise BuildError(
-            f"{source.target} keeps nothing that was compiled: its provider compiles at each load",
-            "there is nothing to build; load it",
+            f"{source.target} keeps no engine: its provider compiles at each load", "there is nothing to build; load it"
         )
     progress("optimizing the graph", 0, None)
     options = _session_options(onnxruntime, source, None)
-    options.optimized_model_filepath = str(directory / _GRAPH)
+    options.optimized_model_filepath = utf8(directory / _GRAPH)
     options.add_session_config_entry("session.optimized_model_external_initializers_file_name", _WEIGHTS)
     options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
     try:
         _session(onnxruntime, source, source.graph, options)
     except BundleError as error:
         said = str(error.__cause__)
-        for path in (source.graph, source.graph.parent, directory):  # whose names may say anything
+        for path in (source.graph, source.graph.parent, directory):  # names of directories may contain "write"
             said = said.replace(str(path), "")
         if "write" not in said:
             raise
-        place = directory.parent
-        raise BuildError(f"onnxruntime cannot write an engine to {place}", "is the disk full? free space") from error
+        where = directory.parent
+        raise BuildError(f"onnxruntime cannot write an engine to {where}", "is the disk full? free space") from error
 
 
 def open(source: Source, directory: Path | None, threads: int | None) -> OrtEngine:
     """A session. Raises BundleError (not a usable graph), EngineError, MissingDependencyError, DeviceError."""
     onnxruntime = _import(source.target)
     options = _session_options(onnxruntime, source, threads)
-    if directory is None:
-        session = _session(onnxruntime, source, source.graph, options)
-    else:
+    graph = source.graph
+    if directory is not None:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        try:
-            session = _session(onnxruntime, source, directory / _GRAPH, options)
-        except BundleError as error:
-            raise EngineError(
-                f"the engine in {directory} cannot be opened: {error.message}",
-                f"rebuild it: perceiver-export build BUNDLE --target {source.target} --force",
-            ) from error
-    return OrtEngine(session, source.target, threads, onnxruntime.__version__)
+        graph = Path(utf8(directory)) / _GRAPH
+    try:
+        session = _session(onnxruntime, source, graph, options)
+    except BundleError as error:
+        if directory is None:
+            raise
+        raise EngineError(
+            f"the engine in {directory} cannot be opened: {error.message}",
+            f"rebuild it: perceiver-export build BUNDLE --target {source.target} --force",
+        ) from error
+    return OrtEngine(session, source, threads, onnxruntime.__version__)
 
 
 class OrtEngine:
     """One session. onnxruntime allows concurrent `run` calls on it."""
 
-    def __init__(self, session: Any, target: str, threads: int | None, version: str) -> None:
+    def __init__(self, session: Any, source: Source, threads: int | None, version: str) -> None:
         self._session = session
-        self._target = target
+        self._source = source
         self._threads = threads
         self._version = version
-        self.inputs = tuple(_spec(node) for node in session.get_inputs())
-        self.outputs = tuple(_spec(node) for node in session.get_outputs())
+        self.inputs = tuple(map(_spec, session.get_inputs()))
+        self.outputs = tuple(map(_spec, session.get_outputs()))
         self._output_names = [spec.name for spec in self.outputs]
-        self._single_threaded = threads == 1  # then there is no thread of the session's own to run on
+        self._single_threaded = threads == 1  # the session then has no thread of its own to run on
         self._in_flight, self._idle = 0, threading.Condition()
-        self._calling: set[int] = set()  # threads that are in a caller's callback
+        self._calling: set[int] = set()  # threads in a caller's callback
 
     def run(self, feeds: Feeds) -> dict[str, Array]:
         try:
@@ -146,37 +184,39 @@ class OrtEngine:
             return None
         future: Future[dict[str, Array]] = Future()
         future.set_running_or_notify_cancel()
-        with self._idle:
-            self._in_flight += 1
 
+        @exits.awaited
         def done(values: Any, held: Any, error: str) -> None:
             thread = threading.get_ident()
             self._calling.add(thread)
             if error:
-                future.set_exception(_failed("inference failed", error.splitlines()[0]))
+                future.set_exception(_ours(RuntimeError(error)))
             else:
                 future.set_result(dict(zip(self._output_names, values, strict=True)))
-            with self._idle:
-                self._calling.discard(thread)
-                self._in_flight -= 1
-                self._idle.notify_all()
+            self._calling.discard(thread)
+            self._count(-1)
 
+        self._count(1)
         try:
-            self._session.run_async(self._output_names, feeds, done, feeds)  # which are held until then
+            self._session.run_async(self._output_names, feeds, done, feeds)  # the last keeps the arrays until then
         except Exception as error:
-            with self._idle:
-                self._in_flight -= 1
+            self._count(-1)
             if "thread pool" not in str(error):
                 raise _ours(error) from error
             self._single_threaded = True  # a machine of one core
             return None
         return future
 
+    def _count(self, more: int) -> None:
+        with self._idle:
+            self._in_flight += more
+            self._idle.notify_all()
+
     def in_callback(self) -> bool:
         return threading.get_ident() in self._calling
 
     def close(self) -> None:
-        if self.in_callback():  # a callback does not wait for itself; the interpreter's exit does
+        if self.in_callback():  # a callback cannot wait for itself; the interpreter's exit waits for this thread
             threading.Thread(target=self.close, name="perceiver-export-close", daemon=False).start()
             return
         with self._idle:
@@ -184,23 +224,31 @@ class OrtEngine:
 
     def describe(self) -> dict[str, Any]:
         provider = self._session.get_providers()[0]
+        # Kernels for the CPU take their types from the graph's tensors, as a test shows on each machine; flags may not.
+        in_fp32 = provider == _CPU and self._source.precision == "fp32" and not self._source.options.flags
         return {
-            "target": self._target,
+            "target": self._source.target,
             "device": provider.removesuffix("ExecutionProvider"),
             "engine": "onnxruntime",
             "version": self._version,
             "provider": provider,
             "threads": self._threads or "all cores",
+            **({"arithmetic": "fp32"} if in_fp32 else {}),
+            **self._source.flags_described,
         }
 
 
-def _import(target: str) -> Any:
+def utf8(path: Path) -> str:
+    """A path as onnxruntime takes it. Raises BundleError: the bytes of its name are not UTF-8."""
     try:
-        import onnxruntime
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"target {target} needs onnxruntime, which is not installed", find_target("ort-cpu").install
-        ) from error
+        return path.as_posix().encode().decode()
+    except UnicodeEncodeError as error:
+        raise BundleError(f"{path} is not UTF-8, so onnxruntime cannot open it", "rename the directory") from error
+
+
+def _import(target: str) -> Any:
+    onnxruntime = require("onnxruntime", f"target {target}", find_target("ort-cpu").install)
+    check_onnxruntimes(onnxruntime)
     return onnxruntime
 
 
@@ -208,25 +256,14 @@ def _provider(onnxruntime: Any, target: str) -> str:
     """onnxruntime's name of the target's execution provider. Raises DeviceError."""
     here = {name.removesuffix("ExecutionProvider").lower(): name for name in onnxruntime.get_available_providers()}
     wanted = target.removeprefix("ort-")
-    if wanted in _plugins(onnxruntime):
-        raise DeviceError(
-            f"{wanted!r} is a plugin of onnxruntime's, which this runtime does not run",
-            f"use an execution provider that is compiled into it: {', '.join(sorted(here))}",
-        )
     if wanted not in here:
         raise DeviceError(
             f"this onnxruntime has no execution provider {wanted!r}, it has {', '.join(sorted(here))}",
             "pip install onnxruntime-gpu, in place of onnxruntime"
             if wanted == "cuda"
-            else "install an onnxruntime that was built with it; see `perceiver-export doctor`",
+            else "install an onnxruntime that was built with it; plugins are not run",
         )
     return str(here[wanted])
-
-
-def _plugins(onnxruntime: Any) -> set[str]:
-    """Execution providers that an app registered with `register_execution_provider_library`, from 1.23 on."""
-    found = {device.ep_name for device in getattr(onnxruntime, "get_ep_devices", list)()}
-    return {name.removesuffix("ExecutionProvider").lower() for name in found - {*onnxruntime.get_available_providers()}}
 
 
 def _session_options(onnxruntime: Any, source: Source, threads: int | None) -> Any:
@@ -234,22 +271,22 @@ def _session_options(onnxruntime: Any, source: Source, threads: int | None) -> A
     options.log_severity_level = _SILENT
     if threads is not None:
         options.intra_op_num_threads = threads
-    if source.options.hint == "throughput":
-        # Threads that spin while they wait steal the cores from the requests beside.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    entries = dict(source.options.flags)
+    if source.options.hint == "throughput":  # threads that spin while they wait take the cores from other requests
+        entries = {"session.intra_op.allow_spinning": "0", **entries}
+    if source.target != "ort-cpu":
+        entries["session.disable_cpu_ep_fallback"] = "1"
+    for name, value in entries.items():
+        options.add_session_config_entry(name, value)
     if source.plan is not None and source.plan.peak >= _LARGE:
         options.enable_mem_pattern = options.enable_mem_reuse = False
-    for name, value in source.options.flags.items():
-        options.add_session_config_entry(name, value)
-    if source.target != "ort-cpu":
-        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     return options
 
 
 def _session(onnxruntime: Any, source: Source, graph: Path, options: Any) -> Any:
     provider = _provider(onnxruntime, source.target)
-    try:  # without its own fallback, which prints that it tries again with another provider, and may take that
-        session = onnxruntime.InferenceSession(str(graph), options, providers=[provider], enable_fallback=0)
+    try:  # without its own fallback, which prints that it tries another provider, and may take that
+        session = onnxruntime.InferenceSession(utf8(graph), options, providers=[provider], enable_fallback=0)
     except Exception as error:
         raise _ours(error, graph, source.options.flags) from error
     if session.get_providers()[0] != provider:
@@ -263,36 +300,28 @@ def _session(onnxruntime: Any, source: Source, graph: Path, options: Any) -> Any
 def _spec(node: Any) -> TensorSpec:
     shape = tuple(dim if isinstance(dim, int) else dim or f"dim{axis}" for axis, dim in enumerate(node.shape))
     if node.type not in _DTYPES:
-        raise DeviceError(
-            f"{node.name!r} is a {node.type}, which this runtime does not carry", "export with float32 or int32"
-        )
+        raise DeviceError(f"{node.name!r} is {node.type}, which is not supported", "export with float32 or int32")
     return TensorSpec(name=node.name, dtype=_DTYPES[node.type], shape=shape)
 
 
-def _ours(error: Exception, loading: Path | None = None, flags: Mapping[str, str] | None = None) -> Exception:
-    """onnxruntime's exceptions as ours, of a graph that is loaded or else of a run; anything else as it is."""
-    module, name = type(error).__module__, type(error).__name__
-    if not module.startswith("onnxruntime") and type(error) is not RuntimeError:  # what run_with_iobinding raises
+def _ours(error: Exception, loading: Path | None = None, flags: Iterable[str] = ()) -> Exception:
+    """onnxruntime's exceptions as ours, from loading a graph or from a run; other exceptions unchanged."""
+    name, garbled = type(error).__name__, isinstance(error, UnicodeDecodeError)
+    if isinstance(error, UnicodeDecodeError):  # the message has names of a damaged graph
+        said = error.object.decode(errors="replace")
+    elif type(error).__module__.startswith("onnxruntime") or type(error) is RuntimeError:  # as run_with_iobinding
+        said = str(error)
+    else:
         return error
-    what = "inference failed" if loading is None else f"{loading} cannot be loaded"
-    first_line = str(error).splitlines()[0] if str(error) else name
-    if "disable_cpu_ep_fallback" in first_line or "fallback to CPU" in first_line:
-        return DeviceError(
-            f"{what}: the provider leaves some of the graph to the CPU", "use ort-cpu, or a provider that takes it all"
-        )
-    if loading is None or any(words in first_line for words in _NO_MEMORY):
-        return _failed(what, first_line)
-    if flags:
-        return DeviceError(f"{what}: {first_line}", f"leave --flag {', --flag '.join(flags)} out")
-    if name in _DAMAGED:
-        return BundleError(
-            f"{what}: {first_line}", "the file is damaged, or its engine too old: copy or export it again"
-        )
-    return DeviceError(f"{what}: {first_line}", "see `perceiver-export doctor`; a newer onnxruntime may be needed")
-
-
-def _failed(what: str, message: str) -> DeviceError:
-    """What the device could not do with a graph that is whole."""
-    if any(words in message for words in _NO_MEMORY):
-        return DeviceError(f"{what}: {message}", "free memory, or export with a smaller --memory-budget")
-    return DeviceError(f"{what}: {message}", "see `perceiver-export doctor`")
+    said = said.splitlines()[0] if said else name
+    kind: type[PerceiverExportError] = DeviceError
+    hint = "see `perceiver-export doctor`; a newer onnxruntime may be needed"
+    if "disable_cpu_ep_fallback" in said or "fallback to CPU" in said:
+        said, hint = "the provider leaves some of the graph to the CPU", "use ort-cpu, or a provider that takes it all"
+    elif any(words in said for words in _NO_MEMORY):
+        hint = "free memory, or export with a smaller --memory-budget"
+    elif loading is not None and list(flags):
+        hint = f"leave --flag {', --flag '.join(flags)} out"
+    elif loading is not None and (name in _DAMAGED or garbled):
+        kind, hint = BundleError, "the file is damaged, or its engine too old: copy or export it again"
+    return kind(f"{loading} cannot be loaded: {said}" if loading else f"inference failed: {said}", hint)

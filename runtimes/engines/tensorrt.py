@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """TensorRT on NVIDIA GPUs and Jetsons (`tensorrt`), TensorRT for RTX (`tensorrt-rtx`), which needs no GPU to compile.
 
-The driver is asked before anything of TensorRT is made: without one its runtime takes the process down.
+The driver is asked first: without one TensorRT's runtime ends the process.
 """
 
 from __future__ import annotations
@@ -11,30 +11,35 @@ import re
 from pathlib import Path
 from typing import Any
 
-from perceiver_export.runtimes.engines.backend import EngineOptions, Platform, Progress, Source
-from perceiver_export.runtimes.engines.cuda_driver import Gpu, cuda_gpus, driver_version
-from perceiver_export.runtimes.engines.targets import find_target
+from perceiver_export.runtimes.engines.backend import EngineOptions, Platform, Progress, Source, find_target
+from perceiver_export.runtimes.engines.cuda import Gpu, cuda_gpus, driver_version
+from perceiver_export.runtimes.engines.flags import Flags, Values
 from perceiver_export.runtimes.engines.tensorrt_build import ENGINE, build_engine, rtx_gpus
-from perceiver_export.runtimes.engines.tensorrt_capabilities import capabilities
 from perceiver_export.runtimes.engines.tensorrt_engine import TensorrtEngine
-from perceiver_export.runtimes.errors import BuildError, DeviceError, MissingDependencyError
+from perceiver_export.runtimes.engines.tensorrt_versions import capabilities
+from perceiver_export.runtimes.errors import DeviceError, MissingDependencyError
 
 _MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+_FLAGS: Flags = {
+    "workspace": Values(r"[0-9]{1,19}\s*[KMG]?(i?B)?", "bytes, as 512MiB"),
+    "optimization_level": Values("[0-5]", "0 (fast to build) to 5 (fast to run)"),
+}
+_CROSSED: Flags = {**_FLAGS, "compute_capability": Values("[A-Za-z0-9_, ]{1,200}", "kinds of GPU, as sm86,sm89")}
 _FIRST_BF16 = (8, 0)  # compute capability: Ampere
 _NO_BF16 = ("75",)  # of those that TensorRT for RTX builds for
-# As apt names what an import of TensorRT from JetPack or NVIDIA's own packages may lack.
+# apt's names of the libraries that TensorRT's import may lack, from JetPack or NVIDIA's own packages.
 _PACKAGES = {"nvinfer": "libnvinfer", "nvinfer_plugin": "libnvinfer-plugin", "nvonnxparser": "libnvonnxparsers"}
 
 
 def platform(target: str, options: EngineOptions) -> Platform:
     """The library and the GPU; of a cross-build (tensorrt-rtx with compute_capability) the GPUs that it is for.
 
-    Raises MissingDependencyError; DeviceError: no driver, no GPU, or one without the precision; BuildError.
+    Raises MissingDependencyError; DeviceError: no driver, no GPU, or one without the precision.
     """
     crossed = options.flags.get("compute_capability", "") if target == "tensorrt-rtx" else ""
     gpus = cuda_gpus()
     if not crossed and not gpus:
-        import_library(target)  # that it is missing would be the first thing to mend
+        import_library(target)  # a missing library is the first thing to fix
         raise DeviceError(
             f"{target} found no NVIDIA GPU here: there is no CUDA driver, or it does not start",
             "install the driver (on a Jetson: JetPack); tensorrt-rtx builds without a GPU: --flag"
@@ -46,8 +51,6 @@ def platform(target: str, options: EngineOptions) -> Platform:
         _check_gpu(gpus[0], rtx_gpus(trt), can.name)
     device = " ".join(sorted({part.strip().lower() for part in crossed.split(",")})) if crossed else gpus[0].name
     if options.precision == "bf16":
-        if can.typing == "weak":
-            raise BuildError(f"{can.name} has no bf16", "give --precision fp16")
         if crossed:
             names = [name for name in device.split() if name.removeprefix("sm") in _NO_BF16]
         else:
@@ -65,6 +68,11 @@ def differences(built: Platform, here: Platform) -> tuple[str, ...]:
     if built.device != here.device and _architecture(here.device) not in built.device.split():
         found.append(f"it was built for {built.device}, here is {here.device}")
     return tuple(found)
+
+
+def flags(target: str) -> Flags:
+    """The flags of `build_engine`; only TensorRT for RTX builds for GPUs of other machines."""
+    return _CROSSED if target == "tensorrt-rtx" else _FLAGS
 
 
 def compile(source: Source, directory: Path, progress: Progress) -> None:
@@ -97,7 +105,7 @@ def import_library(target: str) -> Any:
 
 
 def _check_gpu(gpu: Gpu, known: list[str], name: str) -> None:
-    """Without this one it would compile, for other GPUs. Raises DeviceError."""
+    """Raise DeviceError for a GPU that this TensorRT would silently not compile for."""
     if f"sm{gpu.compute_capability[0]}{gpu.compute_capability[1]}" not in known:
         raise DeviceError(f"{name} is not for {gpu.name}", f"it is for {', '.join(known)}; use --target tensorrt here")
 

@@ -1,45 +1,45 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiling a graph with TensorRT, and holding the engine to the precision that was asked for."""
+"""Compile a graph with TensorRT, and check that the engine has the precision of the build."""
 
 from __future__ import annotations
 
 import re
+import signal
 import threading
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
 from perceiver_export.runtimes.engines.backend import Platform, Progress, Source
-from perceiver_export.runtimes.engines.cuda_driver import driver_version
-from perceiver_export.runtimes.engines.interruptible import interruptible
-from perceiver_export.runtimes.engines.tensorrt_caches import read_timings, write_timings
-from perceiver_export.runtimes.engines.tensorrt_capabilities import Capabilities
+from perceiver_export.runtimes.engines.cuda import driver_version
 from perceiver_export.runtimes.engines.tensorrt_layers import (
     Layer,
-    count_attentions,
-    count_precisions,
-    differences,
-    layers_from_inspector,
-    layers_from_log,
-)
-from perceiver_export.runtimes.engines.tensorrt_network import (
     asked_precisions,
     check_shared_weights,
     check_types,
-    constrain,
+    layers_from_inspector,
+    layers_from_log,
+    lint_command,
     parse,
+    precisions,
     weight_bytes,
 )
+from perceiver_export.runtimes.engines.tensorrt_versions import Capabilities, read_timings, write_timings
 from perceiver_export.runtimes.errors import BuildError, DeviceError
+from perceiver_export.runtimes.files import encode_json
 
 ENGINE, REPORT = "model.engine", "layers.json"
+_POLL = 0.2  # seconds
 _ERROR = 1  # severities count down to 0, an internal error
 _BYTES = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 
 
 class LayerReport(msgspec.Struct, frozen=True):
-    """layers.json beside an engine: what its own report says. ``precisions`` counts the matrix products by type;
+    """layers.json beside an engine: figures from TensorRT's own report. ``precisions`` counts matrix products by type;
     ``weight_bytes`` are those of the graph's constants, ``bytes_each_use`` with a copy for each layer that uses one.
     """
 
@@ -52,8 +52,35 @@ class LayerReport(msgspec.Struct, frozen=True):
     bytes_each_use: int
 
 
+T = TypeVar("T")
+
+
+def interruptible(work: Callable[[threading.Event], T], stopping: Callable[[], None]) -> T:
+    """Call ``work`` in a thread. Ctrl-C sets the event that it takes, and then calls ``stopping``.
+
+    A compiler's callback would swallow KeyboardInterrupt, or end the process; in the main thread it could leave the
+    compiler running behind. Raises KeyboardInterrupt, once work has stopped; and what work raises.
+    """
+    stop = threading.Event()
+    heard = threading.current_thread() is threading.main_thread() and callable(signal.getsignal(signal.SIGINT))
+    before = signal.signal(signal.SIGINT, lambda *_: stop.set()) if heard else None
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            future = pool.submit(work, stop)
+            while not wait([future], _POLL).done and not stop.is_set():
+                pass
+            if stop.is_set():
+                stopping()
+    finally:
+        if heard:
+            signal.signal(signal.SIGINT, before)
+    if stop.is_set():
+        raise KeyboardInterrupt
+    return future.result()
+
+
 def make_logger(trt: Any) -> Any:
-    """A logger that keeps what went wrong, and the lines in which TensorRT for RTX lists its layers."""
+    """A logger that keeps errors, and the lines in which TensorRT for RTX lists its layers."""
 
     class Log(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -74,7 +101,7 @@ def start(factory: Any, logger: Any, name: str) -> Any:
     """TensorRT's builder or runtime, which both start CUDA. Raises DeviceError: CUDA does not start for them."""
     try:
         return factory(logger)
-    except TypeError as error:  # what its bindings make of a null pointer
+    except TypeError as error:  # its bindings' error for a null pointer
         raise DeviceError(
             f"{name} does not start: {' '.join(logger.problems[:1]) or 'it gives no reason'}",
             f"it may want a newer driver, or GPU memory that others hold: the driver runs CUDA {driver_version()};"
@@ -117,17 +144,14 @@ def _build(
     network, parser = parse(trt, can, builder, logger, source.graph)
     config = builder.create_builder_config()
     _configure(trt, can, config, builder, source)
-    if can.typing == "weak":
-        constrain(trt, network, config, source.options.precision)
-    asked = asked_precisions(trt, network, can, source.options)
+    asked = asked_precisions(trt, network)
     check_types(asked, source)
     check_shared_weights(trt, network, can, source.graph)
     timings = read_timings(platform, config) if can.library == "tensorrt" else None
-    if can.monitor:
-        config.progress_monitor = _monitor(trt, progress, stop)
-    weights = weight_bytes(trt, network)
-    once, each = (round(size / 2**20) for size in weights)
-    progress(f"compiling {once} MiB of weights{f', {each} if each use has a copy' if each > once else ''}", 0, None)
+    config.progress_monitor = _monitor(trt, progress, stop)
+    once, each = weight_bytes(trt, network)
+    copied = f", {each / 2**20:.0f} if each use has a copy" if each > once else ""
+    progress(f"compiling {once / 2**20:.0f} MiB of weights{copied}", 0, None)
     serialized = builder.build_serialized_network(network, config)
     del parser  # it owns weights that the network refers to
     if serialized is None:
@@ -135,33 +159,38 @@ def _build(
     if timings is not None:
         write_timings(timings, config)
     layers = _layers(trt, can, logger, serialized)
-    wrong = differences(asked, layers)
+    found = precisions(layers)
+    # A narrower type is as wrong as a wider one: fp32 products may overflow in it.
+    wrong = [
+        f"{node}: {kind} asked, {found.get(node, 'nothing')} found"
+        for node, kind in asked.items()
+        if found.get(node) != kind
+    ]
     if wrong:
-        named = "; ".join(str(one) for one in wrong[:5])
+        named = "; ".join(wrong[:5]) + "; …" * (len(wrong) > 5)
         raise BuildError(
-            f"{len(wrong)} of {len(asked)} products do not run as asked: {named}{'; …' if len(wrong) > 5 else ''}",
-            "report it with the versions that `perceiver-export doctor` shows; another --precision may be kept",
+            f"{len(wrong)} of {len(asked)} products do not run as asked: {named}",
+            "report it with the versions that `perceiver-export doctor` shows; another --precision may work",
         )
-    return _write(asked, layers, weights, serialized, directory)
+    (directory / ENGINE).write_bytes(serialized)
+    counts = dict(Counter(asked.values()))
+    size, attentions = (directory / ENGINE).stat().st_size, sum(layer.fused_attention for layer in layers)
+    report = LayerReport(len(layers), attentions, counts.get("int8", 0), counts, size, once, each)
+    (directory / REPORT).write_bytes(encode_json(report))
+    return report
 
 
 def _configure(trt: Any, can: Capabilities, config: Any, builder: Any, source: Source) -> None:
-    flags = dict(source.options.flags)
+    flags = source.options.flags
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     if source.options.precision == "fp32":
         config.clear_flag(trt.BuilderFlag.TF32)  # it has 10 bits where fp32 has 23
     if "workspace" in flags:
-        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, _bytes(flags.pop("workspace")))
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, _bytes(flags["workspace"]))
     if "optimization_level" in flags:
-        config.builder_optimization_level = _level(flags.pop("optimization_level"))
-    targets = flags.pop("compute_capability", "")
-    if targets:
+        config.builder_optimization_level = int(flags["optimization_level"])
+    if targets := flags.get("compute_capability"):
         _set_targets(trt, can, config, targets)
-    if flags:
-        raise BuildError(
-            f"{source.target} has no flag {next(iter(flags))!r}",
-            "its flags: workspace=512MiB, optimization_level=0…5; tensorrt-rtx: compute_capability=sm86,sm89",
-        )
     named = [spec for spec in source.inputs if any(isinstance(size, str) for size in spec.shape)]
     if named:
         profile = builder.create_optimization_profile()
@@ -175,10 +204,6 @@ def _configure(trt: Any, can: Capabilities, config: Any, builder: Any, source: S
 
 
 def _set_targets(trt: Any, can: Capabilities, config: Any, targets: str) -> None:
-    if can.library != "tensorrt-rtx":
-        raise BuildError(
-            "TensorRT builds for the GPU that it runs on", "leave compute_capability out, and build on the device"
-        )
     names = list(dict.fromkeys(name.strip().upper() for name in targets.split(",")))
     known = rtx_gpus(trt)
     for name in names:
@@ -214,16 +239,15 @@ def _monitor(trt: Any, progress: Progress, stop: threading.Event) -> Any:
 
 
 def _given_up(can: Capabilities, source: Source, problems: list[str]) -> BuildError:
-    said = problems[0] if problems else "it gives no reason"
-    version = f"{can.version[0]}.{can.version[1]}"
-    hint = (
-        f"perceiver-export lint {source.graph.parent} --target {can.library} --version {version} says what does not fit"
+    said = " ".join(problems)
+    hint = f"{lint_command(can, source.graph)} lists the reasons"
+    if re.search(r"SM75\): FP32", said):
+        hint = "leave sm75 out: there TensorRT for RTX has no fp32 products, and this graph has some"
+    if re.search(r"workspace|OutOfMemory|out of memory", said, re.IGNORECASE):
+        hint = "give it more memory: --flag workspace=2GiB, or leave it out; and close other programs on the GPU"
+    return BuildError(
+        f"{can.name} could not compile {source.graph.name}: {(problems or ['it gives no reason'])[0]}", hint
     )
-    if re.search(r"SM75\): FP32", " ".join(problems)):
-        hint = "leave sm75 out, where TensorRT for RTX has no fp32 products; this graph has some"
-    if re.search(r"workspace|OutOfMemory|out of memory", " ".join(problems), re.IGNORECASE):
-        hint = "give it more memory: --flag workspace=2GiB, or leave it out; and close what else uses the GPU"
-    return BuildError(f"{can.name} could not compile {source.graph.name}: {said}", hint)
 
 
 def _layers(trt: Any, can: Capabilities, logger: Any, serialized: Any) -> tuple[Layer, ...]:
@@ -233,29 +257,10 @@ def _layers(trt: Any, can: Capabilities, logger: Any, serialized: Any) -> tuple[
     engine = runtime.deserialize_cuda_engine(serialized)
     if engine is None:
         raise BuildError(
-            f"{can.name} cannot load what it built: {' '.join(logger.problems[-1:])}", "perceiver-export doctor"
+            f"{can.name} cannot load its own engine: {' '.join(logger.problems[-1:])}", "perceiver-export doctor"
         )
     inspector = engine.create_engine_inspector()
     return layers_from_inspector(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
-
-
-def _write(
-    asked: dict[str, str], layers: tuple[Layer, ...], weights: tuple[int, int], serialized: Any, directory: Path
-) -> LayerReport:
-    counts = count_precisions(layers, asked)
-    with (directory / ENGINE).open("wb") as file:
-        file.write(serialized)
-    report = LayerReport(
-        layers=len(layers),
-        fused_attentions=count_attentions(layers),
-        int8_products=counts.get("int8", 0),
-        precisions=counts,
-        engine_bytes=(directory / ENGINE).stat().st_size,
-        weight_bytes=weights[0],
-        bytes_each_use=weights[1],
-    )
-    (directory / REPORT).write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
-    return report
 
 
 def _bytes(text: str) -> int:
@@ -264,9 +269,3 @@ def _bytes(text: str) -> int:
     if not 0 < size < 2**63:
         raise BuildError(f"workspace is {text!r}", "give bytes: --flag workspace=512MiB")
     return size
-
-
-def _level(text: str) -> int:
-    if text not in "012345" or len(text) != 1:
-        raise BuildError(f"optimization_level is {text!r}", "give 0 (fast to build) to 5 (fast to run)")
-    return int(text)

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from perceiver_export.runtimes.engines.backend import Array, Feeds, Platform, Source
-from perceiver_export.runtimes.engines.cuda_memory import Buffer, Cuda, Stream
+from perceiver_export.runtimes.engines.cuda import Buffer, Cuda, Stream
 from perceiver_export.runtimes.engines.tensorrt_build import make_logger, start
-from perceiver_export.runtimes.engines.tensorrt_caches import KernelCache
+from perceiver_export.runtimes.engines.tensorrt_versions import KernelCache
 from perceiver_export.runtimes.errors import DeviceError, EngineError
 from perceiver_export.runtimes.manifest import TensorSpec
 
@@ -25,8 +25,8 @@ _SLOTS = 2
 
 
 class TensorrtEngine:
-    """One engine with `_SLOTS` places to run in; a third caller waits for one of them. Where memory is
-    short of the second place, callers take turns in the first.
+    """One engine with `_SLOTS` places to run in; a third caller waits for one of them. If memory is too short for a
+    second place, callers take turns in the first.
 
     Raises EngineError: the file is not an engine for here; DeviceError: no driver, or not enough GPU memory.
     """
@@ -43,8 +43,7 @@ class TensorrtEngine:
         if self._engine is None:
             said = " ".join(self._logger.problems[:1]) or "it gives no reason"
             raise EngineError(
-                f"{here.library} {here.version} does not take {path}: {said}",
-                f"build it again, here: {self._rebuild()}",
+                f"{here.library} {here.version} refuses {path}: {said}", f"build it here: {self._rebuild()}"
             )
         self._check_names()
         # TensorRT for RTX compiles kernels for the GPU that it finds, at their first run.
@@ -66,7 +65,7 @@ class TensorrtEngine:
                 np.copyto(out[name], array)
 
     def describe(self) -> dict[str, Any]:
-        """What it runs on; ``zero_copy``: host and GPU share the buffers; ``cuda_graph``: runs are replayed."""
+        """Target, device, versions; ``zero_copy``: host and GPU share buffers; ``cuda_graph``: runs are replayed."""
         return {
             "target": self._source.target,
             "device": self._here.device,
@@ -162,11 +161,11 @@ class _Slot:
 
     def _enqueue(self, sizes: Mapping[str, int]) -> None:
         for spec in self._source.inputs:
-            self._buffers[spec.name].to_device(math.prod(_shape(spec, sizes)), self._stream)
+            self._buffers[spec.name].copy(True, math.prod(_shape(spec, sizes)), self._stream)
         if not self._context.execute_async_v3(self._stream.handle.value):
             raise DeviceError("TensorRT could not run the engine", "build it again; perceiver-export doctor")
         for spec in self._source.outputs:
-            self._buffers[spec.name].to_host(math.prod(_shape(spec, sizes)), self._stream)
+            self._buffers[spec.name].copy(False, math.prod(_shape(spec, sizes)), self._stream)
 
     def _view(self, spec: TensorSpec, sizes: Mapping[str, int]) -> Array:
         shape = _shape(spec, sizes)

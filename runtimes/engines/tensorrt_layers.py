@@ -1,42 +1,46 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What TensorRT made of a graph, by its own report: the inspector's JSON, or the build log of TensorRT for RTX.
+"""A graph as TensorRT's network, and the types in which its engine computes.
 
-Neither format is documented. It is read tolerantly, and what cannot be read counts as not there: a precision that was
-asked for and is not found fails the build.
+Those types come from TensorRT's own report: the inspector's JSON, or the build log of TensorRT for RTX. Neither format
+is documented. Text that cannot be read counts as absent, and a precision that is not found fails the build.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from perceiver_export.runtimes.engines.backend import Source
+from perceiver_export.runtimes.engines.tensorrt_versions import Capabilities
+from perceiver_export.runtimes.errors import BuildError, BundleError, MissingDependencyError
 
 # Longest first: "Half" also stands in "Row major linear FP16 format" as FP16.
-_TYPES = (
-    ("Int8", "int8"),
-    ("INT8", "int8"),
-    ("BFloat16", "bf16"),
-    ("BF16", "bf16"),
-    ("Half", "fp16"),
-    ("FP16", "fp16"),
-    ("FP8", "fp8"),
-    ("Float", "fp32"),
-    ("FP32", "fp32"),
-)
+_TYPES = {
+    **dict.fromkeys(("Int8", "INT8"), "int8"),
+    **dict.fromkeys(("BFloat16", "BF16"), "bf16"),
+    **dict.fromkeys(("Half", "FP16"), "fp16"),
+    "FP8": "fp8",
+    **dict.fromkeys(("Float", "FP32"), "fp32"),
+}
+_HALVES = ("fp16", "bf16")
 _ORDER = ("int8", "fp8", "fp16", "bf16", "fp32")
-# A fused kernel is named after what it does: one that casts before its product (Fc) dequantizes, and multiplies floats.
+# A fused kernel's name lists its operations: a cast before the product (Fc) dequantizes, so floats are multiplied.
 _UNPACKS = re.compile(r"^__myl_\w*Cast\w*Fc")
 # They only move numbers, also those of a product that is named in their metadata.
 _MOVES = ("Reformat", "NoOp", "Constant")
+# Names of kernels that multiply: by tactic, type of layer, or fused operation.
+_PRODUCTS = re.compile(r"gemm|mha|convolution|matrix_?multiply|fully_?connected|(?-i:__myl_\w*Fc)", re.IGNORECASE)
 _ONNX = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
 
 
-@dataclass(frozen=True)
-class Layer:
-    """One kernel of an engine. ``inputs`` and ``constants`` are types (`int8`, `fp16`); ``nodes`` are the graph's."""
+class Layer(NamedTuple):
+    """One kernel of an engine. ``inputs``, ``constants`` and ``outputs`` are types (`int8`, `fp16`); ``nodes`` are
+    the graph's.
+    """
 
     name: str
     kind: str
@@ -48,127 +52,57 @@ class Layer:
     @property
     def fused_attention(self) -> bool:
         """Whether it is a whole attention in one kernel."""
-        return "mha" in self.name.lower() or "mha" in self.kind.lower()
+        return "mha" in f"{self.name} {self.kind}".lower()
 
+    @property
+    def precision(self) -> str:
+        """The type that it computes in: that of its inputs, unless it converts them first; empty if not reported.
 
-@dataclass(frozen=True)
-class Difference:
-    """A product that does not run in the precision that was asked for; ``found`` is empty where it is not reported."""
-
-    node: str
-    asked: str
-    found: str
-
-    def __str__(self) -> str:
-        return f"{self.node}: {self.asked} asked, {self.found or 'nothing'} found"
+        Constants count little: int8 ones beside wider inputs are weights that the kernel unpacks.
+        """
+        if self.kind.startswith(_MOVES):
+            return ""
+        narrowest = min((kind for kind in self.inputs if kind in _ORDER), key=_ORDER.index, default="")
+        if narrowest == "int8" and _UNPACKS.search(self.name):
+            return next((kind for kind in (*self.constants, *self.outputs) if kind in _HALVES), "fp32")
+        if narrowest == "fp32":  # a kernel that begins with a cast, and multiplies by weights in 16 bits
+            return next((kind for kind in self.constants if kind in _HALVES), narrowest)
+        return narrowest
 
 
 def layers_from_log(lines: Iterable[str]) -> tuple[Layer, ...]:
     """From the build log of TensorRT for RTX, with detailed profiling: one `Name: …, LayerType: …` line a layer."""
-    text = "\n".join(lines)
-    return tuple(
-        _from_line(line) for line in text.splitlines() if line.startswith("Name: ") and ", LayerType: " in line
-    )
+    found = []
+    for line in "\n".join(lines).splitlines():
+        if line.startswith("Name: ") and ", LayerType: " in line:
+            head, *sections = re.split(r", (Inputs|Constants|Outputs): \[", line)
+            texts = dict(zip(sections[::2], sections[1::2], strict=True))
+            types = {name: re.findall(r"Datatype: (\w+)", text) for name, text in texts.items()}
+            name, kind = head.removeprefix("Name: ").split(", LayerType: ", 1)
+            found.append(_layer(name, kind.partition(",")[0], types, line))
+    return tuple(found)
 
 
 def layers_from_inspector(report: str) -> tuple[Layer, ...]:
-    """From the JSON of `IEngineInspector`. Layers that are only a name (profiling was not detailed) tell nothing."""
+    """From the JSON of `IEngineInspector`. Layers that are only a name (no detailed profiling) are left out."""
     try:
-        layers = json.loads(report).get("Layers", [])
+        layers = [layer for layer in json.loads(report).get("Layers", []) if isinstance(layer, dict)]
     except (ValueError, AttributeError):
         return ()
-    return tuple(_from_json(layer) for layer in layers if isinstance(layer, dict))
-
-
-def count_attentions(layers: Iterable[Layer]) -> int:
-    """Attentions that became one kernel."""
-    return sum(layer.fused_attention for layer in layers)
-
-
-def count_precisions(layers: Iterable[Layer], products: Iterable[str]) -> dict[str, int]:
-    """How many of the named products run in each type; those that are in no layer's report count nowhere."""
-    found = _precisions(layers)
-    return dict(Counter(found[node] for node in products if node in found))
-
-
-def differences(asked: Mapping[str, str], layers: Iterable[Layer]) -> tuple[Difference, ...]:
-    """Products (by node name) that run in another type than was asked for, or are in no layer's report.
-
-    A narrower one is as wrong as a wider one: what was to stay fp32 would overflow.
-    """
-    found = _precisions(layers)
-    return tuple(
-        Difference(node, precision, found.get(node, ""))
-        for node, precision in asked.items()
-        if found.get(node) != precision
-    )
-
-
-def _precisions(layers: Iterable[Layer]) -> dict[str, str]:
-    """Of each node the narrowest type that one of its kernels computes in: the product's own, beside its epilogues."""
-    found: dict[str, str] = {}
+    found = []
     for layer in layers:
-        precision = "" if layer.kind.startswith(_MOVES) else _precision(layer)
-        for node in layer.nodes if precision else ():
-            if node not in found or _ORDER.index(precision) < _ORDER.index(found[node]):
-                found[node] = precision
-    return found
+        types = {name: map(_type_text, layer.get(name, ())) for name in ("Inputs", "Constants", "Outputs")}
+        kind = f"{layer.get('LayerType', '')} {layer.get('TacticName', '')}"
+        found.append(_layer(str(layer.get("Name", "")), kind, types, str(layer.get("Metadata", ""))))
+    return tuple(found)
 
 
-def _precision(layer: Layer) -> str:
-    """What a kernel computes in: what it reads, unless it converts that first; empty where nothing is reported.
-
-    Constants count little: int8 ones beside wider inputs are weights that the kernel unpacks.
-    """
-    types = [kind for kind in layer.inputs if kind in _ORDER]
-    halves = [kind for kind in (*layer.constants, *layer.outputs) if kind in ("fp16", "bf16")]
-    narrowest = min(types, key=_ORDER.index, default="")
-    if narrowest == "int8" and _UNPACKS.search(layer.name):
-        return halves[0] if halves else "fp32"
-    if narrowest == "fp32":  # a kernel that begins with a cast, and multiplies by weights that are halves
-        return next((kind for kind in layer.constants if kind in ("fp16", "bf16")), narrowest)
-    return narrowest
-
-
-def _from_line(line: str) -> Layer:
-    sections = {name: _section(line, name) for name in ("Inputs", "Constants", "Outputs")}
-    kind = re.search(r", LayerType: ([^,]*)", line)
-    return Layer(
-        name=line.removeprefix("Name: ").split(", LayerType: ", 1)[0],
-        kind=kind[1] if kind else "",
-        inputs=_types(re.findall(r"Datatype: (\w+)", sections["Inputs"])),
-        constants=_types(re.findall(r"Datatype: (\w+)", sections["Constants"])),
-        outputs=_types(re.findall(r"Datatype: (\w+)", sections["Outputs"])),
-        nodes=frozenset(_ONNX.findall(line)),
+def _layer(name: str, kind: str, types: Mapping[str, Iterable[str]], metadata: str) -> Layer:
+    inputs, constants, outputs = (
+        tuple(next((ours for theirs, ours in _TYPES.items() if theirs in text), "") for text in types.get(section, ()))
+        for section in ("Inputs", "Constants", "Outputs")
     )
-
-
-def _section(line: str, name: str) -> str:
-    """What stands between `NAME: [` and the bracket that closes it."""
-    start = line.find(f", {name}: [")
-    if start < 0:
-        return ""
-    start += len(f", {name}: [")
-    depth = 1
-    for place in range(start, len(line)):
-        depth += (line[place] == "[") - (line[place] == "]")
-        if depth == 0:
-            return line[start:place]
-    return line[start:]
-
-
-def _from_json(layer: Mapping[str, Any]) -> Layer:
-    name, metadata = str(layer.get("Name", "")), str(layer.get("Metadata", ""))
-    nodes = frozenset(_ONNX.findall(metadata))
-    return Layer(
-        name=name,
-        kind=" ".join(str(layer.get(key, "")) for key in ("LayerType", "TacticName")),
-        inputs=_types(map(_type_text, layer.get("Inputs", ()))),
-        constants=_types(map(_type_text, layer.get("Constants", ()))),
-        outputs=_types(map(_type_text, layer.get("Outputs", ()))),
-        # 8.x has no metadata: there names of layers are names of nodes, joined where they were fused
-        nodes=nodes or frozenset(part.strip() for part in re.split(r" \+ |\+", name)),
-    )
+    return Layer(name, kind, inputs, constants, outputs, frozenset(_ONNX.findall(metadata)))
 
 
 def _type_text(tensor: Any) -> str:
@@ -177,5 +111,173 @@ def _type_text(tensor: Any) -> str:
     return " ".join(str(tensor.get(key, "")) for key in ("Datatype", "Format/Datatype", "Format"))
 
 
-def _types(texts: Iterable[str]) -> tuple[str, ...]:
-    return tuple(next((ours for theirs, ours in _TYPES if theirs in text), "") for text in texts)
+def precisions(layers: Iterable[Layer]) -> dict[str, str]:
+    """By node, the narrowest type that one of its kernels computes in: the product's own, beside its epilogues.
+
+    If a kernel is known to multiply, it decides alone: a kernel that slices an attention's padded heads may move int8.
+    """
+    found: dict[str, tuple[bool, int]] = {}
+    for layer in layers:
+        if precision := layer.precision:
+            multiplies = bool(_PRODUCTS.search(layer.name) or _PRODUCTS.search(layer.kind))
+            this = (not multiplies, _ORDER.index(precision))
+            for node in layer.nodes:
+                found[node] = min(found.get(node, this), this)
+    return {node: _ORDER[place] for node, (_, place) in found.items()}
+
+
+SHARED_WEIGHTS = "products of one input whose weights alone are integers, and shared by blocks, crash its compiler"
+SHARED_WEIGHTS_FIX = "int8 weights compile with --precision bf16; int4 weights do not: quantize with --scheme int8"
+
+
+def parse(trt: Any, can: Capabilities, builder: Any, logger: Any, graph: Path) -> tuple[Any, Any]:
+    """The network of an ONNX file, and its parser, which owns weights that the network refers to.
+
+    Raises BundleError: not readable, or with unknown operators; MissingDependencyError: no parser.
+    """
+    if not hasattr(trt, "OnnxParser"):
+        raise MissingDependencyError(
+            f"this {can.name} has no ONNX parser", "install it: apt install libnvonnxparsers-dev python3-libnvinfer"
+        )
+    flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED) if can.typed_by_flag else 0
+    network = builder.create_network(flags)
+    parser = trt.OnnxParser(network, logger)
+    if not graph.is_file():
+        raise BundleError(f"{graph} does not exist", "export the bundle again")
+    if not parser.parse_from_file(str(graph)):
+        said = "it gives no reason"
+        if parser.num_errors:
+            error = parser.get_error(0)
+            said = f"{error.node_operator()} {error.node_name()}: {' '.join(str(error.desc()).split())}"
+        raise BundleError(
+            f"{can.name} cannot read {graph.name}: {said}",
+            f"{lint_command(can, graph)} lists the reasons; build --lower-only writes a graph that fits",
+        )
+    return network, parser
+
+
+def lint_command(can: Capabilities, graph: Path) -> str:
+    """The command that checks a graph for this version."""
+    version = f"{can.version[0]}.{can.version[1]}"
+    return f"perceiver-export lint {graph.parent} --target {can.library} --version {version}"
+
+
+def asked_precisions(trt: Any, network: Any) -> dict[str, str]:
+    """By node, the precision that each matrix product must have: that of the graph's types."""
+    producers, constants = _producers(network), _constants(trt, network)
+    asked = {}
+    for layer in _layers(network):
+        if layer.type != trt.LayerType.MATRIX_MULTIPLY or layer.get_output(0).name in constants:
+            continue
+        int8 = _is_int8(trt, producers, layer)
+        asked[node_name(layer)] = "int8" if int8 else _type_name(trt, layer.get_input(0).dtype)
+    return asked
+
+
+def check_types(asked: dict[str, str], source: Source) -> None:
+    """Raise BuildError if the graph's products are not in the precision of the build: no flag could change them."""
+    wanted = source.options.precision
+    found = {precision for precision in asked.values() if precision != "int8"}
+    if wrong := found - {"fp32"} if wanted == "fp32" else set() if wanted in found else found:
+        raise BuildError(
+            f"{wanted} was asked for, and the products of {source.graph.name} are {', '.join(sorted(wrong))}",
+            f"perceiver-export build {source.graph.parent} --target {source.target} --precision {wanted} --lower-only"
+            " writes the graph for it (with onnx installed)",
+        )
+
+
+def check_shared_weights(trt: Any, network: Any, can: Capabilities, graph: Path) -> None:
+    """Raise BuildError where TensorRT for RTX 1.7 would end the process, or fail with an unclear message."""
+    if not can.shared_weights_crash:
+        return
+    producers = _producers(network)
+    uses: dict[str, int] = {}
+    weights: dict[str, dict[str, Any]] = {}  # of each input, by the weight's name a product of the two
+    for layer in _layers(network):
+        if layer.type != trt.LayerType.MATRIX_MULTIPLY or _is_int8(trt, producers, layer):
+            continue
+        shaped = (trt.LayerType.SHUFFLE, trt.LayerType.CAST)  # a scale too small for 16 bits stays fp32, and is cast
+        left, right = layer.get_input(0), _source(producers, layer.get_input(1), shaped)
+        if right is None or right.type != trt.LayerType.DEQUANTIZE:
+            continue
+        if left.dtype == trt.bfloat16 and right.get_input(0).dtype == trt.int8:
+            continue
+        name = right.get_output(0).name
+        uses[name] = uses.get(name, 0) + 1
+        weights.setdefault(left.name, {})[name] = layer
+    for products in weights.values():
+        shared = [layer for name, layer in products.items() if uses[name] > 1]
+        if len(shared) > 1:
+            where = f"{graph.name}, {node_name(shared[0])}"
+            raise BuildError(f"{can.name} cannot compile {where}: {SHARED_WEIGHTS}", SHARED_WEIGHTS_FIX)
+
+
+def weight_bytes(trt: Any, network: Any) -> tuple[int, int]:
+    """Bytes of all constants: each stored once, and with a copy for each layer that uses one.
+
+    An engine is near one of the two: TensorRT for RTX stores weights once.
+    """
+    kinds = trt.LayerType
+    shaped = (kinds.DEQUANTIZE, kinds.SHUFFLE, kinds.CAST, kinds.IDENTITY)  # computed when the engine is built
+    readers: dict[str, list[Any]] = {}
+    for layer in _layers(network):
+        for tensor in _inputs(layer):
+            readers.setdefault(tensor.name, []).append(layer)
+
+    def uses(tensor: Any) -> int:
+        found = readers.get(tensor.name, ())
+        return sum(uses(layer.get_output(0)) if layer.type in shaped else 1 for layer in found)
+
+    constants = [layer.get_output(0) for layer in _layers(network) if layer.type == kinds.CONSTANT]
+    sizes = [(tensor, math.ceil(math.prod(tensor.shape) * tensor.dtype.itemsize)) for tensor in constants]
+    return sum(size for _, size in sizes), sum(size * uses(tensor) for tensor, size in sizes)
+
+
+def node_name(layer: Any) -> str:
+    """The ONNX node that a layer was made from: in its metadata, else its own name."""
+    found = _ONNX.search(layer.metadata)
+    return found[1] if found else str(layer.name)
+
+
+def _layers(network: Any) -> Iterator[Any]:
+    return (network.get_layer(index) for index in range(network.num_layers))
+
+
+def _inputs(layer: Any) -> list[Any]:
+    """Those that are given; optional ones may be None."""
+    found = (layer.get_input(index) for index in range(layer.num_inputs))
+    return [tensor for tensor in found if tensor is not None]
+
+
+def _producers(network: Any) -> dict[str, Any]:
+    """The layer that each tensor comes from, by the tensor's name."""
+    return {layer.get_output(index).name: layer for layer in _layers(network) for index in range(layer.num_outputs)}
+
+
+def _is_int8(trt: Any, producers: dict[str, Any], product: Any) -> bool:
+    """Whether both sides of a product are dequantized, so that it is to run in int8."""
+    sources = [_source(producers, product.get_input(index), (trt.LayerType.SHUFFLE,)) for index in range(2)]
+    return all(source is not None and source.type == trt.LayerType.DEQUANTIZE for source in sources)
+
+
+def _constants(trt: Any, network: Any) -> set[str]:
+    """Names of tensors that no input changes: they are computed when the engine is built."""
+    found: set[str] = set()
+    for layer in _layers(network):  # producers come before their users
+        given = [one.name in found for one in _inputs(layer)]
+        if layer.type == trt.LayerType.CONSTANT or (given and all(given)):
+            found.update(layer.get_output(index).name for index in range(layer.num_outputs))
+    return found
+
+
+def _source(producers: dict[str, Any], tensor: Any, past: tuple[Any, ...]) -> Any:
+    """The layer that a tensor comes from, behind those of the types ``past``."""
+    layer = producers.get(tensor.name)
+    while layer is not None and layer.type in past:
+        layer = producers.get(layer.get_input(0).name)
+    return layer
+
+
+def _type_name(trt: Any, dtype: Any) -> str:
+    names = {trt.float32: "fp32", trt.float16: "fp16", trt.bfloat16: "bf16", trt.int8: "int8"}
+    return names.get(dtype, str(dtype))

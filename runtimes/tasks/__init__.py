@@ -1,65 +1,158 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tasks: what comes before and after a bundle's graphs, in numpy. `open_task` picks by the manifest."""
+"""Tasks: the pre- and post-processing of a bundle's graphs, in numpy. `open_task` picks by the manifest.
+
+from perceiver_export.runtimes.tasks import ImageClassification, open_task
+
+with open_task("fashion", ImageClassification) as classify:
+    predictions = classify("bag.png")
+"""
 
 from __future__ import annotations
 
 import importlib
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from perceiver_export.runtimes.bundle import Bundle, Verify, open_bundle
 from perceiver_export.runtimes.engines.backend import Precision
-from perceiver_export.runtimes.errors import BundleError
-from perceiver_export.runtimes.joined import join
+from perceiver_export.runtimes.errors import BundleError, UsageError
 from perceiver_export.runtimes.loading import load
 from perceiver_export.runtimes.manifest import Manifest
 from perceiver_export.runtimes.runtime import Runtime
-from perceiver_export.runtimes.tasks.base import Task
+from perceiver_export.runtimes.split import join
+from perceiver_export.runtimes.tasks.base import Task, TextTask
+from perceiver_export.runtimes.tasks.tokenizers import open_tokenizer, truncating
+
+if TYPE_CHECKING:
+    from perceiver_export.runtimes.tasks.arrays import Arrays, Sets
+    from perceiver_export.runtimes.tasks.flow import OpticalFlow
+    from perceiver_export.runtimes.tasks.images import ImageClassification
+    from perceiver_export.runtimes.tasks.points import PointCloudClassification
+    from perceiver_export.runtimes.tasks.sound import AudioClassification
+    from perceiver_export.runtimes.tasks.text import FillMask, TextClassification
+    from perceiver_export.runtimes.tasks.video import VideoAutoencoding
+
+    class _SomeTask(Task):
+        """A task whose class only the manifest knows: members of `Task` are typed, the rest is Any."""
+
+        def __call__(self, *arguments: Any, **options: Any) -> Any: ...
+        def __getattr__(self, name: str) -> Any: ...
+
+
+__all__ = [
+    "TASKS",
+    "Arrays",
+    "AudioClassification",
+    "FillMask",
+    "ImageClassification",
+    "OpticalFlow",
+    "PointCloudClassification",
+    "Sets",
+    "Task",
+    "TextClassification",
+    "VideoAutoencoding",
+    "checked_task",
+    "open_task",
+]
+
+T = TypeVar("T", bound=Task)
 
 # The module beside this one and its class; imported when a bundle of that task is opened.
 TASKS = {
-    "image-classification": ("image_classification", "ImageClassification"),
-    "fill-mask": ("fill_mask", "FillMask"),
-    "text-classification": ("text_classification", "TextClassification"),
-    "optical-flow": ("optical_flow", "OpticalFlow"),
-    "video-autoencoding": ("video_autoencoding", "VideoAutoencoding"),
-    "audio-classification": ("audio_classification", "AudioClassification"),
-    "point-cloud-classification": ("point_cloud_classification", "PointCloudClassification"),
+    "image-classification": ("images", "ImageClassification"),
+    "fill-mask": ("text", "FillMask"),
+    "text-classification": ("text", "TextClassification"),
+    "optical-flow": ("flow", "OpticalFlow"),
+    "video-autoencoding": ("video", "VideoAutoencoding"),
+    "audio-classification": ("sound", "AudioClassification"),
+    "point-cloud-classification": ("points", "PointCloudClassification"),
     "sets": ("arrays", "Sets"),
     "arrays": ("arrays", "Arrays"),
 }
 
 
+def __getattr__(name: str) -> Any:
+    module = next((module for module, task in TASKS.values() if task == name), None)
+    if module is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{module}"), name)
+
+
+@overload
 def open_task(
     bundle: str | os.PathLike[str] | Bundle,
+    expect: type[T],
+    device: str = ...,
+    threads: int | None = ...,
+    verify: Verify = ...,
+    check_finite: bool = ...,
+    precision: Precision | None = ...,
+    truncate: bool = ...,
+) -> T: ...
+
+
+@overload
+def open_task(
+    bundle: str | os.PathLike[str] | Bundle,
+    device: str = ...,
+    threads: int | None = ...,
+    verify: Verify = ...,
+    check_finite: bool = ...,
+    precision: Precision | None = ...,
+    truncate: bool = ...,
+) -> _SomeTask: ...
+
+
+def open_task(
+    bundle: str | os.PathLike[str] | Bundle, *arguments: Any, expect: type[Task] = Task, **options: Any
+) -> Any:
+    """Load a bundle with the pre- and post-processing of its task: one of the classes of `TASKS`, by the manifest.
+
+    ``expect`` is the class that it must be of; it tells type checkers and editors the class of the result. Without it
+    they know the members of `Task`. Graphs are loaded when they are first needed. ``truncate`` cuts texts that are
+    longer than the model, even if the checkpoint's tokenizer does not. `load` describes the other options.
+
+    Raises what `load` raises; UsageError: the bundle has another task than expected, or takes no text to cut;
+    MissingDependencyError: the tokenizer's library.
+    """
+    if arguments and isinstance(arguments[0], type):
+        expect, *arguments = arguments  # type: ignore[assignment]
+    return _open(bundle, expect, *arguments, **options)
+
+
+def _open(
+    bundle: str | os.PathLike[str] | Bundle,
+    expect: type[Task],
     device: str = "auto",
     threads: int | None = None,
     verify: Verify = "auto",
     check_finite: bool = False,
     precision: Precision | None = None,
-) -> Any:
-    """Load a bundle with the pre- and post-processing of its task: one of the classes of `TASKS`, by the manifest.
-
-    Its graphs are loaded when they are first needed. Arguments are those of `load`. Raises what `load` raises.
-    """
+    truncate: bool = False,
+) -> Task:
     opened = open_bundle(bundle, verify)
+    reading = truncating(opened) if truncate else opened
     task = checked_task(opened.manifest)
+    if not issubclass(task, expect):
+        raise UsageError(
+            f"{opened.path} is a bundle of {opened.manifest.task}, not of {expect.__name__}",
+            f"open it as {task.__name__}, or give another bundle",
+        )
 
     def load_part(name: str | None) -> Runtime:
-        if name is None and opened.split:  # the weights of its parts are in memory once, however they are used
+        if name is None and opened.split:  # the weights of its parts are in memory once
             return join(opened.manifest, {part: made.part(part) for part in opened.manifest.parts})
         return load(opened, device, name, threads, "never", precision=precision, check_finite=check_finite)
 
-    made = task(opened.manifest, load_part)
+    tokenizer = (open_tokenizer(reading.manifest, reading.path),) if issubclass(task, TextTask) else ()
+    made: Task = task(opened.manifest, load_part, *tokenizer)
     return made
 
 
 def checked_task(manifest: Manifest) -> type[Task]:
     """The class of the manifest's task. Raises BundleError: an unknown task, or a manifest that does not fit it."""
     if manifest.task not in TASKS:
-        raise BundleError(
-            f"{manifest.name} is of the unknown task {manifest.task!r}", f"this version knows: {', '.join(TASKS)}"
-        )
+        raise BundleError(f"{manifest.name} has the unknown task {manifest.task!r}", f"known are {', '.join(TASKS)}")
     module, name = TASKS[manifest.task]
     task: type[Task] = getattr(importlib.import_module(f"{__name__}.{module}"), name)
     task.check(manifest)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Arrays in, arrays out: models of your own, and sets of entities."""
+"""Your own models, and models of sets: arrays in, arrays out."""
 
 from __future__ import annotations
 
@@ -11,14 +11,21 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from perceiver_export.runtimes.errors import BundleError, InputError
-from perceiver_export.runtimes.frame_files import load_npy
+from perceiver_export.runtimes.errors import InputError
 from perceiver_export.runtimes.manifest import Manifest, TensorSpec
-from perceiver_export.runtimes.runtime import Array
-from perceiver_export.runtimes.tasks.base import Task
-from perceiver_export.runtimes.tasks.graphs import Shape, check_interface, count_samples, interface, limits, run_batched
-
-_AGAIN = "export the bundle again"
+from perceiver_export.runtimes.npz import read_npz
+from perceiver_export.runtimes.runtime import Array, check_values
+from perceiver_export.runtimes.tasks.base import (
+    Shape,
+    Task,
+    check_interface,
+    count_samples,
+    interface,
+    limits,
+    misfit,
+    run_batched,
+)
+from perceiver_export.runtimes.tasks.images import load_npy
 
 
 class Arrays(Task):
@@ -33,7 +40,7 @@ class Arrays(Task):
         """Raise BundleError where a tensor has no batch dimension."""
         inputs, outputs = interface(manifest)
         if not inputs or not outputs or not all(spec.shape for spec in (*inputs, *outputs)):
-            raise BundleError("the model has no input, no output, or one without a batch dimension", _AGAIN)
+            raise misfit("the model has no input, no output, or one without a batch dimension")
 
     def __call__(self, arrays: Mapping[str, npt.NDArray[Any]] | npt.NDArray[Any]) -> dict[str, Array]:
         """All outputs.
@@ -42,14 +49,15 @@ class Arrays(Task):
         masks that mask everything.
         """
         specs, _ = interface(self.manifest)
-        given = self._named(arrays, specs)
+        given = arrays if isinstance(arrays, Mapping) else {specs[0].name: arrays}
+        if given.keys() != {spec.name for spec in specs}:
+            raise InputError(f"given are {', '.join(map(repr, given)) or 'no arrays'}", f"give {_shapes(specs)}")
         feeds = {spec.name: _converted(given[spec.name], spec) for spec in specs}
         ranks = {feeds[spec.name].ndim - len(spec.shape) for spec in specs}
         if ranks not in ({0}, {-1}):
             found = ", ".join(f"{spec.name!r} has {list(feeds[spec.name].shape)}" for spec in specs)
             raise InputError(
-                f"the arrays' dimensions do not fit: {found}",
-                f"the model takes {_shapes(specs)}, batch first or left out",
+                f"dimensions do not fit: {found}", f"give {_shapes(specs)}, all with a batch or all without"
             )
         if ranks == {-1}:
             feeds = {name: array[None] for name, array in feeds.items()}
@@ -58,17 +66,10 @@ class Arrays(Task):
             if not np.isfinite(array).all():
                 raise InputError(f"{name!r} holds values that are not finite numbers", "mask them, or give 0 for them")
         check_masks(feeds, specs)
-        check_tokens(feeds, self.manifest)
+        for spec in specs:
+            check_values(feeds[spec.name], spec)
         outputs = run_batched(self.runtime, feeds)
         return {name: array[0] for name, array in outputs.items()} if ranks == {-1} else outputs
-
-    def _named(
-        self, arrays: Mapping[str, npt.NDArray[Any]] | npt.NDArray[Any], specs: tuple[TensorSpec, ...]
-    ) -> Mapping[str, npt.NDArray[Any]]:
-        named = arrays if isinstance(arrays, Mapping) else {specs[0].name: arrays}
-        if named.keys() != {spec.name for spec in specs}:
-            raise InputError(f"given are {', '.join(map(repr, named)) or 'no arrays'}", f"give {_shapes(specs)}")
-        return named
 
 
 class Sets(Task):
@@ -85,7 +86,7 @@ class Sets(Task):
         entities = inputs.get("entities")
         size = entities.shape[1] if entities is not None and len(entities.shape) == 3 else None
         if not isinstance(size, int):
-            raise BundleError("the model has no input `entities` of a fixed size", _AGAIN)
+            raise misfit("the model has no input `entities` of a fixed size")
         expected: dict[str, Shape] = {"entities": (size, None)}
         if "entities_mask" in inputs:
             expected["entities_mask"] = (size,)
@@ -102,8 +103,12 @@ class Sets(Task):
         rows = _converted(entities, spec)
         alone = rows.ndim == 2
         rows = rows[None] if alone else rows
-        self._check_entities(rows, spec)
-        count, most = rows.shape[1], limits(spec, 1)[1]
+        most, channels = limits(spec, 1)[1], spec.shape[2]
+        if rows.ndim != 3 or rows.shape[2] != channels or not 0 < rows.shape[1] <= most or not len(rows):
+            raise InputError(f"the entities have shape {list(rows.shape)}", f"give (n, {channels}), n from 1 to {most}")
+        if not np.isfinite(rows).all():
+            raise InputError("the entities hold values that are not finite numbers", "take those entities out")
+        count = rows.shape[1]
         feeds = {"entities": np.pad(rows, ((0, 0), (0, most - count), (0, 0)))}
         if "entities_mask" in specs:
             shape = entities.shape[:-1]
@@ -118,15 +123,6 @@ class Sets(Task):
         outputs = run_batched(self.runtime, feeds)["outputs"][:, :count]
         return outputs[0] if alone else outputs
 
-    def _check_entities(self, rows: Array, spec: TensorSpec) -> None:
-        most, channels = spec.shape[1:]
-        if rows.ndim != 3 or rows.shape[2] != channels or 0 in rows.shape or rows.shape[1] > limits(spec, 1)[1]:
-            raise InputError(
-                f"the entities have shape {list(rows.shape)}", f"give (n, {channels}) with n from 1 to {most}"
-            )
-        if not np.isfinite(rows).all():
-            raise InputError("the entities hold values that are not finite numbers", "take those entities out")
-
 
 def check_masks(feeds: Mapping[str, Array], specs: tuple[TensorSpec, ...]) -> None:
     """Masks are called ``NAME_mask``; one input of several may be masked altogether, all of them may not.
@@ -135,9 +131,8 @@ def check_masks(feeds: Mapping[str, Array], specs: tuple[TensorSpec, ...]) -> No
     Raises InputError.
     """
     masks = {s.name: feeds[s.name] for s in specs if s.dtype == "int32" and s.name.endswith("_mask")}
-    for name, mask in masks.items():
-        if not np.isin(mask, (0, 1)).all():
-            raise InputError(f"{name!r} holds other values than 0 and 1", "1 is what counts, 0 is what is masked")
+    for name in masks:
+        check_values(feeds[name], next(spec for spec in specs if spec.name == name))
     told = [s.name for s in specs if s.name not in masks and not s.name.endswith("_queries")]
     if not masks or any(f"{name}_mask" not in masks for name in told):
         return
@@ -147,29 +142,6 @@ def check_masks(feeds: Mapping[str, Array], specs: tuple[TensorSpec, ...]) -> No
         raise InputError(f"{what} masks everything of sample {np.argmin(left)}", "leave a 1 in each sample")
 
 
-def check_tokens(feeds: Mapping[str, Array], manifest: Manifest) -> None:
-    """Raise InputError for a token that the model does not know: of a negative one an engine takes a row of its table
-    from the end. Arrays may come with a batch or without.
-    """
-    for name, count in vocabulary_sizes(manifest).items():
-        tokens = feeds.get(name)
-        if tokens is None:
-            continue
-        wrong = tokens[(tokens < 0) | (tokens >= count)]
-        if wrong.size:
-            raise InputError(f"{name!r} holds token {wrong[0]}", f"the model knows {count} tokens, counted from 0")
-
-
-def vocabulary_sizes(manifest: Manifest) -> dict[str, int]:
-    """How many tokens each input of tokens knows."""
-    inputs = manifest.architecture.get("inputs")
-    found = {
-        name: one.get("vocabulary_size") if isinstance(one, dict) else None
-        for name, one in (inputs.items() if isinstance(inputs, dict) else ())
-    }
-    return {name: count for name, count in found.items() if isinstance(count, int)}
-
-
 def read_arrays(path: str | os.PathLike[str]) -> dict[str, npt.NDArray[Any]] | npt.NDArray[Any]:
     """The arrays of a .npz file by name, or the one of a .npy file. Raises InputError; nothing in it is executed."""
     name, ending = os.fspath(path), Path(path).suffix.lower()
@@ -177,22 +149,7 @@ def read_arrays(path: str | os.PathLike[str]) -> dict[str, npt.NDArray[Any]] | n
         return load_npy(path)
     if ending != ".npz":
         raise InputError(f"{name} is neither .npz nor .npy", "write the inputs with numpy.savez(file, name=array)")
-    import zipfile
-
-    arrays = {}
-    try:
-        with zipfile.ZipFile(name) as archive:
-            for member in archive.namelist():
-                with archive.open(member) as file:
-                    arrays[member.removesuffix(".npy")] = np.lib.format.read_array(file, allow_pickle=False)
-    except FileNotFoundError as error:
-        raise InputError(f"{name} does not exist", "check the path") from error
-    except Exception as error:
-        # Damaged archives raise anything: OSError, BadZipFile, zlib.error, ValueError, MemoryError, RuntimeError.
-        raise InputError(
-            f"{name} is not a .npz file that can be read: {error}", "write it with numpy.savez, numbers only"
-        ) from error
-    return arrays
+    return read_npz(path)
 
 
 def _converted(array: npt.NDArray[Any], spec: TensorSpec) -> Array:
@@ -205,8 +162,7 @@ def _converted(array: npt.NDArray[Any], spec: TensorSpec) -> Array:
         return array
     if array.dtype.kind not in kinds:
         raise InputError(
-            f"{spec.name!r} has dtype {array.dtype}, the model takes {wanted}",
-            f"convert it: array.astype(numpy.{wanted})",
+            f"{spec.name!r} has dtype {array.dtype}, the model takes {wanted}", f"use array.astype({str(wanted)!r})"
         )
     with np.errstate(over="ignore", invalid="ignore"):
         converted = array.astype(wanted)

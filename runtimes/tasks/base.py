@@ -1,18 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all tasks share: a bundle's parts, opened once and closed together."""
+"""Shared by all tasks: a bundle's parts, opened once and closed together; checks of a manifest; runs of any number of
+samples; and answers, which are labels with their probabilities, or values.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from types import TracebackType
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from perceiver_export.runtimes.errors import RuntimeClosedError
-from perceiver_export.runtimes.manifest import Manifest
-from perceiver_export.runtimes.runtime import Runtime
+import numpy as np
+import numpy.typing as npt
+
+from perceiver_export.runtimes.errors import BundleError, InputError, RuntimeClosedError, check_whole
+from perceiver_export.runtimes.manifest import Manifest, OutputKind, TensorSpec, judged_output
+from perceiver_export.runtimes.manifest import interface as interface
+from perceiver_export.runtimes.runtime import Array, Feeds, Runtime
+from perceiver_export.runtimes.tasks.tokenizers import Tokenizer
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
 
 # None is the whole model; a split bundle's parts are then joined behind one `run`.
 LoadPart = Callable[[str | None], Runtime]
@@ -58,7 +67,194 @@ class Task:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class Classifier(Task):
+    """A task whose model has one output (n, labels) of scores or values."""
+
+    def __init__(self, manifest: Manifest, load_part: LoadPart) -> None:
+        super().__init__(manifest, load_part)
+        self._output, self.kind = answering(manifest)
+        self.labels = manifest.labels
+
+    def run_inputs(self, feeds: Feeds) -> npt.NDArray[np.float32]:
+        """Logits or values (n, labels) of preprocessed inputs of n samples. Raises InputError: no sample."""
+        return run_batched(self.runtime, feeds)[self._output]
+
+    def answers(self, scores: npt.NDArray[np.float32], top: int) -> list[Prediction]:
+        """See `answer`."""
+        return answer(scores, self.kind, self.labels, top)
+
+
+class TextTask(Task):
+    """A task that reads text, with the tokenizer of its bundle."""
+
+    def __init__(self, manifest: Manifest, load_part: LoadPart, tokenizer: Tokenizer) -> None:
+        super().__init__(manifest, load_part)
+        self.tokenizer = tokenizer
+
+
+# Shape after the batch dimension; None is any size.
+Shape = tuple[int | None, ...]
+Steps = TypeVar("Steps")
+
+
+def misfit(message: str) -> BundleError:
+    """The error for a manifest that does not describe its task."""
+    return BundleError(message, "export the bundle again")
+
+
+def steps_of(manifest: Manifest, kind: type[Steps]) -> Steps:
+    """The manifest's preprocessing. Raises BundleError: it is of another kind, or missing."""
+    if not isinstance(manifest.preprocessing, kind):
+        raise misfit(f"the manifest does not say how inputs of {manifest.task} are preprocessed")
+    return manifest.preprocessing
+
+
+def check_interface(manifest: Manifest, inputs: Mapping[str, Shape], outputs: Mapping[str, Shape]) -> None:
+    """Raise BundleError unless the model takes and gives these tensors; shapes are without the batch dimension."""
+    for specs, expected, verb in zip(interface(manifest), (inputs, outputs), ("takes", "gives"), strict=True):
+        found = {spec.name: spec.shape[1:] for spec in specs}
+        fits = found.keys() == expected.keys() and all(_fits(found[name], expected[name]) for name in found)
+        if not fits:
+            raise misfit(f"a bundle for {manifest.task} {verb} {_listed(expected)}, this graph {verb} {_listed(found)}")
+
+
+def answering(manifest: Manifest) -> tuple[str, OutputKind]:
+    """The output (labels,) that answers come from, and its kind.
+
+    Raises BundleError: there is none, or the number of its labels differs. No labels at all is fine.
+    """
+    found = judged_output(manifest)
+    if found is None:
+        kinds = ", ".join(f"{name}: {kind}" for name, kind in manifest.output_kinds.items())
+        raise BundleError(
+            f"a bundle for {manifest.task} has one output of labels or values, this one says {kinds or 'nothing'}",
+            "say which it is when you export: LoadedModel(…, output_kinds={NAME: 'single-label'})",
+        )
+    spec = next((spec for spec in interface(manifest)[1] if spec.name == found[0]), None)
+    if spec is None or len(spec.shape) != 2:
+        raise misfit(f"the output {found[0]!r} is no list of scores")
+    if manifest.labels and spec.shape[-1] != len(manifest.labels):
+        raise misfit(f"{len(manifest.labels)} labels do not fit {spec.shape[-1]} scores")
+    return found
+
+
+def limits(spec: TensorSpec, axis: int) -> tuple[int, int]:
+    """The least and the most that this dimension may be."""
+    size = spec.shape[axis]
+    return (size, size) if isinstance(size, int) else spec.ranges[size]
+
+
+def as_list(given: Any, what: str, is_one: Callable[[Any], bool]) -> list[Any]:
+    """The samples as a list; a list of one if ``is_one`` holds. Raises InputError: no sample."""
+    if is_one(given):
+        return [given]
+    if not isinstance(given, Iterable):
+        raise InputError(f"the {what} are of type {type(given).__name__}", f"give a list of {what}")
+    samples = list(given)
+    if not samples:
+        raise InputError(f"no {what} are given", "give one or more")
+    return samples
+
+
+def count_samples(feeds: Feeds) -> int:
+    """How many samples there are. Raises InputError: none, or not the same number in each feed."""
+    counts = {name: len(array) for name, array in feeds.items()}
+    if len(set(counts.values())) != 1 or 0 in counts.values():
+        found = ", ".join(f"{name!r} has {count}" for name, count in counts.items())
+        raise InputError(f"samples: {found or 'none'}", "give every input the same number of samples, 1 or more")
+    return next(iter(counts.values()))
+
+
+def pad_batch(runtime: Runtime, feeds: Feeds) -> dict[str, Array]:
+    """The feeds with the last sample repeated up to the least batch of the graph."""
+    least, _ = limits(runtime.inputs[0], 0)
+    return {
+        name: np.concatenate([array, np.repeat(array[-1:], least - len(array), axis=0)])
+        if len(array) < least
+        else array
+        for name, array in feeds.items()
+    }
+
+
+def run_batched(runtime: Runtime, feeds: Feeds) -> dict[str, Array]:
+    """Outputs of n samples by name, in calls of the batch that the graph was exported for.
+
+    Each feed is (n, ...). A last short call is padded with copies of its last sample, which are cut off again.
+
+    Raises InputError: no sample, feeds of different n, and what `Runtime.run` raises.
+    """
+    count, most = count_samples(feeds), limits(runtime.inputs[0], 0)[1]
+    results = [
+        runtime.run(pad_batch(runtime, {name: array[start : start + most] for name, array in feeds.items()}))
+        for start in range(0, count, most)
+    ]
+    if len(results) == 1:
+        return {name: array[:count] for name, array in results[0].items()}
+    return {name: np.concatenate([result[name] for result in results])[:count] for name in results[0]}
+
+
+def _fits(shape: tuple[int | str, ...], expected: Shape) -> bool:
+    return len(shape) == len(expected) and all(
+        most is None or size == most for size, most in zip(shape, expected, strict=True)
+    )
+
+
+def _listed(shapes: Mapping[str, Sequence[int | str | None]]) -> str:
+    return ", ".join(
+        f"{name} ({' × '.join('any' if size is None else str(size) for size in shape)})"
+        for name, shape in shapes.items()
+    )
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A label, its index and its probability: softmax of the logits, or sigmoid if labels do not exclude each other."""
+
+    label: str
+    index: int
+    probability: float
+
+
+@dataclass(frozen=True)
+class Value(Prediction):
+    """A value of a regression model, unchanged; ``label`` names it. Its probability is NaN."""
+
+    value: float
+
+
+def softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Probabilities along the last axis."""
+    exponents = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    probabilities: npt.NDArray[np.float32] = exponents / exponents.sum(axis=-1, keepdims=True)
+    return probabilities
+
+
+def answer(scores: npt.NDArray[np.float32], kind: OutputKind, labels: Sequence[str], top: int) -> list[Prediction]:
+    """The answer in the output (labels,) of one sample, by its kind in the manifest.
+
+    Single-label: the ``top`` labels by softmax; multi-label: by sigmoid, each its own probability; regression: all
+    values in the output's order. Without names the index is the label. Raises UsageError: ``top`` below 1.
+    """
+    check_top(top)
+    names = labels or [str(index) for index in range(len(scores))]
+    if kind == "regression":
+        return [Value(names[i], i, math.nan, value) for i, value in enumerate(scores.tolist())]
+    probabilities = sigmoid(scores) if kind == "multi-label" else softmax(scores)
+    best = np.argsort(-probabilities, kind="stable")[:top]
+    return [Prediction(names[i], int(i), float(probabilities[i])) for i in best]
+
+
+def check_top(top: int) -> None:
+    """Raise UsageError if ``top`` is below 1. Call it before a model runs for long."""
+    check_whole("top", top, 1, None, "ask for 1 or more labels")
+
+
+def sigmoid(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Probabilities of labels that do not exclude each other."""
+    # Both branches keep the exponent at or below 0, so that nothing overflows.
+    exponents = np.exp(-np.abs(logits))
+    return np.asarray(np.where(logits >= 0, 1, exponents) / (1 + exponents), dtype=np.float32)

@@ -1,27 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """How often the bounds of `validate` are wrong: 10,000 synthetic pairs of models whose true drop is known.
 
-    python tests/benchmarks/bound_coverage.py [--pairs 10000] [--json]
+    python -m tests.benchmarks.bound_coverage [--pairs 10000]
 
 A pair is drawn by how many of n samples only the reference, or only the candidate, has right (shares p_lost and
 p_gained of all), so its true drop is p_lost − p_gained. A bound is wrong where the true value lies beyond it; 5 % may.
 The normal approximation that other tools use stands beside. Means: the mean difference of skewed losses, by bootstrap.
-Last, how often so many samples certify a margin that the true drop keeps: summed over all outcomes, nothing drawn.
+The last rows say how often so many samples certify a margin that the true drop keeps: a sum over all outcomes.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
-from collections.abc import Iterable
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 from scipy import stats
 
-from perceiver_export.calibration.drops import p_value
-from perceiver_export.calibration.statistics import CONFIDENCE, bootstrap, share
+from perceiver_export.calibration.validation.statistics import CONFIDENCE, bootstrap, p_value, share
 from perceiver_export.runtimes.runtime import Array
+from tests.benchmarks.harness import Row, command
 
 # (samples, p_lost, p_gained): few flips and many, no drop and some.
 CASES = (
@@ -37,28 +36,19 @@ POWER = (1_200, 2_000, 4_000)  # samples to certify 1 point on, of shares 0.006 
 MEANS = ((30, 0.5), (200, 1.0), (1_000, 1.0))  # (samples, sigma of the log-normal loss)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=10_000)
-    parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
-    rows = [*drops(options.pairs), *agreements(options.pairs), *means(options.pairs // 10)]
-    powers = {samples: power(samples, 0.006, 0.004, 0.01) for samples in POWER}
-    if options.json:
-        json.dump({"bounds": rows, "power": powers}, sys.stdout, indent=2)
-        return
-    for row in rows:
-        print(
-            f"{row['what']:<52} {row['pairs']:>6} pairs   truth beyond the 95 % bound: {100 * row['wrong']:.2f} %"
-            + (f"   (normal approximation {100 * row['normal']:.2f} %)" if "normal" in row else "")
-        )
-    worst = max(row["wrong"] for row in rows if row["exact"])
-    print(f"exact bounds, worst case: {100 * worst:.2f} % (5 % allowed)")
-    for samples, chance in powers.items():
-        print(f"a drop of 0.2 points, 1 % flip: {samples:,} samples certify 1 point in {100 * chance:.1f} % of draws")
+def measure(work: Path, pairs: int = 10_000) -> Iterator[Row]:
+    """Shares of pairs in percent."""
+    yield from (*drops(pairs), *agreements(pairs), *means(pairs // 10))
+    for samples in POWER:
+        yield {"samples": samples, "certify 1 point of a drop of 0.2, %": 100 * power(samples, 0.006, 0.004, 0.01)}
 
 
-def drops(pairs: int) -> Iterable[dict[str, float | str | bool]]:
+def _row(bound: str, samples: int, wrong: float, normal: float | None = None) -> Row:
+    row = {"bound": bound, "samples": samples, "truth beyond the bound, %": 100 * wrong}
+    return row | {"normal approximation, %": None if normal is None else 100 * normal}
+
+
+def drops(pairs: int) -> Iterator[Row]:
     generator = np.random.default_rng(0)
     z = stats.norm.ppf(0.95)
     for samples, p_lost, p_gained in CASES:
@@ -70,13 +60,8 @@ def drops(pairs: int) -> Iterable[dict[str, float | str | bool]]:
         refused = np.array(chances) <= 1 - CONFIDENCE
         value = (counts[:, 0] - counts[:, 1]) / samples
         normal = value + z * np.sqrt(np.maximum(counts.sum(axis=1) / samples - value**2, 0) / samples)
-        yield {
-            "what": f"drop of {100 * true:.2f} points, {samples:,} samples, {100 * (p_lost + p_gained):.2f} % flip",
-            "pairs": pairs,
-            "wrong": float(times[refused].sum() / pairs),
-            "normal": float(times[normal < true - 1e-12].sum() / pairs),
-            "exact": True,
-        }
+        shares = (float(times[wrong].sum() / pairs) for wrong in (refused, normal < true - 1e-12))
+        yield _row(f"drop of {100 * true:.2f} points, {100 * (p_lost + p_gained):.2f} % flip", samples, *shares)
 
 
 def power(samples: int, p_lost: float, p_gained: float, margin: float) -> float:
@@ -92,30 +77,27 @@ def power(samples: int, p_lost: float, p_gained: float, margin: float) -> float:
     return chance
 
 
-def agreements(pairs: int) -> Iterable[dict[str, float | str | bool]]:
+def agreements(pairs: int) -> Iterator[Row]:
     generator = np.random.default_rng(1)
     for samples, agreement in ((300, 0.99), (10_000, 0.985)):
         counts, times = np.unique(generator.binomial(samples, agreement, size=pairs), return_counts=True)
         bounds = np.array([share(int(count), samples).lower for count in counts])
-        wrong = float(times[bounds > agreement].sum() / pairs)
-        what = f"agreement of {100 * agreement:g} %, {samples:,} samples"
-        yield {"what": what, "pairs": pairs, "wrong": wrong, "exact": True}
+        yield _row(f"agreement of {100 * agreement:g} %", samples, float(times[bounds > agreement].sum() / pairs))
 
 
-def means(pairs: int) -> Iterable[dict[str, float | str | bool]]:
+def means(pairs: int) -> Iterator[Row]:
     generator = np.random.default_rng(2)
     for samples, sigma in MEANS:
         true, wrong = float(np.exp(sigma**2 / 2)), 0
         for _ in range(pairs):
             losses = generator.lognormal(0, sigma, samples)
-            wrong += bootstrap((losses,), _mean).upper < true
-        what = f"mean of log-normal losses (sigma {sigma:g}), {samples:,} samples"
-        yield {"what": what, "pairs": pairs, "wrong": wrong / pairs, "exact": False}
+            wrong += bootstrap(samples, partial(_mean, losses)).upper < true
+        yield _row(f"mean of log-normal losses (sigma {sigma:g})", samples, wrong / pairs)
 
 
-def _mean(values: Array, axis: int = -1) -> Array:
-    return np.asarray(values.mean(axis=axis))
+def _mean(values: Array, counts: Array) -> Array:
+    return np.asarray(counts @ values / len(values))
 
 
 if __name__ == "__main__":
-    main()
+    command(measure)

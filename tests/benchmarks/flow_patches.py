@@ -1,23 +1,41 @@
 # SPDX-License-Identifier: Apache-2.0
 """Optical flow's first layer: 3×3 patches cut in numpy and projected, or one convolution in the graph?
 
-python tests/benchmarks/flow_patches.py
+python -m tests.benchmarks.flow_patches
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import onnxruntime
 import torch
 from torch import nn
 
-from perceiver_export.exporter.checkpoints.huggingface_names import patches_to_kernel
+from perceiver_export.exporter.checkpoints.huggingface import patches_to_kernel
+from tests.benchmarks.harness import Row, command, medians, seconds_in_turn
 
 HEIGHT, WIDTH, CHANNELS = 368, 496, 64
-RUNS = 30
+
+
+def measure(work: Path, runs: int = 30) -> Iterator[Row]:
+    linear = nn.Linear(54, CHANNELS)
+    convolution = nn.Conv2d(6, CHANNELS, 3, padding=1)
+    with torch.no_grad():
+        convolution.weight.copy_(patches_to_kernel(linear.weight))
+        convolution.bias = linear.bias
+    frames = np.random.default_rng(0).normal(size=(2, 3, HEIGHT, WIDTH)).astype(np.float32)
+    pixels, patches = frames.reshape(1, 6, HEIGHT, WIDTH), cut(frames)
+    projected = partial(session(linear, torch.from_numpy(patches)).run, None, {"x": patches})
+    convolved = partial(session(convolution, torch.from_numpy(pixels)).run, None, {"x": pixels})
+    difference = float(np.abs(projected()[0] - convolved()[0].reshape(CHANNELS, -1).T).max())
+    sides = {"patches in numpy": partial(cut, frames), "their projection": projected, "one convolution": convolved}
+    found = medians(seconds_in_turn(sides, runs))
+    for name, median in found.items():
+        yield {"side": name, "ms": 1e3 * median, "largest difference": difference}
 
 
 def cut(frames: np.ndarray) -> np.ndarray:
@@ -35,35 +53,5 @@ def session(module: nn.Module, example: torch.Tensor) -> onnxruntime.InferenceSe
     return onnxruntime.InferenceSession(program.model_proto.SerializeToString(), options)
 
 
-def median(call: Callable[[], object]) -> float:
-    call()
-    times = []
-    for _ in range(RUNS):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return float(np.median(times) * 1e3)
-
-
-def main() -> None:
-    linear = nn.Linear(54, CHANNELS)
-    convolution = nn.Conv2d(6, CHANNELS, 3, padding=1)
-    with torch.no_grad():
-        convolution.weight.copy_(patches_to_kernel(linear.weight))
-        convolution.bias = linear.bias
-    frames = np.random.default_rng(0).normal(size=(2, 3, HEIGHT, WIDTH)).astype(np.float32)
-    pixels = frames.reshape(1, 6, HEIGHT, WIDTH)
-    projected = session(linear, torch.from_numpy(cut(frames)))
-    convolved = session(convolution, torch.from_numpy(pixels))
-
-    apart = projected.run(None, {"x": cut(frames)})[0]
-    together = convolved.run(None, {"x": pixels})[0].reshape(CHANNELS, -1).T
-    print(f"largest difference {np.abs(apart - together).max():.1e} on values up to {np.abs(apart).max():.1f}")
-    patches = cut(frames)
-    print(f"patches in numpy          {median(lambda: cut(frames)):6.1f} ms, {patches.nbytes / 2**20:.0f} MiB")
-    print(f"their projection in ONNX  {median(lambda: projected.run(None, {'x': patches})):6.1f} ms")
-    print(f"one convolution in ONNX   {median(lambda: convolved.run(None, {'x': pixels})):6.1f} ms")
-
-
 if __name__ == "__main__":
-    main()
+    command(measure)

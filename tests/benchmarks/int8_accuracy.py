@@ -1,146 +1,119 @@
 # SPDX-License-Identifier: Apache-2.0
 """The accuracy table of int8: the trained Fashion-MNIST and byte-level text models, on both engines.
 
-    python tests/benchmarks/int8_accuracy.py [--pictures 10000] [--only text] [--json FILE]
+    python -m tests.benchmarks.int8_accuracy [--images 10000] [--only text]
 
-Fashion-MNIST: calibrated on the 2,000 held-out training pictures, measured on 10,000 test pictures. Text: calibrated
-on 512 pieces of verses that were held out of training, measured on 2,500 others, with bounds (low, high). Noise is
-what one engine gives for inputs moved by normal numbers of 1e-6.
+Fashion-MNIST: calibrated on the 2,000 held-out training images, measured on 10,000 test images. Text: calibrated on
+512 pieces of verses that were held out of training, measured on 2,500 others, with bounds (low, high). Noise is what
+one engine gives for inputs moved by normal numbers of 1e-6 and 1e-5.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
+from scipy import stats
 
-from perceiver_export.calibration import quantize, validate
-from perceiver_export.calibration.effects import Runner
-from perceiver_export.calibration.plan import Scheme, decibels
-from perceiver_export.calibration.statistics import proportion
+from perceiver_export.calibration import QuantizeOptions, quantize, validate
+from perceiver_export.calibration.graphs import sqnr
+from perceiver_export.calibration.quantization.options import Scheme
 from perceiver_export.exporter import export
 from perceiver_export.runtimes import Bundle, load, open_task
 from perceiver_export.runtimes.engines.backend import Precision
-from perceiver_export.runtimes.runtime import Array
+from perceiver_export.runtimes.runtime import Array, Feeds
+from tests.benchmarks.harness import REPOSITORY, Row, command
+from tests.calibration.asked import asked
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+Runner = Callable[[Feeds], Mapping[str, Array]]
 SCHEMES: tuple[Scheme, ...] = ("int8", "int8-weights", "int4-weights")
-# The last computes in bf16 what is not int8: one row of it is enough.
 ENGINES: tuple[tuple[str, Precision | None], ...]
-ENGINES = (("ort-cpu", None), ("openvino-cpu", None), ("openvino-cpu", "bf16"))
+ENGINES = (("ort-cpu", None), ("openvino-cpu", None), ("openvino-cpu", "bf16"))  # one row of bf16 is enough
+
+
+def measure(work: Path, images: int = 10_000, only: str = "fashion_mnist, text_bytes") -> Iterator[Row]:
+    if "fashion" in only:
+        yield from fashion(made("fashion_mnist", "held_out.npz", 2000, work), images)
+    if "text" in only:
+        yield from text(made("text_bytes", "calibration.jsonl", 512, work))
+
+
+def made(example: str, data: str, samples: int, work: Path) -> dict[str, Bundle]:
+    """The example's bundle in fp32 and in every scheme."""
+    folder = REPOSITORY / "examples" / example
+    fp32 = export(folder / "checkpoint", work / example)
+    return {"fp32": fp32} | {
+        scheme: quantize(
+            fp32, folder / data, work / f"{example}-{scheme}", QuantizeOptions(scheme=scheme, samples=samples)
+        )
+        for scheme in SCHEMES
+    }
 
 
 def combinations(schemes: Iterable[str]) -> Iterator[tuple[str, str, str, Precision | None]]:
-    """Row, scheme, target and precision of what is measured."""
+    """Row, scheme, target and precision."""
     for scheme in schemes:
         for target, precision in ENGINES:
             if precision is None or scheme == "int8":
                 yield " ".join(filter(None, (scheme, target, precision))), scheme, target, precision
 
 
-def row(found: Array, exact: Array, hit: Callable[[Array], Array], logits: tuple[Array, Array]) -> dict[str, Any]:
-    """Top-1 drop in points, agreement with its lower bound in percent, SQNR in dB."""
-    same = proportion(int((found == exact).sum()), len(found))
-    return {
-        "top-1": 100 * float(hit(found).mean()),
-        "drop in points": 100 * float(hit(exact).mean() - hit(found).mean()),
-        "agreement with fp32": 100 * same.value,
-        "its lower 95 % bound": 100 * same.low,
-        "SQNR against fp32, dB": decibels(logits[1], logits[0]),
-    }
-
-
-def measure(bundles: dict[str, Bundle], run: Callable[[Runner, float], Array], truth: Array) -> dict[str, Any]:
-    """Every scheme on every engine; ``run(runner, noise)`` gives logits (n, classes) for ``truth`` (n)."""
-    logits = {
-        name: run(load(bundles[scheme], target, precision=precision).run, 0.0)
-        for name, scheme, target, precision in combinations(bundles)
-    }
-    reference = logits["fp32 ort-cpu"]
-    rows: dict[str, Any] = {
-        name: row(found.argmax(1), reference.argmax(1), lambda best: best == truth, (found, reference))
-        for name, found in logits.items()
-    }
-    here, there = logits["int8 ort-cpu"], logits["int8 openvino-cpu"]
-    rows["int8: ONNX Runtime against OpenVINO"] = {
-        "agreement": 100 * float((here.argmax(1) == there.argmax(1)).mean()),
-        "SQNR, dB": decibels(here, there),
-    }
-    return rows
-
-
-def own_noise(rows: dict[str, Any], bundle: Bundle, run: Callable[[Runner, float], Array]) -> None:
-    """Add what inputs moved by 1e-6 and 1e-5 do to one engine."""
-    runner = load(bundle, "ort-cpu").run
-    still = run(runner, 0.0)
-    for size in (1e-6, 1e-5):
-        rows["int8: ONNX Runtime against OpenVINO"][f"ONNX Runtime's own noise at {size:g}, dB"] = decibels(
-            still, run(runner, size)
-        )
-
-
-def fashion(work: Path, count: int) -> dict[str, Any]:
-    """The rows of the picture model."""
-    folder = EXAMPLES / "fashion_mnist"
-    bundles = {"fp32": export(folder / "checkpoint", work / "fashion")}
-    for scheme in SCHEMES:
-        out = work / f"fashion-{scheme}"
-        bundles[scheme] = quantize(bundles["fp32"], folder / "held_out.npz", out, scheme=scheme, samples=2000)
+def fashion(bundles: dict[str, Bundle], count: int) -> Iterator[Row]:
+    """Every scheme on every engine, beside fp32 on ONNX Runtime."""
+    folder = REPOSITORY / "examples" / "fashion_mnist"
     with open_task(bundles["fp32"]) as task, np.load(folder / "test.npz") as archive:
         truth = archive["labels"][:count]
-        pictures = [task.preprocess(picture)[None] for picture in archive["image"][:count]]
-
-    def run(runner: Runner, noise: float) -> Array:
-        generator = np.random.default_rng(0)
-        moved = (p + np.float32(noise) * generator.normal(size=p.shape).astype(np.float32) for p in pictures)
-        return np.concatenate([runner({"image": p})["logits"] for p in (moved if noise else pictures)])
-
-    rows = measure(bundles, run, truth)
-    own_noise(rows, bundles["int8"], run)
-    return rows
-
-
-def text(work: Path) -> dict[str, Any]:
-    """The text model by `validate`'s own metrics: 15 % of the bytes of held-out verses are masked and filled."""
-    folder = EXAMPLES / "text_bytes"
-    fp32 = export(folder / "checkpoint", work / "text")
-    rows: dict[str, Any] = {}
-    bundles: dict[str, Bundle] = {
-        scheme: quantize(fp32, folder / "calibration.jsonl", work / f"text-{scheme}", scheme=scheme, samples=512)
-        for scheme in SCHEMES
+        images = [task.preprocess(image)[None] for image in archive["image"][:count]]
+    run = partial(logits_of, images)
+    logits = {
+        name: run(load(bundles[scheme], target, precision=precision).run)
+        for name, scheme, target, precision in combinations(bundles)
     }
-    for name, scheme, target, precision in combinations(bundles):
-        made, data = bundles[scheme], folder / "test.jsonl"
-        found = validate(made, data, against=fp32, device=target, against_device="ort-cpu", precision=precision)
-        rows[name] = {
-            result.name: msgspec.to_builtins({"found": result.candidate, "worse by": result.worsening})
-            for result in found.metrics
+    exact, best = logits["fp32 ort-cpu"], {name: found.argmax(1) for name, found in logits.items()}
+    for name, found in logits.items():
+        same = stats.binomtest(int((best[name] == best["fp32 ort-cpu"]).sum()), count)
+        top1, reference = (100 * float((best[side] == truth).mean()) for side in (name, "fp32 ort-cpu"))
+        yield {
+            "fashion-mnist": name,
+            "top-1": top1,
+            "drop in points": reference - top1,
+            "agreement with fp32": 100 * same.statistic,
+            "its lower 95 % bound": 100 * same.proportion_ci(0.95, method="exact").low,
+            "SQNR against fp32, dB": sqnr(exact, found),
         }
-    return rows
+    here, there = logits["int8 ort-cpu"], logits["int8 openvino-cpu"]
+    runner = load(bundles["int8"], "ort-cpu").run
+    yield {
+        "int8": "ONNX Runtime against OpenVINO",
+        "agreement": 100 * float((here.argmax(1) == there.argmax(1)).mean()),
+        "SQNR, dB": sqnr(here, there),
+        "ONNX Runtime's own noise, dB": {f"{noise:g}": sqnr(here, run(runner, noise)) for noise in (1e-6, 1e-5)},
+    }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pictures", type=int, default=10_000)
-    parser.add_argument("--only", choices=("fashion-mnist", "text"))
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as directory:
-        results = {}
-        if arguments.only != "text":
-            results["fashion-mnist"] = fashion(Path(directory), arguments.pictures)
-        if arguments.only != "fashion-mnist":
-            results["text bytes"] = text(Path(directory))
-    print(json.dumps(results, indent=1))
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(results, indent=1))
+def logits_of(images: list[Array], runner: Runner, noise: float = 0.0) -> Array:
+    generator = np.random.default_rng(0)
+    rows = []
+    for image in images:
+        moved = image + np.float32(noise) * generator.normal(size=image.shape).astype(np.float32) if noise else image
+        rows.append(runner({"image": moved})["logits"])
+    return np.concatenate(rows)
+
+
+def text(bundles: dict[str, Bundle]) -> Iterator[Row]:
+    """`validate`'s own metrics: 15 % of the bytes of held-out verses are masked and filled."""
+    fp32 = bundles.pop("fp32")
+    for name, scheme, target, precision in combinations(bundles):
+        options = asked(against=fp32, device=target, against_device="ort-cpu", precision=precision)
+        found = validate(bundles[scheme], REPOSITORY / "examples" / "text_bytes" / "test.jsonl", options)
+        metrics = {
+            one.name: msgspec.to_builtins({"found": one.candidate, "worse by": one.worsening}) for one in found.metrics
+        }
+        yield {"text bytes": name, **metrics}
 
 
 if __name__ == "__main__":
-    main()
+    command(measure)

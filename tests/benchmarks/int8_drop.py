@@ -1,57 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What int8 costs the Fashion-MNIST model, with the bounds that a certificate rests on: W8A8, 10,000 test pictures.
+"""What int8 costs the Fashion-MNIST model, with the bounds that a certificate rests on: W8A8, 10,000 test images.
 
-    python tests/benchmarks/int8_drop.py [--plain] [--samples 10000] [--json]
+    python -m tests.benchmarks.int8_drop [--no-fold] [--samples 10000]
 
-As a user does it: `export`, `quantize` with its defaults on pictures held out of training, `validate` on every engine
-that is here against the fp32 bundle on the first of them. ``--plain`` exports without folds.
+As a user does it: `export`, `quantize` with its defaults on images held out of training, `validate` on every engine
+here against the fp32 bundle.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
-import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from perceiver_export.calibration.pipeline import quantize
-from perceiver_export.calibration.targets import validate_targets
-from perceiver_export.calibration.validated import Validation
-from perceiver_export.exporter import export
-
-FASHION = Path(__file__).resolve().parents[2] / "examples" / "fashion_mnist"
-MAX_DROP, MIN_AGREEMENT = 0.6, 97.0
+from perceiver_export.calibration.quantization.pipeline import quantize
+from perceiver_export.calibration.validation.results import Validation
+from perceiver_export.calibration.validation.validation import validate_targets
+from perceiver_export.exporter import ExportOptions, export
+from tests.benchmarks.harness import FASHION, Row, command
+from tests.calibration.asked import asked
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--plain", action="store_true")
-    parser.add_argument("--samples", type=int, default=10_000)
-    parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        exact = export(FASHION / "checkpoint", Path(folder) / "fp32", fold=not options.plain)
-        made = quantize(exact, FASHION / "held_out.npz", Path(folder) / "int8")
-        gates: dict[str, Any] = {"max_drop": MAX_DROP, "min_agreement": MIN_AGREEMENT}
-        results = validate_targets(
-            made, FASHION / "test.npz", against=exact, samples=options.samples, allow_overlap=False, **gates
-        )
-    found = [row(result) for result in results]
-    if options.json:
-        json.dump(found, sys.stdout, indent=2)
-        return
-    for one in found:
-        print(
-            f"{one['target']}: top-1 {one['top-1']:.2f} %, fp32 {one['fp32']:.2f} %; drop {one['drop']:+.2f} points"
-            f" ({one['lost']} lost, {one['gained']} gained), 95 % upper bound {one['upper bound']:.3f}"
-            f" ({one['outcome']}: at most {MAX_DROP});"
-            f" agreement {one['agreement']:.2f} %, lower bound {one['its lower bound']:.2f} %"
-        )
+def measure(work: Path, fold: bool = True, samples: int = 10_000) -> Iterator[Row]:
+    """A row a target: top-1 in percent, drops in points."""
+    exact = export(FASHION / "checkpoint", work / "fp32", ExportOptions(fold=fold))
+    made = quantize(exact, FASHION / "held_out.npz", work / "int8")
+    options = asked(against=exact, samples=samples, certify=True, max_drop=0.6, min_agreement=97.0)
+    yield from map(row, validate_targets(made, FASHION / "test.npz", options))
 
 
-def row(result: Validation) -> dict[str, Any]:
+def row(result: Validation) -> Row:
     drop, agreement = result.gates
     top1 = result.metric("top-1")
     assert top1 is not None
@@ -63,12 +40,12 @@ def row(result: Validation) -> dict[str, Any]:
         "lost": top1.lost,
         "gained": top1.gained,
         "drop": drop.measured,
-        "upper bound": drop.upper,
+        "95 % upper bound": drop.upper,
         "outcome": drop.outcome,
         "agreement": agreement.measured,
-        "its lower bound": agreement.lower,
+        "95 % lower bound": agreement.lower,
     }
 
 
 if __name__ == "__main__":
-    main()
+    command(measure)

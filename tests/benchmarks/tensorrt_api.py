@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What TensorRT's Python API has in each version that we support: names of attributes, from the real bindings.
+"""The names in TensorRT's Python API, in each version that we support, from the real bindings.
+
+    python -m tests.benchmarks.tensorrt_api [--write]
 
 The bindings' wheels (1 MB each) are downloaded into a temporary directory, get empty libraries in the place of
 TensorRT's own, and are imported in a process of their own: no GPU and no TensorRT is needed. TensorRT for RTX is the
@@ -9,19 +11,19 @@ from; without it the two are compared.
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import json
 import re
 import subprocess
 import sys
-import tempfile
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tests.benchmarks.harness import Row, command
+
 VERSIONS = {
-    "8.6.1": "tensorrt-bindings==8.6.1",
     "10.3.0": "tensorrt-cu12-bindings==10.3.0",
     "10.13.3.9": "tensorrt-cu12-bindings==10.13.3.9",
     "10.16.1.11": "tensorrt-cu12-bindings==10.16.1.11",
@@ -32,16 +34,8 @@ CLASSES = (
     *("Builder", "BuilderFlag", "DataType", "EngineInspector", "IBuilderConfig", "ICudaEngine", "IExecutionContext"),
     *("IHostMemory", "ILayer", "ILogger", "IMatrixMultiplyLayer", "INetworkDefinition", "INormalizationLayer"),
     *("IOptimizationProfile", "IProgressMonitor", "ITensor", "ITimingCache", "LayerInformationFormat", "LayerType"),
-    *(
-        "IRuntimeCache",
-        "IRuntimeConfig",
-        "MemoryPoolType",
-        "NetworkDefinitionCreationFlag",
-        "OnnxParser",
-        "ParserError",
-        "ProfilingVerbosity",
-        "Runtime",
-    ),
+    *("IRuntimeCache", "IRuntimeConfig", "MemoryPoolType", "NetworkDefinitionCreationFlag", "OnnxParser"),
+    *("ParserError", "ProfilingVerbosity", "Runtime"),
 )
 STORED = Path(__file__).parent.parent / "runtimes" / "tensorrt_api.json"
 
@@ -64,37 +58,30 @@ print(json.dumps({"module": public(module) + ["__version__"], **classes}))
 """
 
 
-def main() -> None:
-    """Print, or write, the difference to what is stored."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true")
-    parser.add_argument("--json", action="store_true")
-    arguments = parser.parse_args()
-    found = {version: attributes(requirement) for version, requirement in VERSIONS.items()}
+def measure(work: Path, write: bool = False) -> Iterator[Row]:
+    """Compare with the stored names, or replace them."""
+    found = {version: attributes(requirement, work / version) for version, requirement in VERSIONS.items()}
     assert importlib.metadata.version("tensorrt-rtx") == RTX
     found[RTX] = _dumped("", "tensorrt_rtx")
-    if arguments.write:
+    if write:
         lines = (f"{json.dumps(version)}: {json.dumps(names)}" for version, names in found.items())
         STORED.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
-    same = json.loads(STORED.read_text(encoding="utf-8")) == found
-    counts = {version: sum(map(len, names.values())) for version, names in found.items()}
-    print(json.dumps({"same": same, "names": counts}) if arguments.json else f"{counts}; stored: same={same}")
-    sys.exit(not same)
+    stored = json.loads(STORED.read_text(encoding="utf-8"))
+    for version, names in found.items():
+        yield {"version": version, "names": sum(map(len, names.values())), "held": stored.get(version) == names}
 
 
-def attributes(requirement: str) -> dict[str, Any]:
+def attributes(requirement: str, place: Path) -> dict[str, Any]:
     """The names of one version's bindings."""
-    with tempfile.TemporaryDirectory() as directory:
-        place = Path(directory)
-        pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary", ":all:", "-d", directory]
-        subprocess.run([*pip, requirement], check=True, stderr=subprocess.DEVNULL)
-        (wheel,) = place.glob("*.whl")
-        with zipfile.ZipFile(wheel) as archive:
-            archive.extractall(place)
-        (library,) = place.glob("*/tensorrt.so")
-        for needed in _needed(library):
-            _make_empty(place / needed)
-        return _dumped(directory, library.parent.name)
+    pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary", ":all:", "-d", str(place)]
+    subprocess.run([*pip, requirement], check=True, stderr=subprocess.DEVNULL)
+    (wheel,) = place.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(place)
+    (library,) = place.glob("*/tensorrt.so")
+    for needed in _needed(library):
+        _make_empty(place / needed)
+    return _dumped(str(place), library.parent.name)
 
 
 def _dumped(directory: str, module: str) -> dict[str, Any]:
@@ -116,4 +103,4 @@ def _make_empty(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(measure)

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Blocks that share weights: what an engine of TensorRT for RTX weighs, written out and as a loop over the blocks.
+"""Blocks that share weights: the size of an engine of TensorRT for RTX, written out and as a loop over the blocks.
+
+    python -m tests.benchmarks.tensorrt_shared_weights
 
 The architecture is ImageNet's, configuration A at one self-attention a block: 1024 channels, 512 latents, 8 heads. As a
 loop the body is compiled once; the table says whether attention is still one kernel in there.
@@ -7,99 +9,60 @@ loop the body is compiled once; the table says whether attention is still one ke
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
-import tempfile
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+import torch
 
-sys.path.insert(0, str(Path(__file__).parents[2]))  # `tests`, when it is run as a command
 from perceiver_export.calibration.lowering.half import to_half
-from perceiver_export.exporter.parts import GraphPart
-from perceiver_export.exporter.perceiver.attention import SelfAttention
-from perceiver_export.exporter.perceiver.config import AttentionConfig
-from perceiver_export.runtimes.engines import tensorrt
-from perceiver_export.runtimes.engines.backend import EngineOptions, Source
+from perceiver_export.exporter.graphs import GraphPart
+from perceiver_export.exporter.model.attention import SelfAttention
+from perceiver_export.exporter.model.config import AttentionConfig
+from perceiver_export.exporter.trace import trace
 from perceiver_export.runtimes.manifest import TensorSpec
-from tests.preset_graphs import quantized
-from tests.runtimes.tensorrt_reports import read_report
+from tests.benchmarks.harness import Row, command
+from tests.preset_graphs import preset_config, quantized
+from tests.runtimes.tensorrt_reports import compile_rtx
 
 _SHAPE = (1, 512, 1024)
 
 
-@dataclass(frozen=True)
-class Engine:
-    """One engine of ``blocks`` runs of one layer."""
-
-    form: str
-    blocks: int
-    loop: bool
-    mebibytes: float
-    fused_attentions: int
-    layers: int
-
-
-def main() -> None:
-    """Print a row for each engine."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true")
-    arguments = parser.parse_args()
-    rows = [
-        engine(form, blocks, loop)
-        for form in ("fp16", "int8")
-        for blocks, loop in ((1, False), (2, False), (8, False), (8, True))
-    ]
-    for row in rows if not arguments.json else ():
-        shape = "loop" if row.loop else "written out"
-        print(f"{row.form} {row.blocks} blocks {shape:12} {row.mebibytes:7.1f} MiB, {row.fused_attentions} fused")
-    if arguments.json:
-        print(json.dumps([asdict(row) for row in rows]))
+def measure(work: Path) -> Iterator[Row]:
+    """An engine for SM86 a row, of ``blocks`` runs of one layer."""
+    for form in ("fp16", "int8"):
+        for blocks, loop in ((1, False), (2, False), (8, False), (8, True)):
+            model = _blocks(1 if loop else blocks)
+            if form == "int8":
+                quantized(model)
+            to_half(model, "fp16")
+            if loop:
+                model = _looped(model, blocks)
+            folder = work / f"{form}-{blocks}-{loop}"
+            folder.mkdir()
+            ir.save(model, folder / "model.onnx", external_data="model.weights")
+            report = compile_rtx(folder / "model.onnx", folder / "engine")
+            size, fused = report.engine_bytes / 2**20, report.fused_attentions
+            yield {"form": form, "blocks": blocks, "loop": loop, "MiB": size, "fused": fused, "layers": report.layers}
 
 
-def engine(form: str, blocks: int, loop: bool) -> Engine:
-    """Compile for SM86."""
-    model = _blocks(1 if loop else blocks)
-    if form == "int8":
-        quantized(model)
-    to_half(model, "fp16")
-    if loop:
-        model = _looped(model, blocks)
-    with tempfile.TemporaryDirectory() as directory:
-        path = Path(directory) / "model.onnx"
-        ir.save(model, path, external_data="model.weights")
-        options = EngineOptions(precision="fp16", flags={"compute_capability": "sm86"})
-        tensorrt.compile(Source("tensorrt-rtx", path, options), Path(directory), lambda what, done, total: None)
-        report = read_report(Path(directory))
-    return Engine(form, blocks, loop, report.engine_bytes / 2**20, report.fused_attentions, report.layers)
+class _Repeated(torch.nn.Module):
+    def __init__(self, blocks: int) -> None:
+        super().__init__()
+        self.layer, self.blocks = SelfAttention(AttentionConfig(8, 1024, 1024), 1024, "gelu"), blocks
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor]:
+        for _ in range(self.blocks):
+            x = self.layer(x)
+        return (x,)
 
 
 def _blocks(blocks: int) -> ir.Model:
-    import torch
-
-    from perceiver_export.exporter.perceiver.config import PerceiverConfig
-    from perceiver_export.exporter.trace import trace
-    from tests.preset_graphs import preset_config
-
-    class Blocks(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = SelfAttention(AttentionConfig(8, 1024, 1024), 1024, "gelu")
-
-        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor]:
-            for _ in range(blocks):
-                x = self.layer(x)
-            return (x,)
-
     torch.manual_seed(0)
-    spec = TensorSpec("latents", "float32", _SHAPE)
-    out = TensorSpec("out", "float32", _SHAPE)
-    config: PerceiverConfig = preset_config("imagenet-fourier")
-    part = GraphPart("blocks", Blocks().eval(), (spec,), (out,), {})
-    return trace(part, config)
+    latents, out = (TensorSpec(name, "float32", _SHAPE) for name in ("latents", "out"))
+    part = GraphPart("blocks", _Repeated(blocks).eval(), (latents,), (out,), {})
+    return trace(part, preset_config("imagenet-fourier"))
 
 
 def _looped(model: ir.Model, blocks: int) -> ir.Model:
@@ -132,4 +95,4 @@ def _looped(model: ir.Model, blocks: int) -> ir.Model:
 
 
 if __name__ == "__main__":
-    main()
+    command(measure)

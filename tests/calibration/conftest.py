@@ -10,25 +10,24 @@ from pathlib import Path
 
 import pytest
 
-from perceiver_export.calibration.pipeline import quantize
+from perceiver_export.calibration import QuantizeOptions, quantize
 from perceiver_export.exporter import export, load_model
-
-FASHION = Path(__file__).resolve().parents[2] / "examples" / "fashion_mnist"
-
-
-@pytest.fixture(scope="session")
-def int8_bundle(fashion_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo's model in int8, calibrated on 32 pictures that were held out of training."""
-    path = tmp_path_factory.mktemp("int8") / "fashion-int8"
-    return quantize(fashion_bundle, FASHION / "held_out.npz", path, samples=32).path
+from tests.conftest import FASHION, MadeOnce
 
 
 @pytest.fixture(scope="session")
-def ruined(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def int8_bundle(fashion_bundle: Path, made_once: MadeOnce) -> Path:
+    """The demo's model in int8, calibrated on 32 images that were held out of training."""
+    data, options = FASHION / "held_out.npz", QuantizeOptions(samples=32)
+    return made_once("fashion-int8", lambda path: quantize(fashion_bundle, data, path, options))
+
+
+@pytest.fixture(scope="session")
+def ruined(made_once: MadeOnce) -> Path:
     """The demo's model with one layer's weights times 40."""
     loaded = load_model(FASHION / "checkpoint")
     dict(loaded.model.named_parameters())["encoder.self_attentions.0.0.mlp.output.weight"].data.mul_(40)
-    return export(loaded, tmp_path_factory.mktemp("bundles") / "ruined").path
+    return made_once("ruined", lambda path: export(loaded, path))
 
 
 @pytest.fixture(scope="session")

@@ -10,11 +10,10 @@ import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
-from perceiver_export.calibration.activations import Statistics
-from perceiver_export.calibration.collect import Observer
-from perceiver_export.calibration.graph_files import save_graphs
-from perceiver_export.calibration.quantize_part import PartOptions, QuantizedPart, quantize_part
-from perceiver_export.calibration.sessions import open_session
+from perceiver_export.calibration.graphs import open_session, run_session, save_graphs
+from perceiver_export.calibration.quantization.options import QuantizeOptions
+from perceiver_export.calibration.quantization.part import QuantizedPart, quantize_part
+from perceiver_export.calibration.quantization.statistics import Observer, Statistics
 from perceiver_export.runtimes.manifest import Part, TensorSpec
 from perceiver_export.runtimes.runtime import Array
 
@@ -27,36 +26,15 @@ block (float[1, 6, 16] x, float[16] g, float[16] b, float[16, 16] wk, float[16] 
 <int64[4] heads = {1, 6, 2, 8}, int64[3] merged = {1, 6, 16}>
 {
   n = LayerNormalization <axis = -1> (x, g, b)
-  k0 = MatMul (n, wk)
-  k1 = Add (k0, bk)
-  k2 = Reshape (k1, heads)
-  k = Transpose <perm = [0, 2, 1, 3]> (k2)
-  v0 = MatMul (n, wv)
-  v1 = Add (v0, bv)
-  v2 = Reshape (v1, heads)
-  v = Transpose <perm = [0, 2, 1, 3]> (v2)
-  kt = Transpose <perm = [0, 1, 3, 2]> (k)
-  scores = MatMul (k, kt)
-  p = Softmax <axis = -1> (scores)
-  a = MatMul (p, v)
-  a1 = Transpose <perm = [0, 2, 1, 3]> (a)
-  a2 = Reshape (a1, merged)
-  o0 = MatMul (a2, wo)
-  o = Add (o0, bo)
-  r = Add (o, x)
+  k0 = MatMul (n, wk)  k1 = Add (k0, bk)  k2 = Reshape (k1, heads)  k = Transpose <perm = [0, 2, 1, 3]> (k2)
+  v0 = MatMul (n, wv)  v1 = Add (v0, bv)  v2 = Reshape (v1, heads)  v = Transpose <perm = [0, 2, 1, 3]> (v2)
+  kt = Transpose <perm = [0, 1, 3, 2]> (k)  scores = MatMul (k, kt)  p = Softmax <axis = -1> (scores)
+  a = MatMul (p, v)  a1 = Transpose <perm = [0, 2, 1, 3]> (a)  a2 = Reshape (a1, merged)
+  o0 = MatMul (a2, wo)  o = Add (o0, bo)  r = Add (o, x)
   n1 = LayerNormalization <axis = -1> (r, g, b)
-  h0 = MatMul (n1, w1)
-  h1 = Add (h0, b1)
-  h = Gelu (h1)
-  m0 = MatMul (h, w2)
-  m = Add (m0, b2)
-  r1 = Add (r, m)
+  h0 = MatMul (n1, w1)  h1 = Add (h0, b1)  h = Gelu (h1)  m0 = MatMul (h, w2)  m = Add (m0, b2)  r1 = Add (r, m)
   n2 = LayerNormalization <axis = -1> (r1, g, b)
-  h2 = MatMul (n2, w1)
-  h3 = Add (h2, b1)
-  h4 = Gelu (h3)
-  m1 = MatMul (h4, w2)
-  m2 = Add (m1, b2)
+  h2 = MatMul (n2, w1)  h3 = Add (h2, b1)  h4 = Gelu (h3)  m1 = MatMul (h4, w2)  m2 = Add (m1, b2)
   y = Add (r1, m2)
 }
 """
@@ -80,19 +58,11 @@ folded (float[1, 8, 16] x, float[16, 16] w, float[2, 8, 12] key, float[12, 20] p
 <int64[1] zero = {0}, int64[1] four = {4}, int64[1] eight = {8}, int64[1] axis = {1},
  int64[4] heads = {1, 8, 2, 8}, int64[3] merged = {1, 8, 24}>
 {
-  x0 = Slice (x, zero, four, axis)
-  x1 = Slice (x, four, eight, axis)
-  q0 = MatMul (x0, w)
-  q1 = MatMul (x1, w)
-  q = Concat <axis = 1> (q0, q1)
-  q2 = Reshape (q, heads)
-  q3 = Transpose <perm = [0, 2, 1, 3]> (q2)
-  a = MatMul (q3, key)
-  scores = MatMul (a, positions_t)
-  p = Softmax <axis = -1> (scores)
-  z = MatMul (p, positions)
-  z1 = Transpose <perm = [0, 2, 1, 3]> (z)
-  z2 = Reshape (z1, merged)
+  x0 = Slice (x, zero, four, axis)  x1 = Slice (x, four, eight, axis)
+  q0 = MatMul (x0, w)  q1 = MatMul (x1, w)  q = Concat <axis = 1> (q0, q1)
+  q2 = Reshape (q, heads)  q3 = Transpose <perm = [0, 2, 1, 3]> (q2)
+  a = MatMul (q3, key)  scores = MatMul (a, positions_t)  p = Softmax <axis = -1> (scores)
+  z = MatMul (p, positions)  z1 = Transpose <perm = [0, 2, 1, 3]> (z)  z2 = Reshape (z1, merged)
   y = MatMul (z2, wo)
 }
 """
@@ -147,20 +117,17 @@ def run(model: ir.Model, folder: Path, feeds: Mapping[str, Array], optimize: boo
     """Outputs by name, on ONNX Runtime."""
     import onnxruntime
 
-    levels = onnxruntime.GraphOptimizationLevel
-    config = {} if optimize else {"graph_optimization_level": levels.ORT_DISABLE_ALL}
-    session = open_session(model, folder, config=config)
-    names = [output.name for output in session.get_outputs()]
-    return dict(zip(names, session.run(None, dict(feeds)), strict=True))
+    config = {} if optimize else {"graph_optimization_level": onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL}
+    return run_session(open_session(model, folder, config=config), feeds)
 
 
-def quantized(text: str, directory: Path, options: PartOptions | None = None) -> tuple[QuantizedPart, Path]:
+def quantized(text: str, directory: Path, options: QuantizeOptions = QuantizeOptions()) -> tuple[QuantizedPart, Path]:
     """A graph quantized on random feeds, its files in ``directory / "int8"``."""
     model = build(text)
     path = save(model, directory / "fp32")
     statistics = observed(path, inputs(model, 8))
     spec = TensorSpec("x", "float32", ())
-    part = quantize_part(path, Part("model.onnx", (spec,), (spec,)), statistics, options or PartOptions("int8"))
+    part = quantize_part(path, Part("model.onnx", (spec,), (spec,)), statistics, options)
     (directory / "int8").mkdir()
     save_graphs(part.models, directory / "int8")
     return part, path

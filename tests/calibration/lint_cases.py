@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from perceiver_export.calibration.linting import lint
+from perceiver_export.calibration.lowering.lint import lint
 from perceiver_export.runtimes.engines import tensorrt
 from perceiver_export.runtimes.engines.backend import EngineOptions, Precision, Source
 from perceiver_export.runtimes.errors import BuildError, BundleError

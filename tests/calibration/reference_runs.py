@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 
-from perceiver_export.calibration.lowering.emulation import emulate
+from perceiver_export.calibration.lowering.tensorrt import emulate
 
 Arrays = Mapping[str, np.ndarray[Any, Any]]
 

@@ -4,20 +4,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
 
-from perceiver_export.calibration.coverage import measure_coverage
-from perceiver_export.calibration.effects import openvino_runner, ort_runner
-from perceiver_export.calibration.plan import Scheme, decibels
-from perceiver_export.calibration.quantize_part import PartOptions
-from perceiver_export.calibration.weights import quantize_channels
+from perceiver_export.calibration.graphs import sqnr
+from perceiver_export.calibration.quantization.engines import measure_coverage
+from perceiver_export.calibration.quantization.integers import quantize_channels
+from perceiver_export.calibration.quantization.options import QuantizeOptions, Scheme
+from perceiver_export.runtimes.opening import open_engine
 from perceiver_export.runtimes.runtime import Array
 from tests.calibration.graphs import BLOCK, FOLDED, GEMM, build, inputs, quantized, run
 
@@ -68,7 +66,7 @@ def test_integer_codes_are_bit_equal_after_lowering(name: str, lowering: str, tm
         else:
             assert found.dtype == (np.uint8 if offset else np.int8)
             np.testing.assert_array_equal(found.astype(np.int32).reshape(expected.shape) - offset, expected)
-    assert part.lowered["ort-cpu"] == "model.ort-cpu.onnx"
+    assert part.part.lowered["ort-cpu"] == "model.ort-cpu.onnx"
 
 
 def expose_codes(model: ir.Model) -> None:
@@ -78,10 +76,8 @@ def expose_codes(model: ir.Model) -> None:
             model.graph.outputs.append(node.outputs[0])
 
 
-@pytest.mark.parametrize(("file", "open_graph"), [("model.ort-cpu.onnx", ort_runner), ("model.onnx", openvino_runner)])
-def test_an_integer_kernel_computes_what_the_codes_say(
-    file: str, open_graph: Callable[..., Any], tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(("target", "file"), [("ort-cpu", "model.ort-cpu.onnx"), ("openvino-cpu", "model.onnx")])
+def test_an_integer_kernel_computes_what_the_codes_say(target: str, file: str, tmp_path: Path) -> None:
     """One product on an engine's kernel against integer arithmetic in numpy: the same to float32's rounding. OpenVINO
     takes the canonical graph as it is, so its codes are those of the graph.
     """
@@ -89,16 +85,17 @@ def test_an_integer_kernel_computes_what_the_codes_say(
     <ir_version: 10, opset_import: ["" : 20]>
     one (float[1, 6, 16] x, float[16, 16] w, float[16] b) => (float[1, 6, 16] y) { p = MatMul (x, w)  y = Add (p, b) }
     """
-    part, _ = quantized(text, tmp_path, PartOptions("int8", method="minmax", correct_bias=False))
+    options = QuantizeOptions("int8", method="minmax", correct_bias=False)
+    part, _ = quantized(text, tmp_path, options)
     model = build(text)
     (feeds,) = inputs(model, 1, seed=5)
     scale = part.record.ranges[0].scale
     assert scale is not None
     weight, bias = (initializer(model, name) for name in ("w", "b"))
-    integers = quantize_channels(weight)
+    integers = quantize_channels(weight, options.bits)
     codes = np.clip(np.rint(feeds["x"] / np.float32(scale)), -128, 127).astype(np.int32)
     expected = (codes @ integers.values.astype(np.int32)).astype(np.float64) * scale * integers.scales + bias
-    found = open_graph(tmp_path / "int8" / file)(feeds)["y"]
+    found = open_engine(tmp_path / "int8" / file, target, None).run(feeds)["y"]
 
     np.testing.assert_allclose(found, expected, rtol=2e-6, atol=2e-6 * np.abs(expected).max())
 
@@ -115,7 +112,7 @@ def test_every_linear_runs_in_integer_kernels_on_onnxruntime(name: str, tmp_path
     (feeds,) = inputs(build(GRAPHS[name]), 1)
     found = measure_coverage("ort-cpu", tmp_path / "int8" / "model.ort-cpu.onnx", part.integer_linears, feeds)
 
-    assert found.share == 1.0, found.in_float
+    assert found.share == 1.0
     assert {layer.kernel for layer in found.layers} <= {"MatMulIntegerToFloat"}
 
 
@@ -126,7 +123,7 @@ def test_coverage_says_what_stays_float_without_lowering(tmp_path: Path) -> None
     found = measure_coverage("ort-cpu", tmp_path / "int8" / "model.onnx", part.integer_linears, feeds)
 
     assert found.share < 0.5
-    assert {layer.group for layer in found.in_float} >= {"w1", "w2"}
+    assert {layer.group for layer in found.layers if not layer.integer} >= {"w1", "w2"}
 
 
 @pytest.mark.parametrize("name", ["block", "folded"])
@@ -136,14 +133,14 @@ def test_openvino_takes_the_canonical_form_as_it_is(name: str, tmp_path: Path) -
     feeds = inputs(model, 1, seed=5)[0]
     found = measure_coverage("openvino-cpu", tmp_path / "int8" / "model.onnx", part.integer_linears, feeds)
 
-    assert found.share == 1.0, found.in_float
+    assert found.share == 1.0
     assert run(model, path.parent, feeds)["y"].shape == feeds["x"].shape
 
 
 @pytest.mark.parametrize(("scheme", "quantizes"), [("int8", 6), ("int8-weights", 0), ("int4-weights", 0)])
 def test_tensorrts_parser_takes_the_canonical_form(scheme: Scheme, quantizes: int, tmp_path: Path) -> None:
     tensorrt = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
-    quantized(BLOCK, tmp_path, PartOptions(scheme))
+    quantized(BLOCK, tmp_path, QuantizeOptions(scheme))
     logger = tensorrt.Logger(tensorrt.Logger.ERROR)
     network = tensorrt.Builder(logger).create_network(0)
     parser = tensorrt.OnnxParser(network, logger)
@@ -167,7 +164,7 @@ def test_runs_of_one_weight_have_their_own_bias_and_range(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("scheme", ["int8-weights", "int4-weights"])
 def test_weight_only_schemes_leave_activations_float(scheme: str, tmp_path: Path) -> None:
-    options = PartOptions(scheme)  # type: ignore[arg-type]
+    options = QuantizeOptions(scheme)  # type: ignore[arg-type]
     part, path = quantized(BLOCK, tmp_path, options)
     graph = part.models["model.onnx"].graph
     model = build(BLOCK)
@@ -176,20 +173,17 @@ def test_weight_only_schemes_leave_activations_float(scheme: str, tmp_path: Path
     found = run(part.models["model.onnx"], tmp_path / "int8", feeds)["y"]
 
     assert not any(node.op_type == "QuantizeLinear" for node in graph)
-    assert part.lowered == {}
-    assert decibels(exact, found) > {"int8-weights": 35, "int4-weights": 15}[scheme]
+    assert part.part.lowered == {}
+    assert sqnr(exact, found) > {"int8-weights": 35, "int4-weights": 15}[scheme]
 
 
 def test_layers_may_have_schemes_of_their_own(tmp_path: Path) -> None:
-    options = PartOptions("int8", precision={"w?": "int8-weights", "wo": "float"})
+    options = QuantizeOptions("int8", precision={"w?": "int8-weights", "wo": "float"})
     part, _ = quantized(BLOCK, tmp_path, options)
 
     assert {one.group: one.scheme for one in part.record.linears} == {
-        "wk": "int8-weights",
-        "wv": "int8-weights",
+        **dict.fromkeys(("wk", "wv", "w1", "w2"), "int8-weights"),
         "wo": "float",
-        "w1": "int8-weights",
-        "w2": "int8-weights",
     }
     assert part.kept_float == {"wo": "asked for"}
     assert part.integer_linears == ()

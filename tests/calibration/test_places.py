@@ -3,17 +3,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from perceiver_export.calibration.mixed_precision import search
-from perceiver_export.calibration.pipeline import quantize
+from perceiver_export.calibration import QuantizeOptions, quantize
+from perceiver_export.calibration.bundles import check_new_directory, refuse_place
+from perceiver_export.calibration.quantization.search import search
+from perceiver_export.calibration.validation.certify import check_certifiable
 from perceiver_export.exporter import export
+from perceiver_export.exporter.cli.output import check_file
 from perceiver_export.runtimes import open_bundle
-from perceiver_export.runtimes.errors import UsageError
+from perceiver_export.runtimes.errors import DataError, ExportError, PerceiverExportError, UsageError
+from perceiver_export.runtimes.files import check_writable
+from tests.calibration.asked import quantizing
 from tests.cli.commands import fail, succeed
 from tests.conftest import FASHION
 
@@ -26,11 +33,11 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def _search(source: Path, out: Path, **options: Any) -> None:
     splits: dict[str, Any] = {"calibrate": HELD_OUT, "search_on": HELD_OUT, "certify_on": FASHION / "test.npz"}
-    search(source, out, **splits, min_agreement=50.0, **options)
+    search(source, out, quantizing(min_agreement=50.0, **options), **splits)
 
 
 def _quantize(source: Path, out: Path, **options: Any) -> None:
-    quantize(source, HELD_OUT, out, **options)
+    quantize(source, HELD_OUT, out, QuantizeOptions(**options))
 
 
 @pytest.mark.parametrize("write", [_quantize, _search])
@@ -62,9 +69,47 @@ def test_no_bundle_is_written_into_another(copied_bundle: Path, fashion_bundle: 
     assert contents(copied_bundle) == before
 
 
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Nobody may write into ``folder``, which root could anyway."""
+    folder.chmod(0o555)
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if user == 0:
+            os.seteuid(0)
+        folder.chmod(0o755)
+
+
+def test_places_that_cannot_be_written_are_refused_before_the_work(copied_bundle: Path, tmp_path: Path) -> None:
+    folder = copied_bundle.parent
+    (tmp_path / "file").write_text("no directory")
+    checks: list[Callable[[Path], None]] = [
+        check_writable,
+        check_file,
+        lambda place: refuse_place(place, overwrite=False),
+        lambda place: check_new_directory(place, "--save-worst", DataError),
+    ]
+
+    check_certifiable(copied_bundle)
+    for check in checks:
+        check(folder / "new")
+        with pytest.raises(PerceiverExportError, match="file"):
+            check(tmp_path / "file" / "new")
+    with locked(folder):
+        for check in checks:
+            with pytest.raises(PerceiverExportError, match=r"new cannot be written"):
+                check(folder / "new")
+        with pytest.raises(ExportError, match=r"bundle cannot be written"):
+            check_certifiable(copied_bundle)
+
+
 def test_the_manifest_of_another_program_is_no_bundle(fashion_bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text('{"name": "an extension"}')
-    made = quantize(fashion_bundle, HELD_OUT, tmp_path / "new", samples=8)
+    made = quantize(fashion_bundle, HELD_OUT, tmp_path / "new", QuantizeOptions(samples=8))
     assert made.path == tmp_path / "new"
 
 
@@ -72,14 +117,7 @@ def test_weights_of_lowered_graphs_stay_behind(copied_bundle: Path, tmp_path: Pa
     succeed("build", copied_bundle, "--target", "tensorrt", "--precision", "fp16", "--lower-only")
     assert "tensorrt-fp16.weights" in open_bundle(copied_bundle).manifest.files
 
-    made = quantize(copied_bundle, HELD_OUT, tmp_path / "int8", samples=8)
+    made = quantize(copied_bundle, HELD_OUT, tmp_path / "int8", QuantizeOptions(samples=8))
 
     assert {name for name in made.manifest.files if name.endswith(".weights")} == {"model.weights"}
     assert not list(made.path.glob("*fp16*"))
-
-
-@pytest.mark.parametrize("wishes", [{"keep_float": ["*"]}, {"precision": {"*": "float"}}])
-def test_nothing_left_to_quantize_is_refused(wishes: dict[str, Any], fashion_bundle: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="no layer is left to quantize"):
-        quantize(fashion_bundle, HELD_OUT, tmp_path / "out", **wishes)
-    assert not (tmp_path / "out").exists()

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from perceiver_export.calibration.linears import find_linears
-from perceiver_export.calibration.plan import decibels
-from perceiver_export.calibration.quantize_part import PartOptions
-from perceiver_export.calibration.smoothing import find_sites, smooth
+from perceiver_export.calibration.graphs import sqnr
+from perceiver_export.calibration.quantization.linears import find_linears
+from perceiver_export.calibration.quantization.options import QuantizeOptions
+from perceiver_export.calibration.quantization.smoothing import find_sites, smooth
 from tests.calibration.graphs import BLOCK, FOLDED, build, inputs, observed, quantized, run, save
 
 
@@ -59,15 +59,16 @@ def test_float_outputs_stay_and_no_product_is_added(tmp_path: Path) -> None:
 
 
 def test_smoothed_integers_are_closer_to_float(tmp_path: Path) -> None:
-
     found: dict[bool, float] = {}
     for smoothing in (False, True):
-        part, path = quantized(BLOCK, tmp_path / str(smoothing), PartOptions("int8", smooth=smoothing))
+        part, path = quantized(
+            BLOCK, tmp_path / str(smoothing), QuantizeOptions("int8", smooth=smoothing, weight_bits=8)
+        )
         model = build(BLOCK)
         feeds = inputs(model, 3, seed=9)
         exact = [run(model, path.parent, one)["y"] for one in feeds]
         outputs = [run(part.models["model.onnx"], tmp_path / str(smoothing) / "int8", one)["y"] for one in feeds]
-        found[smoothing] = decibels(np.stack(exact), np.stack(outputs))
+        found[smoothing] = sqnr(np.stack(exact), np.stack(outputs))
 
     assert found[True] > found[False] + 3
 

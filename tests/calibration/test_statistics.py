@@ -3,34 +3,37 @@
 
 from __future__ import annotations
 
+import msgspec
 import numpy as np
 import pytest
 from scipy import optimize, stats
 
-from perceiver_export.calibration.drops import drop, p_value, score
-from perceiver_export.calibration.gates import RELATIVE, Gate, Wanted, at_least, at_most, mean_at_most, require
-from perceiver_export.calibration.metrics.base import Column, Metric
-from perceiver_export.calibration.scores import worsening
-from perceiver_export.calibration.statistics import Estimate, bootstrap, mcnemar, proportion, share
+from perceiver_export.calibration.validation.gates import AT_LEAST, AT_MOST, RELATIVE, Gate, Wanted, decide, require
+from perceiver_export.calibration.validation.metrics.base import Column, Metric
+from perceiver_export.calibration.validation.scores import worsening
+from perceiver_export.calibration.validation.statistics import (
+    Estimate,
+    bootstrap,
+    drop,
+    mcnemar,
+    p_value,
+    score,
+    share,
+)
 from perceiver_export.runtimes.errors import GateError, UndecidedError
 from perceiver_export.runtimes.runtime import Array
 
 
-def mean(values: Array, axis: int = -1) -> Array:
-    return np.asarray(values.mean(axis=axis))
-
-
 @pytest.mark.parametrize("count", [0, 1, 50, 99, 100])
 def test_exact_bounds_cover_what_they_say(count: int) -> None:
-    """Clopper-Pearson by its definition: at each bound, the tail beyond the count has 2.5 %, one-sided 5 %."""
-    two_sided, one_sided = proportion(count, 100), share(count, 100)
+    """Clopper-Pearson by its definition: at each bound, the tail beyond the count has 5 %."""
+    found = share(count, 100)
 
-    for low, high, tail in ((two_sided.low, two_sided.high, 0.025), (one_sided.lower, one_sided.upper, 0.05)):
-        assert low <= count / 100 <= high
-        if count > 0:
-            assert stats.binom.sf(count - 1, 100, low) == pytest.approx(tail)
-        if count < 100:
-            assert stats.binom.cdf(count, 100, high) == pytest.approx(tail)
+    assert found.lower <= count / 100 <= found.upper
+    if count > 0:
+        assert stats.binom.sf(count - 1, 100, found.lower) == pytest.approx(0.05)
+    if count < 100:
+        assert stats.binom.cdf(count, 100, found.upper) == pytest.approx(0.05)
 
 
 @pytest.mark.parametrize(("flips", "total", "lower"), [(0, 1000, 99.70), (10, 1000, 98.31), (10, 5000, 99.66)])
@@ -101,138 +104,130 @@ def test_mcnemar_is_exact() -> None:
 
 def test_bootstrap_bounds_of_a_mean() -> None:
     values = np.random.default_rng(0).normal(3, 2, 400)
-    found = bootstrap((values,), mean)
+
+    def mean(counts: Array) -> Array:
+        return np.asarray(counts @ values / 400)
+
+    found = bootstrap(400, mean)
     half = stats.t.ppf(0.95, 399) * values.std(ddof=1) / 20
 
     assert found.value == pytest.approx(values.mean())
     assert found.lower == pytest.approx(values.mean() - half, abs=0.02)
     assert found.upper == pytest.approx(values.mean() + half, abs=0.02)
-    assert bootstrap((np.full(50, 2.0),), mean) == Estimate(2.0, 2.0, 2.0)
-    assert bootstrap((values,), mean) == found  # no chance in it
+    assert bootstrap(50, lambda counts: np.full(counts.shape[:-1], 2.0)) == Estimate(2.0, 2.0, 2.0)
+    assert bootstrap(400, mean) == found  # no chance in it
+
+
+DROP = Wanted("--max-drop", "drop", AT_MOST, 0.0, "points")
+AGREEMENT = Wanted("--min-agreement", "agreement", AT_LEAST, 0.0, "%")
+EPE = Wanted("--max-metric-change", "epe", AT_MOST, 0.0, "px")
+ACCURACY = Metric("token accuracy", "quality", "higher", "fraction", "%")
 
 
 def gate_on_drop(lost: int, gained: int, total: int, asked: float) -> Gate:
-    found = drop(lost, gained, total)
-    points = Estimate(100 * found.value, 100 * found.lower, 100 * found.upper)
-    spread = 100 * np.sqrt((lost + gained) / total)
-    return at_most(Wanted("--max-drop", "drop", "the drop", asked, "points"), points, total, spread, asked / 100)
+    spread = 100 * float(np.sqrt((lost + gained) / total))
+    wanted = msgspec.structs.replace(DROP, limit=asked)
+    return decide(wanted, drop(lost, gained, total).times(100), total, spread)
+
+
+def gate_on_agreement(right: int, total: int) -> Gate:
+    found = share(right, total)
+    spread = 100 * float(np.sqrt(found.value * (1 - found.value)))
+    return decide(msgspec.structs.replace(AGREEMENT, limit=99.0), found.times(100), total, spread)
+
+
+def gate_on_mean(lower: float, upper: float, total: int) -> Gate:
+    return decide(msgspec.structs.replace(EPE, limit=0.1), Estimate(0.0, lower, upper), total)
+
+
+def gate_on_texts(count: int, limit: float) -> Gate:
+    """Equal sides: bounds are 0 plus or minus 7.05 points with 41 texts, and 0.75 with 400."""
+    column = Column.of(np.linspace(0.4, 0.6, count))
+    found = worsening(ACCURACY, column, column).times(100)
+    return decide(msgspec.structs.replace(DROP, limit=limit), found, count)
 
 
 @pytest.mark.parametrize(
-    ("lost", "gained", "total", "asked", "outcome"),
+    ("gate", "outcome"),
     [
-        (10, 8, 5000, 0.5, "held"),
-        (0, 0, 1000, 0.5, "held"),
-        (150, 20, 2000, 1.0, "not held"),
-        (0, 0, 3, 1.0, "undecided"),
-        (30, 20, 1000, 1.5, "undecided"),
-        (30, 20, 1000, 0.5, "undecided"),
-        (0, 0, 1000, 0.0, "undecided"),
+        (gate_on_drop(10, 8, 5000, 0.5), "held"),
+        (gate_on_drop(0, 0, 1000, 0.5), "held"),
+        (gate_on_drop(150, 20, 2000, 1.0), "not held"),
+        (gate_on_drop(0, 0, 3, 1.0), "undecided"),
+        (gate_on_drop(30, 20, 1000, 1.5), "undecided"),
+        (gate_on_drop(30, 20, 1000, 0.5), "undecided"),
+        (gate_on_drop(0, 0, 1000, 0.0), "undecided"),
+        (gate_on_agreement(299, 299), "held"),
+        (gate_on_agreement(298, 298), "undecided"),
+        (gate_on_agreement(995, 1000), "undecided"),
+        (gate_on_agreement(900, 1000), "not held"),
+        (gate_on_mean(-0.01, 0.01, 29), "undecided"),  # few samples never decide a mean
+        (gate_on_mean(-0.01, 0.01, 30), "held"),
+        # Resampling equal values gives bounds of width 0, which say nothing of a sample that was not drawn.
+        (gate_on_mean(0.0, 0.0, 1000), "undecided"),
     ],
 )
-def test_a_gate_holds_fails_or_is_undecided(lost: int, gained: int, total: int, asked: float, outcome: str) -> None:
-    gate = gate_on_drop(lost, gained, total, asked)
-
-    assert gate.outcome == outcome
-    assert gate.held == (outcome == "held")
+def test_a_gate_holds_fails_or_is_undecided(gate: Gate, outcome: str) -> None:
+    assert (gate.outcome, gate.held) == (outcome, outcome == "held")
 
 
 def test_the_number_of_samples_that_would_decide_does() -> None:
-    gate = gate_on_drop(30, 20, 1000, 1.5)
-    needed = gate.samples_to_decide
+    needed = gate_on_drop(30, 20, 1000, 1.5).samples_to_decide
     assert needed is not None
     assert needed > 1000
-    generator = np.random.default_rng(0)
-    decided = 0
-    for _ in range(40):
-        lost, gained, _ = generator.multinomial(needed, [0.03, 0.02, 0.95])
-        decided += p_value(int(lost), int(gained), needed, 0.015) <= 0.05
+    drawn = np.random.default_rng(0).multinomial(needed, [0.03, 0.02, 0.95], size=40)
+    decided = sum(p_value(int(lost), int(gained), needed, 0.015) <= 0.05 for lost, gained, _ in drawn)
     assert decided >= 0.6 * 40  # 80 % power, and what 40 draws of it may be off
 
     silent = gate_on_drop(0, 0, 3, 1.0).samples_to_decide
     assert silent is not None
     assert gate_on_drop(0, 0, silent, 1.0).held
     assert gate_on_drop(0, 0, 1000, 0.0).samples_to_decide is None
-
-
-def test_agreement_is_held_against_its_lower_bound() -> None:
-    def gate(right: int, total: int) -> Gate:
-        return at_least(Wanted("--min-agreement", "agreement", "agreement", 99.0, "%"), share(right, total), total)
-
-    assert gate(299, 299).outcome == "held"
-    assert gate(298, 298).outcome == "undecided"
-    assert gate(900, 1000).outcome == "not held"
-    assert gate(50, 50).samples_to_decide == 299
-    assert gate(995, 1000).samples_to_decide is not None
-
-
-def test_few_samples_never_decide_a_mean() -> None:
-    close, wanted = Estimate(0.0, -0.01, 0.01), Wanted("--max-metric-change", "epe", "epe", 0.1, "px")
-
-    assert mean_at_most(wanted, close, 29).outcome == "undecided"
-    assert mean_at_most(wanted, close, 30).outcome == "held"
+    assert gate_on_agreement(50, 50).samples_to_decide == 299
+    assert gate_on_agreement(995, 1000).samples_to_decide is not None
 
 
 @pytest.mark.parametrize("limit", [3.0, 0.5])
 def test_the_number_of_texts_that_would_decide_does(limit: float) -> None:
-    """Equal sides: bounds are 0 plus or minus 7.05 points with 41 texts, and 0.75 with 400."""
-    accuracy = Metric("token accuracy", "quality", "higher", "mean", "%")
-    wanted = Wanted("--max-drop", "drop", "the drop", limit, "points")
-
-    def gate(count: int) -> Gate:
-        column = Column.of(np.linspace(0.4, 0.6, count))
-        found = worsening(accuracy, column, column)
-        points = Estimate(100 * found.value, 100 * found.lower, 100 * found.upper)
-        return mean_at_most(wanted, points, count)
-
-    few = gate(41)
-    assert "measured 0, 95 % bounds by bootstrap -7.05 and 7.05 points" in str(few)
-    assert few.outcome == "undecided"
+    few = gate_on_texts(41, limit)
+    assert str(few).startswith(f"UNDECIDED  drop ≤ {limit:g} points: between −7.05 and 7.05, 95 % bounds by bootstrap")
     assert few.samples_to_decide is not None
     assert 41 < few.samples_to_decide < 10**6
-    assert gate(few.samples_to_decide).held
+    assert gate_on_texts(few.samples_to_decide, limit).held
     with pytest.raises(UndecidedError) as caught:
         require((few,))
-    assert f"about {few.samples_to_decide:,} samples would decide" in caught.value.hint
-
-
-def test_samples_that_are_all_alike_never_decide_a_mean() -> None:
-    """Resampling equal values gives bounds of width 0, which say nothing of a sample that was not drawn."""
-    wanted = Wanted("--max-metric-change", "epe", "epe", 0.1, "px")
-
-    gate = mean_at_most(wanted, Estimate(0.0, 0.0, 0.0), 1000)
-
-    assert (gate.outcome, gate.samples_to_decide) == ("undecided", None)
-    with pytest.raises(UndecidedError) as caught:
-        require((gate,))
-    assert "no sample differs" in caught.value.hint
+    assert f"about {few.samples_to_decide:,} fresh samples" in caught.value.hint
 
 
 @pytest.mark.parametrize("count", [31, 299])
 def test_means_of_shares_that_are_all_alike_are_bounded_by_counts(count: int) -> None:
     """Token accuracy of equal models: a rare text that differs may be among 1 - 0.05^(1/n) of all."""
-    accuracy = Metric("token accuracy", "quality", "higher", "mean", "%")
-    column = Column.of(np.full(count, 0.5))
-    rare = 1 - 0.05 ** (1 / count)
+    column, rare = Column.of(np.full(count, 0.5)), 1 - 0.05 ** (1 / count)
 
-    assert worsening(accuracy, column, column).upper == pytest.approx(rare)
-    assert worsening(accuracy, column, column, relative=True).upper == pytest.approx(2 * rare)
-    assert worsening(accuracy, column, column).value == 0
+    assert worsening(ACCURACY, column, column).upper == pytest.approx(rare)
+    assert worsening(ACCURACY, column, column, relative=True).upper == pytest.approx(2 * rare)
+    assert worsening(ACCURACY, column, column).value == 0
 
 
 def test_a_gate_is_shown_as_it_was_typed() -> None:
-    assert Wanted("--max-metric-change", "epe", "epe", 2.0, RELATIVE).typed == "--max-metric-change 2%"
-    assert Wanted("--min-agreement", "agreement", "agreement", 99.5, "%").typed == "--min-agreement 99.5"
+    assert Wanted("--max-metric-change", "epe", AT_MOST, 2.0, RELATIVE).typed == "--max-metric-change 2%"
+    assert Wanted("--min-agreement", "agreement", AT_LEAST, 99.5, "%").typed == "--min-agreement 99.5"
+    gate = gate_on_drop(10, 8, 5000, 0.6)
+    upper = f"{gate.upper:.4g}"
+    assert str(gate) == f"PASS  drop ≤ 0.6 points: at most {upper} with 95 % confidence (measured 0.04)"
 
 
 def test_what_does_not_hold_and_what_is_undecided_are_told_apart() -> None:
     undecided, failed = gate_on_drop(0, 0, 3, 1.0), gate_on_drop(150, 20, 2000, 1.0)
 
     require((gate_on_drop(0, 0, 1000, 0.5),))
-    with pytest.raises(UndecidedError, match=r"^undecided.* 3 samples cannot tell") as caught:
-        require((undecided,))
-    assert "301" in caught.value.hint
-    assert "fresh" in caught.value.hint
-    with pytest.raises(GateError, match=r"^not held: --max-drop 1:") as failure:
+    for gate, hint in (
+        (undecided, "301 fresh samples: 3 are too few"),
+        (gate_on_mean(0, 0, 1000), "no sample differs"),
+    ):
+        with pytest.raises(UndecidedError, match=r"^UNDECIDED") as caught:
+            require((gate,))
+        assert hint in caught.value.hint
+    with pytest.raises(GateError, match=r"^FAIL  drop ≤ 1 points: .*; UNDECIDED") as failure:
         require((undecided, failed))
     assert not isinstance(failure.value, UndecidedError)

@@ -8,15 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from perceiver_export.calibration.certificate import certify
-from perceiver_export.calibration.report import render_html
-from perceiver_export.calibration.report.gather import gather
-from perceiver_export.calibration.targets import validate_targets
+from perceiver_export.calibration.report.report import gather, render
+from perceiver_export.calibration.validation.certify import certify
+from perceiver_export.calibration.validation.validation import validate_targets
 from perceiver_export.runtimes import load
 from perceiver_export.runtimes.errors import DataError
 from perceiver_export.runtimes.presence import devices
-
-TEST = Path(__file__).resolve().parents[2] / "examples" / "fashion_mnist" / "test.npz"
+from tests.calibration.asked import TEST, asked
 
 
 def test_all_targets_are_in_one_report_each_with_its_certificate(
@@ -26,7 +24,9 @@ def test_all_targets_are_in_one_report_each_with_its_certificate(
     present = [device.target for device in devices()]
     assert {"ort-cpu", "openvino-cpu"} <= set(present)
 
-    results = validate_targets(bundle, TEST, against=fashion_bundle, samples=200, max_drop=8, min_agreement=90)
+    results = validate_targets(
+        bundle, TEST, asked(device="all", against=fashion_bundle, samples=200, max_drop=8, min_agreement=90)
+    )
     made = certify(bundle, results)
 
     assert [result.candidate["target"] for result in results] == present
@@ -40,21 +40,25 @@ def test_all_targets_are_in_one_report_each_with_its_certificate(
         assert "certificates" not in runtime.describe()
     report = gather(bundle, results, fashion_bundle)
     assert [row[0] for row in report.accuracy.rows[:: len(results[0].metrics)]] == present
-    assert [(speed.target, speed.name) for speed in report.speeds] == [
+    assert [(speed.target, speed.name) for speed, _ in report.speeds] == [
         (target, name) for target in present for name in ("int8", "fashion")
     ]
-    assert all(speed.p50 > 0 and speed.peak_memory > 0 and speed.size > 0.5 for speed in report.speeds)
-    assert render_html(report).count("Certified:") == len(present)
+    assert all(speed.p50 > 0 and speed.peak_memory > 0 and size > 0.5 for speed, size in report.speeds)
+    assert render(report).count("Certified:") == len(present)
 
 
 def test_worst_samples_have_a_folder_a_target(int8_bundle: Path, fashion_bundle: Path, tmp_path: Path) -> None:
     present = [device.target for device in devices()]
 
-    validate_targets(int8_bundle, TEST, against=fashion_bundle, samples=20, worst=2, save_worst=tmp_path / "worst")
+    validate_targets(
+        int8_bundle,
+        TEST,
+        asked(device="all", against=fashion_bundle, samples=20, worst=2, save_worst=tmp_path / "worst"),
+    )
 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["worst"]
     assert sorted(path.name for path in (tmp_path / "worst").iterdir()) == sorted(present)
     for target in present:
         assert len(list((tmp_path / "worst" / target).glob("*.npz"))) == 2
     with pytest.raises(DataError, match="is there already"):
-        validate_targets(int8_bundle, TEST, samples=3, save_worst=tmp_path / "worst")
+        validate_targets(int8_bundle, TEST, asked(device="all", samples=3, save_worst=tmp_path / "worst"))

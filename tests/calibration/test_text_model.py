@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from perceiver_export.calibration import quantize, validate
-from perceiver_export.calibration.record import read_calibration
+from perceiver_export.calibration import QuantizeOptions, quantize
+from perceiver_export.calibration.quantization.record import read_calibration
 from perceiver_export.exporter import export
 from perceiver_export.runtimes import open_task
+from tests.calibration.asked import judged
 
 TEXT = Path(__file__).resolve().parents[2] / "examples" / "text_bytes"
 
@@ -28,8 +29,8 @@ def test_it_fills_bytes_that_their_neighbours_tell(fp32: Path) -> None:
 
 @pytest.mark.parametrize("target", ["ort-cpu", "openvino-cpu"])
 def test_int8_fills_as_many_bytes_rightly(fp32: Path, tmp_path: Path, target: str) -> None:
-    int8 = quantize(fp32, TEXT / "calibration.jsonl", tmp_path / "int8", samples=64)
-    result = validate(int8, TEXT / "test.jsonl", against=fp32, device=target, against_device="ort-cpu", samples=400)
+    int8 = quantize(fp32, TEXT / "calibration.jsonl", tmp_path / "int8", QuantizeOptions(samples=64))
+    result = judged(int8, TEXT / "test.jsonl", against=fp32, device=target, against_device="ort-cpu", samples=400)
     accuracy, divergence, agreement = (result.metric(name) for name in ("token accuracy", "kl", "agreement"))
     calibration = read_calibration(int8)
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from perceiver_export.calibration import validate
 from perceiver_export.exporter import LoadedModel, export
 from perceiver_export.runtimes.errors import DataError, UsageError
 from perceiver_export.runtimes.runtime import Array
+from tests.calibration.asked import judged
 from tests.cli import small_models
 
 GENERATOR = np.random.default_rng(0)
@@ -70,17 +70,13 @@ CASES: list[tuple[Callable[[], LoadedModel], Callable[[Path], Path], set[str], i
 
 @pytest.mark.parametrize(("model", "data", "names", "count"), CASES, ids=[case[0].__name__ for case in CASES])
 def test_a_bundle_is_as_good_as_torch(
-    tmp_path: Path,
-    model: Callable[[], LoadedModel],
-    data: Callable[[Path], Path],
-    names: set[str],
-    count: int,
+    tmp_path: Path, model: Callable[[], LoadedModel], data: Callable[[Path], Path], names: set[str], count: int
 ) -> None:
     loaded = model()
     bundle = export(loaded, tmp_path / "bundle").path
     path = data(tmp_path)
 
-    result = validate(bundle, path, against=loaded.run)
+    result = judged(bundle, path, against=loaded.run)
 
     assert {metric.name for metric in result.metrics} == names
     assert result.samples == len(result.worst_samples) == count
@@ -91,51 +87,26 @@ def test_a_bundle_is_as_good_as_torch(
     assert likeness.get("agreement", 100) == 100
     assert likeness.get("kl", 0) < 1e-6
     assert likeness.get("sqnr", 100) > 80
-    assert result == validate(bundle, path, against=loaded.run)  # nothing is left to chance
+    assert result == judged(bundle, path, against=loaded.run)  # nothing is left to chance
 
 
 def test_gates_that_do_not_fit_the_task(tmp_path: Path) -> None:
     bundle = export(small_models.flow(), tmp_path / "bundle").path
     data = flow_file(tmp_path)
-
-    with pytest.raises(UsageError, match="no share of right answers"):
-        validate(bundle, data, against=bundle, max_drop=1)
-    with pytest.raises(UsageError, match="no agreement"):
-        validate(bundle, data, against=bundle, min_agreement=99)
-    (gate,) = validate(bundle, data, against=bundle, max_metric_change="2%").gates
-    assert (gate.outcome, gate.samples_to_decide) == ("undecided", 30)  # 3 pairs, though they are equal
     with np.load(data) as arrays:
-        unknown = archive(tmp_path, frames=arrays["frames"])
-    assert {metric.name for metric in validate(bundle, unknown, against=bundle).metrics} == {"distance", "sqnr"}
-    frames = GENERATOR.integers(0, 256, (3, 2, 16, 24, 3), dtype=np.uint8)
-    misnamed = archive(tmp_path, frames=frames, flows=normal(3, 16, 24, 2))
-    result = validate(bundle, misnamed, against=bundle)
+        frames = arrays["frames"]
+
+    for gates in ({"max_drop": 1}, {"min_agreement": 99}):
+        with pytest.raises(UsageError, match="does not fit this task"):
+            judged(bundle, data, against=bundle, **gates)
+    (gate,) = judged(bundle, data, against=bundle, max_metric_change="2%").gates
+    assert gate.outcome == "vacuous"  # random weights are no better than a flow of zero
+    (gate,) = judged(bundle, data, against=bundle, metric="distance", max_metric_change=1e-6).gates
+    assert (gate.outcome, gate.samples_to_decide) == ("undecided", 30)  # 3 pairs, though they are equal
+    result = judged(bundle, archive(tmp_path, frames=frames, flows=normal(3, 16, 24, 2)), against=bundle)
     assert result.warning_kinds == ("itself", "few", "unused")
     assert result.warnings[2] == "nothing was judged by the data's flows: this task is judged by `flow`"
     unknown = archive(tmp_path, frames=frames)
+    assert {metric.name for metric in judged(bundle, unknown, against=bundle).metrics} == {"distance", "sqnr"}
     with pytest.raises(DataError, match="epe was not measured"):
-        validate(bundle, unknown, against=bundle, metric="epe", max_metric_change=1)
-
-
-def test_data_that_does_not_fit_the_model(tmp_path: Path) -> None:
-    bundle = export(small_models.points(), tmp_path / "points").path
-    text = export(small_models.language(), tmp_path / "text").path
-    points = normal(4, 20, 3)
-
-    for arrays, message in (
-        ({"points": points, "labels": np.array([0, 1, 2, 4])}, "label 4 is out of range"),
-        ({"points": points, "labels": np.array([0, 1, 2])}, r"holds points \[4, 20, 3\], labels \[3\]"),
-        ({"points": points[:, :9]}, r"shape \[9, 3\]"),
-        ({"points": points.astype(np.complex64)}, "complex64"),
-        ({"clouds": points}, "'points' is missing"),
-        ({"points": points * np.nan}, "NaN"),
-    ):
-        with pytest.raises(DataError, match=message):
-            validate(bundle, archive(tmp_path, **arrays))
-    for line in ("", "{", '{"txt": "a"}', '"text"', json.dumps({"text": "too long " * 9}), json.dumps({"text": ""})):
-        (tmp_path / "broken.jsonl").write_text(line + "\n", encoding="utf-8")
-        with pytest.raises(DataError):
-            validate(text, tmp_path / "broken.jsonl")
-    for spec in (tmp_path / "absent.npz", tmp_path, text_file(tmp_path), "absent:samples"):
-        with pytest.raises(DataError):
-            validate(bundle, spec)
+        judged(bundle, unknown, against=bundle, metric="epe", max_metric_change=1)

@@ -1,12 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Running `perceiver-export` as a user does, in a process of its own."""
+"""Running `perceiver-export` as a user does: in this process, or, given options of `subprocess.run`, in a new one."""
 
 from __future__ import annotations
 
+import contextlib
+import io
+import logging
 import subprocess
 import sys
+import traceback
+import warnings
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 COMMAND = [sys.executable, "-c", "from perceiver_export.exporter.cli.main import main; main()"]
 
@@ -14,7 +20,43 @@ COMMAND = [sys.executable, "-c", "from perceiver_export.exporter.cli.main import
 def perceiver_export(
     *arguments: str | Path, command: list[str] = COMMAND, **options: Any
 ) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, check=False, **options)
+    given = [str(argument) for argument in arguments]
+    if options or command is not COMMAND:
+        return subprocess.run([*command, *given], capture_output=True, text=True, check=False, **options)
+    stdout, stderr = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr), _fresh_logging_and_warnings():
+        code = _main(given)
+    return subprocess.CompletedProcess(given, code, stdout.getvalue(), stderr.getvalue())
+
+
+def _main(arguments: list[str]) -> int:
+    """The exit code that a process would end with."""
+    from perceiver_export.exporter.cli.main import main
+
+    with mock.patch.object(sys, "argv", ["perceiver-export", *arguments]):
+        try:
+            main()
+        except SystemExit as end:
+            return end.code if isinstance(end.code, int) else int(end.code is not None)
+        except Exception:
+            traceback.print_exc()
+            return 1
+    return 0
+
+
+@contextlib.contextmanager
+def _fresh_logging_and_warnings() -> Any:
+    """As a new process has them: pytest makes warnings errors, and handlers would add up."""
+    logger = logging.getLogger("perceiver_export")
+    before = list(logger.handlers)
+    with warnings.catch_warnings():
+        warnings.resetwarnings()
+        for category in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
+            warnings.simplefilter("ignore", category)
+        try:
+            yield
+        finally:
+            logger.handlers[:] = before
 
 
 def succeed(*arguments: str | Path, **options: Any) -> str:

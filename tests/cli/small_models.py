@@ -6,18 +6,26 @@ from __future__ import annotations
 import torch
 
 from perceiver_export.exporter import LoadedModel
-from perceiver_export.exporter.perceiver import architectures
-from perceiver_export.exporter.perceiver.architectures import EncoderSizes, VideoSizes
-from perceiver_export.exporter.perceiver.audio_architectures import AudioVideoSizes
-from perceiver_export.exporter.perceiver.config import AttentionConfig, PerceiverConfig, TokenInput
-from perceiver_export.exporter.perceiver.first_perceiver import first_perceiver, point_input
-from perceiver_export.exporter.perceiver.model import PerceiverIO
+from perceiver_export.exporter.model import architectures
+from perceiver_export.exporter.model.architectures import (
+    AudioVideoSizes,
+    EncoderSizes,
+    VideoSizes,
+    first_perceiver,
+    point_input,
+)
+from perceiver_export.exporter.model.config import AttentionConfig, PerceiverConfig, TokenInput
+from perceiver_export.exporter.model.perceiver import PerceiverIO
 from perceiver_export.runtimes.preprocessing import (
     AudioPreprocessing,
+    CenterCropShare,
     FlowPreprocessing,
     ImagePreprocessing,
+    Normalize,
     PointsPreprocessing,
     Preprocessing,
+    Rescale,
+    Resize,
     TextPreprocessing,
     VideoPreprocessing,
 )
@@ -46,7 +54,9 @@ def glue() -> LoadedModel:
 def pictures() -> LoadedModel:
     image = architectures.image_input("conv", 24, 24, "deepmind", (6, 6))
     config = first_perceiver({"image": image}, ENCODER, 3, "deepmind", num_cross_attentions=2)
-    steps = ImagePreprocessing(24, 24, (0.875, 0.875), "opencv-bicubic", 1 / 255, (0.5,) * 3, (0.25,) * 3)
+    crop, resize = CenterCropShare(0.875, 0.875, round_up=True), Resize(24, 24, "opencv-bicubic")
+    values = Rescale(1 / 255), Normalize((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+    steps = ImagePreprocessing(24, 24, (crop, resize, *values))
     return loaded(config, "image-classification", steps, ("cat", "dog", "bird"))
 
 

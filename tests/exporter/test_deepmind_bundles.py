@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from perceiver_export.exporter import export
+from perceiver_export.exporter import ExportOptions, export
 from perceiver_export.runtimes import load as load_bundle
 
 from .deepmind_reference import Array, arrays, facts, load, model_folders, tolerance
@@ -35,7 +35,7 @@ def _channels_first(pictures: Array) -> Array:
 @pytest.mark.parametrize("folder", model_folders(), ids=lambda folder: folder.name)
 def test_bundles_give_what_deepminds_code_gives(folder: Path, tmp_path: Path) -> None:
     feeds, outputs = feeds_and_outputs(folder)
-    bundle = export(load(folder), tmp_path / "bundle", batch=len(next(iter(feeds.values()))))
+    bundle = export(load(folder), tmp_path / "bundle", ExportOptions(batch=len(next(iter(feeds.values())))))
 
     assert bundle.manifest.parity == "deepmind"
     with load_bundle(bundle) as runtime:

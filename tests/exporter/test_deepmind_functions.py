@@ -13,11 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from perceiver_export.exporter.checkpoints.haiku_names import hwio_to_oihw
-from perceiver_export.exporter.perceiver.adapters import ConvDownsample, space_to_depth
-from perceiver_export.exporter.perceiver.attention import attend
-from perceiver_export.exporter.perceiver.config import FourierPositions, PositionQueries
-from perceiver_export.exporter.perceiver.decoder import PositionQueryTable
-from perceiver_export.exporter.perceiver.positions import fourier_features, grid_positions
+from perceiver_export.exporter.model.attention import attend
+from perceiver_export.exporter.model.config import FourierPositions, PositionQueries
+from perceiver_export.exporter.model.inputs import ConvDownsample, fourier_features, grid_positions, space_to_depth
+from perceiver_export.exporter.model.perceiver import PositionQueryTable
 
 from .deepmind_reference import arrays, function_folders, precision
 from .deepmind_runs import patches

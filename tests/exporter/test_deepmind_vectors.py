@@ -12,7 +12,7 @@ import pytest
 import torch
 from msgspec.structs import replace
 
-from perceiver_export.exporter.perceiver.config import PerceiverConfig
+from perceiver_export.exporter.model.config import PerceiverConfig
 from tests.vector_folders import VECTORS
 
 from .deepmind_reference import Array, Change, arrays, facts, load, model_folders, tolerance

@@ -12,12 +12,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from perceiver_export.exporter.perceiver.architectures import EncoderSizes, Parity
-from perceiver_export.exporter.perceiver.audio_architectures import AudioVideoSizes, audio_video_classifier
-from perceiver_export.exporter.perceiver.config import ArrayInput, AverageDecoder, PerceiverConfig, Sharing
-from perceiver_export.exporter.perceiver.first_perceiver import first_perceiver, point_input
-from perceiver_export.exporter.perceiver.model import PerceiverIO
-from perceiver_export.exporter.preset_counts import count
+from perceiver_export.exporter.model.architectures import (
+    AudioVideoSizes,
+    EncoderSizes,
+    Parity,
+    audio_video_classifier,
+    first_perceiver,
+    point_input,
+)
+from perceiver_export.exporter.model.config import (
+    ArrayInput,
+    AverageDecoder,
+    PerceiverConfig,
+    Sharing,
+)
+from perceiver_export.exporter.model.perceiver import PerceiverIO
 
 BLOCKS, LAYERS, CHANNELS, LABELS = 4, 2, 16, 5
 ENCODER = EncoderSizes(6, CHANNELS, LAYERS, BLOCKS, num_self_attention_heads=4)
@@ -145,9 +154,7 @@ def test_number_of_weights_by_sharing() -> None:
     def parameters(num_cross_attentions: int, sharing: Sharing, block_sharing: Sharing) -> int:
         points = {"points": ArrayInput((9,), 7)}
         config = first_perceiver(points, ENCODER, LABELS, "deepmind", num_cross_attentions, sharing, block_sharing)
-        total = sum(parameter.numel() for parameter in PerceiverIO(config).parameters())
-        assert count(config).parameters == total
-        return total
+        return sum(parameter.numel() for parameter in PerceiverIO(config).parameters())
 
     assert parameters(4, "all-but-first", "all") == 2 * read + LAYERS * layer + rest
     assert parameters(1, "all-but-first", "all") == read + LAYERS * layer + rest

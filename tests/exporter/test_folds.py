@@ -13,21 +13,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from perceiver_export.exporter.fold.constants import (
+from perceiver_export.exporter.model.attention import CrossAttention, SelfAttention
+from perceiver_export.exporter.model.config import AttentionConfig, FourierPositions
+from perceiver_export.exporter.model.inputs import fourier_table
+from perceiver_export.exporter.module_folds.constants import (
     Constants,
     fourier_constants,
     free_constants,
     with_padding,
 )
-from perceiver_export.exporter.fold.deviation import Modality
-from perceiver_export.exporter.fold.few_queries import FewQueriesAttention
-from perceiver_export.exporter.fold.many_queries import InputQueriesAttention
-from perceiver_export.exporter.fold.position_queries import PositionQueriesAttention
-from perceiver_export.exporter.fold.self_attention import ChunkedSelfAttention
-from perceiver_export.exporter.fold.tails import Linear, LinearTail
-from perceiver_export.exporter.perceiver.attention import CrossAttention, SelfAttention
-from perceiver_export.exporter.perceiver.config import AttentionConfig, FourierPositions
-from perceiver_export.exporter.perceiver.positions import fourier_table
+from perceiver_export.exporter.module_folds.deviation import Modality
+from perceiver_export.exporter.module_folds.few_queries import FewQueriesAttention
+from perceiver_export.exporter.module_folds.many_queries import InputQueriesAttention
+from perceiver_export.exporter.module_folds.position_queries import PositionQueriesAttention
+from perceiver_export.exporter.module_folds.self_attention import ChunkedSelfAttention
+from perceiver_export.exporter.module_folds.tails import Linear, LinearTail
 
 TOLERANCE = 1e-10
 

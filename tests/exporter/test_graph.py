@@ -12,13 +12,12 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from perceiver_export.calibration.costs import stage_costs
-from perceiver_export.exporter import LoadedModel, export, load_model
-from perceiver_export.exporter.batch import Batch
-from perceiver_export.exporter.fold.folded import FoldedPerceiver
-from perceiver_export.exporter.fold.sites import choose_sites
-from perceiver_export.exporter.parts import whole_model
-from perceiver_export.exporter.passes.constants import FoldConstantsPass
+from perceiver_export.calibration.graphs import stage_costs
+from perceiver_export.exporter import ExportOptions, LoadedModel, export, load_model
+from perceiver_export.exporter.graphs import Batch, whole_model
+from perceiver_export.exporter.module_folds.folded import FoldedPerceiver
+from perceiver_export.exporter.module_folds.sites import choose_sites
+from perceiver_export.exporter.simplify import FoldConstantsPass
 from perceiver_export.exporter.trace import IR_VERSION, OPSET, trace
 from perceiver_export.runtimes import load
 from perceiver_export.runtimes.errors import UsageError
@@ -145,7 +144,7 @@ def test_a_fixed_batch_does_not_store_positions_for_each_picture(
     make_checkpoint: MakeCheckpoint, tmp_path: Path
 ) -> None:
     loaded = load_model(make_checkpoint("fourier"), shape={"image": (3, 16, 16)})
-    one, four = (export(loaded, tmp_path / str(batch), batch=batch) for batch in (1, 4))
+    one, four = (export(loaded, tmp_path / str(batch), ExportOptions(batch=batch)) for batch in (1, 4))
 
     assert four.manifest.files["model.weights"].size < 1.1 * one.manifest.files["model.weights"].size
 
@@ -154,7 +153,7 @@ def test_a_range_of_batches_runs_at_every_size_and_refuses_others(
     make_checkpoint: MakeCheckpoint, tmp_path: Path
 ) -> None:
     loaded = load_model(make_checkpoint("fourier"), shape={"image": (3, 16, 16)})
-    bundle = export(loaded, tmp_path / "bundle", batch="1:2:5")
+    bundle = export(loaded, tmp_path / "bundle", ExportOptions(batch="1:2:5"))
     images = np.random.default_rng(0).normal(size=(6, 3, 16, 16)).astype(np.float32)
 
     with load(bundle) as runtime:

@@ -15,19 +15,26 @@ CODE = """
 import sys
 from perceiver_export.exporter import load_model
 from perceiver_export.runtimes.errors import PerceiverExportError
-try:
-    loaded = load_model(sys.argv[1], shape={"image": (3, 8, 8)})
-    print(loaded.source, loaded.task)
-except PerceiverExportError as error:
-    print(type(error).__name__, error.message, error.hint)
+def show(source):
+    try:
+        loaded = load_model(source, shape={"image": (3, 8, 8)})
+        print(loaded.source, loaded.task)
+    except PerceiverExportError as error:
+        print(type(error).__name__, error.message, error.hint)
+for source in sys.argv[1:]:
+    show(source)
+sys.modules["huggingface_hub"] = None
+show("somebody/other")
 """
 
 
-def load(hub_id: str, home: Path, code: str = CODE) -> str:
-    """In a process of its own: huggingface_hub reads its settings once."""
+def answers(home: Path, *sources: str) -> list[str]:
+    """A line a source, and one for a Hub id without huggingface_hub. It reads its settings once: in a new process."""
     environment = {**os.environ, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", code, hub_id]
-    return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout.strip()
+    done = subprocess.run(
+        [sys.executable, "-c", CODE, *sources], capture_output=True, text=True, check=True, env=environment
+    )
+    return done.stdout.splitlines()
 
 
 def put_into_cache(checkpoint: Path, home: Path, hub_id: str) -> None:
@@ -38,28 +45,18 @@ def put_into_cache(checkpoint: Path, home: Path, hub_id: str) -> None:
     (model / "refs" / "main").write_text(revision)
 
 
-def test_a_hub_id_is_loaded_from_the_cache(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
-    put_into_cache(make_checkpoint("fourier"), tmp_path / "home", "somebody/small-perceiver")
+def test_hub_ids_come_from_the_cache_and_paths_are_not_asked_of_the_hub(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    home, paths = tmp_path / "home", ("./nosuch/model", "../model", "nosuch/model/", "/nosuch/model")
+    put_into_cache(make_checkpoint("fourier"), home, "somebody/small-perceiver")
 
-    assert load("somebody/small-perceiver", tmp_path / "home") == "somebody/small-perceiver image-classification"
+    there, absent, *refused, without = answers(home, "somebody/small-perceiver", "somebody/other", *paths)
 
-
-def test_a_hub_id_that_cannot_be_had(tmp_path: Path) -> None:
-    answer = load("somebody/small-perceiver", tmp_path / "home")
-
-    assert answer.startswith("CheckpointError somebody/small-perceiver is no directory, and cannot be had from the hub")
-    assert "hf download somebody/small-perceiver" in answer
-
-
-def test_paths_are_not_asked_of_the_hub(tmp_path: Path) -> None:
-    for path in ("./nosuch/model", "../model", "nosuch/model/", "/nosuch/model"):
-        answer = load(path, tmp_path / "home")
-        assert answer.startswith("CheckpointError")
-        assert "does not exist" in answer, path
-
-
-def test_without_huggingface_hub_the_extra_is_named(tmp_path: Path) -> None:
-    answer = load("somebody/small-perceiver", tmp_path, "import sys; sys.modules['huggingface_hub'] = None\n" + CODE)
-
-    assert answer.startswith("MissingDependencyError")
-    assert "perceiver-export[hub]" in answer
+    assert there == "somebody/small-perceiver image-classification"
+    assert absent.startswith("CheckpointError somebody/other is no directory, and cannot be downloaded")
+    assert "hf download somebody/other" in absent
+    assert all(line.startswith("CheckpointError") and "does not exist" in line for line in refused)
+    assert len(refused) == len(paths)
+    assert without.startswith("MissingDependencyError")
+    assert "perceiver-export[hub]" in without

@@ -7,15 +7,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from perceiver_export.exporter import LoadedModel, load_model
-from perceiver_export.exporter.perceiver.config import ImageInput
-from perceiver_export.runtimes.pictures import to_input
-from perceiver_export.runtimes.preprocessing import ImagePreprocessing
+from perceiver_export.exporter.model.config import ImageInput
+from perceiver_export.runtimes.preprocessing import CenterCropShare, ImagePreprocessing, Resize, ResizeEdge
 
 from .conftest import MakeCheckpoint, make_transformers_model
 from .transformers_reference import SIZES, difference
@@ -102,8 +100,57 @@ def test_a_directory_of_transformers_4(make_checkpoint: MakeCheckpoint, tmp_path
 
     loaded, expected = load_model(old), load_model(new).model.state_dict()
     assert isinstance(loaded.preprocessing, ImagePreprocessing)
-    assert (loaded.preprocessing.height, loaded.preprocessing.crop_fraction) == (20, (20 / 23, 20 / 23))
+    assert loaded.preprocessing.steps[:2] == (CenterCropShare(20 / 23, 20 / 23), Resize(20, 20, "bicubic"))
     assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.model.state_dict().items())
+
+
+def rename(state: dict[str, torch.Tensor], before: str, within: str = "") -> dict[str, torch.Tensor]:
+    """Names as wrappers make them: ``before`` in front, ``within`` after the first part."""
+    names = {name: f"{before}{name.split('.')[0]}.{within}{name.split('.', 1)[1]}" for name in state}
+    return {names[name]: tensor for name, tensor in state.items()}
+
+
+@pytest.mark.parametrize(
+    ("before", "within", "taken_off"),
+    [
+        ("module.", "", "module."),
+        ("_orig_mod.", "", "_orig_mod."),
+        ("model.", "", "model."),
+        ("base_model.model.", "", "base_model.model."),
+        ("model._orig_mod.module.", "", "module. and _orig_mod. and model."),
+        ("", "_orig_mod.", "_orig_mod."),
+    ],
+)
+@pytest.mark.parametrize("kind", ["fourier", "language"])
+def test_what_wrappers_put_before_names_is_taken_off_and_noted(
+    make_checkpoint: MakeCheckpoint, kind: str, before: str, within: str, taken_off: str
+) -> None:
+    directory = make_checkpoint(kind)
+    expected = load_model(directory)
+    state = rename(load_file(directory / "model.safetensors"), before, within)
+    save_file(state, directory / "model.safetensors")
+
+    found = load_model(directory)
+
+    assert all(
+        torch.equal(found.model.state_dict()[name], value) for name, value in expected.model.state_dict().items()
+    )
+    assert expected.notes == tuple(note for note in found.notes if taken_off not in note)
+    assert len(found.notes) == len(expected.notes) + 1
+
+
+@pytest.mark.parametrize("kind", ["fourier", "language"])
+def test_a_bare_perceivers_names_are_taken_as_transformers_takes_them(
+    make_checkpoint: MakeCheckpoint, kind: str
+) -> None:
+    directory = make_checkpoint(kind)
+    expected = load_model(directory).model.state_dict()
+    state = load_file(directory / "model.safetensors")
+    save_file({name.removeprefix("perceiver."): one for name, one in state.items()}, directory / "model.safetensors")
+
+    found = load_model(directory).model.state_dict()
+
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
 def test_half_precision_checkpoints_are_widened(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
@@ -128,30 +175,9 @@ def test_labels_and_picture_size_come_from_the_directory(make_checkpoint: MakeCh
     image = image_input(load_model(directory))
     assert (image.height, image.width) == (20, 30)
 
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"do_center_crop": False},
-        {"size": {"height": 32, "width": 48}, "crop_size": {"height": 40, "width": 52}},
-        {"resample": 2, "image_mean": [0.1, 0.2, 0.3], "image_std": [0.9, 0.8, 0.7]},
-        {"do_rescale": False, "do_normalize": False},
-    ],
-)
-@pytest.mark.parametrize("size", [(300, 401), (101, 64)])
-def test_pictures_are_prepared_as_transformers_does(
-    make_checkpoint: MakeCheckpoint, settings: dict[str, Any], size: tuple[int, int]
-) -> None:
-    from transformers.models.perceiver.image_processing_pil_perceiver import PerceiverImageProcessorPil
-
-    directory = make_checkpoint("fourier")
-    (directory / "preprocessor_config.json").write_text(json.dumps(settings))
-    picture = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
-    expected = PerceiverImageProcessorPil(**settings)(Image.fromarray(picture), return_tensors="np")["pixel_values"][0]
-
-    steps = load_model(directory).preprocessing
-    assert isinstance(steps, ImagePreprocessing)
-    found = to_input(picture, steps)
-
-    np.testing.assert_allclose(found, expected, atol=1e-5 * max(1.0, float(np.abs(expected).max())))
+    clip = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 40}, "do_center_crop": False}
+    (directory / "processor_config.json").write_text(json.dumps({"image_processor": clip}))
+    loaded = load_model(directory)
+    assert isinstance(loaded.preprocessing, ImagePreprocessing)
+    assert loaded.preprocessing.steps[0] == ResizeEdge(40, 0, "bicubic")
+    assert (image_input(loaded).height, image_input(loaded).width) == (40, 40)

@@ -3,33 +3,44 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
-from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
-from perceiver_export.exporter.batch import Batch
-from perceiver_export.exporter.load import load_model
+from perceiver_export.exporter import preset_sizes
+from perceiver_export.exporter.graphs import (
+    Batch,
+    output_specs,
+    split_model,
+    whole_model,
+)
 from perceiver_export.exporter.loaded import LoadedModel
-from perceiver_export.exporter.parts import input_specs, output_specs, split_model, whole_model
-from perceiver_export.exporter.perceiver import paper_sizes
-from perceiver_export.exporter.perceiver.architectures import EncoderSizes, Parity, image_classifier, set_transformer
-from perceiver_export.exporter.perceiver.config import ImageInput
-from perceiver_export.exporter.perceiver.model import PerceiverIO
-from perceiver_export.exporter.preset_counts import count
+from perceiver_export.exporter.model.architectures import (
+    EncoderSizes,
+    Parity,
+    image_classifier,
+    set_transformer,
+)
+from perceiver_export.exporter.model.config import ImageInput
+from perceiver_export.exporter.model.perceiver import PerceiverIO
 from perceiver_export.exporter.presets import PRESETS, load_preset
+from perceiver_export.exporter.sources import load_model
 from perceiver_export.runtimes.manifest import SCHEMA_VERSION, Manifest, Part
 from perceiver_export.runtimes.preprocessing import (
     AudioPreprocessing,
+    CenterCropShare,
+    Filter,
     ImagePreprocessing,
     PointsPreprocessing,
+    Resize,
     TextPreprocessing,
 )
 from perceiver_export.runtimes.tasks import TASKS
+from tests.exporter.counting import count, count_model, meta_feeds
 
 ONE = Batch.parse(1)
 PARITIES: tuple[Parity, ...] = ("deepmind", "huggingface")
@@ -49,6 +60,7 @@ DEVIATIONS = {
 }
 
 
+@functools.cache
 def on_meta(name: str, parity: Parity, image_shape: tuple[int, int, int] | None = None) -> LoadedModel:
     """A preset without memory for its weights."""
     with torch.device("meta"):
@@ -56,79 +68,32 @@ def on_meta(name: str, parity: Parity, image_shape: tuple[int, int, int] | None 
 
 
 def run_on_meta(model: PerceiverIO) -> dict[str, torch.Tensor]:
-    feeds = {
-        spec.name: torch.zeros(spec.shape, dtype=getattr(torch, spec.dtype), device="meta")  # type: ignore[arg-type]
-        for spec in input_specs(model.config, ONE)
-    }
     with torch.inference_mode():
-        return model.requires_grad_(False)(feeds)  # type: ignore[no-any-return]
+        return model.requires_grad_(False)(meta_feeds(model.config))  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_arithmetic_counts_what_torch_runs(name: str) -> None:
-    model = on_meta(name, "deepmind").model
-    with FlopCounterMode(display=False) as counter:
-        outputs = run_on_meta(model)
-    counts = count(model.config)
-
-    assert counts.parameters == sum(parameter.numel() for parameter in model.parameters())
-    assert counts.flops == counter.get_total_flops()
-    assert {key: tuple(value.shape) for key, value in outputs.items()} == {
-        spec.name: spec.shape for spec in output_specs(model.config, ONE)
-    }
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"height": 35, "width": 30},
-        {"height": 35, "width": 30, "padding": "huggingface"},
-        {"features": "conv1x1"},
-    ],
-)
-def test_arithmetic_follows_the_picture(changes: dict[str, Any]) -> None:
-    config = PRESETS["imagenet-conv"].build("deepmind")
-    image = msgspec.structs.replace(config.inputs["image"], **changes)
-    config = msgspec.structs.replace(config, inputs={"image": image}, activation="geglu")
-    with torch.device("meta"):
-        model = PerceiverIO(config).eval()
-    with FlopCounterMode(display=False) as counter:
-        run_on_meta(model)
-
-    assert count(config).parameters == sum(parameter.numel() for parameter in model.parameters())
-    assert count(config).flops == counter.get_total_flops()
-
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_counts_are_the_papers_or_named(name: str) -> None:
-    preset, counts = PRESETS[name], count(PRESETS[name].build("deepmind"))
+def test_the_table_has_torchs_counts_and_the_papers_or_names_the_deviation(name: str) -> None:
+    preset = PRESETS[name]
+    assert preset.counts == count_model(on_meta(name, "deepmind").model)
     for kind in ("parameters", "flops"):
-        paper = getattr(preset, kind)
+        paper, ours = getattr(preset, kind), getattr(preset.counts, kind)
         if paper is None:
             assert (name, kind) not in DEVIATIONS
         elif (name, kind) in DEVIATIONS:
-            assert getattr(counts, kind) / paper - 1 == pytest.approx(DEVIATIONS[name, kind], abs=6e-4)
+            assert ours / paper - 1 == pytest.approx(DEVIATIONS[name, kind], abs=6e-4)
             assert preset.remark
         else:
-            assert getattr(counts, kind) == pytest.approx(paper, rel=0.01)
+            assert ours == pytest.approx(paper, rel=0.01)
 
 
 def test_one_query_of_the_language_models() -> None:
     """What the papers' FLOPs of table 1 are, and are not."""
-    flops = {
-        name: count(PRESETS[name].build("deepmind"), num_queries=1).flops / (PRESETS[name].flops or 0) - 1
-        for name in ("language-bytes", "language-bytes-plus-plus", "language-sentencepiece", "language-classification")
-    }
+    expected = {"language-bytes": -0.018, "language-bytes-plus-plus": -0.042, "language-sentencepiece": -0.107}
+    expected |= {"language-classification": -0.009}
+    found = {name: PRESETS[name].counts.flops_of_one_query / (PRESETS[name].flops or 0) - 1 for name in expected}
 
-    assert flops == pytest.approx(
-        {
-            "language-bytes": -0.018,
-            "language-bytes-plus-plus": -0.042,
-            "language-sentencepiece": -0.107,
-            "language-classification": -0.009,
-        },
-        abs=6e-4,
-    )
+    assert found == pytest.approx(expected, abs=6e-4)
 
 
 def test_numbers_in_remarks() -> None:
@@ -136,7 +101,7 @@ def test_numbers_in_remarks() -> None:
         config = PRESETS[name].build("deepmind")
         without = msgspec.structs.replace(config.encoder, num_self_attentions_per_block=0)
         less = count(msgspec.structs.replace(config, encoder=without))
-        return count(config).parameters - less.parameters, count(config).flops - less.flops
+        return PRESETS[name].counts.parameters - less.parameters, PRESETS[name].counts.flops - less.flops
 
     assert latent_layers("imagenet-fourier-b")[1] == pytest.approx(223e9, rel=3e-3)
     assert latent_layers("imagenet-conv-b") == latent_layers("imagenet-fourier-b")
@@ -145,7 +110,7 @@ def test_numbers_in_remarks() -> None:
     config = PRESETS["imagenet-fourier-b"].build("deepmind")
     image = msgspec.structs.replace(config.inputs["image"], features="conv1x1", num_feature_channels=256)
     assert isinstance(image, ImageInput)
-    wide = image_classifier(image, paper_sizes.CONFIG_B, 1000, "deepmind")
+    wide = image_classifier(image, preset_sizes.CONFIG_B, 1000, "deepmind")
     assert count(wide).parameters == pytest.approx(213.1e6, rel=3e-4)
     assert count(wide).flops == pytest.approx(335e9, rel=2e-3)
 
@@ -174,9 +139,7 @@ def test_sizes_of_the_papers_tables() -> None:
     }
     for name, shape in published.items():
         model = on_meta(name, "deepmind").model
-        specs = input_specs(model.config, ONE)
-        feeds = {spec.name: torch.zeros(spec.shape, device="meta", dtype=getattr(torch, spec.dtype)) for spec in specs}  # type: ignore[arg-type]
-        assert model.embed(feeds)[0].shape[1:] == shape, name
+        assert model.embed(meta_feeds(model.config))[0].shape[1:] == shape, name
 
 
 @pytest.mark.parametrize("parity", PARITIES)
@@ -211,18 +174,12 @@ def test_a_bundle_of_it_fits_its_task(name: str, parity: Parity) -> None:
 
 
 def test_labels() -> None:
-    labels = {name: on_meta(name, "deepmind").labels for name in PRESETS}
-    by_number: dict[int, set[str]] = {}
-    for name, names in labels.items():
-        assert names == tuple(f"LABEL_{index}" for index in range(len(names)))
-        by_number.setdefault(len(names), set()).add(name)
-
-    imagenet = {name for name, preset in PRESETS.items() if preset.task == "image-classification"}
-    audioset = {name for name, preset in PRESETS.items() if preset.task == "audio-classification"}
-    video = {name for name, preset in PRESETS.items() if preset.task == "video-autoencoding"}
-    assert (by_number[1000], by_number[527], by_number[700]) == (imagenet, audioset, video)
-    assert (by_number[40], by_number[2]) == ({"modelnet40"}, {"language-classification"})
-    assert len(by_number) == 6  # and none at all
+    classes = {"image-classification": 1000, "audio-classification": 527, "video-autoencoding": 700}
+    classes |= {"point-cloud-classification": 40}
+    own = {"language-classification": 2}
+    for name, preset in PRESETS.items():
+        number = own.get(name, classes.get(preset.task, 0))
+        assert on_meta(name, "deepmind").labels == tuple(f"LABEL_{index}" for index in range(number)), name
 
 
 def test_preprocessing_follows_parity_and_sizes() -> None:
@@ -232,11 +189,12 @@ def test_preprocessing_follows_parity_and_sizes() -> None:
     assert on_meta("audioset-raw", "deepmind").preprocessing == AudioPreprocessing(61_440, 48_000, 32, 224, 224)
     mel = on_meta("audioset-mel", "deepmind").preprocessing
     assert mel == AudioPreprocessing(61_440, 48_000, 32, 224, 224, (75, 64))
-    for parity, resample in zip(PARITIES, ("opencv-bicubic", "bicubic"), strict=True):
+    filters: tuple[Filter, ...] = ("opencv-bicubic", "bicubic")
+    for parity, resample in zip(PARITIES, filters, strict=True):
         steps = on_meta("imagenet-conv", parity, (3, 96, 128)).preprocessing
         assert isinstance(steps, ImagePreprocessing)
-        assert (steps.height, steps.width, steps.resample) == (96, 128, resample)
-        assert steps.crop_fraction == (224 / 256, 224 / 256)
+        crop = CenterCropShare(224 / 256, 224 / 256, round_up=parity == "deepmind")
+        assert steps.steps[:2] == (crop, Resize(96, 128, resample))
 
 
 @pytest.mark.parametrize("name", ["imagenet-learned", "imagenet-fourier", "imagenet-conv-b", "perceiver-imagenet-1x"])
@@ -247,9 +205,9 @@ def test_pictures_of_another_size(name: str) -> None:
 
     assert (image.height, image.width) == (64, 100)
     assert run_on_meta(other.model)["logits"].shape == (1, 1000)
-    assert image.positions == usual.config.inputs["image"].positions  # type: ignore[union-attr]
-    assert count(other.config).parameters == count(usual.config).parameters
-    assert count(other.config).flops < count(usual.config).flops
+    assert image.positions == usual.config.inputs["image"].positions
+    assert count(other.config).parameters == PRESETS[name].counts.parameters
+    assert count(other.config).flops < PRESETS[name].counts.flops
 
 
 @pytest.mark.parametrize(("parity", "side"), [("deepmind", 1), ("huggingface", 5)])
@@ -272,18 +230,14 @@ def test_weights_are_the_same_each_time_and_leave_the_generator_alone() -> None:
 
 def test_masked_entities_are_not_read() -> None:
     """The full-size set transformer on the CPU: what a masked entity holds changes no other entity's output."""
-    loaded = load_preset("starcraft", "deepmind")
-    rng = np.random.default_rng(0)
+    loaded, rng = load_preset("starcraft", "deepmind"), np.random.default_rng(0)
     entities = rng.normal(size=(2, 512, 256)).astype(np.float32)
-    mask = np.ones((2, 512), np.int32)
-    mask[:, 300:] = 0
-    changed = entities.copy()
-    changed[:, 300:] = 9.0
-    outputs = loaded.run({"entities": entities, "entities_mask": mask})["outputs"]
-    others = loaded.run({"entities": changed, "entities_mask": mask})["outputs"]
+    mask = (np.arange(512) < 300).astype(np.int32)[None].repeat(2, axis=0)
+    changed = np.where(mask[..., None] == 1, entities, np.float32(9))
+    given = ((entities, mask), (changed, mask), (entities, np.ones_like(mask)))
+    outputs, others, everything = (loaded.run({"entities": a, "entities_mask": m})["outputs"] for a, m in given)
 
     assert outputs.shape == (2, 512, 128)
     np.testing.assert_array_equal(outputs[:, :300], others[:, :300])
     assert np.abs(outputs[:, 300:] - others[:, 300:]).max() > 0.1
-    everything = loaded.run({"entities": entities, "entities_mask": np.ones_like(mask)})["outputs"]
     assert np.abs(everything[:, :300] - outputs[:, :300]).max() > 1e-4

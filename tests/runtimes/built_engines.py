@@ -8,9 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from perceiver_export.runtimes import load
+from perceiver_export.runtimes.engines.cache import Record, read_key
+from perceiver_export.runtimes.files import encode_json
 
 IMAGE = np.random.default_rng(0).normal(size=(1, 3, 28, 28)).astype(np.float32)
 
@@ -26,17 +29,15 @@ def compiled(bundle: Path, target: str) -> str:
 
 
 def left_behind(bundle: Path) -> list[str]:
-    """Everything below engines/ that is neither a whole engine nor a lock."""
+    """Everything below engines/ that is no complete engine."""
     place = bundle / "engines"
-    return [
-        str(entry.relative_to(place))
-        for entry in place.glob("*/*")
-        if entry.name != ".lock" and not (entry / "engine.json").is_file()
-    ]
+    return [str(entry.relative_to(place)) for entry in place.glob("*/*") if not (entry / "engine.json").is_file()]
 
 
-def edit_record(directory: Path, edit: Callable[[dict[str, Any]], None]) -> None:
+def edit_record(directory: Path, edit: Callable[[dict[str, Any]], None], sign: bool = True) -> None:
+    """Change engine.json, as its builder would have written it unless ``sign`` is False."""
     path = directory / "engine.json"
-    record = json.loads(path.read_bytes())
-    edit(record)
-    path.write_text(json.dumps(record), encoding="utf-8")
+    document = json.loads(path.read_bytes())
+    edit(document)
+    record = msgspec.convert(document, Record)
+    path.write_bytes(encode_json(record.signed(read_key()) if sign else record))

@@ -12,7 +12,6 @@ from tests.runtimes.fake_tensorrt import API, Fake, FakeModule, layer, tensor
 
 RTX = "1.7.1.116"
 VERSIONS = tuple(version for version in API if version != RTX)
-STRONG = tuple(version for version in VERSIONS if not version.startswith("8."))
 X, Y = TensorSpec("x", "float32", (2, 3)), TensorSpec("y", "float32", (2, 3))
 RANGED = {"batch": (1, 4)}
 

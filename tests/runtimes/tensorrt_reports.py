@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The report beside an engine."""
+"""Engines of TensorRT for RTX, compiled without a GPU, and the report beside an engine."""
 
 from __future__ import annotations
 
@@ -7,9 +7,19 @@ from pathlib import Path
 
 import msgspec
 
+from perceiver_export.runtimes.engines import tensorrt
+from perceiver_export.runtimes.engines.backend import EngineOptions, Source
 from perceiver_export.runtimes.engines.tensorrt_build import REPORT, LayerReport
 
-__all__ = ["LayerReport", "read_report"]
+__all__ = ["LayerReport", "compile_rtx", "read_report"]
+
+
+def compile_rtx(graph: Path, directory: Path, device: str = "sm86") -> LayerReport:
+    """Compile an fp16 graph into a new folder."""
+    directory.mkdir()
+    options = EngineOptions(precision="fp16", flags={"compute_capability": device})
+    tensorrt.compile(Source("tensorrt-rtx", graph, options), directory, lambda stage, done, total: None)
+    return read_report(directory)
 
 
 def read_report(directory: Path) -> LayerReport:

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from perceiver_export.exporter.cli.run_arrays import run
-from perceiver_export.exporter.cli.run_options import RunOptions
+from perceiver_export.exporter.cli.answers import Request
+from perceiver_export.exporter.cli.run import run_task
 from perceiver_export.runtimes.errors import InputError, UsageError
 from perceiver_export.runtimes.tasks.arrays import Arrays, Sets
 from tests.runtimes.array_models import (
@@ -22,15 +22,16 @@ from tests.runtimes.array_models import (
     E,
     arrays_of,
     sets_of,
-    spec,
 )
+from tests.runtimes.models import spec
 
 
 def opened_as(monkeypatch: pytest.MonkeyPatch, task: Arrays | Sets) -> None:
     monkeypatch.setattr("perceiver_export.runtimes.tasks.open_task", lambda *_: task)
 
 
-TABLE, JSON = RunOptions(3, "auto", None, json=False), RunOptions(3, "auto", None, json=True)
+def run(*inputs: Path, output: Path | None = None, json: bool = False) -> None:
+    run_task("arrays", Request("bundle", list(map(str, inputs)), output, json=json))
 
 
 def test_run_writes_the_outputs_and_prints_what_they_are(
@@ -40,7 +41,7 @@ def test_run_writes_the_outputs_and_prints_what_they_are(
     inputs = (spec("left", 1, 2, 3), spec("right", 1, 4, dtype="int32"))
     opened_as(monkeypatch, arrays_of(*inputs, outputs=("total", "file"))[0])
     np.savez(tmp_path / "in.npz", left=LEFT, right=RIGHT)
-    run("bundle", [str(tmp_path / "in.npz")], tmp_path / "out.npz", TABLE)
+    run(tmp_path / "in.npz", output=tmp_path / "out.npz")
 
     shown = capsys.readouterr().out
     assert "5 × 1" in shown
@@ -54,7 +55,7 @@ def test_run_writes_the_outputs_and_prints_what_they_are(
 def test_run_prints_json(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     opened_as(monkeypatch, arrays_of(spec("x", 1, 3))[0])
     np.save(tmp_path / "x.npy", np.array([[1, 2, 3.0], [4, 5, 6.0]]))
-    run("bundle", [str(tmp_path / "x.npy")], None, JSON)
+    run(tmp_path / "x.npy", json=True)
 
     total = json.loads(capsys.readouterr().out)["outputs"]["total"]
     assert total == {"dtype": "float32", "shape": [2, 1], "min": 6.0, "mean": 10.5, "max": 15.0}
@@ -70,25 +71,22 @@ def test_run_takes_sets_from_both_kinds_of_file(
     shown = []
     for name in ("a.npy", "a.npz"):
         opened_as(monkeypatch, sets_of()[0])
-        run("bundle", [str(tmp_path / name)], None, JSON)
+        run(tmp_path / name, json=True)
         shown.append(json.loads(capsys.readouterr().out)["outputs"]["outputs"])
 
     assert shown[0] == shown[1]
     assert shown[0]["shape"] == [3, E]
     with pytest.raises(InputError, match="'units'"):
-        run("bundle", [str(tmp_path / "wrong.npz")], None, JSON)
+        run(tmp_path / "wrong.npz")
 
 
 def test_run_refuses_what_it_cannot_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     task, engine = arrays_of(spec("x", 1, 3))
     opened_as(monkeypatch, task)
     np.save(tmp_path / "x.npy", np.zeros((1, 3), np.float32))
-    file = str(tmp_path / "x.npy")
-    with pytest.raises(UsageError, match="inputs given: 2"):
-        run("bundle", [file, file], None, TABLE)
-    with pytest.raises(UsageError, match="npz"):
-        run("bundle", [file], tmp_path / "out.npy", TABLE)
-    with pytest.raises(InputError, match="cannot be written"):
-        run("bundle", [file], tmp_path, TABLE)
+    file = tmp_path / "x.npy"
+    for inputs, output in (([file, file], None), ([file], tmp_path / "out.npy"), ([file], tmp_path)):
+        with pytest.raises(UsageError):
+            run(*inputs, output=output)
 
     assert not engine.calls

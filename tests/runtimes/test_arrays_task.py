@@ -13,7 +13,7 @@ import pytest
 from perceiver_export.runtimes.errors import BundleError, InputError
 from perceiver_export.runtimes.manifest import Part
 from perceiver_export.runtimes.tasks.arrays import Arrays, Sets, read_arrays
-from perceiver_export.runtimes.tasks.graphs import interface
+from perceiver_export.runtimes.tasks.base import interface
 from tests.runtimes.array_models import (
     LEFT,
     RIGHT,
@@ -23,11 +23,10 @@ from tests.runtimes.array_models import (
     E,
     N,
     arrays_of,
-    manifest,
     sets_of,
-    spec,
     two,
 )
+from tests.runtimes.models import manifest, spec
 
 
 @pytest.mark.parametrize(("batch", "ranges"), [(1, {}), (2, {}), (8, {}), ("n", {"n": (1, 4)}), ("n", {"n": (3, 9)})])
@@ -102,7 +101,7 @@ def test_masks_that_leave_nothing_are_refused() -> None:
         arrays_of(x, mask)[0]({"x": ones, "x_mask": none})
     with pytest.raises(InputError, match="'x_mask' masks everything of sample 0"):
         arrays_of(x, mask)[0]({"x": ones[0], "x_mask": np.zeros(3, int)})
-    with pytest.raises(InputError, match="other values"):
+    with pytest.raises(InputError, match="the model takes 0 to 1"):
         arrays_of(x, mask)[0]({"x": ones, "x_mask": none + 1})
     with pytest.raises(InputError, match="'x_mask' and 'y_mask' masks everything of sample 1"):
         arrays_of(x, mask, y, other)[0]({"x": ones, "x_mask": none, "y": ones, "y_mask": none})
@@ -124,7 +123,7 @@ def test_the_interface_of_a_split_bundle_has_its_given_queries() -> None:
     }
     outputs = (y, spec("z", 1, 9))
 
-    assert interface(manifest("arrays", parts, outputs)) == ((x, given), outputs)
+    assert interface(manifest("arrays", parts, outputs=outputs)) == ((x, given), outputs)
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -166,7 +165,7 @@ def test_sets_of_different_sizes_come_with_a_mask() -> None:
         (np.zeros((2, 2, C)), np.array([[1, 0], [0, 0]]), "masks everything of sample 1"),
         (np.zeros((2, C)), np.ones(3, np.int32), "the mask has shape"),
         (np.zeros((2, C)), np.ones((1, 2), np.int32), "the mask has shape"),
-        (np.zeros((2, C)), np.array([1, 2]), "other values"),
+        (np.zeros((2, C)), np.array([1, 2]), "the model takes 0 to 1"),
         (np.zeros((2, C)), np.array([1.0, 0.0]), "float64"),
     ],
 )

@@ -12,9 +12,16 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from perceiver_export.runtimes.audio_files import as_sound, read_wav, take_sound, write_wav
 from perceiver_export.runtimes.errors import InputError
-from perceiver_export.runtimes.spectrograms import FLOOR, log_mel, mel_corners
+from perceiver_export.runtimes.tasks.sound import (
+    FLOOR,
+    as_sound,
+    log_mel,
+    mel_corners,
+    read_wav,
+    take_sound,
+    write_wav,
+)
 
 RATE = 48000
 STEREO = np.array([[0.0, 0.9], [0.5, 0.9], [-0.5, 0.9], [-1.0, 0.9], [0.25, 0.9]])
@@ -77,12 +84,26 @@ def test_what_the_standard_library_writes_is_read(tmp_path: Path) -> None:
     assert len(read_wav(tmp_path / "a.wav", RATE, most=10)) == 10
 
 
-def test_a_stream_of_unknown_length_is_read_to_its_end(tmp_path: Path) -> None:
+@pytest.mark.parametrize("whole", [0, 36, 0x7FFFFFFF, 0x80000024, 0xFFFFFFFF])
+@pytest.mark.parametrize("size", [0, 0x7FFFFFDB, 0x80000000, 0xFFFFFFFF])
+def test_a_stream_of_unknown_length_is_read_to_its_end(tmp_path: Path, size: int, whole: int) -> None:
+    """As recorders write it that cannot seek back: ffmpeg, arecord, SoX, GStreamer."""
     content = riff(pcm(STEREO[:, 0], 16), 16)
     at = content.index(b"data") + 4
-    (tmp_path / "a.wav").write_bytes(content[:at] + b"\xff\xff\xff\xff" + content[at + 4 :])
+    content = content[:4] + struct.pack("<I", whole) + content[8:at] + struct.pack("<I", size) + content[at + 4 :]
+    (tmp_path / "a.wav").write_bytes(content)
 
     assert read_wav(tmp_path / "a.wav", RATE).tolist() == LEFT
+    assert read_wav(tmp_path / "a.wav", RATE, most=2).tolist() == LEFT[:2]
+
+
+def test_what_comes_behind_an_empty_recording_is_not_its_sound(tmp_path: Path) -> None:
+    chunk = b"LIST" + struct.pack("<I", 4) + b"abcd"
+    content = riff(b"", 16) + chunk
+    (tmp_path / "a.wav").write_bytes(content[:4] + struct.pack("<I", len(content) - 8) + content[8:])
+
+    with pytest.raises(InputError, match="no sound"):
+        read_wav(tmp_path / "a.wav", RATE)
 
 
 def test_writing_and_reading_gives_the_same_sixteen_bits(tmp_path: Path) -> None:
@@ -175,7 +196,7 @@ def test_sound_is_cut_to_length_and_too_short_is_refused_with_the_seconds_needed
     assert take_sound(np.arange(10, dtype=np.float32) / 10, RATE, 3).tolist() == pytest.approx([0, 0.1, 0.2])
     with pytest.raises(InputError, match=r"0\.500 s") as caught:
         take_sound(np.zeros(24000, np.float32), RATE, 30720)
-    assert "0.640 s, 30720 samples" in caught.value.hint
+    assert "30720 samples, 0.640 s" in caught.value.hint
 
 
 def slow_log_mel(sound: npt.NDArray[np.float32], rate: int, frames: int, bins: int, size: int) -> list[list[float]]:

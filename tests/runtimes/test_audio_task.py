@@ -11,17 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from perceiver_export.exporter.cli.run_audio import run
-from perceiver_export.exporter.cli.run_options import RunOptions
-from perceiver_export.runtimes.audio_files import write_wav
+from perceiver_export.exporter.cli.answers import Request
+from perceiver_export.exporter.cli.run import run_task
 from perceiver_export.runtimes.errors import BundleError, InputError, UsageError
-from perceiver_export.runtimes.manifest import Manifest, Part, TensorSpec
+from perceiver_export.runtimes.manifest import Manifest
 from perceiver_export.runtimes.preprocessing import AudioPreprocessing, PointsPreprocessing
-from perceiver_export.runtimes.runtime import Array, Feeds, Runtime
-from perceiver_export.runtimes.spectrograms import log_mel
-from perceiver_export.runtimes.tasks.audio_classification import AudioClassification
-from perceiver_export.runtimes.tasks.ranking import sigmoid
-from perceiver_export.runtimes.video_frames import prepare_frames
+from perceiver_export.runtimes.runtime import Array, Feeds
+from perceiver_export.runtimes.tasks.base import sigmoid
+from perceiver_export.runtimes.tasks.images import prepare_frames
+from perceiver_export.runtimes.tasks.sound import AudioClassification, log_mel, write_wav
+from tests.runtimes.models import manifest, opened, spec
 from tests.runtimes.numpy_engine import NumpyEngine
 
 RATE, SAMPLES, MEL, T, H, W = 8000, 1600, (10, 6), 2, 4, 4
@@ -44,27 +43,21 @@ def means(names: Sequence[str], feeds: Feeds) -> dict[str, Array]:
     return {"logits": np.stack([*found, *rest], axis=1)[:, :4].astype(np.float32)}
 
 
-def bundle_of(steps: Any, batch: int = 1, labels: Sequence[str] = LABELS, **part: Any) -> tuple[Manifest, NumpyEngine]:
-    inputs = []
-    if isinstance(steps, AudioPreprocessing):
-        if steps.mel:
-            inputs.append(TensorSpec("mel", "float32", (batch, *steps.mel, 1)))
-        elif steps.num_samples:
-            inputs.append(TensorSpec("audio", "float32", (batch, steps.num_samples, 1)))
-        if steps.num_frames:
-            inputs.append(TensorSpec("frames", "float32", (batch, steps.num_frames, steps.height, steps.width, 3)))
-    given = {"inputs": tuple(inputs), "outputs": (TensorSpec("logits", "float32", (batch, 4)),), **part}
-    described = Manifest(
-        1, "m", "audio-classification", "deepmind", "", {}, {"model": Part("m.onnx", **given)}, steps, tuple(labels),
-        "fp32", (), {}, {},
-    )  # fmt: skip
-    names = [spec.name for spec in given["inputs"]]
-    return described, NumpyEngine(lambda feeds: means(names, feeds), given["inputs"], given["outputs"])
+def bundle_of(
+    steps: Any, batch: int = 1, labels: Sequence[str] = LABELS, inputs: Any = None, outputs: Any = None
+) -> tuple[Manifest, NumpyEngine]:
+    if inputs is None:
+        sound = spec("mel", batch, *MEL, 1) if getattr(steps, "mel", None) else spec("audio", batch, SAMPLES, 1)
+        hears = isinstance(steps, AudioPreprocessing) and (steps.mel or steps.num_samples)
+        sees = isinstance(steps, AudioPreprocessing) and steps.num_frames
+        inputs = (*(sound,) * bool(hears), *(spec("frames", batch, T, H, W, 3),) * bool(sees))
+    names = [one.name for one in inputs]
+    engine = NumpyEngine(lambda feeds: means(names, feeds), inputs, outputs or (spec("logits", batch, 4),))
+    return manifest("audio-classification", engine, steps, labels=tuple(labels)), engine
 
 
 def task_of(described: Manifest, engine: NumpyEngine) -> AudioClassification:
-    AudioClassification.check(described)
-    return AudioClassification(described, lambda _: Runtime(engine, engine.inputs, engine.outputs, "fp32"))
+    return opened(AudioClassification, described, engine)
 
 
 def test_sound_goes_in_and_each_label_has_its_own_probability(tmp_path: Path) -> None:
@@ -124,6 +117,20 @@ def test_frames_alone_and_with_sound() -> None:
         task(SOUND, FRAMES)
     np.testing.assert_array_equal(engine.calls[0]["frames"], prepared)
     np.testing.assert_array_equal(engine.calls[0]["audio"][0, :, 0], SOUND[:SAMPLES])
+
+
+def test_color_is_of_frames_and_changes_no_sound() -> None:
+    described, engine = bundle_of(BOTH)
+    with task_of(described, engine) as task:
+        blue = [np.ascontiguousarray(frame[..., ::-1]) for frame in FRAMES]
+        found, expected = task.preprocess(SOUND, blue, "bgr"), task.preprocess(SOUND, FRAMES)
+    described, engine = bundle_of(HEARS)
+    with task_of(described, engine) as task:
+        alone = task.preprocess(SOUND, color="bgr")
+
+    for name, array in expected.items():
+        np.testing.assert_array_equal(found[name], array)
+    np.testing.assert_array_equal(alone["audio"], expected["audio"])
 
 
 def test_the_batch_of_the_bundle_is_filled_up() -> None:
@@ -193,10 +200,10 @@ def test_no_label_at_all_is_a_usage_error() -> None:
         (PointsPreprocessing(4), {}),
         (AudioPreprocessing(0, RATE), {}),
         (HEARS, {"labels": ("one",)}),
-        (HEARS, {"inputs": (TensorSpec("audio", "float32", (1, SAMPLES + 1, 1)),)}),
-        (HEARS, {"inputs": (TensorSpec("sound", "float32", (1, SAMPLES, 1)),)}),
-        (HEARS, {"outputs": (TensorSpec("scores", "float32", (1, 4)),)}),
-        (HEARS, {"outputs": (TensorSpec("logits", "float32", (1, 4, 2)),)}),
+        (HEARS, {"inputs": (spec("audio", 1, SAMPLES + 1, 1),)}),
+        (HEARS, {"inputs": (spec("sound", 1, SAMPLES, 1),)}),
+        (HEARS, {"outputs": (spec("one", 1, 4), spec("other", 1, 4))}),
+        (HEARS, {"outputs": (spec("logits", 1, 4, 2),)}),
     ],
 )
 def test_manifests_that_do_not_fit_are_refused(steps: Any, changes: dict[str, Any]) -> None:
@@ -215,7 +222,8 @@ def opened_by(monkeypatch: pytest.MonkeyPatch, steps: AudioPreprocessing) -> Non
     monkeypatch.setattr("perceiver_export.runtimes.tasks.open_task", lambda *_: task_of(*bundle_of(steps)))
 
 
-OPTIONS = RunOptions(top=2, device="auto", threads=None, json=False)
+def run_audio(inputs: list[str], output: Path | None = None, json: bool = False) -> None:
+    run_task("audio-classification", Request("bundle", inputs, output, top=1, json=json))
 
 
 def test_run_takes_many_recordings(
@@ -225,7 +233,7 @@ def test_run_takes_many_recordings(
     files = [str(tmp_path / name) for name in ("a.wav", "b.wav")]
     for file in files:
         write_wav(file, SOUND, RATE)
-    run("bundle", files, tmp_path / "out.json", OPTIONS)
+    run_audio(files, tmp_path / "out.json")
 
     shown = capsys.readouterr().out
     assert shown.count("music  73.1%") == 2
@@ -243,26 +251,17 @@ def test_run_takes_recordings_and_frames_in_pairs(
     np.save(frames, FRAMES)
     np.save(tmp_path / "other.npy", FRAMES[::-1])
     given = [wav, frames, wav, str(tmp_path / "other.npy")]
-    run("bundle", given, None, RunOptions(1, "auto", None, json=True))
+    run_audio(given, json=True)
 
     names = [answer["input"] for answer in json.loads(capsys.readouterr().out)["answers"]]
     assert names == [f"{wav} + {frames}", f"{wav} + {tmp_path / 'other.npy'}"]
-    with pytest.raises(UsageError, match="hears and sees"):
-        run("bundle", [wav], None, OPTIONS)
-
-
-def test_run_takes_frames_alone_where_the_model_hears_nothing(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    opened_by(monkeypatch, SEES)
-    np.save(tmp_path / "frames.npy", FRAMES)
-    run("bundle", [str(tmp_path / "frames.npy")], None, OPTIONS)
-
-    assert "music  73.1%" in capsys.readouterr().out
+    with pytest.raises(UsageError, match="in pairs"):
+        run_audio([wav])
 
 
 def test_run_refuses_a_file_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     opened_by(monkeypatch, HEARS)
-    for output in (tmp_path, tmp_path / "no" / "out.json"):
+    (tmp_path / "folder.json").mkdir()
+    for output in (tmp_path / "folder.json", tmp_path / "no" / "out.json"):
         with pytest.raises(InputError, match="cannot be written"):
-            run("bundle", ["a.wav"], output, OPTIONS)
+            run_audio(["a.wav"], output)

@@ -13,15 +13,9 @@ from typing import Any
 import pytest
 
 from perceiver_export.runtimes import build, load, open_bundle
-from perceiver_export.runtimes.bundle import cache_directory
 from perceiver_export.runtimes.errors import BuildError, UsageError
+from perceiver_export.runtimes.files import cache_directory
 from tests.runtimes.built_engines import compiled, left_behind, logits
-from tests.runtimes.targets import EXPECTED
-
-
-@pytest.fixture(params=EXPECTED)
-def target(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
 
 
 def in_a_process(statement: str, **options: Any) -> subprocess.Popen[str]:

@@ -1,22 +1,47 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A bundle that was cut, changed, or made to lie is refused."""
+"""A bundle that was cut, changed or forged is refused."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
+import numpy as np
 import pytest
+from PIL import Image
 
 from perceiver_export.runtimes import bundle as bundle_module
 from perceiver_export.runtimes import load, open_bundle, open_task
 from perceiver_export.runtimes.errors import BundleError, UsageError
+from perceiver_export.runtimes.manifest import (
+    FileEntry,
+    Manifest,
+    OutputKind,
+    Part,
+    TensorSpec,
+    assumed_note,
+    decode_manifest,
+    encode_manifest,
+    judged_output,
+)
+from perceiver_export.runtimes.tasks.image_files import resize_cubic
 
 Edit = Callable[[str, str], Path]
+FILES = ("model.onnx", "model.weights", "golden.npz")
+
+
+def change(bundle: Path, **fields: Any) -> dict[str, Any]:
+    """Replace fields of the manifest; None removes one. Gives the manifest as it was."""
+    path = bundle / "manifest.json"
+    before: dict[str, Any] = json.loads(path.read_bytes())
+    path.write_text(json.dumps({name: value for name, value in {**before, **fields}.items() if value is not None}))
+    return before
 
 
 def flip_a_bit(path: Path) -> None:
@@ -28,25 +53,46 @@ def flip_a_bit(path: Path) -> None:
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
-@pytest.mark.parametrize("name", ["model.onnx", "model.weights", "golden.npz"])
-def test_a_flipped_bit_is_found(copied_bundle: Path, name: str) -> None:
-    flip_a_bit(copied_bundle / name)
+def cut(path: Path) -> None:
+    os.truncate(path, 100)
 
-    with pytest.raises(BundleError, match=f"{name} is not the file that was exported"):
+
+def move_out(path: Path) -> None:
+    outside = path.parent.with_name("outside")
+    shutil.move(path, outside)
+    path.symlink_to(outside)
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", [flip_a_bit, cut, Path.unlink, move_out])
+def test_a_damaged_file_is_named(copied_bundle: Path, name: str, damage: Callable[[Path], None]) -> None:
+    damage(copied_bundle / name)
+
+    with pytest.raises(BundleError) as raised:  # a flipped bit is found by its hash alone
+        open_bundle(copied_bundle, verify="auto" if damage is flip_a_bit else "never")
+    assert name in raised.value.message
+    assert str(raised.value) == f"{raised.value.message}\nhint: {raised.value.hint}"
+
+
+def test_a_graph_reads_no_weights_that_the_manifest_does_not_list(copied_bundle: Path) -> None:
+    graph = (copied_bundle / "model.onnx").read_bytes().replace(b"model.weights", b"other.weights")
+    (copied_bundle / "model.onnx").write_bytes(graph)
+    (copied_bundle / "model.weights").rename(copied_bundle / "other.weights")
+    change(copied_bundle, files={"model.onnx": {"sha256": hashlib.sha256(graph).hexdigest(), "size": len(graph)}})
+
+    with pytest.raises(BundleError) as raised:
         load(copied_bundle)
+    assert "other.weights" in raised.value.message
 
 
-@pytest.mark.parametrize("name", ["model.onnx", "model.weights", "golden.npz"])
-def test_a_truncated_or_missing_file_is_found_without_hashing(copied_bundle: Path, name: str) -> None:
-    with (copied_bundle / name).open("rb+") as file:
-        file.truncate(100)
-    with pytest.raises(BundleError, match=r"has 100 bytes"):
-        open_bundle(copied_bundle, verify="never")
+def test_a_graph_that_is_garbage_with_the_right_hash_is_refused(copied_bundle: Path) -> None:
+    (copied_bundle / "model.onnx").write_bytes(b"garbage")
+    files = change(copied_bundle)["files"]
+    change(copied_bundle, files={**files, "model.onnx": {"sha256": hashlib.sha256(b"garbage").hexdigest(), "size": 7}})
 
-    (copied_bundle / name).unlink()
-    with pytest.raises(BundleError, match="is missing") as caught:
-        open_bundle(copied_bundle, verify="never")
-    assert str(caught.value) == f"{caught.value.message}\nhint: copy or export the bundle again"
+    with pytest.raises(BundleError) as raised:
+        load(copied_bundle)
+    assert "model.onnx" in raised.value.message
 
 
 def test_a_stamp_spares_the_second_hashing_and_any_change_of_time_renews_it(
@@ -62,7 +108,7 @@ def test_a_stamp_spares_the_second_hashing_and_any_change_of_time_renews_it(
     monkeypatch.setattr(bundle_module, "sha256", counted)
 
     open_bundle(copied_bundle)
-    assert sorted(hashed) == ["golden.npz", "model.onnx", "model.weights"]
+    assert sorted(hashed) == sorted(FILES)
     open_bundle(copied_bundle)
     assert len(hashed) == 3
     os.utime(copied_bundle / "model.onnx")
@@ -91,28 +137,87 @@ def test_damaged_stamps_are_not_believed(copied_bundle: Path, own_cache: Path) -
         open_bundle(copied_bundle)
 
 
-def test_a_newer_schema_is_refused(edit_manifest: Edit) -> None:
-    with pytest.raises(BundleError, match="schema version 99"):
-        load(edit_manifest('"schema_version": 1', '"schema_version": 99'))
+def test_a_manifest_of_version_1_is_read() -> None:
+    tokens, mask = TensorSpec("tokens", "int32", (1, 4)), TensorSpec("tokens_mask", "int32", (1, 4))
+    part = Part("m.onnx", (tokens, mask), (TensorSpec("logits", "float32", (1, 2)),))
+    old = Manifest(
+        *(1, "m", "text-classification", "own", "", {"inputs": {"tokens": {"vocabulary_size": 9}}}, {"model": part}),
+        *(None, ("no", "yes"), "fp32", (), {}, {"m.onnx": FileEntry("", 1)}),
+    )
+
+    read = decode_manifest(encode_manifest(old))
+
+    assert [spec.values for spec in read.parts["model"].inputs] == [(0, 8), (0, 1)]
+    assert read.output_kinds == {"logits": "single-label"}
+    assert judged_output(read) == judged_output(old) == ("logits", "single-label")
 
 
-@pytest.mark.parametrize("path", ["../model.onnx", "/etc/passwd", "a/../../b", "..\\\\b"])
-def test_a_path_that_leaves_the_bundle_is_refused(edit_manifest: Edit, path: str) -> None:
-    with pytest.raises(BundleError, match="outside the bundle"):
-        load(edit_manifest('"model.onnx"', f'"{path}"'))
+def test_labels_judge_the_only_output_that_has_a_kind(fashion_bundle: Path) -> None:
+    manifest = open_bundle(fashion_bundle).manifest
+    kinds: list[tuple[dict[str, OutputKind], tuple[str, OutputKind] | None]] = [
+        ({"embedding": "none", "value": "regression"}, ("value", "regression")),
+        ({"embedding": "none"}, None),
+        ({"cola": "single-label", "stsb": "regression"}, None),
+    ]
+    for given, expected in kinds:
+        assert judged_output(msgspec.structs.replace(manifest, output_kinds=given)) == expected
 
 
-def test_a_file_that_is_not_hashed_is_not_loaded(edit_manifest: Edit) -> None:
-    bundle = edit_manifest('"file": "model.onnx"', '"file": "other.onnx"')
-    (bundle / "other.onnx").write_bytes((bundle / "model.onnx").read_bytes())
+OLD_IMAGES = {
+    "type": "image",
+    "height": 28,
+    "width": 28,
+    "crop_fraction": [0.875, 0.875],
+    "scale": 1 / 255,
+    "mean": [0.5, 0.5, 0.5],
+    "std": [0.25, 0.25, 0.25],
+}
 
-    with pytest.raises(BundleError, match="does not hash"):
-        load(bundle)
+
+@pytest.mark.parametrize("resample", ["bicubic", "opencv-bicubic"])
+def test_images_of_a_manifest_of_version_1_are_prepared_as_before(
+    copied_bundle: Path, resample: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    old = {"schema_version": 1, "output_kinds": None, "preprocessing": {**OLD_IMAGES, "resample": resample}}
+    change(copied_bundle, **old)
+    rows = np.random.default_rng(0).integers(0, 256, (40, 51, 3), dtype=np.uint8)
+
+    with open_task(copied_bundle) as classify:
+        found = classify.preprocess(rows)
+        classify(rows)
+
+    deepmind = resample == "opencv-bicubic"  # whose crop begins on the other side of the middle
+    middle = rows[3:38, 8:43] if deepmind else rows[2:37, 8:43]
+    small = np.asarray(Image.fromarray(middle).resize((28, 28), Image.Resampling.BICUBIC))
+    resized = resize_cubic(middle, 28, 28) if deepmind else small
+    np.testing.assert_allclose(found, (resized / 255 - 0.5).transpose(2, 0, 1) / 0.25, atol=1e-6)
+    # The assumed kinds are logged once.
+    assert [one.levelname for one in caplog.records if "logits: single-label" in one.getMessage()] == ["WARNING"]
+    again = decode_manifest(encode_manifest(classify.manifest))  # as quantize writes it
+    assert "logits: single-label" in assumed_note(again) == assumed_note(classify.manifest)
+
+    change(copied_bundle, preprocessing={**OLD_IMAGES, "resample": resample, "crop_fraction": [1.5, None]})
+    with pytest.raises(BundleError):
+        open_task(copied_bundle)
 
 
-def test_an_unknown_task_is_refused(edit_manifest: Edit) -> None:
-    with pytest.raises(BundleError, match="unknown task 'fortune-telling'"):
-        open_task(edit_manifest('"task": "image-classification"', '"task": "fortune-telling"'))
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ('"schema_version": 2', '"schema_version": 99', "99"),
+        *(('"model.onnx"', f'"{path}"', "unsafe") for path in ("../m", "/etc/passwd", "a/../../b", "..\\\\b")),
+        ('"file": "model.onnx"', '"file": "model.weights.onnx"', "model.weights.onnx"),  # nobody hashed it
+        ('"task": "image-classification"', '"task": "fortune-telling"', "fortune-telling"),
+        ('"name": "logits"', '"name": "scores"', ""),
+    ],
+)
+def test_a_forged_manifest_is_refused(edit_manifest: Edit, old: str, new: str, said: str) -> None:
+    bundle = edit_manifest(old, new)
+    shutil.copy(bundle / "model.onnx", bundle / "model.weights.onnx")
+
+    with pytest.raises(BundleError) as raised, open_task(bundle) as task:
+        task(np.zeros((28, 28), np.uint8))
+    assert said in raised.value.message
 
 
 @pytest.mark.parametrize(
@@ -121,29 +226,26 @@ def test_an_unknown_task_is_refused(edit_manifest: Edit) -> None:
 def test_a_manifest_that_is_not_one_is_refused(copied_bundle: Path, content: bytes) -> None:
     (copied_bundle / "manifest.json").write_bytes(content)
 
-    with pytest.raises(BundleError, match=r"manifest\.json cannot be read"):
+    with pytest.raises(BundleError, match=r"manifest\.json"):
         load(copied_bundle)
 
 
 def test_values_that_cannot_be_are_refused(copied_bundle: Path) -> None:
-    path = copied_bundle / "manifest.json"
-    original = json.loads(path.read_text(encoding="utf-8"))
+    original = change(copied_bundle)
     preprocessing, part = original["preprocessing"], original["parts"]["model"]
     image = part["inputs"][0]
+    shapes = ([0, 3, 28, 28], ["batch", 3, 28, 28], [10**12, 3, 28, 28], [1, 3, 28, 27], [3, 28, 28])
     changes: list[dict[str, Any]] = [
         {"schema_version": -5},
         {"parts": {}},
         {"labels": original["labels"][:9]},
         {"labels": [*original["labels"], "hat"]},
         *({"preprocessing": {**preprocessing, **step}} for step in BAD_STEPS),
-        *(
-            {"parts": {"model": {**part, "inputs": [{**image, "shape": shape}]}}}
-            for shape in ([0, 3, 28, 28], ["batch", 3, 28, 28], [10**12, 3, 28, 28], [1, 3, 28, 27], [3, 28, 28])
-        ),
+        *({"parts": {"model": {**part, "inputs": [{**image, "shape": shape}]}}} for shape in shapes),
         {"files": {**original["files"], "a\0b": original["files"]["model.onnx"]}},
     ]
-    for change in changes:
-        path.write_text(json.dumps({**original, **change}), encoding="utf-8")
+    for one in changes:
+        change(copied_bundle, **{**original, **one})
         with pytest.raises(BundleError):
             open_task(copied_bundle)
 
@@ -151,46 +253,30 @@ def test_values_that_cannot_be_are_refused(copied_bundle: Path) -> None:
 BAD_STEPS: list[dict[str, Any]] = [
     {"height": 0},
     {"height": 10**12},
-    *({"std": std} for std in ([0, 1, 1], [-1, 1, 1], [1, 1], [1] * 4)),
-    {"mean": [0.5, 0.5]},
-    {"crop_fraction": [1.5, 1.5]},
-    {"crop_fraction": [-1, -1]},
-    {"resample": "nearest"},
-    {"scale": None},
+    {"steps": None},
+    *(
+        {"steps": [step]}
+        for step in (
+            *({"type": "normalize", "mean": [0, 0, 0], "std": std} for std in ([0, 1, 1], [-1, 1, 1], [1, 1], [1] * 4)),
+            {"type": "normalize", "mean": [0.5, 0.5], "std": [1, 1, 1]},
+            {"type": "center-crop-share", "vertical": -1, "horizontal": 0.5},
+            {"type": "center-crop", "height": 10**6, "width": 5},
+            {"type": "resize", "height": 28, "width": 28, "resample": "nearer"},
+            {"type": "resize", "height": 0, "width": 28, "resample": "bicubic"},
+            {"type": "rescale", "factor": None},
+            {"type": "rescale", "factor": 0},
+            {"type": "rotate"},
+        )
+    ),
+    {"steps": [{"type": "rescale", "factor": 1}, {"type": "resize", "height": 9, "width": 9, "resample": "box"}]},
 ]
 
 
-def test_a_link_out_of_the_bundle_is_refused(copied_bundle: Path, tmp_path: Path) -> None:
-    (copied_bundle / "model.weights").rename(tmp_path / "outside.weights")
-    (copied_bundle / "model.weights").symlink_to(tmp_path / "outside.weights")
-
-    with pytest.raises(BundleError, match="link out of it"):
-        load(copied_bundle)
-
-
-def test_a_graph_that_is_garbage_with_the_right_hash_is_refused(copied_bundle: Path) -> None:
-    path = copied_bundle / "manifest.json"
-    manifest = json.loads(path.read_text(encoding="utf-8"))
-    (copied_bundle / "model.onnx").write_bytes(b"garbage")
-    manifest["files"]["model.onnx"] = {"sha256": hashlib.sha256(b"garbage").hexdigest(), "size": 7}
-    path.write_text(json.dumps(manifest), encoding="utf-8")
-
-    with pytest.raises(BundleError, match="cannot be loaded"):
-        load(copied_bundle)
-
-
-def test_a_place_without_a_bundle_is_refused(tmp_path: Path) -> None:
+def test_a_place_without_a_bundle_and_an_unknown_verify_are_refused(fashion_bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for path in (tmp_path, tmp_path / "absent", tmp_path / "file"):
-        with pytest.raises(BundleError, match=r"is not a bundle|does not exist"):
+        with pytest.raises(BundleError) as raised:
             load(path)
-
-
-def test_an_unknown_way_to_verify_is_refused(fashion_bundle: Path) -> None:
+        assert str(path) in raised.value.message
     with pytest.raises(UsageError):
         load(fashion_bundle, verify="sometimes")  # type: ignore[arg-type]
-
-
-def test_a_graph_with_other_tensors_than_the_manifest_says_is_refused(edit_manifest: Edit) -> None:
-    with pytest.raises(BundleError, match="other tensors than the manifest says"):
-        load(edit_manifest('"name": "logits"', '"name": "scores"'))

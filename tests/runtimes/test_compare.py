@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from perceiver_export.runtimes.comparison import compare
+from perceiver_export.runtimes.runtime import compare
 
 REFERENCE = np.array([1.0, -2.0], np.float32)
 

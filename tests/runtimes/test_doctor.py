@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from perceiver_export.runtimes import devices, diagnosis, doctor, machine
-from perceiver_export.runtimes.engines.cuda_driver import Gpu
-from perceiver_export.runtimes.engines.targets import TARGETS, find_target
+from perceiver_export.runtimes.engines.backend import TARGETS, find_target
+from perceiver_export.runtimes.engines.cuda import Gpu
 from perceiver_export.runtimes.errors import DeviceError
 from perceiver_export.runtimes.presence import Device, Presence
 from tests.runtimes.targets import EXPECTED
@@ -57,9 +57,9 @@ def test_hardware_is_found_on_the_bus_with_a_driver_or_without(tmp_path: Path) -
         (tmp_path / name / "vendor").write_text(f"{vendor}\n")
         (tmp_path / name / "class").write_text(f"{kind}\n")
 
-    assert machine.pci_devices("0x10de", ("0x03",), tmp_path)
-    assert machine.pci_devices("0x8086", ("0x12",), tmp_path)
-    assert not machine.pci_devices("0x8086", ("0x03",), tmp_path)
+    assert machine.pci_devices("0x10de", "0x03", tmp_path)
+    assert machine.pci_devices("0x8086", "0x12", tmp_path)
+    assert not machine.pci_devices("0x8086", "0x03", tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_a_fix_is_the_command_of_this_system(
     family = machine.linux_distribution(tmp_path / "os-release")
     monkeypatch.setattr(diagnosis, "linux_distribution", lambda: family)
     monkeypatch.setattr(diagnosis, "cuda_gpus", lambda: ())
-    monkeypatch.setattr(diagnosis, "pci_devices", lambda vendor, kinds: vendor == "0x10de")
+    monkeypatch.setattr(diagnosis, "pci_devices", lambda vendor, kind: vendor == "0x10de")
     findings = {finding.what: finding for finding in doctor()}
 
     assert findings["NVIDIA GPU"].found == "there is one, without a working driver"
@@ -88,7 +88,7 @@ def test_a_fix_is_the_command_of_this_system(
 
 def test_tensorrt_for_rtx_compiles_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(diagnosis, "cuda_gpus", lambda: ())
-    monkeypatch.setattr(diagnosis, "pci_devices", lambda vendor, kinds: False)
+    monkeypatch.setattr(diagnosis, "pci_devices", lambda vendor, kind: False)
     pytest.importorskip("tensorrt_rtx")  # not where the runtime alone is tested
     findings = {finding.what: finding for finding in doctor()}
 
@@ -99,12 +99,11 @@ def test_tensorrt_for_rtx_compiles_without_a_gpu(monkeypatch: pytest.MonkeyPatch
 
 def test_a_target_is_shown_by_its_whole_name_and_a_wrong_gpu_with_its_fix(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("tensorrt_rtx")  # not where the runtime alone is tested
-    target = find_target("tensorrt-rtx")
     monkeypatch.setattr(diagnosis, "cuda_gpus", lambda: (Gpu("Orin (sm_87)", (8, 7), 1 << 33),))
     found = []
     for answer in (
-        Presence(target, Device("tensorrt-rtx", "RTX A4000 (sm_86)", "tensorrt-rtx 1.7.1.116")),
-        Presence(target, None, "not for Orin (sm_87)", "use --target tensorrt here"),
+        Presence(Device("tensorrt-rtx", "RTX A4000 (sm_86)", "tensorrt-rtx 1.7.1.116")),
+        Presence(None, "not for Orin (sm_87)", "use --target tensorrt here"),
     ):
         monkeypatch.setattr(diagnosis, "presence_apart", lambda target, answer=answer: answer)
         found += [one for one in doctor() if one.what == "target tensorrt-rtx"]
@@ -114,7 +113,7 @@ def test_a_target_is_shown_by_its_whole_name_and_a_wrong_gpu_with_its_fix(monkey
 
 
 def test_a_device_file_that_may_not_be_opened_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(diagnosis, "pci_devices", lambda vendor, kinds: vendor == "0x8086")
+    monkeypatch.setattr(diagnosis, "pci_devices", lambda vendor, kind: vendor == "0x8086")
     monkeypatch.setattr(diagnosis, "device_files", lambda pattern: (str(tmp_path / "renderD128"),))
     findings = {finding.what: finding for finding in doctor()}
 

@@ -14,11 +14,12 @@ import pytest
 from PIL import Image
 
 import perceiver_export.runtimes.tasks
-from perceiver_export.exporter.cli import run_flow
-from perceiver_export.exporter.cli.run_options import RunOptions
+from perceiver_export.exporter.cli import run_frames
+from perceiver_export.exporter.cli.answers import Request
+from perceiver_export.exporter.cli.run import run_task
 from perceiver_export.runtimes.errors import InputError, UsageError
-from perceiver_export.runtimes.flow_files import flow_picture, read_flo
-from perceiver_export.runtimes.pictures import read_picture
+from perceiver_export.runtimes.tasks.flow_files import flow_picture
+from perceiver_export.runtimes.tasks.image_files import read_picture
 from tests.runtimes.flow_models import manifest, open_fake, picture
 
 
@@ -33,24 +34,30 @@ def frames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return list(map(str, paths))
 
 
-def options(json: bool = False) -> RunOptions:
-    return RunOptions(top=3, device="auto", threads=None, json=json)
+def run(inputs: list[str], output: Path | None = None, json: bool = False) -> None:
+    run_task("optical-flow", Request("bundle", inputs, output, json=json))
 
 
 def expected_flow(first: str, second: str) -> npt.NDArray[np.float32]:
     return open_fake(manifest((16, 24)))[0](first, second)
 
 
+def flow_of(path: Path) -> npt.NDArray[np.float32]:
+    content = path.read_bytes()
+    width, height = np.frombuffer(content, "<i4", 2, offset=4)
+    return np.frombuffer(content, "<f4", offset=12).reshape(height, width, 2)
+
+
 @pytest.mark.parametrize("ending", [".flo", ".npy", ".png"])
 def test_run_writes_one_flow(frames: list[str], tmp_path: Path, ending: str, capsys: Any) -> None:
     output = tmp_path / f"flow{ending}"
-    run_flow.run("bundle", frames[:2], output, options())
+    run(frames[:2], output)
 
     flow = expected_flow(*frames[:2])
     if ending == ".png":
         np.testing.assert_array_equal(read_picture(output), flow_picture(flow))
     else:
-        np.testing.assert_array_equal(read_flo(output) if ending == ".flo" else np.load(output), flow)
+        np.testing.assert_array_equal(flow_of(output) if ending == ".flo" else np.load(output), flow)
     shown = capsys.readouterr().out
     assert "frame1.png" in shown
     assert f"{np.hypot(*flow.transpose(2, 0, 1)).max():.2f}" in shown
@@ -58,13 +65,13 @@ def test_run_writes_one_flow(frames: list[str], tmp_path: Path, ending: str, cap
 
 
 def test_run_writes_a_directory_of_flows(frames: list[str], tmp_path: Path, capsys: Any) -> None:
-    run_flow.run("bundle", [str(tmp_path / "in")], tmp_path / "out", options(json=True))
+    run([str(tmp_path / "in")], tmp_path / "out", json=True)
 
     shown = json.loads(capsys.readouterr().out)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "frame1.flo", "frame1.png", "frame2.flo", "frame2.png",
     ]  # fmt: skip
-    np.testing.assert_array_equal(read_flo(tmp_path / "out" / "frame2.flo"), expected_flow(frames[1], frames[2]))
+    np.testing.assert_array_equal(flow_of(tmp_path / "out" / "frame2.flo"), expected_flow(frames[1], frames[2]))
     assert [pair["frames"] for pair in shown["pairs"]] == [frames[:2], frames[1:]]
     flow = expected_flow(frames[0], frames[1])
     lengths = np.hypot(flow[..., 0], flow[..., 1])
@@ -76,7 +83,7 @@ def test_run_writes_a_directory_of_flows(frames: list[str], tmp_path: Path, caps
 
 
 def test_run_without_output_says_how_to_write(frames: list[str], tmp_path: Path, capsys: Any) -> None:
-    run_flow.run("bundle", frames, None, options())
+    run(frames, None)
 
     shown = capsys.readouterr().out
     assert ".flo" in shown
@@ -89,7 +96,7 @@ def test_frames_of_one_name_do_not_overwrite_each_other(frames: list[str], tmp_p
     same = tmp_path / "other" / "frame1.png"
     Image.open(frames[1]).save(same)
 
-    run_flow.run("bundle", [frames[0], str(same), frames[2]], tmp_path / "out", options(json=True))
+    run([frames[0], str(same), frames[2]], tmp_path / "out", json=True)
 
     names = sorted(path.name for path in (tmp_path / "out").glob("*.flo"))
     assert names == ["00000_frame1.flo", "00001_frame1.flo"]
@@ -99,13 +106,12 @@ def test_frames_of_one_name_are_told_apart(frames: list[str], tmp_path: Path, ca
     (tmp_path / "other").mkdir()
     same = tmp_path / "other" / "frame1.png"
     Image.fromarray(picture(20, 30, 1)).save(same)
-    run_flow.run("bundle", [frames[0], str(same)], None, options())
-    shown = capsys.readouterr().out
-    assert {"in/frame1.png", "other/frame1.png"} <= set(re.findall(r"[a-z]+/frame1\.png", shown))
+    run([frames[0], str(same)], None)
+    assert set(re.findall(r"\S+/frame1\.png", capsys.readouterr().out)) == {"in/frame1.png", "other/frame1.png"}
 
     Image.fromarray(picture(20, 31)).save(same)
     with pytest.raises(InputError, match=f"{frames[0]} has 20 × 30 pixels, {same} has 20 × 31"):
-        run_flow.run("bundle", [frames[0], str(same)], None, options())
+        run([frames[0], str(same)], None)
 
 
 @pytest.mark.parametrize("there", [False, True])
@@ -116,18 +122,18 @@ def test_a_directory_is_whole_or_not_there(
     """The second flow never comes: the third frame is of another size, or somebody has had enough."""
     seen = []
 
-    def summarize(*given: Any) -> Any:
+    def summarize(flow: Any) -> Any:
         seen.append(list(tmp_path.glob(".*/*.flo")))
         if stop is KeyboardInterrupt:
             raise KeyboardInterrupt
-        return run_flow.Motion(("a", "b"), 1, 1, 0, 0, 0, 0, "still", ())
+        return {"mean": 0, "max": 0, "direction": "still"}
 
-    monkeypatch.setattr(run_flow, "summarize", summarize)
+    monkeypatch.setattr(run_frames, "summarize", summarize)
     Image.fromarray(picture(20, 31)).save(frames[2])
     if there:
         (tmp_path / "out").mkdir()
     with pytest.raises(stop):
-        run_flow.run("bundle", frames, tmp_path / "out", options())
+        run(frames, tmp_path / "out")
 
     assert [len(files) for files in seen] == [1]
     assert sorted(path.name for path in tmp_path.iterdir()) == (["in", "out"] if there else ["in"])
@@ -151,25 +157,19 @@ def test_run_refuses_before_it_runs(frames: list[str], tmp_path: Path, monkeypat
         (frames, tmp_path / "absent" / "out"),
     ]:
         with pytest.raises((InputError, UsageError)) as raised:
-            run_flow.run("bundle", inputs, output, options())
+            run(inputs, output)
         assert len(raised.value.hint) > 10
 
 
-@pytest.mark.parametrize(
-    ("x", "y", "direction"),
-    [
-        (3, 0.2, "right"), (3, 3, "down and right"), (0, 3, "down"), (-3, 3, "down and left"), (-3, 0, "left"),
-        (-3, -3, "up and left"), (0, -3, "up"), (3, -3, "up and right"), (0.01, 0, "still"),
-        (np.nan, 0, "not a number"),
-    ],
-)  # fmt: skip
-def test_directions_in_words(x: float, y: float, direction: str) -> None:
-    flow = np.broadcast_to(np.array([x, y], np.float32), (4, 4, 2))
-
-    assert run_flow.summarize(("a", "b"), flow).direction == direction
+DIRECTIONS = {
+    "right": (3, 0.2), "down and right": (3, 3), "down": (0, 3), "down and left": (-3, 3), "left": (-3, 0),
+    "up and left": (-3, -3), "up": (0, -3), "up and right": (3, -3), "still": (0.01, 0), "not a number": (np.nan, 0),
+}  # fmt: skip
 
 
-def test_a_zoom_has_no_direction() -> None:
-    flow = np.stack(np.meshgrid(np.arange(-3, 4), np.arange(-3, 4)), axis=-1).astype(np.float32)
+def test_directions_in_words() -> None:
+    flows = {name: np.broadcast_to(np.array(xy, np.float32), (4, 4, 2)) for name, xy in DIRECTIONS.items()}
+    zoom = np.stack(np.meshgrid(np.arange(-3, 4), np.arange(-3, 4)), axis=-1).astype(np.float32)
 
-    assert run_flow.summarize(("a", "b"), flow).direction == "mixed"
+    for name, flow in {**flows, "mixed": zoom}.items():
+        assert run_frames.summarize(flow)["direction"] == name

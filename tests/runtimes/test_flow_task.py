@@ -5,15 +5,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
 from PIL import Image
 
-from perceiver_export.runtimes.errors import BundleError, InputError
+from perceiver_export.runtimes.errors import BundleError, InputError, RuntimeClosedError
 from perceiver_export.runtimes.preprocessing import FlowPreprocessing
-from perceiver_export.runtimes.tasks.optical_flow import FrameLike, OpticalFlow
+from perceiver_export.runtimes.tasks.flow import OpticalFlow
+from perceiver_export.runtimes.tasks.image_files import PictureLike
 from tests.runtimes.flow_models import manifest, open_fake, picture
 from tests.vector_folders import model_folders
 
@@ -33,7 +35,7 @@ def test_big_frames_are_cut_and_stitched_as_deepmind_does(folder: Path, key: str
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     flow, fakes = open_fake(manifest((height, width), batch, overlap=config["tiling"]["min_overlap"]))
     # Found only where the input is DeepMind's to the bit.
-    model = fakes[None]
+    model = fakes["whole"]
     model.function = lambda feeds: {"flow": np.stack([recorded[tile.tobytes()] for tile in feeds["frames"]])}
 
     found = flow(pixels[0], pixels[1])
@@ -50,20 +52,20 @@ def test_a_region_is_cut_from_the_whole_flow(batch: int | str, split: bool, regi
     flow, fakes = open_fake(manifest((16, 24), batch, split))
     first, second = picture(28, 45, 1), picture(28, 45, 2)
     whole = flow(first, second)
-    runs = len(fakes[None].calls)
+    runs = len(fakes["whole"].calls)
     top, left, height, width = region
 
     found = flow.region(first, second, *region)
 
     np.testing.assert_allclose(found, whole[top : top + height, left : left + width], rtol=0, atol=1e-6)
     if split:
-        assert len(fakes[None].calls) == runs  # the joined model ran only for `whole`
+        assert len(fakes["whole"].calls) == runs  # the joined model ran only for `whole`
         if height * width == 1:
             decoded = [set(row) for call in fakes["decoder"].calls for row in call["queries"].tolist()]
             assert all(len(pixels) == 1 for pixels in decoded)
     if batch == 1 and region == (0, 0, 1, 1):
         assert runs == 6
-        ran = len(fakes["encoder"].calls) if split else len(fakes[None].calls) - runs
+        ran = len(fakes["encoder"].calls) if split else len(fakes["whole"].calls) - runs
         assert ran == 1  # only the corner's tile
 
 
@@ -81,14 +83,14 @@ def test_tiles_fill_batches_and_progress_is_told() -> None:
     flow(picture(24, 40), picture(24, 40, 1), lambda done, total: told.append((done, total)))
 
     assert told == [(0, 4), (3, 4)]
-    assert [len(call["frames"]) for call in fakes[None].calls] == [3, 2]
-    np.testing.assert_array_equal(*fakes[None].calls[1]["frames"])
+    assert [len(call["frames"]) for call in fakes["whole"].calls] == [3, 2]
+    np.testing.assert_array_equal(*fakes["whole"].calls[1]["frames"])
 
 
 def test_frames_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     flow, fakes = open_fake(manifest((16, 24)))
     Image.fromarray(picture(30, 30)).save(tmp_path / "a.png")
-    refused: list[tuple[FrameLike, FrameLike, str]] = [
+    refused: list[tuple[PictureLike, PictureLike, str]] = [
         (picture(30, 30), picture(30, 31), r"the first frame has 30 × 30 pixels, the second frame has 30 × 31"),
         (tmp_path / "a.png", picture(31, 30), r"a\.png has 30 × 30 pixels"),
         (picture(15, 30), picture(15, 30), r"15 × 30 pixels, the model takes 16 × 24 or more"),
@@ -100,7 +102,7 @@ def test_frames_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=message) as raised:
             flow(first, second)
         assert len(raised.value.hint) > 10
-    assert not fakes[None].calls
+    assert not fakes["whole"].calls
 
 
 def test_frames_of_a_directory_go_in_pairs(tmp_path: Path) -> None:
@@ -110,16 +112,30 @@ def test_frames_of_a_directory_go_in_pairs(tmp_path: Path) -> None:
         Image.fromarray(frame).save(tmp_path / f"frame{number}.png")
     expected = [flow(frames[0], frames[2]), flow(frames[2], frames[1])]
 
-    lazy: list[FrameLike] = [frames[0], tmp_path / "frame9.png", frames[1]]
+    lazy: list[PictureLike] = [frames[0], tmp_path / "frame9.png", frames[1]]
 
     for found in (flow.frames(tmp_path), flow.frames([frames[0], frames[2], frames[1]]), flow.frames(iter(lazy))):
         np.testing.assert_array_equal(list(found), expected)
 
 
+def test_frames_are_paths_pillow_images_and_arrays_of_either_order(tmp_path: Path) -> None:
+    flow, _ = open_fake(manifest((16, 24)))
+    first, second = picture(16, 24, 0), picture(16, 24, 1)
+    bgr = first[:, :, ::-1], second[:, :, ::-1]
+    Image.fromarray(first).save(tmp_path / "a.png")
+    expected = flow(first, second)
+
+    assert not np.array_equal(flow(bgr[0], bgr[1]), expected)
+    np.testing.assert_array_equal(flow(bgr[0], bgr[1], color="bgr"), expected)
+    np.testing.assert_array_equal(flow.region(bgr[0], bgr[1], 0, 0, 16, 24, color="bgr"), expected)
+    np.testing.assert_array_equal(next(flow.frames(bgr, color="bgr")), expected)
+    np.testing.assert_array_equal(flow(tmp_path / "a.png", Image.fromarray(second), color="bgr"), expected)
+
+
 def test_fewer_than_two_frames_are_refused(tmp_path: Path) -> None:
     flow, _ = open_fake(manifest((16, 24)))
     Image.fromarray(picture(16, 24)).save(tmp_path / "a.png")
-    for frames in (tmp_path, [picture(16, 24)], []):
+    for frames in (tmp_path, [picture(16, 24)], [], picture(16, 24)):
         with pytest.raises(InputError, match=r"frames given: [01]\nhint: "):
             flow.frames(frames)
     with pytest.raises(InputError, match=r"frames given: 1\nhint: "):
@@ -136,28 +152,24 @@ def test_a_later_frame_of_another_size_is_named() -> None:
 
 
 def test_manifests_of_other_models_are_refused() -> None:
-    good = manifest((16, 24), split=True)
+    good, changed = manifest((16, 24), split=True), msgspec.structs.replace
     decoder = good.parts["decoder"]
-    for wrong in [
-        msgspec.structs.replace(good, preprocessing=None),
-        msgspec.structs.replace(good, preprocessing=FlowPreprocessing(16, 24, 16)),
-        msgspec.structs.replace(good, preprocessing=FlowPreprocessing(16, 25, 4)),
-        msgspec.structs.replace(good, parts={"encoder": good.parts["encoder"]}),
-        msgspec.structs.replace(
-            good, parts={**good.parts, "decoder": msgspec.structs.replace(decoder, inputs=decoder.inputs[:2])}
-        ),
-        msgspec.structs.replace(
-            good, parts={**good.parts, "decoder": msgspec.structs.replace(decoder, num_queries=100)}
-        ),
-    ]:
+    halves = changed(decoder, inputs=decoder.inputs[:2]), changed(decoder, num_queries=100)
+    wrong_fields: list[dict[str, Any]] = [
+        *({"preprocessing": steps} for steps in (None, FlowPreprocessing(16, 24, 16), FlowPreprocessing(16, 25, 4))),
+        {"parts": {"encoder": good.parts["encoder"]}},
+        *({"parts": {**good.parts, "decoder": half}} for half in halves),
+    ]
+    for wrong in wrong_fields:
         with pytest.raises(BundleError):
-            OpticalFlow.check(wrong)
+            OpticalFlow.check(changed(good, **wrong))
 
 
 def test_closing_closes_every_part() -> None:
-    flow, fakes = open_fake(manifest((16, 24), split=True))
+    flow, _ = open_fake(manifest((16, 24), split=True))
     with flow:
-        flow.region(picture(16, 24), picture(16, 24), 0, 0, 2, 2)
+        parts = [flow.part(name) for name in ("encoder", "decoder")]
 
-    assert fakes["encoder"].closed
-    assert fakes["decoder"].closed
+    for part in parts:
+        with pytest.raises(RuntimeClosedError):
+            part.describe()

@@ -10,9 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
+from typing_extensions import assert_type
 
-from perceiver_export.runtimes import open_task
+from perceiver_export.runtimes import open_task, tasks
 from perceiver_export.runtimes.errors import BundleError, InputError, UsageError
+from perceiver_export.runtimes.tasks import FillMask, ImageClassification
 
 FASHION = Path(__file__).resolve().parents[2] / "examples" / "fashion_mnist"
 
@@ -37,6 +40,22 @@ def test_probabilities_are_sorted_and_sum_to_one(fashion_bundle: Path) -> None:
     assert sorted(prediction.index for prediction in predictions) == list(range(10))
 
 
+def test_the_expected_class_is_what_type_checkers_see_and_is_held_to(fashion_bundle: Path) -> None:
+    """mypy runs over this file, and would find a type that is not the class's."""
+    with open_task(fashion_bundle, ImageClassification, "ort-cpu", 1) as classify:
+        assert_type(classify, ImageClassification)
+        assert classify.runtime.describe()["threads"] == 1
+    with open_task(fashion_bundle, expect=ImageClassification) as classify:
+        assert_type(classify, ImageClassification)
+    with open_task(fashion_bundle, "ort-cpu", 1) as found:
+        assert isinstance(found, ImageClassification)
+        assert found.runtime.describe()["threads"] == 1
+    with pytest.raises(UsageError, match="image-classification, not of FillMask"):
+        open_task(fashion_bundle, FillMask)
+    for module, name in tasks.TASKS.values():
+        assert getattr(tasks, name).__module__ == f"{tasks.__name__}.{module}"
+
+
 def test_files_and_arrays_give_the_same(fashion_bundle: Path) -> None:
     with np.load(FASHION / "test.npz") as data:
         picture = data["image"][int(np.argmax(data["labels"] == 8))]
@@ -45,6 +64,23 @@ def test_files_and_arrays_give_the_same(fashion_bundle: Path) -> None:
         logits = classify.logits([picture] * 3)
 
     assert logits.shape == (3, 10)
+
+
+def test_one_image_is_one_sample_and_colours_have_an_order(fashion_bundle: Path) -> None:
+    path = FASHION / "pictures" / "bag.png"
+    with Image.open(path) as image:
+        turned = image.convert("RGB")
+    blue = np.asarray(turned) // np.array([1, 2, 4], np.uint8)
+    with open_task(fashion_bundle) as classify:
+        expected = classify.logits([blue])
+        for same in (blue, Image.fromarray(blue)):
+            np.testing.assert_array_equal(classify.logits(same), expected)
+        np.testing.assert_array_equal(classify.logits(blue[..., ::-1], color="bgr"), expected)
+        assert classify(blue[..., ::-1], color="bgr") == classify(blue)
+        for one in (path, str(path), np.asarray(turned)[:, :, 0], np.asarray(turned)[:, :, :1]):
+            assert classify.logits(one).shape == (1, 10)
+        for several in (np.stack([blue] * 4), np.stack([blue[:, :, 0]] * 4)):
+            assert classify.logits(several).shape == (4, 10)
 
 
 def test_without_names_the_index_is_the_label(edit_manifest: Callable[[str, str], Path]) -> None:
@@ -69,13 +105,13 @@ def with_labels(edit_manifest: Callable[[str, str], Path], labels: list[str]) ->
 
 def test_what_is_no_picture_or_no_list_of_them_is_refused(fashion_bundle: Path) -> None:
     with open_task(fashion_bundle) as classify:
-        none_and_no_lists: list[Any] = [[], "bag.png", Path("bag.png"), 3]
+        none_and_no_lists: list[Any] = [[], 3]
         for pictures in none_and_no_lists:
-            with pytest.raises(InputError, match="pictures are"):
+            with pytest.raises(InputError, match="images are"):
                 classify.logits(pictures)
         no_pictures: list[Any] = [[[1.5, 2.5]], [[1], [2, 3]], None, 3]
         for picture in no_pictures:
             with pytest.raises(InputError):
                 classify(picture)
         with pytest.raises(InputError, match="'image' has 0"):
-            classify.run_inputs(np.zeros((0, 1, 28, 28), np.float32))
+            classify.run_inputs({"image": np.zeros((0, 1, 28, 28), np.float32)})

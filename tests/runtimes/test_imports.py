@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import perceiver_export.runtimes
+from perceiver_export.runtimes import errors
 
 HEAVY = {
     "torch",
@@ -33,12 +34,13 @@ def loaded_by(statement: str) -> set[str]:
 
 
 def test_the_runtime_brings_numpy_and_the_manifest_reader_only() -> None:
-    loaded = loaded_by("import perceiver_export.runtimes")
+    loaded = loaded_by("import perceiver_export.runtimes.opening")  # all that `load` needs before an engine
 
     assert loaded & HEAVY == set()
     assert {"numpy", "msgspec"} <= loaded
     third_party = {name for name in loaded if name not in sys.stdlib_module_names and not name.startswith("_")}
     assert third_party - loaded_by("import numpy, msgspec") == {"perceiver_export"}
+    assert loaded_by("from perceiver_export.runtimes import load") & {"numpy", "msgspec"} == set()
 
 
 def test_running_brings_the_engine_and_still_no_torch(fashion_bundle: Path) -> None:
@@ -57,6 +59,36 @@ def test_everything_that_is_promised_is_there() -> None:
         assert getattr(perceiver_export.runtimes, name) is not None
     with pytest.raises(AttributeError):
         _ = perceiver_export.runtimes.no_such_thing
+
+
+def test_every_error_can_be_imported_from_the_runtime() -> None:
+    defined = {name for name in vars(errors) if name.endswith("Error")}
+
+    assert defined <= set(perceiver_export.runtimes.__all__)
+    assert defined >= {"PerceiverExportError", "InputError", "DeviceError", "GateError"}
+
+
+def test_the_log_is_silent_unless_it_is_asked_for(fashion_bundle: Path) -> None:
+    load = (
+        "from perceiver_export.runtimes import DeviceError, load\n"
+        f"load({str(fashion_bundle)!r})\n"
+        f"try: load({str(fashion_bundle)!r}, 'ort-xnnpack')\n"
+        "except DeviceError: pass\n"
+    )
+
+    def said(code: str) -> list[str]:
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert done.stdout == ""
+        return done.stderr.splitlines()
+
+    assert said(load + "import logging; logging.getLogger('perceiver_export').warning('one')") == []
+    chosen, loaded, refused = said(f"import logging; logging.basicConfig(level='INFO')\n{load}")
+    for line in (chosen, loaded, refused):
+        assert line.startswith("INFO:perceiver_export.runtimes.")
+        assert str(fashion_bundle) in line
+    assert "ort-cpu" in chosen
+    assert "'engine': 'onnxruntime'" in loaded
+    assert "ort-xnnpack" in refused
 
 
 def test_an_engine_that_is_not_installed_is_named_with_its_extra(fashion_bundle: Path) -> None:

@@ -12,14 +12,19 @@ import numpy.typing as npt
 import pytest
 
 from perceiver_export.runtimes.errors import InputError
-from perceiver_export.runtimes.opencv_resize import resize_cubic, resize_linear
-from perceiver_export.runtimes.pictures import center_crop, resize, to_input
-from perceiver_export.runtimes.preprocessing import ImagePreprocessing
-from perceiver_export.runtimes.video_frames import prepare_frames
+from perceiver_export.runtimes.preprocessing import (
+    CenterCropShare,
+    ImagePreprocessing,
+    Normalize,
+    Rescale,
+    Resize,
+)
+from perceiver_export.runtimes.tasks.image_files import center_crop, resize, resize_cubic, resize_linear, to_input
+from perceiver_export.runtimes.tasks.images import prepare_frames
 from tests.vector_folders import vector_folders
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-CROP = (224 / 256, 224 / 256)
+CROP = 224 / 256
 
 
 def cases(group: str) -> list[Any]:
@@ -46,7 +51,8 @@ def differences(found: npt.NDArray[np.uint8], expected: npt.NDArray[np.uint8]) -
 def test_crop_and_resize_are_deepminds(folder: Path, name: str) -> None:
     vectors = arrays(folder, name)
     (key,) = (key for key in vectors if key.startswith("resized"))
-    cropped = center_crop(vectors["in"], CROP, round_up=True)
+    rows = int(CROP * min(vectors["in"].shape[:2]))
+    cropped = np.asarray(center_crop(vectors["in"], rows, rows, round_up=True), np.uint8)
     if key == "resized":
         height, width = vectors[key].shape[:2]
         found = resize(cropped, height, width, "opencv-bicubic")
@@ -68,7 +74,8 @@ def test_the_input_is_deepminds(folder: Path, name: str) -> None:
         return
     expected = vectors["normalized"].transpose(2, 0, 1)
     height, width = expected.shape[1:]
-    steps = ImagePreprocessing(height, width, CROP, "opencv-bicubic", 1 / 255, MEAN, STD)
+    crop, resized = CenterCropShare(CROP, CROP, round_up=True), Resize(height, width, "opencv-bicubic")
+    steps = ImagePreprocessing(height, width, (crop, resized, Rescale(1 / 255), Normalize(MEAN, STD)))
 
     grey_levels = np.abs(to_input(vectors["in"], steps) - expected) * (np.array(STD)[:, None, None] * 255)
 
@@ -80,10 +87,10 @@ def test_the_input_is_deepminds(folder: Path, name: str) -> None:
 def test_the_crop_goes_with_the_resize() -> None:
     picture = np.zeros((9, 8, 3), np.uint8)  # 2 rows are left over and 1 column: 7 × 7 from (1, 1), not from (1, 0)
     picture[:, 0] = 255
-    steps = ImagePreprocessing(7, 7, CROP, "opencv-bicubic", 1.0, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
-    assert to_input(picture, steps).max() == 0
-    assert center_crop(picture, CROP).max() == 255
+    for round_up, most in ((True, 0), (False, 255)):
+        steps = ImagePreprocessing(7, 7, (CenterCropShare(CROP, CROP, round_up), Resize(7, 7, "opencv-bicubic")))
+        assert to_input(picture, steps).max() == most
 
 
 @pytest.mark.parametrize(("folder", "name"), cases("video_frames"))

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -61,8 +60,8 @@ def test_a_run_without_memory_is_no_damaged_file(four_tebibytes: Path, call: str
 def test_a_flag_that_onnxruntime_refuses_is_named_and_nothing_falls_back(
     copied_bundle: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(DeviceError, match="zz") as caught:
-        build(copied_bundle, "ort-cpu", flags={"session.intra_op_thread_affinities": "zz"})
+    with pytest.raises(DeviceError, match="--") as caught:
+        build(copied_bundle, "ort-cpu", flags={"session.intra_op_thread_affinities": "--"})
 
     assert caught.value.hint == "leave --flag session.intra_op_thread_affinities out"
     assert capfd.readouterr() == ("", "")
@@ -85,17 +84,6 @@ def test_a_large_plan_has_memory_given_back_at_once(peak: int | None, kept: bool
     options = ort._session_options(onnxruntime, source, None)
 
     assert (options.enable_mem_pattern, options.enable_mem_reuse) == (kept, kept)
-
-
-def test_a_plugin_provider_is_told_from_one_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No plugin can be had for every machine that tests run on; only the listing of them is made up."""
-    device = SimpleNamespace(ep_name="AbacusExecutionProvider")
-    monkeypatch.setattr(onnxruntime, "get_ep_devices", lambda: [device], raising=False)
-
-    with pytest.raises(DeviceError, match="'abacus' is a plugin of onnxruntime's"):
-        ort.platform("ort-abacus", EngineOptions())
-    with pytest.raises(DeviceError, match="no execution provider 'slide'"):
-        ort.platform("ort-slide", EngineOptions())
 
 
 def test_a_model_of_compiled_nodes_is_refused(tmp_path: Path) -> None:

@@ -1,42 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures: our numpy resize is Pillow's, and what is no picture is refused."""
+"""Images: files, Pillow images and arrays become RGB alike, resizing is Pillow's, and what is no image is refused."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
-from perceiver_export.runtimes.errors import InputError
-from perceiver_export.runtimes.pictures import (
+from perceiver_export.runtimes.errors import InputError, UsageError
+from perceiver_export.runtimes.preprocessing import Filter, ImagePreprocessing, Normalize, Rescale, Resize
+from perceiver_export.runtimes.tasks.image_files import (
     as_picture,
     center_crop,
     picture_files,
     read_picture,
     resize,
+    take_picture,
     to_input,
 )
-from perceiver_export.runtimes.preprocessing import ImagePreprocessing
 
-FILTERS = {
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-    "lanczos": Image.Resampling.LANCZOS,
-}
+FILTERS = get_args(Filter)
+MODES = ("1", "L", "P", "LA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV")
 
 
-@pytest.mark.parametrize("resample", sorted(FILTERS))
-@pytest.mark.parametrize(("size", "new_size"), [((37, 53), (28, 28)), ((16, 11), (40, 33)), ((256, 300), (224, 224))])
-def test_resize_is_pillows_bit_for_bit(resample: str, size: tuple[int, int], new_size: tuple[int, int]) -> None:
-    picture = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
-    expected = np.asarray(Image.fromarray(picture).resize(new_size[::-1], FILTERS[resample]))
+def test_resize_is_pillows_for_300_random_shapes_and_modes() -> None:
+    draw = np.random.default_rng(0)
+    for number in range(300):
+        height, width, new_height, new_width = (int(side) for side in draw.integers(1, 120, 4))
+        pixels = draw.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        image = Image.fromarray(pixels).convert(MODES[number % len(MODES)])
+        resample = FILTERS[number % 6]
+        expected = image.convert("RGB").resize((new_width, new_height), Image.Resampling[resample.upper()])
 
-    found = resize(picture, *new_size, resample)
+        steps = ImagePreprocessing(new_height, new_width, (Resize(new_height, new_width, resample),))
+        found = to_input(take_picture(image), steps)
 
-    np.testing.assert_array_equal(expected, found)
+        np.testing.assert_array_equal(found, np.asarray(expected, np.float32).transpose(2, 0, 1))
 
 
 def test_a_picture_of_the_right_size_is_not_touched() -> None:
@@ -45,24 +47,80 @@ def test_a_picture_of_the_right_size_is_not_touched() -> None:
     assert resize(picture, 28, 28, "bicubic") is picture
 
 
-def test_the_crop_is_the_middle_of_the_shorter_side() -> None:
+def test_the_crop_is_the_middle() -> None:
     picture = np.arange(10 * 20, dtype=np.uint8).reshape(10, 20, 1)
 
-    assert center_crop(picture, (0.5, 0.5))[:, :, 0].tolist() == picture[2:7, 7:12, 0].tolist()
-
-
-def test_deepminds_crop_begins_on_the_other_side_of_the_middle() -> None:
-    picture = np.arange(10 * 20, dtype=np.uint8).reshape(10, 20, 1)
-
-    assert center_crop(picture, (0.5, 0.5), round_up=True)[:, :, 0].tolist() == picture[3:8, 8:13, 0].tolist()
+    assert center_crop(picture, 5, 5)[:, :, 0].tolist() == picture[2:7, 7:12, 0].tolist()
+    assert center_crop(picture, 5, 5, round_up=True)[:, :, 0].tolist() == picture[3:8, 8:13, 0].tolist()
 
 
 def test_normalisation_follows_the_manifest() -> None:
-    steps = ImagePreprocessing(2, 2, None, "bicubic", 1 / 255, (0.5, 0.25, 0.0), (0.5, 0.25, 1.0))
+    steps = ImagePreprocessing(2, 2, (Rescale(1 / 255), Normalize((0.5, 0.25, 0.0), (0.5, 0.25, 1.0))))
     found = to_input(np.full((2, 2), 255, np.uint8), steps)
 
     assert found.dtype == np.float32
     assert found[:, 0, 0].tolist() == pytest.approx([1.0, 3.0, 1.0])
+
+
+FILES = {**dict.fromkeys(("1", "L", "P", "LA", "RGB", "RGBA"), "png"), "CMYK": "jpg"}
+
+
+@pytest.mark.parametrize(("mode", "suffix"), FILES.items())
+@pytest.mark.parametrize("orientation", [None, 3, 6])
+def test_a_pillow_image_is_taken_as_its_file_is(
+    tmp_path: Path, mode: str, suffix: str, orientation: int | None
+) -> None:
+    path = tmp_path / f"image.{suffix}"
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 17, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    if orientation is not None:
+        exif[0x0112] = orientation
+    Image.fromarray(pixels).convert(mode).save(path, exif=exif)
+    with Image.open(path) as image:
+        assert image.mode == mode
+        expected = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+        from_pillow = take_picture(image)
+
+    np.testing.assert_array_equal(take_picture(path), expected)
+    np.testing.assert_array_equal(from_pillow, expected)
+    assert expected.shape == ((17, 12, 3) if orientation == 6 else (12, 17, 3))
+
+
+def test_a_pillow_image_in_a_mode_of_no_file_is_converted() -> None:
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 17, 3), dtype=np.uint8)).convert("YCbCr")
+    np.testing.assert_array_equal(take_picture(image), np.asarray(image.convert("RGB")))
+
+
+@pytest.mark.parametrize("kind", [np.uint16, np.int32, np.float32])
+def test_an_image_of_more_than_eight_bits_is_refused_and_not_clipped(tmp_path: Path, kind: Any) -> None:
+    image = Image.fromarray(np.full((4, 4), 4000, kind))
+    image.save(tmp_path / "deep.tiff")
+
+    for given in (image, tmp_path / "deep.tiff"):
+        with pytest.raises(InputError, match="8 bits"):
+            take_picture(given)
+
+
+def test_a_pillow_image_that_is_cut_short_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "cut.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(path)
+    path.write_bytes(path.read_bytes()[:5000])
+
+    with Image.open(path) as image, pytest.raises(InputError):
+        take_picture(image)
+
+
+def test_bgr_is_for_arrays_only(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 5, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    image.save(tmp_path / "image.png")
+
+    np.testing.assert_array_equal(take_picture(np.ascontiguousarray(pixels[:, :, ::-1]), "bgr"), pixels)
+    np.testing.assert_array_equal(take_picture(np.dstack([pixels[:, :, ::-1], pixels[:, :, :1]]), "bgr"), pixels)
+    for given in (image, tmp_path / "image.png"):
+        np.testing.assert_array_equal(take_picture(given, "bgr"), pixels)
+    with pytest.raises(UsageError):
+        take_picture(pixels, "hsv")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("shape", [(4, 4), (4, 4, 1), (4, 4, 3), (4, 4, 4)])
@@ -100,22 +158,6 @@ def test_files_that_are_no_pictures_are_refused(tmp_path: Path) -> None:
     assert read_picture(good).shape == (64, 64, 3)
 
 
-def test_a_turned_photograph_is_turned_upright(tmp_path: Path) -> None:
-    image = Image.fromarray(np.arange(12, dtype=np.uint8).reshape(3, 4))
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    image.save(tmp_path / "turned.png", exif=exif)
-
-    assert read_picture(tmp_path / "turned.png").shape == (4, 3, 3)
-
-
-def test_a_picture_of_sixteen_bits_is_refused_and_not_clipped(tmp_path: Path) -> None:
-    Image.fromarray(np.full((4, 4), 4000, np.uint16)).save(tmp_path / "deep.png")
-
-    with pytest.raises(InputError, match="8 bits"):
-        read_picture(tmp_path / "deep.png")
-
-
 def test_files_of_a_directory_come_in_the_order_of_their_numbers(tmp_path: Path) -> None:
     for name in ("frame10.png", "frame2.PNG", "frame1.jpg", "notes.txt", "a.png", "7.png"):
         (tmp_path / name).touch()
@@ -128,7 +170,7 @@ def test_files_of_a_directory_come_in_the_order_of_their_numbers(tmp_path: Path)
 
 def test_a_directory_without_pictures_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").touch()
-    with pytest.raises(InputError, match="holds no pictures"):
+    with pytest.raises(InputError, match="holds no images"):
         picture_files(tmp_path)
     for wrong in ("notes.txt", "absent"):
         with pytest.raises(InputError, match="not a directory"):

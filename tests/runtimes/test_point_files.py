@@ -10,7 +10,12 @@ import numpy as np
 import pytest
 
 from perceiver_export.runtimes.errors import InputError
-from perceiver_export.runtimes.point_files import as_points, into_unit_cube, read_points, subsample
+from perceiver_export.runtimes.tasks.points import (
+    as_points,
+    into_unit_cube,
+    read_points,
+    subsample,
+)
 
 POINTS = [[0.0, 1.0, -2.5], [3.0, 4.0, 5.0], [1e-3, -7.0, 8.25]]
 
@@ -64,6 +69,30 @@ def test_headers_of_ply_files_are_read_as_other_writers_write_them(tmp_path: Pat
         assert read_points(tmp_path / f"{name}.ply").tolist() == POINTS, name
 
 
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_binary_ply_gives_the_same_points(order: str, tmp_path: Path) -> None:
+    header = PLY.split("end_header")[0] + "end_header\n"
+    header = header.replace("ascii", f"binary_{'little' if order == '<' else 'big'}_endian").replace(
+        "float x", "double x"
+    )
+    vertices = np.zeros(
+        3, [("nx", f"{order}f4"), ("y", f"{order}f4"), ("red", "u1"), ("x", f"{order}f8"), ("z", f"{order}f4")]
+    )
+    for axis, column in zip("xyz", np.transpose(POINTS), strict=True):
+        vertices[axis] = column
+    cameras = np.array([60, 70], f"{order}f4").tobytes()
+    (tmp_path / "a.ply").write_bytes(header.encode() + cameras + vertices.tobytes() + b"\x03\0\0\0")
+
+    assert read_points(tmp_path / "a.ply").tolist() == POINTS
+    (tmp_path / "a.ply").write_bytes(header.encode() + cameras + vertices.tobytes()[:-1])
+    with pytest.raises(InputError, match="2 of 3"):
+        read_points(tmp_path / "a.ply")
+    lists = header.replace("property float fov", "property list uchar int fov")
+    (tmp_path / "a.ply").write_bytes(lists.encode() + cameras + vertices.tobytes())
+    with pytest.raises(InputError, match="fov"):
+        read_points(tmp_path / "a.ply")
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16, np.int32, np.uint8])
 def test_arrays_of_any_numbers_are_taken(dtype: type[Any], tmp_path: Path) -> None:
     points = np.array([[1, 2, 3], [4, 5, 6]], dtype)
@@ -77,28 +106,33 @@ def test_arrays_of_any_numbers_are_taken(dtype: type[Any], tmp_path: Path) -> No
     [
         ("a.xyz", b"", "no point"),
         ("a.xyz", b"# nothing\n", "no point"),
-        ("a.xyz", b"1 2 3\n4 5\n", "line 2"),
-        ("a.xyz", b"1 2 3 4\n", "line 1"),
-        ("a.xyz", b"3\nwater\nO 0 0 0\n", "line 1"),
+        ("a.xyz", b"1 2 3\n4 5\n", "row 2"),
+        ("a.xyz", b"1 2 3 4\n", "4 numbers"),
+        ("a.xyz", b"3\nwater\nO 0 0 0\n", "water"),
         ("a.xyz", b"1 2 3\n1 nan 3\n-inf 2 3\n", "point 1 is .*: 2 of 3"),
-        ("a.xyz", b"1 2 \xff\n", "not text"),
-        ("a.ply", b"", "not a PLY"),
+        ("a.xyz", b"1 2 \xff\n", "byte 0xff"),
+        ("a.ply", b"", "a.ply"),
         ("a.ply", b"solid cube", "not a PLY"),
         ("a.ply", PLY.split("end_header")[0].encode(), "cut short in its header"),
-        ("a.ply", PLY.replace("ascii", "binary_little_endian").encode() + b"\x00\xff\x80", "not an ASCII PLY"),
+        (
+            "a.ply",
+            PLY.split("end_header")[0].replace("ascii", "binary_big_endian").encode() + b"end_header\n\x00",
+            "cut short: 0 of 3",
+        ),
         ("a.ply", PLY.replace("vertex 3", "vertex 9").encode(), "4 of 9"),
-        ("a.ply", PLY.replace("vertex 3", f"vertex {'9' * 5000}").encode(), "counts 9999"),
-        ("a.ply", PLY.replace("camera 2", f"camera {'9' * 5000}").encode(), "counts 9999"),
+        ("a.ply", PLY.replace("vertex 3", f"vertex {'9' * 5000}").encode(), "9999"),
+        ("a.ply", PLY.replace("camera 2", f"camera {'9' * 5000}").encode(), "9999"),
         ("a.ply", PLY.replace("vertex 3", f"vertex {'9' * 18}").encode(), "cut short: 4 of"),
-        ("a.ply", PLY.replace("end_header", "no end_header").encode(), "cut short in its header"),
+        ("a.ply", PLY.replace("end_header", "no end_header").encode(), "header"),
         ("a.ply", PLY.replace("vertex 3", "vertex 0").encode(), "no point"),
         ("a.ply", PLY.replace("vertex 3", "vertices 3").encode(), "no vertices"),
+        ("a.ply", PLY.replace("property uchar red", "property uchar x").encode(), "two properties"),
         ("a.ply", PLY.replace("property float z", "property float w").encode(), "no vertices"),
         ("a.ply", PLY.replace("property uchar red", "property list uchar int red").encode(), "no vertices"),
-        ("a.ply", PLY.replace("9 4.0 255 3.0 5.0", "9 4.0 255 3.0").encode(), "vertex 1"),
+        ("a.ply", PLY.replace("9 4.0 255 3.0 5.0", "9 4.0 255 3.0").encode(), "row 2"),
         ("a.ply", PLY.replace("9 4.0 255 3.0 5.0", "9 4.0 255 NaN 5.0").encode(), "point 1"),
-        ("a.npy", b"", "not a .npy"),
-        ("a.npy", b"\x93NUMPY\x01\x00", "not a .npy"),
+        ("a.npy", b"", "a.npy"),
+        ("a.npy", b"\x93NUMPY\x01\x00", "a.npy"),
         ("a.stl", b"solid", "not a point cloud"),
     ],
 )
@@ -152,7 +186,6 @@ def test_of_too_many_points_evenly_spaced_ones_are_left() -> None:
 
     assert subsample(points, 4)[:, 0].tolist() == [0, 6, 15, 21]  # points 0, 2, 5 and 7
     assert subsample(points, 10) is points
-    assert subsample(points, 99) is points
     assert len(np.unique(subsample(np.arange(300.0).reshape(100, 3), 99)[:, 0])) == 99
 
 

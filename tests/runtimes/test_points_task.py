@@ -10,14 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from perceiver_export.exporter.cli.run_options import RunOptions
-from perceiver_export.exporter.cli.run_points import run
+from perceiver_export.exporter.cli.answers import Request
+from perceiver_export.exporter.cli.run import run_task
 from perceiver_export.runtimes.errors import BundleError, InputError, UsageError
-from perceiver_export.runtimes.manifest import Manifest, Part, TensorSpec
-from perceiver_export.runtimes.point_files import into_unit_cube
 from perceiver_export.runtimes.preprocessing import PointsPreprocessing, VideoPreprocessing
-from perceiver_export.runtimes.runtime import Array, Feeds, Runtime
-from perceiver_export.runtimes.tasks.point_cloud_classification import PointCloudClassification
+from perceiver_export.runtimes.runtime import Array, Feeds
+from perceiver_export.runtimes.tasks.points import CloudLike, PointCloudClassification, into_unit_cube
+from tests.runtimes.models import manifest, opened, spec
 from tests.runtimes.numpy_engine import NumpyEngine
 
 N = 8
@@ -35,18 +34,12 @@ def task_of(
     masked: bool = True, batch: int | str = 1, labels: tuple[str, ...] = LABELS, **changes: Any
 ) -> tuple[PointCloudClassification, NumpyEngine]:
     ranges = {"batch": (2, 3)} if batch == "batch" else {}
-    inputs = [TensorSpec("points", "float32", (batch, N, 3), "", ranges)]
-    if masked:
-        inputs.append(TensorSpec("points_mask", "int32", (batch, N), "", ranges))
-    part = {"inputs": tuple(inputs), "outputs": (TensorSpec("logits", "float32", (batch, 3), "", ranges),), **changes}
-    steps = part.pop("preprocessing", PointsPreprocessing(N))
-    described = Manifest(
-        1, "m", "point-cloud-classification", "deepmind", "", {}, {"model": Part("m.onnx", **part)}, steps, labels,
-        "fp32", (), {}, {},
-    )  # fmt: skip
-    PointCloudClassification.check(described)
-    engine = NumpyEngine(squares, part["inputs"], part["outputs"])
-    return PointCloudClassification(described, lambda _: Runtime(engine, engine.inputs, engine.outputs, "fp32")), engine
+    mask = (spec("points_mask", batch, N, dtype="int32", **ranges),) * masked
+    inputs = changes.get("inputs", (spec("points", batch, N, 3, **ranges), *mask))
+    engine = NumpyEngine(squares, inputs, changes.get("outputs", (spec("logits", batch, 3, **ranges),)))
+    steps = changes.get("preprocessing", PointsPreprocessing(N))
+    described = manifest("point-cloud-classification", engine, steps, labels=labels)
+    return opened(PointCloudClassification, described, engine), engine
 
 
 def test_too_many_points_are_thinned_out_and_normalised() -> None:
@@ -90,7 +83,8 @@ def test_files_and_arrays_in_any_batch_give_the_same(batch: int | str, tmp_path:
     np.save(tmp_path / "a.npy", CLOUD)
     np.savetxt(tmp_path / "a.xyz", CLOUD, fmt="%.17g")
     task, engine = task_of(batch=batch)
-    logits = task.logits([CLOUD[:7], tmp_path / "a.npy", CLOUD, tmp_path / "a.xyz", CLOUD[3:]])
+    mixed: list[CloudLike] = [CLOUD[:7], tmp_path / "a.npy", CLOUD, tmp_path / "a.xyz", CLOUD[3:]]
+    logits = task.logits(mixed)
 
     alone, _ = task_of()
     np.testing.assert_array_equal(logits, alone.logits([CLOUD[:7], CLOUD, CLOUD, CLOUD, CLOUD[3:]]))
@@ -127,7 +121,16 @@ def test_numbers_in_lists_are_a_cloud() -> None:
     assert task(CLOUD.tolist()) == task(CLOUD)
 
 
-@pytest.mark.parametrize("clouds", [[], iter([]), "a.xyz", Path("a.xyz"), 3], ids=str)
+@pytest.mark.parametrize("clouds", [CLOUD, CLOUD.tolist()], ids=["array", "lists"])
+def test_one_cloud_is_one_sample(clouds: Any) -> None:
+    task, _ = task_of()
+
+    assert task.logits(clouds).shape[0] == 1
+    both: list[Any] = [clouds, clouds]
+    np.testing.assert_array_equal(task.logits(both), np.repeat(task.logits(clouds), 2, axis=0))
+
+
+@pytest.mark.parametrize("clouds", [[], iter([]), 3], ids=["an empty list", "an empty iterator", "a number"])
 def test_no_clouds_and_no_list_of_clouds_are_refused(clouds: Any) -> None:
     task, engine = task_of()
     with pytest.raises(InputError, match="point clouds are"):
@@ -142,9 +145,9 @@ def test_no_clouds_and_no_list_of_clouds_are_refused(clouds: Any) -> None:
         {"preprocessing": VideoPreprocessing(1, 1, 1, 1, 1)},
         {"preprocessing": PointsPreprocessing(N + 1)},
         {"labels": ("one", "two")},
-        {"inputs": (TensorSpec("cloud", "float32", (1, N, 3)),)},
-        {"inputs": (TensorSpec("points", "float32", (1, N, 4)),)},
-        {"outputs": (TensorSpec("label", "float32", (1, 3)),)},
+        {"inputs": (spec("cloud", 1, N, 3),)},
+        {"inputs": (spec("points", 1, N, 4),)},
+        {"outputs": (spec("one", 1, 3), spec("other", 1, 3))},
     ],
 )
 def test_manifests_that_do_not_fit_are_refused(changes: dict[str, Any]) -> None:
@@ -155,20 +158,21 @@ def test_manifests_that_do_not_fit_are_refused(changes: dict[str, Any]) -> None:
 def test_run_takes_files_and_directories(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    task = "point-cloud-classification"
     monkeypatch.setattr("perceiver_export.runtimes.tasks.open_task", lambda *_: task_of()[0])
     np.save(tmp_path / "b.npy", CLOUD)
     np.savetxt(tmp_path / "a.xyz", CLOUD[:4])
     (tmp_path / "notes.txt").write_text("no cloud", encoding="utf-8")
-    run("bundle", [str(tmp_path)], tmp_path / "out.json", RunOptions(3, "auto", None, json=True))
+    run_task(task, Request("bundle", [str(tmp_path)], tmp_path / "out.json", json=True))
 
     answers = json.loads(capsys.readouterr().out)["answers"]
     assert [answer["input"] for answer in answers] == [str(tmp_path / "a.xyz"), str(tmp_path / "b.npy")]
     assert sorted(one["label"] for one in answers[1]["labels"]) == sorted(LABELS)
     assert json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))["answers"] == answers
 
-    run("bundle", [str(tmp_path / "b.npy")] * 2, None, RunOptions(3, "auto", None, json=True))
+    run_task(task, Request("bundle", [str(tmp_path / "b.npy")] * 2, json=True))
     assert json.loads(capsys.readouterr().out)["answers"] == [answers[1]] * 2
 
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="no point clouds"):
-        run("bundle", [str(tmp_path / "empty")], None, RunOptions(3, "auto", None, json=False))
+        run_task(task, Request("bundle", [str(tmp_path / "empty")]))

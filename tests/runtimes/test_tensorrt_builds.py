@@ -15,10 +15,10 @@ import pytest
 
 from perceiver_export.runtimes.engines.backend import EngineOptions, Platform, Source
 from perceiver_export.runtimes.engines.tensorrt_build import LayerReport, build_engine
-from perceiver_export.runtimes.engines.tensorrt_capabilities import capabilities
+from perceiver_export.runtimes.engines.tensorrt_versions import capabilities
 from perceiver_export.runtimes.errors import BuildError, BundleError, DeviceError, MissingDependencyError
 from perceiver_export.runtimes.manifest import TensorSpec
-from tests.runtimes.fake_networks import RANGED, STRONG, VERSIONS, X, Y, inspector, made, network, no_cuda
+from tests.runtimes.fake_networks import RANGED, VERSIONS, X, Y, inspector, made, network, no_cuda
 from tests.runtimes.fake_tensorrt import Fake, FakeModule, layer, tensor
 
 
@@ -54,41 +54,13 @@ def test_every_version_builds_with_nothing_that_it_lacks(version: str, tmp_path:
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_precision_is_in_flags_on_8_and_in_the_graph_from_10_on(version: str, tmp_path: Path) -> None:
+def test_precision_is_in_the_graph(version: str, tmp_path: Path) -> None:
     module = made(version)
     build(module, tmp_path)
-    flags = [call for call in module._calls if call.startswith("set_flag")]
 
-    if version.startswith("8."):
-        assert flags == [
-            "set_flag('BuilderFlag.OBEY_PRECISION_CONSTRAINTS',)",
-            "set_flag('BuilderFlag.INT8',)",
-            "set_flag('BuilderFlag.FP16',)",
-        ]
-        assert "attention/MatMul_1 has precision float16" in module._calls
-        assert "attention/MatMul_2:fp32 has precision float32" in module._calls  # it overflows
-        assert "attention/MatMul_2:fp32 gives float32" in module._calls
-        assert "row/Cast:fp32 gives float32" not in module._calls  # it gives integers
-        assert not any(call.startswith("linear/MatMul_1 has precision") for call in module._calls)  # it is int8
-        assert "INormalizationLayer.compute_precision = float32" in module._calls
-    else:
-        assert flags == []
-        assert not any(".precision" in call for call in module._calls)
+    assert not any(call.startswith("set_flag") or ".precision" in call for call in module._calls)
     created = next(call for call in module._calls if call.startswith("create_network"))
     assert (created == "create_network(0)") == version.startswith("11.")
-
-
-def test_on_8_an_int8_product_whose_sum_overflows_stays_int8(tmp_path: Path) -> None:
-    def overflowing(module: FakeModule) -> list[Fake]:
-        layers = network("float16")(module)
-        next(one for one in layers if one.name == "linear/MatMul_1").name = "linear/MatMul_1:fp32"
-        return layers
-
-    module = FakeModule("8.6.1", overflowing, inspector().replace("linear/MatMul_1", "linear/MatMul_1:fp32"))
-
-    assert build(module, tmp_path).precisions == {"int8": 1, "fp16": 1, "fp32": 1}
-    assert not any(call.startswith("linear/MatMul_1:fp32 has precision") for call in module._calls)
-    assert "attention/MatMul_2:fp32 has precision float32" in module._calls
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -133,25 +105,25 @@ def test_a_kernel_that_only_moves_numbers_is_no_proof_of_a_products_precision(ki
         build(made("10.3.0", json.dumps(report)), tmp_path)
 
 
-def test_weights_that_alone_are_int8_want_its_flag_on_8_too(tmp_path: Path) -> None:
-    def layers(module: FakeModule) -> list[Fake]:
-        x, w, d, y = (
-            tensor(module, name, kind)
-            for name, kind in zip("xwdy", ("float32", "int8", "float32", "float32"), strict=True)
-        )
-        return [
-            layer(module, "CONSTANT", "w", [], w),
-            layer(module, "DEQUANTIZE", "w/Dequantize", [w], d),
-            layer(module, "MATRIX_MULTIPLY", "attention/MatMul_1", [x, d], y),
-        ]
+@pytest.mark.parametrize("attention", ["Half", "Float"])
+def test_a_kernel_that_cuts_what_an_attention_gave_does_not_stand_for_its_products(
+    attention: str, tmp_path: Path
+) -> None:
+    """TensorRT for RTX pads heads of 12, and slices them as the int8 that the next product takes."""
+    report = json.loads(inspector(attention=attention))
+    cut = {**report["Layers"][1], "LayerType": "kgen", "Name": "__myl_SlicMoveReshTran_myl0_19"}
+    cut["Inputs"] = [{"Name": "a", "Format/Datatype": "Row major Int8 format"}]
+    report["Layers"].append(cut)
+    module = made("10.3.0", json.dumps(report))
 
-    module = FakeModule("8.6.1", layers, inspector())
-    build(module, tmp_path)
+    if attention == "Half":
+        assert build(module, tmp_path).precisions == {"int8": 1, "fp16": 1, "fp32": 1}
+    else:
+        with pytest.raises(BuildError, match="attention/MatMul_1: fp16 asked, fp32 found"):
+            build(module, tmp_path)
 
-    assert "set_flag('BuilderFlag.INT8',)" in module._calls
 
-
-@pytest.mark.parametrize("version", STRONG)
+@pytest.mark.parametrize("version", VERSIONS)
 def test_a_graph_of_another_precision_is_refused_before_compiling(version: str, tmp_path: Path) -> None:
     module = FakeModule(version, network("float32"), inspector())
 
@@ -160,11 +132,6 @@ def test_a_graph_of_another_precision_is_refused_before_compiling(version: str, 
 
     assert "--lower-only" in raised.value.hint
     assert "Builder.build_serialized_network" not in module._calls
-
-
-def test_8_has_no_bf16(tmp_path: Path) -> None:
-    with pytest.raises(BuildError, match="no bf16"):
-        build(made("8.6.1"), tmp_path, precision="bf16")
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -216,12 +183,8 @@ def test_too_little_workspace_is_told_apart(version: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     "flags",
     [
-        {"workspace": "much"},
         {"workspace": "0"},
         {"workspace": "9999999999GiB"},
-        {"workspace": "9" * 5000},
-        {"optimization_level": "6"},
-        {"speed": "high"},
     ],
     ids=lambda flags: " ".join(flags.values())[:20],
 )
@@ -239,7 +202,7 @@ def ctrl_c() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("ctrl_c")
-@pytest.mark.parametrize("version", STRONG)
+@pytest.mark.parametrize("version", VERSIONS)
 def test_progress_is_told_and_ctrl_c_stops_the_compiler_before_it_is_raised(version: str, tmp_path: Path) -> None:
     told: list[tuple[str, int, int | None]] = []
     steps: list[bool] = []

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 from perceiver_export.runtimes import Runtime, build, load, open_bundle
-from perceiver_export.runtimes.engines.cuda_driver import cuda_gpus
-from perceiver_export.runtimes.engines.targets import TARGETS
+from perceiver_export.runtimes.engines.backend import TARGETS
+from perceiver_export.runtimes.engines.cuda import cuda_gpus
 from perceiver_export.runtimes.errors import BundleError, EngineError
 
 pytestmark = pytest.mark.skipif(not cuda_gpus(), reason="no NVIDIA GPU here; `make test-gpu` runs these on one")
@@ -36,9 +36,9 @@ def built(
 ) -> Path:
     copy = Path(shutil.copytree(fashion_bundle, tmp_path_factory.mktemp("gpu") / "fashion"))
     if not any(key.endswith(request.param) for key in open_bundle(copy).manifest.parts["model"].lowered):
-        from perceiver_export.calibration.lowering.tensorrt_bundle import lower_bundle
+        from perceiver_export.calibration.lowering.tensorrt import lower_bundle
 
-        lower_bundle(copy, target, request.param)
+        lower_bundle(copy, request.param)
     build(copy, target, precision=request.param)
     return copy
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from perceiver_export.runtimes.engines.backend import EngineOptions, Platform, Source
-from perceiver_export.runtimes.engines.cuda_memory import Cuda
+from perceiver_export.runtimes.engines.cuda import Cuda
 from perceiver_export.runtimes.engines.tensorrt_engine import TensorrtEngine
 from perceiver_export.runtimes.errors import DeviceError, EngineError
 from perceiver_export.runtimes.manifest import TensorSpec

@@ -10,14 +10,16 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from PIL import Image
 
-from perceiver_export.runtimes.audio_files import read_wav, write_wav
 from perceiver_export.runtimes.errors import BundleError, InputError, UsageError
 from perceiver_export.runtimes.manifest import Part
 from perceiver_export.runtimes.preprocessing import PointsPreprocessing, VideoPreprocessing
 from perceiver_export.runtimes.runtime import Array, Feeds, Runtime
-from perceiver_export.runtimes.tasks.video_autoencoding import VideoAutoencoding, psnr
-from perceiver_export.runtimes.video_frames import prepare_frames
+from perceiver_export.runtimes.tasks.images import prepare_frames
+from perceiver_export.runtimes.tasks.sound import read_wav, write_wav
+from perceiver_export.runtimes.tasks.video import VideoAutoencoding, psnr
+from tests.runtimes.models import spec
 from tests.runtimes.numpy_engine import NumpyEngine
 from tests.runtimes.video_models import (
     FRAMES,
@@ -29,7 +31,6 @@ from tests.runtimes.video_models import (
     W,
     interface,
     manifest,
-    spec,
     split,
     task_of,
     whole,
@@ -51,6 +52,19 @@ def test_the_whole_model_gets_prepared_frames_and_sound_and_its_answer_is_clippe
     assert [(one.label, one.index) for one in found.labels] == [("3", 3), ("5", 5)]
     assert found.pictures.dtype == np.uint8
     np.testing.assert_allclose(found.pictures / 255, found.video, atol=0.5 / 255 + 1e-6)
+
+
+def test_frames_are_pillow_images_and_arrays_of_either_order() -> None:
+    described, engine = whole()
+    with task_of(described, engine) as task:
+        expected = task.preprocess(FRAMES, SOUND)["frames"]
+        for frames in (FRAMES[..., ::-1], list(FRAMES[..., ::-1])):
+            np.testing.assert_array_equal(task.preprocess(frames, SOUND, "bgr")["frames"], expected)
+            for answer in (task(frames, color="bgr"), task.autoencode(frames, color="bgr")):
+                np.testing.assert_array_equal(answer.video, task(FRAMES).video)
+            assert task.label(frames, color="bgr") == task.label(FRAMES)
+        images = [Image.fromarray(frame) for frame in FRAMES]
+        np.testing.assert_array_equal(task.preprocess(images, SOUND, "bgr")["frames"], expected)
 
 
 @pytest.mark.parametrize(
@@ -88,7 +102,7 @@ def test_the_label_alone_decodes_nothing_else() -> None:
 
 
 def test_progress_counts_the_queries_to_their_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("perceiver_export.runtimes.tasks.video_autoencoding._QUERIES_A_STEP", 20)
+    monkeypatch.setattr("perceiver_export.runtimes.tasks.video._QUERIES_A_STEP", 20)
     told: list[tuple[str, int, int | None]] = []
     described, engines = split(queries=7)
     with task_of(described, engines) as task:
@@ -165,13 +179,13 @@ def test_no_sound_is_silence() -> None:
     [
         (FRAMES[: T - 1], "frames given: 2"),
         ([], "frames given: 0"),
-        ([FRAMES[0], FRAMES[1], FRAMES[2, :8]], "frame 2 is 8 × 7, frame 0 is 9 × 7"),
+        ([FRAMES[0], FRAMES[1], FRAMES[2, :8]], "frame 2 is 8 × 7"),
         (FRAMES.astype(np.float32), "float32"),
-        (FRAMES[0], "shape"),
+        (FRAMES[0], "uint8"),
         ("nowhere", "does not exist"),
         ("nowhere.npy", "does not exist"),
         (Path(__file__), "neither a directory"),
-        (Path(__file__).parent, "no pictures"),
+        (Path(__file__).parent, "no images"),
         (["nowhere.png"] * 3, "does not exist"),
     ],
 )

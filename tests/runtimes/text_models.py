@@ -3,16 +3,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from perceiver_export.runtimes.byte_tokenizer import VOCABULARY, ByteTokenizer
-from perceiver_export.runtimes.manifest import Manifest, Part, TensorSpec
+from perceiver_export.runtimes.manifest import Part, TensorSpec
 from perceiver_export.runtimes.preprocessing import TextPreprocessing
-from perceiver_export.runtimes.runtime import Array, Feeds, Runtime
-from perceiver_export.runtimes.tasks.fill_mask import FillMask
-from perceiver_export.runtimes.tasks.text_classification import TextClassification
+from perceiver_export.runtimes.runtime import Array, Feeds
+from perceiver_export.runtimes.tasks.text import FillMask, TextClassification
+from perceiver_export.runtimes.tasks.tokenizers import VOCABULARY, ByteTokenizer, open_tokenizer
+from tests.runtimes.models import T, manifest, opened
 from tests.runtimes.numpy_engine import NumpyEngine
 
 LENGTH, NUM_LATENTS, CHUNK = 40, 3, 4
@@ -25,48 +26,35 @@ BATCHES: list[Size] = [1, 3, (1, 4), (2, 4)]
 
 
 class Bundle:
-    """What `open_task` would hand to a task: a manifest, and a runtime for each part (None: all joined)."""
+    """A manifest, and an engine for each part; ``whole`` is the engine of all of them joined."""
 
-    def __init__(self, task: str, parts: dict[str, NumpyEngine], special_tokens: bool, **manifest: Any) -> None:
+    def __init__(self, task: str, parts: dict[str, NumpyEngine], special_tokens: bool, **fields: Any) -> None:
         self.parts = parts
         described = {
-            name: Part(name, engine.inputs, engine.outputs, num_queries=LENGTH if _takes_queries(engine) else None)
+            name: Part(
+                name,
+                engine.inputs,
+                engine.outputs,
+                num_queries=LENGTH if any(one.name == "queries" for one in engine.inputs) else None,
+            )
             for name, engine in parts.items()
-            if name != "joined"
+            if name != "whole" or len(parts) == 1
         }
-        outputs = parts["joined"].outputs if "joined" in parts else ()
-        fields = {"preprocessing": TextPreprocessing(LENGTH, special_tokens), "labels": (), "outputs": outputs}
-        self.manifest = Manifest(
-            schema_version=1,
-            name="model",
-            task=task,
-            parity="huggingface",
-            source="",
-            architecture={},
-            parts=described,
-            precision="fp32",
-            verification=(),
-            tools={},
-            files={},
-            **{**fields, **manifest},
-        )
+        outputs = parts["whole"].outputs if len(parts) > 1 else ()
+        steps = fields.pop("preprocessing", TextPreprocessing(LENGTH, special_tokens))
+        self.manifest = manifest(task, described, steps, outputs=outputs, **fields)
 
-    def load(self, name: str | None) -> Runtime:
-        engine = self.parts[name or ("joined" if "joined" in self.parts else "model")]
-        return Runtime(engine, engine.inputs, engine.outputs, "fp32")
+    def open(self, kind: type[T]) -> T:
+        """The task, as `open_task` makes it."""
+        return opened(kind, self.manifest, self.parts, open_tokenizer(self.manifest, Path()))
 
     def calls(self) -> dict[str, int]:
         return {name: len(engine.calls) for name, engine in self.parts.items() if engine.calls}
 
 
-def _takes_queries(engine: NumpyEngine) -> bool:
-    return any(spec.name == "queries" for spec in engine.inputs)
-
-
 def spec(name: str, dtype: Any, batch: Size, *shape: int) -> TensorSpec:
-    if isinstance(batch, int):
-        return TensorSpec(name, dtype, (batch, *shape))
-    return TensorSpec(name, dtype, ("batch", *shape), ranges={"batch": batch})
+    ranges = {} if isinstance(batch, int) else {"batch": batch}
+    return TensorSpec(name, dtype, ("batch" if ranges else batch, *shape), ranges=ranges)  # type: ignore[arg-type]
 
 
 def text_inputs(batch: Size) -> tuple[TensorSpec, ...]:
@@ -93,9 +81,9 @@ def language_model(split: bool, special_tokens: bool = True, batch: Size = 1) ->
     latents = (spec("latents", "float32", batch, NUM_LATENTS, 1),)
     whole = NumpyEngine(lambda feeds: {"logits": table[None] * (1 + read(feeds)[:, :1])}, inputs, outputs)
     if not split:
-        return Bundle("fill-mask", {"model": whole}, special_tokens)
+        return Bundle("fill-mask", {"whole": whole}, special_tokens)
     parts = {
-        "joined": whole,
+        "whole": whole,
         "encoder": NumpyEngine(lambda feeds: {"latents": read(feeds)}, inputs, latents),
         "decoder": NumpyEngine(
             lambda feeds: {"logits": table[feeds["queries"]] * (1 + feeds["latents"][:, :1])},
@@ -121,10 +109,10 @@ def classifier(split: bool, tasks: dict[str, int], batch: Size = 1, **manifest: 
         lambda feeds: {name: scores(feeds, classes) for name, classes in tasks.items()}, inputs, outputs
     )
     if not split:
-        return Bundle("text-classification", {"model": whole}, True, **manifest)
+        return Bundle("text-classification", {"whole": whole}, True, **manifest)
     latents = (spec("latents", "float32", batch, 2, LENGTH),)
     parts = {
-        "joined": whole,
+        "whole": whole,
         "encoder": NumpyEngine(
             lambda feeds: {"latents": np.stack([feeds["tokens"], feeds["tokens_mask"]], axis=1).astype(np.float32)},
             inputs,
@@ -142,12 +130,8 @@ def classifier(split: bool, tasks: dict[str, int], batch: Size = 1, **manifest: 
 
 
 def fill_mask(bundle: Bundle) -> FillMask:
-    """The task, as `open_task` makes it."""
-    FillMask.check(bundle.manifest)
-    return FillMask(bundle.manifest, bundle.load)
+    return bundle.open(FillMask)
 
 
 def classification(bundle: Bundle) -> TextClassification:
-    """The task, as `open_task` makes it."""
-    TextClassification.check(bundle.manifest)
-    return TextClassification(bundle.manifest, bundle.load)
+    return bundle.open(TextClassification)

@@ -12,8 +12,10 @@ from PIL import Image
 
 from perceiver_export.runtimes.manifest import Manifest, Part, TensorSpec
 from perceiver_export.runtimes.preprocessing import VideoPreprocessing
-from perceiver_export.runtimes.runtime import Array, Feeds, Runtime
-from perceiver_export.runtimes.tasks.video_autoencoding import VideoAutoencoding
+from perceiver_export.runtimes.runtime import Array, Feeds
+from perceiver_export.runtimes.tasks.video import VideoAutoencoding
+from tests.runtimes import models
+from tests.runtimes.models import opened, spec
 from tests.runtimes.numpy_engine import NumpyEngine
 
 T, H, W, SAMPLES, PATCH, LABELS = 3, 4, 5, 24, 8, 6
@@ -28,17 +30,9 @@ FRAMES = np.random.default_rng(0).integers(0, 256, (T + 2, 9, 7, 3), dtype=np.ui
 SOUND = (np.random.default_rng(1).random(SAMPLES + 10) * 2 - 1).astype(np.float32)
 
 
-def spec(name: str, *shape: int | str, dtype: Any = "float32", **ranges: tuple[int, int]) -> TensorSpec:
-    return TensorSpec(name, dtype, shape, "", ranges)
-
-
-def manifest(parts: dict[str, Part], outputs: tuple[TensorSpec, ...] = (), **changes: Any) -> Manifest:
-    steps = VideoPreprocessing(T, H, W, SAMPLES, RATE)
-    given = {"preprocessing": steps, "labels": (), **changes}
-    return Manifest(
-        1, "m", "video-autoencoding", "deepmind", "", {}, parts, verification=(), tools={}, files={}, precision="fp32",
-        outputs=outputs, **given,
-    )  # fmt: skip
+def manifest(parts: dict[str, Part] | NumpyEngine, outputs: tuple[TensorSpec, ...] = (), **changes: Any) -> Manifest:
+    given = {"preprocessing": VideoPreprocessing(T, H, W, SAMPLES, RATE), **changes}
+    return models.manifest("video-autoencoding", parts, outputs=outputs, **given)
 
 
 def interface(batch: int | str, **ranges: tuple[int, int]) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
@@ -58,8 +52,8 @@ def answers(feeds: Feeds) -> dict[str, Any]:
 
 
 def whole(batch: int | str = 1, **ranges: tuple[int, int]) -> tuple[Manifest, NumpyEngine]:
-    inputs, outputs = interface(batch, **ranges)
-    return manifest({"model": Part("m.onnx", inputs, outputs)}), NumpyEngine(answers, inputs, outputs)
+    engine = NumpyEngine(answers, *interface(batch, **ranges))
+    return manifest(engine), engine
 
 
 def split(batch: int = 1, queries: int | str = 7, most: int = 1000) -> tuple[Manifest, dict[str, NumpyEngine]]:
@@ -102,13 +96,7 @@ def split(batch: int = 1, queries: int | str = 7, most: int = 1000) -> tuple[Man
 
 
 def task_of(described: Manifest, engines: NumpyEngine | dict[str, NumpyEngine]) -> VideoAutoencoding:
-    VideoAutoencoding.check(described)
-
-    def load(name: str | None) -> Runtime:
-        engine = engines if isinstance(engines, NumpyEngine) else engines[name or "whole"]
-        return Runtime(engine, engine.inputs, engine.outputs, "fp32")
-
-    return VideoAutoencoding(described, load)
+    return opened(VideoAutoencoding, described, engines)
 
 
 def write_frames(directory: Path, frames: Any = FRAMES) -> Path:

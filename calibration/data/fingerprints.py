@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Knows data by digests of its samples: warns of doubtful data, and finds samples that two sets share."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from perceiver_export.calibration.data.samples import Example, Samples, digest_of
+from perceiver_export.calibration.data.sources import RANDOM, is_mask
+from perceiver_export.runtimes.bundle import Bundle, open_bundle
+from perceiver_export.runtimes.certificates import FILE
+from perceiver_export.runtimes.errors import DataError
+from perceiver_export.runtimes.files import read_json
+from perceiver_export.runtimes.manifest import Manifest
+from perceiver_export.runtimes.preprocessing import FlowPreprocessing, ImagePreprocessing, VideoPreprocessing
+from perceiver_export.runtimes.runtime import Array
+from perceiver_export.runtimes.tasks.image_files import values_of
+from perceiver_export.runtimes.tasks.tokenizers import tokenizer_of
+
+ENOUGH = 32  # PTQ4ViT (arXiv 2111.12293) finds 32 images within 0.1 points of 128
+
+
+class DataReport(msgspec.Struct, frozen=True):
+    """``fingerprint`` does not depend on the order of samples; ``digests`` are of each sample's inputs, not labels."""
+
+    source: str
+    samples: int
+    fingerprint: str
+    digests: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+
+class DataWatch:
+    """Sees every sample once; keeps its digest, counts of ``labels``, and bounds of the inputs."""
+
+    def __init__(self, manifest: Manifest, source: str) -> None:
+        self.manifest, self.source = manifest, source
+        self.digests: list[str] = []
+        self.judged: list[str] = []  # digests of inputs and targets
+        self.labels: Counter[str] = Counter()
+        self._labelled: set[tuple[str, ...]] = set()
+        self._unused: set[str] = set()
+        # Of each input: the first array, whether the others are equal to it, the smallest and the largest value.
+        self._inputs: dict[str, tuple[Array, bool, float, float]] = {}
+
+    def see(self, example: Example) -> None:
+        """Take note of a sample."""
+        for name, array in example.feeds.items():
+            first, same, low, high = self._inputs.get(name, (array, True, np.inf, -np.inf))
+            same = same and np.array_equal(first, array)
+            self._inputs[name] = first, same, min(low, float(array.min())), max(high, float(array.max()))
+        self._unused |= {name for name, array in example.targets.items() if array.ndim and name not in example.feeds}
+        if example.labels:
+            self._labelled.add(example.labels)
+            self.labels.update(example.labels)
+        self.digests.append(example.digest)
+        self.judged.append(example.digest + digest_of(example.targets))
+
+    def report(self, notes: Sequence[str] = ()) -> DataReport:
+        """The data as a calibration records it, with warnings and the reader's ``notes``."""
+        count, repeated = len(self.digests), len(self.digests) - len(set(self.digests))
+        one_class = count > 1 and len(self._labelled) == 1 and len(self.manifest.labels) > 1
+        unused = sorted(self._unused - {"label", "flow"}) if self.manifest.task not in ("sets", "arrays") else []
+        same = [name for name, seen in self._inputs.items() if seen[1] and not is_mask(name)] if count > 1 else []
+        doubts = {
+            "calibrated on random numbers: expect no accuracy": self.source == RANDOM,
+            f"{count} sample{'s' if count != 1 else ''} to calibrate on: give {ENOUGH} or more": count < ENOUGH,
+            f"{repeated} of {count} samples are repeated": repeated,
+            f"all samples are of one class, {next(iter(self.labels), '')!r}": one_class,
+            f"the data's {', '.join(map(repr, unused))} is not an input of the model, and was not used": unused,
+            **{f"input {name!r} is the same in all samples": True for name in same},
+        }
+        warnings = [said for said, doubtful in doubts.items() if doubtful] + self.out_of_range()
+        return DataReport(self.source, count, fingerprint(self.digests), tuple(self.digests), (*warnings, *notes))
+
+    def out_of_range(self) -> list[str]:
+        """A warning for each input beyond the values of its preprocessing: skipped, repeated or another one."""
+        warnings = []
+        for name, (_, _, low, high) in self._inputs.items():
+            least, most = _allowed(self.manifest, name)
+            if low < least - 1e-3 or high > most + 1e-3:
+                expected = f"{least:.3g} … {most:.3g}"
+                said = f"input {name!r} goes from {low:.3g} to {high:.3g}, preprocessed as in training it lies in"
+                warnings.append(f"{said} {expected}")
+        return warnings
+
+
+def _allowed(manifest: Manifest, name: str) -> tuple[float, float]:
+    """The smallest and the largest value that preprocessing can give."""
+    steps = manifest.preprocessing
+    if isinstance(steps, ImagePreprocessing) and name == "image":
+        ends = values_of(np.array([[[0, 0, 0], [255, 255, 255]]], np.uint8), steps)
+        overshoot = 0.5 * float(np.ptp(ends))  # bicubic resampling overshoots its pixels
+        return float(ends.min()) - overshoot, float(ends.max()) + overshoot
+    if isinstance(steps, FlowPreprocessing | VideoPreprocessing) and name in ("frames", "audio"):
+        return (0.0 if isinstance(steps, VideoPreprocessing) and name == "frames" else -1.0), 1.0
+    return -np.inf, np.inf
+
+
+def fingerprint(digests: Sequence[str]) -> str:
+    """One hash of a set of samples by their digests, whatever their order."""
+    return hashlib.sha256("".join(sorted(digests)).encode()).hexdigest()
+
+
+class _Digests(msgspec.Struct):
+    digests: tuple[str, ...]
+
+
+class _Used(msgspec.Struct):
+    """The part of a quantized bundle's calibration.json that is read here."""
+
+    data: _Digests
+    searched: tuple[str, ...] = ()
+
+
+def calibrated_on(bundle: str | os.PathLike[str] | Bundle) -> frozenset[str]:
+    """Digests of the samples that gave a quantized bundle its ranges and precisions; empty for a float bundle.
+
+    Raises BundleError if calibration.json cannot be read.
+    """
+    opened = open_bundle(bundle, "never")
+    if FILE not in opened.manifest.files or opened.manifest.quantization is None:
+        return frozenset()
+    used = read_json(opened.file(FILE), _Used, hint="copy or quantize the bundle again")
+    return frozenset((*used.data.digests, *used.searched))
+
+
+def check_overlap(digests: Sequence[str], used: Collection[str], data: str, allowed: bool) -> dict[str, str]:
+    """Warnings by kind, ``overlap`` and ``repeated``. Raises DataError for either unless ``allowed``."""
+    again, repeated = sum(digest in used for digest in digests), len(digests) - len(set(digests))
+    of = f"of {len(digests):,} samples of {data}"
+    found = {}
+    if again:
+        found["overlap"] = f"{again:,} {of} were calibrated or searched on: results on them are too good"
+    if repeated:
+        found["repeated"] = f"{repeated:,} {of} are repeated, so the bounds are too narrow"
+    if found and not allowed:
+        hint = "certify on fresh samples, each given once, or certify anyway: --allow-overlap"
+        raise DataError("; ".join(found.values()), hint)
+    return found
+
+
+def check_splits(
+    bundle: Bundle, calibrate: str | Path, search_on: str | Path, certify_on: str | Path, allowed: bool
+) -> tuple[str, ...]:
+    """The digests of the samples to search on.
+
+    Raises DataError, unless ``allowed``, if two of the three sets of a search share samples, or one repeats them.
+    """
+    tokenizer = tokenizer_of(bundle)
+    calibration, searched, certified = (
+        [one.digest for one in Samples(data, bundle.manifest, judged=True, tokenizer=tokenizer).stream]
+        for data in (calibrate, search_on, certify_on)
+    )
+    check_overlap(searched, frozenset(calibration), str(search_on), allowed)
+    check_overlap(certified, frozenset(calibration) | frozenset(searched), str(certify_on), allowed)
+    return tuple(searched)

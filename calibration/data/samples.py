@@ -1,0 +1,328 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one reader of DATA: raw samples as a model's inputs, and as the targets of its outputs.
+
+`quantize` uses the inputs, `validate` both. Each sample is checked against what the model takes before it runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import hashlib
+import itertools
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+
+from perceiver_export.calibration.data.sources import LABELS, RANDOM, Data, Labels, Row, is_mask, largest, open_source
+from perceiver_export.runtimes.errors import DataError, InputError, LongTextError
+from perceiver_export.runtimes.manifest import Manifest, Part, TensorSpec
+from perceiver_export.runtimes.preprocessing import FlowPreprocessing, ImagePreprocessing, TextPreprocessing
+from perceiver_export.runtimes.runtime import Array, Feeds, check_values
+from perceiver_export.runtimes.tasks.arrays import check_masks
+from perceiver_export.runtimes.tasks.base import interface, limits
+from perceiver_export.runtimes.tasks.image_files import take_picture, to_input
+from perceiver_export.runtimes.tasks.tokenizers import Tokenizer, open_tokenizer
+
+Arrays = dict[str, Array]
+
+_T = TypeVar("_T")
+_SHARE = 0.15  # of a text's tokens are masked, as in training (Devlin et al. 2019; Perceiver IO, section 4.1)
+
+
+@dataclass(frozen=True)
+class Example:
+    """One sample, without the batch. ``source`` is what people look at: an image's path or pixels, a text.
+
+    ``labels``: the names in its label. ``digest`` is of the inputs before anything is masked: equal for equal content,
+    whatever file it came from.
+    """
+
+    name: str
+    feeds: Arrays
+    targets: Arrays
+    source: Path | Array | str | None = None
+    labels: tuple[str, ...] = ()
+    digest: str = ""
+
+
+class Samples:
+    """DATA opened for a bundle. ``stream`` yields the examples once; ``count`` is their number, if known.
+
+    If there are more than ``samples``, it takes that many: evenly spread if their number is known, because data is
+    often sorted, otherwise the first. ``judged``: mask tokens for a masked language model. ``tokenizer`` reads texts;
+    by default the manifest's bytes. A bundle with a tokenizer file needs its own, `tokenizer_of`.
+
+    Raises DataError: here for labels, and for names of arrays in files; while reading for anything else.
+    """
+
+    def __init__(
+        self,
+        data: Data,
+        manifest: Manifest,
+        samples: int | None = None,
+        judged: bool = False,
+        tokenizer: Tokenizer | None = None,
+    ) -> None:
+        if judged and isinstance(data, str | Path) and str(data) == RANDOM:
+            raise DataError("random numbers show no accuracy", "give labelled data, or a real sample of inputs")
+        self._task, self._judged, self._steps = manifest.task, judged, manifest.preprocessing
+        self._specs = {spec.name: spec for spec in interface(manifest)[0]}
+        self._tokenizer = tokenizer
+        if tokenizer is None and isinstance(self._steps, TextPreprocessing):
+            self._tokenizer = open_tokenizer(manifest, Path())
+        self._labels = Labels(manifest)
+        self.left_out: list[DataError] = []  # texts that do not fit into the model
+        self._cut: list[str] = []  # names of samples whose text was cut to fit
+        source = open_source(data, manifest)
+        count = source.count
+        if source.heads is not None:
+            count = sum(1 for _ in map(self._check, source.heads()))
+            if not count:
+                raise DataError(f"{data} holds no samples", "give at least one")
+        self.count = count if samples is None or count is None else min(samples, count)
+        self.stream = self._prepare_all(_spread(source.rows(), count, samples))
+
+    def notes(self) -> dict[str, str]:
+        """By kind (labels, left out, cut) what was assumed or skipped; complete when the stream has ended."""
+        whole = "" if self.count is None else f" of {self.count:,}"
+        found = {"labels": "; ".join(self._labels.notes)}
+        if self.left_out:
+            found["left out"] = f"texts too long for the model, left out: {len(self.left_out):,}{whole}; "
+            found["left out"] += f"{self.left_out[0].message}; cut them with --truncate"
+        if self._cut:
+            found["cut"] = f"texts too long for the model, cut: {len(self._cut):,}{whole}; first {self._cut[0]}"
+        return {kind: note for kind, note in found.items() if note}
+
+    def _check(self, row: Row) -> None:
+        """Raise DataError if a sample's label is not one of this model, or an input is missing."""
+        name, values = row[0], dict(row[1])
+        self._label(values, name)
+        for key, spec in self._specs.items():
+            if key not in values and not is_mask(key) and not (self._tokenizer and "text" in values):
+                raise _missing(name, spec, values)
+
+    def _prepare_all(self, rows: Iterable[Row]) -> Iterator[Example]:
+        """The examples without texts that are too long. Raises DataError: also if all of them are."""
+        fitting = False
+        for name, values in rows:
+            try:
+                yield self._prepare(name, dict(values))
+                fitting = True
+            except DataError as error:
+                if not isinstance(error.__cause__, LongTextError):
+                    raise
+                self.left_out.append(error)
+        if self.left_out and not fitting:
+            raise self.left_out[0]
+
+    def _prepare(self, name: str, values: dict[str, Any]) -> Example:
+        targets = self._label(values, name)
+        labels = self._labels.seen(targets["label"]) if targets else ()
+        try:
+            source = self._preprocess(name, values)
+            feeds = {}
+            for key, spec in self._specs.items():
+                if values.get(key) is None:
+                    raise _missing(name, spec, values)
+                feeds[key] = _fitted(values.pop(key), spec)
+            check_masks({key: array[None] for key, array in feeds.items()}, tuple(self._specs.values()))
+        except InputError as error:
+            raise DataError(f"{name}: {error.message}", error.hint) from error
+        digest = digest_of(feeds)
+        feeds, targets = self._targets(name, feeds, {**_extras(values), **targets})
+        return Example(name, feeds, targets, source, tuple(labels), digest)
+
+    def _label(self, values: dict[str, Any], where: str) -> Arrays:
+        """Take the label out of a sample's values; empty if it has none. Raises DataError."""
+        given = [values.pop(name) for name in LABELS if name in values and name not in self._specs]
+        if len(given) > 1:
+            raise DataError(f"{where} has a `label` and `labels`", "give one of them: they mean the same")
+        if not given or given[0] is None:
+            return {}
+        if self._labels.kind == "none":  # an array like others, for your own metric
+            values["label"] = given[0]
+            return {}
+        return {"label": self._labels.read(given[0], where)}
+
+    def _preprocess(self, name: str, values: dict[str, Any]) -> Path | Array | str | None:
+        """Turn images, texts and frames into inputs, and add masks. Returns what people look at. Raises InputError."""
+        source = None
+        if isinstance(self._steps, ImagePreprocessing) and "image" in values:
+            source, values["image"] = _image(values["image"], self._steps)
+        if self._tokenizer is not None and "text" in values:
+            source = values.pop("text")
+            values |= {key: array[0] for key, array in self._tokenizer([source]).items()}
+            self._cut += [name] if self._tokenizer.cuts(source) else []
+        if isinstance(self._steps, FlowPreprocessing) and isinstance(frames := values.get("frames"), np.ndarray):
+            pixels = frames[0] if frames.ndim == 5 and len(frames) == 1 else frames
+            if pixels.dtype == np.uint8 and pixels.ndim == 4:  # (2, H, W, 3) to (2, 3, H, W) from −1 to 1
+                values["frames"] = np.moveaxis((pixels / 255.0 * 2.0 - 1.0).astype(np.float32), -1, 1)
+        missing = {key: spec for key, spec in self._specs.items() if is_mask(key) and key not in values}
+        for key in values.keys() - self._specs.keys():
+            if is_mask(key) and key.removesuffix("_mask") in self._specs:
+                raise InputError(f"{key!r} is given, and the model takes no mask", "leave it out if it masks nothing")
+            if close := difflib.get_close_matches(key, missing, 1, 0.8):
+                raise InputError(f"the model takes no {key!r}", f"did you mean {close[0]!r}?")
+        values |= {key: np.ones(largest(spec), spec.dtype) for key, spec in missing.items()}
+        return source
+
+    def _targets(self, where: str, feeds: Arrays, targets: Arrays) -> tuple[Arrays, Arrays]:
+        """The inputs, masked if the model is judged by masked tokens, and the targets of the outputs."""
+        if self._task == "fill-mask" and self._judged and self._tokenizer is not None:
+            masked, hidden = mask_tokens(feeds["tokens"], feeds["tokens_mask"], self._tokenizer)
+            return {**feeds, "tokens": masked}, {"tokens": hidden}
+        if self._task == "video-autoencoding":
+            return feeds, {**feeds, **targets}
+        if self._task == "optical-flow" and "flow" in targets:
+            expected, flow = (*feeds["frames"].shape[-2:], 2), targets["flow"]
+            if flow.shape != expected or flow.dtype.kind != "f":
+                raise DataError(f"{where}: `flow` is {flow.dtype} {list(flow.shape)}", f"give float {list(expected)}")
+        return feeds, targets
+
+
+def digest_of(arrays: Mapping[str, Array]) -> str:
+    """16 characters of the SHA-256 of arrays by name, without the batch."""
+    digest = hashlib.sha256()
+    for name, array in sorted(arrays.items()):
+        digest.update(f"{name} {array.dtype} {array.shape} ".encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()[:16]
+
+
+def stack(batch: Sequence[Example], of: Literal["feeds", "targets"] = "feeds") -> Arrays:
+    """Inputs or targets of several samples on a batch axis. Raises DataError if names or shapes differ."""
+    rows: list[Arrays] = [getattr(example, of) for example in batch]
+    for example, row in zip(batch, rows, strict=True):
+        if row.keys() != rows[0].keys():
+            raise DataError("only some samples have a label", "label all of them, or none")
+        for name, array in row.items():
+            if array.shape != rows[0][name].shape:
+                found, first = list(array.shape), f"{batch[0].name} {list(rows[0][name].shape)}"
+                said = f"{example.name}: {name!r} has shape {found}, in {first}"
+                raise DataError(said, "give all samples one shape")
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def mask_tokens(tokens: Array, tokens_mask: Array, tokenizer: Tokenizer) -> tuple[Array, Array]:
+    """``tokens`` (length,) with 15 % of its text masked, at least one token; and the hidden tokens, -1 elsewhere.
+
+    The choice is a function of the text, so every model, run and machine hides the same tokens. Tokens that are masked
+    already stay masked and are not judged, because nothing says what they are.
+    """
+    hidden = np.full(tokens.shape, -1, np.int64)
+    candidates = np.flatnonzero(tokenizer.ordinary(tokens) & (tokens_mask == 1))
+    if not len(candidates):
+        return tokens, hidden
+    generator = np.random.default_rng(zlib.crc32(tokens.astype("<i4").tobytes()))
+    chosen = generator.choice(candidates, max(1, round(_SHARE * len(candidates))), replace=False)
+    masked = tokens.copy()
+    hidden[chosen], masked[chosen] = tokens[chosen], tokenizer.mask
+    return masked, hidden
+
+
+def _spread(items: Iterator[_T], count: int | None, samples: int | None) -> Iterator[_T]:
+    """``samples`` of ``count`` items, evenly spread; the first if their number is not known."""
+    if count is None or samples is None or count <= samples:
+        return itertools.islice(items, samples)
+    wanted = {index * count // samples for index in range(samples)}
+    return (item for index, item in enumerate(items) if index in wanted)
+
+
+def _image(image: Any, steps: ImagePreprocessing) -> tuple[Path | Array, Array]:
+    """An image to look at, and as the model takes it, which an array of floats is already. Raises InputError."""
+    if isinstance(image, np.ndarray) and image.dtype.kind == "f":
+        return image, image
+    pixels = take_picture(image)
+    shown = Path(image) if isinstance(image, str) else image if isinstance(image, Path | np.ndarray) else pixels
+    return shown, to_input(pixels, steps)
+
+
+def _missing(where: str, spec: TensorSpec, values: Mapping[str, Any]) -> DataError:
+    found = ", ".join(map(repr, values)) or "nothing"
+    return DataError(f"{where} has no {spec.name!r}, it has {found}", f"give {spec.dtype} {list(spec.shape[1:])}")
+
+
+def _fitted(given: Any, spec: TensorSpec) -> Array:
+    """The array as the model takes it. Raises InputError for another shape or kind, NaN, or too large numbers."""
+    dtype, shape = np.dtype(spec.dtype), spec.shape[1:]
+    hint = f"give {dtype} {list(shape)}, as the model takes it"
+    if not isinstance(given, np.ndarray):
+        raise InputError(f"{spec.name!r} is of type {type(given).__name__}", hint)
+    array: Array = given[0] if given.ndim == len(spec.shape) and len(given) == 1 else given
+    bounds = [limits(spec, axis) for axis in range(1, len(spec.shape))]
+    fits = len(bounds) == array.ndim and all(
+        low <= size <= high for (low, high), size in zip(bounds, array.shape, strict=True)
+    )
+    if not fits or array.dtype.kind not in ("f" if dtype.kind == "f" else "iub"):
+        raise InputError(f"{spec.name!r} is {array.dtype} with shape {list(array.shape)}", hint)
+    with np.errstate(over="ignore"):
+        converted: Array = np.ascontiguousarray(array, dtype)
+    if not np.isfinite(converted).all() or (dtype.kind != "f" and not np.array_equal(converted, array)):
+        raise InputError(f"{spec.name!r} holds NaN, or numbers that do not fit into {dtype}", "correct the data")
+    check_values(converted, spec)
+    return converted
+
+
+def _extras(values: Mapping[str, Any]) -> Arrays:
+    """Arrays of numbers or texts that your own metric may judge by."""
+    found = {}
+    for name, value in values.items():
+        with contextlib.suppress(ValueError):  # rows that differ in length
+            array = np.asarray(value)
+            if array.dtype.kind != "O":
+                found[name] = array
+    return found
+
+
+_DYNAMIC_QUERIES = 256
+
+Run = Callable[[Feeds], Mapping[str, Array]]
+
+
+def batch_size(manifest: Manifest) -> int:
+    """How many samples a call takes; 1 if that is dynamic."""
+    first = next(iter(manifest.parts.values())).inputs[0].shape[0]
+    return first if isinstance(first, int) else 1
+
+
+def batches(examples: Iterable[Example], size: int) -> Iterator[list[Example]]:
+    """Lists of ``size`` examples; the last one is filled up by repeating its own, which changes no bound."""
+    batch: list[Example] = []
+    for example in examples:
+        batch.append(example)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield [batch[index % len(batch)] for index in range(size)]
+
+
+def run_parts(
+    manifest: Manifest, runs: Mapping[str, Run], feeds: Feeds, generator: np.random.Generator
+) -> tuple[dict[str, dict[str, Array]], dict[str, Mapping[str, Array]]]:
+    """Feeds and outputs of every part, one after the other; a decoder that takes query indices gets random ones."""
+    given: dict[str, dict[str, Array]] = {}
+    outputs: dict[str, Mapping[str, Array]] = {}
+    latents: Mapping[str, Array] = {}
+    for name, part in manifest.parts.items():
+        available = {**feeds, **latents}
+        given[name] = {spec.name: _input(spec, part, available, generator) for spec in part.inputs}
+        outputs[name] = runs[name](given[name])
+        if name == "encoder":
+            latents = {"latents": outputs[name]["latents"]}
+    return given, outputs
+
+
+def _input(spec: TensorSpec, part: Part, available: Mapping[str, Array], generator: np.random.Generator) -> Array:
+    if spec.name != "queries" or part.num_queries is None:
+        return available[spec.name]
+    count = spec.shape[1]
+    if not isinstance(count, int):
+        count = min(spec.ranges[count][1], _DYNAMIC_QUERIES)
+    batch = next(iter(available.values())).shape[0]
+    return np.sort(generator.integers(part.num_queries, size=(batch, count)), axis=1).astype(np.int32)

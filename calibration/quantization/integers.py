@@ -1,0 +1,314 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From statistics to integers: the range of each activation, the integers of each weight, and the Q/DQ graph.
+
+**Canonical form**, which ONNX Runtime, OpenVINO and TensorRT's parser all read. Weights are int8 (K, N), one
+initializer and one DequantizeLinear for each distinct weight, however many products read it. Activations are int8 with
+one scale a tensor and zero point 0, one Q/DQ pair however many products read them. Biases stay float, and outputs are
+not quantized: TensorRT refuses an int32 bias, and a Q on an output costs accuracy and gains nothing. int4 weights have
+a scale for each block of inputs, which needs opset 21.
+
+This module finds ranges itself: onnxruntime.quantization keeps histograms of every tensor of every sample, and NNCF
+minimises the error of the values, not of the products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+
+import numpy as np
+import onnx_ir as ir
+
+from perceiver_export.calibration.graphs import array_of, constant, dims, remove_unused, sqnr
+from perceiver_export.calibration.quantization.linears import Linear
+from perceiver_export.calibration.quantization.options import Method, QuantizeOptions, Scheme
+from perceiver_export.calibration.quantization.statistics import Statistics
+from perceiver_export.runtimes.runtime import Array
+
+LEVELS = 127  # of a symmetric int8, on each side of zero
+_PERCENTILE = 99.99
+_ROWS = 128  # of a sample that the search for a range looks at
+_INT4_OPSET = 21
+_INT4_LEVELS = 7
+# int4 tries narrower ranges, because its largest value costs all others much.
+_INT4_CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
+
+
+def fake_quantize(values: Array, clip: Array | float) -> Array:
+    """``values`` as int8 keeps them when clipped at ``clip``: rounded to the nearest of 255 levels, ties to even."""
+    scale = np.asarray(clip, np.float32) / np.float32(LEVELS)
+    rounded: Array = np.asarray(values / scale)
+    np.rint(rounded, out=rounded)  # in place: searches do this for every candidate of every tensor
+    np.clip(rounded, -LEVELS - 1, LEVELS, out=rounded)
+    rounded *= scale
+    return rounded
+
+
+def find_range(method: Method, rows: Array, largest: float, gram: Array) -> float:
+    """The largest value that int8 should still hold; values above it are clipped.
+
+    ``rows`` (n, K) is a sample of a tensor whose exact largest absolute value is ``largest``. ``gram`` (K, K) is
+    Σ W Wᵀ of the weights that read it; it weighs the error in each channel. The result is never above ``largest`` and
+    never 0 (an all-zero tensor gets 1).
+    """
+    if largest <= 0.0:
+        return 1.0
+    found = _METHODS[method](rows, largest, gram) if rows.size else largest
+    return float(min(found, largest)) or largest
+
+
+def _mse(rows: Array, largest: float, gram: Array) -> float:
+    """The range with the least squared error of the products: Σ e G eᵀ over rows, e the error of rounding and clipping.
+
+    The error of the values themselves would clip a few large channels, outvoted by many small ones, although the
+    weights make much of them: on the Fashion-MNIST model that costs 3 to 6 dB.
+    """
+    rows = rows[:: -(-len(rows) // _ROWS)]
+    candidates = largest * np.geomspace(1.0, 0.2, 24)
+    changes = [fake_quantize(rows, clip) - rows for clip in candidates]
+    errors = [float(np.vdot(change @ gram, change)) for change in changes]
+    return float(candidates[int(np.argmin(errors))])
+
+
+_METHODS: dict[Method, Callable[[Array, float, Array], float]] = {
+    "mse": _mse,
+    "minmax": lambda rows, largest, gram: largest,
+    "percentile": lambda rows, largest, gram: float(np.percentile(np.abs(rows), _PERCENTILE)),
+}
+
+
+@dataclass(frozen=True)
+class IntegerWeight:
+    """``values`` (…, K, N) int8, ``scales`` (N), () for stacks, or (blocks, N) where ``block`` inputs share one."""
+
+    values: Array
+    scales: Array
+    bits: int
+    block: int | None = None
+
+    def dequantized(self) -> Array:
+        """The weight that an engine computes with, float32."""
+        scales = self.scales if self.block is None else np.repeat(self.scales, self.block, axis=0)
+        restored: Array = self.values.astype(np.float32) * scales
+        return restored
+
+
+def quantize_weight(weight: Array, scheme: Scheme, bits: int) -> IntegerWeight:
+    """``weight`` (…, K, N) in the integers of a scheme; ``bits`` of those that int8 activations multiply."""
+    block = block_size(weight.shape)
+    if scheme == "int4-weights" and block is not None:
+        return quantize_blocks(weight, block)
+    # Float activations are multiplied in float, so nothing saturates there.
+    return quantize_channels(weight, bits if scheme == "int8" else 8)
+
+
+def quantize_channels(weight: Array, bits: int = 8) -> IntegerWeight:
+    """Symmetric, nearest, one scale an output channel. Weights of 7 bits lie in -63 … 63.
+
+    A stack of weights (h, K, N), one a head, has one scale: onnxruntime's kernel takes no more there. 7 bits are for
+    x86 CPUs without VNNI: they add two products of a uint8 and an int8 in 16 bits, and 2 × 255 × 63 still fits.
+    """
+    levels = (1 << (bits - 1)) - 1
+    largest = np.abs(weight).max(axis=0 if weight.ndim == 2 else None)
+    scales = np.asarray(np.where(largest > 0, largest, 1.0) / levels, np.float32)
+    values = np.clip(np.rint(weight / scales), -levels, levels).astype(np.int8)
+    return IntegerWeight(values, scales, bits)
+
+
+def block_size(shape: tuple[int, ...]) -> int | None:
+    """Inputs that share an int4 scale: the largest even divisor of K from 16 to 32. None where there is none, and for a
+    stack of weights.
+
+    OpenVINO 2026.4 refuses a shorter last block. It computes wrong numbers, or NaN, with odd blocks, and with blocks of
+    more than 32 where there are few rows.
+    """
+    return max((size for size in range(16, 33, 2) if shape[0] % size == 0), default=None) if len(shape) == 2 else None
+
+
+def quantize_blocks(weight: Array, block: int) -> IntegerWeight:
+    """int4, symmetric, one scale for ``block`` inputs of an output channel, clipped where the error is least.
+
+    ``weight`` is (K, N), K a multiple of ``block``.
+    """
+    depth, width = weight.shape
+    grouped = weight.reshape(depth // block, block, width)
+    largest = np.abs(grouped).max(axis=1)
+    largest = np.where(largest > 0, largest, 1.0).astype(np.float32)
+    best_error = np.full(largest.shape, np.inf, np.float32)
+    scales = np.empty_like(largest)
+    for clip in _INT4_CLIPS:
+        tried = largest * np.float32(clip / _INT4_LEVELS)
+        error = np.square(grouped - _round4(grouped, tried) * tried[:, None]).sum(axis=1)
+        better = error < best_error
+        scales[better], best_error[better] = tried[better], error[better]
+    values = _round4(grouped, scales).reshape(depth, width).astype(np.int8)
+    return IntegerWeight(values, scales, 4, block)
+
+
+def _round4(grouped: Array, scales: Array) -> Array:
+    rounded: Array = np.clip(np.rint(grouped / scales[:, None]), -_INT4_LEVELS - 1, _INT4_LEVELS)
+    return rounded
+
+
+@dataclass(frozen=True)
+class LinearPlan:
+    """How to write one run of a linear. None leaves the weight, the activation (``clip``) or the bias as it is."""
+
+    linear: Linear
+    scheme: Scheme
+    weight: IntegerWeight | None = None
+    clip: float | None = None
+    bias: Array | None = None
+
+    @property
+    def scale(self) -> float | None:
+        """The activation's step."""
+        return None if self.clip is None else self.clip / LEVELS
+
+    def product_sqnr(self, statistics: Statistics) -> float | None:
+        """SQNR of the product in dB, on at most 256 of the sampled rows; None where it stays float."""
+        if self.weight is None:
+            return None
+        rows = statistics.of(self.linear).sample[:256]
+        return sqnr(rows @ array_of(self.linear.weight), self._read(rows) @ self.weight.dequantized())
+
+    def corrected(self, statistics: Statistics) -> LinearPlan:
+        """With the mean error of the product on the sampled rows added to the bias, where there is one.
+
+        Nagel et al., "Data-Free Quantization" (arXiv 1906.04721), section 4.2, with measured instead of modelled means.
+        """
+        rows = statistics.of(self.linear).sample
+        if self.weight is None or self.linear.bias is None or not len(rows) or self.weight.values.ndim != 2:
+            return self
+        exact = rows.mean(0) @ array_of(self.linear.weight)
+        error = exact - self._read(rows).mean(0) @ self.weight.dequantized()
+        return replace(self, bias=(array_of(self.linear.bias).reshape(-1) + error).astype(np.float32))
+
+    def _read(self, rows: Array) -> Array:
+        return rows if self.clip is None else fake_quantize(rows, self.clip)
+
+
+def schemes_of(linears: Sequence[Linear], scheme: Scheme, precision: Mapping[str, Scheme]) -> dict[str, Scheme]:
+    """The scheme of each group: that of the last pattern (`encoder.*.mlp.*`) that matches its name, else ``scheme``.
+
+    A weight that cannot be cut into blocks gets int8 in place of int4.
+    """
+    chosen: dict[str, Scheme] = {}
+    for linear in linears:
+        matching = [asked for pattern, asked in precision.items() if fnmatchcase(linear.group, pattern)]
+        chosen.setdefault(linear.group, matching[-1] if matching else scheme)
+        if chosen[linear.group] == "int4-weights" and block_size(dims(linear.weight)) is None:
+            chosen[linear.group] = "int8-weights"
+    return chosen
+
+
+def make_plans(
+    linears: Sequence[Linear], schemes: Mapping[str, Scheme], statistics: Statistics, options: QuantizeOptions
+) -> list[LinearPlan]:
+    """A plan for each linear, in order; ``schemes`` by group."""
+    clips = _clips([linear for linear in linears if schemes[linear.group] == "int8"], statistics, options.method)
+    weights: dict[ir.Value, IntegerWeight] = {}
+    plans = []
+    for linear in linears:
+        plan = LinearPlan(linear, schemes[linear.group])
+        if plan.scheme != "float":
+            if linear.weight not in weights:
+                weights[linear.weight] = quantize_weight(array_of(linear.weight), plan.scheme, options.bits)
+            clip = clips[str(linear.activation.name)] if plan.scheme == "int8" else None
+            plan = replace(plan, weight=weights[linear.weight], clip=clip)
+        plans.append(plan.corrected(statistics) if options.correct_bias else plan)
+    return plans
+
+
+def _clips(linears: Sequence[Linear], statistics: Statistics, method: Method) -> dict[str, float]:
+    """The range of each activation, whichever linears read it."""
+    readers: dict[str, dict[ir.Value, None]] = {}
+    for linear in linears:
+        readers.setdefault(str(linear.activation.name), {})[linear.weight] = None
+    names_by_weights: dict[tuple[ir.Value, ...], list[str]] = {}
+    for name, weights in readers.items():
+        names_by_weights.setdefault(tuple(weights), []).append(name)
+    clips: dict[str, float] = {}
+    for read, names in names_by_weights.items():  # holds one K × K matrix at a time
+        gram = _gram(read) if method == "mse" else np.empty((0, 0), np.float32)
+        for name in names:
+            activation = statistics.activations[name]
+            clips[name] = find_range(method, activation.sample, float(activation.largest.max()), gram)
+    return clips
+
+
+def _gram(weights: tuple[ir.Value, ...]) -> Array:
+    """Σ W Wᵀ (K, K)."""
+    matrices = [array_of(weight) for weight in weights]
+    wide = np.concatenate([np.moveaxis(one, -2, 0).reshape(one.shape[-2], -1) for one in matrices], axis=1)
+    gram: Array = wide @ wide.T
+    return gram
+
+
+def write_qdq(model: ir.Model, plans: Iterable[LinearPlan]) -> None:
+    """Rewrite the graph in place. Runs of one weight must have equal `LinearPlan.weight`.
+
+    Given:  y = Add(MatMul(x, W), b)
+    Result: y = Add(MatMul(DequantizeLinear(QuantizeLinear(x)), DequantizeLinear<axis = 1>(W8)), b)
+    """
+    graph = model.graph
+    weights: dict[ir.Value, ir.Value] = {}
+    activations: dict[tuple[ir.Value, float], ir.Value] = {}
+    for plan in plans:
+        linear = plan.linear
+        if plan.weight is None:
+            continue
+        if linear.weight not in weights:
+            weights[linear.weight] = _write_weight(model, linear, plan.weight)
+        if plan.scale is not None:
+            key = (linear.activation, plan.scale)
+            if key not in activations:
+                activations[key] = _write_activation(graph, linear, plan.scale)
+            linear.node.replace_input_with(0, activations[key])
+        linear.node.replace_input_with(1, weights[linear.weight])
+        if plan.bias is not None and linear.bias_add is not None and linear.bias is not None:
+            index = list(linear.bias_add.inputs).index(linear.bias)
+            corrected = constant(graph, f"{linear.bias.name}.corrected", plan.bias)
+            linear.bias_add.replace_input_with(index, corrected)
+    remove_unused(graph)
+
+
+def _write_activation(graph: ir.Graph, linear: Linear, scale: float) -> ir.Value:
+    """x -> DQ(Q(x)), both next to the first product that reads it."""
+    x = linear.activation
+    scalar = constant(graph, f"{x.name}.scale", np.full((), scale, np.float32))
+    zero = constant(graph, f"{x.name}.zero_point", np.zeros((), np.int8))
+    codes = ir.Value(name=f"{x.name}.int8", type=ir.TensorType(ir.DataType.INT8), shape=x.shape)
+    restored = ir.Value(name=f"{x.name}.dequantized", type=x.type, shape=x.shape)
+    for op, source, result in (("QuantizeLinear", x, codes), ("DequantizeLinear", codes, restored)):
+        name = f"{_stage(linear)}/{op.removesuffix('Linear')} {x.name}"
+        graph.insert_before(linear.node, ir.node(op, [source, scalar, zero], name=name, outputs=[result]))
+    return restored
+
+
+def _write_weight(model: ir.Model, linear: Linear, weight: IntegerWeight) -> ir.Value:
+    """The one DQ of a weight, before the first product that reads it."""
+    import ml_dtypes
+
+    graph, name = model.graph, linear.weight.name
+    int4 = weight.bits == 4
+    dtype, kind = (ir.DataType.INT4, ml_dtypes.int4) if int4 else (ir.DataType.INT8, np.int8)
+    inputs = [
+        constant(graph, f"{name}.int{4 if int4 else 8}", weight.values.astype(kind), dtype),
+        constant(graph, f"{name}.scales", weight.scales),
+        constant(graph, f"{name}.zero_points", np.zeros(weight.scales.shape, kind), dtype),
+    ]
+    attributes: dict[str, int] = {"axis": 1} if weight.scales.ndim else {}
+    if weight.block is not None:
+        attributes = {"axis": 0, "block_size": weight.block}
+        model.opset_imports[""] = max(_INT4_OPSET, model.opset_imports.get("", 0))
+    restored = ir.Value(name=f"{name}.dequantized", type=linear.weight.type, shape=linear.weight.shape)
+    label = f"{_stage(linear)}/Dequantize {name}"
+    graph.insert_before(linear.node, ir.node("DequantizeLinear", inputs, attributes, name=label, outputs=[restored]))
+    return restored
+
+
+def _stage(linear: Linear) -> str:
+    """The module part of the node's name, by which costs are counted."""
+    return linear.name.split("/")[0]

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which products of a graph are linear layers, which weight each has, and which products stay float by policy.
+
+A linear is a MatMul whose right operand is a weight, with the Add of its bias where there is one. Everything else stays
+float: attention products and softmax (a probability of one in 50,000 keys is far below a step of 1/255), LayerNorm,
+GELU and residuals (their few large channels would take up the whole range), and positions (int8 phases of sines are
+noise). Folding leaves products of probabilities, or of scores, with a table of positions. They look like linears, but
+they follow or precede a softmax.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from perceiver_export.calibration.graphs import MOVES, dims, is_constant, leads_to, node_flops
+
+# Operators that neither start nor end a path from a softmax to a product, or from a product to a softmax.
+_FROM_SOFTMAX = MOVES | {"Mul", "Div", "Cast", "ReduceSum"}
+_TO_SOFTMAX = MOVES | {"Mul", "Div", "Cast", "Add", "Sub", "Where"}  # Gather takes rows of a table of scores, by index
+_SOFTMAX = frozenset({"Softmax"})
+# Names that tracing gives to computed constants, after the operator that made them.
+_ANONYMOUS = re.compile(
+    r"(val|node|tensor|lifted_tensor|_tensor_constant|permute|transpose|t|unsqueeze|view|div|mul)_?\d*(_\d+)?"
+)
+
+PROBABILITIES = "attention probabilities × a table: one of many keys is far below a step of int8"
+RESIDUAL = "the residual beside a folded MLP: residuals stay float"
+SCORES = "attention scores against a table of positions: positions stay float"
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One run of a linear layer; blocks that share weights are several runs of one ``group``.
+
+    ``macs`` are multiply-adds a sample, dynamic sizes counted as 1.
+    """
+
+    name: str
+    group: str
+    node: ir.Node
+    bias_add: ir.Node | None
+    macs: int
+
+    @property
+    def activation(self) -> ir.Value:
+        """The left operand, (…, M, K)."""
+        return self._operand(0)
+
+    @property
+    def weight(self) -> ir.Value:
+        """The right operand, (…, K, N)."""
+        return self._operand(1)
+
+    def _operand(self, index: int) -> ir.Value:
+        value = self.node.inputs[index]
+        assert value is not None
+        return value
+
+    @property
+    def bias(self) -> ir.Value | None:
+        """The bias (N), None where there is none."""
+        return None if self.bias_add is None else _initializer_of(self.bias_add)
+
+    @property
+    def output(self) -> ir.Value:
+        """The layer's output, bias included."""
+        return (self.bias_add or self.node).outputs[0]
+
+
+@dataclass(frozen=True)
+class Exclusion:
+    """A product with a constant that stays float by policy, and why."""
+
+    name: str
+    macs: int
+    reason: str
+
+
+def find_linears(graph: ir.Graph) -> tuple[list[Linear], list[Exclusion]]:
+    """All linears in running order, and the products with constants that are not linears.
+
+    Shapes must be known, and Gemm written as MatMul and Add (`graphs.split_gemms`).
+    """
+    linears: list[Linear] = []
+    exclusions: list[Exclusion] = []
+    for node in graph:
+        if node.op_type != "MatMul" or is_constant(node.inputs[0]) or not _is_weight(node.inputs[1]):
+            continue
+        macs, name = node_flops(node) // 2, node.name or node.outputs[0].name or ""
+        if reason := _reason_to_stay_float(node):
+            exclusions.append(Exclusion(name, macs, reason))
+        else:
+            linears.append(Linear(name, _group_of(node), node, _bias_add(node), macs))
+    return linears, exclusions
+
+
+def _group_of(node: ir.Node) -> str:
+    """The layer's name: its weight's, or the node's where the weight has no name of its own."""
+    weight = node.inputs[1]
+    name = (weight.name or "") if weight is not None else ""
+    if not name or _ANONYMOUS.fullmatch(name):
+        return node.name or node.outputs[0].name or ""
+    return name.removesuffix(".weight")
+
+
+def _is_weight(value: ir.Value | None) -> bool:
+    return value is not None and is_constant(value) and value.dtype == ir.DataType.FLOAT and len(dims(value)) >= 2
+
+
+def _bias_add(node: ir.Node) -> ir.Node | None:
+    """The Add of a bias (N) where it is this product's only reader."""
+    output = node.outputs[0]
+    if output.is_graph_output() or len(output.uses()) != 1:
+        return None
+    (user,) = output.consumers()
+    bias, width = dims(_initializer_of(user)), dims(output)[-1]
+    return user if user.op_type == "Add" and bias[-1:] == (width,) and math.prod(bias) == width else None
+
+
+def _initializer_of(node: ir.Node) -> ir.Value | None:
+    return next((value for value in node.inputs if is_constant(value)), None)
+
+
+def _reason_to_stay_float(node: ir.Node) -> str:
+    weight = node.inputs[1]
+    if weight is not None and (weight.name or "").endswith(".direct"):
+        return RESIDUAL
+    if leads_to(node.inputs[:1], _FROM_SOFTMAX, _SOFTMAX):
+        return PROBABILITIES
+    if leads_to(node.outputs, _TO_SOFTMAX, _SOFTMAX, forward=True):
+        return SCORES
+    return ""

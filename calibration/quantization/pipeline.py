@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`quantize()`: bundle + data -> one pass -> integers -> lowered graphs -> measured int8 bundle.
+
+Neither NNCF nor onnxruntime.quantization is underneath, although both were considered. The parts they do well
+(statistics, smoothing, bias correction) take a few lines each once one pass has collected the numbers, and the rest
+does not fit a Perceiver. NNCF calibrates each use of a shared weight separately, leaves the products of its smoothing
+in the graph, and needs 150 MB of dependencies. onnxruntime's histograms hold every tensor of every sample, and its
+writer makes int32 biases and a Q for each use of a tensor.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Collection, Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from msgspec import structs
+
+from perceiver_export.calibration.bundles import absolute_place, file_entries, file_entry, new_bundle, refuse_place
+from perceiver_export.calibration.data.sources import RANDOM, Data
+from perceiver_export.calibration.graphs import WEIGHTS, save_graphs
+from perceiver_export.calibration.quantization import engines
+from perceiver_export.calibration.quantization.integers import schemes_of
+from perceiver_export.calibration.quantization.linears import find_linears
+from perceiver_export.calibration.quantization.options import QuantizeOptions
+from perceiver_export.calibration.quantization.part import QuantizedPart, quantize_part
+from perceiver_export.calibration.quantization.record import (
+    CALIBRATION,
+    Calibration,
+    Coverage,
+    PartRecord,
+    read_calibration,
+)
+from perceiver_export.calibration.quantization.statistics import Observation, Report, load_graph, observe
+from perceiver_export.calibration.validation.gates import check_against_fp32
+from perceiver_export.calibration.validation.options import ValidateOptions
+from perceiver_export.calibration.validation.statistics import scipy_stats
+from perceiver_export.runtimes.bundle import Bundle, open_bundle
+from perceiver_export.runtimes.errors import GateError, UndecidedError, UsageError, VacuousGateError, check_kind
+from perceiver_export.runtimes.files import encode_json
+from perceiver_export.runtimes.machine import cpu_features, cpu_name
+from perceiver_export.runtimes.manifest import Manifest, Quantization, encode_manifest
+from perceiver_export.runtimes.tasks.tokenizers import truncating
+
+
+def quantize(
+    bundle: str | os.PathLike[str] | Bundle,
+    data: Data,
+    output: str | os.PathLike[str],
+    options: QuantizeOptions = QuantizeOptions(),
+    *,
+    progress: Report | None = None,
+) -> Bundle:
+    """Quantize a bundle, calibrated on DATA (`calibration.data`); nothing is written if anything fails.
+
+    Texts of DATA that are longer than the model are left out, which a note says, or cut with ``options.truncate``.
+
+    Raises UsageError, DataError, BundleError, BundleExistsError, ExportError (the disk), MissingDependencyError;
+    GateError where coverage or accuracy is below what ``options`` ask for.
+    """
+    report = progress or (lambda what, done, total: None)
+    path, source = absolute_place(output), open_bundle(bundle)
+    check_options(options, source)
+    refuse_place(path, options.overwrite, source)
+    if options.gates.any:
+        _check_gateable(source, data, options)
+    observation = observe_for(source, data, options, report)
+    with new_bundle(path, options.overwrite) as directory:
+        write_quantized(source, options, observation, directory, path.name, report)
+        compare_with_fp32(source, observation, directory, options.threads)
+        if options.gates.any:
+            _check_gates(directory, source, data, options)
+    report("done", 1, 1)
+    return open_bundle(path)
+
+
+def check_options(options: QuantizeOptions, source: Bundle) -> None:
+    """Raise UsageError: the bundle is quantized already, or ``options`` do not fit its layers."""
+    check_kind("options", options, QuantizeOptions, "QuantizeOptions")
+    check_against_fp32(options.gates, source.manifest)
+    if source.manifest.quantization is not None:
+        raise UsageError(f"{source.path} is quantized already", "give the fp32 bundle that it was made from")
+    if not options.schemes:
+        return
+    linears = [
+        linear
+        for part in source.manifest.parts.values()
+        for linear in find_linears(load_graph(source.file(part.file)).graph)[0]
+    ]
+    groups = sorted({linear.group for linear in linears})
+    for pattern in options.schemes:
+        if not any(fnmatchcase(group, pattern) for group in groups):
+            near = ", ".join(groups[:4])
+            raise UsageError(f"no layer is called {pattern!r}", f"there are {near}, …; `--sensitivity` lists all")
+    if set(schemes_of(linears, options.scheme, options.schemes).values()) == {"float"}:
+        raise UsageError("no layer is left to quantize", "keep fewer of them float")
+
+
+def observe_for(source: Bundle, data: Data, options: QuantizeOptions, report: Report) -> Observation:
+    """The pass over DATA. Raises DataError."""
+    return observe(truncating(source) if options.truncate else source, data, options.samples, options.threads, report)
+
+
+def write_quantized(
+    source: Bundle,
+    options: QuantizeOptions,
+    observation: Observation,
+    directory: Path,
+    name: str,
+    report: Report,
+    raised: Collection[str] = (),
+) -> None:
+    """Write all files of a quantized bundle that will be called ``name``; changes the observation's statistics.
+
+    `compare_with_fp32` completes the record. ``raised``: groups that a search put back to a higher precision. Raises
+    GateError: the coverage is below ``options.min_coverage``.
+    """
+    report("quantize", 0, 1)
+    parts = {
+        key: quantize_part(source.file(part.file), part, observation.statistics[key], options, raised)
+        for key, part in source.manifest.parts.items()
+    }
+    save_graphs({file: model for part in parts.values() for file, model in part.models.items()}, directory)
+    _copy_others(source, directory)
+    report("measure", 0, 1)
+    coverage = _measure_kernels(parts, observation, directory)
+    engines.require_coverage(coverage, options.min_coverage)
+    quantization = Quantization(
+        scheme=options.scheme,
+        method=options.method,
+        weight_bits=options.bits,
+        int8_activations=any(one.integer_linears for one in parts.values()),
+        integer_share=engines.shares(coverage),
+        kept_float={layer: reason for one in parts.values() for layer, reason in one.kept_float.items()},
+        random_data=observation.data.source == RANDOM,
+    )
+    manifest = structs.replace(
+        source.manifest,
+        name=name,
+        parts={key: one.part for key, one in parts.items()},
+        precision=options.scheme,
+        files=file_entries(directory),
+        quantization=quantization,
+    )
+    records = {key: structs.replace(one.record, coverage=coverage[key]) for key, one in parts.items()}
+    _write_record(directory, manifest, _record(options, observation, records), observation.data.warnings)
+
+
+def _measure_kernels(
+    parts: Mapping[str, QuantizedPart], observation: Observation, directory: Path
+) -> dict[str, tuple[Coverage, ...]]:
+    """By part, the kernels of every engine on this machine; none of a part without integer linears."""
+    described = {key: one.part for key, one in parts.items()}
+    graphs = {target: engines.graphs_for(target, described, directory) for target in engines.targets()}
+    return {
+        key: tuple(
+            engines.measure_coverage(target, files[key], one.integer_linears, observation.calls[0].feeds[key])
+            for target, files in graphs.items()
+            if one.integer_linears
+        )
+        for key, one in parts.items()
+    }
+
+
+def _record(options: QuantizeOptions, observation: Observation, parts: dict[str, PartRecord]) -> Calibration:
+    return Calibration(
+        scheme=options.scheme,
+        method=options.method,
+        weight_bits=options.bits,
+        smooth=options.smooth,
+        correct_bias=options.correct_bias,
+        precision=dict(options.schemes),
+        data=observation.data,
+        parts=parts,
+        machine=cpu_name(),
+        instruction_set=cpu_features(),
+    )
+
+
+def _copy_others(source: Bundle, directory: Path) -> None:
+    """Copy the source's files except its graphs, those lowered for a target, and the weights of both."""
+    left = {WEIGHTS}
+    for part in source.manifest.parts.values():
+        left |= {part.file, *part.lowered.values(), *(f"{lowering}.weights" for lowering in part.lowered)}
+    for name in source.manifest.files:
+        if name not in left:
+            shutil.copyfile(source.file(name), directory / name)
+
+
+def compare_with_fp32(source: Bundle, observation: Observation, directory: Path, threads: int | None) -> None:
+    """Add to the record of the bundle in ``directory`` its outputs and its speed, each against fp32's."""
+    parts = open_bundle(directory, verify="never").manifest.parts
+    effects = engines.measure_effects(
+        source.manifest, engines.graphs_for("ort-cpu", parts, directory), observation.calls, threads
+    )
+    fp32 = {name: source.file(part.file) for name, part in source.manifest.parts.items()}
+    speeds = tuple(
+        engines.measure_speed(target, fp32, engines.graphs_for(target, parts, directory), observation.calls[0], threads)
+        for target in engines.targets()
+    )
+    slow = [one.target for one in speeds if one.ratio <= 1.0]
+    warnings = [f"not faster than fp32 on this machine's {target}, when it was quantized" for target in slow]
+    _add_to_record(directory, warnings, effects=effects, speeds=speeds)
+
+
+def _add_to_record(directory: Path, warnings: Sequence[str] = (), **found: Any) -> None:
+    made = open_bundle(directory, verify="never")
+    record = read_calibration(made)
+    assert record is not None
+    _write_record(directory, made.manifest, structs.replace(record, **found), warnings)
+
+
+def _write_record(directory: Path, manifest: Manifest, record: Calibration, warnings: Sequence[str]) -> None:
+    """Write calibration.json and the manifest, both with ``warnings`` added."""
+    record = structs.replace(record, warnings=(*record.warnings, *warnings))
+    (directory / CALIBRATION).write_bytes(encode_json(record))
+    files = {**manifest.files, CALIBRATION: file_entry(directory / CALIBRATION)}
+    manifest = structs.replace(manifest, files=files, notes=(*manifest.notes, *warnings))
+    (directory / "manifest.json").write_bytes(encode_manifest(manifest))
+
+
+def _check_gateable(source: Bundle, data: Data, options: QuantizeOptions) -> None:
+    """Raise UsageError, before anything runs, if the gates cannot be checked on DATA; MissingDependencyError without
+    the library that computes bounds.
+    """
+    if not isinstance(data, (str, Path)):
+        raise UsageError("accuracy gates need data that can be read twice", "give a path or module:function")
+    if str(data) == RANDOM:
+        raise UsageError("random numbers show no accuracy", "give real data with gates, or leave the gates out")
+    scipy_stats()
+
+
+def _check_gates(directory: Path, source: Bundle, data: Data, options: QuantizeOptions) -> None:
+    """Hold `validate`'s gates, and add them to the record. Raises GateError and its kinds."""
+    from perceiver_export.calibration.validation.validation import validate
+
+    assert isinstance(data, (str, Path))
+    asked = ValidateOptions(source, options.gates, threads=options.threads, truncate=options.truncate)
+    found = validate(directory, data, asked)
+    try:
+        found.require()
+    except (UndecidedError, VacuousGateError) as error:
+        raise type(error)(f"{error.message}: nothing was written", error.hint) from error
+    except GateError as error:
+        raise GateError(
+            f"{error.message}: nothing was written", "try --keep-float for the layers that `--sensitivity` puts first"
+        ) from error
+    _add_to_record(directory, gates=found.gates)

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""calibration.json: how a bundle was quantized, on which data, and the measurements of the result."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import msgspec
+
+from perceiver_export.calibration.data.fingerprints import DataReport
+from perceiver_export.calibration.validation.gates import Gate
+from perceiver_export.runtimes.bundle import Bundle
+from perceiver_export.runtimes.files import read_json
+
+CALIBRATION = "calibration.json"
+_VERSION = 1
+
+POLICY = (
+    "linears only: products of activations with weights, int8 with a scale for each output channel, int4 with one for "
+    "each block of inputs as well; activations, where they are integers, one scale a tensor, symmetric; attention "
+    "products, softmax, LayerNorm, residuals, GELU and positions stay float"
+)
+
+
+class Layer(msgspec.Struct, frozen=True):
+    """One run of a linear: the engine's name of the kernel that ran it, and whether that multiplies integers."""
+
+    name: str
+    group: str
+    macs: int
+    kernel: str
+    integer: bool
+
+
+class Coverage(msgspec.Struct, frozen=True):
+    """The kernels of one part on one target."""
+
+    target: str
+    engine: str
+    layers: tuple[Layer, ...]
+
+    @property
+    def share(self) -> float:
+        """Multiply-adds in integer kernels as a share of all; 1 where there are none."""
+        return share(self.layers)
+
+
+def share(layers: Sequence[Layer]) -> float:
+    """Multiply-adds in integer kernels as a share of all; 1 where there are none."""
+    total = sum(layer.macs for layer in layers)
+    return sum(layer.macs for layer in layers if layer.integer) / total if total else 1.0
+
+
+class Range(msgspec.Struct, frozen=True):
+    """An activation that linears read: its exact bounds, and the scale it was given (None: it stays float)."""
+
+    name: str
+    low: float
+    high: float
+    scale: float | None
+
+
+class Fp16Hazard(msgspec.Struct, frozen=True):
+    """A tensor that would overflow fp16: its largest value, or the number of terms in its sum."""
+
+    name: str
+    largest: float
+    depth: int
+
+
+class LinearRecord(msgspec.Struct, frozen=True):
+    """One run of a linear: ``sqnr`` of its own product on the sampled rows, in dB; ``alpha`` of smoothing."""
+
+    name: str
+    group: str
+    scheme: str
+    macs: int
+    sqnr: float | None
+    alpha: float | None
+
+
+class Excluded(msgspec.Struct, frozen=True):
+    """A product with a constant that stays float by policy; ``share`` is its part of all multiply-adds."""
+
+    name: str
+    share: float
+    reason: str
+
+
+class PartRecord(msgspec.Struct, frozen=True):
+    """One graph."""
+
+    linears: tuple[LinearRecord, ...]
+    ranges: tuple[Range, ...]
+    hazards: tuple[Fp16Hazard, ...]
+    excluded: tuple[Excluded, ...]
+    coverage: tuple[Coverage, ...] = ()
+
+
+class Speed(msgspec.Struct, frozen=True):
+    """Milliseconds a call of all parts, fp32 and quantized timed in turn."""
+
+    target: str
+    fp32: float
+    quantized: float
+
+    @property
+    def ratio(self) -> float:
+        """How many times faster than fp32."""
+        return self.fp32 / self.quantized
+
+
+class OutputEffect(msgspec.Struct, frozen=True):
+    """An output of the quantized bundle against fp32's on calibration samples, on ONNX Runtime: SQNR in dB."""
+
+    output: str
+    sqnr: float
+    agreement: float | None  # share of samples with the same answer, where the output holds scores
+
+
+class Calibration(msgspec.Struct, frozen=True):
+    """All of calibration.json but the certificates.
+
+    ``gates`` held on the calibration data itself, which proves little. ``searched``: digests of the
+    samples that precisions were chosen on.
+    """
+
+    scheme: str
+    method: str
+    weight_bits: int
+    smooth: bool
+    correct_bias: bool
+    precision: dict[str, str]
+    data: DataReport
+    parts: dict[str, PartRecord]
+    machine: str
+    instruction_set: tuple[str, ...]
+    effects: tuple[OutputEffect, ...] = ()
+    speeds: tuple[Speed, ...] = ()
+    warnings: tuple[str, ...] = ()
+    policy: str = POLICY
+    searched: tuple[str, ...] = ()
+    gates: tuple[Gate, ...] = ()
+    schema_version: int = _VERSION
+
+    @property
+    def how(self) -> str:
+        """The scheme in words, with the number of layers that have another one.
+
+        The method of ranges and the bits of integer products are left out where no layer has integer activations.
+        """
+        layers = {(name, one.group): one.scheme for name, part in self.parts.items() for one in part.linears}
+        counts = Counter(layers.values())
+        ranges = f", ranges by {self.method}, weights of {self.weight_bits} bits" if counts["int8"] else ""
+        others = [f"{count} {scheme}" for scheme, count in counts.items() if scheme != self.scheme]
+        return f"{self.scheme}{ranges}" + (f"; of {len(layers)} layers {', '.join(others)}" if others else "")
+
+
+def read_calibration(bundle: Bundle) -> Calibration | None:
+    """A quantized bundle's record; None where the bundle is not quantized. Raises BundleError."""
+    if CALIBRATION not in bundle.manifest.files or bundle.manifest.quantization is None:
+        return None
+    return read_json(bundle.file(CALIBRATION), Calibration, hint="copy or quantize the bundle again")

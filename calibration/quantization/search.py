@@ -1,0 +1,330 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`search()`: mixed precision that holds its gates, found on one split of the data and certified on another.
+
+1. **Ladder.** The options asked for are rung 0. On each next rung one layer goes back to a higher precision
+   (`ladder`).
+2. **Search.** Rungs 0, 1, 2, 4, … are held against the fp32 bundle on the search split, on each target, and timed in
+   turn with it, up to the first that holds and one more for safety; then halves of the rungs below, as long as there is
+   time to gain. A rung costs its time as a share of fp32's, the geometric mean over targets; where only weights are
+   quantized, which is for size, its bytes. A rung that does not cost at least ``least_gain`` less than a safer one is
+   dropped: it is not worth the risk, and less than about 2 % is noise of the clock.
+3. **Certify.** On the certification split the rungs that are left are tested in a fixed sequence, the safest first,
+   each at 5 %, up to the first that does not hold; the cheapest that held is kept. The order was fixed before a sample
+   of this split was seen, so the chance of certifying any rung that is worse than the margin is 5 % in all (Learn then
+   Test, Angelopoulos et al., arXiv 2110.01052, section 2.2; the frontier first, the sequence along it, on two splits:
+   Pareto Testing, Laufer-Goldshtein et al., arXiv 2210.07913). Several gates and targets must all hold, which makes a
+   wrong pass no more likely (Berger, Technometrics 1982).
+
+No split may share samples with another, or with the calibration samples.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import msgspec
+
+from perceiver_export.calibration.bundles import absolute_place, new_bundle, refuse_place
+from perceiver_export.calibration.data.fingerprints import check_splits
+from perceiver_export.calibration.quantization.ladder import Ladder
+from perceiver_export.calibration.quantization.options import QuantizeOptions, Scheme
+from perceiver_export.calibration.quantization.pipeline import check_options, compare_with_fp32, observe_for
+from perceiver_export.calibration.quantization.sensitivity import GroupSensitivity
+from perceiver_export.calibration.quantization.statistics import Report
+from perceiver_export.calibration.validation.certify import certify
+from perceiver_export.calibration.validation.options import ValidateOptions, check_percent
+from perceiver_export.calibration.validation.results import Validation
+from perceiver_export.calibration.validation.validation import validate
+from perceiver_export.runtimes.benchmark import bench
+from perceiver_export.runtimes.bundle import Bundle, open_bundle
+from perceiver_export.runtimes.certificates import Certificate
+from perceiver_export.runtimes.engines.backend import find_target
+from perceiver_export.runtimes.errors import DeviceError, GateError, UndecidedError, UsageError, VacuousGateError
+from perceiver_export.runtimes.files import copy_tree
+from perceiver_export.runtimes.presence import choose_target, devices
+from perceiver_export.runtimes.tasks.tokenizers import truncating
+
+_RUNS = 40
+
+
+class Time(msgspec.Struct, frozen=True):
+    """Median milliseconds of a call on a target; ``ratio`` to fp32's there, the median over pairs of blocks in turn."""
+
+    target: str
+    milliseconds: float
+    ratio: float
+
+
+class Rung(msgspec.Struct, frozen=True):
+    """One mixture: its place on the ladder, the layers that went back, its cost, and the outcome of the gates.
+
+    ``size`` is the bundle's as a share of fp32's. ``search`` and ``certification`` have a line for each gate and
+    target, one that begins with "failed" where an output was NaN or infinite.
+    """
+
+    step: int
+    precision: dict[str, Scheme]
+    times: tuple[Time, ...]
+    size: float
+    search: tuple[str, ...]
+    certification: tuple[str, ...] = ()
+
+    @property
+    def time(self) -> float:
+        """Geometric mean over targets of the time as a share of fp32's."""
+        return math.exp(sum(math.log(time.ratio) for time in self.times) / len(self.times))
+
+
+class Found(msgspec.Struct, frozen=True):
+    """The rungs that were tried, in the ladder's order, the index of the one that was kept, and its certificates.
+
+    ``ladder`` is the number of all rungs, ``ranking`` the cost of each layer by itself, the worst first.
+    """
+
+    rungs: tuple[Rung, ...]
+    kept: int
+    certificates: tuple[Certificate, ...]
+    ladder: int
+    ranking: tuple[GroupSensitivity, ...]
+    warnings: tuple[str, ...]
+
+
+def search(
+    bundle: str | os.PathLike[str] | Bundle,
+    output: str | os.PathLike[str],
+    options: QuantizeOptions = QuantizeOptions(),
+    *,
+    calibrate: str | Path,
+    search_on: str | Path,
+    certify_on: str | Path,
+    device: str = "auto",
+    least_gain: float = 2.0,
+    allow_overlap: bool = False,
+    progress: Report | None = None,
+) -> Found:
+    """Write to ``output`` the cheapest mixture whose gates are certified, on the target ``device`` or on ``all``.
+
+    ``options`` hold for every rung: layers start where ``precision`` puts them, and those that are kept float are float
+    throughout. ``least_gain``: percent of a safer rung's cost that a riskier one must save.
+
+    A rung with NaN or infinite outputs does not hold. Nothing is written where this raises: GateError where no rung
+    holds, UndecidedError where the samples are too few to say, BrokenReferenceError where the fp32 bundle gives NaN,
+    DataError where splits overlap, UsageError, and what `quantize` and `validate` raise.
+    """
+    report = progress or (lambda what, done, total: None)
+    path, source = absolute_place(output), open_bundle(bundle)
+    check_percent("--least-gain", least_gain, below=0.99)
+    if least_gain == 100:
+        raise UsageError("--least-gain is 100, and no mixture costs nothing", "give fewer percent; 2 is the default")
+    check_options(options, source)
+    if not options.gates.any:
+        raise UsageError("a search needs a gate to hold", "give --max-drop or --min-agreement")
+    refuse_place(path, options.overwrite, source)
+    targets = search_targets(device, source)
+    reading = truncating(source) if options.truncate else source
+    searched = check_splits(reading, calibrate, search_on, certify_on, allow_overlap)
+    with tempfile.TemporaryDirectory(prefix="perceiver-export-search-") as folder:
+        observation = observe_for(source, calibrate, options, report)
+        ladder = Ladder(source, observation, options, report)
+        trials = Trials(ladder, source, options, targets, Path(folder), path.name, report)
+        order = trials.search(search_on, least_gain / 100)
+        kept, evidence = trials.certify(order, certify_on)
+        compare_with_fp32(source, observation, trials.path(kept), options.threads)
+        made = certify(trials.path(kept), evidence, searched)
+        with new_bundle(path, options.overwrite) as directory:
+            copy_tree(trials.path(kept), directory)
+    steps = sorted(trials.rungs)
+    slow = tuple(
+        f"the kept mixture is not faster than fp32 on this machine's {time.target}: {time.ratio:.2f} × its time"
+        for time in trials.rungs[kept].times
+        if time.ratio >= 1.0
+    )
+    rungs = tuple(trials.rungs[step] for step in steps)
+    return Found(rungs, steps.index(kept), made, len(ladder.rungs), ladder.ranking, slow)
+
+
+def search_targets(device: str, source: Bundle) -> tuple[str, ...]:
+    """The targets that a search runs and times its rungs on. Raises DeviceError: none, or it needs engines built."""
+    names = [choose_target(source) if device == "auto" else device]
+    if device == "all":
+        names = [found.target for found in devices()]
+    here = tuple(name for name in names if not find_target(name).needs_engine)
+    if not here:
+        said = f"{', '.join(names)} runs engines that take minutes to build" if names else "no target is present"
+        raise DeviceError(
+            f"{said}: a search, which tries many bundles, does not",
+            "search with --device ort-cpu or openvino-cpu, build what it finds, then `validate --device … --certify`",
+        )
+    return here
+
+
+def climb(count: int, holds: Callable[[int], bool], worth: Callable[[int, int], bool]) -> None:
+    """Ask ``holds`` of as few of ``count`` rungs as find the lowest that holds: 0, 1, 2, 4, … up to the first, one more
+    above it as a safer candidate, then halves of the rungs between it and the last that did not hold.
+
+    Halving ends where the lower rung is not ``worth`` it against the upper one. A lower rung may hold by chance on
+    these samples: certification finds that out.
+    """
+    failed, index = -1, 0
+    while not holds(index):
+        if index == count - 1:
+            return
+        failed, index = index, min(max(1, 2 * index), count - 1)
+    safer = min(max(1, 2 * index), count - 1)
+    if safer > index:
+        holds(safer)
+    while index - failed > 1 and worth(failed, index):
+        middle = (failed + index) // 2
+        failed, index = (failed, middle) if holds(middle) else (middle, index)
+
+
+def fixed_order(costs: Mapping[int, float], held: Mapping[int, bool], least_gain: float) -> list[int]:
+    """The order of certification: the rungs that held on the search split, safest (highest) first, cheaper ones after.
+
+    A rung that costs no less than ``1 − least_gain`` of a safer one is never worth a test.
+    """
+    order: list[int] = []
+    for index in sorted(costs, reverse=True):
+        if held[index] and (not order or gains(costs[index], costs[order[-1]], least_gain)):
+            order.append(index)
+    return order
+
+
+def gains(cost: float, safer: float, least_gain: float) -> bool:
+    """Whether a riskier rung's cost is lower than a safer one's by at least ``least_gain``, a share."""
+    return cost <= (1 - least_gain) * safer and cost < safer
+
+
+def fixed_sequence(order: Sequence[int], holds: Callable[[int], bool]) -> int | None:
+    """Test one after the other, each at the full level, up to the first that fails; the last that held, or None."""
+    kept = None
+    for index in order:
+        if not holds(index):
+            break
+        kept = index
+    return kept
+
+
+@dataclass
+class Trials:
+    """Builds rungs of a ladder, holds them against gates and times them. ``rungs`` has those that were tried."""
+
+    ladder: Ladder
+    source: Bundle
+    options: QuantizeOptions
+    targets: tuple[str, ...]
+    folder: Path
+    name: str
+    report: Report
+    rungs: dict[int, Rung] = field(default_factory=dict)
+
+    def path(self, step: int) -> Path:
+        """The bundle of a rung, under the name that the result will have."""
+        return self.folder / f"rung-{step}" / self.name
+
+    def search(self, data: str | Path, least_gain: float) -> list[int]:
+        """Climb on the search split; gives the order of certification. Raises GateError where no rung holds."""
+        results: dict[int, tuple[Validation, ...]] = {}
+
+        def holds(step: int) -> bool:
+            self.report("search", len(self.rungs), len(self.ladder.rungs))
+            results[step] = self._try(step, data)
+            return _held(results[step])
+
+        climb(
+            len(self.ladder.rungs), holds, lambda lower, upper: gains(self._cost(lower), self._cost(upper), least_gain)
+        )
+        held = {step: _held(one) for step, one in results.items()}
+        order = fixed_order({step: self._cost(step) for step in held}, held, least_gain)
+        if not order:
+            hint = "ask for less, give more samples to search on, or look at `quantize --sensitivity`"
+            raise _refusal("no mixture of precisions holds", results[max(results)], hint)
+        return order
+
+    def certify(self, order: Sequence[int], data: str | Path) -> tuple[int, tuple[Validation, ...]]:
+        """The rung that a fixed sequence on the certification split keeps, and the evidence for it.
+
+        Raises GateError where not even the first of ``order`` holds.
+        """
+        evidence: dict[int, tuple[Validation, ...]] = {}
+
+        def holds(step: int) -> bool:
+            self.report("certify", order.index(step), len(order))
+            evidence[step] = self._judge(step, data)
+            self.rungs[step] = msgspec.structs.replace(self.rungs[step], certification=self._said(evidence[step]))
+            return _held(evidence[step])
+
+        kept = fixed_sequence(order, holds)
+        if kept is None:
+            hint = "give more samples to certify on, or ask for less; nothing was written"
+            raise _refusal("the mixture that held on the search split is not certified", evidence[order[0]], hint)
+        return kept, evidence[kept]
+
+    def _try(self, step: int, data: str | Path) -> tuple[Validation, ...]:
+        path = self.path(step)
+        path.parent.mkdir()
+        self.ladder.build(step, path)
+        results = self._judge(step, data)
+        sizes = [sum(entry.size for entry in one.manifest.files.values()) for one in (open_bundle(path), self.source)]
+        times = tuple(self._time(path, target) for target in self.targets)
+        self.rungs[step] = Rung(step, self.ladder.raised(step), times, sizes[0] / sizes[1], self._said(results))
+        if not _held(results):
+            shutil.rmtree(path)
+        return results
+
+    def _judge(self, step: int, data: str | Path) -> tuple[Validation, ...]:
+        """The rung on each target. NaN outputs fail this rung only.
+
+        Raises BrokenReferenceError where the reference gives NaN: then no rung can hold.
+        """
+        common = ValidateOptions(
+            self.source,
+            self.options.gates,
+            against_device=self.targets[0],
+            threads=self.options.threads,
+            truncate=self.options.truncate,
+            keep_failures=True,
+        )
+        results = tuple(validate(self.path(step), data, replace(common, device=target)) for target in self.targets)
+        for result in results:
+            if result.failure is not None and result.failure.of_reference:
+                result.require()
+        return results
+
+    def _said(self, results: Sequence[Validation]) -> tuple[str, ...]:
+        """A line for each gate and target, and for each failure."""
+        return tuple(
+            f"{text} on {target}" if len(self.targets) > 1 else text
+            for target, result in zip(self.targets, results, strict=True)
+            for text in ([f"failed: {result.failure.message}"] if result.failure else map(str, result.gates))
+        )
+
+    def _time(self, path: Path, target: str) -> Time:
+        """Takes turns with fp32, so that other work on the machine slows both."""
+        timed = bench(path, against=self.source.path, device=target, runs=_RUNS, threads=self.options.threads)
+        return Time(target, timed.measurements[0].p50, timed.ratio or 1.0)
+
+    def _cost(self, step: int) -> float:
+        return self.rungs[step].time if self.options.scheme == "int8" else self.rungs[step].size
+
+
+def _held(results: Sequence[Validation]) -> bool:
+    return all(result.held for result in results)
+
+
+def _refusal(what: str, results: Sequence[Validation], hint: str) -> GateError:
+    """The worst error of all targets: a gate fails, is vacuous, or needs more samples."""
+    errors: list[GateError] = []
+    for result in results:
+        try:
+            result.require()
+        except GateError as error:
+            errors.append(error)
+    worst = min(errors, key=lambda error: (type(error) is UndecidedError, type(error) is VacuousGateError))
+    return type(worst)(f"{what}: {worst.message}", worst.hint if type(worst) is VacuousGateError else hint)

@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The cost of each layer: predicted from an fp32 bundle, or measured in a quantized one.
+
+`measure_sensitivity` quantizes one layer at a time and leaves all others float. For each it gives the SQNR of the
+layer's own products on sampled rows, and the SQNR of the model's outputs, in dB. The second decides: a softmax of large
+scores may turn a small error of a layer into a large one of the output.
+
+`measure_layer_errors` compares each linear's product in a quantized bundle with fp32's, on the same inputs. It also
+finds a scale that was damaged, or made from the wrong data. Later layers include the errors of earlier ones, but a
+layer that is wrong itself stands out.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from perceiver_export.calibration.data.samples import Samples, batch_size, batches, run_parts, stack
+from perceiver_export.calibration.data.sources import Data
+from perceiver_export.calibration.graphs import decibels, open_session, run_session, sqnr
+from perceiver_export.calibration.quantization.integers import LinearPlan, write_qdq
+from perceiver_export.calibration.quantization.linears import find_linears
+from perceiver_export.calibration.quantization.options import QuantizeOptions, Scheme
+from perceiver_export.calibration.quantization.part import PlannedPart, plan_part
+from perceiver_export.calibration.quantization.pipeline import check_options, observe_for
+from perceiver_export.calibration.quantization.statistics import NO_SAMPLES, Call, Observation, Report, load_graph
+from perceiver_export.runtimes.bundle import Bundle, open_bundle
+from perceiver_export.runtimes.errors import DataError, UsageError
+from perceiver_export.runtimes.runtime import Array, Feeds
+from perceiver_export.runtimes.tasks.tokenizers import tokenizer_of
+
+SAMPLES = 32
+
+
+class GroupSensitivity(msgspec.Struct, frozen=True):
+    """A layer: the least SQNR in dB of its products and of its part's outputs, its share of the multiply-adds, and the
+    scheme that it was measured in.
+    """
+
+    part: str
+    group: str
+    product_sqnr: float
+    output_sqnr: float
+    share: float
+    scheme: Scheme = "int8"
+
+
+def measure_sensitivity(
+    bundle: str | os.PathLike[str] | Bundle,
+    data: Data,
+    options: QuantizeOptions = QuantizeOptions(samples=SAMPLES),
+    *,
+    progress: Report | None = None,
+) -> tuple[GroupSensitivity, ...]:
+    """Sensitivity of every layer of an fp32 bundle, the worst output first. Takes one short run a layer.
+
+    Leaves out layers that stay float, and ignores gates and coverage. Raises what `quantize` raises.
+    """
+    report = progress or (lambda what, done, total: None)
+    source = open_bundle(bundle)
+    check_options(options, source)
+    return group_sensitivity(source, observe_for(source, data, options, report), options, report)
+
+
+def group_sensitivity(
+    source: Bundle, observation: Observation, options: QuantizeOptions, report: Report
+) -> tuple[GroupSensitivity, ...]:
+    """The same from an observation, whose statistics smoothing changes."""
+    found: list[GroupSensitivity] = []
+    for name, part in source.manifest.parts.items():
+        statistics = observation.statistics[name]
+        planned = plan_part(source.file(part.file), statistics, options)
+        total = sum(plan.linear.macs for plan in planned.plans)
+        groups: dict[str, list[tuple[LinearPlan, float]]] = {}
+        for plan in planned.plans:
+            if (product := plan.product_sqnr(statistics)) is not None:
+                groups.setdefault(plan.linear.group, []).append((plan, product))
+        for index, (group, measured) in enumerate(groups.items()):
+            report(f"sensitivity of {name}", index, len(groups))
+            plans, products = zip(*measured, strict=True)
+            output = _output_sqnr(planned, plans, source.path, name, observation.calls, options.threads)
+            share = sum(plan.linear.macs for plan in plans) / total
+            found.append(GroupSensitivity(name, group, min(products), output, share, plans[0].scheme))
+    return tuple(sorted(found, key=lambda one: one.output_sqnr))
+
+
+def _output_sqnr(
+    planned: PlannedPart,
+    plans: Sequence[LinearPlan],
+    folder: Path,
+    part: str,
+    calls: tuple[Call, ...],
+    threads: int | None,
+) -> float:
+    """The least SQNR of the part's outputs with only these linears quantized."""
+    model = planned.model.clone()
+    linears = {linear.name: linear for linear in find_linears(model.graph)[0]}
+    write_qdq(model, [replace(one, linear=linears[one.linear.name]) for one in plans])
+    session = open_session(model, folder, threads)
+    results = [run_session(session, call.feeds[part]) for call in calls]
+    return min(
+        sqnr(*(np.concatenate([one[name] for one in side]) for side in ([c.outputs[part] for c in calls], results)))
+        for name in results[0]
+    )
+
+
+class LayerError(msgspec.Struct, frozen=True):
+    """A layer: SQNR of its product in dB, of the worst run where it runs more than once."""
+
+    part: str
+    group: str
+    sqnr: float
+
+
+def measure_layer_errors(
+    bundle: str | os.PathLike[str] | Bundle,
+    reference: str | os.PathLike[str] | Bundle,
+    data: Data,
+    samples: int = 8,
+    threads: int | None = None,
+) -> tuple[LayerError, ...]:
+    """Compare the linears of two bundles of one model, the second in fp32; the worst layer first.
+
+    Where smoothing was folded into a value projection, its channels have other scales than in fp32. There the best gain
+    of each channel is divided out first. Raises DataError; UsageError: the bundles do not have the same linears.
+    """
+    opened, exact = open_bundle(bundle), open_bundle(reference)
+    if opened.manifest.parts.keys() != exact.manifest.parts.keys():
+        raise UsageError("the two bundles have different parts", "compare a bundle with the one it was made from")
+    watched = {
+        name: _Watched(opened.file(opened.part(name).file), exact.file(part.file), threads)
+        for name, part in exact.manifest.parts.items()
+    }
+    examples = Samples(data, exact.manifest, samples, tokenizer=tokenizer_of(exact))
+    runs = {name: one.run for name, one in watched.items()}
+    for batch in batches(examples.stream, batch_size(exact.manifest)):
+        run_parts(exact.manifest, runs, stack(batch), np.random.default_rng(0))
+    if not any(one.sums for one in watched.values()):
+        raise DataError(*NO_SAMPLES)
+    found = [LayerError(name, group, error) for name, one in watched.items() for group, error in one.errors().items()]
+    return tuple(sorted(found, key=lambda error: error.sqnr))
+
+
+class _Watched:
+    """Both graphs of a part, with the products of their linears as outputs; ``sums`` has signal and noise of each."""
+
+    def __init__(self, quantized: Path, exact: Path, threads: int | None) -> None:
+        graph = load_graph(exact).graph
+        self._groups = {str(one.output.name): one.group for one in find_linears(graph)[0]}
+        self._outputs = [str(value.name) for value in graph.outputs]
+        self._sessions = [self._open(path, threads) for path in (exact, quantized)]
+        self.sums: dict[str, Array] = {}
+
+    def _open(self, path: Path, threads: int | None) -> Any:
+        """A session that also gives the products. Raises UsageError where the graph lacks one."""
+        model = load_graph(path)
+        values = {str(value.name): value for node in model.graph for value in node.outputs}
+        if missing := [name for name in self._groups if name not in values]:
+            raise UsageError(f"{path} has no {missing[0]}", "compare a bundle with the one it was made from")
+        model.graph.outputs.extend(values[name] for name in self._groups if not values[name].is_graph_output())
+        return open_session(model, path.parent, threads)
+
+    def run(self, feeds: Feeds) -> Mapping[str, Array]:
+        """The exact outputs; adds up the errors of all products on the way."""
+        exact, found = (run_session(session, feeds) for session in self._sessions)
+        for name, group in self._groups.items():
+            signal = exact[name].reshape(-1, exact[name].shape[-1]).astype(np.float64)
+            other = found[name].reshape(signal.shape).astype(np.float64)
+            if ".value" in group:
+                other *= (signal * other).sum(axis=0) / np.maximum(np.square(other).sum(axis=0), 1e-300)
+            with np.errstate(invalid="ignore", over="ignore"):  # `decibels` handles values that are not finite
+                sums = np.array([np.square(signal).sum(), np.square(other - signal).sum()])
+            self.sums[name] = self.sums.get(name, np.zeros(2)) + sums
+        return {name: exact[name] for name in self._outputs}
+
+    def errors(self) -> dict[str, float]:
+        """SQNR in dB by group, of its worst run; -200 where a product is not finite."""
+        found: dict[str, float] = {}
+        for name, sums in self.sums.items():
+            group = self._groups[name]
+            found[group] = min(found.get(group, np.inf), decibels(*sums))
+        return found

@@ -1,0 +1,271 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One pass over the data that collects the statistics of every scheme.
+
+Of each activation that linears read: exact bounds of every channel, and a bounded sample of rows. Ranges, smoothing and
+bias corrections all come from these. Memory depends on the number and widths of the tensors, not on the number of
+samples.
+
+Reductions run inside the graph, so a few numbers leave it instead of each tensor: all tensors of one ImageNet image are
+3.4 GB. They run right behind the tensor they reduce, so it need not be kept alive. Rows are drawn at random positions,
+new ones in each call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from perceiver_export.calibration.data.fingerprints import DataReport, DataWatch
+from perceiver_export.calibration.data.samples import Run, Samples, batch_size, batches, run_parts, stack
+from perceiver_export.calibration.data.sources import ITERABLE, RANDOM, Data
+from perceiver_export.calibration.graphs import (
+    Behind,
+    constant,
+    dims,
+    open_session,
+    read_graph,
+    run_session,
+    split_gemms,
+)
+from perceiver_export.calibration.quantization.linears import Linear, find_linears
+from perceiver_export.runtimes.bundle import Bundle
+from perceiver_export.runtimes.errors import DataError
+from perceiver_export.runtimes.runtime import Array, Feeds
+from perceiver_export.runtimes.tasks.tokenizers import tokenizer_of
+
+Report = Callable[[str, int, int], None]
+
+NO_SAMPLES = ("the data holds no samples", "it is empty, or a generator that was used up")
+_PLACES = "calibration.places"  # the extra input: which rows to sample, in [0, 1)
+_VALUES_A_TENSOR = 1 << 17
+_BYTES = 64 << 20  # for the samples of all tensors together
+_KEPT = 8  # calls whose feeds and outputs are kept, to measure the effect of quantization on
+_RANDOM_SAMPLES = 32
+_LARGEST_FLOAT16 = 65_504.0
+
+
+@dataclass
+class Activation:
+    """An input of linears. ``low``, ``high`` (K): exact bounds of each channel. ``rows`` (n, K): a uniform sample.
+
+    Up to ``capacity`` rows are kept of all that were ``seen``.
+    """
+
+    low: Array
+    high: Array
+    rows: Array
+    seen: int = 0
+
+    @classmethod
+    def empty(cls, width: int, capacity: int) -> Activation:
+        """Nothing seen yet, with room for ``capacity`` rows."""
+        bounds = np.full(width, np.inf, np.float32)
+        return cls(bounds, -bounds, np.zeros((capacity, width), np.float32))
+
+    def add(self, low: Array, high: Array, rows: Array, generator: np.random.Generator) -> None:
+        """Take in one call's bounds and rows; rows beyond the capacity replace earlier ones (Vitter's algorithm R)."""
+        np.minimum(self.low, low, out=self.low)
+        np.maximum(self.high, high, out=self.high)
+        for row in rows:
+            place = self.seen if self.seen < len(self.rows) else int(generator.integers(self.seen + 1))
+            if place < len(self.rows):
+                self.rows[place] = row
+            self.seen += 1
+
+    @property
+    def sample(self) -> Array:
+        """The rows kept, (n, K)."""
+        return self.rows[: self.seen]
+
+    @property
+    def largest(self) -> Array:
+        """Largest absolute value of each channel (K)."""
+        return np.maximum(np.abs(self.low), np.abs(self.high))
+
+    def scaled(self, factors: Array) -> Activation:
+        """The same with each channel multiplied by a positive factor."""
+        return Activation(self.low * factors, self.high * factors, self.rows * factors, self.seen)
+
+
+@dataclass
+class Hazard:
+    """A tensor that fp16 may not hold: its largest absolute value, and how many products or terms it sums."""
+
+    largest: float
+    depth: int
+
+    @property
+    def overflows(self) -> bool:
+        """Whether a value, or a sum of ``depth`` ones as in a softmax, is beyond fp16's largest number."""
+        return max(self.largest, self.depth) > _LARGEST_FLOAT16
+
+
+@dataclass
+class Statistics:
+    """Of one graph, by tensor name: activations that linears read, and tensors that fp16 may not hold."""
+
+    activations: dict[str, Activation]
+    hazards: dict[str, Hazard]
+
+    def of(self, linear: Linear) -> Activation:
+        """The activation that a linear reads."""
+        return self.activations[str(linear.activation.name)]
+
+
+class Observer:
+    """Watches a graph while it runs. ``statistics`` grow with each call.
+
+    ``samples`` is the number of calls to come; it spreads the rows that are kept over all of them.
+    """
+
+    def __init__(self, path: Path, samples: int, seed: int = 0, threads: int | None = None) -> None:
+        model = load_graph(path)
+        # In the graph's order: the same data then always draws the same rows.
+        activations = dict.fromkeys(linear.activation for linear in find_linears(model.graph)[0])
+        self._outputs = [value.name or "" for value in model.graph.outputs]
+        limit = min(_VALUES_A_TENSOR, _BYTES // 4 // max(1, len(activations)))
+        capacity = {value: max(1, limit // _width(value)) for value in activations}
+        rows = {value: -(-kept // max(1, samples)) for value, kept in capacity.items()}
+        self._rows = max(rows.values(), default=0)
+        self._generator = np.random.default_rng(seed)
+        hazards = {value: depth for node in model.graph for value, depth in _hazardous(node)}
+        self.statistics = Statistics(
+            {str(value.name): Activation.empty(_width(value), kept) for value, kept in capacity.items()},
+            {str(value.name): Hazard(0.0, depth) for value, depth in hazards.items()},
+        )
+        _watch(model.graph, rows, hazards)
+        self._session = open_session(model, path.parent, threads, in_order=True)
+
+    def run(self, feeds: Feeds) -> dict[str, Array]:
+        """Run one call and give the graph's own outputs. Raises DataError where a value is NaN or infinite."""
+        places = {_PLACES: self._generator.random(self._rows, np.float32)} if self._rows else {}
+        values = run_session(self._session, {**feeds, **places})
+        # Bounds alone would not show a NaN: onnxruntime's ReduceMax passes over it, except in the first row.
+        for name in self._outputs:
+            _require_finite(name, values[name])
+        for name, activation in self.statistics.activations.items():
+            low, high, rows = (values[f"{name}.{what}"] for what in ("low", "high", "rows"))
+            _require_finite(name, low, high, rows)
+            activation.add(low, high, rows, self._generator)
+        for name, hazard in self.statistics.hazards.items():
+            hazard.largest = max(-float(values[f"{name}.least"]), float(values[f"{name}.most"]), hazard.largest)
+        return {name: values[name] for name in self._outputs}
+
+
+def _require_finite(name: str, *arrays: Array) -> None:
+    if not all(np.isfinite(array).all() for array in arrays):
+        raise DataError(
+            f"the model gives NaN or infinite values in {name}", "look for them in the data, or in the checkpoint"
+        )
+
+
+def load_graph(path: Path) -> ir.Model:
+    """A bundle's graph with its shapes, and MatMul as the one kind of linear."""
+    import onnx_ir.passes.common as common
+
+    model = read_graph(path)
+    if any(value.shape is None for node in model.graph for value in node.outputs):
+        common.ShapeInferencePass()(model)
+    split_gemms(model.graph)
+    return model
+
+
+def _watch(graph: ir.Graph, rows: Mapping[ir.Value, int], hazards: Iterable[ir.Value]) -> None:
+    """Add outputs for bounds and rows of the activations, and for bounds of hazards."""
+    scalars = constant(graph, "calibration.flat", np.array([-1], np.int64))
+    axis = constant(graph, "calibration.first", np.array([0], np.int64))
+    places = ir.Value(name=_PLACES, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([None]))
+    if rows:
+        graph.inputs.append(places)
+    for value in sorted(rows, key=lambda one: str(one.name)):
+        width, behind = _width(value), Behind(graph, value)
+        flat = constant(graph, f"calibration.rows_of_{width}", np.array([-1, width], np.int64))
+        matrix = behind.add("Reshape", [value, flat], "matrix")
+        behind.output("ReduceMin", [matrix, axis], "low", keepdims=0)
+        behind.output("ReduceMax", [matrix, axis], "high", keepdims=0)
+        _sample_rows(behind, matrix, places, rows[value])
+    for value in hazards:
+        behind = Behind(graph, value)
+        flat_value = behind.add("Reshape", [value, scalars], "flat")
+        behind.output("ReduceMin", [flat_value], "least", keepdims=0)
+        behind.output("ReduceMax", [flat_value], "most", keepdims=0)
+
+
+def _sample_rows(behind: Behind, matrix: ir.Value, places: ir.Value, count: int) -> None:
+    """rows = matrix[floor(places[:count] × number of rows)]; the number may be dynamic, so it is taken in the graph."""
+    zero = behind.constant("zero", np.array([0], np.int64))
+    wanted = behind.constant("wanted", np.array([count], np.int64))
+    one = behind.constant("one", np.array(1, np.int64))
+    shape = behind.add("Shape", [matrix], "shape", start=0, end=1)
+    taken = behind.add("Slice", [places, zero, wanted], "taken")
+    total = behind.add("Cast", [shape], "total", to=ir.DataType.FLOAT)
+    scaled = behind.add("Mul", [taken, total], "scaled")
+    indices = behind.add("Cast", [scaled], "indices", to=ir.DataType.INT64)
+    last = behind.add("Sub", [shape, one], "last")
+    bounded = behind.add("Min", [indices, last], "bounded")  # 0.99999997 × M may round up to M
+    behind.output("Gather", [matrix, bounded], "rows", axis=0)
+
+
+def _hazardous(node: ir.Node) -> list[tuple[ir.Value, int]]:
+    """Tensors of a node that fp16 may not hold, with how many terms were summed."""
+    output, source = node.outputs[0], node.inputs[0] if node.inputs else None
+    if output.dtype != ir.DataType.FLOAT:
+        return []
+    if node.op_type in ("MatMul", "Conv", "Pow", "Add"):
+        return [(output, _width(source) if node.op_type == "MatMul" else 1)]
+    return [(source, _width(source))] if node.op_type in ("Softmax", "ReduceSum") and source is not None else []
+
+
+def _width(value: ir.Value | None) -> int:
+    """The size of the last axis."""
+    return (dims(value) or (1,))[-1]
+
+
+@dataclass(frozen=True)
+class Call:
+    """Feeds and fp32 outputs of every part in one call."""
+
+    feeds: dict[str, dict[str, Array]]
+    outputs: dict[str, Mapping[str, Array]]
+
+
+@dataclass(frozen=True)
+class Observation:
+    """The result of the pass: statistics by part, a description of the data, and the first few calls."""
+
+    statistics: dict[str, Statistics]
+    data: DataReport
+    calls: tuple[Call, ...]
+
+
+def observe(bundle: Bundle, data: Data, samples: int, threads: int | None, report: Report) -> Observation:
+    """Run up to ``samples`` samples through all parts. Raises DataError: no samples, or what `Samples` raises."""
+    if str(data) == RANDOM:
+        samples = min(samples, _RANDOM_SAMPLES)
+    manifest = bundle.manifest
+    size = batch_size(manifest)
+    examples = Samples(data, manifest, samples, tokenizer=tokenizer_of(bundle))
+    total = examples.count or samples
+    observers = {
+        name: Observer(bundle.file(part.file), -(-total // size), threads=threads)
+        for name, part in manifest.parts.items()
+    }
+    watch = DataWatch(manifest, str(data) if isinstance(data, (str, Path)) else ITERABLE)
+    calls: list[Call] = []
+    generator = np.random.default_rng(0)
+    runs: dict[str, Run] = {name: observer.run for name, observer in observers.items()}
+    for batch in batches(examples.stream, size):
+        for example in {id(example): example for example in batch}.values():  # a short batch repeats its samples
+            watch.see(example)
+        feeds, outputs = run_parts(manifest, runs, stack(batch), generator)
+        if len(calls) < _KEPT:
+            calls.append(Call(feeds, outputs))
+        report("calibrate", len(watch.digests), total)
+    if not calls:
+        raise DataError(*NO_SAMPLES)
+    statistics = {name: observer.statistics for name, observer in observers.items()}
+    return Observation(statistics, watch.report(list(examples.notes().values())), tuple(calls))

@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The report of a validation and its bundle, as one HTML file that opens offline, as Markdown, or as JUnit XML."""
+
+from __future__ import annotations
+
+import html
+import importlib.metadata
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import msgspec
+
+from perceiver_export.calibration.quantization.record import Calibration, read_calibration
+from perceiver_export.calibration.report.tables import Report, tables
+from perceiver_export.calibration.validation.gates import advice
+from perceiver_export.calibration.validation.results import Validation
+from perceiver_export.runtimes.benchmark import Measurement, bench
+from perceiver_export.runtimes.bundle import Bundle, open_bundle
+from perceiver_export.runtimes.certificates import engine_of, precision_of, valid_certificates
+from perceiver_export.runtimes.errors import DataError, UsageError, printable, require
+
+
+def check_report_file(path: Path) -> None:
+    """Raise UsageError for an ending that is not a report's, MissingDependencyError without jinja2."""
+    if path.suffix not in (".html", ".md"):
+        raise UsageError(f"a report cannot be written as {path.suffix or path.name}", "name it .html or .md")
+    require("jinja2", "a report", "pip install 'perceiver-export[report]'")
+
+
+def write_report(path: Path, report: Report) -> None:
+    """Write to ``path``, HTML or Markdown by its ending. Raises UsageError, MissingDependencyError, OSError."""
+    check_report_file(path)
+    path.write_text(render(report, path.suffix), encoding="utf-8")
+
+
+def render(report: Report, ending: str = ".html") -> str:
+    """One HTML document: images and bars inline, light and dark by the reader's setting, no script.
+
+    With ``.md`` the same for a pull request, without images, which such pages do not accept inline.
+    """
+    import jinja2
+
+    def finalize(value: Any) -> Any:
+        """Spell out control characters, which may come from a file; in Markdown also HTML, which it interprets."""
+        text = "\n".join(map(printable, value.split("\n"))) if type(value) is str else value
+        return html.escape(text, quote=False) if ending == ".md" and isinstance(text, str) else text
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=ending == ".html",
+        finalize=finalize,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["cell"] = lambda text: str(text).replace("|", "\\|").replace("\n", " ")
+    return environment.get_template(f"report{ending}.j2").render(report=report)
+
+
+_ELEMENTS = {"not held": "failure", "undecided": "error", "vacuous": "error"}
+
+
+def junit(results: Sequence[Validation]) -> bytes:
+    """One test suite per validation, with one test case for finite outputs and one per gate.
+
+    A gate that does not hold is a failure; an undecided or vacuous one is an error.
+    """
+    root = ElementTree.Element("testsuites", name="perceiver-export validate")
+    for result in results:
+        name = f"{result.candidate['name']} on {result.candidate.get('target', 'its target')}"
+        failure = result.failure
+        # Name, element, type, message and hint of each case.
+        cases = [("outputs are finite", "", "", "", "")]
+        if failure is not None:
+            cases = [("outputs are finite", "failure", "not-finite", failure.message, failure.hint)]
+        for gate in result.gates:
+            element = _ELEMENTS.get(gate.outcome, "")
+            hint = advice(gate) if element else ""
+            cases.append((gate.wanted.typed, element, gate.outcome.replace(" ", "-"), str(gate), hint))
+        elements = [case[1] for case in cases]
+        counts = {"tests": len(cases), "failures": elements.count("failure"), "errors": elements.count("error")}
+        attributes = {key: str(value) for key, value in counts.items()}
+        suite = ElementTree.SubElement(root, "testsuite", {"name": name} | attributes)
+        holder = ElementTree.SubElement(suite, "properties")
+        for key, value in _properties(result):
+            ElementTree.SubElement(holder, "property", name=key, value=value)
+        for title, element, kind, said, hint in cases:
+            case = ElementTree.SubElement(suite, "testcase", classname=name, name=title)
+            if element:
+                ElementTree.SubElement(case, element, type=kind, message=said).text = hint
+            elif said:
+                ElementTree.SubElement(case, "system-out").text = said
+    for one in root.iter():  # XML does not allow control characters
+        one.text = one.text and printable(one.text)
+        one.attrib = {key: printable(value) for key, value in one.attrib.items()}
+    ElementTree.indent(root)
+    document: bytes = ElementTree.tostring(root, encoding="utf-8", xml_declaration=True)
+    return document + b"\n"
+
+
+def _properties(result: Validation) -> list[tuple[str, str]]:
+    values = {"samples": str(result.samples), "data": result.data.source, "fingerprint": result.data.fingerprint}
+    for metric in result.metrics:
+        values[metric.name] = f"{metric.candidate.value:.6g} {metric.unit}".strip()
+    for role, side in (("candidate", result.candidate), ("reference", result.reference or {})):
+        described = {key: side[key] for key in ("name", "target", "device", "version") if key in side}
+        values |= {f"{role} {key}": str(value) for key, value in (described | side.get("graphs", {})).items()}
+    return [*(values | result.machine).items(), *(("warning", warning) for warning in result.warnings)]
+
+
+_RUNS = 50
+_MEASURED = "Each layer's product in this bundle against the reference's, on the first samples; worst run of each."
+_RECORDED = "Each layer's own product against fp32's, at calibration; worst run of each."
+_MOST_MOVED = 4 << 30  # bytes: all products of both graphs are in memory at once, and a report must not fill it
+
+Layers = list[tuple[str, float]]
+
+
+def gather(
+    bundle: str | os.PathLike[str] | Bundle,
+    validations: Sequence[Validation],
+    reference: str | os.PathLike[str] | None = None,
+    command: str = "",
+    threads: int | None = None,
+) -> Report:
+    """A report on a validated bundle. Each target is timed, in turn with ``reference`` if that is a bundle.
+
+    Then the sensitivity of layers is measured against the reference on the validation data; otherwise it is what
+    `quantize` recorded at calibration. Raises what `bench` raises.
+    """
+    opened = open_bundle(bundle)
+    manifest, record = opened.manifest, read_calibration(opened)
+    other = Path(reference) if reference is not None and (Path(reference) / "manifest.json").is_file() else None
+    layers, note = _measured(opened, other, validations[0], threads), _MEASURED
+    if layers is None:
+        layers, note = _recorded(record), _RECORDED
+    tools = {f"{name} (at export)": version for name, version in manifest.tools.items()}
+    return Report(
+        f"{manifest.name}: {manifest.task}, {manifest.precision}",
+        tuple(validations),
+        tuple(speed for validation in validations for speed in _speeds(opened.path, other, validation, threads)),
+        tuple(layers),
+        tuple(tables(manifest, record)),
+        note if layers else "",
+        tuple(_certified(opened, validations)),
+        command,
+        {"perceiver-export": importlib.metadata.version("perceiver-export"), **tools},
+    )
+
+
+def _certified(bundle: Bundle, validations: Sequence[Validation]) -> Iterator[str]:
+    """The certificates that these validations show: none if a gate did not hold, whatever held on other days."""
+    for validation in validations if all(validation.held for validation in validations) else ():
+        limits = {(gate.wanted.subject, gate.wanted.limit) for gate in validation.gates}
+        target, engine = str(validation.candidate.get("target")), engine_of(validation.candidate)
+        for one in valid_certificates(bundle, target, engine):
+            if (
+                one.data == validation.data.fingerprint
+                and {(claim.what, claim.limit) for claim in one.claims} <= limits
+            ):
+                yield str(one)
+
+
+def _speeds(
+    path: Path, other: Path | None, validation: Validation, threads: int | None
+) -> Iterator[tuple[Measurement, float]]:
+    """Of the validated engine in its precision, and of the reference in turn with it, each with MiB on disk."""
+    target = str(validation.candidate.get("target", ""))
+    precision = precision_of(engine_of(validation.candidate))
+    found = bench(path, against=other, device=target, runs=_RUNS, threads=threads, precision=precision)
+    for side, folder in zip(found.measurements, (path, other), strict=False):
+        size = sum(entry.size for entry in open_bundle(folder or path, "never").manifest.files.values())
+        ratios = (found.ratio, found.ratio_quartiles) if folder == path else (None, None)
+        yield msgspec.structs.replace(side, ratio=ratios[0], ratio_quartiles=ratios[1]), size / 2**20
+
+
+def _measured(bundle: Bundle, reference: Path | None, validation: Validation, threads: int | None) -> Layers | None:
+    """Each layer's error in the bundle as it is, damage included; None if it cannot be measured."""
+    if reference is None or bundle.manifest.quantization is None:
+        return None
+    exact = open_bundle(reference, "never").manifest
+    moved = sum(stage.activation_bytes for part in exact.parts.values() for stage in part.stages)
+    if exact.quantization is not None or moved > _MOST_MOVED:
+        return None
+    try:
+        from perceiver_export.calibration.quantization.sensitivity import measure_layer_errors
+
+        found = measure_layer_errors(bundle, reference, validation.data.source, threads=threads)
+    except (ImportError, UsageError, DataError):  # no onnx here, other linears, or targets among the data's arrays
+        return None
+    return [(error.group, error.sqnr) for error in found]
+
+
+def _recorded(record: Calibration | None) -> Layers:
+    """Each group's worst run at calibration, worst first."""
+    parts = record.parts.values() if record is not None else ()
+    linears = [(one.sqnr, one.group) for part in parts for one in part.linears if one.sqnr is not None]
+    worst = {group: sqnr for sqnr, group in sorted(linears, reverse=True)}
+    return sorted(worst.items(), key=lambda item: item[1])

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes certificates into a bundle: gates that held on samples that nothing was chosen by."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from perceiver_export.calibration.bundles import file_entry, new_bundle
+from perceiver_export.calibration.validation.gates import AT_LEAST, CAVEAT
+from perceiver_export.calibration.validation.reference import check_reference
+from perceiver_export.calibration.validation.results import Validation
+from perceiver_export.calibration.validation.statistics import CONFIDENCE
+from perceiver_export.runtimes.bundle import Bundle, open_bundle
+from perceiver_export.runtimes.certificates import FILE, Certificate, Claim, certificates, engine_of, precision_of
+from perceiver_export.runtimes.engines.cache import graphs_of
+from perceiver_export.runtimes.errors import DataError, ExportError, UsageError
+from perceiver_export.runtimes.files import check_writable, copy_tree, encode_json, read_json
+from perceiver_export.runtimes.machine import cpu_features
+from perceiver_export.runtimes.manifest import encode_manifest
+
+_REFUSED = {
+    "one label": "certify on data with all the labels that the model will see",
+    "chance": "check the data's labels, or take another reference: one that guesses shows nothing",
+}
+_ELSEWHERE = "copy the bundle to where it can be written, and certify it there"
+
+
+def certify(
+    bundle: str | os.PathLike[str] | Bundle, validations: Sequence[Validation], searched: Sequence[str] = ()
+) -> tuple[Certificate, ...]:
+    """Write one certificate per validated target into the bundle, replacing earlier ones for the same place.
+
+    ``searched`` are digests of the samples that the bundle was chosen on: no later certificate may use them. The bundle
+    is replaced as a whole: readers see the old one or the new one.
+
+    Raises GateError or one of its kinds if a gate did not hold; UsageError if there was no gate, if another bundle was
+    validated, or if no certificate can rest on the reference; DataError if none can rest on the samples.
+    """
+    opened = open_bundle(bundle)
+    made = tuple(_certificate(opened, validation) for validation in validations)
+    kept = tuple(one for one in certificates(opened) if _place(one) not in map(_place, made))
+    _write(opened, (*kept, *made), searched)
+    return made
+
+
+def check_certifiable(bundle: str | os.PathLike[str] | Bundle) -> None:
+    """Raise ExportError, before models run for minutes, if no certificate can be written into the bundle."""
+    check_writable(bundle.path if isinstance(bundle, Bundle) else Path(bundle), ExportError, _ELSEWHERE)
+
+
+def _certificate(bundle: Bundle, validation: Validation) -> Certificate:
+    if not validation.gates:
+        raise UsageError("a certificate needs a gate that held", "give one: --max-drop, --min-agreement")
+    validation.require()
+    warnings = dict(zip(validation.warning_kinds, validation.warnings, strict=True))
+    for kind, hint in _REFUSED.items():
+        if kind in warnings:
+            raise DataError(warnings[kind], hint)
+    check_reference(validation.candidate, validation.reference)
+    target, engine = str(validation.candidate["target"]), engine_of(validation.candidate)
+    graphs = graphs_of(bundle.manifest, target, precision_of(engine))
+    if validation.candidate.get("graphs") != graphs:
+        raise UsageError(
+            f"the validated graphs are not those of {bundle.path} for {target}", "validate this bundle again"
+        )
+    reference, claims = validation.reference or {}, []
+    for gate in validation.gates:  # a claim is the limit that was asked: it was fixed before the samples were seen
+        wanted, bound = gate.wanted, gate.lower if gate.wanted.what == AT_LEAST else gate.upper
+        claims.append(Claim(wanted.subject, wanted.what, wanted.limit, wanted.unit, bound, CONFIDENCE))
+    means = " and of ".join(gate.wanted.subject for gate in validation.gates if gate.bounds == "bootstrap")
+    caveat = [f"the bound of {means} is {CAVEAT}"] if means else []  # a certificate is read without the manual
+    return Certificate(
+        claims=tuple(claims),
+        samples=validation.samples,
+        data=validation.data.fingerprint,
+        reference=str(reference.get("name")),
+        target=target,
+        engine=engine,
+        instruction_set=cpu_features(),
+        graphs=graphs,
+        date=datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        caveats=(*validation.gates[0].reservations, *caveat),
+        device=str(validation.candidate.get("device", "")),
+        reference_target=str(reference.get("target")),
+        reference_engine=engine_of(reference),
+        reference_graphs=dict(reference.get("graphs", {})),
+        labels=validation.data.labels,
+    )
+
+
+def _place(one: Certificate) -> tuple[object, ...]:
+    """The subjects, place and reference of a certificate; a newer one with the same replaces it."""
+    where = (one.target, one.engine, one.instruction_set, one.device)
+    against = (one.reference_target, one.reference_engine, one.reference_graphs)
+    return *where, *against, {claim.what for claim in one.claims}
+
+
+def _write(bundle: Bundle, made: Sequence[Certificate], searched: Sequence[str]) -> None:
+    with new_bundle(bundle.path, overwrite=True, elsewhere=_ELSEWHERE) as directory:
+        copy_tree(bundle.path, directory)
+        record = read_json(directory / FILE, dict[str, Any]) if FILE in bundle.manifest.files else {}
+        record["certificates"] = made
+        record["searched"] = sorted({*record.get("searched", ()), *searched})
+        for name in (FILE, "manifest.json"):
+            (directory / name).unlink(missing_ok=True)  # a link to the old one's content
+        (directory / FILE).write_bytes(encode_json(record))
+        files = {**bundle.manifest.files, FILE: file_entry(directory / FILE)}
+        manifest = msgspec.structs.replace(bundle.manifest, files=files)
+        (directory / "manifest.json").write_bytes(encode_manifest(manifest))

@@ -1,0 +1,271 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Metrics of classifiers and masked language models.
+
+Equal accuracy hides answers that flip (arXiv 2407.09141), so agreement with the reference and the divergence of
+probabilities (KL) stand beside it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from perceiver_export.calibration.validation.metrics.base import Column, Columns, Family, Metric, Outputs
+from perceiver_export.runtimes.runtime import Array
+
+_TOP = 5
+_AGREEMENT = Metric("agreement", "likeness", "higher", "share", "%")
+_KL = Metric("kl", "likeness", "lower", "mean", "nats")
+
+
+def name_of(index: int, names: Sequence[str]) -> str:
+    """A label's name, or its index if it has none."""
+    return names[index] if index < len(names) else str(index)
+
+
+def log_softmax(logits: Array) -> Array:
+    """Logarithms of probabilities along the last axis, in float64."""
+    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
+    found: Array = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return found
+
+
+def divergence(expected: Array, found: Array) -> Array:
+    """Kullback-Leibler divergence along the last axis of two arrays of logarithms of probabilities, in nats."""
+    # Rounding makes it slightly negative where both are equal.
+    moved: Array = np.maximum((np.exp(expected) * (expected - found)).sum(axis=-1), 0.0)
+    return moved
+
+
+def kl(reference: Array, found: Array) -> Array:
+    """Kullback-Leibler divergence KL(reference ‖ found) of two arrays of logits along the last axis, in nats."""
+    return divergence(log_softmax(reference), log_softmax(found))
+
+
+def distribution(logs: Array) -> dict[str, Any]:
+    """A summary of distributions (n, ...), given as logarithms of probabilities, for `from_mean`."""
+    shares = np.exp(logs)
+    return {"rows": len(logs), "probabilities": shares.sum(axis=0), "negentropy": float((shares * logs).sum())}
+
+
+def from_mean(seen: Mapping[str, Any]) -> float:
+    """The mean of KL(each distribution ‖ their mean), in nats."""
+    mean = seen["probabilities"] / seen["rows"]
+    return max(0.0, float(seen["negentropy"] / seen["rows"] - (mean * np.log(mean + 1e-300)).sum()))
+
+
+class SingleLabel(Family):
+    """Logits (n, labels) of labels that exclude each other; ``targets["label"]``: indices (n,)."""
+
+    metrics: tuple[Metric, ...] = (
+        Metric("top-1", "quality", "higher", "share", "%"),
+        Metric("top-5", "quality", "higher", "share", "%"),
+        _AGREEMENT,
+        _KL,
+    )
+    targets: tuple[str, ...] | None = ("label",)
+    telling: tuple[str, ...] = ("top-1",)
+
+    def quality(self, outputs: Outputs, targets: Outputs) -> Columns:
+        """Top-5 only where there are more than five labels. Ties go to the lower index."""
+        logits, labels = self.scores(outputs), targets["label"][:, None]
+        order = np.argsort(-logits, axis=1, kind="stable")
+        tops = {"top-1": 1, "top-5": _TOP} if logits.shape[1] > _TOP else {"top-1": 1}
+        return {name: Column.of((order[:, :count] == labels).any(axis=1)) for name, count in tops.items()}
+
+    def judged(self, outputs: Outputs, targets: Outputs) -> tuple[Array, Array]:
+        """Logits (n, positions, labels), and which positions are judged (n, positions)."""
+        logits = self.scores(outputs)[:, None]
+        return logits, np.ones(logits.shape[:2], bool)
+
+    def likeness(self, outputs: Outputs, reference: Outputs, targets: Outputs) -> Columns:
+        """Whether the first label is the same, and KL(reference ‖ candidate)."""
+        (found, judged), (expected, _) = (self.judged(side, targets) for side in (outputs, reference))
+        moved = np.zeros(judged.shape)
+        moved[judged] = kl(expected[judged], found[judged])
+        same = found.argmax(axis=-1) == expected.argmax(axis=-1)
+        return {"agreement": Column.mean(same, judged), "kl": Column.mean(moved, judged)}
+
+    def seen(self, outputs: Outputs, targets: Outputs) -> dict[str, Any]:
+        """Counts of answers and of true labels, and the distributions."""
+        logits, judged = self.judged(outputs, targets)
+        rows, (name,) = logits[judged], self.targets or ("",)
+        true = targets[name].reshape(judged.shape)[judged] if name in targets else np.zeros(0, int)
+        counts = {"answers": rows.argmax(axis=-1), "true": true}
+        found = {name: np.bincount(some, minlength=logits.shape[-1]) for name, some in counts.items()}
+        return found | distribution(log_softmax(rows))
+
+    def naive(self, seen: Mapping[str, Any], names: Sequence[str]) -> tuple[str, dict[str, float]]:
+        """Always the most frequent label; for perplexity, with the probabilities of all labels in the data."""
+        answers, true = seen["answers"], seen["true"]
+        if not answers.any():
+            return self.says, {}
+        values = {"agreement": float(answers.max() / answers.sum()), "kl": from_mean(seen)}
+        if true.any():
+            shares = np.sort(true / true.sum())[::-1]
+            logs = np.log(shares[shares > 0])
+            values |= dict.fromkeys(("top-1", "token accuracy"), float(shares[0]))
+            values |= {"top-5": float(shares[:_TOP].sum()), "perplexity": float(np.exp(-shares[: len(logs)] @ logs))}
+        return f"always answering {name_of(int((true if true.any() else answers).argmax()), names)!r}", values
+
+    def answers(self, outputs: Outputs) -> Array:
+        """Index of the first label (n,)."""
+        return np.asarray(self.scores(outputs).argmax(axis=1))
+
+    def text(self, answer: Array, names: Sequence[str]) -> str:
+        """The label's name."""
+        return name_of(int(answer), names)
+
+
+class Text(SingleLabel):
+    """Logits (n, length, vocabulary); ``targets["tokens"]`` (n, length): the token under each mask, -1 elsewhere.
+
+    A text is the sample, because its positions are not independent: its value is the mean over its masked positions,
+    its weight their number.
+    """
+
+    metrics = (
+        Metric("token accuracy", "quality", "higher", "fraction", "%"),
+        Metric("perplexity", "quality", "lower", "exp", "a token"),
+        Metric("agreement", "likeness", "higher", "fraction", "%"),
+        _KL,
+    )
+    targets = ("tokens",)
+    telling = ("token accuracy",)
+    output = "logits"  # `FillMask.check` requires it
+
+    def quality(self, outputs: Outputs, targets: Outputs) -> Columns:
+        """How often the token is right, and how surprised the model is by it."""
+        (logits, masked), tokens = self.judged(outputs, targets), targets["tokens"]
+        surprise = np.zeros(tokens.shape)
+        surprise[masked] = -np.take_along_axis(log_softmax(logits[masked]), tokens[masked][:, None], axis=1)[:, 0]
+        right = logits.argmax(axis=-1) == tokens
+        return {"token accuracy": Column.mean(right, masked), "perplexity": Column.mean(surprise, masked)}
+
+    def judged(self, outputs: Outputs, targets: Outputs) -> tuple[Array, Array]:
+        """Only masked positions are."""
+        return outputs["logits"], targets["tokens"] >= 0
+
+    def answers(self, outputs: Outputs) -> Any:
+        """None that people read."""
+        return None
+
+
+_DRAWS = 256  # at a time: their weights stay in a cache
+
+
+def macro_f1(values: Array, counts: Array) -> Array:
+    """``values`` (n, 2, labels): twice the true positives, and the number of labels said plus labels true."""
+    sums = (counts.astype(np.float64) @ values.reshape(len(values), -1)).reshape(*counts.shape[:-1], *values.shape[1:])
+    found: Array = (sums[..., 0, :] / np.maximum(sums[..., 1, :], 1e-12)).mean(axis=-1)
+    return found
+
+
+def mean_average_precision(values: Array, counts: Array) -> Array:
+    """``values`` (n, 2, labels): scores and truths; samples of equal scores enter together. Labels must occur."""
+    drawn = counts.reshape(-1, len(values))
+    blocks = (drawn[start : start + _DRAWS] for start in range(0, len(drawn), _DRAWS))
+    found = np.concatenate([_precisions(values, block.T.astype(np.float32)) for block in blocks])
+    return found.reshape(counts.shape[:-1])
+
+
+def _precisions(values: Array, drawn: Array) -> Array:
+    """The same for draws (n, draws): the layout that caches well."""
+    total, labels = np.zeros(drawn.shape[1]), np.zeros(drawn.shape[1])
+    for scores, truth in zip(*np.moveaxis(values, 0, -1), strict=True):
+        order = np.argsort(-scores, kind="stable")
+        held = np.flatnonzero(truth[order])
+        if not len(held):
+            continue
+        weights = drawn[order]
+        # Each true sample's precision is that of all samples which score no less: up to the end of its group.
+        ends = np.searchsorted(-scores[order], -scores[order][held], side="right")
+        right = np.cumsum(weights[held], axis=0)
+        taken = np.cumsum(weights, axis=0)[ends - 1]
+        precision = right[np.searchsorted(held, ends) - 1] / np.maximum(taken, 1)
+        total += (weights[held] * precision).sum(axis=0) / np.maximum(right[-1], 1)
+        labels += right[-1] > 0
+    found: Array = total / np.maximum(labels, 1)
+    return found
+
+
+class MultiLabel(Family):
+    """Logits (n, labels) of labels that do not exclude each other: each is said where its probability is above 0.5.
+
+    ``targets["label"]`` is (n, labels): 1 where a label is true. Definitions are scikit-learn's: subset accuracy (all
+    labels of a sample right), label accuracy (one minus the Hamming loss), F1 over all decisions (micro) and as the
+    mean over labels (macro, 0 where a label never occurs nor is said), and the mean average precision over the labels
+    that occur.
+    """
+
+    metrics = (
+        Metric("subset accuracy", "quality", "higher", "share", "%"),
+        Metric("label accuracy", "quality", "higher", "fraction", "%"),
+        Metric("micro-f1", "quality", "higher"),
+        Metric("macro-f1", "quality", "higher", "statistic", "", macro_f1),
+        Metric("map", "quality", "higher", "statistic", "", mean_average_precision),
+        _AGREEMENT,
+        _KL,
+    )
+    targets = ("label",)
+    # With many labels a good model is seldom right about all of them; then F1 tells.
+    telling = ("subset accuracy", "micro-f1")
+
+    def quality(self, outputs: Outputs, targets: Outputs) -> Columns:
+        """All of them."""
+        scores, truths = self.scores(outputs), targets["label"] > 0.5
+        said = scores > 0
+        twice, whole = 2.0 * (said & truths), said.astype(np.float64) + truths
+        both = whole.sum(axis=1)
+        return {
+            "subset accuracy": Column.of((said == truths).all(axis=1)),
+            "label accuracy": Column.of((said == truths).mean(axis=1)),
+            # The weights make the mean over samples F1 over all decisions.
+            "micro-f1": Column.of(twice.sum(axis=1) / np.maximum(both, 1), both),
+            "macro-f1": Column.of(np.stack([twice, whole], axis=1)),
+            "map": Column.of(np.stack([scores, truths], axis=1)),
+        }
+
+    def likeness(self, outputs: Outputs, reference: Outputs, targets: Outputs) -> Columns:
+        """Whether both say the same labels, and the mean over labels of KL(reference ‖ candidate)."""
+        found, expected = self.scores(outputs), self.scores(reference)
+        moved = divergence(_yes_and_no(expected), _yes_and_no(found)).mean(axis=1)
+        return {"agreement": Column.of(((found > 0) == (expected > 0)).all(axis=1)), "kl": Column.of(moved)}
+
+    def seen(self, outputs: Outputs, targets: Outputs) -> dict[str, Any]:
+        """Counts of sets of labels, said and true, and the distributions."""
+        true = targets.get("label", np.zeros((0, self.scores(outputs).shape[1])))
+        sets = {"said": self.answers(outputs), "sets": true}
+        counts = {name: Counter(row.tobytes() for row in rows) for name, rows in sets.items()}
+        return {**counts, "true": true.sum(axis=0), **distribution(_yes_and_no(self.scores(outputs)))}
+
+    def naive(self, seen: Mapping[str, Any], names: Sequence[str]) -> tuple[str, dict[str, float]]:
+        """Always the set of labels that is best for the metric."""
+        rows, shares = seen["rows"], np.sort(seen["true"] / seen["rows"])[::-1]
+        found = {"kl": from_mean(seen) / len(shares), "agreement": max(seen["said"].values()) / rows}
+        if seen["sets"]:
+            said = np.arange(1, len(shares) + 1)
+            found |= {
+                "subset accuracy": max(seen["sets"].values()) / rows,
+                "label accuracy": float(np.maximum(shares, 1 - shares).mean()),
+                "micro-f1": float((2 * np.cumsum(shares) / (said + shares.sum())).max()),
+                "macro-f1": float((2 * shares / (1 + shares)).mean()),
+                "map": float(shares.sum() / max((shares > 0).sum(), 1)),
+            }
+        return "always answering the same labels", found
+
+    def answers(self, outputs: Outputs) -> Array:
+        """Which labels are said (n, labels)."""
+        return np.asarray(self.scores(outputs) > 0)
+
+    def text(self, answer: Array, names: Sequence[str]) -> str:
+        """The labels, separated by commas."""
+        return ", ".join(name_of(index, names) for index in np.flatnonzero(answer).tolist()) or "none"
+
+
+def _yes_and_no(scores: Array) -> Array:
+    """Logarithms of the probability that each label holds and that it does not (n, labels, 2)."""
+    return -np.logaddexp(0, np.stack([-scores, scores], axis=-1, dtype=np.float64))

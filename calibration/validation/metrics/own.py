@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``module:function``: your own metric.
+
+The function takes one sample's outputs by name and its targets by name, both without the batch, and returns a number.
+What DATA calls ``label`` or ``labels`` has both names, in the form that the output's kind requires
+(`calibration.data`); other arrays that are not inputs keep their names. More is better unless the function has
+``better = "lower"``; ``unit`` is shown if it has one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from perceiver_export.calibration.data.sources import current_directory_importable, find_function
+from perceiver_export.calibration.validation.metrics.base import Column, Columns, Family, Metric, Outputs
+from perceiver_export.runtimes.errors import DataError, PerceiverExportError, UsageError
+from perceiver_export.runtimes.runtime import Array
+
+_MOST = 1_000  # samples of which every one is judged for the naive models
+_FORM = "it takes (outputs, targets) of one sample, arrays by name, and returns a number"
+
+
+class Own(Family):
+    """Your function as a family of one metric.
+
+    Its naive model is the best of three: always the first sample's outputs, the mean of the first batch's, or zeros.
+    The function may be slow, so the first 1,000 samples are judged, of the next 1,000 every second, of the next 2,000
+    every fourth, and so on, each with the weight of those that it stands for. A model that the function fails for is
+    left out.
+    """
+
+    targets = ()
+
+    def __init__(self, metric: Metric, function: Callable[[dict[str, Array], dict[str, Array]], float]) -> None:
+        super().__init__()
+        self.metric, self.metrics, self.function = metric, (metric,), function
+        self._count = 0
+        self._models: dict[str, Outputs] = {}
+        self._reads: tuple[str, ...] = ()
+
+    def quality(self, outputs: Outputs, targets: Outputs) -> Columns:
+        """Calls the function for each sample. Raises UsageError if it fails, DataError if it returns NaN."""
+        rows = range(len(next(iter(outputs.values()))))
+        return {self.metric.name: Column.of(np.array([self._value(outputs, targets, row) for row in rows]))}
+
+    def _value(self, outputs: Outputs, targets: Outputs, row: int) -> float:
+        # Copies, because the function may change its arguments.
+        sides = [{name: np.copy(array[row]) for name, array in side.items()} for side in (outputs, targets)]
+        if "label" in sides[1]:
+            sides[1].setdefault("labels", sides[1]["label"])
+        try:
+            with current_directory_importable():  # the function may import modules when it runs
+                value = float(self.function(*sides))
+        except PerceiverExportError:
+            raise
+        except (Exception, SystemExit) as error:
+            given = "; outputs: {}; targets: {}".format(*(", ".join(side) or "none" for side in sides))
+            raise UsageError(f"{self.metric.name} failed: {type(error).__name__}: {error}", _FORM + given) from error
+        if not math.isfinite(value):
+            raise DataError(f"{self.metric.name} gave {value}", "return a finite number for every sample")
+        return value
+
+    def seen(self, outputs: Outputs, targets: Outputs) -> dict[str, Any]:
+        """Sums of each naive model's values and of their weights; NaN once the function fails."""
+        if not self._count:
+            self._models = {
+                "the first sample's outputs": {name: array[:1] for name, array in outputs.items()},
+                "the mean of each output": {
+                    name: array.mean(axis=0, keepdims=True).astype(array.dtype) for name, array in outputs.items()
+                },
+                "zeros": {name: np.zeros_like(array[:1]) for name, array in outputs.items()},
+            }
+            values = self.quality(outputs, targets)[self.metric.name].values
+            self._reads = tuple(name for name in outputs if self._depends(name, outputs, targets, values))
+        sums = {says: np.zeros(2) for says in self._models}
+        for row in range(len(next(iter(outputs.values())))):
+            step = 2 ** (self._count // _MOST).bit_length()
+            if self._count % step == 0:
+                for says in self._models:
+                    sums[says] += (step * self._of_model(says, targets, row), step)
+            self._count += 1
+        return sums
+
+    def _of_model(self, says: str, targets: Outputs, row: int) -> float:
+        try:
+            one = {name: array[row : row + 1] for name, array in targets.items()}
+            return self._value(self._models[says], one, 0) if self._models[says] else math.nan
+        except PerceiverExportError:
+            self._models[says] = {}
+            return math.nan
+
+    def naive(self, seen: Mapping[str, Any], names: Sequence[str]) -> tuple[str, dict[str, float]]:
+        """The best model's mean."""
+        found = {says: float(total / weight) for says, (total, weight) in seen.items() if not np.isnan(total)}
+        if not found:
+            return self.says, {}
+        best = (max if self.metric.better == "higher" else min)(found, key=lambda says: found[says])
+        return f"always giving {best}", {self.metric.name: found[best]}
+
+    def reads(self, metric: str, outputs: Sequence[str]) -> tuple[str, ...]:
+        """The outputs that its values on the first batch depend on."""
+        return self._reads
+
+    def _depends(self, name: str, outputs: Outputs, targets: Outputs, values: Array) -> bool:
+        """Whether the metric changes, or fails, where an output is negated, another sample's, or zero."""
+        array = outputs[name]
+        try:
+            return not all(
+                np.array_equal(self.quality({**outputs, name: ruined}, targets)[self.metric.name].values, values)
+                for ruined in (100 - 3 * array, np.roll(array, 1, axis=0), np.zeros_like(array))
+            )
+        except PerceiverExportError:
+            return True
+
+
+def load_own(spec: str) -> Own:
+    """Import ``module:function``, as seen from the current directory. Raises UsageError."""
+    with current_directory_importable():
+        function = find_function(spec)
+    better: Literal["higher", "lower"] = getattr(function, "better", "higher")
+    if better not in ("higher", "lower"):
+        raise UsageError(f"{spec} has better = {better!r}", "set it to 'higher' or 'lower'")
+    return Own(Metric(spec, "quality", better, "mean", str(getattr(function, "unit", ""))), function)

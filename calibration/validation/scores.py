@@ -1,0 +1,322 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scores of two models on the same samples, collected batch by batch, and the metrics with bounds that follow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from perceiver_export.calibration.data.samples import Example
+from perceiver_export.calibration.validation.metrics import metrics_of
+from perceiver_export.calibration.validation.metrics.base import Column, Columns, Family, Metric, Outputs
+from perceiver_export.calibration.validation.metrics.own import Own
+from perceiver_export.calibration.validation.statistics import LEAST_FOR_BOOTSTRAP, Estimate, bootstrap, drop, share
+from perceiver_export.calibration.validation.worst import Worst, WorstClass, worst_classes
+from perceiver_export.runtimes.errors import DataError
+from perceiver_export.runtimes.runtime import Array
+
+_LARGEST_EXPONENT = 700.0  # of float64; a ruined model's surprise may be larger
+_ALIKE = 1e-6  # of their size: outputs that differ by less are equal
+
+
+class MetricResult(msgspec.Struct, frozen=True):
+    """One metric. Shares and their bounds are in percent, a worsening of them in points.
+
+    ``kind`` is `Metric.kind`. A quality has both sides and ``worsening`` (positive: the candidate is worse), a likeness
+    only ``candidate``. ``lost``, ``gained``: samples that only the reference, or only the candidate, gets right; for
+    shares only.
+    """
+
+    name: str
+    of: str
+    better: str
+    unit: str
+    candidate: Estimate
+    reference: Estimate | None = None
+    worsening: Estimate | None = None
+    kind: str = "mean"
+    lost: int | None = None
+    gained: int | None = None
+
+
+def value_of(metric: Metric, column: Column, counts: Array | None = None) -> Array:
+    """One side's value (...), shares as shares, with each sample counted ``counts`` (..., n) times, by default once."""
+    weights = np.ones(len(column.values), np.int64) if counts is None else counts
+    if metric.statistic is not None:
+        return metric.statistic(column.values, weights)
+    drawn = weights.astype(np.float64)
+    found: Array = drawn @ (column.values * column.weights) / np.maximum(drawn @ column.weights, 1e-12)
+    return np.exp(found) if metric.kind == "exp" else np.sqrt(found) if metric.kind == "root" else found
+
+
+def estimate(metric: Metric, column: Column) -> Estimate:
+    """One side's value with one-sided bounds, shares as shares: exact for them, by bootstrap for all others."""
+    if metric.kind == "share":
+        return share(int(column.values.sum()), len(column.values))
+    found = _resampled(metric, (column,), lambda counts: value_of(metric, column, counts))
+    return Estimate(found.value, max(0.0, found.lower), min(1.0, found.upper)) if metric.kind == "fraction" else found
+
+
+def worsening(metric: Metric, candidate: Column, reference: Column, relative: bool = False) -> Estimate:
+    """How much worse the candidate is, positive if it is; if ``relative``, as a share of the reference's value."""
+    if metric.kind == "share" and not relative:
+        return drop(*_flips(candidate, reference), len(candidate.values))
+    sign = 1.0 if metric.better == "lower" else -1.0
+
+    def change(counts: Array) -> Array:
+        one, other = (value_of(metric, side, counts) for side in (candidate, reference))
+        found: Array = sign * (one - other) + 0.0  # adding 0 turns -0 into 0
+        return found / np.maximum(np.abs(other), 1e-12) if relative else found
+
+    level = max(abs(float(value_of(metric, reference))), 1e-12) if relative else 1.0
+    return _resampled(metric, (candidate, reference), change, 1 / level)
+
+
+def _resampled(
+    metric: Metric, columns: Sequence[Column], statistic: Callable[[Array], Array], scale: float = 1.0
+) -> Estimate:
+    """By bootstrap; if no sample of a fraction differs from another, by how rare one that differs can be.
+
+    Resampling knows nothing of samples that were not drawn, but their number does: 0 of so many.
+    """
+    count = len(columns[0].values)
+    if all((array == array[0]).all() for column in columns for array in (column.values, column.weights)):
+        value = float(statistic(np.ones(count, np.int64)))
+        found = Estimate(value, value, value)
+    else:
+        width = sum(int(np.prod(column.values.shape[1:])) for column in columns) if metric.statistic else 0
+        found = bootstrap(count, statistic, width)
+    if metric.kind == "fraction" and found.lower == found.upper:
+        rare = scale * share(0, count).upper
+        return Estimate(found.value, found.value - rare, found.value + rare)
+    return found
+
+
+def _flips(candidate: Column, reference: Column) -> tuple[int, int]:
+    """How many samples only the reference gets right, and how many only the candidate."""
+    found, expected = candidate.values > 0, reference.values > 0
+    return int((expected & ~found).sum()), int((found & ~expected).sum())
+
+
+class Scores:
+    """Scores of every sample of one or two sides, collected by `add`.
+
+    ``families`` are those of `metrics.families`; the first that is not your own metric's reads labels and answers.
+    ``worst``: how many of the worst samples to keep. ``names``: of the labels.
+    """
+
+    def __init__(self, families: Sequence[Family], worst: int, names: Sequence[str]) -> None:
+        self.worst = Worst(worst)
+        self.metrics = metrics_of(families)
+        self._families, self._names = families, names
+        self._main = next(family for family in families if not isinstance(family, Own))
+        self._parts: dict[str, list[Columns]] = {"quality": [], "reference": [], "likeness": []}
+        self._answers: dict[str, list[Array]] = {}
+        self._seen: list[dict[str, Any]] = [{} for _ in families]
+        self._unused: set[str] = set()
+        self._first: dict[str, Array] = {}
+        self._varying: set[str] = set()
+
+    @property
+    def count(self) -> int:
+        """Samples so far."""
+        return self.worst.seen
+
+    def add(self, batch: Sequence[Example], outputs: Outputs, reference: Outputs | None, targets: Outputs) -> None:
+        """Take in a batch. Raises DataError if only some batches have targets, or targets do not fit the metrics."""
+        sides = {"quality": self._quality(outputs, targets), "reference": Columns(), "likeness": Columns()}
+        if reference is not None:
+            sides["reference"] = self._quality(reference, targets)
+            for family in reversed(self._families):
+                sides["likeness"] |= family.likeness(outputs, reference, targets)
+        for name, side in sides.items():
+            if self.count and side.keys() != self._parts[name][0].keys():
+                raise DataError("only some samples have a label", "label all of them, or none")
+            self._parts[name].append(side)
+        self._watch(outputs if reference is None else reference, targets)
+        said = {"candidate": self._main.answers(outputs)}
+        said["reference"] = None if reference is None else self._main.answers(reference)
+        said["label"] = targets.get("label") if "label" in (self._main.targets or ()) else None
+        texts = {}
+        for name, answers in said.items():
+            if answers is not None:
+                self._answers.setdefault(name, []).append(answers)
+                texts[name] = [self._main.text(one, self._names) for one in answers]
+        columns = sides["quality"] | sides["likeness"]
+        single = [metric for metric in self.metrics if metric.name in columns and metric.kind != "statistic"]
+        values = {metric.name: _of_samples(metric, columns[metric.name]) for metric in single}
+        self.worst.add(batch, _badness(single, sides, len(batch)), values, texts)
+
+    def _quality(self, outputs: Outputs, targets: Outputs) -> Columns:
+        found: Columns = {}
+        for family in reversed(self._families):
+            if family.judged_by(targets):
+                found |= family.quality(outputs, targets)
+        if self._main is self._families[0] and self._main.targets and not self._main.judged_by(targets):
+            self._unused.update(targets)  # your own metric might use them
+        return found
+
+    def _watch(self, outputs: Outputs, targets: Outputs) -> None:
+        """Sum up answers for the naive model, and note which outputs vary."""
+        for family, seen in zip(self._families, self._seen, strict=True):
+            for name, value in family.seen(outputs, targets).items():
+                seen[name] = seen[name] + value if name in seen else value
+        for name, array in outputs.items():
+            first = self._first.setdefault(name, array[:1])
+            if not np.allclose(array, first, rtol=0, atol=_ALIKE * float(np.abs(first).max())):
+                self._varying.add(name)
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of the outputs."""
+        return tuple(self._first)
+
+    @property
+    def reads(self) -> dict[str, tuple[str, ...]]:
+        """The outputs that each metric depends on."""
+        pairs = [(family, metric.name) for family in reversed(self._families) for metric in family.metrics]
+        return {name: family.reads(name, self.outputs) for family, name in pairs}
+
+    def blind(self, metric: Metric) -> str:
+        """Why this metric does not tell models apart; empty if it does."""
+        reads = self.reads[metric.name]
+        if not reads:
+            return f"{metric.name} gives the same whatever the outputs are"
+        if self.count < 2 or self._varying & set(reads):
+            return ""
+        return f"the reference gives the same {' and '.join(map(repr, reads))} for all samples"
+
+    @cached_property
+    def sides(self) -> dict[str, Columns]:
+        """``quality`` of the candidate and of the ``reference``, and ``likeness`` of the two, by metric."""
+        found: dict[str, Columns] = {}
+        for side, parts in self._parts.items():
+            found[side] = {}
+            for name in parts[0] if parts else ():
+                columns = [part[name] for part in parts]
+                values, weights = ([getattr(column, of) for column in columns] for of in ("values", "weights"))
+                found[side][name] = Column(np.concatenate(values), np.concatenate(weights))
+        return found
+
+    @cached_property
+    def naive(self) -> dict[str, tuple[str, float]]:
+        """The naive model of each metric (`base.Family`) in words, and its value."""
+        found = {}
+        for family, seen in zip(reversed(self._families), reversed(self._seen), strict=True):
+            says, values = family.naive(seen, self._names)
+            found.update({name: (says, value) for name, value in values.items()})
+        return found
+
+    @property
+    def measured(self) -> Columns:
+        """The candidate's columns, of quality and of likeness."""
+        return self.sides["quality"] | self.sides["likeness"]
+
+    def flips(self, metric: Metric) -> tuple[int, int]:
+        """Samples that a share lost and gained; of agreement those that differ."""
+        column = self.measured[metric.name]
+        return _flips(column, self.sides["reference"].get(metric.name, Column.of(np.ones(self.count))))
+
+    def distance(self, metric: Metric, relative: bool = False) -> Estimate:
+        """How much worse a quality is than the reference's, as in `worsening`; a likeness as it is."""
+        if metric.of == "likeness":
+            return estimate(metric, self.sides["likeness"][metric.name])
+        quality, reference = (self.sides[side][metric.name] for side in ("quality", "reference"))
+        return worsening(metric, quality, reference, relative)
+
+    def guessed(self, metric: Metric, relative: bool = False) -> float | None:
+        """The `distance` of the naive model; None if it is not known."""
+        if metric.name not in self.naive:
+            return None
+        value = self.naive[metric.name][1]
+        if metric.of == "likeness":
+            return value
+        reference = float(value_of(metric, self.sides["reference"][metric.name]))
+        worse = value - reference if metric.better == "lower" else reference - value
+        return worse / max(abs(reference), 1e-12) if relative else worse
+
+    def results(self) -> tuple[MetricResult, ...]:
+        """Every metric that was measured, in the family's order."""
+        return tuple(self._result(metric) for metric in self.metrics if metric.name in self.measured)
+
+    def _result(self, metric: Metric) -> MetricResult:
+        found = estimate(metric, self.measured[metric.name]).times(metric.scale)
+        described = (metric.name, metric.of, metric.better, metric.unit, found)
+        if metric.name not in self.sides["reference"]:
+            return MetricResult(*described, kind=metric.kind)
+        expected = estimate(metric, self.sides["reference"][metric.name]).times(metric.scale)
+        lost, gained = self.flips(metric) if metric.kind == "share" else (None, None)
+        worse = self.distance(metric).times(metric.scale)
+        return MetricResult(*described, expected, worse, metric.kind, lost, gained)
+
+    def warnings(self) -> dict[str, str]:
+        """Warnings by kind: reasons why these numbers mean less than they seem to."""
+        found = {}
+        if self.count < LEAST_FOR_BOOTSTRAP:
+            plural = "s" if self.count > 1 else ""
+            found["few"] = f"only {self.count} sample{plural}: bounds are wide, and those of means too narrow"
+        if self._unused:
+            names, wanted = ", ".join(sorted(self._unused)), ", ".join(self._main.targets or ())
+            found["unused"] = f"nothing was judged by the data's {names}: this task is judged by `{wanted}`"
+        labels = self._answers.get("label")
+        if labels is not None and self.count > 1 and len(np.unique(np.concatenate(labels), axis=0)) == 1:
+            return {**found, "one label": "all samples have one label: nothing is known about the others"}
+        return found | self._guessing()
+
+    def _guessing(self) -> dict[str, str]:
+        """The warning that the reference, or without one the model, does not beat the naive model.
+
+        By its bounds, or with too few samples for that by its measured value.
+        """
+        side, few = self.sides["reference"] or self.sides["quality"], self.count < LEAST_FOR_BOOTSTRAP
+        said = {}
+        for metric in self.metrics:
+            if metric.name in self._main.telling and metric.name in side and metric.name in self.naive:
+                found, (says, guessed) = estimate(metric, side[metric.name]), self.naive[metric.name]
+                least, most = (found.value, found.value) if few else (found.lower, found.upper)
+                if least > guessed if metric.better == "higher" else most < guessed:
+                    return {}
+                values = (f"{metric.scale * value:.4g} {metric.unit}".strip() for value in (found.value, guessed))
+                said[metric.name] = "{} {}, {} gives {}".format(metric.name, next(values), says, *values)
+        role = "reference" if self.sides["reference"] else "model"
+        why = "it may be untrained, or the data may have another model's labels or preprocessing"
+        chance = f"the {role} is no better than chance on these samples"
+        return {"chance": f"{chance} ({next(iter(said.values()))}): {why}"} if said else {}
+
+    def worst_classes(self) -> tuple[WorstClass, ...]:
+        """Classes by label, or without labels by the reference's answer; empty unless answers are indices."""
+        parts = self._answers.get("label", self._answers.get("reference"))
+        classes = np.concatenate(parts) if parts else np.zeros((0, 0))
+        if classes.ndim != 1:
+            return ()
+        named = {"quality": "top-1", "reference": "top-1", "likeness": "agreement"}
+        columns = [self.sides[side].get(name) for side, name in named.items()]
+        names = self._names or [str(index) for index in range(int(classes.max()) + 1)]
+        return worst_classes(names, classes, *(None if one is None else one.values > 0 for one in columns))
+
+
+def _of_samples(metric: Metric, column: Column) -> Array:
+    """Values (n,) of single samples in the metric's unit: perplexities rather than their logarithms."""
+    if metric.kind == "exp":
+        return np.asarray(np.exp(np.minimum(column.values, _LARGEST_EXPONENT)))
+    return metric.scale * (np.sqrt(column.values) if metric.kind == "root" else column.values)
+
+
+def _badness(metrics: Sequence[Metric], sides: Mapping[str, Columns], count: int) -> Array:
+    """(n, 2): how far the first quality fell (without a reference, how bad it is), and the first distance.
+
+    Agreement, which is only yes or no, comes after distances.
+    """
+    found = np.zeros((count, 2))
+    first = next((metric for metric in metrics if metric.of == "quality"), None)
+    if first is not None:
+        before = sides["reference"][first.name].values if sides["reference"] else 0.0
+        found[:, 0] = (sides["quality"][first.name].values - before) * (1 if first.better == "lower" else -1)
+    distances = [metric for metric in metrics if metric.of == "likeness"]
+    for metric in sorted(distances, key=lambda metric: metric.better == "higher")[:1]:
+        found[:, 1] = sides["likeness"][metric.name].values * (1 if metric.better == "lower" else -1)
+    return found

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The samples and classes on which the candidate did worst, to look at, and as files."""
+
+from __future__ import annotations
+
+import base64
+import heapq
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from perceiver_export.calibration.bundles import new_directory
+from perceiver_export.calibration.data.samples import Example
+from perceiver_export.runtimes.errors import DataError
+from perceiver_export.runtimes.files import encode_json
+from perceiver_export.runtimes.runtime import Array
+from perceiver_export.runtimes.tasks.image_files import take_picture
+
+_SIDE = 96  # pixels of a thumbnail's longer side
+
+
+class WorstSample(msgspec.Struct, frozen=True):
+    """One of the worst samples. Scores are by metric, in its unit; ``picture`` is a PNG data URI."""
+
+    index: int
+    name: str
+    label: str = ""
+    reference: str = ""
+    candidate: str = ""
+    scores: dict[str, float] = {}
+    picture: str = ""
+    text: str = ""
+
+
+class WorstClass(msgspec.Struct, frozen=True):
+    """Samples of one label (without labels, of one answer of the reference) and the share of right answers in percent.
+
+    ``flips``: the number of answers that differ from the reference's.
+    """
+
+    label: str
+    samples: int
+    candidate: float | None
+    reference: float | None
+    flips: int | None
+
+    @property
+    def changed(self) -> bool:
+        """Whether an answer differs from the reference's; without a reference, whether one is wrong."""
+        return self.candidate != 100.0 if self.flips is None else self.flips > 0
+
+
+class Worst:
+    """Keeps the ``most`` worst samples, ranked by how much quality they lost, then by distance."""
+
+    def __init__(self, most: int) -> None:
+        self.most, self.seen = most, 0
+        self._kept: list[tuple[tuple[float, ...], int, Example, WorstSample]] = []
+
+    def add(
+        self,
+        batch: Sequence[Example],
+        badness: Array,
+        scores: Mapping[str, Array],
+        answers: Mapping[str, Sequence[str]],
+    ) -> None:
+        """A batch: ``badness`` (n, 2), scores (n,) by metric, and the texts (n) of the label and of both answers."""
+        for row in np.lexsort((-badness[:, 1], -badness[:, 0]))[: self.most].tolist():
+            values = {name: float(column[row]) for name, column in scores.items()}
+            said = {name: texts[row] for name, texts in answers.items()}
+            sample = WorstSample(self.seen + row, batch[row].name, scores=values, **said)
+            self._kept.append((tuple(badness[row].tolist()), -sample.index, batch[row], sample))
+        self._kept = heapq.nlargest(self.most, self._kept, key=lambda kept: kept[:2])
+        self.seen += len(batch)
+
+    def examples(self) -> tuple[Example, ...]:
+        """Worst first."""
+        return tuple(example for _, _, example, _ in self._kept)
+
+    def samples(self) -> tuple[WorstSample, ...]:
+        """The same, with thumbnails."""
+        return tuple(_shown(example, sample) for _, _, example, sample in self._kept)
+
+
+def worst_classes(
+    names: Sequence[str], classes: Array, right: Array | None, reference_right: Array | None, same: Array | None
+) -> tuple[WorstClass, ...]:
+    """One row per class that occurs, the largest fall first. ``classes`` are indices (n,), the others booleans (n,)."""
+    rows = []
+    for index in np.unique(classes).tolist():
+        of_class = classes == index
+        found, expected = (
+            None if side is None else 100 * float(side[of_class].mean()) for side in (right, reference_right)
+        )
+        flips = None if same is None else int((~same[of_class]).sum())
+        rows.append(WorstClass(names[index], int(of_class.sum()), found, expected, flips))
+    return tuple(sorted(rows, key=_fall, reverse=True))
+
+
+def _fall(row: WorstClass) -> tuple[float, float]:
+    flips = (row.flips or 0) / row.samples
+    return (flips, 0.0) if row.candidate is None else ((row.reference or 0.0) - row.candidate, flips)
+
+
+def _shown(example: Example, sample: WorstSample) -> WorstSample:
+    source = example.source
+    if isinstance(source, str):
+        return msgspec.structs.replace(sample, text=source[:400])
+    if source is None or (isinstance(source, np.ndarray) and source.dtype != np.uint8):
+        return sample  # preprocessed numbers are not an image
+    from PIL import Image
+
+    small, content = Image.fromarray(take_picture(source)), io.BytesIO()
+    small.thumbnail((_SIDE, _SIDE))
+    small.save(content, "PNG", optimize=True)
+    picture = base64.b64encode(content.getvalue()).decode()
+    return msgspec.structs.replace(sample, picture=f"data:image/png;base64,{picture}")
+
+
+OPTION = "--save-worst"
+
+
+def write_worst(
+    path: Path, samples: Sequence[WorstSample], examples: Sequence[Example], classes: Sequence[WorstClass]
+) -> None:
+    """Write NN.npz, NN.png or NN.txt per sample, worst.json, and for classifiers classes.json. Raises DataError.
+
+    Writes all files or none.
+    """
+    with new_directory(path, OPTION, DataError) as temporary:
+        for number, (sample, example) in enumerate(zip(samples, examples, strict=True)):
+            targets = {f"target_{name}": target for name, target in example.targets.items()}
+            np.savez(temporary / f"{number:02}.npz", **example.feeds, **targets)  # type: ignore[arg-type]
+            if sample.picture:
+                content = base64.b64decode(sample.picture.partition(",")[2])
+                (temporary / f"{number:02}.png").write_bytes(content)
+            if sample.text:
+                (temporary / f"{number:02}.txt").write_text(sample.text, encoding="utf-8", errors="replace")
+        listed = [msgspec.structs.replace(sample, picture="") for sample in samples]
+        (temporary / "worst.json").write_bytes(encode_json(listed))
+        if classes:
+            (temporary / "classes.json").write_bytes(encode_json(classes))

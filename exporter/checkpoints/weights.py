@@ -1,0 +1,328 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Filling a model with the tensors of a checkpoint: every key used, every shape right, or an error that lists.
+
+Reading weight files into a state dict. Nothing in a file is ever executed.
+
+safetensors hold no code. ``.bin`` files are pickles and are read with torch's restricted unpickler
+(``weights_only=True``), which refuses every class but tensors and containers.
+
+A JSON file of a model's sizes as a struct; what is wrong in it is named.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import pickle
+import re
+import typing
+import warnings
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+import torch
+from torch import Tensor, nn
+
+from perceiver_export.exporter.model.config import PerceiverConfig
+from perceiver_export.exporter.model.perceiver import PerceiverIO
+from perceiver_export.runtimes import files
+from perceiver_export.runtimes.errors import CheckpointError
+from perceiver_export.runtimes.files import read_json
+
+_SHOWN = 5
+_LONGEST = 200  # characters of a name that is shown as it is
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where one of our parameters comes from: the checkpoint's name for it, and how its layout becomes ours."""
+
+    name: str
+    convert: Callable[[Tensor], Tensor] = _as_it_is
+
+
+# Our parameter's name -> where it comes from.
+Sources = Callable[[str], Source]
+
+
+def load_model_state(
+    config: PerceiverConfig, state: Mapping[str, Tensor], sources: Sources, ignored: Collection[str] = ()
+) -> PerceiverIO:
+    """The model of ``config`` with the tensors of ``state``, in evaluation mode.
+
+    ``ignored`` names tensors of the checkpoint that no inference reads (a mask token that is never used).
+
+    Raises CheckpointError: keys missing or left over (with the nearest match), or a shape that differs.
+    """
+    with torch.device("meta"):  # nothing is allocated until names and shapes are known to fit
+        expected = {name: tensor for name, tensor in PerceiverIO(config).state_dict().items() if not _is_counter(name)}
+    wanted = {own: sources(own) for own in expected}
+    _check_names({source.name for source in wanted.values()}, set(state), set(ignored))
+    for own, source in wanted.items():
+        _check_tensor(source, state[source.name], expected[own])
+    model = PerceiverIO(config)
+    _fill(model, {own: source.convert(state[source.name]) for own, source in wanted.items()})
+    return model.eval()
+
+
+def _fill(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert not unexpected
+    assert all(_is_counter(name) for name in missing)
+
+
+def _is_counter(name: str) -> bool:
+    """Batch norm counts its updates; inference does not read that, and not every checkpoint has it."""
+    return name.endswith("num_batches_tracked")
+
+
+def _check_names(wanted: set[str], there: set[str], ignored: set[str]) -> None:
+    missing = sorted(wanted - there)
+    unknown = sorted(name for name in there - wanted - ignored if not _is_counter(name))
+    if missing or unknown:
+        raise CheckpointError(
+            _describe(missing, unknown), "config and weights are not of one model, or keys were renamed"
+        )
+
+
+def _check_tensor(source: Source, found: Tensor, expected: Tensor) -> None:
+    try:
+        converted = source.convert(torch.empty(found.shape, device="meta"))
+    except (RuntimeError, IndexError, ValueError) as error:
+        raise CheckpointError(
+            f"tensor {source.name!r} has shape {tuple(found.shape)}, which is not that of its layer",
+            "config and weights are not of one model",
+        ) from error
+    if converted.shape != expected.shape:
+        as_ours = "" if found.shape == converted.shape else f" ({tuple(converted.shape)} in our layout)"
+        raise CheckpointError(
+            f"tensor {source.name!r} has shape {tuple(found.shape)}{as_ours}, "
+            f"the config asks for {tuple(expected.shape)}",
+            "config and weights are not of one model",
+        )
+    if found.is_floating_point() != expected.is_floating_point():
+        raise CheckpointError(
+            f"tensor {source.name!r} has dtype {found.dtype}", "the checkpoint is quantized or damaged"
+        )
+
+
+def _describe(missing: list[str], unknown: list[str]) -> str:
+    parts = []
+    if missing:
+        parts.append(f"{_tensors(missing)} missing from the checkpoint: {_listed(missing, unknown)}")
+    if unknown:
+        parts.append(f"{_tensors(unknown)} unknown to the model: {_listed(unknown, missing)}")
+    return "; ".join(parts)
+
+
+def _tensors(names: list[str]) -> str:
+    return f"{len(names)} tensors are" if len(names) > 1 else "1 tensor is"
+
+
+def _listed(names: Iterable[str], candidates: list[str]) -> str:
+    names = list(names)
+    short = [candidate for candidate in candidates if len(candidate) <= _LONGEST]  # long ones are compared for hours
+    shown = []
+    for name in names[:_SHOWN]:
+        near = difflib.get_close_matches(name, short, n=1, cutoff=0.8) if len(name) <= _LONGEST else []
+        shown.append(f"{_shown(name)} (nearest: {_shown(near[0])})" if near else _shown(name))
+    return ", ".join(shown) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+
+
+def _shown(name: str) -> str:
+    """A name from a file may be a page long, or hold what steers a terminal."""
+    if len(name) <= _LONGEST:
+        return name if name.isprintable() else repr(name)
+    return f"{name[:_LONGEST]!r}…"
+
+
+_SINGLE = ("model.safetensors", "pytorch_model.bin")
+# Under which name checkpoints of a training hold the model's state dict.
+_NESTED = ("state_dict", "model_state_dict", "model")
+_SHARDED = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+
+
+class _Index(msgspec.Struct):
+    """Which shard has which tensor."""
+
+    weight_map: dict[str, str]
+
+
+def read_state_dict(directory: Path) -> dict[str, Tensor]:
+    """All tensors of a Hugging Face directory, safetensors first, sharded or not; each file as `read_state_file` does.
+
+    Raises CheckpointError: no weight file, a broken one, or one that wants to execute code.
+    """
+    for name in _SINGLE:
+        if (directory / name).is_file():
+            return _checked(_read_file(directory / name))
+    for name in _SHARDED:
+        if (directory / name).is_file():
+            return _checked(_read_shards(directory, directory / name))
+    raise CheckpointError(
+        f"no weights in {directory}",
+        f"a Hugging Face directory holds one of {', '.join((*_SINGLE, *_SHARDED))}",
+    )
+
+
+def read_state_file(path: Path) -> dict[str, Tensor]:
+    """All tensors of one file, ``.safetensors`` or a PyTorch file of any name; floats as float32 or float64.
+
+    A training's checkpoint (Lightning's and others) is read too: the state dict in it. Shared tensors that
+    `safetensors.torch.save_model` wrote once are there under all of their names.
+
+    Raises CheckpointError: no such file, a broken one, or one that wants to execute code.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path} is not a file", "give a state dict: a .safetensors, .pt, .pth or .bin file")
+    return _checked(_read_file(path))
+
+
+def _read_shards(directory: Path, index: Path) -> dict[str, Tensor]:
+    # Through a link: the hub's cache keeps contents elsewhere.
+    weight_map = read_json(index.resolve(), _Index, CheckpointError, "copy the checkpoint again").weight_map
+    shards = sorted(set(weight_map.values()))
+    state: dict[str, Tensor] = {}
+    for shard in shards:
+        if Path(shard).name != shard:
+            raise CheckpointError(f"{index} names a file outside the checkpoint: {shard}", "do not trust this file")
+        if not os.path.isfile(directory / shard):  # unlike Path's it takes a name of any length
+            raise CheckpointError(
+                f"shard {shard} is missing from {directory}", f"{index.name} lists {len(shards)} shards"
+            )
+        state.update(_read_file(directory / shard))
+    if set(weight_map) != set(state):
+        differing = sorted(set(weight_map) ^ set(state))
+        raise CheckpointError(
+            f"{index.name} and its shards disagree about {len(differing)} of the tensors, first {differing[0]!r}",
+            "copy the checkpoint again: shards and index are not of one piece",
+        )
+    return state
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
+    return _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError, safe_open
+    from safetensors.torch import load_file
+
+    try:
+        state = load_file(path)
+        with safe_open(path, framework="pt") as file:
+            shared = file.metadata() or {}
+        return {**{name: state[kept] for name, kept in shared.items() if kept in state}, **state}
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{path} is not a readable safetensors file: {error}", "it is truncated or damaged: copy it again"
+        ) from error
+
+
+def _read_pickle(path: Path) -> dict[str, Tensor]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickle protocols; what cannot be read raises
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} was refused: it holds more than tensors, or is damaged", _refusal_hint(path)
+        ) from error
+    except Exception as error:  # a damaged pickle makes torch raise anything, AssertionError and IndexError included
+        raise CheckpointError(
+            f"{path} is not a readable PyTorch file", "it is truncated or damaged: copy it again"
+        ) from error
+    if isinstance(state, dict):
+        state = next((state[key] for key in _NESTED if isinstance(state.get(key), dict)), state)
+    if not isinstance(state, dict) or not all(_is_plain(name, tensor) for name, tensor in state.items()):
+        raise CheckpointError(f"{path} does not hold a state dict", "save `model.state_dict()`, not the model")
+    return state
+
+
+def _refusal_hint(path: Path) -> str:
+    if path.suffix != ".ckpt":
+        return "it could execute code when read; ask its author for a safetensors file"
+    return (
+        "a checkpoint of Lightning often holds its training's own objects. Where you trust it, take the tensors out: "
+        f"torch.save(torch.load({path.name!r}, map_location='cpu', weights_only=False)['state_dict'], 'model.pt')"
+    )
+
+
+def _is_plain(name: object, tensor: object) -> bool:
+    dense = isinstance(tensor, Tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu"
+    return isinstance(name, str) and dense
+
+
+def _checked(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Half precision widened to float32; a NaN or an infinity anywhere is an error."""
+    for name, tensor in state.items():
+        if not tensor.is_floating_point():
+            continue
+        if tensor.dtype != torch.float64:
+            state[name] = tensor = tensor.float()
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(
+                f"tensor {name!r} holds NaN or infinite values", "the checkpoint is of a diverged training"
+            )
+    return state
+
+
+_T = TypeVar("_T")
+_LONGEST_JSON = 100  # characters of a value that are shown
+
+
+def read_bytes(path: Path, what: str) -> bytes:
+    """The content of ``path``, which should be ``what``. Raises CheckpointError."""
+    try:
+        return files.read_bytes(path.resolve())  # through a link: the hub's cache keeps contents elsewhere
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} does not exist", f"give {what}") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}", f"give {what}") from error
+
+
+def decode_json(content: bytes, kind: type[_T], where: str) -> _T:
+    """JSON as ``kind``. Raises CheckpointError that names the field, and for a misspelt one the nearest there is."""
+    try:
+        return files.decode_json(content, kind)
+    except ValueError as error:
+        raise CheckpointError(f"{where}: {error}", _hint(str(error), kind)) from error
+
+
+def convert(values: Mapping[str, Any], kind: type[_T], where: str) -> _T:
+    """What JSON held as ``kind``. Raises CheckpointError that names the field and its value."""
+    try:
+        return msgspec.convert(values, kind)
+    except msgspec.ValidationError as error:
+        named = re.search(r"`\$\.(\w+)", str(error))
+        found = f"{named[1]} is {repr(values.get(named[1]))[:_LONGEST_JSON]}: " if named else ""
+        raise CheckpointError(f"{where}: {found}{error}", "mend the field, or leave it out for its default") from error
+
+
+def _hint(message: str, kind: type[object]) -> str:
+    if not isinstance(kind, type) or not issubclass(kind, msgspec.Struct):
+        return "copy the checkpoint again"
+    known = _fields(kind)
+    unknown = re.search(r"unknown field `(.*?)`", message)
+    if unknown:
+        near = difflib.get_close_matches(unknown[1], known, n=1)
+        if near:
+            return f"did you mean {near[0]}?"
+    return f"its fields: {', '.join(known)}"
+
+
+def _fields(kind: type[object]) -> list[str]:
+    """Names of all fields, those of structs inside included."""
+    names = []
+    for name, annotation in typing.get_type_hints(kind).items():
+        names.append(name)
+        if isinstance(annotation, type) and issubclass(annotation, msgspec.Struct):
+            names += _fields(annotation)
+    return list(dict.fromkeys(names))

@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`perceiver-export build`, `lint`, `bench` and `doctor`."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import msgspec
+import typer
+
+from perceiver_export.calibration.validation.options import option
+from perceiver_export.exporter.cli import output as ui
+from perceiver_export.runtimes.engines.backend import Hint, Precision
+from perceiver_export.runtimes.errors import GateError, UsageError
+
+if TYPE_CHECKING:
+    from perceiver_export.calibration.lowering.lint import Lint
+    from perceiver_export.runtimes.benchmark import Bench, Measurement
+    from perceiver_export.runtimes.building import BuiltEngine
+
+_SHOWN = 8  # nodes of one rule
+_BENCH_NOTE = (
+    "samples/s: with two requests in flight; peak memory: of a fresh process, and in brackets before the load; "
+    "from torch: largest difference of the outputs from torch's in fp32, as a share of their scale, on the random "
+    "inputs of golden.npz (far from what int8 was calibrated for: `validate` measures its accuracy)"
+)
+
+
+def _size(text: str) -> tuple[str, tuple[int, int, int]]:
+    name, value = ui.pair(text, "--shape", "batch=1:4:16")
+    least, best, most = ([int(number) if number.isdecimal() else 0 for number in value.split(":")] + [0, 0, 0])[:3]
+    if value.count(":") != 2 or not 1 <= least <= best <= most:
+        raise UsageError(f"--shape {text} is not NAME=LEAST:BEST:MOST", "for example --shape batch=1:4:16")
+    return name, (least, best, most)
+
+
+@dataclass(frozen=True)
+class _Build:
+    precision: Precision = option("fp32", "fp32, fp16 or bf16, where the target has a choice.")
+    hint: Hint = option("latency", "latency: one answer soon; throughput: many answers.")
+    shape: Mapping[str, tuple[int, int, int]] = option(dict, "Sizes of a named dimension.", "NAME=LEAST:BEST:MOST")
+    flag: Mapping[str, str] = option(dict, "A setting of the target's own engine.", "NAME=VALUE")
+    lower_only: bool = option(False, "Rewrite the graph for the target, but do not compile it.")
+    force: bool = option(False, "Compile again even if a valid engine is there.")
+
+
+@ui.options_of(_Build, shape=_size, flag=partial(ui.pair, option="--flag", example="workspace=2GiB"))
+def build(
+    bundle: ui.BundleArgument,
+    target: Annotated[list[str], typer.Option(help="Target to compile for; may be given more than once.")],
+    how: _Build,
+    json: ui.JsonFlag = False,
+) -> None:
+    """Compile a bundle for targets, on the device that will run it."""
+    from perceiver_export.runtimes.building import build as build_
+
+    if how.lower_only:
+        _lower(bundle, target, how.precision, json)
+        return
+    given: dict[str, Any] = {"precision": how.precision, "hint": how.hint, "force": how.force}
+    given |= {"shapes": how.shape, "flags": how.flag}
+    with ui.progress_bar("build", quiet=json) as progress:
+        built = [one for name in target for one in build_(bundle, name, **given, progress=progress)]
+    if json:
+        ui.print_json([{**dataclasses.asdict(one), "directory": str(one.directory)} for one in built])
+    else:
+        _show(bundle, built, how.flag.get("compute_capability", ""))
+
+
+def _show(bundle: str, built: list[BuiltEngine], crossed: str) -> None:
+    """``crossed``: the compute capability of another machine's GPU that engines were built for."""
+    rows = []
+    for one in built:
+        done = ("compiled", f"{one.seconds:.1f}") if one.new else ("was there", "")
+        rows.append((one.target, one.part, *done, str(one.directory)))
+    note = "the engine that was built last is used; `--precision` of run, bench and validate asks for another"
+    ui.print_table(f"engines of {bundle}", ["target", "part", "", "seconds>", "engine"], rows, note)
+    where = f"on a machine with such a GPU ({crossed}): " if crossed else ""
+    if crossed and not all(one.directory.is_relative_to(bundle) for one in built):
+        ui.say("the bundle is read-only, so the engine is not in it: build a copy, and take that along", "warning:")
+    if crossed:
+        from perceiver_export.runtimes.engines.cache import ENVIRONMENT, key_file
+
+        ui.say(f"that machine loads it with the key that signed it: copy {key_file()}, name it in {ENVIRONMENT}")
+    ui.say(f"next: {where}perceiver-export bench {shlex.quote(bundle)} --device {built[-1].target}")
+
+
+def _lower(bundle: str, targets: list[str], precision: Precision, json: bool) -> None:
+    from perceiver_export.runtimes.engines.backend import find_target
+
+    for name in targets:
+        if find_target(name).module != "tensorrt":
+            raise UsageError(f"{name} needs no lowering: its engine takes the bundle's graph", "leave --lower-only out")
+    from perceiver_export.calibration import lower_bundle
+
+    lowered = [lower_bundle(bundle, precision) for _ in targets]
+    if json:
+        ui.print_json(lowered)
+        return
+    for one in lowered:
+        kept = sum(map(len, one.kept.values()))
+        stay = "1 node stays" if kept == 1 else f"{kept} nodes stay"
+        result = f"{min(one.sqnr.values()):.1f} dB SQNR on ONNX Runtime"
+        ui.say(f"{one.name}: {', '.join(one.files)}; {stay} fp32, {result}")
+
+
+def lint(
+    bundle: Annotated[str, typer.Argument(metavar="BUNDLE|MODEL.onnx", help="A bundle, or an ONNX file.")],
+    target: Annotated[str, typer.Option(help="tensorrt or tensorrt-rtx.")] = "tensorrt",
+    version: Annotated[str | None, typer.Option(help="Of TensorRT, such as 10.3; the newest.")] = None,
+    precision: Annotated[str | None, typer.Option(help="fp16, bf16 or fp32: one of several lowered graphs.")] = None,
+    json: ui.JsonFlag = False,
+) -> None:
+    """List what TensorRT would refuse, not fuse, or not run in int8; exit 1 if it would refuse something."""
+    from perceiver_export.calibration import lint as lint_
+
+    results = lint_(bundle, target, version, precision)
+    if json:
+        ui.print_json(results)
+    else:
+        for result in results:
+            show_lint(result)
+    refused = [finding for result in results for finding in result.findings if finding.kind == "refused"]
+    if refused:
+        raise GateError(f"{results[0].version} would refuse it: {refused[0].message}", refused[0].fix)
+
+
+def show_lint(result: Lint) -> None:
+    """A row for each problem with the first nodes that have it, then what became of attention and weights."""
+    nodes: dict[tuple[str, ...], list[str]] = {}
+    for finding in result.findings:
+        nodes.setdefault((finding.kind, finding.rule, finding.message, finding.fix), []).append(finding.node)
+    rows = []
+    for (kind, rule, message, fix), names in nodes.items():
+        more = [f"and {len(names) - _SHOWN} more"] if len(names) > _SHOWN else []
+        rows.append((kind, rule, "\n".join(names[:_SHOWN] + more), message, fix))
+    title = f"{result.graph} for {result.version}"
+    if rows:
+        ui.print_table(title, ["", "rule", "node", "problem", "fix"], rows)
+    else:
+        ui.say(f"{title}: nothing found")
+    ui.say(f"attention: {result.fusable} of {result.attentions} become one kernel")
+    reasons: dict[str, list[str]] = {}
+    for node, reason in result.unfused.items():
+        reasons.setdefault(reason, []).append(node)
+    for reason, names in reasons.items():
+        others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        ui.say(f"  {len(names)} not: {names[0]}{others} ({reason})")
+    once, each = ui.mebibytes(result.weight_bytes), ui.mebibytes(result.bytes_each_use)
+    copied = "" if once == each else f"; {each} if an engine had a copy for each use"
+    ui.say(f"weights: {once} as the graph stores them{copied}")
+
+
+@dataclass(frozen=True)
+class _Bench:
+    against: str | None = option(None, "Measure this one too, in turn, and give the ratio.", "BUNDLE|MODEL.onnx")
+    part: str | None = option(None, "One part of a split bundle; without it all queries are decoded.")
+    runs: int = option(100, "Counted calls, 5 or more, rounded up to a multiple of 4.")
+    device: str = option("auto", "Target to run on; `auto` takes the first that is present, `all` each in turn.")
+    precision: Precision | None = option(None, "Engine of this precision; by default the one built last.")
+    threads: int | None = option(None, "Threads of the engine; by default the engine chooses.")
+    save: bool = option(False, "Keep the figures in the bundle's report.json, for `auto` and `package`.")
+
+
+@ui.options_of(_Bench)
+def bench(
+    bundle: Annotated[str, typer.Argument(metavar="BUNDLE", help="A bundle, or an ONNX file.")],
+    how: _Bench,
+    csv_: Annotated[
+        Path | None, typer.Option("--csv", metavar="FILE.csv", help="Write the figures here as well.")
+    ] = None,
+    json: ui.JsonFlag = False,
+) -> None:
+    """Measure latency, throughput, load time, memory and accuracy on this machine."""
+    from perceiver_export.runtimes.benchmark import bench as bench_
+
+    if csv_ is not None:
+        ui.check_output(csv_, (bundle, how.against), ".csv")
+        ui.check_file(csv_)
+    with ui.progress_bar("bench", quiet=json) as progress:
+        result = bench_(bundle, **vars(how), progress=lambda done, total: progress("bench", done, total))
+    if csv_ is not None:
+        _write_csv(csv_, result)
+    if json:
+        ui.print_json(result)
+    else:
+        _show_bench(result)
+
+
+def _show_bench(result: Bench) -> None:
+    """The measurements as a table with a column for each side, and their ratio below it."""
+    sides = result.measurements
+    figures = [_figures(side) for side in sides]
+    rows = [(name, *(one[name] for one in figures)) for name in figures[0] if any(one[name] for one in figures)]
+    title = f"{result.runs} counted calls on {result.machine}"
+    ui.print_table(title, ["", *(f"{side.name}>" for side in sides)], rows, _BENCH_NOTE)
+    for reason in result.skipped:
+        ui.say(f"not measured: {reason}")
+    for side in sides:
+        for certificate in side.certificates:
+            ui.say(f"{side.name}: {certificate}")
+    if result.ratio is not None and result.ratio_quartiles is not None:
+        low, high = result.ratio_quartiles
+        several = len({side.target for side in sides}) > 1
+        first, second = (f"{side.name} on {side.target}" if several else side.name for side in sides)
+        ui.say(
+            f"{first} takes {result.ratio:.3f} × the time of {second} a sample "
+            f"(paired; half of the pairs within {low:.3f} to {high:.3f})"
+        )
+
+
+def _figures(side: Measurement) -> dict[str, str]:
+    difference = "–" if side.difference is None else f"{side.difference:.1e}"
+    if side.tolerance is not None:  # of int8, `validate` says how close is enough
+        difference += f" ≤ {side.tolerance:.0e}" if side.within_tolerance else f" > {side.tolerance:.0e}!"
+    return {
+        "target": side.target,
+        "engine": side.engine,
+        "precision": side.precision,
+        "threads": side.threads,
+        "batch": str(side.batch),
+        "p50 / p95 / p99": f"{side.p50:.2f} / {side.p95:.2f} / {side.p99:.2f} ms",
+        "× first": "" if side.ratio is None else f"{side.ratio:.3f}",
+        "samples/s": f"{side.throughput:,.0f}",
+        "load": f"{side.load:.0f} ms",
+        "peak memory": f"{side.peak_memory:.0f} MiB ({side.base_memory:.0f})",
+        "from torch": difference,
+    }
+
+
+def _write_csv(path: Path, result: Bench) -> None:
+    rows = [msgspec.to_builtins(side) for side in result.measurements]
+    with ui.new_file(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=["machine", *rows[0]])
+        writer.writeheader()
+        for row in rows:
+            quartiles = " ".join(map(str, row["ratio_quartiles"] or ()))
+            writer.writerow({"machine": result.machine, **row, "ratio_quartiles": quartiles})
+
+
+def doctor(json: ui.JsonFlag = False) -> None:
+    """Show what this machine can run, and the commands that install the rest."""
+    from perceiver_export.runtimes.diagnosis import doctor as doctor_
+
+    findings = doctor_()
+    targets = [finding.device for finding in findings if finding.device is not None]
+    if json:
+        ui.print_json({"targets": targets, "findings": findings})
+        return
+    ui.print_table("this machine", ["", "found", "needed for"], [(f.what, f.found, f.needed_for) for f in findings])
+    if not targets:
+        ui.say("no target can run here yet")
+    missing = [(finding.what, finding.fix) for finding in findings if finding.fix]
+    if missing:
+        ui.print_table("to install the rest", ["", "command"], missing)

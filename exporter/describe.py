@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`inspect_bundle`: the graphs of a bundle or an ONNX file, their costs, precision and certificates."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from perceiver_export.calibration.quantization.record import Calibration, read_calibration
+from perceiver_export.runtimes.bundle import Bundle, open_bundle
+from perceiver_export.runtimes.certificates import Certificate, certificates, on_cpu, precision_of
+from perceiver_export.runtimes.errors import BundleError, MissingDependencyError, require
+from perceiver_export.runtimes.external_data import external_files
+from perceiver_export.runtimes.manifest import Manifest, Part
+from perceiver_export.runtimes.presence import certificates_for, choose_target
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Parts with shapes and costs; the manifest and the record of quantization where there are any.
+
+    ``certificates`` hold here as `load` runs the bundle; ``certified_with`` hold here with these options of the command
+    line; ``certified_elsewhere`` are targets and engines of those that do not hold here.
+    """
+
+    path: Path
+    parts: dict[str, Part]
+    manifest: Manifest | None
+    bytes_on_disk: int
+    calibration: Calibration | None = None
+    certificates: tuple[str, ...] = ()
+    certified_with: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    certified_elsewhere: tuple[str, ...] = ()
+
+
+def inspect_bundle(path: str | os.PathLike[str]) -> Inspection:
+    """Inspect a bundle (from its manifest: neither onnx nor torch is needed) or an ONNX file.
+
+    Raises BundleError, MissingDependencyError.
+    """
+    source = Path(path)
+    if source.is_file() and source.suffix == ".onnx":
+        return _inspect_onnx(source)
+    bundle = open_bundle(source, verify="never")
+    manifest = bundle.manifest
+    size = sum(entry.size for entry in manifest.files.values())
+    held: dict[str, tuple[str, ...]] = {}
+    elsewhere = []
+    for one in certificates(bundle):
+        options = _options(bundle, one)
+        if options is None:
+            where = one.device if one.device and not on_cpu(one.target) else " ".join(one.instruction_set)
+            elsewhere.append(f"{one.target} with {one.engine} on {where}")
+        else:
+            held[options] = (*held.get(options, ()), str(one))
+    by_default = held.pop("", ())
+    found = read_calibration(bundle)
+    return Inspection(source, manifest.parts, manifest, size, found, by_default, held, tuple(elsewhere))
+
+
+def _options(bundle: Bundle, certificate: Certificate) -> str | None:
+    """The options with which a certificate holds here, none of them by default; None where it does not hold."""
+    target, precision = certificate.target, precision_of(certificate.engine)
+    if certificate in certificates_for(bundle, target):
+        with contextlib.suppress(MissingDependencyError):  # without an engine nothing is chosen
+            if choose_target(bundle) == target:
+                return ""
+        return f"--device {target}"
+    if certificate in certificates_for(bundle, target, precision):
+        return f"--device {target} --precision {precision}"
+    return None
+
+
+def _inspect_onnx(path: Path) -> Inspection:
+    common = require("onnx_ir.passes.common", "inspecting an ONNX file", "pip install 'perceiver-export[export]'")
+    from perceiver_export.calibration.graphs import read_graph, stage_costs
+    from perceiver_export.runtimes.opening import open_engine
+
+    model = read_graph(path)
+    engine = open_engine(path, "ort-cpu", threads=None)
+    try:
+        common.ShapeInferencePass()(model)
+        stages = stage_costs(model.graph)
+    except Exception as error:  # onnx and onnx-ir each have their own for a graph that is not valid
+        raise BundleError(f"{path} is not a valid ONNX model", "copy or export it again") from error
+    size = sum(file.stat().st_size for file in {path, *(path.parent / name for name in external_files(path))})
+    return Inspection(path, {"model": Part(path.name, engine.inputs, engine.outputs, stages)}, None, size)

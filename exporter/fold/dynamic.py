@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Dynamic dimensions: folded with a prime number in the place of each, made dynamic again afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from perceiver_export.exporter.fold.nodes import SIZED, Nodes, array_of, shape_of, sizes
+from perceiver_export.runtimes.errors import UnsupportedModelError
+
+# Larger than most sizes, so that few others are multiples of them.
+_PRIMES = (251, 257, 263, 269, 271, 277, 281, 283, 293, 307, 311, 313, 317, 331, 337, 347, 349, 353, 359, 367)
+
+
+def stand_ins(names: Sequence[str], taken: Iterable[int]) -> dict[str, int]:
+    """A prime for each name, none of which divides a size that is taken."""
+    sizes_taken = set(taken)
+    free = [prime for prime in _PRIMES if all(size % prime for size in sizes_taken if size)]
+    if len(free) < len(names):
+        raise UnsupportedModelError("the model has too many sizes to keep a dynamic batch apart", "give one --batch")
+    return dict(zip(names, free, strict=False))
+
+
+@dataclass(frozen=True)
+class _Symbols:
+    """The primes by name, and where in the graph's inputs the size of each can be read."""
+
+    primes: Mapping[str, int]
+    places: Mapping[str, tuple[ir.Value, int]]
+
+    def of(self, size: int) -> tuple[str, int] | None:
+        """A size as (name, factor), None where it is a number."""
+        for name, prime in self.primes.items():
+            if size and size % prime == 0:
+                return name, size // prime
+        return None
+
+    def dim(self, size: int) -> int | ir.SymbolicDim:
+        found = self.of(size)
+        if found is None:
+            return size
+        name, factor = found
+        return ir.SymbolicDim(name if factor == 1 else f"{factor}*{name}")
+
+
+def make_dynamic(model: ir.Model, primes: Mapping[str, int]) -> None:
+    """Put the named dimensions in the place of their primes, in shapes and in what computes with them.
+
+    Raises UnsupportedModelError where the size has become part of a constant.
+    """
+    graph = model.graph
+    places: dict[str, tuple[ir.Value, int]] = {}
+    for value in graph.inputs:
+        for axis, size in enumerate(sizes(value)):
+            for name, prime in primes.items():
+                if size == prime:
+                    places.setdefault(name, (value, axis))
+    symbols = _Symbols(primes, places)
+    for node in list(graph):
+        for index in SIZED.get(node.op_type, ()):
+            array = array_of(node.inputs[index]) if len(node.inputs) > index else None
+            if array is not None and any(symbols.of(int(size)) for size in array.reshape(-1)):
+                known = shape_of(node.outputs[0]) if node.op_type == "Reshape" else None  # without its -1 and 0
+                node.replace_input_with(index, _sizes(node, list(known or map(int, array.reshape(-1))), symbols))
+    for value in (*graph.inputs, *(result for node in graph for result in node.outputs)):
+        shape = shape_of(value)
+        if shape is not None:
+            value.shape = ir.Shape([symbols.dim(size) for size in shape])
+    for constant in graph.initializers.values():
+        if constant.shape is not None and any(symbols.of(size) for size in constant.shape.numpy()) and constant.uses():
+            raise UnsupportedModelError(
+                f"the number of samples has become part of constant {constant.name!r}", "give one number as --batch"
+            )
+
+
+def _sizes(node: ir.Node, wanted: list[int], symbols: _Symbols) -> ir.Value:
+    """What gives ``wanted`` at run time; a Reshape infers one of them by itself."""
+    nodes = Nodes(node)
+    found = [symbols.of(size) for size in wanted]
+    if node.op_type == "Reshape" and sum(one is not None for one in found) == 1:
+        return nodes.constant(
+            np.array([-1 if one else size for size, one in zip(wanted, found, strict=True)], np.int64)
+        )
+    if node.op_type == "Slice":  # to the end of the axis
+        ends = [np.iinfo(np.int64).max if one else size for size, one in zip(wanted, found, strict=True)]
+        return nodes.constant(np.array(ends, np.int64))
+    return nodes.sizes([_size(nodes, size, one, symbols) for size, one in zip(wanted, found, strict=True)])
+
+
+def _size(nodes: Nodes, size: int, found: tuple[str, int] | None, symbols: _Symbols) -> ir.Value:
+    if found is None:
+        return nodes.constant(np.array([size], np.int64))
+    name, factor = found
+    value, axis = symbols.places[name]
+    read = nodes.integers("Shape", [value], start=axis, end=axis + 1)
+    return read if factor == 1 else nodes.integers("Mul", [read, nodes.constant(np.array([factor], np.int64))])

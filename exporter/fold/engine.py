@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`fold`: all folds of one graph, and what was decided at each site."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import msgspec
+import onnx_ir as ir
+import onnx_ir.passes.common as common
+
+from perceiver_export.exporter.fold.nodes import Sizes
+from perceiver_export.exporter.fold.normalize import Constants, normalize, settle
+from perceiver_export.exporter.fold.products import fold_outputs, fold_tails
+from perceiver_export.exporter.fold.rewrite import Rewriter
+from perceiver_export.exporter.fold.rowform import Forms
+from perceiver_export.exporter.fold.sites import LEAST_GAIN, choose, cost_of, decided, find_sites
+from perceiver_export.runtimes.manifest import Cost, FoldDecision
+
+
+def fold(
+    model: ir.Model, real: Sizes | None = None, batch: int = 1, least_gain: int = LEAST_GAIN
+) -> tuple[FoldDecision, ...]:
+    """Fold a graph of known shapes in place.
+
+    ``real``: the sizes that dynamic dimensions count as; ``batch``: samples of a call, since decisions are recorded
+    for one sample; ``least_gain``: FLOPs that a fold must save to be worth it.
+    """
+    real = real or Sizes()
+    normalize(model, real)
+    decisions = fold_tails(model.graph, Constants(real), real, least_gain, batch)
+    common.RemoveUnusedNodesPass()(model)
+    decisions += _fold_sites(model.graph, real, least_gain, batch)
+    settle(model, real)
+    decisions += fold_outputs(model.graph, real, least_gain, batch)
+    settle(model, real)
+    return _grouped(decisions)
+
+
+def _fold_sites(graph: ir.Graph, real: Sizes, least_gain: int, batch: int) -> list[FoldDecision]:
+    sites, blocked = find_sites(graph, Forms(Constants(real)))
+    taken, left = choose(sites, real, least_gain)
+    decisions = []
+    for choice in (*taken, *left):
+        how = "keys and values are never computed" if len(choice.sites) > 1 else "a projection is never computed"
+        folded = choice in taken
+        decisions.append(decided(choice.sites[0].node, choice.plain, choice.folded, folded, how, batch))
+    for node, why in blocked.items():
+        cost = cost_of([node], real)
+        one = Cost(cost.flops // batch, cost.bytes // batch)
+        decisions.append(FoldDecision(node.name or "", one, one, "plain", f"blocked: {why}"))
+    Rewriter().rewrite([(site, site.forms[choice.index]) for choice in taken for site in choice.sites])
+    return decisions
+
+
+def _grouped(decisions: Iterable[FoldDecision]) -> tuple[FoldDecision, ...]:
+    """One for all equal layers of a model."""
+    names: dict[FoldDecision, list[str]] = {}
+    for one in decisions:
+        names.setdefault(msgspec.structs.replace(one, site=""), []).append(one.site)
+    return tuple(
+        msgspec.structs.replace(one, site=first + (f" and {len(others)} like it" if others else ""))
+        for one, (first, *others) in names.items()
+    )

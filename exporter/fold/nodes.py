@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading and making nodes of a graph whose shapes are all known."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+Shape = tuple[int, ...]
+# These move no numbers, or only say how they are counted.
+VIEWS = frozenset({"Reshape", "Unsqueeze", "Squeeze", "Flatten", "Identity"})
+# Operators, and which of their inputs holds sizes or bounds.
+SIZED = {"Reshape": (1,), "Expand": (1,), "ConstantOfShape": (0,), "Slice": (2,)}
+
+
+def shape_of(value: ir.Value | None) -> Shape | None:
+    """The shape, None where a dimension is unknown."""
+    if value is None or value.shape is None or not value.shape.is_static():
+        return None
+    return tuple(value.shape.numpy())
+
+
+def sizes(value: ir.Value) -> Shape:
+    """The shape of a value that is known to have one."""
+    shape = shape_of(value)
+    assert shape is not None, value
+    return shape
+
+
+def operand(node: ir.Node, index: int = 0) -> ir.Value:
+    """An input that every node of its operator has."""
+    value = node.inputs[index]
+    assert value is not None, node
+    return value
+
+
+def array_of(value: ir.Value | None) -> np.ndarray | None:
+    """The numbers of an initializer."""
+    if value is None or value.const_value is None or not value.is_initializer():
+        return None
+    return value.const_value.numpy()
+
+
+def number(value: ir.Value | None) -> float | None:
+    """The number that an initializer of one element holds."""
+    array = array_of(value)
+    return float(array.reshape(())) if array is not None and array.size == 1 else None
+
+
+def integers(node: ir.Node, index: int, name: str) -> list[int] | None:
+    """Integers that older opsets give as attribute ``name`` and newer ones as input ``index``."""
+    if name in node.attributes:
+        return list(node.attributes[name].as_ints())
+    array = array_of(node.inputs[index]) if len(node.inputs) > index else None
+    return None if array is None else [int(one) for one in array.reshape(-1)]
+
+
+def axis_of(node: ir.Node, rank: int, default: int = -1) -> int:
+    """The attribute `axis`, counted from the front."""
+    return node.attributes.get_int("axis", default) % rank
+
+
+def made_by(value: ir.Value | None, *operators: str) -> ir.Node | None:
+    """The node that makes the value, where it is one of ``operators``."""
+    node = None if value is None else value.producer()
+    return node if node is not None and node.op_type in operators else None
+
+
+def only_reader(value: ir.Value) -> ir.Node | None:
+    """The one node that reads the value, None where several do or it is an output of the graph."""
+    readers = set(value.consumers())
+    return readers.pop() if len(readers) == 1 and not value.is_graph_output() else None
+
+
+class Sizes:
+    """What dynamic dimensions count as. ``planned`` maps the prime number that stands in for each to its size.
+
+    A graph is folded with a prime in the place of each dynamic dimension, so that all arithmetic on shapes is that of
+    integers: what belongs to the dimension is a multiple of its prime.
+    """
+
+    def __init__(self, planned: Mapping[int, int] | None = None) -> None:
+        self.planned = dict(planned or {})
+
+    def count(self, dims: Iterable[int]) -> int:
+        """Elements of a tensor of these dimensions at the planned sizes."""
+        return self.real(math.prod(dims))
+
+    def real(self, number: int) -> int:
+        for prime, planned in self.planned.items():
+            while number and number % prime == 0:
+                number = number // prime * planned
+        return number
+
+    def one(self, number: int) -> int:
+        """The same with dynamic dimensions of one step."""
+        for prime in self.planned:
+            while number and number % prime == 0:
+                number //= prime
+        return number
+
+    def dynamic(self, number: int) -> bool:
+        return any(number % prime == 0 for prime in self.planned)
+
+
+class Nodes:
+    """Makes nodes in front of ``anchor``, with shapes; they belong to the same module of torch as ``origin``."""
+
+    _names = itertools.count()
+
+    def __init__(self, anchor: ir.Node, origin: ir.Node | None = None) -> None:
+        assert anchor.graph is not None
+        self.graph, self.anchor, self.origin = anchor.graph, anchor, origin or anchor
+        kinds = {value.dtype for value in (*anchor.inputs, *anchor.outputs) if value is not None}
+        self.dtype = ir.DataType.DOUBLE if ir.DataType.DOUBLE in kinds else ir.DataType.FLOAT
+
+    def constant(self, array: Any) -> ir.Value:
+        """An initializer; floats get the graph's precision."""
+        array = np.asarray(array)
+        if array.dtype.kind == "f":
+            array = np.ascontiguousarray(array.astype(self.dtype.numpy()))
+        name = f"fold.{next(self._names)}"
+        kind = ir.TensorType(ir.DataType.from_numpy(array.dtype))
+        value = ir.Value(name=name, const_value=ir.tensor(array, name=name), shape=ir.Shape(array.shape), type=kind)
+        self.graph.initializers[name] = value
+        return value
+
+    def make(
+        self, operator: str, inputs: Sequence[ir.Value | None], shape: Iterable[int], **attributes: Any
+    ) -> ir.Value:
+        module = (self.origin.name or "").rpartition("/")[0]
+        node = ir.node(operator, inputs, attributes, name=f"{module}/fold_{next(self._names)}")
+        node.metadata_props.update(self.origin.metadata_props)
+        (result,) = node.outputs
+        result.name = f"fold_{next(self._names)}"
+        result.shape, result.type = ir.Shape([int(size) for size in shape]), ir.TensorType(self.dtype)
+        self.graph.insert_before(self.anchor, node)
+        return result
+
+    def reshape(self, value: ir.Value, shape: Iterable[int]) -> ir.Value:
+        target = tuple(int(size) for size in shape)
+        if sizes(value) == target:
+            return value
+        if (array := array_of(value)) is not None:
+            return self.constant(array.reshape(target))
+        return self.make("Reshape", [value, self.constant(np.array(target, np.int64))], target)
+
+    def transpose(self, value: ir.Value, order: Sequence[int]) -> ir.Value:
+        if list(order) == list(range(len(order))):
+            return value
+        if (array := array_of(value)) is not None:
+            return self.constant(array.transpose(order))
+        return self.make("Transpose", [value], [sizes(value)[axis] for axis in order], perm=list(order))
+
+    def binary(self, operator: str, left: ir.Value, right: ir.Value) -> ir.Value:
+        return self.make(operator, [left, right], np.broadcast_shapes(sizes(left), sizes(right)))
+
+    def matmul(self, left: ir.Value, right: ir.Value) -> ir.Value:
+        """A product; that of two constants is computed here, in float64."""
+        one, other = array_of(left), array_of(right)
+        if one is not None and other is not None:
+            return self.constant(np.matmul(one.astype(np.float64), other.astype(np.float64)))
+        (*lead, rows, depth), (*own, inner, columns) = sizes(left), sizes(right)
+        assert depth == inner, (sizes(left), sizes(right))
+        return self.make("MatMul", [left, right], (*np.broadcast_shapes(tuple(lead), tuple(own)), rows, columns))
+
+    def sum(self, value: ir.Value, axes: Sequence[int]) -> ir.Value:
+        shape = [size for axis, size in enumerate(sizes(value)) if axis not in axes]
+        return self.make("ReduceSum", [value, self.constant(np.array(axes, np.int64))], shape, keepdims=0)
+
+    def mean(self, value: ir.Value) -> ir.Value:
+        """Over the last axis, which stays."""
+        axes = self.constant(np.array([-1], np.int64))
+        return self.make("ReduceMean", [value, axes], (*sizes(value)[:-1], 1), keepdims=1)
+
+    def concat(self, values: Sequence[ir.Value], axis: int = -1) -> ir.Value:
+        if len(values) == 1:
+            return values[0]
+        shape = list(sizes(values[0]))
+        shape[axis] = sum(sizes(value)[axis] for value in values)
+        return self.make("Concat", values, shape, axis=axis)
+
+    def integers(self, operator: str, inputs: Sequence[ir.Value], **attributes: Any) -> ir.Value:
+        """A node that gives one size, as an array of one number."""
+        result = self.make(operator, inputs, (1,), **attributes)
+        result.type = ir.TensorType(ir.DataType.INT64)
+        return result
+
+    def sizes(self, parts: Sequence[ir.Value]) -> ir.Value:
+        """Sizes joined to a shape."""
+        result = self.make("Concat", parts, (len(parts),), axis=0)
+        result.type = ir.TensorType(ir.DataType.INT64)
+        return result
+
+    def slice(self, value: ir.Value, axis: int, start: int, stop: int) -> ir.Value:
+        shape = list(sizes(value))
+        shape[axis] = stop - start
+        bounds = (self.constant(np.array([bound], np.int64)) for bound in (start, stop, axis))
+        result = self.make("Slice", [value, *bounds], shape)
+        result.type = value.type
+        return result
+
+
+def put(value: ir.Value, new: ir.Value) -> None:
+    """``new`` takes the place, and as an output of the graph the name, of ``value``."""
+    if value.is_graph_output():
+        name, value.name = value.name, f"{value.name}.unfolded"
+        value.replace_all_uses_with(new, replace_graph_outputs=True)
+        new.name = name
+    else:
+        value.replace_all_uses_with(new)

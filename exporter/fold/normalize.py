@@ -1,0 +1,347 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One spelling for what graphs say in many, with every shape known; and the numbers of constant expressions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import onnx_ir as ir
+import onnx_ir.passes.common as common
+
+from perceiver_export.exporter.fold.nodes import (
+    SIZED,
+    VIEWS,
+    Nodes,
+    Sizes,
+    array_of,
+    integers,
+    made_by,
+    number,
+    only_reader,
+    operand,
+    put,
+    shape_of,
+    sizes,
+)
+from perceiver_export.exporter.simplify import RANDOM, FoldConstantsPass, SettleTypesAndShapesPass, evaluate
+
+_MOST_ROUNDS = 60  # of settling shapes: those of one layer are known when those of the layer before are
+_LARGEST_TABLE = 1 << 26  # numbers that are computed to see whether they are the same for each sample
+
+
+def normalize(model: ir.Model, real: Sizes | None = None) -> None:
+    """In place. Values whose shapes stay unknown are left as they are, and nothing that reads them is folded."""
+    _apply(
+        model,
+        common.InlinePass(),
+        common.RemoveInitializersFromInputsPass(),
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        common.CommonSubexpressionEliminationPass(),
+    )
+    real = real or Sizes()
+    settle(model, real)
+    for node in list(model.graph):
+        rule = _RULES.get(node.op_type)
+        if rule is not None and all(
+            shape_of(one) is not None for one in (*node.inputs, *node.outputs) if one is not None
+        ):
+            rule(Nodes(node), node)
+    for node in list(model.graph):
+        if node.op_type == "LayerNormalization":
+            _affine_norm(node)
+    settle(model, real)
+    _one_sample(model, real)
+    settle(model, real)
+
+
+def settle(model: ir.Model, real: Sizes) -> None:
+    """Shapes that the graph computes become constants, and what reads them is inferred, until nothing changes."""
+    fold_constants = FoldConstantsPass(real.planned)
+    rounds = [SettleTypesAndShapesPass(), common.ShapeInferencePass(), fold_constants, fold_constants]
+    _apply(model, *rounds)
+    before = -1
+    for _ in range(_MOST_ROUNDS):
+        unknown = [one for node in model.graph for one in node.outputs if shape_of(one) is None]
+        if len(unknown) in (0, before):
+            break
+        before = len(unknown)
+        for value in unknown:
+            if not value.is_graph_output():
+                value.shape = None  # what is left of tracing with symbols
+        _apply(model, common.ShapeInferencePass(), *rounds[:3])
+    _apply(
+        model,
+        common.IdentityEliminationPass(),
+        common.RemoveUnusedNodesPass(),
+        common.CommonSubexpressionEliminationPass(),
+    )
+
+
+def _apply(model: ir.Model, *passes: ir.passes.InPlacePass) -> None:
+    for one in passes:
+        one(model)
+
+
+class Constants:
+    """The numbers of values that depend on constants only, though the graph computes them because they are large.
+
+    Dynamic dimensions have one step there: constants are the same for all samples.
+    """
+
+    def __init__(self, real: Sizes | None = None) -> None:
+        self._real = real or Sizes()
+        self._known: dict[ir.Value, np.ndarray | None] = {}
+
+    def __call__(self, value: ir.Value) -> np.ndarray | None:
+        if value not in self._known:
+            array = array_of(value)
+            self._known[value] = self._computed(value) if array is None else self._one_step(array)
+        return self._known[value]
+
+    def _computed(self, value: ir.Value) -> np.ndarray | None:
+        node, shape = value.producer(), shape_of(value)
+        if node is None or shape is None:
+            return None
+        target = tuple(self._real.one(size) for size in shape)
+        if node.op_type in (*VIEWS, "Expand"):  # these need no memory
+            source = None if node.inputs[0] is None else self(node.inputs[0])
+            if source is None:
+                return None
+            return np.broadcast_to(source, target) if node.op_type == "Expand" else source.reshape(target)
+        if math.prod(target) > _LARGEST_TABLE or _cone(value) is None:
+            return None
+        part = ir.convenience.extract(value.graph, [], [value])  # type: ignore[arg-type]
+        for one in part:
+            for index in SIZED.get(one.op_type, ()):
+                array = array_of(one.inputs[index]) if len(one.inputs) > index else None
+                if array is not None and any(self._real.dynamic(int(size)) for size in array.reshape(-1)):
+                    fixed = np.array([self._real.one(int(size)) for size in array.reshape(-1)], np.int64)
+                    one.replace_input_with(index, Nodes(one).constant(fixed))
+        for stored in part.initializers.values():
+            array = array_of(stored)
+            if array is not None and any(self._real.dynamic(size) for size in array.shape):
+                array = self._one_step(array)
+                stored.const_value, stored.shape = ir.tensor(array, name=stored.name), ir.Shape(array.shape)
+        return evaluate(ir.Model(part, ir_version=10))[0]
+
+    def _one_step(self, array: np.ndarray) -> np.ndarray:
+        return array[tuple(slice(0, self._real.one(size)) for size in array.shape)]
+
+
+def _cone(value: ir.Value) -> set[ir.Node] | None:
+    """The nodes that make a value, None where an input, a random number or a branch is among what they read."""
+    nodes: set[ir.Node] = set()
+    left = [value]
+    while left:
+        one = left.pop()
+        if array_of(one) is not None:
+            continue
+        node = one.producer()
+        if (
+            node is None
+            or node.op_type in RANDOM
+            or any(a.type == ir.AttributeType.GRAPH for a in node.attributes.values())
+        ):
+            return None
+        if node not in nodes:
+            nodes.add(node)
+            left += [source for source in node.inputs if source is not None]
+    return nodes
+
+
+def _one_sample(model: ir.Model, real: Sizes) -> None:
+    """Constants that are the same for each sample of a batch are stored once.
+
+    Given:  MatMul(LayerNormalization(Expand(latents, [8, 32, 64]), γ, β), W), read by MatMul with x of 8 samples
+    Result: initializer of (1, 32, 64); the reader broadcasts it
+    """
+    constant = Constants(real)
+    for node in list(model.graph):
+        if all(value is None or constant(value) is not None for value in node.inputs):
+            continue
+        for index, value in enumerate(node.inputs):
+            shape = shape_of(value)
+            if value is None or not shape or shape[0] < 2 or (len(shape) < 3 and not real.dynamic(shape[0])):
+                continue
+            array = constant(value)
+            if array is None or not np.array_equal(array, np.broadcast_to(array[:1], array.shape)):
+                continue
+            if array.shape != tuple(real.one(size) for size in shape) or real.one(shape[0]) not in (1, shape[0]):
+                continue  # samples are not what the first axis counts
+            nodes = Nodes(node)
+            if _broadcasts(node, index):
+                node.replace_input_with(index, nodes.constant(array[:1]))
+            elif made_by(value, "Expand") is None:
+                target = nodes.constant(np.array(shape, np.int64))
+                expanded = nodes.make("Expand", [nodes.constant(array[:1]), target], shape)
+                expanded.type = value.type
+                node.replace_input_with(index, expanded)
+    common.RemoveUnusedNodesPass()(model)
+
+
+def _broadcasts(node: ir.Node, index: int) -> bool:
+    """Whether another operand gives the result as many samples."""
+    shape = sizes(operand(node, index))
+    if node.op_type not in ("MatMul", "Add", "Sub", "Mul", "Div"):
+        return False
+    other = shape_of(node.inputs[1 - index])
+    return other is not None and len(other) == len(shape) and other[0] == shape[0]
+
+
+def _gemm(nodes: Nodes, node: ir.Node) -> None:
+    """Gemm -> MatMul, Add."""
+    left, right, *rest = node.inputs
+    if node.attributes.get_float("alpha", 1.0) != 1.0 or node.attributes.get_float("beta", 1.0) != 1.0:
+        return
+    assert left is not None
+    assert right is not None
+    if node.attributes.get_int("transA", 0):
+        left = nodes.transpose(left, (1, 0))
+    if node.attributes.get_int("transB", 0):
+        right = nodes.transpose(right, (1, 0))
+    product = nodes.matmul(left, right)
+    put(node.outputs[0], nodes.binary("Add", product, rest[0]) if rest and rest[0] is not None else product)
+
+
+def _einsum(nodes: Nodes, node: ir.Node) -> None:
+    """Einsum of two operands without repeated or summed letters -> Transpose, Reshape, MatMul."""
+    equation = node.attributes.get_string("equation", "").replace(" ", "")
+    if equation.count(",") != 1 or "->" not in equation:
+        return
+    one, other, result = (
+        _spelled_out(letters, value)
+        for letters, value in zip(equation.replace("->", ",").split(","), (*node.inputs, node.outputs[0]), strict=True)
+    )
+    batch = [letter for letter in result if letter in one and letter in other]
+    inner = [letter for letter in one if letter in other and letter not in result]
+    rows = [letter for letter in result if letter in one and letter not in other]
+    columns = [letter for letter in result if letter in other and letter not in one]
+    if len(one) != len(batch + inner + rows) or len(other) != len(batch + inner + columns):
+        return
+    left, right = operand(node), operand(node, 1)
+    size = {**dict(zip(one, sizes(left), strict=True)), **dict(zip(other, sizes(right), strict=True))}
+    if any(size[letter] != extent for letter, extent in zip(one, sizes(left), strict=True)):
+        return  # it repeats one of them
+
+    def extents(letters: list[str]) -> list[int]:
+        return [size[letter] for letter in letters]
+
+    def arranged(value: ir.Value, letters: str, order: list[str], shape: list[int]) -> ir.Value:
+        return nodes.reshape(nodes.transpose(value, [letters.index(letter) for letter in order]), shape)
+
+    depth, count, width = (math.prod(extents(letters)) for letters in (inner, rows, columns))
+    product = nodes.matmul(
+        arranged(left, one, batch + rows + inner, [*extents(batch), count, depth]),
+        arranged(right, other, batch + inner + columns, [*extents(batch), depth, width]),
+    )
+    order = batch + rows + columns
+    apart = nodes.reshape(product, extents(order))
+    put(node.outputs[0], nodes.transpose(apart, [order.index(letter) for letter in result]))
+
+
+def _spelled_out(letters: str, value: ir.Value | None) -> str:
+    """An operand's letters with capital ones in the place of an ellipsis; the last axes of it come last."""
+    missing = len(shape_of(value) or ()) - len(letters.replace(".", ""))
+    return letters.replace("...", "ABCDEFGH"[8 - missing :] if missing else "")
+
+
+def _pointwise(nodes: Nodes, node: ir.Node) -> None:
+    """A convolution of kernel 1 -> Transpose, MatMul, Add, Transpose."""
+    source, weight = node.inputs[0], array_of(node.inputs[1])
+    strides, pads = (node.attributes.get_ints(name, ()) for name in ("strides", "pads"))
+    if source is None or weight is None or math.prod(weight.shape[2:]) != 1 or node.attributes.get_int("group", 1) != 1:
+        return
+    if any(step != 1 for step in strides) or any(pads):
+        return
+    rank = weight.ndim
+    rows = nodes.transpose(source, (0, *range(2, rank), 1))
+    product = nodes.matmul(rows, nodes.constant(weight.reshape(weight.shape[:2]).T))
+    if len(node.inputs) > 2 and node.inputs[2] is not None:
+        product = nodes.binary("Add", product, node.inputs[2])
+    put(node.outputs[0], nodes.transpose(product, (0, rank - 1, *range(1, rank - 1))))
+
+
+def _layer_norm(nodes: Nodes, node: ir.Node) -> None:
+    """(x - mean) / sqrt(variance + ε), in the spellings of exporters -> LayerNormalization with γ = 1, β = 0."""
+    centred, root = made_by(node.inputs[0], "Sub"), made_by(node.inputs[1], "Sqrt", "Pow")
+    if centred is None or root is None or (root.op_type == "Pow" and number(root.inputs[1]) != 0.5):
+        return
+    added, mean = made_by(root.inputs[0], "Add"), made_by(centred.inputs[1], "ReduceMean")
+    source = centred.inputs[0]
+    if added is None or mean is None or source is None or mean.inputs[0] is not source or not _over_last(mean):
+        return
+    epsilon, variance = number(added.inputs[1]), made_by(added.inputs[0], "ReduceMean")
+    if epsilon is None:
+        epsilon, variance = number(added.inputs[0]), made_by(added.inputs[1], "ReduceMean")
+    if epsilon is None or variance is None or not _over_last(variance):
+        return
+    square = made_by(variance.inputs[0], "Pow", "Mul")
+    if square is None or (
+        square.inputs[0] is not square.inputs[1] if square.op_type == "Mul" else number(square.inputs[1]) != 2
+    ):
+        return
+    base = made_by(square.inputs[0], "Sub")
+    if base is None or base.inputs[0] is not source or base.inputs[1] is not mean.outputs[0]:
+        return
+    width = sizes(source)[-1]
+    operands = [source, nodes.constant(np.ones(width)), nodes.constant(np.zeros(width))]
+    put(node.outputs[0], nodes.make("LayerNormalization", operands, sizes(source), axis=-1, epsilon=epsilon))
+
+
+def _over_last(node: ir.Node) -> bool:
+    rank = len(sizes(operand(node)))
+    axes = integers(node, 1, "axes")
+    return (
+        axes is not None
+        and [axis % rank for axis in axes] == [rank - 1]
+        and node.attributes.get_int("keepdims", 1) == 1
+    )
+
+
+def _affine_norm(node: ir.Node) -> None:
+    """LayerNormalization(x, 1, 0) · γ + β -> LayerNormalization(x, γ, β)."""
+    scale, shift = array_of(node.inputs[1]), array_of(node.inputs[2]) if len(node.inputs) > 2 else None
+    if scale is None or not np.all(scale == 1) or (shift is not None and np.any(shift)):
+        return
+    last, found = node, {"Mul": scale, "Add": np.zeros_like(scale)}
+    for operator in ("Mul", "Add"):
+        user = only_reader(last.outputs[0])
+        if user is None or user.op_type != operator:
+            break
+        other = next((one for one in user.inputs if one is not last.outputs[0]), None)
+        array = array_of(other)
+        if array is None or array.shape != scale.shape:
+            break
+        found[operator], last = array, user
+    if last is not node:
+        nodes = Nodes(last, node)
+        operands = [node.inputs[0], nodes.constant(found["Mul"]), nodes.constant(found["Add"])]
+        epsilon = node.attributes.get_float("epsilon", 1e-5)
+        put(
+            last.outputs[0],
+            nodes.make("LayerNormalization", operands, sizes(last.outputs[0]), axis=-1, epsilon=epsilon),
+        )
+
+
+def _neutral(nodes: Nodes, node: ir.Node) -> None:
+    """x + 0 and x · 1 -> x."""
+    neutral = float(node.op_type == "Mul")
+    for index in (0, 1):
+        array, other = array_of(node.inputs[index]), node.inputs[1 - index]
+        if array is None or other is None or array.dtype.kind != "f" or node.outputs[0].is_graph_output():
+            continue
+        if sizes(other) == sizes(node.outputs[0]) and np.all(array == neutral):
+            node.outputs[0].replace_all_uses_with(other)
+            return
+
+
+_RULES: dict[str, Callable[[Nodes, ir.Node], None]] = {
+    "Gemm": _gemm,
+    "Einsum": _einsum,
+    "Conv": _pointwise,
+    "Div": _layer_norm,
+    "Add": _neutral,
+    "Mul": _neutral,
+}

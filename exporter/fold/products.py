@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Products with constant matrices in another order: linear layers in a row, and the projection behind a read.
+
+tail     (Σ_i F_i A_i) W = Σ_i F_i (A_i W)        what is linear behind the last activation is one product
+output   (P V) W = P (V W)                        a head's part of W goes to its values, which are few
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import onnx_ir as ir
+
+from perceiver_export.exporter.fold.layout import Layout, layout_of
+from perceiver_export.exporter.fold.nodes import Nodes, Sizes, array_of, operand, put, shape_of, sizes
+from perceiver_export.exporter.fold.rowform import Forms, RowForm
+from perceiver_export.exporter.fold.sites import cost_of, decided, unneeded, weigh
+from perceiver_export.runtimes.manifest import Cost, FoldDecision
+
+_TAIL = "linear layers in a row are one product"
+_OUTPUT = "the projection behind it is applied to its values, which are fewer"
+
+
+def linear_layers(graph: ir.Graph) -> Iterator[tuple[ir.Node, np.ndarray]]:
+    """Products with a constant matrix, the last first."""
+    for node in reversed(list(graph)):
+        weight = array_of(node.inputs[1]) if node.op_type == "MatMul" else None
+        if weight is not None and weight.ndim == 2 and all(shape_of(one) for one in (*node.inputs, *node.outputs)):
+            yield node, weight
+
+
+def fold_tails(
+    graph: ir.Graph, constant: Callable[[ir.Value], np.ndarray | None], real: Sizes, least_gain: int, batch: int
+) -> list[FoldDecision]:
+    """Linear layers that follow each other, also beside a residual, as one product a changing input."""
+    found: list[FoldDecision] = []
+    for node, weight in linear_layers(graph):
+        if node.graph is None or (not node.outputs[0].uses() and not node.outputs[0].is_graph_output()):
+            continue
+        source = operand(node)
+        choices = [
+            (plain, new, form)
+            for form in Forms(constant).of(source)[1:]
+            if form.norm is None and (form.table is None or form.table.is_row) and not _normed(form)
+            for plain, new in [_tail_costs(node, form, real)]
+        ]
+        if not choices:
+            continue
+        plain, new, form = max(choices, key=lambda one: weigh(one[0]) - weigh(one[1]))
+        pays = weigh(plain) - weigh(new) > least_gain
+        found.append(decided(node, plain, new, pays, _TAIL, batch))
+        if pays:
+            _write_tail(node, form.times(weight))
+    return found
+
+
+def _normed(form: RowForm) -> bool:
+    return any(node.op_type == "LayerNormalization" for node in form.kills)
+
+
+def _tail_costs(node: ir.Node, form: RowForm, real: Sizes) -> tuple[Cost, Cost]:
+    source, result = node.inputs[0], sizes(node.outputs[0])
+    assert source is not None
+    rows, width = real.count(result[:-1]), result[-1]
+    plain = cost_of(unneeded([source], {node}, form.reads) | {node}, real)
+    return plain, Cost(2 * rows * form.columns * width, 4 * rows * (form.columns + len(form.terms) * 2 * width))
+
+
+def _write_tail(node: ir.Node, form: RowForm) -> None:
+    nodes, result = Nodes(node), node.outputs[0]
+    count, total = math.prod(sizes(result)[:-1]), None
+    for value, matrix in form.terms:
+        product = nodes.matmul(nodes.reshape(value, (count, sizes(value)[-1])), nodes.constant(matrix.value()))
+        total = product if total is None else nodes.binary("Add", total, product)
+    assert total is not None
+    table = form.without_bias().table
+    if table is not None and np.any(table.tables[0]):
+        total = nodes.binary("Add", total, nodes.constant(table.tables[0][0]))
+    put(result, nodes.reshape(total, sizes(result)))
+
+
+def fold_outputs(graph: ir.Graph, real: Sizes, least_gain: int, batch: int) -> list[FoldDecision]:
+    """The projection behind a read of probabilities, taken to the values where these are fewer."""
+    found: list[FoldDecision] = []
+    for node, weight in linear_layers(graph):
+        source = operand(node)
+        layout = layout_of(source)
+        read = layout.source.producer()
+        if read is None or read.op_type != "MatMul" or array_of(read.inputs[1]) is not None:
+            continue
+        heads = _heads(layout, read)
+        if heads is None or len(set(layout.source.consumers())) != 1:
+            continue
+        plain, new = _output_costs(read, heads, weight.shape[1], real)
+        pays = weigh(plain) - weigh(new) > least_gain
+        found.append(decided(node, plain, new, pays, _OUTPUT, batch))
+        if pays:
+            _write_output(node, read, heads, weight * layout.scale)
+    return found
+
+
+def _heads(layout: Layout, read: ir.Node) -> int | None:
+    """Heads whose reads (…, h, m, d) stand side by side in the rows of ``layout``; None where they do not."""
+    shape = sizes(layout.source)
+    if len(shape) < 2 or not layout.axes or layout.offset:
+        return None
+    (*lead, count, depth), (*_, last) = shape, layout.axes
+    leading = [atom for axis in layout.axes[:-1] for atom in axis]
+    if not last or last[-1] != (depth, 1) or len(last) > 2 or (len(last) == 2 and last[0][1] != count * depth):
+        return None
+    heads = last[0][0] if len(last) == 2 else 1
+    if count > 1 and (not leading or leading[-1] != (count, depth)):
+        return None
+    whole = math.prod(lead)
+    if math.prod(size for size, _ in leading) * heads != whole * count:
+        return None
+    probabilities, values = (sizes(one) for one in read.inputs if one is not None)
+    return heads if math.prod(values[:-2]) == math.prod(probabilities[:-2]) == whole else None
+
+
+def _output_costs(read: ir.Node, heads: int, width: int, real: Sizes) -> tuple[Cost, Cost]:
+    (*lead, count, depth), few = sizes(read.outputs[0]), sizes(operand(read))[-1]
+    samples, few, count = real.count(lead) // heads, real.real(few), real.real(count)
+    plain = Cost(2 * samples * count * heads * depth * (few + width), 4 * samples * count * (2 * heads * depth + width))
+    passes = 2 * heads + 1 if heads > 1 else 1
+    products = 2 * samples * count * heads * few * width + 2 * samples * heads * few * depth * width
+    return plain, Cost(products, 4 * samples * count * width * passes)
+
+
+def _write_output(node: ir.Node, read: ir.Node, heads: int, weight: np.ndarray) -> None:
+    probabilities, values = read.inputs
+    assert probabilities is not None
+    assert values is not None
+    (*_, count, few), (*lead, _, depth) = sizes(probabilities), sizes(values)
+    samples, nodes = math.prod(lead) // heads, Nodes(node)
+    apart = nodes.reshape(values, (samples, heads, few, depth))
+    wide = nodes.matmul(apart, nodes.constant(weight.reshape(heads, depth, -1)))
+    if heads > 1:
+        read_all = nodes.matmul(nodes.reshape(probabilities, (samples, heads, count, few)), wide)
+        made = nodes.sum(read_all, [1])
+    else:
+        wide = nodes.reshape(wide, (samples, few, weight.shape[1]))
+        made = nodes.matmul(nodes.reshape(probabilities, (samples, count, few)), wide)
+    put(node.outputs[0], nodes.reshape(made, sizes(node.outputs[0])))

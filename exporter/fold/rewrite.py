@@ -1,0 +1,380 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The new nodes of a site (formulas in `sites`), and 1/σ from the changing columns alone.
+
+Where the scores and the read of one softmax share σ, the division behind the softmax moves into it: with
+h_m = softmax(score_m − log σ_m), Σ_m p_m x_m / σ_m = Σ_m h_m x_m / Σ_m h_m σ_m. Both are further columns of products
+that are there anyway: σ log(1/σ) beside the columns of the scores, σ beside those of the read.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from perceiver_export.exporter.fold.nodes import (
+    VIEWS,
+    Nodes,
+    array_of,
+    axis_of,
+    made_by,
+    number,
+    only_reader,
+    put,
+    sizes,
+)
+from perceiver_export.exporter.fold.rowform import Norm, RowForm
+from perceiver_export.exporter.fold.sites import Site
+
+_FOLLOWED = 12  # nodes between a product and its softmax
+
+
+class Rewriter:
+    """Rewrites sites of one graph; 1/σ is computed once for all that share it."""
+
+    def __init__(self) -> None:
+        self._inverse: dict[tuple[ir.Node, tuple[ir.Value, ...]], ir.Value] = {}
+        self._one: dict[ir.Value, ir.Value] = {}
+
+    def rewrite(self, chosen: Sequence[tuple[Site, RowForm]]) -> None:
+        shared = _shared_norms(chosen)
+        for site, form in chosen:
+            _Rewriting(self, site, form, shared.get((site.node, site.side))).apply()
+
+    def inverse(self, norm: Norm) -> ir.Value:
+        """1/σ (rows,), in front of the node that it replaces."""
+        values = tuple(value for value, _ in norm.form.terms)
+        if (norm.node, values) not in self._inverse:
+            self._inverse[norm.node, values] = _inverse_deviation(norm)
+        return self._inverse[norm.node, values]
+
+    def one(self, like: ir.Value, nodes: Nodes) -> ir.Value:
+        """The number 1 as a function of an input. OpenVINO would add constants of two axes to one table of N × M."""
+        if like not in self._one:
+            self._one[like] = nodes.make("Sign", [nodes.slice(like, 0, 0, 1)], (1,))
+        return self._one[like]
+
+
+def _inverse_deviation(norm: Norm) -> ir.Value:
+    """All sums are of centred squares: nothing cancels where the numbers have a large offset."""
+    nodes, form = Nodes(norm.node), norm.form
+    count = math.prod(form.lead)
+    if not norm.narrow:
+        rows = nodes.reshape(norm.reads()[-1], (count, form.width))
+        centred = nodes.binary("Sub", rows, nodes.mean(rows))
+        variance = nodes.reshape(nodes.mean(nodes.binary("Mul", centred, centred)), (count,))
+        variance = nodes.binary("Add", variance, nodes.constant(np.array(norm.epsilon)))
+    else:
+        assert form.table is not None
+        used = np.zeros(form.width, bool)
+        for _, matrix in form.terms:
+            assert matrix.at is not None
+            used[matrix.at : matrix.at + matrix.rows] = True
+        rows = nodes.concat([nodes.reshape(value, (count, sizes(value)[-1])) for value, _ in form.terms])
+        means, squares = form.table.moments(~used)
+        if len(means) not in (1, count):
+            means, squares = (np.tile(one, count // len(means)) for one in (means, squares))
+        own, constant = int(used.sum()), int((~used).sum())
+        mean = nodes.mean(rows)
+        centred = nodes.binary("Sub", rows, mean)
+        changing = nodes.sum(nodes.binary("Mul", centred, centred), [1])
+        apart = nodes.binary("Sub", nodes.reshape(mean, (count,)), nodes.constant(means))
+        weight = nodes.constant(np.array(own * constant / form.width))
+        changing = nodes.binary("Add", changing, nodes.binary("Mul", nodes.binary("Mul", apart, apart), weight))
+        changing = nodes.binary("Mul", changing, nodes.constant(np.array(1 / form.width)))
+        # Last: OpenVINO 2026.4 adds a constant that follows a sum wrongly where there are several samples.
+        variance = nodes.binary("Add", changing, nodes.constant(squares / form.width + norm.epsilon))
+    return nodes.make("Reciprocal", [nodes.make("Sqrt", [variance], (count,))], (count,))
+
+
+@dataclass
+class _Rewriting:
+    """One site. ``shared``: σ of the scores and the read is the same, and what the scores are multiplied with on the
+    way to the softmax.
+    """
+
+    rewriter: Rewriter
+    site: Site
+    form: RowForm
+    shared: float | None
+
+    def __post_init__(self) -> None:
+        site, form = self.site, self.form
+        self.nodes = nodes = Nodes(site.node)
+        self.batch = [size for size, _ in site.batch]
+        self.samples = [size if kind == "row" else 1 for size, kind in site.batch]
+        self.one_sample = math.prod(self.samples) == 1
+        self.rows, self.depth = site.num_rows, site.num_columns
+        count = math.prod(form.lead)
+        self.inverse = None if form.norm is None else self._ordered(self.rewriter.inverse(form.norm))
+        columns = [self._ordered(nodes.reshape(value, (count, sizes(value)[-1]))) for value, _ in form.terms]
+        # (heads or 1, …, columns, depth)
+        self.matrix = self._picked(np.concatenate([matrix.value() for _, matrix in form.terms]))
+        self.bias = None if form.bias is None else self._picked(form.bias[None])
+        self.tables: list[tuple[int, np.ndarray]] = []
+        self.grid: tuple[int, ...] = (self.rows,)
+        if form.table is not None:
+            self.grid = (self.rows,) if form.table.is_row else form.table.sizes
+            self.tables = [(axis, table) for axis, table in enumerate(form.table.tables) if np.any(table)]
+        self.columns = columns
+
+    def apply(self) -> None:
+        result = self.site.node.outputs[0]
+        if self.site.kind == "read":
+            new = self._read()
+        else:
+            new = self._scores_of_keys() if self.site.side == 1 else self._scores_of_queries()
+        put(result, self.nodes.reshape(new, sizes(result)))
+
+    def _picked(self, matrix: np.ndarray) -> np.ndarray:
+        """(r, width) -> (heads or 1, …, r, depth): each head's columns, with the layout's scale."""
+        return np.moveaxis(matrix[:, self.site.picks], 0, -2) * self.site.layout.scale
+
+    def _ordered(self, rows: ir.Value) -> ir.Value:
+        """Rows (R, …) in the order in which the product reads them."""
+        if self.site.order is None:
+            return rows
+        extents, order = self.site.order
+        rest = sizes(rows)[1:]
+        apart = self.nodes.reshape(rows, (*extents, *rest))
+        order = [*order, *range(len(extents), len(extents) + len(rest))]
+        return self.nodes.reshape(self.nodes.transpose(apart, order), (math.prod(extents), *rest))
+
+    def _all_columns(self, *more: ir.Value) -> tuple[ir.Value, int]:
+        """The changing columns of all rows with further ones (R,) beside: (samples, …, M, C), (M, C) of one sample."""
+        beside = [self.nodes.reshape(one, (*sizes(one), 1)) for one in more]
+        joined = self.nodes.concat([*self.columns, *beside])
+        width = sizes(joined)[-1]
+        lead = () if self.one_sample else self.samples
+        return self.nodes.reshape(joined, (*lead, self.rows, width)), width
+
+    def _sigma(self) -> ir.Value:
+        assert self.inverse is not None
+        return self.nodes.make("Reciprocal", [self.inverse], sizes(self.inverse))
+
+    def _along(self, scale: ir.Value, last: bool) -> ir.Value:
+        """1/σ (R,) beside scores over the grid; ``last``: the grid is their last axes, else one more follows."""
+        return self.nodes.reshape(scale, [*self.samples, *((1, *self.grid) if last else (*self.grid, 1))])
+
+    def _scores_of_keys(self) -> ir.Value:
+        """q (b, N, d) · row_m -> (b, N, M)."""
+        nodes, queries = self.nodes, self._queries(-2)
+        count = sizes(queries)[-2]
+
+        def project(matrix: np.ndarray) -> ir.Value:
+            return nodes.matmul(queries, nodes.constant(np.swapaxes(matrix, -1, -2)))
+
+        keys, more = project(self.matrix), []
+        cancels = _reaches_softmax(self.site.node)  # what does not depend on the row cancels there
+        bias = None if self.bias is None or cancels else project(self.bias)
+        if self.shared is not None:
+            assert self.inverse is not None
+            log = nodes.make("Log", [self.inverse], sizes(self.inverse))
+            more.append(nodes.binary("Mul", self._sigma(), log))
+            ones = nodes.constant(np.full((*sizes(keys)[:-1], 1), 1 / self.shared))
+            keys = nodes.concat([keys, ones])
+        rows, width = self._all_columns(*more)
+        if self.one_sample:  # heads join the rows of one product
+            turned = nodes.transpose(rows, (1, 0))
+            flat = nodes.reshape(keys, (math.prod(sizes(keys)[:-1]), width))
+            scores = nodes.matmul(flat, turned)
+            scores = nodes.reshape(scores, (*self.batch, count, self.rows))
+        else:
+            rank = len(self.batch)
+            scores = self._product(keys, nodes.transpose(rows, (*range(rank), rank + 1, rank)), count, width, self.rows)
+        if self.tables or self.inverse is not None:
+            scores = nodes.reshape(scores, (*self.batch, count, *self.grid))
+            scores = self._add_tables(scores, [(axis, project(self._picked(table))) for axis, table in self.tables])
+            if self.inverse is not None:
+                scores = nodes.binary("Mul", scores, self._along(self.inverse, last=True))
+            scores = nodes.reshape(scores, (*self.batch, count, self.rows))
+        return scores if bias is None else nodes.binary("Add", scores, bias)
+
+    def _add_tables(self, scores: ir.Value, terms: list[tuple[int, ir.Value]]) -> ir.Value:
+        """Scores over the grid plus one term (b, N, size or 1) an axis."""
+        for index, (axis, term) in enumerate(terms):
+            size = sizes(term)[-1]
+            spread = [size if one == axis and size > 1 else 1 for one in range(len(self.grid))]
+            term = self.nodes.reshape(term, (*sizes(term)[:-1], *spread))
+            if index < len(terms) - 1 and array_of(term) is not None and self.inverse is not None:
+                term = self.nodes.binary("Mul", term, self.rewriter.one(self.inverse, self.nodes))
+            scores = self.nodes.binary("Add", scores, term)
+        return scores
+
+    def _scores_of_queries(self) -> ir.Value:
+        """row_m · q (b, d, N) -> (b, M, N). The bias, which σ does not divide, is the factor of a column of σ."""
+        nodes, keys = self.nodes, self._queries(-1)
+        count = sizes(keys)[-1]
+
+        def project(matrix: np.ndarray) -> ir.Value:
+            return nodes.matmul(nodes.constant(matrix), keys)
+
+        folded, more, bias = project(self.matrix), [], None if self.bias is None else project(self.bias)
+        if bias is not None and self.inverse is not None:
+            more.append(self._sigma())
+            folded, bias = nodes.concat([folded, self._as_wide(bias, folded)], -2), None
+        rows, _ = self._all_columns(*more)
+        scores = nodes.matmul(rows, folded)
+        if self.tables or self.inverse is not None:
+            scores = nodes.reshape(scores, (*self.batch, *self.grid, count))
+            for axis, table in self.tables:
+                term = project(self._picked(table))
+                size = sizes(term)[-2]
+                spread = [size if one == axis and size > 1 else 1 for one in range(len(self.grid))]
+                term = nodes.reshape(term, (*sizes(term)[:-2], *spread, count))
+                scores = nodes.binary("Add", scores, term)
+            if self.inverse is not None:
+                scores = nodes.binary("Mul", scores, self._along(self.inverse, last=False))
+            scores = nodes.reshape(scores, (*self.batch, self.rows, count))
+        return scores if bias is None else nodes.binary("Add", scores, bias)
+
+    def _as_wide(self, term: ir.Value, like: ir.Value) -> ir.Value:
+        """A term that has as many samples and heads as another, to stand beside it."""
+        lead = sizes(like)[:-2]
+        if sizes(term)[:-2] == lead:
+            return term
+        target = (*lead, *sizes(term)[-2:])
+        return self.nodes.make("Expand", [term, self.nodes.constant(np.array(target, np.int64))], target)
+
+    def _queries(self, rows_axis: int) -> ir.Value:
+        """The other operand with the product's leading axes apart, (b, N, d) or (b, d, N)."""
+        return self.nodes.reshape(self.site.other, (*self.site.lead, *sizes(self.site.other)[-2:]))
+
+    def _read(self) -> ir.Value:
+        """Σ_m p_m row_m for p (b, N, M) -> (b, N, d)."""
+        nodes, other = self.nodes, self.site.other
+        count = sizes(other)[-2]
+        weights = nodes.reshape(other, (*self.batch, count, self.rows))
+        own, rank, matrix = weights, len(self.batch), self.matrix
+        if self.inverse is not None and self.shared is None:
+            spread = nodes.reshape(weights, (*self.batch, count, *self.grid))
+            own = nodes.binary("Mul", spread, self._along(self.inverse, last=True))
+            own = nodes.reshape(own, (*self.batch, count, self.rows))
+        rows, width = self._all_columns(*([] if self.shared is None else [self._sigma()]))
+        if self.one_sample:
+            flat = nodes.matmul(nodes.reshape(own, (math.prod(self.batch) * count, self.rows)), rows)
+            read = nodes.reshape(flat, (*self.batch, count, width))
+        else:
+            read = self._product(own, rows, count, self.rows, width)
+        norm = None
+        if self.shared is not None:
+            norm = nodes.slice(read, rank + 1, width - 1, width)
+            matrix = np.concatenate([matrix, np.zeros((*matrix.shape[:-2], 1, matrix.shape[-1]))], -2)
+        result = nodes.matmul(read, nodes.constant(matrix))
+        for axis, table in self.tables:
+            result = nodes.binary("Add", result, self._read_table(own, count, axis, table))
+        if norm is not None:
+            result = nodes.binary("Div", result, norm)
+        if self.bias is None:
+            return result
+        bias = nodes.constant(self.bias)
+        if not _sums_to_one(other):
+            bias = nodes.binary("Mul", nodes.reshape(nodes.sum(weights, [rank + 1]), (*self.batch, count, 1)), bias)
+        return nodes.binary("Add", result, bias)
+
+    def _read_table(self, weights: ir.Value, count: int, axis: int, table: np.ndarray) -> ir.Value:
+        """Weights summed over the other axes of the grid, times the table of this one."""
+        rank, nodes = len(self.batch), self.nodes
+        if len(table) == 1:
+            summed = nodes.reshape(nodes.sum(weights, [rank + 1]), (*self.batch, count, 1))
+        else:
+            apart = nodes.reshape(weights, (*self.batch, count, *self.grid))
+            rest = [rank + 1 + one for one in range(len(self.grid)) if one != axis]
+            summed = nodes.sum(apart, rest) if rest else apart
+        return nodes.matmul(summed, nodes.constant(self._picked(table)))
+
+    def _product(self, left: ir.Value, right: ir.Value, count: int, depth: int, width: int) -> ir.Value:
+        """(b, N, K) times rows (samples, K, M); heads join the rows of a sample where samples come first."""
+        where = [axis for axis, size in enumerate(self.samples) if size > 1]
+        if where != list(range(len(where))):
+            return self.nodes.matmul(left, right)
+        lead, rest = self.batch[: len(where)], math.prod(self.batch[len(where) :])
+        own = lead if math.prod(sizes(left)[:-2]) == math.prod(self.batch) else [1] * len(where)
+        flat = self.nodes.reshape(left, (*own, rest * count, depth))
+        made = self.nodes.matmul(flat, self.nodes.reshape(right, (*lead, depth, width)))
+        return self.nodes.reshape(made, (*self.batch, count, width))
+
+
+def _shared_norms(chosen: Iterable[tuple[Site, RowForm]]) -> dict[tuple[ir.Node, int], float]:
+    """Scores and reads of one softmax that share σ and their columns, with the factor between scores and softmax."""
+    reads = {site.node: (site, form) for site, form in chosen if site.kind == "read" and form.norm is not None}
+    shared: dict[tuple[ir.Node, int], float] = {}
+    for site, form in chosen:
+        if site.kind != "scores" or site.side != 1 or form.norm is None:
+            continue
+        node, factor = _softmax_read(site.node)
+        if node not in reads or factor <= 0:
+            continue
+        _, other = reads[node]
+        assert other.norm is not None
+        if other.norm.node is form.norm.node and [one for one, _ in other.terms] == [one for one, _ in form.terms]:
+            shared[site.node, 1] = shared[node, 1] = factor
+    return shared
+
+
+def _softmax_read(node: ir.Node) -> tuple[ir.Node | None, float]:
+    """The product that reads the softmax of a product's scores alone, and what they are multiplied with before it."""
+    value, factor, softmax = node.outputs[0], 1.0, False
+    for _ in range(_FOLLOWED):
+        user = only_reader(value)
+        if user is None:
+            return None, factor
+        result = user.outputs[0]
+        if user.op_type == "MatMul" and softmax and user.inputs[0] is value:
+            return user, factor
+        if user.op_type == "Softmax" and not softmax and _over_last(user):
+            softmax = True
+        elif user.op_type in ("Mul", "Div") and not softmax and (found := _factor(user, value)) is not None:
+            factor *= found
+        elif user.op_type not in (*VIEWS, "Dropout") or sizes(result)[-1] != sizes(value)[-1]:
+            return None, factor
+        value = result
+    return None, factor
+
+
+def _factor(node: ir.Node, value: ir.Value) -> float | None:
+    """The number that a node multiplies the value with."""
+    if node.op_type == "Div":
+        found = number(node.inputs[1]) if node.inputs[0] is value else None
+        return None if not found else 1 / found
+    return next((found for one in node.inputs if one is not value and (found := number(one)) is not None), None)
+
+
+def _over_last(softmax: ir.Node) -> bool:
+    rank = len(sizes(softmax.outputs[0]))
+    return axis_of(softmax, rank) == rank - 1
+
+
+def _reaches_softmax(node: ir.Node) -> bool:
+    """Whether scores go into a softmax over the rows' axis only, multiplied with or added to what does not change
+    that a term of the query cancels.
+    """
+    value = node.outputs[0]
+    for _ in range(_FOLLOWED):
+        user = only_reader(value)
+        if user is None:
+            return False
+        if user.op_type == "Softmax":
+            return _over_last(user)
+        scaled = user.op_type in ("Mul", "Div") and _factor(user, value) is not None
+        added = user.op_type == "Add" and sizes(user.outputs[0]) == sizes(value)
+        if not scaled and not added:
+            return False
+        value = user.outputs[0]
+    return False
+
+
+def _sums_to_one(weights: ir.Value) -> bool:
+    """Whether each row is a softmax over the last axis."""
+    value = weights
+    for _ in range(_FOLLOWED):
+        if (softmax := made_by(value, "Softmax")) is not None:
+            return _over_last(softmax)
+        node = made_by(value, *VIEWS, "Dropout")
+        if node is None or node.inputs[0] is None or sizes(node.inputs[0])[-1] != sizes(value)[-1]:
+            return False
+        value = node.inputs[0]
+    return False

@@ -1,0 +1,315 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tensors whose rows are ``row_m = s_m (sum_i F_i[m] A_i + T_m) + b``.
+
+F_i are tensors of the graph (any number of rows), A_i constant matrices, T a constant table, s_m one number a row (1/σ
+of a LayerNorm) and b a constant row. The form is closed under products with constant matrices, additions and
+multiplications of constants, LayerNorm over the last axis, concatenation of columns, and views that keep rows whole:
+
+    LayerNorm(F A + T) = s (F A C_0 γ + T C_0 γ) + β        C_0 = I − 11ᵀ/C,  s_m = 1/σ_m
+
+A tensor has several forms, one for each way back that is followed: the tensor itself, the input of the linear layer
+that made it, and so on. Matrices are products that nobody computes before a site needs them.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import onnx_ir as ir
+
+from perceiver_export.exporter.fold.nodes import VIEWS, Shape, array_of, axis_of, operand, shape_of, sizes
+from perceiver_export.exporter.fold.tables import Table
+
+_MOST_FORMS, _MOST_TERMS = 8, 3
+_SUMMED_FORMS = 3  # of each side of an addition
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A constant matrix (rows, columns): steps from the identity, computed when `value` is called."""
+
+    rows: int
+    columns: int
+    steps: tuple[Callable[[np.ndarray], np.ndarray], ...] = ()
+    at: int | None = 0  # where its rows are the unit vectors of that many columns, the first of them
+
+    def __matmul__(self, weight: np.ndarray) -> Matrix:
+        if not self.steps:
+            return Matrix(self.rows, weight.shape[1], (lambda _: weight.astype(np.float64),), None)
+        return self._then(lambda own: own @ weight.astype(np.float64), weight.shape[1])
+
+    def __mul__(self, factor: np.ndarray) -> Matrix:
+        return self._then(lambda own: own * factor)
+
+    def centred(self) -> Matrix:
+        """Each row less its mean."""
+        return self._then(lambda own: own - own.mean(1, keepdims=True))
+
+    def placed(self, at: int, width: int) -> Matrix:
+        """As columns ``at`` and following of a wider matrix."""
+
+        def place(own: np.ndarray) -> np.ndarray:
+            wide = np.zeros((own.shape[0], width))
+            wide[:, at : at + own.shape[1]] = own
+            return wide
+
+        return Matrix(self.rows, width, (*self.steps, place), None if self.at is None else self.at + at)
+
+    def value(self) -> np.ndarray:
+        """In float64."""
+        own = np.eye(self.rows)
+        for step in self.steps:
+            own = step(own)
+        return own
+
+    def _then(self, step: Callable[[np.ndarray], np.ndarray], columns: int | None = None) -> Matrix:
+        return Matrix(self.rows, columns or self.columns, (*self.steps, step), None)
+
+
+@dataclass(frozen=True)
+class Norm:
+    """1/σ of a LayerNorm: one number for each row of its input, whose form is ``form``."""
+
+    node: ir.Node
+    form: RowForm
+    epsilon: float
+
+    @property
+    def narrow(self) -> bool:
+        """Whether σ follows from the changing columns alone: they stand beside constant ones, as they are."""
+        used = np.zeros(self.form.width, bool)
+        for _, matrix in self.form.terms:
+            if matrix.at is None:
+                return False
+            used[matrix.at : matrix.at + matrix.rows] = True
+        table = self.form.table
+        return table is not None and table.only(~used)
+
+    def reads(self) -> list[ir.Value]:
+        """What σ is computed from."""
+        source = self.node.inputs[0]
+        assert source is not None
+        return [value for value, _ in self.form.terms] if self.narrow else [source]
+
+
+@dataclass(frozen=True)
+class RowForm:
+    """Rows over the axes ``lead``, of ``width`` columns. ``kills``: nodes that are not needed for it."""
+
+    lead: Shape
+    width: int
+    terms: tuple[tuple[ir.Value, Matrix], ...]
+    table: Table | None = None
+    norm: Norm | None = None
+    bias: np.ndarray | None = None
+    kills: frozenset[ir.Node] = field(default_factory=frozenset)
+
+    @property
+    def columns(self) -> int:
+        """Changing numbers of a row."""
+        return sum(matrix.rows for _, matrix in self.terms)
+
+    @property
+    def reads(self) -> list[ir.Value]:
+        own = [value for value, _ in self.terms]
+        return own if self.norm is None else own + self.norm.reads()
+
+    def times(self, weight: np.ndarray, node: ir.Node | None = None) -> RowForm:
+        """Each row times a matrix (width, columns)."""
+        weight = weight.astype(np.float64)
+        return self._with(lambda one: one @ weight, lambda bias: bias @ weight, node, weight.shape[1])
+
+    def scaled(self, factor: np.ndarray | float, node: ir.Node | None = None) -> RowForm:
+        """Each column times a number."""
+        own = np.broadcast_to(np.asarray(factor, np.float64).reshape(-1), (self.width,))
+        return self._with(lambda one: one * own, lambda bias: bias * own, node)
+
+    def shifted(self, bias: np.ndarray, node: ir.Node | None = None) -> RowForm:
+        """Each row plus one that is the same for all."""
+        total = np.broadcast_to(bias.astype(np.float64).reshape(-1), (self.width,))
+        return replace(self, bias=total if self.bias is None else self.bias + total, kills=self._killed(node))
+
+    def normed(self, norm: Norm, scale: np.ndarray, shift: np.ndarray | None) -> RowForm:
+        """LayerNorm's form; this one must not have a norm."""
+        made = self.without_bias()._with(lambda one: one.centred() * scale, lambda bias: bias, norm.node)
+        return replace(made, norm=norm, bias=shift)
+
+    def without_bias(self) -> RowForm:
+        """The bias as part of the table; without a norm that is the same."""
+        if self.bias is None:
+            return self
+        table = Table.row(self.bias)
+        joined = table if self.table is None else self.table.plus(table)
+        assert joined is not None
+        return replace(self, table=joined, bias=None)
+
+    def _with(
+        self,
+        change: Callable[..., Matrix | Table],
+        change_bias: Callable[[np.ndarray], np.ndarray],
+        node: ir.Node | None,
+        width: int | None = None,
+    ) -> RowForm:
+        terms = tuple((value, change(matrix)) for value, matrix in self.terms)
+        table = None if self.table is None else change(self.table)
+        bias = None if self.bias is None else change_bias(self.bias)
+        return RowForm(self.lead, width or self.width, terms, table, self.norm, bias, self._killed(node))  # type: ignore[arg-type]
+
+    def _killed(self, node: ir.Node | None) -> frozenset[ir.Node]:
+        return self.kills if node is None else self.kills | {node}
+
+
+def join(left: RowForm, right: RowForm, node: ir.Node) -> RowForm | None:
+    """The sum of two forms of the same rows; None where one is normed, or the tables have different grids."""
+    if left.norm or right.norm or len(left.terms) + len(right.terms) > _MOST_TERMS:
+        return None
+    left, right = left.without_bias(), right.without_bias()
+    table = left.table or right.table
+    if left.table is not None and right.table is not None:
+        table = left.table.plus(right.table)
+        if table is None:
+            return None
+    return replace(left, terms=left.terms + right.terms, table=table, kills=left.kills | right.kills | {node})
+
+
+class Forms:
+    """The forms of the values of one graph. ``constant`` gives the numbers of what does not depend on an input."""
+
+    def __init__(self, constant: Callable[[ir.Value], np.ndarray | None]) -> None:
+        self.constant = constant
+        self._known: dict[ir.Value, list[RowForm]] = {}
+        self._tables: dict[ir.Value, Table | None] = {}
+
+    def of(self, value: ir.Value) -> list[RowForm]:
+        """The tensor itself first, then what it was made from."""
+        if value not in self._known:
+            shape = sizes(value)
+            itself = RowForm(shape[:-1], shape[-1], ((value, Matrix(shape[-1], shape[-1])),))
+            self._known[value] = [itself]
+            node = value.producer()
+            step = None if node is None else _FORMS.get(node.op_type)
+            if node is not None and step is not None and all(shape_of(one) for one in node.inputs if one is not None):
+                self._known[value] += itertools.islice(step(self, node, shape), _MOST_FORMS - 1)
+        return self._known[value]
+
+    def table(self, value: ir.Value, shape: Shape) -> Table | None:
+        """A constant that is added to rows of ``shape``, None where it is none or has other rows."""
+        if value not in self._tables:
+            array = self.constant(value)
+            self._tables[value] = None if array is None else Table.of(array, shape)
+        return self._tables[value]
+
+    def _matmul(self, node: ir.Node, shape: Shape) -> Iterator[RowForm]:
+        source, weight = node.inputs[0], array_of(node.inputs[1])
+        if source is not None and weight is not None and weight.ndim == 2:
+            yield from (form.times(weight, node) for form in self.of(source))
+
+    def _viewed(self, node: ir.Node, shape: Shape) -> Iterator[RowForm]:
+        source = node.inputs[0]
+        if source is not None and sizes(source)[-1:] == shape[-1:]:
+            for form in self.of(source)[1:]:
+                yield replace(form, lead=shape[:-1], kills=form.kills | {node})
+
+    def _multiplied(self, node: ir.Node, shape: Shape) -> Iterator[RowForm]:
+        for index in (1, 0) if node.op_type == "Mul" else (1,):
+            factor, source = array_of(node.inputs[index]), node.inputs[1 - index]
+            if factor is None or source is None or sizes(source) != shape or not _is_row(factor, shape):
+                continue
+            own = factor.astype(np.float64)
+            for form in self.of(source):
+                yield form.scaled(own if node.op_type == "Mul" else 1 / own, node)
+            return
+
+    def _added(self, node: ir.Node, shape: Shape) -> Iterator[RowForm]:
+        left, right = operand(node), operand(node, 1)
+        sign = -1.0 if node.op_type == "Sub" else 1.0
+        for source, other, signs in ((left, right, (1.0, sign)), (right, left, (sign, 1.0))):
+            if sizes(source) == shape and self.constant(other) is not None:
+                for form in self.of(source):
+                    own = form if signs[0] > 0 else form.scaled(-1.0)
+                    if (made := self._plus(own, other, signs[1], node, shape)) is not None:
+                        yield made
+                return
+        if sizes(left) == sizes(right) and sign > 0:
+            pairs = itertools.product(self.of(left)[:_SUMMED_FORMS], self.of(right)[:_SUMMED_FORMS])
+            yield from (made for one, other in pairs if (made := join(one, other, node)) is not None)
+
+    def _plus(self, form: RowForm, value: ir.Value, sign: float, node: ir.Node, shape: Shape) -> RowForm | None:
+        """A form plus a constant: one row for all, or a table."""
+        array = self.constant(value)
+        assert array is not None
+        if _is_row(array, shape):
+            return form.shifted(sign * array, node)
+        table = None if form.norm else self.table(value, shape)
+        if table is not None and form.table is not None:
+            table = form.table.plus(table * sign)
+        elif table is not None:
+            table = table * sign
+        return None if table is None else replace(form, table=table, kills=form.kills | {node})
+
+    def _concat(self, node: ir.Node, shape: Shape) -> Iterator[RowForm]:
+        """Columns side by side; each input as it is, then as what made it."""
+        if axis_of(node, len(shape), 0) != len(shape) - 1:
+            return
+        for deep in (False, True):
+            made = self._side_by_side(node, shape, deep)
+            if made is not None:
+                yield made
+
+    def _side_by_side(self, node: ir.Node, shape: Shape, deep: bool) -> RowForm | None:
+        terms: list[tuple[ir.Value, Matrix]] = []
+        table: Table | None = None
+        kills, at, width = frozenset({node}), 0, shape[-1]
+        found_deeper = False
+        for value in node.inputs:
+            assert value is not None
+            own = sizes(value)[-1]
+            constants = self.table(value, sizes(value))
+            forms = [form for form in self.of(value) if form.norm is None and (form.table is None or form.table.is_row)]
+            form = forms[-1] if deep and forms[-1].columns < own else forms[0]
+            found_deeper = found_deeper or form is not forms[0]
+            if constants is None:
+                terms += [(one, matrix.placed(at, width)) for one, matrix in form.terms]
+                kills |= form.kills
+                form = form.without_bias()
+                constants = form.table
+            placed = None if constants is None else constants.placed(at, width)
+            if placed is not None:
+                table = placed if table is None else table.plus(placed)
+                if table is None:
+                    return None
+            at += own
+        if not terms or (deep and not found_deeper) or len(terms) > _MOST_TERMS:
+            return None
+        return RowForm(shape[:-1], width, tuple(terms), table, kills=kills)
+
+    def _normed(self, node: ir.Node, shape: Shape) -> Iterator[RowForm]:
+        scale, shift = array_of(node.inputs[1]), array_of(node.inputs[2]) if len(node.inputs) > 2 else None
+        source = node.inputs[0]
+        if source is None or scale is None or axis_of(node, len(shape)) != len(shape) - 1:
+            return
+        epsilon = node.attributes.get_float("epsilon", 1e-5)
+        forms = [form for form in self.of(source) if form.norm is None]
+        norms = [Norm(node, form.without_bias(), epsilon) for form in forms]
+        narrow = next((norm for norm in norms if norm.narrow), None)
+        for form, own in zip(forms, norms, strict=True):
+            norm = narrow or own
+            yield form.normed(norm, scale.astype(np.float64), None if shift is None else shift.astype(np.float64))
+
+
+def _is_row(array: np.ndarray, shape: Shape) -> bool:
+    """Whether an array broadcasts to one row of ``shape``."""
+    return array.size == 1 or (array.size == shape[-1] and array.shape[-1:] == shape[-1:])
+
+
+_FORMS: dict[str, Callable[[Forms, ir.Node, Shape], Iterator[RowForm]]] = {
+    "MatMul": Forms._matmul,
+    **dict.fromkeys((*sorted(VIEWS), "Dropout"), Forms._viewed),
+    **dict.fromkeys(("Mul", "Div"), Forms._multiplied),
+    **dict.fromkeys(("Add", "Sub"), Forms._added),
+    "Concat": Forms._concat,
+    "LayerNormalization": Forms._normed,
+}

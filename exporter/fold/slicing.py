@@ -1,0 +1,311 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Regions of nodes that treat one axis row by row (latents, heads, queries), and copies of them for some rows.
+
+Rows of a softmax do not depend on each other. The region around it is everything that can be computed for some of its
+rows alone: in pieces it gives the same result in less memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from perceiver_export.exporter.fold.nodes import VIEWS, Nodes, Shape, array_of, axis_of, integers, shape_of, sizes
+
+_NAMES = (
+    "Abs Add And Cast Ceil Clip Cos Div Dropout Elu Equal Erf Exp Expand Floor Gelu Greater GreaterOrEqual HardSigmoid",
+    "HardSwish Identity IsNaN LeakyRelu Less LessOrEqual Log Max Min Mish Mod Mul Neg Not Or PRelu Pow Reciprocal Relu",
+    "Round Selu Sigmoid Sign Sin Softplus Softsign Sqrt Sub Tanh Where Xor",
+)
+_ELEMENTWISE = frozenset(" ".join(_NAMES).split())
+_MOST_GROWN = 60  # nodes behind a region that are tried so that several results become one
+# The axis of each input that is cut where the result is cut; None: all of that input is needed.
+Cuts = list[int | None]
+
+
+def cuts(node: ir.Node, axis: int) -> Cuts | None:
+    """Where the inputs of a node are cut if its result is cut at ``axis``; None where it cannot be."""
+    if any(value is not None and shape_of(value) is None for value in (*node.inputs, *node.outputs)):
+        return None
+    if node.op_type in _ELEMENTWISE:
+        return _elementwise(node, axis)
+    rule = _RULES.get(node.op_type)
+    return None if rule is None else rule(node, axis)
+
+
+def _shapes(node: ir.Node) -> list[Shape]:
+    return [shape_of(value) or () for value in node.inputs]
+
+
+def _first(node: ir.Node, axis: int | None) -> Cuts | None:
+    """The first input is cut; the others are parameters."""
+    return None if axis is None else [axis, *[None] * (len(node.inputs) - 1)]
+
+
+def _elementwise(node: ir.Node, axis: int) -> Cuts:
+    rank, found = len(sizes(node.outputs[0])), Cuts()
+    for index, shape in enumerate(_shapes(node)):
+        own = axis - (rank - len(shape))
+        parameter = node.op_type == "Expand" and index == 1
+        found.append(own if not parameter and own >= 0 and shape[own] > 1 else None)
+    return found
+
+
+def _but_own_axis(node: ir.Node, axis: int) -> Cuts | None:
+    rank = len(sizes(node.outputs[0]))
+    return None if axis_of(node, rank) == axis else _first(node, axis)
+
+
+def _before_norm(node: ir.Node, axis: int) -> Cuts | None:
+    return _first(node, axis) if axis < axis_of(node, len(sizes(node.outputs[0]))) else None
+
+
+def _matmul(node: ir.Node, axis: int) -> Cuts:
+    left, right = _shapes(node)
+    rank = len(sizes(node.outputs[0]))
+    if axis == rank - 1:
+        return [None, len(right) - 1]
+    if axis == rank - 2:
+        return [len(left) - 2, None]
+    places = [(axis - (rank - len(shape)), shape) for shape in (left, right)]
+    return [own if own >= 0 and shape[own] > 1 else None for own, shape in places]
+
+
+def _view(node: ir.Node, axis: int) -> Cuts | None:
+    return _first(node, _same_place(sizes(node.outputs[0]), _shapes(node)[0], axis))
+
+
+def _same_place(shape: Shape, other: Shape, axis: int) -> int | None:
+    """The axis of ``other`` whose outer part is the outer part of an axis of ``shape``, in row-major order."""
+    before, passed = math.prod(shape[:axis]), 1
+    for place, extent in enumerate(other):
+        if passed == before and extent > 1:
+            return place if shape[axis] % extent == 0 or extent % shape[axis] == 0 else None
+        passed *= extent
+        if passed > before:
+            break
+    return None
+
+
+def _transpose(node: ir.Node, axis: int) -> Cuts:
+    rank = len(sizes(node.outputs[0]))
+    return [node.attributes.get_ints("perm", tuple(range(rank))[::-1])[axis]]
+
+
+def _reduction(node: ir.Node, axis: int) -> Cuts | None:
+    rank, axes = len(_shapes(node)[0]), integers(node, 1, "axes")
+    if axes is None:
+        return None
+    gone = [one % rank for one in axes]
+    kept = range(rank) if node.attributes.get_int("keepdims", 1) else [one for one in range(rank) if one not in gone]
+    return None if kept[axis] in gone else _first(node, kept[axis])
+
+
+def _concat(node: ir.Node, axis: int) -> Cuts | None:
+    return None if axis_of(node, len(sizes(node.outputs[0])), 0) == axis else [axis] * len(node.inputs)
+
+
+def _slice(node: ir.Node, axis: int) -> Cuts | None:
+    rank, axes = len(sizes(node.outputs[0])), integers(node, 3, "axes")
+    return None if axes is None or axis in [one % rank for one in axes] else _first(node, axis)
+
+
+_RULES: dict[str, Callable[[ir.Node, int], Cuts | None]] = {
+    **dict.fromkeys(("Softmax", "LogSoftmax"), _but_own_axis),
+    "LayerNormalization": _before_norm,
+    "MatMul": _matmul,
+    **dict.fromkeys(sorted(VIEWS - {"Identity"}), _view),
+    "Transpose": _transpose,
+    **dict.fromkeys(("ReduceSum", "ReduceMean", "ReduceMax"), _reduction),
+    "Concat": _concat,
+    "Slice": _slice,
+}
+
+
+@dataclass
+class Region:
+    """Nodes in the graph's order, the axis at which each of their values is cut, what they read, what they give."""
+
+    nodes: list[ir.Node]
+    axes: dict[ir.Value, int]
+    results: list[ir.Value]
+
+    @property
+    def inside(self) -> set[ir.Value]:
+        return {value for node in self.nodes for value in node.outputs}
+
+    def outside(self) -> list[ir.Value]:
+        """Values from elsewhere that are cut, too."""
+        inside = self.inside
+        return [value for value in self.axes if value not in inside]
+
+    @property
+    def steps(self) -> int:
+        """Into how many equal parts the axis can be cut."""
+        return math.gcd(*(sizes(value)[axis] for value, axis in self.axes.items()))
+
+
+def region_of(softmax: ir.Node, axis: int, least: int) -> Region | None:
+    """The region around a softmax that is cut at an axis; None where something needs all of it.
+
+    Nodes behind the softmax belong to it as long as they read at least ``least`` numbers of it.
+    """
+    return _Growing(softmax, axis, least).grown()
+
+
+class _Growing:
+    def __init__(self, softmax: ir.Node, axis: int, least: int) -> None:
+        assert softmax.graph is not None
+        self.softmax, self.least = softmax, least
+        self.listed = list(softmax.graph)
+        self.order = {node: index for index, node in enumerate(self.listed)}
+        self.nodes: set[ir.Node] = set()
+        self.axes: dict[ir.Value, int] = {softmax.outputs[0]: axis}
+
+    def grown(self) -> Region | None:
+        if not self._backward():
+            return None
+        for node in self.listed[self.order[self.softmax] :]:
+            if any(self._large(value, node) for value in self._read(node)):
+                self._take(node)
+        self._meet()
+        region = Region(sorted(self.nodes, key=self.order.__getitem__), self.axes, self._results())
+        return region if self._sound(region) else None
+
+    def _backward(self) -> bool:
+        """What is computed for the softmax alone."""
+        for node in reversed(self.listed[: self.order[self.softmax] + 1]):
+            result = node.outputs[0]
+            if result not in self.axes:
+                continue
+            found = cuts(node, self.axes[result])
+            if node is not self.softmax:
+                read_elsewhere = any(user not in self.nodes for user in result.consumers())
+                if len(node.outputs) > 1 or read_elsewhere or result.is_graph_output() or found is None:
+                    continue
+            if found is None:
+                return False
+            self.nodes.add(node)
+            if not self._cut(node, found):
+                return False
+        return True
+
+    def _cut(self, node: ir.Node, found: Cuts) -> bool:
+        """Note where a node's inputs are cut; False where one would be cut in two ways."""
+        wanted = [
+            (value, axis)
+            for value, axis in zip(node.inputs, found, strict=True)
+            if value is not None and axis is not None
+        ]
+        if any(self.axes.get(value, axis) != axis for value, axis in wanted):
+            return False
+        self.axes.update(wanted)
+        return True
+
+    def _read(self, node: ir.Node) -> list[ir.Value]:
+        """What a node outside reads of the region."""
+        if node in self.nodes:
+            return []
+        return [value for value in node.inputs if value is not None and value.producer() in self.nodes]
+
+    def _large(self, value: ir.Value, node: ir.Node) -> bool:
+        return node.op_type in VIEWS or math.prod(sizes(value)) > self.least
+
+    def _take(self, node: ir.Node) -> bool:
+        """Add a node behind the region, where its result can be cut as what it reads is."""
+        read = self._read(node)
+        if not read or len(node.outputs) > 1 or shape_of(node.outputs[0]) is None:
+            return False
+        for axis, extent in enumerate(sizes(node.outputs[0])):
+            found = cuts(node, axis) if extent > 1 else None
+            if found is None:
+                continue
+            own = dict(zip(node.inputs, found, strict=True))
+            if all(own[value] == self.axes[value] for value in read) and self._cut(node, found):
+                self.nodes.add(node)
+                self.axes[node.outputs[0]] = axis
+                return True
+        return False
+
+    def _results(self) -> list[ir.Value]:
+        return [
+            value
+            for node in self.listed
+            if node in self.nodes
+            for value in node.outputs
+            if value.is_graph_output() or any(user not in self.nodes for user in value.consumers())
+        ]
+
+    def _meet(self) -> None:
+        """Several results keep the softmax of every piece alive until the last is read: go on to where they meet."""
+        if len(self._results()) < 2:
+            return
+        state, tried = (set(self.nodes), dict(self.axes)), 0
+        for node in self.listed[self.order[self.softmax] :]:
+            if not self._read(node):
+                continue
+            tried += 1
+            if tried > _MOST_GROWN:
+                break
+            if self._take(node) and len(self._results()) == 1:
+                return
+        self.nodes, self.axes = state
+
+    def _sound(self, region: Region) -> bool:
+        """No node of it needs a value of it whole, directly or by way of nodes outside."""
+        inside = region.inside
+        for node in region.nodes:
+            found = cuts(node, self.axes[node.outputs[0]])
+            assert found is not None
+            if any(
+                value in inside and axis != self.axes[value]
+                for value, axis in zip(node.inputs, found, strict=True)
+                if value
+            ):
+                return False
+        depending = set(inside)
+        for node in self.listed:
+            if node not in self.nodes and any(value in depending for value in node.inputs):
+                depending |= set(node.outputs)
+        return not any(value in depending and value not in inside for node in region.nodes for value in node.inputs)
+
+
+def copy_region(
+    nodes: Nodes, region: Region, take: Callable[[ir.Value, int], ir.Value], extent: Callable[[int], int]
+) -> dict[ir.Value, ir.Value]:
+    """The region for some rows: ``take`` gives those of a value from outside, ``extent`` their number on an axis."""
+    made: dict[ir.Value, ir.Value] = {}
+    for node in region.nodes:
+        result = node.outputs[0]
+        axis = region.axes[result]
+        found = cuts(node, axis)
+        assert found is not None
+        shape = list(sizes(result))
+        shape[axis] = extent(shape[axis])
+        inputs: list[ir.Value | None] = []
+        for value, cut in zip(node.inputs, found, strict=True):
+            if value is None or (cut is None and value not in made):
+                inputs.append(value)
+            else:
+                inputs.append(made[value] if value in made or cut is None else take(value, cut))
+        nodes.origin = node
+        if node.op_type in VIEWS and inputs[0] is not None:
+            made[result] = nodes.reshape(inputs[0], shape)
+        else:
+            if node.op_type == "Expand":
+                inputs[1] = nodes.constant(shape)
+            attributes = {name: one.value for name, one in node.attributes.items()}
+            made[result] = nodes.make(node.op_type, inputs, shape, **attributes)
+            made[result].type = result.type
+    return made
+
+
+def rows_of(nodes: Nodes, value: ir.Value, axis: int, start: int, stop: int) -> ir.Value:
+    """Some rows of a value, those of a constant as a constant."""
+    array = array_of(value)
+    if array is None:
+        return nodes.slice(value, axis, start, stop)
+    return nodes.constant(array[(slice(None),) * axis + (slice(start, stop),)])

@@ -1,0 +1,318 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The graphs that one model becomes: the whole model, or an encoder and a decoder for each output."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast, get_args
+
+import numpy as np
+from torch import Tensor, nn
+
+from perceiver_export.exporter.model.config import (
+    ArrayInput,
+    FramePairInput,
+    GivenQueries,
+    ImageInput,
+    InputQueries,
+    LearnedQueries,
+    OutputConfig,
+    PerceiverConfig,
+    QueryDecoder,
+    TokenInput,
+)
+from perceiver_export.exporter.model.perceiver import PerceiverIO
+from perceiver_export.exporter.onnx_files import OnnxFile
+from perceiver_export.exporter.own import NamedModule
+from perceiver_export.runtimes.errors import UnsupportedModelError, UsageError
+from perceiver_export.runtimes.manifest import DType, TensorSpec
+from perceiver_export.runtimes.runtime import Array
+
+# Queries a call of a decoder by default: a text's masked bytes are few, the points of a grid are many.
+_LEARNED_QUERIES, _GRID_QUERIES = 256, 8192
+_MASK = (0, 1)
+_MEANINGS = {
+    "logits": "one number a choice",
+    "flow": "displacement (x, y) of each pixel, in pixels",
+    "video": "frames in [0, 1], channels last",
+    "sound": "audio in [-1, 1]",
+    "label": "one number a label",
+}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples a call: one number, or from ``least`` to ``most`` with ``typical`` in between."""
+
+    least: int
+    typical: int
+    most: int
+
+    @classmethod
+    def parse(cls, text: str | int) -> Batch:
+        """``4`` or ``1:4:16``. Raises UsageError."""
+        words = str(text).split(":")
+        numbers = [int(word) for word in (words * 3 if len(words) == 1 else words) if word.isdecimal()]
+        if len(words) not in (1, 3) or len(numbers) != 3 or not 1 <= numbers[0] <= numbers[1] <= numbers[2]:
+            raise UsageError(
+                f"batch {text!r} is neither a positive number nor a rising range",
+                "give a number, or MIN:OPT:MAX such as 1:4:16",
+            )
+        return cls(*numbers)
+
+    @property
+    def dynamic(self) -> bool:
+        return self.least != self.most
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The usual size of the dimension, by its name; empty where it is fixed."""
+        return {"batch": self.typical} if self.dynamic else {}
+
+
+@dataclass(frozen=True)
+class GraphPart:
+    """One graph: a module that takes and returns tensors in the order of ``inputs`` and ``outputs``, or an ONNX file.
+
+    ``typical`` is the usual size of each dynamic dimension. ``num_queries`` is the number of queries that a decoder
+    chooses from, None where it has no such input. ``examples``: inputs that random ones are made like.
+    """
+
+    name: str
+    module: Any  # nn.Module or OnnxFile
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    typical: dict[str, int]
+    num_queries: int | None = None
+    examples: Mapping[str, Array] = field(default_factory=dict)
+
+    @property
+    def file(self) -> str:
+        return f"{self.name}.onnx"
+
+    @property
+    def ranges(self) -> dict[str, tuple[int, int]]:
+        """(least, most) of each dynamic dimension."""
+        return {name: limits for spec in self.inputs for name, limits in spec.ranges.items()}
+
+
+class _Graph(nn.Module):
+    """``compute`` as a module of positional tensors; its weights are called ``model.…``."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: Sequence[TensorSpec],
+        compute: Callable[[Any, dict[str, Tensor]], Sequence[Tensor]],
+    ) -> None:
+        super().__init__()
+        self.model, self.names, self.compute = model, [spec.name for spec in inputs], compute
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self.compute(self.model, dict(zip(self.names, tensors, strict=True))))
+
+
+def make_graphs(
+    model: PerceiverIO, batch: Batch, split: bool, queries: Sequence[int] | None = None, dynamic: bool = False
+) -> tuple[GraphPart, ...]:
+    """The graphs of a bundle. ``queries`` is the shape (n,) of the queries that a split decoder takes a call.
+
+    Raises UsageError: ``queries`` or ``dynamic`` have no effect, or are no number.
+    """
+    if queries is not None and (len(queries) != 1 or queries[0] < 1):
+        raise UsageError(f"the shape of `queries` is {list(queries)}", "give their number: --shape queries=1024")
+    if not split:
+        if dynamic or queries:
+            raise UsageError("queries are chosen in split bundles only", "add --split")
+        return (whole_model(model, batch),)
+    graphs = split_model(model, batch, dynamic, queries[0] if queries else None)
+    if (dynamic or queries) and all(graph.num_queries is None for graph in graphs):
+        raise UsageError(
+            "no decoder of this model takes a choice of queries", "leave --dynamic-queries and --shape queries=… out"
+        )
+    return graphs
+
+
+def own_graph(model: NamedModule | OnnxFile, batch: Batch | None) -> GraphPart:
+    """Any module or ONNX file in one graph. Without ``batch`` it takes as many samples as its examples have.
+
+    The batch is the first dimension of each input that has as many steps there as the first input.
+
+    Raises UnsupportedModelError: a type that bundles do not have, or a batch that outputs do not follow.
+    """
+    examples = model.examples
+    if not examples:
+        raise UnsupportedModelError("the model has no inputs", "export a model that reads something")
+    first = next(iter(examples.values()))
+    samples = first.shape[0] if first.ndim else 0
+    batched = {name for name, array in examples.items() if array.ndim and array.shape[0] == samples}
+    size = samples if batch is None else batch.typical
+    sized = {name: repeated(array, size) if name in batched else array for name, array in examples.items()}
+    found = model.run(sized)
+    follow = {name for name, array in found.items() if array.ndim and size and array.shape[0] == size}
+    if samples == 0 or len(follow) < len(found) or len(batched) < len(examples):
+        other = sorted((set(found) - follow) | (set(examples) - batched)) or [next(iter(examples))]
+        raise UnsupportedModelError(
+            f"the batch is not the first dimension of {', '.join(other)}", "put a module around yours that makes it so"
+        )
+
+    def spec(name: str, array: Array, by_batch: bool) -> TensorSpec:
+        if str(array.dtype) not in get_args(DType):
+            raise UnsupportedModelError(
+                f"{name!r} is of {array.dtype}; bundles have {', '.join(get_args(DType))}",
+                "convert the model: .float()",
+            )
+        dynamic = by_batch and batch is not None and batch.dynamic
+        shape: tuple[int | str, ...] = ("batch", *array.shape[1:]) if dynamic else array.shape
+        ranges = {"batch": (batch.least, batch.most)} if dynamic and batch is not None else {}
+        return TensorSpec(name, cast(DType, str(array.dtype)), shape, "", ranges)
+
+    return GraphPart(
+        "model",
+        model,
+        tuple(spec(name, array, name in batched) for name, array in sized.items()),
+        tuple(spec(name, array, name in follow) for name, array in found.items()),
+        {} if batch is None else batch.sizes,
+        examples=examples,
+    )
+
+
+def repeated(array: Array, samples: int) -> Array:
+    """As many samples, the given ones in turn."""
+    found: Array = np.ascontiguousarray(array[np.arange(samples) % array.shape[0]])
+    return found
+
+
+def whole_model(model: PerceiverIO, batch: Batch) -> GraphPart:
+    """The model in one graph."""
+    inputs, outputs = input_specs(model.config, batch), output_specs(model.config, batch)
+    names = [spec.name for spec in outputs]
+
+    def compute(model: Any, feeds: dict[str, Tensor]) -> list[Tensor]:
+        found = model(feeds)
+        return [found[name] for name in names]
+
+    return GraphPart("model", _Graph(model, inputs, compute), inputs, outputs, batch.sizes)
+
+
+def split_model(
+    model: PerceiverIO, batch: Batch, dynamic_queries: bool = False, queries: int | None = None
+) -> tuple[GraphPart, ...]:
+    """Encoder first, then `decoder`, or `decoder_NAME` for each of several outputs.
+
+    A decoder takes ``queries`` indices a call (by default 8192 of a grid, 256 of a text), or with
+    ``dynamic_queries`` any number up to that (by default: up to all).
+    """
+    config = model.config
+    size = (config.encoder.num_latents, config.encoder.num_latent_channels)
+    latents = _spec("latents", size, batch, "the output of the encoder")
+    given = {f"{name}_queries" for name, one in _outputs(config).items() if isinstance(one.queries, GivenQueries)}
+    inputs = tuple(spec for spec in input_specs(config, batch) if spec.name not in given)
+    module = _Graph(model, inputs, lambda model, feeds: [model.encode(feeds)])
+    encoder = GraphPart("encoder", module, inputs, (latents,), batch.sizes)
+    if not isinstance(config.decoder, QueryDecoder):
+        head = _Graph(
+            nn.ModuleDict({"decoder": model.decoder}),
+            [latents],
+            lambda model, feeds: [model["decoder"](feeds["latents"])],
+        )
+        return encoder, GraphPart("decoder", head, (latents,), output_specs(config, batch), batch.sizes)
+    return encoder, *(
+        _decoder(model, name, latents, batch, queries, dynamic_queries) for name in config.decoder.outputs
+    )
+
+
+def _decoder(
+    model: PerceiverIO, name: str, latents: TensorSpec, batch: Batch, queries: int | None, dynamic: bool
+) -> GraphPart:
+    outputs = _outputs(model.config)
+    output, total = outputs[name], outputs[name].queries.num_queries
+    needed = set(model.config.inputs) if isinstance(output.queries, InputQueries) else {f"{name}_queries"}
+    given = [spec for spec in input_specs(model.config, batch) if spec.name in needed]
+    typical, choice = batch.sizes, []
+    chosen = total > 1 and not isinstance(output.queries, GivenQueries)
+    (result,) = (spec for spec in output_specs(model.config, batch) if spec.name == name)
+    if chosen:
+        most = most_queries(output, queries, dynamic)
+        dynamic = dynamic and most > 1  # torch knows no range from 1 to 1
+        size: int | str = "queries" if dynamic else most
+        ranges = {**latents.ranges, **({"queries": (1, most)} if dynamic else {})}
+        typical |= {"queries": min(most, _LEARNED_QUERIES)} if dynamic else {}
+        meaning = f"which of {total} queries to decode, counted from 0"
+        choice = [TensorSpec("queries", "int32", (latents.shape[0], size), meaning, ranges, (0, total - 1))]
+        channels = math.prod(output.shape) // total
+        result = TensorSpec(name, "float32", (latents.shape[0], size, channels), "one row a query", ranges)
+
+    def compute(model: Any, feeds: dict[str, Tensor]) -> list[Tensor]:
+        rows = model.decode(name, feeds.pop("latents"), feeds.pop("queries", None), feeds)
+        return [rows if chosen else rows.reshape(rows.shape[0], *output.shape)]
+
+    inputs = (latents, *choice, *given)
+    part = f"decoder_{name}" if len(outputs) > 1 else "decoder"
+    return GraphPart(part, _Graph(model, inputs, compute), inputs, (result,), typical, total if chosen else None)
+
+
+def most_queries(output: OutputConfig, queries: int | None, dynamic: bool) -> int:
+    """The most queries of an output that a split decoder takes in a call."""
+    total = output.queries.num_queries
+    usual = total if dynamic else _LEARNED_QUERIES if isinstance(output.queries, LearnedQueries) else _GRID_QUERIES
+    return min(queries or usual, total)
+
+
+def planned_queries(config: PerceiverConfig, queries: int | None, dynamic: bool) -> dict[str, int]:
+    """The queries of each output that the memory plan of a split decoder counts with: at most a usual call's."""
+    most = {name: most_queries(output, queries, dynamic) for name, output in _outputs(config).items()}
+    return {name: min(count, queries or _GRID_QUERIES) if dynamic else count for name, count in most.items()}
+
+
+def _outputs(config: PerceiverConfig) -> dict[str, OutputConfig]:
+    return dict(config.decoder.outputs) if isinstance(config.decoder, QueryDecoder) else {}
+
+
+def input_specs(config: PerceiverConfig, batch: Batch) -> tuple[TensorSpec, ...]:
+    """The inputs of the whole model, with masks and given queries."""
+    specs: list[TensorSpec] = []
+    for name, one in config.inputs.items():
+        mask: tuple[int, str] | None = None
+        if isinstance(one, ImageInput):
+            shape = (one.num_channels, one.height, one.width)
+            specs.append(_spec(name, shape, batch, "preprocessed RGB images, channels first"))
+        elif isinstance(one, FramePairInput):
+            specs.append(_spec(name, (2, 3, one.height, one.width), batch, "two RGB frames in [-1, 1], channels first"))
+        elif isinstance(one, TokenInput):
+            mask = (one.length, "a token")
+            specs.append(_spec(name, (one.length,), batch, "tokens, padded with 0", (0, one.vocabulary_size - 1)))
+        elif isinstance(one, ArrayInput):
+            mask = (math.prod(one.grid), "an element") if one.masked else None
+            specs.append(_spec(name, (*one.shape, one.num_channels), batch, "values, channels last"))
+        if mask is not None:
+            specs.append(_spec(f"{name}_mask", mask[:1], batch, f"1 where there is {mask[1]}, else 0", _MASK))
+    for name, output in _outputs(config).items():
+        if isinstance(output.queries, GivenQueries):
+            rows = (output.queries.num_queries, output.queries.num_channels)
+            specs.append(_spec(f"{name}_queries", rows, batch, "one row a query"))
+    return tuple(specs)
+
+
+def output_specs(config: PerceiverConfig, batch: Batch) -> tuple[TensorSpec, ...]:
+    """The outputs of the whole model. Raises UsageError where an output has the name of an input."""
+    shapes = {name: output.shape for name, output in _outputs(config).items()}
+    meanings = _MEANINGS
+    if not isinstance(config.decoder, QueryDecoder):
+        shapes = {config.decoder.output: (config.decoder.num_output_channels,)}
+        meanings = {config.decoder.output: "one number a label"}
+    for spec in input_specs(config, batch):
+        if spec.name in shapes:
+            raise UsageError(f"{spec.name!r} names an input and an output", "give one of them another name")
+    return tuple(_spec(name, shape, batch, meanings.get(name, "")) for name, shape in shapes.items())
+
+
+def _spec(
+    name: str, shape: tuple[int, ...], batch: Batch, meaning: str, values: tuple[int, int] | None = None
+) -> TensorSpec:
+    """int32 where ``values`` gives the range of its numbers, else float32."""
+    size: int | str = "batch" if batch.dynamic else batch.typical
+    ranges = {"batch": (batch.least, batch.most)} if batch.dynamic else {}
+    return TensorSpec(name, "float32" if values is None else "int32", (size, *shape), meaning, ranges, values)

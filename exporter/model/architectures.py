@@ -1,0 +1,386 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The systems of the papers as configs, at any size: presets, Hugging Face and Haiku checkpoints all start here.
+
+What differs between DeepMind's code and transformers' port of it is decided by ``parity``, here and nowhere else:
+the GELU, what a query reads whose keys are all masked, whether masked queries read at all, the residual of one
+decoder, the padding of a convolution, the precision of position tables.
+
+Classifiers of sound and video as configs: the AudioSet models of both papers.
+
+The first Perceiver (arXiv 2103.03206) as configs: inputs read more than once, the latents' mean as head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import msgspec
+
+from perceiver_export.exporter.model.checks import check_input
+from perceiver_export.exporter.model.config import (
+    ArrayInput,
+    AttentionConfig,
+    AverageDecoder,
+    EncoderConfig,
+    FourierPositions,
+    FramePairInput,
+    ImageInput,
+    Input,
+    InputQueries,
+    LearnedPositions,
+    LearnedQueries,
+    MaskedInput,
+    OutputConfig,
+    PerceiverConfig,
+    PositionQueries,
+    Positions,
+    QueryDecoder,
+    Sharing,
+    TokenInput,
+)
+
+Parity = Literal["huggingface", "deepmind"]
+
+VOCABULARY_SIZE = 262  # six special tokens and 256 bytes
+FLOW_SCALE = 20 / 100  # the network's output is divided by 100, and its targets were pixels divided by 20
+
+
+@dataclass(frozen=True)
+class EncoderSizes:
+    """What a checkpoint says of its encoder. Widths of queries, keys and values follow from the inputs' if None:
+    those of the inputs in the cross-attention (``width`` "kv"), else those of the latents ("q").
+    """
+
+    num_latents: int
+    num_latent_channels: int
+    num_self_attentions_per_block: int
+    num_blocks: int = 1
+    num_cross_attention_heads: int = 1
+    num_self_attention_heads: int = 8
+    num_qk_channels: int | None = None
+    num_v_channels: int | None = None
+    cross_attention_widening_factor: int = 1
+    self_attention_widening_factor: int = 1
+    query_residual: bool = True
+    width: Literal["kv", "q"] = "kv"
+
+    def config(self, num_input_channels: int) -> EncoderConfig:
+        """The encoder over inputs of so many channels."""
+        cross = num_input_channels if self.width == "kv" else self.num_latent_channels
+        return EncoderConfig(
+            num_latents=self.num_latents,
+            num_latent_channels=self.num_latent_channels,
+            num_blocks=self.num_blocks,
+            num_self_attentions_per_block=self.num_self_attentions_per_block,
+            cross_attention=AttentionConfig(
+                num_heads=self.num_cross_attention_heads,
+                num_qk_channels=self.num_qk_channels or cross,
+                num_v_channels=self.num_v_channels or self.num_qk_channels or cross,
+                widening_factor=self.cross_attention_widening_factor,
+                query_residual=self.query_residual,
+            ),
+            self_attention=AttentionConfig(
+                num_heads=self.num_self_attention_heads,
+                num_qk_channels=self.num_qk_channels or self.num_latent_channels,
+                num_v_channels=self.num_v_channels or self.num_qk_channels or self.num_latent_channels,
+                widening_factor=self.self_attention_widening_factor,
+            ),
+        )
+
+    def decoder_attention(self, num_query_channels: int, query_residual: bool, num_heads: int = 1) -> AttentionConfig:
+        """A decoder's attention as wide as what it reads, the latents (or as its queries)."""
+        width = self.num_latent_channels if self.width == "kv" else num_query_channels
+        return AttentionConfig(num_heads, width, width, query_residual=query_residual)
+
+
+def fourier(num_bands: int, max_resolution: tuple[int, ...], parity: Parity, endpoint: bool = True) -> FourierPositions:
+    """Fourier positions in the precision of transformers (float32), or exact: DeepMind's own depend on the compiler."""
+    arithmetic: Literal["float32", "float64"] = "float32" if parity == "huggingface" else "float64"
+    return FourierPositions(num_bands, max_resolution, endpoint, arithmetic=arithmetic)
+
+
+def image_classifier(image: ImageInput, encoder: EncoderSizes, num_labels: int, parity: Parity) -> PerceiverConfig:
+    """Pictures -> classes. DeepMind's model with learned positions has no query residual; transformers' port has."""
+    residual = parity == "huggingface" or image.features != "conv1x1"
+    return _model({"image": image}, encoder, _classes(encoder, num_labels, residual), parity)
+
+
+def image_input(
+    features: Literal["pixels", "conv1x1", "conv"],
+    height: int,
+    width: int,
+    parity: Parity,
+    trained_grid: tuple[int, int],
+    num_feature_channels: int | None = None,
+    num_bands: int = 64,
+    num_position_channels: tuple[int, int] = (256, 256),
+) -> ImageInput:
+    """The three picture inputs. ``trained_grid`` is what the positions were trained on, or their highest frequency;
+    ``num_position_channels`` those of a learned table and of its projection.
+
+    Raises UsageError: a picture that is too small for the convolution, or too large for a table of its positions.
+    """
+    channels = num_feature_channels or {"pixels": 3, "conv1x1": 256, "conv": 64}[features]
+    padding: Literal["same", "huggingface"] = "huggingface" if parity == "huggingface" else "same"
+    positions: Positions = fourier(num_bands, trained_grid, parity)
+    if features == "conv1x1":
+        positions = LearnedPositions(trained_grid, *num_position_channels)
+    image = ImageInput(3, height, width, features, channels, positions, padding)
+    check_input("image", image)
+    return image
+
+
+def language_model(
+    tokens: TokenInput, encoder: EncoderSizes, decoder: AttentionConfig, parity: Parity
+) -> PerceiverConfig:
+    """Masked tokens -> a score a token of the vocabulary, at every position, by the tied embedding."""
+    queries = LearnedQueries(tokens.length, tokens.num_input_channels)
+    outputs = {"logits": OutputConfig(queries, (tokens.length, tokens.vocabulary_size))}
+    return _model(
+        {"tokens": tokens},
+        encoder,
+        QueryDecoder(outputs, tokens.num_input_channels, decoder, tied_to="tokens"),
+        parity,
+        mask_queries=True,
+    )
+
+
+def text_classifier(tokens: TokenInput, encoder: EncoderSizes, num_labels: int, parity: Parity) -> PerceiverConfig:
+    """Text -> classes, read by one learned query."""
+    return _model({"tokens": tokens}, encoder, _classes(encoder, num_labels, residual=True), parity)
+
+
+def multitask_text_classifier(
+    tokens: TokenInput, encoder: EncoderSizes, num_labels: Mapping[str, int], parity: Parity
+) -> PerceiverConfig:
+    """Text -> the classes of several tasks, one learned query and one head each (Perceiver IO, section 4.1)."""
+    width = encoder.num_latent_channels
+    outputs = {task: OutputConfig(LearnedQueries(1, width), (count,), count) for task, count in num_labels.items()}
+    decoder = QueryDecoder(outputs, width, encoder.decoder_attention(width, query_residual=True))
+    return _model({"tokens": tokens}, encoder, decoder, parity)
+
+
+def optical_flow(
+    height: int, width: int, encoder: EncoderSizes, parity: Parity, num_feature_channels: int = 64, num_bands: int = 64
+) -> PerceiverConfig:
+    """Two frames -> the displacement of every pixel, in pixels; the inputs are the queries."""
+    positions = fourier(num_bands, (height, width), parity)
+    frames = FramePairInput(height, width, num_feature_channels, positions)
+    queries = InputQueries(height * width, frames.num_input_channels)
+    decoder = QueryDecoder(
+        outputs={"flow": OutputConfig(queries, (height, width, 2), scale=FLOW_SCALE)},
+        num_query_channels=frames.num_input_channels,
+        cross_attention=encoder.decoder_attention(frames.num_input_channels, query_residual=False),
+        num_output_channels=2,
+    )
+    return _model({"frames": frames}, encoder, decoder, parity)
+
+
+@dataclass(frozen=True)
+class VideoSizes:
+    """A video with its sound: 16 frames of 224 × 224 and 30720 samples in patches of 16, in DeepMind's model."""
+
+    num_frames: int = 16
+    height: int = 224
+    width: int = 224
+    num_samples: int = 30720
+    num_labels: int = 700
+    spatial_patch: int = 4
+    samples_per_patch: int = 16
+    image_bands: int = 32
+    audio_bands: int = 192
+    image_resolution: tuple[int, int] | None = None  # highest frequencies; the grid of patches
+    num_label_query_channels: int = 1024
+    num_output_channels: int = 512
+
+
+def video_autoencoder(sizes: VideoSizes, encoder: EncoderSizes, parity: Parity) -> PerceiverConfig:
+    """Frames and sound -> themselves and a label, which is never given: its mask token is."""
+    step = sizes.spatial_patch
+    grid = sizes.image_resolution or (sizes.height // step, sizes.width // step)
+    image_resolution, audio_resolution = (sizes.num_frames, *grid), (sizes.num_samples,)
+    audio_positions = fourier(sizes.audio_bands, audio_resolution, parity)
+    audio = ArrayInput((sizes.num_samples,), 1, (sizes.samples_per_patch,), positions=audio_positions)
+    frames = ArrayInput(
+        (sizes.num_frames, sizes.height, sizes.width),
+        3,
+        (1, step, step),
+        positions=fourier(sizes.image_bands, image_resolution, parity),
+    )
+    # DeepMind pads every modality to 4 (queries: 2) channels more than the widest has.
+    num_input_channels = max(audio.num_input_channels, frames.num_input_channels, sizes.num_labels) + 4
+    inputs: dict[str, Input] = {"audio": audio, "frames": frames, "label": MaskedInput(1, num_input_channels)}
+    decoder = _video_decoder(sizes, encoder, image_resolution, audio_resolution, parity)
+    return _model(inputs, encoder, decoder, parity)
+
+
+def _video_decoder(
+    sizes: VideoSizes,
+    encoder: EncoderSizes,
+    image_resolution: tuple[int, ...],
+    audio_resolution: tuple[int, ...],
+    parity: Parity,
+) -> QueryDecoder:
+    """Positions of pixels and audio patches are queries: -1 + 2 i / n, as trained on sampled ones (both parities)."""
+    sound = PositionQueries(
+        (sizes.num_samples // sizes.samples_per_patch,),
+        fourier(sizes.audio_bands, audio_resolution, parity, endpoint=False),
+    )
+    shape = (sizes.num_frames, sizes.height, sizes.width)
+    video = PositionQueries(shape, fourier(sizes.image_bands, image_resolution, parity, endpoint=False))
+    label = LearnedQueries(1, sizes.num_label_query_channels)
+    num_query_channels = max(sound.num_channels, video.num_channels, label.num_channels) + 2
+    outputs = {
+        "sound": OutputConfig(sound, (sizes.num_samples, 1), sizes.samples_per_patch),
+        "video": OutputConfig(video, (*shape, 3), 3),
+        "label": OutputConfig(label, (sizes.num_labels,), sizes.num_labels),
+    }
+    return QueryDecoder(
+        outputs,
+        num_query_channels,
+        encoder.decoder_attention(num_query_channels, query_residual=False),
+        sizes.num_output_channels,
+    )
+
+
+def classifier(
+    inputs: Mapping[str, Input], encoder: EncoderSizes, num_labels: int, parity: Parity, num_input_channels: int = 0
+) -> PerceiverConfig:
+    """Any inputs -> classes, read by one learned query."""
+    return _model(inputs, encoder, _classes(encoder, num_labels, residual=True), parity, num_input_channels)
+
+
+def set_transformer(
+    num_elements: int, num_channels: int, num_output_channels: int, encoder: EncoderSizes, parity: Parity
+) -> PerceiverConfig:
+    """A set with a mask -> one output an element; the elements are the queries (Perceiver IO, section 4.4)."""
+    entities = ArrayInput((num_elements,), num_channels, masked=True)
+    outputs = {"outputs": OutputConfig(InputQueries(num_elements, num_channels), (num_elements, num_output_channels))}
+    decoder = QueryDecoder(
+        outputs, num_channels, encoder.decoder_attention(num_channels, query_residual=True), num_output_channels
+    )
+    return _model({"entities": entities}, encoder, decoder, parity, mask_queries=True)
+
+
+def _classes(encoder: EncoderSizes, num_labels: int, residual: bool) -> QueryDecoder:
+    width = encoder.num_latent_channels
+    outputs = {"logits": OutputConfig(LearnedQueries(1, width), (num_labels,))}
+    return QueryDecoder(outputs, width, encoder.decoder_attention(width, residual), num_labels)
+
+
+def _model(
+    inputs: Mapping[str, Input],
+    encoder: EncoderSizes,
+    decoder: QueryDecoder,
+    parity: Parity,
+    num_input_channels: int = 0,
+    mask_queries: bool = False,
+) -> PerceiverConfig:
+    width = max(num_input_channels, *(one.num_input_channels for one in inputs.values()))
+    return PerceiverConfig(
+        inputs=dict(inputs),
+        num_input_channels=width,
+        encoder=encoder.config(width),
+        decoder=decoder,
+        activation="gelu" if parity == "huggingface" else "gelu-tanh",
+        masked_rows="mean" if parity == "huggingface" else "zero",
+        mask_queries=mask_queries and parity == "deepmind",
+    )
+
+
+def own_model(
+    inputs: Mapping[str, Input],
+    outputs: Mapping[str, OutputConfig],
+    encoder: EncoderSizes,
+    num_decoder_heads: int = 1,
+    query_residual: bool = False,
+) -> PerceiverConfig:
+    """Any inputs, any queries. Inputs, and queries, are padded with trained vectors to the widest of their kind."""
+    width = max(output.queries.num_channels for output in outputs.values())
+    attention = encoder.decoder_attention(width, query_residual, num_decoder_heads)
+    return _model(inputs, encoder, QueryDecoder(dict(outputs), width, attention), "deepmind")
+
+
+MODALITY_CHANNELS = 4  # trained channels beside the widest modality; the others are padded to as many in all
+
+
+@dataclass(frozen=True)
+class AudioVideoSizes:
+    """1.28 seconds: 61,440 samples in patches of 128, and 32 frames in patches of 2 × 8 × 8.
+
+    With ``mel`` (frames, bins) the model hears a spectrogram, each value of which is an input. 16 bands a video axis
+    are what 487 channels leave beside 384 values of a patch and 4 of the modality.
+    """
+
+    num_samples: int = 61_440
+    samples_per_patch: int = 128
+    mel: tuple[int, int] | None = None
+    num_frames: int = 32
+    height: int = 224
+    width: int = 224
+    video_patch: tuple[int, int, int] = (2, 8, 8)
+    audio_bands: int = 64
+    video_bands: int = 16
+
+    def inputs(self, parity: Parity) -> dict[str, Input]:
+        """Sound and frames, each beside the Fourier features of its patch's place, up to the grid's Nyquist."""
+        if self.mel is not None:
+            sound = ArrayInput(self.mel, 1, positions=fourier(self.audio_bands, self.mel, parity))
+        else:
+            grid = (self.num_samples // self.samples_per_patch,)
+            positions = fourier(self.audio_bands, grid, parity)
+            sound = ArrayInput((self.num_samples,), 1, (self.samples_per_patch,), positions=positions)
+        shape = (self.num_frames, self.height, self.width)
+        places = tuple(size // step for size, step in zip(shape, self.video_patch, strict=True))
+        frames = ArrayInput(shape, 3, self.video_patch, positions=fourier(self.video_bands, places, parity))
+        return {"mel" if self.mel is not None else "audio": sound, "frames": frames}
+
+    @property
+    def num_input_channels(self) -> int:
+        """Channels of every input, once padded."""
+        widest = max(one.num_input_channels for one in self.inputs("deepmind").values())
+        return widest + MODALITY_CHANNELS
+
+
+def audio_video_classifier(
+    sizes: AudioVideoSizes, encoder: EncoderSizes, num_labels: int, parity: Parity, num_query_channels: int
+) -> PerceiverConfig:
+    """Sound and frames -> classes, read by one learned query of ``num_query_channels`` (Perceiver IO, table 6)."""
+    config = classifier(sizes.inputs(parity), encoder, num_labels, parity, sizes.num_input_channels)
+    outputs = {"logits": OutputConfig(LearnedQueries(1, num_query_channels), (num_labels,))}
+    attention = encoder.decoder_attention(num_query_channels, query_residual=True)
+    decoder = QueryDecoder(outputs, num_query_channels, attention, num_labels)
+    return msgspec.structs.replace(config, decoder=decoder)
+
+
+def first_perceiver(
+    inputs: Mapping[str, Input],
+    encoder: EncoderSizes,
+    num_labels: int,
+    parity: Parity,
+    num_cross_attentions: int,
+    cross_attention_sharing: Sharing = "all-but-first",
+    block_sharing: Sharing = "all",
+    num_input_channels: int = 0,
+) -> PerceiverConfig:
+    """Any inputs -> classes. The inputs are read before each of the first ``num_cross_attentions`` blocks.
+
+    Sharing is by default that of the paper's ImageNet model: all cross-attentions but the first are one, all blocks
+    are one (its appendix C). The latents are averaged, then projected, without a norm.
+    """
+    config = classifier(inputs, encoder, num_labels, parity, num_input_channels)
+    repeated = msgspec.structs.replace(
+        config.encoder,
+        num_cross_attentions=num_cross_attentions,
+        cross_attention_sharing=cross_attention_sharing,
+        block_sharing=block_sharing,
+    )
+    return msgspec.structs.replace(config, encoder=repeated, decoder=AverageDecoder(num_labels))
+
+
+def point_input(num_points: int, num_bands: int, max_frequency: int, parity: Parity) -> ArrayInput:
+    """Points (x, y, z) with a mask: the Fourier features of where they are. Frequencies run up to ``max_frequency``."""
+    positions = fourier(num_bands, (2 * max_frequency,) * 3, parity)  # a resolution is twice its highest frequency
+    return ArrayInput((num_points,), 3, value_positions=positions, masked=True)

@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention and the two layers that a Perceiver is made of: cross-attention and self-attention, each with an MLP.
+
+Source: Perceiver IO (arXiv 2107.14795), section 3.1 and appendix E. All layers are pre-norm; LayerNorm's epsilon is
+1e-5 in DeepMind's code and in transformers, whatever a config says.
+
+Activation functions of the layers' MLPs, by the names that a config gives them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from perceiver_export.exporter.model.config import Activation, AttentionConfig
+
+
+def _quick_gelu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
+
+def _clipped_gelu(x: Tensor) -> Tensor:
+    return torch.clip(F.gelu(x), -10, 10)
+
+
+def _laplace(x: Tensor) -> Tensor:
+    """MEGA's, with its constants (arXiv 2209.10655)."""
+    return 0.5 * (1 + torch.erf((x - 0.707107) / (0.282095 * math.sqrt(2))))
+
+
+# The functions are those of transformers' `activations.py`, in operators that every engine has.
+_ELEMENTWISE: dict[Activation, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu-tanh": partial(F.gelu, approximate="tanh"),
+    "gelu-clipped": _clipped_gelu,
+    "quick-gelu": _quick_gelu,
+    "relu": torch.relu,
+    "relu6": lambda x: torch.clip(x, 0, 6),
+    "relu-squared": lambda x: torch.square(torch.relu(x)),
+    "leaky-relu": F.leaky_relu,
+    "silu": lambda x: x * torch.sigmoid(x),
+    "hardswish": lambda x: x * torch.clip(x + 3, 0, 6) / 6,
+    "mish": lambda x: x * torch.tanh(F.softplus(x)),
+    "sqrt-softplus": lambda x: torch.sqrt(F.softplus(x)),
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "laplace": _laplace,
+    "linear": lambda x: x,
+}
+
+
+class Elementwise(nn.Module):
+    """An activation of every number by itself: (…, W) -> (…, W)."""
+
+    def __init__(self, name: Activation) -> None:
+        super().__init__()
+        self.function = _ELEMENTWISE[name]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+class GEGLU(nn.Module):
+    """Gated GELU, of lucidrains' models: (…, 2·W) -> (…, W), the second half gates the first."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        width = hidden.shape[-1] // 2  # slices: `chunk` would become a sequence, which few engines take
+        return hidden[..., :width] * F.gelu(hidden[..., width:])
+
+
+# Small enough that the softmax gives an exact zero, and that any score vanishes when it is added.
+MASKED_SCORE = -1e30
+LARGEST_SCORES = 1 << 25  # numbers that torch holds at a time
+
+
+def attend(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    num_heads: int,
+    mask: Tensor | None = None,
+    masked_rows: Literal["zero", "mean"] = "mean",
+) -> Tensor:
+    """Multi-head attention, softmax(QKᵀ/√d)V: (B, N, E), (B, M, E), (B, M, V) -> (B, N, V).
+
+    The batch of ``queries`` may be 1 where that of keys and values is larger (latents, learned queries). ``mask``
+    (B, M), 1 or 0, says which keys are there. Where a sample has none, its queries read the mean of all values
+    (transformers), or ``zero`` (DeepMind).
+    """
+    q, k, v = (split_heads(x, num_heads) for x in (queries, keys, values))
+    # Queries are scaled, not scores: N × d numbers instead of N × M, and none at all where queries are constant.
+    q = q / math.sqrt(q.shape[-1])
+    bias = None if mask is None else (MASKED_SCORE * (1 - mask.to(q.dtype)))[:, None, None, :]
+    reads = [_attend(rows, k, v, bias) for rows in _pieces(q, k)]
+    read = merge_heads(torch.cat(reads, dim=2) if len(reads) > 1 else reads[0])
+    if mask is not None and masked_rows == "zero":
+        read = read * mask.to(read.dtype).amax(dim=-1)[:, None, None]
+    return read
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    scores = torch.matmul(q, k.transpose(-1, -2))
+    return torch.matmul(torch.softmax(scores if bias is None else scores + bias, dim=-1), v)
+
+
+def _pieces(q: Tensor, k: Tensor) -> Sequence[Tensor]:
+    """The queries, some at a time where torch itself runs: scores of the flow model would take 1.5 GB twice over."""
+    if torch.compiler.is_exporting():
+        return (q,)
+    rows = max(1, LARGEST_SCORES // (k.shape[0] * k.shape[1] * k.shape[2]))
+    pieces: Sequence[Tensor] = q.split(rows, dim=2)
+    return pieces
+
+
+def split_heads(x: Tensor, num_heads: int) -> Tensor:
+    """(B, N, H·d) -> (B, H, N, d)."""
+    return x.reshape(*x.shape[:-1], num_heads, -1).transpose(1, 2)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """(B, H, N, d) -> (B, N, H·d)."""
+    return x.transpose(1, 2).flatten(-2)
+
+
+def unstacked(weights: Tensor) -> Tensor:
+    """Weights of each head (h, K, N); of a single one (K, N), which engines multiply with as with any layer's."""
+    return weights.squeeze(0) if weights.shape[0] == 1 else weights
+
+
+class Attention(nn.Module):
+    """Projections round `attend`: queries (B, N, Q) over inputs (B, M, C) -> (B, N, Q)."""
+
+    def __init__(
+        self,
+        config: AttentionConfig,
+        num_query_channels: int,
+        num_input_channels: int,
+        masked_rows: Literal["zero", "mean"] = "mean",
+    ) -> None:
+        super().__init__()
+        self.num_heads, self.masked_rows = config.num_heads, masked_rows
+        self.query = nn.Linear(num_query_channels, config.num_qk_channels, bias=config.qkv_bias)
+        self.key = nn.Linear(num_input_channels, config.num_qk_channels, bias=config.qkv_bias)
+        self.value = nn.Linear(num_input_channels, config.num_v_channels, bias=config.qkv_bias)
+        self.output = nn.Linear(config.num_v_channels, num_query_channels)
+
+    def forward(
+        self, queries: Tensor, inputs: Tensor, mask: Tensor | None = None, query_mask: Tensor | None = None
+    ) -> Tensor:
+        read = attend(self.query(queries), self.key(inputs), self.value(inputs), self.num_heads, mask, self.masked_rows)
+        if query_mask is not None:
+            read = read * query_mask.to(read.dtype)[:, :, None]
+        output: Tensor = self.output(read)
+        return output
+
+
+class MLP(nn.Module):
+    """Linear, activation, linear: (…, C) -> (…, C)."""
+
+    def __init__(self, num_channels: int, widening_factor: int, activation: Activation) -> None:
+        super().__init__()
+        gated, width = activation == "geglu", widening_factor * num_channels
+        self.hidden = nn.Linear(num_channels, 2 * width if gated else width)
+        self.activation = GEGLU() if gated else Elementwise(activation)
+        self.output = nn.Linear(width, num_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.output(self.activation(self.hidden(x)))
+        return y
+
+
+class CrossAttention(nn.Module):
+    """Queries (B, N, Q) read inputs (B, M, C) -> (B, N, Q).
+
+    ``mask`` (B, M) says which inputs are there; queries that ``query_mask`` (B, N) leaves out read zeros.
+    """
+
+    def __init__(
+        self,
+        config: AttentionConfig,
+        num_query_channels: int,
+        num_input_channels: int,
+        activation: Activation,
+        masked_rows: Literal["zero", "mean"] = "mean",
+        mlp: bool = True,
+    ) -> None:
+        super().__init__()
+        self.query_residual, self.has_mlp = config.query_residual, mlp
+        self.query_norm = nn.LayerNorm(num_query_channels)
+        self.input_norm = nn.LayerNorm(num_input_channels)
+        self.attention = Attention(config, num_query_channels, num_input_channels, masked_rows)
+        if mlp:
+            self.mlp_norm = nn.LayerNorm(num_query_channels)
+            self.mlp = MLP(num_query_channels, config.widening_factor, activation)
+
+    def forward(
+        self, queries: Tensor, inputs: Tensor, mask: Tensor | None = None, query_mask: Tensor | None = None
+    ) -> Tensor:
+        x = self.read(queries, inputs, mask, query_mask)
+        return x + self.mlp(self.mlp_norm(x)) if self.has_mlp else x
+
+    def read(
+        self, queries: Tensor, inputs: Tensor, mask: Tensor | None = None, query_mask: Tensor | None = None
+    ) -> Tensor:
+        """The same without the MLP."""
+        x: Tensor = self.attention(self.query_norm(queries), self.input_norm(inputs), mask, query_mask)
+        return x + queries if self.query_residual else x
+
+
+class SelfAttention(nn.Module):
+    """Latents (B, N, D) read each other -> (B, N, D)."""
+
+    def __init__(self, config: AttentionConfig, num_channels: int, activation: Activation) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(num_channels)
+        self.attention = Attention(config, num_channels, num_channels)
+        self.mlp_norm = nn.LayerNorm(num_channels)
+        self.mlp = MLP(num_channels, config.widening_factor, activation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = self.norm(x)
+        x = x + self.attention(normed, normed)
+        y: Tensor = x + self.mlp(self.mlp_norm(x))
+        return y

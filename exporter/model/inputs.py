@@ -1,0 +1,294 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Input adapters: from what a sensor gives to the M × C inputs that the encoder reads.
+
+Position encodings, computed once when the model is built: nothing of them is left to do at inference.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from perceiver_export.exporter.model.config import (
+    ArrayInput,
+    FourierPositions,
+    FramePairInput,
+    ImageInput,
+    Input,
+    LearnedPositions,
+    MaskedInput,
+    Positions,
+    TokenInput,
+)
+
+
+def axis_positions(size: int, endpoint: bool, dtype: torch.dtype) -> Tensor:
+    """Coordinates of ``size`` points on one axis: linspace(-1, 1), or -1 + 2 i / size."""
+    if endpoint:
+        return torch.linspace(-1.0, 1.0, size, dtype=dtype)
+    return -1 + 2 * torch.arange(size, dtype=dtype) / size
+
+
+def grid_positions(shape: tuple[int, ...], endpoint: bool, dtype: torch.dtype) -> Tensor:
+    """Coordinates of every point of a grid, first axis slowest: (prod(shape), len(shape))."""
+    axes = [axis_positions(size, endpoint, dtype) for size in shape]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, -2)
+
+
+def fourier_features(positions: Tensor, config: FourierPositions) -> Tensor:
+    """Fourier features of positions (…, A) -> (…, A·(2K+1)).
+
+    Perceiver IO, appendix D: sin(π f_k p) and cos(π f_k p), f_k linear from 1 to max_resolution/2. The order of the
+    operations is transformers', so that float32 tables come out bit-equal to it.
+    """
+    bands = torch.stack(
+        [
+            torch.linspace(1.0, size / 2, config.num_bands, dtype=positions.dtype, device=positions.device)
+            for size in config.max_resolution
+        ]
+    )
+    phases = math.pi * (positions[..., :, None] * bands)
+    if config.order == "axis-by-axis":
+        parts = torch.cat([torch.sin(phases), torch.cos(phases), positions[..., :, None]], dim=-1)
+        return parts.flatten(-2)
+    phases = phases.flatten(-2)
+    return torch.cat([positions, torch.sin(phases), torch.cos(phases)], dim=-1)
+
+
+def fourier_channels(config: FourierPositions, num_axes: int, axis: int) -> list[int]:
+    """Which channels of the features belong to an axis, in the order of `fourier_features` of that axis alone."""
+    bands = config.num_bands
+    if config.order == "axis-by-axis":
+        return list(range(axis * (2 * bands + 1), (axis + 1) * (2 * bands + 1)))
+    sines, cosines = num_axes + axis * bands, num_axes * (1 + bands) + axis * bands
+    return [axis, *range(sines, sines + bands), *range(cosines, cosines + bands)]
+
+
+def fourier_table(config: FourierPositions, shape: tuple[int, ...]) -> Tensor:
+    """The constant table (prod(shape), C) of a grid, in the model's precision."""
+    dtype = torch.float32 if config.arithmetic == "float32" else torch.float64
+    table = fourier_features(grid_positions(shape, config.endpoint, dtype), config)
+    return table.to(torch.get_default_dtype())
+
+
+class FourierPositionEncoding(nn.Module):
+    """A constant table (M, C) for a grid of ``shape``; not part of the state dict."""
+
+    table: Tensor
+
+    def __init__(self, config: FourierPositions, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.config, self.shape = config, shape
+        self.register_buffer("table", fourier_table(config, shape), persistent=False)
+
+    def forward(self) -> Tensor:
+        return self.table
+
+
+class LearnedPositionEncoding(nn.Module):
+    """A trained table and its projection -> (M, C). On another 2-D grid than it was trained for, the table is resized
+    bicubically, as transformers' ``interpolate_pos_encoding`` does.
+    """
+
+    def __init__(self, config: LearnedPositions, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.trained_shape, self.shape = config.shape, shape
+        self.table = nn.Parameter(torch.randn(math.prod(config.shape), config.num_table_channels) * 0.02)
+        self.projection = (
+            nn.Linear(config.num_table_channels, config.num_projected_channels)
+            if config.num_projected_channels
+            else nn.Identity()
+        )
+
+    def forward(self) -> Tensor:
+        table: Tensor = self.table
+        if self.shape != self.trained_shape:
+            grid = table.reshape(*self.trained_shape, -1).permute(2, 0, 1).unsqueeze(0)
+            grid = nn.functional.interpolate(grid, size=self.shape, mode="bicubic", align_corners=False)
+            table = grid.squeeze(0).flatten(1).T
+        encoding: Tensor = self.projection(table)
+        return encoding
+
+
+def position_encoding(config: Positions, shape: tuple[int, ...]) -> nn.Module:
+    """The encoding that ``config`` asks for, on a grid of ``shape``."""
+    if isinstance(config, LearnedPositions):
+        return LearnedPositionEncoding(config, shape)
+    return FourierPositionEncoding(config, shape)
+
+
+class ImageAdapter(nn.Module):
+    """Pictures (B, channels, height, width) -> inputs (B, M, C): features, then position."""
+
+    def __init__(self, config: ImageInput) -> None:
+        super().__init__()
+        self.features = _features(config)
+        self.positions = position_encoding(config.positions, config.grid)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return _beside(self.features_of(image), self.positions())
+
+    def features_of(self, image: Tensor) -> Tensor:
+        """Without the positions."""
+        return self.values_of(self.features(image))
+
+    def values_of(self, image: Tensor) -> Tensor:
+        """Pixel by pixel: (B, channels, height, width) -> (B, M, channels)."""
+        return image.flatten(2).transpose(1, 2)
+
+
+def _features(config: ImageInput) -> nn.Module:
+    if config.features == "pixels":
+        return nn.Identity()
+    if config.features == "conv1x1":
+        return nn.Conv2d(config.num_channels, config.num_feature_channels, kernel_size=1)
+    return ConvDownsample(config.num_channels, config.num_feature_channels, config.padding)
+
+
+class ConvDownsample(nn.Module):
+    """7×7 stride 2 convolution, batch norm, ReLU, 3×3 stride 2 max-pool: (B, 3, H, W) -> (B, C, ~H/4, ~W/4).
+
+    ``same`` pads as TensorFlow and Haiku do (more at the end); ``huggingface`` as transformers' port does.
+    """
+
+    def __init__(self, num_channels: int, num_feature_channels: int, padding: str) -> None:
+        super().__init__()
+        self.padding = padding
+        self.conv = nn.Conv2d(num_channels, num_feature_channels, kernel_size=7, stride=2, bias=False)
+        self.norm = nn.BatchNorm2d(num_feature_channels)
+
+    def forward(self, image: Tensor) -> Tensor:
+        if self.padding == "huggingface":
+            x = nn.functional.pad(image, (3, 3, 3, 3))
+        else:
+            x = nn.functional.pad(image, _same_padding(image, kernel=7))
+        x = torch.relu(self.norm(self.conv(x)))
+        if self.padding == "same":
+            x = nn.functional.pad(x, _same_padding(x, kernel=3), value=-torch.inf)
+        return nn.functional.max_pool2d(x, kernel_size=3, stride=2)
+
+
+def _same_padding(x: Tensor, kernel: int, stride: int = 2) -> tuple[int, int, int, int]:
+    """(left, right, top, bottom) so that the output has ceil(size / stride) points; the odd one goes to the end."""
+    height, width = x.shape[-2:]
+    vertical, horizontal = (max((-(-n // stride) - 1) * stride + kernel - n, 0) for n in (height, width))
+    return horizontal // 2, horizontal - horizontal // 2, vertical // 2, vertical - vertical // 2
+
+
+class FramePairAdapter(nn.Module):
+    """Two frames (B, 2, 3, H, W) -> inputs (B, H·W, C): features, then position.
+
+    The original cuts 3×3 zero-padded patches and projects the 54 values of both frames; that is a 3×3 convolution
+    over 6 channels, and needs no array nine times as large as the frames.
+    """
+
+    def __init__(self, config: FramePairInput) -> None:
+        super().__init__()
+        self.features = nn.Conv2d(6, config.num_feature_channels, kernel_size=3, padding=1)
+        self.positions = position_encoding(config.positions, (config.height, config.width))
+
+    def forward(self, frames: Tensor) -> Tensor:
+        return _beside(self.features_of(frames), self.positions())
+
+    def features_of(self, frames: Tensor) -> Tensor:
+        """Without the positions."""
+        features: Tensor = self.features(frames.flatten(1, 2)).flatten(2).transpose(1, 2)
+        return features
+
+    def values_of(self, frames: Tensor) -> Tensor:
+        """The 3×3 patches of both frames (B, M, 54), pixel by pixel of a patch, channels within."""
+        channels = nn.functional.pad(frames.flatten(1, 2), (1, 1, 1, 1))
+        height, width = frames.shape[-2:]
+        shifted = [channels[:, :, y : y + height, x : x + width] for y in range(3) for x in range(3)]
+        return torch.cat(shifted, dim=1).flatten(2).transpose(1, 2)
+
+
+class TokenAdapter(nn.Module):
+    """Tokens (B, S) -> inputs (B, S, C): embedding plus trained position."""
+
+    def __init__(self, config: TokenInput) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(config.vocabulary_size, config.num_input_channels)
+        self.positions = nn.Parameter(torch.randn(config.length, config.num_input_channels) * 0.02)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        inputs: Tensor = self.embedding(tokens) + self.positions
+        return inputs
+
+    features_of = forward  # positions are added, not put beside
+
+
+class ArrayAdapter(nn.Module):
+    """Arrays (B, *shape, channels) -> inputs (B, M, C): values of a patch, then position."""
+
+    def __init__(self, config: ArrayInput) -> None:
+        super().__init__()
+        self.config = config
+        self.projection: nn.Module = nn.Identity()
+        if config.num_projected_channels:
+            num_values = config.num_channels * math.prod(config.patch)
+            self.projection = nn.Linear(num_values, config.num_projected_channels)
+        self.positions = position_encoding(config.positions, config.grid) if config.positions is not None else None
+
+    def forward(self, array: Tensor) -> Tensor:
+        features = self.features_of(array)
+        return features if self.positions is None else _beside(features, self.positions())
+
+    def features_of(self, array: Tensor) -> Tensor:
+        """Without the positions of the grid."""
+        if self.config.value_positions is not None:
+            return fourier_features(array.flatten(1, -2), self.config.value_positions)
+        features: Tensor = self.projection(self.values_of(array))
+        return features
+
+    def values_of(self, array: Tensor) -> Tensor:
+        """Patch by patch, as they come."""
+        return space_to_depth(array, self.config.patch) if self.config.patch else array.flatten(1, -2)
+
+
+def space_to_depth(array: Tensor, patch: tuple[int, ...]) -> Tensor:
+    """(B, *shape, C) -> (B, M, prod(patch)·C): the values of each patch in order, channels fastest.
+
+    One axis at a time, the last first, so that no tensor has a rank above 5 (TensorRT takes 8, others fewer).
+    """
+    batch, *shape, channels = array.shape
+    rest = 1  # patches along the axes that are done
+    for axis in reversed(range(len(shape))):
+        before, count = math.prod(shape[:axis]), shape[axis] // patch[axis]
+        array = array.reshape(-1, count, patch[axis], rest, channels)
+        if rest > 1 and patch[axis] > 1:
+            array = array.transpose(2, 3)
+        rest, channels = rest * count, channels * patch[axis]
+        array = array.reshape(batch * before, rest, channels)
+    return array
+
+
+class MaskTokenAdapter(nn.Module):
+    """Nothing -> inputs (1, M, C): a modality that is always masked."""
+
+    def __init__(self, config: MaskedInput) -> None:
+        super().__init__()
+        self.num_inputs = config.num_inputs
+        self.token = nn.Parameter(torch.randn(1, config.num_input_channels) * 0.02)
+
+    def forward(self) -> Tensor:
+        return self.token.expand(self.num_inputs, -1).unsqueeze(0)
+
+
+def input_adapter(config: Input) -> nn.Module:
+    """The adapter that ``config`` asks for."""
+    if isinstance(config, ImageInput):
+        return ImageAdapter(config)
+    if isinstance(config, FramePairInput):
+        return FramePairAdapter(config)
+    if isinstance(config, TokenInput):
+        return TokenAdapter(config)
+    if isinstance(config, ArrayInput):
+        return ArrayAdapter(config)
+    return MaskTokenAdapter(config)
+
+
+def _beside(features: Tensor, positions: Tensor) -> Tensor:
+    return torch.cat([features, positions.expand(features.shape[0], -1, -1)], dim=-1)

@@ -1,0 +1,330 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Perceiver and Perceiver IO, cut where export cuts them: inputs -> encoder -> latents -> decoder -> outputs.
+
+Source: Perceiver IO (arXiv 2107.14795), figure 2.
+
+The encoder: latents read the inputs, then each other.
+
+Source: Perceiver IO (arXiv 2107.14795), section 3.1; Perceiver (arXiv 2103.03206), section 3.1, where the inputs are
+read more than once.
+
+Decoders: queries read the latents (Perceiver IO), or the latents are averaged (the first Perceiver).
+
+Source: Perceiver IO (arXiv 2107.14795), section 3.2; Perceiver (arXiv 2103.03206), section 3.1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from perceiver_export.exporter.model.attention import CrossAttention, SelfAttention
+from perceiver_export.exporter.model.checks import check_config
+from perceiver_export.exporter.model.config import (
+    Activation,
+    AverageDecoder,
+    EncoderConfig,
+    GivenQueries,
+    InputQueries,
+    LearnedQueries,
+    MaskedInput,
+    PerceiverConfig,
+    PositionQueries,
+    QueryDecoder,
+    Sharing,
+    TokenInput,
+)
+from perceiver_export.exporter.model.inputs import TokenAdapter, fourier_table, input_adapter
+
+
+class PerceiverEncoder(nn.Module):
+    """Inputs (B, M, C), and which of them are there (B, M) -> latents (B, N, D)."""
+
+    def __init__(
+        self,
+        config: EncoderConfig,
+        num_input_channels: int,
+        activation: Activation,
+        masked_rows: Literal["zero", "mean"] = "mean",
+    ) -> None:
+        super().__init__()
+        self.config = config
+        num_channels = config.num_latent_channels
+        self.latents = nn.Parameter(torch.randn(config.num_latents, num_channels) * 0.02)
+        self.cross_attentions = nn.ModuleList(
+            CrossAttention(config.cross_attention, num_channels, num_input_channels, activation, masked_rows)
+            for _ in range(_distinct(config.num_cross_attentions, config.cross_attention_sharing))
+        )
+        self.self_attentions = nn.ModuleList(
+            nn.ModuleList(
+                SelfAttention(config.self_attention, num_channels, activation)
+                for _ in range(config.num_self_attentions_per_block)
+            )
+            for _ in range(_distinct(config.num_blocks, config.block_sharing))
+        )
+
+    def forward(self, inputs: Tensor | Sequence[Tensor | None], mask: Tensor | None = None) -> Tensor:
+        latents = self.latents.unsqueeze(0)
+        for index in range(self.config.num_blocks):
+            if index < self.config.num_cross_attentions:
+                read = self.cross_attentions[layer_index(index, self.config.cross_attention_sharing)]
+                latents = read(latents, inputs, mask)
+            block = self.self_attentions[layer_index(index, self.config.block_sharing)]
+            assert isinstance(block, nn.ModuleList)
+            for layer in block:
+                latents = layer(latents)
+        return latents
+
+
+def _distinct(count: int, sharing: Sharing) -> int:
+    """How many sets of weights ``count`` layers have."""
+    return {"all": 1, "all-but-first": min(count, 2), "none": count}[sharing]
+
+
+def layer_index(index: int, sharing: Sharing) -> int:
+    """Which set of weights the layer ``index`` uses."""
+    return {"all": 0, "all-but-first": min(index, 1), "none": index}[sharing]
+
+
+class LearnedQueryTable(nn.Module):
+    """Trained queries: all of them (1, O, F), or those of ``indices`` (B, Q) -> (B, Q, F)."""
+
+    def __init__(self, config: LearnedQueries) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(config.num_queries, config.num_channels) * 0.02)
+
+    def forward(self, indices: Tensor | None) -> Tensor:
+        return self.table.unsqueeze(0) if indices is None else nn.functional.embedding(indices, self.table)
+
+
+class PositionQueryTable(nn.Module):
+    """Fourier features of grid points: all (1, O, F), or those of flat ``indices`` (B, Q) -> (B, Q, F).
+
+    Fourier features are separable: one small table an axis, not one row a point (800,000 for a video).
+    """
+
+    def __init__(self, config: PositionQueries) -> None:
+        super().__init__()
+        self.shape, self.num_bands = config.shape, config.positions.num_bands
+        self.axis_by_axis = config.positions.order == "axis-by-axis"
+        for axis, size in enumerate(config.shape):
+            resolution = (config.positions.max_resolution[axis],)
+            one_axis = type(config.positions)(
+                self.num_bands, resolution, config.positions.endpoint, arithmetic=config.positions.arithmetic
+            )
+            self.register_buffer(f"axis_{axis}", fourier_table(one_axis, (size,)), persistent=False)
+
+    def axis_table(self, axis: int) -> Tensor:
+        """Features of one axis's points (size, 2K+1): position, sines, cosines."""
+        table = self.get_buffer(f"axis_{axis}")
+        return torch.cat([table[:, 1:], table[:, :1]], dim=1) if self.axis_by_axis else table
+
+    def forward(self, indices: Tensor | None) -> Tensor:
+        if indices is None:
+            device = self.get_buffer("axis_0").device
+            indices = torch.arange(math.prod(self.shape), device=device).unsqueeze(0)
+        rows, stride = [], math.prod(self.shape)
+        for axis, size in enumerate(self.shape):
+            stride //= size
+            points = torch.remainder(torch.div(indices, stride, rounding_mode="floor"), size)
+            rows.append(nn.functional.embedding(points, self.get_buffer(f"axis_{axis}")))
+        k = self.num_bands
+        if self.axis_by_axis:
+            return torch.cat([part for row in rows for part in (row[..., 1:], row[..., :1])], dim=-1)
+        columns = (slice(0, 1), slice(1, 1 + k), slice(1 + k, None))  # positions, sines, cosines
+        return torch.cat([row[..., column] for column in columns for row in rows], dim=-1)
+
+
+def input_queries(inputs: Tensor, indices: Tensor | None) -> Tensor:
+    """The inputs themselves (B, M, C), or their rows of ``indices`` (B, Q) -> (B, Q, C)."""
+    if indices is None:
+        return inputs
+    batch, count, channels = inputs.shape
+    offsets = torch.arange(batch, device=inputs.device).unsqueeze(1) * count
+    return nn.functional.embedding(indices + offsets, inputs.reshape(-1, channels))
+
+
+class PerceiverDecoder(nn.Module):
+    """Queries (1 or B, O, F) read latents (B, N, D) -> output rows (B, O, E) of one of the outputs."""
+
+    def __init__(
+        self, config: QueryDecoder, num_latent_channels: int, activation: Activation, vocabulary_size: int | None
+    ) -> None:
+        super().__init__()
+        width = config.num_query_channels
+        self.queries = nn.ModuleDict()
+        self.paddings = nn.ParameterDict()
+        self.heads = nn.ModuleDict()
+        for name, output in config.outputs.items():
+            if isinstance(output.queries, LearnedQueries):
+                self.queries[name] = LearnedQueryTable(output.queries)
+            if isinstance(output.queries, PositionQueries):
+                self.queries[name] = PositionQueryTable(output.queries)
+            if output.queries.num_channels < width:
+                self.paddings[name] = nn.Parameter(torch.randn(1, width - output.queries.num_channels) * 0.02)
+            if output.num_channels:
+                self.heads[name] = nn.Linear(config.num_output_channels or width, output.num_channels)
+        self.cross_attention = CrossAttention(
+            config.cross_attention, width, num_latent_channels, activation, mlp=config.mlp
+        )
+        self.output = nn.Linear(width, config.num_output_channels) if config.num_output_channels else nn.Identity()
+        self.embedding_bias = nn.Parameter(torch.zeros(vocabulary_size)) if vocabulary_size is not None else None
+
+    def forward(
+        self,
+        latents: Tensor,
+        name: str,
+        queries: Tensor,
+        query_mask: Tensor | None = None,
+        embedding: Tensor | None = None,
+    ) -> Tensor:
+        if name in self.paddings:
+            padding = self.paddings[name].expand(*queries.shape[:-1], -1)
+            queries = torch.cat([queries, padding], dim=-1)
+        rows: Tensor = self.output(self.cross_attention(queries, latents, query_mask=query_mask))
+        if name in self.heads:
+            rows = self.heads[name](rows)
+        if embedding is not None and self.embedding_bias is not None:
+            rows = torch.matmul(rows, embedding.T) + self.embedding_bias
+        return rows
+
+
+class AverageHead(nn.Module):
+    """Latents (B, N, D) -> outputs (B, E): mean over the latents, then a linear layer."""
+
+    def __init__(self, config: AverageDecoder, num_latent_channels: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(num_latent_channels) if config.norm else nn.Identity()
+        self.output = nn.Linear(num_latent_channels, config.num_output_channels)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        outputs: Tensor = self.output(self.norm(latents.mean(dim=1)))
+        return outputs
+
+
+class PerceiverIO(nn.Module):
+    """Arrays by input name -> arrays by output name; what they are is all in the config.
+
+    Raises UsageError: a config whose sizes contradict each other.
+    """
+
+    def __init__(self, config: PerceiverConfig) -> None:
+        super().__init__()
+        check_config(config)
+        self.config = config
+        self.inputs = nn.ModuleDict({name: input_adapter(one) for name, one in config.inputs.items()})
+        self.input_paddings = nn.ParameterDict(
+            {
+                name: nn.Parameter(torch.randn(1, config.num_input_channels - one.num_input_channels) * 0.02)
+                for name, one in config.inputs.items()
+                if one.num_input_channels < config.num_input_channels
+            }
+        )
+        self.encoder = PerceiverEncoder(
+            config.encoder, config.num_input_channels, config.activation, config.masked_rows
+        )
+        self.decoder: nn.Module
+        num_latent_channels = config.encoder.num_latent_channels
+        if isinstance(config.decoder, QueryDecoder):
+            tied = config.inputs.get(config.decoder.tied_to or "")
+            vocabulary_size = tied.vocabulary_size if isinstance(tied, TokenInput) else None
+            self.decoder = PerceiverDecoder(config.decoder, num_latent_channels, config.activation, vocabulary_size)
+        else:
+            self.decoder = AverageHead(config.decoder, num_latent_channels)
+
+    def forward(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """All outputs, each (B, *shape). Masks may be left out: then all is there."""
+        inputs, mask = self.embed(feeds)
+        latents = self.encoder(inputs, mask)
+        if isinstance(self.decoder, AverageHead):
+            assert not isinstance(self.config.decoder, QueryDecoder)
+            return {self.config.decoder.output: self.decoder(latents)}
+        assert isinstance(self.config.decoder, QueryDecoder)
+        outputs = {}
+        for name, output in self.config.decoder.outputs.items():
+            rows = self.decode(name, latents, None, feeds, inputs, mask)
+            outputs[name] = rows.reshape(rows.shape[0], *output.shape)
+        return outputs
+
+    def encode(self, feeds: Mapping[str, Tensor]) -> Tensor:
+        """Latents (B, N, D) that have read the inputs."""
+        latents: Tensor = self.encoder(*self.embed(feeds))
+        return latents
+
+    def embed(self, feeds: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """All inputs side by side (B, M, C), and which are there (B, M), None where all are."""
+        embedded, masks = [], []
+        for name, config in self.config.inputs.items():
+            adapter = self.inputs[name]
+            rows: Tensor = adapter() if isinstance(config, MaskedInput) else adapter(feeds[name])
+            if name in self.input_paddings:
+                padding = self.input_paddings[name].expand(*rows.shape[:-1], -1)
+                rows = torch.cat([rows, padding], dim=-1)
+            embedded.append(rows)
+            masks.append(feeds.get(f"{name}_mask"))
+        if len(embedded) == 1:
+            return embedded[0], masks[0]
+        batch = next(iter(feeds.values())).shape[0]
+        inputs = torch.cat([rows.expand(batch, -1, -1) for rows in embedded], dim=1)
+        return inputs, joined_mask(masks, [rows.shape[1] for rows in embedded], batch)
+
+    def decode(
+        self,
+        name: str,
+        latents: Tensor,
+        indices: Tensor | None,
+        feeds: Mapping[str, Tensor],
+        inputs: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """Rows (B, Q, E) of one output for the queries ``indices`` (B, Q), None for all of them.
+
+        ``inputs`` are what `embed` gave, where the caller has that already; ``mask`` leaves out the queries of inputs
+        that are not there, where the config asks for that.
+        """
+        config = self.config.decoder
+        assert isinstance(config, QueryDecoder)
+        embedding = None
+        if config.tied_to is not None:
+            adapter = self.inputs[config.tied_to]
+            assert isinstance(adapter, TokenAdapter)
+            embedding = adapter.embedding.weight
+        queries = self.queries_of(name, indices, feeds, inputs)
+        rows: Tensor = self.decoder(latents, name, queries, self.query_mask(indices, mask), embedding)
+        scale = config.outputs[name].scale
+        return rows if scale == 1 else rows * scale
+
+    def queries_of(
+        self, name: str, indices: Tensor | None, feeds: Mapping[str, Tensor], inputs: Tensor | None
+    ) -> Tensor:
+        """Queries (1 or B, Q, F) of one output, before they are padded."""
+        config = self.config.decoder
+        assert isinstance(config, QueryDecoder)
+        queries = config.outputs[name].queries
+        if isinstance(queries, GivenQueries):
+            return feeds[f"{name}_queries"]
+        if isinstance(queries, InputQueries):
+            return input_queries(self.embed(feeds)[0] if inputs is None else inputs, indices)
+        tables = self.decoder.queries
+        assert isinstance(tables, nn.ModuleDict)
+        chosen: Tensor = tables[name](indices)
+        return chosen
+
+    def query_mask(self, indices: Tensor | None, mask: Tensor | None) -> Tensor | None:
+        """Which queries are there (B, O), where the config leaves those out that are not."""
+        return mask if self.config.mask_queries and indices is None else None
+
+
+def joined_mask(masks: Sequence[Tensor | None], sizes: Sequence[int], batch: int) -> Tensor | None:
+    """The masks of all inputs side by side (B, M), ones where an input has none; None where none has."""
+    if all(mask is None for mask in masks):
+        return None
+    there = [
+        torch.ones(batch, size, dtype=torch.int32) if mask is None else mask
+        for mask, size in zip(masks, sizes, strict=True)
+    ]
+    return torch.cat(there, dim=1) if len(there) > 1 else there[0]

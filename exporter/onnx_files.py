@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ONNX files of any exporter as models: read, brought to one opset, and run as they are for comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import onnx_ir.passes.common as common
+
+from perceiver_export.exporter.fold.nodes import Sizes
+from perceiver_export.exporter.fold.normalize import Constants, settle
+from perceiver_export.exporter.simplify import RANDOM
+from perceiver_export.runtimes.bundle import sha256
+from perceiver_export.runtimes.errors import CheckpointError, UnsupportedModelError, UsageError
+from perceiver_export.runtimes.runtime import Array
+
+OPSET = 20
+_LEAST, _MOST = 11, 25
+_CONTROL = frozenset({"If", "Loop", "Scan", "SequenceMap"})
+_KINDS = {
+    ir.DataType.FLOAT: np.float32,
+    ir.DataType.INT32: np.int32,
+    ir.DataType.INT64: np.int64,
+    ir.DataType.UINT8: np.uint8,
+    ir.DataType.BOOL: np.bool_,
+}
+_DEFAULT_SEED = 0
+
+
+class OnnxFile:
+    """An ONNX file as a model: {input: array} -> {output: array}.
+
+    ``shape`` fixes dimensions that the file leaves open, by input, with the batch in front. ``examples``: random inputs
+    of its shapes. Raises CheckpointError for a file that is not ONNX or lacks its external data, UnsupportedModelError
+    for what cannot be exported, UsageError for a dimension that is open still.
+    """
+
+    def __init__(self, path: Path, shape: Mapping[str, tuple[int, ...]] | None = None) -> None:
+        self.path = path
+        model = self.model()
+        refuse(model.graph)
+        self.shapes = {str(value.name): _fixed(value, shape or {}) for value in model.graph.inputs}
+        for name in shape or {}:
+            if name not in self.shapes:
+                raise UsageError(f"the model has no input {name!r}", f"its inputs are {', '.join(self.shapes)}")
+        rng = np.random.default_rng(_DEFAULT_SEED)
+        self.vocabularies = vocabularies(model.graph)
+        self.examples = {
+            str(value.name): _example(rng, value, self.shapes[str(value.name)], self.vocabularies)
+            for value in model.graph.inputs
+        }
+        self.outputs = tuple(str(value.name) for value in model.graph.outputs)
+
+    def model(self) -> ir.Model:
+        """The graph in `OPSET` or newer, with functions inlined and weights in memory."""
+        import onnx
+        import onnx.inliner
+        import onnx.version_converter
+
+        try:
+            proto = onnx.load(self.path)
+        except Exception as error:  # protobuf, onnx and the file system each have their own
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise CheckpointError(
+                f"{self.path} cannot be read as ONNX: {reason}", "copy it again, with its external data beside it"
+            ) from error
+        opset = next((one.version for one in proto.opset_import if one.domain in ("", "ai.onnx")), 0)
+        if not _LEAST <= opset <= _MOST:
+            raise UnsupportedModelError(
+                f"{self.path} has opset {opset}; {_LEAST} to {_MOST} are supported", "export it again with opset 20"
+            )
+        try:
+            if proto.functions:
+                proto = onnx.inliner.inline_local_functions(proto)
+            if opset < OPSET:
+                proto = onnx.version_converter.convert_version(proto, OPSET)
+            model = ir.from_proto(proto)
+        except Exception as error:
+            raise UnsupportedModelError(
+                f"{self.path} cannot be converted from opset {opset} to {OPSET}: {type(error).__name__}",
+                "export it again with opset 20",
+            ) from error
+        common.RemoveInitializersFromInputsPass()(model)
+        return model
+
+    def graph(self, shapes: Mapping[str, tuple[int, ...]], real: Sizes) -> ir.Model:
+        """The graph with inputs of these shapes."""
+        model = self.model()
+        for value in model.graph.inputs:
+            value.shape = ir.Shape(shapes[str(value.name)])
+        for node in model.graph:
+            for result in node.outputs:
+                if not result.is_graph_output():
+                    result.shape = None
+        for value in model.graph.outputs:
+            value.shape = None
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+        settle(model, real)
+        return model
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """The file itself on ONNX Runtime, without its optimizations."""
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        try:
+            session = onnxruntime.InferenceSession(str(self.path), options, providers=["CPUExecutionProvider"])
+            return dict(zip(self.outputs, session.run(list(self.outputs), dict(feeds)), strict=True))
+        except Exception as error:  # onnxruntime has no class of its own for these
+            raise UnsupportedModelError(
+                f"ONNX Runtime cannot run {self.path}: {str(error).strip().splitlines()[-1]}",
+                "give --shape NAME=SIZES that the model takes, or export it again",
+            ) from error
+
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 of the file."""
+        return {self.path.name: sha256(self.path)}
+
+
+def refuse(graph: ir.Graph) -> None:
+    """Raise UnsupportedModelError for what no engine, or not every engine, runs."""
+    for node in graph:
+        where = f"node {node.name!r}" if node.name else "a node"
+        if node.domain not in ("", "ai.onnx"):
+            raise UnsupportedModelError(
+                f"{where} is {node.op_type} of domain {node.domain!r}, not a standard operator",
+                "export the model again without custom or contrib operators",
+            )
+        if node.op_type in _CONTROL:
+            raise UnsupportedModelError(
+                f"{where} is {node.op_type}: control flow depends on data", "export the model with that branch alone"
+            )
+        if node.op_type in RANDOM:
+            raise UnsupportedModelError(
+                f"{where} is {node.op_type}: it draws random numbers", "make the random numbers an input"
+            )
+    for value in graph.inputs:
+        if value.dtype not in _KINDS:
+            kind = "no type" if value.dtype is None else value.dtype.name.lower()
+            raise UnsupportedModelError(
+                f"{value.name!r} is of {kind}; float32, integers and bool are supported", "export the model in float32"
+            )
+
+
+def _fixed(value: ir.Value, shape: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+    """The shape of an input, open dimensions as asked; an open first one is one sample."""
+    name, asked = str(value.name), shape.get(str(value.name))
+    dims = None if value.shape is None else list(value.shape)
+    if dims is None or (asked is not None and len(asked) not in (len(dims), len(dims) - 1)):
+        if dims is None and asked is not None:
+            return asked
+        raise UsageError(
+            f"input {name!r} has {'no' if dims is None else len(dims)} dimensions", f"give --shape {name}=SIZExSIZE…"
+        )
+    if asked is not None and len(asked) == len(dims) - 1:
+        asked = (dims[0] if isinstance(dims[0], int) else 1, *asked)
+    found: list[int] = []
+    for axis, dim in enumerate(dims):
+        known = dim if isinstance(dim, int) else None
+        wanted = asked[axis] if asked is not None else known if known is not None else 1 if axis == 0 else None
+        if wanted is None:
+            raise UsageError(
+                f"dimension {axis} of input {name!r} is open", f"fix it: --shape {name}=SIZExSIZE…, without the batch"
+            )
+        if known is not None and wanted != known:
+            raise UsageError(f"dimension {axis} of input {name!r} is {known}, not {wanted}", "leave that --shape out")
+        found.append(wanted)
+    return tuple(found)
+
+
+def vocabularies(graph: ir.Graph) -> dict[str, int]:
+    """Rows of the table that an integer input looks up, by input."""
+    constant, found = Constants(), dict[str, int]()
+    for node in graph:
+        if node.op_type != "Gather" or node.attributes.get_int("axis", 0) != 0:
+            continue
+        value = node.inputs[1]
+        while value is not None and (maker := value.producer()) is not None and maker.op_type in ("Cast", "Identity"):
+            value = maker.inputs[0]
+        table = None if node.inputs[0] is None else constant(node.inputs[0])
+        if value is not None and value.is_graph_input() and table is not None:
+            found[str(value.name)] = min(len(table), found.get(str(value.name), len(table)))
+    return found
+
+
+def _example(rng: np.random.Generator, value: ir.Value, shape: tuple[int, ...], known: Mapping[str, int]) -> Array:
+    assert value.dtype is not None
+    kind = _KINDS[value.dtype]
+    if kind is np.float32:
+        return rng.standard_normal(shape, dtype=np.float32)
+    most = known.get(str(value.name), 2)
+    return rng.integers(0, most, shape).astype(kind)

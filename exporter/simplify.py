@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`simplify`: rewrites of the traced graph that change no number. onnx-ir's own passes where it has them."""
+
+from __future__ import annotations
+
+import ast
+import math
+from collections import Counter
+from collections.abc import Collection
+
+import numpy as np
+import onnx_ir as ir
+import onnx_ir.passes.common as common
+from onnxscript.rewriter import RewritePass
+from onnxscript.rewriter.rules.common import transpose_transpose_rule
+
+from perceiver_export.runtimes.errors import ExportError
+
+RANDOM = frozenset(
+    {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial"}
+)
+_REPEATING = frozenset({"Expand", "Tile", "ConstantOfShape"})
+_GROWING = frozenset({"Expand", "Tile", "Add", "Mul", "MatMul"})
+_SMALL, _LARGE = 1 << 12, 1 << 20  # numbers
+_NETWORK = "model."  # the name of the network inside each graph, see `graphs`
+_SCOPES = "pkg.torch.onnx.name_scopes"
+
+
+class FoldConstantsPass(ir.passes.InPlacePass):
+    """Computes constant expressions, in one run of ONNX Runtime over that part of the graph.
+
+    Given:  MatMul(x, Transpose(W)), MatMul(LayerNormalization(latents, γ, β), V), Reshape(y, Concat([1], [784], …))
+    Result: MatMul(x, W'), initializer, Reshape(y, initializer)
+
+    Nodes that only repeat or combine small constants into a large array stay, because the array would be stored: a
+    position table for each image of a batch, the sum of two axes' scores over a grid. So do those that repeat for each
+    step of a dynamic dimension, one of whose multiples is ``dynamic``.
+    """
+
+    def __init__(self, dynamic: Collection[int] = ()) -> None:
+        super().__init__()
+        self.dynamic = tuple(dynamic)
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        graph = model.graph
+        constant = {value for value in graph.initializers.values() if value.const_value is not None}
+        folded: dict[ir.Node, None] = {}  # in the graph's order
+        for node in graph:
+            stays = _must_stay(node) or self._repeats(node)
+            if all(value is None or value in constant for value in node.inputs) and not stays:
+                folded[node] = None
+                constant.update(node.outputs)
+        frontier = [
+            value
+            for node in folded
+            for value in node.outputs
+            if value.is_graph_output() or any(user not in folded for user in value.consumers())
+        ]
+        if not frontier:
+            return ir.passes.PassResult(model, modified=False)
+        part = ir.Model(ir.convenience.extract(graph, [], frontier), ir_version=model.ir_version)
+        for value, array in zip(frontier, evaluate(part), strict=True):
+            _replace(graph, value, array)
+        for node in reversed(folded):
+            if not any(output.uses() or output.is_graph_output() for output in node.outputs):
+                graph.remove(node, safe=True)
+        for name in [name for name, value in graph.initializers.items() if not value.uses()]:
+            del graph.initializers[name]
+        return ir.passes.PassResult(model, modified=True)
+
+    def _repeats(self, node: ir.Node) -> bool:
+        """Whether a node repeats its input for each step of a dynamic dimension."""
+        shape = node.outputs[0].shape
+        if not self.dynamic or node.op_type not in _REPEATING or shape is None:
+            return False
+        return any(isinstance(size, int) and size % prime == 0 for size in shape for prime in self.dynamic)
+
+
+def _must_stay(node: ir.Node) -> bool:
+    """Nodes that draw numbers or hold a graph, or whose result is large and larger than their inputs."""
+    if node.op_type in RANDOM or any(one.type == ir.AttributeType.GRAPH for one in node.attributes.values()):
+        return True
+    if node.op_type not in _GROWING:
+        return False
+    expands = node.op_type in _REPEATING
+    if node.op_type == "Expand" and (size := _expanded(node)) is not None:
+        return size > _SMALL
+    shapes = [value.shape for value in (*node.inputs, *node.outputs) if value is not None]
+    if not all(shape is not None and shape.is_static() for shape in shapes):
+        return expands
+    *sources, result = (math.prod(shape.numpy()) for shape in shapes if shape is not None)
+    return result > sum(sources) and (expands or result > _LARGE)
+
+
+def _expanded(node: ir.Node) -> int | None:
+    """The size of an Expand's result; None where its shape is computed. Shape inference does not always find it."""
+    source, target = node.inputs[:2]
+    if source is None or source.shape is None or not source.shape.is_static():
+        return None
+    if target is None or target.const_value is None:
+        return None
+    return math.prod(np.broadcast_shapes(source.shape.numpy(), tuple(target.const_value.numpy().tolist())))
+
+
+def evaluate(model: ir.Model) -> list[np.ndarray]:
+    """The outputs of a graph without inputs, by ONNX Runtime."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    serialized = ir.to_proto(model).SerializeToString()
+    return list(onnxruntime.InferenceSession(serialized, options, providers=["CPUExecutionProvider"]).run(None, {}))
+
+
+def _replace(graph: ir.Graph, value: ir.Value, array: np.ndarray) -> None:
+    """Put an initializer in the place of a computed value; a transposed weight keeps the weight's name."""
+    producer, name = value.producer(), value.name
+    if producer is not None and producer.op_type == "Transpose" and producer.inputs[0] is not None:
+        source = producer.inputs[0]
+        if source.is_initializer() and len(source.uses()) == 1:
+            name, source.name = source.name, f"{source.name}.untransposed"
+    if name is None:
+        raise ExportError("the traced graph has a value without a name", "report it with the config")
+    tensor = ir.tensor(array, name=name)
+    constant = ir.Value(name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape))
+    value.replace_all_uses_with(constant, replace_graph_outputs=True)
+    graph.initializers[name] = constant
+
+
+class NameNodesPass(ir.passes.InPlacePass):
+    """Names every node after the torch module it was traced from, and every weight as its model does.
+
+    Given:  node_MatMul_57, from encoder.self_attentions.0.attention, second block
+    Result: encoder.self_attentions.0.attention/MatMul_7
+    """
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        for name in [name for name in model.graph.initializers if name.startswith(_NETWORK)]:
+            value = model.graph.initializers.pop(name)
+            value.name = name.removeprefix(_NETWORK)
+            model.graph.initializers.add(value)
+        seen: Counter[str] = Counter()
+        for node in model.graph:
+            prefix = f"{_module(node)}/{node.op_type}"
+            seen[prefix] += 1
+            node.name = f"{prefix}_{seen[prefix]}"
+        return ir.passes.PassResult(model, modified=True)
+
+
+def _module(node: ir.Node) -> str:
+    """Path of the innermost module as torch recorded it, else as the node's name says it, else `model`."""
+    try:
+        scopes = ast.literal_eval(node.metadata_props.get(_SCOPES, "[]"))
+    except (ValueError, SyntaxError):
+        scopes = []
+    # The last scope is the operation itself; names with an underscore in front are torch's own, not modules.
+    named = (str(scope) for scope in reversed(scopes[:-1]) if scope and not str(scope).startswith("_"))
+    path = (node.name or "").rpartition("/")[0].strip("/").replace("/", ".")  # of TorchScript, and of the first naming
+    return next(named, path or "model").removeprefix(_NETWORK)
+
+
+class SettleTypesAndShapesPass(ir.passes.InPlacePass):
+    """Replaces types and shapes that are asked for at run time by those that the graph knows, so that they fold.
+
+    Given:  CastLike(1.0, x), Expand(., Shape(x))      x of (1, 54, 384)
+    Result: 1.0, Expand(., initializer)
+    """
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        modified = False
+        for node in list(model.graph):
+            if node.op_type == "CastLike" and node.inputs[1] is not None and node.inputs[1].dtype is not None:
+                _settle_cast(model.graph, node, node.inputs[1].dtype)
+                modified = True
+            elif node.op_type == "Shape" and (sizes := _sizes(node)) is not None:
+                _replace(model.graph, node.outputs[0], np.array(sizes, np.int64))
+                model.graph.remove(node, safe=True)
+                modified = True
+        return ir.passes.PassResult(model, modified=modified)
+
+
+def _settle_cast(graph: ir.Graph, node: ir.Node, dtype: ir.DataType) -> None:
+    """A Cast, or nothing where the type is that already."""
+    source, result = node.inputs[0], node.outputs[0]
+    assert source is not None
+    if source.dtype == dtype and not result.is_graph_output():
+        result.replace_all_uses_with(source)
+        graph.remove(node, safe=True)
+        return
+    cast = ir.node("Cast", [source], {"to": int(dtype)}, name=node.name)
+    cast.outputs[0].type, cast.outputs[0].shape = ir.TensorType(dtype), result.shape
+    cast.metadata_props.update(node.metadata_props)
+    graph.insert_after(node, cast)
+    name = result.name
+    result.replace_all_uses_with(cast.outputs[0], replace_graph_outputs=True)
+    graph.remove(node, safe=True)
+    cast.outputs[0].name = name
+
+
+def _sizes(node: ir.Node) -> list[int] | None:
+    """The result of a Shape, None where one of its sizes is dynamic."""
+    shape = node.inputs[0].shape if node.inputs[0] is not None else None
+    if shape is None:
+        return None
+    sizes = shape[node.attributes.get_int("start", 0) : node.attributes.get_int("end", len(shape))]
+    known = [size for size in sizes if isinstance(size, int)]
+    return known if len(known) == len(sizes) else None
+
+
+def passes(dynamic: Collection[int] = ()) -> tuple[ir.passes.InPlacePass, ...]:
+    """All passes, with the reason of each."""
+    return (
+        # One Transpose(W) a weight instead of one a use, so that folding makes one array of it.
+        common.CommonSubexpressionEliminationPass(),
+        SettleTypesAndShapesPass(),
+        # Types and shapes of values that the exporter left open; folding needs them, and so does counting FLOPs.
+        common.ShapeInferencePass(),
+        # Features come as rows and are read as columns.
+        RewritePass([transpose_transpose_rule]),
+        FoldConstantsPass(dynamic),
+        FoldConstantsPass(dynamic),  # again: small arrays that are expanded to a shape that was computed
+        common.IdentityEliminationPass(),
+        # Nodes that lost their readers.
+        common.RemoveUnusedNodesPass(),
+        common.RemoveUnusedOpsetsPass(),
+        NameNodesPass(),
+    )
+
+
+def without_sequences(model: ir.Model) -> None:
+    """Inline functions, and take away sequences that only carry tensors, as some exporters write for Split."""
+    from onnxscript.optimizer import optimize_ir
+
+    optimize_ir(model, should_fold=lambda node: False if node.op_type in _REPEATING else None)
+
+
+def simplify(model: ir.Model, dynamic: Collection[int] = ()) -> None:
+    """Apply `passes` in place; ``dynamic``: primes in the place of dynamic dimensions.
+
+    Raises onnx_ir.passes.PassError.
+    """
+    ir.passes.Sequential(*passes(dynamic))(model)
+
+
+def without_metadata(model: ir.Model) -> None:
+    """Last: names are made of metadata, and the rest of it (stack traces) holds paths of the exporting machine."""
+    common.ClearMetadataAndDocStringPass()(model)

@@ -1,0 +1,363 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`load_model`: every kind of SOURCE becomes a `LoadedModel`; `load_reference`: the same as a reference to validate by.
+
+A function of your own, ``module:function``, returns a `PerceiverIO`, for a bundle of arrays, or a `LoadedModel`::
+
+    def defects() -> LoadedModel:
+        model = PerceiverIO(config)  # one input `image`, one output of as many scores as there are labels
+        model.load_state_dict(...)
+        return LoadedModel.own(
+            model, "image-classification", labels=("scratch", "dent"), preprocessing=ImagePreprocessing(...),
+            output_kinds={"logits": "multi-label"},  # a part may have both
+        )
+
+Then `run` prints labels, and `validate` measures the share of right answers. ``output_kinds`` may also name an output
+of a bundle of arrays, which `validate` then judges by ``labels`` in the data.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import msgspec
+
+from perceiver_export.calibration.data.sources import current_directory_importable, find_function
+from perceiver_export.exporter.checkpoints import tokenizer
+from perceiver_export.exporter.loaded import OWN_SOURCE, LoadedModel
+from perceiver_export.runtimes.bundle import read_manifest, sha256
+from perceiver_export.runtimes.errors import (
+    CheckpointError,
+    MissingDependencyError,
+    PerceiverExportError,
+    UnsupportedModelError,
+    UsageError,
+    check_choice,
+    check_kind,
+)
+from perceiver_export.runtimes.files import read_json
+from perceiver_export.runtimes.machine import cpu_name
+from perceiver_export.runtimes.manifest import OutputKind, TensorSpec
+from perceiver_export.runtimes.preprocessing import MAX_SIDE, ImagePreprocessing, Preprocessing
+from perceiver_export.runtimes.runtime import Array, Feeds
+from perceiver_export.runtimes.tasks import TASKS
+
+if TYPE_CHECKING:
+    from perceiver_export.exporter.model.architectures import Parity
+    from perceiver_export.exporter.own import OwnModel
+
+
+_PARITIES: tuple[Parity, ...] = ("huggingface", "deepmind")
+_REQUIRED = ("torch", "onnx", "onnx_ir", "onnxruntime", "onnxscript", "safetensors")
+_BARE = ("arrays", "sets")  # tasks that need nothing beside the model
+_FILES = [  # that are downloaded; none is executed
+    *("*config.json", "*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*"),
+    *tokenizer.FILES,
+]
+
+
+def load_model(
+    source: str | os.PathLike[str],
+    *,
+    task: str | None = None,
+    parity: str | None = None,
+    shape: Mapping[str, tuple[int, ...]] | None = None,
+    config: str | os.PathLike[str] | None = None,
+    like: str | os.PathLike[str] | None = None,
+) -> LoadedModel:
+    """Load a checkpoint for export. ``source`` is one of
+
+    - a Hugging Face directory, or a hub id (``owner/name``), which is downloaded,
+    - ``deepmind:TASK:FILE``, a Haiku pickle, and with ``config`` a JSON file of the sizes that it differs in,
+    - ``preset:NAME``, random weights at a paper's sizes,
+    - ``module:function``, your own: a function that returns any torch module with example inputs, as a pair or an
+      `OwnModel`, or a `PerceiverIO`, or a `LoadedModel`,
+    - ``FILE.onnx``, from any exporter, with ``config`` a JSON file of its task, labels, preprocessing and output_kinds,
+      or these ``like`` those of another bundle.
+
+    ``parity`` says whose numerics to follow; by default those of the code that trained the checkpoint. ``shape`` maps
+    an input's name to its size without the batch, e.g. ``{"image": (3, 224, 224)}``. ``task`` chooses the task of your
+    own bare model; that of any other model it must equal.
+
+    Raises CheckpointError, UnsupportedModelError, UsageError, MissingDependencyError.
+    """
+    check_installed()
+    check_kind("the source", source, (str, os.PathLike), "a path, a Hub id, preset:NAME or module:function")
+    if parity is not None:
+        check_choice("--parity", parity, _PARITIES)
+    sizes = None if config is None else Path(config)
+    path = Path(source)
+    if path.suffix == ".onnx" and path.is_file():
+        _refuse("an ONNX file", parity=parity)
+        loaded = load_onnx_file(path, shape or {}, sizes, None if like is None else Path(like), task)
+    else:
+        _refuse("this source", like=like)
+        loaded = _load(os.fspath(source), task, cast("Parity | None", parity), _image_shape(shape or {}), sizes)
+    if task is not None and task != loaded.task:
+        hint = f"the function says its task: LoadedModel.own(model, {task!r}, labels=…, preprocessing=…)"
+        raise UsageError(
+            f"{source} is a model of {loaded.task}, not of {task}",
+            hint if loaded.parity == "own" else "leave --task out",
+        )
+    return loaded
+
+
+def check_installed() -> None:
+    """Raise MissingDependencyError where a library that export needs is not installed."""
+    for name in _REQUIRED:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise MissingDependencyError(
+                f"export needs {error.name}, which is not installed", "pip install 'perceiver-export[export]'"
+            ) from error
+
+
+def _load(
+    text: str, task: str | None, parity: Parity | None, shape: tuple[int, int, int] | None, config: Path | None
+) -> LoadedModel:
+    from perceiver_export.exporter.checkpoints import haiku, huggingface
+    from perceiver_export.exporter.presets import load_preset
+
+    kind, _, rest = text.partition(":")
+    if kind == "preset":
+        _refuse("a preset", config=config)
+        return load_preset(rest, parity or "deepmind", shape)
+    if kind == "deepmind":
+        return haiku.load_haiku(rest, parity or "deepmind", config, shape)
+    if re.fullmatch(r"[\w.]+:\w+", text) and not Path(text).exists():
+        _refuse("a model of your own", parity=parity, shape=shape, config=config)
+        return load_own(text, task)
+    _refuse("a Hugging Face directory", config=config)
+    directory = Path(text)  # `./owner/name` loses the mark of a path
+    if not directory.exists() and is_hub_id(text):
+        loaded = huggingface.load_huggingface(download(text), parity or "huggingface", shape)
+        return dataclasses.replace(loaded, source=text)  # not the cache's name for it
+    if not directory.is_dir():
+        raise CheckpointError(
+            f"{text} {'is not a directory' if directory.exists() else 'does not exist'}",
+            "give a Hugging Face directory (config.json and weights) or another SOURCE: export --help lists them",
+        )
+    return huggingface.load_huggingface(directory, parity or "huggingface", shape)
+
+
+def _refuse(what: str, **options: object) -> None:
+    """Refuse options that would have no effect."""
+    for name, value in options.items():
+        if value is not None:
+            raise UsageError(f"{what} takes no --{name}", f"leave --{name} out")
+
+
+def _image_shape(shape: Mapping[str, tuple[int, ...]]) -> tuple[int, int, int] | None:
+    for name, sizes in shape.items():
+        if name != "image":
+            raise UsageError(
+                f"the size of {name!r} is fixed", "only `image` has a choice, in image models: --shape image=3x224x224"
+            )
+        if len(sizes) != 3 or not 1 <= min(sizes) <= max(sizes) <= MAX_SIDE:
+            raise UsageError(
+                f"the shape of `image` is {list(sizes)}", "give channels, height, width: --shape image=3x224x224"
+            )
+        return sizes[0], sizes[1], sizes[2]
+    return None
+
+
+def load_own(spec: str, task: str | None) -> LoadedModel:
+    """Call ``module:function``, seen from the current directory; it returns a `PerceiverIO` or a `LoadedModel`.
+
+    A bare model becomes a bundle of ``task``, by default ``arrays``: arrays in, arrays out.
+
+    Raises UsageError: it cannot be imported, needs arguments, or fails, or a bare model cannot be of that task;
+    UnsupportedModelError: it returns something else.
+    """
+    from torch import nn
+
+    from perceiver_export.exporter.model.perceiver import PerceiverIO
+    from perceiver_export.exporter.own import OwnModel
+
+    made = _call(spec)
+    if isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module):
+        made = OwnModel(made[0], made[1], task=task or "arrays")
+    if isinstance(made, OwnModel):
+        return loaded_module(made, spec)
+    if isinstance(made, LoadedModel):
+        return dataclasses.replace(made, source=spec) if made.source == OWN_SOURCE else made
+    if not isinstance(made, PerceiverIO):
+        kind = type(made).__name__
+        hint = "return (module, {'name of an argument': example tensor}), or an OwnModel: see examples/your_own.py"
+        raise UnsupportedModelError(f"{spec} returned a {kind}, which says nothing of its inputs", hint)
+    if task not in (None, *_BARE):
+        check_choice("--task", task, tuple(TASKS))
+        raise UsageError(
+            f"{spec} returns a bare model, which does not say how inputs are prepared for {task}, nor its labels",
+            f"return LoadedModel.own(model, {task!r}, labels=…, preprocessing=…): see examples/your_own.py",
+        )
+    return dataclasses.replace(LoadedModel.own(made, task or "arrays"), source=spec)
+
+
+def loaded_module(own: OwnModel, source: str = OWN_SOURCE) -> LoadedModel:
+    """Any module with example inputs, as a model to export."""
+    from perceiver_export.exporter.own import NamedModule
+
+    model = NamedModule(own.module, own.inputs, own.outputs)
+    kinds, labels = dict(own.output_kinds), tuple(own.labels)
+    return LoadedModel(model, None, own.task, "own", source, labels, own.preprocessing, output_kinds=kinds)
+
+
+class OnnxDescription(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a bundle says about an ONNX file: the JSON of ``--config``."""
+
+    task: str = "arrays"
+    labels: tuple[str, ...] = ()
+    preprocessing: Preprocessing | None = None
+    output_kinds: dict[str, OutputKind] = {}
+
+
+def load_onnx_file(
+    path: Path, shape: Mapping[str, tuple[int, ...]], config: Path | None, like: Path | None, task: str | None
+) -> LoadedModel:
+    """An ONNX file as a model; task, labels and preprocessing are those of ``config``, or of the bundle ``like``.
+
+    Raises CheckpointError, UnsupportedModelError, UsageError, BundleError.
+    """
+    from perceiver_export.exporter.onnx_files import OnnxFile
+
+    if config is not None and like is not None:
+        raise UsageError("--config and --like both say what the model is", "give one of them")
+    said = OnnxDescription() if config is None else read_json(config, OnnxDescription)
+    if like is not None:
+        manifest = read_manifest(like)
+        said = OnnxDescription(manifest.task, manifest.labels, manifest.preprocessing, dict(manifest.output_kinds))
+    elif config is None and task is not None:
+        said = OnnxDescription(task)
+    model = OnnxFile(path, shape)
+    kinds = said.output_kinds
+    return LoadedModel(model, None, said.task, "own", path.name, said.labels, said.preprocessing, output_kinds=kinds)
+
+
+def _call(spec: str) -> object:
+    with current_directory_importable():
+        factory = find_function(spec)
+        try:
+            inspect.signature(factory).bind()
+        except TypeError as error:
+            raise UsageError(f"{spec} needs arguments: {error}", "give a function without arguments") from error
+        try:
+            made: object = factory()
+        except PerceiverExportError:
+            raise
+        except (Exception, SystemExit) as error:
+            module, _, name = spec.partition(":")
+            hint = f'python -c "import {module}; {module}.{name}()" shows where'
+            raise UsageError(f"{spec} failed: {error!r}", hint) from error
+    return made
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether this could be ``owner/name``; ``./name`` and ``../name`` are paths."""
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text) is not None
+
+
+def download(hub_id: str) -> Path:
+    """The directory of a hub id, downloaded once into Hugging Face's own cache. Nothing in it is executed.
+
+    Raises CheckpointError: no such model, or no connection; MissingDependencyError.
+    """
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"{hub_id} is no directory, and downloading it needs huggingface_hub",
+            "pip install 'perceiver-export[hub]', or give a directory",
+        ) from error
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=_FILES))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise CheckpointError(
+            f"{hub_id} is no directory, and cannot be downloaded: {reason}",
+            f"check the name, or download it elsewhere: hf download {hub_id} --local-dir {hub_id.partition('/')[2]}",
+        ) from error
+
+
+_AS_THEY_ARE = r"(?!preset:)[\w.]+:\w+$"  # whose sizes and numerics cannot be chosen
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin", "model*.safetensors", "pytorch_model*.bin")  # as they are read
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that runs in torch: inputs (n, ...) by name -> outputs (n, ...) by name.
+
+    ``described`` has the SHA-256 of its weights, by file (``graphs``), and torch's version.
+    """
+
+    name: str
+    model: LoadedModel
+    described: Mapping[str, Any]
+
+    def __call__(self, feeds: Feeds) -> Mapping[str, Array]:
+        return self.model.run(feeds)
+
+
+def load_reference(bundle: str | Path, source: str) -> Checkpoint:
+    """SOURCE, as `load_model` takes it, as a reference for a bundle that was exported from it: with the bundle's
+    numerics and sizes.
+
+    Raises UsageError where it is not of the bundle's task, labels or preprocessing, and what `load_model` raises.
+    """
+    manifest = read_manifest(Path(bundle))
+    steps = manifest.preprocessing
+    options: dict[str, Any] = {}
+    if source.endswith(".onnx"):
+        options["like"] = bundle
+        inputs = [spec for part in manifest.parts.values() for spec in part.inputs]
+        options["shape"] = {spec.name: _least(spec) for spec in inputs}
+    elif not re.match(_AS_THEY_ARE, source):
+        options["parity"] = None if manifest.parity == "own" else manifest.parity
+        if isinstance(steps, ImagePreprocessing):
+            options["shape"] = {"image": (3, steps.height, steps.width)}
+    try:
+        loaded = load_model(source, **options)
+    except UsageError as error:
+        if "--" not in error.hint:
+            raise
+        # The hint is about options of `export`, which nobody typed here.
+        hint = "give the checkpoint that it was exported from; or export this one by itself: --against BUNDLE"
+        raise UsageError(f"{source} is no reference for {bundle}: {error.message}", hint) from error
+    if (loaded.task, loaded.labels, loaded.preprocessing) != (manifest.task, manifest.labels, manifest.preprocessing):
+        raise UsageError(
+            f"{source} prepares its inputs differently from {bundle}, or has another task or other labels",
+            "give the checkpoint that the bundle was exported from",
+        )
+    import torch
+
+    described = {
+        "target": "torch",
+        "device": cpu_name(),
+        "engine": "torch",
+        "version": str(torch.__version__),
+        "graphs": _hashes(source, loaded),
+    }
+    return Checkpoint(Path(source).name or source, loaded, described)
+
+
+def _least(spec: TensorSpec) -> tuple[int, ...]:
+    """The smallest shape of an input."""
+    return tuple(spec.ranges[size][0] if isinstance(size, str) else size for size in spec.shape)
+
+
+def _hashes(source: str, loaded: LoadedModel) -> dict[str, str]:
+    """SHA-256 of the files of weights; where SOURCE is no file here (a hub id, one's own code), of what was loaded."""
+    path = Path(source.rpartition(":")[2] if source.startswith("deepmind:") else source)
+    for files in ([path], *(sorted(path.glob(pattern)) for pattern in _WEIGHTS)):
+        if files and files[0].is_file():
+            return {file.name: sha256(file) for file in files}
+    return loaded.hashes()

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Flags: settings of an engine's own library, from ``--flag`` and engine.json. Telemetry of the libraries: off.
+
+engine.json travels with a bundle, so only listed settings reach a library. None of them names a file or a library:
+other settings write profiles, dumps and caches to any path, or load code.
+
+onnxruntime (from 1.29 on, on Linux too) writes an id of the device and a database of events below the user's cache
+directory, and sends them to Microsoft. OpenVINO writes an id into ~/intel and sends an event to Google Analytics, both
+on import. Neither asks. An app that wants them sets ORT_DISABLE_TELEMETRY=0, or imports openvino before this package.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from perceiver_export.runtimes.errors import UsageError
+
+
+class Values(NamedTuple):
+    """The values that a flag takes: a regular expression for all of it, and the same in words."""
+
+    pattern: str
+    words: str
+
+
+Flags = Mapping[str, Values]
+
+
+def one_of(*values: str) -> Values:
+    """Any of these words."""
+    return Values("|".join(map(re.escape, values)), ", ".join(values[:-1]) + f" or {values[-1]}")
+
+
+NUMBER = Values(r"[0-9]{1,9}", "a whole number of up to 9 digits")
+MICROSECONDS = Values(r"[0-9]{1,6}", "microseconds, less than a second")
+BIT = one_of("0", "1")
+YES_NO = one_of("YES", "NO")
+
+
+def flag_problem(name: str, value: object, allowed: Flags) -> str:
+    """Why a flag may not reach the library; empty if it may."""
+    if name not in allowed:
+        return f"the flag {str(name)[:80]!r} is not allowed: known are {', '.join(allowed) or 'none'}"
+    if not isinstance(value, str) or not re.fullmatch(allowed[name].pattern, value):
+        return f"the flag {name}={str(value)[:80]!r} is not allowed: give {allowed[name].words}"
+    return ""
+
+
+def check_flags(target: str, flags: Mapping[str, str], allowed: Flags) -> None:
+    """Raise UsageError for a flag that the target does not take, or not with that value."""
+    for name, value in flags.items():
+        if problem := flag_problem(name, value, allowed):
+            raise UsageError(f"{target}: {problem}", "correct --flag, or leave it out")
+
+
+_OPENVINO = "openvino_telemetry"
+
+
+def check_onnxruntimes(onnxruntime: Any) -> None:
+    """Switch events off if an app imported onnxruntime before this package."""
+    if os.environ.get("ORT_DISABLE_TELEMETRY") == "1":
+        onnxruntime.disable_telemetry_events()
+
+
+@contextmanager
+def without_openvinos() -> Iterator[None]:
+    """Hide openvino's telemetry package while openvino is imported, as if that package were not installed.
+
+    The documented switch (`opt_in_out --opt_out`) is a file in the user's home, which only the user should write.
+    """
+    if _OPENVINO in sys.modules:
+        yield
+        return
+    sys.modules[_OPENVINO] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        sys.modules.pop(_OPENVINO, None)

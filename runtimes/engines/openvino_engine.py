@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run a model that OpenVINO compiled, and read from it the types that it computes in.
+
+An infer request runs one inference at a time, so each call takes a free one, or makes one. Inputs and outputs of fixed
+shape are the caller's own memory; arrays so small that a copy costs less than binding an address are copied.
+
+A setting is only a wish, and a weight's type only its storage; the CPU's instructions decide the rest. The name of a
+kernel ends in the type of its products: ``brgemm_avx512_amx_bf16``.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from perceiver_export.runtimes.engines.backend import Array, Feeds, Source
+from perceiver_export.runtimes.errors import DeviceError
+from perceiver_export.runtimes.manifest import DType, TensorSpec
+
+DEVICES = {"openvino-cpu": "CPU", "openvino-gpu": "GPU", "openvino-npu": "NPU"}
+_PRODUCTS = frozenset({"FullyConnected", "MatMul", "Convolution"})
+_NAMES = {"f32": "fp32", "f16": "fp16", "u8": "int8", "i8": "int8"}
+_ORDER = ("int8", "bf16", "fp16", "fp32")
+_DTYPES: dict[str, DType] = {"f32": "float32", "i32": "int32", "i64": "int64", "u8": "uint8", "boolean": "bool"}
+_SMALL = 16 << 10  # bytes; copied in about a microsecond, where binding takes several
+
+
+class Kernel(NamedTuple):
+    """``primitive`` is its implementation; ``nodes`` are the graph's nodes that it computes."""
+
+    layer: str
+    primitive: str
+    nodes: tuple[str, ...]
+
+    @property
+    def is_product(self) -> bool:
+        return self.layer in _PRODUCTS
+
+    @property
+    def precision(self) -> str:
+        """The type of its activations: int8, bf16, fp16 or fp32."""
+        return named(self.primitive.rpartition("_")[2].lower())
+
+
+def kernels(compiled: Any) -> Iterator[Kernel]:
+    """All kernels of a compiled model."""
+    for op in compiled.get_runtime_model().get_ops():
+        info = op.get_rt_info()
+        layer, primitive, nodes = (_text(info, name) for name in ("layerType", "primitiveType", "originalLayersNames"))
+        yield Kernel(layer, primitive, tuple(nodes.split(",")))
+
+
+def arithmetic(compiled: Any, device: str) -> str:
+    """``int8, bf16 and fp32``: the types that products compute in, then the one of everything else.
+
+    For a GPU or an NPU only the latter: their kernels have other names.
+    """
+    found = {named(compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name())}
+    if device == "CPU":
+        found |= {kernel.precision for kernel in kernels(compiled) if kernel.is_product}
+    *first, last = sorted(found, key=lambda name: _ORDER.index(name) if name in _ORDER else -1)
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def named(element: str) -> str:
+    """OpenVINO's name of a type as this project's: f32 is fp32, and u8 beside i8 is int8."""
+    return _NAMES.get(element, element)
+
+
+def first_line(error: RuntimeError) -> str:
+    """The part of OpenVINO's message that says something."""
+    lines = [line for line in str(error).splitlines() if line and not line.startswith("Exception from")]
+    return lines[0] if lines else str(error)
+
+
+def _text(info: Any, name: str) -> str:
+    value = info[name] if name in info else ""  # noqa: SIM401  it has no `get`
+    return str(getattr(value, "value", value))
+
+
+class OpenvinoEngine:
+    """One compiled model and its requests."""
+
+    def __init__(self, openvino: Any, compiled: Any, source: Source, threads: int | None, blob: Any = None) -> None:
+        self._tensor: Callable[..., Any] = openvino.Tensor
+        self._compiled = compiled
+        self._blob = blob  # the memory that weights may lie in
+        self._source = source
+        self._threads = threads
+        self._version = openvino.__version__
+        names = {spec.name for spec in (*source.inputs, *source.outputs)}
+        self.inputs = tuple(_spec(port, names) for port in compiled.inputs)
+        self.outputs = tuple(_spec(port, names) for port in compiled.outputs)
+        # As many as the device wants, and two, so that one is always ready when another ends.
+        self.in_flight = max(2, int(compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")))
+        self._free: deque[_Request] = deque()
+
+    def run(self, feeds: Feeds) -> dict[str, Array]:
+        return self._run(feeds, None)
+
+    def run_into(self, feeds: Feeds, out: Mapping[str, Array]) -> None:
+        self._run(feeds, out)
+
+    def describe(self) -> dict[str, Any]:
+        properties = {name: self._compiled.get_property(name) for name in ("PERFORMANCE_HINT", "NUM_STREAMS")}
+        described = {
+            "target": self._source.target,
+            "device": ", ".join(self._compiled.get_property("EXECUTION_DEVICES")),
+            "engine": "openvino",
+            "version": self._version,
+            "threads": self._threads or "all cores",
+            "hint": str(properties["PERFORMANCE_HINT"]).lower(),
+            "streams": int(properties["NUM_STREAMS"]),
+            "arithmetic": self._arithmetic,
+            **self._source.flags_described,
+        }
+        if self._source.options.precision != "fp32":
+            described["precision"] = self._source.compiled_precision
+        return described
+
+    def kernels(self) -> tuple[Kernel, ...]:
+        """All kernels, as OpenVINO reports them."""
+        return tuple(kernels(self._compiled))
+
+    @functools.cached_property
+    def _arithmetic(self) -> str:
+        return arithmetic(self._compiled, DEVICES[self._source.target])
+
+    def _run(self, feeds: Feeds, out: Mapping[str, Array] | None) -> dict[str, Array]:
+        request = None
+        try:
+            with suppress(IndexError):  # none is free
+                request = self._free.popleft()
+            if request is None:
+                made = self._compiled.create_infer_request()
+                request = _Request(made, self._tensor, self.inputs, self.outputs, self._call(made))
+            return request.run(feeds, out)
+        except RuntimeError as error:
+            raise DeviceError(f"inference failed: {first_line(error)}", "see `perceiver-export doctor`") from error
+        finally:
+            if request is not None:
+                self._free.append(request)
+
+    def _call(self, request: Any) -> Callable[[], object]:
+        """With one thread, `infer` returns without an error when an inference fails; `wait` raises it."""
+        name = "INFERENCE_NUM_THREADS"
+        if name in self._compiled.get_property("SUPPORTED_PROPERTIES") and self._compiled.get_property(name) == 1:
+            return lambda: (request.start_async(), request.wait())
+        return functools.partial(request.infer, share_outputs=True)  # else it copies them all into a dictionary
+
+
+class _Request:
+    """An infer request and the memory that it is bound to."""
+
+    def __init__(
+        self,
+        request: Any,
+        tensor: Callable[..., Any],
+        inputs: tuple[TensorSpec, ...],
+        outputs: tuple[TensorSpec, ...],
+        call: Callable[[], object],
+    ) -> None:
+        self._request, self._tensor, self._call = request, tensor, call
+        self._inputs, self._outputs = inputs, outputs
+        sizes = {spec.name: _num_bytes(spec) for spec in (*inputs, *outputs)}
+        # The request's own memory, for small arrays; outputs of no fixed shape are looked up after each run.
+        self._in, self._out = (
+            {spec.name: get(index).data for index, spec in enumerate(specs) if 0 <= sizes[spec.name] <= _SMALL}
+            for get, specs in ((request.get_input_tensor, inputs), (request.get_output_tensor, outputs))
+        )
+        self._bound = {spec.name for spec in outputs if sizes[spec.name] > _SMALL}
+
+    def run(self, feeds: Feeds, out: Mapping[str, Array] | None) -> dict[str, Array]:
+        """Outputs in ``out``, or in arrays that are the caller's alone. Raises RuntimeError."""
+        for index, spec in enumerate(self._inputs):
+            array = feeds[spec.name]
+            if spec.name in self._in:
+                np.copyto(self._in[spec.name], array)
+            else:  # OpenVINO shares only memory that it might write to
+                self._request.set_input_tensor(index, self._tensor(array, shared_memory=array.flags.writeable))
+        found: dict[str, Array] = {} if out is None else dict(out)
+        for index, spec in enumerate(self._outputs):
+            if spec.name in self._bound:
+                if out is None:
+                    found[spec.name] = np.empty([int(dim) for dim in spec.shape], spec.dtype)
+                self._request.set_output_tensor(index, self._tensor(found[spec.name], shared_memory=True))
+        self._call()
+        for index, spec in enumerate(self._outputs):
+            if spec.name not in self._bound:
+                own = self._out.get(spec.name)
+                held = self._request.get_output_tensor(index).data if own is None else own
+                if out is None:
+                    found[spec.name] = held.copy()
+                else:
+                    np.copyto(out[spec.name], held)
+        return found
+
+
+def _num_bytes(spec: TensorSpec) -> int:
+    """-1 where the shape is not fixed."""
+    sizes = [dim for dim in spec.shape if isinstance(dim, int)]
+    return math.prod(sizes) * np.dtype(spec.dtype).itemsize if len(sizes) == len(spec.shape) else -1
+
+
+def _spec(port: Any, known: set[str]) -> TensorSpec:
+    """OpenVINO keeps all names that a tensor ever had; the bundle's is among them."""
+    name = next((name for name in port.get_names() if name in known), port.get_any_name())
+    element = port.get_element_type().get_type_name()
+    if element not in _DTYPES:
+        raise DeviceError(f"{name!r} is {element}, which this runtime does not take", "export with float32 or int32")
+    shape = tuple(
+        dim.get_length() if dim.is_static else f"dim{axis}" for axis, dim in enumerate(port.get_partial_shape())
+    )
+    return TensorSpec(name=name, dtype=_DTYPES[element], shape=shape)

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The end of a program while engines run: calls in flight finish, and no new ones start.
+
+If a thread returns from an engine while Python shuts down, Python ends the thread inside the engine's C++, and that
+aborts the process. So an `atexit` hook waits first. Calls are not counted: the hook searches the stacks of all threads
+for functions marked with `awaited`, which call `enter` or `hold` once `ending` is set.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from concurrent.futures import Future
+from types import CodeType, FrameType
+from typing import Any, Protocol, TypeVar
+
+F = TypeVar("F", bound=Callable[..., object])
+
+
+class Closer(Protocol):
+    """An object with submitted work."""
+
+    def close(self) -> None:
+        """Return when all of it is done."""
+
+
+closing = False  # batchers take no more requests
+ending = False  # and runtimes no more calls
+_STEP = 0.0005  # seconds
+_awaited: set[CodeType] = set()
+_batchers: weakref.WeakSet[Closer] = weakref.WeakSet()
+_closers: weakref.WeakSet[Closer] = weakref.WeakSet()
+_forever = threading.Lock()
+_forever.acquire()
+
+
+def awaited(function: F) -> F:
+    """Mark a function that the exit waits for, in any thread."""
+    _awaited.add(function.__code__)
+    return function
+
+
+def close_at_exit(closer: Closer, batcher: bool = False) -> None:
+    """Close it when the program ends, batchers before their runtimes. It is not kept alive."""
+    (_batchers if batcher else _closers).add(closer)
+    arm()
+
+
+def arm() -> None:
+    """Make the hook run before the hooks that engines' libraries registered."""
+    import concurrent.futures.thread  # noqa: F401  cannot be imported once Python ends
+
+    atexit.unregister(_end)
+    atexit.register(_end)
+
+
+def enter() -> None:
+    """Begin a function that is marked `awaited`. See `hold`."""
+    if ending:
+        hold()
+
+
+def hold() -> bool:
+    """At the end of the program: True in the main thread, which may still call; False in the callback of a future,
+    which the exit waits for. In any other thread it never returns, and the program ends without that thread.
+
+    Call it from a function that is marked `awaited`.
+    """
+    if threading.current_thread() is threading.main_thread():
+        return True
+    if _calls_within(sys._getframe()) < 2:
+        _forever.acquire()
+    return False
+
+
+def _end() -> None:
+    global closing, ending
+    closing = True
+    for batcher in tuple(_batchers):
+        batcher.close()
+    ending = True
+    _wait()  # for calls that began before: they may still submit
+    for closer in tuple(_closers):
+        closer.close()
+    _wait()  # for callbacks, which return into an engine
+
+
+def _wait() -> None:
+    """Wait until no other thread is in an engine, or may return to one."""
+    here = threading.get_ident()
+    while any(
+        thread != here and frame.f_code is not hold.__code__ and _calls_within(frame)
+        for thread, frame in sys._current_frames().items()
+    ):
+        time.sleep(_STEP)
+
+
+def _calls_within(frame: FrameType | None) -> int:
+    """The number of awaited functions on a stack."""
+    found = 0
+    while frame is not None:
+        found += frame.f_code in _awaited
+        frame = frame.f_back
+    return found
+
+
+def _start_over() -> None:
+    """In a forked child the parent's work does not run."""
+    global closing, ending
+    closing = ending = False
+    _batchers.clear()
+    _closers.clear()
+
+
+os.register_at_fork(after_in_child=_start_over)
+
+
+class Workers:
+    """At most ``number`` threads, started when they are needed. They end when this is closed or dropped."""
+
+    def __init__(self, number: int) -> None:
+        from concurrent.futures import ThreadPoolExecutor
+
+        self._threads = threads = set[int]()
+        self._pool = ThreadPoolExecutor(number, "perceiver-export", lambda: threads.add(threading.get_ident()))
+
+    def submit(self, call: Callable[[], Any]) -> Future[Any]:
+        """Call it in a thread; at the end of the program in this one. A callback then gets a future without an end."""
+        try:
+            return self._pool.submit(call)
+        except RuntimeError:  # Python ends, and starts no more calls
+            future: Future[Any] = Future()
+            if not self.in_callback():
+                try:
+                    future.set_result(call())
+                except BaseException as error:
+                    future.set_exception(error)
+            return future
+
+    def in_callback(self) -> bool:
+        """Whether this thread runs a future's callback: there, waiting for another future may never end."""
+        return threading.get_ident() in self._threads
+
+    def close(self) -> None:
+        """Return when all submitted calls are done; in a future's callback at once, and they still finish."""
+        self._pool.shutdown(wait=not self.in_callback())

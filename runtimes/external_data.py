@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The files of weights that an ONNX graph names, read from its protobuf without the onnx package.
+
+Field numbers are those of onnx.proto (ModelProto, GraphProto, NodeProto, AttributeProto, TensorProto).
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterator
+from pathlib import Path
+
+from perceiver_export.runtimes.errors import BundleError
+
+_LOCATION = b"location"  # the key of a file's name in TensorProto.external_data
+_DEEPEST = 100  # messages in messages, as protobuf itself allows
+# By message, the fields that lead to a tensor, and the message in each.
+_FIELDS: dict[str, dict[int, str]] = {
+    "model": {7: "graph", 20: "training", 25: "function"},
+    "training": {1: "graph", 2: "graph"},
+    "function": {7: "node", 11: "attribute"},
+    "graph": {1: "node", 5: "tensor", 15: "sparse"},
+    "node": {5: "attribute"},
+    "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 22: "sparse", 23: "sparse"},
+    "sparse": {1: "tensor", 2: "tensor"},
+    "tensor": {13: "entry"},
+}
+
+
+def external_files(path: Path) -> set[str]:
+    """Names of the files of weights, as the graph writes them. Raises BundleError: not a graph, or missing."""
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            return set(_names(content, 0, len(content), "model", 0))
+    except (OSError, ValueError) as error:  # mmap's if it is empty
+        raise BundleError(f"{path} is not an ONNX graph: {error}", "copy or export the bundle again") from error
+
+
+def _names(content: mmap.mmap, start: int, end: int, message: str, depth: int) -> Iterator[str]:
+    if depth > _DEEPEST:
+        raise ValueError(f"it is nested more than {_DEEPEST} levels deep")
+    if message == "entry":
+        fields = {number: content[first:last] for number, first, last in _fields(content, start, end)}
+        if fields.get(1) == _LOCATION:
+            yield fields.get(2, b"").decode()
+        return
+    inside = _FIELDS[message]
+    for number, first, last in _fields(content, start, end):
+        # Most nodes hold no tensor; a message without the key is skipped.
+        if number in inside and content.find(_LOCATION, first, last) >= 0:
+            yield from _names(content, first, last, inside[number], depth + 1)
+
+
+def _fields(content: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """The number and the place of each field that has a length."""
+    while start < end:
+        tag, start = _varint(content, start, end)
+        kind = tag & 7
+        if kind == 0:
+            _, start = _varint(content, start, end)
+        elif kind in (1, 5):
+            start += 8 if kind == 1 else 4
+        elif kind == 2:
+            size, first = _varint(content, start, end)
+            start = first + size
+            if start <= end:
+                yield tag >> 3, first, start
+        else:
+            raise ValueError("it is damaged")
+    if start != end:
+        raise ValueError("it is cut short")
+
+
+def _varint(content: mmap.mmap, start: int, end: int) -> tuple[int, int]:
+    value = 0
+    for shift in range(0, 70, 7):
+        if start >= end:
+            raise ValueError("it is cut short")
+        byte = content[start]
+        start += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, start
+    raise ValueError("it is damaged")

@@ -1,0 +1,375 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Read files from untrusted sources, and write files that are complete or absent.
+
+A file is read only if it is a regular file, without following a link to it, and up to a limit. A file or directory is
+written under a temporary name beside its place, then put there by one rename, or by one exchange if something is
+there already. The writer locks the temporary, and the system drops the lock when the writer dies. So the next writer
+can tell the leftovers of a dead writer from the files of a live one, and removes them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import re
+import stat
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from perceiver_export.runtimes.errors import BundleError, InputError, PerceiverExportError
+
+logging.getLogger("perceiver_export").addHandler(logging.NullHandler())
+_log = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
+JSON_LIMIT = 64 << 20  # bytes; a manifest with 100,000 labels has 3 MB
+_DEEPEST = 100  # levels of nested JSON; ours has 10
+_NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*")
+_PARTIAL, _NEW, _OLD = ".partial", ".new", ".old"
+_SECONDS = 60.0  # a `.new` file of this age belongs to a writer that died between two calls
+_AT_CWD, _EXCHANGE = -100, 2  # renameat2's AT_FDCWD and RENAME_EXCHANGE
+
+
+def is_safe_name(name: str) -> bool:
+    """Whether a name from a file may become a path: letters, digits, ``_ . -``, and ``/`` between parts."""
+    return len(name) <= 200 and _NAME.fullmatch(name) is not None and ".." not in name
+
+
+def inside(directory: Path, name: str) -> Path:
+    """``directory / name`` for a name from a file. Raises BundleError: it is not a safe name."""
+    if not is_safe_name(name):
+        raise BundleError(f"{name!r} is not a name that becomes a path in {directory}", "do not trust this bundle")
+    return directory / name
+
+
+def read_bytes(path: Path, limit: int = JSON_LIMIT) -> bytes:
+    """A regular file of at most ``limit`` bytes. Raises OSError: missing, a link, a device, a pipe, or larger."""
+    if "\0" in os.fspath(path):
+        raise OSError(errno.EINVAL, "its name has a zero byte")
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    with open(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "it is not a regular file")
+        if status.st_size > limit:
+            raise OSError(errno.EFBIG, f"it has {status.st_size:,} bytes, at most {limit:,} are read")
+        return file.read(limit)
+
+
+def decode_json(content: bytes, kind: type[_T]) -> _T:
+    """JSON as ``kind``. Raises ValueError: not JSON, another type, or nested too deep."""
+    depth = 0
+    for bracket in content.translate(None, _NOT_BRACKETS):
+        depth += 1 if bracket in b"[{" else -1
+        if depth > _DEEPEST:
+            raise ValueError(f"it is nested more than {_DEEPEST} levels deep")
+    try:
+        return msgspec.json.decode(content, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(str(error)) from error
+
+
+def read_json(
+    path: Path, kind: type[_T], error: type[PerceiverExportError] = BundleError, hint: str = "copy the bundle again"
+) -> _T:
+    """A JSON file from an untrusted source. Raises ``error``: missing, not readable, or not of that type."""
+    try:
+        with reading(path, error, hint):
+            return decode_json(read_bytes(path), kind)
+    except ValueError as cause:
+        raise error(f"{path} cannot be read: {cause}", hint) from cause
+
+
+def encode_json(document: object) -> bytes:
+    """Indented JSON with a trailing newline. Bytes of file names that are not UTF-8 become U+FFFD."""
+    try:
+        encoded = msgspec.json.encode(document)
+    except UnicodeEncodeError:
+        import json
+
+        encoded = readable(json.dumps(msgspec.to_builtins(document), ensure_ascii=False)).encode()
+    return msgspec.json.format(encoded, indent=2) + b"\n"
+
+
+def readable(path: str | os.PathLike[str]) -> str:
+    """A path as text that JSON and terminals take. Bytes of its name that are not UTF-8 become U+FFFD."""
+    return os.fsencode(path).decode(errors="replace")
+
+
+@contextlib.contextmanager
+def reading(
+    path: Path | str, error: type[PerceiverExportError] = InputError, hint: str = "check the path and its permissions"
+) -> Iterator[None]:
+    """Turn OSError into ``error``."""
+    try:
+        yield
+    except FileNotFoundError as cause:
+        raise error(f"{path} does not exist", hint) from cause
+    except OSError as cause:
+        reason = "it is a link" if cause.errno == errno.ELOOP else cause.strerror or cause
+        raise error(f"{path} cannot be read: {reason}", hint) from cause
+
+
+@contextlib.contextmanager
+def parsing(name: str, problem: str, hint: str, error: type[PerceiverExportError] = InputError) -> Iterator[None]:
+    """Turn whatever a library raises for a damaged file into ``error``: one line with the name and the problem."""
+    try:
+        yield
+    except PerceiverExportError:
+        raise
+    except FileNotFoundError as cause:
+        raise error(f"{name} does not exist", "check the path") from cause
+    except BaseException as cause:
+        if not isinstance(cause, Exception) and type(cause).__name__ != "PanicException":  # of Rust libraries
+            raise
+        raise error(f"{name} {problem}: {' '.join(str(cause).split())[:200] or type(cause).__name__}", hint) from cause
+
+
+@contextlib.contextmanager
+def writing(
+    path: Path | str, error: type[PerceiverExportError] = InputError, hint: str = "choose another place"
+) -> Iterator[None]:
+    """Turn OSError into ``error``, which says whether the disk is full."""
+    try:
+        yield
+    except OSError as cause:
+        if is_full(cause):
+            raise error(f"the disk is full: {path} was not written", "free some space and run it again") from cause
+        raise error(f"{path} cannot be written: {cause.strerror or cause}", hint) from cause
+
+
+def is_full(error: OSError) -> bool:
+    """Whether a disk or a quota was full."""
+    # numpy raises an OSError without a number if it could not write all of an array.
+    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return error.errno in full or (error.errno is None and str(error).endswith(" written"))
+
+
+def write_bytes(
+    path: Path, content: bytes, error: type[PerceiverExportError] = InputError, hint: str = "choose another place"
+) -> None:
+    """Write a complete file or none. Raises ``error``."""
+    with writing(path, error, hint), replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def check_writable(
+    path: Path, error: type[PerceiverExportError] = InputError, hint: str = "choose another place"
+) -> None:
+    """Raise ``error`` if ``path`` cannot be made or replaced. Call it before minutes of work."""
+    folder = next(parent for parent in path.resolve().parents if os.path.exists(parent))
+    effective = os.access in os.supports_effective_ids
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK, effective_ids=effective):
+        raise error(f"{path} cannot be written: {folder} is not a directory that can be written", hint)
+
+
+@contextlib.contextmanager
+def replacing(path: Path, *, directory: bool = False, overwrite: bool = True) -> Iterator[Path]:
+    """A temporary file or directory that becomes ``path`` if the block succeeds, and is removed if it fails.
+
+    The temporary has the same suffix. A link at ``path`` remains, and its target is replaced. Without ``overwrite``
+    only an empty directory is replaced. Raises OSError; FileExistsError: something else is at ``path`` by the end.
+    """
+    path = path.resolve()
+    recover(path)
+    _remove_leftovers(path)
+    temporary = path.with_name(f".{path.stem}.{os.urandom(6).hex()}{_PARTIAL}{path.suffix}")
+    new = temporary.with_name(temporary.name.replace(_PARTIAL, _NEW))
+    if directory:
+        new.mkdir()
+    else:
+        os.close(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+    with locked(new):
+        new.rename(temporary)  # only now: a `.partial` without a lock counts as a leftover
+        try:
+            yield temporary
+            sync(temporary)
+            _put(temporary, path, directory, overwrite)
+            sync(path.parent, recursive=False)
+        finally:
+            _remove(temporary)
+
+
+def exchange(first: Path, second: Path) -> None:
+    """Swap two directories by one renameat2 if the file system has it, else by three renames. Raises OSError.
+
+    A process that is killed between those renames leaves ``second`` under the name that `recover` looks for.
+    """
+    if _exchanged(first, second):
+        return
+    aside = second.with_name(f".{second.name}.{os.urandom(6).hex()}{_OLD}")
+    with locked(second):
+        second.rename(aside)
+        try:
+            first.rename(second)
+        except BaseException:
+            aside.rename(second)
+            raise
+        aside.rename(first)
+
+
+def recover(path: Path) -> None:
+    """Put back what a writer that was killed during an exchange moved aside, and log it."""
+    if os.path.lexists(path):
+        return
+    for aside in sorted(_siblings(path, _OLD)):
+        with contextlib.suppress(OSError), locked(aside, wait=False):  # a live writer holds its lock
+            aside.rename(path)
+            _log.warning("%s was put back: the command that was replacing it had been killed", path)
+            return
+
+
+@contextlib.contextmanager
+def locked(path: Path, *, wait: bool = True, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Hold the system's lock on a file or directory. The system drops it when the process dies.
+
+    ``waiting`` is called once if another process holds the lock. Without ``wait`` that raises BlockingIOError. File
+    systems without locks are used without one.
+    """
+    import fcntl
+
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not wait:
+                raise
+            waiting()
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError as error:
+            # NFS refuses an exclusive lock on what is open for reading: EBADF.
+            if not wait or error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EBADF):
+                raise
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def copy_tree(source: Path, target: Path) -> None:
+    """Copy the contents of a directory into another, by hard links if the file system has them.
+
+    Hidden files (leftovers of killed writers) are left out. Raises BundleError: a link, a device or a pipe; OSError.
+    """
+    import shutil
+
+    for entry in sorted(source.iterdir()):
+        place = target / entry.name
+        if entry.name.startswith("."):
+            continue
+        if entry.is_symlink() or not (entry.is_dir() or entry.is_file()):
+            raise BundleError(f"{entry} is a link or no regular file", "copy the file itself into the bundle")
+        if entry.is_dir():
+            place.mkdir()
+            copy_tree(entry, place)
+            continue
+        try:
+            os.link(entry, place, follow_symlinks=False)
+        except OSError:
+            shutil.copyfile(entry, place, follow_symlinks=False)
+
+
+def cache_directory() -> Path:
+    """The directory for this package's own files: $XDG_CACHE_HOME or ~/.cache, then perceiver-export."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path(os.path.expanduser("~/.cache"))) / "perceiver-export"
+
+
+def private_cache() -> Path:
+    """Make `cache_directory`, open to this user alone. Raises OSError: another user's, or it cannot be made."""
+    directory = cache_directory()
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = directory.stat()
+    if status.st_uid != os.geteuid():
+        raise PermissionError(errno.EPERM, f"{directory} belongs to another user")
+    if stat.S_IMODE(status.st_mode) & 0o077:
+        directory.chmod(0o700)
+    return directory
+
+
+def write_cache(path: Path, content: bytes) -> None:
+    """Write a file below `cache_directory`, complete or not at all. A full or read-only home is not an error."""
+    with contextlib.suppress(OSError):
+        private_cache()
+        path.parent.mkdir(exist_ok=True)
+        with replacing(path) as temporary:
+            temporary.write_bytes(content)
+
+
+def _put(temporary: Path, path: Path, directory: bool, overwrite: bool) -> None:
+    if not directory:
+        os.replace(temporary, path)
+    elif overwrite and path.is_dir() and any(path.iterdir()):
+        exchange(temporary, path)
+    else:
+        try:
+            temporary.rename(path)  # replaces an empty directory, fails on anything else
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise FileExistsError(errno.EEXIST, "another process wrote it in the meantime") from error
+            raise
+
+
+def _exchanged(first: Path, second: Path) -> bool:
+    import ctypes
+
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except AttributeError:  # a C library before glibc 2.28
+        return False
+    if renameat2(_AT_CWD, os.fsencode(first), _AT_CWD, os.fsencode(second), _EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):  # an old kernel, or a file system without exchange
+        return False
+    raise OSError(code, os.strerror(code), str(second))
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove the files beside ``path`` whose writers died."""
+    for ending in (_PARTIAL, _NEW, _OLD):
+        for left in _siblings(path, ending):
+            with contextlib.suppress(OSError), locked(left, wait=False):
+                # A new file may not be locked yet.
+                if ending != _NEW or time.time() - left.stat().st_mtime > _SECONDS:
+                    _remove(left)
+
+
+def _siblings(path: Path, ending: str) -> list[Path]:
+    """The files of writers of ``path`` beside it: ``.STEM.HEX.partial.SUFFIX``, or ``.NAME.HEX.old``."""
+    stem, suffix = (path.name, "") if ending == _OLD else (path.stem, path.suffix)
+    pattern = re.compile(rf"\.{re.escape(stem)}\.[0-9a-f]{{12}}{re.escape(ending + suffix)}")
+    try:
+        return [path.parent / name for name in os.listdir(path.parent) if pattern.fullmatch(name)]
+    except OSError:
+        return []
+
+
+def _remove(path: Path) -> None:
+    """Remove a file, or a directory with its contents. No link is followed."""
+    with contextlib.suppress(OSError):
+        if path.is_dir() and not path.is_symlink():
+            import shutil
+
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink()
+
+
+def sync(path: Path, recursive: bool = True) -> None:
+    """Flush to the disk, so that a power cut leaves no empty file in a place that looks complete."""
+    if recursive and path.is_dir():
+        for entry in path.iterdir():
+            sync(entry)
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Read .npz and .npy files from untrusted sources: sizes come from the headers, before anything is expanded.
+
+An .npz is a zip archive of .npy files; a few MB of it may expand to many GB. Arrays are read whole only up to a limit,
+else a row of the first axis at a time, and nothing in them is executed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import zipfile
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from perceiver_export.runtimes.errors import InputError, PerceiverExportError
+from perceiver_export.runtimes.files import parsing
+
+LIMIT = 2 << 30  # bytes that are read whole, of all arrays of a file together
+_LONGEST_HEADER = 10_000  # numpy's own limit
+_KINDS = "biufUS"  # booleans, numbers, and strings, which may be labels
+_SAVE = "write it with numpy.savez, arrays of numbers only"
+
+
+class Header(NamedTuple):
+    """An array's dtype and shape, and the bytes that it has when it is expanded."""
+
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    by_columns: bool
+
+    @property
+    def size(self) -> int:
+        """Bytes of the whole array."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def row_size(self) -> int:
+        """Bytes that are in memory to read one row: an array that is stored by columns is read whole."""
+        return self.size if self.by_columns or not self.shape else math.prod(self.shape[1:]) * self.dtype.itemsize
+
+
+class Npz:
+    """The arrays of an .npz file, by name. Use it as a context manager.
+
+    Raises ``error`` with a message and a hint, here and while reading: a file that is missing, damaged, or larger than
+    ``limit`` bytes where it is read whole; an array of Python objects or records.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], error: type[PerceiverExportError] = InputError, limit: int = LIMIT
+    ) -> None:
+        self._path, self._error, self._limit = Path(path), error, limit
+        self.headers: dict[str, Header] = {}
+        with self._parsing(), contextlib.ExitStack() as stack:
+            if self._path.exists() and not self._path.is_file():
+                raise ValueError("it is not a regular file")
+            self._archive = stack.enter_context(zipfile.ZipFile(self._path))
+            self._members = {name.removesuffix(".npy"): name for name in self._archive.namelist()}
+            for short, name in self._members.items():
+                with self._archive.open(name) as file:
+                    self.headers[short] = read_header(file)
+            stack.pop_all()
+
+    def __enter__(self) -> Npz:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._archive.close()
+
+    def read(self, names: Collection[str] | None = None) -> dict[str, npt.NDArray[Any]]:
+        """Whole arrays, all of them by default."""
+        wanted = list(self.headers) if names is None else names
+        self._check(sum(self.headers[name].size for name in wanted), "read at once")
+        arrays = {}
+        with self._parsing():
+            for name in wanted:
+                with self._archive.open(self._members[name]) as file:
+                    arrays[name] = _body(file, read_header(file))
+        return arrays
+
+    def rows(self, wanted: Collection[int] | None = None) -> Iterator[tuple[int, dict[str, npt.NDArray[Any]]]]:
+        """The index and the arrays of each row, or of the ``wanted`` rows; every array has one row a sample."""
+        self._check(sum(header.row_size for header in self.headers.values()), "read for one sample")
+        count = min((header.shape[0] if header.shape else 0 for header in self.headers.values()), default=0)
+        last = count if wanted is None else min(count, max(wanted, default=-1) + 1)
+        with contextlib.ExitStack() as stack:
+            with self._parsing():
+                readers = {
+                    name: _rows(stack.enter_context(self._archive.open(member)))
+                    for name, member in self._members.items()
+                }
+            for index in range(last):
+                with self._parsing():
+                    row = {name: next(reader) for name, reader in readers.items()}
+                if wanted is None or index in wanted:
+                    yield index, row
+
+    def _check(self, size: int, how: str) -> None:
+        if size > self._limit:
+            raise self._error(
+                f"{self._path} expands to {size / 2**30:.1f} GiB {how}, at most {self._limit / 2**30:.1f} GiB are",
+                "split it into smaller files",
+            )
+
+    def _parsing(self) -> contextlib.AbstractContextManager[None]:
+        return parsing(str(self._path), "is not an .npz file that can be read", _SAVE, self._error)
+
+
+def read_npz(
+    path: str | os.PathLike[str], error: type[PerceiverExportError] = InputError, limit: int = LIMIT
+) -> dict[str, npt.NDArray[Any]]:
+    """All arrays of an .npz file by name. Raises ``error``: see `Npz`."""
+    with Npz(path, error, limit) as archive:
+        return archive.read()
+
+
+def read_header(file: IO[bytes]) -> Header:
+    """The header of a .npy file, which is then read up to its data. Raises ValueError."""
+    version = np.lib.format.read_magic(file)
+    if version not in ((1, 0), (2, 0)):
+        raise ValueError(f"it is of the .npy version {version}")
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, by_columns, dtype = read(file, max_header_size=_LONGEST_HEADER)
+    if dtype.kind not in _KINDS or dtype.itemsize == 0 or min(shape, default=0) < 0:
+        raise ValueError(f"it holds {dtype} of shape {list(shape)}, not an array of numbers")
+    return Header(dtype, shape, by_columns and len(shape) > 1)
+
+
+def _rows(file: IO[bytes]) -> Iterator[npt.NDArray[Any]]:
+    header = read_header(file)
+    if header.by_columns:
+        yield from _body(file, header)
+        return
+    row = Header(header.dtype, header.shape[1:], False)
+    for _ in range(header.shape[0]):
+        yield _body(file, row)
+
+
+def _body(file: IO[bytes], header: Header) -> npt.NDArray[Any]:
+    content = bytearray()
+    while len(content) < header.size:
+        piece = file.read(min(header.size - len(content), 1 << 24))
+        if not piece:
+            raise ValueError("it is cut short")
+        content += piece
+    flat = np.frombuffer(content, header.dtype)
+    return flat.reshape(header.shape[::-1]).T if header.by_columns else flat.reshape(header.shape)
+
+
+def write_npz(path: Path, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+    """Write a .npz file whose bytes depend on the arrays alone. Any name is allowed, unlike in `numpy.savez`."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, array in arrays.items():
+            entry = zipfile.ZipInfo(f"{name}.npy", (1980, 1, 1, 0, 0, 0))  # numpy would write the time
+            entry.compress_type = zipfile.ZIP_DEFLATED
+            with archive.open(entry, "w", force_zip64=True) as file:
+                np.lib.format.write_array(file, np.ascontiguousarray(array), allow_pickle=False)

@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Choose or compile the engine of each part of a bundle, and open it."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import get_args
+
+import msgspec
+
+from perceiver_export.runtimes import exits
+from perceiver_export.runtimes.bundle import Bundle, Verify, open_bundle
+from perceiver_export.runtimes.engines.backend import (
+    Engine,
+    EngineOptions,
+    Hint,
+    Precision,
+    Source,
+    Target,
+    find_target,
+)
+from perceiver_export.runtimes.engines.cache import (
+    ENVIRONMENT,
+    Candidate,
+    candidates,
+    check_engine,
+    identify,
+    make_source,
+    unreadable,
+)
+from perceiver_export.runtimes.engines.flags import flag_problem
+from perceiver_export.runtimes.errors import (
+    BundleError,
+    DeviceError,
+    EngineError,
+    PerceiverExportError,
+    check_choice,
+    check_kind,
+    check_whole,
+)
+from perceiver_export.runtimes.manifest import TensorSpec
+from perceiver_export.runtimes.runtime import Runtime
+
+_log = logging.getLogger(__name__)
+
+_MOST_THREADS = 1024  # onnxruntime starts any number of threads, thousands take minutes
+
+
+def open_parts(
+    bundle: str | os.PathLike[str] | Bundle,
+    device: str,
+    part: str | None,
+    threads: int | None,
+    verify: Verify,
+    precision: Precision | None,
+    hint: Hint,
+    check_finite: bool,
+) -> Runtime:
+    """See `load`."""
+    check_threads(threads)
+    check_choice("hint", hint, get_args(Hint))
+    if precision is not None:
+        check_choice("precision", precision, get_args(Precision))
+    opened = open_bundle(bundle, verify)
+    _check_arithmetic(opened)
+    _log.debug("%s: verified %s, task %s", opened.path, verify, opened.manifest.task)
+    if device == "auto":
+        from perceiver_export.runtimes.presence import choose_target
+
+        device = choose_target(opened, precision)
+    loader = _Loader(opened, device, threads, verify, precision, hint, check_finite)
+    try:
+        if part is not None or not opened.split:
+            return loader.load(part)
+        from perceiver_export.runtimes.split import join
+
+        return join(opened.manifest, {name: loader.load(name) for name in opened.manifest.parts})
+    except PerceiverExportError as error:
+        _log.info("%s is refused on %s, and no other target takes its place: %s", opened.path, device, error.message)
+        raise
+
+
+def open_graph(path: str | os.PathLike[str], device: str, threads: int | None) -> Runtime:
+    """See `load_onnx`."""
+    check_kind("a graph", path, (str, os.PathLike), "the path of an ONNX file")
+    engine = open_engine(Path(path), "ort-cpu" if device == "auto" else device, threads)
+    return Runtime(engine, engine.inputs, engine.outputs, "unknown")
+
+
+@exits.awaited
+def open_engine(path: Path, device: str, threads: int | None) -> Engine:
+    """Compile a graph for a target. Raises DeviceError, EngineError, MissingDependencyError, UsageError."""
+    exits.enter()
+    check_threads(threads)
+    target = find_target(device)
+    if target.needs_engine:
+        raise EngineError(
+            f"{device} compiles for minutes, which is not done for a plain ONNX file",
+            "make a bundle of it with `perceiver-export export`, then `perceiver-export build`",
+        )
+    backend = target.backend()
+    backend.platform(device, EngineOptions())
+    return backend.open(Source(target=device, graph=path, precision="unknown"), None, threads)
+
+
+def engine_for(
+    bundle: Bundle, name: str, target: str, options: EngineOptions, precision: Precision | None
+) -> tuple[Source, Candidate | None, tuple[Candidate, ...]]:
+    """The engine that `load` uses for the part ``name``. No engine is deserialized.
+
+    Gives the part's graph with the options of that engine; the engine, None if there is none for here; and the engines
+    of this target, hint and ``precision`` (None: any) that cannot be used here, of which the first is compiled again.
+    Raises BundleError, DeviceError, MissingDependencyError.
+    """
+    backend = find_target(target).backend()
+    source = make_source(bundle, bundle.manifest.parts[name], target, options)
+    here = identify(bundle, name, source, backend.platform(target, options))
+    stale = []
+    for candidate in candidates(bundle, here, backend):
+        asked = candidate.record.identity.options
+        if asked.hint == options.hint and precision in (None, asked.precision):
+            if not candidate.problems:
+                return msgspec.structs.replace(source, options=asked), candidate, ()
+            stale.append(candidate)
+    if stale:
+        asked = stale[0].record.identity.options
+        # Only this user's engines may choose settings of the library.
+        wrong = any(flag_problem(*flag, backend.flags(target)) for flag in asked.flags.items())
+        if wrong or not stale[0].trusted:
+            asked = msgspec.structs.replace(asked, flags={})
+        source = msgspec.structs.replace(source, options=asked)
+    return source, None, tuple(stale)
+
+
+class _Loader(msgspec.Struct, frozen=True):
+    """The arguments of `load`, for each part."""
+
+    bundle: Bundle
+    device: str
+    threads: int | None
+    verify: Verify
+    precision: Precision | None
+    hint: Hint
+    check_finite: bool
+
+    @exits.awaited
+    def load(self, name: str | None) -> Runtime:
+        """Load one part; None is the only one."""
+        exits.enter()
+        bundle, part, target = self.bundle, self.bundle.part(name), find_target(self.device)
+        key = next(key for key, value in bundle.manifest.parts.items() if value is part)
+        options = EngineOptions(precision=self.precision or "fp32", hint=self.hint)
+        source, found, stale = engine_for(bundle, key, target.name, options, self.precision)
+        compiled = self._check_whole(found) if found else self._compile_again(target, stale)
+        _log.debug("%s: %s on %s, compiled: %s", source.graph, source.options, target.name, compiled)
+        engine = target.backend().open(source, found.directory if found else None, self.threads)
+        for ours, theirs in ((part.inputs, engine.inputs), (part.outputs, engine.outputs)):
+            if set(map(_signature, ours)) != set(map(_signature, theirs)):
+                raise BundleError(
+                    f"{source.graph.name} does not have the tensors of the manifest", "export the bundle again"
+                )
+        runtime = Runtime(
+            engine,
+            part.inputs,
+            part.outputs,
+            bundle.manifest.precision,
+            part.num_queries,
+            compiled=compiled,
+            check_finite=self.check_finite,
+            certificates=_certificates(bundle, engine),
+        )
+        _log.info("%s loaded: %s", source.graph, runtime.describe())
+        return runtime
+
+    def _check_whole(self, found: Candidate) -> str:
+        """The engine's directory. Raises EngineError: its files were changed.
+
+        A library runs an engine, but only parses a graph: "never" spares only the bundle's own files.
+        """
+        try:
+            check_engine(found, "auto" if self.verify == "never" else self.verify)
+        except BundleError as error:
+            hint = self._rebuild(found.record.identity.options.precision)
+            raise EngineError(f"the engine in {found.directory} is damaged: {error.message}", hint) from error
+        return str(found.directory)
+
+    def _compile_again(self, target: Target, stale: tuple[Candidate, ...]) -> str:
+        """How `describe` says that the graph is compiled at load, and why no built engine is used.
+
+        Raises EngineError: the target never compiles at load.
+        """
+        precision, hint = self.precision or "fp32", ""
+        why = next(iter(unreadable(self.bundle, target.name)), "")
+        if stale:
+            precision = stale[0].record.identity.options.precision
+            why = f"the engine in {stale[0].directory} is not for here: {'; '.join(stale[0].problems)}"
+            hint = "" if stale[0].trusted else f"; or name the key that it was built with in {ENVIRONMENT}"
+        hint = self._rebuild(precision) + hint
+        if target.needs_engine:
+            missing = f"no engine of {self.bundle.path} was built for {target.name} here ({precision})"
+            raise EngineError(why or missing, hint)
+        if not why:
+            return "at load"
+        _log.warning("%s; compiled again at load. %s", why, hint)
+        return f"at load, because {why}"
+
+    def _rebuild(self, precision: str) -> str:
+        asked = "" if precision == "fp32" else f" --precision {precision}"
+        return f"rebuild it: perceiver-export build {self.bundle.path} --target {self.device}{asked}"
+
+
+def _certificates(bundle: Bundle, engine: Engine) -> tuple[str, ...]:
+    """The certificates that hold for this engine on this machine."""
+    if "calibration.json" not in bundle.manifest.files:
+        return ()
+    from perceiver_export.runtimes.certificates import engine_of, valid_certificates
+
+    described = {"precision": bundle.manifest.precision, **engine.describe()}
+    return tuple(map(str, valid_certificates(bundle, described["target"], engine_of(described))))
+
+
+def check_threads(threads: int | None) -> None:
+    """Raise UsageError unless ``threads`` is None or a sensible number."""
+    if threads is not None:
+        check_whole("threads", threads, 1, _MOST_THREADS, f"give 1 to {_MOST_THREADS}, or leave it out")
+
+
+def _check_arithmetic(bundle: Bundle) -> None:
+    """Raise DeviceError for 8-bit weights on a CPU whose int8 sums saturate."""
+    quantized = bundle.manifest.quantization
+    if quantized is None or not quantized.int8_activations or quantized.weight_bits < 8:
+        return
+    from perceiver_export.runtimes.machine import saturates
+
+    if saturates():
+        raise DeviceError(
+            "this CPU has no VNNI: it adds int8 products in 16 bits, and weights of 8 bits overflow them",
+            "quantize again with --weight-bits 7",
+        )
+
+
+def _signature(spec: TensorSpec) -> tuple[str, str, tuple[int | None, ...]]:
+    """Name, dtype and fixed dimensions, which a manifest and a graph must agree on."""
+    return spec.name, spec.dtype, tuple(dim if isinstance(dim, int) else None for dim in spec.shape)

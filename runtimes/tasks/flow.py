@@ -1,0 +1,279 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Optical flow: two frames in, how far each pixel of the first moves out.
+
+Frames larger than the model are cut into tiles as DeepMind's notebook cuts them, and their flows are put together. A
+tile's estimate counts most in its middle. The notebook's grid may name a tile twice (a frame as high as a tile gives
+every tile twice, one of 716 rows the lower of two), runs it twice and counts it twice. Here it runs once and counts
+twice, which gives the same sum. For some sizes (1080 × 1920 is one) the last tile but one of the notebook's grid
+reaches beyond the frame, and the notebook fails. Here that tile is left out: the others cover the frame, with the
+overlap asked for.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from perceiver_export.runtimes.errors import InputError, UsageError
+from perceiver_export.runtimes.manifest import Manifest
+from perceiver_export.runtimes.preprocessing import FlowPreprocessing
+from perceiver_export.runtimes.split import decode
+from perceiver_export.runtimes.tasks.base import LoadPart, Task, check_interface, interface, limits, misfit, steps_of
+from perceiver_export.runtimes.tasks.image_files import (
+    Color,
+    Picture,
+    PictureLike,
+    is_picture,
+    picture_files,
+    take_picture,
+)
+
+Size = tuple[int, int]  # height, width
+Flow = npt.NDArray[np.float32]  # (height, width, 2): pixels right, pixels down
+# Called before each batch of tiles with the number of finished tiles and of all tiles.
+Progress = Callable[[int, int], None]
+
+# A pixel's value / 255 · 2 − 1 in float64, rounded once.
+_SIGNED = (np.arange(256) / 255.0 * 2.0 - 1.0).astype(np.float32)
+
+
+class Box(NamedTuple):
+    """A rectangle of pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+    def shared(self, other: Box) -> Box:
+        """The pixels that both cover; height or width is 0 or less if they do not meet."""
+        top, left = max(self.top, other.top), max(self.left, other.left)
+        height = min(self.top + self.height, other.top + other.height) - top
+        width = min(self.left + self.width, other.left + other.width) - left
+        return Box(top, left, height, width)
+
+    def inside(self, outer: Box) -> tuple[slice, slice]:
+        """Rows and columns of this box, counted from the corner of one that contains it."""
+        top, left = self.top - outer.top, self.left - outer.left
+        return slice(top, top + self.height), slice(left, left + self.width)
+
+
+class Tile(NamedTuple):
+    """A rectangle that the model runs on, and how many times the notebook's grid names it."""
+
+    box: Box
+    times: int
+
+
+def grid(frame: Size, tile: Size, min_overlap: int) -> list[tuple[int, int]]:
+    """(top, left) of every tile, row by row, in the notebook's order and with its repetitions.
+
+    Raises InputError: a frame smaller than a tile; UsageError: an overlap that is negative or no less than a tile.
+    """
+    if not 0 <= min_overlap < min(tile):
+        raise UsageError(f"{tile[0]} × {tile[1]} tiles cannot overlap by {min_overlap}", f"give 0 to {min(tile) - 1}")
+    if frame[0] < tile[0] or frame[1] < tile[1]:
+        raise InputError(
+            f"the frames have {frame[0]} × {frame[1]} pixels, the model takes {tile[0]} × {tile[1]} or more",
+            "scale both frames up, and divide the flow by the same factor",
+        )
+    rows, columns = (
+        [*[*range(0, whole, part - min_overlap)][:-1], whole - part] for whole, part in zip(frame, tile, strict=True)
+    )
+    return [(row, column) for row in rows for column in columns]
+
+
+def tiles(frame: Size, tile: Size, min_overlap: int) -> list[Tile]:
+    """The tiles of `grid` that lie in the frame, each once. Raises what `grid` raises."""
+    counted = Counter(grid(frame, tile, min_overlap))
+    return [
+        Tile(Box(top, left, *tile), times)
+        for (top, left), times in counted.items()
+        if top + tile[0] <= frame[0] and left + tile[1] <= frame[1]
+    ]
+
+
+def tile_weights(tile: Size) -> npt.NDArray[np.float32]:
+    """How much each pixel of a tile counts, (height, width): its distance to the nearest border, from 1 up."""
+    rows, columns = (np.minimum(np.arange(size) + 1, size - np.arange(size)) for size in tile)
+    return np.minimum.outer(rows, columns).astype(np.float32)
+
+
+def stitch(region: Box, tile: Size, flows: Iterable[tuple[Tile, Flow]]) -> Flow:
+    """The weighted mean of tiles' flows in a region, (height, width, 2); each is given for `Box.shared` of both."""
+    weights = tile_weights(tile)[:, :, None]
+    total = np.zeros((region.height, region.width, 2), np.float32)
+    weight = np.zeros((region.height, region.width, 1), np.float32)
+    for one, flow in flows:
+        part = region.shared(one.box)
+        own, target = weights[part.inside(one.box)] * np.float32(one.times), part.inside(region)
+        total[target] += flow * own
+        weight[target] += own
+    return total / weight
+
+
+class OpticalFlow(Task):
+    """``flow(frame0, frame1)`` -> float32 (H, W, 2): how far each pixel of frame0 moves right and down, in pixels.
+
+    A frame is a path, a Pillow image, or a uint8 array (H, W) or (H, W, 3), and may be of any size that the model fits
+    into. Arrays are RGB; with ``color="bgr"`` they are BGR, as OpenCV reads them.
+    """
+
+    def __init__(self, manifest: Manifest, load_part: LoadPart) -> None:
+        super().__init__(manifest, load_part)
+        steps = steps_of(manifest, FlowPreprocessing)
+        self.tile = (steps.height, steps.width)
+        self.min_overlap = steps.min_overlap
+        self._batch = limits(interface(manifest)[0][0], 0)
+
+    @staticmethod
+    def check(manifest: Manifest) -> None:
+        """Raise BundleError unless the manifest describes a model of optical flow."""
+        steps = steps_of(manifest, FlowPreprocessing)
+        height, width = steps.height, steps.width
+        if not 0 <= steps.min_overlap < min(height, width):
+            raise misfit(f"tiles of {height} × {width} cannot overlap by {steps.min_overlap}")
+        check_interface(manifest, {"frames": (2, 3, height, width)}, {"flow": (height, width, 2)})
+        if "encoder" in manifest.parts:
+            _check_decoder(manifest, height * width)
+
+    def __call__(
+        self, frame0: PictureLike, frame1: PictureLike, progress: Progress | None = None, color: Color = "rgb"
+    ) -> Flow:
+        """The flow of the whole frame, from tiles that overlap, each weighed most in its middle.
+
+        Raises InputError: a frame that cannot be read, frames of different sizes, or smaller than a tile.
+        """
+        pair = _pair(_named(frame0, "the first frame", color), _named(frame1, "the second frame", color))
+        return self._flow(pair, None, progress)
+
+    def region(
+        self,
+        frame0: PictureLike,
+        frame1: PictureLike,
+        top: int,
+        left: int,
+        height: int,
+        width: int,
+        progress: Progress | None = None,
+        color: Color = "rgb",
+    ) -> Flow:
+        """The same values as in the whole flow, for one rectangle only: float32 (height, width, 2).
+
+        Tiles that do not meet it are not run, and a split bundle decodes only the rectangle's pixels of the others.
+
+        Raises InputError as the call does, and where the rectangle is empty or reaches beyond the frame.
+        """
+        pair = _pair(_named(frame0, "the first frame", color), _named(frame1, "the second frame", color))
+        rows, columns = pair.shape[1:3]
+        if min(top, left) < 0 or min(height, width) < 1 or top + height > rows or left + width > columns:
+            raise InputError(
+                f"a region of {height} × {width} from row {top}, column {left} is not in a frame of {rows} × {columns}",
+                "rows and columns count from 0; a region is 1 × 1 or larger",
+            )
+        return self._flow(pair, Box(top, left, height, width), progress)
+
+    def frames(
+        self,
+        frames: str | os.PathLike[str] | Iterable[PictureLike],
+        progress: Progress | None = None,
+        color: Color = "rgb",
+    ) -> Iterator[Flow]:
+        """The flow from each frame to the next: of a directory's images in the order of their names, or of a list.
+
+        One pair is computed at a time, when it is asked for. Raises InputError: fewer than two frames, or the
+        call's errors.
+        """
+        listed = picture_files(frames) if isinstance(frames, (str, os.PathLike)) else frames
+        if is_picture(listed) or isinstance(listed, Sequence):
+            _check_count(1 if is_picture(listed) else len(cast("Sequence[PictureLike]", listed)))
+        return self._consecutive(listed, progress, color)
+
+    def _consecutive(self, frames: Iterable[PictureLike], progress: Progress | None, color: Color) -> Iterator[Flow]:
+        before: _Frame | None = None
+        count = 0
+        for frame in frames:
+            after = _named(frame, f"frame {count}", color)
+            count += 1
+            if before is not None:
+                pair = _pair(before, after)
+                yield self._flow(pair, None, progress)
+            before = after
+        _check_count(count)
+
+    def _flow(self, pair: Picture, region: Box | None, progress: Progress | None) -> Flow:
+        """Flow of a region of two frames (2, H, W, 3), None: all of it, from the tiles that meet it."""
+        whole = Box(0, 0, *pair.shape[1:3])
+        every = tiles(whole[2:], self.tile, self.min_overlap)
+        wanted = [tile for tile in every if min(tile.box.shared(region or whole)[2:]) > 0]
+        decoded = self.split and region is not None
+        return stitch(region or whole, self.tile, self._flows(pair, wanted, region or whole, decoded, progress))
+
+    def _flows(
+        self, pair: Picture, wanted: list[Tile], region: Box, decoded: bool, progress: Progress | None
+    ) -> Iterator[tuple[Tile, Flow]]:
+        """Each tile with its flow in the region: cut from the whole, or ``decoded`` alone. Batches are full."""
+        least, most = self._batch
+        for start in range(0, len(wanted), most):
+            if progress is not None:
+                progress(start, len(wanted))
+            chunk = wanted[start : start + most]
+            padded = chunk + chunk[-1:] * (least - len(chunk))
+            crops = np.stack([pair[(slice(None), *tile.box.inside(Box(0, 0, 0, 0)))] for tile in padded])
+            # float32 (B, 2, 3, h, w) in [-1, 1]
+            frames = np.ascontiguousarray(_SIGNED[crops.transpose(0, 1, 4, 2, 3)])
+            parts = [tile.box.shared(region) for tile in padded]
+            places = [part.inside(tile.box) for part, tile in zip(parts, padded, strict=True)]
+            if decoded:
+                rows = self._decoded(frames, places)
+                sizes = [(part.height, part.width) for part in parts]
+                found = [row[: h * w].reshape(h, w, 2) for row, (h, w) in zip(rows, sizes, strict=True)]
+            else:
+                flows = self.runtime.run({"frames": frames})["flow"]
+                found = [flow[place] for flow, place in zip(flows, places, strict=True)]
+            yield from zip(chunk, found, strict=False)
+
+    def _decoded(self, frames: npt.NDArray[np.float32], places: Sequence[tuple[slice, slice]]) -> Flow:
+        """Rows (B, n, 2) of the chosen pixels of each tile. Shorter rows are padded with their last pixel."""
+        latents = self.part("encoder").run({"frames": frames})["latents"]
+        pixels = np.arange(self.tile[0] * self.tile[1], dtype=np.int32).reshape(self.tile)
+        queries = [pixels[place].ravel() for place in places]
+        longest = max(map(len, queries))
+        rows = np.stack([np.pad(row, (0, longest - len(row)), mode="edge") for row in queries])
+        return decode(self.part("decoder"), {"frames": frames, "latents": latents}, rows, num_queries=pixels.size)
+
+
+_Frame = tuple[str, Picture]
+
+
+def _named(frame: PictureLike, name: str, color: Color) -> _Frame:
+    """A frame's pixels with its path, or ``name`` if it has none."""
+    return os.fspath(frame) if isinstance(frame, (str, os.PathLike)) else name, take_picture(frame, color)
+
+
+def _check_count(frames: int) -> None:
+    if frames < 2:
+        raise InputError(f"frames given: {frames}", "flow goes from frame to frame: give two or more, of the same size")
+
+
+def _pair(first: _Frame, second: _Frame) -> Picture:
+    """Both frames in one array, (2, H, W, 3)."""
+    if first[1].shape != second[1].shape:
+        sizes = [f"{name} has {frame.shape[0]} × {frame.shape[1]} pixels" for name, frame in (first, second)]
+        raise InputError(", ".join(sizes), "give two frames of one video, of the same size")
+    return np.stack([first[1], second[1]])
+
+
+def _check_decoder(manifest: Manifest, pixels: int) -> None:
+    """Raise BundleError unless the split bundle's parts allow flow for a region of interest."""
+    decoder = manifest.parts.get("decoder")
+    takes = {} if decoder is None else {spec.name: spec.shape for spec in decoder.inputs}
+    gives = [] if decoder is None else [(spec.name, spec.shape[2:]) for spec in decoder.outputs]
+    fits = takes.keys() == {"latents", "frames", "queries"} and gives == [("flow", (2,))]
+    if decoder is None or not fits or decoder.num_queries not in (None, pixels):
+        raise misfit("the decoder does not give flow for chosen pixels")

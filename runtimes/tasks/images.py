@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Image classification, and frames: lists of images that other tasks take as files or arrays.
+
+A video's frames are prepared as in DeepMind's notebook: the middle square, resized, in [0, 1].
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from perceiver_export.runtimes.errors import InputError
+from perceiver_export.runtimes.files import parsing
+from perceiver_export.runtimes.manifest import Manifest
+from perceiver_export.runtimes.preprocessing import ImagePreprocessing
+from perceiver_export.runtimes.tasks.base import (
+    Classifier,
+    LoadPart,
+    Prediction,
+    answering,
+    as_list,
+    check_interface,
+    check_top,
+    interface,
+    limits,
+    steps_of,
+)
+from perceiver_export.runtimes.tasks.image_files import (
+    Color,
+    Picture,
+    PictureLike,
+    as_picture,
+    is_picture,
+    picture_files,
+    resize_linear,
+    take_picture,
+    to_input,
+)
+
+
+class ImageClassification(Classifier):
+    """``classify(image)`` -> the most probable labels, or the values of a regression model.
+
+    An image is a path, a Pillow image, or a uint8 array (H, W) or (H, W, 3). Arrays are RGB; with ``color="bgr"`` they
+    are BGR, as OpenCV reads them. Files and Pillow images know their own order.
+    """
+
+    def __init__(self, manifest: Manifest, load_part: LoadPart) -> None:
+        super().__init__(manifest, load_part)
+        self.preprocessing = steps_of(manifest, ImagePreprocessing)
+        (self._input,), (output,) = interface(manifest)
+        size = output.shape[-1]
+        # Without names the index is the label, as in `answer`.
+        self.labels = manifest.labels or tuple(map(str, range(size if isinstance(size, int) else 0)))
+
+    @staticmethod
+    def check(manifest: Manifest) -> None:
+        """Raise BundleError unless the manifest describes a classifier of images."""
+        steps = steps_of(manifest, ImagePreprocessing)
+        check_interface(manifest, {"image": (3, steps.height, steps.width)}, {answering(manifest)[0]: (None,)})
+
+    def __call__(self, picture: PictureLike, top: int = 5, color: Color = "rgb") -> list[Prediction]:
+        """The ``top`` labels, most probable first, or all values.
+
+        Raises InputError: an image that cannot be read; UsageError: top below 1.
+        """
+        check_top(top)
+        return self.answers(self.logits([picture], color)[0], top)
+
+    def preprocess(self, picture: PictureLike, color: Color = "rgb") -> npt.NDArray[np.float32]:
+        """The model's input for one image, float32 (3, height, width)."""
+        return to_input(take_picture(picture, color), self.preprocessing)
+
+    def logits(self, pictures: PictureLike | Sequence[PictureLike], color: Color = "rgb") -> npt.NDArray[np.float32]:
+        """Logits or values (images, labels) of one image or several, in the batches that the bundle was exported for.
+
+        An array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) is one image; (N, H, W, 3) and (N, H, W) are several.
+        """
+        listed = as_list(pictures, "images", is_picture)
+        return self.run_inputs({"image": np.stack([self.preprocess(picture, color) for picture in listed])})
+
+    @property
+    def batch_size(self) -> int:
+        """The largest batch that one call takes."""
+        return limits(self._input, 0)[1]
+
+
+FramesLike: TypeAlias = str | os.PathLike[str] | npt.NDArray[np.uint8] | Sequence[PictureLike]
+
+
+def read_frames(frames: FramesLike, count: int, color: Color = "rgb") -> list[Picture]:
+    """The first ``count`` frames, uint8 RGB (H, W, 3), all of one size.
+
+    ``frames`` is a directory of images (see `picture_files`), a .npy file or an array of uint8 (T, H, W, 3), or a
+    sequence of image files, Pillow images and uint8 arrays. ``color`` is the order of the channels of arrays and .npy
+    files: "bgr" where OpenCV made them.
+
+    Raises InputError: too few frames, of different sizes, not uint8, or not to be read.
+    """
+    found = open_frames(frames)
+    if len(found) < count:
+        raise InputError(f"frames given: {len(found)}", f"the model needs {count}")
+    pictures = [take_picture(frame, color) for frame in found[:count]]
+    for number, picture in enumerate(pictures):
+        if picture.shape != pictures[0].shape:
+            (height, width), (high, wide) = pictures[0].shape[:2], picture.shape[:2]
+            raise InputError(f"frame {number} is {high} × {wide}, not {height} × {width}", "give frames of one size")
+    return pictures
+
+
+def open_frames(frames: FramesLike) -> Sequence[PictureLike]:
+    """All frames; files are not read yet. Raises InputError."""
+    if isinstance(frames, np.ndarray):
+        return _frames_of_array(frames, "the video")
+    if not isinstance(frames, (str, os.PathLike)):
+        if not isinstance(frames, Sequence):
+            raise InputError(
+                f"the frames are a {type(frames).__name__}", "give a directory, a .npy file, an array or a list"
+            )
+        return frames
+    path = Path(frames)
+    if path.is_dir():
+        return picture_files(path)
+    if path.suffix.lower() == ".npy":
+        return _frames_of_array(load_npy(path), str(path))
+    if not path.exists():
+        raise InputError(f"{path} does not exist", "give a directory of images, or a .npy file")
+    raise InputError(
+        f"{path} is neither a directory of images nor a .npy file",
+        f"take it apart first: mkdir frames && ffmpeg -i {shlex.quote(str(path))} frames/%05d.png",
+    )
+
+
+def load_npy(path: str | os.PathLike[str]) -> npt.NDArray[Any]:
+    """The array of a .npy file, read as it is used. Raises InputError: missing, not a .npy, cut short, or objects."""
+    name = os.fspath(path)
+    with parsing(name, "is not a readable .npy file", "save numbers with numpy.save"):
+        array: npt.NDArray[Any] = np.lib.format.open_memmap(name, mode="r")  # never loads Python objects
+        return array
+
+
+def _frames_of_array(array: npt.NDArray[Any], name: str) -> list[npt.NDArray[np.uint8]]:
+    if array.dtype != np.uint8 or array.ndim != 4:
+        raise InputError(f"{name} is {array.dtype} {list(array.shape)}", "give uint8 (frames, height, width, 3)")
+    return list(array)
+
+
+# A pixel's value / 255 in float64, rounded once.
+_UNIT = (np.arange(256) / 255.0).astype(np.float32)
+
+
+def prepare_frames(frames: Sequence[npt.NDArray[Any]], height: int, width: int) -> npt.NDArray[np.float32]:
+    """Frames, uint8 (H, W, 3) RGB, as float32 (T, height, width, 3) in [0, 1].
+
+    Each is cropped to its middle square and resized as OpenCV's INTER_LINEAR does it. Raises InputError: no frame, or
+    one that is not an image. Frames may differ in size.
+    """
+    if len(frames) == 0:
+        raise InputError("there are no frames", "give one or more images")
+    return np.stack([_UNIT[resize_linear(_middle_square(as_picture(frame)), height, width)] for frame in frames])
+
+
+def _middle_square(picture: Picture) -> Picture:
+    height, width = picture.shape[:2]
+    side = min(height, width)
+    # Both halves are rounded down before they are subtracted, so an odd remainder may fall on either side.
+    top, left = height // 2 - side // 2, width // 2 - side // 2
+    return picture[top : top + side, left : left + side]

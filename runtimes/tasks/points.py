@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Point clouds in, labels or values out.
+
+Point clouds are read from .npy, .xyz text and .ply files, thinned out to a fixed number of points and centred in the
+cube [-1, 1].
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from perceiver_export.runtimes.errors import InputError
+from perceiver_export.runtimes.files import parsing, reading
+from perceiver_export.runtimes.manifest import Manifest
+from perceiver_export.runtimes.preprocessing import PointsPreprocessing
+from perceiver_export.runtimes.runtime import Array
+from perceiver_export.runtimes.tasks.base import (
+    Classifier,
+    LoadPart,
+    Prediction,
+    Shape,
+    answering,
+    as_list,
+    check_interface,
+    check_top,
+    interface,
+    steps_of,
+)
+from perceiver_export.runtimes.tasks.image_files import as_array
+from perceiver_export.runtimes.tasks.images import load_npy
+
+# In float64, since clouds may lie far from the origin.
+Points = npt.NDArray[np.float64]
+
+POINT_FILES = (".npy", ".xyz", ".ply")
+# A line of its own: comments may say the word too.
+_END_HEADER = re.compile(rb"(?:\r\n|\r|\n)[ \t]*end_header[ \t]*(?:\r\n|\r|\n|\Z)")
+_ASCII = "ascii 1.0"
+_ORDERS = {_ASCII: "", "binary_little_endian 1.0": "<", "binary_big_endian 1.0": ">"}
+_CODES = ["i1", "u1", "i2", "u2", "i4", "u4", "f4", "f8"]
+_TYPES = {
+    **dict(zip(["char", "uchar", "short", "ushort", "int", "uint", "float", "double"], _CODES, strict=True)),
+    **dict(zip(["int8", "uint8", "int16", "uint16", "int32", "uint32", "float32", "float64"], _CODES, strict=True)),
+}
+
+
+def read_points(path: str | os.PathLike[str]) -> Points:
+    """The points of a file, float64 (n, 3).
+
+    - .npy: an array (n, 3).
+    - .xyz: one point per line, three numbers separated by blanks or commas; ``#`` begins a comment.
+    - .ply, ASCII or binary: x, y and z of the element ``vertex``; other properties are left out.
+
+    Raises InputError: no such file, another format, not three numbers per point, no point, or one that is not finite.
+    """
+    name, ending = os.fspath(path), Path(path).suffix.lower()
+    if ending == ".npy":
+        return as_points(load_npy(path), name)
+    if ending not in POINT_FILES:
+        raise InputError(f"{name} is not a point cloud that can be read", f"give {', '.join(POINT_FILES)}")
+    hints = {".xyz": "give x y z per line", ".ply": "give vertices with float x, y and z, and no lists before them"}
+    with reading(name):
+        content = Path(path).read_bytes()
+    with parsing(name, "cannot be read", hints[ending]):
+        points = _ply(content) if ending == ".ply" else _table(content.decode("utf-8-sig").replace(",", " "), 3)
+    return as_points(points, name)
+
+
+def as_points(cloud: npt.ArrayLike, name: str = "the point cloud") -> Points:
+    """float64 (n, 3) of numbers (n, 3). Raises InputError: other shapes, no point, NaN or infinity."""
+    array = as_array(cloud)
+    if array.dtype.kind not in "fiu" or array.ndim != 2 or array.shape[1] != 3:
+        raise InputError(
+            f"{name} is {array.dtype} with shape {list(array.shape)}",
+            "give numbers (n, 3): x, y, z; of more columns take points[:, :3]",
+        )
+    if not len(array):
+        raise InputError(f"{name} holds no point", "give one or more")
+    points = array.astype(np.float64)
+    wrong = np.flatnonzero(~np.isfinite(points).all(axis=1))
+    if len(wrong):
+        raise InputError(
+            f"{name}: point {wrong[0]} is {array[wrong[0]].tolist()}; not finite: {len(wrong)} of {len(points)}",
+            "take them out: points[numpy.isfinite(points).all(axis=1)]",
+        )
+    return points
+
+
+def subsample(points: Points, count: int) -> Points:
+    """At most ``count`` points: all of them, or every (n/count)-th, so that the same cloud gives the same points."""
+    if len(points) <= count:
+        return points
+    return points[np.arange(count) * len(points) // count]
+
+
+def into_unit_cube(points: Points) -> npt.NDArray[np.float32]:
+    """Points (n, 3) moved so that their mean is 0, and scaled so that the largest coordinate is 1 or -1."""
+    extent = np.abs(points).max() or 1.0
+    # Divided first, the sum of large numbers does not overflow.
+    centred = points / extent - (points / extent).mean(axis=0)
+    radius = np.abs(centred).max()
+    # One point, however often, has no extent but what rounding leaves.
+    return np.asarray(centred / radius if radius > 1e-12 else centred * 0, dtype=np.float32)
+
+
+def _ply(content: bytes) -> Points:
+    """x, y, z of each vertex. Raises ValueError."""
+    end = _END_HEADER.search(content)
+    lines = [line.split() for line in content[: end.start()].decode("utf-8-sig").splitlines()] if end else []
+    if not end or lines[:1] != [["ply"]]:
+        raise ValueError("it is not a PLY file, or cut short in its header")
+    form = next((" ".join(line[1:]) for line in lines if line[:1] == ["format"]), "missing")
+    if form not in _ORDERS:
+        raise ValueError(f"its format is {form[:60]}, not ascii or binary 1.0")
+    body, before = content[end.end() :], 0  # rows, or bytes, before the vertices
+    for name, count, properties in _elements(lines):
+        if name == "vertex":
+            break
+        before += count * (1 if form == _ASCII else _row(name, properties, "<").itemsize)
+    else:
+        properties = {}
+    if not {"x", "y", "z"} <= properties.keys() or "list" in properties.values():
+        raise ValueError("it has no vertices with x, y and z alone")
+    if form == _ASCII:
+        rows = [line for line in body.decode().splitlines() if line.strip()][before : before + count]
+        found = len(rows)
+    else:
+        row = _row("vertex", properties, _ORDERS[form])
+        found = max(0, len(body) - before) // row.itemsize
+    if found < count:
+        raise ValueError(f"it is cut short: {found} of {count} points are there")
+    if form == _ASCII:
+        return _table("\n".join(rows), len(properties))[:, [list(properties).index(axis) for axis in "xyz"]]
+    table = np.frombuffer(body, row, count, before)
+    return np.stack([table[axis].astype(np.float64) for axis in "xyz"], axis=1)
+
+
+def _elements(header: list[list[str]]) -> Iterator[tuple[str, int, dict[str, str]]]:
+    """Name, count and properties (name to type) of each element of a PLY header. Raises ValueError."""
+    for place, words in enumerate(header):
+        if words[:1] == ["element"]:
+            if len(words) != 3 or not re.fullmatch("[0-9]{1,18}", words[2]):
+                raise ValueError(f"it has the element {' '.join(words[1:])[:60]!r}, not a name and a count")
+            own = itertools.takewhile(lambda line: line[:1] != ["element"], header[place + 1 :])
+            named = [(line[-1], line[1]) for line in own if line[:1] == ["property"] and len(line) > 2]
+            if len(dict(named)) < len(named):
+                raise ValueError(f"its element {words[1][:60]!r} has two properties of one name")
+            yield words[1], int(words[2]), dict(named)
+
+
+def _row(element: str, properties: Mapping[str, str], order: str) -> np.dtype[Any]:
+    """One row of an element in a binary file. Raises ValueError: a list, or no type of the format."""
+    for name, kind in properties.items():
+        if kind not in _TYPES:
+            raise ValueError(f"{name} of {element} is of type {kind}, so rows have no fixed size")
+    return np.dtype([(name, order + _TYPES[kind]) for name, kind in properties.items()])
+
+
+def _table(text: str, columns: int) -> Points:
+    """Rows of numbers. Raises ValueError."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of no data, which the caller refuses
+        found = np.loadtxt(text.splitlines(), np.float64, ndmin=2)
+    if len(found) and found.shape[1] != columns:
+        raise ValueError(f"it has {found.shape[1]} numbers per line, not {columns}")
+    return found if found.size else np.empty((0, columns))
+
+
+CloudLike = str | os.PathLike[str] | npt.NDArray[Any] | Sequence[Sequence[float]]
+
+
+class PointCloudClassification(Classifier):
+    """``classify(cloud)`` -> the most probable labels, or the values of a regression model.
+
+    A cloud is a .npy, .xyz or .ply file, or numbers (n, 3).
+    Of more points than the model takes every (n/num_points)-th is taken; the points left are moved to mean 0 and
+    scaled into the cube [-1, 1]. Fewer are padded with points that the model does not see (``points_mask``).
+    """
+
+    def __init__(self, manifest: Manifest, load_part: LoadPart) -> None:
+        super().__init__(manifest, load_part)
+        self.num_points = steps_of(manifest, PointsPreprocessing).num_points
+        self._masked = _masked(manifest)
+
+    @staticmethod
+    def check(manifest: Manifest) -> None:
+        """Raise BundleError unless the manifest describes a classifier of point clouds."""
+        steps = steps_of(manifest, PointsPreprocessing)
+        inputs: dict[str, Shape] = {"points": (steps.num_points, 3)}
+        if _masked(manifest):
+            inputs["points_mask"] = (steps.num_points,)
+        check_interface(manifest, inputs, {answering(manifest)[0]: (None,)})
+
+    def __call__(self, cloud: CloudLike, top: int = 5) -> list[Prediction]:
+        """The ``top`` labels, most probable first, or all values. Raises InputError: a cloud that is not one;
+        UsageError.
+        """
+        check_top(top)
+        return self.answers(self.logits([cloud])[0], top)
+
+    def preprocess(self, cloud: CloudLike) -> dict[str, Array]:
+        """The model's inputs of one cloud: ``points`` (1, num_points, 3), and ``points_mask`` where it has one."""
+        points = read_points(cloud) if isinstance(cloud, (str, os.PathLike)) else as_points(cloud)
+        missing = self.num_points - len(points)
+        if missing > 0 and not self._masked:
+            raise InputError(
+                f"points in the cloud: {len(points)}",
+                f"the model has no mask for padding and needs {self.num_points}; sample more from the surface",
+            )
+        rows = into_unit_cube(subsample(points, self.num_points))
+        feeds: dict[str, Array] = {"points": np.pad(rows, ((0, max(missing, 0)), (0, 0)))[None]}
+        if self._masked:
+            feeds["points_mask"] = (np.arange(self.num_points) < len(rows)).astype(np.int32)[None]
+        return feeds
+
+    def logits(self, clouds: CloudLike | Sequence[CloudLike]) -> npt.NDArray[np.float32]:
+        """Logits or values (clouds, labels) of one cloud or several, in the batches that the bundle takes."""
+        samples = [self.preprocess(cloud) for cloud in as_list(clouds, "point clouds", _is_cloud)]
+        return self.run_inputs({name: np.concatenate([sample[name] for sample in samples]) for name in samples[0]})
+
+
+def _is_cloud(given: Any) -> bool:
+    if isinstance(given, np.ndarray):
+        return given.ndim == 2
+    rows = isinstance(given, Sequence) and not isinstance(given, str) and len(given) > 0
+    return isinstance(given, (str, os.PathLike)) or (rows and as_array(given[0]).ndim == 1)
+
+
+def _masked(manifest: Manifest) -> bool:
+    return any(spec.name == "points_mask" for spec in interface(manifest)[0])

@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fill the masked tokens of a text; classify texts, or score them for several tasks in one run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from perceiver_export.runtimes.errors import InputError, UsageError
+from perceiver_export.runtimes.manifest import Manifest, OutputKind, judged_output
+from perceiver_export.runtimes.split import decode as decode_queries
+from perceiver_export.runtimes.tasks.base import (
+    LoadPart,
+    Prediction,
+    TextTask,
+    answer,
+    answering,
+    as_list,
+    check_interface,
+    check_top,
+    interface,
+    misfit,
+    pad_batch,
+    run_batched,
+    softmax,
+)
+from perceiver_export.runtimes.tasks.tokenizers import Tokenizer, Tokens, text_steps
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A token that may stand at a masked position, as people read it, and its probability among all."""
+
+    token: int
+    symbol: str
+    probability: float
+
+
+@dataclass(frozen=True)
+class Blank:
+    """A masked position, counted in tokens ([CLS] is 0 where the model has it), most probable candidate first."""
+
+    position: int
+    candidates: tuple[Candidate, ...]
+
+
+@dataclass(frozen=True)
+class Filled:
+    """The text with every mask replaced by its most probable token, and what else might stand there.
+
+    Bytes that are not UTF-8 together show as U+FFFD. Where a special token is the most probable, a text of bytes has
+    its name: no candidate is taken away, as in transformers' example. A tokenizer.json's special tokens are left out.
+    """
+
+    text: str
+    blanks: tuple[Blank, ...]
+
+
+class FillMask(TextTask):
+    """``fill("This is [MASK*7].")`` -> `Filled`. Each masked token is filled by itself, all in one run.
+
+    The mask is that of the model's tokenizer: ``fill.tokenizer.mask_text``.
+    """
+
+    @staticmethod
+    def check(manifest: Manifest) -> None:
+        """Raise BundleError unless the manifest describes a masked language model."""
+        steps = text_steps(manifest)
+        if steps.tokenizer and not steps.tokenizer.mask:
+            raise misfit("the bundle's tokenizer has no mask token")
+        length = steps.length
+        inputs = {"tokens": (length,), "tokens_mask": (length,)}
+        check_interface(manifest, inputs, {"logits": (length, None)})
+        if "encoder" in manifest.parts:
+            decoder = manifest.parts.get("decoder")
+            if decoder is None or decoder.num_queries != length:
+                raise misfit(f"no decoder for {length} positions goes with the encoder")
+
+    def __call__(self, text: str | bytes, top: int = 5) -> Filled:
+        """Fill the masks of a text, with ``top`` candidates each.
+
+        Raises InputError: no mask in the text, or what `Tokenizer.encode` raises; UsageError: top below 1.
+        """
+        check_top(top)
+        tokens = self.tokenizer.encode(text)
+        positions = np.flatnonzero(tokens == self.tokenizer.mask)
+        if not len(positions):
+            raise InputError(f"the text has no {self.tokenizer.mask_text}", self.tokenizer.mask_hint)
+        probabilities = softmax(self._logits(tokens, positions))
+        blanks = tuple(
+            Blank(int(position), self._candidates(row, top))
+            for position, row in zip(positions, probabilities, strict=True)
+        )
+        filled = tokens.copy()
+        filled[positions] = [blank.candidates[0].token for blank in blanks]
+        return Filled(self.tokenizer.text(filled), blanks)
+
+    def logits(self, text: str | bytes, positions: Sequence[int] | npt.NDArray[np.integer]) -> npt.NDArray[np.float32]:
+        """Logits (n, vocabulary) at n positions, counted in tokens: any of the model's, masked or not.
+
+        Positions behind the text are allowed, but the model has not learned what to say there.
+
+        Raises InputError: a position out of range, none at all, or what `Tokenizer.encode` raises.
+        """
+        rows, length = np.asarray(positions), self.tokenizer.length
+        if rows.ndim != 1 or not rows.size or rows.dtype.kind not in "iu":
+            raise InputError(f"positions are {rows.dtype} {list(rows.shape)}", "give a list of one or more integers")
+        wrong = rows[(rows < 0) | (rows >= length)]
+        if len(wrong):
+            raise InputError(f"position {wrong[0]} is out of range", f"the model has {length}, counted from 0")
+        return self._logits(self.tokenizer.encode(text), rows)
+
+    def _logits(self, tokens: Tokens, positions: npt.NDArray[np.integer]) -> npt.NDArray[np.float32]:
+        model = self.part("encoder") if self.split else self.runtime
+        outputs = model.run(pad_batch(model, self.tokenizer.pad([tokens])))
+        if self.split:
+            decoder, count = self.part("decoder"), self.manifest.parts["decoder"].num_queries
+            rows = decode_queries(decoder, {"latents": outputs["latents"]}, positions, count)
+        else:
+            rows = outputs["logits"][:, positions]
+        logits: npt.NDArray[np.float32] = rows[0]
+        return logits
+
+    def _candidates(self, probabilities: npt.NDArray[np.float32], top: int) -> tuple[Candidate, ...]:
+        order = np.argsort(-probabilities, kind="stable")[:top].tolist()
+        return tuple(Candidate(token, self.tokenizer.symbol(token), float(probabilities[token])) for token in order)
+
+
+Scores = npt.NDArray[np.float32]
+Answer = list[Prediction] | dict[str, Scores]
+
+
+class TextClassification(TextTask):
+    """``classify(text)`` -> the most probable labels, or the values of a regression model.
+
+    A bundle of several tasks has an output for each task: ``classify(text)`` gives ``{task: scores}``,
+    the model's raw outputs (classes,), whose meaning only the task's owner knows; ``classify.task(text, name)``
+    gives one of them. A pair of texts is written ``first[SEP]second``, where the model's tokenizer has such a token.
+    """
+
+    def __init__(self, manifest: Manifest, load_part: LoadPart, tokenizer: Tokenizer) -> None:
+        super().__init__(manifest, load_part, tokenizer)
+        self.labels = manifest.labels
+        self._answering = _answering(manifest)
+        self.kind: OutputKind = self._answering[1] if self._answering else "none"
+        self.tasks = () if self._answering else tuple(spec.name for spec in interface(manifest)[1])
+
+    @staticmethod
+    def check(manifest: Manifest) -> None:
+        """Raise BundleError unless the manifest describes a classifier of texts."""
+        length = text_steps(manifest).length
+        outputs = tuple(spec.name for spec in interface(manifest)[1])
+        inputs = {"tokens": (length,), "tokens_mask": (length,)}
+        check_interface(manifest, inputs, dict.fromkeys(outputs, (None,)))
+        _answering(manifest)
+        missing = {_decoder(manifest, name) for name in outputs} - manifest.parts.keys()
+        if "encoder" in manifest.parts and missing:
+            raise misfit(f"the bundle has no part {min(missing)}")
+
+    def __call__(self, text: str | bytes, top: int = 5) -> Answer:
+        """The ``top`` labels, most probable first, or all values; of several tasks the scores by task.
+
+        Raises InputError: what `Tokenizer.encode` raises; UsageError: top below 1.
+        """
+        return self.batch([text], top)[0]
+
+    def batch(self, texts: str | bytes | Sequence[str | bytes], top: int = 5) -> list[Answer]:
+        """The answer to each text, run in the batches that the bundle was exported for. Raises as a call does."""
+        check_top(top)
+        given = as_list(texts, "texts", _is_text)
+        outputs = self.outputs(given)
+        if self._answering is not None:
+            name, kind = self._answering
+            return [answer(row, kind, self.labels, top) for row in outputs[name]]
+        return [{name: scores[row] for name, scores in outputs.items()} for row in range(len(given))]
+
+    def outputs(self, texts: str | bytes | Sequence[str | bytes]) -> dict[str, Scores]:
+        """The model's outputs (len(texts), classes) by name."""
+        return run_batched(self.runtime, self.tokenizer(as_list(texts, "texts", _is_text)))
+
+    def task(self, text: str | bytes, name: str) -> Scores:
+        """One task's scores (classes,). Of a split bundle only the encoder and that task's decoder run.
+
+        Raises UsageError: no such task; InputError: what `Tokenizer.encode` raises.
+        """
+        if name not in self.tasks:
+            known = ", ".join(self.tasks) or "none: it has one task, and labels"
+            raise UsageError(f"the bundle has no task {name!r}", f"its tasks: {known}")
+        feeds = self.tokenizer([text])
+        if self.split:
+            latents = run_batched(self.part("encoder"), feeds)["latents"]
+            decoded = run_batched(self.part(_decoder(self.manifest, name)), {"latents": latents})
+        else:
+            decoded = run_batched(self.runtime, feeds)
+        scores: Scores = decoded[name][0]
+        return scores
+
+
+def _is_text(given: object) -> bool:
+    return isinstance(given, (str, bytes))
+
+
+def _answering(manifest: Manifest) -> tuple[str, OutputKind] | None:
+    """The output of labels or values; None of a bundle of several tasks. Raises BundleError where it does not fit."""
+    one = judged_output(manifest) is not None and len(interface(manifest)[1]) == 1
+    return answering(manifest) if one or manifest.labels else None
+
+
+def _decoder(manifest: Manifest, output: str) -> str:
+    """The part of a split bundle that gives this output."""
+    return f"decoder_{output}" if len(manifest.outputs) > 1 else "decoder"

@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Video autoencoding: video and sound are encoded to a few latents, and decoded from them with a label."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from perceiver_export.runtimes.errors import InputError
+from perceiver_export.runtimes.manifest import Manifest, OutputKind
+from perceiver_export.runtimes.preprocessing import VideoPreprocessing
+from perceiver_export.runtimes.runtime import Array, Feeds
+from perceiver_export.runtimes.split import decode
+from perceiver_export.runtimes.tasks.base import (
+    LoadPart,
+    Prediction,
+    Task,
+    answer,
+    answering,
+    check_interface,
+    check_top,
+    limits,
+    misfit,
+    pad_batch,
+    run_batched,
+    steps_of,
+)
+from perceiver_export.runtimes.tasks.image_files import Color
+from perceiver_export.runtimes.tasks.images import FramesLike, prepare_frames, read_frames
+from perceiver_export.runtimes.tasks.sound import AudioLike, take_sound
+
+# ``update(description, done, total)``
+Progress = Callable[[str, int, int | None], None]
+
+OUTPUTS = ("video", "sound", "label")
+# A decoder that takes any number of queries is given about as many as DeepMind's notebook gives (6272 pixels), so
+# that the attention scores stay small; each step reports progress.
+_QUERIES_A_STEP = 8192
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """The reconstruction: ``video`` float32 (T, H, W, 3) in [0, 1], ``sound`` float32 (samples,) in [-1, 1], labels."""
+
+    video: npt.NDArray[np.float32]
+    sound: npt.NDArray[np.float32]
+    labels: list[Prediction]
+
+    @property
+    def pictures(self) -> npt.NDArray[np.uint8]:
+        """The video as uint8 (T, H, W, 3)."""
+        return np.round(self.video * 255).astype(np.uint8)
+
+
+class VideoAutoencoding(Task):
+    """``autoencode(frames, audio)`` -> `Reconstruction`; ``label(frames, audio)`` decodes nothing but the label.
+
+    Frames are a directory of images, a .npy file, an array of uint8 (T, H, W, 3), or a list of image files, Pillow
+    images and arrays. Arrays are RGB; with ``color="bgr"`` they are BGR, as OpenCV reads them. Sound is a WAV file or
+    an array, and None is silence. Of more than the model takes the beginning is taken. A split bundle encodes once and
+    then decodes in steps, so it needs far less memory than a whole one.
+    """
+
+    def __init__(self, manifest: Manifest, load_part: LoadPart) -> None:
+        super().__init__(manifest, load_part)
+        self.preprocessing = steps_of(manifest, VideoPreprocessing)
+
+    @property
+    def kind(self) -> OutputKind:
+        """The kind of the label's scores."""
+        return answering(self.manifest)[1]
+
+    @staticmethod
+    def check(manifest: Manifest) -> None:
+        """Raise BundleError unless the manifest describes an autoencoder of video and sound."""
+        steps = steps_of(manifest, VideoPreprocessing)
+        video = (steps.num_frames, steps.height, steps.width, 3)
+        sound = (steps.num_samples, 1)
+        check_interface(manifest, {"frames": video, "audio": sound}, {"video": video, "sound": sound, "label": (None,)})
+        if answering(manifest)[0] != "label":
+            raise misfit("the manifest says nothing of the output `label`")
+        if "encoder" in manifest.parts:
+            _check_decoders(manifest, steps)
+
+    def __call__(
+        self, frames: FramesLike, audio: AudioLike | None = None, top: int = 5, color: Color = "rgb"
+    ) -> Reconstruction:
+        """`autoencode`."""
+        return self.autoencode(frames, audio, top, color)
+
+    def autoencode(
+        self, frames: FramesLike, audio: AudioLike | None = None, top: int = 5, color: Color = "rgb"
+    ) -> Reconstruction:
+        """Encode and decode everything. Raises InputError: frames or sound that the model does not take; UsageError."""
+        check_top(top)
+        return self.reconstruct(self.preprocess(frames, audio, color), top)
+
+    def label(
+        self, frames: FramesLike, audio: AudioLike | None = None, top: int = 5, color: Color = "rgb"
+    ) -> list[Prediction]:
+        """The ``top`` labels, most probable first. A split bundle decodes only them. Raises as `autoencode`."""
+        check_top(top)
+        feeds = self.preprocess(frames, audio, color)
+        scores = self.decode("label", self.encode(feeds)) if self.split else self.run_inputs(feeds)["label"]
+        return answer(scores[0], self.kind, self.manifest.labels, top)
+
+    def preprocess(self, frames: FramesLike, audio: AudioLike | None = None, color: Color = "rgb") -> dict[str, Array]:
+        """The model's inputs: ``frames`` (1, T, H, W, 3) in [0, 1], ``audio`` (1, samples, 1) in [-1, 1]."""
+        steps = self.preprocessing
+        pictures = read_frames(frames, steps.num_frames, color)
+        sound = np.zeros(steps.num_samples, np.float32)
+        if audio is not None:
+            sound = take_sound(audio, steps.sample_rate, steps.num_samples)
+        return {"frames": prepare_frames(pictures, steps.height, steps.width)[None], "audio": sound[None, :, None]}
+
+    def reconstruct(self, feeds: Feeds, top: int = 5, progress: Progress | None = None) -> Reconstruction:
+        """`autoencode` of preprocessed inputs of one sample."""
+        outputs = self.run_inputs(feeds, progress)
+        return Reconstruction(
+            np.clip(outputs["video"][0], 0, 1),
+            np.clip(outputs["sound"][0, :, 0], -1, 1),
+            answer(outputs["label"][0], self.kind, self.manifest.labels, top),
+        )
+
+    def run_inputs(self, feeds: Feeds, progress: Progress | None = None) -> dict[str, Array]:
+        """The model's outputs for preprocessed inputs of n samples, not clipped.
+
+        ``video`` (n, T, H, W, 3), ``sound`` (n, samples, 1) and ``label`` (n, labels).
+        """
+        if not self.split:
+            return run_batched(self.runtime, feeds)
+        latents = self.encode(feeds)
+        return {name: self.decode(name, latents, progress) for name in OUTPUTS}
+
+    def encode(self, feeds: Feeds) -> Array:
+        """Latents (n, N, D) of preprocessed inputs; split bundles only."""
+        return run_batched(self.part("encoder"), feeds)["latents"]
+
+    def decode(self, output: str, latents: Array, progress: Progress | None = None) -> Array:
+        """One output of latents (n, N, D), shaped as `run_inputs` says; split bundles only."""
+        decoder = self.part(f"decoder_{output}")
+        if len(decoder.inputs) == 1:  # a single query is not asked for by its index
+            return run_batched(decoder, {"latents": latents})[output]
+        most = limits(decoder.inputs[0], 0)[1]
+        chunks = [latents[start : start + most] for start in range(0, len(latents), most)]
+        rows = np.concatenate([self._rows(output, chunk, progress) for chunk in chunks])
+        return rows.reshape(len(latents), *self._shape(output))
+
+    def _rows(self, output: str, latents: Array, progress: Progress | None) -> Array:
+        """Rows (n, queries, E) of all queries of an output, for no more latents than the decoder takes at once."""
+        decoder, total = self.part(f"decoder_{output}"), self.manifest.parts[f"decoder_{output}"].num_queries
+        assert total is not None  # `check` came first
+        feeds = pad_batch(decoder, {"latents": latents})
+        queries = np.arange(total, dtype=np.int32)
+        step = _step(limits(next(spec for spec in decoder.inputs if spec.name == "queries"), 1))
+        parts = []
+        for start in range(0, total, step):
+            parts.append(decode(decoder, feeds, queries[start : start + step], total)[: len(latents)])
+            if progress is not None:
+                progress(f"decode {output}", min(start + step, total), total)
+        return np.concatenate(parts, axis=1)
+
+    def _shape(self, output: str) -> tuple[int, ...]:
+        steps = self.preprocessing
+        if output == "video":
+            return steps.num_frames, steps.height, steps.width, 3
+        return (steps.num_samples, 1) if output == "sound" else (-1,)
+
+
+def psnr(reference: npt.NDArray[np.float32], found: npt.NDArray[np.float32], peak: float = 1.0) -> float:
+    """Peak signal-to-noise ratio in dB, 10·log10(peak² / mean squared error); infinite where both are the same.
+
+    ``peak`` is 1 for images in [0, 1]; for sound in [-1, 1] it is the amplitude of full scale, 1 as well. Raises
+    InputError: shapes that differ.
+    """
+    if reference.shape != found.shape:
+        raise InputError(f"shapes {list(reference.shape)} and {list(found.shape)} differ", "compare like with like")
+    error = float(np.mean((reference.astype(np.float64) - found) ** 2))
+    return 10 * float(np.log10(peak**2 / error)) if error > 0 else float("inf")
+
+
+def _check_decoders(manifest: Manifest, steps: VideoPreprocessing) -> None:
+    """Each output has its decoder, and its queries make up the whole output."""
+    sizes = {"video": steps.num_frames * steps.height * steps.width * 3, "sound": steps.num_samples, "label": None}
+    for name, size in sizes.items():
+        part = manifest.parts.get(f"decoder_{name}")
+        gives = [spec.name for spec in part.outputs] if part is not None else []
+        if part is None or gives != [name] or [spec.name for spec in part.inputs[:1]] != ["latents"]:
+            raise misfit(f"the part decoder_{name} is missing or incomplete")
+        if [spec.name for spec in part.inputs[1:]] == ["queries"]:
+            width = part.outputs[0].shape[-1] if part.outputs[0].shape else None
+            if not part.num_queries or not isinstance(width, int) or size not in (None, part.num_queries * width):
+                raise misfit(f"decoder_{name} gives {part.num_queries} × {width} values, the {name} has {size}")
+        elif len(part.inputs) > 1:
+            raise misfit(f"decoder_{name} takes more than latents and queries")
+
+
+def _step(queries: tuple[int, int]) -> int:
+    """Queries between two steps of progress: a multiple of the decoder's number if that is fixed."""
+    least, most = queries
+    return most * max(1, _QUERIES_A_STEP // most) if least == most else min(most, _QUERIES_A_STEP)

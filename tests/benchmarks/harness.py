@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all benchmarks share: options, a folder to work in, fresh processes, sides that take turns, and a table.
+
+    python -m tests.benchmarks.NAME [--help] [--json] [--work DIR]
+
+A benchmark is a function that yields rows. Its keyword parameters are the command's options.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+FASHION = REPOSITORY / "examples" / "fashion_mnist"
+Row = dict[str, Any]
+T = TypeVar("T")
+_CALL = """
+import importlib, json, sys
+module, name, arguments = json.load(sys.stdin)
+print(json.dumps(getattr(importlib.import_module(module), name)(*arguments)))
+"""
+
+
+def command(measure: Callable[..., Iterable[Row]]) -> None:
+    """Run ``measure(work, **options)`` and print each row as it comes; exit with 1 if a row says ``"held": False``.
+
+    Keyword parameters become options of their default's type; a tuple ``presets`` becomes the arguments.
+    """
+    parser = argparse.ArgumentParser(
+        description=sys.modules[measure.__module__].__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", action="store_true", help="print all rows as JSON in the end")
+    parser.add_argument("--work", type=Path, help="a folder to keep; what lies in it is not made again")
+    for name, parameter in list(inspect.signature(measure).parameters.items())[1:]:
+        _add_option(parser, name, parameter.default)
+    options = vars(parser.parse_args())
+    as_json, work = options.pop("json"), options.pop("work")
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = work or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        for row in measure(folder, **options):
+            if not as_json:
+                _print(row, rows)
+            rows.append(row)
+    if as_json:
+        print(json.dumps(rows, indent=1))
+    sys.exit(not all(row.get("held", True) for row in rows))
+
+
+def _add_option(parser: argparse.ArgumentParser, name: str, default: Any) -> None:
+    option = f"--{name.replace('_', '-')}"
+    if isinstance(default, tuple):
+        parser.add_argument(
+            "presets" if name == "presets" else option, nargs="*", type=type(default[0]), default=default
+        )
+    elif isinstance(default, bool):
+        parser.add_argument(option, action=argparse.BooleanOptionalAction, default=default)
+    else:
+        parser.add_argument(option, type=Path if default is None else type(default), default=default)
+
+
+def _print(row: Row, before: list[Row]) -> None:
+    """A row of a Markdown table; a new table begins where the columns change."""
+    if not before or before[-1].keys() != row.keys():
+        print(f"\n| {' | '.join(row)} |\n|{'---|' * len(row)}")
+    print(f"| {' | '.join(map(_cell, row.values()))} |", flush=True)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_cell(one)}" for name, one in value.items())
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(_cell, value))
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return str(value)
+
+
+def fresh(function: Callable[..., T], *arguments: Any) -> T:
+    """The answer of a module's function in a process of its own, as JSON carries it."""
+    module = sys.modules[function.__module__].__spec__
+    assert module is not None
+    done = subprocess.run(
+        [sys.executable, "-c", _CALL],
+        input=json.dumps([module.name, function.__qualname__, arguments], default=str),
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=REPOSITORY,
+    )
+    if done.returncode:
+        raise SystemExit(f"{module.name}.{function.__qualname__}{arguments}:\n{done.stderr[-2000:]}")
+    answer: T = json.loads(done.stdout.splitlines()[-1])
+    return answer
+
+
+def in_turn(sides: Mapping[str, Callable[[], T]], rounds: int) -> dict[str, list[T]]:
+    """Each side's answers; all sides are called once a round."""
+    found: dict[str, list[T]] = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, call in sides.items():
+            found[name].append(call())
+    return found
+
+
+def seconds_in_turn(sides: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """The times of each side, after one round that is not counted."""
+    in_turn(sides, 1)
+    return in_turn({name: partial(seconds, call) for name, call in sides.items()}, rounds)
+
+
+def medians(found: Mapping[str, list[Any]]) -> dict[str, Any]:
+    """The median of each list of numbers, or of each number in a list of rows."""
+    return {
+        name: {key: float(np.median([one[key] for one in values])) for key in values[0]}
+        if isinstance(values[0], dict)
+        else float(np.median(values))
+        for name, values in found.items()
+    }
+
+
+def seconds(call: Callable[[], object]) -> float:
+    """Of one call."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start

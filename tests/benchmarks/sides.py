@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Full-size models, ours and transformers', and one call of each, measured in a fresh process."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tests.benchmarks.harness import Row, fresh
+
+ENGINES = ("ort", "openvino")
+Call = Callable[[dict[str, Any]], Any]
+
+
+def make_pair(preset: str, work: Path, with_plain: bool = True) -> tuple[Path, Path | None]:
+    """Our folded bundle and the plain graph of the same random weights; no graph where transformers lacks the model."""
+    from perceiver_export.exporter import ExportOptions, export
+    from tests.benchmarks.plain_models import plain_export, transformers_model
+
+    bundle, plain = work / f"{preset}-folded", work / f"{preset}-plain" / "model.onnx"
+    if (bundle / "manifest.json").is_file() and (plain.is_file() or not with_plain):
+        return bundle, plain if with_plain else None
+    model = transformers_model(preset) if with_plain else None
+    if model is None:
+        export(f"preset:{preset}", bundle, ExportOptions(overwrite=True))
+        return bundle, None
+    model.save_pretrained(work / f"{preset}-checkpoint")
+    export(work / f"{preset}-checkpoint", bundle, ExportOptions(overwrite=True))
+    plain_export(preset, model, golden_inputs(bundle), plain)
+    return bundle, plain
+
+
+def golden_inputs(bundle: Path) -> dict[str, Any]:
+    """The inputs that the bundle's first part was verified with."""
+    from perceiver_export.runtimes.bundle import golden_arrays, open_bundle
+
+    opened = open_bundle(bundle)
+    return golden_arrays(opened, next(iter(opened.manifest.parts)), "input")
+
+
+def save_feeds(work: Path, name: str, feeds: Mapping[str, Any]) -> Path:
+    """A file for `timed`."""
+    path = work / f"{name}.npz"
+    np.savez(path, allow_pickle=False, **feeds)
+    return path
+
+
+def timed(source: Path, engine: str, threads: int, feeds: Path, precision: str | None = None) -> Row:
+    """Of a bundle, or of a graph as its engine's documentation loads it: in a fresh process."""
+    return fresh(_timed, source, engine, threads, feeds, precision)
+
+
+def output_of(feeds: Path, engine: str) -> Any:
+    """The first output of the last call with these feeds on this engine."""
+    return np.load(feeds.with_suffix(f".{engine}.npy"))
+
+
+def _timed(source: str, engine: str, threads: int, feeds: str, precision: str | None) -> Row:
+    """Milliseconds of a call, the best of three after two others; the process's largest MiB, and before the load."""
+    from perceiver_export.runtimes import Runtime  # noqa: F401  part of what was there before
+    from perceiver_export.runtimes.machine import peak_memory
+
+    __import__({"ort": "onnxruntime", "openvino": "openvino"}[engine])
+    before = peak_memory()
+    call = (_load_graph if source.endswith(".onnx") else _load_bundle)(source, engine, threads, precision)
+    given, times = dict(np.load(feeds)), []
+    for _ in range(5):
+        start = time.perf_counter()
+        values = call(given)
+        times.append((time.perf_counter() - start) * 1e3)
+    np.save(Path(feeds).with_suffix(f".{engine}.npy"), values)
+    return {"ms": min(times[2:]), "MiB": peak_memory(), "MiB before": before}
+
+
+def _load_bundle(bundle: str, engine: str, threads: int, precision: Any) -> Call:
+    from perceiver_export.runtimes import load
+
+    runtime = load(bundle, f"{engine}-cpu", threads=threads, precision=precision)
+    return lambda feeds: next(iter(runtime.run(feeds).values()))
+
+
+def _load_graph(graph: str, engine: str, threads: int, _: object) -> Call:
+    if engine == "ort":
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        return lambda feeds: session.run(None, feeds)[0]
+    import openvino
+
+    settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
+    model = openvino.Core().compile_model(graph, "CPU", settings)
+    return lambda feeds: model(feeds)[0]

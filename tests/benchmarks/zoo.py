@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models that nobody wrote for this project (tests/zoo): what `export` makes of each.
+
+    python -m tests.benchmarks.zoo [--rounds 15] [--only NAME …]
+
+Products recognised and folded, FLOPs with and without folds, the difference to torch in float32, the difference of the
+folded graph to the plain one in float64, milliseconds of both on each engine in turn, and the integer share of int8.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from tests.benchmarks.harness import Row, command, medians, seconds_in_turn
+from tests.zoo.models import ZOO
+
+TARGETS = {"ONNX Runtime": "ort-cpu", "OpenVINO": "openvino-cpu"}
+
+
+def measure(work: Path, rounds: int = 15, only: tuple[str, ...] = ("",)) -> Iterator[Row]:
+    from perceiver_export.calibration import QuantizeOptions, quantize
+    from perceiver_export.exporter import ExportOptions, OwnModel, export
+    from perceiver_export.runtimes import Bundle
+    from perceiver_export.runtimes.errors import PerceiverExportError
+
+    for name in ZOO if only == ("",) else only:
+        module, inputs = ZOO[name]()
+        own = OwnModel(module, inputs)
+        try:
+            plain, folded = (export(own, work / f"{name}-{fold}", ExportOptions(fold=fold)) for fold in (False, True))
+        except PerceiverExportError as error:
+            yield {"model": name, "refused": error.message}
+            continue
+
+        def flops(bundle: Bundle) -> float:
+            return sum(stage.flops for stage in bundle.manifest.parts["model"].stages) / 1e6
+
+        folds = Counter(_kind(one.chosen, one.why) for one in folded.manifest.parts["model"].folds)
+        int8 = quantize(folded, "random", work / f"{name}-int8", QuantizeOptions(samples=2))
+        quantization = int8.manifest.quantization
+        feeds = {key: value.numpy() for key, value in inputs.items()}
+        yield {
+            "model": name,
+            "folded": folds["folded"],
+            "does not pay": folds["plain"],
+            "blocked": folds["blocked"],
+            "MFLOP plain": flops(plain),
+            "MFLOP folded": flops(folded),
+            "difference to torch": max(one.difference for one in folded.manifest.verification),
+            "float64 error": exact_error(module, inputs),
+            "ms plain, folded": _times(plain.path, folded.path, feeds, rounds),
+            "integer share": None if quantization is None else quantization.integer_share,
+        }
+
+
+def _kind(chosen: str, why: str) -> str:
+    return "blocked" if why.startswith("blocked") else chosen
+
+
+def _times(plain: Path, folded: Path, feeds: Mapping[str, np.ndarray], rounds: int) -> dict[str, list[float]]:
+    """Median milliseconds of both graphs by engine."""
+    from perceiver_export.runtimes import load
+
+    found = {}
+    for engine, target in TARGETS.items():
+        with load(plain, target) as one, load(folded, target) as other:
+            sides = {"plain": lambda run=one.run: run(feeds), "folded": lambda run=other.run: run(feeds)}
+            times = medians(seconds_in_turn(sides, rounds))
+        found[engine] = [1e3 * times["plain"], 1e3 * times["folded"]]
+    return found
+
+
+def exact_error(module: object, inputs: Mapping[str, object]) -> float:
+    """The largest difference of the folded graph to the plain one in float64, as a share of the output's scale."""
+    from onnx.reference import ReferenceEvaluator
+
+    from perceiver_export.exporter.fold.engine import fold
+    from perceiver_export.exporter.graphs import own_graph
+    from perceiver_export.exporter.own import NamedModule
+    from perceiver_export.exporter.trace import folded_graph
+
+    part = own_graph(NamedModule(module, inputs), None)  # type: ignore[arg-type]
+    model, _, _ = folded_graph(part, False, 1 << 40, 1)
+    feeds = {name: _double(array) for name, array in part.examples.items()}
+    outputs = []
+    in_double(model)
+    for folds in (False, True):
+        if folds:
+            fold(model)
+        proto = ir.to_proto(model)
+        outputs.append(ReferenceEvaluator(proto).run(None, feeds))
+    return max(float(np.abs(a - b).max() / np.abs(a).max()) for a, b in zip(*outputs, strict=True))
+
+
+def _double(array: np.ndarray) -> np.ndarray:
+    return array.astype(np.float64) if array.dtype == np.float32 else array
+
+
+def in_double(model: ir.Model) -> None:
+    """All float32 of a graph as float64, in place."""
+    single, double = ir.DataType.FLOAT, ir.DataType.DOUBLE
+    for value in list(model.graph.initializers.values()):
+        if value.dtype == single and value.const_value is not None:
+            value.const_value = ir.tensor(value.const_value.numpy().astype(np.float64), name=value.name)
+            value.type = ir.TensorType(double)
+    for node in model.graph:
+        if node.op_type == "Cast" and node.attributes["to"].as_int() == int(single):
+            node.attributes["to"] = ir.AttrInt64("to", int(double))
+        if node.op_type == "ConstantOfShape" and "value" in node.attributes:
+            own = node.attributes["value"].as_tensor().numpy()
+            node.attributes["value"] = ir.AttrTensor("value", ir.tensor(_double(own)))
+        for result in node.outputs:
+            if result.dtype == single:
+                result.type = ir.TensorType(double)
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        if value.dtype == single:
+            value.type = ir.TensorType(double)
+
+
+if __name__ == "__main__":
+    command(measure)

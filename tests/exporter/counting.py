@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parameters and FLOPs of a config as torch counts them, on the meta device."""
+
+from __future__ import annotations
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from perceiver_export.exporter.graphs import Batch, input_specs
+from perceiver_export.exporter.model.config import PerceiverConfig, QueryDecoder
+from perceiver_export.exporter.model.perceiver import PerceiverIO
+from perceiver_export.exporter.presets import Counts
+
+
+def meta_feeds(config: PerceiverConfig) -> dict[str, torch.Tensor]:
+    """One sample, without memory."""
+    return {
+        spec.name: torch.zeros(spec.shape, dtype=getattr(torch, spec.dtype), device="meta")  # type: ignore[arg-type]
+        for spec in input_specs(config, Batch.parse(1))
+    }
+
+
+def count(config: PerceiverConfig) -> Counts:
+    """The counts of one sample."""
+    with torch.device("meta"):
+        return count_model(PerceiverIO(config).eval())
+
+
+def count_model(model: PerceiverIO) -> Counts:
+    """The same of a model on the meta device."""
+    feeds, decoder = meta_feeds(model.config), model.config.decoder
+    with torch.device("meta"), torch.inference_mode():
+        model.requires_grad_(False)
+        with FlopCounterMode(display=False) as whole:
+            model(feeds)
+        one_query = whole
+        if isinstance(decoder, QueryDecoder):
+            inputs = model.embed(feeds)[0]  # once, for the encoder
+            with FlopCounterMode(display=False) as one_query:
+                latents = model.encode(feeds)
+                for name in decoder.outputs:
+                    model.decode(name, latents, torch.zeros(1, 1, dtype=torch.int64), feeds, inputs)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return Counts(parameters, whole.get_total_flops(), one_query.get_total_flops())

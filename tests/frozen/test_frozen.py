@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Nothing that the commands say or write changes unless it is meant to, and the product does not grow."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.frozen.answers import ANSWERS, answers
+from tests.frozen.size import RECORD, measured
+
+ALIKE = 0.02  # of the value: kernels of another CPU round otherwise
+
+
+def test_the_commands_answer_as_they_did(tmp_path: Path) -> None:
+    expected = json.loads(ANSWERS.read_bytes())
+    found = json.loads(json.dumps(answers(tmp_path)))
+    assert list(differences("", expected, found)) == []
+
+
+def differences(where: str, expected: Any, found: Any) -> Iterator[str]:
+    """Every place where both differ, with both values."""
+    if isinstance(expected, Mapping) and isinstance(found, Mapping):
+        for key in sorted(expected.keys() | found.keys()):
+            yield from differences(f"{where}/{key}", expected.get(key, "nothing"), found.get(key, "nothing"))
+    elif isinstance(expected, list) and isinstance(found, list) and len(expected) == len(found):
+        for index, pair in enumerate(zip(expected, found, strict=True)):
+            yield from differences(f"{where}[{index}]", *pair)
+    elif isinstance(expected, float) and isinstance(found, (int, float)):
+        if found != pytest.approx(expected, rel=ALIKE, abs=1e-5):
+            yield f"{where}: {expected} was, {found} is"
+    elif expected != found:
+        yield f"{where}: {expected!r} was, {found!r} is"
+
+
+def test_the_product_does_not_grow() -> None:
+    """Lower the record with every step that makes it smaller: `python -m tests.frozen.size`."""
+    recorded, found = json.loads(RECORD.read_bytes()), measured()
+    for name, most in recorded.items():
+        assert found[name] <= most, f"{found[name]} {name}, recorded {most}"
