@@ -31,7 +31,7 @@ class Closer(Protocol):
 
 closing = False  # batchers take no more requests
 ending = False  # and runtimes no more calls
-_STEP = 0.0005  # seconds
+STEP = 0.0005  # seconds
 _awaited: set[CodeType] = set()
 _batchers: weakref.WeakSet[Closer] = weakref.WeakSet()
 _closers: weakref.WeakSet[Closer] = weakref.WeakSet()
@@ -97,7 +97,7 @@ def _wait() -> None:
         thread != here and frame.f_code is not hold.__code__ and _calls_within(frame)
         for thread, frame in sys._current_frames().items()
     ):
-        time.sleep(_STEP)
+        time.sleep(STEP)
 
 
 def _calls_within(frame: FrameType | None) -> int:

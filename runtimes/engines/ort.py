@@ -7,8 +7,10 @@ that a provider does not support on the CPU. Here that is an error.
 
 from __future__ import annotations
 
+import sys
 import threading
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -157,8 +159,7 @@ class OrtEngine:
         self.outputs = tuple(map(_spec, session.get_outputs()))
         self._output_names = [spec.name for spec in self.outputs]
         self._single_threaded = threads == 1  # the session then has no thread of its own to run on
-        self._in_flight, self._idle = 0, threading.Condition()
-        self._calling: set[int] = set()  # threads in a caller's callback
+        self._requests = _Requests()
 
     def run(self, feeds: Feeds) -> dict[str, Array]:
         try:
@@ -184,43 +185,29 @@ class OrtEngine:
             return None
         future: Future[dict[str, Array]] = Future()
         future.set_running_or_notify_cancel()
-
-        @exits.awaited
-        def done(values: Any, held: Any, error: str) -> None:
-            thread = threading.get_ident()
-            self._calling.add(thread)
-            if error:
-                future.set_exception(_ours(RuntimeError(error)))
-            else:
-                future.set_result(dict(zip(self._output_names, values, strict=True)))
-            self._calling.discard(thread)
-            self._count(-1)
-
-        self._count(1)
-        try:
-            self._session.run_async(self._output_names, feeds, done, feeds)  # the last keeps the arrays until then
+        try:  # the last argument keeps the arrays until then
+            self._session.run_async(self._output_names, feeds, self._requests.begin(future, self._output_names), feeds)
         except Exception as error:
-            self._count(-1)
+            self._requests.end()
             if "thread pool" not in str(error):
                 raise _ours(error) from error
             self._single_threaded = True  # a machine of one core
             return None
         return future
 
-    def _count(self, more: int) -> None:
-        with self._idle:
-            self._in_flight += more
-            self._idle.notify_all()
-
     def in_callback(self) -> bool:
-        return threading.get_ident() in self._calling
+        return threading.get_ident() in self._requests.calling
 
     def close(self) -> None:
         if self.in_callback():  # a callback cannot wait for itself; the interpreter's exit waits for this thread
-            threading.Thread(target=self.close, name="perceiver-export-close", daemon=False).start()
-            return
-        with self._idle:
-            self._idle.wait_for(lambda: not self._in_flight)
+            _in_background(self.close)
+        else:
+            self._requests.wait()
+
+    @exits.awaited
+    def __del__(self) -> None:
+        if self._requests.busy():
+            _in_background(lambda session, requests: requests.wait(), self._session, self._requests)
 
     def describe(self) -> dict[str, Any]:
         provider = self._session.get_providers()[0]
@@ -236,6 +223,60 @@ class OrtEngine:
             **({"arithmetic": "fp32"} if in_fp32 else {}),
             **self._source.flags_described,
         }
+
+
+class _Requests:
+    """Asynchronous calls of one session, without a reference to it.
+
+    A session must not be freed by one of its own threads, which then corrupts memory (onnxruntime 1.23), nor while one
+    of them is in Python, because the thread that frees it waits for them and holds Python's lock.
+    """
+
+    def __init__(self) -> None:
+        self.calling: set[int] = set()  # threads in a caller's callback
+        self._threads: set[int] = set()  # threads of the session that have called back
+        self._in_flight, self._changed = 0, threading.Condition()
+
+    def begin(self, future: Future[dict[str, Array]], names: list[str]) -> Callable[[Any, Any, str], None]:
+        """Count a call. Returns what onnxruntime calls at its end."""
+        submitting = threading.get_ident()
+
+        @exits.awaited
+        def done(values: Any, held: Any, error: str) -> None:
+            thread = threading.get_ident()
+            if thread != submitting:  # it is where onnxruntime's queue was full
+                self._threads.add(thread)
+            self.calling.add(thread)
+            if error:
+                future.set_exception(_ours(RuntimeError(error)))
+            else:
+                future.set_result(dict(zip(names, values, strict=True)))
+            self.calling.discard(thread)
+            self.end()
+
+        with self._changed:
+            self._in_flight += 1
+        return done
+
+    def end(self) -> None:
+        with self._changed:
+            self._in_flight -= 1
+            self._changed.notify_all()
+
+    def busy(self) -> bool:
+        """Whether a call is in flight, or has ended and its thread has not yet left Python."""
+        return self._in_flight > 0 or not self._threads.isdisjoint(sys._current_frames())
+
+    def wait(self) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._in_flight)
+        while self.busy():
+            time.sleep(exits.STEP)
+
+
+def _in_background(call: Callable[..., None], *arguments: object) -> None:
+    """Python's exit waits for it. The arguments are freed by its thread."""
+    threading.Thread(target=call, args=arguments, name="perceiver-export-close", daemon=False).start()
 
 
 def utf8(path: Path) -> str:

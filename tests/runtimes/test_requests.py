@@ -100,6 +100,21 @@ def test_close_finishes_what_was_submitted_and_refuses_more(
             call()
 
 
+@pytest.mark.parametrize("waits", [True, False], ids=["for each", "for all"])
+def test_a_runtime_may_be_dropped_with_requests_in_flight(
+    waits: bool, target: str, fashion_bundle: Path, golden: dict[str, Any]
+) -> None:
+    expected = load(fashion_bundle, target).run({"image": golden["image"]})["logits"]
+    futures = []
+    for _ in range(20):
+        futures.append(load(fashion_bundle, target).submit({"image": golden["image"]}))
+        if waits:
+            futures[-1].result(timeout=60)
+
+    for future in futures:
+        np.testing.assert_array_equal(expected, future.result(timeout=60)["logits"])
+
+
 @pytest.mark.parametrize("options", [{}, {"threads": 1}, {"check_finite": True}], ids=str)
 def test_a_callback_may_close_and_the_rest_is_finished(
     target: str, fashion_bundle: Path, golden: dict[str, Any], options: dict[str, Any]
