@@ -14,6 +14,7 @@ from PIL import Image
 
 from perceiver_export.exporter.cli.answers import Request, image_files
 from perceiver_export.exporter.cli.run import RUNNERS
+from perceiver_export.exporter.trace import TOLERANCE
 from perceiver_export.runtimes import load, open_bundle
 from perceiver_export.runtimes.tasks import TASKS
 from perceiver_export.runtimes.tasks.sound import read_wav, write_wav
@@ -110,7 +111,7 @@ def test_split_and_whole_are_one_model(small_bundle: SmallBundle, system: str) -
         if mask := {"language": "tokens_mask", "sets": "entities_mask"}.get(system):
             there = feeds[mask][0].astype(bool)
             found[name], array = found[name][:, there], array[:, there]
-        np.testing.assert_allclose(found[name], array, rtol=0, atol=1e-5 * np.abs(array).max())
+        np.testing.assert_allclose(found[name], array, rtol=0, atol=TOLERANCE * np.abs(array).max())
 
 
 def test_flow_is_written_as_files_and_as_a_picture(small_bundle: SmallBundle, files: Path, tmp_path: Path) -> None:

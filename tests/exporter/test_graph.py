@@ -18,7 +18,7 @@ from perceiver_export.exporter.graphs import Batch, whole_model
 from perceiver_export.exporter.module_folds.folded import FoldedPerceiver
 from perceiver_export.exporter.module_folds.sites import choose_sites
 from perceiver_export.exporter.simplify import FoldConstantsPass
-from perceiver_export.exporter.trace import IR_VERSION, OPSET, trace
+from perceiver_export.exporter.trace import IR_VERSION, OPSET, TOLERANCE, trace
 from perceiver_export.runtimes import load
 from perceiver_export.runtimes.errors import UsageError
 from tests.cli import small_models
@@ -162,7 +162,7 @@ def test_a_range_of_batches_runs_at_every_size_and_refuses_others(
         for size in range(1, 6):
             expected = loaded.run({"image": images[:size]})["logits"]
             found = runtime.run({"image": images[:size]})["logits"]
-            np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+            np.testing.assert_allclose(found, expected, atol=TOLERANCE * np.abs(expected).max())
             buffer = np.empty_like(expected)
             np.testing.assert_array_equal(
                 runtime.run({"image": images[:size]}, out={"logits": buffer})["logits"], found

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from perceiver_export.exporter import ExportOptions, export, load_model
 from perceiver_export.exporter.checkpoints.huggingface_config import ACTIVATIONS, IGNORED, TASKS, uses
+from perceiver_export.exporter.trace import TOLERANCE
 from perceiver_export.runtimes import open_task
 from perceiver_export.runtimes.errors import CheckpointError
 from perceiver_export.runtimes.tasks import (
@@ -332,7 +333,7 @@ def test_flow_is_transformers(tmp_path: Path) -> None:
 
     with open_task(bundle, OpticalFlow) as task:
         found = task(pair[0], pair[1])
-    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+    np.testing.assert_allclose(found, expected, atol=TOLERANCE * np.abs(expected).max())
 
 
 def test_videos_come_back_as_from_transformers_at_no_rate_that_nobody_said(tmp_path: Path) -> None:
@@ -351,7 +352,7 @@ def test_videos_come_back_as_from_transformers_at_no_rate_that_nobody_said(tmp_p
         assert task.preprocessing.sample_rate is None
         found = task.run_inputs({name: value.numpy() for name, value in feeds.items()})
     for name, values in expected.items():
-        np.testing.assert_allclose(found[name].ravel(), values.ravel(), atol=1e-5 * np.abs(values).max())
+        np.testing.assert_allclose(found[name].ravel(), values.ravel(), atol=TOLERANCE * np.abs(values).max())
 
 
 @pytest.mark.parametrize(

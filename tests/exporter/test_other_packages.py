@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from perceiver_export.calibration import ValidateOptions, validate
 from perceiver_export.exporter import ExportOptions, OwnModel, export
+from perceiver_export.exporter.trace import TOLERANCE
 from perceiver_export.runtimes import load
 
 SIZES: dict[str, Any] = {
@@ -65,7 +66,7 @@ def test_the_bundle_is_the_packages_model(name: str, tmp_path: Path) -> None:
 
     with load(bundle) as runtime:
         found = runtime.run({one: tensor.numpy() for one, tensor in three.items()})["out"]
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+    np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE * np.abs(expected).max())
 
 
 def test_a_trained_module_of_the_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

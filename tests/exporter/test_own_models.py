@@ -27,6 +27,7 @@ from perceiver_export.exporter.model import (
     own_model,
 )
 from perceiver_export.exporter.model.config import Input
+from perceiver_export.exporter.trace import TOLERANCE
 from perceiver_export.runtimes import Bundle, open_task
 from perceiver_export.runtimes import load as load_bundle
 from perceiver_export.runtimes.engines import ort
@@ -53,7 +54,7 @@ def assert_bundle_is_model(bundle: Bundle, model: LoadedModel, feeds: dict[str, 
         found = runtime.run(feeds)
     assert found.keys() == expected.keys()
     for name, array in expected.items():
-        np.testing.assert_allclose(found[name], array, rtol=0, atol=1e-5 * np.abs(array).max())
+        np.testing.assert_allclose(found[name], array, rtol=0, atol=TOLERANCE * np.abs(array).max())
 
 
 def test_a_range_of_one_query_is_a_fixed_number(tmp_path: Path) -> None:

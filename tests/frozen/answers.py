@@ -52,6 +52,7 @@ MEASURED = {
     "files",
     "graph_sha256",
     "graphs",
+    "instruction_set",
     "machine",
     "median_ms",
     "memory",
