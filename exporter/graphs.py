@@ -97,6 +97,17 @@ class GraphPart:
         """(least, most) of each dynamic dimension."""
         return {name: limits for spec in self.inputs for name, limits in spec.ranges.items()}
 
+    def planned(self, name: str) -> int:
+        """The size of a dynamic dimension that memory is planned for: the largest, of queries those of a usual call."""
+        most = self.ranges[name][1]
+        return min(most, _GRID_QUERIES) if name == "queries" else most
+
+    @property
+    def samples(self) -> int:
+        """The most samples of a call."""
+        first = (self.inputs[0].shape or (1,))[0]
+        return self.planned(first) if isinstance(first, str) else first
+
 
 class _Graph(nn.Module):
     """``compute`` as a module of positional tensors; its weights are called ``model.…``."""
@@ -259,12 +270,6 @@ def most_queries(output: OutputConfig, queries: int | None, dynamic: bool) -> in
     total = output.queries.num_queries
     usual = total if dynamic else _LEARNED_QUERIES if isinstance(output.queries, LearnedQueries) else _GRID_QUERIES
     return min(queries or usual, total)
-
-
-def planned_queries(config: PerceiverConfig, queries: int | None, dynamic: bool) -> dict[str, int]:
-    """The queries of each output that the memory plan of a split decoder counts with: at most a usual call's."""
-    most = {name: most_queries(output, queries, dynamic) for name, output in _outputs(config).items()}
-    return {name: min(count, queries or _GRID_QUERIES) if dynamic else count for name, count in most.items()}
 
 
 def _outputs(config: PerceiverConfig) -> dict[str, OutputConfig]:

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models of your own: any `torch.nn.Module`, called with example inputs.
 
-def policy() -> OwnModel:
-model = Policy(...)
-model.load_state_dict(torch.load("policy.pt", weights_only=True))
-return OwnModel(model, {"image": torch.rand(1, 3, 96, 96), "state": torch.rand(1, 14)}, outputs=("actions",))
+    def policy() -> OwnModel:
+        model = Policy(...)
+        model.load_state_dict(torch.load("policy.pt", weights_only=True))
+        return OwnModel(model, {"image": torch.rand(1, 3, 96, 96), "state": torch.rand(1, 14)}, outputs=("actions",))
+
+`examples/your_own.py` is a whole one.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import importlib.metadata
 import os
 import platform
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
@@ -44,11 +44,9 @@ from perceiver_export.runtimes.runtime import Array
 from perceiver_export.runtimes.tasks import checked_task
 
 if TYPE_CHECKING:
-    import onnx_ir as ir
-
     from perceiver_export.exporter.graphs import Batch, GraphPart
-    from perceiver_export.exporter.module_folds.sites import Sites
     from perceiver_export.exporter.own import OwnModel
+    from perceiver_export.exporter.trace import FoldedGraph
 
 DEFAULT_BUDGET = "512MiB"
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
@@ -117,35 +115,21 @@ def export(
     """
     report = progress or (lambda what, done, total: None)
     check_installed()
-    from perceiver_export.exporter.graphs import Batch, make_graphs, output_specs
+    from perceiver_export.exporter.graphs import Batch, output_specs
 
     path, budget = absolute_place(output), _budget(options)
     batch = None if options.batch is None else Batch.parse(options.batch)
     refuse_place(path, options.overwrite)
     report("load", 0, 1)
     loaded = _load(source, options)
-    if loaded.config is None:
-        return _export_own(path, loaded, options, batch, budget, report)
-    batch = batch or Batch.parse(1)
-    split = loaded.split if options.split is None else options.split
-    queries = options.shape.get("queries")
-    make = functools.partial(make_graphs, batch=batch, split=split, queries=queries, dynamic=options.dynamic_queries)
-    references = make(loaded.model)
-    graphs, sites = references, None
-    if options.fold:
-        from perceiver_export.exporter.graphs import planned_queries
-        from perceiver_export.exporter.module_folds.folded import FoldedPerceiver
-        from perceiver_export.exporter.module_folds.sites import choose_sites
-
-        planned = planned_queries(loaded.config, queries[0] if queries else None, options.dynamic_queries)
-        sites = choose_sites(loaded.model, budget, batch.most, planned if split else None)
-        graphs = make(FoldedPerceiver(loaded.model, sites))
+    graphs = _graphs(loaded, options, batch)
     with new_bundle(path, options.overwrite) as directory:
-        parts = _write_graphs(loaded, graphs, sites, directory, report)
-        checks = _verify(loaded, references, directory, report)
+        folded = _write_graphs(loaded, graphs, options.fold, budget, directory, report)
+        parts = {one.part.name: _recorded(one) for one in folded}
+        checks = _verify(loaded, [one.part for one in folded], directory, report)
         for name, content in loaded.files.items():
             (directory / name).write_bytes(content)
-        outputs = output_specs(loaded.config, batch) if len(graphs) > 1 else ()
+        outputs = output_specs(loaded.config, batch or Batch.parse(1)) if len(graphs) > 1 else ()
         manifest = _manifest(path.name, loaded, parts, outputs, checks, directory)
         (directory / "manifest.json").write_bytes(encode_manifest(manifest))
         _check_task(open_bundle(directory, verify="never").manifest)
@@ -153,32 +137,16 @@ def export(
     return open_bundle(path)
 
 
-def _export_own(
-    path: Path, loaded: LoadedModel, options: ExportOptions, batch: Batch | None, budget: int, report: Progress
-) -> Bundle:
-    """Any module, or an ONNX file: one graph, folded as it is."""
-    from perceiver_export.calibration.graphs import save_graphs, stage_costs
-    from perceiver_export.exporter.graphs import own_graph
-    from perceiver_export.exporter.trace import folded_graph, with_vocabularies
+def _graphs(loaded: LoadedModel, options: ExportOptions, batch: Batch | None) -> tuple[GraphPart, ...]:
+    from perceiver_export.exporter.graphs import Batch, make_graphs, own_graph
 
+    if loaded.config is not None:
+        split = loaded.split if options.split is None else options.split
+        queries = options.shape.get("queries")
+        return make_graphs(loaded.model, batch or Batch.parse(1), split, queries, options.dynamic_queries)
     if options.split or options.dynamic_queries:
         raise UsageError("--split takes Perceivers that say where their latents are", "leave --split out")
-    graph = own_graph(loaded.model, batch)
-    report("trace and fold", 0, 3)
-    (first, *_), own = graph.inputs[0].shape or (1,), graph.ranges.get("batch")
-    samples = own[1] if own else int(first)
-    model, folds, planned = folded_graph(graph, options.fold, budget, samples)
-    graph = with_vocabularies(graph, model.graph)
-    part = Part(graph.file, graph.inputs, graph.outputs, stage_costs(model.graph), None, folds, planned)
-    with new_bundle(path, options.overwrite) as directory:
-        report("write", 1, 3)
-        save_graphs({graph.file: model}, directory)
-        checks = _verify(loaded, (graph,), directory, report)
-        manifest = _manifest(path.name, loaded, {"model": part}, (), checks, directory)
-        (directory / "manifest.json").write_bytes(encode_manifest(manifest))
-        _check_task(open_bundle(directory, verify="never").manifest)
-    report("done", 1, 1)
-    return open_bundle(path)
+    return (own_graph(loaded.model, batch),)
 
 
 def parse_budget(text: str | int) -> int:
@@ -225,25 +193,28 @@ def _load(source: str | os.PathLike[str] | LoadedModel | OwnModel, options: Expo
 
 
 def _write_graphs(
-    loaded: LoadedModel, graphs: tuple[GraphPart, ...], sites: Sites | None, directory: Path, report: Progress
-) -> dict[str, Part]:
-    from perceiver_export.calibration.graphs import save_graphs, stage_costs
-    from perceiver_export.exporter.trace import trace
+    loaded: LoadedModel, graphs: tuple[GraphPart, ...], fold: bool, budget: int, directory: Path, report: Progress
+) -> list[FoldedGraph]:
+    from perceiver_export.calibration.graphs import save_graphs
+    from perceiver_export.exporter.trace import folded_graph
 
-    models: dict[str, ir.Model] = {}
-    parts: dict[str, Part] = {}
+    folded = []
     for index, graph in enumerate(graphs):
-        report(f"trace {graph.name}", index, 3 * len(graphs))
-        models[graph.file] = trace(graph, loaded.config)
-        stages = stage_costs(models[graph.file].graph)
-        part = Part(graph.file, graph.inputs, graph.outputs, stages, graph.num_queries)
-        parts[graph.name] = part if sites is None else sites.recorded(part, graph.name)
+        report(f"trace and fold {graph.name}", index, 3 * len(graphs))
+        folded.append(folded_graph(graph, loaded.config, fold, budget))
     report("write", 1, 3)
-    save_graphs(models, directory)
-    return parts
+    save_graphs({one.part.file: one.model for one in folded}, directory)
+    return folded
 
 
-def _verify(loaded: LoadedModel, graphs: tuple[GraphPart, ...], directory: Path, report: Progress) -> tuple[Check, ...]:
+def _recorded(folded: FoldedGraph) -> Part:
+    from perceiver_export.calibration.graphs import stage_costs
+
+    part, stages = folded.part, stage_costs(folded.model.graph)
+    return Part(part.file, part.inputs, part.outputs, stages, part.num_queries, folded.folds, folded.plan)
+
+
+def _verify(loaded: LoadedModel, graphs: Sequence[GraphPart], directory: Path, report: Progress) -> tuple[Check, ...]:
     """Compare the written graphs with torch, and keep the first case of each as golden.npz."""
     from perceiver_export.exporter.trace import verify
 

@@ -20,7 +20,7 @@ RANDOM = frozenset(
     {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial"}
 )
 _REPEATING = frozenset({"Expand", "Tile", "ConstantOfShape"})
-_GROWING = frozenset({"Expand", "Tile", "Add", "Mul", "MatMul"})
+_GROWING = frozenset({"Expand", "Tile", "Add", "Mul", "MatMul", "Gather"})
 _SMALL, _LARGE = 1 << 12, 1 << 20  # numbers
 _NETWORK = "model."  # the name of the network inside each graph, see `graphs`
 _SCOPES = "pkg.torch.onnx.name_scopes"
@@ -163,8 +163,8 @@ def _module(node: ir.Node) -> str:
 class SettleTypesAndShapesPass(ir.passes.InPlacePass):
     """Replaces types and shapes that are asked for at run time by those that the graph knows, so that they fold.
 
-    Given:  CastLike(1.0, x), Expand(., Shape(x))      x of (1, 54, 384)
-    Result: 1.0, Expand(., initializer)
+    Given:  CastLike(1.0, x), Expand(., Shape(x)), Reshape(x, [1, 54, 384])      x of (1, 54, 384)
+    Result: 1.0, Expand(., initializer), x
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -177,7 +177,28 @@ class SettleTypesAndShapesPass(ir.passes.InPlacePass):
                 _replace(model.graph, node.outputs[0], np.array(sizes, np.int64))
                 model.graph.remove(node, safe=True)
                 modified = True
+            elif node.op_type in ("Reshape", "Expand") and _changes_nothing(node):
+                _take_out(model.graph, node)
+                modified = True
         return ir.passes.PassResult(model, modified=modified)
+
+
+def _changes_nothing(node: ir.Node) -> bool:
+    source, result = node.inputs[0], node.outputs[0]
+    if source is None or source.shape is None or result.shape is None or not source.shape.is_static():
+        return False
+    ends = source.is_graph_input() or source.is_initializer() or source.is_graph_output()
+    return source.shape == result.shape and not (ends and result.is_graph_output())
+
+
+def _take_out(graph: ir.Graph, node: ir.Node) -> None:
+    source, result = node.inputs[0], node.outputs[0]
+    assert source is not None
+    name, is_output = result.name, result.is_graph_output()
+    result.replace_all_uses_with(source, replace_graph_outputs=True)
+    graph.remove(node, safe=True)
+    if is_output:
+        source.name = name
 
 
 def _settle_cast(graph: ir.Graph, node: ir.Node, dtype: ir.DataType) -> None:
@@ -230,6 +251,8 @@ def passes(dynamic: Collection[int] = ()) -> tuple[ir.passes.InPlacePass, ...]:
 
 def without_sequences(model: ir.Model) -> None:
     """Inline functions, and take away sequences that only carry tensors, as some exporters write for Split."""
+    if not model.functions and not any("Sequence" in node.op_type for node in model.graph):
+        return  # what it also folds would lose the names of weights
     from onnxscript.optimizer import optimize_ir
 
     optimize_ir(model, should_fold=lambda node: False if node.op_type in _REPEATING else None)
@@ -246,3 +269,19 @@ def simplify(model: ir.Model, dynamic: Collection[int] = ()) -> None:
 def without_metadata(model: ir.Model) -> None:
     """Last: names are made of metadata, and the rest of it (stack traces) holds paths of the exporting machine."""
     common.ClearMetadataAndDocStringPass()(model)
+
+
+def number_folds(graph: ir.Graph) -> None:
+    """Number what folds have made from 0, so that a model always becomes the same bytes."""
+    made = [value for value in graph.initializers.values() if (value.name or "").startswith(("fold.", "fold_"))]
+    for value in made:
+        del graph.initializers[str(value.name)]
+    known = set(made)
+    used = dict.fromkeys(value for node in graph for value in node.inputs if value in known)
+    for index, value in enumerate(used):
+        role = ".direct" if str(value.name).endswith(".direct") else ""
+        value.name = f"fold.{index}{role}"
+        graph.initializers.add(value)
+    values = (value for node in graph for value in node.outputs if (value.name or "").startswith("fold_"))
+    for index, value in enumerate(values):
+        value.name = f"fold_{index}"

@@ -11,6 +11,7 @@ import logging
 import re
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,13 +20,12 @@ import numpy as np
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
-from torch.onnx import OnnxExporterError
 
 from perceiver_export.exporter.graphs import GraphPart, repeated
 from perceiver_export.exporter.model.config import ArrayInput, PerceiverConfig
 from perceiver_export.exporter.onnx_files import OnnxFile, refuse, vocabularies
 from perceiver_export.exporter.own import NamedModule
-from perceiver_export.exporter.simplify import simplify, without_metadata, without_sequences
+from perceiver_export.exporter.simplify import number_folds, simplify, without_metadata, without_sequences
 from perceiver_export.runtimes.errors import ExportError, VerificationError
 from perceiver_export.runtimes.manifest import Check, FoldDecision, MemoryPlan, TensorSpec
 from perceiver_export.runtimes.opening import open_engine
@@ -87,47 +87,34 @@ def _like(
     return drawn
 
 
-def trace(part: GraphPart, config: PerceiverConfig | None) -> ir.Model:
-    """The graph with constants baked, weights stored once, and nodes named after their modules.
+@dataclass(frozen=True)
+class FoldedGraph:
+    """A part's graph, what was decided at each site, and the pieces; the last two are empty where nothing is folded."""
 
-    Raises ExportError where torch cannot trace the model.
-    """
-    # torch would take a size of 1 for a constant; any other size of a dynamic dimension will do.
-    sizes = {name: max(size, 2) for name, size in part.typical.items()}
-    try:
-        model = _traced(part, sample_inputs(part, config, sizes, seed=0), _dynamic_shapes(part.inputs))
-        simplify(model)
-        without_metadata(model)
-    except (OnnxExporterError, ir.passes.PassError) as error:
-        raise ExportError(
-            f"torch cannot trace this model: {_reason(error)}",
-            "report it with the config; try --no-fold",
-        ) from error
-    return model
+    part: GraphPart
+    model: ir.Model
+    folds: tuple[FoldDecision, ...] = ()
+    plan: MemoryPlan | None = None
 
 
-def folded_graph(
-    part: GraphPart, fold: bool, budget: int, batch: int
-) -> tuple[ir.Model, tuple[FoldDecision, ...], MemoryPlan | None]:
-    """The graph of any module or ONNX file, folded and in pieces within ``budget`` bytes.
+def folded_graph(part: GraphPart, config: PerceiverConfig | None, fold: bool, budget: int) -> FoldedGraph:
+    """The graph of a part with constants baked and weights stored once, folded and in pieces within ``budget`` bytes.
 
-    Dynamic dimensions are traced and folded as prime numbers, see `fold.dynamic`. Raises ExportError.
+    Dynamic dimensions are traced and folded as prime numbers, see `fold.dynamic`. Raises ExportError; UsageError where
+    the budget is too small.
     """
     from perceiver_export.exporter.fold.dynamic import make_dynamic, stand_ins
     from perceiver_export.exporter.fold.engine import fold as fold_graph
     from perceiver_export.exporter.fold.nodes import Sizes
     from perceiver_export.exporter.fold.plan import plan
 
-    taken = [size for array in part.examples.values() for size in array.shape]
-    if isinstance(part.module, nn.Module):
-        taken += [size for weight in part.module.state_dict().values() for size in weight.shape]
-    primes = stand_ins(list(part.typical), taken)
-    examples = sample_inputs(part, None, primes, seed=0)
-    real = Sizes({primes[name]: max(part.ranges[name]) for name in primes})
+    primes = stand_ins(list(part.typical), _sizes_of(part))
+    examples = sample_inputs(part, config, primes, seed=0)
+    real = Sizes({primes[name]: part.planned(name) for name in primes})
     if isinstance(part.module, OnnxFile):
         model = part.module.graph({name: array.shape for name, array in examples.items()}, real)
     else:
-        model = _any_traced(part, examples)
+        model = _traced(part, examples)
     with _quiet():
         without_sequences(model)
     refuse(model.graph)
@@ -135,15 +122,25 @@ def folded_graph(
     decisions: tuple[FoldDecision, ...] = ()
     planned = None
     if fold:
-        decisions = fold_graph(model, real, batch)
-        planned = plan(model, budget, real)
+        decisions = fold_graph(model, real, part.samples)
+        model, planned = plan(model, budget, real)
         simplify(model, real.planned)
     make_dynamic(model, primes)
     without_metadata(model)
-    return model, decisions, planned
+    number_folds(model.graph)
+    named = part if config is not None else _with_vocabularies(part, model.graph)
+    return FoldedGraph(named, model, decisions, planned)
 
 
-def with_vocabularies(part: GraphPart, graph: ir.Graph) -> GraphPart:
+def _sizes_of(part: GraphPart) -> list[int]:
+    """Of its inputs and weights."""
+    fixed = [size for spec in (*part.inputs, *part.outputs) for size in spec.shape if isinstance(size, int)]
+    examples = [size for array in part.examples.values() for size in array.shape]
+    weights = part.module.state_dict() if isinstance(part.module, nn.Module) else {}
+    return fixed + examples + [size for weight in weights.values() for size in weight.shape]
+
+
+def _with_vocabularies(part: GraphPart, graph: ir.Graph) -> GraphPart:
     """The part with the range of integers that look up rows of a table."""
     known = vocabularies(graph)
     inputs = tuple(
@@ -153,10 +150,10 @@ def with_vocabularies(part: GraphPart, graph: ir.Graph) -> GraphPart:
     return dataclasses.replace(part, inputs=inputs)
 
 
-def _any_traced(part: GraphPart, examples: dict[str, Array]) -> ir.Model:
+def _traced(part: GraphPart, examples: dict[str, Array]) -> ir.Model:
     """By torch.export, else by TorchScript. Raises ExportError with the reasons of both."""
     try:
-        return _traced(part, examples, None)
+        return _exported(part, examples)
     except Exception as error:  # tracing runs the user's own code
         first = error
     if _DATA_DEPENDENT.search(_everything(first)):
@@ -174,7 +171,7 @@ def _any_traced(part: GraphPart, examples: dict[str, Array]) -> ir.Model:
         ) from error
 
 
-def _traced(part: GraphPart, examples: dict[str, Array], dynamic_shapes: Any) -> ir.Model:
+def _exported(part: GraphPart, examples: dict[str, Array]) -> ir.Model:
     with torch.no_grad(), _quiet():
         program = torch.onnx.export(
             _positional(part),
@@ -183,7 +180,6 @@ def _traced(part: GraphPart, examples: dict[str, Array], dynamic_shapes: Any) ->
             opset_version=OPSET,
             input_names=[spec.name for spec in part.inputs],
             output_names=[spec.name for spec in part.outputs],
-            dynamic_shapes=dynamic_shapes,
             optimize=False,
             verbose=False,
         )
@@ -229,15 +225,6 @@ class _ByPosition(nn.Module):
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         (named,) = self._named
         return tuple(named(dict(zip(named.examples, tensors, strict=True))).values())
-
-
-def _dynamic_shapes(specs: tuple[TensorSpec, ...]) -> Any:
-    if not any(spec.ranges for spec in specs):
-        return None
-    ranges = {name: limits for spec in specs for name, limits in spec.ranges.items()}
-    dims: Any = {name: torch.export.Dim(name, min=least, max=most) for name, (least, most) in ranges.items()}
-    shapes = ({axis: dims[dim] for axis, dim in enumerate(spec.shape) if isinstance(dim, str)} for spec in specs)
-    return (tuple(shapes),)  # one tuple for the one argument, *tensors
 
 
 def _reason(error: BaseException) -> str:

@@ -11,19 +11,11 @@ import torch
 from perceiver_export.calibration.graphs import split_gemms
 from perceiver_export.calibration.quantization.integers import LinearPlan, quantize_channels, write_qdq
 from perceiver_export.calibration.quantization.linears import find_linears
-from perceiver_export.exporter.graphs import (
-    Batch,
-    GraphPart,
-    planned_queries,
-    split_model,
-    whole_model,
-)
+from perceiver_export.exporter.graphs import Batch, GraphPart, split_model, whole_model
 from perceiver_export.exporter.model.config import PerceiverConfig
 from perceiver_export.exporter.model.perceiver import PerceiverIO
-from perceiver_export.exporter.module_folds.folded import FoldedPerceiver
-from perceiver_export.exporter.module_folds.sites import choose_sites
 from perceiver_export.exporter.presets import PRESETS
-from perceiver_export.exporter.trace import trace
+from perceiver_export.exporter.trace import folded_graph
 
 # Of activations behind a LayerNorm: graphs that are only compiled need some scale, not a measured one.
 _SCALE = 4.0 / 127
@@ -47,18 +39,14 @@ def preset_config(name: str, layers: int | None = None, blocks: int | None = Non
 
 
 def preset_parts(
-    name: str, layers: int | None = None, blocks: int | None = None, fold: bool = True
+    name: str, layers: int | None = None, blocks: int | None = None
 ) -> tuple[PerceiverConfig, list[GraphPart]]:
-    """The preset's parts with random weights: split and folded where export does so by itself."""
+    """The preset's parts with random weights: split where export does so by itself."""
     config = preset_config(name, layers, blocks)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = PerceiverIO(config).eval()
     split = PRESETS[name].task == "video-autoencoding"
-    if fold:
-        model = FoldedPerceiver(
-            model, choose_sites(model, _MEMORY_BUDGET, 1, planned_queries(model.config, None, False) if split else None)
-        )
     return config, list(split_model(model, Batch.parse(1)) if split else (whole_model(model, Batch.parse(1)),))
 
 
@@ -66,8 +54,13 @@ def preset_graphs(
     name: str, layers: int | None = None, blocks: int | None = None, fold: bool = True
 ) -> dict[str, ir.Model]:
     """The preset's canonical graphs by part, as export writes them."""
-    config, parts = preset_parts(name, layers, blocks, fold)
-    return {part.name: trace(part, config) for part in parts}
+    config, parts = preset_parts(name, layers, blocks)
+    return {part.name: traced(part, config, fold) for part in parts}
+
+
+def traced(part: GraphPart, config: PerceiverConfig, fold: bool = False) -> ir.Model:
+    """The graph of a part as export makes it."""
+    return folded_graph(part, config, fold, _MEMORY_BUDGET).model
 
 
 def quantized(model: ir.Model, scale: float = _SCALE) -> int:

@@ -24,7 +24,7 @@ _TO_SOFTMAX = MOVES | {"Mul", "Div", "Cast", "Add", "Sub", "Where"}  # Gather ta
 _SOFTMAX = frozenset({"Softmax"})
 # Names that tracing gives to computed constants, after the operator that made them.
 _ANONYMOUS = re.compile(
-    r"(val|node|tensor|lifted_tensor|_tensor_constant|permute|transpose|t|unsqueeze|view|div|mul)_?\d*(_\d+)?"
+    r"(val|node|tensor|lifted_tensor|_tensor_constant|permute|transpose|t|unsqueeze|view|div|mul|fold\.)_?\d*(_\d+)?"
 )
 
 PROBABILITIES = "attention probabilities × a table: one of many keys is far below a step of int8"
@@ -99,11 +99,13 @@ def find_linears(graph: ir.Graph) -> tuple[list[Linear], list[Exclusion]]:
 
 
 def _group_of(node: ir.Node) -> str:
-    """The layer's name: its weight's, or the node's where the weight has no name of its own."""
+    """The layer's name: its weight's, or that of the first node that reads it where it has no name of its own."""
     weight = node.inputs[1]
-    name = (weight.name or "") if weight is not None else ""
+    assert weight is not None
+    name = weight.name or ""
     if not name or _ANONYMOUS.fullmatch(name):
-        return node.name or node.outputs[0].name or ""
+        first = next(iter(weight.consumers()))
+        return first.name or first.outputs[0].name or ""
     return name.removesuffix(".weight")
 
 

@@ -268,7 +268,7 @@ def part_tables(name: str, part: Part) -> list[Table]:
         rows = [
             (stage.stage, f"{stage.at_a_time:,} of {stage.count:,} {stage.unit}", *_mebibytes(stage.bytes))
             for stage in part.plan.stages
-        ]
+        ] or [("all of it", "at once", *_mebibytes(part.plan.peak))]
         note = f"Activations peak at {part.plan.peak / _MIB:,.2f} MiB, of a budget of {part.plan.budget / _MIB:,g} MiB."
         found.append(Table(f"Memory plan of {name}", ("stage", "at a time", "MiB>"), rows, note))
     return [table.without_empty() for table in found if table.rows]

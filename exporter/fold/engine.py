@@ -11,10 +11,11 @@ import onnx_ir.passes.common as common
 
 from perceiver_export.exporter.fold.nodes import Sizes
 from perceiver_export.exporter.fold.normalize import Constants, normalize, settle
+from perceiver_export.exporter.fold.parts import split_rows
 from perceiver_export.exporter.fold.products import fold_outputs, fold_tails
 from perceiver_export.exporter.fold.rewrite import Rewriter
 from perceiver_export.exporter.fold.rowform import Forms
-from perceiver_export.exporter.fold.sites import LEAST_GAIN, choose, cost_of, decided, find_sites
+from perceiver_export.exporter.fold.sites import LEAST_GAIN, choose, cost_of, decided, find_sites, weigh
 from perceiver_export.runtimes.manifest import Cost, FoldDecision
 
 
@@ -28,13 +29,24 @@ def fold(
     """
     real = real or Sizes()
     normalize(model, real)
-    decisions = fold_tails(model.graph, Constants(real), real, least_gain, batch)
-    common.RemoveUnusedNodesPass()(model)
-    decisions += _fold_sites(model.graph, real, least_gain, batch)
-    settle(model, real)
-    decisions += fold_outputs(model.graph, real, least_gain, batch)
-    settle(model, real)
+    apart = model.clone()
+    decisions = _folded(model, real, batch, least_gain)
+    if split_rows(apart.graph):
+        settle(apart, real)
+        others = _folded(apart, real, batch, least_gain)
+        if weigh(cost_of(model.graph, real)) - weigh(cost_of(apart.graph, real)) > least_gain:
+            model.graph, decisions = apart.graph, others
     return _grouped(decisions)
+
+
+def _folded(model: ir.Model, real: Sizes, batch: int, least_gain: int) -> list[FoldDecision]:
+    tails = fold_tails(model.graph, Constants(real), real, least_gain, batch)
+    common.RemoveUnusedNodesPass()(model)
+    sites = _fold_sites(model.graph, real, least_gain, batch)
+    settle(model, real)
+    outputs = fold_outputs(model.graph, real, least_gain, batch)
+    settle(model, real)
+    return [*sites, *tails, *outputs]
 
 
 def _fold_sites(graph: ir.Graph, real: Sizes, least_gain: int, batch: int) -> list[FoldDecision]:

@@ -29,7 +29,7 @@ class Layout:
 def layout_of(value: ir.Value) -> Layout:
     """Through all views and multiplications by one number; the tensor itself where it is no view."""
     shape, node = sizes(value), value.producer()
-    itself = Layout(value, _row_major(shape))
+    itself = Layout(value, row_major(shape))
     if node is None or not node.inputs or shape_of(node.inputs[0]) is None:
         return itself
     if node.op_type in ("Mul", "Div"):
@@ -55,7 +55,8 @@ def _scaled(node: ir.Node, shape: Shape) -> Layout | None:
     return None
 
 
-def _row_major(shape: Shape) -> list[Axis]:
+def row_major(shape: Shape) -> list[Axis]:
+    """The axes of a tensor itself."""
     axes: list[Axis] = []
     stride = 1
     for extent in reversed(shape):
@@ -87,11 +88,11 @@ def _reshaped(node: ir.Node, value: ir.Value, axes: list[Axis]) -> _Found:
             else:
                 own.append((extent, stride))
             target //= taken
-        made.append(_joined(own))
+        made.append(joined(own))
     return None if left else (made, 0)
 
 
-def _joined(axis: Axis) -> Axis:
+def joined(axis: Axis) -> Axis:
     """Neighbours that are one run of the source as one atom."""
     joined: Axis = []
     for extent, stride in axis:

@@ -14,6 +14,8 @@ import onnx_ir as ir
 Shape = tuple[int, ...]
 # These move no numbers, or only say how they are counted.
 VIEWS = frozenset({"Reshape", "Unsqueeze", "Squeeze", "Flatten", "Identity"})
+# The result is of the type of the first input.
+_MOVED = VIEWS | {"Transpose", "Slice", "Concat", "Gather", "GatherND", "Expand", "Pad"}
 # Operators, and which of their inputs holds sizes or bounds.
 SIZED = {"Reshape": (1,), "Expand": (1,), "ConstantOfShape": (0,), "Slice": (2,)}
 
@@ -119,12 +121,12 @@ class Nodes:
         kinds = {value.dtype for value in (*anchor.inputs, *anchor.outputs) if value is not None}
         self.dtype = ir.DataType.DOUBLE if ir.DataType.DOUBLE in kinds else ir.DataType.FLOAT
 
-    def constant(self, array: Any) -> ir.Value:
-        """An initializer; floats get the graph's precision."""
+    def constant(self, array: Any, role: str = "") -> ir.Value:
+        """An initializer; floats get the graph's precision. ``role`` ends its name."""
         array = np.asarray(array)
         if array.dtype.kind == "f":
             array = np.ascontiguousarray(array.astype(self.dtype.numpy()))
-        name = f"fold.{next(self._names)}"
+        name = f"fold.{next(self._names)}{role}"
         kind = ir.TensorType(ir.DataType.from_numpy(array.dtype))
         value = ir.Value(name=name, const_value=ir.tensor(array, name=name), shape=ir.Shape(array.shape), type=kind)
         self.graph.initializers[name] = value
@@ -138,12 +140,17 @@ class Nodes:
         node.metadata_props.update(self.origin.metadata_props)
         (result,) = node.outputs
         result.name = f"fold_{next(self._names)}"
-        result.shape, result.type = ir.Shape([int(size) for size in shape]), ir.TensorType(self.dtype)
+        moved = inputs[0] if operator in _MOVED and inputs[0] is not None and inputs[0].type is not None else None
+        result.type = ir.TensorType(self.dtype) if moved is None else moved.type
+        result.shape = ir.Shape([int(size) for size in shape])
         self.graph.insert_before(self.anchor, node)
         return result
 
     def reshape(self, value: ir.Value, shape: Iterable[int]) -> ir.Value:
         target = tuple(int(size) for size in shape)
+        if -1 in target:
+            rest = math.prod(sizes(value)) // -math.prod(target)
+            target = tuple(rest if size == -1 else size for size in target)
         if sizes(value) == target:
             return value
         if (array := array_of(value)) is not None:
@@ -185,6 +192,35 @@ class Nodes:
         shape[axis] = sum(sizes(value)[axis] for value in values)
         return self.make("Concat", values, shape, axis=axis)
 
+    def pad(self, value: ir.Value, pads: Sequence[int]) -> ir.Value:
+        """Zeros in front of each axis, then behind each."""
+        rank = len(pads) // 2
+        if not any(pads):
+            return value
+        shape = [pads[axis] + size + pads[rank + axis] for axis, size in enumerate(sizes(value))]
+        return self.make("Pad", [value, self.constant(np.array(pads, np.int64))], shape)
+
+    def cast(self, value: ir.Value, kind: ir.DataType) -> ir.Value:
+        if value.dtype == kind:
+            return value
+        made = self.make("Cast", [value], sizes(value), to=int(kind))
+        made.type = ir.TensorType(kind)
+        return made
+
+    def look_up(self, value: ir.Value, indices: ir.Value, axis: int = 0) -> ir.Value:
+        """Its steps of an axis at indices of any shape."""
+        shape = sizes(value)
+        return self.make("Gather", [value, indices], (*shape[:axis], *sizes(indices), *shape[axis + 1 :]), axis=axis)
+
+    def flat_index(self, outer: ir.Value, size: int, inner: ir.Value) -> ir.Value:
+        """outer · size + inner, of one shape."""
+        assert outer.dtype is not None
+        factor = self.constant(np.array(size, outer.dtype.numpy()))
+        scaled = self.binary("Mul", outer, factor)
+        found = self.binary("Add", scaled, inner)
+        scaled.type = found.type = ir.TensorType(outer.dtype)
+        return found
+
     def integers(self, operator: str, inputs: Sequence[ir.Value], **attributes: Any) -> ir.Value:
         """A node that gives one size, as an array of one number."""
         result = self.make(operator, inputs, (1,), **attributes)
@@ -193,17 +229,13 @@ class Nodes:
 
     def sizes(self, parts: Sequence[ir.Value]) -> ir.Value:
         """Sizes joined to a shape."""
-        result = self.make("Concat", parts, (len(parts),), axis=0)
-        result.type = ir.TensorType(ir.DataType.INT64)
-        return result
+        return self.make("Concat", parts, (len(parts),), axis=0)
 
     def slice(self, value: ir.Value, axis: int, start: int, stop: int) -> ir.Value:
         shape = list(sizes(value))
         shape[axis] = stop - start
         bounds = (self.constant(np.array([bound], np.int64)) for bound in (start, stop, axis))
-        result = self.make("Slice", [value, *bounds], shape)
-        result.type = value.type
-        return result
+        return self.make("Slice", [value, *bounds], shape)
 
 
 def put(value: ir.Value, new: ir.Value) -> None:

@@ -123,11 +123,18 @@ class Constants:
             array = array_of(stored)
             if array is not None and any(self._real.dynamic(size) for size in array.shape):
                 array = self._one_step(array)
+                if array is None:
+                    return None
                 stored.const_value, stored.shape = ir.tensor(array, name=stored.name), ir.Shape(array.shape)
         return evaluate(ir.Model(part, ir_version=10))[0]
 
-    def _one_step(self, array: np.ndarray) -> np.ndarray:
-        return array[tuple(slice(0, self._real.one(size)) for size in array.shape)]
+    def _one_step(self, array: np.ndarray) -> np.ndarray | None:
+        """The first of equal samples; None where they differ."""
+        one = array[tuple(slice(0, self._real.one(size)) for size in array.shape)]
+        if one.shape == array.shape:
+            return array
+        tiles = [size // own for size, own in zip(array.shape, one.shape, strict=True)]
+        return one if np.array_equal(array, np.tile(one, tiles), equal_nan=array.dtype.kind == "f") else None
 
 
 def _cone(value: ir.Value) -> set[ir.Node] | None:
@@ -175,9 +182,7 @@ def _one_sample(model: ir.Model, real: Sizes) -> None:
                 node.replace_input_with(index, nodes.constant(array[:1]))
             elif made_by(value, "Expand") is None:
                 target = nodes.constant(np.array(shape, np.int64))
-                expanded = nodes.make("Expand", [nodes.constant(array[:1]), target], shape)
-                expanded.type = value.type
-                node.replace_input_with(index, expanded)
+                node.replace_input_with(index, nodes.make("Expand", [nodes.constant(array[:1]), target], shape))
     common.RemoveUnusedNodesPass()(model)
 
 
@@ -263,6 +268,31 @@ def _pointwise(nodes: Nodes, node: ir.Node) -> None:
     put(node.outputs[0], nodes.transpose(product, (0, rank - 1, *range(1, rank - 1))))
 
 
+def patches(conv: ir.Node) -> tuple[ir.Value, np.ndarray] | None:
+    """What each output pixel of a convolution reads (B, pixels, patch), and the weights (patch, C) that it becomes the
+    pixel by, without the bias; None where a patch has no fewer numbers than the pixel.
+    """
+    source, weight = operand(conv), array_of(conv.inputs[1])
+    if weight is None or math.prod(weight.shape[1:]) >= len(weight) or conv.attributes.get_int("group", 1) != 1:
+        return None
+    (outputs, _, *kernel), spatial = weight.shape, weight.ndim - 2
+    pads = conv.attributes.get_ints("pads", (0,) * 2 * spatial)
+    plain = [conv.attributes.get_ints(name, (1,) * spatial) for name in ("strides", "dilations")]
+    if (
+        any(step != 1 for steps in plain for step in steps)
+        or conv.attributes.get_string("auto_pad", "NOTSET") != "NOTSET"
+    ):
+        return None
+    nodes = Nodes(conv)
+    shifted = [nodes.pad(source, (0, 0, *pads[:spatial], 0, 0, *pads[spatial:]))]
+    for axis, (extent, size) in enumerate(zip(sizes(conv.outputs[0])[2:], kernel, strict=True), start=2):
+        shifted = [nodes.slice(one, axis, at, at + extent) for one in shifted for at in range(size)]
+    joined = nodes.concat(shifted, 1)
+    count, width = sizes(joined)[:2]
+    rows = nodes.transpose(nodes.reshape(joined, (count, width, -1)), (0, 2, 1))
+    return rows, np.moveaxis(weight, (0, 1), (-1, -2)).reshape(width, outputs)
+
+
 def _layer_norm(nodes: Nodes, node: ir.Node) -> None:
     """(x - mean) / sqrt(variance + ε), in the spellings of exporters -> LayerNormalization with γ = 1, β = 0."""
     centred, root = made_by(node.inputs[0], "Sub"), made_by(node.inputs[1], "Sqrt", "Pow")
@@ -337,11 +367,27 @@ def _neutral(nodes: Nodes, node: ir.Node) -> None:
             return
 
 
+def _sliced_rows(nodes: Nodes, node: ir.Node) -> None:
+    """Columns of rows that are looked up in a constant -> rows looked up in its columns."""
+    found = made_by(node.inputs[0], "Gather")
+    rows = None if found is None else array_of(found.inputs[0])
+    axes, starts, ends, steps = (integers(node, index, "") for index in (3, 1, 2, 4))
+    if found is None or rows is None or rows.ndim != 2 or found.attributes.get_int("axis", 0) != 0:
+        return
+    if axes is None or starts is None or ends is None or steps not in (None, [1]):
+        return
+    if [axis % len(sizes(node.outputs[0])) for axis in axes] != [len(sizes(node.outputs[0])) - 1]:
+        return
+    columns = nodes.constant(rows[:, starts[0] : ends[0]])
+    put(node.outputs[0], nodes.look_up(columns, operand(found, 1)))
+
+
 _RULES: dict[str, Callable[[Nodes, ir.Node], None]] = {
     "Gemm": _gemm,
     "Einsum": _einsum,
     "Conv": _pointwise,
     "Div": _layer_norm,
     "Add": _neutral,
+    "Slice": _sliced_rows,
     "Mul": _neutral,
 }

@@ -15,25 +15,47 @@ import onnx_ir.passes.common as common
 
 from perceiver_export.exporter.fold.nodes import VIEWS, Nodes, Sizes, array_of, axis_of, put, shape_of, sizes
 from perceiver_export.exporter.fold.slicing import Region, copy_region, region_of, rows_of
+from perceiver_export.runtimes.errors import UsageError
 from perceiver_export.runtimes.manifest import MemoryPlan, PlannedStage
 
-# Larger pieces are not faster: measured with 64 to 256 rows of flow's encoder, 2 to 16 grid rows of its decoder.
-_PIECE, _LARGE_PIECE = 64 << 20, 192 << 20
-_LARGE = 1 << 32  # bytes of scores whose pieces may be large
+# Bytes of a piece. Larger ones are not faster as long as products have so many rows: for each piece an engine packs the
+# other operand, which may be all inputs.
+_PIECE = 64 << 20
+_LEAST_ROWS = 128
+_SMALLEST, _MOST_PIECES = 1 << 16, 512  # pieces that make a graph of many thousand nodes help nobody
+_MIB = 1 << 20
 _SCORES = 2
 _FOLLOWED = 16  # what is behind a softmax is followed while it is at least a part of so many of its size
 
 
-def plan(model: ir.Model, budget: int, real: Sizes) -> MemoryPlan:
-    """Cut what is larger than the budget or than the fastest pieces, in place."""
-    stages = []
-    for softmax in [node for node in model.graph if node.op_type == "Softmax"]:
-        stage = _cut(softmax, budget, real)
-        if stage is not None:
-            stages.append(stage)
+def plan(model: ir.Model, budget: int, real: Sizes) -> tuple[ir.Model, MemoryPlan]:
+    """The model with what is larger than the fastest pieces in pieces, or in smaller ones where the budget (bytes) asks
+    for it. Raises UsageError where the smallest pieces need more.
+    """
+    least, limit = None, budget
+    while True:
+        planned = model.clone()
+        stages = in_pieces(planned, limit, real)
+        found = peak(planned.graph, real)
+        if found <= budget:
+            return planned, MemoryPlan(budget, found, stages)
+        least = found if least is None else min(found, least)
+        if limit == 0:
+            needed = -(-least // _MIB)
+            raise UsageError(
+                f"the model needs {needed} MiB of activations at least, the budget is {budget / _MIB:,.4g} MiB",
+                f"--memory-budget {needed}MiB or more",
+            )
+        limit = limit // 4 if limit > _SMALLEST else 0
+
+
+def in_pieces(model: ir.Model, limit: int, real: Sizes) -> tuple[PlannedStage, ...]:
+    """Cut what is larger than the fastest pieces, or than ``limit`` bytes, in place."""
+    softmaxes = [node for node in model.graph if node.op_type == "Softmax"]
+    stages = [stage for softmax in softmaxes if (stage := _cut(softmax, limit, real)) is not None]
     common.RemoveUnusedNodesPass()(model)
     model.graph.sort()
-    return MemoryPlan(budget, peak(model.graph, real), tuple(stages))
+    return tuple(stages)
 
 
 def _cut(softmax: ir.Node, budget: int, real: Sizes) -> PlannedStage | None:
@@ -42,8 +64,7 @@ def _cut(softmax: ir.Node, budget: int, real: Sizes) -> PlannedStage | None:
     if shape is None or softmax.graph is None:
         return None
     whole = _bytes(softmax.outputs[0], real)
-    piece = min(budget, _PIECE if whole < _LARGE else _LARGE_PIECE)
-    if _SCORES * whole <= piece:
+    if _SCORES * whole <= min(budget, _PIECE):
         return None
     over = axis_of(softmax, len(shape))
     for axis, extent in enumerate(shape):
@@ -52,21 +73,23 @@ def _cut(softmax: ir.Node, budget: int, real: Sizes) -> PlannedStage | None:
         region = region_of(softmax, axis, math.prod(shape) // _FOLLOWED)
         if region is None:
             continue
-        size = _piece_size(region, piece, real)
+        heads = axis < len(shape) - 2
+        least = 1 if heads else -(-_LEAST_ROWS * region.steps // extent)
+        size = _piece_size(region, budget, least, real)
         if size < region.steps:
             _write(softmax, region, size)
-            unit = "heads" if len(shape) == 4 and axis == 1 else "rows"
+            unit = "heads" if heads else "rows"
             at_once = size * (extent // region.steps)
             largest = _largest(region, real)
             return PlannedStage(softmax.name or "", unit, at_once, extent, _SCORES * largest * size // region.steps)
     return None
 
 
-def _piece_size(region: Region, piece: int, real: Sizes) -> int:
-    """Steps of the axis a piece takes, as equal as can be."""
-    steps = region.steps
-    count = min(steps, -(-_SCORES * _largest(region, real) // piece))
-    return -(-steps // count)
+def _piece_size(region: Region, budget: int, least: int, real: Sizes) -> int:
+    """Steps of the axis a piece takes, as equal as can be; ``least``: fewer only where the budget asks for it."""
+    steps, each = region.steps, _SCORES * _largest(region, real) // region.steps
+    at_once = max(min(max(_PIECE // each, least), budget // each, steps), steps // _MOST_PIECES)
+    return -(-steps // max(-(-steps // max(at_once, 1)), 1))
 
 
 def _largest(region: Region, real: Sizes) -> int:

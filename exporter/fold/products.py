@@ -36,14 +36,15 @@ def fold_tails(
 ) -> list[FoldDecision]:
     """Linear layers that follow each other, also beside a residual, as one product a changing input."""
     found: list[FoldDecision] = []
+    forms = Forms(constant)  # the last layers come first: what is in front of a node is still as it was
     for node, weight in linear_layers(graph):
         if node.graph is None or (not node.outputs[0].uses() and not node.outputs[0].is_graph_output()):
             continue
         source = operand(node)
         choices = [
             (plain, new, form)
-            for form in Forms(constant).of(source)[1:]
-            if form.norm is None and (form.table is None or form.table.is_row) and not _normed(form)
+            for form in forms.of(source)[1:]
+            if form.terms and form.norm is None and (form.table is None or form.table.is_row) and not _normed(form)
             for plain, new in [_tail_costs(node, form, real)]
         ]
         if not choices:
@@ -52,7 +53,7 @@ def fold_tails(
         pays = weigh(plain) - weigh(new) > least_gain
         found.append(decided(node, plain, new, pays, _TAIL, batch))
         if pays:
-            _write_tail(node, form.times(weight))
+            _write_tail(node, form, weight)
     return found
 
 
@@ -68,16 +69,19 @@ def _tail_costs(node: ir.Node, form: RowForm, real: Sizes) -> tuple[Cost, Cost]:
     return plain, Cost(2 * rows * form.columns * width, 4 * rows * (form.columns + len(form.terms) * 2 * width))
 
 
-def _write_tail(node: ir.Node, form: RowForm) -> None:
+def _write_tail(node: ir.Node, form: RowForm, weight: np.ndarray) -> None:
     nodes, result = Nodes(node), node.outputs[0]
     count, total = math.prod(sizes(result)[:-1]), None
     for value, matrix in form.terms:
-        product = nodes.matmul(nodes.reshape(value, (count, sizes(value)[-1])), nodes.constant(matrix.value()))
+        # a residual stays float where others become int8, which knows it by this name
+        role = ".direct" if matrix.at is not None else ""
+        constant = nodes.constant(matrix.value() @ weight, role)
+        product = nodes.matmul(nodes.reshape(value, (count, sizes(value)[-1])), constant)
         total = product if total is None else nodes.binary("Add", total, product)
     assert total is not None
-    table = form.without_bias().table
-    if table is not None and np.any(table.tables[0]):
-        total = nodes.binary("Add", total, nodes.constant(table.tables[0][0]))
+    table = form.times(weight).without_bias().table
+    if table is not None and np.any(row := table.tables[0].value()[0]):
+        total = nodes.binary("Add", total, nodes.constant(row))
     put(result, nodes.reshape(total, sizes(result)))
 
 

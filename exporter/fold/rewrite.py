@@ -9,27 +9,22 @@ that are there anyway: σ log(1/σ) beside the columns of the scores, σ beside 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
 from perceiver_export.exporter.fold.nodes import (
-    VIEWS,
     Nodes,
     array_of,
-    axis_of,
-    made_by,
-    number,
-    only_reader,
     put,
     sizes,
 )
 from perceiver_export.exporter.fold.rowform import Norm, RowForm
 from perceiver_export.exporter.fold.sites import Site
-
-_FOLLOWED = 12  # nodes between a product and its softmax
+from perceiver_export.exporter.fold.softmax import reaches_softmax, shared_norms, sums_to_one
+from perceiver_export.exporter.fold.tables import Table
 
 
 class Rewriter:
@@ -40,7 +35,7 @@ class Rewriter:
         self._one: dict[ir.Value, ir.Value] = {}
 
     def rewrite(self, chosen: Sequence[tuple[Site, RowForm]]) -> None:
-        shared = _shared_norms(chosen)
+        shared = shared_norms(chosen)
         for site, form in chosen:
             _Rewriting(self, site, form, shared.get((site.node, site.side))).apply()
 
@@ -73,21 +68,35 @@ def _inverse_deviation(norm: Norm) -> ir.Value:
         for _, matrix in form.terms:
             assert matrix.at is not None
             used[matrix.at : matrix.at + matrix.rows] = True
-        rows = nodes.concat([nodes.reshape(value, (count, sizes(value)[-1])) for value, _ in form.terms])
         means, squares = form.table.moments(~used)
-        if len(means) not in (1, count):
-            means, squares = (np.tile(one, count // len(means)) for one in (means, squares))
+        known = squares / form.width + norm.epsilon
+        if not form.terms:
+            return nodes.reshape(_of_rows(nodes, form.table, 1 / np.sqrt(known)), (count,))
+        rows = nodes.concat([nodes.reshape(value, (count, sizes(value)[-1])) for value, _ in form.terms])
+        # samples beside rows, which have the same constants in each
+        shape = (count,) if form.table.points else (count // len(known), len(known))
         own, constant = int(used.sum()), int((~used).sum())
         mean = nodes.mean(rows)
         centred = nodes.binary("Sub", rows, mean)
-        changing = nodes.sum(nodes.binary("Mul", centred, centred), [1])
-        apart = nodes.binary("Sub", nodes.reshape(mean, (count,)), nodes.constant(means))
+        changing = nodes.reshape(nodes.sum(nodes.binary("Mul", centred, centred), [1]), shape)
+        apart = nodes.binary("Sub", nodes.reshape(mean, shape), _of_rows(nodes, form.table, means))
         weight = nodes.constant(np.array(own * constant / form.width))
         changing = nodes.binary("Add", changing, nodes.binary("Mul", nodes.binary("Mul", apart, apart), weight))
         changing = nodes.binary("Mul", changing, nodes.constant(np.array(1 / form.width)))
         # Last: OpenVINO 2026.4 adds a constant that follows a sum wrongly where there are several samples.
-        variance = nodes.binary("Add", changing, nodes.constant(squares / form.width + norm.epsilon))
+        variance = nodes.reshape(nodes.binary("Add", changing, _of_rows(nodes, form.table, known)), (count,))
     return nodes.make("Reciprocal", [nodes.make("Sqrt", [variance], (count,))], (count,))
+
+
+def _of_rows(nodes: Nodes, table: Table, numbers: np.ndarray) -> ir.Value:
+    """One number a point of the grid: as they are, or looked up for each row (rows,)."""
+    stored = nodes.constant(numbers)
+    if not table.points:
+        return stored
+    flat = table.points[0]
+    for size, points in zip(table.sizes[1:], table.points[1:], strict=True):
+        flat = nodes.flat_index(flat, size, points)
+    return nodes.look_up(stored, nodes.reshape(flat, (math.prod(sizes(flat)),)))
 
 
 @dataclass
@@ -110,16 +119,19 @@ class _Rewriting:
         self.rows, self.depth = site.num_rows, site.num_columns
         count = math.prod(form.lead)
         self.inverse = None if form.norm is None else self._ordered(self.rewriter.inverse(form.norm))
-        columns = [self._ordered(nodes.reshape(value, (count, sizes(value)[-1]))) for value, _ in form.terms]
+        self.columns = [self._ordered(nodes.reshape(value, (count, sizes(value)[-1]))) for value, _ in form.terms]
         # (heads or 1, …, columns, depth)
-        self.matrix = self._picked(np.concatenate([matrix.value() for _, matrix in form.terms]))
-        self.bias = None if form.bias is None else self._picked(form.bias[None])
+        changing = [matrix.value() for _, matrix in form.terms]
+        self.matrix = self._picked(np.concatenate([*changing, np.zeros((0, form.width))]))
+        self.bias = None if form.bias is None else self._picked(form.bias.value())
         self.tables: list[tuple[int, np.ndarray]] = []
+        self.points: tuple[ir.Value, ...] = ()
         self.grid: tuple[int, ...] = (self.rows,)
         if form.table is not None:
-            self.grid = (self.rows,) if form.table.is_row else form.table.sizes
-            self.tables = [(axis, table) for axis, table in enumerate(form.table.tables) if np.any(table)]
-        self.columns = columns
+            self.points = form.table.points
+            self.grid = (self.rows,) if form.table.is_row or self.points else form.table.sizes
+            found = ((axis, table.value()) for axis, table in enumerate(form.table.tables))
+            self.tables = [(axis, table) for axis, table in found if np.any(table)]
 
     def apply(self) -> None:
         result = self.site.node.outputs[0]
@@ -130,8 +142,9 @@ class _Rewriting:
         put(result, self.nodes.reshape(new, sizes(result)))
 
     def _picked(self, matrix: np.ndarray) -> np.ndarray:
-        """(r, width) -> (heads or 1, …, r, depth): each head's columns, with the layout's scale."""
-        return np.moveaxis(matrix[:, self.site.picks], 0, -2) * self.site.layout.scale
+        """(r, width) -> (heads or 1, …, r, depth): each head's columns, with the layout's scale. One head's are 2-D."""
+        found = np.moveaxis(matrix[:, self.site.picks], 0, -2) * self.site.layout.scale
+        return found.reshape(found.shape[-2:]) if math.prod(found.shape[:-2]) == 1 else found
 
     def _ordered(self, rows: ir.Value) -> ir.Value:
         """Rows (R, …) in the order in which the product reads them."""
@@ -168,7 +181,7 @@ class _Rewriting:
             return nodes.matmul(queries, nodes.constant(np.swapaxes(matrix, -1, -2)))
 
         keys, more = project(self.matrix), []
-        cancels = _reaches_softmax(self.site.node)  # what does not depend on the row cancels there
+        cancels = reaches_softmax(self.site.node)  # what does not depend on the row cancels there
         bias = None if self.bias is None or cancels else project(self.bias)
         if self.shared is not None:
             assert self.inverse is not None
@@ -212,29 +225,45 @@ class _Rewriting:
         def project(matrix: np.ndarray) -> ir.Value:
             return nodes.matmul(nodes.constant(matrix), keys)
 
-        folded, more, bias = project(self.matrix), [], None if self.bias is None else project(self.bias)
-        if bias is not None and self.inverse is not None:
-            more.append(self._sigma())
-            folded, bias = nodes.concat([folded, self._as_wide(bias, folded)], -2), None
-        rows, _ = self._all_columns(*more)
-        scores = nodes.matmul(rows, folded)
+        bias, scores = None if self.bias is None else project(self.bias), None
+        if self.columns:
+            folded, more = project(self.matrix), []
+            if bias is not None and self.inverse is not None:
+                more.append(self._sigma())
+                folded, bias = nodes.concat([folded, self._as_wide(bias, sizes(folded)[:-2])], -2), None
+            scores = nodes.matmul(self._all_columns(*more)[0], folded)
         if self.tables or self.inverse is not None:
-            scores = nodes.reshape(scores, (*self.batch, *self.grid, count))
+            scores = None if scores is None else nodes.reshape(scores, (*self.batch, *self.grid, count))
             for axis, table in self.tables:
-                term = project(self._picked(table))
-                size = sizes(term)[-2]
-                spread = [size if one == axis and size > 1 else 1 for one in range(len(self.grid))]
-                term = nodes.reshape(term, (*sizes(term)[:-2], *spread, count))
-                scores = nodes.binary("Add", scores, term)
+                term = self._spread(project(self._picked(table)), axis)
+                scores = term if scores is None else nodes.binary("Add", scores, term)
+            assert scores is not None
             if self.inverse is not None:
                 scores = nodes.binary("Mul", scores, self._along(self.inverse, last=False))
             scores = nodes.reshape(scores, (*self.batch, self.rows, count))
+        assert scores is not None
         return scores if bias is None else nodes.binary("Add", scores, bias)
 
-    def _as_wide(self, term: ir.Value, like: ir.Value) -> ir.Value:
-        """A term that has as many samples and heads as another, to stand beside it."""
-        lead = sizes(like)[:-2]
-        if sizes(term)[:-2] == lead:
+    def _spread(self, term: ir.Value, axis: int) -> ir.Value:
+        """Scores of one axis's table (b, size or 1, N) for all rows: over the grid, or looked up."""
+        (*lead, size, count), nodes = sizes(term), self.nodes
+        if not self.points:
+            grid = [size if one == axis and size > 1 else 1 for one in range(len(self.grid))]
+            return nodes.reshape(term, (*lead, *grid, count))
+        points = self.points[axis]
+        if self.one_sample:
+            return nodes.look_up(term, nodes.reshape(points, (self.rows,)), len(lead))
+        samples, heads = math.prod(self.samples), math.prod(self.batch) // math.prod(self.samples)
+        wide = nodes.reshape(self._as_wide(term, self.batch), (samples, heads, size, count))
+        flat = nodes.reshape(nodes.transpose(wide, (0, 2, 1, 3)), (samples, size, heads * count))
+        at = nodes.cast(nodes.reshape(points, (samples, self.rows, 1)), ir.DataType.INT64)
+        found = nodes.make("GatherND", [flat, at], (samples, self.rows, heads * count), batch_dims=1)
+        apart = nodes.reshape(found, (samples, self.rows, heads, count))
+        return nodes.reshape(nodes.transpose(apart, (0, 2, 1, 3)), (*self.batch, self.rows, count))
+
+    def _as_wide(self, term: ir.Value, lead: Sequence[int]) -> ir.Value:
+        """A term for as many samples and heads."""
+        if sizes(term)[:-2] == tuple(lead):
             return term
         target = (*lead, *sizes(term)[-2:])
         return self.nodes.make("Expand", [term, self.nodes.constant(np.array(target, np.int64))], target)
@@ -262,21 +291,21 @@ class _Rewriting:
         norm = None
         if self.shared is not None:
             norm = nodes.slice(read, rank + 1, width - 1, width)
-            matrix = np.concatenate([matrix, np.zeros((*matrix.shape[:-2], 1, matrix.shape[-1]))], -2)
+            read = nodes.binary("Div", nodes.slice(read, rank + 1, 0, width - 1), norm)
         result = nodes.matmul(read, nodes.constant(matrix))
         for axis, table in self.tables:
-            result = nodes.binary("Add", result, self._read_table(own, count, axis, table))
-        if norm is not None:
-            result = nodes.binary("Div", result, norm)
+            result = nodes.binary("Add", result, self._read_table(own, count, norm, axis, table))
         if self.bias is None:
             return result
         bias = nodes.constant(self.bias)
-        if not _sums_to_one(other):
+        if not sums_to_one(other):
             bias = nodes.binary("Mul", nodes.reshape(nodes.sum(weights, [rank + 1]), (*self.batch, count, 1)), bias)
         return nodes.binary("Add", result, bias)
 
-    def _read_table(self, weights: ir.Value, count: int, axis: int, table: np.ndarray) -> ir.Value:
-        """Weights summed over the other axes of the grid, times the table of this one."""
+    def _read_table(
+        self, weights: ir.Value, count: int, norm: ir.Value | None, axis: int, table: np.ndarray
+    ) -> ir.Value:
+        """Weights summed over the other axes of the grid, over ``norm``, times the table of this one."""
         rank, nodes = len(self.batch), self.nodes
         if len(table) == 1:
             summed = nodes.reshape(nodes.sum(weights, [rank + 1]), (*self.batch, count, 1))
@@ -284,6 +313,8 @@ class _Rewriting:
             apart = nodes.reshape(weights, (*self.batch, count, *self.grid))
             rest = [rank + 1 + one for one in range(len(self.grid)) if one != axis]
             summed = nodes.sum(apart, rest) if rest else apart
+        if norm is not None:
+            summed = nodes.binary("Div", summed, norm)
         return nodes.matmul(summed, nodes.constant(self._picked(table)))
 
     def _product(self, left: ir.Value, right: ir.Value, count: int, depth: int, width: int) -> ir.Value:
@@ -296,85 +327,3 @@ class _Rewriting:
         flat = self.nodes.reshape(left, (*own, rest * count, depth))
         made = self.nodes.matmul(flat, self.nodes.reshape(right, (*lead, depth, width)))
         return self.nodes.reshape(made, (*self.batch, count, width))
-
-
-def _shared_norms(chosen: Iterable[tuple[Site, RowForm]]) -> dict[tuple[ir.Node, int], float]:
-    """Scores and reads of one softmax that share σ and their columns, with the factor between scores and softmax."""
-    reads = {site.node: (site, form) for site, form in chosen if site.kind == "read" and form.norm is not None}
-    shared: dict[tuple[ir.Node, int], float] = {}
-    for site, form in chosen:
-        if site.kind != "scores" or site.side != 1 or form.norm is None:
-            continue
-        node, factor = _softmax_read(site.node)
-        if node not in reads or factor <= 0:
-            continue
-        _, other = reads[node]
-        assert other.norm is not None
-        if other.norm.node is form.norm.node and [one for one, _ in other.terms] == [one for one, _ in form.terms]:
-            shared[site.node, 1] = shared[node, 1] = factor
-    return shared
-
-
-def _softmax_read(node: ir.Node) -> tuple[ir.Node | None, float]:
-    """The product that reads the softmax of a product's scores alone, and what they are multiplied with before it."""
-    value, factor, softmax = node.outputs[0], 1.0, False
-    for _ in range(_FOLLOWED):
-        user = only_reader(value)
-        if user is None:
-            return None, factor
-        result = user.outputs[0]
-        if user.op_type == "MatMul" and softmax and user.inputs[0] is value:
-            return user, factor
-        if user.op_type == "Softmax" and not softmax and _over_last(user):
-            softmax = True
-        elif user.op_type in ("Mul", "Div") and not softmax and (found := _factor(user, value)) is not None:
-            factor *= found
-        elif user.op_type not in (*VIEWS, "Dropout") or sizes(result)[-1] != sizes(value)[-1]:
-            return None, factor
-        value = result
-    return None, factor
-
-
-def _factor(node: ir.Node, value: ir.Value) -> float | None:
-    """The number that a node multiplies the value with."""
-    if node.op_type == "Div":
-        found = number(node.inputs[1]) if node.inputs[0] is value else None
-        return None if not found else 1 / found
-    return next((found for one in node.inputs if one is not value and (found := number(one)) is not None), None)
-
-
-def _over_last(softmax: ir.Node) -> bool:
-    rank = len(sizes(softmax.outputs[0]))
-    return axis_of(softmax, rank) == rank - 1
-
-
-def _reaches_softmax(node: ir.Node) -> bool:
-    """Whether scores go into a softmax over the rows' axis only, multiplied with or added to what does not change
-    that a term of the query cancels.
-    """
-    value = node.outputs[0]
-    for _ in range(_FOLLOWED):
-        user = only_reader(value)
-        if user is None:
-            return False
-        if user.op_type == "Softmax":
-            return _over_last(user)
-        scaled = user.op_type in ("Mul", "Div") and _factor(user, value) is not None
-        added = user.op_type == "Add" and sizes(user.outputs[0]) == sizes(value)
-        if not scaled and not added:
-            return False
-        value = user.outputs[0]
-    return False
-
-
-def _sums_to_one(weights: ir.Value) -> bool:
-    """Whether each row is a softmax over the last axis."""
-    value = weights
-    for _ in range(_FOLLOWED):
-        if (softmax := made_by(value, "Softmax")) is not None:
-            return _over_last(softmax)
-        node = made_by(value, *VIEWS, "Dropout")
-        if node is None or node.inputs[0] is None or sizes(node.inputs[0])[-1] != sizes(value)[-1]:
-            return False
-        value = node.inputs[0]
-    return False

@@ -3,7 +3,8 @@
 
 F_i are tensors of the graph (any number of rows), A_i constant matrices, T a constant table, s_m one number a row (1/σ
 of a LayerNorm) and b a constant row. The form is closed under products with constant matrices, additions and
-multiplications of constants, LayerNorm over the last axis, concatenation of columns, and views that keep rows whole:
+multiplications of constants, LayerNorm over the last axis, concatenation of columns, and views that keep rows whole.
+Rows that are looked up in a constant have no changing terms: their table is read at indices.
 
     LayerNorm(F A + T) = s (F A C_0 γ + T C_0 γ) + β        C_0 = I − 11ᵀ/C,  s_m = 1/σ_m
 
@@ -14,59 +15,30 @@ that made it, and so on. Matrices are products that nobody computes before a sit
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import Protocol, TypeVar
 
 import numpy as np
 import onnx_ir as ir
 
-from perceiver_export.exporter.fold.nodes import VIEWS, Shape, array_of, axis_of, operand, shape_of, sizes
-from perceiver_export.exporter.fold.tables import Table
+from perceiver_export.exporter.fold.layout import Axis, Layout, joined, layout_of, row_major
+from perceiver_export.exporter.fold.nodes import VIEWS, Shape, array_of, axis_of, made_by, operand, shape_of, sizes
+from perceiver_export.exporter.fold.normalize import patches
+from perceiver_export.exporter.fold.tables import Matrix, Table
+
+Linear = TypeVar("Linear", Matrix, Table)  # what is linear in the rows
+
+
+class Change(Protocol):
+    """Something linear that is done to every row."""
+
+    def __call__(self, one: Linear, /) -> Linear: ...
+
 
 _MOST_FORMS, _MOST_TERMS = 8, 3
 _SUMMED_FORMS = 3  # of each side of an addition
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """A constant matrix (rows, columns): steps from the identity, computed when `value` is called."""
-
-    rows: int
-    columns: int
-    steps: tuple[Callable[[np.ndarray], np.ndarray], ...] = ()
-    at: int | None = 0  # where its rows are the unit vectors of that many columns, the first of them
-
-    def __matmul__(self, weight: np.ndarray) -> Matrix:
-        if not self.steps:
-            return Matrix(self.rows, weight.shape[1], (lambda _: weight.astype(np.float64),), None)
-        return self._then(lambda own: own @ weight.astype(np.float64), weight.shape[1])
-
-    def __mul__(self, factor: np.ndarray) -> Matrix:
-        return self._then(lambda own: own * factor)
-
-    def centred(self) -> Matrix:
-        """Each row less its mean."""
-        return self._then(lambda own: own - own.mean(1, keepdims=True))
-
-    def placed(self, at: int, width: int) -> Matrix:
-        """As columns ``at`` and following of a wider matrix."""
-
-        def place(own: np.ndarray) -> np.ndarray:
-            wide = np.zeros((own.shape[0], width))
-            wide[:, at : at + own.shape[1]] = own
-            return wide
-
-        return Matrix(self.rows, width, (*self.steps, place), None if self.at is None else self.at + at)
-
-    def value(self) -> np.ndarray:
-        """In float64."""
-        own = np.eye(self.rows)
-        for step in self.steps:
-            own = step(own)
-        return own
-
-    def _then(self, step: Callable[[np.ndarray], np.ndarray], columns: int | None = None) -> Matrix:
-        return Matrix(self.rows, columns or self.columns, (*self.steps, step), None)
 
 
 @dataclass(frozen=True)
@@ -104,7 +76,7 @@ class RowForm:
     terms: tuple[tuple[ir.Value, Matrix], ...]
     table: Table | None = None
     norm: Norm | None = None
-    bias: np.ndarray | None = None
+    bias: Matrix | None = None
     kills: frozenset[ir.Node] = field(default_factory=frozenset)
 
     @property
@@ -114,49 +86,42 @@ class RowForm:
 
     @property
     def reads(self) -> list[ir.Value]:
-        own = [value for value, _ in self.terms]
+        own = [value for value, _ in self.terms] + list(self.table.points if self.table else ())
         return own if self.norm is None else own + self.norm.reads()
 
     def times(self, weight: np.ndarray, node: ir.Node | None = None) -> RowForm:
         """Each row times a matrix (width, columns)."""
-        weight = weight.astype(np.float64)
-        return self._with(lambda one: one @ weight, lambda bias: bias @ weight, node, weight.shape[1])
+        return self._with(lambda one: one @ weight, node, weight.shape[1])
 
     def scaled(self, factor: np.ndarray | float, node: ir.Node | None = None) -> RowForm:
         """Each column times a number."""
         own = np.broadcast_to(np.asarray(factor, np.float64).reshape(-1), (self.width,))
-        return self._with(lambda one: one * own, lambda bias: bias * own, node)
+        return self._with(lambda one: one * own, node)
 
     def shifted(self, bias: np.ndarray, node: ir.Node | None = None) -> RowForm:
         """Each row plus one that is the same for all."""
-        total = np.broadcast_to(bias.astype(np.float64).reshape(-1), (self.width,))
+        total = Matrix.of(np.broadcast_to(bias.reshape(1, -1), (1, self.width)))
         return replace(self, bias=total if self.bias is None else self.bias + total, kills=self._killed(node))
 
     def normed(self, norm: Norm, scale: np.ndarray, shift: np.ndarray | None) -> RowForm:
         """LayerNorm's form; this one must not have a norm."""
-        made = self.without_bias()._with(lambda one: one.centred() * scale, lambda bias: bias, norm.node)
-        return replace(made, norm=norm, bias=shift)
+        made = self.without_bias()._with(lambda one: one.centred() * scale, norm.node)
+        return replace(made, norm=norm, bias=None if shift is None else Matrix.of(shift.reshape(1, -1)))
 
     def without_bias(self) -> RowForm:
         """The bias as part of the table; without a norm that is the same."""
         if self.bias is None:
             return self
-        table = Table.row(self.bias)
+        table = Table((1,), (self.bias,))
         joined = table if self.table is None else self.table.plus(table)
         assert joined is not None
         return replace(self, table=joined, bias=None)
 
-    def _with(
-        self,
-        change: Callable[..., Matrix | Table],
-        change_bias: Callable[[np.ndarray], np.ndarray],
-        node: ir.Node | None,
-        width: int | None = None,
-    ) -> RowForm:
+    def _with(self, change: Change, node: ir.Node | None, width: int | None = None) -> RowForm:
         terms = tuple((value, change(matrix)) for value, matrix in self.terms)
         table = None if self.table is None else change(self.table)
-        bias = None if self.bias is None else change_bias(self.bias)
-        return RowForm(self.lead, width or self.width, terms, table, self.norm, bias, self._killed(node))  # type: ignore[arg-type]
+        bias = None if self.bias is None else change(self.bias)
+        return RowForm(self.lead, width or self.width, terms, table, self.norm, bias, self._killed(node))
 
     def _killed(self, node: ir.Node | None) -> frozenset[ir.Node]:
         return self.kills if node is None else self.kills | {node}
@@ -250,6 +215,29 @@ class Forms:
             table = table * sign
         return None if table is None else replace(form, table=table, kills=form.kills | {node})
 
+    def _turned(self, node: ir.Node, shape: Shape) -> Iterator[RowForm]:
+        """Pixels whose channels came first: the rows that they were made from, or patches."""
+        value, layout = node.outputs[0], layout_of(node.outputs[0])
+        source, kills = layout.source, _between(layout.source, value)
+        own = sizes(source)
+        if layout.offset == 0 and layout.scale == 1 and _flat(layout) == row_major((math.prod(own[:-1]), own[-1])):
+            for form in self.of(source)[1:]:
+                yield replace(form, lead=shape[:-1], kills=form.kills | kills)
+        elif (conv := made_by(source, "Conv")) is not None and shape == (own[0], math.prod(own[2:]), own[1]):
+            found = patches(conv)
+            if found is not None:
+                rows, weight = found
+                form = RowForm(shape[:-1], shape[-1], ((rows, Matrix.of(weight)),), kills=kills | {conv})
+                bias = array_of(conv.inputs[2]) if len(conv.inputs) > 2 else None
+                yield form if bias is None else form.shifted(bias)
+
+    def _looked_up(self, node: ir.Node, shape: Shape) -> Iterator[RowForm]:
+        """Rows of a constant matrix at indices."""
+        rows = array_of(node.inputs[0])
+        if rows is not None and rows.ndim == 2 and rows.dtype.kind == "f" and axis_of(node, 2, 0) == 0:
+            table = Table((len(rows),), (Matrix.of(rows),), (operand(node, 1),))
+            yield RowForm(shape[:-1], shape[-1], (), table, kills=frozenset({node}))
+
     def _concat(self, node: ir.Node, shape: Shape) -> Iterator[RowForm]:
         """Columns side by side; each input as it is, then as what made it."""
         if axis_of(node, len(shape), 0) != len(shape) - 1:
@@ -268,7 +256,7 @@ class Forms:
             assert value is not None
             own = sizes(value)[-1]
             constants = self.table(value, sizes(value))
-            forms = [form for form in self.of(value) if form.norm is None and (form.table is None or form.table.is_row)]
+            forms = [form for form in self.of(value) if form.norm is None]
             form = forms[-1] if deep and forms[-1].columns < own else forms[0]
             found_deeper = found_deeper or form is not forms[0]
             if constants is None:
@@ -282,7 +270,8 @@ class Forms:
                 if table is None:
                     return None
             at += own
-        if not terms or (deep and not found_deeper) or len(terms) > _MOST_TERMS:
+        looked_up = table is not None and bool(table.points)
+        if not (terms or looked_up) or (deep and not found_deeper) or len(terms) > _MOST_TERMS:
             return None
         return RowForm(shape[:-1], width, tuple(terms), table, kills=kills)
 
@@ -300,6 +289,23 @@ class Forms:
             yield form.normed(norm, scale.astype(np.float64), None if shift is None else shift.astype(np.float64))
 
 
+def _flat(layout: Layout) -> list[Axis]:
+    """Its axes as one of rows and one of columns."""
+    *lead, last = layout.axes
+    return [joined([atom for axis in lead for atom in axis]), joined(last)]
+
+
+def _between(source: ir.Value, value: ir.Value) -> frozenset[ir.Node]:
+    """The views that make a value from a source."""
+    nodes: set[ir.Node] = set()
+    while value is not source:
+        node = value.producer()
+        assert node is not None
+        nodes.add(node)
+        value = operand(node)
+    return frozenset(nodes)
+
+
 def _is_row(array: np.ndarray, shape: Shape) -> bool:
     """Whether an array broadcasts to one row of ``shape``."""
     return array.size == 1 or (array.size == shape[-1] and array.shape[-1:] == shape[-1:])
@@ -311,5 +317,7 @@ _FORMS: dict[str, Callable[[Forms, ir.Node, Shape], Iterator[RowForm]]] = {
     **dict.fromkeys(("Mul", "Div"), Forms._multiplied),
     **dict.fromkeys(("Add", "Sub"), Forms._added),
     "Concat": Forms._concat,
+    "Gather": Forms._looked_up,
+    "Transpose": Forms._turned,
     "LayerNormalization": Forms._normed,
 }

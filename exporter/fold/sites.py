@@ -239,9 +239,12 @@ def folded_cost(site: Site, form: RowForm, real: Sizes) -> Cost | None:
     axes = extra = 0
     if form.table is not None:
         grid = form.table.sizes
-        if len(grid) > _MOST_AXES or (not form.table.is_row and (site.order or form.table.rows != site.num_rows)):
+        if form.table.points and (site.kind, site.side) != ("scores", 0):
             return None
-        axes = sum(1 for table in form.table.tables if np.any(table))
+        fits = bool(form.table.points) or form.table.rows == site.num_rows
+        if len(grid) > _MOST_AXES or (not form.table.is_row and (site.order or not fits)):
+            return None
+        axes = len(grid)
         extra = sum(grid)
     total = real.count(sizes(site.node.outputs[0]))
     rows, columns = real.real(site.num_rows), real.real(site.num_columns)
@@ -250,7 +253,8 @@ def folded_cost(site: Site, form: RowForm, real: Sizes) -> Cost | None:
     flops = 2 * queries * rows * form.columns + (0 if fixed else 2 * queries * columns * (form.columns + extra))
     normed = form.norm is not None
     all_rows = real.count(form.lead)
-    numbers = queries * rows * (1 + 2 * normed + 2 * axes)
+    # a table is added to the scores, and sums over the other axes of a read are read for it
+    numbers = queries * rows * (1 + 2 * normed + (2 if site.kind == "scores" else 1) * axes)
     numbers += all_rows * form.columns * 2 * (1 + normed) + 3 * all_rows * normed
     return Cost(flops, numbers * _FLOAT)
 

@@ -113,6 +113,20 @@ def _slice(node: ir.Node, axis: int) -> Cuts | None:
     return None if axes is None or axis in [one % rank for one in axes] else _first(node, axis)
 
 
+def _gather(node: ir.Node, axis: int) -> Cuts | None:
+    data, indices = _shapes(node)
+    over = axis_of(node, len(data), 0)
+    if over <= axis < over + len(indices):
+        return [None, axis - over]
+    return [axis if axis < over else axis - len(indices) + 1, None]
+
+
+def _gather_nd(node: ir.Node, axis: int) -> Cuts | None:
+    _, indices = _shapes(node)
+    batched = node.attributes.get_int("batch_dims", 0)
+    return [None, axis] if batched <= axis < len(indices) - 1 else None
+
+
 _RULES: dict[str, Callable[[ir.Node, int], Cuts | None]] = {
     **dict.fromkeys(("Softmax", "LogSoftmax"), _but_own_axis),
     "LayerNormalization": _before_norm,
@@ -122,6 +136,8 @@ _RULES: dict[str, Callable[[ir.Node, int], Cuts | None]] = {
     **dict.fromkeys(("ReduceSum", "ReduceMean", "ReduceMax"), _reduction),
     "Concat": _concat,
     "Slice": _slice,
+    "Gather": _gather,
+    "GatherND": _gather_nd,
 }
 
 
@@ -151,7 +167,8 @@ class Region:
 def region_of(softmax: ir.Node, axis: int, least: int) -> Region | None:
     """The region around a softmax that is cut at an axis; None where something needs all of it.
 
-    Nodes behind the softmax belong to it as long as they read at least ``least`` numbers of it.
+    Nodes in front of the softmax belong to it if they make at least ``least`` numbers, nodes behind it as long as they
+    read so many of it.
     """
     return _Growing(softmax, axis, least).grown()
 
@@ -183,6 +200,8 @@ class _Growing:
                 continue
             found = cuts(node, self.axes[result])
             if node is not self.softmax:
+                if found is not None and math.prod(sizes(result)) < self.least:
+                    continue  # a slice of it costs less than a product in pieces
                 read_elsewhere = any(user not in self.nodes for user in result.consumers())
                 if len(node.outputs) > 1 or read_elsewhere or result.is_graph_output() or found is None:
                     continue

@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Constant rows on a grid, as one small table an axis where they are the sum of such: Fourier positions are."""
+"""Constant matrices and tables, computed when they are needed.
+
+A table of constant rows on a grid is one small table an axis where it is the sum of such: Fourier positions are.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+import onnx_ir as ir
 
 from perceiver_export.exporter.fold.nodes import Shape
 
@@ -15,16 +19,66 @@ _TOLERANCE = 1e-6  # of the largest number; positions come in float32
 _PROBES = 48
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
+class Matrix:
+    """A constant matrix (rows, columns): steps from ``start``, None for the identity."""
+
+    rows: int
+    columns: int
+    start: np.ndarray | None = None
+    steps: tuple[Callable[[np.ndarray], np.ndarray], ...] = ()
+    at: int | None = 0  # where its rows are the unit vectors of that many columns, the first of them
+
+    @classmethod
+    def of(cls, array: np.ndarray) -> Matrix:
+        rows, columns = array.shape
+        return cls(rows, columns, array, at=None)
+
+    def __matmul__(self, weight: np.ndarray) -> Matrix:
+        if self.start is None and not self.steps:
+            return Matrix.of(weight)
+        return self._then(lambda own: own @ weight.astype(np.float64), weight.shape[1])
+
+    def __mul__(self, factor: np.ndarray | float) -> Matrix:
+        return self._then(lambda own: own * factor)
+
+    def __add__(self, other: Matrix) -> Matrix:
+        return self._then(lambda own: own + other.value())
+
+    def centred(self) -> Matrix:
+        """Each row less its mean."""
+        return self._then(lambda own: own - own.mean(1, keepdims=True))
+
+    def placed(self, at: int, width: int) -> Matrix:
+        """As columns ``at`` and following of a wider matrix."""
+        made = self._then(lambda own: np.pad(own, ((0, 0), (at, width - at - own.shape[1]))), width)
+        return made if self.at is None else replace(made, at=self.at + at)
+
+    def value(self) -> np.ndarray:
+        """In float64."""
+        own = np.eye(self.rows) if self.start is None else self.start.astype(np.float64)
+        for step in self.steps:
+            own = step(own)
+        return own
+
+    def _then(self, step: Callable[[np.ndarray], np.ndarray], columns: int | None = None) -> Matrix:
+        return Matrix(self.rows, columns or self.columns, self.start, (*self.steps, step), None)
+
+
+@dataclass(frozen=True, eq=False)
 class Table:
-    """``row[i_0, i_1, …] = sum_a tables[a][i_a]`` over a grid of ``sizes``, in float64; sizes (1,): one row for all."""
+    """``row[m] = sum_a tables[a][i_a]`` for each point m of a grid of ``sizes``; sizes (1,): one row for all.
+
+    ``points``: where rows are looked up, the indices i_a of all rows, a value of the graph for each axis.
+    """
 
     sizes: Shape
-    tables: tuple[np.ndarray, ...]
+    tables: tuple[Matrix, ...]
+    points: tuple[ir.Value, ...] = ()
 
     @classmethod
     def row(cls, row: np.ndarray) -> Table:
-        return cls((1,), (row.reshape(1, -1).astype(np.float64),))
+        return cls((1,), (Matrix.of(row.reshape(1, -1)),))
 
     @classmethod
     def of(cls, array: np.ndarray, shape: Shape) -> Table | None:
@@ -45,8 +99,8 @@ class Table:
                 array = np.broadcast_to(array, array.shape[:axis] + shape[axis:])
                 break
             array = first
-        rows = array.reshape(-1, shape[-1]).astype(np.float64)
-        return cls((1,), (rows,)) if len(rows) == 1 else separated(rows)
+        rows = array.reshape(-1, shape[-1])
+        return cls.row(rows) if len(rows) == 1 else _separated(rows.astype(np.float64))
 
     @property
     def rows(self) -> int:
@@ -56,10 +110,6 @@ class Table:
     def is_row(self) -> bool:
         return self.sizes == (1,)
 
-    @property
-    def columns(self) -> int:
-        return int(self.tables[0].shape[1])
-
     def __matmul__(self, weight: np.ndarray) -> Table:
         return self._each(lambda table: table @ weight)
 
@@ -68,43 +118,60 @@ class Table:
 
     def centred(self) -> Table:
         """Each row less its mean."""
-        return self._each(lambda table: table - table.mean(1, keepdims=True))
+        return self._each(Matrix.centred)
 
     def placed(self, at: int, width: int) -> Table:
         """As columns ``at`` and following of wider rows."""
-        return self._each(lambda table: np.pad(table, ((0, 0), (at, width - at - table.shape[1]))))
+        return self._each(lambda table: table.placed(at, width))
 
     def plus(self, other: Table) -> Table | None:
         """The sum; None where the grids differ."""
         if self.is_row or other.is_row:
             row, grid = (self, other) if self.is_row else (other, self)
-            return Table(grid.sizes, (grid.tables[0] + row.tables[0], *grid.tables[1:]))
-        if self.sizes != other.sizes:
+            return replace(grid, tables=(grid.tables[0] + row.tables[0], *grid.tables[1:]))
+        if self.points and other.points:
+            return self._also_at(other)
+        if self.sizes != other.sizes or self.points or other.points:
             return None
-        return Table(self.sizes, tuple(one + more for one, more in zip(self.tables, other.tables, strict=True)))
+        return replace(self, tables=tuple(one + more for one, more in zip(self.tables, other.tables, strict=True)))
+
+    def _also_at(self, other: Table) -> Table:
+        """Plus rows that are looked up elsewhere, or with the same indices."""
+        found = dict(zip(self.points, zip(self.sizes, self.tables, strict=True), strict=True))
+        for points, size, table in zip(other.points, other.sizes, other.tables, strict=True):
+            found[points] = (size, found[points][1] + table) if points in found else (size, table)
+        sizes, tables = zip(*found.values(), strict=True)
+        return Table(sizes, tables, tuple(found))
 
     def only(self, columns: np.ndarray) -> bool:
         """Whether all other columns (a mask) are zero."""
-        return not any(np.any(table[:, ~columns]) for table in self.tables)
+        return bool(columns.all()) or not any(np.any(table.value()[:, ~columns]) for table in self.tables)
 
     def moments(self, columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Of each row, over some columns (a mask): the mean, and the sum of squared deviations from it."""
-        first, *rest = (table[:, columns] for table in self.tables)
-        inner = np.zeros((1, first.shape[1]))
-        for table in rest:
-            inner = (inner[:, None] + table[None]).reshape(-1, first.shape[1])
-        means, squares = [], []
-        for row in first:  # a slice of the first axis at a time: the whole may be large
-            dense = inner + row
-            means.append(dense.mean(1))
-            squares.append(((dense - means[-1][:, None]) ** 2).sum(1))
-        return np.concatenate(means), np.concatenate(squares)
+        """Of each row, over some columns (a mask): the mean, and the sum of squared deviations from it.
 
-    def _each(self, change: Callable[[np.ndarray], np.ndarray]) -> Table:
-        return Table(self.sizes, tuple(change(table) for table in self.tables))
+        The squares of a sum over axes are sums over pairs of axes: the rows of the whole grid are never made.
+        """
+        mean, square = (np.zeros(self.sizes) for _ in range(2))
+        centred = []
+        for axis, table in enumerate(self.tables):
+            own = table.value()[:, columns]
+            mean += self._along(own.mean(1), axis)
+            centred.append(own - own.mean(1, keepdims=True))
+            square += self._along((centred[-1] ** 2).sum(1), axis)
+            for other in range(axis):
+                square += self._along(2 * centred[other] @ centred[axis].T, other, axis)
+        return mean.reshape(-1), square.reshape(-1)
+
+    def _along(self, array: np.ndarray, *axes: int) -> np.ndarray:
+        """An array over some axes of the grid, to be added to one over all of them."""
+        return array.reshape([size if axis in axes else 1 for axis, size in enumerate(self.sizes)])
+
+    def _each(self, change: Callable[[Matrix], Matrix]) -> Table:
+        return replace(self, tables=tuple(change(table) for table in self.tables))
 
 
-def separated(rows: np.ndarray) -> Table | None:
+def _separated(rows: np.ndarray) -> Table | None:
     """A table of rows (M, C) as a sum over the axes of a grid: found numerically, checked at every row; None if it is
     no such sum.
     """
@@ -121,7 +188,7 @@ def separated(rows: np.ndarray) -> Table | None:
         slices = (rows[step * inner : (step + 1) * inner] for step in range(outer))
         if any(np.abs(own - first[step] - second).max() > _TOLERANCE * scale for step, own in enumerate(slices)):
             continue
-        left = separated(first) or Table((outer,), (first,))
-        right = separated(second) or Table((inner,), (second,))
+        left = _separated(first) or Table((outer,), (Matrix.of(first),))
+        right = _separated(second) or Table((inner,), (Matrix.of(second),))
         return Table((*left.sizes, *right.sizes), left.tables + right.tables)
     return None

@@ -143,9 +143,9 @@ def input_queries(inputs: Tensor, indices: Tensor | None) -> Tensor:
     """The inputs themselves (B, M, C), or their rows of ``indices`` (B, Q) -> (B, Q, C)."""
     if indices is None:
         return inputs
-    batch, count, channels = inputs.shape
-    offsets = torch.arange(batch, device=inputs.device).unsqueeze(1) * count
-    return nn.functional.embedding(indices + offsets, inputs.reshape(-1, channels))
+    if inputs.shape[0] == 1:
+        return nn.functional.embedding(indices, inputs[0])
+    return inputs.gather(1, indices.long().unsqueeze(-1).expand(-1, -1, inputs.shape[-1]))
 
 
 class PerceiverDecoder(nn.Module):

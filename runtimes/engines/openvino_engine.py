@@ -24,6 +24,7 @@ from perceiver_export.runtimes.errors import DeviceError
 from perceiver_export.runtimes.manifest import DType, TensorSpec
 
 DEVICES = {"openvino-cpu": "CPU", "openvino-gpu": "GPU", "openvino-npu": "NPU"}
+_WEIGHT = "/transpose_b"  # what OpenVINO calls the weight of a product, after the product
 _PRODUCTS = frozenset({"FullyConnected", "MatMul", "Convolution"})
 _NAMES = {"f32": "fp32", "f16": "fp16", "u8": "int8", "i8": "int8"}
 _ORDER = ("int8", "bf16", "fp16", "fp32")
@@ -49,11 +50,13 @@ class Kernel(NamedTuple):
 
 
 def kernels(compiled: Any) -> Iterator[Kernel]:
-    """All kernels of a compiled model."""
+    """All kernels of a compiled model. A product named after its scales is known by its weight too."""
     for op in compiled.get_runtime_model().get_ops():
         info = op.get_rt_info()
         layer, primitive, nodes = (_text(info, name) for name in ("layerType", "primitiveType", "originalLayersNames"))
-        yield Kernel(layer, primitive, tuple(nodes.split(",")))
+        reads = (one.get_source_output().get_node().get_friendly_name() for one in op.inputs())
+        products = (name.removesuffix(_WEIGHT) for name in reads if name.endswith(_WEIGHT))
+        yield Kernel(layer, primitive, (*nodes.split(","), *products))
 
 
 def arithmetic(compiled: Any, device: str) -> str:

@@ -18,10 +18,10 @@ import onnx_ir as ir
 from perceiver_export.calibration.graphs import open_session, sqnr
 from perceiver_export.calibration.lowering.half import to_half
 from perceiver_export.calibration.lowering.tensorrt import emulate, magnitudes
-from perceiver_export.exporter.trace import sample_inputs, trace
+from perceiver_export.exporter.trace import sample_inputs
 from perceiver_export.runtimes.engines.backend import Array, Feeds
 from tests.benchmarks.harness import Row, command
-from tests.preset_graphs import preset_parts
+from tests.preset_graphs import preset_parts, traced
 
 PRESETS = (
     *("language-bytes", "imagenet-learned", "imagenet-fourier", "imagenet-conv"),
@@ -52,7 +52,7 @@ def measure(work: Path, presets: tuple[str, ...] = PRESETS, factor: float = 1e5)
 def scaled(name: str, factor: float, work: Path) -> tuple[Path, Feeds]:
     """The preset's first graph with the MLPs scaled, and inputs for it."""
     config, (part, *_) = preset_parts(name)
-    model, path = trace(part, config), work / "model.onnx"
+    model, path = traced(part, config, fold=True), work / "model.onnx"
     for key, value in model.graph.initializers.items():
         if ".mlp.hidden." in key or ".mlp.output.weight" in key:
             assert value.const_value is not None

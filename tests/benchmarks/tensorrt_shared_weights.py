@@ -20,10 +20,9 @@ from perceiver_export.calibration.lowering.half import to_half
 from perceiver_export.exporter.graphs import GraphPart
 from perceiver_export.exporter.model.attention import SelfAttention
 from perceiver_export.exporter.model.config import AttentionConfig
-from perceiver_export.exporter.trace import trace
 from perceiver_export.runtimes.manifest import TensorSpec
 from tests.benchmarks.harness import Row, command
-from tests.preset_graphs import preset_config, quantized
+from tests.preset_graphs import preset_config, quantized, traced
 from tests.runtimes.tensorrt_reports import compile_rtx
 
 _SHAPE = (1, 512, 1024)
@@ -62,7 +61,7 @@ def _blocks(blocks: int) -> ir.Model:
     torch.manual_seed(0)
     latents, out = (TensorSpec(name, "float32", _SHAPE) for name in ("latents", "out"))
     part = GraphPart("blocks", _Repeated(blocks).eval(), (latents,), (out,), {})
-    return trace(part, preset_config("imagenet-fourier"))
+    return traced(part, preset_config("imagenet-fourier"))
 
 
 def _looped(model: ir.Model, blocks: int) -> ir.Model:

@@ -17,6 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from tests.benchmarks.harness import Row, command, medians, seconds_in_turn
+from tests.exporter.double import doubled, in_double
 from tests.zoo.models import ZOO
 
 TARGETS = {"ONNX Runtime": "ort-cpu", "OpenVINO": "openvino-cpu"}
@@ -85,8 +86,8 @@ def exact_error(module: object, inputs: Mapping[str, object]) -> float:
     from perceiver_export.exporter.trace import folded_graph
 
     part = own_graph(NamedModule(module, inputs), None)  # type: ignore[arg-type]
-    model, _, _ = folded_graph(part, False, 1 << 40, 1)
-    feeds = {name: _double(array) for name, array in part.examples.items()}
+    model = folded_graph(part, None, False, 1 << 40).model
+    feeds = {name: doubled(array) for name, array in part.examples.items()}
     outputs = []
     in_double(model)
     for folds in (False, True):
@@ -95,31 +96,6 @@ def exact_error(module: object, inputs: Mapping[str, object]) -> float:
         proto = ir.to_proto(model)
         outputs.append(ReferenceEvaluator(proto).run(None, feeds))
     return max(float(np.abs(a - b).max() / np.abs(a).max()) for a, b in zip(*outputs, strict=True))
-
-
-def _double(array: np.ndarray) -> np.ndarray:
-    return array.astype(np.float64) if array.dtype == np.float32 else array
-
-
-def in_double(model: ir.Model) -> None:
-    """All float32 of a graph as float64, in place."""
-    single, double = ir.DataType.FLOAT, ir.DataType.DOUBLE
-    for value in list(model.graph.initializers.values()):
-        if value.dtype == single and value.const_value is not None:
-            value.const_value = ir.tensor(value.const_value.numpy().astype(np.float64), name=value.name)
-            value.type = ir.TensorType(double)
-    for node in model.graph:
-        if node.op_type == "Cast" and node.attributes["to"].as_int() == int(single):
-            node.attributes["to"] = ir.AttrInt64("to", int(double))
-        if node.op_type == "ConstantOfShape" and "value" in node.attributes:
-            own = node.attributes["value"].as_tensor().numpy()
-            node.attributes["value"] = ir.AttrTensor("value", ir.tensor(_double(own)))
-        for result in node.outputs:
-            if result.dtype == single:
-                result.type = ir.TensorType(double)
-    for value in (*model.graph.inputs, *model.graph.outputs):
-        if value.dtype == single:
-            value.type = ir.TensorType(double)
 
 
 if __name__ == "__main__":

@@ -123,7 +123,7 @@ def test_layers_kept_float_are_float_in_every_rung_and_no_part_of_the_ladder(
     fashion_bundle: Path, tmp_path: Path
 ) -> None:
     """Layers that went back to float are fp16 where TensorRT is built so, but for what would overflow."""
-    tail = "decoder.plain.logits.tail.mlp.hidden"
+    tail = "decoder.cross_attention.mlp.hidden"
     kept = ["encoder.self_attentions.0.[12].*", "encoder.cross_attentions.*"]
     options = QuantizeOptions(precision={tail: "int8-weights"}, keep_float=kept, weight_bits=7, smooth=False)
     source = open_bundle(fashion_bundle)
@@ -304,7 +304,7 @@ def test_coverage_counts_and_what_held_on_one_split_must_hold_on_the_other(
 ) -> None:
     """Without its lowering ONNX Runtime computes in float, and 20 samples certify nothing."""
     monkeypatch.setitem(LOWERINGS, "ort-cpu", lambda model: None)
-    kept = ["encoder.*", "decoder.plain.logits.attention.*", "decoder.plain.logits.tail.weights.*"]
+    kept = ["encoder.*", "decoder.cross_attention.attention.*", "decoder.output"]
     options = quantizing(samples=8, max_drop=5, keep_float=kept, min_coverage=coverage)
     with pytest.raises(error) as caught:
         search(fashion_bundle, tmp_path / "mixed", options, **{**splits, "certify_on": rows["very few"]})

@@ -92,7 +92,7 @@ def test_every_option_is_passed_on(fashion_bundle: Path, tmp_path: Path, monkeyp
 def test_a_search_is_shown_rung_by_rung(fashion_bundle: Path, tmp_path: Path) -> None:
     search = some(FASHION / "test.npz", 0, 200, tmp_path / "search.npz")
     certify = some(FASHION / "test.npz", 200, 400, tmp_path / "certify.npz")
-    weights = "decoder.plain.logits.tail.mlp.hidden"
+    weights = "decoder.cross_attention.mlp.hidden"
     given: list[str | Path] = ["--data", HELD_OUT, "-o", tmp_path / "mixed", "--samples", "24", "--device", "all"]
     given += ["--keep-float", "encoder.*", "--precision", f"{weights}=int4-weights", "--min-agreement", "80"]
     given += ["--max-metric-change", "0.5", "--metric", "kl", "--sensitivity", tmp_path / "layers.json"]

@@ -41,7 +41,7 @@ from perceiver_export.exporter.model.config import (
     TokenInput,
 )
 from perceiver_export.exporter.model.perceiver import PerceiverIO
-from perceiver_export.exporter.trace import trace
+from perceiver_export.exporter.trace import folded_graph
 from perceiver_export.runtimes.errors import ExportError, UsageError
 from perceiver_export.runtimes.manifest import TensorSpec
 
@@ -213,7 +213,7 @@ def test_a_model_that_torch_cannot_trace(capfd: pytest.CaptureFixture[str]) -> N
     before = logging.root.manager.disable
 
     with pytest.raises(ExportError, match="cannot trace this model: RuntimeError: ") as caught:
-        trace(GraphPart("model", Untraceable(), (spec,), (spec,), {}), model())
+        folded_graph(GraphPart("model", Untraceable(), (spec,), (spec,), {}), model(), fold=True, budget=1 << 30)
 
     assert "[3, 4]" in caught.value.message
     assert "\x1b" not in caught.value.message

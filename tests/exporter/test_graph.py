@@ -15,13 +15,12 @@ import pytest
 from perceiver_export.calibration.graphs import stage_costs
 from perceiver_export.exporter import ExportOptions, LoadedModel, export, load_model
 from perceiver_export.exporter.graphs import Batch, whole_model
-from perceiver_export.exporter.module_folds.folded import FoldedPerceiver
-from perceiver_export.exporter.module_folds.sites import choose_sites
 from perceiver_export.exporter.simplify import FoldConstantsPass
-from perceiver_export.exporter.trace import IR_VERSION, OPSET, TOLERANCE, trace
+from perceiver_export.exporter.trace import IR_VERSION, OPSET, TOLERANCE
 from perceiver_export.runtimes import load
 from perceiver_export.runtimes.errors import UsageError
 from tests.cli import small_models
+from tests.preset_graphs import traced
 
 from .conftest import MakeCheckpoint
 
@@ -38,7 +37,7 @@ def loaded(request: pytest.FixtureRequest, make_checkpoint: MakeCheckpoint) -> L
 
 
 def trace_whole(loaded: LoadedModel, batch: str) -> ir.Model:
-    return trace(whole_model(loaded.model, Batch.parse(batch)), loaded.config)
+    return traced(whole_model(loaded.model, Batch.parse(batch)), loaded.config)
 
 
 @pytest.mark.parametrize("batch", ["1", "4", "1:2:4"])
@@ -61,8 +60,7 @@ def test_nothing_constant_is_left_to_do(loaded: LoadedModel, batch: str) -> None
 def test_folded_graphs_ask_at_run_time_for_no_type_and_no_shape(system: str) -> None:
     model = getattr(small_models, system)().model
     config = model.config
-    folded = FoldedPerceiver(model, choose_sites(model, 512 << 20, 1, None))
-    graph = trace(whole_model(folded, Batch.parse(1)), config).graph
+    graph = traced(whole_model(model, Batch.parse(1)), config, fold=True).graph
 
     assert not FORBIDDEN & {node.op_type for node in graph}
     for node in graph:

@@ -17,7 +17,7 @@ from onnx.reference import ReferenceEvaluator
 
 from perceiver_export.exporter.fold.engine import fold
 from perceiver_export.exporter.fold.nodes import Sizes
-from perceiver_export.exporter.fold.plan import peak, plan
+from perceiver_export.exporter.fold.plan import in_pieces, peak
 from perceiver_export.exporter.fold.sites import node_flops
 
 ALWAYS = -(1 << 60)  # FLOPs that a fold must save: every site is rewritten
@@ -94,7 +94,7 @@ def assert_same(drawing: Drawing, *outputs: str, least_gain: int = ALWAYS, budge
     model = ir.from_proto(proto)
     fold(model, least_gain=least_gain)
     if budget is not None:
-        plan(model, budget, Sizes())
+        in_pieces(model, budget, Sizes())
     found = ReferenceEvaluator(ir.to_proto(model)).run(None, drawing.feeds)
     for one, other in zip(expected, found, strict=True):
         np.testing.assert_allclose(other, one, rtol=0, atol=1e-12 * max(1.0, float(np.abs(one).max())))

@@ -23,7 +23,6 @@ from perceiver_export.exporter import ExportOptions, export
 from perceiver_export.exporter.graphs import Batch, whole_model
 from perceiver_export.exporter.model.config import AttentionConfig
 from perceiver_export.exporter.model.perceiver import PerceiverIO
-from perceiver_export.exporter.trace import trace
 from perceiver_export.runtimes import build, load
 from perceiver_export.runtimes.engines import tensorrt
 from perceiver_export.runtimes.engines.backend import EngineOptions, Platform
@@ -32,7 +31,7 @@ from perceiver_export.runtimes.errors import BundleError, DeviceError
 from tests.benchmarks.tensorrt_presets import compiled
 from tests.cli.commands import COMMAND, fail, succeed
 from tests.conftest import FASHION
-from tests.preset_graphs import preset_config, preset_graphs, quantized
+from tests.preset_graphs import preset_config, preset_graphs, quantized, traced
 from tests.runtimes.tensorrt_reports import compile_rtx, read_report
 
 
@@ -90,7 +89,7 @@ def test_an_attention_between_int8_products_is_fp16_whatever_its_heads_width(tmp
         self_attention=attention,
     )
     config = msgspec.structs.replace(config, encoder=encoder)
-    model = trace(whole_model(PerceiverIO(config).eval(), Batch.parse(1)), config)
+    model = traced(whole_model(PerceiverIO(config).eval(), Batch.parse(1)), config)
     linears = quantized(model)
     lower_for_tensorrt(model, "fp16")
     ir.save(model, tmp_path / "model.onnx", external_data="model.weights")

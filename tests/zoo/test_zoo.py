@@ -14,7 +14,7 @@ from perceiver_export.runtimes import load
 from tests.zoo.models import ZOO
 
 # Folding would cost more than it saves: their attention has many heads over few tokens.
-UNPROFITABLE = ("blip2_qformer", "kosmos2_projection", "sam_two_way")
+UNPROFITABLE = ("blip2_qformer", "sam_two_way")
 
 
 @pytest.mark.parametrize("name", ZOO)

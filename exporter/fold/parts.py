@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows of several inputs side by side, as a video's frames and its sound, taken apart again up to the products:
+
+    softmax(q [K_1; K_2]ᵀ) [V_1; V_2]  =  P_1 V_1 + P_2 V_2   with   [P_1, P_2] = softmax([q K_1ᵀ, q K_2ᵀ])
+
+so that each input is folded by itself. What is done to each row alone is done to the parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import onnx_ir as ir
+
+from perceiver_export.exporter.fold.nodes import Nodes, array_of, axis_of, put, shape_of, sizes
+from perceiver_export.exporter.fold.slicing import Region, copy_region, cuts, rows_of
+
+Parts = list[ir.Value]
+
+
+def split_rows(graph: ir.Graph) -> bool:
+    """Take apart what can be, in place; whether anything was."""
+    found = False
+    for node in list(graph):
+        if node.op_type != "Concat" or not all(shape_of(one) for one in (*node.inputs, *node.outputs)):
+            continue
+        axis, rank = axis_of(node, len(sizes(node.outputs[0])), 0), len(sizes(node.outputs[0]))
+        parts = [value for value in node.inputs if value is not None]
+        if 0 < axis < rank - 1 and _reaches_products(node.outputs[0], axis):
+            _spread(node.outputs[0], axis, parts)
+            found = True
+    return found
+
+
+def _reaches_products(value: ir.Value, axis: int) -> bool:
+    """Whether rows, and what is made of them, go into scores and reads."""
+    return any(
+        _is_read(user, value, axis) or (_is_scores(user, value) and row == len(sizes(user.outputs[0])) - 1)
+        for user, row in _users(value, axis)
+    ) or any(_reaches_products(user.outputs[0], row) for user, row in _users(value, axis) if not _is_product(user))
+
+
+def _users(value: ir.Value, axis: int) -> Iterator[tuple[ir.Node, int]]:
+    """Readers that treat each row alone, with the axis of their result that has its rows; and reads, with -1."""
+    for user in dict.fromkeys(value.consumers()):
+        if len(user.outputs) > 1 or any(shape_of(one) is None for one in (*user.inputs, *user.outputs) if one):
+            continue
+        if _is_read(user, value, axis):
+            yield user, -1
+            continue
+        shape = sizes(user.outputs[0])
+        for row, extent in enumerate(shape):
+            found = cuts(user, row) if extent == sizes(value)[axis] else None
+            if found is not None and all(
+                cut == axis if one is value else cut is None or array_of(one) is not None
+                for one, cut in zip(user.inputs, found, strict=True)
+            ):
+                yield user, row
+                break
+
+
+def _is_product(node: ir.Node) -> bool:
+    return node.op_type == "MatMul" and not any(array_of(value) is not None for value in node.inputs)
+
+
+def _is_scores(node: ir.Node, value: ir.Value) -> bool:
+    return _is_product(node) and node.inputs[1] is value
+
+
+def _is_read(node: ir.Node, value: ir.Value, axis: int) -> bool:
+    return _is_product(node) and node.inputs[1] is value and axis == len(sizes(value)) - 2
+
+
+def _spread(value: ir.Value, axis: int, parts: Parts) -> None:
+    """Do to each part what is done to all of them."""
+    for user, row in list(_users(value, axis)):
+        nodes, result = Nodes(user), user.outputs[0]
+        if row < 0:
+            put(result, _read(nodes, user, parts, axis))
+            continue
+        made, start = Parts(), 0
+        for part in parts:
+            stop = start + sizes(part)[axis]
+            made.append(_copied(nodes, user, value, part, row, slice(start, stop)))
+            start = stop
+        joined = nodes.concat(made, row)
+        put(result, joined)
+        if not _is_product(user):
+            _spread(joined, row, made)
+
+
+def _copied(nodes: Nodes, node: ir.Node, value: ir.Value, part: ir.Value, row: int, rows: slice) -> ir.Value:
+    """The node for one part."""
+
+    def take(one: ir.Value, axis: int) -> ir.Value:
+        return part if one is value else rows_of(nodes, one, axis, rows.start, rows.stop)
+
+    alone = Region([node], {node.outputs[0]: row}, [node.outputs[0]])
+    return copy_region(nodes, alone, take, lambda extent: rows.stop - rows.start)[node.outputs[0]]
+
+
+def _read(nodes: Nodes, node: ir.Node, parts: Parts, axis: int) -> ir.Value:
+    """Σ_i P_i V_i"""
+    weights, total, start = node.inputs[0], None, 0
+    assert weights is not None
+    for part in parts:
+        stop = start + sizes(part)[axis]
+        own = nodes.matmul(nodes.slice(weights, len(sizes(weights)) - 1, start, stop), part)
+        total, start = own if total is None else nodes.binary("Add", total, own), stop
+    assert total is not None
+    return total

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is known of scores on their way to a softmax, and of probabilities behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import onnx_ir as ir
+
+from perceiver_export.exporter.fold.nodes import VIEWS, axis_of, made_by, number, only_reader, sizes
+from perceiver_export.exporter.fold.rowform import RowForm
+from perceiver_export.exporter.fold.sites import Site
+
+_FOLLOWED = 12  # nodes between a product and its softmax
+
+
+def shared_norms(chosen: Iterable[tuple[Site, RowForm]]) -> dict[tuple[ir.Node, int], float]:
+    """Scores and reads of one softmax that share σ and their columns, with the factor between scores and softmax."""
+    reads = {site.node: (site, form) for site, form in chosen if site.kind == "read" and form.norm is not None}
+    shared: dict[tuple[ir.Node, int], float] = {}
+    for site, form in chosen:
+        if site.kind != "scores" or site.side != 1 or form.norm is None:
+            continue
+        node, factor = _softmax_read(site.node)
+        if node not in reads or factor <= 0:
+            continue
+        _, other = reads[node]
+        assert other.norm is not None
+        if other.norm.node is form.norm.node and [one for one, _ in other.terms] == [one for one, _ in form.terms]:
+            shared[site.node, 1] = shared[node, 1] = factor
+    return shared
+
+
+def _softmax_read(node: ir.Node) -> tuple[ir.Node | None, float]:
+    """The product that reads the softmax of a product's scores alone, and what they are multiplied with before it."""
+    value, factor, softmax = node.outputs[0], 1.0, False
+    for _ in range(_FOLLOWED):
+        user = only_reader(value)
+        if user is None:
+            return None, factor
+        result = user.outputs[0]
+        if user.op_type == "MatMul" and softmax and user.inputs[0] is value:
+            return user, factor
+        if user.op_type == "Softmax" and not softmax and _over_last(user):
+            softmax = True
+        elif user.op_type in ("Mul", "Div") and not softmax and (found := _factor(user, value)) is not None:
+            factor *= found
+        elif user.op_type not in (*VIEWS, "Dropout") or sizes(result)[-1] != sizes(value)[-1]:
+            return None, factor
+        value = result
+    return None, factor
+
+
+def _factor(node: ir.Node, value: ir.Value) -> float | None:
+    """The number that a node multiplies the value with."""
+    if node.op_type == "Div":
+        found = number(node.inputs[1]) if node.inputs[0] is value else None
+        return None if not found else 1 / found
+    return next((found for one in node.inputs if one is not value and (found := number(one)) is not None), None)
+
+
+def _over_last(softmax: ir.Node) -> bool:
+    rank = len(sizes(softmax.outputs[0]))
+    return axis_of(softmax, rank) == rank - 1
+
+
+def reaches_softmax(node: ir.Node) -> bool:
+    """Whether scores go into a softmax over the rows' axis only, multiplied with or added to what does not change
+    that a term of the query cancels.
+    """
+    value = node.outputs[0]
+    for _ in range(_FOLLOWED):
+        user = only_reader(value)
+        if user is None:
+            return False
+        if user.op_type == "Softmax":
+            return _over_last(user)
+        scaled = user.op_type in ("Mul", "Div") and _factor(user, value) is not None
+        added = user.op_type == "Add" and sizes(user.outputs[0]) == sizes(value)
+        if not scaled and not added:
+            return False
+        value = user.outputs[0]
+    return False
+
+
+def sums_to_one(weights: ir.Value) -> bool:
+    """Whether each row is a softmax over the last axis."""
+    value = weights
+    for _ in range(_FOLLOWED):
+        if (softmax := made_by(value, "Softmax")) is not None:
+            return _over_last(softmax)
+        node = made_by(value, *VIEWS, "Dropout")
+        if node is None or node.inputs[0] is None or sizes(node.inputs[0])[-1] != sizes(value)[-1]:
+            return False
+        value = node.inputs[0]
+    return False

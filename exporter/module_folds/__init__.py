@@ -1,2 +1,0 @@
-# SPDX-License-Identifier: Apache-2.0
-"""Exact rewrites of a Perceiver that need less work, each a torch module made from the one it replaces."""
