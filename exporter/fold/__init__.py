@@ -8,7 +8,10 @@ No pattern of a model, and none of attention, is looked for. Each fold re-associ
 - `rowform`: a tensor whose rows are ``s_m (sum_i F_i[m] A_i + T_m) + b``: what linear layers, LayerNorm, Concat and
   additions of constants make. `tables`: constant rows on a grid, T, as one small table an axis.
 - `sites`: products one of whose operands is a layout of such rows; what re-association costs, and what was decided.
-- `rewrite`: the new nodes of a site. `products`: linear layers in a row, and the projection behind a read.
+- `softmax`: what is known of scores on their way to a softmax, and of probabilities behind it.
+- `rewrite`: the new nodes of a site.
+- `parts`: rows of several inputs side by side, taken apart so that each input is folded by itself.
+- `products`: linear layers in a row, and the projection behind a read.
 - `slicing`: regions that treat an axis row by row, and copies of them for some rows.
 - `plan`: which pieces keep the activations within a budget.
 - `dynamic`: a range of samples, folded with a prime number in its place.

@@ -128,11 +128,6 @@ def merge_heads(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(-2)
 
 
-def unstacked(weights: Tensor) -> Tensor:
-    """Weights of each head (h, K, N); of a single one (K, N), which engines multiply with as with any layer's."""
-    return weights.squeeze(0) if weights.shape[0] == 1 else weights
-
-
 class Attention(nn.Module):
     """Projections round `attend`: queries (B, N, Q) over inputs (B, M, C) -> (B, N, Q)."""
 

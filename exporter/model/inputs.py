@@ -57,15 +57,6 @@ def fourier_features(positions: Tensor, config: FourierPositions) -> Tensor:
     return torch.cat([positions, torch.sin(phases), torch.cos(phases)], dim=-1)
 
 
-def fourier_channels(config: FourierPositions, num_axes: int, axis: int) -> list[int]:
-    """Which channels of the features belong to an axis, in the order of `fourier_features` of that axis alone."""
-    bands = config.num_bands
-    if config.order == "axis-by-axis":
-        return list(range(axis * (2 * bands + 1), (axis + 1) * (2 * bands + 1)))
-    sines, cosines = num_axes + axis * bands, num_axes * (1 + bands) + axis * bands
-    return [axis, *range(sines, sines + bands), *range(cosines, cosines + bands)]
-
-
 def fourier_table(config: FourierPositions, shape: tuple[int, ...]) -> Tensor:
     """The constant table (prod(shape), C) of a grid, in the model's precision."""
     dtype = torch.float32 if config.arithmetic == "float32" else torch.float64
@@ -128,15 +119,8 @@ class ImageAdapter(nn.Module):
         self.positions = position_encoding(config.positions, config.grid)
 
     def forward(self, image: Tensor) -> Tensor:
-        return _beside(self.features_of(image), self.positions())
-
-    def features_of(self, image: Tensor) -> Tensor:
-        """Without the positions."""
-        return self.values_of(self.features(image))
-
-    def values_of(self, image: Tensor) -> Tensor:
-        """Pixel by pixel: (B, channels, height, width) -> (B, M, channels)."""
-        return image.flatten(2).transpose(1, 2)
+        rows = self.features(image).flatten(2).transpose(1, 2)
+        return _beside(rows, self.positions())
 
 
 def _features(config: ImageInput) -> nn.Module:
@@ -190,19 +174,8 @@ class FramePairAdapter(nn.Module):
         self.positions = position_encoding(config.positions, (config.height, config.width))
 
     def forward(self, frames: Tensor) -> Tensor:
-        return _beside(self.features_of(frames), self.positions())
-
-    def features_of(self, frames: Tensor) -> Tensor:
-        """Without the positions."""
         features: Tensor = self.features(frames.flatten(1, 2)).flatten(2).transpose(1, 2)
-        return features
-
-    def values_of(self, frames: Tensor) -> Tensor:
-        """The 3×3 patches of both frames (B, M, 54), pixel by pixel of a patch, channels within."""
-        channels = nn.functional.pad(frames.flatten(1, 2), (1, 1, 1, 1))
-        height, width = frames.shape[-2:]
-        shifted = [channels[:, :, y : y + height, x : x + width] for y in range(3) for x in range(3)]
-        return torch.cat(shifted, dim=1).flatten(2).transpose(1, 2)
+        return _beside(features, self.positions())
 
 
 class TokenAdapter(nn.Module):
@@ -216,8 +189,6 @@ class TokenAdapter(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         inputs: Tensor = self.embedding(tokens) + self.positions
         return inputs
-
-    features_of = forward  # positions are added, not put beside
 
 
 class ArrayAdapter(nn.Module):
@@ -233,19 +204,12 @@ class ArrayAdapter(nn.Module):
         self.positions = position_encoding(config.positions, config.grid) if config.positions is not None else None
 
     def forward(self, array: Tensor) -> Tensor:
-        features = self.features_of(array)
-        return features if self.positions is None else _beside(features, self.positions())
-
-    def features_of(self, array: Tensor) -> Tensor:
-        """Without the positions of the grid."""
         if self.config.value_positions is not None:
-            return fourier_features(array.flatten(1, -2), self.config.value_positions)
-        features: Tensor = self.projection(self.values_of(array))
-        return features
-
-    def values_of(self, array: Tensor) -> Tensor:
-        """Patch by patch, as they come."""
-        return space_to_depth(array, self.config.patch) if self.config.patch else array.flatten(1, -2)
+            features = fourier_features(array.flatten(1, -2), self.config.value_positions)
+        else:
+            rows = space_to_depth(array, self.config.patch) if self.config.patch else array.flatten(1, -2)
+            features = self.projection(rows)
+        return features if self.positions is None else _beside(features, self.positions())
 
 
 def space_to_depth(array: Tensor, patch: tuple[int, ...]) -> Tensor:

@@ -118,11 +118,6 @@ class PositionQueryTable(nn.Module):
             )
             self.register_buffer(f"axis_{axis}", fourier_table(one_axis, (size,)), persistent=False)
 
-    def axis_table(self, axis: int) -> Tensor:
-        """Features of one axis's points (size, 2K+1): position, sines, cosines."""
-        table = self.get_buffer(f"axis_{axis}")
-        return torch.cat([table[:, 1:], table[:, :1]], dim=1) if self.axis_by_axis else table
-
     def forward(self, indices: Tensor | None) -> Tensor:
         if indices is None:
             device = self.get_buffer("axis_0").device

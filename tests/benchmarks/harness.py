@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What all benchmarks share: options, a folder to work in, fresh processes, sides that take turns, and a table.
 
-    python -m tests.benchmarks.NAME [--help] [--json] [--work DIR]
+    python -m tests.benchmarks.NAME [--help] [--json] [--page] [--work DIR]
 
 A benchmark is a function that yields rows. Its keyword parameters are the command's options.
 """
@@ -9,8 +9,11 @@ A benchmark is a function that yields rows. Its keyword parameters are the comma
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import inspect
 import json
+import os
+import platform
 import subprocess
 import sys
 import tempfile
@@ -26,6 +29,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 FASHION = REPOSITORY / "examples" / "fashion_mnist"
 Row = dict[str, Any]
 T = TypeVar("T")
+_VERSIONS = ("torch", "onnx", "onnxruntime", "openvino", "transformers")
 _CALL = """
 import importlib, json, sys
 module, name, arguments = json.load(sys.stdin)
@@ -42,19 +46,22 @@ def command(measure: Callable[..., Iterable[Row]]) -> None:
         description=sys.modules[measure.__module__].__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--json", action="store_true", help="print all rows as JSON in the end")
+    parser.add_argument("--page", action="store_true", help="write docs/results/NAME.md, with the machine and versions")
     parser.add_argument("--work", type=Path, help="a folder to keep; what lies in it is not made again")
     for name, parameter in list(inspect.signature(measure).parameters.items())[1:]:
         _add_option(parser, name, parameter.default)
     options = vars(parser.parse_args())
-    as_json, work = options.pop("json"), options.pop("work")
+    as_json, page, work = (options.pop(name) for name in ("json", "page", "work"))
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = work or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         for row in measure(folder, **options):
             if not as_json:
-                _print(row, rows)
+                print("\n".join(_lines(row, rows)), flush=True)
             rows.append(row)
+    if page:
+        _write_page(str(parser.description), rows)
     if as_json:
         print(json.dumps(rows, indent=1))
     sys.exit(not all(row.get("held", True) for row in rows))
@@ -72,11 +79,24 @@ def _add_option(parser: argparse.ArgumentParser, name: str, default: Any) -> Non
         parser.add_argument(option, type=Path if default is None else type(default), default=default)
 
 
-def _print(row: Row, before: list[Row]) -> None:
+def _lines(row: Row, before: list[Row]) -> list[str]:
     """A row of a Markdown table; a new table begins where the columns change."""
-    if not before or before[-1].keys() != row.keys():
-        print(f"\n| {' | '.join(row)} |\n|{'---|' * len(row)}")
-    print(f"| {' | '.join(map(_cell, row.values()))} |", flush=True)
+    begins = not before or before[-1].keys() != row.keys()
+    head = ["", f"| {' | '.join(row)} |", f"|{'---|' * len(row)}"] if begins else []
+    return [*head, f"| {' | '.join(map(_cell, row.values()))} |"]
+
+
+def _write_page(description: str, rows: list[Row]) -> None:
+    from perceiver_export.runtimes.machine import cpu_features, cpu_name
+
+    name = Path(sys.argv[0]).stem
+    title, *text = description.strip().splitlines()
+    versions = ", ".join(f"{one} {importlib.metadata.version(one)}" for one in _VERSIONS)
+    machine = f"{cpu_name()}, {os.cpu_count()} cores ({', '.join(cpu_features())}); Python {platform.python_version()}"
+    table = [line for index, row in enumerate(rows) for line in _lines(row, rows[:index])]
+    page = REPOSITORY / "docs" / "results" / f"{name}.md"
+    page.parent.mkdir(exist_ok=True)
+    page.write_text("\n".join([f"# {title}", *text, "", f"{machine}, {versions}.", *table, ""]), encoding="utf-8")
 
 
 def _cell(value: Any) -> str:
