@@ -42,8 +42,12 @@ def measure(work: Path, rounds: int = 15, only: tuple[str, ...] = ("",)) -> Iter
             return sum(stage.flops for stage in bundle.manifest.parts["model"].stages) / 1e6
 
         folds = Counter(_kind(one.chosen, one.why) for one in folded.manifest.parts["model"].folds)
-        int8 = quantize(folded, "random", work / f"{name}-int8", QuantizeOptions(samples=2))
-        quantization = int8.manifest.quantization
+        options = QuantizeOptions(samples=2, min_coverage=0)
+        try:
+            quantization = quantize(folded, "random", work / f"{name}-int8", options).manifest.quantization
+            share: object = None if quantization is None else quantization.integer_share
+        except PerceiverExportError as error:
+            share = error.message.partition(":")[0]
         feeds = {key: value.numpy() for key, value in inputs.items()}
         yield {
             "model": name,
@@ -55,7 +59,7 @@ def measure(work: Path, rounds: int = 15, only: tuple[str, ...] = ("",)) -> Iter
             "difference to torch": max(one.difference for one in folded.manifest.verification),
             "float64 error": exact_error(module, inputs),
             "ms plain, folded": _times(plain.path, folded.path, feeds, rounds),
-            "integer share": None if quantization is None else quantization.integer_share,
+            "integer share": share,
         }
 
 
