@@ -26,7 +26,6 @@ TARGETS = {"ONNX Runtime": "ort-cpu", "OpenVINO": "openvino-cpu"}
 def measure(work: Path, rounds: int = 15, only: tuple[str, ...] = ("",)) -> Iterator[Row]:
     from perceiver_export.calibration import QuantizeOptions, quantize
     from perceiver_export.exporter import ExportOptions, OwnModel, export
-    from perceiver_export.runtimes import Bundle
     from perceiver_export.runtimes.errors import PerceiverExportError
 
     for name in ZOO if only == ("",) else only:
@@ -38,33 +37,27 @@ def measure(work: Path, rounds: int = 15, only: tuple[str, ...] = ("",)) -> Iter
             yield {"model": name, "refused": error.message}
             continue
 
-        def flops(bundle: Bundle) -> float:
-            return sum(stage.flops for stage in bundle.manifest.parts["model"].stages) / 1e6
-
-        folds = Counter(_kind(one.chosen, one.why) for one in folded.manifest.parts["model"].folds)
-        options = QuantizeOptions(samples=2, min_coverage=0)
+        parts = [one.manifest.parts["model"] for one in (plain, folded)]
+        mflop = [sum(stage.flops for stage in part.stages) / 1e6 for part in parts]
+        feeds = {key: value.numpy() for key, value in inputs.items()}
+        folds = Counter("blocked" if one.why.startswith("blocked") else one.chosen for one in parts[1].folds)
         try:
-            quantization = quantize(folded, "random", work / f"{name}-int8", options).manifest.quantization
-            share: object = None if quantization is None else quantization.integer_share
+            made = quantize(folded, "random", work / f"{name}-int8", QuantizeOptions(samples=2, min_coverage=0))
+            share = getattr(made.manifest.quantization, "integer_share", None)
         except PerceiverExportError as error:
             share = error.message.partition(":")[0]
-        feeds = {key: value.numpy() for key, value in inputs.items()}
         yield {
             "model": name,
             "folded": folds["folded"],
             "does not pay": folds["plain"],
             "blocked": folds["blocked"],
-            "MFLOP plain": flops(plain),
-            "MFLOP folded": flops(folded),
+            "MFLOP plain": mflop[0],
+            "MFLOP folded": mflop[1],
             "difference to torch": max(one.difference for one in folded.manifest.verification),
             "float64 error": exact_error(module, inputs),
             "ms plain, folded": _times(plain.path, folded.path, feeds, rounds),
             "integer share": share,
         }
-
-
-def _kind(chosen: str, why: str) -> str:
-    return "blocked" if why.startswith("blocked") else chosen
 
 
 def _times(plain: Path, folded: Path, feeds: Mapping[str, np.ndarray], rounds: int) -> dict[str, list[float]]:
