@@ -143,8 +143,7 @@ def test_a_budget_is_kept_or_the_least_is_named() -> None:
     least = parse_budget(str(caught.value.hint).split()[1])
 
     budgets = (least, 8 << 20, 64 << 20)
-    plans = [folded_graph(part, loaded.config, True, budget).plan for budget in budgets]
-    peaks = [one.peak for one in plans if one is not None]
+    peaks = [plan.peak for budget in budgets if (plan := folded_graph(part, loaded.config, True, budget).plan)]
     assert peaks == sorted(peaks)
     assert all(peak <= budget for peak, budget in zip(peaks, budgets, strict=True))
 
