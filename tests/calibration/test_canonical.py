@@ -185,5 +185,5 @@ def test_layers_may_have_schemes_of_their_own(tmp_path: Path) -> None:
         **dict.fromkeys(("wk", "wv", "w1", "w2"), "int8-weights"),
         "wo": "float",
     }
-    assert part.kept_float == {"wo": "asked for"}
+    assert part.kept_float == {"wo": "requested"}
     assert part.integer_linears == ()

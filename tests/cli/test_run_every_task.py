@@ -134,16 +134,16 @@ def test_video_is_written_as_frames_and_sound(small_bundle: SmallBundle, files: 
 
 # System, what to give `run`, words of the error.
 BAD: list[tuple[str, str, str]] = [
-    ("language", "x" * 33 + "[MASK]", "the text has 34 bytes, 32 fit"),
+    ("language", "x" * 33 + "[MASK]", "the text has 34 bytes, but only 32 fit"),
     ("language", "nothing to do", "the text has no [MASK]"),
     ("language", "latin.txt", "latin.txt: the text is not valid UTF-8: byte 0xe9 at offset 3"),
     ("flow", "small", "10 × 30"),
     ("flow", "mixed", "frame0.png has 20 × 30 pixels"),
-    ("mel", "slow.wav", "slow.wav has 44100 samples a second, the model takes 48000"),
+    ("mel", "slow.wav", "slow.wav has 44100 samples per second, but the model takes 48000"),
     ("points", "nan.npy", "nan.npy: point 0 is [0.0, 0.0, nan]"),
-    ("points", "nothing.npy", "nothing.npy holds no point"),
+    ("points", "nothing.npy", "nothing.npy contains no points"),
     ("sets", "empty.npz", "the entities have shape [1, 0, 16]"),
-    ("sets", "masked.npz", "'entities_mask' masks everything of sample 0"),
+    ("sets", "masked.npz", "sample 0 are masked by 'entities_mask'"),
 ]
 
 

@@ -64,9 +64,9 @@ def cut(engine: Path) -> None:
         (
             A4000,
             lambda engine: edit_record(engine, of_another_version),
-            "it was built with tensorrt-rtx 1.6.0.5, here is",
+            "it was built with tensorrt-rtx 1.6.0.5, but this is",
         ),
-        (on_a("RTX 5090", (12, 0)), lambda engine: None, "it was built for sm86, here is RTX 5090 (sm_120)"),
+        (on_a("RTX 5090", (12, 0)), lambda engine: None, "it was built for sm86, but this is RTX 5090 (sm_120)"),
         (A4000, cut, "is damaged: model.engine has"),
     ],
     ids=["version", "device", "half"],
@@ -91,8 +91,8 @@ def test_an_engine_that_is_not_for_here_is_refused_with_the_command_that_makes_o
 def test_a_gpu_that_tensorrt_for_rtx_is_not_for_is_sent_to_tensorrt(copied_bundle: Path) -> None:
     said = fail("build", copied_bundle, "--target", "tensorrt-rtx", command=on_a("Orin", (8, 7)))
 
-    assert "TensorRT for RTX 1.7 is not for Orin (sm_87)" in said
-    assert "sm75, sm80, sm86, sm89, sm120, sm121; use --target tensorrt here" in said
+    assert "TensorRT for RTX 1.7 supports sm75, sm80, sm86, sm89, sm120, sm121, but not Orin (sm_87)" in said
+    assert "--target tensorrt\n" in said
 
 
 @pytest.mark.parametrize(

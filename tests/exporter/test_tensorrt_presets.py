@@ -140,10 +140,10 @@ def test_without_a_driver_engines_are_built_and_not_run(copied_bundle: Path) -> 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--precision", "fp16"), "fp16 was asked for, and the products of model.onnx are fp32"),
+        (("--precision", "fp16"), "the build is fp16, but the products of model.onnx are fp32"),
         (("--flag", "compute_capability=sm87"), "does not build for 'SM87'"),
-        (("--flag", "compute_capability=sm75"), "leave sm75 out"),
-        (("--flag", "compute_capability=sm75", "--precision", "bf16"), "sm75 has no bf16"),
+        (("--flag", "compute_capability=sm75"), "omit sm75"),
+        (("--flag", "compute_capability=sm75", "--precision", "bf16"), "sm75 does not support bf16"),
         (("--flag", "workspace=lots"), "workspace='lots'"),
         (("--flag", "turbo=on"), "'turbo'"),
     ],
@@ -186,13 +186,13 @@ def test_engines_are_for_the_version_and_the_gpus_that_they_were_built_for() -> 
     assert tensorrt.differences(here, Platform("tensorrt-rtx", "1.7.1.116", here.device, driver="14.0")) == ()
     other = Platform("tensorrt-rtx", "1.8.0", "NVIDIA GeForce RTX 5090 (sm_120)")
     assert tensorrt.differences(built, other) == (
-        "it was built with tensorrt-rtx 1.7.1.116, here is tensorrt-rtx 1.8.0",
-        "it was built for sm86 sm89, here is NVIDIA GeForce RTX 5090 (sm_120)",
+        "it was built with tensorrt-rtx 1.7.1.116, but this is tensorrt-rtx 1.8.0",
+        "it was built for sm86 sm89, but this is NVIDIA GeForce RTX 5090 (sm_120)",
     )
 
 
 def test_bf16_is_asked_of_a_gpu_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensorrt, "cuda_gpus", lambda: (Gpu("NVIDIA T4 (sm_75)", (7, 5), 1 << 34),))
-    with pytest.raises(DeviceError, match=r"T4 \(sm_75\) has no bf16"):
+    with pytest.raises(DeviceError, match=r"T4 \(sm_75\) does not support bf16"):
         tensorrt.platform("tensorrt-rtx", EngineOptions(precision="bf16"))
     assert tensorrt.platform("tensorrt-rtx", EngineOptions(precision="fp16")).device == "NVIDIA T4 (sm_75)"
