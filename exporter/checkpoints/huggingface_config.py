@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """config.json and preprocessor_config.json of a Hugging Face directory.
 
-`HuggingFaceConfig` is the table of what becomes of each field of config.json: docs/checkpoints.md is made from it.
+`HuggingFaceConfig` is the table of what becomes of each field of config.json: docs/guides/checkpoints.md is made from it.
 
 What a checkpoint's outputs are called and what they mean: id2label, num_labels and problem_type, as transformers.
 """

@@ -70,7 +70,7 @@ def test_the_bundle_is_the_packages_model(name: str, tmp_path: Path) -> None:
 
 
 def test_a_trained_module_of_the_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As docs/own_models.md says: its labels, and it is right about most images."""
+    """As docs/tutorials/own_models.md says: its labels, and it is right about most images."""
     examples = Path(__file__).resolve().parents[2] / "examples"
     monkeypatch.chdir(examples)
     bundle = export("your_own:clothes", tmp_path / "b", ExportOptions(batch="1:1:64"))
