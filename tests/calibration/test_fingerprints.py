@@ -43,7 +43,7 @@ def test_doubtful_data_is_told() -> None:
         "2 of 3 samples are repeated",
         "same label, 'cat'",
         "same in all",
-        "255 to 255",
+        "255 … 255",
         "names are numbers",
     ):
         assert told in warnings

@@ -255,7 +255,7 @@ def test_int8_beside_int4_weights_is_rewritten_in_every_precision(fashion_bundle
     assert compiled(bundle.file("model.tensorrt-fp16.onnx")).int8_products > 0
     calibration = read_calibration(bundle)
     assert calibration is not None
-    assert calibration.how == "int8, ranges by mse, weights of 8 bits; of 28 layers 2 int4-weights, 6 float"
+    assert calibration.how == "int8, ranges by mse, 8-bit weights; of 28 layers 2 int4-weights, 6 float"
 
 
 def test_a_read_only_file_system_is_one_error(copied_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -140,7 +140,7 @@ BAD: list[tuple[str, str, str]] = [
     ("flow", "small", "10 × 30"),
     ("flow", "mixed", "frame0.png has 20 × 30 pixels"),
     ("mel", "slow.wav", "slow.wav has 44100 samples per second, but the model takes 48000"),
-    ("points", "nan.npy", "nan.npy: point 0 is [0.0, 0.0, nan]"),
+    ("points", "nan.npy", "point 0: [0.0, 0.0, nan]"),
     ("points", "nothing.npy", "nothing.npy contains no points"),
     ("sets", "empty.npz", "the entities have shape [1, 0, 16]"),
     ("sets", "masked.npz", "sample 0 are masked by 'entities_mask'"),
