@@ -226,9 +226,7 @@ def test_a_text_that_is_too_long_is_counted_or_cut_and_the_tokenizer_stays_with_
     assert any("1 of 10" in warning and "texts.jsonl:10" in warning for warning in left_out.warnings)
     cut = judged(made, data, against=bundle, truncate=True)
     assert cut.samples == 10
-    assert dict(zip(cut.warning_kinds, cut.warnings, strict=True))["cut"].endswith(
-        "cut 1 of 10 texts that are too long for the model, first texts.jsonl:10"
-    )
+    assert "1 of 10 texts" in dict(zip(cut.warning_kinds, cut.warnings, strict=True))["cut"]
 
     by_cut = quantize(bundle, data, tmp_path / "cut", QuantizeOptions(truncate=True))
     assert any("cut: 1 of 10" in note for note in by_cut.manifest.notes)
