@@ -92,10 +92,14 @@ class Samples:
         whole = "" if self.count is None else f" of {self.count:,}"
         found = {"labels": "; ".join(self._labels.notes)}
         if self.left_out:
-            found["left out"] = f"skipped {len(self.left_out):,}{whole} texts that are too long for the model, first "
+            found["left out"] = (
+                f"{len(self.left_out):,}{whole} texts are too long for the model and were skipped, first "
+            )
             found["left out"] += f"{self.left_out[0].message}; cut them with --truncate"
         if self._cut:
-            found["cut"] = f"cut {len(self._cut):,}{whole} texts that are too long for the model, first {self._cut[0]}"
+            found["cut"] = (
+                f"{len(self._cut):,}{whole} texts are too long for the model and were cut, first {self._cut[0]}"
+            )
         return {kind: note for kind, note in found.items() if note}
 
     def _check(self, row: Row) -> None:
