@@ -91,15 +91,12 @@ class Samples:
         """Assumptions about labels and skipped or cut texts, by kind; complete when the stream has ended."""
         whole = "" if self.count is None else f" of {self.count:,}"
         found = {"labels": "; ".join(self._labels.notes)}
+        said = f"{whole} texts are too long for the model and were"
         if self.left_out:
-            found["left out"] = (
-                f"{len(self.left_out):,}{whole} texts are too long for the model and were skipped, first "
-            )
-            found["left out"] += f"{self.left_out[0].message}; cut them with --truncate"
+            first = self.left_out[0].message
+            found["left out"] = f"{len(self.left_out):,}{said} skipped, first {first}; cut them with --truncate"
         if self._cut:
-            found["cut"] = (
-                f"{len(self._cut):,}{whole} texts are too long for the model and were cut, first {self._cut[0]}"
-            )
+            found["cut"] = f"{len(self._cut):,}{said} cut, first {self._cut[0]}"
         return {kind: note for kind, note in found.items() if note}
 
     def _check(self, row: Row) -> None:
