@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,13 @@ from perceiver_export.runtimes import load, open_bundle
 from perceiver_export.runtimes.tasks import TASKS
 from perceiver_export.runtimes.tasks.sound import read_wav, write_wav
 
+from tests.conftest import SmallBundle
+
 from . import small_models
 from .commands import fail, succeed
 from .torch_answers import found_numbers, torch_numbers
 
 RNG = np.random.default_rng(0)
-SmallBundle = Callable[..., Path]
 
 
 def write_frames(folder: Path, *sizes: tuple[int, int]) -> None:
