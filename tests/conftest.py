@@ -39,7 +39,7 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(autouse=True)
 def one_registry() -> None:
-    """torch.onnx reads its table of operators anew for each export, which takes a quarter of a small one: read it once."""
+    """Read torch.onnx's table of operators once: it does so for each export, which takes a quarter of a small one."""
     loaded = sys.modules.get("torch.onnx._internal.exporter._registration")
     registry = getattr(loaded, "ONNXRegistry", None)
     if registry is not None and not isinstance(vars(registry).get("from_torchlib"), staticmethod):

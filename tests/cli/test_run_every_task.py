@@ -17,7 +17,6 @@ from perceiver_export.exporter.trace import TOLERANCE
 from perceiver_export.runtimes import load, open_bundle
 from perceiver_export.runtimes.tasks import TASKS
 from perceiver_export.runtimes.tasks.sound import read_wav, write_wav
-
 from tests.conftest import SmallBundle
 
 from . import small_models

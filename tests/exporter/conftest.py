@@ -50,7 +50,7 @@ def make_transformers_model(kind: str, **changes: Any) -> Any:
         "num_latents": 7,
         "d_latents": 24,
         "num_blocks": 2,
-        "num_self_attends_per_block": 3,
+        "num_self_attends_per_block": 2,
         "num_self_attention_heads": 4,
         "num_cross_attention_heads": 1,
         "image_size": 12,
