@@ -6,6 +6,7 @@ from __future__ import annotations
 import fcntl
 import functools
 import gc
+import itertools
 import os
 import shutil
 import signal
@@ -46,10 +47,18 @@ def one_registry() -> None:
         registry.from_torchlib = staticmethod(functools.cache(registry.from_torchlib))
 
 
+@pytest.fixture(scope="session")
+def caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Folders for `own_cache`: pytest would read all folders that there are to number the next one."""
+    base = tmp_path_factory.mktemp("caches")
+    return (base / str(number) for number in itertools.count())
+
+
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+def own_cache(caches: Iterator[Path], monkeypatch: pytest.MonkeyPatch) -> Path:
     """Every test has its own user cache, so that none believes another's stamps."""
-    cache = tmp_path_factory.mktemp("cache")
+    cache = next(caches)
+    cache.mkdir()
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     return cache
 

@@ -11,19 +11,11 @@ import pytest
 
 from perceiver_export.calibration import quantize
 from perceiver_export.calibration.quantization.statistics import Observer
-from perceiver_export.exporter import export
 from perceiver_export.runtimes.errors import DataError, UsageError
 from tests.calibration.asked import quantizing
 from tests.calibration.graphs import build, save
 from tests.cli.commands import fail
 from tests.conftest import FASHION
-
-TEXT = FASHION.parent / "text_bytes"
-
-
-@pytest.fixture(scope="module")
-def text_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export(TEXT / "checkpoint", tmp_path_factory.mktemp("text") / "text").path
 
 
 @pytest.mark.parametrize("token", [262, -5])

@@ -168,7 +168,9 @@ def test_labels_are_not_counted_where_there_are_none(small_bundle: SmallBundle, 
 
 def test_own_models_of_the_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     examples = Path(__file__).resolve().parents[2] / "examples"
-    succeed("export", "your_own:robot", "-o", tmp_path / "robot", cwd=examples)
+    with monkeypatch.context() as there:
+        there.chdir(examples)
+        succeed("export", "your_own:robot", "-o", tmp_path / "robot")
     arrays: dict[str, Any] = {
         "sound": RNG.normal(size=(160, 1)),
         "touch": RNG.normal(size=(6, 8, 2)),
