@@ -62,11 +62,7 @@ def test_gates_that_cannot_be_held_are_refused_before_anything_runs(
     data = options.pop("data", FASHION / "held_out.npz")
     with pytest.raises(UsageError, match=message):
         quantize(
-            fashion_bundle,
-            data,
-            tmp_path / "out",
-            quantizing(**options),
-            progress=lambda what, *_: ran.append(what),
+            fashion_bundle, data, tmp_path / "out", quantizing(**options), progress=lambda what, *_: ran.append(what)
         )
     assert ran == []
     assert not (tmp_path / "out").exists()

@@ -20,12 +20,7 @@ from perceiver_export.calibration.graphs import sqnr
 from perceiver_export.calibration.lowering.attention import find_attentions, pad_heads
 from perceiver_export.calibration.lowering.half import to_half
 from perceiver_export.calibration.lowering.lint import lint
-from perceiver_export.calibration.lowering.tensorrt import (
-    calibrated,
-    lower_bundle,
-    lower_for_tensorrt,
-    magnitudes,
-)
+from perceiver_export.calibration.lowering.tensorrt import calibrated, lower_bundle, lower_for_tensorrt, magnitudes
 from perceiver_export.calibration.quantization.options import Scheme
 from perceiver_export.calibration.quantization.record import read_calibration
 from perceiver_export.runtimes import load, open_bundle

@@ -70,12 +70,7 @@ CASES: list[tuple[str, Callable[[Path], Path], set[str], int]] = [
 
 @pytest.mark.parametrize(("system", "data", "names", "count"), CASES, ids=[case[0] for case in CASES])
 def test_a_bundle_is_as_good_as_torch(
-    tmp_path: Path,
-    small_bundle: SmallBundle,
-    system: str,
-    data: Callable[[Path], Path],
-    names: set[str],
-    count: int,
+    tmp_path: Path, small_bundle: SmallBundle, system: str, data: Callable[[Path], Path], names: set[str], count: int
 ) -> None:
     bundle, path = small_bundle(system, split=system == "video"), data(tmp_path)
     run = getattr(small_models, system)().run

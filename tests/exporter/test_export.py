@@ -19,14 +19,7 @@ import torch
 
 from perceiver_export.calibration import graphs
 from perceiver_export.calibration.bundles import new_bundle
-from perceiver_export.exporter import (
-    ExportOptions,
-    LoadedModel,
-    export,
-    inspect_bundle,
-    load_model,
-    pipeline,
-)
+from perceiver_export.exporter import ExportOptions, LoadedModel, export, inspect_bundle, load_model, pipeline
 from perceiver_export.exporter.graphs import Batch, whole_model
 from perceiver_export.runtimes import Bundle, files, open_bundle
 from perceiver_export.runtimes.errors import (

@@ -12,19 +12,9 @@ import pytest
 import torch
 
 from perceiver_export.exporter import preset_sizes
-from perceiver_export.exporter.graphs import (
-    Batch,
-    output_specs,
-    split_model,
-    whole_model,
-)
+from perceiver_export.exporter.graphs import Batch, output_specs, split_model, whole_model
 from perceiver_export.exporter.loaded import LoadedModel
-from perceiver_export.exporter.model.architectures import (
-    EncoderSizes,
-    Parity,
-    image_classifier,
-    set_transformer,
-)
+from perceiver_export.exporter.model.architectures import EncoderSizes, Parity, image_classifier, set_transformer
 from perceiver_export.exporter.model.config import ImageInput
 from perceiver_export.exporter.model.perceiver import PerceiverIO
 from perceiver_export.exporter.presets import PRESETS, load_preset

@@ -80,11 +80,7 @@ def test_an_attention_between_int8_products_is_fp16_whatever_its_heads_width(tmp
     config = preset_config("language-bytes", 1, 1)
     attention = AttentionConfig(num_heads=4, num_qk_channels=48, num_v_channels=48)
     encoder = msgspec.structs.replace(
-        config.encoder,
-        num_latents=32,
-        num_latent_channels=48,
-        cross_attention=attention,
-        self_attention=attention,
+        config.encoder, num_latents=32, num_latent_channels=48, cross_attention=attention, self_attention=attention
     )
     config = msgspec.structs.replace(config, encoder=encoder)
     model = traced(whole_model(PerceiverIO(config).eval(), Batch.parse(1)), config)
