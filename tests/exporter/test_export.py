@@ -273,7 +273,7 @@ def test_a_model_that_loses_digits_is_held_to_torchs_own_error(loaded: LoadedMod
 
 
 def test_the_bundle_says_what_was_assumed(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
-    checkpoint = make_checkpoint("fourier")
+    checkpoint = make_checkpoint("fourier", num_blocks=1, num_self_attends_per_block=1)
     notes = export(checkpoint, tmp_path / "assumed", ExportOptions(shape={"image": (3, 8, 8)})).manifest.notes
     assert {note.split(":")[0] for note in notes} == {
         "no preprocessor_config.json",
