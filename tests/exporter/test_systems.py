@@ -68,11 +68,8 @@ def assert_close(found: npt.NDArray[Any], expected: npt.NDArray[Any]) -> None:
     np.testing.assert_allclose(found.ravel(), expected.ravel(), rtol=0, atol=2e-5 * np.abs(expected).max())
 
 
-# Of one query nothing is chosen: their fixed split differs from the dynamic one in the batch only.
-@pytest.mark.parametrize(
-    ("kind", "options"),
-    [(kind, options) for kind in KINDS for options in OPTIONS if kind not in ONE_QUERY or options != "split"],
-)
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_bundles_give_what_transformers_gives(kind: str, options: str, export_kind: ExportKind) -> None:
     bundle = export_kind(kind, options)
     feeds, expected = samples(kind)
