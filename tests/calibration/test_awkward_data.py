@@ -11,19 +11,11 @@ import pytest
 
 from perceiver_export.calibration import quantize
 from perceiver_export.calibration.quantization.statistics import Observer
-from perceiver_export.exporter import export
 from perceiver_export.runtimes.errors import DataError, UsageError
 from tests.calibration.asked import quantizing
 from tests.calibration.graphs import build, save
 from tests.cli.commands import fail
 from tests.conftest import FASHION
-
-TEXT = FASHION.parent / "text_bytes"
-
-
-@pytest.fixture(scope="module")
-def text_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export(TEXT / "checkpoint", tmp_path_factory.mktemp("text") / "text").path
 
 
 @pytest.mark.parametrize("token", [262, -5])
@@ -70,11 +62,7 @@ def test_gates_that_cannot_be_held_are_refused_before_anything_runs(
     data = options.pop("data", FASHION / "held_out.npz")
     with pytest.raises(UsageError, match=message):
         quantize(
-            fashion_bundle,
-            data,
-            tmp_path / "out",
-            quantizing(**options),
-            progress=lambda what, *_: ran.append(what),
+            fashion_bundle, data, tmp_path / "out", quantizing(**options), progress=lambda what, *_: ran.append(what)
         )
     assert ran == []
     assert not (tmp_path / "out").exists()

@@ -16,7 +16,7 @@ import pytest
 from perceiver_export.calibration import Gates, validate
 from perceiver_export.calibration.report.report import junit, render
 from perceiver_export.calibration.report.tables import Report
-from perceiver_export.exporter import ExportOptions, export, load_model
+from perceiver_export.exporter import load_model
 from perceiver_export.runtimes import open_task
 from perceiver_export.runtimes.bundle import change_report
 from perceiver_export.runtimes.errors import DataError, GateError, UndecidedError, UsageError
@@ -27,8 +27,8 @@ from tests.conftest import FASHION
 README_TOP1 = 86.72
 
 
-def test_the_shipped_model_is_as_right_as_the_readme_says(tmp_path: Path) -> None:
-    result = validate(export(FASHION / "checkpoint", tmp_path / "fashion", ExportOptions(batch=100)).path, TEST)
+def test_the_shipped_model_is_as_right_as_the_readme_says(batched_bundle: Path) -> None:
+    result = validate(batched_bundle, TEST)
 
     assert result.samples == 10_000
     assert value(result, "top-1") == pytest.approx(README_TOP1, abs=0.05)  # a few ties fall differently on other CPUs

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +17,13 @@ from perceiver_export.exporter.trace import TOLERANCE
 from perceiver_export.runtimes import load, open_bundle
 from perceiver_export.runtimes.tasks import TASKS
 from perceiver_export.runtimes.tasks.sound import read_wav, write_wav
+from tests.conftest import SmallBundle
 
 from . import small_models
 from .commands import fail, succeed
 from .torch_answers import found_numbers, torch_numbers
 
 RNG = np.random.default_rng(0)
-SmallBundle = Callable[..., Path]
 
 
 def write_frames(folder: Path, *sizes: tuple[int, int]) -> None:
@@ -169,7 +168,9 @@ def test_labels_are_not_counted_where_there_are_none(small_bundle: SmallBundle, 
 
 def test_own_models_of_the_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     examples = Path(__file__).resolve().parents[2] / "examples"
-    succeed("export", "your_own:robot", "-o", tmp_path / "robot", cwd=examples)
+    with monkeypatch.context() as there:
+        there.chdir(examples)
+        succeed("export", "your_own:robot", "-o", tmp_path / "robot")
     arrays: dict[str, Any] = {
         "sound": RNG.normal(size=(160, 1)),
         "touch": RNG.normal(size=(6, 8, 2)),

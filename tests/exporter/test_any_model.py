@@ -54,12 +54,12 @@ def test_a_module_keeps_its_names_and_is_folded(tmp_path: Path) -> None:
     assert_bundle_is(bundle, f"{MODULES}:resampler", {"tokens": RNG.standard_normal((1, 512, 64), dtype=np.float32)})
 
 
-@pytest.mark.parametrize("samples", [1, 3, 5])
-def test_a_range_of_samples(samples: int, tmp_path: Path) -> None:
+def test_a_range_of_samples(tmp_path: Path) -> None:
     bundle = export(f"{MODULES}:resampler", tmp_path / "b", ExportOptions(batch="1:2:5"))
 
-    feeds = {"tokens": RNG.standard_normal((samples, 512, 64), dtype=np.float32)}
-    assert_bundle_is(bundle, f"{MODULES}:resampler", feeds)
+    for samples in (1, 3, 5):
+        feeds = {"tokens": RNG.standard_normal((samples, 512, 64), dtype=np.float32)}
+        assert_bundle_is(bundle, f"{MODULES}:resampler", feeds)
 
 
 def test_keywords_masks_and_outputs_by_name(tmp_path: Path) -> None:

@@ -56,10 +56,7 @@ COPIES: dict[str, tuple[HaikuModel, dict[str, Any]]] = {
     "conv": ("imagenet-conv", {"num_blocks": 2}),
     "language": ("language", {"num_blocks": 2, "num_cross_attention_heads": 1}),
     "flow": ("optical-flow", {"num_blocks": 2, "train_size": [11, 14]}),
-    "video": (
-        "video-autoencoding",
-        {"num_blocks": 2, "num_frames": 3, "image_size": [20, 20], "num_samples": 144},
-    ),
+    "video": ("video-autoencoding", {"num_blocks": 2, "num_frames": 3, "image_size": [20, 20], "num_samples": 144}),
 }
 
 
@@ -134,10 +131,7 @@ def test_a_bundle_is_told_what_the_original_does() -> None:
     ]
     picture = learned.preprocessing
     assert isinstance(picture, ImagePreprocessing)
-    assert picture.steps[:2] == (
-        CenterCropShare(224 / 256, 224 / 256, round_up=True),
-        Resize(12, 16, "opencv-bicubic"),
-    )
+    assert picture.steps[:2] == (CenterCropShare(224 / 256, 224 / 256, round_up=True), Resize(12, 16, "opencv-bicubic"))
     assert language.preprocessing == TextPreprocessing(32, special_tokens=False)
     assert flow.preprocessing == FlowPreprocessing(16, 24, min_overlap=4)
     assert video.preprocessing == VideoPreprocessing(4, 16, 16, 128, 48_000)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import time
@@ -19,7 +20,6 @@ from perceiver_export.calibration.lowering.attention import find_attentions
 from perceiver_export.calibration.lowering.half import to_half
 from perceiver_export.calibration.lowering.lint import lint
 from perceiver_export.calibration.lowering.tensorrt import lower_bundle, lower_for_tensorrt
-from perceiver_export.exporter import ExportOptions, export
 from perceiver_export.exporter.graphs import Batch, whole_model
 from perceiver_export.exporter.model.config import AttentionConfig
 from perceiver_export.exporter.model.perceiver import PerceiverIO
@@ -30,8 +30,7 @@ from perceiver_export.runtimes.engines.cuda import Gpu, cuda_gpus
 from perceiver_export.runtimes.errors import BundleError, DeviceError
 from tests.benchmarks.tensorrt_presets import compiled
 from tests.cli.commands import COMMAND, fail, succeed
-from tests.conftest import FASHION
-from tests.preset_graphs import preset_config, preset_graphs, quantized, traced
+from tests.preset_graphs import SMALL_FLOW, preset_config, preset_graphs, quantized, traced
 from tests.runtimes.tensorrt_reports import compile_rtx, read_report
 
 
@@ -41,7 +40,7 @@ from tests.runtimes.tensorrt_reports import compile_rtx, read_report
         ("language-bytes", True, 3),  # heads of 32 and 160, padded
         ("imagenet-fourier", True, 1),
         ("imagenet-fourier", False, 1),  # those of the cross-attentions are 261 and 1024 wide
-        ("optical-flow", True, 8),  # two heads at a time
+        (SMALL_FLOW, True, 8),  # two heads at a time
         ("audioset-raw", True, 1),
         ("modelnet40", True, 1),
     ],
@@ -49,8 +48,7 @@ from tests.runtimes.tensorrt_reports import compile_rtx, read_report
 def test_every_attention_that_can_is_fused_and_every_linear_is_int8(
     name: str, fold: bool, fused: int, tmp_path: Path
 ) -> None:
-    # Flow's pieces take the compiler ten seconds for each engine; its int8 graph has the attention of the other too.
-    forms, devices = (("int8",), ("sm86",)) if name == "optical-flow" else (("fp16", "int8"), ("sm86", "sm89"))
+    forms, devices = ("fp16", "int8"), ("sm86", "sm89")
     rows = list(compiled(tmp_path, name, 1, 1, fold, forms, devices))
 
     assert {(row["form"], row["device"]) for row in rows} == {(form, sm) for form in forms for sm in devices}
@@ -82,11 +80,7 @@ def test_an_attention_between_int8_products_is_fp16_whatever_its_heads_width(tmp
     config = preset_config("language-bytes", 1, 1)
     attention = AttentionConfig(num_heads=4, num_qk_channels=48, num_v_channels=48)
     encoder = msgspec.structs.replace(
-        config.encoder,
-        num_latents=32,
-        num_latent_channels=48,
-        cross_attention=attention,
-        self_attention=attention,
+        config.encoder, num_latents=32, num_latent_channels=48, cross_attention=attention, self_attention=attention
     )
     config = msgspec.structs.replace(config, encoder=encoder)
     model = traced(whole_model(PerceiverIO(config).eval(), Batch.parse(1)), config)
@@ -113,8 +107,8 @@ def test_the_demo_goes_from_bundle_to_engine(precision: str, copied_bundle: Path
     assert not again[0]["new"]
 
 
-def test_a_batch_of_named_size_is_one_engine(tmp_path: Path) -> None:
-    bundle = export(FASHION / "checkpoint", tmp_path / "bundle", ExportOptions(batch="1:4:16")).path
+def test_a_batch_of_named_size_is_one_engine(batched_bundle: Path, tmp_path: Path) -> None:
+    bundle = shutil.copytree(batched_bundle, tmp_path / "bundle")
     lower_bundle(bundle, "fp16")
     flags = {"compute_capability": "sm86"}
     (engine,) = build(bundle, "tensorrt-rtx", precision="fp16", flags=flags, shapes={"batch": (1, 8, 16)})

@@ -105,12 +105,7 @@ MAKERS: dict[str, Callable[..., Any]] = {
 def checkpoint(make_checkpoint: MakeCheckpoint, kind: str, tokenizer: Any, **changes: Any) -> Path:
     size = max(tokenizer.get_vocab().values()) + 1
     directory = make_checkpoint(
-        kind,
-        vocab_size=size,
-        max_position_embeddings=LENGTH,
-        num_blocks=1,
-        num_self_attends_per_block=1,
-        **changes,
+        kind, vocab_size=size, max_position_embeddings=LENGTH, num_blocks=1, num_self_attends_per_block=1, **changes
     )
     tokenizer.save_pretrained(directory)
     return directory

@@ -14,18 +14,7 @@ from perceiver_export.runtimes.errors import BundleError, InputError
 from perceiver_export.runtimes.manifest import Part
 from perceiver_export.runtimes.tasks.arrays import Arrays, Sets, read_arrays
 from perceiver_export.runtimes.tasks.base import interface
-from tests.runtimes.array_models import (
-    LEFT,
-    RIGHT,
-    RNG,
-    TOTALS,
-    C,
-    E,
-    N,
-    arrays_of,
-    sets_of,
-    two,
-)
+from tests.runtimes.array_models import LEFT, RIGHT, RNG, TOTALS, C, E, N, arrays_of, sets_of, two
 from tests.runtimes.models import manifest, spec
 
 

@@ -13,15 +13,7 @@ import numpy.typing as npt
 import pytest
 
 from perceiver_export.runtimes.errors import InputError
-from perceiver_export.runtimes.tasks.sound import (
-    FLOOR,
-    as_sound,
-    log_mel,
-    mel_corners,
-    read_wav,
-    take_sound,
-    write_wav,
-)
+from perceiver_export.runtimes.tasks.sound import FLOOR, as_sound, log_mel, mel_corners, read_wav, take_sound, write_wav
 
 RATE = 48000
 STEREO = np.array([[0.0, 0.9], [0.5, 0.9], [-0.5, 0.9], [-1.0, 0.9], [0.25, 0.9]])

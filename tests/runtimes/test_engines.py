@@ -135,8 +135,7 @@ def test_an_engine_that_is_not_what_its_record_says_is_refused_all_the_same(copi
     file = built.directory / {"ort-cpu": "model.onnx", "openvino-cpu": "model.blob"}[target]
     file.write_bytes(b"\x3a\x00")  # a whole ONNX file with an empty graph
     edit_record(
-        built.directory,
-        lambda record: record["files"][file.name].update(size=file.stat().st_size, sha256=sha256(file)),
+        built.directory, lambda record: record["files"][file.name].update(size=file.stat().st_size, sha256=sha256(file))
     )
 
     with pytest.raises(EngineError, match="cannot be opened") as caught:

@@ -16,19 +16,8 @@ import pytest
 from PIL import Image
 
 from perceiver_export.runtimes.errors import InputError, UsageError
-from perceiver_export.runtimes.tasks.flow import (
-    Box,
-    Tile,
-    grid,
-    stitch,
-    tile_weights,
-    tiles,
-)
-from perceiver_export.runtimes.tasks.flow_files import (
-    color_wheel,
-    flow_picture,
-    write_flow,
-)
+from perceiver_export.runtimes.tasks.flow import Box, Tile, grid, stitch, tile_weights, tiles
+from perceiver_export.runtimes.tasks.flow_files import color_wheel, flow_picture, write_flow
 from tests.vector_folders import vector_folders
 
 Array = npt.NDArray[Any]

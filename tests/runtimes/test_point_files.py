@@ -10,12 +10,7 @@ import numpy as np
 import pytest
 
 from perceiver_export.runtimes.errors import InputError
-from perceiver_export.runtimes.tasks.points import (
-    as_points,
-    into_unit_cube,
-    read_points,
-    subsample,
-)
+from perceiver_export.runtimes.tasks.points import as_points, into_unit_cube, read_points, subsample
 
 POINTS = [[0.0, 1.0, -2.5], [3.0, 4.0, 5.0], [1e-3, -7.0, 8.25]]
 

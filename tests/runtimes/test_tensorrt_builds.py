@@ -181,12 +181,7 @@ def test_too_little_workspace_is_told_apart(version: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    "flags",
-    [
-        {"workspace": "0"},
-        {"workspace": "9999999999GiB"},
-    ],
-    ids=lambda flags: " ".join(flags.values())[:20],
+    "flags", [{"workspace": "0"}, {"workspace": "9999999999GiB"}], ids=lambda flags: " ".join(flags.values())[:20]
 )
 def test_flags_that_make_no_sense_are_refused(flags: dict[str, str], tmp_path: Path) -> None:
     with pytest.raises(BuildError, match=next(iter(flags))):

@@ -9,10 +9,7 @@ from perceiver_export.runtimes.engines.tensorrt_versions import TABLE, capabilit
 from perceiver_export.runtimes.errors import DeviceError
 
 
-@pytest.mark.parametrize(
-    ("version", "row"),
-    [("10.7.0", (10, 3)), ("10.13.3.9", (10, 13)), ("11.5.0", (11, 0))],
-)
+@pytest.mark.parametrize(("version", "row"), [("10.7.0", (10, 3)), ("10.13.3.9", (10, 13)), ("11.5.0", (11, 0))])
 def test_a_version_takes_the_row_at_or_below_it(version: str, row: tuple[int, int]) -> None:
     found = capabilities("tensorrt", version)
 
