@@ -14,6 +14,7 @@ import onnx_ir.passes.common as common
 from onnxscript.rewriter import RewritePass
 from onnxscript.rewriter.rules.common import transpose_transpose_rule
 
+from perceiver_export.exporter.fold.nodes import operand, put
 from perceiver_export.runtimes.errors import ExportError
 
 RANDOM = frozenset(
@@ -178,7 +179,8 @@ class SettleTypesAndShapesPass(ir.passes.InPlacePass):
                 model.graph.remove(node, safe=True)
                 modified = True
             elif node.op_type in ("Reshape", "Expand") and _changes_nothing(node):
-                _take_out(model.graph, node)
+                put(node.outputs[0], operand(node))
+                model.graph.remove(node, safe=True)
                 modified = True
         return ir.passes.PassResult(model, modified=modified)
 
@@ -191,32 +193,18 @@ def _changes_nothing(node: ir.Node) -> bool:
     return source.shape == result.shape and not (ends and result.is_graph_output())
 
 
-def _take_out(graph: ir.Graph, node: ir.Node) -> None:
-    source, result = node.inputs[0], node.outputs[0]
-    assert source is not None
-    name, is_output = result.name, result.is_graph_output()
-    result.replace_all_uses_with(source, replace_graph_outputs=True)
-    graph.remove(node, safe=True)
-    if is_output:
-        source.name = name
-
-
 def _settle_cast(graph: ir.Graph, node: ir.Node, dtype: ir.DataType) -> None:
-    """A Cast, or nothing where the type is that already."""
-    source, result = node.inputs[0], node.outputs[0]
-    assert source is not None
-    if source.dtype == dtype and not result.is_graph_output():
-        result.replace_all_uses_with(source)
-        graph.remove(node, safe=True)
-        return
-    cast = ir.node("Cast", [source], {"to": int(dtype)}, name=node.name)
-    cast.outputs[0].type, cast.outputs[0].shape = ir.TensorType(dtype), result.shape
-    cast.metadata_props.update(node.metadata_props)
-    graph.insert_after(node, cast)
-    name = result.name
-    result.replace_all_uses_with(cast.outputs[0], replace_graph_outputs=True)
+    """Replace CastLike by Cast, or remove it where the input has that type already."""
+    source, result = operand(node), node.outputs[0]
+    new = source
+    if source.dtype != dtype or result.is_graph_output():
+        cast = ir.node("Cast", [source], {"to": int(dtype)}, name=node.name)
+        (new,) = cast.outputs
+        new.name, new.type, new.shape = result.name, ir.TensorType(dtype), result.shape
+        cast.metadata_props.update(node.metadata_props)
+        graph.insert_after(node, cast)
+    put(result, new)
     graph.remove(node, safe=True)
-    cast.outputs[0].name = name
 
 
 def _sizes(node: ir.Node) -> list[int] | None:
@@ -261,9 +249,15 @@ def without_sequences(model: ir.Model) -> None:
 def simplify(model: ir.Model, dynamic: Collection[int] = ()) -> None:
     """Apply `passes` in place; ``dynamic``: primes in the place of dynamic dimensions.
 
-    Raises onnx_ir.passes.PassError.
+    Raises ExportError, for example where ONNX Runtime cannot compute a constant.
     """
-    ir.passes.Sequential(*passes(dynamic))(model)
+    try:
+        ir.passes.Sequential(*passes(dynamic))(model)
+    except ir.passes.PassError as error:
+        reason = str(error.__cause__ or error).strip().partition("\n")[0]
+        raise ExportError(
+            f"the traced graph cannot be simplified: {reason}", "compute constants of the model in float32 or int64"
+        ) from error
 
 
 def without_metadata(model: ir.Model) -> None:
