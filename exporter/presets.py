@@ -11,7 +11,7 @@ import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
@@ -36,6 +36,9 @@ from perceiver_export.runtimes.preprocessing import (
     TextPreprocessing,
     VideoPreprocessing,
 )
+
+if TYPE_CHECKING:
+    from perceiver_export.exporter.model.perceiver import PerceiverIO
 
 SAMPLE_RATE = 48_000  # in both papers
 
@@ -318,34 +321,39 @@ def load_preset(name: str, parity: Parity, image_shape: tuple[int, int, int] | N
     preset = PRESETS[name]
     config = preset.build(parity)
     if image_shape is not None:
-        config = _resized(name, config, image_shape)
+        config = resized(f"preset {name}", config, image_shape)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = PerceiverIO(config).eval()
+    return described(preset.task, model, parity, f"preset:{name} (random weights)")
+
+
+def described(task: str, model: PerceiverIO, parity: Parity, source: str) -> LoadedModel:
+    """A model of a preset's kind, with labels and preprocessing by its sizes."""
+    config = model.config
     return LoadedModel(
         model=model,
         config=config,
-        task=preset.task,
+        task=task,
         parity=parity,
-        source=f"preset:{name} (random weights)",
-        labels=_labels(preset.task, config),
-        preprocessing=_preprocessing(preset.task, config, parity),
-        split=preset.task == "video-autoencoding",
+        source=source,
+        labels=_labels(task, config),
+        preprocessing=_preprocessing(task, config, parity),
+        split=task == "video-autoencoding",
     )
 
 
-def _resized(name: str, config: PerceiverConfig, image_shape: tuple[int, int, int]) -> PerceiverConfig:
+def resized(source: str, config: PerceiverConfig, image_shape: tuple[int, int, int]) -> PerceiverConfig:
+    """``config`` for images of another size. Raises UsageError where it takes none of that shape."""
     image = config.inputs.get("image")
     if not isinstance(image, ImageInput):
-        raise UsageError(f"preset {name} reads no images, its sizes are fixed", "leave --shape out")
+        raise UsageError(f"{source} reads no images: its sizes are fixed", "leave --shape out")
     channels, height, width = image_shape
     if channels != image.num_channels:
-        raise UsageError(
-            f"preset {name} reads {image.num_channels} channels, not {channels}", "give --shape image=3xHxW"
-        )
-    resized = msgspec.structs.replace(image, height=height, width=width)
-    check_input("image", resized)
-    return msgspec.structs.replace(config, inputs={**config.inputs, "image": resized})
+        raise UsageError(f"{source} reads {image.num_channels} channels, not {channels}", "give --shape image=3xHxW")
+    larger = msgspec.structs.replace(image, height=height, width=width)
+    check_input("image", larger)
+    return msgspec.structs.replace(config, inputs={**config.inputs, "image": larger})
 
 
 def _labels(task: str, config: PerceiverConfig) -> tuple[str, ...]:

@@ -303,7 +303,7 @@ def convert(values: Mapping[str, Any], kind: type[_T], where: str) -> _T:
     except msgspec.ValidationError as error:
         named = re.search(r"`\$\.(\w+)", str(error))
         found = f"{named[1]} is {repr(values.get(named[1]))[:_LONGEST_JSON]}: " if named else ""
-        raise CheckpointError(f"{where}: {found}{error}", "mend the field, or leave it out for its default") from error
+        raise CheckpointError(f"{where}: {found}{error}", "correct the field, or leave it out") from error
 
 
 def _hint(message: str, kind: type[object]) -> str:
