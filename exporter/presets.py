@@ -18,7 +18,6 @@ import msgspec
 from perceiver_export.exporter import preset_sizes as sizes
 from perceiver_export.exporter.loaded import LoadedModel
 from perceiver_export.exporter.model.architectures import AudioVideoSizes, EncoderSizes, Parity
-from perceiver_export.exporter.model.checks import check_input
 from perceiver_export.exporter.model.config import (
     ArrayInput,
     AverageDecoder,
@@ -351,9 +350,8 @@ def resized(source: str, config: PerceiverConfig, image_shape: tuple[int, int, i
     channels, height, width = image_shape
     if channels != image.num_channels:
         raise UsageError(f"{source} reads {image.num_channels} channels, not {channels}", "give --shape image=3xHxW")
-    larger = msgspec.structs.replace(image, height=height, width=width)
-    check_input("image", larger)
-    return msgspec.structs.replace(config, inputs={**config.inputs, "image": larger})
+    other = msgspec.structs.replace(image, height=height, width=width)
+    return msgspec.structs.replace(config, inputs={**config.inputs, "image": other})
 
 
 def _labels(task: str, config: PerceiverConfig) -> tuple[str, ...]:

@@ -37,7 +37,6 @@ from perceiver_export.exporter.checkpoints.weights import Source, Sources, load_
 from perceiver_export.exporter.loaded import LoadedModel
 from perceiver_export.exporter.model import architectures
 from perceiver_export.exporter.model.architectures import Parity, VideoSizes
-from perceiver_export.exporter.model.checks import check_config
 from perceiver_export.exporter.model.config import (
     AttentionConfig,
     ImageInput,
@@ -202,20 +201,20 @@ def load_huggingface(
 
 
 def architecture(config: HuggingFaceConfig, parity: Parity, image_shape: tuple[int, int, int]) -> PerceiverConfig:
-    """Our config of what transformers builds from theirs, at one picture size."""
-    sizes = _architecture(config, parity, image_shape)
-    _check_residual(sizes)
+    """Our config of what transformers builds from theirs, at one image size."""
+    classifies = TASKS[config.architecture] == "image-classification"
+    image = _image_input(config, parity, image_shape) if classifies else None
     try:
-        check_config(sizes)
+        sizes = _architecture(config, parity, image)
     except UsageError as error:  # sizes that are not the caller's, but the file's
         raise CheckpointError(f"config.json: {error.message}", error.hint) from error
+    _check_residual(sizes)
     return sizes
 
 
-def _architecture(config: HuggingFaceConfig, parity: Parity, image_shape: tuple[int, int, int]) -> PerceiverConfig:
+def _architecture(config: HuggingFaceConfig, parity: Parity, image: ImageInput | None) -> PerceiverConfig:
     task = TASKS[config.architecture]
-    if task == "image-classification":
-        image = _image_input(config, parity, image_shape)
+    if image is not None:
         sizes = architectures.image_classifier(image, config.encoder, len(config.read_labels().names), parity)
     elif task == "optical-flow":
         sizes = architectures.optical_flow(*config.train_size, config.encoder, parity)
