@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from perceiver_export.calibration.validation.options import option
-from perceiver_export.exporter.cli.output import new_file, shape
+from perceiver_export.calibration.options import option
+from perceiver_export.exporter.cli.output import Table, new_file, shape
 from perceiver_export.runtimes.engines.backend import Precision
 from perceiver_export.runtimes.errors import InputError, UsageError, printable
 from perceiver_export.runtimes.files import readable
@@ -45,15 +45,6 @@ class Request:
     json: bool = False
 
 
-class Table(NamedTuple):
-    """Arguments of `print_table`; without a title, the bundle and where it ran."""
-
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    note: str = ""
-    title: str | None = None
-
-
 @dataclass(frozen=True)
 class Answers:
     """The model's answers: ``document`` for JSON, ``shown`` for people, ``save`` to write what is not JSON."""
@@ -83,7 +74,7 @@ def label_table(
     cells = [described(answer)[1] for answer in answers]
     rows = [(name, *one.values()) for name, one in zip(names, cells, strict=True)]
     independent = [_INDEPENDENT] if kind == "multi-label" else []
-    return Table([what, *max(cells, key=len)], rows, "; ".join([*independent, *notes]))
+    return Table("", [what, *max(cells, key=len)], rows, "; ".join([*independent, *notes]))
 
 
 def answer_each(what: str, task: Any, samples: Any, request: Request, progress: Progress) -> Answers:
@@ -159,7 +150,7 @@ def answer_arrays(task: Any, file: str, request: Request, progress: Progress) ->
     ]
     output = request.output
     note = f"written: {output}" if output is not None else "not written; -o out.npz writes them"
-    shown = [Table(["output", "dtype", "shape", "min>", "mean>", "max>"], rows, note)]
+    shown = [Table("", ["output", "dtype", "shape", "min>", "mean>", "max>"], rows, note)]
     document: dict[str, Any] = {"outputs": summaries, "file": readable(output) if output is not None else None}
     name, kind = judged_output(task.manifest) or ("", None)
     if kind is not None and outputs[name].ndim in (1, 2):

@@ -14,7 +14,7 @@ import typer
 
 from perceiver_export.exporter.cli import answers, run_frames, run_text
 from perceiver_export.exporter.cli import output as ui
-from perceiver_export.exporter.cli.answers import Answers, Progress, Request, Table
+from perceiver_export.exporter.cli.answers import Answers, Progress, Request
 from perceiver_export.runtimes.errors import BundleError, UsageError
 from perceiver_export.runtimes.preprocessing import TextPreprocessing
 
@@ -115,8 +115,8 @@ def run_task(task: str, request: Request) -> None:
     version = where["version"].partition("-")[0]  # OpenVINO's goes on with its branch
     title = f"{request.bundle} on {where['engine']} {version}, {where['device']}, {where['precision']}"
     for shown in found.shown:
-        if isinstance(shown, Table):
-            ui.print_table(shown.title or title, shown.columns, shown.rows, shown.note)
+        if isinstance(shown, ui.Table):
+            ui.print_table(*shown._replace(title=shown.title or title))
         else:
             ui.say(shown)
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from perceiver_export.calibration.bundles import check_new_directory, new_directory
-from perceiver_export.exporter.cli.answers import Answers, Progress, Request, Table, described
-from perceiver_export.exporter.cli.output import check_file
+from perceiver_export.exporter.cli.answers import Answers, Progress, Request, described
+from perceiver_export.exporter.cli.output import Table, check_file
 from perceiver_export.runtimes.errors import InputError, UsageError, require
 from perceiver_export.runtimes.files import readable
 
@@ -120,7 +120,7 @@ def _motion_table(motions: Sequence[dict[str, Any]], output: Path | None) -> Tab
     if output is not None:
         written = [file for one in motions for file in one["files"]]
         note = f"written: {written[0] if len(written) == 1 else f'{len(written)} files in {readable(output)}'}"
-    return Table(["frame", "next frame", "mean px>", "max px>", "direction"], rows, note)
+    return Table("", ["frame", "next frame", "mean px>", "max px>", "direction"], rows, note)
 
 
 def _names(paths: Sequence[str]) -> dict[str, str]:
@@ -188,7 +188,7 @@ def answer_video(task: Any, given: tuple[Path, Path | None], request: Request, p
         "output": readable(output) if output is not None else None,
     }
     runtime = task.part("encoder" if task.split else None)
-    return Answers(runtime, document, [Table(["", ""], rows, note)], lambda path: _write(path, answer, rate))
+    return Answers(runtime, document, [Table("", ["", ""], rows, note)], lambda path: _write(path, answer, rate))
 
 
 def _write(directory: Path, answer: Reconstruction, sample_rate: int | None) -> None:

@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from perceiver_export.exporter.cli.answers import Answers, Progress, Request, Table, described, label_table
+from perceiver_export.exporter.cli.answers import Answers, Progress, Request, described, label_table
+from perceiver_export.exporter.cli.output import Table
 from perceiver_export.runtimes.errors import InputError, printable
 from perceiver_export.runtimes.files import readable
 
@@ -53,7 +54,7 @@ def answer_masks(task: Any, texts: Sequence[_Text], request: Request, progress: 
         documents.append(text.document(text=filled.text, blanks=filled.blanks))
         rows = [(str(blank.position), *map(_candidate, blank.candidates)) for blank in filled.blanks]
         ranks = [f"{rank}." for rank in range(1, len(rows[0]))]
-        shown += [filled.text, Table(["position>", *ranks], rows)]
+        shown += [filled.text, Table("", ["position>", *ranks], rows)]
     return Answers(task.part("encoder" if task.split else None), {"answers": documents}, shown)
 
 
@@ -76,7 +77,7 @@ def answer_texts(task: Any, texts: Sequence[_Text], request: Request, progress: 
             (name, *("  ".join(f"{score:.3g}" for score in one) for one in scores.values()))
             for name, scores in zip(names, answers, strict=True)
         ]
-        table = Table(["text", *task.tasks], rows)
+        table = Table("", ["text", *task.tasks], rows)
     else:
         found = [described(one)[0] for one in answers]
         table = label_table("text", names, answers, task.kind)
