@@ -76,7 +76,9 @@ class ExportOptions:
         metadata={"doc": "Fix a size, without the batch: image=3x224x224; queries=1024 a call of a split decoder."},
     )
     config: str | os.PathLike[str] | None = option(
-        None, "Sizes of a Haiku pickle that differ from the released model's; or what an ONNX file is.", "FILE.json"
+        None,
+        "Sizes of a Haiku pickle that differ from the released model's; task and labels of an ONNX file.",
+        "FILE.json",
     )
     like: str | os.PathLike[str] | None = option(
         None, "Task, labels and preprocessing of an ONNX file: as this bundle.", "BUNDLE"

@@ -135,6 +135,11 @@ class BrokenReferenceError(GateError):
     """A reference that gives NaN or infinite values: nothing can be compared with it."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its class if it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def require(module: str, what: str, install: str) -> Any:
     """Import a library that may be missing. Raises MissingDependencyError: ``what`` needs it, ``install`` gets it."""
     try:

@@ -104,7 +104,7 @@ _IN_A_SELF_LAYER = {**_IN_A_LAYER, "norm": "layer_norm", "mlp_norm": "layer_norm
 _BATCH_NORM = {
     "weight": "scale",
     "bias": "offset",
-    # `average` is the debiased mean, which inference reads; `hidden` is what it is computed from.
+    # Inference reads `average`, the debiased mean, which training computes from `hidden`.
     "running_mean": "~/mean_ema/average",
     "running_var": "~/var_ema/average",
 }

@@ -2,8 +2,8 @@
 """Haiku's pickles, read without jax, haiku, or anything in the file being executed.
 
 A pickle is a program: it names Python functions and calls them. The unpickler here knows a dozen names (numpy's array,
-dtype and their helpers, Haiku's mappings, jax's array) and refuses every other. None of the real functions sees what a
-file says: for each name a function of this module checks it and makes a plain array of numbers.
+dtype and their helpers, Haiku's mappings, jax's array) and refuses every other. The real functions are never called:
+for each name a function of this module checks its arguments and makes a plain array of numbers.
 
 DeepMind's released files hold ``FlatMapping`` of ``FlatMapping`` of arrays; those of ImageNet a dict of two such,
 ``params`` and ``state``. Any pickle protocol, and the module paths of numpy 1 and 2, are read.
@@ -175,7 +175,7 @@ _NAMES: dict[str, object] = {
 
 
 class _Unpickler(pickle.Unpickler):
-    """Builds dicts, tuples, lists, strings, numbers, and what `_NAMES` lists."""
+    """Builds dicts, tuples, lists, strings, numbers, and the types of `_NAMES`."""
 
     def __init__(self, content: bytes) -> None:
         super().__init__(io.BytesIO(content))
@@ -239,11 +239,11 @@ def _content(path: Path) -> bytes:
 
 def _unpickle(path: Path, content: bytes) -> object:
     try:
-        for opcode, argument, _ in pickletools.genops(content):  # what an unpickler does without asking `find_class`
+        for opcode, argument, _ in pickletools.genops(content):  # these go past `find_class`
             if opcode.name in _REFUSED_OPCODES:
                 raise _RefusedError("refers to objects outside the file")
             if opcode.name in _MEMO_OPCODES and argument is not None and argument > len(content):
-                raise _RefusedError(f"asks for a memo of {argument} entries")  # gigabytes, for a file of a few bytes
+                raise _RefusedError(f"needs a memo of {argument} entries")  # gigabytes, for a file of a few bytes
         return _Unpickler(content).load()
     except _RefusedError as error:
         raise CheckpointError(f"{path} {error}; refused, nothing was executed", error.hint) from error

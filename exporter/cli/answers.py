@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Answers of `run`: code for all tasks, and the tasks that answer with labels, values or arrays.
 
-A task has two functions here, or in `run_text` and `run_frames`. The first reads the request before the model is
-loaded, and refuses what cannot work. The second asks the model.
+A task has two functions, here or in `run_text` and `run_frames`. The first checks the request and reads its samples
+before the model is loaded. The second runs the model.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Answers:
-    """The model's answers: ``document`` for JSON, ``shown`` for people, ``save`` to write what is not JSON."""
+    """The model's answers: ``document`` for JSON, ``shown`` for the terminal, ``save`` to write other files."""
 
     runtime: Runtime
     document: Mapping[str, Any]
@@ -56,7 +56,7 @@ class Answers:
 
 
 def described(answer: Sequence[Prediction]) -> tuple[dict[str, Any], dict[str, str]]:
-    """An answer for JSON (``labels``, or ``values``), and its cells by header: ranks, or the names of values."""
+    """An answer for JSON (``labels`` or ``values``), and its cells by header: ranks or names of values."""
     from perceiver_export.runtimes.tasks.base import Value
 
     values = [one for one in answer if isinstance(one, Value)]
@@ -70,7 +70,7 @@ def described(answer: Sequence[Prediction]) -> tuple[dict[str, Any], dict[str, s
 def label_table(
     what: str, names: Sequence[str], answers: Sequence[Sequence[Prediction]], kind: OutputKind | None, *notes: str
 ) -> Table:
-    """A row for each sample: its name, and its answer."""
+    """A row for each sample: its name and its answer."""
     cells = [described(answer)[1] for answer in answers]
     rows = [(name, *one.values()) for name, one in zip(names, cells, strict=True)]
     independent = [_INDEPENDENT] if kind == "multi-label" else []
@@ -78,7 +78,7 @@ def label_table(
 
 
 def answer_each(what: str, task: Any, samples: Any, request: Request, progress: Progress) -> Answers:
-    """Ask about one sample after the other; each is the arguments of the task's call, None for one that is absent."""
+    """Run the task on one sample after the other; a sample holds the arguments of the task's call, None if absent."""
     names, answers = [], []
     for done, sample in enumerate(samples):
         progress("run", done, len(samples))
@@ -113,7 +113,7 @@ def _files(request: Request, listed: Callable[[Path], list[Path]]) -> list[tuple
 
 
 def answer_sounds(task: Any, inputs: Sequence[str], request: Request, progress: Progress) -> Answers:
-    """Recordings (a spectrogram in .npy for a model that takes one), frames, or pairs AUDIO FRAMES of both."""
+    """Recordings (a spectrogram in .npy for a model that takes one), frames, or pairs AUDIO FRAMES."""
     samples: list[tuple[str | None, str | None]]
     samples = [(name, None) if task.hears else (None, name) for name in inputs]
     if task.hears and task.sees:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class _Runner(NamedTuple):
-    """``read`` checks a request and reads its samples, ``answer`` asks the task; ``ending`` is that of -o."""
+    """``read`` checks a request and reads its samples, ``answer`` runs the task; -o has this ``ending``."""
 
     example: str
     read: Callable[[Request], Any]
@@ -89,7 +89,7 @@ def run(
 
 
 def run_task(task: str, request: Request) -> None:
-    """Read, ask, save and show. Raises what the task raises."""
+    """Read the samples, run the task, save and show its answers. Raises the task's errors."""
     from perceiver_export.runtimes.tasks import open_task
 
     runner, one = RUNNERS[task], request
@@ -122,7 +122,7 @@ def run_task(task: str, request: Request) -> None:
 
 
 def example_input(manifest: Manifest) -> str:
-    """What to type behind `run BUNDLE`; the mask is that of the bundle's tokenizer."""
+    """An example of the arguments after `run BUNDLE`, with the mask of the bundle's tokenizer."""
     steps = manifest.preprocessing
     if manifest.task == "fill-mask" and isinstance(steps, TextPreprocessing) and steps.tokenizer:
         return shlex.quote(f"TEXT WITH {steps.tokenizer.mask}")

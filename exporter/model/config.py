@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All sizes of a Perceiver, as plain data.
+"""All sizes of a Perceiver, as plain data: enough to build the torch model, `PerceiverIO`.
 
-A config holds everything that is needed to build the torch model (`model.PerceiverIO`) and is written as it is to the
-bundle's manifest under ``architecture``. Names are those of the papers: latents (N × D), inputs (M × C), queries
-(O × F). Perceiver IO is arXiv 2107.14795, Perceiver arXiv 2103.03206.
+It is written to the bundle's manifest as ``architecture``. Names are those of the papers: latents (N × D), inputs
+(M × C), queries (O × F). Perceiver IO is arXiv 2107.14795, Perceiver arXiv 2103.03206.
 """
 
 from __future__ import annotations
@@ -87,7 +86,7 @@ class ImageInput(Checked, frozen=True, tag="image"):
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Rows and columns of features: pixels, or what the convolution and the pool leave of them."""
+        """Rows and columns of features: those of the image, or of the pool's output."""
         if self.features != "conv":
             return self.height, self.width
         halves = (-(-side // 2) for side in (self.height, self.width))
@@ -150,7 +149,7 @@ class ArrayInput(Checked, frozen=True, tag="array"):
     In this order: ``patch`` (one size an axis) moves each patch's values into channels; ``num_projected_channels``
     projects them linearly (0: not); ``positions`` of the grid of patches are put beside them. Or ``value_positions``:
     the values are themselves coordinates (points), and their Fourier features the inputs. ``masked`` adds an input
-    NAME_mask, (B, M) int32, that says which are there.
+    NAME_mask, (B, M) int32: 1 for an element, 0 for none.
     """
 
     shape: Shape
@@ -163,7 +162,7 @@ class ArrayInput(Checked, frozen=True, tag="array"):
 
     @property
     def grid(self) -> tuple[int, ...]:
-        """How many patches there are along each axis."""
+        """The number of patches along each axis."""
         patch = self.patch or (1,) * len(self.shape)
         return tuple(size // step for size, step in zip(self.shape, patch, strict=True))
 
@@ -203,7 +202,7 @@ class ArrayInput(Checked, frozen=True, tag="array"):
 class MaskedInput(Checked, frozen=True, tag="masked"):
     """A modality that is never given at inference: its trained mask token, ``num_inputs`` times.
 
-    So DeepMind's video autoencoder classifies: its label is always masked.
+    DeepMind's video autoencoder classifies in this way: its label is always masked.
     """
 
     num_inputs: Size
@@ -214,7 +213,7 @@ Input = ImageInput | FramePairInput | TokenInput | ArrayInput | MaskedInput
 
 
 class AttentionConfig(Checked, frozen=True):
-    """Widths of one kind of attention layer. ``query_residual`` adds the queries to what they read."""
+    """Widths of one kind of attention layer. ``query_residual`` adds the queries to the result."""
 
     num_heads: Size
     num_qk_channels: Size

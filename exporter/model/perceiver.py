@@ -277,30 +277,17 @@ class PerceiverIO(nn.Module):
             adapter = self.inputs[config.tied_to]
             assert isinstance(adapter, TokenAdapter)
             embedding = adapter.embedding.weight
-        queries = self.queries_of(name, indices, feeds, inputs)
-        rows: Tensor = self.decoder(latents, name, queries, self.query_mask(indices, mask), embedding)
+        kind = config.outputs[name].queries
+        if isinstance(kind, GivenQueries):
+            queries = feeds[f"{name}_queries"]
+        elif isinstance(kind, InputQueries):
+            queries = input_queries(self.embed(feeds)[0] if inputs is None else inputs, indices)
+        else:
+            queries = self.decoder.get_submodule(f"queries.{name}")(indices)
+        query_mask = mask if self.config.mask_queries and indices is None else None
+        rows: Tensor = self.decoder(latents, name, queries, query_mask, embedding)
         scale = config.outputs[name].scale
         return rows if scale == 1 else rows * scale
-
-    def queries_of(
-        self, name: str, indices: Tensor | None, feeds: Mapping[str, Tensor], inputs: Tensor | None
-    ) -> Tensor:
-        """Queries (1 or B, Q, F) of one output, without padding."""
-        config = self.config.decoder
-        assert isinstance(config, QueryDecoder)
-        queries = config.outputs[name].queries
-        if isinstance(queries, GivenQueries):
-            return feeds[f"{name}_queries"]
-        if isinstance(queries, InputQueries):
-            return input_queries(self.embed(feeds)[0] if inputs is None else inputs, indices)
-        tables = self.decoder.queries
-        assert isinstance(tables, nn.ModuleDict)
-        chosen: Tensor = tables[name](indices)
-        return chosen
-
-    def query_mask(self, indices: Tensor | None, mask: Tensor | None) -> Tensor | None:
-        """The mask of the queries (B, O), None where the config has none."""
-        return mask if self.config.mask_queries and indices is None else None
 
 
 def _outputs(decoder: QueryDecoder | AverageDecoder) -> Iterable[str]:

@@ -62,8 +62,8 @@ _CROSS_VALUE = "perceiver_encoder/~/cross_attention/attention/linear_2/w"
         ("language", _rename(_VALUE, f"{_VALUE}_"), f"{_VALUE} (nearest: {_VALUE}_)"),
         ("language", _set("perceiver_encoder/~/self_attention_9/extra/w", 2, 2), "self_attention_9/extra/w"),
         ("language", _set(_VALUE, 32, 31), "has shape (32, 31) ((31, 32) in our layout), the config asks for (32, 32)"),
-        ("language", _set(_VALUE, 1024), "has shape (1024,), which is not that of its layer"),
-        ("optical_flow", _set("image_preprocessor/patches_linear/w", 53, 32), "has shape (53, 32), which is not"),
+        ("language", _set(_VALUE, 1024), "has shape (1024,), which does not fit its layer"),
+        ("optical_flow", _set("image_preprocessor/patches_linear/w", 53, 32), "has shape (53, 32), which does not"),
         (
             "video_autoencoding",
             lambda params: params.pop("encoder/~/cross_attention/layer_norm/scale"),
