@@ -212,7 +212,8 @@ def read_haiku(path: Path) -> HaikuCheckpoint:
     tree = _unpickle(path, content)
     if not isinstance(tree, dict) or not tree:
         raise CheckpointError(f"{path} holds no mapping of parameters", _COPY_AGAIN)
-    params, state = tree, {}
+    params: object = tree
+    state: object = {}
     if isinstance(tree.get("params"), dict) and all(isinstance(module, dict) for module in tree["params"].values()):
         more = sorted(name for name, _ in _items(path, tree) if name not in ("params", "state"))
         if more:

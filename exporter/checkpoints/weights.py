@@ -301,6 +301,9 @@ def convert(values: Mapping[str, Any], kind: type[_T], where: str) -> _T:
     try:
         return msgspec.convert(values, kind)
     except msgspec.ValidationError as error:
-        named = re.search(r"`\$\.(\w+)", str(error))
-        found = f"{named[1]} is {repr(values.get(named[1]))[:_LONGEST_JSON]}: " if named else ""
+        path = re.search(r"`\$\.([\w.]+)", str(error))
+        value: Any = values
+        for key in path[1].split(".") if path else ():
+            value = value.get(key) if isinstance(value, dict) else None
+        found = f"{path[1]} is {repr(value)[:_LONGEST_JSON]}: " if path and not isinstance(value, dict) else ""
         raise CheckpointError(f"{where}: {found}{error}", "correct the field, or leave it out") from error

@@ -117,7 +117,7 @@ def _haiku_of(kind: str, model: HaikuModel, own_names: Iterable[str], task: str)
     return {"params": params, "state": haiku_writer.flat_mappings(state)} if state else params
 
 
-def test_a_bundle_is_told_what_the_original_does() -> None:
+def test_tasks_preprocessing_and_labels_are_the_originals() -> None:
     learned, language, flow, video = (
         load(VECTORS / name) for name in ("imagenet_learned", "language", "optical_flow", "video_autoencoding")
     )
@@ -144,7 +144,7 @@ def test_a_bundle_is_told_what_the_original_does() -> None:
     assert {one.source for one in (learned, language, flow, video)} == {"checkpoint.pickle"}
 
 
-def test_another_picture_size_is_noted() -> None:
+def test_another_image_size_is_noted() -> None:
     found = load(VECTORS / "imagenet_fourier", image_size=(20, 17))
 
     image = found.config.inputs["image"]
