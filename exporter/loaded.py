@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`LoadedModel`: a model ready for export, with everything that its bundle says about it."""
+"""`LoadedModel`: a model ready for export, with its description for the bundle."""
 
 from __future__ import annotations
 
@@ -22,12 +22,11 @@ OWN_SOURCE = "your own code"
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model in evaluation mode, with everything that its bundle says about it.
+    """A model in evaluation mode, with its description for the bundle.
 
-    ``config`` is None for any module and for an ONNX file, which become graphs as they are.
-    ``parity``: whose numerics it follows; ``own`` are those of no released model. ``split``: whether the default is to
-    export encoder and decoder apart. ``output_kinds``: the meaning of outputs, by name, where it is not the task's
-    usual one. ``files``: content of further files of the bundle, by name.
+    ``config`` is None for any other module and for an ONNX file. ``parity``: the code whose numerics it follows, or
+    ``own``. ``split``: whether encoder and decoder are exported apart by default. ``output_kinds``: the meaning of
+    outputs, by name, where it differs from the task's usual one. ``files``: content of further files, by name.
     """
 
     model: Any  # PerceiverIO, or without config NamedModule or OnnxFile
@@ -65,7 +64,7 @@ class LoadedModel:
         return cls(model.eval(), model.config, task, "own", OWN_SOURCE, *given)
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """All outputs by name for preprocessed inputs by name, from the source itself: a reference to judge by."""
+        """All outputs by name for preprocessed inputs by name, from the source itself, as a reference."""
         if self.config is None:
             found: dict[str, Array] = self.model.run(feeds)
             return found

@@ -14,7 +14,7 @@ from perceiver_export.exporter.fold.nodes import Sizes
 from perceiver_export.exporter.fold.normalize import Constants, settle
 from perceiver_export.exporter.simplify import RANDOM
 from perceiver_export.runtimes.bundle import sha256
-from perceiver_export.runtimes.errors import CheckpointError, UnsupportedModelError, UsageError
+from perceiver_export.runtimes.errors import CheckpointError, UnsupportedModelError, UsageError, first_line
 from perceiver_export.runtimes.runtime import Array
 
 OPSET = 20
@@ -63,9 +63,9 @@ class OnnxFile:
         try:
             proto = onnx.load(self.path)
         except Exception as error:  # protobuf, onnx and the file system each have their own
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise CheckpointError(
-                f"{self.path} cannot be read as ONNX: {reason}", "copy it again, with its external data beside it"
+                f"{self.path} cannot be read as ONNX: {first_line(error)}",
+                "copy it again, with its external data beside it",
             ) from error
         opset = next((one.version for one in proto.opset_import if one.domain in ("", "ai.onnx")), 0)
         if not _LEAST <= opset <= _MOST:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, get_args
 import msgspec
 
 from perceiver_export.calibration.bundles import absolute_place, file_entries, new_bundle, refuse_place
-from perceiver_export.calibration.validation.options import option
+from perceiver_export.calibration.options import option
 from perceiver_export.exporter.loaded import LoadedModel
 from perceiver_export.exporter.sources import check_installed, load_model, loaded_module
 from perceiver_export.runtimes.bundle import GOLDEN, Bundle, open_bundle
@@ -75,12 +75,13 @@ class ExportOptions:
         default_factory=dict,
         metadata={"doc": "Fix a size, without the batch: image=3x224x224; queries=1024 a call of a split decoder."},
     )
-    config: str | os.PathLike[str] | None = field(
-        default=None, metadata={"doc": "Sizes of a state dict that does not hold them.", "value": "FILE.json"}
+    config: str | os.PathLike[str] | None = option(
+        None,
+        "Sizes of a Haiku pickle that differ from the released model's; task and labels of an ONNX file.",
+        "FILE.json",
     )
-    like: str | os.PathLike[str] | None = field(
-        default=None,
-        metadata={"doc": "Task, labels and preprocessing of an ONNX file: as this bundle.", "value": "BUNDLE"},
+    like: str | os.PathLike[str] | None = option(
+        None, "Task, labels and preprocessing of an ONNX file: as this bundle.", "BUNDLE"
     )
     fold: bool = option(True, "Rewrite the model into an equal one with less work, where that pays.")
     memory_budget: str | int | None = option(

@@ -41,6 +41,7 @@ from perceiver_export.runtimes.errors import (
     UsageError,
     check_choice,
     check_kind,
+    first_line,
 )
 from perceiver_export.runtimes.files import read_json
 from perceiver_export.runtimes.machine import cpu_name
@@ -281,9 +282,8 @@ def download(hub_id: str) -> Path:
     try:
         return Path(snapshot_download(hub_id, allow_patterns=_FILES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise CheckpointError(
-            f"{hub_id} is no directory, and cannot be downloaded: {reason}",
+            f"{hub_id} is no directory, and cannot be downloaded: {first_line(error)}",
             f"check the name, or download it elsewhere: hf download {hub_id} --local-dir {hub_id.partition('/')[2]}",
         ) from error
 

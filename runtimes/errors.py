@@ -136,6 +136,11 @@ class BrokenReferenceError(GateError):
     """A reference that outputs NaN or infinity, so nothing can be compared with it."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its class if it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def require(module: str, what: str, install: str) -> Any:
     """Import a library that may be missing.
 

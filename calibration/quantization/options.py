@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from perceiver_export.calibration.validation.options import Gates, check_percent, option
+from perceiver_export.calibration.options import option
+from perceiver_export.calibration.validation.options import Gates, check_percent
 from perceiver_export.runtimes.errors import UsageError, check_choice, check_kind, check_whole
 
 Scheme = Literal["int8", "int8-weights", "int4-weights", "float"]

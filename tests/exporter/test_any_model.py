@@ -110,6 +110,7 @@ def test_quantized_and_certified(tmp_path: Path) -> None:
     ("function", "error", "datum"),
     [
         ("sometimes", ExportError, "values of its inputs"),
+        ("brain", ExportError, "MatMul"),
         ("dropped", UnsupportedModelError, "'output'"),
         ("half", UnsupportedModelError, "float16"),
         ("bare", UnsupportedModelError, "Linear"),
