@@ -10,8 +10,7 @@ import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
-from perceiver_export.exporter.fold.nodes import Sizes
-from perceiver_export.exporter.fold.normalize import Constants, settle
+from perceiver_export.exporter.fold.normalize import Constants
 from perceiver_export.exporter.simplify import RANDOM
 from perceiver_export.runtimes.bundle import sha256
 from perceiver_export.runtimes.errors import CheckpointError, UnsupportedModelError, UsageError
@@ -86,8 +85,8 @@ class OnnxFile:
         common.RemoveInitializersFromInputsPass()(model)
         return model
 
-    def graph(self, shapes: Mapping[str, tuple[int, ...]], real: Sizes) -> ir.Model:
-        """The graph with inputs of these shapes."""
+    def graph(self, shapes: Mapping[str, tuple[int, ...]]) -> ir.Model:
+        """The graph with inputs of these shapes; the other shapes are not known yet."""
         model = self.model()
         for value in model.graph.inputs:
             value.shape = ir.Shape(shapes[str(value.name)])
@@ -98,7 +97,6 @@ class OnnxFile:
         for value in model.graph.outputs:
             value.shape = None
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
-        settle(model, real)
         return model
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:

@@ -142,13 +142,13 @@ class NameNodesPass(ir.passes.InPlacePass):
             model.graph.initializers.add(value)
         seen: Counter[str] = Counter()
         for node in model.graph:
-            prefix = f"{_module(node)}/{node.op_type}"
+            prefix = f"{module_of(node)}/{node.op_type}"
             seen[prefix] += 1
             node.name = f"{prefix}_{seen[prefix]}"
         return ir.passes.PassResult(model, modified=True)
 
 
-def _module(node: ir.Node) -> str:
+def module_of(node: ir.Node) -> str:
     """Path of the innermost module as torch recorded it, else as the node's name says it, else `model`."""
     try:
         scopes = ast.literal_eval(node.metadata_props.get(_SCOPES, "[]"))

@@ -18,7 +18,7 @@ from perceiver_export.runtimes.runtime import Array, Feeds, Runtime
 def decode(
     decoder: Runtime, feeds: Feeds, queries: npt.ArrayLike, num_queries: int | None = None
 ) -> npt.NDArray[np.float32]:
-    """The outputs (B, n, E) of ``queries``: flat indices, (n,) for all samples alike or (B, n).
+    """The outputs (B, n, …) of ``queries``: flat indices, (n,) for all samples alike or (B, n).
 
     ``feeds`` are the decoder's other inputs: ``latents`` (B, N, D) and whatever its queries are made of. A decoder
     with a fixed number of queries is called as often as needed, the last call padded with the last query.
@@ -34,7 +34,14 @@ def decode(
         (only,) = decoder.run(feeds).values()
         return np.repeat(only.reshape(batch, 1, -1), rows.shape[1], axis=1)
     rows = _rows(queries, batch, num_queries)
-    chunk = _chunk_size(decoder, rows.shape[1])
+    (spec,) = (spec for spec in decoder.inputs if spec.name == "queries")
+    if spec.shape[0] == 1:  # the same for all samples
+        if (rows != rows[:1]).any():
+            every, places = np.unique(rows, return_inverse=True)
+            found = decode(decoder, feeds, every, num_queries)
+            return np.take_along_axis(found, places.reshape(*rows.shape, *[1] * (found.ndim - 2)), axis=1)
+        rows = rows[:1]
+    chunk = _chunk_size(spec, rows.shape[1])
     (output,) = (spec.name for spec in decoder.outputs)
     parts = []
     for start in range(0, rows.shape[1], chunk):
@@ -62,8 +69,7 @@ def _rows(queries: npt.ArrayLike, batch: int, num_queries: int | None) -> npt.ND
     return np.broadcast_to(rows.astype(np.int32), (batch, rows.shape[-1]))
 
 
-def _chunk_size(decoder: Runtime, wanted: int) -> int:
-    spec = next(spec for spec in decoder.inputs if spec.name == "queries")
+def _chunk_size(spec: TensorSpec, wanted: int) -> int:
     size = spec.shape[1]
     if isinstance(size, int):
         return size

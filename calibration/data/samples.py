@@ -324,5 +324,6 @@ def _input(spec: TensorSpec, part: Part, available: Mapping[str, Array], generat
     count = spec.shape[1]
     if not isinstance(count, int):
         count = min(spec.ranges[count][1], _DYNAMIC_QUERIES)
-    batch = next(iter(available.values())).shape[0]
+    first = spec.shape[0]
+    batch = first if isinstance(first, int) else next(iter(available.values())).shape[0]
     return np.sort(generator.integers(part.num_queries, size=(batch, count)), axis=1).astype(np.int32)
