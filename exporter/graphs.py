@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The graphs that one model becomes: the whole model, or an encoder and a decoder for each output.
 
-A `PerceiverIO` says where its latents are, and is split before it is traced. The graph of any other model is cut.
+A `PerceiverIO` says where its latents are, and is split before it is traced: a video's 804,737 queries are never traced
+at once. The graph of any other model is cut.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy as np
 import onnx_ir as ir
 from torch import Tensor, nn
 
-from perceiver_export.exporter.fold.latents import LATENTS, QUERIES, cut, gather_rows, independent_rows
+from perceiver_export.exporter.fold.latents import INDICES, LATENTS, QUERIES, cut, gather_rows, independent_rows
 from perceiver_export.exporter.fold.nodes import sizes
 from perceiver_export.exporter.fold.slicing import Region
 from perceiver_export.exporter.model.config import (
@@ -83,7 +84,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Split:
-    """Where a model is split: at the tensor or the end of the module called ``latents``, None where it is to be found.
+    """Where a model is split: at the tensor, or the end of the module, called ``latents``; None: where they are found.
 
     ``queries``: how many a decoder takes a call (None: as is usual), with ``dynamic`` any number up to that.
     """
@@ -240,11 +241,9 @@ def cut_parts(
     for their own tensors, or a choice of queries for decoders whose rows are not independent.
     """
     given = {spec.name: spec for spec in (*source.inputs, *source.outputs)}
-    if taken := given.keys() & {LATENTS, QUERIES}:
-        raise UsageError(
-            f"split bundles have tensors called {LATENTS!r} and {QUERIES!r} of their own",
-            f"rename the model's {' and '.join(sorted(taken))}",
-        )
+    integers = {name for name, spec in given.items() if spec.dtype == "int32"}
+    for name in sorted(given.keys() & {LATENTS, INDICES} | integers & {QUERIES}):
+        raise UsageError(f"the model has a tensor {name!r}, and so have the parts of split bundles", "rename it")
     ranges = {name: limits for name, limits in source.ranges.items() if name == "batch"}
     shape = (source.outputs[0].shape[0], *sizes(latents)[1:])
     between = TensorSpec(LATENTS, "float32", shape, "the output of the encoder", ranges)
@@ -260,21 +259,22 @@ def cut_parts(
         if isinstance(region, str):
             reasons.append(f"{name} needs all rows of {region}")
         else:
-            graph = _by_rows(graph, decoder, region, split, stand_in)
+            queries = _choice(split, sizes(region.results[0])[1], _GRID_QUERIES, between, samples=1)
+            if QUERIES in given:
+                queries = msgspec.structs.replace(queries, name=INDICES)
+            graph = _by_rows(graph, decoder, region, queries, stand_in)
         parts.append((graph, decoder))
     split.check([part for part, _ in parts], ": " + "; ".join(reasons))
     return parts
 
 
-def _by_rows(graph: GraphPart, model: ir.Model, region: Region, split: Split, stand_in: int | None) -> GraphPart:
+def _by_rows(graph: GraphPart, model: ir.Model, region: Region, queries: TensorSpec, stand_in: int | None) -> GraphPart:
     """A decoder that takes queries; its graph is changed in place."""
     (result,), (latents, *others), (output,) = region.results, graph.inputs, graph.outputs
-    total = sizes(result)[1]
-    queries = _choice(split, total, _GRID_QUERIES, latents, samples=1)
     size = queries.shape[1]
     step = size if isinstance(size, int) else stand_in
     assert step is not None
-    shape = (latents.shape[0], size, *gather_rows(model, region, step)[2:])
+    shape = (latents.shape[0], size, *gather_rows(model, region, queries.name, step)[2:])
     ranges = {**output.ranges, **queries.ranges}
     rows = msgspec.structs.replace(output, shape=shape, meaning="one row a query", ranges=ranges)
     return dataclasses.replace(
@@ -282,7 +282,7 @@ def _by_rows(graph: GraphPart, model: ir.Model, region: Region, split: Split, st
         inputs=(latents, queries, *others),
         outputs=(rows,),
         typical={**graph.typical, **_usual(queries)},
-        num_queries=total,
+        num_queries=sizes(result)[1],
     )
 
 

@@ -33,7 +33,7 @@ from perceiver_export.exporter.onnx_files import OnnxFile, refuse, vocabularies
 from perceiver_export.exporter.own import NamedModule
 from perceiver_export.exporter.simplify import number_folds, simplify, without_metadata, without_sequences
 from perceiver_export.runtimes.errors import ExportError, VerificationError
-from perceiver_export.runtimes.manifest import Check, FoldDecision, MemoryPlan, TensorSpec
+from perceiver_export.runtimes.manifest import Check, FoldDecision, MemoryPlan, TensorSpec, index_input
 from perceiver_export.runtimes.opening import open_engine
 from perceiver_export.runtimes.runtime import Array, Runtime, compare
 
@@ -118,12 +118,9 @@ def folded_parts(source: GraphPart, split: Split, fold: bool, budget: int) -> li
 
     Raises UsageError, UnsupportedModelError: it cannot be cut, or not as ``split`` asks.
     """
-    names = [*source.typical, *([QUERIES] if split.dynamic else [])]
-    primes = stand_ins(names, _sizes_of(source))
-    model = _plain(source, None, primes, split.latents)
-    real = _counted(source, primes)
-    normalize(model, real)
-    first = source.outputs[0].shape[0]
+    primes = stand_ins([*source.typical, *([QUERIES] if split.dynamic else [])], _sizes_of(source))
+    model, first = _plain(source, None, primes, split.latents), source.outputs[0].shape[0]
+    normalize(model, _counted(source, primes))
     samples = primes[first] if isinstance(first, str) else first
     latents = latents_of(model.graph, split.latents, samples)
     parts = cut_parts(source, model, latents, split, primes.get(QUERIES))
@@ -345,9 +342,10 @@ def _expected(
 ) -> dict[str, Array]:
     """A part's outputs as ``source`` gives them; its latents are no output of the source."""
     expected = {name: reference.get(name, array) for name, array in found.items()}
-    if source is part or part.num_queries is None:
+    index = index_input(part.inputs)
+    if source is part or index is None or part.num_queries is None:
         return expected
-    (rows,) = given[QUERIES]
+    (rows,) = given[index.name]
     return {
         name: array.reshape(len(array), part.num_queries, -1)[:, rows].reshape(found[name].shape)
         for name, array in expected.items()

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from perceiver_export.runtimes.errors import BundleError, InputError
-from perceiver_export.runtimes.manifest import Manifest, TensorSpec, interface
+from perceiver_export.runtimes.manifest import Manifest, TensorSpec, index_input, interface
 from perceiver_export.runtimes.runtime import Array, Feeds, Runtime
 
 
@@ -29,12 +29,12 @@ def decode(
     """
     batch = len(feeds["latents"])
     num_queries = decoder.num_queries if num_queries is None else num_queries
-    if all(spec.name != "queries" for spec in decoder.inputs):
+    spec = index_input(decoder.inputs)
+    if spec is None:
         rows = _rows(queries, batch, num_queries=1)
         (only,) = decoder.run(feeds).values()
         return np.repeat(only.reshape(batch, 1, -1), rows.shape[1], axis=1)
     rows = _rows(queries, batch, num_queries)
-    (spec,) = (spec for spec in decoder.inputs if spec.name == "queries")
     if spec.shape[0] == 1:  # the same for all samples
         if (rows != rows[:1]).any():
             every, places = np.unique(rows, return_inverse=True)
@@ -49,7 +49,7 @@ def decode(
         kept = part.shape[1]
         if kept < chunk:
             part = np.concatenate([part, np.repeat(part[:, -1:], chunk - kept, axis=1)], axis=1)
-        parts.append(decoder.run({**feeds, "queries": part})[output][:, :kept])
+        parts.append(decoder.run({**feeds, spec.name: part})[output][:, :kept])
     return np.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
 
 
@@ -103,7 +103,8 @@ class JoinedEngine:
         outputs = {}
         for spec in self.outputs:
             decoder, num_queries = self._decoders[spec.name]
-            own = {one.name: {**feeds, **encoded}[one.name] for one in decoder.inputs if one.name != "queries"}
+            chosen = index_input(decoder.inputs)
+            own = {one.name: {**feeds, **encoded}[one.name] for one in decoder.inputs if one is not chosen}
             if num_queries is None:
                 outputs[spec.name] = decoder.run(own)[spec.name]
             else:
@@ -128,7 +129,7 @@ def _check(manifest: Manifest) -> None:
         )
     for spec in manifest.outputs:
         part, elements = decoders[spec.name], _elements(spec)
-        takes_queries = any(one.name == "queries" for one in part.inputs)
+        takes_queries = index_input(part.inputs) is not None
         rows = (part.num_queries or 0) * _elements(part.outputs[0], start=2) if takes_queries else elements
         if rows != elements or takes_queries != (part.num_queries is not None):
             raise BundleError(f"output {spec.name!r} of shape {spec.shape} does not fit its decoder's queries", _AGAIN)

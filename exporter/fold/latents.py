@@ -19,7 +19,7 @@ from perceiver_export.exporter.fold.slicing import ELEMENTWISE, Region, copy_reg
 from perceiver_export.exporter.simplify import module_of
 from perceiver_export.runtimes.errors import UnsupportedModelError, UsageError
 
-LATENTS, QUERIES = "latents", "queries"  # names of tensors between the parts of a bundle
+LATENTS, QUERIES, INDICES = "latents", "queries", "query_indices"  # tensors of parts, see `manifest.index_input`
 _SHOWN = 4  # names in an error
 
 
@@ -165,7 +165,7 @@ def cut(model: ir.Model, latents: ir.Value) -> tuple[ir.Model, dict[str, ir.Mode
     """The encoder, whose output is `latents`, and by output the decoder, whose first input is `latents`."""
     graph = model.graph
     for value in [*graph.initializers.values(), *(value for node in graph for value in node.outputs)]:
-        if value.name in (LATENTS, QUERIES):
+        if value.name in (LATENTS, QUERIES, INDICES) and not value.is_graph_output():
             stored = graph.initializers.pop(value.name, None)
             value.name = f"{value.name}.value"
             if stored is not None:
@@ -235,15 +235,15 @@ def _region(graph: ir.Graph, result: ir.Value) -> Region | str:
     return Region(list(nodes)[::-1], axes, [result])
 
 
-def gather_rows(model: ir.Model, region: Region, size: int) -> tuple[int, ...]:
-    """Give a decoder the input `queries` (1, ``size``), int32: the rows to compute, for all samples alike.
+def gather_rows(model: ir.Model, region: Region, name: str, size: int) -> tuple[int, ...]:
+    """Give a decoder the input ``name`` (1, ``size``), int32: the rows to compute, for all samples alike.
 
     Returns the shape of its output.
     """
     graph, (result,) = model.graph, region.results
-    queries = ir.Value(name=QUERIES, shape=ir.Shape([1, size]), type=ir.TensorType(ir.DataType.INT32))
+    queries = ir.Value(name=name, shape=ir.Shape([1, size]), type=ir.TensorType(ir.DataType.INT32))
     graph.inputs.insert(1, queries)
-    nodes, name = Nodes(region.nodes[-1]), graph.outputs[0].name
+    nodes, output = Nodes(region.nodes[-1]), graph.outputs[0].name
     chosen, taken = nodes.reshape(queries, [size]), dict[tuple[ir.Value, int], ir.Value]()
 
     def take(value: ir.Value, axis: int) -> ir.Value:
@@ -253,7 +253,7 @@ def gather_rows(model: ir.Model, region: Region, size: int) -> tuple[int, ...]:
 
     rows = sizes(result)[1]
     made = copy_region(nodes, region, take, lambda extent: extent // rows * size)[result]
-    graph.outputs[0].name, made.name = f"{name}.all", name
+    graph.outputs[0].name, made.name = f"{output}.all", output
     graph.outputs[0] = made
     common.RemoveUnusedNodesPass()(model)
     return sizes(made)

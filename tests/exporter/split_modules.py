@@ -6,6 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from perceiver_export.exporter import OwnModel
+
 WIDTH, TOKENS, LATENTS, CELLS = 32, 60, 6, 24
 Given = tuple[nn.Module, dict[str, Tensor]]
 
@@ -110,11 +112,23 @@ def no_latents() -> Given:
     return _with_tokens(Encoder())
 
 
-def named_like_ours() -> Given:
+class Queried(nn.Module):
+    """Queries are an input of this name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shape = Shape()
+
+    def forward(self, tokens: Tensor, queries: Tensor) -> Tensor:
+        found: Tensor = self.shape(tokens, queries)["occupancy"]
+        return found
+
+
+def queried() -> Given:
     torch.manual_seed(0)
+    return _with_tokens(Queried(), queries=torch.rand(1, 50, 3))
 
-    class Renamed(Shape):
-        def forward(self, tokens: Tensor, queries: Tensor) -> dict[str, Tensor]:
-            return super().forward(tokens, queries)
 
-    return _with_tokens(Renamed(), queries=torch.rand(1, 50, 3))
+def named_like_ours() -> OwnModel:
+    torch.manual_seed(0)
+    return OwnModel(*_with_tokens(Cells()), outputs=("latents",))
