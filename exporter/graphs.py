@@ -108,7 +108,8 @@ class Split:
 
 @dataclass(frozen=True)
 class GraphPart:
-    """One graph: a module that takes and returns tensors in the order of ``inputs`` and ``outputs``, or an ONNX file.
+    """One graph: of a module that takes and returns tensors in the order of ``inputs`` and ``outputs``, or of an ONNX
+    file. A part that is cut from it keeps the whole module.
 
     ``typical`` is the usual size of each dynamic dimension. ``num_queries`` is the number of queries that a decoder
     chooses from, None where it has no such input. ``examples``: inputs that random ones are made like.

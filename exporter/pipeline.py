@@ -118,7 +118,7 @@ def export(
     """
     report = progress or (lambda what, done, total: None)
     check_installed()
-    from perceiver_export.exporter.graphs import Batch
+    from perceiver_export.exporter.graphs import Batch, output_specs
 
     path, budget = absolute_place(output), _budget(options)
     batch = None if options.batch is None else Batch.parse(options.batch)
@@ -133,7 +133,8 @@ def export(
         checks = _verify(loaded, graphs, [one.part for one in folded], directory, report)
         for name, content in loaded.files.items():
             (directory / name).write_bytes(content)
-        outputs = _outputs(loaded, graphs, batch) if len(parts) > 1 else ()
+        whole = graphs[0].outputs if loaded.config is None else output_specs(loaded.config, batch or Batch.parse(1))
+        outputs = whole if len(parts) > 1 else ()
         manifest = _manifest(path.name, loaded, parts, outputs, checks, directory)
         (directory / "manifest.json").write_bytes(encode_manifest(manifest))
         _check_task(open_bundle(directory, verify="never").manifest)
@@ -145,15 +146,22 @@ def _is_split(options: ExportOptions, default: bool) -> bool:
     return options.latents is not None or default if options.split is None else options.split
 
 
+def _num_queries(source: str, options: ExportOptions) -> tuple[int, ...] | None:
+    """`--shape queries=…`, unless this is an input of an ONNX file."""
+    sizes = options.shape.get("queries", ())
+    of_input = source.endswith(".onnx") and (len(sizes) > 1 or not _is_split(options, default=False))
+    return None if of_input else sizes or None
+
+
 def _split(loaded: LoadedModel, options: ExportOptions) -> Split | None:
     """How to split the model, None where it stays whole. Raises UsageError for options that have no effect."""
     from perceiver_export.exporter.graphs import Split
 
-    queries = options.shape.get("queries")
+    queries = _num_queries(loaded.source, options)
     if not _is_split(options, loaded.split):
         if options.latents is not None:
             raise UsageError("--latents has no effect with --no-split", "leave --latents or --no-split out")
-        if options.dynamic_queries or (queries is not None and not loaded.source.endswith(".onnx")):
+        if options.dynamic_queries or queries is not None:
             raise UsageError("queries are chosen in split bundles only", "add --split")
         return None
     if queries is not None and (len(queries) != 1 or queries[0] < 1):
@@ -168,12 +176,6 @@ def _graphs(loaded: LoadedModel, batch: Batch | None, split: Split | None) -> tu
     if loaded.config is None:
         return (own_graph(loaded.model, batch),)
     return make_graphs(loaded.model, batch or Batch.parse(1), split)
-
-
-def _outputs(loaded: LoadedModel, graphs: tuple[GraphPart, ...], batch: Batch | None) -> tuple[TensorSpec, ...]:
-    from perceiver_export.exporter.graphs import Batch, output_specs
-
-    return graphs[0].outputs if loaded.config is None else output_specs(loaded.config, batch or Batch.parse(1))
 
 
 def parse_budget(text: str | int) -> int:
@@ -196,8 +198,8 @@ def _load(source: str | os.PathLike[str] | LoadedModel | OwnModel, options: Expo
     """The model in evaluation mode. Raises UnsupportedModelError where no reader could use its preprocessing."""
     from perceiver_export.exporter.own import OwnModel
 
-    own = "" if str(source).endswith(".onnx") and not _is_split(options, default=False) else "queries"  # of decoders
-    shape = {name: size for name, size in options.shape.items() if name != own}
+    of_decoders = _num_queries(str(source), options) is not None
+    shape = {name: size for name, size in options.shape.items() if name != "queries" or not of_decoders}
     if isinstance(source, OwnModel):
         source = loaded_module(source)
     if not isinstance(source, LoadedModel):

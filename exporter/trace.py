@@ -315,23 +315,21 @@ def verify(
     for index, (_, feeds) in enumerate(cases):
         progress(index, 2 * len(cases))
         references.append(_reference(source, feeds))
+    known = [dict(feeds) for _, feeds in cases]
     checks: list[Check] = []
     golden: dict[str, dict[str, Array]] = {}
-    with contextlib.ExitStack() as stack:
-        opened = [(open_engine(directory / part.file, "ort-cpu", threads=None), part) for part in parts]
-        runtimes = [stack.enter_context(Runtime(engine, one.inputs, one.outputs, "fp32")) for engine, one in opened]
-        drawn = [list(_cases(part, config)) for part in parts]
-        for index, ((_, feeds), reference) in enumerate(zip(cases, references, strict=True)):
-            progress(len(cases) + index, 2 * len(cases))
-            known = dict(feeds)
-            for part, runtime, own_cases in zip(parts, runtimes, drawn, strict=True):
-                description, others = own_cases[index]
-                given = {name: known.get(name, array) for name, array in others.items()}
+    for part in parts:
+        engine = open_engine(directory / part.file, "ort-cpu", threads=None)
+        with Runtime(engine, part.inputs, part.outputs, "fp32") as runtime:
+            for index, (description, drawn) in enumerate(_cases(part, config)):
+                progress(len(cases) + index, 2 * len(cases))
+                given = {name: known[index].get(name, array) for name, array in drawn.items()}
                 found = runtime.run(given)
-                expected = _expected(source, part, found, reference, given)
-                compared = [name for name in found if name in reference]
+                expected = _expected(source, part, found, references[index], given)
+                compared = [name for name in found if name in references[index]]
+                feeds = cases[index][1]
                 checks += [_check(source, one, description, feeds, found[one], expected[one]) for one in compared]
-                known |= found
+                known[index] |= found
                 own = {f"input/{name}": array for name, array in given.items()}
                 golden.setdefault(part.name, own | {f"output/{name}": array for name, array in expected.items()})
     return checks, golden

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
-from perceiver_export.exporter.fold.nodes import VIEWS, Nodes, array_of, operand, shape_of, sizes
+from perceiver_export.exporter.fold.nodes import VIEWS, Nodes, array_of, axis_of, made_by, operand, put, shape_of, sizes
 from perceiver_export.exporter.fold.slicing import ELEMENTWISE, Region, copy_region, cuts
 from perceiver_export.exporter.simplify import module_of
 from perceiver_export.runtimes.errors import UnsupportedModelError, UsageError
@@ -82,7 +82,7 @@ def latents_of(graph: ir.Graph, name: str | None, samples: int) -> ir.Value:
         )
     if past := _past(graph, latents):
         raise UsageError(
-            f"{name!r} does not separate an encoder from a decoder: {', '.join(past)} past it",
+            f"{name!r} does not separate an encoder from a decoder: past it, {' and '.join(past)}",
             "name a tensor through which they all pass, or leave --latents out to have one found",
         )
     return latents
@@ -92,9 +92,8 @@ def _past(graph: ir.Graph, latents: ir.Value) -> list[str]:
     """Inputs of the encoder that reach outputs past the latents, and outputs that do not read the latents."""
     encoded, decoded = _reached([latents]), _reached(graph.outputs, latents)
     inputs = [f"{value.name} reaches the outputs" for value in graph.inputs if value in encoded and value in decoded]
-    return inputs + [
-        f"{value.name} is computed" for value in graph.outputs if latents not in _reached([value], latents)
-    ]
+    alone = [f"{value.name} is computed" for value in graph.outputs if latents not in _reached([value], latents)]
+    return inputs + alone
 
 
 def _reached(values: Iterable[ir.Value], stop: ir.Value | None = None) -> set[ir.Value]:
@@ -191,9 +190,12 @@ def cut(model: ir.Model, latents: ir.Value) -> tuple[ir.Model, dict[str, ir.Mode
 
 
 def independent_rows(graph: ir.Graph, samples: int) -> Region | str:
-    """The region that makes a decoder's output (B, rows, …) row by row from the latents and rows of what does not
-    depend on them; else the node that stands against it.
+    """The region that makes a decoder's output (B, rows, …) row by row from the latents, and from rows of values that
+    do not depend on them; else the node that needs all rows.
     """
+    for node in list(graph):
+        if node.op_type == "Split" and all(shape_of(value) for value in (*node.inputs[:1], *node.outputs)):
+            _as_slices(node)
     value, why = graph.outputs[0], str(graph.outputs[0].name)
     while True:
         shape = shape_of(value) or ()
@@ -202,15 +204,25 @@ def independent_rows(graph: ir.Graph, samples: int) -> Region | str:
             if isinstance(region, Region):
                 return region
             why = region
-        node = value.producer()
-        if node is None or node.op_type not in VIEWS:
+        maker = made_by(value, *VIEWS)
+        if maker is None:
             return why
-        value = operand(node)
+        value = operand(maker)
+
+
+def _as_slices(split: ir.Node) -> None:
+    """Nodes of a region have one output."""
+    nodes, start = Nodes(split), 0
+    axis = axis_of(split, len(sizes(operand(split))), 0)
+    for value in list(split.outputs):
+        stop = start + sizes(value)[axis]
+        put(value, nodes.slice(operand(split), axis, start, stop))
+        start = stop
 
 
 def _region(graph: ir.Graph, result: ir.Value) -> Region | str:
     latents, *inputs = graph.inputs
-    dependent = _computed(graph, [latents])
+    dependent = _computed(graph, [latents])  # latents among them
     rows, axes, whole, nodes = sizes(result)[1], {result: 1}, set[ir.Value](), dict[ir.Node, None]()
     for node in reversed(list(graph)):
         value = node.outputs[0]
@@ -225,7 +237,7 @@ def _region(graph: ir.Graph, result: ir.Value) -> Region | str:
         elif value in dependent:
             return node.name or node.op_type
     read = axes.keys() - {node.outputs[0] for node in nodes}
-    if latents in read or any(sizes(value)[axes[value]] != rows for value in read):
+    if read & dependent or any(sizes(value)[axes[value]] != rows for value in read):
         return f"{result.name}, whose rows are not those of queries"
     mixed = _computed(graph, [node.outputs[0] for node in nodes]) & dependent & whole
     if mixed:

@@ -13,16 +13,17 @@ Given = tuple[nn.Module, dict[str, Tensor]]
 
 
 class Attention(nn.Module):
-    """Queries read what is given, beside themselves."""
+    """Queries read what is given, beside themselves; then a gated MLP."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.norm, self.mlp = nn.LayerNorm(WIDTH), nn.Sequential(nn.Linear(WIDTH, 64), nn.GELU(), nn.Linear(64, WIDTH))
+        self.norm, self.up, self.down = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 96), nn.Linear(48, WIDTH)
         self.attention = nn.MultiheadAttention(WIDTH, 4, batch_first=True)
 
     def forward(self, queries: Tensor, read: Tensor) -> Tensor:
         queries = queries + self.attention(self.norm(queries), read, read, need_weights=False)[0]
-        found: Tensor = queries + self.mlp(queries)
+        values, gates = self.up(queries).chunk(2, -1)
+        found: Tensor = queries + self.down(values * nn.functional.gelu(gates))
         return found
 
 
