@@ -258,7 +258,7 @@ def cut_parts(
         graph = dataclasses.replace(source, name=part, inputs=(between, *read), outputs=(given[name],))
         region = independent_rows(decoder.graph, sizes(latents)[0])
         if isinstance(region, str):
-            reasons.append(f"{name} needs all rows of {region}")
+            reasons.append(f"for {name}, {region}")
         else:
             queries = _choice(split, sizes(region.results[0])[1], _GRID_QUERIES, between, samples=1)
             if QUERIES in given:

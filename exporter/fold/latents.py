@@ -21,6 +21,7 @@ from perceiver_export.runtimes.errors import UnsupportedModelError, UsageError
 
 LATENTS, QUERIES, INDICES = "latents", "queries", "query_indices"  # tensors of parts, see `manifest.index_input`
 _SHOWN = 4  # names in an error
+_OTHER_ROWS = "its rows are not those of queries"
 
 
 def mark(graph: ir.Graph, name: str) -> None:
@@ -82,7 +83,7 @@ def latents_of(graph: ir.Graph, name: str | None, samples: int) -> ir.Value:
         )
     if past := _past(graph, latents):
         raise UsageError(
-            f"{name!r} does not separate an encoder from a decoder: past it, {' and '.join(past)}",
+            f"the model cannot be split at {name!r}: past it, {' and '.join(past)}",
             "name a tensor through which they all pass, or leave --latents out to have one found",
         )
     return latents
@@ -111,9 +112,9 @@ def _reached(values: Iterable[ir.Value], stop: ir.Value | None = None) -> set[ir
 
 
 def _found(graph: ir.Graph, samples: int) -> ir.Value:
-    """The tensor that the last attention reads whose queries do not come from it, and that comes from other attention.
+    """A tensor between two attentions: one makes it, and the last one whose queries do not come from it reads it.
 
-    Of several through which everything passes it is the smallest, and of those the last.
+    Of all such tensors through which everything passes it is the smallest, and of equal ones the last.
     """
     computed = _computed(graph, graph.inputs)
     for softmax in reversed([node for node in graph if node.op_type == "Softmax"]):
@@ -130,7 +131,7 @@ def _found(graph: ir.Graph, samples: int) -> ir.Value:
         if found:
             return min(found, key=lambda value: math.prod(sizes(value)))  # the first of equals, which is the last made
     raise UnsupportedModelError(
-        "no latents were found: no attention reads the result of other attention with queries that do not come from it",
+        "no latents were found: attention makes them, cross-attention reads them, and all that is encoded passes them",
         "name a tensor or module with --latents, or leave --split out",
     )
 
@@ -149,7 +150,7 @@ def _scores(softmax: ir.Node) -> ir.Node | None:
 
 
 def _before(graph: ir.Graph, keys: ir.Value, computed: set[ir.Value]) -> list[ir.Value]:
-    """Matrices for each sample between the keys and the attention before them, last ones first; empty without one."""
+    """Tensors between an attention and later keys, last ones first; empty where no attention comes before the keys."""
     reached, found = _reached([keys]) & computed, list[ir.Value]()
     for node in reversed(list(graph)):
         if node.outputs[0] not in reached:
@@ -191,12 +192,12 @@ def cut(model: ir.Model, latents: ir.Value) -> tuple[ir.Model, dict[str, ir.Mode
 
 def independent_rows(graph: ir.Graph, samples: int) -> Region | str:
     """The region that makes a decoder's output (B, rows, …) row by row from the latents, and from rows of values that
-    do not depend on them; else the node that needs all rows.
+    do not depend on them; else the reason why there is none.
     """
     for node in list(graph):
         if node.op_type == "Split" and all(shape_of(value) for value in (*node.inputs[:1], *node.outputs)):
             _as_slices(node)
-    value, why = graph.outputs[0], str(graph.outputs[0].name)
+    value, why = graph.outputs[0], _OTHER_ROWS
     while True:
         shape = shape_of(value) or ()
         if len(shape) > 1 and shape[0] == samples and shape[1] > 1:
@@ -235,15 +236,15 @@ def _region(graph: ir.Graph, result: ir.Value) -> Region | str:
             nodes[node] = None
             whole |= {one for one, axis in wanted if axis is None or axes.setdefault(one, axis) != axis}
         elif value in dependent:
-            return node.name or node.op_type
+            return f"{node.name} needs all rows"
     read = axes.keys() - {node.outputs[0] for node in nodes}
     if read & dependent or any(sizes(value)[axes[value]] != rows for value in read):
-        return f"{result.name}, whose rows are not those of queries"
+        return _OTHER_ROWS
     mixed = _computed(graph, [node.outputs[0] for node in nodes]) & dependent & whole
     if mixed:
-        return next(node.name or node.op_type for node in nodes if mixed & set(node.inputs))
+        return next(f"{node.name} needs all rows" for node in nodes if mixed & set(node.inputs))
     if not any(node.op_type == "Softmax" for node in nodes) and not _reached(read) & set(inputs):
-        return f"{result.name}, whose rows are not those of queries"
+        return _OTHER_ROWS
     return Region(list(nodes)[::-1], axes, [result])
 
 

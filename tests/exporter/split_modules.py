@@ -22,7 +22,7 @@ class Attention(nn.Module):
 
     def forward(self, queries: Tensor, read: Tensor) -> Tensor:
         queries = queries + self.attention(self.norm(queries), read, read, need_weights=False)[0]
-        values, gates = self.up(queries).chunk(2, -1)
+        values, gates = self.up(self.norm(queries)).chunk(2, -1)
         found: Tensor = queries + self.down(values * nn.functional.gelu(gates))
         return found
 
