@@ -36,7 +36,11 @@ def mark(graph: ir.Graph, name: str) -> None:
     if len(found) != 1:
         near = difflib.get_close_matches(name, sorted({*modules, *tensors}), _SHOWN) or sorted(modules or tensors)
         shown = ", ".join(str(value.name) for value in found[:_SHOWN])
-        what = f"{len(found)} tensors leave {name!r}: {shown}" if found else f"the model computes no tensor {name!r}"
+        what = (
+            f"{len(found)} tensors leave {name!r}: {shown}"
+            if found
+            else f"the model computes no {name!r} from its inputs"
+        )
         raise UsageError(what, f"give --latents one of: {shown or ', '.join(near[:_SHOWN])}")
     node = ir.node("Identity", found)
     node.outputs[0].name = f"{name}.{LATENTS}"
@@ -46,10 +50,10 @@ def mark(graph: ir.Graph, name: str) -> None:
 
 
 def _computed(graph: ir.Graph, values: Iterable[ir.Value]) -> set[ir.Value]:
-    """Values, and what depends on them."""
+    """Values, and what depends on their numbers."""
     found = set(values)
     for node in graph:
-        if any(value in found for value in node.inputs):
+        if node.op_type not in ("Shape", "Size") and any(value in found for value in node.inputs):
             found.update(node.outputs)
     return found
 
