@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -66,8 +66,8 @@ class LoadedModel:
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """All outputs by name for preprocessed inputs by name, from the source itself, as a reference."""
         if self.config is None:
-            found: dict[str, Array] = self.model.run(feeds)
-            return found
+            run: Callable[..., dict[str, Array]] = getattr(self.model, "run_samples", self.model.run)
+            return run(feeds)
         import torch
 
         with torch.inference_mode():

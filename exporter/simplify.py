@@ -143,13 +143,13 @@ class NameNodesPass(ir.passes.InPlacePass):
             model.graph.initializers.add(value)
         seen: Counter[str] = Counter()
         for node in model.graph:
-            prefix = f"{_module(node)}/{node.op_type}"
+            prefix = f"{module_of(node)}/{node.op_type}"
             seen[prefix] += 1
             node.name = f"{prefix}_{seen[prefix]}"
         return ir.passes.PassResult(model, modified=True)
 
 
-def _module(node: ir.Node) -> str:
+def module_of(node: ir.Node) -> str:
     """Path of the innermost module that torch recorded, else the one in the node's name, else `model`."""
     try:
         scopes = ast.literal_eval(node.metadata_props.get(_SCOPES, "[]"))

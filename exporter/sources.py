@@ -45,7 +45,7 @@ from perceiver_export.runtimes.errors import (
 )
 from perceiver_export.runtimes.files import read_json
 from perceiver_export.runtimes.machine import cpu_name
-from perceiver_export.runtimes.manifest import OutputKind, TensorSpec
+from perceiver_export.runtimes.manifest import OutputKind, TensorSpec, interface
 from perceiver_export.runtimes.preprocessing import MAX_SIDE, ImagePreprocessing, Preprocessing
 from perceiver_export.runtimes.runtime import Array, Feeds
 from perceiver_export.runtimes.tasks import TASKS
@@ -318,8 +318,7 @@ def load_reference(bundle: str | Path, source: str) -> Checkpoint:
     options: dict[str, Any] = {}
     if source.endswith(".onnx"):
         options["like"] = bundle
-        inputs = [spec for part in manifest.parts.values() for spec in part.inputs]
-        options["shape"] = {spec.name: _least(spec) for spec in inputs}
+        options["shape"] = {spec.name: _least(spec) for spec in interface(manifest)[0]}
     elif not re.match(_AS_THEY_ARE, source):
         options["parity"] = None if manifest.parity == "own" else manifest.parity
         if isinstance(steps, ImagePreprocessing):

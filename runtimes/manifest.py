@@ -180,7 +180,17 @@ def interface(manifest: Manifest) -> tuple[tuple[TensorSpec, ...], tuple[TensorS
         return part.inputs, part.outputs
     # A decoder may have an input that the encoder lacks: queries given as an array.
     taken = {spec.name: spec for part in manifest.parts.values() for spec in part.inputs}
-    return tuple(spec for name, spec in taken.items() if name not in ("latents", "queries")), manifest.outputs
+    own = [index_input(part.inputs) for part in manifest.parts.values()]
+    return tuple(spec for name, spec in taken.items() if name != "latents" and spec not in own), manifest.outputs
+
+
+def index_input(specs: Iterable[TensorSpec]) -> TensorSpec | None:
+    """The input of a decoder that chooses queries by their indices; None for a decoder that computes all of them.
+
+    It is called `queries`, but `query_indices` where the model itself has an input `queries`.
+    """
+    integers = {spec.name: spec for spec in specs if spec.dtype == "int32"}
+    return integers.get("query_indices", integers.get("queries"))
 
 
 class _Version(msgspec.Struct):

@@ -11,14 +11,14 @@ import numpy as np
 import numpy.typing as npt
 
 from perceiver_export.runtimes.errors import InputError
-from perceiver_export.runtimes.manifest import Manifest, TensorSpec, interface, misfit
+from perceiver_export.runtimes.manifest import Manifest, TensorSpec, index_input, interface, misfit
 from perceiver_export.runtimes.runtime import Array, Feeds, Runtime
 
 
 def decode(
     decoder: Runtime, feeds: Feeds, queries: npt.ArrayLike, num_queries: int | None = None
 ) -> npt.NDArray[np.float32]:
-    """The outputs (B, n, E) of ``queries``: flat indices, (n,) for all samples or (B, n).
+    """The outputs (B, n, …) of ``queries``: flat indices, (n,) for all samples or (B, n).
 
     ``feeds`` are the decoder's other inputs: ``latents`` (B, N, D) and the inputs from which its queries are computed.
     A decoder with a fixed number of queries per call is called as often as needed, and the last call is padded with the
@@ -29,14 +29,19 @@ def decode(
     """
     batch = len(feeds["latents"])
     num_queries = decoder.num_queries if num_queries is None else num_queries
-    if all(spec.name != "queries" for spec in decoder.inputs):
+    spec = index_input(decoder.inputs)
+    if spec is None:
         rows = _rows(queries, batch, num_queries=1)
         (only,) = decoder.run(feeds).values()
         return np.repeat(only.reshape(batch, 1, -1), rows.shape[1], axis=1)
     rows = _rows(queries, batch, num_queries)
-    spec = next(spec for spec in decoder.inputs if spec.name == "queries")
-    size, wanted = spec.shape[1], rows.shape[1]
-    chunk = size if isinstance(size, int) else min(spec.ranges.get(size, (0, wanted))[1], wanted)
+    if spec.shape[0] == 1:  # the same for all samples
+        if (rows != rows[:1]).any():
+            every, places = np.unique(rows, return_inverse=True)
+            found = decode(decoder, feeds, every, num_queries)
+            return np.take_along_axis(found, places.reshape(*rows.shape, *[1] * (found.ndim - 2)), axis=1)
+        rows = rows[:1]
+    chunk = _chunk_size(spec, rows.shape[1])
     (output,) = (spec.name for spec in decoder.outputs)
     parts = []
     for start in range(0, rows.shape[1], chunk):
@@ -44,7 +49,7 @@ def decode(
         kept = part.shape[1]
         if kept < chunk:
             part = np.concatenate([part, np.repeat(part[:, -1:], chunk - kept, axis=1)], axis=1)
-        parts.append(decoder.run({**feeds, "queries": part})[output][:, :kept])
+        parts.append(decoder.run({**feeds, spec.name: part})[output][:, :kept])
     return np.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
 
 
@@ -60,6 +65,13 @@ def _rows(queries: npt.ArrayLike, batch: int, num_queries: int | None) -> npt.ND
         wrong = least if least < 0 else most
         raise InputError(f"query {wrong} is out of range", f"give queries from 0 to {count - 1}")
     return np.broadcast_to(rows.astype(np.int32), (batch, rows.shape[-1]))
+
+
+def _chunk_size(spec: TensorSpec, wanted: int) -> int:
+    size = spec.shape[1]
+    if isinstance(size, int):
+        return size
+    return min(spec.ranges[size][1], wanted) if size in spec.ranges else wanted
 
 
 def join(manifest: Manifest, parts: Mapping[str, Runtime]) -> Runtime:
@@ -86,7 +98,8 @@ class JoinedEngine:
         outputs = {}
         for spec in self.outputs:
             decoder, num_queries = self._decoders[spec.name]
-            own = {one.name: {**feeds, **encoded}[one.name] for one in decoder.inputs if one.name != "queries"}
+            chosen = index_input(decoder.inputs)
+            own = {one.name: {**feeds, **encoded}[one.name] for one in decoder.inputs if one is not chosen}
             if num_queries is None:
                 outputs[spec.name] = decoder.run(own)[spec.name]
             else:
@@ -110,7 +123,7 @@ def _check(manifest: Manifest) -> None:
         raise misfit(f"the bundle has the outputs {outputs} but decoders of {sorted(decoders)}")
     for spec in manifest.outputs:
         part, elements = decoders[spec.name], _elements(spec)
-        takes_queries = any(one.name == "queries" for one in part.inputs)
+        takes_queries = index_input(part.inputs) is not None
         rows = (part.num_queries or 0) * _elements(part.outputs[0], start=2) if takes_queries else elements
         if rows != elements or takes_queries != (part.num_queries is not None):
             raise misfit(f"the decoder's queries do not give the output {spec.name!r} of shape {spec.shape}")

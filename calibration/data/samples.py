@@ -20,7 +20,7 @@ import numpy as np
 
 from perceiver_export.calibration.data.sources import LABELS, RANDOM, Data, Labels, Row, is_mask, largest, open_source
 from perceiver_export.runtimes.errors import DataError, InputError, LongTextError
-from perceiver_export.runtimes.manifest import Manifest, Part, TensorSpec
+from perceiver_export.runtimes.manifest import Manifest, Part, TensorSpec, index_input
 from perceiver_export.runtimes.preprocessing import FlowPreprocessing, ImagePreprocessing, TextPreprocessing
 from perceiver_export.runtimes.runtime import Array, Feeds, check_values
 from perceiver_export.runtimes.tasks.arrays import check_masks
@@ -321,10 +321,11 @@ def run_parts(
 
 
 def _input(spec: TensorSpec, part: Part, available: Mapping[str, Array], generator: np.random.Generator) -> Array:
-    if spec.name != "queries" or part.num_queries is None:
+    if part.num_queries is None or spec is not index_input(part.inputs):
         return available[spec.name]
     count = spec.shape[1]
     if not isinstance(count, int):
         count = min(spec.ranges[count][1], _DYNAMIC_QUERIES)
-    batch = next(iter(available.values())).shape[0]
+    first = spec.shape[0]
+    batch = first if isinstance(first, int) else next(iter(available.values())).shape[0]
     return np.sort(generator.integers(part.num_queries, size=(batch, count)), axis=1).astype(np.int32)

@@ -130,7 +130,7 @@ def test_modules_that_are_refused(function: str, error: type[PerceiverExportErro
 @pytest.mark.parametrize(
     ("options", "datum"),
     [
-        (ExportOptions(split=True), "split"),
+        (ExportOptions(split=True), "latents"),
         (ExportOptions(dynamic_queries=True), "split"),
         (ExportOptions(like="b"), "like"),
     ],

@@ -21,7 +21,7 @@ from perceiver_export.exporter.fold.engine import fold
 from perceiver_export.exporter.fold.nodes import Sizes
 from perceiver_export.exporter.fold.plan import in_pieces, plan
 from perceiver_export.exporter.fold.sites import LEAST_GAIN
-from perceiver_export.exporter.graphs import Batch, GraphPart, split_model, whole_model
+from perceiver_export.exporter.graphs import Batch, GraphPart, Split, split_model, whole_model
 from perceiver_export.exporter.model.architectures import EncoderSizes, first_perceiver
 from perceiver_export.exporter.model.config import (
     ArrayInput,
@@ -122,7 +122,7 @@ def test_a_masked_input_beside_a_wider_one() -> None:
 @pytest.mark.parametrize(("system", "batch"), [("flow", 1), *itertools.product(["video", "language", "sets"], [1, 2])])
 def test_chosen_queries_give_the_same(system: str, batch: int) -> None:
     loaded = SYSTEMS[system]()
-    for part in split_model(random(loaded.model), Batch.parse(batch), queries=8):
+    for part in split_model(random(loaded.model), Batch.parse(batch), Split(queries=8)):
         assert_folds_change_nothing(part, loaded.config)
 
 
