@@ -82,6 +82,9 @@ class ExportOptions:
         default=None,
         metadata={"doc": "Task, labels and preprocessing of an ONNX file: as this bundle.", "value": "BUNDLE"},
     )
+    use_transformers: bool = option(
+        False, "Load a Hugging Face directory of any class with your installed transformers; never code of its own."
+    )
     fold: bool = option(True, "Rewrite the model into an equal one with less work, where that pays.")
     memory_budget: str | int | None = option(
         None, f"Memory for activations, {DEFAULT_BUDGET} by default; larger stages run in pieces.", "SIZE"
@@ -174,7 +177,13 @@ def _load(source: str | os.PathLike[str] | LoadedModel | OwnModel, options: Expo
         source = loaded_module(source)
     if not isinstance(source, LoadedModel):
         loaded = load_model(
-            source, task=options.task, parity=options.parity, shape=shape, config=options.config, like=options.like
+            source,
+            task=options.task,
+            parity=options.parity,
+            shape=shape,
+            config=options.config,
+            like=options.like,
+            use_transformers=options.use_transformers,
         )
     elif options.task or options.parity or shape or options.config:
         raise UsageError("a loaded model has its task, parity, shape and config", "give these to load_model")

@@ -115,7 +115,7 @@ def folded_graph(part: GraphPart, config: PerceiverConfig | None, fold: bool, bu
         model = part.module.graph({name: array.shape for name, array in examples.items()}, real)
     else:
         model = _traced(part, examples)
-    with _quiet():
+    with quiet():
         without_sequences(model)
     refuse(model.graph)
     simplify(model, real.planned)
@@ -172,7 +172,7 @@ def _traced(part: GraphPart, examples: dict[str, Array]) -> ir.Model:
 
 
 def _exported(part: GraphPart, examples: dict[str, Array]) -> ir.Model:
-    with torch.no_grad(), _quiet():
+    with torch.no_grad(), quiet():
         program = torch.onnx.export(
             _positional(part),
             tuple(torch.from_numpy(array) for array in examples.values()),
@@ -197,7 +197,7 @@ def _scripted(part: GraphPart, examples: dict[str, Array]) -> ir.Model:
     import onnx
 
     written = io.BytesIO()
-    with torch.no_grad(), _quiet():
+    with torch.no_grad(), quiet():
         torch.onnx.export(
             _positional(part),
             tuple(torch.from_numpy(array) for array in examples.values()),
@@ -236,7 +236,7 @@ def _reason(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence torch's exporter: progress, notes about torchvision, its own deprecations, traces of what it raises."""
     disabled = logging.root.manager.disable
     logging.disable(logging.CRITICAL)  # handlers of torch's loggers keep the stderr that they were made with
