@@ -280,7 +280,7 @@ class Forms:
         source = node.inputs[0]
         if source is None or scale is None or axis_of(node, len(shape)) != len(shape) - 1:
             return
-        epsilon = node.attributes.get_float("epsilon", 1e-5)
+        epsilon = float(np.float32(node.attributes.get_float("epsilon", 1e-5)))  # as files hold it
         forms = [form for form in self.of(source) if form.norm is None]
         norms = [Norm(node, form.without_bias(), epsilon) for form in forms]
         narrow = next((norm for norm in norms if norm.narrow), None)

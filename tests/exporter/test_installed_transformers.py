@@ -27,6 +27,7 @@ from perceiver_export.runtimes.errors import (
 from tests.cli.commands import fail, succeed
 
 SIZES: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
+LABELS: dict[str, Any] = {"num_labels": 3}
 RNG = np.random.default_rng(0)
 
 
@@ -46,7 +47,7 @@ def vit(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def bert(tmp_path: Path) -> Path:
-    config = transformers.BertConfig(vocab_size=60, max_position_embeddings=20, num_labels=3, **SIZES)
+    config = transformers.BertConfig(vocab_size=60, max_position_embeddings=20, **SIZES, **LABELS)
     return saved(tmp_path / "bert", "BertForSequenceClassification", config)
 
 
@@ -54,10 +55,8 @@ def detr(directory: Path) -> Path:
     backbone = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
     parts = {"layers": 1, "attention_heads": 2, "ffn_dim": 32}
     sizes: dict[str, Any] = {f"{half}_{name}": size for half in ("encoder", "decoder") for name, size in parts.items()}
-    config = transformers.DetrConfig(
-        use_timm_backbone=False, backbone=None, backbone_config=backbone, d_model=32, num_queries=6, **sizes
-    )
-    return saved(directory, "DetrForObjectDetection", config)
+    sizes |= {"use_timm_backbone": False, "backbone": None, "backbone_config": backbone, "d_model": 32}
+    return saved(directory, "DetrForObjectDetection", transformers.DetrConfig(num_queries=6, **sizes))
 
 
 def test_an_image_classifier_with_labels_and_preprocessing(vit: Path, tmp_path: Path) -> None:
