@@ -182,6 +182,18 @@ def test_keys_and_values_of_an_encoder_vanish(batch: int) -> None:
     assert flops(model) * 5 < flops(ir.from_proto(drawing.model(drawing.nodes[-1].output[0])))
 
 
+def test_a_single_key_needs_no_softmax() -> None:
+    drawing = Drawing()
+    x = drawing.norm(drawing.input(16, 1, 8), 8)
+    q, k, v = (drawing.linear(x, 8, 8) for _ in range(3))
+    keys = drawing.heads(k, 16, 1, 2, 4, (0, 2, 3, 1))
+    read = drawing.attention(drawing.heads(q, 16, 1, 2, 4), keys, drawing.heads(v, 16, 1, 2, 4))
+    model = assert_same(drawing, drawing("Neg", read))
+
+    operators = [node.op_type for node in model.graph]
+    assert (operators.count("MatMul"), operators.count("Softmax")) == (1, 0)
+
+
 def input_queries(drawing: Drawing) -> list[str]:
     x = drawing.norm(drawing.input(1, 200, 6), 6)
     q, latents = drawing.linear(x, 6, 64), drawing.input(1, 3, 8)
