@@ -250,12 +250,22 @@ def passes(dynamic: Collection[int] = ()) -> tuple[ir.passes.InPlacePass, ...]:
 
 
 def without_sequences(model: ir.Model) -> None:
-    """Inline functions, and take away sequences that only carry tensors, as some exporters write for Split."""
+    """Inline functions, and take away sequences that only carry tensors, as some exporters write for Split.
+
+    onnxscript's `optimize` would do that too, but its rules take an addition of 1e-8 for one of nothing.
+    """
     if not model.functions and not any("Sequence" in node.op_type for node in model.graph):
         return  # what it also folds would lose the names of weights
-    from onnxscript.optimizer import optimize_ir
+    from onnxscript.optimizer import fold_constants_ir
 
-    optimize_ir(model, should_fold=lambda node: False if node.op_type in _REPEATING else None)
+    common.InlinePass()(model)
+    for _ in range(2):  # shapes that the first round settles
+        fold_constants_ir(
+            model,
+            onnx_shape_inference=True,
+            should_fold=lambda node: False if node.op_type in _REPEATING else None,
+        )
+    common.RemoveUnusedNodesPass()(model)
 
 
 def simplify(model: ir.Model, dynamic: Collection[int] = ()) -> None:

@@ -136,8 +136,8 @@ def _sizes_of(part: GraphPart) -> list[int]:
     """Of its inputs and weights."""
     fixed = [size for spec in (*part.inputs, *part.outputs) for size in spec.shape if isinstance(size, int)]
     examples = [size for array in part.examples.values() for size in array.shape]
-    weights = part.module.state_dict() if isinstance(part.module, nn.Module) else {}
-    return fixed + examples + [size for weight in weights.values() for size in weight.shape]
+    weights = [*part.module.parameters(), *part.module.buffers()] if isinstance(part.module, nn.Module) else []
+    return fixed + examples + [size for weight in weights for size in weight.shape]
 
 
 def _with_vocabularies(part: GraphPart, graph: ir.Graph) -> GraphPart:
