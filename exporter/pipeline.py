@@ -185,7 +185,7 @@ def _load(source: str | os.PathLike[str] | LoadedModel | OwnModel, options: Expo
             like=options.like,
             use_transformers=options.use_transformers,
         )
-    elif options.task or options.parity or shape or options.config:
+    elif options.task or options.parity or shape or options.config or options.use_transformers:
         raise UsageError("a loaded model has its task, parity, shape and config", "give these to load_model")
     else:
         loaded = source

@@ -48,6 +48,7 @@ from perceiver_export.runtimes.manifest import OutputKind, TensorSpec
 from perceiver_export.runtimes.preprocessing import MAX_SIDE, ImagePreprocessing, Preprocessing
 from perceiver_export.runtimes.runtime import Array, Feeds
 from perceiver_export.runtimes.tasks import TASKS
+from perceiver_export.runtimes.tasks.base import interface
 
 if TYPE_CHECKING:
     from perceiver_export.exporter.model.architectures import Parity
@@ -97,7 +98,7 @@ def load_model(
     sizes = None if config is None else Path(config)
     path = Path(source)
     if path.suffix == ".onnx" and path.is_file():
-        _refuse("an ONNX file", parity=parity)
+        _refuse("an ONNX file", parity=parity, use_transformers=use_transformers or None)
         loaded = load_onnx_file(path, shape or {}, sizes, None if like is None else Path(like), task)
     elif use_transformers:
         _refuse("a class of transformers", parity=parity, config=config, like=like)
@@ -149,8 +150,8 @@ def _load_installed(text: str, task: str | None, shape: Mapping[str, tuple[int, 
     from perceiver_export.exporter.checkpoints.installed import load_installed
 
     directory, name = _directory(text)
-    own, note = load_installed(directory, task, shape)
-    return dataclasses.replace(loaded_module(own, name), notes=(note,))
+    own, notes = load_installed(directory, task, shape)
+    return dataclasses.replace(loaded_module(own, name), notes=notes)
 
 
 def _directory(text: str) -> tuple[Path, str]:
@@ -170,7 +171,8 @@ def _refuse(what: str, **options: object) -> None:
     """Refuse options that would have no effect."""
     for name, value in options.items():
         if value is not None:
-            raise UsageError(f"{what} takes no --{name}", f"leave --{name} out")
+            option = f"--{name.replace('_', '-')}"
+            raise UsageError(f"{what} takes no {option}", f"leave {option} out")
 
 
 def _image_shape(shape: Mapping[str, tuple[int, ...]]) -> tuple[int, int, int] | None:
@@ -338,9 +340,8 @@ def load_reference(bundle: str | Path, source: str) -> Checkpoint:
         options["like"] = bundle
         inputs = [spec for part in manifest.parts.values() for spec in part.inputs]
         options["shape"] = {spec.name: _least(spec) for spec in inputs}
-    elif Path(source).is_dir() and manifest.parity == "own" and not manifest.architecture:
-        (part,) = manifest.parts.values()
-        shape = {spec.name: spec.shape[1:] for spec in part.inputs}
+    elif (Path(source).is_dir() or is_hub_id(source)) and manifest.parity == "own" and not manifest.architecture:
+        shape = {spec.name: spec.shape[1:] for spec in interface(manifest)[0]}
         options = {"use_transformers": True, "task": manifest.task, "shape": shape}
     elif not re.match(_AS_THEY_ARE, source):
         options["parity"] = None if manifest.parity == "own" else manifest.parity

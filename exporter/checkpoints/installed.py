@@ -6,6 +6,7 @@ Code of the checkpoint never runs: a config that names its own code, or a kernel
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -26,6 +27,7 @@ Shape = Mapping[str, tuple[int, ...]]
 _LONGEST_TEXT = 512
 _PER_TOKEN = ("attention_mask", "token_type_ids")
 _RGB = 3
+_CLASSIFIERS = tuple(f"For{what}Classification" for what in ("Image", "Sequence", "Audio", "Video"))
 _FUNCTION = "return (model, inputs) from a function of your own, and export module:function"
 
 
@@ -40,8 +42,8 @@ class ImageClassifier(nn.Module):
         return {"logits": self.model(pixel_values=image).logits}
 
 
-def load_installed(directory: Path, task: str | None, shape: Shape) -> tuple[OwnModel, str]:
-    """The model of a Hugging Face directory as the installed transformers builds it, and a note that names its class.
+def load_installed(directory: Path, task: str | None, shape: Shape) -> tuple[OwnModel, tuple[str, ...]]:
+    """The model of a Hugging Face directory as the installed transformers builds it, and notes, first its class.
 
     ``shape`` gives sizes of inputs, without the batch, that the config does not say, or other ones. A class
     `…ForImageClassification` beside an image processor's settings becomes an image classifier, unless ``task`` is
@@ -55,20 +57,25 @@ def load_installed(directory: Path, task: str | None, shape: Shape) -> tuple[Own
     content = read_bytes(path, "a Hugging Face directory: config.json and weights")
     config = decode_json(content, dict[str, Any], str(path))
     for name in _from_elsewhere(config):
-        raise UnsupportedModelError(f"{path} has {name}, which needs code that transformers does not have", _FUNCTION)
+        raise UnsupportedModelError(f"{path} has {name}, which would run code from elsewhere", _FUNCTION)
     model, note = _loaded(directory, _class(path, config))
-    processor = read_preprocessor(directory)
-    if task == "arrays" or not (type(model).__name__.endswith("ForImageClassification") and processor):
-        return OwnModel(model, _inputs(model, processor, shape)), note
-    given = {"pixel_values" if name == "image" else name: size for name, size in shape.items()}
+    name, processor = type(model).__name__, read_preprocessor(directory)
+    named: dict[str, Any] = {}
+    notes: tuple[str, ...] = (note,)
+    if name.endswith(_CLASSIFIERS):
+        labels = read_labels(config.get("id2label"), config.get("num_labels"), config.get("problem_type"), str(path))
+        named = {"labels": labels.names, "output_kinds": {"logits": labels.kind}}
+        notes += labels.notes
+    if task == "arrays" or not (name.endswith("ForImageClassification") and processor):
+        return OwnModel(model, _inputs(model, processor, shape), **named), notes
+    given = {"pixel_values" if one == "image" else one: size for one, size in shape.items()}
     (image,) = _inputs(model, processor, given).values()
-    labels = read_labels(config.get("id2label"), config.get("num_labels"), config.get("problem_type"), str(path))
-    steps = image_preprocessing(processor, *image.shape[-2:])
-    kinds = {"logits": labels.kind}
-    own = OwnModel(
-        ImageClassifier(model), {"image": image}, (), "image-classification", labels.names, steps, output_kinds=kinds
-    )
-    return own, note
+    try:
+        steps = image_preprocessing(processor, *image.shape[-2:])
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(error.message, f"{error.hint}: --task arrays") from error
+    classifier, task = ImageClassifier(model), "image-classification"
+    return OwnModel(classifier, {"image": image}, task=task, preprocessing=steps, **named), notes
 
 
 def _from_elsewhere(config: object) -> Iterator[str]:
@@ -85,15 +92,18 @@ def _from_elsewhere(config: object) -> Iterator[str]:
 
 
 def _class(path: Path, config: Mapping[str, Any]) -> Any:
+    named = config.get("architectures")
+    name = str(named[0]) if isinstance(named, list) and named else ""
     try:
         import transformers
+
+        found = getattr(transformers, name, None)
     except ImportError as error:
+        reason = next(iter(str(error).strip().splitlines()), "")
         raise MissingDependencyError(
-            "--use-transformers needs transformers, which is not installed", "pip install transformers"
+            f"--use-transformers needs {name or 'transformers'}, which cannot be imported: {reason}",
+            "pip install transformers",
         ) from error
-    named = config.get("architectures")
-    name = named[0] if isinstance(named, list) and named else ""
-    found = getattr(transformers, name, None) if isinstance(name, str) else None
     if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
         raise UnsupportedModelError(
             f"{path} names the class {name!r}, which transformers {transformers.__version__} does not have",
@@ -159,7 +169,9 @@ def _inputs(model: Any, processor: dict[str, Any], shape: Shape) -> dict[str, Te
         if name.endswith("_mask"):
             return torch.ones(size, dtype=torch.int64)
         if name.endswith("_ids"):
-            return torch.randint(kinds if name == "token_type_ids" else text.vocab_size, size, generator=generator)
+            return torch.randint(
+                kinds if name == "token_type_ids" else getattr(text, "vocab_size", 2), size, generator=generator
+            )
         return torch.randn(size, generator=generator)
 
     return {name: sample(name) for name in takes if name in sizes and (kinds or name != "token_type_ids")}
@@ -172,8 +184,10 @@ def _sizes(config: Any, processor: dict[str, Any]) -> dict[str, tuple[int, ...]]
     if side := getattr(vision, "image_size", None):
         height, width = (side, side) if isinstance(side, int) else side
         sizes["pixel_values"] = (getattr(vision, "num_channels", _RGB), height, width)
-    elif processor and (found := image_shape(processor)):
-        sizes["pixel_values"] = (_RGB, *found)
+    elif processor:
+        with contextlib.suppress(UnsupportedModelError):  # then the size is asked for
+            found = image_shape(processor)
+            sizes |= {} if found is None else {"pixel_values": (_RGB, *found)}
     if length := getattr(config.get_text_config(), "max_position_embeddings", None):
         sizes["input_ids"] = (min(length, _LONGEST_TEXT),)
     return sizes

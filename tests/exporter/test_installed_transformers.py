@@ -92,6 +92,7 @@ def test_a_text_classifier_takes_tokens_and_masks(bert: Path, tmp_path: Path) ->
         np.testing.assert_allclose(runtime.run(feeds)["logits"], expected, atol=1e-5)
     np.testing.assert_allclose(load_reference(bundle.path, str(bert))(feeds)["logits"], expected, atol=1e-5)
     assert "BertForSequenceClassification" in bundle.manifest.notes[0]
+    assert (bundle.manifest.labels[2], bundle.manifest.output_kinds["logits"]) == ("LABEL_2", "single-label")
 
 
 def test_sizes_that_no_config_says_are_asked_for(tmp_path: Path) -> None:
@@ -103,6 +104,17 @@ def test_sizes_that_no_config_says_are_asked_for(tmp_path: Path) -> None:
         spec.name: spec.shape for spec in export(source, tmp_path / "b", options).manifest.parts["model"].outputs
     }
     assert (outputs["logits"], outputs["pred_boxes"]) == ((1, 6, 3), (1, 6, 4))
+
+
+def test_an_image_processor_that_is_not_known(vit: Path) -> None:
+    path = vit / "preprocessor_config.json"
+    path.write_text(json.dumps({"image_processor_type": "OwnImageProcessor"}))
+
+    with pytest.raises(UnsupportedModelError, match="OwnImageProcessor") as raised:
+        load_model(vit, use_transformers=True)
+    assert "--task arrays" in raised.value.hint
+    model = load_model(vit, use_transformers=True, task="arrays")
+    assert model.run({"pixel_values": np.zeros((1, 3, 24, 24), np.float32)})["logits"].shape == (1, 3)
 
 
 def changed(**fields: Any) -> Callable[[Path], None]:
