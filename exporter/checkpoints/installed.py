@@ -151,7 +151,7 @@ def _inputs(model: Any, processor: dict[str, Any], shape: Shape) -> dict[str, Te
                 f"--shape names {name!r}, which {type(model).__name__} does not take", f"it takes {', '.join(takes)}"
             )
     sizes = {**_sizes(model.config, processor), **shape}
-    if "input_ids" in sizes:
+    if "input_ids" in sizes and "input_ids" in takes:
         sizes = {**dict.fromkeys(_PER_TOKEN, sizes["input_ids"]), **sizes}
     main = model.main_input_name
     if main not in sizes:

@@ -117,6 +117,24 @@ def test_an_image_processor_that_is_not_known(vit: Path) -> None:
     assert model.run({"pixel_values": np.zeros((1, 3, 24, 24), np.float32)})["logits"].shape == (1, 3)
 
 
+def test_a_perceiver_without_a_task(tmp_path: Path) -> None:
+    """It takes a mask beside `inputs`, and has as many positions as texts, which it does not read."""
+    heads: dict[str, Any] = {
+        "num_self_attention_heads": 2,
+        "num_cross_attention_heads": 1,
+        "num_self_attends_per_block": 1,
+    }
+    config = transformers.PerceiverConfig(num_latents=4, d_latents=8, d_model=6, num_blocks=1, **heads)
+    source = saved(tmp_path / "perceiver", "PerceiverModel", config)
+    bundle = export(source, tmp_path / "b", ExportOptions(use_transformers=True, shape={"inputs": (30, 6)}))
+
+    (part,) = bundle.manifest.parts.values()
+    assert {spec.name: spec.shape for spec in (*part.inputs, *part.outputs)} == {
+        "inputs": (1, 30, 6),
+        "last_hidden_state": (1, 4, 8),
+    }
+
+
 def changed(**fields: Any) -> Callable[[Path], None]:
     def change(directory: Path) -> None:
         path = directory / "config.json"
