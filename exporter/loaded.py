@@ -81,6 +81,8 @@ class LoadedModel:
             return found
         digest = hashlib.sha256()
         for name, tensor in sorted(self.model.state_dict().items()):
+            if not hasattr(tensor, "shape"):
+                continue  # further state, which a module may have in any form
             array = tensor.cpu().contiguous().numpy()
             digest.update(f"{name} {array.dtype} {array.shape} ".encode())
             digest.update(array.data)

@@ -86,6 +86,9 @@ class ExportOptions:
     like: str | os.PathLike[str] | None = option(
         None, "Task, labels and preprocessing of an ONNX file: as this bundle.", "BUNDLE"
     )
+    use_transformers: bool = option(
+        False, "Load a Hugging Face directory of any class with your installed transformers; never code of its own."
+    )
     fold: bool = option(True, "Rewrite the model into an equal one with less work, where that pays.")
     memory_budget: str | int | None = option(
         None, f"Memory for activations, {DEFAULT_BUDGET} by default; larger stages run in pieces.", "SIZE"
@@ -205,9 +208,15 @@ def _load(source: str | os.PathLike[str] | LoadedModel | OwnModel, options: Expo
         source = loaded_module(source)
     if not isinstance(source, LoadedModel):
         loaded = load_model(
-            source, task=options.task, parity=options.parity, shape=shape, config=options.config, like=options.like
+            source,
+            task=options.task,
+            parity=options.parity,
+            shape=shape,
+            config=options.config,
+            like=options.like,
+            use_transformers=options.use_transformers,
         )
-    elif options.task or options.parity or shape or options.config:
+    elif options.task or options.parity or shape or options.config or options.use_transformers:
         raise UsageError("a loaded model has its task, parity, shape and config", "give these to load_model")
     else:
         loaded = source

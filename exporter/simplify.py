@@ -238,12 +238,22 @@ def passes(dynamic: Collection[int] = ()) -> tuple[ir.passes.InPlacePass, ...]:
 
 
 def without_sequences(model: ir.Model) -> None:
-    """Inline functions, and remove sequences that only carry tensors, as some exporters write for Split."""
-    if not model.functions and not any("Sequence" in node.op_type for node in model.graph):
-        return  # the optimizer also folds, and folded weights lose their names
-    from onnxscript.optimizer import optimize_ir
+    """Inline functions, and remove sequences that only carry tensors, as some exporters write for Split.
 
-    optimize_ir(model, should_fold=lambda node: False if node.op_type in _REPEATING else None)
+    onnxscript's `optimize` does this too, but its rules treat an addition of 1e-8 as an addition of zero.
+    """
+    if not model.functions and not any("Sequence" in node.op_type for node in model.graph):
+        return  # constant folding also removes the names of weights
+    from onnxscript.optimizer import fold_constants_ir
+
+    common.InlinePass()(model)
+    for _ in range(2):  # shapes that the first round settles
+        fold_constants_ir(
+            model,
+            onnx_shape_inference=True,
+            should_fold=lambda node: False if node.op_type in _REPEATING else None,
+        )
+    common.RemoveUnusedNodesPass()(model)
 
 
 def simplify(model: ir.Model, dynamic: Collection[int] = ()) -> None:

@@ -142,7 +142,7 @@ def _plain(
         mark(model.graph, latents)
     if isinstance(part.module, OnnxFile):
         settle(model, real)
-    with _quiet():
+    with quiet():
         without_sequences(model)
     refuse(model.graph)
     simplify(model, real.planned)
@@ -178,8 +178,8 @@ def _sizes_of(part: GraphPart) -> list[int]:
     """Of its inputs and weights."""
     fixed = [size for spec in (*part.inputs, *part.outputs) for size in spec.shape if isinstance(size, int)]
     examples = [size for array in part.examples.values() for size in array.shape]
-    weights = part.module.state_dict() if isinstance(part.module, nn.Module) else {}
-    return fixed + examples + [size for weight in weights.values() for size in weight.shape]
+    weights = [*part.module.parameters(), *part.module.buffers()] if isinstance(part.module, nn.Module) else []
+    return fixed + examples + [size for weight in weights for size in weight.shape]
 
 
 def _with_vocabularies(part: GraphPart, graph: ir.Graph) -> GraphPart:
@@ -214,7 +214,7 @@ def _traced(part: GraphPart, examples: dict[str, Array]) -> ir.Model:
 
 
 def _exported(part: GraphPart, examples: dict[str, Array]) -> ir.Model:
-    with torch.no_grad(), _quiet():
+    with torch.no_grad(), quiet():
         program = torch.onnx.export(
             _positional(part),
             tuple(torch.from_numpy(array) for array in examples.values()),
@@ -239,7 +239,7 @@ def _scripted(part: GraphPart, examples: dict[str, Array]) -> ir.Model:
     import onnx
 
     written = io.BytesIO()
-    with torch.no_grad(), _quiet():
+    with torch.no_grad(), quiet():
         torch.onnx.export(
             _positional(part),
             tuple(torch.from_numpy(array) for array in examples.values()),
@@ -278,7 +278,7 @@ def _reason(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence torch's exporter: progress, notes about torchvision, its own deprecations, traces of what it raises."""
     disabled = logging.root.manager.disable
     logging.disable(logging.CRITICAL)  # handlers of torch's loggers keep the stderr that they were made with

@@ -6,6 +6,8 @@
 2. Biases are (1, 1, N) instead of (N): onnxruntime turns a MatMul with a 1-D bias into a Gemm, and a Gemm with a float
    bias has no integer kernel.
 3. Products of rank 2 are computed in rank 3, for the same reason.
+4. A product without a bias gets a bias of zeros before a Relu or Clip. Otherwise onnxruntime takes the Relu or Clip for a
+   part of the quantizer behind it and, where it is not one, leaves the product in float.
 
 OpenVINO's low-precision passes accept the canonical form unchanged.
 """
@@ -35,6 +37,22 @@ def _widen_biases(graph: ir.Graph) -> None:
                     if bias not in widened:
                         widened[bias] = constant(graph, f"{bias.name}.wide", array_of(bias).reshape(1, 1, -1))
                     add.replace_input_with(index, widened[bias])
+
+
+def _keep_from_clips(graph: ir.Graph) -> None:
+    """A bias of zeros between a quantized product and a Relu or Clip.
+
+    Given:  Relu(MatMul(x, W))
+    Result: Relu(Add(MatMul(x, W), 0 of (N)))
+    """
+    for node in _quantized_products(graph):
+        product, users = node.outputs[0], list(node.outputs[0].consumers())
+        if len(users) != 1 or users[0].op_type not in ("Relu", "Clip"):
+            continue
+        zeros = constant(graph, f"{product.name}.zeros", np.zeros(dims(product)[-1], np.float32))
+        shifted = ir.Value(name=f"{product.name}.shifted", type=product.type, shape=product.shape)
+        users[0].replace_input_with(0, shifted)
+        graph.insert_after(node, ir.node("Add", [product, zeros], name=f"{node.name}.shifted", outputs=[shifted]))
 
 
 def _raise_rank_2(graph: ir.Graph) -> None:
@@ -99,6 +117,7 @@ def _raised(shape: ir.Shape | None) -> ir.Shape | None:
 
 def lower_for_arm(model: ir.Model) -> None:
     """Rewrite a canonical graph in place."""
+    _keep_from_clips(model.graph)
     _raise_rank_2(model.graph)
     _widen_biases(model.graph)
     remove_unused(model.graph)

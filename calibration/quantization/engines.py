@@ -85,7 +85,9 @@ def _ort_kernels(path: Path, feeds: Feeds) -> tuple[str, Kernels]:
         kernels: Kernels = {}
         for node in read_graph(optimized).graph:
             op = ran.get(node.name or "", node.op_type)
-            kernels |= {str(value.name): (op, op in _ORT_INTEGER) for value in node.outputs}
+            # A quantizer that moves up to the product through a Reshape gives its result another name.
+            names = (node.name, *(value.name for value in node.outputs))
+            kernels |= {str(name): (op, op in _ORT_INTEGER) for name in names}
     return f"onnxruntime {onnxruntime.__version__}", kernels
 
 

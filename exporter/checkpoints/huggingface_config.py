@@ -133,8 +133,8 @@ _SIZE = Meta(ge=1, le=_MOST)
 _SIDE = Meta(ge=1, le=2048)  # of a square of positions: its table is the square of it
 _Size = Annotated[int, _SIZE]
 _OWN_MODEL = (
-    "load it with your own transformers and export it as a module: export module:function, a function that returns"
-    " (model, {'name of an argument': example tensor}), see examples/your_own.py"
+    "add --use-transformers to load the class with your installed transformers; or export module:function, a function"
+    " that returns (model, {'name of an argument': example tensor})"
 )
 
 
@@ -308,7 +308,7 @@ def _check_class(path: Path, config: HuggingFaceConfig) -> str:
     if config.model_type != "perceiver":
         raise UnsupportedModelError(
             f"{path} is of a {config.model_type or 'unnamed'!r} model, not of a Perceiver",
-            'a Perceiver\'s config.json says "model_type": "perceiver"',
+            "add --use-transformers to load it with your installed transformers",
         )
     name = config.architecture
     if not name:

@@ -147,6 +147,19 @@ def brain() -> tuple[nn.Module, tuple[Tensor]]:
     return Brain(), (torch.randn(1, 4),)
 
 
+class Vocabulary(nn.Linear):
+    """With state that is no tensor, as modules may have."""
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"left": 0, "right": 1}
+
+    def set_extra_state(self, state: dict[str, int]) -> None: ...
+
+
+def vocabulary() -> tuple[nn.Module, tuple[Tensor]]:
+    return Vocabulary(4, 3), (torch.randn(1, 4),)
+
+
 def bare() -> nn.Module:
     return nn.Linear(4, 4)
 

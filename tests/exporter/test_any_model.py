@@ -83,6 +83,13 @@ def test_dataclasses_and_numbers_are_outputs(tmp_path: Path) -> None:
     assert_bundle_is(bundle, f"{MODULES}:detector", {"x": RNG.standard_normal((1, 5, 8), dtype=np.float32)})
 
 
+def test_state_that_is_no_tensor(tmp_path: Path) -> None:
+    bundle = export(f"{MODULES}:vocabulary", tmp_path / "b")
+
+    assert specs(bundle)["output"] == ("float32", (1, 3))
+    assert load_reference(bundle.path, f"{MODULES}:vocabulary").described["graphs"]
+
+
 def test_a_module_in_python(tmp_path: Path) -> None:
     model = OwnModel(nn.Linear(4, 3), {"input": torch.randn(2, 4)}, outputs=("logits",))
     bundle = export(model, tmp_path / "b")
@@ -164,6 +171,24 @@ def test_an_onnx_file_of_any_opset(opset: int, tmp_path: Path) -> None:
     bundle = export(path, tmp_path / "b")
 
     assert specs(bundle) == {"x": ("float32", (1, 8)), "y": ("float32", (1, 3))}
+    assert_bundle_is(bundle, str(path), {"x": RNG.standard_normal((1, 8), dtype=np.float32)})
+
+
+def test_tiny_numbers_beside_sequences_stay(tmp_path: Path) -> None:
+    """0 / (0 + 1e-8): onnxscript's rules for sequences leave the addition out."""
+    nodes = [
+        helper.make_node("SplitToSequence", ["x"], ["parts"], axis=0),
+        helper.make_node("Constant", [], ["zero"], value_int=0),
+        helper.make_node("SequenceAt", ["parts", "zero"], ["h"]),
+        helper.make_node("Sub", ["h", "h"], ["nothing"]),
+        helper.make_node("Constant", [], ["tiny"], value_float=1e-8),
+        helper.make_node("Add", ["nothing", "tiny"], ["least"]),
+        helper.make_node("Div", ["nothing", "least"], ["share"]),
+        helper.make_node("MatMul", ["share", "w"], ["y"]),
+    ]
+    path = write(tmp_path / "m.onnx", nodes)
+    bundle = export(path, tmp_path / "b")
+
     assert_bundle_is(bundle, str(path), {"x": RNG.standard_normal((1, 8), dtype=np.float32)})
 
 
