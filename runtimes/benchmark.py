@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import repeat
 from pathlib import Path
@@ -18,7 +18,7 @@ import msgspec
 import numpy as np
 
 from perceiver_export.runtimes.bundle import Bundle, change_report, golden_arrays, open_bundle
-from perceiver_export.runtimes.engines.backend import EngineOptions, Precision, find_target
+from perceiver_export.runtimes.engines.backend import EngineOptions, Precision, PrecisionChoice, find_target
 from perceiver_export.runtimes.errors import BundleError, DeviceError, EngineError, UsageError, check_kind, check_whole
 from perceiver_export.runtimes.loading import load, load_onnx
 from perceiver_export.runtimes.machine import available_cores, cpu_features, cpu_name, peak_memory
@@ -31,16 +31,17 @@ TOLERANCES = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 1e-1}
 _BLOCK = 5  # consecutive runs of one side; the first of a block finds cold caches and is not counted
 _COUNTED = _BLOCK - 1
 _WARMUP = 3
+_STEADY = 0.25  # the largest share of the median between the quartiles of a side's times that still decides
 
 
 class Measurement(msgspec.Struct, frozen=True, kw_only=True):
     """One side. Times are milliseconds per call of ``batch`` samples; memory is MiB, of a fresh process.
 
-    ``throughput`` is samples per second with two requests in flight. ``peak_memory`` is the process's largest resident
-    size after load and runs; ``base_memory`` is what Python, numpy and the engine's library took before the load.
-    ``ratio`` is the time of a sample relative to the first side's: the median over pairs of blocks, with quartiles.
-    ``difference`` is the largest from torch's golden outputs, as a share of their scale; ``tolerance`` is the
-    limit for the precision.
+    ``spread``: quartiles of the medians of blocks of calls. ``size``: MiB of the bundle's files. ``throughput`` is
+    samples per second with two requests in flight. ``peak_memory`` is the process's largest resident size after load
+    and runs; ``base_memory`` is what Python, numpy and the engine's library took before the load. ``ratio`` is the time
+    of a sample relative to the first side's: the median over pairs of blocks, with quartiles. ``difference`` is the
+    largest from torch's golden outputs, as a share of their scale; ``tolerance`` is the limit for the precision.
     """
 
     name: str
@@ -53,7 +54,9 @@ class Measurement(msgspec.Struct, frozen=True, kw_only=True):
     p50: float
     p95: float
     p99: float
+    spread: tuple[float, float]
     throughput: float
+    size: float
     load: float
     peak_memory: float
     base_memory: float
@@ -74,7 +77,8 @@ class Measurement(msgspec.Struct, frozen=True, kw_only=True):
 class Bench(msgspec.Struct, frozen=True):
     """``ratio``: with ``against``, the median of the first side's time per sample by the second's, with its quartiles.
 
-    ``skipped``: for ``device="all"``, the targets that refused the bundle, and why.
+    ``skipped``: for ``device="all"`` and ``precision="auto"``, what was refused, and why. ``fastest``: with several
+    sides, the indices of the fastest; more than one tie. Empty where ``unsteady`` says why nothing is decided.
     """
 
     machine: str
@@ -83,6 +87,8 @@ class Bench(msgspec.Struct, frozen=True):
     ratio: float | None = None
     ratio_quartiles: tuple[float, float] | None = None
     skipped: tuple[str, ...] = ()
+    fastest: tuple[int, ...] = ()
+    unsteady: str = ""
 
 
 def bench(
@@ -93,30 +99,32 @@ def bench(
     device: str = "auto",
     runs: int = 100,
     threads: int | None = None,
-    precision: Precision | None = None,
+    precision: PrecisionChoice | None = None,
     save: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Bench:
     """Measure a bundle (or an ONNX file), alone or in turn with others, on the same machine in the same minutes.
 
     ``device`` is a target, ``auto``, or ``all`` for every target that is present and takes the bundle; a bundle
-    ``against`` runs on the same one. ``precision`` is that of the bundle's engine, as in `load`. ``part`` is that of
-    split bundles; None measures all of it, every query decoded. Inputs are the bundle's golden ones, or random.
-    ``save`` keeps the figures in the bundle's report.json, where ``device="auto"`` and `package` look for them.
+    ``against`` runs on the same one. ``precision`` is that of the bundle's engine, as in `load`; ``auto`` measures each
+    bundle in fp32 (of an int8 bundle: beside int8) and in all precisions that the target computes in. ``part`` is that
+    of split bundles; None measures all of it, every query decoded. Inputs are the bundle's golden ones, or random.
+    ``save`` keeps the figures in the bundle's report.json, where ``device="auto"``, ``precision="auto"`` and `package`
+    look for them.
 
     Raises UsageError; DeviceError: no target takes it; and what `load` raises.
     """
     check_whole("runs", runs, _BLOCK, None, f"give {_BLOCK} or more")
-    for given in (bundle, "" if against is None else against):
-        check_kind("a side of the benchmark", given, (str, os.PathLike, Bundle), "the path of a bundle or an ONNX file")
-    path = bundle.path if isinstance(bundle, Bundle) else Path(bundle)
-    first = Side(str(path), device, part, threads, precision)
-    if first.is_graph and precision is not None:
-        raise UsageError(f"{path} has its own precision", "leave --precision out, or give a bundle")
-    if first.is_graph and save:
-        raise UsageError(f"{path} is not a bundle", "only a bundle has a report.json to save to")
-    other = [] if against is None else [Side(str(Path(against)), device, part, threads)]
-    opened, skipped = _open(_on_targets([first, *other], device), all_of_them=device == "all")
+    path, several = bundle.path if isinstance(bundle, Bundle) else bundle, precision == "auto"
+    sides = _sides(path, against, Side("", device, part, threads, None if precision == "auto" else precision))
+    if sides[0].is_graph and (save or precision is not None):
+        raise UsageError(
+            f"{path} is a graph, which has its own precision and no report.json",
+            "leave --precision and --save out, or give a bundle",
+        )
+    if several:
+        sides = [one for side in sides for one in _in_precisions(side)]
+    opened, skipped = _open(sides, all_of_them=several or device == "all")
     try:
         fresh = [_measure_fresh(one.side) for one in opened]
         _measure(opened, -(-runs // _COUNTED), progress)
@@ -126,11 +134,39 @@ def bench(
     finally:
         for one in opened:
             one.runtime.close()
+    undecided = unsteady(measured)
     if save:
-        _save(path, [one for one, side in zip(measured, opened, strict=True) if side.side.path == str(path)])
+        own = [index for index, one in enumerate(opened) if one.side.path == sides[0].path]
+        _save(path, "bench", {measured[index].target: measured[index] for index in reversed(own)})  # of several fp32's
+        if several and not undecided:
+            _save(path, "precisions", _relative([(opened[index].side, medians[index]) for index in own]))
     machine = f"{cpu_name()}, {available_cores()} cores, {' '.join(cpu_features()) or sys.platform}"
-    ratio = _ratio(medians[0] / medians[1]) if other and device != "all" else {}
-    return Bench(machine, len(opened[0].times), measured, skipped=skipped, **ratio)
+    ratio = _ratio(medians[0] / medians[1]) if against is not None and not several and device != "all" else {}
+    best = () if undecided or len(measured) == 1 else fastest(np.stack(medians))
+    return Bench(machine, len(opened[0].times), measured, skipped=skipped, fastest=best, unsteady=undecided, **ratio)
+
+
+def fastest(times: Array) -> tuple[int, ...]:
+    """The rows of ``times`` (sides, rounds), all measured in turn, with the least median, and those that tie with it.
+
+    A side ties if its ratio to the fastest, round by round, is 1 or less in a quarter of the rounds.
+    """
+    best = times[np.argmin(np.median(times, axis=1))]
+    return tuple(index for index, own in enumerate(times) if quartiles(own / best)[0] <= 1)
+
+
+def quartiles(values: Array) -> tuple[float, float, float]:
+    """25 %, 50 % and 75 %."""
+    low, median, high = map(float, np.quantile(values, [0.25, 0.5, 0.75]))
+    return low, median, high
+
+
+def unsteady(measured: Sequence[Measurement]) -> str:
+    """Why times do not decide: on a busy or throttled machine those of one side vary as much as precisions differ."""
+    widest = max(measured, key=lambda one: (one.spread[1] - one.spread[0]) / one.p50)
+    share = (widest.spread[1] - widest.spread[0]) / widest.p50
+    where = f"{widest.name} in {widest.precision} on {widest.target}"
+    return f"half of the times of {where} spread over {share:.0%} of their median" if share > _STEADY else ""
 
 
 class Side(msgspec.Struct, frozen=True):
@@ -146,6 +182,13 @@ class Side(msgspec.Struct, frozen=True):
     def is_graph(self) -> bool:
         """An ONNX file rather than a bundle."""
         return self.path.endswith(".onnx") and Path(self.path).is_file()
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the bundle's files; of a graph without the weights beside it."""
+        if self.is_graph:
+            return Path(self.path).stat().st_size
+        return sum(entry.size for entry in open_bundle(self.path, "never").manifest.files.values())
 
     def open(self) -> Runtime:
         """Raises what `load` raises."""
@@ -208,8 +251,13 @@ class _Opened:
         return np.asarray(np.median(np.reshape(self.times, (-1, _COUNTED)), axis=1) / self.batch)
 
 
-def _on_targets(sides: list[Side], device: str) -> list[Side]:
-    """The sides on every target that they run on; both on the same one, even if `auto` differs for the other."""
+def _sides(bundle: str | os.PathLike[str], against: str | os.PathLike[str] | None, common: Side) -> list[Side]:
+    """Both sides on every target that they run on; both on the same one, even if `auto` differs for the other."""
+    for given in (bundle, "" if against is None else against):
+        check_kind("a side of the benchmark", given, (str, os.PathLike), "the path of a bundle or an ONNX file")
+    sides, device = [msgspec.structs.replace(common, path=str(Path(bundle)))], common.device
+    if against is not None:  # in its own precision
+        sides.append(msgspec.structs.replace(common, path=str(Path(against)), precision=None))
     if device == "all":
         targets = [found.target for found in devices()]
         return [msgspec.structs.replace(side, device=target) for side in sides for target in targets]
@@ -220,8 +268,16 @@ def _on_targets(sides: list[Side], device: str) -> list[Side]:
     return sides
 
 
+def _in_precisions(side: Side) -> list[Side]:
+    """A bundle in fp32 and in all others that its target computes in; a graph as it is."""
+    if side.is_graph:
+        return [side]
+    lower = find_target(side.device).backend().precisions(side.device)
+    return [msgspec.structs.replace(side, precision=precision) for precision in ("fp32", *lower)]
+
+
 def _open(sides: Sequence[Side], all_of_them: bool) -> tuple[list[_Opened], tuple[str, ...]]:
-    """The sides that opened; for ``all`` targets also those that did not, with the reason."""
+    """The sides that opened; for ``all`` also those that did not, with the reason."""
     opened, refused = [], []
     for side in sides:
         try:
@@ -230,7 +286,8 @@ def _open(sides: Sequence[Side], all_of_them: bool) -> tuple[list[_Opened], tupl
         except (DeviceError, EngineError) as error:
             if not all_of_them:
                 raise
-            refused.append(f"{side.device}: {error.message}")
+            asked = f" in {side.precision}" if side.precision else ""
+            refused.append(f"{side.device}{asked}: {error.message}")
     if not opened:
         raise DeviceError(f"no target takes {sides[0].path}: {'; '.join(refused)}", "see `perceiver-export doctor`")
     return opened, tuple(refused)
@@ -251,6 +308,7 @@ def _measure(sides: list[_Opened], blocks: int, progress: Callable[[int, int], N
 def _measurement(one: _Opened, fresh: tuple[float, float, float], ratio: dict[str, Any]) -> Measurement:
     described, golden, outputs = one.runtime.describe(), one.side.golden("output"), one.runtime.run(one.feeds)
     p50, p95, p99 = map(float, np.quantile(one.times, [0.5, 0.95, 0.99]))
+    low, _, high = quartiles(one.medians() * one.batch)
     differences = [compare(outputs[name], golden[name], 0.0).difference for name in outputs if name in golden]
     compiled = described["compiled"]
     return Measurement(
@@ -265,6 +323,8 @@ def _measurement(one: _Opened, fresh: tuple[float, float, float], ratio: dict[st
         p50=p50,
         p95=p95,
         p99=p99,
+        spread=(low, high),
+        size=one.side.num_bytes / 2**20,
         throughput=len(one.times) / _COUNTED * _BLOCK / one.streamed * one.batch,
         load=fresh[0],
         peak_memory=fresh[1],
@@ -277,19 +337,29 @@ def _measurement(one: _Opened, fresh: tuple[float, float, float], ratio: dict[st
 
 
 def _ratio(pairs: Array) -> dict[str, Any]:
-    low, median, high = map(float, np.quantile(pairs, [0.25, 0.5, 0.75]))
+    low, median, high = quartiles(pairs)
     return {"ratio": median, "ratio_quartiles": (low, high)}
 
 
-def _save(bundle: Path, measured: list[Measurement]) -> None:
-    new = {one.target: msgspec.to_builtins(one) for one in measured}
+def _relative(measured: Sequence[tuple[Side, Array]]) -> dict[str, dict[str, tuple[float, float, float]]]:
+    """By target and precision, quartiles of the time relative to fp32's on the target."""
+    exact = {side.device: own for side, own in measured if side.precision == "fp32"}
+    found: dict[str, dict[str, tuple[float, float, float]]] = {target: {} for target in exact}
+    for side, own in measured:
+        if side.device in exact:
+            found[side.device][str(side.precision)] = quartiles(own / exact[side.device])
+    return found
+
+
+def _save(bundle: str | os.PathLike[str], section: str, new: Mapping[str, Any]) -> None:
+    """Add figures by target to those of this CPU model in a section of report.json."""
 
     def added(machines: Any) -> Any:
         before: dict[str, Any] = machines if isinstance(machines, dict) else {}
         here = before.get(cpu_name(), {})
-        return {**before, cpu_name(): {**(here if isinstance(here, dict) else {}), **new}}
+        return {**before, cpu_name(): {**(here if isinstance(here, dict) else {}), **msgspec.to_builtins(new)}}
 
-    change_report(bundle, "bench", added)
+    change_report(Path(bundle), section, added)
 
 
 def _measure_fresh(side: Side) -> tuple[float, float, float]:

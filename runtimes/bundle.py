@@ -218,6 +218,9 @@ def change_report(bundle: Path, section: str, change: Callable[[Any], Any]) -> N
             temporary.write_bytes(encode_json(report))
 
 
+_ByPrecision = dict[str, dict[str, dict[str, tuple[float, float, float]]]]  # by machine and target
+
+
 class Measured(msgspec.Struct, frozen=True):
     """A target's figures from `bench --save`: milliseconds a call, samples a second, and samples in a call."""
 
@@ -232,6 +235,16 @@ def measurements(bundle: Path) -> dict[str, dict[str, Measured]]:
         return msgspec.convert(read_report(bundle).get("bench", {}), dict[str, dict[str, Measured]])
     except msgspec.ValidationError as error:
         raise BundleError(f"{bundle / _REPORT}: `bench` cannot be used: {error}", "run `bench --save` again") from error
+
+
+def relative_times(bundle: Path, target: str) -> dict[str, tuple[float, float, float]]:
+    """By precision, the time of a call relative to fp32's on this CPU model: quartiles over pairs, as
+    `bench --precision auto --save` measured them; empty if nobody did.
+    """
+    with contextlib.suppress(BundleError, msgspec.ValidationError):
+        found = read_report(bundle).get("precisions", {})
+        return msgspec.convert(found, _ByPrecision).get(cpu_name(), {}).get(target, {})
+    return {}
 
 
 def median_latency(bundle: Path, target: str) -> float | None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from perceiver_export.runtimes.bundle import Bundle, Verify
-    from perceiver_export.runtimes.engines.backend import Hint, Precision
+    from perceiver_export.runtimes.engines.backend import Hint, PrecisionChoice
     from perceiver_export.runtimes.runtime import Runtime
 
 
@@ -19,7 +19,7 @@ def load(
     threads: int | None = None,
     verify: Verify = "auto",
     *,
-    precision: Precision | None = None,
+    precision: PrecisionChoice | None = None,
     hint: Hint = "latency",
     check_finite: bool = False,
 ) -> Runtime:
@@ -28,8 +28,8 @@ def load(
     ``part`` is one part of a split bundle; None joins all parts behind one `run`, which decodes every query.
     ``device`` is a target or ``auto`` (see `choose_target`). A named device is used or refused, never replaced.
     ``threads`` None lets the engine choose. ``precision`` None takes the engine that was built last, in any precision,
-    and fp32 if none was built. ``hint`` is what to compile for: ``latency`` or ``throughput``. ``check_finite`` refuses
-    NaN and infinity in inputs and outputs.
+    and fp32 if none was built; ``auto`` takes the fastest that is certified here (see `choose_precision`). ``hint`` is
+    what to compile for: ``latency`` or ``throughput``. ``check_finite`` refuses NaN and infinity in inputs and outputs.
 
     An engine that `build` made is used if it fits this machine, library and model. If it does not, targets that compile
     in seconds compile again (with a warning, and `Runtime.describe` says so); the others refuse.

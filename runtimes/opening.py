@@ -17,6 +17,7 @@ from perceiver_export.runtimes.engines.backend import (
     EngineOptions,
     Hint,
     Precision,
+    PrecisionChoice,
     Source,
     Target,
     find_target,
@@ -54,7 +55,7 @@ def open_parts(
     part: str | None,
     threads: int | None,
     verify: Verify,
-    precision: Precision | None,
+    precision: PrecisionChoice | None,
     hint: Hint,
     check_finite: bool,
 ) -> Runtime:
@@ -62,7 +63,7 @@ def open_parts(
     check_threads(threads)
     check_choice("hint", hint, get_args(Hint))
     if precision is not None:
-        check_choice("precision", precision, get_args(Precision))
+        check_choice("precision", precision, get_args(PrecisionChoice))
     opened = open_bundle(bundle, verify)
     _check_arithmetic(opened)
     _log.debug("%s: verified %s, task %s", opened.path, verify, opened.manifest.task)
@@ -70,6 +71,10 @@ def open_parts(
         from perceiver_export.runtimes.presence import choose_target
 
         device = choose_target(opened, precision)
+    if precision == "auto":
+        from perceiver_export.runtimes.presence import choose_precision
+
+        precision = choose_precision(opened, device)
     loader = _Loader(opened, device, threads, verify, precision, hint, check_finite)
     try:
         if part is not None or not opened.split:
@@ -90,7 +95,7 @@ def open_graph(path: str | os.PathLike[str], device: str, threads: int | None) -
 
 
 @exits.awaited
-def open_engine(path: Path, device: str, threads: int | None) -> Engine:
+def open_engine(path: Path, device: str, threads: int | None, precision: Precision = "fp32") -> Engine:
     """Compile a graph for a target. Raises DeviceError, EngineError, MissingDependencyError, UsageError."""
     exits.enter()
     check_threads(threads)
@@ -101,8 +106,9 @@ def open_engine(path: Path, device: str, threads: int | None) -> Engine:
             "make a bundle of it with `perceiver-export export`, then `perceiver-export build`",
         )
     backend = target.backend()
-    backend.platform(device, EngineOptions())
-    return backend.open(Source(target=device, graph=path, precision="unknown"), None, threads)
+    options = EngineOptions(precision=precision)
+    backend.platform(device, options)
+    return backend.open(Source(target=device, graph=path, options=options, precision="unknown"), None, threads)
 
 
 def engine_for(

@@ -4,14 +4,23 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import subprocess
 import sys
+from typing import get_args
 
 import msgspec
 
-from perceiver_export.runtimes.bundle import Bundle, median_latency
+from perceiver_export.runtimes.bundle import Bundle, median_latency, relative_times
 from perceiver_export.runtimes.certificates import Certificate, applies, certificates, may_be
-from perceiver_export.runtimes.engines.backend import TARGETS, EngineOptions, Precision, Target, find_target
+from perceiver_export.runtimes.engines.backend import (
+    TARGETS,
+    EngineOptions,
+    Precision,
+    PrecisionChoice,
+    Target,
+    find_target,
+)
 from perceiver_export.runtimes.engines.cache import make_source
 from perceiver_export.runtimes.engines.cuda import cuda_gpus
 from perceiver_export.runtimes.errors import DeviceError, MissingDependencyError, PerceiverExportError
@@ -70,7 +79,7 @@ def devices() -> tuple[Device, ...]:
     return tuple(device for device in found if device is not None)
 
 
-def choose_target(bundle: Bundle, precision: Precision | None = None) -> str:
+def choose_target(bundle: Bundle, precision: PrecisionChoice | None = None) -> str:
     """The target for ``device="auto"``.
 
     The first that has a certificate of the bundle that holds here; else the first of the table that is present and, if
@@ -85,7 +94,7 @@ def choose_target(bundle: Bundle, precision: Precision | None = None) -> str:
     names += sorted(cpus, key=lambda name: (measured[name] is None, measured[name] or 0.0))
     written = {one.target for one in certificates(bundle)}
     for name in sorted(written, key=lambda name: (names.index(name) if name in names else len(names), name)):
-        if certificates_for(bundle, name, precision):
+        if certificates_for(bundle, name, choose_precision(bundle, name) if precision == "auto" else precision):
             _log.info("%s: auto is %s, which is certified here", bundle.path, name)
             return name
     if written:
@@ -98,6 +107,54 @@ def choose_target(bundle: Bundle, precision: Precision | None = None) -> str:
     if not cpus:
         raise MissingDependencyError("no engine is installed that could run here", TARGETS["ort-cpu"].install)
     return next(name for name in names if name in cpus)  # `load` reports the problem
+
+
+def choose_precision(bundle: Bundle, target: str) -> Precision:
+    """The precision for ``precision="auto"``: the fastest that has a certificate that holds here, else fp32.
+
+    Only one that `bench --precision auto --save` found faster than fp32 on this CPU model, by its spread, is taken.
+    """
+    faster = _faster(bundle, target)
+    chosen: Precision = next((one for one in faster if certificates_for(bundle, target, one)), "fp32")
+    _log.info("%s: auto is %s on %s, faster than fp32: %s", bundle.path, chosen, target, ", ".join(faster) or "none")
+    return chosen
+
+
+def _faster(bundle: Bundle, target: str) -> tuple[Precision, ...]:
+    """Precisions that were measured to be faster than fp32 here, the fastest first."""
+    times = relative_times(bundle.path, target)
+    found = (precision for precision in get_args(Precision) if precision in times and times[precision][2] < 1)
+    return tuple(sorted(found, key=lambda precision: times[precision][1]))
+
+
+def precision_advice(bundle: Bundle, target: str) -> str:
+    """One line on a precision that is faster than fp32 on a target, or may be, and on how to check its accuracy.
+
+    Empty where there is none, or where `bench --precision auto --save` found none.
+    """
+    name, times, faster = shlex.quote(str(bundle.path)), relative_times(bundle.path, target), _faster(bundle, target)
+    if not times:
+        faster = find_target(target).backend().precisions(target)
+    if not faster:
+        return ""
+    found = (
+        f"{target} can also compute in {' or '.join(faster)} here, which is often faster: "
+        f"`perceiver-export bench {name} --device {target} --precision auto --save` measures it"
+    )
+    if times:
+        factor, own = times[faster[0]][1], bundle.manifest.precision
+        found = f"--precision {faster[0]} takes {factor:.2f} × the time of {own} on {target} here"
+        if certificates_for(bundle, target, faster[0]):
+            return f"{found}, and is certified: --precision auto takes it"
+    validate = f"perceiver-export validate {name} --device {target} --precision {faster[0]} --data DATA"
+    return f"{found}; `{validate}` checks its accuracy"
+
+
+def advice_here(bundle: Bundle, target: str = "") -> str:
+    """`precision_advice` on a target; on a CPU, on the first of its targets that has one."""
+    names = _CPU_TARGETS if target in ("", *_CPU_TARGETS) else (target,)
+    present = (name for name in names if find_target(name).version())
+    return next(filter(None, (precision_advice(bundle, name) for name in present)), "")
 
 
 def certificates_for(bundle: Bundle, target: str, precision: Precision | None = None) -> tuple[Certificate, ...]:

@@ -172,9 +172,8 @@ def _speeds(
     precision = precision_of(engine_of(validation.candidate))
     found = bench(path, against=other, device=target, runs=_RUNS, threads=threads, precision=precision)
     for side, folder in zip(found.measurements, (path, other), strict=False):
-        size = sum(entry.size for entry in open_bundle(folder or path, "never").manifest.files.values())
         ratios = (found.ratio, found.ratio_quartiles) if folder == path else (None, None)
-        yield msgspec.structs.replace(side, ratio=ratios[0], ratio_quartiles=ratios[1]), size / 2**20
+        yield msgspec.structs.replace(side, ratio=ratios[0], ratio_quartiles=ratios[1]), side.size
 
 
 def _measured(bundle: Bundle, reference: Path | None, validation: Validation, threads: int | None) -> Layers | None:

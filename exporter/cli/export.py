@@ -12,6 +12,7 @@ from perceiver_export.exporter.cli import output as ui
 from perceiver_export.exporter.cli.run import example_input
 from perceiver_export.exporter.pipeline import ExportOptions
 from perceiver_export.runtimes.errors import UsageError, printable
+from perceiver_export.runtimes.presence import advice_here
 
 if TYPE_CHECKING:
     from perceiver_export.calibration.quantization.record import Calibration
@@ -91,6 +92,8 @@ def _show_export(bundle: Bundle) -> None:
     for note in manifest.notes:
         ui.say(note, "note:")
     path = shlex.quote(str(bundle.path))
+    if advice := advice_here(bundle):
+        ui.say(advice, "note:")
     ui.say(f"next: perceiver-export run {path} {example_input(manifest)}")
     if manifest.task == "image-classification":
         ui.say(f"      perceiver-export validate {path} --data DATA")
