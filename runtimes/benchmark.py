@@ -100,23 +100,28 @@ def bench(
     runs: int = 100,
     threads: int | None = None,
     precision: PrecisionChoice | None = None,
+    against_precision: Precision | None = None,
     save: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Bench:
     """Measure a bundle (or an ONNX file), alone or in turn with others, on the same machine in the same minutes.
 
     ``device`` is a target, ``auto``, or ``all`` for every target that is present and takes the bundle; a bundle
-    ``against`` runs on the same one. ``precision`` is that of the bundle's engine, as in `load`; ``auto`` measures each
-    bundle in fp32 (of an int8 bundle: beside int8) and in all precisions that the target computes in. ``part`` is that
-    of split bundles; None measures all of it, every query decoded. Inputs are the bundle's golden ones, or random.
-    ``save`` keeps the figures in the bundle's report.json, where ``device="auto"``, ``precision="auto"`` and `package`
-    look for them.
+    ``against`` runs on the same one. ``precision`` and ``against_precision`` are those of their engines, as in `load`;
+    ``precision="auto"`` measures each bundle in fp32 (of an int8 bundle: beside int8) and in all lower precisions that
+    the target computes in. ``part`` is that of split bundles; None measures all of it, every query decoded. Inputs are
+    the bundle's golden ones, or random. ``save`` keeps the figures in the bundle's report.json, where `package` and
+    ``auto`` (as device or precision) look for them.
 
     Raises UsageError; DeviceError: no target takes it; and what `load` raises.
     """
     check_whole("runs", runs, _BLOCK, None, f"give {_BLOCK} or more")
     path, several = bundle.path if isinstance(bundle, Bundle) else bundle, precision == "auto"
-    sides = _sides(path, against, Side("", device, part, threads, None if precision == "auto" else precision))
+    given = [(path, None if precision == "auto" else precision)]
+    given += [] if against is None else [(against, against_precision)]
+    for place, _ in given:
+        check_kind("a side of the benchmark", place, (str, os.PathLike), "the path of a bundle or an ONNX file")
+    sides = _on_targets([Side(str(Path(place)), device, part, threads, asked) for place, asked in given], device)
     if sides[0].is_graph and (save or precision is not None):
         raise UsageError(
             f"{path} is a graph, which has its own precision and no report.json",
@@ -188,7 +193,7 @@ class Side(msgspec.Struct, frozen=True):
         """Of the bundle's files; of a graph without the weights beside it."""
         if self.is_graph:
             return Path(self.path).stat().st_size
-        return sum(entry.size for entry in open_bundle(self.path, "never").manifest.files.values())
+        return open_bundle(self.path, "never").num_bytes
 
     def open(self) -> Runtime:
         """Raises what `load` raises."""
@@ -251,13 +256,8 @@ class _Opened:
         return np.asarray(np.median(np.reshape(self.times, (-1, _COUNTED)), axis=1) / self.batch)
 
 
-def _sides(bundle: str | os.PathLike[str], against: str | os.PathLike[str] | None, common: Side) -> list[Side]:
-    """Both sides on every target that they run on; both on the same one, even if `auto` differs for the other."""
-    for given in (bundle, "" if against is None else against):
-        check_kind("a side of the benchmark", given, (str, os.PathLike), "the path of a bundle or an ONNX file")
-    sides, device = [msgspec.structs.replace(common, path=str(Path(bundle)))], common.device
-    if against is not None:  # in its own precision
-        sides.append(msgspec.structs.replace(common, path=str(Path(against)), precision=None))
+def _on_targets(sides: list[Side], device: str) -> list[Side]:
+    """The sides on every target that they run on; both on the same one, even if `auto` differs for the other."""
     if device == "all":
         targets = [found.target for found in devices()]
         return [msgspec.structs.replace(side, device=target) for side in sides for target in targets]

@@ -65,6 +65,11 @@ class Bundle:
         """Whether encoder and decoder are separate parts."""
         return "encoder" in self.manifest.parts
 
+    @property
+    def num_bytes(self) -> int:
+        """The size of the files that the manifest lists: not of engines and reports."""
+        return sum(entry.size for entry in self.manifest.files.values())
+
     def part(self, name: str | None = None) -> Part:
         """The part of that name; None is the only one. Raises UsageError."""
         parts = self.manifest.parts

@@ -22,6 +22,8 @@ from perceiver_export.calibration.graphs import open_session, read_graph, run_se
 from perceiver_export.calibration.quantization.linears import Linear
 from perceiver_export.calibration.quantization.record import Coverage, Layer, OutputEffect, Speed, share
 from perceiver_export.calibration.quantization.statistics import Call
+from perceiver_export.runtimes.benchmark import quartiles
+from perceiver_export.runtimes.engines.backend import find_target
 from perceiver_export.runtimes.engines.cache import graph_for
 from perceiver_export.runtimes.engines.openvino_engine import OpenvinoEngine
 from perceiver_export.runtimes.errors import GateError
@@ -29,7 +31,7 @@ from perceiver_export.runtimes.manifest import Manifest, OutputKind, Part
 from perceiver_export.runtimes.opening import open_engine
 from perceiver_export.runtimes.runtime import Array, Feeds
 
-_ROUNDS, _SECONDS = 7, 30.0  # of timing; it ends with whichever comes first
+_ROUNDS, _LEAST, _MOST = 7, 1.0, 30.0  # of timing: rounds and seconds that are done, and seconds after which it ends
 _ORT_INTEGER = frozenset({"MatMulIntegerToFloat", "QLinearMatMul", "QGemm", "MatMulInteger", "DynamicQuantizeMatMul"})
 _DEQUANTIZATION = "/DequantizationMultiply"  # OpenVINO's suffix of a product whose scales it moved behind it
 
@@ -138,16 +140,18 @@ def _agreement(kind: OutputKind, exact: Array, found: Array) -> float | None:
 
 
 def measure_speed(
-    target: str, fp32: Mapping[str, Path], quantized: Mapping[str, Path], call: Call, threads: int | None
+    target: str, fp32: Mapping[str, Path], quantized: Mapping[str, Path], scheme: str, call: Call, threads: int | None
 ) -> Speed:
-    """Median milliseconds of a call of all parts; fp32 and quantized take turns.
+    """Median milliseconds of a call of all parts; fp32, quantized and both in lower precisions take turns.
 
     Raises GateError where a quantized part gives NaN or infinite values: some engines have kernels that do.
     """
-    sides = [
-        {name: open_engine(path, target, threads) for name, path in graphs.items()} for graphs in (fp32, quantized)
-    ]
-    for name, engine in sides[1].items():
+    sides = {
+        _named(own, precision): {name: open_engine(path, target, threads, precision) for name, path in graphs.items()}
+        for precision in ("fp32", *find_target(target).backend().precisions(target))
+        for own, graphs in (("fp32", fp32), (scheme, quantized))
+    }
+    for name, engine in sides[scheme].items():
         for output, values in engine.run(call.feeds[name]).items():
             if not np.isfinite(values).all():
                 raise GateError(
@@ -156,14 +160,26 @@ def measure_speed(
                 )
     times: list[list[float]] = []
     start = time.perf_counter()
-    while len(times) <= _ROUNDS and (len(times) < 2 or time.perf_counter() - start < _SECONDS):
+    while len(times) < 2 or time.perf_counter() - start < (_MOST if len(times) <= _ROUNDS else _LEAST):
         times.append([])
-        for engines in sides:
+        for engines in sides.values():
             begin = time.perf_counter()
             for name, engine in engines.items():
                 engine.run(call.feeds[name])
             times[-1].append((time.perf_counter() - begin) * 1e3)
-    return Speed(target, *map(float, np.median(times[1:], axis=0)))  # the first round finds cold caches
+    found = dict(zip(sides, np.transpose(times[1:]), strict=True))  # the first round finds cold caches
+    medians = {name: float(np.median(one)) for name, one in found.items()}
+    best = tuple(
+        min((name for name in medians if name.startswith(scheme) == quantized), key=medians.__getitem__)
+        for quantized in (False, True)
+    )
+    ratios = quartiles(found[best[1]] / found[best[0]])
+    return Speed(target, medians.pop("fp32"), medians.pop(scheme), medians, (best[0], best[1]), ratios)
+
+
+def _named(own: str, precision: str) -> str:
+    """`bf16`, `int8 with bf16`; as an engine describes itself."""
+    return own if precision == "fp32" else precision if own == "fp32" else f"{own} with {precision}"
 
 
 def shares(coverage: Mapping[str, Sequence[Coverage]]) -> dict[str, float]:

@@ -191,18 +191,24 @@ def _copy_others(source: Bundle, directory: Path) -> None:
 
 
 def compare_with_fp32(source: Bundle, observation: Observation, directory: Path, threads: int | None) -> None:
-    """Add to the record of the bundle in ``directory`` its outputs and its speed, each against fp32's."""
-    parts = open_bundle(directory, verify="never").manifest.parts
+    """Add to the record of the bundle in ``directory`` its outputs against fp32's, and its speed against all floats."""
+    made = open_bundle(directory, verify="never")
     effects = engines.measure_effects(
-        source.manifest, engines.graphs_for("ort-cpu", parts, directory), observation.calls, threads
+        source.manifest, engines.graphs_for("ort-cpu", made.manifest.parts, directory), observation.calls, threads
     )
     fp32 = {name: source.file(part.file) for name, part in source.manifest.parts.items()}
+    size = made.num_bytes / source.num_bytes
     speeds = tuple(
-        engines.measure_speed(target, fp32, engines.graphs_for(target, parts, directory), observation.calls[0], threads)
+        engines.measure_speed(target, fp32, graphs, made.manifest.precision, observation.calls[0], threads)
         for target in engines.targets()
+        if (graphs := engines.graphs_for(target, made.manifest.parts, directory))
     )
-    slow = [one.target for one in speeds if one.ratio <= 1.0]
-    warnings = [f"not faster than fp32 on this machine's {target}, when it was quantized" for target in slow]
+    warnings = [
+        f"not faster than {one.best[0]} on this machine's {one.target}, when it was quantized: it gains size alone, "
+        f"{size:.2f} × fp32's"
+        for one in speeds
+        if not one.faster
+    ]
     _add_to_record(directory, warnings, effects=effects, speeds=speeds)
 
 

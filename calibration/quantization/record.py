@@ -99,16 +99,32 @@ class PartRecord(msgspec.Struct, frozen=True):
 
 
 class Speed(msgspec.Struct, frozen=True):
-    """Milliseconds a call of all parts, fp32 and quantized timed in turn."""
+    """Milliseconds a call of all parts, all timed in turn; in fp32, and quantized beside fp32.
+
+    ``others``: in the lower precisions that the target computes in ("bf16", "int8 with bf16"). ``best``: the fastest
+    float and the fastest quantized one; ``ratios``: quartiles of the second's time relative to the first's, round by
+    round. Older records have none of these.
+    """
 
     target: str
     fp32: float
     quantized: float
+    others: dict[str, float] = {}
+    best: tuple[str, str] = ("fp32", "")
+    ratios: tuple[float, float, float] | None = None
 
     @property
-    def ratio(self) -> float:
-        """How many times faster than fp32."""
-        return self.fp32 / self.quantized
+    def faster(self) -> bool:
+        """Whether it is faster quantized than in the best float: by its spread, where that was measured."""
+        return self.quantized < self.fp32 if self.ratios is None else self.ratios[2] < 1
+
+    def __str__(self) -> str:
+        times = {self.best[1].partition(" ")[0] or "quantized": self.quantized, "fp32": self.fp32, **self.others}
+        shown = ", ".join(f"{name} {time:.2f} ms" for name, time in times.items())
+        if self.ratios is None:
+            return f"{shown}: {self.fp32 / self.quantized:.2f} × as fast"
+        slowest, median, best = (1 / ratio for ratio in reversed(self.ratios))
+        return f"{shown}: {median:.2f} × as fast as {self.best[0]} (half of the pairs {slowest:.2f} to {best:.2f})"
 
 
 class OutputEffect(msgspec.Struct, frozen=True):

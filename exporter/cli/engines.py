@@ -32,8 +32,8 @@ _PRECISIONS = (  # columns of `--precision auto`
 _BENCH_NOTE = (
     "spread: quartiles of the medians of blocks of calls; tie: which of these is faster is not decided; samples/s: "
     "with two requests in flight; peak memory: of a fresh process, and in brackets before the load; from torch: the "
-    "largest difference of the outputs from torch's in fp32, as a share of their scale, on the random inputs of golden.npz "
-    "(far from what int8 was calibrated for: `validate` measures its accuracy)"
+    "largest difference of the outputs from torch's in fp32, as a share of their scale, on the random inputs of "
+    "golden.npz (far from what int8 was calibrated for: `validate` measures its accuracy)"
 )
 
 

@@ -74,8 +74,7 @@ def _show_export(bundle: Bundle) -> None:
     manifest = bundle.manifest
     source = "the ONNX file" if manifest.source.endswith(".onnx") else "torch"
     worst = max(manifest.verification, key=lambda check: check.difference)
-    size = sum(entry.size for entry in manifest.files.values())
-    ui.say(f"exported {manifest.source} to {bundle.path} ({ui.mebibytes(size)})")
+    ui.say(f"exported {manifest.source} to {bundle.path} ({ui.mebibytes(bundle.num_bytes)})")
     for name, part in manifest.parts.items():
         if bundle.split:
             ui.say(f"part {name}")

@@ -34,6 +34,7 @@ class _Search:
     certify: str | None = option(None, "Certify the result of --search on this data, which it never saw.", "DATA")
     device: str = option("auto", "Of --search: the target to hold and time mixtures on; `all` for each present.")
     least_gain: float = option(2.0, "Of --search: time that a riskier mixture must save.", "PERCENT")
+    for_size: bool = option(False, "Of --search: save size, and keep a mixture that is smaller but not faster.")
     allow_overlap: bool = option(False, "Of --search: go on though the sets share samples.")
 
 
@@ -110,17 +111,13 @@ def _show_quantized(made: Bundle, calibration: Calibration) -> None:
     """The result: outputs, integer kernels and speed on each engine, and the warnings."""
     data, quantization = calibration.data, made.manifest.quantization
     assert quantization is not None
-    size = sum(entry.size for entry in made.manifest.files.values())
-    ui.say(f"quantized to {made.path} ({ui.mebibytes(size)}): {calibration.how}")
+    ui.say(f"quantized to {made.path} ({ui.mebibytes(made.num_bytes)}): {calibration.how}")
     ui.say(f"calibrated on {data.samples:,} samples of {data.source} (fingerprint {data.fingerprint[:16]})")
     rows = [
         (f"{target}: int8 multiply-adds in integer kernels", f"{share:.2%}")
         for target, share in quantization.integer_share.items()
     ]
-    rows += [
-        (f"{one.target}: a call", f"{one.quantized:.2f} ms, fp32 {one.fp32:.2f} ms: {one.ratio:.2f} × as fast")
-        for one in calibration.speeds
-    ]
+    rows += [(f"{one.target}: a call", str(one)) for one in calibration.speeds]
     for effect in calibration.effects:
         agreement = "" if effect.agreement is None else f", same answer in {effect.agreement:.1%}"
         rows.append((f"output {effect.output} against fp32", f"{effect.sqnr:.1f} dB{agreement}"))
@@ -146,7 +143,7 @@ def _search_and_show(
         "certify_on": how.certify,
         "device": how.device,
     }
-    given |= {"least_gain": how.least_gain, "allow_overlap": how.allow_overlap}
+    given |= {"least_gain": how.least_gain, "for_size": how.for_size, "allow_overlap": how.allow_overlap}
     with ui.progress_bar("search", quiet=json) as progress:
         found = search(bundle, output, options, **given, progress=progress)
     if sensitivity is not None:
@@ -154,7 +151,13 @@ def _search_and_show(
     if json:
         ui.print_json(found)
         return
-    columns = ["rung>", "layers that went back", "a call, of fp32's", "size, of fp32's>", "on the search split"]
+    columns = [
+        "rung>",
+        "layers that went back",
+        "a call",
+        "size, of fp32's>",
+        "on the search split",
+    ]
     rows = [(*_row(rung), "kept" if index == found.kept else "") for index, rung in enumerate(found.rungs)]
     ui.print_table(f"tried of {found.ladder} rungs", [*columns, "certification", ""], rows)
     first = ", ".join(f"{one.group} ({one.output_sqnr:.1f} dB)" for one in found.ranking[:3])
@@ -169,7 +172,9 @@ def _search_and_show(
 def _row(rung: Rung) -> tuple[str, ...]:
     counts = ", ".join(f"{count} to {scheme}" for scheme, count in sorted(Counter(rung.precision.values()).items()))
     names = ", ".join(list(rung.precision)[:2]) + (", …" if len(rung.precision) > 2 else "")
-    times = ", ".join(f"{time.target} {time.milliseconds:.2f} ms, {time.ratio:.2f} ×" for time in rung.times)
+    times = ", ".join(
+        f"{time.target} {time.milliseconds:.2f} ms, {time.ratio:.2f} × {time.against}'s" for time in rung.times
+    )
     searched, certified = (
         ", ".join(text.partition(":")[0] for text in said) for said in (rung.search, rung.certification)
     )

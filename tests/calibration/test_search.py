@@ -249,7 +249,7 @@ def test_a_layer_that_must_not_be_int8_goes_back(
     others = ["encoder.self_attentions.0.0.*", "encoder.self_attentions.0.2.*", "decoder.*"]
     options = quantizing(keep_float=others, samples=16, max_drop=6, min_agreement=90)
 
-    found = search(cancelling, tmp_path / "mixed", options, **splits)
+    found = search(cancelling, tmp_path / "mixed", options, for_size=True, **splits)
 
     assert [rung.step for rung in found.rungs] == [0, 1, 2]
     assert found.rungs[0].precision == {}
