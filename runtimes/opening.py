@@ -46,6 +46,7 @@ from perceiver_export.runtimes.runtime import Runtime
 
 _log = logging.getLogger(__name__)
 
+_PLAIN = EngineOptions()
 _MOST_THREADS = 1024  # onnxruntime starts any number of threads, thousands take minutes
 
 
@@ -95,7 +96,7 @@ def open_graph(path: str | os.PathLike[str], device: str, threads: int | None) -
 
 
 @exits.awaited
-def open_engine(path: Path, device: str, threads: int | None, precision: Precision = "fp32") -> Engine:
+def open_engine(path: Path, device: str, threads: int | None, options: EngineOptions = _PLAIN) -> Engine:
     """Compile a graph for a target. Raises DeviceError, EngineError, MissingDependencyError, UsageError."""
     exits.enter()
     check_threads(threads)
@@ -106,7 +107,6 @@ def open_engine(path: Path, device: str, threads: int | None, precision: Precisi
             "make a bundle of it with `perceiver-export export`, then `perceiver-export build`",
         )
     backend = target.backend()
-    options = EngineOptions(precision=precision)
     backend.platform(device, options)
     return backend.open(Source(target=device, graph=path, options=options, precision="unknown"), None, threads)
 

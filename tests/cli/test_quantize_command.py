@@ -86,7 +86,7 @@ def test_every_option_is_passed_on(fashion_bundle: Path, tmp_path: Path, monkeyp
         assert taken.pop("options") == expected
     taken.pop("progress")
     splits = {"calibrate": HELD_OUT, "search_on": "s", "certify_on": "c"}
-    assert taken == {**splits, "device": "all", "least_gain": 1, "allow_overlap": True}
+    assert taken == {**splits, "device": "all", "least_gain": 1, "for_size": False, "allow_overlap": True}
 
 
 def test_a_search_is_shown_rung_by_rung(fashion_bundle: Path, tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_a_search_is_shown_rung_by_rung(fashion_bundle: Path, tmp_path: Path) ->
     given: list[str | Path] = ["--data", HELD_OUT, "-o", tmp_path / "mixed", "--samples", "24", "--device", "all"]
     given += ["--keep-float", "encoder.*", "--precision", f"{weights}=int4-weights", "--min-agreement", "80"]
     given += ["--max-metric-change", "0.5", "--metric", "kl", "--sensitivity", tmp_path / "layers.json"]
-    shown = succeed("quantize", fashion_bundle, *given, "--search", search, "--certify", certify)
+    shown = succeed("quantize", fashion_bundle, *given, "--search", search, "--certify", certify, "--for-size")
     ranking = json.loads((tmp_path / "layers.json").read_text())
 
     assert "layers that went back" in shown
