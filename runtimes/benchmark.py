@@ -22,6 +22,7 @@ from perceiver_export.runtimes.engines.backend import EngineOptions, Precision, 
 from perceiver_export.runtimes.errors import BundleError, DeviceError, EngineError, UsageError, check_kind, check_whole
 from perceiver_export.runtimes.loading import load, load_onnx
 from perceiver_export.runtimes.machine import available_cores, cpu_features, cpu_name, peak_memory
+from perceiver_export.runtimes.manifest import TensorSpec
 from perceiver_export.runtimes.presence import choose_target, devices
 from perceiver_export.runtimes.runtime import Array, Runtime, compare
 
@@ -31,7 +32,7 @@ TOLERANCES = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 1e-1}
 _BLOCK = 5  # consecutive runs of one side; the first of a block finds cold caches and is not counted
 _COUNTED = _BLOCK - 1
 _WARMUP = 3
-_STEADY = 0.25  # the largest share of the median between the quartiles of a side's times that still decides
+STEADY = 0.25  # the largest share of the median between the quartiles of a side's times that still decides
 
 
 class Measurement(msgspec.Struct, frozen=True, kw_only=True):
@@ -171,7 +172,7 @@ def unsteady(measured: Sequence[Measurement]) -> str:
     widest = max(measured, key=lambda one: (one.spread[1] - one.spread[0]) / one.p50)
     share = (widest.spread[1] - widest.spread[0]) / widest.p50
     where = f"{widest.name} in {widest.precision} on {widest.target}"
-    return f"half of the times of {where} spread over {share:.0%} of their median" if share > _STEADY else ""
+    return f"half of the times of {where} spread over {share:.0%} of their median" if share > STEADY else ""
 
 
 class Side(msgspec.Struct, frozen=True):
@@ -211,11 +212,11 @@ class Side(msgspec.Struct, frozen=True):
         first = "encoder" if bundle.split else next(iter(bundle.manifest.parts))
         return golden_arrays(bundle, self.part or first, kind)
 
-    def feeds(self, runtime: Runtime) -> dict[str, Array]:
+    def feeds(self, inputs: Sequence[TensorSpec]) -> dict[str, Array]:
         """The golden inputs; random ones for inputs without."""
         golden, generator = self.golden("input"), np.random.default_rng(0)
         feeds = {}
-        for spec in runtime.inputs:
+        for spec in inputs:
             shape = tuple(dim if isinstance(dim, int) else spec.ranges.get(dim, (1, 1))[0] for dim in spec.shape)
             if spec.name in golden:
                 feeds[spec.name] = golden[spec.name]
@@ -282,7 +283,7 @@ def _open(sides: Sequence[Side], all_of_them: bool) -> tuple[list[_Opened], tupl
     for side in sides:
         try:
             runtime = side.open()
-            opened.append(_Opened(side, runtime, side.feeds(runtime)))
+            opened.append(_Opened(side, runtime, side.feeds(runtime.inputs)))
         except (DeviceError, EngineError) as error:
             if not all_of_them:
                 raise
@@ -383,7 +384,7 @@ def _main(text: str) -> None:
     base, start = peak_memory(), time.perf_counter()
     runtime = side.open()
     seconds = time.perf_counter() - start
-    feeds = side.feeds(runtime)
+    feeds = side.feeds(runtime.inputs)
     for _ in range(_WARMUP):
         runtime.run(feeds)
     sys.stdout.write(json.dumps([seconds * 1e3, peak_memory(), base]))

@@ -53,7 +53,7 @@ class Kernel(NamedTuple):
     times: tuple[float, ...]
 
 
-_MISSING = Kernel((), "not found in the engine", "", False, 0, ())
+MISSING = Kernel((), "not found in the engine", "", False, 0, ())
 
 
 class Timing(NamedTuple):
@@ -64,9 +64,9 @@ class Timing(NamedTuple):
 
     def calls(self) -> Iterator[int]:
         """Counts the calls."""
-        start, most = time.perf_counter(), 1 if not self.seconds else 1000
+        start, most = time.perf_counter(), 1000 if self.seconds else 1
         for count in range(most):
-            if count > _ROUNDS and time.perf_counter() - start > self.seconds:
+            if count > 1 and time.perf_counter() - start > (self.seconds if count > _ROUNDS else _MOST):
                 return
             yield count
 
@@ -99,7 +99,7 @@ def measure_coverage(target: str, path: Path, linears: Sequence[Linear], feeds: 
     for linear in linears:
         # An engine keeps the product under one of these: its tensor, its bias's tensor, its node.
         names = (linear.node.outputs[0].name, linear.output.name, linear.node.name)
-        kernel = next((kernels[str(name)] for name in names if name in kernels), _MISSING)
+        kernel = next((kernels[str(name)] for name in names if name in kernels), MISSING)
         integer = kernel.product and kernel.precision == "int8"
         layers.append(Layer(linear.name, linear.group, linear.macs, kernel.kernel, integer))
     return Coverage(target, engine, tuple(layers))

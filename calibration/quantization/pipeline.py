@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from msgspec import structs
 
@@ -45,6 +45,9 @@ from perceiver_export.runtimes.machine import cpu_features, cpu_name
 from perceiver_export.runtimes.manifest import Manifest, Quantization, encode_manifest
 from perceiver_export.runtimes.tasks.tokenizers import truncating
 
+if TYPE_CHECKING:
+    from perceiver_export.calibration.quantization.sensitivity import GroupSensitivity
+
 
 def quantize(
     bundle: str | os.PathLike[str] | Bundle,
@@ -52,11 +55,13 @@ def quantize(
     output: str | os.PathLike[str],
     options: QuantizeOptions = QuantizeOptions(),
     *,
+    sensitivity: Sequence[GroupSensitivity] = (),
     progress: Report | None = None,
 ) -> Bundle:
     """Quantize a bundle, calibrated on DATA (`calibration.data`); nothing is written if anything fails.
 
     Texts of DATA that are longer than the model are left out, which a note says, or cut with ``options.truncate``.
+    ``sensitivity``, as `measure_sensitivity` found it, is kept in the record for `profile`.
 
     Raises UsageError, DataError, BundleError, BundleExistsError, ExportError (the disk), MissingDependencyError;
     GateError where coverage or accuracy is below what ``options`` ask for.
@@ -71,6 +76,7 @@ def quantize(
     with new_bundle(path, options.overwrite) as directory:
         write_quantized(source, options, observation, directory, path.name, report)
         compare_with_fp32(source, observation, directory, options.threads)
+        record_sensitivity(directory, sensitivity)
         if options.gates.any:
             _check_gates(directory, source, data, options)
     report("done", 1, 1)
@@ -210,6 +216,20 @@ def compare_with_fp32(source: Bundle, observation: Observation, directory: Path,
         if not one.faster
     ]
     _add_to_record(directory, warnings, effects=effects, speeds=speeds)
+
+
+def record_sensitivity(directory: Path, sensitivity: Sequence[GroupSensitivity]) -> None:
+    """Add to each linear of the record the SQNR of the outputs with its layer alone quantized."""
+    if not sensitivity:
+        return
+    record = read_calibration(open_bundle(directory, verify="never"))
+    assert record is not None
+    found = {(one.part, one.group): one.output_sqnr for one in sensitivity}
+    parts = {}
+    for name, part in record.parts.items():
+        linears = (structs.replace(one, output_sqnr=found.get((name, one.group))) for one in part.linears)
+        parts[name] = structs.replace(part, linears=tuple(linears))
+    _add_to_record(directory, parts=parts)
 
 
 def _add_to_record(directory: Path, warnings: Sequence[str] = (), **found: Any) -> None:

@@ -69,8 +69,11 @@ class Fp16Hazard(msgspec.Struct, frozen=True):
     depth: int
 
 
-class LinearRecord(msgspec.Struct, frozen=True):
-    """One run of a linear: ``sqnr`` of its own product on the sampled rows, in dB; ``alpha`` of smoothing."""
+class LinearRecord(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One run of a linear: ``sqnr`` of its own product on the sampled rows, in dB; ``alpha`` of smoothing.
+
+    ``output_sqnr``: of the part's outputs with only its layer quantized, where `measure_sensitivity` ran.
+    """
 
     name: str
     group: str
@@ -78,6 +81,7 @@ class LinearRecord(msgspec.Struct, frozen=True):
     macs: int
     sqnr: float | None
     alpha: float | None
+    output_sqnr: float | None = None
 
 
 class Excluded(msgspec.Struct, frozen=True):

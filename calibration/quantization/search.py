@@ -36,7 +36,12 @@ from perceiver_export.calibration.bundles import absolute_place, new_bundle, ref
 from perceiver_export.calibration.data.fingerprints import check_splits
 from perceiver_export.calibration.quantization.ladder import Ladder
 from perceiver_export.calibration.quantization.options import QuantizeOptions, Scheme
-from perceiver_export.calibration.quantization.pipeline import check_options, compare_with_fp32, observe_for
+from perceiver_export.calibration.quantization.pipeline import (
+    check_options,
+    compare_with_fp32,
+    observe_for,
+    record_sensitivity,
+)
 from perceiver_export.calibration.quantization.sensitivity import GroupSensitivity
 from perceiver_export.calibration.quantization.statistics import Report
 from perceiver_export.calibration.validation.certify import certify
@@ -154,6 +159,7 @@ def search(
         order = trials.search(search_on, least_gain / 100)
         kept, evidence = trials.certify(order, certify_on)
         compare_with_fp32(source, observation, trials.path(kept), options.threads)
+        record_sensitivity(trials.path(kept), ladder.ranking)
         made = certify(trials.path(kept), evidence, searched)
         with new_bundle(path, options.overwrite) as directory:
             copy_tree(trials.path(kept), directory)

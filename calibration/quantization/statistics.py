@@ -165,12 +165,17 @@ def _require_finite(name: str, *arrays: Array) -> None:
 
 def load_graph(path: Path) -> ir.Model:
     """A bundle's graph with its shapes, and MatMul as the one kind of linear."""
+    model = with_shapes(read_graph(path))
+    split_gemms(model.graph)
+    return model
+
+
+def with_shapes(model: ir.Model) -> ir.Model:
+    """The model itself; shapes are inferred where any lacks."""
     import onnx_ir.passes.common as common
 
-    model = read_graph(path)
     if any(value.shape is None for node in model.graph for value in node.outputs):
         common.ShapeInferencePass()(model)
-    split_gemms(model.graph)
     return model
 
 

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`perceiver-export build`, `lint`, `bench` and `doctor`."""
+"""`perceiver-export build`, `lint`, `bench`, `profile` and `doctor`."""
 
 from __future__ import annotations
 
 import csv
 import dataclasses
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import msgspec
 import typer
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from perceiver_export.runtimes.building import BuiltEngine
 
 _SHOWN = 8  # nodes of one rule
+_LAYERS = 30  # of a profile
 _PRECISIONS = (  # columns of `--precision auto`
     *("precision", "target", "time (spread)", "× first", "fastest", "peak memory", "size", "from torch", "certified"),
 )
@@ -200,7 +201,7 @@ def bench(
         ui.check_file(csv_)
     result = _measure(bundle, json, **vars(how))
     if csv_ is not None:
-        _write_csv(csv_, result)
+        _write_csv(csv_, result.measurements, machine=result.machine)
     if json:
         ui.print_json(result)
 
@@ -269,15 +270,61 @@ def _figures(side: Measurement, result: Bench) -> dict[str, str]:
     }
 
 
-def _write_csv(path: Path, result: Bench) -> None:
-    rows = [msgspec.to_builtins(side) for side in result.measurements]
+def _write_csv(path: Path, rows: Sequence[msgspec.Struct], **common: str) -> None:
+    """A line for each row and a column for each of its fields; several numbers in one cell are apart by blanks."""
     with ui.new_file(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=["machine", *rows[0]])
+        writer = csv.DictWriter(file, fieldnames=[*common, *rows[0].__struct_fields__])
         writer.writeheader()
-        for row in rows:
-            quartiles = " ".join(map(str, row["ratio_quartiles"] or ()))
-            spread = " ".join(map(str, row["spread"]))
-            writer.writerow({"machine": result.machine, **row, "spread": spread, "ratio_quartiles": quartiles})
+        for row in map(msgspec.to_builtins, rows):
+            joined = {name: " ".join(map(str, one)) for name, one in row.items() if isinstance(one, (list, tuple))}
+            writer.writerow({**common, **row, **joined})
+
+
+@dataclass(frozen=True)
+class _Profile:
+    device: str = option("auto", "Target to run on; `auto` takes the first that is present.")
+    precision: PrecisionChoice | None = option(None, "Engine of this precision; by default the one built last.")
+    against: str | None = option(None, "Profile this one too, and give each layer's time relative to it.", "BUNDLE")
+    data: str | None = option(None, "With --against FLOAT_BUNDLE: measure the layers' SQNR on this data.", "DATA")
+    threads: int | None = option(None, "Threads of the engine; by default the engine chooses.")
+
+
+@ui.options_of(_Profile)
+def profile(
+    bundle: ui.BundleArgument,
+    how: _Profile,
+    sort: Annotated[
+        Literal["time", "loss"], typer.Option(help="The slowest first, or those whose lowering costs most.")
+    ] = "time",
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write all layers here: .csv or .html.")
+    ] = None,
+    json: ui.JsonFlag = False,
+) -> None:
+    """Show what the engine really runs, a row a layer: precision asked and built, kernel, time, roofline, accuracy."""
+    from perceiver_export.calibration import profile as profile_
+
+    if output is not None:
+        ui.check_output(output, (bundle, how.against, how.data), ".html" if output.suffix == ".html" else ".csv")
+        ui.check_file(output)
+    with ui.progress_bar("profile", quiet=json):
+        found = profile_(bundle, **vars(how))
+    if output is not None and output.suffix == ".csv":
+        _write_csv(output, found.worst(sort), target=found.target, engine=found.engine)
+    elif output is not None:
+        from perceiver_export.calibration.report.report import page
+
+        with ui.new_file(output) as temporary:
+            temporary.write_text(page(found.table(sort)), encoding="utf-8")
+    if json:
+        ui.print_json(found)
+        return
+    table = found.table(sort, _LAYERS)
+    ui.print_table(table.title, table.columns, table.rows, table.note)
+    if len(found.layers) > _LAYERS:
+        ui.say(f"{len(found.layers) - _LAYERS} more layers: --json, or -o FILE.csv or FILE.html")
+    if found.unsteady:
+        ui.say(f"these times decide nothing: {found.unsteady}; profile again on a quiet machine", "warning:")
 
 
 def doctor(json: ui.JsonFlag = False) -> None:

@@ -20,10 +20,10 @@ from perceiver_export.runtimes.errors import UsageError
 if TYPE_CHECKING:
     from perceiver_export.calibration.quantization.record import Calibration
     from perceiver_export.calibration.quantization.search import Rung
+    from perceiver_export.calibration.quantization.sensitivity import GroupSensitivity
     from perceiver_export.runtimes.bundle import Bundle
 
 _SPLITS = "give --search DATA and --certify DATA"
-_WORST = 20  # layers in the table
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def quantize(
     how: _Search,
     sensitivity: Annotated[
         Path | None,
-        typer.Option(metavar="FILE.json", help="Also measure each layer by itself; the worst are printed."),
+        typer.Option(metavar="FILE.json", help="Also measure each layer by itself, for this file and `profile`."),
     ] = None,
     json: ui.JsonFlag = False,
 ) -> None:
@@ -82,27 +82,22 @@ def _quantize_and_show(
     from perceiver_export.calibration.quantization.record import read_calibration
     from perceiver_export.calibration.quantization.sensitivity import SAMPLES, measure_sensitivity
 
-    groups = None
+    groups: tuple[GroupSensitivity, ...] = ()
     with ui.progress_bar("quantize", quiet=json) as progress:
-        made = quantize_(bundle, data, output, options, progress=progress)
         if sensitivity is not None:
             groups = measure_sensitivity(bundle, data, replace(options, samples=SAMPLES), progress=progress)
+        made = quantize_(bundle, data, output, options, sensitivity=groups, progress=progress)
+        if sensitivity is not None:
             ui.write_json(sensitivity, groups)
     calibration = read_calibration(made)
     assert calibration is not None
     if json:
         document = {"bundle": str(made.path), "manifest": made.manifest, "calibration": calibration}
-        ui.print_json(document | ({"sensitivity": groups} if groups is not None else {}))
+        ui.print_json(document | ({} if sensitivity is None else {"sensitivity": groups}))
         return
     _show_quantized(made, calibration)
-    if groups is not None:
-        rows = [
-            (one.group, f"{one.output_sqnr:.1f}", f"{one.product_sqnr:.1f}", f"{one.share:.1%}")
-            for one in groups[:_WORST]
-        ]
-        more = f"{len(groups) - _WORST} more are in {sensitivity}" if len(groups) > _WORST else ""
-        columns = ["layer", "outputs, dB>", "product, dB>", "work>"]
-        ui.print_table("each layer quantized by itself, the worst first", columns, rows, more)
+    if groups:
+        ui.say(f"each layer by itself: perceiver-export profile {shlex.quote(str(made.path))} --sort loss")
     command = shlex.join(["perceiver-export", "validate", str(made.path), "--data", "DATA", "--against", bundle])
     ui.say(f"next: {command}")
 

@@ -1,0 +1,324 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`profile()`: what an engine really runs, a row a layer of the model.
+
+A layer is a module: a node's name is the module's, a slash, and its operator. Engines fuse, split and add nodes. Their
+kernels are joined to layers by the names of nodes and tensors that they keep. A kernel counts to the layer of its
+product, else to that of its first node; one without a name, such as a conversion between types, to the layer that runs
+next. The graph is compiled as `load` does, with the engine's profiler on, which takes some time itself.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import cast, get_args
+
+import msgspec
+import numpy as np
+import onnx_ir as ir
+
+from perceiver_export.calibration.data.sources import Data
+from perceiver_export.calibration.graphs import constant, node_flops, read_graph, remove_unused
+from perceiver_export.calibration.quantization.engines import MISSING, Kernel, Timing, read_kernels
+from perceiver_export.calibration.quantization.record import Calibration, LinearRecord, read_calibration
+from perceiver_export.calibration.quantization.sensitivity import measure_layer_errors
+from perceiver_export.calibration.quantization.statistics import with_shapes
+from perceiver_export.calibration.report.tables import Table
+from perceiver_export.runtimes.benchmark import STEADY, Side, quartiles
+from perceiver_export.runtimes.bundle import Bundle, open_bundle
+from perceiver_export.runtimes.engines.backend import EngineOptions, Precision, PrecisionChoice
+from perceiver_export.runtimes.errors import UsageError
+from perceiver_export.runtimes.opening import engine_for
+from perceiver_export.runtimes.presence import choose_precision, choose_target
+from perceiver_export.runtimes.runtime import Array
+
+_COLUMNS = (
+    *("layer", "asked", "built", "kernel", "ms>", "share>", "× against>", "MiB>", "GFLOP/s>", "GB/s>", "of the peak>"),
+    *("SQNR, dB>", "alone, dB>"),
+)
+_PRODUCTS = ("MatMul", "Gemm", "Conv")
+_SECONDS, _PEAK_SECONDS = 2.0, 0.3
+_SIZE = 1024  # of the matrix product that shows the peak: two operands of 4 MiB in fp32
+_CACHED = 32 << 20  # bytes that a cache may hold
+_ELEMENTS = 1 << 24  # of the sum that shows the memory's rate: three arrays of 64 MiB
+
+
+class LayerProfile(msgspec.Struct, frozen=True):
+    """``kernel`` runs the layer's product, or most of it; ``built`` is the type of what that reads.
+
+    ``milliseconds`` and ``against`` (of the other bundle) are medians of a call; ``share`` is that of all kernels.
+    ``flops`` are those of products in the graph, ``bytes`` what its kernels read and write. ``roofline``: the least
+    time at the machine's peaks as a share of the time; memory counts where no cache holds the data. In dB: ``sqnr`` of
+    the layer's product to fp32's, ``loss`` the SQNR of the model's outputs with only this layer quantized.
+    """
+
+    part: str
+    layer: str
+    asked: str
+    built: str
+    kernel: str
+    milliseconds: float
+    share: float
+    flops: int
+    bytes: int
+    roofline: float | None = None
+    sqnr: float | None = None
+    loss: float | None = None
+    against: float | None = None
+
+
+class Profile(msgspec.Struct, frozen=True):
+    """``milliseconds`` is the sum of the layers'. ``peaks``: FLOP/s of a large product by type, ``memory``: bytes/s of
+    a large sum, both of this engine on this machine. ``unsteady``: why the times do not decide; empty where they do.
+    """
+
+    bundle: str
+    target: str
+    engine: str
+    precision: str
+    milliseconds: float
+    layers: tuple[LayerProfile, ...]
+    peaks: dict[str, float]
+    memory: float
+    unsteady: str = ""
+
+    def worst(self, by: str = "time") -> tuple[LayerProfile, ...]:
+        """The layers by ``time``, or by the ``loss`` that lowering them costs, or else by their own SQNR."""
+        if by == "time":
+            return tuple(sorted(self.layers, key=lambda one: -one.milliseconds))
+        worst = (tuple(np.inf if it is None else it for it in (one.loss, one.sqnr)) for one in self.layers)
+        return tuple(one for _, one in sorted(zip(worst, self.layers, strict=True), key=lambda pair: pair[0]))
+
+    def table(self, by: str = "time", most: int | None = None) -> Table:
+        """The ``most`` layers that come first, without columns that say nothing."""
+        rows, several = [], len({one.part for one in self.layers}) > 1
+        for one in self.worst(by)[:most]:
+            seconds = one.milliseconds / 1e3
+            rates = [f"{done / seconds / 1e9:,.1f}" if done and seconds else "" for done in (one.flops, one.bytes)]
+            faster = f"{one.milliseconds / one.against:.2f}" if one.against else ""
+            rows.append(
+                (
+                    *(f"{one.part}: {one.layer}" if several else one.layer, one.asked, one.built, one.kernel),
+                    *(f"{one.milliseconds:.3f}", f"{one.share:.1%}", faster, f"{one.bytes / 2**20:,.2f}", *rates),
+                    "" if one.roofline is None else f"{one.roofline:.0%}",
+                    *("" if found is None else f"{found:.1f}" for found in (one.sqnr, one.loss)),
+                )
+            )
+        peaks = ", ".join(f"{peak / 1e9:,.0f} GFLOP/s in {kind}" for kind, peak in self.peaks.items())
+        note = (
+            f"Of the peak: the least time at {peaks}, and at {self.memory / 1e9:,.1f} GB/s where no cache holds the data, as"
+            " a share of the time. Alone: SQNR of the outputs with only this layer quantized."
+        )
+        title = f"{self.bundle} in {self.precision} on {self.target}, {self.engine}"
+        return Table(f"{title}: {self.milliseconds:.2f} ms of kernels", _COLUMNS, rows, note).without_empty()
+
+
+def profile(
+    bundle: str | os.PathLike[str] | Bundle,
+    *,
+    device: str = "auto",
+    precision: PrecisionChoice | None = None,
+    against: str | os.PathLike[str] | Bundle | None = None,
+    data: Data | None = None,
+    threads: int | None = None,
+) -> Profile:
+    """Profile a bundle as `load` runs it with these options, on its golden inputs.
+
+    A bundle ``against`` is profiled on the same target, in its own precision. With DATA, ``sqnr`` is measured against
+    it (the float bundle that this one was quantized from), else it is what `quantize` recorded on calibration samples.
+
+    Raises DeviceError: the target says nothing about its kernels; UsageError: DATA without a float bundle of the same
+    layers; DataError; and what `load` raises.
+    """
+    opened = open_bundle(bundle)
+    target = choose_target(opened, precision) if device == "auto" else device
+    found = _Run(opened, target, choose_precision(opened, target) if precision == "auto" else precision, threads)
+    other = None if against is None else _Run(open_bundle(against), target, None, threads)
+    built = sorted({one.precision for kernels in found.kernels.values() for one in kernels if one.product})
+    peaks = {kind: _product_peak(target, kind, threads) for kind in built if kind}
+    memory = _memory_peak(target, threads)
+    sqnr, loss = _accuracy(opened, None if other is None else other.bundle, data)
+    layers, total = [], found.total
+    for key in found.kernels:
+        main, time = found.main(key), found.time(key)
+        moved = found.moved(key)
+        least = max(found.flops[key] / peaks.get(main.precision, np.inf), moved / memory if moved > _CACHED else 0.0)
+        layers.append(
+            LayerProfile(
+                *(*key, found.asked(*key), found.built(key), main.kernel),
+                *(time, time / total, found.flops[key], moved, 1e3 * least / time if least and time else None),
+                *(sqnr.get(key), loss.get(key), None if other is None else other.time(key)),
+            )
+        )
+    described = (opened.manifest.name, target, found.engine, found.precision, total)
+    return Profile(*described, tuple(layers), peaks, memory, found.unsteady)
+
+
+_Key = tuple[str, str]  # part and layer
+
+
+@dataclass
+class _Run:
+    """The kernels of a bundle on a target, by part and layer."""
+
+    bundle: Bundle
+    target: str
+    wanted: Precision | None
+    threads: int | None
+    engine: str = ""
+    precision: str = ""
+    unsteady: str = ""
+    kernels: dict[_Key, list[Kernel]] = field(default_factory=dict)
+    flops: dict[_Key, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        record = read_calibration(self.bundle)
+        self._schemes = {key: one.scheme for key, one in _linears(record)}
+        options = EngineOptions(precision=self.wanted or "fp32")
+        for name, part in self.bundle.manifest.parts.items():
+            source = engine_for(self.bundle, name, self.target, options, self.wanted)[0]
+            feeds = Side(str(self.bundle.path), self.target, name, self.threads).feeds(part.inputs)
+            how = Timing(_SECONDS, self.threads)
+            self.engine, kernels = read_kernels(self.target, source.graph, feeds, source.options, how)
+            self._float = source.options.precision
+            self.precision = source.precision if self._float == "fp32" else source.compiled_precision
+            for layer, own in _by_layer(with_shapes(read_graph(source.graph)).graph, kernels).items():
+                self.kernels[name, layer], self.flops[name, layer] = own
+            low, median, high = quartiles(_totals(kernels))
+            if (high - low) / median > STEADY:
+                share = (high - low) / median
+                self.unsteady = f"half of the times of {name} spread over {share:.0%} of their median"
+
+    @property
+    def total(self) -> float:
+        """Milliseconds of all layers."""
+        return sum(map(self.time, self.kernels))
+
+    def asked(self, part: str, layer: str) -> str:
+        """The scheme that the layer was quantized in, else the precision of the engine."""
+        scheme = self._schemes.get((part, layer), "float")
+        return self._float if scheme == "float" else scheme
+
+    def main(self, key: _Key) -> Kernel:
+        """The kernel of the layer's product, the slowest of several, or the slowest of all."""
+        return max(self.kernels[key], key=lambda one: (one.product, float(np.sum(one.times))), default=MISSING)
+
+    def built(self, key: _Key) -> str:
+        """The types of the layer's products, of all its kernels where it has none; those that take most time first."""
+        kernels = sorted(self._ran(key), key=lambda one: (-one.product, -float(np.sum(one.times))))
+        found = [one.precision for one in kernels if one.precision and one.product == kernels[0].product]
+        return ", ".join(dict.fromkeys(found))
+
+    def _ran(self, key: _Key) -> list[Kernel]:
+        """Without those that take no time, such as constants, and changes of shape that move nothing."""
+        return [one for one in self.kernels[key] if any(one.times)]
+
+    def moved(self, key: _Key) -> int:
+        """Bytes."""
+        return sum(one.num_bytes for one in self._ran(key))
+
+    def time(self, key: _Key) -> float:
+        """Median milliseconds of a call."""
+        kernels = [one for one in self.kernels.get(key, ()) if one.times]
+        return float(np.median(_totals(kernels))) if kernels else 0.0
+
+
+def _totals(kernels: Sequence[Kernel]) -> Array:
+    """Milliseconds of each call but the first, which finds cold caches."""
+    times = [one.times for one in kernels if one.times]
+    total = np.sum([one[: min(map(len, times))] for one in times], axis=0)
+    return np.asarray(total[1:] if len(total) > 1 else total)
+
+
+def _by_layer(graph: ir.Graph, kernels: Sequence[Kernel]) -> dict[str, tuple[list[Kernel], int]]:
+    """The kernels and the FLOPs of products of each layer, in the graph's order."""
+    places: dict[str, str] = {}
+    products, found = set(), dict[str, tuple[list[Kernel], int]]()
+    for node in graph:
+        names = [str(node.name or node.outputs[0].name), *(str(value.name) for value in node.outputs)]
+        layer = _layer_of(names[0])
+        places |= dict.fromkeys(names, layer)
+        own = found.setdefault(layer, ([], 0))
+        if node.op_type in _PRODUCTS:
+            products |= set(names)
+            found[layer] = (own[0], own[1] + node_flops(node))
+    following = next(iter(places.values()), "")
+    for kernel in reversed(kernels):
+        known = [name for name in kernel.names if name in places]
+        known = [name for name in known if kernel.product and name in products] or known
+        following = places[known[0]] if known else following
+        found[following][0].append(kernel)
+    return found
+
+
+def _linears(record: Calibration | None) -> list[tuple[_Key, LinearRecord]]:
+    parts = {} if record is None else record.parts
+    return [((name, _layer_of(one.name)), one) for name, part in parts.items() for one in part.linears]
+
+
+def _layer_of(node: str) -> str:
+    return node.rpartition("/")[0] or node
+
+
+def _accuracy(bundle: Bundle, against: Bundle | None, data: Data | None) -> tuple[dict[_Key, float], dict[_Key, float]]:
+    """SQNR by layer, of its own products and of the outputs with it alone quantized: the worst where it runs again."""
+    own: dict[_Key, float] = {}
+    loss: dict[_Key, float] = {}
+    linears = _linears(read_calibration(bundle))
+    errors = {}
+    if data is not None:
+        if against is None or not linears:
+            raise UsageError("--data compares layers of an int8 bundle with float", "give --against FLOAT_BUNDLE too")
+        errors = {(one.part, one.group): one.sqnr for one in measure_layer_errors(bundle, against, data)}
+    for key, linear in linears:
+        found = errors.get((key[0], linear.group), linear.sqnr)
+        if found is not None:
+            own[key] = min(own.get(key, np.inf), found)
+    for key, linear in linears or _linears(None if against is None else read_calibration(against)):
+        if linear.output_sqnr is not None:
+            loss[key] = linear.output_sqnr
+    return own, loss
+
+
+def _product_peak(target: str, precision: str, threads: int | None) -> float:
+    """FLOP/s of a product of two square matrices; in int8 with its activations quantized before it."""
+    weight = np.random.default_rng(0).integers(-127, 128, (_SIZE, _SIZE)).astype(np.int8)
+    ops: list[tuple[str, ...]] = [("MatMul", "y", "x", "w")]
+    if precision == "int8":
+        ops = [("QuantizeLinear", "q", "x", "s", "z"), ("DequantizeLinear", "d", "q", "s", "z")]
+        ops += [("DequantizeLinear", "v", "w", "s"), ("MatMul", "y", "d", "v")]
+    array = weight if precision == "int8" else weight.astype(np.float32)
+    kernels = _kernels((1, _SIZE, _SIZE), ops, array, target, precision, threads)
+    return 2e3 * _SIZE**3 / float(_totals([one for one in kernels if one.product]).min())
+
+
+def _memory_peak(target: str, threads: int | None) -> float:
+    """Bytes/s of the sum of two arrays that no cache holds."""
+    array = np.ones(_ELEMENTS, np.float32)
+    kernels = _kernels(array.shape, [("Add", "y", "x", "w")], array, target, "fp32", threads)
+    return 3e3 * array.nbytes / float(_totals(kernels).min())
+
+
+def _kernels(
+    shape: Sequence[int], ops: Iterable[Sequence[str]], weight: Array, target: str, precision: str, threads: int | None
+) -> list[Kernel]:
+    """The kernels of a graph: ``ops``, each with its output and inputs: ``x`` and the constants ``w``, ``s``, ``z``."""
+    x = ir.Value(name="x", shape=ir.Shape(shape), type=ir.TensorType(ir.DataType.FLOAT))
+    graph = ir.Graph([x], [], nodes=(), opset_imports={"": 20}, name="peak")
+    constants = {"w": weight, "s": np.array(0.01, np.float32), "z": np.array(128, np.uint8)}
+    values = {"x": x} | {name: constant(graph, name, array) for name, array in constants.items()}
+    for op, output, *inputs in ops:
+        values[output] = ir.Value(name=output)
+        graph.append(ir.node(op, [values[name] for name in inputs], outputs=[values[output]], name=output))
+    values["y"].type, values["y"].shape = x.type, x.shape
+    graph.outputs.append(values["y"])
+    remove_unused(graph)
+    options = EngineOptions(precision=cast("Precision", precision if precision in get_args(Precision) else "fp32"))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        ir.save(ir.Model(graph, ir_version=10), path)
+        feeds = {"x": np.ones(shape, np.float32)}
+        return read_kernels(target, path, feeds, options, Timing(_PEAK_SECONDS, threads))[1]
