@@ -96,8 +96,13 @@ def open_graph(path: str | os.PathLike[str], device: str, threads: int | None) -
 
 
 @exits.awaited
-def open_engine(path: Path, device: str, threads: int | None, options: EngineOptions = _PLAIN) -> Engine:
-    """Compile a graph for a target. Raises DeviceError, EngineError, MissingDependencyError, UsageError."""
+def open_engine(
+    path: Path, device: str, threads: int | None, options: EngineOptions = _PLAIN, inputs: tuple[TensorSpec, ...] = ()
+) -> Engine:
+    """Compile a graph for a target. ``inputs`` are told to engines that keep several names of one.
+
+    Raises DeviceError, EngineError, MissingDependencyError, UsageError.
+    """
     exits.enter()
     check_threads(threads)
     target = find_target(device)
@@ -108,7 +113,9 @@ def open_engine(path: Path, device: str, threads: int | None, options: EngineOpt
         )
     backend = target.backend()
     backend.platform(device, options)
-    return backend.open(Source(target=device, graph=path, options=options, precision="unknown"), None, threads)
+    return backend.open(
+        Source(target=device, graph=path, options=options, precision="unknown", inputs=inputs), None, threads
+    )
 
 
 def engine_for(

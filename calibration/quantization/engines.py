@@ -29,7 +29,7 @@ from perceiver_export.runtimes.engines.backend import EngineOptions, find_target
 from perceiver_export.runtimes.engines.cache import graph_for
 from perceiver_export.runtimes.engines.openvino_engine import OpenvinoEngine
 from perceiver_export.runtimes.errors import DeviceError, GateError
-from perceiver_export.runtimes.manifest import Manifest, OutputKind, Part
+from perceiver_export.runtimes.manifest import DType, Manifest, OutputKind, Part, TensorSpec
 from perceiver_export.runtimes.opening import open_engine
 from perceiver_export.runtimes.runtime import Array, Feeds
 
@@ -129,7 +129,10 @@ def _ort_kernels(path: Path, feeds: Feeds, options: EngineOptions, how: Timing) 
             "enable_profiling": True,
             "profile_file_prefix": str(Path(directory) / "profile"),
         }
-        session = open_session(read_graph(path), path.parent, how.threads, config, in_order=True)
+        model = read_graph(path)
+        for node in model.graph:  # the profile knows kernels by name
+            node.name = node.name or node.outputs[0].name
+        session = open_session(model, path.parent, how.threads, config, in_order=True)
         for _ in how.calls():
             session.run(None, dict(feeds))
         ran: dict[str, list[dict[str, Any]]] = {}
@@ -159,7 +162,8 @@ def _ort_kernel(op_type: str, names: tuple[str, ...], events: Sequence[Mapping[s
 
 def _openvino_kernels(path: Path, feeds: Feeds, options: EngineOptions, how: Timing) -> tuple[str, list[Kernel]]:
     options = structs.replace(options, flags={**options.flags, "PERF_COUNT": "YES"})
-    engine = cast(OpenvinoEngine, open_engine(path, "openvino-cpu", how.threads, options))
+    inputs = tuple(TensorSpec(name, cast("DType", str(array.dtype)), array.shape) for name, array in feeds.items())
+    engine = cast(OpenvinoEngine, open_engine(path, "openvino-cpu", how.threads, options, inputs))
     times = []
     for _ in how.calls():
         engine.run(feeds)

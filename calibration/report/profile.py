@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast, get_args
@@ -21,7 +21,7 @@ import numpy as np
 import onnx_ir as ir
 
 from perceiver_export.calibration.data.sources import Data
-from perceiver_export.calibration.graphs import constant, node_flops, read_graph, remove_unused
+from perceiver_export.calibration.graphs import constant, node_flops, reached, read_graph, remove_unused
 from perceiver_export.calibration.quantization.engines import MISSING, Kernel, Timing, read_kernels
 from perceiver_export.calibration.quantization.record import Calibration, LinearRecord, read_calibration
 from perceiver_export.calibration.quantization.sensitivity import measure_layer_errors
@@ -109,8 +109,8 @@ class Profile(msgspec.Struct, frozen=True):
             )
         peaks = ", ".join(f"{peak / 1e9:,.0f} GFLOP/s in {kind}" for kind, peak in self.peaks.items())
         note = (
-            f"Of the peak: the least time at {peaks}, and at {self.memory / 1e9:,.1f} GB/s where no cache holds the data, as"
-            " a share of the time. Alone: SQNR of the outputs with only this layer quantized."
+            f"Of the peak: the least time at {peaks}, and at {self.memory / 1e9:,.1f} GB/s for what no cache holds"
+            ", as a share of the time. Alone: SQNR of the outputs with only this layer quantized."
         )
         title = f"{self.bundle} in {self.precision} on {self.target}, {self.engine}"
         return Table(f"{title}: {self.milliseconds:.2f} ms of kernels", _COLUMNS, rows, note).without_empty()
@@ -235,23 +235,35 @@ def _totals(kernels: Sequence[Kernel]) -> Array:
 
 def _by_layer(graph: ir.Graph, kernels: Sequence[Kernel]) -> dict[str, tuple[list[Kernel], int]]:
     """The kernels and the FLOPs of products of each layer, in the graph's order."""
-    places: dict[str, str] = {}
-    products, found = set(), dict[str, tuple[list[Kernel], int]]()
+    makers: dict[str, ir.Node] = {}
+    found: dict[str, tuple[list[Kernel], int]] = {}
     for node in graph:
-        names = [str(node.name or node.outputs[0].name), *(str(value.name) for value in node.outputs)]
-        layer = _layer_of(names[0])
-        places |= dict.fromkeys(names, layer)
-        own = found.setdefault(layer, ([], 0))
-        if node.op_type in _PRODUCTS:
-            products |= set(names)
-            found[layer] = (own[0], own[1] + node_flops(node))
-    following = next(iter(places.values()), "")
+        makers |= dict.fromkeys((_name(node), *(str(value.name) for value in node.outputs)), node)
+        own, flops = found.setdefault(_layer_of(_name(node)), ([], 0))
+        found[_layer_of(_name(node))] = (own, flops + node_flops(node) * (node.op_type in _PRODUCTS))
+    following = next(iter(makers.values()), None)
     for kernel in reversed(kernels):
-        known = [name for name in kernel.names if name in places]
-        known = [name for name in known if kernel.product and name in products] or known
-        following = places[known[0]] if known else following
-        found[following][0].append(kernel)
+        known = [makers[name] for one in kernel.names for name in _with_parents(one) if name in makers]
+        if kernel.product:  # it may bear the name of what was fused behind it
+            behind = reached(
+                [value for node in known for value in node.outputs], lambda node: node.op_type not in _PRODUCTS
+            )
+            known = [node for node in behind if node.op_type in _PRODUCTS] or known
+        following = known[0] if known else following
+        if following is not None:
+            found[_layer_of(_name(following))][0].append(kernel)
     return found
+
+
+def _name(node: ir.Node) -> str:
+    return str(node.name or node.outputs[0].name)
+
+
+def _with_parents(name: str) -> Iterator[str]:
+    """``a/b/c``, ``a/b`` and ``a``: engines call what they make of a node after it."""
+    while name:
+        yield name
+        name = name.rpartition("/")[0]
 
 
 def _linears(record: Calibration | None) -> list[tuple[_Key, LinearRecord]]:
