@@ -146,7 +146,8 @@ def precision_advice(bundle: Bundle, target: str) -> str:
         found = f"--precision {faster[0]} takes {factor:.2f} × the time of {own} on {target} here"
         if certificates_for(bundle, target, faster[0]):
             return f"{found}, and is certified: --precision auto takes it"
-    validate = f"perceiver-export validate {name} --device {target} --precision {faster[0]} --data DATA"
+    against = f" --against {name}" if bundle.manifest.precision == "fp32" else ""
+    validate = f"perceiver-export validate {name} --device {target} --precision {faster[0]} --data DATA{against}"
     return f"{found}; `{validate}` checks its accuracy"
 
 

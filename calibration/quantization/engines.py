@@ -28,7 +28,9 @@ from perceiver_export.runtimes.benchmark import quartiles
 from perceiver_export.runtimes.engines.backend import EngineOptions, find_target
 from perceiver_export.runtimes.engines.cache import graph_for
 from perceiver_export.runtimes.engines.openvino_engine import OpenvinoEngine
+from perceiver_export.runtimes.engines.tensorrt_build import REPORT, LayerReport
 from perceiver_export.runtimes.errors import DeviceError, GateError
+from perceiver_export.runtimes.files import read_json
 from perceiver_export.runtimes.manifest import DType, Manifest, OutputKind, Part, TensorSpec
 from perceiver_export.runtimes.opening import open_engine
 from perceiver_export.runtimes.runtime import Array, Feeds
@@ -115,6 +117,27 @@ def read_kernels(
     if target not in _KERNELS:
         raise DeviceError(f"the kernels of {target} cannot be read", f"profile on {' or '.join(_KERNELS)}")
     return _KERNELS[target][1](path, feeds, options, how)
+
+
+def totals(kernels: Sequence[Kernel]) -> Array:
+    """Milliseconds of each call but the first, which finds cold caches."""
+    times = [one.times for one in kernels if one.times]
+    if not times:
+        return np.zeros(1)
+    total = np.sum([one[: min(map(len, times))] for one in times], axis=0)
+    return np.asarray(total[1:] if len(total) > 1 else total)
+
+
+def built_kernels(directory: Path) -> list[Kernel]:
+    """The kernels of a TensorRT engine, from the report that its build kept: without times and bytes.
+
+    Raises BundleError: the report cannot be read.
+    """
+    report = read_json(directory / REPORT, LayerReport, hint="build it again with --force")
+    return [
+        Kernel(tuple(sorted(one.nodes)), one.kind.strip() or one.name, one.precision, one.multiplies, 0, ())
+        for one in report.kernels
+    ]
 
 
 def _ort_kernels(path: Path, feeds: Feeds, options: EngineOptions, how: Timing) -> tuple[str, list[Kernel]]:

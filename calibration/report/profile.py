@@ -10,40 +10,43 @@ next. The graph is compiled as `load` does, with the engine's profiler on, which
 from __future__ import annotations
 
 import os
-import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import cast, get_args
 
 import msgspec
 import numpy as np
 import onnx_ir as ir
 
 from perceiver_export.calibration.data.sources import Data
-from perceiver_export.calibration.graphs import constant, node_flops, reached, read_graph, remove_unused
-from perceiver_export.calibration.quantization.engines import MISSING, Kernel, Timing, read_kernels
+from perceiver_export.calibration.graphs import node_flops, reached, read_graph
+from perceiver_export.calibration.quantization.engines import (
+    MISSING,
+    Kernel,
+    Timing,
+    built_kernels,
+    read_kernels,
+    totals,
+)
 from perceiver_export.calibration.quantization.record import Calibration, LinearRecord, read_calibration
 from perceiver_export.calibration.quantization.sensitivity import measure_layer_errors
 from perceiver_export.calibration.quantization.statistics import with_shapes
+from perceiver_export.calibration.report.peaks import measure_peaks
 from perceiver_export.calibration.report.tables import Table
 from perceiver_export.runtimes.benchmark import STEADY, Side, quartiles
 from perceiver_export.runtimes.bundle import Bundle, open_bundle
-from perceiver_export.runtimes.engines.backend import EngineOptions, Precision, PrecisionChoice
-from perceiver_export.runtimes.errors import UsageError
+from perceiver_export.runtimes.engines.backend import EngineOptions, Precision, PrecisionChoice, Source, find_target
+from perceiver_export.runtimes.engines.cache import Candidate
+from perceiver_export.runtimes.errors import EngineError, UsageError
+from perceiver_export.runtimes.manifest import Part
 from perceiver_export.runtimes.opening import engine_for
 from perceiver_export.runtimes.presence import choose_precision, choose_target
-from perceiver_export.runtimes.runtime import Array
 
 _COLUMNS = (
     *("layer", "asked", "built", "kernel", "ms>", "share>", "× against>", "MiB>", "GFLOP/s>", "GB/s>", "of the peak>"),
     *("SQNR, dB>", "alone, dB>"),
 )
 _PRODUCTS = ("MatMul", "Gemm", "Conv")
-_SECONDS, _PEAK_SECONDS = 2.0, 0.3
-_SIZE = 1024  # of the matrix product that shows the peak: two operands of 4 MiB in fp32
-_CACHED = 32 << 20  # bytes that a cache may hold
-_ELEMENTS = 1 << 24  # of the sum that shows the memory's rate: three arrays of 64 MiB
+_SECONDS = 2.0  # of timing
 
 
 class LayerProfile(msgspec.Struct, frozen=True):
@@ -102,7 +105,8 @@ class Profile(msgspec.Struct, frozen=True):
             rows.append(
                 (
                     *(f"{one.part}: {one.layer}" if several else one.layer, one.asked, one.built, one.kernel),
-                    *(f"{one.milliseconds:.3f}", f"{one.share:.1%}", faster, f"{one.bytes / 2**20:,.2f}", *rates),
+                    *((f"{one.milliseconds:.3f}", f"{one.share:.1%}") if self.milliseconds else ("", "")),
+                    *(faster, f"{one.bytes / 2**20:,.2f}" if one.bytes else "", *rates),
                     "" if one.roofline is None else f"{one.roofline:.0%}",
                     *("" if found is None else f"{found:.1f}" for found in (one.sqnr, one.loss)),
                 )
@@ -113,6 +117,8 @@ class Profile(msgspec.Struct, frozen=True):
             ", as a share of the time. Alone: SQNR of the outputs with only this layer quantized."
         )
         title = f"{self.bundle} in {self.precision} on {self.target}, {self.engine}"
+        if not self.milliseconds:  # a report that the build kept
+            return Table(title, _COLUMNS, rows, "As the engine's builder reported; it times no layers.").without_empty()
         return Table(f"{title}: {self.milliseconds:.2f} ms of kernels", _COLUMNS, rows, note).without_empty()
 
 
@@ -137,24 +143,22 @@ def profile(
     target = choose_target(opened, precision) if device == "auto" else device
     found = _Run(opened, target, choose_precision(opened, target) if precision == "auto" else precision, threads)
     other = None if against is None else _Run(open_bundle(against), target, None, threads)
-    built = sorted({one.precision for kernels in found.kernels.values() for one in kernels if one.product})
-    peaks = {kind: _product_peak(target, kind, threads) for kind in built if kind}
-    memory = _memory_peak(target, threads)
     sqnr, loss = _accuracy(opened, None if other is None else other.bundle, data)
+    products = (one for kernels in found.kernels.values() for one in kernels if one.product and one.times)
+    peaks = measure_peaks(target, sorted({one.precision for one in products} - {""}), threads)
     layers, total = [], found.total
     for key in found.kernels:
-        main, time = found.main(key), found.time(key)
-        moved = found.moved(key)
-        least = max(found.flops[key] / peaks.get(main.precision, np.inf), moved / memory if moved > _CACHED else 0.0)
+        main, time, flops, moved = found.main(key), found.time(key), found.flops[key], found.moved(key)
+        least = peaks.milliseconds(flops, main.precision, moved)
         layers.append(
             LayerProfile(
                 *(*key, found.asked(*key), found.built(key), main.kernel),
-                *(time, time / total, found.flops[key], moved, 1e3 * least / time if least and time else None),
+                *(time, time / total if time else 0.0, flops, moved, least / time if least and time else None),
                 *(sqnr.get(key), loss.get(key), None if other is None else other.time(key)),
             )
         )
     described = (opened.manifest.name, target, found.engine, found.precision, total)
-    return Profile(*described, tuple(layers), peaks, memory, found.unsteady)
+    return Profile(*described, tuple(layers), peaks.products, peaks.memory, found.unsteady)
 
 
 _Key = tuple[str, str]  # part and layer
@@ -179,18 +183,29 @@ class _Run:
         self._schemes = {key: one.scheme for key, one in _linears(record)}
         options = EngineOptions(precision=self.wanted or "fp32")
         for name, part in self.bundle.manifest.parts.items():
-            source = engine_for(self.bundle, name, self.target, options, self.wanted)[0]
-            feeds = Side(str(self.bundle.path), self.target, name, self.threads).feeds(part.inputs)
-            how = Timing(_SECONDS, self.threads)
-            self.engine, kernels = read_kernels(self.target, source.graph, feeds, source.options, how)
+            source, engine, _ = engine_for(self.bundle, name, self.target, options, self.wanted)
+            kernels = self._read(source, name, part, engine)
             self._float = source.options.precision
             self.precision = source.precision if self._float == "fp32" else source.compiled_precision
             for layer, own in _by_layer(with_shapes(read_graph(source.graph)).graph, kernels).items():
                 self.kernels[name, layer], self.flops[name, layer] = own
-            low, median, high = quartiles(_totals(kernels))
-            if (high - low) / median > STEADY:
+            low, median, high = quartiles(totals(kernels))
+            if high - low > STEADY * median:
                 share = (high - low) / median
                 self.unsteady = f"half of the times of {name} spread over {share:.0%} of their median"
+
+    def _read(self, source: Source, name: str, part: Part, engine: Candidate | None) -> list[Kernel]:
+        """Timed where the graph compiles in seconds, else of the engine that was built. Raises EngineError: none."""
+        if not find_target(self.target).needs_engine:
+            feeds = Side(str(self.bundle.path), self.target, name, self.threads).feeds(part.inputs)
+            how = Timing(_SECONDS, self.threads)
+            self.engine, kernels = read_kernels(self.target, source.graph, feeds, source.options, how)
+            return kernels
+        if engine is None:
+            build = f"perceiver-export build {self.bundle.path} --target {self.target}"
+            raise EngineError(f"no engine of {name} was built for {self.target} here", f"build it: {build}")
+        self.engine = f"{self.target} {engine.record.identity.platform.version}"
+        return built_kernels(engine.directory)
 
     @property
     def total(self) -> float:
@@ -214,7 +229,7 @@ class _Run:
 
     def _ran(self, key: _Key) -> list[Kernel]:
         """Without those that take no time, such as constants, and changes of shape that move nothing."""
-        return [one for one in self.kernels[key] if any(one.times)]
+        return [one for one in self.kernels[key] if any(one.times) or not one.times]
 
     def moved(self, key: _Key) -> int:
         """Bytes."""
@@ -223,14 +238,7 @@ class _Run:
     def time(self, key: _Key) -> float:
         """Median milliseconds of a call."""
         kernels = [one for one in self.kernels.get(key, ()) if one.times]
-        return float(np.median(_totals(kernels))) if kernels else 0.0
-
-
-def _totals(kernels: Sequence[Kernel]) -> Array:
-    """Milliseconds of each call but the first, which finds cold caches."""
-    times = [one.times for one in kernels if one.times]
-    total = np.sum([one[: min(map(len, times))] for one in times], axis=0)
-    return np.asarray(total[1:] if len(total) > 1 else total)
+        return float(np.median(totals(kernels))) if kernels else 0.0
 
 
 def _by_layer(graph: ir.Graph, kernels: Sequence[Kernel]) -> dict[str, tuple[list[Kernel], int]]:
@@ -293,44 +301,3 @@ def _accuracy(bundle: Bundle, against: Bundle | None, data: Data | None) -> tupl
         if linear.output_sqnr is not None:
             loss[key] = linear.output_sqnr
     return own, loss
-
-
-def _product_peak(target: str, precision: str, threads: int | None) -> float:
-    """FLOP/s of a product of two square matrices; in int8 with its activations quantized before it."""
-    weight = np.random.default_rng(0).integers(-127, 128, (_SIZE, _SIZE)).astype(np.int8)
-    ops: list[tuple[str, ...]] = [("MatMul", "y", "x", "w")]
-    if precision == "int8":
-        ops = [("QuantizeLinear", "q", "x", "s", "z"), ("DequantizeLinear", "d", "q", "s", "z")]
-        ops += [("DequantizeLinear", "v", "w", "s"), ("MatMul", "y", "d", "v")]
-    array = weight if precision == "int8" else weight.astype(np.float32)
-    kernels = _kernels((1, _SIZE, _SIZE), ops, array, target, precision, threads)
-    return 2e3 * _SIZE**3 / float(_totals([one for one in kernels if one.product]).min())
-
-
-def _memory_peak(target: str, threads: int | None) -> float:
-    """Bytes/s of the sum of two arrays that no cache holds."""
-    array = np.ones(_ELEMENTS, np.float32)
-    kernels = _kernels(array.shape, [("Add", "y", "x", "w")], array, target, "fp32", threads)
-    return 3e3 * array.nbytes / float(_totals(kernels).min())
-
-
-def _kernels(
-    shape: Sequence[int], ops: Iterable[Sequence[str]], weight: Array, target: str, precision: str, threads: int | None
-) -> list[Kernel]:
-    """The kernels of a graph: ``ops``, each with its output and inputs: ``x`` and the constants ``w``, ``s``, ``z``."""
-    x = ir.Value(name="x", shape=ir.Shape(shape), type=ir.TensorType(ir.DataType.FLOAT))
-    graph = ir.Graph([x], [], nodes=(), opset_imports={"": 20}, name="peak")
-    constants = {"w": weight, "s": np.array(0.01, np.float32), "z": np.array(128, np.uint8)}
-    values = {"x": x} | {name: constant(graph, name, array) for name, array in constants.items()}
-    for op, output, *inputs in ops:
-        values[output] = ir.Value(name=output)
-        graph.append(ir.node(op, [values[name] for name in inputs], outputs=[values[output]], name=output))
-    values["y"].type, values["y"].shape = x.type, x.shape
-    graph.outputs.append(values["y"])
-    remove_unused(graph)
-    options = EngineOptions(precision=cast("Precision", precision if precision in get_args(Precision) else "fp32"))
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.onnx"
-        ir.save(ir.Model(graph, ir_version=10), path)
-        feeds = {"x": np.ones(shape, np.float32)}
-        return read_kernels(target, path, feeds, options, Timing(_PEAK_SECONDS, threads))[1]

@@ -41,6 +41,7 @@ _BYTES = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 class LayerReport(msgspec.Struct, frozen=True):
     """layers.json beside an engine: figures from TensorRT's own report. ``precisions`` counts matrix products by type;
     ``weight_bytes`` are those of the graph's constants, ``bytes_each_use`` with a copy for each layer that uses one.
+    ``kernels`` has the report itself, but in engines of older versions.
     """
 
     layers: int
@@ -50,6 +51,7 @@ class LayerReport(msgspec.Struct, frozen=True):
     engine_bytes: int
     weight_bytes: int
     bytes_each_use: int
+    kernels: tuple[Layer, ...] = ()
 
 
 T = TypeVar("T")
@@ -175,7 +177,7 @@ def _build(
     (directory / ENGINE).write_bytes(serialized)
     counts = dict(Counter(asked.values()))
     size, attentions = (directory / ENGINE).stat().st_size, sum(layer.fused_attention for layer in layers)
-    report = LayerReport(len(layers), attentions, counts.get("int8", 0), counts, size, once, each)
+    report = LayerReport(len(layers), attentions, counts.get("int8", 0), counts, size, once, each, layers)
     (directory / REPORT).write_bytes(encode_json(report))
     return report
 

@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 
 from perceiver_export.calibration import measure_layer_errors, profile
+from perceiver_export.calibration.quantization.engines import built_kernels
 from perceiver_export.calibration.quantization.record import read_calibration
 from perceiver_export.runtimes import load, open_bundle
 from perceiver_export.runtimes.engines.backend import Precision, find_target
 from perceiver_export.runtimes.errors import DeviceError, MissingDependencyError, UsageError
 from tests.calibration.damaged_scales import with_a_scale_times
 from tests.calibration.linear_bundles import CASES
+from tests.calibration.lint_cases import compiled, partly_int8_attention
 from tests.conftest import FASHION
 
 
@@ -77,6 +79,16 @@ def test_a_bundle_of_one_layer_without_names_has_its_product(target: str, tmp_pa
     (product,) = (one for one in found.layers if one.flops)
     assert product.built == "fp32"
     assert found.table().rows
+
+
+def test_the_kernels_of_a_tensorrt_engine_are_those_that_its_builder_reported(tmp_path: Path) -> None:
+    compiled(partly_int8_attention(tmp_path / "attention.onnx"))
+    kernels = built_kernels(tmp_path / "attention.engine")
+
+    products = {name: one.precision for one in kernels if one.product for name in one.names}
+    assert products["MatMul_4"] == "int8"
+    assert products["MatMul_6"] == "fp16"
+    assert not any(one.times for one in kernels)
 
 
 def test_an_engine_that_is_not_here_or_says_nothing_is_refused(fashion_bundle: Path) -> None:
