@@ -131,16 +131,8 @@ def bench(
     if several:
         sides = [one for side in sides for one in _in_precisions(side)]
     opened, skipped = _open(sides, all_of_them=several or device == "all")
-    try:
-        fresh = [_measure_fresh(one.side) for one in opened]
-        _measure(opened, -(-runs // _COUNTED), progress)
-        medians = [one.medians() for one in opened]
-        ratios = [{}, *(_ratio(own / medians[0]) for own in medians[1:])]
-        measured = tuple(map(_measurement, opened, fresh, ratios))
-    finally:
-        for one in opened:
-            one.runtime.close()
-    undecided = unsteady(measured)
+    measured, medians = _measure(opened, -(-runs // _COUNTED), progress)
+    undecided = unsteady(measured) if len(measured) > 1 else ""
     if save:
         own = [index for index, one in enumerate(opened) if one.side.path == sides[0].path]
         _save(path, "bench", {measured[index].target: measured[index] for index in reversed(own)})  # of several fp32's
@@ -294,16 +286,26 @@ def _open(sides: Sequence[Side], all_of_them: bool) -> tuple[list[_Opened], tupl
     return opened, tuple(refused)
 
 
-def _measure(sides: list[_Opened], blocks: int, progress: Callable[[int, int], None] | None) -> None:
-    """Blocks of each side in turn, A A A A A B B B B B A …"""
-    for side in sides:
-        for _ in range(_WARMUP):
-            side.runtime.run(side.feeds)
-    for block in range(blocks):
+def _measure(
+    sides: list[_Opened], blocks: int, progress: Callable[[int, int], None] | None
+) -> tuple[tuple[Measurement, ...], list[Array]]:
+    """The figures of each side, and the medians of its blocks: A A A A A B B B B B A …; closes the sides."""
+    try:
+        fresh = [_measure_fresh(one.side) for one in sides]
         for side in sides:
-            side.block()
-        if progress is not None:
-            progress(block + 1, blocks)
+            for _ in range(_WARMUP):
+                side.runtime.run(side.feeds)
+        for block in range(blocks):
+            for side in sides:
+                side.block()
+            if progress is not None:
+                progress(block + 1, blocks)
+        medians = [one.medians() for one in sides]
+        ratios = [{}, *(_ratio(own / medians[0]) for own in medians[1:])]
+        return tuple(map(_measurement, sides, fresh, ratios)), medians
+    finally:
+        for one in sides:
+            one.runtime.close()
 
 
 def _measurement(one: _Opened, fresh: tuple[float, float, float], ratio: dict[str, Any]) -> Measurement:
@@ -317,7 +319,7 @@ def _measurement(one: _Opened, fresh: tuple[float, float, float], ratio: dict[st
         target=described["target"],
         engine=f"{described['engine']} {described['version'].partition('-')[0]}",
         precision=described["precision"],
-        # A figure that travels names its engine, not where that lay.
+        # Saved figures name the engine, not its directory, which is another on the next machine.
         compiled=Path(compiled).name if Path(compiled).is_absolute() else compiled.partition(",")[0],
         threads=str(described["threads"]),
         batch=one.batch,
@@ -373,7 +375,8 @@ def _measure_fresh(side: Side) -> tuple[float, float, float]:
         return msgspec.json.decode(done.stdout.splitlines()[-1], type=tuple[float, float, float])
     except (IndexError, msgspec.DecodeError) as error:
         raise BundleError(
-            f"{side.path} cannot be run in a process of its own", done.stderr.strip()[-500:] or "it died"
+            f"{side.path} cannot be run in a process of its own",
+            done.stderr.strip()[-500:] or "check whether the system ended it for lack of memory",
         ) from error
 
 

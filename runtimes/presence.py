@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shlex
 import subprocess
@@ -24,12 +25,13 @@ from perceiver_export.runtimes.engines.backend import (
 from perceiver_export.runtimes.engines.cache import make_source
 from perceiver_export.runtimes.engines.cuda import cuda_gpus
 from perceiver_export.runtimes.errors import DeviceError, MissingDependencyError, PerceiverExportError
-from perceiver_export.runtimes.machine import device_files
+from perceiver_export.runtimes.machine import cpu_features, device_files
 from perceiver_export.runtimes.opening import engine_for
 
 _log = logging.getLogger(__name__)
 
 _CPU_TARGETS = ("ort-cpu", "openvino-cpu")
+_HALVES = {"avx512_bf16", "avx512_fp16", "amx_bf16", "amx_fp16", "avx_ne_convert", "asimdhp", "bf16"}
 _DEVICE_FILES = {"Intel GPU": "dri/renderD*", "Intel NPU": "accel/accel*"}
 
 
@@ -152,10 +154,18 @@ def precision_advice(bundle: Bundle, target: str) -> str:
 
 
 def advice_here(bundle: Bundle, target: str = "") -> str:
-    """`precision_advice` on a target; on a CPU, on the first of its targets that has one."""
+    """`precision_advice` on a target; on a CPU with instructions for 16 bits, on the first of its targets that has one.
+
+    Empty where a library does not load: advice is no reason to fail.
+    """
     names = _CPU_TARGETS if target in ("", *_CPU_TARGETS) else (target,)
-    present = (name for name in names if find_target(name).version())
-    return next(filter(None, (precision_advice(bundle, name) for name in present)), "")
+    if names is _CPU_TARGETS and not _HALVES & set(cpu_features()):
+        return ""
+    for name in names:
+        with contextlib.suppress(PerceiverExportError):
+            if find_target(name).version() and (advice := precision_advice(bundle, name)):
+                return advice
+    return ""
 
 
 def certificates_for(bundle: Bundle, target: str, precision: Precision | None = None) -> tuple[Certificate, ...]:

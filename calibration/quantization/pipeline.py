@@ -210,8 +210,8 @@ def compare_with_fp32(source: Bundle, observation: Observation, directory: Path,
         if (graphs := engines.graphs_for(target, made.manifest.parts, directory))
     )
     warnings = [
-        f"not faster than {one.best[0]} on this machine's {one.target}, when it was quantized: it gains size alone, "
-        f"{size:.2f} × fp32's"
+        f"not faster than {one.best[0]} on this machine's {one.target}, when it was quantized: "
+        + (f"it gains size alone, {size:.2f} × fp32's" if size < 1 else f"nor smaller, {size:.2f} × fp32's size")
         for one in speeds
         if not one.faster
     ]

@@ -182,7 +182,7 @@ def search_targets(device: str, source: Bundle) -> tuple[str, ...]:
     if not here:
         said = f"{', '.join(names)} runs engines that take minutes to build" if names else "no target is present"
         raise DeviceError(
-            f"{said}: a search, which tries many bundles, does not",
+            f"{said}; a search tries many bundles and cannot build an engine for each",
             "search with --device ort-cpu or openvino-cpu, build what it finds, then `validate --device … --certify`",
         )
     return here

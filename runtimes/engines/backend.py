@@ -110,11 +110,11 @@ class AsyncEngine(Engine, Protocol):
     def submit(self, feeds: Feeds) -> Future[dict[str, Array]] | None:
         """Start on checked feeds and return at once. The feeds are kept until the future is done.
 
-        None: it cannot, as it was opened; it is called from two threads then.
+        None: opened like this, it cannot; it is then called from two threads.
         """
 
     def in_callback(self) -> bool:
-        """Whether a future's callback runs in this thread: to wait for another future there may be for ever."""
+        """Whether a future's callback runs in this thread, where waiting for another future may block forever."""
 
     def close(self) -> None:
         """Return when all submitted calls are done; in a future's callback at once, and they still finish.
@@ -232,7 +232,7 @@ TARGETS = {target.name: target for target in _TABLE}
 def find_target(name: str) -> Target:
     """The target of that name; ``ort-NAME`` is ONNX Runtime with the execution provider of that name.
 
-    Raises DeviceError: there is no such target; UsageError: it is no text.
+    Raises DeviceError: there is no such target; UsageError: it is not text.
     """
     check_kind("a target", name, str, f"one of {', '.join(TARGETS)}")
     if name in TARGETS:
