@@ -374,10 +374,8 @@ def _measure_fresh(side: Side) -> tuple[float, float, float]:
     try:
         return msgspec.json.decode(done.stdout.splitlines()[-1], type=tuple[float, float, float])
     except (IndexError, msgspec.DecodeError) as error:
-        raise BundleError(
-            f"{side.path} cannot be run in a process of its own",
-            done.stderr.strip()[-500:] or "check whether the system ended it for lack of memory",
-        ) from error
+        hint = done.stderr.strip()[-500:] or "check whether the system ended it for lack of memory"
+        raise BundleError(f"{side.path} cannot be run in a process of its own", hint) from error
 
 
 def _main(text: str) -> None:
