@@ -22,7 +22,7 @@ from perceiver_export.calibration.validation.results import Validation
 from perceiver_export.runtimes.benchmark import Measurement, bench
 from perceiver_export.runtimes.bundle import Bundle, open_bundle
 from perceiver_export.runtimes.certificates import engine_of, precision_of, valid_certificates
-from perceiver_export.runtimes.errors import DataError, DeviceError, UsageError, printable, require
+from perceiver_export.runtimes.errors import DataError, DeviceError, EngineError, UsageError, printable, require
 
 
 def check_report_file(path: Path) -> None:
@@ -170,7 +170,7 @@ def _profiles(
     """The slowest layers on each target, in the precision that was validated; none where they cannot be read."""
     for validation in validations:
         target, precision = str(validation.candidate.get("target")), precision_of(engine_of(validation.candidate))
-        with contextlib.suppress(ImportError, DeviceError):  # no onnx here, or an engine that says nothing
+        with contextlib.suppress(ImportError, DeviceError, EngineError):  # no onnx here, or no report of kernels
             from perceiver_export.calibration.report.profile import profile
 
             found = profile(bundle, device=target, precision=precision, against=reference, threads=threads)

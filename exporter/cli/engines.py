@@ -228,6 +228,8 @@ def _show_bench(result: Bench, precisions: bool) -> None:
     else:
         rows = [(name, *(one[name] for one in figures)) for name in figures[0] if any(one[name] for one in figures)]
         ui.print_table(title, ["", *(f"{side.name}>" for side in sides)], rows, _BENCH_NOTE)
+    if precisions and len(sides) == 1:
+        ui.say(f"{sides[0].target} computes in no lower precision here; --device names another target")
     if result.unsteady:
         ui.say(f"nothing is decided: {result.unsteady}; measure again on a quiet machine", "warning:")
     for reason in result.skipped:
