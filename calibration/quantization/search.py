@@ -273,9 +273,9 @@ class Trials:
             raise _refusal("no mixture of precisions holds", results[max(results)], hint)
         worth = [step for step in order if self._worth(self.rungs[step])]
         if not worth:
-            gains = ", ".join(map(str, self.rungs[order[-1]].times))
+            taken = ", ".join(map(str, self.rungs[order[-1]].times))
             raise GateError(
-                f"no mixture that holds is faster than float here: the cheapest takes {gains}",
+                f"no mixture that holds is faster than float here: the cheapest takes {taken}",
                 "keep the float bundle in that precision (validate --precision), or search with --for-size",
             )
         return worth

@@ -112,10 +112,10 @@ class Profile(msgspec.Struct, frozen=True):
                 )
             )
         peaks = ", ".join(f"{peak / 1e9:,.0f} GFLOP/s in {kind}" for kind, peak in self.peaks.items())
-        note = (
-            f"Of the peak: the least time at {peaks}, and at {self.memory / 1e9:,.1f} GB/s for what no cache holds"
-            ", as a share of the time. Alone: SQNR of the outputs with only this layer quantized."
-        )
+        memory = f"{self.memory / 1e9:,.1f} GB/s for what no cache holds"
+        note = f"Of the peak: the least time at {peaks}, and at {memory}, as a share of the time."
+        if any(one.loss is not None for one in self.layers):
+            note += " Alone: SQNR of the outputs with only this layer quantized."
         title = f"{self.bundle} in {self.precision} on {self.target}, {self.engine}"
         if not self.milliseconds:  # a report that the build kept
             return Table(title, _COLUMNS, rows, "As the engine's builder reported; it times no layers.").without_empty()
