@@ -273,10 +273,11 @@ class Trials:
             raise _refusal("no mixture of precisions holds", results[max(results)], hint)
         worth = [step for step in order if self._worth(self.rungs[step])]
         if not worth:
-            taken = ", ".join(map(str, self.rungs[order[-1]].times))
+            cheapest, gain = self.rungs[order[-1]], "smaller" if self._saves_size else "faster"
+            taken = ", ".join([f"{cheapest.size:.2f} × the size", *map(str, cheapest.times)])
             raise GateError(
-                f"no mixture that holds is faster than float here: the cheapest takes {taken}",
-                "keep the float bundle in that precision (validate --precision), or search with --for-size",
+                f"no mixture that holds is {gain} than the float bundle here: the cheapest takes {taken}",
+                "keep the float bundle (`bench --precision auto` shows its fastest precision), or search with --for-size",
             )
         return worth
 
