@@ -277,7 +277,7 @@ class Trials:
             taken = ", ".join([f"{cheapest.size:.2f} × the size", *map(str, cheapest.times)])
             raise GateError(
                 f"no mixture that holds is {gain} than the float bundle here: the cheapest takes {taken}",
-                "keep the float bundle (`bench --precision auto` shows its fastest precision), or search with --for-size",
+                "keep float: `bench --precision auto` shows its fastest precision; or search with --for-size",
             )
         return worth
 
