@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from perceiver_export.calibration.quantization.search import search as search
     from perceiver_export.calibration.quantization.sensitivity import measure_layer_errors as measure_layer_errors
     from perceiver_export.calibration.quantization.sensitivity import measure_sensitivity as measure_sensitivity
+    from perceiver_export.calibration.report.profile import profile as profile
     from perceiver_export.calibration.validation.certify import certify as certify
     from perceiver_export.calibration.validation.options import Gates as Gates
     from perceiver_export.calibration.validation.options import ValidateOptions as ValidateOptions
@@ -29,6 +30,7 @@ _NAMES = {
     "quantization.pipeline": "quantize",
     "quantization.search": "search",
     "quantization.sensitivity": "measure_layer_errors measure_sensitivity",
+    "report.profile": "profile",
     "validation.certify": "certify",
     "validation.options": "Gates ValidateOptions",
     "validation.results": "Validation",

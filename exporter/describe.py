@@ -45,7 +45,7 @@ def inspect_bundle(path: str | os.PathLike[str]) -> Inspection:
         return _inspect_onnx(source)
     bundle = open_bundle(source, verify="never")
     manifest = bundle.manifest
-    size = sum(entry.size for entry in manifest.files.values())
+    size = bundle.num_bytes
     held: dict[str, tuple[str, ...]] = {}
     elsewhere = []
     for one in certificates(bundle):

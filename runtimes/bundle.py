@@ -65,6 +65,11 @@ class Bundle:
         """Whether encoder and decoder are separate parts."""
         return "encoder" in self.manifest.parts
 
+    @property
+    def num_bytes(self) -> int:
+        """The size of the files that the manifest lists: not of engines and reports."""
+        return sum(entry.size for entry in self.manifest.files.values())
+
     def part(self, name: str | None = None) -> Part:
         """The part with that name; None is the only part. Raises UsageError: no such part."""
         parts = self.manifest.parts
@@ -221,6 +226,9 @@ def change_report(bundle: Path, section: str, change: Callable[[Any], Any]) -> N
             temporary.write_bytes(encode_json(report))
 
 
+_ByPrecision = dict[str, dict[str, dict[str, tuple[float, float, float]]]]  # by machine and target
+
+
 class Measured(msgspec.Struct, frozen=True):
     """A target's figures from `bench --save`: milliseconds per call, samples per second, and samples per call."""
 
@@ -235,6 +243,16 @@ def measurements(bundle: Path) -> dict[str, dict[str, Measured]]:
         return msgspec.convert(read_report(bundle).get("bench", {}), dict[str, dict[str, Measured]])
     except msgspec.ValidationError as error:
         raise BundleError(f"`bench` of {bundle / _REPORT} is unusable: {error}", "run `bench --save` again") from error
+
+
+def relative_times(bundle: Path, target: str) -> dict[str, tuple[float, float, float]]:
+    """By precision, the time of a call relative to fp32's on this CPU model: quartiles over pairs, as
+    `bench --precision auto --save` measured them; empty if nobody did.
+    """
+    with contextlib.suppress(BundleError, msgspec.ValidationError):
+        found = read_report(bundle).get("precisions", {})
+        return msgspec.convert(found, _ByPrecision).get(cpu_name(), {}).get(target, {})
+    return {}
 
 
 def median_latency(bundle: Path, target: str) -> float | None:

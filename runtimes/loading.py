@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from perceiver_export.runtimes.bundle import Bundle, Verify
-    from perceiver_export.runtimes.engines.backend import Hint, Precision
+    from perceiver_export.runtimes.engines.backend import Hint, PrecisionChoice
     from perceiver_export.runtimes.runtime import Runtime
 
 
@@ -19,7 +19,7 @@ def load(
     threads: int | None = None,
     verify: Verify = "auto",
     *,
-    precision: Precision | None = None,
+    precision: PrecisionChoice | None = None,
     hint: Hint = "latency",
     check_finite: bool = False,
 ) -> Runtime:
@@ -28,8 +28,8 @@ def load(
     ``part`` names one part of a split bundle; None joins all parts behind one `run`, which decodes every query.
     ``device`` is a target or ``auto`` (see `choose_target`). A named device is never replaced by another. ``threads``
     None lets the engine choose. ``precision`` None uses the engine that was built last, in any precision, or fp32 if
-    none was built. ``hint`` is the goal of compilation: ``latency`` or ``throughput``. With ``check_finite``, NaN or
-    infinity in inputs or outputs is an error.
+    none was built; ``auto`` uses the fastest that is certified here (see `choose_precision`). ``hint`` is the goal of
+    compilation: ``latency`` or ``throughput``. With ``check_finite``, NaN or infinity in inputs or outputs is an error.
 
     An engine from `build` is used if it matches this machine, library and model. If not, targets that compile in
     seconds compile again, with a warning, and `Runtime.describe` reports it; on other targets it is an error.

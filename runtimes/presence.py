@@ -3,24 +3,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import shlex
 import subprocess
 import sys
+from typing import get_args
 
 import msgspec
 
-from perceiver_export.runtimes.bundle import Bundle, median_latency
+from perceiver_export.runtimes.bundle import Bundle, median_latency, relative_times
 from perceiver_export.runtimes.certificates import Certificate, applies, certificates, may_be
-from perceiver_export.runtimes.engines.backend import TARGETS, EngineOptions, Precision, Target, find_target
+from perceiver_export.runtimes.engines.backend import (
+    TARGETS,
+    EngineOptions,
+    Precision,
+    PrecisionChoice,
+    Target,
+    find_target,
+)
 from perceiver_export.runtimes.engines.cache import make_source
 from perceiver_export.runtimes.engines.cuda import cuda_gpus
 from perceiver_export.runtimes.errors import DeviceError, MissingDependencyError, PerceiverExportError
-from perceiver_export.runtimes.machine import device_files
+from perceiver_export.runtimes.machine import cpu_features, device_files
 from perceiver_export.runtimes.opening import engine_for
 
 _log = logging.getLogger(__name__)
 
 _CPU_TARGETS = ("ort-cpu", "openvino-cpu")
+_HALVES = {"avx512_bf16", "avx512_fp16", "amx_bf16", "amx_fp16", "avx_ne_convert", "asimdhp", "bf16"}
 _DEVICE_FILES = {"Intel GPU": "dri/renderD*", "Intel NPU": "accel/accel*"}
 
 
@@ -70,7 +81,7 @@ def devices() -> tuple[Device, ...]:
     return tuple(device for device in found if device is not None)
 
 
-def choose_target(bundle: Bundle, precision: Precision | None = None) -> str:
+def choose_target(bundle: Bundle, precision: PrecisionChoice | None = None) -> str:
     """The target for ``device="auto"``.
 
     It is the first target for which a certificate of the bundle is valid here. Without one, it is the first target in
@@ -86,7 +97,7 @@ def choose_target(bundle: Bundle, precision: Precision | None = None) -> str:
     names += sorted(cpus, key=lambda name: (measured[name] is None, measured[name] or 0.0))
     written = {one.target for one in certificates(bundle)}
     for name in sorted(written, key=lambda name: (names.index(name) if name in names else len(names), name)):
-        if certificates_for(bundle, name, precision):
+        if certificates_for(bundle, name, choose_precision(bundle, name) if precision == "auto" else precision):
             _log.info("%s: auto chose %s, which is certified here", bundle.path, name)
             return name
     if written:
@@ -99,6 +110,63 @@ def choose_target(bundle: Bundle, precision: Precision | None = None) -> str:
     if not cpus:
         raise MissingDependencyError("no installed engine can run here", TARGETS["ort-cpu"].install)
     return next(name for name in names if name in cpus)  # `load` reports the problem
+
+
+def choose_precision(bundle: Bundle, target: str) -> Precision:
+    """The precision for ``precision="auto"``: the fastest that has a certificate that holds here, else fp32.
+
+    Only one that `bench --precision auto --save` found faster than fp32 on this CPU model, by its spread, is taken.
+    """
+    faster = _faster(bundle, target)
+    chosen: Precision = next((one for one in faster if certificates_for(bundle, target, one)), "fp32")
+    _log.info("%s: auto is %s on %s, faster than fp32: %s", bundle.path, chosen, target, ", ".join(faster) or "none")
+    return chosen
+
+
+def _faster(bundle: Bundle, target: str) -> tuple[Precision, ...]:
+    """Precisions that were measured to be faster than fp32 here, the fastest first."""
+    times = relative_times(bundle.path, target)
+    found = (precision for precision in get_args(Precision) if precision in times and times[precision][2] < 1)
+    return tuple(sorted(found, key=lambda precision: times[precision][1]))
+
+
+def precision_advice(bundle: Bundle, target: str) -> str:
+    """One line on a precision that is faster than fp32 on a target, or may be, and on how to check its accuracy.
+
+    Empty where there is none, or where `bench --precision auto --save` found none.
+    """
+    name, times, faster = shlex.quote(str(bundle.path)), relative_times(bundle.path, target), _faster(bundle, target)
+    if not times:
+        faster = find_target(target).backend().precisions(target)
+    if not faster:
+        return ""
+    found = (
+        f"{target} can also compute in {' or '.join(faster)} here, which is often faster: "
+        f"`perceiver-export bench {name} --device {target} --precision auto --save` measures it"
+    )
+    if times:
+        factor, own = times[faster[0]][1], bundle.manifest.precision
+        found = f"--precision {faster[0]} takes {factor:.2f} × the time of {own} on {target} here"
+        if certificates_for(bundle, target, faster[0]):
+            return f"{found}, and is certified: --precision auto takes it"
+    against = f" --against {name}" if bundle.manifest.precision == "fp32" else ""
+    validate = f"perceiver-export validate {name} --device {target} --precision {faster[0]} --data DATA{against}"
+    return f"{found}; `{validate}` checks its accuracy"
+
+
+def advice_here(bundle: Bundle, target: str = "") -> str:
+    """`precision_advice` on a target; on a CPU with instructions for 16 bits, on the first of its targets that has one.
+
+    Empty where a library does not load: advice is no reason to fail.
+    """
+    names = _CPU_TARGETS if target in ("", *_CPU_TARGETS) else (target,)
+    if names is _CPU_TARGETS and not _HALVES & set(cpu_features()):
+        return ""
+    for name in names:
+        with contextlib.suppress(PerceiverExportError):
+            if find_target(name).version() and (advice := precision_advice(bundle, name)):
+                return advice
+    return ""
 
 
 def certificates_for(bundle: Bundle, target: str, precision: Precision | None = None) -> tuple[Certificate, ...]:

@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from msgspec import structs
 
@@ -45,6 +45,9 @@ from perceiver_export.runtimes.machine import cpu_features, cpu_name
 from perceiver_export.runtimes.manifest import Manifest, Quantization, encode_manifest
 from perceiver_export.runtimes.tasks.tokenizers import truncating
 
+if TYPE_CHECKING:
+    from perceiver_export.calibration.quantization.sensitivity import GroupSensitivity
+
 
 def quantize(
     bundle: str | os.PathLike[str] | Bundle,
@@ -52,11 +55,13 @@ def quantize(
     output: str | os.PathLike[str],
     options: QuantizeOptions = QuantizeOptions(),
     *,
+    sensitivity: Sequence[GroupSensitivity] = (),
     progress: Report | None = None,
 ) -> Bundle:
     """Quantize a bundle, calibrated on DATA (`calibration.data`). Nothing is written if anything fails.
 
     Texts in DATA that are too long for the model are skipped with a note, or cut with ``options.truncate``.
+    ``sensitivity``, the result of `measure_sensitivity`, is kept in the record for `profile`.
 
     Raises UsageError, DataError, BundleError, BundleExistsError, MissingDependencyError; ExportError: the disk is full
     or not writable; GateError: coverage or accuracy is lower than ``options`` require.
@@ -71,6 +76,7 @@ def quantize(
     with new_bundle(path, options.overwrite) as directory:
         write_quantized(source, options, observation, directory, path.name, report)
         compare_with_fp32(source, observation, directory, options.threads)
+        record_sensitivity(directory, sensitivity)
         if options.gates.any:
             _check_gates(directory, source, data, options)
     report("done", 1, 1)
@@ -191,19 +197,39 @@ def _copy_others(source: Bundle, directory: Path) -> None:
 
 
 def compare_with_fp32(source: Bundle, observation: Observation, directory: Path, threads: int | None) -> None:
-    """Compare the outputs and the speed of the bundle in ``directory`` with fp32, and add both to its record."""
-    parts = open_bundle(directory, verify="never").manifest.parts
+    """Compare the bundle in ``directory`` with the float one, outputs and speed, and add both to its record."""
+    made = open_bundle(directory, verify="never")
     effects = engines.measure_effects(
-        source.manifest, engines.graphs_for("ort-cpu", parts, directory), observation.calls, threads
+        source.manifest, engines.graphs_for("ort-cpu", made.manifest.parts, directory), observation.calls, threads
     )
     fp32 = {name: source.file(part.file) for name, part in source.manifest.parts.items()}
+    size = made.num_bytes / source.num_bytes
     speeds = tuple(
-        engines.measure_speed(target, fp32, engines.graphs_for(target, parts, directory), observation.calls[0], threads)
+        engines.measure_speed(target, fp32, graphs, made.manifest.precision, observation.calls[0], threads)
         for target in engines.targets()
+        if (graphs := engines.graphs_for(target, made.manifest.parts, directory))
     )
-    slow = [one.target for one in speeds if one.ratio <= 1.0]
-    warnings = [f"not faster than fp32 with {target} on the machine that quantized it" for target in slow]
+    warnings = [
+        f"not faster than {one.best[0]} on this machine's {one.target}, when it was quantized: "
+        + (f"it gains size alone, {size:.2f} × fp32's" if size < 1 else f"nor smaller, {size:.2f} × fp32's size")
+        for one in speeds
+        if not one.faster
+    ]
     _add_to_record(directory, warnings, effects=effects, speeds=speeds)
+
+
+def record_sensitivity(directory: Path, sensitivity: Sequence[GroupSensitivity]) -> None:
+    """Add to each linear of the record the SQNR of the outputs with its layer alone quantized."""
+    if not sensitivity:
+        return
+    record = read_calibration(open_bundle(directory, verify="never"))
+    assert record is not None
+    found = {(one.part, one.group): one.output_sqnr for one in sensitivity}
+    parts = {}
+    for name, part in record.parts.items():
+        linears = (structs.replace(one, output_sqnr=found.get((name, one.group))) for one in part.linears)
+        parts[name] = structs.replace(part, linears=tuple(linears))
+    _add_to_record(directory, parts=parts)
 
 
 def _add_to_record(directory: Path, warnings: Sequence[str] = (), **found: Any) -> None:

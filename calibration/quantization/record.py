@@ -69,8 +69,11 @@ class Fp16Hazard(msgspec.Struct, frozen=True):
     depth: int
 
 
-class LinearRecord(msgspec.Struct, frozen=True):
-    """One run of a linear layer: ``sqnr`` of its product on the sampled rows, in dB; ``alpha`` is smoothing's α."""
+class LinearRecord(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One run of a linear layer: ``sqnr`` of its product on the sampled rows, in dB; ``alpha`` is smoothing's α.
+
+    ``output_sqnr`` is the SQNR of the part's outputs with only this layer quantized, if `measure_sensitivity` ran.
+    """
 
     name: str
     group: str
@@ -78,6 +81,7 @@ class LinearRecord(msgspec.Struct, frozen=True):
     macs: int
     sqnr: float | None
     alpha: float | None
+    output_sqnr: float | None = None
 
 
 class Excluded(msgspec.Struct, frozen=True):
@@ -99,16 +103,32 @@ class PartRecord(msgspec.Struct, frozen=True):
 
 
 class Speed(msgspec.Struct, frozen=True):
-    """Milliseconds per call of all parts, with fp32 and quantized timed alternately."""
+    """Milliseconds per call of all parts, timed alternately in fp32 and quantized.
+
+    ``others`` has the lower precisions that the target computes in ("bf16", "int8 with bf16"). ``best`` names the fastest
+    float and the fastest quantized precision; ``ratios`` are the quartiles of the second's time relative to the first's,
+    round by round. Older records have none of these.
+    """
 
     target: str
     fp32: float
     quantized: float
+    others: dict[str, float] = {}
+    best: tuple[str, str] = ("fp32", "")
+    ratios: tuple[float, float, float] | None = None
 
     @property
-    def ratio(self) -> float:
-        """The speed relative to fp32; above 1 is faster."""
-        return self.fp32 / self.quantized
+    def faster(self) -> bool:
+        """Whether it is faster than the best float precision: by its spread, if that was measured."""
+        return self.quantized < self.fp32 if self.ratios is None else self.ratios[2] < 1
+
+    def __str__(self) -> str:
+        times = {self.best[1].partition(" ")[0] or "quantized": self.quantized, "fp32": self.fp32, **self.others}
+        shown = ", ".join(f"{name} {time:.2f} ms" for name, time in times.items())
+        if self.ratios is None:
+            return f"{shown}: {self.fp32 / self.quantized:.2f} × as fast"
+        slowest, median, best = (1 / ratio for ratio in reversed(self.ratios))
+        return f"{shown}: {median:.2f} × as fast as {self.best[0]} (half of the pairs {slowest:.2f} to {best:.2f})"
 
 
 class OutputEffect(msgspec.Struct, frozen=True):

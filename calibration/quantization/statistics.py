@@ -162,12 +162,17 @@ def _require_finite(name: str, *arrays: Array) -> None:
 
 def load_graph(path: Path) -> ir.Model:
     """A bundle's graph with shapes, and with MatMul as the only form of linear layers."""
+    model = with_shapes(read_graph(path))
+    split_gemms(model.graph)
+    return model
+
+
+def with_shapes(model: ir.Model) -> ir.Model:
+    """The model itself, with missing shapes inferred."""
     import onnx_ir.passes.common as common
 
-    model = read_graph(path)
     if any(value.shape is None for node in model.graph for value in node.outputs):
         common.ShapeInferencePass()(model)
-    split_gemms(model.graph)
     return model
 
 

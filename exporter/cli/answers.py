@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from perceiver_export.calibration.options import option
 from perceiver_export.exporter.cli.output import Table, new_file, shape
-from perceiver_export.runtimes.engines.backend import Precision
+from perceiver_export.runtimes.engines.backend import PrecisionChoice
 from perceiver_export.runtimes.errors import InputError, UsageError, printable
 from perceiver_export.runtimes.files import readable
 
@@ -37,7 +37,9 @@ class Request:
     output: Path | None = None
     top: int = 3
     device: str = option("auto", "Target to run on; `auto` takes the first that is present.")
-    precision: Precision | None = option(None, "Engine of this precision; by default the one built last.")
+    precision: PrecisionChoice | None = option(
+        None, "Engine of this precision, `auto`: the fastest certified here; by default the one built last."
+    )
     threads: int | None = option(None, "Threads of the engine; by default the engine chooses.")
     check_finite: bool = option(False, "Refuse NaN and infinity in inputs and outputs.")
     text: Sequence[str] = option(tuple, "A text, even if a file has that name. May be given again.", "TEXT")

@@ -17,7 +17,7 @@ from typing import Annotated, ParamSpec
 import typer
 
 from perceiver_export.exporter.cli.demo import demo
-from perceiver_export.exporter.cli.engines import bench, build, doctor, lint
+from perceiver_export.exporter.cli.engines import bench, build, doctor, lint, profile
 from perceiver_export.exporter.cli.export import export, inspect, package, presets
 from perceiver_export.exporter.cli.quantize import quantize
 from perceiver_export.exporter.cli.run import run
@@ -51,7 +51,7 @@ def _interruptible(command: Callable[_P, None]) -> Callable[_P, None]:
     return run_command
 
 
-for command in (export, quantize, build, run, validate, bench, package, inspect, lint, doctor, presets, demo):
+for command in (export, quantize, build, run, validate, bench, profile, package, inspect, lint, doctor, presets, demo):
     app.command()(_interruptible(command))
 
 

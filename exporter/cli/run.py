@@ -90,6 +90,8 @@ def run(
 
 def run_task(task: str, request: Request) -> None:
     """Read the samples, run the task, save and show its answers. Raises the task's errors."""
+    from perceiver_export.runtimes.bundle import open_bundle
+    from perceiver_export.runtimes.presence import advice_here
     from perceiver_export.runtimes.tasks import open_task
 
     runner, one = RUNNERS[task], request
@@ -119,6 +121,9 @@ def run_task(task: str, request: Request) -> None:
             ui.print_table(*shown._replace(title=shown.title or title))
         else:
             ui.say(shown)
+    advice = advice_here(open_bundle(request.bundle, "never"), where["target"])
+    if advice and not where["precision"].endswith(("fp16", "bf16")):
+        ui.say(advice, "note:")
 
 
 def example_input(manifest: Manifest) -> str:

@@ -102,6 +102,14 @@ def flags(target: str) -> Flags:
     return _FLAGS[DEVICES[target]]
 
 
+def precisions(target: str) -> tuple[Precision, ...]:
+    """Those that the plugin optimizes for. A CPU without fp16 arithmetic stores fp16, and computes in fp32."""
+    platform(target, EngineOptions())  # raises where there is no such device
+    halves: tuple[Precision, ...] = ("fp16", "bf16")
+    capabilities = _core().get_property(DEVICES[target], "OPTIMIZATION_CAPABILITIES")
+    return tuple(precision for precision in halves if precision.upper() in capabilities)
+
+
 def compile(source: Source, directory: Path, progress: Progress) -> None:
     """Compile and export. With fp16, float weights take half the bytes. Raises BundleError, DeviceError."""
     progress("compiling", 0, None)
@@ -168,7 +176,7 @@ def _properties(source: Source, threads: int | None) -> dict[str, Any]:
     # A CPU without fp16 arithmetic still stores weights in half the memory, and computes in fp32.
     precision = source.options.precision
     device = DEVICES[source.target]
-    halves = device != "CPU" or "FP16" in _core().get_property(device, "OPTIMIZATION_CAPABILITIES")
+    halves = device != "CPU" or "fp16" in precisions(source.target)
     properties: dict[str, Any] = {"PERFORMANCE_HINT": _HINTS[source.options.hint]}
     if device != "NPU":  # an NPU computes only in fp16 and int8
         properties["INFERENCE_PRECISION_HINT"] = _ARITHMETIC[precision if precision != "fp16" or halves else "fp32"]

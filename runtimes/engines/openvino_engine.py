@@ -33,11 +33,16 @@ _SMALL = 16 << 10  # bytes: a copy takes about a microsecond, binding takes seve
 
 
 class Kernel(NamedTuple):
-    """One kernel of a compiled model: ``primitive`` is its implementation, ``nodes`` the graph nodes it computes."""
+    """One kernel of a compiled model: ``primitive`` is its implementation, ``nodes`` the graph nodes it computes.
 
+    ``num_bytes`` is the size of what it reads and writes, without arrays of dynamic shape.
+    """
+
+    name: str
     layer: str
     primitive: str
     nodes: tuple[str, ...]
+    num_bytes: int
 
     @property
     def is_product(self) -> bool:
@@ -56,7 +61,14 @@ def kernels(compiled: Any) -> Iterator[Kernel]:
         layer, primitive, nodes = (_text(info, name) for name in ("layerType", "primitiveType", "originalLayersNames"))
         reads = (one.get_source_output().get_node().get_friendly_name() for one in op.inputs())
         products = (name.removesuffix(_WEIGHT) for name in reads if name.endswith(_WEIGHT))
-        yield Kernel(layer, primitive, (*nodes.split(","), *products))
+        moved = sum(map(_port_bytes, (*(one.get_source_output() for one in op.inputs()), *op.outputs())))
+        yield Kernel(op.get_friendly_name(), layer, primitive, (*nodes.split(","), *products), moved)
+
+
+def _port_bytes(port: Any) -> int:
+    shape = port.get_partial_shape()
+    elements = math.prod(dim.get_length() for dim in shape) if shape.is_static else 0
+    return int(elements * port.get_element_type().bitwidth // 8)
 
 
 def arithmetic(compiled: Any, device: str) -> str:
@@ -131,6 +143,11 @@ class OpenvinoEngine:
         """All kernels, as OpenVINO reports them."""
         return tuple(kernels(self._compiled))
 
+    def kernel_times(self) -> dict[str, float]:
+        """Milliseconds of each kernel in the last call, by its name. The engine was opened with PERF_COUNT."""
+        measured = self._free[-1].profiling()
+        return {one.node_name: one.real_time.total_seconds() * 1e3 for one in measured if one.real_time}
+
     @functools.cached_property
     def _arithmetic(self) -> str:
         return arithmetic(self._compiled, DEVICES[self._source.target])
@@ -178,6 +195,10 @@ class _Request:
             for get, specs in ((request.get_input_tensor, inputs), (request.get_output_tensor, outputs))
         )
         self._bound = {spec.name for spec in outputs if sizes[spec.name] > _SMALL}
+
+    def profiling(self) -> Any:
+        """OpenVINO's own record of the last call."""
+        return self._request.profiling_info
 
     def run(self, feeds: Feeds, out: Mapping[str, Array] | None) -> dict[str, Array]:
         """Outputs in ``out``, or in new arrays that the caller owns. Raises RuntimeError."""

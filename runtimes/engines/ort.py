@@ -21,6 +21,7 @@ from perceiver_export.runtimes.engines.backend import (
     EngineOptions,
     Feeds,
     Platform,
+    Precision,
     Progress,
     Source,
     exact,
@@ -99,6 +100,11 @@ def platform(target: str, options: EngineOptions) -> Platform:
 def flags(target: str) -> Flags:
     """Session config entries."""
     return _FLAGS
+
+
+def precisions(target: str) -> tuple[Precision, ...]:
+    """None: a graph has its own precision."""
+    return ()
 
 
 def compile(source: Source, directory: Path, progress: Progress) -> None:

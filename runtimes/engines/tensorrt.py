@@ -11,7 +11,14 @@ import re
 from pathlib import Path
 from typing import Any
 
-from perceiver_export.runtimes.engines.backend import EngineOptions, Platform, Progress, Source, find_target
+from perceiver_export.runtimes.engines.backend import (
+    EngineOptions,
+    Platform,
+    Precision,
+    Progress,
+    Source,
+    find_target,
+)
 from perceiver_export.runtimes.engines.cuda import Gpu, cuda_gpus, driver_version
 from perceiver_export.runtimes.engines.flags import Flags, Values
 from perceiver_export.runtimes.engines.tensorrt_build import ENGINE, build_engine, rtx_gpus
@@ -73,6 +80,12 @@ def differences(built: Platform, here: Platform) -> tuple[str, ...]:
 def flags(target: str) -> Flags:
     """The flags of `build_engine`. Only TensorRT for RTX can build for other machines' GPUs."""
     return _CROSSED if target == "tensorrt-rtx" else _FLAGS
+
+
+def precisions(target: str) -> tuple[Precision, ...]:
+    """fp16, and bf16 on GPUs that have it; empty without a GPU."""
+    has_bf16 = [gpu.compute_capability >= _FIRST_BF16 for gpu in cuda_gpus()[:1]]
+    return ("fp16", "bf16") if any(has_bf16) else ("fp16",) if has_bf16 else ()
 
 
 def compile(source: Source, directory: Path, progress: Progress) -> None:

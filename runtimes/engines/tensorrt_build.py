@@ -43,7 +43,8 @@ class LayerReport(msgspec.Struct, frozen=True):
     """The contents of layers.json: figures from TensorRT's own report.
 
     ``precisions`` counts matrix products by type. ``weight_bytes`` is the size of the graph's constants;
-    ``bytes_each_use`` counts a constant once for each layer that uses it.
+    ``bytes_each_use`` counts a constant once for each layer that uses it. ``kernels`` is the report itself, which engines
+    of older versions lack.
     """
 
     layers: int
@@ -53,6 +54,7 @@ class LayerReport(msgspec.Struct, frozen=True):
     engine_bytes: int
     weight_bytes: int
     bytes_each_use: int
+    kernels: tuple[Layer, ...] = ()
 
 
 T = TypeVar("T")
@@ -164,7 +166,7 @@ def _build(
     (directory / ENGINE).write_bytes(serialized)
     counts = dict(Counter(asked.values()))
     size, attentions = (directory / ENGINE).stat().st_size, sum(layer.fused_attention for layer in layers)
-    report = LayerReport(len(layers), attentions, counts.get("int8", 0), counts, size, once, each)
+    report = LayerReport(len(layers), attentions, counts.get("int8", 0), counts, size, once, each, layers)
     (directory / REPORT).write_bytes(encode_json(report))
     return report
 

@@ -53,6 +53,11 @@ class Layer(NamedTuple):
         return "mha" in f"{self.name} {self.kind}".lower()
 
     @property
+    def multiplies(self) -> bool:
+        """Whether it is known to be a product, by its name or its type."""
+        return bool(_PRODUCTS.search(self.name) or _PRODUCTS.search(self.kind))
+
+    @property
     def precision(self) -> str:
         """The type in which it computes: that of its inputs, unless it converts them first; empty if not reported.
 
@@ -118,8 +123,7 @@ def precisions(layers: Iterable[Layer]) -> dict[str, str]:
     found: dict[str, tuple[bool, int]] = {}
     for layer in layers:
         if precision := layer.precision:
-            multiplies = bool(_PRODUCTS.search(layer.name) or _PRODUCTS.search(layer.kind))
-            this = (not multiplies, _ORDER.index(precision))
+            this = (not layer.multiplies, _ORDER.index(precision))
             for node in layer.nodes:
                 found[node] = min(found.get(node, this), this)
     return {node: _ORDER[place] for node, (_, place) in found.items()}

@@ -14,7 +14,7 @@ import os
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from perceiver_export.runtimes.bundle import Bundle, Verify, open_bundle
-from perceiver_export.runtimes.engines.backend import Precision
+from perceiver_export.runtimes.engines.backend import PrecisionChoice
 from perceiver_export.runtimes.errors import BundleError, UsageError
 from perceiver_export.runtimes.loading import load
 from perceiver_export.runtimes.manifest import Manifest
@@ -86,7 +86,7 @@ def open_task(
     threads: int | None = ...,
     verify: Verify = ...,
     check_finite: bool = ...,
-    precision: Precision | None = ...,
+    precision: PrecisionChoice | None = ...,
     truncate: bool = ...,
 ) -> T: ...
 
@@ -98,7 +98,7 @@ def open_task(
     threads: int | None = ...,
     verify: Verify = ...,
     check_finite: bool = ...,
-    precision: Precision | None = ...,
+    precision: PrecisionChoice | None = ...,
     truncate: bool = ...,
 ) -> _SomeTask: ...
 
@@ -127,7 +127,7 @@ def _open(
     threads: int | None = None,
     verify: Verify = "auto",
     check_finite: bool = False,
-    precision: Precision | None = None,
+    precision: PrecisionChoice | None = None,
     truncate: bool = False,
 ) -> Task:
     opened = open_bundle(bundle, verify)

@@ -34,6 +34,7 @@ from perceiver_export.runtimes.errors import (
     VacuousGateError,
 )
 from perceiver_export.runtimes.machine import cpu_name
+from perceiver_export.runtimes.presence import precision_advice
 from tests.calibration.asked import judged, pictures
 from tests.conftest import FASHION
 
@@ -112,6 +113,34 @@ def test_auto_runs_a_certified_bundle_where_it_is_certified(
     assert described(bundle) == ("openvino-cpu", (both,))
     inspected = inspect_bundle(bundle)
     assert (inspected.certificates, inspected.certified_with) == ((both,), {"--device ort-cpu": (ort,)})
+
+
+def test_auto_takes_a_precision_only_where_it_is_faster_and_certified(
+    copied_plain_bundle: Path, fashion_bundle: Path, fresh: Path
+) -> None:
+    bundle = copied_plain_bundle
+
+    def taken(**options: Any) -> str:
+        with load(bundle, precision="auto", **options) as runtime:
+            return str(runtime.describe()["precision"])
+
+    def measured(*quartiles: float) -> None:
+        times = {"openvino-cpu": {"fp32": (1.0, 1.0, 1.0), "fp16": quartiles}}
+        change_report(bundle, "precisions", lambda _: {cpu_name(): times})
+
+    measured(0.5, 0.6, 0.7)
+    assert taken(device="openvino-cpu") == "fp32"
+    assert "validate" in precision_advice(open_bundle(bundle), "openvino-cpu")
+    asked = {"device": "openvino-cpu", "precision": "fp16", "against": fashion_bundle}
+    certify(bundle, [judged(bundle, fresh, **asked, min_agreement=90)])
+    assert taken() == taken(device="openvino-cpu") == "fp16"
+    assert taken(device="ort-cpu") == "fp32"
+    assert build(bundle, "openvino-cpu", precision="auto")[0].precision == "fp16"
+    measured(0.9, 0.95, 1.05)  # a tie
+    assert taken(device="openvino-cpu") == "fp32"
+    assert precision_advice(open_bundle(bundle), "openvino-cpu") == ""
+    change_report(bundle, "precisions", lambda _: {"another CPU": {}})
+    assert taken(device="openvino-cpu") == "fp32"
 
 
 def test_where_the_certified_target_is_not_here_auto_takes_another(bundle: Path, on: dict[str, Validation]) -> None:
