@@ -17,7 +17,10 @@ if TYPE_CHECKING:
     from perceiver_export.calibration.validation.certify import certify as certify
     from perceiver_export.calibration.validation.options import Gates as Gates
     from perceiver_export.calibration.validation.options import ValidateOptions as ValidateOptions
+    from perceiver_export.calibration.validation.planning import plan as plan
     from perceiver_export.calibration.validation.results import Validation as Validation
+    from perceiver_export.calibration.validation.shards import merge as merge
+    from perceiver_export.calibration.validation.shards import validate_shard as validate_shard
     from perceiver_export.calibration.validation.validation import validate as validate
     from perceiver_export.calibration.validation.validation import validate_targets as validate_targets
 
@@ -32,6 +35,8 @@ _NAMES = {
     "validation.certify": "certify",
     "validation.options": "Gates ValidateOptions",
     "validation.results": "Validation",
+    "validation.planning": "plan",
+    "validation.shards": "merge validate_shard",
     "validation.validation": "validate validate_targets",
 }
 _MODULES = {name: module for module, names in _NAMES.items() for name in names.split()}

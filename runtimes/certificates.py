@@ -44,7 +44,7 @@ class Certificate(msgspec.Struct, frozen=True):
     The reference has its name, its target and engine, and the SHA-256 of its graphs (for a checkpoint: its weights).
     ``data`` is the fingerprint of the samples and their labels or targets, ``labels`` counts each label. ``caveats``
     weaken the claims: samples that ``--allow-overlap`` accepted, inputs out of range, unseen labels, a very wide
-    margin, and bounds that are not exact.
+    margin, and bounds that are not exact. ``sequential``: where a run stopped that ended once its gates were decided.
     """
 
     claims: tuple[Claim, ...]
@@ -62,6 +62,7 @@ class Certificate(msgspec.Struct, frozen=True):
     reference_engine: str = ""
     reference_graphs: dict[str, str] = {}
     labels: dict[str, int] = {}
+    sequential: str = ""
 
     def __str__(self) -> str:
         claims = " and ".join(map(str, self.claims))
@@ -70,9 +71,11 @@ class Certificate(msgspec.Struct, frozen=True):
         confidence = f"{100 * self.claims[0].confidence:g} %" if self.claims else "no"
         caveats = "".join(f"; but {caveat}" for caveat in self.caveats)
         each = " each" if len(self.claims) > 1 else ""
+        samples = f"{self.samples:,} samples of {self.data[:16]}{_counted(self.labels)}"
+        stopped = f", {self.sequential}" if self.sequential else ""
         return (
             f"{claims} against {self.reference} ({self.reference_target}, {self.reference_engine}) with {confidence}"
-            f" confidence{each}, {self.samples:,} samples of {self.data[:16]}{_counted(self.labels)}, {where}{caveats}"
+            f" confidence{each}, {samples}{stopped}, {where}{caveats}"
         )
 
 

@@ -16,9 +16,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import msgspec
 import numpy as np
 
-from perceiver_export.calibration.data.sources import LABELS, RANDOM, Data, Labels, Row, is_mask, largest, open_source
+from perceiver_export.calibration.data.sources import (
+    LABELS,
+    RANDOM,
+    Data,
+    Labels,
+    Row,
+    Source,
+    is_mask,
+    largest,
+    open_source,
+)
 from perceiver_export.runtimes.errors import DataError, InputError, LongTextError
 from perceiver_export.runtimes.manifest import Manifest, Part, TensorSpec
 from perceiver_export.runtimes.preprocessing import FlowPreprocessing, ImagePreprocessing, TextPreprocessing
@@ -32,6 +43,7 @@ Arrays = dict[str, Array]
 
 _T = TypeVar("_T")
 _SHARE = 0.15  # of a text's tokens are masked, as in training (Devlin et al. 2019; Perceiver IO, section 4.1)
+_BLOCK = 2_048  # samples of a random order that are in memory at once
 
 
 @dataclass(frozen=True)
@@ -39,7 +51,7 @@ class Example:
     """One sample, without the batch. ``source`` is what people look at: an image's path or pixels, a text.
 
     ``labels``: the names in its label. ``digest`` is of the inputs before anything is masked: equal for equal content,
-    whatever file it came from.
+    whatever file it came from. ``position``: its place in the data, from 0.
     """
 
     name: str
@@ -48,6 +60,31 @@ class Example:
     source: Path | Array | str | None = None
     labels: tuple[str, ...] = ()
     digest: str = ""
+    position: int = 0
+
+
+class Notes(msgspec.Struct):
+    """What the reader assumed about labels, and the texts that it left out or cut, by position.
+
+    ``count`` is the number of samples in the data, if known.
+    """
+
+    count: int | None
+    labels: dict[str, str] = {}
+    left_out: dict[int, str] = {}
+    cut: dict[int, str] = {}
+
+    def by_kind(self) -> dict[str, str]:
+        """One note for each kind: labels, left out, cut."""
+        whole = "" if self.count is None else f" of {self.count:,}"
+        found = {"labels": "; ".join(self.labels.values())}
+        if self.left_out:
+            found["left out"] = f"texts too long for the model, left out: {len(self.left_out):,}{whole}; "
+            found["left out"] += f"{self.left_out[min(self.left_out)]}; cut them with --truncate"
+        if self.cut:
+            first = self.cut[min(self.cut)]
+            found["cut"] = f"texts too long for the model, cut: {len(self.cut):,}{whole}; first {first}"
+        return {kind: note for kind, note in found.items() if note}
 
 
 class Samples:
@@ -55,7 +92,11 @@ class Samples:
 
     If there are more than ``samples``, it takes that many: evenly spread if their number is known, because data is
     often sorted, otherwise the first. ``judged``: mask tokens for a masked language model. ``tokenizer`` reads texts;
-    by default the manifest's bytes. A bundle with a tokenizer file needs its own, `tokenizer_of`.
+    by default the manifest's bytes. A bundle with a tokenizer file needs its own, `tokenizer_of`. ``shard`` (i, n):
+    only the i-th of every n samples. ``seed``: in the random order of that seed, which needs files.
+
+    After the stream has ended, ``total`` is the number of samples of all shards, and ``rows`` the SHA-256 of their
+    names and labels; ``notes`` are complete then too.
 
     Raises DataError: here for labels, and for names of arrays in files; while reading for anything else.
     """
@@ -67,6 +108,8 @@ class Samples:
         samples: int | None = None,
         judged: bool = False,
         tokenizer: Tokenizer | None = None,
+        shard: tuple[int, int] = (1, 1),
+        seed: int | None = None,
     ) -> None:
         if judged and isinstance(data, str | Path) and str(data) == RANDOM:
             raise DataError("random numbers show no accuracy", "give labelled data, or a real sample of inputs")
@@ -76,27 +119,40 @@ class Samples:
         if tokenizer is None and isinstance(self._steps, TextPreprocessing):
             self._tokenizer = open_tokenizer(manifest, Path())
         self._labels = Labels(manifest)
-        self.left_out: list[DataError] = []  # texts that do not fit into the model
-        self._cut: list[str] = []  # names of samples whose text was cut to fit
         source = open_source(data, manifest)
         count = source.count
         if source.heads is not None:
             count = sum(1 for _ in map(self._check, source.heads()))
             if not count:
                 raise DataError(f"{data} holds no samples", "give at least one")
-        self.count = count if samples is None or count is None else min(samples, count)
-        self.stream = self._prepare_all(_spread(source.rows(), count, samples))
+        whole = count if samples is None or count is None else min(samples, count)
+        self.notes = Notes(whole, self._labels.notes)
+        self.count = None if whole is None else len(range(shard[0] - 1, whole, shard[1]))
+        self.total, self._rows = 0, hashlib.sha256()
+        if seed is not None and (whole is None or source.heads is None):
+            raise DataError(f"{data} cannot be read in a random order", "write its samples to a file")
+        self.stream = self._prepare_all(self._chosen(source, count, samples, shard, seed))
 
-    def notes(self) -> dict[str, str]:
-        """By kind (labels, left out, cut) what was assumed or skipped; complete when the stream has ended."""
-        whole = "" if self.count is None else f" of {self.count:,}"
-        found = {"labels": "; ".join(self._labels.notes)}
-        if self.left_out:
-            found["left out"] = f"texts too long for the model, left out: {len(self.left_out):,}{whole}; "
-            found["left out"] += f"{self.left_out[0].message}; cut them with --truncate"
-        if self._cut:
-            found["cut"] = f"texts too long for the model, cut: {len(self._cut):,}{whole}; first {self._cut[0]}"
-        return {kind: note for kind, note in found.items() if note}
+    @property
+    def rows(self) -> str:
+        """SHA-256 of the names and labels of all samples so far, those of other shards included."""
+        return self._rows.hexdigest()
+
+    def _chosen(
+        self, source: Source, count: int | None, samples: int | None, shard: tuple[int, int], seed: int | None
+    ) -> Iterator[tuple[int, Row]]:
+        """The rows to prepare, each with its position."""
+
+        def rows() -> Iterator[tuple[int, Row]]:
+            return enumerate(_spread(source.rows(), count, samples))
+
+        for position, row in rows() if seed is None else _shuffled(rows, self.notes.count or 0, seed):
+            label = next((row[1][name] for name in LABELS if name in row[1]), None)
+            plain = label.tolist() if isinstance(label, (np.ndarray, np.generic)) else label
+            self._rows.update(f"{row[0]} {plain!r}\n".encode(errors="replace"))
+            self.total += 1
+            if position % shard[1] == shard[0] - 1:
+                yield position, row
 
     def _check(self, row: Row) -> None:
         """Raise DataError if a sample's label is not one of this model, or an input is missing."""
@@ -106,25 +162,26 @@ class Samples:
             if key not in values and not is_mask(key) and not (self._tokenizer and "text" in values):
                 raise _missing(name, spec, values)
 
-    def _prepare_all(self, rows: Iterable[Row]) -> Iterator[Example]:
+    def _prepare_all(self, rows: Iterable[tuple[int, Row]]) -> Iterator[Example]:
         """The examples without texts that are too long. Raises DataError: also if all of them are."""
-        fitting = False
-        for name, values in rows:
+        fitting, first = False, None
+        for position, (name, values) in rows:
             try:
-                yield self._prepare(name, dict(values))
+                yield self._prepare(position, name, dict(values))
                 fitting = True
             except DataError as error:
                 if not isinstance(error.__cause__, LongTextError):
                     raise
-                self.left_out.append(error)
-        if self.left_out and not fitting:
-            raise self.left_out[0]
+                self.notes.left_out[position] = error.message
+                first = first or error
+        if first is not None and not fitting:
+            raise first
 
-    def _prepare(self, name: str, values: dict[str, Any]) -> Example:
+    def _prepare(self, position: int, name: str, values: dict[str, Any]) -> Example:
         targets = self._label(values, name)
         labels = self._labels.seen(targets["label"]) if targets else ()
         try:
-            source = self._preprocess(name, values)
+            source = self._preprocess(position, name, values)
             feeds = {}
             for key, spec in self._specs.items():
                 if values.get(key) is None:
@@ -135,7 +192,7 @@ class Samples:
             raise DataError(f"{name}: {error.message}", error.hint) from error
         digest = digest_of(feeds)
         feeds, targets = self._targets(name, feeds, {**_extras(values), **targets})
-        return Example(name, feeds, targets, source, tuple(labels), digest)
+        return Example(name, feeds, targets, source, tuple(labels), digest, position)
 
     def _label(self, values: dict[str, Any], where: str) -> Arrays:
         """Take the label out of a sample's values; empty if it has none. Raises DataError."""
@@ -149,7 +206,7 @@ class Samples:
             return {}
         return {"label": self._labels.read(given[0], where)}
 
-    def _preprocess(self, name: str, values: dict[str, Any]) -> Path | Array | str | None:
+    def _preprocess(self, position: int, name: str, values: dict[str, Any]) -> Path | Array | str | None:
         """Turn images, texts and frames into inputs, and add masks. Returns what people look at. Raises InputError."""
         source = None
         if isinstance(self._steps, ImagePreprocessing) and "image" in values:
@@ -157,7 +214,8 @@ class Samples:
         if self._tokenizer is not None and "text" in values:
             source = values.pop("text")
             values |= {key: array[0] for key, array in self._tokenizer([source]).items()}
-            self._cut += [name] if self._tokenizer.cuts(source) else []
+            if self._tokenizer.cuts(source):
+                self.notes.cut[position] = name
         if isinstance(self._steps, FlowPreprocessing) and isinstance(frames := values.get("frames"), np.ndarray):
             pixels = frames[0] if frames.ndim == 5 and len(frames) == 1 else frames
             if pixels.dtype == np.uint8 and pixels.ndim == 4:  # (2, H, W, 3) to (2, 3, H, W) from −1 to 1
@@ -231,6 +289,16 @@ def _spread(items: Iterator[_T], count: int | None, samples: int | None) -> Iter
         return itertools.islice(items, samples)
     wanted = {index * count // samples for index in range(samples)}
     return (item for index, item in enumerate(items) if index in wanted)
+
+
+def _shuffled(rows: Callable[[], Iterator[tuple[int, _T]]], count: int, seed: int) -> Iterator[tuple[int, _T]]:
+    """Rows in a random order. Reads them again for each block, because not all fit in memory."""
+    order = np.random.default_rng(seed).permutation(count).tolist()
+    for start in range(0, count, _BLOCK):
+        block = order[start : start + _BLOCK]
+        wanted = set(block)
+        found = {position: row for position, row in rows() if position in wanted}
+        yield from ((position, found[position]) for position in block)
 
 
 def _image(image: Any, steps: ImagePreprocessing) -> tuple[Path | Array, Array]:

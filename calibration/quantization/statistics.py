@@ -268,4 +268,4 @@ def observe(bundle: Bundle, data: Data, samples: int, threads: int | None, repor
     if not calls:
         raise DataError(*NO_SAMPLES)
     statistics = {name: observer.statistics for name, observer in observers.items()}
-    return Observation(statistics, watch.report(list(examples.notes().values())), tuple(calls))
+    return Observation(statistics, watch.report(list(examples.notes.by_kind().values())), tuple(calls))

@@ -137,6 +137,11 @@ class Report:
                 f" On {_target(first)}, {flips.lost:,} right with the reference only, {flips.gained:,} with the"
                 f" candidate only (exact McNemar p = {first.mcnemar:.3g})."
             )
+        if first.data.sequential:
+            note = (
+                "The run {}. Bounds of shares hold wherever it stops, those of other metrics for a fixed number only."
+            )
+            note = note.format(first.data.sequential)
         columns = ("target", "metric", "candidate (95 % bounds)>", "reference>", "worse by (95 % bounds)>")
         return Table("Accuracy", columns, rows, note).without_empty()
 

@@ -115,6 +115,8 @@ class ValidateOptions:
     truncate: bool = option(False, "Cut texts that are longer than the model, instead of leaving them out.")
     certify: bool = option(False, "Write a certificate into BUNDLE if all gates hold; it shows where it holds.")
     allow_overlap: bool = option(False, "Certify even if samples were calibrated on, or are repeated.")
+    sequential: bool = option(False, "Stop as soon as the gates are decided; the 95 % hold wherever it stops.")
+    seed: int = option(0, "Of --sequential: the seed of the random order of samples.")
     save_worst: str | os.PathLike[str] | None = field(
         default=None,
         metadata={"doc": "Save the worst samples here (images, inputs, worst.json) and classes.", "value": "DIR"},
@@ -126,6 +128,9 @@ class ValidateOptions:
         check_kind("gates", self.gates, Gates, "Gates(max_drop=…, …)")
         if self.samples is not None:
             check_whole("samples", self.samples, 1, None, "give 1 or more, or leave it out")
+        check_whole("seed", self.seed, 0, None, "give 0 or more")
+        if self.sequential and not self.gates.any:
+            raise UsageError("--sequential stops when gates are decided, and there is none", "give --max-drop")
         if callable(self.against) and self.against_device is not None:
             raise UsageError("a checkpoint runs in torch, and on no target", "leave --against-device out")
         if self.certify and not self.gates.any:
