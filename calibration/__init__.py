@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from perceiver_export.calibration.lowering.lint import lint as lint
     from perceiver_export.calibration.lowering.tensorrt import lower_bundle as lower_bundle
     from perceiver_export.calibration.quantization.options import QuantizeOptions as QuantizeOptions
+    from perceiver_export.calibration.quantization.pipeline import collect_statistics as collect_statistics
     from perceiver_export.calibration.quantization.pipeline import quantize as quantize
     from perceiver_export.calibration.quantization.search import search as search
     from perceiver_export.calibration.quantization.sensitivity import measure_layer_errors as measure_layer_errors
@@ -29,7 +30,7 @@ _NAMES = {
     "lowering.lint": "lint",
     "lowering.tensorrt": "lower_bundle",
     "quantization.options": "QuantizeOptions",
-    "quantization.pipeline": "quantize",
+    "quantization.pipeline": "collect_statistics quantize",
     "quantization.search": "search",
     "quantization.sensitivity": "measure_layer_errors measure_sensitivity",
     "validation.certify": "certify",

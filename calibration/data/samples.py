@@ -387,10 +387,25 @@ def run_parts(
 
 
 def _input(spec: TensorSpec, part: Part, available: Mapping[str, Array], generator: np.random.Generator) -> Array:
-    if spec.name != "queries" or part.num_queries is None:
+    if not _is_drawn(spec, part):
         return available[spec.name]
+    return _queries(spec, part, next(iter(available.values())).shape[0], generator)
+
+
+def skip_parts(manifest: Manifest, batch: int, generator: np.random.Generator) -> None:
+    """Draw what `run_parts` draws for a call, and run nothing."""
+    for part in manifest.parts.values():
+        for spec in part.inputs:
+            if _is_drawn(spec, part):
+                _queries(spec, part, batch, generator)
+
+
+def _is_drawn(spec: TensorSpec, part: Part) -> bool:
+    return spec.name == "queries" and part.num_queries is not None
+
+
+def _queries(spec: TensorSpec, part: Part, batch: int, generator: np.random.Generator) -> Array:
     count = spec.shape[1]
     if not isinstance(count, int):
         count = min(spec.ranges[count][1], _DYNAMIC_QUERIES)
-    batch = next(iter(available.values())).shape[0]
-    return np.sort(generator.integers(part.num_queries, size=(batch, count)), axis=1).astype(np.int32)
+    return np.sort(generator.integers(part.num_queries or 0, size=(batch, count)), axis=1).astype(np.int32)

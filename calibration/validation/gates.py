@@ -35,7 +35,7 @@ MARKS = {"held": "PASS", "not held": "FAIL", "undecided": "UNDECIDED", "vacuous"
 AT_LEAST, AT_MOST = "at least", "at most"
 _ERRORS = {"not held": GateError, "vacuous": VacuousGateError, "undecided": UndecidedError}
 _POWER = 0.8
-_SEQUENTIAL = 2  # times as many samples decide as often if the run may stop anywhere (tests/benchmarks/sequential.py)
+_SEQUENTIAL = 3  # times as many samples decide as often if the run may stop anywhere (tests/benchmarks/sequential.py)
 _MOST = 10**9  # samples that nobody has
 # Margins beyond which a gate means little: two of ten answers may change, or a mean may worsen by half.
 _WIDE = {"points": 20.0, RELATIVE: 50.0}

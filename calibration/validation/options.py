@@ -86,6 +86,14 @@ def check_percent(option: str, value: float, below: float = 1.0) -> None:
         raise UsageError(f"{option} is {value:g}, and it is in percent", f"did you mean {100 * value:g}?")
 
 
+def parse_shard(text: str) -> tuple[int, int]:
+    """3/16 → (3, 16). Raises UsageError."""
+    shard, _, shards = text.partition("/")
+    if not (shard.isdecimal() and shards.isdecimal() and 1 <= int(shard) <= int(shards) <= 10**6):
+        raise UsageError(f"--shard is {text!r}", "give 1/16 to 16/16, of 16 shards")
+    return int(shard), int(shards)
+
+
 @dataclass(frozen=True)
 class ValidateOptions:
     """Options of `validate`; `validate --help` prints the doc of each field that has one. Raises UsageError when made.

@@ -22,7 +22,7 @@ from perceiver_export.calibration.validation.statistics import CONFIDENCE, Bound
 from perceiver_export.runtimes.runtime import Array
 
 # As shares of the largest bet. Large ones win where flips are rare, small ones where the drop is close to the margin.
-_BETS = 0.99 * 2.0 ** -np.arange(10)
+_BETS = 0.99 * 2.0 ** -np.arange(8)
 _STEPS = 50  # of a bisection
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from perceiver_export.calibration.bundles import identity
 from perceiver_export.calibration.data.fingerprints import DataWatch
 from perceiver_export.calibration.data.samples import Notes
 from perceiver_export.calibration.validation.certify import check_certifiable
@@ -35,7 +36,6 @@ from perceiver_export.runtimes.bundle import Bundle, open_bundle
 from perceiver_export.runtimes.certificates import engine_of, on_cpu
 from perceiver_export.runtimes.errors import DataError, UsageError
 from perceiver_export.runtimes.files import encode_json, parsing, read_json
-from perceiver_export.runtimes.manifest import encode_manifest
 from perceiver_export.runtimes.runtime import Array
 
 _LIMIT = 256 << 20  # bytes of a file
@@ -76,7 +76,7 @@ class Worst(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Shard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Shard ``shard`` of ``shards``. ``bundle``: SHA-256 of its manifest without the hashes of files.
+    """Shard ``shard`` of ``shards``. ``bundle``: its `identity`.
 
     ``rows``: SHA-256 of the names and labels of all ``total`` samples of the data. ``columns`` have a row for each of
     ``positions``. ``digest``: SHA-256 of everything else.
@@ -135,14 +135,6 @@ class Shard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return f"{target}{device}, {engine_of(self.candidate)}, {instructions}, graphs {graphs}"
 
 
-def parse_shard(text: str) -> tuple[int, int]:
-    """3/16 → (3, 16). Raises UsageError."""
-    shard, _, shards = text.partition("/")
-    if not (shard.isdecimal() and shards.isdecimal() and 1 <= int(shard) <= int(shards) <= 10**6):
-        raise UsageError(f"--shard is {text!r}", "give 1/16 to 16/16, of 16 shards")
-    return int(shard), int(shards)
-
-
 def validate_shard(
     bundle: str | os.PathLike[str] | Bundle,
     data: str | Path,
@@ -165,7 +157,7 @@ def validate_shard(
     }
     return Shard(
         *shard,
-        bundle=_identity(open_bundle(bundle, "never")),
+        bundle=identity(open_bundle(bundle, "never")),
         package=importlib.metadata.version("perceiver-export"),
         metric=options.gates.own,
         truncate=options.truncate,
@@ -220,7 +212,7 @@ def merge(
             if value != expected.alike[words]:
                 raise DataError(f"{file} has another {words} than {first}", _AGAIN)
         places.setdefault(one.place, {}).setdefault(one.shard, one)
-    if expected.bundle != _identity(opened):
+    if expected.bundle != identity(opened):
         raise DataError(f"{first} is not of the bundle {opened.path}", "give the bundle that the shards judged")
     if expected.metric != options.gates.own:
         raise UsageError(f"the shards were judged by --metric {expected.metric}", "give the same to --merge")
@@ -230,10 +222,6 @@ def merge(
             raise DataError(said, "run them there and merge again, or leave out the files of other machines")
     with parsing(str(first), "and the other shards do not fit this bundle", _AGAIN, DataError):
         return tuple(_judged(opened, [found[index] for index in sorted(found)], options) for found in places.values())
-
-
-def _identity(bundle: Bundle) -> str:
-    return hashlib.sha256(encode_manifest(msgspec.structs.replace(bundle.manifest, files={}))).hexdigest()
 
 
 def _read(file: Path) -> Shard:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -37,20 +38,38 @@ class _Search:
     allow_overlap: bool = option(False, "Of --search: go on though the sets share samples.")
 
 
+@dataclass(frozen=True)
+class _Shards:
+    """Options that spread the pass over DATA on several machines."""
+
+    shard: str | None = option(None, "Run this share of the calls only: 3/16 is the third of 16.", "I/N")
+    statistics: str | None = option(None, "Of --shard: where its statistics go.", "FILE.npz")
+    merge: bool = option(False, "Quantize by the statistics in PART.npz of all shards, instead of DATA.")
+
+
 @ui.options_of(
-    QuantizeOptions, _Search, precision=partial(ui.pair, option="--precision", example="'decoder.*=int8-weights'")
+    QuantizeOptions,
+    _Search,
+    _Shards,
+    precision=partial(ui.pair, option="--precision", example="'decoder.*=int8-weights'"),
 )
 def quantize(
     bundle: ui.BundleArgument,
+    options: QuantizeOptions,
+    how: _Search,
+    shards: _Shards,
+    parts: Annotated[
+        list[Path] | None, typer.Argument(metavar="[PART.npz]...", help="Statistics, for --merge.")
+    ] = None,
     data: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="Images, .npz by input name (or a directory of them), .jsonl of text, module:function; or `random`."
         ),
-    ],
-    output: Annotated[str, typer.Option("--output", "-o", metavar="BUNDLE2", help="Where the quantized bundle goes.")],
-    options: QuantizeOptions,
-    how: _Search,
+    ] = None,
+    output: Annotated[
+        str | None, typer.Option("--output", "-o", metavar="BUNDLE2", help="Where the quantized bundle goes.")
+    ] = None,
     sensitivity: Annotated[
         Path | None,
         typer.Option(metavar="FILE.json", help="Also measure each layer by itself; the worst are printed."),
@@ -64,6 +83,17 @@ def quantize(
     if sensitivity is not None:
         ui.check_output(sensitivity, (bundle, data, how.search, how.certify), ".json")
         ui.check_file(sensitivity)
+    if shards.shard is not None or shards.statistics is not None:
+        _collect(bundle, data, options, shards, (how.search, output, sensitivity, parts, shards.merge or None))
+        return
+    if output is None or (data is None) != shards.merge or (parts and not shards.merge):
+        said = "quantize needs data and an output, or statistics and an output"
+        raise UsageError(said, "give --data DATA -o BUNDLE2, or --merge PART.npz … -o BUNDLE2")
+    if data is None:
+        if how.search is not None or sensitivity is not None or options.gates.any:
+            raise UsageError("--search, --sensitivity and gates have no effect with --merge", "give --data without it")
+        _quantize_and_show(bundle, None, output, json, None, options, parts or ())
+        return
     if (how.search is None) != (how.certify is None):
         raise UsageError("a search needs two sets of samples", _SPLITS)
     if how.search is not None:
@@ -74,8 +104,32 @@ def quantize(
     _quantize_and_show(bundle, data, output, json, sensitivity, options)
 
 
+def _collect(
+    bundle: str, data: str | None, options: QuantizeOptions, shards: _Shards, without: tuple[object, ...]
+) -> None:
+    """Write the statistics of a shard. Raises UsageError for options that have no effect then: those ``without``."""
+    from perceiver_export.calibration import collect_statistics
+    from perceiver_export.calibration.validation.options import parse_shard
+
+    if data is None or shards.shard is None or shards.statistics is None or any(without) or options.gates.any:
+        hint = "give quantize BUNDLE --data DATA --shard 3/16 --statistics part3.npz, and all else to --merge"
+        raise UsageError("a shard needs data, its number and a file, and takes no output and no gate", hint)
+    numbers, path = parse_shard(shards.shard), Path(shards.statistics)
+    ui.check_file(path)
+    ui.check_output(path, (bundle, data), ".npz")
+    with ui.progress_bar("quantize") as progress:
+        collect_statistics(bundle, data, path, numbers, options, progress=progress)
+    ui.say(f"statistics written to {path}; next: perceiver-export quantize {shlex.quote(bundle)} --merge PART.npz …")
+
+
 def _quantize_and_show(
-    bundle: str, data: str, output: str, json: bool, sensitivity: Path | None, options: QuantizeOptions
+    bundle: str,
+    data: str | None,
+    output: str,
+    json: bool,
+    sensitivity: Path | None,
+    options: QuantizeOptions,
+    parts: Sequence[Path] = (),
 ) -> None:
     from perceiver_export.calibration import quantize as quantize_
     from perceiver_export.calibration.quantization.record import read_calibration
@@ -83,8 +137,8 @@ def _quantize_and_show(
 
     groups = None
     with ui.progress_bar("quantize", quiet=json) as progress:
-        made = quantize_(bundle, data, output, options, progress=progress)
-        if sensitivity is not None:
+        made = quantize_(bundle, data, output, options, progress=progress, statistics=parts)
+        if sensitivity is not None and data is not None:
             groups = measure_sensitivity(bundle, data, replace(options, samples=SAMPLES), progress=progress)
             ui.write_json(sensitivity, groups)
     calibration = read_calibration(made)

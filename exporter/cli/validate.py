@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from perceiver_export.calibration.validation.options import Gates, ValidateOptions, option
+from perceiver_export.calibration.validation.options import Gates, ValidateOptions, option, parse_shard
 from perceiver_export.exporter.cli.output import (
     JsonFlag,
     check_file,
@@ -130,7 +130,7 @@ def _plan(gates: Gates, flips: str, json: bool) -> None:
 
 
 def _judge_shard(bundle: str, data: str, options: ValidateOptions, shard: str, scores: Path, json: bool) -> None:
-    from perceiver_export.calibration.validation.shards import encode_shard, parse_shard, validate_shard
+    from perceiver_export.calibration.validation.shards import encode_shard, validate_shard
 
     numbers = parse_shard(shard)
     check_file(scores)
