@@ -157,7 +157,7 @@ def gather(
 
 
 def _certified(bundle: Bundle, validations: Sequence[Validation]) -> Iterator[str]:
-    """The certificates that these validations show: none if a gate did not hold, whatever held on other days."""
+    """The certificates that these validations support; none if a gate did not hold."""
     for validation in validations if all(validation.held for validation in validations) else ():
         limits = {(gate.wanted.subject, gate.wanted.limit) for gate in validation.gates}
         side, instructions = validation.candidate, validation.machine.get("instruction set", "")

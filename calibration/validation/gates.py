@@ -36,7 +36,7 @@ AT_LEAST, AT_MOST = "at least", "at most"
 _ERRORS = {"not held": GateError, "vacuous": VacuousGateError, "undecided": UndecidedError}
 _POWER = 0.8
 _SEQUENTIAL = 3  # times as many samples decide as often if the run may stop anywhere (tests/benchmarks/sequential.py)
-_MOST = 10**9  # samples that nobody has
+_MOST = 10**9  # samples; nobody has more
 # Margins beyond which a gate means little: two of ten answers may change, or a mean may worsen by half.
 _WIDE = {"points": 20.0, RELATIVE: 50.0}
 _WIDE_AGREEMENT = 80.0
@@ -67,11 +67,10 @@ class Wanted(msgspec.Struct, frozen=True):
 class Gate(msgspec.Struct, frozen=True):
     """A gate and its outcome: ``measured``, ``lower`` and ``upper`` bound in the unit of ``wanted``.
 
-    ``samples_to_decide``: how many would decide four times in five if the truth is what was measured; None if it is
-    decided, or if no number would. ``bounds`` are exact, of a sequential run, or of a mean, with its `CAVEAT`.
-    ``reservations``: what
-    makes it less meaningful than it seems (repeated samples, a reference that guesses); a gate that holds is never
-    shown without them. ``vacuous``: why any model would pass it.
+    ``samples_to_decide``: the number that would decide four times in five if the measured value is the truth; None if
+    the gate is decided, or if no number would decide it. ``bounds`` are exact, of a sequential run, or of a mean, with
+    its `CAVEAT`. ``reservations``: reasons why it means less than it seems (repeated samples, a reference that guesses);
+    a gate that holds is never shown without them. ``vacuous``: why any model would pass it.
     """
 
     wanted: Wanted

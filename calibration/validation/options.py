@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gates and options of `validate`, checked when they are made; the command line makes its options of them."""
+"""Gates and options of `validate`, checked on construction; the command line derives its own options from them."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Gates:
 
     @property
     def any(self) -> bool:
-        """Whether there is a gate at all."""
+        """Whether any gate is set."""
         return (self.max_drop, self.min_agreement, self.max_metric_change) != (None, None, None)
 
     @property
@@ -114,8 +114,8 @@ class ValidateOptions:
     against_device: str | None = option(
         None, "Target of the reference, by default BUNDLE's (of `all` the first). Without --against: BUNDLE on it."
     )
-    samples: int | None = option(None, "Take so many samples, evenly spread over the data.")
-    device: str = option("auto", "Target; `auto` is the first present, `all` each of them.")
+    samples: int | None = option(None, "Take this many samples, evenly spread over the data.")
+    device: str = option("auto", "Target; `auto` is the first that is present, `all` runs on each.")
     precision: Precision | None = field(
         default=None, metadata={"doc": "Engine of this precision (fp32, fp16, bf16); by default the one built last."}
     )
@@ -138,7 +138,7 @@ class ValidateOptions:
             check_whole("samples", self.samples, 1, None, "give 1 or more, or leave it out")
         check_whole("seed", self.seed, 0, None, "give 0 or more")
         if self.sequential and not self.gates.any:
-            raise UsageError("--sequential stops when gates are decided, and there is none", "give --max-drop")
+            raise UsageError("--sequential has no gate to decide", "give --max-drop or --min-agreement")
         if callable(self.against) and self.against_device is not None:
             raise UsageError("a checkpoint runs in torch, and on no target", "leave --against-device out")
         if self.certify and not self.gates.any:

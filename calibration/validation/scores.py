@@ -89,7 +89,7 @@ def _resampled(
 ) -> Estimate:
     """By bootstrap; if no sample of a fraction differs from another, by how rare one that differs can be.
 
-    Resampling knows nothing of samples that were not drawn, but their number does: 0 of so many.
+    Resampling shows nothing about samples that were not drawn; 0 of n samples bounds how many of those can differ.
     """
     count = len(columns[0].values)
     if all((array == array[0]).all() for column in columns for array in (column.values, column.weights)):
@@ -170,7 +170,7 @@ class Scores:
         return found
 
     def _watch(self, outputs: Outputs, targets: Outputs) -> dict[str, Columns]:
-        """Sum up what the naive models need; columns of theirs, and a projection of each output with its size."""
+        """Add to the sums of the naive models; returns their columns, and each output's projection and size."""
         found: dict[str, Columns] = {"outputs": {}}
         for index, (family, sums) in enumerate(zip(self._families, self.sums, strict=True)):
             seen = family.seen(outputs, targets)

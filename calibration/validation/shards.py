@@ -151,10 +151,6 @@ def validate_shard(
     found, scores, watch = measured.found, measured.scores, measured.watch
     if found.failure is not None:
         found.require()
-    columns = {
-        side: {name: Numbers.of(one.values, one.weights) for name, one in columns.items()}
-        for side, columns in scores.sides.items()
-    }
     return Shard(
         *shard,
         bundle=identity(open_bundle(bundle, "never")),
@@ -163,21 +159,18 @@ def validate_shard(
         truncate=options.truncate,
         total=measured.total,
         rows=measured.rows,
-        source=watch.source,
-        candidate=found.candidate,
-        reference=found.reference,
-        machine=found.machine,
-        positions=watch.positions,
-        digests=watch.digests,
-        judged=watch.judged,
-        labels=dict(watch.labels),
-        bounds=watch.bounds,
         notes=measured.notes,
-        columns=columns,
+        labels=dict(watch.labels),
+        columns={
+            side: {name: Numbers.of(one.values, one.weights) for name, one in columns.items()}
+            for side, columns in scores.sides.items()
+        },
         sums=[{name: Numbers.of(np.asarray(one)) for name, one in sums.items()} for sums in scores.sums],
         reads=scores.reads,
         unused=sorted(scores.unused),
         worst=[Worst(kept[0], sample) for kept, sample in zip(scores.worst.kept, scores.worst.samples(), strict=True)],
+        **{name: getattr(watch, name) for name in ("source", "positions", "digests", "judged", "bounds")},
+        **{name: getattr(found, name) for name in ("candidate", "reference", "machine")},
     ).signed()
 
 

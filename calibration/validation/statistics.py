@@ -26,9 +26,9 @@ from perceiver_export.runtimes.errors import require
 from perceiver_export.runtimes.runtime import Array
 
 CONFIDENCE = 0.95
-LEAST_FOR_BOOTSTRAP = 30  # below, resampling says too little of what was not drawn
+LEAST_FOR_BOOTSTRAP = 30  # below, resampling says too little about samples that were not drawn
 _RESAMPLES = 4_999
-_FEW_RESAMPLES, _MANY = 999, 100_000  # for statistics that take more numbers than so many
+_FEW_RESAMPLES, _MANY = 999, 100_000  # fewer for statistics of more than 100,000 numbers
 _SMALL = 2_000  # up to here BCa's jackknife is cheap, and its correction of skewness matters
 _ELEMENTS = 1 << 22  # drawn at a time
 

@@ -114,7 +114,7 @@ def measure(
         seed, tokenizer = options.seed if options.sequential else None, getattr(task, "tokenizer", None)
         examples = Samples(data, manifest, options.samples, True, tokenizer, shard, seed)
         candidate, watch = side_of(task), DataWatch(manifest, str(data))
-        # `auto` may choose different targets for both bundles, and the target is not what is compared.
+        # `auto` may choose different targets for the two bundles, but targets are not compared.
         other = options.against_device or str(candidate.described["target"])
         reference = stack.enter_context(open_side(against, other, options.threads, beside=task))
         described = None if reference is None else reference.described

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The samples and classes on which the candidate did worst, to look at, and as files."""
+"""The samples and classes on which the candidate did worst, for reports and as files."""
 
 from __future__ import annotations
 

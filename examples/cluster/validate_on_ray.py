@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--address", help="of a running cluster; by default a new one of two workers on this machine")
     given, gates = parser.parse_known_args()
     local = {} if given.address else {"num_cpus": 2, "include_dashboard": False}
-    ray.init(given.address, log_to_driver=False, **local)  # workers' logs would mix with --json
+    ray.init(given.address, **local)
     named = (given.bundle, given.data, given.against)  # workers have another current directory
     places = [str(Path(name).resolve()) if Path(name).exists() else name for name in named]
     task = ray.remote(num_cpus=1, max_retries=3)(judge)

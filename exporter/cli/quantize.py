@@ -39,41 +39,40 @@ class _Search:
 
 
 @dataclass(frozen=True)
-class _Shards:
-    """Options that spread the pass over DATA on several machines."""
+class _Source:
+    """Where the statistics come from: DATA, a share of it, or files of all shares."""
 
+    data: str | None = option(
+        None, "Images, .npz by input name (or a directory of them), .jsonl of text, module:function; or `random`."
+    )
     shard: str | None = option(None, "Run this share of the calls only: 3/16 is the third of 16.", "I/N")
     statistics: str | None = option(None, "Of --shard: where its statistics go.", "FILE.npz")
     merge: bool = option(False, "Quantize by the statistics in PART.npz of all shards, instead of DATA.")
 
 
+_Parts = Annotated[list[Path] | None, typer.Argument(metavar="[PART.npz]...", help="Statistics, for --merge.")]
+_Output = Annotated[
+    str | None, typer.Option("--output", "-o", metavar="BUNDLE2", help="Where the quantized bundle goes.")
+]
+_Sensitivity = Annotated[
+    Path | None, typer.Option(metavar="FILE.json", help="Also measure each layer by itself; the worst are printed.")
+]
+
+
 @ui.options_of(
     QuantizeOptions,
     _Search,
-    _Shards,
+    _Source,
     precision=partial(ui.pair, option="--precision", example="'decoder.*=int8-weights'"),
 )
 def quantize(
     bundle: ui.BundleArgument,
     options: QuantizeOptions,
     how: _Search,
-    shards: _Shards,
-    parts: Annotated[
-        list[Path] | None, typer.Argument(metavar="[PART.npz]...", help="Statistics, for --merge.")
-    ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(
-            help="Images, .npz by input name (or a directory of them), .jsonl of text, module:function; or `random`."
-        ),
-    ] = None,
-    output: Annotated[
-        str | None, typer.Option("--output", "-o", metavar="BUNDLE2", help="Where the quantized bundle goes.")
-    ] = None,
-    sensitivity: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE.json", help="Also measure each layer by itself; the worst are printed."),
-    ] = None,
+    source: _Source,
+    parts: _Parts = None,
+    output: _Output = None,
+    sensitivity: _Sensitivity = None,
     json: ui.JsonFlag = False,
 ) -> None:
     """Quantize a bundle to int8, calibrated on real data, and check that integer kernels really run it.
@@ -81,44 +80,43 @@ def quantize(
     Nothing is written unless they do. Weights alone: --scheme int8-weights.
     """
     if sensitivity is not None:
-        ui.check_output(sensitivity, (bundle, data, how.search, how.certify), ".json")
+        ui.check_output(sensitivity, (bundle, source.data, how.search, how.certify), ".json")
         ui.check_file(sensitivity)
-    if shards.shard is not None or shards.statistics is not None:
-        _collect(bundle, data, options, shards, (how.search, output, sensitivity, parts, shards.merge or None))
-        return
-    if output is None or (data is None) != shards.merge or (parts and not shards.merge):
-        said = "quantize needs data and an output, or statistics and an output"
-        raise UsageError(said, "give --data DATA -o BUNDLE2, or --merge PART.npz … -o BUNDLE2")
-    if data is None:
-        if how.search is not None or sensitivity is not None or options.gates.any:
-            raise UsageError("--search, --sensitivity and gates have no effect with --merge", "give --data without it")
-        _quantize_and_show(bundle, None, output, json, None, options, parts or ())
-        return
     if (how.search is None) != (how.certify is None):
         raise UsageError("a search needs two sets of samples", _SPLITS)
-    if how.search is not None:
-        _search_and_show(bundle, data, output, json, sensitivity, options, how)
-        return
-    if given := [name for name, value in vars(how).items() if value != getattr(_Search(), name)]:
+    given = [name for name, value in vars(how).items() if value != getattr(_Search(), name)]
+    if given and how.search is None:
         raise UsageError(f"--{given[0].replace('_', '-')} has no effect without a search", f"{_SPLITS} with it")
-    _quantize_and_show(bundle, data, output, json, sensitivity, options)
+    alone = not (given or sensitivity or options.gates.any)
+    if source.shard is not None or source.statistics is not None:
+        if output or parts or source.merge or not alone:
+            hint = "give -o, gates, --search and --sensitivity to a later command"
+            raise UsageError("a shard writes statistics and nothing else", hint)
+        _collect(bundle, source, options)
+    elif output is None or (source.data is None) != source.merge or (parts and not source.merge):
+        said = "quantize needs an output, and either data or statistics"
+        raise UsageError(said, "give --data DATA -o BUNDLE2, or --merge PART.npz … -o BUNDLE2")
+    elif source.data is None and not alone:
+        raise UsageError("--search, --sensitivity and gates have no effect with --merge", "give --data instead")
+    elif source.data is not None and how.search is not None:
+        _search_and_show(bundle, source.data, output, json, sensitivity, options, how)
+    else:
+        _quantize_and_show(bundle, source.data, output, json, sensitivity, options, parts or ())
 
 
-def _collect(
-    bundle: str, data: str | None, options: QuantizeOptions, shards: _Shards, without: tuple[object, ...]
-) -> None:
-    """Write the statistics of a shard. Raises UsageError for options that have no effect then: those ``without``."""
+def _collect(bundle: str, source: _Source, options: QuantizeOptions) -> None:
+    """Write the statistics of a shard."""
     from perceiver_export.calibration import collect_statistics
     from perceiver_export.calibration.validation.options import parse_shard
 
-    if data is None or shards.shard is None or shards.statistics is None or any(without) or options.gates.any:
-        hint = "give quantize BUNDLE --data DATA --shard 3/16 --statistics part3.npz, and all else to --merge"
-        raise UsageError("a shard needs data, its number and a file, and takes no output and no gate", hint)
-    numbers, path = parse_shard(shards.shard), Path(shards.statistics)
+    if source.data is None or source.shard is None or source.statistics is None:
+        hint = "give --data DATA --shard 3/16 --statistics part3.npz"
+        raise UsageError("a shard needs data, its number and a file", hint)
+    shard, path = parse_shard(source.shard), Path(source.statistics)
     ui.check_file(path)
-    ui.check_output(path, (bundle, data), ".npz")
+    ui.check_output(path, (bundle, source.data), ".npz")
     with ui.progress_bar("quantize") as progress:
-        collect_statistics(bundle, data, path, numbers, options, progress=progress)
+        collect_statistics(bundle, source.data, path, shard, options, progress=progress)
     ui.say(f"statistics written to {path}; next: perceiver-export quantize {shlex.quote(bundle)} --merge PART.npz …")
 
 

@@ -38,9 +38,10 @@ _OUTPUTS = {"save_worst": "worst samples", "junit": "JUnit", "report": "report"}
 
 
 @dataclass(frozen=True)
-class _Instead:
-    """Options that replace the one run over all data."""
+class _Source:
+    """Where the scores come from: DATA, a share of it, or files of all shares; or a plan instead."""
 
+    data: str | None = option(None, "Images with labels.csv or in class folders, .npz, .jsonl, module:function.")
     shard: str | None = option(None, "Judge this share of the samples only: 3/16 is the third of 16.", "I/N")
     scores: str | None = option(None, "Of --shard: where its scores go.", "FILE.json")
     merge: bool = option(False, "Judge the scores in PART.json of all shards, instead of DATA.")
@@ -48,17 +49,14 @@ class _Instead:
     flips: str = option("1%", "Of --plan: answers that may differ from the reference's.", "PERCENT")
 
 
-@options_of(ValidateOptions, _Instead)
+@options_of(ValidateOptions, _Source)
 def validate(
     options: ValidateOptions,
-    how: _Instead,
+    source: _Source,
     bundle: Annotated[
         str | None, typer.Argument(metavar="BUNDLE", help="A bundle, as `export` writes it. --plan needs none.")
     ] = None,
     parts: Annotated[list[Path] | None, typer.Argument(metavar="[PART.json]...", help="Scores, for --merge.")] = None,
-    data: Annotated[
-        str | None, typer.Option(help="Images with labels.csv or in class folders, .npz, .jsonl, module:function.")
-    ] = None,
     junit: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the gates as JUnit XML.")] = None,
     report: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write a report: .html with everything in it, or .md.")
@@ -69,44 +67,41 @@ def validate(
 
     A gate that the samples cannot decide is not a pass either: it says how many would.
     """
-    if how.plan:
-        _plan(options.gates, how.flips, json)
+    if source.plan:
+        _plan(options.gates, source.flips, json)
         return
     worst = None if options.save_worst is None else Path(options.save_worst)
     outputs = {name: path for name, path in zip(_OUTPUTS, (worst, junit, report), strict=False) if path is not None}
     if bundle is None:
         raise UsageError("no bundle is given", "name one: perceiver-export validate BUNDLE --data DATA")
-    _check_given(options, how, parts, data, outputs)
-    _check_outputs(outputs, (bundle, data, cast("str | None", options.against), *(parts or ())))
-    if how.shard is not None and data is not None:
-        _judge_shard(bundle, data, options, how.shard, Path(how.scores or ""), json)
-    elif how.merge:
+    _check_given(options, source, parts or (), outputs)
+    _check_outputs(outputs, (bundle, source.data, cast("str | None", options.against), *(parts or ())))
+    if source.shard is not None:
+        _judge_shard(bundle, source, options, json)
+        return
+    if source.merge:
         from perceiver_export.calibration.validation.shards import merge
 
-        _finish(bundle, merge(bundle, parts or (), options), options, outputs, json)
-    elif data is not None:
-        _finish(bundle, _validated(bundle, data, options, json), options, outputs, json)
+        results = merge(bundle, parts or (), options)
+    else:
+        results = _validated(bundle, source.data or "", options, json)
+    _finish(bundle, results, options, outputs, json)
 
 
-def _check_given(
-    options: ValidateOptions, how: _Instead, parts: Sequence[Path] | None, data: str | None, outputs: Mapping[str, Path]
-) -> None:
+def _check_given(options: ValidateOptions, source: _Source, parts: Sequence[Path], outputs: Mapping[str, Path]) -> None:
     """Raise UsageError for options that are missing, or have no effect together."""
     run = [one for one in fields(ValidateOptions) if one.name not in _OF_MERGE and one.metadata]
     typed = [one.name for one in run if getattr(options, one.name) != one.default]
-    if data is not None:
-        typed.append("data")
-    if how.merge and (typed or how.shard):
-        raise UsageError(
-            f"--{[*typed, 'shard'][0].replace('_', '-')} has no effect with --merge", "give it to the shards"
-        )
-    if parts and not how.merge:
+    typed += [name for name in ("data", "shard", "scores") if getattr(source, name) is not None]
+    if source.merge and typed:
+        raise UsageError(f"--{typed[0].replace('_', '-')} has no effect with --merge", "give it to the shards")
+    if parts and not source.merge:
         raise UsageError(f"{parts[0]} is given without --merge", "validate BUNDLE --merge PART.json PART.json …")
-    if data is None and not how.merge:
+    if source.data is None and not source.merge:
         raise UsageError("no data is given", "give --data DATA, or --merge with the scores of shards")
-    if (how.shard is None) != (how.scores is None):
+    if (source.shard is None) != (source.scores is None):
         raise UsageError("a shard needs its number and a file", "give both: --shard 3/16 --scores part3.json")
-    if how.shard is not None and (later := [name for name in ("junit", "report") if name in outputs]):
+    if source.shard is not None and (later := [name for name in ("junit", "report") if name in outputs]):
         raise UsageError(f"--{later[0]} has no effect with --shard", "give it to --merge, with the gates")
 
 
@@ -129,21 +124,22 @@ def _plan(gates: Gates, flips: str, json: bool) -> None:
     print_table(title, ["gate", *(f"{power:.0%} of the time>" for power in POWERS)], rows)
 
 
-def _judge_shard(bundle: str, data: str, options: ValidateOptions, shard: str, scores: Path, json: bool) -> None:
+def _judge_shard(bundle: str, source: _Source, options: ValidateOptions, json: bool) -> None:
     from perceiver_export.calibration.validation.shards import encode_shard, validate_shard
 
-    numbers = parse_shard(shard)
+    data, scores, shard = source.data or "", Path(source.scores or ""), parse_shard(source.shard or "")
     check_file(scores)
     check_output(scores, (bundle, data), ".json")
     options = _with_reference(bundle, options)
     with progress_bar("validate", quiet=json) as progress:
-        found = validate_shard(bundle, data, numbers, options, progress=lambda *counts: progress("validate", *counts))
+        found = validate_shard(bundle, data, shard, options, progress=lambda *counts: progress("validate", *counts))
     write_bytes(scores, encode_shard(found))
     if json:
-        print_json({"shard": shard, "samples": len(found.positions), "of": found.total, "scores": readable(scores)})
-    else:
-        say(f"{len(found.positions):,} of {found.total:,} samples judged on {found.place}")
-        say(f"scores written to {scores}; next: perceiver-export validate {shlex.quote(bundle)} --merge PART.json …")
+        samples = {"samples": len(found.positions), "of": found.total}
+        print_json({"shard": source.shard, **samples, "scores": readable(scores)})
+        return
+    say(f"{len(found.positions):,} of {found.total:,} samples judged on {found.place}")
+    say(f"scores written to {scores}; next: perceiver-export validate {shlex.quote(bundle)} --merge PART.json …")
 
 
 def _finish(

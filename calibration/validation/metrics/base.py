@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Metrics, and the families of them that judge one kind of output."""
+"""Metrics, and families of metrics that judge one kind of output."""
 
 from __future__ import annotations
 
@@ -71,8 +71,8 @@ class Family:
     """How one kind of output is judged. Outputs and targets are arrays (n, ...) by name (`calibration.data`).
 
     ``metrics``: gates that name no metric take the first one measured against targets. ``targets``: the targets that
-    quality needs; None if there is no quality. ``telling``: a model that beats the naive model in none of these
-    guesses.
+    quality needs; None if nothing measures quality. ``telling``: a model guesses if it beats the naive model in none of
+    these metrics.
 
     The naive model ignores its input; it shows what any model can achieve. A gate that it passes shows nothing, and a
     reference that does not beat it is no reference. `seen` summarizes a batch: columns, and arrays that add up; `naive`

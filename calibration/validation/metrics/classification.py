@@ -155,7 +155,7 @@ class Text(SingleLabel):
         return outputs["logits"], targets["tokens"] >= 0
 
     def answers(self, outputs: Outputs) -> Any:
-        """None that people read."""
+        """None: people do not read tokens."""
         return None
 
 
@@ -163,7 +163,7 @@ _DRAWS = 256  # at a time: their weights stay in a cache
 
 
 def macro_f1(values: Array, counts: Array) -> Array:
-    """``values`` (n, 2, labels): twice the true positives, and the number of labels said plus labels true."""
+    """``values`` (n, 2, labels): twice the true positives; predicted labels plus true labels."""
     sums = (counts.astype(np.float64) @ values.reshape(len(values), -1)).reshape(*counts.shape[:-1], *values.shape[1:])
     found: Array = (sums[..., 0, :] / np.maximum(sums[..., 1, :], 1e-12)).mean(axis=-1)
     return found
@@ -198,12 +198,12 @@ def _precisions(values: Array, drawn: Array) -> Array:
 
 
 class MultiLabel(Family):
-    """Logits (n, labels) of labels that do not exclude each other: each is said where its probability is above 0.5.
+    """Logits (n, labels) of labels that may hold together; one is predicted if its probability is above 0.5.
 
     ``targets["label"]`` is (n, labels): 1 where a label is true. Definitions are scikit-learn's: subset accuracy (all
-    labels of a sample right), label accuracy (one minus the Hamming loss), F1 over all decisions (micro) and as the
-    mean over labels (macro, 0 where a label never occurs nor is said), and the mean average precision over the labels
-    that occur.
+    labels of a sample right), label accuracy (one minus the Hamming loss), F1 over all decisions (micro) and as the mean
+    over labels (macro; 0 for a label that neither occurs nor is predicted), and the mean average precision over the
+    labels that occur.
     """
 
     metrics = (
@@ -216,11 +216,11 @@ class MultiLabel(Family):
         _KL,
     )
     targets = ("label",)
-    # With many labels a good model is seldom right about all of them; then F1 tells.
+    # With many labels even a good model is seldom right about all of them, but its F1 beats the naive model's.
     telling = ("subset accuracy", "micro-f1")
 
     def quality(self, outputs: Outputs, targets: Outputs) -> Columns:
-        """All of them."""
+        """Columns of all quality metrics."""
         scores, truths = self.scores(outputs), targets["label"] > 0.5
         said = scores > 0
         twice, whole = 2.0 * (said & truths), said.astype(np.float64) + truths
@@ -235,13 +235,13 @@ class MultiLabel(Family):
         }
 
     def likeness(self, outputs: Outputs, reference: Outputs, targets: Outputs) -> Columns:
-        """Whether both say the same labels, and the mean over labels of KL(reference ‖ candidate)."""
+        """Whether both predict the same labels, and the mean over labels of KL(reference ‖ candidate)."""
         found, expected = self.scores(outputs), self.scores(reference)
         moved = divergence(_yes_and_no(expected), _yes_and_no(found)).mean(axis=1)
         return {"agreement": Column.of(((found > 0) == (expected > 0)).all(axis=1)), "kl": Column.of(moved)}
 
     def seen(self, outputs: Outputs, targets: Outputs) -> dict[str, Column | Array]:
-        """Hashes of each sample's set of labels, said and true; counts of true labels, and the distributions."""
+        """Hashes of each sample's predicted and true labels; counts of true labels, and the distributions."""
         found: dict[str, Column | Array] = {"said": _hashes(self.answers(outputs))}
         if "label" in targets:
             found |= {"sets": _hashes(targets["label"] > 0.5), "true": targets["label"].sum(axis=0, dtype=np.float64)}
@@ -264,7 +264,7 @@ class MultiLabel(Family):
         return "always answering the same labels", found
 
     def answers(self, outputs: Outputs) -> Array:
-        """Which labels are said (n, labels)."""
+        """Which labels are predicted (n, labels)."""
         return np.asarray(self.scores(outputs) > 0)
 
     def text(self, answer: Array, names: Sequence[str]) -> str:

@@ -29,8 +29,8 @@ class Own(Family):
 
     Its naive model is the best of three: always the first sample's outputs, the mean of the first batch's, or zeros.
     The function may be slow, so the first 1,000 samples are judged, of the next 1,000 every second, of the next 2,000
-    every fourth, and so on, each with the weight of those that it stands for. A model that the function fails for is
-    left out.
+    every fourth, and so on, each weighted by the samples that it stands for. A naive model for which the function fails
+    is left out.
     """
 
     targets = ()

@@ -12,7 +12,7 @@ from perceiver_export.calibration.validation.metrics.base import Column, Columns
 from perceiver_export.runtimes.errors import require
 from perceiver_export.runtimes.runtime import Array
 
-_NOTHING = 1e-20  # of the mean square: what rounding leaves of the variance of equal numbers
+_NOTHING = 1e-20  # of the mean square: the variance of equal numbers after rounding
 
 
 def r2(values: Array, counts: Array) -> Array:
@@ -86,7 +86,7 @@ class Regression(Family):
     telling = ("r2",)
 
     def quality(self, outputs: Outputs, targets: Outputs) -> Columns:
-        """All of them."""
+        """Columns of all quality metrics."""
         found = self.answers(outputs)
         true = targets["label"].reshape(found.shape).astype(np.float64)
         both = Column.of(np.stack([found, true], axis=1))
@@ -152,7 +152,7 @@ def cosine(reference: Array, found: Array) -> Array:
 
 
 class Arrays(Family):
-    """All outputs, whatever they mean; only your own metric knows which are good."""
+    """All outputs, whatever they mean; only your own metric can judge their quality."""
 
     metrics = (
         Metric("error", "likeness", "lower", "mean", "%"),
@@ -204,7 +204,7 @@ class Flow(Family):
     says = "saying that nothing moves"
 
     def quality(self, outputs: Outputs, targets: Outputs) -> Columns:
-        """Both of them."""
+        """End-point errors and outliers at the known pixels."""
         known = np.asarray(np.isfinite(targets["flow"]).all(axis=-1))
         truth = np.where(known[..., None], targets["flow"], 0).astype(np.float64)
         errors = np.linalg.norm(outputs["flow"] - truth, axis=-1)
