@@ -18,6 +18,7 @@ from perceiver_export.calibration.bundles import identity
 from perceiver_export.calibration.data.fingerprints import DataReport
 from perceiver_export.calibration.quantization.options import QuantizeOptions
 from perceiver_export.calibration.quantization.statistics import KEPT, Activation, Call, Hazard, Observation, Statistics
+from perceiver_export.calibration.validation.options import MOST_SHARDS
 from perceiver_export.runtimes.bundle import Bundle
 from perceiver_export.runtimes.errors import DataError, UsageError
 from perceiver_export.runtimes.files import decode_json, encode_json, parsing
@@ -115,7 +116,7 @@ def _read(file: Path) -> tuple[_About, Arrays]:
     arrays = read_npz(file, DataError)
     with parsing(str(file), "does not hold statistics", _AGAIN, DataError):
         about = decode_json(arrays.pop(_ABOUT).tobytes(), _About)
-        if not 1 <= about.shard <= about.shards:
+        if not 1 <= about.shard <= about.shards <= MOST_SHARDS:
             raise ValueError(f"it is shard {about.shard}/{about.shards}")
         if not all(np.isfinite(array).all() for array in arrays.values()):
             raise ValueError("it holds NaN or infinite numbers")
@@ -130,6 +131,8 @@ def _merged(name: str, part: _Part, shards: Sequence[Arrays]) -> Statistics:
             np.stack([arrays[f"{what} {name} {tensor}"] for arrays in shards])
             for what in ("low", "high", "rows", "own")
         )
+        if rows.ndim != 3 or low.shape != high.shape or low.shape[1:] != rows.shape[2:]:
+            raise ValueError(f"the shapes of {tensor} do not fit together")
         if not (own.sum(axis=0) == (np.arange(own.shape[1]) < seen)).all():
             raise ValueError(f"rows of {tensor} are missing, or several shards gave them")
         owner = own.argmax(axis=0)

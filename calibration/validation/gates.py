@@ -69,7 +69,7 @@ class Gate(msgspec.Struct, frozen=True):
 
     ``samples_to_decide``: the number that would decide four times in five if the measured value is the truth; None if
     the gate is decided, or if no number would decide it. ``bounds`` are exact, of a sequential run, or of a mean, with
-    its `CAVEAT`. ``reservations``: reasons why it means less than it seems (repeated samples, a reference that guesses);
+    its `CAVEAT`. ``reservations``: why it means less than it seems (repeated samples, a reference that guesses);
     a gate that holds is never shown without them. ``vacuous``: why any model would pass it.
     """
 

@@ -20,6 +20,9 @@ from perceiver_export.runtimes.runtime import Array, Feeds
 Reference = Callable[[Feeds], Mapping[str, Array]]
 
 
+MOST_SHARDS = 100_000
+
+
 def option(default: Any, doc: str, value: str | None = None) -> Any:
     """A field with the help and the metavar of the command line's option; a type as ``default`` makes the default."""
     default = {"default_factory" if isinstance(default, type) else "default": default}
@@ -89,7 +92,7 @@ def check_percent(option: str, value: float, below: float = 1.0) -> None:
 def parse_shard(text: str) -> tuple[int, int]:
     """3/16 → (3, 16). Raises UsageError."""
     shard, _, shards = text.partition("/")
-    if not (shard.isdecimal() and shards.isdecimal() and 1 <= int(shard) <= int(shards) <= 10**6):
+    if not (shard.isdecimal() and shards.isdecimal() and 1 <= int(shard) <= int(shards) <= MOST_SHARDS):
         raise UsageError(f"--shard is {text!r}", "give 1/16 to 16/16, of 16 shards")
     return int(shard), int(shards)
 

@@ -26,7 +26,7 @@ from perceiver_export.calibration.validation.certify import check_certifiable
 from perceiver_export.calibration.validation.gates import check_gates
 from perceiver_export.calibration.validation.metrics import families
 from perceiver_export.calibration.validation.metrics.base import Column
-from perceiver_export.calibration.validation.options import ValidateOptions
+from perceiver_export.calibration.validation.options import MOST_SHARDS, ValidateOptions
 from perceiver_export.calibration.validation.reference import check_reference
 from perceiver_export.calibration.validation.results import Data, Validation
 from perceiver_export.calibration.validation.scores import Scores, joined
@@ -131,8 +131,7 @@ class Shard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """Target, engine and instruction set; on other targets than CPUs the device as well."""
         target, instructions = str(self.candidate.get("target")), self.machine.get("instruction set", "")
         device = "" if on_cpu(target) else f" on {self.candidate.get('device')}"
-        graphs = hashlib.sha256(encode_json(self.candidate.get("graphs"))).hexdigest()[:8]
-        return f"{target}{device}, {engine_of(self.candidate)}, {instructions}, graphs {graphs}"
+        return f"{target}{device}, {engine_of(self.candidate)}, {instructions}"
 
 
 def validate_shard(
@@ -220,13 +219,14 @@ def merge(
 def _read(file: Path) -> Shard:
     """A shard that is complete in itself. Raises DataError."""
     shard = read_json(file, Shard, DataError, _AGAIN, _LIMIT)
-    expected = range(shard.shard - 1, shard.total, max(shard.shards, 1))
-    counts = {len(shard.positions), len(shard.digests), len(shard.judged)}
     if shard.digest != shard.signed().digest:
         raise DataError(f"{file} was changed or cut after it was written", _AGAIN)
-    if sorted([*shard.positions, *shard.notes.left_out]) != [*expected] or len(counts) != 1 or not shard.positions:
-        raise DataError(f"{file} does not hold the samples of shard {shard.shard}/{shard.shards}", _AGAIN)
-    return shard
+    found = sorted([*shard.positions, *shard.notes.left_out])
+    if 1 <= shard.shard <= shard.shards <= MOST_SHARDS and shard.total <= shard.shards * (len(found) + 1):
+        expected = [*range(shard.shard - 1, shard.total, shard.shards)]
+        if found == expected and 0 < len(shard.positions) == len(shard.digests) == len(shard.judged):
+            return shard
+    raise DataError(f"{file} does not hold the samples of shard {shard.shard}/{shard.shards}", _AGAIN)
 
 
 def _judged(bundle: Bundle, shards: Sequence[Shard], options: ValidateOptions) -> Validation:
@@ -245,7 +245,9 @@ def _judged(bundle: Bundle, shards: Sequence[Shard], options: ValidateOptions) -
         watch.labels.update(one.labels)
         for name, ends in one.bounds.items():
             watch.widen(name, *ends)
-        notes.labels = {**one.notes.labels, **notes.labels}
+        notes.labels = notes.labels | {
+            kind: said for kind, said in one.notes.labels.items() if kind not in notes.labels
+        }
         notes.left_out |= one.notes.left_out
         notes.cut |= one.notes.cut
     data = Data(first.source, scores.count, "")

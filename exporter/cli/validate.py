@@ -72,8 +72,9 @@ def validate(
         return
     worst = None if options.save_worst is None else Path(options.save_worst)
     outputs = {name: path for name, path in zip(_OUTPUTS, (worst, junit, report), strict=False) if path is not None}
-    if bundle is None:
-        raise UsageError("no bundle is given", "name one: perceiver-export validate BUNDLE --data DATA")
+    if bundle is None or (source.merge and Path(bundle).is_file()):
+        hint = "name it first: validate BUNDLE --data DATA, or validate BUNDLE --merge PART.json …"
+        raise UsageError("no bundle is given", hint)
     _check_given(options, source, parts or (), outputs)
     _check_outputs(outputs, (bundle, source.data, cast("str | None", options.against), *(parts or ())))
     if source.shard is not None:

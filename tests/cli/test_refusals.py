@@ -66,6 +66,7 @@ REFUSED: list[tuple[str, list[str]]] = [
     ("validate B T/layers.json --merge", ["T/layers.json"]),
     ("validate B T/absent.json --merge", ["T/absent.json"]),
     ("validate B --merge", ["part*.json"]),
+    ("validate --merge T/layers.json", ["BUNDLE --merge"]),
     (f"{VALIDATE} --merge", ["--data"]),
     (f"{VALIDATE} T/layers.json", ["layers.json", "--merge"]),
     (f"{VALIDATE} --sequential", ["--sequential", "--max-drop"]),

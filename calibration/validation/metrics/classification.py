@@ -201,8 +201,8 @@ class MultiLabel(Family):
     """Logits (n, labels) of labels that may hold together; one is predicted if its probability is above 0.5.
 
     ``targets["label"]`` is (n, labels): 1 where a label is true. Definitions are scikit-learn's: subset accuracy (all
-    labels of a sample right), label accuracy (one minus the Hamming loss), F1 over all decisions (micro) and as the mean
-    over labels (macro; 0 for a label that neither occurs nor is predicted), and the mean average precision over the
+    labels of a sample right), label accuracy (one minus the Hamming loss), F1 over all decisions (micro), its mean over
+    labels (macro; 0 for a label that neither occurs nor is predicted), and the mean average precision over the
     labels that occur.
     """
 
