@@ -80,7 +80,7 @@ endif
 
 BENCHMARKS := overhead serving loading imports parity deepmind_parity system_parity flow_patches folds zoo video_folds \
 	fold_scaling export_full_size int8_drop int8_accuracy int8_full_size calibration_memory fp16_overflow tensorrt_api \
-	tensorrt_presets tensorrt_shared_weights bound_coverage validation_throughput search_seeds
+	tensorrt_presets tensorrt_shared_weights bound_coverage sequential validation_throughput search_seeds
 benchmarks: install
 	for name in $(BENCHMARKS); do echo "# $$name"; $(BIN)/python -m tests.benchmarks.$$name || exit 1; done
 

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from perceiver_export.calibration.lowering.lint import lint as lint
     from perceiver_export.calibration.lowering.tensorrt import lower_bundle as lower_bundle
     from perceiver_export.calibration.quantization.options import QuantizeOptions as QuantizeOptions
+    from perceiver_export.calibration.quantization.pipeline import collect_statistics as collect_statistics
     from perceiver_export.calibration.quantization.pipeline import quantize as quantize
     from perceiver_export.calibration.quantization.search import search as search
     from perceiver_export.calibration.quantization.sensitivity import measure_layer_errors as measure_layer_errors
@@ -18,7 +19,10 @@ if TYPE_CHECKING:
     from perceiver_export.calibration.validation.certify import certify as certify
     from perceiver_export.calibration.validation.options import Gates as Gates
     from perceiver_export.calibration.validation.options import ValidateOptions as ValidateOptions
+    from perceiver_export.calibration.validation.planning import plan as plan
     from perceiver_export.calibration.validation.results import Validation as Validation
+    from perceiver_export.calibration.validation.shards import merge as merge
+    from perceiver_export.calibration.validation.shards import validate_shard as validate_shard
     from perceiver_export.calibration.validation.validation import validate as validate
     from perceiver_export.calibration.validation.validation import validate_targets as validate_targets
 
@@ -27,13 +31,15 @@ _NAMES = {
     "lowering.lint": "lint",
     "lowering.tensorrt": "lower_bundle",
     "quantization.options": "QuantizeOptions",
-    "quantization.pipeline": "quantize",
+    "quantization.pipeline": "collect_statistics quantize",
     "quantization.search": "search",
     "quantization.sensitivity": "measure_layer_errors measure_sensitivity",
     "report.profile": "profile",
     "validation.certify": "certify",
     "validation.options": "Gates ValidateOptions",
     "validation.results": "Validation",
+    "validation.planning": "plan",
+    "validation.shards": "merge validate_shard",
     "validation.validation": "validate validate_targets",
 }
 _MODULES = {name: module for module, names in _NAMES.items() for name in names.split()}

@@ -4,11 +4,15 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
+
 from perceiver_export.runtimes.bundle import Bundle, read_manifest, sha256
+from perceiver_export.runtimes.certificates import FILE
 from perceiver_export.runtimes.errors import (
     BundleError,
     BundleExistsError,
@@ -18,7 +22,7 @@ from perceiver_export.runtimes.errors import (
     check_kind,
 )
 from perceiver_export.runtimes.files import check_writable, recover, replacing, writing
-from perceiver_export.runtimes.manifest import FileEntry
+from perceiver_export.runtimes.manifest import FileEntry, encode_manifest
 
 _ELSEWHERE = "choose another path with -o"
 
@@ -60,6 +64,12 @@ def file_entries(directory: Path) -> dict[str, FileEntry]:
 def file_entry(file: Path) -> FileEntry:
     """Size and hash of a file."""
     return FileEntry(sha256=sha256(file), size=file.stat().st_size)
+
+
+def identity(bundle: Bundle) -> str:
+    """SHA-256 of a bundle with all files but calibration.json, to which certificates are added."""
+    files = {name: entry for name, entry in bundle.manifest.files.items() if name != FILE}
+    return hashlib.sha256(encode_manifest(msgspec.structs.replace(bundle.manifest, files=files))).hexdigest()
 
 
 def enclosing_bundle(path: Path) -> Path | None:

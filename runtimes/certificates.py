@@ -45,7 +45,7 @@ class Certificate(msgspec.Struct, frozen=True):
     reference is given by its name, target, engine and the SHA-256 of its graphs (for a checkpoint, of its weights).
     ``data`` is the fingerprint of the samples and their labels or targets; ``labels`` counts each label. ``caveats``
     weaken the claims: samples accepted by ``--allow-overlap``, inputs out of range, unseen labels, a very wide margin,
-    and bounds that are not exact.
+    and bounds that are not exact. ``sequential`` says where a run stopped that ended once its gates were decided.
     """
 
     claims: tuple[Claim, ...]
@@ -63,6 +63,7 @@ class Certificate(msgspec.Struct, frozen=True):
     reference_engine: str = ""
     reference_graphs: dict[str, str] = {}
     labels: dict[str, int] = {}
+    sequential: str = ""
 
     def __str__(self) -> str:
         claims = " and ".join(map(str, self.claims))
@@ -71,9 +72,11 @@ class Certificate(msgspec.Struct, frozen=True):
         confidence = f"{100 * self.claims[0].confidence:g} %" if self.claims else "no"
         caveats = "".join(f"; but {caveat}" for caveat in self.caveats)
         each = " each" if len(self.claims) > 1 else ""
+        samples = f"{self.samples:,} samples of {self.data[:16]}{_counted(self.labels)}"
+        stopped = f", {self.sequential}" if self.sequential else ""
         return (
             f"{claims} against {self.reference} ({self.reference_target}, {self.reference_engine}) with {confidence}"
-            f" confidence{each}, {self.samples:,} samples of {self.data[:16]}{_counted(self.labels)}, {where}{caveats}"
+            f" confidence{each}, {samples}{stopped}, {where}{caveats}"
         )
 
 

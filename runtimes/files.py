@@ -80,25 +80,32 @@ def decode_json(content: bytes, kind: type[_T]) -> _T:
 
 
 def read_json(
-    path: Path, kind: type[_T], error: type[PerceiverExportError] = BundleError, hint: str = "copy the bundle again"
+    path: Path,
+    kind: type[_T],
+    error: type[PerceiverExportError] = BundleError,
+    hint: str = "copy the bundle again",
+    limit: int = JSON_LIMIT,
 ) -> _T:
-    """A JSON file from an untrusted source. Raises ``error``: missing, unreadable, or of another type."""
+    """A JSON file from an untrusted source. Raises ``error``: missing, unreadable, too large, or of another type."""
     try:
         with reading(path, error, hint):
-            return decode_json(read_bytes(path), kind)
+            return decode_json(read_bytes(path, limit), kind)
     except ValueError as cause:
         raise error(f"{path} cannot be read: {cause}", hint) from cause
 
 
-def encode_json(document: object) -> bytes:
-    """Indented JSON with a trailing newline. Bytes of file names that are not valid UTF-8 become U+FFFD."""
+def encode_json(document: object, indent: int = 2) -> bytes:
+    """Indented JSON with a trailing newline; on one line if ``indent`` is 0.
+
+    Bytes of file names that are not valid UTF-8 become U+FFFD.
+    """
     try:
         encoded = msgspec.json.encode(document)
     except UnicodeEncodeError:
         import json
 
         encoded = readable(json.dumps(msgspec.to_builtins(document), ensure_ascii=False)).encode()
-    return msgspec.json.format(encoded, indent=2) + b"\n"
+    return msgspec.json.format(encoded, indent=indent) + b"\n"
 
 
 def readable(path: str | os.PathLike[str]) -> str:

@@ -7,15 +7,19 @@ failure.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+from perceiver_export.runtimes.files import encode_json
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 # Debian packages that the examples are trained on, and where each is.
@@ -72,6 +76,38 @@ def test_the_text_model_is_one_that_transformers_loads() -> None:
         found = load_model(checkpoint).model.double()({"tokens": tokens.int(), "tokens_mask": there.int()})["logits"]
     assert (found - expected).abs().max() <= 1e-10 * expected.abs().max()
     assert sum(path.stat().st_size for path in checkpoint.iterdir()) <= 3_000_000
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs Ray: pip install ray")
+def test_shards_on_a_cluster_survive_a_worker_that_dies(fashion_bundle: Path, tmp_path: Path) -> None:
+    import psutil
+
+    from perceiver_export.calibration import Gates, ValidateOptions, validate
+
+    data, against = EXAMPLES / "fashion_mnist" / "test.npz", str(fashion_bundle)
+    command = [EXAMPLES / "cluster" / "validate_on_ray.py", fashion_bundle, "--data", data, "--against", against]
+    command += ["--samples", "90", "--shards", "3", "--min-agreement", "90", "--json"]
+    running = subprocess.Popen(
+        [sys.executable, *map(str, command)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "HOME": str(tmp_path)},
+    )
+    killed = None
+    while killed is None and running.poll() is None:
+        for one in psutil.Process(running.pid).children(recursive=True):
+            if killed is None and "ray::judge" in " ".join(one.cmdline()):
+                one.kill()
+                killed = one.pid
+        time.sleep(0.05)
+    output = running.communicate(timeout=300)[0]
+
+    assert killed is not None
+    assert running.returncode == 0
+    expected = validate(fashion_bundle, data, ValidateOptions(against, Gates(min_agreement=90), samples=90))
+    found = json.loads(output[output.index("{\n") :])  # Ray writes there that a worker died
+    assert found["metrics"] == json.loads(encode_json(expected.metrics))
+    assert [gate["outcome"] for gate in found["gates"]] == ["held"]
 
 
 def test_the_shipped_data_is_the_datasets() -> None:

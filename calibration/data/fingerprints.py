@@ -40,37 +40,44 @@ class DataReport(msgspec.Struct, frozen=True):
 
 
 class DataWatch:
-    """Sees every sample once, and keeps its digest, the counts of ``labels``, and the bounds of inputs."""
+    """Sees every sample once, and keeps its digest, the counts of ``labels``, and the ``bounds`` of each input."""
 
     def __init__(self, manifest: Manifest, source: str) -> None:
         self.manifest, self.source = manifest, source
         self.digests: list[str] = []
         self.judged: list[str] = []  # digests of inputs and targets
+        self.positions: list[int] = []
         self.labels: Counter[str] = Counter()
         self._labelled: set[tuple[str, ...]] = set()
         self._unused: set[str] = set()
-        # By input: the first array, whether all others equal it, the smallest and the largest value.
-        self._inputs: dict[str, tuple[Array, bool, float, float]] = {}
+        self.bounds: dict[str, tuple[float, float]] = {}
+        self._first: dict[str, tuple[Array, bool]] = {}  # by input: the first array, and whether all others equal it
 
     def see(self, example: Example) -> None:
         """Record a sample."""
         for name, array in example.feeds.items():
-            first, same, low, high = self._inputs.get(name, (array, True, np.inf, -np.inf))
-            same = same and np.array_equal(first, array)
-            self._inputs[name] = first, same, min(low, float(array.min())), max(high, float(array.max()))
+            first, same = self._first.get(name, (array, True))
+            self._first[name] = first, same and np.array_equal(first, array)
+            self.widen(name, float(array.min()), float(array.max()))
         self._unused |= {name for name, array in example.targets.items() if array.ndim and name not in example.feeds}
         if example.labels:
             self._labelled.add(example.labels)
             self.labels.update(example.labels)
         self.digests.append(example.digest)
         self.judged.append(example.digest + digest_of(example.targets))
+        self.positions.append(example.position)
+
+    def widen(self, name: str, low: float, high: float) -> None:
+        """Widen the bounds of an input."""
+        least, most = self.bounds.get(name, (low, high))
+        self.bounds[name] = min(least, low), max(most, high)
 
     def report(self, notes: Sequence[str] = ()) -> DataReport:
         """The description of the data for calibration.json, with warnings and the reader's ``notes``."""
         count, repeated = len(self.digests), len(self.digests) - len(set(self.digests))
         one_class = count > 1 and len(self._labelled) == 1 and len(self.manifest.labels) > 1
         unused = sorted(self._unused - {"label", "flow"}) if self.manifest.task not in ("sets", "arrays") else []
-        same = [name for name, seen in self._inputs.items() if seen[1] and not is_mask(name)] if count > 1 else []
+        same = [name for name, (_, equal) in self._first.items() if equal and not is_mask(name)] if count > 1 else []
         doubts = {
             "calibrated on random numbers: expect no accuracy": self.source == RANDOM,
             f"only {count} calibration sample{'s' if count != 1 else ''}: give {ENOUGH} or more": count < ENOUGH,
@@ -85,7 +92,7 @@ class DataWatch:
     def out_of_range(self) -> list[str]:
         """A warning for each input outside the range of its preprocessing, which may be missing, doubled or wrong."""
         warnings = []
-        for name, (_, _, low, high) in self._inputs.items():
+        for name, (low, high) in self.bounds.items():
             least, most = _allowed(self.manifest, name)
             if low < least - 1e-3 or high > most + 1e-3:
                 warnings.append(

@@ -16,9 +16,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import msgspec
 import numpy as np
 
-from perceiver_export.calibration.data.sources import LABELS, RANDOM, Data, Labels, Row, is_mask, largest, open_source
+from perceiver_export.calibration.data.sources import (
+    LABELS,
+    RANDOM,
+    Data,
+    Labels,
+    Row,
+    Source,
+    is_mask,
+    largest,
+    open_source,
+)
 from perceiver_export.runtimes.errors import DataError, InputError, LongTextError
 from perceiver_export.runtimes.manifest import Manifest, Part, TensorSpec, index_input
 from perceiver_export.runtimes.preprocessing import FlowPreprocessing, ImagePreprocessing, TextPreprocessing
@@ -32,6 +43,7 @@ Arrays = dict[str, Array]
 
 _T = TypeVar("_T")
 _SHARE = 0.15  # the share of a text's tokens to mask, as in training (Devlin et al. 2019; Perceiver IO, section 4.1)
+_BLOCK = 2_048  # samples of a random order that are in memory at once
 
 
 @dataclass(frozen=True)
@@ -39,7 +51,7 @@ class Example:
     """One sample, without the batch. ``source`` is its readable form: an image's path or pixels, or a text.
 
     ``labels`` has the names in its label. ``digest`` is the digest of the inputs before masking, so equal content has
-    equal digests whatever its file.
+    equal digests whatever its file. ``position`` is its place in the data, from 0.
     """
 
     name: str
@@ -48,6 +60,31 @@ class Example:
     source: Path | Array | str | None = None
     labels: tuple[str, ...] = ()
     digest: str = ""
+    position: int = 0
+
+
+class Notes(msgspec.Struct):
+    """Assumptions about labels, and texts that were skipped or cut, by position.
+
+    ``count`` is the number of samples in the data, if known.
+    """
+
+    count: int | None
+    labels: dict[str, str] = {}
+    left_out: dict[int, str] = {}
+    cut: dict[int, str] = {}
+
+    def by_kind(self) -> dict[str, str]:
+        """One note for each kind: labels, left out, cut."""
+        whole = "" if self.count is None else f" of {self.count:,}"
+        found = {"labels": "; ".join(self.labels.values())}
+        said = f"{whole} texts are too long for the model and were"
+        if self.left_out:
+            first = self.left_out[min(self.left_out)]
+            found["left out"] = f"{len(self.left_out):,}{said} skipped, first {first}; cut them with --truncate"
+        if self.cut:
+            found["cut"] = f"{len(self.cut):,}{said} cut, first {self.cut[min(self.cut)]}"
+        return {kind: note for kind, note in found.items() if note}
 
 
 class Samples:
@@ -55,7 +92,11 @@ class Samples:
 
     At most ``samples`` are used: evenly spread if the number of samples is known, because data is often sorted,
     otherwise the first. With ``judged``, tokens of a masked language model are masked. ``tokenizer`` reads texts, by
-    default as the manifest's bytes; a bundle with a tokenizer file needs `tokenizer_of`.
+    default as the manifest's bytes; a bundle with a tokenizer file needs `tokenizer_of`. ``shard`` (i, n) uses only the
+    i-th of every n samples. ``seed`` gives a random order, which needs files.
+
+    After the stream has ended, ``total`` is the number of samples of all shards, and ``rows`` the SHA-256 of their
+    names and labels; ``notes`` are complete then too.
 
     Raises DataError: here for labels and for names of arrays in files; while reading for anything else.
     """
@@ -67,6 +108,8 @@ class Samples:
         samples: int | None = None,
         judged: bool = False,
         tokenizer: Tokenizer | None = None,
+        shard: tuple[int, int] = (1, 1),
+        seed: int | None = None,
     ) -> None:
         if judged and isinstance(data, str | Path) and str(data) == RANDOM:
             raise DataError("random numbers cannot show accuracy", "give labelled data, or real inputs")
@@ -76,28 +119,40 @@ class Samples:
         if tokenizer is None and isinstance(self._steps, TextPreprocessing):
             self._tokenizer = open_tokenizer(manifest, Path())
         self._labels = Labels(manifest)
-        self.left_out: list[DataError] = []  # texts that are too long for the model
-        self._cut: list[str] = []  # names of samples whose text was cut to fit
         source = open_source(data, manifest)
         count = source.count
         if source.heads is not None:
             count = sum(1 for _ in map(self._check, source.heads()))
             if not count:
                 raise DataError(f"{data} contains no samples", "give at least one")
-        self.count = count if samples is None or count is None else min(samples, count)
-        self.stream = self._prepare_all(_spread(source.rows(), count, samples))
+        whole = count if samples is None or count is None else min(samples, count)
+        self.notes = Notes(whole, self._labels.notes)
+        self.count = None if whole is None else len(range(shard[0] - 1, whole, shard[1]))
+        self.total, self._rows = 0, hashlib.sha256()
+        if seed is not None and (whole is None or source.heads is None):
+            raise DataError(f"{data} cannot be read in a random order", "write its samples to a file")
+        self.stream = self._prepare_all(self._chosen(source, count, samples, shard, seed))
 
-    def notes(self) -> dict[str, str]:
-        """Assumptions about labels and skipped or cut texts, by kind; complete when the stream has ended."""
-        whole = "" if self.count is None else f" of {self.count:,}"
-        found = {"labels": "; ".join(self._labels.notes)}
-        said = f"{whole} texts are too long for the model and were"
-        if self.left_out:
-            first = self.left_out[0].message
-            found["left out"] = f"{len(self.left_out):,}{said} skipped, first {first}; cut them with --truncate"
-        if self._cut:
-            found["cut"] = f"{len(self._cut):,}{said} cut, first {self._cut[0]}"
-        return {kind: note for kind, note in found.items() if note}
+    @property
+    def rows(self) -> str:
+        """SHA-256 of the names and labels of all samples so far, those of other shards included."""
+        return self._rows.hexdigest()
+
+    def _chosen(
+        self, source: Source, count: int | None, samples: int | None, shard: tuple[int, int], seed: int | None
+    ) -> Iterator[tuple[int, Row]]:
+        """The rows to prepare, each with its position."""
+
+        def rows() -> Iterator[tuple[int, Row]]:
+            return enumerate(_spread(source.rows(), count, samples))
+
+        for position, row in rows() if seed is None else _shuffled(rows, self.notes.count or 0, seed):
+            label = next((row[1][name] for name in LABELS if name in row[1]), None)
+            plain = label.tolist() if isinstance(label, (np.ndarray, np.generic)) else label
+            self._rows.update(f"{row[0]} {plain!r}\n".encode(errors="replace"))
+            self.total += 1
+            if position % shard[1] == shard[0] - 1:
+                yield position, row
 
     def _check(self, row: Row) -> None:
         """Raise DataError if a sample's label is unknown to the model, or an input is missing."""
@@ -107,25 +162,26 @@ class Samples:
             if key not in values and not is_mask(key) and not (self._tokenizer and "text" in values):
                 raise _missing(name, spec, values)
 
-    def _prepare_all(self, rows: Iterable[Row]) -> Iterator[Example]:
+    def _prepare_all(self, rows: Iterable[tuple[int, Row]]) -> Iterator[Example]:
         """The examples, without texts that are too long. Raises DataError; also if all texts are too long."""
-        fitting = False
-        for name, values in rows:
+        fitting, first = False, None
+        for position, (name, values) in rows:
             try:
-                yield self._prepare(name, dict(values))
+                yield self._prepare(position, name, dict(values))
                 fitting = True
             except DataError as error:
                 if not isinstance(error.__cause__, LongTextError):
                     raise
-                self.left_out.append(error)
-        if self.left_out and not fitting:
-            raise self.left_out[0]
+                self.notes.left_out[position] = error.message
+                first = first or error
+        if first is not None and not fitting:
+            raise first
 
-    def _prepare(self, name: str, values: dict[str, Any]) -> Example:
+    def _prepare(self, position: int, name: str, values: dict[str, Any]) -> Example:
         targets = self._label(values, name)
         labels = self._labels.seen(targets["label"]) if targets else ()
         try:
-            source = self._preprocess(name, values)
+            source = self._preprocess(position, name, values)
             feeds = {}
             for key, spec in self._specs.items():
                 if values.get(key) is None:
@@ -136,7 +192,7 @@ class Samples:
             raise DataError(f"{name}: {error.message}", error.hint) from error
         digest = digest_of(feeds)
         feeds, targets = self._targets(name, feeds, {**_extras(values), **targets})
-        return Example(name, feeds, targets, source, tuple(labels), digest)
+        return Example(name, feeds, targets, source, tuple(labels), digest, position)
 
     def _label(self, values: dict[str, Any], where: str) -> Arrays:
         """Remove the label from a sample's values and return it by name; empty without a label. Raises DataError."""
@@ -150,7 +206,7 @@ class Samples:
             return {}
         return {"label": self._labels.read(given[0], where)}
 
-    def _preprocess(self, name: str, values: dict[str, Any]) -> Path | Array | str | None:
+    def _preprocess(self, position: int, name: str, values: dict[str, Any]) -> Path | Array | str | None:
         """Turn images, texts and frames into inputs, and add masks. Returns the readable form. Raises InputError."""
         source = None
         if isinstance(self._steps, ImagePreprocessing) and "image" in values:
@@ -158,7 +214,8 @@ class Samples:
         if self._tokenizer is not None and "text" in values:
             source = values.pop("text")
             values |= {key: array[0] for key, array in self._tokenizer([source]).items()}
-            self._cut += [name] if self._tokenizer.cuts(source) else []
+            if self._tokenizer.cuts(source):
+                self.notes.cut[position] = name
         if isinstance(self._steps, FlowPreprocessing) and isinstance(frames := values.get("frames"), np.ndarray):
             pixels = frames[0] if frames.ndim == 5 and len(frames) == 1 else frames
             if pixels.dtype == np.uint8 and pixels.ndim == 4:  # (2, H, W, 3) to (2, 3, H, W) from −1 to 1
@@ -233,6 +290,16 @@ def _spread(items: Iterator[_T], count: int | None, samples: int | None) -> Iter
         return itertools.islice(items, samples)
     wanted = {index * count // samples for index in range(samples)}
     return (item for index, item in enumerate(items) if index in wanted)
+
+
+def _shuffled(rows: Callable[[], Iterator[tuple[int, _T]]], count: int, seed: int) -> Iterator[tuple[int, _T]]:
+    """Rows in a random order. Reads them again for each block, because not all fit in memory."""
+    order = np.random.default_rng(seed).permutation(count).tolist()
+    for start in range(0, count, _BLOCK):
+        block = order[start : start + _BLOCK]
+        wanted = set(block)
+        found = {position: row for position, row in rows() if position in wanted}
+        yield from ((position, found[position]) for position in block)
 
 
 def _image(image: Any, steps: ImagePreprocessing) -> tuple[Path | Array, Array]:
@@ -321,11 +388,27 @@ def run_parts(
 
 
 def _input(spec: TensorSpec, part: Part, available: Mapping[str, Array], generator: np.random.Generator) -> Array:
-    if part.num_queries is None or spec is not index_input(part.inputs):
+    if not _is_drawn(spec, part):
         return available[spec.name]
+    return _queries(spec, part, next(iter(available.values())).shape[0], generator)
+
+
+def skip_parts(manifest: Manifest, batch: int, generator: np.random.Generator) -> None:
+    """Draw what `run_parts` draws for a call, and run nothing."""
+    for part in manifest.parts.values():
+        for spec in part.inputs:
+            if _is_drawn(spec, part):
+                _queries(spec, part, batch, generator)
+
+
+def _is_drawn(spec: TensorSpec, part: Part) -> bool:
+    return part.num_queries is not None and spec is index_input(part.inputs)
+
+
+def _queries(spec: TensorSpec, part: Part, batch: int, generator: np.random.Generator) -> Array:
     count = spec.shape[1]
     if not isinstance(count, int):
         count = min(spec.ranges[count][1], _DYNAMIC_QUERIES)
     first = spec.shape[0]
-    batch = first if isinstance(first, int) else next(iter(available.values())).shape[0]
-    return np.sort(generator.integers(part.num_queries, size=(batch, count)), axis=1).astype(np.int32)
+    rows = (first if isinstance(first, int) else batch, count)
+    return np.sort(generator.integers(part.num_queries or 0, size=rows), axis=1).astype(np.int32)

@@ -222,12 +222,7 @@ class Labels:
             self._indices.setdefault(label, []).append(index)
         # If names are numbers such as "1" and "0", a text is always a name, never an index.
         self._numbers = any(_whole(label) not in (None, index) for index, label in enumerate(self.names))
-        self._notes: dict[str, str] = {}
-
-    @property
-    def notes(self) -> list[str]:
-        """At most one note for labels given as texts, and one for integers."""
-        return list(self._notes.values())
+        self.notes: dict[str, str] = {}
 
     def read(self, label: Any, where: str) -> Array:
         """The target: int64 (), float32 (labels,) of zeros and ones, or float32 (values,). Raises DataError."""
@@ -258,7 +253,7 @@ class Labels:
         if self._numbers:
             kind, taken = ("text", "a name") if text else ("an integer", "an index")
             note = f"label names of this model are numbers, so {kind} was read as {taken}"
-            self._notes.setdefault(kind, f"{note}: {label!r} is label {index}, named {self.names[index]!r}")
+            self.notes.setdefault(kind, f"{note}: {label!r} is label {index}, named {self.names[index]!r}")
         return index
 
     def _vector(self, label: Any, where: str) -> Array:

@@ -34,13 +34,14 @@ from perceiver_export.calibration.quantization.record import (
     PartRecord,
     read_calibration,
 )
+from perceiver_export.calibration.quantization.shards import merge_statistics, write_statistics
 from perceiver_export.calibration.quantization.statistics import Observation, Report, load_graph, observe
 from perceiver_export.calibration.validation.gates import check_against_fp32
 from perceiver_export.calibration.validation.options import ValidateOptions
 from perceiver_export.calibration.validation.statistics import scipy_stats
 from perceiver_export.runtimes.bundle import Bundle, open_bundle
 from perceiver_export.runtimes.errors import GateError, UndecidedError, UsageError, VacuousGateError, check_kind
-from perceiver_export.runtimes.files import encode_json
+from perceiver_export.runtimes.files import encode_json, replacing, writing
 from perceiver_export.runtimes.machine import cpu_features, cpu_name
 from perceiver_export.runtimes.manifest import Manifest, Quantization, encode_manifest
 from perceiver_export.runtimes.tasks.tokenizers import truncating
@@ -51,17 +52,19 @@ if TYPE_CHECKING:
 
 def quantize(
     bundle: str | os.PathLike[str] | Bundle,
-    data: Data,
+    data: Data | None,
     output: str | os.PathLike[str],
     options: QuantizeOptions = QuantizeOptions(),
     *,
     sensitivity: Sequence[GroupSensitivity] = (),
     progress: Report | None = None,
+    statistics: Sequence[Path] = (),
 ) -> Bundle:
     """Quantize a bundle, calibrated on DATA (`calibration.data`). Nothing is written if anything fails.
 
-    Texts in DATA that are too long for the model are skipped with a note, or cut with ``options.truncate``.
-    ``sensitivity``, the result of `measure_sensitivity`, is kept in the record for `profile`.
+    Without DATA, the ``statistics`` of all shards (`collect_statistics`) give the same graphs. Texts in DATA that are too
+    long for the model are skipped with a note, or cut with ``options.truncate``. ``sensitivity``, the result of
+    `measure_sensitivity`, is kept in the record for `profile`.
 
     Raises UsageError, DataError, BundleError, BundleExistsError, MissingDependencyError; ExportError: the disk is full
     or not writable; GateError: coverage or accuracy is lower than ``options`` require.
@@ -72,15 +75,35 @@ def quantize(
     refuse_place(path, options.overwrite, source)
     if options.gates.any:
         _check_gateable(source, data, options)
-    observation = observe_for(source, data, options, report)
+    if data is None:
+        observation = merge_statistics(source, statistics, options)
+    else:
+        observation = observe_for(source, data, options, report)
     with new_bundle(path, options.overwrite) as directory:
         write_quantized(source, options, observation, directory, path.name, report)
         compare_with_fp32(source, observation, directory, options.threads)
         record_sensitivity(directory, sensitivity)
-        if options.gates.any:
+        if options.gates.any and data is not None:
             _check_gates(directory, source, data, options)
     report("done", 1, 1)
     return open_bundle(path)
+
+
+def collect_statistics(
+    bundle: str | os.PathLike[str] | Bundle,
+    data: Data,
+    output: Path,
+    shard: tuple[int, int],
+    options: QuantizeOptions = QuantizeOptions(),
+    *,
+    progress: Report | None = None,
+) -> None:
+    """Write the statistics of shard i of n to an .npz file; raises what `quantize` raises, and InputError."""
+    source = open_bundle(bundle)
+    check_options(options, source)
+    observation = observe_for(source, data, options, progress or (lambda what, done, total: None), shard)
+    with writing(output), replacing(output) as temporary:
+        write_statistics(temporary, source, shard, options, observation)
 
 
 def check_options(options: QuantizeOptions, source: Bundle) -> None:
@@ -105,9 +128,12 @@ def check_options(options: QuantizeOptions, source: Bundle) -> None:
         raise UsageError("all layers stay float", "keep fewer layers float")
 
 
-def observe_for(source: Bundle, data: Data, options: QuantizeOptions, report: Report) -> Observation:
+def observe_for(
+    source: Bundle, data: Data, options: QuantizeOptions, report: Report, shard: tuple[int, int] = (1, 1)
+) -> Observation:
     """Make the pass over DATA. Raises DataError."""
-    return observe(truncating(source) if options.truncate else source, data, options.samples, options.threads, report)
+    opened = truncating(source) if options.truncate else source
+    return observe(opened, data, options.samples, options.threads, report, shard)
 
 
 def write_quantized(
@@ -248,7 +274,7 @@ def _write_record(directory: Path, manifest: Manifest, record: Calibration, warn
     (directory / "manifest.json").write_bytes(encode_manifest(manifest))
 
 
-def _check_gateable(source: Bundle, data: Data, options: QuantizeOptions) -> None:
+def _check_gateable(source: Bundle, data: Data | None, options: QuantizeOptions) -> None:
     """Check before anything runs that DATA can be used for gates.
 
     Raises UsageError: it cannot; MissingDependencyError: the library that computes bounds is missing.

@@ -12,7 +12,7 @@ random positions, new ones in each call.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,15 @@ import numpy as np
 import onnx_ir as ir
 
 from perceiver_export.calibration.data.fingerprints import DataReport, DataWatch
-from perceiver_export.calibration.data.samples import Run, Samples, batch_size, batches, run_parts, stack
+from perceiver_export.calibration.data.samples import (
+    Run,
+    Samples,
+    batch_size,
+    batches,
+    run_parts,
+    skip_parts,
+    stack,
+)
 from perceiver_export.calibration.data.sources import ITERABLE, RANDOM, Data
 from perceiver_export.calibration.graphs import (
     Behind,
@@ -43,7 +51,7 @@ NO_SAMPLES = ("the data contains no samples", "give data that is not empty; a ge
 _PLACES = "calibration.places"  # an extra input: the positions of the rows to sample, in [0, 1)
 _VALUES_A_TENSOR = 1 << 17
 _BYTES = 64 << 20  # for the samples of all tensors together
-_KEPT = 8  # calls whose feeds and outputs are kept to measure the effect of quantization
+KEPT = 8  # calls whose feeds and outputs are kept to measure the effect of quantization
 _RANDOM_SAMPLES = 32
 _LARGEST_FLOAT16 = 65_504.0
 
@@ -51,29 +59,40 @@ _LARGEST_FLOAT16 = 65_504.0
 @dataclass
 class Activation:
     """An input of linear layers. ``low`` and ``high`` (K) are each channel's exact bounds; ``rows`` (capacity, K) holds
-    a uniform sample of the rows ``seen``.
+    a uniform sample of the rows ``seen``; ``own`` (capacity) marks the rows that came from calls of this shard.
     """
 
     low: Array
     high: Array
     rows: Array
+    own: Array
     seen: int = 0
 
     @classmethod
     def empty(cls, width: int, capacity: int) -> Activation:
         """An activation without data, with room for ``capacity`` rows."""
         bounds = np.full(width, np.inf, np.float32)
-        return cls(bounds, -bounds, np.zeros((capacity, width), np.float32))
+        return cls(bounds, -bounds, np.zeros((capacity, width), np.float32), np.zeros(capacity, bool))
 
     def add(self, low: Array, high: Array, rows: Array, generator: np.random.Generator) -> None:
-        """Add one call's bounds and rows. Rows beyond the capacity replace earlier ones (Vitter's algorithm R)."""
+        """Add one call's bounds and rows."""
         np.minimum(self.low, low, out=self.low)
         np.maximum(self.high, high, out=self.high)
-        for row in rows:
+        for place, row in zip(self.places(len(rows), generator), rows, strict=True):
+            if place < len(self.rows):
+                self.rows[place], self.own[place] = row, True
+
+    def places(self, count: int, generator: np.random.Generator) -> Iterator[int]:
+        """The places of a call's rows; rows beyond the capacity replace earlier ones (Vitter's algorithm R).
+
+        No row of this shard remains at these places.
+        """
+        for _ in range(count):
             place = self.seen if self.seen < len(self.rows) else int(generator.integers(self.seen + 1))
             if place < len(self.rows):
-                self.rows[place] = row
+                self.own[place] = False
             self.seen += 1
+            yield place
 
     @property
     def sample(self) -> Array:
@@ -87,7 +106,7 @@ class Activation:
 
     def scaled(self, factors: Array) -> Activation:
         """The activation with each channel multiplied by a positive factor."""
-        return Activation(self.low * factors, self.high * factors, self.rows * factors, self.seen)
+        return Activation(self.low * factors, self.high * factors, self.rows * factors, self.own, self.seen)
 
 
 @dataclass
@@ -129,6 +148,7 @@ class Observer:
         limit = min(_VALUES_A_TENSOR, _BYTES // 4 // max(1, len(activations)))
         capacity = {value: max(1, limit // _width(value)) for value in activations}
         rows = {value: -(-kept // max(1, samples)) for value, kept in capacity.items()}
+        self._counts = {str(value.name): count for value, count in rows.items()}  # rows of one call
         self._rows = max(rows.values(), default=0)
         self._generator = np.random.default_rng(seed)
         hazards = {value: depth for node in model.graph for value, depth in _hazardous(node)}
@@ -153,6 +173,14 @@ class Observer:
         for name, hazard in self.statistics.hazards.items():
             hazard.largest = max(-float(values[f"{name}.least"]), float(values[f"{name}.most"]), hazard.largest)
         return {name: values[name] for name in self._outputs}
+
+    def skip(self) -> None:
+        """Draw what a call draws, which another shard runs."""
+        if self._rows:
+            self._generator.random(self._rows, np.float32)
+        for name, activation in self.statistics.activations.items():
+            for _ in activation.places(self._counts[name], self._generator):
+                pass
 
 
 def _require_finite(name: str, *arrays: Array) -> None:
@@ -244,8 +272,13 @@ class Observation:
     calls: tuple[Call, ...]
 
 
-def observe(bundle: Bundle, data: Data, samples: int, threads: int | None, report: Report) -> Observation:
-    """Run up to ``samples`` samples through all parts. Raises DataError: no samples, and as `Samples`."""
+def observe(
+    bundle: Bundle, data: Data, samples: int, threads: int | None, report: Report, shard: tuple[int, int] = (1, 1)
+) -> Observation:
+    """Run up to ``samples`` samples through all parts; for the ``shard`` (i, n) only the i-th of every n calls.
+
+    A shard reads all samples. Raises DataError: no samples, and as `Samples`.
+    """
     if str(data) == RANDOM:
         samples = min(samples, _RANDOM_SAMPLES)
     manifest = bundle.manifest
@@ -260,14 +293,19 @@ def observe(bundle: Bundle, data: Data, samples: int, threads: int | None, repor
     calls: list[Call] = []
     generator = np.random.default_rng(0)
     runs: dict[str, Run] = {name: observer.run for name, observer in observers.items()}
-    for batch in batches(examples.stream, size):
+    for number, batch in enumerate(batches(examples.stream, size)):
         for example in {id(example): example for example in batch}.values():  # a short batch repeats its samples
             watch.see(example)
-        feeds, outputs = run_parts(manifest, runs, stack(batch), generator)
-        if len(calls) < _KEPT:
-            calls.append(Call(feeds, outputs))
+        if number % shard[1] == shard[0] - 1:
+            feeds, outputs = run_parts(manifest, runs, stack(batch), generator)
+            if number < KEPT:
+                calls.append(Call(feeds, outputs))
+        else:
+            skip_parts(manifest, size, generator)
+            for observer in observers.values():
+                observer.skip()
         report("calibrate", len(watch.digests), total)
-    if not calls:
+    if not watch.digests:
         raise DataError(*NO_SAMPLES)
     statistics = {name: observer.statistics for name, observer in observers.items()}
-    return Observation(statistics, watch.report(list(examples.notes().values())), tuple(calls))
+    return Observation(statistics, watch.report(list(examples.notes.by_kind().values())), tuple(calls))

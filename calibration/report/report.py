@@ -19,9 +19,10 @@ from perceiver_export.calibration.quantization.record import Calibration, read_c
 from perceiver_export.calibration.report.tables import Report, Table, tables
 from perceiver_export.calibration.validation.gates import advice
 from perceiver_export.calibration.validation.results import Validation
+from perceiver_export.calibration.validation.validation import machine
 from perceiver_export.runtimes.benchmark import Measurement, bench
 from perceiver_export.runtimes.bundle import Bundle, open_bundle
-from perceiver_export.runtimes.certificates import engine_of, precision_of, valid_certificates
+from perceiver_export.runtimes.certificates import certificates, engine_of, precision_of
 from perceiver_export.runtimes.errors import DataError, DeviceError, EngineError, UsageError, printable, require
 
 
@@ -141,10 +142,12 @@ def gather(
 ) -> Report:
     """A report on a validated bundle. Each target is timed, in turn with ``reference`` if that is a bundle.
 
+    Targets of merged shards that ran on another machine are not timed.
+
     Then the sensitivity of layers is measured against the reference on the validation data; otherwise it is what
     `quantize` recorded at calibration. Raises what `bench` raises.
     """
-    opened = open_bundle(bundle)
+    opened, here = open_bundle(bundle), machine()
     manifest, record = opened.manifest, read_calibration(opened)
     other = Path(reference) if reference is not None and (Path(reference) / "manifest.json").is_file() else None
     layers, note = _measured(opened, other, validations[0], threads), _MEASURED
@@ -154,7 +157,9 @@ def gather(
     return Report(
         f"{manifest.name}: {manifest.task}, {manifest.precision}",
         tuple(validations),
-        tuple(speed for validation in validations for speed in _speeds(opened.path, other, validation, threads)),
+        tuple(
+            speed for one in validations if one.machine == here for speed in _speeds(opened.path, other, one, threads)
+        ),
         tuple(layers),
         (*_profiles(opened, other, validations, threads), *tables(manifest, record)),
         note if layers else "",
@@ -178,15 +183,15 @@ def _profiles(
 
 
 def _certified(bundle: Bundle, validations: Sequence[Validation]) -> Iterator[str]:
-    """The certificates that these validations show: none if a gate did not hold, whatever held on other days."""
+    """The certificates that these validations support; none if a gate did not hold."""
     for validation in validations if all(validation.held for validation in validations) else ():
         limits = {(gate.wanted.subject, gate.wanted.limit) for gate in validation.gates}
-        target, engine = str(validation.candidate.get("target")), engine_of(validation.candidate)
-        for one in valid_certificates(bundle, target, engine):
-            if (
-                one.data == validation.data.fingerprint
-                and {(claim.what, claim.limit) for claim in one.claims} <= limits
-            ):
+        side, instructions = validation.candidate, validation.machine.get("instruction set", "")
+        place = (side.get("target"), engine_of(side), tuple(instructions.split()), side.get("graphs"))
+        for one in certificates(bundle):
+            same = (one.target, one.engine, one.instruction_set, one.graphs) == place
+            same &= one.data == validation.data.fingerprint
+            if same and {(claim.what, claim.limit) for claim in one.claims} <= limits:
                 yield str(one)
 
 

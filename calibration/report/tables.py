@@ -14,7 +14,7 @@ from perceiver_export.calibration.validation.statistics import Estimate
 from perceiver_export.runtimes.benchmark import Measurement
 from perceiver_export.runtimes.manifest import Manifest, Part, Stage
 
-_APART = ("name", "certificates", "graphs")  # of a side, what does not go in one line with its engine
+_APART = ("name", "certificates", "graphs")  # keys of a side that have no place in the line of its engine
 _CLASSES, _LAYERS = 20, 15  # at most, in their tables
 _MIB = 1 << 20
 
@@ -74,7 +74,7 @@ class Report:
 
     @property
     def summary(self) -> str:
-        """One line: what was compared, on what."""
+        """One line: both sides, the samples and the targets."""
         first, places = self.validations[0], []
         for one in self.validations:
             precision = f" in {one.candidate['precision']}" if "precision" in one.candidate else ""
@@ -137,6 +137,11 @@ class Report:
                 f" On {_target(first)}, {flips.lost:,} right with the reference only, {flips.gained:,} with the"
                 f" candidate only (exact McNemar p = {first.mcnemar:.3g})."
             )
+        if first.data.sequential:
+            note = (
+                "The run {}. Bounds of shares hold wherever it stops, those of other metrics for a fixed number only."
+            )
+            note = note.format(first.data.sequential)
         columns = ("target", "metric", "candidate (95 % bounds)>", "reference>", "worse by (95 % bounds)>")
         return Table("Accuracy", columns, rows, note).without_empty()
 

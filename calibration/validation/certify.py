@@ -17,11 +17,9 @@ from perceiver_export.calibration.validation.reference import check_reference
 from perceiver_export.calibration.validation.results import Validation
 from perceiver_export.calibration.validation.statistics import CONFIDENCE
 from perceiver_export.runtimes.bundle import Bundle, open_bundle
-from perceiver_export.runtimes.certificates import FILE, Certificate, Claim, certificates, engine_of, precision_of
-from perceiver_export.runtimes.engines.cache import graphs_of
+from perceiver_export.runtimes.certificates import FILE, Certificate, Claim, certificates, engine_of
 from perceiver_export.runtimes.errors import DataError, ExportError, UsageError
 from perceiver_export.runtimes.files import check_writable, copy_tree, encode_json, read_json
-from perceiver_export.runtimes.machine import cpu_features
 from perceiver_export.runtimes.manifest import encode_manifest
 
 _REFUSED = {
@@ -64,11 +62,10 @@ def _certificate(bundle: Bundle, validation: Validation) -> Certificate:
             raise DataError(warnings[kind], hint)
     check_reference(validation.candidate, validation.reference)
     target, engine = str(validation.candidate["target"]), engine_of(validation.candidate)
-    graphs = graphs_of(bundle.manifest, target, precision_of(engine))
-    if validation.candidate.get("graphs") != graphs:
-        raise UsageError(
-            f"the validated graphs are not those of {bundle.path} for {target}", "validate this bundle again"
-        )
+    graphs: dict[str, str] = validation.candidate.get("graphs", {})
+    files = {name: entry.sha256 for name, entry in bundle.manifest.files.items()}
+    if not graphs or not graphs.items() <= files.items():
+        raise UsageError(f"{bundle.path} does not have the graphs that were validated", "validate this bundle again")
     reference, claims = validation.reference or {}, []
     for gate in validation.gates:  # a claim is the limit that was asked: it was fixed before the samples were seen
         wanted, bound = gate.wanted, gate.lower if gate.wanted.what == AT_LEAST else gate.upper
@@ -82,7 +79,7 @@ def _certificate(bundle: Bundle, validation: Validation) -> Certificate:
         reference=str(reference.get("name")),
         target=target,
         engine=engine,
-        instruction_set=cpu_features(),
+        instruction_set=tuple(validation.machine["instruction set"].split()),
         graphs=graphs,
         date=datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         caveats=(*validation.gates[0].reservations, *caveat),
@@ -91,6 +88,7 @@ def _certificate(bundle: Bundle, validation: Validation) -> Certificate:
         reference_engine=engine_of(reference),
         reference_graphs=dict(reference.get("graphs", {})),
         labels=validation.data.labels,
+        sequential=validation.data.sequential,
     )
 
 

@@ -35,7 +35,8 @@ MARKS = {"held": "PASS", "not held": "FAIL", "undecided": "UNDECIDED", "vacuous"
 AT_LEAST, AT_MOST = "at least", "at most"
 _ERRORS = {"not held": GateError, "vacuous": VacuousGateError, "undecided": UndecidedError}
 _POWER = 0.8
-_MOST = 10**9  # samples that nobody has
+_SEQUENTIAL = 3  # times as many samples decide as often if the run may stop anywhere (tests/benchmarks/sequential.py)
+_MOST = 10**9  # samples; nobody has more
 # Margins beyond which a gate means little: two of ten answers may change, or a mean may worsen by half.
 _WIDE = {"points": 20.0, RELATIVE: 50.0}
 _WIDE_AGREEMENT = 80.0
@@ -66,10 +67,10 @@ class Wanted(msgspec.Struct, frozen=True):
 class Gate(msgspec.Struct, frozen=True):
     """A gate and its outcome: ``measured``, ``lower`` and ``upper`` bound in the unit of ``wanted``.
 
-    ``samples_to_decide``: how many would decide four times in five if the truth is what was measured; None if it is
-    decided, or if no number would. ``bounds`` are exact, or those of a mean, with its `CAVEAT`. ``reservations``: what
-    makes it less meaningful than it seems (repeated samples, a reference that guesses); a gate that holds is never
-    shown without them. ``vacuous``: why any model would pass it.
+    ``samples_to_decide``: the number that would decide four times in five if the measured value is the truth; None if
+    the gate is decided, or if no number would decide it. ``bounds`` are exact, of a sequential run, or of a mean, with
+    its `CAVEAT`. ``reservations``: why it means less than it seems (repeated samples, a reference that guesses);
+    a gate that holds is never shown without them. ``vacuous``: why any model would pass it.
     """
 
     wanted: Wanted
@@ -80,7 +81,7 @@ class Gate(msgspec.Struct, frozen=True):
     samples: int
     samples_to_decide: int | None = None
     reservations: tuple[str, ...] = ()
-    bounds: Literal["exact", "bootstrap"] = "exact"
+    bounds: Literal["exact", "sequential", "bootstrap"] = "exact"
     vacuous: str = ""
 
     @property
@@ -89,7 +90,7 @@ class Gate(msgspec.Struct, frozen=True):
         return self.outcome == "held"
 
     def __str__(self) -> str:
-        how = " by bootstrap" if self.bounds == "bootstrap" else ""
+        how = {"exact": "", "bootstrap": " by bootstrap", "sequential": " wherever it stops"}[self.bounds]
         lower, upper = (_number(bound).replace("-", "−") for bound in (self.lower, self.upper))
         if self.outcome in ("undecided", "vacuous"):
             found = f"between {lower} and {upper}, 95 % bounds{how}"
@@ -153,11 +154,22 @@ def _change(gates: Gates, limit: float, metrics: Sequence[Metric], measured: Col
     return metric, Wanted(option, subject, AT_MOST, limit * (100.0 if gates.relative else 1.0), unit)
 
 
-def check_gates(gates: Gates, metrics: Sequence[Metric], has_reference: bool) -> None:
-    """Raise UsageError for a gate that needs a reference, or that the task's ``metrics`` do not allow."""
+def check_gates(gates: Gates, metrics: Sequence[Metric], has_reference: bool, sequential: bool = False) -> None:
+    """Raise UsageError for a gate that needs a reference, or that the task's ``metrics`` do not allow.
+
+    A ``sequential`` run can decide gates on the share of single answers only.
+    """
     if gates.any and not has_reference:
         raise UsageError("a gate needs a reference", "give --against BUNDLE or --against CHECKPOINT")
-    _asked(gates, metrics)
+    for metric, wanted in _asked(gates, metrics):
+        if sequential and not _on_answers(metric, wanted):
+            said = f"--sequential cannot decide {wanted.typed}: it needs a share of single answers"
+            raise UsageError(said, "gate on --max-drop or --min-agreement of a classifier, or leave --sequential out")
+
+
+def _on_answers(metric: Metric, wanted: Wanted) -> bool:
+    """Whether a gate counts single answers, so that its bounds are exact."""
+    return metric.kind == "share" and not wanted.option.endswith("change")
 
 
 def check_against_fp32(gates: Gates, manifest: Manifest) -> None:
@@ -175,7 +187,7 @@ def judge(gates: Gates, scores: Scores) -> tuple[Gate, ...]:
 def _judge(metric: Metric, wanted: Wanted, scores: Scores) -> Gate:
     relative, spread = wanted.unit == RELATIVE, None
     scale = 100.0 if relative else metric.scale
-    if metric.kind == "share" and not wanted.option.endswith("change"):
+    if _on_answers(metric, wanted):
         lost, gained = scores.flips(metric)
         variance = (lost + gained) / scores.count - ((lost - gained) / scores.count) ** 2
         spread = 100 * math.sqrt(max(variance, 0.0))
@@ -184,32 +196,51 @@ def _judge(metric: Metric, wanted: Wanted, scores: Scores) -> Gate:
     if guessed is not None and sign * guessed * scale <= sign * wanted.limit and not vacuous:
         shown = f"{wanted.subject} {_number(guessed * scale)} {wanted.unit}".rstrip()
         vacuous = f"{scores.naive[metric.name][0]} passes too ({shown})"
-    return decide(wanted, found, scores.count, spread, vacuous)
+    return decide(wanted, found, scores.count, spread, vacuous, scores.bounds.kind)
 
 
-def decide(wanted: Wanted, found: Estimate, samples: int, spread: float | None = None, vacuous: str = "") -> Gate:
+def settled(gates: Gates, scores: Scores) -> bool:
+    """Whether a sequential run can stop: one gate does not hold, or the samples decide all of them."""
+    found = [_outcome(gate.wanted, gate.lower, gate.upper) for gate in judge(gates, scores)]
+    return "not held" in found or "undecided" not in found
+
+
+def _outcome(wanted: Wanted, lower: float, upper: float) -> Literal["held", "not held", "undecided"]:
+    sign = -1.0 if wanted.what == AT_LEAST else 1.0
+    past = [sign * bound > sign * wanted.limit for bound in (lower, upper)]
+    return "not held" if all(past) else "undecided" if any(past) else "held"
+
+
+def decide(
+    wanted: Wanted,
+    found: Estimate,
+    samples: int,
+    spread: float | None = None,
+    vacuous: str = "",
+    kind: Literal["exact", "sequential"] = "exact",
+) -> Gate:
     """The gate's outcome by ``found``, in its unit.
 
     ``spread``: the standard deviation of one sample, for exact bounds; None for bootstrap bounds. Fewer than 30 samples
     leave these undecided, and so do samples that are all equal, about which resampling shows nothing. ``vacuous``: why
-    any model would pass; a gate that does not hold has shown enough anyway.
+    any model would pass; a gate that does not hold has shown enough anyway. ``kind``: of exact bounds.
     """
-    sign = -1.0 if wanted.what == AT_LEAST else 1.0
-    past = [sign * bound - sign * wanted.limit for bound in (found.lower, found.upper)]
-    held, failed = all(one <= 0 for one in past), all(one > 0 for one in past)
     unknown = spread is None and (samples < LEAST_FOR_BOOTSTRAP or found.lower == found.upper)
-    outcome: Literal["held", "not held", "undecided", "vacuous"] = "held" if held else "not held"
-    if unknown or not (held or failed):
-        outcome = "undecided"
+    outcome: Literal["held", "not held", "undecided", "vacuous"] = "undecided"
+    if not unknown:
+        outcome = _outcome(wanted, found.lower, found.upper)
     if vacuous and outcome != "not held":
         outcome = "vacuous"
     needed = None
     if outcome == "undecided":
         few = LEAST_FOR_BOOTSTRAP if samples < LEAST_FOR_BOOTSTRAP else None
         needed = few if unknown else _needed(wanted, found, samples, spread)
+        if needed is not None and kind == "sequential":
+            needed *= _SEQUENTIAL
     values = (found.value, found.lower, found.upper, outcome, samples, needed)
-    bounds: Literal["exact", "bootstrap"] = "bootstrap" if spread is None else "exact"
-    return Gate(wanted, *values, bounds=bounds, vacuous=vacuous if outcome == "vacuous" else "")
+    return Gate(
+        wanted, *values, bounds="bootstrap" if spread is None else kind, vacuous=vacuous if outcome == "vacuous" else ""
+    )
 
 
 def _needed(wanted: Wanted, found: Estimate, samples: int, spread: float | None) -> int | None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gates and options of `validate`, checked when they are made; the command line makes its options of them."""
+"""Gates and options of `validate`, checked on construction; the command line derives its own options from them."""
 
 from __future__ import annotations
 
@@ -18,6 +18,9 @@ from perceiver_export.runtimes.runtime import Array, Feeds
 # A reference that is not a bundle: preprocessed inputs (n, ...) by name -> outputs (n, ...) by name. It may have a
 # ``name``, and ``described``, in the form of `Side.engine`; without that nothing is certified against it.
 Reference = Callable[[Feeds], Mapping[str, Array]]
+
+
+MOST_SHARDS = 100_000
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class Gates:
 
     @property
     def any(self) -> bool:
-        """Whether there is a gate at all."""
+        """Whether any gate is set."""
         return (self.max_drop, self.min_agreement, self.max_metric_change) != (None, None, None)
 
     @property
@@ -80,6 +83,14 @@ def check_percent(option: str, value: float, below: float = 1.0) -> None:
         raise UsageError(f"{option} is {value:g}, and it is in percent", f"did you mean {100 * value:g}?")
 
 
+def parse_shard(text: str) -> tuple[int, int]:
+    """3/16 → (3, 16). Raises UsageError."""
+    shard, _, shards = text.partition("/")
+    if not (shard.isdecimal() and shards.isdecimal() and 1 <= int(shard) <= int(shards) <= MOST_SHARDS):
+        raise UsageError(f"--shard is {text!r}", "give 1/16 to 16/16, of 16 shards")
+    return int(shard), int(shards)
+
+
 @dataclass(frozen=True)
 class ValidateOptions:
     """Options of `validate`; `validate --help` prints the doc of each field that has one. Raises UsageError when made.
@@ -99,8 +110,8 @@ class ValidateOptions:
     against_device: str | None = option(
         None, "Target of the reference, by default BUNDLE's (of `all` the first). Without --against: BUNDLE on it."
     )
-    samples: int | None = option(None, "Take so many samples, evenly spread over the data.")
-    device: str = option("auto", "Target; `auto` is the first present, `all` each of them.")
+    samples: int | None = option(None, "Take this many samples, evenly spread over the data.")
+    device: str = option("auto", "Target; `auto` is the first that is present, `all` runs on each.")
     precision: Precision | None = option(
         None, "Engine of this precision (fp32, fp16, bf16); by default the one built last."
     )
@@ -108,6 +119,8 @@ class ValidateOptions:
     truncate: bool = option(False, "Cut texts that are longer than the model, instead of leaving them out.")
     certify: bool = option(False, "Write a certificate into BUNDLE if all gates hold; it shows where it holds.")
     allow_overlap: bool = option(False, "Certify even if samples were calibrated on, or are repeated.")
+    sequential: bool = option(False, "Stop as soon as the gates are decided; the 95 % hold wherever it stops.")
+    seed: int = option(0, "Of --sequential: the seed of the random order of samples.")
     save_worst: str | os.PathLike[str] | None = field(
         default=None,
         metadata={"doc": "Save the worst samples here (images, inputs, worst.json) and classes.", "value": "DIR"},
@@ -119,6 +132,9 @@ class ValidateOptions:
         check_kind("gates", self.gates, Gates, "Gates(max_drop=…, …)")
         if self.samples is not None:
             check_whole("samples", self.samples, 1, None, "give 1 or more, or leave it out")
+        check_whole("seed", self.seed, 0, None, "give 0 or more")
+        if self.sequential and not self.gates.any:
+            raise UsageError("--sequential has no gate to decide", "give --max-drop or --min-agreement")
         if callable(self.against) and self.against_device is not None:
             raise UsageError("a checkpoint runs in torch, and on no target", "leave --against-device out")
         if self.certify and not self.gates.any:

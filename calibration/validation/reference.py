@@ -46,7 +46,7 @@ class Side:
 def open_side(
     what: str | os.PathLike[str] | Bundle | Reference | None, device: str, threads: int | None, beside: Task
 ) -> Iterator[Side | None]:
-    """Open the reference, if there is one. Raises what `load` raises; UsageError unless it compares to ``beside``."""
+    """Open the reference, or yield None. Raises what `load` raises; UsageError unless it compares to ``beside``."""
     if what is None:
         yield None
     elif callable(what):
@@ -128,7 +128,7 @@ def doubts(candidate: Described, reference: Described | None) -> dict[str, str]:
         return {"itself": said}
     if reference is not None and reference.get("quantization"):
         scheme = reference["quantization"]
-        return {"quantized": f"the reference is itself quantized ({scheme}): no number shows what that cost"}
+        return {"quantized": f"the reference is itself quantized ({scheme}): no number shows the loss from that"}
     return {}
 
 

@@ -16,13 +16,14 @@ from perceiver_export.runtimes.errors import BrokenReferenceError, GateError
 class Data(msgspec.Struct, frozen=True):
     """The samples. ``fingerprint``: a hash of inputs and targets, whatever their order or files.
 
-    ``labels``: how often each label occurred, by name.
+    ``labels``: how often each label occurred, by name. ``sequential``: where a sequential run stopped, and its order.
     """
 
     source: str
     samples: int
     fingerprint: str
     labels: dict[str, int] = {}
+    sequential: str = ""
 
 
 class Failure(msgspec.Struct, frozen=True):

@@ -4,8 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
-from typing import Any
+from functools import cache, cached_property
 
 import msgspec
 import numpy as np
@@ -14,7 +13,14 @@ from perceiver_export.calibration.data.samples import Example
 from perceiver_export.calibration.validation.metrics import metrics_of
 from perceiver_export.calibration.validation.metrics.base import Column, Columns, Family, Metric, Outputs
 from perceiver_export.calibration.validation.metrics.own import Own
-from perceiver_export.calibration.validation.statistics import LEAST_FOR_BOOTSTRAP, Estimate, bootstrap, drop, share
+from perceiver_export.calibration.validation.statistics import (
+    FIXED,
+    LEAST_FOR_BOOTSTRAP,
+    Bounds,
+    Estimate,
+    bootstrap,
+    share,
+)
 from perceiver_export.calibration.validation.worst import Worst, WorstClass, worst_classes
 from perceiver_export.runtimes.errors import DataError
 from perceiver_export.runtimes.runtime import Array
@@ -53,18 +59,20 @@ def value_of(metric: Metric, column: Column, counts: Array | None = None) -> Arr
     return np.exp(found) if metric.kind == "exp" else np.sqrt(found) if metric.kind == "root" else found
 
 
-def estimate(metric: Metric, column: Column) -> Estimate:
+def estimate(metric: Metric, column: Column, bounds: Bounds = FIXED) -> Estimate:
     """One side's value with one-sided bounds, shares as shares: exact for them, by bootstrap for all others."""
     if metric.kind == "share":
-        return share(int(column.values.sum()), len(column.values))
+        return bounds.share(int(column.values.sum()), len(column.values))
     found = _resampled(metric, (column,), lambda counts: value_of(metric, column, counts))
     return Estimate(found.value, max(0.0, found.lower), min(1.0, found.upper)) if metric.kind == "fraction" else found
 
 
-def worsening(metric: Metric, candidate: Column, reference: Column, relative: bool = False) -> Estimate:
+def worsening(
+    metric: Metric, candidate: Column, reference: Column, relative: bool = False, bounds: Bounds = FIXED
+) -> Estimate:
     """How much worse the candidate is, positive if it is; if ``relative``, as a share of the reference's value."""
     if metric.kind == "share" and not relative:
-        return drop(*_flips(candidate, reference), len(candidate.values))
+        return bounds.drop(*_flips(candidate, reference), len(candidate.values))
     sign = 1.0 if metric.better == "lower" else -1.0
 
     def change(counts: Array) -> Array:
@@ -81,7 +89,7 @@ def _resampled(
 ) -> Estimate:
     """By bootstrap; if no sample of a fraction differs from another, by how rare one that differs can be.
 
-    Resampling knows nothing of samples that were not drawn, but their number does: 0 of so many.
+    Resampling shows nothing about samples that were not drawn; 0 of n samples bounds how many of those can differ.
     """
     count = len(columns[0].values)
     if all((array == array[0]).all() for column in columns for array in (column.values, column.weights)):
@@ -106,20 +114,21 @@ class Scores:
     """Scores of every sample of one or two sides, collected by `add`.
 
     ``families`` are those of `metrics.families`; the first that is not your own metric's reads labels and answers.
-    ``worst``: how many of the worst samples to keep. ``names``: of the labels.
+    ``worst``: how many of the worst samples to keep. ``names``: of the labels. ``bounds``: of shares.
+
+    ``parts``: columns by side, a part for each batch. ``sums``: of each family's `Family.seen`. ``unused``: targets
+    that judge nothing.
     """
 
-    def __init__(self, families: Sequence[Family], worst: int, names: Sequence[str]) -> None:
+    def __init__(self, families: Sequence[Family], worst: int, names: Sequence[str], bounds: Bounds = FIXED) -> None:
+        self.bounds = bounds
         self.worst = Worst(worst)
         self.metrics = metrics_of(families)
         self._families, self._names = families, names
         self._main = next(family for family in families if not isinstance(family, Own))
-        self._parts: dict[str, list[Columns]] = {"quality": [], "reference": [], "likeness": []}
-        self._answers: dict[str, list[Array]] = {}
-        self._seen: list[dict[str, Any]] = [{} for _ in families]
-        self._unused: set[str] = set()
-        self._first: dict[str, Array] = {}
-        self._varying: set[str] = set()
+        self.parts: dict[str, list[Columns]] = {}
+        self.sums: list[dict[str, Array]] = [{} for _ in families]
+        self.unused: set[str] = set()
 
     @property
     def count(self) -> int:
@@ -133,19 +142,19 @@ class Scores:
             sides["reference"] = self._quality(reference, targets)
             for family in reversed(self._families):
                 sides["likeness"] |= family.likeness(outputs, reference, targets)
-        for name, side in sides.items():
-            if self.count and side.keys() != self._parts[name][0].keys():
-                raise DataError("only some samples have a label", "label all of them, or none")
-            self._parts[name].append(side)
-        self._watch(outputs if reference is None else reference, targets)
         said = {"candidate": self._main.answers(outputs)}
         said["reference"] = None if reference is None else self._main.answers(reference)
         said["label"] = targets.get("label") if "label" in (self._main.targets or ()) else None
-        texts = {}
-        for name, answers in said.items():
-            if answers is not None:
-                self._answers.setdefault(name, []).append(answers)
-                texts[name] = [self._main.text(one, self._names) for one in answers]
+        answers = {name: array for name, array in said.items() if array is not None}
+        texts = {name: [self._main.text(one, self._names) for one in array] for name, array in answers.items()}
+        sides["answers"] = {name: Column.of(array) for name, array in answers.items() if name != "candidate"}
+        sides |= self._watch(outputs if reference is None else reference, targets)
+        for name, side in sides.items():
+            if self.count and side.keys() != self.parts[name][0].keys():
+                raise DataError("only some samples have a label", "label all of them, or none")
+            self.parts.setdefault(name, []).append(side)
+        for computed in ("sides", "naive"):  # of the samples so far
+            self.__dict__.pop(computed, None)
         columns = sides["quality"] | sides["likeness"]
         single = [metric for metric in self.metrics if metric.name in columns and metric.kind != "statistic"]
         values = {metric.name: _of_samples(metric, columns[metric.name]) for metric in single}
@@ -157,25 +166,29 @@ class Scores:
             if family.judged_by(targets):
                 found |= family.quality(outputs, targets)
         if self._main is self._families[0] and self._main.targets and not self._main.judged_by(targets):
-            self._unused.update(targets)  # your own metric might use them
+            self.unused.update(targets)  # your own metric might use them
         return found
 
-    def _watch(self, outputs: Outputs, targets: Outputs) -> None:
-        """Sum up answers for the naive model, and note which outputs vary."""
-        for family, seen in zip(self._families, self._seen, strict=True):
-            for name, value in family.seen(outputs, targets).items():
-                seen[name] = seen[name] + value if name in seen else value
+    def _watch(self, outputs: Outputs, targets: Outputs) -> dict[str, Columns]:
+        """Add to the sums of the naive models; returns their columns, and each output's projection and size."""
+        found: dict[str, Columns] = {"outputs": {}}
+        for index, (family, sums) in enumerate(zip(self._families, self.sums, strict=True)):
+            seen = family.seen(outputs, targets)
+            found[f"naive {index}"] = {name: one for name, one in seen.items() if isinstance(one, Column)}
+            for name, one in seen.items():
+                if not isinstance(one, Column):
+                    sums[name] = sums[name] + one if name in sums else one
         for name, array in outputs.items():
-            first = self._first.setdefault(name, array[:1])
-            if not np.allclose(array, first, rtol=0, atol=_ALIKE * float(np.abs(first).max())):
-                self._varying.add(name)
+            flat = array.reshape(len(array), -1).astype(np.float64)
+            found["outputs"][name] = Column(flat @ _direction(flat.shape[1]), np.abs(flat).max(axis=1))
+        return found
 
     @property
     def outputs(self) -> tuple[str, ...]:
         """Names of the outputs."""
-        return tuple(self._first)
+        return tuple(self.sides["outputs"])
 
-    @property
+    @cached_property
     def reads(self) -> dict[str, tuple[str, ...]]:
         """The outputs that each metric depends on."""
         pairs = [(family, metric.name) for family in reversed(self._families) for metric in family.metrics]
@@ -186,28 +199,28 @@ class Scores:
         reads = self.reads[metric.name]
         if not reads:
             return f"{metric.name} gives the same whatever the outputs are"
-        if self.count < 2 or self._varying & set(reads):
+        columns = [self.sides["outputs"][name] for name in reads]
+        if self.count < 2 or any(np.ptp(one.values) > _ALIKE * one.weights.max() for one in columns):
             return ""
         return f"the reference gives the same {' and '.join(map(repr, reads))} for all samples"
 
     @cached_property
     def sides(self) -> dict[str, Columns]:
-        """``quality`` of the candidate and of the ``reference``, and ``likeness`` of the two, by metric."""
-        found: dict[str, Columns] = {}
-        for side, parts in self._parts.items():
-            found[side] = {}
-            for name in parts[0] if parts else ():
-                columns = [part[name] for part in parts]
-                values, weights = ([getattr(column, of) for column in columns] for of in ("values", "weights"))
-                found[side][name] = Column(np.concatenate(values), np.concatenate(weights))
-        return found
+        """``quality`` of the candidate and of the ``reference``, and ``likeness`` of the two, by metric.
+
+        Also the ``outputs`` of `_watch`, the ``answers`` of the reference and the labels, and ``naive`` models.
+        """
+        return {
+            side: {name: joined([part[name] for part in parts]) for name in parts[0]}
+            for side, parts in self.parts.items()
+        }
 
     @cached_property
     def naive(self) -> dict[str, tuple[str, float]]:
         """The naive model of each metric (`base.Family`) in words, and its value."""
         found = {}
-        for family, seen in zip(reversed(self._families), reversed(self._seen), strict=True):
-            says, values = family.naive(seen, self._names)
+        for index, (family, sums) in reversed([*enumerate(zip(self._families, self.sums, strict=True))]):
+            says, values = family.naive(sums | self.sides[f"naive {index}"], self._names)
             found.update({name: (says, value) for name, value in values.items()})
         return found
 
@@ -224,9 +237,9 @@ class Scores:
     def distance(self, metric: Metric, relative: bool = False) -> Estimate:
         """How much worse a quality is than the reference's, as in `worsening`; a likeness as it is."""
         if metric.of == "likeness":
-            return estimate(metric, self.sides["likeness"][metric.name])
+            return estimate(metric, self.sides["likeness"][metric.name], self.bounds)
         quality, reference = (self.sides[side][metric.name] for side in ("quality", "reference"))
-        return worsening(metric, quality, reference, relative)
+        return worsening(metric, quality, reference, relative, self.bounds)
 
     def guessed(self, metric: Metric, relative: bool = False) -> float | None:
         """The `distance` of the naive model; None if it is not known."""
@@ -244,11 +257,11 @@ class Scores:
         return tuple(self._result(metric) for metric in self.metrics if metric.name in self.measured)
 
     def _result(self, metric: Metric) -> MetricResult:
-        found = estimate(metric, self.measured[metric.name]).times(metric.scale)
+        found = estimate(metric, self.measured[metric.name], self.bounds).times(metric.scale)
         described = (metric.name, metric.of, metric.better, metric.unit, found)
         if metric.name not in self.sides["reference"]:
             return MetricResult(*described, kind=metric.kind)
-        expected = estimate(metric, self.sides["reference"][metric.name]).times(metric.scale)
+        expected = estimate(metric, self.sides["reference"][metric.name], self.bounds).times(metric.scale)
         lost, gained = self.flips(metric) if metric.kind == "share" else (None, None)
         worse = self.distance(metric).times(metric.scale)
         return MetricResult(*described, expected, worse, metric.kind, lost, gained)
@@ -259,11 +272,11 @@ class Scores:
         if self.count < LEAST_FOR_BOOTSTRAP:
             plural = "s" if self.count > 1 else ""
             found["few"] = f"only {self.count} sample{plural}: bounds are wide, and those of means too narrow"
-        if self._unused:
-            names, wanted = ", ".join(sorted(self._unused)), ", ".join(self._main.targets or ())
+        if self.unused:
+            names, wanted = ", ".join(sorted(self.unused)), ", ".join(self._main.targets or ())
             found["unused"] = f"nothing was judged by the data's {names}: this task is judged by `{wanted}`"
-        labels = self._answers.get("label")
-        if labels is not None and self.count > 1 and len(np.unique(np.concatenate(labels), axis=0)) == 1:
+        labels = self.sides["answers"].get("label")
+        if labels is not None and self.count > 1 and (labels.values == labels.values[0]).all():
             return {**found, "one label": "all samples have one label: nothing is known about the others"}
         return found | self._guessing()
 
@@ -276,7 +289,7 @@ class Scores:
         said = {}
         for metric in self.metrics:
             if metric.name in self._main.telling and metric.name in side and metric.name in self.naive:
-                found, (says, guessed) = estimate(metric, side[metric.name]), self.naive[metric.name]
+                found, (says, guessed) = estimate(metric, side[metric.name], self.bounds), self.naive[metric.name]
                 least, most = (found.value, found.value) if few else (found.lower, found.upper)
                 if least > guessed if metric.better == "higher" else most < guessed:
                     return {}
@@ -289,14 +302,28 @@ class Scores:
 
     def worst_classes(self) -> tuple[WorstClass, ...]:
         """Classes by label, or without labels by the reference's answer; empty unless answers are indices."""
-        parts = self._answers.get("label", self._answers.get("reference"))
-        classes = np.concatenate(parts) if parts else np.zeros((0, 0))
-        if classes.ndim != 1:
+        answers = self.sides["answers"]
+        column = answers.get("label", answers.get("reference"))
+        if column is None or column.values.ndim != 1:
             return ()
+        classes = column.values.astype(np.int64)
         named = {"quality": "top-1", "reference": "top-1", "likeness": "agreement"}
         columns = [self.sides[side].get(name) for side, name in named.items()]
         names = self._names or [str(index) for index in range(int(classes.max()) + 1)]
         return worst_classes(names, classes, *(None if one is None else one.values > 0 for one in columns))
+
+
+def joined(columns: Sequence[Column], order: Array | None = None) -> Column:
+    """Columns of several batches as one, its rows in ``order``."""
+    values, weights = (np.concatenate([getattr(column, of) for column in columns]) for of in ("values", "weights"))
+    return Column(values, weights) if order is None else Column(values[order], weights[order])
+
+
+@cache
+def _direction(width: int) -> Array:
+    """A vector of length 1: outputs with the same projection on it are equal."""
+    found = np.random.default_rng(0).normal(size=width)
+    return found / np.linalg.norm(found)
 
 
 def _of_samples(metric: Metric, column: Column) -> Array:

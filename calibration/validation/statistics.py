@@ -17,7 +17,7 @@ import functools
 import math
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 import numpy as np
@@ -26,9 +26,9 @@ from perceiver_export.runtimes.errors import require
 from perceiver_export.runtimes.runtime import Array
 
 CONFIDENCE = 0.95
-LEAST_FOR_BOOTSTRAP = 30  # below, resampling says too little of what was not drawn
+LEAST_FOR_BOOTSTRAP = 30  # below, resampling says too little about samples that were not drawn
 _RESAMPLES = 4_999
-_FEW_RESAMPLES, _MANY = 999, 100_000  # for statistics that take more numbers than so many
+_FEW_RESAMPLES, _MANY = 999, 100_000  # fewer for statistics of more than 100,000 numbers
 _SMALL = 2_000  # up to here BCa's jackknife is cheap, and its correction of skewness matters
 _ELEMENTS = 1 << 22  # drawn at a time
 
@@ -43,6 +43,14 @@ class Estimate(msgspec.Struct, frozen=True):
     def times(self, scale: float) -> Estimate:
         """In another unit."""
         return Estimate(*(float(scale * np.float64(number)) for number in (self.value, self.lower, self.upper)))
+
+
+class Bounds(NamedTuple):
+    """How shares and their paired difference are bounded: `share` and `drop`, or those of `sequential`."""
+
+    kind: Literal["exact", "sequential"]
+    share: Callable[[int, int], Estimate]
+    drop: Callable[[int, int, int], Estimate]
 
 
 def share(count: int, total: int) -> Estimate:
@@ -113,9 +121,9 @@ def p_value(lost: int, gained: int, total: int, margin: float) -> float:
     """How likely so small a drop, or a smaller one, is if the true drop is ``margin`` (a share) or more."""
     binom = scipy_stats().binom
     observed = float(score(np.array(lost), np.array(gained), total, margin))
-    within = scipy_stats().binomtest(gained, total).proportion_ci(1 - OUTSIDE, method="exact")
+    low, high = _within(gained, total)
     most = (1 - margin) / 2
-    shares = np.linspace(min(max(within.low, -margin, 0.0), most), min(within.high, most), _GRID)[:, None]
+    shares = np.linspace(min(max(low, -margin, 0.0), most), min(high, most), _GRID)[:, None]
     p_lost = np.clip(shares + margin, 0.0, 1.0)
     first = int(binom.ppf(_NEGLIGIBLE, total, p_lost.min()))
     last = int(binom.isf(_NEGLIGIBLE, total, p_lost.max()))
@@ -125,6 +133,13 @@ def p_value(lost: int, gained: int, total: int, margin: float) -> float:
         given = np.where(p_lost < 1, shares / (1 - p_lost), 0.0)
     tails = binom.pmf(losses, total, p_lost) * binom.sf(least - 1, total - losses, np.clip(given, 0.0, 1.0))
     return min(1.0, float(tails.sum(axis=1).max()) + OUTSIDE)
+
+
+@functools.lru_cache(4096)
+def _within(gained: int, total: int) -> tuple[float, float]:
+    """The set of p_gained that is searched."""
+    found = scipy_stats().binomtest(gained, total).proportion_ci(1 - OUTSIDE, method="exact")
+    return float(found.low), float(found.high)
 
 
 def score(lost: Array, gained: Array, total: int, margin: float) -> Array:
@@ -165,3 +180,6 @@ def _upper(lost: int, gained: int, total: int) -> float:
         middle = (low + high) / 2
         low, high = (middle, high) if kept(middle) else (low, middle)
     return high
+
+
+FIXED = Bounds("exact", share, drop)  # for a number of samples that was fixed before

@@ -10,17 +10,18 @@ import os
 import platform
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
 from perceiver_export.calibration.bundles import check_new_directory, new_directory
 from perceiver_export.calibration.data.fingerprints import DataWatch, calibrated_on, check_overlap, fingerprint
-from perceiver_export.calibration.data.samples import Samples, stack
+from perceiver_export.calibration.data.samples import Notes, Samples, stack
 from perceiver_export.calibration.validation.certify import check_certifiable
-from perceiver_export.calibration.validation.gates import check_gates, judge, too_wide, unread
+from perceiver_export.calibration.validation.gates import check_gates, judge, settled, too_wide, unread
 from perceiver_export.calibration.validation.metrics import families
-from perceiver_export.calibration.validation.options import Gates, ValidateOptions
+from perceiver_export.calibration.validation.options import ValidateOptions
 from perceiver_export.calibration.validation.reference import (
     Side,
     check_reference,
@@ -31,7 +32,8 @@ from perceiver_export.calibration.validation.reference import (
 )
 from perceiver_export.calibration.validation.results import Data, Failure, Validation
 from perceiver_export.calibration.validation.scores import Scores
-from perceiver_export.calibration.validation.statistics import mcnemar, scipy_stats
+from perceiver_export.calibration.validation.sequential import ANYTIME
+from perceiver_export.calibration.validation.statistics import FIXED, mcnemar, scipy_stats
 from perceiver_export.calibration.validation.worst import OPTION, write_worst
 from perceiver_export.runtimes.bundle import Bundle
 from perceiver_export.runtimes.errors import BrokenReferenceError, DataError, DeviceError, GateError, check_kind
@@ -46,6 +48,22 @@ _BATCH, _LARGEST_BATCH, _SECONDS = 64, 512, 0.5
 _NO_RESERVATIONS = ("few", "unused")  # warnings that bounds account for, or that concern no gate
 
 Progress = Callable[[int, int | None], None]
+
+
+@dataclass
+class Measured:
+    """The scores of both sides on the samples, and everything else that `judged` reads.
+
+    ``found`` has no metrics and gates yet. ``total``: the number of samples of all shards; ``rows``: the SHA-256 of
+    their names and labels.
+    """
+
+    found: Validation
+    scores: Scores
+    watch: DataWatch
+    notes: Notes
+    total: int = 0
+    rows: str = ""
 
 
 def validate(
@@ -64,20 +82,39 @@ def validate(
     MissingDependencyError without scipy.
     """
     check_kind("options", options, ValidateOptions, "ValidateOptions(gates=Gates(…), …)")
-    against = options.against or (bundle if options.against_device is not None else None)
-    scipy_stats()
     if options.certify:
         check_certifiable(bundle)
+    measured = measure(bundle, data, options, progress)
+    if measured.found.failure is not None:
+        return measured.found
+    found = judged(bundle, measured, options)
+    if options.save_worst is not None:
+        worst = measured.scores.worst.examples()
+        write_worst(Path(options.save_worst), found.worst_samples, worst, found.worst_classes)
+    return found
+
+
+def measure(
+    bundle: str | os.PathLike[str] | Bundle,
+    data: str | Path,
+    options: ValidateOptions,
+    progress: Progress | None = None,
+    shard: tuple[int, int] = (1, 1),
+) -> Measured:
+    """Run both sides over the data, or over shard i of n (`Samples`); raises what `validate` raises."""
+    against = options.against or (bundle if options.against_device is not None else None)
+    scipy_stats()
     if options.save_worst is not None:
         check_new_directory(Path(options.save_worst), OPTION, DataError)
     opened = open_task(bundle, options.device, options.threads, precision=options.precision, truncate=options.truncate)
     with opened as task, contextlib.ExitStack() as stack:
-        manifest = task.manifest
-        scores = Scores(families(manifest, options.gates.own), options.worst, manifest.labels)
-        check_gates(options.gates, scores.metrics, against is not None)
-        examples = Samples(data, manifest, options.samples, judged=True, tokenizer=getattr(task, "tokenizer", None))
+        manifest, bounds = task.manifest, ANYTIME if options.sequential else FIXED
+        scores = Scores(families(manifest, options.gates.own), options.worst, manifest.labels, bounds)
+        check_gates(options.gates, scores.metrics, against is not None, options.sequential)
+        seed, tokenizer = options.seed if options.sequential else None, getattr(task, "tokenizer", None)
+        examples = Samples(data, manifest, options.samples, True, tokenizer, shard, seed)
         candidate, watch = side_of(task), DataWatch(manifest, str(data))
-        # `auto` may choose different targets for both bundles, and the target is not what is compared.
+        # `auto` may choose different targets for the two bundles, but targets are not compared.
         other = options.against_device or str(candidate.described["target"])
         reference = stack.enter_context(open_side(against, other, options.threads, beside=task))
         described = None if reference is None else reference.described
@@ -85,19 +122,13 @@ def validate(
             check_reference(candidate.described, described)
         found = Validation(manifest.task, candidate.described, described, Data(watch.source, 0, ""), machine=machine())
         try:
-            _compare(candidate, reference, examples, scores, watch, progress)
+            _compare(candidate, reference, examples, scores, watch, options, progress)
         except GateError as error:
             if not options.keep_failures:
                 raise
             failure = Failure(error.message, error.hint, isinstance(error, BrokenReferenceError))
-            return msgspec.structs.replace(found, data=Data(watch.source, scores.count, ""), failure=failure)
-    allowed = options.allow_overlap or not options.certify
-    warnings = check_overlap(watch.digests, calibrated_on(bundle), watch.source, allowed)
-    warnings |= _doubts_of_data(watch, examples) | doubts(candidate.described, described)
-    found = _judged(found, scores, watch, options.gates, warnings)
-    if options.save_worst is not None:
-        write_worst(Path(options.save_worst), found.worst_samples, scores.worst.examples(), found.worst_classes)
-    return found
+            found = msgspec.structs.replace(found, data=Data(watch.source, scores.count, ""), failure=failure)
+    return Measured(found, scores, watch, examples.notes, examples.total, examples.rows)
 
 
 def _compare(
@@ -106,9 +137,10 @@ def _compare(
     examples: Samples,
     scores: Scores,
     watch: DataWatch,
+    options: ValidateOptions,
     progress: Progress | None,
 ) -> None:
-    """Run all samples through both sides."""
+    """Run all samples through both sides; in a sequential run, until the gates are decided."""
     size = _BATCH
     while batch := list(itertools.islice(examples.stream, size)):
         start = time.perf_counter()
@@ -116,45 +148,61 @@ def _compare(
             watch.see(example)
         outputs, expected = run_sides(candidate, reference, stack(batch), batch)
         scores.add(batch, outputs, expected, stack(batch, "targets"))
-        if time.perf_counter() - start < _SECONDS:
-            size = min(2 * size, _LARGEST_BATCH)
         if progress is not None:
             progress(scores.count, examples.count)
+        if options.sequential:
+            if settled(options.gates, scores):
+                break
+        elif time.perf_counter() - start < _SECONDS:
+            size = min(2 * size, _LARGEST_BATCH)
     if not scores.count:
         raise DataError("the data holds no samples", "check that it is not empty or a generator that was used up")
 
 
-def _doubts_of_data(watch: DataWatch, examples: Samples) -> dict[str, str]:
-    """Warnings by kind about the data, and about how it was read."""
-    seen, known = len(watch.labels), len(watch.manifest.labels)
-    few = 1 < seen < min(known, len(watch.digests))
-    found = {
-        "range": "; ".join(watch.out_of_range()),
-        **examples.notes(),
-        "assumed": assumed_note(watch.manifest),
-        "unseen": f"the data has samples of {seen:,} of the model's {known:,} labels" if few else "",
-    }
-    return {kind: said for kind, said in found.items() if said}
+def judged(bundle: str | os.PathLike[str] | Bundle, measured: Measured, options: ValidateOptions) -> Validation:
+    """The result with metrics, gates and their reservations.
 
-
-def _judged(found: Validation, scores: Scores, watch: DataWatch, gates: Gates, warnings: dict[str, str]) -> Validation:
-    """The result with metrics, gates and their reservations."""
-    labels = dict(sorted(watch.labels.items()))
-    judged, results = judge(gates, scores), scores.results()
-    warnings = warnings | scores.warnings() | too_wide(judged) | unread(gates, scores)
+    Raises DataError if samples are repeated or were calibrated on, and no option allows that.
+    """
+    found, scores, watch, gates = measured.found, measured.scores, measured.watch, options.gates
+    allowed = options.allow_overlap or not options.certify
+    warnings = check_overlap(watch.digests, calibrated_on(bundle), watch.source, allowed)
+    warnings |= _doubts_of_data(watch, measured.notes) | doubts(found.candidate, found.reference)
+    gates_judged, results = judge(gates, scores), scores.results()
+    warnings |= scores.warnings() | too_wide(gates_judged) | unread(gates, scores)
     reservations = tuple(said for kind, said in warnings.items() if kind not in _NO_RESERVATIONS)
     flips = next(((result.lost, result.gained) for result in results if result.lost is not None), None)
+    order = ""
+    if options.sequential:
+        flips = None  # McNemar's p-value holds for a number of samples that was fixed before
+        order = (
+            f"stopped after {scores.count:,} of {measured.notes.count:,} samples in the order of seed {options.seed}"
+        )
+    data = Data(watch.source, scores.count, fingerprint(watch.judged), dict(sorted(watch.labels.items())), order)
     return msgspec.structs.replace(
         found,
-        data=Data(watch.source, scores.count, fingerprint(watch.judged), labels),
+        data=data,
         metrics=results,
         mcnemar=None if flips is None else mcnemar(flips[0], flips[1] or 0),
-        gates=tuple(msgspec.structs.replace(gate, reservations=reservations) for gate in judged),
+        gates=tuple(msgspec.structs.replace(gate, reservations=reservations) for gate in gates_judged),
         warnings=tuple(warnings.values()),
         worst_samples=scores.worst.samples(),
         worst_classes=scores.worst_classes(),
         warning_kinds=tuple(warnings),
     )
+
+
+def _doubts_of_data(watch: DataWatch, notes: Notes) -> dict[str, str]:
+    """Warnings by kind about the data, and about how it was read."""
+    seen, known = len(watch.labels), len(watch.manifest.labels)
+    few = 1 < seen < min(known, len(watch.digests))
+    found = {
+        "range": "; ".join(watch.out_of_range()),
+        **notes.by_kind(),
+        "assumed": assumed_note(watch.manifest),
+        "unseen": f"the data has samples of {seen:,} of the model's {known:,} labels" if few else "",
+    }
+    return {kind: said for kind, said in found.items() if said}
 
 
 def machine() -> dict[str, str]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The samples and classes on which the candidate did worst, to look at, and as files."""
+"""The samples and classes on which the candidate did worst, for reports and as files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ _SIDE = 96  # pixels of a thumbnail's longer side
 
 
 class WorstSample(msgspec.Struct, frozen=True):
-    """One of the worst samples. Scores are by metric, in its unit; ``picture`` is a PNG data URI."""
+    """One of the worst samples. Scores are by metric, in its unit; ``picture`` is a PNG data URI.
+
+    ``index`` is its position among the samples of the data.
+    """
 
     index: int
     name: str
@@ -54,11 +57,14 @@ class WorstClass(msgspec.Struct, frozen=True):
 
 
 class Worst:
-    """Keeps the ``most`` worst samples, ranked by how much quality they lost, then by distance."""
+    """Keeps the ``most`` worst samples, ranked by how much quality they lost, then by distance.
+
+    ``kept``: each with its badness and its inputs, which samples of shards do not have.
+    """
 
     def __init__(self, most: int) -> None:
         self.most, self.seen = most, 0
-        self._kept: list[tuple[tuple[float, ...], int, Example, WorstSample]] = []
+        self.kept: list[tuple[tuple[float, ...], WorstSample, Example | None]] = []
 
     def add(
         self,
@@ -71,18 +77,22 @@ class Worst:
         for row in np.lexsort((-badness[:, 1], -badness[:, 0]))[: self.most].tolist():
             values = {name: float(column[row]) for name, column in scores.items()}
             said = {name: texts[row] for name, texts in answers.items()}
-            sample = WorstSample(self.seen + row, batch[row].name, scores=values, **said)
-            self._kept.append((tuple(badness[row].tolist()), -sample.index, batch[row], sample))
-        self._kept = heapq.nlargest(self.most, self._kept, key=lambda kept: kept[:2])
+            sample = WorstSample(batch[row].position, batch[row].name, scores=values, **said)
+            self.keep(tuple(badness[row].tolist()), sample, batch[row])
         self.seen += len(batch)
+
+    def keep(self, badness: tuple[float, ...], sample: WorstSample, example: Example | None = None) -> None:
+        """Keep a sample if it is among the worst; of equal ones the first."""
+        self.kept.append((badness, sample, example))
+        self.kept = heapq.nlargest(self.most, self.kept, key=lambda kept: (kept[0], -kept[1].index))
 
     def examples(self) -> tuple[Example, ...]:
         """Worst first."""
-        return tuple(example for _, _, example, _ in self._kept)
+        return tuple(example for _, _, example in self.kept if example is not None)
 
     def samples(self) -> tuple[WorstSample, ...]:
         """The same, with thumbnails."""
-        return tuple(_shown(example, sample) for _, _, example, sample in self._kept)
+        return tuple(sample if example is None else _shown(example, sample) for _, sample, example in self.kept)
 
 
 def worst_classes(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -38,24 +39,41 @@ class _Search:
     allow_overlap: bool = option(False, "Of --search: go on though the sets share samples.")
 
 
+@dataclass(frozen=True)
+class _Source:
+    """Where the statistics come from: DATA, a share of it, or files of all shares."""
+
+    data: str | None = option(
+        None, "Images, .npz by input name (or a directory of them), .jsonl of text, module:function; or `random`."
+    )
+    shard: str | None = option(None, "Run this share of the calls only: 3/16 is the third of 16.", "I/N")
+    statistics: str | None = option(None, "Of --shard: where its statistics go.", "FILE.npz")
+    merge: bool = option(False, "Quantize by the statistics in PART.npz of all shards, instead of DATA.")
+
+
+_Parts = Annotated[list[Path] | None, typer.Argument(metavar="[PART.npz]...", help="Statistics, for --merge.")]
+_Output = Annotated[
+    str | None, typer.Option("--output", "-o", metavar="BUNDLE2", help="Where the quantized bundle goes.")
+]
+_Sensitivity = Annotated[
+    Path | None, typer.Option(metavar="FILE.json", help="Also measure each layer by itself, for this file and `profile`.")
+]
+
+
 @ui.options_of(
-    QuantizeOptions, _Search, precision=partial(ui.pair, option="--precision", example="'decoder.*=int8-weights'")
+    QuantizeOptions,
+    _Search,
+    _Source,
+    precision=partial(ui.pair, option="--precision", example="'decoder.*=int8-weights'"),
 )
 def quantize(
     bundle: ui.BundleArgument,
-    data: Annotated[
-        str,
-        typer.Option(
-            help="Images, .npz by input name (or a directory of them), .jsonl of text, module:function; or `random`."
-        ),
-    ],
-    output: Annotated[str, typer.Option("--output", "-o", metavar="BUNDLE2", help="Where the quantized bundle goes.")],
     options: QuantizeOptions,
     how: _Search,
-    sensitivity: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE.json", help="Also measure each layer by itself, for this file and `profile`."),
-    ] = None,
+    source: _Source,
+    parts: _Parts = None,
+    output: _Output = None,
+    sensitivity: _Sensitivity = None,
     json: ui.JsonFlag = False,
 ) -> None:
     """Quantize a bundle to int8, calibrated on real data, and check that integer kernels really run it.
@@ -63,20 +81,54 @@ def quantize(
     Nothing is written unless they do. Weights alone: --scheme int8-weights.
     """
     if sensitivity is not None:
-        ui.check_output(sensitivity, (bundle, data, how.search, how.certify), ".json")
+        ui.check_output(sensitivity, (bundle, source.data, how.search, how.certify), ".json")
         ui.check_file(sensitivity)
     if (how.search is None) != (how.certify is None):
         raise UsageError("a search needs two sets of samples", _SPLITS)
-    if how.search is not None:
-        _search_and_show(bundle, data, output, json, sensitivity, options, how)
-        return
-    if given := [name for name, value in vars(how).items() if value != getattr(_Search(), name)]:
+    given = [name for name, value in vars(how).items() if value != getattr(_Search(), name)]
+    if given and how.search is None:
         raise UsageError(f"--{given[0].replace('_', '-')} has no effect without a search", f"{_SPLITS} with it")
-    _quantize_and_show(bundle, data, output, json, sensitivity, options)
+    alone = not (given or sensitivity or options.gates.any)
+    if source.shard is not None or source.statistics is not None:
+        if output or parts or source.merge or not alone:
+            hint = "give -o, gates, --search and --sensitivity to a later command"
+            raise UsageError("a shard writes statistics and nothing else", hint)
+        _collect(bundle, source, options)
+    elif output is None or (source.data is None) != source.merge or (parts and not source.merge):
+        said = "quantize needs an output, and either data or statistics"
+        raise UsageError(said, "give --data DATA -o BUNDLE2, or --merge PART.npz … -o BUNDLE2")
+    elif source.data is None and not alone:
+        raise UsageError("--search, --sensitivity and gates have no effect with --merge", "give --data instead")
+    elif source.data is not None and how.search is not None:
+        _search_and_show(bundle, source.data, output, json, sensitivity, options, how)
+    else:
+        _quantize_and_show(bundle, source.data, output, json, sensitivity, options, parts or ())
+
+
+def _collect(bundle: str, source: _Source, options: QuantizeOptions) -> None:
+    """Write the statistics of a shard."""
+    from perceiver_export.calibration import collect_statistics
+    from perceiver_export.calibration.validation.options import parse_shard
+
+    if source.data is None or source.shard is None or source.statistics is None:
+        hint = "give --data DATA --shard 3/16 --statistics part3.npz"
+        raise UsageError("a shard needs data, its number and a file", hint)
+    shard, path = parse_shard(source.shard), Path(source.statistics)
+    ui.check_file(path)
+    ui.check_output(path, (bundle, source.data), ".npz")
+    with ui.progress_bar("quantize") as progress:
+        collect_statistics(bundle, source.data, path, shard, options, progress=progress)
+    ui.say(f"statistics written to {path}; next: perceiver-export quantize {shlex.quote(bundle)} --merge PART.npz …")
 
 
 def _quantize_and_show(
-    bundle: str, data: str, output: str, json: bool, sensitivity: Path | None, options: QuantizeOptions
+    bundle: str,
+    data: str | None,
+    output: str,
+    json: bool,
+    sensitivity: Path | None,
+    options: QuantizeOptions,
+    parts: Sequence[Path] = (),
 ) -> None:
     from perceiver_export.calibration import quantize as quantize_
     from perceiver_export.calibration.quantization.record import read_calibration
@@ -84,9 +136,9 @@ def _quantize_and_show(
 
     groups: tuple[GroupSensitivity, ...] = ()
     with ui.progress_bar("quantize", quiet=json) as progress:
-        if sensitivity is not None:
+        if sensitivity is not None and data is not None:
             groups = measure_sensitivity(bundle, data, replace(options, samples=SAMPLES), progress=progress)
-        made = quantize_(bundle, data, output, options, sensitivity=groups, progress=progress)
+        made = quantize_(bundle, data, output, options, sensitivity=groups, progress=progress, statistics=parts)
         if sensitivity is not None:
             ui.write_json(sensitivity, groups)
     calibration = read_calibration(made)

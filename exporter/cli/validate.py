@@ -1,20 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`perceiver-export validate`."""
+"""`perceiver-export validate`: one run, a shard of it, merged shards, or a plan."""
 
 from __future__ import annotations
 
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from perceiver_export.calibration.validation.options import ValidateOptions
+from perceiver_export.calibration.validation.options import Gates, ValidateOptions, option, parse_shard
 from perceiver_export.exporter.cli.output import (
-    BundleArgument,
     JsonFlag,
     check_file,
     check_output,
@@ -26,7 +25,7 @@ from perceiver_export.exporter.cli.output import (
     say,
 )
 from perceiver_export.runtimes.errors import UsageError
-from perceiver_export.runtimes.files import readable
+from perceiver_export.runtimes.files import readable, write_bytes
 
 if TYPE_CHECKING:
     from perceiver_export.calibration.report.tables import Report
@@ -34,16 +33,30 @@ if TYPE_CHECKING:
     from perceiver_export.runtimes.certificates import Certificate
 
 _SHOWN_WORST = 5
+_OF_MERGE = ("against", "certify", "allow_overlap", "threads")  # options that --merge has; the gates are others
 _OUTPUTS = {"save_worst": "worst samples", "junit": "JUnit", "report": "report"}  # in words
 
 
-@options_of(ValidateOptions)
+@dataclass(frozen=True)
+class _Source:
+    """Where the scores come from: DATA, a share of it, or files of all shares; or a plan instead."""
+
+    data: str | None = option(None, "Images with labels.csv or in class folders, .npz, .jsonl, module:function.")
+    shard: str | None = option(None, "Judge this share of the samples only: 3/16 is the third of 16.", "I/N")
+    scores: str | None = option(None, "Of --shard: where its scores go.", "FILE.json")
+    merge: bool = option(False, "Judge the scores in PART.json of all shards, instead of DATA.")
+    plan: bool = option(False, "Print how many samples the gates need, before there is any data.")
+    flips: str = option("1%", "Of --plan: answers that may differ from the reference's.", "PERCENT")
+
+
+@options_of(ValidateOptions, _Source)
 def validate(
-    bundle: BundleArgument,
-    data: Annotated[
-        str, typer.Option(help="Images with labels.csv or in class folders, .npz, .jsonl, module:function.")
-    ],
     options: ValidateOptions,
+    source: _Source,
+    bundle: Annotated[
+        str | None, typer.Argument(metavar="BUNDLE", help="A bundle, as `export` writes it. --plan needs none.")
+    ] = None,
+    parts: Annotated[list[Path] | None, typer.Argument(metavar="[PART.json]...", help="Scores, for --merge.")] = None,
     junit: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the gates as JUnit XML.")] = None,
     report: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write a report: .html with everything in it, or .md.")
@@ -54,20 +67,96 @@ def validate(
 
     A gate that the samples cannot decide is not a pass either: it says how many would.
     """
-    import msgspec
-
-    against = cast("str | None", options.against)
+    if source.plan:
+        _plan(options.gates, source.flips, json)
+        return
     worst = None if options.save_worst is None else Path(options.save_worst)
     outputs = {name: path for name, path in zip(_OUTPUTS, (worst, junit, report), strict=False) if path is not None}
-    _check_outputs(outputs, (bundle, data, against))
-    found = _Outcome(_validated(bundle, data, against, options, json))
+    if bundle is None or (source.merge and Path(bundle).is_file()):
+        hint = "name it first: validate BUNDLE --data DATA, or validate BUNDLE --merge PART.json …"
+        raise UsageError("no bundle is given", hint)
+    _check_given(options, source, parts or (), outputs)
+    _check_outputs(outputs, (bundle, source.data, cast("str | None", options.against), *(parts or ())))
+    if source.shard is not None:
+        _judge_shard(bundle, source, options, json)
+        return
+    if source.merge:
+        from perceiver_export.calibration.validation.shards import merge
+
+        results = merge(bundle, parts or (), options)
+    else:
+        results = _validated(bundle, source.data or "", options, json)
+    _finish(bundle, results, options, outputs, json)
+
+
+def _check_given(options: ValidateOptions, source: _Source, parts: Sequence[Path], outputs: Mapping[str, Path]) -> None:
+    """Raise UsageError for options that are missing, or have no effect together."""
+    run = [one for one in fields(ValidateOptions) if one.name not in _OF_MERGE and one.metadata]
+    typed = [one.name for one in run if getattr(options, one.name) != one.default]
+    typed += [name for name in ("data", "shard", "scores") if getattr(source, name) is not None]
+    if source.merge and typed:
+        raise UsageError(f"--{typed[0].replace('_', '-')} has no effect with --merge", "give it to the shards")
+    if parts and not source.merge:
+        raise UsageError(f"{parts[0]} is given without --merge", "validate BUNDLE --merge PART.json PART.json …")
+    if source.data is None and not source.merge:
+        raise UsageError("no data is given", "give --data DATA, or --merge with the scores of shards")
+    if (source.shard is None) != (source.scores is None):
+        raise UsageError("a shard needs its number and a file", "give both: --shard 3/16 --scores part3.json")
+    if source.shard is not None and (later := [name for name in ("junit", "report") if name in outputs]):
+        raise UsageError(f"--{later[0]} has no effect with --shard", "give it to --merge, with the gates")
+
+
+def _plan(gates: Gates, flips: str, json: bool) -> None:
+    from perceiver_export.calibration.validation.planning import POWERS, plan
+
+    try:
+        share = float(flips.strip().removesuffix("%"))
+    except ValueError as error:
+        raise UsageError(f"--flips is {flips!r}", "give a percentage, as 1%") from error
+    plans = plan(gates, share)
+    if json:
+        print_json({"powers": POWERS, "plans": plans})
+        return
+    rows = [
+        (f"{one.option} {one.limit:g}", *("more than a million" if n is None else f"{n:,}" for n in one.samples))
+        for one in plans
+    ]
+    title = f"samples with which a gate holds, if {share:g} % of answers differ from the reference's, and the drop is 0"
+    print_table(title, ["gate", *(f"{power:.0%} of the time>" for power in POWERS)], rows)
+
+
+def _judge_shard(bundle: str, source: _Source, options: ValidateOptions, json: bool) -> None:
+    from perceiver_export.calibration.validation.shards import encode_shard, validate_shard
+
+    data, scores, shard = source.data or "", Path(source.scores or ""), parse_shard(source.shard or "")
+    check_file(scores)
+    check_output(scores, (bundle, data), ".json")
+    options = _with_reference(bundle, options)
+    with progress_bar("validate", quiet=json) as progress:
+        found = validate_shard(bundle, data, shard, options, progress=lambda *counts: progress("validate", *counts))
+    write_bytes(scores, encode_shard(found))
+    if json:
+        samples = {"samples": len(found.positions), "of": found.total}
+        print_json({"shard": source.shard, **samples, "scores": readable(scores)})
+        return
+    say(f"{len(found.positions):,} of {found.total:,} samples judged on {found.place}")
+    say(f"scores written to {scores}; next: perceiver-export validate {shlex.quote(bundle)} --merge PART.json …")
+
+
+def _finish(
+    bundle: str, results: tuple[Validation, ...], options: ValidateOptions, outputs: Mapping[str, Path], json: bool
+) -> None:
+    """Show results, write outputs, and raise GateError unless all gates hold."""
+    import msgspec
+
+    found = _Outcome(results)
     if not json:
         _show(found.results)
     try:
         _write(bundle, found, options, outputs, json)
     finally:  # even if the last output could not be written
         if json:
-            several = options.device == "all"
+            several = options.device == "all" or len(results) > 1
             shown = {"targets": found.results} if several else msgspec.structs.asdict(found.results[0])
             print_json({**shown, "certificates": found.certificates, "written": found.written})
         else:
@@ -86,7 +175,7 @@ class _Outcome:
     written: dict[str, str] = field(default_factory=dict)
 
 
-def _check_outputs(outputs: Mapping[str, Path], read: Sequence[str | None]) -> None:
+def _check_outputs(outputs: Mapping[str, Path], read: Sequence[str | Path | None]) -> None:
     """Raise, before models run for minutes, if one of the outputs cannot be written."""
     from perceiver_export.calibration.report.report import check_report_file
 
@@ -101,17 +190,20 @@ def _check_outputs(outputs: Mapping[str, Path], read: Sequence[str | None]) -> N
         check_output(path, read, ".xml" if name == "junit" else None)
 
 
-def _validated(
-    bundle: str, data: str, against: str | None, options: ValidateOptions, quiet: bool
-) -> tuple[Validation, ...]:
-    """`calibration.validate_targets`, against a bundle or a function that runs a checkpoint in PyTorch."""
+def _with_reference(bundle: str, options: ValidateOptions) -> ValidateOptions:
+    """The reference as a bundle, or as a function that runs a checkpoint in PyTorch."""
+    against = cast("str | None", options.against)
+    if against is None or (Path(against) / "manifest.json").is_file():
+        return options
+    from perceiver_export.exporter.sources import load_reference
+
+    return replace(options, against=load_reference(bundle, against))
+
+
+def _validated(bundle: str, data: str, options: ValidateOptions, quiet: bool) -> tuple[Validation, ...]:
     from perceiver_export.calibration.validation.validation import validate_targets
 
-    if against is not None and not (Path(against) / "manifest.json").is_file():
-        from perceiver_export.exporter.sources import load_reference
-
-        options = replace(options, against=load_reference(bundle, against))
-    options = replace(options, keep_failures=True)
+    options = replace(_with_reference(bundle, options), keep_failures=True)
     with progress_bar("validate", quiet=quiet) as progress:
         return validate_targets(bundle, data, options, progress=lambda *counts: progress("validate", *counts))
 

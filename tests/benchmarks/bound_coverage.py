@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
+from perceiver_export.calibration.validation.planning import power_of_drop
 from perceiver_export.calibration.validation.statistics import CONFIDENCE, bootstrap, p_value, share
 from perceiver_export.runtimes.runtime import Array
 from tests.benchmarks.harness import Row, command
@@ -40,7 +41,10 @@ def measure(work: Path, pairs: int = 10_000) -> Iterator[Row]:
     """Shares of pairs in percent."""
     yield from (*drops(pairs), *agreements(pairs), *means(pairs // 10))
     for samples in POWER:
-        yield {"samples": samples, "certify 1 point of a drop of 0.2, %": 100 * power(samples, 0.006, 0.004, 0.01)}
+        yield {
+            "samples": samples,
+            "certify 1 point of a drop of 0.2, %": 100 * power_of_drop(samples, 0.006, 0.004, 0.01),
+        }
 
 
 def _row(bound: str, samples: int, wrong: float, normal: float | None = None) -> Row:
@@ -62,19 +66,6 @@ def drops(pairs: int) -> Iterator[Row]:
         normal = value + z * np.sqrt(np.maximum(counts.sum(axis=1) / samples - value**2, 0) / samples)
         shares = (float(times[wrong].sum() / pairs) for wrong in (refused, normal < true - 1e-12))
         yield _row(f"drop of {100 * true:.2f} points, {100 * (p_lost + p_gained):.2f} % flip", samples, *shares)
-
-
-def power(samples: int, p_lost: float, p_gained: float, margin: float) -> float:
-    """Chance that the bound of the drop is within the margin; outcomes of less than 1e-7 are left out."""
-    drawn = stats.multinomial(samples, [p_lost, p_gained, 1 - p_lost - p_gained])
-    most = int(stats.binom.isf(1e-7, samples, max(p_lost, p_gained)))
-    chance = 0.0
-    for lost in range(most + 1):
-        for gained in range(most + 1):
-            weight = float(drawn.pmf([lost, gained, samples - lost - gained]))
-            if weight > 1e-7 and p_value(lost, gained, samples, margin) <= 1 - CONFIDENCE:
-                chance += weight
-    return chance
 
 
 def agreements(pairs: int) -> Iterator[Row]:

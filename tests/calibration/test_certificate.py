@@ -283,7 +283,7 @@ def test_another_bundle_than_was_validated_gets_no_certificate(
 ) -> None:
     result = judged(copied_plain_bundle, fresh, against=fashion_bundle, min_agreement=90)
 
-    with pytest.raises(UsageError, match=r"the validated graphs are not those of .* for ort-cpu"):
+    with pytest.raises(UsageError, match="does not have the graphs that were validated"):
         certify(bundle, [result])
 
 

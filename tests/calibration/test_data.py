@@ -411,8 +411,8 @@ def test_texts_that_are_too_long_are_left_out_and_counted(judged: bool, tmp_path
     path = lines({"text": "a"}, {"text": "a" * 500}, {"text": "b"}, {"text": "a" * 600})(tmp_path)
     opened = Samples(path, texts, judged=judged)
     assert [example.source for example in opened.stream] == ["a", "b"]
-    assert [error.message.split(":")[1] for error in opened.left_out] == ["2", "4"]
-    assert "2 of 4" in opened.notes()["left out"]
+    assert [said.split(":")[1] for said in opened.notes.left_out.values()] == ["2", "4"]
+    assert "2 of 4" in opened.notes.by_kind()["left out"]
 
 
 @for_both

@@ -76,12 +76,11 @@ def test_names_that_are_shared_or_numbers_are_told_apart() -> None:
     numbers, digits = labels_of("single-label", ("1", "2", "3")), labels_of("single-label", ("0", "1", "2"))
     for label in ("1", "3", 1, 0):
         numbers.read(label, "here")
-    assert ["'1' is label 0, named '1'" in numbers.notes[0], "1 is label 1, named '2'" in numbers.notes[1]] == [
-        True
-    ] * 2
-    assert len(numbers.notes) == 2
+    assert numbers.notes.keys() == {"text", "an integer"}
+    assert "'1' is label 0, named '1'" in numbers.notes["text"]
+    assert "1 is label 1, named '2'" in numbers.notes["an integer"]
     digits.read("1", "here")  # each is its own index: nothing to confuse
-    assert digits.notes == []
+    assert digits.notes == {}
 
 
 def test_labels_that_judge_nothing_are_any_array() -> None:

@@ -18,9 +18,9 @@ _OF_ALL = ("arrays", "sets")  # tasks whose other outputs are compared too
 
 
 def families(manifest: Manifest, own: str | None = None) -> tuple[Family, ...]:
-    """The families that judge a bundle, the one that says what is right first.
+    """The families that judge a bundle; the first one decides which answers are right.
 
-    They follow from the task and from what the manifest says of the judged output; ``own`` is ``module:function``.
+    They follow from the task and from the kind of the judged output in the manifest; ``own`` is ``module:function``.
     """
     first: tuple[Family, ...] = () if own is None else (load_own(own),)
     if manifest.task in _TASKS:
@@ -28,7 +28,7 @@ def families(manifest: Manifest, own: str | None = None) -> tuple[Family, ...]:
     found = judged_output(manifest)
     judged: tuple[Family, ...] = () if found is None else (_KINDS[found[1]](found[0]),)
     if manifest.task == "video-autoencoding":
-        for label in judged:  # nothing says what is right: only its likeness counts
+        for label in judged:  # no target tells which label is right, so only likeness counts
             label.metrics = tuple(metric for metric in label.metrics if metric.of == "likeness")
             label.targets, label.telling = None, ()
         return (*first, Reconstruction(), *judged)

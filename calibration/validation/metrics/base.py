@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Metrics, and the families of them that judge one kind of output."""
+"""Metrics, and families of metrics that judge one kind of output."""
 
 from __future__ import annotations
 
@@ -71,12 +71,12 @@ class Family:
     """How one kind of output is judged. Outputs and targets are arrays (n, ...) by name (`calibration.data`).
 
     ``metrics``: gates that name no metric take the first one measured against targets. ``targets``: the targets that
-    quality needs; None if there is no quality. ``telling``: a model that beats the naive model in none of these
-    guesses.
+    quality needs; None if nothing measures quality. ``telling``: a model guesses if it beats the naive model in none of
+    these metrics.
 
     The naive model ignores its input; it shows what any model can achieve. A gate that it passes shows nothing, and a
-    reference that does not beat it is no reference. `seen` summarizes a batch so that summaries of batches add up;
-    `naive` computes the naive model's metrics from their sum.
+    reference that does not beat it is no reference. `seen` summarizes a batch: columns, and arrays that add up; `naive`
+    computes the naive model's metrics from all columns and sums.
     """
 
     metrics: tuple[Metric, ...] = ()
@@ -104,18 +104,20 @@ class Family:
         """The naive model's outputs for a batch, if they are known batch by batch."""
         return None
 
-    def seen(self, outputs: Outputs, targets: Outputs) -> dict[str, Any]:
-        """A summary of a batch of the reference's outputs (without a reference, the model's): values that add up."""
+    def seen(self, outputs: Outputs, targets: Outputs) -> Mapping[str, Column | Array]:
+        """A summary of a batch of the reference's outputs (without a reference, the model's)."""
         guess = self.guess(outputs, targets)
         if guess is None:
             return {}
-        columns = self.likeness(guess, outputs, targets)
-        columns |= self.quality(guess, targets) if self.judged_by(targets) else {}
-        return {name: np.array([(one.values * one.weights).sum(), one.weights.sum()]) for name, one in columns.items()}
+        return self.likeness(guess, outputs, targets) | (
+            self.quality(guess, targets) if self.judged_by(targets) else {}
+        )
 
     def naive(self, seen: Mapping[str, Any], names: Sequence[str]) -> tuple[str, dict[str, float]]:
         """The naive model in words, and its metrics from all summaries, shares from 0 to 1."""
-        return self.says, {name: float(total / max(weight, 1e-12)) for name, (total, weight) in seen.items()}
+        return self.says, {
+            name: float((one.values * one.weights).sum() / max(one.weights.sum(), 1e-12)) for name, one in seen.items()
+        }
 
     def reads(self, metric: str, outputs: Sequence[str]) -> tuple[str, ...]:
         """The outputs that a metric depends on."""

@@ -7,7 +7,7 @@ probabilities (KL) stand beside it.
 
 from __future__ import annotations
 
-from collections import Counter
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -45,10 +45,15 @@ def kl(reference: Array, found: Array) -> Array:
     return divergence(log_softmax(reference), log_softmax(found))
 
 
-def distribution(logs: Array) -> dict[str, Any]:
-    """A summary of distributions (n, ...), given as logarithms of probabilities, for `from_mean`."""
-    shares = np.exp(logs)
-    return {"rows": len(logs), "probabilities": shares.sum(axis=0), "negentropy": float((shares * logs).sum())}
+def distribution(logs: Array) -> dict[str, Array]:
+    """A summary of distributions (n, ...), given as logarithms of probabilities, for `from_mean`.
+
+    Terms are rounded to multiples of 2⁻³², whose sums are exact, so that their order does not matter.
+    """
+    shares, axes = np.exp(logs), tuple(range(1, logs.ndim))
+    terms = {"probabilities": shares, "negentropy": (shares * logs).sum(axis=axes)}
+    sums = {name: (np.rint(np.ldexp(term, 32)) * 2.0**-32).sum(axis=0) for name, term in terms.items()}
+    return {"rows": np.array(len(logs)), **sums}
 
 
 def from_mean(seen: Mapping[str, Any]) -> float:
@@ -89,7 +94,7 @@ class SingleLabel(Family):
         same = found.argmax(axis=-1) == expected.argmax(axis=-1)
         return {"agreement": Column.mean(same, judged), "kl": Column.mean(moved, judged)}
 
-    def seen(self, outputs: Outputs, targets: Outputs) -> dict[str, Any]:
+    def seen(self, outputs: Outputs, targets: Outputs) -> dict[str, Array]:
         """Counts of answers and of true labels, and the distributions."""
         logits, judged = self.judged(outputs, targets)
         rows, (name,) = logits[judged], self.targets or ("",)
@@ -150,7 +155,7 @@ class Text(SingleLabel):
         return outputs["logits"], targets["tokens"] >= 0
 
     def answers(self, outputs: Outputs) -> Any:
-        """None that people read."""
+        """None: people do not read tokens."""
         return None
 
 
@@ -158,7 +163,7 @@ _DRAWS = 256  # at a time: their weights stay in a cache
 
 
 def macro_f1(values: Array, counts: Array) -> Array:
-    """``values`` (n, 2, labels): twice the true positives, and the number of labels said plus labels true."""
+    """``values`` (n, 2, labels): twice the true positives; predicted labels plus true labels."""
     sums = (counts.astype(np.float64) @ values.reshape(len(values), -1)).reshape(*counts.shape[:-1], *values.shape[1:])
     found: Array = (sums[..., 0, :] / np.maximum(sums[..., 1, :], 1e-12)).mean(axis=-1)
     return found
@@ -193,12 +198,12 @@ def _precisions(values: Array, drawn: Array) -> Array:
 
 
 class MultiLabel(Family):
-    """Logits (n, labels) of labels that do not exclude each other: each is said where its probability is above 0.5.
+    """Logits (n, labels) of labels that may hold together; one is predicted if its probability is above 0.5.
 
     ``targets["label"]`` is (n, labels): 1 where a label is true. Definitions are scikit-learn's: subset accuracy (all
-    labels of a sample right), label accuracy (one minus the Hamming loss), F1 over all decisions (micro) and as the
-    mean over labels (macro, 0 where a label never occurs nor is said), and the mean average precision over the labels
-    that occur.
+    labels of a sample right), label accuracy (one minus the Hamming loss), F1 over all decisions (micro), its mean over
+    labels (macro; 0 for a label that neither occurs nor is predicted), and the mean average precision over the
+    labels that occur.
     """
 
     metrics = (
@@ -211,11 +216,11 @@ class MultiLabel(Family):
         _KL,
     )
     targets = ("label",)
-    # With many labels a good model is seldom right about all of them; then F1 tells.
+    # With many labels even a good model is seldom right about all of them, but its F1 beats the naive model's.
     telling = ("subset accuracy", "micro-f1")
 
     def quality(self, outputs: Outputs, targets: Outputs) -> Columns:
-        """All of them."""
+        """Columns of all quality metrics."""
         scores, truths = self.scores(outputs), targets["label"] > 0.5
         said = scores > 0
         twice, whole = 2.0 * (said & truths), said.astype(np.float64) + truths
@@ -230,26 +235,27 @@ class MultiLabel(Family):
         }
 
     def likeness(self, outputs: Outputs, reference: Outputs, targets: Outputs) -> Columns:
-        """Whether both say the same labels, and the mean over labels of KL(reference ‖ candidate)."""
+        """Whether both predict the same labels, and the mean over labels of KL(reference ‖ candidate)."""
         found, expected = self.scores(outputs), self.scores(reference)
         moved = divergence(_yes_and_no(expected), _yes_and_no(found)).mean(axis=1)
         return {"agreement": Column.of(((found > 0) == (expected > 0)).all(axis=1)), "kl": Column.of(moved)}
 
-    def seen(self, outputs: Outputs, targets: Outputs) -> dict[str, Any]:
-        """Counts of sets of labels, said and true, and the distributions."""
-        true = targets.get("label", np.zeros((0, self.scores(outputs).shape[1])))
-        sets = {"said": self.answers(outputs), "sets": true}
-        counts = {name: Counter(row.tobytes() for row in rows) for name, rows in sets.items()}
-        return {**counts, "true": true.sum(axis=0), **distribution(_yes_and_no(self.scores(outputs)))}
+    def seen(self, outputs: Outputs, targets: Outputs) -> dict[str, Column | Array]:
+        """Hashes of each sample's predicted and true labels; counts of true labels, and the distributions."""
+        found: dict[str, Column | Array] = {"said": _hashes(self.answers(outputs))}
+        if "label" in targets:
+            found |= {"sets": _hashes(targets["label"] > 0.5), "true": targets["label"].sum(axis=0, dtype=np.float64)}
+        return found | distribution(_yes_and_no(self.scores(outputs)))
 
     def naive(self, seen: Mapping[str, Any], names: Sequence[str]) -> tuple[str, dict[str, float]]:
         """Always the set of labels that is best for the metric."""
-        rows, shares = seen["rows"], np.sort(seen["true"] / seen["rows"])[::-1]
-        found = {"kl": from_mean(seen) / len(shares), "agreement": max(seen["said"].values()) / rows}
-        if seen["sets"]:
+        rows = int(seen["rows"])
+        found = {"kl": from_mean(seen) / len(seen["probabilities"]), "agreement": _most_frequent(seen["said"]) / rows}
+        if "sets" in seen:
+            shares = np.sort(seen["true"] / rows)[::-1]
             said = np.arange(1, len(shares) + 1)
             found |= {
-                "subset accuracy": max(seen["sets"].values()) / rows,
+                "subset accuracy": _most_frequent(seen["sets"]) / rows,
                 "label accuracy": float(np.maximum(shares, 1 - shares).mean()),
                 "micro-f1": float((2 * np.cumsum(shares) / (said + shares.sum())).max()),
                 "macro-f1": float((2 * shares / (1 + shares)).mean()),
@@ -258,12 +264,23 @@ class MultiLabel(Family):
         return "always answering the same labels", found
 
     def answers(self, outputs: Outputs) -> Array:
-        """Which labels are said (n, labels)."""
+        """Which labels are predicted (n, labels)."""
         return np.asarray(self.scores(outputs) > 0)
 
     def text(self, answer: Array, names: Sequence[str]) -> str:
         """The labels, separated by commas."""
         return ", ".join(name_of(index, names) for index in np.flatnonzero(answer).tolist()) or "none"
+
+
+def _hashes(rows: Array) -> Column:
+    """48 bits for each row of booleans."""
+    digests = (hashlib.blake2b(row.tobytes(), digest_size=6).digest() for row in rows)
+    return Column.of(np.array([int.from_bytes(digest) for digest in digests], np.float64))
+
+
+def _most_frequent(column: Column) -> int:
+    """How often the most frequent value occurs."""
+    return int(np.unique(column.values, return_counts=True)[1].max())
 
 
 def _yes_and_no(scores: Array) -> Array:

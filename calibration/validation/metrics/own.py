@@ -29,8 +29,8 @@ class Own(Family):
 
     Its naive model is the best of three: always the first sample's outputs, the mean of the first batch's, or zeros.
     The function may be slow, so the first 1,000 samples are judged, of the next 1,000 every second, of the next 2,000
-    every fourth, and so on, each with the weight of those that it stands for. A model that the function fails for is
-    left out.
+    every fourth, and so on, each weighted by the samples that it stands for. A naive model for which the function fails
+    is left out.
     """
 
     targets = ()
@@ -64,8 +64,8 @@ class Own(Family):
             raise DataError(f"{self.metric.name} gave {value}", "return a finite number for every sample")
         return value
 
-    def seen(self, outputs: Outputs, targets: Outputs) -> dict[str, Any]:
-        """Sums of each naive model's values and of their weights; NaN once the function fails."""
+    def seen(self, outputs: Outputs, targets: Outputs) -> dict[str, Array]:
+        """Of each naive model the sums of its values and of their weights, and how often the function failed."""
         if not self._count:
             self._models = {
                 "the first sample's outputs": {name: array[:1] for name, array in outputs.items()},
@@ -76,26 +76,27 @@ class Own(Family):
             }
             values = self.quality(outputs, targets)[self.metric.name].values
             self._reads = tuple(name for name in outputs if self._depends(name, outputs, targets, values))
-        sums = {says: np.zeros(2) for says in self._models}
+        sums = {says: np.zeros(3) for says in self._models}
         for row in range(len(next(iter(outputs.values())))):
             step = 2 ** (self._count // _MOST).bit_length()
             if self._count % step == 0:
                 for says in self._models:
-                    sums[says] += (step * self._of_model(says, targets, row), step)
+                    value = self._of_model(says, targets, row)
+                    sums[says] += (0, 0, 1) if value is None else (step * value, step, 0)
             self._count += 1
         return sums
 
-    def _of_model(self, says: str, targets: Outputs, row: int) -> float:
+    def _of_model(self, says: str, targets: Outputs, row: int) -> float | None:
         try:
             one = {name: array[row : row + 1] for name, array in targets.items()}
-            return self._value(self._models[says], one, 0) if self._models[says] else math.nan
+            return self._value(self._models[says], one, 0) if self._models[says] else None
         except PerceiverExportError:
             self._models[says] = {}
-            return math.nan
+            return None
 
     def naive(self, seen: Mapping[str, Any], names: Sequence[str]) -> tuple[str, dict[str, float]]:
         """The best model's mean."""
-        found = {says: float(total / weight) for says, (total, weight) in seen.items() if not np.isnan(total)}
+        found = {says: float(total / weight) for says, (total, weight, failed) in seen.items() if not failed}
         if not found:
             return self.says, {}
         best = (max if self.metric.better == "higher" else min)(found, key=lambda says: found[says])

@@ -12,7 +12,7 @@ from perceiver_export.calibration.validation.metrics.base import Column, Columns
 from perceiver_export.runtimes.errors import require
 from perceiver_export.runtimes.runtime import Array
 
-_NOTHING = 1e-20  # of the mean square: what rounding leaves of the variance of equal numbers
+_NOTHING = 1e-20  # of the mean square: the variance of equal numbers after rounding
 
 
 def r2(values: Array, counts: Array) -> Array:
@@ -86,7 +86,7 @@ class Regression(Family):
     telling = ("r2",)
 
     def quality(self, outputs: Outputs, targets: Outputs) -> Columns:
-        """All of them."""
+        """Columns of all quality metrics."""
         found = self.answers(outputs)
         true = targets["label"].reshape(found.shape).astype(np.float64)
         both = Column.of(np.stack([found, true], axis=1))
@@ -103,19 +103,19 @@ class Regression(Family):
             "error": Column.of(np.square(found - expected).mean(axis=1) / size, size),
         }
 
-    def seen(self, outputs: Outputs, targets: Outputs) -> dict[str, Any]:
+    def seen(self, outputs: Outputs, targets: Outputs) -> Columns:
         """The values themselves."""
-        true = [targets["label"].astype(np.float64)] if "label" in targets else []
-        return {"found": [self.answers(outputs)], "true": true}
+        true = {"true": Column.of(targets["label"])} if "label" in targets else {}
+        return {"found": Column.of(self.answers(outputs)), **true}
 
     def naive(self, seen: Mapping[str, Any], names: Sequence[str]) -> tuple[str, dict[str, float]]:
         """Always the mean."""
-        found, said = np.concatenate(seen["found"]), dict[str, float]()
+        found, said = seen["found"].values, dict[str, float]()
         said["distance"], error = _from_mean(found)
         said["error"] = error / max(float(np.sqrt(np.square(found).mean())), 1e-30)
-        if seen["true"]:
+        if "true" in seen:
             said |= {"r2": 0.0, "pearson": 0.0, "spearman": 0.0}
-            said["mae"], said["rmse"] = _from_mean(np.concatenate(seen["true"]))
+            said["mae"], said["rmse"] = _from_mean(seen["true"].values)
         return "always answering the mean", said
 
     def answers(self, outputs: Outputs) -> Array:
@@ -152,7 +152,7 @@ def cosine(reference: Array, found: Array) -> Array:
 
 
 class Arrays(Family):
-    """All outputs, whatever they mean; only your own metric knows which are good."""
+    """All outputs, whatever they mean; only your own metric can judge their quality."""
 
     metrics = (
         Metric("error", "likeness", "lower", "mean", "%"),
@@ -167,19 +167,21 @@ class Arrays(Family):
         )
         return {"error": Column.of(10 ** (-ratio / 20)), "sqnr": Column.of(ratio), "cosine": Column.of(angle)}
 
-    def seen(self, outputs: Outputs, targets: Outputs) -> dict[str, Any]:
-        """Of each output, the number of samples, their sum, and the sum of squares."""
-        wide = {name: array.astype(np.float64) for name, array in outputs.items()}
-        return {
-            name: np.array([len(array), array.sum(axis=0), np.square(array).sum()], object)
-            for name, array in wide.items()
-        }
+    def seen(self, outputs: Outputs, targets: Outputs) -> dict[str, Column | Array]:
+        """Of each output, the sum of all samples, and each sample's sum of squares."""
+        found: dict[str, Column | Array] = {}
+        for name, array in outputs.items():
+            wide = array.astype(np.float64)
+            found[name] = wide.sum(axis=0)
+            found[f"{name} squared"] = Column.of(np.square(wide).reshape(len(wide), -1).sum(axis=1))
+        return found
 
     def naive(self, seen: Mapping[str, Any], names: Sequence[str]) -> tuple[str, dict[str, float]]:
         """The error as a share of the size of all samples together, which is close to the mean over samples."""
+        squares = {name.removesuffix(" squared"): one.values for name, one in seen.items() if isinstance(one, Column)}
         errors = [
-            max(0.0, 1 - np.square(total).sum() / count / max(squares, 1e-300))
-            for count, total, squares in seen.values()
+            max(0.0, 1 - np.square(seen[name]).sum() / len(one) / max(one.sum(), 1e-300))
+            for name, one in squares.items()
         ]
         return "always giving the mean of each output", {"error": float(np.sqrt(max(errors)))}
 
@@ -202,7 +204,7 @@ class Flow(Family):
     says = "saying that nothing moves"
 
     def quality(self, outputs: Outputs, targets: Outputs) -> Columns:
-        """Both of them."""
+        """End-point errors and outliers at the known pixels."""
         known = np.asarray(np.isfinite(targets["flow"]).all(axis=-1))
         truth = np.where(known[..., None], targets["flow"], 0).astype(np.float64)
         errors = np.linalg.norm(outputs["flow"] - truth, axis=-1)

@@ -1,0 +1,284 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Validation in shards: each machine judges a share of the samples and writes a file; `merge` judges all of them.
+
+Shard i of n has the samples at positions i − 1, i − 1 + n, …, whoever runs it. Its file holds the values of each sample
+and sums that add up, so merged shards give what one run gives, bit for bit, if the engines do. The exceptions are the
+naive models of your own metric and of arrays of any meaning, whose sums round. A file is checked against the others and
+against the bundle, but nothing proves that its numbers were measured: take files only from machines that you trust.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from perceiver_export.calibration.bundles import identity
+from perceiver_export.calibration.data.fingerprints import DataWatch
+from perceiver_export.calibration.data.samples import Notes
+from perceiver_export.calibration.validation.certify import check_certifiable
+from perceiver_export.calibration.validation.gates import check_gates
+from perceiver_export.calibration.validation.metrics import families
+from perceiver_export.calibration.validation.metrics.base import Column
+from perceiver_export.calibration.validation.options import MOST_SHARDS, ValidateOptions
+from perceiver_export.calibration.validation.reference import check_reference
+from perceiver_export.calibration.validation.results import Data, Validation
+from perceiver_export.calibration.validation.scores import Scores, joined
+from perceiver_export.calibration.validation.validation import Measured, Progress, judged, measure
+from perceiver_export.calibration.validation.worst import WorstSample
+from perceiver_export.runtimes.bundle import Bundle, open_bundle
+from perceiver_export.runtimes.certificates import engine_of, on_cpu
+from perceiver_export.runtimes.errors import DataError, UsageError
+from perceiver_export.runtimes.files import encode_json, parsing, read_json
+from perceiver_export.runtimes.runtime import Array
+
+_LIMIT = 256 << 20  # bytes of a file
+_AGAIN = "run that shard again, with the files and options of the others"
+
+
+class Numbers(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A float64 array and the weights of its rows; none: each is 1."""
+
+    shape: tuple[int, ...]
+    values: list[float]
+    weights: list[float] = []
+
+    @classmethod
+    def of(cls, array: Array, weights: Array | None = None) -> Numbers:
+        """From arrays."""
+        given = [] if weights is None or (weights == 1).all() else weights.tolist()
+        return cls(array.shape, array.astype(np.float64).ravel().tolist(), given)
+
+    @property
+    def array(self) -> Array:
+        """The values. Raises ValueError: too many or too few."""
+        return np.array(self.values, np.float64).reshape(self.shape)
+
+    def column(self, count: int) -> Column:
+        """With its weights, for ``count`` samples. Raises ValueError."""
+        found = Column.of(self.array, np.array(self.weights, np.float64) if self.weights else None)
+        if not len(found.values) == len(found.weights) == count:
+            raise ValueError(f"a column has {len(found.values):,} values for {count:,} samples")
+        return found
+
+
+class Worst(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One of the worst samples, with its rank by `scores.Scores`."""
+
+    badness: tuple[float, ...]
+    sample: WorstSample
+
+
+class Shard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Shard ``shard`` of ``shards``. ``bundle``: its `identity`.
+
+    ``rows``: SHA-256 of the names and labels of all ``total`` samples of the data. ``columns`` have a row for each of
+    ``positions``. ``digest``: SHA-256 of everything else.
+    """
+
+    shard: int
+    shards: int
+    bundle: str
+    package: str
+    metric: str | None
+    truncate: bool
+    total: int
+    rows: str
+    source: str
+    candidate: dict[str, Any]
+    reference: dict[str, Any] | None
+    machine: dict[str, str]
+    positions: list[int]
+    digests: list[str]
+    judged: list[str]
+    labels: dict[str, int]
+    bounds: dict[str, tuple[float, float]]
+    notes: Notes
+    columns: dict[str, dict[str, Numbers]]
+    sums: list[dict[str, Numbers]]
+    reads: dict[str, tuple[str, ...]]
+    unused: list[str]
+    worst: list[Worst]
+    digest: str = ""
+
+    def signed(self) -> Shard:
+        """With its digest."""
+        content = encode_json(msgspec.structs.replace(self, digest=""), indent=0)
+        return msgspec.structs.replace(self, digest=hashlib.sha256(content).hexdigest())
+
+    @property
+    def alike(self) -> dict[str, object]:
+        """By words: everything that shards of one validation have in common."""
+        side = self.reference
+        reference = None if side is None else (side.get("target"), engine_of(side), side.get("graphs"))
+        return {
+            "bundle": self.bundle,
+            "number of shards": self.shards,
+            "data": (self.total, self.rows, self.truncate, self.notes.count),
+            "reference": reference,
+            "metric": self.metric,
+            "version of perceiver-export": self.package,
+        }
+
+    @property
+    def place(self) -> str:
+        """Target, engine and instruction set; on other targets than CPUs the device as well."""
+        target, instructions = str(self.candidate.get("target")), self.machine.get("instruction set", "")
+        device = "" if on_cpu(target) else f" on {self.candidate.get('device')}"
+        return f"{target}{device}, {engine_of(self.candidate)}, {instructions}"
+
+
+def validate_shard(
+    bundle: str | os.PathLike[str] | Bundle,
+    data: str | Path,
+    shard: tuple[int, int],
+    options: ValidateOptions = ValidateOptions(),
+    *,
+    progress: Progress | None = None,
+) -> Shard:
+    """Judge shard i of n of the samples; raises what `validate` raises, and UsageError for gates."""
+    if options.gates.any or options.certify or options.sequential or options.device == "all":
+        said = "a shard has no gate and no certificate, runs to its end, and on one target"
+        raise UsageError(said, "give gates and --certify to `validate BUNDLE --merge`")
+    measured = measure(bundle, data, options, progress, shard)
+    found, scores, watch = measured.found, measured.scores, measured.watch
+    if found.failure is not None:
+        found.require()
+    return Shard(
+        *shard,
+        bundle=identity(open_bundle(bundle, "never")),
+        package=importlib.metadata.version("perceiver-export"),
+        metric=options.gates.own,
+        truncate=options.truncate,
+        total=measured.total,
+        rows=measured.rows,
+        notes=measured.notes,
+        labels=dict(watch.labels),
+        columns={
+            side: {name: Numbers.of(one.values, one.weights) for name, one in columns.items()}
+            for side, columns in scores.sides.items()
+        },
+        sums=[{name: Numbers.of(np.asarray(one)) for name, one in sums.items()} for sums in scores.sums],
+        reads=scores.reads,
+        unused=sorted(scores.unused),
+        worst=[Worst(kept[0], sample) for kept, sample in zip(scores.worst.kept, scores.worst.samples(), strict=True)],
+        **{name: getattr(watch, name) for name in ("source", "positions", "digests", "judged", "bounds")},
+        **{name: getattr(found, name) for name in ("candidate", "reference", "machine")},
+    ).signed()
+
+
+def encode_shard(shard: Shard) -> bytes:
+    """Its file. Raises DataError: it is larger than `merge` reads."""
+    content = encode_json(shard, indent=0)
+    if len(content) > _LIMIT:
+        raise DataError(f"the shard takes {len(content):,} bytes, at most {_LIMIT:,} are read", "take more shards")
+    return content
+
+
+def merge(
+    bundle: str | os.PathLike[str] | Bundle, files: Sequence[Path], options: ValidateOptions = ValidateOptions()
+) -> tuple[Validation, ...]:
+    """One result for each target, engine and instruction set that shards ran on; each needs all shards.
+
+    A shard that ran twice there counts once. Raises DataError: a file that cannot be read, of another validation, or
+    missing; UsageError for gates that do not fit.
+    """
+    opened = open_bundle(bundle)
+    if options.certify:
+        check_certifiable(bundle)
+    if options.sequential or options.save_worst is not None:
+        raise UsageError("merged shards are not run again", "leave --sequential and --save-worst out")
+    shards = {file: _read(file) for file in files}
+    first, expected = next(iter(shards.items()), (None, None))
+    if first is None or expected is None:
+        raise UsageError("no shard is given", "name their files: validate BUNDLE --merge part*.json --max-drop 0.6")
+    places: dict[str, dict[int, Shard]] = {}
+    for file, one in shards.items():
+        for words, value in one.alike.items():
+            if value != expected.alike[words]:
+                raise DataError(f"{file} has another {words} than {first}", _AGAIN)
+        places.setdefault(one.place, {}).setdefault(one.shard, one)
+    if expected.bundle != identity(opened):
+        raise DataError(f"{first} is not of the bundle {opened.path}", "give the bundle that the shards judged")
+    if expected.metric != options.gates.own:
+        raise UsageError(f"the shards were judged by --metric {expected.metric}", "give the same to --merge")
+    for place, found in places.items():
+        if missing := [f"{index}/{expected.shards}" for index in range(1, expected.shards + 1) if index not in found]:
+            said = f"{len(missing)} of {expected.shards} shards are missing on {place}: {', '.join(missing[:20])}"
+            raise DataError(said, "run them there and merge again, or leave out the files of other machines")
+    with parsing(str(first), "and the other shards do not fit this bundle", _AGAIN, DataError):
+        return tuple(_judged(opened, [found[index] for index in sorted(found)], options) for found in places.values())
+
+
+def _read(file: Path) -> Shard:
+    """A shard that is complete in itself. Raises DataError."""
+    shard = read_json(file, Shard, DataError, _AGAIN, _LIMIT)
+    if shard.digest != shard.signed().digest:
+        raise DataError(f"{file} was changed or cut after it was written", _AGAIN)
+    found = sorted([*shard.positions, *shard.notes.left_out])
+    if 1 <= shard.shard <= shard.shards <= MOST_SHARDS and shard.total <= shard.shards * (len(found) + 1):
+        expected = [*range(shard.shard - 1, shard.total, shard.shards)]
+        if found == expected and 0 < len(shard.positions) == len(shard.digests) == len(shard.judged):
+            return shard
+    raise DataError(f"{file} does not hold the samples of shard {shard.shard}/{shard.shards}", _AGAIN)
+
+
+def _judged(bundle: Bundle, shards: Sequence[Shard], options: ValidateOptions) -> Validation:
+    first = shards[0]
+    scores = Scores(families(bundle.manifest, options.gates.own), options.worst, bundle.manifest.labels)
+    check_gates(options.gates, scores.metrics, first.reference is not None)
+    if options.certify:
+        check_reference(first.candidate, first.reference)
+    order = np.argsort([position for one in shards for position in one.positions])
+    _fill(scores, shards, order)
+    watch, notes = DataWatch(bundle.manifest, first.source), Notes(first.notes.count)
+    for name in ("positions", "digests", "judged"):
+        values = [value for one in shards for value in getattr(one, name)]
+        getattr(watch, name).extend(values[index] for index in order)
+    for one in shards:
+        watch.labels.update(one.labels)
+        for name, ends in one.bounds.items():
+            watch.widen(name, *ends)
+        notes.labels = notes.labels | {
+            kind: said for kind, said in one.notes.labels.items() if kind not in notes.labels
+        }
+        notes.left_out |= one.notes.left_out
+        notes.cut |= one.notes.cut
+    data = Data(first.source, scores.count, "")
+    found = Validation(bundle.manifest.task, first.candidate, first.reference, data, machine=first.machine)
+    return judged(bundle, Measured(found, scores, watch, notes), options)
+
+
+def _fill(scores: Scores, shards: Sequence[Shard], order: Array) -> None:
+    """The scores of all samples in their order. Raises ValueError and others for shards that do not fit."""
+    for side, columns in shards[0].columns.items():
+        parts = {name: [one.columns[side][name].column(len(one.positions)) for one in shards] for name in columns}
+        scores.parts[side] = [{name: joined(found, order) for name, found in parts.items()}]
+    for sums, *parts in zip(scores.sums, *(one.sums for one in shards), strict=True):
+        sums |= _added(parts)
+    scores.unused = {name for one in shards for name in one.unused}
+    scores.reads = {name: _union(one.reads[name] for one in shards) for name in shards[0].reads}
+    scores.worst.seen = len(order)
+    for one in shards:
+        for worst in one.worst:
+            scores.worst.keep(worst.badness, worst.sample)
+
+
+def _added(parts: Sequence[Mapping[str, Numbers]]) -> dict[str, Array]:
+    found: dict[str, Array] = {}
+    for part in parts:
+        for name, one in part.items():
+            if name in found and found[name].shape != tuple(one.shape):
+                raise ValueError(f"{name} has several shapes")
+            found[name] = found[name] + one.array if name in found else one.array
+    return found
+
+
+def _union(names: Iterable[Sequence[str]]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name for some in names for name in some))

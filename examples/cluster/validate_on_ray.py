@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Validate a bundle in shards on a Ray cluster, and judge them together.
+
+    python examples/cluster/validate_on_ray.py BUNDLE --data DATA --against BUNDLE --shards 16 --max-drop 0.6 --certify
+
+Without --address it starts a cluster on this machine. On many machines (`ray start --head`, `ray start --address …`),
+give --address auto; every machine needs perceiver-export, BUNDLE, DATA and the reference at the same paths. A shard
+whose worker dies runs again, on another worker. What is left of the command line goes to `validate --merge`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import ray
+
+from perceiver_export.calibration import ValidateOptions, validate_shard
+from perceiver_export.calibration.validation.shards import encode_shard
+
+_COMMAND = [sys.executable, "-m", "perceiver_export.exporter.cli"]
+
+
+def judge(bundle: str, data: str, against: str, samples: int | None, shard: tuple[int, int]) -> bytes:
+    """The file of one shard, on a worker."""
+    return encode_shard(validate_shard(bundle, data, shard, ValidateOptions(against=against, samples=samples)))
+
+
+def main() -> None:
+    """Run the shards as tasks, then merge their files here."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle")
+    for name in ("--data", "--against"):
+        parser.add_argument(name, required=True)
+    parser.add_argument("--samples", type=int)
+    parser.add_argument("--shards", type=int, default=16)
+    parser.add_argument("--address", help="of a running cluster; by default a new one of two workers on this machine")
+    given, gates = parser.parse_known_args()
+    local = {} if given.address else {"num_cpus": 2, "include_dashboard": False}
+    ray.init(given.address, **local)
+    named = (given.bundle, given.data, given.against)  # workers have another current directory
+    places = [str(Path(name).resolve()) if Path(name).exists() else name for name in named]
+    task = ray.remote(num_cpus=1, max_retries=3)(judge)
+    waiting = {
+        task.remote(*places, given.samples, (index, given.shards)): index for index in range(1, given.shards + 1)
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder) / f"part{index}.json" for index in range(1, given.shards + 1)]
+        while waiting:
+            for done in ray.wait(list(waiting))[0]:
+                index = waiting.pop(done)
+                files[index - 1].write_bytes(ray.get(done))
+                print(f"shard {index}/{given.shards} is judged, {len(waiting)} to go", file=sys.stderr)
+        command = [*_COMMAND, "validate", given.bundle, *map(str, files), "--merge", "--against", given.against, *gates]
+        code = subprocess.run(command, check=False).returncode
+    ray.shutdown()
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Merged shards give what one run gives, bit for bit; files that do not belong together are refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from perceiver_export.calibration import Gates, ValidateOptions, certify, merge, validate, validate_shard
+from perceiver_export.calibration.validation.results import Validation
+from perceiver_export.calibration.validation.shards import Shard, encode_shard
+from perceiver_export.runtimes.errors import DataError, UsageError
+from tests.calibration.asked import TEST, asked, pictures
+from tests.calibration.test_validate_every_task import CASES
+from tests.cli.commands import fail, succeed
+
+GATES: dict[str, Any] = {"max_drop": 3, "min_agreement": 90}
+COUNT, SAMPLES = 3, 200
+
+
+def in_shards(folder: Path, bundle: Path, data: Path | str, count: int = COUNT, **given: Any) -> list[Path]:
+    """The files of all shards."""
+    folder.mkdir(exist_ok=True)
+    files = [folder / f"part{index}.json" for index in range(1, count + 1)]
+    for index, file in enumerate(files, start=1):
+        file.write_bytes(encode_shard(validate_shard(bundle, data, (index, count), asked(**given))))
+    return files
+
+
+@pytest.fixture(scope="session")
+def parts(int8_bundle: Path, fashion_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    return in_shards(tmp_path_factory.mktemp("parts"), int8_bundle, TEST, against=fashion_bundle, samples=SAMPLES)
+
+
+def same(one: Validation, other: Validation) -> bool:
+    """To the bit, as JSON shows them."""
+    return msgspec.json.encode(one) == msgspec.json.encode(other)
+
+
+def test_merged_shards_are_one_run(parts: list[Path], int8_bundle: Path, fashion_bundle: Path, tmp_path: Path) -> None:
+    one, other = (Path(shutil.copytree(int8_bundle, tmp_path / name)) for name in ("one", "other"))
+    whole = validate(one, TEST, asked(against=fashion_bundle, samples=SAMPLES, certify=True, **GATES))
+    (merged,) = merge(other, [*reversed(parts), parts[0]], asked(certify=True, **GATES))  # one counts once
+
+    assert same(merged, whole)
+    assert [gate.outcome for gate in merged.gates] == ["held", "held"]
+    assert certify(other, [merged]) == certify(one, [whole])
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case[0].__name__ for case in CASES])
+def test_every_task_merges(case: Any, small_bundle: Callable[..., Path], tmp_path: Path) -> None:
+    bundle, data = small_bundle(case[0].__name__), case[1](tmp_path)
+    files = in_shards(tmp_path / "parts", bundle, data, 2, against_device="ort-cpu")
+
+    (merged,) = merge(bundle, files)
+
+    assert same(merged, validate(bundle, data, asked(against_device="ort-cpu")))
+
+
+def test_the_command_writes_shards_and_judges_them(int8_bundle: Path, fashion_bundle: Path, tmp_path: Path) -> None:
+    bundle = shutil.copytree(int8_bundle, tmp_path / "bundle")
+    common: list[str | Path] = ["validate", bundle, "--data", TEST, "--samples", "150", "--against", fashion_bundle]
+    files = [tmp_path / f"part{index}.json" for index in (1, 2)]
+    for index, file in enumerate(files, start=1):
+        succeed(*common, "--shard", f"{index}/2", "--scores", file)
+    gates = ("--max-drop", "4", "--certify", "--json")
+
+    whole = json.loads(succeed(*common, *gates))
+    merged = json.loads(succeed("validate", bundle, *files, "--merge", *gates, "--report", tmp_path / "report.md"))
+
+    assert merged.pop("written").keys() == {"certificate", "report"}
+    assert whole.pop("written").keys() == {"certificate"}
+    assert merged == whole
+    assert "2/2" in fail("validate", bundle, files[0], "--merge", "--max-drop", "4")
+
+
+def changed(**fields: Any) -> Callable[[Shard], Shard]:
+    return lambda shard: msgspec.structs.replace(shard, **fields).signed()
+
+
+def damaged(shard: Shard) -> Shard:
+    return msgspec.structs.replace(shard, digests=shard.digests[::-1])
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (damaged, "changed or cut"),
+        (changed(positions=[0]), "samples of shard 2/3"),
+        (changed(shard=1), "samples of shard 1/3"),
+        (changed(shards=4), "samples of shard 2/4"),
+        (changed(bundle="0"), "another bundle"),
+        (changed(rows="0"), "another data"),
+        (changed(package="0.0"), "another version"),
+        (changed(metric="module:function"), "another metric"),
+        (changed(reference=None), "another reference"),
+        (changed(columns={}), "do not fit"),
+        (changed(sums=[]), "do not fit"),
+        (changed(machine={"instruction set": "mmx"}), "shards are missing on"),
+    ],
+)
+def test_files_that_do_not_belong_together(
+    change: Callable[[Shard], Shard], said: str, parts: list[Path], int8_bundle: Path, tmp_path: Path
+) -> None:
+    shard = msgspec.json.decode(parts[1].read_bytes(), type=Shard)
+    (tmp_path / "part2.json").write_bytes(encode_shard(change(shard)))
+
+    with pytest.raises(DataError) as caught:
+        merge(int8_bundle, [parts[0], tmp_path / "part2.json", parts[2]], asked(**GATES))
+    assert said in caught.value.message
+    assert "\n" not in caught.value.message
+
+
+def test_numbers_that_are_not_finite_and_links_are_refused(
+    parts: list[Path], int8_bundle: Path, tmp_path: Path
+) -> None:
+    content = json.loads(parts[0].read_bytes())
+    for value in ("NaN", "1e999", "null", '"1"'):
+        content["columns"]["likeness"]["kl"]["values"][0] = "HERE"
+        (tmp_path / "part.json").write_text(json.dumps(content).replace('"HERE"', value))
+        with pytest.raises(DataError):
+            merge(int8_bundle, [tmp_path / "part.json", *parts[1:]])
+    (tmp_path / "link.json").symlink_to(parts[0])
+    with pytest.raises(DataError, match="link"):
+        merge(int8_bundle, [tmp_path / "link.json", *parts[1:]])
+    with pytest.raises(DataError, match="missing"):
+        merge(int8_bundle, parts[:2])
+
+
+def test_each_instruction_set_is_judged_by_itself(parts: list[Path], int8_bundle: Path, tmp_path: Path) -> None:
+    bundle, others = Path(shutil.copytree(int8_bundle, tmp_path / "bundle")), [tmp_path / part.name for part in parts]
+    for part, other in zip(parts, others, strict=True):
+        shard = msgspec.json.decode(part.read_bytes(), type=Shard)
+        other.write_bytes(encode_shard(changed(machine={**shard.machine, "instruction set": "asimd i8mm"})(shard)))
+
+    results = merge(bundle, [*parts, *others], asked(**GATES))
+
+    assert [result.samples for result in results] == [SAMPLES, SAMPLES]
+    assert certify(bundle, results)[1].instruction_set == ("asimd", "i8mm")
+
+
+@pytest.mark.parametrize(
+    ("options", "shard"),
+    [(asked(max_drop=1), (1, 2)), (ValidateOptions(device="all"), (1, 2)), (asked(samples=2), (3, 3))],
+)
+def test_shards_that_cannot_be_judged(options: ValidateOptions, shard: tuple[int, int], fashion_bundle: Path) -> None:
+    with pytest.raises((UsageError, DataError)):
+        validate_shard(fashion_bundle, TEST, shard, options)
+
+
+def test_a_bundle_that_the_shards_did_not_judge(parts: list[Path], fashion_bundle: Path) -> None:
+    with pytest.raises(DataError, match="not of the bundle"):
+        merge(fashion_bundle, parts)
+
+
+def test_own_metrics_merge(fashion_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.py").write_text(
+        "def right(outputs, targets): return outputs['logits'].argmax() == targets['label']"
+    )
+    monkeypatch.chdir(tmp_path)
+    options = asked(against_device="ort-cpu", metric="mine:right")
+    data = pictures(tmp_path / "data.npz", slice(0, 60))
+    files = in_shards(tmp_path / "parts", fashion_bundle, data, 2, against_device="ort-cpu", metric="mine:right")
+
+    (merged,) = merge(fashion_bundle, files, ValidateOptions(gates=Gates(metric="mine:right")))
+
+    assert merged.metrics == validate(fashion_bundle, data, options).metrics
+    with pytest.raises(UsageError, match="mine:right"):
+        merge(fashion_bundle, files)
