@@ -49,7 +49,6 @@ from perceiver_export.runtimes.manifest import OutputKind, TensorSpec, interface
 from perceiver_export.runtimes.preprocessing import MAX_SIDE, ImagePreprocessing, Preprocessing
 from perceiver_export.runtimes.runtime import Array, Feeds
 from perceiver_export.runtimes.tasks import TASKS
-from perceiver_export.runtimes.tasks.base import interface
 
 if TYPE_CHECKING:
     from perceiver_export.exporter.model.architectures import Parity

@@ -66,8 +66,8 @@ def build(
 ) -> tuple[BuiltEngine, ...]:
     """Compile every part of a bundle for a target, on the device that will run it, unless a valid engine exists.
 
-    ``precision="auto"`` uses `choose_precision` with the figures of `bench --precision auto --save`. ``shapes`` gives the
-    smallest, best and largest size of a named dimension. ``flags`` are settings of the target's library, from its
+    ``precision="auto"`` uses `choose_precision` with the figures of `bench --precision auto --save`. ``shapes`` gives
+    the smallest, best and largest size of a named dimension. ``flags`` are settings of the target's library, from its
     backend's list. Engines are written into the bundle, or into the user's cache directory if the bundle is read-only.
     If two processes build at once, one compiles, and the other waits and uses the result.
 

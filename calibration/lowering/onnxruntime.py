@@ -6,8 +6,8 @@
 2. Biases are (1, 1, N) instead of (N): onnxruntime turns a MatMul with a 1-D bias into a Gemm, and a Gemm with a float
    bias has no integer kernel.
 3. Products of rank 2 are computed in rank 3, for the same reason.
-4. A product without a bias gets a bias of zeros before a Relu or Clip. Otherwise onnxruntime takes the Relu or Clip for a
-   part of the quantizer behind it and, where it is not one, leaves the product in float.
+4. A product without a bias gets a bias of zeros before a Relu or Clip. Otherwise onnxruntime takes the Relu or Clip
+   for a part of the quantizer behind it and, where it is not one, leaves the product in float.
 
 OpenVINO's low-precision passes accept the canonical form unchanged.
 """

@@ -62,8 +62,8 @@ def quantize(
 ) -> Bundle:
     """Quantize a bundle, calibrated on DATA (`calibration.data`). Nothing is written if anything fails.
 
-    Without DATA, the ``statistics`` of all shards (`collect_statistics`) give the same graphs. Texts in DATA that are too
-    long for the model are skipped with a note, or cut with ``options.truncate``. ``sensitivity``, the result of
+    Without DATA, the ``statistics`` of all shards (`collect_statistics`) give the same graphs. Texts in DATA that are
+    too long for the model are skipped with a note, or cut with ``options.truncate``. ``sensitivity``, the result of
     `measure_sensitivity`, is kept in the record for `profile`.
 
     Raises UsageError, DataError, BundleError, BundleExistsError, MissingDependencyError; ExportError: the disk is full

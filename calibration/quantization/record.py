@@ -105,9 +105,9 @@ class PartRecord(msgspec.Struct, frozen=True):
 class Speed(msgspec.Struct, frozen=True):
     """Milliseconds per call of all parts, timed alternately in fp32 and quantized.
 
-    ``others`` has the lower precisions that the target computes in ("bf16", "int8 with bf16"). ``best`` names the fastest
-    float and the fastest quantized precision; ``ratios`` are the quartiles of the second's time relative to the first's,
-    round by round. Older records have none of these.
+    ``others`` has the lower precisions that the target computes in ("bf16", "int8 with bf16"). ``best`` names the
+    fastest float and the fastest quantized precision; ``ratios`` are the quartiles of the second's time relative to the
+    first's, round by round. Older records have none of these.
     """
 
     target: str

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """config.json and preprocessor_config.json of a Hugging Face directory.
 
-`HuggingFaceConfig` has the use of each field of config.json: docs/guides/checkpoints.md is made from it. `read_labels` gives
-names and kinds of outputs by id2label, num_labels and problem_type, as transformers does.
+`HuggingFaceConfig` has the use of each field of config.json: docs/guides/checkpoints.md is made from it. `read_labels`
+gives names and kinds of outputs by id2label, num_labels and problem_type, as transformers does.
 """
 
 from __future__ import annotations

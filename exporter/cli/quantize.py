@@ -56,7 +56,8 @@ _Output = Annotated[
     str | None, typer.Option("--output", "-o", metavar="BUNDLE2", help="Where the quantized bundle goes.")
 ]
 _Sensitivity = Annotated[
-    Path | None, typer.Option(metavar="FILE.json", help="Also measure each layer by itself, for this file and `profile`.")
+    Path | None,
+    typer.Option(metavar="FILE.json", help="Also measure each layer by itself, for this file and `profile`."),
 ]
 
 

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from perceiver_export.calibration.validation.options import Gates, ValidateOptions, option, parse_shard
+from perceiver_export.calibration.options import option
+from perceiver_export.calibration.validation.options import Gates, ValidateOptions, parse_shard
 from perceiver_export.exporter.cli.output import (
     JsonFlag,
     check_file,

@@ -43,8 +43,8 @@ class LayerReport(msgspec.Struct, frozen=True):
     """The contents of layers.json: figures from TensorRT's own report.
 
     ``precisions`` counts matrix products by type. ``weight_bytes`` is the size of the graph's constants;
-    ``bytes_each_use`` counts a constant once for each layer that uses it. ``kernels`` is the report itself, which engines
-    of older versions lack.
+    ``bytes_each_use`` counts a constant once for each layer that uses it. ``kernels`` is the report itself, which
+    engines of older versions lack.
     """
 
     layers: int

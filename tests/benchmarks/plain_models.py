@@ -75,8 +75,8 @@ class Plain(torch.nn.Module):
 
 def plain_module(checkpoint: str) -> torch.nn.Module:
     """The model that transformers saved there."""
-    config = t.PerceiverConfig.from_pretrained(checkpoint)
-    return Plain(getattr(t, config.architectures[0]).from_pretrained(checkpoint)).eval()
+    name = (t.PerceiverConfig.from_pretrained(checkpoint).architectures or [""])[0]
+    return Plain(getattr(t, name).from_pretrained(checkpoint)).eval()
 
 
 def plain_export(preset: str, model: Any, feeds: dict[str, np.ndarray], path: Path) -> None:

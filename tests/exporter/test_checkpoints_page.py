@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""docs/guides/checkpoints.md says what the tables in the code say. Run as a module, this file writes its tables anew."""
+"""docs/guides/checkpoints.md has the tables of the code. Run as a module, this file rewrites them."""
 
 from __future__ import annotations
 
