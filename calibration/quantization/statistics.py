@@ -259,8 +259,8 @@ def _width(value: ir.Value | None) -> int:
 class Call:
     """One call's feeds and fp32 outputs, by part."""
 
-    feeds: dict[str, dict[str, Array]]
-    outputs: dict[str, Mapping[str, Array]]
+    feeds: Mapping[str, Mapping[str, Array]]
+    outputs: Mapping[str, Mapping[str, Array]]
 
 
 @dataclass(frozen=True)
