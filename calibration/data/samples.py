@@ -31,9 +31,9 @@ from perceiver_export.calibration.data.sources import (
     open_source,
 )
 from perceiver_export.runtimes.errors import DataError, InputError, LongTextError
-from perceiver_export.runtimes.manifest import Manifest, Part, TensorSpec, index_input
+from perceiver_export.runtimes.manifest import Manifest, TensorSpec
 from perceiver_export.runtimes.preprocessing import FlowPreprocessing, ImagePreprocessing, TextPreprocessing
-from perceiver_export.runtimes.runtime import Array, Feeds, check_values
+from perceiver_export.runtimes.runtime import Array, check_values
 from perceiver_export.runtimes.tasks.arrays import check_masks
 from perceiver_export.runtimes.tasks.base import interface, limits
 from perceiver_export.runtimes.tasks.image_files import take_picture, to_input
@@ -346,69 +346,3 @@ def _extras(values: Mapping[str, Any]) -> Arrays:
             if array.dtype.kind != "O":
                 found[name] = array
     return found
-
-
-_DYNAMIC_QUERIES = 256
-
-Run = Callable[[Feeds], Mapping[str, Array]]
-
-
-def batch_size(manifest: Manifest) -> int:
-    """The number of samples per call; 1 if it is dynamic."""
-    first = next(iter(manifest.parts.values())).inputs[0].shape[0]
-    return first if isinstance(first, int) else 1
-
-
-def batches(examples: Iterable[Example], size: int) -> Iterator[list[Example]]:
-    """Lists of ``size`` examples. The last one is padded by repeating its own examples, which changes no bound."""
-    batch: list[Example] = []
-    for example in examples:
-        batch.append(example)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield [batch[index % len(batch)] for index in range(size)]
-
-
-def run_parts(
-    manifest: Manifest, runs: Mapping[str, Run], feeds: Feeds, generator: np.random.Generator
-) -> tuple[dict[str, dict[str, Array]], dict[str, Mapping[str, Array]]]:
-    """Run every part in order and return its feeds and outputs. A decoder that takes query indices gets random ones."""
-    given: dict[str, dict[str, Array]] = {}
-    outputs: dict[str, Mapping[str, Array]] = {}
-    latents: Mapping[str, Array] = {}
-    for name, part in manifest.parts.items():
-        available = {**feeds, **latents}
-        given[name] = {spec.name: _input(spec, part, available, generator) for spec in part.inputs}
-        outputs[name] = runs[name](given[name])
-        if name == "encoder":
-            latents = {"latents": outputs[name]["latents"]}
-    return given, outputs
-
-
-def _input(spec: TensorSpec, part: Part, available: Mapping[str, Array], generator: np.random.Generator) -> Array:
-    if not _is_drawn(spec, part):
-        return available[spec.name]
-    return _queries(spec, part, next(iter(available.values())).shape[0], generator)
-
-
-def skip_parts(manifest: Manifest, batch: int, generator: np.random.Generator) -> None:
-    """Draw what `run_parts` draws for a call, and run nothing."""
-    for part in manifest.parts.values():
-        for spec in part.inputs:
-            if _is_drawn(spec, part):
-                _queries(spec, part, batch, generator)
-
-
-def _is_drawn(spec: TensorSpec, part: Part) -> bool:
-    return part.num_queries is not None and spec is index_input(part.inputs)
-
-
-def _queries(spec: TensorSpec, part: Part, batch: int, generator: np.random.Generator) -> Array:
-    count = spec.shape[1]
-    if not isinstance(count, int):
-        count = min(spec.ranges[count][1], _DYNAMIC_QUERIES)
-    first = spec.shape[0]
-    rows = (first if isinstance(first, int) else batch, count)
-    return np.sort(generator.integers(part.num_queries or 0, size=rows), axis=1).astype(np.int32)

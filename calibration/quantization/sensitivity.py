@@ -21,7 +21,8 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from perceiver_export.calibration.data.samples import Samples, batch_size, batches, run_parts, stack
+from perceiver_export.calibration.data.calls import batch_size, batches, run_parts
+from perceiver_export.calibration.data.samples import Samples, stack
 from perceiver_export.calibration.data.sources import Data
 from perceiver_export.calibration.graphs import decibels, open_session, run_session, sqnr
 from perceiver_export.calibration.quantization.integers import LinearPlan, write_qdq

@@ -19,16 +19,9 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
+from perceiver_export.calibration.data.calls import Run, batch_size, batches, run_parts, skip_parts
 from perceiver_export.calibration.data.fingerprints import DataReport, DataWatch
-from perceiver_export.calibration.data.samples import (
-    Run,
-    Samples,
-    batch_size,
-    batches,
-    run_parts,
-    skip_parts,
-    stack,
-)
+from perceiver_export.calibration.data.samples import Samples, stack
 from perceiver_export.calibration.data.sources import ITERABLE, RANDOM, Data
 from perceiver_export.calibration.graphs import (
     Behind,

@@ -31,7 +31,8 @@ def measure(work: Path, bundle: Path | None = None, samples: tuple[int, ...] = (
 
 def run_plain(path: str, count: int) -> float:
     """MiB."""
-    from perceiver_export.calibration.data.samples import Samples, run_parts, stack
+    from perceiver_export.calibration.data.calls import run_parts
+    from perceiver_export.calibration.data.samples import Samples, stack
     from perceiver_export.runtimes import open_bundle
     from perceiver_export.runtimes.machine import peak_memory
     from perceiver_export.runtimes.opening import open_engine
