@@ -39,13 +39,16 @@ def main() -> None:
     parser.add_argument("--shards", type=int, default=16)
     parser.add_argument("--address", help="of a running cluster; by default a new one of two workers on this machine")
     given, gates = parser.parse_known_args()
-    local = {} if given.address else {"num_cpus": 2, "include_dashboard": False}
-    ray.init(given.address, **local)
+    if given.address:
+        ray.init(given.address)
+    else:
+        ray.init(num_cpus=2, include_dashboard=False)
     named = (given.bundle, given.data, given.against)  # workers have another current directory
-    places = [str(Path(name).resolve()) if Path(name).exists() else name for name in named]
+    bundle, data, against = (str(Path(name).resolve()) if Path(name).exists() else name for name in named)
     task = ray.remote(num_cpus=1, max_retries=3)(judge)
     waiting = {
-        task.remote(*places, given.samples, (index, given.shards)): index for index in range(1, given.shards + 1)
+        task.remote(bundle, data, against, given.samples, (index, given.shards)): index
+        for index in range(1, given.shards + 1)
     }
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / f"part{index}.json" for index in range(1, given.shards + 1)]
