@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything that changes or judges a bundle without PyTorch."""
+"""Everything that changes or evaluates a bundle without PyTorch."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from perceiver_export.calibration.quantization.search import search as search
     from perceiver_export.calibration.quantization.sensitivity import measure_layer_errors as measure_layer_errors
     from perceiver_export.calibration.quantization.sensitivity import measure_sensitivity as measure_sensitivity
+    from perceiver_export.calibration.report.profile import profile as profile
     from perceiver_export.calibration.validation.certify import certify as certify
     from perceiver_export.calibration.validation.options import Gates as Gates
     from perceiver_export.calibration.validation.options import ValidateOptions as ValidateOptions
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from perceiver_export.calibration.validation.validation import validate as validate
     from perceiver_export.calibration.validation.validation import validate_targets as validate_targets
 
-# Modules by their public names, imported on first use.
+# Public names by module. Each module is imported on first use.
 _NAMES = {
     "lowering.lint": "lint",
     "lowering.tensorrt": "lower_bundle",
@@ -33,6 +34,7 @@ _NAMES = {
     "quantization.pipeline": "collect_statistics quantize",
     "quantization.search": "search",
     "quantization.sensitivity": "measure_layer_errors measure_sensitivity",
+    "report.profile": "profile",
     "validation.certify": "certify",
     "validation.options": "Gates ValidateOptions",
     "validation.results": "Validation",

@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import repeat
 from pathlib import Path
@@ -18,10 +18,11 @@ import msgspec
 import numpy as np
 
 from perceiver_export.runtimes.bundle import Bundle, change_report, golden_arrays, open_bundle
-from perceiver_export.runtimes.engines.backend import EngineOptions, Precision, find_target
+from perceiver_export.runtimes.engines.backend import EngineOptions, Precision, PrecisionChoice, find_target
 from perceiver_export.runtimes.errors import BundleError, DeviceError, EngineError, UsageError, check_kind, check_whole
 from perceiver_export.runtimes.loading import load, load_onnx
 from perceiver_export.runtimes.machine import available_cores, cpu_features, cpu_name, peak_memory
+from perceiver_export.runtimes.manifest import TensorSpec
 from perceiver_export.runtimes.presence import choose_target, devices
 from perceiver_export.runtimes.runtime import Array, Runtime, compare
 
@@ -31,16 +32,17 @@ TOLERANCES = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 1e-1}
 _BLOCK = 5  # consecutive runs of one side; the first of a block finds cold caches and is not counted
 _COUNTED = _BLOCK - 1
 _WARMUP = 3
+STEADY = 0.25  # the largest share of the median between the quartiles of a side's times that still decides
 
 
 class Measurement(msgspec.Struct, frozen=True, kw_only=True):
     """One side. Times are milliseconds per call of ``batch`` samples; memory is MiB, of a fresh process.
 
-    ``throughput`` is samples per second with two requests in flight. ``peak_memory`` is the process's largest resident
-    size after load and runs; ``base_memory`` is what Python, numpy and the engine's library took before the load.
-    ``ratio`` is the time of a sample relative to the first side's: the median over pairs of blocks, with quartiles.
-    ``difference`` is the largest from torch's golden outputs, as a share of their scale; ``tolerance`` is the
-    limit for the precision.
+    ``spread``: quartiles of the medians of blocks of calls. ``size``: MiB of the bundle's files. ``throughput`` is
+    samples per second with two requests in flight. ``peak_memory`` is the process's largest resident size after load
+    and runs; ``base_memory`` is what Python, numpy and the engine's library took before the load. ``ratio`` is the time
+    of a sample relative to the first side's: the median over pairs of blocks, with quartiles. ``difference`` is the
+    largest from torch's golden outputs, as a share of their scale; ``tolerance`` is the limit for the precision.
     """
 
     name: str
@@ -53,7 +55,9 @@ class Measurement(msgspec.Struct, frozen=True, kw_only=True):
     p50: float
     p95: float
     p99: float
+    spread: tuple[float, float]
     throughput: float
+    size: float
     load: float
     peak_memory: float
     base_memory: float
@@ -74,7 +78,8 @@ class Measurement(msgspec.Struct, frozen=True, kw_only=True):
 class Bench(msgspec.Struct, frozen=True):
     """``ratio``: with ``against``, the median of the first side's time per sample by the second's, with its quartiles.
 
-    ``skipped``: for ``device="all"``, the targets that refused the bundle, and why.
+    ``skipped``: for ``device="all"`` and ``precision="auto"``, what was refused, and why. ``fastest``: with several
+    sides, the indices of the fastest; more than one tie. Empty where ``unsteady`` says why nothing is decided.
     """
 
     machine: str
@@ -83,6 +88,8 @@ class Bench(msgspec.Struct, frozen=True):
     ratio: float | None = None
     ratio_quartiles: tuple[float, float] | None = None
     skipped: tuple[str, ...] = ()
+    fastest: tuple[int, ...] = ()
+    unsteady: str = ""
 
 
 def bench(
@@ -93,44 +100,71 @@ def bench(
     device: str = "auto",
     runs: int = 100,
     threads: int | None = None,
-    precision: Precision | None = None,
+    precision: PrecisionChoice | None = None,
+    against_precision: Precision | None = None,
     save: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Bench:
     """Measure a bundle (or an ONNX file), alone or in turn with others, on the same machine in the same minutes.
 
     ``device`` is a target, ``auto``, or ``all`` for every target that is present and takes the bundle; a bundle
-    ``against`` runs on the same one. ``precision`` is that of the bundle's engine, as in `load`. ``part`` is that of
-    split bundles; None measures all of it, every query decoded. Inputs are the bundle's golden ones, or random.
-    ``save`` keeps the figures in the bundle's report.json, where ``device="auto"`` and `package` look for them.
+    ``against`` runs on the same one. ``precision`` and ``against_precision`` are those of their engines, as in `load`;
+    ``precision="auto"`` measures each bundle in fp32 (of an int8 bundle: beside int8) and in all lower precisions that
+    the target computes in. ``part`` is that of split bundles; None measures all of it, every query decoded. Inputs are
+    the bundle's golden ones, or random. ``save`` keeps the figures in the bundle's report.json, where `package` and
+    ``auto`` (as device or precision) look for them.
 
     Raises UsageError; DeviceError: no target takes it; and what `load` raises.
     """
     check_whole("runs", runs, _BLOCK, None, f"give {_BLOCK} or more")
-    for given in (bundle, "" if against is None else against):
-        check_kind("a side of the benchmark", given, (str, os.PathLike, Bundle), "the path of a bundle or an ONNX file")
-    path = bundle.path if isinstance(bundle, Bundle) else Path(bundle)
-    first = Side(str(path), device, part, threads, precision)
-    if first.is_graph and precision is not None:
-        raise UsageError(f"{path} has its own precision", "leave --precision out, or give a bundle")
-    if first.is_graph and save:
-        raise UsageError(f"{path} is not a bundle", "only a bundle has a report.json to save to")
-    other = [] if against is None else [Side(str(Path(against)), device, part, threads)]
-    opened, skipped = _open(_on_targets([first, *other], device), all_of_them=device == "all")
-    try:
-        fresh = [_measure_fresh(one.side) for one in opened]
-        _measure(opened, -(-runs // _COUNTED), progress)
-        medians = [one.medians() for one in opened]
-        ratios = [{}, *(_ratio(own / medians[0]) for own in medians[1:])]
-        measured = tuple(map(_measurement, opened, fresh, ratios))
-    finally:
-        for one in opened:
-            one.runtime.close()
+    path, several = bundle.path if isinstance(bundle, Bundle) else bundle, precision == "auto"
+    given = [(path, None if precision == "auto" else precision)]
+    given += [] if against is None else [(against, against_precision)]
+    for place, _ in given:
+        check_kind("a side of the benchmark", place, (str, os.PathLike), "the path of a bundle or an ONNX file")
+    sides = _on_targets([Side(str(Path(place)), device, part, threads, asked) for place, asked in given], device)
+    if sides[0].is_graph and (save or precision is not None):
+        raise UsageError(
+            f"{path} is a graph, which has its own precision and no report.json",
+            "leave --precision and --save out, or give a bundle",
+        )
+    if several:
+        sides = [one for side in sides for one in _in_precisions(side)]
+    opened, skipped = _open(sides, all_of_them=several or device == "all")
+    measured, medians = _measure(opened, -(-runs // _COUNTED), progress)
+    undecided = unsteady(measured) if len(measured) > 1 else ""
     if save:
-        _save(path, [one for one, side in zip(measured, opened, strict=True) if side.side.path == str(path)])
+        own = [index for index, one in enumerate(opened) if one.side.path == sides[0].path]
+        _save(path, "bench", {measured[index].target: measured[index] for index in reversed(own)})  # of several fp32's
+        if several and not undecided:
+            _save(path, "precisions", _relative([(opened[index].side, medians[index]) for index in own]))
     machine = f"{cpu_name()}, {available_cores()} cores, {' '.join(cpu_features()) or sys.platform}"
-    ratio = _ratio(medians[0] / medians[1]) if other and device != "all" else {}
-    return Bench(machine, len(opened[0].times), measured, skipped=skipped, **ratio)
+    ratio = _ratio(medians[0] / medians[1]) if against is not None and not several and device != "all" else {}
+    best = () if undecided or len(measured) == 1 else fastest(np.stack(medians))
+    return Bench(machine, len(opened[0].times), measured, skipped=skipped, fastest=best, unsteady=undecided, **ratio)
+
+
+def fastest(times: Array) -> tuple[int, ...]:
+    """The rows of ``times`` (sides, rounds), all measured in turn, with the least median, and those that tie with it.
+
+    A side ties if its ratio to the fastest, round by round, is 1 or less in a quarter of the rounds.
+    """
+    best = times[np.argmin(np.median(times, axis=1))]
+    return tuple(index for index, own in enumerate(times) if quartiles(own / best)[0] <= 1)
+
+
+def quartiles(values: Array) -> tuple[float, float, float]:
+    """25 %, 50 % and 75 %."""
+    low, median, high = map(float, np.quantile(values, [0.25, 0.5, 0.75]))
+    return low, median, high
+
+
+def unsteady(measured: Sequence[Measurement]) -> str:
+    """Why times do not decide: on a busy or throttled machine those of one side vary as much as precisions differ."""
+    widest = max(measured, key=lambda one: (one.spread[1] - one.spread[0]) / one.p50)
+    share = (widest.spread[1] - widest.spread[0]) / widest.p50
+    where = f"{widest.name} in {widest.precision} on {widest.target}"
+    return f"half of the times of {where} spread over {share:.0%} of their median" if share > STEADY else ""
 
 
 class Side(msgspec.Struct, frozen=True):
@@ -146,6 +180,13 @@ class Side(msgspec.Struct, frozen=True):
     def is_graph(self) -> bool:
         """An ONNX file rather than a bundle."""
         return self.path.endswith(".onnx") and Path(self.path).is_file()
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the bundle's files; of a graph without the weights beside it."""
+        if self.is_graph:
+            return Path(self.path).stat().st_size
+        return open_bundle(self.path, "never").num_bytes
 
     def open(self) -> Runtime:
         """Raises what `load` raises."""
@@ -163,11 +204,11 @@ class Side(msgspec.Struct, frozen=True):
         first = "encoder" if bundle.split else next(iter(bundle.manifest.parts))
         return golden_arrays(bundle, self.part or first, kind)
 
-    def feeds(self, runtime: Runtime) -> dict[str, Array]:
+    def feeds(self, inputs: Sequence[TensorSpec]) -> dict[str, Array]:
         """The golden inputs; random ones for inputs without."""
         golden, generator = self.golden("input"), np.random.default_rng(0)
         feeds = {}
-        for spec in runtime.inputs:
+        for spec in inputs:
             shape = tuple(dim if isinstance(dim, int) else spec.ranges.get(dim, (1, 1))[0] for dim in spec.shape)
             if spec.name in golden:
                 feeds[spec.name] = golden[spec.name]
@@ -220,37 +261,57 @@ def _on_targets(sides: list[Side], device: str) -> list[Side]:
     return sides
 
 
+def _in_precisions(side: Side) -> list[Side]:
+    """A bundle in fp32 and in all others that its target computes in; a graph as it is."""
+    if side.is_graph:
+        return [side]
+    lower = find_target(side.device).backend().precisions(side.device)
+    return [msgspec.structs.replace(side, precision=precision) for precision in ("fp32", *lower)]
+
+
 def _open(sides: Sequence[Side], all_of_them: bool) -> tuple[list[_Opened], tuple[str, ...]]:
-    """The sides that opened; for ``all`` targets also those that did not, with the reason."""
+    """The sides that opened; for ``all`` also those that did not, with the reason."""
     opened, refused = [], []
     for side in sides:
         try:
             runtime = side.open()
-            opened.append(_Opened(side, runtime, side.feeds(runtime)))
+            opened.append(_Opened(side, runtime, side.feeds(runtime.inputs)))
         except (DeviceError, EngineError) as error:
             if not all_of_them:
                 raise
-            refused.append(f"{side.device}: {error.message}")
+            asked = f" in {side.precision}" if side.precision else ""
+            refused.append(f"{side.device}{asked}: {error.message}")
     if not opened:
         raise DeviceError(f"no target takes {sides[0].path}: {'; '.join(refused)}", "see `perceiver-export doctor`")
     return opened, tuple(refused)
 
 
-def _measure(sides: list[_Opened], blocks: int, progress: Callable[[int, int], None] | None) -> None:
-    """Blocks of each side in turn, A A A A A B B B B B A …"""
-    for side in sides:
-        for _ in range(_WARMUP):
-            side.runtime.run(side.feeds)
-    for block in range(blocks):
+def _measure(
+    sides: list[_Opened], blocks: int, progress: Callable[[int, int], None] | None
+) -> tuple[tuple[Measurement, ...], list[Array]]:
+    """The figures of each side, and the medians of its blocks: A A A A A B B B B B A …; closes the sides."""
+    try:
+        fresh = [_measure_fresh(one.side) for one in sides]
         for side in sides:
-            side.block()
-        if progress is not None:
-            progress(block + 1, blocks)
+            for _ in range(_WARMUP):
+                side.runtime.run(side.feeds)
+        for block in range(blocks):
+            for side in sides:
+                side.block()
+            if progress is not None:
+                progress(block + 1, blocks)
+        medians = [one.medians() for one in sides]
+        ratios = [{}, *(_ratio(own / medians[0]) for own in medians[1:])]
+        return tuple(map(_measurement, sides, fresh, ratios)), medians
+    finally:
+        for one in sides:
+            one.runtime.close()
 
 
 def _measurement(one: _Opened, fresh: tuple[float, float, float], ratio: dict[str, Any]) -> Measurement:
     described, golden, outputs = one.runtime.describe(), one.side.golden("output"), one.runtime.run(one.feeds)
     p50, p95, p99 = map(float, np.quantile(one.times, [0.5, 0.95, 0.99]))
+    low, _, high = quartiles(one.medians() * one.batch)
     differences = [compare(outputs[name], golden[name], 0.0).difference for name in outputs if name in golden]
     compiled = described["compiled"]
     return Measurement(
@@ -258,13 +319,15 @@ def _measurement(one: _Opened, fresh: tuple[float, float, float], ratio: dict[st
         target=described["target"],
         engine=f"{described['engine']} {described['version'].partition('-')[0]}",
         precision=described["precision"],
-        # A figure that travels names its engine, not where that lay.
+        # Saved figures name the engine, not its directory, which is another on the next machine.
         compiled=Path(compiled).name if Path(compiled).is_absolute() else compiled.partition(",")[0],
         threads=str(described["threads"]),
         batch=one.batch,
         p50=p50,
         p95=p95,
         p99=p99,
+        spread=(low, high),
+        size=one.side.num_bytes / 2**20,
         throughput=len(one.times) / _COUNTED * _BLOCK / one.streamed * one.batch,
         load=fresh[0],
         peak_memory=fresh[1],
@@ -277,19 +340,29 @@ def _measurement(one: _Opened, fresh: tuple[float, float, float], ratio: dict[st
 
 
 def _ratio(pairs: Array) -> dict[str, Any]:
-    low, median, high = map(float, np.quantile(pairs, [0.25, 0.5, 0.75]))
+    low, median, high = quartiles(pairs)
     return {"ratio": median, "ratio_quartiles": (low, high)}
 
 
-def _save(bundle: Path, measured: list[Measurement]) -> None:
-    new = {one.target: msgspec.to_builtins(one) for one in measured}
+def _relative(measured: Sequence[tuple[Side, Array]]) -> dict[str, dict[str, tuple[float, float, float]]]:
+    """By target and precision, quartiles of the time relative to fp32's on the target."""
+    exact = {side.device: own for side, own in measured if side.precision == "fp32"}
+    found: dict[str, dict[str, tuple[float, float, float]]] = {target: {} for target in exact}
+    for side, own in measured:
+        if side.device in exact:
+            found[side.device][str(side.precision)] = quartiles(own / exact[side.device])
+    return found
+
+
+def _save(bundle: str | os.PathLike[str], section: str, new: Mapping[str, Any]) -> None:
+    """Add figures by target to those of this CPU model in a section of report.json."""
 
     def added(machines: Any) -> Any:
         before: dict[str, Any] = machines if isinstance(machines, dict) else {}
         here = before.get(cpu_name(), {})
-        return {**before, cpu_name(): {**(here if isinstance(here, dict) else {}), **new}}
+        return {**before, cpu_name(): {**(here if isinstance(here, dict) else {}), **msgspec.to_builtins(new)}}
 
-    change_report(bundle, "bench", added)
+    change_report(Path(bundle), section, added)
 
 
 def _measure_fresh(side: Side) -> tuple[float, float, float]:
@@ -301,9 +374,8 @@ def _measure_fresh(side: Side) -> tuple[float, float, float]:
     try:
         return msgspec.json.decode(done.stdout.splitlines()[-1], type=tuple[float, float, float])
     except (IndexError, msgspec.DecodeError) as error:
-        raise BundleError(
-            f"{side.path} cannot be run in a process of its own", done.stderr.strip()[-500:] or "it died"
-        ) from error
+        hint = done.stderr.strip()[-500:] or "check whether the system ended it for lack of memory"
+        raise BundleError(f"{side.path} cannot be run in a process of its own", hint) from error
 
 
 def _main(text: str) -> None:
@@ -313,7 +385,7 @@ def _main(text: str) -> None:
     base, start = peak_memory(), time.perf_counter()
     runtime = side.open()
     seconds = time.perf_counter() - start
-    feeds = side.feeds(runtime)
+    feeds = side.feeds(runtime.inputs)
     for _ in range(_WARMUP):
         runtime.run(feeds)
     sys.stdout.write(json.dumps([seconds * 1e3, peak_memory(), base]))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compile a bundle's graphs for a target before the first load: with the target's library, without torch or onnx."""
+"""Compile a bundle's graphs for a target before the first load, with the target's library but without torch or onnx."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from perceiver_export.runtimes.engines.backend import (
     EngineOptions,
     Hint,
     Precision,
+    PrecisionChoice,
     Progress,
     Source,
     find_target,
@@ -34,14 +35,19 @@ from perceiver_export.runtimes.engines.cache import (
 )
 from perceiver_export.runtimes.engines.flags import check_flags
 from perceiver_export.runtimes.errors import BundleError, UsageError, check_choice, check_kind
+from perceiver_export.runtimes.presence import choose_precision
 
 
 @dataclass(frozen=True)
 class BuiltEngine:
-    """One part's engine. ``seconds`` is the compile time; ``new`` is False if the engine existed already."""
+    """One part's engine, built in ``precision``.
+
+    ``seconds`` is the compile time; ``new`` is False if the engine already existed.
+    """
 
     target: str
     part: str
+    precision: Precision
     directory: Path
     seconds: float
     new: bool
@@ -51,7 +57,7 @@ def build(
     bundle: str | os.PathLike[str] | Bundle,
     target: str,
     *,
-    precision: Precision = "fp32",
+    precision: PrecisionChoice = "fp32",
     hint: Hint = "latency",
     shapes: Mapping[str, tuple[int, int, int]] | None = None,
     flags: Mapping[str, str] | None = None,
@@ -60,19 +66,22 @@ def build(
 ) -> tuple[BuiltEngine, ...]:
     """Compile every part of a bundle for a target, on the device that will run it, unless a valid engine exists.
 
-    ``shapes`` gives the least, best and largest size of a named dimension. ``flags`` are settings of the target's own
-    library, from the list of its backend. Engines go into the bundle, or into the user's cache directory if the bundle
-    cannot be written. If two processes build at once, one works and the other waits and takes its result.
+    ``precision="auto"`` uses `choose_precision` with the figures of `bench --precision auto --save`. ``shapes`` gives
+    the smallest, best and largest size of a named dimension. ``flags`` are settings of the target's library, from its
+    backend's list. Engines are written into the bundle, or into the user's cache directory if the bundle is read-only.
+    If two processes build at once, one compiles, and the other waits and uses the result.
 
     Raises BuildError, BundleError, DeviceError, MissingDependencyError; UsageError: an unknown dimension, sizes
-    outside its range, or a flag that the target does not take.
+    outside its range, or a flag that the target does not accept.
     """
-    check_choice("precision", precision, get_args(Precision))
+    check_choice("precision", precision, get_args(PrecisionChoice))
     check_choice("hint", hint, get_args(Hint))
     check_kind("shapes", shapes or {}, Mapping, "{name: (least, best, most)}")
     check_kind("flags", flags or {}, Mapping, "{name: value}, both text")
     opened = open_bundle(bundle)
     _check_shapes(opened, shapes or {})
+    if precision == "auto":
+        precision = choose_precision(opened, target)
     backend = find_target(target).backend()
     check_flags(target, flags or {}, backend.flags(target))
     options = EngineOptions(precision=precision, hint=hint, shapes=dict(shapes or {}), flags=dict(flags or {}))
@@ -91,12 +100,12 @@ def _check_shapes(bundle: Bundle, shapes: Mapping[str, tuple[int, int, int]]) ->
     ranges = {name: limits for spec in specs for name, limits in spec.ranges.items()}
     for name, sizes in shapes.items():
         if name not in ranges:
-            known = f"it has {', '.join(ranges)}" if ranges else "export it with --batch LEAST:BEST:MOST"
+            known = f"use one of {', '.join(ranges)}" if ranges else "export it with --batch LEAST:BEST:MOST"
             raise UsageError(f"the bundle has no dimension {name!r}", known)
         least, most = ranges[name]
         whole = isinstance(sizes, Sequence) and len(sizes) == 3 and all(isinstance(size, int) for size in sizes)
         if not whole or not least <= sizes[0] <= sizes[1] <= sizes[2] <= most:
-            raise UsageError(f"{name} goes from {least} to {most} in the bundle, not as {sizes}", "give sizes within")
+            raise UsageError(f"{name} has the sizes {sizes}", f"give LEAST:BEST:MOST from {least} to {most}")
 
 
 def _build_part(
@@ -111,12 +120,12 @@ def _build_part(
         seconds = time.perf_counter() - start
         return seconds
 
-    root, waiting = writable_root(bundle), f"another process builds {identity.part} for {identity.target}, waiting"
+    root, waiting = writable_root(bundle), f"waiting for the process that builds {identity.part} for {identity.target}"
     with builders_lock(root, identity.target, lambda: progress(waiting, 0, None)):
-        if not force and (found := _valid(bundle, identity, backend)):  # the other process made it
+        if not force and (found := _valid(bundle, identity, backend)):  # the other process built it
             return found
         directory = publish(root, identity, write)
-    return BuiltEngine(identity.target, identity.part, directory, seconds, new=True)
+    return BuiltEngine(identity.target, identity.part, identity.options.precision, directory, seconds, new=True)
 
 
 def _valid(bundle: Bundle, identity: Identity, backend: Backend) -> BuiltEngine | None:
@@ -125,8 +134,8 @@ def _valid(bundle: Bundle, identity: Identity, backend: Backend) -> BuiltEngine 
         if candidate.record.identity.options == identity.options and not candidate.problems:
             with contextlib.suppress(BundleError):
                 check_engine(candidate, "auto")
-                with contextlib.suppress(OSError):  # `load` takes the engine that was asked for last
+                with contextlib.suppress(OSError):  # `load` uses the engine that was built or requested last
                     os.utime(candidate.directory / RECORD, follow_symlinks=False)
-                seconds = candidate.record.seconds
-                return BuiltEngine(identity.target, identity.part, candidate.directory, seconds, new=False)
+                found = (identity.target, identity.part, identity.options.precision, candidate.directory)
+                return BuiltEngine(*found, candidate.record.seconds, new=False)
     return None

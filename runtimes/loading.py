@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a bundle or a plain ONNX file to a `Runtime` on a target. Importing this costs nothing until it is called."""
+"""Load a bundle or a plain ONNX file as a `Runtime` on a target. Heavy imports wait until the first call."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from perceiver_export.runtimes.bundle import Bundle, Verify
-    from perceiver_export.runtimes.engines.backend import Hint, Precision
+    from perceiver_export.runtimes.engines.backend import Hint, PrecisionChoice
     from perceiver_export.runtimes.runtime import Runtime
 
 
@@ -19,20 +19,20 @@ def load(
     threads: int | None = None,
     verify: Verify = "auto",
     *,
-    precision: Precision | None = None,
+    precision: PrecisionChoice | None = None,
     hint: Hint = "latency",
     check_finite: bool = False,
 ) -> Runtime:
     """Load a bundle for running.
 
-    ``part`` is one part of a split bundle; None joins all parts behind one `run`, which decodes every query.
-    ``device`` is a target or ``auto`` (see `choose_target`). A named device is used or refused, never replaced.
-    ``threads`` None lets the engine choose. ``precision`` None takes the engine that was built last, in any precision,
-    and fp32 if none was built. ``hint`` is what to compile for: ``latency`` or ``throughput``. ``check_finite`` refuses
-    NaN and infinity in inputs and outputs.
+    ``part`` names one part of a split bundle; None joins all parts behind one `run`, which decodes every query.
+    ``device`` is a target or ``auto`` (see `choose_target`). A named device is never replaced by another. ``threads``
+    None lets the engine choose. ``precision`` None uses the engine that was built last, in any precision, or fp32 if
+    none was built; ``auto`` uses the fastest that is certified here (see `choose_precision`). ``hint`` is the goal of
+    compilation: ``latency`` or ``throughput``. With ``check_finite``, NaN or infinity in inputs or outputs is an error.
 
-    An engine that `build` made is used if it fits this machine, library and model. If it does not, targets that compile
-    in seconds compile again (with a warning, and `Runtime.describe` says so); the others refuse.
+    An engine from `build` is used if it matches this machine, library and model. If not, targets that compile in
+    seconds compile again, with a warning, and `Runtime.describe` reports it; on other targets it is an error.
 
     Raises BundleError, DeviceError, EngineError, MissingDependencyError, UsageError.
     """
@@ -42,7 +42,7 @@ def load(
 
 
 def load_onnx(path: str | os.PathLike[str], device: str = "auto", threads: int | None = None) -> Runtime:
-    """Load a plain ONNX file, to compare with it. Its own description of inputs and outputs is trusted.
+    """Load a plain ONNX file for comparison. Its own description of inputs and outputs is trusted.
 
     Raises BundleError, DeviceError, EngineError, MissingDependencyError, UsageError.
     """

@@ -17,6 +17,7 @@ from perceiver_export.runtimes.engines.backend import (
     EngineOptions,
     Hint,
     Precision,
+    PrecisionChoice,
     Source,
     Target,
     find_target,
@@ -45,6 +46,7 @@ from perceiver_export.runtimes.runtime import Runtime
 
 _log = logging.getLogger(__name__)
 
+_PLAIN = EngineOptions()
 _MOST_THREADS = 1024  # onnxruntime starts any number of threads, thousands take minutes
 
 
@@ -54,7 +56,7 @@ def open_parts(
     part: str | None,
     threads: int | None,
     verify: Verify,
-    precision: Precision | None,
+    precision: PrecisionChoice | None,
     hint: Hint,
     check_finite: bool,
 ) -> Runtime:
@@ -62,7 +64,7 @@ def open_parts(
     check_threads(threads)
     check_choice("hint", hint, get_args(Hint))
     if precision is not None:
-        check_choice("precision", precision, get_args(Precision))
+        check_choice("precision", precision, get_args(PrecisionChoice))
     opened = open_bundle(bundle, verify)
     _check_arithmetic(opened)
     _log.debug("%s: verified %s, task %s", opened.path, verify, opened.manifest.task)
@@ -70,6 +72,10 @@ def open_parts(
         from perceiver_export.runtimes.presence import choose_target
 
         device = choose_target(opened, precision)
+    if precision == "auto":
+        from perceiver_export.runtimes.presence import choose_precision
+
+        precision = choose_precision(opened, device)
     loader = _Loader(opened, device, threads, verify, precision, hint, check_finite)
     try:
         if part is not None or not opened.split:
@@ -90,8 +96,13 @@ def open_graph(path: str | os.PathLike[str], device: str, threads: int | None) -
 
 
 @exits.awaited
-def open_engine(path: Path, device: str, threads: int | None) -> Engine:
-    """Compile a graph for a target. Raises DeviceError, EngineError, MissingDependencyError, UsageError."""
+def open_engine(
+    path: Path, device: str, threads: int | None, options: EngineOptions = _PLAIN, inputs: tuple[TensorSpec, ...] = ()
+) -> Engine:
+    """Compile a graph for a target. ``inputs`` are told to engines that keep several names of one.
+
+    Raises DeviceError, EngineError, MissingDependencyError, UsageError.
+    """
     exits.enter()
     check_threads(threads)
     target = find_target(device)
@@ -101,8 +112,10 @@ def open_engine(path: Path, device: str, threads: int | None) -> Engine:
             "make a bundle of it with `perceiver-export export`, then `perceiver-export build`",
         )
     backend = target.backend()
-    backend.platform(device, EngineOptions())
-    return backend.open(Source(target=device, graph=path, precision="unknown"), None, threads)
+    backend.platform(device, options)
+    return backend.open(
+        Source(target=device, graph=path, options=options, precision="unknown", inputs=inputs), None, threads
+    )
 
 
 def engine_for(

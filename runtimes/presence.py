@@ -1,26 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The targets that can run here, and the one that ``device="auto"`` takes."""
+"""Find the targets that can run here, and choose one for ``device="auto"``."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import shlex
 import subprocess
 import sys
+from typing import get_args
 
 import msgspec
 
-from perceiver_export.runtimes.bundle import Bundle, median_latency
+from perceiver_export.runtimes.bundle import Bundle, median_latency, relative_times
 from perceiver_export.runtimes.certificates import Certificate, applies, certificates, may_be
-from perceiver_export.runtimes.engines.backend import TARGETS, EngineOptions, Precision, Target, find_target
+from perceiver_export.runtimes.engines.backend import (
+    TARGETS,
+    EngineOptions,
+    Precision,
+    PrecisionChoice,
+    Target,
+    find_target,
+)
 from perceiver_export.runtimes.engines.cache import make_source
 from perceiver_export.runtimes.engines.cuda import cuda_gpus
 from perceiver_export.runtimes.errors import DeviceError, MissingDependencyError, PerceiverExportError
-from perceiver_export.runtimes.machine import device_files
+from perceiver_export.runtimes.machine import cpu_features, device_files
 from perceiver_export.runtimes.opening import engine_for
 
 _log = logging.getLogger(__name__)
 
 _CPU_TARGETS = ("ort-cpu", "openvino-cpu")
+_HALVES = {"avx512_bf16", "avx512_fp16", "amx_bf16", "amx_fp16", "avx_ne_convert", "asimdhp", "bf16"}
 _DEVICE_FILES = {"Intel GPU": "dri/renderD*", "Intel NPU": "accel/accel*"}
 
 
@@ -33,7 +44,7 @@ class Device(msgspec.Struct, frozen=True):
 
 
 class Presence(msgspec.Struct, frozen=True):
-    """The device that a target would run on here, or why it cannot run and how to fix that."""
+    """The device on which a target would run here, or why it cannot run and how to fix that."""
 
     device: Device | None
     problem: str = ""
@@ -41,7 +52,7 @@ class Presence(msgspec.Struct, frozen=True):
 
 
 def presence(target: Target) -> Presence:
-    """Ask the target's library, which is imported for it."""
+    """Whether a target can run here, according to its library, which is imported."""
     try:
         platform = target.backend().platform(target.name, EngineOptions())
     except (DeviceError, MissingDependencyError) as error:
@@ -50,8 +61,8 @@ def presence(target: Target) -> Presence:
 
 
 def presence_apart(target: Target) -> Presence:
-    """`presence` in its own process: some libraries end the process if a driver is missing."""
-    # Not `-m`, which would let a file of the current directory stand in for a library.
+    """`presence` in its own process, because some libraries end the process if a driver is missing."""
+    # `-m` would let a file in the current directory replace a library.
     code = (
         f"import sys, msgspec; sys.path.pop(0); from {__name__} import TARGETS, presence;"
         " print(msgspec.json.encode(presence(TARGETS[sys.argv[1]])).decode())"
@@ -65,17 +76,18 @@ def presence_apart(target: Target) -> Presence:
 
 
 def devices() -> tuple[Device, ...]:
-    """Targets that can run here, in the order in which ``device="auto"`` tries them."""
+    """The targets that can run here, in the order in which ``device="auto"`` tries them."""
     found = (presence(target).device for target in TARGETS.values() if target.version())
     return tuple(device for device in found if device is not None)
 
 
-def choose_target(bundle: Bundle, precision: Precision | None = None) -> str:
+def choose_target(bundle: Bundle, precision: PrecisionChoice | None = None) -> str:
     """The target for ``device="auto"``.
 
-    The first that has a certificate of the bundle that holds here; else the first of the table that is present and, if
-    it compiles for minutes, has an engine for here. Of the two targets on the CPU the faster one by the bundle's
-    report comes first, then ort-cpu. ``precision`` is the engine's, as in `load`.
+    It is the first target for which a certificate of the bundle is valid here. Without one, it is the first target in
+    the table that is present and, if compiling takes minutes, has an engine for this machine. Of the two CPU targets,
+    the one that is faster in the bundle's report comes first; without a report, ort-cpu. ``precision`` is the engine's,
+    as in `load`.
 
     Raises MissingDependencyError: no target is present.
     """
@@ -85,26 +97,83 @@ def choose_target(bundle: Bundle, precision: Precision | None = None) -> str:
     names += sorted(cpus, key=lambda name: (measured[name] is None, measured[name] or 0.0))
     written = {one.target for one in certificates(bundle)}
     for name in sorted(written, key=lambda name: (names.index(name) if name in names else len(names), name)):
-        if certificates_for(bundle, name, precision):
-            _log.info("%s: auto is %s, which is certified here", bundle.path, name)
+        if certificates_for(bundle, name, choose_precision(bundle, name) if precision == "auto" else precision):
+            _log.info("%s: auto chose %s, which is certified here", bundle.path, name)
             return name
     if written:
-        _log.info("%s: no certificate holds here, of those for %s", bundle.path, ", ".join(sorted(written)))
+        _log.info("%s: none of the certificates for %s is valid here", bundle.path, ", ".join(sorted(written)))
     for name in names:
         why = _why_not(bundle, TARGETS[name])
-        _log.info("%s: auto is %s%s", bundle.path, "not " * bool(why) + name, f": {why}" if why else "")
+        _log.info("%s: auto %s %s%s", bundle.path, "rejected" if why else "chose", name, f": {why}" if why else "")
         if not why:
             return name
     if not cpus:
-        raise MissingDependencyError("no engine is installed that could run here", TARGETS["ort-cpu"].install)
+        raise MissingDependencyError("no installed engine can run here", TARGETS["ort-cpu"].install)
     return next(name for name in names if name in cpus)  # `load` reports the problem
 
 
-def certificates_for(bundle: Bundle, target: str, precision: Precision | None = None) -> tuple[Certificate, ...]:
-    """The certificates that hold here for what `load` runs on a target.
+def choose_precision(bundle: Bundle, target: str) -> Precision:
+    """The precision for ``precision="auto"``: the fastest that has a certificate that holds here, else fp32.
 
-    No engine is loaded, and no library is imported for a target without a certificate. Raises BundleError: a
-    calibration.json that cannot be read.
+    Only one that `bench --precision auto --save` found faster than fp32 on this CPU model, by its spread, is taken.
+    """
+    faster = _faster(bundle, target)
+    chosen: Precision = next((one for one in faster if certificates_for(bundle, target, one)), "fp32")
+    _log.info("%s: auto is %s on %s, faster than fp32: %s", bundle.path, chosen, target, ", ".join(faster) or "none")
+    return chosen
+
+
+def _faster(bundle: Bundle, target: str) -> tuple[Precision, ...]:
+    """Precisions that were measured to be faster than fp32 here, the fastest first."""
+    times = relative_times(bundle.path, target)
+    found = (precision for precision in get_args(Precision) if precision in times and times[precision][2] < 1)
+    return tuple(sorted(found, key=lambda precision: times[precision][1]))
+
+
+def precision_advice(bundle: Bundle, target: str) -> str:
+    """One line on a precision that is faster than fp32 on a target, or may be, and on how to check its accuracy.
+
+    Empty where there is none, or where `bench --precision auto --save` found none.
+    """
+    name, times, faster = shlex.quote(str(bundle.path)), relative_times(bundle.path, target), _faster(bundle, target)
+    if not times:
+        faster = find_target(target).backend().precisions(target)
+    if not faster:
+        return ""
+    found = (
+        f"{target} can also compute in {' or '.join(faster)} here, which is often faster: "
+        f"`perceiver-export bench {name} --device {target} --precision auto --save` measures it"
+    )
+    if times:
+        factor, own = times[faster[0]][1], bundle.manifest.precision
+        found = f"--precision {faster[0]} takes {factor:.2f} × the time of {own} on {target} here"
+        if certificates_for(bundle, target, faster[0]):
+            return f"{found}, and is certified: --precision auto takes it"
+    against = f" --against {name}" if bundle.manifest.precision == "fp32" else ""
+    validate = f"perceiver-export validate {name} --device {target} --precision {faster[0]} --data DATA{against}"
+    return f"{found}; `{validate}` checks its accuracy"
+
+
+def advice_here(bundle: Bundle, target: str = "") -> str:
+    """`precision_advice` on a target; on a CPU with instructions for 16 bits, on the first of its targets that has one.
+
+    Empty where a library does not load: advice is no reason to fail.
+    """
+    names = _CPU_TARGETS if target in ("", *_CPU_TARGETS) else (target,)
+    if names is _CPU_TARGETS and not _HALVES & set(cpu_features()):
+        return ""
+    for name in names:
+        with contextlib.suppress(PerceiverExportError):
+            if find_target(name).version() and (advice := precision_advice(bundle, name)):
+                return advice
+    return ""
+
+
+def certificates_for(bundle: Bundle, target: str, precision: Precision | None = None) -> tuple[Certificate, ...]:
+    """The certificates that are valid here for the engines that `load` would run on a target.
+
+    No engine is loaded, and no library is imported for a target without a certificate. Raises BundleError:
+    calibration.json cannot be read.
     """
     written = [one for one in certificates(bundle) if one.target == target]
     if not written or not _worth_asking(find_target(target)):
@@ -114,7 +183,7 @@ def certificates_for(bundle: Bundle, target: str, precision: Precision | None = 
         options = EngineOptions(precision=precision or "fp32")
         used = [engine_for(bundle, name, target, options, precision)[0].options for name in bundle.manifest.parts]
     except PerceiverExportError as error:
-        _log.debug("%s: nothing runs on %s here: %s", bundle.path, target, error.message)
+        _log.debug("%s cannot run on %s here: %s", bundle.path, target, error.message)
         return ()
     engine = f"{here.library} {here.version}"
     return tuple(
@@ -125,7 +194,7 @@ def certificates_for(bundle: Bundle, target: str, precision: Precision | None = 
 
 
 def _worth_asking(target: Target) -> bool:
-    """Whether to import the target's library: an import in vain costs every app that starts."""
+    """Whether to import the target's library. A useless import would slow down the start of every app."""
     if not target.version():
         return False
     if target.hardware == "NVIDIA GPU":
@@ -134,7 +203,7 @@ def _worth_asking(target: Target) -> bool:
 
 
 def _why_not(bundle: Bundle, target: Target) -> str:
-    """Why a target cannot run the bundle; empty if it can. Libraries of CPU targets are not imported for this."""
+    """Why a target cannot run the bundle; empty if it can. Libraries of CPU targets are not imported."""
     if target.name not in _CPU_TARGETS and (problem := presence(target).problem):
         return problem
     try:
@@ -143,6 +212,6 @@ def _why_not(bundle: Bundle, target: Target) -> str:
                 make_source(bundle, part, target.name, EngineOptions())
             elif engine_for(bundle, name, target.name, EngineOptions(), None)[1] is None:
                 return f"no engine of {name} was built for it here"
-    except PerceiverExportError as error:  # such as: quantized, without a graph for this target
+    except PerceiverExportError as error:  # such as a quantized bundle without a graph for this target
         return error.message
     return ""

@@ -18,7 +18,7 @@ import pytest
 
 from perceiver_export.exporter import PRESETS
 from perceiver_export.exporter.checkpoints import huggingface_config
-from perceiver_export.exporter.checkpoints.haiku_names import HaikuModel
+from perceiver_export.exporter.checkpoints.haiku import HaikuModel
 from perceiver_export.runtimes.tasks import TASKS
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -104,24 +104,24 @@ def test_parts_of_calibration_import_one_way() -> None:
     assert not [pair for pair in inside if pair[::-1] in inside]
 
 
-def readme_table(heading: str) -> list[list[str]]:
-    """Cells of the rows of the table whose first row begins so."""
-    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    lines = readme[readme.index(heading) :].split("\n\n")[0].splitlines()
+def table(page: str, heading: str) -> list[list[str]]:
+    """Cells of the rows of the page's table whose first row begins so."""
+    text = (REPOSITORY / page).read_text(encoding="utf-8")
+    lines = text[text.index(heading) :].split("\n\n")[0].splitlines()
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
 
 def test_every_table_of_tasks_names_the_same() -> None:
-    named = [name for row in readme_table("| task | call |") for name in re.findall(r"`([\w-]+)`", row[0])]
+    named = [name for row in table("README.md", "| task | call |") for name in re.findall(r"`([\w-]+)`", row[0])]
     assert named == list(TASKS)
     assert {preset.task for preset in PRESETS.values()} | set(huggingface_config.TASKS.values()) <= TASKS.keys()
 
 
-def test_the_readmes_systems_and_checkpoints_are_those_of_the_code() -> None:
-    presets = [row[1].strip("`") for row in readme_table("| system | preset |")]
+def test_the_pages_systems_and_checkpoints_are_those_of_the_code() -> None:
+    presets = [row[1].strip("`") for row in table("docs/results/parity.md", "| system | preset |")]
     assert presets.pop() == "module:function"
     assert set(presets) <= PRESETS.keys()
-    checkpoints = {row[0]: row[1] for row in readme_table("| SOURCE | what it is |")}
+    checkpoints = {row[0]: row[1] for row in table("docs/guides/checkpoints.md", "| SOURCE of `export` | what it is |")}
     released = re.findall(r"`([a-z-]+)`", checkpoints["`deepmind:TASK:FILE`"].split(";")[1].split(".")[0])
     assert tuple(released) == get_args(HaikuModel)
     (directory,) = (text for source, text in checkpoints.items() if source == "`path/to/directory`")

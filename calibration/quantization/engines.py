@@ -12,28 +12,68 @@ import importlib.util
 import json
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
+from msgspec import structs
 
 from perceiver_export.calibration.graphs import open_session, read_graph, run_session, sqnr
 from perceiver_export.calibration.quantization.linears import Linear
 from perceiver_export.calibration.quantization.record import Coverage, Layer, OutputEffect, Speed, share
 from perceiver_export.calibration.quantization.statistics import Call
+from perceiver_export.runtimes.benchmark import quartiles
+from perceiver_export.runtimes.engines.backend import EngineOptions, find_target
 from perceiver_export.runtimes.engines.cache import graph_for
 from perceiver_export.runtimes.engines.openvino_engine import OpenvinoEngine
-from perceiver_export.runtimes.errors import GateError
-from perceiver_export.runtimes.manifest import Manifest, OutputKind, Part
+from perceiver_export.runtimes.engines.tensorrt_build import REPORT, LayerReport
+from perceiver_export.runtimes.errors import DeviceError, GateError
+from perceiver_export.runtimes.files import read_json
+from perceiver_export.runtimes.manifest import DType, Manifest, OutputKind, Part, TensorSpec
 from perceiver_export.runtimes.opening import open_engine
 from perceiver_export.runtimes.runtime import Array, Feeds
 
-_ROUNDS, _SECONDS = 7, 30.0  # of timing; it ends with whichever comes first
+_ROUNDS, _LEAST, _MOST = 7, 1.0, 30.0  # of timing: rounds and seconds that are done, and seconds after which it ends
 _ORT_INTEGER = frozenset({"MatMulIntegerToFloat", "QLinearMatMul", "QGemm", "MatMulInteger", "DynamicQuantizeMatMul"})
 _DEQUANTIZATION = "/DequantizationMultiply"  # OpenVINO's suffix of a product whose scales it moved behind it
 
-Kernels = dict[str, tuple[str, bool]]  # by tensor or node: the kernel's name, and whether it multiplies integers
+_ORT_TYPES = {"float": "fp32", "float16": "fp16", "bfloat16": "bf16", "uint8": "int8", "int8": "int8"}
+
+
+class Kernel(NamedTuple):
+    """What an engine runs for some nodes of a graph. ``names``: the nodes and tensors that it computes; ``precision``:
+    the type of what it reads; ``num_bytes``: what it reads and writes; ``times``: milliseconds of each call.
+    """
+
+    names: tuple[str, ...]
+    kernel: str
+    precision: str
+    product: bool
+    num_bytes: int
+    times: tuple[float, ...]
+
+
+MISSING = Kernel((), "not found in the engine", "", False, 0, ())
+
+
+class Timing(NamedTuple):
+    """How often a graph is run: once, or for ``seconds``, after the first call that finds cold caches."""
+
+    seconds: float = 0.0
+    threads: int | None = None
+
+    def calls(self) -> Iterator[int]:
+        """Counts the calls."""
+        start, most = time.perf_counter(), 1000 if self.seconds else 1
+        for count in range(most):
+            if count > 1 and time.perf_counter() - start > (self.seconds if count > _ROUNDS else _MOST):
+                return
+            yield count
+
+
+_PLAIN, _ONCE = EngineOptions(), Timing()
 
 
 def targets() -> list[str]:
@@ -47,21 +87,60 @@ def graphs_for(target: str, parts: Mapping[str, Part], directory: Path) -> dict[
 
 
 def measure_coverage(target: str, path: Path, linears: Sequence[Linear], feeds: Feeds) -> Coverage:
-    """Open the graph at ``path`` on the target, run it on ``feeds`` where the engine needs that, and list its kernels.
+    """Open the graph at ``path`` on the target, run it on ``feeds``, and list the kernels of its linears.
 
     Raises BundleError: the engine refuses the graph.
     """
-    engine, kernels = _KERNELS[target][1](path, feeds)
+    engine, found = read_kernels(target, path, feeds)
+    kernels: dict[str, Kernel] = {}
+    for one in found:
+        for name in one.names:
+            if one.product or name not in kernels:  # nodes that were fused into a product bear its name
+                kernels[name] = one
     layers = []
     for linear in linears:
         # An engine keeps the product under one of these: its tensor, its bias's tensor, its node.
         names = (linear.node.outputs[0].name, linear.output.name, linear.node.name)
-        found = next((kernels[str(name)] for name in names if name in kernels), ("not found in the engine", False))
-        layers.append(Layer(linear.name, linear.group, linear.macs, *found))
+        kernel = next((kernels[str(name)] for name in names if name in kernels), MISSING)
+        integer = kernel.product and kernel.precision == "int8"
+        layers.append(Layer(linear.name, linear.group, linear.macs, kernel.kernel, integer))
     return Coverage(target, engine, tuple(layers))
 
 
-def _ort_kernels(path: Path, feeds: Feeds) -> tuple[str, Kernels]:
+def read_kernels(
+    target: str, path: Path, feeds: Feeds, options: EngineOptions = _PLAIN, how: Timing = _ONCE
+) -> tuple[str, list[Kernel]]:
+    """The engine's name, and what it runs for a graph, in running order, timed in each of several calls.
+
+    Raises BundleError: the engine refuses the graph; DeviceError: this target says nothing about its kernels.
+    """
+    if target not in _KERNELS:
+        raise DeviceError(f"the kernels of {target} cannot be read", f"profile on {' or '.join(_KERNELS)}")
+    return _KERNELS[target][1](path, feeds, options, how)
+
+
+def totals(kernels: Sequence[Kernel]) -> Array:
+    """Milliseconds of each call but the first, which finds cold caches."""
+    times = [one.times for one in kernels if one.times]
+    if not times:
+        return np.zeros(1)
+    total = np.sum([one[: min(map(len, times))] for one in times], axis=0)
+    return np.asarray(total[1:] if len(total) > 1 else total)
+
+
+def built_kernels(directory: Path) -> list[Kernel]:
+    """The kernels of a TensorRT engine, from the report that its build kept: without times and bytes.
+
+    Raises BundleError: the report cannot be read.
+    """
+    report = read_json(directory / REPORT, LayerReport, hint="build it again with --force")
+    return [
+        Kernel(tuple(sorted(one.nodes)), one.kind.strip() or one.name, one.precision, one.multiplies, 0, ())
+        for one in report.kernels
+    ]
+
+
+def _ort_kernels(path: Path, feeds: Feeds, options: EngineOptions, how: Timing) -> tuple[str, list[Kernel]]:
     import onnxruntime
 
     with tempfile.TemporaryDirectory() as directory:
@@ -73,34 +152,60 @@ def _ort_kernels(path: Path, feeds: Feeds) -> tuple[str, Kernels]:
             "enable_profiling": True,
             "profile_file_prefix": str(Path(directory) / "profile"),
         }
-        session = open_session(read_graph(path), path.parent, config=config, in_order=True)
-        session.run(None, dict(feeds))
-        events = json.loads(Path(session.end_profiling()).read_bytes())
+        model = read_graph(path)
+        for node in model.graph:  # the profile knows kernels by name
+            node.name = node.name or node.outputs[0].name
+        session = open_session(model, path.parent, how.threads, config, in_order=True)
+        for _ in how.calls():
+            session.run(None, dict(feeds))
+        ran: dict[str, list[dict[str, Any]]] = {}
+        for event in json.loads(Path(session.end_profiling()).read_bytes()):
+            if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+                ran.setdefault(event["name"].removesuffix("_kernel_time"), []).append(event)
         del session  # only the files that it wrote are needed now
-        ran = {
-            event["name"].removesuffix("_kernel_time"): event["args"]["op_name"]
-            for event in events
-            if event.get("cat") == "Node" and event["name"].endswith("_kernel_time")
-        }
-        kernels: Kernels = {}
-        for node in read_graph(optimized).graph:
-            op = ran.get(node.name or "", node.op_type)
-            kernels |= {str(value.name): (op, op in _ORT_INTEGER) for value in node.outputs}
+        graph = read_graph(optimized).graph
+        kernels, names, seen = [], Counter(node.name for node in graph), Counter[str | None]()
+        for node in graph:  # fused nodes may share a name: each call runs all of them, in this order
+            events = ran.get(node.name or "", [])[seen[node.name] :: names[node.name]]
+            seen[node.name] += 1
+            values = (*(str(value.name) for value in node.outputs), str(node.name))
+            kernels.append(_ort_kernel(node.op_type, values, events))
     return f"onnxruntime {onnxruntime.__version__}", kernels
 
 
-def _openvino_kernels(path: Path, feeds: Feeds) -> tuple[str, Kernels]:
-    engine = cast(OpenvinoEngine, open_engine(path, "openvino-cpu", None))
-    kernels: Kernels = {}
-    for one in engine.kernels():
-        kernel = (f"{one.layer} {one.primitive}", one.is_product and one.precision == "int8")
-        for name in (name.removesuffix(_DEQUANTIZATION) for name in one.nodes):
-            if one.is_product or name not in kernels:  # nodes that were fused into a product bear its name
-                kernels[name] = kernel
+def _ort_kernel(op_type: str, names: tuple[str, ...], events: Sequence[Mapping[str, Any]]) -> Kernel:
+    said = events[0]["args"] if events else {}
+    op = str(said.get("op_name", op_type))
+    types = [name for one in said.get("input_type_shape", ()) for name in one]
+    precision = "int8" if op in _ORT_INTEGER else next((_ORT_TYPES[name] for name in types if name in _ORT_TYPES), "")
+    moved = sum(int(said.get(size, 0)) for size in ("activation_size", "parameter_size", "output_size"))
+    product = op in _ORT_INTEGER or "MatMul" in op or "Gemm" in op or "Conv" in op or "Attention" in op
+    return Kernel(names, op, precision, product, moved, tuple(event["dur"] / 1e3 for event in events))
+
+
+def _openvino_kernels(path: Path, feeds: Feeds, options: EngineOptions, how: Timing) -> tuple[str, list[Kernel]]:
+    options = structs.replace(options, flags={**options.flags, "PERF_COUNT": "YES"})
+    inputs = tuple(TensorSpec(name, cast("DType", str(array.dtype)), array.shape) for name, array in feeds.items())
+    engine = cast(OpenvinoEngine, open_engine(path, "openvino-cpu", how.threads, options, inputs))
+    times = []
+    for _ in how.calls():
+        engine.run(feeds)
+        times.append(engine.kernel_times())
+    kernels = [
+        Kernel(
+            tuple(name.removesuffix(_DEQUANTIZATION) for name in (*one.nodes, one.name) if name),
+            f"{one.layer} {one.primitive}",
+            one.precision,
+            one.is_product,
+            one.num_bytes,
+            tuple(call.get(one.name, 0.0) for call in times),
+        )
+        for one in engine.kernels()
+    ]
     return f"openvino {engine.describe()['version'].partition('-')[0]}", kernels
 
 
-_KERNELS: dict[str, tuple[str, Callable[[Path, Feeds], tuple[str, Kernels]]]] = {
+_KERNELS: dict[str, tuple[str, Callable[[Path, Feeds, EngineOptions, Timing], tuple[str, list[Kernel]]]]] = {
     "ort-cpu": ("onnxruntime", _ort_kernels),
     "openvino-cpu": ("openvino", _openvino_kernels),
 }
@@ -138,16 +243,19 @@ def _agreement(kind: OutputKind, exact: Array, found: Array) -> float | None:
 
 
 def measure_speed(
-    target: str, fp32: Mapping[str, Path], quantized: Mapping[str, Path], call: Call, threads: int | None
+    target: str, fp32: Mapping[str, Path], quantized: Mapping[str, Path], scheme: str, call: Call, threads: int | None
 ) -> Speed:
-    """Median milliseconds of a call of all parts; fp32 and quantized take turns.
+    """Median milliseconds of a call of all parts; fp32, quantized and both in lower precisions take turns.
 
     Raises GateError where a quantized part gives NaN or infinite values: some engines have kernels that do.
     """
-    sides = [
-        {name: open_engine(path, target, threads) for name, path in graphs.items()} for graphs in (fp32, quantized)
-    ]
-    for name, engine in sides[1].items():
+    sides = {}
+    for precision in ("fp32", *find_target(target).backend().precisions(target)):
+        options = EngineOptions(precision=precision)
+        for own, graphs in (("fp32", fp32), (scheme, quantized)):
+            engines = {name: open_engine(path, target, threads, options) for name, path in graphs.items()}
+            sides[_named(own, precision)] = engines
+    for name, engine in sides[scheme].items():
         for output, values in engine.run(call.feeds[name]).items():
             if not np.isfinite(values).all():
                 raise GateError(
@@ -156,14 +264,26 @@ def measure_speed(
                 )
     times: list[list[float]] = []
     start = time.perf_counter()
-    while len(times) <= _ROUNDS and (len(times) < 2 or time.perf_counter() - start < _SECONDS):
+    while len(times) < 2 or time.perf_counter() - start < (_MOST if len(times) <= _ROUNDS else _LEAST):
         times.append([])
-        for engines in sides:
+        for engines in sides.values():
             begin = time.perf_counter()
             for name, engine in engines.items():
                 engine.run(call.feeds[name])
             times[-1].append((time.perf_counter() - begin) * 1e3)
-    return Speed(target, *map(float, np.median(times[1:], axis=0)))  # the first round finds cold caches
+    found = dict(zip(sides, np.transpose(times[1:]), strict=True))  # the first round finds cold caches
+    medians = {name: float(np.median(one)) for name, one in found.items()}
+    best = tuple(
+        min((name for name in medians if name.startswith(scheme) == quantized), key=medians.__getitem__)
+        for quantized in (False, True)
+    )
+    ratios = quartiles(found[best[1]] / found[best[0]])
+    return Speed(target, medians.pop("fp32"), medians.pop(scheme), medians, (best[0], best[1]), ratios)
+
+
+def _named(own: str, precision: str) -> str:
+    """`bf16`, `int8 with bf16`; as an engine describes itself."""
+    return own if precision == "fp32" else precision if own == "fp32" else f"{own} with {precision}"
 
 
 def shares(coverage: Mapping[str, Sequence[Coverage]]) -> dict[str, float]:

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """`quantize()`: bundle + data -> one pass -> integers -> lowered graphs -> measured int8 bundle.
 
-Neither NNCF nor onnxruntime.quantization is underneath, although both were considered. The parts they do well
-(statistics, smoothing, bias correction) take a few lines each once one pass has collected the numbers, and the rest
-does not fit a Perceiver. NNCF calibrates each use of a shared weight separately, leaves the products of its smoothing
-in the graph, and needs 150 MB of dependencies. onnxruntime's histograms hold every tensor of every sample, and its
-writer makes int32 biases and a Q for each use of a tensor.
+It uses neither NNCF nor onnxruntime.quantization, although both were considered. The parts they do well (statistics,
+smoothing, bias correction) take a few lines each after one pass has collected the numbers, and the rest does not suit a
+Perceiver. NNCF calibrates each use of a shared weight separately, leaves the products of its smoothing in the graph,
+and needs 150 MB of dependencies. onnxruntime's histograms hold every tensor of every sample, and it writes int32 biases
+and a Q for each use of a tensor.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from msgspec import structs
 
@@ -46,6 +46,9 @@ from perceiver_export.runtimes.machine import cpu_features, cpu_name
 from perceiver_export.runtimes.manifest import Manifest, Quantization, encode_manifest
 from perceiver_export.runtimes.tasks.tokenizers import truncating
 
+if TYPE_CHECKING:
+    from perceiver_export.calibration.quantization.sensitivity import GroupSensitivity
+
 
 def quantize(
     bundle: str | os.PathLike[str] | Bundle,
@@ -53,17 +56,18 @@ def quantize(
     output: str | os.PathLike[str],
     options: QuantizeOptions = QuantizeOptions(),
     *,
+    sensitivity: Sequence[GroupSensitivity] = (),
     progress: Report | None = None,
     statistics: Sequence[Path] = (),
 ) -> Bundle:
-    """Quantize a bundle, calibrated on DATA (`calibration.data`); nothing is written if anything fails.
+    """Quantize a bundle, calibrated on DATA (`calibration.data`). Nothing is written if anything fails.
 
-    Without DATA, by the ``statistics`` of all shards (`collect_statistics`), which give the same graphs.
+    Without DATA, the ``statistics`` of all shards (`collect_statistics`) give the same graphs. Texts in DATA that are
+    too long for the model are skipped with a note, or cut with ``options.truncate``. ``sensitivity``, the result of
+    `measure_sensitivity`, is kept in the record for `profile`.
 
-    Texts of DATA that are longer than the model are left out, which a note says, or cut with ``options.truncate``.
-
-    Raises UsageError, DataError, BundleError, BundleExistsError, ExportError (the disk), MissingDependencyError;
-    GateError where coverage or accuracy is below what ``options`` ask for.
+    Raises UsageError, DataError, BundleError, BundleExistsError, MissingDependencyError; ExportError: the disk is full
+    or not writable; GateError: coverage or accuracy is lower than ``options`` require.
     """
     report = progress or (lambda what, done, total: None)
     path, source = absolute_place(output), open_bundle(bundle)
@@ -78,6 +82,7 @@ def quantize(
     with new_bundle(path, options.overwrite) as directory:
         write_quantized(source, options, observation, directory, path.name, report)
         compare_with_fp32(source, observation, directory, options.threads)
+        record_sensitivity(directory, sensitivity)
         if options.gates.any and data is not None:
             _check_gates(directory, source, data, options)
     report("done", 1, 1)
@@ -102,11 +107,11 @@ def collect_statistics(
 
 
 def check_options(options: QuantizeOptions, source: Bundle) -> None:
-    """Raise UsageError: the bundle is quantized already, or ``options`` do not fit its layers."""
+    """Raise UsageError if the bundle is already quantized, or ``options`` do not match its layers."""
     check_kind("options", options, QuantizeOptions, "QuantizeOptions")
     check_against_fp32(options.gates, source.manifest)
     if source.manifest.quantization is not None:
-        raise UsageError(f"{source.path} is quantized already", "give the fp32 bundle that it was made from")
+        raise UsageError(f"{source.path} is already quantized", "give the fp32 bundle from which it was made")
     if not options.schemes:
         return
     linears = [
@@ -118,15 +123,15 @@ def check_options(options: QuantizeOptions, source: Bundle) -> None:
     for pattern in options.schemes:
         if not any(fnmatchcase(group, pattern) for group in groups):
             near = ", ".join(groups[:4])
-            raise UsageError(f"no layer is called {pattern!r}", f"there are {near}, …; `--sensitivity` lists all")
+            raise UsageError(f"no layer matches {pattern!r}", f"use names such as {near}; `--sensitivity` lists all")
     if set(schemes_of(linears, options.scheme, options.schemes).values()) == {"float"}:
-        raise UsageError("no layer is left to quantize", "keep fewer of them float")
+        raise UsageError("all layers stay float", "keep fewer layers float")
 
 
 def observe_for(
     source: Bundle, data: Data, options: QuantizeOptions, report: Report, shard: tuple[int, int] = (1, 1)
 ) -> Observation:
-    """The pass over DATA. Raises DataError."""
+    """Make the pass over DATA. Raises DataError."""
     opened = truncating(source) if options.truncate else source
     return observe(opened, data, options.samples, options.threads, report, shard)
 
@@ -140,10 +145,10 @@ def write_quantized(
     report: Report,
     raised: Collection[str] = (),
 ) -> None:
-    """Write all files of a quantized bundle that will be called ``name``; changes the observation's statistics.
+    """Write all files of a quantized bundle that will be named ``name``. It changes the observation's statistics.
 
-    `compare_with_fp32` completes the record. ``raised``: groups that a search put back to a higher precision. Raises
-    GateError: the coverage is below ``options.min_coverage``.
+    `compare_with_fp32` completes the record. ``raised`` has the groups that a search raised to a higher precision.
+    Raises GateError: the coverage is below ``options.min_coverage``.
     """
     report("quantize", 0, 1)
     parts = {
@@ -179,7 +184,7 @@ def write_quantized(
 def _measure_kernels(
     parts: Mapping[str, QuantizedPart], observation: Observation, directory: Path
 ) -> dict[str, tuple[Coverage, ...]]:
-    """By part, the kernels of every engine on this machine; none of a part without integer linears."""
+    """By part, the kernels in every engine on this machine; empty for a part without integer linear layers."""
     described = {key: one.part for key, one in parts.items()}
     graphs = {target: engines.graphs_for(target, described, directory) for target in engines.targets()}
     return {
@@ -208,7 +213,7 @@ def _record(options: QuantizeOptions, observation: Observation, parts: dict[str,
 
 
 def _copy_others(source: Bundle, directory: Path) -> None:
-    """Copy the source's files except its graphs, those lowered for a target, and the weights of both."""
+    """Copy the source's files except its graphs, its lowered graphs, and the weights of both."""
     left = {WEIGHTS}
     for part in source.manifest.parts.values():
         left |= {part.file, *part.lowered.values(), *(f"{lowering}.weights" for lowering in part.lowered)}
@@ -218,19 +223,39 @@ def _copy_others(source: Bundle, directory: Path) -> None:
 
 
 def compare_with_fp32(source: Bundle, observation: Observation, directory: Path, threads: int | None) -> None:
-    """Add to the record of the bundle in ``directory`` its outputs and its speed, each against fp32's."""
-    parts = open_bundle(directory, verify="never").manifest.parts
+    """Compare the bundle in ``directory`` with the float one, outputs and speed, and add both to its record."""
+    made = open_bundle(directory, verify="never")
     effects = engines.measure_effects(
-        source.manifest, engines.graphs_for("ort-cpu", parts, directory), observation.calls, threads
+        source.manifest, engines.graphs_for("ort-cpu", made.manifest.parts, directory), observation.calls, threads
     )
     fp32 = {name: source.file(part.file) for name, part in source.manifest.parts.items()}
+    size = made.num_bytes / source.num_bytes
     speeds = tuple(
-        engines.measure_speed(target, fp32, engines.graphs_for(target, parts, directory), observation.calls[0], threads)
+        engines.measure_speed(target, fp32, graphs, made.manifest.precision, observation.calls[0], threads)
         for target in engines.targets()
+        if (graphs := engines.graphs_for(target, made.manifest.parts, directory))
     )
-    slow = [one.target for one in speeds if one.ratio <= 1.0]
-    warnings = [f"not faster than fp32 on this machine's {target}, when it was quantized" for target in slow]
+    warnings = [
+        f"not faster than {one.best[0]} on this machine's {one.target}, when it was quantized: "
+        + (f"it gains size alone, {size:.2f} × fp32's" if size < 1 else f"nor smaller, {size:.2f} × fp32's size")
+        for one in speeds
+        if not one.faster
+    ]
     _add_to_record(directory, warnings, effects=effects, speeds=speeds)
+
+
+def record_sensitivity(directory: Path, sensitivity: Sequence[GroupSensitivity]) -> None:
+    """Add to each linear of the record the SQNR of the outputs with its layer alone quantized."""
+    if not sensitivity:
+        return
+    record = read_calibration(open_bundle(directory, verify="never"))
+    assert record is not None
+    found = {(one.part, one.group): one.output_sqnr for one in sensitivity}
+    parts = {}
+    for name, part in record.parts.items():
+        linears = (structs.replace(one, output_sqnr=found.get((name, one.group))) for one in part.linears)
+        parts[name] = structs.replace(part, linears=tuple(linears))
+    _add_to_record(directory, parts=parts)
 
 
 def _add_to_record(directory: Path, warnings: Sequence[str] = (), **found: Any) -> None:
@@ -241,7 +266,7 @@ def _add_to_record(directory: Path, warnings: Sequence[str] = (), **found: Any) 
 
 
 def _write_record(directory: Path, manifest: Manifest, record: Calibration, warnings: Sequence[str]) -> None:
-    """Write calibration.json and the manifest, both with ``warnings`` added."""
+    """Write calibration.json and the manifest, with ``warnings`` added to both."""
     record = structs.replace(record, warnings=(*record.warnings, *warnings))
     (directory / CALIBRATION).write_bytes(encode_json(record))
     files = {**manifest.files, CALIBRATION: file_entry(directory / CALIBRATION)}
@@ -250,18 +275,19 @@ def _write_record(directory: Path, manifest: Manifest, record: Calibration, warn
 
 
 def _check_gateable(source: Bundle, data: Data | None, options: QuantizeOptions) -> None:
-    """Raise UsageError, before anything runs, if the gates cannot be checked on DATA; MissingDependencyError without
-    the library that computes bounds.
+    """Check before anything runs that DATA can be used for gates.
+
+    Raises UsageError: it cannot; MissingDependencyError: the library that computes bounds is missing.
     """
     if not isinstance(data, (str, Path)):
         raise UsageError("accuracy gates need data that can be read twice", "give a path or module:function")
     if str(data) == RANDOM:
-        raise UsageError("random numbers show no accuracy", "give real data with gates, or leave the gates out")
+        raise UsageError("random numbers cannot show accuracy", "give real data with gates, or omit the gates")
     scipy_stats()
 
 
 def _check_gates(directory: Path, source: Bundle, data: Data, options: QuantizeOptions) -> None:
-    """Hold `validate`'s gates, and add them to the record. Raises GateError and its kinds."""
+    """Check `validate`'s gates and add them to the record. Raises GateError and its subclasses."""
     from perceiver_export.calibration.validation.validation import validate
 
     assert isinstance(data, (str, Path))
@@ -272,7 +298,6 @@ def _check_gates(directory: Path, source: Bundle, data: Data, options: QuantizeO
     except (UndecidedError, VacuousGateError) as error:
         raise type(error)(f"{error.message}: nothing was written", error.hint) from error
     except GateError as error:
-        raise GateError(
-            f"{error.message}: nothing was written", "try --keep-float for the layers that `--sensitivity` puts first"
-        ) from error
+        hint = "use --keep-float for the layers that `--sensitivity` lists first"
+        raise GateError(f"{error.message}: nothing was written", hint) from error
     _add_to_record(directory, gates=found.gates)

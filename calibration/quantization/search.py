@@ -4,10 +4,11 @@
 1. **Ladder.** The options asked for are rung 0. On each next rung one layer goes back to a higher precision
    (`ladder`).
 2. **Search.** Rungs 0, 1, 2, 4, … are held against the fp32 bundle on the search split, on each target, and timed in
-   turn with it, up to the first that holds and one more for safety; then halves of the rungs below, as long as there is
-   time to gain. A rung costs its time as a share of fp32's, the geometric mean over targets; where only weights are
-   quantized, which is for size, its bytes. A rung that does not cost at least ``least_gain`` less than a safer one is
-   dropped: it is not worth the risk, and less than about 2 % is noise of the clock.
+   turn with its fastest precision there, up to the first that holds and one more for safety; then halves of the rungs
+   below, as long as there is time to gain. A rung costs its time as a share of that precision's, the geometric mean
+   over targets; where only weights are quantized, or size was asked for, it costs its bytes. Two kinds of rungs are
+   dropped: those that cost no less than ``1 − least_gain`` of a safer one (less than about 2 % is noise of the clock),
+   and those that are not faster than the float bundle by their spread (or not smaller).
 3. **Certify.** On the certification split the rungs that are left are tested in a fixed sequence, the safest first,
    each at 5 %, up to the first that does not hold; the cheapest that held is kept. The order was fixed before a sample
    of this split was seen, so the chance of certifying any rung that is worse than the margin is 5 % in all (Learn then
@@ -27,6 +28,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, cast
 
 import msgspec
 
@@ -34,17 +36,22 @@ from perceiver_export.calibration.bundles import absolute_place, new_bundle, ref
 from perceiver_export.calibration.data.fingerprints import check_splits
 from perceiver_export.calibration.quantization.ladder import Ladder
 from perceiver_export.calibration.quantization.options import QuantizeOptions, Scheme
-from perceiver_export.calibration.quantization.pipeline import check_options, compare_with_fp32, observe_for
+from perceiver_export.calibration.quantization.pipeline import (
+    check_options,
+    compare_with_fp32,
+    observe_for,
+    record_sensitivity,
+)
 from perceiver_export.calibration.quantization.sensitivity import GroupSensitivity
 from perceiver_export.calibration.quantization.statistics import Report
 from perceiver_export.calibration.validation.certify import certify
 from perceiver_export.calibration.validation.options import ValidateOptions, check_percent
 from perceiver_export.calibration.validation.results import Validation
 from perceiver_export.calibration.validation.validation import validate
-from perceiver_export.runtimes.benchmark import bench
+from perceiver_export.runtimes.benchmark import Bench, bench
 from perceiver_export.runtimes.bundle import Bundle, open_bundle
 from perceiver_export.runtimes.certificates import Certificate
-from perceiver_export.runtimes.engines.backend import find_target
+from perceiver_export.runtimes.engines.backend import Precision, find_target
 from perceiver_export.runtimes.errors import DeviceError, GateError, UndecidedError, UsageError, VacuousGateError
 from perceiver_export.runtimes.files import copy_tree
 from perceiver_export.runtimes.presence import choose_target, devices
@@ -54,11 +61,24 @@ _RUNS = 40
 
 
 class Time(msgspec.Struct, frozen=True):
-    """Median milliseconds of a call on a target; ``ratio`` to fp32's there, the median over pairs of blocks in turn."""
+    """Median milliseconds of a call on a target; ``ratio`` to the fp32 bundle's there in its fastest precision,
+    ``against``: the median over pairs of blocks in turn, with quartiles.
+    """
 
     target: str
     milliseconds: float
     ratio: float
+    quartiles: tuple[float, float]
+    against: Precision
+
+    @property
+    def faster(self) -> bool:
+        """Whether it is faster by its spread."""
+        return self.quartiles[1] < 1
+
+    def __str__(self) -> str:
+        low, high = self.quartiles
+        return f"{self.ratio:.2f} × the time of {self.against} on {self.target} ({low:.2f} to {high:.2f})"
 
 
 class Rung(msgspec.Struct, frozen=True):
@@ -77,7 +97,7 @@ class Rung(msgspec.Struct, frozen=True):
 
     @property
     def time(self) -> float:
-        """Geometric mean over targets of the time as a share of fp32's."""
+        """Geometric mean over targets of the time as a share of the best float's."""
         return math.exp(sum(math.log(time.ratio) for time in self.times) / len(self.times))
 
 
@@ -105,17 +125,20 @@ def search(
     certify_on: str | Path,
     device: str = "auto",
     least_gain: float = 2.0,
+    for_size: bool = False,
     allow_overlap: bool = False,
     progress: Report | None = None,
 ) -> Found:
     """Write to ``output`` the cheapest mixture whose gates are certified, on the target ``device`` or on ``all``.
 
     ``options`` hold for every rung: layers start where ``precision`` puts them, and those that are kept float are float
-    throughout. ``least_gain``: percent of a safer rung's cost that a riskier one must save.
+    throughout. ``least_gain``: percent of a safer rung's cost that a riskier one must save. ``for_size``: the cost is
+    size, as it is where only weights are quantized, and a mixture need not be faster than the best float.
 
     A rung with NaN or infinite outputs does not hold. Nothing is written where this raises: GateError where no rung
-    holds, UndecidedError where the samples are too few to say, BrokenReferenceError where the fp32 bundle gives NaN,
-    DataError where splits overlap, UsageError, and what `quantize` and `validate` raise.
+    holds, or none that holds is worth it; UndecidedError where the samples are too few to say; BrokenReferenceError
+    where the fp32 bundle gives NaN; DataError where splits overlap; UsageError; and what `quantize` and `validate`
+    raise.
     """
     report = progress or (lambda what, done, total: None)
     path, source = absolute_place(output), open_bundle(bundle)
@@ -132,18 +155,19 @@ def search(
     with tempfile.TemporaryDirectory(prefix="perceiver-export-search-") as folder:
         observation = observe_for(source, calibrate, options, report)
         ladder = Ladder(source, observation, options, report)
-        trials = Trials(ladder, source, options, targets, Path(folder), path.name, report)
+        trials = Trials(ladder, source, options, targets, Path(folder), path.name, report, for_size)
         order = trials.search(search_on, least_gain / 100)
         kept, evidence = trials.certify(order, certify_on)
         compare_with_fp32(source, observation, trials.path(kept), options.threads)
+        record_sensitivity(trials.path(kept), ladder.ranking)
         made = certify(trials.path(kept), evidence, searched)
         with new_bundle(path, options.overwrite) as directory:
             copy_tree(trials.path(kept), directory)
     steps = sorted(trials.rungs)
     slow = tuple(
-        f"the kept mixture is not faster than fp32 on this machine's {time.target}: {time.ratio:.2f} × its time"
+        f"the kept mixture is not faster on this machine: it takes {time}"
         for time in trials.rungs[kept].times
-        if time.ratio >= 1.0
+        if not time.faster
     )
     rungs = tuple(trials.rungs[step] for step in steps)
     return Found(rungs, steps.index(kept), made, len(ladder.rungs), ladder.ranking, slow)
@@ -158,7 +182,7 @@ def search_targets(device: str, source: Bundle) -> tuple[str, ...]:
     if not here:
         said = f"{', '.join(names)} runs engines that take minutes to build" if names else "no target is present"
         raise DeviceError(
-            f"{said}: a search, which tries many bundles, does not",
+            f"{said}; a search tries many bundles and cannot build an engine for each",
             "search with --device ort-cpu or openvino-cpu, build what it finds, then `validate --device … --certify`",
         )
     return here
@@ -222,7 +246,9 @@ class Trials:
     folder: Path
     name: str
     report: Report
+    for_size: bool = False
     rungs: dict[int, Rung] = field(default_factory=dict)
+    best: dict[str, Precision] = field(default_factory=dict)  # by target, the fastest of the fp32 bundle
 
     def path(self, step: int) -> Path:
         """The bundle of a rung, under the name that the result will have."""
@@ -245,7 +271,19 @@ class Trials:
         if not order:
             hint = "ask for less, give more samples to search on, or look at `quantize --sensitivity`"
             raise _refusal("no mixture of precisions holds", results[max(results)], hint)
-        return order
+        worth = [step for step in order if self._worth(self.rungs[step])]
+        if not worth:
+            cheapest, gain = self.rungs[order[-1]], "smaller" if self._saves_size else "faster"
+            taken = ", ".join([f"{cheapest.size:.2f} × the size", *map(str, cheapest.times)])
+            raise GateError(
+                f"no mixture that holds is {gain} than the float bundle here: the cheapest takes {taken}",
+                "keep float: `bench --precision auto` shows its fastest precision; or search with --for-size",
+            )
+        return worth
+
+    def _worth(self, rung: Rung) -> bool:
+        """Whether a rung is faster by its spread on a target, or smaller where size was asked for."""
+        return rung.size < 1 if self._saves_size else any(time.faster for time in rung.times)
 
     def certify(self, order: Sequence[int], data: str | Path) -> tuple[int, tuple[Validation, ...]]:
         """The rung that a fixed sequence on the certification split keeps, and the evidence for it.
@@ -271,9 +309,9 @@ class Trials:
         path.parent.mkdir()
         self.ladder.build(step, path)
         results = self._judge(step, data)
-        sizes = [sum(entry.size for entry in one.manifest.files.values()) for one in (open_bundle(path), self.source)]
+        size = open_bundle(path).num_bytes / self.source.num_bytes
         times = tuple(self._time(path, target) for target in self.targets)
-        self.rungs[step] = Rung(step, self.ladder.raised(step), times, sizes[0] / sizes[1], self._said(results))
+        self.rungs[step] = Rung(step, self.ladder.raised(step), times, size, self._said(results))
         if not _held(results):
             shutil.rmtree(path)
         return results
@@ -306,12 +344,29 @@ class Trials:
         )
 
     def _time(self, path: Path, target: str) -> Time:
-        """Takes turns with fp32, so that other work on the machine slows both."""
-        timed = bench(path, against=self.source.path, device=target, runs=_RUNS, threads=self.options.threads)
-        return Time(target, timed.measurements[0].p50, timed.ratio or 1.0)
+        """Takes turns with the best float, so that other work on the machine slows both."""
+        how: dict[str, Any] = {"device": target, "runs": _RUNS, "threads": self.options.threads}
+        if target not in self.best:
+            self.best[target] = best_float(bench(self.source, precision="auto", **how))
+        against = self.best[target]
+        timed = bench(path, against=self.source.path, against_precision=against, **how)
+        assert timed.ratio is not None
+        assert timed.ratio_quartiles is not None
+        return Time(target, timed.measurements[0].p50, timed.ratio, timed.ratio_quartiles, against)
 
     def _cost(self, step: int) -> float:
-        return self.rungs[step].time if self.options.scheme == "int8" else self.rungs[step].size
+        return self.rungs[step].size if self._saves_size else self.rungs[step].time
+
+    @property
+    def _saves_size(self) -> bool:
+        return self.for_size or self.options.scheme != "int8"
+
+
+def best_float(measured: Bench) -> Precision:
+    """The fastest precision of a float bundle; fp32 where it ties, or nothing is decided."""
+    precisions = [one.precision for one in measured.measurements]
+    found = [precisions[index] for index in measured.fastest]
+    return "fp32" if "fp32" in found or not found else cast("Precision", found[0])
 
 
 def _held(results: Sequence[Validation]) -> bool:

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import html
 import importlib.metadata
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -14,14 +16,14 @@ from xml.etree import ElementTree
 import msgspec
 
 from perceiver_export.calibration.quantization.record import Calibration, read_calibration
-from perceiver_export.calibration.report.tables import Report, tables
+from perceiver_export.calibration.report.tables import Report, Table, tables
 from perceiver_export.calibration.validation.gates import advice
 from perceiver_export.calibration.validation.results import Validation
 from perceiver_export.calibration.validation.validation import machine
 from perceiver_export.runtimes.benchmark import Measurement, bench
 from perceiver_export.runtimes.bundle import Bundle, open_bundle
 from perceiver_export.runtimes.certificates import certificates, engine_of, precision_of
-from perceiver_export.runtimes.errors import DataError, UsageError, printable, require
+from perceiver_export.runtimes.errors import DataError, DeviceError, EngineError, UsageError, printable, require
 
 
 def check_report_file(path: Path) -> None:
@@ -42,6 +44,16 @@ def render(report: Report, ending: str = ".html") -> str:
 
     With ``.md`` the same for a pull request, without images, which such pages do not accept inline.
     """
+    return str(_environment(ending).get_template(f"report{ending}.j2").render(report=report))
+
+
+def page(table: Table) -> str:
+    """One table as an HTML document like `render`'s. Raises MissingDependencyError."""
+    require("jinja2", "a page", "pip install 'perceiver-export[report]'")
+    return str(_environment(".html").get_template("page.html.j2").render(table=table))
+
+
+def _environment(ending: str) -> Any:
     import jinja2
 
     def finalize(value: Any) -> Any:
@@ -58,7 +70,7 @@ def render(report: Report, ending: str = ".html") -> str:
         lstrip_blocks=True,
     )
     environment.filters["cell"] = lambda text: str(text).replace("|", "\\|").replace("\n", " ")
-    return environment.get_template(f"report{ending}.j2").render(report=report)
+    return environment
 
 
 _ELEMENTS = {"not held": "failure", "undecided": "error", "vacuous": "error"}
@@ -113,6 +125,7 @@ def _properties(result: Validation) -> list[tuple[str, str]]:
 
 
 _RUNS = 50
+_LAYERS = 15  # of a profile
 _MEASURED = "Each layer's product in this bundle against the reference's, on the first samples; worst run of each."
 _RECORDED = "Each layer's own product against fp32's, at calibration; worst run of each."
 _MOST_MOVED = 4 << 30  # bytes: all products of both graphs are in memory at once, and a report must not fill it
@@ -148,12 +161,25 @@ def gather(
             speed for one in validations if one.machine == here for speed in _speeds(opened.path, other, one, threads)
         ),
         tuple(layers),
-        tuple(tables(manifest, record)),
+        (*_profiles(opened, other, validations, threads), *tables(manifest, record)),
         note if layers else "",
         tuple(_certified(opened, validations)),
         command,
         {"perceiver-export": importlib.metadata.version("perceiver-export"), **tools},
     )
+
+
+def _profiles(
+    bundle: Bundle, reference: Path | None, validations: Sequence[Validation], threads: int | None
+) -> Iterator[Table]:
+    """The slowest layers on each target, in the precision that was validated; none where they cannot be read."""
+    for validation in validations:
+        target, precision = str(validation.candidate.get("target")), precision_of(engine_of(validation.candidate))
+        with contextlib.suppress(ImportError, DeviceError, EngineError):  # no onnx here, or no report of kernels
+            from perceiver_export.calibration.report.profile import profile
+
+            found = profile(bundle, device=target, precision=precision, against=reference, threads=threads)
+            yield replace(found.table(most=_LAYERS), title=f"Slowest layers on {target}")
 
 
 def _certified(bundle: Bundle, validations: Sequence[Validation]) -> Iterator[str]:
@@ -177,9 +203,8 @@ def _speeds(
     precision = precision_of(engine_of(validation.candidate))
     found = bench(path, against=other, device=target, runs=_RUNS, threads=threads, precision=precision)
     for side, folder in zip(found.measurements, (path, other), strict=False):
-        size = sum(entry.size for entry in open_bundle(folder or path, "never").manifest.files.values())
         ratios = (found.ratio, found.ratio_quartiles) if folder == path else (None, None)
-        yield msgspec.structs.replace(side, ratio=ratios[0], ratio_quartiles=ratios[1]), size / 2**20
+        yield msgspec.structs.replace(side, ratio=ratios[0], ratio_quartiles=ratios[1]), side.size
 
 
 def _measured(bundle: Bundle, reference: Path | None, validation: Validation, threads: int | None) -> Layers | None:

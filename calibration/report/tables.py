@@ -284,22 +284,23 @@ def _mebibytes(*sizes: float) -> list[str]:
 
 
 def _quantization(record: Calibration) -> list[Table]:
-    rows, left = [], []
-    for part, held in record.parts.items():
-        for one in held.coverage:
-            integer = f"{sum(layer.integer for layer in one.layers)} of {len(one.layers)}"
-            rows.append((part, one.target, f"{100 * one.share:.1f} %", integer))
-        left += [(product.name, f"{100 * product.share:.2f} %", product.reason) for product in held.excluded]
-    columns = ("part", "target", "int8 multiply-adds in integer kernels>", "linears>")
+    left = [
+        (product.name, f"{100 * product.share:.2f} %", product.reason)
+        for held in record.parts.values()
+        for product in held.excluded
+    ]
+    shares = [
+        f"{name} on {one.target}: {one.share:.1%}" for name, part in record.parts.items() for one in part.coverage
+    ]
     said = [
         ("scheme", record.how),
         ("other precisions", ", ".join(f"{name}: {one}" for name, one in record.precision.items()) or "none"),
+        ("int8 multiply-adds in integer kernels", ", ".join(shares) or "none"),
         ("calibrated on", f"{record.data.samples:,} samples of {record.data.source}"),
         ("fingerprint", record.data.fingerprint),
         ("warnings", "; ".join(record.warnings) or "none"),
     ]
     return [
-        Table("Kernel coverage", columns, rows, "Read from each engine's own record of what it runs."),
         Table("Left in float by policy", ("product", "share of multiply-adds>", "why"), left),
         Table("Quantization", ("", ""), said),
     ]

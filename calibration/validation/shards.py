@@ -169,8 +169,14 @@ def validate_shard(
         reads=scores.reads,
         unused=sorted(scores.unused),
         worst=[Worst(kept[0], sample) for kept, sample in zip(scores.worst.kept, scores.worst.samples(), strict=True)],
-        **{name: getattr(watch, name) for name in ("source", "positions", "digests", "judged", "bounds")},
-        **{name: getattr(found, name) for name in ("candidate", "reference", "machine")},
+        source=watch.source,
+        positions=watch.positions,
+        digests=watch.digests,
+        judged=watch.judged,
+        bounds=watch.bounds,
+        candidate=found.candidate,
+        reference=found.reference,
+        machine=found.machine,
     ).signed()
 
 

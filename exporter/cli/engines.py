@@ -1,23 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`perceiver-export build`, `lint`, `bench` and `doctor`."""
+"""`perceiver-export build`, `lint`, `bench`, `profile` and `doctor`."""
 
 from __future__ import annotations
 
 import csv
 import dataclasses
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import msgspec
 import typer
 
-from perceiver_export.calibration.validation.options import option
+from perceiver_export.calibration.options import option
 from perceiver_export.exporter.cli import output as ui
-from perceiver_export.runtimes.engines.backend import Hint, Precision
+from perceiver_export.runtimes.engines.backend import Hint, Precision, PrecisionChoice
 from perceiver_export.runtimes.errors import GateError, UsageError
 
 if TYPE_CHECKING:
@@ -26,10 +26,15 @@ if TYPE_CHECKING:
     from perceiver_export.runtimes.building import BuiltEngine
 
 _SHOWN = 8  # nodes of one rule
+_LAYERS = 30  # of a profile
+_PRECISIONS = (  # columns of `--precision auto`
+    *("precision", "target", "time (spread)", "× first", "fastest", "peak memory", "size", "from torch", "certified"),
+)
 _BENCH_NOTE = (
-    "samples/s: with two requests in flight; peak memory: of a fresh process, and in brackets before the load; "
-    "from torch: largest difference of the outputs from torch's in fp32, as a share of their scale, on the random "
-    "inputs of golden.npz (far from what int8 was calibrated for: `validate` measures its accuracy)"
+    "spread: quartiles of the medians of blocks of calls; tie: which of these is faster is not decided; samples/s: "
+    "with two requests in flight; peak memory: of a fresh process, and in brackets before the load; from torch: the "
+    "largest difference of the outputs from torch's in fp32, as a share of their scale, on the random inputs of "
+    "golden.npz (far from what int8 was calibrated for: `validate` measures its accuracy)"
 )
 
 
@@ -43,7 +48,9 @@ def _size(text: str) -> tuple[str, tuple[int, int, int]]:
 
 @dataclass(frozen=True)
 class _Build:
-    precision: Precision = option("fp32", "fp32, fp16 or bf16, where the target has a choice.")
+    precision: PrecisionChoice = option(
+        "fp32", "fp32, fp16 or bf16; auto: measure all, save, and take the fastest that is certified here, else fp32."
+    )
     hint: Hint = option("latency", "latency: one answer soon; throughput: many answers.")
     shape: Mapping[str, tuple[int, int, int]] = option(dict, "Sizes of a named dimension.", "NAME=LEAST:BEST:MOST")
     flag: Mapping[str, str] = option(dict, "A setting of the target's own engine.", "NAME=VALUE")
@@ -60,10 +67,15 @@ def build(
 ) -> None:
     """Compile a bundle for targets, on the device that will run it."""
     from perceiver_export.runtimes.building import build as build_
+    from perceiver_export.runtimes.bundle import open_bundle
+    from perceiver_export.runtimes.presence import precision_advice
 
     if how.lower_only:
         _lower(bundle, target, how.precision, json)
         return
+    if how.precision == "auto":
+        for name in target:
+            _measure(bundle, json, device=name, precision="auto", save=True)
     given: dict[str, Any] = {"precision": how.precision, "hint": how.hint, "force": how.force}
     given |= {"shapes": how.shape, "flags": how.flag}
     with ui.progress_bar("build", quiet=json) as progress:
@@ -72,6 +84,9 @@ def build(
         ui.print_json([{**dataclasses.asdict(one), "directory": str(one.directory)} for one in built])
     else:
         _show(bundle, built, how.flag.get("compute_capability", ""))
+    if how.precision == "auto" and not json:
+        for advice in filter(None, (precision_advice(open_bundle(bundle, "never"), name) for name in target)):
+            ui.say(advice, "note:")
 
 
 def _show(bundle: str, built: list[BuiltEngine], crossed: str) -> None:
@@ -79,9 +94,9 @@ def _show(bundle: str, built: list[BuiltEngine], crossed: str) -> None:
     rows = []
     for one in built:
         done = ("compiled", f"{one.seconds:.1f}") if one.new else ("was there", "")
-        rows.append((one.target, one.part, *done, str(one.directory)))
+        rows.append((one.target, one.part, one.precision, *done, str(one.directory)))
     note = "the engine that was built last is used; `--precision` of run, bench and validate asks for another"
-    ui.print_table(f"engines of {bundle}", ["target", "part", "", "seconds>", "engine"], rows, note)
+    ui.print_table(f"engines of {bundle}", ["target", "part", "precision", "", "seconds>", "engine"], rows, note)
     where = f"on a machine with such a GPU ({crossed}): " if crossed else ""
     if crossed and not all(one.directory.is_relative_to(bundle) for one in built):
         ui.say("the bundle is read-only, so the engine is not in it: build a copy, and take that along", "warning:")
@@ -92,7 +107,7 @@ def _show(bundle: str, built: list[BuiltEngine], crossed: str) -> None:
     ui.say(f"next: {where}perceiver-export bench {shlex.quote(bundle)} --device {built[-1].target}")
 
 
-def _lower(bundle: str, targets: list[str], precision: Precision, json: bool) -> None:
+def _lower(bundle: str, targets: list[str], precision: PrecisionChoice, json: bool) -> None:
     from perceiver_export.runtimes.engines.backend import find_target
 
     for name in targets:
@@ -100,7 +115,7 @@ def _lower(bundle: str, targets: list[str], precision: Precision, json: bool) ->
             raise UsageError(f"{name} needs no lowering: its engine takes the bundle's graph", "leave --lower-only out")
     from perceiver_export.calibration import lower_bundle
 
-    lowered = [lower_bundle(bundle, precision) for _ in targets]
+    lowered = [lower_bundle(bundle, cast("Precision", precision)) for _ in targets]
     if json:
         ui.print_json(lowered)
         return
@@ -164,7 +179,9 @@ class _Bench:
     part: str | None = option(None, "One part of a split bundle; without it all queries are decoded.")
     runs: int = option(100, "Counted calls, 5 or more, rounded up to a multiple of 4.")
     device: str = option("auto", "Target to run on; `auto` takes the first that is present, `all` each in turn.")
-    precision: Precision | None = option(None, "Engine of this precision; by default the one built last.")
+    precision: PrecisionChoice | None = option(
+        None, "Engine of this precision, `auto`: all that the device computes in; by default the one built last."
+    )
     threads: int | None = option(None, "Threads of the engine; by default the engine chooses.")
     save: bool = option(False, "Keep the figures in the bundle's report.json, for `auto` and `package`.")
 
@@ -179,28 +196,42 @@ def bench(
     json: ui.JsonFlag = False,
 ) -> None:
     """Measure latency, throughput, load time, memory and accuracy on this machine."""
-    from perceiver_export.runtimes.benchmark import bench as bench_
-
     if csv_ is not None:
         ui.check_output(csv_, (bundle, how.against), ".csv")
         ui.check_file(csv_)
-    with ui.progress_bar("bench", quiet=json) as progress:
-        result = bench_(bundle, **vars(how), progress=lambda done, total: progress("bench", done, total))
+    result = _measure(bundle, json, **vars(how))
     if csv_ is not None:
-        _write_csv(csv_, result)
+        _write_csv(csv_, result.measurements, machine=result.machine)
     if json:
         ui.print_json(result)
-    else:
-        _show_bench(result)
 
 
-def _show_bench(result: Bench) -> None:
-    """The measurements as a table with a column for each side, and their ratio below it."""
+def _measure(bundle: str, quiet: bool, **options: Any) -> Bench:
+    """`bench`, shown unless ``quiet``."""
+    from perceiver_export.runtimes.benchmark import bench as bench_
+
+    with ui.progress_bar("bench", quiet=quiet) as progress:
+        result = bench_(bundle, **options, progress=lambda done, total: progress("bench", done, total))
+    if not quiet:
+        _show_bench(result, options["precision"] == "auto")
+    return result
+
+
+def _show_bench(result: Bench, precisions: bool) -> None:
+    """The measurements as a table with a column for each side, or a row for each precision; below it, what follows."""
     sides = result.measurements
-    figures = [_figures(side) for side in sides]
-    rows = [(name, *(one[name] for one in figures)) for name in figures[0] if any(one[name] for one in figures)]
+    figures = [_figures(side, result) for side in sides]
     title = f"{result.runs} counted calls on {result.machine}"
-    ui.print_table(title, ["", *(f"{side.name}>" for side in sides)], rows, _BENCH_NOTE)
+    if precisions:
+        rows = [(side.name, *(one[name] for name in _PRECISIONS)) for side, one in zip(sides, figures, strict=True)]
+        ui.print_table(title, ["bundle", *_PRECISIONS], rows, _BENCH_NOTE)
+    else:
+        rows = [(name, *(one[name] for one in figures)) for name in figures[0] if any(one[name] for one in figures)]
+        ui.print_table(title, ["", *(f"{side.name}>" for side in sides)], rows, _BENCH_NOTE)
+    if precisions and len(sides) == 1:
+        ui.say(f"{sides[0].target} computes in no lower precision here; --device names another target")
+    if result.unsteady:
+        ui.say(f"nothing is decided: {result.unsteady}; measure again on a quiet machine", "warning:")
     for reason in result.skipped:
         ui.say(f"not measured: {reason}")
     for side in sides:
@@ -216,7 +247,9 @@ def _show_bench(result: Bench) -> None:
         )
 
 
-def _figures(side: Measurement) -> dict[str, str]:
+def _figures(side: Measurement, result: Bench) -> dict[str, str]:
+    place = result.measurements.index(side)
+    tied = "tie" if len(result.fastest) > 1 else "fastest"
     difference = "–" if side.difference is None else f"{side.difference:.1e}"
     if side.tolerance is not None:  # of int8, `validate` says how close is enough
         difference += f" ≤ {side.tolerance:.0e}" if side.within_tolerance else f" > {side.tolerance:.0e}!"
@@ -227,22 +260,73 @@ def _figures(side: Measurement) -> dict[str, str]:
         "threads": side.threads,
         "batch": str(side.batch),
         "p50 / p95 / p99": f"{side.p50:.2f} / {side.p95:.2f} / {side.p99:.2f} ms",
+        "time (spread)": f"{side.p50:.2f} ms ({side.spread[0]:.2f} to {side.spread[1]:.2f})",
         "× first": "" if side.ratio is None else f"{side.ratio:.3f}",
         "samples/s": f"{side.throughput:,.0f}",
         "load": f"{side.load:.0f} ms",
         "peak memory": f"{side.peak_memory:.0f} MiB ({side.base_memory:.0f})",
+        "size": f"{side.size:,.1f} MiB",
         "from torch": difference,
+        "certified": "yes" if side.certificates else "no",
+        "fastest": tied if place in result.fastest else "",
     }
 
 
-def _write_csv(path: Path, result: Bench) -> None:
-    rows = [msgspec.to_builtins(side) for side in result.measurements]
+def _write_csv(path: Path, rows: Sequence[msgspec.Struct], **common: str) -> None:
+    """A line for each row and a column for each of its fields; several numbers in one cell are apart by blanks."""
     with ui.new_file(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=["machine", *rows[0]])
+        writer = csv.DictWriter(file, fieldnames=[*common, *rows[0].__struct_fields__])
         writer.writeheader()
-        for row in rows:
-            quartiles = " ".join(map(str, row["ratio_quartiles"] or ()))
-            writer.writerow({"machine": result.machine, **row, "ratio_quartiles": quartiles})
+        for row in map(msgspec.to_builtins, rows):
+            joined = {name: " ".join(map(str, one)) for name, one in row.items() if isinstance(one, (list, tuple))}
+            writer.writerow({**common, **row, **joined})
+
+
+@dataclass(frozen=True)
+class _Profile:
+    device: str = option("auto", "Target to run on; `auto` takes the first that is present.")
+    precision: PrecisionChoice | None = option(None, "Engine of this precision; by default the one built last.")
+    against: str | None = option(None, "Profile this one too, and give each layer's time relative to it.", "BUNDLE")
+    data: str | None = option(None, "With --against FLOAT_BUNDLE: measure the layers' SQNR on this data.", "DATA")
+    threads: int | None = option(None, "Threads of the engine; by default the engine chooses.")
+
+
+@ui.options_of(_Profile)
+def profile(
+    bundle: ui.BundleArgument,
+    how: _Profile,
+    sort: Annotated[
+        Literal["time", "loss"], typer.Option(help="The slowest first, or those whose lowering costs most.")
+    ] = "time",
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write all layers here: .csv or .html.")
+    ] = None,
+    json: ui.JsonFlag = False,
+) -> None:
+    """Show what the engine really runs, a row a layer: precision asked and built, kernel, time, roofline, accuracy."""
+    from perceiver_export.calibration import profile as profile_
+
+    if output is not None:
+        ui.check_output(output, (bundle, how.against, how.data), ".html" if output.suffix == ".html" else ".csv")
+        ui.check_file(output)
+    with ui.progress_bar("profile", quiet=json):
+        found = profile_(bundle, **vars(how))
+    if output is not None and output.suffix == ".csv":
+        _write_csv(output, found.worst(sort), target=found.target, engine=found.engine)
+    elif output is not None:
+        from perceiver_export.calibration.report.report import page
+
+        with ui.new_file(output) as temporary:
+            temporary.write_text(page(found.table(sort)), encoding="utf-8")
+    if json:
+        ui.print_json(found)
+        return
+    table = found.table(sort, _LAYERS)
+    ui.print_table(table.title, table.columns, table.rows, table.note)
+    if len(found.layers) > _LAYERS:
+        ui.say(f"{len(found.layers) - _LAYERS} more layers: --json, or -o FILE.csv or FILE.html")
+    if found.unsteady:
+        ui.say(f"these times decide nothing: {found.unsteady}; profile again on a quiet machine", "warning:")
 
 
 def doctor(json: ui.JsonFlag = False) -> None:

@@ -12,6 +12,7 @@ from perceiver_export.exporter.cli import output as ui
 from perceiver_export.exporter.cli.run import example_input
 from perceiver_export.exporter.pipeline import ExportOptions
 from perceiver_export.runtimes.errors import UsageError, printable
+from perceiver_export.runtimes.presence import advice_here
 
 if TYPE_CHECKING:
     from perceiver_export.calibration.quantization.record import Calibration
@@ -73,8 +74,7 @@ def _show_export(bundle: Bundle) -> None:
     manifest = bundle.manifest
     source = "the ONNX file" if manifest.source.endswith(".onnx") else "torch"
     worst = max(manifest.verification, key=lambda check: check.difference)
-    size = sum(entry.size for entry in manifest.files.values())
-    ui.say(f"exported {manifest.source} to {bundle.path} ({ui.mebibytes(size)})")
+    ui.say(f"exported {manifest.source} to {bundle.path} ({ui.mebibytes(bundle.num_bytes)})")
     for name, part in manifest.parts.items():
         if bundle.split:
             ui.say(f"part {name}")
@@ -91,6 +91,8 @@ def _show_export(bundle: Bundle) -> None:
     for note in manifest.notes:
         ui.say(note, "note:")
     path = shlex.quote(str(bundle.path))
+    if advice := advice_here(bundle):
+        ui.say(advice, "note:")
     ui.say(f"next: perceiver-export run {path} {example_input(manifest)}")
     if manifest.task == "image-classification":
         ui.say(f"      perceiver-export validate {path} --data DATA")
@@ -125,7 +127,7 @@ def _preset_document(preset: Preset) -> dict[str, Any]:
 
 
 def _preset_row(name: str, preset: Preset) -> list[str]:
-    """Cells of one preset, each with what belongs together in lines below each other."""
+    """Cells of one preset, with the paper's figures below ours."""
     config = preset.build("deepmind")
     sizes = [f"{name} {_size(one)}" for name, one in config.inputs.items() if _size(one)]
     latents = f"latents {config.encoder.num_latents}×{config.encoder.num_latent_channels}"
@@ -210,7 +212,7 @@ def _show_inspection(inspection: Inspection) -> None:
 
 
 def _show_precision(calibration: Calibration) -> None:
-    """Each linear layer: its precision, its SQNR, and the kernel that runs it on each engine."""
+    """How it was quantized, the integer kernels of each engine, and what stays float; `profile` shows each layer."""
     data = calibration.data
     source = f"{data.samples:,} samples of {data.source} (fingerprint {data.fingerprint[:16]})"
     ui.say(f"{calibration.how}, calibrated on {source}")
@@ -218,17 +220,8 @@ def _show_precision(calibration: Calibration) -> None:
     for gate in calibration.gates:
         ui.say(f"on the calibration data, {gate}")
     for name, part in calibration.parts.items():
-        kernels = [{layer.name: layer.kernel for layer in one.layers} for one in part.coverage]
-        macs = sum(one.macs for one in part.linears) + 1e-9
-        rows = [
-            (
-                *(one.name, one.scheme, f"{one.macs / macs:.1%}", "" if one.sqnr is None else f"{one.sqnr:.1f}"),
-                *(engine.get(one.name, "float") for engine in kernels),
-            )
-            for one in part.linears
-        ]
-        shares = [f"{one.engine}: {one.share:.2%} of int8 in integer kernels" for one in part.coverage]
-        ui.print_table(f"linears of {name}", ["linear", "precision", "work>", "SQNR, dB>", *shares], rows)
+        for one in part.coverage:
+            ui.say(f"{name} on {one.engine}: {one.share:.2%} of int8 multiply-adds in integer kernels")
         for excluded in part.excluded:
             ui.say(f"float: {excluded.name} ({excluded.share:.1%} of the work): {excluded.reason}")
         for hazard in part.hazards:

@@ -13,18 +13,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from perceiver_export.calibration.options import option
 from perceiver_export.calibration.quantization.options import QuantizeOptions
-from perceiver_export.calibration.validation.options import option
 from perceiver_export.exporter.cli import output as ui
 from perceiver_export.runtimes.errors import UsageError
 
 if TYPE_CHECKING:
     from perceiver_export.calibration.quantization.record import Calibration
     from perceiver_export.calibration.quantization.search import Rung
+    from perceiver_export.calibration.quantization.sensitivity import GroupSensitivity
     from perceiver_export.runtimes.bundle import Bundle
 
 _SPLITS = "give --search DATA and --certify DATA"
-_WORST = 20  # layers in the table
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class _Search:
     certify: str | None = option(None, "Certify the result of --search on this data, which it never saw.", "DATA")
     device: str = option("auto", "Of --search: the target to hold and time mixtures on; `all` for each present.")
     least_gain: float = option(2.0, "Of --search: time that a riskier mixture must save.", "PERCENT")
+    for_size: bool = option(False, "Of --search: save size, and keep a mixture that is smaller but not faster.")
     allow_overlap: bool = option(False, "Of --search: go on though the sets share samples.")
 
 
@@ -55,7 +56,8 @@ _Output = Annotated[
     str | None, typer.Option("--output", "-o", metavar="BUNDLE2", help="Where the quantized bundle goes.")
 ]
 _Sensitivity = Annotated[
-    Path | None, typer.Option(metavar="FILE.json", help="Also measure each layer by itself; the worst are printed.")
+    Path | None,
+    typer.Option(metavar="FILE.json", help="Also measure each layer by itself, for this file and `profile`."),
 ]
 
 
@@ -133,27 +135,22 @@ def _quantize_and_show(
     from perceiver_export.calibration.quantization.record import read_calibration
     from perceiver_export.calibration.quantization.sensitivity import SAMPLES, measure_sensitivity
 
-    groups = None
+    groups: tuple[GroupSensitivity, ...] = ()
     with ui.progress_bar("quantize", quiet=json) as progress:
-        made = quantize_(bundle, data, output, options, progress=progress, statistics=parts)
         if sensitivity is not None and data is not None:
             groups = measure_sensitivity(bundle, data, replace(options, samples=SAMPLES), progress=progress)
+        made = quantize_(bundle, data, output, options, sensitivity=groups, progress=progress, statistics=parts)
+        if sensitivity is not None:
             ui.write_json(sensitivity, groups)
     calibration = read_calibration(made)
     assert calibration is not None
     if json:
         document = {"bundle": str(made.path), "manifest": made.manifest, "calibration": calibration}
-        ui.print_json(document | ({"sensitivity": groups} if groups is not None else {}))
+        ui.print_json(document | ({} if sensitivity is None else {"sensitivity": groups}))
         return
     _show_quantized(made, calibration)
-    if groups is not None:
-        rows = [
-            (one.group, f"{one.output_sqnr:.1f}", f"{one.product_sqnr:.1f}", f"{one.share:.1%}")
-            for one in groups[:_WORST]
-        ]
-        more = f"{len(groups) - _WORST} more are in {sensitivity}" if len(groups) > _WORST else ""
-        columns = ["layer", "outputs, dB>", "product, dB>", "work>"]
-        ui.print_table("each layer quantized by itself, the worst first", columns, rows, more)
+    if groups:
+        ui.say(f"each layer by itself: perceiver-export profile {shlex.quote(str(made.path))} --sort loss")
     command = shlex.join(["perceiver-export", "validate", str(made.path), "--data", "DATA", "--against", bundle])
     ui.say(f"next: {command}")
 
@@ -162,17 +159,13 @@ def _show_quantized(made: Bundle, calibration: Calibration) -> None:
     """The result: outputs, integer kernels and speed on each engine, and the warnings."""
     data, quantization = calibration.data, made.manifest.quantization
     assert quantization is not None
-    size = sum(entry.size for entry in made.manifest.files.values())
-    ui.say(f"quantized to {made.path} ({ui.mebibytes(size)}): {calibration.how}")
+    ui.say(f"quantized to {made.path} ({ui.mebibytes(made.num_bytes)}): {calibration.how}")
     ui.say(f"calibrated on {data.samples:,} samples of {data.source} (fingerprint {data.fingerprint[:16]})")
     rows = [
         (f"{target}: int8 multiply-adds in integer kernels", f"{share:.2%}")
         for target, share in quantization.integer_share.items()
     ]
-    rows += [
-        (f"{one.target}: a call", f"{one.quantized:.2f} ms, fp32 {one.fp32:.2f} ms: {one.ratio:.2f} × as fast")
-        for one in calibration.speeds
-    ]
+    rows += [(f"{one.target}: a call", str(one)) for one in calibration.speeds]
     for effect in calibration.effects:
         agreement = "" if effect.agreement is None else f", same answer in {effect.agreement:.1%}"
         rows.append((f"output {effect.output} against fp32", f"{effect.sqnr:.1f} dB{agreement}"))
@@ -198,7 +191,7 @@ def _search_and_show(
         "certify_on": how.certify,
         "device": how.device,
     }
-    given |= {"least_gain": how.least_gain, "allow_overlap": how.allow_overlap}
+    given |= {"least_gain": how.least_gain, "for_size": how.for_size, "allow_overlap": how.allow_overlap}
     with ui.progress_bar("search", quiet=json) as progress:
         found = search(bundle, output, options, **given, progress=progress)
     if sensitivity is not None:
@@ -206,7 +199,13 @@ def _search_and_show(
     if json:
         ui.print_json(found)
         return
-    columns = ["rung>", "layers that went back", "a call, of fp32's", "size, of fp32's>", "on the search split"]
+    columns = [
+        "rung>",
+        "layers that went back",
+        "a call",
+        "size, of fp32's>",
+        "on the search split",
+    ]
     rows = [(*_row(rung), "kept" if index == found.kept else "") for index, rung in enumerate(found.rungs)]
     ui.print_table(f"tried of {found.ladder} rungs", [*columns, "certification", ""], rows)
     first = ", ".join(f"{one.group} ({one.output_sqnr:.1f} dB)" for one in found.ranking[:3])
@@ -221,7 +220,9 @@ def _search_and_show(
 def _row(rung: Rung) -> tuple[str, ...]:
     counts = ", ".join(f"{count} to {scheme}" for scheme, count in sorted(Counter(rung.precision.values()).items()))
     names = ", ".join(list(rung.precision)[:2]) + (", …" if len(rung.precision) > 2 else "")
-    times = ", ".join(f"{time.target} {time.milliseconds:.2f} ms, {time.ratio:.2f} ×" for time in rung.times)
+    times = ", ".join(
+        f"{time.target} {time.milliseconds:.2f} ms, {time.ratio:.2f} × {time.against}'s" for time in rung.times
+    )
     searched, certified = (
         ", ".join(text.partition(":")[0] for text in said) for said in (rung.search, rung.certification)
     )

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from perceiver_export.calibration.validation.options import Gates, ValidateOptions, option, parse_shard
+from perceiver_export.calibration.options import option
+from perceiver_export.calibration.validation.options import Gates, ValidateOptions, parse_shard
 from perceiver_export.exporter.cli.output import (
     JsonFlag,
     check_file,
@@ -209,7 +210,7 @@ def _validated(bundle: str, data: str, options: ValidateOptions, quiet: bool) ->
 
 
 def _write(bundle: str, found: _Outcome, options: ValidateOptions, outputs: Mapping[str, Path], quiet: bool) -> None:
-    """Write the outputs, and note in ``found`` where."""
+    """Write the outputs, and record their places in ``found``."""
     from perceiver_export.calibration.report.report import gather, junit, write_report
     from perceiver_export.calibration.validation.certify import certify
     from perceiver_export.runtimes.certificates import FILE

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The interface of a backend: five functions in one module, named in the table of targets.
+"""The interface of a backend: six functions in one module, named in the table of targets.
 
     platform      everything that an engine of this target depends on beside its model: library, device, driver
     differences   why an engine that was built on one platform is not for another
     flags         the settings of its library that a user may choose
+    precisions    the types that the device computes in
     compile       a graph -> engine files in a directory
     open          those files, or the graph itself where compiling takes seconds -> an `Engine`
 
@@ -31,6 +32,7 @@ from perceiver_export.runtimes.manifest import MemoryPlan, TensorSpec
 Array = npt.NDArray[Any]
 Feeds = Mapping[str, Array]
 Precision = Literal["fp32", "fp16", "bf16"]
+PrecisionChoice = Literal["fp32", "fp16", "bf16", "auto"]  # auto: see `choose_precision`
 Hint = Literal["latency", "throughput"]
 Progress = Callable[[str, int, int | None], None]  # description, steps done, steps in all if known
 
@@ -108,11 +110,11 @@ class AsyncEngine(Engine, Protocol):
     def submit(self, feeds: Feeds) -> Future[dict[str, Array]] | None:
         """Start on checked feeds and return at once. The feeds are kept until the future is done.
 
-        None: it cannot, as it was opened; it is called from two threads then.
+        None: opened like this, it cannot; it is then called from two threads.
         """
 
     def in_callback(self) -> bool:
-        """Whether a future's callback runs in this thread: to wait for another future there may be for ever."""
+        """Whether a future's callback runs in this thread, where waiting for another future may block forever."""
 
     def close(self) -> None:
         """Return when all submitted calls are done; in a future's callback at once, and they still finish.
@@ -132,6 +134,12 @@ class Backend(Protocol):
 
     def flags(self, target: str) -> Flags:
         """Settings of the library that may be given by name, with their values. See `flags.py`."""
+
+    def precisions(self, target: str) -> tuple[Precision, ...]:
+        """Precisions below fp32 that `compile` takes and the device computes in, not only stores.
+
+        Raises as `platform` does.
+        """
 
     def compile(self, source: Source, directory: Path, progress: Progress) -> None:
         """Write engine files into ``directory``, which is empty. Raises BuildError, BundleError."""
@@ -224,7 +232,7 @@ TARGETS = {target.name: target for target in _TABLE}
 def find_target(name: str) -> Target:
     """The target of that name; ``ort-NAME`` is ONNX Runtime with the execution provider of that name.
 
-    Raises DeviceError: there is no such target; UsageError: it is no text.
+    Raises DeviceError: there is no such target; UsageError: it is not text.
     """
     check_kind("a target", name, str, f"one of {', '.join(TARGETS)}")
     if name in TARGETS:

@@ -35,7 +35,14 @@ def report(int8_bundle: Path, fashion_bundle: Path, results: tuple[Validation, V
     return gather(int8_bundle, results[:1], fashion_bundle, "perceiver-export validate …")
 
 
-SECTIONS = ("Gates", "Accuracy", "Latency, memory, size", "Most sensitive layers", "Worst samples", "Kernel coverage")
+SECTIONS = (
+    "Gates",
+    "Accuracy",
+    "Latency, memory, size",
+    "Most sensitive layers",
+    "Worst samples",
+    "Slowest layers on ort-cpu",
+)
 
 
 def test_html_holds_everything_and_fetches_nothing(report: Report) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import msgspec
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -138,9 +139,9 @@ def test_layers_kept_float_are_float_in_every_rung_and_no_part_of_the_ladder(
     assert quantization is not None
     assert quantization.weight_bits == 7
     back = {group for group, scheme in ladder.rungs[last].items() if scheme == "float"}
-    assert {quantization.kept_float[name] for name in back} == {"found by a search"}
+    assert {quantization.kept_float[name] for name in back} == {"chosen by the search"}
     asked = {why for name, why in quantization.kept_float.items() if name.startswith("encoder.self_attentions.0.1.")}
-    assert asked == {"asked for"}
+    assert asked == {"requested"}
     graph = ir.load(tmp_path / "last" / "model.tensorrt-fp16.onnx").graph
     products = [node for node in graph if node.op_type == "MatMul" and (node.name or "").split("/")[0] in back]
     assert len(products) >= len(back) - 1
@@ -206,6 +207,19 @@ def test_a_rung_with_nan_does_not_hold_and_the_search_goes_on(
         trials.certify([1], few)
 
 
+def test_a_mixture_that_is_no_smaller_is_not_worth_it_and_a_tie_is_not_faster(
+    fashion_bundle: Path, few: Path, tmp_path: Path
+) -> None:
+    """The float bundle itself as a rung."""
+    trials = on_trial(fashion_bundle, tmp_path, fashion_bundle)
+    with pytest.raises(errors.GateError, match="smaller than the float bundle"):
+        trials.search(few, 0.0)
+    (time,) = trials.rungs[0].times
+    assert time.quartiles[0] <= time.ratio <= time.quartiles[1]
+    assert (time.against, trials.best) == ("fp32", {"ort-cpu": "fp32"})
+    assert [msgspec.structs.replace(time, quartiles=(0.8, high)).faster for high in (0.9, 1.1)] == [True, False]
+
+
 @pytest.mark.parametrize(
     ("reference", "rungs", "max_drop", "error"),
     [
@@ -249,7 +263,7 @@ def test_a_layer_that_must_not_be_int8_goes_back(
     others = ["encoder.self_attentions.0.0.*", "encoder.self_attentions.0.2.*", "decoder.*"]
     options = quantizing(keep_float=others, samples=16, max_drop=6, min_agreement=90)
 
-    found = search(cancelling, tmp_path / "mixed", options, **splits)
+    found = search(cancelling, tmp_path / "mixed", options, for_size=True, **splits)
 
     assert [rung.step for rung in found.rungs] == [0, 1, 2]
     assert found.rungs[0].precision == {}
@@ -276,7 +290,7 @@ def test_a_layer_that_must_not_be_int8_goes_back(
     [
         ({"max_drop": None}, {}, errors.UsageError, "max-drop"),
         ({"keep_float": ["head"]}, {}, errors.UsageError, "'head'"),
-        ({"keep_float": ["*"]}, {}, errors.UsageError, "no layer is left"),
+        ({"keep_float": ["*"]}, {}, errors.UsageError, "all layers stay float"),
         ({"max_drop": None, "metric": "epe", "max_metric_change": 1}, {}, errors.UsageError, "'epe'"),
         ({"metric": "kl"}, {}, errors.UsageError, "--metric"),
         ({}, {"least_gain": 100.0}, errors.UsageError, "least-gain is 100"),
@@ -306,7 +320,8 @@ def test_coverage_counts_and_what_held_on_one_split_must_hold_on_the_other(
     monkeypatch.setitem(LOWERINGS, "ort-cpu", lambda model: None)
     kept = ["encoder.*", "decoder.cross_attention.attention.*", "decoder.output"]
     options = quantizing(samples=8, max_drop=5, keep_float=kept, min_coverage=coverage)
+    how = {**splits, "certify_on": rows["very few"], "for_size": True}  # in float it is not faster
     with pytest.raises(error) as caught:
-        search(fashion_bundle, tmp_path / "mixed", options, **{**splits, "certify_on": rows["very few"]})
+        search(fashion_bundle, tmp_path / "mixed", options, **how)
     assert type(caught.value) is error
     assert list(tmp_path.iterdir()) == []

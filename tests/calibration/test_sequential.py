@@ -36,7 +36,8 @@ def test_the_capital_reaches_20_in_at_most_5_percent(p_lost: float, margin: floa
         moved[1:] += p_lost * chance[:-1]
         moved[:, 1:] += p_gained * chance[:, :-1]
         chance, there = moved, lost + gained <= total
-        logs = np.where(there, sequential.log_capital(lost, np.minimum(gained, total - lost), total, margin), -np.inf)
+        capital = sequential.log_capital(lost, np.minimum(gained, total - lost), np.array(total), margin)
+        logs = np.where(there, capital, -np.inf)
         if total == 10:
             assert float((chance * np.exp(logs)).sum()) == pytest.approx(1)
         over = logs >= TWENTY

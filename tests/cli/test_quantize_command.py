@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shlex
 from pathlib import Path
@@ -29,21 +30,41 @@ def int8(plain_fashion_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -
     arguments = ["--data", HELD_OUT, "-o", str(out), "--samples", "16", "--sensitivity", str(file)]
     shown = succeed("quantize", plain_fashion_bundle, *arguments)
     assert "ort-cpu: int8 multiply-adds in integer kernels" in shown
-    assert "warning: 16 samples to calibrate on" in shown
-    assert "9 more are in" in shown  # a long path is wrapped
+    assert "warning: only 16 calibration samples" in shown
+    assert f"perceiver-export profile {shlex.quote(str(out))} --sort loss" in shown
     assert shown.splitlines()[-1].startswith(f"next: perceiver-export validate {shlex.quote(str(out))} ")
     assert json.loads(file.read_text())[0]["group"] == "encoder.cross_attentions.0.attention.key"
     return out
 
 
-def test_inspect_shows_every_linear_with_its_kernel(int8: Path) -> None:
+def test_inspect_shows_how_much_of_int8_runs_in_integer_kernels(int8: Path) -> None:
     text = succeed("inspect", int8)
     document = json.loads(succeed("inspect", int8, "--json"))
 
-    assert "MatMulIntegerToFloat" in text
-    assert "100.00% of int8 in" in text
+    assert text.count("100.00% of int8 multiply-adds") == 2
     assert len(document["calibration"]["parts"]["model"]["linears"]) == 47
     assert document["manifest"]["quantization"]["integer_share"] == {"ort-cpu": 1.0, "openvino-cpu": 1.0}
+
+
+def test_a_profile_is_a_table_a_csv_file_a_page_and_json(
+    int8: Path, plain_fashion_bundle: Path, tmp_path: Path
+) -> None:
+    given: list[str | Path] = ["profile", int8, "--device", "ort-cpu"]
+    shown = succeed(*given, "--sort", "loss", "-o", tmp_path / "layers.csv")
+    page = tmp_path / "layers.html"
+    document = json.loads(succeed(*given, "--against", plain_fashion_bundle, "-o", page, "--json"))
+    with (tmp_path / "layers.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+
+    assert "MatMulIntegerToFloat" in shown
+    assert "more layers" in shown
+    assert len(rows) == len(document["layers"]) == page.read_text(encoding="utf-8").count("<tr>") - 1
+    losses = [float(row["loss"]) for row in rows if row["loss"]]
+    assert losses == sorted(losses)
+    assert rows[0]["layer"] == "encoder.cross_attentions.0.attention.key"
+    assert all(one["against"] is not None for one in document["layers"])
+    for wrong in ("layers.txt", int8 / "layers.csv"):
+        fail(*given, "-o", wrong)
 
 
 def test_what_gates_found_is_shown_kept_and_all_that_fail_are_named(fashion_bundle: Path, tmp_path: Path) -> None:
@@ -86,7 +107,7 @@ def test_every_option_is_passed_on(fashion_bundle: Path, tmp_path: Path, monkeyp
         assert taken.pop("options") == expected
     taken.pop("progress")
     splits = {"calibrate": HELD_OUT, "search_on": "s", "certify_on": "c"}
-    assert taken == {**splits, "device": "all", "least_gain": 1, "allow_overlap": True}
+    assert taken == {**splits, "device": "all", "least_gain": 1, "for_size": False, "allow_overlap": True}
 
 
 def test_a_search_is_shown_rung_by_rung(fashion_bundle: Path, tmp_path: Path) -> None:
@@ -96,7 +117,7 @@ def test_a_search_is_shown_rung_by_rung(fashion_bundle: Path, tmp_path: Path) ->
     given: list[str | Path] = ["--data", HELD_OUT, "-o", tmp_path / "mixed", "--samples", "24", "--device", "all"]
     given += ["--keep-float", "encoder.*", "--precision", f"{weights}=int4-weights", "--min-agreement", "80"]
     given += ["--max-metric-change", "0.5", "--metric", "kl", "--sensitivity", tmp_path / "layers.json"]
-    shown = succeed("quantize", fashion_bundle, *given, "--search", search, "--certify", certify)
+    shown = succeed("quantize", fashion_bundle, *given, "--search", search, "--certify", certify, "--for-size")
     ranking = json.loads((tmp_path / "layers.json").read_text())
 
     assert "layers that went back" in shown

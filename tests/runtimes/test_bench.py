@@ -7,10 +7,14 @@ import errno
 from pathlib import Path
 from typing import Any
 
+import msgspec
+import numpy as np
 import pytest
 
 from perceiver_export.runtimes import bench, build, load
+from perceiver_export.runtimes.benchmark import fastest, unsteady
 from perceiver_export.runtimes.bundle import change_report, read_report
+from perceiver_export.runtimes.engines.backend import find_target
 from perceiver_export.runtimes.errors import BundleError, DeviceError, UsageError
 from perceiver_export.runtimes.machine import cpu_name
 from tests.runtimes.targets import EXPECTED
@@ -76,6 +80,40 @@ def test_auto_takes_the_faster_target_of_the_report_of_this_cpu(copied_bundle: P
         assert runtime.describe()["target"] == "ort-cpu"
     with pytest.raises(BundleError, match=r"report\.json cannot be read"):
         change_report(copied_bundle, "bench", lambda _: {})
+
+
+@pytest.mark.skipif("openvino-cpu" not in EXPECTED, reason="PERCEIVER_TEST_TARGETS expects no OpenVINO")
+def test_auto_measures_each_precision_that_the_target_computes_in(copied_bundle: Path) -> None:
+    here = {target: ("fp32", *find_target(target).backend().precisions(target)) for target in EXPECTED}
+    result = bench(copied_bundle, device="all", precision="auto", runs=8, save=True)
+
+    assert [(side.target, side.precision) for side in result.measurements] == [
+        (target, precision) for target, found in here.items() for precision in found
+    ]
+    assert here["ort-cpu"] == ("fp32",)
+    assert all(side.within_tolerance and side.size > 1 for side in result.measurements)
+    assert bool(result.fastest) != bool(result.unsteady)
+    saved = read_report(copied_bundle)
+    assert {target: one["precision"] for target, one in saved["bench"][cpu_name()].items()} == dict.fromkeys(
+        here, "fp32"
+    )
+    if not result.unsteady:
+        times = saved["precisions"][cpu_name()]
+        assert {target: tuple(found) for target, found in times.items()} == here
+        assert all(found["fp32"] == [1, 1, 1] for found in times.values())
+
+
+def test_sides_whose_spreads_overlap_tie_and_a_throttled_machine_decides_nothing(fashion_bundle: Path) -> None:
+    noise = np.random.default_rng(0).uniform(0.95, 1.05, (3, 25))
+
+    assert fastest(np.array([[2.0], [1.0], [1.5]]) * noise) == (1,)
+    assert fastest(np.array([[2.0], [1.0], [1.005]]) * noise) == (1, 2)
+    busy = np.linspace(1, 3, 25)  # slows all sides alike
+    assert fastest(np.array([[2.0], [1.0], [1.5]]) * noise * busy) == (1,)
+    (side,) = bench(fashion_bundle, device="ort-cpu", runs=5).measurements
+    steady = msgspec.structs.replace(side, p50=1.0, spread=(0.95, 1.05))
+    assert unsteady([steady, steady]) == ""
+    assert "50%" in unsteady([steady, msgspec.structs.replace(steady, spread=(0.8, 1.3))])
 
 
 def test_figures_of_a_bundle_on_a_read_only_file_system(copied_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

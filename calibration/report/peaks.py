@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rates that a machine's engine reaches at best: of products by their type, and of memory."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple, cast, get_args
+
+import numpy as np
+import onnx_ir as ir
+
+from perceiver_export.calibration.graphs import constant, remove_unused
+from perceiver_export.calibration.quantization.engines import Kernel, Timing, read_kernels, totals
+from perceiver_export.runtimes.engines.backend import EngineOptions, Precision
+from perceiver_export.runtimes.runtime import Array
+
+_SECONDS = 0.3  # of timing
+_SIZE = 1024  # of a product's matrices: 4 MiB each in fp32
+_ELEMENTS = 1 << 24  # of a sum's arrays: 64 MiB each
+_CACHED = 32 << 20  # bytes that a cache may hold
+
+
+class Peaks(NamedTuple):
+    """``products``: FLOP/s by type; ``memory``: bytes/s."""
+
+    products: dict[str, float]
+    memory: float
+
+    def milliseconds(self, flops: int, precision: str, num_bytes: int) -> float:
+        """The least time of this work; 0 for what a cache may hold and is no product."""
+        work = flops / self.products[precision] if precision in self.products else 0.0
+        return 1e3 * max(work, num_bytes / self.memory if num_bytes > _CACHED and self.memory else 0.0)
+
+
+def measure_peaks(target: str, precisions: Sequence[str], threads: int | None) -> Peaks:
+    """The rates of an engine on this machine, from a large product of each type and a large sum; none of no types."""
+    products = {precision: _product(target, precision, threads) for precision in precisions}
+    return Peaks(products, _memory(target, threads) if products else 0.0)
+
+
+def _product(target: str, precision: str, threads: int | None) -> float:
+    """FLOP/s of a product of two square matrices; in int8 with its activations quantized before it."""
+    weight = np.random.default_rng(0).integers(-127, 128, (_SIZE, _SIZE)).astype(np.int8)
+    ops: list[tuple[str, ...]] = [("MatMul", "y", "x", "w")]
+    if precision == "int8":
+        ops = [("QuantizeLinear", "q", "x", "s", "z"), ("DequantizeLinear", "d", "q", "s", "z")]
+        ops += [("DequantizeLinear", "v", "w", "s"), ("MatMul", "y", "d", "v")]
+    array = weight if precision == "int8" else weight.astype(np.float32)
+    kernels = _kernels((1, _SIZE, _SIZE), ops, array, target, precision, threads)
+    return 2e3 * _SIZE**3 / float(totals([one for one in kernels if one.product]).min())
+
+
+def _memory(target: str, threads: int | None) -> float:
+    """Bytes/s of the sum of two arrays that no cache holds."""
+    array = np.ones(_ELEMENTS, np.float32)
+    kernels = _kernels(array.shape, [("Add", "y", "x", "w")], array, target, "fp32", threads)
+    return 3e3 * array.nbytes / float(totals(kernels).min())
+
+
+def _kernels(
+    shape: Sequence[int], ops: Iterable[Sequence[str]], weight: Array, target: str, precision: str, threads: int | None
+) -> list[Kernel]:
+    """The kernels of a graph: ``ops``, each with its output and inputs: ``x`` and the constants ``w``, ``s``, ``z``."""
+    x = ir.Value(name="x", shape=ir.Shape(shape), type=ir.TensorType(ir.DataType.FLOAT))
+    graph = ir.Graph([x], [], nodes=(), opset_imports={"": 20}, name="peak")
+    constants = {"w": weight, "s": np.array(0.01, np.float32), "z": np.array(128, np.uint8)}
+    values = {"x": x} | {name: constant(graph, name, array) for name, array in constants.items()}
+    for op, output, *inputs in ops:
+        values[output] = ir.Value(name=output)
+        graph.append(ir.node(op, [values[name] for name in inputs], outputs=[values[output]], name=output))
+    values["y"].type, values["y"].shape = x.type, x.shape
+    graph.outputs.append(values["y"])
+    remove_unused(graph)
+    options = EngineOptions(precision=cast("Precision", precision if precision in get_args(Precision) else "fp32"))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        ir.save(ir.Model(graph, ir_version=10), path)
+        feeds = {"x": np.ones(shape, np.float32)}
+        return read_kernels(target, path, feeds, options, Timing(_SECONDS, threads))[1]

@@ -1,0 +1,303 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`profile()`: what an engine really runs, a row a layer of the model.
+
+A layer is a module: a node's name is the module's, a slash, and its operator. Engines fuse, split and add nodes. Their
+kernels are joined to layers by the names of nodes and tensors that they keep. A kernel counts to the layer of its
+product, else to that of its first node; one without a name, such as a conversion between types, to the layer that runs
+next. The graph is compiled as `load` does, with the engine's profiler on, which takes some time itself.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import msgspec
+import numpy as np
+import onnx_ir as ir
+
+from perceiver_export.calibration.data.sources import Data
+from perceiver_export.calibration.graphs import node_flops, reached, read_graph
+from perceiver_export.calibration.quantization.engines import (
+    MISSING,
+    Kernel,
+    Timing,
+    built_kernels,
+    read_kernels,
+    totals,
+)
+from perceiver_export.calibration.quantization.record import Calibration, LinearRecord, read_calibration
+from perceiver_export.calibration.quantization.sensitivity import measure_layer_errors
+from perceiver_export.calibration.quantization.statistics import with_shapes
+from perceiver_export.calibration.report.peaks import measure_peaks
+from perceiver_export.calibration.report.tables import Table
+from perceiver_export.runtimes.benchmark import STEADY, Side, quartiles
+from perceiver_export.runtimes.bundle import Bundle, open_bundle
+from perceiver_export.runtimes.engines.backend import EngineOptions, Precision, PrecisionChoice, Source, find_target
+from perceiver_export.runtimes.engines.cache import Candidate
+from perceiver_export.runtimes.errors import EngineError, UsageError
+from perceiver_export.runtimes.manifest import Part
+from perceiver_export.runtimes.opening import engine_for
+from perceiver_export.runtimes.presence import choose_precision, choose_target
+
+_COLUMNS = (
+    *("layer", "asked", "built", "kernel", "ms>", "share>", "× against>", "MiB>", "GFLOP/s>", "GB/s>", "of the peak>"),
+    *("SQNR, dB>", "alone, dB>"),
+)
+_PRODUCTS = ("MatMul", "Gemm", "Conv")
+_SECONDS = 2.0  # of timing
+
+
+class LayerProfile(msgspec.Struct, frozen=True):
+    """``kernel`` runs the layer's product, or most of it; ``built`` is the type of what that reads.
+
+    ``milliseconds`` and ``against`` (of the other bundle) are medians of a call; ``share`` is that of all kernels.
+    ``flops`` are those of products in the graph, ``bytes`` what its kernels read and write. ``roofline``: the least
+    time at the machine's peaks as a share of the time; memory counts where no cache holds the data. In dB: ``sqnr`` of
+    the layer's product to fp32's, ``loss`` the SQNR of the model's outputs with only this layer quantized.
+    """
+
+    part: str
+    layer: str
+    asked: str
+    built: str
+    kernel: str
+    milliseconds: float
+    share: float
+    flops: int
+    bytes: int
+    roofline: float | None = None
+    sqnr: float | None = None
+    loss: float | None = None
+    against: float | None = None
+
+
+class Profile(msgspec.Struct, frozen=True):
+    """``milliseconds`` is the sum of the layers'. ``peaks``: FLOP/s of a large product by type, ``memory``: bytes/s of
+    a large sum, both of this engine on this machine. ``unsteady``: why the times do not decide; empty where they do.
+    """
+
+    bundle: str
+    target: str
+    engine: str
+    precision: str
+    milliseconds: float
+    layers: tuple[LayerProfile, ...]
+    peaks: dict[str, float]
+    memory: float
+    unsteady: str = ""
+
+    def worst(self, by: str = "time") -> tuple[LayerProfile, ...]:
+        """The layers by ``time``, or by the ``loss`` that lowering them costs, or else by their own SQNR."""
+        if by == "time":
+            return tuple(sorted(self.layers, key=lambda one: -one.milliseconds))
+        worst = (tuple(np.inf if it is None else it for it in (one.loss, one.sqnr)) for one in self.layers)
+        return tuple(one for _, one in sorted(zip(worst, self.layers, strict=True), key=lambda pair: pair[0]))
+
+    def table(self, by: str = "time", most: int | None = None) -> Table:
+        """The ``most`` layers that come first, without columns that say nothing."""
+        rows, several = [], len({one.part for one in self.layers}) > 1
+        for one in self.worst(by)[:most]:
+            seconds = one.milliseconds / 1e3
+            rates = [f"{done / seconds / 1e9:,.1f}" if done and seconds else "" for done in (one.flops, one.bytes)]
+            faster = f"{one.milliseconds / one.against:.2f}" if one.against else ""
+            rows.append(
+                (
+                    *(f"{one.part}: {one.layer}" if several else one.layer, one.asked, one.built, one.kernel),
+                    *((f"{one.milliseconds:.3f}", f"{one.share:.1%}") if self.milliseconds else ("", "")),
+                    *(faster, f"{one.bytes / 2**20:,.2f}" if one.bytes else "", *rates),
+                    "" if one.roofline is None else f"{one.roofline:.0%}",
+                    *("" if found is None else f"{found:.1f}" for found in (one.sqnr, one.loss)),
+                )
+            )
+        peaks = ", ".join(f"{peak / 1e9:,.0f} GFLOP/s in {kind}" for kind, peak in self.peaks.items())
+        memory = f"{self.memory / 1e9:,.1f} GB/s for what no cache holds"
+        note = f"Of the peak: the least time at {peaks}, and at {memory}, as a share of the time."
+        if any(one.loss is not None for one in self.layers):
+            note += " Alone: SQNR of the outputs with only this layer quantized."
+        title = f"{self.bundle} in {self.precision} on {self.target}, {self.engine}"
+        if not self.milliseconds:  # a report that the build kept
+            return Table(title, _COLUMNS, rows, "As the engine's builder reported; it times no layers.").without_empty()
+        return Table(f"{title}: {self.milliseconds:.2f} ms of kernels", _COLUMNS, rows, note).without_empty()
+
+
+def profile(
+    bundle: str | os.PathLike[str] | Bundle,
+    *,
+    device: str = "auto",
+    precision: PrecisionChoice | None = None,
+    against: str | os.PathLike[str] | Bundle | None = None,
+    data: Data | None = None,
+    threads: int | None = None,
+) -> Profile:
+    """Profile a bundle as `load` runs it with these options, on its golden inputs.
+
+    A bundle ``against`` is profiled on the same target, in its own precision. With DATA, ``sqnr`` is measured against
+    it (the float bundle that this one was quantized from), else it is what `quantize` recorded on calibration samples.
+
+    Raises DeviceError: the target says nothing about its kernels; UsageError: DATA without a float bundle of the same
+    layers; DataError; and what `load` raises.
+    """
+    opened = open_bundle(bundle)
+    target = choose_target(opened, precision) if device == "auto" else device
+    found = _Run(opened, target, choose_precision(opened, target) if precision == "auto" else precision, threads)
+    other = None if against is None else _Run(open_bundle(against), target, None, threads)
+    sqnr, loss = _accuracy(opened, None if other is None else other.bundle, data)
+    products = (one for kernels in found.kernels.values() for one in kernels if one.product and one.times)
+    peaks = measure_peaks(target, sorted({one.precision for one in products} - {""}), threads)
+    layers, total = [], found.total
+    for key in found.kernels:
+        main, time, flops, moved = found.main(key), found.time(key), found.flops[key], found.moved(key)
+        least = peaks.milliseconds(flops, main.precision, moved)
+        layers.append(
+            LayerProfile(
+                *(*key, found.asked(*key), found.built(key), main.kernel),
+                *(time, time / total if time else 0.0, flops, moved, least / time if least and time else None),
+                *(sqnr.get(key), loss.get(key), None if other is None else other.time(key)),
+            )
+        )
+    described = (opened.manifest.name, target, found.engine, found.precision, total)
+    return Profile(*described, tuple(layers), peaks.products, peaks.memory, found.unsteady)
+
+
+_Key = tuple[str, str]  # part and layer
+
+
+@dataclass
+class _Run:
+    """The kernels of a bundle on a target, by part and layer."""
+
+    bundle: Bundle
+    target: str
+    wanted: Precision | None
+    threads: int | None
+    engine: str = ""
+    precision: str = ""
+    unsteady: str = ""
+    kernels: dict[_Key, list[Kernel]] = field(default_factory=dict)
+    flops: dict[_Key, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        record = read_calibration(self.bundle)
+        self._schemes = {key: one.scheme for key, one in _linears(record)}
+        options = EngineOptions(precision=self.wanted or "fp32")
+        for name, part in self.bundle.manifest.parts.items():
+            source, engine, _ = engine_for(self.bundle, name, self.target, options, self.wanted)
+            kernels = self._read(source, name, part, engine)
+            self._float = source.options.precision
+            self.precision = source.precision if self._float == "fp32" else source.compiled_precision
+            for layer, own in _by_layer(with_shapes(read_graph(source.graph)).graph, kernels).items():
+                self.kernels[name, layer], self.flops[name, layer] = own
+            low, median, high = quartiles(totals(kernels))
+            if high - low > STEADY * median:
+                share = (high - low) / median
+                self.unsteady = f"half of the times of {name} spread over {share:.0%} of their median"
+
+    def _read(self, source: Source, name: str, part: Part, engine: Candidate | None) -> list[Kernel]:
+        """Timed where the graph compiles in seconds, else of the engine that was built. Raises EngineError: none."""
+        if not find_target(self.target).needs_engine:
+            feeds = Side(str(self.bundle.path), self.target, name, self.threads).feeds(part.inputs)
+            how = Timing(_SECONDS, self.threads)
+            self.engine, kernels = read_kernels(self.target, source.graph, feeds, source.options, how)
+            return kernels
+        if engine is None:
+            build = f"perceiver-export build {self.bundle.path} --target {self.target}"
+            raise EngineError(f"no engine of {name} was built for {self.target} here", f"build it: {build}")
+        self.engine = f"{self.target} {engine.record.identity.platform.version}"
+        return built_kernels(engine.directory)
+
+    @property
+    def total(self) -> float:
+        """Milliseconds of all layers."""
+        return sum(map(self.time, self.kernels))
+
+    def asked(self, part: str, layer: str) -> str:
+        """The scheme that the layer was quantized in, else the precision of the engine."""
+        scheme = self._schemes.get((part, layer), "float")
+        return self._float if scheme == "float" else scheme
+
+    def main(self, key: _Key) -> Kernel:
+        """The kernel of the layer's product, the slowest of several, or the slowest of all."""
+        return max(self.kernels[key], key=lambda one: (one.product, float(np.sum(one.times))), default=MISSING)
+
+    def built(self, key: _Key) -> str:
+        """The types of the layer's products, of all its kernels where it has none; those that take most time first."""
+        kernels = sorted(self._ran(key), key=lambda one: (-one.product, -float(np.sum(one.times))))
+        found = [one.precision for one in kernels if one.precision and one.product == kernels[0].product]
+        return ", ".join(dict.fromkeys(found))
+
+    def _ran(self, key: _Key) -> list[Kernel]:
+        """Without those that take no time, such as constants, and changes of shape that move nothing."""
+        return [one for one in self.kernels[key] if any(one.times) or not one.times]
+
+    def moved(self, key: _Key) -> int:
+        """Bytes."""
+        return sum(one.num_bytes for one in self._ran(key))
+
+    def time(self, key: _Key) -> float:
+        """Median milliseconds of a call."""
+        kernels = [one for one in self.kernels.get(key, ()) if one.times]
+        return float(np.median(totals(kernels))) if kernels else 0.0
+
+
+def _by_layer(graph: ir.Graph, kernels: Sequence[Kernel]) -> dict[str, tuple[list[Kernel], int]]:
+    """The kernels and the FLOPs of products of each layer, in the graph's order."""
+    makers: dict[str, ir.Node] = {}
+    found: dict[str, tuple[list[Kernel], int]] = {}
+    for node in graph:
+        makers |= dict.fromkeys((_name(node), *(str(value.name) for value in node.outputs)), node)
+        own, flops = found.setdefault(_layer_of(_name(node)), ([], 0))
+        found[_layer_of(_name(node))] = (own, flops + node_flops(node) * (node.op_type in _PRODUCTS))
+    following = next(iter(makers.values()), None)
+    for kernel in reversed(kernels):
+        known = [makers[name] for one in kernel.names for name in _with_parents(one) if name in makers]
+        if kernel.product:  # it may bear the name of what was fused behind it
+            behind = reached(
+                [value for node in known for value in node.outputs], lambda node: node.op_type not in _PRODUCTS
+            )
+            known = [node for node in behind if node.op_type in _PRODUCTS] or known
+        following = known[0] if known else following
+        if following is not None:
+            found[_layer_of(_name(following))][0].append(kernel)
+    return found
+
+
+def _name(node: ir.Node) -> str:
+    return str(node.name or node.outputs[0].name)
+
+
+def _with_parents(name: str) -> Iterator[str]:
+    """``a/b/c``, ``a/b`` and ``a``: engines call what they make of a node after it."""
+    while name:
+        yield name
+        name = name.rpartition("/")[0]
+
+
+def _linears(record: Calibration | None) -> list[tuple[_Key, LinearRecord]]:
+    parts = {} if record is None else record.parts
+    return [((name, _layer_of(one.name)), one) for name, part in parts.items() for one in part.linears]
+
+
+def _layer_of(node: str) -> str:
+    return node.rpartition("/")[0] or node
+
+
+def _accuracy(bundle: Bundle, against: Bundle | None, data: Data | None) -> tuple[dict[_Key, float], dict[_Key, float]]:
+    """SQNR by layer, of its own products and of the outputs with it alone quantized: the worst where it runs again."""
+    own: dict[_Key, float] = {}
+    loss: dict[_Key, float] = {}
+    linears = _linears(read_calibration(bundle))
+    errors = {}
+    if data is not None:
+        if against is None or not linears:
+            raise UsageError("--data compares layers of an int8 bundle with float", "give --against FLOAT_BUNDLE too")
+        errors = {(one.part, one.group): one.sqnr for one in measure_layer_errors(bundle, against, data)}
+    for key, linear in linears:
+        found = errors.get((key[0], linear.group), linear.sqnr)
+        if found is not None:
+            own[key] = min(own.get(key, np.inf), found)
+    for key, linear in linears or _linears(None if against is None else read_calibration(against)):
+        if linear.output_sqnr is not None:
+            loss[key] = linear.output_sqnr
+    return own, loss
