@@ -137,8 +137,7 @@ def _merged(name: str, part: _Part, shards: Sequence[Arrays]) -> Statistics:
             raise ValueError(f"rows of {tensor} are missing, or several shards gave them")
         owner = own.argmax(axis=0)
         kept = rows[owner, np.arange(len(owner))]
-        there: Array = np.asarray(own.any(axis=0))
-        activations[tensor] = Activation(low.min(axis=0), high.max(axis=0), kept, there, seen)
+        activations[tensor] = Activation(low.min(axis=0), high.max(axis=0), kept, own.max(axis=0), seen)
     largest = np.max([arrays[f"hazards {name}"] for arrays in shards], axis=0).tolist()
     pairs = zip(part.depths.items(), largest, strict=True)
     return Statistics(activations, {tensor: Hazard(value, depth) for (tensor, depth), value in pairs})
@@ -146,18 +145,13 @@ def _merged(name: str, part: _Part, shards: Sequence[Arrays]) -> Statistics:
 
 def _calls(bundle: Bundle, arrays: Arrays) -> tuple[Call, ...]:
     """The first calls in their order, with feeds and outputs of every part."""
-    calls = []
-    for number in range(KEPT):
-        feeds, outputs = (_of_call(bundle, arrays, f"{side} {number}") for side in ("feed", "output"))
-        if any(feeds.values()):
-            calls.append(Call(feeds, outputs))
-    return tuple(calls)
 
+    def side(kind: str, number: int) -> dict[str, dict[str, Array]]:
+        keys = {part: f"{kind} {number} {part} " for part in bundle.manifest.parts}
+        return {
+            part: {name.removeprefix(key): array for name, array in arrays.items() if name.startswith(key)}
+            for part, key in keys.items()
+        }
 
-def _of_call(bundle: Bundle, arrays: Arrays, start: str) -> dict[str, dict[str, Array]]:
-    """The arrays of each part whose names begin so, without that beginning."""
-    keys = {part: f"{start} {part} " for part in bundle.manifest.parts}
-    return {
-        part: {name.removeprefix(key): array for name, array in arrays.items() if name.startswith(key)}
-        for part, key in keys.items()
-    }
+    calls = (Call(side("feed", number), {**side("output", number)}) for number in range(KEPT))
+    return tuple(call for call in calls if any(call.feeds.values()))

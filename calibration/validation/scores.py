@@ -179,8 +179,9 @@ class Scores:
                 if not isinstance(one, Column):
                     sums[name] = sums[name] + one if name in sums else one
         for name, array in outputs.items():
-            flat = array.reshape(len(array), -1).astype(np.float64)
-            found["outputs"][name] = Column(flat @ _direction(flat.shape[1]), np.abs(flat).max(axis=1))
+            rows = array.reshape(len(array), -1)
+            values = np.array([row.astype(np.float64) @ _direction(len(row)) for row in rows])
+            found["outputs"][name] = Column.of(values, np.maximum(rows.max(axis=1), -rows.min(axis=1)))
         return found
 
     @property

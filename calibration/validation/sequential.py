@@ -15,6 +15,7 @@ The package confseq has such bounds too; its last release is of January 2023.
 from __future__ import annotations
 
 import functools
+import math
 
 import numpy as np
 
@@ -26,8 +27,8 @@ _BETS = 0.99 * 2.0 ** -np.arange(8)
 _STEPS = 50  # of a bisection
 
 
-def log_capital(lost: Array, gained: Array, total: Array, margin: float) -> Array:
-    """Logarithm of the capital (...) after ``total`` samples; the arrays broadcast."""
+def log_capital(lost: Array | int, gained: Array | int, total: Array | int, margin: float) -> Array:
+    """Logarithm of the capital (...) after ``total`` samples; counts (...) broadcast."""
     kept = np.asarray(total) - lost - gained
     counts = np.stack(np.broadcast_arrays(lost, gained, kept), axis=-1)
     returns = np.log1p(np.multiply.outer(_BETS / (1 - margin), margin - np.array([1, -1, 0])))
@@ -54,12 +55,8 @@ def _upper(lost: int, gained: int, total: int) -> float:
     low, high = (lost - gained) / total, 1.0
     for _ in range(_STEPS):
         middle = (low + high) / 2
-        if middle >= 1 or log_capital(np.array(lost), np.array(gained), np.array(total), middle) < -np.log1p(
-            -CONFIDENCE
-        ):
-            low = middle
-        else:
-            high = middle
+        refused = middle < 1 and log_capital(lost, gained, total, middle) >= -math.log1p(-CONFIDENCE)
+        low, high = (low, middle) if refused else (middle, high)
     return high
 
 

@@ -267,8 +267,8 @@ def _fill(scores: Scores, shards: Sequence[Shard], order: Array) -> None:
     for side, columns in shards[0].columns.items():
         parts = {name: [one.columns[side][name].column(len(one.positions)) for one in shards] for name in columns}
         scores.parts[side] = [{name: joined(found, order) for name, found in parts.items()}]
-    for sums, *given in zip(scores.sums, *(one.sums for one in shards), strict=True):
-        sums |= _added(given)
+    for sums, *added in zip(scores.sums, *(one.sums for one in shards), strict=True):
+        sums |= _added(added)
     scores.unused = {name for one in shards for name in one.unused}
     scores.reads = {name: _union(one.reads[name] for one in shards) for name in shards[0].reads}
     scores.worst.seen = len(order)

@@ -54,8 +54,7 @@ def test_bounds_are_where_the_capital_is_20_and_wider_than_those_of_a_fixed_numb
     found = sequential.drop(lost, gained, total)
 
     if found.upper < 1:
-        capital = sequential.log_capital(np.array(lost), np.array(gained), np.array(total), found.upper)
-        assert capital == pytest.approx(TWENTY, rel=1e-3)
+        assert sequential.log_capital(lost, gained, total, found.upper) == pytest.approx(TWENTY, rel=1e-3)
     assert found.lower == -sequential.drop(gained, lost, total).upper
     assert p_value(lost, gained, total, min(found.upper, 1 - 1e-9)) <= 0.05 or found.upper == 1
     agreement, exact = sequential.share(total - lost, total), share(total - lost, total)
