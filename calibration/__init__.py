@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything that changes or judges a bundle without PyTorch."""
+"""Everything that changes or evaluates a bundle without PyTorch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from perceiver_export.calibration.validation.validation import validate as validate
     from perceiver_export.calibration.validation.validation import validate_targets as validate_targets
 
-# Modules by their public names, imported on first use.
+# Public names by module. Each module is imported on first use.
 _NAMES = {
     "lowering.lint": "lint",
     "lowering.tensorrt": "lower_bundle",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bundles and other directories that commands write: filled under a temporary name beside, then renamed."""
+"""Bundles and other directories that commands write under a temporary name and then rename."""
 
 from __future__ import annotations
 
@@ -20,23 +20,24 @@ from perceiver_export.runtimes.errors import (
 from perceiver_export.runtimes.files import check_writable, recover, replacing, writing
 from perceiver_export.runtimes.manifest import FileEntry
 
-_ELSEWHERE = "choose another place with -o"
+_ELSEWHERE = "choose another path with -o"
 
 
 def absolute_place(out: str | os.PathLike[str]) -> Path:
-    """``out`` with a name, even where it is "." or "bundle/". Raises UsageError: it is no path."""
+    """``out`` as an absolute path, so that "." and "bundle/" have a name too. Raises UsageError: it is not a path."""
     check_kind("output", out, (str, os.PathLike), "the path of a new directory")
     return Path(os.path.abspath(out))
 
 
 @contextlib.contextmanager
 def new_bundle(path: Path, overwrite: bool, elsewhere: str = _ELSEWHERE) -> Iterator[Path]:
-    """A temporary directory beside ``path`` that becomes ``path`` when the block succeeds, and vanishes otherwise.
+    """A temporary directory that becomes ``path`` if the block succeeds, and is removed if it fails.
 
-    An existing bundle is replaced only with ``overwrite``, and only at the very end; anything else there is never
-    touched. Of two writers at one place the first to finish wins. ``elsewhere`` is the hint where it cannot be written.
+    An existing bundle is replaced only with ``overwrite``, and only at the very end. Anything else at ``path`` is never
+    changed. If two processes write the same path, the first to finish wins. ``elsewhere`` is the hint for a path that
+    cannot be written.
 
-    Raises BundleExistsError; ExportError where the disk is full or the place cannot be written.
+    Raises BundleExistsError; ExportError: the disk is full, or the path cannot be written.
     """
     refuse_existing(path, overwrite)
     with writing(path, ExportError, elsewhere):
@@ -45,11 +46,10 @@ def new_bundle(path: Path, overwrite: bool, elsewhere: str = _ELSEWHERE) -> Iter
             with replacing(path, directory=True, overwrite=overwrite) as temporary:
                 yield temporary
                 if path.is_dir() and any(path.iterdir()) and not (path / "manifest.json").is_file():
-                    raise FileExistsError  # it was a bundle, or nothing, when this began
+                    raise FileExistsError  # it was a bundle or empty at the start
         except FileExistsError as error:
-            raise BundleExistsError(
-                f"another export wrote {path} in the meantime", "theirs is there; replace it with --overwrite"
-            ) from error
+            hint = "replace its result with --overwrite"
+            raise BundleExistsError(f"another process wrote {path} in the meantime", hint) from error
 
 
 def file_entries(directory: Path) -> dict[str, FileEntry]:
@@ -63,7 +63,7 @@ def file_entry(file: Path) -> FileEntry:
 
 
 def enclosing_bundle(path: Path) -> Path | None:
-    """The bundle that ``path`` lies in, through symbolic links; None where it is in none, or is one itself."""
+    """The bundle that contains ``path``, with symbolic links resolved; None if no bundle does."""
     for folder in path.resolve().parents:
         if os.path.isfile(folder / "manifest.json"):
             with contextlib.suppress(BundleError, OSError):  # another program's manifest.json
@@ -73,22 +73,22 @@ def enclosing_bundle(path: Path) -> Path | None:
 
 
 def refuse_place(path: Path, overwrite: bool, source: str | os.PathLike[str] | Bundle | None = None) -> None:
-    """`refuse_existing` and `check_writable`; UsageError inside another bundle, or where ``source``, a bundle, would be
-    lost.
+    """`refuse_existing` and `check_writable`. Raises UsageError: ``path`` is inside another bundle, or writing it would
+    overwrite the bundle ``source``.
     """
     place, bundle = path.resolve(), enclosing_bundle(path)
     if source is not None:
         read = (source.path if isinstance(source, Bundle) else Path(source)).resolve()
         if place == read or place in read.parents:
-            raise UsageError(f"{path} would take the place of its own source {read}", "choose another -o")
+            raise UsageError(f"{path} would overwrite its own source {read}", "choose another -o")
     if bundle is not None:
-        raise UsageError(f"{path} lies inside the bundle {bundle}", "choose a place outside of it with -o")
+        raise UsageError(f"{path} is inside the bundle {bundle}", "choose a path outside it with -o")
     check_writable(path, ExportError, _ELSEWHERE)
     refuse_existing(path, overwrite)
 
 
 def refuse_existing(path: Path, overwrite: bool) -> None:
-    """Raise BundleExistsError unless ``path`` is free, an empty directory, or a bundle that may be replaced."""
+    """Raise BundleExistsError unless ``path`` is missing, an empty directory, or a bundle that may be replaced."""
     recover(path)
     try:
         with writing(path, ExportError, _ELSEWHERE):
@@ -96,30 +96,28 @@ def refuse_existing(path: Path, overwrite: bool) -> None:
                 return
         read_manifest(path)
     except BundleError as error:
-        raise BundleExistsError(f"{path} exists and is not a bundle", "choose another place with -o") from error
+        raise BundleExistsError(f"{path} exists and is not a bundle", _ELSEWHERE) from error
     if not overwrite:
-        raise BundleExistsError(
-            f"there is already a bundle at {path}", "replace it with --overwrite, or choose another -o"
-        )
+        raise BundleExistsError(f"the bundle {path} already exists", "choose another -o, or replace it: --overwrite")
 
 
 def check_new_directory(path: Path, option: str, error: type[PerceiverExportError]) -> None:
-    """Before a model runs for minutes: refuse a directory that holds something, or cannot be made.
+    """Raise ``error`` if a directory is not empty or cannot be created. Call it before long work.
 
-    Raises ``error``, whose hint names the command's ``option``.
+    The hint names the command's ``option``.
     """
     check_writable(path, error, f"give {option} another directory")
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise error(f"{path} is there already", f"give {option} a directory that is not there yet, or is empty")
+        raise error(f"{path} already exists", f"give {option} a new or empty directory")
     if not path.absolute().parent.is_dir():
-        raise error(f"{path} cannot be made: its folder is not there", f"give {option} another directory")
+        raise error(f"{path} cannot be created: its parent directory is missing", f"give {option} another directory")
 
 
 @contextlib.contextmanager
 def new_directory(path: Path, option: str, error: type[PerceiverExportError]) -> Iterator[Path]:
-    """A temporary directory that becomes ``path`` when the block succeeds, and vanishes otherwise.
+    """A temporary directory that becomes ``path`` if the block succeeds, and is removed if it fails.
 
-    Raises what `check_new_directory` does; ``error`` where it cannot be written.
+    Raises ``error``: as `check_new_directory`, and if the directory cannot be written.
     """
     check_new_directory(path, option, error)
     hint = f"choose another directory with {option}"

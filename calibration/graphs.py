@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ONNX graphs that are being worked on: values, rewriting, files, costs, and ONNX Runtime sessions on them."""
+"""Work with ONNX graphs: values, rewriting, files, costs, and ONNX Runtime sessions."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from perceiver_export.runtimes.runtime import Array
 
 WEIGHTS = "model.weights"
 SMALLEST = 256  # bytes; smaller arrays stay in the graph
-# Operators that only move numbers.
+# Operators that only move values.
 MOVES = frozenset(
     {
         *("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Split", "Concat", "Expand", "Pad", "Gather"),
@@ -35,13 +35,13 @@ MOVES = frozenset(
 
 
 def dims(value: ir.Value | None) -> tuple[int, ...]:
-    """The shape, a dynamic size counted as 1; empty where there is no shape."""
+    """The shape, with dynamic sizes as 1; empty if the shape is unknown."""
     shape = value.shape if value is not None and value.shape is not None else ()
     return tuple(dim if isinstance(dim, int) else 1 for dim in shape)
 
 
 def array_of(value: ir.Value) -> Array:
-    """An initializer's numbers."""
+    """The array of an initializer."""
     assert value.const_value is not None
     return value.const_value.numpy()
 
@@ -52,15 +52,15 @@ def is_constant(value: ir.Value | None) -> bool:
 
 
 def sqnr(exact: Array, found: Array) -> float:
-    """Signal to quantization noise in dB: 10 log10(Σ exact² / Σ (found − exact)²), see `decibels`."""
+    """The signal-to-quantization-noise ratio in dB: 10 log10(Σ exact² / Σ (found − exact)²). See `decibels`."""
     exact = exact.astype(np.float64)
     return decibels(float(np.square(exact).sum()), float(np.square(found - exact).sum()))
 
 
 def decibels(signal: float, noise: float) -> float:
-    """10 log10(signal / noise), at most 200, which stands for no noise; −200 where the noise is not finite.
+    """10 log10(signal / noise), at most 200, which stands for no noise; −200 if the noise is not finite.
 
-    Both ends are numbers because JSON and the order of layers need numbers.
+    Both limits are finite because JSON and the sorting of layers need finite numbers.
     """
     if not np.isfinite(noise):
         return -200.0
@@ -68,7 +68,7 @@ def decibels(signal: float, noise: float) -> float:
 
 
 def made_by(value: ir.Value | None, op_type: str) -> ir.Node | None:
-    """The node that makes a value, if it is of this type."""
+    """The node that produces a value, if it is of this type."""
     node = value.producer() if value is not None else None
     return node if node is not None and node.op_type == op_type else None
 
@@ -76,7 +76,7 @@ def made_by(value: ir.Value | None, op_type: str) -> ir.Node | None:
 def reached(
     start: Iterable[ir.Value | None], passes: Callable[[ir.Node], bool], forward: bool = False
 ) -> dict[ir.Node, bool]:
-    """The nodes that a walk from ``start`` to inputs (or outputs) meets, and whether it ``passes`` them."""
+    """The nodes met on a walk from ``start`` to inputs (or outputs), and for each whether the walk ``passes`` it."""
     waiting, seen, found = list(start), set[ir.Value](), dict[ir.Node, bool]()
     while waiting:
         value = waiting.pop()
@@ -94,12 +94,12 @@ def reached(
 def leads_to(
     start: Iterable[ir.Value | None], through: frozenset[str], goal: frozenset[str], forward: bool = False
 ) -> bool:
-    """Whether a walk from ``start`` over nodes of the types ``through`` meets a node of a type in ``goal``."""
+    """Whether a walk from ``start`` through nodes of the types ``through`` meets a node of a type in ``goal``."""
     return any(node.op_type in goal for node in reached(start, lambda node: node.op_type in through, forward))
 
 
 def constant(graph: ir.Graph, name: str, array: Array, dtype: ir.DataType | None = None) -> ir.Value:
-    """An initializer of that name; where the name is taken by another array, of a name like it."""
+    """An initializer with that name, or with a number added if the name belongs to another array."""
     unique, count = name, 1
     while (known := graph.initializers.get(unique)) is not None:
         same = array_of(known)
@@ -115,23 +115,23 @@ def constant(graph: ir.Graph, name: str, array: Array, dtype: ir.DataType | None
 
 
 def remove_unused(graph: ir.Graph) -> None:
-    """Drop the initializers that no node reads."""
+    """Remove the initializers that no node reads."""
     for name, value in list(graph.initializers.items()):
         if not value.uses() and not value.is_graph_output():
             del graph.initializers[name]
 
 
 class Behind:
-    """Puts nodes right behind the node that makes a value, each behind the one before.
+    """Inserts nodes directly after the node that produces a value, one after the other.
 
-    At the end of the graph they would keep the value alive until then.
+    At the end of the graph they would keep the value alive for the whole run.
     """
 
     def __init__(self, graph: ir.Graph, value: ir.Value) -> None:
         self.graph, self._name, self._last = graph, value.name, value.producer()
 
     def add(self, op: str, inputs: list[ir.Value], what: str, **attributes: int) -> ir.Value:
-        """A node; its output is named after the value and ``what``."""
+        """Add a node. Its output is named after the value and ``what``."""
         made = ir.Value(name=f"{self._name}.{what}")
         node = ir.node(op, inputs, attributes, outputs=[made], name=made.name)
         if self._last is None:  # an input of the graph
@@ -142,16 +142,16 @@ class Behind:
         return made
 
     def output(self, op: str, inputs: list[ir.Value], what: str, **attributes: int) -> None:
-        """A node whose output leaves the graph."""
+        """Add a node whose output becomes an output of the graph."""
         self.graph.outputs.append(self.add(op, inputs, what, **attributes))
 
     def constant(self, what: str, array: Array) -> ir.Value:
-        """An initializer, named after the value and ``what``."""
+        """Add an initializer named after the value and ``what``."""
         return constant(self.graph, f"{self._name}.{what}", array)
 
 
 def split_gemms(graph: ir.Graph) -> None:
-    """Rewrite in place every Gemm of constants as MatMul and Add, so that there is one kind of linear layer.
+    """Rewrite every Gemm with constants as MatMul and Add, in place, so that linear layers have a single form.
 
     Given:  y = Gemm<transB = 1, alpha = a, beta = b>(x, W, c)
     Result: y = Add(MatMul(x, a Wᵀ), b c)
@@ -180,20 +180,20 @@ def split_gemms(graph: ir.Graph) -> None:
 
 
 def read_graph(path: Path) -> ir.Model:
-    """An ONNX file. Raises BundleError: it is damaged, is no ONNX, or names weights outside its directory."""
+    """Read an ONNX file. Raises BundleError: damaged, not ONNX, or with weights outside its directory."""
     for name in external_files(path):
         if os.path.isabs(name) or ".." in Path(name).parts:
             raise BundleError(f"{path} reads weights from {name!r}", "do not trust this file")
     try:
         return ir.load(path)
-    except Exception as error:  # protobuf and onnx-ir each have their own for a damaged file
-        raise BundleError(f"{path} is not an ONNX model that can be read", "copy or export it again") from error
+    except Exception as error:  # protobuf and onnx-ir raise different exceptions for a damaged file
+        raise BundleError(f"{path} is not a readable ONNX model", "copy or export it again") from error
 
 
 def save_graphs(models: Mapping[str, ir.Model], directory: Path) -> None:
     """Write each graph under its file name, and one model.weights in which each distinct array is stored once.
 
-    Weights lie outside the graphs: an engine then maps them instead of holding them twice.
+    Weights are stored outside the graphs, so that an engine maps them instead of holding them twice.
     """
     store_weights([value for model in models.values() for value in model.graph.initializers.values()], directory)
     for file, model in models.items():
@@ -203,9 +203,9 @@ def save_graphs(models: Mapping[str, ir.Model], directory: Path) -> None:
 
 
 def store_weights(values: Iterable[ir.Value], directory: Path, file: str = WEIGHTS, name: str = WEIGHTS) -> None:
-    """Move the large arrays of ``values`` into a file, each distinct array once; graphs will call the file ``name``.
+    """Move the large arrays of ``values`` into a file, each distinct array once. Graphs refer to the file as ``name``.
 
-    Raises OSError where the disk is full.
+    Raises OSError: the disk is full.
     """
     stored: dict[str, ir.TensorProtocol] = {}
     places: list[tuple[ir.Value, str]] = []
@@ -227,24 +227,24 @@ def store_weights(values: Iterable[ir.Value], directory: Path, file: str = WEIGH
         )
 
 
-# Neither compute nor move anything: an engine runs nothing for them.
+# Operators for which an engine runs nothing: they neither compute nor move values.
 _NO_WORK = frozenset(
     {
         *("Reshape", "Squeeze", "Unsqueeze", "Identity", "Flatten", "Shape", "Constant"),
         *("QuantizeLinear", "DequantizeLinear"),
     }
 )
-# FLOPs an output element of operators that are no products; 1 for operators not listed.
+# FLOPs per output element of operators other than products; 1 for operators not listed.
 _PER_ELEMENT = {"LayerNormalization": 8, "Softmax": 5, "Gelu": 10, "Erf": 8, "Tanh": 8}
 _PER_ELEMENT |= dict.fromkeys((_NO_WORK | MOVES | {"Cast"}) - {"GatherND", "CastLike"}, 0)
 
 
 def stage_costs(graph: ir.Graph) -> tuple[Stage, ...]:
-    """Costs by stage (`input_adapter`, `encoder.cross_attention`, `encoder.self_attentions`, …) in running order.
+    """Costs by stage (`input_adapter`, `encoder.cross_attention`, `encoder.self_attentions`, …) in execution order.
 
-    FLOPs count a multiply-add as 2. A shared weight counts once in parameters and bytes, and in FLOPs at each use.
-    FLOPs and activation bytes are for one sample: they are divided by the batch, and a dynamic batch counts as 1.
-    Activation bytes are what every node reads and writes, as if every node went to memory.
+    A multiply-add counts as 2 FLOPs. A shared weight counts once in parameters and bytes, and at each use in FLOPs.
+    FLOPs and activation bytes are for one sample: they are divided by the batch, where a dynamic batch counts as 1.
+    Activation bytes are counted as if every node read its inputs from memory and wrote its outputs to memory.
     """
     batch = dims(graph.inputs[0])[0]
     totals: dict[str, Counter[str]] = {}
@@ -271,12 +271,12 @@ def stage_costs(graph: ir.Graph) -> tuple[Stage, ...]:
 
 
 def _is_weight(dtype: ir.DataType) -> bool:
-    """Weights are floats or quantized; shapes and indices are not."""
+    """Whether a constant of this type is a weight (float or quantized) and not a shape or index."""
     return dtype.is_floating_point() or dtype in (ir.DataType.INT8, ir.DataType.INT4)
 
 
 def node_flops(node: ir.Node) -> int:
-    """FLOPs of one node, a dynamic size counted as 1."""
+    """FLOPs of one node, with dynamic sizes as 1."""
     elements = math.prod(dims(node.outputs[0]))
     if node.op_type == "MatMul":
         return 2 * elements * math.prod(dims(node.inputs[0])[-1:])
@@ -291,7 +291,7 @@ def node_flops(node: ir.Node) -> int:
 
 
 def _stage(node_name: str) -> str:
-    """`encoder.self_attentions.0.attention/MatMul_3` -> `encoder.self_attentions`; MLPs and norms are part of it."""
+    """`encoder.self_attentions.0.attention/MatMul_3` -> `encoder.self_attentions`, which includes MLPs and norms."""
     parts = node_name.split("/")[0].split(".")
     return ".".join(parts[:2]) if parts[0] in ("encoder", "decoder") and len(parts) > 1 else parts[0]
 
@@ -301,7 +301,7 @@ def _bytes(value: ir.Value) -> int:
 
 
 _SILENT = 4
-_TYPED_OPSET = 21  # the first in which QuantizeLinear has `output_dtype`
+_TYPED_OPSET = 21  # the first opset in which QuantizeLinear has `output_dtype`
 
 
 def open_session(
@@ -311,14 +311,14 @@ def open_session(
     config: Mapping[str, Any] | None = None,
     in_order: bool = False,
 ) -> Any:
-    """An `onnxruntime.InferenceSession` on the CPU; external weights are read from ``folder``.
+    """An `onnxruntime.InferenceSession` on the CPU that reads external weights from ``folder``.
 
-    ``in_order`` runs nodes in the graph's order and allocates memory as it goes, which takes less of it. By default
-    onnxruntime keeps room for all tensors of a call from the second call on. ``config``: session options by name, those
-    without a dot are attributes of SessionOptions.
+    ``in_order`` runs nodes in the graph's order and allocates memory on demand, which needs less memory: by default,
+    from the second call on, onnxruntime reserves memory for all tensors of a call. ``config`` has session options by
+    name; names without a dot are attributes of SessionOptions.
 
-    Raises BundleError where onnxruntime refuses the graph, ExportError where it cannot write a file that ``config``
-    asks for, MissingDependencyError.
+    Raises BundleError: onnxruntime rejects the graph; ExportError: it cannot write a file that ``config`` requests;
+    MissingDependencyError.
     """
     onnxruntime = require("onnxruntime", "calibration", "pip install 'perceiver-export[quantize]'")
     options = onnxruntime.SessionOptions()
@@ -334,7 +334,7 @@ def open_session(
         else:
             setattr(options, name, value)
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", utf8(folder))
-    # onnxruntime 1.32 makes uint8 of int8 activations but leaves `output_dtype` as it was, and then refuses the graph.
+    # onnxruntime 1.32 changes int8 activations to uint8 but leaves `output_dtype` unchanged, then rejects the graph.
     broken = ["QDQS8ToU8Transformer"] if model.opset_imports.get("", 0) >= _TYPED_OPSET else []
     try:
         return onnxruntime.InferenceSession(
@@ -345,11 +345,9 @@ def open_session(
             raise
         first_line = str(error).splitlines()[0]
         if "Failed to write" in first_line:
-            raise ExportError(
-                f"the disk of the temporary directory {tempfile.gettempdir()} is full",
-                "free some space there, or name another directory with TMPDIR",
-            ) from error
-        raise BundleError(f"onnxruntime refuses the graph: {first_line}", "report it with the bundle") from error
+            said = f"the disk of the temporary directory {tempfile.gettempdir()} is full"
+            raise ExportError(said, "free space there, or name another directory with TMPDIR") from error
+        raise BundleError(f"onnxruntime rejects the graph: {first_line}", "report it with the bundle") from error
 
 
 def run_session(session: Any, feeds: Mapping[str, Array]) -> dict[str, Array]:

@@ -19,10 +19,10 @@ from perceiver_export.runtimes.presence import certificates_for, choose_target
 
 @dataclass(frozen=True)
 class Inspection:
-    """Parts with shapes and costs; the manifest and the record of quantization where there are any.
+    """Parts with shapes and costs; the manifest and the record of quantization, None where there is none.
 
-    ``certificates`` hold here as `load` runs the bundle; ``certified_with`` hold here with these options of the command
-    line; ``certified_elsewhere`` are targets and engines of those that do not hold here.
+    ``certificates`` hold here with the defaults of `load`, ``certified_with`` with these options of the command line;
+    ``certified_elsewhere`` are targets and engines of those that do not hold here.
     """
 
     path: Path
@@ -61,7 +61,7 @@ def inspect_bundle(path: str | os.PathLike[str]) -> Inspection:
 
 
 def _options(bundle: Bundle, certificate: Certificate) -> str | None:
-    """The options with which a certificate holds here, none of them by default; None where it does not hold."""
+    """The options with which a certificate holds here, empty for the defaults; None if it does not hold."""
     target, precision = certificate.target, precision_of(certificate.engine)
     if certificate in certificates_for(bundle, target):
         with contextlib.suppress(MissingDependencyError):  # without an engine nothing is chosen

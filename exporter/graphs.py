@@ -1,16 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The graphs that one model becomes: the whole model, or an encoder and a decoder for each output."""
+"""The graphs that one model becomes: the whole model, or an encoder and a decoder for each output.
+
+A `PerceiverIO` says where its latents are, and is split before it is traced: a video's 804,737 queries are never traced
+at once. The graph of any other model is cut.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast, get_args
 
+import msgspec
 import numpy as np
+import onnx_ir as ir
 from torch import Tensor, nn
 
+from perceiver_export.exporter.fold.latents import INDICES, LATENTS, QUERIES, cut, gather_rows, independent_rows
+from perceiver_export.exporter.fold.nodes import sizes
+from perceiver_export.exporter.fold.slicing import Region
 from perceiver_export.exporter.model.config import (
     ArrayInput,
     FramePairInput,
@@ -73,8 +83,33 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class Split:
+    """Where a model is split: at the tensor, or the end of the module, called ``latents``; None: where they are found.
+
+    ``queries``: how many a decoder takes a call (None: as is usual), with ``dynamic`` any number up to that.
+    """
+
+    latents: str | None = None
+    queries: int | None = None
+    dynamic: bool = False
+
+    def most(self, total: int, usual: int) -> int:
+        """The most of ``total`` queries that a decoder takes in a call."""
+        return min(self.queries or (total if self.dynamic else usual), total)
+
+    def check(self, graphs: Sequence[GraphPart], why: str = "") -> None:
+        """Raise UsageError if queries were asked for and no decoder takes them."""
+        if (self.dynamic or self.queries) and all(graph.num_queries is None for graph in graphs):
+            raise UsageError(
+                f"no decoder of this model takes a choice of queries{why}",
+                "leave --dynamic-queries and --shape queries=… out",
+            )
+
+
+@dataclass(frozen=True)
 class GraphPart:
-    """One graph: a module that takes and returns tensors in the order of ``inputs`` and ``outputs``, or an ONNX file.
+    """One graph: of a module that takes and returns tensors in the order of ``inputs`` and ``outputs``, or of an ONNX
+    file. A part that is cut from it keeps the whole module.
 
     ``typical`` is the usual size of each dynamic dimension. ``num_queries`` is the number of queries that a decoder
     chooses from, None where it has no such input. ``examples``: inputs that random ones are made like.
@@ -125,24 +160,14 @@ class _Graph(nn.Module):
         return tuple(self.compute(self.model, dict(zip(self.names, tensors, strict=True))))
 
 
-def make_graphs(
-    model: PerceiverIO, batch: Batch, split: bool, queries: Sequence[int] | None = None, dynamic: bool = False
-) -> tuple[GraphPart, ...]:
-    """The graphs of a bundle. ``queries`` is the shape (n,) of the queries that a split decoder takes a call.
-
-    Raises UsageError: ``queries`` or ``dynamic`` have no effect, or are no number.
-    """
-    if queries is not None and (len(queries) != 1 or queries[0] < 1):
-        raise UsageError(f"the shape of `queries` is {list(queries)}", "give their number: --shape queries=1024")
-    if not split:
-        if dynamic or queries:
-            raise UsageError("queries are chosen in split bundles only", "add --split")
+def make_graphs(model: PerceiverIO, batch: Batch, split: Split | None) -> tuple[GraphPart, ...]:
+    """The graphs of a bundle. Raises UsageError where ``split`` asks for what the model does not have."""
+    if split is None:
         return (whole_model(model, batch),)
-    graphs = split_model(model, batch, dynamic, queries[0] if queries else None)
-    if (dynamic or queries) and all(graph.num_queries is None for graph in graphs):
-        raise UsageError(
-            "no decoder of this model takes a choice of queries", "leave --dynamic-queries and --shape queries=… out"
-        )
+    if split.latents is not None:
+        raise UsageError("this model says where its latents are", "leave --latents out")
+    graphs = split_model(model, batch, split)
+    split.check(graphs)
     return graphs
 
 
@@ -208,13 +233,79 @@ def whole_model(model: PerceiverIO, batch: Batch) -> GraphPart:
     return GraphPart("model", _Graph(model, inputs, compute), inputs, outputs, batch.sizes)
 
 
-def split_model(
-    model: PerceiverIO, batch: Batch, dynamic_queries: bool = False, queries: int | None = None
-) -> tuple[GraphPart, ...]:
+def cut_parts(
+    source: GraphPart, model: ir.Model, latents: ir.Value, split: Split, stand_in: int | None
+) -> list[tuple[GraphPart, ir.Model]]:
+    """The encoder and the decoders of a graph that is cut at ``latents``.
+
+    ``stand_in``: the number in the place of a dynamic number of queries. Raises UsageError: a name that the parts need
+    for their own tensors, or a choice of queries for decoders whose rows are not independent.
+    """
+    given = {spec.name: spec for spec in (*source.inputs, *source.outputs)}
+    integers = {name for name, spec in given.items() if spec.dtype == "int32"}
+    for name in sorted(given.keys() & {LATENTS, INDICES} | integers & {QUERIES}):
+        raise UsageError(f"the model has a tensor {name!r}, and so have the parts of split bundles", "rename it")
+    ranges = {name: limits for name, limits in source.ranges.items() if name == "batch"}
+    shape = (source.outputs[0].shape[0], *sizes(latents)[1:])
+    between = TensorSpec(LATENTS, "float32", shape, "the output of the encoder", ranges)
+    encoder, decoders = cut(model, latents)
+    inputs = tuple(given[str(value.name)] for value in encoder.graph.inputs)
+    parts = [(dataclasses.replace(source, name="encoder", inputs=inputs, outputs=(between,)), encoder)]
+    reasons = []
+    for name, decoder in decoders.items():
+        read = tuple(given[str(value.name)] for value in decoder.graph.inputs[1:])
+        part = f"decoder_{name}" if len(decoders) > 1 else "decoder"
+        graph = dataclasses.replace(source, name=part, inputs=(between, *read), outputs=(given[name],))
+        region = independent_rows(decoder.graph, sizes(latents)[0])
+        if isinstance(region, str):
+            reasons.append(f"for {name}, {region}")
+        else:
+            queries = _choice(split, sizes(region.results[0])[1], _GRID_QUERIES, between, samples=1)
+            if QUERIES in given:
+                queries = msgspec.structs.replace(queries, name=INDICES)
+            graph = _by_rows(graph, decoder, region, queries, stand_in)
+        parts.append((graph, decoder))
+    split.check([part for part, _ in parts], ": " + "; ".join(reasons))
+    return parts
+
+
+def _by_rows(graph: GraphPart, model: ir.Model, region: Region, queries: TensorSpec, stand_in: int | None) -> GraphPart:
+    """A decoder that takes queries; its graph is changed in place."""
+    (result,), (latents, *others), (output,) = region.results, graph.inputs, graph.outputs
+    size = queries.shape[1]
+    step = size if isinstance(size, int) else stand_in
+    assert step is not None
+    shape = (latents.shape[0], size, *gather_rows(model, region, queries.name, step)[2:])
+    ranges = {**output.ranges, **queries.ranges}
+    rows = msgspec.structs.replace(output, shape=shape, meaning="one row a query", ranges=ranges)
+    return dataclasses.replace(
+        graph,
+        inputs=(latents, queries, *others),
+        outputs=(rows,),
+        typical={**graph.typical, **_usual(queries)},
+        num_queries=sizes(result)[1],
+    )
+
+
+def _choice(split: Split, total: int, usual: int, latents: TensorSpec, samples: int | str) -> TensorSpec:
+    """The indices that a decoder takes, for each of ``samples``."""
+    most = split.most(total, usual)
+    dynamic = split.dynamic and most > 1  # torch knows no range from 1 to 1
+    ranges = {**({} if samples == 1 else latents.ranges), **({"queries": (1, most)} if dynamic else {})}
+    meaning = f"which of {total} queries to decode, counted from 0"
+    return TensorSpec(QUERIES, "int32", (samples, QUERIES if dynamic else most), meaning, ranges, (0, total - 1))
+
+
+def _usual(queries: TensorSpec) -> dict[str, int]:
+    """The usual size of the dimension, by its name; empty where it is fixed."""
+    return {name: min(most, _LEARNED_QUERIES) for name, (_, most) in queries.ranges.items() if name == QUERIES}
+
+
+def split_model(model: PerceiverIO, batch: Batch, split: Split = Split()) -> tuple[GraphPart, ...]:
     """Encoder first, then `decoder`, or `decoder_NAME` for each of several outputs.
 
-    A decoder takes ``queries`` indices a call (by default 8192 of a grid, 256 of a text), or with
-    ``dynamic_queries`` any number up to that (by default: up to all).
+    A decoder takes so many indices a call as ``split`` says (by default 8192 of a grid, 256 of a text), or with
+    ``dynamic`` any number up to that (by default: up to all).
     """
     config = model.config
     size = (config.encoder.num_latents, config.encoder.num_latent_channels)
@@ -230,14 +321,10 @@ def split_model(
             lambda model, feeds: [model["decoder"](feeds["latents"])],
         )
         return encoder, GraphPart("decoder", head, (latents,), output_specs(config, batch), batch.sizes)
-    return encoder, *(
-        _decoder(model, name, latents, batch, queries, dynamic_queries) for name in config.decoder.outputs
-    )
+    return encoder, *(_decoder(model, name, latents, batch, split) for name in config.decoder.outputs)
 
 
-def _decoder(
-    model: PerceiverIO, name: str, latents: TensorSpec, batch: Batch, queries: int | None, dynamic: bool
-) -> GraphPart:
+def _decoder(model: PerceiverIO, name: str, latents: TensorSpec, batch: Batch, split: Split) -> GraphPart:
     outputs = _outputs(model.config)
     output, total = outputs[name], outputs[name].queries.num_queries
     needed = set(model.config.inputs) if isinstance(output.queries, InputQueries) else {f"{name}_queries"}
@@ -246,15 +333,11 @@ def _decoder(
     chosen = total > 1 and not isinstance(output.queries, GivenQueries)
     (result,) = (spec for spec in output_specs(model.config, batch) if spec.name == name)
     if chosen:
-        most = most_queries(output, queries, dynamic)
-        dynamic = dynamic and most > 1  # torch knows no range from 1 to 1
-        size: int | str = "queries" if dynamic else most
-        ranges = {**latents.ranges, **({"queries": (1, most)} if dynamic else {})}
-        typical |= {"queries": min(most, _LEARNED_QUERIES)} if dynamic else {}
-        meaning = f"which of {total} queries to decode, counted from 0"
-        choice = [TensorSpec("queries", "int32", (latents.shape[0], size), meaning, ranges, (0, total - 1))]
-        channels = math.prod(output.shape) // total
-        result = TensorSpec(name, "float32", (latents.shape[0], size, channels), "one row a query", ranges)
+        usual = _LEARNED_QUERIES if isinstance(output.queries, LearnedQueries) else _GRID_QUERIES
+        choice = [_choice(split, total, usual, latents, latents.shape[0])]
+        typical |= _usual(choice[0])
+        shape = (*choice[0].shape, math.prod(output.shape) // total)
+        result = TensorSpec(name, "float32", shape, "one row a query", choice[0].ranges)
 
     def compute(model: Any, feeds: dict[str, Tensor]) -> list[Tensor]:
         rows = model.decode(name, feeds.pop("latents"), feeds.pop("queries", None), feeds)
@@ -263,13 +346,6 @@ def _decoder(
     inputs = (latents, *choice, *given)
     part = f"decoder_{name}" if len(outputs) > 1 else "decoder"
     return GraphPart(part, _Graph(model, inputs, compute), inputs, (result,), typical, total if chosen else None)
-
-
-def most_queries(output: OutputConfig, queries: int | None, dynamic: bool) -> int:
-    """The most queries of an output that a split decoder takes in a call."""
-    total = output.queries.num_queries
-    usual = total if dynamic else _LEARNED_QUERIES if isinstance(output.queries, LearnedQueries) else _GRID_QUERIES
-    return min(queries or usual, total)
 
 
 def _outputs(config: PerceiverConfig) -> dict[str, OutputConfig]:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`LoadedModel`: a model ready for export, with everything that its bundle says about it."""
+"""`LoadedModel`: a model ready for export, with its description for the bundle."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,12 +22,11 @@ OWN_SOURCE = "your own code"
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model in evaluation mode, with everything that its bundle says about it.
+    """A model in evaluation mode, with its description for the bundle.
 
-    ``config`` is None for any module and for an ONNX file, which become graphs as they are.
-    ``parity``: whose numerics it follows; ``own`` are those of no released model. ``split``: whether the default is to
-    export encoder and decoder apart. ``output_kinds``: the meaning of outputs, by name, where it is not the task's
-    usual one. ``files``: content of further files of the bundle, by name.
+    ``config`` is None for any other module and for an ONNX file. ``parity``: the code whose numerics it follows, or
+    ``own``. ``split``: whether encoder and decoder are exported apart by default. ``output_kinds``: the meaning of
+    outputs, by name, where it differs from the task's usual one. ``files``: content of further files, by name.
     """
 
     model: Any  # PerceiverIO, or without config NamedModule or OnnxFile
@@ -65,10 +64,10 @@ class LoadedModel:
         return cls(model.eval(), model.config, task, "own", OWN_SOURCE, *given)
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """All outputs by name for preprocessed inputs by name, from the source itself: a reference to judge by."""
+        """All outputs by name for preprocessed inputs by name, from the source itself, as a reference."""
         if self.config is None:
-            found: dict[str, Array] = self.model.run(feeds)
-            return found
+            run: Callable[..., dict[str, Array]] = getattr(self.model, "run_samples", self.model.run)
+            return run(feeds)
         import torch
 
         with torch.inference_mode():
@@ -82,6 +81,8 @@ class LoadedModel:
             return found
         digest = hashlib.sha256()
         for name, tensor in sorted(self.model.state_dict().items()):
+            if not hasattr(tensor, "shape"):
+                continue  # further state, which a module may have in any form
             array = tensor.cpu().contiguous().numpy()
             digest.update(f"{name} {array.dtype} {array.shape} ".encode())
             digest.update(array.data)

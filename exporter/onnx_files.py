@@ -10,11 +10,10 @@ import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
-from perceiver_export.exporter.fold.nodes import Sizes
-from perceiver_export.exporter.fold.normalize import Constants, settle
+from perceiver_export.exporter.fold.normalize import Constants
 from perceiver_export.exporter.simplify import RANDOM
 from perceiver_export.runtimes.bundle import sha256
-from perceiver_export.runtimes.errors import CheckpointError, UnsupportedModelError, UsageError
+from perceiver_export.runtimes.errors import CheckpointError, UnsupportedModelError, UsageError, first_line
 from perceiver_export.runtimes.runtime import Array
 
 OPSET = 20
@@ -53,6 +52,8 @@ class OnnxFile:
             for value in model.graph.inputs
         }
         self.outputs = tuple(str(value.name) for value in model.graph.outputs)
+        dims = [value.shape[0] for value in model.graph.inputs if value.shape]
+        self.samples = next((size for size in dims if isinstance(size, int)), None)  # of a call; None: any number
 
     def model(self) -> ir.Model:
         """The graph in `OPSET` or newer, with functions inlined and weights in memory."""
@@ -63,9 +64,9 @@ class OnnxFile:
         try:
             proto = onnx.load(self.path)
         except Exception as error:  # protobuf, onnx and the file system each have their own
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise CheckpointError(
-                f"{self.path} cannot be read as ONNX: {reason}", "copy it again, with its external data beside it"
+                f"{self.path} cannot be read as ONNX: {first_line(error)}",
+                "copy it again, with its external data beside it",
             ) from error
         opset = next((one.version for one in proto.opset_import if one.domain in ("", "ai.onnx")), 0)
         if not _LEAST <= opset <= _MOST:
@@ -86,8 +87,8 @@ class OnnxFile:
         common.RemoveInitializersFromInputsPass()(model)
         return model
 
-    def graph(self, shapes: Mapping[str, tuple[int, ...]], real: Sizes) -> ir.Model:
-        """The graph with inputs of these shapes."""
+    def graph(self, shapes: Mapping[str, tuple[int, ...]]) -> ir.Model:
+        """The graph with inputs of these shapes; the other shapes are not known yet."""
         model = self.model()
         for value in model.graph.inputs:
             value.shape = ir.Shape(shapes[str(value.name)])
@@ -98,7 +99,6 @@ class OnnxFile:
         for value in model.graph.outputs:
             value.shape = None
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
-        settle(model, real)
         return model
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
@@ -116,6 +116,14 @@ class OnnxFile:
                 f"ONNX Runtime cannot run {self.path}: {str(error).strip().splitlines()[-1]}",
                 "give --shape NAME=SIZES that the model takes, or export it again",
             ) from error
+
+    def run_samples(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """The same of any number of samples, in as many calls as a file of a fixed batch needs."""
+        count = len(next(iter(feeds.values())))
+        size = self.samples or count
+        rows = [np.minimum(np.arange(start, start + size), count - 1) for start in range(0, count, size)]
+        found = [self.run({name: array[some] for name, array in feeds.items()}) for some in rows]
+        return {name: np.concatenate([one[name] for one in found])[:count] for name in self.outputs}
 
     def hashes(self) -> dict[str, str]:
         """SHA-256 of the file."""

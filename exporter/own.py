@@ -6,7 +6,7 @@
         model.load_state_dict(torch.load("policy.pt", weights_only=True))
         return OwnModel(model, {"image": torch.rand(1, 3, 96, 96), "state": torch.rand(1, 14)}, outputs=("actions",))
 
-`examples/your_own.py` is a whole one.
+`examples/your_own.py` is a complete example.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from perceiver_export.runtimes.errors import UnsupportedModelError, UsageError
+from perceiver_export.runtimes.errors import UnsupportedModelError, UsageError, first_line
 from perceiver_export.runtimes.manifest import OutputKind
 from perceiver_export.runtimes.preprocessing import Preprocessing
 from perceiver_export.runtimes.runtime import Array
@@ -31,10 +31,10 @@ Inputs = Mapping[str, Tensor] | Sequence[Tensor]
 
 @dataclass(frozen=True)
 class OwnModel:
-    """A module of your own, example inputs, and what its bundle says about it.
+    """A module of your own, example inputs, and the description in its bundle.
 
     ``inputs``: tensors by the names of forward's arguments, or a tuple in their order; the first dimension is the
-    batch. ``outputs``: names of what forward returns, in its order; by default the keys of a dict, else `output`,
+    batch. ``outputs``: names of forward's results, in order; by default the keys of a dict, else `output`,
     `output_1`, …. ``labels``, ``preprocessing`` and ``output_kinds`` as in `LoadedModel.own`.
     """
 
@@ -51,7 +51,7 @@ class NamedModule(nn.Module):
     """A module that takes and returns tensors by name: {input: (B, …)} -> {output: (B, …)}.
 
     ``examples``: the example inputs as arrays. Raises UsageError for inputs that forward does not take, and
-    UnsupportedModelError for a forward that fails on them, returns no tensors, or gives two answers to one question.
+    UnsupportedModelError for a forward that fails on them, returns no tensors, or is not deterministic.
     """
 
     def __init__(self, module: nn.Module, inputs: Inputs, outputs: Sequence[str] = ()) -> None:
@@ -86,7 +86,7 @@ class NamedModule(nn.Module):
         return self.model(**{name: feeds[name] for name in self.examples})
 
     def _named(self, found: Any, asked: tuple[str, ...]) -> dict[str, Array]:
-        """What forward returned, with the names that were ``asked`` or its own keys."""
+        """The results of forward, under the names ``asked`` or their own keys."""
         tensors = list(_tensors(found))
         if not tensors:
             raise UnsupportedModelError(
@@ -127,10 +127,9 @@ def _called(module: NamedModule, inputs: Mapping[str, Tensor]) -> Any:
             return module._call(inputs)
     except Exception as error:  # the user's own code
         takes = ", ".join(inspect.signature(module.model.forward).parameters)
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
         raise UnsupportedModelError(
-            f"forward fails on the example inputs: {type(error).__name__}: {reason}",
-            f"forward takes ({takes}); the inputs are {', '.join(inputs)}",
+            f"forward fails on the example inputs: {type(error).__name__}: {first_line(error)}",
+            f"give inputs that forward({takes}) takes; these are {', '.join(inputs)}",
         ) from error
 
 
@@ -146,7 +145,7 @@ def _array(name: str, value: object) -> Array:
 
 
 def _tensors(found: Any, name: str = "output") -> Iterator[tuple[str, Tensor]]:
-    """Tensors of what forward returned, with a name each; None and numbers are left out."""
+    """The tensors among forward's results, each with a name; None and numbers are left out."""
     if isinstance(found, Tensor):
         yield name, found
     elif isinstance(found, Mapping):

@@ -9,7 +9,7 @@ import importlib.metadata
 import os
 import platform
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, get_args
 import msgspec
 
 from perceiver_export.calibration.bundles import absolute_place, file_entries, new_bundle, refuse_place
-from perceiver_export.calibration.validation.options import option
+from perceiver_export.calibration.options import option
 from perceiver_export.exporter.loaded import LoadedModel
 from perceiver_export.exporter.sources import check_installed, load_model, loaded_module
 from perceiver_export.runtimes.bundle import GOLDEN, Bundle, open_bundle
@@ -44,7 +44,7 @@ from perceiver_export.runtimes.runtime import Array
 from perceiver_export.runtimes.tasks import checked_task
 
 if TYPE_CHECKING:
-    from perceiver_export.exporter.graphs import Batch, GraphPart
+    from perceiver_export.exporter.graphs import Batch, GraphPart, Split
     from perceiver_export.exporter.own import OwnModel
     from perceiver_export.exporter.trace import FoldedGraph
 
@@ -65,6 +65,9 @@ class ExportOptions:
     split: bool | None = option(
         None, "Encoder and decoder as separate graphs, to decode only the queries you need; by default for video only."
     )
+    latents: str | None = option(
+        None, "Split at this tensor, or at the end of this module; by default at latents that are found.", "NAME"
+    )
     dynamic_queries: bool = option(False, "Split decoders take any number of queries a call.")
     batch: str | int | None = option(
         None,
@@ -75,12 +78,16 @@ class ExportOptions:
         default_factory=dict,
         metadata={"doc": "Fix a size, without the batch: image=3x224x224; queries=1024 a call of a split decoder."},
     )
-    config: str | os.PathLike[str] | None = field(
-        default=None, metadata={"doc": "Sizes of a state dict that does not hold them.", "value": "FILE.json"}
+    config: str | os.PathLike[str] | None = option(
+        None,
+        "Sizes of a Haiku pickle that differ from the released model's; task and labels of an ONNX file.",
+        "FILE.json",
     )
-    like: str | os.PathLike[str] | None = field(
-        default=None,
-        metadata={"doc": "Task, labels and preprocessing of an ONNX file: as this bundle.", "value": "BUNDLE"},
+    like: str | os.PathLike[str] | None = option(
+        None, "Task, labels and preprocessing of an ONNX file: as this bundle.", "BUNDLE"
+    )
+    use_transformers: bool = option(
+        False, "Load a Hugging Face directory of any class with your installed transformers; never code of its own."
     )
     fold: bool = option(True, "Rewrite the model into an equal one with less work, where that pays.")
     memory_budget: str | int | None = option(
@@ -122,14 +129,16 @@ def export(
     refuse_place(path, options.overwrite)
     report("load", 0, 1)
     loaded = _load(source, options)
-    graphs = _graphs(loaded, options, batch)
+    split = _split(loaded, options)
+    graphs = _graphs(loaded, batch, split)
     with new_bundle(path, options.overwrite) as directory:
-        folded = _write_graphs(loaded, graphs, options.fold, budget, directory, report)
+        folded = _write_graphs(loaded, graphs, split, options.fold, budget, directory, report)
         parts = {one.part.name: _recorded(one) for one in folded}
-        checks = _verify(loaded, [one.part for one in folded], directory, report)
+        checks = _verify(loaded, graphs, [one.part for one in folded], directory, report)
         for name, content in loaded.files.items():
             (directory / name).write_bytes(content)
-        outputs = output_specs(loaded.config, batch or Batch.parse(1)) if len(graphs) > 1 else ()
+        whole = graphs[0].outputs if loaded.config is None else output_specs(loaded.config, batch or Batch.parse(1))
+        outputs = whole if len(parts) > 1 else ()
         manifest = _manifest(path.name, loaded, parts, outputs, checks, directory)
         (directory / "manifest.json").write_bytes(encode_manifest(manifest))
         _check_task(open_bundle(directory, verify="never").manifest)
@@ -137,16 +146,40 @@ def export(
     return open_bundle(path)
 
 
-def _graphs(loaded: LoadedModel, options: ExportOptions, batch: Batch | None) -> tuple[GraphPart, ...]:
+def _is_split(options: ExportOptions, default: bool) -> bool:
+    return options.latents is not None or default if options.split is None else options.split
+
+
+def _num_queries(source: str, options: ExportOptions) -> tuple[int, ...] | None:
+    """`--shape queries=…`, unless this is an input of an ONNX file."""
+    sizes = options.shape.get("queries", ())
+    of_input = source.endswith(".onnx") and (len(sizes) > 1 or not _is_split(options, default=False))
+    return None if of_input else sizes or None
+
+
+def _split(loaded: LoadedModel, options: ExportOptions) -> Split | None:
+    """How to split the model, None where it stays whole. Raises UsageError for options that have no effect."""
+    from perceiver_export.exporter.graphs import Split
+
+    queries = _num_queries(loaded.source, options)
+    if not _is_split(options, loaded.split):
+        if options.latents is not None:
+            raise UsageError("--latents has no effect with --no-split", "leave --latents or --no-split out")
+        if options.dynamic_queries or queries is not None:
+            raise UsageError("queries are chosen in split bundles only", "add --split")
+        return None
+    if queries is not None and (len(queries) != 1 or queries[0] < 1):
+        raise UsageError(f"the shape of `queries` is {list(queries)}", "give their number: --shape queries=1024")
+    return Split(options.latents, None if queries is None else queries[0], options.dynamic_queries)
+
+
+def _graphs(loaded: LoadedModel, batch: Batch | None, split: Split | None) -> tuple[GraphPart, ...]:
+    """The graphs to trace; any module, or ONNX file, is one, which is cut afterwards."""
     from perceiver_export.exporter.graphs import Batch, make_graphs, own_graph
 
-    if loaded.config is not None:
-        split = loaded.split if options.split is None else options.split
-        queries = options.shape.get("queries")
-        return make_graphs(loaded.model, batch or Batch.parse(1), split, queries, options.dynamic_queries)
-    if options.split or options.dynamic_queries:
-        raise UsageError("--split takes Perceivers that say where their latents are", "leave --split out")
-    return (own_graph(loaded.model, batch),)
+    if loaded.config is None:
+        return (own_graph(loaded.model, batch),)
+    return make_graphs(loaded.model, batch or Batch.parse(1), split)
 
 
 def parse_budget(text: str | int) -> int:
@@ -167,16 +200,23 @@ def _budget(options: ExportOptions) -> int:
 
 def _load(source: str | os.PathLike[str] | LoadedModel | OwnModel, options: ExportOptions) -> LoadedModel:
     """The model in evaluation mode. Raises UnsupportedModelError where no reader could use its preprocessing."""
-    shape = {name: size for name, size in options.shape.items() if name != "queries" or str(source).endswith(".onnx")}
     from perceiver_export.exporter.own import OwnModel
 
+    of_decoders = _num_queries(str(source), options) is not None
+    shape = {name: size for name, size in options.shape.items() if name != "queries" or not of_decoders}
     if isinstance(source, OwnModel):
         source = loaded_module(source)
     if not isinstance(source, LoadedModel):
         loaded = load_model(
-            source, task=options.task, parity=options.parity, shape=shape, config=options.config, like=options.like
+            source,
+            task=options.task,
+            parity=options.parity,
+            shape=shape,
+            config=options.config,
+            like=options.like,
+            use_transformers=options.use_transformers,
         )
-    elif options.task or options.parity or shape or options.config:
+    elif options.task or options.parity or shape or options.config or options.use_transformers:
         raise UsageError("a loaded model has its task, parity, shape and config", "give these to load_model")
     else:
         loaded = source
@@ -193,15 +233,24 @@ def _load(source: str | os.PathLike[str] | LoadedModel | OwnModel, options: Expo
 
 
 def _write_graphs(
-    loaded: LoadedModel, graphs: tuple[GraphPart, ...], fold: bool, budget: int, directory: Path, report: Progress
+    loaded: LoadedModel,
+    graphs: tuple[GraphPart, ...],
+    split: Split | None,
+    fold: bool,
+    budget: int,
+    directory: Path,
+    report: Progress,
 ) -> list[FoldedGraph]:
     from perceiver_export.calibration.graphs import save_graphs
-    from perceiver_export.exporter.trace import folded_graph
+    from perceiver_export.exporter.trace import folded_graph, folded_parts
 
     folded = []
     for index, graph in enumerate(graphs):
         report(f"trace and fold {graph.name}", index, 3 * len(graphs))
-        folded.append(folded_graph(graph, loaded.config, fold, budget))
+        if loaded.config is None and split is not None:
+            folded += folded_parts(graph, split, fold, budget)
+        else:
+            folded.append(folded_graph(graph, loaded.config, fold, budget))
     report("write", 1, 3)
     save_graphs({one.part.file: one.model for one in folded}, directory)
     return folded
@@ -214,19 +263,24 @@ def _recorded(folded: FoldedGraph) -> Part:
     return Part(part.file, part.inputs, part.outputs, stages, part.num_queries, folded.folds, folded.plan)
 
 
-def _verify(loaded: LoadedModel, graphs: Sequence[GraphPart], directory: Path, report: Progress) -> tuple[Check, ...]:
+def _verify(
+    loaded: LoadedModel, graphs: tuple[GraphPart, ...], parts: list[GraphPart], directory: Path, report: Progress
+) -> tuple[Check, ...]:
     """Compare the written graphs with torch, and keep the first case of each as golden.npz."""
     from perceiver_export.exporter.trace import verify
 
+    # The parts of one graph are compared with it together.
+    pairs = [(graphs[0], parts)] if loaded.config is None else [(part, [part]) for part in parts]
     checks: list[Check] = []
     golden: dict[str, Array] = {}
-    for graph in graphs:
-        progress = functools.partial(report, f"verify {graph.name}")
-        found, arrays = verify(graph, loaded.config, directory / graph.file, progress)
+    for source, made in pairs:
+        progress = functools.partial(report, f"verify {source.name}")
+        found, arrays = verify(source, made, loaded.config, directory, progress)
         checks += found
-        # `input/image` of a whole model, `encoder/input/image` of a part
-        prefix = "" if len(graphs) == 1 else f"{graph.name}/"
-        golden |= {f"{prefix}{name}": array for name, array in arrays.items()}
+        for part, own in arrays.items():
+            # `input/image` of a whole model, `encoder/input/image` of a part
+            prefix = "" if len(parts) == 1 else f"{part}/"
+            golden |= {f"{prefix}{name}": array for name, array in own.items()}
     write_npz(directory / GOLDEN, golden)
     return tuple(checks)
 

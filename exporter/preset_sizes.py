@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The systems of both papers at the sizes that they were trained at, as functions of the parity.
+"""The systems of both papers at their trained sizes, as functions of the parity.
 
-"Perceiver IO" is arXiv 2107.14795v3, "Perceiver" arXiv 2103.03206v2. The remarks of `exporter.presets` name each size
-that a paper leaves open.
+"Perceiver IO" is arXiv 2107.14795v3, "Perceiver" arXiv 2103.03206v2. `exporter.presets` names each size that a paper
+leaves open.
 """
 
 from __future__ import annotations

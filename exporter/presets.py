@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The systems of both papers at their full sizes, for sizing a device before there is a checkpoint.
+"""The systems of both papers at their full sizes, to size a device before there is a checkpoint.
 
-The remarks name each size that a paper leaves open, and each count that does not follow from the sizes in the paper.
-Only `load_preset` imports torch.
+The remarks name each size that a paper leaves open, and each count that its sizes do not explain. Only `load_preset`
+imports torch.
 """
 
 from __future__ import annotations
@@ -11,14 +11,13 @@ import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
 from perceiver_export.exporter import preset_sizes as sizes
 from perceiver_export.exporter.loaded import LoadedModel
 from perceiver_export.exporter.model.architectures import AudioVideoSizes, EncoderSizes, Parity
-from perceiver_export.exporter.model.checks import check_input
 from perceiver_export.exporter.model.config import (
     ArrayInput,
     AverageDecoder,
@@ -37,11 +36,14 @@ from perceiver_export.runtimes.preprocessing import (
     VideoPreprocessing,
 )
 
+if TYPE_CHECKING:
+    from perceiver_export.exporter.model.perceiver import PerceiverIO
+
 SAMPLE_RATE = 48_000  # in both papers
 
 
 def _preprocessing(task: str, config: PerceiverConfig, parity: Parity) -> Preprocessing | None:
-    """The steps before a model of these sizes; None where it takes arrays as they are."""
+    """The steps before a model of these sizes; None where it takes arrays."""
     one, frames = next(iter(config.inputs.values())), config.inputs.get("frames")
     if isinstance(one, ImageInput):
         from perceiver_export.exporter.checkpoints.preprocessor import as_deepmind, image_preprocessing
@@ -60,13 +62,13 @@ def _preprocessing(task: str, config: PerceiverConfig, parity: Parity) -> Prepro
     if task == "video-autoencoding":
         return VideoPreprocessing(num_frames, height, width, one.shape[0], SAMPLE_RATE)
     mel = (one.shape[0], one.shape[1]) if len(one.shape) == 2 else None
-    # A spectrogram is made of as many samples as the model of raw audio hears.
+    # A spectrogram covers as many samples as the model of raw audio.
     num_samples = AudioVideoSizes.num_samples if mel else one.shape[0]
     return AudioPreprocessing(num_samples, SAMPLE_RATE, num_frames, height, width, mel)
 
 
 class Counts(NamedTuple):
-    """Numbers that are trained, and FLOPs of one sample: with all queries, and with the first query of each output.
+    """Trained numbers, and FLOPs of one sample: with all queries, and with the first query of each output.
 
     FLOPs are those of matrix products and convolutions, a multiply-add as 2, as both papers count (Perceiver IO,
     appendix D). Tests compare these figures with torch's own counter.
@@ -79,10 +81,10 @@ class Counts(NamedTuple):
 
 @dataclass(frozen=True)
 class Preset:
-    """One system: how it is built, its counts with DeepMind's numerics, and the figures of its paper.
+    """One system: a function of the parity that builds its config, its counts with DeepMind's numerics, and its paper.
 
-    ``parameters`` and ``flops`` are the paper's own, None where it has none. ``remark``: where the model deviates, and
-    the choice where the paper is silent.
+    ``parameters`` and ``flops`` are the paper's own, None where it has none. ``remark``: deviations, and the choice
+    where the paper is silent.
     """
 
     task: str
@@ -204,8 +206,8 @@ PRESETS: dict[str, Preset] = {
         "Perceiver IO, tables 4 and 17",
         20.0e6,
         6.85e12,
-        remark="The released model; why the paper counts fewer FLOPs is not known. It describes positions of 387"
-        " channels, the released model has 195: that changes no FLOP, for both are padded to as many.",
+        remark="The released model. Why the paper counts fewer FLOPs is unknown. It describes positions of 387"
+        " channels, the released model has 195; both are padded to the same width, so the FLOPs are equal.",
     ),
     "video-autoencoding-176x": Preset(
         "video-autoencoding",
@@ -235,8 +237,8 @@ PRESETS: dict[str, Preset] = {
         "Perceiver IO, table 10",
         88.2e6,
         129.5e9,
-        remark="Where the paper has 1.6 M parameters more is not known. Of the spectrogram it only says 4800 values:"
-        " 75 frames of 64 bins are taken, with positions along both axes, where the paper has one.",
+        remark="The paper has 1.6 M parameters more, which it does not explain. It gives the spectrogram 4800 values:"
+        " here they are 75 frames of 64 bins, with positions along both axes, where the paper has one axis.",
     ),
     "starcraft": Preset(
         "sets",
@@ -286,14 +288,14 @@ PRESETS: dict[str, Preset] = {
         partial(sizes.first_audioset, EncoderSizes(512, 1024, 8, 2)),
         Counts(109_048_771, 177_288_519_424, 177_288_519_424),
         "Perceiver, section 4.2",
-        remark="Latents of ImageNet's size are taken; the paper does not say. Bands as in audioset-raw.",
+        remark="The paper does not give the size of the latents: here it is ImageNet's. Bands as in audioset-raw.",
     ),
     "modelnet40": Preset(
         "point-cloud-classification",
         sizes.modelnet,
         Counts(44_772_202, 101_812_764_672, 101_812_764_672),
         "Perceiver, section 4.3",
-        remark="The paper has about 2000 points; 2048 are taken, as many as ModelNet40's usual files hold.",
+        remark="The paper has about 2000 points; here there are 2048, as in ModelNet40's usual files.",
     ),
 }
 
@@ -318,38 +320,42 @@ def load_preset(name: str, parity: Parity, image_shape: tuple[int, int, int] | N
     preset = PRESETS[name]
     config = preset.build(parity)
     if image_shape is not None:
-        config = _resized(name, config, image_shape)
+        config = resized(f"preset {name}", config, image_shape)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = PerceiverIO(config).eval()
+    return described(preset.task, model, parity, f"preset:{name} (random weights)")
+
+
+def described(task: str, model: PerceiverIO, parity: Parity, source: str) -> LoadedModel:
+    """A model of a preset's kind, with labels and preprocessing by its sizes."""
+    config = model.config
     return LoadedModel(
         model=model,
         config=config,
-        task=preset.task,
+        task=task,
         parity=parity,
-        source=f"preset:{name} (random weights)",
-        labels=_labels(preset.task, config),
-        preprocessing=_preprocessing(preset.task, config, parity),
-        split=preset.task == "video-autoencoding",
+        source=source,
+        labels=_labels(task, config),
+        preprocessing=_preprocessing(task, config, parity),
+        split=task == "video-autoencoding",
     )
 
 
-def _resized(name: str, config: PerceiverConfig, image_shape: tuple[int, int, int]) -> PerceiverConfig:
+def resized(source: str, config: PerceiverConfig, image_shape: tuple[int, int, int]) -> PerceiverConfig:
+    """``config`` for images of another size. Raises UsageError if it does not take them."""
     image = config.inputs.get("image")
     if not isinstance(image, ImageInput):
-        raise UsageError(f"preset {name} reads no images, its sizes are fixed", "leave --shape out")
+        raise UsageError(f"{source} reads no images: its sizes are fixed", "leave --shape out")
     channels, height, width = image_shape
     if channels != image.num_channels:
-        raise UsageError(
-            f"preset {name} reads {image.num_channels} channels, not {channels}", "give --shape image=3xHxW"
-        )
-    resized = msgspec.structs.replace(image, height=height, width=width)
-    check_input("image", resized)
-    return msgspec.structs.replace(config, inputs={**config.inputs, "image": resized})
+        raise UsageError(f"{source} reads {image.num_channels} channels, not {channels}", "give --shape image=3xHxW")
+    other = msgspec.structs.replace(image, height=height, width=width)
+    return msgspec.structs.replace(config, inputs={**config.inputs, "image": other})
 
 
 def _labels(task: str, config: PerceiverConfig) -> tuple[str, ...]:
-    """Names for the classes; none where there are several tasks, or no classes."""
+    """Names of the classes; none for several tasks, or without classes."""
     if not task.endswith("-classification") and task != "video-autoencoding":
         return ()
     if isinstance(config.decoder, AverageDecoder):

@@ -24,8 +24,8 @@ from perceiver_export.runtimes.files import encode_json, inside
 from perceiver_export.runtimes.manifest import Part, TensorSpec
 from perceiver_export.runtimes.preprocessing import TextPreprocessing
 
-_QUEUE_DELAY = 2000  # microseconds that a request may wait for others where nothing was measured
-_WORTH_IT = 1.1  # a second instance is started where two requests at once gave a tenth more
+_QUEUE_DELAY = 2000  # microseconds that a request waits for others, without a measurement
+_WORTH_IT = 1.1  # gain of throughput by two requests at once that is worth a second instance
 _LABELS = "labels.txt"
 _TARGETS = {
     "triton": ("ort-cpu", "ort-cuda"),
@@ -42,8 +42,8 @@ def package(
 ) -> Path:
     """Write a model repository at ``out`` (by default BUNDLE-SERVER beside the bundle), whole or not at all.
 
-    ``server``: triton or ovms. ``target``: the target that the server runs it on, by default its CPU. Triton takes the
-    result as ``--model-repository``; OpenVINO Model Server wants it mounted as /models, and reads /models/config.json.
+    ``server``: triton or ovms. ``target``: the server's target, by default its CPU. Triton takes the result as
+    ``--model-repository``; OpenVINO Model Server reads config.json in it, mounted as /models.
 
     Raises UsageError: an unknown server, or a target that it cannot serve; BundleError; BundleExistsError; ExportError.
     """
@@ -79,7 +79,7 @@ class _Settings(NamedTuple):
 
 
 def _settings(bundle: Bundle, target: str) -> _Settings:
-    """From the bundle's report, of whatever machine, or careful defaults."""
+    """From the bundle's report, of any machine, or careful defaults."""
     for machine, targets in measurements(bundle.path).items():
         measured = targets.get(target)
         if measured is not None and measured.throughput > 0 and measured.p50 > 0:
@@ -93,7 +93,7 @@ def _settings(bundle: Bundle, target: str) -> _Settings:
 
 
 def _names(bundle: Bundle) -> dict[str, Part]:
-    """Every part, under a name that file systems, URLs and Kubernetes all accept. Raises UsageError: none is left."""
+    """Every part under a name that file systems, URLs and Kubernetes accept. Raises UsageError if there is none."""
     name, parts = bundle.manifest.name, bundle.manifest.parts
     base = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:40].strip("-")
     if not base:
@@ -102,7 +102,7 @@ def _names(bundle: Bundle) -> dict[str, Part]:
 
 
 def _copy_files(bundle: Bundle, graph: str, directory: Path) -> None:
-    """The graph with its weights under the names that it refers to, and a tokenizer's files for clients."""
+    """The graph, its weights under the names in the graph, and a tokenizer's files for clients."""
     version = directory / "1"
     version.mkdir(parents=True)
     shutil.copyfile(bundle.file(graph), version / "model.onnx")
@@ -130,7 +130,7 @@ def _ovms_config(name: str, settings: _Settings) -> dict[str, object]:
 def _write_triton(bundle: Bundle, name: str, part: Part, settings: _Settings, directory: Path) -> None:
     """config.pbtxt, in the fields of Triton's model_config.proto (message ModelConfig), and the labels of scores.
 
-    Triton's batcher gets only a batch that may have any size from 1; another batch is part of the shape.
+    Triton's batcher serves only a batch of any size from 1; any other batch is part of the shape.
     """
     labels, most = bundle.manifest.labels, _most_batched(part)
     if len(part.outputs) != 1 or part.outputs[0].shape[-1:] != (len(labels),):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`simplify`: rewrites of the traced graph that change no number. onnx-ir's own passes where it has them."""
+"""`simplify`: rewrites of the traced graph that change no number, by onnx-ir's own passes where it has them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ import onnx_ir.passes.common as common
 from onnxscript.rewriter import RewritePass
 from onnxscript.rewriter.rules.common import transpose_transpose_rule
 
-from perceiver_export.runtimes.errors import ExportError
+from perceiver_export.exporter.fold.nodes import operand, put
+from perceiver_export.runtimes.errors import ExportError, first_line
 
 RANDOM = frozenset(
     {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial"}
@@ -27,14 +28,14 @@ _SCOPES = "pkg.torch.onnx.name_scopes"
 
 
 class FoldConstantsPass(ir.passes.InPlacePass):
-    """Computes constant expressions, in one run of ONNX Runtime over that part of the graph.
+    """Computes constant expressions in one run of ONNX Runtime over that part of the graph.
 
     Given:  MatMul(x, Transpose(W)), MatMul(LayerNormalization(latents, γ, β), V), Reshape(y, Concat([1], [784], …))
     Result: MatMul(x, W'), initializer, Reshape(y, initializer)
 
-    Nodes that only repeat or combine small constants into a large array stay, because the array would be stored: a
-    position table for each image of a batch, the sum of two axes' scores over a grid. So do those that repeat for each
-    step of a dynamic dimension, one of whose multiples is ``dynamic``.
+    Nodes that repeat or combine small constants into a large array stay, because the array would be stored: a position
+    table for each image of a batch, the sum of two axes' scores over a grid. So do nodes that repeat a constant along a
+    dynamic dimension: its size is a multiple of one of the primes ``dynamic``.
     """
 
     def __init__(self, dynamic: Collection[int] = ()) -> None:
@@ -77,7 +78,7 @@ class FoldConstantsPass(ir.passes.InPlacePass):
 
 
 def _must_stay(node: ir.Node) -> bool:
-    """Nodes that draw numbers or hold a graph, or whose result is large and larger than their inputs."""
+    """Whether a node draws numbers, holds a graph, or has a large result that is larger than its inputs."""
     if node.op_type in RANDOM or any(one.type == ir.AttributeType.GRAPH for one in node.attributes.values()):
         return True
     if node.op_type not in _GROWING:
@@ -93,7 +94,7 @@ def _must_stay(node: ir.Node) -> bool:
 
 
 def _expanded(node: ir.Node) -> int | None:
-    """The size of an Expand's result; None where its shape is computed. Shape inference does not always find it."""
+    """The size of an Expand's result, which shape inference does not always find; None if its shape is computed."""
     source, target = node.inputs[:2]
     if source is None or source.shape is None or not source.shape.is_static():
         return None
@@ -114,14 +115,14 @@ def evaluate(model: ir.Model) -> list[np.ndarray]:
 
 
 def _replace(graph: ir.Graph, value: ir.Value, array: np.ndarray) -> None:
-    """Put an initializer in the place of a computed value; a transposed weight keeps the weight's name."""
+    """Replace a computed value by an initializer; a transposed weight keeps the weight's name."""
     producer, name = value.producer(), value.name
     if producer is not None and producer.op_type == "Transpose" and producer.inputs[0] is not None:
         source = producer.inputs[0]
         if source.is_initializer() and len(source.uses()) == 1:
             name, source.name = source.name, f"{source.name}.untransposed"
     if name is None:
-        raise ExportError("the traced graph has a value without a name", "report it with the config")
+        raise ExportError("the traced graph has a value without a name", "report this bug with the model")
     tensor = ir.tensor(array, name=name)
     constant = ir.Value(name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape))
     value.replace_all_uses_with(constant, replace_graph_outputs=True)
@@ -129,7 +130,7 @@ def _replace(graph: ir.Graph, value: ir.Value, array: np.ndarray) -> None:
 
 
 class NameNodesPass(ir.passes.InPlacePass):
-    """Names every node after the torch module it was traced from, and every weight as its model does.
+    """Names every node after its torch module, and every weight as the model does.
 
     Given:  node_MatMul_57, from encoder.self_attentions.0.attention, second block
     Result: encoder.self_attentions.0.attention/MatMul_7
@@ -142,14 +143,14 @@ class NameNodesPass(ir.passes.InPlacePass):
             model.graph.initializers.add(value)
         seen: Counter[str] = Counter()
         for node in model.graph:
-            prefix = f"{_module(node)}/{node.op_type}"
+            prefix = f"{module_of(node)}/{node.op_type}"
             seen[prefix] += 1
             node.name = f"{prefix}_{seen[prefix]}"
         return ir.passes.PassResult(model, modified=True)
 
 
-def _module(node: ir.Node) -> str:
-    """Path of the innermost module as torch recorded it, else as the node's name says it, else `model`."""
+def module_of(node: ir.Node) -> str:
+    """Path of the innermost module that torch recorded, else the one in the node's name, else `model`."""
     try:
         scopes = ast.literal_eval(node.metadata_props.get(_SCOPES, "[]"))
     except (ValueError, SyntaxError):
@@ -161,7 +162,7 @@ def _module(node: ir.Node) -> str:
 
 
 class SettleTypesAndShapesPass(ir.passes.InPlacePass):
-    """Replaces types and shapes that are asked for at run time by those that the graph knows, so that they fold.
+    """Replaces types and shapes that are computed at run time by those that the graph knows, so that they fold.
 
     Given:  CastLike(1.0, x), Expand(., Shape(x)), Reshape(x, [1, 54, 384])      x of (1, 54, 384)
     Result: 1.0, Expand(., initializer), x
@@ -178,7 +179,8 @@ class SettleTypesAndShapesPass(ir.passes.InPlacePass):
                 model.graph.remove(node, safe=True)
                 modified = True
             elif node.op_type in ("Reshape", "Expand") and _changes_nothing(node):
-                _take_out(model.graph, node)
+                put(node.outputs[0], operand(node))
+                model.graph.remove(node, safe=True)
                 modified = True
         return ir.passes.PassResult(model, modified=modified)
 
@@ -191,36 +193,22 @@ def _changes_nothing(node: ir.Node) -> bool:
     return source.shape == result.shape and not (ends and result.is_graph_output())
 
 
-def _take_out(graph: ir.Graph, node: ir.Node) -> None:
-    source, result = node.inputs[0], node.outputs[0]
-    assert source is not None
-    name, is_output = result.name, result.is_graph_output()
-    result.replace_all_uses_with(source, replace_graph_outputs=True)
-    graph.remove(node, safe=True)
-    if is_output:
-        source.name = name
-
-
 def _settle_cast(graph: ir.Graph, node: ir.Node, dtype: ir.DataType) -> None:
-    """A Cast, or nothing where the type is that already."""
-    source, result = node.inputs[0], node.outputs[0]
-    assert source is not None
-    if source.dtype == dtype and not result.is_graph_output():
-        result.replace_all_uses_with(source)
-        graph.remove(node, safe=True)
-        return
-    cast = ir.node("Cast", [source], {"to": int(dtype)}, name=node.name)
-    cast.outputs[0].type, cast.outputs[0].shape = ir.TensorType(dtype), result.shape
-    cast.metadata_props.update(node.metadata_props)
-    graph.insert_after(node, cast)
-    name = result.name
-    result.replace_all_uses_with(cast.outputs[0], replace_graph_outputs=True)
+    """Replace CastLike by Cast, or remove it where the input has that type already."""
+    source, result = operand(node), node.outputs[0]
+    new = source
+    if source.dtype != dtype or result.is_graph_output():
+        cast = ir.node("Cast", [source], {"to": int(dtype)}, name=node.name)
+        (new,) = cast.outputs
+        new.name, new.type, new.shape = result.name, ir.TensorType(dtype), result.shape
+        cast.metadata_props.update(node.metadata_props)
+        graph.insert_after(node, cast)
+    put(result, new)
     graph.remove(node, safe=True)
-    cast.outputs[0].name = name
 
 
 def _sizes(node: ir.Node) -> list[int] | None:
-    """The result of a Shape, None where one of its sizes is dynamic."""
+    """The result of a Shape node, None if one of its sizes is dynamic."""
     shape = node.inputs[0].shape if node.inputs[0] is not None else None
     if shape is None:
         return None
@@ -235,12 +223,12 @@ def passes(dynamic: Collection[int] = ()) -> tuple[ir.passes.InPlacePass, ...]:
         # One Transpose(W) a weight instead of one a use, so that folding makes one array of it.
         common.CommonSubexpressionEliminationPass(),
         SettleTypesAndShapesPass(),
-        # Types and shapes of values that the exporter left open; folding needs them, and so does counting FLOPs.
+        # The exporter leaves types and shapes open that folding and counting FLOPs need.
         common.ShapeInferencePass(),
         # Features come as rows and are read as columns.
         RewritePass([transpose_transpose_rule]),
         FoldConstantsPass(dynamic),
-        FoldConstantsPass(dynamic),  # again: small arrays that are expanded to a shape that was computed
+        FoldConstantsPass(dynamic),  # again: small arrays that are expanded to a computed shape
         common.IdentityEliminationPass(),
         # Nodes that lost their readers.
         common.RemoveUnusedNodesPass(),
@@ -250,29 +238,45 @@ def passes(dynamic: Collection[int] = ()) -> tuple[ir.passes.InPlacePass, ...]:
 
 
 def without_sequences(model: ir.Model) -> None:
-    """Inline functions, and take away sequences that only carry tensors, as some exporters write for Split."""
-    if not model.functions and not any("Sequence" in node.op_type for node in model.graph):
-        return  # what it also folds would lose the names of weights
-    from onnxscript.optimizer import optimize_ir
+    """Inline functions, and remove sequences that only carry tensors, as some exporters write for Split.
 
-    optimize_ir(model, should_fold=lambda node: False if node.op_type in _REPEATING else None)
+    onnxscript's `optimize` does this too, but its rules treat an addition of 1e-8 as an addition of zero.
+    """
+    if not model.functions and not any("Sequence" in node.op_type for node in model.graph):
+        return  # constant folding also removes the names of weights
+    from onnxscript.optimizer import fold_constants_ir
+
+    common.InlinePass()(model)
+    for _ in range(2):  # shapes that the first round settles
+        fold_constants_ir(
+            model,
+            onnx_shape_inference=True,
+            should_fold=lambda node: False if node.op_type in _REPEATING else None,
+        )
+    common.RemoveUnusedNodesPass()(model)
 
 
 def simplify(model: ir.Model, dynamic: Collection[int] = ()) -> None:
     """Apply `passes` in place; ``dynamic``: primes in the place of dynamic dimensions.
 
-    Raises onnx_ir.passes.PassError.
+    Raises ExportError, for example where ONNX Runtime cannot compute a constant.
     """
-    ir.passes.Sequential(*passes(dynamic))(model)
+    try:
+        ir.passes.Sequential(*passes(dynamic))(model)
+    except ir.passes.PassError as error:
+        raise ExportError(
+            f"the traced graph cannot be simplified: {first_line(error.__cause__ or error)}",
+            "compute constants of the model in float32 or int64",
+        ) from error
 
 
 def without_metadata(model: ir.Model) -> None:
-    """Last: names are made of metadata, and the rest of it (stack traces) holds paths of the exporting machine."""
+    """Remove metadata, whose stack traces hold paths of this machine. Call it last: names come from metadata."""
     common.ClearMetadataAndDocStringPass()(model)
 
 
 def number_folds(graph: ir.Graph) -> None:
-    """Number what folds have made from 0, so that a model always becomes the same bytes."""
+    """Number the values that folds made from 0, so that a model always becomes the same bytes."""
     made = [value for value in graph.initializers.values() if (value.name or "").startswith(("fold.", "fold_"))]
     for value in made:
         del graph.initializers[str(value.name)]

@@ -41,13 +41,15 @@ from perceiver_export.runtimes.errors import (
     UsageError,
     check_choice,
     check_kind,
+    first_line,
 )
 from perceiver_export.runtimes.files import read_json
 from perceiver_export.runtimes.machine import cpu_name
-from perceiver_export.runtimes.manifest import OutputKind, TensorSpec
+from perceiver_export.runtimes.manifest import OutputKind, TensorSpec, interface
 from perceiver_export.runtimes.preprocessing import MAX_SIDE, ImagePreprocessing, Preprocessing
 from perceiver_export.runtimes.runtime import Array, Feeds
 from perceiver_export.runtimes.tasks import TASKS
+from perceiver_export.runtimes.tasks.base import interface
 
 if TYPE_CHECKING:
     from perceiver_export.exporter.model.architectures import Parity
@@ -71,6 +73,7 @@ def load_model(
     shape: Mapping[str, tuple[int, ...]] | None = None,
     config: str | os.PathLike[str] | None = None,
     like: str | os.PathLike[str] | None = None,
+    use_transformers: bool = False,
 ) -> LoadedModel:
     """Load a checkpoint for export. ``source`` is one of
 
@@ -84,7 +87,8 @@ def load_model(
 
     ``parity`` says whose numerics to follow; by default those of the code that trained the checkpoint. ``shape`` maps
     an input's name to its size without the batch, e.g. ``{"image": (3, 224, 224)}``. ``task`` chooses the task of your
-    own bare model; that of any other model it must equal.
+    own bare model; that of any other model it must equal. ``use_transformers`` loads a Hugging Face directory of any
+    class with the installed transformers, which never runs code of the checkpoint.
 
     Raises CheckpointError, UnsupportedModelError, UsageError, MissingDependencyError.
     """
@@ -95,8 +99,11 @@ def load_model(
     sizes = None if config is None else Path(config)
     path = Path(source)
     if path.suffix == ".onnx" and path.is_file():
-        _refuse("an ONNX file", parity=parity)
+        _refuse("an ONNX file", parity=parity, use_transformers=use_transformers or None)
         loaded = load_onnx_file(path, shape or {}, sizes, None if like is None else Path(like), task)
+    elif use_transformers:
+        _refuse("a class of transformers", parity=parity, config=config, like=like)
+        loaded = _load_installed(os.fspath(source), task, shape or {})
     else:
         _refuse("this source", like=like)
         loaded = _load(os.fspath(source), task, cast("Parity | None", parity), _image_shape(shape or {}), sizes)
@@ -136,23 +143,37 @@ def _load(
         _refuse("a model of your own", parity=parity, shape=shape, config=config)
         return load_own(text, task)
     _refuse("a Hugging Face directory", config=config)
+    directory, name = _directory(text)
+    return dataclasses.replace(huggingface.load_huggingface(directory, parity or "huggingface", shape), source=name)
+
+
+def _load_installed(text: str, task: str | None, shape: Mapping[str, tuple[int, ...]]) -> LoadedModel:
+    from perceiver_export.exporter.checkpoints.installed import load_installed
+
+    directory, name = _directory(text)
+    own, notes = load_installed(directory, task, shape)
+    return dataclasses.replace(loaded_module(own, name), notes=notes)
+
+
+def _directory(text: str) -> tuple[Path, str]:
+    """A Hugging Face directory and its name; that of a hub id, which is downloaded. Raises CheckpointError."""
     directory = Path(text)  # `./owner/name` loses the mark of a path
     if not directory.exists() and is_hub_id(text):
-        loaded = huggingface.load_huggingface(download(text), parity or "huggingface", shape)
-        return dataclasses.replace(loaded, source=text)  # not the cache's name for it
+        return download(text), text  # not the cache's name for it
     if not directory.is_dir():
         raise CheckpointError(
             f"{text} {'is not a directory' if directory.exists() else 'does not exist'}",
             "give a Hugging Face directory (config.json and weights) or another SOURCE: export --help lists them",
         )
-    return huggingface.load_huggingface(directory, parity or "huggingface", shape)
+    return directory, directory.resolve().name
 
 
 def _refuse(what: str, **options: object) -> None:
     """Refuse options that would have no effect."""
     for name, value in options.items():
         if value is not None:
-            raise UsageError(f"{what} takes no --{name}", f"leave --{name} out")
+            option = f"--{name.replace('_', '-')}"
+            raise UsageError(f"{what} takes no {option}", f"leave {option} out")
 
 
 def _image_shape(shape: Mapping[str, tuple[int, ...]]) -> tuple[int, int, int] | None:
@@ -281,9 +302,8 @@ def download(hub_id: str) -> Path:
     try:
         return Path(snapshot_download(hub_id, allow_patterns=_FILES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise CheckpointError(
-            f"{hub_id} is no directory, and cannot be downloaded: {reason}",
+            f"{hub_id} is no directory, and cannot be downloaded: {first_line(error)}",
             f"check the name, or download it elsewhere: hf download {hub_id} --local-dir {hub_id.partition('/')[2]}",
         ) from error
 
@@ -318,8 +338,10 @@ def load_reference(bundle: str | Path, source: str) -> Checkpoint:
     options: dict[str, Any] = {}
     if source.endswith(".onnx"):
         options["like"] = bundle
-        inputs = [spec for part in manifest.parts.values() for spec in part.inputs]
-        options["shape"] = {spec.name: _least(spec) for spec in inputs}
+        options["shape"] = {spec.name: _least(spec) for spec in interface(manifest)[0]}
+    elif (Path(source).is_dir() or is_hub_id(source)) and manifest.parity == "own" and not manifest.architecture:
+        shape = {spec.name: spec.shape[1:] for spec in interface(manifest)[0]}
+        options = {"use_transformers": True, "task": manifest.task, "shape": shape}
     elif not re.match(_AS_THEY_ARE, source):
         options["parity"] = None if manifest.parity == "own" else manifest.parity
         if isinstance(steps, ImagePreprocessing):

@@ -10,7 +10,7 @@ import io
 import logging
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -21,13 +21,19 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from perceiver_export.exporter.graphs import GraphPart, repeated
+from perceiver_export.exporter.fold.dynamic import make_dynamic, stand_ins
+from perceiver_export.exporter.fold.engine import fold as fold_graph
+from perceiver_export.exporter.fold.latents import QUERIES, latents_of, mark
+from perceiver_export.exporter.fold.nodes import Sizes
+from perceiver_export.exporter.fold.normalize import normalize, settle
+from perceiver_export.exporter.fold.plan import plan
+from perceiver_export.exporter.graphs import GraphPart, Split, cut_parts, repeated
 from perceiver_export.exporter.model.config import ArrayInput, PerceiverConfig
 from perceiver_export.exporter.onnx_files import OnnxFile, refuse, vocabularies
 from perceiver_export.exporter.own import NamedModule
 from perceiver_export.exporter.simplify import number_folds, simplify, without_metadata, without_sequences
 from perceiver_export.runtimes.errors import ExportError, VerificationError
-from perceiver_export.runtimes.manifest import Check, FoldDecision, MemoryPlan, TensorSpec
+from perceiver_export.runtimes.manifest import Check, FoldDecision, MemoryPlan, TensorSpec, index_input
 from perceiver_export.runtimes.opening import open_engine
 from perceiver_export.runtimes.runtime import Array, Runtime, compare
 
@@ -103,24 +109,60 @@ def folded_graph(part: GraphPart, config: PerceiverConfig | None, fold: bool, bu
     Dynamic dimensions are traced and folded as prime numbers, see `fold.dynamic`. Raises ExportError; UsageError where
     the budget is too small.
     """
-    from perceiver_export.exporter.fold.dynamic import make_dynamic, stand_ins
-    from perceiver_export.exporter.fold.engine import fold as fold_graph
-    from perceiver_export.exporter.fold.nodes import Sizes
-    from perceiver_export.exporter.fold.plan import plan
-
     primes = stand_ins(list(part.typical), _sizes_of(part))
-    examples = sample_inputs(part, config, primes, seed=0)
-    real = Sizes({primes[name]: part.planned(name) for name in primes})
+    return _folded(part, _plain(part, config, primes), config, primes, fold, budget)
+
+
+def folded_parts(source: GraphPart, split: Split, fold: bool, budget: int) -> list[FoldedGraph]:
+    """The same of an encoder and of a decoder for each output, cut from the graph of ``source``.
+
+    Raises UsageError, UnsupportedModelError: it cannot be cut, or not as ``split`` asks.
+    """
+    primes = stand_ins([*source.typical, *([QUERIES] if split.dynamic else [])], _sizes_of(source))
+    model, first = _plain(source, None, primes, split.latents), source.outputs[0].shape[0]
+    normalize(model, _counted(source, primes))
+    samples = primes[first] if isinstance(first, str) else first
+    latents = latents_of(model.graph, split.latents, samples)
+    parts = cut_parts(source, model, latents, split, primes.get(QUERIES))
+    for part, graph in parts:
+        simplify(graph, _counted(part, primes).planned)
+    return [_folded(part, graph, None, primes, fold, budget) for part, graph in parts]
+
+
+def _plain(
+    part: GraphPart, config: PerceiverConfig | None, primes: dict[str, int], latents: str | None = None
+) -> ir.Model:
+    """The graph as it was traced or read, simplified; the tensor called ``latents`` is its last output."""
+    examples, real = sample_inputs(part, config, primes, seed=0), _counted(part, primes)
     if isinstance(part.module, OnnxFile):
-        model = part.module.graph({name: array.shape for name, array in examples.items()}, real)
+        model = part.module.graph({name: array.shape for name, array in examples.items()})
     else:
         model = _traced(part, examples)
-    with _quiet():
+    if latents is not None:
+        mark(model.graph, latents)
+    if isinstance(part.module, OnnxFile):
+        settle(model, real)
+    with quiet():
         without_sequences(model)
     refuse(model.graph)
     simplify(model, real.planned)
+    return model
+
+
+def _counted(part: GraphPart, primes: dict[str, int]) -> Sizes:
+    return Sizes({primes[name]: part.planned(name) for name in part.typical})
+
+
+def _folded(
+    part: GraphPart,
+    model: ir.Model,
+    config: PerceiverConfig | None,
+    primes: dict[str, int],
+    fold: bool,
+    budget: int,
+) -> FoldedGraph:
     decisions: tuple[FoldDecision, ...] = ()
-    planned = None
+    planned, real = None, _counted(part, primes)
     if fold:
         decisions = fold_graph(model, real, part.samples)
         model, planned = plan(model, budget, real)
@@ -136,8 +178,8 @@ def _sizes_of(part: GraphPart) -> list[int]:
     """Of its inputs and weights."""
     fixed = [size for spec in (*part.inputs, *part.outputs) for size in spec.shape if isinstance(size, int)]
     examples = [size for array in part.examples.values() for size in array.shape]
-    weights = part.module.state_dict() if isinstance(part.module, nn.Module) else {}
-    return fixed + examples + [size for weight in weights.values() for size in weight.shape]
+    weights = [*part.module.parameters(), *part.module.buffers()] if isinstance(part.module, nn.Module) else []
+    return fixed + examples + [size for weight in weights for size in weight.shape]
 
 
 def _with_vocabularies(part: GraphPart, graph: ir.Graph) -> GraphPart:
@@ -172,7 +214,7 @@ def _traced(part: GraphPart, examples: dict[str, Array]) -> ir.Model:
 
 
 def _exported(part: GraphPart, examples: dict[str, Array]) -> ir.Model:
-    with torch.no_grad(), _quiet():
+    with torch.no_grad(), quiet():
         program = torch.onnx.export(
             _positional(part),
             tuple(torch.from_numpy(array) for array in examples.values()),
@@ -197,7 +239,7 @@ def _scripted(part: GraphPart, examples: dict[str, Array]) -> ir.Model:
     import onnx
 
     written = io.BytesIO()
-    with torch.no_grad(), _quiet():
+    with torch.no_grad(), quiet():
         torch.onnx.export(
             _positional(part),
             tuple(torch.from_numpy(array) for array in examples.values()),
@@ -236,7 +278,7 @@ def _reason(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence torch's exporter: progress, notes about torchvision, its own deprecations, traces of what it raises."""
     disabled = logging.root.manager.disable
     logging.disable(logging.CRITICAL)  # handlers of torch's loggers keep the stderr that they were made with
@@ -253,33 +295,63 @@ def _quiet() -> Iterator[None]:
 
 
 def verify(
-    part: GraphPart, config: PerceiverConfig | None, path: Path, progress: Callable[[int, int], None]
-) -> tuple[list[Check], dict[str, Array]]:
-    """Compare the graph at ``path`` with torch on three random inputs.
+    source: GraphPart,
+    parts: Sequence[GraphPart],
+    config: PerceiverConfig | None,
+    directory: Path,
+    progress: Callable[[int, int], None],
+) -> tuple[list[Check], dict[str, dict[str, Array]]]:
+    """Compare the graphs in ``directory`` with torch on three random inputs. ``parts``: what ``source`` was cut into,
+    an encoder first, or ``source`` itself.
 
-    Returns the checks, and ``input/NAME`` and ``output/NAME`` of the first case for golden.npz. torch is done before
-    the graph is loaded: both of a large model need not fit into memory at once.
+    Returns the checks, and ``input/NAME`` and ``output/NAME`` of each part's first case for golden.npz. torch is done
+    before the graphs are loaded: both of a large model need not fit into memory at once.
 
     Raises VerificationError: a difference above `TOLERANCE` of the output's scale (above ten times torch's own rounding
     error, where that is more), or a NaN or infinity.
     """
-    cases = list(_cases(part, config))
+    cases = list(_cases(source, config))
     references = []
     for index, (_, feeds) in enumerate(cases):
         progress(index, 2 * len(cases))
-        references.append(_reference(part, feeds))
+        references.append(_reference(source, feeds))
+    known = [dict(feeds) for _, feeds in cases]
     checks: list[Check] = []
-    with Runtime(open_engine(path, "ort-cpu", threads=None), part.inputs, part.outputs, "fp32") as runtime:
-        for index, ((description, feeds), reference) in enumerate(zip(cases, references, strict=True)):
-            progress(len(cases) + index, 2 * len(cases))
-            found = runtime.run(feeds)
-            checks += [_check(part, name, description, feeds, found[name], reference[name]) for name in reference]
-    golden = {f"input/{name}": array for name, array in cases[0][1].items()}
-    return checks, golden | {f"output/{name}": array for name, array in references[0].items()}
+    golden: dict[str, dict[str, Array]] = {}
+    for part in parts:
+        engine = open_engine(directory / part.file, "ort-cpu", threads=None)
+        with Runtime(engine, part.inputs, part.outputs, "fp32") as runtime:
+            for index, (description, drawn) in enumerate(_cases(part, config)):
+                progress(len(cases) + index, 2 * len(cases))
+                given = {name: known[index].get(name, array) for name, array in drawn.items()}
+                found = runtime.run(given)
+                expected = _expected(source, part, found, references[index], given)
+                compared = [name for name in found if name in references[index]]
+                feeds = cases[index][1]
+                checks += [_check(source, one, description, feeds, found[one], expected[one]) for one in compared]
+                known[index] |= found
+                own = {f"input/{name}": array for name, array in given.items()}
+                golden.setdefault(part.name, own | {f"output/{name}": array for name, array in expected.items()})
+    return checks, golden
+
+
+def _expected(
+    source: GraphPart, part: GraphPart, found: dict[str, Array], reference: dict[str, Array], given: dict[str, Array]
+) -> dict[str, Array]:
+    """A part's outputs as ``source`` gives them; its latents are no output of the source."""
+    expected = {name: reference.get(name, array) for name, array in found.items()}
+    index = index_input(part.inputs)
+    if source is part or index is None or part.num_queries is None:
+        return expected
+    (rows,) = given[index.name]
+    return {
+        name: array.reshape(len(array), part.num_queries, -1)[:, rows].reshape(found[name].shape)
+        for name, array in expected.items()
+    }
 
 
 def _check(
-    part: GraphPart, output: str, description: str, feeds: dict[str, Array], found: Array, reference: Array
+    source: GraphPart, output: str, description: str, feeds: dict[str, Array], found: Array, reference: Array
 ) -> Check:
     for side, array in (("torch", reference), ("the exported graph", found)):
         if not np.isfinite(array).all():
@@ -289,7 +361,8 @@ def _check(
             )
     comparison = compare(found, reference, TOLERANCE)
     if not comparison:
-        own = compare(reference, _reference(part, feeds, double=True)[output], TOLERANCE).difference
+        exact = _reference(source, feeds, double=True)[output]
+        own = compare(_reference(source, feeds)[output], exact, TOLERANCE).difference
         comparison = compare(found, reference, max(TOLERANCE, _TIMES_TORCHS_OWN * own))
     if not comparison:
         raise VerificationError(

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The runtime that an app embeds. It needs numpy and msgspec, an engine's library on first use, and never torch.
+"""The runtime that an app embeds. It needs numpy and msgspec, on first use an engine's library, and never torch.
 
 from perceiver_export.runtimes import load
 
 with load("fashion") as runtime:
     outputs = runtime.run({"image": image})
 
-It logs under the name ``perceiver_export``, with no handler of its own. INFO: loaded bundles, targets and engines that
-are taken or refused, with the reason. DEBUG: more details. WARNING: an engine is compiled again at load.
+It logs under the name ``perceiver_export`` without a handler of its own. INFO: loaded bundles, and which targets and
+engines are used or rejected, with the reason. DEBUG: more details. WARNING: an engine is compiled again at load.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from perceiver_export.runtimes.split import decode as decode
     from perceiver_export.runtimes.tasks import open_task as open_task
 
-# Public names by module; each module is imported on first use, so that an app pays only for what it calls.
+# Public names by module. Each module is imported on first use, so that an app loads only the code that it calls.
 _NAMES = {
     "batcher": "Batcher",
     "benchmark": "bench",
@@ -53,7 +53,7 @@ _NAMES = {
 _MODULES = {name: module for module, names in _NAMES.items() for name in names.split()}
 __all__ = sorted([*_MODULES, *(name for name in globals() if name.endswith("Error"))])
 
-# As onnxruntime's docs/Privacy.md says; here, because several modules import it.
+# Disables onnxruntime's telemetry (its docs/Privacy.md). It is set here because several modules import onnxruntime.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 

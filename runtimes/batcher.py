@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Join requests of one or a few samples into batches: throughput for models exported with a batch."""
+"""Join requests of one or a few samples into batches, for higher throughput of models exported with a batch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from perceiver_export.runtimes.manifest import TensorSpec
 from perceiver_export.runtimes.runtime import FeedChecks, Runtime
 
 _ROWS = "rows"
-_QUEUED_BATCHES = 4  # with more `submit` waits: requests must not arrive faster than they are answered
+_QUEUED_BATCHES = 4  # when the queue is full `submit` waits, so that requests do not pile up
 _IN_FLIGHT = 2
 
 
@@ -35,17 +35,17 @@ class _Request(NamedTuple):
 class Batcher:
     """Collects requests until there are ``max_batch`` samples or the first has waited ``max_wait`` seconds.
 
-    The model's first axis is the batch, with a range or fixed; a fixed one is filled up with copies of the last sample.
-    May be used from many threads. Close it before the runtime, which the caller closes. A future's callback may call
-    `submit` and `close`, which do not wait there; waiting for another future in it (`run`) may never end.
+    The model's first axis is the batch, of fixed or variable size; a fixed batch is padded with copies of the last
+    sample. It is thread-safe. Close it before its runtime, which the caller closes. A future's callback may call
+    `submit` and `close`, which do not wait there. Waiting for another future in a callback (`run`) may never end.
     """
 
     def __init__(self, runtime: Runtime, max_batch: int | None = None, max_wait: float = 0.002) -> None:
-        """Raises UsageError: the model's tensors have no common batch axis, or not such a batch."""
+        """Raises UsageError: the model's tensors have no common batch axis, or ``max_batch`` is out of range."""
         self._runtime = runtime
         self._least, most = _batch_limits((*runtime.inputs, *runtime.outputs))
         self._most = most if max_batch is None else max_batch
-        check_whole("max_batch", self._most, 1, most, f"the model takes 1 to {most} samples at once")
+        check_whole("max_batch", self._most, 1, most, f"give 1 to {most} samples")
         check_kind("max_wait", max_wait, (int, float), "seconds")
         if not 0 <= max_wait <= threading.TIMEOUT_MAX:
             raise UsageError(f"max_wait is {max_wait}", "give seconds, 0 or more")
@@ -60,12 +60,12 @@ class Batcher:
             for specs in (runtime.inputs, runtime.outputs)
         ]
         self._checks = FeedChecks(*any_rows)
-        self._changed = threading.Condition()  # guards the next four
+        self._changed = threading.Condition()  # guards the next four fields
         self._queue: deque[_Request] = deque()
         self._running = 0  # batches on the device
         self._unanswered = 0  # requests
         self._closed = False
-        self._calling: set[int] = set()  # threads in callers' callbacks
+        self._calling: set[int] = set()  # threads that run callers' callbacks
         self._process = os.getpid()
         self._worker = threading.Thread(target=self._work, name="perceiver-export batcher", daemon=True)
         self._worker.start()
@@ -73,15 +73,15 @@ class Batcher:
 
     @exits.awaited
     def submit(self, feeds: Feeds) -> Future[dict[str, Array]]:
-        """Queue a request of n samples, arrays (n, …) by name that must not change until the future is done.
+        """Queue a request of n samples: arrays (n, …) by name, which must not change until the future is done.
 
-        Waits while four batches are queued. The outputs are (n, …); the caller owns them.
+        It waits while four batches are queued. The outputs are (n, …); the caller owns them.
 
         Raises InputError, RuntimeClosedError.
         """
         feeds = self._checks.feeds(feeds)
         if os.getpid() != self._process:  # in a child the lock may be held forever
-            raise RuntimeClosedError("this batcher belongs to the process that forked", "make a new one")
+            raise RuntimeClosedError("this batcher belongs to the parent process", "create a new one in the child")
         request = _Request(feeds, len(next(iter(feeds.values()))), Future(), time.monotonic())
         with self._changed:
             self._changed.wait_for(
@@ -97,25 +97,25 @@ class Batcher:
                 self._changed.notify_all()
                 return request.future
         if exits.closing and not exits.hold():
-            return request.future  # in a callback at the end of the program: nobody waits for this future
-        raise RuntimeClosedError("this batcher is closed", "make a new one")
+            return request.future  # in a callback at exit: nothing waits for this future
+        raise RuntimeClosedError("this batcher is closed", "create a new one")
 
     def run(self, feeds: Feeds) -> dict[str, Array]:
-        """`submit`, and wait."""
+        """`submit` and wait."""
         return self.submit(feeds).result()
 
     def close(self) -> None:
-        """Answer every accepted request. May be called twice, and does nothing in a forked child.
+        """Finish every accepted request. May be called twice; does nothing in a forked child.
 
-        In a future's callback it returns at once, and the rest is answered in the background: keep the runtime open
-        until then.
+        In a future's callback it returns at once, and the remaining requests finish in the background: keep the runtime
+        open until then.
         """
         if os.getpid() != self._process:
             return
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-            if threading.get_ident() in self._calling:  # a callback cannot wait for itself; the exit waits for this:
+            if threading.get_ident() in self._calling:  # a callback cannot wait for itself; Python waits for a thread
                 threading.Thread(target=self.close, name="perceiver-export-close", daemon=False).start()
                 return
             self._changed.wait_for(lambda: not self._unanswered)
@@ -131,13 +131,13 @@ class Batcher:
         while batch := self._next_batch():
             try:
                 future = self._runtime.submit(self._joined(batch))
-            except Exception as error:  # the runtime was closed first, or memory is short
+            except Exception as error:  # the runtime was closed first, or memory ran out
                 future = Future()
                 future.set_exception(error)
             future.add_done_callback(partial(self._finish, batch))
 
     def _next_batch(self) -> list[_Request]:
-        """Requests that run together, once there are enough or the first has waited; empty after `close`."""
+        """The next requests to run together, once there are enough or the first has waited; empty after `close`."""
         with self._changed:
             while self._changed.wait_for(lambda: self._queue or self._closed) and self._queue:
                 left = self._queue[0].arrived + self._max_wait - time.monotonic()
@@ -158,7 +158,7 @@ class Batcher:
 
     @exits.awaited
     def _finish(self, batch: list[_Request], done: Future[dict[str, Array]]) -> None:
-        with self._changed:  # before the callers' callbacks, so that the device does not wait for them
+        with self._changed:  # before the callers' callbacks, so that they do not keep the device idle
             self._running -= 1
             self._changed.notify_all()
         self._calling.add(threading.get_ident())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compile a bundle's graphs for a target before the first load: with the target's library, without torch or onnx."""
+"""Compile a bundle's graphs for a target before the first load, with the target's library but without torch or onnx."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from perceiver_export.runtimes.presence import choose_precision
 class BuiltEngine:
     """One part's engine, built in ``precision``.
 
-    ``seconds`` is the compile time; ``new`` is False if the engine existed already.
+    ``seconds`` is the compile time; ``new`` is False if the engine already existed.
     """
 
     target: str
@@ -67,12 +67,12 @@ def build(
     """Compile every part of a bundle for a target, on the device that will run it, unless a valid engine exists.
 
     ``precision="auto"`` is what `choose_precision` takes from the figures of `bench --precision auto --save`.
-    ``shapes`` gives the least, best and largest size of a named dimension. ``flags`` are settings of the target's own
-    library, from the list of its backend. Engines go into the bundle, or into the user's cache directory if the bundle
-    cannot be written. If two processes build at once, one works and the other waits and takes its result.
+    ``shapes`` gives the smallest, best and largest size of a named dimension. ``flags`` are settings of the target's
+    library, from its backend's list. Engines are written into the bundle, or into the user's cache directory if the
+    bundle is read-only. If two processes build at once, one compiles, and the other waits and uses the result.
 
     Raises BuildError, BundleError, DeviceError, MissingDependencyError; UsageError: an unknown dimension, sizes
-    outside its range, or a flag that the target does not take.
+    outside its range, or a flag that the target does not accept.
     """
     check_choice("precision", precision, get_args(PrecisionChoice))
     check_choice("hint", hint, get_args(Hint))
@@ -100,12 +100,12 @@ def _check_shapes(bundle: Bundle, shapes: Mapping[str, tuple[int, int, int]]) ->
     ranges = {name: limits for spec in specs for name, limits in spec.ranges.items()}
     for name, sizes in shapes.items():
         if name not in ranges:
-            known = f"it has {', '.join(ranges)}" if ranges else "export it with --batch LEAST:BEST:MOST"
+            known = f"use one of {', '.join(ranges)}" if ranges else "export it with --batch LEAST:BEST:MOST"
             raise UsageError(f"the bundle has no dimension {name!r}", known)
         least, most = ranges[name]
         whole = isinstance(sizes, Sequence) and len(sizes) == 3 and all(isinstance(size, int) for size in sizes)
         if not whole or not least <= sizes[0] <= sizes[1] <= sizes[2] <= most:
-            raise UsageError(f"{name} goes from {least} to {most} in the bundle, not as {sizes}", "give sizes within")
+            raise UsageError(f"{name} has the sizes {sizes}", f"give LEAST:BEST:MOST from {least} to {most}")
 
 
 def _build_part(
@@ -120,9 +120,9 @@ def _build_part(
         seconds = time.perf_counter() - start
         return seconds
 
-    root, waiting = writable_root(bundle), f"another process builds {identity.part} for {identity.target}, waiting"
+    root, waiting = writable_root(bundle), f"waiting for the process that builds {identity.part} for {identity.target}"
     with builders_lock(root, identity.target, lambda: progress(waiting, 0, None)):
-        if not force and (found := _valid(bundle, identity, backend)):  # the other process made it
+        if not force and (found := _valid(bundle, identity, backend)):  # the other process built it
             return found
         directory = publish(root, identity, write)
     return BuiltEngine(identity.target, identity.part, identity.options.precision, directory, seconds, new=True)
@@ -134,7 +134,7 @@ def _valid(bundle: Bundle, identity: Identity, backend: Backend) -> BuiltEngine 
         if candidate.record.identity.options == identity.options and not candidate.problems:
             with contextlib.suppress(BundleError):
                 check_engine(candidate, "auto")
-                with contextlib.suppress(OSError):  # `load` takes the engine that was asked for last
+                with contextlib.suppress(OSError):  # `load` uses the engine that was built or requested last
                     os.utime(candidate.directory / RECORD, follow_symlinks=False)
                 found = (identity.target, identity.part, identity.options.precision, candidate.directory)
                 return BuiltEngine(*found, candidate.record.seconds, new=False)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Open a bundle and check that its files are those that were exported; read and write its report.json.
+"""Open a bundle and check that its files have not changed since the export; read and write its report.json.
 
-report.json holds measurements of the bundle. It changes later, so the manifest does not hash it.
+report.json contains measurements of the bundle. It changes later, so the manifest does not hash it.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ Verify = Literal["auto", "always", "never"]
 GOLDEN = "golden.npz"
 _REPORT = "report.json"
 _CHUNK = 1 << 20
-MANIFEST_LIMIT = 16 << 20  # bytes; with 100,000 labels it has 3 MB
+MANIFEST_LIMIT = 16 << 20  # bytes; a manifest with 100,000 labels has 3 MB
 _SOURCES = ("preset:", "deepmind:")  # prefixes of `export`'s sources
 _AGAIN = "copy or export the bundle again"
 
@@ -71,28 +71,28 @@ class Bundle:
         return sum(entry.size for entry in self.manifest.files.values())
 
     def part(self, name: str | None = None) -> Part:
-        """The part of that name; None is the only one. Raises UsageError."""
+        """The part with that name; None is the only part. Raises UsageError: no such part."""
         parts = self.manifest.parts
         if name is None and len(parts) == 1:
             return next(iter(parts.values()))
         if not isinstance(name, str) or name not in parts:
-            raise UsageError(f"{self.path} has no part {name!r}", f"its parts: {', '.join(parts)}")
+            raise UsageError(f"{self.path} has no part {name!r}", f"use one of {', '.join(parts)}")
         return parts[name]
 
     def file(self, name: str) -> Path:
-        """The path of a file of the bundle. Raises BundleError: the name would leave the bundle."""
+        """The path of a file in the bundle. Raises BundleError: the name points outside the bundle."""
         return inside(self.path, name)
 
 
 def open_bundle(path: str | os.PathLike[str] | Bundle, verify: Verify = "auto") -> Bundle:
     """Read a bundle's manifest and check its files.
 
-    ``auto`` hashes a file when it is first seen and after its size, times or inode change (a stamp in the user's cache
-    directory records them). ``always`` hashes every time. ``never`` checks names and sizes only; engines of `build` are
-    then still checked as with ``auto``. A graph may read only weights that the manifest lists.
+    ``auto`` hashes a file when it is first seen and after its size, times or inode change (the user's cache directory
+    records them). ``always`` hashes every time. ``never`` checks only names and sizes; engines from `build` are then
+    still checked as with ``auto``. A graph may read only weights that the manifest lists.
 
-    Raises BundleError: no bundle, or a file that is missing, cut or changed; UsageError: an unknown ``verify``, no
-    path.
+    Raises BundleError: not a bundle, or a file is missing, truncated or changed; UsageError: an unknown ``verify``, or
+    not a path.
     """
     if isinstance(path, Bundle):
         path = path.path
@@ -108,7 +108,7 @@ def open_bundle(path: str | os.PathLike[str] | Bundle, verify: Verify = "auto") 
 
 @functools.cache
 def _warn(directory: Path, note: str) -> None:
-    """Once a process: bundles are opened again and again."""
+    """Warn once per process, because a bundle may be opened many times."""
     _log.warning("%s: %s", directory, note)
 
 
@@ -122,15 +122,15 @@ def read_manifest(directory: Path) -> Manifest:
         if not isinstance(error.__cause__, (FileNotFoundError, NotADirectoryError)):
             raise
         what = "is not a bundle: it has no manifest.json" if directory.exists() else "does not exist"
-        hint = "a bundle is the directory that `perceiver-export export SOURCE -o BUNDLE` writes"
+        hint = "give the directory that `perceiver-export export SOURCE -o BUNDLE` wrote"
         if (directory / "config.json").is_file() or str(directory).startswith(_SOURCES):
-            hint = f"it looks like a SOURCE: perceiver-export export {directory} -o BUNDLE"
+            hint = f"export it first, if it is a source: perceiver-export export {directory} -o BUNDLE"
         raise BundleError(f"{directory} {what}", hint) from error
     return decode_manifest(content)
 
 
 def golden_arrays(bundle: Bundle, part: str, kind: Literal["input", "output"]) -> dict[str, npt.NDArray[Any]]:
-    """The inputs or outputs of PyTorch for a part, from golden.npz; empty without that file. Raises BundleError."""
+    """PyTorch's inputs or outputs for a part, from golden.npz; empty without that file. Raises BundleError."""
     if GOLDEN not in bundle.manifest.files:
         return {}
     from perceiver_export.runtimes.npz import Npz
@@ -142,7 +142,10 @@ def golden_arrays(bundle: Bundle, part: str, kind: Literal["input", "output"]) -
 
 
 def check_files(directory: Path, files: Mapping[str, FileEntry], verify: Verify, record: str = "the manifest") -> None:
-    """Check files of a directory against the sizes and, as ``verify`` says, hashes of a record. Raises BundleError."""
+    """Check a directory's files against the sizes and, depending on ``verify``, the hashes of a record.
+
+    Raises BundleError: a file is missing, has changed, or reads weights that the record does not list.
+    """
     import hashlib  # loads OpenSSL, a tenth of this package's import time
 
     known: dict[str, list[str | int]] = {}
@@ -150,17 +153,17 @@ def check_files(directory: Path, files: Mapping[str, FileEntry], verify: Verify,
     key = hashlib.sha256(os.fsencode(directory.resolve())).hexdigest()[:32]
     cache = cache_directory() / "verified" / f"{key}.json"
     if verify == "auto":
-        with contextlib.suppress(OSError, ValueError):  # without the cache the files are hashed again
+        with contextlib.suppress(OSError, ValueError):  # without the cache all files are hashed
             private_cache()
             known = decode_json(read_bytes(cache), dict[str, list[str | int]])
     for name, entry in files.items():
         stamp = _check_file(directory, name, entry, record)
-        stamps[name] = stamp  # taken before the hash: a change during it is noticed next time
+        stamps[name] = stamp  # taken before hashing, so that the next check notices a change during it
         if verify != "never" and known.get(name) != stamp:
             with reading(name, BundleError):
                 digest = sha256(directory / name)
             if digest != entry.sha256:
-                raise BundleError(f"{name} was changed: its sha256 differs from the one in {record}", _AGAIN)
+                raise BundleError(f"{name} was changed: its SHA-256 differs from the one in {record}", _AGAIN)
             if name.endswith(".onnx"):
                 _check_weights(directory / name, name, files, record)
     if verify == "auto" and stamps != known:
@@ -168,7 +171,7 @@ def check_files(directory: Path, files: Mapping[str, FileEntry], verify: Verify,
 
 
 def sha256(path: Path) -> str:
-    """Hash of a file, read in pieces. Raises OSError."""
+    """The SHA-256 of a file, read in chunks. Raises OSError."""
     import hashlib
 
     digest = hashlib.sha256()
@@ -179,21 +182,21 @@ def sha256(path: Path) -> str:
 
 
 def _check_file(directory: Path, name: str, entry: FileEntry, record: str) -> list[str | int]:
-    """The file's stamp: every change of its content changes one of these, and nobody can set st_ctime back."""
+    """The file's stamp. Any change of its content changes one of these values, because st_ctime cannot be set back."""
     path = directory / name
     with reading(path, BundleError):
         found = path.is_file() and path.resolve().is_relative_to(directory.resolve())
         status = path.stat() if found else None
     if status is None:
-        raise BundleError(f"{name} is missing from {directory}, or is a link out of it", _AGAIN)
+        raise BundleError(f"{name} is missing from {directory}, or is a link that leaves it", _AGAIN)
     if status.st_size != entry.size:
-        raise BundleError(f"{name} has {status.st_size} bytes, {record} says {entry.size}", _AGAIN)
+        raise BundleError(f"{name} has {status.st_size} bytes, but {record} says {entry.size}", _AGAIN)
     times = status.st_mtime_ns, status.st_ctime_ns
     return [entry.sha256, status.st_size, status.st_ino, status.st_dev, *times]
 
 
 def _check_weights(path: Path, name: str, files: Mapping[str, FileEntry], record: str) -> None:
-    """Raise BundleError if a graph reads weights that the record does not list, so that nobody hashes them."""
+    """Raise BundleError if a graph reads weights that the record does not list, because they would not be hashed."""
     from perceiver_export.runtimes.external_data import external_files
 
     for one in sorted(external_files(path)):
@@ -202,20 +205,20 @@ def _check_weights(path: Path, name: str, files: Mapping[str, FileEntry], record
 
 
 def read_report(bundle: Path) -> dict[str, Any]:
-    """The report by section; empty if there is none. Raises BundleError: it is damaged."""
+    """The report by section; empty if the file does not exist. Raises BundleError: it is damaged."""
     path = bundle / _REPORT
     if not os.path.lexists(path):
         return {}
-    return read_json(path, dict[str, Any], BundleError, "remove it; `bench` and `validate` measure again")
+    return read_json(path, dict[str, Any], BundleError, "remove it, then run `bench --save` and `validate` again")
 
 
 def change_report(bundle: Path, section: str, change: Callable[[Any], Any]) -> None:
-    """Replace one section by ``change(section)``, None if it is absent. Two writers wait for each other.
+    """Replace one section by ``change(section)``; a missing section is None. Concurrent writers wait for each other.
 
-    Raises BundleError: the report is damaged, or cannot be written.
+    Raises BundleError: the report is damaged or cannot be written.
     """
     path = bundle / _REPORT
-    hint = "copy the bundle to a place that can be written"
+    hint = "copy the bundle to a writable directory"
     with writing(path, BundleError, hint), locked(bundle / "manifest.json"):
         report = read_report(bundle)
         report[section] = change(report.get(section))
@@ -227,7 +230,7 @@ _ByPrecision = dict[str, dict[str, dict[str, tuple[float, float, float]]]]  # by
 
 
 class Measured(msgspec.Struct, frozen=True):
-    """A target's figures from `bench --save`: milliseconds a call, samples a second, and samples in a call."""
+    """A target's figures from `bench --save`: milliseconds per call, samples per second, and samples per call."""
 
     p50: float
     throughput: float = 0.0
@@ -235,11 +238,11 @@ class Measured(msgspec.Struct, frozen=True):
 
 
 def measurements(bundle: Path) -> dict[str, dict[str, Measured]]:
-    """The figures of `bench --save`, by machine and target. Raises BundleError: a report of another shape."""
+    """The figures from `bench --save`, by machine and target. Raises BundleError: the section is not of that form."""
     try:
         return msgspec.convert(read_report(bundle).get("bench", {}), dict[str, dict[str, Measured]])
     except msgspec.ValidationError as error:
-        raise BundleError(f"{bundle / _REPORT}: `bench` cannot be used: {error}", "run `bench --save` again") from error
+        raise BundleError(f"`bench` of {bundle / _REPORT} is unusable: {error}", "run `bench --save` again") from error
 
 
 def relative_times(bundle: Path, target: str) -> dict[str, tuple[float, float, float]]:
@@ -253,7 +256,7 @@ def relative_times(bundle: Path, target: str) -> dict[str, tuple[float, float, f
 
 
 def median_latency(bundle: Path, target: str) -> float | None:
-    """Milliseconds of one call on this CPU model, as `bench --save` measured them; None if nobody did."""
+    """Milliseconds per call on this CPU model, from `bench --save`; None if it has not been measured."""
     with contextlib.suppress(BundleError):
         measured = measurements(bundle).get(cpu_name(), {}).get(target)
         return None if measured is None else measured.p50

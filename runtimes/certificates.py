@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Certificates in calibration.json: proven claims about a bundle, with the reference, the engine and the device.
 
-A certificate holds only for the engine and device where it was measured. Another engine, another version or precision
-of it, a CPU with other instructions, another GPU or a rewritten graph round and sum differently: there it is not shown
-as valid. An engine that was compiled again from the same graph counts as the same. `calibration.certify` writes them.
+A certificate is valid only for the engine and device where it was measured, because another engine, version or
+precision, a CPU with other instructions, another GPU or a rewritten graph round and sum differently. An engine compiled
+again from the same graph counts as the same. `calibration.certify` writes certificates.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from perceiver_export.runtimes.files import read_json
 from perceiver_export.runtimes.machine import cpu_features
 
 FILE = "calibration.json"
-_SHOWN = 10  # labels that are named with their counts
+_SHOWN = 10  # with at most this many labels, each is listed with its count
 
 
 class Claim(msgspec.Struct, frozen=True):
-    """``what`` is at most, or at least, ``limit`` (in ``unit``) with ``confidence``; ``bound`` was measured."""
+    """``what`` is at most or at least (``sense``) ``limit`` (``unit``) with ``confidence``; ``bound`` was measured."""
 
     what: str
     sense: str
@@ -39,12 +39,13 @@ class Claim(msgspec.Struct, frozen=True):
 
 
 class Certificate(msgspec.Struct, frozen=True):
-    """``graphs``: SHA-256 of the candidate, by file (`graphs_of`); ``device``: the CPU's or the GPU's name.
+    """A certificate: claims, and where and on which data they were measured.
 
-    The reference has its name, its target and engine, and the SHA-256 of its graphs (for a checkpoint: its weights).
-    ``data`` is the fingerprint of the samples and their labels or targets, ``labels`` counts each label. ``caveats``
-    weaken the claims: samples that ``--allow-overlap`` accepted, inputs out of range, unseen labels, a very wide
-    margin, and bounds that are not exact.
+    ``graphs`` has the candidate's SHA-256 by file name (`graphs_of`); ``device`` is the name of the CPU or GPU. The
+    reference is given by its name, target, engine and the SHA-256 of its graphs (for a checkpoint, of its weights).
+    ``data`` is the fingerprint of the samples and their labels or targets; ``labels`` counts each label. ``caveats``
+    weaken the claims: samples accepted by ``--allow-overlap``, inputs out of range, unseen labels, a very wide margin,
+    and bounds that are not exact.
     """
 
     claims: tuple[Claim, ...]
@@ -66,7 +67,7 @@ class Certificate(msgspec.Struct, frozen=True):
     def __str__(self) -> str:
         claims = " and ".join(map(str, self.claims))
         device = "" if on_cpu(self.target) else f" on {self.device}"
-        where = f"{self.target}{device}, {self.engine}, {' '.join(self.instruction_set) or 'no instructions of note'}"
+        where = f"{self.target}{device}, {self.engine}, {' '.join(self.instruction_set) or 'no relevant instructions'}"
         confidence = f"{100 * self.claims[0].confidence:g} %" if self.claims else "no"
         caveats = "".join(f"; but {caveat}" for caveat in self.caveats)
         each = " each" if len(self.claims) > 1 else ""
@@ -77,7 +78,7 @@ class Certificate(msgspec.Struct, frozen=True):
 
 
 def _counted(labels: Mapping[str, int]) -> str:
-    """The counts of labels, in words."""
+    """The counts of labels in words."""
     if not labels:
         return ""
     if len(labels) <= _SHOWN:
@@ -86,23 +87,23 @@ def _counted(labels: Mapping[str, int]) -> str:
 
 
 class _Record(msgspec.Struct):
-    """The certificates of calibration.json."""
+    """The part of calibration.json that holds certificates."""
 
     certificates: tuple[Certificate, ...] = ()
 
 
 def certificates(bundle: Bundle) -> tuple[Certificate, ...]:
-    """All certificates of a bundle, valid here or not. Raises BundleError: a calibration.json that cannot be read."""
+    """All certificates of a bundle, valid here or not. Raises BundleError: calibration.json cannot be read."""
     if FILE not in bundle.manifest.files:
         return ()
     return read_json(bundle.file(FILE), _Record, hint="copy or quantize the bundle again").certificates
 
 
 def applies(certificate: Certificate, bundle: Bundle, target: str, engine: str) -> bool:
-    """Whether it was measured on the graphs that would run here, on this target, engine and version, with this CPU's
-    instructions, and for targets other than the CPU on this device. One without a reference never applies.
+    """Whether a certificate was measured on the graphs that would run here, on this target, engine and version, with
+    this CPU's instructions, and (except on a CPU) on this device. A certificate without a reference never applies.
 
-    Raises DeviceError, MissingDependencyError: a target that is not here.
+    Raises DeviceError, MissingDependencyError: the target is not available.
     """
     found = (certificate.target, certificate.engine, certificate.instruction_set)
     if found != (target, engine, cpu_features()) or not certificate.reference_graphs:
@@ -118,8 +119,8 @@ def valid_certificates(bundle: Bundle, target: str, engine: str) -> tuple[Certif
 
 
 def engine_of(described: Mapping[str, object]) -> str:
-    """A name for the engine of `Runtime.describe`: library and version; the precision of the build and the types that
-    it computes in, if they differ; and flags. Engines of one name compute alike.
+    """A name for the engine in `Runtime.describe`: its library and version, the precision of the build, the types in
+    which it computes if they differ, and its flags. Engines of the same name compute alike.
     """
     precision, arithmetic, flags = str(described.get("precision")), described.get("arithmetic"), described.get("flags")
     halves = precision in ("fp16", "bf16") or " with " in precision
@@ -137,8 +138,8 @@ def precision_of(engine: str) -> Precision:
 
 
 def may_be(engine: str, library: str, options: EngineOptions) -> bool:
-    """Whether an engine's name by `engine_of` has that library and version and these options. The rest of the name is
-    known only when the engine is loaded.
+    """Whether an engine's name from `engine_of` has that library with its version, and these options. The rest of the
+    name is known only when the engine is loaded.
     """
     flags = "".join(engine.partition(", with ")[1:])
     found = (engine.partition(",")[0], precision_of(engine), flags)
@@ -150,10 +151,10 @@ def _flagged(flags: Mapping[str, object]) -> str:
 
 
 def device_of(target: str) -> str:
-    """Name of the CPU, GPU or NPU that a target runs on here. Raises DeviceError, MissingDependencyError."""
+    """The name of the CPU, GPU or NPU on which a target runs here. Raises DeviceError, MissingDependencyError."""
     return find_target(target).backend().platform(target, EngineOptions()).device
 
 
 def on_cpu(target: str) -> bool:
-    """Whether a target runs on the CPU: there the instructions decide how sums round, not the CPU's name."""
+    """Whether a target runs on the CPU, where the instruction set and not the CPU's name decides how sums round."""
     return target in TARGETS and TARGETS[target].hardware == "CPU"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What this machine can run, and for each missing thing the command that installs it on this system."""
+"""Report what this machine can run, and for each missing component the command that installs it here."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ _DISPLAY, _ACCELERATOR = "0x03", "0x12"
 _JETPACK = {"35": "JetPack 5", "36": "JetPack 6", "38": "JetPack 7", "39": "JetPack 7.2"}
 _PIP = f"{sys.executable} -m pip"
 
-# By hardware: its target, class of PCI devices, device files, and the system's package for it.
+# By hardware: its target, PCI class, device files and system package.
 _INTEL_DEVICES = {
     "Intel GPU": ("openvino-gpu", _DISPLAY, "dri/renderD*", "intel-opencl-icd"),
     "Intel NPU": ("openvino-npu", _ACCELERATOR, "accel/accel*", "intel-level-zero-npu"),
 }
-# By distribution, the part of the work that needs it.
+# By Python package, the commands that need it.
 _NEEDS = {
     "pillow": "read and resize images",
     "scipy": "validate",
@@ -43,9 +43,9 @@ _FEDORA = {"nvidia-driver": "akmod-nvidia", "intel-opencl-icd": "intel-compute-r
 
 
 class Finding(msgspec.Struct, frozen=True):
-    """One line of the report. ``fix`` is a command, empty if nothing is missing or nothing would help.
+    """One line of the report. ``fix`` is a command; it is empty if nothing is missing or no command would help.
 
-    ``device`` is set in the line of a target that runs here.
+    ``device`` is set for a target that runs here.
     """
 
     what: str
@@ -56,17 +56,17 @@ class Finding(msgspec.Struct, frozen=True):
 
 
 def doctor() -> tuple[Finding, ...]:
-    """Everything that a run, validation or export on this machine depends on."""
+    """Check everything on which a run, validation or export on this machine depends."""
     cpu = "targets on the CPU"
     findings = [
         Finding("Python", "everything", platform.python_version()),
         Finding("system", "everything", f"{platform.system()} {platform.release()}, {platform.machine()}"),
         Finding("CPU", cpu, f"{cpu_name()}, {available_cores()} cores available"),
-        Finding("CPU features", cpu, " ".join(cpu_features()) or "none of note found"),
+        Finding("CPU features", cpu, " ".join(cpu_features()) or "no relevant ones"),
     ]
     if release := jetson_linux():
         jetpack = _JETPACK.get(release.partition(".")[0], "an unknown JetPack")
-        found = f"{board() or 'a board without a name'}, {jetpack} (L4T {release})"
+        found = f"{board() or 'unnamed board'}, {jetpack} (L4T {release})"
         findings.append(Finding("Jetson", "tensorrt", found))
     hardware = {"NVIDIA GPU": _nvidia(), **{name: _intel(name) for name in _INTEL_DEVICES}}
     findings += [*hardware.values(), *(_target(target, hardware.get(target.hardware)) for target in TARGETS.values())]
@@ -79,7 +79,7 @@ def doctor() -> tuple[Finding, ...]:
 
 
 def _nvidia() -> Finding:
-    found, fix = "there is one, without a working driver", _install("nvidia-driver")
+    found, fix = "present, without a working driver", _install("nvidia-driver")
     if gpus := cuda_gpus():
         listed = ", ".join(f"{gpu.name} {gpu.memory / 2**30:.0f} GiB" for gpu in gpus)
         found, fix = f"{listed}; driver for CUDA {driver_version()}", ""
@@ -97,19 +97,19 @@ def _intel(hardware: str) -> Finding:
     if not pci_devices(_INTEL, pci_class):
         found = "none"
     elif not files:
-        found, fix = "there is one, without a kernel driver", _install(package)
+        found, fix = "present, without a kernel driver", _install(package)
     elif not any(os.access(file, os.R_OK | os.W_OK) for file in files):
-        found, fix = f"{found} may not be opened by you", "sudo usermod -aG render $USER, and log in again"
+        found, fix = f"you may not open {found}", "sudo usermod -aG render $USER, and log in again"
     return Finding(hardware, target, found, fix)
 
 
 def _target(target: Target, hardware: Finding | None) -> Finding:
-    """Whether a target runs; if not, a fix if this machine has the hardware. ``hardware`` is None for the CPU."""
+    """Whether a target runs, and if not, how to fix it if the hardware is present. ``hardware`` is None for the CPU."""
     device, fix = None, ""
     if hardware is not None and hardware.found == "none":
         crossed = target.name == "tensorrt-rtx" and target.version()
-        compiles = "; it compiles here for others' (--flag compute_capability=sm86)" if crossed else ""
-        found = f"no {target.hardware} here{compiles}"
+        compiles = "; can build for other machines (--flag compute_capability=sm86)" if crossed else ""
+        found = f"no {target.hardware}{compiles}"
     elif hardware is not None and hardware.fix:
         found, fix = f"{target.hardware}: {hardware.found}", hardware.fix
     elif not target.version():
@@ -119,7 +119,7 @@ def _target(target: Target, hardware: Finding | None) -> Finding:
         found, fix, device = present.problem, present.fix, present.device
         if device is not None:
             library, _, version = device.engine.partition(" ")
-            found = f"{library} {version.partition('-')[0]} on {device.name}"  # OpenVINO's version names its commit
+            found = f"{library} {version.partition('-')[0]} on {device.name}"  # OpenVINO's version includes its commit
         elif target.module != "tensorrt":
             intel = _INTEL_DEVICES.get(target.hardware)
             fix = _install(intel[-1]) if intel else _library(target)
@@ -130,15 +130,15 @@ def _library(target: Target) -> str:
     """The command that installs a target's library into this Python."""
     if target.name == "ort-cuda":
         if jetson_linux():
-            return "use the target tensorrt: the index has no onnxruntime for a Jetson's GPU"
+            return "use the target tensorrt: PyPI has no onnxruntime for a Jetson's GPU"
         return f"{_PIP} uninstall -y onnxruntime && {_PIP} install onnxruntime-gpu"
     if target.name == "tensorrt" and jetson_linux():
-        return "sudo apt install nvidia-jetpack, and an environment made with python3 -m venv --system-site-packages"
+        return "sudo apt install nvidia-jetpack, and create the environment with python3 -m venv --system-site-packages"
     return f"{_PIP} install {target.distributions[0]}{target.from_index}"
 
 
 def _install(package: str) -> str:
-    """The system's command for a package, under the distribution's own name."""
+    """This system's command for a package, under the distribution's name for it."""
     family = linux_distribution().split()
     if package == "intel-level-zero-npu":
         return "install the packages of https://github.com/intel/linux-npu-driver/releases"

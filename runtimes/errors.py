@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The errors that this package raises on purpose.
+"""The errors that this package raises deliberately.
 
     PerceiverExportError            a message, and a hint with the next step
-    ├── UsageError                  an argument that makes no sense
-    ├── CheckpointError             a checkpoint that cannot be read, or does not fit its config
+    ├── UsageError                  an invalid argument
+    ├── CheckpointError             a checkpoint that cannot be read, or does not match its config
     ├── UnsupportedModelError       a model that this package cannot export
     ├── ExportError                 tracing failed, or the bundle could not be written
     │   └── VerificationError       the exported graph does not reproduce PyTorch's outputs
-    ├── BundleError                 a bundle that is broken, changed or of another version
-    │   └── BundleExistsError       something is already where the bundle should go
+    ├── BundleError                 a bundle that is damaged, changed or of another version
+    │   └── BundleExistsError       the bundle's path already exists
     ├── MissingDependencyError      an extra that is not installed
-    ├── DeviceError                 a target that is missing, or refuses the model
+    ├── DeviceError                 a target that is missing, or cannot run the model
     ├── EngineError                 a compiled engine that is missing, damaged, or was built for something else
     ├── BuildError                  an engine that could not be compiled or kept
     ├── InputError                  arrays that the model does not accept
@@ -18,10 +18,11 @@
     ├── DataError                   data (images, npz, labels) that cannot be used
     ├── RuntimeClosedError          a call on a closed runtime
     └── GateError                   a measured accuracy outside the allowed range
-        ├── UndecidedError          too few samples to say whether it is
-        └── BrokenReferenceError    a reference that gives NaN: nothing can be compared with it
+        ├── UndecidedError          too few samples to decide whether it is in the range
+        ├── VacuousGateError        a gate that any model would pass
+        └── BrokenReferenceError    a reference that outputs NaN or infinity
 
-The command line prints the message and the hint and exits with 1; anything else that is raised is a bug.
+The command line prints the message and the hint, and exits with 1. Any other exception is a bug.
 """
 
 from __future__ import annotations
@@ -32,20 +33,20 @@ from typing import Any
 
 
 def printable(text: str) -> str:
-    """Text from a file for terminals, reports and configs: with control characters escaped."""
+    """Text from a file, with control characters escaped, for terminals, reports and configs."""
     import unicodedata
 
     def shown(character: str) -> str:
-        # Zero-width joiners are part of many languages' words; other format characters reverse or hide text.
+        # Zero-width joiners occur in words of many languages; other format characters reverse or hide text.
         hidden = unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp") and character not in "\u200c\u200d"
-        hidden = hidden or ord(character) & 0xFFFE == 0xFFFE  # not characters; XML may not hold them
+        hidden = hidden or ord(character) & 0xFFFE == 0xFFFE  # noncharacters, which XML forbids
         return character.encode("unicode_escape", "backslashreplace").decode() if hidden else character
 
     return "".join(map(shown, text))
 
 
 class PerceiverExportError(Exception):
-    """Base of all. `message` says what is wrong, `hint` how to fix it. A traceback shows both."""
+    """Base class. `message` says what is wrong, `hint` how to fix it. A traceback shows both."""
 
     def __init__(self, message: str, hint: str) -> None:
         super().__init__(message)
@@ -60,11 +61,11 @@ class PerceiverExportError(Exception):
 
 
 class UsageError(PerceiverExportError):
-    """An argument that makes no sense."""
+    """An invalid argument."""
 
 
 class CheckpointError(PerceiverExportError):
-    """A checkpoint that cannot be read, or does not fit its config."""
+    """A checkpoint that cannot be read, or does not match its config."""
 
 
 class UnsupportedModelError(PerceiverExportError):
@@ -80,11 +81,11 @@ class VerificationError(ExportError):
 
 
 class BundleError(PerceiverExportError):
-    """A bundle that is broken, changed or of another version."""
+    """A bundle that is damaged, changed or of another version."""
 
 
 class BundleExistsError(BundleError):
-    """Something is already where the bundle should go."""
+    """The bundle's path already exists."""
 
 
 class MissingDependencyError(PerceiverExportError):
@@ -92,7 +93,7 @@ class MissingDependencyError(PerceiverExportError):
 
 
 class DeviceError(PerceiverExportError):
-    """A target that is missing, or refuses the model."""
+    """A target that is missing, or cannot run the model."""
 
 
 class EngineError(PerceiverExportError):
@@ -124,19 +125,27 @@ class GateError(PerceiverExportError):
 
 
 class UndecidedError(GateError):
-    """Too few samples to say whether a measured accuracy is in the allowed range."""
+    """Too few samples to decide whether a measured accuracy is in the allowed range."""
 
 
 class VacuousGateError(GateError):
-    """A gate that any model would pass, so that it shows nothing."""
+    """A gate that any model would pass, so it proves nothing."""
 
 
 class BrokenReferenceError(GateError):
-    """A reference that gives NaN or infinite values: nothing can be compared with it."""
+    """A reference that outputs NaN or infinity, so nothing can be compared with it."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its class if it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def require(module: str, what: str, install: str) -> Any:
-    """Import a library that may be missing. Raises MissingDependencyError: ``what`` needs it, ``install`` gets it."""
+    """Import a library that may be missing.
+
+    Raises MissingDependencyError: ``what`` needs the library, and ``install`` is the command that installs it.
+    """
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -147,17 +156,17 @@ def require(module: str, what: str, install: str) -> Any:
 def check_choice(what: str, value: object, choices: tuple[str, ...]) -> None:
     """Raise UsageError unless ``value`` is one of ``choices``."""
     if value not in choices:
-        raise UsageError(f"{what} is {value!r}", f"it is one of {', '.join(choices)}")
+        raise UsageError(f"{what} is {value!r}", f"use one of {', '.join(choices)}")
 
 
 def check_kind(what: str, value: object, kind: type | tuple[type, ...], words: str) -> None:
-    """Raise UsageError unless ``value`` is of a kind; ``words`` name the kind."""
+    """Raise UsageError unless ``value`` is an instance of ``kind``; ``words`` names the kind in the hint."""
     if not isinstance(value, kind):
-        raise UsageError(f"{what} is a {type(value).__name__}", f"give {words}")
+        raise UsageError(f"{what} is of type {type(value).__name__}", f"give {words}")
 
 
 def check_whole(what: str, value: object, least: int, most: int | None, hint: str) -> None:
-    """Raise UsageError unless ``value`` is a whole number within limits."""
+    """Raise UsageError unless ``value`` is a whole number from ``least`` to ``most`` (None: no upper limit)."""
     try:
         whole = operator.index(value)  # type: ignore[arg-type]
     except TypeError:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The end of a program while engines run: calls in flight finish, and no new ones start.
+"""Exit cleanly while engines run: calls in flight finish, and no new ones start.
 
-If a thread returns from an engine while Python shuts down, Python ends the thread inside the engine's C++, and that
-aborts the process. So an `atexit` hook waits first. Calls are not counted: the hook searches the stacks of all threads
-for functions marked with `awaited`, which call `enter` or `hold` once `ending` is set.
+If a thread returns from an engine while Python shuts down, Python ends the thread inside the engine's C++ code, which
+aborts the process. So an `atexit` hook waits for such threads. It does not count calls: it searches the stacks of all
+threads for functions marked with `awaited`. These functions call `enter` or `hold` once `ending` is set.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class Closer(Protocol):
         """Return when all of it is done."""
 
 
-closing = False  # batchers take no more requests
-ending = False  # and runtimes no more calls
+closing = False  # batchers accept no more requests
+ending = False  # runtimes also accept no more calls
 STEP = 0.0005  # seconds
 _awaited: set[CodeType] = set()
 _batchers: weakref.WeakSet[Closer] = weakref.WeakSet()
@@ -40,36 +40,36 @@ _forever.acquire()
 
 
 def awaited(function: F) -> F:
-    """Mark a function that the exit waits for, in any thread."""
+    """Mark a function for which the exit hook waits in every thread."""
     _awaited.add(function.__code__)
     return function
 
 
 def close_at_exit(closer: Closer, batcher: bool = False) -> None:
-    """Close it when the program ends, batchers before their runtimes. It is not kept alive."""
+    """Close ``closer`` at exit, batchers before their runtimes. The reference to it is weak."""
     (_batchers if batcher else _closers).add(closer)
     arm()
 
 
 def arm() -> None:
-    """Make the hook run before the hooks that engines' libraries registered."""
-    import concurrent.futures.thread  # noqa: F401  cannot be imported once Python ends
+    """Move the exit hook before the hooks that engines' libraries have registered."""
+    import concurrent.futures.thread  # noqa: F401  it cannot be imported once Python shuts down
 
     atexit.unregister(_end)
     atexit.register(_end)
 
 
 def enter() -> None:
-    """Begin a function that is marked `awaited`. See `hold`."""
+    """Begin a function marked with `awaited`. See `hold`."""
     if ending:
         hold()
 
 
 def hold() -> bool:
-    """At the end of the program: True in the main thread, which may still call; False in the callback of a future,
-    which the exit waits for. In any other thread it never returns, and the program ends without that thread.
+    """At exit: True in the main thread, which may still make calls; False in a future's callback, for which the exit
+    hook waits. In any other thread it never returns, and the program ends without that thread.
 
-    Call it from a function that is marked `awaited`.
+    Call it from a function marked with `awaited`.
     """
     if threading.current_thread() is threading.main_thread():
         return True
@@ -84,14 +84,14 @@ def _end() -> None:
     for batcher in tuple(_batchers):
         batcher.close()
     ending = True
-    _wait()  # for calls that began before: they may still submit
+    _wait()  # for calls that began earlier, which may still submit
     for closer in tuple(_closers):
         closer.close()
     _wait()  # for callbacks, which return into an engine
 
 
 def _wait() -> None:
-    """Wait until no other thread is in an engine, or may return to one."""
+    """Wait until no other thread is in an engine or may return to one."""
     here = threading.get_ident()
     while any(
         thread != here and frame.f_code is not hold.__code__ and _calls_within(frame)
@@ -110,7 +110,7 @@ def _calls_within(frame: FrameType | None) -> int:
 
 
 def _start_over() -> None:
-    """In a forked child the parent's work does not run."""
+    """Reset the state in a forked child, where the parent's work does not run."""
     global closing, ending
     closing = ending = False
     _batchers.clear()
@@ -121,7 +121,7 @@ os.register_at_fork(after_in_child=_start_over)
 
 
 class Workers:
-    """At most ``number`` threads, started when they are needed. They end when this is closed or dropped."""
+    """At most ``number`` threads, started on demand. They end when this object is closed or dropped."""
 
     def __init__(self, number: int) -> None:
         from concurrent.futures import ThreadPoolExecutor
@@ -130,10 +130,10 @@ class Workers:
         self._pool = ThreadPoolExecutor(number, "perceiver-export", lambda: threads.add(threading.get_ident()))
 
     def submit(self, call: Callable[[], Any]) -> Future[Any]:
-        """Call it in a thread; at the end of the program in this one. A callback then gets a future without an end."""
+        """Call in a worker thread; at exit, in this thread. In a callback at exit the future never finishes."""
         try:
             return self._pool.submit(call)
-        except RuntimeError:  # Python ends, and starts no more calls
+        except RuntimeError:  # Python is shutting down and starts no more calls
             future: Future[Any] = Future()
             if not self.in_callback():
                 try:
@@ -143,9 +143,9 @@ class Workers:
             return future
 
     def in_callback(self) -> bool:
-        """Whether this thread runs a future's callback: there, waiting for another future may never end."""
+        """Whether this thread runs a future's callback, where waiting for another future may never end."""
         return threading.get_ident() in self._threads
 
     def close(self) -> None:
-        """Return when all submitted calls are done; in a future's callback at once, and they still finish."""
+        """Return when all submitted calls are done. In a future's callback return at once; the calls still finish."""
         self._pool.shutdown(wait=not self.in_callback())

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The files of weights that an ONNX graph names, read from its protobuf without the onnx package.
+"""Find the weight files that an ONNX graph refers to, by parsing its protobuf without the onnx package.
 
-Field numbers are those of onnx.proto (ModelProto, GraphProto, NodeProto, AttributeProto, TensorProto).
+Field numbers are from onnx.proto (ModelProto, GraphProto, NodeProto, AttributeProto, TensorProto).
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from pathlib import Path
 
 from perceiver_export.runtimes.errors import BundleError
 
-_LOCATION = b"location"  # the key of a file's name in TensorProto.external_data
-_DEEPEST = 100  # messages in messages, as protobuf itself allows
-# By message, the fields that lead to a tensor, and the message in each.
+_LOCATION = b"location"  # the key of the file name in TensorProto.external_data
+_DEEPEST = 100  # levels of nested messages, protobuf's own limit
+# By message, the numbers of the fields that lead to a tensor, and the message in each field.
 _FIELDS: dict[str, dict[int, str]] = {
     "model": {7: "graph", 20: "training", 25: "function"},
     "training": {1: "graph", 2: "graph"},
@@ -28,11 +28,11 @@ _FIELDS: dict[str, dict[int, str]] = {
 
 
 def external_files(path: Path) -> set[str]:
-    """Names of the files of weights, as the graph writes them. Raises BundleError: not a graph, or missing."""
+    """The names of weight files as written in the graph. Raises BundleError: not a graph, or missing."""
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             return set(_names(content, 0, len(content), "model", 0))
-    except (OSError, ValueError) as error:  # mmap's if it is empty
+    except (OSError, ValueError) as error:  # mmap raises ValueError for an empty file
         raise BundleError(f"{path} is not an ONNX graph: {error}", "copy or export the bundle again") from error
 
 
@@ -46,13 +46,13 @@ def _names(content: mmap.mmap, start: int, end: int, message: str, depth: int) -
         return
     inside = _FIELDS[message]
     for number, first, last in _fields(content, start, end):
-        # Most nodes hold no tensor; a message without the key is skipped.
+        # A message without the key is skipped: most nodes contain no tensor.
         if number in inside and content.find(_LOCATION, first, last) >= 0:
             yield from _names(content, first, last, inside[number], depth + 1)
 
 
 def _fields(content: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """The number and the place of each field that has a length."""
+    """The number, start and end of each length-delimited field."""
     while start < end:
         tag, start = _varint(content, start, end)
         kind = tag & 7
@@ -68,14 +68,14 @@ def _fields(content: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, int
         else:
             raise ValueError("it is damaged")
     if start != end:
-        raise ValueError("it is cut short")
+        raise ValueError("it is truncated")
 
 
 def _varint(content: mmap.mmap, start: int, end: int) -> tuple[int, int]:
     value = 0
     for shift in range(0, 70, 7):
         if start >= end:
-            raise ValueError("it is cut short")
+            raise ValueError("it is truncated")
         byte = content[start]
         start += 1
         value |= (byte & 0x7F) << shift

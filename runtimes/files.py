@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Read files from untrusted sources, and write files that are complete or absent.
 
-A file is read only if it is a regular file, without following a link to it, and up to a limit. A file or directory is
-written under a temporary name beside its place, then put there by one rename, or by one exchange if something is
-there already. The writer locks the temporary, and the system drops the lock when the writer dies. So the next writer
-can tell the leftovers of a dead writer from the files of a live one, and removes them.
+Only regular files are read, without following links, and up to a size limit. A file or directory is written under a
+temporary name in the same directory, then moved into place by one rename, or by one exchange if the path exists. The
+writer locks the temporary file, and the system drops the lock when the writer dies. So the next writer can distinguish
+the leftovers of a dead writer from the files of a live one, and removes the leftovers.
 """
 
 from __future__ import annotations
@@ -29,42 +29,45 @@ _log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 JSON_LIMIT = 64 << 20  # bytes; a manifest with 100,000 labels has 3 MB
-_DEEPEST = 100  # levels of nested JSON; ours has 10
+_DEEPEST = 100  # levels of nested JSON; this package's files have 10
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*")
 _PARTIAL, _NEW, _OLD = ".partial", ".new", ".old"
-_SECONDS = 60.0  # a `.new` file of this age belongs to a writer that died between two calls
+_SECONDS = 60.0  # the writer of an older `.new` file died before it could lock the file
 _AT_CWD, _EXCHANGE = -100, 2  # renameat2's AT_FDCWD and RENAME_EXCHANGE
 
 
 def is_safe_name(name: str) -> bool:
-    """Whether a name from a file may become a path: letters, digits, ``_ . -``, and ``/`` between parts."""
+    """Whether a name from a file may become a path: letters, digits, ``_ . -``, and ``/`` between components."""
     return len(name) <= 200 and _NAME.fullmatch(name) is not None and ".." not in name
 
 
 def inside(directory: Path, name: str) -> Path:
     """``directory / name`` for a name from a file. Raises BundleError: it is not a safe name."""
     if not is_safe_name(name):
-        raise BundleError(f"{name!r} is not a name that becomes a path in {directory}", "do not trust this bundle")
+        raise BundleError(f"{name!r} is not a safe file name in {directory}", "do not trust this bundle")
     return directory / name
 
 
 def read_bytes(path: Path, limit: int = JSON_LIMIT) -> bytes:
-    """A regular file of at most ``limit`` bytes. Raises OSError: missing, a link, a device, a pipe, or larger."""
+    """The content of a regular file of at most ``limit`` bytes.
+
+    Raises OSError: missing, a link, a device, a pipe, or larger.
+    """
     if "\0" in os.fspath(path):
-        raise OSError(errno.EINVAL, "its name has a zero byte")
+        raise OSError(errno.EINVAL, "its name contains a null byte")
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     with open(descriptor, "rb") as file:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, "it is not a regular file")
         if status.st_size > limit:
-            raise OSError(errno.EFBIG, f"it has {status.st_size:,} bytes, at most {limit:,} are read")
+            raise OSError(errno.EFBIG, f"it has {status.st_size:,} bytes, more than the limit of {limit:,}")
         return file.read(limit)
 
 
 def decode_json(content: bytes, kind: type[_T]) -> _T:
-    """JSON as ``kind``. Raises ValueError: not JSON, another type, or nested too deep."""
+    """JSON as ``kind``. Raises ValueError: not JSON, another type, or nested too deeply."""
     depth = 0
     for bracket in content.translate(None, _NOT_BRACKETS):
         depth += 1 if bracket in b"[{" else -1
@@ -79,7 +82,7 @@ def decode_json(content: bytes, kind: type[_T]) -> _T:
 def read_json(
     path: Path, kind: type[_T], error: type[PerceiverExportError] = BundleError, hint: str = "copy the bundle again"
 ) -> _T:
-    """A JSON file from an untrusted source. Raises ``error``: missing, not readable, or not of that type."""
+    """A JSON file from an untrusted source. Raises ``error``: missing, unreadable, or of another type."""
     try:
         with reading(path, error, hint):
             return decode_json(read_bytes(path), kind)
@@ -88,7 +91,7 @@ def read_json(
 
 
 def encode_json(document: object) -> bytes:
-    """Indented JSON with a trailing newline. Bytes of file names that are not UTF-8 become U+FFFD."""
+    """Indented JSON with a trailing newline. Bytes of file names that are not valid UTF-8 become U+FFFD."""
     try:
         encoded = msgspec.json.encode(document)
     except UnicodeEncodeError:
@@ -99,7 +102,7 @@ def encode_json(document: object) -> bytes:
 
 
 def readable(path: str | os.PathLike[str]) -> str:
-    """A path as text that JSON and terminals take. Bytes of its name that are not UTF-8 become U+FFFD."""
+    """A path as text for JSON and terminals. Bytes that are not valid UTF-8 become U+FFFD."""
     return os.fsencode(path).decode(errors="replace")
 
 
@@ -119,7 +122,7 @@ def reading(
 
 @contextlib.contextmanager
 def parsing(name: str, problem: str, hint: str, error: type[PerceiverExportError] = InputError) -> Iterator[None]:
-    """Turn whatever a library raises for a damaged file into ``error``: one line with the name and the problem."""
+    """Turn whatever a library raises for a damaged file into ``error``, with one line that has the name and problem."""
     try:
         yield
     except PerceiverExportError:
@@ -127,7 +130,7 @@ def parsing(name: str, problem: str, hint: str, error: type[PerceiverExportError
     except FileNotFoundError as cause:
         raise error(f"{name} does not exist", "check the path") from cause
     except BaseException as cause:
-        if not isinstance(cause, Exception) and type(cause).__name__ != "PanicException":  # of Rust libraries
+        if not isinstance(cause, Exception) and type(cause).__name__ != "PanicException":  # from Rust libraries
             raise
         raise error(f"{name} {problem}: {' '.join(str(cause).split())[:200] or type(cause).__name__}", hint) from cause
 
@@ -136,18 +139,18 @@ def parsing(name: str, problem: str, hint: str, error: type[PerceiverExportError
 def writing(
     path: Path | str, error: type[PerceiverExportError] = InputError, hint: str = "choose another place"
 ) -> Iterator[None]:
-    """Turn OSError into ``error``, which says whether the disk is full."""
+    """Turn OSError into ``error``, with its own message for a full disk."""
     try:
         yield
     except OSError as cause:
         if is_full(cause):
-            raise error(f"the disk is full: {path} was not written", "free some space and run it again") from cause
+            raise error(f"the disk is full: {path} was not written", "free some space and run again") from cause
         raise error(f"{path} cannot be written: {cause.strerror or cause}", hint) from cause
 
 
 def is_full(error: OSError) -> bool:
-    """Whether a disk or a quota was full."""
-    # numpy raises an OSError without a number if it could not write all of an array.
+    """Whether the disk or a quota is full."""
+    # numpy raises an OSError without a number if it cannot write a whole array.
     full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     return error.errno in full or (error.errno is None and str(error).endswith(" written"))
 
@@ -155,7 +158,7 @@ def is_full(error: OSError) -> bool:
 def write_bytes(
     path: Path, content: bytes, error: type[PerceiverExportError] = InputError, hint: str = "choose another place"
 ) -> None:
-    """Write a complete file or none. Raises ``error``."""
+    """Write the whole file or nothing. Raises ``error``."""
     with writing(path, error, hint), replacing(path) as temporary:
         temporary.write_bytes(content)
 
@@ -163,19 +166,19 @@ def write_bytes(
 def check_writable(
     path: Path, error: type[PerceiverExportError] = InputError, hint: str = "choose another place"
 ) -> None:
-    """Raise ``error`` if ``path`` cannot be made or replaced. Call it before minutes of work."""
+    """Raise ``error`` if ``path`` cannot be created or replaced. Call it before long work."""
     folder = next(parent for parent in path.resolve().parents if os.path.exists(parent))
     effective = os.access in os.supports_effective_ids
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK, effective_ids=effective):
-        raise error(f"{path} cannot be written: {folder} is not a directory that can be written", hint)
+        raise error(f"{path} cannot be written: {folder} is not a writable directory", hint)
 
 
 @contextlib.contextmanager
 def replacing(path: Path, *, directory: bool = False, overwrite: bool = True) -> Iterator[Path]:
     """A temporary file or directory that becomes ``path`` if the block succeeds, and is removed if it fails.
 
-    The temporary has the same suffix. A link at ``path`` remains, and its target is replaced. Without ``overwrite``
-    only an empty directory is replaced. Raises OSError; FileExistsError: something else is at ``path`` by the end.
+    The temporary file has the same suffix. A link at ``path`` stays, and its target is replaced. Without ``overwrite``
+    only an empty directory is replaced. Raises OSError; FileExistsError: another process has written ``path``.
     """
     path = path.resolve()
     recover(path)
@@ -187,7 +190,7 @@ def replacing(path: Path, *, directory: bool = False, overwrite: bool = True) ->
     else:
         os.close(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
     with locked(new):
-        new.rename(temporary)  # only now: a `.partial` without a lock counts as a leftover
+        new.rename(temporary)  # after locking, because an unlocked `.partial` counts as a leftover
         try:
             yield temporary
             sync(temporary)
@@ -198,9 +201,9 @@ def replacing(path: Path, *, directory: bool = False, overwrite: bool = True) ->
 
 
 def exchange(first: Path, second: Path) -> None:
-    """Swap two directories by one renameat2 if the file system has it, else by three renames. Raises OSError.
+    """Swap two directories by one renameat2 if the file system supports it, else by three renames. Raises OSError.
 
-    A process that is killed between those renames leaves ``second`` under the name that `recover` looks for.
+    If the process is killed between the renames, ``second`` is left under the name for which `recover` looks.
     """
     if _exchanged(first, second):
         return
@@ -216,13 +219,13 @@ def exchange(first: Path, second: Path) -> None:
 
 
 def recover(path: Path) -> None:
-    """Put back what a writer that was killed during an exchange moved aside, and log it."""
+    """If a writer was killed during an exchange, put back the directory that it moved aside, and log it."""
     if os.path.lexists(path):
         return
     for aside in sorted(_siblings(path, _OLD)):
         with contextlib.suppress(OSError), locked(aside, wait=False):  # a live writer holds its lock
             aside.rename(path)
-            _log.warning("%s was put back: the command that was replacing it had been killed", path)
+            _log.warning("%s was restored, because the command that was replacing it was killed", path)
             return
 
 
@@ -230,8 +233,8 @@ def recover(path: Path) -> None:
 def locked(path: Path, *, wait: bool = True, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Hold the system's lock on a file or directory. The system drops it when the process dies.
 
-    ``waiting`` is called once if another process holds the lock. Without ``wait`` that raises BlockingIOError. File
-    systems without locks are used without one.
+    If another process holds the lock, ``waiting`` is called once; without ``wait``, BlockingIOError is raised instead.
+    On a file system without locks nothing is locked.
     """
     import fcntl
 
@@ -245,7 +248,7 @@ def locked(path: Path, *, wait: bool = True, waiting: Callable[[], None] = lambd
             waiting()
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         except OSError as error:
-            # NFS refuses an exclusive lock on what is open for reading: EBADF.
+            # NFS gives EBADF for an exclusive lock on a file that is open for reading.
             if not wait or error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EBADF):
                 raise
         yield
@@ -254,9 +257,9 @@ def locked(path: Path, *, wait: bool = True, waiting: Callable[[], None] = lambd
 
 
 def copy_tree(source: Path, target: Path) -> None:
-    """Copy the contents of a directory into another, by hard links if the file system has them.
+    """Copy the contents of a directory into another, by hard links if the file system supports them.
 
-    Hidden files (leftovers of killed writers) are left out. Raises BundleError: a link, a device or a pipe; OSError.
+    Hidden files (leftovers of killed writers) are skipped. Raises BundleError: a link, a device or a pipe; OSError.
     """
     import shutil
 
@@ -265,7 +268,7 @@ def copy_tree(source: Path, target: Path) -> None:
         if entry.name.startswith("."):
             continue
         if entry.is_symlink() or not (entry.is_dir() or entry.is_file()):
-            raise BundleError(f"{entry} is a link or no regular file", "copy the file itself into the bundle")
+            raise BundleError(f"{entry} is a link or not a regular file", "copy the file itself into the bundle")
         if entry.is_dir():
             place.mkdir()
             copy_tree(entry, place)
@@ -283,7 +286,7 @@ def cache_directory() -> Path:
 
 
 def private_cache() -> Path:
-    """Make `cache_directory`, open to this user alone. Raises OSError: another user's, or it cannot be made."""
+    """Create `cache_directory`, accessible only to this user. Raises OSError: another user owns it, or no access."""
     directory = cache_directory()
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     status = directory.stat()
@@ -295,7 +298,7 @@ def private_cache() -> Path:
 
 
 def write_cache(path: Path, content: bytes) -> None:
-    """Write a file below `cache_directory`, complete or not at all. A full or read-only home is not an error."""
+    """Write a whole file below `cache_directory`, or nothing. A full or read-only home is not an error."""
     with contextlib.suppress(OSError):
         private_cache()
         path.parent.mkdir(exist_ok=True)
@@ -322,7 +325,7 @@ def _exchanged(first: Path, second: Path) -> bool:
 
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
-    except AttributeError:  # a C library before glibc 2.28
+    except AttributeError:  # a C library older than glibc 2.28
         return False
     if renameat2(_AT_CWD, os.fsencode(first), _AT_CWD, os.fsencode(second), _EXCHANGE) == 0:
         return True
@@ -333,7 +336,7 @@ def _exchanged(first: Path, second: Path) -> bool:
 
 
 def _remove_leftovers(path: Path) -> None:
-    """Remove the files beside ``path`` whose writers died."""
+    """Remove temporary files of ``path`` whose writers died."""
     for ending in (_PARTIAL, _NEW, _OLD):
         for left in _siblings(path, ending):
             with contextlib.suppress(OSError), locked(left, wait=False):
@@ -343,7 +346,7 @@ def _remove_leftovers(path: Path) -> None:
 
 
 def _siblings(path: Path, ending: str) -> list[Path]:
-    """The files of writers of ``path`` beside it: ``.STEM.HEX.partial.SUFFIX``, or ``.NAME.HEX.old``."""
+    """The temporary files of ``path``: ``.STEM.HEX.partial.SUFFIX``, or ``.NAME.HEX.old``."""
     stem, suffix = (path.name, "") if ending == _OLD else (path.stem, path.suffix)
     pattern = re.compile(rf"\.{re.escape(stem)}\.[0-9a-f]{{12}}{re.escape(ending + suffix)}")
     try:
@@ -353,7 +356,7 @@ def _siblings(path: Path, ending: str) -> list[Path]:
 
 
 def _remove(path: Path) -> None:
-    """Remove a file, or a directory with its contents. No link is followed."""
+    """Remove a file, or a directory with its contents, without following links."""
     with contextlib.suppress(OSError):
         if path.is_dir() and not path.is_symlink():
             import shutil
@@ -364,7 +367,7 @@ def _remove(path: Path) -> None:
 
 
 def sync(path: Path, recursive: bool = True) -> None:
-    """Flush to the disk, so that a power cut leaves no empty file in a place that looks complete."""
+    """Flush to the disk, so that a power failure leaves no empty file that looks complete."""
     if recursive and path.is_dir():
         for entry in path.iterdir():
             sync(entry)

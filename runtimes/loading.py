@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a bundle or a plain ONNX file to a `Runtime` on a target. Importing this costs nothing until it is called."""
+"""Load a bundle or a plain ONNX file as a `Runtime` on a target. Heavy imports wait until the first call."""
 
 from __future__ import annotations
 
@@ -25,14 +25,15 @@ def load(
 ) -> Runtime:
     """Load a bundle for running.
 
-    ``part`` is one part of a split bundle; None joins all parts behind one `run`, which decodes every query.
-    ``device`` is a target or ``auto`` (see `choose_target`). A named device is used or refused, never replaced.
-    ``threads`` None lets the engine choose. ``precision`` None takes the engine that was built last, in any precision,
-    and fp32 if none was built; ``auto`` takes the fastest that is certified here (see `choose_precision`). ``hint`` is
-    what to compile for: ``latency`` or ``throughput``. ``check_finite`` refuses NaN and infinity in inputs and outputs.
+    ``part`` names one part of a split bundle; None joins all parts behind one `run`, which decodes every query.
+    ``device`` is a target or ``auto`` (see `choose_target`). A named device is never replaced by another. ``threads``
+    None lets the engine choose. ``precision`` None uses the engine that was built last, in any precision, or fp32 if
+    none was built; ``auto`` uses the fastest precision that is certified here (see `choose_precision`). ``hint`` is the
+    goal of compilation: ``latency`` or ``throughput``. With ``check_finite``, NaN or infinity in inputs or outputs is
+    an error.
 
-    An engine that `build` made is used if it fits this machine, library and model. If it does not, targets that compile
-    in seconds compile again (with a warning, and `Runtime.describe` says so); the others refuse.
+    An engine from `build` is used if it matches this machine, library and model. If not, targets that compile in
+    seconds compile again, with a warning, and `Runtime.describe` reports it; on other targets it is an error.
 
     Raises BundleError, DeviceError, EngineError, MissingDependencyError, UsageError.
     """
@@ -42,7 +43,7 @@ def load(
 
 
 def load_onnx(path: str | os.PathLike[str], device: str = "auto", threads: int | None = None) -> Runtime:
-    """Load a plain ONNX file, to compare with it. Its own description of inputs and outputs is trusted.
+    """Load a plain ONNX file for comparison. Its own description of inputs and outputs is trusted.
 
     Raises BundleError, DeviceError, EngineError, MissingDependencyError, UsageError.
     """

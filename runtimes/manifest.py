@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""manifest.json: the one description of a bundle, which every other step reads.
+"""manifest.json: the description of a bundle that every other step reads.
 
-msgspec validates it. A reader takes every schema version up to its own and refuses newer ones.
+msgspec validates it. A reader accepts every schema version up to its own and rejects newer ones.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from perceiver_export.runtimes.preprocessing import (
     Rescale,
     Resize,
     TextPreprocessing,
-    check_preprocessing,
+    unusable,
 )
 
 SCHEMA_VERSION = 2
@@ -31,16 +31,21 @@ ASSUMED = "written by an older version: output kinds are assumed"
 
 _TENSOR = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:/-]{0,199}")
 DType = Literal["float32", "int32", "int64", "uint8", "bool"]
-# The meaning of an output's numbers: logits of classes that exclude each other (softmax), logits of labels that do not
+# The meaning of an output: logits of which one class applies (softmax), logits of which several labels may apply
 # (sigmoid), plain values, or anything else.
 OutputKind = Literal["single-label", "multi-label", "regression", "none"]
+
+
+def misfit(message: str) -> BundleError:
+    """The error for a manifest that cannot be right."""
+    return BundleError(message, "export the bundle again")
 
 
 class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """An input or output.
 
-    A dynamic dimension is a name in ``shape``, and ``ranges`` gives its (least, most). ``values`` is the (least, most)
-    that an integer input may hold: the tokens of a vocabulary, 0 and 1 of a mask.
+    A dynamic dimension is a name in ``shape``, and ``ranges`` gives its (smallest, largest) size. ``values`` is the
+    (smallest, largest) value of an integer input: tokens of a vocabulary, or 0 and 1 in a mask.
     """
 
     name: str
@@ -52,7 +57,7 @@ class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Cost of one stage of a graph for one sample: FLOPs (2 a multiply-add), parameters, bytes read and written."""
+    """A graph stage's cost for one sample: FLOPs (2 per multiply-add), parameters, bytes read and written."""
 
     name: str
     flops: int
@@ -62,14 +67,14 @@ class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Cost(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """FLOPs (2 a multiply-add) and bytes of the large arrays at each time that they are read or written."""
+    """FLOPs (2 per multiply-add), and bytes of large arrays, counted each time that they are read or written."""
 
     flops: int
     bytes: int
 
 
 class FoldDecision(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The costs of both forms of a site for one sample, the form in the graph, and why."""
+    """The costs of both forms of a site for one sample, the form chosen for the graph, and the reason."""
 
     site: str
     plain: Cost
@@ -79,7 +84,7 @@ class FoldDecision(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class PlannedStage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How many of ``count`` units a stage takes at a time, and the bytes of activations that it then needs."""
+    """How many of ``count`` units a stage processes at a time, and the bytes of activations that it then needs."""
 
     stage: str
     unit: str
@@ -89,7 +94,7 @@ class PlannedStage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class MemoryPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """``peak``: the bytes of activations that the largest stage needs; a ``budget`` was asked for."""
+    """``budget`` is the requested limit in bytes of activations; ``peak`` is the need of the largest stage."""
 
     budget: int
     peak: int
@@ -103,21 +108,21 @@ class Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     stages: tuple[Stage, ...] = ()
-    num_queries: int | None = None  # of a decoder: how many queries there are to choose from
+    num_queries: int | None = None  # in a decoder: the number of queries to choose from
     folds: tuple[FoldDecision, ...] = ()
     plan: MemoryPlan | None = None
-    lowered: dict[str, str] = {}  # by target, the graph that was rewritten for it; others run `file`
+    lowered: dict[str, str] = {}  # by lowering, the graph rewritten for it; other targets run `file`
 
     def graph_for(self, lowering: str) -> str:
-        """The file that an engine of the target that wants this lowering is made from."""
+        """The graph file for targets that use this lowering."""
         return self.lowered.get(lowering, self.file)
 
 
 class Quantization(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The quantization in short; calibration.json has the rest.
+    """A summary of the quantization; calibration.json has the details.
 
-    ``integer_share`` is that of the linears' multiply-adds in integer kernels, by target, as its engine says.
-    ``kept_float`` gives the reason for each requested part that stays float.
+    ``integer_share`` is, by target, the share of the linear layers' multiply-adds in integer kernels, as reported by
+    the engine. ``kept_float`` gives the reason for each part that was to be quantized but stays float.
     """
 
     scheme: str
@@ -130,7 +135,7 @@ class Quantization(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Check(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One comparison of the exported graph with torch; ``difference`` and ``tolerance`` are shares of ``scale``."""
+    """One comparison of the exported graph with PyTorch; ``difference`` and ``tolerance`` are shares of ``scale``."""
 
     output: str
     inputs: str
@@ -147,7 +152,7 @@ class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The whole of manifest.json. ``output_kinds`` has every output of the whole model by name."""
+    """The contents of manifest.json. ``output_kinds`` has the kind of every output of the whole model, by name."""
 
     schema_version: int
     name: str
@@ -162,20 +167,30 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     verification: tuple[Check, ...]
     tools: dict[str, str]
     files: dict[str, FileEntry]
-    outputs: tuple[TensorSpec, ...] = ()  # of a split bundle's parts together
-    notes: tuple[str, ...] = ()  # assumptions of the export, for people
+    outputs: tuple[TensorSpec, ...] = ()  # in a split bundle: outputs of all parts together
+    notes: tuple[str, ...] = ()  # assumptions of the export, for the reader
     quantization: Quantization | None = None
     output_kinds: dict[str, OutputKind] = {}
 
 
 def interface(manifest: Manifest) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
-    """Inputs and outputs of the whole model, one graph or split into encoder and decoders."""
+    """Inputs and outputs of the whole model, whether it is one graph or split into encoder and decoders."""
     if "encoder" not in manifest.parts:
         part = next(iter(manifest.parts.values()))
         return part.inputs, part.outputs
-    # A decoder may take more than the encoder: queries that are given as an array.
+    # A decoder may have an input that the encoder lacks: queries given as an array.
     taken = {spec.name: spec for part in manifest.parts.values() for spec in part.inputs}
-    return tuple(spec for name, spec in taken.items() if name not in ("latents", "queries")), manifest.outputs
+    own = [index_input(part.inputs) for part in manifest.parts.values()]
+    return tuple(spec for name, spec in taken.items() if name != "latents" and spec not in own), manifest.outputs
+
+
+def index_input(specs: Iterable[TensorSpec]) -> TensorSpec | None:
+    """The input of a decoder that chooses queries by their indices; None for a decoder that computes all of them.
+
+    It is called `queries`, but `query_indices` where the model itself has an input `queries`.
+    """
+    integers = {spec.name: spec for spec in specs if spec.dtype == "int32"}
+    return integers.get("query_indices", integers.get("queries"))
 
 
 class _Version(msgspec.Struct):
@@ -185,27 +200,25 @@ class _Version(msgspec.Struct):
 def decode_manifest(content: bytes) -> Manifest:
     """Parse and check manifest.json.
 
-    Raises BundleError: not JSON, of a newer schema, a field missing or wrong, or a path that leaves the bundle.
+    Raises BundleError: not JSON, a newer schema, a missing or wrong field, or a path that leaves the bundle.
     """
     try:
         version = decode_json(content, _Version).schema_version
         if version > SCHEMA_VERSION:
-            raise BundleError(
-                f"the manifest has schema version {version}, this reader knows versions up to {SCHEMA_VERSION}",
-                "upgrade: pip install -U perceiver-export",
-            )
+            said = f"the manifest has schema version {version}, but this reader supports up to {SCHEMA_VERSION}"
+            raise BundleError(said, "run pip install -U perceiver-export")
         if version == 1:
             manifest = _upgraded(msgspec.convert(_with_steps(decode_json(content, dict[str, Any])), Manifest))
         else:
             manifest = decode_json(content, Manifest)
     except (ValueError, msgspec.ValidationError) as error:
-        raise BundleError(f"manifest.json cannot be read: {error}", "export or copy the bundle again") from error
+        raise BundleError(f"manifest.json cannot be read: {error}", "copy or export the bundle again") from error
     _check(manifest)
     return manifest
 
 
 def default_kinds(task: str, labels: tuple[str, ...], outputs: Iterable[str]) -> dict[str, OutputKind]:
-    """The default kinds of a task's outputs, by name: a classifier's only output has the scores of its labels."""
+    """The default kinds of a task's outputs, by name. A classifier's only output holds the scores of its labels."""
     kinds: dict[str, OutputKind] = dict.fromkeys(outputs, "none")
     if task == "video-autoencoding" and "label" in kinds:
         kinds["label"] = "single-label"
@@ -214,20 +227,20 @@ def default_kinds(task: str, labels: tuple[str, ...], outputs: Iterable[str]) ->
     elif len(kinds) == 1 and (
         task in ("image-classification", "point-cloud-classification") or (task == "text-classification" and labels)
     ):
-        # Softmax of a single score is always 1, so sigmoid is used, as in transformers' pipelines.
+        # The softmax of a single score is always 1, so sigmoid is used, as in transformers' pipelines.
         kinds = dict.fromkeys(kinds, "multi-label" if len(labels) == 1 else "single-label")
     return kinds
 
 
 def assumed_note(manifest: Manifest) -> str:
-    """The note of a manifest whose kinds of outputs were assumed, as an older version wrote it; empty for others."""
+    """The note in a manifest by an older version whose kinds of outputs are assumed; empty in other manifests."""
     return next((note for note in manifest.notes if note.startswith(ASSUMED)), "")
 
 
 def judged_output(manifest: Manifest) -> tuple[str, OutputKind] | None:
-    """The output that labels judge, and its kind: the only one whose kind is not "none".
+    """The output that is compared with labels, and its kind: the only output whose kind is not "none".
 
-    None if no output, or more than one, has such a kind.
+    None if there is no such output, or more than one.
     """
     kinds = manifest.output_kinds or _kinds_of(manifest)
     found = [(name, kind) for name, kind in kinds.items() if kind != "none"]
@@ -235,7 +248,7 @@ def judged_output(manifest: Manifest) -> tuple[str, OutputKind] | None:
 
 
 def _kinds_of(manifest: Manifest) -> dict[str, OutputKind]:
-    """The default kinds of a manifest that says nothing of its outputs."""
+    """The default kinds for a manifest that does not state them."""
     outputs = manifest.outputs or tuple(spec for part in manifest.parts.values() for spec in part.outputs)
     return default_kinds(manifest.task, manifest.labels, (spec.name for spec in outputs))
 
@@ -254,7 +267,7 @@ class _Image(msgspec.Struct, forbid_unknown_fields=True):
 
 
 def _with_steps(manifest: dict[str, Any]) -> dict[str, Any]:
-    """A manifest of schema version 1, whose images were cropped, resized, scaled and normalised in this order."""
+    """Convert image preprocessing of schema version 1, which cropped, resized, scaled and normalised in this order."""
     given = manifest.get("preprocessing")
     if not isinstance(given, dict) or given.get("type") != "image":
         return manifest
@@ -271,9 +284,9 @@ def _with_steps(manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def _upgraded(manifest: Manifest) -> Manifest:
-    """A manifest of schema version 1, which had neither kinds of outputs nor values of inputs.
+    """Convert a manifest of schema version 1, which had neither kinds of outputs nor values of inputs.
 
-    A note says which kinds were assumed if a checkpoint could have said otherwise.
+    If the checkpoint could have specified other kinds, a note lists the assumed ones.
     """
     kinds = _kinds_of(manifest)
     notes = manifest.notes
@@ -303,13 +316,13 @@ def _upgraded(manifest: Manifest) -> Manifest:
 
 
 def encode_manifest(manifest: Manifest) -> bytes:
-    """Indented JSON, one trailing newline."""
+    """Indented JSON with a trailing newline."""
     return encode_json(manifest)
 
 
 def _check(manifest: Manifest) -> None:
     if manifest.schema_version < 1 or not manifest.parts:
-        raise BundleError("the manifest names no part, or no version", "export the bundle again")
+        raise misfit("the manifest has no parts or no version")
     graphs = [graph for part in manifest.parts.values() for graph in (part.file, *part.lowered.values())]
     for name in (*manifest.files, *graphs, *manifest.parts, manifest.task):
         if not is_safe_name(name):
@@ -317,24 +330,22 @@ def _check(manifest: Manifest) -> None:
     for name, part in manifest.parts.items():
         for graph in (part.file, *part.lowered.values()):
             if graph not in manifest.files:
-                raise BundleError(f"the manifest has no hash of {graph!r}, part {name!r}", "export the bundle again")
+                raise misfit(f"the manifest has no hash of {graph!r}, part {name!r}")
         for spec in (*part.inputs, *part.outputs):
             _check_spec(spec)
     steps = manifest.preprocessing
     if isinstance(steps, TextPreprocessing) and steps.tokenizer and steps.tokenizer.file not in manifest.files:
-        raise BundleError(f"the manifest has no hash of {steps.tokenizer.file!r}", "export the bundle again")
-    if steps is not None:
-        check_preprocessing(steps)
+        raise misfit(f"the manifest has no hash of {steps.tokenizer.file!r}")
+    if steps is not None and (found := unusable(steps)):
+        raise misfit(f"the manifest's preprocessing is unusable: {found}")
 
 
 def _check_spec(spec: TensorSpec) -> None:
     if not _TENSOR.fullmatch(spec.name) or ".." in spec.name:
-        raise BundleError(
-            f"the manifest has the tensor {spec.name!r}",
-            "names of tensors are letters, digits and _ . : / -, at most 200 of them",
-        )
+        hint = "name tensors with at most 200 letters, digits and _ . : / -"
+        raise BundleError(f"the manifest has the invalid tensor name {spec.name!r}", hint)
     sizes = [spec.ranges.get(dim, (0, 0)) if isinstance(dim, str) else (dim, dim) for dim in spec.shape]
     if any(not 1 <= least <= most < 1 << 31 for least, most in sizes):
-        raise BundleError(f"{spec.name!r} has the impossible shape {spec.shape}", "export the bundle again")
+        raise misfit(f"{spec.name!r} has the invalid shape {spec.shape}")
     if spec.values is not None and (spec.dtype not in ("int32", "int64", "uint8") or spec.values[0] > spec.values[1]):
-        raise BundleError(f"{spec.name!r} ({spec.dtype}) is limited to {spec.values}", "export the bundle again")
+        raise misfit(f"{spec.name!r} ({spec.dtype}) has the invalid limits {spec.values}")

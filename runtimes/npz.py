@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Read .npz and .npy files from untrusted sources: sizes come from the headers, before anything is expanded.
+"""Read .npz and .npy files from untrusted sources. Sizes come from the headers, before anything is decompressed.
 
-An .npz is a zip archive of .npy files; a few MB of it may expand to many GB. Arrays are read whole only up to a limit,
-else a row of the first axis at a time, and nothing in them is executed.
+An .npz is a zip archive of .npy files, and a few MB may expand to many GB. Arrays are read whole only up to a limit,
+otherwise one row of the first axis at a time. Nothing in them is executed.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ import numpy.typing as npt
 from perceiver_export.runtimes.errors import InputError, PerceiverExportError
 from perceiver_export.runtimes.files import parsing
 
-LIMIT = 2 << 30  # bytes that are read whole, of all arrays of a file together
+LIMIT = 2 << 30  # bytes read at once, for all arrays of a file together
 _LONGEST_HEADER = 10_000  # numpy's own limit
 _KINDS = "biufUS"  # booleans, numbers, and strings, which may be labels
-_SAVE = "write it with numpy.savez, arrays of numbers only"
+_SAVE = "write it with numpy.savez, and only arrays of numbers"
 
 
 class Header(NamedTuple):
-    """An array's dtype and shape, and the bytes that it has when it is expanded."""
+    """An array's dtype, shape and memory order, and from them its size in memory."""
 
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
@@ -41,15 +41,15 @@ class Header(NamedTuple):
 
     @property
     def row_size(self) -> int:
-        """Bytes that are in memory to read one row: an array that is stored by columns is read whole."""
+        """Bytes in memory to read one row; an array stored by columns is read whole."""
         return self.size if self.by_columns or not self.shape else math.prod(self.shape[1:]) * self.dtype.itemsize
 
 
 class Npz:
     """The arrays of an .npz file, by name. Use it as a context manager.
 
-    Raises ``error`` with a message and a hint, here and while reading: a file that is missing, damaged, or larger than
-    ``limit`` bytes where it is read whole; an array of Python objects or records.
+    Raises ``error`` here and while reading: the file is missing or damaged, more than ``limit`` bytes would be read at
+    once, or an array contains Python objects or records.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Npz:
         self._archive.close()
 
     def read(self, names: Collection[str] | None = None) -> dict[str, npt.NDArray[Any]]:
-        """Whole arrays, all of them by default."""
+        """Whole arrays by name, by default all of them."""
         wanted = list(self.headers) if names is None else names
         self._check(sum(self.headers[name].size for name in wanted), "read at once")
         arrays = {}
@@ -85,7 +85,7 @@ class Npz:
         return arrays
 
     def rows(self, wanted: Collection[int] | None = None) -> Iterator[tuple[int, dict[str, npt.NDArray[Any]]]]:
-        """The index and the arrays of each row, or of the ``wanted`` rows; every array has one row a sample."""
+        """The index and the arrays of each row, or of the ``wanted`` rows. Every array has one row per sample."""
         self._check(sum(header.row_size for header in self.headers.values()), "read for one sample")
         count = min((header.shape[0] if header.shape else 0 for header in self.headers.values()), default=0)
         last = count if wanted is None else min(count, max(wanted, default=-1) + 1)
@@ -104,12 +104,12 @@ class Npz:
     def _check(self, size: int, how: str) -> None:
         if size > self._limit:
             raise self._error(
-                f"{self._path} expands to {size / 2**30:.1f} GiB {how}, at most {self._limit / 2**30:.1f} GiB are",
+                f"{self._path} would take {size / 2**30:.1f} GiB {how}, more than {self._limit / 2**30:.1f} GiB",
                 "split it into smaller files",
             )
 
     def _parsing(self) -> contextlib.AbstractContextManager[None]:
-        return parsing(str(self._path), "is not an .npz file that can be read", _SAVE, self._error)
+        return parsing(str(self._path), "is not a readable .npz file", _SAVE, self._error)
 
 
 def read_npz(
@@ -121,14 +121,14 @@ def read_npz(
 
 
 def read_header(file: IO[bytes]) -> Header:
-    """The header of a .npy file, which is then read up to its data. Raises ValueError."""
+    """The header of a .npy file, read up to the start of the data. Raises ValueError."""
     version = np.lib.format.read_magic(file)
     if version not in ((1, 0), (2, 0)):
-        raise ValueError(f"it is of the .npy version {version}")
+        raise ValueError(f"it has the unsupported .npy version {version}")
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, by_columns, dtype = read(file, max_header_size=_LONGEST_HEADER)
     if dtype.kind not in _KINDS or dtype.itemsize == 0 or min(shape, default=0) < 0:
-        raise ValueError(f"it holds {dtype} of shape {list(shape)}, not an array of numbers")
+        raise ValueError(f"it contains {dtype} of shape {list(shape)}, not an array of numbers")
     return Header(dtype, shape, by_columns and len(shape) > 1)
 
 
@@ -147,17 +147,17 @@ def _body(file: IO[bytes], header: Header) -> npt.NDArray[Any]:
     while len(content) < header.size:
         piece = file.read(min(header.size - len(content), 1 << 24))
         if not piece:
-            raise ValueError("it is cut short")
+            raise ValueError("it is truncated")
         content += piece
     flat = np.frombuffer(content, header.dtype)
     return flat.reshape(header.shape[::-1]).T if header.by_columns else flat.reshape(header.shape)
 
 
 def write_npz(path: Path, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
-    """Write a .npz file whose bytes depend on the arrays alone. Any name is allowed, unlike in `numpy.savez`."""
+    """Write an .npz file whose bytes depend only on the arrays. Unlike `numpy.savez`, it accepts any array name."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, array in arrays.items():
-            entry = zipfile.ZipInfo(f"{name}.npy", (1980, 1, 1, 0, 0, 0))  # numpy would write the time
+            entry = zipfile.ZipInfo(f"{name}.npy", (1980, 1, 1, 0, 0, 0))  # numpy would write the current time
             entry.compress_type = zipfile.ZIP_DEFLATED
             with archive.open(entry, "w", force_zip64=True) as file:
                 np.lib.format.write_array(file, np.ascontiguousarray(array), allow_pickle=False)

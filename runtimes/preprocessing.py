@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The manifest's description of pre- and post-processing: one struct for each kind of data, read by the tasks."""
+"""The manifest's description of preprocessing, with one struct per kind of data. Tasks read it."""
 
 from __future__ import annotations
 
@@ -7,19 +7,17 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from perceiver_export.runtimes.errors import BundleError
-
-MAX_SIDE = 16_384  # of an image; more is a mistake, and would need terabytes
+MAX_SIDE = 16_384  # pixels; a larger image is a mistake and would need terabytes
 Side = Annotated[int, msgspec.Meta(ge=1, le=MAX_SIDE)]
 Share = Annotated[float, msgspec.Meta(gt=0, le=MAX_SIDE)]
 Positive = Annotated[float, msgspec.Meta(gt=0)]
 Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
-# Pillow's filters, which smooth where they shrink, and OpenCV's INTER_CUBIC, which does not: DeepMind's code uses it.
+# Pillow's filters, which antialias when they shrink, and OpenCV's INTER_CUBIC, which does not; DeepMind's code uses it.
 Filter = Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos", "opencv-bicubic"]
 
 
 class Resize(msgspec.Struct, frozen=True, tag="resize", forbid_unknown_fields=True):
-    """To height × width pixels, whatever the image's proportions."""
+    """Resize to height × width pixels, whatever the image's proportions."""
 
     height: Side
     width: Side
@@ -27,7 +25,7 @@ class Resize(msgspec.Struct, frozen=True, tag="resize", forbid_unknown_fields=Tr
 
 
 class ResizeEdge(msgspec.Struct, frozen=True, tag="resize-edge", forbid_unknown_fields=True):
-    """The shorter side to ``shortest`` pixels, the longer one in proportion, but not above ``longest`` (0: any)."""
+    """Resize the shorter side to ``shortest`` pixels and the longer in proportion, to at most ``longest`` (0: any)."""
 
     shortest: Side
     longest: Annotated[int, msgspec.Meta(ge=0, le=MAX_SIDE)]
@@ -35,7 +33,7 @@ class ResizeEdge(msgspec.Struct, frozen=True, tag="resize-edge", forbid_unknown_
 
 
 class ResizeInto(msgspec.Struct, frozen=True, tag="resize-into", forbid_unknown_fields=True):
-    """As large as fits into height × width, in proportion."""
+    """Resize in proportion to the largest size that fits into height × width."""
 
     height: Side
     width: Side
@@ -43,17 +41,17 @@ class ResizeInto(msgspec.Struct, frozen=True, tag="resize-into", forbid_unknown_
 
 
 class CenterCrop(msgspec.Struct, frozen=True, tag="center-crop", forbid_unknown_fields=True):
-    """The middle height × width pixels; a smaller image gets a border of zeros."""
+    """Crop to the middle height × width pixels; a smaller image is padded with zeros."""
 
     height: Side
     width: Side
 
 
 class CenterCropShare(msgspec.Struct, frozen=True, tag="center-crop-share", forbid_unknown_fields=True):
-    """The middle ``vertical`` × ``horizontal`` shares of the shorter side; above 1 the image gets a border of zeros.
+    """Crop to the middle, to ``vertical`` and ``horizontal`` shares of the shorter side; above 1 pad with zeros.
 
-    Where an odd number of pixels is left over, transformers' Perceiver begins half a pixel above and left of the
-    middle, DeepMind's code (``round_up``) below and right of it.
+    If an odd number of pixels is cut off, transformers' Perceiver starts half a pixel above and to the left of the
+    exact position, DeepMind's code (``round_up``) below and to the right of it.
     """
 
     vertical: Share
@@ -83,7 +81,7 @@ ImageStep = Resize | ResizeEdge | ResizeInto | CenterCrop | CenterCropShare | Re
 
 
 class ImagePreprocessing(msgspec.Struct, frozen=True, tag="image", forbid_unknown_fields=True):
-    """How an RGB image becomes the input, 3 × height × width: the steps, in their order."""
+    """The steps, in order, that turn an RGB image into the input of 3 × height × width."""
 
     height: Side
     width: Side
@@ -93,8 +91,8 @@ class ImagePreprocessing(msgspec.Struct, frozen=True, tag="image", forbid_unknow
 class TokenizerFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A tokenizer.json in the bundle, for the `tokenizers` library.
 
-    ``mask`` is what stands in a text for a masked token, empty where the tokenizer has none; ``pad`` is the token
-    behind a text. With ``clean_up`` decoded text loses the spaces before punctuation, as transformers does it.
+    ``mask`` is the text of a masked token, empty if the tokenizer has none; ``pad`` is the padding token. With
+    ``clean_up``, spaces before punctuation are removed from decoded text, as in transformers.
     """
 
     file: str
@@ -106,9 +104,9 @@ class TokenizerFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class TextPreprocessing(msgspec.Struct, frozen=True, tag="text", forbid_unknown_fields=True):
     """Text as tokens, padded to ``length``.
 
-    They are UTF-8 bytes + 6, with ``special_tokens`` between [CLS] and [SEP] (transformers' PerceiverTokenizer), or
-    the ``tokenizer``'s tokens. A text of more than ``length`` tokens is refused, or with ``truncate`` cut on
-    ``truncation_side`` to ``max_tokens`` (0: to ``length``), which count special tokens too.
+    Tokens are UTF-8 bytes + 6, with ``special_tokens`` between [CLS] and [SEP] (transformers' PerceiverTokenizer), or
+    come from ``tokenizer``. A text of more than ``length`` tokens is an error, or with ``truncate`` is cut on
+    ``truncation_side`` to ``max_tokens`` (0: to ``length``), including special tokens.
     """
 
     length: Count
@@ -120,12 +118,12 @@ class TextPreprocessing(msgspec.Struct, frozen=True, tag="text", forbid_unknown_
 
     @property
     def cut(self) -> int | None:
-        """The number of tokens that a longer text is cut to; None if it is refused."""
+        """The number of tokens to which a longer text is cut; None if it is an error."""
         return min(self.max_tokens or self.length, self.length) if self.truncate else None
 
 
 class FlowPreprocessing(msgspec.Struct, frozen=True, tag="flow", forbid_unknown_fields=True):
-    """Frame pairs, scaled to [-1, 1], cut into tiles of height × width that overlap by ``min_overlap`` or more."""
+    """Frame pairs, scaled to [-1, 1] and cut into tiles of height × width that overlap by at least ``min_overlap``."""
 
     height: Count
     width: Count
@@ -133,14 +131,14 @@ class FlowPreprocessing(msgspec.Struct, frozen=True, tag="flow", forbid_unknown_
 
     @classmethod
     def of_tile(cls, height: int, width: int) -> FlowPreprocessing:
-        """DeepMind's overlap, 20 pixels, or a quarter of the shorter side where tiles are small."""
+        """Use DeepMind's overlap of 20 pixels, or a quarter of the shorter side if that is smaller."""
         return cls(height, width, min(20, min(height, width) // 4))
 
 
 class VideoPreprocessing(msgspec.Struct, frozen=True, tag="video", forbid_unknown_fields=True):
-    """Frames, square-cropped, resized, in [0, 1]; ``num_samples`` of mono audio in [-1, 1] at ``sample_rate`` Hz.
+    """Square-cropped, resized frames in [0, 1], and ``num_samples`` of mono audio in [-1, 1] at ``sample_rate`` Hz.
 
-    None: the checkpoint does not say its rate. Sound of any rate is then taken unchanged.
+    ``sample_rate`` is None if the checkpoint does not state it. Sound of any rate is then used unchanged.
     """
 
     num_frames: Count
@@ -151,9 +149,9 @@ class VideoPreprocessing(msgspec.Struct, frozen=True, tag="video", forbid_unknow
 
 
 class AudioPreprocessing(msgspec.Struct, frozen=True, tag="audio", forbid_unknown_fields=True):
-    """Mono audio in [-1, 1] (0 samples: none is read), and frames in [0, 1] where the model sees them too (else 0).
+    """Mono audio in [-1, 1] (``num_samples`` 0: no audio) and frames in [0, 1] (``num_frames`` 0: no frames).
 
-    With ``mel`` (frames, bins) the audio is given as a log-mel spectrogram of that shape.
+    With ``mel`` the model takes the audio as a log-mel spectrogram of that shape (frames, bins).
     """
 
     num_samples: Count
@@ -180,21 +178,15 @@ Preprocessing = (
 )
 
 
-def check_preprocessing(steps: Preprocessing) -> None:
-    """Raise BundleError if a value cannot be used."""
-    if found := unusable(steps):
-        raise BundleError(f"the manifest's preprocessing cannot be used: {found}", "export the bundle again")
-
-
 def unusable(steps: Preprocessing) -> str:
-    """The first value that cannot be used, and the limits of its field; empty if there is none."""
-    try:  # as JSON, which has neither NaN nor infinity
+    """The first invalid value and the limits of its field; empty if all values are valid."""
+    try:  # through JSON, which has neither NaN nor infinity
         msgspec.json.decode(msgspec.json.encode(steps), type=Preprocessing)
     except (msgspec.ValidationError, OverflowError, TypeError) as error:
         return str(error)
     scaled = False
     for step in steps.steps if isinstance(steps, ImagePreprocessing) else ():
         if scaled and isinstance(step, (Resize, ResizeEdge, ResizeInto)):
-            return "a resize after the values are scaled"
+            return "it resizes after scaling the values"
         scaled = scaled or isinstance(step, (Rescale, Normalize))
     return ""

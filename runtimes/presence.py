@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The targets that can run here, and the one that ``device="auto"`` takes."""
+"""Find the targets that can run here, and choose one for ``device="auto"``."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Device(msgspec.Struct, frozen=True):
 
 
 class Presence(msgspec.Struct, frozen=True):
-    """The device that a target would run on here, or why it cannot run and how to fix that."""
+    """The device on which a target would run here, or why it cannot run and how to fix that."""
 
     device: Device | None
     problem: str = ""
@@ -52,7 +52,7 @@ class Presence(msgspec.Struct, frozen=True):
 
 
 def presence(target: Target) -> Presence:
-    """Ask the target's library, which is imported for it."""
+    """Whether a target can run here, according to its library, which is imported."""
     try:
         platform = target.backend().platform(target.name, EngineOptions())
     except (DeviceError, MissingDependencyError) as error:
@@ -61,8 +61,8 @@ def presence(target: Target) -> Presence:
 
 
 def presence_apart(target: Target) -> Presence:
-    """`presence` in its own process: some libraries end the process if a driver is missing."""
-    # Not `-m`, which would let a file of the current directory stand in for a library.
+    """`presence` in its own process, because some libraries end the process if a driver is missing."""
+    # `-m` would let a file in the current directory replace a library.
     code = (
         f"import sys, msgspec; sys.path.pop(0); from {__name__} import TARGETS, presence;"
         " print(msgspec.json.encode(presence(TARGETS[sys.argv[1]])).decode())"
@@ -76,7 +76,7 @@ def presence_apart(target: Target) -> Presence:
 
 
 def devices() -> tuple[Device, ...]:
-    """Targets that can run here, in the order in which ``device="auto"`` tries them."""
+    """The targets that can run here, in the order in which ``device="auto"`` tries them."""
     found = (presence(target).device for target in TARGETS.values() if target.version())
     return tuple(device for device in found if device is not None)
 
@@ -84,9 +84,10 @@ def devices() -> tuple[Device, ...]:
 def choose_target(bundle: Bundle, precision: PrecisionChoice | None = None) -> str:
     """The target for ``device="auto"``.
 
-    The first that has a certificate of the bundle that holds here; else the first of the table that is present and, if
-    it compiles for minutes, has an engine for here. Of the two targets on the CPU the faster one by the bundle's
-    report comes first, then ort-cpu. ``precision`` is the engine's, as in `load`.
+    It is the first target for which a certificate of the bundle is valid here. Without one, it is the first target in
+    the table that is present and, if compiling takes minutes, has an engine for this machine. Of the two CPU targets,
+    the one that is faster in the bundle's report comes first; without a report, ort-cpu. ``precision`` is the engine's,
+    as in `load`.
 
     Raises MissingDependencyError: no target is present.
     """
@@ -97,17 +98,17 @@ def choose_target(bundle: Bundle, precision: PrecisionChoice | None = None) -> s
     written = {one.target for one in certificates(bundle)}
     for name in sorted(written, key=lambda name: (names.index(name) if name in names else len(names), name)):
         if certificates_for(bundle, name, choose_precision(bundle, name) if precision == "auto" else precision):
-            _log.info("%s: auto is %s, which is certified here", bundle.path, name)
+            _log.info("%s: auto chose %s, which is certified here", bundle.path, name)
             return name
     if written:
-        _log.info("%s: no certificate holds here, of those for %s", bundle.path, ", ".join(sorted(written)))
+        _log.info("%s: none of the certificates for %s is valid here", bundle.path, ", ".join(sorted(written)))
     for name in names:
         why = _why_not(bundle, TARGETS[name])
-        _log.info("%s: auto is %s%s", bundle.path, "not " * bool(why) + name, f": {why}" if why else "")
+        _log.info("%s: auto %s %s%s", bundle.path, "rejected" if why else "chose", name, f": {why}" if why else "")
         if not why:
             return name
     if not cpus:
-        raise MissingDependencyError("no engine is installed that could run here", TARGETS["ort-cpu"].install)
+        raise MissingDependencyError("no installed engine can run here", TARGETS["ort-cpu"].install)
     return next(name for name in names if name in cpus)  # `load` reports the problem
 
 
@@ -169,10 +170,10 @@ def advice_here(bundle: Bundle, target: str = "") -> str:
 
 
 def certificates_for(bundle: Bundle, target: str, precision: Precision | None = None) -> tuple[Certificate, ...]:
-    """The certificates that hold here for what `load` runs on a target.
+    """The certificates that are valid here for the engines that `load` would run on a target.
 
-    No engine is loaded, and no library is imported for a target without a certificate. Raises BundleError: a
-    calibration.json that cannot be read.
+    No engine is loaded, and no library is imported for a target without a certificate. Raises BundleError:
+    calibration.json cannot be read.
     """
     written = [one for one in certificates(bundle) if one.target == target]
     if not written or not _worth_asking(find_target(target)):
@@ -182,7 +183,7 @@ def certificates_for(bundle: Bundle, target: str, precision: Precision | None = 
         options = EngineOptions(precision=precision or "fp32")
         used = [engine_for(bundle, name, target, options, precision)[0].options for name in bundle.manifest.parts]
     except PerceiverExportError as error:
-        _log.debug("%s: nothing runs on %s here: %s", bundle.path, target, error.message)
+        _log.debug("%s cannot run on %s here: %s", bundle.path, target, error.message)
         return ()
     engine = f"{here.library} {here.version}"
     return tuple(
@@ -193,7 +194,7 @@ def certificates_for(bundle: Bundle, target: str, precision: Precision | None = 
 
 
 def _worth_asking(target: Target) -> bool:
-    """Whether to import the target's library: an import in vain costs every app that starts."""
+    """Whether to import the target's library. A useless import would slow down the start of every app."""
     if not target.version():
         return False
     if target.hardware == "NVIDIA GPU":
@@ -202,7 +203,7 @@ def _worth_asking(target: Target) -> bool:
 
 
 def _why_not(bundle: Bundle, target: Target) -> str:
-    """Why a target cannot run the bundle; empty if it can. Libraries of CPU targets are not imported for this."""
+    """Why a target cannot run the bundle; empty if it can. Libraries of CPU targets are not imported."""
     if target.name not in _CPU_TARGETS and (problem := presence(target).problem):
         return problem
     try:
@@ -211,6 +212,6 @@ def _why_not(bundle: Bundle, target: Target) -> str:
                 make_source(bundle, part, target.name, EngineOptions())
             elif engine_for(bundle, name, target.name, EngineOptions(), None)[1] is None:
                 return f"no engine of {name} was built for it here"
-    except PerceiverExportError as error:  # such as: quantized, without a graph for this target
+    except PerceiverExportError as error:  # such as a quantized bundle without a graph for this target
         return error.message
     return ""

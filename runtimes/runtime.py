@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A loaded part of a bundle: it takes arrays, checks them in every call, and returns arrays."""
+"""A loaded part of a bundle: arrays in, arrays out, with all inputs checked in every call."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from perceiver_export.runtimes.manifest import TensorSpec
 __all__ = ["Array", "Engine", "Feeds", "Runtime"]
 
 _IN_FLIGHT = 2  # one runs while the next is prepared
-_FIXED = "shapes are fixed at export: see --batch and --shape of `perceiver-export export`"
-_RANGES = "give sizes within, the same for all inputs; `perceiver-export export --batch` sets the limits"
+_FIXED = "give that shape, or export again with --batch or --shape"
+_RANGES = "give sizes in that range, the same for all inputs, or export again with another --batch"
 
 
 class FeedChecks:
-    """The checks of one graph, prepared once."""
+    """The checks of one graph's inputs and outputs, prepared once."""
 
     def __init__(self, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> None:
         self._inputs, self._outputs = (
@@ -48,22 +48,21 @@ class FeedChecks:
         )
 
     def feeds(self, feeds: Feeds) -> Feeds:
-        """The feeds if they fit, in native byte order and contiguous (copied only if not). Raises InputError."""
+        """The checked feeds in native byte order and contiguous, copied only if necessary. Raises InputError."""
         if not isinstance(feeds, Mapping):
-            raise InputError(f"the inputs are a {type(feeds).__name__}, not arrays by name", self._hint)
+            raise InputError(f"the inputs are of type {type(feeds).__name__}, not arrays by name", self._hint)
         checked = {}
         sizes: dict[str, int] = {}
         for spec, dtype, fixed in self._inputs:
             name = spec.name
             array = feeds.get(name)
             if not isinstance(array, np.ndarray):
-                found = f"is a {type(array).__name__}" if name in feeds else "is missing"
-                raise InputError(
-                    f"input {name!r} {found}; given: {', '.join(map(repr, feeds)) or 'nothing'}", self._hint
-                )
+                found = f"is of type {type(array).__name__}" if name in feeds else "is missing"
+                given = ", ".join(map(repr, feeds)) or "nothing"
+                raise InputError(f"input {name!r} {found}; given: {given}", self._hint)
             if array.dtype != dtype:
                 if array.dtype.newbyteorder("=") != dtype:
-                    raise InputError(f"input {name!r} has dtype {array.dtype}, the model takes {dtype}", self._hint)
+                    raise InputError(f"input {name!r} has dtype {array.dtype}, but the model takes {dtype}", self._hint)
                 array = array.astype(dtype)
             if array.shape != fixed:
                 check_shape(spec, array.shape, sizes)
@@ -75,7 +74,7 @@ class FeedChecks:
         return checked
 
     def out(self, feeds: Feeds, out: Mapping[str, Array]) -> Mapping[str, Array]:
-        """``out`` if outputs for these feeds can be written there. Raises InputError."""
+        """``out`` if the outputs for these feeds can be written to it. Raises InputError."""
         if not isinstance(out, Mapping) or out.keys() != {spec.name for spec, _, _ in self._outputs}:
             found = ", ".join(map(repr, out)) if isinstance(out, Mapping) else type(out).__name__
             raise InputError(f"`out` is {found or 'empty'}", self._out_hint)
@@ -92,7 +91,7 @@ class FeedChecks:
             if array.shape != fixed:
                 check_shape(spec, array.shape, sizes, f"allocate `out` for {name!r} with that shape", "gives")
             if any(np.may_share_memory(array, feed) for feed in feeds.values()):
-                raise InputError(f"`out` for {name!r} shares memory with an input", "give it memory of its own")
+                raise InputError(f"`out` for {name!r} shares memory with an input", "allocate separate memory for it")
         return out
 
 
@@ -101,7 +100,7 @@ def _check_finite(arrays: Mapping[str, Array], what: str, error: type[PerceiverE
     for name, array in arrays.items():
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             count = int(array.size - np.isfinite(array).sum())
-            raise error(f"{what} {name!r} has {count} values that are not finite", hint)
+            raise error(f"{what} {name!r} has {count} NaN or infinite values", hint)
 
 
 def check_shape(
@@ -117,16 +116,14 @@ def check_shape(
             fits = fits and least <= found <= most and sizes.setdefault(expected, found) == found
     if not fits:
         ranges = "".join(f", {name} from {least} to {most}" for name, (least, most) in spec.ranges.items())
-        raise InputError(
-            f"{spec.name!r} has shape {list(shape)}, the model {verb} {list(spec.shape)}{ranges}",
-            hint or (_RANGES if ranges else _FIXED),
-        )
+        said = f"{spec.name!r} has shape {list(shape)}, but the model {verb} {list(spec.shape)}{ranges}"
+        raise InputError(said, hint or (_RANGES if ranges else _FIXED))
 
 
 def check_values(array: Array, spec: TensorSpec) -> None:
     """Raise InputError for an integer outside the input's range.
 
-    An engine would read outside a table, or from its end, and answer without an error.
+    An engine would read outside a table, or from its end, without an error.
     """
     if spec.values is None or not array.size:
         return
@@ -134,15 +131,15 @@ def check_values(array: Array, spec: TensorSpec) -> None:
     low, high = int(array.min()), int(array.max())
     if low < least or high > most:
         wrong = low if low < least else high
-        hint = "1 keeps a position, 0 masks it" if spec.name.endswith("_mask") else "counted from 0"
-        raise InputError(f"{spec.name!r} holds {wrong}, the model takes {least} to {most}", hint)
+        hint = "give 1 to keep a position, 0 to mask it" if spec.name.endswith("_mask") else "count from 0"
+        raise InputError(f"{spec.name!r} contains {wrong}, but the model takes {least} to {most}", hint)
 
 
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()
 
 
 def _keep_engines() -> None:
-    """In a forked child engines are never freed: their destructors would wait for threads that do not exist there."""
+    """Never free engines in a forked child: their destructors would wait for threads that do not exist there."""
     import ctypes
 
     for engine in _engines:
@@ -153,12 +150,11 @@ os.register_at_fork(after_in_child=_keep_engines)
 
 
 class Runtime:
-    """A loaded graph. Safe to use from several threads; several runtimes may exist in one process.
+    """A loaded graph. It is thread-safe, and a process may have several. Use it as a context manager, or call `close`.
 
-    It belongs to the process that loaded it. In a forked child its calls raise RuntimeClosedError, because engines'
-    threads do not exist there. A child of multiprocessing may load its own; a child of a bare `os.fork` beside ONNX
-    Runtime must end with `os._exit`, because onnxruntime's exit handler waits there forever. Use it as a context
-    manager, or call `close`.
+    It belongs to the process that loaded it. In a forked child its calls raise RuntimeClosedError, because the engine's
+    threads do not exist there. A `multiprocessing` child may load its own. With ONNX Runtime, a child of a bare
+    `os.fork` must end with `os._exit`, because onnxruntime's exit handler would wait forever.
     """
 
     def __init__(
@@ -175,13 +171,13 @@ class Runtime:
     ) -> None:
         self.inputs = inputs
         self.outputs = outputs
-        self.num_queries = num_queries  # of a decoder: the number of queries to choose from
+        self.num_queries = num_queries  # in a decoder: the number of queries to choose from
         self._described: dict[str, Any] = {"precision": precision, "compiled": compiled}
         if certificates:
             self._described["certificates"] = certificates
         self._check_finite = check_finite
         self._engine: Engine | None = engine
-        # Only our own threads can check outputs.
+        # Only this package's threads can check outputs.
         self._requests = engine if isinstance(engine, AsyncEngine) and not check_finite else None
         self._checks = FeedChecks(inputs, outputs)
         self._process = os.getpid()
@@ -197,12 +193,12 @@ class Runtime:
     def run(self, feeds: Feeds, out: Mapping[str, Array] | None = None) -> dict[str, Array]:
         """Outputs by name for inputs by name. The caller owns the returned arrays.
 
-        ``out`` holds an array for every output: right dtype and shape, C-contiguous, writeable, no memory shared with
-        the inputs. The outputs are written there without allocating, and the same arrays are returned. The joined parts
-        of a split bundle allocate their intermediate arrays and copy the result to ``out``.
+        ``out`` has an array for every output, with the right dtype and shape, C-contiguous, writeable, and sharing no
+        memory with the inputs. The outputs are written to these arrays without allocating, and the same arrays are
+        returned. The joined parts of a split bundle allocate intermediate arrays and copy the result to ``out``.
 
-        Raises InputError: a missing or unknown name, wrong dtype or shape; RuntimeClosedError after `close`, and in a
-        forked child; DeviceError: the device failed.
+        Raises InputError: a missing or unknown name, or a wrong dtype or shape; RuntimeClosedError: after `close`, or
+        in a forked child; DeviceError: the device failed.
         """
         exits.enter()
         return self._run(self._open_engine(), feeds, out)
@@ -215,19 +211,19 @@ class Runtime:
             engine.run_into(feeds, self._checks.out(feeds, out))
             outputs = dict(out)
         if self._check_finite:
-            _check_finite(outputs, "output", DeviceError, "it may overflow: build with fp32")
+            _check_finite(outputs, "output", DeviceError, "build with fp32: the engine's precision may overflow")
         return outputs
 
     @exits.awaited
     def submit(self, feeds: Feeds) -> Future[dict[str, Array]]:
         """`run` in the background. The arrays in ``feeds`` must not change until the future is done.
 
-        Uses ONNX Runtime's own asynchronous calls if it has several threads, else two threads. The future raises what
-        `run` would raise; only RuntimeClosedError is raised here. A future's callback runs in the thread that finishes
-        the others: it may submit and close, but not wait for another future.
+        It uses ONNX Runtime's own asynchronous calls if the session has several threads, otherwise two threads. The
+        future raises what `run` would raise; only RuntimeClosedError is raised here. A future's callback may submit and
+        close, but must not wait for another future, because its thread also finishes the others.
         """
         if exits.ending and not exits.hold():
-            return Future()  # in a callback at the end of the program: nobody waits for this future
+            return Future()  # in a callback at exit: nothing waits for this future
         with self._lock:
             engine = self._open_engine()
             if self._requests is not None and not exits.ending:
@@ -239,15 +235,15 @@ class Runtime:
                     return future
             if self._workers is None:
                 self._workers = exits.Workers(getattr(engine, "in_flight", _IN_FLIGHT))
-            # The call holds the engine: `close` lets submitted calls finish.
+            # The call keeps the engine alive, so that submitted calls finish after `close`.
             return self._workers.submit(lambda: self._run(engine, feeds))
 
     def stream(self, feeds: Iterable[Feeds], in_flight: int = _IN_FLIGHT) -> Iterator[dict[str, Array]]:
-        """Outputs of an iterable of feeds, in its order, with at most ``in_flight`` submitted at any time.
+        """Outputs for an iterable of feeds, in its order, with at most ``in_flight`` submitted at any time.
 
-        The iterable is read only as fast as outputs are taken, so a camera or a file never runs ahead of the device.
-        An error of a call is raised in its place and ends the stream. Raises UsageError: ``in_flight`` below 1, or
-        no iterable.
+        The iterable is read only as fast as outputs are consumed, so a camera or a file never runs ahead of the device.
+        A call's error is raised at its place in the order and ends the stream. Raises UsageError: ``in_flight`` below
+        1, or ``feeds`` is not iterable.
         """
         check_whole("in_flight", in_flight, 1, None, "give 1 or more; 2 keeps the device busy")
         check_kind("the stream's input", feeds, Iterable, "an iterable of {name: array}")
@@ -265,24 +261,24 @@ class Runtime:
             while started:
                 yield started.popleft().result()
         finally:
-            for future in started:  # abandoned: running calls still read the caller's arrays
+            for future in started:  # the stream was abandoned, but running calls still read the caller's arrays
                 if not future.cancel() and not any(one.in_callback() for one in (requests, self._workers) if one):
                     future.exception()
 
     @exits.awaited
     def describe(self) -> dict[str, Any]:
-        """Target, device, engine, versions, threads, precision, where it was compiled, and valid certificates."""
+        """Target, device, engine, versions, threads, precision, the compiled engine's place, and valid certificates."""
         exits.enter()
         return {**self._described, **self._open_engine().describe()}
 
     def close(self) -> None:
-        """Finish submitted calls and release the engine. May be called twice, and does nothing in a forked child.
+        """Finish submitted calls and release the engine. May be called twice; does nothing in a forked child.
 
-        In a future's callback it returns at once, and submitted calls are finished in the background.
+        In a future's callback it returns at once, and submitted calls finish in the background.
         """
         if os.getpid() != self._process:
             return
-        self._closed = True  # before the lock, which a thread that submits without end would hardly release
+        self._closed = True  # before taking the lock, which a thread that keeps submitting would rarely release
         with self._lock:
             requests, self._requests, self._engine = self._requests, None, None
         for one in (self._workers, requests):
@@ -294,15 +290,13 @@ class Runtime:
         if engine is None or self._closed:
             raise RuntimeClosedError("this runtime is closed", "call load() again")
         if os.getpid() != self._process:
-            raise RuntimeClosedError(
-                "this runtime was loaded before the fork", "call load() in the child, or use spawn"
-            )
+            raise RuntimeClosedError("this runtime belongs to the parent process", "call load() in the child, or spawn")
         return engine
 
     def _checked(self, feeds: Feeds) -> Feeds:
         checked = self._checks.feeds(feeds)
         if self._check_finite:
-            _check_finite(checked, "input", InputError, "find where they come from")
+            _check_finite(checked, "input", InputError, "find their source")
         return checked
 
     def __enter__(self) -> Runtime:
@@ -313,9 +307,9 @@ class Runtime:
 
 
 class Comparison(msgspec.Struct, frozen=True):
-    """Largest absolute difference, as a share of the reference's largest absolute value. True if within tolerance.
+    """The largest absolute difference, as a share of the reference's largest absolute value (``scale``).
 
-    NaN or infinity on either side is never within tolerance.
+    It is true if the difference is within the tolerance. NaN or infinity in either array never is.
     """
 
     difference: float
@@ -330,7 +324,7 @@ class Comparison(msgspec.Struct, frozen=True):
 
 
 def compare(found: Array, reference: Array, tolerance: float) -> Comparison:
-    """Compare two arrays of one shape. For different shapes the difference is NaN."""
+    """Compare two arrays of the same shape. For different shapes the difference is NaN."""
     if found.shape != reference.shape:
         return Comparison(float("nan"), tolerance, float("nan"))
     exact = reference.astype(np.float64)

@@ -4,9 +4,13 @@
 from __future__ import annotations
 
 import fcntl
+import functools
+import gc
+import itertools
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,6 +19,7 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[1]
 FASHION = REPOSITORY / "examples" / "fashion_mnist"
 MadeOnce = Callable[[str, Callable[[Path], object]], Path]
+SmallBundle = Callable[..., Path]
 
 # Engines start a thread for each core: workers of pytest-xdist, one a core, would wait for one another's.
 WORKER = os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw")
@@ -27,10 +32,33 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_collection_finish() -> None:
+    """The garbage collector took a sixth of every export: modules stay, and graphs make many objects at once."""
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
+
+
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+def one_registry() -> None:
+    """Read torch.onnx's table of operators once: it does so for each export, which takes a quarter of a small one."""
+    loaded = sys.modules.get("torch.onnx._internal.exporter._registration")
+    registry = getattr(loaded, "ONNXRegistry", None)
+    if registry is not None and not isinstance(vars(registry).get("from_torchlib"), staticmethod):
+        registry.from_torchlib = staticmethod(functools.cache(registry.from_torchlib))
+
+
+@pytest.fixture(scope="session")
+def caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Folders for `own_cache`: pytest would read all folders that there are to number the next one."""
+    base = tmp_path_factory.mktemp("caches")
+    return (base / str(number) for number in itertools.count())
+
+
+@pytest.fixture(autouse=True)
+def own_cache(caches: Iterator[Path], monkeypatch: pytest.MonkeyPatch) -> Path:
     """Every test has its own user cache, so that none believes another's stamps."""
-    cache = tmp_path_factory.mktemp("cache")
+    cache = next(caches)
+    cache.mkdir()
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     return cache
 
@@ -83,7 +111,15 @@ def fashion_bundle(made_once: MadeOnce) -> Path:
 
 
 @pytest.fixture(scope="session")
-def small_bundle(made_once: MadeOnce) -> Callable[..., Path]:
+def batched_bundle(made_once: MadeOnce) -> Path:
+    """The demo's model for 1 to 16 samples a call; do not change it."""
+    from perceiver_export.exporter import ExportOptions, export
+
+    return made_once("Fashion v2", lambda path: export(FASHION / "checkpoint", path, ExportOptions(batch="1:4:16")))
+
+
+@pytest.fixture(scope="session")
+def small_bundle(made_once: MadeOnce) -> SmallBundle:
     """``small_bundle(system, split=False)``: a model of `tests.cli.small_models` as a bundle; do not change it."""
     from perceiver_export.exporter import ExportOptions, export
     from tests.cli import small_models

@@ -14,17 +14,20 @@ from perceiver_export.calibration.quantization.linears import find_linears
 from perceiver_export.exporter.graphs import Batch, GraphPart, split_model, whole_model
 from perceiver_export.exporter.model.config import PerceiverConfig
 from perceiver_export.exporter.model.perceiver import PerceiverIO
+from perceiver_export.exporter.preset_sizes import flow
 from perceiver_export.exporter.presets import PRESETS
 from perceiver_export.exporter.trace import folded_graph
 
 # Of activations behind a LayerNorm: graphs that are only compiled need some scale, not a measured one.
 _SCALE = 4.0 / 127
 _MEMORY_BUDGET = 512 << 20  # export's default, in bytes
+SMALL_FLOW = "optical-flow of 92 × 124"  # a sixteenth of the pixels: fewer pieces of the same two cross-attentions
 
 
 def preset_config(name: str, layers: int | None = None, blocks: int | None = None) -> PerceiverConfig:
     """The preset with at most so many latent layers a block and blocks; None leaves what it has."""
-    config = PRESETS[name].build("deepmind")
+    small = name == SMALL_FLOW
+    config = flow.func(92, 124, *flow.args[2:], "deepmind") if small else PRESETS[name].build("deepmind")
     encoder = config.encoder
     most = min(encoder.num_blocks, blocks or encoder.num_blocks)
     reduced = msgspec.structs.replace(
@@ -46,7 +49,7 @@ def preset_parts(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = PerceiverIO(config).eval()
-    split = PRESETS[name].task == "video-autoencoding"
+    split = name == "video-autoencoding"
     return config, list(split_model(model, Batch.parse(1)) if split else (whole_model(model, Batch.parse(1)),))
 
 

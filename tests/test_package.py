@@ -18,7 +18,7 @@ import pytest
 
 from perceiver_export.exporter import PRESETS
 from perceiver_export.exporter.checkpoints import huggingface_config
-from perceiver_export.exporter.checkpoints.haiku_names import HaikuModel
+from perceiver_export.exporter.checkpoints.haiku import HaikuModel
 from perceiver_export.runtimes.tasks import TASKS
 
 REPOSITORY = Path(__file__).resolve().parents[1]

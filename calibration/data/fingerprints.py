@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Knows data by digests of its samples: warns of doubtful data, and finds samples that two sets share."""
+"""Identify data by digests of its samples, warn about doubtful data, and find samples that two sets share."""
 
 from __future__ import annotations
 
@@ -24,11 +24,13 @@ from perceiver_export.runtimes.runtime import Array
 from perceiver_export.runtimes.tasks.image_files import values_of
 from perceiver_export.runtimes.tasks.tokenizers import tokenizer_of
 
-ENOUGH = 32  # PTQ4ViT (arXiv 2111.12293) finds 32 images within 0.1 points of 128
+ENOUGH = 32  # with 32 images PTQ4ViT (arXiv 2111.12293) is within 0.1 points of its result with 128
 
 
 class DataReport(msgspec.Struct, frozen=True):
-    """``fingerprint`` does not depend on the order of samples; ``digests`` are of each sample's inputs, not labels."""
+    """A description of data. ``digests`` has one per sample, of its inputs without labels; ``fingerprint`` combines
+    them, whatever their order.
+    """
 
     source: str
     samples: int
@@ -38,7 +40,7 @@ class DataReport(msgspec.Struct, frozen=True):
 
 
 class DataWatch:
-    """Sees every sample once; keeps its digest, counts of ``labels``, and bounds of the inputs."""
+    """Sees every sample once, and keeps its digest, the counts of ``labels``, and the bounds of inputs."""
 
     def __init__(self, manifest: Manifest, source: str) -> None:
         self.manifest, self.source = manifest, source
@@ -47,11 +49,11 @@ class DataWatch:
         self.labels: Counter[str] = Counter()
         self._labelled: set[tuple[str, ...]] = set()
         self._unused: set[str] = set()
-        # Of each input: the first array, whether the others are equal to it, the smallest and the largest value.
+        # By input: the first array, whether all others equal it, the smallest and the largest value.
         self._inputs: dict[str, tuple[Array, bool, float, float]] = {}
 
     def see(self, example: Example) -> None:
-        """Take note of a sample."""
+        """Record a sample."""
         for name, array in example.feeds.items():
             first, same, low, high = self._inputs.get(name, (array, True, np.inf, -np.inf))
             same = same and np.array_equal(first, array)
@@ -64,36 +66,37 @@ class DataWatch:
         self.judged.append(example.digest + digest_of(example.targets))
 
     def report(self, notes: Sequence[str] = ()) -> DataReport:
-        """The data as a calibration records it, with warnings and the reader's ``notes``."""
+        """The description of the data for calibration.json, with warnings and the reader's ``notes``."""
         count, repeated = len(self.digests), len(self.digests) - len(set(self.digests))
         one_class = count > 1 and len(self._labelled) == 1 and len(self.manifest.labels) > 1
         unused = sorted(self._unused - {"label", "flow"}) if self.manifest.task not in ("sets", "arrays") else []
         same = [name for name, seen in self._inputs.items() if seen[1] and not is_mask(name)] if count > 1 else []
         doubts = {
             "calibrated on random numbers: expect no accuracy": self.source == RANDOM,
-            f"{count} sample{'s' if count != 1 else ''} to calibrate on: give {ENOUGH} or more": count < ENOUGH,
+            f"only {count} calibration sample{'s' if count != 1 else ''}: give {ENOUGH} or more": count < ENOUGH,
             f"{repeated} of {count} samples are repeated": repeated,
-            f"all samples are of one class, {next(iter(self.labels), '')!r}": one_class,
-            f"the data's {', '.join(map(repr, unused))} is not an input of the model, and was not used": unused,
+            f"all samples have the same label, {next(iter(self.labels), '')!r}": one_class,
+            f"the model has no input {', '.join(map(repr, unused))}, so it was not used": unused,
             **{f"input {name!r} is the same in all samples": True for name in same},
         }
         warnings = [said for said, doubtful in doubts.items() if doubtful] + self.out_of_range()
         return DataReport(self.source, count, fingerprint(self.digests), tuple(self.digests), (*warnings, *notes))
 
     def out_of_range(self) -> list[str]:
-        """A warning for each input beyond the values of its preprocessing: skipped, repeated or another one."""
+        """A warning for each input outside the range of its preprocessing, which may be missing, doubled or wrong."""
         warnings = []
         for name, (_, _, low, high) in self._inputs.items():
             least, most = _allowed(self.manifest, name)
             if low < least - 1e-3 or high > most + 1e-3:
-                expected = f"{least:.3g} … {most:.3g}"
-                said = f"input {name!r} goes from {low:.3g} to {high:.3g}, preprocessed as in training it lies in"
-                warnings.append(f"{said} {expected}")
+                warnings.append(
+                    f"input {name!r} is in {low:.3g} … {high:.3g}, but preprocessed as in training it is in "
+                    f"{least:.3g} … {most:.3g}"
+                )
         return warnings
 
 
 def _allowed(manifest: Manifest, name: str) -> tuple[float, float]:
-    """The smallest and the largest value that preprocessing can give."""
+    """The smallest and the largest value that preprocessing can produce."""
     steps = manifest.preprocessing
     if isinstance(steps, ImagePreprocessing) and name == "image":
         ends = values_of(np.array([[[0, 0, 0], [255, 255, 255]]], np.uint8), steps)
@@ -105,7 +108,7 @@ def _allowed(manifest: Manifest, name: str) -> tuple[float, float]:
 
 
 def fingerprint(digests: Sequence[str]) -> str:
-    """One hash of a set of samples by their digests, whatever their order."""
+    """One hash of a set of samples from their digests, whatever their order."""
     return hashlib.sha256("".join(sorted(digests)).encode()).hexdigest()
 
 
@@ -114,16 +117,16 @@ class _Digests(msgspec.Struct):
 
 
 class _Used(msgspec.Struct):
-    """The part of a quantized bundle's calibration.json that is read here."""
+    """The fields of a quantized bundle's calibration.json that this module reads."""
 
     data: _Digests
     searched: tuple[str, ...] = ()
 
 
 def calibrated_on(bundle: str | os.PathLike[str] | Bundle) -> frozenset[str]:
-    """Digests of the samples that gave a quantized bundle its ranges and precisions; empty for a float bundle.
+    """Digests of the samples from which a quantized bundle has its ranges and precisions; empty for a float bundle.
 
-    Raises BundleError if calibration.json cannot be read.
+    Raises BundleError: calibration.json cannot be read.
     """
     opened = open_bundle(bundle, "never")
     if FILE not in opened.manifest.files or opened.manifest.quantization is None:
@@ -133,16 +136,16 @@ def calibrated_on(bundle: str | os.PathLike[str] | Bundle) -> frozenset[str]:
 
 
 def check_overlap(digests: Sequence[str], used: Collection[str], data: str, allowed: bool) -> dict[str, str]:
-    """Warnings by kind, ``overlap`` and ``repeated``. Raises DataError for either unless ``allowed``."""
+    """Warnings by kind: ``overlap`` and ``repeated``. Raises DataError: any warning, unless ``allowed``."""
     again, repeated = sum(digest in used for digest in digests), len(digests) - len(set(digests))
     of = f"of {len(digests):,} samples of {data}"
     found = {}
     if again:
-        found["overlap"] = f"{again:,} {of} were calibrated or searched on: results on them are too good"
+        found["overlap"] = f"{again:,} {of} were used in calibration or search, so the results are too good"
     if repeated:
         found["repeated"] = f"{repeated:,} {of} are repeated, so the bounds are too narrow"
     if found and not allowed:
-        hint = "certify on fresh samples, each given once, or certify anyway: --allow-overlap"
+        hint = "certify on new samples, each given once, or use --allow-overlap to certify anyway"
         raise DataError("; ".join(found.values()), hint)
     return found
 
@@ -152,7 +155,7 @@ def check_splits(
 ) -> tuple[str, ...]:
     """The digests of the samples to search on.
 
-    Raises DataError, unless ``allowed``, if two of the three sets of a search share samples, or one repeats them.
+    Raises DataError: two of a search's three sets share samples, or one repeats samples; not if ``allowed``.
     """
     tokenizer = tokenizer_of(bundle)
     calibration, searched, certified = (

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one reader of DATA: raw samples as a model's inputs, and as the targets of its outputs.
+"""The reader of DATA: it turns raw samples into a model's inputs and the targets of its outputs.
 
-`quantize` uses the inputs, `validate` both. Each sample is checked against what the model takes before it runs.
+`quantize` uses the inputs, `validate` both. Each sample is checked against the model's inputs before it runs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 
 from perceiver_export.calibration.data.sources import LABELS, RANDOM, Data, Labels, Row, is_mask, largest, open_source
 from perceiver_export.runtimes.errors import DataError, InputError, LongTextError
-from perceiver_export.runtimes.manifest import Manifest, Part, TensorSpec
+from perceiver_export.runtimes.manifest import Manifest, Part, TensorSpec, index_input
 from perceiver_export.runtimes.preprocessing import FlowPreprocessing, ImagePreprocessing, TextPreprocessing
 from perceiver_export.runtimes.runtime import Array, Feeds, check_values
 from perceiver_export.runtimes.tasks.arrays import check_masks
@@ -31,15 +31,15 @@ from perceiver_export.runtimes.tasks.tokenizers import Tokenizer, open_tokenizer
 Arrays = dict[str, Array]
 
 _T = TypeVar("_T")
-_SHARE = 0.15  # of a text's tokens are masked, as in training (Devlin et al. 2019; Perceiver IO, section 4.1)
+_SHARE = 0.15  # the share of a text's tokens to mask, as in training (Devlin et al. 2019; Perceiver IO, section 4.1)
 
 
 @dataclass(frozen=True)
 class Example:
-    """One sample, without the batch. ``source`` is what people look at: an image's path or pixels, a text.
+    """One sample, without the batch. ``source`` is its readable form: an image's path or pixels, or a text.
 
-    ``labels``: the names in its label. ``digest`` is of the inputs before anything is masked: equal for equal content,
-    whatever file it came from.
+    ``labels`` has the names in its label. ``digest`` is the digest of the inputs before masking, so equal content has
+    equal digests whatever its file.
     """
 
     name: str
@@ -53,11 +53,11 @@ class Example:
 class Samples:
     """DATA opened for a bundle. ``stream`` yields the examples once; ``count`` is their number, if known.
 
-    If there are more than ``samples``, it takes that many: evenly spread if their number is known, because data is
-    often sorted, otherwise the first. ``judged``: mask tokens for a masked language model. ``tokenizer`` reads texts;
-    by default the manifest's bytes. A bundle with a tokenizer file needs its own, `tokenizer_of`.
+    At most ``samples`` are used: evenly spread if the number of samples is known, because data is often sorted,
+    otherwise the first. With ``judged``, tokens of a masked language model are masked. ``tokenizer`` reads texts, by
+    default as the manifest's bytes; a bundle with a tokenizer file needs `tokenizer_of`.
 
-    Raises DataError: here for labels, and for names of arrays in files; while reading for anything else.
+    Raises DataError: here for labels and for names of arrays in files; while reading for anything else.
     """
 
     def __init__(
@@ -69,37 +69,38 @@ class Samples:
         tokenizer: Tokenizer | None = None,
     ) -> None:
         if judged and isinstance(data, str | Path) and str(data) == RANDOM:
-            raise DataError("random numbers show no accuracy", "give labelled data, or a real sample of inputs")
+            raise DataError("random numbers cannot show accuracy", "give labelled data, or real inputs")
         self._task, self._judged, self._steps = manifest.task, judged, manifest.preprocessing
         self._specs = {spec.name: spec for spec in interface(manifest)[0]}
         self._tokenizer = tokenizer
         if tokenizer is None and isinstance(self._steps, TextPreprocessing):
             self._tokenizer = open_tokenizer(manifest, Path())
         self._labels = Labels(manifest)
-        self.left_out: list[DataError] = []  # texts that do not fit into the model
+        self.left_out: list[DataError] = []  # texts that are too long for the model
         self._cut: list[str] = []  # names of samples whose text was cut to fit
         source = open_source(data, manifest)
         count = source.count
         if source.heads is not None:
             count = sum(1 for _ in map(self._check, source.heads()))
             if not count:
-                raise DataError(f"{data} holds no samples", "give at least one")
+                raise DataError(f"{data} contains no samples", "give at least one")
         self.count = count if samples is None or count is None else min(samples, count)
         self.stream = self._prepare_all(_spread(source.rows(), count, samples))
 
     def notes(self) -> dict[str, str]:
-        """By kind (labels, left out, cut) what was assumed or skipped; complete when the stream has ended."""
+        """Assumptions about labels and skipped or cut texts, by kind; complete when the stream has ended."""
         whole = "" if self.count is None else f" of {self.count:,}"
         found = {"labels": "; ".join(self._labels.notes)}
+        said = f"{whole} texts are too long for the model and were"
         if self.left_out:
-            found["left out"] = f"texts too long for the model, left out: {len(self.left_out):,}{whole}; "
-            found["left out"] += f"{self.left_out[0].message}; cut them with --truncate"
+            first = self.left_out[0].message
+            found["left out"] = f"{len(self.left_out):,}{said} skipped, first {first}; cut them with --truncate"
         if self._cut:
-            found["cut"] = f"texts too long for the model, cut: {len(self._cut):,}{whole}; first {self._cut[0]}"
+            found["cut"] = f"{len(self._cut):,}{said} cut, first {self._cut[0]}"
         return {kind: note for kind, note in found.items() if note}
 
     def _check(self, row: Row) -> None:
-        """Raise DataError if a sample's label is not one of this model, or an input is missing."""
+        """Raise DataError if a sample's label is unknown to the model, or an input is missing."""
         name, values = row[0], dict(row[1])
         self._label(values, name)
         for key, spec in self._specs.items():
@@ -107,7 +108,7 @@ class Samples:
                 raise _missing(name, spec, values)
 
     def _prepare_all(self, rows: Iterable[Row]) -> Iterator[Example]:
-        """The examples without texts that are too long. Raises DataError: also if all of them are."""
+        """The examples, without texts that are too long. Raises DataError; also if all texts are too long."""
         fitting = False
         for name, values in rows:
             try:
@@ -138,19 +139,19 @@ class Samples:
         return Example(name, feeds, targets, source, tuple(labels), digest)
 
     def _label(self, values: dict[str, Any], where: str) -> Arrays:
-        """Take the label out of a sample's values; empty if it has none. Raises DataError."""
+        """Remove the label from a sample's values and return it by name; empty without a label. Raises DataError."""
         given = [values.pop(name) for name in LABELS if name in values and name not in self._specs]
         if len(given) > 1:
-            raise DataError(f"{where} has a `label` and `labels`", "give one of them: they mean the same")
+            raise DataError(f"{where} has both `label` and `labels`", "give one of them: they mean the same")
         if not given or given[0] is None:
             return {}
-        if self._labels.kind == "none":  # an array like others, for your own metric
+        if self._labels.kind == "none":  # an ordinary array, for the user's own metric
             values["label"] = given[0]
             return {}
         return {"label": self._labels.read(given[0], where)}
 
     def _preprocess(self, name: str, values: dict[str, Any]) -> Path | Array | str | None:
-        """Turn images, texts and frames into inputs, and add masks. Returns what people look at. Raises InputError."""
+        """Turn images, texts and frames into inputs, and add masks. Returns the readable form. Raises InputError."""
         source = None
         if isinstance(self._steps, ImagePreprocessing) and "image" in values:
             source, values["image"] = _image(values["image"], self._steps)
@@ -165,14 +166,14 @@ class Samples:
         missing = {key: spec for key, spec in self._specs.items() if is_mask(key) and key not in values}
         for key in values.keys() - self._specs.keys():
             if is_mask(key) and key.removesuffix("_mask") in self._specs:
-                raise InputError(f"{key!r} is given, and the model takes no mask", "leave it out if it masks nothing")
+                raise InputError(f"the model takes no mask {key!r}", "omit it if it masks nothing")
             if close := difflib.get_close_matches(key, missing, 1, 0.8):
-                raise InputError(f"the model takes no {key!r}", f"did you mean {close[0]!r}?")
+                raise InputError(f"the model has no input {key!r}", f"did you mean {close[0]!r}?")
         values |= {key: np.ones(largest(spec), spec.dtype) for key, spec in missing.items()}
         return source
 
     def _targets(self, where: str, feeds: Arrays, targets: Arrays) -> tuple[Arrays, Arrays]:
-        """The inputs, masked if the model is judged by masked tokens, and the targets of the outputs."""
+        """The inputs, with tokens masked if masked tokens are the targets, and the targets of the outputs."""
         if self._task == "fill-mask" and self._judged and self._tokenizer is not None:
             masked, hidden = mask_tokens(feeds["tokens"], feeds["tokens_mask"], self._tokenizer)
             return {**feeds, "tokens": masked}, {"tokens": hidden}
@@ -181,12 +182,13 @@ class Samples:
         if self._task == "optical-flow" and "flow" in targets:
             expected, flow = (*feeds["frames"].shape[-2:], 2), targets["flow"]
             if flow.shape != expected or flow.dtype.kind != "f":
-                raise DataError(f"{where}: `flow` is {flow.dtype} {list(flow.shape)}", f"give float {list(expected)}")
+                said = f"{where}: `flow` is {flow.dtype} of shape {list(flow.shape)}"
+                raise DataError(said, f"give floating point {list(expected)}")
         return feeds, targets
 
 
 def digest_of(arrays: Mapping[str, Array]) -> str:
-    """16 characters of the SHA-256 of arrays by name, without the batch."""
+    """The first 16 characters of the SHA-256 of arrays by name, without the batch."""
     digest = hashlib.sha256()
     for name, array in sorted(arrays.items()):
         digest.update(f"{name} {array.dtype} {array.shape} ".encode())
@@ -195,24 +197,24 @@ def digest_of(arrays: Mapping[str, Array]) -> str:
 
 
 def stack(batch: Sequence[Example], of: Literal["feeds", "targets"] = "feeds") -> Arrays:
-    """Inputs or targets of several samples on a batch axis. Raises DataError if names or shapes differ."""
+    """Inputs or targets of several samples, stacked on a batch axis. Raises DataError: names or shapes differ."""
     rows: list[Arrays] = [getattr(example, of) for example in batch]
     for example, row in zip(batch, rows, strict=True):
         if row.keys() != rows[0].keys():
             raise DataError("only some samples have a label", "label all of them, or none")
         for name, array in row.items():
             if array.shape != rows[0][name].shape:
-                found, first = list(array.shape), f"{batch[0].name} {list(rows[0][name].shape)}"
-                said = f"{example.name}: {name!r} has shape {found}, in {first}"
-                raise DataError(said, "give all samples one shape")
+                first = f"{batch[0].name} has {list(rows[0][name].shape)}"
+                said = f"{example.name}: {name!r} has shape {list(array.shape)}, but {first}"
+                raise DataError(said, "give all samples the same shape")
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
 def mask_tokens(tokens: Array, tokens_mask: Array, tokenizer: Tokenizer) -> tuple[Array, Array]:
-    """``tokens`` (length,) with 15 % of its text masked, at least one token; and the hidden tokens, -1 elsewhere.
+    """``tokens`` (length,) with 15 % of the text masked, at least one token; and the hidden tokens, -1 elsewhere.
 
-    The choice is a function of the text, so every model, run and machine hides the same tokens. Tokens that are masked
-    already stay masked and are not judged, because nothing says what they are.
+    The choice depends only on the text, so every model, run and machine hides the same tokens. Tokens that are already
+    masked stay masked and are not scored, because their original values are unknown.
     """
     hidden = np.full(tokens.shape, -1, np.int64)
     candidates = np.flatnonzero(tokenizer.ordinary(tokens) & (tokens_mask == 1))
@@ -226,7 +228,7 @@ def mask_tokens(tokens: Array, tokens_mask: Array, tokenizer: Tokenizer) -> tupl
 
 
 def _spread(items: Iterator[_T], count: int | None, samples: int | None) -> Iterator[_T]:
-    """``samples`` of ``count`` items, evenly spread; the first if their number is not known."""
+    """``samples`` of ``count`` items, evenly spread; the first ``samples`` if the number of items is unknown."""
     if count is None or samples is None or count <= samples:
         return itertools.islice(items, samples)
     wanted = {index * count // samples for index in range(samples)}
@@ -234,7 +236,7 @@ def _spread(items: Iterator[_T], count: int | None, samples: int | None) -> Iter
 
 
 def _image(image: Any, steps: ImagePreprocessing) -> tuple[Path | Array, Array]:
-    """An image to look at, and as the model takes it, which an array of floats is already. Raises InputError."""
+    """An image in readable form and as the model's input; an array of floats already is one. Raises InputError."""
     if isinstance(image, np.ndarray) and image.dtype.kind == "f":
         return image, image
     pixels = take_picture(image)
@@ -244,13 +246,13 @@ def _image(image: Any, steps: ImagePreprocessing) -> tuple[Path | Array, Array]:
 
 def _missing(where: str, spec: TensorSpec, values: Mapping[str, Any]) -> DataError:
     found = ", ".join(map(repr, values)) or "nothing"
-    return DataError(f"{where} has no {spec.name!r}, it has {found}", f"give {spec.dtype} {list(spec.shape[1:])}")
+    return DataError(f"{where} has no {spec.name!r}, only {found}", f"give {spec.dtype} {list(spec.shape[1:])}")
 
 
 def _fitted(given: Any, spec: TensorSpec) -> Array:
-    """The array as the model takes it. Raises InputError for another shape or kind, NaN, or too large numbers."""
+    """The array in the model's dtype. Raises InputError: another shape or kind, NaN, or too large values."""
     dtype, shape = np.dtype(spec.dtype), spec.shape[1:]
-    hint = f"give {dtype} {list(shape)}, as the model takes it"
+    hint = f"give {dtype} {list(shape)}"
     if not isinstance(given, np.ndarray):
         raise InputError(f"{spec.name!r} is of type {type(given).__name__}", hint)
     array: Array = given[0] if given.ndim == len(spec.shape) and len(given) == 1 else given
@@ -259,20 +261,20 @@ def _fitted(given: Any, spec: TensorSpec) -> Array:
         low <= size <= high for (low, high), size in zip(bounds, array.shape, strict=True)
     )
     if not fits or array.dtype.kind not in ("f" if dtype.kind == "f" else "iub"):
-        raise InputError(f"{spec.name!r} is {array.dtype} with shape {list(array.shape)}", hint)
+        raise InputError(f"{spec.name!r} is {array.dtype} of shape {list(array.shape)}", hint)
     with np.errstate(over="ignore"):
         converted: Array = np.ascontiguousarray(array, dtype)
     if not np.isfinite(converted).all() or (dtype.kind != "f" and not np.array_equal(converted, array)):
-        raise InputError(f"{spec.name!r} holds NaN, or numbers that do not fit into {dtype}", "correct the data")
+        raise InputError(f"{spec.name!r} contains NaN, or values that {dtype} cannot represent", "correct the data")
     check_values(converted, spec)
     return converted
 
 
 def _extras(values: Mapping[str, Any]) -> Arrays:
-    """Arrays of numbers or texts that your own metric may judge by."""
+    """Arrays of numbers or texts for the user's own metric."""
     found = {}
     for name, value in values.items():
-        with contextlib.suppress(ValueError):  # rows that differ in length
+        with contextlib.suppress(ValueError):  # its rows differ in length
             array = np.asarray(value)
             if array.dtype.kind != "O":
                 found[name] = array
@@ -285,13 +287,13 @@ Run = Callable[[Feeds], Mapping[str, Array]]
 
 
 def batch_size(manifest: Manifest) -> int:
-    """How many samples a call takes; 1 if that is dynamic."""
+    """The number of samples per call; 1 if it is dynamic."""
     first = next(iter(manifest.parts.values())).inputs[0].shape[0]
     return first if isinstance(first, int) else 1
 
 
 def batches(examples: Iterable[Example], size: int) -> Iterator[list[Example]]:
-    """Lists of ``size`` examples; the last one is filled up by repeating its own, which changes no bound."""
+    """Lists of ``size`` examples. The last one is padded by repeating its own examples, which changes no bound."""
     batch: list[Example] = []
     for example in examples:
         batch.append(example)
@@ -305,7 +307,7 @@ def batches(examples: Iterable[Example], size: int) -> Iterator[list[Example]]:
 def run_parts(
     manifest: Manifest, runs: Mapping[str, Run], feeds: Feeds, generator: np.random.Generator
 ) -> tuple[dict[str, dict[str, Array]], dict[str, Mapping[str, Array]]]:
-    """Feeds and outputs of every part, one after the other; a decoder that takes query indices gets random ones."""
+    """Run every part in order and return its feeds and outputs. A decoder that takes query indices gets random ones."""
     given: dict[str, dict[str, Array]] = {}
     outputs: dict[str, Mapping[str, Array]] = {}
     latents: Mapping[str, Array] = {}
@@ -319,10 +321,11 @@ def run_parts(
 
 
 def _input(spec: TensorSpec, part: Part, available: Mapping[str, Array], generator: np.random.Generator) -> Array:
-    if spec.name != "queries" or part.num_queries is None:
+    if part.num_queries is None or spec is not index_input(part.inputs):
         return available[spec.name]
     count = spec.shape[1]
     if not isinstance(count, int):
         count = min(spec.ranges[count][1], _DYNAMIC_QUERIES)
-    batch = next(iter(available.values())).shape[0]
+    first = spec.shape[0]
+    batch = first if isinstance(first, int) else next(iter(available.values())).shape[0]
     return np.sort(generator.integers(part.num_queries, size=(batch, count)), axis=1).astype(np.int32)

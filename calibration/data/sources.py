@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads DATA one raw sample at a time, from a path, ``module:function`` or an iterable, and reads labels.
+"""Read DATA one raw sample at a time, from a path, ``module:function`` or an iterable, and read labels.
 
-The label's form depends on the output that it judges: an index, a name, several of them, or values.
+The form of a label depends on the kind of output: an index, a name, several of them, or values.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from perceiver_export.runtimes.tasks.base import interface, limits
 from perceiver_export.runtimes.tasks.image_files import PICTURE_FILES
 
 RANDOM = "random"
-ITERABLE = "an iterable"  # the name of data that has none
+ITERABLE = "an iterable"  # the name of data without a path
 LABELS = ("label", "labels")
 Data = str | Path | Iterable[Mapping[str, Any]]
 Row = tuple[str, Mapping[str, Any]]  # a sample's name; its arrays, image, text and label by name, as given
 
-_SPECIAL, _BYTES = 6, 262  # tokens of the papers: the first are not bytes
+_SPECIAL, _BYTES = 6, 262  # the papers' tokens: special ones, and all with the bytes
 _TEXT_LINE = 'write {"text": "…", "label": …} on each line, in UTF-8'
 
 
 @contextlib.contextmanager
 def current_directory_importable() -> Iterator[None]:
-    """Lets the block import modules of the current directory, as `python -m` does."""
+    """Let the block import modules from the current directory, as `python -m` does."""
     added = "" not in sys.path
     if added:
         sys.path.insert(0, "")
@@ -52,14 +52,14 @@ def current_directory_importable() -> Iterator[None]:
 
 
 def find_function(spec: str) -> Callable[..., Any]:
-    """Import ``module:function``. Raises UsageError if the import fails or gives something that is not callable."""
+    """Import ``module:function``. Raises UsageError: the import fails, or the result is not callable."""
     module, _, name = spec.partition(":")
     try:
         function: Callable[..., Any] = getattr(importlib.import_module(module), name)
     except PerceiverExportError:
         raise
     except (Exception, SystemExit) as error:  # SystemExit would end the command with exit code 0
-        hint = "give module:function, seen from this directory; guard scripts with `if __name__ == '__main__':`"
+        hint = "give module:function as imported from this directory; guard scripts with `if __name__ == '__main__':`"
         raise UsageError(f"{spec} cannot be imported: {error!r}", hint) from error
     if not callable(function):
         raise UsageError(f"{spec} is of type {type(function).__name__}", "give a function")
@@ -67,13 +67,13 @@ def find_function(spec: str) -> Callable[..., Any]:
 
 
 def _dicts(items: Callable[[], Iterable[Any]], where: str) -> Iterator[Row]:
-    """Samples from the user's code. Raises DataError if it fails or yields anything but dicts with names as keys."""
+    """Samples from the user's code. Raises DataError: it fails, or yields anything but dicts with names as keys."""
     index = 0
     try:
         with current_directory_importable():  # the code may import modules while it yields samples
             for item in items():
                 if not isinstance(item, Mapping) or not all(isinstance(key, str) for key in item):
-                    raise TypeError(f"it gave {type(item).__name__}, or keys that are not names")
+                    raise TypeError(f"it yielded {type(item).__name__}, or keys that are not names")
                 yield f"{where}[{index}]", item
                 index += 1
     except UsageError as error:
@@ -81,14 +81,14 @@ def _dicts(items: Callable[[], Iterable[Any]], where: str) -> Iterator[Row]:
     except PerceiverExportError:
         raise
     except (Exception, SystemExit) as error:
-        raise DataError(f"{where} failed at sample {index}: {error!r}", "yield {name: array}, one a sample") from error
+        raise DataError(f"{where} failed at sample {index}: {error!r}", "yield {name: array} per sample") from error
 
 
 @dataclass(frozen=True)
 class Source:
-    """``rows()`` yields the samples once. ``heads()`` of files yields names and labels first, to check them.
+    """``rows()`` yields the samples once. ``heads()``, for files, yields only names and labels, to check them first.
 
-    ``count`` is the number of samples of a sized iterable.
+    ``count`` is the number of samples in a sized iterable.
     """
 
     rows: Callable[[], Iterator[Row]]
@@ -97,7 +97,7 @@ class Source:
 
 
 def open_source(data: Data, manifest: Manifest) -> Source:
-    """Find the form of DATA. Raises DataError, as may reading it later."""
+    """Find the form of DATA. Raises DataError, also later while reading."""
     if not isinstance(data, str | Path):
         items = data
         return Source(lambda: _dicts(lambda: items, "the data"), count=len(data) if isinstance(data, Sized) else None)
@@ -122,13 +122,13 @@ def open_source(data: Data, manifest: Manifest) -> Source:
     folder = "a directory of images (labels.csv or class folders), " if images else ""
     names = ", ".join(spec.name for spec in interface(manifest)[0])
     raise DataError(
-        f"{text} holds no data for {manifest.task}" if path.exists() else f"{text} does not exist",
-        f"give {folder}an .npz of {names} (samples first), .jsonl of text, or module:function",
+        f"{text} contains no data for {manifest.task}" if path.exists() else f"{text} does not exist",
+        f"give {folder}an .npz of {names} (samples on the first axis), a .jsonl of texts, or module:function",
     )
 
 
 def _folders(path: Path) -> Iterator[Row]:
-    """The folder's own images, without a label, and those of its folders, labelled with the folder's name."""
+    """The images in the folder, without labels, and those in its subfolders, labelled with the subfolder's name."""
     classes = sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     for folder in (path, *classes):
         for file in sorted(folder.iterdir()):
@@ -138,7 +138,7 @@ def _folders(path: Path) -> Iterator[Row]:
 
 
 def _table(path: Path) -> Iterator[Row]:
-    table, hint = path / "labels.csv", "save it as UTF-8, comma-separated, with the first line file,label"
+    table, hint = path / "labels.csv", "save it as UTF-8, comma-separated, with file,label as its first line"
     with parsing(str(table), "cannot be read", hint, DataError):
         content = table.read_bytes().decode("utf-8-sig", "surrogateescape")  # Excel writes a byte order mark
         rows = list(csv.DictReader(io.StringIO(content)))
@@ -147,14 +147,14 @@ def _table(path: Path) -> Iterator[Row]:
     for row in rows:
         name = row["file"] or ""
         if not (path / name).is_file():
-            raise DataError(f"{table} names {name!r}, which does not exist", "give paths that start at its own folder")
+            raise DataError(f"{table} lists {name!r}, which does not exist", "give paths relative to its folder")
         yield name, {"image": path / name, "label": row["label"] or ""}
 
 
 def _lines(path: Path) -> Iterator[Row]:
     with reading(path, DataError, _TEXT_LINE):
         content = path.read_bytes()
-    for number, line in enumerate(content.split(b"\n"), start=1):  # `splitlines` of a text splits at U+2028 too
+    for number, line in enumerate(content.split(b"\n"), start=1):  # str.splitlines would also split at U+2028
         if line.strip():
             where = f"{path.name}:{number}"
             with parsing(where, "is not JSON", _TEXT_LINE, DataError):
@@ -165,13 +165,13 @@ def _lines(path: Path) -> Iterator[Row]:
 
 
 def _arrays(paths: Sequence[Path], heads: bool = False) -> Iterator[Row]:
-    """The rows of all archives, one in memory at a time. ``heads``: only labels, and None for other arrays."""
+    """The rows of all archives, one in memory at a time. With ``heads``, only labels, and None for other arrays."""
     for path in paths:
         with Npz(path, DataError) as archive:
             counts = {header.shape[:1] or (0,) for header in archive.headers.values()}
             if len(counts) != 1:
                 found = ", ".join(f"{name} {list(header.shape)}" for name, header in archive.headers.items())
-                raise DataError(f"{path} holds {found or 'nothing'}", "give every array one row per sample")
+                raise DataError(f"{path} contains {found or 'no arrays'}", "give every array one row per sample")
             rows: Iterable[tuple[int, Mapping[str, Any]]] = archive.rows()
             if heads:
                 names: dict[str, Any] = dict.fromkeys(archive.headers)
@@ -183,7 +183,7 @@ def _arrays(paths: Sequence[Path], heads: bool = False) -> Iterator[Row]:
 
 
 def _random(manifest: Manifest) -> Iterator[Row]:
-    """Normal numbers, and random tokens of the model's vocabulary. Masks are left out: nothing is masked."""
+    """Normally distributed numbers, and random tokens of the model's vocabulary, without masks."""
     generator, index = np.random.default_rng(0), 0
     while True:
         values = {}
@@ -200,17 +200,17 @@ def _random(manifest: Manifest) -> Iterator[Row]:
 
 
 def largest(spec: TensorSpec) -> tuple[int, ...]:
-    """The shape of one sample, with dynamic sizes at their largest."""
+    """The shape of one sample, with dynamic sizes at their maximum."""
     return tuple(limits(spec, axis)[1] for axis in range(1, len(spec.shape)))
 
 
 def is_mask(name: str) -> bool:
-    """Whether an input of that name is another one's mask."""
+    """Whether an input with that name is a mask of another input."""
     return name.endswith("_mask")
 
 
 class Labels:
-    """Reads the labels of one model's data. ``notes``: what was assumed where names are numbers."""
+    """Reads the labels of one model's data. ``notes`` has the assumptions made if label names are numbers."""
 
     def __init__(self, manifest: Manifest) -> None:
         name, self.kind = judged_output(manifest) or ("", "none")
@@ -220,13 +220,13 @@ class Labels:
         self._indices: dict[str, list[int]] = {}
         for index, label in enumerate(self.names):
             self._indices.setdefault(label, []).append(index)
-        # With names such as "1" and "0" a text is always a name, never an index.
+        # If names are numbers such as "1" and "0", a text is always a name, never an index.
         self._numbers = any(_whole(label) not in (None, index) for index, label in enumerate(self.names))
         self._notes: dict[str, str] = {}
 
     @property
     def notes(self) -> list[str]:
-        """One note for texts and one for integers that were read."""
+        """At most one note for labels given as texts, and one for integers."""
         return list(self._notes.values())
 
     def read(self, label: Any, where: str) -> Array:
@@ -238,7 +238,7 @@ class Labels:
         return self._vector(label, where) if self.kind == "multi-label" else self._values(label, where)
 
     def seen(self, target: Array) -> list[str]:
-        """The names of the labels in a target, with the index if two labels have one name."""
+        """The names of the labels in a target, with the index if two labels share a name."""
         if self.kind not in ("single-label", "multi-label"):
             return []
         indices = np.flatnonzero(target).tolist() if target.ndim else [int(target)]
@@ -246,18 +246,18 @@ class Labels:
         return [self.names[i] + (f" ({i})" if two else "") for i, two in zip(indices, shared, strict=True)]
 
     def _index(self, label: Any, where: str) -> int:
-        """The index of one label. A text is first a name, then an index unless names are numbers."""
+        """The index of one label. A text is a name, else an index (not if names are numbers)."""
         text = isinstance(label, str)
         named = self._indices.get(label, []) if text else []
         if len(named) > 1:
-            raise DataError(f"{where}: the labels {named} share the name {label!r}", "give the index instead")
+            raise DataError(f"{where}: labels {named} share the name {label!r}", "give the index instead")
         index = named[0] if named else None if text and self._numbers else _whole(label)
         if index is None or not 0 <= index < len(self.names):
-            hint = f"give one of {len(self.names)} indices, from 0, or a name: {', '.join(self.names[:12])}"
+            hint = f"give an index from 0 to {len(self.names) - 1}, or a name: {', '.join(self.names[:12])}"
             raise DataError(f"{where}: {label!r} is not a label of this model", hint)
         if self._numbers:
             kind, taken = ("text", "a name") if text else ("an integer", "an index")
-            note = f"label names of this model are numbers, so {kind} was taken as {taken}"
+            note = f"label names of this model are numbers, so {kind} was read as {taken}"
             self._notes.setdefault(kind, f"{note}: {label!r} is label {index}, named {self.names[index]!r}")
         return index
 
@@ -269,7 +269,7 @@ class Labels:
         items = label.tolist() if array else list(label) if isinstance(label, Sequence | set | frozenset) else [label]
         if len(items) == len(self.names) and all(not isinstance(one, str) and one in (0, 1) for one in items):
             if len(items) < 3 and not array and all(type(one) is int for one in items):
-                said = f"{where}: {items} are indices, or zeros and ones for each label"
+                said = f"{where}: {items} is ambiguous: indices, or zeros and ones for each label"
                 raise DataError(said, "give names, true and false, or an array of zeros and ones")
             return np.asarray(items, np.float32)
         target = np.zeros(len(self.names), np.float32)
@@ -285,12 +285,12 @@ class Labels:
                 raise ValueError(f"shape {list(values.shape)}, or not finite")
             return values.reshape(self._shape)
         except (TypeError, ValueError) as error:
-            hint = f"give {int(np.prod(self._shape))} finite numbers a sample: this model is judged by them"
-            raise DataError(f"{where}: the label is {label!r}: {error}", hint) from error
+            hint = f"give {int(np.prod(self._shape))} finite numbers per sample"
+            raise DataError(f"{where}: the label {label!r} is invalid: {error}", hint) from error
 
 
 def _whole(label: Any) -> int | None:
-    """The whole number that a label is, or spells; None for anything else."""
+    """A label as a whole number, also if it is a text of digits; None for anything else."""
     try:
         index = int(label)
         return index if isinstance(label, str) or index == label else None

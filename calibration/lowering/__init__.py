@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rewrites of the canonical graph, one file a target; those of a quantized one keep every integer code."""
+"""Rewrites of the canonical graph, one file per target. Those of a quantized graph keep all its integers."""

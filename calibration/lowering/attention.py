@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a graph has attention, softmax(QKᵀ + mask)V, and heads of widths for which engines have one kernel."""
+"""Find attention, softmax(QKᵀ + mask)V, in a graph, and pad its heads to widths for which engines have one kernel."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import onnx_ir as ir
 
 from perceiver_export.calibration.graphs import array_of, constant, dims, is_constant
 
-# Widths of heads that TensorRT's attention kernels take (measured on TensorRT for RTX 1.7: 9 to 255, queries and keys
-# as wide as values). Others run as three kernels with the scores in memory.
+# Widths of heads that TensorRT's attention kernels support (measured on TensorRT for RTX 1.7: 9 to 255, with queries
+# and keys as wide as values). Others run as three kernels with the scores in memory.
 SMALLEST_HEAD, LARGEST_HEAD = 9, 255
-_BETWEEN = frozenset({"Add", "Mul", "Div", "Cast"})  # from a product to its softmax: mask and scale
+_BETWEEN = frozenset({"Add", "Mul", "Div", "Cast"})  # between a product and its softmax: mask and scale
 
 
 @dataclass(frozen=True)
 class Attention:
     """One attention: ``scores`` = MatMul(queries, keys), ``softmax``, ``read`` = MatMul(softmax, values).
 
-    ``qk`` and ``v`` are the widths of its heads, ``rows`` how many queries there are; None where dynamic.
+    ``qk`` and ``v`` are the widths of its heads, ``rows`` is the number of queries; None if dynamic.
     """
 
     scores: ir.Node
@@ -33,20 +33,20 @@ class Attention:
 
     @property
     def name(self) -> str:
-        """The module that it was traced from."""
+        """The module from which it was traced."""
         return (self.softmax.name or "").split("/")[0]
 
     @property
     def fits(self) -> bool:
-        """Whether an engine has a kernel for heads this wide. One query is a product with a vector, and needs none."""
+        """Whether an engine has a kernel for heads this wide. A single query needs none, as a product with a vector."""
         return self.rows != 1 and self.qk is not None and self.qk == self.v and SMALLEST_HEAD <= self.qk <= LARGEST_HEAD
 
     @property
     def padded(self) -> int | None:
-        """The width at which it would fit, with zeros added; None where it fits as it is, or is too wide."""
+        """The width at which it would fit when padded with zeros; None if it fits unpadded or is too wide."""
         if self.fits or self.rows == 1 or self.qk is None or self.v is None:
             return None
-        # Kernels come in steps of 8 numbers.
+        # Kernels exist for multiples of 8.
         width = max(-(-max(self.qk, self.v) // 8) * 8, 16)
         return width if width <= LARGEST_HEAD else None
 
@@ -63,9 +63,10 @@ def find_attentions(graph: ir.Graph) -> Iterator[Attention]:
 
 
 def pad_heads(model: ir.Model) -> int:
-    """Give every attention that needs it heads of one width, in place; how many were changed.
+    """Pad the heads of every attention to one width where needed, in place. Returns the number of changed attentions.
 
-    Zeros beside queries and keys add nothing to a score, zeros beside values are cut off again: every number stays.
+    The outputs do not change: zeros added to queries and keys add nothing to a score, and zeros added to values are cut
+    off again.
 
     Given:  MatMul(q[8, N, 32], kᵀ[8, 32, M]) -> Softmax -> MatMul(., v[8, M, 160])
     Result: MatMul(Pad(q)[8, N, 160], Pad(kᵀ)[8, 160, M]) -> Softmax -> MatMul(., v[8, M, 160])
@@ -82,7 +83,7 @@ def pad_heads(model: ir.Model) -> int:
 
 
 def _product_before(value: ir.Value | None) -> ir.Node | None:
-    """The MatMul that makes scores, before mask and scale."""
+    """The MatMul that computes the scores, before mask and scale."""
     node = value.producer() if value is not None else None
     while node is not None and node.op_type in _BETWEEN:
         rank = _rank(node.outputs[0])
@@ -92,7 +93,7 @@ def _product_before(value: ir.Value | None) -> ir.Node | None:
 
 
 def _product_after(value: ir.Value) -> ir.Node | None:
-    """The MatMul that reads probabilities, and nothing else does."""
+    """The MatMul that reads the probabilities, if it is their only reader."""
     users = list(value.consumers())
     while len(users) == 1 and users[0].op_type == "Cast":
         users = list(users[0].outputs[0].consumers())
@@ -105,13 +106,13 @@ def _rank(value: ir.Value) -> int:
 
 
 def _size(value: ir.Value | None, axis: int) -> int | None:
-    """The size of an axis; None where it is dynamic, or not there."""
+    """The size of an axis; None if it is dynamic or missing."""
     size = value.shape[axis] if value is not None and value.shape and len(value.shape) >= -axis else None
     return size if isinstance(size, int) else None
 
 
 def _pad(graph: ir.Graph, node: ir.Node, index: int, axis: int, width: int) -> None:
-    """Zeros behind the numbers of one axis of an input; a constant is padded now."""
+    """Pad one axis of an input with zeros at its end. A constant is padded now."""
     value = node.inputs[index]
     assert value is not None
     sizes = dims(value)
@@ -133,7 +134,7 @@ def _pad(graph: ir.Graph, node: ir.Node, index: int, axis: int, width: int) -> N
 
 
 def _cut(graph: ir.Graph, node: ir.Node, width: int) -> None:
-    """Keep the first ``width`` numbers of the last axis of a node's result, under the result's name."""
+    """Cut the last axis of a node's result to its first ``width`` values, under the same name."""
     wide, padded = node.outputs[0], node.inputs[1]
     assert wide.shape is not None
     bounds = [

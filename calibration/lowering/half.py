@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""fp32 graph -> fp16 or bf16 graph with casts in it, for engines that take precision from the graph alone.
+"""Rewrite an fp32 graph in fp16 or bf16 with casts, for engines that take precision only from the graph.
 
-The interface stays float32 and int32. Nodes that would lose too much in 16 bits stay float32, each with a reason:
-overflow, indices, long sums, and attention whose scores are too large for 16 bits, in plain and in folded graphs.
+Inputs and outputs stay float32 and int32. Nodes that would lose too much accuracy in 16 bits stay float32, each with a
+reason: overflow, indices, long sums, and attention whose scores are too large for 16 bits, in plain and folded graphs.
 """
 
 from __future__ import annotations
@@ -20,38 +20,38 @@ Half = Literal["fp16", "bf16"]
 _DTYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 _LARGEST = {"fp16": 65504.0, "bf16": 3.3895314e38}
-# Samples see less than the device will: a value within this factor of the largest number counts as overflow.
+# Values on the device may exceed those in the samples, so a value within this factor of the limit counts as overflow.
 HEADROOM = 4.0
-# fp16 resolves 1/16 at 64 and 1/2 at 600: a probability is off by as much, so larger scores are not rounded.
+# fp16 resolves 1/16 at 64 and 1/2 at 600. The error carries over to probabilities, so larger scores are not rounded.
 LARGEST_SCORE = 64.0
 # An integer scale below this loses more than 0.4 % of itself to fp16's subnormals.
 _SMALLEST_SCALE = 2.0**-17
-# A weight whose largest number is below this has fewer than 7 bits left for the typical one.
+# If a weight's largest value is below this, fewer than 7 bits are left for its typical values.
 _SMALLEST_WEIGHT = 2.0**-13
-# Masks are large negative constants added to scores. fp16's mask is finite, so is its sum with any score down to
-# -16000, and next to it scores below 16 vanish, as they do next to float32's -1e30.
+# Masks are large negative constants added to scores. The fp16 mask is finite, and so is its sum with any score down to
+# -16000. Scores below 16 vanish in that sum, as they do next to float32's -1e30.
 _MASK, _FP16_MASK = -1e9, -49152.0
-# Operators between the products that scores are sums of and the softmax.
+# Operators between the softmax and the products whose sum the scores are.
 _TERMS = MOVES | {"Add", "Sub", "Mul"}
 _MASKED = _TERMS | {"Where", "Cast"}
-# Operators that make scores, back to the normalised or given numbers that they start from. Folded attention divides
-# scores by a deviation of its inputs and adds its logarithm: squares, roots and sums are among them.
+# Operators that compute scores from normalised values or the graph's inputs. They include squares, roots and sums,
+# because folded attention divides scores by a deviation of its inputs and adds its logarithm.
 _MAKE_SCORES = _TERMS | {"Div", "Pow", "Sqrt", "Reciprocal", "Log", "Cast", "MatMul", "ReduceSum", "ReduceMean"}
-# Operators whose result is no larger than their inputs, whose largest number therefore bounds the result.
+# Operators whose result is never larger than their inputs, so the inputs' largest value bounds it.
 _NO_LARGER = MOVES | {
     *("Gelu", "Relu", "Floor", "ReduceMax", "ReduceMean", "MaxPool", "AveragePool"),
     *("QuantizeLinear", "DequantizeLinear"),
 }
-# Squares and sums: cheap, and where fp16 overflows first.
+# Squares and sums: they are cheap, and fp16 overflows in them first.
 _FP32_OPERATORS = frozenset({"Pow", "ReduceSum", "ReduceMean", "ReduceSumSquare", "ReduceL2", "Sqrt", "Reciprocal"})
 
 
 def _large_scores(graph: ir.Graph, hazards: Mapping[str, float], masked: set[ir.Value]) -> dict[ir.Node, str]:
-    """Each softmax whose scores are large, and all nodes that make them, with the reason.
+    """Each softmax with large scores and all nodes that compute them, with the reason.
 
-    ``masked`` are mask constants and values computed from them; their size does not count. The numbers that scores
-    start from are those behind a LayerNorm, or the graph's inputs. An int8 linear is left as it is: its own steps are
-    coarser than what fp16 would cost.
+    ``masked`` has mask constants and values computed from them, whose size does not count. Scores are traced back to
+    the outputs of LayerNorms or the graph's inputs. An int8 linear layer is not included, because its own steps are
+    coarser than those of fp16.
     """
     kept: dict[ir.Node, str] = {}
     for softmax in graph:
@@ -65,9 +65,9 @@ def _large_scores(graph: ir.Graph, hazards: Mapping[str, float], masked: set[ir.
 
 
 def _largest_term(scores: ir.Value, hazards: Mapping[str, float], masked: set[ir.Value]) -> float:
-    """The largest of scores and of the terms that they are the sum of, which may cancel; as a part of the score.
+    """The largest |x| of the scores and of the terms whose sum they are, because large terms may cancel.
 
-    Terms before a product with a scale count times the scale's largest.
+    A term that is multiplied by a scale counts times the scale's largest value.
     """
     most = 0.0
     pending, seen = [(scores, 1.0)], set[ir.Value]()
@@ -91,7 +91,7 @@ def _largest_term(scores: ir.Value, hazards: Mapping[str, float], masked: set[ir
 
 
 def largest(value: ir.Value, hazards: Mapping[str, float]) -> float:
-    """The largest |x| of a constant, or the one seen; 0 where it is unknown."""
+    """The largest |x| of a constant, or the largest observed; 0 if unknown."""
     if is_constant(value):
         return float(np.max(np.abs(array_of(value)), initial=0.0))
     return hazards.get(value.name or "", 0.0)
@@ -104,12 +104,12 @@ def _makes_scores(node: ir.Node) -> bool:
 
 
 def to_half(model: ir.Model, precision: Half, hazards: Mapping[str, float] | None = None) -> dict[str, str]:
-    """Cast the graph in place; gives the names of nodes that stay float32, each with the reason.
+    """Cast the graph in place. Returns the names of nodes that stay float32, each with the reason.
 
-    ``hazards`` is the largest |x| seen of each float tensor, by its name. float32 stay: what reads or writes a tensor
-    beyond the format's range (with `HEADROOM`), sums over more terms than fp16 can count, squares and their means,
-    indices, integer scales and weights too small for fp16, products of integers beside them, and attention whose scores
-    are large. Constants that mask scores become the largest that fp16 takes without overflow, where fp16 reads them.
+    ``hazards`` has the largest observed |x| of each float tensor by name. These nodes stay float32: those that read or
+    write a tensor beyond the format's range (with `HEADROOM`), sums over more terms than fp16 can count, squares and
+    their means, indices, integer scales and weights too small for fp16, integer products that share a tensor with them,
+    and attention with large scores. Mask constants that fp16 nodes read become finite in fp16.
 
     Given:  MatMul(x, W) -> Add(y, b) -> LayerNormalization(z)       where |z| reached 1e6
     Result: Cast16(x), MatMul(., W16), Cast32(y), Add(., b) -> LayerNormalization(z), Cast16(.)
@@ -132,7 +132,7 @@ def to_half(model: ir.Model, precision: Half, hazards: Mapping[str, float] | Non
 def _overflows(graph: ir.Graph, precision: Half, hazards: Mapping[str, float]) -> dict[ir.Node, str]:
     """The nodes that must stay float32, with the reason.
 
-    In fp16, masks are made finite in place, except those that only such nodes read.
+    For fp16, masks are made finite in place, except masks that only such nodes read.
     """
     masks = _clamp_masks(graph) if precision == "fp16" else {}
     masked = _masked(graph, masks)
@@ -142,12 +142,12 @@ def _overflows(graph: ir.Graph, precision: Half, hazards: Mapping[str, float]) -
     kept = _large_scores(graph, hazards, masked) | kept
     for value, given in masks.items():
         if all(reader in kept for one in _masked(graph, [value]) for reader in one.consumers()):
-            value.const_value = given  # scores that float32 is kept for may be larger than fp16's mask
+            value.const_value = given  # scores that stay float32 may be larger than the fp16 mask
     return kept
 
 
 def _reason(node: ir.Node, precision: Half, hazards: Mapping[str, float], masked: set[ir.Value]) -> str:
-    """Why a node must stay float32; empty where it need not."""
+    """Why a node must stay float32; empty if it need not."""
     for value in (*node.inputs, *node.outputs):
         if value is None or value.dtype != ir.DataType.FLOAT or value in masked:
             continue
@@ -155,7 +155,7 @@ def _reason(node: ir.Node, precision: Half, hazards: Mapping[str, float], masked
         if not most < _LARGEST[precision] / (1 if value.const_value is not None else HEADROOM):
             return f"|{value.name}| reaches {most:.3g}"
     if any(attribute.type == ir.AttributeType.GRAPH for attribute in node.attributes.values()):
-        return "it holds a graph"
+        return "it contains a subgraph"
     if precision == "bf16":
         return ""
     if node.op_type in _FP32_OPERATORS or (node.op_type == "Mul" and node.inputs[0] is node.inputs[1]):
@@ -174,7 +174,7 @@ def _reason(node: ir.Node, precision: Half, hazards: Mapping[str, float], masked
 
 
 def _carried(graph: ir.Graph, hazards: Mapping[str, float]) -> dict[str, float]:
-    """Hazards, and those of the tensors that are made of such without becoming larger."""
+    """Hazards, extended to tensors that are computed from them without becoming larger."""
     known = dict(hazards)
     for node in graph:
         if node.op_type in _NO_LARGER:
@@ -185,10 +185,10 @@ def _carried(graph: ir.Graph, hazards: Mapping[str, float]) -> dict[str, float]:
 
 
 def _integer_products(graph: ir.Graph, kept: Mapping[ir.Node, str]) -> dict[ir.Node, str]:
-    """Products of integers that must stay float32 because a scale of theirs, or a product of the same tensor, does.
+    """Integer products that must stay float32 because one of their scales, or another product of the same tensor, does.
 
-    TensorRT for RTX (1.7.1) does not compile a product whose two scales differ in type, nor products that read one
-    tensor and differ so.
+    TensorRT for RTX (1.7.1) does not compile a product whose two scales differ in type, nor products of the same tensor
+    whose types differ.
     """
     products: dict[ir.Value | None, list[ir.Node]] = {}
     reasons: dict[ir.Value | None, str] = {}
@@ -204,7 +204,7 @@ def _integer_products(graph: ir.Graph, kept: Mapping[ir.Node, str]) -> dict[ir.N
 
 
 def _index_arithmetic(graph: ir.Graph) -> set[ir.Node]:
-    """The nodes that compute numbers that become integers: fp16 counts to 2048, and a grid has more points."""
+    """The nodes that compute values which become integers. fp16 counts only to 2048, but a grid has more points."""
     casts = [
         node for node in graph if node.op_type in ("Cast", "CastLike") and node.outputs[0].dtype not in (None, *_FLOATS)
     ]
@@ -213,7 +213,7 @@ def _index_arithmetic(graph: ir.Graph) -> set[ir.Node]:
 
 
 def reduction_depth(node: ir.Node) -> int:
-    """How many terms a node adds up for one number of its result; 1 where it adds none, or their number is dynamic."""
+    """The number of terms that a node adds for one output value; 1 if it adds none, or the number is dynamic."""
     source = node.inputs[0] if node.inputs else None
     if source is None or source.shape is None or node.op_type not in ("MatMul", "Softmax"):
         return 1
@@ -223,7 +223,7 @@ def reduction_depth(node: ir.Node) -> int:
 
 
 def _clamp_masks(graph: ir.Graph) -> dict[ir.Value, ir.TensorProtocol]:
-    """Make mask constants finite in fp16; returns them with their old values."""
+    """Make mask constants finite in fp16. Returns them with their old values."""
     found: dict[ir.Value, ir.TensorProtocol] = {}
     for value in graph.initializers.values():
         if value.dtype == ir.DataType.FLOAT and value.const_value is not None:
@@ -235,9 +235,7 @@ def _clamp_masks(graph: ir.Graph) -> dict[ir.Value, ir.TensorProtocol]:
 
 
 def _masked(graph: ir.Graph, masks: Iterable[ir.Value]) -> set[ir.Value]:
-    """Mask constants, and the sums and copies of them. They go into a softmax or, from an image's padded border, into a
-    maximum.
-    """
+    """Mask constants and values computed from them, which lead to a softmax or, at an image's padded border, a max."""
     masked = set(masks)
     for node in graph:
         if node.op_type in _MASKED and any(value in masked for value in node.inputs if value is not None):
@@ -246,7 +244,7 @@ def _masked(graph: ir.Graph, masks: Iterable[ir.Value]) -> set[ir.Value]:
 
 
 def _cast_node(node: ir.Node, wanted: ir.DataType, casts: _Casts) -> None:
-    """Give a node inputs of its precision, and its outputs that type."""
+    """Cast a node's inputs to its precision, and give its outputs that type."""
     if node.op_type == "Cast" and node.attributes.get_int("to") == ir.DataType.FLOAT:
         node.attributes["to"] = ir.AttrInt64("to", int(wanted))
     else:
@@ -259,13 +257,13 @@ def _cast_node(node: ir.Node, wanted: ir.DataType, casts: _Casts) -> None:
 
 
 class _Casts:
-    """The numbers of a graph in other types: one Cast for all that ask."""
+    """A graph's values in other types, with one Cast for all their readers."""
 
     def __init__(self, graph: ir.Graph) -> None:
         self._graph, self._made = graph, dict[tuple[ir.Value, ir.DataType], ir.Value]()
 
     def of(self, value: ir.Value, dtype: ir.DataType) -> ir.Value:
-        """The same number in another type: a converted constant, a Cast, or a second DequantizeLinear."""
+        """The same value in another type: a converted constant, a Cast, or a second DequantizeLinear."""
         if (value, dtype) not in self._made:
             name = f"{value.name}.{dtype.name.lower()}"
             self._made[value, dtype] = ir.Value(name=name, shape=value.shape, type=ir.TensorType(dtype))
@@ -279,8 +277,8 @@ class _Casts:
             self._graph.initializers[result.name or ""] = result
             return
         if dtype == ir.DataType.FLOAT and (dequantize := made_by(value, "DequantizeLinear")):
-            # A Cast would hide from engines that the product behind is one of integers. One that stays float32 does so
-            # for its scale, which would be lost in 16 bits: that is cast, and is no product of integers
+            # A Cast would hide from engines that the next product is one of integers. A DequantizeLinear that stays
+            # float32 because of its scale, which 16 bits would lose, is cast: its reader is not an integer product
             # (`_integer_products`).
             integers, scale, *zeros = dequantize.inputs
             assert scale is not None

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`lint()`: what would make a TensorRT build fail, slow or wrong, read from the graph without a GPU.
+"""`lint()`: find what would make a TensorRT build fail or its engine slow or wrong, from the graph, without a GPU.
 
-Each rule was seen to hold on TensorRT for RTX 1.7.1, the only version that could be asked: a minimal graph that breaks
-it does not compile, or loses its fused attention or its int8 product (tests/calibration/test_lint.py). Operators that
-no version has are those of ONNX 1.23 that its parser does not know (`OnnxParser.supports_operator`), and that NVIDIA's
-operators.md of 8.4 and 10.15 do not list either. The builder reports the rest itself.
+Each rule was verified on TensorRT for RTX 1.7.1, the only version available: a minimal graph that breaks the rule does
+not compile, or loses its fused attention or its int8 product (tests/calibration/test_lint.py). The operators that no
+version supports are those of ONNX 1.23 that its parser does not know (`OnnxParser.supports_operator`) and that
+NVIDIA's operators.md of 8.4 and 10.15 do not list. The builder reports other problems itself.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ NEVER = _INTEGER | {
     *("SequenceInsert", "SequenceLength", "SequenceMap", "SoftmaxCrossEntropyLoss", "SplitToSequence", "StringConcat"),
     *("StringNormalizer", "StringSplit", "TfIdfVectorizer", "Unique"),
 }
-# The first version of `tensorrt`; TensorRT for RTX has them.
+# The first version of `tensorrt` with each operator; TensorRT for RTX has them all.
 SINCE = {"Attention": (10, 14), "RMSNormalization": (10, 15), "RotaryEmbedding": (10, 15), "TensorScatter": (10, 15)}
-# Read, though not of ONNX.
+# Operators that TensorRT reads although they are not in ONNX.
 MORE = frozenset({"GroupQueryAttention", "MatMulNBits", "MultiHeadAttention", "SimplifiedLayerNormalization"})
 
 _HALF = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
@@ -49,26 +49,28 @@ _FP16_TERMS = 65504
 _PRODUCTS = frozenset({"MatMul", "Gemm", "Einsum"})
 _DEQUANTIZE = frozenset({"DequantizeLinear"})
 _SHAPES = frozenset({"Transpose", "Reshape", "Pad", "Slice", "Cast"})
-# Operators between a softmax and the products before and behind it, in attention of any form.
+# Operators between a softmax and the products before and after it, in any form of attention.
 _BETWEEN = _SHAPES | {
     *("Add", "Sub", "Mul", "Div", "CastLike", "Squeeze", "Unsqueeze", "Concat", "Expand", "Split"),
     *("ReduceSum", "QuantizeLinear", "DequantizeLinear"),
 }
-# Computed when the engine is built: the engine stores their result.
+# Operators on constants that are computed when the engine is built; the engine stores their result.
 _FOLDED_AWAY = _DEQUANTIZE | {"Cast", "Transpose", "Reshape", "Identity", "Pad"}
 
-FOLDED = "folded: inputs and constants are multiplied in it, no queries, keys and values"
-ONE_QUERY = "one query: products with a vector, which need no kernel of their own"
-FP32 = "fp32: a kernel takes 16 bits, in which scores this large would be too coarse"
-NOT_LOWERED = "fp32: a kernel takes 16 bits"
-PART_INT8 = "part of it is int8: one kernel becomes three, with the scores in memory"
-_QUANTIZE = "quantize with `perceiver-export quantize`, which writes the int8 that TensorRT takes"
-_REPLACE = "replace it in the model with operators that TensorRT has"
+FOLDED = "it is folded: it multiplies inputs and constants instead of queries, keys and values"
+ONE_QUERY = "it has one query: products with a vector need no fused kernel"
+FP32 = "it is fp32: the fused kernel takes 16 bits, which are too coarse for scores this large"
+NOT_LOWERED = "it is fp32: the fused kernel takes 16 bits"
+PART_INT8 = "it is int8 only in part: it runs as three kernels, with the scores in memory"
+_QUANTIZE = "quantize with `perceiver-export quantize`, which writes int8 in the form that TensorRT supports"
+_REPLACE = "replace it in the model with operators that TensorRT supports"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """``refused``: it would not parse or compile; ``slow``: it would run without a fused kernel or without int8."""
+    """One problem. ``refused``: the graph would not parse or compile; ``slow``: it would run without a fused kernel or
+    without int8.
+    """
 
     rule: str
     kind: Literal["refused", "slow"]
@@ -79,9 +81,11 @@ class Finding:
 
 @dataclass(frozen=True)
 class Lint:
-    """One graph's findings. ``attentions``: how many it has, in as many pieces as it computes them in; ``unfused``:
-    those that do not become one kernel, by the name of their softmax, each with the reason. ``weight_bytes``: size of
-    the graph's constants; ``bytes_each_use``: the same if an engine had a copy for every node that uses one.
+    """One graph's findings.
+
+    ``attentions`` is the number of attentions, where each piece of one computed in pieces counts. ``unfused`` has those
+    that do not become one kernel, by the name of their softmax, with the reason. ``weight_bytes`` is the size of the
+    graph's constants; ``bytes_each_use`` counts a constant once for every node that uses it.
     """
 
     graph: str
@@ -94,18 +98,18 @@ class Lint:
 
     @property
     def fusable(self) -> int:
-        """How many attentions become one kernel."""
+        """The number of attentions that become one kernel."""
         return self.attentions - len(self.unfused)
 
     @property
     def refused(self) -> bool:
-        """Whether this version would not compile it."""
+        """Whether this version would fail to compile the graph."""
         return any(finding.kind == "refused" for finding in self.findings)
 
 
 @dataclass(frozen=True)
 class _Subject:
-    """A graph, for a version; ``lower`` tells how to rewrite it for that."""
+    """A graph and a TensorRT version; ``lower`` is the command that rewrites the graph for it."""
 
     model: ir.Model
     can: Capabilities
@@ -115,12 +119,12 @@ class _Subject:
 def lint(
     path: str | os.PathLike[str], target: str = "tensorrt", version: str | None = None, precision: str | None = None
 ) -> tuple[Lint, ...]:
-    """Judge the graphs of a bundle that this version would get, or an ONNX file. Weights are not read.
+    """Check an ONNX file, or the graphs of a bundle that this version would get. Weights are not read.
 
-    Of a bundle: the graphs that were lowered for TensorRT (in ``precision``, or in every one that is there), else the
-    canonical ones. ``version`` defaults to the newest that is known.
+    In a bundle, these are the graphs lowered for TensorRT (in ``precision``, or in every precision present), or the
+    canonical graphs if there are none. ``version`` defaults to the newest known version.
 
-    Raises BundleError, DeviceError (no such version), UsageError.
+    Raises BundleError; DeviceError: an unknown version; UsageError.
     """
     check_choice("target", target, tuple(NEWEST))
     if precision is not None:
@@ -129,9 +133,9 @@ def lint(
     place = Path(path)
     command = f"perceiver-export build {{}} --target {target} --precision {precision or 'fp16'} --lower-only"
     if place.is_file() and place.suffix == ".onnx":
-        fix = f"only graphs of bundles can be rewritten: export the checkpoint, then {command.format('BUNDLE')}"
+        fix = f"export the checkpoint to a bundle, then run {command.format('BUNDLE')}"
         return (_judge(place, can, fix),)
-    bundle, fix = open_bundle(place, verify="never"), command.format(place)
+    bundle, fix = open_bundle(place, verify="never"), f"run {command.format(place)}"
     found = []
     for part in bundle.manifest.parts.values():
         lowered = {
@@ -161,18 +165,18 @@ def _judge(file: Path, can: Capabilities, fix: str) -> Lint:
 
 
 def _nodes(model: ir.Model) -> Iterator[ir.Node]:
-    """Nodes of the graph, and those of inner graphs and functions."""
+    """The nodes of the graph, its subgraphs and functions."""
     yield from ir.traversal.RecursiveGraphIterator(model.graph)
     for function in model.functions.values():
         yield from ir.traversal.RecursiveGraphIterator(function)
 
 
 def _check_nodes(model: ir.Model, file: Path) -> None:
-    """Raise BundleError where a file is not valid ONNX: it names no opset, or a node lacks an input of its operator."""
-    broken = "" if model.opset_imports else "it names no opset"
+    """Raise BundleError if a file is not valid ONNX: it has no opset, or a node lacks an input of its operator."""
+    broken = "" if model.opset_imports else "it has no opset"
     for node in _nodes(model):
         least = onnx.defs.get_schema(node.op_type).min_input if onnx.defs.has(node.op_type) else 0
-        if node.domain:  # another operator of that name may take fewer
+        if node.domain:  # an operator of the same name in another domain may take fewer
             least = min(least, 2)
         if len(node.inputs) < least or not node.outputs:
             broken = f"{node.name or node.op_type} has {len(node.inputs)} inputs and {len(node.outputs)} outputs"
@@ -182,7 +186,7 @@ def _check_nodes(model: ir.Model, file: Path) -> None:
 
 @contextlib.contextmanager
 def _quiet(name: str) -> Iterator[None]:
-    """Without a library's warnings, which come with traces: the rules name the faults of a graph."""
+    """Silence a library's warnings, which come with tracebacks; the rules report a graph's problems."""
     logger = logging.getLogger(name)
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -193,7 +197,7 @@ def _quiet(name: str) -> Iterator[None]:
 
 
 def _attentions(subject: _Subject) -> Iterator[tuple[str, str, Finding | None]]:
-    """Every attention by its softmax's name, why it is not one kernel (empty where it is), and the finding of that."""
+    """Every attention by its softmax's name, why it is not one kernel (empty if it is), and the finding for that."""
     graph = subject.model.graph
     half = any(value.dtype in _HALF for node in graph for value in node.outputs)
     known = {one.softmax: one for one in find_attentions(graph)}
@@ -209,31 +213,31 @@ def _attentions(subject: _Subject) -> Iterator[tuple[str, str, Finding | None]]:
 
 
 def _why_unfused(attention: Attention, half: bool, lower: str) -> tuple[str, str, str]:
-    """Reason, rule and fix; no rule where nothing can be done."""
+    """Reason, rule and fix; the rule is empty if nothing can be done."""
     if attention.rows == 1:
         return ONE_QUERY, "", ""
     if _is_folded(attention):
         return FOLDED, "", ""
     if not attention.fits:
         widths = (
-            f"its heads are {attention.qk or '?'} wide for queries and keys, {attention.v or '?'} for values; attention"
-            f" is one kernel where they are equal, from {SMALLEST_HEAD} to {LARGEST_HEAD}"
+            f"its heads have width {attention.qk or '?'} for queries and keys, {attention.v or '?'} for values; one"
+            f" kernel needs equal widths from {SMALLEST_HEAD} to {LARGEST_HEAD}"
         )
         if attention.padded is not None:
             return widths, "heads", lower
-        return widths, "wide-heads", "nothing to do here: more heads, in training, would make them narrower"
+        return widths, "wide-heads", "train a model with more, narrower heads"
     sides = [_dequantized(value) for value in (*attention.scores.inputs[:2], *attention.read.inputs[:2])]
     output = any(user.op_type == "QuantizeLinear" for user in attention.read.outputs[0].consumers())
     if any(sides) and not (all(sides) and output):
-        return PART_INT8, "partial-attention", "quantize linears only, or q, k, probabilities, v and the result"
+        return PART_INT8, "partial-attention", "quantize only linear layers, or q, k, probabilities, v and the result"
     if attention.scores.outputs[0].dtype == ir.DataType.FLOAT:
-        # Lowering itself has left it in fp32, if the graph is lowered.
+        # In a lowered graph, lowering has kept it in fp32.
         return (FP32, "", "") if half else (NOT_LOWERED, "fp32-attention", lower)
     return "", "", ""
 
 
 def _is_folded(attention: Attention) -> bool:
-    """Whether scores are multiplied by something that changes with the inputs, as a folded LayerNorm's deviations."""
+    """Whether scores are multiplied by a value that depends on the inputs, such as a folded LayerNorm's deviation."""
     between = reached(attention.softmax.inputs, lambda node: node is not attention.scores and node.op_type in _BETWEEN)
     return any(
         node.op_type in ("Mul", "Div")
@@ -244,7 +248,7 @@ def _is_folded(attention: Attention) -> bool:
 
 
 def _dequantized(value: ir.Value | None) -> bool:
-    """Whether a value is made of integers, past nodes that only shape or cast it."""
+    """Whether a value comes from integers through nodes that only reshape or cast it."""
     return leads_to([value], _SHAPES, _DEQUANTIZE)
 
 
@@ -255,36 +259,35 @@ def _finding(rule: str, kind: Literal["refused", "slow"], node: ir.Node, message
 def _opset(subject: _Subject) -> Iterator[Finding]:
     opset, can = subject.model.opset_imports.get("", 0), subject.can
     if opset > can.opset:
-        message, fix = f"opset {opset}; {can.name} reads up to {can.opset}", f"export it with opset {can.opset}"
+        message, fix = f"opset {opset}, but {can.name} reads up to {can.opset}", f"export it with opset {can.opset}"
         if any(value.dtype == ir.DataType.INT4 for value in subject.model.graph.initializers.values()):
-            message, fix = (
-                f"{message}: int4 weights need 21",
-                "quantize with --scheme int8-weights, or a newer TensorRT",
-            )
+            message += ", and int4 weights need 21"
+            fix = "quantize with --scheme int8-weights, or install a newer TensorRT"
         yield Finding("opset", "refused", "", message, fix)
 
 
 def _operators(subject: _Subject) -> Iterator[Finding]:
-    """Operators that the version does not read.
+    """Operators that the version does not support.
 
-    Parsers go by an operator's name and not by its domain, and look for unknown ones among plugins.
+    Parsers use an operator's name and ignore its domain, and search plugins for unknown names.
     """
     calls, can = {function.name for function in subject.model.functions.values()}, subject.can
     for node in _nodes(subject.model):
         operator, message, fix = node.op_type, "", _REPLACE
         since = SINCE.get(operator, (0, 0)) if can.library == "tensorrt" else (0, 0)
         if operator in NEVER:
-            message, fix = f"{operator} is in no version of TensorRT", _QUANTIZE if operator in _INTEGER else _REPLACE
+            message = f"no version of TensorRT supports {operator}"
+            fix = _QUANTIZE if operator in _INTEGER else _REPLACE
         elif can.version < since:
-            message = f"{can.name} has no {operator}; {since[0]}.{since[1]} is the first"
+            message = f"{can.name} does not support {operator}, which {since[0]}.{since[1]} is the first to support"
         elif not (onnx.defs.has(operator) or operator in MORE or "TRT" in operator):
-            message = f"{operator} is no operator of ONNX, at most a plugin"
+            message = f"{operator} is not an ONNX operator, so TensorRT needs a plugin for it"
         if message and operator not in calls:
             yield _finding("operator", "refused", node, message, fix)
 
 
 def _symmetric(subject: _Subject) -> Iterator[Finding]:
-    """Only symmetric int8: TensorRT for RTX 1.7 merely warns of some uint8, and computes other numbers."""
+    """Integers other than symmetric int8. TensorRT for RTX 1.7 warns about some uint8 and computes wrong values."""
     for node in subject.model.graph:
         if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
             continue
@@ -293,23 +296,23 @@ def _symmetric(subject: _Subject) -> Iterator[Finding]:
         array = None if zero is None else _inline(zero)
         if unsigned or (zero is not None and zero.dtype == ir.DataType.UINT8):
             yield _finding(
-                "symmetric", "refused", node, "its integers are unsigned; TensorRT takes int8 only", _QUANTIZE
+                "symmetric", "refused", node, "its integers are unsigned, but TensorRT supports only int8", _QUANTIZE
             )
         elif array is not None and np.any(array.astype(np.int32)):
-            message = "its zero point is not 0; TensorRT takes symmetric int8 only"
+            message = "its zero point is not 0, but TensorRT supports only symmetric int8"
             yield _finding("symmetric", "refused", node, message, _QUANTIZE)
 
 
 def _float_products(subject: _Subject) -> Iterator[Finding]:
-    """Products with one int8 side, or whose int8 weight has a scale for each input."""
+    """Products with one int8 operand, or with an int8 weight that has one scale per input."""
     for node in subject.model.graph:
         if node.op_type not in ("MatMul", "Gemm") or (weight := node.inputs[1]) is None:
             continue
         if weight.is_initializer() and _dequantized(node.inputs[0]):
-            message = "its input is int8 and its weight is not: it runs in floats"
+            message = "its input is int8 but its weight is not, so it runs in float"
             yield _finding("one-sided", "slow", node, message, _QUANTIZE)
         elif (made := made_by(weight, "DequantizeLinear")) and _scales_inputs(made):
-            message = "its weight has a scale for each input: it runs in floats"
+            message = "its weight has one scale per input, so it runs in float"
             yield _finding("weight-axis", "slow", node, message, _QUANTIZE)
 
 
@@ -321,7 +324,7 @@ def _scales_inputs(node: ir.Node) -> bool:
 
 
 def _shared_weights(subject: _Subject) -> Iterator[Finding]:
-    """Products of one float input with integer weights that later blocks use again: the compiler crashes."""
+    """Products of one float input with integer weights that later blocks reuse, which crash the compiler."""
     for node in subject.model.graph if subject.can.shared_weights_crash else ():
         for value in node.outputs:
             shared = {
@@ -335,7 +338,7 @@ def _shared_weights(subject: _Subject) -> Iterator[Finding]:
 
 def _is_shared(product: ir.Node) -> bool:
     weight = product.inputs[1]
-    cast = made_by(weight, "Cast")  # of weights whose scale is too small for 16 bits, and stays fp32
+    cast = made_by(weight, "Cast")  # if the weight's scale is too small for 16 bits and stays fp32
     source = made_by(cast.inputs[0] if cast else weight, "DequantizeLinear")
     stored = source.inputs[0] if source else None
     if weight is None or stored is None or not stored.is_initializer() or _dequantized(product.inputs[0]):
@@ -347,18 +350,18 @@ def _overflow(subject: _Subject) -> Iterator[Finding]:
     for value in subject.model.graph.initializers.values():
         array = _inline(value) if value.dtype == ir.DataType.FLOAT16 else None
         if array is not None and not np.all(np.isfinite(array)):
-            message = f"{value.name} does not fit into fp16: it became infinite"
+            message = f"{value.name} is infinite in fp16"
             yield Finding("overflow", "refused", value.name or "", message, subject.lower)
     for node in subject.model.graph:
         source = node.inputs[0] if node.op_type == "Softmax" else None
         terms = source.shape[-1] if source is not None and source.shape else None
         if source and source.dtype == ir.DataType.FLOAT16 and isinstance(terms, int) and terms > _FP16_TERMS:
-            message = f"it adds {terms} terms in fp16, whose largest number is smaller"
+            message = f"it adds {terms} terms in fp16, more than its largest number"
             yield _finding("overflow", "slow", node, message, subject.lower)
 
 
 def _inline(value: ir.Value) -> np.ndarray | None:
-    """A constant that is in the graph itself. A file of weights is not read, and may not be there."""
+    """A constant stored in the graph itself. Weight files are not read and may be missing."""
     return array_of(value) if is_constant(value) and not isinstance(value.const_value, ir.ExternalTensor) else None
 
 
@@ -367,9 +370,9 @@ _RULES: tuple[_Rule, ...] = (_opset, _operators, _symmetric, _overflow, _shared_
 
 
 def _weight_bytes(graph: ir.Graph) -> tuple[int, int]:
-    """Bytes of all constants stored once, and with a copy for each node that uses one.
+    """Bytes of all constants, first each counted once, then once for each node that uses it.
 
-    TensorRT for RTX stores them once (tests/benchmarks/tensorrt_shared_weights.py); of others it is not known.
+    TensorRT for RTX stores constants once (tests/benchmarks/tensorrt_shared_weights.py); for TensorRT it is unknown.
     """
     once = each = 0
     for value in graph.initializers.values():

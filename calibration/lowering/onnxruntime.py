@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The form of the canonical quantized graph that ONNX Runtime runs in integer kernels, on x86 and on ARM.
+"""Rewrite the canonical quantized graph so that ONNX Runtime runs it in integer kernels on x86 and ARM.
 
-1. x86 only: activations are uint8 with zero point 128 instead of int8 with 0. x86 kernels multiply uint8 by int8.
-   onnxruntime turns int8 activations into uint8 by itself only where a Q has one reader, and else computes in float.
-2. The bias is (1, 1, N) instead of (N): onnxruntime makes a Gemm of a MatMul with a 1-D bias, and its Gemm with a float
+1. x86 only: activations are uint8 with zero point 128 instead of int8 with 0, because x86 kernels multiply uint8 by
+   int8. onnxruntime converts int8 activations to uint8 only if a Q has one reader; otherwise it computes in float.
+2. Biases are (1, 1, N) instead of (N): onnxruntime turns a MatMul with a 1-D bias into a Gemm, and a Gemm with a float
    bias has no integer kernel.
-3. A product of rank 2 is computed in rank 3, for the same reason.
+3. Products of rank 2 are computed in rank 3, for the same reason.
+4. A product without a bias gets a bias of zeros before a Relu or Clip. Otherwise onnxruntime takes the Relu or Clip for a
+   part of the quantizer behind it and, where it is not one, leaves the product in float.
 
-OpenVINO's low-precision passes take the canonical form as it is.
+OpenVINO's low-precision passes accept the canonical form unchanged.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from perceiver_export.calibration.graphs import array_of, constant, dims, is_con
 
 
 def _widen_biases(graph: ir.Graph) -> None:
-    """Biases of quantized products as (1, 1, N).
+    """Reshape the biases of quantized products to (1, 1, N).
 
     Given:  Add(MatMul(x, W), b of (N))
     Result: Add(MatMul(x, W), b of (1, 1, N))
@@ -37,8 +39,24 @@ def _widen_biases(graph: ir.Graph) -> None:
                     add.replace_input_with(index, widened[bias])
 
 
+def _keep_from_clips(graph: ir.Graph) -> None:
+    """A bias of zeros between a quantized product and a Relu or Clip.
+
+    Given:  Relu(MatMul(x, W))
+    Result: Relu(Add(MatMul(x, W), 0 of (N)))
+    """
+    for node in _quantized_products(graph):
+        product, users = node.outputs[0], list(node.outputs[0].consumers())
+        if len(users) != 1 or users[0].op_type not in ("Relu", "Clip"):
+            continue
+        zeros = constant(graph, f"{product.name}.zeros", np.zeros(dims(product)[-1], np.float32))
+        shifted = ir.Value(name=f"{product.name}.shifted", type=product.type, shape=product.shape)
+        users[0].replace_input_with(0, shifted)
+        graph.insert_after(node, ir.node("Add", [product, zeros], name=f"{node.name}.shifted", outputs=[shifted]))
+
+
 def _raise_rank_2(graph: ir.Graph) -> None:
-    """Quantized products of rank 2, with their bias, in rank 3.
+    """Compute quantized products of rank 2, with their biases, in rank 3.
 
     Given:  y = Add(MatMul(DQ(Q(x)), W), b), x of (M, K)
     Result: y = Squeeze(Add(MatMul(DQ(Q(Unsqueeze(x))), W), b))
@@ -65,7 +83,7 @@ def _raise_rank_2(graph: ir.Graph) -> None:
 
 
 def _quantized_products(graph: ir.Graph) -> list[ir.Node]:
-    """MatMuls both of whose operands are dequantized."""
+    """The MatMuls with two dequantized operands."""
     return [
         node
         for node in graph
@@ -74,7 +92,7 @@ def _quantized_products(graph: ir.Graph) -> list[ir.Node]:
 
 
 def _lower_result(graph: ir.Graph, product: ir.Node, axis: ir.Value) -> None:
-    """Squeeze behind the product, or behind its bias."""
+    """Add a Squeeze after the product or its bias."""
     last, users = product, list(product.outputs[0].consumers())
     if len(users) == 1 and users[0].op_type == "Add" and any(_is_bias(value) for value in users[0].inputs):
         product.outputs[0].shape = _raised(product.outputs[0].shape)
@@ -99,6 +117,7 @@ def _raised(shape: ir.Shape | None) -> ir.Shape | None:
 
 def lower_for_arm(model: ir.Model) -> None:
     """Rewrite a canonical graph in place."""
+    _keep_from_clips(model.graph)
     _raise_rank_2(model.graph)
     _widen_biases(model.graph)
     remove_unused(model.graph)
@@ -111,7 +130,7 @@ def lower_for_x86(model: ir.Model) -> None:
 
 
 def _use_uint8(graph: ir.Graph) -> None:
-    """q = round(x / s) becomes q + 128; DequantizeLinear takes the 128 off again, so that no number changes.
+    """Replace q = round(x / s) by q + 128. DequantizeLinear subtracts the 128 again, so that no value changes.
 
     Given:  DequantizeLinear(QuantizeLinear(x, s, int8 0), s, int8 0)
     Result: DequantizeLinear(QuantizeLinear(x, s, uint8 128), s, uint8 128)
@@ -126,5 +145,5 @@ def _use_uint8(graph: ir.Graph) -> None:
             reader.replace_input_with(2, middle)
 
 
-# By target, with `-arm64` where ARM wants another form.
+# By target; `-arm64` is the form for ARM CPUs.
 LOWERINGS: dict[str, Callable[[ir.Model], None]] = {"ort-cpu": lower_for_x86, "ort-cpu-arm64": lower_for_arm}

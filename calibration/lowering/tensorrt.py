@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The graph that TensorRT gets, added to a bundle: precision in its types, and heads of widths that fuse.
+"""Add TensorRT's graph to a bundle: its types give the precision, and its attention heads have widths that fuse.
 
-It is checked by running it once beside the canonical graph on ONNX Runtime, as an fp32 graph that rounds to 16 bits
-after every node. Given the 16-bit graph itself, ONNX Runtime's CPU kernels would compute whole chains in fp32 (they
-drop the casts between) and hide an overflow, and they do not compute bf16 at all. Sums inside a node stay fp32, as in
-TensorRT's kernels. This is a reference: TensorRT rounds in other places, because it fuses other nodes.
+The graph is checked by one run on ONNX Runtime against the canonical graph, as an fp32 graph that rounds to 16 bits
+after every node. With the 16-bit graph itself, ONNX Runtime's CPU kernels would compute whole chains in fp32 (they drop
+the casts in between), which hides overflows, and they do not support bf16. Sums inside a node stay fp32, as in
+TensorRT's kernels. TensorRT itself rounds in other places, because it fuses other nodes.
 """
 
 from __future__ import annotations
@@ -44,16 +44,16 @@ from perceiver_export.runtimes.errors import (
 from perceiver_export.runtimes.files import read_json, replacing, writing
 from perceiver_export.runtimes.manifest import FileEntry, encode_manifest
 
-# Least SQNR in dB of the rewritten graph against the canonical one; below it something is wrong, not merely rounded.
-# The demo's trained model has 63 dB in fp16 and 47 in bf16; rounding before Q moves some codes of int8 by one step.
+# The smallest accepted SQNR in dB of the rewritten graph against the canonical one. Rounding alone costs less.
+# The demo's trained model has 63 dB in fp16 and 47 in bf16; in int8, rounding before Q moves some integers by one step.
 _LEAST_SQNR = {"fp32": 60.0, "fp16": 30.0, "bf16": 12.0, "int8": 12.0}
 _HALF = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
 @dataclass(frozen=True)
 class Lowered:
-    """One form of a bundle. ``kept``: by part, the nodes that stay fp32 and why. ``sqnr``: of each output, in dB, on
-    ONNX Runtime's CPU kernels (`emulate`) against the canonical graph.
+    """One lowered form of a bundle. ``kept`` has, by part, the nodes that stay fp32 and the reasons. ``sqnr`` is each
+    output's SQNR in dB against the canonical graph, on ONNX Runtime's CPU kernels (`emulate`).
     """
 
     name: str
@@ -63,13 +63,13 @@ class Lowered:
 
 
 def lower_bundle(path: str | os.PathLike[str] | Bundle, precision: Precision) -> Lowered:
-    """Write into the bundle the graphs that TensorRT and TensorRT for RTX build from.
+    """Write into the bundle the graphs from which TensorRT and TensorRT for RTX build engines.
 
-    Overflows of 16 bits are found by running the canonical graph on golden.npz, and in calibration.json. Only weights
-    that change are stored.
+    Overflows of 16 bits are found by running the canonical graph on golden.npz, and from calibration.json. Only changed
+    weights are stored.
 
-    Raises BundleError, GateError (NaN, or too far from the canonical graph), UnsupportedModelError, UsageError (no such
-    precision).
+    Raises BundleError; GateError: NaN, or too large a difference from the canonical graph; UnsupportedModelError;
+    UsageError: an unknown precision.
     """
     check_choice("precision", precision, get_args(Precision))
     bundle = open_bundle(path)
@@ -82,7 +82,7 @@ def lower_bundle(path: str | os.PathLike[str] | Bundle, precision: Precision) ->
         models[file] = _canonical(bundle, part)
         kept[part] = lower_for_tensorrt(models[file], precision, _hazards(bundle, part) if precision != "fp32" else {})
         sqnrs |= _compare(bundle, part, models[file].clone(), precision)
-    with writing(bundle.path, BundleError, "copy it elsewhere"):
+    with writing(bundle.path, BundleError, "copy the bundle to a writable directory"):
         written = _write(bundle, models, f"{name}.weights")
         _publish(bundle, name, files, written)
     return Lowered(name, tuple(sorted(written)), kept, sqnrs)
@@ -91,9 +91,9 @@ def lower_bundle(path: str | os.PathLike[str] | Bundle, precision: Precision) ->
 def lower_for_tensorrt(
     model: ir.Model, precision: Precision, hazards: Mapping[str, float] | None = None
 ) -> dict[str, str]:
-    """Rewrite a canonical graph, fp32 or with Q/DQ, in place; gives the nodes kept in fp32, each with the reason.
+    """Rewrite a canonical graph, fp32 or with Q/DQ, in place. Returns the nodes that stay fp32, each with the reason.
 
-    ``hazards`` is the largest |x| seen of each tensor.
+    ``hazards`` has the largest observed |x| of each tensor.
     """
     pad_heads(model)
     return {} if precision == "fp32" else to_half(model, precision, hazards)
@@ -104,7 +104,7 @@ def _canonical(bundle: Bundle, part: str) -> ir.Model:
 
 
 def _write(bundle: Bundle, models: Mapping[str, ir.Model], weights: str) -> dict[str, FileEntry]:
-    """Write the graphs, and new weights in one file beside them if there are any. All get their names at the end."""
+    """Write the graphs, and any new weights in one more file. All files are renamed into place at the end."""
     constants = [value for model in models.values() for value in model.graph.initializers.values()]
     new = [
         value
@@ -138,9 +138,9 @@ def _publish(bundle: Bundle, name: str, files: Mapping[str, str], entries: Mappi
 
 
 def _compare(bundle: Bundle, part: str, model: ir.Model, precision: Precision) -> dict[str, float]:
-    """SQNR in dB of a rewritten graph's outputs against the canonical graph's, both on ONNX Runtime.
+    """The SQNR in dB of a rewritten graph's outputs against the canonical graph's, both on ONNX Runtime.
 
-    Changes the rewritten graph. Raises GateError, UnsupportedModelError.
+    It changes the rewritten graph. Raises GateError, UnsupportedModelError.
     """
     emulate(model)
     feeds = golden_arrays(bundle, part, "input")
@@ -150,29 +150,25 @@ def _compare(bundle: Bundle, part: str, model: ir.Model, precision: Precision) -
         )
     except PerceiverExportError:
         raise
-    except Exception as error:  # onnxruntime has a class for each code
-        raise UnsupportedModelError(
-            f"onnxruntime cannot run the rewritten graph: {str(error).splitlines()[0]}", "report it with the config"
-        ) from error
+    except Exception as error:  # onnxruntime has one class per error code
+        said = f"onnxruntime cannot run the rewritten graph: {str(error).splitlines()[0]}"
+        raise UnsupportedModelError(said, "report it with the config") from error
     outputs = [spec.name for spec in bundle.manifest.parts[part].outputs]
     for name in outputs:
         if not np.isfinite(found[name]).all():
-            raise GateError(
-                f"{part}'s output {name!r} has NaN or infinite values in 16 bits", "try --precision bf16, or fp32"
-            )
+            said = f"{part}'s output {name!r} has NaN or infinite values in 16 bits"
+            raise GateError(said, "use --precision bf16 or fp32")
     result = {f"{part}/{name}": sqnr(expected[name], found[name]) for name in outputs}
     least = _LEAST_SQNR[precision if bundle.manifest.precision == "fp32" else "int8"]
     worst = min(result, key=lambda name: result[name])
     if result[worst] < least:
-        raise GateError(
-            f"{worst} is {result[worst]:.1f} dB from the canonical graph's in {precision}, less than {least:.0f}",
-            "try --precision bf16, or fp32; quantize with data that shows the model's range",
-        )
+        hint = "use --precision bf16 or fp32, or quantize with data that covers the model's range"
+        raise GateError(f"the SQNR of {worst} in {precision} is {result[worst]:.1f} dB, below {least:.0f} dB", hint)
     return result
 
 
 def _hazards(bundle: Bundle, part: str) -> dict[str, float]:
-    """The largest |x| of each tensor, on the golden inputs and where it overflowed in calibration."""
+    """The largest |x| of each tensor on the golden inputs and, for tensors that overflow, in calibration."""
     seen = magnitudes(bundle.file(bundle.manifest.parts[part].file), golden_arrays(bundle, part, "input"))
     told = calibrated(bundle.file("calibration.json"), part)
     return {name: max(seen.get(name, 0.0), told.get(name, 0.0)) for name in sorted({*seen, *told})}
@@ -188,13 +184,13 @@ class _Part(msgspec.Struct):
 
 
 class _Calibration(msgspec.Struct):
-    """The part of calibration.json that is read here."""
+    """The fields of calibration.json that this module reads."""
 
     parts: dict[str, _Part]
 
 
 def calibrated(path: Path, part: str) -> dict[str, float]:
-    """The largest |x| of tensors that overflow fp16 by calibration.json; none where a bundle has no such file."""
+    """The largest |x| of tensors that overflow fp16, from calibration.json; empty without that file."""
     try:
         parts = read_json(path, _Calibration).parts
     except BundleError:
@@ -203,7 +199,7 @@ def calibrated(path: Path, part: str) -> dict[str, float]:
 
 
 def magnitudes(path: Path, feeds: Feeds) -> dict[str, float]:
-    """The largest |x| of every float tensor of an fp32 graph in one run, reduced inside the graph."""
+    """The largest |x| of every float tensor of an fp32 graph in one run; reductions run inside the graph."""
     model = read_graph(path)
     values = [value for node in model.graph for value in node.outputs if value.dtype == ir.DataType.FLOAT]
     for value in values:
@@ -227,7 +223,7 @@ def emulate(model: ir.Model) -> None:
     for value in graph.initializers.values():
         if value.dtype in _HALF and value.const_value is not None:
             value.const_value = ir.tensor(value.const_value.numpy().astype("float32"), name=value.name)
-            value.type = ir.TensorType(ir.DataType.FLOAT)  # clones share the old one
+            value.type = ir.TensorType(ir.DataType.FLOAT)  # a new object, because clones share the old one
     for node in list(graph):
         for output in node.outputs:
             if output.dtype in _HALF:

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """From statistics to integers: the range of each activation, the integers of each weight, and the Q/DQ graph.
 
-**Canonical form**, which ONNX Runtime, OpenVINO and TensorRT's parser all read. Weights are int8 (K, N), one
-initializer and one DequantizeLinear for each distinct weight, however many products read it. Activations are int8 with
-one scale a tensor and zero point 0, one Q/DQ pair however many products read them. Biases stay float, and outputs are
-not quantized: TensorRT refuses an int32 bias, and a Q on an output costs accuracy and gains nothing. int4 weights have
-a scale for each block of inputs, which needs opset 21.
+**Canonical form**, which ONNX Runtime, OpenVINO and TensorRT's parser all read. Weights are int8 (K, N), with one
+initializer and one DequantizeLinear per distinct weight, however many products read it. Activations are int8 with one
+scale per tensor and zero point 0, with one Q/DQ pair however many products read them. Biases stay float and outputs are
+not quantized, because TensorRT rejects int32 biases, and a Q on an output costs accuracy without any gain. int4 weights
+have one scale per block of inputs, which needs opset 21.
 
-This module finds ranges itself: onnxruntime.quantization keeps histograms of every tensor of every sample, and NNCF
-minimises the error of the values, not of the products.
+This module finds ranges itself, because onnxruntime.quantization keeps histograms of every tensor of every sample, and
+NNCF minimises the error of the values instead of the products.
 """
 
 from __future__ import annotations
@@ -26,31 +26,31 @@ from perceiver_export.calibration.quantization.options import Method, QuantizeOp
 from perceiver_export.calibration.quantization.statistics import Statistics
 from perceiver_export.runtimes.runtime import Array
 
-LEVELS = 127  # of a symmetric int8, on each side of zero
+LEVELS = 127  # levels of a symmetric int8 on each side of zero
 _PERCENTILE = 99.99
-_ROWS = 128  # of a sample that the search for a range looks at
+_ROWS = 128  # sampled rows on which a range is searched
 _INT4_OPSET = 21
 _INT4_LEVELS = 7
-# int4 tries narrower ranges, because its largest value costs all others much.
+# int4 tries narrower ranges, because a wide range makes its few steps coarse for all other values.
 _INT4_CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 
 
 def fake_quantize(values: Array, clip: Array | float) -> Array:
-    """``values`` as int8 keeps them when clipped at ``clip``: rounded to the nearest of 255 levels, ties to even."""
+    """``values`` clipped at ``clip`` and rounded as in int8: to the nearest level, ties to even."""
     scale = np.asarray(clip, np.float32) / np.float32(LEVELS)
     rounded: Array = np.asarray(values / scale)
-    np.rint(rounded, out=rounded)  # in place: searches do this for every candidate of every tensor
+    np.rint(rounded, out=rounded)  # in place, because searches do this for every candidate of every tensor
     np.clip(rounded, -LEVELS - 1, LEVELS, out=rounded)
     rounded *= scale
     return rounded
 
 
 def find_range(method: Method, rows: Array, largest: float, gram: Array) -> float:
-    """The largest value that int8 should still hold; values above it are clipped.
+    """The largest value that int8 represents; values above it are clipped.
 
-    ``rows`` (n, K) is a sample of a tensor whose exact largest absolute value is ``largest``. ``gram`` (K, K) is
-    Σ W Wᵀ of the weights that read it; it weighs the error in each channel. The result is never above ``largest`` and
-    never 0 (an all-zero tensor gets 1).
+    ``rows`` (n, K) is a sample of a tensor whose exact largest absolute value is ``largest``. ``gram`` (K, K), the
+    Σ W Wᵀ of the weights that read the tensor, weights the error of each channel. The result is never above ``largest``
+    and never 0 (an all-zero tensor gets 1).
     """
     if largest <= 0.0:
         return 1.0
@@ -59,10 +59,10 @@ def find_range(method: Method, rows: Array, largest: float, gram: Array) -> floa
 
 
 def _mse(rows: Array, largest: float, gram: Array) -> float:
-    """The range with the least squared error of the products: Σ e G eᵀ over rows, e the error of rounding and clipping.
+    """The range with the least squared error of the products, Σ e G eᵀ over rows; e is the rounding and clipping error.
 
-    The error of the values themselves would clip a few large channels, outvoted by many small ones, although the
-    weights make much of them: on the Fashion-MNIST model that costs 3 to 6 dB.
+    Minimising the error of the values themselves would clip a few large channels in favour of many small ones, although
+    the weights amplify the large ones. On the Fashion-MNIST model that costs 3 to 6 dB.
     """
     rows = rows[:: -(-len(rows) // _ROWS)]
     candidates = largest * np.geomspace(1.0, 0.2, 24)
@@ -88,26 +88,26 @@ class IntegerWeight:
     block: int | None = None
 
     def dequantized(self) -> Array:
-        """The weight that an engine computes with, float32."""
+        """The weight with which an engine computes, float32."""
         scales = self.scales if self.block is None else np.repeat(self.scales, self.block, axis=0)
         restored: Array = self.values.astype(np.float32) * scales
         return restored
 
 
 def quantize_weight(weight: Array, scheme: Scheme, bits: int) -> IntegerWeight:
-    """``weight`` (…, K, N) in the integers of a scheme; ``bits`` of those that int8 activations multiply."""
+    """``weight`` (…, K, N) in the integers of a scheme; ``bits`` applies to weights multiplied by int8 activations."""
     block = block_size(weight.shape)
     if scheme == "int4-weights" and block is not None:
         return quantize_blocks(weight, block)
-    # Float activations are multiplied in float, so nothing saturates there.
+    # With float activations products are computed in float, so nothing saturates.
     return quantize_channels(weight, bits if scheme == "int8" else 8)
 
 
 def quantize_channels(weight: Array, bits: int = 8) -> IntegerWeight:
-    """Symmetric, nearest, one scale an output channel. Weights of 7 bits lie in -63 … 63.
+    """Symmetric, round to nearest, one scale per output channel. 7-bit weights are in -63 … 63.
 
-    A stack of weights (h, K, N), one a head, has one scale: onnxruntime's kernel takes no more there. 7 bits are for
-    x86 CPUs without VNNI: they add two products of a uint8 and an int8 in 16 bits, and 2 × 255 × 63 still fits.
+    A stack of weights (h, K, N), one per head, has a single scale, because onnxruntime's kernel accepts only one. 7
+    bits are for x86 CPUs without VNNI, which add two products of uint8 and int8 in 16 bits: 2 × 255 × 63 still fits.
     """
     levels = (1 << (bits - 1)) - 1
     largest = np.abs(weight).max(axis=0 if weight.ndim == 2 else None)
@@ -117,19 +117,19 @@ def quantize_channels(weight: Array, bits: int = 8) -> IntegerWeight:
 
 
 def block_size(shape: tuple[int, ...]) -> int | None:
-    """Inputs that share an int4 scale: the largest even divisor of K from 16 to 32. None where there is none, and for a
-    stack of weights.
+    """The number of inputs that share an int4 scale: the largest even divisor of K from 16 to 32. None without such a
+    divisor, and for a stack of weights.
 
-    OpenVINO 2026.4 refuses a shorter last block. It computes wrong numbers, or NaN, with odd blocks, and with blocks of
-    more than 32 where there are few rows.
+    OpenVINO 2026.4 rejects a shorter last block. It computes wrong values, or NaN, with odd blocks, and with blocks of
+    more than 32 inputs for few rows.
     """
     return max((size for size in range(16, 33, 2) if shape[0] % size == 0), default=None) if len(shape) == 2 else None
 
 
 def quantize_blocks(weight: Array, block: int) -> IntegerWeight:
-    """int4, symmetric, one scale for ``block`` inputs of an output channel, clipped where the error is least.
+    """Symmetric int4, one scale per ``block`` inputs of an output channel, with the clipping of least error.
 
-    ``weight`` is (K, N), K a multiple of ``block``.
+    ``weight`` is (K, N); K is a multiple of ``block``.
     """
     depth, width = weight.shape
     grouped = weight.reshape(depth // block, block, width)
@@ -153,7 +153,7 @@ def _round4(grouped: Array, scales: Array) -> Array:
 
 @dataclass(frozen=True)
 class LinearPlan:
-    """How to write one run of a linear. None leaves the weight, the activation (``clip``) or the bias as it is."""
+    """How to write one run of a linear layer. None leaves the weight, activation (``clip``) or bias unchanged."""
 
     linear: Linear
     scheme: Scheme
@@ -167,14 +167,14 @@ class LinearPlan:
         return None if self.clip is None else self.clip / LEVELS
 
     def product_sqnr(self, statistics: Statistics) -> float | None:
-        """SQNR of the product in dB, on at most 256 of the sampled rows; None where it stays float."""
+        """SQNR of the product in dB, on at most 256 of the sampled rows; None if it stays float."""
         if self.weight is None:
             return None
         rows = statistics.of(self.linear).sample[:256]
         return sqnr(rows @ array_of(self.linear.weight), self._read(rows) @ self.weight.dequantized())
 
     def corrected(self, statistics: Statistics) -> LinearPlan:
-        """With the mean error of the product on the sampled rows added to the bias, where there is one.
+        """The plan with the product's mean error on the sampled rows corrected in the bias, if it has a bias.
 
         Nagel et al., "Data-Free Quantization" (arXiv 1906.04721), section 4.2, with measured instead of modelled means.
         """
@@ -192,7 +192,7 @@ class LinearPlan:
 def schemes_of(linears: Sequence[Linear], scheme: Scheme, precision: Mapping[str, Scheme]) -> dict[str, Scheme]:
     """The scheme of each group: that of the last pattern (`encoder.*.mlp.*`) that matches its name, else ``scheme``.
 
-    A weight that cannot be cut into blocks gets int8 in place of int4.
+    A weight that cannot be divided into blocks gets int8 instead of int4.
     """
     chosen: dict[str, Scheme] = {}
     for linear in linears:
@@ -206,7 +206,7 @@ def schemes_of(linears: Sequence[Linear], scheme: Scheme, precision: Mapping[str
 def make_plans(
     linears: Sequence[Linear], schemes: Mapping[str, Scheme], statistics: Statistics, options: QuantizeOptions
 ) -> list[LinearPlan]:
-    """A plan for each linear, in order; ``schemes`` by group."""
+    """A plan for each linear layer, in order; ``schemes`` is by group."""
     clips = _clips([linear for linear in linears if schemes[linear.group] == "int8"], statistics, options.method)
     weights: dict[ir.Value, IntegerWeight] = {}
     plans = []
@@ -222,7 +222,7 @@ def make_plans(
 
 
 def _clips(linears: Sequence[Linear], statistics: Statistics, method: Method) -> dict[str, float]:
-    """The range of each activation, whichever linears read it."""
+    """The range of each activation, from all linear layers that read it."""
     readers: dict[str, dict[ir.Value, None]] = {}
     for linear in linears:
         readers.setdefault(str(linear.activation.name), {})[linear.weight] = None
@@ -230,7 +230,7 @@ def _clips(linears: Sequence[Linear], statistics: Statistics, method: Method) ->
     for name, weights in readers.items():
         names_by_weights.setdefault(tuple(weights), []).append(name)
     clips: dict[str, float] = {}
-    for read, names in names_by_weights.items():  # holds one K × K matrix at a time
+    for read, names in names_by_weights.items():  # one K × K matrix in memory at a time
         gram = _gram(read) if method == "mse" else np.empty((0, 0), np.float32)
         for name in names:
             activation = statistics.activations[name]
@@ -247,7 +247,7 @@ def _gram(weights: tuple[ir.Value, ...]) -> Array:
 
 
 def write_qdq(model: ir.Model, plans: Iterable[LinearPlan]) -> None:
-    """Rewrite the graph in place. Runs of one weight must have equal `LinearPlan.weight`.
+    """Rewrite the graph in place. Runs of the same weight must have the same `LinearPlan.weight`.
 
     Given:  y = Add(MatMul(x, W), b)
     Result: y = Add(MatMul(DequantizeLinear(QuantizeLinear(x)), DequantizeLinear<axis = 1>(W8)), b)
@@ -275,7 +275,7 @@ def write_qdq(model: ir.Model, plans: Iterable[LinearPlan]) -> None:
 
 
 def _write_activation(graph: ir.Graph, linear: Linear, scale: float) -> ir.Value:
-    """x -> DQ(Q(x)), both next to the first product that reads it."""
+    """x -> DQ(Q(x)), inserted before the first product that reads x."""
     x = linear.activation
     scalar = constant(graph, f"{x.name}.scale", np.full((), scale, np.float32))
     zero = constant(graph, f"{x.name}.zero_point", np.zeros((), np.int8))
@@ -288,7 +288,7 @@ def _write_activation(graph: ir.Graph, linear: Linear, scale: float) -> ir.Value
 
 
 def _write_weight(model: ir.Model, linear: Linear, weight: IntegerWeight) -> ir.Value:
-    """The one DQ of a weight, before the first product that reads it."""
+    """The only DQ of a weight, inserted before the first product that reads it."""
     import ml_dtypes
 
     graph, name = model.graph, linear.weight.name
@@ -310,5 +310,5 @@ def _write_weight(model: ir.Model, linear: Linear, weight: IntegerWeight) -> ir.
 
 
 def _stage(linear: Linear) -> str:
-    """The module part of the node's name, by which costs are counted."""
+    """The module in the node's name, by which costs are grouped."""
     return linear.name.split("/")[0]

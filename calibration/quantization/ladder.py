@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ladder of a search: mixtures of precisions, each with one layer at a higher precision than in the one before.
+"""The ladder of a search: mixtures of precisions, each with one layer at a higher precision than the mixture before.
 
-From the scheme that was asked for, a layer goes back to int8 weights with float activations, then to float. A step's
-effect is the noise that it takes from the model's outputs, as a share of the signal: the layer's noise in one precision
-less its noise in the other, both measured with only this layer quantized. Noise of small independent errors adds up, so
-steps are ordered by effect, the largest first. Where the step to float takes more noise than the step to int8 weights,
-the layer skips int8 weights: only corners of a convex hull are worth a try (Sinha & Zoltners, The Multiple-Choice
+From the requested scheme, a layer goes back to int8 weights with float activations, then to float. A step's effect is
+the noise that it removes from the model's outputs, as a share of the signal: the difference between the layer's noise
+in the two precisions, both measured with only this layer quantized. Noise of small independent errors adds up, so steps
+are ordered by effect, largest first. If the step to float removes more noise than the step to int8 weights, the layer
+skips int8 weights, because only corners of a convex hull are worth a trial (Sinha & Zoltners, The Multiple-Choice
 Knapsack Problem, Oper. Res. 1979).
 
 "Float" is fp32 on CPUs. In a TensorRT engine built with --precision fp16 the same layers run in fp16, except those that
@@ -32,7 +32,7 @@ _MIDDLE: Scheme = "int8-weights"
 
 
 class Step(NamedTuple):
-    """One layer back to a higher precision; ``effect`` is the noise taken from the outputs, a share of the signal."""
+    """One layer's return to a higher precision. ``effect`` is the noise that it removes, as a share of the signal."""
 
     group: str
     scheme: Scheme
@@ -40,9 +40,10 @@ class Step(NamedTuple):
 
 
 def order_steps(noise: Mapping[str, float], in_middle: Mapping[str, float]) -> tuple[Step, ...]:
-    """Steps, those with the largest effect first.
+    """Steps in the order of their effects, largest first.
 
-    ``noise`` is of each layer in its scheme, ``in_middle`` in int8 weights, for the layers that may go there.
+    ``noise`` is each layer's noise in its scheme, ``in_middle`` its noise with int8 weights, for layers that may have
+    them.
     """
     found: list[Step] = []
     for group, most in noise.items():
@@ -51,12 +52,12 @@ def order_steps(noise: Mapping[str, float], in_middle: Mapping[str, float]) -> t
             found.append(Step(group, "float", most))
         else:
             found += [Step(group, _MIDDLE, most - left), Step(group, "float", left)]
-    # Stable, so a layer's own two steps keep their order where they are equal.
+    # The sort is stable, so a layer's two steps keep their order if their effects are equal.
     return tuple(sorted(found, key=lambda step: -step.effect))
 
 
 def mixtures(asked: Mapping[str, Scheme], steps: Sequence[Step]) -> list[dict[str, Scheme]]:
-    """Each rung's scheme of every layer: as ``asked``, then after each step; none that is all float."""
+    """The scheme of every layer on each rung: first as ``asked``, then after each step, without all-float mixtures."""
     found = [dict(asked)]
     for step in steps:
         found.append({**found[-1], step.group: step.scheme})
@@ -66,7 +67,7 @@ def mixtures(asked: Mapping[str, Scheme], steps: Sequence[Step]) -> list[dict[st
 class Ladder:
     """The rungs of a bundle, each quantized on demand from one pass over the data.
 
-    ``ranking``: layers by their cost in the scheme that was asked for.
+    ``ranking`` has the layers by the noise of the requested scheme.
     """
 
     def __init__(self, source: Bundle, observation: Observation, options: QuantizeOptions, report: Report) -> None:
@@ -79,14 +80,14 @@ class Ladder:
         self.rungs = mixtures(asked, self._steps)
 
     def raised(self, index: int) -> dict[str, Scheme]:
-        """The layers of a rung that went back, in order."""
+        """The layers of a rung at a higher precision, in the order of the steps."""
         return {step.group: self.rungs[index][step.group] for step in self._steps[:index]}
 
     def build(self, index: int, path: Path) -> None:
         """Write the bundle of a rung to ``path``. Raises what `quantize` raises."""
         back = self.raised(index)
         raised = {glob.escape(group): scheme for group, scheme in back.items()}
-        # The last pattern that matches decides, so the layers that went back come after what was asked.
+        # The last matching pattern decides, so the raised layers come after the requested schemes.
         asked = {name: scheme for name, scheme in self._options.schemes.items() if name not in raised}
         options = replace(self._options, precision={**asked, **raised}, keep_float=())
         with new_bundle(path, overwrite=False) as directory:
@@ -96,10 +97,10 @@ class Ladder:
         return group_sensitivity(self._source, self._copy(), options, self._report)
 
     def _copy(self) -> Observation:
-        """Smoothing changes statistics, and the next rung needs them unchanged."""
+        """A copy, because smoothing changes statistics and the next rung needs them unchanged."""
         return replace(self._observation, statistics=copy.deepcopy(self._observation.statistics))
 
 
 def _noise(ranking: Sequence[GroupSensitivity]) -> dict[str, float]:
-    """Noise in the outputs as a share of the signal; the worst of a name in several parts."""
+    """By layer, the noise in the outputs as a share of the signal; the worst if several parts have the name."""
     return {one.group: 10 ** (-one.output_sqnr / 10) for one in reversed(ranking)}

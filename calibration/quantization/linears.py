@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which products of a graph are linear layers, which weight each has, and which products stay float by policy.
+"""Find the linear layers in a graph, their weights, and the products that stay float by policy.
 
-A linear is a MatMul whose right operand is a weight, with the Add of its bias where there is one. Everything else stays
-float: attention products and softmax (a probability of one in 50,000 keys is far below a step of 1/255), LayerNorm,
-GELU and residuals (their few large channels would take up the whole range), and positions (int8 phases of sines are
-noise). Folding leaves products of probabilities, or of scores, with a table of positions. They look like linears, but
-they follow or precede a softmax.
+A linear layer is a MatMul whose right operand is a weight, with the Add of its bias if it has one. Everything else
+stays float: attention products and softmax (the probability of one of 50,000 keys is far below a step of 1/255),
+LayerNorm, GELU and residuals (a few large channels would take the whole range), and positions (the phases of sines are
+noise in int8). Folding leaves products of probabilities or scores with a table of positions. They look like linear
+layers, but they follow or precede a softmax.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ import onnx_ir as ir
 
 from perceiver_export.calibration.graphs import MOVES, dims, is_constant, leads_to, node_flops
 
-# Operators that neither start nor end a path from a softmax to a product, or from a product to a softmax.
+# Operators that may be on the path from a softmax to a product, or from a product to a softmax.
 _FROM_SOFTMAX = MOVES | {"Mul", "Div", "Cast", "ReduceSum"}
-_TO_SOFTMAX = MOVES | {"Mul", "Div", "Cast", "Add", "Sub", "Where"}  # Gather takes rows of a table of scores, by index
+_TO_SOFTMAX = MOVES | {"Mul", "Div", "Cast", "Add", "Sub", "Where"}  # Gather selects rows from a table of scores
 _SOFTMAX = frozenset({"Softmax"})
-# Names that tracing gives to computed constants, after the operator that made them.
+# Names that tracing gives to computed constants, after the operator that computed them.
 _ANONYMOUS = re.compile(
     r"(val|node|tensor|lifted_tensor|_tensor_constant|permute|transpose|t|unsqueeze|view|div|mul|fold\.)_?\d*(_\d+)?"
 )
 
-PROBABILITIES = "attention probabilities × a table: one of many keys is far below a step of int8"
-RESIDUAL = "the residual beside a folded MLP: residuals stay float"
-SCORES = "attention scores against a table of positions: positions stay float"
+PROBABILITIES = "it multiplies attention probabilities: that of one of many keys is far below a step of int8"
+RESIDUAL = "it is the residual of a folded MLP, and residuals stay float"
+SCORES = "it multiplies a table of positions for attention scores, and positions stay float"
 
 
 @dataclass(frozen=True)
 class Linear:
-    """One run of a linear layer; blocks that share weights are several runs of one ``group``.
+    """One run of a linear layer. Blocks that share weights are several runs of one ``group``.
 
-    ``macs`` are multiply-adds a sample, dynamic sizes counted as 1.
+    ``macs`` is the number of multiply-adds, with dynamic sizes as 1.
     """
 
     name: str
@@ -62,18 +62,18 @@ class Linear:
 
     @property
     def bias(self) -> ir.Value | None:
-        """The bias (N), None where there is none."""
+        """The bias (N); None without one."""
         return None if self.bias_add is None else _initializer_of(self.bias_add)
 
     @property
     def output(self) -> ir.Value:
-        """The layer's output, bias included."""
+        """The layer's output, including the bias."""
         return (self.bias_add or self.node).outputs[0]
 
 
 @dataclass(frozen=True)
 class Exclusion:
-    """A product with a constant that stays float by policy, and why."""
+    """A product with a constant that stays float by policy, and the reason."""
 
     name: str
     macs: int
@@ -81,9 +81,9 @@ class Exclusion:
 
 
 def find_linears(graph: ir.Graph) -> tuple[list[Linear], list[Exclusion]]:
-    """All linears in running order, and the products with constants that are not linears.
+    """All linear layers in execution order, and the products with constants that are not linear layers.
 
-    Shapes must be known, and Gemm written as MatMul and Add (`graphs.split_gemms`).
+    Shapes must be known, and every Gemm rewritten as MatMul and Add (`graphs.split_gemms`).
     """
     linears: list[Linear] = []
     exclusions: list[Exclusion] = []
@@ -99,7 +99,7 @@ def find_linears(graph: ir.Graph) -> tuple[list[Linear], list[Exclusion]]:
 
 
 def _group_of(node: ir.Node) -> str:
-    """The layer's name: its weight's, or that of the first node that reads it where it has no name of its own."""
+    """The layer's name: the weight's name, or for an unnamed weight that of the first node that reads it."""
     weight = node.inputs[1]
     assert weight is not None
     name = weight.name or ""
@@ -114,7 +114,7 @@ def _is_weight(value: ir.Value | None) -> bool:
 
 
 def _bias_add(node: ir.Node) -> ir.Node | None:
-    """The Add of a bias (N) where it is this product's only reader."""
+    """The Add of a bias (N) if it is the product's only reader."""
     output = node.outputs[0]
     if output.is_graph_output() or len(output.uses()) != 1:
         return None

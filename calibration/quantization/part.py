@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One graph of a bundle: float in, canonical Q/DQ and its lowered forms out, with a record of the decisions."""
+"""Quantize one graph of a bundle: float in, canonical Q/DQ and its lowered forms out, with a record of decisions."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from perceiver_export.calibration.quantization.smoothing import smooth
 from perceiver_export.calibration.quantization.statistics import Statistics, load_graph
 from perceiver_export.runtimes.manifest import Part
 
-_TELLING = 0.02  # the manifest names exclusions above this share of the multiply-adds, with their reason
+_TELLING = 0.02  # the manifest lists exclusions above this share of the multiply-adds
 
 
 @dataclass(frozen=True)
 class PlannedPart:
-    """A float graph, smoothed, with a plan for each of its linears. ``alphas`` are of smoothing, by group."""
+    """A smoothed float graph with a plan for each linear layer. ``alphas`` has smoothing's α by group."""
 
     model: ir.Model
     plans: tuple[LinearPlan, ...]
@@ -34,13 +34,13 @@ class PlannedPart:
 
     @property
     def integer(self) -> tuple[Linear, ...]:
-        """The linears that integer kernels should run."""
+        """The linear layers that integer kernels should run."""
         return tuple(plan.linear for plan in self.plans if plan.scheme == "int8")
 
 
 @dataclass(frozen=True)
 class QuantizedPart:
-    """``models`` by file name; ``part`` is its description in the manifest, ``kept_float`` the reasons by layer."""
+    """A quantized part: ``models`` by file name, ``part`` for the manifest, and reasons of ``kept_float`` by layer."""
 
     part: Part
     models: dict[str, ir.Model]
@@ -50,7 +50,7 @@ class QuantizedPart:
 
 
 def plan_part(path: Path, statistics: Statistics, options: QuantizeOptions) -> PlannedPart:
-    """Read a graph, fold smoothing into it (and into ``statistics``), and decide on integers."""
+    """Read a graph, fold smoothing into it and into ``statistics``, and choose the integers."""
     model = load_graph(path)
     linears, exclusions = find_linears(model.graph)
     schemes = schemes_of(linears, options.scheme, options.schemes)
@@ -63,10 +63,10 @@ def plan_part(path: Path, statistics: Statistics, options: QuantizeOptions) -> P
 def quantize_part(
     path: Path, part: Part, statistics: Statistics, options: QuantizeOptions, raised: Collection[str] = ()
 ) -> QuantizedPart:
-    """Quantize the graph at ``path``. Changes ``statistics`` by smoothing; ``raised``: groups a search put back."""
+    """Quantize the graph at ``path``. Smoothing changes ``statistics``; ``raised`` has groups that a search raised."""
     planned = plan_part(path, statistics, options)
     total = sum(one.linear.macs for one in planned.plans) + sum(one.macs for one in planned.exclusions) or 1
-    record = _record(planned, statistics, total)  # before the graph changes under the linears
+    record = _record(planned, statistics, total)  # before the graph changes
     write_qdq(planned.model, planned.plans)
     models, lowered = {part.file: planned.model}, {}
     for target, lower in LOWERINGS.items() if planned.integer else ():
@@ -100,9 +100,9 @@ def _record(planned: PlannedPart, statistics: Statistics, total: int) -> PartRec
 
 
 def _kept_float(planned: PlannedPart, raised: Collection[str], total: int) -> dict[str, str]:
-    """Layers that were asked to stay float, and products that policy keeps float where they are a large share."""
+    """Layers that stay float by request or search, and products that policy keeps float if they are a large share."""
     floats = [one.linear.group for one in planned.plans if one.scheme == "float"]
-    kept = {group: "found by a search" if group in raised else "asked for" for group in floats}
+    kept = {group: "chosen by the search" if group in raised else "requested" for group in floats}
     for one in planned.exclusions:
         if sum(other.macs for other in planned.exclusions if other.reason == one.reason) > _TELLING * total:
             kept[one.name] = f"{one.reason} ({one.macs / total:.1%} of the multiply-adds)"

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """`quantize()`: bundle + data -> one pass -> integers -> lowered graphs -> measured int8 bundle.
 
-Neither NNCF nor onnxruntime.quantization is underneath, although both were considered. The parts they do well
-(statistics, smoothing, bias correction) take a few lines each once one pass has collected the numbers, and the rest
-does not fit a Perceiver. NNCF calibrates each use of a shared weight separately, leaves the products of its smoothing
-in the graph, and needs 150 MB of dependencies. onnxruntime's histograms hold every tensor of every sample, and its
-writer makes int32 biases and a Q for each use of a tensor.
+It uses neither NNCF nor onnxruntime.quantization, although both were considered. The parts they do well (statistics,
+smoothing, bias correction) take a few lines each after one pass has collected the numbers, and the rest does not suit a
+Perceiver. NNCF calibrates each use of a shared weight separately, leaves the products of its smoothing in the graph,
+and needs 150 MB of dependencies. onnxruntime's histograms hold every tensor of every sample, and it writes int32 biases
+and a Q for each use of a tensor.
 """
 
 from __future__ import annotations
@@ -58,13 +58,13 @@ def quantize(
     sensitivity: Sequence[GroupSensitivity] = (),
     progress: Report | None = None,
 ) -> Bundle:
-    """Quantize a bundle, calibrated on DATA (`calibration.data`); nothing is written if anything fails.
+    """Quantize a bundle, calibrated on DATA (`calibration.data`). Nothing is written if anything fails.
 
-    Texts of DATA that are longer than the model are left out, which a note says, or cut with ``options.truncate``.
+    Texts in DATA that are too long for the model are skipped with a note, or cut with ``options.truncate``.
     ``sensitivity``, as `measure_sensitivity` found it, is kept in the record for `profile`.
 
-    Raises UsageError, DataError, BundleError, BundleExistsError, ExportError (the disk), MissingDependencyError;
-    GateError where coverage or accuracy is below what ``options`` ask for.
+    Raises UsageError, DataError, BundleError, BundleExistsError, MissingDependencyError; ExportError: the disk is full
+    or not writable; GateError: coverage or accuracy is lower than ``options`` require.
     """
     report = progress or (lambda what, done, total: None)
     path, source = absolute_place(output), open_bundle(bundle)
@@ -84,11 +84,11 @@ def quantize(
 
 
 def check_options(options: QuantizeOptions, source: Bundle) -> None:
-    """Raise UsageError: the bundle is quantized already, or ``options`` do not fit its layers."""
+    """Raise UsageError if the bundle is already quantized, or ``options`` do not match its layers."""
     check_kind("options", options, QuantizeOptions, "QuantizeOptions")
     check_against_fp32(options.gates, source.manifest)
     if source.manifest.quantization is not None:
-        raise UsageError(f"{source.path} is quantized already", "give the fp32 bundle that it was made from")
+        raise UsageError(f"{source.path} is already quantized", "give the fp32 bundle from which it was made")
     if not options.schemes:
         return
     linears = [
@@ -100,13 +100,13 @@ def check_options(options: QuantizeOptions, source: Bundle) -> None:
     for pattern in options.schemes:
         if not any(fnmatchcase(group, pattern) for group in groups):
             near = ", ".join(groups[:4])
-            raise UsageError(f"no layer is called {pattern!r}", f"there are {near}, …; `--sensitivity` lists all")
+            raise UsageError(f"no layer matches {pattern!r}", f"use names such as {near}; `--sensitivity` lists all")
     if set(schemes_of(linears, options.scheme, options.schemes).values()) == {"float"}:
-        raise UsageError("no layer is left to quantize", "keep fewer of them float")
+        raise UsageError("all layers stay float", "keep fewer layers float")
 
 
 def observe_for(source: Bundle, data: Data, options: QuantizeOptions, report: Report) -> Observation:
-    """The pass over DATA. Raises DataError."""
+    """Make the pass over DATA. Raises DataError."""
     return observe(truncating(source) if options.truncate else source, data, options.samples, options.threads, report)
 
 
@@ -119,10 +119,10 @@ def write_quantized(
     report: Report,
     raised: Collection[str] = (),
 ) -> None:
-    """Write all files of a quantized bundle that will be called ``name``; changes the observation's statistics.
+    """Write all files of a quantized bundle that will be named ``name``. It changes the observation's statistics.
 
-    `compare_with_fp32` completes the record. ``raised``: groups that a search put back to a higher precision. Raises
-    GateError: the coverage is below ``options.min_coverage``.
+    `compare_with_fp32` completes the record. ``raised`` has the groups that a search raised to a higher precision.
+    Raises GateError: the coverage is below ``options.min_coverage``.
     """
     report("quantize", 0, 1)
     parts = {
@@ -158,7 +158,7 @@ def write_quantized(
 def _measure_kernels(
     parts: Mapping[str, QuantizedPart], observation: Observation, directory: Path
 ) -> dict[str, tuple[Coverage, ...]]:
-    """By part, the kernels of every engine on this machine; none of a part without integer linears."""
+    """By part, the kernels in every engine on this machine; empty for a part without integer linear layers."""
     described = {key: one.part for key, one in parts.items()}
     graphs = {target: engines.graphs_for(target, described, directory) for target in engines.targets()}
     return {
@@ -187,7 +187,7 @@ def _record(options: QuantizeOptions, observation: Observation, parts: dict[str,
 
 
 def _copy_others(source: Bundle, directory: Path) -> None:
-    """Copy the source's files except its graphs, those lowered for a target, and the weights of both."""
+    """Copy the source's files except its graphs, its lowered graphs, and the weights of both."""
     left = {WEIGHTS}
     for part in source.manifest.parts.values():
         left |= {part.file, *part.lowered.values(), *(f"{lowering}.weights" for lowering in part.lowered)}
@@ -197,7 +197,9 @@ def _copy_others(source: Bundle, directory: Path) -> None:
 
 
 def compare_with_fp32(source: Bundle, observation: Observation, directory: Path, threads: int | None) -> None:
-    """Add to the record of the bundle in ``directory`` its outputs against fp32's, and its speed against all floats."""
+    """Compare the outputs of the bundle in ``directory`` with fp32's, and its speed with all floats', and add both to
+    its record.
+    """
     made = open_bundle(directory, verify="never")
     effects = engines.measure_effects(
         source.manifest, engines.graphs_for("ort-cpu", made.manifest.parts, directory), observation.calls, threads
@@ -210,7 +212,7 @@ def compare_with_fp32(source: Bundle, observation: Observation, directory: Path,
         if (graphs := engines.graphs_for(target, made.manifest.parts, directory))
     )
     warnings = [
-        f"not faster than {one.best[0]} on this machine's {one.target}, when it was quantized: "
+        f"not faster than {one.best[0]} with {one.target} on the machine that quantized it: "
         + (f"it gains size alone, {size:.2f} × fp32's" if size < 1 else f"nor smaller, {size:.2f} × fp32's size")
         for one in speeds
         if not one.faster
@@ -240,7 +242,7 @@ def _add_to_record(directory: Path, warnings: Sequence[str] = (), **found: Any) 
 
 
 def _write_record(directory: Path, manifest: Manifest, record: Calibration, warnings: Sequence[str]) -> None:
-    """Write calibration.json and the manifest, both with ``warnings`` added."""
+    """Write calibration.json and the manifest, with ``warnings`` added to both."""
     record = structs.replace(record, warnings=(*record.warnings, *warnings))
     (directory / CALIBRATION).write_bytes(encode_json(record))
     files = {**manifest.files, CALIBRATION: file_entry(directory / CALIBRATION)}
@@ -249,18 +251,19 @@ def _write_record(directory: Path, manifest: Manifest, record: Calibration, warn
 
 
 def _check_gateable(source: Bundle, data: Data, options: QuantizeOptions) -> None:
-    """Raise UsageError, before anything runs, if the gates cannot be checked on DATA; MissingDependencyError without
-    the library that computes bounds.
+    """Check before anything runs that DATA can be used for gates.
+
+    Raises UsageError: it cannot; MissingDependencyError: the library that computes bounds is missing.
     """
     if not isinstance(data, (str, Path)):
         raise UsageError("accuracy gates need data that can be read twice", "give a path or module:function")
     if str(data) == RANDOM:
-        raise UsageError("random numbers show no accuracy", "give real data with gates, or leave the gates out")
+        raise UsageError("random numbers cannot show accuracy", "give real data with gates, or omit the gates")
     scipy_stats()
 
 
 def _check_gates(directory: Path, source: Bundle, data: Data, options: QuantizeOptions) -> None:
-    """Hold `validate`'s gates, and add them to the record. Raises GateError and its kinds."""
+    """Check `validate`'s gates and add them to the record. Raises GateError and its subclasses."""
     from perceiver_export.calibration.validation.validation import validate
 
     assert isinstance(data, (str, Path))
@@ -271,7 +274,6 @@ def _check_gates(directory: Path, source: Bundle, data: Data, options: QuantizeO
     except (UndecidedError, VacuousGateError) as error:
         raise type(error)(f"{error.message}: nothing was written", error.hint) from error
     except GateError as error:
-        raise GateError(
-            f"{error.message}: nothing was written", "try --keep-float for the layers that `--sensitivity` puts first"
-        ) from error
+        hint = "use --keep-float for the layers that `--sensitivity` lists first"
+        raise GateError(f"{error.message}: nothing was written", hint) from error
     _add_to_record(directory, gates=found.gates)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""calibration.json: how a bundle was quantized, on which data, and the measurements of the result."""
+"""calibration.json: how a bundle was quantized, on which data, and measurements of the result."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ CALIBRATION = "calibration.json"
 _VERSION = 1
 
 POLICY = (
-    "linears only: products of activations with weights, int8 with a scale for each output channel, int4 with one for "
-    "each block of inputs as well; activations, where they are integers, one scale a tensor, symmetric; attention "
-    "products, softmax, LayerNorm, residuals, GELU and positions stay float"
+    "only linear layers are quantized: weights are int8 with one scale per output channel, or int4 with one scale per "
+    "block of inputs too; integer activations are symmetric with one scale per tensor; attention products, softmax, "
+    "LayerNorm, residuals, GELU and positions stay float"
 )
 
 
 class Layer(msgspec.Struct, frozen=True):
-    """One run of a linear: the engine's name of the kernel that ran it, and whether that multiplies integers."""
+    """One run of a linear layer: the engine's name for its kernel, and whether the kernel multiplies integers."""
 
     name: str
     group: str
@@ -42,18 +42,18 @@ class Coverage(msgspec.Struct, frozen=True):
 
     @property
     def share(self) -> float:
-        """Multiply-adds in integer kernels as a share of all; 1 where there are none."""
+        """Multiply-adds in integer kernels as a share of all; 1 without multiply-adds."""
         return share(self.layers)
 
 
 def share(layers: Sequence[Layer]) -> float:
-    """Multiply-adds in integer kernels as a share of all; 1 where there are none."""
+    """Multiply-adds in integer kernels as a share of all; 1 without multiply-adds."""
     total = sum(layer.macs for layer in layers)
     return sum(layer.macs for layer in layers if layer.integer) / total if total else 1.0
 
 
 class Range(msgspec.Struct, frozen=True):
-    """An activation that linears read: its exact bounds, and the scale it was given (None: it stays float)."""
+    """An activation that linear layers read: its exact bounds and its scale (None: it stays float)."""
 
     name: str
     low: float
@@ -62,7 +62,7 @@ class Range(msgspec.Struct, frozen=True):
 
 
 class Fp16Hazard(msgspec.Struct, frozen=True):
-    """A tensor that would overflow fp16: its largest value, or the number of terms in its sum."""
+    """A tensor that would overflow fp16, with its largest value and the number of terms in its sum."""
 
     name: str
     largest: float
@@ -70,7 +70,7 @@ class Fp16Hazard(msgspec.Struct, frozen=True):
 
 
 class LinearRecord(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One run of a linear: ``sqnr`` of its own product on the sampled rows, in dB; ``alpha`` of smoothing.
+    """One run of a linear layer: ``sqnr`` of its product on the sampled rows, in dB; ``alpha`` is smoothing's α.
 
     ``output_sqnr``: of the part's outputs with only its layer quantized, where `measure_sensitivity` ran.
     """
@@ -85,7 +85,7 @@ class LinearRecord(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Excluded(msgspec.Struct, frozen=True):
-    """A product with a constant that stays float by policy; ``share`` is its part of all multiply-adds."""
+    """A product with a constant that stays float by policy; ``share`` is its share of all multiply-adds."""
 
     name: str
     share: float
@@ -93,7 +93,7 @@ class Excluded(msgspec.Struct, frozen=True):
 
 
 class PartRecord(msgspec.Struct, frozen=True):
-    """One graph."""
+    """The record of one graph."""
 
     linears: tuple[LinearRecord, ...]
     ranges: tuple[Range, ...]
@@ -103,7 +103,7 @@ class PartRecord(msgspec.Struct, frozen=True):
 
 
 class Speed(msgspec.Struct, frozen=True):
-    """Milliseconds a call of all parts, all timed in turn; in fp32, and quantized beside fp32.
+    """Milliseconds per call of all parts, all timed alternately: in fp32, and quantized beside fp32.
 
     ``others``: in the lower precisions that the target computes in ("bf16", "int8 with bf16"). ``best``: the fastest
     float and the fastest quantized one; ``ratios``: quartiles of the second's time relative to the first's, round by
@@ -132,18 +132,18 @@ class Speed(msgspec.Struct, frozen=True):
 
 
 class OutputEffect(msgspec.Struct, frozen=True):
-    """An output of the quantized bundle against fp32's on calibration samples, on ONNX Runtime: SQNR in dB."""
+    """An output of the quantized bundle compared with fp32's, on calibration samples and ONNX Runtime: SQNR in dB."""
 
     output: str
     sqnr: float
-    agreement: float | None  # share of samples with the same answer, where the output holds scores
+    agreement: float | None  # the share of samples with the same prediction, if the output holds scores
 
 
 class Calibration(msgspec.Struct, frozen=True):
-    """All of calibration.json but the certificates.
+    """calibration.json without the certificates.
 
-    ``gates`` held on the calibration data itself, which proves little. ``searched``: digests of the
-    samples that precisions were chosen on.
+    ``gates`` were passed on the calibration data itself, which proves little. ``searched`` has the digests of the
+    samples on which precisions were chosen.
     """
 
     scheme: str
@@ -166,19 +166,19 @@ class Calibration(msgspec.Struct, frozen=True):
 
     @property
     def how(self) -> str:
-        """The scheme in words, with the number of layers that have another one.
+        """The scheme in words, with the number of layers in other schemes.
 
-        The method of ranges and the bits of integer products are left out where no layer has integer activations.
+        The method for ranges and the bits of weights are omitted if no layer has integer activations.
         """
         layers = {(name, one.group): one.scheme for name, part in self.parts.items() for one in part.linears}
         counts = Counter(layers.values())
-        ranges = f", ranges by {self.method}, weights of {self.weight_bits} bits" if counts["int8"] else ""
+        ranges = f", ranges by {self.method}, {self.weight_bits}-bit weights" if counts["int8"] else ""
         others = [f"{count} {scheme}" for scheme, count in counts.items() if scheme != self.scheme]
         return f"{self.scheme}{ranges}" + (f"; of {len(layers)} layers {', '.join(others)}" if others else "")
 
 
 def read_calibration(bundle: Bundle) -> Calibration | None:
-    """A quantized bundle's record; None where the bundle is not quantized. Raises BundleError."""
+    """A quantized bundle's record; None if the bundle is not quantized. Raises BundleError: it cannot be read."""
     if CALIBRATION not in bundle.manifest.files or bundle.manifest.quantization is None:
         return None
     return read_json(bundle.file(CALIBRATION), Calibration, hint="copy or quantize the bundle again")

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SmoothQuant (arXiv 2211.10438), with every factor folded into a weight: no product is left in the graph.
+"""SmoothQuant (arXiv 2211.10438) with every factor folded into a weight, so that the graph gets no new products.
 
     x W = (x / s) (s W),   s_j = max|x_j|^α / max_n|W_jn|^(1 − α)
 
-A channel of x that is large spoils the one scale of the tensor. Dividing it by s_j moves the spread into W, which has a
-scale for each output channel. The division goes into the node that made x: the scale and shift of a LayerNorm, or,
-where x is an attention's output, the columns of the value projection. There is no such place behind a GELU.
+A large channel of x makes the tensor's only scale coarse. Dividing the channel by s_j moves its spread into W, which
+has one scale per output channel. The division is folded into the node that produces x: into the scale and shift of a
+LayerNorm, or, if x is an attention's output, into the columns of the value projection. A GELU has no such parameters.
 
-Blocks that share weights share a LayerNorm too, so all runs of a layer get one vector. α is the one with the least
-error of the products on the sampled rows; "no smoothing" is among the choices, so no layer gets worse.
+Blocks that share weights also share a LayerNorm, so all runs of a layer get the same vector. α is chosen for the least
+error of the products on the sampled rows. "No smoothing" is among the choices, so no layer gets worse.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from perceiver_export.calibration.quantization.statistics import Statistics
 from perceiver_export.runtimes.runtime import Array
 
 _ALPHAS = (0.3, 0.5, 0.7, 0.85, 1.0)
-_ROWS = 64  # of each run that the search looks at
+_ROWS = 64  # sampled rows of each run on which α is searched
 _LEAST_FACTOR, _MOST_FACTOR = 1e-2, 1e2
 
 
 @dataclass(frozen=True)
 class Site:
-    """Linears that one vector serves, and the nodes it is folded into.
+    """Linear layers that share one vector (``readers``), and the nodes into which it is folded.
 
-    ``norms``: LayerNormalizations that share their scale and shift. ``values``: linears whose output channels are the
-    readers' input channels.
+    ``norms`` are LayerNormalizations that share their scale and shift. ``values`` are linear layers whose output
+    channels are the readers' input channels.
     """
 
     readers: tuple[Linear, ...]
@@ -44,7 +44,7 @@ class Site:
 
 
 def smooth(graph: ir.Graph, linears: Sequence[Linear], statistics: Statistics, bits: int) -> dict[str, float]:
-    """Fold smoothing into the graph's float weights, in place, and into the statistics; α by group, where it helps."""
+    """Fold smoothing into the graph's float weights and the statistics, in place. Returns α by group where it helps."""
     chosen: dict[str, float] = {}
     for site in find_sites(linears):
         alpha, factors = _search(site, statistics, bits)
@@ -59,7 +59,7 @@ def smooth(graph: ir.Graph, linears: Sequence[Linear], statistics: Statistics, b
 
 
 def find_sites(linears: Sequence[Linear]) -> list[Site]:
-    """Where a vector can be folded: behind LayerNorms all of whose readers are linears, and behind values."""
+    """The sites where a vector can be folded: into LayerNorms read only by linear layers, and value projections."""
     sites, done = [], set[ir.Value]()
     for linear in linears:
         if linear.weight in done:
@@ -69,7 +69,7 @@ def find_sites(linears: Sequence[Linear]) -> list[Site]:
         makers = dict.fromkeys(reader.activation for reader in readers)
         nodes = {reader.node for reader in readers}
         if any(value.is_graph_output() or not set(value.consumers()) <= nodes for value in makers):
-            continue  # something else would read it divided
+            continue  # another node would read the divided value
         norms = [node for value in makers if (node := made_by(value, "LayerNormalization"))]
         if len(norms) == len(makers):
             if len({tuple(norm.inputs[1:]) for norm in norms}) == 1:
@@ -80,7 +80,7 @@ def find_sites(linears: Sequence[Linear]) -> list[Site]:
 
 
 def _connected(start: Linear, linears: Sequence[Linear]) -> tuple[Linear, ...]:
-    """All linears that share a weight or an activation with ``start``, by any number of steps."""
+    """All linear layers that share a weight or an activation with ``start``, directly or through others."""
     found: dict[ir.Node, Linear] = {}
     waiting = [start]
     while waiting:
@@ -92,18 +92,18 @@ def _connected(start: Linear, linears: Sequence[Linear]) -> tuple[Linear, ...]:
 
 
 def _value_projections(makers: Iterable[ir.Value], linears: Sequence[Linear]) -> tuple[Linear, ...]:
-    """The value projections behind attention outputs, if channels keep their order and nothing else reads them."""
+    """The value projections of attention outputs, if channels keep their order and nothing else reads them."""
     by_output = {linear.output: linear for linear in linears}
     found = [_projection(value, by_output) for value in makers]
     nodes = {one.node for one in found if one is not None}
     weights = {one.weight for one in found if one is not None}
-    # Every run of a shared value projection must lead here, each to an attention of its own.
+    # Every run of a shared value projection must lead here, each to its own attention.
     runs = {one.node for one in linears if one.weight in weights}
     return tuple(one for one in found if one is not None) if len(nodes) == len(found) and runs == nodes else ()
 
 
 def _projection(value: ir.Value, by_output: Mapping[ir.Value, Linear]) -> Linear | None:
-    """The linear whose output, as an attention's values, becomes ``value`` with channels in their order."""
+    """The linear layer whose output, as an attention's values, becomes ``value`` with channels in the same order."""
     chain: list[ir.Node] = []
     current: ir.Value | None = value
     while current is not None and current not in by_output:
@@ -120,8 +120,8 @@ def _projection(value: ir.Value, by_output: Mapping[ir.Value, Linear]) -> Linear
 
 
 def _keeps_channels(source: ir.Value, chain: Sequence[ir.Node]) -> bool:
-    """Whether channel j of ``source`` is channel j behind ``chain``: the channels' numbers are sent through it."""
-    numbers = np.arange(dims(source)[-1], dtype=np.int16)  # of a small type: inputs may be 180,000 rows
+    """Whether channel j of ``source`` is channel j after ``chain``, found by sending channel numbers through it."""
+    numbers = np.arange(dims(source)[-1], dtype=np.int16)  # a small type, because inputs may have 180,000 rows
     array = np.broadcast_to(numbers, dims(source))
     for node in chain:
         shape = dims(node.outputs[0])
@@ -130,7 +130,7 @@ def _keeps_channels(source: ir.Value, chain: Sequence[ir.Node]) -> bool:
         elif node.op_type == "Reshape" and np.prod(shape) == array.size:
             array = array.reshape(shape)
         elif array.ndim == len(shape) and (*array.shape[:-2], array.shape[-1]) == (*shape[:-2], shape[-1]):
-            first = array[..., :1, :]  # every row of probabilities × values mixes all rows of values
+            first = array[..., :1, :]  # each row of probabilities × values mixes all rows of values
             if (array != first).any():
                 return False
             array = np.broadcast_to(first, shape)
@@ -140,21 +140,21 @@ def _keeps_channels(source: ir.Value, chain: Sequence[ir.Node]) -> bool:
 
 
 def _search(site: Site, statistics: Statistics, bits: int) -> tuple[float, Array]:
-    """The α with the least error of the products, and its factors; α is 0 where no smoothing is best."""
+    """The α with the least error of the products, and its factors; α is 0 if no smoothing is best."""
     largest = np.max([statistics.of(linear).largest for linear in site.readers], axis=0)
     weights = {linear.weight: array_of(linear.weight) for linear in site.readers}
     widest = np.max([np.abs(weight).reshape(-1, *weight.shape[-2:]).max(axis=(0, 2)) for weight in weights.values()], 0)
     tried = [(0.0, np.ones_like(largest))]
     for alpha in _ALPHAS:
         factors = np.maximum(largest, 1e-5) ** alpha / np.maximum(widest, 1e-5) ** (1 - alpha)
-        # Only ratios matter; a common factor would only move numbers towards fp16's ends.
+        # Only ratios matter. A common factor would only move values towards the limits of fp16.
         factors = factors / np.exp(np.mean(np.log(factors)))
         tried.append((alpha, np.clip(factors, _LEAST_FACTOR, _MOST_FACTOR).astype(np.float32)))
     return tried[int(np.argmin([_error(site, statistics, weights, factors, bits) for _, factors in tried]))]
 
 
 def _error(site: Site, statistics: Statistics, weights: Mapping[ir.Value, Array], factors: Array, bits: int) -> float:
-    """Squared error of all products on sampled rows, each as a share of the product's size."""
+    """The squared error of all products on sampled rows, each as a share of the product's squared size."""
     restored = {
         value: quantize_channels(weight * factors[:, None], bits).dequantized() for value, weight in weights.items()
     }
@@ -170,9 +170,9 @@ def _error(site: Site, statistics: Statistics, weights: Mapping[ir.Value, Array]
 
 
 def _fold(graph: ir.Graph, site: Site, factors: Array) -> None:
-    """Multiply the readers' weights by ``factors``, and divide by them the parameters that make their input.
+    """Multiply the readers' weights by ``factors``, and divide the parameters that produce their input by them.
 
-    Only these nodes get the new parameters: equal arrays of different layers are stored once.
+    Only these nodes get the new parameters, because equal arrays of different layers are stored once.
     """
     folded: list[tuple[Iterable[ir.Value | None], Collection[ir.Node | None], Array]] = [
         ([one.weight for one in site.readers], [one.node for one in site.readers], factors[:, None]),

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One pass over the data that collects the statistics of every scheme.
+"""Collect the statistics for every scheme in one pass over the data.
 
-Of each activation that linears read: exact bounds of every channel, and a bounded sample of rows. Ranges, smoothing and
-bias corrections all come from these. Memory depends on the number and widths of the tensors, not on the number of
-samples.
+For each activation that linear layers read, these are the exact bounds of every channel and a bounded sample of rows.
+Ranges, smoothing and bias corrections are computed from them. Memory depends on the number and widths of tensors, not
+on the number of samples.
 
-Reductions run inside the graph, so a few numbers leave it instead of each tensor: all tensors of one ImageNet image are
-3.4 GB. They run right behind the tensor they reduce, so it need not be kept alive. Rows are drawn at random positions,
-new ones in each call.
+Reductions run inside the graph, so that only a few numbers leave it instead of whole tensors: all tensors of one
+ImageNet image take 3.4 GB. A reduction runs directly after its tensor, which need not be kept alive. Rows are drawn at
+random positions, new ones in each call.
 """
 
 from __future__ import annotations
@@ -39,20 +39,19 @@ from perceiver_export.runtimes.tasks.tokenizers import tokenizer_of
 
 Report = Callable[[str, int, int], None]
 
-NO_SAMPLES = ("the data holds no samples", "it is empty, or a generator that was used up")
-_PLACES = "calibration.places"  # the extra input: which rows to sample, in [0, 1)
+NO_SAMPLES = ("the data contains no samples", "give data that is not empty; a generator can be read only once")
+_PLACES = "calibration.places"  # an extra input: the positions of the rows to sample, in [0, 1)
 _VALUES_A_TENSOR = 1 << 17
 _BYTES = 64 << 20  # for the samples of all tensors together
-_KEPT = 8  # calls whose feeds and outputs are kept, to measure the effect of quantization on
+_KEPT = 8  # calls whose feeds and outputs are kept to measure the effect of quantization
 _RANDOM_SAMPLES = 32
 _LARGEST_FLOAT16 = 65_504.0
 
 
 @dataclass
 class Activation:
-    """An input of linears. ``low``, ``high`` (K): exact bounds of each channel. ``rows`` (n, K): a uniform sample.
-
-    Up to ``capacity`` rows are kept of all that were ``seen``.
+    """An input of linear layers. ``low`` and ``high`` (K) are each channel's exact bounds; ``rows`` (capacity, K) holds
+    a uniform sample of the rows ``seen``.
     """
 
     low: Array
@@ -62,12 +61,12 @@ class Activation:
 
     @classmethod
     def empty(cls, width: int, capacity: int) -> Activation:
-        """Nothing seen yet, with room for ``capacity`` rows."""
+        """An activation without data, with room for ``capacity`` rows."""
         bounds = np.full(width, np.inf, np.float32)
         return cls(bounds, -bounds, np.zeros((capacity, width), np.float32))
 
     def add(self, low: Array, high: Array, rows: Array, generator: np.random.Generator) -> None:
-        """Take in one call's bounds and rows; rows beyond the capacity replace earlier ones (Vitter's algorithm R)."""
+        """Add one call's bounds and rows. Rows beyond the capacity replace earlier ones (Vitter's algorithm R)."""
         np.minimum(self.low, low, out=self.low)
         np.maximum(self.high, high, out=self.high)
         for row in rows:
@@ -78,53 +77,53 @@ class Activation:
 
     @property
     def sample(self) -> Array:
-        """The rows kept, (n, K)."""
+        """The kept rows (n, K)."""
         return self.rows[: self.seen]
 
     @property
     def largest(self) -> Array:
-        """Largest absolute value of each channel (K)."""
+        """The largest absolute value of each channel (K)."""
         return np.maximum(np.abs(self.low), np.abs(self.high))
 
     def scaled(self, factors: Array) -> Activation:
-        """The same with each channel multiplied by a positive factor."""
+        """The activation with each channel multiplied by a positive factor."""
         return Activation(self.low * factors, self.high * factors, self.rows * factors, self.seen)
 
 
 @dataclass
 class Hazard:
-    """A tensor that fp16 may not hold: its largest absolute value, and how many products or terms it sums."""
+    """A tensor that may overflow fp16: its largest absolute value, and the number of products or terms in its sum."""
 
     largest: float
     depth: int
 
     @property
     def overflows(self) -> bool:
-        """Whether a value, or a sum of ``depth`` ones as in a softmax, is beyond fp16's largest number."""
+        """Whether a value, or a sum of ``depth`` ones as in a softmax, exceeds fp16's largest number."""
         return max(self.largest, self.depth) > _LARGEST_FLOAT16
 
 
 @dataclass
 class Statistics:
-    """Of one graph, by tensor name: activations that linears read, and tensors that fp16 may not hold."""
+    """One graph's statistics by tensor name: inputs of linear layers, and tensors that may overflow fp16."""
 
     activations: dict[str, Activation]
     hazards: dict[str, Hazard]
 
     def of(self, linear: Linear) -> Activation:
-        """The activation that a linear reads."""
+        """The activation that a linear layer reads."""
         return self.activations[str(linear.activation.name)]
 
 
 class Observer:
-    """Watches a graph while it runs. ``statistics`` grow with each call.
+    """Observes a graph while it runs, and adds to ``statistics`` in each call.
 
-    ``samples`` is the number of calls to come; it spreads the rows that are kept over all of them.
+    ``samples`` is the number of calls to come; the kept rows are spread over all of them.
     """
 
     def __init__(self, path: Path, samples: int, seed: int = 0, threads: int | None = None) -> None:
         model = load_graph(path)
-        # In the graph's order: the same data then always draws the same rows.
+        # In the graph's order, so that the same data always draws the same rows.
         activations = dict.fromkeys(linear.activation for linear in find_linears(model.graph)[0])
         self._outputs = [value.name or "" for value in model.graph.outputs]
         limit = min(_VALUES_A_TENSOR, _BYTES // 4 // max(1, len(activations)))
@@ -141,10 +140,10 @@ class Observer:
         self._session = open_session(model, path.parent, threads, in_order=True)
 
     def run(self, feeds: Feeds) -> dict[str, Array]:
-        """Run one call and give the graph's own outputs. Raises DataError where a value is NaN or infinite."""
+        """Run one call and return the graph's own outputs. Raises DataError: a value is NaN or infinite."""
         places = {_PLACES: self._generator.random(self._rows, np.float32)} if self._rows else {}
         values = run_session(self._session, {**feeds, **places})
-        # Bounds alone would not show a NaN: onnxruntime's ReduceMax passes over it, except in the first row.
+        # Bounds alone would not reveal a NaN: onnxruntime's ReduceMax ignores it, except in the first row.
         for name in self._outputs:
             _require_finite(name, values[name])
         for name, activation in self.statistics.activations.items():
@@ -158,20 +157,18 @@ class Observer:
 
 def _require_finite(name: str, *arrays: Array) -> None:
     if not all(np.isfinite(array).all() for array in arrays):
-        raise DataError(
-            f"the model gives NaN or infinite values in {name}", "look for them in the data, or in the checkpoint"
-        )
+        raise DataError(f"the model computes NaN or infinity in {name}", "check the data and the checkpoint for them")
 
 
 def load_graph(path: Path) -> ir.Model:
-    """A bundle's graph with its shapes, and MatMul as the one kind of linear."""
+    """A bundle's graph with shapes, and with MatMul as the only form of linear layers."""
     model = with_shapes(read_graph(path))
     split_gemms(model.graph)
     return model
 
 
 def with_shapes(model: ir.Model) -> ir.Model:
-    """The model itself; shapes are inferred where any lacks."""
+    """The model itself; missing shapes are inferred."""
     import onnx_ir.passes.common as common
 
     if any(value.shape is None for node in model.graph for value in node.outputs):
@@ -180,7 +177,7 @@ def with_shapes(model: ir.Model) -> ir.Model:
 
 
 def _watch(graph: ir.Graph, rows: Mapping[ir.Value, int], hazards: Iterable[ir.Value]) -> None:
-    """Add outputs for bounds and rows of the activations, and for bounds of hazards."""
+    """Add outputs for the bounds and rows of activations, and for the bounds of hazards."""
     scalars = constant(graph, "calibration.flat", np.array([-1], np.int64))
     axis = constant(graph, "calibration.first", np.array([0], np.int64))
     places = ir.Value(name=_PLACES, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([None]))
@@ -201,7 +198,7 @@ def _watch(graph: ir.Graph, rows: Mapping[ir.Value, int], hazards: Iterable[ir.V
 
 
 def _sample_rows(behind: Behind, matrix: ir.Value, places: ir.Value, count: int) -> None:
-    """rows = matrix[floor(places[:count] × number of rows)]; the number may be dynamic, so it is taken in the graph."""
+    """Add rows = matrix[floor(places[:count] × number of rows)]; the graph computes this number, as it may vary."""
     zero = behind.constant("zero", np.array([0], np.int64))
     wanted = behind.constant("wanted", np.array([count], np.int64))
     one = behind.constant("one", np.array(1, np.int64))
@@ -216,7 +213,7 @@ def _sample_rows(behind: Behind, matrix: ir.Value, places: ir.Value, count: int)
 
 
 def _hazardous(node: ir.Node) -> list[tuple[ir.Value, int]]:
-    """Tensors of a node that fp16 may not hold, with how many terms were summed."""
+    """Tensors of a node that may overflow fp16, with the number of terms in their sums."""
     output, source = node.outputs[0], node.inputs[0] if node.inputs else None
     if output.dtype != ir.DataType.FLOAT:
         return []
@@ -232,7 +229,7 @@ def _width(value: ir.Value | None) -> int:
 
 @dataclass(frozen=True)
 class Call:
-    """Feeds and fp32 outputs of every part in one call."""
+    """One call's feeds and fp32 outputs, by part."""
 
     feeds: dict[str, dict[str, Array]]
     outputs: dict[str, Mapping[str, Array]]
@@ -240,7 +237,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Observation:
-    """The result of the pass: statistics by part, a description of the data, and the first few calls."""
+    """The result of the pass: statistics by part, a description of the data, and the first calls."""
 
     statistics: dict[str, Statistics]
     data: DataReport
@@ -248,7 +245,7 @@ class Observation:
 
 
 def observe(bundle: Bundle, data: Data, samples: int, threads: int | None, report: Report) -> Observation:
-    """Run up to ``samples`` samples through all parts. Raises DataError: no samples, or what `Samples` raises."""
+    """Run up to ``samples`` samples through all parts. Raises DataError: no samples, and as `Samples`."""
     if str(data) == RANDOM:
         samples = min(samples, _RANDOM_SAMPLES)
     manifest = bundle.manifest

@@ -8,8 +8,8 @@ import numbers
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
+from perceiver_export.calibration.options import option
 from perceiver_export.runtimes.bundle import Bundle
 from perceiver_export.runtimes.engines.backend import Precision
 from perceiver_export.runtimes.errors import UsageError, check_kind, check_whole
@@ -18,12 +18,6 @@ from perceiver_export.runtimes.runtime import Array, Feeds
 # A reference that is not a bundle: preprocessed inputs (n, ...) by name -> outputs (n, ...) by name. It may have a
 # ``name``, and ``described``, in the form of `Side.engine`; without that nothing is certified against it.
 Reference = Callable[[Feeds], Mapping[str, Array]]
-
-
-def option(default: Any, doc: str, value: str | None = None) -> Any:
-    """A field with the help and the metavar of the command line's option; a type as ``default`` makes the default."""
-    default = {"default_factory" if isinstance(default, type) else "default": default}
-    return field(**default, metadata={"doc": doc, "value": value})
 
 
 @dataclass(frozen=True)
@@ -98,9 +92,8 @@ class ValidateOptions:
     list.
     """
 
-    against: str | os.PathLike[str] | Bundle | Reference | None = field(
-        default=None,
-        metadata={"doc": "Reference: another bundle, or the checkpoint in PyTorch.", "value": "BUNDLE|SOURCE"},
+    against: str | os.PathLike[str] | Bundle | Reference | None = option(
+        None, "Reference: another bundle, or the checkpoint in PyTorch.", "BUNDLE|SOURCE"
     )
     gates: Gates = Gates()
     against_device: str | None = option(
@@ -108,8 +101,8 @@ class ValidateOptions:
     )
     samples: int | None = option(None, "Take so many samples, evenly spread over the data.")
     device: str = option("auto", "Target; `auto` is the first present, `all` each of them.")
-    precision: Precision | None = field(
-        default=None, metadata={"doc": "Engine of this precision (fp32, fp16, bf16); by default the one built last."}
+    precision: Precision | None = option(
+        None, "Engine of this precision (fp32, fp16, bf16); by default the one built last."
     )
     threads: int | None = option(None, "Threads of the engines; by default the engines choose.")
     truncate: bool = option(False, "Cut texts that are longer than the model, instead of leaving them out.")

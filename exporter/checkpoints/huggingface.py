@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hugging Face directories: config.json, preprocessor_config.json and weights, without transformers.
 
-Covers the seven task classes of transformers 4 and 5. What their code fixes and no config says (64 bands, 256
-channels, decoder heads) is fixed here too.
-
-transformers' names of our parameters, and the few whose layout differs.
+Covers the seven task classes of transformers 4 and 5. Sizes that their code fixes, and no config has (64 bands, 256
+channels, decoder heads), are fixed here too.
 """
 
 from __future__ import annotations
@@ -37,7 +35,6 @@ from perceiver_export.exporter.checkpoints.weights import Source, Sources, load_
 from perceiver_export.exporter.loaded import LoadedModel
 from perceiver_export.exporter.model import architectures
 from perceiver_export.exporter.model.architectures import Parity, VideoSizes
-from perceiver_export.exporter.model.checks import check_config
 from perceiver_export.exporter.model.config import (
     AttentionConfig,
     ImageInput,
@@ -51,7 +48,7 @@ from perceiver_export.runtimes.preprocessing import (
     VideoPreprocessing,
 )
 
-# The last of them are where transformers has the parameter: one level deeper in all models but the language model.
+# transformers' names of our parameters: one level deeper in all models but the language model.
 _QUERIES = "output_position_encodings.position_embeddings"
 _COMMON = (
     ("encoder.latents", "perceiver.embeddings.latents"),
@@ -91,7 +88,7 @@ _VIDEO = (
     ("decoder.heads.video.", "perceiver.output_postprocessor.modalities.image.classifier."),
     ("decoder.heads.label.", "perceiver.output_postprocessor.modalities.label.classifier."),
 )
-# Of the video autoencoder: what training reads and inference does not (the label is always masked, the rest never).
+# The video autoencoder's parameters that only training reads: the label is always masked, the others never.
 DEAD = (
     "perceiver.input_preprocessor.mask.audio",
     "perceiver.input_preprocessor.mask.image",
@@ -121,8 +118,8 @@ _IN_A_LAYER = (
 def huggingface_sources(task: str, swap_kernel: bool = False) -> Sources:
     """Where our parameters are in a checkpoint of transformers.
 
-    ``swap_kernel`` undoes what transformers' conversion of DeepMind's weights did to the 7×7 convolution: height and
-    width of its kernel are exchanged, and with DeepMind's numerics must not be.
+    ``swap_kernel`` exchanges height and width of the 7×7 convolution's kernel. transformers' conversion of DeepMind's
+    weights exchanged them, and DeepMind's numerics need the original.
     """
     names = (*_OF_TASK[task], *_COMMON)
 
@@ -144,7 +141,7 @@ def patches_to_kernel(weight: Tensor) -> Tensor:
 
 
 def _in_a_layer(rest: str) -> str:
-    # With a dot in front the part inside the layer is matched whole: `.norm.` is not `.mlp_norm.`
+    # A dot in front makes the match whole: `.norm.` is not `.mlp_norm.`
     rest = "." + rest
     for part, their_part in _IN_A_LAYER:
         if part in rest:
@@ -167,9 +164,9 @@ def load_huggingface(
 ) -> LoadedModel:
     """The model of a Hugging Face directory with its weights.
 
-    ``image_shape`` (channels, height, width) is the picture that an image classifier will see; by default what
-    preprocessor_config.json says, else what the weights were trained for (224 × 224 where nothing tells). With
-    ``parity`` "deepmind" the weights, which transformers converted from DeepMind's, are run with DeepMind's numerics.
+    ``image_shape`` (channels, height, width) is the image that a classifier will see; by default that of
+    preprocessor_config.json, else of the learned positions, else 224 × 224. ``parity`` "deepmind" runs the weights,
+    which transformers converted from DeepMind's, with DeepMind's numerics.
 
     Raises CheckpointError (unreadable, or config and weights that differ), UnsupportedModelError, UsageError.
     """
@@ -202,20 +199,20 @@ def load_huggingface(
 
 
 def architecture(config: HuggingFaceConfig, parity: Parity, image_shape: tuple[int, int, int]) -> PerceiverConfig:
-    """Our config of what transformers builds from theirs, at one picture size."""
-    sizes = _architecture(config, parity, image_shape)
-    _check_residual(sizes)
+    """Our config of the model that transformers builds, at one image size."""
+    classifies = TASKS[config.architecture] == "image-classification"
+    image = _image_input(config, parity, image_shape) if classifies else None
     try:
-        check_config(sizes)
-    except UsageError as error:  # sizes that are not the caller's, but the file's
+        sizes = _architecture(config, parity, image)
+    except UsageError as error:  # the sizes are the file's, not the caller's
         raise CheckpointError(f"config.json: {error.message}", error.hint) from error
+    _check_residual(sizes)
     return sizes
 
 
-def _architecture(config: HuggingFaceConfig, parity: Parity, image_shape: tuple[int, int, int]) -> PerceiverConfig:
+def _architecture(config: HuggingFaceConfig, parity: Parity, image: ImageInput | None) -> PerceiverConfig:
     task = TASKS[config.architecture]
-    if task == "image-classification":
-        image = _image_input(config, parity, image_shape)
+    if image is not None:
         sizes = architectures.image_classifier(image, config.encoder, len(config.read_labels().names), parity)
     elif task == "optical-flow":
         sizes = architectures.optical_flow(*config.train_size, config.encoder, parity)
@@ -237,7 +234,7 @@ def _image_input(config: HuggingFaceConfig, parity: Parity, image_shape: tuple[i
     channels, height, width = image_shape
     if channels != _RGB:
         raise CheckpointError(
-            f"the picture has {channels} channels, the checkpoint reads {_RGB}", "give --shape image=3xHxW"
+            f"the image has {channels} channels, the checkpoint reads {_RGB}", "give --shape image=3xHxW"
         )
     side = {"conv1x1": config.image_size, "conv": 56, "pixels": 224}[features]
     return architectures.image_input(features, height, width, parity, (side, side))
@@ -275,7 +272,7 @@ def _preprocessing(config: HuggingFaceConfig, directory: Path, sizes: PerceiverC
     if task == "video-autoencoding":
         video = _video_sizes(config)
         return VideoPreprocessing(video.num_frames, video.height, video.width, video.num_samples)
-    raise AssertionError(task)  # text is `find_tokenizer`'s
+    raise AssertionError(task)  # `find_tokenizer` prepares text
 
 
 def _text(config: HuggingFaceConfig, directory: Path, parity: Parity) -> FoundTokenizer | None:
@@ -292,13 +289,13 @@ def _text(config: HuggingFaceConfig, directory: Path, parity: Parity) -> FoundTo
 def _notes(
     config: HuggingFaceConfig, directory: Path, sizes: PerceiverConfig, labels: Labels | None
 ) -> tuple[str, ...]:
-    """What the checkpoint did not say, and what was taken instead."""
+    """Assumptions where the checkpoint says nothing."""
     notes = list(labels.notes) if labels else []
     if config.auto_map:
-        notes.append(f"config.json names code of its own (auto_map): transformers' {config.architecture} was taken")
+        notes.append(f"config.json names code of its own (auto_map): transformers' {config.architecture} is used")
     if "audio" in sizes.inputs:
         notes.append(
-            "config.json does not say the sampling rate of the sound: give it at the rate of the training"
+            "config.json has no sampling rate: give sound at the rate of the training"
             " (DeepMind's released model: 48 kHz)"
         )
     image = sizes.inputs.get("image")
@@ -308,23 +305,23 @@ def _notes(
             notes.append(note)
         if not processor:
             notes.append(
-                f"no preprocessor_config.json: pictures of {image.height} × {image.width}, cropped and normalised as"
-                " for ImageNet, are assumed; a model trained otherwise will be wrong"
+                f"no preprocessor_config.json: images are cropped, resized to {image.height} × {image.width} and"
+                " normalised as for ImageNet; a model that was trained otherwise will be wrong"
             )
         usual = default_image_shape(config, directory)
         if (image.height, image.width) != usual[1:]:
             notes.append(
-                f"pictures of {image.height} × {image.width}, where the checkpoint says {usual[1]} × {usual[2]}:"
-                " its accuracy there is another; measure it with `validate`"
+                f"images of {image.height} × {image.width}, where the checkpoint has {usual[1]} × {usual[2]}: measure"
+                " the accuracy at this size with `validate`"
             )
     return tuple(notes)
 
 
 def _check_residual(sizes: PerceiverConfig) -> None:
-    """The residual adds to the latents what self-attention gives: in transformers as many channels as values have."""
+    """Refuse a residual of another width: in transformers self-attention gives as many channels as values have."""
     gives, takes = sizes.encoder.self_attention.num_v_channels, sizes.encoder.num_latent_channels
     if gives != takes and sizes.encoder.num_self_attentions_per_block:
         raise UnsupportedModelError(
             f"config.json: self-attention gives {gives} channels, d_latents is {takes}",
-            "transformers cannot run such a model either",
+            "make both equal: transformers cannot run such a model either",
         )

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """config.json and preprocessor_config.json of a Hugging Face directory.
 
-`HuggingFaceConfig` is the table of what becomes of each field of config.json: docs/checkpoints.md is made from it.
-
-What a checkpoint's outputs are called and what they mean: id2label, num_labels and problem_type, as transformers.
+`HuggingFaceConfig` has the use of each field of config.json: docs/guides/checkpoints.md is made from it. `read_labels` gives
+names and kinds of outputs by id2label, num_labels and problem_type, as transformers does.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ LabelName = str | int | float | bool | None
 
 @dataclass(frozen=True)
 class Labels:
-    """``names`` has one entry an output; ``notes`` say what the config says of them that the names do not show."""
+    """``names`` has one entry an output; ``notes`` are about names that are missing or contradict each other."""
 
     names: tuple[str, ...]
     kind: OutputKind
@@ -43,10 +42,10 @@ def read_labels(
 ) -> Labels:
     """Output i is called id2label[i], else LABEL_i.
 
-    As in transformers 5 there are ``num_labels`` outputs, else as many as id2label names, else two; where both are
-    there and differ, nothing is named. What the scores mean follows the rules of transformers' pipelines.
+    As in transformers 5 there are ``num_labels`` outputs, else as many as id2label names, else two; if both are given
+    and differ, nothing is named. The kind of the scores follows the rules of transformers' pipelines.
 
-    Raises CheckpointError: keys that are no indices, no labels at all, or a single one where labels exclude each other.
+    Raises CheckpointError: keys that are no indices, no labels, or a single one where labels exclude each other.
     """
     try:
         named = {int(key): name for key, name in (id2label or {}).items()}
@@ -107,31 +106,26 @@ _VIDEO = _classes("video-autoencoding")
 _CLASSIFIERS = _classes("image-classification", "text-classification")
 _LABELLED = _CLASSIFIERS + _VIDEO
 
-# transformers' names of activation functions. Several are one function, but for rounding.
-ACTIVATIONS: dict[str, Activation] = {
-    "gelu": "gelu",
-    "gelu_python": "gelu",
-    "gelu_new": "gelu-tanh",
-    "gelu_fast": "gelu-tanh",
-    "gelu_accurate": "gelu-tanh",
-    "gelu_pytorch_tanh": "gelu-tanh",
-    "gelu_python_tanh": "gelu-tanh",
-    "gelu_10": "gelu-clipped",
-    "quick_gelu": "quick-gelu",
+# transformers' names of activation functions. Some differ in rounding only.
+_NAMES: dict[Activation, str] = {
+    "gelu": "gelu gelu_python",
+    "gelu-tanh": "gelu_new gelu_fast gelu_accurate gelu_pytorch_tanh gelu_python_tanh",
+    "gelu-clipped": "gelu_10",
+    "quick-gelu": "quick_gelu",
     "relu": "relu",
-    "relu2": "relu-squared",
+    "relu-squared": "relu2",
     "relu6": "relu6",
-    "leaky_relu": "leaky-relu",
-    "silu": "silu",
-    "swish": "silu",
+    "leaky-relu": "leaky_relu",
+    "silu": "silu swish",
     "hardswish": "hardswish",
     "mish": "mish",
-    "sqrtsoftplus": "sqrt-softplus",
+    "sqrt-softplus": "sqrtsoftplus",
     "sigmoid": "sigmoid",
     "tanh": "tanh",
     "laplace": "laplace",
     "linear": "linear",
 }
+ACTIVATIONS = {theirs: ours for ours, names in _NAMES.items() for theirs in names.split()}
 _TRAINED_ACTIVATIONS = ("prelu", "xielu")
 
 _RGB = 3
@@ -139,21 +133,21 @@ _SIZE = Meta(ge=1, le=_MOST)
 _SIDE = Meta(ge=1, le=2048)  # of a square of positions: its table is the square of it
 _Size = Annotated[int, _SIZE]
 _OWN_MODEL = (
-    "load it with your own transformers and export it as a module: export module:function, a function that returns"
-    " (model, {'name of an argument': example tensor}), see examples/your_own.py"
+    "add --use-transformers to load the class with your installed transformers; or export module:function, a function"
+    " that returns (model, {'name of an argument': example tensor})"
 )
 
 
 @dataclass(frozen=True)
 class Use:
-    """What becomes of a field, and in which classes. Others ignore it, as they do in transformers."""
+    """The use of a field, and the classes that read it. Others ignore it, as in transformers."""
 
     text: str
     by: tuple[str, ...] = tuple(TASKS)
 
 
 class HuggingFaceConfig(msgspec.Struct):
-    """The fields of config.json that count. Names, types and defaults are those of transformers' `PerceiverConfig`."""
+    """The fields of config.json that are read, with names, types and defaults of transformers' `PerceiverConfig`."""
 
     model_type: Annotated[str, Use("`perceiver`; another is refused")] = ""
     architectures: Annotated[
@@ -235,7 +229,7 @@ class HuggingFaceConfig(msgspec.Struct):
         return (self.architectures or [""])[0]
 
     def read_labels(self) -> Labels:
-        """What the outputs are called, and what they mean. Raises CheckpointError."""
+        """Names and kind of the outputs. Raises CheckpointError."""
         return read_labels(self.id2label, self.num_labels, self.problem_type, "config.json")
 
     @property
@@ -257,7 +251,7 @@ class HuggingFaceConfig(msgspec.Struct):
         )
 
 
-# Fields that occur in config.json and that no class of transformers reads when it answers.
+# Fields that occur in config.json, and that no class of transformers reads at inference.
 IGNORED = {
     "layer_norm_eps": "no class reads it: every LayerNorm has 1e-5",
     "attention_probs_dropout_prob, hidden_dropout_prob, classifier_dropout": "training only",
@@ -278,7 +272,7 @@ IGNORED = {
 
 
 def uses() -> dict[str, Use]:
-    """What becomes of each field of `HuggingFaceConfig`, by its name in config.json."""
+    """The use of each field of `HuggingFaceConfig`, by its name in config.json."""
     hints = typing.get_type_hints(HuggingFaceConfig, include_extras=True)
     names = {field.name: field.encode_name for field in msgspec.structs.fields(HuggingFaceConfig)}
     return {
@@ -302,7 +296,7 @@ def read_config(directory: Path) -> HuggingFaceConfig:
 
 
 def default_image_shape(config: HuggingFaceConfig, directory: Path) -> tuple[int, int, int]:
-    """(channels, height, width) as the image processor makes them, else as the learned positions have them."""
+    """(channels, height, width) of the image processor, else of the learned positions."""
     if shape := image_shape(read_preprocessor(directory)):
         return _RGB, *shape
     if config.architecture == "PerceiverForImageClassificationLearned":
@@ -314,7 +308,7 @@ def _check_class(path: Path, config: HuggingFaceConfig) -> str:
     if config.model_type != "perceiver":
         raise UnsupportedModelError(
             f"{path} is of a {config.model_type or 'unnamed'!r} model, not of a Perceiver",
-            'a Perceiver\'s config.json says "model_type": "perceiver"',
+            "add --use-transformers to load it with your installed transformers",
         )
     name = config.architecture
     if not name:
@@ -324,7 +318,7 @@ def _check_class(path: Path, config: HuggingFaceConfig) -> str:
     if name not in TASKS:
         near = difflib.get_close_matches(name, TASKS, n=1, cutoff=0.95)  # a slip of the pen, not another class
         raise UnsupportedModelError(
-            f"{path} names the class {name!r}, which is none of the {len(TASKS)} that are exported",
+            f"{path} names the class {name!r}, not one of the {len(TASKS)} that can be exported",
             f"did you mean {near[0]}?" if near else _OWN_MODEL,
         )
     return name
@@ -338,12 +332,12 @@ def _check_values(path: Path, config: HuggingFaceConfig) -> None:
     if config.hidden_act not in ACTIVATIONS:
         raise CheckpointError(
             f"{path}: hidden_act is {config.hidden_act!r}, which is no activation of transformers",
-            f"it is one of {', '.join(ACTIVATIONS)}",
+            f"give one of {', '.join(ACTIVATIONS)}",
         )
     shape = config.cross_attention_shape_for_attention
     unread = config.architecture == "PerceiverForMaskedLM" and config.qk_channels is not None
     if shape not in ("q", "kv") and not unread:
-        raise CheckpointError(f"{path}: cross_attention_shape_for_attention is {shape!r}", "it is 'q' or 'kv'")
+        raise CheckpointError(f"{path}: cross_attention_shape_for_attention is {shape!r}", "give 'q' or 'kv'")
     if config.quantization_config:
         raise UnsupportedModelError(
             f"{path} has a quantization_config: its weights are quantized",

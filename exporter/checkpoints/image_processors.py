@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The image processors of transformers: what each flag of preprocessor_config.json does, and each class's steps.
+"""The image processors of transformers: the effect of each flag of preprocessor_config.json, and each class's steps.
 
 Steps, order and defaults are those of the Pillow backend of transformers 5.
 """
@@ -36,11 +36,11 @@ _CLIP = {
 }
 _SQUARE = {"height": 224, "width": 224}
 _EDGE = {"size": {"shortest_edge": 224}, "default_to_square": False}
-_CROP = {"do_center_crop": True, "crop_size": _SQUARE}
+_CUT = {"do_center_crop": True, "crop_size": _SQUARE}
 _RESAMPLE: dict[int, Filter] = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
 
-# What becomes of each flag of preprocessor_config.json. Flags that are not here and begin with `do_` are refused where
-# they are true; transformers reads no others.
+# The effect of each flag of preprocessor_config.json. Other flags that begin with `do_` are refused where they are
+# true; transformers reads no more.
 FLAGS = {
     "image_processor_type": "chooses the steps, their order and their defaults; without it, Perceiver's",
     "feature_extractor_type": "its older name",
@@ -101,163 +101,145 @@ class Values(msgspec.Struct):
     def filter(self) -> Filter:
         if self.resample not in _RESAMPLE:
             known = ", ".join(f"{number} ({name})" for number, name in _RESAMPLE.items())
-            raise UnsupportedModelError(f"{FILE}: resample is {self.resample}", f"Pillow's filters: {known}")
+            raise UnsupportedModelError(
+                f"{FILE}: resample is {self.resample}", f"give one of Pillow's filters: {known}"
+            )
         return _RESAMPLE[self.resample]
 
+    @property
+    def sides(self) -> dict[str, int]:
+        """`size` by the names of its sides."""
+        return _sides(self.size, "size", self.default_to_square)
 
-# Null is false for these, and not the class's default.
+    @property
+    def crop(self) -> tuple[int, int]:
+        """Height and width of the crop."""
+        return _height_width(_sides(self.crop_size, "crop_size"), "crop_size")
+
+    @property
+    def share(self) -> float:
+        """`crop_pct`, checked."""
+        if self.crop_pct is None or not 0.01 <= self.crop_pct <= 100:
+            raise CheckpointError(f"{FILE}: crop_pct is {self.crop_pct}", "give 0.01 to 100, usually below 1")
+        return self.crop_pct
+
+
+# Null means false for these, not the class's default.
 SWITCHES = {field.name for field in msgspec.structs.fields(Values) if isinstance(field.default, bool)}
 Steps = Iterable[ImageStep]
-
-
-def _resize(values: Values) -> Steps:
-    if values.do_resize:
-        yield _sized(_sides(values.size, "size", values.default_to_square), values.filter)
+Step = tuple[str, Callable[[Values], Steps]]  # a flag, and the steps where it is true
 
 
 def _resize_clip(values: Values) -> Steps:
-    """An older flag for 224 × 224 goes before the size."""
-    if values.use_square_size:
-        values = msgspec.structs.replace(values, size=_SQUARE)
-    return _resize(values)
+    """CLIP's older flag for 224 × 224 goes before the size."""
+    return [_sized(_SQUARE if values.use_square_size else values.sides, values.filter)]
 
 
 def _resize_levit(values: Values) -> Steps:
-    """A shorter edge of 256/224 of what is said."""
-    if not values.do_resize:
-        return
-    size = _sides(values.size, "size", values.default_to_square)
+    """A shorter edge of 256/224 of the size."""
+    size = values.sides
     if "shortest_edge" in size:
-        yield ResizeEdge(int((256 / 224) * size["shortest_edge"]), 0, values.filter)
-    else:
-        yield Resize(*_height_width(values.size, "size", values.default_to_square), values.filter)
+        return [ResizeEdge(int((256 / 224) * size["shortest_edge"]), 0, values.filter)]
+    return [Resize(*_height_width(size, "size"), values.filter)]
 
 
 def _resize_convnext(values: Values) -> Steps:
     """Below 384 the shorter edge / crop_pct and a crop, else a square."""
-    if not values.do_resize:
-        return
-    edge = _sides(values.size, "size", values.default_to_square).get("shortest_edge")
+    edge = values.sides.get("shortest_edge")
     if edge is None:
-        raise CheckpointError(f"{FILE}: size is {values.size}", "ConvNext's size has a shortest_edge")
+        raise CheckpointError(f"{FILE}: size is {values.size}", "give ConvNext's size a shortest_edge")
     if edge >= 384:
-        yield Resize(edge, edge, values.filter)
-    else:
-        yield ResizeEdge(int(edge / _crop_pct(values)), 0, values.filter)
-        yield CenterCrop(edge, edge)
+        return [Resize(edge, edge, values.filter)]
+    return [ResizeEdge(int(edge / values.share), 0, values.filter), CenterCrop(edge, edge)]
 
 
 def _resize_poolformer(values: Values) -> Steps:
     """All sizes / crop_pct; a square becomes the shorter edge."""
-    if not values.do_resize:
-        return
-    size = _sides(values.size, "size", values.default_to_square)
+    size = values.sides
     if values.crop_pct is None:
-        yield _sized(size, values.filter)
-        return
-    share = _crop_pct(values)
+        return [_sized(size, values.filter)]
+    larger = {name: int(side / values.share) for name, side in size.items()}
     if "shortest_edge" in size:
-        yield ResizeEdge(int(size["shortest_edge"] / share), 0, values.filter)
-    elif size.keys() != {"height", "width"}:
-        raise CheckpointError(f"{FILE}: size is {values.size}", "PoolFormer's is shortest_edge, or height and width")
-    elif size["height"] == size["width"]:
-        yield ResizeEdge(int(size["height"] / share), 0, values.filter)
-    else:
-        yield Resize(int(size["height"] / share), int(size["width"] / share), values.filter)
+        return [ResizeEdge(larger["shortest_edge"], 0, values.filter)]
+    height, width = _height_width(size, "size")
+    return [ResizeEdge(larger["height"], 0, values.filter) if height == width else _sized(larger, values.filter)]
 
 
-def _center_crop(values: Values) -> Steps:
-    if values.do_center_crop:
-        yield CenterCrop(*_height_width(values.crop_size, "crop_size"))
-
-
-def _center_crop_share(values: Values) -> Steps:
+def _crop_share(values: Values) -> Steps:
     """Perceiver's: size / crop_size of the shorter side."""
-    if values.do_center_crop:
-        size = _height_width(values.size, "size", values.default_to_square)
-        crop = _height_width(values.crop_size, "crop_size")
-        yield CenterCropShare(size[0] / crop[0], size[1] / crop[1])
-
-
-def _rescale(values: Values) -> Steps:
-    if values.do_rescale:
-        yield Rescale(values.rescale_factor)
-
-
-def _rescale_efficientnet(values: Values) -> Steps:
-    if values.do_rescale:
-        yield Rescale(values.rescale_factor, -1.0 if values.rescale_offset else 0.0)
-
-
-def _normalize(values: Values) -> Steps:
-    if values.do_normalize:
-        yield Normalize(_three(values.image_mean), _three(values.image_std))
-
-
-def _normalize_efficientnet(values: Values) -> Steps:
-    yield from _normalize(values)
-    if values.include_top:
-        yield Normalize((0.0, 0.0, 0.0), _three(values.image_std))
-
-
-def _flip(values: Values) -> Steps:
-    if values.do_flip_channel_order:
-        yield ReverseChannels()
+    (height, width), crop = _height_width(values.sides, "size"), values.crop
+    return [CenterCropShare(height / crop[0], width / crop[1])]
 
 
 def _refuse_pad(values: Values) -> Steps:
-    if values.do_pad:
-        raise UnsupportedModelError(
-            f"{FILE}: do_pad is true", "images are not padded here: set do_pad to false where your images need none"
-        )
-    return ()
+    raise UnsupportedModelError(f"{FILE}: do_pad is true", "set do_pad to false where your images need no padding")
+
+
+_RESIZE: Step = ("do_resize", lambda values: [_sized(values.sides, values.filter)])
+_CROP: Step = ("do_center_crop", lambda values: [CenterCrop(*values.crop)])
+_RESCALE: Step = ("do_rescale", lambda values: [Rescale(values.rescale_factor)])
+_OFFSET: Step = ("do_rescale", lambda values: [Rescale(values.rescale_factor, -1.0 if values.rescale_offset else 0.0)])
+_NORMALIZE: Step = (
+    "do_normalize",
+    lambda values: [Normalize(_three(values.image_mean), _three(values.image_std))],
+)
+_DIVIDE: Step = ("include_top", lambda values: [Normalize((0.0, 0.0, 0.0), _three(values.image_std))])
+_FLIP: Step = ("do_flip_channel_order", lambda values: [ReverseChannels()])
+_PAD: Step = ("do_pad", _refuse_pad)
+_USUAL = (_CROP, _RESCALE, _NORMALIZE)  # after resizing
 
 
 @dataclass(frozen=True)
 class Processor:
-    """What a class of transformers does: its defaults, and its steps in their order."""
+    """A class of transformers: its defaults, and its steps in their order."""
 
     defaults: dict[str, Any]
-    steps: tuple[Callable[[Values], Steps], ...] = (_resize, _center_crop, _rescale, _normalize, _refuse_pad)
+    steps: tuple[Step, ...] = (_RESIZE, *_USUAL, _PAD)
+
+    def apply(self, given: dict[str, Any]) -> tuple[ImageStep, ...]:
+        """The steps with the values of a file. Raises CheckpointError, UnsupportedModelError."""
+        try:
+            values = msgspec.convert({**self.defaults, **given}, Values)
+        except msgspec.ValidationError as error:
+            raise CheckpointError(f"{FILE}: {error}", "correct the value, or leave it out for the default") from error
+        return tuple(step for flag, steps in self.steps if getattr(values, flag) for step in steps(values))
 
 
 _CLASSES = {
     "Perceiver": Processor(
         {**_IMAGENET, "do_center_crop": True, "crop_size": {"height": 256, "width": 256}},
-        (_center_crop_share, _resize, _rescale, _normalize),
+        (("do_center_crop", _crop_share), _RESIZE, _RESCALE, _NORMALIZE),
     ),
     "ViT": Processor({"resample": 2}),
-    "DeiT": Processor({"size": {"height": 256, "width": 256}, **_CROP}),
-    "CLIP": Processor({**_CLIP, **_EDGE, **_CROP}, (_resize_clip, _center_crop, _rescale, _normalize, _refuse_pad)),
-    "ChineseCLIP": Processor({**_CLIP, **_EDGE, **_CROP}),
-    "Bit": Processor({**_CLIP, **_EDGE, **_CROP}),
+    "DeiT": Processor({"size": {"height": 256, "width": 256}, **_CUT}),
+    "CLIP": Processor({**_CLIP, **_EDGE, **_CUT}, (("do_resize", _resize_clip), *_USUAL, _PAD)),
+    "ChineseCLIP": Processor({**_CLIP, **_EDGE, **_CUT}),
+    "Bit": Processor({**_CLIP, **_EDGE, **_CUT}),
     "Blip": Processor({**_CLIP, "size": {"height": 384, "width": 384}}),
     "Siglip": Processor({"default_to_square": False}),
     "Pvt": Processor(_IMAGENET),
-    "Beit": Processor({"crop_size": _SQUARE}, (_resize, _center_crop, _rescale, _normalize)),
-    "MobileNetV1": Processor({"resample": 2, **_EDGE, "size": {"shortest_edge": 256}, **_CROP}),
+    "Beit": Processor({"crop_size": _SQUARE}, (_RESIZE, *_USUAL)),
+    "MobileNetV1": Processor({"resample": 2, **_EDGE, "size": {"shortest_edge": 256}, **_CUT}),
     "MobileNetV2": Processor(
-        {"resample": 2, **_EDGE, "size": {"shortest_edge": 256}, **_CROP},
-        (_resize, _center_crop, _rescale, _normalize),
+        {"resample": 2, **_EDGE, "size": {"shortest_edge": 256}, **_CUT},
+        (_RESIZE, *_USUAL),
     ),
     "MobileViT": Processor(
         {**_EDGE, "do_center_crop": True, "crop_size": {"height": 256, "width": 256}},
-        (_resize, _rescale, _center_crop, _flip),
+        (_RESIZE, _RESCALE, _CROP, _FLIP),
     ),
-    "Levit": Processor(
-        {**_IMAGENET, **_EDGE, **_CROP}, (_resize_levit, _center_crop, _rescale, _normalize, _refuse_pad)
-    ),
+    "Levit": Processor({**_IMAGENET, **_EDGE, **_CUT}, (("do_resize", _resize_levit), *_USUAL, _PAD)),
     "ConvNext": Processor(
         {"size": {"shortest_edge": 384}, "default_to_square": False},
-        (_resize_convnext, _center_crop, _rescale, _normalize),
+        (("do_resize", _resize_convnext), *_USUAL),
     ),
     "PoolFormer": Processor(
-        {**_IMAGENET, **_EDGE, **_CROP, "crop_pct": 0.9},
-        (_resize_poolformer, _center_crop, _rescale, _normalize, _refuse_pad),
+        {**_IMAGENET, **_EDGE, **_CUT, "crop_pct": 0.9},
+        (("do_resize", _resize_poolformer), *_USUAL, _PAD),
     ),
     "EfficientNet": Processor(
         {"size": {"height": 346, "width": 346}, "crop_size": {"height": 289, "width": 289}},
-        (_resize, _center_crop, _rescale_efficientnet, _normalize_efficientnet),
+        (_RESIZE, _CROP, _OFFSET, _NORMALIZE, _DIVIDE),
     ),
 }
 PROCESSORS = {f"{name}ImageProcessor": one for name, one in _CLASSES.items()}
@@ -274,7 +256,7 @@ def _sized(size: dict[str, int], resample: Filter) -> ImageStep:
 _SIZES = ({"height", "width"}, {"shortest_edge"}, {"shortest_edge", "longest_edge"}, {"max_height", "max_width"})
 
 
-def _sides(size: _Size | None, name: str, square: bool) -> dict[str, int]:
+def _sides(size: _Size | None, name: str, square: bool = True) -> dict[str, int]:
     """A size as transformers reads it. Raises CheckpointError."""
     if isinstance(size, int):
         size = {"height": size, "width": size} if square else {"shortest_edge": size}
@@ -284,24 +266,17 @@ def _sides(size: _Size | None, name: str, square: bool) -> dict[str, int]:
     if set(sides) not in _SIZES:
         raise CheckpointError(
             f"{FILE}: {name} is {size}",
-            "it has height and width, shortest_edge, shortest_edge and longest_edge, or max_height and max_width",
+            "give height and width, shortest_edge, shortest_edge and longest_edge, or max_height and max_width",
         )
     if not all(1 <= value <= MAX_SIDE for value in sides.values()):
-        raise CheckpointError(f"{FILE}: {name} is {size}", f"sizes are from 1 to {MAX_SIDE}")
+        raise CheckpointError(f"{FILE}: {name} is {size}", f"give sizes from 1 to {MAX_SIDE}")
     return sides
 
 
-def _height_width(size: _Size | None, name: str, square: bool = True) -> tuple[int, int]:
-    sides = _sides(size, name, square)
+def _height_width(sides: dict[str, int], name: str) -> tuple[int, int]:
     if set(sides) != {"height", "width"}:
-        raise CheckpointError(f"{FILE}: {name} is {size}", "here it has height and width")
+        raise CheckpointError(f"{FILE}: {name} is {sides}", "give height and width")
     return sides["height"], sides["width"]
-
-
-def _crop_pct(values: Values) -> float:
-    if values.crop_pct is None or not 0.01 <= values.crop_pct <= 100:
-        raise CheckpointError(f"{FILE}: crop_pct is {values.crop_pct}", "it is from 0.01 to 100, usually below 1")
-    return values.crop_pct
 
 
 def _three(value: float | tuple[float, float, float]) -> tuple[float, float, float]:

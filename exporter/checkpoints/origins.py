@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whose code wrote a checkpoint, by the names in it: to read it as it is, or to say what to give instead."""
+"""The code that wrote a checkpoint, by the names in it: to unwrap them, or to say what to give instead."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from perceiver_export.exporter.checkpoints.huggingface_config import TASKS
 from perceiver_export.exporter.checkpoints.weights import decode_json, read_bytes
 from perceiver_export.runtimes.errors import CheckpointError
 
-# How two tensors of other packages' models are called, whatever module they are in, and what to do about them.
+# The ends of the names of two tensors in other packages' models.
 _OTHERS = {
     "krasserm/perceiver-io": ("0.latent_provider._query", "0.cross_attn_1.1.module.0.weight"),
     "lucidrains/perceiver-pytorch": ("latents", "fn.to_kv.weight"),
 }
 
 _MERGE = (
-    "merge it, with the base loaded as for the training: "
+    "merge it into the base, loaded as for the training: "
     "model = PeftModel.from_pretrained({name}.from_pretrained({base}), {adapter}).merge_and_unload(); "
     "model.save_pretrained('merged'); then export merged"
 )
 _MERGE_ANY = _MERGE.format(name="CLASS", base="BASE", adapter="ADAPTER")
 _LATENTS = "embeddings.latents"  # of transformers' PerceiverModel, which its task classes call `perceiver`
-# Parts that wrappers of PyTorch put into the names of a module's tensors: DataParallel, compile, FSDP, checkpointing.
+# Parts of names that PyTorch's wrappers add: DataParallel, compile, FSDP, checkpointing.
 _WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
@@ -42,15 +42,15 @@ def refuse_other_packages(directory: Path, names: Collection[str]) -> None:
 
 
 def prefixes(names: Iterable[str], name: str) -> list[str]:
-    """What stands before ``name``, as a whole part, in ``names``: "" for itself, "module." for ``module.NAME``."""
+    """The prefixes of ``name`` in ``names``: "" for itself, "module." for ``module.NAME``."""
     return sorted(one.removesuffix(name) for one in names if one == name or one.endswith(f".{name}"))
 
 
 def unwrapped(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Tensors under transformers' own names, and a note of what was taken off: ``module.``, ``_orig_mod.``, ``model.``.
+    """Tensors under transformers' own names, and a note of the removed parts: ``module.``, ``_orig_mod.``, ``model.``.
 
-    Names without ``perceiver.`` are taken, as in transformers. Raises CheckpointError: there are several models, or the
-    tensors of an adapter that was not merged.
+    Names without ``perceiver.`` are accepted, as in transformers. Raises CheckpointError: several models, or an adapter
+    that was not merged.
     """
     if adapter := next((name for name in state if "lora_" in name or ".base_layer." in name), None):
         raise CheckpointError(f"the checkpoint holds an adapter of PEFT that is not merged: {adapter!r}", _MERGE_ANY)
@@ -69,7 +69,7 @@ def unwrapped(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str
             f"the checkpoint holds more than one model: {', '.join(starts)}", "save the state dict of one of them"
         )
     taken_off = [*(f"{part}." for part in parts), *([outer] if outer else [])]
-    notes = (f"{' and '.join(taken_off)} was taken off the names of the weights",) if taken_off else ()
+    notes = (f"{' and '.join(taken_off)} was removed from the names of the weights",) if taken_off else ()
     return {unwrapped[name]: tensor for name, tensor in state.items()}, notes
 
 
@@ -89,6 +89,6 @@ def refuse_other_directories(directory: Path) -> None:
     found = sorted((int(match[1]) for match in numbers if match), reverse=True)
     if found and not (directory / "config.json").is_file():
         raise CheckpointError(
-            f"{directory} is the output of a training: it holds {len(found)} checkpoints, and no model beside them",
-            f"give one of them; the newest is {directory / f'checkpoint-{found[0]}'}",
+            f"{directory} is the output of a training: it holds {len(found)} checkpoints, and no model of its own",
+            f"give one of them: the newest is {directory / f'checkpoint-{found[0]}'}",
         )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""preprocessor_config.json, as the steps that our runtime takes. Needs no torch."""
+"""preprocessor_config.json as the steps of our runtime. Needs no torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from perceiver_export.exporter.checkpoints.image_processors import (
     SWITCHES,
     Processor,
     Steps,
-    Values,
 )
 from perceiver_export.exporter.checkpoints.weights import decode_json, read_bytes
 from perceiver_export.runtimes.errors import CheckpointError, UnsupportedModelError
@@ -33,7 +32,7 @@ from perceiver_export.runtimes.preprocessing import (
 
 
 def read_preprocessor(directory: Path) -> dict[str, Any]:
-    """What a checkpoint's directory says about its images; an empty dict where it says nothing.
+    """The settings of a directory's image processor; an empty dict where it has none.
 
     As in transformers, ``image_processor`` of processor_config.json goes before preprocessor_config.json. Raises
     CheckpointError.
@@ -50,8 +49,8 @@ def read_preprocessor(directory: Path) -> dict[str, Any]:
 def image_preprocessing(processor: dict[str, Any], height: int, width: int) -> ImagePreprocessing:
     """preprocessor_config.json as the steps of our runtime, for a model that sees height × width.
 
-    Where that is not the size that the file says, all its sizes are scaled. Raises CheckpointError (a value that
-    cannot be) and UnsupportedModelError (a class or a step that is not known here).
+    If the file has another size, all its sizes are scaled. Raises CheckpointError (an impossible value) and
+    UnsupportedModelError (an unknown class or step).
     """
     steps = _steps(processor)
     found = ImagePreprocessing(height, width, tuple(_scaled(steps, height, width)))
@@ -61,7 +60,7 @@ def image_preprocessing(processor: dict[str, Any], height: int, width: int) -> I
 
 
 def proportions_note(preprocessing: ImagePreprocessing) -> str:
-    """What becomes of images of another shape than the model's, where the steps do not simply resize them."""
+    """A note about images of another shape than the model's, where the steps do not simply resize them."""
     size, steps = f"{preprocessing.height} × {preprocessing.width}", preprocessing.steps
     kept = next((step for step in steps if isinstance(step, (ResizeEdge, ResizeInto))), None)
     crops = any(isinstance(step, CenterCrop) for step in steps)
@@ -78,7 +77,7 @@ def proportions_note(preprocessing: ImagePreprocessing) -> str:
 
 
 def image_shape(processor: dict[str, Any]) -> tuple[int, int] | None:
-    """The height and width that the file's steps give; of a square image where they keep proportions. None: any."""
+    """Height and width after the file's steps, of a square image where they keep proportions; None: any."""
     return _shape(_steps(processor)) if processor else None
 
 
@@ -102,14 +101,10 @@ def _steps(processor: dict[str, Any]) -> tuple[ImageStep, ...]:
     for name, value in given.items():
         if name.startswith("do_") and value and name not in FLAGS:
             raise UnsupportedModelError(
-                f"{FILE}: {name} is {value}, a step that is not known here",
-                f"set {name} to false where the model does not need it; else give prepared arrays",
+                f"{FILE}: {name} is {value}, an unknown step",
+                f"set {name} to false if the model does not need it, or give prepared arrays",
             )
-    try:
-        values = msgspec.convert({**kind.defaults, **given}, Values)
-    except msgspec.ValidationError as error:
-        raise CheckpointError(f"{FILE}: {error}", "correct the value, or leave it out for the default") from error
-    return tuple(step for steps in kind.steps for step in steps(values))
+    return kind.apply(given)
 
 
 def _processor(processor: dict[str, Any]) -> Processor:
@@ -120,8 +115,8 @@ def _processor(processor: dict[str, Any]) -> Processor:
     if name not in PROCESSORS:
         near = difflib.get_close_matches(name, PROCESSORS, n=1, cutoff=0.9)
         raise UnsupportedModelError(
-            f"{FILE}: the steps of {given} are not known here",
-            f"did you mean {near[0]}?" if near else f"known: {', '.join(PROCESSORS)}; or give prepared arrays",
+            f"{FILE}: the steps of {given} are unknown",
+            f"did you mean {near[0]}?" if near else f"give prepared arrays, or one of {', '.join(PROCESSORS)}",
         )
     return PROCESSORS[name]
 
@@ -144,7 +139,7 @@ def _scaled(steps: tuple[ImageStep, ...], height: int, width: int) -> Steps:
     if shape is None or shape == (height, width):
         return steps
     down, across = height / shape[0], width / shape[1]
-    # A crop needs the longer factor to be full; without one an image of the model's proportions gets the shorter.
+    # A crop needs the larger factor; without a crop, an image of the model's proportions needs the smaller.
     edge = max(down, across) if any(isinstance(step, CenterCrop) for step in steps) else min(down, across)
     return tuple(_scaled_step(step, down, across, edge) for step in steps)
 

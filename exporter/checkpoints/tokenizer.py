@@ -4,7 +4,7 @@
 | the directory has | tokens are |
 |---|---|
 | tokenizer_config.json (or config.json) with `tokenizer_class` PerceiverTokenizer | UTF-8 bytes, ours |
-| tokenizer.json | what the tokenizers library makes of it; the file goes into the bundle |
+| tokenizer.json | those of the tokenizers library; the file goes into the bundle |
 | another `tokenizer_class`, or only vocab.txt, merges.txt, *.model, … | the bundle's input: it takes token ids |
 | none of these, and `vocab_size` is 262 | UTF-8 bytes, ours; a note says so |
 | none of these, and another `vocab_size` | the bundle's input: it takes token ids |
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
     import tokenizers
 
 FILE = "tokenizer.json"
-# What the hub is asked for: these, and files that tell of a tokenizer that has no tokenizer.json.
+# Files to download: these, and those that show that there is a tokenizer without tokenizer.json.
 FILES = (FILE, "tokenizer_config.json", "special_tokens_map.json", "vocab.*", "merges.txt", "*.model")
 _OTHERS = FILES[3:]
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-_MASKS = ("[MASK]", "<mask>")  # of classes whose code names it, and no file
+_MASKS = ("[MASK]", "<mask>")  # of classes that name it in their code, and in no file
 _OWN = "PerceiverTokenizer"
 _COPY = "copy the checkpoint again"
 _SAVE = "to run text, save a tokenizer.json: AutoTokenizer.from_pretrained(DIRECTORY).save_pretrained(DIRECTORY)"
@@ -39,7 +39,7 @@ _SAVE = "to run text, save a tokenizer.json: AutoTokenizer.from_pretrained(DIREC
 
 @dataclass(frozen=True)
 class FoundTokenizer:
-    """How text becomes tokens, None where the bundle takes token ids; files for the bundle; notes for a person."""
+    """The steps from text to tokens, None where the bundle takes token ids; files for the bundle; notes for you."""
 
     steps: TextPreprocessing | None
     files: Mapping[str, bytes] = field(default_factory=dict)
@@ -73,7 +73,7 @@ def find_tokenizer(directory: Path, task: str, length: int, vocabulary: int) -> 
 
 @dataclass(frozen=True)
 class _Limits:
-    """What tokenizer_config.json says of long texts."""
+    """The limits of tokenizer_config.json for long texts."""
 
     length: int
     most: int
@@ -95,7 +95,7 @@ class _Limits:
         return TextPreprocessing(self.length, special_tokens, file, cut, most, self.side)
 
     def note(self) -> str:
-        return f"texts of more than {self.most} tokens are cut on the {self.side}: {FILE} says so"
+        return f"texts of more than {self.most} tokens are cut on the {self.side}, as {FILE} says"
 
 
 def _bytes(config: Mapping[str, Any], limits: _Limits, vocabulary: int) -> FoundTokenizer:
@@ -107,7 +107,7 @@ def _bytes(config: Mapping[str, Any], limits: _Limits, vocabulary: int) -> Found
     if wrong or more:
         what = f"its {wrong} is {named[wrong]!r}" if wrong else f"it has the token {more[0]!r} of its own"
         return FoundTokenizer(None, notes=(f"{_OWN} is not the usual one, {what}: the bundle takes token ids",))
-    notes = (f"the tokenizer knows {VOCABULARY} tokens, vocab_size is {vocabulary}: is it this model's own?",)
+    notes = (f"the tokenizer knows {VOCABULARY} tokens, vocab_size is {vocabulary}: check that it is this model's own",)
     return FoundTokenizer(limits.steps(special_tokens=True), notes=notes if vocabulary != VOCABULARY else ())
 
 
@@ -135,7 +135,9 @@ def _from_file(
     if not config.get("tokenizer_class"):
         notes.append(f"tokenizer_config.json names no tokenizer_class: text is read by {FILE}")
     if (config.get("padding_side") or (tokenizer.padding or {}).get("direction")) == "left":
-        notes.append("the tokenizer pads on the left: a text begins at position 0 all the same, as in a pipeline")
+        notes.append(
+            "the tokenizer pads on the left; texts begin at position 0 nevertheless, as in a pipeline of transformers"
+        )
     largest = max(tokenizer.get_vocab().values(), default=0)
     if largest >= vocabulary:
         notes.append(
@@ -146,7 +148,7 @@ def _from_file(
 
 
 def _add_named(tokenizer: tokenizers.Tokenizer, config: Mapping[str, Any]) -> bool:
-    """Whether special tokens that only the config names were added, as transformers adds them when it loads."""
+    """Add the special tokens that only the config names, as transformers does; whether there were any."""
     from tokenizers import AddedToken
 
     known = {one.content for one in tokenizer.get_added_tokens_decoder().values()}
@@ -160,14 +162,14 @@ def _add_named(tokenizer: tokenizers.Tokenizer, config: Mapping[str, Any]) -> bo
 
 
 def _cleans_up(tokenizer: tokenizers.Tokenizer, config: Mapping[str, Any]) -> bool:
-    """Whether transformers takes the spaces before punctuation out; of BPE only where the config insists."""
+    """Whether transformers removes the spaces before punctuation; for BPE only where the config insists."""
     insists = config.get("clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output")
     wanted = config.get("clean_up_tokenization_spaces") or False
     return bool(wanted and (insists or type(tokenizer.model).__name__ != "BPE"))
 
 
 def _text(token: Any) -> str:
-    """A special token, which is a string, or a dict of it and how spaces beside it are read."""
+    """A special token: a string, or a dict of it and of the treatment of spaces beside it."""
     text = token.get("content") if isinstance(token, dict) else token
     if not isinstance(text, str):
         raise CheckpointError(f"tokenizer_config.json has the special token {token!r}", "give a string")

@@ -1,12 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Filling a model with the tensors of a checkpoint: every key used, every shape right, or an error that lists.
+"""Read weight files and JSON configs, and fill a model: every key is used and every shape fits, or an error lists them.
 
-Reading weight files into a state dict. Nothing in a file is ever executed.
-
-safetensors hold no code. ``.bin`` files are pickles and are read with torch's restricted unpickler
-(``weights_only=True``), which refuses every class but tensors and containers.
-
-A JSON file of a model's sizes as a struct; what is wrong in it is named.
+Nothing in a file is ever executed: safetensors hold no code, and torch's restricted unpickler (``weights_only=True``)
+reads ``.bin`` files, which refuses every class but tensors and containers.
 """
 
 from __future__ import annotations
@@ -15,7 +11,6 @@ import difflib
 import os
 import pickle
 import re
-import typing
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -79,7 +74,7 @@ def _fill(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 def _is_counter(name: str) -> bool:
-    """Batch norm counts its updates; inference does not read that, and not every checkpoint has it."""
+    """Batch norm's count of updates, which inference does not read, and not every checkpoint has."""
     return name.endswith("num_batches_tracked")
 
 
@@ -88,7 +83,7 @@ def _check_names(wanted: set[str], there: set[str], ignored: set[str]) -> None:
     unknown = sorted(name for name in there - wanted - ignored if not _is_counter(name))
     if missing or unknown:
         raise CheckpointError(
-            _describe(missing, unknown), "config and weights are not of one model, or keys were renamed"
+            _describe(missing, unknown), "give config and weights of one model, under their original names"
         )
 
 
@@ -97,19 +92,19 @@ def _check_tensor(source: Source, found: Tensor, expected: Tensor) -> None:
         converted = source.convert(torch.empty(found.shape, device="meta"))
     except (RuntimeError, IndexError, ValueError) as error:
         raise CheckpointError(
-            f"tensor {source.name!r} has shape {tuple(found.shape)}, which is not that of its layer",
-            "config and weights are not of one model",
+            f"tensor {source.name!r} has shape {tuple(found.shape)}, which does not fit its layer",
+            "give config and weights of one model",
         ) from error
     if converted.shape != expected.shape:
         as_ours = "" if found.shape == converted.shape else f" ({tuple(converted.shape)} in our layout)"
         raise CheckpointError(
             f"tensor {source.name!r} has shape {tuple(found.shape)}{as_ours}, "
             f"the config asks for {tuple(expected.shape)}",
-            "config and weights are not of one model",
+            "give config and weights of one model",
         )
     if found.is_floating_point() != expected.is_floating_point():
         raise CheckpointError(
-            f"tensor {source.name!r} has dtype {found.dtype}", "the checkpoint is quantized or damaged"
+            f"tensor {source.name!r} has dtype {found.dtype}", "give a checkpoint that is neither quantized nor damaged"
         )
 
 
@@ -128,7 +123,9 @@ def _tensors(names: list[str]) -> str:
 
 def _listed(names: Iterable[str], candidates: list[str]) -> str:
     names = list(names)
-    short = [candidate for candidate in candidates if len(candidate) <= _LONGEST]  # long ones are compared for hours
+    short = [
+        candidate for candidate in candidates if len(candidate) <= _LONGEST
+    ]  # comparing long ones would take hours
     shown = []
     for name in names[:_SHOWN]:
         near = difflib.get_close_matches(name, short, n=1, cutoff=0.8) if len(name) <= _LONGEST else []
@@ -137,14 +134,14 @@ def _listed(names: Iterable[str], candidates: list[str]) -> str:
 
 
 def _shown(name: str) -> str:
-    """A name from a file may be a page long, or hold what steers a terminal."""
+    """A name from a file, which may be a page long or hold control characters."""
     if len(name) <= _LONGEST:
         return name if name.isprintable() else repr(name)
     return f"{name[:_LONGEST]!r}…"
 
 
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
-# Under which name checkpoints of a training hold the model's state dict.
+# Names of the model's state dict in checkpoints of a training.
 _NESTED = ("state_dict", "model_state_dict", "model")
 _SHARDED = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 
@@ -168,15 +165,15 @@ def read_state_dict(directory: Path) -> dict[str, Tensor]:
             return _checked(_read_shards(directory, directory / name))
     raise CheckpointError(
         f"no weights in {directory}",
-        f"a Hugging Face directory holds one of {', '.join((*_SINGLE, *_SHARDED))}",
+        f"give a Hugging Face directory with one of {', '.join((*_SINGLE, *_SHARDED))}",
     )
 
 
 def read_state_file(path: Path) -> dict[str, Tensor]:
     """All tensors of one file, ``.safetensors`` or a PyTorch file of any name; floats as float32 or float64.
 
-    A training's checkpoint (Lightning's and others) is read too: the state dict in it. Shared tensors that
-    `safetensors.torch.save_model` wrote once are there under all of their names.
+    In a training's checkpoint (Lightning's and others) the state dict is read. Shared tensors that
+    `safetensors.torch.save_model` wrote once get all of their names.
 
     Raises CheckpointError: no such file, a broken one, or one that wants to execute code.
     """
@@ -192,17 +189,20 @@ def _read_shards(directory: Path, index: Path) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     for shard in shards:
         if Path(shard).name != shard:
-            raise CheckpointError(f"{index} names a file outside the checkpoint: {shard}", "do not trust this file")
+            raise CheckpointError(
+                f"{index} names a file outside the checkpoint: {shard}",
+                "do not trust this file: ask its author for another",
+            )
         if not os.path.isfile(directory / shard):  # unlike Path's it takes a name of any length
             raise CheckpointError(
-                f"shard {shard} is missing from {directory}", f"{index.name} lists {len(shards)} shards"
+                f"shard {shard} is missing from {directory}", f"copy all {len(shards)} shards that {index.name} lists"
             )
         state.update(_read_file(directory / shard))
     if set(weight_map) != set(state):
         differing = sorted(set(weight_map) ^ set(state))
         raise CheckpointError(
             f"{index.name} and its shards disagree about {len(differing)} of the tensors, first {differing[0]!r}",
-            "copy the checkpoint again: shards and index are not of one piece",
+            "copy the checkpoint again: shards and index do not belong together",
         )
     return state
 
@@ -222,14 +222,14 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         return {**{name: state[kept] for name, kept in shared.items() if kept in state}, **state}
     except (SafetensorError, ValueError, KeyError) as error:
         raise CheckpointError(
-            f"{path} is not a readable safetensors file: {error}", "it is truncated or damaged: copy it again"
+            f"{path} is not a readable safetensors file: {error}", "copy it again: it is truncated or damaged"
         ) from error
 
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about pickle protocols; what cannot be read raises
+            warnings.simplefilter("ignore")  # about pickle protocols
             state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
@@ -237,7 +237,7 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
         ) from error
     except Exception as error:  # a damaged pickle makes torch raise anything, AssertionError and IndexError included
         raise CheckpointError(
-            f"{path} is not a readable PyTorch file", "it is truncated or damaged: copy it again"
+            f"{path} is not a readable PyTorch file", "copy it again: it is truncated or damaged"
         ) from error
     if isinstance(state, dict):
         state = next((state[key] for key in _NESTED if isinstance(state.get(key), dict)), state)
@@ -248,9 +248,9 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
 
 def _refusal_hint(path: Path) -> str:
     if path.suffix != ".ckpt":
-        return "it could execute code when read; ask its author for a safetensors file"
+        return "ask its author for a safetensors file: this one could execute code when read"
     return (
-        "a checkpoint of Lightning often holds its training's own objects. Where you trust it, take the tensors out: "
+        "if you trust it, take the tensors out, since Lightning also saves the training's own objects: "
         f"torch.save(torch.load({path.name!r}, map_location='cpu', weights_only=False)['state_dict'], 'model.pt')"
     )
 
@@ -269,7 +269,7 @@ def _checked(state: dict[str, Tensor]) -> dict[str, Tensor]:
             state[name] = tensor = tensor.float()
         if not torch.isfinite(tensor).all():
             raise CheckpointError(
-                f"tensor {name!r} holds NaN or infinite values", "the checkpoint is of a diverged training"
+                f"tensor {name!r} holds NaN or infinite values", "give a checkpoint from before the training diverged"
             )
     return state
 
@@ -289,40 +289,21 @@ def read_bytes(path: Path, what: str) -> bytes:
 
 
 def decode_json(content: bytes, kind: type[_T], where: str) -> _T:
-    """JSON as ``kind``. Raises CheckpointError that names the field, and for a misspelt one the nearest there is."""
+    """JSON as ``kind``. Raises CheckpointError."""
     try:
         return files.decode_json(content, kind)
     except ValueError as error:
-        raise CheckpointError(f"{where}: {error}", _hint(str(error), kind)) from error
+        raise CheckpointError(f"{where}: {error}", "copy the checkpoint again") from error
 
 
 def convert(values: Mapping[str, Any], kind: type[_T], where: str) -> _T:
-    """What JSON held as ``kind``. Raises CheckpointError that names the field and its value."""
+    """Decoded JSON as ``kind``. Raises CheckpointError that names the field and its value."""
     try:
         return msgspec.convert(values, kind)
     except msgspec.ValidationError as error:
-        named = re.search(r"`\$\.(\w+)", str(error))
-        found = f"{named[1]} is {repr(values.get(named[1]))[:_LONGEST_JSON]}: " if named else ""
-        raise CheckpointError(f"{where}: {found}{error}", "mend the field, or leave it out for its default") from error
-
-
-def _hint(message: str, kind: type[object]) -> str:
-    if not isinstance(kind, type) or not issubclass(kind, msgspec.Struct):
-        return "copy the checkpoint again"
-    known = _fields(kind)
-    unknown = re.search(r"unknown field `(.*?)`", message)
-    if unknown:
-        near = difflib.get_close_matches(unknown[1], known, n=1)
-        if near:
-            return f"did you mean {near[0]}?"
-    return f"its fields: {', '.join(known)}"
-
-
-def _fields(kind: type[object]) -> list[str]:
-    """Names of all fields, those of structs inside included."""
-    names = []
-    for name, annotation in typing.get_type_hints(kind).items():
-        names.append(name)
-        if isinstance(annotation, type) and issubclass(annotation, msgspec.Struct):
-            names += _fields(annotation)
-    return list(dict.fromkeys(names))
+        path = re.search(r"`\$\.([\w.]+)", str(error))
+        value: Any = values
+        for key in path[1].split(".") if path else ():
+            value = value.get(key) if isinstance(value, dict) else None
+        found = f"{path[1]} is {repr(value)[:_LONGEST_JSON]}: " if path and not isinstance(value, dict) else ""
+        raise CheckpointError(f"{where}: {found}{error}", "correct the field, or leave it out") from error

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Answers of `run`: code for all tasks, and the tasks that answer with labels, values or arrays.
 
-A task has two functions here, or in `run_text` and `run_frames`. The first reads the request before the model is
-loaded, and refuses what cannot work. The second asks the model.
+A task has two functions, here or in `run_text` and `run_frames`. The first checks the request and reads its samples
+before the model is loaded. The second runs the model.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from perceiver_export.calibration.validation.options import option
-from perceiver_export.exporter.cli.output import new_file, shape
+from perceiver_export.calibration.options import option
+from perceiver_export.exporter.cli.output import Table, new_file, shape
 from perceiver_export.runtimes.engines.backend import PrecisionChoice
 from perceiver_export.runtimes.errors import InputError, UsageError, printable
 from perceiver_export.runtimes.files import readable
@@ -47,18 +47,9 @@ class Request:
     json: bool = False
 
 
-class Table(NamedTuple):
-    """Arguments of `print_table`; without a title, the bundle and where it ran."""
-
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    note: str = ""
-    title: str | None = None
-
-
 @dataclass(frozen=True)
 class Answers:
-    """The model's answers: ``document`` for JSON, ``shown`` for people, ``save`` to write what is not JSON."""
+    """The model's answers: ``document`` for JSON, ``shown`` for the terminal, ``save`` to write other files."""
 
     runtime: Runtime
     document: Mapping[str, Any]
@@ -67,7 +58,7 @@ class Answers:
 
 
 def described(answer: Sequence[Prediction]) -> tuple[dict[str, Any], dict[str, str]]:
-    """An answer for JSON (``labels``, or ``values``), and its cells by header: ranks, or the names of values."""
+    """An answer for JSON (``labels`` or ``values``), and its cells by header: ranks or names of values."""
     from perceiver_export.runtimes.tasks.base import Value
 
     values = [one for one in answer if isinstance(one, Value)]
@@ -81,15 +72,15 @@ def described(answer: Sequence[Prediction]) -> tuple[dict[str, Any], dict[str, s
 def label_table(
     what: str, names: Sequence[str], answers: Sequence[Sequence[Prediction]], kind: OutputKind | None, *notes: str
 ) -> Table:
-    """A row for each sample: its name, and its answer."""
+    """A row for each sample: its name and its answer."""
     cells = [described(answer)[1] for answer in answers]
     rows = [(name, *one.values()) for name, one in zip(names, cells, strict=True)]
     independent = [_INDEPENDENT] if kind == "multi-label" else []
-    return Table([what, *max(cells, key=len)], rows, "; ".join([*independent, *notes]))
+    return Table("", [what, *max(cells, key=len)], rows, "; ".join([*independent, *notes]))
 
 
 def answer_each(what: str, task: Any, samples: Any, request: Request, progress: Progress) -> Answers:
-    """Ask about one sample after the other; each is the arguments of the task's call, None for one that is absent."""
+    """Run the task on one sample after the other; a sample holds the arguments of the task's call, None if absent."""
     names, answers = [], []
     for done, sample in enumerate(samples):
         progress("run", done, len(samples))
@@ -124,7 +115,7 @@ def _files(request: Request, listed: Callable[[Path], list[Path]]) -> list[tuple
 
 
 def answer_sounds(task: Any, inputs: Sequence[str], request: Request, progress: Progress) -> Answers:
-    """Recordings (a spectrogram in .npy for a model that takes one), frames, or pairs AUDIO FRAMES of both."""
+    """Recordings (a spectrogram in .npy for a model that takes one), frames, or pairs AUDIO FRAMES."""
     samples: list[tuple[str | None, str | None]]
     samples = [(name, None) if task.hears else (None, name) for name in inputs]
     if task.hears and task.sees:
@@ -161,7 +152,7 @@ def answer_arrays(task: Any, file: str, request: Request, progress: Progress) ->
     ]
     output = request.output
     note = f"written: {output}" if output is not None else "not written; -o out.npz writes them"
-    shown = [Table(["output", "dtype", "shape", "min>", "mean>", "max>"], rows, note)]
+    shown = [Table("", ["output", "dtype", "shape", "min>", "mean>", "max>"], rows, note)]
     document: dict[str, Any] = {"outputs": summaries, "file": readable(output) if output is not None else None}
     name, kind = judged_output(task.manifest) or ("", None)
     if kind is not None and outputs[name].ndim in (1, 2):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`perceiver-export demo`: the commands of the README, typed for you on a small trained model."""
+"""`perceiver-export demo`: the commands of the README on a small trained model."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def demo(
         say("")
         typer.secho(f"{len(times) + 1}. {command[0]}: {what}", bold=True)
         typer.secho(f"   $ {shlex.join(['perceiver-export', *command])}", dim=True)
-        # Bundles of an earlier demo in the demo's own directory are replaced.
+        # In its own directory the demo replaces the bundles of an earlier one.
         replaces = output == _DIRECTORY and command[0] in ("export", "quantize")
         begun = time.monotonic()
         app([*command, *(["--overwrite"] if replaces else [])], standalone_mode=False)
@@ -64,7 +64,7 @@ def demo(
 
 
 def _find_example(given: str | None) -> Path:
-    """The example's folder: the one given, or the one of the repository that this was installed from or is run in."""
+    """The example's folder: the one ``given``, or that of the repository that this was installed from or runs in."""
     source = Path(__file__).resolve().parents[2]  # an editable install keeps links to the checkout
     candidates = [Path(given)] if given is not None else [_EXAMPLE, source / _EXAMPLE]
     for folder in candidates:
@@ -72,5 +72,5 @@ def _find_example(given: str | None) -> Path:
             return folder
     raise DataError(
         f"the demo's model and images are not at {candidates[0]}",
-        "they are not in the wheel: run it in a clone of the repository, or give --example FOLDER",
+        "run it in a clone of the repository, since they are not in the wheel, or give --example FOLDER",
     )

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 import msgspec
 import typer
 
-from perceiver_export.calibration.validation.options import option
+from perceiver_export.calibration.options import option
 from perceiver_export.exporter.cli import output as ui
 from perceiver_export.runtimes.engines.backend import Hint, Precision, PrecisionChoice
 from perceiver_export.runtimes.errors import GateError, UsageError

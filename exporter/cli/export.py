@@ -127,7 +127,7 @@ def _preset_document(preset: Preset) -> dict[str, Any]:
 
 
 def _preset_row(name: str, preset: Preset) -> list[str]:
-    """Cells of one preset, each with what belongs together in lines below each other."""
+    """Cells of one preset, with the paper's figures below ours."""
     config = preset.build("deepmind")
     sizes = [f"{name} {_size(one)}" for name, one in config.inputs.items() if _size(one)]
     latents = f"latents {config.encoder.num_latents}×{config.encoder.num_latent_channels}"

@@ -82,12 +82,12 @@ def main() -> None:
         _complain(error.message, error.hint)
         sys.exit(1)
     except BrokenPipeError:
-        sys.stderr.close()  # the reader of our output went away, as `head` does
+        sys.stderr.close()  # the reader of the output stopped, as `head` does
         sys.exit(1)
     except OSError as error:
         if not is_full(error):
             raise
-        with contextlib.suppress(OSError):  # what waits for standard output is not tried again when Python ends
+        with contextlib.suppress(OSError):  # Python would write buffered output again when it ends
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         _complain(
             f"the disk is full: {error.filename or 'the output'} was not written", "free some space and try again"

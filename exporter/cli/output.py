@@ -13,7 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, get_type_hints
 
 import typer
 
@@ -38,12 +38,10 @@ BundleArgument = Annotated[str, typer.Argument(metavar="BUNDLE", help="A bundle,
 
 
 def options_of(*kinds: type[Any], **parse: Callable[[str], tuple[str, Any]]) -> Callable[..., Any]:
-    """Decorate a command: each of its parameters that is a dataclass of ``kinds`` becomes an option for each field that
-    has a ``doc``.
+    """Decorate a command: a parameter that is a dataclass of ``kinds`` becomes an option for each field with a ``doc``.
 
-    The help of an option is its field's ``doc`` in the metadata, its metavar ``value``. A field that is a mapping takes
-    several NAME=VALUE, each read by the function of its name in ``parse``. A field that is a dataclass itself takes the
-    options of its own fields.
+    A field's metadata hold the help, ``doc``, and the metavar, ``value``. A mapping takes several NAME=VALUE, read by
+    the function of its name in ``parse``. A field that is itself a dataclass takes the options of its fields.
     """
     fields = [found for kind in kinds for found in _flat(kind)]
 
@@ -101,13 +99,13 @@ def _parameter(field: dataclasses.Field[Any], hint: Any) -> inspect.Parameter:
 
 
 def say(text: str, mark: str = "") -> None:
-    """Lines on standard output, after a coloured ``mark``; spells out characters that steer the terminal."""
+    """Print lines after a coloured ``mark``, with control characters escaped."""
     typer.echo((typer.style(mark, fg="yellow", bold=True) + " " if mark else "") + _lines(text))
 
 
 def print_json(value: Any) -> None:
     """One JSON document on standard output."""
-    # JSON escapes only the first of the control characters.
+    # JSON escapes only some of the control characters.
     document = encode_json(value).decode()
     typer.echo(_STEERING.sub(lambda found: f"\\u{ord(found[0]):04x}", document), nl=False)
 
@@ -116,10 +114,19 @@ def _lines(text: str) -> str:
     return "\n".join(map(printable, text.split("\n")))
 
 
-def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], note: str = "") -> None:
-    """A table as wide as it needs to be; a column whose name ends in ``>`` holds figures, right-aligned.
+class Table(NamedTuple):
+    """Arguments of `print_table`; without a title, `run` shows the bundle and where it ran."""
 
-    In a terminal that is too narrow, names fold between their parts, and figures never.
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""
+
+
+def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], note: str = "") -> None:
+    """Print a table; a column whose name ends in ``>`` holds figures, right-aligned.
+
+    In a terminal that is too narrow, names fold between their parts; figures never fold.
     """
     from rich.console import Console
     from rich.table import Table
@@ -142,7 +149,7 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]
 
 
 def _narrowed(cells: Sequence[Sequence[str]], width: int) -> list[list[str]]:
-    """The same with a line for each word above figures, and with long words of names in lines.
+    """The cells with a line for each word above figures, and with long words of names folded.
 
     ``width``: characters of all columns together.
     """
@@ -162,7 +169,7 @@ def _narrowed(cells: Sequence[Sequence[str]], width: int) -> list[list[str]]:
 
 
 def _broken(word: str, width: int) -> str:
-    """A long word in lines, broken between its parts."""
+    """A long word, folded between its parts."""
     lines = [""]
     for part in _BETWEEN_PARTS.split(word):
         if lines[-1] and len(lines[-1]) + len(part) > width:
@@ -173,7 +180,7 @@ def _broken(word: str, width: int) -> str:
 
 @contextlib.contextmanager
 def progress_bar(what: str, quiet: bool = False) -> Iterator[Callable[[str, int, int | None], None]]:
-    """A bar on standard error that appears after two seconds; nothing where that is not a terminal.
+    """A bar on standard error that appears after two seconds, if that is a terminal.
 
     Yields ``update(description, done, total)``.
     """
@@ -191,7 +198,7 @@ def progress_bar(what: str, quiet: bool = False) -> Iterator[Callable[[str, int,
     timer.start()
 
     def update(description: str, done: int, total: int | None) -> None:
-        if progress.tasks[0].finished:  # the next of several: its time and its share begin anew
+        if progress.tasks[0].finished:  # the next of several tasks starts
             progress.reset(task)
         progress.update(task, description=description, completed=done, total=total)
 
@@ -209,7 +216,7 @@ def mebibytes(size: float) -> str:
 
 
 def unit(number: float) -> tuple[float, str]:
-    """The power of ten to divide by, and its letter: 1e6 and M; 1 for numbers below a thousand."""
+    """The power of ten to divide by and its letter, as 1e6 and M; 1 below a thousand."""
     return next((one for one in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")) if number >= one[0]), (1.0, ""))
 
 
@@ -239,7 +246,7 @@ def pair(text: str, option: str, example: str) -> tuple[str, str]:
 
 
 def check_file(path: Path) -> None:
-    """Refuse a file that cannot be written, before a model runs for minutes. Raises InputError."""
+    """Raise InputError for a file that cannot be written, before a model runs for minutes."""
     check_writable(path, InputError, "choose another file")
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise InputError(
@@ -249,9 +256,9 @@ def check_file(path: Path) -> None:
 
 
 def check_output(path: Path, read: Iterable[str | os.PathLike[str] | None], ending: str | None = None) -> None:
-    """Refuse a file or directory that would overwrite an input, that lies in a bundle, or has another ``ending``.
+    """Raise UsageError for an output that would overwrite an input, lies in a bundle, or has another ``ending``.
 
-    ``read`` are inputs as typed: files, directories of samples, text, or none. Raises UsageError.
+    ``read`` are inputs as typed: files, directories of samples, text, or None.
     """
     from perceiver_export.calibration.bundles import enclosing_bundle
 

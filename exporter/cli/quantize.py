@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from perceiver_export.calibration.options import option
 from perceiver_export.calibration.quantization.options import QuantizeOptions
-from perceiver_export.calibration.validation.options import option
 from perceiver_export.exporter.cli import output as ui
 from perceiver_export.runtimes.errors import UsageError
 

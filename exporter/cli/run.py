@@ -14,7 +14,7 @@ import typer
 
 from perceiver_export.exporter.cli import answers, run_frames, run_text
 from perceiver_export.exporter.cli import output as ui
-from perceiver_export.exporter.cli.answers import Answers, Progress, Request, Table
+from perceiver_export.exporter.cli.answers import Answers, Progress, Request
 from perceiver_export.runtimes.errors import BundleError, UsageError
 from perceiver_export.runtimes.preprocessing import TextPreprocessing
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class _Runner(NamedTuple):
-    """``read`` checks a request and reads its samples, ``answer`` asks the task; ``ending`` is that of -o."""
+    """``read`` checks a request and reads its samples, ``answer`` runs the task; -o has this ``ending``."""
 
     example: str
     read: Callable[[Request], Any]
@@ -89,7 +89,7 @@ def run(
 
 
 def run_task(task: str, request: Request) -> None:
-    """Read, ask, save and show. Raises what the task raises."""
+    """Read the samples, run the task, save and show its answers. Raises the task's errors."""
     from perceiver_export.runtimes.bundle import open_bundle
     from perceiver_export.runtimes.presence import advice_here
     from perceiver_export.runtimes.tasks import open_task
@@ -117,8 +117,8 @@ def run_task(task: str, request: Request) -> None:
     version = where["version"].partition("-")[0]  # OpenVINO's goes on with its branch
     title = f"{request.bundle} on {where['engine']} {version}, {where['device']}, {where['precision']}"
     for shown in found.shown:
-        if isinstance(shown, Table):
-            ui.print_table(shown.title or title, shown.columns, shown.rows, shown.note)
+        if isinstance(shown, ui.Table):
+            ui.print_table(*shown._replace(title=shown.title or title))
         else:
             ui.say(shown)
     advice = advice_here(open_bundle(request.bundle, "never"), where["target"])
@@ -127,7 +127,7 @@ def run_task(task: str, request: Request) -> None:
 
 
 def example_input(manifest: Manifest) -> str:
-    """What to type behind `run BUNDLE`; the mask is that of the bundle's tokenizer."""
+    """An example of the arguments after `run BUNDLE`, with the mask of the bundle's tokenizer."""
     steps = manifest.preprocessing
     if manifest.task == "fill-mask" and isinstance(steps, TextPreprocessing) and steps.tokenizer:
         return shlex.quote(f"TEXT WITH {steps.tokenizer.mask}")

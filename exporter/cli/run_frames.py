@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`run` with frames: optical flow (images in, their motion out), and video autoencoding (frames and sound, there and
-back, and a label).
+"""`run` with frames: optical flow (images in, motion out), and video autoencoding (frames and sound reconstructed, and
+a label).
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from perceiver_export.calibration.bundles import check_new_directory, new_directory
-from perceiver_export.exporter.cli.answers import Answers, Progress, Request, Table, described
-from perceiver_export.exporter.cli.output import check_file
+from perceiver_export.exporter.cli.answers import Answers, Progress, Request, described
+from perceiver_export.exporter.cli.output import Table, check_file
 from perceiver_export.runtimes.errors import InputError, UsageError, require
 from perceiver_export.runtimes.files import readable
 
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     from perceiver_export.runtimes.tasks.video import Reconstruction
 
 _DIRECTIONS = ("right", "down and right", "down", "down and left", "left", "up and left", "up", "up and right")
-_STILL = 0.05  # pixels on average; less is called no motion
+_STILL = 0.05  # mean pixels; less is no motion
 
 
 def read_frames(request: Request) -> tuple[list[Path], list[list[Path]]]:
-    """The frames in order: those of one directory, or those named; and the files to write for each pair."""
+    """The frames in order, of one directory or as named, and the files to write for each pair."""
     from perceiver_export.runtimes.tasks.image_files import picture_files
 
     paths = [Path(name) for name in request.inputs]
@@ -56,18 +56,20 @@ def _targets(frames: Sequence[Path], output: Path | None) -> list[list[Path]]:
         return [[output / f"{stem}.flo", output / f"{stem}.png"] for stem in stems]
     check_format(output)
     if pairs > 1:
-        raise UsageError(f"{output} is one file, there are {pairs} flows", "give -o a directory, it is made if needed")
+        raise UsageError(
+            f"{output} is one file, there are {pairs} flows", "give -o a directory, which is made if needed"
+        )
     check_file(output)
     return [[output]]
 
 
 def _is_directory(output: Path) -> bool:
-    """Whether the flows go into a directory; else ``output`` is one file."""
+    """Whether the flows go to a directory, not to one file."""
     return output.is_dir() or not output.suffix
 
 
 def answer_flow(task: Any, given: tuple[list[Path], list[list[Path]]], request: Request, progress: Progress) -> Answers:
-    """The flow from each frame to the next, written as it comes, and a line about each."""
+    """The flow from each frame to the next, written one by one, and a line about each."""
     from perceiver_export.runtimes.tasks.flow_files import write_flow
 
     frames, targets = given
@@ -75,7 +77,7 @@ def answer_flow(task: Any, given: tuple[list[Path], list[list[Path]]], request: 
     with (
         new_directory(output, "-o", InputError) if output is not None and _is_directory(output) else nullcontext()
     ) as folder:
-        # The callback reads `number` at each call, and the loop moves it on.
+        # The callback reads `number`, which the loop advances.
         flows = task.frames(
             frames, lambda done, total: progress(f"{frames[number].name} → {frames[number + 1].name}", done, total)
         )
@@ -88,7 +90,7 @@ def answer_flow(task: Any, given: tuple[list[Path], list[list[Path]]], request: 
 
 
 def summarize(flow: Flow) -> dict[str, Any]:
-    """Size, lengths and direction of a flow (H, W, 2), in pixels; y counts down."""
+    """Size, lengths and direction of a flow (H, W, 2), in pixels; y points down."""
     import numpy as np
 
     lengths = np.hypot(flow[..., 0], flow[..., 1])
@@ -104,7 +106,7 @@ def _direction(x: float, y: float, mean: float) -> str:
         return "not a number"
     if mean < _STILL:
         return "still"
-    # Half as long as the pixels move on average: they go to different sides, as in a zoom.
+    # Shorter than half of the mean length: pixels move to different sides, as in a zoom.
     if math.hypot(x, y) < 0.5 * mean:
         return "mixed"
     return _DIRECTIONS[round(math.atan2(y, x) / (math.pi / 4)) % 8]
@@ -120,11 +122,11 @@ def _motion_table(motions: Sequence[dict[str, Any]], output: Path | None) -> Tab
     if output is not None:
         written = [file for one in motions for file in one["files"]]
         note = f"written: {written[0] if len(written) == 1 else f'{len(written)} files in {readable(output)}'}"
-    return Table(["frame", "next frame", "mean px>", "max px>", "direction"], rows, note)
+    return Table("", ["frame", "next frame", "mean px>", "max px>", "direction"], rows, note)
 
 
 def _names(paths: Sequence[str]) -> dict[str, str]:
-    """The names of frames in a table: their files' names, with folders where two folders have a frame of one name."""
+    """The names of frames in a table: file names, with folders where frames of two folders have the same name."""
     if len({os.path.basename(path) for path in paths}) == len({*paths}):
         return {path: os.path.basename(path) for path in paths}
     folder = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
@@ -165,7 +167,7 @@ def answer_video(task: Any, given: tuple[Path, Path | None], request: Request, p
     answer = task.reconstruct(feeds, request.top, progress)
     rate = task.preprocessing.sample_rate
     if rate is None and audio is not None:
-        rate = wav_rate(audio)  # the checkpoint does not say its own
+        rate = wav_rate(audio)  # the checkpoint has none
     quality = {"video": psnr(feeds["frames"][0], answer.video)}
     if audio is not None:
         quality["sound"] = psnr(feeds["audio"][0, :, 0], answer.sound)
@@ -188,7 +190,7 @@ def answer_video(task: Any, given: tuple[Path, Path | None], request: Request, p
         "output": readable(output) if output is not None else None,
     }
     runtime = task.part("encoder" if task.split else None)
-    return Answers(runtime, document, [Table(["", ""], rows, note)], lambda path: _write(path, answer, rate))
+    return Answers(runtime, document, [Table("", ["", ""], rows, note)], lambda path: _write(path, answer, rate))
 
 
 def _write(directory: Path, answer: Reconstruction, sample_rate: int | None) -> None:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """`run` with text: fill masks, or classify.
 
-An input is a file, ``-`` for standard input, or else the text itself; so is each ``--text``, whatever its name. In a
-``.jsonl`` file each line has a ``text``. A ``.txt`` file is one text to fill, without its last line break; to classify,
-each line is one, and blank lines are skipped.
+An input is a file, ``-`` for standard input, or the text itself; ``--text`` is always a text. In a ``.jsonl`` file each
+line has a ``text``. A ``.txt`` file is one text to fill, without its last line break; to classify, each line is a text,
+and blank lines are skipped.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from perceiver_export.exporter.cli.answers import Answers, Progress, Request, Table, described, label_table
+from perceiver_export.exporter.cli.answers import Answers, Progress, Request, described, label_table
+from perceiver_export.exporter.cli.output import Table
 from perceiver_export.runtimes.errors import InputError, printable
 from perceiver_export.runtimes.files import readable
 
@@ -32,13 +33,13 @@ _FILES = (".txt", ".jsonl")
 
 @dataclass(frozen=True)
 class _Text:
-    """``source``: the file, or file and line; None where the argument is the text."""
+    """``source``: the file, or file and line; None for a text on the command line."""
 
     content: bytes
     source: str | None = None
 
     def document(self, **found: Any) -> dict[str, Any]:
-        """The text for JSON, with what was ``found``."""
+        """The text for JSON, with its answer ``found``."""
         return {"source": self.source, "input": self.content.decode(errors="replace"), **found}
 
 
@@ -53,7 +54,7 @@ def answer_masks(task: Any, texts: Sequence[_Text], request: Request, progress: 
         documents.append(text.document(text=filled.text, blanks=filled.blanks))
         rows = [(str(blank.position), *map(_candidate, blank.candidates)) for blank in filled.blanks]
         ranks = [f"{rank}." for rank in range(1, len(rows[0]))]
-        shown += [filled.text, Table(["position>", *ranks], rows)]
+        shown += [filled.text, Table("", ["position>", *ranks], rows)]
     return Answers(task.part("encoder" if task.split else None), {"answers": documents}, shown)
 
 
@@ -76,7 +77,7 @@ def answer_texts(task: Any, texts: Sequence[_Text], request: Request, progress: 
             (name, *("  ".join(f"{score:.3g}" for score in one) for one in scores.values()))
             for name, scores in zip(names, answers, strict=True)
         ]
-        table = Table(["text", *task.tasks], rows)
+        table = Table("", ["text", *task.tasks], rows)
     else:
         found = [described(one)[0] for one in answers]
         table = label_table("text", names, answers, task.kind)
@@ -85,7 +86,7 @@ def answer_texts(task: Any, texts: Sequence[_Text], request: Request, progress: 
 
 
 def read_texts(request: Request, by_line: bool) -> list[_Text]:
-    """The texts of a request. A .txt file is one text, or has one a line."""
+    """The texts of a request. A .txt file is one text, or with ``by_line`` has one a line."""
     from perceiver_export.runtimes.tasks.tokenizers import utf8
 
     texts = [_Text(utf8(text)) for text in request.text]
@@ -128,7 +129,7 @@ def _json_lines(content: bytes, source: str) -> Iterator[_Text]:
 
 
 def _file_content(argument: str) -> bytes | None:
-    """The content of a file or of standard input; None where the argument names no file, and is the text itself."""
+    """The content of a file or of standard input; None for an argument that is the text itself."""
     if argument == "-":
         return sys.stdin.buffer.read()
     name = readable(argument)

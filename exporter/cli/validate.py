@@ -117,7 +117,7 @@ def _validated(
 
 
 def _write(bundle: str, found: _Outcome, options: ValidateOptions, outputs: Mapping[str, Path], quiet: bool) -> None:
-    """Write the outputs, and note in ``found`` where."""
+    """Write the outputs, and record their places in ``found``."""
     from perceiver_export.calibration.report.report import gather, junit, write_report
     from perceiver_export.calibration.validation.certify import certify
     from perceiver_export.runtimes.certificates import FILE

@@ -16,6 +16,7 @@ from perceiver_export.exporter.fold.products import fold_outputs, fold_tails
 from perceiver_export.exporter.fold.rewrite import Rewriter
 from perceiver_export.exporter.fold.rowform import Forms
 from perceiver_export.exporter.fold.sites import LEAST_GAIN, choose, cost_of, decided, find_sites, weigh
+from perceiver_export.exporter.fold.softmax import drop_single_keys
 from perceiver_export.runtimes.manifest import Cost, FoldDecision
 
 
@@ -29,6 +30,8 @@ def fold(
     """
     real = real or Sizes()
     normalize(model, real)
+    drop_single_keys(model.graph)
+    common.RemoveUnusedNodesPass()(model)
     apart = model.clone()
     decisions = _folded(model, real, batch, least_gain)
     if split_rows(apart.graph):

@@ -35,9 +35,11 @@ def split_rows(graph: ir.Graph) -> bool:
 def _reaches_products(value: ir.Value, axis: int) -> bool:
     """Whether rows, and what is made of them, go into scores and reads."""
     return any(
-        _is_read(user, value, axis) or (_is_scores(user, value) and row == len(sizes(user.outputs[0])) - 1)
+        row < 0 or (user.inputs[1] is value and row == len(sizes(user.outputs[0])) - 1)
+        if _is_product(user)
+        else _reaches_products(user.outputs[0], row)
         for user, row in _users(value, axis)
-    ) or any(_reaches_products(user.outputs[0], row) for user, row in _users(value, axis) if not _is_product(user))
+    )
 
 
 def _users(value: ir.Value, axis: int) -> Iterator[tuple[ir.Node, int]]:
@@ -45,7 +47,7 @@ def _users(value: ir.Value, axis: int) -> Iterator[tuple[ir.Node, int]]:
     for user in dict.fromkeys(value.consumers()):
         if len(user.outputs) > 1 or any(shape_of(one) is None for one in (*user.inputs, *user.outputs) if one):
             continue
-        if _is_read(user, value, axis):
+        if _is_product(user) and user.inputs[1] is value and axis == len(sizes(value)) - 2:
             yield user, -1
             continue
         shape = sizes(user.outputs[0])
@@ -61,14 +63,6 @@ def _users(value: ir.Value, axis: int) -> Iterator[tuple[ir.Node, int]]:
 
 def _is_product(node: ir.Node) -> bool:
     return node.op_type == "MatMul" and not any(array_of(value) is not None for value in node.inputs)
-
-
-def _is_scores(node: ir.Node, value: ir.Value) -> bool:
-    return _is_product(node) and node.inputs[1] is value
-
-
-def _is_read(node: ir.Node, value: ir.Value, axis: int) -> bool:
-    return _is_product(node) and node.inputs[1] is value and axis == len(sizes(value)) - 2
 
 
 def _spread(value: ir.Value, axis: int, parts: Parts) -> None:

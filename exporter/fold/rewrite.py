@@ -57,6 +57,8 @@ def _inverse_deviation(norm: Norm) -> ir.Value:
     """All sums are of centred squares: nothing cancels where the numbers have a large offset."""
     nodes, form = Nodes(norm.node), norm.form
     count = math.prod(form.lead)
+    if norm.inverse is not None:
+        return nodes.reshape(norm.inverse, (count,))
     if not norm.narrow:
         rows = nodes.reshape(norm.reads()[-1], (count, form.width))
         centred = nodes.binary("Sub", rows, nodes.mean(rows))

@@ -2,8 +2,8 @@
 """Tensors whose rows are ``row_m = s_m (sum_i F_i[m] A_i + T_m) + b``.
 
 F_i are tensors of the graph (any number of rows), A_i constant matrices, T a constant table, s_m one number a row (1/σ
-of a LayerNorm) and b a constant row. The form is closed under products with constant matrices, additions and
-multiplications of constants, LayerNorm over the last axis, concatenation of columns, and views that keep rows whole.
+of a LayerNorm or RMSNorm) and b a constant row. The form is closed under products with constant matrices, additions and
+multiplications of constants, both norms over the last axis, concatenation of columns, and views that keep rows whole.
 Rows that are looked up in a constant have no changing terms: their table is read at indices.
 
     LayerNorm(F A + T) = s (F A C_0 γ + T C_0 γ) + β        C_0 = I − 11ᵀ/C,  s_m = 1/σ_m
@@ -43,16 +43,22 @@ _SUMMED_FORMS = 3  # of each side of an addition
 
 @dataclass(frozen=True)
 class Norm:
-    """1/σ of a LayerNorm: one number for each row of its input, whose form is ``form``."""
+    """1/σ of a LayerNorm: one number for each row of its input, whose form is ``form``.
+
+    ``inverse``: the value of the graph that has these numbers, as RMSNorm is written.
+    """
 
     node: ir.Node
     form: RowForm
-    epsilon: float
+    epsilon: float = 0.0
+    inverse: ir.Value | None = None
 
     @property
     def narrow(self) -> bool:
         """Whether σ follows from the changing columns alone: they stand beside constant ones, as they are."""
         used = np.zeros(self.form.width, bool)
+        if self.inverse is not None:
+            return False
         for _, matrix in self.form.terms:
             if matrix.at is None:
                 return False
@@ -62,6 +68,8 @@ class Norm:
 
     def reads(self) -> list[ir.Value]:
         """What σ is computed from."""
+        if self.inverse is not None:
+            return [self.inverse]
         source = self.node.inputs[0]
         assert source is not None
         return [value for value, _ in self.form.terms] if self.narrow else [source]
@@ -181,12 +189,21 @@ class Forms:
     def _multiplied(self, node: ir.Node, shape: Shape) -> Iterator[RowForm]:
         for index in (1, 0) if node.op_type == "Mul" else (1,):
             factor, source = array_of(node.inputs[index]), node.inputs[1 - index]
+            if source is not None and _divides_rows(node.inputs[index], shape) and sizes(source) == shape:
+                yield from self._over_root(node, source, operand(node, index))
             if factor is None or source is None or sizes(source) != shape or not _is_row(factor, shape):
                 continue
             own = factor.astype(np.float64)
             for form in self.of(source):
                 yield form.scaled(own if node.op_type == "Mul" else 1 / own, node)
             return
+
+    def _over_root(self, node: ir.Node, source: ir.Value, inverse: ir.Value) -> Iterator[RowForm]:
+        """RMSNorm: rows times 1/sqrt(mean of squares + ε)."""
+        for form in self.of(source):
+            if form.norm is None:
+                own = form.without_bias()
+                yield replace(own, norm=Norm(node, own, inverse=inverse), kills=own.kills | {node})
 
     def _added(self, node: ir.Node, shape: Shape) -> Iterator[RowForm]:
         left, right = operand(node), operand(node, 1)
@@ -280,13 +297,19 @@ class Forms:
         source = node.inputs[0]
         if source is None or scale is None or axis_of(node, len(shape)) != len(shape) - 1:
             return
-        epsilon = node.attributes.get_float("epsilon", 1e-5)
+        epsilon = float(np.float32(node.attributes.get_float("epsilon", 1e-5)))  # as files hold it
         forms = [form for form in self.of(source) if form.norm is None]
         norms = [Norm(node, form.without_bias(), epsilon) for form in forms]
         narrow = next((norm for norm in norms if norm.narrow), None)
         for form, own in zip(forms, norms, strict=True):
             norm = narrow or own
             yield form.normed(norm, scale.astype(np.float64), None if shift is None else shift.astype(np.float64))
+
+
+def _divides_rows(value: ir.Value | None, shape: Shape) -> bool:
+    """Whether a value is one positive number a row: the reciprocal of a root."""
+    node = made_by(value, "Reciprocal")
+    return node is not None and made_by(node.inputs[0], "Sqrt") is not None and shape_of(value) == (*shape[:-1], 1)
 
 
 def _flat(layout: Layout) -> list[Axis]:

@@ -20,7 +20,7 @@ _NAMES = (
     "HardSwish Identity IsNaN LeakyRelu Less LessOrEqual Log Max Min Mish Mod Mul Neg Not Or PRelu Pow Reciprocal Relu",
     "Round Selu Sigmoid Sign Sin Softplus Softsign Sqrt Sub Tanh Where Xor",
 )
-_ELEMENTWISE = frozenset(" ".join(_NAMES).split())
+ELEMENTWISE = frozenset(" ".join(_NAMES).split())
 _MOST_GROWN = 60  # nodes behind a region that are tried so that several results become one
 # The axis of each input that is cut where the result is cut; None: all of that input is needed.
 Cuts = list[int | None]
@@ -30,7 +30,7 @@ def cuts(node: ir.Node, axis: int) -> Cuts | None:
     """Where the inputs of a node are cut if its result is cut at ``axis``; None where it cannot be."""
     if any(value is not None and shape_of(value) is None for value in (*node.inputs, *node.outputs)):
         return None
-    if node.op_type in _ELEMENTWISE:
+    if node.op_type in ELEMENTWISE:
         return _elementwise(node, axis)
     rule = _RULES.get(node.op_type)
     return None if rule is None else rule(node, axis)

@@ -5,9 +5,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import numpy as np
 import onnx_ir as ir
 
-from perceiver_export.exporter.fold.nodes import VIEWS, axis_of, made_by, number, only_reader, sizes
+from perceiver_export.exporter.fold.nodes import (
+    VIEWS,
+    Nodes,
+    axis_of,
+    made_by,
+    number,
+    only_reader,
+    operand,
+    put,
+    shape_of,
+    sizes,
+)
 from perceiver_export.exporter.fold.rowform import RowForm
 from perceiver_export.exporter.fold.sites import Site
 
@@ -94,3 +106,29 @@ def sums_to_one(weights: ir.Value) -> bool:
             return False
         value = node.inputs[0]
     return False
+
+
+def drop_single_keys(graph: ir.Graph) -> None:
+    """Probabilities of a single key times its value become the value, for each query; scores lose their readers.
+
+    Besides the work this saves OpenVINO 2026.4 an error: it cannot move int8's scales behind a key (N, 1, C, 1).
+    """
+    for node in list(graph):
+        if node.op_type != "MatMul" or node.outputs[0].is_graph_output() or not _has_one_key(operand(node)):
+            continue
+        value, shape = operand(node, 1), shape_of(node.outputs[0])
+        if shape is not None and len(sizes(value)) > 1:
+            nodes = Nodes(node)
+            target = nodes.constant(np.array(shape, np.int64))
+            put(node.outputs[0], value if sizes(value) == shape else nodes.make("Expand", [value, target], shape))
+
+
+def _has_one_key(weights: ir.Value) -> bool:
+    """Whether a softmax over one element makes the columns of ``weights``, of which there is one."""
+    shape = shape_of(weights)
+    while (node := made_by(weights, *VIEWS, "Cast", "Dropout")) is not None:
+        weights = operand(node)
+    softmax, whole = made_by(weights, "Softmax"), shape_of(weights)
+    if softmax is None or not shape or not whole:
+        return False
+    return shape[-1] == 1 and whole[axis_of(softmax, len(whole))] == 1

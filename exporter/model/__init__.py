@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Our own Perceiver IO in PyTorch: what a model of your own is made of (`own_model`, the classes of its config).
+"""Our own Perceiver IO in PyTorch, and the parts of a model of your own (`own_model`, the classes of its config).
 
 Each name is imported on first use; only the model brings torch.
 """

@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The systems of the papers as configs, at any size: presets, Hugging Face and Haiku checkpoints all start here.
+"""The systems of the papers as configs, at any size: presets and Hugging Face checkpoints start here.
 
-What differs between DeepMind's code and transformers' port of it is decided by ``parity``, here and nowhere else:
-the GELU, what a query reads whose keys are all masked, whether masked queries read at all, the residual of one
-decoder, the padding of a convolution, the precision of position tables.
+DeepMind's code and transformers' port of it differ. ``parity`` decides the differences, here and nowhere else: the
+GELU, the answer to a query whose keys are all masked, whether masked queries read, the residual of one decoder, the
+padding of a convolution, the precision of position tables.
 
-Classifiers of sound and video as configs: the AudioSet models of both papers.
-
-The first Perceiver (arXiv 2103.03206) as configs: inputs read more than once, the latents' mean as head.
+Perceiver IO is arXiv 2107.14795. The first Perceiver, arXiv 2103.03206, reads its inputs more than once and averages
+the latents.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ from typing import Literal
 
 import msgspec
 
-from perceiver_export.exporter.model.checks import check_input
 from perceiver_export.exporter.model.config import (
     ArrayInput,
     AttentionConfig,
@@ -43,14 +41,13 @@ from perceiver_export.exporter.model.config import (
 
 Parity = Literal["huggingface", "deepmind"]
 
-VOCABULARY_SIZE = 262  # six special tokens and 256 bytes
 FLOW_SCALE = 20 / 100  # the network's output is divided by 100, and its targets were pixels divided by 20
 
 
 @dataclass(frozen=True)
 class EncoderSizes:
-    """What a checkpoint says of its encoder. Widths of queries, keys and values follow from the inputs' if None:
-    those of the inputs in the cross-attention (``width`` "kv"), else those of the latents ("q").
+    """Sizes of an encoder. ``num_qk_channels`` and ``num_v_channels`` that are None become the latents' width; in the
+    cross-attention with ``width`` "kv", the inputs' width.
     """
 
     num_latents: int
@@ -67,7 +64,7 @@ class EncoderSizes:
     width: Literal["kv", "q"] = "kv"
 
     def config(self, num_input_channels: int) -> EncoderConfig:
-        """The encoder over inputs of so many channels."""
+        """The encoder of inputs with ``num_input_channels``."""
         cross = num_input_channels if self.width == "kv" else self.num_latent_channels
         return EncoderConfig(
             num_latents=self.num_latents,
@@ -90,19 +87,19 @@ class EncoderSizes:
         )
 
     def decoder_attention(self, num_query_channels: int, query_residual: bool, num_heads: int = 1) -> AttentionConfig:
-        """A decoder's attention as wide as what it reads, the latents (or as its queries)."""
+        """A decoder's attention, as wide as the latents, or with ``width`` "q" as the queries."""
         width = self.num_latent_channels if self.width == "kv" else num_query_channels
         return AttentionConfig(num_heads, width, width, query_residual=query_residual)
 
 
 def fourier(num_bands: int, max_resolution: tuple[int, ...], parity: Parity, endpoint: bool = True) -> FourierPositions:
-    """Fourier positions in the precision of transformers (float32), or exact: DeepMind's own depend on the compiler."""
+    """Fourier positions, computed in float32 as in transformers, or in float64: DeepMind's depend on the compiler."""
     arithmetic: Literal["float32", "float64"] = "float32" if parity == "huggingface" else "float64"
     return FourierPositions(num_bands, max_resolution, endpoint, arithmetic=arithmetic)
 
 
 def image_classifier(image: ImageInput, encoder: EncoderSizes, num_labels: int, parity: Parity) -> PerceiverConfig:
-    """Pictures -> classes. DeepMind's model with learned positions has no query residual; transformers' port has."""
+    """Images -> classes. DeepMind's model with learned positions has no query residual; transformers' port has one."""
     residual = parity == "huggingface" or image.features != "conv1x1"
     return _model({"image": image}, encoder, _classes(encoder, num_labels, residual), parity)
 
@@ -113,29 +110,23 @@ def image_input(
     width: int,
     parity: Parity,
     trained_grid: tuple[int, int],
-    num_feature_channels: int | None = None,
-    num_bands: int = 64,
-    num_position_channels: tuple[int, int] = (256, 256),
 ) -> ImageInput:
-    """The three picture inputs. ``trained_grid`` is what the positions were trained on, or their highest frequency;
-    ``num_position_channels`` those of a learned table and of its projection.
+    """The three image inputs. ``trained_grid`` has the size of learned positions, or the resolution of Fourier ones.
 
-    Raises UsageError: a picture that is too small for the convolution, or too large for a table of its positions.
+    Raises UsageError: an image that is too small for the convolution.
     """
-    channels = num_feature_channels or {"pixels": 3, "conv1x1": 256, "conv": 64}[features]
+    channels = {"pixels": 3, "conv1x1": 256, "conv": 64}[features]
     padding: Literal["same", "huggingface"] = "huggingface" if parity == "huggingface" else "same"
-    positions: Positions = fourier(num_bands, trained_grid, parity)
+    positions: Positions = fourier(64, trained_grid, parity)
     if features == "conv1x1":
-        positions = LearnedPositions(trained_grid, *num_position_channels)
-    image = ImageInput(3, height, width, features, channels, positions, padding)
-    check_input("image", image)
-    return image
+        positions = LearnedPositions(trained_grid, 256, 256)
+    return ImageInput(3, height, width, features, channels, positions, padding)
 
 
 def language_model(
     tokens: TokenInput, encoder: EncoderSizes, decoder: AttentionConfig, parity: Parity
 ) -> PerceiverConfig:
-    """Masked tokens -> a score a token of the vocabulary, at every position, by the tied embedding."""
+    """Masked tokens -> scores of all tokens at every position, by the tied embedding."""
     queries = LearnedQueries(tokens.length, tokens.num_input_channels)
     outputs = {"logits": OutputConfig(queries, (tokens.length, tokens.vocabulary_size))}
     return _model(
@@ -162,12 +153,9 @@ def multitask_text_classifier(
     return _model({"tokens": tokens}, encoder, decoder, parity)
 
 
-def optical_flow(
-    height: int, width: int, encoder: EncoderSizes, parity: Parity, num_feature_channels: int = 64, num_bands: int = 64
-) -> PerceiverConfig:
+def optical_flow(height: int, width: int, encoder: EncoderSizes, parity: Parity) -> PerceiverConfig:
     """Two frames -> the displacement of every pixel, in pixels; the inputs are the queries."""
-    positions = fourier(num_bands, (height, width), parity)
-    frames = FramePairInput(height, width, num_feature_channels, positions)
+    frames = FramePairInput(height, width, 64, fourier(64, (height, width), parity))
     queries = InputQueries(height * width, frames.num_input_channels)
     decoder = QueryDecoder(
         outputs={"flow": OutputConfig(queries, (height, width, 2), scale=FLOW_SCALE)},
@@ -180,7 +168,7 @@ def optical_flow(
 
 @dataclass(frozen=True)
 class VideoSizes:
-    """A video with its sound: 16 frames of 224 × 224 and 30720 samples in patches of 16, in DeepMind's model."""
+    """A video with its sound; the defaults are those of DeepMind's model."""
 
     num_frames: int = 16
     height: int = 224
@@ -191,13 +179,13 @@ class VideoSizes:
     samples_per_patch: int = 16
     image_bands: int = 32
     audio_bands: int = 192
-    image_resolution: tuple[int, int] | None = None  # highest frequencies; the grid of patches
+    image_resolution: tuple[int, int] | None = None  # of the Fourier positions; by default the grid of patches
     num_label_query_channels: int = 1024
     num_output_channels: int = 512
 
 
 def video_autoencoder(sizes: VideoSizes, encoder: EncoderSizes, parity: Parity) -> PerceiverConfig:
-    """Frames and sound -> themselves and a label, which is never given: its mask token is."""
+    """Frames and sound -> themselves and a label. The label is never an input: its mask token is."""
     step = sizes.spatial_patch
     grid = sizes.image_resolution or (sizes.height // step, sizes.width // step)
     image_resolution, audio_resolution = (sizes.num_frames, *grid), (sizes.num_samples,)
@@ -209,7 +197,7 @@ def video_autoencoder(sizes: VideoSizes, encoder: EncoderSizes, parity: Parity) 
         (1, step, step),
         positions=fourier(sizes.image_bands, image_resolution, parity),
     )
-    # DeepMind pads every modality to 4 (queries: 2) channels more than the widest has.
+    # DeepMind pads every modality to 4 channels (queries: 2) more than the widest has.
     num_input_channels = max(audio.num_input_channels, frames.num_input_channels, sizes.num_labels) + 4
     inputs: dict[str, Input] = {"audio": audio, "frames": frames, "label": MaskedInput(1, num_input_channels)}
     decoder = _video_decoder(sizes, encoder, image_resolution, audio_resolution, parity)
@@ -223,7 +211,7 @@ def _video_decoder(
     audio_resolution: tuple[int, ...],
     parity: Parity,
 ) -> QueryDecoder:
-    """Positions of pixels and audio patches are queries: -1 + 2 i / n, as trained on sampled ones (both parities)."""
+    """Queries are positions -1 + 2 i / n of pixels and audio patches, since both parities train on sampled points."""
     sound = PositionQueries(
         (sizes.num_samples // sizes.samples_per_patch,),
         fourier(sizes.audio_bands, audio_resolution, parity, endpoint=False),
@@ -273,7 +261,7 @@ def _classes(encoder: EncoderSizes, num_labels: int, residual: bool) -> QueryDec
 def _model(
     inputs: Mapping[str, Input],
     encoder: EncoderSizes,
-    decoder: QueryDecoder,
+    decoder: QueryDecoder | AverageDecoder,
     parity: Parity,
     num_input_channels: int = 0,
     mask_queries: bool = False,
@@ -297,7 +285,7 @@ def own_model(
     num_decoder_heads: int = 1,
     query_residual: bool = False,
 ) -> PerceiverConfig:
-    """Any inputs, any queries. Inputs, and queries, are padded with trained vectors to the widest of their kind."""
+    """Any inputs, any queries. Trained vectors pad inputs to the widest input, and queries to the widest queries."""
     width = max(output.queries.num_channels for output in outputs.values())
     attention = encoder.decoder_attention(width, query_residual, num_decoder_heads)
     return _model(inputs, encoder, QueryDecoder(dict(outputs), width, attention), "deepmind")
@@ -310,8 +298,8 @@ MODALITY_CHANNELS = 4  # trained channels beside the widest modality; the others
 class AudioVideoSizes:
     """1.28 seconds: 61,440 samples in patches of 128, and 32 frames in patches of 2 × 8 × 8.
 
-    With ``mel`` (frames, bins) the model hears a spectrogram, each value of which is an input. 16 bands a video axis
-    are what 487 channels leave beside 384 values of a patch and 4 of the modality.
+    With ``mel`` (frames, bins) the model hears a spectrogram: each value is an input. Of the paper's 487 channels, 384
+    values of a patch and 4 of the modality leave room for 16 bands a video axis.
     """
 
     num_samples: int = 61_440
@@ -325,7 +313,7 @@ class AudioVideoSizes:
     video_bands: int = 16
 
     def inputs(self, parity: Parity) -> dict[str, Input]:
-        """Sound and frames, each beside the Fourier features of its patch's place, up to the grid's Nyquist."""
+        """Sound and frames, each beside the Fourier features of its patch's place; bands end at the grid's Nyquist."""
         if self.mel is not None:
             sound = ArrayInput(self.mel, 1, positions=fourier(self.audio_bands, self.mel, parity))
         else:
@@ -348,11 +336,10 @@ def audio_video_classifier(
     sizes: AudioVideoSizes, encoder: EncoderSizes, num_labels: int, parity: Parity, num_query_channels: int
 ) -> PerceiverConfig:
     """Sound and frames -> classes, read by one learned query of ``num_query_channels`` (Perceiver IO, table 6)."""
-    config = classifier(sizes.inputs(parity), encoder, num_labels, parity, sizes.num_input_channels)
     outputs = {"logits": OutputConfig(LearnedQueries(1, num_query_channels), (num_labels,))}
     attention = encoder.decoder_attention(num_query_channels, query_residual=True)
     decoder = QueryDecoder(outputs, num_query_channels, attention, num_labels)
-    return msgspec.structs.replace(config, decoder=decoder)
+    return _model(sizes.inputs(parity), encoder, decoder, parity, sizes.num_input_channels)
 
 
 def first_perceiver(
@@ -367,20 +354,20 @@ def first_perceiver(
 ) -> PerceiverConfig:
     """Any inputs -> classes. The inputs are read before each of the first ``num_cross_attentions`` blocks.
 
-    Sharing is by default that of the paper's ImageNet model: all cross-attentions but the first are one, all blocks
-    are one (its appendix C). The latents are averaged, then projected, without a norm.
+    By default weights are shared as in the paper's ImageNet model (appendix C): by all cross-attentions but the first,
+    and by all blocks. The latents are averaged, then projected, without a norm.
     """
-    config = classifier(inputs, encoder, num_labels, parity, num_input_channels)
+    config = _model(inputs, encoder, AverageDecoder(num_labels), parity, num_input_channels)
     repeated = msgspec.structs.replace(
         config.encoder,
         num_cross_attentions=num_cross_attentions,
         cross_attention_sharing=cross_attention_sharing,
         block_sharing=block_sharing,
     )
-    return msgspec.structs.replace(config, encoder=repeated, decoder=AverageDecoder(num_labels))
+    return msgspec.structs.replace(config, encoder=repeated)
 
 
 def point_input(num_points: int, num_bands: int, max_frequency: int, parity: Parity) -> ArrayInput:
-    """Points (x, y, z) with a mask: the Fourier features of where they are. Frequencies run up to ``max_frequency``."""
+    """Points (x, y, z) with a mask, as Fourier features with frequencies up to ``max_frequency``."""
     positions = fourier(num_bands, (2 * max_frequency,) * 3, parity)  # a resolution is twice its highest frequency
     return ArrayInput((num_points,), 3, value_positions=positions, masked=True)

@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention and the two layers that a Perceiver is made of: cross-attention and self-attention, each with an MLP.
+"""The two layers of a Perceiver, cross-attention and self-attention, each with an MLP, and the MLP's activations.
 
 Source: Perceiver IO (arXiv 2107.14795), section 3.1 and appendix E. All layers are pre-norm; LayerNorm's epsilon is
 1e-5 in DeepMind's code and in transformers, whatever a config says.
-
-Activation functions of the layers' MLPs, by the names that a config gives them.
 """
 
 from __future__ import annotations
@@ -66,14 +64,6 @@ class Elementwise(nn.Module):
         return self.function(x)
 
 
-class GEGLU(nn.Module):
-    """Gated GELU, of lucidrains' models: (…, 2·W) -> (…, W), the second half gates the first."""
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        width = hidden.shape[-1] // 2  # slices: `chunk` would become a sequence, which few engines take
-        return hidden[..., :width] * F.gelu(hidden[..., width:])
-
-
 # Small enough that the softmax gives an exact zero, and that any score vanishes when it is added.
 MASKED_SCORE = -1e30
 LARGEST_SCORES = 1 << 25  # numbers that torch holds at a time
@@ -90,11 +80,11 @@ def attend(
     """Multi-head attention, softmax(QKᵀ/√d)V: (B, N, E), (B, M, E), (B, M, V) -> (B, N, V).
 
     The batch of ``queries`` may be 1 where that of keys and values is larger (latents, learned queries). ``mask``
-    (B, M), 1 or 0, says which keys are there. Where a sample has none, its queries read the mean of all values
-    (transformers), or ``zero`` (DeepMind).
+    (B, M) is 1 for a key and 0 for none. In a sample without keys, queries read the mean of all values (transformers),
+    or ``zero`` (DeepMind).
     """
     q, k, v = (split_heads(x, num_heads) for x in (queries, keys, values))
-    # Queries are scaled, not scores: N × d numbers instead of N × M, and none at all where queries are constant.
+    # Scaling queries takes N × d products, scaling scores N × M; constant queries are scaled at export.
     q = q / math.sqrt(q.shape[-1])
     bias = None if mask is None else (MASKED_SCORE * (1 - mask.to(q.dtype)))[:, None, None, :]
     reads = [_attend(rows, k, v, bias) for rows in _pieces(q, k)]
@@ -110,7 +100,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _pieces(q: Tensor, k: Tensor) -> Sequence[Tensor]:
-    """The queries, some at a time where torch itself runs: scores of the flow model would take 1.5 GB twice over."""
+    """The queries in pieces where torch itself runs: the flow model's scores would take 1.5 GB twice."""
     if torch.compiler.is_exporting():
         return (q,)
     rows = max(1, LARGEST_SCORES // (k.shape[0] * k.shape[1] * k.shape[2]))
@@ -129,7 +119,7 @@ def merge_heads(x: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Projections round `attend`: queries (B, N, Q) over inputs (B, M, C) -> (B, N, Q)."""
+    """Projections around `attend`: queries (B, N, Q) over inputs (B, M, C) -> (B, N, Q)."""
 
     def __init__(
         self,
@@ -140,9 +130,9 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         self.num_heads, self.masked_rows = config.num_heads, masked_rows
-        self.query = nn.Linear(num_query_channels, config.num_qk_channels, bias=config.qkv_bias)
-        self.key = nn.Linear(num_input_channels, config.num_qk_channels, bias=config.qkv_bias)
-        self.value = nn.Linear(num_input_channels, config.num_v_channels, bias=config.qkv_bias)
+        self.query = nn.Linear(num_query_channels, config.num_qk_channels)
+        self.key = nn.Linear(num_input_channels, config.num_qk_channels)
+        self.value = nn.Linear(num_input_channels, config.num_v_channels)
         self.output = nn.Linear(config.num_v_channels, num_query_channels)
 
     def forward(
@@ -160,9 +150,9 @@ class MLP(nn.Module):
 
     def __init__(self, num_channels: int, widening_factor: int, activation: Activation) -> None:
         super().__init__()
-        gated, width = activation == "geglu", widening_factor * num_channels
-        self.hidden = nn.Linear(num_channels, 2 * width if gated else width)
-        self.activation = GEGLU() if gated else Elementwise(activation)
+        width = widening_factor * num_channels
+        self.hidden = nn.Linear(num_channels, width)
+        self.activation = Elementwise(activation)
         self.output = nn.Linear(width, num_channels)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -173,7 +163,7 @@ class MLP(nn.Module):
 class CrossAttention(nn.Module):
     """Queries (B, N, Q) read inputs (B, M, C) -> (B, N, Q).
 
-    ``mask`` (B, M) says which inputs are there; queries that ``query_mask`` (B, N) leaves out read zeros.
+    ``mask`` (B, M) is 0 for inputs to ignore; queries where ``query_mask`` (B, N) is 0 read zeros.
     """
 
     def __init__(
@@ -183,29 +173,23 @@ class CrossAttention(nn.Module):
         num_input_channels: int,
         activation: Activation,
         masked_rows: Literal["zero", "mean"] = "mean",
-        mlp: bool = True,
     ) -> None:
         super().__init__()
-        self.query_residual, self.has_mlp = config.query_residual, mlp
+        self.query_residual = config.query_residual
         self.query_norm = nn.LayerNorm(num_query_channels)
         self.input_norm = nn.LayerNorm(num_input_channels)
         self.attention = Attention(config, num_query_channels, num_input_channels, masked_rows)
-        if mlp:
-            self.mlp_norm = nn.LayerNorm(num_query_channels)
-            self.mlp = MLP(num_query_channels, config.widening_factor, activation)
+        self.mlp_norm = nn.LayerNorm(num_query_channels)
+        self.mlp = MLP(num_query_channels, config.widening_factor, activation)
 
     def forward(
         self, queries: Tensor, inputs: Tensor, mask: Tensor | None = None, query_mask: Tensor | None = None
     ) -> Tensor:
-        x = self.read(queries, inputs, mask, query_mask)
-        return x + self.mlp(self.mlp_norm(x)) if self.has_mlp else x
-
-    def read(
-        self, queries: Tensor, inputs: Tensor, mask: Tensor | None = None, query_mask: Tensor | None = None
-    ) -> Tensor:
-        """The same without the MLP."""
         x: Tensor = self.attention(self.query_norm(queries), self.input_norm(inputs), mask, query_mask)
-        return x + queries if self.query_residual else x
+        if self.query_residual:
+            x = x + queries
+        y: Tensor = x + self.mlp(self.mlp_norm(x))
+        return y
 
 
 class SelfAttention(nn.Module):

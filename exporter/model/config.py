@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All sizes of a Perceiver, as plain data.
+"""All sizes of a Perceiver, as plain data: enough to build the torch model, `PerceiverIO`.
 
-A config says everything that is needed to build the torch model (`model.PerceiverIO`) and is written, as it is,
-into the bundle's manifest under ``architecture``. Names are those of the papers: latents (N × D), inputs (M × C),
-queries (O × F). Perceiver IO is arXiv 2107.14795, Perceiver arXiv 2103.03206.
+It is written to the bundle's manifest as ``architecture``. Names are those of the papers: latents (N × D), inputs
+(M × C), queries (O × F). Perceiver IO is arXiv 2107.14795, Perceiver arXiv 2103.03206.
 """
 
 from __future__ import annotations
@@ -13,50 +12,32 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from perceiver_export.exporter.model.checks import MOST_LAYERS, MOST_PARAMETERS, Checked, check_size, require
+
 Size = Annotated[int, msgspec.Meta(ge=1)]
 Count = Annotated[int, msgspec.Meta(ge=0)]
 Shape = Annotated[tuple[Size, ...], msgspec.Meta(min_length=1)]
 Resolution = Annotated[tuple[Annotated[float, msgspec.Meta(gt=0, le=1e12)], ...], msgspec.Meta(min_length=1)]
 
-# DeepMind's GELU is the tanh approximation, transformers' the exact one; GEGLU is lucidrains' gated one. The others are
-# those that a config of transformers may name.
-Activation = Literal[
-    "gelu",
-    "gelu-tanh",
-    "geglu",
-    "gelu-clipped",
-    "quick-gelu",
-    "relu",
-    "relu6",
-    "relu-squared",
-    "leaky-relu",
-    "silu",
-    "hardswish",
-    "mish",
-    "sqrt-softplus",
-    "sigmoid",
-    "tanh",
-    "laplace",
-    "linear",
-]
+# DeepMind's GELU is the tanh approximation, transformers' the exact one. A config of transformers may name the others.
+_Rectifier = Literal["relu", "relu6", "relu-squared", "leaky-relu"]
+_Smooth = Literal["silu", "hardswish", "mish", "sqrt-softplus", "sigmoid", "tanh", "laplace", "linear"]
+Activation = Literal["gelu", "gelu-tanh", "gelu-clipped", "quick-gelu", _Rectifier, _Smooth]
 Sharing = Literal["all", "all-but-first", "none"]
 
 
-class FourierPositions(msgspec.Struct, frozen=True, tag="fourier", forbid_unknown_fields=True):
+class FourierPositions(Checked, frozen=True, tag="fourier"):
     """Fourier features of grid positions (Perceiver IO, appendix D): per axis the position, K sines, K cosines.
 
     ``max_resolution`` has one entry an axis; frequencies run linearly from 1 to ``max_resolution / 2``.
     ``endpoint``: positions run from -1 to 1 with both ends (linspace); without, they are -1 + 2 i / n, as DeepMind's
-    decoders are trained on sampled points. ``order``: all positions, all sines, all cosines, or axis after axis
-    sines, cosines, position (lucidrains). ``arithmetic`` is the precision in which the table is computed before it is
-    rounded to the model's: transformers computes in float32 always, and its float64 models can only be matched by
-    doing the same.
+    decoders are trained on sampled points. ``arithmetic`` is the precision in which the table is computed before it is
+    rounded to the model's: transformers always computes in float32, and only the same matches its float64 models.
     """
 
     num_bands: Count
     max_resolution: Resolution
     endpoint: bool = True
-    order: Literal["positions-first", "axis-by-axis"] = "positions-first"
     arithmetic: Literal["float32", "float64"] = "float64"
 
     @property
@@ -64,7 +45,7 @@ class FourierPositions(msgspec.Struct, frozen=True, tag="fourier", forbid_unknow
         return len(self.max_resolution) * (2 * self.num_bands + 1)
 
 
-class LearnedPositions(msgspec.Struct, frozen=True, tag="learned", forbid_unknown_fields=True):
+class LearnedPositions(Checked, frozen=True, tag="learned"):
     """A trained table of ``prod(shape)`` × ``num_table_channels``, projected linearly to another width (0: not)."""
 
     shape: Shape
@@ -75,17 +56,24 @@ class LearnedPositions(msgspec.Struct, frozen=True, tag="learned", forbid_unknow
     def num_channels(self) -> int:
         return self.num_projected_channels or self.num_table_channels
 
+    def check(self) -> None:
+        check_size("the table of positions", math.prod(self.shape) * self.num_table_channels)
+
 
 Positions = FourierPositions | LearnedPositions
 
 
-class ImageInput(msgspec.Struct, frozen=True, tag="image", forbid_unknown_fields=True):
-    """A picture, NCHW float32, as M × C inputs: features of each pixel (or patch) beside its position.
+def _check_axes(positions: Positions, num_axes: int) -> None:
+    found = len(positions.max_resolution if isinstance(positions, FourierPositions) else positions.shape)
+    require(found == num_axes, f"a grid of {num_axes} axes has positions of {found}")
 
-    ``features``: ``pixels`` are taken as they are; ``conv1x1`` maps them to ``num_feature_channels``; ``conv`` is
-    a 7×7 stride 2 convolution, batch norm, ReLU and a 3×3 stride 2 max-pool. The padding of the last differs
-    between DeepMind's code (``same``, as in TensorFlow) and transformers (``huggingface``: 3 on each side, no
-    padding of the pool).
+
+class ImageInput(Checked, frozen=True, tag="image"):
+    """An image, NCHW float32, as M × C inputs: features of each pixel (or patch) beside its position.
+
+    ``features``: ``pixels`` are taken as they are; ``conv1x1`` maps them to ``num_feature_channels``; ``conv`` is a
+    7×7 stride 2 convolution, batch norm, ReLU and a 3×3 stride 2 max-pool, padded as in DeepMind's code (``same``, as
+    in TensorFlow) or in transformers (``huggingface``: 3 on each side, the pool not at all).
     """
 
     num_channels: Size
@@ -98,7 +86,7 @@ class ImageInput(msgspec.Struct, frozen=True, tag="image", forbid_unknown_fields
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Rows and columns of features: pixels, or what the convolution and the pool leave of them."""
+        """Rows and columns of features: those of the image, or of the pool's output."""
         if self.features != "conv":
             return self.height, self.width
         halves = (-(-side // 2) for side in (self.height, self.width))
@@ -113,8 +101,17 @@ class ImageInput(msgspec.Struct, frozen=True, tag="image", forbid_unknown_fields
     def num_input_channels(self) -> int:
         return self.num_feature_channels + self.positions.num_channels
 
+    def check(self) -> None:
+        require(
+            self.features != "pixels" or self.num_feature_channels == self.num_channels,
+            f"pixels have {self.num_channels} channels, num_feature_channels is {self.num_feature_channels}",
+        )
+        small = f"an image of {self.height} × {self.width} is too small to convolve"
+        require(min(self.grid) > 0, small, "give sides of 5 or more")
+        _check_axes(self.positions, 2)
 
-class FramePairInput(msgspec.Struct, frozen=True, tag="frame-pair", forbid_unknown_fields=True):
+
+class FramePairInput(Checked, frozen=True, tag="frame-pair"):
     """Two frames, (B, 2, 3, H, W) float32: of each pixel the 3×3 patches of both, projected, beside its position."""
 
     height: Size
@@ -130,8 +127,11 @@ class FramePairInput(msgspec.Struct, frozen=True, tag="frame-pair", forbid_unkno
     def num_input_channels(self) -> int:
         return self.num_feature_channels + self.positions.num_channels
 
+    def check(self) -> None:
+        _check_axes(self.positions, 2)
 
-class TokenInput(msgspec.Struct, frozen=True, tag="tokens", forbid_unknown_fields=True):
+
+class TokenInput(Checked, frozen=True, tag="tokens"):
     """Tokens, (B, length) int32, and their mask: embeddings plus trained positions."""
 
     vocabulary_size: Size
@@ -143,13 +143,13 @@ class TokenInput(msgspec.Struct, frozen=True, tag="tokens", forbid_unknown_field
         return self.length
 
 
-class ArrayInput(msgspec.Struct, frozen=True, tag="array", forbid_unknown_fields=True):
+class ArrayInput(Checked, frozen=True, tag="array"):
     """An array of any rank, channels last, (B, *shape, num_channels) float32: audio, video, voxels, points, sets.
 
     In this order: ``patch`` (one size an axis) moves each patch's values into channels; ``num_projected_channels``
     projects them linearly (0: not); ``positions`` of the grid of patches are put beside them. Or ``value_positions``:
     the values are themselves coordinates (points), and their Fourier features the inputs. ``masked`` adds an input
-    NAME_mask, (B, M) int32, that says which are there.
+    NAME_mask, (B, M) int32: 1 for an element, 0 for none.
     """
 
     shape: Shape
@@ -162,7 +162,7 @@ class ArrayInput(msgspec.Struct, frozen=True, tag="array", forbid_unknown_fields
 
     @property
     def grid(self) -> tuple[int, ...]:
-        """How many patches there are along each axis."""
+        """The number of patches along each axis."""
         patch = self.patch or (1,) * len(self.shape)
         return tuple(size // step for size, step in zip(self.shape, patch, strict=True))
 
@@ -177,11 +177,32 @@ class ArrayInput(msgspec.Struct, frozen=True, tag="array", forbid_unknown_fields
         features = self.num_projected_channels or self.num_channels * math.prod(self.patch)
         return features + (self.positions.num_channels if self.positions is not None else 0)
 
+    def check(self) -> None:
+        patch = self.patch or (1,) * len(self.shape)
+        require(
+            len(patch) == len(self.shape)
+            and not any(size % step for size, step in zip(self.shape, patch, strict=True)),
+            f"patches of {self.patch} do not divide {self.shape}",
+        )
+        if self.positions is not None:
+            _check_axes(self.positions, len(self.shape))
+        require(
+            not isinstance(self.positions, LearnedPositions) or self.positions.shape == self.grid,
+            f"there are {self.grid} patches, positions are of {getattr(self.positions, 'shape', ())}",
+        )
+        if self.value_positions is not None:
+            require(
+                len(self.value_positions.max_resolution) == self.num_channels
+                and (self.positions, self.patch, self.num_projected_channels) == (None, (), 0),
+                f"coordinates of {self.num_channels} channels do not fit value_positions",
+                "give max_resolution one entry for each channel, and neither patch, projection nor positions",
+            )
 
-class MaskedInput(msgspec.Struct, frozen=True, tag="masked", forbid_unknown_fields=True):
+
+class MaskedInput(Checked, frozen=True, tag="masked"):
     """A modality that is never given at inference: its trained mask token, ``num_inputs`` times.
 
-    So DeepMind's video autoencoder classifies: its label is always masked.
+    DeepMind's video autoencoder classifies in this way: its label is always masked.
     """
 
     num_inputs: Size
@@ -191,18 +212,21 @@ class MaskedInput(msgspec.Struct, frozen=True, tag="masked", forbid_unknown_fiel
 Input = ImageInput | FramePairInput | TokenInput | ArrayInput | MaskedInput
 
 
-class AttentionConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Widths of one kind of attention layer. ``query_residual`` adds the queries to what they read."""
+class AttentionConfig(Checked, frozen=True):
+    """Widths of one kind of attention layer. ``query_residual`` adds the queries to the result."""
 
     num_heads: Size
     num_qk_channels: Size
     num_v_channels: Size
     widening_factor: Size = 1
     query_residual: bool = True
-    qkv_bias: bool = True
+
+    def check(self) -> None:
+        for name, width in (("num_qk_channels", self.num_qk_channels), ("num_v_channels", self.num_v_channels)):
+            require(width % self.num_heads == 0, f"{name} {width} cannot be split into {self.num_heads} heads")
 
 
-class EncoderConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class EncoderConfig(Checked, frozen=True):
     """Latents (N × D) that read the inputs, then ``num_blocks`` times some self-attentions.
 
     Perceiver IO reads the inputs once, before the first block; the first Perceiver again before each of the first
@@ -219,15 +243,28 @@ class EncoderConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     cross_attention_sharing: Sharing = "all"
     block_sharing: Sharing = "all"
 
+    def check(self) -> None:
+        reads, blocks = self.num_cross_attentions, self.num_blocks
+        require(reads <= blocks, f"the encoder has {reads} cross-attentions and {blocks} blocks")
+        layers = self.num_blocks * (self.num_self_attentions_per_block + 1)
+        check_size("the number of the encoder's layers", layers, MOST_LAYERS)
+        one, width = self.self_attention, self.num_latent_channels
+        weights = width * (2 * one.num_qk_channels + one.num_v_channels + 2 * width * one.widening_factor)
+        distinct = 1 if self.block_sharing == "all" else self.num_blocks
+        count = weights * self.num_self_attentions_per_block * distinct + self.num_latents * width
+        check_size("the number of the encoder's parameters", count, MOST_PARAMETERS)
 
-class LearnedQueries(msgspec.Struct, frozen=True, tag="learned", forbid_unknown_fields=True):
-    """Trained queries (O × F): one for a class, one a position of a text."""
 
+class _Rows(Checked, frozen=True):
     num_queries: Size
     num_channels: Size
 
 
-class PositionQueries(msgspec.Struct, frozen=True, tag="positions", forbid_unknown_fields=True):
+class LearnedQueries(_Rows, frozen=True, tag="learned"):
+    """Trained queries (O × F): one for a class, one a position of a text."""
+
+
+class PositionQueries(Checked, frozen=True, tag="positions"):
     """Fourier features of every point of a grid: pixels, samples."""
 
     shape: Shape
@@ -241,29 +278,26 @@ class PositionQueries(msgspec.Struct, frozen=True, tag="positions", forbid_unkno
     def num_channels(self) -> int:
         return self.positions.num_channels
 
+    def check(self) -> None:
+        _check_axes(self.positions, len(self.shape))
 
-class InputQueries(msgspec.Struct, frozen=True, tag="inputs", forbid_unknown_fields=True):
+
+class InputQueries(_Rows, frozen=True, tag="inputs"):
     """The model's own inputs (M × C), as optical flow and sets have it."""
 
-    num_queries: Size
-    num_channels: Size
 
-
-class GivenQueries(msgspec.Struct, frozen=True, tag="given", forbid_unknown_fields=True):
+class GivenQueries(_Rows, frozen=True, tag="given"):
     """Queries that the caller gives with each call, (O, F) float32: an input named NAME_queries."""
-
-    num_queries: Size
-    num_channels: Size
 
 
 Queries = LearnedQueries | PositionQueries | InputQueries | GivenQueries
 
 
-class OutputConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What is read from the latents: one row of ``num_channels`` a query.
+class OutputConfig(Checked, frozen=True):
+    """One row of ``num_channels`` a query, read from the latents.
 
-    ``num_channels`` of a head of its own; 0 takes the decoder's ``num_output_channels``. ``shape`` is that of the
-    output without the batch, of as many elements. ``scale`` multiplies it.
+    ``num_channels`` are those of a head of its own; 0 takes the decoder's ``num_output_channels``. ``shape`` is that of
+    the output without the batch, of as many elements. ``scale`` multiplies it.
     """
 
     queries: Queries
@@ -272,7 +306,7 @@ class OutputConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     scale: float = 1.0
 
 
-class QueryDecoder(msgspec.Struct, frozen=True, tag="queries", forbid_unknown_fields=True):
+class QueryDecoder(Checked, frozen=True, tag="queries"):
     """Perceiver IO's decoder: queries read the latents in one cross-attention.
 
     Queries of several outputs are padded with trained vectors to ``num_query_channels``. Then a linear layer to
@@ -285,18 +319,24 @@ class QueryDecoder(msgspec.Struct, frozen=True, tag="queries", forbid_unknown_fi
     cross_attention: AttentionConfig
     num_output_channels: Count = 0
     tied_to: str | None = None
-    mlp: bool = True
+
+    def check(self) -> None:
+        require(bool(self.outputs), "the model has no outputs", "give at least one")
+        for name, output in self.outputs.items():
+            count, width = output.queries.num_queries, output.queries.num_channels
+            most = self.num_query_channels
+            require(width <= most, f"queries of {name!r} have {width} channels, num_query_channels is {most}")
+            check_size(f"the table of queries of {name!r}", count * most)
 
 
-class AverageDecoder(msgspec.Struct, frozen=True, tag="average", forbid_unknown_fields=True):
-    """The first Perceiver's head: the mean of the latents, a LayerNorm (lucidrains) or none, a linear layer."""
+class AverageDecoder(Checked, frozen=True, tag="average"):
+    """The first Perceiver's head: the mean of the latents, then a linear layer."""
 
     num_output_channels: Size
-    norm: bool = False
     output: str = "logits"
 
 
-class PerceiverConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class PerceiverConfig(Checked, frozen=True):
     """Inputs by name in the order in which they are concatenated, an encoder, a decoder.
 
     With several inputs each is padded with a trained vector to ``num_input_channels``. ``masked_rows``: a query whose
@@ -311,3 +351,50 @@ class PerceiverConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     activation: Activation = "gelu"
     masked_rows: Literal["zero", "mean"] = "mean"
     mask_queries: bool = False
+
+    def check(self) -> None:
+        require(
+            any(not isinstance(one, MaskedInput) for one in self.inputs.values()),
+            "the model has no inputs" + (" except those that are always masked" if self.inputs else ""),
+            "give at least one",
+        )
+        for name, one in self.inputs.items():
+            width, most = one.num_input_channels, self.num_input_channels
+            require(width <= most, f"input {name!r} has {width} channels, num_input_channels is {most}")
+            check_size(f"the table of input {name!r}", one.num_inputs * most)
+        maskable = any(isinstance(one, TokenInput) or getattr(one, "masked", False) for one in self.inputs.values())
+        require(not self.mask_queries or maskable, "mask_queries is set, and no input has a mask", "leave it out")
+        if isinstance(self.decoder, QueryDecoder):
+            self._check_outputs(self.decoder)
+
+    def _check_outputs(self, decoder: QueryDecoder) -> None:
+        tied = self.inputs.get(decoder.tied_to or "")
+        require(
+            decoder.tied_to is None or isinstance(tied, TokenInput),
+            f"the decoder is tied to {decoder.tied_to!r}, which is no input of tokens",
+            "name the TokenInput whose embedding it shares",
+        )
+        num_inputs = sum(one.num_inputs for one in self.inputs.values())
+        for name, output in decoder.outputs.items():
+            count, width = output.queries.num_queries, output.queries.num_channels
+            if isinstance(output.queries, InputQueries):
+                require(
+                    len(self.inputs) == 1 and (count, width) == (num_inputs, self.num_input_channels),
+                    f"output {name!r} takes {count} × {width} inputs as queries; there are {num_inputs} ×"
+                    f" {self.num_input_channels}, of {len(self.inputs)} kinds",
+                )
+            require(
+                not self.mask_queries or count == num_inputs,
+                f"mask_queries is set, and output {name!r} has {count} queries for {num_inputs} inputs",
+            )
+            channels = output.num_channels or decoder.num_output_channels or decoder.num_query_channels
+            if isinstance(tied, TokenInput):
+                width = tied.num_input_channels
+                require(
+                    channels == width, f"output {name!r} has {channels} channels, the embedding it is tied to {width}"
+                )
+                channels = tied.vocabulary_size
+            require(
+                math.prod(output.shape) == count * channels,
+                f"output {name!r} of shape {output.shape} does not hold {count} queries of {channels} channels",
+            )

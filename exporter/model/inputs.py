@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Input adapters: from what a sensor gives to the M × C inputs that the encoder reads.
+"""Input adapters: from arrays of a sensor to the M × C inputs that the encoder reads.
 
-Position encodings, computed once when the model is built: nothing of them is left to do at inference.
+Position encodings are computed once, when the model is built.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from perceiver_export.exporter.model.config import (
 
 
 def axis_positions(size: int, endpoint: bool, dtype: torch.dtype) -> Tensor:
-    """Coordinates of ``size`` points on one axis: linspace(-1, 1), or -1 + 2 i / size."""
+    """Coordinates of ``size`` points on one axis: linspace(-1, 1), or -1 + 2 i / size without ``endpoint``."""
     if endpoint:
         return torch.linspace(-1.0, 1.0, size, dtype=dtype)
     return -1 + 2 * torch.arange(size, dtype=dtype) / size
@@ -49,11 +49,7 @@ def fourier_features(positions: Tensor, config: FourierPositions) -> Tensor:
             for size in config.max_resolution
         ]
     )
-    phases = math.pi * (positions[..., :, None] * bands)
-    if config.order == "axis-by-axis":
-        parts = torch.cat([torch.sin(phases), torch.cos(phases), positions[..., :, None]], dim=-1)
-        return parts.flatten(-2)
-    phases = phases.flatten(-2)
+    phases = (math.pi * (positions[..., :, None] * bands)).flatten(-2)
     return torch.cat([positions, torch.sin(phases), torch.cos(phases)], dim=-1)
 
 
@@ -104,14 +100,14 @@ class LearnedPositionEncoding(nn.Module):
 
 
 def position_encoding(config: Positions, shape: tuple[int, ...]) -> nn.Module:
-    """The encoding that ``config`` asks for, on a grid of ``shape``."""
+    """The encoding of ``config`` on a grid of ``shape``."""
     if isinstance(config, LearnedPositions):
         return LearnedPositionEncoding(config, shape)
     return FourierPositionEncoding(config, shape)
 
 
 class ImageAdapter(nn.Module):
-    """Pictures (B, channels, height, width) -> inputs (B, M, C): features, then position."""
+    """Images (B, channels, height, width) -> inputs (B, M, C): features, then position."""
 
     def __init__(self, config: ImageInput) -> None:
         super().__init__()
@@ -242,7 +238,7 @@ class MaskTokenAdapter(nn.Module):
 
 
 def input_adapter(config: Input) -> nn.Module:
-    """The adapter that ``config`` asks for."""
+    """The adapter of ``config``."""
     if isinstance(config, ImageInput):
         return ImageAdapter(config)
     if isinstance(config, FramePairInput):

@@ -1,29 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Perceiver and Perceiver IO, cut where export cuts them: inputs -> encoder -> latents -> decoder -> outputs.
+"""Perceiver and Perceiver IO in PyTorch: inputs -> encoder -> latents -> decoder -> outputs.
 
-Source: Perceiver IO (arXiv 2107.14795), figure 2.
+In the encoder latents read the inputs, then each other. In the decoder queries read the latents; the first Perceiver
+averages them instead, and reads its inputs more than once.
 
-The encoder: latents read the inputs, then each other.
-
-Source: Perceiver IO (arXiv 2107.14795), section 3.1; Perceiver (arXiv 2103.03206), section 3.1, where the inputs are
-read more than once.
-
-Decoders: queries read the latents (Perceiver IO), or the latents are averaged (the first Perceiver).
-
-Source: Perceiver IO (arXiv 2107.14795), section 3.2; Perceiver (arXiv 2103.03206), section 3.1.
+Source: Perceiver IO (arXiv 2107.14795), figure 2, sections 3.1 and 3.2; Perceiver (arXiv 2103.03206), section 3.1.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from perceiver_export.exporter.model.attention import CrossAttention, SelfAttention
-from perceiver_export.exporter.model.checks import check_config
+from perceiver_export.exporter.model.checks import require
 from perceiver_export.exporter.model.config import (
     Activation,
     AverageDecoder,
@@ -42,7 +36,7 @@ from perceiver_export.exporter.model.inputs import TokenAdapter, fourier_table, 
 
 
 class PerceiverEncoder(nn.Module):
-    """Inputs (B, M, C), and which of them are there (B, M) -> latents (B, N, D)."""
+    """Inputs (B, M, C) and their mask (B, M) -> latents (B, N, D)."""
 
     def __init__(
         self,
@@ -81,12 +75,12 @@ class PerceiverEncoder(nn.Module):
 
 
 def _distinct(count: int, sharing: Sharing) -> int:
-    """How many sets of weights ``count`` layers have."""
+    """The number of sets of weights that ``count`` layers have."""
     return {"all": 1, "all-but-first": min(count, 2), "none": count}[sharing]
 
 
 def layer_index(index: int, sharing: Sharing) -> int:
-    """Which set of weights the layer ``index`` uses."""
+    """The set of weights that the layer ``index`` uses."""
     return {"all": 0, "all-but-first": min(index, 1), "none": index}[sharing]
 
 
@@ -104,13 +98,12 @@ class LearnedQueryTable(nn.Module):
 class PositionQueryTable(nn.Module):
     """Fourier features of grid points: all (1, O, F), or those of flat ``indices`` (B, Q) -> (B, Q, F).
 
-    Fourier features are separable: one small table an axis, not one row a point (800,000 for a video).
+    Fourier features are separable: one small table an axis replaces a row for each of a video's 800,000 points.
     """
 
     def __init__(self, config: PositionQueries) -> None:
         super().__init__()
         self.shape, self.num_bands = config.shape, config.positions.num_bands
-        self.axis_by_axis = config.positions.order == "axis-by-axis"
         for axis, size in enumerate(config.shape):
             resolution = (config.positions.max_resolution[axis],)
             one_axis = type(config.positions)(
@@ -128,8 +121,6 @@ class PositionQueryTable(nn.Module):
             points = torch.remainder(torch.div(indices, stride, rounding_mode="floor"), size)
             rows.append(nn.functional.embedding(points, self.get_buffer(f"axis_{axis}")))
         k = self.num_bands
-        if self.axis_by_axis:
-            return torch.cat([part for row in rows for part in (row[..., 1:], row[..., :1])], dim=-1)
         columns = (slice(0, 1), slice(1, 1 + k), slice(1 + k, None))  # positions, sines, cosines
         return torch.cat([row[..., column] for column in columns for row in rows], dim=-1)
 
@@ -163,9 +154,7 @@ class PerceiverDecoder(nn.Module):
                 self.paddings[name] = nn.Parameter(torch.randn(1, width - output.queries.num_channels) * 0.02)
             if output.num_channels:
                 self.heads[name] = nn.Linear(config.num_output_channels or width, output.num_channels)
-        self.cross_attention = CrossAttention(
-            config.cross_attention, width, num_latent_channels, activation, mlp=config.mlp
-        )
+        self.cross_attention = CrossAttention(config.cross_attention, width, num_latent_channels, activation)
         self.output = nn.Linear(width, config.num_output_channels) if config.num_output_channels else nn.Identity()
         self.embedding_bias = nn.Parameter(torch.zeros(vocabulary_size)) if vocabulary_size is not None else None
 
@@ -193,23 +182,23 @@ class AverageHead(nn.Module):
 
     def __init__(self, config: AverageDecoder, num_latent_channels: int) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(num_latent_channels) if config.norm else nn.Identity()
         self.output = nn.Linear(num_latent_channels, config.num_output_channels)
 
     def forward(self, latents: Tensor) -> Tensor:
-        outputs: Tensor = self.output(self.norm(latents.mean(dim=1)))
+        outputs: Tensor = self.output(latents.mean(dim=1))
         return outputs
 
 
 class PerceiverIO(nn.Module):
-    """Arrays by input name -> arrays by output name; what they are is all in the config.
+    """Arrays by input name -> arrays by output name, all described by the config.
 
-    Raises UsageError: a config whose sizes contradict each other.
+    Raises UsageError: an input or output has a name that torch or a bundle uses.
     """
 
     def __init__(self, config: PerceiverConfig) -> None:
         super().__init__()
-        check_config(config)
+        for name in (*config.inputs, *_outputs(config.decoder)):
+            _check_name(name)
         self.config = config
         self.inputs = nn.ModuleDict({name: input_adapter(one) for name, one in config.inputs.items()})
         self.input_paddings = nn.ParameterDict(
@@ -232,7 +221,7 @@ class PerceiverIO(nn.Module):
             self.decoder = AverageHead(config.decoder, num_latent_channels)
 
     def forward(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """All outputs, each (B, *shape). Masks may be left out: then all is there."""
+        """All outputs, each (B, *shape). Without its mask an input is complete."""
         inputs, mask = self.embed(feeds)
         latents = self.encoder(inputs, mask)
         if isinstance(self.decoder, AverageHead):
@@ -251,7 +240,7 @@ class PerceiverIO(nn.Module):
         return latents
 
     def embed(self, feeds: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
-        """All inputs side by side (B, M, C), and which are there (B, M), None where all are."""
+        """All inputs side by side (B, M, C), and their mask (B, M), None where all are complete."""
         embedded, masks = [], []
         for name, config in self.config.inputs.items():
             adapter = self.inputs[name]
@@ -278,8 +267,8 @@ class PerceiverIO(nn.Module):
     ) -> Tensor:
         """Rows (B, Q, E) of one output for the queries ``indices`` (B, Q), None for all of them.
 
-        ``inputs`` are what `embed` gave, where the caller has that already; ``mask`` leaves out the queries of inputs
-        that are not there, where the config asks for that.
+        ``inputs`` and ``mask`` are the result of `embed` where the caller has it. With ``mask_queries`` the queries of
+        masked inputs read zeros.
         """
         config = self.config.decoder
         assert isinstance(config, QueryDecoder)
@@ -288,34 +277,32 @@ class PerceiverIO(nn.Module):
             adapter = self.inputs[config.tied_to]
             assert isinstance(adapter, TokenAdapter)
             embedding = adapter.embedding.weight
-        queries = self.queries_of(name, indices, feeds, inputs)
-        rows: Tensor = self.decoder(latents, name, queries, self.query_mask(indices, mask), embedding)
+        kind = config.outputs[name].queries
+        if isinstance(kind, GivenQueries):
+            queries = feeds[f"{name}_queries"]
+        elif isinstance(kind, InputQueries):
+            queries = input_queries(self.embed(feeds)[0] if inputs is None else inputs, indices)
+        else:
+            queries = self.decoder.get_submodule(f"queries.{name}")(indices)
+        query_mask = mask if self.config.mask_queries and indices is None else None
+        rows: Tensor = self.decoder(latents, name, queries, query_mask, embedding)
         scale = config.outputs[name].scale
         return rows if scale == 1 else rows * scale
 
-    def queries_of(
-        self, name: str, indices: Tensor | None, feeds: Mapping[str, Tensor], inputs: Tensor | None
-    ) -> Tensor:
-        """Queries (1 or B, Q, F) of one output, before they are padded."""
-        config = self.config.decoder
-        assert isinstance(config, QueryDecoder)
-        queries = config.outputs[name].queries
-        if isinstance(queries, GivenQueries):
-            return feeds[f"{name}_queries"]
-        if isinstance(queries, InputQueries):
-            return input_queries(self.embed(feeds)[0] if inputs is None else inputs, indices)
-        tables = self.decoder.queries
-        assert isinstance(tables, nn.ModuleDict)
-        chosen: Tensor = tables[name](indices)
-        return chosen
 
-    def query_mask(self, indices: Tensor | None, mask: Tensor | None) -> Tensor | None:
-        """Which queries are there (B, O), where the config leaves those out that are not."""
-        return mask if self.config.mask_queries and indices is None else None
+def _outputs(decoder: QueryDecoder | AverageDecoder) -> Iterable[str]:
+    return (decoder.output,) if isinstance(decoder, AverageDecoder) else decoder.outputs
+
+
+def _check_name(name: str) -> None:
+    # Modules and parameters get these names, in containers that have attributes of their own.
+    taken = any(hasattr(keeper, name) for keeper in (nn.ModuleDict(), nn.ParameterDict()))
+    taken = taken or name in ("latents", "queries") or name.endswith(("_mask", "_queries"))
+    require(name.isidentifier() and not taken, f"{name!r} cannot name an input or output", "choose another name")
 
 
 def joined_mask(masks: Sequence[Tensor | None], sizes: Sequence[int], batch: int) -> Tensor | None:
-    """The masks of all inputs side by side (B, M), ones where an input has none; None where none has."""
+    """The masks of all inputs side by side (B, M), ones for an input without a mask; None if no input has one."""
     if all(mask is None for mask in masks):
         return None
     there = [

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Engines: one file a backend, the table of targets, and the cache of compiled engines."""
+"""Engines: one file per backend, the table of targets, and the cache of compiled engines."""

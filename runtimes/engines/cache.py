@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiled engines on disk: identified by their engine.json, published complete by one rename or exchange.
+"""Compiled engines on disk. engine.json identifies each one; a single rename or exchange publishes it.
 
-Engines lie in the bundle, `engines/TARGET/KEY/`. If the bundle cannot be written, they lie in the user's cache
-directory under the hash of the bundle's manifest. A lock keeps two builders of one target apart. engine.json says what
-an engine was built from and for; it is read before any other file of the engine.
+Engines are stored in the bundle, `engines/TARGET/KEY/`. If the bundle is read-only, they go to the user's cache
+directory, under the hash of the bundle's manifest. A lock keeps two builders of one target apart. engine.json records
+the model, the options and the platform of the build, and is read before any other file of the engine.
 
-Libraries trust the engines that they load: a changed byte ends the process, or worse. A hash beside an engine only
-shows that the engine is complete, and whoever changes one can change the other. So `build` signs engine.json
-(HMAC-SHA256) with 32 random bytes in the user's configuration directory, and other engines are not given to their
-library. PERCEIVER_EXPORT_ENGINE_KEY names another file, so that a fleet of devices can load engines that one built.
+The libraries do not check the engines that they load: one changed byte can crash the process, or worse. A hash stored
+beside an engine proves only that the copy is complete, because anyone who changes the engine can change the hash too.
+So `build` signs engine.json (HMAC-SHA256) with a key of 32 random bytes in the user's configuration directory, and an
+engine without that signature is never loaded. PERCEIVER_EXPORT_ENGINE_KEY names another key file: a fleet of devices
+can then load engines that one machine built.
 """
 
 from __future__ import annotations
@@ -60,9 +61,9 @@ class Identity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Record(msgspec.Struct, frozen=True):
-    """The contents of engine.json. Unknown fields are allowed: a newer writer may add some.
+    """The contents of engine.json. Unknown fields are allowed, because a newer version may add some.
 
-    ``mac`` signs all other fields, among them the hashes of the engine's files; see `keys`.
+    ``mac`` signs all other fields, including the hashes of the engine's files.
     """
 
     schema_version: int
@@ -72,11 +73,11 @@ class Record(msgspec.Struct, frozen=True):
     mac: str = ""
 
     def signed(self, key: bytes) -> Record:
-        """The same record with the signature of that key."""
+        """The same record, signed with ``key``."""
         return msgspec.structs.replace(self, mac=self._signature(key))
 
     def distrust(self) -> tuple[str, ...]:
-        """Why the engine may not be given to its library; empty if this user built it."""
+        """Why the engine must not be loaded; empty if this user built it."""
         import hmac
 
         try:
@@ -84,10 +85,10 @@ class Record(msgspec.Struct, frozen=True):
                 return ()
             why = "engine.json has no valid signature"
         except FileNotFoundError:
-            why = "there is no such key yet"
+            why = "the key does not exist yet"
         except (OSError, ValueError) as error:
             why = str(error)
-        return (f"it was not built with this user's key, {key_file()}: {why}",)
+        return (f"it is not signed with this user's key, {key_file()}: {why}",)
 
     def _signature(self, key: bytes) -> str:
         import hmac  # loads OpenSSL, a tenth of this package's import time
@@ -97,9 +98,9 @@ class Record(msgspec.Struct, frozen=True):
 
 
 class Candidate(msgspec.Struct, frozen=True):
-    """An engine in the bundle or in the cache. ``problems``: why it cannot be used here; empty if it can.
+    """An engine in the bundle or in the cache. ``problems`` says why it cannot be used here; empty if it can.
 
-    ``trusted``: this user built it. The contents of another user's engine.json are only shown.
+    ``trusted``: this user built it. engine.json of an untrusted engine is only displayed.
     """
 
     directory: Path
@@ -115,7 +116,7 @@ def _hash(document: object) -> str:
 
 
 def key_file() -> Path:
-    """The path of the key, whether it exists or not."""
+    """The path of the key, which need not exist."""
     if named := os.environ.get(ENVIRONMENT):
         return Path(named)
     base = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
@@ -123,27 +124,27 @@ def key_file() -> Path:
 
 
 def read_key() -> bytes:
-    """The key. Raises FileNotFoundError: there is none yet; ValueError: the file cannot be trusted; OSError."""
+    """The key. Raises FileNotFoundError: no key yet; ValueError: the file cannot be trusted; OSError."""
     path, named = key_file(), bool(os.environ.get(ENVIRONMENT))
     key = read_bytes(path.resolve() if named else path, 1 << 10)
     status = path.stat()
-    # A named key may be root's, readable by a group: 0640.
+    # A key named by the variable may belong to root and be readable by a group: 0640.
     if status.st_uid not in ({os.geteuid(), 0} if named else {os.geteuid()}):
         raise ValueError(f"{path} belongs to another user")
     if status.st_mode & (0o027 if named else 0o077):
         raise ValueError(f"{path} can be read or written by others: chmod {'0640' if named else '0600'} {path}")
     if len(key) != _KEY_BYTES:
-        raise ValueError(f"{path} has {len(key)} bytes, a key has {_KEY_BYTES}")
+        raise ValueError(f"{path} has {len(key)} bytes instead of {_KEY_BYTES}")
     return key
 
 
 def ensure_key() -> bytes:
-    """The key, made if there is none. Raises BuildError: it cannot be made, read or trusted."""
+    """The key, created if missing. Raises BuildError: it cannot be created, read or trusted."""
     path = key_file()
     try:
         if not os.path.lexists(path):
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with locked(path.parent.resolve()):  # two builds may make it at once
+            with locked(path.parent.resolve()):  # two builds may create it at the same time
                 if not path.exists():
                     with replacing(path) as temporary:
                         temporary.chmod(0o600)
@@ -152,25 +153,23 @@ def ensure_key() -> bytes:
     except (OSError, ValueError) as error:
         said = error.strerror if isinstance(error, OSError) else error
         raise BuildError(
-            f"the key that signs engines cannot be used, {path}: {said or error}",
-            f"set its permissions, or name another file in {ENVIRONMENT}: 32 random bytes, mode 0600",
+            f"the key that signs engines, {path}, cannot be used: {said or error}",
+            f"correct its permissions, or name another file in {ENVIRONMENT}: 32 random bytes, mode 0600",
         ) from error
 
 
 def files_of(manifest: Manifest, graph: str) -> dict[str, str]:
-    """SHA-256, by file, of a graph and its weights: the bundle's own file, or that of the graph's lowering."""
-
-    def is_read(name: str) -> bool:
-        if name == graph or name == "model.weights":
-            return True
-        own = graph.endswith(f".{name.removesuffix('.weights')}.onnx")
-        return own and not name.endswith((".onnx", ".npz", ".json"))
-
-    return {name: entry.sha256 for name, entry in manifest.files.items() if is_read(name)}
+    """SHA-256, by file name, of a graph and its weights: the bundle's shared file, or that of the graph's lowering."""
+    return {
+        name: entry.sha256
+        for name, entry in manifest.files.items()
+        if name in (graph, "model.weights")
+        or (graph.endswith(f".{name.removesuffix('.weights')}.onnx") and not name.endswith((".onnx", ".npz", ".json")))
+    }
 
 
 def graphs_of(manifest: Manifest, target: str, precision: str) -> dict[str, str]:
-    """SHA-256, by file, of all graphs and weights that a target runs in that precision. Raises DeviceError."""
+    """SHA-256, by file name, of all graphs and weights that a target runs in that precision. Raises DeviceError."""
     found: dict[str, str] = {}
     for part in manifest.parts.values():
         found |= files_of(manifest, graph_for(part, target, precision))
@@ -178,9 +177,9 @@ def graphs_of(manifest: Manifest, target: str, precision: str) -> dict[str, str]
 
 
 def graph_for(part: Part, target: str, precision: str) -> str:
-    """The file of a part that an engine of this target, in this precision, is made from."""
+    """The graph file of a part from which an engine of this target and precision is built."""
     lowering = find_target(target).lowering(precision)
-    on_arm = f"{lowering}-arm64"  # ONNX Runtime's integer kernels on ARM need another form
+    on_arm = f"{lowering}-arm64"  # ONNX Runtime's integer kernels on ARM need another form of the graph
     if on_arm in part.lowered and platform.machine().lower() in ("aarch64", "arm64"):
         lowering = on_arm
     return part.graph_for(lowering)
@@ -192,18 +191,16 @@ def model_hash(bundle: Bundle, graph: str) -> str:
 
 
 def make_source(bundle: Bundle, part: Part, target: str, options: EngineOptions) -> Source:
-    """The graph of a part that this target runs. The options get the ranges of its dynamic dimensions.
+    """The graph of a part that this target runs, with the ranges of its dynamic dimensions added to the options.
 
-    Raises BundleError: the bundle is quantized, and its graph for this target is absent.
+    Raises BundleError: the bundle is quantized and has no graph for this target.
     """
     precision, quantized = bundle.manifest.precision, bundle.manifest.quantization
     graph = graph_for(part, target, options.precision)
     floats = precision == "fp32" or (quantized is not None and not quantized.int8_activations)
     if target.startswith("ort-") and not floats and graph == part.file:
-        raise BundleError(
-            f"{bundle.path} is {precision}, and {target} needs its graph rewritten for it, which is not in the bundle",
-            "quantize the fp32 bundle again: it writes that graph too",
-        )
+        said = f"{bundle.path} is {precision} but has no graph rewritten for {target}"
+        raise BundleError(said, "quantize the fp32 bundle again to write that graph")
     ranges = {name: sizes for spec in part.inputs for name, sizes in spec.ranges.items()}
     shapes = {name: options.shapes.get(name, (least, least, most)) for name, (least, most) in ranges.items()}
     options = msgspec.structs.replace(options, shapes=shapes)
@@ -211,15 +208,16 @@ def make_source(bundle: Bundle, part: Part, target: str, options: EngineOptions)
 
 
 def identify(bundle: Bundle, part: str, source: Source, here: Platform) -> Identity:
-    """The identity of an engine of this part if it were compiled here and now."""
+    """The identity that an engine of this part would have if it were compiled here now."""
     model = model_hash(bundle, source.graph.relative_to(bundle.path).as_posix())
     return Identity(source.target, part, model, source.precision, source.options, here)
 
 
 def mismatches(bundle: Bundle, built: Identity, here: Identity, backend: Backend) -> tuple[str, ...]:
-    """Why an engine differs from the one that would be built here, one phrase each.
+    """The differences between an engine and the one that would be built here, one phrase each.
 
-    The model is that of the engine's own precision, which may have its own graph. The caller compares other options.
+    A precision may have a graph of its own, so the models are compared in the engine's precision. The caller compares
+    the other options.
     """
     allowed = backend.flags(here.target)
     found = [problem for flag in built.options.flags.items() if (problem := flag_problem(*flag, allowed))]
@@ -228,12 +226,12 @@ def mismatches(bundle: Bundle, built: Identity, here: Identity, backend: Backend
     if built.part != here.part or built.model != model_hash(bundle, graph):
         found.append("it was built from another model")
     if built.options.shapes != here.options.shapes:
-        found.append(f"it was built for the shapes {built.options.shapes}, the bundle has {here.options.shapes}")
+        found.append(f"it was built for the shapes {built.options.shapes}, but the bundle has {here.options.shapes}")
     return (*found, *backend.differences(built.platform, here.platform))
 
 
 def read_record(directory: Path) -> Record | None:
-    """engine.json of a directory; None if it is missing, damaged, a link or of a newer schema."""
+    """The directory's engine.json; None if it is missing, damaged, a link or of a newer schema."""
     try:
         record = decode_json(read_bytes(directory / RECORD), Record)
     except (OSError, ValueError):
@@ -242,7 +240,7 @@ def read_record(directory: Path) -> Record | None:
 
 
 def candidates(bundle: Bundle, here: Identity, backend: Backend) -> tuple[Candidate, ...]:
-    """Engines of that target and part, the newest first. Only engine.json is read."""
+    """Engines of that target and part, newest first. Only engine.json is read."""
     found = []
     for directory in _places(bundle, here.target):
         record = None if directory.is_symlink() else read_record(directory)
@@ -256,26 +254,26 @@ def candidates(bundle: Bundle, here: Identity, backend: Backend) -> tuple[Candid
 
 
 def unreadable(bundle: Bundle, target: str) -> tuple[str, ...]:
-    """Links and damaged engines among the engines of that target, with the reason."""
+    """One message for each link and each damaged engine of that target."""
     return tuple(
         _is_link(place)
         if place.is_symlink()
-        else f"the engine in {place} cannot be read: its engine.json is missing, damaged or of a newer version"
+        else f"the engine in {place} cannot be read: its engine.json is missing, damaged or from a newer version"
         for place in _places(bundle, target)
         if place.is_symlink() or read_record(place) is None
     )
 
 
 def check_engine(candidate: Candidate, verify: Verify) -> None:
-    """Raise BundleError unless the engine's files are those that were built; hashed as a bundle's files are."""
+    """Raise BundleError if a file of the engine has changed since the build; ``verify`` is as for a bundle's files."""
     check_files(candidate.directory, candidate.record.files, verify, RECORD)
 
 
 @contextlib.contextmanager
 def builders_lock(root: Path, target: str, waiting: Callable[[], None]) -> Iterator[None]:
-    """Hold the lock of one target's engines; ``waiting`` is called once if another process holds it.
+    """Hold the lock of one target's engines. If another process holds it, ``waiting`` is called once.
 
-    Raises BuildError: the engines cannot be written.
+    Raises BuildError: the directory cannot be written.
     """
     import shutil
 
@@ -284,15 +282,15 @@ def builders_lock(root: Path, target: str, waiting: Callable[[], None]) -> Itera
     with writing(root, BuildError, "check its permissions"):
         directory.mkdir(parents=True, exist_ok=True)
         with locked(directory, waiting=waiting):
-            for left in directory.glob(".*.partial"):  # of killed builds
+            for left in directory.glob(".*.partial"):  # left by killed builds
                 shutil.rmtree(left, ignore_errors=True)
             yield
 
 
 def publish(root: Path, identity: Identity, write: Callable[[Path], float]) -> Path:
-    """Let ``write`` fill a temporary directory, and rename it into place. ``write`` returns the seconds it took.
+    """Let ``write`` fill a temporary directory, then rename it into place. ``write`` returns the build's seconds.
 
-    The caller holds the lock. Raises BuildError: the key cannot be used, or the place is a link; OSError.
+    The caller holds the lock. Raises BuildError: the key cannot be used, or the directory is a link; OSError.
     """
     key, place = ensure_key(), root / identity.target / identity.key
     _check_no_links(place)
@@ -307,9 +305,9 @@ def publish(root: Path, identity: Identity, write: Callable[[Path], float]) -> P
 
 
 def writable_root(bundle: Bundle) -> Path:
-    """The bundle's own place for engines, or the user's cache if the bundle cannot be written.
+    """The bundle's directory for engines, or the user's cache if the bundle is read-only.
 
-    Raises BuildError: it is a link.
+    Raises BuildError: the directory is a link.
     """
     own, cached = _roots(bundle)
     _check_no_links(own)
@@ -321,7 +319,7 @@ def writable_root(bundle: Bundle) -> Path:
 
 
 def _roots(bundle: Bundle) -> tuple[Path, Path]:
-    """The two places for engines of this bundle: inside it, and in the user's cache directory."""
+    """The two directories for this bundle's engines: inside it, and in the user's cache."""
     manifest = bundle.path / "manifest.json"
     with reading(manifest, BundleError):
         digest = sha256(manifest)
@@ -329,7 +327,7 @@ def _roots(bundle: Bundle) -> tuple[Path, Path]:
 
 
 def _places(bundle: Bundle, target: str) -> Iterator[Path]:
-    """Everything among the engines of a target. A link on the way there ends the search and is yielded itself."""
+    """Every entry in a target's directories of engines. A link on the path is yielded instead of being followed."""
     for root in _roots(bundle):
         links = [place for place in (root, root / target) if place.is_symlink()]
         if links:
@@ -340,11 +338,11 @@ def _places(bundle: Bundle, target: str) -> Iterator[Path]:
 
 
 def _check_no_links(*places: Path) -> None:
-    """Raise BuildError if a path to an engine is a link: the engine would be written to its target."""
+    """Raise BuildError if a path is a link: the engine would be written wherever it points."""
     for place in places:
         if place.is_symlink():
-            raise BuildError(_is_link(place), "remove it, or build a copy of the bundle")
+            raise BuildError(_is_link(place), "remove the link, or build in a copy of the bundle")
 
 
 def _is_link(place: Path) -> str:
-    return f"{place} is a symbolic link, which is not followed for engines"
+    return f"{place} is a symbolic link; engines are not stored behind links"

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA driver through ctypes: GPUs, streams, graphs and memory. It needs no package but the driver.
+"""The CUDA driver through ctypes: GPUs, streams, graphs and memory. It needs only the driver, no Python package.
 
-GPUs are listed before TensorRT is imported: without a driver its runtime ends the process. A GPU that shares the CPU's
-memory (Jetson) gets page-locked host memory mapped into its address space, so nothing is copied to or from the device;
-others get a page-locked buffer beside one on the device.
+GPUs are listed before TensorRT is imported, because without a driver TensorRT's runtime ends the process. A GPU that
+shares the CPU's memory (Jetson) maps page-locked host memory into its address space, so nothing is copied. Other GPUs
+get a page-locked host buffer and a device buffer.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +25,7 @@ _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MIN
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU. ``name`` has its compute capability: "NVIDIA Orin (sm_87)"; ``memory`` is in bytes."""
+    """One GPU. ``name`` includes its compute capability: "NVIDIA Orin (sm_87)"; ``memory`` is in bytes."""
 
     name: str
     compute_capability: tuple[int, int]
@@ -35,7 +34,7 @@ class Gpu:
 
 @functools.cache
 def cuda_gpus() -> tuple[Gpu, ...]:
-    """This process's GPUs; empty without a driver, or if it does not start."""
+    """The GPUs that this process can use; empty if there is no driver or it does not start."""
     driver = load_driver()
     count = ctypes.c_int()
     if driver is None or driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
@@ -44,7 +43,7 @@ def cuda_gpus() -> tuple[Gpu, ...]:
 
 
 def driver_version() -> str:
-    """The newest CUDA that the driver runs, "13.0"; empty without a driver."""
+    """The newest CUDA version that the driver supports, such as "13.0"; empty without a driver."""
     driver, version = load_driver(), ctypes.c_int()
     if driver is None or driver.cuDriverGetVersion(ctypes.byref(version)):
         return ""
@@ -67,7 +66,7 @@ def _gpu(driver: ctypes.CDLL, index: int) -> Gpu:
 @functools.cache
 def load_driver() -> ctypes.CDLL | None:
     try:
-        return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+        return ctypes.CDLL("libcuda.so.1")
     except OSError:
         return None
 
@@ -80,12 +79,12 @@ _OUT_OF_MEMORY = 2
 
 
 class Cuda:
-    """The first GPU's primary context, which TensorRT works in as well. Raises DeviceError where it does not start."""
+    """The first GPU's primary context, which TensorRT also uses. Raises DeviceError if CUDA does not start."""
 
     def __init__(self, driver: Any = None) -> None:
         found = driver if driver is not None else load_driver()
         if found is None:
-            raise DeviceError("there is no CUDA driver here", "install NVIDIA's driver; on a Jetson: JetPack")
+            raise DeviceError("this machine has no CUDA driver", "install NVIDIA's driver (on a Jetson: JetPack)")
         self.driver: Any = found
         device, context, integrated = ctypes.c_int(), ctypes.c_void_p(), ctypes.c_int()
         self.call("cuInit", 0)
@@ -96,22 +95,22 @@ class Cuda:
         self.shares_memory = bool(integrated.value)
 
     def call(self, function: str, *arguments: Any) -> None:
-        """Call the driver; raises DeviceError with its own words."""
+        """Call a driver function. Raises DeviceError with the driver's message."""
         code = getattr(self.driver, function)(*arguments)
         if code:
             text = ctypes.c_char_p()
             self.driver.cuGetErrorString(code, ctypes.byref(text))
             said = text.value.decode(errors="replace") if text.value else "no reason given"
-            hint = "free GPU memory, or load fewer models" if code == _OUT_OF_MEMORY else "perceiver-export doctor"
+            hint = "free GPU memory, or load fewer models" if code == _OUT_OF_MEMORY else "run perceiver-export doctor"
             raise DeviceError(f"CUDA error {code} in {function}: {said}", hint)
 
     def enter(self) -> None:
-        """Make the context the calling thread's; each thread that calls an engine does so."""
+        """Make this context current in the calling thread. Every thread that calls an engine must do so."""
         self.call("cuCtxSetCurrent", self.context)
 
 
 class Stream:
-    """Work in order, beside that of other streams."""
+    """A CUDA stream: its own work runs in order, concurrently with other streams."""
 
     def __init__(self, cuda: Cuda) -> None:
         self._cuda = cuda
@@ -120,11 +119,11 @@ class Stream:
         cuda.call("cuStreamCreate", ctypes.byref(self.handle), _NON_BLOCKING)
 
     def wait(self) -> None:
-        """Until all work is done; errors of that work are raised here."""
+        """Wait until all queued work is done. Raises DeviceError if any of it failed."""
         self._cuda.call("cuStreamSynchronize", self.handle)
 
     def record(self, work: Callable[[], None]) -> bool:
-        """Record ``work`` as a graph for `replay` instead of doing it; False if it cannot be recorded."""
+        """Record ``work`` as a graph for `replay` instead of running it; False if it cannot be recorded."""
         graph, executable = ctypes.c_void_p(), ctypes.c_void_p()
         if self._cuda.driver.cuStreamBeginCapture_v2(self.handle, _CAPTURE_THREAD_LOCAL):
             return False
@@ -143,14 +142,14 @@ class Stream:
         return self._graph is not None
 
     def replay(self) -> bool:
-        """Do the recorded work again; False if none was recorded."""
+        """Run the recorded graph; False if none was recorded."""
         if self._graph is None:
             return False
         self._cuda.call("cuGraphLaunch", self._graph, self.handle)
         return True
 
     def __del__(self) -> None:
-        with contextlib.suppress(AttributeError, DeviceError):  # never opened, or the interpreter is going down
+        with contextlib.suppress(AttributeError, DeviceError):  # never opened, or the interpreter is shutting down
             self._cuda.enter()
             if self._graph is not None:
                 self._cuda.driver.cuGraphExecDestroy(self._graph)
@@ -158,7 +157,7 @@ class Stream:
 
 
 class Buffer:
-    """Room for one tensor: ``array`` is the host's side of it (flat, of ``size`` numbers), ``address`` the GPU's."""
+    """Memory for one tensor: ``array`` is the flat host array of ``size`` elements, ``address`` is the GPU's."""
 
     def __init__(self, cuda: Cuda, dtype: np.dtype[Any], size: int) -> None:
         self._cuda = cuda
@@ -177,7 +176,7 @@ class Buffer:
         self.address = int(address.value or 0)
 
     def copy(self, to_device: bool, size: int, stream: Stream) -> None:
-        """Start to copy the first ``size`` numbers to the device, or back; shared memory needs no copy."""
+        """Start copying the first ``size`` elements to or from the device; shared memory needs no copy."""
         if not self._cuda.shares_memory:
             name, ends = "cuMemcpyDtoHAsync_v2", (self._host, self._device)
             if to_device:

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Flags: settings of an engine's own library, from ``--flag`` and engine.json. Telemetry of the libraries: off.
+"""Flags are settings of an engine's library, from ``--flag`` and engine.json. The libraries' telemetry is off.
 
-engine.json travels with a bundle, so only listed settings reach a library. None of them names a file or a library:
-other settings write profiles, dumps and caches to any path, or load code.
+engine.json travels with a bundle, so only the settings listed here reach a library. None of them names a file or a
+library, because other settings write profiles, dumps and caches to any path, or load code.
 
-onnxruntime (from 1.29 on, on Linux too) writes an id of the device and a database of events below the user's cache
-directory, and sends them to Microsoft. OpenVINO writes an id into ~/intel and sends an event to Google Analytics, both
-on import. Neither asks. An app that wants them sets ORT_DISABLE_TELEMETRY=0, or imports openvino before this package.
+onnxruntime (since 1.29, also on Linux) writes a device id and a database of events to the user's cache directory and
+sends them to Microsoft. OpenVINO writes an id to ~/intel and sends an event to Google Analytics on import. Neither asks
+first. An app that wants telemetry sets ORT_DISABLE_TELEMETRY=0, or imports openvino before this package.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from perceiver_export.runtimes.errors import UsageError
 
 
 class Values(NamedTuple):
-    """The values that a flag takes: a regular expression for all of it, and the same in words."""
+    """The values that a flag accepts, as a regular expression for the whole value and in words."""
 
     pattern: str
     words: str
@@ -32,7 +32,7 @@ Flags = Mapping[str, Values]
 
 
 def one_of(*values: str) -> Values:
-    """Any of these words."""
+    """One of these words."""
     return Values("|".join(map(re.escape, values)), ", ".join(values[:-1]) + f" or {values[-1]}")
 
 
@@ -43,35 +43,35 @@ YES_NO = one_of("YES", "NO")
 
 
 def flag_problem(name: str, value: object, allowed: Flags) -> str:
-    """Why a flag may not reach the library; empty if it may."""
+    """Why a flag is not passed to the library; empty if it is."""
     if name not in allowed:
-        return f"the flag {str(name)[:80]!r} is not allowed: known are {', '.join(allowed) or 'none'}"
+        return f"unknown flag {str(name)[:80]!r}; the flags are {', '.join(allowed) or 'none'}"
     if not isinstance(value, str) or not re.fullmatch(allowed[name].pattern, value):
-        return f"the flag {name}={str(value)[:80]!r} is not allowed: give {allowed[name].words}"
+        return f"the value of the flag {name}={str(value)[:80]!r} is not allowed; it must be {allowed[name].words}"
     return ""
 
 
 def check_flags(target: str, flags: Mapping[str, str], allowed: Flags) -> None:
-    """Raise UsageError for a flag that the target does not take, or not with that value."""
+    """Raise UsageError if the target does not accept a flag or its value."""
     for name, value in flags.items():
         if problem := flag_problem(name, value, allowed):
-            raise UsageError(f"{target}: {problem}", "correct --flag, or leave it out")
+            raise UsageError(f"{target}: {problem}", "correct --flag, or omit it")
 
 
 _OPENVINO = "openvino_telemetry"
 
 
 def check_onnxruntimes(onnxruntime: Any) -> None:
-    """Switch events off if an app imported onnxruntime before this package."""
+    """Disable telemetry events even if an app imported onnxruntime before this package."""
     if os.environ.get("ORT_DISABLE_TELEMETRY") == "1":
         onnxruntime.disable_telemetry_events()
 
 
 @contextmanager
 def without_openvinos() -> Iterator[None]:
-    """Hide openvino's telemetry package while openvino is imported, as if that package were not installed.
+    """Hide openvino's telemetry package while openvino is imported, as if it were not installed.
 
-    The documented switch (`opt_in_out --opt_out`) is a file in the user's home, which only the user should write.
+    The documented switch (`opt_in_out --opt_out`) writes a file to the user's home, which only the user should do.
     """
     if _OPENVINO in sys.modules:
         yield

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""OpenVINO on Intel's (and any x86 or ARM) CPU, its GPU and its NPU.
+"""OpenVINO on x86 and ARM CPUs, and on Intel's GPUs and NPUs.
 
-The engine is the model as the plugin exports it. By default OpenVINO computes an fp32 model in bf16 if the CPU has
-bf16, in fp16 on a GPU, and with 8-bit weights converts activations to int8 if the CPU has VNNI. Here it computes in the
-precision of the build. Every CPU stores fp16 weights; CPUs with AVX512-FP16 or similar also compute in fp16:
-`OpenvinoEngine.describe` says which.
+The engine is the model as the plugin exports it. By default OpenVINO computes an fp32 model in bf16 if the CPU supports
+bf16 and in fp16 on a GPU, and with 8-bit weights it converts activations to int8 if the CPU has VNNI. Here it computes
+in the precision of the build. With fp16, every CPU stores weights in fp16, and CPUs with AVX512-FP16 or similar also
+compute in fp16: `OpenvinoEngine.describe` reports the types in use.
 """
 
 from __future__ import annotations
@@ -36,10 +36,9 @@ differences = exact
 
 _BLOB = "model.blob"
 _ARITHMETIC: dict[Precision, str] = {"fp32": "f32", "fp16": "f16", "bf16": "bf16"}
-# These keep an fp32 model in fp32 on every CPU: see above.
+# Keeps an fp32 model in fp32 on every CPU.
 CPU_ARITHMETIC: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
-_TEMPORARY = "free some space there, or name another directory with TMPDIR"
-_LACKS = "perceiver-export doctor shows what this device lacks"
+_LACKS = "run `perceiver-export doctor` to see what this device lacks"
 _PRIORITY = one_of("LOW", "MEDIUM", "HIGH")
 _FLAGS: dict[str, Flags] = {
     "CPU": {
@@ -79,17 +78,14 @@ _HINTS = {"latency": "LATENCY", "throughput": "THROUGHPUT"}
 
 
 def platform(target: str, options: EngineOptions) -> Platform:
-    """This machine's platform. Raises MissingDependencyError; DeviceError: no such device, or not in that precision."""
+    """This machine's platform. Raises MissingDependencyError; DeviceError: the device or its precision is missing."""
     openvino, device = _import(target), DEVICES[target]
     core = _core()
     if device not in {name.partition(".")[0] for name in core.available_devices}:
-        raise DeviceError(
-            f"OpenVINO finds no {device} here, only {', '.join(core.available_devices) or 'nothing'}",
-            _LACKS,
-        )
+        raise DeviceError(f"OpenVINO finds no {device}, only {', '.join(core.available_devices) or 'nothing'}", _LACKS)
     capabilities = core.get_property(device, "OPTIMIZATION_CAPABILITIES")
     if options.precision == "bf16" and "BF16" not in capabilities:
-        raise DeviceError(f"the {device} has no bf16, it has {', '.join(capabilities)}", "leave --precision out")
+        raise DeviceError(f"this {device} supports {', '.join(capabilities)}, but not bf16", "omit --precision")
     supported = core.get_property(device, "SUPPORTED_PROPERTIES")
     drivers = [name for name in ("GPU_DRIVER_VERSION", "NPU_DRIVER_VERSION") if name in supported]
     return Platform(
@@ -115,16 +111,16 @@ def precisions(target: str) -> tuple[Precision, ...]:
 
 
 def compile(source: Source, directory: Path, progress: Progress) -> None:
-    """Compile and export. With fp16 float weights are stored in half the bytes. Raises BundleError, DeviceError."""
+    """Compile and export. With fp16, float weights take half the bytes. Raises BundleError, DeviceError."""
     progress("compiling", 0, None)
     compiled = _compiled(source, None)
-    with _translated(f"{source.target} could not export its model", DeviceError):
+    with _translated(f"{source.target} could not export the compiled model", DeviceError):
         blob = compiled.export_model()
     (directory / _BLOB).write_bytes(blob if isinstance(blob, bytes) else blob.getbuffer())
 
 
 def open(source: Source, directory: Path | None, threads: int | None) -> OpenvinoEngine:
-    """A compiled model. Raises BundleError (not a usable graph), EngineError, DeviceError."""
+    """Open a compiled model. Raises BundleError (the graph is unusable), EngineError, DeviceError."""
     openvino = _import(source.target)
     blob = None
     if directory is None:
@@ -132,7 +128,7 @@ def open(source: Source, directory: Path | None, threads: int | None) -> Openvin
     else:
         rebuild = f"rebuild it: perceiver-export build BUNDLE --target {source.target} --force"
         with _translated(f"the engine in {directory} cannot be opened", EngineError, rebuild):
-            # Mapped, because plugins go on reading weights from the memory that they import: it lives with the engine.
+            # Plugins keep reading weights from imported memory, so the file is mapped as long as the engine lives.
             blob = openvino.Tensor(np.memmap(directory / _BLOB, np.uint8, mode="c"), shared_memory=True)
             compiled = _core().import_model(blob, DEVICES[source.target], _properties(source, threads))
     return OpenvinoEngine(openvino, compiled, source, threads, blob)
@@ -142,46 +138,47 @@ def _compiled(source: Source, threads: int | None) -> Any:
     openvino, core = _import(source.target), _core()
     if not source.graph.is_file():
         raise BundleError(f"{source.graph} does not exist", "give the path of an ONNX file")
-    with _translated(f"{source.graph} cannot be loaded", BundleError, "the file is damaged: copy or export it again"):
+    with _translated(f"{source.graph} cannot be loaded", BundleError, "copy or export the damaged file again"):
         model = core.read_model(str(source.graph))
     if source.options.precision == "fp16":
         model = _with_half_weights(openvino, core, model)
     given = source.options.flags
     with _translated(
-        f"{source.target} refuses {source.graph.name}",
+        f"{source.target} cannot compile {source.graph.name}",
         DeviceError,
-        f"leave --flag {', --flag '.join(given)} out" if given else _LACKS,
+        f"omit --flag {', --flag '.join(given)}" if given else _LACKS,
     ):
         return core.compile_model(model, DEVICES[source.target], _properties(source, threads))
 
 
 def _with_half_weights(openvino: Any, core: Any, model: Any) -> Any:
-    """The model with the weights of its linears in fp16, decompressed where they are used."""
+    """The model with its linear layers' weights in fp16, decompressed where they are used."""
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "model.xml"
-        with _translated(f"{directory} could not hold the model's weights", BuildError, _TEMPORARY):
+        hint = "free space there, or name another directory with TMPDIR"
+        with _translated(f"the model's weights cannot be written to {directory}", BuildError, hint):
             openvino.save_model(model, path, compress_to_fp16=True)
             model = core.read_model(path).clone()
     for node in model.get_ops():
-        # Float weights; integers of a quantized model stay integers.
+        # Only float constants: a quantized model's integers stay integers.
         held = node.input_value(0).get_node() if node.get_type_name() == "Convert" else node
         if held.get_type_name() != "Constant" or held is node or held.get_element_type() != openvino.Type.f16:
             continue
         uses = [(use.get_node().get_type_name(), use.get_index()) for use in node.output(0).get_target_inputs()]
-        # Only weights: a MatMul whose first input is such a constant (a Perceiver's constant queries) gives another
-        # answer at each call, as OpenVINO 2026.4 decompresses it into memory that it then uses for something else.
+        # Only weights: if a MatMul's first input is such a constant (a Perceiver's constant queries), its output
+        # changes from call to call, because OpenVINO 2026.4 decompresses it into memory that it then reuses.
         if any(use != ("MatMul", 1) for use in uses):
             node.output(0).replace(openvino.op.Constant(held.data.astype(np.float32)).output(0))
     return model
 
 
 def _properties(source: Source, threads: int | None) -> dict[str, Any]:
-    # A CPU that has no fp16 arithmetic still halves the weights' memory, and computes in fp32.
+    # A CPU without fp16 arithmetic still stores weights in half the memory, and computes in fp32.
     precision = source.options.precision
     device = DEVICES[source.target]
     halves = device != "CPU" or "fp16" in precisions(source.target)
     properties: dict[str, Any] = {"PERFORMANCE_HINT": _HINTS[source.options.hint]}
-    if device != "NPU":  # which computes in fp16 and int8 only
+    if device != "NPU":  # an NPU computes only in fp16 and int8
         properties["INFERENCE_PRECISION_HINT"] = _ARITHMETIC[precision if precision != "fp16" or halves else "fp32"]
     if device == "CPU":
         properties = {**CPU_ARITHMETIC, **properties}
@@ -204,7 +201,7 @@ def _import(target: str) -> Any:
 def _translated(
     what: str, kind: type[BuildError | BundleError | DeviceError | EngineError], hint: str = _LACKS
 ) -> Iterator[None]:
-    """OpenVINO raises RuntimeError for everything, so the place decides what it means."""
+    """Turn OpenVINO's errors into ``kind``: it raises RuntimeError for everything, so each caller knows the cause."""
     try:
         yield
     except RuntimeError as error:

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run a model that OpenVINO compiled, and read from it the types that it computes in.
+"""Run a model that OpenVINO compiled, and read from it the types in which it computes.
 
-An infer request runs one inference at a time, so each call takes a free one, or makes one. Inputs and outputs of fixed
-shape are the caller's own memory; arrays so small that a copy costs less than binding an address are copied.
+An infer request runs one inference at a time, so each call takes a free request or creates one. Inputs and outputs of
+fixed shape are bound to the caller's memory; arrays so small that binding costs more than a copy are copied.
 
-A setting is only a wish, and a weight's type only its storage; the CPU's instructions decide the rest. The name of a
-kernel ends in the type of its products: ``brgemm_avx512_amx_bf16``.
+Neither a setting nor a weight's type shows in which type the CPU computes. The name of the kernel does: it ends in the
+type of its products, as in ``brgemm_avx512_amx_bf16``.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from perceiver_export.runtimes.errors import DeviceError
 from perceiver_export.runtimes.manifest import DType, TensorSpec
 
 DEVICES = {"openvino-cpu": "CPU", "openvino-gpu": "GPU", "openvino-npu": "NPU"}
-_WEIGHT = "/transpose_b"  # what OpenVINO calls the weight of a product, after the product
+_WEIGHT = "/transpose_b"  # OpenVINO appends this to a product's name to name its weight
 _PRODUCTS = frozenset({"FullyConnected", "MatMul", "Convolution"})
 _NAMES = {"f32": "fp32", "f16": "fp16", "u8": "int8", "i8": "int8"}
 _ORDER = ("int8", "bf16", "fp16", "fp32")
 _DTYPES: dict[str, DType] = {"f32": "float32", "i32": "int32", "i64": "int64", "u8": "uint8", "boolean": "bool"}
-_SMALL = 16 << 10  # bytes; copied in about a microsecond, where binding takes several
+_SMALL = 16 << 10  # bytes: a copy takes about a microsecond, binding takes several
 
 
 class Kernel(NamedTuple):
-    """``primitive`` is its implementation; ``nodes`` are the graph's nodes that it computes; ``num_bytes`` is what it
-    reads and writes, without arrays of no fixed shape.
+    """One kernel of a compiled model: ``primitive`` is its implementation, ``nodes`` the graph nodes it computes, and
+    ``num_bytes`` what it reads and writes, without arrays whose shape is not fixed.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Kernel(NamedTuple):
 
 
 def kernels(compiled: Any) -> Iterator[Kernel]:
-    """All kernels of a compiled model. A product named after its scales is known by its weight too."""
+    """All kernels of a compiled model. A product named after its scales is also listed under its weight's name."""
     for op in compiled.get_runtime_model().get_ops():
         info = op.get_rt_info()
         layer, primitive, nodes = (_text(info, name) for name in ("layerType", "primitiveType", "originalLayersNames"))
@@ -71,9 +71,9 @@ def _port_bytes(port: Any) -> int:
 
 
 def arithmetic(compiled: Any, device: str) -> str:
-    """``int8, bf16 and fp32``: the types that products compute in, then the one of everything else.
+    """The types in which products and everything else compute, narrowest first: ``int8, bf16 and fp32``.
 
-    For a GPU or an NPU only the latter: their kernels have other names.
+    On a GPU or an NPU this is only the precision hint, because their kernels' names do not show a type.
     """
     found = {named(compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name())}
     if device == "CPU":
@@ -83,12 +83,12 @@ def arithmetic(compiled: Any, device: str) -> str:
 
 
 def named(element: str) -> str:
-    """OpenVINO's name of a type as this project's: f32 is fp32, and u8 beside i8 is int8."""
+    """This project's name of an OpenVINO type: fp32 for f32, int8 for i8 and u8."""
     return _NAMES.get(element, element)
 
 
 def first_line(error: RuntimeError) -> str:
-    """The part of OpenVINO's message that says something."""
+    """The informative part of OpenVINO's message."""
     lines = [line for line in str(error).splitlines() if line and not line.startswith("Exception from")]
     return lines[0] if lines else str(error)
 
@@ -104,14 +104,14 @@ class OpenvinoEngine:
     def __init__(self, openvino: Any, compiled: Any, source: Source, threads: int | None, blob: Any = None) -> None:
         self._tensor: Callable[..., Any] = openvino.Tensor
         self._compiled = compiled
-        self._blob = blob  # the memory that weights may lie in
+        self._blob = blob  # kept because the weights may be in this memory
         self._source = source
         self._threads = threads
         self._version = openvino.__version__
         names = {spec.name for spec in (*source.inputs, *source.outputs)}
         self.inputs = tuple(_spec(port, names) for port in compiled.inputs)
         self.outputs = tuple(_spec(port, names) for port in compiled.outputs)
-        # As many as the device wants, and two, so that one is always ready when another ends.
+        # As many as the device recommends, and at least two, so that one is ready whenever another ends.
         self.in_flight = max(2, int(compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")))
         self._free: deque[_Request] = deque()
 
@@ -154,28 +154,28 @@ class OpenvinoEngine:
     def _run(self, feeds: Feeds, out: Mapping[str, Array] | None) -> dict[str, Array]:
         request = None
         try:
-            with suppress(IndexError):  # none is free
+            with suppress(IndexError):  # no request is free
                 request = self._free.popleft()
             if request is None:
                 made = self._compiled.create_infer_request()
                 request = _Request(made, self._tensor, self.inputs, self.outputs, self._call(made))
             return request.run(feeds, out)
         except RuntimeError as error:
-            raise DeviceError(f"inference failed: {first_line(error)}", "see `perceiver-export doctor`") from error
+            raise DeviceError(f"inference failed: {first_line(error)}", "run `perceiver-export doctor`") from error
         finally:
             if request is not None:
                 self._free.append(request)
 
     def _call(self, request: Any) -> Callable[[], object]:
-        """With one thread, `infer` returns without an error when an inference fails; `wait` raises it."""
+        """With one thread, `infer` does not raise when an inference fails, but `wait` does."""
         name = "INFERENCE_NUM_THREADS"
         if name in self._compiled.get_property("SUPPORTED_PROPERTIES") and self._compiled.get_property(name) == 1:
             return lambda: (request.start_async(), request.wait())
-        return functools.partial(request.infer, share_outputs=True)  # else it copies them all into a dictionary
+        return functools.partial(request.infer, share_outputs=True)  # by default it copies all outputs
 
 
 class _Request:
-    """An infer request and the memory that it is bound to."""
+    """An infer request and the memory to which it is bound."""
 
     def __init__(
         self,
@@ -188,7 +188,7 @@ class _Request:
         self._request, self._tensor, self._call = request, tensor, call
         self._inputs, self._outputs = inputs, outputs
         sizes = {spec.name: _num_bytes(spec) for spec in (*inputs, *outputs)}
-        # The request's own memory, for small arrays; outputs of no fixed shape are looked up after each run.
+        # The request's own memory, for small arrays. Outputs of variable shape are looked up after each run.
         self._in, self._out = (
             {spec.name: get(index).data for index, spec in enumerate(specs) if 0 <= sizes[spec.name] <= _SMALL}
             for get, specs in ((request.get_input_tensor, inputs), (request.get_output_tensor, outputs))
@@ -200,12 +200,12 @@ class _Request:
         return self._request.profiling_info
 
     def run(self, feeds: Feeds, out: Mapping[str, Array] | None) -> dict[str, Array]:
-        """Outputs in ``out``, or in arrays that are the caller's alone. Raises RuntimeError."""
+        """Outputs in ``out``, or in new arrays that the caller owns. Raises RuntimeError."""
         for index, spec in enumerate(self._inputs):
             array = feeds[spec.name]
             if spec.name in self._in:
                 np.copyto(self._in[spec.name], array)
-            else:  # OpenVINO shares only memory that it might write to
+            else:  # OpenVINO shares only writable memory
                 self._request.set_input_tensor(index, self._tensor(array, shared_memory=array.flags.writeable))
         found: dict[str, Array] = {} if out is None else dict(out)
         for index, spec in enumerate(self._outputs):
@@ -226,17 +226,17 @@ class _Request:
 
 
 def _num_bytes(spec: TensorSpec) -> int:
-    """-1 where the shape is not fixed."""
+    """The tensor's size in bytes; -1 if its shape is not fixed."""
     sizes = [dim for dim in spec.shape if isinstance(dim, int)]
     return math.prod(sizes) * np.dtype(spec.dtype).itemsize if len(sizes) == len(spec.shape) else -1
 
 
 def _spec(port: Any, known: set[str]) -> TensorSpec:
-    """OpenVINO keeps all names that a tensor ever had; the bundle's is among them."""
+    """A port's name, dtype and shape. OpenVINO keeps every name that a tensor ever had, including the bundle's."""
     name = next((name for name in port.get_names() if name in known), port.get_any_name())
     element = port.get_element_type().get_type_name()
     if element not in _DTYPES:
-        raise DeviceError(f"{name!r} is {element}, which this runtime does not take", "export with float32 or int32")
+        raise DeviceError(f"{name!r} is {element}, which is not supported", "export with float32 or int32")
     shape = tuple(
         dim.get_length() if dim.is_static else f"dim{axis}" for axis, dim in enumerate(port.get_partial_shape())
     )

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ONNX Runtime: the CPU, CUDA, and by name (``ort-NAME``) any execution provider that is installed.
+"""ONNX Runtime on the CPU, on CUDA, and by name (``ort-NAME``) on any installed execution provider.
 
-The engine is the graph after onnxruntime's optimizer, with the weights beside it. onnxruntime silently runs operators
-that a provider does not support on the CPU. Here that is an error.
+The engine is the graph after onnxruntime's optimizer, with its weights in a second file. onnxruntime silently runs
+operators that a provider does not support on the CPU. Here that is an error.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ differences = exact
 
 _CPU = "CPUExecutionProvider"
 _GRAPH, _WEIGHTS = "model.onnx", "model.weights"
-# Session config entries of onnxruntime 1.22 to 1.32; an older version ignores entries that it does not know.
+# Session config entries of onnxruntime 1.22 to 1.32. Older versions ignore entries that they do not know.
 _FLAGS: Flags = {
     "session.intra_op.allow_spinning": BIT,
     "session.inter_op.allow_spinning": BIT,
     "session.intra_op.spin_duration_us": MICROSECONDS,
     "session.inter_op.spin_duration_us": MICROSECONDS,
     "session.force_spinning_stop": BIT,
-    "session.intra_op_thread_affinities": Values(r"[0-9,;-]{1,1000}", "numbers of processors, as 1,2;3,4"),
+    "session.intra_op_thread_affinities": Values(r"[0-9,;-]{1,1000}", "processor numbers such as 1,2;3,4"),
     "session.dynamic_block_base": NUMBER,
     "session.set_denormal_as_zero": BIT,
     "session.disable_prepacking": BIT,
@@ -62,17 +62,17 @@ _FLAGS: Flags = {
     "session.x64quantprecision": BIT,
     "optimization.enable_gelu_approximation": BIT,
     "optimization.enable_cast_chain_elimination": BIT,
-    "optimization.disable_specified_optimizers": Values(r"[A-Za-z0-9_;]{1,1000}", "names of optimizers, as A;B"),
+    "optimization.disable_specified_optimizers": Values(r"[A-Za-z0-9_;]{1,1000}", "names of optimizers such as A;B"),
     "mlas.disable_kleidiai": BIT,
     "mlas.use_lut_gemm": BIT,
 }
-# Bytes of activations from which memory counts. A memory pattern saves 10 µs a call, and allocates one block for all of
-# a run beside the first run's memory; reused arrays live as long as their last user. ImageNet's Fourier model peaked at
-# 620 MiB, at 422 without patterns, and at 330, which loading takes, without reuse; optical flow at 616 and 413 above
-# its weights. Neither is slower: the arena gives freed arrays back at once.
+# From this many bytes of activations, saving memory matters. A memory pattern saves 10 µs a call, but allocates one
+# block for a whole run in addition to the first run's memory. Reused arrays live until their last user has run.
+# ImageNet's Fourier model peaked at 620 MiB, at 422 without patterns, and at 330 (the peak of loading) also without
+# reuse; optical flow at 616 and 413 above its weights. Neither became slower: the arena reuses freed arrays at once.
 _LARGE = 2**24
-_SILENT = 4  # fatal only: onnxruntime would also print the errors that it raises
-_NO_MEMORY = ("allocate", "bad_alloc", "bad allocation", "out of memory")  # words of allocators
+_SILENT = 4  # fatal only: otherwise onnxruntime also prints the errors that it raises
+_NO_MEMORY = ("allocate", "bad_alloc", "bad allocation", "out of memory")  # in allocators' messages
 _DAMAGED = ("Fail", "InvalidArgument", "InvalidProtobuf", "NoSuchFile", "InvalidGraph", "NoModel", "RuntimeException")
 _DTYPES: dict[str, DType] = {
     "tensor(float)": "float32",
@@ -88,14 +88,12 @@ def platform(target: str, options: EngineOptions) -> Platform:
     onnxruntime = _import(target)
     provider = _provider(onnxruntime, target)
     if options.precision != "fp32":
-        raise DeviceError(
-            f"{target} runs a graph in its own precision, not in {options.precision}",
-            "leave --precision out; openvino and tensorrt targets choose one",
-        )
+        hint = "omit --precision; only openvino and tensorrt targets can change it"
+        raise DeviceError(f"{target} runs a graph in the graph's own precision, not in {options.precision}", hint)
     if provider != "CUDAExecutionProvider":
         return Platform("onnxruntime", onnxruntime.__version__, cpu_name(), features=cpu_features())
     if not cuda_gpus():
-        raise DeviceError(f"{target} needs an NVIDIA GPU and its driver", "see `perceiver-export doctor`")
+        raise DeviceError(f"{target} needs an NVIDIA GPU and its driver", "run `perceiver-export doctor`")
     return Platform("onnxruntime", onnxruntime.__version__, cuda_gpus()[0].name, driver_version())
 
 
@@ -110,12 +108,11 @@ def precisions(target: str) -> tuple[Precision, ...]:
 
 
 def compile(source: Source, directory: Path, progress: Progress) -> None:
-    """Save the optimized graph. Raises BundleError (not a usable graph), BuildError, DeviceError."""
+    """Save the optimized graph. Raises BundleError (the graph is unusable), BuildError, DeviceError."""
     onnxruntime = _import(source.target)
     if source.target not in ("ort-cpu", "ort-cuda"):
-        raise BuildError(
-            f"{source.target} keeps no engine: its provider compiles at each load", "there is nothing to build; load it"
-        )
+        said = f"{source.target} keeps no engine: its execution provider compiles at each load"
+        raise BuildError(said, "load the bundle without building")
     progress("optimizing the graph", 0, None)
     options = _session_options(onnxruntime, source, None)
     options.optimized_model_filepath = utf8(directory / _GRAPH)
@@ -125,16 +122,15 @@ def compile(source: Source, directory: Path, progress: Progress) -> None:
         _session(onnxruntime, source, source.graph, options)
     except BundleError as error:
         said = str(error.__cause__)
-        for path in (source.graph, source.graph.parent, directory):  # names of directories may contain "write"
+        for path in (source.graph, source.graph.parent, directory):  # a path may itself contain "write"
             said = said.replace(str(path), "")
         if "write" not in said:
             raise
-        where = directory.parent
-        raise BuildError(f"onnxruntime cannot write an engine to {where}", "is the disk full? free space") from error
+        raise BuildError(f"onnxruntime cannot write an engine to {directory.parent}", "free disk space") from error
 
 
 def open(source: Source, directory: Path | None, threads: int | None) -> OrtEngine:
-    """A session. Raises BundleError (not a usable graph), EngineError, MissingDependencyError, DeviceError."""
+    """Open a session. Raises BundleError (the graph is unusable), EngineError, MissingDependencyError, DeviceError."""
     onnxruntime = _import(source.target)
     options = _session_options(onnxruntime, source, threads)
     graph = source.graph
@@ -164,7 +160,7 @@ class OrtEngine:
         self.inputs = tuple(map(_spec, session.get_inputs()))
         self.outputs = tuple(map(_spec, session.get_outputs()))
         self._output_names = [spec.name for spec in self.outputs]
-        self._single_threaded = threads == 1  # the session then has no thread of its own to run on
+        self._single_threaded = threads == 1  # such a session has no thread of its own
         self._requests = _Requests()
 
     def run(self, feeds: Feeds) -> dict[str, Array]:
@@ -191,13 +187,13 @@ class OrtEngine:
             return None
         future: Future[dict[str, Array]] = Future()
         future.set_running_or_notify_cancel()
-        try:  # the last argument keeps the arrays until then
+        try:  # the last argument keeps the feeds alive until the call ends
             self._session.run_async(self._output_names, feeds, self._requests.begin(future, self._output_names), feeds)
         except Exception as error:
             self._requests.end()
             if "thread pool" not in str(error):
                 raise _ours(error) from error
-            self._single_threaded = True  # a machine of one core
+            self._single_threaded = True  # a machine with one core
             return None
         return future
 
@@ -205,7 +201,7 @@ class OrtEngine:
         return threading.get_ident() in self._requests.calling
 
     def close(self) -> None:
-        if self.in_callback():  # a callback cannot wait for itself; the interpreter's exit waits for this thread
+        if self.in_callback():  # a callback cannot wait for itself; the interpreter waits for this thread at exit
             _in_background(self.close)
         else:
             self._requests.wait()
@@ -217,7 +213,7 @@ class OrtEngine:
 
     def describe(self) -> dict[str, Any]:
         provider = self._session.get_providers()[0]
-        # Kernels for the CPU take their types from the graph's tensors, as a test shows on each machine; flags may not.
+        # CPU kernels compute in the types of the graph's tensors (a test checks this); with flags they may not.
         in_fp32 = provider == _CPU and self._source.precision == "fp32" and not self._source.options.flags
         return {
             "target": self._source.target,
@@ -232,10 +228,10 @@ class OrtEngine:
 
 
 class _Requests:
-    """Asynchronous calls of one session, without a reference to it.
+    """Asynchronous calls of one session. It holds no reference to the session.
 
-    A session must not be freed by one of its own threads, which then corrupts memory (onnxruntime 1.23), nor while one
-    of them is in Python, because the thread that frees it waits for them and holds Python's lock.
+    A session must not be freed by one of its own threads, because that corrupts memory (onnxruntime 1.23). Nor may it
+    be freed while one of them runs Python code: the freeing thread would hold Python's lock and wait for that thread.
     """
 
     def __init__(self) -> None:
@@ -244,13 +240,13 @@ class _Requests:
         self._in_flight, self._changed = 0, threading.Condition()
 
     def begin(self, future: Future[dict[str, Array]], names: list[str]) -> Callable[[Any, Any, str], None]:
-        """Count a call. Returns what onnxruntime calls at its end."""
+        """Count a call, and return the callback for its end."""
         submitting = threading.get_ident()
 
         @exits.awaited
         def done(values: Any, held: Any, error: str) -> None:
             thread = threading.get_ident()
-            if thread != submitting:  # it is where onnxruntime's queue was full
+            if thread != submitting:  # they are equal if onnxruntime's queue was full
                 self._threads.add(thread)
             self.calling.add(thread)
             if error:
@@ -270,7 +266,7 @@ class _Requests:
             self._changed.notify_all()
 
     def busy(self) -> bool:
-        """Whether a call is in flight, or has ended and its thread has not yet left Python."""
+        """Whether a call is in flight, or has ended but its thread still runs Python code."""
         return self._in_flight > 0 or not self._threads.isdisjoint(sys._current_frames())
 
     def wait(self) -> None:
@@ -281,16 +277,16 @@ class _Requests:
 
 
 def _in_background(call: Callable[..., None], *arguments: object) -> None:
-    """Python's exit waits for it. The arguments are freed by its thread."""
+    """Call in a thread that also frees the arguments. Python waits for it at exit."""
     threading.Thread(target=call, args=arguments, name="perceiver-export-close", daemon=False).start()
 
 
 def utf8(path: Path) -> str:
-    """A path as onnxruntime takes it. Raises BundleError: the bytes of its name are not UTF-8."""
+    """A path as onnxruntime expects it. Raises BundleError: the path is not valid UTF-8."""
     try:
         return path.as_posix().encode().decode()
     except UnicodeEncodeError as error:
-        raise BundleError(f"{path} is not UTF-8, so onnxruntime cannot open it", "rename the directory") from error
+        raise BundleError(f"onnxruntime cannot open {path}: it is not valid UTF-8", "rename the directory") from error
 
 
 def _import(target: str) -> Any:
@@ -300,15 +296,14 @@ def _import(target: str) -> Any:
 
 
 def _provider(onnxruntime: Any, target: str) -> str:
-    """onnxruntime's name of the target's execution provider. Raises DeviceError."""
+    """onnxruntime's name for the target's execution provider. Raises DeviceError: it is not available."""
     here = {name.removesuffix("ExecutionProvider").lower(): name for name in onnxruntime.get_available_providers()}
     wanted = target.removeprefix("ort-")
     if wanted not in here:
+        hint = "install an onnxruntime built with it; plugin providers are not supported"
         raise DeviceError(
-            f"this onnxruntime has no execution provider {wanted!r}, it has {', '.join(sorted(here))}",
-            "pip install onnxruntime-gpu, in place of onnxruntime"
-            if wanted == "cuda"
-            else "install an onnxruntime that was built with it; plugins are not run",
+            f"this onnxruntime has no execution provider {wanted!r}; it has {', '.join(sorted(here))}",
+            "replace onnxruntime with onnxruntime-gpu" if wanted == "cuda" else hint,
         )
     return str(here[wanted])
 
@@ -319,7 +314,7 @@ def _session_options(onnxruntime: Any, source: Source, threads: int | None) -> A
     if threads is not None:
         options.intra_op_num_threads = threads
     entries = dict(source.options.flags)
-    if source.options.hint == "throughput":  # threads that spin while they wait take the cores from other requests
+    if source.options.hint == "throughput":  # spinning threads would take cores from other requests
         entries = {"session.intra_op.allow_spinning": "0", **entries}
     if source.target != "ort-cpu":
         entries["session.disable_cpu_ep_fallback"] = "1"
@@ -332,15 +327,14 @@ def _session_options(onnxruntime: Any, source: Source, threads: int | None) -> A
 
 def _session(onnxruntime: Any, source: Source, graph: Path, options: Any) -> Any:
     provider = _provider(onnxruntime, source.target)
-    try:  # without its own fallback, which prints that it tries another provider, and may take that
+    try:  # without onnxruntime's fallback, which prints a message and may switch to another provider
         session = onnxruntime.InferenceSession(utf8(graph), options, providers=[provider], enable_fallback=0)
     except Exception as error:
         raise _ours(error, graph, source.options.flags) from error
     if session.get_providers()[0] != provider:
-        raise DeviceError(
-            f"onnxruntime took {session.get_providers()[0]} instead of {provider}",
-            "its libraries do not load here: see `perceiver-export doctor`",
-        )
+        used = session.get_providers()[0]
+        said = f"onnxruntime used {used} because the libraries of {provider} do not load"
+        raise DeviceError(said, "run `perceiver-export doctor`")
     return session
 
 
@@ -352,23 +346,24 @@ def _spec(node: Any) -> TensorSpec:
 
 
 def _ours(error: Exception, loading: Path | None = None, flags: Iterable[str] = ()) -> Exception:
-    """onnxruntime's exceptions as ours, from loading a graph or from a run; other exceptions unchanged."""
+    """Turn an onnxruntime exception, from loading a graph or from a run, into ours; leave others unchanged."""
     name, garbled = type(error).__name__, isinstance(error, UnicodeDecodeError)
-    if isinstance(error, UnicodeDecodeError):  # the message has names of a damaged graph
+    if isinstance(error, UnicodeDecodeError):  # the message quotes names from a damaged graph
         said = error.object.decode(errors="replace")
-    elif type(error).__module__.startswith("onnxruntime") or type(error) is RuntimeError:  # as run_with_iobinding
+    elif type(error).__module__.startswith("onnxruntime") or type(error) is RuntimeError:  # from run_with_iobinding
         said = str(error)
     else:
         return error
     said = said.splitlines()[0] if said else name
     kind: type[PerceiverExportError] = DeviceError
-    hint = "see `perceiver-export doctor`; a newer onnxruntime may be needed"
+    hint = "run `perceiver-export doctor`; you may need a newer onnxruntime"
     if "disable_cpu_ep_fallback" in said or "fallback to CPU" in said:
-        said, hint = "the provider leaves some of the graph to the CPU", "use ort-cpu, or a provider that takes it all"
+        said = "the execution provider does not support all operators of the graph"
+        hint = "use ort-cpu, or a provider that supports them all"
     elif any(words in said for words in _NO_MEMORY):
         hint = "free memory, or export with a smaller --memory-budget"
     elif loading is not None and list(flags):
-        hint = f"leave --flag {', --flag '.join(flags)} out"
+        hint = f"omit --flag {', --flag '.join(flags)}"
     elif loading is not None and (name in _DAMAGED or garbled):
-        kind, hint = BundleError, "the file is damaged, or its engine too old: copy or export it again"
+        kind, hint = BundleError, "copy or export the file again: it is damaged, or onnxruntime is too old for it"
     return kind(f"{loading} cannot be loaded: {said}" if loading else f"inference failed: {said}", hint)

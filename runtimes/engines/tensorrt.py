@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TensorRT on NVIDIA GPUs and Jetsons (`tensorrt`), TensorRT for RTX (`tensorrt-rtx`), which needs no GPU to compile.
+"""TensorRT on NVIDIA GPUs and Jetsons (`tensorrt`); TensorRT for RTX (`tensorrt-rtx`), which compiles without a GPU.
 
-The driver is asked first: without one TensorRT's runtime ends the process.
+The driver is checked first, because TensorRT's runtime ends the process without one.
 """
 
 from __future__ import annotations
@@ -28,29 +28,29 @@ from perceiver_export.runtimes.errors import DeviceError, MissingDependencyError
 
 _MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 _FLAGS: Flags = {
-    "workspace": Values(r"[0-9]{1,19}\s*[KMG]?(i?B)?", "bytes, as 512MiB"),
+    "workspace": Values(r"[0-9]{1,19}\s*[KMG]?(i?B)?", "a size such as 512MiB"),
     "optimization_level": Values("[0-5]", "0 (fast to build) to 5 (fast to run)"),
 }
-_CROSSED: Flags = {**_FLAGS, "compute_capability": Values("[A-Za-z0-9_, ]{1,200}", "kinds of GPU, as sm86,sm89")}
+_CROSSED: Flags = {**_FLAGS, "compute_capability": Values("[A-Za-z0-9_, ]{1,200}", "names such as sm86,sm89")}
 _FIRST_BF16 = (8, 0)  # compute capability: Ampere
-_NO_BF16 = ("75",)  # of those that TensorRT for RTX builds for
-# apt's names of the libraries that TensorRT's import may lack, from JetPack or NVIDIA's own packages.
+_NO_BF16 = ("75",)  # among the GPUs that TensorRT for RTX supports
+# The apt packages of libraries that TensorRT's import may miss, from JetPack or NVIDIA.
 _PACKAGES = {"nvinfer": "libnvinfer", "nvinfer_plugin": "libnvinfer-plugin", "nvonnxparser": "libnvonnxparsers"}
 
 
 def platform(target: str, options: EngineOptions) -> Platform:
-    """The library and the GPU; of a cross-build (tensorrt-rtx with compute_capability) the GPUs that it is for.
+    """The library and the GPU; for a cross-build (tensorrt-rtx with compute_capability), the GPUs it targets.
 
-    Raises MissingDependencyError; DeviceError: no driver, no GPU, or one without the precision.
+    Raises MissingDependencyError; DeviceError: no driver, no GPU, or a GPU without the precision.
     """
     crossed = options.flags.get("compute_capability", "") if target == "tensorrt-rtx" else ""
     gpus = cuda_gpus()
     if not crossed and not gpus:
         import_library(target)  # a missing library is the first thing to fix
         raise DeviceError(
-            f"{target} found no NVIDIA GPU here: there is no CUDA driver, or it does not start",
-            "install the driver (on a Jetson: JetPack); tensorrt-rtx builds without a GPU: --flag"
-            " compute_capability=sm86,sm89",
+            f"{target} found no NVIDIA GPU: the CUDA driver is missing or does not start",
+            "install the driver (on a Jetson: JetPack), or build for another machine's GPU with --target tensorrt-rtx"
+            " --flag compute_capability=sm86,sm89",
         )
     trt = import_library(target)
     can = capabilities(target, trt.__version__)
@@ -63,22 +63,22 @@ def platform(target: str, options: EngineOptions) -> Platform:
         else:
             names = [gpu.name for gpu in gpus[:1] if gpu.compute_capability < _FIRST_BF16]
         if names:
-            raise DeviceError(f"{names[0]} has no bf16", "give --precision fp16")
+            raise DeviceError(f"{names[0]} does not support bf16", "use --precision fp16")
     return Platform(library=target, version=trt.__version__, device=device, driver=driver_version())
 
 
 def differences(built: Platform, here: Platform) -> tuple[str, ...]:
-    """An engine is bound to the version and the kind of GPU, not to the driver."""
+    """An engine is bound to the library's version and the kind of GPU, but not to the driver."""
     found = []
     if (built.library, built.version) != (here.library, here.version):
-        found.append(f"it was built with {built.library} {built.version}, here is {here.library} {here.version}")
+        found.append(f"it was built with {built.library} {built.version}, but this is {here.library} {here.version}")
     if built.device != here.device and _architecture(here.device) not in built.device.split():
-        found.append(f"it was built for {built.device}, here is {here.device}")
+        found.append(f"it was built for {built.device}, but this is {here.device}")
     return tuple(found)
 
 
 def flags(target: str) -> Flags:
-    """The flags of `build_engine`; only TensorRT for RTX builds for GPUs of other machines."""
+    """The flags of `build_engine`. Only TensorRT for RTX can build for other machines' GPUs."""
     return _CROSSED if target == "tensorrt-rtx" else _FLAGS
 
 
@@ -96,34 +96,33 @@ def compile(source: Source, directory: Path, progress: Progress) -> None:
 
 
 def open(source: Source, directory: Path | None, threads: int | None) -> TensorrtEngine:
-    """An engine that `compile` wrote. Raises DeviceError (no driver, no memory), EngineError."""
+    """Open an engine that `compile` wrote. Raises DeviceError (no driver, no memory), EngineError."""
     here = platform(source.target, EngineOptions())
     assert directory is not None  # the table says that this target needs an engine
     return TensorrtEngine(import_library(source.target), here, source, directory / ENGINE)
 
 
 def import_library(target: str) -> Any:
-    """`tensorrt` or `tensorrt_rtx`. Raises MissingDependencyError: not installed, or without its libraries."""
+    """The module `tensorrt` or `tensorrt_rtx`. Raises MissingDependencyError: it or one of its libraries is missing."""
     try:
         return importlib.import_module(_MODULES[target])
     except (ImportError, OSError) as error:
-        jetson = "on a Jetson it comes with JetPack: make the environment with `python3 -m venv --system-site-packages`"
-        hint = find_target(target).install if target == "tensorrt-rtx" else f"{find_target(target).install}; {jetson}"
+        hint = find_target(target).install
         missing = re.search(r"lib(\w+)\.so\.(\d+)", str(error))
         if missing and missing[1] in _PACKAGES:
-            hint = (
-                f"on a Jetson: sudo apt install {_PACKAGES[missing[1]]}{missing[2]}; else {find_target(target).install}"
-            )
+            hint = f"on a Jetson: sudo apt install {_PACKAGES[missing[1]]}{missing[2]}; elsewhere: {hint}"
+        elif target == "tensorrt":
+            hint += "; on a Jetson, use JetPack's: create the environment with `python3 -m venv --system-site-packages`"
         raise MissingDependencyError(f"target {target} needs {_MODULES[target]}: {error}", hint) from error
 
 
 def _check_gpu(gpu: Gpu, known: list[str], name: str) -> None:
-    """Raise DeviceError for a GPU that this TensorRT would silently not compile for."""
+    """Raise DeviceError for a GPU that this TensorRT does not support; TensorRT itself gives no error."""
     if f"sm{gpu.compute_capability[0]}{gpu.compute_capability[1]}" not in known:
-        raise DeviceError(f"{name} is not for {gpu.name}", f"it is for {', '.join(known)}; use --target tensorrt here")
+        raise DeviceError(f"{name} supports {', '.join(known)}, but not {gpu.name}", "use --target tensorrt")
 
 
 def _architecture(device: str) -> str:
-    """`NVIDIA RTX A4000 (sm_86)` -> `sm86`, as a cross-build names it."""
+    """`NVIDIA RTX A4000 (sm_86)` -> `sm86`, the name in a cross-build."""
     found = re.search(r"\(sm_(\d+)\)", device)
     return f"sm{found[1]}" if found else ""

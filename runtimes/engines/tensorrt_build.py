@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compile a graph with TensorRT, and check that the engine has the precision of the build."""
+"""Compile a graph with TensorRT, and check that the engine computes in the requested precision."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import re
 import signal
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,14 +35,16 @@ from perceiver_export.runtimes.files import encode_json
 
 ENGINE, REPORT = "model.engine", "layers.json"
 _POLL = 0.2  # seconds
-_ERROR = 1  # severities count down to 0, an internal error
+_ERROR = 1  # a lower severity is worse: 0 is an internal error
 _BYTES = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 
 
 class LayerReport(msgspec.Struct, frozen=True):
-    """layers.json beside an engine: figures from TensorRT's own report. ``precisions`` counts matrix products by type;
-    ``weight_bytes`` are those of the graph's constants, ``bytes_each_use`` with a copy for each layer that uses one.
-    ``kernels`` has the report itself, but in engines of older versions.
+    """The contents of layers.json: figures from TensorRT's own report.
+
+    ``precisions`` counts matrix products by type. ``weight_bytes`` is the size of the graph's constants;
+    ``bytes_each_use`` counts a constant once for each layer that uses it. ``kernels`` is the report itself; engines of
+    older versions have none.
     """
 
     layers: int
@@ -58,10 +61,10 @@ T = TypeVar("T")
 
 
 def interruptible(work: Callable[[threading.Event], T], stopping: Callable[[], None]) -> T:
-    """Call ``work`` in a thread. Ctrl-C sets the event that it takes, and then calls ``stopping``.
+    """Call ``work`` in a thread with an event. Ctrl-C sets the event and then calls ``stopping``.
 
-    A compiler's callback would swallow KeyboardInterrupt, or end the process; in the main thread it could leave the
-    compiler running behind. Raises KeyboardInterrupt, once work has stopped; and what work raises.
+    In a compiler's callback KeyboardInterrupt would be swallowed or end the process; in the main thread it could leave
+    the compiler running. Raises KeyboardInterrupt once ``work`` has stopped, and whatever ``work`` raises.
     """
     stop = threading.Event()
     heard = threading.current_thread() is threading.main_thread() and callable(signal.getsignal(signal.SIGINT))
@@ -82,7 +85,7 @@ def interruptible(work: Callable[[threading.Event], T], stopping: Callable[[], N
 
 
 def make_logger(trt: Any) -> Any:
-    """A logger that keeps errors, and the lines in which TensorRT for RTX lists its layers."""
+    """A logger that keeps errors and the lines in which TensorRT for RTX lists its layers."""
 
     class Log(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -100,19 +103,19 @@ def make_logger(trt: Any) -> Any:
 
 
 def start(factory: Any, logger: Any, name: str) -> Any:
-    """TensorRT's builder or runtime, which both start CUDA. Raises DeviceError: CUDA does not start for them."""
+    """Create TensorRT's builder or runtime, either of which starts CUDA. Raises DeviceError: CUDA does not start."""
     try:
         return factory(logger)
-    except TypeError as error:  # its bindings' error for a null pointer
+    except TypeError as error:  # the bindings' error for a null pointer
         raise DeviceError(
             f"{name} does not start: {' '.join(logger.problems[:1]) or 'it gives no reason'}",
-            f"it may want a newer driver, or GPU memory that others hold: the driver runs CUDA {driver_version()};"
-            " perceiver-export doctor shows the rest",
+            f"install a newer driver (this one supports CUDA {driver_version()}), or free GPU memory;"
+            " perceiver-export doctor shows more",
         ) from error
 
 
 def rtx_gpus(trt: Any) -> list[str]:
-    """The GPUs that TensorRT for RTX builds for: `sm86`, the oldest first."""
+    """The GPUs for which TensorRT for RTX builds, such as `sm86`, oldest first."""
     names = [name.lower() for name in dir(trt.ComputeCapability) if name.startswith("SM")]
     return sorted(names, key=lambda name: int(name.removeprefix("sm")))
 
@@ -122,13 +125,11 @@ def build_engine(
 ) -> LayerReport:
     """Compile ``source`` and write the engine with its report.
 
-    Raises BuildError: the compiler gave up, or the engine's layers are not of the precision that was asked for (they
-    are named); BundleError: the graph cannot be read; DeviceError; KeyboardInterrupt, once the compiler has stopped.
+    Raises BuildError: the compiler failed, or the layers that it names do not have the requested precision;
+    BundleError: the graph cannot be read; DeviceError; KeyboardInterrupt once the compiler has stopped.
     """
-    return interruptible(
-        lambda stop: _build(trt, can, platform, source, directory, progress, stop),
-        lambda: progress("stopping", 0, None),
-    )
+    work = partial(_build, trt, can, platform, source, directory, progress)
+    return interruptible(work, lambda: progress("stopping", 0, None))
 
 
 def _build(
@@ -152,28 +153,16 @@ def _build(
     timings = read_timings(platform, config) if can.library == "tensorrt" else None
     config.progress_monitor = _monitor(trt, progress, stop)
     once, each = weight_bytes(trt, network)
-    copied = f", {each / 2**20:.0f} if each use has a copy" if each > once else ""
+    copied = f" ({each / 2**20:.0f} MiB if each use has its own copy)" if each > once else ""
     progress(f"compiling {once / 2**20:.0f} MiB of weights{copied}", 0, None)
     serialized = builder.build_serialized_network(network, config)
-    del parser  # it owns weights that the network refers to
+    del parser  # kept until here: it owns weights to which the network refers
     if serialized is None:
         raise _given_up(can, source, logger.problems)
     if timings is not None:
         write_timings(timings, config)
     layers = _layers(trt, can, logger, serialized)
-    found = precisions(layers)
-    # A narrower type is as wrong as a wider one: fp32 products may overflow in it.
-    wrong = [
-        f"{node}: {kind} asked, {found.get(node, 'nothing')} found"
-        for node, kind in asked.items()
-        if found.get(node) != kind
-    ]
-    if wrong:
-        named = "; ".join(wrong[:5]) + "; …" * (len(wrong) > 5)
-        raise BuildError(
-            f"{len(wrong)} of {len(asked)} products do not run as asked: {named}",
-            "report it with the versions that `perceiver-export doctor` shows; another --precision may work",
-        )
+    _check_precisions(asked, precisions(layers))
     (directory / ENGINE).write_bytes(serialized)
     counts = dict(Counter(asked.values()))
     size, attentions = (directory / ENGINE).stat().st_size, sum(layer.fused_attention for layer in layers)
@@ -182,11 +171,22 @@ def _build(
     return report
 
 
+def _check_precisions(asked: Mapping[str, str], found: Mapping[str, str]) -> None:
+    """Raise BuildError if a product's type differs, also if it is narrower: fp32 products may overflow in it."""
+    kinds = {node: (kind, found.get(node, "nothing")) for node, kind in asked.items()}
+    wrong = [f"{node}: {kind} requested, {other} found" for node, (kind, other) in kinds.items() if kind != other]
+    if wrong:
+        named = "; ".join(wrong[:5]) + "; …" * (len(wrong) > 5)
+        said = f"{len(wrong)} of {len(asked)} products do not run in the requested precision: {named}"
+        hint = "try another --precision, and report this with the versions that `perceiver-export doctor` shows"
+        raise BuildError(said, hint)
+
+
 def _configure(trt: Any, can: Capabilities, config: Any, builder: Any, source: Source) -> None:
     flags = source.options.flags
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     if source.options.precision == "fp32":
-        config.clear_flag(trt.BuilderFlag.TF32)  # it has 10 bits where fp32 has 23
+        config.clear_flag(trt.BuilderFlag.TF32)  # its mantissa has 10 bits, that of fp32 has 23
     if "workspace" in flags:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, _bytes(flags["workspace"]))
     if "optimization_level" in flags:
@@ -210,7 +210,7 @@ def _set_targets(trt: Any, can: Capabilities, config: Any, targets: str) -> None
     known = rtx_gpus(trt)
     for name in names:
         if name.lower() not in known:
-            raise DeviceError(f"{can.name} does not build for {name!r}", f"it builds for {', '.join(known)}")
+            raise DeviceError(f"{can.name} does not build for {name!r}", f"choose among {', '.join(known)}")
     config.num_compute_capabilities = len(names)
     for index, name in enumerate(names):
         config.set_compute_capability(getattr(trt.ComputeCapability, name), index)
@@ -218,7 +218,7 @@ def _set_targets(trt: Any, can: Capabilities, config: Any, targets: str) -> None
 
 def _monitor(trt: Any, progress: Progress, stop: threading.Event) -> Any:
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
-        """Progress of the outermost phases; TensorRT stops where a step gives False."""
+        """Reports the progress of outermost phases. TensorRT stops when a step returns False."""
 
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
@@ -242,11 +242,11 @@ def _monitor(trt: Any, progress: Progress, stop: threading.Event) -> Any:
 
 def _given_up(can: Capabilities, source: Source, problems: list[str]) -> BuildError:
     said = " ".join(problems)
-    hint = f"{lint_command(can, source.graph)} lists the reasons"
+    hint = f"run {lint_command(can, source.graph)} to see why"
     if re.search(r"SM75\): FP32", said):
-        hint = "leave sm75 out: there TensorRT for RTX has no fp32 products, and this graph has some"
+        hint = "omit sm75: on it TensorRT for RTX has no fp32 products, and this graph has some"
     if re.search(r"workspace|OutOfMemory|out of memory", said, re.IGNORECASE):
-        hint = "give it more memory: --flag workspace=2GiB, or leave it out; and close other programs on the GPU"
+        hint = "raise or omit --flag workspace=…, and close other programs that use the GPU"
     return BuildError(
         f"{can.name} could not compile {source.graph.name}: {(problems or ['it gives no reason'])[0]}", hint
     )
@@ -258,9 +258,8 @@ def _layers(trt: Any, can: Capabilities, logger: Any, serialized: Any) -> tuple[
     runtime = start(trt.Runtime, logger, can.name)
     engine = runtime.deserialize_cuda_engine(serialized)
     if engine is None:
-        raise BuildError(
-            f"{can.name} cannot load its own engine: {' '.join(logger.problems[-1:])}", "perceiver-export doctor"
-        )
+        said = " ".join(logger.problems[-1:])
+        raise BuildError(f"{can.name} cannot load its own engine: {said}", "run perceiver-export doctor")
     inspector = engine.create_engine_inspector()
     return layers_from_inspector(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
 
@@ -269,5 +268,5 @@ def _bytes(text: str) -> int:
     found = re.fullmatch(r"(\d{1,19})\s*([KMG]?)(?:i?B)?", text.strip())
     size = int(found[1]) * _BYTES[found[2]] if found else 0
     if not 0 < size < 2**63:
-        raise BuildError(f"workspace is {text!r}", "give bytes: --flag workspace=512MiB")
+        raise BuildError(f"workspace={text!r} is out of range", "give a number of bytes: --flag workspace=512MiB")
     return size

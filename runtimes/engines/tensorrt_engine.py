@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A TensorRT engine that takes arrays and gives arrays: tensors by name, a stream a caller, runs kept as graphs."""
+"""Run a TensorRT engine on arrays: tensors by name, one stream per caller, runs recorded as CUDA graphs."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from perceiver_export.runtimes.engines.tensorrt_versions import KernelCache
 from perceiver_export.runtimes.errors import DeviceError, EngineError
 from perceiver_export.runtimes.manifest import TensorSpec
 
-# Callers that run at once; each holds buffers and an execution context with its activations.
+# Concurrent callers. Each holds buffers and an execution context with its activations.
 _SLOTS = 2
 
 
 class TensorrtEngine:
-    """One engine with `_SLOTS` places to run in; a third caller waits for one of them. If memory is too short for a
-    second place, callers take turns in the first.
+    """One engine with `_SLOTS` slots; another caller waits for a free one. If memory is too small for a second slot,
+    callers take turns in the first.
 
-    Raises EngineError: the file is not an engine for here; DeviceError: no driver, or not enough GPU memory.
+    Raises EngineError: the file is not an engine for this machine; DeviceError: no driver, or too little GPU memory.
     """
 
     def __init__(self, trt: Any, here: Platform, source: Source, path: Path, cuda: Cuda | None = None) -> None:
@@ -37,16 +37,15 @@ class TensorrtEngine:
         self._cuda = cuda or Cuda()
         self._cuda.enter()
         self._logger = make_logger(trt)
-        # Kept: the engine refers to it.
+        # Kept because the engine refers to it.
         self._runtime = start(trt.Runtime, self._logger, f"{here.library} {here.version}")
         self._engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
         if self._engine is None:
             said = " ".join(self._logger.problems[:1]) or "it gives no reason"
-            raise EngineError(
-                f"{here.library} {here.version} refuses {path}: {said}", f"build it here: {self._rebuild()}"
-            )
+            name = f"{here.library} {here.version}"
+            raise EngineError(f"{name} cannot load {path}: {said}", f"build it here: {self._rebuild()}")
         self._check_names()
-        # TensorRT for RTX compiles kernels for the GPU that it finds, at their first run.
+        # TensorRT for RTX compiles kernels for the GPU at their first run.
         self._kernels = KernelCache(self._engine, path) if here.library == "tensorrt-rtx" else None
         self._free: queue.LifoQueue[_Slot] = queue.LifoQueue()
         self._lock, self._opened, self._limit = threading.Lock(), 0, _SLOTS
@@ -54,7 +53,7 @@ class TensorrtEngine:
         self._free.put(self._new_slot())
 
     def run(self, feeds: Feeds) -> dict[str, Array]:
-        """Outputs in arrays of the caller's own."""
+        """Outputs in new arrays."""
         with self._slot() as slot:
             return {name: array.copy() for name, array in slot.run(feeds).items()}
 
@@ -65,7 +64,7 @@ class TensorrtEngine:
                 np.copyto(out[name], array)
 
     def describe(self) -> dict[str, Any]:
-        """Target, device, versions; ``zero_copy``: host and GPU share buffers; ``cuda_graph``: runs are replayed."""
+        """Target, device and versions; ``zero_copy``: host and GPU share buffers; ``cuda_graph``: runs are replayed."""
         return {
             "target": self._source.target,
             "device": self._here.device,
@@ -81,10 +80,8 @@ class TensorrtEngine:
         found = {self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)}
         wanted = {spec.name for spec in (*self.inputs, *self.outputs)}
         if found != wanted:
-            raise EngineError(
-                f"the engine has the tensors {', '.join(sorted(found))}, the bundle {', '.join(sorted(wanted))}",
-                f"build it again: {self._rebuild()}",
-            )
+            said = f"the engine has the tensors {', '.join(sorted(found))}, but the bundle {', '.join(sorted(wanted))}"
+            raise EngineError(said, f"build it again: {self._rebuild()}")
 
     def _rebuild(self) -> str:
         bundle, precision = self._source.graph.parent, self._source.options.precision
@@ -93,10 +90,8 @@ class TensorrtEngine:
     def _new_slot(self) -> _Slot:
         context = self._kernels.context() if self._kernels else self._engine.create_execution_context()
         if context is None:
-            raise DeviceError(
-                f"{self._here.device} has too little memory for this engine: {' '.join(self._logger.problems[-1:])}",
-                "free GPU memory, or export with a smaller --memory-budget",
-            )
+            said = f"{self._here.device} has too little memory for this engine: {' '.join(self._logger.problems[-1:])}"
+            raise DeviceError(said, "free GPU memory, or export with a smaller --memory-budget")
         slot = _Slot(self._cuda, context, self._source)
         self._opened += 1
         return slot
@@ -113,7 +108,7 @@ class TensorrtEngine:
             self._free.put(slot)
 
     def _take(self) -> _Slot:
-        self._cuda.enter()  # the calling thread's first CUDA call, as often as not
+        self._cuda.enter()  # this may be the calling thread's first CUDA call
         try:
             return self._free.get_nowait()
         except queue.Empty:
@@ -122,40 +117,41 @@ class TensorrtEngine:
             if self._opened < self._limit:
                 try:
                     return self._new_slot()
-                except DeviceError:  # no memory for another: the one that is open will be free again
+                except DeviceError:  # no memory for another slot: wait for an open one
                     self._limit = self._opened
         return self._free.get()
 
 
 class _Slot:
-    """An execution context with its stream and buffers; one caller at a time."""
+    """An execution context with its stream and buffers, for one caller at a time."""
 
     def __init__(self, cuda: Cuda, context: Any, source: Source) -> None:
         self._context, self._source = context, source
         self._stream = Stream(cuda)
-        self._shapes = source.options.shapes
+
         self._dynamic = any(isinstance(size, str) for spec in source.inputs for size in spec.shape)
         self.runs = 0
         self.replays = False
         self._buffers: dict[str, Buffer] = {}
         for spec in (*source.inputs, *source.outputs):
-            self._buffers[spec.name] = Buffer(cuda, np.dtype(spec.dtype), self._room(spec))
+            sizes = (source.options.shapes[size][2] if isinstance(size, str) else size for size in spec.shape)
+            self._buffers[spec.name] = Buffer(cuda, np.dtype(spec.dtype), math.prod(sizes))
             context.set_tensor_address(spec.name, self._buffers[spec.name].address)
 
     def run(self, feeds: Feeds) -> dict[str, Array]:
-        """Views of the slot's own buffers, good until it runs again."""
+        """Views of the slot's own buffers, valid until it runs again."""
         sizes: dict[str, int] = {}
         for spec in self._source.inputs:
             array = feeds[spec.name]
             self._buffers[spec.name].array[: array.size] = array.reshape(-1)
             sizes |= {name: size for name, size in zip(spec.shape, array.shape, strict=True) if isinstance(name, str)}
             if self._dynamic and not self._context.set_input_shape(spec.name, array.shape):
-                raise DeviceError(f"the engine refuses {spec.name!r} of shape {list(array.shape)}", "build it again")
+                raise DeviceError(f"the engine rejects {spec.name!r} of shape {list(array.shape)}", "build it again")
         if not (self.replays and self._stream.replay()):
             self._enqueue(sizes)
         self._stream.wait()
         self.runs += 1
-        if self.runs == 1 and not self._dynamic:  # TensorRT asks for one plain run before it is recorded
+        if self.runs == 1 and not self._dynamic:  # TensorRT requires one ordinary run before recording
             self.replays = self._stream.record(lambda: self._enqueue({}))
         return {spec.name: self._view(spec, sizes) for spec in self._source.outputs}
 
@@ -163,16 +159,13 @@ class _Slot:
         for spec in self._source.inputs:
             self._buffers[spec.name].copy(True, math.prod(_shape(spec, sizes)), self._stream)
         if not self._context.execute_async_v3(self._stream.handle.value):
-            raise DeviceError("TensorRT could not run the engine", "build it again; perceiver-export doctor")
+            raise DeviceError("TensorRT could not run the engine", "build it again, or run perceiver-export doctor")
         for spec in self._source.outputs:
             self._buffers[spec.name].copy(False, math.prod(_shape(spec, sizes)), self._stream)
 
     def _view(self, spec: TensorSpec, sizes: Mapping[str, int]) -> Array:
         shape = _shape(spec, sizes)
         return self._buffers[spec.name].array[: math.prod(shape)].reshape(shape)
-
-    def _room(self, spec: TensorSpec) -> int:
-        return math.prod(self._shapes[size][2] if isinstance(size, str) else size for size in spec.shape)
 
 
 def _shape(spec: TensorSpec, sizes: Mapping[str, int]) -> tuple[int, ...]:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A graph as TensorRT's network, and the types in which its engine computes.
+"""Read a graph as TensorRT's network, and read the types in which its engine computes.
 
-Those types come from TensorRT's own report: the inspector's JSON, or the build log of TensorRT for RTX. Neither format
-is documented. Text that cannot be read counts as absent, and a precision that is not found fails the build.
+The types come from TensorRT's own report: the inspector's JSON, or the build log of TensorRT for RTX. Neither format is
+documented. Text that cannot be parsed counts as missing, and a missing precision fails the build.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from perceiver_export.runtimes.engines.backend import Source
 from perceiver_export.runtimes.engines.tensorrt_versions import Capabilities
 from perceiver_export.runtimes.errors import BuildError, BundleError, MissingDependencyError
 
-# Longest first: "Half" also stands in "Row major linear FP16 format" as FP16.
+# The words for each type in a report, in the order in which they are tried: "BFloat16" contains "Float".
 _TYPES = {
     **dict.fromkeys(("Int8", "INT8"), "int8"),
     **dict.fromkeys(("BFloat16", "BF16"), "bf16"),
@@ -28,19 +28,17 @@ _TYPES = {
 }
 _HALVES = ("fp16", "bf16")
 _ORDER = ("int8", "fp8", "fp16", "bf16", "fp32")
-# A fused kernel's name lists its operations: a cast before the product (Fc) dequantizes, so floats are multiplied.
+# A fused kernel's name lists its operations. After a cast, which dequantizes, the product (Fc) multiplies floats.
 _UNPACKS = re.compile(r"^__myl_\w*Cast\w*Fc")
-# They only move numbers, also those of a product that is named in their metadata.
+# These only move numbers, even if their metadata names a product.
 _MOVES = ("Reformat", "NoOp", "Constant")
-# Names of kernels that multiply: by tactic, type of layer, or fused operation.
+# Kernels that multiply, by tactic, layer type or fused operation.
 _PRODUCTS = re.compile(r"gemm|mha|convolution|matrix_?multiply|fully_?connected|(?-i:__myl_\w*Fc)", re.IGNORECASE)
 _ONNX = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
 
 
 class Layer(NamedTuple):
-    """One kernel of an engine. ``inputs``, ``constants`` and ``outputs`` are types (`int8`, `fp16`); ``nodes`` are
-    the graph's.
-    """
+    """One kernel. ``inputs``, ``constants`` and ``outputs`` are types (`int8`, `fp16`), ``nodes`` the graph's nodes."""
 
     name: str
     kind: str
@@ -51,7 +49,7 @@ class Layer(NamedTuple):
 
     @property
     def fused_attention(self) -> bool:
-        """Whether it is a whole attention in one kernel."""
+        """Whether the kernel computes a whole attention."""
         return "mha" in f"{self.name} {self.kind}".lower()
 
     @property
@@ -61,22 +59,22 @@ class Layer(NamedTuple):
 
     @property
     def precision(self) -> str:
-        """The type that it computes in: that of its inputs, unless it converts them first; empty if not reported.
+        """The type in which it computes: that of its inputs, unless it converts them first; empty if not reported.
 
-        Constants count little: int8 ones beside wider inputs are weights that the kernel unpacks.
+        int8 constants with wider inputs are weights that the kernel unpacks, so they do not decide the type.
         """
         if self.kind.startswith(_MOVES):
             return ""
         narrowest = min((kind for kind in self.inputs if kind in _ORDER), key=_ORDER.index, default="")
         if narrowest == "int8" and _UNPACKS.search(self.name):
             return next((kind for kind in (*self.constants, *self.outputs) if kind in _HALVES), "fp32")
-        if narrowest == "fp32":  # a kernel that begins with a cast, and multiplies by weights in 16 bits
+        if narrowest == "fp32":  # the kernel may cast first and multiply by 16-bit weights
             return next((kind for kind in self.constants if kind in _HALVES), narrowest)
         return narrowest
 
 
 def layers_from_log(lines: Iterable[str]) -> tuple[Layer, ...]:
-    """From the build log of TensorRT for RTX, with detailed profiling: one `Name: …, LayerType: …` line a layer."""
+    """Read TensorRT for RTX's detailed build log, which has one line `Name: …, LayerType: …` per layer."""
     found = []
     for line in "\n".join(lines).splitlines():
         if line.startswith("Name: ") and ", LayerType: " in line:
@@ -89,7 +87,7 @@ def layers_from_log(lines: Iterable[str]) -> tuple[Layer, ...]:
 
 
 def layers_from_inspector(report: str) -> tuple[Layer, ...]:
-    """From the JSON of `IEngineInspector`. Layers that are only a name (no detailed profiling) are left out."""
+    """Read the JSON of `IEngineInspector`. Layers given only as a name (no detailed profiling) are skipped."""
     try:
         layers = [layer for layer in json.loads(report).get("Layers", []) if isinstance(layer, dict)]
     except (ValueError, AttributeError):
@@ -117,9 +115,10 @@ def _type_text(tensor: Any) -> str:
 
 
 def precisions(layers: Iterable[Layer]) -> dict[str, str]:
-    """By node, the narrowest type that one of its kernels computes in: the product's own, beside its epilogues.
+    """By node, the narrowest type in which one of its kernels computes, so that an epilogue does not hide the product.
 
-    If a kernel is known to multiply, it decides alone: a kernel that slices an attention's padded heads may move int8.
+    Kernels that are known to multiply take precedence, because a kernel that slices an attention's padded heads may
+    move int8.
     """
     found: dict[str, tuple[bool, int]] = {}
     for layer in layers:
@@ -130,19 +129,18 @@ def precisions(layers: Iterable[Layer]) -> dict[str, str]:
     return {node: _ORDER[place] for node, (_, place) in found.items()}
 
 
-SHARED_WEIGHTS = "products of one input whose weights alone are integers, and shared by blocks, crash its compiler"
-SHARED_WEIGHTS_FIX = "int8 weights compile with --precision bf16; int4 weights do not: quantize with --scheme int8"
+SHARED_WEIGHTS = "weight-only quantized products of one input, with weights that blocks share, crash its compiler"
+SHARED_WEIGHTS_FIX = "use --precision bf16 for int8 weights; instead of int4 weights, quantize with --scheme int8"
 
 
 def parse(trt: Any, can: Capabilities, builder: Any, logger: Any, graph: Path) -> tuple[Any, Any]:
-    """The network of an ONNX file, and its parser, which owns weights that the network refers to.
+    """The network of an ONNX file, and its parser, which owns weights to which the network refers.
 
-    Raises BundleError: not readable, or with unknown operators; MissingDependencyError: no parser.
+    Raises BundleError: the file is not readable or has unknown operators; MissingDependencyError: no parser.
     """
     if not hasattr(trt, "OnnxParser"):
-        raise MissingDependencyError(
-            f"this {can.name} has no ONNX parser", "install it: apt install libnvonnxparsers-dev python3-libnvinfer"
-        )
+        install = "sudo apt install libnvonnxparsers-dev python3-libnvinfer"
+        raise MissingDependencyError(f"this {can.name} has no ONNX parser", install)
     flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED) if can.typed_by_flag else 0
     network = builder.create_network(flags)
     parser = trt.OnnxParser(network, logger)
@@ -153,21 +151,19 @@ def parse(trt: Any, can: Capabilities, builder: Any, logger: Any, graph: Path) -
         if parser.num_errors:
             error = parser.get_error(0)
             said = f"{error.node_operator()} {error.node_name()}: {' '.join(str(error.desc()).split())}"
-        raise BundleError(
-            f"{can.name} cannot read {graph.name}: {said}",
-            f"{lint_command(can, graph)} lists the reasons; build --lower-only writes a graph that fits",
-        )
+        hint = f"run {lint_command(can, graph)} to see why, or write a graph for it with build --lower-only"
+        raise BundleError(f"{can.name} cannot read {graph.name}: {said}", hint)
     return network, parser
 
 
 def lint_command(can: Capabilities, graph: Path) -> str:
-    """The command that checks a graph for this version."""
+    """The command that lints a graph for this version."""
     version = f"{can.version[0]}.{can.version[1]}"
     return f"perceiver-export lint {graph.parent} --target {can.library} --version {version}"
 
 
 def asked_precisions(trt: Any, network: Any) -> dict[str, str]:
-    """By node, the precision that each matrix product must have: that of the graph's types."""
+    """By node, the precision that each matrix product must have according to the graph's types."""
     producers, constants = _producers(network), _constants(trt, network)
     asked = {}
     for layer in _layers(network):
@@ -179,28 +175,28 @@ def asked_precisions(trt: Any, network: Any) -> dict[str, str]:
 
 
 def check_types(asked: dict[str, str], source: Source) -> None:
-    """Raise BuildError if the graph's products are not in the precision of the build: no flag could change them."""
+    """Raise BuildError if the graph's products do not have the build's precision, which no flag could change."""
     wanted = source.options.precision
     found = {precision for precision in asked.values() if precision != "int8"}
     if wrong := found - {"fp32"} if wanted == "fp32" else set() if wanted in found else found:
         raise BuildError(
-            f"{wanted} was asked for, and the products of {source.graph.name} are {', '.join(sorted(wrong))}",
-            f"perceiver-export build {source.graph.parent} --target {source.target} --precision {wanted} --lower-only"
-            " writes the graph for it (with onnx installed)",
+            f"the build is {wanted}, but the products of {source.graph.name} are {', '.join(sorted(wrong))}",
+            f"write a {wanted} graph, with onnx installed: perceiver-export build {source.graph.parent}"
+            f" --target {source.target} --precision {wanted} --lower-only",
         )
 
 
 def check_shared_weights(trt: Any, network: Any, can: Capabilities, graph: Path) -> None:
-    """Raise BuildError where TensorRT for RTX 1.7 would end the process, or fail with an unclear message."""
+    """Raise BuildError if TensorRT for RTX 1.7 would end the process or fail with an unclear message."""
     if not can.shared_weights_crash:
         return
     producers = _producers(network)
     uses: dict[str, int] = {}
-    weights: dict[str, dict[str, Any]] = {}  # of each input, by the weight's name a product of the two
+    weights: dict[str, dict[str, Any]] = {}  # input name -> weight name -> a product of the two
     for layer in _layers(network):
         if layer.type != trt.LayerType.MATRIX_MULTIPLY or _is_int8(trt, producers, layer):
             continue
-        shaped = (trt.LayerType.SHUFFLE, trt.LayerType.CAST)  # a scale too small for 16 bits stays fp32, and is cast
+        shaped = (trt.LayerType.SHUFFLE, trt.LayerType.CAST)  # a scale too small for 16 bits stays fp32 and is cast
         left, right = layer.get_input(0), _source(producers, layer.get_input(1), shaped)
         if right is None or right.type != trt.LayerType.DEQUANTIZE:
             continue
@@ -217,9 +213,9 @@ def check_shared_weights(trt: Any, network: Any, can: Capabilities, graph: Path)
 
 
 def weight_bytes(trt: Any, network: Any) -> tuple[int, int]:
-    """Bytes of all constants: each stored once, and with a copy for each layer that uses one.
+    """Bytes of all constants, first each counted once, then once for each layer that uses it.
 
-    An engine is near one of the two: TensorRT for RTX stores weights once.
+    An engine's size is close to one of the two: TensorRT for RTX stores weights once.
     """
     kinds = trt.LayerType
     shaped = (kinds.DEQUANTIZE, kinds.SHUFFLE, kinds.CAST, kinds.IDENTITY)  # computed when the engine is built
@@ -238,7 +234,7 @@ def weight_bytes(trt: Any, network: Any) -> tuple[int, int]:
 
 
 def node_name(layer: Any) -> str:
-    """The ONNX node that a layer was made from: in its metadata, else its own name."""
+    """The ONNX node of a layer, from its metadata; without metadata, the layer's own name."""
     found = _ONNX.search(layer.metadata)
     return found[1] if found else str(layer.name)
 
@@ -248,24 +244,24 @@ def _layers(network: Any) -> Iterator[Any]:
 
 
 def _inputs(layer: Any) -> list[Any]:
-    """Those that are given; optional ones may be None."""
+    """The layer's inputs without missing optional ones."""
     found = (layer.get_input(index) for index in range(layer.num_inputs))
     return [tensor for tensor in found if tensor is not None]
 
 
 def _producers(network: Any) -> dict[str, Any]:
-    """The layer that each tensor comes from, by the tensor's name."""
+    """By tensor name, the layer that produces it."""
     return {layer.get_output(index).name: layer for layer in _layers(network) for index in range(layer.num_outputs)}
 
 
 def _is_int8(trt: Any, producers: dict[str, Any], product: Any) -> bool:
-    """Whether both sides of a product are dequantized, so that it is to run in int8."""
+    """Whether both operands of a product are dequantized, so that it must run in int8."""
     sources = [_source(producers, product.get_input(index), (trt.LayerType.SHUFFLE,)) for index in range(2)]
     return all(source is not None and source.type == trt.LayerType.DEQUANTIZE for source in sources)
 
 
 def _constants(trt: Any, network: Any) -> set[str]:
-    """Names of tensors that no input changes: they are computed when the engine is built."""
+    """Names of tensors that depend on no input, so they are computed when the engine is built."""
     found: set[str] = set()
     for layer in _layers(network):  # producers come before their users
         given = [one.name in found for one in _inputs(layer)]
@@ -275,7 +271,7 @@ def _constants(trt: Any, network: Any) -> set[str]:
 
 
 def _source(producers: dict[str, Any], tensor: Any, past: tuple[Any, ...]) -> Any:
-    """The layer that a tensor comes from, behind those of the types ``past``."""
+    """The layer that produces a tensor, skipping layers of the types ``past``."""
     layer = producers.get(tensor.name)
     while layer is not None and layer.type in past:
         layer = producers.get(layer.get_input(0).name)

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The abilities of each version of TensorRT as one table for the builder and lint; and TensorRT's files in the cache.
+"""A table of what each TensorRT version supports, for the builder and lint; and TensorRT's files in the user's cache.
 
 Sources: the bindings of 10.3.0, 10.13.3.9, 10.16.1.11 and 11.4.0.106 and of TensorRT for RTX 1.7.1.116 (their
-attributes are in tests/runtimes/tensorrt_api.json), NVIDIA's operators.md of each version for opsets.
+attributes are in tests/runtimes/tensorrt_api.json), and for opsets NVIDIA's operators.md of each version.
 
-The user's cache holds timings of builds, and kernels that TensorRT for RTX compiled on this GPU. An engine of TensorRT
-for RTX has no kernels for one GPU; it compiles them at the first run. It checks that cached kernels were compiled for
-this GPU, and compiles and writes others again.
+The cache holds timings from builds, and kernels that TensorRT for RTX compiled on this GPU. An engine of TensorRT for
+RTX contains no kernels: it compiles them at the first run. It checks that cached kernels were compiled for this GPU;
+if not, it compiles and writes them again.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from perceiver_export.runtimes.files import cache_directory, read_bytes, write_c
 
 @dataclass(frozen=True)
 class Capabilities:
-    """A row holds from ``since`` on, up to the next row.
+    """A row applies from version ``since`` up to the next row.
 
-    ``opset``: the newest that its parser is documented to read. ``attention``: whether it has ONNX's operator.
-    ``jetpack``: the releases of JetPack that bring it. ``version``: the one that was asked about, (0, 0) in the table.
+    ``opset``: the newest that its parser is documented to read. ``attention``: whether it supports ONNX's Attention.
+    ``jetpack``: the JetPack releases that include it. ``version``: the version in question, (0, 0) in the table.
     """
 
     library: Literal["tensorrt", "tensorrt-rtx"]
@@ -39,23 +39,23 @@ class Capabilities:
 
     @property
     def name(self) -> str:
-        """TensorRT 10.3: the version that was asked about."""
+        """Product and version, such as TensorRT 10.3."""
         label = "TensorRT for RTX" if self.library == "tensorrt-rtx" else "TensorRT"
         return f"{label} {self.version[0]}.{self.version[1]}"
 
     @property
     def typed_by_flag(self) -> bool:
-        """Whether it takes types from the graph only with a flag; later versions always do."""
+        """Whether it needs a flag to take types from the graph; later versions always take them."""
         return self.library == "tensorrt" and self.version < (11, 0)
 
     @property
     def shared_weights_crash(self) -> bool:
-        """Whether weight-only integers that are used more than once crash it (measured on 1.7.1.116)."""
+        """Whether it crashes on weight-only integers that are used more than once (measured on 1.7.1.116)."""
         return self.library == "tensorrt-rtx" and self.version == (1, 7)
 
 
 #                library    since  opset Attention JetPack
-_TABLE = (
+TABLE = (
     Capabilities("tensorrt", (10, 3), 20, False, "6.1, 6.2"),
     Capabilities("tensorrt", (10, 9), 22, False, "-"),
     Capabilities("tensorrt", (10, 13), 24, False, "7.0, 7.1"),
@@ -69,33 +69,26 @@ NEWEST = {"tensorrt": "11.4", "tensorrt-rtx": "1.7"}
 
 
 def capabilities(library: str, version: str) -> Capabilities:
-    """The row for a version such as "10.3.0" or "11.4"; one that the table does not have is like the last before it,
-    of the same major version.
+    """The row for a version such as "10.3.0" or "11.4". A version without a row takes the last row before it of the
+    same major version.
 
-    Raises DeviceError: not a version, or one that is too old, too new or was left out.
+    Raises DeviceError: not a version, or one that is too old, too new or unsupported.
     """
     numbers = re.match(r"(\d+)(?:\.(\d+))?", version)
     found = (int(numbers[1]), int(numbers[2] or 0)) if numbers else (0, 0)
-    rows = [row for row in _TABLE if row.library == library and row.since[0] == found[0] and row.since <= found]
+    rows = [row for row in TABLE if row.library == library and row.since[0] == found[0] and row.since <= found]
     if not rows:
-        known = ", ".join(f"{row.since[0]}.{row.since[1]}" for row in _TABLE if row.library == library)
-        raise DeviceError(
-            f"{library} {version} is not supported",
-            f"supported from: {known}{'; on a Jetson, JetPack 6.1 or later' if library == 'tensorrt' else ''}",
-        )
+        known = ", ".join(f"{row.since[0]}.{row.since[1]}" for row in TABLE if row.library == library)
+        jetson = ", on a Jetson with JetPack 6.1 or later" if library == "tensorrt" else ""
+        raise DeviceError(f"{library} {version} is not supported", f"install {known} or a later minor version{jetson}")
     return replace(rows[-1], version=found)
 
 
-def table() -> tuple[Capabilities, ...]:
-    """Every row."""
-    return _TABLE
-
-
-_MOST = 1 << 30  # bytes of a cache
+_MOST = 1 << 30  # bytes of a cache file
 
 
 def read_timings(platform: Platform, config: Any) -> Path:
-    """Load the timings of this version and device, so that other builds do not measure again."""
+    """Load the timings of this version and device into ``config``, and return their file."""
     slug = re.sub(r"[^A-Za-z0-9.]+", "-", f"{platform.library}-{platform.version}-{platform.device}")
     path = cache_directory() / "timing" / f"{slug}.cache"
     cache = config.create_timing_cache(_read(path)) or config.create_timing_cache(b"")
@@ -104,12 +97,12 @@ def read_timings(platform: Platform, config: Any) -> Path:
 
 
 def write_timings(path: Path, config: Any) -> None:
-    """Keep the timings for the next build."""
+    """Write the timings, so that the next build need not measure again."""
     write_cache(path, bytes(config.get_timing_cache().serialize()))
 
 
 class KernelCache:
-    """Kernels of one engine of TensorRT for RTX. ``path`` is the engine's, in a directory that its key names."""
+    """Cached kernels of one TensorRT for RTX engine at ``path``, whose directory is named after the engine's key."""
 
     def __init__(self, engine: Any, path: Path) -> None:
         self._engine = engine
@@ -122,11 +115,11 @@ class KernelCache:
         self._lock = threading.Lock()
 
     def context(self) -> Any:
-        """An execution context that uses the cache's kernels, and adds those that it compiles; None: no memory."""
+        """An execution context that uses the cache's kernels and adds those it compiles; None: too little memory."""
         return self._engine.create_execution_context(runtime_config=self._config)
 
     def keep(self) -> None:
-        """Write the kernels that the first run of a context added; later runs compile nothing."""
+        """Write the kernels that a context's first run added; later runs compile nothing."""
         with self._lock:
             content = bytes(self._cache.serialize())
             if len(content) != self._stored:

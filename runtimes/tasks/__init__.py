@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tasks: the pre- and post-processing of a bundle's graphs, in numpy. `open_task` picks by the manifest.
+"""Tasks: pre- and post-processing around a bundle's graphs, in numpy. `open_task` chooses the task by the manifest.
 
 from perceiver_export.runtimes.tasks import ImageClassification, open_task
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from perceiver_export.runtimes.tasks.video import VideoAutoencoding
 
     class _SomeTask(Task):
-        """A task whose class only the manifest knows: members of `Task` are typed, the rest is Any."""
+        """A task whose class is known only from the manifest: members of `Task` are typed, the rest is Any."""
 
         def __call__(self, *arguments: Any, **options: Any) -> Any: ...
         def __getattr__(self, name: str) -> Any: ...
@@ -57,7 +57,7 @@ __all__ = [
 
 T = TypeVar("T", bound=Task)
 
-# The module beside this one and its class; imported when a bundle of that task is opened.
+# The module in this package and its class; imported when a bundle of that task is opened.
 TASKS = {
     "image-classification": ("images", "ImageClassification"),
     "fill-mask": ("text", "FillMask"),
@@ -108,12 +108,12 @@ def open_task(
 ) -> Any:
     """Load a bundle with the pre- and post-processing of its task: one of the classes of `TASKS`, by the manifest.
 
-    ``expect`` is the class that it must be of; it tells type checkers and editors the class of the result. Without it
-    they know the members of `Task`. Graphs are loaded when they are first needed. ``truncate`` cuts texts that are
-    longer than the model, even if the checkpoint's tokenizer does not. `load` describes the other options.
+    ``expect`` is the class that the task must have; it also gives type checkers and editors the class of the result.
+    Without it they know only the members of `Task`. Graphs are loaded when first needed. ``truncate`` cuts texts that
+    are too long for the model, even if the checkpoint's tokenizer does not. `load` describes the other options.
 
-    Raises what `load` raises; UsageError: the bundle has another task than expected, or takes no text to cut;
-    MissingDependencyError: the tokenizer's library.
+    Raises what `load` raises; UsageError: the bundle has another task than expected, or ``truncate`` is set and it
+    takes no text; MissingDependencyError: the tokenizer's library.
     """
     if arguments and isinstance(arguments[0], type):
         expect, *arguments = arguments  # type: ignore[assignment]
@@ -134,13 +134,11 @@ def _open(
     reading = truncating(opened) if truncate else opened
     task = checked_task(opened.manifest)
     if not issubclass(task, expect):
-        raise UsageError(
-            f"{opened.path} is a bundle of {opened.manifest.task}, not of {expect.__name__}",
-            f"open it as {task.__name__}, or give another bundle",
-        )
+        found = f"the task of {opened.path} is {opened.manifest.task}, not {expect.__name__}"
+        raise UsageError(found, f"open it as {task.__name__}, or give another bundle")
 
     def load_part(name: str | None) -> Runtime:
-        if name is None and opened.split:  # the weights of its parts are in memory once
+        if name is None and opened.split:  # joined parts share their weights with the parts used alone
             return join(opened.manifest, {part: made.part(part) for part in opened.manifest.parts})
         return load(opened, device, name, threads, "never", precision=precision, check_finite=check_finite)
 
@@ -150,9 +148,9 @@ def _open(
 
 
 def checked_task(manifest: Manifest) -> type[Task]:
-    """The class of the manifest's task. Raises BundleError: an unknown task, or a manifest that does not fit it."""
+    """The class of the manifest's task. Raises BundleError: an unknown task, or a manifest that does not match it."""
     if manifest.task not in TASKS:
-        raise BundleError(f"{manifest.name} has the unknown task {manifest.task!r}", f"known are {', '.join(TASKS)}")
+        raise BundleError(f"{manifest.name} has the unknown task {manifest.task!r}", f"use one of {', '.join(TASKS)}")
     module, name = TASKS[manifest.task]
     task: type[Task] = getattr(importlib.import_module(f"{__name__}.{module}"), name)
     task.check(manifest)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shared by all tasks: a bundle's parts, opened once and closed together; checks of a manifest; runs of any number of
-samples; and answers, which are labels with their probabilities, or values.
+"""Code that tasks share: a bundle's parts, opened once and closed together; checks of a manifest; runs on any number of
+samples; and predictions, which are labels with probabilities, or values.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import numpy.typing as npt
 from perceiver_export.runtimes.errors import BundleError, InputError, RuntimeClosedError, check_whole
 from perceiver_export.runtimes.manifest import Manifest, OutputKind, TensorSpec, judged_output
 from perceiver_export.runtimes.manifest import interface as interface
+from perceiver_export.runtimes.manifest import misfit as misfit
 from perceiver_export.runtimes.runtime import Array, Feeds, Runtime
 from perceiver_export.runtimes.tasks.tokenizers import Tokenizer
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-# None is the whole model; a split bundle's parts are then joined behind one `run`.
+# Loads a part by name. None is the whole model, for which a split bundle's parts are joined.
 LoadPart = Callable[[str | None], Runtime]
 
 
@@ -42,16 +43,16 @@ class Task:
 
     @property
     def split(self) -> bool:
-        """Whether the bundle holds encoder and decoder apart."""
+        """Whether encoder and decoder are separate parts of the bundle."""
         return "encoder" in self.manifest.parts
 
     @property
     def runtime(self) -> Runtime:
-        """The whole model; a split bundle's parts joined."""
+        """The whole model; for a split bundle, its parts joined."""
         return self.part(None)
 
     def part(self, name: str | None) -> Runtime:
-        """One part of the bundle, loaded at first use; None is the whole model. Raises what `load` raises."""
+        """One part of the bundle, loaded on first use; None is the whole model. Raises what `load` raises."""
         if self._closed:
             raise RuntimeClosedError("this task is closed", "call open_task() again")
         if name not in self._parts:
@@ -80,7 +81,7 @@ class Classifier(Task):
         self.labels = manifest.labels
 
     def run_inputs(self, feeds: Feeds) -> npt.NDArray[np.float32]:
-        """Logits or values (n, labels) of preprocessed inputs of n samples. Raises InputError: no sample."""
+        """Logits or values (n, labels) of n preprocessed samples. Raises InputError: no samples."""
         return run_batched(self.runtime, feeds)[self._output]
 
     def answers(self, scores: npt.NDArray[np.float32], top: int) -> list[Prediction]:
@@ -96,81 +97,75 @@ class TextTask(Task):
         self.tokenizer = tokenizer
 
 
-# Shape after the batch dimension; None is any size.
+# A shape without the batch dimension; None is any size.
 Shape = tuple[int | None, ...]
 Steps = TypeVar("Steps")
 
 
-def misfit(message: str) -> BundleError:
-    """The error for a manifest that does not describe its task."""
-    return BundleError(message, "export the bundle again")
-
-
 def steps_of(manifest: Manifest, kind: type[Steps]) -> Steps:
-    """The manifest's preprocessing. Raises BundleError: it is of another kind, or missing."""
+    """The manifest's preprocessing. Raises BundleError: it is of another kind or missing."""
     if not isinstance(manifest.preprocessing, kind):
-        raise misfit(f"the manifest does not say how inputs of {manifest.task} are preprocessed")
+        raise misfit(f"the manifest has no preprocessing for {manifest.task}")
     return manifest.preprocessing
 
 
 def check_interface(manifest: Manifest, inputs: Mapping[str, Shape], outputs: Mapping[str, Shape]) -> None:
-    """Raise BundleError unless the model takes and gives these tensors; shapes are without the batch dimension."""
-    for specs, expected, verb in zip(interface(manifest), (inputs, outputs), ("takes", "gives"), strict=True):
+    """Raise BundleError unless the model has these inputs and outputs; shapes exclude the batch dimension."""
+    for specs, expected, noun in zip(interface(manifest), (inputs, outputs), ("inputs", "outputs"), strict=True):
         found = {spec.name: spec.shape[1:] for spec in specs}
-        fits = found.keys() == expected.keys() and all(_fits(found[name], expected[name]) for name in found)
-        if not fits:
-            raise misfit(f"a bundle for {manifest.task} {verb} {_listed(expected)}, this graph {verb} {_listed(found)}")
+        if found.keys() != expected.keys() or not all(_fits(found[name], expected[name]) for name in found):
+            raise misfit(f"the {noun} of {manifest.task} are {_listed(expected)}, but here {_listed(found)}")
 
 
 def answering(manifest: Manifest) -> tuple[str, OutputKind]:
-    """The output (labels,) that answers come from, and its kind.
+    """The output (labels,) that holds the predictions, and its kind.
 
-    Raises BundleError: there is none, or the number of its labels differs. No labels at all is fine.
+    Raises BundleError: no such output, or its size is not the number of labels. A manifest without labels is accepted.
     """
     found = judged_output(manifest)
     if found is None:
         kinds = ", ".join(f"{name}: {kind}" for name, kind in manifest.output_kinds.items())
         raise BundleError(
-            f"a bundle for {manifest.task} has one output of labels or values, this one says {kinds or 'nothing'}",
-            "say which it is when you export: LoadedModel(…, output_kinds={NAME: 'single-label'})",
+            f"{manifest.task} needs one output of labels or values, but the manifest has {kinds or 'none'}",
+            "name its kind when you export: LoadedModel(…, output_kinds={NAME: 'single-label'})",
         )
     spec = next((spec for spec in interface(manifest)[1] if spec.name == found[0]), None)
     if spec is None or len(spec.shape) != 2:
-        raise misfit(f"the output {found[0]!r} is no list of scores")
+        raise misfit(f"the output {found[0]!r} is not a list of scores")
     if manifest.labels and spec.shape[-1] != len(manifest.labels):
-        raise misfit(f"{len(manifest.labels)} labels do not fit {spec.shape[-1]} scores")
+        raise misfit(f"the manifest has {len(manifest.labels)} labels for {spec.shape[-1]} scores")
     return found
 
 
 def limits(spec: TensorSpec, axis: int) -> tuple[int, int]:
-    """The least and the most that this dimension may be."""
+    """The smallest and the largest size of this dimension."""
     size = spec.shape[axis]
     return (size, size) if isinstance(size, int) else spec.ranges[size]
 
 
 def as_list(given: Any, what: str, is_one: Callable[[Any], bool]) -> list[Any]:
-    """The samples as a list; a list of one if ``is_one`` holds. Raises InputError: no sample."""
+    """The samples as a list, of one if ``is_one`` is true of ``given``. Raises InputError: no samples."""
     if is_one(given):
         return [given]
     if not isinstance(given, Iterable):
         raise InputError(f"the {what} are of type {type(given).__name__}", f"give a list of {what}")
     samples = list(given)
     if not samples:
-        raise InputError(f"no {what} are given", "give one or more")
+        raise InputError(f"the list of {what} is empty", "give one or more")
     return samples
 
 
 def count_samples(feeds: Feeds) -> int:
-    """How many samples there are. Raises InputError: none, or not the same number in each feed."""
+    """The number of samples. Raises InputError: none, or not the same number in each feed."""
     counts = {name: len(array) for name, array in feeds.items()}
     if len(set(counts.values())) != 1 or 0 in counts.values():
         found = ", ".join(f"{name!r} has {count}" for name, count in counts.items())
-        raise InputError(f"samples: {found or 'none'}", "give every input the same number of samples, 1 or more")
+        raise InputError(f"the numbers of samples differ or are 0: {found}", "give every input 1 or more, all the same")
     return next(iter(counts.values()))
 
 
 def pad_batch(runtime: Runtime, feeds: Feeds) -> dict[str, Array]:
-    """The feeds with the last sample repeated up to the least batch of the graph."""
+    """The feeds, with the last sample repeated up to the graph's smallest batch."""
     least, _ = limits(runtime.inputs[0], 0)
     return {
         name: np.concatenate([array, np.repeat(array[-1:], least - len(array), axis=0)])
@@ -181,11 +176,11 @@ def pad_batch(runtime: Runtime, feeds: Feeds) -> dict[str, Array]:
 
 
 def run_batched(runtime: Runtime, feeds: Feeds) -> dict[str, Array]:
-    """Outputs of n samples by name, in calls of the batch that the graph was exported for.
+    """Outputs of n samples by name, run in batches of the size that the graph was exported for.
 
-    Each feed is (n, ...). A last short call is padded with copies of its last sample, which are cut off again.
+    Each feed is (n, ...). A short last batch is padded with copies of its last sample, whose outputs are dropped.
 
-    Raises InputError: no sample, feeds of different n, and what `Runtime.run` raises.
+    Raises InputError: no samples, or feeds of different n; and what `Runtime.run` raises.
     """
     count, most = count_samples(feeds), limits(runtime.inputs[0], 0)[1]
     results = [
@@ -198,9 +193,7 @@ def run_batched(runtime: Runtime, feeds: Feeds) -> dict[str, Array]:
 
 
 def _fits(shape: tuple[int | str, ...], expected: Shape) -> bool:
-    return len(shape) == len(expected) and all(
-        most is None or size == most for size, most in zip(shape, expected, strict=True)
-    )
+    return len(shape) == len(expected) and all(most in (None, size) for size, most in zip(shape, expected, strict=True))
 
 
 def _listed(shapes: Mapping[str, Sequence[int | str | None]]) -> str:
@@ -212,7 +205,7 @@ def _listed(shapes: Mapping[str, Sequence[int | str | None]]) -> str:
 
 @dataclass(frozen=True)
 class Prediction:
-    """A label, its index and its probability: softmax of the logits, or sigmoid if labels do not exclude each other."""
+    """A label, its index and its probability: softmax of the logits, or sigmoid if several labels may apply at once."""
 
     label: str
     index: int
@@ -221,7 +214,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Value(Prediction):
-    """A value of a regression model, unchanged; ``label`` names it. Its probability is NaN."""
+    """An unchanged output value of a regression model; ``label`` names it. Its probability is NaN."""
 
     value: float
 
@@ -234,10 +227,11 @@ def softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
 
 
 def answer(scores: npt.NDArray[np.float32], kind: OutputKind, labels: Sequence[str], top: int) -> list[Prediction]:
-    """The answer in the output (labels,) of one sample, by its kind in the manifest.
+    """The predictions in one sample's output (labels,), by the kind of output in the manifest.
 
-    Single-label: the ``top`` labels by softmax; multi-label: by sigmoid, each its own probability; regression: all
-    values in the output's order. Without names the index is the label. Raises UsageError: ``top`` below 1.
+    Single-label: the ``top`` labels by softmax. Multi-label: the ``top`` labels, each with the sigmoid of its own
+    logit. Regression: all values in the output's order. Without label names the index is the label. Raises UsageError:
+    ``top`` below 1.
     """
     check_top(top)
     names = labels or [str(index) for index in range(len(scores))]
@@ -249,12 +243,12 @@ def answer(scores: npt.NDArray[np.float32], kind: OutputKind, labels: Sequence[s
 
 
 def check_top(top: int) -> None:
-    """Raise UsageError if ``top`` is below 1. Call it before a model runs for long."""
+    """Raise UsageError if ``top`` is below 1. Call it before a long run."""
     check_whole("top", top, 1, None, "ask for 1 or more labels")
 
 
 def sigmoid(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Probabilities of labels that do not exclude each other."""
-    # Both branches keep the exponent at or below 0, so that nothing overflows.
+    """Probabilities of labels of which several may apply at once."""
+    # The exponent is never above 0, so nothing overflows.
     exponents = np.exp(-np.abs(logits))
     return np.asarray(np.where(logits >= 0, 1, exponents) / (1 + exponents), dtype=np.float32)

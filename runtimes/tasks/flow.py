@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Optical flow: two frames in, how far each pixel of the first moves out.
+"""Optical flow: two frames in, the displacement of each pixel of the first frame out.
 
-Frames larger than the model are cut into tiles as DeepMind's notebook cuts them, and their flows are put together. A
-tile's estimate counts most in its middle. The notebook's grid may name a tile twice (a frame as high as a tile gives
-every tile twice, one of 716 rows the lower of two), runs it twice and counts it twice. Here it runs once and counts
-twice, which gives the same sum. For some sizes (1080 × 1920 is one) the last tile but one of the notebook's grid
-reaches beyond the frame, and the notebook fails. Here that tile is left out: the others cover the frame, with the
-overlap asked for.
+Frames larger than the model's input are cut into tiles as in DeepMind's notebook, and the tiles' flows are blended. A
+tile has the highest weight in its middle. The notebook's grid may contain a tile twice (if a frame is as high as a
+tile, every tile; with 716 rows, the lower of two); the notebook runs and counts it twice. Here it runs once and counts
+twice, which gives the same sum. For some sizes (such as 1080 × 1920) the last tile but one of the notebook's grid
+extends beyond the frame, and the notebook fails. Here that tile is skipped: the others cover the frame with the
+requested overlap.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from perceiver_export.runtimes.tasks.image_files import (
 
 Size = tuple[int, int]  # height, width
 Flow = npt.NDArray[np.float32]  # (height, width, 2): pixels right, pixels down
-# Called before each batch of tiles with the number of finished tiles and of all tiles.
+# Called before each batch of tiles with the number of finished tiles and the number of all tiles.
 Progress = Callable[[int, int], None]
 
-# A pixel's value / 255 · 2 − 1 in float64, rounded once.
+# value / 255 · 2 − 1 for each pixel value, computed in float64 and rounded once.
 _SIGNED = (np.arange(256) / 255.0 * 2.0 - 1.0).astype(np.float32)
 
 
@@ -51,20 +51,20 @@ class Box(NamedTuple):
     width: int
 
     def shared(self, other: Box) -> Box:
-        """The pixels that both cover; height or width is 0 or less if they do not meet."""
+        """The intersection of the two boxes; its height or width is 0 or less if it is empty."""
         top, left = max(self.top, other.top), max(self.left, other.left)
         height = min(self.top + self.height, other.top + other.height) - top
         width = min(self.left + self.width, other.left + other.width) - left
         return Box(top, left, height, width)
 
     def inside(self, outer: Box) -> tuple[slice, slice]:
-        """Rows and columns of this box, counted from the corner of one that contains it."""
+        """Rows and columns of this box, counted from the corner of a box that contains it."""
         top, left = self.top - outer.top, self.left - outer.left
         return slice(top, top + self.height), slice(left, left + self.width)
 
 
 class Tile(NamedTuple):
-    """A rectangle that the model runs on, and how many times the notebook's grid names it."""
+    """A rectangle on which the model runs, and how many times the notebook's grid contains it."""
 
     box: Box
     times: int
@@ -73,13 +73,13 @@ class Tile(NamedTuple):
 def grid(frame: Size, tile: Size, min_overlap: int) -> list[tuple[int, int]]:
     """(top, left) of every tile, row by row, in the notebook's order and with its repetitions.
 
-    Raises InputError: a frame smaller than a tile; UsageError: an overlap that is negative or no less than a tile.
+    Raises InputError: a frame smaller than a tile; UsageError: an overlap that is negative or not smaller than a tile.
     """
     if not 0 <= min_overlap < min(tile):
         raise UsageError(f"{tile[0]} × {tile[1]} tiles cannot overlap by {min_overlap}", f"give 0 to {min(tile) - 1}")
     if frame[0] < tile[0] or frame[1] < tile[1]:
         raise InputError(
-            f"the frames have {frame[0]} × {frame[1]} pixels, the model takes {tile[0]} × {tile[1]} or more",
+            f"the frames have {frame[0]} × {frame[1]} pixels, but the model needs at least {tile[0]} × {tile[1]}",
             "scale both frames up, and divide the flow by the same factor",
         )
     rows, columns = (
@@ -89,7 +89,7 @@ def grid(frame: Size, tile: Size, min_overlap: int) -> list[tuple[int, int]]:
 
 
 def tiles(frame: Size, tile: Size, min_overlap: int) -> list[Tile]:
-    """The tiles of `grid` that lie in the frame, each once. Raises what `grid` raises."""
+    """The tiles of `grid` that are inside the frame, each once. Raises what `grid` raises."""
     counted = Counter(grid(frame, tile, min_overlap))
     return [
         Tile(Box(top, left, *tile), times)
@@ -99,13 +99,15 @@ def tiles(frame: Size, tile: Size, min_overlap: int) -> list[Tile]:
 
 
 def tile_weights(tile: Size) -> npt.NDArray[np.float32]:
-    """How much each pixel of a tile counts, (height, width): its distance to the nearest border, from 1 up."""
+    """The weight of each pixel of a tile, (height, width): its distance to the nearest border, at least 1."""
     rows, columns = (np.minimum(np.arange(size) + 1, size - np.arange(size)) for size in tile)
     return np.minimum.outer(rows, columns).astype(np.float32)
 
 
 def stitch(region: Box, tile: Size, flows: Iterable[tuple[Tile, Flow]]) -> Flow:
-    """The weighted mean of tiles' flows in a region, (height, width, 2); each is given for `Box.shared` of both."""
+    """The weighted mean of the tiles' flows in a region, (height, width, 2). Each flow covers its tile's intersection
+    with the region.
+    """
     weights = tile_weights(tile)[:, :, None]
     total = np.zeros((region.height, region.width, 2), np.float32)
     weight = np.zeros((region.height, region.width, 1), np.float32)
@@ -120,8 +122,8 @@ def stitch(region: Box, tile: Size, flows: Iterable[tuple[Tile, Flow]]) -> Flow:
 class OpticalFlow(Task):
     """``flow(frame0, frame1)`` -> float32 (H, W, 2): how far each pixel of frame0 moves right and down, in pixels.
 
-    A frame is a path, a Pillow image, or a uint8 array (H, W) or (H, W, 3), and may be of any size that the model fits
-    into. Arrays are RGB; with ``color="bgr"`` they are BGR, as OpenCV reads them.
+    A frame is a path, a Pillow image, or a uint8 array (H, W) or (H, W, 3), at least as large as the model's input.
+    Arrays are RGB; with ``color="bgr"`` they are BGR, as OpenCV reads them.
     """
 
     def __init__(self, manifest: Manifest, load_part: LoadPart) -> None:
@@ -145,9 +147,9 @@ class OpticalFlow(Task):
     def __call__(
         self, frame0: PictureLike, frame1: PictureLike, progress: Progress | None = None, color: Color = "rgb"
     ) -> Flow:
-        """The flow of the whole frame, from tiles that overlap, each weighed most in its middle.
+        """The flow of the whole frame, float32 (H, W, 2), blended from overlapping tiles.
 
-        Raises InputError: a frame that cannot be read, frames of different sizes, or smaller than a tile.
+        Raises InputError: a frame that cannot be read, frames of different sizes, or frames smaller than a tile.
         """
         pair = _pair(_named(frame0, "the first frame", color), _named(frame1, "the second frame", color))
         return self._flow(pair, None, progress)
@@ -163,18 +165,18 @@ class OpticalFlow(Task):
         progress: Progress | None = None,
         color: Color = "rgb",
     ) -> Flow:
-        """The same values as in the whole flow, for one rectangle only: float32 (height, width, 2).
+        """The part of the whole flow in one rectangle, float32 (height, width, 2).
 
-        Tiles that do not meet it are not run, and a split bundle decodes only the rectangle's pixels of the others.
+        Only tiles that intersect the rectangle are run, and a split bundle decodes only the rectangle's pixels.
 
-        Raises InputError as the call does, and where the rectangle is empty or reaches beyond the frame.
+        Raises InputError as the call does, and if the rectangle is empty or extends beyond the frame.
         """
         pair = _pair(_named(frame0, "the first frame", color), _named(frame1, "the second frame", color))
         rows, columns = pair.shape[1:3]
         if min(top, left) < 0 or min(height, width) < 1 or top + height > rows or left + width > columns:
             raise InputError(
                 f"a region of {height} × {width} from row {top}, column {left} is not in a frame of {rows} × {columns}",
-                "rows and columns count from 0; a region is 1 × 1 or larger",
+                "give a region of 1 × 1 or larger inside the frame; rows and columns count from 0",
             )
         return self._flow(pair, Box(top, left, height, width), progress)
 
@@ -184,10 +186,10 @@ class OpticalFlow(Task):
         progress: Progress | None = None,
         color: Color = "rgb",
     ) -> Iterator[Flow]:
-        """The flow from each frame to the next: of a directory's images in the order of their names, or of a list.
+        """The flow from each frame to the next, for a directory's images in the order of their names, or for a list.
 
-        One pair is computed at a time, when it is asked for. Raises InputError: fewer than two frames, or the
-        call's errors.
+        Each pair is computed when the iterator reaches it. Raises InputError: fewer than two frames; and what the call
+        raises.
         """
         listed = picture_files(frames) if isinstance(frames, (str, os.PathLike)) else frames
         if is_picture(listed) or isinstance(listed, Sequence):
@@ -207,7 +209,7 @@ class OpticalFlow(Task):
         _check_count(count)
 
     def _flow(self, pair: Picture, region: Box | None, progress: Progress | None) -> Flow:
-        """Flow of a region of two frames (2, H, W, 3), None: all of it, from the tiles that meet it."""
+        """The flow of two frames (2, H, W, 3) in a region (None: everywhere), from the tiles that intersect it."""
         whole = Box(0, 0, *pair.shape[1:3])
         every = tiles(whole[2:], self.tile, self.min_overlap)
         wanted = [tile for tile in every if min(tile.box.shared(region or whole)[2:]) > 0]
@@ -217,7 +219,9 @@ class OpticalFlow(Task):
     def _flows(
         self, pair: Picture, wanted: list[Tile], region: Box, decoded: bool, progress: Progress | None
     ) -> Iterator[tuple[Tile, Flow]]:
-        """Each tile with its flow in the region: cut from the whole, or ``decoded`` alone. Batches are full."""
+        """Each tile with its flow in the region: cut from the tile's whole flow, or with ``decoded`` only that part
+        decoded. Short batches are padded.
+        """
         least, most = self._batch
         for start in range(0, len(wanted), most):
             if progress is not None:
@@ -239,7 +243,7 @@ class OpticalFlow(Task):
             yield from zip(chunk, found, strict=False)
 
     def _decoded(self, frames: npt.NDArray[np.float32], places: Sequence[tuple[slice, slice]]) -> Flow:
-        """Rows (B, n, 2) of the chosen pixels of each tile. Shorter rows are padded with their last pixel."""
+        """The flow (B, n, 2) at the chosen pixels of each tile. Shorter rows are padded with their last pixel."""
         latents = self.part("encoder").run({"frames": frames})["latents"]
         pixels = np.arange(self.tile[0] * self.tile[1], dtype=np.int32).reshape(self.tile)
         queries = [pixels[place].ravel() for place in places]
@@ -258,7 +262,7 @@ def _named(frame: PictureLike, name: str, color: Color) -> _Frame:
 
 def _check_count(frames: int) -> None:
     if frames < 2:
-        raise InputError(f"frames given: {frames}", "flow goes from frame to frame: give two or more, of the same size")
+        raise InputError(f"flow needs two frames, but got {frames}", "give two or more frames of the same size")
 
 
 def _pair(first: _Frame, second: _Frame) -> Picture:
@@ -270,10 +274,10 @@ def _pair(first: _Frame, second: _Frame) -> Picture:
 
 
 def _check_decoder(manifest: Manifest, pixels: int) -> None:
-    """Raise BundleError unless the split bundle's parts allow flow for a region of interest."""
+    """Raise BundleError unless the split bundle's decoder can compute flow at chosen pixels."""
     decoder = manifest.parts.get("decoder")
     takes = {} if decoder is None else {spec.name: spec.shape for spec in decoder.inputs}
     gives = [] if decoder is None else [(spec.name, spec.shape[2:]) for spec in decoder.outputs]
     fits = takes.keys() == {"latents", "frames", "queries"} and gives == [("flow", (2,))]
     if decoder is None or not fits or decoder.num_queries not in (None, pixels):
-        raise misfit("the decoder does not give flow for chosen pixels")
+        raise misfit("the decoder cannot compute flow at chosen pixels")

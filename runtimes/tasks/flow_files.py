@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Optical flow as files: Middlebury's .flo, .npy, and an image in the colours of Middlebury's wheel."""
+"""Write optical flow as Middlebury's .flo, as .npy, or as an image in the colours of Middlebury's wheel."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ Flow = npt.NDArray[np.float32]
 
 FORMATS = (".flo", ".npy", ".png")
 _TAG = b"PIEH"  # 202021.25 as a little-endian float32
-_UNKNOWN = 1e9  # Middlebury marks pixels of unknown flow by larger numbers
+_UNKNOWN = 1e9  # Middlebury marks pixels of unknown flow with larger values
 
 
 def write_flow(path: str | os.PathLike[str], flow: npt.NDArray[Any]) -> None:
-    """Write a flow (H, W, 2) as the name's ending says: .flo, .npy (float32), or .png, an image to look at.
+    """Write a flow (H, W, 2) in the format of the name's suffix: .flo, .npy (float32), or .png, a colour image.
 
-    The file appears when it is complete. Raises InputError: another ending, no flow, or a place that cannot be
-    written; MissingDependencyError: .png without Pillow.
+    The file appears only when it is complete. Raises InputError: another suffix, an array that is not a flow, or a file
+    that cannot be written; MissingDependencyError: .png without Pillow.
     """
     target = Path(path)
     encode = {".flo": _flo, ".npy": _npy, ".png": _png}[check_format(target)]
@@ -35,26 +35,26 @@ def write_flow(path: str | os.PathLike[str], flow: npt.NDArray[Any]) -> None:
 
 
 def check_format(path: Path) -> str:
-    """The ending of a file that `write_flow` can write. Raises InputError."""
+    """The suffix of a file that `write_flow` can write. Raises InputError."""
     ending = path.suffix.lower()
     if ending not in FORMATS:
-        raise InputError(f"{path} has an unknown ending", f"name it {', '.join(FORMATS[:-1])} or {FORMATS[-1]}")
+        raise InputError(f"{path} has an unknown suffix", f"use {', '.join(FORMATS[:-1])} or {FORMATS[-1]}")
     return ending
 
 
 def as_flow(array: npt.NDArray[Any]) -> Flow:
-    """float32 (H, W, 2), or InputError."""
+    """The array as float32 (H, W, 2). Raises InputError: not floating point, or another shape."""
     if array.ndim != 3 or array.shape[2] != 2 or 0 in array.shape or array.dtype.kind != "f":
-        raise InputError(f"a flow has {array.dtype} and shape {list(array.shape)}", "give floats, (height, width, 2)")
+        raise InputError(f"the flow is {array.dtype} {list(array.shape)}", "give floating point (height, width, 2)")
     return array.astype(np.float32, copy=False)
 
 
 def flow_picture(flow: npt.NDArray[Any], largest: float | None = None) -> npt.NDArray[np.uint8]:
-    """A flow (H, W, 2) as colours, uint8 (H, W, 3): the hue is the direction, the strength of the colour the length.
+    """A flow (H, W, 2) as colours, uint8 (H, W, 3): the hue shows the direction, the saturation the length.
 
-    Red is right, yellow down, blue left, violet up, as Middlebury's evaluation shows flow (Baker et al., "A Database
-    and Evaluation Methodology for Optical Flow", IJCV 2011). A displacement of ``largest`` pixels has the full colour,
-    longer ones are darkened; None takes the longest of this flow. Unknown flow (NaN, or above 1e9) is black.
+    Red is right, yellow down, blue left and violet up, as in Middlebury's evaluation (Baker et al., "A Database and
+    Evaluation Methodology for Optical Flow", IJCV 2011). A displacement of ``largest`` pixels has the full colour, and
+    longer ones are darker; None means the longest of this flow. Unknown flow (NaN, or above 1e9) is black.
     """
     right, down = (as_flow(flow)[..., axis].astype(np.float64) for axis in (0, 1))
     with np.errstate(invalid="ignore"):
@@ -69,7 +69,7 @@ def flow_picture(flow: npt.NDArray[Any], largest: float | None = None) -> npt.ND
 
 
 def _hues(angles: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Colours (..., 3), 0 to 1, of angles from −π to π, between the two nearest of the wheel."""
+    """Colours (..., 3), 0 to 1, of angles from −π to π, interpolated between the two nearest hues of the wheel."""
     wheel = color_wheel() / 255.0
     position = (angles / np.pi + 1.0) / 2.0 * (len(wheel) - 1)
     first = np.floor(position).astype(np.intp)
@@ -79,9 +79,9 @@ def _hues(angles: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 
 @lru_cache(maxsize=1)
 def color_wheel() -> npt.NDArray[np.float64]:
-    """Middlebury's 55 hues (55, 3), 0 to 255. Cached: do not change it.
+    """Middlebury's 55 hues (55, 3), 0 to 255. The array is cached: do not change it.
 
-    Red to yellow, green, cyan, blue, magenta and back; the steps of each stretch are such that they look alike.
+    From red to yellow, green, cyan, blue, magenta and back, in steps that look equally large.
     """
     corners = np.array([[1, 0, 0], [1, 1, 0], [0, 1, 0], [0, 1, 1], [0, 0, 1], [1, 0, 1], [1, 0, 0]]) * 255.0
     stretches = []

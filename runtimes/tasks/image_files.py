@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Read images with Pillow; crop, resize and normalise them by the manifest's steps. RGB throughout.
 
-Each step reproduces the Pillow backend of transformers' image processors to the last bit.
+Each step reproduces the Pillow backend of transformers' image processors bit for bit.
 
-OpenCV's resize of uint8 images is here in numpy: INTER_CUBIC and INTER_LINEAR, which do not antialias. DeepMind's
-notebooks resize with OpenCV, so their models were trained on its pixels. OpenCV does not agree with itself to the last
-bit: its cubic weights are real numbers if Intel's IPP is built in (the wheels for x86, so also the reference vectors)
-and whole 1/2048ths elsewhere. This follows the first for cubic; linear never goes through IPP.
-Compared with opencv-python 5.0 on x86, one value in 700 of a cubic resize differs, by 1 grey level, and none of a
-linear one.
+OpenCV's INTER_CUBIC and INTER_LINEAR for uint8 images, which do not antialias, are implemented in numpy. DeepMind's
+notebooks resize with OpenCV, so their models were trained on its pixels. OpenCV builds differ from one another: with
+Intel's IPP (the x86 wheels, and so the reference vectors) cubic weights are real numbers, elsewhere they are multiples
+of 1/2048. Cubic follows IPP here; linear never uses IPP. Compared with opencv-python 5.0 on x86, one value in 700 of a
+cubic resize differs by 1 grey level, and no value of a linear one differs.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ if TYPE_CHECKING:
 Picture = npt.NDArray[np.uint8]
 _Taps = tuple[npt.NDArray[np.intp], npt.NDArray[np.float64]]
 
-_A = -0.75  # of the cubic kernel; Pillow's is -0.5
+_A = -0.75  # the cubic kernel's parameter a; Pillow's is -0.5
 _ONE = 2048  # the fixed-point 1 of OpenCV's linear weights
 
 
@@ -60,7 +59,7 @@ def resize_linear(picture: Picture, height: int, width: int) -> Picture:
     """(H, W, C) to (height, width, C) as ``cv2.resize``, whose default is INTER_LINEAR."""
     across = _weigh(picture, *_linear_taps(picture.shape[1], width), axis=1).astype(np.int32)
     (upper, lower), weights = _linear_taps(picture.shape[0], height)
-    # OpenCV drops bits between the steps of this sum to stay within 16, and we drop the same ones.
+    # OpenCV drops bits between the steps of this sum to stay within 16 bits; these shifts drop the same bits.
     across >>= 4
     shares = weights.astype(np.int32)[:, :, None, None]
     total = ((across[upper] * shares[0]) >> 16) + ((across[lower] * shares[1]) >> 16)
@@ -74,7 +73,7 @@ def _weigh(
     weights: npt.NDArray[np.float64],
     axis: int,
 ) -> npt.NDArray[np.float64]:
-    """Σ over taps of ``values[indices[tap]] · weights[tap]`` along an axis of (H, W, C)."""
+    """The sum over taps of ``values[indices[tap]] · weights[tap]`` along an axis of (H, W, C)."""
     along = (slice(None), None, None) if axis == 0 else (slice(None), None)
     total: npt.NDArray[np.float64] = values.take(indices[0], axis) * weights[0][along]
     for tap in range(1, len(indices)):
@@ -84,9 +83,9 @@ def _weigh(
 
 @lru_cache(maxsize=8)
 def _cubic_taps(size: int, new_size: int) -> _Taps:
-    """Indices and weights (4, new_size) of the pixels that make each new one; the edge is repeated.
+    """Indices and weights (4, new_size) of the old pixels that contribute to each new one; edge pixels are repeated.
 
-    Cached: do not change them.
+    The arrays are cached: do not change them.
     """
     first, x = _apart(_centers(size, new_size))
     weights = _cubic(np.stack([1 + x, x, 1 - x, 2 - x]))
@@ -94,7 +93,7 @@ def _cubic_taps(size: int, new_size: int) -> _Taps:
 
 
 def _cubic(distance: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Keys' kernel from 0 to 2 pixels away."""
+    """Keys' cubic kernel at distances from 0 to 2 pixels."""
     near = ((_A + 2) * distance - (_A + 3)) * distance**2 + 1
     far = ((distance - 5) * distance + 8) * distance * _A - 4 * _A
     return np.where(distance <= 1, near, far)
@@ -102,46 +101,46 @@ def _cubic(distance: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 
 @lru_cache(maxsize=8)
 def _linear_taps(size: int, new_size: int) -> _Taps:
-    """The same for two neighbours, (2, new_size); the weights are whole numbers, of which `_ONE` is 1."""
-    # Positions in float32 as OpenCV has them: its last bit decides how a weight that ends in a half is rounded.
+    """Like `_cubic_taps`, for two neighbours, (2, new_size); the weights are integers, where `_ONE` stands for 1."""
+    # Positions are float32 as in OpenCV: the last bit decides how a weight that ends in .5 is rounded.
     first, x = _apart(_centers(size, new_size).astype(np.float32).astype(np.float64))
     return np.clip(first + np.arange(2)[:, None], 0, size - 1), np.rint(np.stack([1 - x, x]) * _ONE)
 
 
 def _centers(size: int, new_size: int) -> npt.NDArray[np.float64]:
-    """Where the centre of each new pixel falls, counted in old ones."""
+    """The centre of each new pixel in coordinates of the old pixels."""
     centers: npt.NDArray[np.float64] = (np.arange(new_size, dtype=np.float64) + 0.5) * (size / new_size) - 0.5
     return centers
 
 
 def _apart(centers: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.float64]]:
-    """The old pixel to the left, and how far beyond its centre the position is."""
+    """The old pixel to the left of each position, and the distance from its centre."""
     floor: npt.NDArray[np.float64] = np.floor(centers)
     return floor.astype(np.intp), centers - floor
 
 
 # A file, a Pillow image, or uint8 (H, W), (H, W, 1), (H, W, 3) or (H, W, 4).
 PictureLike: TypeAlias = "str | os.PathLike[str] | Image | npt.NDArray[np.uint8]"
-# The order of an array's channels. Files and Pillow images know theirs; OpenCV's frames are "bgr".
+# The channel order of an array; OpenCV's frames are "bgr". It does not affect files and Pillow images.
 Color = Literal["rgb", "bgr"]
 _Pixels = npt.NDArray[np.uint8] | npt.NDArray[np.float32]
 _Size = tuple[int, int]
 
-# Files of a directory that count as images.
+# Suffixes of the files in a directory that count as images.
 PICTURE_FILES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
 
-# Pillow's decoders of these; others start programs (EPS: Ghostscript) or are rarely looked at.
+# Only these decoders of Pillow are used; others start programs (EPS: Ghostscript) or are rarely audited.
 _FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
 _MOST_PIXELS = 80_000_000
 INSTALL = "pip install 'perceiver-export[images]'"
 
 
 def take_picture(picture: PictureLike, color: Color = "rgb") -> Picture:
-    """uint8 RGB (H, W, 3) of an image file, a Pillow image or a uint8 array whose channels are in ``color`` order.
+    """uint8 RGB (H, W, 3) of an image file, a Pillow image, or a uint8 array with channels in the order ``color``.
 
-    A Pillow image is taken as a file is: turned upright, palettes and CMYK become RGB, alpha is dropped. An array's
-    alpha is dropped too. Raises InputError: not an image that can be read; MissingDependencyError: a file without
-    Pillow; UsageError: another ``color``.
+    A Pillow image is treated like a file: rotated as its EXIF says, converted to RGB, and its alpha dropped. An array's
+    alpha is also dropped. Raises InputError: not a readable image; MissingDependencyError: a file without Pillow;
+    UsageError: another ``color``.
     """
     check_choice("color", color, ("rgb", "bgr"))
     if isinstance(picture, (str, os.PathLike)):
@@ -153,26 +152,26 @@ def take_picture(picture: PictureLike, color: Color = "rgb") -> Picture:
 
 
 def is_pillow(given: object) -> bool:
-    """Whether this is a Pillow image. Pillow is not loaded to find out."""
+    """Whether this is a Pillow image. It does not import Pillow."""
     pillow = sys.modules.get("PIL.Image")
     return pillow is not None and isinstance(given, pillow.Image)
 
 
 def is_picture(given: object) -> bool:
-    """Whether this is one image, and not several: a path, a Pillow image, or an array that `as_picture` takes."""
+    """Whether this is a single image: a path, a Pillow image, or an array that `as_picture` accepts."""
     if isinstance(given, np.ndarray):
         return given.ndim == 2 or (given.ndim == 3 and given.shape[2] in (1, 3, 4))
     return isinstance(given, (str, os.PathLike)) or is_pillow(given)
 
 
 def read_picture(path: str | os.PathLike[str]) -> Picture:
-    """An image file as uint8 RGB (H, W, 3), turned upright as its EXIF says.
+    """An image file as uint8 RGB (H, W, 3), rotated as its EXIF says.
 
-    Raises InputError: missing, not an image, cut short, or too large; MissingDependencyError: no Pillow.
+    Raises InputError: missing, not an image, truncated or too large; MissingDependencyError: no Pillow.
     """
     name = os.fspath(path)
     pillow = require("PIL.Image", "reading image files", INSTALL)
-    reading = parsing(name, "is not an image that can be read", "give a PNG, JPEG or similar")
+    reading = parsing(name, "is not a readable image", "give a PNG, JPEG or similar")
     with reading, pillow.open(path, formats=_FORMATS) as image:
         return _of_pillow(image, name)
 
@@ -181,25 +180,25 @@ def _of_pillow(image: Image, name: str) -> Picture:
     from PIL import ImageOps
 
     if image.width * image.height > _MOST_PIXELS:
-        raise InputError(f"{name} has {image.width} × {image.height} pixels", "scale it down first")
+        raise InputError(f"{name} is too large: {image.width} × {image.height} pixels", "scale it down first")
     if image.mode.startswith(("I", "F")):
-        raise InputError(f"{name} has more than 8 bits a channel (mode {image.mode})", "convert it to 8 bits first")
-    with parsing(name, "cannot be read as RGB", "convert it to RGB first"):  # cut short, damaged, or an odd mode
+        raise InputError(f"{name} has more than 8 bits per channel (mode {image.mode})", "convert it to 8 bits first")
+    with parsing(name, "cannot be read as RGB", "convert it to RGB first"):  # truncated, damaged, or an unusual mode
         return as_picture(np.asarray(ImageOps.exif_transpose(image).convert("RGB")))
 
 
 def picture_files(directory: str | os.PathLike[str]) -> list[Path]:
-    """A directory's image files by name, numbers as numbers: frame2 before frame10.
+    """A directory's image files in the order of their names, numbers by value: frame2 before frame10.
 
-    Raises InputError: no directory, or no images in it.
+    Raises InputError: not a readable directory, or no images in it.
     """
     path = Path(directory)
     try:
         found = [file for file in path.iterdir() if file.suffix.lower() in PICTURE_FILES and file.is_file()]
     except OSError as error:
-        raise InputError(f"{path} is not a directory that can be read", "give a directory of images") from error
+        raise InputError(f"{path} is not a readable directory", "give a directory of images") from error
     if not found:
-        raise InputError(f"{path} holds no images", f"images end in {', '.join(sorted(PICTURE_FILES))}")
+        raise InputError(f"{path} contains no images", f"give files that end in {', '.join(sorted(PICTURE_FILES))}")
     return sorted(found, key=_natural)
 
 
@@ -210,17 +209,17 @@ def _natural(file: Path) -> tuple[list[str | int], str]:
 
 
 def as_array(given: Any) -> npt.NDArray[Any]:
-    """An array of an array or of nested lists. Raises InputError: lists of different lengths."""
+    """An array from an array or nested lists. Raises InputError: lists of different lengths."""
     try:
         return np.asarray(given)
     except ValueError as error:
-        raise InputError("the rows of a list differ in length", "give an array, or rows of one length") from error
+        raise InputError("the rows of a list differ in length", "give an array, or rows of equal length") from error
 
 
 def as_picture(array: npt.NDArray[Any]) -> Picture:
-    """uint8 (H, W, 3) of a grey (H, W), (H, W, 1), colour (H, W, 3) or (H, W, 4) array. Raises InputError."""
+    """uint8 (H, W, 3) from a grey (H, W) or (H, W, 1), or a colour (H, W, 3) or (H, W, 4) array. Raises InputError."""
     if array.dtype != np.uint8:
-        raise InputError(f"an image has dtype {array.dtype}", "give uint8, 0 to 255")
+        raise InputError(f"an image has dtype {array.dtype}", "give uint8 values from 0 to 255")
     if array.ndim == 2:
         array = array[:, :, None]
     if array.ndim != 3 or array.shape[2] not in (1, 3, 4) or 0 in array.shape:
@@ -231,7 +230,7 @@ def as_picture(array: npt.NDArray[Any]) -> Picture:
 def to_input(picture: npt.NDArray[Any], preprocessing: ImagePreprocessing) -> npt.NDArray[np.float32]:
     """An RGB image as the model's input, float32 (3, height, width).
 
-    Raises InputError: not an image, or one that the steps leave in another size; MissingDependencyError: no Pillow.
+    Raises InputError: not an image, or the steps do not give the model's size; MissingDependencyError: no Pillow.
     """
     prepared: _Pixels = as_picture(picture)
     for step in preprocessing.steps:
@@ -239,9 +238,9 @@ def to_input(picture: npt.NDArray[Any], preprocessing: ImagePreprocessing) -> np
     (height, width), wanted = prepared.shape[:2], (preprocessing.height, preprocessing.width)
     if (height, width) != wanted:
         raise InputError(
-            f"an image of {picture.shape[0]} × {picture.shape[1]} is {height} × {width} after preprocessing, the model"
-            f" takes {wanted[0]} × {wanted[1]}",
-            "this model's preprocessing keeps proportions or does not resize: crop or resize the image first",
+            f"an image of {picture.shape[0]} × {picture.shape[1]} is {height} × {width} after preprocessing, but the"
+            f" model takes {wanted[0]} × {wanted[1]}",
+            "crop or resize the image first: this model's preprocessing keeps proportions or does not resize",
         )
     return np.ascontiguousarray(prepared.transpose(2, 0, 1), dtype=np.float32)
 
@@ -277,11 +276,11 @@ def _apply(pixels: _Pixels, step: ImageStep) -> _Pixels:
 
 
 def center_crop(pixels: _Pixels, height: int, width: int, round_up: bool = False) -> _Pixels:
-    """The middle height × width of (H, W, 3), see `CenterCropShare`; a smaller image gets a border of zeros."""
+    """The middle height × width of (H, W, 3), see `CenterCropShare`; a smaller image is padded with zeros."""
     _check_size(height, width)
     high, wide = pixels.shape[:2]
     if height > high or width > wide:
-        # An odd border is a pixel wider above and left, as transformers has it.
+        # An odd border is one pixel wider above and on the left, as in transformers.
         borders = [max(0, new - old) for new, old in ((height, high), (width, wide))]
         margins = [*(((border + 1) // 2, border // 2) for border in borders), (0, 0)]
         pixels = cast("_Pixels", np.pad(pixels, margins))
@@ -291,7 +290,7 @@ def center_crop(pixels: _Pixels, height: int, width: int, round_up: bool = False
 
 
 def _new_size(size: _Size, step: Resize | ResizeEdge | ResizeInto) -> _Size:
-    """(height, width) to resize to, each form rounded as in transformers."""
+    """The new (height, width), rounded for each kind of step as in transformers."""
     height, width = size
     if isinstance(step, Resize):
         return step.height, step.width
@@ -309,7 +308,7 @@ def _new_size(size: _Size, step: Resize | ResizeEdge | ResizeInto) -> _Size:
 
 
 def resize(picture: Picture, height: int, width: int, resample: str) -> Picture:
-    """Resize (H, W, 3) with Pillow's filter of that name, or OpenCV's ``opencv-bicubic``, see `resize_cubic`."""
+    """Resize (H, W, 3) with Pillow's filter ``resample``; ``opencv-bicubic`` is `resize_cubic`."""
     _check_size(height, width)
     if resample == "opencv-bicubic":
         return resize_cubic(picture, height, width)
@@ -321,8 +320,6 @@ def resize(picture: Picture, height: int, width: int, resample: str) -> Picture:
 
 
 def _check_size(height: int, width: int) -> None:
-    """Raise InputError if proportions are so extreme that a side vanishes or memory runs out."""
+    """Raise InputError if a side vanishes or the image is too large, as with extreme proportions."""
     if min(height, width) < 1 or height * width > _MOST_PIXELS:
-        raise InputError(
-            f"an image would be {height} × {width} after preprocessing", "give a larger or less narrow image"
-        )
+        raise InputError(f"preprocessing would make the image {height} × {width}", "give a larger or less narrow one")

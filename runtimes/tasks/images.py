@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Image classification, and frames: lists of images that other tasks take as files or arrays.
 
-A video's frames are prepared as in DeepMind's notebook: the middle square, resized, in [0, 1].
+A video's frames are preprocessed as in DeepMind's notebook: the middle square, resized, in [0, 1].
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class ImageClassification(Classifier):
     """``classify(image)`` -> the most probable labels, or the values of a regression model.
 
     An image is a path, a Pillow image, or a uint8 array (H, W) or (H, W, 3). Arrays are RGB; with ``color="bgr"`` they
-    are BGR, as OpenCV reads them. Files and Pillow images know their own order.
+    are BGR, as OpenCV reads them. ``color`` does not affect files and Pillow images.
     """
 
     def __init__(self, manifest: Manifest, load_part: LoadPart) -> None:
@@ -56,12 +56,12 @@ class ImageClassification(Classifier):
         self.preprocessing = steps_of(manifest, ImagePreprocessing)
         (self._input,), (output,) = interface(manifest)
         size = output.shape[-1]
-        # Without names the index is the label, as in `answer`.
+        # Without label names the index is the label, as in `answer`.
         self.labels = manifest.labels or tuple(map(str, range(size if isinstance(size, int) else 0)))
 
     @staticmethod
     def check(manifest: Manifest) -> None:
-        """Raise BundleError unless the manifest describes a classifier of images."""
+        """Raise BundleError unless the manifest describes an image classifier."""
         steps = steps_of(manifest, ImagePreprocessing)
         check_interface(manifest, {"image": (3, steps.height, steps.width)}, {answering(manifest)[0]: (None,)})
 
@@ -78,7 +78,7 @@ class ImageClassification(Classifier):
         return to_input(take_picture(picture, color), self.preprocessing)
 
     def logits(self, pictures: PictureLike | Sequence[PictureLike], color: Color = "rgb") -> npt.NDArray[np.float32]:
-        """Logits or values (images, labels) of one image or several, in the batches that the bundle was exported for.
+        """Logits or values (images, labels) of one image or several, run in batches of the bundle's batch size.
 
         An array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) is one image; (N, H, W, 3) and (N, H, W) are several.
         """
@@ -87,7 +87,7 @@ class ImageClassification(Classifier):
 
     @property
     def batch_size(self) -> int:
-        """The largest batch that one call takes."""
+        """The bundle's largest batch."""
         return limits(self._input, 0)[1]
 
 
@@ -98,14 +98,14 @@ def read_frames(frames: FramesLike, count: int, color: Color = "rgb") -> list[Pi
     """The first ``count`` frames, uint8 RGB (H, W, 3), all of one size.
 
     ``frames`` is a directory of images (see `picture_files`), a .npy file or an array of uint8 (T, H, W, 3), or a
-    sequence of image files, Pillow images and uint8 arrays. ``color`` is the order of the channels of arrays and .npy
-    files: "bgr" where OpenCV made them.
+    sequence of image files, Pillow images and uint8 arrays. ``color`` is the channel order of arrays and .npy files:
+    "bgr" if OpenCV made them.
 
-    Raises InputError: too few frames, of different sizes, not uint8, or not to be read.
+    Raises InputError: too few frames, frames of different sizes, not uint8, or not readable.
     """
     found = open_frames(frames)
     if len(found) < count:
-        raise InputError(f"frames given: {len(found)}", f"the model needs {count}")
+        raise InputError(f"the model needs {count} frames, but got {len(found)}", "give more frames")
     pictures = [take_picture(frame, color) for frame in found[:count]]
     for number, picture in enumerate(pictures):
         if picture.shape != pictures[0].shape:
@@ -115,14 +115,13 @@ def read_frames(frames: FramesLike, count: int, color: Color = "rgb") -> list[Pi
 
 
 def open_frames(frames: FramesLike) -> Sequence[PictureLike]:
-    """All frames; files are not read yet. Raises InputError."""
+    """All frames, without reading files yet. Raises InputError."""
     if isinstance(frames, np.ndarray):
         return _frames_of_array(frames, "the video")
     if not isinstance(frames, (str, os.PathLike)):
         if not isinstance(frames, Sequence):
-            raise InputError(
-                f"the frames are a {type(frames).__name__}", "give a directory, a .npy file, an array or a list"
-            )
+            hint = "give a directory, a .npy file, an array or a list"
+            raise InputError(f"the frames are of type {type(frames).__name__}", hint)
         return frames
     path = Path(frames)
     if path.is_dir():
@@ -131,16 +130,14 @@ def open_frames(frames: FramesLike) -> Sequence[PictureLike]:
         return _frames_of_array(load_npy(path), str(path))
     if not path.exists():
         raise InputError(f"{path} does not exist", "give a directory of images, or a .npy file")
-    raise InputError(
-        f"{path} is neither a directory of images nor a .npy file",
-        f"take it apart first: mkdir frames && ffmpeg -i {shlex.quote(str(path))} frames/%05d.png",
-    )
+    hint = f"extract its frames first: mkdir frames && ffmpeg -i {shlex.quote(str(path))} frames/%05d.png"
+    raise InputError(f"{path} is neither a directory of images nor a .npy file", hint)
 
 
 def load_npy(path: str | os.PathLike[str]) -> npt.NDArray[Any]:
-    """The array of a .npy file, read as it is used. Raises InputError: missing, not a .npy, cut short, or objects."""
+    """The memory-mapped array of a .npy file. Raises InputError: missing, not a .npy file, truncated, or objects."""
     name = os.fspath(path)
-    with parsing(name, "is not a readable .npy file", "save numbers with numpy.save"):
+    with parsing(name, "is not a readable .npy file", "save a numeric array with numpy.save"):
         array: npt.NDArray[Any] = np.lib.format.open_memmap(name, mode="r")  # never loads Python objects
         return array
 
@@ -151,24 +148,24 @@ def _frames_of_array(array: npt.NDArray[Any], name: str) -> list[npt.NDArray[np.
     return list(array)
 
 
-# A pixel's value / 255 in float64, rounded once.
+# value / 255 for each pixel value, computed in float64 and rounded once.
 _UNIT = (np.arange(256) / 255.0).astype(np.float32)
 
 
 def prepare_frames(frames: Sequence[npt.NDArray[Any]], height: int, width: int) -> npt.NDArray[np.float32]:
     """Frames, uint8 (H, W, 3) RGB, as float32 (T, height, width, 3) in [0, 1].
 
-    Each is cropped to its middle square and resized as OpenCV's INTER_LINEAR does it. Raises InputError: no frame, or
-    one that is not an image. Frames may differ in size.
+    Each is cropped to its middle square and resized as by OpenCV's INTER_LINEAR. Frames may differ in size. Raises
+    InputError: no frames, or a frame that is not an image.
     """
     if len(frames) == 0:
-        raise InputError("there are no frames", "give one or more images")
+        raise InputError("the list of frames is empty", "give one or more images")
     return np.stack([_UNIT[resize_linear(_middle_square(as_picture(frame)), height, width)] for frame in frames])
 
 
 def _middle_square(picture: Picture) -> Picture:
     height, width = picture.shape[:2]
     side = min(height, width)
-    # Both halves are rounded down before they are subtracted, so an odd remainder may fall on either side.
+    # Each half is rounded down before the subtraction, so an odd remainder may fall on either side.
     top, left = height // 2 - side // 2, width // 2 - side // 2
     return picture[top : top + side, left : left + side]

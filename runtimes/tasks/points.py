@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Point clouds in, labels or values out.
+"""Point cloud classification: point clouds in, labels or values out.
 
-Point clouds are read from .npy, .xyz text and .ply files, thinned out to a fixed number of points and centred in the
-cube [-1, 1].
+Point clouds are read from .npy, .xyz text and .ply files, reduced to a fixed number of points and scaled into the cube
+[-1, 1].
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ from perceiver_export.runtimes.tasks.base import (
 from perceiver_export.runtimes.tasks.image_files import as_array
 from perceiver_export.runtimes.tasks.images import load_npy
 
-# In float64, since clouds may lie far from the origin.
+# float64, because clouds may be far from the origin.
 Points = npt.NDArray[np.float64]
 
 POINT_FILES = (".npy", ".xyz", ".ply")
-# A line of its own: comments may say the word too.
+# It must be a line of its own, because comments may contain the word.
 _END_HEADER = re.compile(rb"(?:\r\n|\r|\n)[ \t]*end_header[ \t]*(?:\r\n|\r|\n|\Z)")
 _ASCII = "ascii 1.0"
 _ORDERS = {_ASCII: "", "binary_little_endian 1.0": "<", "binary_big_endian 1.0": ">"}
@@ -57,17 +57,17 @@ def read_points(path: str | os.PathLike[str]) -> Points:
     """The points of a file, float64 (n, 3).
 
     - .npy: an array (n, 3).
-    - .xyz: one point per line, three numbers separated by blanks or commas; ``#`` begins a comment.
-    - .ply, ASCII or binary: x, y and z of the element ``vertex``; other properties are left out.
+    - .xyz: one point per line, three numbers separated by blanks or commas; ``#`` starts a comment.
+    - .ply, ASCII or binary: x, y and z of the element ``vertex``; other properties are ignored.
 
-    Raises InputError: no such file, another format, not three numbers per point, no point, or one that is not finite.
+    Raises InputError: no such file, another format, not three numbers per point, no points, or NaN or infinity.
     """
     name, ending = os.fspath(path), Path(path).suffix.lower()
     if ending == ".npy":
         return as_points(load_npy(path), name)
     if ending not in POINT_FILES:
-        raise InputError(f"{name} is not a point cloud that can be read", f"give {', '.join(POINT_FILES)}")
-    hints = {".xyz": "give x y z per line", ".ply": "give vertices with float x, y and z, and no lists before them"}
+        raise InputError(f"{name} is not a readable point cloud", f"give {', '.join(POINT_FILES)}")
+    hints = {".xyz": "give x y z on each line", ".ply": "give vertices with float x, y and z, and no lists before them"}
     with reading(name):
         content = Path(path).read_bytes()
     with parsing(name, "cannot be read", hints[ending]):
@@ -76,27 +76,24 @@ def read_points(path: str | os.PathLike[str]) -> Points:
 
 
 def as_points(cloud: npt.ArrayLike, name: str = "the point cloud") -> Points:
-    """float64 (n, 3) of numbers (n, 3). Raises InputError: other shapes, no point, NaN or infinity."""
+    """Numbers (n, 3) as float64 (n, 3). Raises InputError: another shape, no points, NaN or infinity."""
     array = as_array(cloud)
     if array.dtype.kind not in "fiu" or array.ndim != 2 or array.shape[1] != 3:
-        raise InputError(
-            f"{name} is {array.dtype} with shape {list(array.shape)}",
-            "give numbers (n, 3): x, y, z; of more columns take points[:, :3]",
-        )
+        hint = "give numbers (n, 3): x, y, z; drop other columns with points[:, :3]"
+        raise InputError(f"{name} is {array.dtype} of shape {list(array.shape)}", hint)
     if not len(array):
-        raise InputError(f"{name} holds no point", "give one or more")
+        raise InputError(f"{name} contains no points", "give one or more")
     points = array.astype(np.float64)
     wrong = np.flatnonzero(~np.isfinite(points).all(axis=1))
     if len(wrong):
-        raise InputError(
-            f"{name}: point {wrong[0]} is {array[wrong[0]].tolist()}; not finite: {len(wrong)} of {len(points)}",
-            "take them out: points[numpy.isfinite(points).all(axis=1)]",
-        )
+        found = f"{len(wrong)} of {len(points)} points of {name} are not finite"
+        hint = "remove them: points[numpy.isfinite(points).all(axis=1)]"
+        raise InputError(f"{found}, such as point {wrong[0]}: {array[wrong[0]].tolist()}", hint)
     return points
 
 
 def subsample(points: Points, count: int) -> Points:
-    """At most ``count`` points: all of them, or every (n/count)-th, so that the same cloud gives the same points."""
+    """At most ``count`` points: all of them, or every (n/count)-th. The choice is deterministic."""
     if len(points) <= count:
         return points
     return points[np.arange(count) * len(points) // count]
@@ -105,10 +102,10 @@ def subsample(points: Points, count: int) -> Points:
 def into_unit_cube(points: Points) -> npt.NDArray[np.float32]:
     """Points (n, 3) moved so that their mean is 0, and scaled so that the largest coordinate is 1 or -1."""
     extent = np.abs(points).max() or 1.0
-    # Divided first, the sum of large numbers does not overflow.
+    # Dividing first keeps the sum of large numbers from overflowing.
     centred = points / extent - (points / extent).mean(axis=0)
     radius = np.abs(centred).max()
-    # One point, however often, has no extent but what rounding leaves.
+    # If all points are equal, the radius is only rounding error.
     return np.asarray(centred / radius if radius > 1e-12 else centred * 0, dtype=np.float32)
 
 
@@ -117,7 +114,7 @@ def _ply(content: bytes) -> Points:
     end = _END_HEADER.search(content)
     lines = [line.split() for line in content[: end.start()].decode("utf-8-sig").splitlines()] if end else []
     if not end or lines[:1] != [["ply"]]:
-        raise ValueError("it is not a PLY file, or cut short in its header")
+        raise ValueError("it is not a PLY file, or its header is truncated")
     form = next((" ".join(line[1:]) for line in lines if line[:1] == ["format"]), "missing")
     if form not in _ORDERS:
         raise ValueError(f"its format is {form[:60]}, not ascii or binary 1.0")
@@ -129,7 +126,7 @@ def _ply(content: bytes) -> Points:
     else:
         properties = {}
     if not {"x", "y", "z"} <= properties.keys() or "list" in properties.values():
-        raise ValueError("it has no vertices with x, y and z alone")
+        raise ValueError("it has no vertices with x, y and z, or they have a list")
     if form == _ASCII:
         rows = [line for line in body.decode().splitlines() if line.strip()][before : before + count]
         found = len(rows)
@@ -137,7 +134,7 @@ def _ply(content: bytes) -> Points:
         row = _row("vertex", properties, _ORDERS[form])
         found = max(0, len(body) - before) // row.itemsize
     if found < count:
-        raise ValueError(f"it is cut short: {found} of {count} points are there")
+        raise ValueError(f"it is truncated: it contains {found} of {count} points")
     if form == _ASCII:
         return _table("\n".join(rows), len(properties))[:, [list(properties).index(axis) for axis in "xyz"]]
     table = np.frombuffer(body, row, count, before)
@@ -149,26 +146,26 @@ def _elements(header: list[list[str]]) -> Iterator[tuple[str, int, dict[str, str
     for place, words in enumerate(header):
         if words[:1] == ["element"]:
             if len(words) != 3 or not re.fullmatch("[0-9]{1,18}", words[2]):
-                raise ValueError(f"it has the element {' '.join(words[1:])[:60]!r}, not a name and a count")
+                raise ValueError(f"its element {' '.join(words[1:])[:60]!r} is not a name and a count")
             own = itertools.takewhile(lambda line: line[:1] != ["element"], header[place + 1 :])
             named = [(line[-1], line[1]) for line in own if line[:1] == ["property"] and len(line) > 2]
             if len(dict(named)) < len(named):
-                raise ValueError(f"its element {words[1][:60]!r} has two properties of one name")
+                raise ValueError(f"its element {words[1][:60]!r} has two properties with the same name")
             yield words[1], int(words[2]), dict(named)
 
 
 def _row(element: str, properties: Mapping[str, str], order: str) -> np.dtype[Any]:
-    """One row of an element in a binary file. Raises ValueError: a list, or no type of the format."""
+    """One row of an element in a binary file. Raises ValueError: a list, or an unknown type."""
     for name, kind in properties.items():
         if kind not in _TYPES:
-            raise ValueError(f"{name} of {element} is of type {kind}, so rows have no fixed size")
+            raise ValueError(f"the property {name} of {element} has the type {kind}, which has no fixed size")
     return np.dtype([(name, order + _TYPES[kind]) for name, kind in properties.items()])
 
 
 def _table(text: str, columns: int) -> Points:
     """Rows of numbers. Raises ValueError."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of no data, which the caller refuses
+        warnings.simplefilter("ignore")  # about an empty file, for which the caller raises an error
         found = np.loadtxt(text.splitlines(), np.float64, ndmin=2)
     if len(found) and found.shape[1] != columns:
         raise ValueError(f"it has {found.shape[1]} numbers per line, not {columns}")
@@ -181,9 +178,9 @@ CloudLike = str | os.PathLike[str] | npt.NDArray[Any] | Sequence[Sequence[float]
 class PointCloudClassification(Classifier):
     """``classify(cloud)`` -> the most probable labels, or the values of a regression model.
 
-    A cloud is a .npy, .xyz or .ply file, or numbers (n, 3).
-    Of more points than the model takes every (n/num_points)-th is taken; the points left are moved to mean 0 and
-    scaled into the cube [-1, 1]. Fewer are padded with points that the model does not see (``points_mask``).
+    A cloud is a .npy, .xyz or .ply file, or numbers (n, 3). If it has more points than the model takes, every
+    (n/num_points)-th is used; if it has fewer, it is padded with points that are masked (``points_mask``). The points
+    are moved to mean 0 and scaled into the cube [-1, 1].
     """
 
     def __init__(self, manifest: Manifest, load_part: LoadPart) -> None:
@@ -193,7 +190,7 @@ class PointCloudClassification(Classifier):
 
     @staticmethod
     def check(manifest: Manifest) -> None:
-        """Raise BundleError unless the manifest describes a classifier of point clouds."""
+        """Raise BundleError unless the manifest describes a point cloud classifier."""
         steps = steps_of(manifest, PointsPreprocessing)
         inputs: dict[str, Shape] = {"points": (steps.num_points, 3)}
         if _masked(manifest):
@@ -201,21 +198,20 @@ class PointCloudClassification(Classifier):
         check_interface(manifest, inputs, {answering(manifest)[0]: (None,)})
 
     def __call__(self, cloud: CloudLike, top: int = 5) -> list[Prediction]:
-        """The ``top`` labels, most probable first, or all values. Raises InputError: a cloud that is not one;
-        UsageError.
+        """The ``top`` labels, most probable first, or all values.
+
+        Raises InputError: not a point cloud; UsageError: top below 1.
         """
         check_top(top)
         return self.answers(self.logits([cloud])[0], top)
 
     def preprocess(self, cloud: CloudLike) -> dict[str, Array]:
-        """The model's inputs of one cloud: ``points`` (1, num_points, 3), and ``points_mask`` where it has one."""
+        """The model's inputs for one cloud: ``points`` (1, num_points, 3), and ``points_mask`` if the model has it."""
         points = read_points(cloud) if isinstance(cloud, (str, os.PathLike)) else as_points(cloud)
         missing = self.num_points - len(points)
         if missing > 0 and not self._masked:
-            raise InputError(
-                f"points in the cloud: {len(points)}",
-                f"the model has no mask for padding and needs {self.num_points}; sample more from the surface",
-            )
+            found = f"the cloud has {len(points)} points, but a model without a mask needs {self.num_points}"
+            raise InputError(found, "sample more points from the surface")
         rows = into_unit_cube(subsample(points, self.num_points))
         feeds: dict[str, Array] = {"points": np.pad(rows, ((0, max(missing, 0)), (0, 0)))[None]}
         if self._masked:
@@ -223,7 +219,7 @@ class PointCloudClassification(Classifier):
         return feeds
 
     def logits(self, clouds: CloudLike | Sequence[CloudLike]) -> npt.NDArray[np.float32]:
-        """Logits or values (clouds, labels) of one cloud or several, in the batches that the bundle takes."""
+        """Logits or values (clouds, labels) of one cloud or several, run in batches of the bundle's batch size."""
         samples = [self.preprocess(cloud) for cloud in as_list(clouds, "point clouds", _is_cloud)]
         return self.run_inputs({name: np.concatenate([sample[name] for sample in samples]) for name in samples[0]})
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fill the masked tokens of a text; classify texts, or score them for several tasks in one run."""
+"""Fill in the masked tokens of a text; classify texts, or score them for several tasks in one run."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from perceiver_export.runtimes.tasks.tokenizers import Tokenizer, Tokens, text_s
 
 @dataclass(frozen=True)
 class Candidate:
-    """A token that may stand at a masked position, as people read it, and its probability among all."""
+    """A candidate for a masked position: the token, its readable form, and its probability among all tokens."""
 
     token: int
     symbol: str
@@ -41,7 +41,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Blank:
-    """A masked position, counted in tokens ([CLS] is 0 where the model has it), most probable candidate first."""
+    """A masked position, counted in tokens (a leading [CLS] is 0), and its candidates, most probable first."""
 
     position: int
     candidates: tuple[Candidate, ...]
@@ -49,10 +49,10 @@ class Blank:
 
 @dataclass(frozen=True)
 class Filled:
-    """The text with every mask replaced by its most probable token, and what else might stand there.
+    """The text with every mask replaced by its most probable token, and the candidates for each mask.
 
-    Bytes that are not UTF-8 together show as U+FFFD. Where a special token is the most probable, a text of bytes has
-    its name: no candidate is taken away, as in transformers' example. A tokenizer.json's special tokens are left out.
+    Bytes that are not valid UTF-8 together become U+FFFD. If a special token is the most probable, a byte tokenizer
+    writes its name, because no candidate is excluded, as in transformers' example; a tokenizer.json omits it.
     """
 
     text: str
@@ -60,9 +60,9 @@ class Filled:
 
 
 class FillMask(TextTask):
-    """``fill("This is [MASK*7].")`` -> `Filled`. Each masked token is filled by itself, all in one run.
+    """``fill("This is [MASK*7].")`` -> `Filled`. One run fills all masked tokens, independently of one another.
 
-    The mask is that of the model's tokenizer: ``fill.tokenizer.mask_text``.
+    ``fill.tokenizer.mask_text`` is the mask of the model's tokenizer.
     """
 
     @staticmethod
@@ -77,12 +77,12 @@ class FillMask(TextTask):
         if "encoder" in manifest.parts:
             decoder = manifest.parts.get("decoder")
             if decoder is None or decoder.num_queries != length:
-                raise misfit(f"no decoder for {length} positions goes with the encoder")
+                raise misfit(f"the encoder has no decoder for {length} positions")
 
     def __call__(self, text: str | bytes, top: int = 5) -> Filled:
         """Fill the masks of a text, with ``top`` candidates each.
 
-        Raises InputError: no mask in the text, or what `Tokenizer.encode` raises; UsageError: top below 1.
+        Raises InputError: no mask in the text, and what `Tokenizer.encode` raises; UsageError: top below 1.
         """
         check_top(top)
         tokens = self.tokenizer.encode(text)
@@ -90,27 +90,28 @@ class FillMask(TextTask):
         if not len(positions):
             raise InputError(f"the text has no {self.tokenizer.mask_text}", self.tokenizer.mask_hint)
         probabilities = softmax(self._logits(tokens, positions))
-        blanks = tuple(
-            Blank(int(position), self._candidates(row, top))
-            for position, row in zip(positions, probabilities, strict=True)
-        )
+        blanks = []
+        for position, row in zip(positions.tolist(), probabilities, strict=True):
+            best = np.argsort(-row, kind="stable")[:top].tolist()
+            found = tuple(Candidate(token, self.tokenizer.symbol(token), float(row[token])) for token in best)
+            blanks.append(Blank(position, found))
         filled = tokens.copy()
         filled[positions] = [blank.candidates[0].token for blank in blanks]
-        return Filled(self.tokenizer.text(filled), blanks)
+        return Filled(self.tokenizer.text(filled), tuple(blanks))
 
     def logits(self, text: str | bytes, positions: Sequence[int] | npt.NDArray[np.integer]) -> npt.NDArray[np.float32]:
-        """Logits (n, vocabulary) at n positions, counted in tokens: any of the model's, masked or not.
+        """Logits (n, vocabulary) at any n positions, counted in tokens, masked or not.
 
-        Positions behind the text are allowed, but the model has not learned what to say there.
+        Positions after the text are allowed, but the model has not been trained on them.
 
-        Raises InputError: a position out of range, none at all, or what `Tokenizer.encode` raises.
+        Raises InputError: a position out of range, no positions, and what `Tokenizer.encode` raises.
         """
         rows, length = np.asarray(positions), self.tokenizer.length
         if rows.ndim != 1 or not rows.size or rows.dtype.kind not in "iu":
-            raise InputError(f"positions are {rows.dtype} {list(rows.shape)}", "give a list of one or more integers")
+            raise InputError(f"the positions are {rows.dtype} {list(rows.shape)}", "give one or more integers (n,)")
         wrong = rows[(rows < 0) | (rows >= length)]
         if len(wrong):
-            raise InputError(f"position {wrong[0]} is out of range", f"the model has {length}, counted from 0")
+            raise InputError(f"position {wrong[0]} is out of range", f"give positions from 0 to {length - 1}")
         return self._logits(self.tokenizer.encode(text), rows)
 
     def _logits(self, tokens: Tokens, positions: npt.NDArray[np.integer]) -> npt.NDArray[np.float32]:
@@ -124,10 +125,6 @@ class FillMask(TextTask):
         logits: npt.NDArray[np.float32] = rows[0]
         return logits
 
-    def _candidates(self, probabilities: npt.NDArray[np.float32], top: int) -> tuple[Candidate, ...]:
-        order = np.argsort(-probabilities, kind="stable")[:top].tolist()
-        return tuple(Candidate(token, self.tokenizer.symbol(token), float(probabilities[token])) for token in order)
-
 
 Scores = npt.NDArray[np.float32]
 Answer = list[Prediction] | dict[str, Scores]
@@ -136,9 +133,9 @@ Answer = list[Prediction] | dict[str, Scores]
 class TextClassification(TextTask):
     """``classify(text)`` -> the most probable labels, or the values of a regression model.
 
-    A bundle of several tasks has an output for each task: ``classify(text)`` gives ``{task: scores}``,
-    the model's raw outputs (classes,), whose meaning only the task's owner knows; ``classify.task(text, name)``
-    gives one of them. A pair of texts is written ``first[SEP]second``, where the model's tokenizer has such a token.
+    A bundle of several tasks has one output per task: ``classify(text)`` returns ``{task: scores}``, the model's raw
+    outputs (classes,), and ``classify.task(text, name)`` returns one of them. The bundle does not record what their
+    classes mean. Write a pair of texts as ``first[SEP]second`` if the model's tokenizer has that token.
     """
 
     def __init__(self, manifest: Manifest, load_part: LoadPart, tokenizer: Tokenizer) -> None:
@@ -150,7 +147,7 @@ class TextClassification(TextTask):
 
     @staticmethod
     def check(manifest: Manifest) -> None:
-        """Raise BundleError unless the manifest describes a classifier of texts."""
+        """Raise BundleError unless the manifest describes a text classifier."""
         length = text_steps(manifest).length
         outputs = tuple(spec.name for spec in interface(manifest)[1])
         inputs = {"tokens": (length,), "tokens_mask": (length,)}
@@ -161,14 +158,14 @@ class TextClassification(TextTask):
             raise misfit(f"the bundle has no part {min(missing)}")
 
     def __call__(self, text: str | bytes, top: int = 5) -> Answer:
-        """The ``top`` labels, most probable first, or all values; of several tasks the scores by task.
+        """The ``top`` labels, most probable first, or all values; with several tasks, the scores by task.
 
         Raises InputError: what `Tokenizer.encode` raises; UsageError: top below 1.
         """
         return self.batch([text], top)[0]
 
     def batch(self, texts: str | bytes | Sequence[str | bytes], top: int = 5) -> list[Answer]:
-        """The answer to each text, run in the batches that the bundle was exported for. Raises as a call does."""
+        """The answer for each text, run in batches of the bundle's batch size. Raises as a call does."""
         check_top(top)
         given = as_list(texts, "texts", _is_text)
         outputs = self.outputs(given)
@@ -182,13 +179,13 @@ class TextClassification(TextTask):
         return run_batched(self.runtime, self.tokenizer(as_list(texts, "texts", _is_text)))
 
     def task(self, text: str | bytes, name: str) -> Scores:
-        """One task's scores (classes,). Of a split bundle only the encoder and that task's decoder run.
+        """One task's scores (classes,). In a split bundle only the encoder and that task's decoder run.
 
         Raises UsageError: no such task; InputError: what `Tokenizer.encode` raises.
         """
         if name not in self.tasks:
-            known = ", ".join(self.tasks) or "none: it has one task, and labels"
-            raise UsageError(f"the bundle has no task {name!r}", f"its tasks: {known}")
+            known = f"use one of {', '.join(self.tasks)}" if self.tasks else "call it without a task: it has only one"
+            raise UsageError(f"the bundle has no task {name!r}", known)
         feeds = self.tokenizer([text])
         if self.split:
             latents = run_batched(self.part("encoder"), feeds)["latents"]
@@ -204,11 +201,11 @@ def _is_text(given: object) -> bool:
 
 
 def _answering(manifest: Manifest) -> tuple[str, OutputKind] | None:
-    """The output of labels or values; None of a bundle of several tasks. Raises BundleError where it does not fit."""
+    """The output of labels or values; None for a bundle of several tasks. Raises BundleError: a mismatch of labels."""
     one = judged_output(manifest) is not None and len(interface(manifest)[1]) == 1
     return answering(manifest) if one or manifest.labels else None
 
 
 def _decoder(manifest: Manifest, output: str) -> str:
-    """The part of a split bundle that gives this output."""
+    """The part of a split bundle that computes this output."""
     return f"decoder_{output}" if len(manifest.outputs) > 1 else "decoder"

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text to tokens and back: UTF-8 bytes, or any tokenizer.json, which the `tokenizers` library runs.
+"""Text to tokens and back: UTF-8 bytes, or any tokenizer.json, run by the `tokenizers` library.
 
-Bytes are numbered after six special tokens. DeepMind's tokenizer gives the bytes alone; transformers'
+Six special tokens come before the 256 bytes. DeepMind's tokenizer encodes the bytes alone; transformers'
 `PerceiverTokenizer` puts them between [CLS] and [SEP].
 """
 
@@ -21,7 +21,7 @@ import numpy.typing as npt
 from perceiver_export.runtimes.bundle import Bundle
 from perceiver_export.runtimes.errors import BundleError, InputError, LongTextError, UsageError, require
 from perceiver_export.runtimes.files import decode_json, parsing, read_bytes
-from perceiver_export.runtimes.manifest import Manifest
+from perceiver_export.runtimes.manifest import Manifest, misfit
 from perceiver_export.runtimes.preprocessing import TextPreprocessing, TokenizerFile
 
 if TYPE_CHECKING:
@@ -30,12 +30,14 @@ if TYPE_CHECKING:
 
 Tokens = npt.NDArray[np.int32]
 
+_SHORTEN = "shorten it, give it in parts, or cut it with --truncate"
+
 
 class Tokenizer(abc.ABC):
-    """Text to at most ``length`` tokens, and back. ``mask`` is the masked token, as ``mask_text`` in a text.
+    """Text to at most ``length`` tokens, and back. ``mask`` is the masked token, written ``mask_text`` in a text.
 
-    A text begins at position 0 and is padded behind it, on whichever side training padded: in transformers' pipelines a
-    text alone is not padded at all.
+    A text starts at position 0 and is padded at its end, whichever side was padded in training: transformers' pipelines
+    do not pad a single text at all.
     """
 
     length: int
@@ -46,29 +48,29 @@ class Tokenizer(abc.ABC):
 
     @abc.abstractmethod
     def encode(self, text: str | bytes) -> Tokens:
-        """The tokens (n,) of a text, special ones included, not padded.
+        """The tokens (n,) of a text with special tokens, but without padding.
 
-        Raises InputError: an empty text, not UTF-8, or longer than the model where longer texts are not cut.
+        Raises InputError: an empty text, not UTF-8, or a text that is too long and is not cut.
         """
 
     @abc.abstractmethod
     def cuts(self, text: str | bytes) -> bool:
-        """Whether `encode` gives less than the whole of this text."""
+        """Whether `encode` cuts this text."""
 
     @abc.abstractmethod
     def symbol(self, token: int) -> str:
-        """One token for people."""
+        """One token in readable form."""
 
     @abc.abstractmethod
     def text(self, tokens: Tokens) -> str:
-        """The text of `encode`'s tokens with their masks filled, without the special tokens that `encode` added."""
+        """The text of tokens from `encode` with their masks filled, without the special tokens that `encode` added."""
 
     @abc.abstractmethod
     def ordinary(self, tokens: Tokens) -> npt.NDArray[np.bool_]:
-        """Which tokens are text, and not special."""
+        """For each token, whether it is text and not special."""
 
     def pad(self, rows: Sequence[Tokens]) -> dict[str, Tokens]:
-        """The model's ``tokens`` and ``tokens_mask`` (1 is text, 0 is padding), both (n, length), of encoded texts."""
+        """The model's ``tokens`` and ``tokens_mask`` (1 is text, 0 is padding), both (n, length), for encoded texts."""
         tokens = np.full((len(rows), self.length), self.pad_token, dtype=np.int32)
         mask = np.zeros_like(tokens)
         for number, row in enumerate(rows):
@@ -77,43 +79,39 @@ class Tokenizer(abc.ABC):
         return {"tokens": tokens, "tokens_mask": mask}
 
     def __call__(self, texts: Iterable[str | bytes]) -> dict[str, Tokens]:
-        """`encode` and `pad` of each text. Raises what `encode` raises."""
+        """`encode` each text and `pad` them. Raises what `encode` raises."""
         return self.pad([self.encode(text) for text in texts])
 
 
 def text_steps(manifest: Manifest) -> TextPreprocessing:
-    """The manifest's preprocessing of text. Raises BundleError: it has none, or no text would fit."""
+    """The manifest's preprocessing of text. Raises BundleError: none, or its length has no room for text."""
     steps = manifest.preprocessing
     if not isinstance(steps, TextPreprocessing):
-        raise BundleError("the manifest has no text preprocessing", "export the bundle again")
+        raise misfit("the manifest has no text preprocessing")
     special = 2 * steps.special_tokens if steps.tokenizer is None else 0
     if (steps.length if steps.cut is None else steps.cut) <= special:
-        raise BundleError(f"no text fits into {steps.length} tokens", "export the bundle again")
+        raise misfit(f"the model's {steps.length} tokens have no room for text")
     return steps
 
 
 def utf8(text: str | bytes) -> bytes:
-    """The bytes of a text. Raises InputError, with the offset, where it is not valid UTF-8."""
+    """The bytes of a text. Raises InputError with the offset if it is not valid UTF-8."""
     if not isinstance(text, str | bytes):
         raise InputError(f"the text is of type {type(text).__name__}", "give one text, str or bytes")
     try:
-        # Bytes of the command line that are not UTF-8 arrive as surrogate escapes.
+        # On the command line, bytes that are not UTF-8 arrive as surrogate escapes.
         content = text.encode("utf-8", "surrogateescape") if isinstance(text, str) else text
         content.decode("utf-8")
     except UnicodeEncodeError as error:
-        raise InputError(
-            f"character {error.start} of the text is {error.object[error.start]!a}, half of a UTF-16 pair",
-            "read the text with its right encoding",
-        ) from error
+        found = f"character {error.start} of the text is {error.object[error.start]!a}, half of a UTF-16 pair"
+        raise InputError(found, "read the text with the right encoding") from error
     except UnicodeDecodeError as error:
-        raise InputError(
-            f"the text is not valid UTF-8: byte 0x{error.object[error.start]:02x} at offset {error.start}",
-            "convert it first: iconv -f LATIN1 -t UTF-8, with the encoding that it has",
-        ) from error
+        found = f"the text is not valid UTF-8: byte 0x{error.object[error.start]:02x} at offset {error.start}"
+        raise InputError(found, "convert it first, as with iconv -f LATIN1 -t UTF-8 for Latin-1") from error
     return content
 
 
-# The index is the token.
+# The index is the token's number.
 SPECIAL_TOKENS = ("[PAD]", "[BOS]", "[EOS]", "[MASK]", "[CLS]", "[SEP]")
 PAD, BOS, EOS, MASK, CLS, SEP = range(len(SPECIAL_TOKENS))
 FIRST_BYTE = len(SPECIAL_TOKENS)
@@ -126,12 +124,12 @@ _ANY_SPECIAL = re.compile(_MASKS + rb"|\[(?:PAD|BOS|EOS|CLS|SEP)\]")
 
 @dataclass(frozen=True)
 class ByteTokenizer(Tokenizer):
-    """Text to tokens, at most ``length`` of them, and back.
+    """UTF-8 bytes to at most ``length`` tokens, and back.
 
-    Written in the text, ``[MASK]`` is one masked byte and ``[MASK*9]`` is nine. With ``special_tokens``, as in
-    transformers, the text stands between [CLS] and [SEP], and the names of the other special tokens are read as those
-    tokens too: ``first[SEP]second`` is a pair of texts. Without, as in DeepMind's code, they are plain text. A text of
-    more than ``length`` tokens is refused, or cut to ``cut`` on ``side``.
+    In a text, ``[MASK]`` is one masked byte and ``[MASK*9]`` is nine. With ``special_tokens``, as in transformers, the
+    text is put between [CLS] and [SEP], and the names of other special tokens also stand for those tokens:
+    ``first[SEP]second`` is a pair of texts. Without, as in DeepMind's code, the names are plain text. A text of more
+    than ``length`` tokens is an error, or with ``cut`` is cut to that many tokens on ``side``.
     """
 
     length: int
@@ -146,7 +144,7 @@ class ByteTokenizer(Tokenizer):
 
     @property
     def room(self) -> int:
-        """How many bytes of text fit."""
+        """The number of bytes of text that fit."""
         return (self.length if self.cut is None else self.cut) - 2 * self.special_tokens
 
     def encode(self, text: str | bytes) -> Tokens:
@@ -156,12 +154,9 @@ class ByteTokenizer(Tokenizer):
             raise InputError("the text is empty", "give at least one character")
         pieces = list(self._pieces(content))
         size = sum(count for _, count in pieces)
-        if size > self.room and self.cut is None:  # before any array is made: [MASK*999999999] is short to write
-            raise LongTextError(
-                f"the text has {size} bytes, {self.room} fit into the model",
-                "shorten it, give it in parts, or cut it with --truncate; a [MASK] counts as one byte, a letter outside"
-                " ASCII as 2 to 4",
-            )
+        if size > self.room and self.cut is None:  # before creating arrays, which [MASK*999999999] would make huge
+            hint = f"{_SHORTEN}; [MASK] is one byte, a character outside ASCII 2 to 4"
+            raise LongTextError(f"the text has {size} bytes, but only {self.room} fit into the model", hint)
         parts = [
             np.full(min(count, self.room), piece) if isinstance(piece, int) else byte_tokens(piece)
             for piece, count in pieces
@@ -175,20 +170,20 @@ class ByteTokenizer(Tokenizer):
         return sum(count for _, count in self._pieces(utf8(text))) > self.room
 
     def symbol(self, token: int) -> str:
-        """See `symbol`; a token of the model that is no byte is its number, ``<300>``."""
+        """See `symbol`; a token that is not a byte is written as its number, ``<300>``."""
         return symbol(token) if token < VOCABULARY else f"<{token}>"
 
     def text(self, tokens: Tokens) -> str:
-        """See `Tokenizer.text`. Other special tokens are written by name; tokens that are no byte become U+FFFD."""
+        """See `Tokenizer.text`. Other special tokens are written by name; tokens that are not bytes become U+FFFD."""
         stripped = tokens[1:-1] if self.special_tokens else tokens
-        return decode(np.minimum(stripped, VOCABULARY - 1), special=True)  # 0xFF is in no UTF-8
+        return decode(np.minimum(stripped, VOCABULARY - 1), special=True)  # the byte 0xFF never occurs in UTF-8
 
     def ordinary(self, tokens: Tokens) -> npt.NDArray[np.bool_]:
         """See `Tokenizer.ordinary`."""
         return np.asarray(tokens >= FIRST_BYTE)
 
     def _pieces(self, content: bytes) -> Iterator[tuple[bytes | int, int]]:
-        """Bytes and special tokens in turn, each with how many tokens it is."""
+        """Bytes and special tokens in turn, each with its number of tokens."""
         start = 0
         for match in (_ANY_SPECIAL if self.special_tokens else _ONLY_MASKS).finditer(content):
             yield content[start : match.start()], match.start() - start
@@ -198,19 +193,19 @@ class ByteTokenizer(Tokenizer):
 
 
 def byte_tokens(content: bytes) -> Tokens:
-    """The tokens (n,) of n bytes: each plus 6. Nothing is read as a special token."""
+    """The tokens (n,) of n bytes, each plus 6, without special tokens."""
     return np.frombuffer(content, dtype=np.uint8).astype(np.int32) + FIRST_BYTE
 
 
 def decode(tokens: Sequence[int] | npt.NDArray[np.integer], special: bool = False) -> str:
     """The text of any tokens (n,); bytes that are not UTF-8 become U+FFFD.
 
-    Special tokens are left out, or with ``special`` written by name. Raises InputError: no such token.
+    Special tokens are omitted, or with ``special`` written by name. Raises InputError: no such token.
     """
     content = bytearray()
     for token in tokens:
         if not 0 <= token < VOCABULARY:
-            raise InputError(f"{token} is not a token", f"tokens are 0 to {VOCABULARY - 1}")
+            raise InputError(f"{token} is not a token", f"give tokens from 0 to {VOCABULARY - 1}")
         if token >= FIRST_BYTE:
             content.append(int(token) - FIRST_BYTE)
         elif special:
@@ -219,7 +214,7 @@ def decode(tokens: Sequence[int] | npt.NDArray[np.integer], special: bool = Fals
 
 
 def symbol(token: int) -> str:
-    r"""One token for people: ``a``, ``\n``, ``\xc3`` (a byte of a longer letter), ``[PAD]``. Raises InputError."""
+    r"""A token in readable form: ``a``, ``\n``, ``\xc3`` (part of a longer character), ``[PAD]``. Raises InputError."""
     if FIRST_BYTE + 128 <= token < VOCABULARY:
         return f"\\x{token - FIRST_BYTE:02x}"
     text = decode([token], special=True)
@@ -227,16 +222,16 @@ def symbol(token: int) -> str:
 
 
 def _special(match: re.Match[bytes]) -> tuple[int, int]:
-    """The special token, and how often it stands there."""
+    """The special token and its number of repetitions."""
     if not match[0].startswith(b"[MASK"):
         return SPECIAL_TOKENS.index(match[0].decode()), 1
     digits = (match["count"] or b"1").lstrip(b"0")
     if not digits:
-        raise InputError(f"{match[0].decode()} masks nothing", "give the number of bytes: [MASK*9]")
+        raise InputError(f"{match[0].decode()} masks no bytes", "give a number of bytes: [MASK*9]")
     return MASK, int(digits) if len(digits) < 10 else 10**9  # far beyond any model
 
 
-_MOST = 128 << 20  # bytes: the largest vocabularies, of 256,000 tokens, take 35 MB
+_MOST = 128 << 20  # bytes; the largest vocabularies, with 256,000 tokens, take 35 MB
 _MOST_TOKENS = 10**7
 _LONG_NUMBER = re.compile(r":\s*[0-9]{8}")  # as many digits as `_MOST_TOKENS` has
 _AGAIN = "save it again: AutoTokenizer.from_pretrained(DIRECTORY).save_pretrained(DIRECTORY)"
@@ -245,7 +240,7 @@ _CLEANED = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
 
 
 class FileTokenizer(Tokenizer):
-    """The tokenizer of a file. Raises BundleError: it cannot be read; MissingDependencyError."""
+    """A tokenizer from a tokenizer.json. Raises BundleError: it cannot be read; MissingDependencyError."""
 
     def __init__(self, path: Path, steps: TextPreprocessing, file: TokenizerFile) -> None:
         self._library = read_tokenizer(path)
@@ -272,10 +267,8 @@ class FileTokenizer(Tokenizer):
         if not len(tokens):
             raise InputError(f"the text {content[:40]!r} has no tokens", "give a text with letters")
         if len(tokens) > self.length:
-            raise LongTextError(
-                f"the text has {len(tokens)} tokens, {self.length} fit into the model",
-                "shorten it, give it in parts, or cut it with --truncate",
-            )
+            said = f"the text has {len(tokens)} tokens, but only {self.length} fit into the model"
+            raise LongTextError(said, _SHORTEN)
         return tokens
 
     def cuts(self, text: str | bytes) -> bool:
@@ -284,11 +277,11 @@ class FileTokenizer(Tokenizer):
             return bool(self._library.encode(utf8(text).decode()).overflowing)
 
     def symbol(self, token: int) -> str:
-        """The token's text, as transformers' fill-mask pipeline gives it."""
+        """The token's text, as in transformers' fill-mask pipeline."""
         return self._decode([token], special=True)
 
     def text(self, tokens: Tokens) -> str:
-        """See `Tokenizer.text`. All special tokens are left out, as transformers' fill-mask pipeline does it."""
+        """See `Tokenizer.text`. All special tokens are omitted, as in transformers' fill-mask pipeline."""
         return self._decode(tokens.tolist(), special=False)
 
     def ordinary(self, tokens: Tokens) -> npt.NDArray[np.bool_]:
@@ -305,9 +298,9 @@ class FileTokenizer(Tokenizer):
 
 
 def open_tokenizer(manifest: Manifest, directory: Path) -> Tokenizer:
-    """The tokenizer of a bundle that lies in ``directory``.
+    """The tokenizer of the bundle in ``directory``.
 
-    Raises BundleError: its preprocessing is not of text, or its tokenizer cannot be read; MissingDependencyError.
+    Raises BundleError: it has no preprocessing of text, or its tokenizer cannot be read; MissingDependencyError.
     """
     steps = text_steps(manifest)
     if steps.tokenizer is None:
@@ -316,32 +309,32 @@ def open_tokenizer(manifest: Manifest, directory: Path) -> Tokenizer:
 
 
 def truncating(bundle: Bundle) -> Bundle:
-    """The bundle, read as one that cuts longer texts in any case. Raises UsageError: it reads no text."""
+    """The bundle with preprocessing that cuts long texts. Raises UsageError: it takes no text."""
     steps = bundle.manifest.preprocessing
     if not isinstance(steps, TextPreprocessing):
-        raise UsageError(f"{bundle.manifest.task} reads no text that could be cut", "leave truncate out")
+        raise UsageError(f"{bundle.manifest.task} takes no text that could be cut", "omit truncate")
     steps = msgspec.structs.replace(steps, truncate=True)
     return Bundle(bundle.path, msgspec.structs.replace(bundle.manifest, preprocessing=steps))
 
 
 def tokenizer_of(bundle: Bundle) -> Tokenizer | None:
-    """The tokenizer of a bundle, None if it takes no text. Raises what `open_tokenizer` raises."""
+    """The tokenizer of a bundle; None if it takes no text. Raises what `open_tokenizer` raises."""
     is_text = isinstance(bundle.manifest.preprocessing, TextPreprocessing)
     return open_tokenizer(bundle.manifest, bundle.path) if is_text else None
 
 
 def read_tokenizer(path: Path) -> tokenizers.Tokenizer:
-    """A tokenizer.json, which may come from anybody. Raises BundleError, MissingDependencyError."""
+    """Read a tokenizer.json, which may be untrusted. Raises BundleError, MissingDependencyError."""
     library = require("tokenizers", "the model's tokenizer", "pip install 'perceiver-export[text]'")
-    with parsing(str(path), "is not a tokenizer that can be read", _AGAIN, BundleError):
+    with parsing(str(path), "is not a readable tokenizer", _AGAIN, BundleError):
         content = read_bytes(path, _MOST).decode()
         _check_ids(content)
         return cast("tokenizers.Tokenizer", library.Tokenizer.from_str(content))
 
 
 def _check_ids(content: str) -> None:
-    """Raise ValueError for a token number beyond any vocabulary: the library makes a table of so many rows, and ends
-    the process if there is no memory for it.
+    """Raise ValueError for a token number beyond any vocabulary. The library allocates a table with that many rows, and
+    ends the process if memory runs out.
     """
     if not _LONG_NUMBER.search(content):
         return
@@ -350,4 +343,4 @@ def _check_ids(content: str) -> None:
     numbers = [one["id"] for one in file.get("added_tokens", ())]
     numbers += vocabulary.values() if isinstance(vocabulary, dict) else ()
     if max((one for one in numbers if isinstance(one, int)), default=0) >= _MOST_TOKENS:
-        raise ValueError(f"it has a token of number {_MOST_TOKENS} or more")
+        raise ValueError(f"it has a token with the number {_MOST_TOKENS} or more")

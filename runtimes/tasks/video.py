@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Video autoencoding: video and sound are encoded to a few latents, and decoded from them with a label."""
+"""Video autoencoding: video and sound are encoded into a few latents, and decoded from them with a label."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ from perceiver_export.runtimes.tasks.sound import AudioLike, take_sound
 Progress = Callable[[str, int, int | None], None]
 
 OUTPUTS = ("video", "sound", "label")
-# A decoder that takes any number of queries is given about as many as DeepMind's notebook gives (6272 pixels), so
-# that the attention scores stay small; each step reports progress.
+# A decoder that takes any number of queries gets about as many at once as in DeepMind's notebook (6272 pixels), so that
+# the attention scores stay small. Each step reports progress.
 _QUERIES_A_STEP = 8192
 
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """The reconstruction: ``video`` float32 (T, H, W, 3) in [0, 1], ``sound`` float32 (samples,) in [-1, 1], labels."""
+    """Reconstructed ``video`` float32 (T, H, W, 3) in [0, 1], ``sound`` float32 (samples,) in [-1, 1], and labels."""
 
     video: npt.NDArray[np.float32]
     sound: npt.NDArray[np.float32]
@@ -56,12 +56,12 @@ class Reconstruction:
 
 
 class VideoAutoencoding(Task):
-    """``autoencode(frames, audio)`` -> `Reconstruction`; ``label(frames, audio)`` decodes nothing but the label.
+    """``autoencode(frames, audio)`` -> `Reconstruction`; ``label(frames, audio)`` decodes only the label.
 
     Frames are a directory of images, a .npy file, an array of uint8 (T, H, W, 3), or a list of image files, Pillow
     images and arrays. Arrays are RGB; with ``color="bgr"`` they are BGR, as OpenCV reads them. Sound is a WAV file or
-    an array, and None is silence. Of more than the model takes the beginning is taken. A split bundle encodes once and
-    then decodes in steps, so it needs far less memory than a whole one.
+    an array; None is silence. Input longer than the model's is cut after its length. A split bundle encodes once and
+    then decodes in steps, so it needs far less memory than a bundle of one graph.
     """
 
     def __init__(self, manifest: Manifest, load_part: LoadPart) -> None:
@@ -70,7 +70,7 @@ class VideoAutoencoding(Task):
 
     @property
     def kind(self) -> OutputKind:
-        """The kind of the label's scores."""
+        """The kind of output of the label's scores."""
         return answering(self.manifest)[1]
 
     @staticmethod
@@ -81,22 +81,18 @@ class VideoAutoencoding(Task):
         sound = (steps.num_samples, 1)
         check_interface(manifest, {"frames": video, "audio": sound}, {"video": video, "sound": sound, "label": (None,)})
         if answering(manifest)[0] != "label":
-            raise misfit("the manifest says nothing of the output `label`")
+            raise misfit("the manifest does not describe the output `label`")
         if "encoder" in manifest.parts:
             _check_decoders(manifest, steps)
-
-    def __call__(
-        self, frames: FramesLike, audio: AudioLike | None = None, top: int = 5, color: Color = "rgb"
-    ) -> Reconstruction:
-        """`autoencode`."""
-        return self.autoencode(frames, audio, top, color)
 
     def autoencode(
         self, frames: FramesLike, audio: AudioLike | None = None, top: int = 5, color: Color = "rgb"
     ) -> Reconstruction:
-        """Encode and decode everything. Raises InputError: frames or sound that the model does not take; UsageError."""
+        """Encode and decode everything. Raises InputError: unsuitable frames or sound; UsageError: top below 1."""
         check_top(top)
         return self.reconstruct(self.preprocess(frames, audio, color), top)
+
+    __call__ = autoencode
 
     def label(
         self, frames: FramesLike, audio: AudioLike | None = None, top: int = 5, color: Color = "rgb"
@@ -117,7 +113,7 @@ class VideoAutoencoding(Task):
         return {"frames": prepare_frames(pictures, steps.height, steps.width)[None], "audio": sound[None, :, None]}
 
     def reconstruct(self, feeds: Feeds, top: int = 5, progress: Progress | None = None) -> Reconstruction:
-        """`autoencode` of preprocessed inputs of one sample."""
+        """Like `autoencode`, for one preprocessed sample."""
         outputs = self.run_inputs(feeds, progress)
         return Reconstruction(
             np.clip(outputs["video"][0], 0, 1),
@@ -126,7 +122,7 @@ class VideoAutoencoding(Task):
         )
 
     def run_inputs(self, feeds: Feeds, progress: Progress | None = None) -> dict[str, Array]:
-        """The model's outputs for preprocessed inputs of n samples, not clipped.
+        """The model's outputs for n preprocessed samples, without clipping.
 
         ``video`` (n, T, H, W, 3), ``sound`` (n, samples, 1) and ``label`` (n, labels).
         """
@@ -136,13 +132,13 @@ class VideoAutoencoding(Task):
         return {name: self.decode(name, latents, progress) for name in OUTPUTS}
 
     def encode(self, feeds: Feeds) -> Array:
-        """Latents (n, N, D) of preprocessed inputs; split bundles only."""
+        """The latents (n, N, D) of n preprocessed samples; split bundles only."""
         return run_batched(self.part("encoder"), feeds)["latents"]
 
     def decode(self, output: str, latents: Array, progress: Progress | None = None) -> Array:
-        """One output of latents (n, N, D), shaped as `run_inputs` says; split bundles only."""
+        """One output for latents (n, N, D), in the shape that `run_inputs` returns; split bundles only."""
         decoder = self.part(f"decoder_{output}")
-        if len(decoder.inputs) == 1:  # a single query is not asked for by its index
+        if len(decoder.inputs) == 1:  # a decoder with a single query takes no index
             return run_batched(decoder, {"latents": latents})[output]
         most = limits(decoder.inputs[0], 0)[1]
         chunks = [latents[start : start + most] for start in range(0, len(latents), most)]
@@ -150,12 +146,14 @@ class VideoAutoencoding(Task):
         return rows.reshape(len(latents), *self._shape(output))
 
     def _rows(self, output: str, latents: Array, progress: Progress | None) -> Array:
-        """Rows (n, queries, E) of all queries of an output, for no more latents than the decoder takes at once."""
+        """Rows (n, queries, E) for all queries of an output; n is at most the decoder's largest batch."""
         decoder, total = self.part(f"decoder_{output}"), self.manifest.parts[f"decoder_{output}"].num_queries
-        assert total is not None  # `check` came first
+        assert total is not None  # `check` has made sure of it
         feeds = pad_batch(decoder, {"latents": latents})
         queries = np.arange(total, dtype=np.int32)
-        step = _step(limits(next(spec for spec in decoder.inputs if spec.name == "queries"), 1))
+        # A decoder with a fixed number of queries gets a multiple of that number in each step.
+        least, most = limits(next(spec for spec in decoder.inputs if spec.name == "queries"), 1)
+        step = most * max(1, _QUERIES_A_STEP // most) if least == most else min(most, _QUERIES_A_STEP)
         parts = []
         for start in range(0, total, step):
             parts.append(decode(decoder, feeds, queries[start : start + step], total)[: len(latents)])
@@ -171,19 +169,19 @@ class VideoAutoencoding(Task):
 
 
 def psnr(reference: npt.NDArray[np.float32], found: npt.NDArray[np.float32], peak: float = 1.0) -> float:
-    """Peak signal-to-noise ratio in dB, 10·log10(peak² / mean squared error); infinite where both are the same.
+    """Peak signal-to-noise ratio in dB, 10·log10(peak² / mean squared error); infinite if both are equal.
 
-    ``peak`` is 1 for images in [0, 1]; for sound in [-1, 1] it is the amplitude of full scale, 1 as well. Raises
-    InputError: shapes that differ.
+    ``peak`` is 1 for images in [0, 1] and also 1, the amplitude of full scale, for sound in [-1, 1]. Raises InputError:
+    the shapes differ.
     """
     if reference.shape != found.shape:
-        raise InputError(f"shapes {list(reference.shape)} and {list(found.shape)} differ", "compare like with like")
+        raise InputError(f"shapes {list(reference.shape)} and {list(found.shape)} differ", "give the same shape twice")
     error = float(np.mean((reference.astype(np.float64) - found) ** 2))
     return 10 * float(np.log10(peak**2 / error)) if error > 0 else float("inf")
 
 
 def _check_decoders(manifest: Manifest, steps: VideoPreprocessing) -> None:
-    """Each output has its decoder, and its queries make up the whole output."""
+    """Raise BundleError unless each output has a decoder, and its queries give the whole output."""
     sizes = {"video": steps.num_frames * steps.height * steps.width * 3, "sound": steps.num_samples, "label": None}
     for name, size in sizes.items():
         part = manifest.parts.get(f"decoder_{name}")
@@ -193,12 +191,6 @@ def _check_decoders(manifest: Manifest, steps: VideoPreprocessing) -> None:
         if [spec.name for spec in part.inputs[1:]] == ["queries"]:
             width = part.outputs[0].shape[-1] if part.outputs[0].shape else None
             if not part.num_queries or not isinstance(width, int) or size not in (None, part.num_queries * width):
-                raise misfit(f"decoder_{name} gives {part.num_queries} × {width} values, the {name} has {size}")
+                raise misfit(f"decoder_{name} gives {part.num_queries} × {width} values, but the {name} has {size}")
         elif len(part.inputs) > 1:
-            raise misfit(f"decoder_{name} takes more than latents and queries")
-
-
-def _step(queries: tuple[int, int]) -> int:
-    """Queries between two steps of progress: a multiple of the decoder's number if that is fixed."""
-    least, most = queries
-    return most * max(1, _QUERIES_A_STEP // most) if least == most else min(most, _QUERIES_A_STEP)
+            raise misfit(f"decoder_{name} takes other inputs than latents and queries")

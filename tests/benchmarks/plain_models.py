@@ -60,24 +60,32 @@ def plain_scale(preset: str) -> float:
     return 20.0 if preset == "optical-flow" else 1.0
 
 
+class Plain(torch.nn.Module):
+    """transformers' model with positional inputs and its logits as the only output."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model.eval()
+
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        names = ("inputs", "attention_mask")
+        logits: torch.Tensor = self.model(**dict(zip(names, inputs, strict=False))).logits
+        return logits
+
+
+def plain_module(checkpoint: str) -> torch.nn.Module:
+    """The model that transformers saved there."""
+    config = t.PerceiverConfig.from_pretrained(checkpoint)
+    return Plain(getattr(t, config.architectures[0]).from_pretrained(checkpoint)).eval()
+
+
 def plain_export(preset: str, model: Any, feeds: dict[str, np.ndarray], path: Path) -> None:
     """What `torch.onnx.export` makes of transformers' model, as it is."""
-
-    class Plain(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = model
-
-        def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
-            names = ("inputs", "attention_mask")
-            logits: torch.Tensor = self.model(**dict(zip(names, inputs, strict=False))).logits
-            return logits
-
     given = plain_feeds(preset, feeds)
     path.parent.mkdir(parents=True, exist_ok=True)
     with torch.no_grad():
         torch.onnx.export(
-            Plain().eval(),
+            Plain(model).eval(),
             tuple(map(torch.from_numpy, given.values())),
             path,
             dynamo=True,

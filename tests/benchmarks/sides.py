@@ -50,7 +50,7 @@ def save_feeds(work: Path, name: str, feeds: Mapping[str, Any]) -> Path:
 
 
 def timed(source: Path, engine: str, threads: int, feeds: Path, precision: str | None = None) -> Row:
-    """Of a bundle, or of a graph as its engine's documentation loads it: in a fresh process."""
+    """A bundle, a graph as its engine's documentation loads it, or transformers' model, in a fresh process."""
     return fresh(_timed, source, engine, threads, feeds, precision)
 
 
@@ -64,9 +64,10 @@ def _timed(source: str, engine: str, threads: int, feeds: str, precision: str | 
     from perceiver_export.runtimes import Runtime  # noqa: F401  part of what was there before
     from perceiver_export.runtimes.machine import peak_memory
 
-    __import__({"ort": "onnxruntime", "openvino": "openvino"}[engine])
+    __import__({"ort": "onnxruntime", "openvino": "openvino"}.get(engine, "torch"))
     before = peak_memory()
-    call = (_load_graph if source.endswith(".onnx") else _load_bundle)(source, engine, threads, precision)
+    load = _load_torch if engine.startswith("torch") else _load_graph if source.endswith(".onnx") else _load_bundle
+    call = load(source, engine, threads, precision)
     given, times = dict(np.load(feeds)), []
     for _ in range(5):
         start = time.perf_counter()
@@ -83,7 +84,23 @@ def _load_bundle(bundle: str, engine: str, threads: int, precision: Any) -> Call
     return lambda feeds: next(iter(runtime.run(feeds).values()))
 
 
-def _load_graph(graph: str, engine: str, threads: int, _: object) -> Call:
+def _load_torch(checkpoint: str, engine: str, threads: int, _: object) -> Call:
+    import torch
+
+    from tests.benchmarks.plain_models import plain_module
+
+    torch.set_num_threads(threads)
+    module = plain_module(checkpoint)
+    called = torch.compile(module) if engine == "torch.compile" else module
+
+    def call(feeds: dict[str, Any]) -> Any:
+        with torch.inference_mode():
+            return called(*map(torch.from_numpy, feeds.values())).numpy()
+
+    return call
+
+
+def _load_graph(graph: str, engine: str, threads: int, precision: str | None) -> Call:
     if engine == "ort":
         import onnxruntime
 
@@ -93,6 +110,6 @@ def _load_graph(graph: str, engine: str, threads: int, _: object) -> Call:
         return lambda feeds: session.run(None, feeds)[0]
     import openvino
 
-    settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
+    settings = {"INFERENCE_NUM_THREADS": threads} | ({"INFERENCE_PRECISION_HINT": "f32"} if precision == "fp32" else {})
     model = openvino.Core().compile_model(graph, "CPU", settings)
     return lambda feeds: model(feeds)[0]

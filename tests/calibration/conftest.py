@@ -23,6 +23,19 @@ def int8_bundle(fashion_bundle: Path, made_once: MadeOnce) -> Path:
 
 
 @pytest.fixture(scope="session")
+def int4_bundle(fashion_bundle: Path, made_once: MadeOnce) -> Path:
+    """The same with weights in int4, where their shapes allow it."""
+    data, options = FASHION / "held_out.npz", QuantizeOptions(scheme="int4-weights", samples=8)
+    return made_once("fashion-int4", lambda path: quantize(fashion_bundle, data, path, options))
+
+
+@pytest.fixture(scope="session")
+def text_bundle(made_once: MadeOnce) -> Path:
+    """The trained byte-level language model."""
+    return made_once("text", lambda path: export(FASHION.parent / "text_bytes" / "checkpoint", path))
+
+
+@pytest.fixture(scope="session")
 def ruined(made_once: MadeOnce) -> Path:
     """The demo's model with one layer's weights times 40."""
     loaded = load_model(FASHION / "checkpoint")

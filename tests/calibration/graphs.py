@@ -67,6 +67,18 @@ folded (float[1, 8, 16] x, float[16, 16] w, float[2, 8, 12] key, float[12, 20] p
 }
 """
 
+# Without biases: a Relu, which onnxruntime takes for a part of the quantizer behind it, and a view, which a quantizer
+# moves through.
+RELU = """
+<ir_version: 10, opset_import: ["" : 20]>
+relu (float[1, 6, 16] x, float[16, 32] w1, float[32, 16] w2, float[16, 16] w3) => (float[1, 6, 16] y)
+<int64[4] heads = {1, 6, 2, 8}, int64[3] merged = {1, 6, 16}>
+{
+  h0 = MatMul (x, w1)  h = Relu (h0)  m = MatMul (h, w2)
+  m1 = Reshape (m, heads)  m2 = Transpose <perm = [0, 2, 1, 3]> (m1)  m3 = Reshape (m2, merged)  y = MatMul (m3, w3)
+}
+"""
+
 
 def build(text: str, seed: int = 0) -> ir.Model:
     """The graph, its float parameters drawn at random: of channels of different sizes, as trained ones are."""

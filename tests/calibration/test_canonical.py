@@ -17,9 +17,9 @@ from perceiver_export.calibration.quantization.integers import quantize_channels
 from perceiver_export.calibration.quantization.options import QuantizeOptions, Scheme
 from perceiver_export.runtimes.opening import open_engine
 from perceiver_export.runtimes.runtime import Array
-from tests.calibration.graphs import BLOCK, FOLDED, GEMM, build, inputs, quantized, run
+from tests.calibration.graphs import BLOCK, FOLDED, GEMM, RELU, build, inputs, quantized, run
 
-GRAPHS = {"block": BLOCK, "gemm": GEMM, "folded": FOLDED}
+GRAPHS = {"block": BLOCK, "gemm": GEMM, "folded": FOLDED, "relu": RELU}
 
 
 @pytest.mark.parametrize("name", GRAPHS)
@@ -113,7 +113,7 @@ def test_every_linear_runs_in_integer_kernels_on_onnxruntime(name: str, tmp_path
     found = measure_coverage("ort-cpu", tmp_path / "int8" / "model.ort-cpu.onnx", part.integer_linears, feeds)
 
     assert found.share == 1.0
-    assert {layer.kernel for layer in found.layers} <= {"MatMulIntegerToFloat"}
+    assert {layer.kernel for layer in found.layers} <= {"MatMulIntegerToFloat", "QLinearMatMul"}
 
 
 def test_coverage_says_what_stays_float_without_lowering(tmp_path: Path) -> None:
@@ -126,7 +126,7 @@ def test_coverage_says_what_stays_float_without_lowering(tmp_path: Path) -> None
     assert {layer.group for layer in found.layers if not layer.integer} >= {"w1", "w2"}
 
 
-@pytest.mark.parametrize("name", ["block", "folded"])
+@pytest.mark.parametrize("name", ["block", "folded", "relu"])
 def test_openvino_takes_the_canonical_form_as_it_is(name: str, tmp_path: Path) -> None:
     part, path = quantized(GRAPHS[name], tmp_path)
     model = build(GRAPHS[name])
@@ -185,5 +185,5 @@ def test_layers_may_have_schemes_of_their_own(tmp_path: Path) -> None:
         **dict.fromkeys(("wk", "wv", "w1", "w2"), "int8-weights"),
         "wo": "float",
     }
-    assert part.kept_float == {"wo": "asked for"}
+    assert part.kept_float == {"wo": "requested"}
     assert part.integer_linears == ()

@@ -104,7 +104,7 @@ def test_auto_runs_a_certified_bundle_where_it_is_certified(
     (ort,) = map(str, certify(bundle, [on["ort-cpu"]]))
     with caplog.at_level("INFO", "perceiver_export"):
         assert described(bundle) == ("ort-cpu", (ort,))
-    assert "auto is ort-cpu" in caplog.text
+    assert "auto chose ort-cpu" in caplog.text
     assert described(bundle, device="openvino-cpu") == ("openvino-cpu", ())
     inspected = inspect_bundle(bundle)
     assert (inspected.certificates, inspected.certified_with, inspected.certified_elsewhere) == ((ort,), {}, ())
@@ -369,7 +369,7 @@ def test_samples_that_were_calibrated_on_are_found(bundle: Path, fashion_bundle:
     result = judged(bundle, held_out, against=fashion_bundle, samples=130)
     assert len(used) == 32  # spread evenly over 2,000
     assert result.warnings[0].startswith("2 of 130 samples")
-    with pytest.raises(DataError, match=r"2 of 130 samples .* were calibrated or searched on"):
+    with pytest.raises(DataError, match="2 of 130 samples"):
         judged(bundle, held_out, against=fashion_bundle, samples=130, max_drop=1, certify=True)
     (made,) = certify(bundle, [judged(bundle, held_out, against=fashion_bundle, samples=130, max_drop=20)])
     assert made.caveats == (result.warnings[0],)

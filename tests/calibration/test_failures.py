@@ -78,7 +78,7 @@ def test_an_error_in_the_middle_leaves_no_file(fashion_bundle: Path, tmp_path: P
     files = {"--junit": "gates.xml", "--report": "a.html", "--save-worst": "worst"}
     options = [word for option, name in files.items() for word in (option, str(tmp_path / name))]
 
-    assert "data.npz[80]: 'image' holds NaN" in fail(
+    assert "data.npz[80]: 'image' contains NaN" in fail(
         "validate", fashion_bundle, "--data", tmp_path / "data.npz", *options
     )
     assert [path.name for path in tmp_path.iterdir()] == ["data.npz"]

@@ -41,9 +41,9 @@ def test_doubtful_data_is_told() -> None:
         "random numbers",
         "3 samples",
         "2 of 3 samples are repeated",
-        "one class, 'cat'",
+        "same label, 'cat'",
         "same in all",
-        "255 to 255",
+        "255 … 255",
         "names are numbers",
     ):
         assert told in warnings

@@ -12,7 +12,7 @@ from perceiver_export.calibration import measure_sensitivity, quantize
 from perceiver_export.calibration.graphs import sqnr
 from perceiver_export.calibration.quantization.options import QuantizeOptions
 from perceiver_export.calibration.quantization.record import read_calibration
-from perceiver_export.runtimes import load
+from perceiver_export.runtimes import load, open_bundle
 from perceiver_export.runtimes.engines.backend import Engine
 from perceiver_export.runtimes.errors import GateError
 from perceiver_export.runtimes.opening import open_engine
@@ -43,15 +43,12 @@ def test_both_engines_read_the_same_weights(depth: int, rows: int, tmp_path: Pat
     assert part.record.linears[0].scheme == ("int4-weights" if depth in (128, 66, 40) else "int8-weights")
 
 
-def test_the_trained_model_runs_on_both_engines(fashion_bundle: Path, tmp_path: Path) -> None:
-    made = quantize(
-        fashion_bundle, FASHION / "held_out.npz", tmp_path / "int4", QuantizeOptions(scheme="int4-weights", samples=8)
-    )
-    calibration = read_calibration(made)
+def test_the_trained_model_runs_on_both_engines(fashion_bundle: Path, int4_bundle: Path) -> None:
+    calibration = read_calibration(open_bundle(int4_bundle))
     picture = np.random.default_rng(0).normal(size=(1, 3, 28, 28)).astype(np.float32)
     logits = []
     for target in ("ort-cpu", "openvino-cpu"):
-        with load(made, device=target) as runtime:
+        with load(int4_bundle, device=target) as runtime:
             logits.append(runtime.run({"image": picture})["logits"])
 
     assert sqnr(*logits) > 20

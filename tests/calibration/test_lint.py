@@ -79,7 +79,7 @@ def test_int8_as_we_write_it_has_no_finding_and_other_int8_runs_in_floats(tmp_pa
     assert (rules(ours), compiled(ours).int8_products) == (set(), 1)
     assert (rules(one_sided), compiled(one_sided).int8_products) == ({"one-sided"}, 0)
     assert rules(by_input) == {"weight-axis"}
-    assert "int8 asked, fp16 found" in refused(by_input)  # it compiles, and the check of precision stops it
+    assert "int8 requested, fp16 found" in refused(by_input)  # it compiles, and the check of precision stops it
 
 
 @pytest.mark.parametrize(("zero", "kind", "wrong"), [(3, np.int8, False), (128, np.uint8, False), (0, np.uint8, True)])
@@ -190,7 +190,7 @@ def test_findings_of_one_kind_are_a_row(tmp_path: Path, capsys: pytest.CaptureFi
     shown = capsys.readouterr().out
 
     assert len(result.findings) == 3
-    assert shown.count("FastGelu is no operator of ONNX") == 1
+    assert shown.count("FastGelu is not an ONNX operator") == 1
     assert all(finding.node in shown for finding in result.findings)
     assert not any(finding.fix.startswith("perceiver-export") for finding in result.findings)
 
@@ -272,7 +272,7 @@ def test_folded_attention_is_told_from_what_fuses_and_from_a_classifier(tmp_path
     assert compiled(folded).fused_attentions == 0
     assert (none.attentions, none.unfused) == (0, {})
     assert (list(wide.unfused.values()), wide.findings) == ([FOLDED], ())
-    assert "66 wide" in next(iter(plain.unfused.values()))
+    assert "width 66" in next(iter(plain.unfused.values()))
     assert {finding.rule for finding in plain.findings} == {"wide-heads"}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,15 +20,9 @@ from perceiver_export.calibration.graphs import sqnr
 from perceiver_export.calibration.lowering.attention import find_attentions, pad_heads
 from perceiver_export.calibration.lowering.half import to_half
 from perceiver_export.calibration.lowering.lint import lint
-from perceiver_export.calibration.lowering.tensorrt import (
-    calibrated,
-    lower_bundle,
-    lower_for_tensorrt,
-    magnitudes,
-)
+from perceiver_export.calibration.lowering.tensorrt import calibrated, lower_bundle, lower_for_tensorrt, magnitudes
 from perceiver_export.calibration.quantization.options import Scheme
 from perceiver_export.calibration.quantization.record import read_calibration
-from perceiver_export.exporter import export
 from perceiver_export.runtimes import load, open_bundle
 from perceiver_export.runtimes.bundle import Bundle, golden_arrays
 from perceiver_export.runtimes.errors import BundleError, GateError
@@ -35,8 +30,7 @@ from tests.calibration.damaged_scales import rehashed
 from tests.calibration.lint_cases import compiled
 from tests.calibration.onnx_text import write
 from tests.calibration.reference_runs import run
-from tests.cli import small_models
-from tests.conftest import FASHION
+from tests.conftest import FASHION, SmallBundle
 from tests.preset_graphs import quantized
 
 LONG, MEBIFLOATS = 32, 4
@@ -55,10 +49,10 @@ print(found["a1"], peak_memory() - before)
 """
 
 
-@pytest.fixture(scope="module")
-def language(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+@pytest.fixture
+def language(small_bundle: SmallBundle) -> Bundle:
     """Masked, with heads of 4 for queries and 6 for values in its decoder."""
-    return export(small_models.language(), tmp_path_factory.mktemp("language") / "language")
+    return open_bundle(small_bundle("language"))
 
 
 def graph(bundle: Bundle) -> ir.Model:
@@ -154,8 +148,8 @@ def test_a_bundle_that_cannot_be_lowered_stays_as_it_was(copied_bundle: Path, mo
 
 
 @pytest.mark.parametrize("system", ["pictures", "flow", "first_sound", "video"])
-def test_every_kind_of_model_keeps_more_than_50_db(system: str, tmp_path: Path) -> None:
-    bundle = export(getattr(small_models, system)(), tmp_path / "bundle")
+def test_every_kind_of_model_keeps_more_than_50_db(system: str, small_bundle: SmallBundle, tmp_path: Path) -> None:
+    bundle = shutil.copytree(small_bundle(system, split=system == "video"), tmp_path / "bundle")
     lowered = lower_bundle(bundle, "fp16")
 
     assert min(lowered.sqnr.values()) > 50
@@ -178,10 +172,10 @@ def test_looking_for_overflow_keeps_no_tensor_alive(tmp_path: Path) -> None:
     assert growth < 4 * MEBIFLOATS * LONG / 4  # MiB; all of them at once would be four times that
 
 
-@pytest.fixture(scope="module")
-def convolution(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture
+def convolution(small_bundle: SmallBundle) -> Path:
     """Pads pictures with minus infinity in front of its pooling."""
-    return export(small_models.pictures(), tmp_path_factory.mktemp("convolution") / "convolution").path
+    return small_bundle("pictures")
 
 
 @pytest.mark.parametrize(("model", "factor"), [("fashion_bundle", 3e4), ("convolution", 1e6)])
@@ -255,7 +249,7 @@ def test_int8_beside_int4_weights_is_rewritten_in_every_precision(fashion_bundle
     assert compiled(bundle.file("model.tensorrt-fp16.onnx")).int8_products > 0
     calibration = read_calibration(bundle)
     assert calibration is not None
-    assert calibration.how == "int8, ranges by mse, weights of 8 bits; of 28 layers 2 int4-weights, 6 float"
+    assert calibration.how == "int8, ranges by mse, 8-bit weights; of 28 layers 2 int4-weights, 6 float"
 
 
 def test_a_read_only_file_system_is_one_error(copied_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,11 +264,10 @@ def test_a_read_only_file_system_is_one_error(copied_bundle: Path, monkeypatch: 
         lower_bundle(open_bundle(copied_bundle), "fp32")
 
 
-def test_the_first_10_have_no_int4(fashion_bundle: Path, tmp_path: Path) -> None:
-    options = QuantizeOptions(scheme="int4-weights", samples=8)
-    bundle = quantize(fashion_bundle, FASHION / "held_out.npz", tmp_path / "int4", options)
+def test_the_first_10_have_no_int4(int4_bundle: Path, tmp_path: Path) -> None:
+    bundle = shutil.copytree(int4_bundle, tmp_path / "int4")
     lower_bundle(bundle, "fp16")
-    (early,), (late,) = (lint(bundle.path, version=version) for version in ("10.3", "10.13"))
+    (early,), (late,) = (lint(bundle, version=version) for version in ("10.3", "10.13"))
 
     assert [(finding.rule, finding.fix.split(",")[0]) for finding in early.findings] == [
         ("opset", "quantize with --scheme int8-weights")

@@ -178,8 +178,8 @@ def test_three_samples_one_class_and_random_data_are_told(fashion_bundle: Path, 
     few = quantize(fashion_bundle, tmp_path / "shirts.npz", tmp_path / "few")
     random = quantize(fashion_bundle, "random", tmp_path / "random", QuantizeOptions(samples=4))
 
-    assert any(note.startswith("3 samples to calibrate on") for note in few.manifest.notes)
-    assert any("one class, 'Shirt'" in note for note in few.manifest.notes)
+    assert any(note.startswith("only 3 calibration samples") for note in few.manifest.notes)
+    assert any("same label, 'Shirt'" in note for note in few.manifest.notes)
     assert any("random numbers" in note for note in random.manifest.notes)
     assert random.manifest.quantization is not None
     assert random.manifest.quantization.random_data

@@ -53,8 +53,8 @@ def _image(**changes: Any) -> list[dict[str, Any]]:
     [
         ({"min_agreement": 0.97}, HELD_OUT, UsageError, "97?"),
         ({"keep_float": ["nonsense"]}, HELD_OUT, UsageError, "'nonsense'"),
-        ({"keep_float": ["*"]}, HELD_OUT, UsageError, "no layer is left"),
-        ({"precision": {"*": "float"}}, HELD_OUT, UsageError, "no layer is left"),
+        ({"keep_float": ["*"]}, HELD_OUT, UsageError, "all layers stay float"),
+        ({"precision": {"*": "float"}}, HELD_OUT, UsageError, "all layers stay float"),
         ({}, "nowhere.npz", DataError, "nowhere.npz"),
         ({}, [], DataError, "no samples"),
         ({}, [{"picture": np.zeros((3, 28, 28), np.float32)}], DataError, "'picture'"),
@@ -74,7 +74,7 @@ def test_options_and_data_that_do_not_fit_the_bundle_are_refused(
 
 
 def test_bundles_that_cannot_be_quantized_are_refused(int8_bundle: Path, fashion_bundle: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="quantized already"):
+    with pytest.raises(UsageError, match="already quantized"):
         quantize(int8_bundle, HELD_OUT, tmp_path / "twice")
     with pytest.raises(BundleExistsError):
         quantize(fashion_bundle, HELD_OUT, int8_bundle)

@@ -139,9 +139,9 @@ def test_layers_kept_float_are_float_in_every_rung_and_no_part_of_the_ladder(
     assert quantization is not None
     assert quantization.weight_bits == 7
     back = {group for group, scheme in ladder.rungs[last].items() if scheme == "float"}
-    assert {quantization.kept_float[name] for name in back} == {"found by a search"}
+    assert {quantization.kept_float[name] for name in back} == {"chosen by the search"}
     asked = {why for name, why in quantization.kept_float.items() if name.startswith("encoder.self_attentions.0.1.")}
-    assert asked == {"asked for"}
+    assert asked == {"requested"}
     graph = ir.load(tmp_path / "last" / "model.tensorrt-fp16.onnx").graph
     products = [node for node in graph if node.op_type == "MatMul" and (node.name or "").split("/")[0] in back]
     assert len(products) >= len(back) - 1
@@ -290,7 +290,7 @@ def test_a_layer_that_must_not_be_int8_goes_back(
     [
         ({"max_drop": None}, {}, errors.UsageError, "max-drop"),
         ({"keep_float": ["head"]}, {}, errors.UsageError, "'head'"),
-        ({"keep_float": ["*"]}, {}, errors.UsageError, "no layer is left"),
+        ({"keep_float": ["*"]}, {}, errors.UsageError, "all layers stay float"),
         ({"max_drop": None, "metric": "epe", "max_metric_change": 1}, {}, errors.UsageError, "'epe'"),
         ({"metric": "kl"}, {}, errors.UsageError, "--metric"),
         ({}, {"least_gain": 100.0}, errors.UsageError, "least-gain is 100"),

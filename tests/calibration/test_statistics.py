@@ -11,15 +11,7 @@ from scipy import optimize, stats
 from perceiver_export.calibration.validation.gates import AT_LEAST, AT_MOST, RELATIVE, Gate, Wanted, decide, require
 from perceiver_export.calibration.validation.metrics.base import Column, Metric
 from perceiver_export.calibration.validation.scores import worsening
-from perceiver_export.calibration.validation.statistics import (
-    Estimate,
-    bootstrap,
-    drop,
-    mcnemar,
-    p_value,
-    score,
-    share,
-)
+from perceiver_export.calibration.validation.statistics import Estimate, bootstrap, drop, mcnemar, p_value, score, share
 from perceiver_export.runtimes.errors import GateError, UndecidedError
 from perceiver_export.runtimes.runtime import Array
 

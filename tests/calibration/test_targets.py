@@ -60,5 +60,5 @@ def test_worst_samples_have_a_folder_a_target(int8_bundle: Path, fashion_bundle:
     assert sorted(path.name for path in (tmp_path / "worst").iterdir()) == sorted(present)
     for target in present:
         assert len(list((tmp_path / "worst" / target).glob("*.npz"))) == 2
-    with pytest.raises(DataError, match="is there already"):
+    with pytest.raises(DataError, match="already exists"):
         validate_targets(int8_bundle, TEST, asked(device="all", samples=3, save_worst=tmp_path / "worst"))

@@ -14,26 +14,22 @@ import numpy as np
 import pytest
 
 from perceiver_export.calibration import quantize
-from perceiver_export.exporter import ExportOptions, export
 from perceiver_export.runtimes import Batcher, Runtime, load, open_task
 from perceiver_export.runtimes.benchmark import bench
 from perceiver_export.runtimes.errors import DataError, InputError
 from perceiver_export.runtimes.runtime import Array
 from tests.calibration.asked import judged
-from tests.cli import small_models
 from tests.cli.commands import fail
+from tests.conftest import SmallBundle
 
 LENGTH = 32
 WRONG = [("tokens", -1), ("tokens", 262), ("tokens", 2**31 - 1), ("tokens_mask", 2), ("tokens_mask", -1)]
 
 
 @pytest.fixture(scope="module")
-def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def bundles(small_bundle: SmallBundle) -> dict[str, Path]:
     """One model, whole and split."""
-    folder, model = tmp_path_factory.mktemp("language"), small_models.language()
-    return {
-        name: export(model, folder / name, ExportOptions(split=name == "split")).path for name in ("whole", "split")
-    }
+    return {name: small_bundle("language", name == "split") for name in ("whole", "split")}
 
 
 @pytest.fixture(scope="module", params=["whole", "split"])

@@ -30,7 +30,7 @@ def int8(plain_fashion_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -
     arguments = ["--data", HELD_OUT, "-o", str(out), "--samples", "16", "--sensitivity", str(file)]
     shown = succeed("quantize", plain_fashion_bundle, *arguments)
     assert "ort-cpu: int8 multiply-adds in integer kernels" in shown
-    assert "warning: 16 samples to calibrate on" in shown
+    assert "warning: only 16 calibration samples" in shown
     assert f"perceiver-export profile {shlex.quote(str(out))} --sort loss" in shown
     assert shown.splitlines()[-1].startswith(f"next: perceiver-export validate {shlex.quote(str(out))} ")
     assert json.loads(file.read_text())[0]["group"] == "encoder.cross_attentions.0.attention.key"

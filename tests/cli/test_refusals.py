@@ -69,7 +69,7 @@ REFUSED: list[tuple[str, list[str]]] = [
     (f"{QUANTIZE} D --sensitivity B/golden.json", ["golden.json", "B"]),
     ("inspect T", ["no manifest.json"]),
     ("bench T", ["no manifest.json"]),
-    ("bench preset:x", ["hint: it looks like a SOURCE: perceiver-export export preset:x"]),
+    ("bench preset:x", ["perceiver-export export preset:x -o"]),
     ("bench B --csv D", [".csv"]),
     ("bench B --csv B/a.csv", ["a.csv", "B"]),
     ("bench B --csv T/none/figures.csv", ["figures.csv"]),

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +17,13 @@ from perceiver_export.exporter.trace import TOLERANCE
 from perceiver_export.runtimes import load, open_bundle
 from perceiver_export.runtimes.tasks import TASKS
 from perceiver_export.runtimes.tasks.sound import read_wav, write_wav
+from tests.conftest import SmallBundle
 
 from . import small_models
 from .commands import fail, succeed
 from .torch_answers import found_numbers, torch_numbers
 
 RNG = np.random.default_rng(0)
-SmallBundle = Callable[..., Path]
 
 
 def write_frames(folder: Path, *sizes: tuple[int, int]) -> None:
@@ -134,16 +133,16 @@ def test_video_is_written_as_frames_and_sound(small_bundle: SmallBundle, files: 
 
 # System, what to give `run`, words of the error.
 BAD: list[tuple[str, str, str]] = [
-    ("language", "x" * 33 + "[MASK]", "the text has 34 bytes, 32 fit"),
+    ("language", "x" * 33 + "[MASK]", "the text has 34 bytes, but only 32 fit"),
     ("language", "nothing to do", "the text has no [MASK]"),
     ("language", "latin.txt", "latin.txt: the text is not valid UTF-8: byte 0xe9 at offset 3"),
     ("flow", "small", "10 × 30"),
     ("flow", "mixed", "frame0.png has 20 × 30 pixels"),
-    ("mel", "slow.wav", "slow.wav has 44100 samples a second, the model takes 48000"),
-    ("points", "nan.npy", "nan.npy: point 0 is [0.0, 0.0, nan]"),
-    ("points", "nothing.npy", "nothing.npy holds no point"),
+    ("mel", "slow.wav", "slow.wav has 44100 samples per second, but the model takes 48000"),
+    ("points", "nan.npy", "point 0: [0.0, 0.0, nan]"),
+    ("points", "nothing.npy", "nothing.npy contains no points"),
     ("sets", "empty.npz", "the entities have shape [1, 0, 16]"),
-    ("sets", "masked.npz", "'entities_mask' masks everything of sample 0"),
+    ("sets", "masked.npz", "sample 0 are masked by 'entities_mask'"),
 ]
 
 
@@ -169,7 +168,9 @@ def test_labels_are_not_counted_where_there_are_none(small_bundle: SmallBundle, 
 
 def test_own_models_of_the_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     examples = Path(__file__).resolve().parents[2] / "examples"
-    succeed("export", "your_own:robot", "-o", tmp_path / "robot", cwd=examples)
+    with monkeypatch.context() as there:
+        there.chdir(examples)
+        succeed("export", "your_own:robot", "-o", tmp_path / "robot")
     arrays: dict[str, Any] = {
         "sound": RNG.normal(size=(160, 1)),
         "touch": RNG.normal(size=(6, 8, 2)),

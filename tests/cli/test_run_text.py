@@ -111,7 +111,7 @@ def test_the_command_shows_labels_or_the_scores_of_tasks(ask: Ask) -> None:
     ("content", "message"),
     [
         (b"good\n\xe9t\xe9\n", r"bad\.txt: the text is not valid UTF-8: byte 0xe9 at offset 5"),
-        (b"good\n" + b"x" * 50, r"bad\.txt:2: the text has 50 bytes, 38 fit"),
+        (b"good\n" + b"x" * 50, r"bad\.txt:2: the text has 50 bytes, but only 38 fit"),
         (b"\n \n", r"bad\.txt holds no text"),
         (b"", r"bad\.txt holds no text"),
     ],

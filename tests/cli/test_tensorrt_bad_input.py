@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,8 @@ import pytest
 
 from perceiver_export.calibration.lowering.tensorrt import lower_bundle
 from perceiver_export.runtimes import build
+from perceiver_export.runtimes.engines import tensorrt
+from perceiver_export.runtimes.engines.cuda import Gpu
 from tests.calibration.damaged_scales import rehashed
 from tests.calibration.onnx_text import write
 from tests.cli.commands import fail, succeed
@@ -25,20 +26,13 @@ SM86 = ("--target", "tensorrt-rtx", "--flag", "compute_capability=sm86")
 PICTURE = FASHION / "pictures" / "coat.png"
 
 
-def on_a(name: str, compute_capability: tuple[int, int]) -> list[str]:
-    """The command, on a machine whose driver tells of this GPU."""
-    gpu = f"Gpu('{name} (sm_{compute_capability[0]}{compute_capability[1]})', {compute_capability}, 1 << 34)"
-    lines = (
-        "from perceiver_export.exporter.cli.main import main",
-        "from perceiver_export.runtimes.engines import tensorrt",
-        "from perceiver_export.runtimes.engines.cuda import Gpu",
-        f"tensorrt.cuda_gpus = lambda: ({gpu},)",
-        "main()",
-    )
-    return [sys.executable, "-c", "\n".join(lines)]
+A4000 = Gpu("NVIDIA RTX A4000 (sm_86)", (8, 6), 1 << 34)
 
 
-A4000 = on_a("NVIDIA RTX A4000", (8, 6))
+@pytest.fixture
+def driver_tells(monkeypatch: pytest.MonkeyPatch) -> Callable[[Gpu], None]:
+    """``driver_tells(gpu)``: from here on the machine's driver tells of this GPU."""
+    return lambda gpu: monkeypatch.setattr(tensorrt, "cuda_gpus", lambda: (gpu,))
 
 
 @pytest.fixture
@@ -59,23 +53,28 @@ def cut(engine: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("command", "spoil", "message"),
+    ("gpu", "spoil", "message"),
     [
         (
             A4000,
             lambda engine: edit_record(engine, of_another_version),
-            "it was built with tensorrt-rtx 1.6.0.5, here is",
+            "it was built with tensorrt-rtx 1.6.0.5, but this is",
         ),
-        (on_a("RTX 5090", (12, 0)), lambda engine: None, "it was built for sm86, here is RTX 5090 (sm_120)"),
+        (
+            Gpu("RTX 5090 (sm_120)", (12, 0), 1 << 34),
+            lambda engine: None,
+            "it was built for sm86, but this is RTX 5090 (sm_120)",
+        ),
         (A4000, cut, "is damaged: model.engine has"),
     ],
     ids=["version", "device", "half"],
 )
 def test_an_engine_that_is_not_for_here_is_refused_with_the_command_that_makes_one(
-    command: list[str], spoil: Callable[[Path], None], message: str, built: Path
+    gpu: Gpu, spoil: Callable[[Path], None], message: str, built: Path, driver_tells: Callable[[Gpu], None]
 ) -> None:
     (record,) = built.glob("engines/tensorrt-rtx/*/engine.json")
     spoil(record.parent)
+    driver_tells(gpu)
 
     verbs: tuple[list[str | Path], ...] = (
         ["run", built, PICTURE],
@@ -83,16 +82,19 @@ def test_an_engine_that_is_not_for_here_is_refused_with_the_command_that_makes_o
         ["validate", built, "--data", FASHION / "test.npz"],
     )
     for verb in verbs:
-        said = fail(*verb, "--device", "tensorrt-rtx", command=command)
+        said = fail(*verb, "--device", "tensorrt-rtx")
         assert message in said
         assert f"build {built} --target tensorrt-rtx --precision fp16" in said
 
 
-def test_a_gpu_that_tensorrt_for_rtx_is_not_for_is_sent_to_tensorrt(copied_bundle: Path) -> None:
-    said = fail("build", copied_bundle, "--target", "tensorrt-rtx", command=on_a("Orin", (8, 7)))
+def test_a_gpu_that_tensorrt_for_rtx_is_not_for_is_sent_to_tensorrt(
+    copied_bundle: Path, driver_tells: Callable[[Gpu], None]
+) -> None:
+    driver_tells(Gpu("Orin (sm_87)", (8, 7), 1 << 34))
+    said = fail("build", copied_bundle, "--target", "tensorrt-rtx")
 
-    assert "TensorRT for RTX 1.7 is not for Orin (sm_87)" in said
-    assert "sm75, sm80, sm86, sm89, sm120, sm121; use --target tensorrt here" in said
+    assert "TensorRT for RTX 1.7 supports sm75, sm80, sm86, sm89, sm120, sm121, but not Orin (sm_87)" in said
+    assert "--target tensorrt\n" in said
 
 
 @pytest.mark.parametrize(
@@ -100,12 +102,18 @@ def test_a_gpu_that_tensorrt_for_rtx_is_not_for_is_sent_to_tensorrt(copied_bundl
     [("libnvonnxparser.so.10", "libnvonnxparsers10"), ("libnvinfer_plugin.so.8", "libnvinfer-plugin8")],
 )
 def test_tensorrt_without_one_of_its_libraries_says_which_package_has_it(
-    library: str, package: str, copied_bundle: Path, tmp_path: Path
+    library: str,
+    package: str,
+    copied_bundle: Path,
+    tmp_path: Path,
+    driver_tells: Callable[[Gpu], None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Its Python module is linked with all of them, the parser's too: without one its import fails in these words."""
     (tmp_path / "tensorrt.py").write_text(f"raise ImportError('{library}: cannot open shared object file')")
-    paths = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
-    said = fail("build", copied_bundle, "--target", "tensorrt", command=A4000, env={**os.environ, "PYTHONPATH": paths})
+    monkeypatch.syspath_prepend(tmp_path)
+    driver_tells(A4000)
+    said = fail("build", copied_bundle, "--target", "tensorrt")
 
     assert f"needs tensorrt: {library}" in said
     assert f"sudo apt install {package};" in said

@@ -132,6 +132,34 @@ def half() -> tuple[nn.Module, tuple[Tensor]]:
     return nn.Linear(4, 4).half(), (torch.randn(1, 4).half(),)
 
 
+class Brain(nn.Module):
+    """A constant that ONNX Runtime has no kernel for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 4, dtype=torch.bfloat16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ (self.weight @ self.weight).float()
+
+
+def brain() -> tuple[nn.Module, tuple[Tensor]]:
+    return Brain(), (torch.randn(1, 4),)
+
+
+class Vocabulary(nn.Linear):
+    """With state that is no tensor, as modules may have."""
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"left": 0, "right": 1}
+
+    def set_extra_state(self, state: dict[str, int]) -> None: ...
+
+
+def vocabulary() -> tuple[nn.Module, tuple[Tensor]]:
+    return Vocabulary(4, 3), (torch.randn(1, 4),)
+
+
 def bare() -> nn.Module:
     return nn.Linear(4, 4)
 

@@ -50,7 +50,7 @@ def make_transformers_model(kind: str, **changes: Any) -> Any:
         "num_latents": 7,
         "d_latents": 24,
         "num_blocks": 2,
-        "num_self_attends_per_block": 3,
+        "num_self_attends_per_block": 2,
         "num_self_attention_heads": 4,
         "num_cross_attention_heads": 1,
         "image_size": 12,
@@ -61,7 +61,11 @@ def make_transformers_model(kind: str, **changes: Any) -> Any:
     torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = getattr(transformers, name)(config).eval()
+        return moved(getattr(transformers, name)(config).eval())
+
+
+def moved(model: Any) -> Any:
+    """The model with random numbers added to every parameter and buffer."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))

@@ -13,12 +13,7 @@ from msgspec.structs import replace
 from torch import Tensor, nn
 
 from perceiver_export.exporter.checkpoints.huggingface import patches_to_kernel
-from perceiver_export.exporter.model.config import (
-    FourierPositions,
-    FramePairInput,
-    PerceiverConfig,
-    QueryDecoder,
-)
+from perceiver_export.exporter.model.config import FourierPositions, FramePairInput, PerceiverConfig, QueryDecoder
 from perceiver_export.exporter.model.inputs import FramePairAdapter
 from perceiver_export.exporter.model.perceiver import PerceiverIO
 from perceiver_export.runtimes.tasks import flow

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""docs/checkpoints.md says what the tables in the code say. Run as a module, this file writes its tables anew."""
+"""docs/guides/checkpoints.md says what the tables in the code say. Run as a module, this file writes its tables anew."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from perceiver_export.exporter.checkpoints.huggingface_config import IGNORED, TASKS, HuggingFaceConfig, uses
 from perceiver_export.exporter.checkpoints.image_processors import FLAGS, PROCESSORS
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "checkpoints.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "guides" / "checkpoints.md"
 
 
 def rows(header: tuple[str, ...], cells: Sequence[tuple[str, ...]]) -> str:

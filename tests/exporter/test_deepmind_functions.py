@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from perceiver_export.exporter.checkpoints.haiku_names import hwio_to_oihw
+from perceiver_export.exporter.checkpoints.haiku import hwio_to_oihw
 from perceiver_export.exporter.model.attention import attend
 from perceiver_export.exporter.model.config import FourierPositions, PositionQueries
 from perceiver_export.exporter.model.inputs import ConvDownsample, fourier_features, grid_positions, space_to_depth

@@ -123,7 +123,6 @@ MISTAKES: dict[str, tuple[tuple[str, ...], Change]] = {
     "masked queries read": (("language",), lambda config: replace(config, mask_queries=False)),
     "transformers' padding": (("imagenet_conv",), _inputs(padding="huggingface")),
     "positions without the last": (_FOURIER, _inputs(endpoint=False)),
-    "order of the positions": (_FOURIER, _inputs(order="axis-by-axis")),
     "flow not times 20": (("optical_flow",), _without_scale),
     "queries with the last": (("video_autoencoding",), with_both_ends),
 }

@@ -20,12 +20,7 @@ from perceiver_export.exporter.model.architectures import (
     first_perceiver,
     point_input,
 )
-from perceiver_export.exporter.model.config import (
-    ArrayInput,
-    AverageDecoder,
-    PerceiverConfig,
-    Sharing,
-)
+from perceiver_export.exporter.model.config import ArrayInput, AverageDecoder, PerceiverConfig, Sharing
 from perceiver_export.exporter.model.perceiver import PerceiverIO
 
 BLOCKS, LAYERS, CHANNELS, LABELS = 4, 2, 16, 5

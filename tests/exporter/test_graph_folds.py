@@ -22,7 +22,7 @@ from perceiver_export.exporter.fold.sites import node_flops
 
 ALWAYS = -(1 << 60)  # FLOPs that a fold must save: every site is rewritten
 Array = np.ndarray
-STEPS = ["linear", "norm", "table", "row", "scale", "concat", "residual", "negate", "view"]
+STEPS = ["linear", "norm", "rms_norm", "table", "row", "scale", "concat", "residual", "negate", "view"]
 
 
 class Drawing:
@@ -64,6 +64,11 @@ class Drawing:
 
     def norm(self, x: str, width: int) -> str:
         return self("LayerNormalization", x, self.random(width, scale=1.0), self.random(width), axis=-1)
+
+    def rms_norm(self, x: str, width: int) -> str:
+        mean = self("ReduceMean", self("Mul", x, x), self.constant(np.array([-1])), keepdims=1)
+        root = self("Sqrt", self("Add", mean, self.constant(np.array(1e-6))))
+        return self("Mul", self("Mul", x, self("Reciprocal", root)), self.random(width, scale=1.0))
 
     def heads(self, x: str, batch: int, rows: int, heads: int, depth: int, order: Sequence[int] = (0, 2, 1, 3)) -> str:
         apart = self("Reshape", x, self.constant(np.array([batch, rows, heads, depth])))
@@ -112,6 +117,8 @@ def rows(draw: st.DrawFn, drawing: Drawing, batch: int, count: int) -> tuple[str
             value, width = drawing.linear(value, width, out, draw(st.booleans())), out
         elif step == "norm":
             value = drawing.norm(value, width)
+        elif step == "rms_norm":
+            value = drawing.rms_norm(value, width)
         elif step == "table":
             value = drawing("Add", value, drawing.random(draw(st.sampled_from([1, batch])), count, width))
         elif step == "row":
@@ -162,24 +169,37 @@ def test_random_attention_is_the_same_function(data: st.DataObject) -> None:
     assert_same(drawing, *outputs, budget=data.draw(st.sampled_from([None, 128])))
 
 
-def perceiver(drawing: Drawing, batch: int = 1, queries: int = 4) -> str:
+def perceiver(drawing: Drawing, batch: int = 1, queries: int = 4, norm: str = "norm") -> str:
     """A Perceiver's encoder: features beside Fourier-like positions, a LayerNorm, constant queries."""
     grid = drawing.rng.standard_normal((8, 1, 6)) + drawing.rng.standard_normal((1, 16, 6))
     table = np.broadcast_to(grid.reshape(1, 128, 6), (batch, 128, 6))
     x = drawing("Concat", drawing.input(batch, 128, 3), drawing.constant(table), axis=-1)
-    x = drawing.norm(x, 9)
+    x = getattr(drawing, norm)(x, 9)
     k, v = (drawing.linear(x, 9, 64) for _ in range(2))
     q = drawing.linear(drawing.random(1, queries, 16), 16, 64)
     read = drawing.attention(q, drawing("Transpose", k, perm=[0, 2, 1]), v)
     return drawing.linear(read, 64, 16)
 
 
+@pytest.mark.parametrize("norm", ["norm", "rms_norm"])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_keys_and_values_of_an_encoder_vanish(batch: int) -> None:
+def test_keys_and_values_of_an_encoder_vanish(batch: int, norm: str) -> None:
     drawing = Drawing()
-    model = assert_same(drawing, perceiver(drawing, batch), least_gain=0)
+    model = assert_same(drawing, perceiver(drawing, batch, norm=norm), least_gain=0)
 
     assert flops(model) * 5 < flops(ir.from_proto(drawing.model(drawing.nodes[-1].output[0])))
+
+
+def test_a_single_key_needs_no_softmax() -> None:
+    drawing = Drawing()
+    x = drawing.norm(drawing.input(16, 1, 8), 8)
+    q, k, v = (drawing.linear(x, 8, 8) for _ in range(3))
+    keys = drawing.heads(k, 16, 1, 2, 4, (0, 2, 3, 1))
+    read = drawing.attention(drawing.heads(q, 16, 1, 2, 4), keys, drawing.heads(v, 16, 1, 2, 4))
+    model = assert_same(drawing, drawing("Neg", read))
+
+    operators = [node.op_type for node in model.graph]
+    assert (operators.count("MatMul"), operators.count("Softmax")) == (1, 0)
 
 
 def input_queries(drawing: Drawing) -> list[str]:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
@@ -14,11 +13,11 @@ import pytest
 import torch
 
 from perceiver_export.exporter import load_model
-from perceiver_export.exporter.checkpoints.haiku import load_haiku_state
-from perceiver_export.exporter.checkpoints.haiku_config import read_flags
-from perceiver_export.exporter.checkpoints.haiku_names import HaikuModel, haiku_sources, ignored_names
+from perceiver_export.exporter.checkpoints.haiku import HaikuModel, haiku_sources, ignored_names, load_haiku_state
 from perceiver_export.exporter.checkpoints.huggingface import huggingface_sources
-from perceiver_export.exporter.model.config import FourierPositions, ImageInput
+from perceiver_export.exporter.model.config import ImageInput
+from perceiver_export.exporter.presets import PRESETS
+from perceiver_export.runtimes.errors import CheckpointError
 from perceiver_export.runtimes.preprocessing import (
     CenterCropShare,
     FlowPreprocessing,
@@ -31,7 +30,7 @@ from tests.vector_folders import VECTORS
 
 from . import haiku_writer
 from .conftest import MakeCheckpoint, make_transformers_model
-from .deepmind_reference import flags, load
+from .deepmind_reference import load, sizes
 
 RELEASED: dict[HaikuModel, str] = {
     "language": "language",
@@ -49,17 +48,13 @@ PARAMETERS = {  # of the released models, as counted by DeepMind's own code
     "optical-flow": 41_057_134,
     "video-autoencoding": 19_858_855,
 }
-# transformers' class of each model, sizes that its own code fixes, and what no parameter's shape tells.
-COPIES: dict[str, tuple[HaikuModel, dict[str, Any]]] = {
-    "learned": ("imagenet-learned", {"num_blocks": 2}),
-    "fourier": ("imagenet-fourier", {"num_blocks": 2}),
-    "conv": ("imagenet-conv", {"num_blocks": 2}),
-    "language": ("language", {"num_blocks": 2, "num_cross_attention_heads": 1}),
-    "flow": ("optical-flow", {"num_blocks": 2, "train_size": [11, 14]}),
-    "video": (
-        "video-autoencoding",
-        {"num_blocks": 2, "num_frames": 3, "image_size": [20, 20], "num_samples": 144},
-    ),
+COPIES: dict[str, HaikuModel] = {  # by the name of transformers' class
+    "learned": "imagenet-learned",
+    "fourier": "imagenet-fourier",
+    "conv": "imagenet-conv",
+    "language": "language",
+    "flow": "optical-flow",
+    "video": "video-autoencoding",
 }
 
 
@@ -68,7 +63,8 @@ def test_released_parameters_fit_exactly(model: HaikuModel) -> None:
     released = json.loads((VECTORS / "released_param_shapes.json").read_text(encoding="utf-8"))[RELEASED[model]]
     with torch.device("meta"):  # shapes without numbers: 201 million parameters take no memory
         state = {name: torch.empty(shape) for name, shape in {**released["params"], **released["state"]}.items()}
-        network = load_haiku_state(model, state, read_flags(model, None))
+        preset = PRESETS["language-bytes" if model == "language" else model]
+        network = load_haiku_state(model, state, preset.build("deepmind"))
 
     unread = sum(state[name].numel() for name in ignored_names(released["params"]))
     assert (unread > 0) == (model == "video-autoencoding")
@@ -80,12 +76,12 @@ def test_released_parameters_fit_exactly(model: HaikuModel) -> None:
 def test_a_pickle_and_transformers_copy_of_it_are_one_model(
     kind: str, parity: str, make_checkpoint: MakeCheckpoint, tmp_path: Path
 ) -> None:
-    model, sizes = COPIES[kind]
+    model = COPIES[kind]
     copy = load_model(make_checkpoint(kind), parity=parity)
     own_names = [name for name in copy.model.state_dict() if not name.endswith("num_batches_tracked")]
     pickle = haiku_writer.write(tmp_path / "params.pickle", _haiku_of(kind, model, own_names, copy.task))
     config = tmp_path / "sizes.json"
-    config.write_text(json.dumps({**sizes, "num_self_attention_heads": 4}), encoding="utf-8")
+    config.write_bytes(msgspec.json.encode(copy.config))  # as a bundle's manifest has it
 
     found = load_model(f"deepmind:{model}:{pickle}", parity=parity, config=config)
 
@@ -121,7 +117,7 @@ def _haiku_of(kind: str, model: HaikuModel, own_names: Iterable[str], task: str)
     return {"params": params, "state": haiku_writer.flat_mappings(state)} if state else params
 
 
-def test_a_bundle_is_told_what_the_original_does() -> None:
+def test_tasks_preprocessing_and_labels_are_the_originals() -> None:
     learned, language, flow, video = (
         load(VECTORS / name) for name in ("imagenet_learned", "language", "optical_flow", "video_autoencoding")
     )
@@ -134,10 +130,7 @@ def test_a_bundle_is_told_what_the_original_does() -> None:
     ]
     picture = learned.preprocessing
     assert isinstance(picture, ImagePreprocessing)
-    assert picture.steps[:2] == (
-        CenterCropShare(224 / 256, 224 / 256, round_up=True),
-        Resize(12, 16, "opencv-bicubic"),
-    )
+    assert picture.steps[:2] == (CenterCropShare(224 / 256, 224 / 256, round_up=True), Resize(12, 16, "opencv-bicubic"))
     assert language.preprocessing == TextPreprocessing(32, special_tokens=False)
     assert flow.preprocessing == FlowPreprocessing(16, 24, min_overlap=4)
     assert video.preprocessing == VideoPreprocessing(4, 16, 16, 128, 48_000)
@@ -148,33 +141,27 @@ def test_a_bundle_is_told_what_the_original_does() -> None:
     assert {one.source for one in (learned, language, flow, video)} == {"checkpoint.pickle"}
 
 
-def test_another_picture_size_is_noted() -> None:
+def test_another_image_size_is_noted() -> None:
     found = load(VECTORS / "imagenet_fourier", image_size=(20, 17))
 
     image = found.config.inputs["image"]
     assert isinstance(image, ImageInput)
     assert (image.height, image.width) == (20, 17)
-    assert any("trained on 16 × 16" in note for note in found.notes)
+    assert any("another size" in note for note in found.notes)
 
 
 @pytest.mark.parametrize("name", ["imagenet-conv", "imagenet_conv", "imagenet_conv_preprocessing", "ImageNet-Conv"])
-def test_models_have_the_names_that_deepmind_gives_them(name: str) -> None:
-    found = load_model(f"deepmind:{name}:{VECTORS / 'imagenet_conv' / 'checkpoint.pickle'}")
+def test_models_have_the_names_that_deepmind_gives_them(name: str, tmp_path: Path) -> None:
+    folder, config = VECTORS / "imagenet_conv", tmp_path / "sizes.json"
+    config.write_text(json.dumps(sizes(folder)), encoding="utf-8")
 
-    # Read without a config, so with the flags of the released model.
-    assert (found.config.encoder.num_blocks, found.config.encoder.self_attention.num_heads) == (8, 8)
-    image = found.config.inputs["image"]
-    assert isinstance(image, ImageInput)
-    assert isinstance(image.positions, FourierPositions)
-    assert (image.height, image.width, image.positions.max_resolution) == (224, 224, (56, 56))
+    found = load_model(f"deepmind:{name}:{folder / 'checkpoint.pickle'}", config=config)
+
+    assert found.config == load(folder).config
 
 
-def test_patches_of_a_video_follow_from_the_shapes(tmp_path: Path) -> None:
-    folder = VECTORS / "video_autoencoding"
-    config = tmp_path / "sizes.json"
-    config.write_text(json.dumps({**flags(folder), "spatial_patch": None}), encoding="utf-8")
-
-    assert (
-        load_model(f"deepmind:video-autoencoding:{folder / 'checkpoint.pickle'}", config=config).config
-        == load(folder).config
-    )
+def test_without_a_config_sizes_are_the_released_models() -> None:
+    with pytest.raises(CheckpointError, match="64 tensors are missing") as raised:
+        load_model(f"deepmind:imagenet-conv:{VECTORS / 'imagenet_conv' / 'checkpoint.pickle'}")
+    assert "preset:imagenet-conv" in raised.value.hint
+    assert "--config" in raised.value.hint

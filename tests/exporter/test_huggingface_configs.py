@@ -27,6 +27,7 @@ from perceiver_export.runtimes.tasks import (
 )
 from perceiver_export.runtimes.tasks.base import Prediction, Value, answer
 
+from .conftest import moved
 from .transformers_reference import patches
 
 PROBLEMS = (None, "regression", "single_label_classification", "multi_label_classification", "of my own")
@@ -103,13 +104,8 @@ def build(config: dict[str, Any], directory: Path) -> Any:
     torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = getattr(transformers, config["architectures"][0])(transformers.PerceiverConfig.from_dict(dict(config)))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-        for buffer in model.buffers():
-            if buffer.is_floating_point():
-                buffer.add_(torch.rand_like(buffer))
+        made = getattr(transformers, config["architectures"][0])(transformers.PerceiverConfig.from_dict(dict(config)))
+    model = moved(made)
     model.eval().save_pretrained(directory)
     (directory / "config.json").write_text(json.dumps(config))
     return model

@@ -100,7 +100,7 @@ def test_tokens_that_the_model_does_not_know(tmp_path: Path) -> None:
     with open_task(bundle) as run:
         assert run({"words": np.array([0, 6, 1]), "words_mask": there})["y"].shape == (6, 2)
         for token in (-1, 7):
-            with pytest.raises(InputError, match=f"holds {token}, the model takes 0 to 6"):
+            with pytest.raises(InputError, match=f"contains {token}, but the model takes 0 to 6"):
                 run({"words": np.array([0, token, 1]), "words_mask": there})
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,11 @@ import pytest
 from google.protobuf import text_format
 
 from perceiver_export.calibration.lowering.tensorrt import lower_bundle
-from perceiver_export.exporter import ExportOptions, export, package
+from perceiver_export.exporter import package
 from perceiver_export.runtimes import load, load_onnx
 from perceiver_export.runtimes.bundle import change_report
 from perceiver_export.runtimes.errors import BundleError, BundleExistsError, UsageError
-from tests.cli import small_models
-from tests.conftest import FASHION
+from tests.conftest import SmallBundle
 
 
 def closed(*required: str, **properties: Any) -> dict[str, Any]:
@@ -56,21 +56,6 @@ def triton_config(path: Path) -> Any:
     return text_format.Parse(path.read_text(encoding="utf-8"), module.ModelConfig())
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("packaging")
-
-
-@pytest.fixture(scope="module")
-def batched(folder: Path) -> Path:
-    return export(FASHION / "checkpoint", folder / "Fashion v2", ExportOptions(batch="1:4:16")).path
-
-
-@pytest.fixture(scope="module")
-def split(folder: Path) -> Path:
-    return export(small_models.language(), folder / "language", ExportOptions(split=True)).path
-
-
 def test_a_fixed_batch_is_part_of_tritons_shape_and_the_model_is_the_bundles(
     fashion_bundle: Path, tmp_path: Path
 ) -> None:
@@ -98,7 +83,8 @@ def test_weights_of_other_targets_stay_behind(copied_bundle: Path, tmp_path: Pat
     assert sorted(file.name for file in model.parent.iterdir()) == ["model.onnx", "model.weights"]
 
 
-def test_a_range_of_batches_is_left_to_tritons_batcher_as_the_bench_says(batched: Path, tmp_path: Path) -> None:
+def test_a_range_of_batches_is_left_to_tritons_batcher_as_the_bench_says(batched_bundle: Path, tmp_path: Path) -> None:
+    batched = shutil.copytree(batched_bundle, tmp_path / "Fashion v2")
     config = triton_config(package(batched, "triton", tmp_path / "first") / "fashion-v2" / "config.pbtxt")
 
     assert (config.max_batch_size, list(config.input[0].dims), list(config.output[0].dims)) == (16, [3, 28, 28], [10])
@@ -114,11 +100,11 @@ def test_a_range_of_batches_is_left_to_tritons_batcher_as_the_bench_says(batched
     assert config.instance_group[0].kind == config.instance_group[0].KIND_GPU
 
 
-def test_the_parts_of_a_split_bundle_are_served_apart(split: Path, tmp_path: Path) -> None:
-    path = package(split, "triton", tmp_path / "repository")
+def test_the_parts_of_a_split_bundle_are_served_apart(small_bundle: SmallBundle, tmp_path: Path) -> None:
+    path = package(small_bundle("language", split=True), "triton", tmp_path / "repository")
 
-    assert sorted(entry.name for entry in path.iterdir()) == ["language-decoder", "language-encoder"]
-    decoder = triton_config(path / "language-decoder" / "config.pbtxt")
+    assert sorted(entry.name for entry in path.iterdir()) == ["language-split-decoder", "language-split-encoder"]
+    decoder = triton_config(path / "language-split-decoder" / "config.pbtxt")
     assert {tensor.name for tensor in decoder.input} == {"latents", "queries"}
 
 

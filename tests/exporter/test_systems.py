@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,10 @@ import pytest
 import torch
 
 from perceiver_export.exporter import ExportOptions, export, load_model
-from perceiver_export.runtimes import Bundle, load
+from perceiver_export.runtimes import Bundle, load, open_bundle
 from perceiver_export.runtimes.errors import InputError, UsageError
 from perceiver_export.runtimes.split import decode
+from tests.conftest import MadeOnce
 
 from .conftest import MakeCheckpoint, make_transformers_model
 from .transformers_reference import SIZES, make_feeds, run_transformers
@@ -28,11 +28,6 @@ RANDOM = {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLik
 Arrays = dict[str, npt.NDArray[Any]]
 
 
-@pytest.fixture(params=KINDS)
-def kind(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
 ExportKind = Callable[[str, str], Bundle]
 OPTIONS: dict[str, dict[str, Any]] = {
     "whole": {"split": False, "batch": 2},
@@ -41,20 +36,21 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def export_kind(tmp_path_factory: pytest.TempPathFactory) -> ExportKind:
+@pytest.fixture
+def export_kind(make_checkpoint: MakeCheckpoint, made_once: MadeOnce) -> ExportKind:
     """Bundles by kind and name of options, each made once."""
 
-    @functools.cache
     def make(kind: str, name: str) -> Bundle:
-        folder, options = tmp_path_factory.mktemp("systems"), dict(OPTIONS[name])
-        make_transformers_model(kind).save_pretrained(folder / "checkpoint")
+        options = dict(OPTIONS[name])
         shape: dict[str, tuple[int, ...]] = {"image": (3, *SIZES[kind])} if kind in SIZES else {}
         if kind in ONE_QUERY:
             options.pop("dynamic_queries", None)  # refused where there is nothing to choose from
         elif options["split"]:
             shape["queries"] = (7,)
-        return export(folder / "checkpoint", folder / "bundle", ExportOptions(shape=shape, **options))
+        every = ExportOptions(shape=shape, **options)
+        return open_bundle(
+            made_once(f"transformers-{kind}-{name}", lambda path: export(make_checkpoint(kind), path, every))
+        )
 
     return make
 
@@ -73,6 +69,7 @@ def assert_close(found: npt.NDArray[Any], expected: npt.NDArray[Any]) -> None:
 
 
 @pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_bundles_give_what_transformers_gives(kind: str, options: str, export_kind: ExportKind) -> None:
     bundle = export_kind(kind, options)
     feeds, expected = samples(kind)

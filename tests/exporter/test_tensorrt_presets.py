@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import time
@@ -19,7 +20,6 @@ from perceiver_export.calibration.lowering.attention import find_attentions
 from perceiver_export.calibration.lowering.half import to_half
 from perceiver_export.calibration.lowering.lint import lint
 from perceiver_export.calibration.lowering.tensorrt import lower_bundle, lower_for_tensorrt
-from perceiver_export.exporter import ExportOptions, export
 from perceiver_export.exporter.graphs import Batch, whole_model
 from perceiver_export.exporter.model.config import AttentionConfig
 from perceiver_export.exporter.model.perceiver import PerceiverIO
@@ -30,8 +30,7 @@ from perceiver_export.runtimes.engines.cuda import Gpu, cuda_gpus
 from perceiver_export.runtimes.errors import BundleError, DeviceError
 from tests.benchmarks.tensorrt_presets import compiled
 from tests.cli.commands import COMMAND, fail, succeed
-from tests.conftest import FASHION
-from tests.preset_graphs import preset_config, preset_graphs, quantized, traced
+from tests.preset_graphs import SMALL_FLOW, preset_config, preset_graphs, quantized, traced
 from tests.runtimes.tensorrt_reports import compile_rtx, read_report
 
 
@@ -41,7 +40,7 @@ from tests.runtimes.tensorrt_reports import compile_rtx, read_report
         ("language-bytes", True, 3),  # heads of 32 and 160, padded
         ("imagenet-fourier", True, 1),
         ("imagenet-fourier", False, 1),  # those of the cross-attentions are 261 and 1024 wide
-        ("optical-flow", True, 8),  # two heads at a time
+        (SMALL_FLOW, True, 8),  # two heads at a time
         ("audioset-raw", True, 1),
         ("modelnet40", True, 1),
     ],
@@ -49,8 +48,7 @@ from tests.runtimes.tensorrt_reports import compile_rtx, read_report
 def test_every_attention_that_can_is_fused_and_every_linear_is_int8(
     name: str, fold: bool, fused: int, tmp_path: Path
 ) -> None:
-    # Flow's pieces take the compiler ten seconds for each engine; its int8 graph has the attention of the other too.
-    forms, devices = (("int8",), ("sm86",)) if name == "optical-flow" else (("fp16", "int8"), ("sm86", "sm89"))
+    forms, devices = ("fp16", "int8"), ("sm86", "sm89")
     rows = list(compiled(tmp_path, name, 1, 1, fold, forms, devices))
 
     assert {(row["form"], row["device"]) for row in rows} == {(form, sm) for form in forms for sm in devices}
@@ -82,11 +80,7 @@ def test_an_attention_between_int8_products_is_fp16_whatever_its_heads_width(tmp
     config = preset_config("language-bytes", 1, 1)
     attention = AttentionConfig(num_heads=4, num_qk_channels=48, num_v_channels=48)
     encoder = msgspec.structs.replace(
-        config.encoder,
-        num_latents=32,
-        num_latent_channels=48,
-        cross_attention=attention,
-        self_attention=attention,
+        config.encoder, num_latents=32, num_latent_channels=48, cross_attention=attention, self_attention=attention
     )
     config = msgspec.structs.replace(config, encoder=encoder)
     model = traced(whole_model(PerceiverIO(config).eval(), Batch.parse(1)), config)
@@ -113,8 +107,8 @@ def test_the_demo_goes_from_bundle_to_engine(precision: str, copied_bundle: Path
     assert not again[0]["new"]
 
 
-def test_a_batch_of_named_size_is_one_engine(tmp_path: Path) -> None:
-    bundle = export(FASHION / "checkpoint", tmp_path / "bundle", ExportOptions(batch="1:4:16")).path
+def test_a_batch_of_named_size_is_one_engine(batched_bundle: Path, tmp_path: Path) -> None:
+    bundle = shutil.copytree(batched_bundle, tmp_path / "bundle")
     lower_bundle(bundle, "fp16")
     flags = {"compute_capability": "sm86"}
     (engine,) = build(bundle, "tensorrt-rtx", precision="fp16", flags=flags, shapes={"batch": (1, 8, 16)})
@@ -140,10 +134,10 @@ def test_without_a_driver_engines_are_built_and_not_run(copied_bundle: Path) -> 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--precision", "fp16"), "fp16 was asked for, and the products of model.onnx are fp32"),
+        (("--precision", "fp16"), "the build is fp16, but the products of model.onnx are fp32"),
         (("--flag", "compute_capability=sm87"), "does not build for 'SM87'"),
-        (("--flag", "compute_capability=sm75"), "leave sm75 out"),
-        (("--flag", "compute_capability=sm75", "--precision", "bf16"), "sm75 has no bf16"),
+        (("--flag", "compute_capability=sm75"), "omit sm75"),
+        (("--flag", "compute_capability=sm75", "--precision", "bf16"), "sm75 does not support bf16"),
         (("--flag", "workspace=lots"), "workspace='lots'"),
         (("--flag", "turbo=on"), "'turbo'"),
     ],
@@ -186,13 +180,13 @@ def test_engines_are_for_the_version_and_the_gpus_that_they_were_built_for() -> 
     assert tensorrt.differences(here, Platform("tensorrt-rtx", "1.7.1.116", here.device, driver="14.0")) == ()
     other = Platform("tensorrt-rtx", "1.8.0", "NVIDIA GeForce RTX 5090 (sm_120)")
     assert tensorrt.differences(built, other) == (
-        "it was built with tensorrt-rtx 1.7.1.116, here is tensorrt-rtx 1.8.0",
-        "it was built for sm86 sm89, here is NVIDIA GeForce RTX 5090 (sm_120)",
+        "it was built with tensorrt-rtx 1.7.1.116, but this is tensorrt-rtx 1.8.0",
+        "it was built for sm86 sm89, but this is NVIDIA GeForce RTX 5090 (sm_120)",
     )
 
 
 def test_bf16_is_asked_of_a_gpu_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensorrt, "cuda_gpus", lambda: (Gpu("NVIDIA T4 (sm_75)", (7, 5), 1 << 34),))
-    with pytest.raises(DeviceError, match=r"T4 \(sm_75\) has no bf16"):
+    with pytest.raises(DeviceError, match=r"T4 \(sm_75\) does not support bf16"):
         tensorrt.platform("tensorrt-rtx", EngineOptions(precision="bf16"))
     assert tensorrt.platform("tensorrt-rtx", EngineOptions(precision="fp16")).device == "NVIDIA T4 (sm_75)"

@@ -38,54 +38,17 @@ SYSTEMS = {
 }
 # What another run, machine or version changes: only that it is there is kept.
 MEASURED = {
-    "bytes",
-    "certified_on",
-    "cpu",
-    "cpu_features",
-    "created",
-    "date",
-    "device",
-    "difference",
-    "digest",
-    "effects",
-    "engine_version",
-    "files",
-    "graph_sha256",
-    "graphs",
-    "instruction_set",
-    "machine",
-    "median_ms",
-    "memory",
-    "milliseconds",
-    "notes",
-    "onnxruntime",
-    "path",
-    "performance",
-    "platform",
-    "resident_memory",
-    "seconds",
-    "size",
-    "speed",
-    "speeds",
-    "target",
-    "temporary",
-    "threads",
-    "time",
-    "tools",
-    "version",
-    "versions",
-    "warnings",
+    "bytes", "certified_on", "cpu", "cpu_features", "created", "date", "device", "difference", "digest", "effects",
+    "engine_version", "files", "graph_sha256", "graphs", "instruction_set", "machine", "median_ms", "memory",
+    "milliseconds", "notes", "onnxruntime", "path", "performance", "platform", "resident_memory", "seconds", "size",
+    "speed", "speeds", "target", "temporary", "threads", "time", "tools", "version", "versions", "warnings",
     "worst_samples",
-}
+}  # fmt: skip
 
 
-def answers(folder: Path) -> dict[str, Any]:
-    """All answers by system, made in ``folder``."""
+def answer(system: str, folder: Path) -> dict[str, Any]:
+    """All answers of a system, made in ``folder``."""
     _inputs(folder)
-    return {system: _of_system(system, folder) for system in SYSTEMS}
-
-
-def _of_system(system: str, folder: Path) -> dict[str, Any]:
     bundle, quantized = folder / system, folder / f"{system}-int8"
     found: dict[str, Any] = {"export": call("export", f"tests.cli.small_models:{system}", "-o", bundle, "--json")}
     data = _data(bundle, folder)
@@ -200,7 +163,7 @@ def digest(value: Any) -> str:
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as temporary:
-        made = answers(Path(temporary))
+        made = {system: answer(system, Path(temporary)) for system in SYSTEMS}
     target = Path(sys.argv[1]) if len(sys.argv) > 1 else ANSWERS
     lines = [
         f"{json.dumps(system)}: {{\n"

@@ -10,16 +10,17 @@ from typing import Any
 
 import pytest
 
-from tests.frozen.answers import ANSWERS, answers
+from tests.frozen.answers import ANSWERS, SYSTEMS, answer
 from tests.frozen.size import RECORD, measured
 
 ALIKE = 0.02  # of the value: kernels of another CPU round otherwise
 
 
-def test_the_commands_answer_as_they_did(tmp_path: Path) -> None:
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_the_commands_answer_as_they_did(system: str, tmp_path: Path) -> None:
     expected = json.loads(ANSWERS.read_bytes())
-    found = json.loads(json.dumps(answers(tmp_path)))
-    assert list(differences("", expected, found)) == []
+    assert expected.keys() == SYSTEMS.keys()
+    assert list(differences("", expected[system], json.loads(json.dumps(answer(system, tmp_path))))) == []
 
 
 def differences(where: str, expected: Any, found: Any) -> Iterator[str]:

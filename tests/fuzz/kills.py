@@ -172,9 +172,11 @@ def _log() -> str:
     return Path(os.environ["KILLS_LOG"]).read_text(encoding="utf-8", errors="replace").strip()[-300:]
 
 
-def template(directory: Path, commands: Sequence[str]) -> None:
+def template(directory: Path, commands: Sequence[str], bundle: Path | None) -> None:
     """A bundle and, to certify, its int8 bundle, which every case copies."""
-    made = [["export", str(FASHION / "checkpoint"), "-o", str(directory / "bundle")]]
+    made = [] if bundle else [["export", str(FASHION / "checkpoint"), "-o", str(directory / "bundle")]]
+    if bundle:
+        shutil.copytree(bundle, directory / "bundle")
     if "certify" in commands:
         data = ("--data", str(FASHION / "held_out.npz"), "--samples", "16")
         made.append(["quantize", str(directory / "bundle"), *data, "-o", str(directory / "int8")])
@@ -190,6 +192,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=1e9, help="stop after so many")
     parser.add_argument("--only", default="", help="names of commands, separated by commas")
+    parser.add_argument("--bundle", type=Path, help="the demo's bundle, which is exported otherwise")
     parser.add_argument("--directory", action="append", help="where to write; several file systems may be named")
     options = parser.parse_args()
     commands = [name for name in _COMMANDS if name in (options.only or name).split(",")]
@@ -206,7 +209,7 @@ def main() -> None:
         os.environ["XDG_CACHE_HOME"] = str(places[0] / "cache")
         os.environ["XDG_CONFIG_HOME"] = str(places[0] / "config")
         (places[0] / "template").mkdir()
-        template(places[0] / "template", commands)
+        template(places[0] / "template", commands, options.bundle)
         for number in range(options.kills):
             if time.monotonic() > end:
                 break

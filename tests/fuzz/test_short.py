@@ -39,9 +39,10 @@ def test_damaged_files_are_read_or_refused(
     assert not failed, capfd.readouterr().out
 
 
-def test_killed_commands_lose_nothing(tmp_path: Path) -> None:
+def test_killed_commands_lose_nothing(fashion_bundle: Path, tmp_path: Path) -> None:
     """In a process of its own, which has no threads when it forks."""
-    command = [sys.executable, kills.__file__, "--kills", "6", "--only", "build,export", "--directory", str(tmp_path)]
+    places = ["--bundle", str(fashion_bundle), "--directory", str(tmp_path)]
+    command = [sys.executable, kills.__file__, "--kills", "6", "--only", "build,export", *places]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
 
     assert done.returncode == 0, done.stdout + done.stderr

@@ -179,11 +179,7 @@ def _parser(module: FakeModule, network: Fake, logger: Any) -> Fake:
     )
     bad = any(one.name == "unreadable" for one in module._layers(module))
     return Fake(
-        module,
-        "OnnxParser",
-        parse_from_file=lambda path: not bad,
-        num_errors=int(bad),
-        get_error=lambda index: error,
+        module, "OnnxParser", parse_from_file=lambda path: not bad, num_errors=int(bad), get_error=lambda index: error
     )
 
 

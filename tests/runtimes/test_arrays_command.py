@@ -13,16 +13,7 @@ from perceiver_export.exporter.cli.answers import Request
 from perceiver_export.exporter.cli.run import run_task
 from perceiver_export.runtimes.errors import InputError, UsageError
 from perceiver_export.runtimes.tasks.arrays import Arrays, Sets
-from tests.runtimes.array_models import (
-    LEFT,
-    RIGHT,
-    RNG,
-    TOTALS,
-    C,
-    E,
-    arrays_of,
-    sets_of,
-)
+from tests.runtimes.array_models import LEFT, RIGHT, RNG, TOTALS, C, E, arrays_of, sets_of
 from tests.runtimes.models import spec
 
 

@@ -151,7 +151,7 @@ def test_a_text_may_be_as_long_as_the_model_and_no_longer(special_tokens: bool) 
     assert len(tokenizer.encode("x" * tokenizer.room)) == 12
 
     for text, size in (("x" * (tokenizer.room + 1), tokenizer.room + 1), ("日本語日本語", 18), ("ab[MASK*99]", 101)):
-        with pytest.raises(InputError, match=f"has {size} bytes, {tokenizer.room} fit"):
+        with pytest.raises(InputError, match=f"has {size} bytes, but only {tokenizer.room} fit"):
             tokenizer.encode(text)
 
 

@@ -82,7 +82,7 @@ def test_a_fix_is_the_command_of_this_system(
     monkeypatch.setattr(diagnosis, "pci_devices", lambda vendor, kind: vendor == "0x10de")
     findings = {finding.what: finding for finding in doctor()}
 
-    assert findings["NVIDIA GPU"].found == "there is one, without a working driver"
+    assert findings["NVIDIA GPU"].found == "present, without a working driver"
     assert findings["NVIDIA GPU"].fix == findings["target ort-cuda"].fix == command
 
 
@@ -92,8 +92,8 @@ def test_tensorrt_for_rtx_compiles_without_a_gpu(monkeypatch: pytest.MonkeyPatch
     pytest.importorskip("tensorrt_rtx")  # not where the runtime alone is tested
     findings = {finding.what: finding for finding in doctor()}
 
-    assert "it compiles here" in findings["target tensorrt-rtx"].found
-    assert findings["target tensorrt"].found == findings["target ort-cuda"].found == "no NVIDIA GPU here"
+    assert "can build for other machines" in findings["target tensorrt-rtx"].found
+    assert findings["target tensorrt"].found == findings["target ort-cuda"].found == "no NVIDIA GPU"
     assert find_target("tensorrt").install.endswith("[tensorrt]' --extra-index-url https://pypi.nvidia.com")
 
 
@@ -117,7 +117,7 @@ def test_a_device_file_that_may_not_be_opened_is_told(tmp_path: Path, monkeypatc
     monkeypatch.setattr(diagnosis, "device_files", lambda pattern: (str(tmp_path / "renderD128"),))
     findings = {finding.what: finding for finding in doctor()}
 
-    assert "may not be opened" in findings["Intel GPU"].found
+    assert "you may not open" in findings["Intel GPU"].found
     assert "usermod -aG render" in findings["target openvino-gpu"].fix
     monkeypatch.setattr(diagnosis, "device_files", lambda pattern: ())
     assert "without a kernel driver" in {finding.what: finding for finding in doctor()}["Intel NPU"].found

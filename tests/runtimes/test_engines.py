@@ -135,8 +135,7 @@ def test_an_engine_that_is_not_what_its_record_says_is_refused_all_the_same(copi
     file = built.directory / {"ort-cpu": "model.onnx", "openvino-cpu": "model.blob"}[target]
     file.write_bytes(b"\x3a\x00")  # a whole ONNX file with an empty graph
     edit_record(
-        built.directory,
-        lambda record: record["files"][file.name].update(size=file.stat().st_size, sha256=sha256(file)),
+        built.directory, lambda record: record["files"][file.name].update(size=file.stat().st_size, sha256=sha256(file))
     )
 
     with pytest.raises(EngineError, match="cannot be opened") as caught:
@@ -158,7 +157,7 @@ def test_a_record_that_cannot_be_read_is_told_and_is_no_engine(
     (built.directory / "engine.json").unlink()
     if content is not None:
         (built.directory / "engine.json").write_bytes(content)
-    why = f"the engine in {built.directory} cannot be read: its engine.json is missing, damaged or of a newer version"
+    why = f"the engine in {built.directory} cannot be read: its engine.json is missing, damaged or from a newer version"
 
     with caplog.at_level(logging.WARNING):
         assert compiled(copied_bundle, target) == f"at load, because {why}"
@@ -200,9 +199,8 @@ def test_a_quantized_bundle_without_a_graph_for_the_target_is_refused(
     bundle = edit_manifest('"precision": "fp32"', '"precision": "int8"')
 
     for call in (load, build):
-        with pytest.raises(BundleError, match="needs its graph rewritten") as caught:
+        with pytest.raises(BundleError, match="int8 but has no graph rewritten for ort-cpu"):
             call(bundle, "ort-cpu")
-        assert caught.value.hint == "quantize the fp32 bundle again: it writes that graph too"
     if "openvino-cpu" in EXPECTED:
         assert logits(bundle, "openvino-cpu").shape == (1, 10)
 

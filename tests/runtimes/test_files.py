@@ -205,7 +205,7 @@ def test_what_a_killed_writer_left_is_put_back_and_removed(
     with caplog.at_level(logging.WARNING):
         files.recover(place)
     assert (place / "f").read_text() == "old"
-    assert ("put back" in caplog.text) == (when == "between")
+    assert ("was restored" in caplog.text) == (when == "between")
     with replacing(place, directory=True) as temporary:
         (temporary / "f").write_text("newer")
     assert os.listdir(tmp_path) == ["b"]

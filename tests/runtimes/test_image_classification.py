@@ -50,7 +50,7 @@ def test_the_expected_class_is_what_type_checkers_see_and_is_held_to(fashion_bun
     with open_task(fashion_bundle, "ort-cpu", 1) as found:
         assert isinstance(found, ImageClassification)
         assert found.runtime.describe()["threads"] == 1
-    with pytest.raises(UsageError, match="image-classification, not of FillMask"):
+    with pytest.raises(UsageError, match="image-classification, not FillMask"):
         open_task(fashion_bundle, FillMask)
     for module, name in tasks.TASKS.values():
         assert getattr(tasks, name).__module__ == f"{tasks.__name__}.{module}"
@@ -92,7 +92,7 @@ def test_without_names_the_index_is_the_label(edit_manifest: Callable[[str, str]
 
 
 def test_labels_of_another_number_are_refused(edit_manifest: Callable[[str, str], Path]) -> None:
-    with pytest.raises(BundleError, match="2 labels do not fit 10 scores"):
+    with pytest.raises(BundleError, match="2 labels for 10 scores"):
         open_task(with_labels(edit_manifest, ["cat", "dog"]))
 
 
@@ -107,7 +107,7 @@ def test_what_is_no_picture_or_no_list_of_them_is_refused(fashion_bundle: Path) 
     with open_task(fashion_bundle) as classify:
         none_and_no_lists: list[Any] = [[], 3]
         for pictures in none_and_no_lists:
-            with pytest.raises(InputError, match="images are"):
+            with pytest.raises(InputError, match="images"):
                 classify.logits(pictures)
         no_pictures: list[Any] = [[[1.5, 2.5]], [[1], [2, 3]], None, 3]
         for picture in no_pictures:

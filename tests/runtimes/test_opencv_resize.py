@@ -12,13 +12,7 @@ import numpy.typing as npt
 import pytest
 
 from perceiver_export.runtimes.errors import InputError
-from perceiver_export.runtimes.preprocessing import (
-    CenterCropShare,
-    ImagePreprocessing,
-    Normalize,
-    Rescale,
-    Resize,
-)
+from perceiver_export.runtimes.preprocessing import CenterCropShare, ImagePreprocessing, Normalize, Rescale, Resize
 from perceiver_export.runtimes.tasks.image_files import center_crop, resize, resize_cubic, resize_linear, to_input
 from perceiver_export.runtimes.tasks.images import prepare_frames
 from tests.vector_folders import vector_folders

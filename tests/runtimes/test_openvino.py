@@ -173,10 +173,7 @@ def test_outputs_that_overflow_are_refused_where_that_is_asked_for(fashion_bundl
 
     with load(fashion_bundle, "openvino-cpu") as runtime:
         assert not np.isfinite(runtime.run({"image": image})["logits"]).all()
-    with (
-        load(fashion_bundle, "openvino-cpu", check_finite=True) as strict,
-        pytest.raises(DeviceError, match="logits"),
-    ):
+    with load(fashion_bundle, "openvino-cpu", check_finite=True) as strict, pytest.raises(DeviceError, match="logits"):
         strict.run({"image": image})
 
 

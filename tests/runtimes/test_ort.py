@@ -63,7 +63,7 @@ def test_a_flag_that_onnxruntime_refuses_is_named_and_nothing_falls_back(
     with pytest.raises(DeviceError, match="--") as caught:
         build(copied_bundle, "ort-cpu", flags={"session.intra_op_thread_affinities": "--"})
 
-    assert caught.value.hint == "leave --flag session.intra_op_thread_affinities out"
+    assert caught.value.hint == "omit --flag session.intra_op_thread_affinities"
     assert capfd.readouterr() == ("", "")
 
 

@@ -170,8 +170,8 @@ def test_files_of_a_directory_come_in_the_order_of_their_numbers(tmp_path: Path)
 
 def test_a_directory_without_pictures_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").touch()
-    with pytest.raises(InputError, match="holds no images"):
+    with pytest.raises(InputError, match="contains no images"):
         picture_files(tmp_path)
     for wrong in ("notes.txt", "absent"):
-        with pytest.raises(InputError, match="not a directory"):
+        with pytest.raises(InputError, match="not a readable directory"):
             picture_files(tmp_path / wrong)

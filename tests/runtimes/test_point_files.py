@@ -10,12 +10,7 @@ import numpy as np
 import pytest
 
 from perceiver_export.runtimes.errors import InputError
-from perceiver_export.runtimes.tasks.points import (
-    as_points,
-    into_unit_cube,
-    read_points,
-    subsample,
-)
+from perceiver_export.runtimes.tasks.points import as_points, into_unit_cube, read_points, subsample
 
 POINTS = [[0.0, 1.0, -2.5], [3.0, 4.0, 5.0], [1e-3, -7.0, 8.25]]
 
@@ -109,20 +104,20 @@ def test_arrays_of_any_numbers_are_taken(dtype: type[Any], tmp_path: Path) -> No
         ("a.xyz", b"1 2 3\n4 5\n", "row 2"),
         ("a.xyz", b"1 2 3 4\n", "4 numbers"),
         ("a.xyz", b"3\nwater\nO 0 0 0\n", "water"),
-        ("a.xyz", b"1 2 3\n1 nan 3\n-inf 2 3\n", "point 1 is .*: 2 of 3"),
+        ("a.xyz", b"1 2 3\n1 nan 3\n-inf 2 3\n", "2 of 3 .* point 1"),
         ("a.xyz", b"1 2 \xff\n", "byte 0xff"),
         ("a.ply", b"", "a.ply"),
         ("a.ply", b"solid cube", "not a PLY"),
-        ("a.ply", PLY.split("end_header")[0].encode(), "cut short in its header"),
+        ("a.ply", PLY.split("end_header")[0].encode(), "header is truncated"),
         (
             "a.ply",
             PLY.split("end_header")[0].replace("ascii", "binary_big_endian").encode() + b"end_header\n\x00",
-            "cut short: 0 of 3",
+            "0 of 3 points",
         ),
         ("a.ply", PLY.replace("vertex 3", "vertex 9").encode(), "4 of 9"),
         ("a.ply", PLY.replace("vertex 3", f"vertex {'9' * 5000}").encode(), "9999"),
         ("a.ply", PLY.replace("camera 2", f"camera {'9' * 5000}").encode(), "9999"),
-        ("a.ply", PLY.replace("vertex 3", f"vertex {'9' * 18}").encode(), "cut short: 4 of"),
+        ("a.ply", PLY.replace("vertex 3", f"vertex {'9' * 18}").encode(), "4 of"),
         ("a.ply", PLY.replace("end_header", "no end_header").encode(), "header"),
         ("a.ply", PLY.replace("vertex 3", "vertex 0").encode(), "no point"),
         ("a.ply", PLY.replace("vertex 3", "vertices 3").encode(), "no vertices"),
@@ -133,7 +128,7 @@ def test_arrays_of_any_numbers_are_taken(dtype: type[Any], tmp_path: Path) -> No
         ("a.ply", PLY.replace("9 4.0 255 3.0 5.0", "9 4.0 255 NaN 5.0").encode(), "point 1"),
         ("a.npy", b"", "a.npy"),
         ("a.npy", b"\x93NUMPY\x01\x00", "a.npy"),
-        ("a.stl", b"solid", "not a point cloud"),
+        ("a.stl", b"solid", "not a readable point cloud"),
     ],
 )
 def test_what_is_no_point_cloud_is_refused(name: str, content: bytes, message: str, tmp_path: Path) -> None:

@@ -75,13 +75,13 @@ def test_fp32_is_not_tf32(version: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("report", "named"),
     [
-        (inspector(linear="Half"), "linear/MatMul_1: int8 asked, fp16 found"),
-        (inspector(attention="Float"), "attention/MatMul_1: fp16 asked, fp32 found"),
-        (inspector(attention="BFloat16"), "attention/MatMul_1: fp16 asked, bf16 found"),
-        (inspector(last="Half"), "attention/MatMul_2:fp32: fp32 asked, fp16 found"),
-        (inspector(attention="Int8"), "attention/MatMul_1: fp16 asked, int8 found"),
-        ("not json", "linear/MatMul_1: int8 asked, nothing found"),
-        ('{"Layers": ["linear/MatMul_1"]}', "linear/MatMul_1: int8 asked, nothing found"),
+        (inspector(linear="Half"), "linear/MatMul_1: int8 requested, fp16 found"),
+        (inspector(attention="Float"), "attention/MatMul_1: fp16 requested, fp32 found"),
+        (inspector(attention="BFloat16"), "attention/MatMul_1: fp16 requested, bf16 found"),
+        (inspector(last="Half"), "attention/MatMul_2:fp32: fp32 requested, fp16 found"),
+        (inspector(attention="Int8"), "attention/MatMul_1: fp16 requested, int8 found"),
+        ("not json", "linear/MatMul_1: int8 requested, nothing found"),
+        ('{"Layers": ["linear/MatMul_1"]}', "linear/MatMul_1: int8 requested, nothing found"),
     ],
 )
 def test_another_precision_than_was_asked_for_fails_the_build(
@@ -101,7 +101,7 @@ def test_a_kernel_that_only_moves_numbers_is_no_proof_of_a_products_precision(ki
     moved["Inputs"] = [{"Name": "a", "Format/Datatype": "Row major Int8 format"}]
     report["Layers"].append(moved)
 
-    with pytest.raises(BuildError, match="linear/MatMul_1: int8 asked, fp16 found"):
+    with pytest.raises(BuildError, match="linear/MatMul_1: int8 requested, fp16 found"):
         build(made("10.3.0", json.dumps(report)), tmp_path)
 
 
@@ -119,7 +119,7 @@ def test_a_kernel_that_cuts_what_an_attention_gave_does_not_stand_for_its_produc
     if attention == "Half":
         assert build(module, tmp_path).precisions == {"int8": 1, "fp16": 1, "fp32": 1}
     else:
-        with pytest.raises(BuildError, match="attention/MatMul_1: fp16 asked, fp32 found"):
+        with pytest.raises(BuildError, match="attention/MatMul_1: fp16 requested, fp32 found"):
             build(module, tmp_path)
 
 
@@ -127,7 +127,7 @@ def test_a_kernel_that_cuts_what_an_attention_gave_does_not_stand_for_its_produc
 def test_a_graph_of_another_precision_is_refused_before_compiling(version: str, tmp_path: Path) -> None:
     module = FakeModule(version, network("float32"), inspector())
 
-    with pytest.raises(BuildError, match=r"fp16 was asked for, and the products of model\.onnx are fp32") as raised:
+    with pytest.raises(BuildError, match=r"the build is fp16, but the products of model\.onnx are fp32") as raised:
         build(module, tmp_path)
 
     assert "--lower-only" in raised.value.hint
@@ -181,12 +181,7 @@ def test_too_little_workspace_is_told_apart(version: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    "flags",
-    [
-        {"workspace": "0"},
-        {"workspace": "9999999999GiB"},
-    ],
-    ids=lambda flags: " ".join(flags.values())[:20],
+    "flags", [{"workspace": "0"}, {"workspace": "9999999999GiB"}], ids=lambda flags: " ".join(flags.values())[:20]
 )
 def test_flags_that_make_no_sense_are_refused(flags: dict[str, str], tmp_path: Path) -> None:
     with pytest.raises(BuildError, match=next(iter(flags))):

@@ -5,14 +5,11 @@ from __future__ import annotations
 
 import pytest
 
-from perceiver_export.runtimes.engines.tensorrt_versions import capabilities, table
+from perceiver_export.runtimes.engines.tensorrt_versions import TABLE, capabilities
 from perceiver_export.runtimes.errors import DeviceError
 
 
-@pytest.mark.parametrize(
-    ("version", "row"),
-    [("10.7.0", (10, 3)), ("10.13.3.9", (10, 13)), ("11.5.0", (11, 0))],
-)
+@pytest.mark.parametrize(("version", "row"), [("10.7.0", (10, 3)), ("10.13.3.9", (10, 13)), ("11.5.0", (11, 0))])
 def test_a_version_takes_the_row_at_or_below_it(version: str, row: tuple[int, int]) -> None:
     found = capabilities("tensorrt", version)
 
@@ -32,7 +29,7 @@ def test_a_version_of_tensorrt_is_none_of_tensorrt_for_rtx() -> None:
 
 
 def test_every_row_of_the_table_is_sorted_and_grows() -> None:
-    rows = [row for row in table() if row.library == "tensorrt"]
+    rows = [row for row in TABLE if row.library == "tensorrt"]
 
     assert [row.since for row in rows] == sorted(row.since for row in rows)
     assert [row.opset for row in rows] == sorted(row.opset for row in rows)

@@ -201,7 +201,7 @@ def test_submitted_runs_have_streams_of_their_own(tmp_path: Path) -> None:
 def test_an_engine_of_another_model_is_refused(tmp_path: Path) -> None:
     other = TensorSpec("latents", "float32", (2, 3))
 
-    with pytest.raises(EngineError, match="the engine has the tensors x, y, the bundle latents, y"):
+    with pytest.raises(EngineError, match="the engine has the tensors x, y, but the bundle latents, y"):
         opened("10.3.0", tmp_path / "engine", FakeMemory(), (other, Y))
 
 

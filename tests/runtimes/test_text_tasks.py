@@ -196,7 +196,7 @@ def test_texts_that_cannot_be_classified_are_refused_before_anything_runs(split:
         none_and_no_lists: list[Any] = [[], 3]
         for texts in none_and_no_lists:
             for method in (classify.batch, classify.outputs):
-                with pytest.raises(InputError, match="texts are"):
+                with pytest.raises(InputError, match="texts"):
                     method(texts)
         with pytest.raises(InputError, match="of type int"):
             classify.batch([3])  # type: ignore[list-item]
@@ -216,7 +216,7 @@ def test_manifests_of_other_things_are_refused(steps: Any) -> None:
 
 
 def test_graphs_of_another_task_are_refused() -> None:
-    with pytest.raises(BundleError, match="gives logits"):
+    with pytest.raises(BundleError, match=r"outputs .* logits"):
         FillMask.check(classifier(False, {"logits": 3}).manifest)
     for bundle in (
         language_model(False),

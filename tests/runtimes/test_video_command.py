@@ -17,16 +17,7 @@ from perceiver_export.runtimes.errors import InputError, UsageError
 from perceiver_export.runtimes.preprocessing import VideoPreprocessing
 from perceiver_export.runtimes.tasks.sound import read_wav, wav_rate, write_wav
 from tests.runtimes.numpy_engine import NumpyEngine
-from tests.runtimes.video_models import (
-    FRAMES,
-    RATE,
-    SAMPLES,
-    SOUND,
-    T,
-    task_of,
-    whole,
-    write_frames,
-)
+from tests.runtimes.video_models import FRAMES, RATE, SAMPLES, SOUND, T, task_of, whole, write_frames
 
 
 @pytest.fixture

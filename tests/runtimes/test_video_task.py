@@ -177,8 +177,8 @@ def test_no_sound_is_silence() -> None:
 @pytest.mark.parametrize(
     ("frames", "message"),
     [
-        (FRAMES[: T - 1], "frames given: 2"),
-        ([], "frames given: 0"),
+        (FRAMES[: T - 1], "but got 2"),
+        ([], "but got 0"),
         ([FRAMES[0], FRAMES[1], FRAMES[2, :8]], "frame 2 is 8 × 7"),
         (FRAMES.astype(np.float32), "float32"),
         (FRAMES[0], "uint8"),

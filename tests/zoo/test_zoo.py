@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from perceiver_export.calibration import QuantizeOptions, quantize
 from perceiver_export.exporter import OwnModel, export
 from perceiver_export.runtimes import load
+from tests.benchmarks.zoo import exact_error
 from tests.zoo.models import ZOO
 
 # Folding would cost more than it saves: their attention has many heads over few tokens.
@@ -31,3 +33,17 @@ def test_a_model_that_nobody_here_wrote(name: str, tmp_path: Path) -> None:
     with load(bundle) as runtime:
         (found,) = runtime.run({key: value.numpy() for key, value in inputs.items()}).values()
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("name", ["perceiver_learned", "edgetam_perceiver", "siglip_head"])
+def test_folds_are_exact_in_float64(name: str) -> None:
+    assert exact_error(*ZOO[name]()) <= 1e-12
+
+
+@pytest.mark.parametrize("name", ["edgetam_perceiver", "idefics_resampler"])
+def test_every_linear_runs_in_integers_on_both_engines(name: str, tmp_path: Path) -> None:
+    bundle = export(OwnModel(*ZOO[name]()), tmp_path / "b")
+    made = quantize(bundle, "random", tmp_path / "int8", QuantizeOptions(samples=2))
+
+    assert made.manifest.quantization is not None
+    assert made.manifest.quantization.integer_share == {"ort-cpu": 1.0, "openvino-cpu": 1.0}

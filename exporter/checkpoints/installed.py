@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hugging Face directories of any class of your installed transformers, with example inputs made from config.json.
+
+Code of the checkpoint never runs: a config that names its own code, or a kernel to download, is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from perceiver_export.exporter.checkpoints.huggingface_config import read_labels
+from perceiver_export.exporter.checkpoints.origins import refuse_other_directories
+from perceiver_export.exporter.checkpoints.preprocessor import image_preprocessing, image_shape, read_preprocessor
+from perceiver_export.exporter.checkpoints.weights import decode_json, read_bytes
+from perceiver_export.exporter.own import OwnModel
+from perceiver_export.exporter.trace import quiet
+from perceiver_export.runtimes.errors import CheckpointError, MissingDependencyError, UnsupportedModelError, UsageError
+
+Shape = Mapping[str, tuple[int, ...]]
+_LONGEST_TEXT = 512
+_PER_TOKEN = ("attention_mask", "token_type_ids")
+_RGB = 3
+_CLASSIFIERS = tuple(f"For{what}Classification" for what in ("Image", "Sequence", "Audio", "Video"))
+_FUNCTION = "return (model, inputs) from a function of your own, and export module:function"
+
+
+class ImageClassifier(nn.Module):
+    """A classifier of transformers as `image` (B, 3, H, W) -> `logits` (B, labels)."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, image: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.model(pixel_values=image).logits}
+
+
+def load_installed(directory: Path, task: str | None, shape: Shape) -> tuple[OwnModel, tuple[str, ...]]:
+    """The model of a Hugging Face directory as the installed transformers builds it, and notes, first its class.
+
+    ``shape`` gives sizes of inputs, without the batch, that the config does not say, or other ones. A class
+    `…ForImageClassification` beside an image processor's settings becomes an image classifier, unless ``task`` is
+    "arrays"; all else takes and returns arrays.
+
+    Raises MissingDependencyError; CheckpointError: unreadable, or tensors are missing; UnsupportedModelError: an
+    unknown class, a config that needs code from elsewhere; UsageError: no example inputs can be made.
+    """
+    refuse_other_directories(directory)
+    path = directory / "config.json"
+    content = read_bytes(path, "a Hugging Face directory: config.json and weights")
+    config = decode_json(content, dict[str, Any], str(path))
+    for name in _from_elsewhere(config):
+        raise UnsupportedModelError(f"{path} has {name}, which would run code from elsewhere", _FUNCTION)
+    model, note = _loaded(directory, _class(path, config))
+    name, processor = type(model).__name__, read_preprocessor(directory)
+    named: dict[str, Any] = {}
+    notes: tuple[str, ...] = (note,)
+    if name.endswith(_CLASSIFIERS):
+        labels = read_labels(config.get("id2label"), config.get("num_labels"), config.get("problem_type"), str(path))
+        named = {"labels": labels.names, "output_kinds": {"logits": labels.kind}}
+        notes += labels.notes
+    if task == "arrays" or not (name.endswith("ForImageClassification") and processor):
+        return OwnModel(model, _inputs(model, processor, shape), **named), notes
+    given = {"pixel_values" if one == "image" else one: size for one, size in shape.items()}
+    (image,) = _inputs(model, processor, given).values()
+    try:
+        steps = image_preprocessing(processor, *image.shape[-2:])
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(error.message, f"{error.hint}: --task arrays") from error
+    classifier, task = ImageClassifier(model), "image-classification"
+    return OwnModel(classifier, {"image": image}, task=task, preprocessing=steps, **named), notes
+
+
+def _from_elsewhere(config: object) -> Iterator[str]:
+    """Fields, at any depth, that make transformers run code which it does not have itself."""
+    if isinstance(config, dict):
+        for name, value in config.items():
+            elsewhere = name.endswith("_implementation") and "/" in str(value)  # kernels of the hub
+            if value and (elsewhere or name in ("auto_map", "quantization_config")):
+                yield name
+            yield from _from_elsewhere(value)
+    elif isinstance(config, list):
+        for one in config:
+            yield from _from_elsewhere(one)
+
+
+def _class(path: Path, config: Mapping[str, Any]) -> Any:
+    named = config.get("architectures")
+    name = str(named[0]) if isinstance(named, list) and named else ""
+    try:
+        import transformers
+
+        found = getattr(transformers, name, None)
+    except ImportError as error:
+        reason = next(iter(str(error).strip().splitlines()), "")
+        raise MissingDependencyError(
+            f"--use-transformers needs {name or 'transformers'}, which cannot be imported: {reason}",
+            "pip install transformers",
+        ) from error
+    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+        raise UnsupportedModelError(
+            f"{path} names the class {name!r}, which transformers {transformers.__version__} does not have",
+            f"install the version that has it, or {_FUNCTION}",
+        )
+    return found
+
+
+def _loaded(directory: Path, kind: Any) -> tuple[Any, str]:
+    """The model in float32, without its cache of keys and values."""
+    import transformers
+
+    try:
+        with quiet():
+            model, found = kind.from_pretrained(
+                directory,
+                local_files_only=True,
+                trust_remote_code=False,
+                attn_implementation="eager",
+                dtype=torch.float32,
+                output_loading_info=True,
+            )
+    except Exception as error:  # transformers, on files that it did not write
+        reason = next(iter(str(error).strip().splitlines()), "")
+        raise CheckpointError(
+            f"transformers {transformers.__version__} cannot load {directory} as {kind.__name__}: {reason}",
+            f"check it: {kind.__name__}.from_pretrained({str(directory)!r})",
+        ) from error
+    if missing := sorted(found["missing_keys"]):
+        raise CheckpointError(
+            f"{directory} lacks {len(missing)} tensors of {kind.__name__}, for example {missing[0]!r}",
+            "set `architectures` to the class that was trained",
+        )
+    for one in (model.config, model.config.get_text_config()):
+        one.use_cache = False
+    return model, f"built by {kind.__name__} of transformers {transformers.__version__}"
+
+
+def _inputs(model: Any, processor: dict[str, Any], shape: Shape) -> dict[str, Tensor]:
+    """One random sample for each argument whose size is given or follows from the config, in forward's order."""
+    takes = inspect.signature(model.forward).parameters
+    for name in shape:
+        if name not in takes:
+            raise UsageError(
+                f"--shape names {name!r}, which {type(model).__name__} does not take", f"it takes {', '.join(takes)}"
+            )
+    sizes = {**_sizes(model.config, processor), **shape}
+    if "input_ids" in sizes and "input_ids" in takes:
+        sizes = {**dict.fromkeys(_PER_TOKEN, sizes["input_ids"]), **sizes}
+    main = model.main_input_name
+    if main not in sizes:
+        size = "3x224x224" if main == "pixel_values" else "128x64"
+        raise UsageError(
+            f"config.json does not say how large {main!r} of {type(model).__name__} is",
+            f"give its size without the batch, for example --shape {main}={size}",
+        )
+    text = model.config.get_text_config()
+    kinds = getattr(text, "type_vocab_size", 0)
+    generator = torch.Generator().manual_seed(0)
+
+    def sample(name: str) -> Tensor:
+        size = (1, *sizes[name])
+        if name.endswith("_mask"):
+            return torch.ones(size, dtype=torch.int64)
+        if name.endswith("_ids"):
+            return torch.randint(
+                kinds if name == "token_type_ids" else getattr(text, "vocab_size", 2), size, generator=generator
+            )
+        return torch.randn(size, generator=generator)
+
+    return {name: sample(name) for name in takes if name in sizes and (kinds or name != "token_type_ids")}
+
+
+def _sizes(config: Any, processor: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Of images and texts, without the batch, where the config or the image processor says them."""
+    sizes: dict[str, tuple[int, ...]] = {}
+    vision = getattr(config, "vision_config", config)
+    if side := getattr(vision, "image_size", None):
+        height, width = (side, side) if isinstance(side, int) else side
+        sizes["pixel_values"] = (getattr(vision, "num_channels", _RGB), height, width)
+    elif processor:
+        with contextlib.suppress(UnsupportedModelError):  # then the size is asked for
+            found = image_shape(processor)
+            sizes |= {} if found is None else {"pixel_values": (_RGB, *found)}
+    if length := getattr(config.get_text_config(), "max_position_embeddings", None):
+        sizes["input_ids"] = (min(length, _LONGEST_TEXT),)
+    return sizes

@@ -1,0 +1,276 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A graph cut at its latents: an encoder, and a decoder for each output, which computes only the rows asked for.
+
+Latents are one tensor through which everything that it is computed from reaches the outputs. Cutting and gathering come
+before folding, because a folded grid has no axis of rows.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable
+
+import onnx_ir as ir
+import onnx_ir.passes.common as common
+
+from perceiver_export.exporter.fold.nodes import VIEWS, Nodes, array_of, axis_of, made_by, operand, put, shape_of, sizes
+from perceiver_export.exporter.fold.slicing import ELEMENTWISE, Region, copy_region, cuts
+from perceiver_export.exporter.simplify import module_of
+from perceiver_export.runtimes.errors import UnsupportedModelError, UsageError
+
+LATENTS, QUERIES, INDICES = "latents", "queries", "query_indices"  # tensors of parts, see `manifest.index_input`
+_SHOWN = 4  # names in an error
+_OTHER_ROWS = "its rows are not those of queries"
+
+
+def mark(graph: ir.Graph, name: str) -> None:
+    """Make the tensor called ``name``, or the one that leaves the module of that name, the graph's last output, so that
+    no later pass loses it. Raises UsageError where there is no such tensor.
+    """
+    computed = _computed(graph, graph.inputs)
+    tensors = {str(value.name): value for node in graph for value in node.outputs if value in computed}
+    paths = {module_of(node) for node in graph}
+    modules = {path.rsplit(".", depth)[0] for path in paths for depth in range(path.count(".") + 1)} - {"model"}
+    found = [tensors[name]] if name in tensors else _leaving(graph, name, computed) if name in modules else []
+    if len(found) != 1:
+        near = difflib.get_close_matches(name, sorted({*modules, *tensors}), _SHOWN) or sorted(modules or tensors)
+        shown = ", ".join(str(value.name) for value in found[:_SHOWN])
+        what = (
+            f"{len(found)} tensors leave {name!r}: {shown}"
+            if found
+            else f"the model computes no {name!r} from its inputs"
+        )
+        raise UsageError(what, f"give --latents one of: {shown or ', '.join(near[:_SHOWN])}")
+    node = ir.node("Identity", found)
+    node.outputs[0].name = f"{name}.{LATENTS}"
+    node.outputs[0].type, node.outputs[0].shape = found[0].type, found[0].shape
+    graph.append(node)
+    graph.outputs.append(node.outputs[0])
+
+
+def _computed(graph: ir.Graph, values: Iterable[ir.Value]) -> set[ir.Value]:
+    """Values, and what depends on their numbers."""
+    found = set(values)
+    for node in graph:
+        if node.op_type not in ("Shape", "Size") and any(value in found for value in node.inputs):
+            found.update(node.outputs)
+    return found
+
+
+def _leaving(graph: ir.Graph, module: str, computed: set[ir.Value]) -> list[ir.Value]:
+    inside = dict.fromkeys(node for node in graph if f"{module_of(node)}.".startswith(f"{module}."))
+    return [
+        value
+        for node in inside
+        for value in node.outputs
+        if value in computed and (value.is_graph_output() or any(user not in inside for user in value.consumers()))
+    ]
+
+
+def latents_of(graph: ir.Graph, name: str | None, samples: int) -> ir.Value:
+    """The tensor that `mark` made the last output under this name, which is an output no more; without a name the one
+    that is found.
+
+    Raises UsageError: the graph cannot be cut there; UnsupportedModelError: none is found.
+    """
+    if name is None:
+        return _found(graph, samples)
+    latents = graph.outputs.pop()
+    while (node := latents.producer()) is not None and node.op_type == "Identity":
+        latents = operand(node)
+    shape = shape_of(latents)
+    if latents.dtype != ir.DataType.FLOAT or shape is None or len(shape) < 2 or shape[0] != samples:
+        kind = "of no type" if latents.dtype is None else latents.dtype.name.lower()
+        raise UsageError(
+            f"{name!r} is {kind} {list(shape or ())}; latents are float32 with the batch first", "name another tensor"
+        )
+    if past := _past(graph, latents):
+        raise UsageError(
+            f"the model cannot be split at {name!r}: past it, {' and '.join(past)}",
+            "name a tensor through which they all pass, or leave --latents out to have one found",
+        )
+    return latents
+
+
+def _past(graph: ir.Graph, latents: ir.Value) -> list[str]:
+    """Inputs of the encoder that reach outputs past the latents, and outputs that do not read the latents."""
+    encoded, decoded = _reached([latents]), _reached(graph.outputs, latents)
+    inputs = [f"{value.name} reaches the outputs" for value in graph.inputs if value in encoded and value in decoded]
+    alone = [f"{value.name} is computed" for value in graph.outputs if latents not in _reached([value], latents)]
+    return inputs + alone
+
+
+def _reached(values: Iterable[ir.Value], stop: ir.Value | None = None) -> set[ir.Value]:
+    """What values are computed from, but not what ``stop`` is computed from."""
+    found, left = set[ir.Value](), list(values)
+    while left:
+        value = left.pop()
+        if value in found:
+            continue
+        found.add(value)
+        node = value.producer()
+        if node is not None and value is not stop:
+            left += [one for one in node.inputs if one is not None]
+    return found
+
+
+def _found(graph: ir.Graph, samples: int) -> ir.Value:
+    """A tensor between two attentions: one makes it, and the last one whose queries do not come from it reads it.
+
+    Of all such tensors through which everything passes it is the smallest, and of equal ones the last.
+    """
+    computed = _computed(graph, graph.inputs)
+    for softmax in reversed([node for node in graph if node.op_type == "Softmax"]):
+        scores = _scores(softmax)
+        if scores is None:
+            continue
+        queries = _reached([operand(scores, 0)])
+        found = [
+            value
+            for value in _before(graph, operand(scores, 1), computed)
+            if value not in queries and value.dtype == ir.DataType.FLOAT and sizes(value)[0] == samples
+            if not _past(graph, value)
+        ]
+        if found:
+            return min(found, key=lambda value: math.prod(sizes(value)))  # the first of equals, which is the last made
+    raise UnsupportedModelError(
+        "no latents were found: attention makes them, cross-attention reads them, and all that is encoded passes them",
+        "name a tensor or module with --latents, or leave --split out",
+    )
+
+
+def _scores(softmax: ir.Node) -> ir.Node | None:
+    """The product of queries and keys, of which only the queries may be constant, in front of a softmax."""
+    left = [softmax.inputs[0]]
+    while left:
+        value = left.pop()
+        node = None if value is None else value.producer()
+        if node is not None and node.op_type == "MatMul":
+            return node if array_of(node.inputs[1]) is None else None
+        if node is not None and (node.op_type in ELEMENTWISE | VIEWS or node.op_type == "Transpose"):
+            left += reversed(node.inputs)
+    return None
+
+
+def _before(graph: ir.Graph, keys: ir.Value, computed: set[ir.Value]) -> list[ir.Value]:
+    """Tensors between an attention and later keys, last ones first; empty where no attention comes before the keys."""
+    reached, found = _reached([keys]) & computed, list[ir.Value]()
+    for node in reversed(list(graph)):
+        if node.outputs[0] not in reached:
+            continue
+        if node.op_type == "Softmax":
+            return found
+        found += [value for value in node.outputs if len(shape_of(value) or ()) > 1]
+    return []
+
+
+def cut(model: ir.Model, latents: ir.Value) -> tuple[ir.Model, dict[str, ir.Model]]:
+    """The encoder, whose output is `latents`, and by output the decoder, whose first input is `latents`."""
+    graph = model.graph
+    for value in [*graph.initializers.values(), *(value for node in graph for value in node.outputs)]:
+        if value.name in (LATENTS, QUERIES, INDICES) and not value.is_graph_output():
+            stored = graph.initializers.pop(value.name, None)
+            value.name = f"{value.name}.value"
+            if stored is not None:
+                graph.initializers.add(stored)
+    for index, output in enumerate(graph.outputs):
+        if output is latents:  # a graph cannot give its input as it is
+            same = ir.node("Identity", [output])
+            same.outputs[0].name, output.name = output.name, f"{output.name}.{LATENTS}"
+            same.outputs[0].type, same.outputs[0].shape = output.type, output.shape
+            graph.append(same)
+            graph.outputs[index] = same.outputs[0]
+
+    def part(first: list[ir.Value], output: ir.Value) -> ir.Model:
+        reached = _reached([output], *first)
+        inputs = first + [value for value in graph.inputs if value in reached]
+        return ir.Model(ir.convenience.extract(graph, inputs, [output]), ir_version=model.ir_version)
+
+    encoder, decoders = part([], latents), {str(one.name): part([latents], one) for one in graph.outputs}
+    encoder.graph.outputs[0].name = LATENTS
+    for decoder in decoders.values():
+        decoder.graph.inputs[0].name = LATENTS
+    return encoder, decoders
+
+
+def independent_rows(graph: ir.Graph, samples: int) -> Region | str:
+    """The region that makes a decoder's output (B, rows, …) row by row from the latents, and from rows of values that
+    do not depend on them; else the reason why there is none.
+    """
+    for node in list(graph):
+        if node.op_type == "Split" and all(shape_of(value) for value in (*node.inputs[:1], *node.outputs)):
+            _as_slices(node)
+    value, why = graph.outputs[0], _OTHER_ROWS
+    while True:
+        shape = shape_of(value) or ()
+        if len(shape) > 1 and shape[0] == samples and shape[1] > 1:
+            region = _region(graph, value)
+            if isinstance(region, Region):
+                return region
+            why = region
+        maker = made_by(value, *VIEWS)
+        if maker is None:
+            return why
+        value = operand(maker)
+
+
+def _as_slices(split: ir.Node) -> None:
+    """Nodes of a region have one output."""
+    nodes, start = Nodes(split), 0
+    axis = axis_of(split, len(sizes(operand(split))), 0)
+    for value in list(split.outputs):
+        stop = start + sizes(value)[axis]
+        put(value, nodes.slice(operand(split), axis, start, stop))
+        start = stop
+
+
+def _region(graph: ir.Graph, result: ir.Value) -> Region | str:
+    latents, *inputs = graph.inputs
+    dependent = _computed(graph, [latents])  # latents among them
+    rows, axes, whole, nodes = sizes(result)[1], {result: 1}, set[ir.Value](), dict[ir.Node, None]()
+    for node in reversed(list(graph)):
+        value = node.outputs[0]
+        if value not in axes:
+            continue
+        found = cuts(node, axes[value]) if len(node.outputs) == 1 and value not in whole else None
+        wanted = [(one, axis) for one, axis in zip(node.inputs, found or (), strict=False) if one is not None]
+        # Of an axis whose outer part are the rows, blocks are taken.
+        if found is not None and all(axis is None or sizes(one)[axis] % rows == 0 for one, axis in wanted):
+            nodes[node] = None
+            whole |= {one for one, axis in wanted if axis is None or axes.setdefault(one, axis) != axis}
+        elif value in dependent:
+            return f"{node.name} needs all rows"
+    read = axes.keys() - {node.outputs[0] for node in nodes}
+    if read & dependent or any(sizes(value)[axes[value]] != rows for value in read):
+        return _OTHER_ROWS
+    mixed = _computed(graph, [node.outputs[0] for node in nodes]) & dependent & whole
+    if mixed:
+        return next(f"{node.name} needs all rows" for node in nodes if mixed & set(node.inputs))
+    if not any(node.op_type == "Softmax" for node in nodes) and not _reached(read) & set(inputs):
+        return _OTHER_ROWS
+    return Region(list(nodes)[::-1], axes, [result])
+
+
+def gather_rows(model: ir.Model, region: Region, name: str, size: int) -> tuple[int, ...]:
+    """Give a decoder the input ``name`` (1, ``size``), int32: the rows to compute, for all samples alike.
+
+    Returns the shape of its output.
+    """
+    graph, (result,) = model.graph, region.results
+    queries = ir.Value(name=name, shape=ir.Shape([1, size]), type=ir.TensorType(ir.DataType.INT32))
+    graph.inputs.insert(1, queries)
+    nodes, output = Nodes(region.nodes[-1]), graph.outputs[0].name
+    chosen, taken = nodes.reshape(queries, [size]), dict[tuple[ir.Value, int], ir.Value]()
+
+    def take(value: ir.Value, axis: int) -> ir.Value:
+        if (value, axis) not in taken:
+            taken[value, axis] = nodes.look_up(value, chosen, axis)
+        return taken[value, axis]
+
+    rows = sizes(result)[1]
+    made = copy_region(nodes, region, take, lambda extent: extent // rows * size)[result]
+    graph.outputs[0].name, made.name = f"{output}.all", output
+    graph.outputs[0] = made
+    common.RemoveUnusedNodesPass()(model)
+    return sizes(made)

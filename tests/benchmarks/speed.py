@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Speed and memory of our bundles beside plain exports of the same models, in every precision of this CPU
+
+    python -m tests.benchmarks.speed [PRESET…] [--rounds 3] [--threads 2] [--torch] [--no-int8]
+
+One model with random weights is exported by `perceiver-export export`, quantized on random samples, and exported by
+transformers → torch.onnx. Every figure comes from fresh processes that load, run twice, and are timed on the three runs
+after; sides take turns, and the median of the rounds counts. `plain openvino` is plain OpenVINO as people get it: on a
+CPU with bf16 it computes in bf16. `plain ort dynamic` is onnxruntime's dynamic int8 of the plain graph. Outputs of all
+fp32 sides must agree within 1e-4 of their scale; random weights say nothing about accuracy in lower precisions.
+
+The last table has a row a preset. `share of rates` is the share of the folded fp32 graph's time that the machine's
+rates allow: counted FLOPs at the rate of one large product, and the elements of all softmaxes at the rate of one large
+softmax, both measured in the same run on the same engine. Memory is the largest resident size of the process;
+`predicted MiB` adds up the plan, the weights, and the process before the load.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tests.benchmarks.harness import Row, command, fresh, in_turn, medians, seconds
+from tests.benchmarks.int8_full_size import quantize_random
+from tests.benchmarks.sides import ENGINES, golden_inputs, make_pair, output_of, save_feeds, timed
+
+PRESETS = ("optical-flow", "imagenet-fourier", "imagenet-learned", "imagenet-conv", "language-bytes")
+AGREE = 1e-4
+_FP32 = ("fp32 ort", "fp32 openvino")
+_SIZE = 2048  # of the square matrices that measure an engine's rates
+
+
+def measure(
+    work: Path,
+    presets: tuple[str, ...] = PRESETS,
+    rounds: int = 3,
+    threads: int = 2,
+    torch: bool = False,
+    int8: bool = True,
+) -> Iterator[Row]:
+    """A row a side of each preset, then a row a preset."""
+    rates = {engine: fresh(engine_rates, engine, threads) for engine in ENGINES}
+    summaries = []
+    for preset in presets:
+        rows, summary = compare(preset, work, rounds, threads, sides_of(preset, work, threads, torch, int8), rates)
+        yield from rows
+        summaries.append(summary)
+    yield from summaries
+
+
+def sides_of(preset: str, work: Path, threads: int, torch: bool, int8: bool) -> dict[str, tuple[Path, str, str | None]]:
+    """Source, engine and precision of each side; None is the precision that people get."""
+    from perceiver_export.runtimes.machine import cpu_features
+
+    bundle, graph = make_pair(preset, work)
+    assert graph is not None
+    bf16 = "avx512_bf16" in cpu_features()
+    found: dict[str, tuple[Path, str, str | None]] = {
+        "plain ort": (graph, "ort", None),
+        "plain openvino f32": (graph, "openvino", "fp32"),
+        "plain openvino": (graph, "openvino", None),
+        "fp32 ort": (bundle, "ort", "fp32"),
+        "fp32 openvino": (bundle, "openvino", "fp32"),
+    }
+    if bf16:
+        found["bf16 openvino"] = (bundle, "openvino", "bf16")
+    if int8:
+        quantized, dynamic = work / f"{preset}-int8", graph.with_name("dynamic.onnx")
+        if not (quantized / "manifest.json").is_file():
+            fresh(quantize_random, bundle, quantized, 2, threads)
+        if not dynamic.is_file():
+            fresh(quantize_dynamic, graph, dynamic)
+        found["plain ort dynamic"] = (dynamic, "ort", None)
+        found |= {f"int8 {engine}": (quantized, engine, None) for engine in ENGINES}
+        if bf16:
+            found["int8+bf16 openvino"] = (quantized, "openvino", "bf16")
+    if torch:
+        checkpoint = work / f"{preset}-checkpoint"
+        found |= {f"plain {name}": (checkpoint, name, None) for name in ("torch", "torch.compile")}
+    return found
+
+
+def quantize_dynamic(graph: str, out: str) -> None:
+    """onnxruntime's int8 of weights, with activations quantized in each call."""
+    from onnxruntime.quantization import quantize_dynamic
+
+    quantize_dynamic(graph, out, use_external_data_format=True)
+
+
+def compare(
+    preset: str,
+    work: Path,
+    rounds: int,
+    threads: int,
+    sides: Mapping[str, tuple[Path, str, str | None]],
+    rates: Mapping[str, Mapping[str, float]],
+) -> tuple[list[Row], Row]:
+    """All sides of one preset, in turn: a row a side, and the summary."""
+    from tests.benchmarks.plain_models import plain_feeds, plain_scale
+
+    feeds = golden_inputs(work / f"{preset}-folded")
+    files = {"plain": save_feeds(work, "plain", plain_feeds(preset, feeds)), "ours": save_feeds(work, "ours", feeds)}
+    calls, outputs = {}, {}
+    for name, (source, engine, precision) in sides.items():
+        kind = "plain" if name.startswith("plain") else "ours"
+        calls[name] = partial(timed, source, engine, threads, files[kind], precision)
+        timed_once = calls[name]()  # also warms the disk's cache; not counted
+        assert timed_once["ms"] > 0
+        outputs[name] = output_of(files[kind], engine) * (plain_scale(preset) if kind == "plain" else 1.0)
+    found = in_turn(calls, rounds)
+    middle = medians(found)
+    ms = {name: one["ms"] for name, one in middle.items()}
+    plain, exact = [name for name in ms if name.startswith("plain")], ("plain ort", "plain openvino f32")
+    best = min(ms[name] for name in plain)
+    difference = max(_distance(outputs[name], outputs[exact[0]]) for name in (*exact, *_FP32))
+    rows = [
+        {
+            "preset": preset,
+            "side": name,
+            "ms": ms[name],
+            "least to most": [min(one["ms"] for one in times), max(one["ms"] for one in times)],
+            "best plain over it": best / ms[name],
+            "MiB": middle[name]["MiB"],
+        }
+        for name, times in found.items()
+    ]
+    return rows, {
+        "preset": preset,
+        "best plain over our best": best / min(ms[name] for name in ms if name not in plain),
+        "fp32 over fp32": min(ms[name] for name in exact) / min(ms[name] for name in _FP32),
+        **_allowed(work / f"{preset}-folded", middle, rates),
+        "largest difference in fp32": difference,
+        "held": difference <= AGREE,
+    }
+
+
+def _distance(found: Any, reference: Any) -> float:
+    return float(np.abs(found.reshape(reference.shape) - reference).max() / np.abs(reference).max())
+
+
+def _allowed(path: Path, middle: Mapping[str, Any], rates: Mapping[str, Mapping[str, float]]) -> Row:
+    """The folded graph's work, the memory that was planned, and the share of the machine's rates that fp32 reaches."""
+    from perceiver_export.runtimes.bundle import open_bundle
+
+    manifest = open_bundle(path).manifest
+    (part,) = manifest.parts.values()
+    assert part.plan is not None
+    gflop = sum(stage.flops for stage in part.stages) / 1e9
+    scores = softmax_elements(path / part.file) / 1e9
+    planned = (part.plan.peak + manifest.files["model.weights"].size) / 2**20
+    ms = {one: 1e3 * (gflop / rate["GFLOP/s"] + scores / rate["G softmax/s"]) for one, rate in rates.items()}
+    return {
+        "predicted MiB": {one: planned + middle[f"fp32 {one}"]["MiB before"] for one in ENGINES},
+        "GFLOP": gflop,
+        "G softmax elements": scores,
+        "rates": rates,
+        "share of rates": {one: ms[one] / middle[f"fp32 {one}"]["ms"] for one in ENGINES},
+    }
+
+
+def softmax_elements(graph: Path) -> int:
+    """Elements of the outputs of all Softmax nodes of a graph with fixed sizes."""
+    import onnx
+
+    model = onnx.shape_inference.infer_shapes(onnx.load(graph, load_external_data=False)).graph
+    shapes = {one.name: [d.dim_value for d in one.type.tensor_type.shape.dim] for one in model.value_info}
+    return sum(int(np.prod(shapes[node.output[0]])) for node in model.node if node.op_type == "Softmax")
+
+
+def engine_rates(engine: str, threads: int) -> dict[str, float]:
+    """Rates of one product of square matrices, and of one softmax over rows of the same size."""
+    product = _best_seconds("MatMul", engine, threads)
+    softmax = _best_seconds("Softmax", engine, threads)
+    return {"GFLOP/s": 2 * _SIZE**3 / product / 1e9, "G softmax/s": _SIZE**2 / softmax / 1e9}
+
+
+def _best_seconds(kind: str, engine: str, threads: int) -> float:
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    from perceiver_export.runtimes.loading import load_onnx
+
+    matrix = np.random.default_rng(0).normal(size=(_SIZE, _SIZE)).astype(np.float32)
+    tensors = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [_SIZE, _SIZE]) for name in ("a", "y")]
+    weights = [numpy_helper.from_array(matrix, "b")] if kind == "MatMul" else []
+    node = helper.make_node(kind, ["a", *(one.name for one in weights)], ["y"])
+    graph = helper.make_graph([node], kind, tensors[:1], tensors[1:], weights)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "one.onnx"
+        onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
+        runtime = load_onnx(path, f"{engine}-cpu", threads)
+        return min(seconds(lambda: runtime.run({"a": matrix})) for _ in range(6))
+
+
+if __name__ == "__main__":
+    command(measure)

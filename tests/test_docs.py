@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every command and every Python block of the README and of docs/ runs, and the site builds without a dead link.
+
+A comment before a block says where it needs hardware or a user's files; such a block is not run.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from perceiver_export.calibration import quantize
+from perceiver_export.exporter import ExportOptions, export
+from tests.cli.commands import succeed
+from tests.conftest import FASHION, MadeOnce
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+BLOCK = re.compile(r"^(<!-- needs .* -->\n)?```(sh|python)\n(.*?)^```", flags=re.MULTILINE | re.DOTALL)
+ELSEWHERE = ("make ", "pip ")  # lines that install, or that CI itself is
+OWN = (REPOSITORY / "examples" / "your_own.py").read_text(encoding="utf-8")
+# Names that a page's blocks use and its reader has.
+IMAGE = np.zeros((1, 3, 28, 28), np.float32)
+ARRAYS: dict[str, dict[str, Any]] = {
+    "README": {"image": IMAGE},
+    "embed": {"image": IMAGE, "frames": [{"image": IMAGE}] * 3},
+    "split": {"frames": np.zeros((1, 2, 3, 16, 24), np.float32), "wanted": np.arange(9)},
+}
+
+
+def pages() -> dict[str, list[tuple[str, str]]]:
+    """Language and text of the blocks of each page, without those of an earlier page and those of examples."""
+    found, seen = {}, {OWN}
+    for page in (REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))):
+        blocks = [(kind, text) for needs, kind, text in BLOCK.findall(page.read_text(encoding="utf-8")) if not needs]
+        found[page.stem] = [block for block in blocks if not any(block[1] in other for other in seen)]
+        seen |= {text for _, text in blocks}
+    return {name: blocks for name, blocks in found.items() if blocks}
+
+
+PAGES = pages()
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory like a checkout's root."""
+    (tmp_path / "examples").mkdir()
+    for file in (REPOSITORY / "examples").iterdir():
+        (tmp_path / "examples" / file.name).symlink_to(file)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", ["", *sys.path])
+    return tmp_path
+
+
+@pytest.fixture
+def prepare(
+    place: Path, fashion_bundle: Path, small_bundle: Callable[..., Path], made_once: MadeOnce
+) -> Callable[[str], None]:
+    """Puts there what a block reads and no block before it wrote."""
+
+    def batched(path: Path) -> None:
+        export(FASHION / "checkpoint", path, ExportOptions(batch="1:4:16"))
+
+    def int8(path: Path) -> None:
+        quantize(fashion_bundle, FASHION / "held_out.npz", path)
+
+    made: dict[str, Callable[[], Path]] = {
+        "fashion": lambda: fashion_bundle,
+        "fashion-int8": lambda: made_once("docs-int8", int8),
+        "fashion-batched": lambda: made_once("docs-batched", batched),
+        "flow": lambda: small_bundle("flow", True),
+    }
+
+    def prepare(text: str) -> None:
+        written = re.findall(r"-o (\S+)", text)
+        for name, make in made.items():
+            if re.search(rf"[\s\"']{name}[\s\"']", text) and name not in written and not (place / name).exists():
+                shutil.copytree(make(), place / name)
+        if "model.onnx" in text:
+            tokens_model(place / "model.onnx")
+        if "my_code" in text:
+            (place / "my_code.py").write_text(POLICY, encoding="utf-8")
+
+    return prepare
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_what_a_page_says_runs(page: str, prepare: Callable[[str], None]) -> None:
+    names = dict(ARRAYS.get(page, {}))
+    for kind, text in PAGES[page]:
+        prepare(text)
+        if kind == "sh":
+            run_lines(text)
+        else:
+            exec(compile(text, page, "exec"), names)
+
+
+def run_lines(text: str) -> None:
+    for line in text.replace("\\\n", " ").splitlines():
+        command, *arguments = shlex.split(line, comments=True)
+        if command == "cd":
+            os.chdir(arguments[0])
+        elif not line.startswith(ELSEWHERE):
+            assert command == "perceiver-export", line
+            succeed(*arguments)
+
+
+def tokens_model(path: Path) -> None:
+    """An ONNX file with open dimensions, and inputs for it."""
+    weights = onnx.numpy_helper.from_array(np.ones((64, 8), np.float32), "weights")
+    product = onnx.helper.make_node("MatMul", ["tokens", "weights"], ["rows"])
+    ends = [
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["batch", *shape])
+        for name, shape in (("tokens", [512, 64]), ("rows", [512, 8]))
+    ]
+    graph = onnx.helper.make_graph([product], "tokens", ends[:1], ends[1:], [weights])
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)]), path)
+    np.savez(path.with_name("inputs.npz"), tokens=np.ones((512, 64), np.float32))
+
+
+# The README's function, with a module and weights that it can load.
+POLICY = """
+import torch
+
+
+class Policy(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.see, self.feel = torch.nn.Linear(3, 4), torch.nn.Linear(14, 4)
+
+    def forward(self, image, state):
+        return self.see(image.mean((2, 3))) + self.feel(state)
+
+
+torch.save(Policy().state_dict(), "policy.pt")
+""" + next(text for kind, text in PAGES["README"] if "def policy" in text).replace("Policy(...)", "Policy()")
+
+
+def test_the_site_builds_without_a_dead_link(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
+
+    assert done.returncode == 0, done.stderr
+    commands = (tmp_path / "site" / "reference" / "commands" / "index.html").read_text(encoding="utf-8")
+    assert "--max-drop" in commands
+    for link in re.findall(r"\]\(((?!http)[^)#]+)", (REPOSITORY / "README.md").read_text(encoding="utf-8")):
+        assert (REPOSITORY / link).exists(), link
