@@ -23,16 +23,17 @@ def test_the_commands_answer_as_they_did(system: str, tmp_path: Path) -> None:
     assert list(differences("", expected[system], json.loads(json.dumps(answer(system, tmp_path))))) == []
 
 
-def differences(where: str, expected: Any, found: Any) -> Iterator[str]:
-    """Every place where both differ, with both values."""
+def differences(where: str, expected: Any, found: Any, scale: float = 0.0) -> Iterator[str]:
+    """Every place where both differ, with both values. ``scale``: of the two numbers whose difference is compared."""
     if isinstance(expected, Mapping) and isinstance(found, Mapping):
         for key in sorted(expected.keys() | found.keys()):
-            yield from differences(f"{where}/{key}", expected.get(key, "nothing"), found.get(key, "nothing"))
+            of = expected["reference"]["value"] if key == "worsening" and expected["reference"] else scale
+            yield from differences(f"{where}/{key}", expected.get(key, "nothing"), found.get(key, "nothing"), of)
     elif isinstance(expected, list) and isinstance(found, list) and len(expected) == len(found):
         for index, pair in enumerate(zip(expected, found, strict=True)):
-            yield from differences(f"{where}[{index}]", *pair)
+            yield from differences(f"{where}[{index}]", *pair, scale)
     elif isinstance(expected, float) and isinstance(found, (int, float)):
-        if found != pytest.approx(expected, rel=ALIKE, abs=1e-5):
+        if found != pytest.approx(expected, rel=ALIKE, abs=max(1e-5, ALIKE * abs(scale))):
             yield f"{where}: {expected} was, {found} is"
     elif expected != found:
         yield f"{where}: {expected!r} was, {found!r} is"
