@@ -318,7 +318,7 @@ def test_coverage_counts_and_what_held_on_one_split_must_hold_on_the_other(
 ) -> None:
     """Without its lowering ONNX Runtime computes in float, and 20 samples certify nothing."""
     monkeypatch.setitem(LOWERINGS, "ort-cpu", lambda model: None)
-    kept = ["encoder.*", "decoder.cross_attention.attention.*", "decoder.output"]
+    kept = ["encoder.cross_attentions.*", "encoder.self_attentions.0.[01].*", "decoder.*"]
     options = quantizing(samples=8, max_drop=5, keep_float=kept, min_coverage=coverage)
     how = {**splits, "certify_on": rows["very few"], "for_size": True}  # in float it is not faster
     with pytest.raises(error) as caught:
