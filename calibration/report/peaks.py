@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -34,8 +35,9 @@ class Peaks(NamedTuple):
         return 1e3 * max(work, num_bytes / self.memory if num_bytes > _CACHED and self.memory else 0.0)
 
 
-def measure_peaks(target: str, precisions: Sequence[str], threads: int | None) -> Peaks:
-    """The rates of an engine on this machine, from a large product of each type and a large sum; none of no types."""
+@functools.cache
+def measure_peaks(target: str, precisions: tuple[str, ...], threads: int | None) -> Peaks:
+    """The rates of an engine on this machine, from a large product of each type and a large sum; measured once."""
     products = {precision: _product(target, precision, threads) for precision in precisions}
     return Peaks(products, _memory(target, threads) if products else 0.0)
 

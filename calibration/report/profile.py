@@ -46,7 +46,7 @@ _COLUMNS = (
     *("SQNR, dB>", "alone, dB>"),
 )
 _PRODUCTS = ("MatMul", "Gemm", "Conv")
-_SECONDS = 2.0  # of timing
+_SECONDS = 1.0  # of timing
 
 
 class LayerProfile(msgspec.Struct, frozen=True):
@@ -145,7 +145,7 @@ def profile(
     other = None if against is None else _Run(open_bundle(against), target, None, threads)
     sqnr, loss = _accuracy(opened, None if other is None else other.bundle, data)
     products = (one for kernels in found.kernels.values() for one in kernels if one.product and one.times)
-    peaks = measure_peaks(target, sorted({one.precision for one in products} - {""}), threads)
+    peaks = measure_peaks(target, tuple(sorted({one.precision for one in products} - {""})), threads)
     layers, total = [], found.total
     for key in found.kernels:
         main, time, flops, moved = found.main(key), found.time(key), found.flops[key], found.moved(key)

@@ -70,8 +70,9 @@ def run(
     json: ui.JsonFlag = False,
 ) -> None:
     """Run a bundle on files or text, and print or write its answers."""
-    from perceiver_export.runtimes.bundle import read_manifest
+    from perceiver_export.runtimes.bundle import open_bundle, read_manifest
     from perceiver_export.runtimes.manifest import judged_output
+    from perceiver_export.runtimes.presence import advice_here
 
     manifest = read_manifest(Path(bundle))
     task = manifest.task
@@ -85,13 +86,14 @@ def run(
     if not inputs and not options.text:
         raise UsageError("no input is given", f"give {RUNNERS[task].example}")
     request = replace(options, bundle=bundle, inputs=inputs or (), output=output, json=json)
-    run_task(task, request if top is None else replace(request, top=top))
+    where = run_task(task, request if top is None else replace(request, top=top))
+    advice = "" if json else advice_here(open_bundle(bundle, "never"), where["target"])
+    if advice and not where["precision"].endswith(("fp16", "bf16")):
+        ui.say(advice, "note:")
 
 
-def run_task(task: str, request: Request) -> None:
-    """Read the samples, run the task, save and show its answers. Raises the task's errors."""
-    from perceiver_export.runtimes.bundle import open_bundle
-    from perceiver_export.runtimes.presence import advice_here
+def run_task(task: str, request: Request) -> dict[str, Any]:
+    """Read the samples, run the task, save and show its answers. Returns the runtime. Raises the task's errors."""
     from perceiver_export.runtimes.tasks import open_task
 
     runner, one = RUNNERS[task], request
@@ -113,7 +115,7 @@ def run_task(task: str, request: Request) -> None:
         ui.write_json(one.output, document)
     if request.json:
         ui.print_json(document)
-        return
+        return where
     version = where["version"].partition("-")[0]  # OpenVINO's goes on with its branch
     title = f"{request.bundle} on {where['engine']} {version}, {where['device']}, {where['precision']}"
     for shown in found.shown:
@@ -121,9 +123,7 @@ def run_task(task: str, request: Request) -> None:
             ui.print_table(*shown._replace(title=shown.title or title))
         else:
             ui.say(shown)
-    advice = advice_here(open_bundle(request.bundle, "never"), where["target"])
-    if advice and not where["precision"].endswith(("fp16", "bf16")):
-        ui.say(advice, "note:")
+    return where
 
 
 def example_input(manifest: Manifest) -> str:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -71,8 +72,8 @@ def test_nan_on_an_engine_is_never_published(
 ) -> None:
     """OpenVINO 2026.4 gives it for int4 blocks of 29, but not in every process: here it is put where one would be."""
 
-    def spoiled(path: Path, target: str, threads: int | None) -> Engine:
-        engine = open_engine(path, target, threads)
+    def spoiled(path: Path, target: str, *options: Any) -> Engine:
+        engine = open_engine(path, target, *options)
         if target == "openvino-cpu":
             run = engine.run
             engine.run = lambda feeds: {name: values + np.nan for name, values in run(feeds).items()}  # type: ignore[method-assign]

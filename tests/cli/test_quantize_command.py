@@ -105,7 +105,7 @@ def test_every_option_is_passed_on(fashion_bundle: Path, tmp_path: Path, monkeyp
         monkeypatch.setattr(f"perceiver_export.calibration.{name}", take, raising=False)
         fail("quantize", fashion_bundle, "--data", HELD_OUT, "-o", tmp_path / "out", *typed, *more)
         assert taken.pop("options") == expected
-    assert taken.pop("sensitivity") == ()
+    assert (taken.pop("sensitivity"), taken.pop("statistics")) == ((), ())
     taken.pop("progress")
     splits = {"calibrate": HELD_OUT, "search_on": "s", "certify_on": "c"}
     assert taken == {**splits, "device": "all", "least_gain": 1, "for_size": False, "allow_overlap": True}

@@ -29,6 +29,19 @@ def difference(kind: str, dtype: torch.dtype, **changes: Any) -> float:
         found = ours(feeds)
         expected = run_transformers(kind, theirs.to(dtype), feeds)
     assert found.keys() == expected.keys()
+    return _distance(found, expected)
+
+
+def rounding(kind: str, **changes: Any) -> float:
+    """The same of transformers' outputs in float32 from its own in float64."""
+    theirs, feeds = make_transformers_model(kind, **changes), make_feeds(kind, torch.float32)
+    doubles = {name: one.double() if one.is_floating_point() else one for name, one in feeds.items()}
+    with torch.no_grad():
+        single = run_transformers(kind, theirs, feeds)
+        return _distance(single, run_transformers(kind, theirs.double(), doubles))
+
+
+def _distance(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     return max(
         float((found[name] - expected[name].reshape(found[name].shape)).abs().max() / expected[name].abs().max())
         for name in expected
