@@ -115,16 +115,20 @@ class Shard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def alike(self) -> dict[str, object]:
         """By words: everything that shards of one validation have in common."""
-        side = self.reference
-        reference = None if side is None else (side.get("target"), engine_of(side), side.get("graphs"))
         return {
             "bundle": self.bundle,
             "number of shards": self.shards,
             "data": (self.total, self.rows, self.truncate, self.notes.count),
-            "reference": reference,
+            "reference": None if self.reference is None else self.reference.get("graphs"),
             "metric": self.metric,
             "version of perceiver-export": self.package,
         }
+
+    @property
+    def alike_there(self) -> dict[str, object]:
+        """By words: everything that shards of one place have in common besides."""
+        side = self.reference or {}
+        return {"target or engine of the reference": (side.get("target"), engine_of(side))}
 
     @property
     def place(self) -> str:
@@ -201,16 +205,11 @@ def merge(
         check_certifiable(bundle)
     if options.sequential or options.save_worst is not None:
         raise UsageError("merged shards are not run again", "leave --sequential and --save-worst out")
-    shards = {file: _read(file) for file in files}
-    first, expected = next(iter(shards.items()), (None, None))
-    if first is None or expected is None:
+    if not files:
         raise UsageError("no shard is given", "name their files: validate BUNDLE --merge part*.json --max-drop 0.6")
-    places: dict[str, dict[int, Shard]] = {}
-    for file, one in shards.items():
-        for words, value in one.alike.items():
-            if value != expected.alike[words]:
-                raise DataError(f"{file} has another {words} than {first}", _AGAIN)
-        places.setdefault(one.place, {}).setdefault(one.shard, one)
+    shards = {file: _read(file) for file in files}
+    first, expected = next(iter(shards.items()))
+    places = _by_place(shards)
     if expected.bundle != identity(opened):
         raise DataError(f"{first} is not of the bundle {opened.path}", "give the bundle that the shards judged")
     if expected.metric != options.gates.own:
@@ -221,6 +220,20 @@ def merge(
             raise DataError(said, "run them there and merge again, or leave out the files of other machines")
     with parsing(str(first), "and the other shards do not fit this bundle", _AGAIN, DataError):
         return tuple(_judged(opened, [found[index] for index in sorted(found)], options) for found in places.values())
+
+
+def _by_place(shards: Mapping[Path, Shard]) -> dict[str, dict[int, Shard]]:
+    """The shards by place and number. Raises DataError: they do not belong together."""
+    places: dict[str, dict[int, Shard]] = {}
+    firsts: dict[str, tuple[Path, dict[str, object]]] = {}
+    for file, one in shards.items():
+        for where, facts in (("", one.alike), (one.place, one.alike_there)):
+            first, expected = firsts.setdefault(where, (file, facts))
+            for words, value in facts.items():
+                if value != expected[words]:
+                    raise DataError(f"{file} has another {words} than {first}", _AGAIN)
+        places.setdefault(one.place, {}).setdefault(one.shard, one)
+    return places
 
 
 def _read(file: Path) -> Shard:

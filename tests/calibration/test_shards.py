@@ -137,12 +137,18 @@ def test_each_instruction_set_is_judged_by_itself(parts: list[Path], int8_bundle
     bundle, others = Path(shutil.copytree(int8_bundle, tmp_path / "bundle")), [tmp_path / part.name for part in parts]
     for part, other in zip(parts, others, strict=True):
         shard = msgspec.json.decode(part.read_bytes(), type=Shard)
-        other.write_bytes(encode_shard(changed(machine={**shard.machine, "instruction set": "asimd i8mm"})(shard)))
+        machine = {**shard.machine, "instruction set": "asimd i8mm"}
+        sides = {side: {**getattr(shard, side), "version": "9.9"} for side in ("candidate", "reference")}
+        other.write_bytes(encode_shard(changed(machine=machine, **sides)(shard)))
 
     results = merge(bundle, [*parts, *others], asked(**GATES))
 
     assert [result.samples for result in results] == [SAMPLES, SAMPLES]
     assert certify(bundle, results)[1].instruction_set == ("asimd", "i8mm")
+    one = msgspec.json.decode(others[1].read_bytes(), type=Shard)
+    others[1].write_bytes(encode_shard(changed(reference={**(one.reference or {}), "version": "9.8"})(one)))
+    with pytest.raises(DataError, match="engine of the reference"):
+        merge(bundle, [*parts, *others])
 
 
 @pytest.mark.parametrize(
