@@ -31,6 +31,7 @@ from perceiver_export.calibration.data.sources import (
     open_source,
 )
 from perceiver_export.runtimes.errors import DataError, InputError, LongTextError
+from perceiver_export.runtimes.files import reading
 from perceiver_export.runtimes.manifest import Manifest, TensorSpec
 from perceiver_export.runtimes.preprocessing import FlowPreprocessing, ImagePreprocessing, TextPreprocessing
 from perceiver_export.runtimes.runtime import Array, check_values
@@ -96,7 +97,7 @@ class Samples:
     i-th of every n samples. ``seed`` gives a random order, which needs files.
 
     After the stream has ended, ``total`` is the number of samples of all shards, and ``rows`` the SHA-256 of their
-    names and labels; ``notes`` are complete then too.
+    names and contents, for a shard only; ``notes`` are complete then too.
 
     Raises DataError: here for labels and for names of arrays in files; while reading for anything else.
     """
@@ -135,7 +136,7 @@ class Samples:
 
     @property
     def rows(self) -> str:
-        """SHA-256 of the names and labels of all samples so far, those of other shards included."""
+        """SHA-256 of the names and contents of all samples so far, those of other shards included."""
         return self._rows.hexdigest()
 
     def _chosen(
@@ -147,9 +148,9 @@ class Samples:
             return enumerate(_spread(source.rows(), count, samples))
 
         for position, row in rows() if seed is None else _shuffled(rows, self.notes.count or 0, seed):
-            label = next((row[1][name] for name in LABELS if name in row[1]), None)
-            plain = label.tolist() if isinstance(label, (np.ndarray, np.generic)) else label
-            self._rows.update(f"{row[0]} {plain!r}\n".encode(errors="replace"))
+            for key, value in sorted(row[1].items()) if shard[1] > 1 else ():
+                content = hashlib.sha256(_content(value)).hexdigest()
+                self._rows.update(f"{row[0]} {key} {content}\n".encode(errors="replace"))
             self.total += 1
             if position % shard[1] == shard[0] - 1:
                 yield position, row
@@ -242,6 +243,18 @@ class Samples:
                 said = f"{where}: `flow` is {flow.dtype} of shape {list(flow.shape)}"
                 raise DataError(said, f"give floating point {list(expected)}")
         return feeds, targets
+
+
+def _content(value: Any) -> bytes:
+    """A raw value as bytes; a path as its file's. Raises DataError."""
+    if isinstance(value, Path):
+        with reading(value, DataError):
+            return value.read_bytes()
+    with contextlib.suppress(ValueError):  # its rows differ in length
+        array = np.asarray(value)
+        if array.dtype.kind != "O":
+            return f"{array.dtype} {array.shape} ".encode() + array.tobytes()
+    return repr(value).encode(errors="replace")
 
 
 def digest_of(arrays: Mapping[str, Array]) -> str:

@@ -78,7 +78,7 @@ class Worst(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Shard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Shard ``shard`` of ``shards``. ``bundle``: its `identity`.
 
-    ``rows``: SHA-256 of the names and labels of all ``total`` samples of the data. ``columns`` have a row for each of
+    ``rows``: SHA-256 of the names and contents of all ``total`` samples of the data. ``columns`` have a row for each of
     ``positions``. ``digest``: SHA-256 of everything else.
     """
 

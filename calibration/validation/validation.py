@@ -55,7 +55,7 @@ class Measured:
     """The scores of both sides on the samples, and everything else that `judged` reads.
 
     ``found`` has no metrics and gates yet. ``total``: the number of samples of all shards; ``rows``: the SHA-256 of
-    their names and labels.
+    their names and contents.
     """
 
     found: Validation

@@ -10,15 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 
 from perceiver_export.calibration import Gates, ValidateOptions, certify, merge, validate, validate_shard
+from perceiver_export.calibration.data.samples import Samples
 from perceiver_export.calibration.validation.results import Validation
 from perceiver_export.calibration.validation.shards import Shard, encode_shard
+from perceiver_export.runtimes.bundle import open_bundle
 from perceiver_export.runtimes.errors import DataError, UsageError
 from tests.calibration.asked import TEST, asked, pictures
 from tests.calibration.test_validate_every_task import CASES
 from tests.cli.commands import fail, succeed
+from tests.conftest import FASHION
 
 GATES: dict[str, Any] = {"max_drop": 3, "min_agreement": 90}
 COUNT, SAMPLES = 3, 200
@@ -163,6 +167,24 @@ def test_shards_that_cannot_be_judged(options: ValidateOptions, shard: tuple[int
 def test_a_bundle_that_the_shards_did_not_judge(parts: list[Path], fashion_bundle: Path) -> None:
     with pytest.raises(DataError, match="not of the bundle"):
         merge(fashion_bundle, parts)
+
+
+def test_other_contents_under_the_same_names_are_other_data(fashion_bundle: Path, tmp_path: Path) -> None:
+    manifest = open_bundle(fashion_bundle).manifest
+
+    def rows(data: Path) -> str:
+        opened = Samples(data, manifest, shard=(2, 2))
+        assert len(list(opened.stream)) == opened.total // 2
+        return opened.rows
+
+    archive, folder = tmp_path / "data.npz", shutil.copytree(FASHION / "pictures", tmp_path / "pictures")
+    before = rows(pictures(archive, slice(0, 4))), rows(folder)
+    first, *_, last = sorted(folder.glob("*.png"))
+    shutil.copy(last, first)
+    with np.load(archive) as data:
+        np.savez(archive, image=data["image"][[1, 1, 2, 3]], labels=data["labels"])
+
+    assert not {rows(archive), rows(folder)} & set(before)
 
 
 def test_own_metrics_merge(fashion_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
