@@ -87,7 +87,7 @@ def validate(
         results = merge(bundle, parts or (), options)
     else:
         results = _validated(bundle, source.data or "", options, json)
-    _finish(bundle, results, options, outputs, json)
+    _finish(bundle, _Outcome(results, source.data), options, outputs, json)
 
 
 def _check_given(options: ValidateOptions, source: _Source, parts: Sequence[Path], outputs: Mapping[str, Path]) -> None:
@@ -144,20 +144,17 @@ def _judge_shard(bundle: str, source: _Source, options: ValidateOptions, json: b
     say(f"scores written to {scores}; next: perceiver-export validate {shlex.quote(bundle)} --merge PART.json …")
 
 
-def _finish(
-    bundle: str, results: tuple[Validation, ...], options: ValidateOptions, outputs: Mapping[str, Path], json: bool
-) -> None:
+def _finish(bundle: str, found: _Outcome, options: ValidateOptions, outputs: Mapping[str, Path], json: bool) -> None:
     """Show results, write outputs, and raise GateError unless all gates hold."""
     import msgspec
 
-    found = _Outcome(results)
     if not json:
         _show(found.results)
     try:
         _write(bundle, found, options, outputs, json)
     finally:  # even if the last output could not be written
         if json:
-            several = options.device == "all" or len(results) > 1
+            several = options.device == "all" or len(found.results) > 1
             shown = {"targets": found.results} if several else msgspec.structs.asdict(found.results[0])
             print_json({**shown, "certificates": found.certificates, "written": found.written})
         else:
@@ -168,9 +165,10 @@ def _finish(
 
 @dataclass
 class _Outcome:
-    """The results, the report, certificates, and where outputs were written, by name."""
+    """The results and the data that was read, the report, certificates, and where outputs were written, by name."""
 
     results: tuple[Validation, ...]
+    data: str | None = None
     report: Report | None = None
     certificates: tuple[Certificate, ...] = ()
     written: dict[str, str] = field(default_factory=dict)
@@ -230,7 +228,7 @@ def _write(bundle: str, found: _Outcome, options: ValidateOptions, outputs: Mapp
             command = shlex.join(["perceiver-export", *sys.argv[1:]])
             against = cast("str | None", options.against)
             with progress_bar("report", quiet=quiet), new_file(outputs["report"]) as temporary:
-                found.report = gather(bundle, found.results, against, command, options.threads)
+                found.report = gather(bundle, found.results, against, command, options.threads, found.data)
                 write_report(temporary, found.report)
             found.written["report"] = readable(outputs["report"])
 
