@@ -93,7 +93,10 @@ def merge_statistics(bundle: Bundle, files: Sequence[Path], options: QuantizeOpt
         for words, value in about.alike.items():
             if value != first.alike[words]:
                 raise DataError(f"{file} has another {words} than {files[0]}", _AGAIN)
-        shards.setdefault(about.shard, (about, arrays))
+        earlier = shards.setdefault(about.shard, (about, arrays))[1]
+        if earlier.keys() != arrays.keys() or not all(np.array_equal(earlier[name], arrays[name]) for name in arrays):
+            said = f"{file} has other results than an earlier file of shard {about.shard}/{about.shards}"
+            raise DataError(said, "leave one of the two out, and find out why they differ")
     if not shards:
         raise UsageError("no statistics are given", "name their files: quantize BUNDLE --merge part*.npz -o BUNDLE2")
     if first.bundle != identity(bundle):

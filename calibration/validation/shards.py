@@ -131,6 +131,11 @@ class Shard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return {"target or engine of the reference": (side.get("target"), engine_of(side))}
 
     @property
+    def results(self) -> tuple[object, ...]:
+        """Everything that a shard gives again if it runs again in the same place."""
+        return self.positions, self.digests, self.judged, self.columns, self.sums
+
+    @property
     def place(self) -> str:
         """Target, engine and instruction set; on other targets than CPUs the device as well."""
         target, instructions = str(self.candidate.get("target")), self.machine.get("instruction set", "")
@@ -232,7 +237,9 @@ def _by_place(shards: Mapping[Path, Shard]) -> dict[str, dict[int, Shard]]:
             for words, value in facts.items():
                 if value != expected[words]:
                     raise DataError(f"{file} has another {words} than {first}", _AGAIN)
-        places.setdefault(one.place, {}).setdefault(one.shard, one)
+        if places.setdefault(one.place, {}).setdefault(one.shard, one).results != one.results:
+            said = f"{file} has other results than an earlier file of shard {one.shard}/{one.shards}"
+            raise DataError(said, "leave one of the two out, and find out why they differ")
     return places
 
 

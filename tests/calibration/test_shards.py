@@ -92,12 +92,17 @@ def damaged(shard: Shard) -> Shard:
     return msgspec.structs.replace(shard, digests=shard.digests[::-1])
 
 
+def other_results(shard: Shard) -> Shard:
+    return changed(digests=shard.digests[::-1])(shard)
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
         (damaged, "changed or cut"),
         (changed(positions=[0]), "samples of shard 2/3"),
         (changed(shard=1), "samples of shard 1/3"),
+        (other_results, "other results"),
         (changed(shards=4), "samples of shard 2/4"),
         (changed(bundle="0"), "another bundle"),
         (changed(rows="0"), "another data"),
@@ -114,9 +119,10 @@ def test_files_that_do_not_belong_together(
 ) -> None:
     shard = msgspec.json.decode(parts[1].read_bytes(), type=Shard)
     (tmp_path / "part2.json").write_bytes(encode_shard(change(shard)))
+    twice = [parts[1]] * (change is other_results)
 
     with pytest.raises(DataError) as caught:
-        merge(int8_bundle, [parts[0], tmp_path / "part2.json", parts[2]], asked(**GATES))
+        merge(int8_bundle, [parts[0], *twice, tmp_path / "part2.json", parts[2]], asked(**GATES))
     assert said in caught.value.message
     assert "\n" not in caught.value.message
 

@@ -73,6 +73,10 @@ def foreign(arrays: dict[str, Any]) -> None:
     arrays[next(name for name in arrays if name.startswith("own"))][:] = True
 
 
+def wider(arrays: dict[str, Any]) -> None:
+    arrays[next(name for name in arrays if name.startswith("high"))][0] += 1
+
+
 def renamed(old: bytes, new: bytes) -> Callable[[dict[str, Any]], None]:
     def change(arrays: dict[str, Any]) -> None:
         text = arrays["about"].tobytes()
@@ -88,6 +92,7 @@ def renamed(old: bytes, new: bytes) -> Callable[[dict[str, Any]], None]:
         (cut, "do not fit"),
         (not_finite, "NaN"),
         (foreign, "several shards"),
+        (wider, "other results"),
         (renamed(b'"shards": 3', b'"shards": 4'), "another number of shards"),
         (renamed(b'"shard": 2', b'"shard": 1'), "2/3"),
         (renamed(b'"shard": 2', b'"shard": 9'), "9/3"),
@@ -102,11 +107,10 @@ def test_files_that_do_not_belong_together(
     arrays = read_npz(parts[1])
     change(arrays)
     write_npz(tmp_path / "part2.npz", arrays)
+    files = [parts[0], *[parts[1]] * (change is wider), tmp_path / "part2.npz", parts[2]]
 
     with pytest.raises(DataError) as caught:
-        quantize(
-            fashion_bundle, None, tmp_path / "out", OPTIONS, statistics=[parts[0], tmp_path / "part2.npz", parts[2]]
-        )
+        quantize(fashion_bundle, None, tmp_path / "out", OPTIONS, statistics=files)
     assert said in caught.value.message
     assert not (tmp_path / "out").exists()
 
