@@ -217,14 +217,29 @@ def merge(
     places = _by_place(shards)
     if expected.bundle != identity(opened):
         raise DataError(f"{first} is not of the bundle {opened.path}", "give the bundle that the shards judged")
-    if expected.metric != options.gates.own:
-        raise UsageError(f"the shards were judged by --metric {expected.metric}", "give the same to --merge")
     for place, found in places.items():
         if missing := [f"{index}/{expected.shards}" for index in range(1, expected.shards + 1) if index not in found]:
             said = f"{len(missing)} of {expected.shards} shards are missing on {place}: {', '.join(missing[:20])}"
             raise DataError(said, "run them there and merge again, or leave out the files of other machines")
     with parsing(str(first), "and the other shards do not fit this bundle", _AGAIN, DataError):
+        _check_options(options, expected)
         return tuple(_judged(opened, [found[index] for index in sorted(found)], options) for found in places.values())
+
+
+def _check_options(options: ValidateOptions, shard: Shard) -> None:
+    """Raise UsageError: another metric or reference than the shards'."""
+    if options.gates.own != shard.metric:
+        said = f"by --metric {shard.metric}" if shard.metric else f"without --metric {options.gates.own}"
+        raise UsageError(f"the shards were judged {said}", "give the same to the shards and to --merge")
+    if options.against is not None:
+        graphs: dict[str, str] = (shard.reference or {}).get("graphs", {})
+        files: dict[str, str] = {}
+        if not callable(options.against):
+            manifest = open_bundle(options.against, "never").manifest
+            files = {name: entry.sha256 for name, entry in manifest.files.items()}
+        if not graphs or not graphs.items() <= files.items():
+            said = f"the shards were judged against another reference than {options.against}"
+            raise UsageError(said, "give theirs, or leave --against out")
 
 
 def _by_place(shards: Mapping[Path, Shard]) -> dict[str, dict[int, Shard]]:

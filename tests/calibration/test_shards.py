@@ -175,6 +175,16 @@ def test_a_bundle_that_the_shards_did_not_judge(parts: list[Path], fashion_bundl
         merge(fashion_bundle, parts)
 
 
+@pytest.mark.parametrize("reference", ["int8_bundle", "plain_fashion_bundle"])
+def test_a_reference_that_the_shards_did_not_have(
+    reference: str, parts: list[Path], int8_bundle: Path, request: pytest.FixtureRequest
+) -> None:
+    with pytest.raises(UsageError, match="another reference"):
+        merge(int8_bundle, parts, asked(against=request.getfixturevalue(reference)))
+    with pytest.raises(UsageError, match="without --metric"):
+        merge(int8_bundle, parts, asked(metric="mine:right"))
+
+
 def test_other_contents_under_the_same_names_are_other_data(fashion_bundle: Path, tmp_path: Path) -> None:
     manifest = open_bundle(fashion_bundle).manifest
 
@@ -205,5 +215,6 @@ def test_own_metrics_merge(fashion_bundle: Path, tmp_path: Path, monkeypatch: py
     (merged,) = merge(fashion_bundle, files, ValidateOptions(gates=Gates(metric="mine:right")))
 
     assert merged.metrics == validate(fashion_bundle, data, options).metrics
-    with pytest.raises(UsageError, match="mine:right"):
-        merge(fashion_bundle, files)
+    for metric in (None, "mine:wrong"):
+        with pytest.raises(UsageError, match="by --metric mine:right"):
+            merge(fashion_bundle, files, asked(metric=metric))
