@@ -144,12 +144,13 @@ def gather(
 ) -> Report:
     """A report on a validated bundle. Each target is timed, in turn with ``reference`` if that is a bundle.
 
-    Targets of merged shards that ran on another machine are not timed.
+    Targets of merged shards that ran on another machine are neither timed nor profiled.
 
     With a reference and ``data``, the sensitivity of layers is measured on those; otherwise it is what `quantize`
     recorded at calibration. Raises what `bench` raises.
     """
     opened, here = open_bundle(bundle), machine()
+    ran_here = [one for one in validations if one.machine == here]
     manifest, record = opened.manifest, read_calibration(opened)
     other = Path(reference) if reference is not None and (Path(reference) / "manifest.json").is_file() else None
     layers, note = _measured(opened, other, data, threads), _MEASURED
@@ -159,11 +160,9 @@ def gather(
     return Report(
         f"{manifest.name}: {manifest.task}, {manifest.precision}",
         tuple(validations),
-        tuple(
-            speed for one in validations if one.machine == here for speed in _speeds(opened.path, other, one, threads)
-        ),
+        tuple(speed for one in ran_here for speed in _speeds(opened.path, other, one, threads)),
         tuple(layers),
-        (*_profiles(opened, other, validations, threads), *tables(manifest, record)),
+        (*_profiles(opened, other, ran_here, threads), *tables(manifest, record)),
         note if layers else "",
         tuple(_certified(opened, validations)),
         command,

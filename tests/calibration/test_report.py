@@ -134,6 +134,15 @@ def test_only_certificates_of_these_validations_are_shown(
         assert gather(bundle, validations).certificates == shown
 
 
+def test_targets_of_other_machines_are_neither_timed_nor_profiled(
+    int8_bundle: Path, results: tuple[Validation, Validation]
+) -> None:
+    elsewhere = gather(int8_bundle, [msgspec.structs.replace(results[0], machine={"cpu": "another"})])
+
+    assert elsewhere.speeds == ()
+    assert not [table.title for table in elsewhere.tables if table.title.startswith("Slowest")]
+
+
 def test_names_of_layers_are_whole_and_bars_as_long_as_the_numbers(report: Report) -> None:
     names = [name for name, _ in report.sensitivity[:15]]
     assert max(map(len, names)) > 38
