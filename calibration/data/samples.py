@@ -132,7 +132,7 @@ class Samples:
         self.total, self._rows = 0, hashlib.sha256()
         if seed is not None and (whole is None or source.heads is None):
             raise DataError(f"{data} cannot be read in a random order", "write its samples to a file")
-        self.stream = self._prepare_all(self._chosen(source, count, samples, shard, seed))
+        self.stream = self._prepare_all(self._chosen(source, count, samples, shard, seed), shard)
 
     @property
     def rows(self) -> str:
@@ -163,8 +163,8 @@ class Samples:
             if key not in values and not is_mask(key) and not (self._tokenizer and "text" in values):
                 raise _missing(name, spec, values)
 
-    def _prepare_all(self, rows: Iterable[tuple[int, Row]]) -> Iterator[Example]:
-        """The examples, without texts that are too long. Raises DataError; also if all texts are too long."""
+    def _prepare_all(self, rows: Iterable[tuple[int, Row]], shard: tuple[int, int]) -> Iterator[Example]:
+        """The examples, without texts that are too long. Raises DataError; also if a shard has no other."""
         fitting, first = False, None
         for position, (name, values) in rows:
             try:
@@ -175,6 +175,8 @@ class Samples:
                     raise
                 self.notes.left_out[position] = error.message
                 first = first or error
+        if not fitting and shard[1] > 1:
+            raise DataError(f"shard {shard[0]}/{shard[1]} has no sample that fits the model", "take fewer shards")
         if first is not None and not fitting:
             raise first
 
