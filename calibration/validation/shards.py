@@ -152,9 +152,10 @@ def validate_shard(
     progress: Progress | None = None,
 ) -> Shard:
     """Judge shard i of n of the samples; raises what `validate` raises, and UsageError for gates."""
-    if options.gates.any or options.certify or options.sequential or options.device == "all":
-        said = "a shard has no gate and no certificate, runs to its end, and on one target"
-        raise UsageError(said, "give gates and --certify to `validate BUNDLE --merge`")
+    late = options.gates.any or options.certify or options.allow_overlap
+    if late or options.sequential or options.save_worst is not None or options.device == "all":
+        said = "a shard runs to its end on one target, without gates, certificate and a folder of worst samples"
+        raise UsageError(said, "give gates, --certify and --allow-overlap to --merge; leave --save-worst out")
     measured = measure(bundle, data, options, progress, shard)
     found, scores, watch = measured.found, measured.scores, measured.watch
     if found.failure is not None:

@@ -103,6 +103,8 @@ def _check_given(options: ValidateOptions, source: _Source, parts: Sequence[Path
         raise UsageError("no data is given", "give --data DATA, or --merge with the scores of shards")
     if (source.shard is None) != (source.scores is None):
         raise UsageError("a shard needs its number and a file", "give both: --shard 3/16 --scores part3.json")
+    if options.seed and not options.sequential:
+        raise UsageError(f"--seed {options.seed} has no effect without --sequential", "leave it out")
     if source.shard is not None and (later := [name for name in ("junit", "report") if name in outputs]):
         raise UsageError(f"--{later[0]} has no effect with --shard", "give it to --merge, with the gates")
 

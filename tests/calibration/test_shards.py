@@ -163,7 +163,15 @@ def test_each_instruction_set_is_judged_by_itself(parts: list[Path], int8_bundle
 
 @pytest.mark.parametrize(
     ("options", "shard"),
-    [(asked(max_drop=1), (1, 2)), (ValidateOptions(device="all"), (1, 2)), (asked(samples=2), (3, 3))],
+    [
+        (asked(max_drop=1), (1, 2)),
+        (asked(allow_overlap=True), (1, 2)),
+        (asked(save_worst="worst"), (1, 2)),
+        (ValidateOptions(device="all"), (1, 2)),
+        (asked(samples=2), (3, 3)),
+        (asked(), (1, 0)),
+        (asked(), (5, 3)),
+    ],
 )
 def test_shards_that_cannot_be_judged(options: ValidateOptions, shard: tuple[int, int], fashion_bundle: Path) -> None:
     with pytest.raises((UsageError, DataError)):
