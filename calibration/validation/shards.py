@@ -26,7 +26,7 @@ from perceiver_export.calibration.validation.certify import check_certifiable
 from perceiver_export.calibration.validation.gates import check_gates
 from perceiver_export.calibration.validation.metrics import families
 from perceiver_export.calibration.validation.metrics.base import Column
-from perceiver_export.calibration.validation.options import MOST_SHARDS, ValidateOptions
+from perceiver_export.calibration.validation.options import MOST_SHARDS, ValidateOptions, check_shard
 from perceiver_export.calibration.validation.reference import check_reference
 from perceiver_export.calibration.validation.results import Data, Validation
 from perceiver_export.calibration.validation.scores import Scores, joined
@@ -152,6 +152,7 @@ def validate_shard(
     progress: Progress | None = None,
 ) -> Shard:
     """Judge shard i of n of the samples; raises what `validate` raises, and UsageError for gates."""
+    check_shard(shard)
     late = options.gates.any or options.certify or options.allow_overlap
     if late or options.sequential or options.save_worst is not None or options.device == "all":
         said = "a shard runs to its end on one target, without gates, certificate and a folder of worst samples"

@@ -133,5 +133,7 @@ def test_other_bundles_options_and_links(
     (tmp_path / "link.npz").symlink_to(parts[0])
     with pytest.raises(DataError, match="link"):
         quantize(fashion_bundle, None, tmp_path / "out", OPTIONS, statistics=[tmp_path / "link.npz", *parts[1:]])
+    with pytest.raises(UsageError, match="'1/0'"):
+        collect_statistics(fashion_bundle, DATA, tmp_path / "part.npz", (1, 0), OPTIONS)
     with pytest.raises(DataError, match="no samples"):
         collect_statistics(fashion_bundle, DATA, tmp_path / "part.npz", (3, 3), QuantizeOptions(samples=2))
