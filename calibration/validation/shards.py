@@ -155,7 +155,7 @@ def validate_shard(
     check_shard(shard)
     late = options.gates.any or options.certify or options.allow_overlap
     if late or options.sequential or options.save_worst is not None or options.device == "all":
-        said = "a shard runs to its end on one target, without gates, certificate and a folder of worst samples"
+        said = "a shard runs to its end on one target, without gates, a certificate or saved worst samples"
         raise UsageError(said, "give gates, --certify and --allow-overlap to --merge; leave --save-worst out")
     measured = measure(bundle, data, options, progress, shard)
     found, scores, watch = measured.found, measured.scores, measured.watch

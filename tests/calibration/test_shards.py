@@ -15,6 +15,7 @@ import pytest
 
 from perceiver_export.calibration import Gates, ValidateOptions, certify, merge, validate, validate_shard
 from perceiver_export.calibration.data.samples import Samples
+from perceiver_export.calibration.validation.options import parse_shard
 from perceiver_export.calibration.validation.results import Validation
 from perceiver_export.calibration.validation.shards import Shard, encode_shard
 from perceiver_export.runtimes.bundle import open_bundle
@@ -176,6 +177,12 @@ def test_each_instruction_set_is_judged_by_itself(parts: list[Path], int8_bundle
 def test_shards_that_cannot_be_judged(options: ValidateOptions, shard: tuple[int, int], fashion_bundle: Path) -> None:
     with pytest.raises((UsageError, DataError)):
         validate_shard(fashion_bundle, TEST, shard, options)
+
+
+@pytest.mark.parametrize("text", ["1/" + "9" * 5_000, "3", "1/2/3", "0/2", "a/b"], ids=lambda text: text[:5])
+def test_numbers_of_shards_that_are_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="--shard"):
+        parse_shard(text)
 
 
 def test_a_bundle_that_the_shards_did_not_judge(parts: list[Path], fashion_bundle: Path) -> None:

@@ -59,7 +59,6 @@ REFUSED: list[tuple[str, list[str]]] = [
     ("validate B", ["--data"]),
     ("validate --data D", ["BUNDLE"]),
     (f"{VALIDATE} --shard 3/2 --scores T/part.json", ["'3/2'", "1/16"]),
-    (f"{VALIDATE} --shard 1/{'9' * 5_000} --scores T/part.json", ["'1/999"]),
     (f"{VALIDATE} --shard 1/2", ["--scores"]),
     (f"{VALIDATE} --shard 1/2 --scores T/part.npz", [".json"]),
     (f"{VALIDATE} --shard 1/2 --scores T/part.json --against C --max-drop 1", ["--merge"]),
