@@ -44,7 +44,7 @@ Arrays = dict[str, Array]
 
 _T = TypeVar("_T")
 _SHARE = 0.15  # the share of a text's tokens to mask, as in training (Devlin et al. 2019; Perceiver IO, section 4.1)
-_BLOCK = 2_048  # samples of a random order that are in memory at once
+_BLOCK, _BLOCK_BYTES = 2_048, 256 << 20  # samples of a random order that are in memory at once, and their size
 
 
 @dataclass(frozen=True)
@@ -310,8 +310,10 @@ def _spread(items: Iterator[_T], count: int | None, samples: int | None) -> Iter
 def _shuffled(rows: Callable[[], Iterator[tuple[int, _T]]], count: int, seed: int) -> Iterator[tuple[int, _T]]:
     """Rows in a random order. Reads them again for each block, because not all fit in memory."""
     order = np.random.default_rng(seed).permutation(count).tolist()
-    for start in range(0, count, _BLOCK):
-        block = order[start : start + _BLOCK]
+    first = next(rows(), (0, ("", {})))[1][1]
+    size = min(_BLOCK, max(1, _BLOCK_BYTES // max(1, sum(getattr(value, "nbytes", 0) for value in first.values()))))
+    for start in range(0, count, size):
+        block = order[start : start + size]
         wanted = set(block)
         found = {position: row for position, row in rows() if position in wanted}
         yield from ((position, found[position]) for position in block)
