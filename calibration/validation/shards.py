@@ -121,6 +121,10 @@ class Shard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             "data": (self.total, self.rows, self.truncate, self.notes.count),
             "reference": None if self.reference is None else self.reference.get("graphs"),
             "metric": self.metric,
+            "set of values": (
+                {side: sorted(found) for side, found in self.columns.items()},
+                list(map(sorted, self.sums)),
+            ),
             "version of perceiver-export": self.package,
         }
 
@@ -138,7 +142,7 @@ class Shard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def place(self) -> str:
         """Target, engine and instruction set; on other targets than CPUs the device as well."""
-        target, instructions = str(self.candidate.get("target")), self.machine.get("instruction set", "")
+        target, instructions = str(self.candidate["target"]), self.machine["instruction set"]
         device = "" if on_cpu(target) else f" on {self.candidate.get('device')}"
         return f"{target}{device}, {engine_of(self.candidate)}, {instructions}"
 
@@ -265,6 +269,8 @@ def _read(file: Path) -> Shard:
     shard = read_json(file, Shard, DataError, _AGAIN, _LIMIT)
     if shard.digest != shard.signed().digest:
         raise DataError(f"{file} was changed or cut after it was written", _AGAIN)
+    if "target" not in shard.candidate or "instruction set" not in shard.machine:
+        raise DataError(f"{file} does not name the target and the instruction set that it ran on", _AGAIN)
     found = sorted([*shard.positions, *shard.notes.left_out])
     if 1 <= shard.shard <= shard.shards <= MOST_SHARDS and shard.total <= shard.shards * (len(found) + 1):
         expected = [*range(shard.shard - 1, shard.total, shard.shards)]

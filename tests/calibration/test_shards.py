@@ -110,8 +110,11 @@ def other_results(shard: Shard) -> Shard:
         (changed(package="0.0"), "another version"),
         (changed(metric="module:function"), "another metric"),
         (changed(reference=None), "another reference"),
-        (changed(columns={}), "do not fit"),
-        (changed(sums=[]), "do not fit"),
+        (changed(columns={}), "another set of values"),
+        (changed(sums=[]), "another set of values"),
+        (changed(reads={}), "do not fit"),
+        (changed(machine={}), "instruction set"),
+        (changed(candidate={}), "target"),
         (changed(machine={"instruction set": "mmx"}), "shards are missing on"),
     ],
 )
