@@ -89,6 +89,7 @@ def test_a_ruined_model_is_stopped_at_the_first_look_and_too_few_samples_decide_
     with pytest.raises(GateError, match="FAIL"):
         found.require()
     assert (few.samples, few.gates[0].outcome) == (70, "undecided")
+    assert few.data.sequential.startswith("took all 70 samples")
     assert (few.gates[0].samples_to_decide or 0) > 500
 
 
