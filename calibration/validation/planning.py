@@ -40,7 +40,7 @@ class Plan(msgspec.Struct, frozen=True):
 
 
 def plan(gates: Gates, flips: float = 1.0) -> tuple[Plan, ...]:
-    """For the limit of each gate, half and twice its distance from 0 or 100 %, if it is in between. Raises UsageError."""
+    """For each gate's limit, and for half and twice its distance from 0 or 100 % if in range. Raises UsageError."""
     if not 0 <= flips <= 100:
         raise UsageError(f"--flips is {flips:g}", "give the percentage of answers that may differ, as 1%")
     if gates.change is not None or (gates.max_drop, gates.min_agreement) == (None, None):

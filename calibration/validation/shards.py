@@ -156,11 +156,7 @@ def validate_shard(
     progress: Progress | None = None,
 ) -> Shard:
     """Judge shard i of n of the samples; raises what `validate` raises, and UsageError for gates."""
-    check_shard(shard)
-    late = options.gates.any or options.certify or options.allow_overlap
-    if late or options.sequential or options.save_worst is not None or options.device == "all":
-        said = "a shard runs to its end on one target, without gates, a certificate or saved worst samples"
-        raise UsageError(said, "give gates, --certify and --allow-overlap to --merge; leave --save-worst out")
+    _check_shardable(shard, options)
     measured = measure(bundle, data, options, progress, shard)
     found, scores, watch = measured.found, measured.scores, measured.watch
     if found.failure is not None:
@@ -193,6 +189,15 @@ def validate_shard(
         reference=found.reference,
         machine=found.machine,
     ).signed()
+
+
+def _check_shardable(shard: tuple[int, int], options: ValidateOptions) -> None:
+    """Raise UsageError for a number out of range, and for options that a shard cannot have."""
+    check_shard(shard)
+    late = options.gates.any or options.certify or options.allow_overlap
+    if late or options.sequential or options.save_worst is not None or options.device == "all":
+        said = "a shard runs to its end on one target, without gates, a certificate or saved worst samples"
+        raise UsageError(said, "give gates, --certify and --allow-overlap to --merge; leave --save-worst out")
 
 
 def encode_shard(shard: Shard) -> bytes:

@@ -6,7 +6,7 @@
 Without --address it starts a cluster on this machine. On many machines (`ray start --head`, `ray start --address …`),
 give --address auto; every machine needs perceiver-export, BUNDLE, DATA and the reference at the same paths. A shard
 whose worker dies runs again, on another worker. What is left of the command line goes to `validate --merge`. The files
-of shards stay in --parts: a second run judges only shards that have no file there, so use one folder for one validation.
+of shards stay in --parts, and a second run judges only shards without a file: use one folder for one validation.
 """
 
 from __future__ import annotations
