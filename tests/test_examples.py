@@ -86,7 +86,7 @@ def test_shards_on_a_cluster_survive_a_worker_that_dies(fashion_bundle: Path, tm
 
     data, against = EXAMPLES / "fashion_mnist" / "test.npz", str(fashion_bundle)
     command = [EXAMPLES / "cluster" / "validate_on_ray.py", fashion_bundle, "--data", data, "--against", against]
-    command += ["--samples", "90", "--shards", "3", "--min-agreement", "90", "--json"]
+    command += ["--samples", "90", "--shards", "3", "--parts", tmp_path / "parts", "--min-agreement", "90", "--json"]
     running = subprocess.Popen(
         [sys.executable, *map(str, command)],
         stdout=subprocess.PIPE,

@@ -31,6 +31,7 @@ from perceiver_export.calibration.data.sources import (
     open_source,
 )
 from perceiver_export.runtimes.errors import DataError, InputError, LongTextError
+from perceiver_export.runtimes.files import reading
 from perceiver_export.runtimes.manifest import Manifest, TensorSpec
 from perceiver_export.runtimes.preprocessing import FlowPreprocessing, ImagePreprocessing, TextPreprocessing
 from perceiver_export.runtimes.runtime import Array, check_values
@@ -43,7 +44,7 @@ Arrays = dict[str, Array]
 
 _T = TypeVar("_T")
 _SHARE = 0.15  # the share of a text's tokens to mask, as in training (Devlin et al. 2019; Perceiver IO, section 4.1)
-_BLOCK = 2_048  # samples of a random order that are in memory at once
+_BLOCK, _BLOCK_BYTES = 2_048, 256 << 20  # samples of a random order that are in memory at once, and their size
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ class Samples:
     i-th of every n samples. ``seed`` gives a random order, which needs files.
 
     After the stream has ended, ``total`` is the number of samples of all shards, and ``rows`` the SHA-256 of their
-    names and labels; ``notes`` are complete then too.
+    names and contents, for a shard only; ``notes`` are complete then too.
 
     Raises DataError: here for labels and for names of arrays in files; while reading for anything else.
     """
@@ -131,11 +132,11 @@ class Samples:
         self.total, self._rows = 0, hashlib.sha256()
         if seed is not None and (whole is None or source.heads is None):
             raise DataError(f"{data} cannot be read in a random order", "write its samples to a file")
-        self.stream = self._prepare_all(self._chosen(source, count, samples, shard, seed))
+        self.stream = self._prepare_all(self._chosen(source, count, samples, shard, seed), shard)
 
     @property
     def rows(self) -> str:
-        """SHA-256 of the names and labels of all samples so far, those of other shards included."""
+        """SHA-256 of the names and contents of all samples so far, those of other shards included."""
         return self._rows.hexdigest()
 
     def _chosen(
@@ -147,9 +148,9 @@ class Samples:
             return enumerate(_spread(source.rows(), count, samples))
 
         for position, row in rows() if seed is None else _shuffled(rows, self.notes.count or 0, seed):
-            label = next((row[1][name] for name in LABELS if name in row[1]), None)
-            plain = label.tolist() if isinstance(label, (np.ndarray, np.generic)) else label
-            self._rows.update(f"{row[0]} {plain!r}\n".encode(errors="replace"))
+            for key, value in sorted(row[1].items()) if shard[1] > 1 else ():
+                content = hashlib.sha256(_content(value)).hexdigest()
+                self._rows.update(f"{row[0]} {key} {content}\n".encode(errors="replace"))
             self.total += 1
             if position % shard[1] == shard[0] - 1:
                 yield position, row
@@ -162,8 +163,8 @@ class Samples:
             if key not in values and not is_mask(key) and not (self._tokenizer and "text" in values):
                 raise _missing(name, spec, values)
 
-    def _prepare_all(self, rows: Iterable[tuple[int, Row]]) -> Iterator[Example]:
-        """The examples, without texts that are too long. Raises DataError; also if all texts are too long."""
+    def _prepare_all(self, rows: Iterable[tuple[int, Row]], shard: tuple[int, int]) -> Iterator[Example]:
+        """The examples, without texts that are too long. Raises DataError; also if a shard has no other."""
         fitting, first = False, None
         for position, (name, values) in rows:
             try:
@@ -174,6 +175,8 @@ class Samples:
                     raise
                 self.notes.left_out[position] = error.message
                 first = first or error
+        if not fitting and shard[1] > 1:
+            raise DataError(f"shard {shard[0]}/{shard[1]} has no sample that fits the model", "take fewer shards")
         if first is not None and not fitting:
             raise first
 
@@ -244,6 +247,18 @@ class Samples:
         return feeds, targets
 
 
+def _content(value: Any) -> bytes:
+    """A raw value as bytes; a path as its file's. Raises DataError."""
+    if isinstance(value, Path):
+        with reading(value, DataError):
+            return value.read_bytes()
+    with contextlib.suppress(ValueError):  # its rows differ in length
+        array = np.asarray(value)
+        if array.dtype.kind != "O":
+            return f"{array.dtype} {array.shape} ".encode() + array.tobytes()
+    return repr(value).encode(errors="replace")
+
+
 def digest_of(arrays: Mapping[str, Array]) -> str:
     """The first 16 characters of the SHA-256 of arrays by name, without the batch."""
     digest = hashlib.sha256()
@@ -295,8 +310,10 @@ def _spread(items: Iterator[_T], count: int | None, samples: int | None) -> Iter
 def _shuffled(rows: Callable[[], Iterator[tuple[int, _T]]], count: int, seed: int) -> Iterator[tuple[int, _T]]:
     """Rows in a random order. Reads them again for each block, because not all fit in memory."""
     order = np.random.default_rng(seed).permutation(count).tolist()
-    for start in range(0, count, _BLOCK):
-        block = order[start : start + _BLOCK]
+    first = next(rows(), (0, ("", {})))[1][1]
+    size = min(_BLOCK, max(1, _BLOCK_BYTES // max(1, sum(getattr(value, "nbytes", 0) for value in first.values()))))
+    for start in range(0, count, size):
+        block = order[start : start + size]
         wanted = set(block)
         found = {position: row for position, row in rows() if position in wanted}
         yield from ((position, found[position]) for position in block)

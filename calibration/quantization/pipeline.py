@@ -37,7 +37,7 @@ from perceiver_export.calibration.quantization.record import (
 from perceiver_export.calibration.quantization.shards import merge_statistics, write_statistics
 from perceiver_export.calibration.quantization.statistics import Observation, Report, load_graph, observe
 from perceiver_export.calibration.validation.gates import check_against_fp32
-from perceiver_export.calibration.validation.options import ValidateOptions
+from perceiver_export.calibration.validation.options import ValidateOptions, check_shard
 from perceiver_export.calibration.validation.statistics import scipy_stats
 from perceiver_export.runtimes.bundle import Bundle, open_bundle
 from perceiver_export.runtimes.errors import GateError, UndecidedError, UsageError, VacuousGateError, check_kind
@@ -99,6 +99,7 @@ def collect_statistics(
     progress: Report | None = None,
 ) -> None:
     """Write the statistics of shard i of n to an .npz file; raises what `quantize` raises, and InputError."""
+    check_shard(shard)
     source = open_bundle(bundle)
     check_options(options, source)
     observation = observe_for(source, data, options, progress or (lambda what, done, total: None), shard)

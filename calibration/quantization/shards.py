@@ -15,6 +15,7 @@ import msgspec
 import numpy as np
 
 from perceiver_export.calibration.bundles import identity
+from perceiver_export.calibration.data.calls import batch_size
 from perceiver_export.calibration.data.fingerprints import DataReport
 from perceiver_export.calibration.quantization.options import QuantizeOptions
 from perceiver_export.calibration.quantization.statistics import KEPT, Activation, Call, Hazard, Observation, Statistics
@@ -22,6 +23,7 @@ from perceiver_export.calibration.validation.options import MOST_SHARDS
 from perceiver_export.runtimes.bundle import Bundle
 from perceiver_export.runtimes.errors import DataError, UsageError
 from perceiver_export.runtimes.files import decode_json, encode_json, parsing
+from perceiver_export.runtimes.machine import cpu_features
 from perceiver_export.runtimes.npz import read_npz, write_npz
 from perceiver_export.runtimes.runtime import Array
 
@@ -43,6 +45,8 @@ class _About(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     shards: int
     bundle: str
     package: str
+    engine: str
+    instruction_set: tuple[str, ...]
     samples: int
     truncate: bool
     data: DataReport
@@ -56,6 +60,8 @@ class _About(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             "number of shards": self.shards,
             "data": (self.samples, self.truncate, msgspec.structs.replace(self.data, source="")),
             "version of perceiver-export": self.package,
+            "version of onnxruntime": self.engine,
+            "instruction set": self.instruction_set,
             "graph": self.parts,
         }
 
@@ -64,6 +70,8 @@ def write_statistics(
     path: Path, bundle: Bundle, shard: tuple[int, int], options: QuantizeOptions, observation: Observation
 ) -> None:
     """Write the statistics of shard i of n. Raises DataError: it ran no call; OSError."""
+    import onnxruntime
+
     arrays: dict[str, Array] = {}
     parts = {}
     for part, found in observation.statistics.items():
@@ -78,8 +86,8 @@ def write_statistics(
         for part in parts:
             for side, named in (("feed", call.feeds[part]), ("output", call.outputs[part])):
                 arrays |= {f"{side} {number} {part} {name}": array for name, array in named.items()}
-    package = importlib.metadata.version("perceiver-export")
-    about = _About(*shard, identity(bundle), package, options.samples, options.truncate, observation.data, parts)
+    made_by = (importlib.metadata.version("perceiver-export"), onnxruntime.__version__, cpu_features())
+    about = _About(*shard, identity(bundle), *made_by, options.samples, options.truncate, observation.data, parts)
     arrays[_ABOUT] = np.frombuffer(encode_json(about, indent=0), np.uint8)
     write_npz(path, arrays)
 
@@ -93,7 +101,10 @@ def merge_statistics(bundle: Bundle, files: Sequence[Path], options: QuantizeOpt
         for words, value in about.alike.items():
             if value != first.alike[words]:
                 raise DataError(f"{file} has another {words} than {files[0]}", _AGAIN)
-        shards.setdefault(about.shard, (about, arrays))
+        earlier = shards.setdefault(about.shard, (about, arrays))[1]
+        if earlier.keys() != arrays.keys() or not all(np.array_equal(earlier[name], arrays[name]) for name in arrays):
+            said = f"{file} has other results than an earlier file of shard {about.shard}/{about.shards}"
+            raise DataError(said, "leave one of the two out, and find out why they differ")
     if not shards:
         raise UsageError("no statistics are given", "name their files: quantize BUNDLE --merge part*.npz -o BUNDLE2")
     if first.bundle != identity(bundle):
@@ -106,7 +117,7 @@ def merge_statistics(bundle: Bundle, files: Sequence[Path], options: QuantizeOpt
         found = [shards[index][1] for index in sorted(shards)]
         statistics = {name: _merged(name, part, found) for name, part in first.parts.items()}
         everything = {name: array for arrays in found for name, array in arrays.items()}
-        return Observation(statistics, first.data, _calls(bundle, everything))
+        return Observation(statistics, first.data, _calls(bundle, everything, first.data.samples))
 
 
 def _read(file: Path) -> tuple[_About, Arrays]:
@@ -143,8 +154,8 @@ def _merged(name: str, part: _Part, shards: Sequence[Arrays]) -> Statistics:
     return Statistics(activations, {tensor: Hazard(value, depth) for (tensor, depth), value in pairs})
 
 
-def _calls(bundle: Bundle, arrays: Arrays) -> tuple[Call, ...]:
-    """The first calls in their order, with feeds and outputs of every part."""
+def _calls(bundle: Bundle, arrays: Arrays, samples: int) -> tuple[Call, ...]:
+    """The first calls in their order, with feeds and outputs of every part. Raises ValueError: one is missing."""
 
     def side(kind: str, number: int) -> dict[str, dict[str, Array]]:
         keys = {part: f"{kind} {number} {part} " for part in bundle.manifest.parts}
@@ -153,5 +164,8 @@ def _calls(bundle: Bundle, arrays: Arrays) -> tuple[Call, ...]:
             for part, key in keys.items()
         }
 
-    calls = (Call(side("feed", number), {**side("output", number)}) for number in range(KEPT))
-    return tuple(call for call in calls if any(call.feeds.values()))
+    expected = min(KEPT, -(-samples // batch_size(bundle.manifest)))
+    calls = tuple(Call(side("feed", number), {**side("output", number)}) for number in range(expected))
+    if not all(values for call in calls for values in (*call.feeds.values(), *call.outputs.values())):
+        raise ValueError(f"of the first {expected} calls one is missing")
+    return calls

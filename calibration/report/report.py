@@ -15,6 +15,7 @@ from xml.etree import ElementTree
 
 import msgspec
 
+from perceiver_export.calibration.data.sources import Data
 from perceiver_export.calibration.quantization.record import Calibration, read_calibration
 from perceiver_export.calibration.report.tables import Report, Table, tables
 from perceiver_export.calibration.validation.gates import advice
@@ -139,29 +140,29 @@ def gather(
     reference: str | os.PathLike[str] | None = None,
     command: str = "",
     threads: int | None = None,
+    data: Data | None = None,
 ) -> Report:
     """A report on a validated bundle. Each target is timed, in turn with ``reference`` if that is a bundle.
 
-    Targets of merged shards that ran on another machine are not timed.
+    Targets of merged shards that ran on another machine are neither timed nor profiled.
 
-    Then the sensitivity of layers is measured against the reference on the validation data; otherwise it is what
-    `quantize` recorded at calibration. Raises what `bench` raises.
+    With a reference and ``data``, the sensitivity of layers is measured on those; otherwise it is what `quantize`
+    recorded at calibration. Raises what `bench` raises.
     """
     opened, here = open_bundle(bundle), machine()
+    ran_here = [one for one in validations if one.machine == here]
     manifest, record = opened.manifest, read_calibration(opened)
     other = Path(reference) if reference is not None and (Path(reference) / "manifest.json").is_file() else None
-    layers, note = _measured(opened, other, validations[0], threads), _MEASURED
+    layers, note = _measured(opened, other, data, threads), _MEASURED
     if layers is None:
         layers, note = _recorded(record), _RECORDED
     tools = {f"{name} (at export)": version for name, version in manifest.tools.items()}
     return Report(
         f"{manifest.name}: {manifest.task}, {manifest.precision}",
         tuple(validations),
-        tuple(
-            speed for one in validations if one.machine == here for speed in _speeds(opened.path, other, one, threads)
-        ),
+        tuple(speed for one in ran_here for speed in _speeds(opened.path, other, one, threads)),
         tuple(layers),
-        (*_profiles(opened, other, validations, threads), *tables(manifest, record)),
+        (*_profiles(opened, other, ran_here, threads), *tables(manifest, record)),
         note if layers else "",
         tuple(_certified(opened, validations)),
         command,
@@ -207,9 +208,9 @@ def _speeds(
         yield msgspec.structs.replace(side, ratio=ratios[0], ratio_quartiles=ratios[1]), side.size
 
 
-def _measured(bundle: Bundle, reference: Path | None, validation: Validation, threads: int | None) -> Layers | None:
+def _measured(bundle: Bundle, reference: Path | None, data: Data | None, threads: int | None) -> Layers | None:
     """Each layer's error in the bundle as it is, damage included; None if it cannot be measured."""
-    if reference is None or bundle.manifest.quantization is None:
+    if reference is None or data is None or bundle.manifest.quantization is None:
         return None
     exact = open_bundle(reference, "never").manifest
     moved = sum(stage.activation_bytes for part in exact.parts.values() for stage in part.stages)
@@ -218,7 +219,7 @@ def _measured(bundle: Bundle, reference: Path | None, validation: Validation, th
     try:
         from perceiver_export.calibration.quantization.sensitivity import measure_layer_errors
 
-        found = measure_layer_errors(bundle, reference, validation.data.source, threads=threads)
+        found = measure_layer_errors(bundle, reference, data, threads=threads)
     except (ImportError, UsageError, DataError):  # no onnx here, other linears, or targets among the data's arrays
         return None
     return [(error.group, error.sqnr) for error in found]

@@ -85,10 +85,18 @@ def check_percent(option: str, value: float, below: float = 1.0) -> None:
 
 def parse_shard(text: str) -> tuple[int, int]:
     """3/16 → (3, 16). Raises UsageError."""
-    shard, _, shards = text.partition("/")
-    if not (shard.isdecimal() and shards.isdecimal() and 1 <= int(shard) <= int(shards) <= MOST_SHARDS):
-        raise UsageError(f"--shard is {text!r}", "give 1/16 to 16/16, of 16 shards")
-    return int(shard), int(shards)
+    try:
+        shard, shards = map(int, text.split("/"))
+    except ValueError:  # also for thousands of digits
+        shard, shards = 0, 0
+    check_shard((shard, shards), text)
+    return shard, shards
+
+
+def check_shard(shard: tuple[int, int], text: str | None = None) -> None:
+    """Raise UsageError unless it is shard i of n, from 1."""
+    if not 1 <= shard[0] <= shard[1] <= MOST_SHARDS:
+        raise UsageError(f"--shard is {(text or '{}/{}'.format(*shard))[:40]!r}", "give 1/16 to 16/16, of 16 shards")
 
 
 @dataclass(frozen=True)

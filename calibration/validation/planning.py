@@ -21,7 +21,7 @@ _NEGLIGIBLE = 1e-7
 
 
 class Plan(msgspec.Struct, frozen=True):
-    """The samples with which a gate holds with a probability of each of `POWERS`; None: more than a million.
+    """The samples with which a gate holds with a probability of each of `POWERS`; None: over a million, or no number.
 
     ``flips``: the share of answers that differ from the reference's, in percent. Of these the candidate gets as many
     right that the reference gets wrong as the other way round, so that the true drop is 0.
@@ -33,19 +33,24 @@ class Plan(msgspec.Struct, frozen=True):
     flips: float
     samples: tuple[int | None, ...]
 
+    @property
+    def possible(self) -> bool:
+        """Whether any number of samples is enough."""
+        return self.limit > 0 if self.sense == AT_MOST else 100 - self.limit > self.flips
+
 
 def plan(gates: Gates, flips: float = 1.0) -> tuple[Plan, ...]:
-    """For the limit of each gate, half and twice its distance from 0 or from 100 %. Raises UsageError."""
+    """For each gate's limit, and for half and twice its distance from 0 or 100 % if in range. Raises UsageError."""
     if not 0 <= flips <= 100:
         raise UsageError(f"--flips is {flips:g}", "give the percentage of answers that may differ, as 1%")
     if gates.change is not None or (gates.max_drop, gates.min_agreement) == (None, None):
         raise UsageError("--plan needs a gate whose bounds are exact", "give --max-drop or --min-agreement")
     found = []
     for scale in _SCALES:
-        if gates.max_drop is not None:
+        if gates.max_drop is not None and (scale == 1 or 0 < scale * gates.max_drop < 100):
             limit = scale * gates.max_drop
             found.append(Plan("--max-drop", AT_MOST, limit, flips, _samples(_of_drop, limit / 100, flips / 100)))
-        if gates.min_agreement is not None:
+        if gates.min_agreement is not None and (scale == 1 or 0 < scale * (100 - gates.min_agreement) < 100):
             room = scale * (100 - gates.min_agreement)
             asked = ("--min-agreement", AT_LEAST, 100 - room)
             found.append(Plan(*asked, flips, _samples(_of_agreement, room / 100, flips / 100)))

@@ -26,7 +26,7 @@ from perceiver_export.calibration.validation.certify import check_certifiable
 from perceiver_export.calibration.validation.gates import check_gates
 from perceiver_export.calibration.validation.metrics import families
 from perceiver_export.calibration.validation.metrics.base import Column
-from perceiver_export.calibration.validation.options import MOST_SHARDS, ValidateOptions
+from perceiver_export.calibration.validation.options import MOST_SHARDS, ValidateOptions, check_shard
 from perceiver_export.calibration.validation.reference import check_reference
 from perceiver_export.calibration.validation.results import Data, Validation
 from perceiver_export.calibration.validation.scores import Scores, joined
@@ -78,7 +78,7 @@ class Worst(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Shard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Shard ``shard`` of ``shards``. ``bundle``: its `identity`.
 
-    ``rows``: SHA-256 of the names and labels of all ``total`` samples of the data. ``columns`` have a row for each of
+    ``rows``: SHA-256 of the names and contents of all ``total`` samples of the data. ``columns`` have a row for each of
     ``positions``. ``digest``: SHA-256 of everything else.
     """
 
@@ -115,21 +115,34 @@ class Shard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def alike(self) -> dict[str, object]:
         """By words: everything that shards of one validation have in common."""
-        side = self.reference
-        reference = None if side is None else (side.get("target"), engine_of(side), side.get("graphs"))
         return {
             "bundle": self.bundle,
             "number of shards": self.shards,
             "data": (self.total, self.rows, self.truncate, self.notes.count),
-            "reference": reference,
+            "reference": None if self.reference is None else self.reference.get("graphs"),
             "metric": self.metric,
+            "set of values": (
+                {side: sorted(found) for side, found in self.columns.items()},
+                list(map(sorted, self.sums)),
+            ),
             "version of perceiver-export": self.package,
         }
 
     @property
+    def alike_there(self) -> dict[str, object]:
+        """By words: everything that shards of one place have in common besides."""
+        side = self.reference or {}
+        return {"target or engine of the reference": (side.get("target"), engine_of(side))}
+
+    @property
+    def results(self) -> tuple[object, ...]:
+        """Everything that a shard gives again if it runs again in the same place."""
+        return self.positions, self.digests, self.judged, self.columns, self.sums
+
+    @property
     def place(self) -> str:
         """Target, engine and instruction set; on other targets than CPUs the device as well."""
-        target, instructions = str(self.candidate.get("target")), self.machine.get("instruction set", "")
+        target, instructions = str(self.candidate["target"]), self.machine["instruction set"]
         device = "" if on_cpu(target) else f" on {self.candidate.get('device')}"
         return f"{target}{device}, {engine_of(self.candidate)}, {instructions}"
 
@@ -143,9 +156,7 @@ def validate_shard(
     progress: Progress | None = None,
 ) -> Shard:
     """Judge shard i of n of the samples; raises what `validate` raises, and UsageError for gates."""
-    if options.gates.any or options.certify or options.sequential or options.device == "all":
-        said = "a shard has no gate and no certificate, runs to its end, and on one target"
-        raise UsageError(said, "give gates and --certify to `validate BUNDLE --merge`")
+    _check_shardable(shard, options)
     measured = measure(bundle, data, options, progress, shard)
     found, scores, watch = measured.found, measured.scores, measured.watch
     if found.failure is not None:
@@ -180,6 +191,15 @@ def validate_shard(
     ).signed()
 
 
+def _check_shardable(shard: tuple[int, int], options: ValidateOptions) -> None:
+    """Raise UsageError for a number out of range, and for options that a shard cannot have."""
+    check_shard(shard)
+    late = options.gates.any or options.certify or options.allow_overlap
+    if late or options.sequential or options.save_worst is not None or options.device == "all":
+        said = "a shard runs to its end on one target, without gates, a certificate or saved worst samples"
+        raise UsageError(said, "give gates, --certify and --allow-overlap to --merge; leave --save-worst out")
+
+
 def encode_shard(shard: Shard) -> bytes:
     """Its file. Raises DataError: it is larger than `merge` reads."""
     content = encode_json(shard, indent=0)
@@ -201,26 +221,52 @@ def merge(
         check_certifiable(bundle)
     if options.sequential or options.save_worst is not None:
         raise UsageError("merged shards are not run again", "leave --sequential and --save-worst out")
-    shards = {file: _read(file) for file in files}
-    first, expected = next(iter(shards.items()), (None, None))
-    if first is None or expected is None:
+    if not files:
         raise UsageError("no shard is given", "name their files: validate BUNDLE --merge part*.json --max-drop 0.6")
-    places: dict[str, dict[int, Shard]] = {}
-    for file, one in shards.items():
-        for words, value in one.alike.items():
-            if value != expected.alike[words]:
-                raise DataError(f"{file} has another {words} than {first}", _AGAIN)
-        places.setdefault(one.place, {}).setdefault(one.shard, one)
+    shards = {file: _read(file) for file in files}
+    first, expected = next(iter(shards.items()))
+    places = _by_place(shards)
     if expected.bundle != identity(opened):
         raise DataError(f"{first} is not of the bundle {opened.path}", "give the bundle that the shards judged")
-    if expected.metric != options.gates.own:
-        raise UsageError(f"the shards were judged by --metric {expected.metric}", "give the same to --merge")
     for place, found in places.items():
         if missing := [f"{index}/{expected.shards}" for index in range(1, expected.shards + 1) if index not in found]:
             said = f"{len(missing)} of {expected.shards} shards are missing on {place}: {', '.join(missing[:20])}"
             raise DataError(said, "run them there and merge again, or leave out the files of other machines")
     with parsing(str(first), "and the other shards do not fit this bundle", _AGAIN, DataError):
+        _check_options(options, expected)
         return tuple(_judged(opened, [found[index] for index in sorted(found)], options) for found in places.values())
+
+
+def _check_options(options: ValidateOptions, shard: Shard) -> None:
+    """Raise UsageError: another metric or reference than the shards'."""
+    if options.gates.own != shard.metric:
+        said = f"by --metric {shard.metric}" if shard.metric else f"without --metric {options.gates.own}"
+        raise UsageError(f"the shards were judged {said}", "give the same to the shards and to --merge")
+    if options.against is not None:
+        graphs: dict[str, str] = (shard.reference or {}).get("graphs", {})
+        files: dict[str, str] = {}
+        if not callable(options.against):
+            manifest = open_bundle(options.against, "never").manifest
+            files = {name: entry.sha256 for name, entry in manifest.files.items()}
+        if not graphs or not graphs.items() <= files.items():
+            said = f"the shards were judged against another reference than {options.against}"
+            raise UsageError(said, "give theirs, or leave --against out")
+
+
+def _by_place(shards: Mapping[Path, Shard]) -> dict[str, dict[int, Shard]]:
+    """The shards by place and number. Raises DataError: they do not belong together."""
+    places: dict[str, dict[int, Shard]] = {}
+    firsts: dict[str, tuple[Path, dict[str, object]]] = {}
+    for file, one in shards.items():
+        for where, facts in (("", one.alike), (one.place, one.alike_there)):
+            first, expected = firsts.setdefault(where, (file, facts))
+            for words, value in facts.items():
+                if value != expected[words]:
+                    raise DataError(f"{file} has another {words} than {first}", _AGAIN)
+        if places.setdefault(one.place, {}).setdefault(one.shard, one).results != one.results:
+            said = f"{file} has other results than an earlier file of shard {one.shard}/{one.shards}"
+            raise DataError(said, "leave one of the two out, and find out why they differ")
+    return places
 
 
 def _read(file: Path) -> Shard:
@@ -228,6 +274,8 @@ def _read(file: Path) -> Shard:
     shard = read_json(file, Shard, DataError, _AGAIN, _LIMIT)
     if shard.digest != shard.signed().digest:
         raise DataError(f"{file} was changed or cut after it was written", _AGAIN)
+    if "target" not in shard.candidate or "instruction set" not in shard.machine:
+        raise DataError(f"{file} does not name the target and the instruction set that it ran on", _AGAIN)
     found = sorted([*shard.positions, *shard.notes.left_out])
     if 1 <= shard.shard <= shard.shards <= MOST_SHARDS and shard.total <= shard.shards * (len(found) + 1):
         expected = [*range(shard.shard - 1, shard.total, shard.shards)]

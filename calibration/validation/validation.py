@@ -55,7 +55,7 @@ class Measured:
     """The scores of both sides on the samples, and everything else that `judged` reads.
 
     ``found`` has no metrics and gates yet. ``total``: the number of samples of all shards; ``rows``: the SHA-256 of
-    their names and labels.
+    their names and contents.
     """
 
     found: Validation
@@ -175,9 +175,9 @@ def judged(bundle: str | os.PathLike[str] | Bundle, measured: Measured, options:
     order = ""
     if options.sequential:
         flips = None  # McNemar's p-value holds for a number of samples that was fixed before
-        order = (
-            f"stopped after {scores.count:,} of {measured.notes.count:,} samples in the order of seed {options.seed}"
-        )
+        count, whole = scores.count, measured.notes.count
+        taken = f"took all {count:,}" if count == whole else f"stopped after {count:,} of {whole:,}"
+        order = f"{taken} samples in the order of seed {options.seed}"
     data = Data(watch.source, scores.count, fingerprint(watch.judged), dict(sorted(watch.labels.items())), order)
     return msgspec.structs.replace(
         found,

@@ -5,7 +5,8 @@
 
 Without --address it starts a cluster on this machine. On many machines (`ray start --head`, `ray start --address …`),
 give --address auto; every machine needs perceiver-export, BUNDLE, DATA and the reference at the same paths. A shard
-whose worker dies runs again, on another worker. What is left of the command line goes to `validate --merge`.
+whose worker dies runs again, on another worker. What is left of the command line goes to `validate --merge`. The files
+of shards stay in --parts, and a second run judges only shards without a file: use one folder for one validation.
 """
 
 from __future__ import annotations
@@ -13,20 +14,20 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import ray
 
 from perceiver_export.calibration import ValidateOptions, validate_shard
 from perceiver_export.calibration.validation.shards import encode_shard
+from perceiver_export.runtimes.files import write_bytes
 
 _COMMAND = [sys.executable, "-m", "perceiver_export.exporter.cli"]
 
 
-def judge(bundle: str, data: str, against: str, samples: int | None, shard: tuple[int, int]) -> bytes:
+def judge(bundle: str, data: str, shard: tuple[int, int], options: ValidateOptions) -> bytes:
     """The file of one shard, on a worker."""
-    return encode_shard(validate_shard(bundle, data, shard, ValidateOptions(against=against, samples=samples)))
+    return encode_shard(validate_shard(bundle, data, shard, options))
 
 
 def main() -> None:
@@ -35,30 +36,34 @@ def main() -> None:
     parser.add_argument("bundle")
     for name in ("--data", "--against"):
         parser.add_argument(name, required=True)
+    parser.add_argument("--parts", type=Path, default=Path("parts"), help="folder for the files of shards")
     parser.add_argument("--samples", type=int)
+    parser.add_argument("--threads", type=int, default=1, help="of each worker")
     parser.add_argument("--shards", type=int, default=16)
     parser.add_argument("--address", help="of a running cluster; by default a new one of two workers on this machine")
     given, gates = parser.parse_known_args()
     if given.address:
         ray.init(given.address)
     else:
-        ray.init(num_cpus=2, include_dashboard=False)
+        ray.init(num_cpus=2 * given.threads, include_dashboard=False)
     named = (given.bundle, given.data, given.against)  # workers have another current directory
     bundle, data, against = (str(Path(name).resolve()) if Path(name).exists() else name for name in named)
-    task = ray.remote(num_cpus=1, max_retries=3)(judge)
+    options = ValidateOptions(against=against, samples=given.samples, threads=given.threads)
+    task = ray.remote(num_cpus=given.threads, max_retries=3)(judge)
+    given.parts.mkdir(parents=True, exist_ok=True)
+    files = {index: given.parts / f"part{index}of{given.shards}.json" for index in range(1, given.shards + 1)}
     waiting = {
-        task.remote(bundle, data, against, given.samples, (index, given.shards)): index
-        for index in range(1, given.shards + 1)
+        task.remote(bundle, data, (index, given.shards), options): index
+        for index, file in files.items()
+        if not file.exists()
     }
-    with tempfile.TemporaryDirectory() as folder:
-        files = [Path(folder) / f"part{index}.json" for index in range(1, given.shards + 1)]
-        while waiting:
-            for done in ray.wait(list(waiting))[0]:
-                index = waiting.pop(done)
-                files[index - 1].write_bytes(ray.get(done))
-                print(f"shard {index}/{given.shards} is judged, {len(waiting)} to go", file=sys.stderr)
-        command = [*_COMMAND, "validate", given.bundle, *map(str, files), "--merge", "--against", given.against, *gates]
-        code = subprocess.run(command, check=False).returncode
+    while waiting:
+        for done in ray.wait(list(waiting))[0]:
+            index = waiting.pop(done)
+            write_bytes(files[index], ray.get(done))
+            print(f"shard {index}/{given.shards} is judged, {len(waiting)} to go", file=sys.stderr)
+    command = [*_COMMAND, "validate", given.bundle, *map(str, files.values()), "--merge", "--against", given.against]
+    code = subprocess.run([*command, *gates], check=False).returncode
     ray.shutdown()
     sys.exit(code)
 

@@ -68,11 +68,11 @@ def validate(
 
     A gate that the samples cannot decide is not a pass either: it says how many would.
     """
-    if source.plan:
-        _plan(options.gates, source.flips, json)
-        return
     worst = None if options.save_worst is None else Path(options.save_worst)
     outputs = {name: path for name, path in zip(_OUTPUTS, (worst, junit, report), strict=False) if path is not None}
+    if source.plan:
+        _plan(options, source, [*(["BUNDLE"] if bundle else []), *(f"--{name}" for name in outputs)], json)
+        return
     if bundle is None or (source.merge and Path(bundle).is_file()):
         hint = "name it first: validate BUNDLE --data DATA, or validate BUNDLE --merge PART.json …"
         raise UsageError("no bundle is given", hint)
@@ -87,40 +87,52 @@ def validate(
         results = merge(bundle, parts or (), options)
     else:
         results = _validated(bundle, source.data or "", options, json)
-    _finish(bundle, results, options, outputs, json)
+    _finish(bundle, _Outcome(results, source.data), options, outputs, json)
+
+
+def _typed(given: ValidateOptions | Gates | _Source, *others: str) -> list[str]:
+    """The options that are not their defaults, without the ``others``."""
+    found = [one for one in fields(given) if one.metadata and one.name not in others]
+    return [f"--{one.name.replace('_', '-')}" for one in found if getattr(given, one.name) != one.default]
 
 
 def _check_given(options: ValidateOptions, source: _Source, parts: Sequence[Path], outputs: Mapping[str, Path]) -> None:
     """Raise UsageError for options that are missing, or have no effect together."""
-    run = [one for one in fields(ValidateOptions) if one.name not in _OF_MERGE and one.metadata]
-    typed = [one.name for one in run if getattr(options, one.name) != one.default]
-    typed += [name for name in ("data", "shard", "scores") if getattr(source, name) is not None]
-    if source.merge and typed:
-        raise UsageError(f"--{typed[0].replace('_', '-')} has no effect with --merge", "give it to the shards")
+    if source.merge and (typed := [*_typed(options, *_OF_MERGE), *_typed(source, "merge", "flips")]):
+        raise UsageError(f"{typed[0]} has no effect with --merge", "give it to the shards")
+    if _typed(source, "data", "shard", "scores", "merge"):
+        raise UsageError("--flips has no effect without --plan", "leave it out")
     if parts and not source.merge:
         raise UsageError(f"{parts[0]} is given without --merge", "validate BUNDLE --merge PART.json PART.json …")
     if source.data is None and not source.merge:
         raise UsageError("no data is given", "give --data DATA, or --merge with the scores of shards")
     if (source.shard is None) != (source.scores is None):
         raise UsageError("a shard needs its number and a file", "give both: --shard 3/16 --scores part3.json")
+    if options.seed and not options.sequential:
+        raise UsageError(f"--seed {options.seed} has no effect without --sequential", "leave it out")
     if source.shard is not None and (later := [name for name in ("junit", "report") if name in outputs]):
         raise UsageError(f"--{later[0]} has no effect with --shard", "give it to --merge, with the gates")
 
 
-def _plan(gates: Gates, flips: str, json: bool) -> None:
+def _plan(options: ValidateOptions, source: _Source, others: Sequence[str], json: bool) -> None:
+    """Show it. Raises UsageError for options without effect, the ``others`` among them."""
     from perceiver_export.calibration.validation.planning import POWERS, plan
 
+    limits = [one.name for one in fields(Gates) if one.name != "metric"]
+    typed = [*_typed(options), *_typed(source, "plan", "flips"), *_typed(options.gates, *limits), *others]
+    if typed:
+        raise UsageError(f"{typed[0]} has no effect with --plan", "give gates, --flips and --json only")
     try:
-        share = float(flips.strip().removesuffix("%"))
+        share = float(source.flips.strip().removesuffix("%"))
     except ValueError as error:
-        raise UsageError(f"--flips is {flips!r}", "give a percentage, as 1%") from error
-    plans = plan(gates, share)
+        raise UsageError(f"--flips is {source.flips!r}", "give a percentage, as 1%") from error
+    plans = plan(options.gates, share)
     if json:
         print_json({"powers": POWERS, "plans": plans})
         return
+    none = ("no number", "more than a million")
     rows = [
-        (f"{one.option} {one.limit:g}", *("more than a million" if n is None else f"{n:,}" for n in one.samples))
-        for one in plans
+        (f"{one.option} {one.limit:g}", *(f"{n:,}" if n else none[one.possible] for n in one.samples)) for one in plans
     ]
     title = f"samples with which a gate holds, if {share:g} % of answers differ from the reference's, and the drop is 0"
     print_table(title, ["gate", *(f"{power:.0%} of the time>" for power in POWERS)], rows)
@@ -144,20 +156,17 @@ def _judge_shard(bundle: str, source: _Source, options: ValidateOptions, json: b
     say(f"scores written to {scores}; next: perceiver-export validate {shlex.quote(bundle)} --merge PART.json …")
 
 
-def _finish(
-    bundle: str, results: tuple[Validation, ...], options: ValidateOptions, outputs: Mapping[str, Path], json: bool
-) -> None:
+def _finish(bundle: str, found: _Outcome, options: ValidateOptions, outputs: Mapping[str, Path], json: bool) -> None:
     """Show results, write outputs, and raise GateError unless all gates hold."""
     import msgspec
 
-    found = _Outcome(results)
     if not json:
         _show(found.results)
     try:
         _write(bundle, found, options, outputs, json)
     finally:  # even if the last output could not be written
         if json:
-            several = options.device == "all" or len(results) > 1
+            several = options.device == "all" or len(found.results) > 1
             shown = {"targets": found.results} if several else msgspec.structs.asdict(found.results[0])
             print_json({**shown, "certificates": found.certificates, "written": found.written})
         else:
@@ -168,9 +177,10 @@ def _finish(
 
 @dataclass
 class _Outcome:
-    """The results, the report, certificates, and where outputs were written, by name."""
+    """The results and the data that was read, the report, certificates, and where outputs were written, by name."""
 
     results: tuple[Validation, ...]
+    data: str | None = None
     report: Report | None = None
     certificates: tuple[Certificate, ...] = ()
     written: dict[str, str] = field(default_factory=dict)
@@ -230,7 +240,7 @@ def _write(bundle: str, found: _Outcome, options: ValidateOptions, outputs: Mapp
             command = shlex.join(["perceiver-export", *sys.argv[1:]])
             against = cast("str | None", options.against)
             with progress_bar("report", quiet=quiet), new_file(outputs["report"]) as temporary:
-                found.report = gather(bundle, found.results, against, command, options.threads)
+                found.report = gather(bundle, found.results, against, command, options.threads, found.data)
                 write_report(temporary, found.report)
             found.written["report"] = readable(outputs["report"])
 

@@ -413,6 +413,8 @@ def test_texts_that_are_too_long_are_left_out_and_counted(judged: bool, tmp_path
     assert [example.source for example in opened.stream] == ["a", "b"]
     assert [said.split(":")[1] for said in opened.notes.left_out.values()] == ["2", "4"]
     assert "2 of 4" in opened.notes.by_kind()["left out"]
+    with pytest.raises(DataError, match="shard 2/2"):
+        list(Samples(path, texts, judged=judged, shard=(2, 2)).stream)
 
 
 @for_both

@@ -32,7 +32,7 @@ def results(int8_bundle: Path, fashion_bundle: Path) -> tuple[Validation, Valida
 
 @pytest.fixture(scope="module")
 def report(int8_bundle: Path, fashion_bundle: Path, results: tuple[Validation, Validation]) -> Report:
-    return gather(int8_bundle, results[:1], fashion_bundle, "perceiver-export validate …")
+    return gather(int8_bundle, results[:1], fashion_bundle, "perceiver-export validate …", data=TEST)
 
 
 SECTIONS = (
@@ -97,12 +97,12 @@ def test_the_most_sensitive_layer_is_measured_on_the_bundle_itself(
     group = "encoder.self_attentions.0.1.mlp.output"
     ruined = with_a_scale_times(4.0, group, int8_bundle, tmp_path / "ruined")
 
-    damaged = gather(ruined, results[:1], fashion_bundle)
+    damaged = gather(ruined, results[:1], fashion_bundle, data=TEST)
 
     assert damaged.sensitivity[0][0] == group
     assert report.sensitivity[0][0] != group
     assert f"| {group} | -9." in render(damaged, ".md")
-    recorded = gather(int8_bundle, results[:1])  # without the reference: what was noted at calibration
+    recorded = gather(int8_bundle, results[:1], fashion_bundle)  # without data: what was noted at calibration
     assert recorded.sensitivity_note != damaged.sensitivity_note
     assert {name for name, _ in recorded.sensitivity} == {name for name, _ in report.sensitivity}
 
@@ -132,6 +132,15 @@ def test_only_certificates_of_these_validations_are_shown(
 
     for validations, shown in (((held,), (str(own),)), ((undecided,), ()), ((held, undecided), ())):
         assert gather(bundle, validations).certificates == shown
+
+
+def test_targets_of_other_machines_are_neither_timed_nor_profiled(
+    int8_bundle: Path, results: tuple[Validation, Validation]
+) -> None:
+    elsewhere = gather(int8_bundle, [msgspec.structs.replace(results[0], machine={"cpu": "another"})])
+
+    assert elsewhere.speeds == ()
+    assert not [table.title for table in elsewhere.tables if table.title.startswith("Slowest")]
 
 
 def test_names_of_layers_are_whole_and_bars_as_long_as_the_numbers(report: Report) -> None:

@@ -48,7 +48,8 @@ onload = () => {
 def report(int8_bundle: Path, fashion_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("report") / "report.html"
     result = judged(int8_bundle, TEST, against=fashion_bundle, samples=150, max_drop=0.5, min_agreement=90)
-    write_report(path, gather(int8_bundle, [result], fashion_bundle, f"perceiver-export validate {'long ' * 60}"))
+    command = f"perceiver-export validate {'long ' * 60}"
+    write_report(path, gather(int8_bundle, [result], fashion_bundle, command, data=TEST))
     return path
 
 

@@ -89,6 +89,7 @@ def test_a_ruined_model_is_stopped_at_the_first_look_and_too_few_samples_decide_
     with pytest.raises(GateError, match="FAIL"):
         found.require()
     assert (few.samples, few.gates[0].outcome) == (70, "undecided")
+    assert few.data.sequential.startswith("took all 70 samples")
     assert (few.gates[0].samples_to_decide or 0) > 500
 
 
@@ -132,5 +133,8 @@ def test_a_plan_names_enough_samples() -> None:
         assert count is not None
         assert power <= power_of_drop(count, 0.01, 0.01, 0.05) < power + 0.1
     assert plan(Gates(min_agreement=99), 2)[1].samples == (None, None, None)  # 2 % of answers differ, 1 % may
+    wide = plan(Gates(max_drop=60, min_agreement=40), 2)
+    assert [one.limit for one in wide] == [30, 70, 60, 40]  # and neither 120 nor -20
+    assert "no number" in succeed("validate", "--plan", "--min-agreement", "99", "--flips", "2%")
     shown = json.loads(succeed("validate", "--plan", "--max-drop", "10", "--flips", "0.5%", "--json"))
     assert [one["limit"] for one in shown["plans"]] == [5, 10, 20]

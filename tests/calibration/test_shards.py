@@ -10,15 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 
 from perceiver_export.calibration import Gates, ValidateOptions, certify, merge, validate, validate_shard
+from perceiver_export.calibration.data.samples import Samples
+from perceiver_export.calibration.validation.options import parse_shard
 from perceiver_export.calibration.validation.results import Validation
 from perceiver_export.calibration.validation.shards import Shard, encode_shard
+from perceiver_export.runtimes.bundle import open_bundle
 from perceiver_export.runtimes.errors import DataError, UsageError
 from tests.calibration.asked import TEST, asked, pictures
 from tests.calibration.test_validate_every_task import CASES
 from tests.cli.commands import fail, succeed
+from tests.conftest import FASHION
 
 GATES: dict[str, Any] = {"max_drop": 3, "min_agreement": 90}
 COUNT, SAMPLES = 3, 200
@@ -88,20 +93,28 @@ def damaged(shard: Shard) -> Shard:
     return msgspec.structs.replace(shard, digests=shard.digests[::-1])
 
 
+def other_results(shard: Shard) -> Shard:
+    return changed(digests=shard.digests[::-1])(shard)
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
         (damaged, "changed or cut"),
         (changed(positions=[0]), "samples of shard 2/3"),
         (changed(shard=1), "samples of shard 1/3"),
+        (other_results, "other results"),
         (changed(shards=4), "samples of shard 2/4"),
         (changed(bundle="0"), "another bundle"),
         (changed(rows="0"), "another data"),
         (changed(package="0.0"), "another version"),
         (changed(metric="module:function"), "another metric"),
         (changed(reference=None), "another reference"),
-        (changed(columns={}), "do not fit"),
-        (changed(sums=[]), "do not fit"),
+        (changed(columns={}), "another set of values"),
+        (changed(sums=[]), "another set of values"),
+        (changed(reads={}), "do not fit"),
+        (changed(machine={}), "instruction set"),
+        (changed(candidate={}), "target"),
         (changed(machine={"instruction set": "mmx"}), "shards are missing on"),
     ],
 )
@@ -110,9 +123,10 @@ def test_files_that_do_not_belong_together(
 ) -> None:
     shard = msgspec.json.decode(parts[1].read_bytes(), type=Shard)
     (tmp_path / "part2.json").write_bytes(encode_shard(change(shard)))
+    twice = [parts[1]] * (change is other_results)
 
     with pytest.raises(DataError) as caught:
-        merge(int8_bundle, [parts[0], tmp_path / "part2.json", parts[2]], asked(**GATES))
+        merge(int8_bundle, [parts[0], *twice, tmp_path / "part2.json", parts[2]], asked(**GATES))
     assert said in caught.value.message
     assert "\n" not in caught.value.message
 
@@ -137,26 +151,74 @@ def test_each_instruction_set_is_judged_by_itself(parts: list[Path], int8_bundle
     bundle, others = Path(shutil.copytree(int8_bundle, tmp_path / "bundle")), [tmp_path / part.name for part in parts]
     for part, other in zip(parts, others, strict=True):
         shard = msgspec.json.decode(part.read_bytes(), type=Shard)
-        other.write_bytes(encode_shard(changed(machine={**shard.machine, "instruction set": "asimd i8mm"})(shard)))
+        machine = {**shard.machine, "instruction set": "asimd i8mm"}
+        sides = {side: {**getattr(shard, side), "version": "9.9"} for side in ("candidate", "reference")}
+        other.write_bytes(encode_shard(changed(machine=machine, **sides)(shard)))
 
     results = merge(bundle, [*parts, *others], asked(**GATES))
 
     assert [result.samples for result in results] == [SAMPLES, SAMPLES]
     assert certify(bundle, results)[1].instruction_set == ("asimd", "i8mm")
+    one = msgspec.json.decode(others[1].read_bytes(), type=Shard)
+    others[1].write_bytes(encode_shard(changed(reference={**(one.reference or {}), "version": "9.8"})(one)))
+    with pytest.raises(DataError, match="engine of the reference"):
+        merge(bundle, [*parts, *others])
 
 
 @pytest.mark.parametrize(
     ("options", "shard"),
-    [(asked(max_drop=1), (1, 2)), (ValidateOptions(device="all"), (1, 2)), (asked(samples=2), (3, 3))],
+    [
+        (asked(max_drop=1), (1, 2)),
+        (asked(allow_overlap=True), (1, 2)),
+        (asked(save_worst="worst"), (1, 2)),
+        (ValidateOptions(device="all"), (1, 2)),
+        (asked(samples=2), (3, 3)),
+        (asked(), (1, 0)),
+        (asked(), (5, 3)),
+    ],
 )
 def test_shards_that_cannot_be_judged(options: ValidateOptions, shard: tuple[int, int], fashion_bundle: Path) -> None:
     with pytest.raises((UsageError, DataError)):
         validate_shard(fashion_bundle, TEST, shard, options)
 
 
+@pytest.mark.parametrize("text", ["1/" + "9" * 5_000, "3", "1/2/3", "0/2", "a/b"], ids=lambda text: text[:5])
+def test_numbers_of_shards_that_are_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="--shard"):
+        parse_shard(text)
+
+
 def test_a_bundle_that_the_shards_did_not_judge(parts: list[Path], fashion_bundle: Path) -> None:
     with pytest.raises(DataError, match="not of the bundle"):
         merge(fashion_bundle, parts)
+
+
+@pytest.mark.parametrize("reference", ["int8_bundle", "plain_fashion_bundle"])
+def test_a_reference_that_the_shards_did_not_have(
+    reference: str, parts: list[Path], int8_bundle: Path, request: pytest.FixtureRequest
+) -> None:
+    with pytest.raises(UsageError, match="another reference"):
+        merge(int8_bundle, parts, asked(against=request.getfixturevalue(reference)))
+    with pytest.raises(UsageError, match="without --metric"):
+        merge(int8_bundle, parts, asked(metric="mine:right"))
+
+
+def test_other_contents_under_the_same_names_are_other_data(fashion_bundle: Path, tmp_path: Path) -> None:
+    manifest = open_bundle(fashion_bundle).manifest
+
+    def rows(data: Path) -> str:
+        opened = Samples(data, manifest, shard=(2, 2))
+        assert len(list(opened.stream)) == opened.total // 2
+        return opened.rows
+
+    archive, folder = tmp_path / "data.npz", shutil.copytree(FASHION / "pictures", tmp_path / "pictures")
+    before = rows(pictures(archive, slice(0, 4))), rows(folder)
+    first, *_, last = sorted(folder.glob("*.png"))
+    shutil.copy(last, first)
+    with np.load(archive) as data:
+        np.savez(archive, image=data["image"][[1, 1, 2, 3]], labels=data["labels"])
+
+    assert not {rows(archive), rows(folder)} & set(before)
 
 
 def test_own_metrics_merge(fashion_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,5 +233,6 @@ def test_own_metrics_merge(fashion_bundle: Path, tmp_path: Path, monkeypatch: py
     (merged,) = merge(fashion_bundle, files, ValidateOptions(gates=Gates(metric="mine:right")))
 
     assert merged.metrics == validate(fashion_bundle, data, options).metrics
-    with pytest.raises(UsageError, match="mine:right"):
-        merge(fashion_bundle, files)
+    for metric in (None, "mine:wrong"):
+        with pytest.raises(UsageError, match="by --metric mine:right"):
+            merge(fashion_bundle, files, asked(metric=metric))

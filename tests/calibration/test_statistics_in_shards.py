@@ -73,6 +73,15 @@ def foreign(arrays: dict[str, Any]) -> None:
     arrays[next(name for name in arrays if name.startswith("own"))][:] = True
 
 
+def without_call(arrays: dict[str, Any]) -> None:
+    for name in [name for name in arrays if name.startswith(("feed 1 ", "output 1 "))]:
+        arrays.pop(name)
+
+
+def wider(arrays: dict[str, Any]) -> None:
+    arrays[next(name for name in arrays if name.startswith("high"))][0] += 1
+
+
 def renamed(old: bytes, new: bytes) -> Callable[[dict[str, Any]], None]:
     def change(arrays: dict[str, Any]) -> None:
         text = arrays["about"].tobytes()
@@ -86,12 +95,16 @@ def renamed(old: bytes, new: bytes) -> Callable[[dict[str, Any]], None]:
     ("change", "said"),
     [
         (cut, "do not fit"),
+        (without_call, "8 calls"),
         (not_finite, "NaN"),
         (foreign, "several shards"),
+        (wider, "other results"),
         (renamed(b'"shards": 3', b'"shards": 4'), "another number of shards"),
         (renamed(b'"shard": 2', b'"shard": 1'), "2/3"),
         (renamed(b'"shard": 2', b'"shard": 9'), "9/3"),
         (renamed(b'"package": "', b'"package": "9'), "another version"),
+        (renamed(b'"engine": "', b'"engine": "9'), "another version of onnxruntime"),
+        (renamed(b'"instruction_set": [', b'"instruction_set": ["mmx", '), "another instruction set"),
         (renamed(b'"fingerprint": "', b'"fingerprint": "9'), "another data"),
         (renamed(b'{"shard"', b'{"shape"'), "does not hold statistics"),
     ],
@@ -102,11 +115,10 @@ def test_files_that_do_not_belong_together(
     arrays = read_npz(parts[1])
     change(arrays)
     write_npz(tmp_path / "part2.npz", arrays)
+    files = [parts[0], *[parts[1]] * (change is wider), tmp_path / "part2.npz", parts[2]]
 
     with pytest.raises(DataError) as caught:
-        quantize(
-            fashion_bundle, None, tmp_path / "out", OPTIONS, statistics=[parts[0], tmp_path / "part2.npz", parts[2]]
-        )
+        quantize(fashion_bundle, None, tmp_path / "out", OPTIONS, statistics=files)
     assert said in caught.value.message
     assert not (tmp_path / "out").exists()
 
@@ -121,5 +133,7 @@ def test_other_bundles_options_and_links(
     (tmp_path / "link.npz").symlink_to(parts[0])
     with pytest.raises(DataError, match="link"):
         quantize(fashion_bundle, None, tmp_path / "out", OPTIONS, statistics=[tmp_path / "link.npz", *parts[1:]])
+    with pytest.raises(UsageError, match="'1/0'"):
+        collect_statistics(fashion_bundle, DATA, tmp_path / "part.npz", (1, 0), OPTIONS)
     with pytest.raises(DataError, match="no samples"):
         collect_statistics(fashion_bundle, DATA, tmp_path / "part.npz", (3, 3), QuantizeOptions(samples=2))

@@ -63,6 +63,9 @@ REFUSED: list[tuple[str, list[str]]] = [
     (f"{VALIDATE} --shard 1/2 --scores T/part.npz", [".json"]),
     (f"{VALIDATE} --shard 1/2 --scores T/part.json --against C --max-drop 1", ["--merge"]),
     (f"{VALIDATE} --shard 1/2 --scores T/part.json --junit T/a.xml", ["--junit", "--merge"]),
+    (f"{VALIDATE} --shard 1/2 --scores T/part.json --save-worst T/worst", ["--save-worst"]),
+    (f"{VALIDATE} --shard 1/2 --scores T/part.json --allow-overlap", ["--allow-overlap", "--merge"]),
+    (f"{VALIDATE} --shard 1/2 --scores T/part.json --seed 1", ["--seed 1", "--sequential"]),
     ("validate B T/layers.json --merge", ["T/layers.json"]),
     ("validate B T/absent.json --merge", ["T/absent.json"]),
     ("validate B --merge", ["part*.json"]),
@@ -71,6 +74,12 @@ REFUSED: list[tuple[str, list[str]]] = [
     (f"{VALIDATE} T/layers.json", ["layers.json", "--merge"]),
     (f"{VALIDATE} --sequential", ["--sequential", "--max-drop"]),
     ("validate --plan", ["--max-drop"]),
+    *(
+        (f"validate --plan --max-drop 1 {more}", [more.split()[0]])
+        for more in ("--sequential", "--certify", "--junit T/a.xml", "--data D", "--metric top-1")
+    ),
+    ("validate B --plan --max-drop 1", ["BUNDLE"]),
+    (f"{VALIDATE} --flips 2%", ["--flips", "--plan"]),
     ("validate --plan --max-drop 1 --flips many", ["'many'"]),
     ("validate --plan --max-drop 1 --flips 101", ["101"]),
     ("quantize B --data D", ["-o BUNDLE2"]),
