@@ -28,6 +28,7 @@ _LONGEST_TEXT = 512
 _PER_TOKEN = ("attention_mask", "token_type_ids")
 _RGB = 3
 _CLASSIFIERS = tuple(f"For{what}Classification" for what in ("Image", "Sequence", "Audio", "Video"))
+_ELSEWHERE = ("auto_map", "configuration_files", "quantization_config", "transformers_weights")
 _FUNCTION = "return (model, inputs) from a function of your own, and export module:function"
 
 
@@ -57,7 +58,7 @@ def load_installed(directory: Path, task: str | None, shape: Shape) -> tuple[Own
     content = read_bytes(path, "a Hugging Face directory: config.json and weights")
     config = decode_json(content, dict[str, Any], str(path))
     for name in _from_elsewhere(config):
-        raise UnsupportedModelError(f"{path} has {name}, which would run code from elsewhere", _FUNCTION)
+        raise UnsupportedModelError(f"{path} has {name}, which may take code or weights from elsewhere", _FUNCTION)
     model, note = _loaded(directory, _class(path, config))
     name, processor = type(model).__name__, read_preprocessor(directory)
     named: dict[str, Any] = {}
@@ -79,11 +80,14 @@ def load_installed(directory: Path, task: str | None, shape: Shape) -> tuple[Own
 
 
 def _from_elsewhere(config: object) -> Iterator[str]:
-    """Fields, at any depth, that make transformers run code which it does not have itself."""
+    """Fields, at any depth, that make transformers run code which it does not have itself, or read other files."""
     if isinstance(config, dict):
         for name, value in config.items():
-            elsewhere = name.endswith("_implementation") and "/" in str(value)  # kernels of the hub
-            if value and (elsewhere or name in ("auto_map", "quantization_config")):
+            chosen = value.values() if isinstance(value, dict) else [value]
+            kernels = name.endswith(("_implementation", "_implementation_internal"))
+            kernels = kernels and any(one not in (None, "eager", "sdpa") for one in chosen)  # others may be the hub's
+            remote = name in ("architecture", "backbone") and isinstance(value, str) and ":" in value  # timm's `hf-hub:`
+            if kernels or remote or (value and name in _ELSEWHERE):
                 yield name
             yield from _from_elsewhere(value)
     elif isinstance(config, list):
