@@ -143,6 +143,14 @@ def changed(**fields: Any) -> Callable[[Path], None]:
     return change
 
 
+def sharded(shard: str) -> Callable[[Path], None]:
+    def change(directory: Path) -> None:
+        (directory / "model.safetensors").unlink()
+        (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": shard}}))
+
+    return change
+
+
 @pytest.mark.parametrize(
     ("change", "error", "datum"),
     [
@@ -155,6 +163,9 @@ def changed(**fields: Any) -> Callable[[Path], None]:
         (changed(configuration_files=["config.4.0.0.json"]), UnsupportedModelError, "configuration_files"),
         (changed(experts_implementation="sonicmoe"), UnsupportedModelError, "experts_implementation"),
         (changed(_attn_implementation_internal={"": "hub"}), UnsupportedModelError, "_attn_implementation_internal"),
+        (changed(vision={"backbone": "hf-hub:owner/model"}), UnsupportedModelError, "backbone"),
+        (sharded("../outside.safetensors"), CheckpointError, "outside.safetensors"),
+        (sharded("/outside.safetensors"), CheckpointError, "outside.safetensors"),
         (changed(architectures=["BertForMaskedLM"]), CheckpointError, "cls.predictions"),
         (changed(hidden_size=64), CheckpointError, "BertForSequenceClassification"),
         (lambda directory: (directory / "model.safetensors").unlink(), CheckpointError, "model.safetensors"),
