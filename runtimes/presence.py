@@ -112,13 +112,14 @@ def choose_target(bundle: Bundle, precision: PrecisionChoice | None = None) -> s
     return next(name for name in names if name in cpus)  # `load` reports the problem
 
 
-def choose_precision(bundle: Bundle, target: str) -> Precision:
+def choose_precision(bundle: Bundle, target: str, options: EngineOptions | None = None) -> Precision:
     """The precision for ``precision="auto"``: the fastest that has a certificate that holds here, else fp32.
 
     Only one that `bench --precision auto --save` found faster than fp32 on this CPU model, by its spread, is taken.
+    ``options`` are those of engines that `build` is to make; None for engines that `load` takes.
     """
     faster = _faster(bundle, target)
-    chosen: Precision = next((one for one in faster if certificates_for(bundle, target, one)), "fp32")
+    chosen: Precision = next((one for one in faster if certificates_for(bundle, target, one, options)), "fp32")
     _log.info("%s: auto is %s on %s, faster than fp32: %s", bundle.path, chosen, target, ", ".join(faster) or "none")
     return chosen
 
@@ -169,8 +170,10 @@ def advice_here(bundle: Bundle, target: str = "") -> str:
     return ""
 
 
-def certificates_for(bundle: Bundle, target: str, precision: Precision | None = None) -> tuple[Certificate, ...]:
-    """The certificates that are valid here for the engines that `load` would run on a target.
+def certificates_for(
+    bundle: Bundle, target: str, precision: Precision | None = None, new: EngineOptions | None = None
+) -> tuple[Certificate, ...]:
+    """The certificates that are valid here for the engines that `load` would run on a target, or for ``new`` ones.
 
     No engine is loaded, and no library is imported for a target without a certificate. Raises BundleError:
     calibration.json cannot be read.
@@ -180,8 +183,12 @@ def certificates_for(bundle: Bundle, target: str, precision: Precision | None = 
         return ()
     try:
         here = find_target(target).backend().platform(target, EngineOptions())
-        options = EngineOptions(precision=precision or "fp32")
-        used = [engine_for(bundle, name, target, options, precision)[0].options for name in bundle.manifest.parts]
+        options = msgspec.structs.replace(new or EngineOptions(), precision=precision or "fp32")
+        used = (
+            [options]
+            if new
+            else [engine_for(bundle, name, target, options, precision)[0].options for name in bundle.manifest.parts]
+        )
     except PerceiverExportError as error:
         _log.debug("%s cannot run on %s here: %s", bundle.path, target, error.message)
         return ()
