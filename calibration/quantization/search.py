@@ -208,14 +208,14 @@ def climb(count: int, holds: Callable[[int], bool], worth: Callable[[int, int], 
         failed, index = (failed, middle) if holds(middle) else (middle, index)
 
 
-def fixed_order(costs: Mapping[int, float], held: Mapping[int, bool], least_gain: float) -> list[int]:
-    """The order of certification: the rungs that held on the search split, safest (highest) first, cheaper ones after.
+def fixed_order(costs: Mapping[int, float], worth: Mapping[int, bool], least_gain: float) -> list[int]:
+    """The order of certification: the rungs that are ``worth`` a test, safest (highest) first, cheaper ones after.
 
     A rung that costs no less than ``1 − least_gain`` of a safer one is never worth a test.
     """
     order: list[int] = []
     for index in sorted(costs, reverse=True):
-        if held[index] and (not order or gains(costs[index], costs[order[-1]], least_gain)):
+        if worth[index] and (not order or gains(costs[index], costs[order[-1]], least_gain)):
             order.append(index)
     return order
 
@@ -266,20 +266,20 @@ class Trials:
         climb(
             len(self.ladder.rungs), holds, lambda lower, upper: gains(self._cost(lower), self._cost(upper), least_gain)
         )
-        held = {step: _held(one) for step, one in results.items()}
-        order = fixed_order({step: self._cost(step) for step in held}, held, least_gain)
-        if not order:
+        costs = {step: self._cost(step) for step, one in results.items() if _held(one)}
+        if not costs:
             hint = "ask for less, give more samples to search on, or look at `quantize --sensitivity`"
             raise _refusal("no mixture of precisions holds", results[max(results)], hint)
-        worth = [step for step in order if self._worth(self.rungs[step])]
-        if not worth:
-            cheapest, gain = self.rungs[order[-1]], "smaller" if self._saves_size else "faster"
+        order = fixed_order(costs, {step: self._worth(self.rungs[step]) for step in costs}, least_gain)
+        if not order:
+            cheapest = self.rungs[min(costs, key=costs.__getitem__)]
+            gain = "smaller" if self._saves_size else "faster"
             taken = ", ".join([f"{cheapest.size:.2f} × the size", *map(str, cheapest.times)])
             raise GateError(
                 f"no mixture that holds is {gain} than the float bundle here: the cheapest takes {taken}",
                 "keep float: `bench --precision auto` shows its fastest precision; or search with --for-size",
             )
-        return worth
+        return order
 
     def _worth(self, rung: Rung) -> bool:
         """Whether a rung is faster by its spread on a target, or smaller where size was asked for."""

@@ -220,6 +220,13 @@ def test_a_mixture_that_is_no_smaller_is_not_worth_it_and_a_tie_is_not_faster(
     assert [msgspec.structs.replace(time, quartiles=(0.8, high)).faster for high in (0.9, 1.1)] == [True, False]
 
 
+def test_a_safer_mixture_that_is_not_worth_it_hides_no_other(
+    int8_bundle: Path, fashion_bundle: Path, few: Path, tmp_path: Path
+) -> None:
+    """int8 does not save 90 % of the float bundle's size, but that is no candidate itself."""
+    assert on_trial(fashion_bundle, tmp_path, int8_bundle, fashion_bundle).search(few, 0.9) == [0]
+
+
 @pytest.mark.parametrize(
     ("reference", "rungs", "max_drop", "error"),
     [
