@@ -32,7 +32,7 @@ TOLERANCES = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 1e-1}
 _BLOCK = 5  # consecutive runs of one side; the first of a block finds cold caches and is not counted
 _COUNTED = _BLOCK - 1
 _WARMUP = 3
-STEADY = 0.25  # the largest share of the median between the quartiles of a side's times that still decides
+_STEADY = 0.25  # the largest share of the median between the quartiles of a side's times that still decides
 
 
 class Measurement(msgspec.Struct, frozen=True, kw_only=True):
@@ -161,10 +161,13 @@ def quartiles(values: Array) -> tuple[float, float, float]:
 
 def unsteady(measured: Sequence[Measurement]) -> str:
     """Why times do not decide: on a busy or throttled machine those of one side vary as much as precisions differ."""
-    widest = max(measured, key=lambda one: (one.spread[1] - one.spread[0]) / one.p50)
-    share = (widest.spread[1] - widest.spread[0]) / widest.p50
-    where = f"{widest.name} in {widest.precision} on {widest.target}"
-    return f"half of the times of {where} spread over {share:.0%} of their median" if share > STEADY else ""
+    found = ((f"{one.name} in {one.precision} on {one.target}", one.spread, one.p50) for one in measured)
+    return next(filter(None, (scattered(where, low, median, high) for where, (low, high), median in found)), "")
+
+
+def scattered(where: str, low: float, median: float, high: float) -> str:
+    """Why times of these quartiles, in milliseconds, do not decide; empty where they do."""
+    return f"half of the times of {where} lie between {low:.3f} and {high:.3f} ms" * (high - low > _STEADY * median)
 
 
 class Side(msgspec.Struct, frozen=True):

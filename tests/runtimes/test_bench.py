@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from perceiver_export.runtimes import bench, build, load
-from perceiver_export.runtimes.benchmark import fastest, unsteady
+from perceiver_export.runtimes.benchmark import fastest, scattered, unsteady
 from perceiver_export.runtimes.bundle import change_report, read_report
 from perceiver_export.runtimes.engines.backend import find_target
 from perceiver_export.runtimes.errors import BundleError, DeviceError, UsageError
@@ -113,7 +113,8 @@ def test_sides_whose_spreads_overlap_tie_and_a_throttled_machine_decides_nothing
     (side,) = bench(fashion_bundle, device="ort-cpu", runs=5).measurements
     steady = msgspec.structs.replace(side, p50=1.0, spread=(0.95, 1.05))
     assert unsteady([steady, steady]) == ""
-    assert "50%" in unsteady([steady, msgspec.structs.replace(steady, spread=(0.8, 1.3))])
+    assert "1.300" in unsteady([steady, msgspec.structs.replace(steady, spread=(0.8, 1.3))])
+    assert "0.001" in scattered("a layer below the clock's resolution", 0.0, 0.0, 0.001)
 
 
 def test_figures_of_a_bundle_on_a_read_only_file_system(copied_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
