@@ -21,10 +21,16 @@ from perceiver_export.exporter.checkpoints.preprocessor import image_preprocessi
 from perceiver_export.exporter.checkpoints.weights import SHARDED, decode_json, read_bytes, read_index
 from perceiver_export.exporter.own import OwnModel
 from perceiver_export.exporter.trace import quiet
-from perceiver_export.runtimes.errors import CheckpointError, MissingDependencyError, UnsupportedModelError, UsageError
+from perceiver_export.runtimes.errors import (
+    CheckpointError,
+    MissingDependencyError,
+    UnsupportedModelError,
+    UsageError,
+    first_line,
+)
 
 Shape = Mapping[str, tuple[int, ...]]
-_LONGEST_TEXT = 512
+_LONGEST_TEXT, _LONGEST_SIDE = 512, 1 << 13  # tokens, pixels
 _PER_TOKEN = ("attention_mask", "token_type_ids")
 _RGB = 3
 _CLASSIFIERS = tuple(f"For{what}Classification" for what in ("Image", "Sequence", "Audio", "Video"))
@@ -71,6 +77,8 @@ def load_installed(directory: Path, task: str | None, shape: Shape) -> tuple[Own
         notes += labels.notes
     if task == "arrays" or not (name.endswith("ForImageClassification") and processor):
         return OwnModel(model, _inputs(model, processor, shape), **named), notes
+    if others := shape.keys() - {"image", "pixel_values"}:
+        raise UsageError(f"--shape names {min(others)!r}, and this classifier takes image", "leave it out")
     given = {"pixel_values" if one == "image" else one: size for one, size in shape.items()}
     (image,) = _inputs(model, processor, given).values()
     try:
@@ -107,9 +115,8 @@ def _class(path: Path, config: Mapping[str, Any]) -> Any:
 
         found = getattr(transformers, name, None)
     except ImportError as error:
-        reason = next(iter(str(error).strip().splitlines()), "")
         raise MissingDependencyError(
-            f"--use-transformers needs {name or 'transformers'}, which cannot be imported: {reason}",
+            f"--use-transformers needs {name or 'transformers'}, which cannot be imported: {first_line(error)}",
             "pip install transformers",
         ) from error
     if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
@@ -135,9 +142,8 @@ def _loaded(directory: Path, kind: Any) -> tuple[Any, str]:
                 output_loading_info=True,
             )
     except Exception as error:  # transformers, on files that it did not write
-        reason = next(iter(str(error).strip().splitlines()), "")
         raise CheckpointError(
-            f"transformers {transformers.__version__} cannot load {directory} as {kind.__name__}: {reason}",
+            f"transformers {transformers.__version__} cannot load {directory} as {kind.__name__}: {first_line(error)}",
             f"check it: {kind.__name__}.from_pretrained({str(directory)!r})",
         ) from error
     if missing := sorted(found["missing_keys"]):
@@ -145,8 +151,9 @@ def _loaded(directory: Path, kind: Any) -> tuple[Any, str]:
             f"{directory} lacks {len(missing)} tensors of {kind.__name__}, for example {missing[0]!r}",
             "set `architectures` to the class that was trained",
         )
-    for one in (model.config, model.config.get_text_config()):
-        one.use_cache = False
+    for one in model.modules():
+        if isinstance(one, transformers.PreTrainedModel):
+            one.config.use_cache = False
     return model, f"built by {kind.__name__} of transformers {transformers.__version__}"
 
 
@@ -168,7 +175,7 @@ def _inputs(model: Any, processor: dict[str, Any], shape: Shape) -> dict[str, Te
             f"config.json does not say how large {main!r} of {type(model).__name__} is",
             f"give its size without the batch, for example --shape {main}={size}",
         )
-    text = model.config.get_text_config()
+    text = text_config(model.config)
     kinds = getattr(text, "type_vocab_size", 0)
     generator = torch.Generator().manual_seed(0)
 
@@ -189,13 +196,24 @@ def _sizes(config: Any, processor: dict[str, Any]) -> dict[str, tuple[int, ...]]
     """Of images and texts, without the batch, where the config or the image processor says them."""
     sizes: dict[str, tuple[int, ...]] = {}
     vision = getattr(config, "vision_config", config)
-    if side := getattr(vision, "image_size", None):
-        height, width = (side, side) if isinstance(side, int) else side
-        sizes["pixel_values"] = (getattr(vision, "num_channels", _RGB), height, width)
+    side = getattr(vision, "image_size", None)
+    sides = [side.get("height"), side.get("width")] if isinstance(side, dict) else side
+    size = (getattr(vision, "num_channels", _RGB), *(sides if isinstance(sides, (list, tuple)) else (side, side)))
+    if len(size) == 3 and all(isinstance(one, int) and 0 < one <= _LONGEST_SIDE for one in size):
+        sizes["pixel_values"] = size
     elif processor:
         with contextlib.suppress(UnsupportedModelError):  # then the size is asked for
             found = image_shape(processor)
             sizes |= {} if found is None else {"pixel_values": (_RGB, *found)}
-    if length := getattr(config.get_text_config(), "max_position_embeddings", None):
+    length = getattr(text_config(config), "max_position_embeddings", None)
+    if isinstance(length, int) and length > 0:
         sizes["input_ids"] = (min(length, _LONGEST_TEXT),)
     return sizes
+
+
+def text_config(config: Any) -> Any:
+    """That of the text model, of several the one that reads `input_ids`."""
+    try:
+        return config.get_text_config()
+    except ValueError:
+        return config.get_text_config(encoder=True)

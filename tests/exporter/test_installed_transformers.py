@@ -16,6 +16,7 @@ import transformers
 
 from perceiver_export.calibration import ValidateOptions, validate
 from perceiver_export.exporter import ExportOptions, export, load_model, load_reference
+from perceiver_export.exporter.checkpoints.installed import load_installed, text_config
 from perceiver_export.runtimes import load, open_task
 from perceiver_export.runtimes.errors import (
     CheckpointError,
@@ -104,6 +105,27 @@ def test_sizes_that_no_config_says_are_asked_for(tmp_path: Path) -> None:
         spec.name: spec.shape for spec in export(source, tmp_path / "b", options).manifest.parts["model"].outputs
     }
     assert (outputs["logits"], outputs["pred_boxes"]) == ((1, 6, 3), (1, 6, 4))
+
+
+def test_sizes_of_a_config_that_are_no_two_sides(vit: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="labels"):
+        load_model(vit, use_transformers=True, shape={"labels": (1,)})
+    sizes: dict[str, Any] = {"embedding_size": 8, "hidden_sizes": [8], "depths": [1], "layer_type": "basic"}
+    net = saved(tmp_path / "net", "ResNetForImageClassification", transformers.ResNetConfig(**sizes))
+    changed(image_size={"height": 32, "width": 48})(net)
+    assert load_installed(net, None, {})[0].inputs["pixel_values"].shape == (1, 3, 32, 48)
+    for absurd in (10**9, {"shortest_edge": 24}, [24], "24"):
+        changed(image_size=absurd)(net)
+        with pytest.raises(UsageError, match="pixel_values"):
+            load_model(net, use_transformers=True)
+
+
+def test_a_model_of_several_texts(tmp_path: Path) -> None:
+    parts = {"text_encoder": {"model_type": "t5"}, "audio_encoder": {"model_type": "encodec"}}
+    config = transformers.MusicgenConfig(**parts, decoder={"model_type": "musicgen_decoder"})
+    with pytest.raises(ValueError, match="text"):
+        config.get_text_config()
+    assert text_config(config) is config.text_encoder
 
 
 def test_an_image_processor_that_is_not_known(vit: Path) -> None:
