@@ -16,7 +16,7 @@ import transformers
 
 from perceiver_export.calibration import ValidateOptions, validate
 from perceiver_export.exporter import ExportOptions, export, load_model, load_reference
-from perceiver_export.exporter.checkpoints.installed import load_installed, text_config
+from perceiver_export.exporter.checkpoints.installed import text_config
 from perceiver_export.runtimes import load, open_task
 from perceiver_export.runtimes.errors import (
     CheckpointError,
@@ -113,7 +113,7 @@ def test_sizes_of_a_config_that_are_no_two_sides(vit: Path, tmp_path: Path) -> N
     sizes: dict[str, Any] = {"embedding_size": 8, "hidden_sizes": [8], "depths": [1], "layer_type": "basic"}
     net = saved(tmp_path / "net", "ResNetForImageClassification", transformers.ResNetConfig(**sizes))
     changed(image_size={"height": 32, "width": 48})(net)
-    assert load_installed(net, None, {})[0].inputs["pixel_values"].shape == (1, 3, 32, 48)
+    assert load_model(net, use_transformers=True).model.examples["pixel_values"].shape == (1, 3, 32, 48)
     for absurd in (10**9, {"shortest_edge": 24}, [24], "24"):
         changed(image_size=absurd)(net)
         with pytest.raises(UsageError, match="pixel_values"):
