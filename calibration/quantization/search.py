@@ -62,7 +62,7 @@ _RUNS = 40
 
 class Time(msgspec.Struct, frozen=True):
     """Median milliseconds of a call on a target; ``ratio`` to the fp32 bundle's there in its fastest precision,
-    ``against``: the median over pairs of blocks in turn, with quartiles.
+    ``against``: the median over pairs of blocks in turn, with quartiles. ``unsteady``: why it decides nothing.
     """
 
     target: str
@@ -70,15 +70,17 @@ class Time(msgspec.Struct, frozen=True):
     ratio: float
     quartiles: tuple[float, float]
     against: Precision
+    unsteady: str = ""
 
     @property
     def faster(self) -> bool:
         """Whether it is faster by its spread."""
-        return self.quartiles[1] < 1
+        return self.quartiles[1] < 1 and not self.unsteady
 
     def __str__(self) -> str:
         low, high = self.quartiles
-        return f"{self.ratio:.2f} × the time of {self.against} on {self.target} ({low:.2f} to {high:.2f})"
+        why = f", which decides nothing: {self.unsteady}" if self.unsteady else ""
+        return f"{self.ratio:.2f} × the time of {self.against} on {self.target} ({low:.2f} to {high:.2f}){why}"
 
 
 class Rung(msgspec.Struct, frozen=True):
@@ -165,7 +167,7 @@ def search(
             copy_tree(trials.path(kept), directory)
     steps = sorted(trials.rungs)
     slow = tuple(
-        f"the kept mixture is not faster on this machine: it takes {time}"
+        f"the kept mixture was not found to be faster on this machine: it takes {time}"
         for time in trials.rungs[kept].times
         if not time.faster
     )
@@ -248,7 +250,7 @@ class Trials:
     report: Report
     for_size: bool = False
     rungs: dict[int, Rung] = field(default_factory=dict)
-    best: dict[str, Precision] = field(default_factory=dict)  # by target, the fastest of the fp32 bundle
+    best: dict[str, Bench] = field(default_factory=dict)  # by target, the fp32 bundle in each precision
 
     def path(self, step: int) -> Path:
         """The bundle of a rung, under the name that the result will have."""
@@ -277,7 +279,7 @@ class Trials:
             taken = ", ".join([f"{cheapest.size:.2f} × the size", *map(str, cheapest.times)])
             raise GateError(
                 f"no mixture that holds is {gain} than the float bundle here: the cheapest takes {taken}",
-                "keep float: `bench --precision auto` shows its fastest precision; or search with --for-size",
+                "keep float: `bench --precision auto` shows its fastest; or search on a quiet machine, or --for-size",
             )
         return order
 
@@ -346,13 +348,14 @@ class Trials:
     def _time(self, path: Path, target: str) -> Time:
         """Takes turns with the best float, so that other work on the machine slows both."""
         how: dict[str, Any] = {"device": target, "runs": _RUNS, "threads": self.options.threads}
-        if target not in self.best:
-            self.best[target] = best_float(bench(self.source, precision="auto", **how))
-        against = self.best[target]
+        if target not in self.best or self.best[target].unsteady:
+            self.best[target] = bench(self.source, precision="auto", **how)
+        against, undecided = best_float(self.best[target]), self.best[target].unsteady
         timed = bench(path, against=self.source.path, against_precision=against, **how)
         assert timed.ratio is not None
         assert timed.ratio_quartiles is not None
-        return Time(target, timed.measurements[0].p50, timed.ratio, timed.ratio_quartiles, against)
+        why = undecided or timed.unsteady
+        return Time(target, timed.measurements[0].p50, timed.ratio, timed.ratio_quartiles, against, why)
 
     def _cost(self, step: int) -> float:
         return self.rungs[step].size if self._saves_size else self.rungs[step].time
