@@ -128,6 +128,8 @@ def bench(
             f"{path} is a graph, which has its own precision and no report.json",
             "leave --precision and --save out, or give a bundle",
         )
+    if save and part is not None:
+        raise UsageError(f"--save keeps figures of a whole bundle, and --part is {part!r}", "leave one of them out")
     if several:
         sides = [one for side in sides for one in _in_precisions(side)]
     opened, skipped = _open(sides, all_of_them=several or device == "all")
@@ -136,8 +138,9 @@ def bench(
     if save:
         own = [index for index, one in enumerate(opened) if one.side.path == sides[0].path]
         _save(path, "bench", {measured[index].target: measured[index] for index in reversed(own)})  # of several fp32's
-        if several and not undecided:
-            _save(path, "precisions", _relative([(opened[index].side, medians[index]) for index in own]))
+        if several:  # older figures of a target must not outlive new ones that decide nothing
+            relative = _relative([(opened[index].side, medians[index]) for index in own])
+            _save(path, "precisions", dict.fromkeys(relative, {}) if undecided else relative)
     machine = f"{cpu_name()}, {available_cores()} cores, {' '.join(cpu_features()) or sys.platform}"
     ratio = _ratio(medians[0] / medians[1]) if against is not None and not several and device != "all" else {}
     best = () if undecided or len(measured) == 1 else fastest(np.stack(medians))
