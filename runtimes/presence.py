@@ -148,8 +148,10 @@ def precision_advice(bundle: Bundle, target: str) -> str:
     if times:
         factor, own = times[faster[0]][1], bundle.manifest.precision
         found = f"--precision {faster[0]} takes {factor:.2f} × the time of {own} on {target} here"
-        if certificates_for(bundle, target, faster[0]):
+        taken = choose_precision(bundle, target)
+        if taken == faster[0]:
             return f"{found}, and is certified: --precision auto takes it"
+        found += f"; --precision auto takes {taken}, which is certified" if taken in faster else ""
     against = f" --against {name}" if bundle.manifest.precision == "fp32" else ""
     validate = f"perceiver-export validate {name} --device {target} --precision {faster[0]} --data DATA{against}"
     return f"{found}; `{validate}` checks its accuracy"
