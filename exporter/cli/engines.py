@@ -195,7 +195,8 @@ class _Bench:
     runs: int = option(100, "Counted calls, 5 or more, rounded up to a multiple of 4.")
     device: str = option("auto", "Target to run on; `auto` takes the first that is present, `all` each in turn.")
     precision: PrecisionChoice | None = option(
-        None, "Engine of this precision, `auto`: all that the device computes in; by default the one built last."
+        None,
+        "Precision of the engine; `auto` measures all that the device computes in; by default the engine built last.",
     )
     threads: int | None = option(None, "Threads of the engine; by default the engine chooses.")
     save: bool = option(False, "Keep the figures in the bundle's report.json, for `auto` and `package`.")
