@@ -140,7 +140,7 @@ def bench(
         _save(path, "bench", {measured[index].target: measured[index] for index in reversed(own)})  # of several fp32's
         if several:  # older figures of a target must not outlive new ones that decide nothing
             relative = _relative([(opened[index].side, medians[index]) for index in own])
-            _save(path, "precisions", dict.fromkeys(relative, {}) if undecided else relative)
+            _save(path, "precisions", {target: {} for target in relative} if undecided else relative)
     machine = f"{cpu_name()}, {available_cores()} cores, {' '.join(cpu_features()) or sys.platform}"
     ratio = _ratio(medians[0] / medians[1]) if against is not None and not several and device != "all" else {}
     best = () if undecided or len(measured) == 1 else fastest(np.stack(medians))

@@ -99,7 +99,7 @@ def test_auto_measures_each_precision_that_the_target_computes_in(copied_bundle:
     )
     times = saved["precisions"][cpu_name()]
     if result.unsteady:
-        assert times == dict.fromkeys(here, {})
+        assert times == {target: {} for target in here}
     else:
         assert {target: tuple(found) for target, found in times.items()} == here
         assert all(found["fp32"] == [1, 1, 1] for found in times.values())
