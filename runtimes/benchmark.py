@@ -17,7 +17,7 @@ from typing import Any, Literal
 import msgspec
 import numpy as np
 
-from perceiver_export.runtimes.bundle import Bundle, change_report, golden_arrays, open_bundle
+from perceiver_export.runtimes.bundle import Bundle, change_report, golden_arrays, open_bundle, timed_as
 from perceiver_export.runtimes.engines.backend import EngineOptions, Precision, PrecisionChoice, find_target
 from perceiver_export.runtimes.errors import BundleError, DeviceError, EngineError, UsageError, check_kind, check_whole
 from perceiver_export.runtimes.loading import load, load_onnx
@@ -351,12 +351,12 @@ def _ratio(pairs: Array) -> dict[str, Any]:
 
 
 def _relative(measured: Sequence[tuple[Side, Array]]) -> dict[str, dict[str, tuple[float, float, float]]]:
-    """By target and precision, quartiles of the time relative to fp32's on the target."""
-    exact = {side.device: own for side, own in measured if side.precision == "fp32"}
+    """By target (`timed_as`) and precision, quartiles of the time relative to fp32's on the target."""
+    exact = {timed_as(side.device, side.threads): own for side, own in measured if side.precision == "fp32"}
     found: dict[str, dict[str, tuple[float, float, float]]] = {target: {} for target in exact}
     for side, own in measured:
-        if side.device in exact:
-            found[side.device][str(side.precision)] = quartiles(own / exact[side.device])
+        if (target := timed_as(side.device, side.threads)) in exact:
+            found[target][str(side.precision)] = quartiles(own / exact[target])
     return found
 
 

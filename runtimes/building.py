@@ -85,7 +85,7 @@ def build(
     backend = find_target(target).backend()
     check_flags(target, flags or {}, backend.flags(target))
     options = EngineOptions(hint=hint, shapes=dict(shapes or {}), flags=dict(flags or {}))
-    chosen = choose_precision(opened, target, options) if precision == "auto" else precision
+    chosen = choose_precision(opened, target, options=options) if precision == "auto" else precision
     options = msgspec.structs.replace(options, precision=chosen)
     platform = backend.platform(target, options)
     built = []

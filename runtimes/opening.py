@@ -74,11 +74,11 @@ def open_parts(
     if device == "auto":
         from perceiver_export.runtimes.presence import choose_target
 
-        device = choose_target(opened, precision)
+        device = choose_target(opened, precision, threads)
     if precision == "auto":
         from perceiver_export.runtimes.presence import choose_precision
 
-        precision = choose_precision(opened, device)
+        precision = choose_precision(opened, device, threads)
     loader = _Loader(opened, device, threads, verify, precision, hint, check_finite)
     try:
         if part is not None or not opened.split:

@@ -140,8 +140,9 @@ def profile(
     layers; DataError; and what `load` raises.
     """
     opened = open_bundle(bundle)
-    target = choose_target(opened, precision) if device == "auto" else device
-    found = _Run(opened, target, choose_precision(opened, target) if precision == "auto" else precision, threads)
+    target = choose_target(opened, precision, threads) if device == "auto" else device
+    wanted = choose_precision(opened, target, threads) if precision == "auto" else precision
+    found = _Run(opened, target, wanted, threads)
     other = None if against is None else _Run(open_bundle(against), target, None, threads)
     sqnr, loss = _accuracy(opened, None if other is None else other.bundle, data)
     products = (one for kernels in found.kernels.values() for one in kernels if one.product and one.times)

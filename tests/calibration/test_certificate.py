@@ -138,6 +138,7 @@ def test_auto_takes_a_precision_only_where_it_is_faster_and_certified(
     assert build(bundle, "openvino-cpu", precision="auto")[0].precision == "fp16"
     flagged = build(bundle, "openvino-cpu", precision="auto", flags={"NUM_STREAMS": "1"})  # no certificate is of it
     assert flagged[0].precision == "fp32"
+    assert taken(device="openvino-cpu", threads=1) == "fp32"  # not measured with one
     measured(0.9, 0.95, 1.05)  # a tie
     assert taken(device="openvino-cpu") == "fp32"
     assert precision_advice(open_bundle(bundle), "openvino-cpu") == ""
