@@ -17,7 +17,7 @@ from typing import Any, Literal
 import msgspec
 import numpy as np
 
-from perceiver_export.runtimes.bundle import Bundle, change_report, golden_arrays, open_bundle
+from perceiver_export.runtimes.bundle import Bundle, change_report, golden_arrays, open_bundle, timed_as
 from perceiver_export.runtimes.engines.backend import EngineOptions, Precision, PrecisionChoice, find_target
 from perceiver_export.runtimes.errors import BundleError, DeviceError, EngineError, UsageError, check_kind, check_whole
 from perceiver_export.runtimes.loading import load, load_onnx
@@ -32,7 +32,7 @@ TOLERANCES = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 1e-1}
 _BLOCK = 5  # consecutive runs of one side; the first of a block finds cold caches and is not counted
 _COUNTED = _BLOCK - 1
 _WARMUP = 3
-STEADY = 0.25  # the largest share of the median between the quartiles of a side's times that still decides
+_STEADY = 0.25  # the largest share of the median between the quartiles of a side's times that still decides
 
 
 class Measurement(msgspec.Struct, frozen=True, kw_only=True):
@@ -128,6 +128,8 @@ def bench(
             f"{path} is a graph, which has its own precision and no report.json",
             "leave --precision and --save out, or give a bundle",
         )
+    if save and part is not None:
+        raise UsageError(f"--save keeps figures of a whole bundle, and --part is {part!r}", "leave one of them out")
     if several:
         sides = [one for side in sides for one in _in_precisions(side)]
     opened, skipped = _open(sides, all_of_them=several or device == "all")
@@ -136,8 +138,9 @@ def bench(
     if save:
         own = [index for index, one in enumerate(opened) if one.side.path == sides[0].path]
         _save(path, "bench", {measured[index].target: measured[index] for index in reversed(own)})  # of several fp32's
-        if several and not undecided:
-            _save(path, "precisions", _relative([(opened[index].side, medians[index]) for index in own]))
+        if several:  # older figures of a target must not outlive new ones that decide nothing
+            relative = _relative([(opened[index].side, medians[index]) for index in own])
+            _save(path, "precisions", {target: {} for target in relative} if undecided else relative)
     machine = f"{cpu_name()}, {available_cores()} cores, {' '.join(cpu_features()) or sys.platform}"
     ratio = _ratio(medians[0] / medians[1]) if against is not None and not several and device != "all" else {}
     best = () if undecided or len(measured) == 1 else fastest(np.stack(medians))
@@ -161,10 +164,13 @@ def quartiles(values: Array) -> tuple[float, float, float]:
 
 def unsteady(measured: Sequence[Measurement]) -> str:
     """Why times do not decide: on a busy or throttled machine those of one side vary as much as precisions differ."""
-    widest = max(measured, key=lambda one: (one.spread[1] - one.spread[0]) / one.p50)
-    share = (widest.spread[1] - widest.spread[0]) / widest.p50
-    where = f"{widest.name} in {widest.precision} on {widest.target}"
-    return f"half of the times of {where} spread over {share:.0%} of their median" if share > STEADY else ""
+    found = ((f"{one.name} in {one.precision} on {one.target}", one.spread, one.p50) for one in measured)
+    return next(filter(None, (scattered(where, low, median, high) for where, (low, high), median in found)), "")
+
+
+def scattered(where: str, low: float, median: float, high: float) -> str:
+    """Why times of these quartiles, in milliseconds, do not decide; empty where they do."""
+    return f"half of the times of {where} lie between {low:.3f} and {high:.3f} ms" * (high - low > _STEADY * median)
 
 
 class Side(msgspec.Struct, frozen=True):
@@ -345,12 +351,12 @@ def _ratio(pairs: Array) -> dict[str, Any]:
 
 
 def _relative(measured: Sequence[tuple[Side, Array]]) -> dict[str, dict[str, tuple[float, float, float]]]:
-    """By target and precision, quartiles of the time relative to fp32's on the target."""
-    exact = {side.device: own for side, own in measured if side.precision == "fp32"}
+    """By target (`timed_as`) and precision, quartiles of the time relative to fp32's on the target."""
+    exact = {timed_as(side.device, side.threads): own for side, own in measured if side.precision == "fp32"}
     found: dict[str, dict[str, tuple[float, float, float]]] = {target: {} for target in exact}
     for side, own in measured:
-        if side.device in exact:
-            found[side.device][str(side.precision)] = quartiles(own / exact[side.device])
+        if (target := timed_as(side.device, side.threads)) in exact:
+            found[target][str(side.precision)] = quartiles(own / exact[target])
     return found
 
 

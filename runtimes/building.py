@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
+import msgspec
+
 from perceiver_export.runtimes.bundle import Bundle, open_bundle
 from perceiver_export.runtimes.engines.backend import (
     Backend,
@@ -80,11 +82,11 @@ def build(
     check_kind("flags", flags or {}, Mapping, "{name: value}, both text")
     opened = open_bundle(bundle)
     _check_shapes(opened, shapes or {})
-    if precision == "auto":
-        precision = choose_precision(opened, target)
     backend = find_target(target).backend()
     check_flags(target, flags or {}, backend.flags(target))
-    options = EngineOptions(precision=precision, hint=hint, shapes=dict(shapes or {}), flags=dict(flags or {}))
+    options = EngineOptions(hint=hint, shapes=dict(shapes or {}), flags=dict(flags or {}))
+    chosen = choose_precision(opened, target, options=options) if precision == "auto" else precision
+    options = msgspec.structs.replace(options, precision=chosen)
     platform = backend.platform(target, options)
     built = []
     for name, part in opened.manifest.parts.items():

@@ -245,9 +245,14 @@ def measurements(bundle: Path) -> dict[str, dict[str, Measured]]:
         raise BundleError(f"`bench` of {bundle / _REPORT} is unusable: {error}", "run `bench --save` again") from error
 
 
+def timed_as(target: str, threads: int | None) -> str:
+    """The name of a target in the report's relative times, which another number of threads changes."""
+    return target if threads is None else f"{target}, {threads} threads"
+
+
 def relative_times(bundle: Path, target: str) -> dict[str, tuple[float, float, float]]:
     """By precision, the time of a call relative to fp32's on this CPU model: quartiles over pairs, as
-    `bench --precision auto --save` measured them; empty if nobody did.
+    `bench --precision auto --save` measured them; empty if nobody did. ``target`` is as in `timed_as`.
     """
     with contextlib.suppress(BundleError, msgspec.ValidationError):
         found = read_report(bundle).get("precisions", {})

@@ -37,6 +37,7 @@ from perceiver_export.runtimes.errors import (
     DeviceError,
     EngineError,
     PerceiverExportError,
+    UsageError,
     check_choice,
     check_kind,
     check_whole,
@@ -65,17 +66,19 @@ def open_parts(
     check_choice("hint", hint, get_args(Hint))
     if precision is not None:
         check_choice("precision", precision, get_args(PrecisionChoice))
+    if precision == "auto" and hint != "latency":
+        raise UsageError(f"precision auto compares engines for latency, and hint is {hint!r}", "name the precision")
     opened = open_bundle(bundle, verify)
     _check_arithmetic(opened)
     _log.debug("%s: verified %s, task %s", opened.path, verify, opened.manifest.task)
     if device == "auto":
         from perceiver_export.runtimes.presence import choose_target
 
-        device = choose_target(opened, precision)
+        device = choose_target(opened, precision, threads)
     if precision == "auto":
         from perceiver_export.runtimes.presence import choose_precision
 
-        precision = choose_precision(opened, device)
+        precision = choose_precision(opened, device, threads)
     loader = _Loader(opened, device, threads, verify, precision, hint, check_finite)
     try:
         if part is not None or not opened.split:

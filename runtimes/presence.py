@@ -12,7 +12,7 @@ from typing import get_args
 
 import msgspec
 
-from perceiver_export.runtimes.bundle import Bundle, median_latency, relative_times
+from perceiver_export.runtimes.bundle import Bundle, median_latency, relative_times, timed_as
 from perceiver_export.runtimes.certificates import Certificate, applies, certificates, may_be
 from perceiver_export.runtimes.engines.backend import (
     TARGETS,
@@ -81,13 +81,13 @@ def devices() -> tuple[Device, ...]:
     return tuple(device for device in found if device is not None)
 
 
-def choose_target(bundle: Bundle, precision: PrecisionChoice | None = None) -> str:
+def choose_target(bundle: Bundle, precision: PrecisionChoice | None = None, threads: int | None = None) -> str:
     """The target for ``device="auto"``.
 
     It is the first target for which a certificate of the bundle is valid here. Without one, it is the first target in
     the table that is present and, if compiling takes minutes, has an engine for this machine. Of the two CPU targets,
-    the one that is faster in the bundle's report comes first; without a report, ort-cpu. ``precision`` is the engine's,
-    as in `load`.
+    the one that is faster in the bundle's report comes first; without a report, ort-cpu. ``precision`` and
+    ``threads`` are the engine's, as in `load`.
 
     Raises MissingDependencyError: no target is present.
     """
@@ -97,7 +97,8 @@ def choose_target(bundle: Bundle, precision: PrecisionChoice | None = None) -> s
     names += sorted(cpus, key=lambda name: (measured[name] is None, measured[name] or 0.0))
     written = {one.target for one in certificates(bundle)}
     for name in sorted(written, key=lambda name: (names.index(name) if name in names else len(names), name)):
-        if certificates_for(bundle, name, choose_precision(bundle, name) if precision == "auto" else precision):
+        asked = choose_precision(bundle, name, threads) if precision == "auto" else precision
+        if certificates_for(bundle, name, asked):
             _log.info("%s: auto chose %s, which is certified here", bundle.path, name)
             return name
     if written:
@@ -112,13 +113,17 @@ def choose_target(bundle: Bundle, precision: PrecisionChoice | None = None) -> s
     return next(name for name in names if name in cpus)  # `load` reports the problem
 
 
-def choose_precision(bundle: Bundle, target: str) -> Precision:
+def choose_precision(
+    bundle: Bundle, target: str, threads: int | None = None, options: EngineOptions | None = None
+) -> Precision:
     """The precision for ``precision="auto"``: the fastest that has a certificate that holds here, else fp32.
 
-    Only one that `bench --precision auto --save` found faster than fp32 on this CPU model, by its spread, is taken.
+    Only one that `bench --precision auto --save` found faster than fp32 on this CPU model, by its spread and with the
+    same ``threads``, is taken. ``options`` are those of engines that `build` is to make; None: of those that `load`
+    takes.
     """
-    faster = _faster(bundle, target)
-    chosen: Precision = next((one for one in faster if certificates_for(bundle, target, one)), "fp32")
+    faster = _faster(bundle, timed_as(target, threads))
+    chosen: Precision = next((one for one in faster if certificates_for(bundle, target, one, options)), "fp32")
     _log.info("%s: auto is %s on %s, faster than fp32: %s", bundle.path, chosen, target, ", ".join(faster) or "none")
     return chosen
 
@@ -147,8 +152,10 @@ def precision_advice(bundle: Bundle, target: str) -> str:
     if times:
         factor, own = times[faster[0]][1], bundle.manifest.precision
         found = f"--precision {faster[0]} takes {factor:.2f} × the time of {own} on {target} here"
-        if certificates_for(bundle, target, faster[0]):
+        taken = choose_precision(bundle, target)
+        if taken == faster[0]:
             return f"{found}, and is certified: --precision auto takes it"
+        found += f"; --precision auto takes {taken}, which is certified" if taken in faster else ""
     against = f" --against {name}" if bundle.manifest.precision == "fp32" else ""
     validate = f"perceiver-export validate {name} --device {target} --precision {faster[0]} --data DATA{against}"
     return f"{found}; `{validate}` checks its accuracy"
@@ -169,8 +176,10 @@ def advice_here(bundle: Bundle, target: str = "") -> str:
     return ""
 
 
-def certificates_for(bundle: Bundle, target: str, precision: Precision | None = None) -> tuple[Certificate, ...]:
-    """The certificates that are valid here for the engines that `load` would run on a target.
+def certificates_for(
+    bundle: Bundle, target: str, precision: Precision | None = None, new: EngineOptions | None = None
+) -> tuple[Certificate, ...]:
+    """The certificates that are valid here for the engines that `load` would run on a target, or for ``new`` ones.
 
     No engine is loaded, and no library is imported for a target without a certificate. Raises BundleError:
     calibration.json cannot be read.
@@ -180,8 +189,12 @@ def certificates_for(bundle: Bundle, target: str, precision: Precision | None = 
         return ()
     try:
         here = find_target(target).backend().platform(target, EngineOptions())
-        options = EngineOptions(precision=precision or "fp32")
-        used = [engine_for(bundle, name, target, options, precision)[0].options for name in bundle.manifest.parts]
+        options = msgspec.structs.replace(new or EngineOptions(), precision=precision or "fp32")
+        used = (
+            [options]
+            if new
+            else [engine_for(bundle, name, target, options, precision)[0].options for name in bundle.manifest.parts]
+        )
     except PerceiverExportError as error:
         _log.debug("%s cannot run on %s here: %s", bundle.path, target, error.message)
         return ()

@@ -24,7 +24,7 @@ from perceiver_export.calibration.graphs import open_session, read_graph, run_se
 from perceiver_export.calibration.quantization.linears import Linear
 from perceiver_export.calibration.quantization.record import Coverage, Layer, OutputEffect, Speed, share
 from perceiver_export.calibration.quantization.statistics import Call
-from perceiver_export.runtimes.benchmark import quartiles
+from perceiver_export.runtimes.benchmark import quartiles, scattered
 from perceiver_export.runtimes.engines.backend import EngineOptions, find_target
 from perceiver_export.runtimes.engines.cache import graph_for
 from perceiver_export.runtimes.engines.openvino_engine import OpenvinoEngine
@@ -36,6 +36,7 @@ from perceiver_export.runtimes.opening import open_engine
 from perceiver_export.runtimes.runtime import Array, Feeds
 
 _ROUNDS, _LEAST, _MOST = 7, 1.0, 30.0  # of timing: rounds and seconds that are done, and seconds after which it ends
+_FEWEST = 3  # rounds that decide
 _ORT_INTEGER = frozenset({"MatMulIntegerToFloat", "QLinearMatMul", "QGemm", "MatMulInteger", "DynamicQuantizeMatMul"})
 _DEQUANTIZATION = "/DequantizationMultiply"  # OpenVINO's suffix of a product whose scales it moved behind it
 
@@ -278,7 +279,9 @@ def measure_speed(
         for quantized in (False, True)
     )
     ratios = quartiles(found[best[1]] / found[best[0]])
-    return Speed(target, medians.pop("fp32"), medians.pop(scheme), medians, (best[0], best[1]), ratios)
+    why = next(filter(None, (scattered(name, *quartiles(found[name])) for name in best)), "")
+    why = why if len(times) > _FEWEST else f"fewer than {_FEWEST} rounds fit in {_MOST:g} s"
+    return Speed(target, medians.pop("fp32"), medians.pop(scheme), medians, (best[0], best[1]), ratios, why)
 
 
 def _named(own: str, precision: str) -> str:

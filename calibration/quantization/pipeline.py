@@ -237,8 +237,11 @@ def compare_with_fp32(source: Bundle, observation: Observation, directory: Path,
         if (graphs := engines.graphs_for(target, made.manifest.parts, directory))
     )
     warnings = [
-        f"not faster than {one.best[0]} with {one.target} on the machine that quantized it: "
-        + (f"it gains size alone, {size:.2f} × fp32's" if size < 1 else f"nor smaller, {size:.2f} × fp32's size")
+        f"not decided whether it is faster than {one.best[0]} with {one.target}: {one.undecided}"
+        if one.undecided
+        else f"not faster than {one.best[0]} with {one.target} on the machine that quantized it"
+        + ("; it gains size alone" if size < 1 else " and not smaller")
+        + f": {size:.2f} × fp32's size"
         for one in speeds
         if not one.faster
     ]

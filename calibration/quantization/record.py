@@ -107,7 +107,7 @@ class Speed(msgspec.Struct, frozen=True):
 
     ``others`` has the lower precisions that the target computes in ("bf16", "int8 with bf16"). ``best`` names the
     fastest float and the fastest quantized precision; ``ratios`` are the quartiles of the second's time relative to the
-    first's, round by round. Older records have none of these.
+    first's, round by round; ``undecided``: why they decide nothing. Older records have none of these.
     """
 
     target: str
@@ -116,17 +116,21 @@ class Speed(msgspec.Struct, frozen=True):
     others: dict[str, float] = {}
     best: tuple[str, str] = ("fp32", "")
     ratios: tuple[float, float, float] | None = None
+    undecided: str = ""
 
     @property
     def faster(self) -> bool:
         """Whether it is faster than the best float precision: by its spread, if that was measured."""
-        return self.quantized < self.fp32 if self.ratios is None else self.ratios[2] < 1
+        found = self.quantized < self.fp32 if self.ratios is None else self.ratios[2] < 1
+        return found and not self.undecided
 
     def __str__(self) -> str:
         times = {self.best[1].partition(" ")[0] or "quantized": self.quantized, "fp32": self.fp32, **self.others}
         shown = ", ".join(f"{name} {time:.2f} ms" for name, time in times.items())
         if self.ratios is None:
             return f"{shown}: {self.fp32 / self.quantized:.2f} × as fast"
+        if self.undecided:
+            return f"{shown}: nothing is decided, {self.undecided}"
         slowest, median, best = (1 / ratio for ratio in reversed(self.ratios))
         return f"{shown}: {median:.2f} × as fast as {self.best[0]} (half of the pairs {slowest:.2f} to {best:.2f})"
 

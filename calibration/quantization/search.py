@@ -62,7 +62,7 @@ _RUNS = 40
 
 class Time(msgspec.Struct, frozen=True):
     """Median milliseconds of a call on a target; ``ratio`` to the fp32 bundle's there in its fastest precision,
-    ``against``: the median over pairs of blocks in turn, with quartiles.
+    ``against``: the median over pairs of blocks in turn, with quartiles. ``unsteady``: why it decides nothing.
     """
 
     target: str
@@ -70,15 +70,17 @@ class Time(msgspec.Struct, frozen=True):
     ratio: float
     quartiles: tuple[float, float]
     against: Precision
+    unsteady: str = ""
 
     @property
     def faster(self) -> bool:
         """Whether it is faster by its spread."""
-        return self.quartiles[1] < 1
+        return self.quartiles[1] < 1 and not self.unsteady
 
     def __str__(self) -> str:
         low, high = self.quartiles
-        return f"{self.ratio:.2f} × the time of {self.against} on {self.target} ({low:.2f} to {high:.2f})"
+        why = f", which decides nothing: {self.unsteady}" if self.unsteady else ""
+        return f"{self.ratio:.2f} × the time of {self.against} on {self.target} ({low:.2f} to {high:.2f}){why}"
 
 
 class Rung(msgspec.Struct, frozen=True):
@@ -165,7 +167,7 @@ def search(
             copy_tree(trials.path(kept), directory)
     steps = sorted(trials.rungs)
     slow = tuple(
-        f"the kept mixture is not faster on this machine: it takes {time}"
+        f"the kept mixture was not found to be faster on this machine: it takes {time}"
         for time in trials.rungs[kept].times
         if not time.faster
     )
@@ -208,14 +210,14 @@ def climb(count: int, holds: Callable[[int], bool], worth: Callable[[int, int], 
         failed, index = (failed, middle) if holds(middle) else (middle, index)
 
 
-def fixed_order(costs: Mapping[int, float], held: Mapping[int, bool], least_gain: float) -> list[int]:
-    """The order of certification: the rungs that held on the search split, safest (highest) first, cheaper ones after.
+def fixed_order(costs: Mapping[int, float], worth: Mapping[int, bool], least_gain: float) -> list[int]:
+    """The order of certification: the rungs that are ``worth`` a test, safest (highest) first, cheaper ones after.
 
     A rung that costs no less than ``1 − least_gain`` of a safer one is never worth a test.
     """
     order: list[int] = []
     for index in sorted(costs, reverse=True):
-        if held[index] and (not order or gains(costs[index], costs[order[-1]], least_gain)):
+        if worth[index] and (not order or gains(costs[index], costs[order[-1]], least_gain)):
             order.append(index)
     return order
 
@@ -248,7 +250,7 @@ class Trials:
     report: Report
     for_size: bool = False
     rungs: dict[int, Rung] = field(default_factory=dict)
-    best: dict[str, Precision] = field(default_factory=dict)  # by target, the fastest of the fp32 bundle
+    best: dict[str, Bench] = field(default_factory=dict)  # by target, the fp32 bundle in each precision
 
     def path(self, step: int) -> Path:
         """The bundle of a rung, under the name that the result will have."""
@@ -266,20 +268,20 @@ class Trials:
         climb(
             len(self.ladder.rungs), holds, lambda lower, upper: gains(self._cost(lower), self._cost(upper), least_gain)
         )
-        held = {step: _held(one) for step, one in results.items()}
-        order = fixed_order({step: self._cost(step) for step in held}, held, least_gain)
-        if not order:
+        costs = {step: self._cost(step) for step, one in results.items() if _held(one)}
+        if not costs:
             hint = "ask for less, give more samples to search on, or look at `quantize --sensitivity`"
             raise _refusal("no mixture of precisions holds", results[max(results)], hint)
-        worth = [step for step in order if self._worth(self.rungs[step])]
-        if not worth:
-            cheapest, gain = self.rungs[order[-1]], "smaller" if self._saves_size else "faster"
+        order = fixed_order(costs, {step: self._worth(self.rungs[step]) for step in costs}, least_gain)
+        if not order:
+            cheapest = self.rungs[min(costs, key=costs.__getitem__)]
+            gain = "smaller" if self._saves_size else "faster"
             taken = ", ".join([f"{cheapest.size:.2f} × the size", *map(str, cheapest.times)])
             raise GateError(
                 f"no mixture that holds is {gain} than the float bundle here: the cheapest takes {taken}",
-                "keep float: `bench --precision auto` shows its fastest precision; or search with --for-size",
+                "keep float: `bench --precision auto` shows its fastest; or search on a quiet machine, or --for-size",
             )
-        return worth
+        return order
 
     def _worth(self, rung: Rung) -> bool:
         """Whether a rung is faster by its spread on a target, or smaller where size was asked for."""
@@ -346,13 +348,14 @@ class Trials:
     def _time(self, path: Path, target: str) -> Time:
         """Takes turns with the best float, so that other work on the machine slows both."""
         how: dict[str, Any] = {"device": target, "runs": _RUNS, "threads": self.options.threads}
-        if target not in self.best:
-            self.best[target] = best_float(bench(self.source, precision="auto", **how))
-        against = self.best[target]
+        if target not in self.best or self.best[target].unsteady:
+            self.best[target] = bench(self.source, precision="auto", **how)
+        against, undecided = best_float(self.best[target]), self.best[target].unsteady
         timed = bench(path, against=self.source.path, against_precision=against, **how)
         assert timed.ratio is not None
         assert timed.ratio_quartiles is not None
-        return Time(target, timed.measurements[0].p50, timed.ratio, timed.ratio_quartiles, against)
+        why = undecided or timed.unsteady
+        return Time(target, timed.measurements[0].p50, timed.ratio, timed.ratio_quartiles, against, why)
 
     def _cost(self, step: int) -> float:
         return self.rungs[step].size if self._saves_size else self.rungs[step].time

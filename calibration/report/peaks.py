@@ -38,12 +38,14 @@ class Peaks(NamedTuple):
 @functools.cache
 def measure_peaks(target: str, precisions: tuple[str, ...], threads: int | None) -> Peaks:
     """The rates of an engine on this machine, from a large product of each type and a large sum; measured once."""
-    products = {precision: _product(target, precision, threads) for precision in precisions}
+    products = {name: rate for name in precisions if (rate := _product(target, name, threads))}
     return Peaks(products, _memory(target, threads) if products else 0.0)
 
 
 def _product(target: str, precision: str, threads: int | None) -> float:
-    """FLOP/s of a product of two square matrices; in int8 with its activations quantized before it."""
+    """FLOP/s of a product of two square matrices, in int8 with its activations quantized before it; 0 where the engine
+    shows no product.
+    """
     weight = np.random.default_rng(0).integers(-127, 128, (_SIZE, _SIZE)).astype(np.int8)
     ops: list[tuple[str, ...]] = [("MatMul", "y", "x", "w")]
     if precision == "int8":
@@ -51,14 +53,16 @@ def _product(target: str, precision: str, threads: int | None) -> float:
         ops += [("DequantizeLinear", "v", "w", "s"), ("MatMul", "y", "d", "v")]
     array = weight if precision == "int8" else weight.astype(np.float32)
     kernels = _kernels((1, _SIZE, _SIZE), ops, array, target, precision, threads)
-    return 2e3 * _SIZE**3 / float(totals([one for one in kernels if one.product]).min())
+    least = float(totals([one for one in kernels if one.product]).min())
+    return 2e3 * _SIZE**3 / least if least else 0.0
 
 
 def _memory(target: str, threads: int | None) -> float:
     """Bytes/s of the sum of two arrays that no cache holds."""
     array = np.ones(_ELEMENTS, np.float32)
     kernels = _kernels(array.shape, [("Add", "y", "x", "w")], array, target, "fp32", threads)
-    return 3e3 * array.nbytes / float(totals(kernels).min())
+    least = float(totals(kernels).min())
+    return 3e3 * array.nbytes / least if least else 0.0
 
 
 def _kernels(

@@ -32,7 +32,7 @@ from perceiver_export.calibration.quantization.sensitivity import measure_layer_
 from perceiver_export.calibration.quantization.statistics import with_shapes
 from perceiver_export.calibration.report.peaks import measure_peaks
 from perceiver_export.calibration.report.tables import Table
-from perceiver_export.runtimes.benchmark import STEADY, Side, quartiles
+from perceiver_export.runtimes.benchmark import Side, quartiles, scattered
 from perceiver_export.runtimes.bundle import Bundle, open_bundle
 from perceiver_export.runtimes.engines.backend import EngineOptions, Precision, PrecisionChoice, Source, find_target
 from perceiver_export.runtimes.engines.cache import Candidate
@@ -113,13 +113,13 @@ class Profile(msgspec.Struct, frozen=True):
             )
         peaks = ", ".join(f"{peak / 1e9:,.0f} GFLOP/s in {kind}" for kind, peak in self.peaks.items())
         memory = f"{self.memory / 1e9:,.1f} GB/s for what no cache holds"
-        note = f"Of the peak: the least time at {peaks}, and at {memory}, as a share of the time."
+        notes = [f"Of the peak: the least time at {peaks}, and at {memory}, as a share of the time."] * bool(self.peaks)
         if any(one.loss is not None for one in self.layers):
-            note += " Alone: SQNR of the outputs with only this layer quantized."
+            notes.append("Alone: SQNR of the outputs with only this layer quantized.")
         title = f"{self.bundle} in {self.precision} on {self.target}, {self.engine}"
         if not self.milliseconds:  # a report that the build kept
             return Table(title, _COLUMNS, rows, "As the engine's builder reported; it times no layers.").without_empty()
-        return Table(f"{title}: {self.milliseconds:.2f} ms of kernels", _COLUMNS, rows, note).without_empty()
+        return Table(f"{title}: {self.milliseconds:.2f} ms of kernels", _COLUMNS, rows, " ".join(notes)).without_empty()
 
 
 def profile(
@@ -140,8 +140,9 @@ def profile(
     layers; DataError; and what `load` raises.
     """
     opened = open_bundle(bundle)
-    target = choose_target(opened, precision) if device == "auto" else device
-    found = _Run(opened, target, choose_precision(opened, target) if precision == "auto" else precision, threads)
+    target = choose_target(opened, precision, threads) if device == "auto" else device
+    wanted = choose_precision(opened, target, threads) if precision == "auto" else precision
+    found = _Run(opened, target, wanted, threads)
     other = None if against is None else _Run(open_bundle(against), target, None, threads)
     sqnr, loss = _accuracy(opened, None if other is None else other.bundle, data)
     products = (one for kernels in found.kernels.values() for one in kernels if one.product and one.times)
@@ -189,10 +190,7 @@ class _Run:
             self.precision = source.precision if self._float == "fp32" else source.compiled_precision
             for layer, own in _by_layer(with_shapes(read_graph(source.graph)).graph, kernels).items():
                 self.kernels[name, layer], self.flops[name, layer] = own
-            low, median, high = quartiles(totals(kernels))
-            if high - low > STEADY * median:
-                share = (high - low) / median
-                self.unsteady = f"half of the times of {name} spread over {share:.0%} of their median"
+            self.unsteady = self.unsteady or scattered(name, *quartiles(totals(kernels)))
 
     def _read(self, source: Source, name: str, part: Part, engine: Candidate | None) -> list[Kernel]:
         """Timed where the graph compiles in seconds, else of the engine that was built. Raises EngineError: none."""

@@ -46,14 +46,17 @@ class Side:
 def open_side(
     what: str | os.PathLike[str] | Bundle | Reference | None, device: str, threads: int | None, beside: Task
 ) -> Iterator[Side | None]:
-    """Open the reference, or yield None. Raises what `load` raises; UsageError unless it compares to ``beside``."""
+    """Open the reference, a bundle in fp32, or yield None.
+
+    Raises what `load` raises; UsageError unless it compares to ``beside``.
+    """
     if what is None:
         yield None
     elif callable(what):
         name = getattr(what, "name", "the reference")
         yield Side(what, {"name": name, **getattr(what, "described", {"target": "a function"})})
     else:
-        with open_task(what, device, threads) as task:
+        with open_task(what, device, threads, precision="fp32") as task:
             _check_comparable(beside.manifest, task.manifest)
             yield side_of(task)
 

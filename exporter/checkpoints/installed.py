@@ -18,16 +18,23 @@ from torch import Tensor, nn
 from perceiver_export.exporter.checkpoints.huggingface_config import read_labels
 from perceiver_export.exporter.checkpoints.origins import refuse_other_directories
 from perceiver_export.exporter.checkpoints.preprocessor import image_preprocessing, image_shape, read_preprocessor
-from perceiver_export.exporter.checkpoints.weights import decode_json, read_bytes
+from perceiver_export.exporter.checkpoints.weights import SHARDED, decode_json, read_bytes, read_index
 from perceiver_export.exporter.own import OwnModel
 from perceiver_export.exporter.trace import quiet
-from perceiver_export.runtimes.errors import CheckpointError, MissingDependencyError, UnsupportedModelError, UsageError
+from perceiver_export.runtimes.errors import (
+    CheckpointError,
+    MissingDependencyError,
+    UnsupportedModelError,
+    UsageError,
+    first_line,
+)
 
 Shape = Mapping[str, tuple[int, ...]]
-_LONGEST_TEXT = 512
+_LONGEST_TEXT, _LONGEST_SIDE = 512, 1 << 13  # tokens, pixels
 _PER_TOKEN = ("attention_mask", "token_type_ids")
 _RGB = 3
 _CLASSIFIERS = tuple(f"For{what}Classification" for what in ("Image", "Sequence", "Audio", "Video"))
+_ELSEWHERE = ("auto_map", "configuration_files", "quantization_config", "transformers_weights")
 _FUNCTION = "return (model, inputs) from a function of your own, and export module:function"
 
 
@@ -57,7 +64,9 @@ def load_installed(directory: Path, task: str | None, shape: Shape) -> tuple[Own
     content = read_bytes(path, "a Hugging Face directory: config.json and weights")
     config = decode_json(content, dict[str, Any], str(path))
     for name in _from_elsewhere(config):
-        raise UnsupportedModelError(f"{path} has {name}, which would run code from elsewhere", _FUNCTION)
+        raise UnsupportedModelError(f"{path} has {name}, which may take code or weights from elsewhere", _FUNCTION)
+    for index in filter(Path.is_file, (directory / name for name in SHARDED)):
+        read_index(index)  # transformers opens any path that it names
     model, note = _loaded(directory, _class(path, config))
     name, processor = type(model).__name__, read_preprocessor(directory)
     named: dict[str, Any] = {}
@@ -68,6 +77,8 @@ def load_installed(directory: Path, task: str | None, shape: Shape) -> tuple[Own
         notes += labels.notes
     if task == "arrays" or not (name.endswith("ForImageClassification") and processor):
         return OwnModel(model, _inputs(model, processor, shape), **named), notes
+    if others := shape.keys() - {"image", "pixel_values"}:
+        raise UsageError(f"--shape names {min(others)!r}, and this classifier takes image", "leave it out")
     given = {"pixel_values" if one == "image" else one: size for one, size in shape.items()}
     (image,) = _inputs(model, processor, given).values()
     try:
@@ -79,11 +90,16 @@ def load_installed(directory: Path, task: str | None, shape: Shape) -> tuple[Own
 
 
 def _from_elsewhere(config: object) -> Iterator[str]:
-    """Fields, at any depth, that make transformers run code which it does not have itself."""
+    """Fields, at any depth, that make transformers run code which it does not have itself, or read other files."""
     if isinstance(config, dict):
         for name, value in config.items():
-            elsewhere = name.endswith("_implementation") and "/" in str(value)  # kernels of the hub
-            if value and (elsewhere or name in ("auto_map", "quantization_config")):
+            chosen = value.values() if isinstance(value, dict) else [value]
+            kernels = name.endswith(("_implementation", "_implementation_internal"))
+            kernels = kernels and any(one not in (None, "eager", "sdpa") for one in chosen)  # others may be the hub's
+            remote = (
+                name in ("architecture", "backbone") and isinstance(value, str) and ":" in value
+            )  # timm's `hf-hub:`
+            if kernels or remote or (value and name in _ELSEWHERE):
                 yield name
             yield from _from_elsewhere(value)
     elif isinstance(config, list):
@@ -99,9 +115,8 @@ def _class(path: Path, config: Mapping[str, Any]) -> Any:
 
         found = getattr(transformers, name, None)
     except ImportError as error:
-        reason = next(iter(str(error).strip().splitlines()), "")
         raise MissingDependencyError(
-            f"--use-transformers needs {name or 'transformers'}, which cannot be imported: {reason}",
+            f"--use-transformers needs {name or 'transformers'}, which cannot be imported: {first_line(error)}",
             "pip install transformers",
         ) from error
     if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
@@ -127,9 +142,8 @@ def _loaded(directory: Path, kind: Any) -> tuple[Any, str]:
                 output_loading_info=True,
             )
     except Exception as error:  # transformers, on files that it did not write
-        reason = next(iter(str(error).strip().splitlines()), "")
         raise CheckpointError(
-            f"transformers {transformers.__version__} cannot load {directory} as {kind.__name__}: {reason}",
+            f"transformers {transformers.__version__} cannot load {directory} as {kind.__name__}: {first_line(error)}",
             f"check it: {kind.__name__}.from_pretrained({str(directory)!r})",
         ) from error
     if missing := sorted(found["missing_keys"]):
@@ -137,8 +151,9 @@ def _loaded(directory: Path, kind: Any) -> tuple[Any, str]:
             f"{directory} lacks {len(missing)} tensors of {kind.__name__}, for example {missing[0]!r}",
             "set `architectures` to the class that was trained",
         )
-    for one in (model.config, model.config.get_text_config()):
-        one.use_cache = False
+    for one in model.modules():
+        if isinstance(one, transformers.PreTrainedModel):
+            one.config.use_cache = False
     return model, f"built by {kind.__name__} of transformers {transformers.__version__}"
 
 
@@ -160,7 +175,7 @@ def _inputs(model: Any, processor: dict[str, Any], shape: Shape) -> dict[str, Te
             f"config.json does not say how large {main!r} of {type(model).__name__} is",
             f"give its size without the batch, for example --shape {main}={size}",
         )
-    text = model.config.get_text_config()
+    text = text_config(model.config)
     kinds = getattr(text, "type_vocab_size", 0)
     generator = torch.Generator().manual_seed(0)
 
@@ -181,13 +196,24 @@ def _sizes(config: Any, processor: dict[str, Any]) -> dict[str, tuple[int, ...]]
     """Of images and texts, without the batch, where the config or the image processor says them."""
     sizes: dict[str, tuple[int, ...]] = {}
     vision = getattr(config, "vision_config", config)
-    if side := getattr(vision, "image_size", None):
-        height, width = (side, side) if isinstance(side, int) else side
-        sizes["pixel_values"] = (getattr(vision, "num_channels", _RGB), height, width)
+    side = getattr(vision, "image_size", None)
+    sides = [side.get("height"), side.get("width")] if isinstance(side, dict) else side
+    size = (getattr(vision, "num_channels", _RGB), *(sides if isinstance(sides, (list, tuple)) else (side, side)))
+    if len(size) == 3 and all(isinstance(one, int) and 0 < one <= _LONGEST_SIDE for one in size):
+        sizes["pixel_values"] = size
     elif processor:
         with contextlib.suppress(UnsupportedModelError):  # then the size is asked for
             found = image_shape(processor)
             sizes |= {} if found is None else {"pixel_values": (_RGB, *found)}
-    if length := getattr(config.get_text_config(), "max_position_embeddings", None):
+    length = getattr(text_config(config), "max_position_embeddings", None)
+    if isinstance(length, int) and length > 0:
         sizes["input_ids"] = (min(length, _LONGEST_TEXT),)
     return sizes
+
+
+def text_config(config: Any) -> Any:
+    """That of the text model, of several the one that reads `input_ids`."""
+    try:
+        return config.get_text_config()
+    except ValueError:
+        return config.get_text_config(encoder=True)

@@ -143,7 +143,7 @@ def _shown(name: str) -> str:
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
 # Names of the model's state dict in checkpoints of a training.
 _NESTED = ("state_dict", "model_state_dict", "model")
-_SHARDED = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+SHARDED = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 
 
 class _Index(msgspec.Struct):
@@ -160,12 +160,12 @@ def read_state_dict(directory: Path) -> dict[str, Tensor]:
     for name in _SINGLE:
         if (directory / name).is_file():
             return _checked(_read_file(directory / name))
-    for name in _SHARDED:
+    for name in SHARDED:
         if (directory / name).is_file():
             return _checked(_read_shards(directory, directory / name))
     raise CheckpointError(
         f"no weights in {directory}",
-        f"give a Hugging Face directory with one of {', '.join((*_SINGLE, *_SHARDED))}",
+        f"give a Hugging Face directory with one of {', '.join((*_SINGLE, *SHARDED))}",
     )
 
 
@@ -182,17 +182,24 @@ def read_state_file(path: Path) -> dict[str, Tensor]:
     return _checked(_read_file(path))
 
 
-def _read_shards(directory: Path, index: Path) -> dict[str, Tensor]:
+def read_index(index: Path) -> dict[str, str]:
+    """By tensor, the name of its shard beside ``index``. Raises CheckpointError: broken, or a shard is elsewhere."""
     # Through a link: the hub's cache keeps contents elsewhere.
     weight_map = read_json(index.resolve(), _Index, CheckpointError, "copy the checkpoint again").weight_map
-    shards = sorted(set(weight_map.values()))
-    state: dict[str, Tensor] = {}
-    for shard in shards:
-        if Path(shard).name != shard:
+    for shard in weight_map.values():
+        if Path(shard).name != shard or shard == "..":
             raise CheckpointError(
                 f"{index} names a file outside the checkpoint: {shard}",
                 "do not trust this file: ask its author for another",
             )
+    return weight_map
+
+
+def _read_shards(directory: Path, index: Path) -> dict[str, Tensor]:
+    weight_map = read_index(index)
+    shards = sorted(set(weight_map.values()))
+    state: dict[str, Tensor] = {}
+    for shard in shards:
         if not os.path.isfile(directory / shard):  # unlike Path's it takes a name of any length
             raise CheckpointError(
                 f"shard {shard} is missing from {directory}", f"copy all {len(shards)} shards that {index.name} lists"

@@ -10,14 +10,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
 import typer
 
 from perceiver_export.calibration.options import option
 from perceiver_export.exporter.cli import output as ui
-from perceiver_export.runtimes.engines.backend import Hint, Precision, PrecisionChoice
+from perceiver_export.runtimes.engines.backend import Hint, PrecisionChoice
 from perceiver_export.runtimes.errors import GateError, UsageError
 
 if TYPE_CHECKING:
@@ -74,6 +74,7 @@ def build(
         _lower(bundle, target, how.precision, json)
         return
     if how.precision == "auto":
+        _check_measurable(bundle, target)
         for name in target:
             _measure(bundle, json, device=name, precision="auto", save=True)
     given: dict[str, Any] = {"precision": how.precision, "hint": how.hint, "force": how.force}
@@ -87,6 +88,18 @@ def build(
     if how.precision == "auto" and not json:
         for advice in filter(None, (precision_advice(open_bundle(bundle, "never"), name) for name in target)):
             ui.say(advice, "note:")
+
+
+def _check_measurable(bundle: str, targets: list[str]) -> None:
+    from perceiver_export.runtimes.engines.backend import find_target
+
+    for name in targets:
+        if find_target(name).needs_engine:
+            build_each = f"perceiver-export build {shlex.quote(bundle)} --target {name} --precision fp16"
+            raise UsageError(
+                f"{name} compiles for minutes, and --precision auto measures only engines that exist",
+                f"build each precision first: {build_each}; then `bench --precision auto --save` measures them",
+            )
 
 
 def _show(bundle: str, built: list[BuiltEngine], crossed: str) -> None:
@@ -110,12 +123,14 @@ def _show(bundle: str, built: list[BuiltEngine], crossed: str) -> None:
 def _lower(bundle: str, targets: list[str], precision: PrecisionChoice, json: bool) -> None:
     from perceiver_export.runtimes.engines.backend import find_target
 
+    if precision == "auto":
+        raise UsageError("--lower-only measures nothing, and --precision is auto", "name the precision")
     for name in targets:
         if find_target(name).module != "tensorrt":
             raise UsageError(f"{name} needs no lowering: its engine takes the bundle's graph", "leave --lower-only out")
     from perceiver_export.calibration import lower_bundle
 
-    lowered = [lower_bundle(bundle, cast("Precision", precision)) for _ in targets]
+    lowered = [lower_bundle(bundle, precision) for _ in targets]
     if json:
         ui.print_json(lowered)
         return
@@ -180,7 +195,8 @@ class _Bench:
     runs: int = option(100, "Counted calls, 5 or more, rounded up to a multiple of 4.")
     device: str = option("auto", "Target to run on; `auto` takes the first that is present, `all` each in turn.")
     precision: PrecisionChoice | None = option(
-        None, "Engine of this precision, `auto`: all that the device computes in; by default the one built last."
+        None,
+        "Precision of the engine; `auto` measures all that the device computes in; by default the engine built last.",
     )
     threads: int | None = option(None, "Threads of the engine; by default the engine chooses.")
     save: bool = option(False, "Keep the figures in the bundle's report.json, for `auto` and `package`.")

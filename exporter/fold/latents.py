@@ -228,7 +228,8 @@ def _as_slices(split: ir.Node) -> None:
 def _region(graph: ir.Graph, result: ir.Value) -> Region | str:
     latents, *inputs = graph.inputs
     dependent = _computed(graph, [latents])  # latents among them
-    rows, axes, whole, nodes = sizes(result)[1], {result: 1}, set[ir.Value](), dict[ir.Node, None]()
+    rows, axes, nodes = sizes(result)[1], {result: 1}, dict[ir.Node, None]()
+    whole, twice = set[ir.Value](), set[ir.Value]()  # read in whole, and at a second axis
     for node in reversed(list(graph)):
         value = node.outputs[0]
         if value not in axes:
@@ -238,11 +239,12 @@ def _region(graph: ir.Graph, result: ir.Value) -> Region | str:
         # Of an axis whose outer part are the rows, blocks are taken.
         if found is not None and all(axis is None or sizes(one)[axis] % rows == 0 for one, axis in wanted):
             nodes[node] = None
-            whole |= {one for one, axis in wanted if axis is None or axes.setdefault(one, axis) != axis}
+            twice |= {one for one, axis in wanted if axis is not None and axes.setdefault(one, axis) != axis}
+            whole |= {one for one, axis in wanted if axis is None} | twice
         elif value in dependent:
             return f"{node.name} needs all rows"
     read = axes.keys() - {node.outputs[0] for node in nodes}
-    if read & dependent or any(sizes(value)[axes[value]] != rows for value in read):
+    if read & (dependent | twice) or any(sizes(value)[axes[value]] != rows for value in read):
         return _OTHER_ROWS
     mixed = _computed(graph, [node.outputs[0] for node in nodes]) & dependent & whole
     if mixed:

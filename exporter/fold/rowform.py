@@ -56,9 +56,9 @@ class Norm:
     @property
     def narrow(self) -> bool:
         """Whether σ follows from the changing columns alone: they stand beside constant ones, as they are."""
-        used = np.zeros(self.form.width, bool)
         if self.inverse is not None:
             return False
+        used = np.zeros(self.form.width, bool)
         for _, matrix in self.form.terms:
             if matrix.at is None:
                 return False

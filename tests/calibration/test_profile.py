@@ -6,10 +6,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from perceiver_export.calibration import measure_layer_errors, profile
 from perceiver_export.calibration.quantization.engines import built_kernels
 from perceiver_export.calibration.quantization.record import read_calibration
+from perceiver_export.exporter import OwnModel, export
 from perceiver_export.runtimes import load, open_bundle
 from perceiver_export.runtimes.engines.backend import Precision, find_target
 from perceiver_export.runtimes.errors import DeviceError, MissingDependencyError, UsageError
@@ -79,6 +81,13 @@ def test_a_bundle_of_one_layer_without_names_has_its_product(target: str, tmp_pa
     (product,) = (one for one in found.layers if one.flops)
     assert product.built == "fp32"
     assert found.table().rows
+
+
+def test_a_bundle_without_products_has_no_peaks(tmp_path: Path) -> None:
+    own = OwnModel(torch.nn.Softmax(-1), {"input": torch.zeros(1, 4)})
+    found = profile(export(own, tmp_path / "one").path, device="ort-cpu")
+
+    assert (found.peaks, found.memory, found.table().note) == ({}, 0.0, "")
 
 
 def test_the_kernels_of_a_tensorrt_engine_are_those_that_its_builder_reported(tmp_path: Path) -> None:

@@ -110,7 +110,9 @@ def test_it_says_what_it_is_and_what_it_was_calibrated_on(int8: Bundle, calibrat
     assert int8.manifest.quantization.integer_share == {"ort-cpu": 1.0, "openvino-cpu": 1.0}
     assert int8.manifest.precision == "int8"
     assert calibration.data.samples == len(set(calibration.data.digests)) == 32
-    assert calibration.warnings == tuple(one for one in calibration.warnings if one.startswith("not faster"))
+    assert calibration.warnings == tuple(
+        one for one in calibration.warnings if one.startswith(("not faster", "not decided"))
+    )
     assert {layer.kernel.split()[0] for one in calibration.parts["model"].coverage for layer in one.layers} == {
         "MatMulIntegerToFloat",
         "FullyConnected",

@@ -116,6 +116,8 @@ REFUSED: list[tuple[str, list[str]]] = [
     (f"{BUILD} tensorrtfoo --lower-only", ["'tensorrtfoo'"]),
     (f"{BUILD} ort-cpu --lower-only", ["ort-cpu", "--lower-only"]),
     (f"{BUILD} tensorrt --lower-only --precision int8", ["'int8'"]),
+    (f"{BUILD} tensorrt --lower-only --precision auto", ["--lower-only", "auto"]),
+    (f"{BUILD} tensorrt --precision auto", ["build B --target tensorrt --precision fp16"]),
     (f"{BUILD} ort-cpu --shape batch=1:2", ["batch=1:2"]),
     (f"{BUILD} ort-cpu --flag threads", ["threads"]),
     (f"{BUILD} ort-cpu --flag threads=2", ["'threads'"]),

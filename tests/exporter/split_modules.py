@@ -130,6 +130,19 @@ def queried() -> Given:
     return _with_tokens(Queried(), queries=torch.rand(1, 50, 3))
 
 
+class Turned(Queried):
+    """Queries are rows of a table plus blocks of its columns, of which there are twice as many."""
+
+    def forward(self, tokens: Tensor, queries: Tensor) -> Tensor:
+        turned = queries.transpose(1, 2).reshape(queries.shape)
+        return super().forward(tokens, (queries + turned)[..., :3])
+
+
+def turned() -> Given:
+    torch.manual_seed(0)
+    return _with_tokens(Turned(), queries=torch.rand(1, 3, 6))
+
+
 def named_like_ours() -> OwnModel:
     torch.manual_seed(0)
     return OwnModel(*_with_tokens(Cells()), outputs=("latents",))

@@ -16,6 +16,7 @@ import transformers
 
 from perceiver_export.calibration import ValidateOptions, validate
 from perceiver_export.exporter import ExportOptions, export, load_model, load_reference
+from perceiver_export.exporter.checkpoints.installed import text_config
 from perceiver_export.runtimes import load, open_task
 from perceiver_export.runtimes.errors import (
     CheckpointError,
@@ -106,6 +107,27 @@ def test_sizes_that_no_config_says_are_asked_for(tmp_path: Path) -> None:
     assert (outputs["logits"], outputs["pred_boxes"]) == ((1, 6, 3), (1, 6, 4))
 
 
+def test_sizes_of_a_config_that_are_no_two_sides(vit: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="labels"):
+        load_model(vit, use_transformers=True, shape={"labels": (1,)})
+    sizes: dict[str, Any] = {"embedding_size": 8, "hidden_sizes": [8], "depths": [1], "layer_type": "basic"}
+    net = saved(tmp_path / "net", "ResNetForImageClassification", transformers.ResNetConfig(**sizes))
+    changed(image_size={"height": 32, "width": 48})(net)
+    assert load_model(net, use_transformers=True).model.examples["pixel_values"].shape == (1, 3, 32, 48)
+    for absurd in (10**9, {"shortest_edge": 24}, [24], "24"):
+        changed(image_size=absurd)(net)
+        with pytest.raises(UsageError, match="pixel_values"):
+            load_model(net, use_transformers=True)
+
+
+def test_a_model_of_several_texts(tmp_path: Path) -> None:
+    parts = {"text_encoder": {"model_type": "t5"}, "audio_encoder": {"model_type": "encodec"}}
+    config = transformers.MusicgenConfig(**parts, decoder={"model_type": "musicgen_decoder"})
+    with pytest.raises(ValueError, match="text"):
+        config.get_text_config()
+    assert text_config(config) is config.text_encoder
+
+
 def test_an_image_processor_that_is_not_known(vit: Path) -> None:
     path = vit / "preprocessor_config.json"
     path.write_text(json.dumps({"image_processor_type": "OwnImageProcessor"}))
@@ -143,6 +165,14 @@ def changed(**fields: Any) -> Callable[[Path], None]:
     return change
 
 
+def sharded(shard: str) -> Callable[[Path], None]:
+    def change(directory: Path) -> None:
+        (directory / "model.safetensors").unlink()
+        (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": shard}}))
+
+    return change
+
+
 @pytest.mark.parametrize(
     ("change", "error", "datum"),
     [
@@ -152,6 +182,12 @@ def changed(**fields: Any) -> Callable[[Path], None]:
         (changed(auto_map={"AutoModel": "code.Model"}), UnsupportedModelError, "auto_map"),
         (changed(nested=[{"attn_implementation": "owner/kernel"}]), UnsupportedModelError, "attn_implementation"),
         (changed(quantization_config={"load_in_8bit": True}), UnsupportedModelError, "quantization_config"),
+        (changed(configuration_files=["config.4.0.0.json"]), UnsupportedModelError, "configuration_files"),
+        (changed(experts_implementation="sonicmoe"), UnsupportedModelError, "experts_implementation"),
+        (changed(_attn_implementation_internal={"": "hub"}), UnsupportedModelError, "_attn_implementation_internal"),
+        (changed(vision={"backbone": "hf-hub:owner/model"}), UnsupportedModelError, "backbone"),
+        (sharded("../outside.safetensors"), CheckpointError, "outside.safetensors"),
+        (sharded("/outside.safetensors"), CheckpointError, "outside.safetensors"),
         (changed(architectures=["BertForMaskedLM"]), CheckpointError, "cls.predictions"),
         (changed(hidden_size=64), CheckpointError, "BertForSequenceClassification"),
         (lambda directory: (directory / "model.safetensors").unlink(), CheckpointError, "model.safetensors"),

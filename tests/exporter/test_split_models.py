@@ -143,6 +143,7 @@ def test_an_onnx_file_from_split_to_int8(tmp_path: Path) -> None:
         ("cells", ExportOptions(latents="encoder", split=False), UsageError, "--no-split"),
         ("mixed", ExportOptions(split=True, dynamic_queries=True), UsageError, "decoder"),
         ("mixed", ExportOptions(split=True, shape={"queries": (4,)}), UsageError, "decoder"),
+        ("turned", ExportOptions(split=True, dynamic_queries=True), UsageError, "rows"),
         ("cells", ExportOptions(dynamic_queries=True), UsageError, "split"),
         ("skipped", ExportOptions(latents="encoder"), UsageError, "tokens"),
         ("skipped", ExportOptions(split=True), UnsupportedModelError, "latents"),

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from perceiver_export.runtimes import bench, build, load
-from perceiver_export.runtimes.benchmark import fastest, unsteady
+from perceiver_export.runtimes.benchmark import fastest, scattered, unsteady
 from perceiver_export.runtimes.bundle import change_report, read_report
 from perceiver_export.runtimes.engines.backend import find_target
 from perceiver_export.runtimes.errors import BundleError, DeviceError, UsageError
@@ -97,8 +97,10 @@ def test_auto_measures_each_precision_that_the_target_computes_in(copied_bundle:
     assert {target: one["precision"] for target, one in saved["bench"][cpu_name()].items()} == dict.fromkeys(
         here, "fp32"
     )
-    if not result.unsteady:
-        times = saved["precisions"][cpu_name()]
+    times = saved["precisions"][cpu_name()]
+    if result.unsteady:
+        assert times == {target: {} for target in here}
+    else:
         assert {target: tuple(found) for target, found in times.items()} == here
         assert all(found["fp32"] == [1, 1, 1] for found in times.values())
 
@@ -113,7 +115,8 @@ def test_sides_whose_spreads_overlap_tie_and_a_throttled_machine_decides_nothing
     (side,) = bench(fashion_bundle, device="ort-cpu", runs=5).measurements
     steady = msgspec.structs.replace(side, p50=1.0, spread=(0.95, 1.05))
     assert unsteady([steady, steady]) == ""
-    assert "50%" in unsteady([steady, msgspec.structs.replace(steady, spread=(0.8, 1.3))])
+    assert "1.300" in unsteady([steady, msgspec.structs.replace(steady, spread=(0.8, 1.3))])
+    assert "0.001" in scattered("a layer below the clock's resolution", 0.0, 0.0, 0.001)
 
 
 def test_figures_of_a_bundle_on_a_read_only_file_system(copied_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,6 +154,8 @@ def test_what_cannot_be_measured_is_refused(fashion_bundle: Path, tmp_path: Path
         bench(fashion_bundle, device="abacus")
     with pytest.raises(UsageError, match="has its own precision"):
         bench(fashion_bundle / "model.onnx", against=fashion_bundle, precision="bf16")
+    with pytest.raises(UsageError, match="--part"):
+        bench(fashion_bundle, part="model", save=True)
     with pytest.raises(UsageError, match=r"model\.onnx"):
         bench(fashion_bundle / "model.onnx", save=True)
     (tmp_path / "cut.onnx").write_bytes((fashion_bundle / "model.onnx").read_bytes()[:1000])

@@ -86,6 +86,8 @@ def test_what_cannot_be_built_is_refused(copied_bundle: Path, target: str) -> No
         build(copied_bundle, target, precision="fp8")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="hint is 'speed'"):
         load(copied_bundle, target, hint="speed")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="throughput"):
+        load(copied_bundle, target, hint="throughput", precision="auto")
     with pytest.raises(UsageError, match="no dimension 'batch'"):
         build(copied_bundle, target, shapes={"batch": (1, 2, 4)})
     assert not (copied_bundle / "engines").exists()
