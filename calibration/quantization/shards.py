@@ -86,8 +86,17 @@ def write_statistics(
         for part in parts:
             for side, named in (("feed", call.feeds[part]), ("output", call.outputs[part])):
                 arrays |= {f"{side} {number} {part} {name}": array for name, array in named.items()}
-    made_by = (importlib.metadata.version("perceiver-export"), onnxruntime.__version__, cpu_features())
-    about = _About(*shard, identity(bundle), *made_by, options.samples, options.truncate, observation.data, parts)
+    about = _About(
+        *shard,
+        identity(bundle),
+        importlib.metadata.version("perceiver-export"),
+        onnxruntime.__version__,
+        cpu_features(),
+        options.samples,
+        options.truncate,
+        observation.data,
+        parts,
+    )
     arrays[_ABOUT] = np.frombuffer(encode_json(about, indent=0), np.uint8)
     write_npz(path, arrays)
 

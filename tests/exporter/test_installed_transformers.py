@@ -121,8 +121,9 @@ def test_sizes_of_a_config_that_are_no_two_sides(vit: Path, tmp_path: Path) -> N
 
 
 def test_a_model_of_several_texts(tmp_path: Path) -> None:
-    parts = {"text_encoder": {"model_type": "t5"}, "audio_encoder": {"model_type": "encodec"}}
-    config = transformers.MusicgenConfig(**parts, decoder={"model_type": "musicgen_decoder"})
+    kinds = {"text_encoder": "t5", "audio_encoder": "encodec", "decoder": "musicgen_decoder"}
+    parts: dict[str, Any] = {name: {"model_type": kind} for name, kind in kinds.items()}
+    config = transformers.MusicgenConfig(**parts)
     with pytest.raises(ValueError, match="text"):
         config.get_text_config()
     assert text_config(config) is config.text_encoder
