@@ -307,11 +307,11 @@ def _spread(items: Iterator[_T], count: int | None, samples: int | None) -> Iter
     return (item for index, item in enumerate(items) if index in wanted)
 
 
-def _shuffled(rows: Callable[[], Iterator[tuple[int, _T]]], count: int, seed: int) -> Iterator[tuple[int, _T]]:
+def _shuffled(rows: Callable[[], Iterator[tuple[int, Row]]], count: int, seed: int) -> Iterator[tuple[int, Row]]:
     """Rows in a random order. Reads them again for each block, because not all fit in memory."""
     order = np.random.default_rng(seed).permutation(count).tolist()
-    first = next(rows(), (0, ("", {})))[1][1]
-    size = min(_BLOCK, max(1, _BLOCK_BYTES // max(1, sum(getattr(value, "nbytes", 0) for value in first.values()))))
+    first = [value for _, (_, values) in itertools.islice(rows(), 1) for value in values.values()]
+    size = min(_BLOCK, max(1, _BLOCK_BYTES // max(1, sum(getattr(value, "nbytes", 0) for value in first))))
     for start in range(0, count, size):
         block = order[start : start + size]
         wanted = set(block)
