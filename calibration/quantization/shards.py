@@ -87,15 +87,16 @@ def write_statistics(
             for side, named in (("feed", call.feeds[part]), ("output", call.outputs[part])):
                 arrays |= {f"{side} {number} {part} {name}": array for name, array in named.items()}
     about = _About(
-        *shard,
-        identity(bundle),
-        importlib.metadata.version("perceiver-export"),
-        onnxruntime.__version__,
-        cpu_features(),
-        options.samples,
-        options.truncate,
-        observation.data,
-        parts,
+        shard=shard[0],
+        shards=shard[1],
+        bundle=identity(bundle),
+        package=importlib.metadata.version("perceiver-export"),
+        engine=onnxruntime.__version__,
+        instruction_set=cpu_features(),
+        samples=options.samples,
+        truncate=options.truncate,
+        data=observation.data,
+        parts=parts,
     )
     arrays[_ABOUT] = np.frombuffer(encode_json(about, indent=0), np.uint8)
     write_npz(path, arrays)

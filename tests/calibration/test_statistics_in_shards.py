@@ -100,7 +100,7 @@ def renamed(old: bytes, new: bytes) -> Callable[[dict[str, Any]], None]:
         (foreign, "several shards"),
         (wider, "other results"),
         (renamed(b'"shards": 3', b'"shards": 4'), "another number of shards"),
-        (renamed(b'"shard": 2', b'"shard": 1'), "2/3"),
+        (renamed(b'"shard": 2', b'"shard": 1'), "shard 1/3"),
         (renamed(b'"shard": 2', b'"shard": 9'), "9/3"),
         (renamed(b'"package": "', b'"package": "9'), "another version"),
         (renamed(b'"engine": "', b'"engine": "9'), "another version of onnxruntime"),
