@@ -121,7 +121,7 @@ def test_sizes_of_a_config_that_are_no_two_sides(vit: Path, tmp_path: Path) -> N
 
 
 def test_a_model_of_several_texts(tmp_path: Path) -> None:
-    parts = {"text_encoder": {"model_type": "t5"}, "audio_encoder": {"model_type": "encodec"}}
+    parts: dict[str, Any] = {"text_encoder": {"model_type": "t5"}, "audio_encoder": {"model_type": "encodec"}}
     config = transformers.MusicgenConfig(**parts, decoder={"model_type": "musicgen_decoder"})
     with pytest.raises(ValueError, match="text"):
         config.get_text_config()
