@@ -128,7 +128,7 @@ def _media_targets() -> dict[str, Target]:
     return {
         "picture": Target("x.png", tuple(_pictures()), read_picture),
         "wav": Target("x.wav", (_wav(2, 1), _wav(1, 2), _wav(4, 1)), lambda path: take_sound(path, 8000, 100)),
-        "npy": Target("x.npy", (_npy(np.arange(6.0).reshape(2, 3)),), lambda path: np.array(load_npy(path)).sum()),
+        "npy": Target("x.npy", (_npy(np.arange(6.0).reshape(2, 3)),), lambda path: load_npy(path).tobytes()),
         "ply": Target("x.ply", (ply + b"0 1 2\n3 4 5\n",), read_points),
         "xyz": Target("x.xyz", (b"0 1 2\n3 4 5\n",), read_points),
     }
