@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The README's table: largest difference of our torch models from what DeepMind's code computed, in float32.
+"""docs/results/parity.md: largest difference of our torch models from what DeepMind's code computed, in float32.
 
 python -m tests.benchmarks.deepmind_parity
 """

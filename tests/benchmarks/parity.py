@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The README's parity table: largest difference of our torch models from transformers', as a share of the scale.
+"""docs/results/parity.md: largest difference of our torch models from transformers', as a share of the scale.
 
 python -m tests.benchmarks.parity
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The README's figures for systems without published code: graphs against torch, and the first Perceiver.
+"""Figures of docs/results/parity.md for systems without published code: graphs against torch, and the first Perceiver.
 
 python -m tests.benchmarks.system_parity
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The README's table: every preset compiled by TensorRT for RTX for SM86 and SM89, in fp16 and int8, without a GPU.
+"""docs/results/tensorrt.md: every preset compiled by TensorRT for RTX for SM86, SM89, fp16 and int8, without a GPU.
 
     python -m tests.benchmarks.tensorrt_presets [PRESET…] [--layers N] [--blocks N] [--no-fold]
 
