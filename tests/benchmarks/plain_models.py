@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def plain_feeds(preset: str, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarr
         return {"inputs": patches(torch.from_numpy(feeds["frames"])).numpy()}
     if preset == "language-bytes":
         return {"inputs": feeds["tokens"].astype(np.int64), "mask": feeds["tokens_mask"].astype(np.float32)}
-    return {"inputs": feeds["image"]}
+    return {"inputs": feeds["image"]} if "image" in feeds else feeds
 
 
 def plain_scale(preset: str) -> float:
@@ -93,3 +94,13 @@ def plain_export(preset: str, model: Any, feeds: dict[str, np.ndarray], path: Pa
             external_data=True,
             opset_version=20,
         )
+
+
+def zoo_export(module: torch.nn.Module, inputs: Mapping[str, torch.Tensor], path: Path) -> None:
+    """What `torch.onnx.export` makes of a module of the zoo."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with torch.no_grad():
+        torch.onnx.export(
+            module, (), path, kwargs=dict(inputs), dynamo=True, input_names=list(inputs), external_data=True,
+            opset_version=20,
+        )  # fmt: skip

@@ -18,12 +18,18 @@ Call = Callable[[dict[str, Any]], Any]
 
 def make_pair(preset: str, work: Path, with_plain: bool = True) -> tuple[Path, Path | None]:
     """Our folded bundle and the plain graph of the same random weights; no graph where transformers lacks the model."""
-    from perceiver_export.exporter import ExportOptions, export
-    from tests.benchmarks.plain_models import plain_export, transformers_model
+    from perceiver_export.exporter import ExportOptions, OwnModel, export
+    from tests.benchmarks.plain_models import plain_export, transformers_model, zoo_export
+    from tests.zoo.models import RELEASED, ZOO
 
     bundle, plain = work / f"{preset}-folded", work / f"{preset}-plain" / "model.onnx"
     if (bundle / "manifest.json").is_file() and (plain.is_file() or not with_plain):
         return bundle, plain if with_plain else None
+    if preset in RELEASED:
+        module, inputs = ZOO[preset](**RELEASED[preset])
+        export(OwnModel(module, inputs), bundle, ExportOptions(overwrite=True))
+        zoo_export(module, inputs, plain)
+        return bundle, plain
     model = transformers_model(preset) if with_plain else None
     if model is None:
         export(f"preset:{preset}", bundle, ExportOptions(overwrite=True))
@@ -66,7 +72,13 @@ def _timed(source: str, engine: str, threads: int, feeds: str, precision: str | 
 
     __import__({"ort": "onnxruntime", "openvino": "openvino"}.get(engine, "torch"))
     before = peak_memory()
-    load = _load_torch if engine.startswith("torch") else _load_graph if source.endswith(".onnx") else _load_bundle
+    load = (
+        _load_torch
+        if engine.startswith("torch")
+        else _load_graph
+        if source.endswith((".onnx", ".xml"))
+        else _load_bundle
+    )
     call = load(source, engine, threads, precision)
     given, times = dict(np.load(feeds)), []
     for _ in range(3):
@@ -88,14 +100,18 @@ def _load_torch(checkpoint: str, engine: str, threads: int, _: object) -> Call:
     import torch
 
     from tests.benchmarks.plain_models import plain_module
+    from tests.zoo.models import RELEASED, ZOO
 
     torch.set_num_threads(threads)
-    module = plain_module(checkpoint)
+    zoo = Path(checkpoint).name.removesuffix("-checkpoint")
+    zoo = zoo if zoo in RELEASED else ""
+    module = ZOO[zoo](**RELEASED[zoo])[0] if zoo else plain_module(checkpoint)
     called = torch.compile(module) if engine == "torch.compile" else module
 
     def call(feeds: dict[str, Any]) -> Any:
         with torch.inference_mode():
-            return called(*map(torch.from_numpy, feeds.values())).numpy()
+            given = {name: torch.from_numpy(value) for name, value in feeds.items()}
+            return (called(**given) if zoo else called(*given.values())).numpy()
 
     return call
 

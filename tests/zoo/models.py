@@ -11,10 +11,19 @@ import torch
 from torch import Tensor, nn
 
 Inputs = Mapping[str, Tensor]
-ZOO: dict[str, Callable[[], tuple[nn.Module, Inputs]]] = {}
+ZOO: dict[str, Callable[..., tuple[nn.Module, Inputs]]] = {}
+# Sizes of released models; without them an entry is small. They are SigLIP so400m at 384 pixels, BLIP-2's Q-Former, and
+# DETR ResNet-50 with a picture of 800 × 1,066 pixels.
+RELEASED: dict[str, dict[str, int]] = {
+    "siglip_head": {"width": 1152, "heads": 16, "hidden": 4304, "tokens": 729},
+    "blip2_qformer": {
+        "width": 768, "layers": 12, "heads": 12, "seen": 1408, "every": 2, "queries": 32, "tokens": 257,
+    },
+    "detr_decoder": {"width": 256, "layers": 6, "heads": 8, "hidden": 2048, "queries": 100, "tokens": 850},
+}  # fmt: skip
 
 
-def entry(make: Callable[[], tuple[nn.Module, Inputs]]) -> Callable[[], tuple[nn.Module, Inputs]]:
+def entry(make: Callable[..., tuple[nn.Module, Inputs]]) -> Callable[..., tuple[nn.Module, Inputs]]:
     ZOO[make.__name__] = make
     return make
 
@@ -68,10 +77,10 @@ def idefics2_resampler() -> tuple[nn.Module, Inputs]:
 
 
 @entry
-def siglip_head() -> tuple[nn.Module, Inputs]:
-    sizes = {"hidden_size": 128, "num_attention_heads": 4, "intermediate_size": 256}
+def siglip_head(width: int = 128, heads: int = 4, hidden: int = 256, tokens: int = 1024) -> tuple[nn.Module, Inputs]:
+    sizes = {"hidden_size": width, "num_attention_heads": heads, "intermediate_size": hidden}
     model = transformers("siglip", "SiglipMultiheadAttentionPoolingHead", "SiglipVisionConfig", **sizes)
-    return model, {"hidden_state": torch.randn(1, 1024, 128)}
+    return model, {"hidden_state": torch.randn(1, tokens, width)}
 
 
 @entry
@@ -83,11 +92,22 @@ def aimv2_head() -> tuple[nn.Module, Inputs]:
 
 
 @entry
-def blip2_qformer() -> tuple[nn.Module, Inputs]:
-    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
-    more = {"encoder_hidden_size": 96, "cross_attention_frequency": 1}
-    model = transformers("blip_2", "Blip2QFormerModel", "Blip2QFormerConfig", **sizes, **more)
-    inputs = {"query_embeds": torch.randn(1, 16, 64), "encoder_hidden_states": torch.randn(1, 256, 96)}
+def blip2_qformer(
+    width: int = 64,
+    layers: int = 2,
+    heads: int = 4,
+    seen: int = 96,
+    every: int = 1,
+    queries: int = 16,
+    tokens: int = 256,
+) -> tuple[nn.Module, Inputs]:
+    """Every so many layers the queries read tokens of the width ``seen``."""
+    sizes = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
+    more = {"intermediate_size": (4 if layers > 2 else 2) * width, "encoder_hidden_size": seen}
+    model = transformers(
+        "blip_2", "Blip2QFormerModel", "Blip2QFormerConfig", **sizes, **more, cross_attention_frequency=every
+    )
+    inputs = {"query_embeds": torch.randn(1, queries, width), "encoder_hidden_states": torch.randn(1, tokens, seen)}
     return Take(model, "last_hidden_state"), inputs
 
 
@@ -124,15 +144,17 @@ def kosmos2_projection() -> tuple[nn.Module, Inputs]:
 
 
 @entry
-def detr_decoder() -> tuple[nn.Module, Inputs]:
+def detr_decoder(
+    width: int = 64, layers: int = 2, heads: int = 4, hidden: int = 128, queries: int = 20, tokens: int = 400
+) -> tuple[nn.Module, Inputs]:
     """Object queries are constants: the whole first self-attention is one."""
 
     class Decoder(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            sizes = {"d_model": 64, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 128}
-            self.decoder = transformers("detr", "DetrDecoder", "DetrConfig", **sizes)
-            self.queries = nn.Parameter(torch.randn(1, 20, 64))
+            sizes = {"d_model": width, "decoder_layers": layers, "decoder_attention_heads": heads}
+            self.decoder = transformers("detr", "DetrDecoder", "DetrConfig", **sizes, decoder_ffn_dim=hidden)
+            self.queries = nn.Parameter(torch.randn(1, queries, width))
 
         def forward(self, features: Tensor, positions: Tensor) -> Tensor:
             queries = self.queries.expand(features.shape[0], -1, -1)
@@ -144,7 +166,7 @@ def detr_decoder() -> tuple[nn.Module, Inputs]:
             ).last_hidden_state
             return found
 
-    return Decoder().eval(), {"features": torch.randn(1, 400, 64), "positions": torch.randn(1, 400, 64)}
+    return Decoder().eval(), {name: torch.randn(1, tokens, width) for name in ("features", "positions")}
 
 
 @entry
