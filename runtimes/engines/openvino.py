@@ -142,6 +142,8 @@ def _compiled(source: Source, threads: int | None) -> Any:
         model = core.read_model(str(source.graph))
     if source.options.precision == "fp16":
         model = _with_half_weights(openvino, core, model)
+    elif source.options.precision == "bf16":
+        _transpose_weights(openvino, model)
     given = source.options.flags
     with _translated(
         f"{source.target} cannot compile {source.graph.name}",
@@ -170,6 +172,27 @@ def _with_half_weights(openvino: Any, core: Any, model: Any) -> Any:
         if any(use != ("MatMul", 1) for use in uses):
             node.output(0).replace(openvino.op.Constant(held.data.astype(np.float32)).output(0))
     return model
+
+
+def _transpose_weights(openvino: Any, model: Any) -> None:
+    """Float weights as the plugin's products read them, (outputs, inputs).
+
+    OpenVINO 2026.4 transposes and converts others at each use: eight times the bf16 weights of a Perceiver whose blocks
+    share theirs.
+    """
+    made: dict[str, Any] = {}
+    for node in model.get_ops():
+        if node.get_type_name() != "MatMul" or node.get_attributes()["transpose_b"]:
+            continue
+        held = node.input_value(1).get_node()
+        if held.get_type_name() != "Constant" or len(held.shape) != 2 or held.get_element_type() != openvino.Type.f32:
+            continue
+        name = held.get_friendly_name()
+        if name not in made:
+            made[name] = openvino.op.Constant(np.ascontiguousarray(held.data.T))
+        node.input(1).replace_source_output(made[name].output(0))
+        node.set_attribute("transpose_b", True)
+    model.validate_nodes_and_infer_types()
 
 
 def _properties(source: Source, threads: int | None) -> dict[str, Any]:

@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Speed and memory of our bundles beside plain exports of the same models, in every precision of this CPU
 
-    python -m tests.benchmarks.speed [PRESET…] [--rounds 3] [--threads 2] [--torch] [--no-int8]
+    python -m tests.benchmarks.speed [PRESET…] [--rounds 3] [--threads 2] [--torch] [--no-int8] [--figure FILE.svg]
 
 One model with random weights is exported by `perceiver-export export`, quantized on random samples, and exported by
-transformers → torch.onnx. Every figure comes from fresh processes that load, run once, and are timed on the two runs
-after; sides take turns, and the median of the rounds counts. `plain openvino` is plain OpenVINO as people get it: on a
-CPU with bf16 it computes in bf16. `plain ort dynamic` is onnxruntime's dynamic int8 of the plain graph, `plain openvino
-nncf` NNCF's static int8 of it where the package `nncf` is installed. siglip_head, blip2_qformer and detr_decoder are
-transformers' modules at released sizes. Outputs of all fp32 sides must agree within 1e-4 of their scale; random weights
-say nothing about accuracy in lower precisions. With `--work` a preset that was measured there is not measured again.
+transformers → torch.onnx. Every figure comes from fresh processes that load, run once, and take the median of the calls
+of the next second (two at least); sides take turns, and the median of the rounds counts. `plain openvino` is plain
+OpenVINO as people get it: on a CPU with bf16 it computes in bf16. `plain ort dynamic` is onnxruntime's dynamic int8 of
+the plain graph, `plain openvino nncf` NNCF's static int8 of it where the package `nncf` is installed. siglip_head,
+blip2_qformer and detr_decoder are transformers' modules at released sizes. Outputs of all fp32 sides must agree within
+1e-4 of their scale; random weights say nothing about accuracy in lower precisions. With `--work` a preset that was
+measured there is not measured again.
 
 The last table has a row a preset. `share of rates` is the share of the folded fp32 graph's time that the machine's
 rates allow: counted FLOPs at the rate of one large product, and the elements of all softmaxes at the rate of one large
@@ -24,6 +25,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from functools import partial
 from importlib.util import find_spec
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +57,10 @@ def measure(
     threads: int = 2,
     torch: bool = False,
     int8: bool = True,
+    figure: Path | None = None,
 ) -> Iterator[Row]:
-    """A row a side of each preset, then a row a preset."""
-    summaries = []
+    """A row a side of each preset, then a row a preset; ``figure`` is a file for the bars."""
+    drawn, summaries = {}, []
     for preset in presets:
         kept = work / f"{preset}.json"
         if not kept.is_file():
@@ -66,8 +69,33 @@ def measure(
             kept.write_text(json.dumps(compare(preset, work, rounds, threads, sides, rates)))
         rows, summary = json.loads(kept.read_text())
         yield from rows
+        drawn[preset] = {row["side"]: row["ms"] for row in rows}
         summaries.append(summary)
     yield from summaries
+    if figure:
+        draw(drawn, figure)
+
+
+def draw(ms: Mapping[str, Mapping[str, float]], figure: Path) -> None:
+    """A panel a preset, a bar a side: milliseconds a call, ours in colour."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "perceiver-export"  # the same numbers, the same file
+    from matplotlib import pyplot
+
+    rows = -(-len(ms) // 2)
+    drawn, panels = pyplot.subplots(rows, 2, figsize=(10, 2.6 * rows), layout="constrained", squeeze=False)
+    for panel, (preset, sides) in zip_longest(panels.flat, ms.items(), fillvalue=("", {})):
+        names = sorted(sides, key=lambda name: -sides[name])
+        colors = ["#b0b0b0" if name.startswith("plain") else "#2a6fbb" for name in names]
+        bars = panel.barh(names, [sides[name] for name in names], color=colors)
+        panel.bar_label(bars, fmt="{:,.3g}", padding=2, fontsize=7)
+        panel.set_title(f"{preset}, ms a call" if preset else "", fontsize=9)
+        panel.tick_params(labelsize=7)
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.set_axis_on() if preset else panel.set_axis_off()
+    drawn.savefig(figure, metadata={"Date": None})
 
 
 def sides_of(preset: str, work: Path, threads: int, torch: bool, int8: bool) -> dict[str, tuple[Path, str, str | None]]:
