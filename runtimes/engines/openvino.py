@@ -143,7 +143,7 @@ def _compiled(source: Source, threads: int | None) -> Any:
     if source.options.precision == "fp16":
         model = _with_half_weights(openvino, core, model)
     elif source.options.precision == "bf16":
-        _transpose_weights(openvino, model)
+        _transpose_shared_weights(openvino, model)
     given = source.options.flags
     with _translated(
         f"{source.target} cannot compile {source.graph.name}",
@@ -174,24 +174,22 @@ def _with_half_weights(openvino: Any, core: Any, model: Any) -> Any:
     return model
 
 
-def _transpose_weights(openvino: Any, model: Any) -> None:
-    """Float weights as the plugin's products read them, (outputs, inputs).
+def _transpose_shared_weights(openvino: Any, model: Any) -> None:
+    """Float weights that several products share, as the plugin reads them: (outputs, inputs).
 
     OpenVINO 2026.4 transposes and converts others at each use: eight times the bf16 weights of a Perceiver whose blocks
     share theirs.
     """
-    made: dict[str, Any] = {}
-    for node in model.get_ops():
-        if node.get_type_name() != "MatMul" or node.get_attributes()["transpose_b"]:
+    for held in model.get_ops():
+        uses = list(held.output(0).get_target_inputs()) if held.get_type_name() == "Constant" else []
+        nodes = [use.get_node() for use in uses if use.get_index() == 1 and use.get_node().get_type_name() == "MatMul"]
+        plain = [node for node in nodes if not node.get_attributes()["transpose_b"]]
+        if len(plain) < 2 or len(held.shape) != 2 or held.get_element_type() != openvino.Type.f32:
             continue
-        held = node.input_value(1).get_node()
-        if held.get_type_name() != "Constant" or len(held.shape) != 2 or held.get_element_type() != openvino.Type.f32:
-            continue
-        name = held.get_friendly_name()
-        if name not in made:
-            made[name] = openvino.op.Constant(np.ascontiguousarray(held.data.T))
-        node.input(1).replace_source_output(made[name].output(0))
-        node.set_attribute("transpose_b", True)
+        transposed = openvino.op.Constant(np.ascontiguousarray(held.data.T))
+        for node in plain:
+            node.input(1).replace_source_output(transposed.output(0))
+            node.set_attribute("transpose_b", True)
     model.validate_nodes_and_infer_types()
 
 
