@@ -40,7 +40,7 @@ print(json.dumps(getattr(importlib.import_module(module), name)(*arguments)))
 def command(measure: Callable[..., Iterable[Row]]) -> None:
     """Run ``measure(work, **options)`` and print each row as it comes; exit with 1 if a row says ``"held": False``.
 
-    Keyword parameters become options of their default's type; a tuple ``presets`` becomes the arguments.
+    Keyword parameters become options of their default's type; a tuple ``presets`` or ``names`` becomes the arguments.
     """
     parser = argparse.ArgumentParser(
         description=sys.modules[measure.__module__].__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -71,7 +71,7 @@ def _add_option(parser: argparse.ArgumentParser, name: str, default: Any) -> Non
     option = f"--{name.replace('_', '-')}"
     if isinstance(default, tuple):
         parser.add_argument(
-            "presets" if name == "presets" else option, nargs="*", type=type(default[0]), default=default
+            name if name in ("presets", "names") else option, nargs="*", type=type(default[0]), default=default
         )
     elif isinstance(default, bool):
         parser.add_argument(option, action=argparse.BooleanOptionalAction, default=default)
