@@ -131,7 +131,7 @@ def test_a_demo_is_commands_on_files_that_are_there(folder: Path, tmp_path: Path
 
     assert made >= {example["bundle"], example["quantized"]}
     assert len(example["shows"]) <= 70
-    data = [folder / example[name] for name in ("calibration", "test")]
+    data = [folder / example[name] for name in ("calibration", "test") if ":" not in example[name]]
     for files, most in ((data, 6_000_000), ([*(folder / "checkpoint").iterdir()], 3_000_000)):
         assert sum(file.stat().st_size for file in files) <= most
     assert all((folder / name).is_file() for name in ("README.md", "NOTICE", "train.py"))

@@ -12,6 +12,7 @@ of the bundle, and the largest resident size of a fresh process. Certificate: th
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import shlex
@@ -27,7 +28,7 @@ from perceiver_export.exporter.cli.demo import find_examples, read_example, step
 from perceiver_export.exporter.cli.main import app
 from perceiver_export.runtimes import Bundle, open_bundle
 from perceiver_export.runtimes.benchmark import bench
-from perceiver_export.runtimes.engines.backend import Precision, find_target
+from perceiver_export.runtimes.engines.backend import find_target
 from perceiver_export.runtimes.errors import PerceiverExportError
 from perceiver_export.runtimes.presence import devices
 from tests.benchmarks.harness import REPOSITORY, Row, command
@@ -43,20 +44,19 @@ def rows(folder: Path, out: Path) -> Iterator[Row]:
     """The example in fp32, bf16 where the CPU has it, int8 and int8 weights; and the baseline."""
     example = read_example(folder)
     bundles = made(folder, example, out)
-    targets = [device.target for device in devices()]
+    targets, gates = [device.target for device in devices()], gates_of(example, folder)
     for name, bundle in bundles.items():
         for target in targets:
-            precisions: list[Precision | None] = [None]
-            if name == "fp32" and "bf16" in find_target(target).backend().precisions(target):
-                precisions.append("bf16")
-            for precision in precisions:
-                options = ValidateOptions(
-                    None if (name, target, precision) == ("fp32", targets[0], None) else bundles["fp32"],
-                    gates_of(example, folder),
-                    None if (name, target, precision) == ("fp32", targets[0], None) else targets[0],
-                    device=target,
-                    precision=precision,
-                )
+            halves = find_target(target).backend().precisions(target) if name == "fp32" else ()
+            for precision in (None, *(one for one in halves if one == "bf16")):
+                options = ValidateOptions(device=target, precision=precision, gates=Gates(metric=gates.metric))
+                if (name, target, precision) != ("fp32", targets[0], None):
+                    reference: dict[str, Any] = {
+                        "against": bundles["fp32"],
+                        "against_device": targets[0],
+                        "gates": gates,
+                    }
+                    options = dataclasses.replace(options, **reference)
                 yield {"example": folder.name, "precision": precision or name, **row(folder, example, bundle, options)}
     yield {"example": folder.name, "precision": "baseline", **baseline(folder)}
 

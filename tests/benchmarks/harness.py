@@ -40,7 +40,7 @@ print(json.dumps(getattr(importlib.import_module(module), name)(*arguments)))
 def command(measure: Callable[..., Iterable[Row]]) -> None:
     """Run ``measure(work, **options)`` and print each row as it comes; exit with 1 if a row says ``"held": False``.
 
-    Keyword parameters become options of their default's type; a tuple ``presets`` or ``names`` becomes the arguments.
+    Keyword parameters become options of their default's type; a tuple ``presets`` becomes the arguments.
     """
     parser = argparse.ArgumentParser(
         description=sys.modules[measure.__module__].__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
