@@ -1,16 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pages of the site that are generated: commands from their help, Python names from their docstrings.
 
-A page marks the place with `<!-- commands -->`, `<!-- errors -->`, or `<!-- names: PACKAGE -->`.
+A page marks the place with `<!-- commands -->`, `<!-- errors -->`, `<!-- examples -->` or `<!-- names: PACKAGE -->`.
 """
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import importlib
 import inspect
+import mimetypes
 import re
 from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import typer.main
@@ -23,6 +27,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     """Called by MkDocs for each page."""
     markdown = markdown.replace("<!-- commands -->", "\n".join(_commands()))
     markdown = markdown.replace("<!-- errors -->", "\n".join(_errors()))
+    markdown = markdown.replace("<!-- examples -->", "\n".join(_examples()))
     return re.sub(r"<!-- names: (\S+) -->", lambda found: "\n".join(_names(found[1])), markdown)
 
 
@@ -73,3 +78,20 @@ def _errors() -> Iterator[str]:
     for name, error in vars(errors).items():
         if isinstance(error, type) and issubclass(error, Exception):
             yield f"| `{name}` | `{error.__base__.__name__ if error.__base__ else ''}` | {_cell(error.__doc__)} |"
+
+
+def _examples() -> Iterator[str]:
+    """Of each README what comes before its first command."""
+    for file in sorted(Path(__file__).resolve().parents[1].glob("examples/*/demo.json")):
+        shown = (file.parent / "README.md").read_text(encoding="utf-8").partition("```sh")[0]
+        yield "#" + re.sub(r"!?\[([^]]*)\]\(([^)]+)\)", partial(_inline, file.parent), shown)
+        yield f"```sh\nperceiver-export demo {file.parent.name}\n```\n"
+
+
+def _inline(folder: Path, link: re.Match[str]) -> str:
+    """A picture or a sound inside the page; another link as it is."""
+    kind = mimetypes.guess_type(link[2])[0] or ""
+    if not kind.startswith(("image/", "audio/")):
+        return link[0]
+    data = f"data:{kind};base64,{base64.b64encode((folder / link[2]).read_bytes()).decode()}"
+    return f"![{link[1]}]({data})" if kind.startswith("image/") else f'<audio controls src="{data}"></audio>'

@@ -14,11 +14,15 @@ import shutil
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
+import typer.main
 
+from perceiver_export.exporter.cli.demo import read_example, step_command
+from perceiver_export.exporter.cli.main import app
 from perceiver_export.runtimes.files import encode_json
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -110,6 +114,29 @@ def test_shards_on_a_cluster_survive_a_worker_that_dies(fashion_bundle: Path, tm
     assert [gate["outcome"] for gate in found["gates"]] == ["held"]
 
 
+@pytest.mark.parametrize(
+    "folder", sorted(file.parent for file in EXAMPLES.glob("*/demo.json")), ids=lambda one: one.name
+)
+def test_a_demo_is_commands_on_files_that_are_there(folder: Path, tmp_path: Path) -> None:
+    example, commands = read_example(folder), typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    made = set()
+    for step in example["steps"]:
+        command, *words = step_command(step, folder, tmp_path)
+        sources = [word.partition(":")[0] for word in words if ":" in word and word.startswith("examples.")]
+        files = [EXAMPLES.parent / f"{name.replace('.', '/')}.py" for name in sources]
+        files += [Path(word) for word in words if word.startswith(str(folder))]
+        assert [file for file in files if not file.exists()] == []
+        made |= {Path(word).name for option, word in pairwise(words) if option == "-o"}
+        commands[command].make_context(command, words)
+
+    assert made >= {example["bundle"], example["quantized"]}
+    assert len(example["shows"]) <= 70
+    data = [folder / example[name] for name in ("calibration", "test") if ":" not in example[name]]
+    for files, most in ((data, 6_000_000), ([*(folder / "checkpoint").iterdir()], 3_000_000)):
+        assert sum(file.stat().st_size for file in files) <= most
+    assert all((folder / name).is_file() for name in ("README.md", "NOTICE", "train.py"))
+
+
 def test_the_shipped_data_is_the_datasets() -> None:
     with np.load(EXAMPLES / "fashion_mnist" / "test.npz") as data:
         assert data["image"].shape == (10_000, 28, 28)
@@ -135,7 +162,7 @@ def test_training_runs_and_writes_a_checkpoint(tmp_path: Path) -> None:
 @pytest.mark.skipif(BIBLE is None, reason="needs Debian's bible-kjv")
 def test_training_on_text_runs_and_writes_a_checkpoint(tmp_path: Path) -> None:
     output = run(
-        EXAMPLES / "text_bytes" / "train_text.py", "--out", tmp_path / "checkpoint", "--steps", "2", "--measured", "64"
+        EXAMPLES / "text_bytes" / "train.py", "--out", tmp_path / "checkpoint", "--steps", "2", "--measured", "64"
     )
 
     assert "filled rightly" in output

@@ -1,76 +1,87 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`perceiver-export demo`: the commands of the README on a small trained model."""
+"""`perceiver-export demo`: the commands of the README on the small trained models of `examples/`."""
 
 from __future__ import annotations
 
+import json
 import shlex
+import shutil
+import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from perceiver_export.exporter.cli.output import say
+from perceiver_export.exporter.cli.output import print_table, say
 from perceiver_export.runtimes.errors import DataError
 
-_EXAMPLE = Path("examples/fashion_mnist")
 _DIRECTORY = "perceiver-export-demo"
-_STEPS = (
-    ("a trained checkpoint becomes a bundle that needs no torch", "export {example}/checkpoint -o {out}/fashion"),
-    ("its parts, and where the work is", "inspect {out}/fashion"),
-    ("a few images of clothes", "run {out}/fashion {example}/pictures"),
-    (
-        "int8, calibrated on images held out of training",
-        "quantize {out}/fashion --data {example}/held_out.npz -o {out}/fashion-int8",
-    ),
-    (
-        "the 10,000 official test images on every engine that is here, against the fp32 bundle, which export compared "
-        "with torch; a certificate for each, and a report with speed and memory",
-        "validate {out}/fashion-int8 --data {example}/test.npz --against {out}/fashion --device all --max-drop 0.6 "
-        "--min-agreement 97 --certify --report {out}/report.html",
-    ),
-)
 
 
 def demo(
+    name: Annotated[
+        str, typer.Argument(metavar="[NAME]", help="An example that --list shows, or the folder of one.")
+    ] = "fashion_mnist",
     output: Annotated[
-        str, typer.Option("--output", "-o", metavar="DIR", help="Where the two bundles and the report go.")
+        str, typer.Option("--output", "-o", metavar="DIR", help="Where the bundles and the report go.")
     ] = _DIRECTORY,
-    example: Annotated[str | None, typer.Option(help="The folder examples/fashion_mnist of the repository.")] = None,
+    listed: Annotated[bool, typer.Option("--list", help="Show the examples.")] = False,
 ) -> None:
-    """From a checkpoint to a certified int8 bundle, on a small trained model and real images."""
+    """From a checkpoint to a certified int8 bundle, on a small trained model and real data."""
     from perceiver_export.calibration.bundles import check_new_directory
     from perceiver_export.calibration.report.report import check_report_file
     from perceiver_export.exporter.cli.main import app
 
-    folder, directory = _find_example(example), Path(output)
+    if listed:
+        rows = [(folder.name, read_example(folder)["shows"]) for folder in find_examples()]
+        print_table("examples, for `perceiver-export demo NAME`", ["name", "shows"], rows)
+        return
+    folder, directory = _find_example(name), Path(output)
     check_report_file(directory / "report.html")
     if output != _DIRECTORY:
         check_new_directory(directory, "--output", DataError)
+    sys.path.append(str(folder.resolve().parents[1]))  # of sources such as examples.NAME.model:function
+    example = read_example(folder)
     times: list[tuple[str, float]] = []
-    for what, words in _STEPS:
-        command = [word.format(example=folder, out=directory) for word in words.split()]
+    for step in example["steps"]:
+        command = step_command(step, folder, directory)
         say("")
-        typer.secho(f"{len(times) + 1}. {command[0]}: {what}", bold=True)
+        typer.secho(f"{len(times) + 1}. {command[0]}: {step['what']}", bold=True)
         typer.secho(f"   $ {shlex.join(['perceiver-export', *command])}", dim=True)
-        # In its own directory the demo replaces the bundles of an earlier one.
-        replaces = output == _DIRECTORY and command[0] in ("export", "quantize")
+        if output == _DIRECTORY and "-o" in command:  # what an earlier demo wrote here is replaced
+            shutil.rmtree(command[command.index("-o") + 1], ignore_errors=True)
         begun = time.monotonic()
-        app([*command, *(["--overwrite"] if replaces else [])], standalone_mode=False)
+        app(command, standalone_mode=False)
         times.append((command[0], time.monotonic() - begun))
-    each = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in times)
+    each = ", ".join(f"{command} {seconds:.0f} s" for command, seconds in times)
     say(f"\nThe demo took {sum(seconds for _, seconds in times):.0f} s: {each}.")
-    say(f"The certified int8 bundle is {directory / 'fashion-int8'}.")
+    say(f"The certified int8 bundle is {directory / example['quantized']}.")
 
 
-def _find_example(given: str | None) -> Path:
-    """The example's folder: the one ``given``, or that of the repository that this was installed from or runs in."""
+def step_command(step: dict[str, str], example: Path, out: Path) -> list[str]:
+    """The words of a step's command, with the folders in place of {example} and {out}."""
+    return [word.format(example=example, out=out) for word in shlex.split(step["command"])]
+
+
+def read_example(folder: Path) -> dict[str, Any]:
+    """The example's demo.json: what it shows, its steps, names of bundles, data and gates."""
+    found: dict[str, Any] = json.loads((folder / "demo.json").read_text(encoding="utf-8"))
+    return found
+
+
+def find_examples() -> list[Path]:
+    """The examples of the repository that this was installed from or runs in, by name."""
     source = Path(__file__).resolve().parents[2]  # an editable install keeps links to the checkout
-    candidates = [Path(given)] if given is not None else [_EXAMPLE, source / _EXAMPLE]
-    for folder in candidates:
-        if (folder / "checkpoint" / "config.json").is_file():
-            return folder
-    raise DataError(
-        f"the demo's model and images are not at {candidates[0]}",
-        "run it in a clone of the repository, since they are not in the wheel, or give --example FOLDER",
-    )
+    each = (sorted(file.parent for file in root.glob("examples/*/demo.json")) for root in (Path(), source))
+    return next(filter(None, each), [])
+
+
+def _find_example(name: str) -> Path:
+    """Its folder. Raises DataError if there is none of that name."""
+    examples = {folder.name: folder for folder in find_examples()}
+    folder = Path(name) if (Path(name) / "demo.json").is_file() else examples.get(name)
+    if folder is None:
+        place = f"it is one of {', '.join(examples)}" if examples else "run it in a clone of the repository"
+        raise DataError(f"there is no example {name}", f"{place}; the examples are not in the wheel")
+    return folder

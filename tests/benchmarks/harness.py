@@ -71,7 +71,7 @@ def _add_option(parser: argparse.ArgumentParser, name: str, default: Any) -> Non
     option = f"--{name.replace('_', '-')}"
     if isinstance(default, tuple):
         parser.add_argument(
-            "presets" if name == "presets" else option, nargs="*", type=type(default[0]), default=default
+            name if name in ("presets", "names") else option, nargs="*", type=type(default[0]), default=default
         )
     elif isinstance(default, bool):
         parser.add_argument(option, action=argparse.BooleanOptionalAction, default=default)

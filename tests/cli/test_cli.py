@@ -153,6 +153,14 @@ def test_a_full_output_is_one_line(fashion_bundle: Path) -> None:
         assert [line.partition(":")[0] for line in done.stderr.splitlines()] == ["error", "hint"]
 
 
+def test_the_list_of_demos_has_each_example() -> None:
+    shown = succeed("demo", "--list")
+
+    for file in FASHION.parent.glob("*/demo.json"):
+        assert f"{file.parent.name} " in shown
+        assert json.loads(file.read_text(encoding="utf-8"))["shows"] in shown
+
+
 def test_the_demo_goes_the_whole_road(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     example = tmp_path / "example"
     shutil.copytree(FASHION, example)
@@ -160,7 +168,7 @@ def test_the_demo_goes_the_whole_road(tmp_path: Path, monkeypatch: pytest.Monkey
         some: dict[str, Any] = {name: archive[name][:1500] for name in archive}
     np.savez(example / "test.npz", **some)
     monkeypatch.chdir(tmp_path)
-    output = succeed("demo", "--example", example)
+    output = succeed("demo", example)
     made = tmp_path / "perceiver-export-demo"
 
     steps = ("1. export", "2. inspect", "3. run", "4. quantize", "5. validate")

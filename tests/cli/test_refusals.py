@@ -106,7 +106,7 @@ REFUSED: list[tuple[str, list[str]]] = [
     ("bench B --csv B/a.csv", ["a.csv", "B"]),
     ("bench B --csv T/none/figures.csv", ["figures.csv"]),
     ("bench B --device ort-cpu --precision bf16", ["precision"]),
-    ("demo --example T", ["T"]),
+    ("demo T", ["T"]),
     ("package B --for torchserve", ["'torchserve'"]),
     (f"{BUILD} abacus", ["'abacus'"]),
     (f"{BUILD} openvno", ["hint: did you mean openvino-gpu or openvino-npu or openvino-cpu? the targets are"]),

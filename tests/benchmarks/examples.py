@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The trained examples (examples/*/demo.json): accuracy, size, time and memory in each precision on each engine.
+
+    python -m tests.benchmarks.examples [NAME …]
+
+Accuracy is of the example's test data. The loss is paired with fp32 on the first engine, with its 95 % bounds (lower,
+upper): the upper one is the smallest margin that these samples can certify. ms: the median of one call. MiB: the files
+of the bundle, and the largest resident size of a fresh process. Certificate: the example's gates, as `validate
+--certify` decides. The baseline is what train.py --baseline measures on the same test data.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from perceiver_export.calibration import Gates, ValidateOptions, Validation, certify, validate
+from perceiver_export.calibration.validation.gates import MARKS
+from perceiver_export.exporter.cli.demo import find_examples, read_example, step_command
+from perceiver_export.exporter.cli.main import app
+from perceiver_export.runtimes import Bundle, open_bundle
+from perceiver_export.runtimes.benchmark import bench
+from perceiver_export.runtimes.engines.backend import find_target
+from perceiver_export.runtimes.errors import PerceiverExportError
+from perceiver_export.runtimes.presence import devices
+from tests.benchmarks.harness import REPOSITORY, Row, command
+
+
+def measure(work: Path, names: tuple[str, ...] = ("",)) -> Iterator[Row]:
+    for folder in find_examples():
+        if names == ("",) or folder.name in names:
+            yield from rows(folder, work / folder.name)
+
+
+def rows(folder: Path, out: Path) -> Iterator[Row]:
+    """The example in fp32, bf16 where the CPU has it, int8 and int8 weights; and the baseline."""
+    example = read_example(folder)
+    bundles = made(folder, example, out)
+    targets, gates = [device.target for device in devices()], gates_of(example, folder)
+    for name, bundle in bundles.items():
+        for target in targets:
+            halves = find_target(target).backend().precisions(target) if name == "fp32" else ()
+            for precision in (None, *(one for one in halves if one == "bf16")):
+                options = ValidateOptions(device=target, precision=precision, gates=Gates(metric=gates.metric))
+                if (name, target, precision) != ("fp32", targets[0], None):
+                    reference: dict[str, Any] = {
+                        "against": bundles["fp32"],
+                        "against_device": targets[0],
+                        "gates": gates,
+                    }
+                    options = dataclasses.replace(options, **reference)
+                yield {"example": folder.name, "precision": precision or name, **row(folder, example, bundle, options)}
+    yield {"example": folder.name, "precision": "baseline", **baseline(folder)}
+
+
+def made(folder: Path, example: Mapping[str, Any], out: Path) -> dict[str, Bundle]:
+    """The bundles that the demo's steps make, and one with int8 weights."""
+    for step in example["steps"]:
+        words = step_command(step, folder, out)
+        if words[0] not in ("export", "quantize"):
+            continue
+        also = [["-o", str(out / "int8-weights"), "--scheme", "int8-weights"]] if words[0] == "quantize" else []
+        for more in ([], *also):
+            if not Path(more[1] if more else words[words.index("-o") + 1]).exists():
+                with contextlib.redirect_stdout(sys.stderr):
+                    app([*words, *more], standalone_mode=False)
+    names = {"fp32": example["bundle"], "int8": example["quantized"], "int8 weights": "int8-weights"}
+    return {precision: open_bundle(out / name) for precision, name in names.items()}
+
+
+def gates_of(example: Mapping[str, Any], folder: Path) -> Gates:
+    """The gates, as `validate` would be given them."""
+    words = [word.format(example=folder) for word in shlex.split(example["gates"])]
+    given: dict[str, Any] = {
+        option.removeprefix("--").replace("-", "_"): float(value)
+        if option in ("--max-drop", "--min-agreement")
+        else value
+        for option, value in zip(words[::2], words[1::2], strict=True)
+    }
+    return Gates(**given)
+
+
+def row(folder: Path, example: Mapping[str, Any], bundle: Bundle, options: ValidateOptions) -> Row:
+    """One bundle on one engine."""
+    data = folder / example["test"]
+    found = validate(bundle, str(data) if data.exists() else example["test"], options)
+    metric = next((one for one in found.metrics if options.gates.metric in (None, one.name)), None)
+    (timed,) = bench(bundle.path, device=options.device, precision=options.precision).measurements
+    loss = None if metric is None else metric.worsening
+    return {
+        "engine": options.device,
+        "metric": "–" if metric is None else f"{metric.name} {metric.candidate.value:.4g} {metric.unit}".strip(),
+        "loss": "–" if loss is None else f"{loss.value:.3g} ({loss.lower:.3g}, {loss.upper:.3g})",
+        "samples": found.samples,
+        "ms": timed.p50,
+        "MiB of files": bundle.num_bytes / 2**20,
+        "MiB at most": timed.peak_memory,
+        "certificate": verdict(bundle, found) if options.against is not None else "–",
+    }
+
+
+def verdict(bundle: Bundle, found: Validation) -> str:
+    """What the gates say, and why there is no certificate where they hold without one."""
+    said = "; ".join(f"{MARKS[gate.outcome]} {gate.wanted}" for gate in found.gates)
+    if not found.held:
+        return said
+    try:
+        certify(bundle, [found])
+    except PerceiverExportError as error:
+        return f"{said}; none: {error.message}"
+    return said
+
+
+def baseline(folder: Path) -> Row:
+    """What train.py --baseline says, in the columns of the other rows."""
+    done = subprocess.run(
+        [sys.executable, folder / "train.py", "--baseline"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=REPOSITORY,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])},
+    )
+    empty = dict.fromkeys(("loss", "samples", "ms", "MiB of files", "MiB at most", "certificate"), "–")
+    if done.returncode:
+        return {"engine": "–", "metric": f"not measured: {done.stderr.strip().splitlines()[-1:]}", **empty}
+    said = json.loads(done.stdout.splitlines()[-1])
+    return {"engine": said["baseline"], "metric": f"{said['metric']} {said['value']:.4g}", **empty}
+
+
+if __name__ == "__main__":
+    command(measure)
