@@ -9,7 +9,7 @@ LISTING := $(VENV)/files
 PYTHON310 ?= $(shell for p in python3.10 $$HOME/.pyenv/versions/3.10.*/bin/python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info[:2] != (3, 10))' 2>/dev/null && echo $$p && break; done)
 
-.PHONY: install demo docs test test-report test-web check check-fast pure test-gpu test-py310 benchmarks fuzz clean FORCE
+.PHONY: install demo docs test test-report test-web test-install check check-fast pure test-gpu test-py310 benchmarks fuzz clean FORCE
 
 install: $(STAMP)
 
@@ -55,6 +55,10 @@ test-report: install
 test-web: install
 	npm ci --prefix examples/web --no-audit --no-fund
 	$(BIN)/python -m pytest tests/calibration/test_web_in_browser.py
+
+# The wheel and the sdist with each extra, in fresh environments: minutes, and a package index.
+test-install: install
+	$(BIN)/python tests/install.py $(if $(EXTRAS),--extras $(EXTRAS))
 
 # The documentation as a site, in site/; `make docs SERVE=1` shows it in a browser and follows changes.
 docs: install

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pages of the site that are generated: commands from their help, Python names from their docstrings.
+"""What the site generates: commands from their help, Python names from their docstrings, errors, and llms.txt.
 
-A page marks the place with `<!-- commands -->`, `<!-- errors -->`, or `<!-- names: PACKAGE -->`.
+A page marks the place with `<!-- commands -->`, `<!-- errors -->`, `<!-- exits -->` or `<!-- names: PACKAGE -->`.
+llms.txt lists the pages for language models, which read them as Markdown: the site has PAGE.md beside PAGE/.
 """
 
 from __future__ import annotations
@@ -11,19 +12,61 @@ import importlib
 import inspect
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import typer.main
 
-from perceiver_export.exporter.cli.main import app
+from perceiver_export.exporter.cli.main import EXIT_CODES, app
 from perceiver_export.runtimes import errors
 
+_OBJECT = re.compile(r"^::: (\S+)\n(?:    options: .*\n)?", re.MULTILINE)
+_pages: dict[str, str] = {}  # the Markdown of each page, by its path
 
-def on_page_markdown(markdown: str, **_: Any) -> str:
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Called by MkDocs for each page."""
     markdown = markdown.replace("<!-- commands -->", "\n".join(_commands()))
     markdown = markdown.replace("<!-- errors -->", "\n".join(_errors()))
-    return re.sub(r"<!-- names: (\S+) -->", lambda found: "\n".join(_names(found[1])), markdown)
+    markdown = markdown.replace("<!-- exits -->", "\n".join(_exits()))
+    markdown = re.sub(r"<!-- names: (\S+) -->", lambda found: "\n".join(_names(found[1])), markdown)
+    _pages[page.file.src_path] = markdown
+    return markdown
+
+
+def on_post_build(config: Any) -> None:
+    """Called by MkDocs at the end: llms.txt, and each page as Markdown."""
+    site = Path(config.site_dir)
+    for path, markdown in _pages.items():
+        (site / path).write_text(_OBJECT.sub(lambda found: _described(found[1]), markdown), encoding="utf-8")
+    (site / "llms.txt").write_text("\n".join(_index(config)), encoding="utf-8")
+
+
+def _index(config: Any) -> Iterator[str]:
+    """By llmstxt.org: the title, what it is, and the pages by section, each with its first sentence."""
+    yield f"# {config.site_name}\n\n> {config.site_description}\n"
+    for section in config.nav:
+        ((title, entries),) = section.items()
+        yield f"## {title}\n"
+        for entry in entries if isinstance(entries, list) else [section]:
+            ((name, path),) = entry.items()
+            yield f"- [{name}]({path}): {_first_sentence(_pages[path])}"
+        yield ""
+
+
+def _first_sentence(markdown: str) -> str:
+    """Of the first paragraph below the title."""
+    text = next(text for text in markdown.split("\n\n")[1:] if re.match(r"\w|`\w", text))
+    return re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", re.split(r"(?<=\.) ", " ".join(text.split()))[0])
+
+
+def _described(path: str) -> str:
+    """A Python name as Markdown, where mkdocstrings does not run."""
+    module, _, name = path.rpartition(".")
+    found = getattr(importlib.import_module(module), name)
+    if not callable(found):
+        return f"### {name}\n"
+    return f"### {name}\n\n```python\n{name}{inspect.signature(found)}\n```\n\n{inspect.getdoc(found)}\n"
 
 
 def _commands() -> Iterator[str]:
@@ -69,7 +112,12 @@ def _names(package: str) -> Iterator[str]:
 
 
 def _errors() -> Iterator[str]:
-    yield "| error | is a | raised when |\n|---|---|---|"
+    yield "| error | is a | what it says |\n|---|---|---|"
     for name, error in vars(errors).items():
         if isinstance(error, type) and issubclass(error, Exception):
             yield f"| `{name}` | `{error.__base__.__name__ if error.__base__ else ''}` | {_cell(error.__doc__)} |"
+
+
+def _exits() -> Iterator[str]:
+    yield "| exit code | when |\n|---|---|"
+    yield from (f"| {code} | {_cell(when)} |" for code, when in EXIT_CODES.items())
