@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the site generates: commands from their help, Python names from their docstrings, errors, and llms.txt.
 
-A page marks the place with `<!-- commands -->`, `<!-- errors -->`, `<!-- exits -->` or `<!-- names: PACKAGE -->`.
+A page marks the place with `<!-- commands -->`, `<!-- errors -->`, `<!-- exits -->`, `<!-- names: PACKAGE -->` or
+`<!-- structs: MODULE -->`.
 llms.txt lists the pages for language models, which read them as Markdown: the site has PAGE.md beside PAGE/.
 """
 
@@ -15,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import typer.main
 
 from perceiver_export.exporter.cli.main import EXIT_CODES, app
@@ -30,6 +32,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     markdown = markdown.replace("<!-- errors -->", "\n".join(_errors()))
     markdown = markdown.replace("<!-- exits -->", "\n".join(_exits()))
     markdown = re.sub(r"<!-- names: (\S+) -->", lambda found: "\n".join(_names(found[1])), markdown)
+    markdown = re.sub(r"<!-- structs: (\S+) -->", lambda found: "\n".join(_structs(found[1])), markdown)
     _pages[page.file.src_path] = markdown
     return markdown
 
@@ -109,6 +112,14 @@ def _names(package: str) -> Iterator[str]:
             yield "| field | |\n|---|---|"
             yield from (f"| `{one.name}` | {_cell(one.metadata['doc'])} |" for one in documented)
             yield ""
+
+
+def _structs(name: str) -> Iterator[str]:
+    """Every struct of a module that describes a file."""
+    for struct in vars(importlib.import_module(name)).values():
+        public = inspect.isclass(struct) and struct.__module__ == name and not struct.__name__.startswith("_")
+        if public and issubclass(struct, msgspec.Struct):
+            yield f"::: {name}.{struct.__name__}\n    options: {{show_if_no_docstring: true}}\n"
 
 
 def _errors() -> Iterator[str]:

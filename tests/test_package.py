@@ -20,6 +20,7 @@ import pytest
 from perceiver_export.exporter import PRESETS
 from perceiver_export.exporter.checkpoints import huggingface_config
 from perceiver_export.exporter.checkpoints.haiku import HaikuModel
+from perceiver_export.runtimes.engines.backend import TARGETS
 from perceiver_export.runtimes.tasks import TASKS
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -128,6 +129,15 @@ def test_every_table_of_tasks_names_the_same() -> None:
     named = [name for row in table("README.md", "| task | call |") for name in re.findall(r"`([\w-]+)`", row[0])]
     assert named == list(TASKS)
     assert {preset.task for preset in PRESETS.values()} | set(huggingface_config.TASKS.values()) <= TASKS.keys()
+
+
+def test_every_table_of_targets_names_the_same() -> None:
+    for page, heading in (
+        ("README.md", "| target | runs on | state |"),
+        (TARGETS_PAGE, "| target | runs on | library |"),
+    ):
+        named = [name for row in table(page, heading) for name in re.findall(r"`([\w-]+)`", row[0])]
+        assert sorted(named) == sorted([*TARGETS, "ort-NAME"]), page
 
 
 def test_the_pages_systems_and_checkpoints_are_those_of_the_code() -> None:
