@@ -25,10 +25,10 @@ LOAD = (
 )
 # What must work with one extra alone. `!NAME` before a command: it fails, and its hint installs the extra NAME.
 CHECKS: dict[str, tuple[str, ...]] = {
-    "": ("perceiver-export doctor", "perceiver-export inspect {bundle}", f"!ort {RUN}"),
+    "": ("perceiver-export doctor", "perceiver-export inspect {bundle}", f"!images {RUN}"),
     "ort": (LOAD.replace("TARGET", "ort-cpu"), f"!images {RUN}"),
     "openvino": (LOAD.replace("TARGET", "openvino-cpu"),),
-    "images": ("from perceiver_export.runtimes.tasks.image_files import read_picture; read_picture({picture!r})",),
+    "images": (f"!ort {RUN}",),
     "text": ("import tokenizers",),
     "hub": ("import huggingface_hub",),
     "validate": ("perceiver-export validate --plan --max-drop 1",),
@@ -88,12 +88,11 @@ def holds(check: str, place: Path, bundle: Path, package: Path) -> bool:
     command = text.split() if text.startswith("perceiver-export") else ["python", "-c", text]
     command[0] = str(place / "bin" / command[0])
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=place)
-    if wanted:
-        said = f"pip install 'perceiver-export[{wanted}] @ {package.as_uri()}'"
-        return done.returncode == 1 and said in done.stderr
-    if done.returncode:
+    hint = f"pip install 'perceiver-export[{wanted}] @ {package.as_uri()}'"
+    held = done.returncode == 1 and hint in done.stderr if wanted else done.returncode == 0
+    if not held:
         print(done.stderr[-2000:])
-    return done.returncode == 0
+    return held
 
 
 if __name__ == "__main__":
