@@ -107,7 +107,7 @@ def _write_page(description: str, rows: list[Row], busy: float) -> None:
         text, mark = page.read_text(encoding="utf-8"), f"<!-- {typed} -->\n"
         before, marked, after = text.partition(mark)
         if marked:
-            section = "\n".join([*measured, ""])
+            section = "\n".join(["", *measured, "", ""])
             page.write_text(before + mark + section + after[after.index(END) :], encoding="utf-8")
             return
     title, *text_below = description.strip().splitlines()
