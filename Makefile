@@ -87,7 +87,7 @@ else
 	PERCEIVER_TEST_TARGETS=ort-cpu PERCEIVER_TEST_BUNDLE=$(CURDIR)/$(VENV)/py310/bundle $(VENV)/py310/bin/python -m pytest tests/runtimes
 endif
 
-BENCHMARKS := overhead serving loading imports parity deepmind_parity system_parity flow_patches speed zoo video_folds \
+BENCHMARKS := overhead serving loading imports preset_counts parity deepmind_parity system_parity flow_patches speed zoo video_folds \
 	fold_scaling export_full_size int8_drop int8_accuracy int8_full_size calibration_memory fp16_overflow tensorrt_api \
 	tensorrt_presets tensorrt_shared_weights bound_coverage sequential validation_throughput search_seeds
 benchmarks: install
