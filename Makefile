@@ -9,7 +9,7 @@ LISTING := $(VENV)/files
 PYTHON310 ?= $(shell for p in python3.10 $$HOME/.pyenv/versions/3.10.*/bin/python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info[:2] != (3, 10))' 2>/dev/null && echo $$p && break; done)
 
-.PHONY: install demo docs test test-report check check-fast pure test-gpu test-py310 benchmarks fuzz clean FORCE
+.PHONY: install demo docs test test-report test-web test-install check check-fast pure test-gpu test-py310 benchmarks fuzz clean FORCE
 
 install: $(STAMP)
 
@@ -51,6 +51,15 @@ pure: install
 test-report: install
 	$(BIN)/python -m pytest tests/calibration/test_report_in_browser.py
 
+# The page of examples/web in headless Chromium, with onnxruntime-web from npm (150 MB); later part of `make test`.
+test-web: install
+	npm ci --prefix examples/web --no-audit --no-fund
+	$(BIN)/python -m pytest tests/calibration/test_web_in_browser.py
+
+# The wheel and the sdist with each extra, in fresh environments: minutes, and a package index.
+test-install: install
+	$(BIN)/python tests/install.py $(if $(EXTRAS),--extras $(EXTRAS))
+
 # The documentation as a site, in site/; `make docs SERVE=1` shows it in a browser and follows changes.
 docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs $(if $(SERVE),serve,build --strict)
@@ -78,8 +87,9 @@ else
 	PERCEIVER_TEST_TARGETS=ort-cpu PERCEIVER_TEST_BUNDLE=$(CURDIR)/$(VENV)/py310/bundle $(VENV)/py310/bin/python -m pytest tests/runtimes
 endif
 
-BENCHMARKS := overhead serving loading imports parity deepmind_parity system_parity flow_patches speed zoo examples \
-	video_folds fold_scaling export_full_size int8_drop int8_accuracy int8_full_size calibration_memory fp16_overflow tensorrt_api \
+BENCHMARKS := overhead serving loading imports preset_counts parity deepmind_parity system_parity flow_patches speed zoo \
+	examples video_folds fold_scaling export_full_size int8_drop int8_accuracy int8_full_size calibration_memory fp16_overflow \
+	tensorrt_api \
 	tensorrt_presets tensorrt_shared_weights bound_coverage sequential validation_throughput search_seeds
 benchmarks: install
 	for name in $(BENCHMARKS); do echo "# $$name"; $(BIN)/python -m tests.benchmarks.$$name || exit 1; done

@@ -54,11 +54,11 @@ def __getattr__(name: str) -> Any:
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("perceiver_export"):
             raise
-        from perceiver_export.runtimes.errors import MissingDependencyError
+        from perceiver_export.runtimes.errors import MissingDependencyError, install_command
 
         extra = "validate" if _MODULES[name].startswith("validation") else "quantize"
         raise MissingDependencyError(
-            f"{name} needs {error.name}, which is not installed", f"pip install 'perceiver-export[{extra}]'"
+            f"{name} needs {error.name}, which is not installed", install_command(extra)
         ) from error
     return getattr(module, name)
 

@@ -320,7 +320,7 @@ def open_session(
     Raises BundleError: onnxruntime rejects the graph; ExportError: it cannot write a file that ``config`` requests;
     MissingDependencyError.
     """
-    onnxruntime = require("onnxruntime", "calibration", "pip install 'perceiver-export[quantize]'")
+    onnxruntime = require("onnxruntime", "calibration", "quantize")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _SILENT
     if threads is not None:

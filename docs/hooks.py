@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pages of the site that are generated: commands from their help, Python names from their docstrings.
+"""What the site generates: commands from their help, Python names from their docstrings, errors, and llms.txt.
 
-A page marks the place with `<!-- commands -->`, `<!-- errors -->`, `<!-- examples -->` or `<!-- names: PACKAGE -->`.
+A page marks the place with `<!-- commands -->`, `<!-- errors -->`, `<!-- exits -->`, `<!-- examples -->`,
+`<!-- names: PACKAGE -->` or `<!-- structs: MODULE -->`.
+llms.txt lists the pages for language models, which read them as Markdown: the site has PAGE.md beside PAGE/.
 """
 
 from __future__ import annotations
@@ -17,18 +19,61 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import typer.main
 
-from perceiver_export.exporter.cli.main import app
+from perceiver_export.exporter.cli.main import EXIT_CODES, app
 from perceiver_export.runtimes import errors
 
+_OBJECT = re.compile(r"^::: (\S+)\n(?:    options: .*\n)?", re.MULTILINE)
+_pages: dict[str, str] = {}  # the Markdown of each page, by its path
 
-def on_page_markdown(markdown: str, **_: Any) -> str:
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Called by MkDocs for each page."""
     markdown = markdown.replace("<!-- commands -->", "\n".join(_commands()))
     markdown = markdown.replace("<!-- errors -->", "\n".join(_errors()))
     markdown = markdown.replace("<!-- examples -->", "\n".join(_examples()))
-    return re.sub(r"<!-- names: (\S+) -->", lambda found: "\n".join(_names(found[1])), markdown)
+    markdown = markdown.replace("<!-- exits -->", "\n".join(_exits()))
+    markdown = re.sub(r"<!-- names: (\S+) -->", lambda found: "\n".join(_names(found[1])), markdown)
+    markdown = re.sub(r"<!-- structs: (\S+) -->", lambda found: "\n".join(_structs(found[1])), markdown)
+    _pages[page.file.src_path] = markdown
+    return markdown
+
+
+def on_post_build(config: Any) -> None:
+    """Called by MkDocs at the end: llms.txt, and each page as Markdown."""
+    site = Path(config.site_dir)
+    for path, markdown in _pages.items():
+        (site / path).write_text(_OBJECT.sub(lambda found: _described(found[1]), markdown), encoding="utf-8")
+    (site / "llms.txt").write_text("\n".join(_index(config)), encoding="utf-8")
+
+
+def _index(config: Any) -> Iterator[str]:
+    """By llmstxt.org: the title, what it is, and the pages by section, each with its first sentence."""
+    yield f"# {config.site_name}\n\n> {config.site_description}\n"
+    for section in config.nav:
+        ((title, entries),) = section.items()
+        yield f"## {title}\n"
+        for entry in entries if isinstance(entries, list) else [section]:
+            ((name, path),) = entry.items()
+            yield f"- [{name}]({path}): {_first_sentence(_pages[path])}"
+        yield ""
+
+
+def _first_sentence(markdown: str) -> str:
+    """Of the first paragraph below the title."""
+    text = next(text for text in markdown.split("\n\n")[1:] if re.match(r"\w|`\w", text))
+    return re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", re.split(r"(?<=\.) ", " ".join(text.split()))[0])
+
+
+def _described(path: str) -> str:
+    """A Python name as Markdown, where mkdocstrings does not run."""
+    module, _, name = path.rpartition(".")
+    found = getattr(importlib.import_module(module), name)
+    if not callable(found):
+        return f"### {name}\n"
+    return f"### {name}\n\n```python\n{name}{inspect.signature(found)}\n```\n\n{inspect.getdoc(found)}\n"
 
 
 def _commands() -> Iterator[str]:
@@ -73,8 +118,16 @@ def _names(package: str) -> Iterator[str]:
             yield ""
 
 
+def _structs(name: str) -> Iterator[str]:
+    """Every struct of a module that describes a file."""
+    for struct in vars(importlib.import_module(name)).values():
+        public = inspect.isclass(struct) and struct.__module__ == name and not struct.__name__.startswith("_")
+        if public and issubclass(struct, msgspec.Struct):
+            yield f"::: {name}.{struct.__name__}\n    options: {{show_if_no_docstring: true}}\n"
+
+
 def _errors() -> Iterator[str]:
-    yield "| error | is a | raised when |\n|---|---|---|"
+    yield "| error | is a | what it says |\n|---|---|---|"
     for name, error in vars(errors).items():
         if isinstance(error, type) and issubclass(error, Exception):
             yield f"| `{name}` | `{error.__base__.__name__ if error.__base__ else ''}` | {_cell(error.__doc__)} |"
@@ -95,3 +148,8 @@ def _inline(folder: Path, link: re.Match[str]) -> str:
         return link[0]
     data = f"data:{kind};base64,{base64.b64encode((folder / link[2]).read_bytes()).decode()}"
     return f"![{link[1]}]({data})" if kind.startswith("image/") else f'<audio controls src="{data}"></audio>'
+
+
+def _exits() -> Iterator[str]:
+    yield "| exit code | when |\n|---|---|"
+    yield from (f"| {code} | {_cell(when)} |" for code, when in EXIT_CODES.items())

@@ -74,7 +74,7 @@ def _options(bundle: Bundle, certificate: Certificate) -> str | None:
 
 
 def _inspect_onnx(path: Path) -> Inspection:
-    common = require("onnx_ir.passes.common", "inspecting an ONNX file", "pip install 'perceiver-export[export]'")
+    common = require("onnx_ir.passes.common", "inspecting an ONNX file", "export")
     from perceiver_export.calibration.graphs import read_graph, stage_costs
     from perceiver_export.runtimes.opening import open_engine
 

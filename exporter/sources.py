@@ -42,6 +42,7 @@ from perceiver_export.runtimes.errors import (
     check_choice,
     check_kind,
     first_line,
+    install_command,
 )
 from perceiver_export.runtimes.files import read_json
 from perceiver_export.runtimes.machine import cpu_name
@@ -122,7 +123,7 @@ def check_installed() -> None:
             importlib.import_module(name)
         except ImportError as error:
             raise MissingDependencyError(
-                f"export needs {error.name}, which is not installed", "pip install 'perceiver-export[export]'"
+                f"export needs {error.name}, which is not installed", install_command("export")
             ) from error
 
 
@@ -296,7 +297,7 @@ def download(hub_id: str) -> Path:
     except ImportError as error:
         raise MissingDependencyError(
             f"{hub_id} is no directory, and downloading it needs huggingface_hub",
-            "pip install 'perceiver-export[hub]', or give a directory",
+            f"{install_command('hub')}, or give a directory",
         ) from error
     try:
         return Path(snapshot_download(hub_id, allow_patterns=_FILES))

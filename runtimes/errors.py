@@ -141,16 +141,36 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def require(module: str, what: str, install: str) -> Any:
+def require(module: str, what: str, extra: str) -> Any:
     """Import a library that may be missing.
 
-    Raises MissingDependencyError: ``what`` needs the library, and ``install`` is the command that installs it.
+    Raises MissingDependencyError: ``what`` needs the library, which this package's ``extra`` installs.
     """
     try:
         return importlib.import_module(module)
     except ImportError as error:
         library = module.partition(".")[0].replace("PIL", "Pillow")
-        raise MissingDependencyError(f"{what} needs {library}, which is not installed", install) from error
+        raise MissingDependencyError(
+            f"{what} needs {library}, which is not installed", install_command(extra)
+        ) from error
+
+
+def install_command(extra: str) -> str:
+    """The command that installs an extra of this package, from where the package itself was installed."""
+    import json
+    from importlib import metadata
+    from urllib.parse import unquote
+
+    try:
+        origin = json.loads(metadata.distribution("perceiver-export").read_text("direct_url.json") or "{}")
+    except metadata.PackageNotFoundError:
+        origin = {}
+    if "url" not in origin:  # pip found it by its name, and so will again
+        return f"pip install 'perceiver-export[{extra}]'"
+    if "dir_info" not in origin:
+        return f"pip install 'perceiver-export[{extra}] @ {origin['url']}'"
+    editable = "-e " if origin["dir_info"].get("editable") else ""
+    return f"pip install {editable}'{unquote(origin['url']).removeprefix('file://')}[{extra}]'"
 
 
 def check_choice(what: str, value: object, choices: tuple[str, ...]) -> None:

@@ -206,7 +206,7 @@ def decode_manifest(content: bytes) -> Manifest:
         version = decode_json(content, _Version).schema_version
         if version > SCHEMA_VERSION:
             said = f"the manifest has schema version {version}, but this reader supports up to {SCHEMA_VERSION}"
-            raise BundleError(said, "run pip install -U perceiver-export")
+            raise BundleError(said, "install a newer version of perceiver-export")
         if version == 1:
             manifest = _upgraded(msgspec.convert(_with_steps(decode_json(content, dict[str, Any])), Manifest))
         else:

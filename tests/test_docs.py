@@ -6,6 +6,8 @@ A comment before a block says where it needs hardware or a user's files; such a 
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import os
 import re
 import shlex
@@ -22,11 +24,14 @@ import pytest
 
 from perceiver_export.calibration import quantize
 from perceiver_export.exporter import ExportOptions, export
+from tests.benchmarks.harness import END
 from tests.cli.commands import succeed
 from tests.conftest import FASHION, MadeOnce
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(r"^(<!-- needs .* -->\n)?```(sh|python)\n(.*?)^```", flags=re.MULTILINE | re.DOTALL)
+NUMBER = re.compile(r"(?<![\w.,])\d[\d,]*(?:\.\d+)?(?:e-?\d+)?")
+FIGURE = re.compile(r"(?<![\w.])\d[\d,]*\.\d+(?:e-?\d+)?|(?<![\w.])\d{1,3},\d{3}")
 ELSEWHERE = ("make ", "pip ")  # lines that install, or that CI itself is
 OWN = (REPOSITORY / "examples" / "your_own.py").read_text(encoding="utf-8")
 # Names that a page's blocks use and its reader has.
@@ -38,10 +43,14 @@ ARRAYS: dict[str, dict[str, Any]] = {
 }
 
 
+def markdown() -> list[Path]:
+    return sorted((REPOSITORY / "docs").rglob("*.md"))
+
+
 def pages() -> dict[str, list[tuple[str, str]]]:
     """Language and text of the blocks of each page, without those of an earlier page and those of examples."""
     found, seen = {}, {OWN}
-    for page in (REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))):
+    for page in (REPOSITORY / "README.md", *markdown()):
         blocks = [(kind, text) for needs, kind, text in BLOCK.findall(page.read_text(encoding="utf-8")) if not needs]
         found[page.stem] = [block for block in blocks if not any(block[1] in other for other in seen)]
         seen |= {text for _, text in blocks}
@@ -154,5 +163,38 @@ def test_the_site_builds_without_a_dead_link(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     commands = (tmp_path / "site" / "reference" / "commands" / "index.html").read_text(encoding="utf-8")
     assert "--max-drop" in commands
+    errors = (tmp_path / "site" / "reference" / "errors" / "index.html").read_text(encoding="utf-8")
+    assert "VacuousGateError" in errors
+    index = (tmp_path / "site" / "llms.txt").read_text(encoding="utf-8")
+    listed = re.findall(r"^- \[.*\]\((.*)\): .", index, flags=re.MULTILINE)
+    assert sorted(listed) == sorted(str(page.relative_to(REPOSITORY / "docs")) for page in markdown())
+    for page in listed:
+        assert "\n::: " not in (tmp_path / "site" / page).read_text(encoding="utf-8"), page
     for link in re.findall(r"\]\(((?!http)[^)#]+)", (REPOSITORY / "README.md").read_text(encoding="utf-8")):
         assert (REPOSITORY / link).exists(), link
+
+
+def test_sections_of_results_are_marked_with_commands_that_exist() -> None:
+    for page in (REPOSITORY / "docs" / "results").glob("*.md"):
+        text = page.read_text(encoding="utf-8")
+        commands = re.findall(r"^<!-- python -m tests\.benchmarks\.(\w+)( .*)? -->$", text, flags=re.MULTILINE)
+        assert text.count(f"\n{END}") == len(commands), page
+        for name, options in commands:
+            module = importlib.import_module(f"tests.benchmarks.{name}")
+            known = inspect.signature(module.measure).parameters
+            given = {option.removeprefix("no-") for option in re.findall(r"--([\w-]+)", options)}
+            assert given <= {parameter.replace("_", "-") for parameter in known}, (page, name, options)
+
+
+def test_the_readmes_figures_are_on_the_pages_that_it_names() -> None:
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    table = readme[readme.index("## Results") : readme.index("## Documentation")]
+    rows = re.findall(r"^\| (.*) \| .*\]\((docs/results/.*)\) \|$", table, flags=re.MULTILINE)
+    assert rows
+    for row, page in rows:
+        text = (REPOSITORY / page).read_text(encoding="utf-8")
+        numbers = [float(number.replace(",", "")) for number in NUMBER.findall(text)]
+        for figure in FIGURE.findall(row):
+            digits = len(figure.partition("e")[0].partition(".")[2])
+            form = f".{digits}e" if "e" in figure else f",.{digits}f"
+            assert any(format(number, form) == figure for number in numbers), (figure, page)

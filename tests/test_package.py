@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 from typing import get_args
@@ -19,6 +20,7 @@ import pytest
 from perceiver_export.exporter import PRESETS
 from perceiver_export.exporter.checkpoints import huggingface_config
 from perceiver_export.exporter.checkpoints.haiku import HaikuModel
+from perceiver_export.runtimes.engines.backend import TARGETS
 from perceiver_export.runtimes.tasks import TASKS
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -47,6 +49,18 @@ def test_the_wheel_holds_the_tree_under_one_namespace(tmp_path: Path) -> None:
     assert {f"perceiver_export/{folder}/py.typed" for folder in FOLDERS} <= set(names)
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"perceiver_export"}
     assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+def test_the_sdist_holds_all_that_a_build_needs(tmp_path: Path) -> None:
+    code = "import sys; from setuptools.build_meta import build_sdist; print(build_sdist(sys.argv[1]))"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], cwd=REPOSITORY, check=True, capture_output=True, text=True
+    )
+    with tarfile.open(tmp_path / done.stdout.splitlines()[-1]) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+
+    templates = {str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "calibration").rglob("*.j2")}
+    assert {*python_files(), *templates, "pyproject.toml", "README.md", "LICENSE"} <= names
 
 
 @pytest.mark.parametrize("folder", PUBLIC)
@@ -117,10 +131,15 @@ def test_every_table_of_tasks_names_the_same() -> None:
     assert {preset.task for preset in PRESETS.values()} | set(huggingface_config.TASKS.values()) <= TASKS.keys()
 
 
+def test_every_table_of_targets_names_the_same() -> None:
+    for page in ("README.md", "docs/reference/targets.md"):
+        named = [name for row in table(page, "| target |") for name in re.findall(r"`([\w-]+)`", row[0])]
+        assert sorted(named) == sorted([*TARGETS, "ort-NAME"]), page
+
+
 def test_the_pages_systems_and_checkpoints_are_those_of_the_code() -> None:
-    presets = [row[1].strip("`") for row in table("docs/results/parity.md", "| system | preset |")]
-    assert presets.pop() == "module:function"
-    assert set(presets) <= PRESETS.keys()
+    presets = [row[0].strip("`") for row in table("docs/results/parity.md", "| preset | paper |")]
+    assert presets == list(PRESETS)
     checkpoints = {row[0]: row[1] for row in table("docs/guides/checkpoints.md", "| SOURCE of `export` | what it is |")}
     released = re.findall(r"`([a-z-]+)`", checkpoints["`deepmind:TASK:FILE`"].split(";")[1].split(".")[0])
     assert tuple(released) == get_args(HaikuModel)

@@ -31,7 +31,7 @@ def check_report_file(path: Path) -> None:
     """Raise UsageError for an ending that is not a report's, MissingDependencyError without jinja2."""
     if path.suffix not in (".html", ".md"):
         raise UsageError(f"a report cannot be written as {path.suffix or path.name}", "name it .html or .md")
-    require("jinja2", "a report", "pip install 'perceiver-export[report]'")
+    require("jinja2", "a report", "report")
 
 
 def write_report(path: Path, report: Report) -> None:
@@ -50,7 +50,7 @@ def render(report: Report, ending: str = ".html") -> str:
 
 def page(table: Table) -> str:
     """One table as an HTML document like `render`'s. Raises MissingDependencyError."""
-    require("jinja2", "a page", "pip install 'perceiver-export[report]'")
+    require("jinja2", "a page", "report")
     return str(_environment(".html").get_template("page.html.j2").render(table=table))
 
 

@@ -102,7 +102,7 @@ def bootstrap(count: int, statistic: Callable[[Array], Array], width: int = 0, s
 
 def scipy_stats() -> Any:
     """scipy.stats. Raises MissingDependencyError."""
-    return require("scipy.stats", "validation", "pip install 'perceiver-export[validate]'")
+    return require("scipy.stats", "validation", "validate")
 
 
 OUTSIDE = 1e-3  # probability that p_gained is outside the set that is searched

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`perceiver-export`: each command is a thin layer over the Python function of the same name.
 
-Only this module turns errors into text and exit codes: 0 done and gates held, 1 not, 2 wrong usage.
+Only this module turns errors into text and exit codes.
 """
 
 from __future__ import annotations
@@ -26,6 +26,11 @@ from perceiver_export.runtimes.errors import PerceiverExportError, printable
 from perceiver_export.runtimes.files import is_full
 
 _P = ParamSpec("_P")
+EXIT_CODES = {
+    0: "The command did what it was asked, and every gate passed.",
+    1: "An error, or a gate that did not pass. Standard error has one `error:` line and one `hint:` line.",
+    2: "Wrong usage: an option or argument that does not exist, or with a value of the wrong type.",
+}
 
 app = typer.Typer(
     name="perceiver-export",

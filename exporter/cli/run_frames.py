@@ -147,7 +147,7 @@ def read_video(request: Request) -> tuple[Path, Path | None]:
         check_new_directory(output, "-o", InputError)
         if output.suffix and not output.is_dir():
             raise UsageError(f"{output} is the name of a file", f"name a directory: -o {output.with_suffix('')}")
-        require("PIL.Image", "writing frames", "pip install 'perceiver-export[images]', or run without -o")
+        require("PIL.Image", "writing frames", "images")
     frames, audio = (*map(Path, request.inputs), None)[:2]
     assert frames is not None
     return frames, audio

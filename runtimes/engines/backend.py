@@ -26,7 +26,7 @@ import msgspec
 import numpy.typing as npt
 
 from perceiver_export.runtimes.engines.flags import Flags
-from perceiver_export.runtimes.errors import DeviceError, check_kind
+from perceiver_export.runtimes.errors import DeviceError, check_kind, install_command
 from perceiver_export.runtimes.manifest import MemoryPlan, TensorSpec
 
 Array = npt.NDArray[Any]
@@ -183,7 +183,7 @@ class Target(msgspec.Struct, frozen=True):
     @property
     def install(self) -> str:
         """The command that brings the engine's library."""
-        return f"pip install 'perceiver-export[{self.extra}]'{self.from_index}"
+        return install_command(self.extra) + self.from_index
 
     @property
     def from_index(self) -> str:

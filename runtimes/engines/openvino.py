@@ -215,7 +215,7 @@ def _core() -> Any:
 
 def _import(target: str) -> Any:
     with without_openvinos():
-        return require("openvino", f"target {target}", find_target(target).install)
+        return require("openvino", f"target {target}", find_target(target).extra)
 
 
 @contextmanager

@@ -290,7 +290,7 @@ def utf8(path: Path) -> str:
 
 
 def _import(target: str) -> Any:
-    onnxruntime = require("onnxruntime", f"target {target}", find_target("ort-cpu").install)
+    onnxruntime = require("onnxruntime", f"target {target}", find_target("ort-cpu").extra)
     check_onnxruntimes(onnxruntime)
     return onnxruntime
 

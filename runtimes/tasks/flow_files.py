@@ -104,7 +104,5 @@ def _npy(flow: Flow) -> bytes:
 
 def _png(flow: Flow) -> bytes:
     buffer = io.BytesIO()
-    require("PIL.Image", "writing .png", "pip install 'perceiver-export[images]'").fromarray(flow_picture(flow)).save(
-        buffer, format="PNG"
-    )
+    require("PIL.Image", "writing .png", "images").fromarray(flow_picture(flow)).save(buffer, format="PNG")
     return buffer.getvalue()

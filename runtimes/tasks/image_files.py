@@ -132,7 +132,6 @@ PICTURE_FILES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".t
 # Only these decoders of Pillow are used; others start programs (EPS: Ghostscript) or are rarely audited.
 _FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
 _MOST_PIXELS = 80_000_000
-INSTALL = "pip install 'perceiver-export[images]'"
 
 
 def take_picture(picture: PictureLike, color: Color = "rgb") -> Picture:
@@ -170,7 +169,7 @@ def read_picture(path: str | os.PathLike[str]) -> Picture:
     Raises InputError: missing, not an image, truncated or too large; MissingDependencyError: no Pillow.
     """
     name = os.fspath(path)
-    pillow = require("PIL.Image", "reading image files", INSTALL)
+    pillow = require("PIL.Image", "reading image files", "images")
     reading = parsing(name, "is not a readable image", "give a PNG, JPEG or similar")
     with reading, pillow.open(path, formats=_FORMATS) as image:
         return _of_pillow(image, name)
@@ -314,7 +313,7 @@ def resize(picture: Picture, height: int, width: int, resample: str) -> Picture:
         return resize_cubic(picture, height, width)
     if picture.shape[:2] == (height, width):
         return picture
-    pillow = require("PIL.Image", "resizing images", INSTALL)
+    pillow = require("PIL.Image", "resizing images", "images")
     image = pillow.fromarray(np.ascontiguousarray(picture))
     return np.asarray(image.resize((width, height), pillow.Resampling[resample.upper()]))
 

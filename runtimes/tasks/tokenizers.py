@@ -325,7 +325,7 @@ def tokenizer_of(bundle: Bundle) -> Tokenizer | None:
 
 def read_tokenizer(path: Path) -> tokenizers.Tokenizer:
     """Read a tokenizer.json, which may be untrusted. Raises BundleError, MissingDependencyError."""
-    library = require("tokenizers", "the model's tokenizer", "pip install 'perceiver-export[text]'")
+    library = require("tokenizers", "the model's tokenizer", "text")
     with parsing(str(path), "is not a readable tokenizer", _AGAIN, BundleError):
         content = read_bytes(path, _MOST).decode()
         _check_ids(content)

@@ -14,6 +14,7 @@ import inspect
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -27,6 +28,8 @@ import numpy as np
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 FASHION = REPOSITORY / "examples" / "fashion_mnist"
+RESULTS = REPOSITORY / "docs" / "results"
+END = "<!-- end -->\n"
 Row = dict[str, Any]
 T = TypeVar("T")
 _VERSIONS = ("torch", "onnx", "onnxruntime", "openvino", "transformers")
@@ -43,16 +46,19 @@ def command(measure: Callable[..., Iterable[Row]]) -> None:
     Keyword parameters become options of their default's type; a tuple ``presets`` becomes the arguments.
     """
     parser = argparse.ArgumentParser(
-        description=sys.modules[measure.__module__].__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=sys.modules[measure.__module__].__doc__,
+        epilog=_write_page.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--json", action="store_true", help="print all rows as JSON in the end")
-    parser.add_argument("--page", action="store_true", help="write docs/results/NAME.md, with the machine and versions")
+    parser.add_argument("--page", action="store_true", help="write the results page: see below")
     parser.add_argument("--work", type=Path, help="a folder to keep; what lies in it is not made again")
     for name, parameter in list(inspect.signature(measure).parameters.items())[1:]:
         _add_option(parser, name, parameter.default)
     options = vars(parser.parse_args())
     as_json, page, work = (options.pop(name) for name in ("json", "page", "work"))
     rows: list[Row] = []
+    busy = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as temporary:
         folder = work or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
@@ -61,7 +67,7 @@ def command(measure: Callable[..., Iterable[Row]]) -> None:
                 print("\n".join(_lines(row, rows)), flush=True)
             rows.append(row)
     if page:
-        _write_page(str(parser.description), rows)
+        _write_page(str(parser.description), rows, busy)
     if as_json:
         print(json.dumps(rows, indent=1))
     sys.exit(not all(row.get("held", True) for row in rows))
@@ -86,17 +92,36 @@ def _lines(row: Row, before: list[Row]) -> list[str]:
     return [*head, f"| {' | '.join(map(_cell, row.values()))} |"]
 
 
-def _write_page(description: str, rows: list[Row]) -> None:
+def _write_page(description: str, rows: list[Row], busy: float) -> None:
+    """--page writes the rows with the command, the date, the machine and the versions. They become the section of a
+    page in docs/results that is marked with this command, else the page docs/results/NAME.md.
+    """
+    name, options = Path(sys.argv[0]).stem, [one for one in sys.argv[1:] if one not in ("--page", "--json")]
+    if "--work" in options:
+        at = options.index("--work")
+        del options[at : at + 2]
+    typed = shlex.join(["python", "-m", f"tests.benchmarks.{name}", *options])
+    measured = [f"`{typed}`, {time.strftime('%d %B %Y')}. {_machine(busy)}"]
+    measured += [line for index, row in enumerate(rows) for line in _lines(row, rows[:index])]
+    for page in RESULTS.glob("*.md"):
+        text, mark = page.read_text(encoding="utf-8"), f"<!-- {typed} -->\n"
+        before, marked, after = text.partition(mark)
+        if marked:
+            section = "\n".join(["", *measured, "", ""])
+            page.write_text(before + mark + section + after[after.index(END) :], encoding="utf-8")
+            return
+    title, *text_below = description.strip().splitlines()
+    page = RESULTS / f"{name}.md"
+    page.write_text("\n".join([f"# {title}", *text_below, "", *measured, ""]), encoding="utf-8")
+
+
+def _machine(busy: float) -> str:
     from perceiver_export.runtimes.machine import cpu_features, cpu_name
 
-    name = Path(sys.argv[0]).stem
-    title, *text = description.strip().splitlines()
     versions = ", ".join(f"{one} {importlib.metadata.version(one)}" for one in _VERSIONS)
-    machine = f"{cpu_name()}, {os.cpu_count()} cores ({', '.join(cpu_features())}); Python {platform.python_version()}"
-    table = [line for index, row in enumerate(rows) for line in _lines(row, rows[:index])]
-    page = REPOSITORY / "docs" / "results" / f"{name}.md"
-    page.parent.mkdir(exist_ok=True)
-    page.write_text("\n".join([f"# {title}", *text, "", f"{machine}, {versions}.", *table, ""]), encoding="utf-8")
+    features, python = ", ".join(cpu_features()), platform.python_version()
+    cores = f"{os.cpu_count()} cores ({features}), load {busy:.1f} before the run"
+    return f"{cpu_name()}, {cores}; Python {python}, {versions}."
 
 
 def _cell(value: Any) -> str:

@@ -24,7 +24,7 @@ def measure(work: Path, fold: bool = True, samples: int = 10_000) -> Iterator[Ro
     """A row a target: top-1 in percent, drops in points."""
     exact = export(FASHION / "checkpoint", work / "fp32", ExportOptions(fold=fold))
     made = quantize(exact, FASHION / "held_out.npz", work / "int8")
-    options = asked(against=exact, samples=samples, certify=True, max_drop=0.6, min_agreement=97.0)
+    options = asked(device="all", against=exact, samples=samples, certify=True, max_drop=0.6, min_agreement=97.0)
     yield from map(row, validate_targets(made, FASHION / "test.npz", options))
 
 

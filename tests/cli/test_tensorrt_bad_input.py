@@ -16,6 +16,7 @@ from perceiver_export.calibration.lowering.tensorrt import lower_bundle
 from perceiver_export.runtimes import build
 from perceiver_export.runtimes.engines import tensorrt
 from perceiver_export.runtimes.engines.cuda import Gpu
+from perceiver_export.runtimes.errors import install_command
 from tests.calibration.damaged_scales import rehashed
 from tests.calibration.onnx_text import write
 from tests.cli.commands import fail, succeed
@@ -158,7 +159,7 @@ def test_commands_of_a_device_need_neither_torch_nor_onnx_and_others_say_what_th
     succeed("validate", copied_bundle, *data, "--samples", "3", *here, command=without())
 
     for arguments in (("build", copied_bundle, "--target", "tensorrt", "--lower-only"), ("lint", copied_bundle)):
-        assert "pip install 'perceiver-export[quantize]'" in fail(*arguments, command=without())
+        assert install_command("quantize") in fail(*arguments, command=without())
     said = fail("quantize", copied_bundle, *data, "-o", copied_bundle.parent / "int8", command=without())
     assert "quantize needs onnx_ir, which is not installed" in said
 

@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from perceiver_export.runtimes.errors import install_command
+
 from .conftest import MakeCheckpoint
 
 CODE = """
@@ -59,4 +61,4 @@ def test_hub_ids_come_from_the_cache_and_paths_are_not_asked_of_the_hub(
     assert all(line.startswith("CheckpointError") and "does not exist" in line for line in refused)
     assert len(refused) == len(paths)
     assert without.startswith("MissingDependencyError")
-    assert "perceiver-export[hub]" in without
+    assert install_command("hub") in without

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -101,4 +102,29 @@ def test_an_engine_that_is_not_installed_is_named_with_its_extra(fashion_bundle:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
 
-    assert done.stdout == "pip install 'perceiver-export[ort]'\n"
+    assert done.stdout == f"{errors.install_command('ort')}\n"
+
+
+@pytest.mark.parametrize(
+    ("origin", "command"),
+    [
+        (None, "pip install 'perceiver-export[text]'"),
+        ({"url": "file:///a%20b/c", "dir_info": {}}, "pip install '/a b/c[text]'"),
+        ({"url": "file:///a/c", "dir_info": {"editable": True}}, "pip install -e '/a/c[text]'"),
+        (
+            {"url": "https://wheels.example/p.whl", "archive_info": {}},
+            "pip install 'perceiver-export[text] @ https://wheels.example/p.whl'",
+        ),
+    ],
+)
+def test_a_hint_installs_an_extra_from_where_the_package_came(
+    origin: dict[str, object] | None, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = tmp_path / "perceiver_export-1.dist-info"
+    record.mkdir()
+    (record / "METADATA").write_text("Name: perceiver-export\nVersion: 1\n")
+    if origin is not None:
+        (record / "direct_url.json").write_text(json.dumps(origin))
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    assert errors.install_command("text") == command

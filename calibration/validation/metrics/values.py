@@ -269,9 +269,7 @@ class Reconstruction(Family):
 
 def _ssim(expected: Array, found: Array) -> float:
     """Mean structural similarity of frames (T, H, W, 3) with values in [0, 1] (Wang et al. 2004)."""
-    similarity: Callable[..., float] = require(
-        "skimage.metrics", "SSIM", "pip install 'perceiver-export[validate]'"
-    ).structural_similarity
+    similarity: Callable[..., float] = require("skimage.metrics", "SSIM", "validate").structural_similarity
     size = min(7, *(side - 1 + side % 2 for side in expected.shape[1:3]))  # odd, and no larger than a frame
     pairs = zip(expected, found, strict=True)
     return float(np.mean([similarity(*pair, win_size=size, channel_axis=-1, data_range=1.0) for pair in pairs]))
