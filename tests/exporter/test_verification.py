@@ -57,8 +57,7 @@ def test_a_large_model_whose_second_input_is_of_another_kind_is_compared_on_thre
 
 
 @pytest.mark.usefixtures("large")
-@pytest.mark.parametrize("call", [0, 1])
-@pytest.mark.parametrize("element", [0, -1])
+@pytest.mark.parametrize(("call", "element"), [(0, -1), (1, 0)])
 def test_one_wrong_number_in_any_comparison_is_refused(
     call: int, element: int, loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
