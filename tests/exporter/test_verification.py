@@ -26,6 +26,11 @@ def loaded(make_checkpoint: MakeCheckpoint) -> LoadedModel:
 
 
 @pytest.fixture
+def flow(make_checkpoint: MakeCheckpoint) -> LoadedModel:
+    return load_model(make_checkpoint("flow", num_blocks=1, num_self_attends_per_block=1))
+
+
+@pytest.fixture
 def large(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every model counts as a large one."""
     monkeypatch.setattr(verification, "LARGE_MODEL", 0)
@@ -40,7 +45,7 @@ def test_a_large_model_is_compared_on_two_inputs(loaded: LoadedModel, tmp_path: 
     """On three where the second has another number of samples."""
     fixed = export(loaded, tmp_path / "fixed").manifest.verification
     assert seeds(fixed) == DRAWN_ONCE
-    assert "normal values × 100" in fixed[-1].inputs
+    assert fixed[-1].inputs == "seed 2, normal values × 100"  # all of it: the model has one query
 
     dynamic = export(loaded, tmp_path / "dynamic", ExportOptions(batch="1:2:3")).manifest.verification
     assert seeds(dynamic) == DRAWN_TWICE
@@ -57,19 +62,27 @@ def test_a_large_model_whose_second_input_is_of_another_kind_is_compared_on_thre
 
 
 @pytest.mark.usefixtures("large")
-@pytest.mark.parametrize(("call", "element"), [(0, -1), (1, 0)])
-def test_one_wrong_number_in_any_comparison_is_refused(
-    call: int, element: int, loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("call", "query", "refused"), [(0, 0, True), (0, 153, True), (1, 0, True), (1, 144, True), (1, 153, False)]
+)
+def test_of_many_queries_the_second_input_compares_one_in_16(
+    call: int, query: int, refused: bool, flow: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original, calls = Runtime.run, iter(range(3))
+    """A graph that gives a wrong number for a query of 11 × 14."""
+    original, calls = Runtime.run, iter(range(2))
 
     def run(self: Runtime, *arguments: Any) -> dict[str, Array]:
         found = original(self, *arguments)
         if next(calls) == call:
-            found["logits"].reshape(-1)[element] += 0.01
+            found["flow"].reshape(-1, 2)[query] += 1.0
         return found
 
     monkeypatch.setattr(Runtime, "run", run)
-    with pytest.raises(VerificationError):
-        export(loaded, tmp_path / "bundle")
-    assert not (tmp_path / "bundle").exists()
+    if refused:
+        with pytest.raises(VerificationError):
+            export(flow, tmp_path / "bundle")
+        assert not (tmp_path / "bundle").exists()
+    else:
+        first, second = export(flow, tmp_path / "bundle").manifest.verification
+        assert "query" not in first.inputs
+        assert second.inputs == "seed 2, normal values × 100, one query in 16"
