@@ -110,7 +110,8 @@ def export(
     """Export a model to a bundle at ``output``: a loaded one, an `OwnModel`, or a source that `load_model` takes.
 
     The bundle is written only if the ONNX graph reproduces PyTorch's outputs on three random inputs, one of them large
-    in magnitude. A failure leaves nothing behind.
+    in magnitude. A model of 500 GFLOP a call or more may be compared on two, for the second on one query in 16; the
+    manifest lists what was compared. A failure leaves nothing behind.
 
     With ``fold`` the graph computes the same function in fewer operations, in pieces that keep the activations of the
     largest batch within ``memory_budget`` (bytes, or a text such as "512MiB"). A decoder of any number of queries is
@@ -134,7 +135,7 @@ def export(
     with new_bundle(path, options.overwrite) as directory:
         folded = _write_graphs(loaded, graphs, split, options.fold, budget, directory, report)
         parts = {one.part.name: _recorded(one) for one in folded}
-        checks = _verify(loaded, graphs, [one.part for one in folded], directory, report)
+        checks = _verify(loaded, graphs, folded, directory, report)
         for name, content in loaded.files.items():
             (directory / name).write_bytes(content)
         whole = graphs[0].outputs if loaded.config is None else output_specs(loaded.config, batch or Batch.parse(1))
@@ -264,13 +265,13 @@ def _recorded(folded: FoldedGraph) -> Part:
 
 
 def _verify(
-    loaded: LoadedModel, graphs: tuple[GraphPart, ...], parts: list[GraphPart], directory: Path, report: Progress
+    loaded: LoadedModel, graphs: tuple[GraphPart, ...], folded: list[FoldedGraph], directory: Path, report: Progress
 ) -> tuple[Check, ...]:
     """Compare the written graphs with torch, and keep the first case of each as golden.npz."""
-    from perceiver_export.exporter.trace import verify
+    from perceiver_export.exporter.verification import verify
 
     # The parts of one graph are compared with it together.
-    pairs = [(graphs[0], parts)] if loaded.config is None else [(part, [part]) for part in parts]
+    pairs = [(graphs[0], folded)] if loaded.config is None else [(one.part, [one]) for one in folded]
     checks: list[Check] = []
     golden: dict[str, Array] = {}
     for source, made in pairs:
@@ -279,7 +280,7 @@ def _verify(
         checks += found
         for part, own in arrays.items():
             # `input/image` of a whole model, `encoder/input/image` of a part
-            prefix = "" if len(parts) == 1 else f"{part}/"
+            prefix = "" if len(folded) == 1 else f"{part}/"
             golden |= {f"{prefix}{name}": array for name, array in own.items()}
     write_npz(directory / GOLDEN, golden)
     return tuple(checks)

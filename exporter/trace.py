@@ -1,18 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a torch module to an ONNX graph, and the comparison of both on random inputs."""
+"""From a torch module to an ONNX graph, and random inputs for both."""
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import io
 import logging
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import msgspec
@@ -32,19 +30,12 @@ from perceiver_export.exporter.model.config import ArrayInput, PerceiverConfig
 from perceiver_export.exporter.onnx_files import OnnxFile, refuse, vocabularies
 from perceiver_export.exporter.own import NamedModule
 from perceiver_export.exporter.simplify import number_folds, simplify, without_metadata, without_sequences
-from perceiver_export.runtimes.errors import ExportError, VerificationError
-from perceiver_export.runtimes.manifest import Check, FoldDecision, MemoryPlan, TensorSpec, index_input
-from perceiver_export.runtimes.opening import open_engine
-from perceiver_export.runtimes.runtime import Array, Runtime, compare
+from perceiver_export.runtimes.errors import ExportError
+from perceiver_export.runtimes.manifest import FoldDecision, MemoryPlan, TensorSpec
+from perceiver_export.runtimes.runtime import Array
 
 OPSET = 20
 IR_VERSION = 10  # onnxruntime 1.23, the newest for Python 3.10, refuses 12 and above
-# Two float32 implementations of a 50-layer model differ by about 1e-6 of the output's scale.
-TOLERANCE = 1e-4
-# Very sharp attention multiplies rounding errors. Where torch in float32 is itself further than the tolerance from
-# torch in float64, the graph may differ by so many times torch's own error: another order of sums is no bug.
-_TIMES_TORCHS_OWN = 10
-_LARGE = 100.0
 _DATA_DEPENDENT = re.compile(r"data.?dependent|unbacked|Dynamic control flow|nonzero", re.IGNORECASE)
 _ESCAPES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")  # colours
 
@@ -292,105 +283,3 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(disabled)
-
-
-def verify(
-    source: GraphPart,
-    parts: Sequence[GraphPart],
-    config: PerceiverConfig | None,
-    directory: Path,
-    progress: Callable[[int, int], None],
-) -> tuple[list[Check], dict[str, dict[str, Array]]]:
-    """Compare the graphs in ``directory`` with torch on three random inputs. ``parts``: what ``source`` was cut into,
-    an encoder first, or ``source`` itself.
-
-    Returns the checks, and ``input/NAME`` and ``output/NAME`` of each part's first case for golden.npz. torch is done
-    before the graphs are loaded: both of a large model need not fit into memory at once.
-
-    Raises VerificationError: a difference above `TOLERANCE` of the output's scale (above ten times torch's own rounding
-    error, where that is more), or a NaN or infinity.
-    """
-    cases = list(_cases(source, config))
-    references = []
-    for index, (_, feeds) in enumerate(cases):
-        progress(index, 2 * len(cases))
-        references.append(_reference(source, feeds))
-    known = [dict(feeds) for _, feeds in cases]
-    checks: list[Check] = []
-    golden: dict[str, dict[str, Array]] = {}
-    for part in parts:
-        engine = open_engine(directory / part.file, "ort-cpu", threads=None)
-        with Runtime(engine, part.inputs, part.outputs, "fp32") as runtime:
-            for index, (description, drawn) in enumerate(_cases(part, config)):
-                progress(len(cases) + index, 2 * len(cases))
-                given = {name: known[index].get(name, array) for name, array in drawn.items()}
-                found = runtime.run(given)
-                expected = _expected(source, part, found, references[index], given)
-                compared = [name for name in found if name in references[index]]
-                feeds = cases[index][1]
-                checks += [_check(source, one, description, feeds, found[one], expected[one]) for one in compared]
-                known[index] |= found
-                own = {f"input/{name}": array for name, array in given.items()}
-                golden.setdefault(part.name, own | {f"output/{name}": array for name, array in expected.items()})
-    return checks, golden
-
-
-def _expected(
-    source: GraphPart, part: GraphPart, found: dict[str, Array], reference: dict[str, Array], given: dict[str, Array]
-) -> dict[str, Array]:
-    """A part's outputs as ``source`` gives them; its latents are no output of the source."""
-    expected = {name: reference.get(name, array) for name, array in found.items()}
-    index = index_input(part.inputs)
-    if source is part or index is None or part.num_queries is None:
-        return expected
-    (rows,) = given[index.name]
-    return {
-        name: array.reshape(len(array), part.num_queries, -1)[:, rows].reshape(found[name].shape)
-        for name, array in expected.items()
-    }
-
-
-def _check(
-    source: GraphPart, output: str, description: str, feeds: dict[str, Array], found: Array, reference: Array
-) -> Check:
-    for side, array in (("torch", reference), ("the exported graph", found)):
-        if not np.isfinite(array).all():
-            raise VerificationError(
-                f"{side} returns NaN or infinite values for {description}",
-                "the checkpoint overflows float32; check its training before exporting it",
-            )
-    comparison = compare(found, reference, TOLERANCE)
-    if not comparison:
-        exact = _reference(source, feeds, double=True)[output]
-        own = compare(_reference(source, feeds)[output], exact, TOLERANCE).difference
-        comparison = compare(found, reference, max(TOLERANCE, _TIMES_TORCHS_OWN * own))
-    if not comparison:
-        raise VerificationError(
-            f"{output} for {description}: the exported graph {comparison}",
-            "report it: this is a bug; a graph exported with --no-fold may pass meanwhile",
-        )
-    return Check(output, description, comparison.difference, comparison.tolerance, comparison.scale)
-
-
-def _reference(part: GraphPart, feeds: dict[str, Array], double: bool = False) -> dict[str, Array]:
-    """What the source itself gives, in float64 with ``double``. An ONNX file has one precision."""
-    if isinstance(part.module, OnnxFile):
-        return part.module.run(feeds)
-    module = copy.deepcopy(part.module).double() if double else part.module
-    tensors = {name: torch.from_numpy(array) for name, array in feeds.items()}
-    if double:
-        tensors = {name: one.double() if one.is_floating_point() else one for name, one in tensors.items()}
-    with torch.no_grad():
-        if isinstance(module, NamedModule):
-            return {name: output.numpy() for name, output in module(tensors).items()}
-        outputs = module(*tensors.values())
-    return {spec.name: output.numpy() for spec, output in zip(part.outputs, outputs, strict=True)}
-
-
-def _cases(part: GraphPart, config: PerceiverConfig | None) -> Iterator[tuple[str, dict[str, Array]]]:
-    """Three seeds, the last with large inputs; dynamic dimensions are tried as usual, at least and at most."""
-    ranges = part.ranges
-    least, most = ({name: limits[end] for name, limits in ranges.items()} for end in (0, 1))
-    for seed, (sizes, scale) in enumerate(zip((part.typical, least, most), (1.0, 1.0, _LARGE), strict=True)):
-        shown = "".join(f", {name} {size}" for name, size in sizes.items())
-        yield f"seed {seed}, normal values × {scale:g}{shown}", sample_inputs(part, config, sizes, seed, scale)

@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import repeat
 from pathlib import Path
@@ -136,11 +136,7 @@ def bench(
     measured, medians = _measure(opened, -(-runs // _COUNTED), progress)
     undecided = unsteady(measured) if len(measured) > 1 else ""
     if save:
-        own = [index for index, one in enumerate(opened) if one.side.path == sides[0].path]
-        _save(path, "bench", {measured[index].target: measured[index] for index in reversed(own)})  # of several fp32's
-        if several:  # older figures of a target must not outlive new ones that decide nothing
-            relative = _relative([(opened[index].side, medians[index]) for index in own])
-            _save(path, "precisions", {target: {} for target in relative} if undecided else relative)
+        _keep(sides[0].path, zip(opened, measured, medians, strict=True), several, decided=not undecided)
     machine = f"{cpu_name()}, {available_cores()} cores, {' '.join(cpu_features()) or sys.platform}"
     ratio = _ratio(medians[0] / medians[1]) if against is not None and not several and device != "all" else {}
     best = () if undecided or len(measured) == 1 else fastest(np.stack(medians))
@@ -190,9 +186,7 @@ class Side(msgspec.Struct, frozen=True):
     @property
     def num_bytes(self) -> int:
         """Of the bundle's files; of a graph without the weights beside it."""
-        if self.is_graph:
-            return Path(self.path).stat().st_size
-        return open_bundle(self.path, "never").num_bytes
+        return Path(self.path).stat().st_size if self.is_graph else open_bundle(self.path, "never").num_bytes
 
     def open(self) -> Runtime:
         """Raises what `load` raises."""
@@ -358,6 +352,15 @@ def _relative(measured: Sequence[tuple[Side, Array]]) -> dict[str, dict[str, tup
         if (target := timed_as(side.device, side.threads)) in exact:
             found[target][str(side.precision)] = quartiles(own / exact[target])
     return found
+
+
+def _keep(path: str, rows: Iterable[tuple[_Opened, Measurement, Array]], several: bool, decided: bool) -> None:
+    """Save the figures of a bundle's sides, and of ``several`` precisions how they compare."""
+    own = [row for row in rows if row[0].side.path == path]
+    _save(path, "bench", {figures.target: figures for _, figures, _ in reversed(own)})  # of several fp32's
+    if several:  # older figures of a target must not outlive new ones that decide nothing
+        relative = _relative([(one.side, medians) for one, _, medians in own])
+        _save(path, "precisions", relative if decided else {target: {} for target in relative})
 
 
 def _save(bundle: str | os.PathLike[str], section: str, new: Mapping[str, Any]) -> None:

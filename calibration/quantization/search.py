@@ -165,14 +165,7 @@ def search(
         made = certify(trials.path(kept), evidence, searched)
         with new_bundle(path, options.overwrite) as directory:
             copy_tree(trials.path(kept), directory)
-    steps = sorted(trials.rungs)
-    slow = tuple(
-        f"the kept mixture was not found to be faster on this machine: it takes {time}"
-        for time in trials.rungs[kept].times
-        if not time.faster
-    )
-    rungs = tuple(trials.rungs[step] for step in steps)
-    return Found(rungs, steps.index(kept), made, len(ladder.rungs), ladder.ranking, slow)
+    return trials.found(kept, made)
 
 
 def search_targets(device: str, source: Bundle) -> tuple[str, ...]:
@@ -344,6 +337,17 @@ class Trials:
             for target, result in zip(self.targets, results, strict=True)
             for text in ([f"failed: {result.failure.message}"] if result.failure else map(str, result.gates))
         )
+
+    def found(self, kept: int, made: tuple[Certificate, ...]) -> Found:
+        """What was tried, with the step ``kept`` and its certificates."""
+        steps = sorted(self.rungs)
+        slow = tuple(
+            f"the kept mixture was not found to be faster on this machine: it takes {time}"
+            for time in self.rungs[kept].times
+            if not time.faster
+        )
+        rungs = tuple(self.rungs[step] for step in steps)
+        return Found(rungs, steps.index(kept), made, len(self.ladder.rungs), self.ladder.ranking, slow)
 
     def _time(self, path: Path, target: str) -> Time:
         """Takes turns with the best float, so that other work on the machine slows both."""

@@ -8,7 +8,7 @@ Source: Perceiver IO (arXiv 2107.14795), section 3.1 and appendix E. All layers 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Literal
 
@@ -84,28 +84,28 @@ def attend(
     or ``zero`` (DeepMind).
     """
     q, k, v = (split_heads(x, num_heads) for x in (queries, keys, values))
-    # Scaling queries takes N × d products, scaling scores N × M; constant queries are scaled at export.
-    q = q / math.sqrt(q.shape[-1])
     bias = None if mask is None else (MASKED_SCORE * (1 - mask.to(q.dtype)))[:, None, None, :]
-    reads = [_attend(rows, k, v, bias) for rows in _pieces(q, k)]
-    read = merge_heads(torch.cat(reads, dim=2) if len(reads) > 1 else reads[0])
+    read = merge_heads((_products if torch.compiler.is_exporting() else _fused)(q, k, v, bias))
     if mask is not None and masked_rows == "zero":
         read = read * mask.to(read.dtype).amax(dim=-1)[:, None, None]
     return read
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    scores = torch.matmul(q, k.transpose(-1, -2))
+def _products(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """In the operators that exported graphs have."""
+    # Scaling queries takes N × d products, scaling scores N × M; constant queries are scaled at export.
+    scores = torch.matmul(q / math.sqrt(q.shape[-1]), k.transpose(-1, -2))
     return torch.matmul(torch.softmax(scores if bias is None else scores + bias, dim=-1), v)
 
 
-def _pieces(q: Tensor, k: Tensor) -> Sequence[Tensor]:
-    """The queries in pieces where torch itself runs: the flow model's scores would take 1.5 GB twice."""
-    if torch.compiler.is_exporting():
-        return (q,)
-    rows = max(1, LARGEST_SCORES // (k.shape[0] * k.shape[1] * k.shape[2]))
-    pieces: Sequence[Tensor] = q.split(rows, dim=2)
-    return pieces
+def _fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """Where torch itself runs. Its kernel keeps no scores: the flow model's would take 1.5 GB."""
+    rows = q.shape[2]
+    if q.shape[-1] != v.shape[-1]:  # torch has no such kernel, and would keep all scores
+        rows = max(1, LARGEST_SCORES // (k.shape[0] * k.shape[1] * k.shape[2]))
+    q = q.expand(k.shape[0], -1, -1, -1)
+    reads = [F.scaled_dot_product_attention(piece, k, v, bias) for piece in q.split(rows, dim=2)]
+    return torch.cat(reads, dim=2) if len(reads) > 1 else reads[0]
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from perceiver_export.exporter.cli.answers import Request, image_files
 from perceiver_export.exporter.cli.run import RUNNERS
-from perceiver_export.exporter.trace import TOLERANCE
+from perceiver_export.exporter.verification import TOLERANCE
 from perceiver_export.runtimes import load, open_bundle
 from perceiver_export.runtimes.tasks import TASKS
 from perceiver_export.runtimes.tasks.sound import read_wav, write_wav

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""torch computes large attentions in pieces, and gets the same; exported graphs have none."""
+"""torch computes attention in one kernel, or in pieces, and gets what the operators of exported graphs give."""
 
 from __future__ import annotations
+
+from typing import Literal
 
 import pytest
 import torch
@@ -9,20 +11,34 @@ import torch
 from perceiver_export.exporter.model import attention
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_pieces_give_the_same(masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+class Attend(torch.nn.Module):
+    def __init__(self, masked_rows: Literal["zero", "mean"] = "mean") -> None:
+        super().__init__()
+        self.masked_rows = masked_rows
+
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return attention.attend(q, k, v, 2, mask, self.masked_rows)
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+@pytest.mark.parametrize("width", [8, 12])
+@pytest.mark.parametrize("masked_rows", [None, "zero", "mean"])
+def test_torch_gives_what_is_exported(
+    masked_rows: Literal["zero", "mean"] | None, width: int, samples: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With values as wide as the keys and wider, queries for each sample and for all, and a sample without keys."""
     torch.manual_seed(0)
-    queries, keys, values = (torch.randn(2, n, 8, dtype=torch.float64) for n in (7, 5, 5))
-    mask = torch.tensor([[1, 1, 0, 1, 0], [0, 0, 0, 0, 0]]) if masked else None
-    whole = attention.attend(queries, keys, values, 2, mask)
+    queries, keys = torch.randn(samples, 7, 8, dtype=torch.float64), torch.randn(2, 5, 8, dtype=torch.float64)
+    given = [queries, keys, torch.randn(2, 5, width, dtype=torch.float64)]
+    if masked_rows is not None:
+        given.append(torch.tensor([[1, 1, 0, 1, 0], [0, 0, 0, 0, 0]]))
+    module = Attend(masked_rows or "mean")
+    program = torch.export.export(module, tuple(given))
+    assert sum("softmax" in str(node.target) for node in program.graph.nodes) == 1
+    assert not any("attention" in str(node.target) for node in program.graph.nodes)
+    exported = program.module()(*given)
 
     monkeypatch.setattr(attention, "LARGEST_SCORES", 3 * 2 * 2 * 5)  # three queries at a time
-    pieces = attention.attend(queries, keys, values, 2, mask)
-    assert (whole - pieces).abs().max() <= 1e-14
-
-    class Attend(torch.nn.Module):
-        def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-            return attention.attend(q, k, v, 2)
-
-    graph = torch.export.export(Attend(), (queries, keys, values)).graph
-    assert sum("softmax" in str(node.target) for node in graph.nodes) == 1
+    assert (module(*given) - exported).abs().max() <= 1e-14

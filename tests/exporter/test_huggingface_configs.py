@@ -15,7 +15,7 @@ from torch import Tensor
 
 from perceiver_export.exporter import ExportOptions, export, load_model
 from perceiver_export.exporter.checkpoints.huggingface_config import ACTIVATIONS, IGNORED, TASKS, uses
-from perceiver_export.exporter.trace import TOLERANCE
+from perceiver_export.exporter.verification import TOLERANCE
 from perceiver_export.runtimes import open_task
 from perceiver_export.runtimes.errors import CheckpointError
 from perceiver_export.runtimes.tasks import (

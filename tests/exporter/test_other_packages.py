@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from perceiver_export.calibration import ValidateOptions, validate
 from perceiver_export.exporter import ExportOptions, OwnModel, export
-from perceiver_export.exporter.trace import TOLERANCE
+from perceiver_export.exporter.verification import TOLERANCE
 from perceiver_export.runtimes import load
 
 SIZES: dict[str, Any] = {

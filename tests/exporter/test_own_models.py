@@ -27,7 +27,7 @@ from perceiver_export.exporter.model import (
     own_model,
 )
 from perceiver_export.exporter.model.config import Input
-from perceiver_export.exporter.trace import TOLERANCE
+from perceiver_export.exporter.verification import TOLERANCE
 from perceiver_export.runtimes import Bundle, open_task
 from perceiver_export.runtimes import load as load_bundle
 from perceiver_export.runtimes.engines import ort

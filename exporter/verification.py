@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The comparison of exported graphs with their source on random inputs."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from perceiver_export.calibration.graphs import node_flops
+from perceiver_export.exporter.graphs import GraphPart
+from perceiver_export.exporter.model.config import GivenQueries, PerceiverConfig, QueryDecoder
+from perceiver_export.exporter.model.perceiver import PerceiverIO
+from perceiver_export.exporter.onnx_files import OnnxFile
+from perceiver_export.exporter.own import NamedModule
+from perceiver_export.exporter.trace import FoldedGraph, sample_inputs
+from perceiver_export.runtimes.errors import VerificationError
+from perceiver_export.runtimes.manifest import Check, index_input
+from perceiver_export.runtimes.opening import open_engine
+from perceiver_export.runtimes.runtime import Array, Runtime, compare
+
+# Two float32 implementations of a 50-layer model differ by about 1e-6 of the output's scale.
+TOLERANCE = 1e-4
+# Very sharp attention multiplies rounding errors. Where torch in float32 is itself further than the tolerance from
+# torch in float64, the graph may differ by so many times torch's own error: another order of sums is no bug.
+_TIMES_TORCHS_OWN = 10
+_LARGE_VALUES = 100.0
+LARGE_MODEL = 500e9  # FLOPs of a call: optical flow has 790e9, and torch needs 30 s of a core's time
+_STEP = 16  # of a large model's second input, one query in so many is compared
+
+
+@dataclass(frozen=True)
+class _Case:
+    """Random inputs, and what the source gives for them: for one query in ``step``."""
+
+    description: str
+    feeds: dict[str, Array]
+    outputs: dict[str, Array]
+    step: int = 1
+
+
+def verify(
+    source: GraphPart,
+    parts: Sequence[FoldedGraph],
+    config: PerceiverConfig | None,
+    directory: Path,
+    progress: Callable[[int, int], None],
+) -> tuple[list[Check], dict[str, dict[str, Array]]]:
+    """Compare the graphs in ``directory`` with torch on the random inputs of `_seeds`, every element of each output;
+    for a large model's second input those of one query in `_STEP`. ``parts``: what ``source`` was cut into, an encoder
+    first, or ``source`` itself.
+
+    Returns the checks, and ``input/NAME`` and ``output/NAME`` of each part's first case for golden.npz. torch is done
+    before the graphs are loaded: both of a large model need not fit into memory at once.
+
+    Raises VerificationError: a difference above `TOLERANCE` of the output's scale (above ten times torch's own rounding
+    error, where that is more), or a NaN or infinity.
+    """
+    seeds = _seeds(source, parts)
+    cases: list[_Case] = []
+    for description, feeds in _drawn(source, config, seeds):
+        progress(len(cases), 2 * len(seeds))
+        step = _STEP if cases and len(seeds) == 2 and _chooses_queries(source) else 1
+        cases.append(_Case(description, feeds, _reference(source, feeds, step=step), step))
+    known = [dict(case.feeds) for case in cases]
+    checks: list[Check] = []
+    golden: dict[str, dict[str, Array]] = {}
+    for part in (one.part for one in parts):
+        engine = open_engine(directory / part.file, "ort-cpu", threads=None)
+        with Runtime(engine, part.inputs, part.outputs, "fp32") as runtime:
+            for index, (description, drawn) in enumerate(_drawn(part, config, seeds)):
+                progress(len(cases) + index, 2 * len(cases))
+                given = {name: known[index].get(name, array) for name, array in drawn.items()}
+                found, case = runtime.run(given), cases[index]
+                expected = _expected(source, part, found, case.outputs, given)
+                compared = [name for name in found if name in case.outputs]
+                checks += [_check(source, case, one, found[one], expected[one], description) for one in compared]
+                known[index] |= found
+                own = {f"input/{name}": array for name, array in given.items()}
+                golden.setdefault(part.name, own | {f"output/{name}": array for name, array in expected.items()})
+    return checks, golden
+
+
+def _seeds(source: GraphPart, parts: Sequence[FoldedGraph]) -> tuple[int, ...]:
+    """Three. The second draws other sizes, tokens and masks than the first; a large model without these, which would
+    only get other numbers of the same distribution, is compared without it.
+    """
+    flops = sum(node_flops(node) for one in parts for node in one.model.graph)
+    alike = all(spec.dtype == "float32" and not spec.ranges for spec in source.inputs) and not source.examples
+    return (0, 2) if alike and flops >= LARGE_MODEL else (0, 1, 2)
+
+
+def _expected(
+    source: GraphPart, part: GraphPart, found: dict[str, Array], reference: dict[str, Array], given: dict[str, Array]
+) -> dict[str, Array]:
+    """A part's outputs as ``source`` gives them; its latents are no output of the source."""
+    expected = {name: reference.get(name, array) for name, array in found.items()}
+    index = index_input(part.inputs)
+    if source is part or index is None or part.num_queries is None:
+        return expected
+    (rows,) = given[index.name]
+    return {
+        name: array.reshape(len(array), part.num_queries, -1)[:, rows].reshape(found[name].shape)
+        for name, array in expected.items()
+    }
+
+
+def _check(source: GraphPart, case: _Case, output: str, found: Array, reference: Array, description: str) -> Check:
+    for side, array in (("torch", reference), ("the exported graph", found)):
+        if not np.isfinite(array).all():
+            raise VerificationError(
+                f"{side} returns NaN or infinite values for {description}",
+                "the checkpoint overflows float32; check its training before exporting it",
+            )
+    if case.step > 1:
+        description += f", one query in {case.step}"
+        config = source.module.model.config.decoder.outputs[output]
+        found = found.reshape(len(found), config.queries.num_queries, -1)[:, :: case.step]
+    comparison = compare(found, reference, TOLERANCE)
+    if not comparison:
+        exact = _reference(source, case.feeds, double=True, step=case.step)[output]
+        own = compare(case.outputs[output], exact, TOLERANCE).difference
+        comparison = compare(found, reference, max(TOLERANCE, _TIMES_TORCHS_OWN * own))
+    if not comparison:
+        raise VerificationError(
+            f"{output} for {description}: the exported graph {comparison}",
+            "report it: this is a bug; a graph exported with --no-fold may pass meanwhile",
+        )
+    return Check(output, description, comparison.difference, comparison.tolerance, comparison.scale)
+
+
+def _chooses_queries(part: GraphPart) -> bool:
+    """Whether torch can decode some of many queries of each output: of the whole of a `PerceiverIO`."""
+    model = getattr(part.module, "model", None)
+    if part.name != "model" or not isinstance(model, PerceiverIO) or not isinstance(model.config.decoder, QueryDecoder):
+        return False
+    queries = [output.queries for output in model.config.decoder.outputs.values()]
+    return not any(isinstance(one, GivenQueries) or one.num_queries <= _STEP for one in queries)
+
+
+def _reference(part: GraphPart, feeds: dict[str, Array], double: bool = False, step: int = 1) -> dict[str, Array]:
+    """What the source itself gives, in float64 with ``double``, for one query in ``step``. An ONNX file has one
+    precision.
+    """
+    if isinstance(part.module, OnnxFile):
+        return part.module.run(feeds)
+    module = copy.deepcopy(part.module).double() if double else part.module
+    tensors = {name: torch.from_numpy(array) for name, array in feeds.items()}
+    if double:
+        tensors = {name: one.double() if one.is_floating_point() else one for name, one in tensors.items()}
+    with torch.no_grad():
+        if step > 1:
+            return {name: rows.numpy() for name, rows in _some_rows(module.model, tensors, step)}
+        if isinstance(module, NamedModule):
+            return {name: output.numpy() for name, output in module(tensors).items()}
+        outputs = module(*tensors.values())
+    return {spec.name: output.numpy() for spec, output in zip(part.outputs, outputs, strict=True)}
+
+
+def _some_rows(model: PerceiverIO, feeds: dict[str, torch.Tensor], step: int) -> Iterator[tuple[str, torch.Tensor]]:
+    """Rows (B, Q, E) of one query in ``step`` of each output."""
+    inputs, mask = model.embed(feeds)
+    latents = model.encoder(inputs, mask)
+    assert isinstance(model.config.decoder, QueryDecoder)
+    for name, output in model.config.decoder.outputs.items():
+        indices = torch.arange(0, output.queries.num_queries, step).expand(len(latents), -1)
+        yield name, model.decode(name, latents, indices, feeds, inputs, mask)
+
+
+def _drawn(
+    part: GraphPart, config: PerceiverConfig | None, seeds: Sequence[int]
+) -> Iterator[tuple[str, dict[str, Array]]]:
+    """Inputs of ``seeds``, the third with large ones; dynamic dimensions are tried as usual, at least and at most."""
+    least, most = ({name: limits[end] for name, limits in part.ranges.items()} for end in (0, 1))
+    of_seed = ((part.typical, 1.0), (least, 1.0), (most, _LARGE_VALUES))
+    for seed in seeds:
+        sizes, scale = of_seed[seed]
+        shown = "".join(f", {name} {size}" for name, size in sizes.items())
+        yield f"seed {seed}, normal values × {scale:g}{shown}", sample_inputs(part, config, sizes, seed, scale)

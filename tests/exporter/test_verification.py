@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What export compares with the source, and that the manifest says it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from perceiver_export.exporter import ExportOptions, LoadedModel, OwnModel, export, load_model, verification
+from perceiver_export.runtimes.errors import VerificationError
+from perceiver_export.runtimes.manifest import Check
+from perceiver_export.runtimes.runtime import Array, Runtime
+
+from .conftest import MakeCheckpoint
+
+DRAWN_TWICE, DRAWN_ONCE = ["seed 0", "seed 1", "seed 2"], ["seed 0", "seed 2"]
+
+
+@pytest.fixture
+def loaded(make_checkpoint: MakeCheckpoint) -> LoadedModel:
+    checkpoint = make_checkpoint("fourier", num_blocks=1, num_self_attends_per_block=1)
+    return load_model(checkpoint, shape={"image": (3, 8, 8)})
+
+
+@pytest.fixture
+def flow(make_checkpoint: MakeCheckpoint) -> LoadedModel:
+    return load_model(make_checkpoint("flow", num_blocks=1, num_self_attends_per_block=1))
+
+
+@pytest.fixture
+def large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every model counts as a large one."""
+    monkeypatch.setattr(verification, "LARGE_MODEL", 0)
+
+
+def seeds(checks: tuple[Check, ...]) -> list[str]:
+    return [check.inputs.partition(",")[0] for check in checks]
+
+
+@pytest.mark.usefixtures("large")
+def test_a_large_model_is_compared_on_two_inputs(loaded: LoadedModel, tmp_path: Path) -> None:
+    """On three where the second has another number of samples."""
+    fixed = export(loaded, tmp_path / "fixed").manifest.verification
+    assert seeds(fixed) == DRAWN_ONCE
+    assert fixed[-1].inputs == "seed 2, normal values × 100"  # all of it: the model has one query
+
+    dynamic = export(loaded, tmp_path / "dynamic", ExportOptions(batch="1:2:3")).manifest.verification
+    assert seeds(dynamic) == DRAWN_TWICE
+    assert [check.inputs.rpartition(" ")[2] for check in dynamic] == ["2", "1", "3"]
+
+
+@pytest.mark.usefixtures("large")
+@pytest.mark.parametrize("own", [False, True], ids=["tokens and masks", "examples"])
+def test_a_large_model_whose_second_input_is_of_another_kind_is_compared_on_three(
+    own: bool, make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    model = OwnModel(torch.nn.Linear(3, 2), (torch.ones(1, 3),)) if own else make_checkpoint("language")
+    assert seeds(export(model, tmp_path / "bundle").manifest.verification) == DRAWN_TWICE
+
+
+@pytest.mark.usefixtures("large")
+@pytest.mark.parametrize(("call", "query", "refused"), [(0, 153, True), (1, 144, True), (1, 153, False)])
+def test_of_many_queries_the_second_input_compares_one_in_16(
+    call: int, query: int, refused: bool, flow: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A graph that gives a wrong number for a query of 11 × 14."""
+    original, calls = Runtime.run, iter(range(2))
+
+    def run(self: Runtime, *arguments: Any) -> dict[str, Array]:
+        found = original(self, *arguments)
+        if next(calls) == call:
+            found["flow"].reshape(-1, 2)[query] += 1.0
+        return found
+
+    monkeypatch.setattr(Runtime, "run", run)
+    if refused:
+        with pytest.raises(VerificationError):
+            export(flow, tmp_path / "bundle")
+        assert not (tmp_path / "bundle").exists()
+    else:
+        first, second = export(flow, tmp_path / "bundle").manifest.verification
+        assert "query" not in first.inputs
+        assert second.inputs == "seed 2, normal values × 100, one query in 16"
