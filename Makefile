@@ -22,7 +22,7 @@ $(STAMP): pyproject.toml constraints.txt $(LISTING)
 
 $(LISTING): FORCE
 	@mkdir -p $(VENV)
-	@find exporter runtimes calibration \( -name '*.py' -o -name '*.j2' \) | sort > $@.new; cmp -s $@.new $@ && rm $@.new || mv $@.new $@
+	@find exporter runtimes calibration package \( -name '*.py' -o -name '*.j2' \) | sort > $@.new; cmp -s $@.new $@ && rm $@.new || mv $@.new $@
 
 demo: install
 	$(BIN)/perceiver-export demo
@@ -58,7 +58,7 @@ docs: install
 check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy --strict runtimes calibration exporter tests examples
+	$(BIN)/mypy --strict runtimes calibration exporter package tests examples
 
 # On a machine with an NVIDIA GPU and TensorRT; where there is none each test says why it is skipped. On a Jetson, with the
 # environment that sees JetPack's TensorRT and has pytest, and the demo's bundle with its graphs rewritten for fp16:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from perceiver_export.calibration.quantization.record import Calibration
-from perceiver_export.calibration.validation.gates import AT_LEAST, CAVEAT, Gate
+from perceiver_export.calibration.validation.gates import AT_LEAST, CAVEAT, MARKS, Gate
 from perceiver_export.calibration.validation.results import Validation
 from perceiver_export.calibration.validation.statistics import Estimate
 from perceiver_export.runtimes.benchmark import Measurement
@@ -17,16 +17,24 @@ from perceiver_export.runtimes.manifest import Manifest, Part, Stage
 _APART = ("name", "certificates", "graphs")  # keys of a side that have no place in the line of its engine
 _CLASSES, _LAYERS = 20, 15  # at most, in their tables
 _MIB = 1 << 20
+_BOUNDS = "bounds, each with 95 % confidence by itself; a change of % is in points"
+_DRAWN = (
+    "Drawn: the shaded part is allowed, the line is the limit, the bar goes from bound to bound, the dot is measured."
+)
 
 
 @dataclass(frozen=True)
 class Bar:
-    """From ``left`` over ``width``, with a dot at ``dot`` and a line at ``limit``, all in percent of the column."""
+    """From ``left`` over ``width``, with a dot at ``dot`` and a line at ``limit``, all in percent of the column.
+
+    ``allowed``: from where to where values are within the limit.
+    """
 
     left: float
     width: float
     dot: float | None = None
     limit: float | None = None
+    allowed: tuple[float, float] = (0.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -41,7 +49,11 @@ class Table:
 
     def without_empty(self) -> Table:
         """Without the columns that are empty in every row."""
-        kept = [index for index in range(len(self.columns)) if any(row[index] for row in self.rows)]
+        return self.without(*(name for name, *cells in zip(self.columns, *self.rows, strict=True) if not any(cells)))
+
+    def without(self, *names: str) -> Table:
+        """Without the columns of these names."""
+        kept = [index for index, name in enumerate(self.columns) if name not in names]
         rows = [tuple(row[index] for index in kept) for row in self.rows]
         return replace(self, columns=tuple(self.columns[index] for index in kept), rows=rows)
 
@@ -51,6 +63,7 @@ class Report:
     """Everything that a report shows. ``validations`` has one per target; ``tables`` are about the bundle itself.
 
     ``speeds``: each side on each target, with MiB on disk; the candidate's ratio is to the reference's time.
+    ``date`` is today.
     ``sensitivity``: layers and their SQNR in dB, worst first. ``certificates``: those that the validations show.
     """
 
@@ -63,6 +76,7 @@ class Report:
     certificates: tuple[str, ...] = ()
     command: str = ""
     versions: dict[str, str] = field(default_factory=dict)
+    date: str = field(default_factory=lambda: datetime.datetime.now(datetime.timezone.utc).date().isoformat())
 
     @property
     def verdict(self) -> str:
@@ -71,6 +85,30 @@ class Report:
             return "failed"
         outcomes = {gate.outcome for _, gate in self._gates}
         return next((one for one in ("not held", "vacuous", "undecided", "held") if one in outcomes), "no gate asked")
+
+    @property
+    def mark(self) -> str:
+        """The verdict as people say it."""
+        reserved = ", with reservations" if self.verdict == "held" and self.reservations else ""
+        return {**MARKS, "failed": "FAIL"}.get(self.verdict, "NO GATE") + reserved
+
+    @property
+    def sentences(self) -> tuple[str, ...]:
+        """What was found, in a plain sentence for each target."""
+        return tuple(map(_sentence, self.validations))
+
+    @property
+    def origin(self) -> str:
+        """Date and versions, of this package and of the engines."""
+        engines = {f"{one.candidate['engine']} {one.candidate['version']}": 0 for one in self.validations}
+        ours = [f"perceiver-export {version}" for name, version in self.versions.items() if name == "perceiver-export"]
+        return ", ".join([self.date, *ours, *engines])
+
+    @property
+    def contents(self) -> list[str]:
+        """The titles of the sections, in order."""
+        own = (self.gates, self.accuracy, self.latency, self.layers, self.classes, self.samples)
+        return [one.title for one in (*own, *self.tables, self.environment, WORDS) if one.rows]
 
     @property
     def summary(self) -> str:
@@ -110,28 +148,30 @@ class Report:
             more = "" if needed is None else f"about {needed:,} samples would decide"
             more = "; ".join(f"but {one}" for one in gate.reservations) if gate.held else gate.vacuous or more
             found = Estimate(gate.measured, gate.lower, gate.upper)
-            rows.append((target, str(gate.wanted), gate.outcome, _bounded(found, gate.wanted.unit), more))
+            rows.append((target, str(gate.wanted), MARKS[gate.outcome], _bounded(found, gate.wanted.unit), more))
         means = ", ".join(dict.fromkeys(gate.wanted.subject for _, gate in self._gates if gate.bounds == "bootstrap"))
-        note = f"Bounds of {means} are {CAVEAT}. The others are exact." if means else ""
-        columns = ("target", "asked", "outcome", "measured (95 % bounds)>", " ")
-        return Table("Gates", columns, rows, note, [_interval(gate) for _, gate in self._gates]).without_empty()
+        note = _DRAWN + (f" Bounds of {means} are {CAVEAT}. The others are exact." if means else "")
+        table = self._without_target("Gates", ("allowed", "outcome", "measured (95 % bounds)>", " "), rows, note)
+        return replace(table, bars=[_interval(gate) for _, gate in self._gates])
 
     @property
     def accuracy(self) -> Table:
         """One row per metric and target."""
-        rows = []
+        rows: list[tuple[str, ...]] = []
         for one in self.validations:
             if not one.metrics:
                 found = "all finite; no labels or reference to measure against"
                 rows.append((_target(one), "outputs", found if one.failure is None else "NaN or infinite", "", ""))
             for metric in one.metrics:
-                unit = metric.unit
+                unit, points = metric.unit, "points" if metric.unit == "%" else metric.unit
                 other = "" if metric.reference is None else _shown(metric.reference.value, unit)
-                points = "points" if unit == "%" else unit
                 worse = "" if metric.worsening is None else _bounded(metric.worsening, points, "+")
-                rows.append((_target(one), metric.name, _bounded(metric.candidate, unit), other, worse))
+                cells = (_bounded(metric.candidate, unit), other, worse)
+                name = ", ".join(filter(None, (metric.name, unit)))
+                bare = (cell.removesuffix(unit).removesuffix(points).strip() for cell in cells)
+                rows.append((_target(one), name, *bare))
         first = self.validations[0]
-        note, flips = "Each bound holds with 95 % confidence by itself.", first.flips
+        note, flips = f"In brackets: {_BOUNDS}.", first.flips
         if flips is not None and first.mcnemar is not None:
             note += (
                 f" On {_target(first)}, {flips.lost:,} right with the reference only, {flips.gained:,} with the"
@@ -142,8 +182,12 @@ class Report:
                 "The run {}. Bounds of shares hold wherever it stops, those of other metrics for a fixed number only."
             )
             note = note.format(first.data.sequential)
-        columns = ("target", "metric", "candidate (95 % bounds)>", "reference>", "worse by (95 % bounds)>")
-        return Table("Accuracy", columns, rows, note).without_empty()
+        return self._without_target("Accuracy", ("metric", "candidate>", "reference>", "worse by>"), rows, note)
+
+    def _without_target(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], note: str) -> Table:
+        """A table whose rows begin with a target, which it leaves out if there is only one."""
+        table = Table(title, ("target", *columns), rows, note)
+        return (table if len(self.validations) > 1 else table.without("target")).without_empty()
 
     @property
     def latency(self) -> Table:
@@ -195,7 +239,7 @@ class Report:
     def environment(self) -> Table:
         """When, machine, engines, data, command."""
         first = self.validations[0]
-        rows = [("date", datetime.datetime.now(datetime.timezone.utc).date().isoformat()), *first.machine.items()]
+        rows = [("date", self.date), *first.machine.items()]
         rows += [("data", first.data.source), ("samples", f"{first.samples:,}")]
         rows += [("fingerprint of the data", first.data.fingerprint)]
         for side in (side for one in self.validations for side in (one.candidate, one.reference) if side):
@@ -204,6 +248,42 @@ class Report:
             rows += [(f"{side['name']}: {file}", digest) for file, digest in side.get("graphs", {}).items()]
         rows += [*self.versions.items(), *([("command", self.command)] if self.command else [])]
         return Table("Environment", ("", ""), list(dict.fromkeys(rows)))
+
+
+def _sentence(one: Validation) -> str:
+    """As `int8 answered 8 more and 5 fewer of 10,000 correctly than fp32; the loss is at most 0.034 points`."""
+    if one.failure is not None:
+        return f"{one.failure.message}."
+    said, name, flips = [], str(one.candidate["name"]), one.flips
+    if flips is not None and one.reference is not None:
+        counts = f"{flips.gained:,} more and {flips.lost:,} fewer of {one.samples:,}"
+        said = [f"{name} answered {counts} correctly than {one.reference['name']}"]
+    elif one.metrics:
+        said = [f"{one.metrics[0].name} of {name} is {_bounded(one.metrics[0].candidate, one.metrics[0].unit)}"]
+    gates = ", ".join(gate.sentence for gate in one.gates)
+    return "; ".join([*said, *([gates] if gates else [])]) + "."
+
+
+WORDS = Table(
+    "Words",
+    ("", ""),
+    [
+        ("candidate, reference", "the model that is judged, and the model that it is compared with"),
+        ("gate", "a limit that was set before the samples were seen"),
+        ("bound", "the worst value that the samples do not exclude, with 95 % confidence"),
+        ("95 % confidence", "of a hundred such statements, at most five are wrong"),
+        ("PASS", "the bound is within the limit"),
+        ("FAIL", "the samples show that the truth is beyond the limit"),
+        ("NOT ENOUGH DATA", "the samples decide neither; this is not a pass"),
+        ("PROVES NOTHING", "a model that ignores its input would pass too; this is not a pass"),
+        ("drop", "points by which the share of right answers falls; below 0, it rises"),
+        ("agreement", "share of the samples for which both give the same answer"),
+        ("SQNR", "how far a quantized layer's output is from the exact one; 20 dB is an error of a tenth"),
+        ("p50, p95", "half of the calls, and 95 of 100, take at most this time"),
+        ("fold", "an equal form of a part of the model that needs less work"),
+        ("fingerprint", "a hash of the samples, whatever their order: equal samples have equal ones"),
+    ],
+)
 
 
 def _target(validation: Validation) -> str:
@@ -215,7 +295,8 @@ def _interval(gate: Gate) -> Bar:
     ends = [gate.lower, gate.upper, gate.wanted.limit, *([] if gate.wanted.what == AT_LEAST else [0.0])]
     scale = 100 / max(max(ends) - min(ends), 1e-12)
     left, right, dot, limit = (scale * (x - min(ends)) for x in (gate.lower, gate.upper, gate.measured, ends[2]))
-    return Bar(left, right - left, dot, limit)
+    allowed = (limit, 100.0) if gate.wanted.what == AT_LEAST else (0.0, limit)
+    return Bar(left, right - left, dot, limit, allowed)
 
 
 def _lengths(values: Sequence[float]) -> list[Bar]:
@@ -224,7 +305,7 @@ def _lengths(values: Sequence[float]) -> list[Bar]:
 
 
 def _shown(value: float, unit: str, sign: str = "") -> str:
-    digits = ".2f" if unit == "%" else ".3f" if unit == "points" else ".4g"
+    digits = ".2f" if unit == "%" else ".3f" if unit == "points" else ".3g"
     return f"{value:{sign}{digits}} {unit}".strip()
 
 
@@ -298,7 +379,7 @@ def _quantization(record: Calibration) -> list[Table]:
         ("int8 multiply-adds in integer kernels", ", ".join(shares) or "none"),
         ("calibrated on", f"{record.data.samples:,} samples of {record.data.source}"),
         ("fingerprint", record.data.fingerprint),
-        ("warnings", "; ".join(record.warnings) or "none"),
+        ("warnings about the data", "; ".join(record.data.warnings) or "none"),
     ]
     return [
         Table("Left in float by policy", ("product", "share of multiply-adds>", "why"), left),

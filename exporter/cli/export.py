@@ -11,7 +11,7 @@ import typer
 from perceiver_export.exporter.cli import output as ui
 from perceiver_export.exporter.cli.run import example_input
 from perceiver_export.exporter.pipeline import ExportOptions
-from perceiver_export.runtimes.errors import UsageError, printable
+from perceiver_export.runtimes.errors import UsageError
 from perceiver_export.runtimes.presence import advice_here
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from perceiver_export.exporter.model.config import Input
     from perceiver_export.exporter.presets import Preset
     from perceiver_export.runtimes.bundle import Bundle
+    from perceiver_export.runtimes.manifest import Part
 
 _PRESETS_NOTE = (
     "Of one sample, with all queries of the model; a multiply-add is two FLOPs. Then the paper's figure, and the"
@@ -80,10 +81,7 @@ def _show_export(bundle: Bundle) -> None:
             ui.say(f"part {name}")
         for spec in (*part.inputs, *part.outputs):
             ui.say(f"  {ui.described(spec, manifest.output_kinds)}")
-        folded = sum(one.chosen == "folded" for one in part.folds)
-        folds = f", {folded} of {len(part.folds)} sites folded: see inspect" if part.folds else ""
-        each = "sample" if part.num_queries is None else "call"
-        ui.say(f"  work: {ui.count(sum(stage.flops for stage in part.stages))}FLOP a {each}{folds}")
+        ui.say(f"  {_work(part)}")
     ui.say(
         f"  verified against {source} in {len(manifest.verification)} comparisons: largest difference "
         f"{worst.difference:.1e} of the output's scale ({worst.tolerance:.0e} allowed)"
@@ -93,9 +91,19 @@ def _show_export(bundle: Bundle) -> None:
     path = shlex.quote(str(bundle.path))
     if advice := advice_here(bundle):
         ui.say(advice, "note:")
-    ui.say(f"next: perceiver-export run {path} {example_input(manifest)}")
+    ui.show_written(bundle.path)
+    ui.show_command("next:", f"perceiver-export run {path} {example_input(manifest)}")
     if manifest.task == "image-classification":
-        ui.say(f"      perceiver-export validate {path} --data DATA")
+        ui.show_command("     ", f"perceiver-export validate {path} --data DATA")
+
+
+def _work(part: Part) -> str:
+    """FLOPs and weights of a part, and how many of its sites are folded."""
+    folded = sum(one.chosen == "folded" for one in part.folds)
+    folds = f", {folded} of {len(part.folds)} sites folded" if part.folds else ""
+    each = "sample" if part.num_queries is None else "call"
+    flops, weights = (sum(getattr(one, name) for one in part.stages) for name in ("flops", "parameters"))
+    return f"work: {ui.count(flops)}FLOP a {each}, {ui.count(weights).strip()} weights{folds}"
 
 
 def presets(json: ui.JsonFlag = False) -> None:
@@ -167,9 +175,12 @@ def _compared(ours: float, paper: float | None) -> str:
 
 def inspect(
     bundle: Annotated[str, typer.Argument(metavar="BUNDLE|MODEL.onnx", help="A bundle, or an ONNX file.")],
+    layers: Annotated[
+        bool, typer.Option("--layers", help="Show each stage, fold and layer with its costs, too.")
+    ] = False,
     json: ui.JsonFlag = False,
 ) -> None:
-    """Show parts, shapes, and FLOPs, weights and bytes of each stage."""
+    """Show what a bundle is: inputs, outputs, work, precision and certificates; --layers shows each stage."""
     from perceiver_export.exporter.describe import inspect_bundle
 
     found = inspect_bundle(bundle)
@@ -178,54 +189,68 @@ def inspect(
         del document["bytes_on_disk"]
         ui.print_json(document)
     else:
-        _show_inspection(found)
+        _show_inspection(found, layers)
 
 
-def _show_inspection(inspection: Inspection) -> None:
-    """A description, then tables of each part."""
-    from perceiver_export.calibration.report.tables import part_tables
-
+def _show_inspection(inspection: Inspection, layers: bool) -> None:
+    """A summary, and with ``layers`` tables of each part."""
     manifest = inspection.manifest
     if manifest is not None:
         kind = f"{manifest.task}, {manifest.precision}, {manifest.parity} numerics"
         ui.say(f"{manifest.name}: {kind}, from {manifest.source}")
         if manifest.labels:
             more = ", …" if len(manifest.labels) > 5 else ""
-            ui.say(f"labels: {len(manifest.labels)} ({', '.join(map(printable, manifest.labels[:5]))}{more})")
+            ui.say(f"labels: {len(manifest.labels)} ({', '.join(manifest.labels[:5])}{more})")
         for note in manifest.notes:
             ui.say(note, "note:")
     ui.say(f"on disk: {ui.mebibytes(inspection.bytes_on_disk)}")
+    for name, part in inspection.parts.items():
+        if len(inspection.parts) > 1:
+            ui.say(f"part {name}")
+        for what, specs in (("input", part.inputs), ("output", part.outputs)):
+            for spec in specs:
+                shown = ui.described(spec, {} if manifest is None else manifest.output_kinds)
+                ui.say(f"{what} {shown}")
+        ui.say(_work(part))
+    if inspection.calibration is not None:
+        _show_precision(inspection.calibration, layers)
     held = {"": inspection.certificates, **inspection.certified_with}
     for options, certificates in held.items():
         for certificate in certificates:
-            ui.say(f"certified, and valid here{f' with {options}' if options else ''}: {certificate}")
-    if inspection.certified_elsewhere:
-        ui.say(f"certified elsewhere, not valid here: {', '.join(inspection.certified_elsewhere)}")
-    for name, part in inspection.parts.items():
-        for what, specs in (("input", part.inputs), ("output", part.outputs)):
-            for spec in specs:
-                ui.say(f"{what} {ui.described(spec, {} if manifest is None else manifest.output_kinds)}")
-        for table in part_tables(name, part):
-            ui.print_table(table.title, table.columns, table.rows, table.note)
-    if inspection.calibration is not None:
-        _show_precision(inspection.calibration)
+            ui.say(f"certified, valid here{f' with {options}' if options else ''}: {certificate}")
+    for place in inspection.certified_elsewhere:
+        ui.say(f"certified elsewhere, not valid here: {place}")
+    if layers:
+        from perceiver_export.calibration.report.tables import part_tables
+
+        for name, part in inspection.parts.items():
+            for table in part_tables(name, part):
+                ui.say("")
+                ui.print_table(table.title, table.columns, table.rows, table.note)
+    else:
+        ui.show_command("details:", f"perceiver-export inspect {shlex.quote(str(inspection.path))} --layers")
 
 
-def _show_precision(calibration: Calibration) -> None:
+def _show_precision(calibration: Calibration, layers: bool) -> None:
     """How it was quantized, the integer kernels of each engine, and what stays float; `profile` shows each layer."""
     data = calibration.data
-    source = f"{data.samples:,} samples of {data.source} (fingerprint {data.fingerprint[:16]})"
-    ui.say(f"{calibration.how}, calibrated on {source}")
-    ui.say(f"quantized by policy: {calibration.policy}")
-    for gate in calibration.gates:
-        ui.say(f"on the calibration data, {gate}")
+    ui.say(f"{calibration.how}, calibrated on {data.samples:,} samples of {data.source}")
     for name, part in calibration.parts.items():
         for one in part.coverage:
             ui.say(f"{name} on {one.engine}: {one.share:.2%} of int8 multiply-adds in integer kernels")
-        for excluded in part.excluded:
+        if part.excluded and not layers:
+            share = sum(excluded.share for excluded in part.excluded)
+            ui.say(f"{len(part.excluded)} layers of {name} stay float, {share:.1%} of the work")
+        for excluded in part.excluded if layers else ():
             ui.say(f"float: {excluded.name} ({excluded.share:.1%} of the work): {excluded.reason}")
-        for hazard in part.hazards:
-            ui.say(f"too large for fp16: {hazard.name}, up to {hazard.largest:.3g}, sums of {hazard.depth:,}")
+        for hazard in part.hazards if layers else ():
+            said = f"{hazard.name}, up to {hazard.largest:.3g}, sums of {hazard.depth:,}"
+            ui.say(f"too large for fp16: {said}")
+    if layers:
+        ui.say(f"fingerprint of the data: {data.fingerprint}")
+        ui.say(f"quantized by policy: {calibration.policy}")
+        for gate in calibration.gates:
+            ui.say(f"on the calibration data, {gate}")
 
 
 def package(
@@ -250,4 +275,5 @@ def package(
     ui.say(f"{path} is a model repository for {server}:")
     for file in files:
         ui.say(f"  {file} ({ui.mebibytes((path / file).stat().st_size)})")
-    ui.say(f"next: {_NEXT[server].format(path=shlex.quote(str(path.absolute())))}")
+    ui.show_written(path)
+    ui.show_command("next:", _NEXT[server].format(path=shlex.quote(str(path.absolute()))))

@@ -9,7 +9,9 @@ import functools
 import inspect
 import os
 import re
+import shutil
 import sys
+import textwrap
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 _STEERING = re.compile("[\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 _LEAST = 8  # columns of a terminal that are left for a name
+_PROSE = 80  # columns, also in a wider terminal
 _BETWEEN_PARTS = re.compile(r"(?<=\w[./_:-])(?=[^\W\d_])|(?<=/)(?=\w)")  # encoder. self_ attentions.0. mlp
 _NO_DATA = (".html", ".json", ".md", ".xml")  # files that commands write, and that are never samples
 _KINDS = {
@@ -34,6 +37,7 @@ _KINDS = {
 }
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON for machines instead of tables.")]
+QuietFlag = Annotated[bool, typer.Option("--quiet", "-q", help="Print answers, warnings and errors only.")]
 BundleArgument = Annotated[str, typer.Argument(metavar="BUNDLE", help="A bundle, as `export` writes it.")]
 
 
@@ -98,9 +102,70 @@ def _parameter(field: dataclasses.Field[Any], hint: Any) -> inspect.Parameter:
     return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
-def say(text: str, mark: str = "") -> None:
-    """Print lines after a coloured ``mark``, with control characters escaped."""
-    typer.echo((typer.style(mark, fg="yellow", bold=True) + " " if mark else "") + _lines(text))
+class _Quiet:
+    """What --quiet leaves out: ``notes``, and of a command that writes files also its ``answers``, not its verdict."""
+
+    notes = answers = False
+
+
+def be_quiet(notes: bool, answers: bool) -> None:
+    """Leave these out until the next call."""
+    _Quiet.notes, _Quiet.answers = notes, answers
+
+
+def say(text: str, mark: str = "", colour: str = "yellow") -> None:
+    """Print wrapped lines after a coloured ``mark``."""
+    if not (_Quiet.answers and not mark) and not (_Quiet.notes and mark == "note:"):
+        typer.echo(_marked(text, mark, colour))
+
+
+def complain(mark: str, text: str, colour: str) -> None:
+    """`say` on standard error."""
+    typer.echo(_marked(" ".join(text.split()), mark, colour), err=True)
+
+
+def _marked(text: str, mark: str, colour: str) -> str:
+    shown = wrapped(f"{mark} {text}" if mark else text, len(mark) + 1 if mark else 0)
+    return typer.style(mark, fg=colour, bold=True) + shown[len(mark) :] if mark else shown
+
+
+def wrapped(text: str, indent: int = 0) -> str:
+    """Lines of at most 80 columns with control characters escaped; no word, such as a path, is broken."""
+    width, lines = min(shutil.get_terminal_size().columns, _PROSE), list[str]()
+    for line in map(printable, text.split("\n")):
+        further = " " * (indent or len(line) - len(line.lstrip()))
+        given = textwrap.wrap(line, width, subsequent_indent=further, break_long_words=False, break_on_hyphens=False)
+        lines += given or [""]
+    return "\n".join(lines)
+
+
+def show_command(said: str, command: str) -> None:
+    """What it is for, such as `next:`, and a command to copy; after a backslash it goes on in the next line."""
+    pieces: list[str] = []  # an option with its value
+    for word in re.findall(r"""(?:'[^']*'|"[^"]*"|[^\s'"])+""", printable(command)):
+        if not pieces or word.startswith("-"):
+            pieces.append(word)
+        else:
+            pieces[-1] += f" {word}"
+    lines = [f"{said} {pieces[0]}"]
+    for piece in pieces[1:]:
+        if len(lines[-1]) + len(piece) > _PROSE - 3:
+            lines.append(" " * (len(said) + 2))
+        lines[-1] += f" {piece}"
+    if not _Quiet.notes:
+        typer.echo(" \\\n".join(lines))
+
+
+def show_written(*paths: str | os.PathLike[str]) -> None:
+    """Name what a command wrote, at its end, and the version of each."""
+    from importlib.metadata import version
+
+    from perceiver_export.runtimes.manifest import SCHEMA_VERSION
+
+    for path in map(Path, paths if not _Quiet.notes else ()):
+        bundle = (path / "manifest.json").is_file()
+        what = f"bundle of schema {SCHEMA_VERSION}, " if bundle else ""
+        say(f"written: {path} ({what}by perceiver-export {version('perceiver-export')})")
 
 
 def print_json(value: Any) -> None:
@@ -126,26 +191,44 @@ class Table(NamedTuple):
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], note: str = "") -> None:
     """Print a table; a column whose name ends in ``>`` holds figures, right-aligned.
 
-    In a terminal that is too narrow, names fold between their parts; figures never fold.
+    Where there is no room, names fold between their parts; figures never fold, and if even they are too wide, each row
+    is a paragraph. A pipe has 80 columns.
     """
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    # A pipe has no width, and a table folded at 80 columns is hard to read.
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    if _Quiet.answers:
+        return
+    console = Console(highlight=False, width=shutil.get_terminal_size().columns)
     cells = [[_lines(cell) for cell in row] for row in (columns, *rows)]
-    widths = [max(len(line) for cell in column for line in cell.split("\n")) for column in zip(*cells, strict=True)]
-    if sum(widths) + 3 * len(columns) + 1 > console.width:
-        cells = _narrowed(cells, console.width - 3 * len(columns) - 1)
-    table = Table(title=Text(_lines(title), style="bold"), title_justify="left", caption_justify="left")
-    table.caption = Text(_lines(note)) if note else None
+    room = console.width - 2 * (len(columns) - 1)
+    if sum(map(_widest, zip(*cells, strict=True))) > room:
+        cells = _narrowed(cells, room)
+    least = sum(_widest(cell) if cell[0].endswith(">") else _LEAST for cell in zip(*cells, strict=True))
+    if title:
+        typer.secho(wrapped(title), bold=True)
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     for name, header in zip(columns, cells[0], strict=True):
         figures = name.endswith(">")
         table.add_column(header.rstrip(">"), justify="right" if figures else "left", overflow="fold", no_wrap=figures)
     for row in cells[1:]:
         table.add_row(*map(Text, row))
-    console.print(table)
+    if least > room:
+        for row in cells[1:]:
+            pairs = zip((name.rstrip(">") for name in columns), row, strict=True)
+            typer.echo(wrapped("; ".join(f"{name} {cell}".strip() for name, cell in pairs if cell), 2))
+    else:
+        with console.capture() as drawn:
+            console.print(table)
+        typer.echo("\n".join(map(str.rstrip, drawn.get().splitlines())))
+    if note and not _Quiet.notes:
+        typer.echo(wrapped(note))
+
+
+def _widest(column: Iterable[str]) -> int:
+    return max(len(line) for cell in column for line in cell.split("\n"))
 
 
 def _narrowed(cells: Sequence[Sequence[str]], width: int) -> list[list[str]]:
@@ -158,24 +241,27 @@ def _narrowed(cells: Sequence[Sequence[str]], width: int) -> list[list[str]]:
     for index, (header, *rest) in enumerate(columns):
         if figures[index]:
             columns[index] = (header.replace(" ", "\n"), *rest)
-            width -= max(len(line) for cell in columns[index] for line in cell.split("\n"))
-    each = max(width // max(figures.count(False), 1), _LEAST)
-    for index, column in enumerate(columns):
-        if not figures[index]:
-            columns[index] = tuple(
-                re.sub(rf"\S{{{each + 1},}}", lambda long: _broken(long[0], each), cell) for cell in column
-            )
+            width -= _widest(columns[index])
+    texts = sorted((index for index, one in enumerate(figures) if not one), key=lambda one: _widest(columns[one]))
+    for place, index in enumerate(texts):  # those that need less leave the rest to the others
+        most = max(width // (len(texts) - place), _LEAST)
+        columns[index] = tuple(_folded(cell, most) for cell in columns[index])
+        width -= min(_widest(columns[index]), most)
     return [list(row) for row in zip(*columns, strict=True)]
 
 
-def _broken(word: str, width: int) -> str:
-    """A long word, folded between its parts."""
-    lines = [""]
-    for part in _BETWEEN_PARTS.split(word):
-        if lines[-1] and len(lines[-1]) + len(part) > width:
-            lines.append("")
-        lines[-1] += part
-    return "\n".join(lines)
+def _folded(cell: str, width: int) -> str:
+    """With long words folded between their parts."""
+
+    def broken(word: re.Match[str]) -> str:
+        lines = [""]
+        for part in _BETWEEN_PARTS.split(word[0]):
+            if lines[-1] and len(lines[-1]) + len(part) > width:
+                lines.append("")
+            lines[-1] += part
+        return "\n".join(lines)
+
+    return re.sub(rf"\S{{{width + 1},}}", broken, cell)
 
 
 @contextlib.contextmanager
@@ -184,7 +270,7 @@ def progress_bar(what: str, quiet: bool = False) -> Iterator[Callable[[str, int,
 
     Yields ``update(description, done, total)``.
     """
-    if quiet or not sys.stderr.isatty():
+    if quiet or _Quiet.notes or not sys.stderr.isatty():
         yield lambda description, done, total: None
         return
     from rich.console import Console

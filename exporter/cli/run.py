@@ -123,6 +123,8 @@ def run_task(task: str, request: Request) -> dict[str, Any]:
             ui.print_table(*shown._replace(title=shown.title or title))
         else:
             ui.say(shown)
+    if one.output is not None:
+        ui.show_written(one.output)
     return where
 
 

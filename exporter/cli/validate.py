@@ -24,6 +24,8 @@ from perceiver_export.exporter.cli.output import (
     print_table,
     progress_bar,
     say,
+    show_command,
+    show_written,
 )
 from perceiver_export.runtimes.errors import UsageError
 from perceiver_export.runtimes.files import readable, write_bytes
@@ -153,7 +155,8 @@ def _judge_shard(bundle: str, source: _Source, options: ValidateOptions, json: b
         print_json({"shard": source.shard, **samples, "scores": readable(scores)})
         return
     say(f"{len(found.positions):,} of {found.total:,} samples judged on {found.place}")
-    say(f"scores written to {scores}; next: perceiver-export validate {shlex.quote(bundle)} --merge PART.json …")
+    show_written(scores)
+    show_command("next:", f"perceiver-export validate {shlex.quote(bundle)} --merge PART.json …")
 
 
 def _finish(bundle: str, found: _Outcome, options: ValidateOptions, outputs: Mapping[str, Path], json: bool) -> None:
@@ -246,35 +249,22 @@ def _write(bundle: str, found: _Outcome, options: ValidateOptions, outputs: Mapp
 
 
 def _show_written(found: _Outcome) -> None:
-    for certificate in found.certificates:
-        say(f"certified: {certificate}")
-    for name, said in {"certificate": "certificate", **_OUTPUTS}.items():
-        if name in found.written:
-            say(f"{said} written to {found.written[name]}")
-    if found.certificates:
-        say("")
-        for name, said in _summary(found):
-            say(said, f"{name:<11}")
+    for name, said in _summary(found) if found.certificates else ():
+        say(said, f"{name:<11}")
+    show_written(*found.written.values())
 
 
 def _summary(found: _Outcome) -> Iterator[tuple[str, str]]:
-    """A certified bundle in a few lines: on the first target where there are several."""
+    """Size and speed, on the first target where there are several, and the certificate."""
     from perceiver_export.calibration.report.tables import Report
 
-    report, quality = found.report or Report("", found.results), found.results[0].metrics[0]
-    accuracy = {row[1]: row[2:] for row in reversed(report.accuracy.rows)}
-    if quality.worsening is not None:
-        yield "accuracy", "{} {}, reference {}, worse by {}".format(quality.name, *accuracy[quality.name])
-    if "agreement" in accuracy:
-        yield "agreement", f"{accuracy['agreement'][0]} of answers are the reference's"
+    report = found.report or Report("", found.results)
     if any(one.ratio is not None for one, _ in report.speeds):
         (target, _, p50, _, ratio, half, _, size), (*_, other) = report.latency.rows[:2]
         yield "size", f"{size}, reference {other}"
         yield "speed", f"{p50} a call on {target}, {ratio} the reference's time ({half} in half of the pairs)"
     claims = " and ".join(map(str, found.certificates[0].claims))
     yield "certificate", f"{claims} on {' and on '.join(one.target for one in found.certificates)}"
-    if "report" in found.written:
-        yield "report", found.written["report"]
 
 
 def _show(results: Sequence[Validation]) -> None:
@@ -283,18 +273,28 @@ def _show(results: Sequence[Validation]) -> None:
     A gate that does not hold is the error that follows.
     """
     from perceiver_export.calibration.report.tables import Report
+    from perceiver_export.calibration.validation.gates import MARKS
 
     report = Report("", tuple(results))
-    first, accuracy = report.validations[0], report.accuracy
-    print_table(report.summary, accuracy.columns, accuracy.rows, accuracy.note)
+    first = report.validations[0]
+    colour = {"held": "green", "no gate asked": "white"}.get(report.verdict, "red")
+    for sentence, result in zip(report.sentences, results, strict=True):
+        where = f"on {result.candidate.get('target')}, " if len(results) > 1 else ""
+        say(where + sentence, f"{report.mark}:", colour)
+    for result in results:
+        own = Report("", (result,))
+        say("")
+        print_table(own.summary, own.accuracy.columns, own.accuracy.rows, own.accuracy.note)
     for warning in report.warnings:
-        say(f"warning: {warning}")
+        say(warning, "warning:")
     flips = [row.flips for row in first.worst_classes]
     worst = [report.classes] * (any(count != 0 for count in flips)) + [report.samples] * (not flips or any(flips))
     for table in worst if first.reference is not None else ():
+        say("")
         print_table(table.title, table.columns, table.rows[:_SHOWN_WORST])
+    say("")
     for result in report.validations:
         where = f" on {result.candidate.get('target')}" if len(report.validations) > 1 else ""
         for gate in result.gates:
             if gate.held:
-                say(f"{gate}{where}")
+                say(f"{gate}{where}".removeprefix(MARKS["held"]).strip(), MARKS["held"], "green")

@@ -335,7 +335,7 @@ def test_an_engine_of_a_lowered_graph_is_one_of_this_bundle(copied_bundle: Path)
     ("data", "gates", "error", "said"),
     [
         ({}, {}, UsageError, "a gate that held"),
-        ({}, {"max_drop": 0.01}, UndecidedError, "^UNDECIDED"),
+        ({}, {"max_drop": 0.01}, UndecidedError, "^NOT ENOUGH DATA"),
         ({"of_class": 3}, {"max_drop": 20}, VacuousGateError, "always answering 'Dress' passes too"),
         ({"of_class": 3}, {"min_agreement": 93}, DataError, "one label"),
         ({"shift": 1}, {"min_agreement": 90}, DataError, "no better than chance"),

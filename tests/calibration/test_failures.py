@@ -52,7 +52,7 @@ def test_what_may_not_be_certified_is_reported_all_the_same(
     options: list[str | Path] = ["--against", fashion_bundle, "--max-drop", "20", "--certify", "--report", report]
     said = fail("validate", int8_bundle, "--data", data, *options)
 
-    assert "error: VACUOUS top-1 drop ≤ 20 points" in said
+    assert "error: PROVES NOTHING top-1 drop ≤ 20 points" in said
     assert "Certified" not in report.read_text(encoding="utf-8")
     assert "all samples have one label" in report.read_text(encoding="utf-8")
 

@@ -40,9 +40,9 @@ def test_validate_gates_by_exit_code(fashion_bundle: Path, tmp_path: Path) -> No
     common: list[str | Path] = ["validate", fashion_bundle, "--data", FASHION / "test.npz", "--samples", "300"]
     common += ["--against", FASHION / "checkpoint"]
 
-    assert "PASS  top-1 drop ≤ 1.5 points" in succeed(*common, "--max-drop", "1.5", "--min-agreement", "98")
+    assert "PASS top-1 drop ≤ 1.5 points" in succeed(*common, "--max-drop", "1.5", "--min-agreement", "98")
     said = fail(*common, "--min-agreement", "99.9")
-    assert "UNDECIDED agreement ≥ 99.9 %" in said
+    assert "NOT ENOUGH DATA agreement ≥ 99.9 %" in said
     assert "2,995 fresh samples" in said
     result = json.loads(succeed(*common, "--json", "--junit", tmp_path / "gates.xml"))
     assert result["written"] == {"junit": str(tmp_path / "gates.xml")}
