@@ -9,7 +9,7 @@ LISTING := $(VENV)/files
 PYTHON310 ?= $(shell for p in python3.10 $$HOME/.pyenv/versions/3.10.*/bin/python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info[:2] != (3, 10))' 2>/dev/null && echo $$p && break; done)
 
-.PHONY: install demo docs test test-report check check-fast pure test-gpu test-py310 benchmarks fuzz clean FORCE
+.PHONY: install demo docs screenshots test test-report check check-fast pure test-gpu test-py310 benchmarks fuzz clean FORCE
 
 install: $(STAMP)
 
@@ -50,6 +50,10 @@ pure: install
 # The report, opened in headless Chromium (Debian's `chromium`): part of `make test` where that is installed.
 test-report: install
 	$(BIN)/python -m pytest tests/calibration/test_report_in_browser.py
+
+# The pictures of the report in docs/images/, made anew by the README's commands; on a machine that does nothing else.
+screenshots: install
+	$(BIN)/python -m tests.screenshots
 
 # The documentation as a site, in site/; `make docs SERVE=1` shows it in a browser and follows changes.
 docs: install

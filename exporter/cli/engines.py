@@ -83,7 +83,7 @@ def build(
         _show(bundle, built, how.flag.get("compute_capability", ""))
     if how.precision == "auto" and not json:
         for advice in filter(None, (precision_advice(open_bundle(bundle, "never"), name) for name in target)):
-            ui.say(advice, "note:")
+            ui.show_advice(advice)
 
 
 def _check_measurable(bundle: str, targets: list[str]) -> None:

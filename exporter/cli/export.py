@@ -90,7 +90,7 @@ def _show_export(bundle: Bundle) -> None:
         ui.say(note, "note:")
     path = shlex.quote(str(bundle.path))
     if advice := advice_here(bundle):
-        ui.say(advice, "note:")
+        ui.show_advice(advice)
     ui.show_written(bundle.path)
     ui.show_command("next:", f"perceiver-export run {path} {example_input(manifest)}")
     if manifest.task == "image-classification":
@@ -235,6 +235,8 @@ def _show_precision(calibration: Calibration, layers: bool) -> None:
     """How it was quantized, the integer kernels of each engine, and what stays float; `profile` shows each layer."""
     data = calibration.data
     ui.say(f"{calibration.how}, calibrated on {data.samples:,} samples of {data.source}")
+    for gate in calibration.gates:
+        ui.say(f"on the calibration data, {gate}")
     for name, part in calibration.parts.items():
         for one in part.coverage:
             ui.say(f"{name} on {one.engine}: {one.share:.2%} of int8 multiply-adds in integer kernels")
@@ -249,8 +251,6 @@ def _show_precision(calibration: Calibration, layers: bool) -> None:
     if layers:
         ui.say(f"fingerprint of the data: {data.fingerprint}")
         ui.say(f"quantized by policy: {calibration.policy}")
-        for gate in calibration.gates:
-            ui.say(f"on the calibration data, {gate}")
 
 
 def package(

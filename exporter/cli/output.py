@@ -29,6 +29,7 @@ _STEERING = re.compile("[\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 _LEAST = 8  # columns of a terminal that are left for a name
 _PROSE = 80  # columns, also in a wider terminal
 _BETWEEN_PARTS = re.compile(r"(?<=\w[./_:-])(?=[^\W\d_])|(?<=/)(?=\w)")  # encoder. self_ attentions.0. mlp
+_COMMAND = re.compile(r"\b(?:perceiver-export|sudo|pip|docker) (?=[a-z])[^;`]*(?=[;`]|$)")
 _NO_DATA = (".html", ".json", ".md", ".xml")  # files that commands write, and that are never samples
 _KINDS = {
     "single-label": "labels that exclude each other (softmax)",
@@ -130,12 +131,18 @@ def _marked(text: str, mark: str, colour: str) -> str:
 
 
 def wrapped(text: str, indent: int = 0) -> str:
-    """Lines of at most 80 columns with control characters escaped; no word, such as a path, is broken."""
-    width, lines = min(shutil.get_terminal_size().columns, _PROSE), list[str]()
+    """Lines of at most 80 columns with control characters escaped; no word, such as a path, is broken.
+
+    A command that is broken can be copied all the same: a backslash is before each break.
+    """
+    width, lines = min(shutil.get_terminal_size().columns, _PROSE) - 2, list[str]()
     for line in map(printable, text.split("\n")):
-        further = " " * (indent or len(line) - len(line.lstrip()))
-        given = textwrap.wrap(line, width, subsequent_indent=further, break_long_words=False, break_on_hyphens=False)
-        lines += given or [""]
+        further, command = " " * (indent or len(line) - len(line.lstrip())), _COMMAND.search(line)
+        fill = textwrap.TextWrapper(width, subsequent_indent=further, break_long_words=False, break_on_hyphens=False)
+        end = 0
+        for part in fill.wrap(line) or [""]:
+            end = line.find(part.strip(), end) + len(part.strip())
+            lines.append(f"{part} \\" if command and command.start() < end < command.end() else part)
     return "\n".join(lines)
 
 
@@ -154,6 +161,14 @@ def show_command(said: str, command: str) -> None:
         lines[-1] += f" {piece}"
     if not _Quiet.notes:
         typer.echo(" \\\n".join(lines))
+
+
+def show_advice(advice: str) -> None:
+    """A line of advice, and where it has a second line, the command in that."""
+    said, _, command = advice.partition("\n")
+    say(said, "note:")
+    if command:
+        show_command("     ", command)
 
 
 def show_written(*paths: str | os.PathLike[str]) -> None:
@@ -175,7 +190,7 @@ def print_json(value: Any) -> None:
     typer.echo(_STEERING.sub(lambda found: f"\\u{ord(found[0]):04x}", document), nl=False)
 
 
-def _lines(text: str) -> str:
+def escaped(text: str) -> str:
     return "\n".join(map(printable, text.split("\n")))
 
 
@@ -202,7 +217,7 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]
     if _Quiet.answers:
         return
     console = Console(highlight=False, width=shutil.get_terminal_size().columns)
-    cells = [[_lines(cell) for cell in row] for row in (columns, *rows)]
+    cells = [[escaped(cell) for cell in row] for row in (columns, *rows)]
     room = console.width - 2 * (len(columns) - 1)
     if sum(map(_widest, zip(*cells, strict=True))) > room:
         cells = _narrowed(cells, room)

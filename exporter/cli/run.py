@@ -89,7 +89,7 @@ def run(
     where = run_task(task, request if top is None else replace(request, top=top))
     advice = "" if json else advice_here(open_bundle(bundle, "never"), where["target"])
     if advice and not where["precision"].endswith(("fp16", "bf16")):
-        ui.say(advice, "note:")
+        ui.show_advice(advice)
 
 
 def run_task(task: str, request: Request) -> dict[str, Any]:
@@ -122,7 +122,7 @@ def run_task(task: str, request: Request) -> dict[str, Any]:
         if isinstance(shown, ui.Table):
             ui.print_table(*shown._replace(title=shown.title or title))
         else:
-            ui.say(shown)
+            typer.echo(ui.escaped(shown))
     if one.output is not None:
         ui.show_written(one.output)
     return where

@@ -69,7 +69,7 @@ def succeed(*arguments: str | Path, **options: Any) -> str:
 
 def unwrapped(text: str) -> str:
     """Lines that were wrapped at 80 columns, each in one."""
-    return re.sub(r"\n {5,}", " ", text)
+    return re.sub(r"(?: \\)?\n {5,}", " ", text)
 
 
 def fail(*arguments: str | Path, **options: Any) -> str:
