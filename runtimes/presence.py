@@ -136,7 +136,7 @@ def _faster(bundle: Bundle, target: str) -> tuple[Precision, ...]:
 
 
 def precision_advice(bundle: Bundle, target: str) -> str:
-    """One line on a precision that is faster than fp32 on a target, or may be; a second is the command to type for it.
+    """One line on a precision that is faster than fp32 on a target, or may be, with the command to type for it.
 
     Empty where there is none, or where `bench --precision auto --save` found none.
     """
@@ -147,13 +147,13 @@ def precision_advice(bundle: Bundle, target: str) -> str:
         return ""
     on = f"{name} --device {target}"
     if not times:
-        return f"{faster[0]} may be faster; to measure it:\nperceiver-export bench {on} --precision auto --save"
+        return f"{faster[0]} may be faster; to measure it: perceiver-export bench {on} --precision auto --save"
     found = f"{faster[0]} takes {times[faster[0]][1]:.2f} × the time of {bundle.manifest.precision} on {target}"
     if choose_precision(bundle, target) == faster[0]:
         return f"{found}, and is certified: --precision auto takes it"
     against = f" --against {name}" if bundle.manifest.precision == "fp32" else ""
     check = f"perceiver-export validate {on} --precision {faster[0]} --data DATA{against}"
-    return f"{found}; to check its accuracy:\n{check}"
+    return f"{found}; to check its accuracy: {check}"
 
 
 def advice_here(bundle: Bundle, target: str = "") -> str:

@@ -18,7 +18,7 @@ import msgspec
 
 from perceiver_export.calibration.data.sources import Data
 from perceiver_export.calibration.quantization.record import Calibration, read_calibration
-from perceiver_export.calibration.report.tables import WORDS, Report, Table, tables
+from perceiver_export.calibration.report.tables import Report, Table, tables
 from perceiver_export.calibration.validation.gates import advice
 from perceiver_export.calibration.validation.results import Validation
 from perceiver_export.calibration.validation.validation import machine
@@ -46,7 +46,7 @@ def render(report: Report, ending: str = ".html") -> str:
 
     With ``.md`` the same for a pull request, without images, which such pages do not accept inline.
     """
-    return str(_environment(ending).get_template(f"report{ending}.j2").render(report=report, words=WORDS))
+    return str(_environment(ending).get_template(f"report{ending}.j2").render(report=report))
 
 
 def page(table: Table) -> str:

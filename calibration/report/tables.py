@@ -6,6 +6,7 @@ from __future__ import annotations
 import datetime
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from importlib.metadata import version
 
 from perceiver_export.calibration.quantization.record import Calibration
 from perceiver_export.calibration.validation.gates import AT_LEAST, CAVEAT, MARKS, Gate
@@ -17,10 +18,6 @@ from perceiver_export.runtimes.manifest import Manifest, Part, Stage
 _APART = ("name", "certificates", "graphs")  # keys of a side that have no place in the line of its engine
 _CLASSES, _LAYERS = 20, 15  # at most, in their tables
 _MIB = 1 << 20
-_BOUNDS = "bounds, each with 95 % confidence by itself; a change of % is in points"
-_DRAWN = (
-    "Drawn: the shaded part is allowed, the line is the limit, the bar goes from bound to bound, the dot is measured."
-)
 
 
 @dataclass(frozen=True)
@@ -93,22 +90,10 @@ class Report:
         return {**MARKS, "failed": "FAIL"}.get(self.verdict, "NO GATE") + reserved
 
     @property
-    def sentences(self) -> tuple[str, ...]:
-        """What was found, in a plain sentence for each target."""
-        return tuple(map(_sentence, self.validations))
-
-    @property
     def origin(self) -> str:
         """Date and versions, of this package and of the engines."""
-        engines = {f"{one.candidate['engine']} {one.candidate['version']}": 0 for one in self.validations}
-        ours = [f"perceiver-export {version}" for name, version in self.versions.items() if name == "perceiver-export"]
-        return ", ".join([self.date, *ours, *engines])
-
-    @property
-    def contents(self) -> list[str]:
-        """The titles of the sections, in order."""
-        own = (self.gates, self.accuracy, self.latency, self.layers, self.classes, self.samples)
-        return [one.title for one in (*own, *self.tables, self.environment, WORDS) if one.rows]
+        engines = [f"{one.candidate['engine']} {one.candidate['version']}" for one in self.validations]
+        return ", ".join(dict.fromkeys([self.date, f"perceiver-export {version('perceiver-export')}", *engines]))
 
     @property
     def summary(self) -> str:
@@ -137,7 +122,7 @@ class Report:
 
     @property
     def _gates(self) -> list[tuple[str, Gate]]:
-        return [(_target(validation), gate) for validation in self.validations for gate in validation.gates]
+        return [(self._where(validation), gate) for validation in self.validations for gate in validation.gates]
 
     @property
     def gates(self) -> Table:
@@ -150,9 +135,9 @@ class Report:
             found = Estimate(gate.measured, gate.lower, gate.upper)
             rows.append((target, str(gate.wanted), MARKS[gate.outcome], _bounded(found, gate.wanted.unit), more))
         means = ", ".join(dict.fromkeys(gate.wanted.subject for _, gate in self._gates if gate.bounds == "bootstrap"))
-        note = _DRAWN + (f" Bounds of {means} are {CAVEAT}. The others are exact." if means else "")
-        table = self._without_target("Gates", ("allowed", "outcome", "measured (95 % bounds)>", " "), rows, note)
-        return replace(table, bars=[_interval(gate) for _, gate in self._gates])
+        note = f"Bounds of {means} are {CAVEAT}. The others are exact." if means else ""
+        columns = ("target", "allowed", "outcome", "measured (95 % bounds)>", " ")
+        return Table("Gates", columns, rows, note, [_interval(gate) for _, gate in self._gates]).without_empty()
 
     @property
     def accuracy(self) -> Table:
@@ -161,7 +146,7 @@ class Report:
         for one in self.validations:
             if not one.metrics:
                 found = "all finite; no labels or reference to measure against"
-                rows.append((_target(one), "outputs", found if one.failure is None else "NaN or infinite", "", ""))
+                rows.append((self._where(one), "outputs", found if one.failure is None else "NaN or infinite", "", ""))
             for metric in one.metrics:
                 unit, points = metric.unit, "points" if metric.unit == "%" else metric.unit
                 other = "" if metric.reference is None else _shown(metric.reference.value, unit)
@@ -169,9 +154,9 @@ class Report:
                 cells = (_bounded(metric.candidate, unit), other, worse)
                 name = ", ".join(filter(None, (metric.name, unit)))
                 bare = (cell.removesuffix(unit).removesuffix(points).strip() for cell in cells)
-                rows.append((_target(one), name, *bare))
+                rows.append((self._where(one), name, *bare))
         first = self.validations[0]
-        note, flips = f"In brackets: {_BOUNDS}.", first.flips
+        note, flips = "In brackets: 95 % bounds, each by itself; a change of % is in points.", first.flips
         if flips is not None and first.mcnemar is not None:
             note += (
                 f" On {_target(first)}, {flips.lost:,} right with the reference only, {flips.gained:,} with the"
@@ -182,12 +167,12 @@ class Report:
                 "The run {}. Bounds of shares hold wherever it stops, those of other metrics for a fixed number only."
             )
             note = note.format(first.data.sequential)
-        return self._without_target("Accuracy", ("metric", "candidate>", "reference>", "worse by>"), rows, note)
+        columns = ("target", "metric", "candidate>", "reference>", "worse by>")
+        return Table("Accuracy", columns, rows, note).without_empty()
 
-    def _without_target(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], note: str) -> Table:
-        """A table whose rows begin with a target, which it leaves out if there is only one."""
-        table = Table(title, ("target", *columns), rows, note)
-        return (table if len(self.validations) > 1 else table.without("target")).without_empty()
+    def _where(self, validation: Validation) -> str:
+        """The target in tables; empty if there is only one."""
+        return _target(validation) if len(self.validations) > 1 else ""
 
     @property
     def latency(self) -> Table:
@@ -248,42 +233,6 @@ class Report:
             rows += [(f"{side['name']}: {file}", digest) for file, digest in side.get("graphs", {}).items()]
         rows += [*self.versions.items(), *([("command", self.command)] if self.command else [])]
         return Table("Environment", ("", ""), list(dict.fromkeys(rows)))
-
-
-def _sentence(one: Validation) -> str:
-    """As `int8 answered 8 more and 5 fewer of 10,000 correctly than fp32; the loss is at most 0.034 points`."""
-    if one.failure is not None:
-        return f"{one.failure.message}."
-    said, name, flips = [], str(one.candidate["name"]), one.flips
-    if flips is not None and one.reference is not None:
-        counts = f"{flips.gained:,} more and {flips.lost:,} fewer of {one.samples:,}"
-        said = [f"{name} answered {counts} correctly than {one.reference['name']}"]
-    elif one.metrics:
-        said = [f"{one.metrics[0].name} of {name} is {_bounded(one.metrics[0].candidate, one.metrics[0].unit)}"]
-    gates = ", ".join(gate.sentence for gate in one.gates)
-    return "; ".join([*said, *([gates] if gates else [])]) + "."
-
-
-WORDS = Table(
-    "Words",
-    ("", ""),
-    [
-        ("candidate, reference", "the model that is judged, and the model that it is compared with"),
-        ("gate", "a limit that was set before the samples were seen"),
-        ("bound", "the worst value that the samples do not exclude, with 95 % confidence"),
-        ("95 % confidence", "of a hundred such statements, at most five are wrong"),
-        ("PASS", "the bound is within the limit"),
-        ("FAIL", "the samples show that the truth is beyond the limit"),
-        ("NOT ENOUGH DATA", "the samples decide neither; this is not a pass"),
-        ("PROVES NOTHING", "a model that ignores its input would pass too; this is not a pass"),
-        ("drop", "points by which the share of right answers falls; below 0, it rises"),
-        ("agreement", "share of the samples for which both give the same answer"),
-        ("SQNR", "how far a quantized layer's output is from the exact one; 20 dB is an error of a tenth"),
-        ("p50, p95", "half of the calls, and 95 of 100, take at most this time"),
-        ("fold", "an equal form of a part of the model that needs less work"),
-        ("fingerprint", "a hash of the samples, whatever their order: equal samples have equal ones"),
-    ],
-)
 
 
 def _target(validation: Validation) -> str:

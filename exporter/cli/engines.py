@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 
 _SHOWN = 8  # nodes of one rule
 _LAYERS = 15  # of a profile
-_PRECISIONS = ("precision", "time (spread)>", "× first>", "MiB>", "from torch>", "")  # columns of `--precision auto`
+_PRECISIONS = ("ms (spread)", "× first", "MiB", "from torch", "certified", "fastest")  # columns of `--precision auto`
 _BENCH_NOTE = (
-    "spread: half of the blocks of calls. Memory: the peak of a fresh process (and before the load). From torch: the "
-    "largest difference, as a share of the outputs' scale, on random inputs; `validate` measures the accuracy of int8."
+    "spread: half of the blocks of calls. MiB: the peak memory of a fresh process. From torch: the largest difference, "
+    "as a share of the outputs' scale, on random inputs (!: too far); `validate` measures the accuracy of int8."
 )
 
 
@@ -83,7 +83,7 @@ def build(
         _show(bundle, built, how.flag.get("compute_capability", ""))
     if how.precision == "auto" and not json:
         for advice in filter(None, (precision_advice(open_bundle(bundle, "never"), name) for name in target)):
-            ui.show_advice(advice)
+            ui.say(advice, "note:")
 
 
 def _check_measurable(bundle: str, targets: list[str]) -> None:
@@ -112,9 +112,7 @@ def _show(bundle: str, built: list[BuiltEngine], crossed: str) -> None:
 
         ui.say(f"that machine loads it with the key that signed it: copy {key_file()}, name it in {ENVIRONMENT}")
     ui.show_written(*(one.directory for one in built if one.new))
-    ui.show_command(
-        f"next: {where}".strip(), f"perceiver-export bench {shlex.quote(bundle)} --device {built[-1].target}"
-    )
+    ui.say(f"{where}perceiver-export bench {shlex.quote(bundle)} --device {built[-1].target}", "next:")
 
 
 def _lower(bundle: str, targets: list[str], precision: PrecisionChoice, json: bool) -> None:
@@ -236,7 +234,9 @@ def _show_bench(result: Bench, precisions: bool) -> None:
     figures = [_figures(side, result) for side in sides]
     title = f"{result.runs} counted calls on {', '.join(result.machine.split(', ')[:2])}"  # without instructions
     if precisions:
-        ui.print_table(title, _PRECISIONS, [_row(side, result) for side in sides], _BENCH_NOTE)
+        names = [f"{side.name} in {side.precision} on {side.target}" for side in sides]
+        rows = [(name, *(one[key] for key in _PRECISIONS)) for name, one in zip(names, figures, strict=True)]
+        ui.print_table(title, ["", *(f"{name}>" for name in _PRECISIONS)], rows, _BENCH_NOTE)
     else:
         rows = [(name, *(one[name] for one in figures)) for name in figures[0] if any(one[name] for one in figures)]
         ui.print_table(title, ["", *(f"{side.name}>" for side in sides)], rows, _BENCH_NOTE)
@@ -256,23 +256,11 @@ def _show_bench(result: Bench, precisions: bool) -> None:
         )
 
 
-def _row(side: Measurement, result: Bench) -> tuple[str, ...]:
-    """Of `--precision auto`."""
-    own = _figures(side, result)
-    several = len({one.name for one in result.measurements}) > 1
-    name = f"{side.name}, " * several + f"{side.precision} on {side.target}"
-    said = ", ".join(filter(None, (own["fastest"], "certified" if side.certificates else "")))
-    wrong = "!" if side.within_tolerance is False else ""
-    difference = own["from torch"].partition(" ")[0] + wrong
-    return name, own["time (spread)"], own["× first"], f"{side.peak_memory:.0f}", difference, said
-
-
 def _figures(side: Measurement, result: Bench) -> dict[str, str]:
     place = result.measurements.index(side)
     tied = "tie" if len(result.fastest) > 1 else "fastest"
     difference = "–" if side.difference is None else f"{side.difference:.1e}"
-    if side.tolerance is not None:  # of int8, `validate` says how close is enough
-        difference += f" ≤ {side.tolerance:.0e}" if side.within_tolerance else f" > {side.tolerance:.0e}!"
+    wrong = "!" * (side.within_tolerance is False)  # of int8, `validate` says how close is enough
     return {
         "target": side.target,
         "engine": side.engine,
@@ -280,13 +268,13 @@ def _figures(side: Measurement, result: Bench) -> dict[str, str]:
         "threads": side.threads,
         "batch": str(side.batch),
         "p50 / p95 / p99": f"{side.p50:.2f} / {side.p95:.2f} / {side.p99:.2f} ms",
-        "time (spread)": f"{side.p50:.2f} ms ({side.spread[0]:.2f} to {side.spread[1]:.2f})",
+        "ms (spread)": f"{side.p50:.2f} ({side.spread[0]:.2f} to {side.spread[1]:.2f})",
         "× first": "" if side.ratio is None else f"{side.ratio:.3f}",
         "samples/s": f"{side.throughput:,.0f}",
         "load": f"{side.load:.0f} ms",
-        "peak memory": f"{side.peak_memory:.0f} MiB ({side.base_memory:.0f})",
+        "MiB": f"{side.peak_memory:.0f}",
         "size": f"{side.size:,.1f} MiB",
-        "from torch": difference,
+        "from torch": difference + wrong,
         "certified": "yes" if side.certificates else "no",
         "fastest": tied if place in result.fastest else "",
     }
@@ -345,11 +333,8 @@ def profile(
     kernels = [one.kernel for one in found.worst(sort)[:_LAYERS]]
     rows = [(f"{layer}\n  {kernel}", *row) for (layer, *row), kernel in zip(table.rows, kernels, strict=True)]
     ui.print_table(table.title, ("layer, kernel", *table.columns[1:]), rows, table.note)
-    more = len(found.layers) - _LAYERS
-    ui.say(
-        (f"{more} more layers, and all" if more > 0 else "all") + " figures: -o FILE.csv or FILE.html, or --json",
-        "note:",
-    )
+    more = max(len(found.layers) - _LAYERS, 0)
+    ui.say(f"{more} more layers, and all figures: -o FILE.csv or FILE.html, or --json", "note:")
     if output is not None:
         ui.show_written(output)
     if found.unsteady:

@@ -11,7 +11,7 @@ import typer
 from perceiver_export.exporter.cli import output as ui
 from perceiver_export.exporter.cli.run import example_input
 from perceiver_export.exporter.pipeline import ExportOptions
-from perceiver_export.runtimes.errors import UsageError
+from perceiver_export.runtimes.errors import UsageError, printable
 from perceiver_export.runtimes.presence import advice_here
 
 if TYPE_CHECKING:
@@ -90,11 +90,11 @@ def _show_export(bundle: Bundle) -> None:
         ui.say(note, "note:")
     path = shlex.quote(str(bundle.path))
     if advice := advice_here(bundle):
-        ui.show_advice(advice)
+        ui.say(advice, "note:")
     ui.show_written(bundle.path)
-    ui.show_command("next:", f"perceiver-export run {path} {example_input(manifest)}")
+    ui.say(f"perceiver-export run {path} {example_input(manifest)}", "next:")
     if manifest.task == "image-classification":
-        ui.show_command("     ", f"perceiver-export validate {path} --data DATA")
+        ui.say(f"perceiver-export validate {path} --data DATA", "next:")
 
 
 def _work(part: Part) -> str:
@@ -175,9 +175,7 @@ def _compared(ours: float, paper: float | None) -> str:
 
 def inspect(
     bundle: Annotated[str, typer.Argument(metavar="BUNDLE|MODEL.onnx", help="A bundle, or an ONNX file.")],
-    layers: Annotated[
-        bool, typer.Option("--layers", help="Show each stage, fold and layer with its costs, too.")
-    ] = False,
+    layers: Annotated[bool, typer.Option("--layers", help="Show each stage, fold and layer with its costs.")] = False,
     json: ui.JsonFlag = False,
 ) -> None:
     """Show what a bundle is: inputs, outputs, work, precision and certificates; --layers shows each stage."""
@@ -200,7 +198,7 @@ def _show_inspection(inspection: Inspection, layers: bool) -> None:
         ui.say(f"{manifest.name}: {kind}, from {manifest.source}")
         if manifest.labels:
             more = ", …" if len(manifest.labels) > 5 else ""
-            ui.say(f"labels: {len(manifest.labels)} ({', '.join(manifest.labels[:5])}{more})")
+            ui.say(f"labels: {len(manifest.labels)} ({', '.join(map(printable, manifest.labels[:5]))}{more})")
         for note in manifest.notes:
             ui.say(note, "note:")
     ui.say(f"on disk: {ui.mebibytes(inspection.bytes_on_disk)}")
@@ -209,8 +207,7 @@ def _show_inspection(inspection: Inspection, layers: bool) -> None:
             ui.say(f"part {name}")
         for what, specs in (("input", part.inputs), ("output", part.outputs)):
             for spec in specs:
-                shown = ui.described(spec, {} if manifest is None else manifest.output_kinds)
-                ui.say(f"{what} {shown}")
+                ui.say(f"{what} {ui.described(spec, {} if manifest is None else manifest.output_kinds)}")
         ui.say(_work(part))
     if inspection.calibration is not None:
         _show_precision(inspection.calibration, layers)
@@ -228,7 +225,7 @@ def _show_inspection(inspection: Inspection, layers: bool) -> None:
                 ui.say("")
                 ui.print_table(table.title, table.columns, table.rows, table.note)
     else:
-        ui.show_command("details:", f"perceiver-export inspect {shlex.quote(str(inspection.path))} --layers")
+        ui.say(f"perceiver-export inspect {shlex.quote(str(inspection.path))} --layers", "details:")
 
 
 def _show_precision(calibration: Calibration, layers: bool) -> None:
@@ -240,17 +237,15 @@ def _show_precision(calibration: Calibration, layers: bool) -> None:
     for name, part in calibration.parts.items():
         for one in part.coverage:
             ui.say(f"{name} on {one.engine}: {one.share:.2%} of int8 multiply-adds in integer kernels")
-        if part.excluded and not layers:
-            share = sum(excluded.share for excluded in part.excluded)
-            ui.say(f"{len(part.excluded)} layers of {name} stay float, {share:.1%} of the work")
-        for excluded in part.excluded if layers else ():
+    if not layers:
+        return
+    ui.say(f"fingerprint of the data: {data.fingerprint}")
+    ui.say(f"quantized by policy: {calibration.policy}")
+    for part in calibration.parts.values():
+        for excluded in part.excluded:
             ui.say(f"float: {excluded.name} ({excluded.share:.1%} of the work): {excluded.reason}")
-        for hazard in part.hazards if layers else ():
-            said = f"{hazard.name}, up to {hazard.largest:.3g}, sums of {hazard.depth:,}"
-            ui.say(f"too large for fp16: {said}")
-    if layers:
-        ui.say(f"fingerprint of the data: {data.fingerprint}")
-        ui.say(f"quantized by policy: {calibration.policy}")
+        for hazard in part.hazards:
+            ui.say(f"too large for fp16: {hazard.name}, up to {hazard.largest:.3g}, sums of {hazard.depth:,}")
 
 
 def package(
@@ -276,4 +271,4 @@ def package(
     for file in files:
         ui.say(f"  {file} ({ui.mebibytes((path / file).stat().st_size)})")
     ui.show_written(path)
-    ui.show_command("next:", _NEXT[server].format(path=shlex.quote(str(path.absolute()))))
+    ui.say(_NEXT[server].format(path=shlex.quote(str(path.absolute()))), "next:")

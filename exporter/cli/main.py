@@ -114,7 +114,7 @@ class _Warnings(logging.Handler):
     """Warnings, such as of an engine that is compiled again, on standard error."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        ui.complain("warning:", record.getMessage(), "yellow")
+        ui.say(" ".join(record.getMessage().split()), "warning:", err=True)
 
 
 def main() -> None:
@@ -140,8 +140,8 @@ def main() -> None:
 
 
 def _fail(message: str, hint: str, code: int = 1) -> None:
-    ui.complain("error:", message, "red")
-    ui.complain("hint:", hint, "yellow")
+    ui.say(" ".join(message.split()), "error:", "red", err=True)
+    ui.say(" ".join(hint.split()), "hint:", err=True)
     sys.exit(code)
 
 

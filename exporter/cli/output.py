@@ -29,7 +29,9 @@ _STEERING = re.compile("[\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 _LEAST = 8  # columns of a terminal that are left for a name
 _PROSE = 80  # columns, also in a wider terminal
 _BETWEEN_PARTS = re.compile(r"(?<=\w[./_:-])(?=[^\W\d_])|(?<=/)(?=\w)")  # encoder. self_ attentions.0. mlp
-_COMMAND = re.compile(r"\b(?:perceiver-export|sudo|pip|docker) (?=[a-z])[^;`]*(?=[;`]|$)")
+_COMMAND = re.compile(r"\b(?:perceiver-export|sudo|pip|docker|tritonserver) (?=[a-z-])[^;`]*[^;`\s]")
+_QUOTED = re.compile(r"'[^']*'")
+_LEFT_OUT = ("note:", "next:", "details:")  # by --quiet
 _NO_DATA = (".html", ".json", ".md", ".xml")  # files that commands write, and that are never samples
 _KINDS = {
     "single-label": "labels that exclude each other (softmax)",
@@ -114,61 +116,29 @@ def be_quiet(notes: bool, answers: bool) -> None:
     _Quiet.notes, _Quiet.answers = notes, answers
 
 
-def say(text: str, mark: str = "", colour: str = "yellow") -> None:
+def say(text: str, mark: str = "", colour: str = "yellow", *, err: bool = False) -> None:
     """Print wrapped lines after a coloured ``mark``."""
-    if not (_Quiet.answers and not mark) and not (_Quiet.notes and mark == "note:"):
-        typer.echo(_marked(text, mark, colour))
-
-
-def complain(mark: str, text: str, colour: str) -> None:
-    """`say` on standard error."""
-    typer.echo(_marked(" ".join(text.split()), mark, colour), err=True)
-
-
-def _marked(text: str, mark: str, colour: str) -> str:
-    shown = wrapped(f"{mark} {text}" if mark else text, len(mark) + 1 if mark else 0)
-    return typer.style(mark, fg=colour, bold=True) + shown[len(mark) :] if mark else shown
+    if not (_Quiet.answers and not mark) and not (_Quiet.notes and mark in _LEFT_OUT):
+        shown = wrapped(f"{mark} {text}", len(mark) + 1) if mark else wrapped(text)
+        typer.echo(typer.style(mark, fg=colour, bold=True) + shown[len(mark) :] if mark else shown, err=err)
 
 
 def wrapped(text: str, indent: int = 0) -> str:
     """Lines of at most 80 columns with control characters escaped; no word, such as a path, is broken.
 
-    A command that is broken can be copied all the same: a backslash is before each break.
+    A command can be copied all the same: where it goes on in another line, a backslash is before the break.
     """
-    width, lines = min(shutil.get_terminal_size().columns, _PROSE) - 2, list[str]()
+    width, lines = min(shutil.get_terminal_size().columns, _PROSE), list[str]()
     for line in map(printable, text.split("\n")):
-        further, command = " " * (indent or len(line) - len(line.lstrip())), _COMMAND.search(line)
-        fill = textwrap.TextWrapper(width, subsequent_indent=further, break_long_words=False, break_on_hyphens=False)
-        end = 0
+        command = _COMMAND.search(line)
+        line = _QUOTED.sub(lambda quoted: quoted[0].replace(" ", "\0"), line) if command else line
+        further, at = " " * (indent or len(line) - len(line.lstrip())), 0
+        fill = textwrap.TextWrapper(width - 2, "", further, break_long_words=False, break_on_hyphens=False)
         for part in fill.wrap(line) or [""]:
-            end = line.find(part.strip(), end) + len(part.strip())
-            lines.append(f"{part} \\" if command and command.start() < end < command.end() else part)
+            at = line.find(part.strip(), at) + len(part.strip())
+            goes_on = command is not None and command.start() < at < command.end()
+            lines.append(part.replace("\0", " ") + " \\" * goes_on)
     return "\n".join(lines)
-
-
-def show_command(said: str, command: str) -> None:
-    """What it is for, such as `next:`, and a command to copy; after a backslash it goes on in the next line."""
-    pieces: list[str] = []  # an option with its value
-    for word in re.findall(r"""(?:'[^']*'|"[^"]*"|[^\s'"])+""", printable(command)):
-        if not pieces or word.startswith("-"):
-            pieces.append(word)
-        else:
-            pieces[-1] += f" {word}"
-    lines = [f"{said} {pieces[0]}"]
-    for piece in pieces[1:]:
-        if len(lines[-1]) + len(piece) > _PROSE - 3:
-            lines.append(" " * (len(said) + 2))
-        lines[-1] += f" {piece}"
-    if not _Quiet.notes:
-        typer.echo(" \\\n".join(lines))
-
-
-def show_advice(advice: str) -> None:
-    """A line of advice, and where it has a second line, the command in that."""
-    said, _, command = advice.partition("\n")
-    say(said, "note:")
-    if command:
-        show_command("     ", command)
 
 
 def show_written(*paths: str | os.PathLike[str]) -> None:

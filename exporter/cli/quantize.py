@@ -120,7 +120,7 @@ def _collect(bundle: str, source: _Source, options: QuantizeOptions) -> None:
     with ui.progress_bar("quantize") as progress:
         collect_statistics(bundle, source.data, path, shard, options, progress=progress)
     ui.show_written(path)
-    ui.show_command("next:", f"perceiver-export quantize {shlex.quote(bundle)} --merge PART.npz … -o BUNDLE2")
+    ui.say(f"perceiver-export quantize {shlex.quote(bundle)} --merge PART.npz … -o BUNDLE2", "next:")
 
 
 def _quantize_and_show(
@@ -152,10 +152,10 @@ def _quantize_and_show(
     _show_quantized(made, calibration)
     if groups:
         show = f"perceiver-export profile {shlex.quote(str(made.path))} --sort loss"
-        ui.show_command("each layer by itself:", show)
+        ui.say(show, "each layer by itself:")
     ui.show_written(made.path, *([] if sensitivity is None else [sensitivity]))
     command = shlex.join(["perceiver-export", "validate", str(made.path), "--data", "DATA", "--against", bundle])
-    ui.show_command("next:", command)
+    ui.say(command, "next:")
 
 
 def _show_quantized(made: Bundle, calibration: Calibration) -> None:
@@ -185,13 +185,8 @@ def _search_and_show(
     """Search, then show a row for each mixture that was tried."""
     from perceiver_export.calibration import search
 
-    given: dict[str, Any] = {
-        "calibrate": data,
-        "search_on": how.search,
-        "certify_on": how.certify,
-        "device": how.device,
-    }
-    given |= {"least_gain": how.least_gain, "for_size": how.for_size, "allow_overlap": how.allow_overlap}
+    given: dict[str, Any] = {**vars(how), "calibrate": data}
+    given |= {"search_on": given.pop("search"), "certify_on": given.pop("certify")}
     with ui.progress_bar("search", quiet=json) as progress:
         found = search(bundle, output, options, **given, progress=progress)
     if sensitivity is not None:
@@ -214,12 +209,8 @@ def _search_and_show(
 def _shown(rung: Rung) -> str:
     counts = ", ".join(f"{count} to {scheme}" for scheme, count in sorted(Counter(rung.precision.values()).items()))
     names = ", ".join(list(rung.precision)[:2]) + (", …" if len(rung.precision) > 2 else "")
-    times = ", ".join(
-        f"{time.target} {time.milliseconds:.2f} ms, {time.ratio:.2f} × {time.against}'s" for time in rung.times
-    )
-    searched, certified = (
-        ", ".join(text.partition(":")[0] for text in said) for said in (rung.search, rung.certification)
-    )
+    times = ", ".join(f"{it.target} {it.milliseconds:.2f} ms, {it.ratio:.2f} × {it.against}'s" for it in rung.times)
+    searched, certified = (", ".join(one.split(":")[0] for one in said) for said in (rung.search, rung.certification))
     layers = f"{counts}: {names}" if counts else "no layer went back"
-    size = f"{rung.size:.2f} × fp32's size"
-    return f"{layers}; {times}; {size}; search split {searched}; certification {certified or 'not needed'}"
+    found = f"search split {searched}; certification {certified or 'not needed'}"
+    return f"{layers}; {times}; {rung.size:.2f} × fp32's size; {found}"

@@ -89,7 +89,7 @@ def run(
     where = run_task(task, request if top is None else replace(request, top=top))
     advice = "" if json else advice_here(open_bundle(bundle, "never"), where["target"])
     if advice and not where["precision"].endswith(("fp16", "bf16")):
-        ui.show_advice(advice)
+        ui.say(advice, "note:")
 
 
 def run_task(task: str, request: Request) -> dict[str, Any]:
