@@ -51,8 +51,8 @@ def demo(
     for what, words in _STEPS:
         command = [word.format(example=folder, out=directory) for word in words.split()]
         say("")
-        typer.secho(f"{len(times) + 1}. {command[0]}: {what}", bold=True)
-        typer.secho(f"   $ {shlex.join(['perceiver-export', *command])}", dim=True)
+        say(f"{len(times) + 1}. {command[0]}: {what}")
+        say(f"   $ {shlex.join(['perceiver-export', *command])}")
         # In its own directory the demo replaces the bundles of an earlier one.
         replaces = output == _DIRECTORY and command[0] in ("export", "quantize")
         begun = time.monotonic()

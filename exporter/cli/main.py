@@ -69,9 +69,9 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(function)
     def run_command(*arguments: Any, quiet: bool, **options: Any) -> None:
-        ui.be_quiet(quiet, quiet and function in _WRITES_ONLY)
         try:
-            function(*arguments, **options)
+            with ui.quiet(quiet, quiet and function in _WRITES_ONLY):
+                function(*arguments, **options)
         except KeyboardInterrupt as error:
             hint = "nothing was left half-written; type the command again"
             raise PerceiverExportError("interrupted", hint) from error

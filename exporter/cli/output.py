@@ -111,9 +111,15 @@ class _Quiet:
     notes = answers = False
 
 
-def be_quiet(notes: bool, answers: bool) -> None:
-    """Leave these out until the next call."""
-    _Quiet.notes, _Quiet.answers = notes, answers
+@contextlib.contextmanager
+def quiet(notes: bool, answers: bool) -> Iterator[None]:
+    """Leave these out, in commands of a command too."""
+    before = _Quiet.notes, _Quiet.answers
+    _Quiet.notes, _Quiet.answers = before[0] or notes, before[1] or answers
+    try:
+        yield
+    finally:
+        _Quiet.notes, _Quiet.answers = before
 
 
 def say(text: str, mark: str = "", colour: str = "yellow", *, err: bool = False) -> None:
@@ -187,7 +193,7 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]
     if _Quiet.answers:
         return
     console = Console(highlight=False, width=shutil.get_terminal_size().columns)
-    cells = [[escaped(cell) for cell in row] for row in (columns, *rows)]
+    cells = whole = [[escaped(cell) for cell in row] for row in (columns, *rows)]
     room = console.width - 2 * (len(columns) - 1)
     if sum(map(_widest, zip(*cells, strict=True))) > room:
         cells = _narrowed(cells, room)
@@ -201,9 +207,10 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]
     for row in cells[1:]:
         table.add_row(*map(Text, row))
     if least > room:
-        for row in cells[1:]:
+        for row in whole[1:]:
             pairs = zip((name.rstrip(">") for name in columns), row, strict=True)
-            typer.echo(wrapped("; ".join(f"{name} {cell}".strip() for name, cell in pairs if cell), 2))
+            said = "; ".join(f"{name} {cell}" for name, cell in pairs if cell)
+            typer.echo(wrapped(" ".join(said.split()), 2))
     else:
         with console.capture() as drawn:
             console.print(table)
