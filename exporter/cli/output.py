@@ -31,7 +31,7 @@ _PROSE = 80  # columns, also in a wider terminal
 _BETWEEN_PARTS = re.compile(r"(?<=\w[./_:-])(?=[^\W\d_])|(?<=/)(?=\w)")  # encoder. self_ attentions.0. mlp
 _COMMAND = re.compile(r"\b(?:perceiver-export|sudo|pip|docker|tritonserver) (?=[a-z-])[^;`]*[^;`\s]")
 _QUOTED = re.compile(r"'[^']*'")
-_LEFT_OUT = ("note:", "next:", "details:")  # by --quiet
+_LEFT_OUT = ("note:", "next:", "details:", "written:")  # by --quiet
 _NO_DATA = (".html", ".json", ".md", ".xml")  # files that commands write, and that are never samples
 _KINDS = {
     "single-label": "labels that exclude each other (softmax)",
@@ -153,10 +153,10 @@ def show_written(*paths: str | os.PathLike[str]) -> None:
 
     from perceiver_export.runtimes.manifest import SCHEMA_VERSION
 
-    for path in map(Path, paths if not _Quiet.notes else ()):
+    for path in map(Path, paths):
         bundle = (path / "manifest.json").is_file()
         what = f"bundle of schema {SCHEMA_VERSION}, " if bundle else ""
-        say(f"written: {path} ({what}by perceiver-export {version('perceiver-export')})")
+        say(f"{path} ({what}by perceiver-export {version('perceiver-export')})", "written:")
 
 
 def print_json(value: Any) -> None:
