@@ -9,7 +9,7 @@ LISTING := $(VENV)/files
 PYTHON310 ?= $(shell for p in python3.10 $$HOME/.pyenv/versions/3.10.*/bin/python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info[:2] != (3, 10))' 2>/dev/null && echo $$p && break; done)
 
-.PHONY: install demo docs test test-report test-web test-install check check-fast pure test-gpu test-py310 benchmarks fuzz clean FORCE
+.PHONY: install demo docs screenshots test test-report test-web test-install check check-fast pure test-gpu test-py310 benchmarks fuzz clean FORCE
 
 install: $(STAMP)
 
@@ -22,7 +22,7 @@ $(STAMP): pyproject.toml constraints.txt $(LISTING)
 
 $(LISTING): FORCE
 	@mkdir -p $(VENV)
-	@find exporter runtimes calibration \( -name '*.py' -o -name '*.j2' \) | sort > $@.new; cmp -s $@.new $@ && rm $@.new || mv $@.new $@
+	@find exporter runtimes calibration package \( -name '*.py' -o -name '*.j2' \) | sort > $@.new; cmp -s $@.new $@ && rm $@.new || mv $@.new $@
 
 demo: install
 	$(BIN)/perceiver-export demo
@@ -60,6 +60,10 @@ test-web: install
 test-install: install
 	$(BIN)/python tests/install.py $(if $(EXTRAS),--extras $(EXTRAS))
 
+# The pictures of the report in docs/images/, made anew by the README's commands; on a machine that does nothing else.
+screenshots: install
+	$(BIN)/python -m tests.screenshots
+
 # The documentation as a site, in site/; `make docs SERVE=1` shows it in a browser and follows changes.
 docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs $(if $(SERVE),serve,build --strict)
@@ -67,7 +71,7 @@ docs: install
 check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy --strict runtimes calibration exporter tests examples
+	$(BIN)/mypy --strict runtimes calibration exporter package tests examples
 
 # On a machine with an NVIDIA GPU and TensorRT; where there is none each test says why it is skipped. On a Jetson, with the
 # environment that sees JetPack's TensorRT and has pytest, and the demo's bundle with its graphs rewritten for fp16:

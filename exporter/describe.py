@@ -10,7 +10,7 @@ from pathlib import Path
 
 from perceiver_export.calibration.quantization.record import Calibration, read_calibration
 from perceiver_export.runtimes.bundle import Bundle, open_bundle
-from perceiver_export.runtimes.certificates import Certificate, certificates, on_cpu, precision_of
+from perceiver_export.runtimes.certificates import Certificate, certificates, precision_of
 from perceiver_export.runtimes.errors import BundleError, MissingDependencyError, require
 from perceiver_export.runtimes.external_data import external_files
 from perceiver_export.runtimes.manifest import Manifest, Part
@@ -30,8 +30,8 @@ class Inspection:
     manifest: Manifest | None
     bytes_on_disk: int
     calibration: Calibration | None = None
-    certificates: tuple[str, ...] = ()
-    certified_with: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    certificates: tuple[Certificate, ...] = ()
+    certified_with: dict[str, tuple[Certificate, ...]] = field(default_factory=dict)
     certified_elsewhere: tuple[str, ...] = ()
 
 
@@ -46,15 +46,14 @@ def inspect_bundle(path: str | os.PathLike[str]) -> Inspection:
     bundle = open_bundle(source, verify="never")
     manifest = bundle.manifest
     size = bundle.num_bytes
-    held: dict[str, tuple[str, ...]] = {}
+    held: dict[str, tuple[Certificate, ...]] = {}
     elsewhere = []
     for one in certificates(bundle):
         options = _options(bundle, one)
         if options is None:
-            where = one.device if one.device and not on_cpu(one.target) else " ".join(one.instruction_set)
-            elsewhere.append(f"{one.target} with {one.engine} on {where}")
+            elsewhere.append(f"{one.target} with {one.engine} on {one.place}")
         else:
-            held[options] = (*held.get(options, ()), str(one))
+            held[options] = (*held.get(options, ()), one)
     by_default = held.pop("", ())
     found = read_calibration(bundle)
     return Inspection(source, manifest.parts, manifest, size, found, by_default, held, tuple(elsewhere))

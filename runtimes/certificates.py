@@ -21,7 +21,6 @@ from perceiver_export.runtimes.files import read_json
 from perceiver_export.runtimes.machine import cpu_features
 
 FILE = "calibration.json"
-_SHOWN = 10  # with at most this many labels, each is listed with its count
 
 
 class Claim(msgspec.Struct, frozen=True):
@@ -66,9 +65,9 @@ class Certificate(msgspec.Struct, frozen=True):
     sequential: str = ""
 
     def __str__(self) -> str:
+        """Short; `inspect --json` and calibration.json have all instructions, digests and labels."""
         claims = " and ".join(map(str, self.claims))
-        device = "" if on_cpu(self.target) else f" on {self.device}"
-        where = f"{self.target}{device}, {self.engine}, {' '.join(self.instruction_set) or 'no relevant instructions'}"
+        where = f"{self.target}, {self.engine}, on {self.place}"
         confidence = f"{100 * self.claims[0].confidence:g} %" if self.claims else "no"
         caveats = "".join(f"; but {caveat}" for caveat in self.caveats)
         each = " each" if len(self.claims) > 1 else ""
@@ -79,14 +78,20 @@ class Certificate(msgspec.Struct, frozen=True):
             f" confidence{each}, {samples}{stopped}, {where}{caveats}"
         )
 
+    @property
+    def place(self) -> str:
+        """The device; of a CPU, the newest of the instructions by which its results may differ from another's."""
+        *others, newest = self.instruction_set or ("no special instructions",)
+        more = f" and {len(others)} more instruction sets" if others else ""
+        return f"a CPU with {newest}{more}" if on_cpu(self.target) else self.device
+
 
 def _counted(labels: Mapping[str, int]) -> str:
     """The counts of labels in words."""
     if not labels:
         return ""
-    if len(labels) <= _SHOWN:
-        return f" ({', '.join(f'{name} {count:,}' for name, count in labels.items())})"
-    return f" ({len(labels):,} labels, {min(labels.values()):,} to {max(labels.values()):,} of each)"
+    counts = dict.fromkeys(f"{number:,}" for number in (min(labels.values()), max(labels.values())))
+    return f" ({len(labels):,} labels, {' to '.join(counts)} of each)"
 
 
 class _Record(msgspec.Struct):

@@ -136,7 +136,7 @@ def _faster(bundle: Bundle, target: str) -> tuple[Precision, ...]:
 
 
 def precision_advice(bundle: Bundle, target: str) -> str:
-    """One line on a precision that is faster than fp32 on a target, or may be, and on how to check its accuracy.
+    """One line on a precision that is faster than fp32 on a target, or may be, with the command to type for it.
 
     Empty where there is none, or where `bench --precision auto --save` found none.
     """
@@ -145,20 +145,15 @@ def precision_advice(bundle: Bundle, target: str) -> str:
         faster = find_target(target).backend().precisions(target)
     if not faster:
         return ""
-    found = (
-        f"{target} can also compute in {' or '.join(faster)} here, which is often faster: "
-        f"`perceiver-export bench {name} --device {target} --precision auto --save` measures it"
-    )
-    if times:
-        factor, own = times[faster[0]][1], bundle.manifest.precision
-        found = f"--precision {faster[0]} takes {factor:.2f} × the time of {own} on {target} here"
-        taken = choose_precision(bundle, target)
-        if taken == faster[0]:
-            return f"{found}, and is certified: --precision auto takes it"
-        found += f"; --precision auto takes {taken}, which is certified" if taken in faster else ""
+    on = f"{name} --device {target}"
+    if not times:
+        return f"{faster[0]} may be faster; to measure it: perceiver-export bench {on} --precision auto --save"
+    found = f"{faster[0]} takes {times[faster[0]][1]:.2f} × the time of {bundle.manifest.precision} on {target}"
+    if choose_precision(bundle, target) == faster[0]:
+        return f"{found}, and is certified: --precision auto takes it"
     against = f" --against {name}" if bundle.manifest.precision == "fp32" else ""
-    validate = f"perceiver-export validate {name} --device {target} --precision {faster[0]} --data DATA{against}"
-    return f"{found}; `{validate}` checks its accuracy"
+    check = f"perceiver-export validate {on} --precision {faster[0]} --data DATA{against}"
+    return f"{found}; to check its accuracy: {check}"
 
 
 def advice_here(bundle: Bundle, target: str = "") -> str:

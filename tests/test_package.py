@@ -45,7 +45,8 @@ def test_the_wheel_holds_the_tree_under_one_namespace(tmp_path: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     packaged = sorted(name for name in names if name.endswith(".py"))
 
-    assert packaged == [f"perceiver_export/{name}" for name in python_files()]
+    top = [f"perceiver_export/{path.name}" for path in (REPOSITORY / "package").glob("*.py")]
+    assert packaged == sorted([*top, *(f"perceiver_export/{name}" for name in python_files())])
     assert {f"perceiver_export/{folder}/py.typed" for folder in FOLDERS} <= set(names)
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"perceiver_export"}
     assert any(name.endswith("licenses/LICENSE") for name in names)

@@ -7,6 +7,7 @@ import contextlib
 import html
 import importlib.metadata
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -70,6 +71,7 @@ def _environment(ending: str) -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["anchor"] = lambda text: re.sub(r"[^\w-]+", "-", str(text).lower())
     environment.filters["cell"] = lambda text: str(text).replace("|", "\\|").replace("\n", " ")
     return environment
 
@@ -180,7 +182,9 @@ def _profiles(
             from perceiver_export.calibration.report.profile import profile
 
             found = profile(bundle, device=target, precision=precision, against=reference, threads=threads)
-            yield replace(found.table(most=_LAYERS), title=f"Slowest layers on {target}")
+            # Without milliseconds, which another run measures anew: the times of a report are those of `bench`.
+            table = replace(found.table(most=_LAYERS), title=f"Slowest layers on {target}")
+            yield table.without("ms>", "× against>", "GFLOP/s>", "GB/s>")
 
 
 def _certified(bundle: Bundle, validations: Sequence[Validation]) -> Iterator[str]:

@@ -6,9 +6,10 @@ from __future__ import annotations
 import datetime
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from importlib.metadata import version
 
 from perceiver_export.calibration.quantization.record import Calibration
-from perceiver_export.calibration.validation.gates import AT_LEAST, CAVEAT, Gate
+from perceiver_export.calibration.validation.gates import AT_LEAST, CAVEAT, MARKS, Gate
 from perceiver_export.calibration.validation.results import Validation
 from perceiver_export.calibration.validation.statistics import Estimate
 from perceiver_export.runtimes.benchmark import Measurement
@@ -21,12 +22,16 @@ _MIB = 1 << 20
 
 @dataclass(frozen=True)
 class Bar:
-    """From ``left`` over ``width``, with a dot at ``dot`` and a line at ``limit``, all in percent of the column."""
+    """From ``left`` over ``width``, with a dot at ``dot`` and a line at ``limit``, all in percent of the column.
+
+    ``allowed``: from where to where values are within the limit.
+    """
 
     left: float
     width: float
     dot: float | None = None
     limit: float | None = None
+    allowed: tuple[float, float] = (0.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,11 @@ class Table:
 
     def without_empty(self) -> Table:
         """Without the columns that are empty in every row."""
-        kept = [index for index in range(len(self.columns)) if any(row[index] for row in self.rows)]
+        return self.without(*(name for name, *cells in zip(self.columns, *self.rows, strict=True) if not any(cells)))
+
+    def without(self, *names: str) -> Table:
+        """Without the columns of these names."""
+        kept = [index for index, name in enumerate(self.columns) if name not in names]
         rows = [tuple(row[index] for index in kept) for row in self.rows]
         return replace(self, columns=tuple(self.columns[index] for index in kept), rows=rows)
 
@@ -51,6 +60,7 @@ class Report:
     """Everything that a report shows. ``validations`` has one per target; ``tables`` are about the bundle itself.
 
     ``speeds``: each side on each target, with MiB on disk; the candidate's ratio is to the reference's time.
+    ``date`` is today.
     ``sensitivity``: layers and their SQNR in dB, worst first. ``certificates``: those that the validations show.
     """
 
@@ -63,6 +73,7 @@ class Report:
     certificates: tuple[str, ...] = ()
     command: str = ""
     versions: dict[str, str] = field(default_factory=dict)
+    date: str = field(default_factory=lambda: datetime.datetime.now(datetime.timezone.utc).date().isoformat())
 
     @property
     def verdict(self) -> str:
@@ -71,6 +82,18 @@ class Report:
             return "failed"
         outcomes = {gate.outcome for _, gate in self._gates}
         return next((one for one in ("not held", "vacuous", "undecided", "held") if one in outcomes), "no gate asked")
+
+    @property
+    def mark(self) -> str:
+        """The verdict as people say it."""
+        reserved = ", with reservations" if self.verdict == "held" and self.reservations else ""
+        return {**MARKS, "failed": "FAIL"}.get(self.verdict, "NO GATE") + reserved
+
+    @property
+    def origin(self) -> str:
+        """Date and versions, of this package and of the engines."""
+        engines = [f"{one.candidate['engine']} {one.candidate['version']}" for one in self.validations]
+        return ", ".join(dict.fromkeys([self.date, f"perceiver-export {version('perceiver-export')}", *engines]))
 
     @property
     def summary(self) -> str:
@@ -99,7 +122,7 @@ class Report:
 
     @property
     def _gates(self) -> list[tuple[str, Gate]]:
-        return [(_target(validation), gate) for validation in self.validations for gate in validation.gates]
+        return [(self._where(validation), gate) for validation in self.validations for gate in validation.gates]
 
     @property
     def gates(self) -> Table:
@@ -110,28 +133,30 @@ class Report:
             more = "" if needed is None else f"about {needed:,} samples would decide"
             more = "; ".join(f"but {one}" for one in gate.reservations) if gate.held else gate.vacuous or more
             found = Estimate(gate.measured, gate.lower, gate.upper)
-            rows.append((target, str(gate.wanted), gate.outcome, _bounded(found, gate.wanted.unit), more))
+            rows.append((target, str(gate.wanted), MARKS[gate.outcome], _bounded(found, gate.wanted.unit), more))
         means = ", ".join(dict.fromkeys(gate.wanted.subject for _, gate in self._gates if gate.bounds == "bootstrap"))
         note = f"Bounds of {means} are {CAVEAT}. The others are exact." if means else ""
-        columns = ("target", "asked", "outcome", "measured (95 % bounds)>", " ")
+        columns = ("target", "allowed", "outcome", "measured (95 % bounds)>", " ")
         return Table("Gates", columns, rows, note, [_interval(gate) for _, gate in self._gates]).without_empty()
 
     @property
     def accuracy(self) -> Table:
         """One row per metric and target."""
-        rows = []
+        rows: list[tuple[str, ...]] = []
         for one in self.validations:
             if not one.metrics:
                 found = "all finite; no labels or reference to measure against"
-                rows.append((_target(one), "outputs", found if one.failure is None else "NaN or infinite", "", ""))
+                rows.append((self._where(one), "outputs", found if one.failure is None else "NaN or infinite", "", ""))
             for metric in one.metrics:
-                unit = metric.unit
+                unit, points = metric.unit, "points" if metric.unit == "%" else metric.unit
                 other = "" if metric.reference is None else _shown(metric.reference.value, unit)
-                points = "points" if unit == "%" else unit
                 worse = "" if metric.worsening is None else _bounded(metric.worsening, points, "+")
-                rows.append((_target(one), metric.name, _bounded(metric.candidate, unit), other, worse))
+                cells = (_bounded(metric.candidate, unit), other, worse)
+                name = ", ".join(filter(None, (metric.name, unit)))
+                bare = (cell.removesuffix(unit).removesuffix(points).strip() for cell in cells)
+                rows.append((self._where(one), name, *bare))
         first = self.validations[0]
-        note, flips = "Each bound holds with 95 % confidence by itself.", first.flips
+        note, flips = "In brackets: 95 % bounds, each by itself; a change of % is in points.", first.flips
         if flips is not None and first.mcnemar is not None:
             note += (
                 f" On {_target(first)}, {flips.lost:,} right with the reference only, {flips.gained:,} with the"
@@ -142,8 +167,12 @@ class Report:
                 "The run {}. Bounds of shares hold wherever it stops, those of other metrics for a fixed number only."
             )
             note = note.format(first.data.sequential)
-        columns = ("target", "metric", "candidate (95 % bounds)>", "reference>", "worse by (95 % bounds)>")
+        columns = ("target", "metric", "candidate>", "reference>", "worse by>")
         return Table("Accuracy", columns, rows, note).without_empty()
+
+    def _where(self, validation: Validation) -> str:
+        """The target in tables; empty if there is only one."""
+        return _target(validation) if len(self.validations) > 1 else ""
 
     @property
     def latency(self) -> Table:
@@ -195,7 +224,7 @@ class Report:
     def environment(self) -> Table:
         """When, machine, engines, data, command."""
         first = self.validations[0]
-        rows = [("date", datetime.datetime.now(datetime.timezone.utc).date().isoformat()), *first.machine.items()]
+        rows = [("date", self.date), *first.machine.items()]
         rows += [("data", first.data.source), ("samples", f"{first.samples:,}")]
         rows += [("fingerprint of the data", first.data.fingerprint)]
         for side in (side for one in self.validations for side in (one.candidate, one.reference) if side):
@@ -215,7 +244,8 @@ def _interval(gate: Gate) -> Bar:
     ends = [gate.lower, gate.upper, gate.wanted.limit, *([] if gate.wanted.what == AT_LEAST else [0.0])]
     scale = 100 / max(max(ends) - min(ends), 1e-12)
     left, right, dot, limit = (scale * (x - min(ends)) for x in (gate.lower, gate.upper, gate.measured, ends[2]))
-    return Bar(left, right - left, dot, limit)
+    allowed = (limit, 100.0) if gate.wanted.what == AT_LEAST else (0.0, limit)
+    return Bar(left, right - left, dot, limit, allowed)
 
 
 def _lengths(values: Sequence[float]) -> list[Bar]:
@@ -224,7 +254,7 @@ def _lengths(values: Sequence[float]) -> list[Bar]:
 
 
 def _shown(value: float, unit: str, sign: str = "") -> str:
-    digits = ".2f" if unit == "%" else ".3f" if unit == "points" else ".4g"
+    digits = ".2f" if unit == "%" else ".3f" if unit == "points" else ".3g"
     return f"{value:{sign}{digits}} {unit}".strip()
 
 
@@ -298,7 +328,7 @@ def _quantization(record: Calibration) -> list[Table]:
         ("int8 multiply-adds in integer kernels", ", ".join(shares) or "none"),
         ("calibrated on", f"{record.data.samples:,} samples of {record.data.source}"),
         ("fingerprint", record.data.fingerprint),
-        ("warnings", "; ".join(record.warnings) or "none"),
+        ("warnings about the data", "; ".join(record.data.warnings) or "none"),
     ]
     return [
         Table("Left in float by policy", ("product", "share of multiply-adds>", "why"), left),

@@ -31,7 +31,7 @@ from perceiver_export.runtimes.manifest import Manifest
 RELATIVE = "% of the reference's"  # unit of a limit that was given as 2%
 CAVEAT = "by bootstrap, which is too narrow where samples are few and skewed"  # tests/benchmarks/bound_coverage.py
 VACUOUS = "ask for more than any model achieves, or give data, a reference or a metric that tells models apart"
-MARKS = {"held": "PASS", "not held": "FAIL", "undecided": "UNDECIDED", "vacuous": "VACUOUS"}
+MARKS = {"held": "PASS", "not held": "FAIL", "undecided": "NOT ENOUGH DATA", "vacuous": "PROVES NOTHING"}
 AT_LEAST, AT_MOST = "at least", "at most"
 _ERRORS = {"not held": GateError, "vacuous": VacuousGateError, "undecided": UndecidedError}
 _POWER = 0.8
@@ -88,6 +88,18 @@ class Gate(msgspec.Struct, frozen=True):
     def held(self) -> bool:
         """Whether it passes. Undecided does not."""
         return self.outcome == "held"
+
+    @property
+    def sentence(self) -> str:
+        """What the samples show, as in `the loss is at most 0.034 points (0.6 allowed)`."""
+        wanted, least = self.wanted, self.wanted.what == AT_LEAST
+        digits = {"points": ".3f", "%": ".2f"}.get(wanted.unit, ".4g")
+        lower, upper = (f"{bound + 0.0:{digits}}" for bound in (self.lower, self.upper))
+        side = ("at least", lower) if least == self.held else ("at most", upper)
+        bound = " ".join(side if self.outcome in ("held", "not held") else ("between", lower, "and", upper))
+        subject = {"--max-drop": "the loss", "--min-agreement": "the agreement"}.get(wanted.option, wanted.subject)
+        rule = f"{_number(wanted.limit)} {'required' if least else 'allowed'}"
+        return f"{subject} is {bound} {wanted.unit}".rstrip() + f" ({rule})"
 
     def __str__(self) -> str:
         how = {"exact": "", "bootstrap": " by bootstrap", "sequential": " wherever it stops"}[self.bounds]

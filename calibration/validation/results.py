@@ -72,6 +72,21 @@ class Validation(msgspec.Struct, frozen=True):
         return self.failure is None and bool(self.gates) and all(gate.held for gate in self.gates)
 
     @property
+    def sentence(self) -> str:
+        """As `int8 answered 8 more and 5 fewer of 10,000 correctly than fp32; the loss is at most 0.034 points …`."""
+        if self.failure is not None:
+            return f"{self.failure.message}."
+        said, name, flips = list[str](), str(self.candidate["name"]), self.flips
+        if flips is not None and self.reference is not None:
+            counts = f"{flips.gained:,} more and {flips.lost:,} fewer of {self.samples:,}"
+            said = [f"{name} answered {counts} correctly than {self.reference['name']}"]
+        elif self.metrics:
+            first = self.metrics[0]
+            said = [f"{first.name} of {name} is {first.candidate.value:.4g} {first.unit}".rstrip()]
+        gates = ", ".join(gate.sentence for gate in self.gates)
+        return "; ".join(filter(None, [*said, gates])) + "."
+
+    @property
     def flips(self) -> MetricResult | None:
         """The share whose lost and gained samples `mcnemar` compares."""
         return next((result for result in self.metrics if result.lost is not None), None)

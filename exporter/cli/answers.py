@@ -7,6 +7,7 @@ before the model is loaded. The second runs the model.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,13 +82,23 @@ def label_table(
 
 def answer_each(what: str, task: Any, samples: Any, request: Request, progress: Progress) -> Answers:
     """Run the task on one sample after the other; a sample holds the arguments of the task's call, None if absent."""
-    names, answers = [], []
+    files, answers = [], []
     for done, sample in enumerate(samples):
         progress("run", done, len(samples))
-        names.append(" + ".join(readable(part) for part in sample if part is not None))
+        files.append([readable(part) for part in sample if part is not None])
         answers.append(task(*sample, request.top))
-    documents = [{"input": name, **described(one)[0]} for name, one in zip(names, answers, strict=True)]
+    documents = [{"input": " + ".join(name), **described(one)[0]} for name, one in zip(files, answers, strict=True)]
+    short = short_names([path for sample in files for path in sample])
+    names = [" + ".join(short[path] for path in sample) for sample in files]
     return Answers(task.runtime, {"answers": documents}, [label_table(what, names, answers, task.kind)])
+
+
+def short_names(paths: Sequence[str]) -> dict[str, str]:
+    """The names of files in a table: without folders, or where two files have the same name, without the common one."""
+    if len({os.path.basename(path) for path in paths}) == len({*paths}):
+        return {path: os.path.basename(path) for path in paths}
+    folder = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
+    return {path: os.path.relpath(path, folder) for path in paths}
 
 
 def image_files(request: Request) -> list[tuple[Path]]:

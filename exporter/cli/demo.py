@@ -47,8 +47,8 @@ def demo(
     for step in example["steps"]:
         command = step_command(step, folder, directory)
         say("")
-        typer.secho(f"{len(times) + 1}. {command[0]}: {step['what']}", bold=True)
-        typer.secho(f"   $ {shlex.join(['perceiver-export', *command])}", dim=True)
+        say(f"{len(times) + 1}. {command[0]}: {step['what']}")
+        say(f"   $ {shlex.join(['perceiver-export', *command])}")
         if output == _DIRECTORY and "-o" in command:  # what an earlier demo wrote here is replaced
             shutil.rmtree(command[command.index("-o") + 1], ignore_errors=True)
         begun = time.monotonic()

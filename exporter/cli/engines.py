@@ -26,15 +26,11 @@ if TYPE_CHECKING:
     from perceiver_export.runtimes.building import BuiltEngine
 
 _SHOWN = 8  # nodes of one rule
-_LAYERS = 30  # of a profile
-_PRECISIONS = (  # columns of `--precision auto`
-    *("precision", "target", "time (spread)", "× first", "fastest", "peak memory", "size", "from torch", "certified"),
-)
+_LAYERS = 15  # of a profile
+_PRECISIONS = ("ms (spread)", "× first", "MiB", "from torch", "certified", "fastest")  # columns of `--precision auto`
 _BENCH_NOTE = (
-    "spread: quartiles of the medians of blocks of calls; tie: which of these is faster is not decided; samples/s: "
-    "with two requests in flight; peak memory: of a fresh process, and in brackets before the load; from torch: the "
-    "largest difference of the outputs from torch's in fp32, as a share of their scale, on the random inputs of "
-    "golden.npz (far from what int8 was calibrated for: `validate` measures its accuracy)"
+    "spread: half of the blocks of calls. samples/s: two requests at a time. MiB: peak memory of a fresh process. From "
+    "torch: the largest difference on random inputs, of the outputs' scale (!: too far); `validate` says more of int8."
 )
 
 
@@ -104,12 +100,10 @@ def _check_measurable(bundle: str, targets: list[str]) -> None:
 
 def _show(bundle: str, built: list[BuiltEngine], crossed: str) -> None:
     """``crossed``: the compute capability of another machine's GPU that engines were built for."""
-    rows = []
     for one in built:
-        done = ("compiled", f"{one.seconds:.1f}") if one.new else ("was there", "")
-        rows.append((one.target, one.part, one.precision, *done, str(one.directory)))
-    note = "the engine that was built last is used; `--precision` of run, bench and validate asks for another"
-    ui.print_table(f"engines of {bundle}", ["target", "part", "precision", "", "seconds>", "engine"], rows, note)
+        done = f"compiled in {one.seconds:.1f} s" if one.new else "was there"
+        ui.say(f"{one.target}, part {one.part}, {one.precision}: {done}")
+    ui.say("the engine that was built last is used; `--precision` of run, bench and validate asks for another", "note:")
     where = f"on a machine with such a GPU ({crossed}): " if crossed else ""
     if crossed and not all(one.directory.is_relative_to(bundle) for one in built):
         ui.say("the bundle is read-only, so the engine is not in it: build a copy, and take that along", "warning:")
@@ -117,7 +111,8 @@ def _show(bundle: str, built: list[BuiltEngine], crossed: str) -> None:
         from perceiver_export.runtimes.engines.cache import ENVIRONMENT, key_file
 
         ui.say(f"that machine loads it with the key that signed it: copy {key_file()}, name it in {ENVIRONMENT}")
-    ui.say(f"next: {where}perceiver-export bench {shlex.quote(bundle)} --device {built[-1].target}")
+    ui.show_written(*(one.directory for one in built if one.new))
+    ui.say(f"{where}perceiver-export bench {shlex.quote(bundle)} --device {built[-1].target}", "next:")
 
 
 def _lower(bundle: str, targets: list[str], precision: PrecisionChoice, json: bool) -> None:
@@ -163,19 +158,17 @@ def lint(
 
 
 def show_lint(result: Lint) -> None:
-    """A row for each problem with the first nodes that have it, then what became of attention and weights."""
+    """Each problem with the first nodes that have it, then what became of attention and weights."""
     nodes: dict[tuple[str, ...], list[str]] = {}
     for finding in result.findings:
         nodes.setdefault((finding.kind, finding.rule, finding.message, finding.fix), []).append(finding.node)
-    rows = []
+    ui.say(f"{result.graph} for {result.version}: {len(nodes) or 'no'} problem{'s' * (len(nodes) != 1)}")
     for (kind, rule, message, fix), names in nodes.items():
         more = [f"and {len(names) - _SHOWN} more"] if len(names) > _SHOWN else []
-        rows.append((kind, rule, "\n".join(names[:_SHOWN] + more), message, fix))
-    title = f"{result.graph} for {result.version}"
-    if rows:
-        ui.print_table(title, ["", "rule", "node", "problem", "fix"], rows)
-    else:
-        ui.say(f"{title}: nothing found")
+        ui.say(f"{message} ({rule})", f"{kind}:")
+        for name in (*names[:_SHOWN], *more):
+            ui.say(f"  {name}")
+        ui.say(f"  fix: {fix}")
     ui.say(f"attention: {result.fusable} of {result.attentions} become one kernel")
     reasons: dict[str, list[str]] = {}
     for node, reason in result.unfused.items():
@@ -220,6 +213,8 @@ def bench(
         _write_csv(csv_, result.measurements, machine=result.machine)
     if json:
         ui.print_json(result)
+    elif csv_ is not None:
+        ui.show_written(csv_)
 
 
 def _measure(bundle: str, quiet: bool, **options: Any) -> Bench:
@@ -237,10 +232,11 @@ def _show_bench(result: Bench, precisions: bool) -> None:
     """The measurements as a table with a column for each side, or a row for each precision; below it, what follows."""
     sides = result.measurements
     figures = [_figures(side, result) for side in sides]
-    title = f"{result.runs} counted calls on {result.machine}"
+    title = f"{result.runs} counted calls on {', '.join(result.machine.split(', ')[:2])}"  # without instructions
     if precisions:
-        rows = [(side.name, *(one[name] for name in _PRECISIONS)) for side, one in zip(sides, figures, strict=True)]
-        ui.print_table(title, ["bundle", *_PRECISIONS], rows, _BENCH_NOTE)
+        names = [f"{side.name} in {side.precision} on {side.target}" for side in sides]
+        rows = [(name, *(one[key] for key in _PRECISIONS)) for name, one in zip(names, figures, strict=True)]
+        ui.print_table(title, ["", *(f"{name}>" for name in _PRECISIONS)], rows, _BENCH_NOTE)
     else:
         rows = [(name, *(one[name] for one in figures)) for name in figures[0] if any(one[name] for one in figures)]
         ui.print_table(title, ["", *(f"{side.name}>" for side in sides)], rows, _BENCH_NOTE)
@@ -250,9 +246,6 @@ def _show_bench(result: Bench, precisions: bool) -> None:
         ui.say(f"nothing is decided: {result.unsteady}; measure again on a quiet machine", "warning:")
     for reason in result.skipped:
         ui.say(f"not measured: {reason}")
-    for side in sides:
-        for certificate in side.certificates:
-            ui.say(f"{side.name}: {certificate}")
     if result.ratio is not None and result.ratio_quartiles is not None:
         low, high = result.ratio_quartiles
         several = len({side.target for side in sides}) > 1
@@ -267,8 +260,7 @@ def _figures(side: Measurement, result: Bench) -> dict[str, str]:
     place = result.measurements.index(side)
     tied = "tie" if len(result.fastest) > 1 else "fastest"
     difference = "–" if side.difference is None else f"{side.difference:.1e}"
-    if side.tolerance is not None:  # of int8, `validate` says how close is enough
-        difference += f" ≤ {side.tolerance:.0e}" if side.within_tolerance else f" > {side.tolerance:.0e}!"
+    wrong = "!" * (side.within_tolerance is False)  # of int8, `validate` says how close is enough
     return {
         "target": side.target,
         "engine": side.engine,
@@ -276,13 +268,13 @@ def _figures(side: Measurement, result: Bench) -> dict[str, str]:
         "threads": side.threads,
         "batch": str(side.batch),
         "p50 / p95 / p99": f"{side.p50:.2f} / {side.p95:.2f} / {side.p99:.2f} ms",
-        "time (spread)": f"{side.p50:.2f} ms ({side.spread[0]:.2f} to {side.spread[1]:.2f})",
+        "ms (spread)": f"{side.p50:.2f} ({side.spread[0]:.2f} to {side.spread[1]:.2f})",
         "× first": "" if side.ratio is None else f"{side.ratio:.3f}",
         "samples/s": f"{side.throughput:,.0f}",
         "load": f"{side.load:.0f} ms",
-        "peak memory": f"{side.peak_memory:.0f} MiB ({side.base_memory:.0f})",
+        "MiB": f"{side.peak_memory:.0f}",
         "size": f"{side.size:,.1f} MiB",
-        "from torch": difference,
+        "from torch": difference + wrong,
         "certified": "yes" if side.certificates else "no",
         "fastest": tied if place in result.fastest else "",
     }
@@ -337,10 +329,14 @@ def profile(
     if json:
         ui.print_json(found)
         return
-    table = found.table(sort, _LAYERS)
-    ui.print_table(table.title, table.columns, table.rows, table.note)
-    if len(found.layers) > _LAYERS:
-        ui.say(f"{len(found.layers) - _LAYERS} more layers: --json, or -o FILE.csv or FILE.html")
+    table = found.table(sort, _LAYERS).without("MiB>", "GFLOP/s>", "GB/s>", "kernel")
+    kernels = [one.kernel for one in found.worst(sort)[:_LAYERS]]
+    rows = [(f"{layer}\n  {kernel}", *row) for (layer, *row), kernel in zip(table.rows, kernels, strict=True)]
+    ui.print_table(table.title, ("layer, kernel", *table.columns[1:]), rows, table.note)
+    more = max(len(found.layers) - _LAYERS, 0)
+    ui.say(f"{more} more layers, and all figures: -o FILE.csv or FILE.html, or --json", "note:")
+    if output is not None:
+        ui.show_written(output)
     if found.unsteady:
         ui.say(f"these times decide nothing: {found.unsteady}; profile again on a quiet machine", "warning:")
 

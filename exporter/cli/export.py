@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from perceiver_export.exporter.model.config import Input
     from perceiver_export.exporter.presets import Preset
     from perceiver_export.runtimes.bundle import Bundle
+    from perceiver_export.runtimes.manifest import Part
 
 _PRESETS_NOTE = (
     "Of one sample, with all queries of the model; a multiply-add is two FLOPs. Then the paper's figure, and the"
@@ -80,10 +81,7 @@ def _show_export(bundle: Bundle) -> None:
             ui.say(f"part {name}")
         for spec in (*part.inputs, *part.outputs):
             ui.say(f"  {ui.described(spec, manifest.output_kinds)}")
-        folded = sum(one.chosen == "folded" for one in part.folds)
-        folds = f", {folded} of {len(part.folds)} sites folded: see inspect" if part.folds else ""
-        each = "sample" if part.num_queries is None else "call"
-        ui.say(f"  work: {ui.count(sum(stage.flops for stage in part.stages))}FLOP a {each}{folds}")
+        ui.say(f"  {_work(part)}")
     ui.say(
         f"  verified against {source} in {len(manifest.verification)} comparisons: largest difference "
         f"{worst.difference:.1e} of the output's scale ({worst.tolerance:.0e} allowed)"
@@ -93,9 +91,19 @@ def _show_export(bundle: Bundle) -> None:
     path = shlex.quote(str(bundle.path))
     if advice := advice_here(bundle):
         ui.say(advice, "note:")
-    ui.say(f"next: perceiver-export run {path} {example_input(manifest)}")
+    ui.show_written(bundle.path)
+    ui.say(f"perceiver-export run {path} {example_input(manifest)}", "next:")
     if manifest.task == "image-classification":
-        ui.say(f"      perceiver-export validate {path} --data DATA")
+        ui.say(f"perceiver-export validate {path} --data DATA", "next:")
+
+
+def _work(part: Part) -> str:
+    """FLOPs and weights of a part, and how many of its sites are folded."""
+    folded = sum(one.chosen == "folded" for one in part.folds)
+    folds = f", {folded} of {len(part.folds)} sites folded" if part.folds else ""
+    each = "sample" if part.num_queries is None else "call"
+    flops, weights = (sum(getattr(one, name) for one in part.stages) for name in ("flops", "parameters"))
+    return f"work: {ui.count(flops)}FLOP a {each}, {ui.count(weights).strip()} weights{folds}"
 
 
 def presets(json: ui.JsonFlag = False) -> None:
@@ -167,9 +175,10 @@ def _compared(ours: float, paper: float | None) -> str:
 
 def inspect(
     bundle: Annotated[str, typer.Argument(metavar="BUNDLE|MODEL.onnx", help="A bundle, or an ONNX file.")],
+    layers: Annotated[bool, typer.Option("--layers", help="Show each stage, fold and layer with its costs.")] = False,
     json: ui.JsonFlag = False,
 ) -> None:
-    """Show parts, shapes, and FLOPs, weights and bytes of each stage."""
+    """Show what a bundle is: inputs, outputs, work, precision and certificates; --layers shows each stage."""
     from perceiver_export.exporter.describe import inspect_bundle
 
     found = inspect_bundle(bundle)
@@ -178,13 +187,11 @@ def inspect(
         del document["bytes_on_disk"]
         ui.print_json(document)
     else:
-        _show_inspection(found)
+        _show_inspection(found, layers)
 
 
-def _show_inspection(inspection: Inspection) -> None:
-    """A description, then tables of each part."""
-    from perceiver_export.calibration.report.tables import part_tables
-
+def _show_inspection(inspection: Inspection, layers: bool) -> None:
+    """A summary, and with ``layers`` tables of each part."""
     manifest = inspection.manifest
     if manifest is not None:
         kind = f"{manifest.task}, {manifest.precision}, {manifest.parity} numerics"
@@ -195,33 +202,46 @@ def _show_inspection(inspection: Inspection) -> None:
         for note in manifest.notes:
             ui.say(note, "note:")
     ui.say(f"on disk: {ui.mebibytes(inspection.bytes_on_disk)}")
-    held = {"": inspection.certificates, **inspection.certified_with}
-    for options, certificates in held.items():
-        for certificate in certificates:
-            ui.say(f"certified, and valid here{f' with {options}' if options else ''}: {certificate}")
-    if inspection.certified_elsewhere:
-        ui.say(f"certified elsewhere, not valid here: {', '.join(inspection.certified_elsewhere)}")
     for name, part in inspection.parts.items():
+        if len(inspection.parts) > 1:
+            ui.say(f"part {name}")
         for what, specs in (("input", part.inputs), ("output", part.outputs)):
             for spec in specs:
                 ui.say(f"{what} {ui.described(spec, {} if manifest is None else manifest.output_kinds)}")
-        for table in part_tables(name, part):
-            ui.print_table(table.title, table.columns, table.rows, table.note)
+        ui.say(_work(part))
     if inspection.calibration is not None:
-        _show_precision(inspection.calibration)
+        _show_precision(inspection.calibration, layers)
+    held = {"": inspection.certificates, **inspection.certified_with}
+    for options, certificates in held.items():
+        for certificate in certificates:
+            ui.say(f"certified, valid here{f' with {options}' if options else ''}: {certificate}")
+    for place in inspection.certified_elsewhere:
+        ui.say(f"certified elsewhere, not valid here: {place}")
+    if layers:
+        from perceiver_export.calibration.report.tables import part_tables
+
+        for name, part in inspection.parts.items():
+            for table in part_tables(name, part):
+                ui.say("")
+                ui.print_table(table.title, table.columns, table.rows, table.note)
+    else:
+        ui.say(f"perceiver-export inspect {shlex.quote(str(inspection.path))} --layers", "details:")
 
 
-def _show_precision(calibration: Calibration) -> None:
+def _show_precision(calibration: Calibration, layers: bool) -> None:
     """How it was quantized, the integer kernels of each engine, and what stays float; `profile` shows each layer."""
     data = calibration.data
-    source = f"{data.samples:,} samples of {data.source} (fingerprint {data.fingerprint[:16]})"
-    ui.say(f"{calibration.how}, calibrated on {source}")
-    ui.say(f"quantized by policy: {calibration.policy}")
+    ui.say(f"{calibration.how}, calibrated on {data.samples:,} samples of {data.source}")
     for gate in calibration.gates:
         ui.say(f"on the calibration data, {gate}")
     for name, part in calibration.parts.items():
         for one in part.coverage:
             ui.say(f"{name} on {one.engine}: {one.share:.2%} of int8 multiply-adds in integer kernels")
+    if not layers:
+        return
+    ui.say(f"fingerprint of the data: {data.fingerprint}")
+    ui.say(f"quantized by policy: {calibration.policy}")
+    for part in calibration.parts.values():
         for excluded in part.excluded:
             ui.say(f"float: {excluded.name} ({excluded.share:.1%} of the work): {excluded.reason}")
         for hazard in part.hazards:
@@ -250,4 +270,5 @@ def package(
     ui.say(f"{path} is a model repository for {server}:")
     for file in files:
         ui.say(f"  {file} ({ui.mebibytes((path / file).stat().st_size)})")
-    ui.say(f"next: {_NEXT[server].format(path=shlex.quote(str(path.absolute())))}")
+    ui.show_written(path)
+    ui.say(_NEXT[server].format(path=shlex.quote(str(path.absolute()))), "next:")

@@ -8,56 +8,94 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import logging
 import os
 import sys
 from collections.abc import Callable
-from typing import Annotated, ParamSpec
+from typing import Annotated, Any
 
 import typer
 
+from perceiver_export.exporter.cli import output as ui
 from perceiver_export.exporter.cli.demo import demo
 from perceiver_export.exporter.cli.engines import bench, build, doctor, lint, profile
-from perceiver_export.exporter.cli.export import export, inspect, package, presets
+from perceiver_export.exporter.cli.export import export, package, presets
+from perceiver_export.exporter.cli.export import inspect as inspect_
 from perceiver_export.exporter.cli.quantize import quantize
 from perceiver_export.exporter.cli.run import run
 from perceiver_export.exporter.cli.validate import validate
-from perceiver_export.runtimes.errors import PerceiverExportError, printable
+from perceiver_export.runtimes.errors import PerceiverExportError
 from perceiver_export.runtimes.files import is_full
 
-_P = ParamSpec("_P")
 EXIT_CODES = {
     0: "The command did what it was asked, and every gate passed.",
     1: "An error, or a gate that did not pass. Standard error has one `error:` line and one `hint:` line.",
     2: "Wrong usage: an option or argument that does not exist, or with a value of the wrong type.",
 }
+# Groups of the help: of commands, and of options by their names.
+_COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
+    "Make a bundle": (export, quantize, build, package),
+    "Use it": (run, validate, bench, profile),
+    "Find out": (inspect_, lint, doctor, presets, demo),
+}
+_WRITES_ONLY = (
+    export,
+    quantize,
+    build,
+    package,
+    validate,
+    demo,
+)  # --quiet leaves nothing of these but warnings and the verdict
+_OPTIONS = {
+    "Data": "data against samples text truncate",
+    "Model": "task parity config like use_transformers",
+    "Graph": "split latents dynamic_queries batch shape fold memory_budget",
+    "Quantization": "scheme method smooth correct_bias weight_bits keep_float min_coverage sensitivity",
+    "Gates and certificates": "max_drop min_agreement max_metric_change metric certify allow_overlap sequential seed "
+    "plan flips search least_gain for_size",
+    "Shards": "shard scores statistics merge",
+    "Engine": "target device against_device precision threads hint flag lower_only force",
+    "Output": "output overwrite csv_ junit report save_worst top sort layers json quiet",
+}
+_GROUP_OF = {name: group for group, names in _OPTIONS.items() for name in names.split()}
+_CLICK_ERROR: Any = typer.BadParameter.__mro__[2]  # typer exports no other name of it
 
 app = typer.Typer(
     name="perceiver-export",
     help="Takes a trained Perceiver IO and runs it on a device, verified, without torch.",
-    no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
 
 
-def _interruptible(command: Callable[_P, None]) -> Callable[_P, None]:
-    """Ctrl-C as one of our errors; typer would exit with 130, silently."""
+def _command(function: Callable[..., None]) -> Callable[..., None]:
+    """A command with --quiet and groups of options; Ctrl-C is one of our errors, where typer would exit silently."""
 
-    @functools.wraps(command)
-    def run_command(*arguments: _P.args, **options: _P.kwargs) -> None:
+    @functools.wraps(function)
+    def run_command(*arguments: Any, quiet: bool, **options: Any) -> None:
         try:
-            command(*arguments, **options)
+            with ui.quiet(quiet, quiet and function in _WRITES_ONLY):
+                function(*arguments, **options)
         except KeyboardInterrupt as error:
-            raise PerceiverExportError(
-                "interrupted", "nothing was left half-written; type the command again"
-            ) from error
+            hint = "nothing was left half-written; type the command again"
+            raise PerceiverExportError("interrupted", hint) from error
 
+    signature = inspect.signature(function, eval_str=True)
+    asked = inspect.Parameter("quiet", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=ui.QuietFlag)
+    parameters = [*signature.parameters.values(), asked]
+    for one in parameters:
+        for about in getattr(one.annotation, "__metadata__", ()):
+            if hasattr(about, "param_decls") and one.name in _GROUP_OF:
+                about.rich_help_panel = _GROUP_OF[one.name]
+    run_command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    run_command.__annotations__ = {one.name: one.annotation for one in parameters}
     return run_command
 
 
-for command in (export, quantize, build, run, validate, bench, profile, package, inspect, lint, doctor, presets, demo):
-    app.command()(_interruptible(command))
+for group, commands in _COMMANDS.items():
+    for command in commands:
+        app.command(rich_help_panel=group)(_command(command))
 
 
 def _show_version(asked: bool) -> None:
@@ -77,15 +115,24 @@ def _options(
     pass
 
 
+class _Warnings(logging.Handler):
+    """Warnings, such as of an engine that is compiled again, on standard error."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        ui.say(" ".join(record.getMessage().split()), "warning:", err=True)
+
+
 def main() -> None:
-    """Console script: run a command; our errors become one `error:` and one `hint:` line."""
-    if logging.lastResort is not None:  # warnings, such as of an engine that is compiled again, on standard error
-        logging.getLogger("perceiver_export").addHandler(logging.lastResort)
+    """Console script: run a command; every error becomes an `error:` and a `hint:`."""
+    logging.getLogger("perceiver_export").addHandler(_Warnings(logging.WARNING))
     try:
-        app()
+        sys.exit(app(sys.argv[1:] or ["--help"], prog_name="perceiver-export", standalone_mode=False))
     except PerceiverExportError as error:
-        _complain(error.message, error.hint)
-        sys.exit(1)
+        _fail(error.message, error.hint)
+    except _CLICK_ERROR as error:  # wrong usage
+        message = " ".join(error.format_message().split()).rstrip(".")
+        path = error.ctx.command_path if error.ctx is not None else "perceiver-export"
+        _fail(message[:1].lower() + message[1:], f"{path} --help shows what it takes", error.exit_code)
     except BrokenPipeError:
         sys.stderr.close()  # the reader of the output stopped, as `head` does
         sys.exit(1)
@@ -94,16 +141,13 @@ def main() -> None:
             raise
         with contextlib.suppress(OSError):  # Python would write buffered output again when it ends
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        _complain(
-            f"the disk is full: {error.filename or 'the output'} was not written", "free some space and try again"
-        )
-        sys.exit(1)
+        _fail(f"the disk is full: {error.filename or 'the output'} was not written", "free some space and try again")
 
 
-def _complain(message: str, hint: str) -> None:
-    one_line = " ".join(message.split())
-    typer.echo(typer.style("error:", fg="red", bold=True) + f" {printable(one_line)}", err=True)
-    typer.echo(typer.style("hint:", fg="yellow", bold=True) + f" {printable(' '.join(hint.split()))}", err=True)
+def _fail(message: str, hint: str, code: int = 1) -> None:
+    ui.say(" ".join(message.split()), "error:", "red", err=True)
+    ui.say(" ".join(hint.split()), "hint:", err=True)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,9 @@ import functools
 import inspect
 import os
 import re
+import shutil
 import sys
+import textwrap
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,7 +27,11 @@ if TYPE_CHECKING:
 
 _STEERING = re.compile("[\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 _LEAST = 8  # columns of a terminal that are left for a name
+_PROSE = 80  # columns, also in a wider terminal
 _BETWEEN_PARTS = re.compile(r"(?<=\w[./_:-])(?=[^\W\d_])|(?<=/)(?=\w)")  # encoder. self_ attentions.0. mlp
+_COMMAND = re.compile(r"\b(?:perceiver-export|sudo|pip|docker|tritonserver) (?=[a-z-])[^;`]*[^;`\s]")
+_QUOTED = re.compile(r"'[^']*'")
+_LEFT_OUT = ("note:", "next:", "details:", "written:")  # by --quiet
 _NO_DATA = (".html", ".json", ".md", ".xml")  # files that commands write, and that are never samples
 _KINDS = {
     "single-label": "labels that exclude each other (softmax)",
@@ -34,6 +40,7 @@ _KINDS = {
 }
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON for machines instead of tables.")]
+QuietFlag = Annotated[bool, typer.Option("--quiet", "-q", help="Print answers, warnings and errors only.")]
 BundleArgument = Annotated[str, typer.Argument(metavar="BUNDLE", help="A bundle, as `export` writes it.")]
 
 
@@ -98,9 +105,58 @@ def _parameter(field: dataclasses.Field[Any], hint: Any) -> inspect.Parameter:
     return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
-def say(text: str, mark: str = "") -> None:
-    """Print lines after a coloured ``mark``, with control characters escaped."""
-    typer.echo((typer.style(mark, fg="yellow", bold=True) + " " if mark else "") + _lines(text))
+class _Quiet:
+    """What --quiet leaves out: ``notes``, and of a command that writes files also its ``answers``, not its verdict."""
+
+    notes = answers = False
+
+
+@contextlib.contextmanager
+def quiet(notes: bool, answers: bool) -> Iterator[None]:
+    """Leave these out, in commands of a command too."""
+    before = _Quiet.notes, _Quiet.answers
+    _Quiet.notes, _Quiet.answers = before[0] or notes, before[1] or answers
+    try:
+        yield
+    finally:
+        _Quiet.notes, _Quiet.answers = before
+
+
+def say(text: str, mark: str = "", colour: str = "yellow", *, err: bool = False) -> None:
+    """Print wrapped lines after a coloured ``mark``."""
+    if not (_Quiet.answers and not mark) and not (_Quiet.notes and mark in _LEFT_OUT):
+        shown = wrapped(f"{mark} {text}", len(mark) + 1) if mark else wrapped(text)
+        typer.echo(typer.style(mark, fg=colour, bold=True) + shown[len(mark) :] if mark else shown, err=err)
+
+
+def wrapped(text: str, indent: int = 0) -> str:
+    """Lines of at most 80 columns with control characters escaped; no word, such as a path, is broken.
+
+    A command can be copied all the same: where it goes on in another line, a backslash is before the break.
+    """
+    width, lines = min(shutil.get_terminal_size().columns, _PROSE), list[str]()
+    for line in map(printable, text.split("\n")):
+        command = _COMMAND.search(line)
+        line = _QUOTED.sub(lambda quoted: quoted[0].replace(" ", "\0"), line) if command else line
+        further, at = " " * (indent or len(line) - len(line.lstrip())), 0
+        fill = textwrap.TextWrapper(width - 2, "", further, break_long_words=False, break_on_hyphens=False)
+        for part in fill.wrap(line) or [""]:
+            at = line.find(part.strip(), at) + len(part.strip())
+            goes_on = command is not None and command.start() < at < command.end()
+            lines.append(part.replace("\0", " ") + " \\" * goes_on)
+    return "\n".join(lines)
+
+
+def show_written(*paths: str | os.PathLike[str]) -> None:
+    """Name what a command wrote, at its end, and the version of each."""
+    from importlib.metadata import version
+
+    from perceiver_export.runtimes.manifest import SCHEMA_VERSION
+
+    for path in map(Path, paths):
+        bundle = (path / "manifest.json").is_file()
+        what = f"bundle of schema {SCHEMA_VERSION}, " if bundle else ""
+        say(f"{path} ({what}by perceiver-export {version('perceiver-export')})", "written:")
 
 
 def print_json(value: Any) -> None:
@@ -110,7 +166,7 @@ def print_json(value: Any) -> None:
     typer.echo(_STEERING.sub(lambda found: f"\\u{ord(found[0]):04x}", document), nl=False)
 
 
-def _lines(text: str) -> str:
+def escaped(text: str) -> str:
     return "\n".join(map(printable, text.split("\n")))
 
 
@@ -126,26 +182,45 @@ class Table(NamedTuple):
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], note: str = "") -> None:
     """Print a table; a column whose name ends in ``>`` holds figures, right-aligned.
 
-    In a terminal that is too narrow, names fold between their parts; figures never fold.
+    Where there is no room, names fold between their parts; figures never fold, and if even they are too wide, each row
+    is a paragraph. A pipe has 80 columns.
     """
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    # A pipe has no width, and a table folded at 80 columns is hard to read.
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
-    cells = [[_lines(cell) for cell in row] for row in (columns, *rows)]
-    widths = [max(len(line) for cell in column for line in cell.split("\n")) for column in zip(*cells, strict=True)]
-    if sum(widths) + 3 * len(columns) + 1 > console.width:
-        cells = _narrowed(cells, console.width - 3 * len(columns) - 1)
-    table = Table(title=Text(_lines(title), style="bold"), title_justify="left", caption_justify="left")
-    table.caption = Text(_lines(note)) if note else None
+    if _Quiet.answers:
+        return
+    console = Console(highlight=False, width=shutil.get_terminal_size().columns)
+    cells = whole = [[escaped(cell) for cell in row] for row in (columns, *rows)]
+    room = console.width - 2 * (len(columns) - 1)
+    if sum(map(_widest, zip(*cells, strict=True))) > room:
+        cells = _narrowed(cells, room)
+    least = sum(_widest(cell) if cell[0].endswith(">") else _LEAST for cell in zip(*cells, strict=True))
+    if title:
+        typer.secho(wrapped(title), bold=True)
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     for name, header in zip(columns, cells[0], strict=True):
         figures = name.endswith(">")
         table.add_column(header.rstrip(">"), justify="right" if figures else "left", overflow="fold", no_wrap=figures)
     for row in cells[1:]:
         table.add_row(*map(Text, row))
-    console.print(table)
+    if least > room:
+        for row in whole[1:]:
+            pairs = zip((name.rstrip(">") for name in columns), row, strict=True)
+            said = "; ".join(f"{name} {cell}" for name, cell in pairs if cell)
+            typer.echo(wrapped(" ".join(said.split()), 2))
+    else:
+        with console.capture() as drawn:
+            console.print(table)
+        typer.echo("\n".join(map(str.rstrip, drawn.get().splitlines())))
+    if note and not _Quiet.notes:
+        typer.echo(wrapped(note))
+
+
+def _widest(column: Iterable[str]) -> int:
+    return max(len(line) for cell in column for line in cell.split("\n"))
 
 
 def _narrowed(cells: Sequence[Sequence[str]], width: int) -> list[list[str]]:
@@ -158,24 +233,27 @@ def _narrowed(cells: Sequence[Sequence[str]], width: int) -> list[list[str]]:
     for index, (header, *rest) in enumerate(columns):
         if figures[index]:
             columns[index] = (header.replace(" ", "\n"), *rest)
-            width -= max(len(line) for cell in columns[index] for line in cell.split("\n"))
-    each = max(width // max(figures.count(False), 1), _LEAST)
-    for index, column in enumerate(columns):
-        if not figures[index]:
-            columns[index] = tuple(
-                re.sub(rf"\S{{{each + 1},}}", lambda long: _broken(long[0], each), cell) for cell in column
-            )
+            width -= _widest(columns[index])
+    texts = sorted((index for index, one in enumerate(figures) if not one), key=lambda one: _widest(columns[one]))
+    for place, index in enumerate(texts):  # those that need less leave the rest to the others
+        most = max(width // (len(texts) - place), _LEAST)
+        columns[index] = tuple(_folded(cell, most) for cell in columns[index])
+        width -= min(_widest(columns[index]), most)
     return [list(row) for row in zip(*columns, strict=True)]
 
 
-def _broken(word: str, width: int) -> str:
-    """A long word, folded between its parts."""
-    lines = [""]
-    for part in _BETWEEN_PARTS.split(word):
-        if lines[-1] and len(lines[-1]) + len(part) > width:
-            lines.append("")
-        lines[-1] += part
-    return "\n".join(lines)
+def _folded(cell: str, width: int) -> str:
+    """With long words folded between their parts."""
+
+    def broken(word: re.Match[str]) -> str:
+        lines = [""]
+        for part in _BETWEEN_PARTS.split(word[0]):
+            if lines[-1] and len(lines[-1]) + len(part) > width:
+                lines.append("")
+            lines[-1] += part
+        return "\n".join(lines)
+
+    return re.sub(rf"\S{{{width + 1},}}", broken, cell)
 
 
 @contextlib.contextmanager
@@ -184,7 +262,7 @@ def progress_bar(what: str, quiet: bool = False) -> Iterator[Callable[[str, int,
 
     Yields ``update(description, done, total)``.
     """
-    if quiet or not sys.stderr.isatty():
+    if quiet or _Quiet.notes or not sys.stderr.isatty():
         yield lambda description, done, total: None
         return
     from rich.console import Console

@@ -119,7 +119,8 @@ def _collect(bundle: str, source: _Source, options: QuantizeOptions) -> None:
     ui.check_output(path, (bundle, source.data), ".npz")
     with ui.progress_bar("quantize") as progress:
         collect_statistics(bundle, source.data, path, shard, options, progress=progress)
-    ui.say(f"statistics written to {path}; next: perceiver-export quantize {shlex.quote(bundle)} --merge PART.npz …")
+    ui.show_written(path)
+    ui.say(f"perceiver-export quantize {shlex.quote(bundle)} --merge PART.npz … -o BUNDLE2", "next:")
 
 
 def _quantize_and_show(
@@ -150,9 +151,11 @@ def _quantize_and_show(
         return
     _show_quantized(made, calibration)
     if groups:
-        ui.say(f"each layer by itself: perceiver-export profile {shlex.quote(str(made.path))} --sort loss")
+        show = f"perceiver-export profile {shlex.quote(str(made.path))} --sort loss"
+        ui.say(show, "each layer by itself:")
+    ui.show_written(made.path, *([] if sensitivity is None else [sensitivity]))
     command = shlex.join(["perceiver-export", "validate", str(made.path), "--data", "DATA", "--against", bundle])
-    ui.say(f"next: {command}")
+    ui.say(command, "next:")
 
 
 def _show_quantized(made: Bundle, calibration: Calibration) -> None:
@@ -161,18 +164,15 @@ def _show_quantized(made: Bundle, calibration: Calibration) -> None:
     assert quantization is not None
     ui.say(f"quantized to {made.path} ({ui.mebibytes(made.num_bytes)}): {calibration.how}")
     ui.say(f"calibrated on {data.samples:,} samples of {data.source} (fingerprint {data.fingerprint[:16]})")
-    rows = [
-        (f"{target}: int8 multiply-adds in integer kernels", f"{share:.2%}")
-        for target, share in quantization.integer_share.items()
-    ]
-    rows += [(f"{one.target}: a call", str(one)) for one in calibration.speeds]
+    times = {one.target: str(one) for one in calibration.speeds}
+    rows = [(target, f"{share:.2%}", times.get(target, "")) for target, share in quantization.integer_share.items()]
+    ui.print_table("", ["target", "in integer kernels>", "a call"], rows)
     for effect in calibration.effects:
-        agreement = "" if effect.agreement is None else f", same answer in {effect.agreement:.1%}"
-        rows.append((f"output {effect.output} against fp32", f"{effect.sqnr:.1f} dB{agreement}"))
-    note = "outputs of a few calibration samples; `validate` measures the accuracy"
-    ui.print_table("quantized", ["", "measured"], rows, note)
-    for name, reason in quantization.kept_float.items():
-        ui.say(f"float: {name}: {reason}")
+        agreement = "" if effect.agreement is None else f", the same answer in {effect.agreement:.1%}"
+        ui.say(f"{effect.output} against fp32, on a few samples: {effect.sqnr:.1f} dB{agreement}")
+    for reason in dict.fromkeys(quantization.kept_float.values()):
+        names = [name for name, why in quantization.kept_float.items() if why == reason]
+        ui.say(f"float: {', '.join(names)}: {reason}")
     for warning in calibration.warnings:
         ui.say(warning, "warning:")
     for gate in calibration.gates:
@@ -185,13 +185,8 @@ def _search_and_show(
     """Search, then show a row for each mixture that was tried."""
     from perceiver_export.calibration import search
 
-    given: dict[str, Any] = {
-        "calibrate": data,
-        "search_on": how.search,
-        "certify_on": how.certify,
-        "device": how.device,
-    }
-    given |= {"least_gain": how.least_gain, "for_size": how.for_size, "allow_overlap": how.allow_overlap}
+    given: dict[str, Any] = {**vars(how), "calibrate": data}
+    given |= {"search_on": given.pop("search"), "certify_on": given.pop("certify")}
     with ui.progress_bar("search", quiet=json) as progress:
         found = search(bundle, output, options, **given, progress=progress)
     if sensitivity is not None:
@@ -199,32 +194,23 @@ def _search_and_show(
     if json:
         ui.print_json(found)
         return
-    columns = [
-        "rung>",
-        "layers that went back",
-        "a call",
-        "size, of fp32's>",
-        "on the search split",
-    ]
-    rows = [(*_row(rung), "kept" if index == found.kept else "") for index, rung in enumerate(found.rungs)]
-    ui.print_table(f"tried of {found.ladder} rungs", [*columns, "certification", ""], rows)
+    ui.say(f"tried {len(found.rungs)} of {found.ladder} rungs:")
+    for index, rung in enumerate(found.rungs):
+        ui.say(_shown(rung), f"  rung {rung.step}{', kept' if index == found.kept else ''}:")
     first = ", ".join(f"{one.group} ({one.output_sqnr:.1f} dB)" for one in found.ranking[:3])
     ui.say(f"most sensitive by themselves, in dB of the outputs: {first}")
     for certificate in found.certificates:
         ui.say(f"certified: {certificate}")
     for warning in found.warnings:
         ui.say(warning, "warning:")
-    ui.say(f"written to {output}")
+    ui.show_written(output, *([] if sensitivity is None else [sensitivity]))
 
 
-def _row(rung: Rung) -> tuple[str, ...]:
+def _shown(rung: Rung) -> str:
     counts = ", ".join(f"{count} to {scheme}" for scheme, count in sorted(Counter(rung.precision.values()).items()))
     names = ", ".join(list(rung.precision)[:2]) + (", …" if len(rung.precision) > 2 else "")
-    times = ", ".join(
-        f"{time.target} {time.milliseconds:.2f} ms, {time.ratio:.2f} × {time.against}'s" for time in rung.times
-    )
-    searched, certified = (
-        ", ".join(text.partition(":")[0] for text in said) for said in (rung.search, rung.certification)
-    )
-    layers = f"{counts}: {names}" if counts else "none"
-    return str(rung.step), layers, times, f"{rung.size:.2f} ×", searched, certified or "not needed"
+    times = ", ".join(f"{it.target} {it.milliseconds:.2f} ms, {it.ratio:.2f} × {it.against}'s" for it in rung.times)
+    searched, certified = (", ".join(one.split(":")[0] for one in said) for said in (rung.search, rung.certification))
+    layers = f"{counts}: {names}" if counts else "no layer went back"
+    found = f"search split {searched}; certification {certified or 'not needed'}"
+    return f"{layers}; {times}; {rung.size:.2f} × fp32's size; {found}"

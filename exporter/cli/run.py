@@ -122,7 +122,9 @@ def run_task(task: str, request: Request) -> dict[str, Any]:
         if isinstance(shown, ui.Table):
             ui.print_table(*shown._replace(title=shown.title or title))
         else:
-            ui.say(shown)
+            typer.echo(ui.escaped(shown))
+    if one.output is not None:
+        ui.show_written(one.output)
     return where
 
 

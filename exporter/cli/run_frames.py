@@ -6,14 +6,13 @@ a label).
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from perceiver_export.calibration.bundles import check_new_directory, new_directory
-from perceiver_export.exporter.cli.answers import Answers, Progress, Request, described
+from perceiver_export.exporter.cli.answers import Answers, Progress, Request, described, short_names
 from perceiver_export.exporter.cli.output import Table, check_file
 from perceiver_export.runtimes.errors import InputError, UsageError, require
 from perceiver_export.runtimes.files import readable
@@ -113,7 +112,7 @@ def _direction(x: float, y: float, mean: float) -> str:
 
 
 def _motion_table(motions: Sequence[dict[str, Any]], output: Path | None) -> Table:
-    names = _names([path for one in motions for path in one["frames"]])
+    names = short_names([path for one in motions for path in one["frames"]])
     rows = [
         (*(names[path] for path in one["frames"]), f"{one['mean']:.2f}", f"{one['max']:.2f}", one["direction"])
         for one in motions
@@ -123,14 +122,6 @@ def _motion_table(motions: Sequence[dict[str, Any]], output: Path | None) -> Tab
         written = [file for one in motions for file in one["files"]]
         note = f"written: {written[0] if len(written) == 1 else f'{len(written)} files in {readable(output)}'}"
     return Table("", ["frame", "next frame", "mean px>", "max px>", "direction"], rows, note)
-
-
-def _names(paths: Sequence[str]) -> dict[str, str]:
-    """The names of frames in a table: file names, with folders where frames of two folders have the same name."""
-    if len({os.path.basename(path) for path in paths}) == len({*paths}):
-        return {path: os.path.basename(path) for path in paths}
-    folder = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
-    return {path: os.path.relpath(path, folder) for path in paths}
 
 
 def read_video(request: Request) -> tuple[Path, Path | None]:

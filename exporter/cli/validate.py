@@ -14,17 +14,7 @@ import typer
 
 from perceiver_export.calibration.options import option
 from perceiver_export.calibration.validation.options import Gates, ValidateOptions, parse_shard
-from perceiver_export.exporter.cli.output import (
-    JsonFlag,
-    check_file,
-    check_output,
-    new_file,
-    options_of,
-    print_json,
-    print_table,
-    progress_bar,
-    say,
-)
+from perceiver_export.exporter.cli import output as ui
 from perceiver_export.runtimes.errors import UsageError
 from perceiver_export.runtimes.files import readable, write_bytes
 
@@ -35,7 +25,7 @@ if TYPE_CHECKING:
 
 _SHOWN_WORST = 5
 _OF_MERGE = ("against", "certify", "allow_overlap", "threads")  # options that --merge has; the gates are others
-_OUTPUTS = {"save_worst": "worst samples", "junit": "JUnit", "report": "report"}  # in words
+_OUTPUTS = ("save_worst", "junit", "report")
 
 
 @dataclass(frozen=True)
@@ -50,7 +40,7 @@ class _Source:
     flips: str = option("1%", "Of --plan: answers that may differ from the reference's.", "PERCENT")
 
 
-@options_of(ValidateOptions, _Source)
+@ui.options_of(ValidateOptions, _Source)
 def validate(
     options: ValidateOptions,
     source: _Source,
@@ -62,7 +52,7 @@ def validate(
     report: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write a report: .html with everything in it, or .md.")
     ] = None,
-    json: JsonFlag = False,
+    json: ui.JsonFlag = False,
 ) -> None:
     """Measure a bundle, paired with a reference, with 95 % bounds; exit 1 if a gate does not hold.
 
@@ -128,32 +118,33 @@ def _plan(options: ValidateOptions, source: _Source, others: Sequence[str], json
         raise UsageError(f"--flips is {source.flips!r}", "give a percentage, as 1%") from error
     plans = plan(options.gates, share)
     if json:
-        print_json({"powers": POWERS, "plans": plans})
+        ui.print_json({"powers": POWERS, "plans": plans})
         return
     none = ("no number", "more than a million")
     rows = [
         (f"{one.option} {one.limit:g}", *(f"{n:,}" if n else none[one.possible] for n in one.samples)) for one in plans
     ]
     title = f"samples with which a gate holds, if {share:g} % of answers differ from the reference's, and the drop is 0"
-    print_table(title, ["gate", *(f"{power:.0%} of the time>" for power in POWERS)], rows)
+    ui.print_table(title, ["gate", *(f"{power:.0%} of the time>" for power in POWERS)], rows)
 
 
 def _judge_shard(bundle: str, source: _Source, options: ValidateOptions, json: bool) -> None:
     from perceiver_export.calibration.validation.shards import encode_shard, validate_shard
 
     data, scores, shard = source.data or "", Path(source.scores or ""), parse_shard(source.shard or "")
-    check_file(scores)
-    check_output(scores, (bundle, data), ".json")
+    ui.check_file(scores)
+    ui.check_output(scores, (bundle, data), ".json")
     options = _with_reference(bundle, options)
-    with progress_bar("validate", quiet=json) as progress:
+    with ui.progress_bar("validate", quiet=json) as progress:
         found = validate_shard(bundle, data, shard, options, progress=lambda *counts: progress("validate", *counts))
     write_bytes(scores, encode_shard(found))
     if json:
         samples = {"samples": len(found.positions), "of": found.total}
-        print_json({"shard": source.shard, **samples, "scores": readable(scores)})
+        ui.print_json({"shard": source.shard, **samples, "scores": readable(scores)})
         return
-    say(f"{len(found.positions):,} of {found.total:,} samples judged on {found.place}")
-    say(f"scores written to {scores}; next: perceiver-export validate {shlex.quote(bundle)} --merge PART.json …")
+    ui.say(f"{len(found.positions):,} of {found.total:,} samples judged on {found.place}")
+    ui.show_written(scores)
+    ui.say(f"perceiver-export validate {shlex.quote(bundle)} --merge PART.json …", "next:")
 
 
 def _finish(bundle: str, found: _Outcome, options: ValidateOptions, outputs: Mapping[str, Path], json: bool) -> None:
@@ -168,9 +159,11 @@ def _finish(bundle: str, found: _Outcome, options: ValidateOptions, outputs: Map
         if json:
             several = options.device == "all" or len(found.results) > 1
             shown = {"targets": found.results} if several else msgspec.structs.asdict(found.results[0])
-            print_json({**shown, "certificates": found.certificates, "written": found.written})
+            ui.print_json({**shown, "certificates": found.certificates, "written": found.written})
         else:
-            _show_written(found)
+            for name, said in _summary(found) if found.certificates else ():
+                ui.say(said, f"{name:<11}")
+            ui.show_written(*found.written.values())
     for result in found.results:
         result.require()
 
@@ -197,8 +190,8 @@ def _check_outputs(outputs: Mapping[str, Path], read: Sequence[str | Path | None
         if places.count(path.absolute()) > 1:
             raise UsageError(f"two outputs would be {path}", "name two files")
         if name != "save_worst":
-            check_file(path.absolute())
-        check_output(path, read, ".xml" if name == "junit" else None)
+            ui.check_file(path.absolute())
+        ui.check_output(path, read, ".xml" if name == "junit" else None)
 
 
 def _with_reference(bundle: str, options: ValidateOptions) -> ValidateOptions:
@@ -215,7 +208,7 @@ def _validated(bundle: str, data: str, options: ValidateOptions, quiet: bool) ->
     from perceiver_export.calibration.validation.validation import validate_targets
 
     options = replace(_with_reference(bundle, options), keep_failures=True)
-    with progress_bar("validate", quiet=quiet) as progress:
+    with ui.progress_bar("validate", quiet=quiet) as progress:
         return validate_targets(bundle, data, options, progress=lambda *counts: progress("validate", *counts))
 
 
@@ -228,7 +221,7 @@ def _write(bundle: str, found: _Outcome, options: ValidateOptions, outputs: Mapp
     if "save_worst" in outputs and outputs["save_worst"].is_dir():  # not if outputs were NaN
         found.written["save_worst"] = readable(outputs["save_worst"])
     if "junit" in outputs:
-        with new_file(outputs["junit"]) as temporary:
+        with ui.new_file(outputs["junit"]) as temporary:
             temporary.write_bytes(junit(found.results))
         found.written["junit"] = readable(outputs["junit"])
     try:
@@ -239,42 +232,23 @@ def _write(bundle: str, found: _Outcome, options: ValidateOptions, outputs: Mapp
         if "report" in outputs:
             command = shlex.join(["perceiver-export", *sys.argv[1:]])
             against = cast("str | None", options.against)
-            with progress_bar("report", quiet=quiet), new_file(outputs["report"]) as temporary:
+            with ui.progress_bar("report", quiet=quiet), ui.new_file(outputs["report"]) as temporary:
                 found.report = gather(bundle, found.results, against, command, options.threads, found.data)
                 write_report(temporary, found.report)
             found.written["report"] = readable(outputs["report"])
 
 
-def _show_written(found: _Outcome) -> None:
-    for certificate in found.certificates:
-        say(f"certified: {certificate}")
-    for name, said in {"certificate": "certificate", **_OUTPUTS}.items():
-        if name in found.written:
-            say(f"{said} written to {found.written[name]}")
-    if found.certificates:
-        say("")
-        for name, said in _summary(found):
-            say(said, f"{name:<11}")
-
-
 def _summary(found: _Outcome) -> Iterator[tuple[str, str]]:
-    """A certified bundle in a few lines: on the first target where there are several."""
+    """Size and speed, on the first target where there are several, and the certificate."""
     from perceiver_export.calibration.report.tables import Report
 
-    report, quality = found.report or Report("", found.results), found.results[0].metrics[0]
-    accuracy = {row[1]: row[2:] for row in reversed(report.accuracy.rows)}
-    if quality.worsening is not None:
-        yield "accuracy", "{} {}, reference {}, worse by {}".format(quality.name, *accuracy[quality.name])
-    if "agreement" in accuracy:
-        yield "agreement", f"{accuracy['agreement'][0]} of answers are the reference's"
+    report = found.report or Report("", found.results)
     if any(one.ratio is not None for one, _ in report.speeds):
         (target, _, p50, _, ratio, half, _, size), (*_, other) = report.latency.rows[:2]
         yield "size", f"{size}, reference {other}"
         yield "speed", f"{p50} a call on {target}, {ratio} the reference's time ({half} in half of the pairs)"
     claims = " and ".join(map(str, found.certificates[0].claims))
     yield "certificate", f"{claims} on {' and on '.join(one.target for one in found.certificates)}"
-    if "report" in found.written:
-        yield "report", found.written["report"]
 
 
 def _show(results: Sequence[Validation]) -> None:
@@ -283,18 +257,24 @@ def _show(results: Sequence[Validation]) -> None:
     A gate that does not hold is the error that follows.
     """
     from perceiver_export.calibration.report.tables import Report
+    from perceiver_export.calibration.validation.gates import MARKS
 
-    report = Report("", tuple(results))
-    first, accuracy = report.validations[0], report.accuracy
-    print_table(report.summary, accuracy.columns, accuracy.rows, accuracy.note)
+    report, first = Report("", tuple(results)), results[0]
+    places = [f"on {one.candidate.get('target')}" if len(results) > 1 else "" for one in results]
+    each = [Report("", (result,)) for result in results]
+    for own, where, result in zip(each, places, results, strict=True):
+        ui.say(f"{where} {result.sentence}".strip(), f"{own.mark}:", "green" if result.held else "red")
+    for own in each:
+        ui.say("")
+        ui.print_table(own.summary, own.accuracy.columns, own.accuracy.rows, own.accuracy.note)
     for warning in report.warnings:
-        say(f"warning: {warning}")
+        ui.say(warning, "warning:")
     flips = [row.flips for row in first.worst_classes]
     worst = [report.classes] * (any(count != 0 for count in flips)) + [report.samples] * (not flips or any(flips))
     for table in worst if first.reference is not None else ():
-        print_table(table.title, table.columns, table.rows[:_SHOWN_WORST])
-    for result in report.validations:
-        where = f" on {result.candidate.get('target')}" if len(report.validations) > 1 else ""
-        for gate in result.gates:
-            if gate.held:
-                say(f"{gate}{where}")
+        ui.say("")
+        ui.print_table(table.title, table.columns, table.rows[:_SHOWN_WORST])
+    ui.say("")
+    for where, result in zip(places, results, strict=True):
+        for gate in filter(lambda gate: gate.held, result.gates):
+            ui.say(f"{gate} {where}".removeprefix(MARKS["held"]).strip(), MARKS["held"], "green")

@@ -81,10 +81,11 @@ def test_a_certificate_says_what_was_asked_and_where_it_holds(
     assert (len(made.labels), sum(made.labels.values())) == (10, 300)
     without = {name: value for name, value in msgspec.to_builtins(made).items() if name != "labels"}
     assert msgspec.convert(without, certificates.Certificate).labels == {}  # of an older version
-    assert all(f"{name} {count}" in str(made) for name, count in made.labels.items())
+    assert "(10 labels, " in str(made)
+    assert not set(made.instruction_set[:-1]) & set(str(made).split())  # inspect --json has them all
     assert read_calibration(open_bundle(bundle, verify="always")) == before  # nothing else of the record changed
     assert described(bundle)[1] == (str(made),)
-    assert inspect_bundle(bundle).certificates == (str(made),)
+    assert inspect_bundle(bundle).certificates == (made,)
 
     monkeypatch.setattr(certificates, "cpu_features", lambda: ("avx2",))
     assert described(bundle)[1] == ()
@@ -101,16 +102,16 @@ def test_auto_runs_a_certified_bundle_where_it_is_certified(
     change_report(bundle, "bench", lambda _: {cpu_name(): measured})
     assert described(bundle) == ("openvino-cpu", ())
 
-    (ort,) = map(str, certify(bundle, [on["ort-cpu"]]))
+    (ort,) = certify(bundle, [on["ort-cpu"]])
     with caplog.at_level("INFO", "perceiver_export"):
-        assert described(bundle) == ("ort-cpu", (ort,))
+        assert described(bundle) == ("ort-cpu", (str(ort),))
     assert "auto chose ort-cpu" in caplog.text
     assert described(bundle, device="openvino-cpu") == ("openvino-cpu", ())
     inspected = inspect_bundle(bundle)
     assert (inspected.certificates, inspected.certified_with, inspected.certified_elsewhere) == ((ort,), {}, ())
 
-    (both,) = map(str, certify(bundle, [on["openvino-cpu"]]))
-    assert described(bundle) == ("openvino-cpu", (both,))
+    (both,) = certify(bundle, [on["openvino-cpu"]])
+    assert described(bundle) == ("openvino-cpu", (str(both),))
     inspected = inspect_bundle(bundle)
     assert (inspected.certificates, inspected.certified_with) == ((both,), {"--device ort-cpu": (ort,)})
 
@@ -167,7 +168,7 @@ def test_a_certificate_of_an_engine_holds_where_load_takes_that_engine(copied_pl
     build(bundle, "openvino-cpu", precision="fp16")
     result = judged(bundle, fresh, device="openvino-cpu", against=bundle, min_agreement=90, certify=True)
     (made,) = certify(bundle, [result])
-    assert inspect_bundle(bundle).certificates == (str(made),)
+    assert inspect_bundle(bundle).certificates == (made,)
     assert described(bundle)[1] == (str(made),)
 
     build(bundle, "openvino-cpu")
@@ -175,7 +176,7 @@ def test_a_certificate_of_an_engine_holds_where_load_takes_that_engine(copied_pl
     assert described(bundle, precision="fp16")[1] == (str(made),)
     inspected = inspect_bundle(bundle)
     assert inspected.certificates == ()
-    assert inspected.certified_with == {"--device openvino-cpu --precision fp16": (str(made),)}
+    assert inspected.certified_with == {"--device openvino-cpu --precision fp16": (made,)}
 
 
 def test_a_bundle_that_cannot_be_written_gets_a_hint_that_validate_can_follow(
@@ -335,7 +336,7 @@ def test_an_engine_of_a_lowered_graph_is_one_of_this_bundle(copied_bundle: Path)
     ("data", "gates", "error", "said"),
     [
         ({}, {}, UsageError, "a gate that held"),
-        ({}, {"max_drop": 0.01}, UndecidedError, "^UNDECIDED"),
+        ({}, {"max_drop": 0.01}, UndecidedError, "^NOT ENOUGH DATA"),
         ({"of_class": 3}, {"max_drop": 20}, VacuousGateError, "always answering 'Dress' passes too"),
         ({"of_class": 3}, {"min_agreement": 93}, DataError, "one label"),
         ({"shift": 1}, {"min_agreement": 90}, DataError, "no better than chance"),
@@ -374,7 +375,7 @@ def test_samples_that_were_calibrated_on_are_found(bundle: Path, fashion_bundle:
         judged(bundle, held_out, against=fashion_bundle, samples=130, max_drop=1, certify=True)
     (made,) = certify(bundle, [judged(bundle, held_out, against=fashion_bundle, samples=130, max_drop=20)])
     assert made.caveats == (result.warnings[0],)
-    assert "; but 2 of 130 samples" in inspect_bundle(bundle).certificates[0]
+    assert "; but 2 of 130 samples" in str(inspect_bundle(bundle).certificates[0])
     twice = pictures(tmp_path / "twice.npz", np.arange(40).repeat(2))
     with pytest.raises(DataError, match=r"40 of 80 samples .* are repeated"):
         judged(bundle, twice, against=fashion_bundle, max_drop=5, certify=True)

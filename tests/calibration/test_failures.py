@@ -16,7 +16,7 @@ from perceiver_export.calibration.report.report import junit
 from perceiver_export.runtimes.errors import BrokenReferenceError, UsageError
 from perceiver_export.runtimes.runtime import Array
 from tests.calibration.asked import TEST, judged, pictures
-from tests.cli.commands import fail, perceiver_export
+from tests.cli.commands import fail, perceiver_export, unwrapped
 
 
 def test_nan_outputs_are_written_where_machines_and_people_read(
@@ -29,7 +29,7 @@ def test_nan_outputs_are_written_where_machines_and_people_read(
     done = perceiver_export("validate", nan_bundle, "--data", TEST, *files, *options)
 
     assert done.returncode == 1
-    message = done.stderr.splitlines()[0].removeprefix("error: ")
+    message = unwrapped(done.stderr).splitlines()[0].removeprefix("error: ")
     assert message == "the candidate (fashion on ort-cpu) gives NaN or infinite values for test.npz[0]"
     found = json.loads(done.stdout)
     assert (found["failure"]["message"], found["metrics"], found["gates"]) == (message, [], [])
@@ -39,7 +39,7 @@ def test_nan_outputs_are_written_where_machines_and_people_read(
     assert failure is not None
     assert failure.get("message") == message
     first, *lines = report.read_text(encoding="utf-8").splitlines()
-    assert first.endswith(": failed")
+    assert first.endswith(": FAIL")
     assert any(message in line for line in lines)
     assert not (nan_bundle / "calibration.json").exists()
 
@@ -52,7 +52,7 @@ def test_what_may_not_be_certified_is_reported_all_the_same(
     options: list[str | Path] = ["--against", fashion_bundle, "--max-drop", "20", "--certify", "--report", report]
     said = fail("validate", int8_bundle, "--data", data, *options)
 
-    assert "error: VACUOUS top-1 drop ≤ 20 points" in said
+    assert "error: PROVES NOTHING top-1 drop ≤ 20 points" in said
     assert "Certified" not in report.read_text(encoding="utf-8")
     assert "all samples have one label" in report.read_text(encoding="utf-8")
 

@@ -49,12 +49,14 @@ def test_html_holds_everything_and_fetches_nothing(report: Report) -> None:
     page, validation = render(report), report.validations[0]
 
     for heading in (*SECTIONS, "Folds of model", "Memory plan of model", "Environment"):
-        assert f"<h2>{heading}</h2>" in page
-    for said in (">Held<", "perceiver-export validate …", "prefers-color-scheme: dark", validation.data.fingerprint):
+        assert f">{heading}</h2>" in page
+    for said in (">PASS<", "perceiver-export validate …", "prefers-color-scheme: dark", validation.data.fingerprint):
         assert said in page
     assert validation.worst_samples[0].picture in page
     assert not re.findall(r'(?:src|href)="(?!data:|#)', page)
     assert not re.findall(r"https?://", page)
+    anchors = re.findall(r'href="#([^"]+)"', page)
+    assert anchors == re.findall(r'<h2 id="([^"]+)"', page)
     assert not re.findall(r"<script|<svg", page)
     assert len(page) < 300_000
     bars = len(report.gates.rows) + len(report.latency.rows) + len(report.layers.rows)
@@ -64,7 +66,7 @@ def test_html_holds_everything_and_fetches_nothing(report: Report) -> None:
 def test_markdown_is_a_table_a_section(report: Report) -> None:
     lines = render(report, ".md").splitlines()
 
-    assert lines[0] == "## fashion-int8: image-classification, int8: held"
+    assert lines[0] == "## fashion-int8: image-classification, int8: PASS"
     assert "### Gates" in lines
     for number, line in enumerate(lines):
         if line.startswith("| ---"):
@@ -160,7 +162,23 @@ def test_the_bar_of_a_gate_has_its_bounds_measured_value_and_limit(results: tupl
     least, most = min(drop.lower, 0), max(drop.upper, drop.wanted.limit)
     places = [100 * (value - least) / (most - least) for value in (drop.lower, drop.measured, drop.wanted.limit)]
     assert [bar.left, bar.dot, bar.limit] == pytest.approx(places)
+    assert bar.allowed == pytest.approx((0, places[2]))
     assert bar.width == pytest.approx(100 * (drop.upper - drop.lower) / (most - least))
+
+
+def test_the_report_begins_with_a_plain_sentence_and_its_date(report: Report) -> None:
+    drop, agreement, flips = *report.validations[0].gates, report.validations[0].flips
+    assert flips is not None
+    sentence = report.validations[0].sentence
+    page = render(report)
+
+    assert sentence == (
+        f"fashion-int8 answered {flips.gained} more and {flips.lost} fewer of 200 correctly than fashion; the loss is "
+        f"at most {drop.upper:.3f} points (8 allowed), the agreement is at least {agreement.lower:.2f} % (90 required)."
+    )
+    assert 0 < page.index(sentence) < page.index(f"{report.date}, perceiver-export ") < page.index("<h2")
+    for one in (report, Report("model", report.validations)):
+        assert sentence in render(one, ".md")
 
 
 def test_classes_in_which_nothing_changed_are_not_listed(
@@ -188,9 +206,9 @@ def test_no_other_verdict_is_shown_as_held(verdict: str, results: tuple[Validati
     gates = tuple(msgspec.structs.replace(gate, outcome="vacuous", vacuous=why) for gate in results[0].gates)
     failure = Failure("the candidate gives NaN", "do not ship it")
     other, said, detail = {
-        "undecided": (results[1], "Undecided: this is not a pass", "samples would decide"),
-        "vacuous": (msgspec.structs.replace(results[0], gates=gates), "Vacuous: this is not a pass", why),
-        "failed": (msgspec.structs.replace(results[0], gates=(), failure=failure), ">Failed<", failure.message),
+        "undecided": (results[1], "NOT ENOUGH DATA: this is not a pass", "samples would decide"),
+        "vacuous": (msgspec.structs.replace(results[0], gates=gates), "PROVES NOTHING: this is not a pass", why),
+        "failed": (msgspec.structs.replace(results[0], gates=(), failure=failure), ">FAIL<", failure.message),
     }[verdict]
     report = Report("model", (results[0], other))
 

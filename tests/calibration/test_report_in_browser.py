@@ -76,7 +76,7 @@ def test_the_report_opens_and_fits(report: Path, width: int, dark: bool, tmp_pat
     assert (found["width"], found["cut"], found["outside"]) == (width, [], 0)
     assert found["bars"] > 10
     assert found["images"] == [28] * 12
-    assert found["verdict"] == "Undecided: this is not a pass"
+    assert found["verdict"] == "NOT ENOUGH DATA: this is not a pass"
     background, text, drawn = found["colours"]
     assert contrast(background, text) > 12
     assert contrast(background, drawn) > 3  # bars take the page's colours

@@ -182,7 +182,9 @@ def test_the_number_of_samples_that_would_decide_does() -> None:
 @pytest.mark.parametrize("limit", [3.0, 0.5])
 def test_the_number_of_texts_that_would_decide_does(limit: float) -> None:
     few = gate_on_texts(41, limit)
-    assert str(few).startswith(f"UNDECIDED  drop ≤ {limit:g} points: between −7.05 and 7.05, 95 % bounds by bootstrap")
+    assert str(few).startswith(
+        f"NOT ENOUGH DATA  drop ≤ {limit:g} points: between −7.05 and 7.05, 95 % bounds by bootstrap"
+    )
     assert few.samples_to_decide is not None
     assert 41 < few.samples_to_decide < 10**6
     assert gate_on_texts(few.samples_to_decide, limit).held
@@ -217,9 +219,9 @@ def test_what_does_not_hold_and_what_is_undecided_are_told_apart() -> None:
         (undecided, "301 fresh samples: 3 are too few"),
         (gate_on_mean(0, 0, 1000), "no sample differs"),
     ):
-        with pytest.raises(UndecidedError, match=r"^UNDECIDED") as caught:
+        with pytest.raises(UndecidedError, match=r"^NOT ENOUGH DATA") as caught:
             require((gate,))
         assert hint in caught.value.hint
-    with pytest.raises(GateError, match=r"^FAIL  drop ≤ 1 points: .*; UNDECIDED") as failure:
+    with pytest.raises(GateError, match=r"^FAIL  drop ≤ 1 points: .*; NOT ENOUGH DATA") as failure:
         require((undecided, failed))
     assert not isinstance(failure.value, UndecidedError)

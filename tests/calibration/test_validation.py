@@ -106,7 +106,7 @@ def test_a_gate_is_on_the_bound_and_too_few_samples_decide_nothing(fashion_bundl
 
     assert value(result, "agreement") == 100
     assert [(gate.outcome, gate.samples_to_decide) for gate in result.gates] == [("undecided", 301), ("undecided", 299)]
-    with pytest.raises(UndecidedError, match="UNDECIDED"):
+    with pytest.raises(UndecidedError, match="NOT ENOUGH DATA"):
         result.require()
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import re
 import subprocess
 import sys
 import traceback
@@ -66,12 +67,18 @@ def succeed(*arguments: str | Path, **options: Any) -> str:
     return done.stdout
 
 
+def unwrapped(text: str) -> str:
+    """Lines that were wrapped at 80 columns, each in one."""
+    return re.sub(r"(?: \\)?\n {5,}", " ", text)
+
+
 def fail(*arguments: str | Path, **options: Any) -> str:
-    """One error line, one hint line, nothing else, exit code 1."""
+    """One error, one hint, nothing else, exit code 1; each in one line."""
     done = perceiver_export(*arguments, **options)
     assert done.returncode == 1, done.stdout
-    error, hint = done.stderr.splitlines()
+    said = unwrapped(done.stderr)
+    error, hint = said.splitlines()
     assert error.startswith("error: ")
     assert hint.startswith("hint: ")
     assert len(hint) > 10
-    return done.stderr
+    return said

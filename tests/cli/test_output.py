@@ -3,29 +3,44 @@
 
 from __future__ import annotations
 
+import re
+import shlex
+
 import pytest
 
-from perceiver_export.exporter.cli.output import mebibytes, print_table
+from perceiver_export.exporter.cli.output import mebibytes, print_table, say
 
 
 def test_names_are_folded_between_their_parts_and_figures_never(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
-    monkeypatch.setenv("COLUMNS", "56")
+    monkeypatch.setenv("COLUMNS", "50")
     rows = [
         ("encoder.self_attentions.0.mlp", "298.75 k", "42.00 MFLOP"),
         ("/a/folder/of/pictures.png", "1 k", "0 FLOP"),
     ]
     print_table("title", ["", "weights>", "bytes read and written>"], rows)
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
-    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines]
+    lines = capsys.readouterr().out.splitlines()
+    rule = next(number for number, line in enumerate(lines) if "──" in line)
+    first, *_, last = cells = [re.split(" {2,}", line) for line in lines[rule + 1 :]]
 
-    assert max(map(len, lines)) <= 56
-    assert {cell for _, *figures in cells for cell in figures} == {"298.75 k", "42.00 MFLOP", "1 k", "0 FLOP", ""}
-    folded = "".join(name for name, *_ in cells)
-    assert folded == "".join(name for name, *_ in rows)
+    assert max(map(len, lines)) <= 50
+    assert [first[1:], last[1:]] == [["298.75 k", "42.00 MFLOP"], ["1 k", "0 FLOP"]]
     assert [name for name, *_ in cells] == ["encoder.self_attentions.0.", "mlp", "/a/folder/of/pictures.png"]
+    monkeypatch.setenv("COLUMNS", "30")  # too few for the figures of a row: it is a paragraph
+    print_table("title", ["", "weights>", "bytes read and written>"], rows)
+    said = " ".join(capsys.readouterr().out.split())
+    assert all(f"{name}; weights {weights}; bytes read and written {moved}" in said for name, weights, moved in rows)
+
+
+def test_a_command_goes_on_after_a_backslash_and_can_be_copied(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["perceiver-export", "validate", "D" * 40, "--data", "a b " * 10, "--against", "E" * 40]
+    for text, mark in ((shlex.join(words), "next:"), (f"build it: {shlex.join(words)}", "")):
+        say(text, mark)
+        *_, copied = capsys.readouterr().out.partition("perceiver-export")
+
+        assert " \\\n" in copied
+        assert shlex.split("perceiver-export" + copied.replace("\\\n", "")) == words  # as a shell reads it
 
 
 def test_small_sizes_are_not_rounded_to_nothing() -> None:

@@ -15,7 +15,7 @@ from perceiver_export.exporter.cli.output import check_output
 from perceiver_export.runtimes.errors import UsageError, install_command
 from tests.conftest import FASHION
 
-from .commands import fail, perceiver_export, succeed
+from .commands import fail, perceiver_export, succeed, unwrapped
 
 # B is a bundle, C its checkpoint, D its test data, P an image, T a folder with text.png, empty/ and layers.json.
 RUN, BUILD, QUANTIZE, VALIDATE = "run B P", "build B --target", "quantize B -o T/int8 --data", "validate B --data D"
@@ -150,7 +150,10 @@ def test_refused_with_the_datum_and_nothing_is_written(
 
 @pytest.mark.parametrize("typed", ["export", "dance", "run --loud", "bench x --runs many"])
 def test_usage_errors_exit_with_two(typed: str) -> None:
-    assert perceiver_export(*typed.split()).returncode == 2
+    done = perceiver_export(*typed.split())
+
+    assert done.returncode == 2
+    assert [line.partition(":")[0] for line in unwrapped(done.stderr).splitlines()] == ["error", "hint"]
 
 
 @pytest.mark.parametrize("ending", [".html", ".md"])
