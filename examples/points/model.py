@@ -28,10 +28,10 @@ WEIGHTS = Path(__file__).parent / "checkpoint" / "model.safetensors"
 
 
 def untrained() -> PerceiverIO:
-    """32 latents of 96 channels read Fourier features of 512 points, then each other; one query reads the latents."""
+    """16 latents of 96 channels read Fourier features of 512 points, then each other; one query reads the latents."""
     points = ArrayInput((POINTS,), 3, value_positions=FourierPositions(8, (16, 16, 16)))
     logits = OutputConfig(LearnedQueries(1, 96), shape=(len(LABELS),), num_channels=len(LABELS))
-    sizes = EncoderSizes(32, 96, 3, num_cross_attention_heads=3, num_self_attention_heads=4)
+    sizes = EncoderSizes(16, 96, 3, num_cross_attention_heads=3, num_self_attention_heads=4)
     return PerceiverIO(own_model({"points": points}, {"logits": logits}, sizes))
 
 

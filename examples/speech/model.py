@@ -30,11 +30,11 @@ WEIGHTS = Path(__file__).parent / "checkpoint" / "model.safetensors"
 
 
 def untrained() -> PerceiverIO:
-    """24 latents of 96 channels read 20 patches of two frames, then each other; one query reads the latents."""
+    """16 latents of 96 channels read 20 patches of two frames, then each other; one query reads the latents."""
     positions = LearnedPositions((FRAMES // PATCH[0], 1), 32)
     mel = ArrayInput((FRAMES, BINS), 1, PATCH, num_projected_channels=64, positions=positions)
     logits = OutputConfig(LearnedQueries(1, 96), shape=(len(LABELS),), num_channels=len(LABELS))
-    sizes = EncoderSizes(24, 96, 4, num_cross_attention_heads=4, num_self_attention_heads=4)
+    sizes = EncoderSizes(16, 96, 3, num_cross_attention_heads=4, num_self_attention_heads=4)
     return PerceiverIO(own_model({"mel": mel}, {"logits": logits}, sizes))
 
 
