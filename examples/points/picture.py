@@ -56,7 +56,7 @@ def main() -> None:
             sheet.paste(draw(points[index]), (left, top))
             text = answer if answer == label else f"{answer} ({label})"
             pen.text((left + TILE / 2, top + TILE), text, "black" if answer == label else "red", font, "ma")
-    sheet.quantize(32).save(arguments.picture, optimize=True)
+    sheet.quantize(200).save(arguments.picture, optimize=True)
 
 
 if __name__ == "__main__":
