@@ -21,7 +21,7 @@ from perceiver_export.runtimes.tasks.sound import AudioClassification, Sound, lo
 
 QUIET = 0.01  # root mean square; quieter windows hold no speech
 STEPS = 4  # windows a second
-COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#aa3377")
+COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#111111")
 WIDTH, HEIGHT, BAND = 75, 8, 44  # pixels of a second, of a mel bin, and of the answers
 BINS, FRAMES = 32, 25  # of the picture's spectrogram, a second
 
@@ -54,9 +54,8 @@ def draw(sound: Sound, rate: int, found: list[tuple[float, Prediction | None]], 
             pen.rectangle(box, COLOURS[answer.index % len(COLOURS)])
             if answer.label != shown and left >= free:
                 pen.text((left, size[1] + 22), answer.label, "black", font)
-                free = left + pen.textlength(answer.label, font)
-        shown = answer.label if answer is not None else ""
-    return picture.quantize(64)
+                free, shown = left + pen.textlength(answer.label, font), answer.label
+    return picture.quantize(200)
 
 
 def main() -> None:
