@@ -55,7 +55,7 @@ def draw(sound: Sound, rate: int, found: list[tuple[float, Prediction | None]], 
             if answer.label != shown and left >= free:
                 pen.text((left, size[1] + 22), answer.label, "black", font)
                 free, shown = left + pen.textlength(answer.label, font), answer.label
-    return picture.quantize(200)
+    return picture.quantize(80)
 
 
 def main() -> None:
