@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draw test pictures with the bundle's three answers: `python -m examples.multitask.picture multitask-int8 -o three.png`."""
+"""Draw test pictures with a bundle's answers: `python -m examples.multitask.picture multitask-int8 -o three.png`."""
 
 from __future__ import annotations
 

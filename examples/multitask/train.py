@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train on Fashion-MNIST's pictures, each turned by some quarters, and write the weights.
+"""Train on Fashion-MNIST's pictures, each turned by some quarters, and write the weights and a sample for `run`.
 
     apt-get install dataset-fashion-mnist
     python -m examples.multitask.train
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from examples.fashion_mnist.train import HELD_OUT, read_split
 from examples.multitask.data import TURNS, read, turned
 from examples.multitask.model import LABELS, SIDE, WEIGHTS, Multitask
+from perceiver_export.runtimes.npz import write_npz
 from perceiver_export.runtimes.runtime import Array
 
 UPRIGHT = 5.0  # how much the error of the upright picture counts beside the two cross-entropies
@@ -103,7 +104,7 @@ def main() -> None:
     """Train and write; or a baseline on the test data."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--baseline", nargs="?", const="label", choices=("label", "turn", "upright"))
-    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--epochs", type=int, default=3)
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.baseline is not None:
@@ -111,6 +112,9 @@ def main() -> None:
         return
     model = train(options.epochs, 0)
     torch.save(model.state_dict(), WEIGHTS)
+    test = read("test.npz", 100)
+    boots = (test["labels"] == LABELS.index("Ankle boot")) & (test["quarters"] == 1)
+    write_npz(WEIGHTS.with_name("boot.npz"), {"image": test["image"][boots][:1]})
 
 
 if __name__ == "__main__":

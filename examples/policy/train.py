@@ -27,7 +27,7 @@ from perceiver_export.runtimes.runtime import Array
 HERE = Path(__file__).parent
 NOISE = (0.0, 0.2, 0.4)  # standard deviations, one an episode in turn
 # The first seed, how many episodes, and how many samples of each (None: all). One an episode is independent of others.
-TRAIN, CALIBRATION, TEST = (0, 400, None), (50_000, 300, 1), (60_000, 1_000, 1)
+TRAIN, CALIBRATION, TEST = (0, 400, None), (50_000, 200, 1), (60_000, 500, 1)
 SAMPLE = HERE / "sample.npz"
 
 
@@ -122,7 +122,7 @@ def main() -> None:
     """Record, train, write; or the baseline on the test data."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--baseline", action="store_true", help="measure the baseline on the test data instead")
-    parser.add_argument("--steps", type=int, default=8_000)
+    parser.add_argument("--steps", type=int, default=3_000)
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.baseline:
