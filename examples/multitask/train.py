@@ -104,7 +104,7 @@ def main() -> None:
     """Train and write; or a baseline on the test data."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--baseline", nargs="?", const="label", choices=("label", "turn", "upright"))
-    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.baseline is not None:

@@ -27,12 +27,14 @@ def main() -> None:
     options = parser.parse_args()
     simulated, frames = simulator(CAMERA), []
     with load(options.bundle) as runtime:
-        for _, done in steps(simulated, chunked(runtime, []), options.seed):
-            frames.append(np.asarray(simulated.render()))
-            if done:
+        played = [done for _, done in steps(simulated, chunked(runtime, []), options.seed)]
+        shown = np.linspace(0, played.index(True) if True in played else len(played) - 1, FRAMES).astype(int)
+        for index, _ in enumerate(steps(simulated, chunked(runtime, []), options.seed)):  # the same episode again
+            if index in shown:
+                frames.append(np.asarray(simulated.render())[::-1, ::-1])  # Meta-World's camera hangs upside down
+            if len(frames) == FRAMES:
                 break
-    chosen = [frames[index] for index in np.linspace(0, len(frames) - 1, FRAMES).astype(int)]
-    strip = Image.fromarray(np.concatenate(chosen, 1))
+    strip = Image.fromarray(np.concatenate(frames, 1))
     strip.resize((FRAMES * SIDE, SIDE)).quantize(128).save(options.output, optimize=True)
 
 
