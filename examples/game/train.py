@@ -38,7 +38,6 @@ HERE = Path(__file__).parent
 PLIES, A_GAME = 160, 8  # the longest game, and the most triples of it that are kept
 GREED = 0.6  # how often the stronger side takes the most valuable piece that it can
 TRAIN, CALIBRATION, TEST = (0, 12_000), (10_000_000, 200), (20_000_000, 1_000)  # seed of the first game, triples
-MATE = "r1bqkb1r/pppp1Qpp/2n2n2/4p3/2B1P3/8/PPPP1PPP/RNB1K1NR b KQkq - 0 4"  # the scholar's
 
 
 def triples(seed: int) -> Iterator[tuple[str, ...]]:
@@ -99,8 +98,10 @@ def write_data() -> tuple[Array, Array, Array]:
     """Write calibration and test data and a sample for `run`; returns the training data: pieces, masks, labels."""
     for name, which in (("held_out", CALIBRATION), ("test", TEST)):
         fens, labels = zip(*play(*which), strict=True)
-        write_npz(HERE / f"{name}.npz", {**inputs(fens), "labels": np.array(labels)})
-    write_npz(HERE / "mate.npz", inputs([MATE]))
+        arrays = {**inputs(fens), "labels": np.array(labels)}
+        once = np.sort(np.unique(arrays["pieces"].reshape(len(fens), -1), axis=0, return_index=True)[1])
+        write_npz(HERE / f"{name}.npz", {key: array[once] for key, array in arrays.items()})
+    write_npz(HERE / "sample.npz", {key: array[:3] for key, array in arrays.items() if key != "labels"})
     fens, labels = zip(*play(*TRAIN), strict=True)
     return *padded([pieces(fen) for fen in fens]), np.array(labels)
 

@@ -112,7 +112,7 @@ def main() -> None:
         return
     model = train(options.epochs, 0)
     torch.save(model.state_dict(), WEIGHTS)
-    test = read("test.npz", 100)
+    test = read("test.npz", 1_000)
     boots = (test["labels"] == LABELS.index("Ankle boot")) & (test["quarters"] == 1)
     write_npz(WEIGHTS.with_name("boot.npz"), {"image": test["image"][boots][:1]})
 
