@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Chess positions as sets of pieces, for the model.
 
-    python -m examples.game.positions 'r1bqkb1r/pppp1Qpp/2n2n2/4p3/2B1P3/8/PPPP1PPP/RNB1K1NR b KQkq - 0 4' -o mate.npz
+    python -m examples.game.positions '7k/6Q1/5K2/8/8/8/8/8 b - - 0 1' -o mate.npz
     perceiver-export run game mate.npz
 
 A piece is seen by the side to move: its kind, whose it is, where it is on the board, and where it is from that side's
