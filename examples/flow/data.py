@@ -6,6 +6,7 @@ Frame 0 and frame 1 are both sampled from one picture, so that the flow is exact
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -165,8 +166,7 @@ def motorcycle_tiles() -> Iterator[dict[str, npt.NDArray[Any]]]:
 
 def write() -> None:
     """held_out.npz, test.npz and two frames of opencv-doc's vtest.avi, at a third of its size."""
-    import av
-
+    av: Any = importlib.import_module("av")
     np.savez_compressed(HERE / "held_out.npz", frames=samples(CALIBRATION, 48, 2)["frames"])
     test = samples(TEST, 144, 1)
     np.savez_compressed(HERE / "test.npz", frames=test["frames"], flow=test["flow"])

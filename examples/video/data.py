@@ -6,6 +6,7 @@ The rabbit has its own sound. The clips of people and of the tree are silent: a 
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,12 +55,11 @@ class Clip:
 
 def read_clip(frames: Path, sound: Path) -> Clip:
     """Decode a clip with PyAV (`pip install av`): every frame, 72 pixels high, and the sound as mono at 4 kHz."""
-    import av
-
+    av: Any = importlib.import_module("av")
     with av.open(str(frames)) as file:
         pictures = [frame.to_image().resize((round(72 * frame.width / frame.height), 72), Image.Resampling.BOX)
                     for frame in file.decode(video=0)]  # fmt: skip
-    resampler: Any = av.AudioResampler("flt", "mono", RATE)
+    resampler = av.AudioResampler("flt", "mono", RATE)
     with av.open(str(sound)) as file:
         blocks = [block for frame in file.decode(audio=0) for block in resampler.resample(frame)]
     samples = np.concatenate([block.to_ndarray()[0] for block in (*blocks, *resampler.resample(None))])
@@ -86,7 +86,7 @@ class Pieces:
         top, left = int(self.random.integers(height - side + 1)), int(self.random.integers(width - side + 1))
         cut = clip.frames[start : start + NUM_FRAMES, top : top + side, left : left + side]
         small = [np.asarray(Image.fromarray(one).resize((SIDE, SIDE), Image.Resampling.BOX)) for one in cut]
-        frames = np.stack(small).astype(np.float32) / 255
+        frames: Floats = np.stack(small).astype(np.float32) / np.float32(255)
         frames = frames[:, :, ::-1] if mirror and self.random.random() < 0.5 else frames
         while True:
             # The rabbit's own sound runs with its frames; the others' does not belong to a moment.
@@ -113,7 +113,7 @@ def write(clips: dict[str, Clip]) -> None:
     """held_out.npz, test.npz, and a piece of the rabbit's test part as frames and WAV."""
     from perceiver_export.runtimes.tasks.sound import write_wav
 
-    held_out, test = samples(clips, "calibration", 12, 2), samples(clips, "test", 36, 1)
+    held_out, test = samples(clips, "calibration", 33, 2), samples(clips, "test", 36, 1)
     np.savez_compressed(HERE / "held_out.npz", frames=held_out["frames"], audio=held_out["audio"])
     np.savez_compressed(HERE / "test.npz", frames=test["frames"], audio=test["audio"], label=test["label"])
     (HERE / "rabbit").mkdir(exist_ok=True)

@@ -212,7 +212,7 @@ def rate_at(step: int, steps: int) -> float:
 
 
 def train(model: PerceiverIO, source: Pieces, steps: int, batch: int = 15) -> None:
-    """AdamW, bfloat16 products; the loss: squared errors at 96 pixels and 32 patches of sound, and the label's."""
+    """AdamW, bfloat16 products; the loss: squared errors at 64 pixels and 20 patches of sound, and the label's."""
     decayed = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
     optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}])
@@ -221,8 +221,8 @@ def train(model: PerceiverIO, source: Pieces, steps: int, batch: int = 15) -> No
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * rate_at(step, steps)
         frames, audio, label = map(torch.from_numpy, source.batch(batch, mirror=True))
-        pixels = torch.from_numpy(source.random.integers(NUM_FRAMES * SIDE**2, size=(batch, 96)))
-        patches = torch.from_numpy(source.random.integers(NUM_SAMPLES // 16, size=(batch, 32)))
+        pixels = torch.from_numpy(source.random.integers(NUM_FRAMES * SIDE**2, size=(batch, 64)))
+        patches = torch.from_numpy(source.random.integers(NUM_SAMPLES // 16, size=(batch, 20)))
         with torch.autocast("cpu", dtype=torch.bfloat16):
             colours, samples, scores = forward(frames, audio, pixels, patches)
         colour = frames.flatten(1, 3).gather(1, pixels[..., None].expand(-1, -1, 3))
