@@ -16,7 +16,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
-from skimage import data as skimage_data
 from torch import Tensor
 from torch.nn.functional import grid_sample
 
@@ -32,6 +31,7 @@ TRAINING = (
 )  # fmt: skip
 CALIBRATION = ("skimage:gravel", "skimage:clock")
 TEST = ("skimage:chelsea", "skimage:coffee", "skimage:rocket")
+skimage_data: Any = importlib.import_module("skimage.data")  # some of its functions have no types
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
 

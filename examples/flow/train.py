@@ -11,15 +11,16 @@ The model is transformers' `PerceiverForOpticalFlow`, only small: tiles of 24 ×
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from skimage.registration import optical_flow_ilk, optical_flow_tvl1
 from torch import Tensor
 
 from examples.flow.data import HEIGHT, HERE, TRAINING, WIDTH, Bytes, Floats, Warps, write
@@ -119,6 +120,7 @@ def initialise(model: PerceiverIO, frames: Tensor) -> None:
     kernel[0], kernel[1] = sobel, sobel.T
     kernel[2, 0], kernel[2, 1] = -1.0, 1.0
     adapter.features.weight.copy_(kernel.flatten(1, 2))
+    assert adapter.features.bias is not None
     adapter.features.bias.zero_()
     adapter.features.weight.div_(adapter.features(frames.flatten(1, 2)).std((0, 2, 3))[:, None, None, None])
 
@@ -197,10 +199,11 @@ def equalised(frame: Bytes) -> Floats:
 
 def classical(pair: Bytes) -> dict[str, Floats]:
     """The flow (H, W, 2) of two frames by methods without training, with the best settings found on test.npz."""
+    registration: Any = importlib.import_module("skimage.registration")  # its functions have no types
     before, after = map(equalised, pair)
     found = {
-        "TV-L1 (skimage, attachment 5)": optical_flow_tvl1(before, after, attachment=5),
-        "iterative Lucas-Kanade (skimage, radius 9)": optical_flow_ilk(before, after, radius=9),
+        "TV-L1 (skimage, attachment 5)": registration.optical_flow_tvl1(before, after, attachment=5),
+        "iterative Lucas-Kanade (skimage, radius 9)": registration.optical_flow_ilk(before, after, radius=9),
     }
     return {name: np.stack([columns, rows], -1) for name, (rows, columns) in found.items()}
 
