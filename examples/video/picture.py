@@ -49,7 +49,7 @@ def main() -> None:
         axes[2 * index + 1, 0].set_ylabel(said, fontsize=9)
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
-    figure.savefig(options.output, dpi=60)
+    figure.savefig(options.output, dpi=45)
 
 
 if __name__ == "__main__":
