@@ -77,7 +77,7 @@ def test_the_rabbit_is_reconstructed_as_frames_and_sound(video_bundle: Path, tmp
     assert result.returncode == 0, result.stderr
     found = sorted((tmp_path / "rabbit").glob("*.png"))
     errors = [
-        np.subtract(Image.open(one), Image.open(given), dtype=float).std()
+        (np.asarray(Image.open(one), float) - np.asarray(Image.open(given), float)).std()
         for one, given in zip(found, sorted(rabbit.iterdir()), strict=True)
     ]
     assert max(errors) < 40
