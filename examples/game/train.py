@@ -78,7 +78,7 @@ def sorted_moves(board: chess.Board, moves: list[chess.Move]) -> list[list[chess
 def after(board: chess.Board, move: chess.Move) -> str:
     """The position after a move, in FEN."""
     board.push(move)
-    fen = board.fen()
+    fen: str = board.fen()
     board.pop()
     return fen
 
@@ -110,7 +110,7 @@ def prepared(model: PerceiverIO) -> PerceiverIO:
     """With latents and queries that differ from the start; as small as by default they all read the same for long."""
     with torch.no_grad():
         model.encoder.latents.normal_()
-        for queries in model.decoder.queries.parameters():
+        for queries in model.decoder.get_submodule("queries").parameters():
             queries.normal_()
     return model
 

@@ -55,7 +55,8 @@ def expert() -> Act:
     def act(state: Array) -> Array:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the cut
-            return np.clip(scripted.get_action(state), -1, 1)
+            clipped: Array = np.clip(scripted.get_action(state), -1, 1)
+        return clipped
 
     return act
 
@@ -121,7 +122,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object a line")
     options = parser.parse_args()
     simulated, seeds = simulator(), range(FIRST_SEED, FIRST_SEED + options.episodes)
-    results, times = [], []
+    results, times = list[Array](), list[list[float]]()
     for bundle in options.bundles:
         with load(bundle, options.device) as runtime:
             times.append([])

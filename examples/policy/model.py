@@ -24,6 +24,9 @@ TOKENS = (4, 7, 4, 7, 3, 3, 3)  # hand and puck, both one step ago, goal, hand t
 class Policy(nn.Module):
     """States of Meta-World (B, 39) -> the next 16 actions (B, 16, 4)."""
 
+    mean: Tensor
+    scale: Tensor
+
     def __init__(self, width: int = 64, layers: int = 2) -> None:
         super().__init__()
         self.register_buffer("mean", torch.zeros(sum(TOKENS)))
