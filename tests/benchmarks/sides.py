@@ -82,7 +82,8 @@ def _timed(source: str, engine: str, threads: int, feeds: str, precision: str | 
         else _load_bundle
     )
     call = load(source, engine, threads, precision)
-    given, times = dict(np.load(feeds)), []
+    given = dict(np.load(feeds))
+    times: list[float] = []
     while len(times) < 3 or sum(times[1:]) < _LEAST_MS:
         start = time.perf_counter()
         values = call(given)

@@ -27,7 +27,6 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from functools import partial
 from importlib.util import find_spec
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -93,16 +92,17 @@ def draw(ms: Mapping[str, Mapping[str, float]], figure: Path) -> None:
 
     rows = -(-len(ms) // 2)
     drawn, panels = pyplot.subplots(rows, 2, figsize=(10, 2.6 * rows), layout="constrained", squeeze=False)
-    for panel, (preset, sides) in zip_longest(panels.flat, ms.items(), fillvalue=("", {})):
+    for panel in panels.flat[len(ms) :]:
+        panel.set_axis_off()
+    for panel, (preset, sides) in zip(panels.flat, ms.items(), strict=False):
         names = sorted(sides, key=lambda name: -sides[name])
         colors = ["#b0b0b0" if name.startswith("plain") else "#2a6fbb" for name in names]
         bars = panel.barh(names, [sides[name] for name in names], color=colors)
         shown = [f"{sides[name]:,.{0 if sides[name] >= 100 else 1}f}" for name in names]
         panel.bar_label(bars, shown, padding=2, fontsize=7)
-        panel.set_title(f"{preset}, ms a call" if preset else "", fontsize=9)
+        panel.set_title(f"{preset}, ms a call", fontsize=9)
         panel.tick_params(labelsize=7)
         panel.spines[["top", "right"]].set_visible(False)
-        panel.set_axis_on() if preset else panel.set_axis_off()
     drawn.savefig(figure, metadata={"Date": None})
 
 
