@@ -197,7 +197,8 @@ def test_an_own_metric_that_a_constant_answer_passes_is_vacuous(
     assert gate.outcome == outcome, str(gate)
 
 
-def test_the_naive_models_of_an_own_metric_are_judged_by_few_samples_of_all() -> None:
+@pytest.mark.parametrize("order", ["sorted", "in turn"])
+def test_the_naive_models_of_an_own_metric_are_judged_by_few_samples_of_all(order: str) -> None:
     """Sorted data: by the first samples alone, a model that always says 0 would seem right."""
     calls = []
 
@@ -206,6 +207,7 @@ def test_the_naive_models_of_an_own_metric_are_judged_by_few_samples_of_all() ->
         return float(outputs["y"] == targets["label"])
 
     own, labels = Own(Metric("mine:right", "quality", "higher"), right), np.repeat(np.arange(4), 5_000)
+    labels = labels if order == "sorted" else labels.reshape(4, -1).T.ravel()
     seen: dict[str, Any] = {}
     for start in range(0, len(labels), 100):
         batch = labels[start : start + 100]

@@ -28,8 +28,8 @@ class Own(Family):
     """Your function as a family of one metric.
 
     Its naive model is the best of three: always the first sample's outputs, the mean of the first batch's, or zeros.
-    The function may be slow, so the first 1,000 samples are judged, of the next 1,000 every second, of the next 2,000
-    every fourth, and so on, each weighted by the samples that it stands for. A naive model for which the function fails
+    The function may be slow, so the first 1,000 samples are judged, of the next 1,000 one in two, of the next 2,000
+    one in four, and so on, each weighted by the samples that it stands for. A naive model for which the function fails
     is left out.
     """
 
@@ -79,7 +79,8 @@ class Own(Family):
         sums = {says: np.zeros(3) for says in self._models}
         for row in range(len(next(iter(outputs.values())))):
             step = 2 ** (self._count // _MOST).bit_length()
-            if self._count % step == 0:
+            # One of so many, spread by the golden ratio: every second sample may always be of the same class.
+            if (self._count * 0x9E3779B1 & 0xFFFFFFFF) * step < 2**32:
                 for says in self._models:
                     value = self._of_model(says, targets, row)
                     sums[says] += (0, 0, 1) if value is None else (step * value, step, 0)
