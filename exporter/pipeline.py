@@ -110,7 +110,7 @@ def export(
     """Export a model to a bundle at ``output``: a loaded one, an `OwnModel`, or a source that `load_model` takes.
 
     The bundle is written only if the ONNX graph reproduces PyTorch's outputs on three random inputs, one of them large
-    in magnitude. A model of 500 GFLOP a call or more may be compared on two, for the second on one query in 16; the
+    in magnitude. A model of 500 GFLOP a call or more may be compared on two, for the second on one query in 17; the
     manifest lists what was compared. A failure leaves nothing behind.
 
     With ``fold`` the graph computes the same function in fewer operations, in pieces that keep the activations of the

@@ -85,7 +85,8 @@ def attend(
     """
     q, k, v = (split_heads(x, num_heads) for x in (queries, keys, values))
     bias = None if mask is None else (MASKED_SCORE * (1 - mask.to(q.dtype)))[:, None, None, :]
-    read = merge_heads((_products if torch.compiler.is_exporting() else _fused)(q, k, v, bias))
+    traced = torch.compiler.is_exporting() or torch.jit.is_tracing()
+    read = merge_heads((_products if traced else _fused)(q, k, v, bias))
     if mask is not None and masked_rows == "zero":
         read = read * mask.to(read.dtype).amax(dim=-1)[:, None, None]
     return read
@@ -100,10 +101,11 @@ def _products(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     """Where torch itself runs. Its kernel keeps no scores: the flow model's would take 1.5 GB."""
+    batch = max(x.shape[0] for x in (q, k, v, *(() if bias is None else (bias,))))
+    q, k, v = (x.expand(batch, -1, -1, -1) for x in (q, k, v))
     rows = q.shape[2]
     if q.shape[-1] != v.shape[-1]:  # torch has no such kernel, and would keep all scores
-        rows = max(1, LARGEST_SCORES // (k.shape[0] * k.shape[1] * k.shape[2]))
-    q = q.expand(k.shape[0], -1, -1, -1)
+        rows = max(1, LARGEST_SCORES // (batch * k.shape[1] * k.shape[2]))
     reads = [F.scaled_dot_product_attention(piece, k, v, bias) for piece in q.split(rows, dim=2)]
     return torch.cat(reads, dim=2) if len(reads) > 1 else reads[0]
 

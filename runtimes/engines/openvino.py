@@ -140,10 +140,9 @@ def _compiled(source: Source, threads: int | None) -> Any:
         raise BundleError(f"{source.graph} does not exist", "give the path of an ONNX file")
     with _translated(f"{source.graph} cannot be loaded", BundleError, "copy or export the damaged file again"):
         model = core.read_model(str(source.graph))
+    _transpose_shared_weights(openvino, model, every=source.options.precision == "bf16")
     if source.options.precision == "fp16":
         model = _with_half_weights(openvino, core, model)
-    elif source.options.precision == "bf16":
-        _transpose_shared_weights(openvino, model)
     given = source.options.flags
     with _translated(
         f"{source.target} cannot compile {source.graph.name}",
@@ -174,17 +173,20 @@ def _with_half_weights(openvino: Any, core: Any, model: Any) -> Any:
     return model
 
 
-def _transpose_shared_weights(openvino: Any, model: Any) -> None:
+def _transpose_shared_weights(openvino: Any, model: Any, every: bool) -> None:
     """Float weights that several products share, as the plugin reads them: (outputs, inputs).
 
-    OpenVINO 2026.4 transposes and converts others at each use: eight times the bf16 weights of a Perceiver whose blocks
-    share theirs.
+    OpenVINO 2026.4 gives wrong answers where a square weight is used both as it is and transposed. With ``every``, for
+    bf16, all that are shared: it transposes and converts others at each use, eight times the bf16 weights of a
+    Perceiver whose blocks share theirs.
     """
     for held in model.get_ops():
-        uses = list(held.output(0).get_target_inputs()) if held.get_type_name() == "Constant" else []
-        nodes = [use.get_node() for use in uses if use.get_index() == 1 and use.get_node().get_type_name() == "MatMul"]
-        plain = [node for node in nodes if not node.get_attributes()["transpose_b"]]
-        if len(plain) < 2 or len(held.shape) != 2 or held.get_element_type() != openvino.Type.f32:
+        if held.get_type_name() != "Constant" or held.get_element_type() != openvino.Type.f32 or len(held.shape) != 2:
+            continue
+        uses = [(use.get_node(), use.get_index()) for use in held.output(0).get_target_inputs()]
+        products = [node for node, index in uses if index == 1 and node.get_type_name() == "MatMul"]
+        plain = [node for node in products if not node.get_attributes()["transpose_b"]]
+        if not plain or len(uses) == 1 or (len(plain) == len(uses) and not every):
             continue
         transposed = openvino.op.Constant(np.ascontiguousarray(held.data.T))
         for node in plain:

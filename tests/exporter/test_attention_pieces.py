@@ -22,16 +22,16 @@ class Attend(torch.nn.Module):
         return attention.attend(q, k, v, 2, mask, self.masked_rows)
 
 
-@pytest.mark.parametrize("samples", [1, 2])
+@pytest.mark.parametrize(("samples", "seen"), [(1, 2), (2, 2), (2, 1)])
 @pytest.mark.parametrize("width", [8, 12])
 @pytest.mark.parametrize("masked_rows", [None, "zero", "mean"])
 def test_torch_gives_what_is_exported(
-    masked_rows: Literal["zero", "mean"] | None, width: int, samples: int, monkeypatch: pytest.MonkeyPatch
+    masked_rows: Literal["zero", "mean"] | None, width: int, samples: int, seen: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With values as wide as the keys and wider, queries for each sample and for all, and a sample without keys."""
+    """With values as wide as the keys and wider, queries or keys for each sample and for all, and a sample without keys."""
     torch.manual_seed(0)
-    queries, keys = torch.randn(samples, 7, 8, dtype=torch.float64), torch.randn(2, 5, 8, dtype=torch.float64)
-    given = [queries, keys, torch.randn(2, 5, width, dtype=torch.float64)]
+    queries, keys = torch.randn(samples, 7, 8, dtype=torch.float64), torch.randn(seen, 5, 8, dtype=torch.float64)
+    given = [queries, keys, torch.randn(seen, 5, width, dtype=torch.float64)]
     if masked_rows is not None:
         given.append(torch.tensor([[1, 1, 0, 1, 0], [0, 0, 0, 0, 0]]))
     module = Attend(masked_rows or "mean")

@@ -119,6 +119,27 @@ def test_bf16_keeps_a_shared_weight_once(tmp_path: Path) -> None:
     assert np.abs(engine.run({"x": x})["y"] - expected).max() <= 8 * 2.0**-7
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_weight_used_as_it_is_and_transposed_is_not_confused(tmp_path: Path, precision: Precision) -> None:
+    """OpenVINO 2026.4 by itself takes one for the other where the weight is square."""
+    weight = np.random.default_rng(0).normal(size=(64, 64)).astype(np.float32) / 8
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["a"]),
+        helper.make_node("Tanh", ["a"], ["b"]),
+        helper.make_node("MatMul", ["b", "w"], ["c"]),
+        helper.make_node("Tanh", ["c"], ["d"]),
+        helper.make_node("Gemm", ["d", "w"], ["y"], transB=1),
+    ]
+    ends = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [8, 64]) for name in ("x", "y")]
+    graph = helper.make_graph(nodes, "tied", ends[:1], ends[1:], [numpy_helper.from_array(weight, "w")])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), tmp_path / "g.onnx")
+    engine = openvino.open(Source("openvino-cpu", tmp_path / "g.onnx", EngineOptions(precision=precision)), None, 2)
+    x = np.random.default_rng(1).normal(size=(8, 64)).astype(np.float32)
+
+    expected = np.tanh(np.tanh(x @ weight) @ weight) @ weight.T
+    assert np.abs(engine.run({"x": x})["y"] - expected).max() <= 0.01
+
+
 def test_weights_alone_are_integers_where_that_was_asked_for(tmp_path: Path) -> None:
     """OpenVINO by itself would round activations to int8 as well, on CPUs with VNNI."""
     rng, terms = np.random.default_rng(0), 512
