@@ -28,7 +28,7 @@ class Attend(torch.nn.Module):
 def test_torch_gives_what_is_exported(
     masked_rows: Literal["zero", "mean"] | None, width: int, samples: int, seen: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With values as wide as the keys and wider, queries or keys for each sample and for all, and a sample without keys."""
+    """With values as wide as the keys and wider, one sample of queries or keys for all, and a sample without keys."""
     torch.manual_seed(0)
     queries, keys = torch.randn(samples, 7, 8, dtype=torch.float64), torch.randn(seen, 5, 8, dtype=torch.float64)
     given = [queries, keys, torch.randn(seen, 5, width, dtype=torch.float64)]
