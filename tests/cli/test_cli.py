@@ -189,6 +189,20 @@ def test_the_list_of_demos_has_each_example() -> None:
         assert json.loads(file.read_text(encoding="utf-8"))["shows"] in shown
 
 
+def test_a_demo_removes_only_what_it_wrote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    example = json.loads((FASHION / "demo.json").read_text(encoding="utf-8"))
+    for place in ("mine", "{out}/../mine", "{out}/old"):
+        example["steps"] = [{"what": "", "command": f"export nowhere -o {place}"}]
+        for made in ("mine", "perceiver-export-demo/old"):
+            (tmp_path / made).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "demo.json").write_text(json.dumps(example), encoding="utf-8")
+        fail("demo", ".")
+
+        assert (tmp_path / "mine").is_dir()
+    assert not (tmp_path / "perceiver-export-demo" / "old").exists()
+
+
 def test_the_demo_goes_the_whole_road(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     example = tmp_path / "example"
     shutil.copytree(FASHION, example)
