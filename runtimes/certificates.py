@@ -65,7 +65,7 @@ class Certificate(msgspec.Struct, frozen=True):
     sequential: str = ""
 
     def __str__(self) -> str:
-        """Short; `inspect --json` and calibration.json have all instructions, digests and labels."""
+        """Short; `inspect --json` and calibration.json have the digests and labels too."""
         claims = " and ".join(map(str, self.claims))
         where = f"{self.target}, {self.engine}, on {self.place}"
         confidence = f"{100 * self.claims[0].confidence:g} %" if self.claims else "no"
@@ -80,10 +80,9 @@ class Certificate(msgspec.Struct, frozen=True):
 
     @property
     def place(self) -> str:
-        """The device; of a CPU, the newest of the instructions by which its results may differ from another's."""
-        *others, newest = self.instruction_set or ("no special instructions",)
-        more = f" and {len(others)} more instruction sets" if others else ""
-        return f"a CPU with {newest}{more}" if on_cpu(self.target) else self.device
+        """The device; of a CPU, the instructions by which its results may differ from another's."""
+        instructions = ", ".join(self.instruction_set) or "no special instructions"
+        return f"a CPU with {instructions}" if on_cpu(self.target) else self.device or "an unknown device"
 
 
 def _counted(labels: Mapping[str, int]) -> str:

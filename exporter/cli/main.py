@@ -30,7 +30,7 @@ from perceiver_export.runtimes.files import is_full
 
 EXIT_CODES = {
     0: "The command did what it was asked, and every gate passed.",
-    1: "An error, or a gate that did not pass. Standard error has one `error:` line and one `hint:` line.",
+    1: "An error, or a gate that did not pass. Standard error has one `error:` and one `hint:`.",
     2: "Wrong usage: an option or argument that does not exist, or with a value of the wrong type.",
 }
 # Groups of the help: of commands, and of options by their names.
@@ -39,14 +39,8 @@ _COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
     "Use it": (run, validate, bench, profile),
     "Find out": (inspect_, lint, doctor, presets, demo),
 }
-_WRITES_ONLY = (
-    export,
-    quantize,
-    build,
-    package,
-    validate,
-    demo,
-)  # --quiet leaves nothing of these but warnings and the verdict
+# --quiet leaves nothing of these but warnings and the verdict.
+_WRITES_ONLY = (export, quantize, build, package, validate, demo)
 _OPTIONS = {
     "Data": "data against samples text truncate",
     "Model": "task parity config like use_transformers",
@@ -131,7 +125,8 @@ def main() -> None:
         _fail(error.message, error.hint)
     except _CLICK_ERROR as error:  # wrong usage
         message = " ".join(error.format_message().split()).rstrip(".")
-        path = error.ctx.command_path if error.ctx is not None else "perceiver-export"
+        context = getattr(error, "ctx", None)  # only errors of usage have one
+        path = "perceiver-export" if context is None else context.command_path
         _fail(message[:1].lower() + message[1:], f"{path} --help shows what it takes", error.exit_code)
     except BrokenPipeError:
         sys.stderr.close()  # the reader of the output stopped, as `head` does

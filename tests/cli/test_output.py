@@ -27,6 +27,9 @@ def test_names_are_folded_between_their_parts_and_figures_never(
     assert max(map(len, lines)) <= 50
     assert [first[1:], last[1:]] == [["298.75 k", "42.00 MFLOP"], ["1 k", "0 FLOP"]]
     assert [name for name, *_ in cells] == ["encoder.self_attentions.0.", "mlp", "/a/folder/of/pictures.png"]
+    monkeypatch.setenv("COLUMNS", "2")  # no terminal is so narrow
+    print_table("title", ["[red]"], [("a",)])
+    assert "[red]" in capsys.readouterr().out
     monkeypatch.setenv("COLUMNS", "30")  # too few for the figures of a row: it is a paragraph
     print_table("title", ["", "weights>", "bytes read and written>"], rows)
     said = " ".join(capsys.readouterr().out.split())
