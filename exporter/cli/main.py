@@ -13,7 +13,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
@@ -53,6 +53,7 @@ _OPTIONS = {
     "Output": "output overwrite csv_ junit report save_worst top sort layers json quiet",
 }
 _GROUP_OF = {name: group for group, names in _OPTIONS.items() for name in names.split()}
+_NUMBERS = {"int_parsing": "a whole number", "float_parsing": "a number"}  # errors of typer's library
 _CLICK_ERROR: Any = typer.BadParameter.__mro__[2]  # typer exports no other name of it
 
 app = typer.Typer(
@@ -82,6 +83,8 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
         for about in getattr(one.annotation, "__metadata__", ()):
             if hasattr(about, "param_decls") and one.name in _GROUP_OF:
                 about.rich_help_panel = _GROUP_OF[one.name]
+            if hasattr(about, "param_decls") and get_args(one.annotation)[0] in (bool, bool | None):
+                about.metavar = ""  # a flag takes no value, and typer would show <bool>
     run_command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     run_command.__annotations__ = {one.name: one.annotation for one in parameters}
     return run_command
@@ -124,7 +127,7 @@ def main() -> None:
     except PerceiverExportError as error:
         _fail(error.message, error.hint)
     except _CLICK_ERROR as error:  # wrong usage
-        message = " ".join(error.format_message().split()).rstrip(".")
+        message = _wrong_usage(error)
         context = getattr(error, "ctx", None)  # only errors of usage have one
         path = "perceiver-export" if context is None else context.command_path
         _fail(message[:1].lower() + message[1:], f"{path} --help shows what it takes", error.exit_code)
@@ -137,6 +140,15 @@ def main() -> None:
         with contextlib.suppress(OSError):  # Python would write buffered output again when it ends
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         _fail(f"the disk is full: {error.filename or 'the output'} was not written", "free some space and try again")
+
+
+def _wrong_usage(error: Any) -> str:
+    """What typer says; of a value that is no number, in words of our own, because it has those of a library."""
+    cause: list[dict[str, Any]] = getattr(error.__cause__, "errors", list)()
+    wanted = _NUMBERS.get(cause[0]["type"]) if len(cause) == 1 else None
+    if wanted is not None:
+        return f"{error.param.opts[0]} is {cause[0]['input']!r}, not {wanted}"
+    return " ".join(error.format_message().split()).rstrip(".")
 
 
 def _fail(message: str, hint: str, code: int = 1) -> None:

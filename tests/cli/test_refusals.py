@@ -156,6 +156,7 @@ def test_usage_errors_exit_with_two(typed: str) -> None:
     done = perceiver_export(*typed.split())
 
     assert done.returncode == 2
+    assert typed.split()[-1] in done.stderr
     assert [line.partition(":")[0] for line in unwrapped(done.stderr).splitlines()] == ["error", "hint"]
 
 
