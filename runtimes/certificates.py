@@ -65,9 +65,11 @@ class Certificate(msgspec.Struct, frozen=True):
     sequential: str = ""
 
     def __str__(self) -> str:
-        """Short; `inspect --json` and calibration.json have the digests and labels too."""
+        """Short; `inspect --json` and calibration.json have all instructions, digests and labels."""
         claims = " and ".join(map(str, self.claims))
-        where = f"{self.target}, {self.engine}, on {self.place}"
+        *others, last = self.instruction_set or ("",)
+        short = f"a CPU with {last} and {len(others)} more instruction sets"
+        where = f"{self.target}, {self.engine}, on {short if on_cpu(self.target) and len(others) > 1 else self.place}"
         confidence = f"{100 * self.claims[0].confidence:g} %" if self.claims else "no"
         caveats = "".join(f"; but {caveat}" for caveat in self.caveats)
         each = " each" if len(self.claims) > 1 else ""
