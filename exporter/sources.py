@@ -297,7 +297,7 @@ def download(hub_id: str) -> Path:
     except ImportError as error:
         raise MissingDependencyError(
             f"{hub_id} is no directory, and downloading it needs huggingface_hub",
-            f"{install_command('hub')}, or give a directory",
+            f"{install_command('hub')}; or give a directory",
         ) from error
     try:
         return Path(snapshot_download(hub_id, allow_patterns=_FILES))

@@ -67,7 +67,9 @@ class Certificate(msgspec.Struct, frozen=True):
     def __str__(self) -> str:
         """Short; `inspect --json` and calibration.json have all instructions, digests and labels."""
         claims = " and ".join(map(str, self.claims))
-        where = f"{self.target}, {self.engine}, on {self.place}"
+        *others, last = self.instruction_set or ("",)
+        short = f"a CPU with {last} and {len(others)} more instruction sets"
+        where = f"{self.target}, {self.engine}, on {short if on_cpu(self.target) and len(others) > 1 else self.place}"
         confidence = f"{100 * self.claims[0].confidence:g} %" if self.claims else "no"
         caveats = "".join(f"; but {caveat}" for caveat in self.caveats)
         each = " each" if len(self.claims) > 1 else ""
@@ -80,10 +82,9 @@ class Certificate(msgspec.Struct, frozen=True):
 
     @property
     def place(self) -> str:
-        """The device; of a CPU, the newest of the instructions by which its results may differ from another's."""
-        *others, newest = self.instruction_set or ("no special instructions",)
-        more = f" and {len(others)} more instruction sets" if others else ""
-        return f"a CPU with {newest}{more}" if on_cpu(self.target) else self.device
+        """The device; of a CPU, the instructions by which its results may differ from another's."""
+        instructions = ", ".join(self.instruction_set) or "no special instructions"
+        return f"a CPU with {instructions}" if on_cpu(self.target) else self.device or "an unknown device"
 
 
 def _counted(labels: Mapping[str, int]) -> str:

@@ -158,19 +158,22 @@ def require(module: str, what: str, extra: str) -> Any:
 def install_command(extra: str) -> str:
     """The command that installs an extra of this package, from where the package itself was installed."""
     import json
+    import shlex
     from importlib import metadata
     from urllib.parse import unquote
 
-    try:
-        origin = json.loads(metadata.distribution("perceiver-export").read_text("direct_url.json") or "{}")
-    except metadata.PackageNotFoundError:
-        origin = {}
+    # An egg-info in the current folder hides the installed record, and has no direct_url.json.
+    found = (one.read_text("direct_url.json") for one in metadata.distributions(name="perceiver-export"))
+    origin = json.loads(next(filter(None, found), "{}"))
     if "url" not in origin:  # pip found it by its name, and so will again
         return f"pip install 'perceiver-export[{extra}]'"
     if "dir_info" not in origin:
-        return f"pip install 'perceiver-export[{extra}] @ {origin['url']}'"
+        vcs, url = origin.get("vcs_info"), origin["url"]
+        url = f"{vcs['vcs']}+{url}@{vcs['commit_id']}" if vcs else url
+        return f"pip install {shlex.quote(f'perceiver-export[{extra}] @ {url}')}"
     editable = "-e " if origin["dir_info"].get("editable") else ""
-    return f"pip install {editable}'{unquote(origin['url']).removeprefix('file://')}[{extra}]'"
+    path = unquote(origin["url"]).removeprefix("file://")
+    return f"pip install {editable}{shlex.quote(f'{path}[{extra}]')}"
 
 
 def check_choice(what: str, value: object, choices: tuple[str, ...]) -> None:

@@ -120,7 +120,7 @@ def test_shards_on_a_cluster_survive_a_worker_that_dies(fashion_bundle: Path, tm
 def test_a_demo_is_commands_on_files_that_are_there(folder: Path, tmp_path: Path) -> None:
     example, commands = read_example(folder), typer.main.get_command(app).commands  # type: ignore[attr-defined]
     made = set()
-    for step in example["steps"]:
+    for step in example.steps:
         command, *words = step_command(step, folder, tmp_path)
         sources = [word.partition(":")[0] for word in words if ":" in word and word.startswith("examples.")]
         files = [EXAMPLES.parent / f"{name.replace('.', '/')}.py" for name in sources]
@@ -129,10 +129,10 @@ def test_a_demo_is_commands_on_files_that_are_there(folder: Path, tmp_path: Path
         made |= {Path(word).name for option, word in pairwise(words) if option == "-o"}
         commands[command].make_context(command, words)
 
-    assert made >= {example["bundle"], example["quantized"]}
-    assert len(example["shows"]) <= 70
-    data = [folder / example[name] for name in ("calibration", "test") if ":" not in example[name]]
-    for files, most in ((data, 6_000_000), ([*(folder / "checkpoint").iterdir()], 3_000_000)):
+    assert made >= {example.bundle, example.quantized}
+    assert len(example.shows) <= 70
+    data = [folder / name for name in (example.calibration, example.test) if ":" not in name]
+    for files, most in ((data, 6_000_000), ([*folder.glob("checkpoint/*"), *folder.glob("*.pt")], 3_000_000)):
         assert sum(file.stat().st_size for file in files) <= most
     assert all((folder / name).is_file() for name in ("README.md", "NOTICE", "train.py"))
 

@@ -84,7 +84,8 @@ class Validation(msgspec.Struct, frozen=True):
             first = self.metrics[0]
             said = [f"{first.name} of {name} is {first.candidate.value:.4g} {first.unit}".rstrip()]
         gates = ", ".join(gate.sentence for gate in self.gates)
-        return "; ".join(filter(None, [*said, gates])) + "."
+        finite = "" if said or gates else f"all outputs of {name} on {self.samples:,} samples are finite"
+        return "; ".join(filter(None, [*said, gates, finite])) + "."
 
     @property
     def flips(self) -> MetricResult | None:

@@ -162,7 +162,7 @@ def answer_arrays(task: Any, file: str, request: Request, progress: Progress) ->
         for name, one in summaries.items()
     ]
     output = request.output
-    note = f"written: {output}" if output is not None else "not written; -o out.npz writes them"
+    note = "" if output is not None else "not written; -o out.npz writes them"
     shown = [Table("", ["output", "dtype", "shape", "min>", "mean>", "max>"], rows, note)]
     document: dict[str, Any] = {"outputs": summaries, "file": readable(output) if output is not None else None}
     name, kind = judged_output(task.manifest) or ("", None)

@@ -3,20 +3,42 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import shutil
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
+import msgspec
 import typer
 
 from perceiver_export.exporter.cli.output import print_table, say
 from perceiver_export.runtimes.errors import DataError
+from perceiver_export.runtimes.files import parsing, read_json
 
 _DIRECTORY = "perceiver-export-demo"
+_NOT_INSTALLED = "run it in a clone of the repository; they are not in the wheel"
+
+
+class Step(msgspec.Struct, frozen=True):
+    """One command, and what it does."""
+
+    what: str
+    command: str
+
+
+class Example(msgspec.Struct, frozen=True):
+    """demo.json: what the example shows, its steps, and the names of bundles and data and the gates of benchmarks."""
+
+    shows: str
+    steps: tuple[Step, ...]
+    bundle: str
+    quantized: str
+    calibration: str
+    test: str
+    gates: str
 
 
 def demo(
@@ -34,40 +56,48 @@ def demo(
     from perceiver_export.exporter.cli.main import app
 
     if listed:
-        rows = [(folder.name, read_example(folder)["shows"]) for folder in find_examples()]
+        rows = [(folder.name, read_example(folder).shows) for folder in find_examples()]
+        if not rows:
+            raise DataError("there are no examples here", _NOT_INSTALLED)
         print_table("examples, for `perceiver-export demo NAME`", ["name", "shows"], rows)
         return
     folder, directory = _find_example(name), Path(output)
+    example = read_example(folder)
     check_report_file(directory / "report.html")
     if output != _DIRECTORY:
         check_new_directory(directory, "--output", DataError)
     sys.path.append(str(folder.resolve().parents[1]))  # of sources such as examples.NAME.model:function
-    example = read_example(folder)
     times: list[tuple[str, float]] = []
-    for step in example["steps"]:
+    for step in example.steps:
         command = step_command(step, folder, directory)
         say("")
-        say(f"{len(times) + 1}. {command[0]}: {step['what']}")
+        say(f"{len(times) + 1}. {command[0]}: {step.what}")
         say(f"   $ {shlex.join(['perceiver-export', *command])}")
-        if output == _DIRECTORY and "-o" in command:  # what an earlier demo wrote here is replaced
-            shutil.rmtree(command[command.index("-o") + 1], ignore_errors=True)
+        made = Path(dict(pairwise(command)).get("-o", ""))
+        if output == _DIRECTORY and directory.resolve() in made.resolve().parents:
+            shutil.rmtree(made, ignore_errors=True)  # what an earlier demo wrote here is replaced
         begun = time.monotonic()
         app(command, standalone_mode=False)
         times.append((command[0], time.monotonic() - begun))
     each = ", ".join(f"{command} {seconds:.0f} s" for command, seconds in times)
     say(f"\nThe demo took {sum(seconds for _, seconds in times):.0f} s: {each}.")
-    say(f"The certified int8 bundle is {directory / example['quantized']}.")
+    say(f"The certified int8 bundle is {directory / example.quantized}.")
 
 
-def step_command(step: dict[str, str], example: Path, out: Path) -> list[str]:
+def step_command(step: Step, example: Path, out: Path) -> list[str]:
     """The words of a step's command, with the folders in place of {example} and {out}."""
-    return [word.format(example=example, out=out) for word in shlex.split(step["command"])]
+    words = (word.replace("{example}", str(example)) for word in shlex.split(step.command))
+    return [word.replace("{out}", str(out)) for word in words]
 
 
-def read_example(folder: Path) -> dict[str, Any]:
-    """The example's demo.json: what it shows, its steps, names of bundles, data and gates."""
-    found: dict[str, Any] = json.loads((folder / "demo.json").read_text(encoding="utf-8"))
-    return found
+def read_example(folder: Path) -> Example:
+    """The example's demo.json. Raises DataError."""
+    file, hint = folder / "demo.json", "compare it with the demo.json of another example"
+    example = read_json(file, Example, DataError, hint)
+    with parsing(str(file), "has a step that is no command", hint, DataError):
+        if not all(shlex.split(step.command) for step in example.steps):
+            raise ValueError("a command is empty")
+    return example
 
 
 def find_examples() -> list[Path]:
@@ -82,6 +112,6 @@ def _find_example(name: str) -> Path:
     examples = {folder.name: folder for folder in find_examples()}
     folder = Path(name) if (Path(name) / "demo.json").is_file() else examples.get(name)
     if folder is None:
-        place = f"it is one of {', '.join(examples)}" if examples else "run it in a clone of the repository"
-        raise DataError(f"there is no example {name}", f"{place}; the examples are not in the wheel")
+        hint = f"it is one of {', '.join(examples)}" if examples else _NOT_INSTALLED
+        raise DataError(f"there is no example {name}", hint)
     return folder

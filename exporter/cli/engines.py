@@ -334,7 +334,8 @@ def profile(
     rows = [(f"{layer}\n  {kernel}", *row) for (layer, *row), kernel in zip(table.rows, kernels, strict=True)]
     ui.print_table(table.title, ("layer, kernel", *table.columns[1:]), rows, table.note)
     more = max(len(found.layers) - _LAYERS, 0)
-    ui.say(f"{more} more layers, and all figures: -o FILE.csv or FILE.html, or --json", "note:")
+    said = f"{more} more layers, and all figures" if more else "all figures"
+    ui.say(f"{said}: -o FILE.csv or FILE.html, or --json", "note:")
     if output is not None:
         ui.show_written(output)
     if found.unsteady:

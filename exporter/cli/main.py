@@ -13,7 +13,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
@@ -30,7 +30,7 @@ from perceiver_export.runtimes.files import is_full
 
 EXIT_CODES = {
     0: "The command did what it was asked, and every gate passed.",
-    1: "An error, or a gate that did not pass. Standard error has one `error:` line and one `hint:` line.",
+    1: "An error, or a gate that did not pass. Standard error has one `error:` and one `hint:`.",
     2: "Wrong usage: an option or argument that does not exist, or with a value of the wrong type.",
 }
 # Groups of the help: of commands, and of options by their names.
@@ -39,14 +39,8 @@ _COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
     "Use it": (run, validate, bench, profile),
     "Find out": (inspect_, lint, doctor, presets, demo),
 }
-_WRITES_ONLY = (
-    export,
-    quantize,
-    build,
-    package,
-    validate,
-    demo,
-)  # --quiet leaves nothing of these but warnings and the verdict
+# --quiet leaves nothing of these but warnings and the verdict.
+_WRITES_ONLY = (export, quantize, build, package, validate, demo)
 _OPTIONS = {
     "Data": "data against samples text truncate",
     "Model": "task parity config like use_transformers",
@@ -59,6 +53,7 @@ _OPTIONS = {
     "Output": "output overwrite csv_ junit report save_worst top sort layers json quiet",
 }
 _GROUP_OF = {name: group for group, names in _OPTIONS.items() for name in names.split()}
+_NUMBERS = {"int_parsing": "a whole number", "float_parsing": "a number"}  # errors of typer's library
 _CLICK_ERROR: Any = typer.BadParameter.__mro__[2]  # typer exports no other name of it
 
 app = typer.Typer(
@@ -88,6 +83,8 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
         for about in getattr(one.annotation, "__metadata__", ()):
             if hasattr(about, "param_decls") and one.name in _GROUP_OF:
                 about.rich_help_panel = _GROUP_OF[one.name]
+            if hasattr(about, "param_decls") and get_args(one.annotation)[0] in (bool, bool | None):
+                about.metavar = ""  # a flag takes no value, and typer would show <bool>
     run_command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     run_command.__annotations__ = {one.name: one.annotation for one in parameters}
     return run_command
@@ -130,8 +127,9 @@ def main() -> None:
     except PerceiverExportError as error:
         _fail(error.message, error.hint)
     except _CLICK_ERROR as error:  # wrong usage
-        message = " ".join(error.format_message().split()).rstrip(".")
-        path = error.ctx.command_path if error.ctx is not None else "perceiver-export"
+        message = _wrong_usage(error)
+        context = getattr(error, "ctx", None)  # only errors of usage have one
+        path = "perceiver-export" if context is None else context.command_path
         _fail(message[:1].lower() + message[1:], f"{path} --help shows what it takes", error.exit_code)
     except BrokenPipeError:
         sys.stderr.close()  # the reader of the output stopped, as `head` does
@@ -142,6 +140,15 @@ def main() -> None:
         with contextlib.suppress(OSError):  # Python would write buffered output again when it ends
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         _fail(f"the disk is full: {error.filename or 'the output'} was not written", "free some space and try again")
+
+
+def _wrong_usage(error: Any) -> str:
+    """What typer says; of a value that is no number, in words of our own, because it has those of a library."""
+    cause: list[dict[str, Any]] = getattr(error.__cause__, "errors", list)()
+    wanted = _NUMBERS.get(cause[0]["type"]) if len(cause) == 1 else None
+    if wanted is not None:
+        return f"{error.param.opts[0]} is {cause[0]['input']!r}, not {wanted}"
+    return " ".join(error.format_message().split()).rstrip(".")
 
 
 def _fail(message: str, hint: str, code: int = 1) -> None:

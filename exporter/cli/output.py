@@ -15,7 +15,7 @@ import textwrap
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_type_hints
 
 import typer
 
@@ -27,11 +27,13 @@ if TYPE_CHECKING:
 
 _STEERING = re.compile("[\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 _LEAST = 8  # columns of a terminal that are left for a name
+_NARROWEST = 20  # columns that a terminal is taken to have at least
 _PROSE = 80  # columns, also in a wider terminal
 _BETWEEN_PARTS = re.compile(r"(?<=\w[./_:-])(?=[^\W\d_])|(?<=/)(?=\w)")  # encoder. self_ attentions.0. mlp
 _COMMAND = re.compile(r"\b(?:perceiver-export|sudo|pip|docker|tritonserver) (?=[a-z-])[^;`]*[^;`\s]")
 _QUOTED = re.compile(r"'[^']*'")
 _LEFT_OUT = ("note:", "next:", "details:", "written:")  # by --quiet
+_VERDICT = re.compile("(error|hint|warning|[A-Z].*):")  # what --quiet leaves of a command that writes files
 _NO_DATA = (".html", ".json", ".md", ".xml")  # files that commands write, and that are never samples
 _KINDS = {
     "single-label": "labels that exclude each other (softmax)",
@@ -124,7 +126,7 @@ def quiet(notes: bool, answers: bool) -> Iterator[None]:
 
 def say(text: str, mark: str = "", colour: str = "yellow", *, err: bool = False) -> None:
     """Print wrapped lines after a coloured ``mark``."""
-    if not (_Quiet.answers and not mark) and not (_Quiet.notes and mark in _LEFT_OUT):
+    if not (_Quiet.answers and not _VERDICT.fullmatch(mark)) and not (_Quiet.notes and mark in _LEFT_OUT):
         shown = wrapped(f"{mark} {text}", len(mark) + 1) if mark else wrapped(text)
         typer.echo(typer.style(mark, fg=colour, bold=True) + shown[len(mark) :] if mark else shown, err=err)
 
@@ -134,7 +136,7 @@ def wrapped(text: str, indent: int = 0) -> str:
 
     A command can be copied all the same: where it goes on in another line, a backslash is before the break.
     """
-    width, lines = min(shutil.get_terminal_size().columns, _PROSE), list[str]()
+    width, lines = min(_columns(), _PROSE), list[str]()
     for line in map(printable, text.split("\n")):
         command = _COMMAND.search(line)
         line = _QUOTED.sub(lambda quoted: quoted[0].replace(" ", "\0"), line) if command else line
@@ -145,6 +147,11 @@ def wrapped(text: str, indent: int = 0) -> str:
             goes_on = command is not None and command.start() < at < command.end()
             lines.append(part.replace("\0", " ") + " \\" * goes_on)
     return "\n".join(lines)
+
+
+def _columns() -> int:
+    """The width of the terminal, or the least that text fits into."""
+    return max(shutil.get_terminal_size().columns, _NARROWEST)
 
 
 def show_written(*paths: str | os.PathLike[str]) -> None:
@@ -192,7 +199,7 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]
 
     if _Quiet.answers:
         return
-    console = Console(highlight=False, width=shutil.get_terminal_size().columns)
+    console = Console(highlight=False, width=_columns())
     cells = whole = [[escaped(cell) for cell in row] for row in (columns, *rows)]
     room = console.width - 2 * (len(columns) - 1)
     if sum(map(_widest, zip(*cells, strict=True))) > room:
@@ -203,7 +210,8 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     for name, header in zip(columns, cells[0], strict=True):
         figures = name.endswith(">")
-        table.add_column(header.rstrip(">"), justify="right" if figures else "left", overflow="fold", no_wrap=figures)
+        justify: Literal["right", "left"] = "right" if figures else "left"
+        table.add_column(Text(header.rstrip(">")), justify=justify, overflow="fold", no_wrap=figures)
     for row in cells[1:]:
         table.add_row(*map(Text, row))
     if least > room:

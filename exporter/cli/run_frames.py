@@ -119,8 +119,7 @@ def _motion_table(motions: Sequence[dict[str, Any]], output: Path | None) -> Tab
     ]
     note = "not written; -o flow.flo, flow.npy or flow.png (an image) writes one flow, -o DIRECTORY one or many"
     if output is not None:
-        written = [file for one in motions for file in one["files"]]
-        note = f"written: {written[0] if len(written) == 1 else f'{len(written)} files in {readable(output)}'}"
+        note = f"flows written: {sum(len(one['files']) for one in motions)}"
     return Table("", ["frame", "next frame", "mean px>", "max px>", "direction"], rows, note)
 
 
@@ -171,9 +170,7 @@ def answer_video(task: Any, given: tuple[Path, Path | None], request: Request, p
     rows += [(f"label {name.rstrip('.>')}", cell) for name, cell in cells.items()]
     output = request.output
     sound = "sound.wav" if rate is not None else "no sound.wav (the sampling rate is not known)"
-    note = (
-        f"written: {len(answer.video)} frames and {sound} in {output}" if output else "not written; -o DIRECTORY does"
-    )
+    note = f"{len(answer.video)} frames and {sound} are written" if output else "not written; -o DIRECTORY does"
     document = {  # infinite PSNR, of a perfect reconstruction, becomes null
         "frames": {"used": len(used), "there": len(found), "first": ends[0], "last": ends[1]},
         "psnr": quality,

@@ -263,7 +263,8 @@ def _show(results: Sequence[Validation]) -> None:
     places = [f"on {one.candidate.get('target')}" if len(results) > 1 else "" for one in results]
     each = [Report("", (result,)) for result in results]
     for own, where, result in zip(each, places, results, strict=True):
-        ui.say(f"{where} {result.sentence}".strip(), f"{own.mark}:", "green" if result.held else "red")
+        colour = "green" if result.held else "red" if result.gates or result.failure else "yellow"
+        ui.say(f"{where} {result.sentence}".strip(), f"{own.mark}:", colour)
     for own in each:
         ui.say("")
         ui.print_table(own.summary, own.accuracy.columns, own.accuracy.rows, own.accuracy.note)

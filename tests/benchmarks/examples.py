@@ -18,13 +18,13 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from perceiver_export.calibration import Gates, ValidateOptions, Validation, certify, validate
 from perceiver_export.calibration.validation.gates import MARKS
-from perceiver_export.exporter.cli.demo import find_examples, read_example, step_command
+from perceiver_export.exporter.cli.demo import Example, find_examples, read_example, step_command
 from perceiver_export.exporter.cli.main import app
 from perceiver_export.runtimes import Bundle, open_bundle
 from perceiver_export.runtimes.benchmark import bench
@@ -61,9 +61,9 @@ def rows(folder: Path, out: Path) -> Iterator[Row]:
     yield {"example": folder.name, "precision": "baseline", **baseline(folder)}
 
 
-def made(folder: Path, example: Mapping[str, Any], out: Path) -> dict[str, Bundle]:
+def made(folder: Path, example: Example, out: Path) -> dict[str, Bundle]:
     """The bundles that the demo's steps make, and one with int8 weights."""
-    for step in example["steps"]:
+    for step in example.steps:
         words = step_command(step, folder, out)
         if words[0] not in ("export", "quantize"):
             continue
@@ -72,13 +72,13 @@ def made(folder: Path, example: Mapping[str, Any], out: Path) -> dict[str, Bundl
             if not Path(more[1] if more else words[words.index("-o") + 1]).exists():
                 with contextlib.redirect_stdout(sys.stderr):
                     app([*words, *more], standalone_mode=False)
-    names = {"fp32": example["bundle"], "int8": example["quantized"], "int8 weights": "int8-weights"}
+    names = {"fp32": example.bundle, "int8": example.quantized, "int8 weights": "int8-weights"}
     return {precision: open_bundle(out / name) for precision, name in names.items()}
 
 
-def gates_of(example: Mapping[str, Any], folder: Path) -> Gates:
+def gates_of(example: Example, folder: Path) -> Gates:
     """The gates, as `validate` would be given them."""
-    words = [word.format(example=folder) for word in shlex.split(example["gates"])]
+    words = [word.format(example=folder) for word in shlex.split(example.gates)]
     given: dict[str, Any] = {
         option.removeprefix("--").replace("-", "_"): float(value)
         if option in ("--max-drop", "--min-agreement")
@@ -88,10 +88,10 @@ def gates_of(example: Mapping[str, Any], folder: Path) -> Gates:
     return Gates(**given)
 
 
-def row(folder: Path, example: Mapping[str, Any], bundle: Bundle, options: ValidateOptions) -> Row:
+def row(folder: Path, example: Example, bundle: Bundle, options: ValidateOptions) -> Row:
     """One bundle on one engine."""
-    data = folder / example["test"]
-    found = validate(bundle, str(data) if data.exists() else example["test"], options)
+    data = folder / example.test
+    found = validate(bundle, str(data) if data.exists() else example.test, options)
     metric = next((one for one in found.metrics if options.gates.metric in (None, one.name)), None)
     (timed,) = bench(bundle.path, device=options.device, precision=options.precision).measurements
     loss = None if metric is None else metric.worsening

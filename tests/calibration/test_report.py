@@ -15,7 +15,7 @@ import pytest
 from perceiver_export.calibration import certify
 from perceiver_export.calibration.report.report import check_report_file, gather, junit, render
 from perceiver_export.calibration.report.tables import Bar, Report
-from perceiver_export.calibration.validation.results import Failure, Validation
+from perceiver_export.calibration.validation.results import Data, Failure, Validation
 from perceiver_export.calibration.validation.worst import WorstClass
 from perceiver_export.runtimes import open_bundle
 from perceiver_export.runtimes.errors import UsageError
@@ -179,6 +179,12 @@ def test_the_report_begins_with_a_plain_sentence_and_its_date(report: Report) ->
     assert 0 < page.index(sentence) < page.index(f"{report.date}, perceiver-export ") < page.index("<h2")
     for one in (report, Report("model", report.validations)):
         assert sentence in render(one, ".md")
+
+
+def test_without_gates_and_metrics_the_sentence_says_what_was_checked() -> None:
+    sentence = Validation("arrays", {"name": "model"}, None, Data("data.npz", 1234, "f")).sentence
+
+    assert all(datum in sentence for datum in ("model", "1,234 samples", "finite"))
 
 
 def test_classes_in_which_nothing_changed_are_not_listed(

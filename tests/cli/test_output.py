@@ -8,7 +8,7 @@ import shlex
 
 import pytest
 
-from perceiver_export.exporter.cli.output import mebibytes, print_table, say
+from perceiver_export.exporter.cli.output import mebibytes, print_table, quiet, say
 
 
 def test_names_are_folded_between_their_parts_and_figures_never(
@@ -27,6 +27,9 @@ def test_names_are_folded_between_their_parts_and_figures_never(
     assert max(map(len, lines)) <= 50
     assert [first[1:], last[1:]] == [["298.75 k", "42.00 MFLOP"], ["1 k", "0 FLOP"]]
     assert [name for name, *_ in cells] == ["encoder.self_attentions.0.", "mlp", "/a/folder/of/pictures.png"]
+    monkeypatch.setenv("COLUMNS", "2")  # no terminal is so narrow
+    print_table("title", ["[red]"], [("a",)])
+    assert "[red]" in capsys.readouterr().out
     monkeypatch.setenv("COLUMNS", "30")  # too few for the figures of a row: it is a paragraph
     print_table("title", ["", "weights>", "bytes read and written>"], rows)
     said = " ".join(capsys.readouterr().out.split())
@@ -41,6 +44,15 @@ def test_a_command_goes_on_after_a_backslash_and_can_be_copied(capsys: pytest.Ca
 
         assert " \\\n" in copied
         assert shlex.split("perceiver-export" + copied.replace("\\\n", "")) == words  # as a shell reads it
+
+
+def test_quiet_leaves_verdicts_and_warnings_of_a_command_that_writes(capsys: pytest.CaptureFixture[str]) -> None:
+    kept, left_out = ("PASS, with reservations:", "NO GATE:", "warning:"), ("", "PASS", "  rung 1:", "certificate")
+    with quiet(True, True):
+        for mark in (*kept, *left_out):
+            say("text", mark)
+
+    assert capsys.readouterr().out.splitlines() == [f"{mark} text" for mark in kept]
 
 
 def test_small_sizes_are_not_rounded_to_nothing() -> None:

@@ -107,6 +107,7 @@ REFUSED: list[tuple[str, list[str]]] = [
     ("bench B --csv T/none/figures.csv", ["figures.csv"]),
     ("bench B --device ort-cpu --precision bf16", ["precision"]),
     ("demo T", ["T"]),
+    ("demo T/demo", ["demo.json", "`shows`"]),
     ("package B --for torchserve", ["'torchserve'"]),
     (f"{BUILD} abacus", ["'abacus'"]),
     (f"{BUILD} openvno", ["hint: did you mean openvino-gpu or openvino-npu or openvino-cpu? the targets are"]),
@@ -130,6 +131,8 @@ def places(copied_bundle: Path, tmp_path: Path) -> dict[str, str]:
     (folder / "empty").mkdir(parents=True)
     (folder / "text.png").write_text("no image")
     (folder / "layers.json").write_text("{}")
+    (folder / "demo").mkdir()
+    (folder / "demo" / "demo.json").write_text("{}")
     image, data = (str(shutil.copy(FASHION / name, folder)) for name in ("pictures/bag.png", "test.npz"))
     return {"B": str(copied_bundle), "C": str(FASHION / "checkpoint"), "D": data, "P": image, "T": str(folder)}
 
@@ -153,6 +156,7 @@ def test_usage_errors_exit_with_two(typed: str) -> None:
     done = perceiver_export(*typed.split())
 
     assert done.returncode == 2
+    assert typed.split()[-1] in done.stderr
     assert [line.partition(":")[0] for line in unwrapped(done.stderr).splitlines()] == ["error", "hint"]
 
 

@@ -115,6 +115,11 @@ def test_an_engine_that_is_not_installed_is_named_with_its_extra(fashion_bundle:
             {"url": "https://wheels.example/p.whl", "archive_info": {}},
             "pip install 'perceiver-export[text] @ https://wheels.example/p.whl'",
         ),
+        ({"url": "file:///it's", "dir_info": {}}, """pip install '/it'"'"'s[text]'"""),
+        (
+            {"url": "https://git.example/p", "vcs_info": {"vcs": "git", "commit_id": "abc"}},
+            "pip install 'perceiver-export[text] @ git+https://git.example/p@abc'",
+        ),
     ],
 )
 def test_a_hint_installs_an_extra_from_where_the_package_came(
@@ -125,6 +130,8 @@ def test_a_hint_installs_an_extra_from_where_the_package_came(
     (record / "METADATA").write_text("Name: perceiver-export\nVersion: 1\n")
     if origin is not None:
         (record / "direct_url.json").write_text(json.dumps(origin))
-    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "perceiver_export.egg-info").mkdir()  # of a checkout, which is found first
+    (tmp_path / "perceiver_export.egg-info" / "PKG-INFO").write_text("Name: perceiver-export\nVersion: 1\n")
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
 
     assert errors.install_command("text") == command
