@@ -37,7 +37,6 @@ OWN = (REPOSITORY / "examples" / "your_own.py").read_text(encoding="utf-8")
 # Names that a page's blocks use and its reader has.
 IMAGE = np.zeros((1, 3, 28, 28), np.float32)
 ARRAYS: dict[str, dict[str, Any]] = {
-    "README": {"image": IMAGE},
     "embed": {"image": IMAGE, "frames": [{"image": IMAGE}] * 3},
     "split": {"frames": np.zeros((1, 2, 3, 16, 24), np.float32), "wanted": np.arange(9)},
 }
