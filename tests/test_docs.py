@@ -24,6 +24,7 @@ import pytest
 
 from perceiver_export.calibration import quantize
 from perceiver_export.exporter import ExportOptions, export
+from perceiver_export.exporter.cli.main import EXIT_CODES
 from tests.benchmarks.harness import END
 from tests.cli.commands import succeed
 from tests.conftest import FASHION, MadeOnce
@@ -171,6 +172,14 @@ def test_the_site_builds_without_a_dead_link(tmp_path: Path) -> None:
         assert "\n::: " not in (tmp_path / "site" / page).read_text(encoding="utf-8"), page
     for link in re.findall(r"\]\(((?!http)[^)#]+)", (REPOSITORY / "README.md").read_text(encoding="utf-8")):
         assert (REPOSITORY / link).exists(), link
+
+
+def test_the_page_of_errors_has_the_exit_codes() -> None:
+    page = (REPOSITORY / "docs" / "reference" / "errors.md").read_text(encoding="utf-8")
+
+    assert dict(re.findall(r"^\| (\d) \| (.*) \|$", page, flags=re.MULTILINE)) == {
+        str(code): when for code, when in EXIT_CODES.items()
+    }
 
 
 def test_sections_of_results_are_marked_with_commands_that_exist() -> None:
