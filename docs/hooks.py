@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the site generates: commands from their help, Python names from their docstrings, errors, and llms.txt.
 
-A page marks the place with `<!-- commands -->`, `<!-- errors -->`, `<!-- exits -->`, `<!-- examples -->`,
+A page marks the place with `<!-- commands -->`, `<!-- errors -->`, `<!-- examples -->`,
 `<!-- names: PACKAGE -->` or `<!-- structs: MODULE -->`.
 llms.txt lists the pages for language models, which read them as Markdown: the site has PAGE.md beside PAGE/.
 """
@@ -22,7 +22,7 @@ from typing import Any
 import msgspec
 import typer.main
 
-from perceiver_export.exporter.cli.main import EXIT_CODES, app
+from perceiver_export.exporter.cli.main import app
 from perceiver_export.runtimes import errors
 
 _OBJECT = re.compile(r"^::: (\S+)\n(?:    options: .*\n)?", re.MULTILINE)
@@ -34,7 +34,6 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     markdown = markdown.replace("<!-- commands -->", "\n".join(_commands()))
     markdown = markdown.replace("<!-- errors -->", "\n".join(_errors()))
     markdown = markdown.replace("<!-- examples -->", "\n".join(_examples()))
-    markdown = markdown.replace("<!-- exits -->", "\n".join(_exits()))
     markdown = re.sub(r"<!-- names: (\S+) -->", lambda found: "\n".join(_names(found[1])), markdown)
     markdown = re.sub(r"<!-- structs: (\S+) -->", lambda found: "\n".join(_structs(found[1])), markdown)
     _pages[page.file.src_path] = markdown
@@ -148,8 +147,3 @@ def _inline(folder: Path, link: re.Match[str]) -> str:
         return link[0]
     data = f"data:{kind};base64,{base64.b64encode((folder / link[2]).read_bytes()).decode()}"
     return f"![{link[1]}]({data})" if kind.startswith("image/") else f'<audio controls src="{data}"></audio>'
-
-
-def _exits() -> Iterator[str]:
-    yield "| exit code | when |\n|---|---|"
-    yield from (f"| {code} | {_cell(when)} |" for code, when in EXIT_CODES.items())

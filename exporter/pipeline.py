@@ -44,8 +44,10 @@ from perceiver_export.runtimes.runtime import Array
 from perceiver_export.runtimes.tasks import checked_task
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from perceiver_export.exporter.graphs import Batch, GraphPart, Split
-    from perceiver_export.exporter.own import OwnModel
+    from perceiver_export.exporter.own import Inputs, OwnModel
     from perceiver_export.exporter.trace import FoldedGraph
 
 DEFAULT_BUDGET = "512MiB"
@@ -101,13 +103,14 @@ _DEFAULTS = ExportOptions()
 
 
 def export(
-    source: str | os.PathLike[str] | LoadedModel | OwnModel,
+    source: str | os.PathLike[str] | LoadedModel | OwnModel | tuple[nn.Module, Inputs],
     output: str | os.PathLike[str],
     options: ExportOptions = _DEFAULTS,
     *,
     progress: Progress | None = None,
 ) -> Bundle:
-    """Export a model to a bundle at ``output``: a loaded one, an `OwnModel`, or a source that `load_model` takes.
+    """Export a model to a bundle at ``output``: a loaded one, an `OwnModel` or a pair (module, example inputs), or a
+    source that `load_model` takes.
 
     The bundle is written only if the ONNX graph reproduces PyTorch's outputs on three random inputs, one of them large
     in magnitude. A model of 500 GFLOP a call or more may be compared on two, for the second on one query in 17; the
@@ -199,12 +202,16 @@ def _budget(options: ExportOptions) -> int:
     return parse_budget(DEFAULT_BUDGET if options.memory_budget is None else options.memory_budget)
 
 
-def _load(source: str | os.PathLike[str] | LoadedModel | OwnModel, options: ExportOptions) -> LoadedModel:
+def _load(
+    source: str | os.PathLike[str] | LoadedModel | OwnModel | tuple[nn.Module, Inputs], options: ExportOptions
+) -> LoadedModel:
     """The model in evaluation mode. Raises UnsupportedModelError where no reader could use its preprocessing."""
     from perceiver_export.exporter.own import OwnModel
 
     of_decoders = _num_queries(str(source), options) is not None
     shape = {name: size for name, size in options.shape.items() if name != "queries" or not of_decoders}
+    if isinstance(source, tuple) and len(source) == 2:
+        source = OwnModel(*source)
     if isinstance(source, OwnModel):
         source = loaded_module(source)
     if not isinstance(source, LoadedModel):

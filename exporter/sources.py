@@ -58,6 +58,7 @@ if TYPE_CHECKING:
 
 _PARITIES: tuple[Parity, ...] = ("huggingface", "deepmind")
 _REQUIRED = ("torch", "onnx", "onnx_ir", "onnxruntime", "onnxscript", "safetensors")
+_SOURCES = "a path, a Hub id, preset:NAME, module:function, or OwnModel(module, {'x': example}) around a module"
 _BARE = ("arrays", "sets")  # tasks that need nothing beside the model
 _FILES = [  # that are downloaded; none is executed
     *("*config.json", "*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*"),
@@ -93,7 +94,7 @@ def load_model(
     Raises CheckpointError, UnsupportedModelError, UsageError, MissingDependencyError.
     """
     check_installed()
-    check_kind("the source", source, (str, os.PathLike), "a path, a Hub id, preset:NAME or module:function")
+    check_kind("the source", source, (str, os.PathLike), _SOURCES)
     if parity is not None:
         check_choice("--parity", parity, _PARITIES)
     sizes = None if config is None else Path(config)
@@ -106,13 +107,11 @@ def load_model(
         loaded = _load_installed(os.fspath(source), task, shape or {})
     else:
         _refuse("this source", like=like)
-        loaded = _load(os.fspath(source), task, cast("Parity | None", parity), _image_shape(shape or {}), sizes)
+        loaded = _load(os.fspath(source), task, cast("Parity | None", parity), shape or {}, sizes)
     if task is not None and task != loaded.task:
         hint = f"the function says its task: LoadedModel.own(model, {task!r}, labels=…, preprocessing=…)"
-        raise UsageError(
-            f"{source} is a model of {loaded.task}, not of {task}",
-            hint if loaded.parity == "own" else "leave --task out",
-        )
+        said = f"{source} is a model of {loaded.task}, not of {task}"
+        raise UsageError(said, hint if loaded.parity == "own" else "leave --task out")
     return loaded
 
 
@@ -128,23 +127,24 @@ def check_installed() -> None:
 
 
 def _load(
-    text: str, task: str | None, parity: Parity | None, shape: tuple[int, int, int] | None, config: Path | None
+    text: str, task: str | None, parity: Parity | None, shape: Mapping[str, tuple[int, ...]], config: Path | None
 ) -> LoadedModel:
     from perceiver_export.exporter.checkpoints import haiku, huggingface
     from perceiver_export.exporter.presets import load_preset
 
     kind, _, rest = text.partition(":")
+    if kind not in ("preset", "deepmind") and re.fullmatch(r"[\w.]+:\w+", text) and not Path(text).exists():
+        _refuse("a model of your own", parity=parity, config=config)
+        return _of_its_sizes(load_own(text, task), shape)
+    image = _image_shape(shape)
     if kind == "preset":
         _refuse("a preset", config=config)
-        return load_preset(rest, parity or "deepmind", shape)
+        return load_preset(rest, parity or "deepmind", image)
     if kind == "deepmind":
-        return haiku.load_haiku(rest, parity or "deepmind", config, shape)
-    if re.fullmatch(r"[\w.]+:\w+", text) and not Path(text).exists():
-        _refuse("a model of your own", parity=parity, shape=shape, config=config)
-        return load_own(text, task)
+        return haiku.load_haiku(rest, parity or "deepmind", config, image)
     _refuse("a Hugging Face directory", config=config)
     directory, name = _directory(text)
-    return dataclasses.replace(huggingface.load_huggingface(directory, parity or "huggingface", shape), source=name)
+    return dataclasses.replace(huggingface.load_huggingface(directory, parity or "huggingface", image), source=name)
 
 
 def _load_installed(text: str, task: str | None, shape: Mapping[str, tuple[int, ...]]) -> LoadedModel:
@@ -160,6 +160,11 @@ def _directory(text: str) -> tuple[Path, str]:
     directory = Path(text)  # `./owner/name` loses the mark of a path
     if not directory.exists() and is_hub_id(text):
         return download(text), text  # not the cache's name for it
+    if directory.is_file() and directory.suffix in (".pt", ".pth", ".ckpt", ".safetensors"):
+        hint = (
+            "write a function that builds the module, loads them and returns (module, inputs); export module:function"
+        )
+        raise CheckpointError(f"{text} is no model: {directory.suffix} files hold weights without the model", hint)
     if not directory.is_dir():
         raise CheckpointError(
             f"{text} {'is not a directory' if directory.exists() else 'does not exist'}",
@@ -179,15 +184,25 @@ def _refuse(what: str, **options: object) -> None:
 def _image_shape(shape: Mapping[str, tuple[int, ...]]) -> tuple[int, int, int] | None:
     for name, sizes in shape.items():
         if name != "image":
-            raise UsageError(
-                f"the size of {name!r} is fixed", "only `image` has a choice, in image models: --shape image=3x224x224"
-            )
+            hint = "only `image` has a choice, in image models: --shape image=3x224x224"
+            raise UsageError(f"the size of {name!r} is fixed", hint)
         if len(sizes) != 3 or not 1 <= min(sizes) <= max(sizes) <= MAX_SIDE:
-            raise UsageError(
-                f"the shape of `image` is {list(sizes)}", "give channels, height, width: --shape image=3x224x224"
-            )
+            hint = "give channels, height, width: --shape image=3x224x224"
+            raise UsageError(f"the shape of `image` is {list(sizes)}", hint)
         return sizes[0], sizes[1], sizes[2]
     return None
+
+
+def _of_its_sizes(loaded: LoadedModel, shape: Mapping[str, tuple[int, ...]]) -> LoadedModel:
+    """A model of your own, whose sizes cannot be chosen."""
+    own = loaded.config is None
+    names = list(getattr(loaded.model, "examples", ()) if own else loaded.config.inputs)
+    for name in shape:
+        if name not in names:
+            raise UsageError(f"there is no input {name!r}; the inputs are {', '.join(names)}", "leave --shape out")
+        whose, hint = ("example inputs", "return other example inputs") if own else ("model", "return another model")
+        raise UsageError(f"the size of {name!r} is that of your {whose}", hint)
+    return loaded
 
 
 def load_own(spec: str, task: str | None) -> LoadedModel:

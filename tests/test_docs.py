@@ -24,6 +24,7 @@ import pytest
 
 from perceiver_export.calibration import quantize
 from perceiver_export.exporter import ExportOptions, export
+from perceiver_export.exporter.cli.main import EXIT_CODES
 from tests.benchmarks.harness import END
 from tests.cli.commands import succeed
 from tests.conftest import FASHION, MadeOnce
@@ -37,7 +38,6 @@ OWN = (REPOSITORY / "examples" / "your_own.py").read_text(encoding="utf-8")
 # Names that a page's blocks use and its reader has.
 IMAGE = np.zeros((1, 3, 28, 28), np.float32)
 ARRAYS: dict[str, dict[str, Any]] = {
-    "README": {"image": IMAGE},
     "embed": {"image": IMAGE, "frames": [{"image": IMAGE}] * 3},
     "split": {"frames": np.zeros((1, 2, 3, 16, 24), np.float32), "wanted": np.arange(9)},
 }
@@ -172,6 +172,14 @@ def test_the_site_builds_without_a_dead_link(tmp_path: Path) -> None:
         assert "\n::: " not in (tmp_path / "site" / page).read_text(encoding="utf-8"), page
     for link in re.findall(r"\]\(((?!http)[^)#]+)", (REPOSITORY / "README.md").read_text(encoding="utf-8")):
         assert (REPOSITORY / link).exists(), link
+
+
+def test_the_page_of_errors_has_the_exit_codes() -> None:
+    page = (REPOSITORY / "docs" / "reference" / "errors.md").read_text(encoding="utf-8")
+
+    assert dict(re.findall(r"^\| (\d) \| (.*) \|$", page, flags=re.MULTILINE)) == {
+        str(code): when for code, when in EXIT_CODES.items()
+    }
 
 
 def test_sections_of_results_are_marked_with_commands_that_exist() -> None:

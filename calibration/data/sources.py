@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import difflib
 import importlib
 import io
 import json
@@ -54,13 +55,20 @@ def current_directory_importable() -> Iterator[None]:
 def find_function(spec: str) -> Callable[..., Any]:
     """Import ``module:function``. Raises UsageError: the import fails, or the result is not callable."""
     module, _, name = spec.partition(":")
+    if module.endswith(".py") and Path(module).is_file():
+        raise UsageError(f"{spec} names a file, not a module", f"did you mean {module[:-3]}:{name}?")
     try:
-        function: Callable[..., Any] = getattr(importlib.import_module(module), name)
+        imported = importlib.import_module(module)
     except PerceiverExportError:
         raise
     except (Exception, SystemExit) as error:  # SystemExit would end the command with exit code 0
         hint = "give module:function as imported from this directory; guard scripts with `if __name__ == '__main__':`"
         raise UsageError(f"{spec} cannot be imported: {error!r}", hint) from error
+    if not hasattr(imported, name):
+        near = difflib.get_close_matches(name, vars(imported), n=1)
+        hint = f"did you mean {module}:{near[0]}?" if near else f"name a function of {module}"
+        raise UsageError(f"{module} has no function {name!r}", hint)
+    function: Callable[..., Any] = getattr(imported, name)
     if not callable(function):
         raise UsageError(f"{spec} is of type {type(function).__name__}", "give a function")
     return function

@@ -279,9 +279,16 @@ def measure_speed(
         for quantized in (False, True)
     )
     ratios = quartiles(found[best[1]] / found[best[0]])
-    why = next(filter(None, (scattered(name, *quartiles(found[name])) for name in best)), "")
+    why = next(filter(None, (_varying(name, found[name]) for name in best)), "")
     why = why if len(times) > _FEWEST else f"fewer than {_FEWEST} rounds fit in {_MOST:g} s"
     return Speed(target, medians.pop("fp32"), medians.pop(scheme), medians, (best[0], best[1]), ratios, why)
+
+
+def _varying(name: str, times: Array) -> str:
+    """Why these times, in milliseconds, do not decide; empty where they do."""
+    low, median, high = quartiles(times)
+    vary = scattered(name, low, median, high)
+    return f"they vary too much (the middle half of {name}'s: {low:.3g} to {high:.3g} ms)" if vary else ""
 
 
 def _named(own: str, precision: str) -> str:

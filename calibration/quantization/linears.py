@@ -27,7 +27,7 @@ _ANONYMOUS = re.compile(
     r"(val|node|tensor|lifted_tensor|_tensor_constant|permute|transpose|t|unsqueeze|view|div|mul|fold\.)_?\d*(_\d+)?"
 )
 
-PROBABILITIES = "it multiplies attention probabilities: that of one of many keys is far below a step of int8"
+PROBABILITIES = "attention probabilities are too small for int8 steps"
 RESIDUAL = "it is the residual of a folded MLP, and residuals stay float"
 SCORES = "it multiplies a table of positions for attention scores, and positions stay float"
 

@@ -237,7 +237,8 @@ def compare_with_fp32(source: Bundle, observation: Observation, directory: Path,
         if (graphs := engines.graphs_for(target, made.manifest.parts, directory))
     )
     warnings = [
-        f"not decided whether it is faster than {one.best[0]} with {one.target}: {one.undecided}"
+        f"the times on {one.target} do not say whether {one.best[1]} is faster than {one.best[0]}: {one.undecided}; "
+        "run `bench` with --against on a quiet machine"
         if one.undecided
         else f"not faster than {one.best[0]} with {one.target} on the machine that quantized it"
         + ("; it gains size alone" if size < 1 else " and not smaller")

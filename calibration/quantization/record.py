@@ -128,11 +128,12 @@ class Speed(msgspec.Struct, frozen=True):
         times = {self.best[1].partition(" ")[0] or "quantized": self.quantized, "fp32": self.fp32, **self.others}
         shown = ", ".join(f"{name} {time:.2f} ms" for name, time in times.items())
         if self.ratios is None:
-            return f"{shown}: {self.fp32 / self.quantized:.2f} × as fast"
+            return f"{shown}: quantized is {self.fp32 / self.quantized:.2f} × as fast as fp32"
         if self.undecided:
-            return f"{shown}: nothing is decided, {self.undecided}"
+            return f"{shown}: not decided"
         slowest, median, best = (1 / ratio for ratio in reversed(self.ratios))
-        return f"{shown}: {median:.2f} × as fast as {self.best[0]} (half of the pairs {slowest:.2f} to {best:.2f})"
+        sides = f"{self.best[1]} is {median:.2f} × as fast as {self.best[0]}"
+        return f"{shown}: {sides} ({slowest:.2f} to {best:.2f} in half of the pairs)"
 
 
 class OutputEffect(msgspec.Struct, frozen=True):

@@ -125,7 +125,9 @@ class ValidateOptions:
     )
     threads: int | None = option(None, "Threads of the engines; by default the engines choose.")
     truncate: bool = option(False, "Cut texts that are longer than the model, instead of leaving them out.")
-    certify: bool = option(False, "Write a certificate into BUNDLE if all gates hold; it shows where it holds.")
+    certify: bool = option(
+        False, "Write a certificate into BUNDLE if all gates hold; only machines that it is valid for show it."
+    )
     allow_overlap: bool = option(False, "Certify even if samples were calibrated on, or are repeated.")
     sequential: bool = option(False, "Stop as soon as the gates are decided; the 95 % hold wherever it stops.")
     seed: int = option(0, "Of --sequential: the seed of the random order of samples.")

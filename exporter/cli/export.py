@@ -49,14 +49,14 @@ def export(
         typer.Argument(
             metavar="SOURCE",
             help="module:function that returns any torch module with example inputs, FILE.onnx, "
-            "a Hugging Face directory, deepmind:TASK:FILE or preset:NAME.",
+            "a Hugging Face directory, owner/name of the hub, deepmind:TASK:FILE or preset:NAME.",
         ),
     ],
     output: Annotated[str, typer.Option("--output", "-o", metavar="BUNDLE", help="Where the bundle goes.")],
     options: ExportOptions,
     json: ui.JsonFlag = False,
 ) -> None:
-    """Export a checkpoint to a bundle: trace, fold constants, compare with PyTorch, write.
+    """Export a model to a bundle: trace, fold constants, compare with PyTorch, write.
 
     The bundle is written only if the graph reproduces PyTorch's outputs.
     """
@@ -98,12 +98,12 @@ def _show_export(bundle: Bundle) -> None:
 
 
 def _work(part: Part) -> str:
-    """FLOPs and weights of a part, and how many of its sites are folded."""
+    """FLOPs and weights of a part, and how many of its matrix products are folded."""
     folded = sum(one.chosen == "folded" for one in part.folds)
-    folds = f", {folded} of {len(part.folds)} sites folded" if part.folds else ""
+    folds = f", {folded} of {len(part.folds)} matrix products folded" if part.folds else ""
     each = "sample" if part.num_queries is None else "call"
     flops, weights = (sum(getattr(one, name) for one in part.stages) for name in ("flops", "parameters"))
-    return f"work: {ui.count(flops)}FLOP a {each}, {ui.count(weights).strip()} weights{folds}"
+    return f"work: {ui.count(flops)}FLOP a {each}, {ui.count(weights).strip()} weights in the graph{folds}"
 
 
 def presets(json: ui.JsonFlag = False) -> None:

@@ -58,7 +58,7 @@ _CLICK_ERROR: Any = typer.BadParameter.__mro__[2]  # typer exports no other name
 
 app = typer.Typer(
     name="perceiver-export",
-    help="Takes a trained Perceiver IO and runs it on a device, verified, without torch.",
+    help="Exports a Perceiver, any torch module or an ONNX file, and runs it on a device without torch.",
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )

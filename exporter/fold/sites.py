@@ -326,7 +326,9 @@ def decided(node: ir.Node, plain: Cost, new: Cost, folded: bool, how: str, batch
     if folded:
         why = f"{how}: {ratio:.1f} times less work"
     elif ratio > 1:
-        why = "folding would save next to nothing"
+        kind, unit = ("flops", "MFLOP") if other.flops < one.flops else ("bytes", "MB")
+        before, after = (getattr(cost, kind) / 1e6 for cost in (one, other))
+        why = f"folding would save only {before - after:.2f} of {before:.2f} {unit}"
     else:
         why = f"folded would be {1 / ratio:.1f} times the work"
     return FoldDecision(node.name or "", one, other, "folded" if folded else "plain", why)

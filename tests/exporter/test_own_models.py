@@ -163,8 +163,18 @@ def test_the_path_of_imports_is_left_as_it_was(tmp_path: Path, monkeypatch: pyte
         with pytest.raises(UsageError, match=rf"my_model:{name} failed: {error}\(") as caught:
             load_model(f"my_model:{name}")
         assert f'python -c "import my_model; my_model.{name}()"' in caught.value.hint
-    with pytest.raises(UsageError, match="cannot be imported"):
-        load_model("my_model:nothing")
+    for spec, said, hint in (
+        ("my_model:mak", "my_model has no function 'mak'", "my_model:make"),
+        ("my_model.py:make", "names a file", "my_model:make"),
+        ("nowhere:make", "cannot be imported", "module:function"),
+    ):
+        with pytest.raises(UsageError, match=said) as caught:
+            load_model(spec)
+        assert hint in caught.value.hint
+    with pytest.raises(UsageError, match="there is no input 'y'; the inputs are x"):
+        load_model("my_model:make", shape={"y": (5,)})
+    with pytest.raises(UsageError, match="the size of 'x'"):
+        load_model("my_model:make", shape={"x": (5,)})
     assert sys.path == before
     sys.modules.pop("my_model")
 
