@@ -141,9 +141,9 @@ def _examples() -> Iterator[str]:
 
 
 def _inline(folder: Path, link: re.Match[str]) -> str:
-    """A picture or a sound inside the page; another link as it is."""
+    """A picture or a sound inside the page; of a link to another file of the example its text."""
     kind = mimetypes.guess_type(link[2])[0] or ""
     if not kind.startswith(("image/", "audio/")):
-        return link[0]
+        return link[0].replace("../../docs/", "") if link[2].startswith(("https:", "../../docs/")) else link[1]
     data = f"data:{kind};base64,{base64.b64encode((folder / link[2]).read_bytes()).decode()}"
     return f"![{link[1]}]({data})" if kind.startswith("image/") else f'<audio controls src="{data}"></audio>'

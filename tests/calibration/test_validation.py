@@ -226,7 +226,7 @@ def test_a_gate_that_holds_is_not_shown_without_its_reservations(
         assert f"; but {said}" in str(gate)
     assert junit([result]).decode().count(f"; but {said}") == len(result.gates)
     report = Report("model", (result,))
-    assert render(report, ".md").startswith("## model: held, with reservations\n\n")
+    assert render(report, ".md").startswith("## model: PASS, with reservations\n\n")
     assert "<strong>Held, with reservations</strong>" in render(report)
 
 
