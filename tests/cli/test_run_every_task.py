@@ -183,7 +183,7 @@ def test_own_models_of_the_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert {name: out[name].shape for name in out} == {"objects": (5, 10), "motion": (20, 7)}
     monkeypatch.syspath_prepend(examples)
     for spec, expected in (
-        ("your_own:nothing", "your_own:nothing"),
+        ("your_own:nothing", "no function 'nothing'"),
         ("nowhere:robot", "nowhere:robot"),
         ("math:pi", "float"),
         ("os:getcwd", "str"),

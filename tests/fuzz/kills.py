@@ -101,7 +101,7 @@ def _child(arguments: Sequence[str], kill_at: int | None) -> None:
     try:
         main()
     except SystemExit as error:
-        code = error.code if isinstance(error.code, int) else 1
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
     except BaseException:
         import traceback
 
