@@ -41,6 +41,23 @@ def write_product(path: Path, rows: int, weight: Array, scale: Array | None = No
     return path
 
 
+def write_chain(path: Path, rows: int, weight: Array, transposed: tuple[bool, ...]) -> Path:
+    """x (rows, N) -> y: products with one weight (N, N), as it is or ``transposed``, each with a tanh."""
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    nodes = []
+    for layer, swapped in enumerate(transposed):
+        ends = f"x{layer}" if layer else "x", "y" if layer + 1 == len(transposed) else f"x{layer + 1}"
+        nodes.append(helper.make_node("Gemm", [ends[0], "w"], [f"m{layer}"], transB=1) if swapped else
+                     helper.make_node("MatMul", [ends[0], "w"], [f"m{layer}"]))  # fmt: skip
+        nodes.append(helper.make_node("Tanh", [f"m{layer}"], [ends[1]]))
+    given, found = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [rows, len(weight)]) for name in "xy")
+    graph = helper.make_graph(nodes, "chain", [given], [found], [numpy_helper.from_array(weight, "w")])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    return path
+
+
 def open_product(path: Path, target: str, precision: Precision = "fp32", flags: dict[str, str] | None = None) -> Engine:
     """Raises DeviceError: the target has not that precision here."""
     backend, options = find_target(target).backend(), EngineOptions(precision=precision, flags=flags or {})

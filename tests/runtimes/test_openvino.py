@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import resource
@@ -13,9 +12,7 @@ from pathlib import Path
 from typing import get_args
 
 import numpy as np
-import onnx
 import pytest
-from onnx import helper, numpy_helper
 
 from perceiver_export.runtimes import build, load
 from perceiver_export.runtimes.certificates import engine_of, may_be, precision_of
@@ -25,7 +22,7 @@ from perceiver_export.runtimes.engines.openvino_engine import OpenvinoEngine
 from perceiver_export.runtimes.errors import BuildError, BundleError, DeviceError
 from perceiver_export.runtimes.manifest import TensorSpec
 from tests.conftest import REPOSITORY
-from tests.runtimes.products import UNIT_ROUNDOFF, multiplied_in, open_product, write_product
+from tests.runtimes.products import UNIT_ROUNDOFF, multiplied_in, open_product, write_chain, write_product
 from tests.runtimes.targets import EXPECTED
 
 pytestmark = pytest.mark.skipif(
@@ -93,22 +90,14 @@ def test_products_are_as_exact_as_what_they_are_computed_in(tmp_path: Path, prec
 def test_bf16_keeps_a_shared_weight_once(tmp_path: Path) -> None:
     """OpenVINO 2026.4 transposed and converted it at each use: a Perceiver with shared blocks took 2.4 × the memory."""
     weight = np.random.default_rng(0).normal(size=(256, 256)).astype(np.float32) / 16
-    names = ["x", *(f"x{layer}" for layer in range(1, 8)), "y"]
-    nodes = []
-    for before, after in itertools.pairwise(names):
-        nodes += [
-            helper.make_node("MatMul", [before, "w"], [f"{after}/m"]),
-            helper.make_node("Tanh", [f"{after}/m"], [after]),
-        ]
-    ends = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1, 64, 256]) for name in ("x", "y")]
-    graph = helper.make_graph(nodes, "shared", ends[:1], ends[1:], [numpy_helper.from_array(weight, "w")])
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), tmp_path / "g.onnx")
+    path = write_chain(tmp_path / "chain.onnx", 64, weight, (False,) * 8)
     try:
-        engine = openvino.open(Source("openvino-cpu", tmp_path / "g.onnx", EngineOptions(precision="bf16")), None, 2)
+        engine = open_product(path, "openvino-cpu", "bf16")
     except DeviceError:
         return
+    assert isinstance(engine, OpenvinoEngine)
     layers = [node.get_rt_info()["layerType"].astype(str) for node in engine._compiled.get_runtime_model().get_ops()]
-    x = np.random.default_rng(1).normal(size=(1, 64, 256)).astype(np.float32)
+    x = np.random.default_rng(1).normal(size=(64, 256)).astype(np.float32)
     expected = x
     for _ in range(8):
         expected = np.tanh(expected @ weight)
@@ -123,21 +112,12 @@ def test_bf16_keeps_a_shared_weight_once(tmp_path: Path) -> None:
 def test_a_weight_used_as_it_is_and_transposed_is_not_confused(tmp_path: Path, precision: Precision) -> None:
     """OpenVINO 2026.4 by itself takes one for the other where the weight is square."""
     weight = np.random.default_rng(0).normal(size=(64, 64)).astype(np.float32) / 8
-    nodes = [
-        helper.make_node("MatMul", ["x", "w"], ["a"]),
-        helper.make_node("Tanh", ["a"], ["b"]),
-        helper.make_node("MatMul", ["b", "w"], ["c"]),
-        helper.make_node("Tanh", ["c"], ["d"]),
-        helper.make_node("Gemm", ["d", "w"], ["y"], transB=1),
-    ]
-    ends = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [8, 64]) for name in ("x", "y")]
-    graph = helper.make_graph(nodes, "tied", ends[:1], ends[1:], [numpy_helper.from_array(weight, "w")])
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), tmp_path / "g.onnx")
-    engine = openvino.open(Source("openvino-cpu", tmp_path / "g.onnx", EngineOptions(precision=precision)), None, 2)
+    path = write_chain(tmp_path / "chain.onnx", 8, weight, (False, False, True))
     x = np.random.default_rng(1).normal(size=(8, 64)).astype(np.float32)
+    found = open_product(path, "openvino-cpu", precision).run({"x": x})["y"]
 
-    expected = np.tanh(np.tanh(x @ weight) @ weight) @ weight.T
-    assert np.abs(engine.run({"x": x})["y"] - expected).max() <= 0.01
+    expected = np.tanh(np.tanh(np.tanh(x @ weight) @ weight) @ weight.T)
+    assert np.abs(found - expected).max() <= 0.01
 
 
 def test_weights_alone_are_integers_where_that_was_asked_for(tmp_path: Path) -> None:
