@@ -90,7 +90,7 @@ def make_bundles(side: Path, preset: str) -> None:
     run("export", f"preset:{preset}", "-o", "preset")
     for name in ("fashion", "fashion-int8", "preset"):
         for engine in ENGINES:
-            run("build", name, "--device", f"{engine}-cpu")
+            run("build", name, "--target", f"{engine}-cpu")
 
 
 def compare(sides: dict[str, Path], name: str, engine: str, rounds: int) -> Row:
