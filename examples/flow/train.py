@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from examples.flow.data import HEIGHT, HERE, TRAINING, WIDTH, Bytes, Floats, Warps, write
+from examples.training import Training
 from perceiver_export.exporter.checkpoints.huggingface import architecture, huggingface_sources
 from perceiver_export.exporter.checkpoints.huggingface_config import read_config
 from perceiver_export.exporter.model.attention import CrossAttention, attend
@@ -151,30 +152,22 @@ def initialise(model: PerceiverIO, frames: Tensor) -> None:
     key.weight[torch.arange(known), torch.arange(known)] = 1.9
 
 
-def rate_at(step: int, steps: int) -> float:
-    """The learning rate's factor: 100 steps up, then constant, down to zero over the last quarter."""
-    return min(1.0, (step + 1) / 100, (steps - step) / (steps / 4))
-
-
 def train(model: PerceiverIO, source: Warps, steps: int, batch: int = 16) -> None:
     """AdamW, bfloat16 products; the loss is the end-point error at 64 pixels of each tile."""
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
-    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}])
-    forward, losses, start = FastForward(model), list[float](), time.perf_counter()
+    forward, training, losses, start = (
+        FastForward(model),
+        Training(model, RATE, steps),
+        list[float](),
+        time.perf_counter(),
+    )
     for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = RATE * rate_at(step, steps)
         frames, flow = source.batch(batch)
         pixels = torch.from_numpy(source.random.integers(HEIGHT * WIDTH, size=(batch, 64)))
         truth = flow.flatten(1, 2).gather(1, pixels[..., None].expand(-1, -1, 2))
         with torch.autocast("cpu", dtype=torch.bfloat16):
             found = forward(frames, pixels)
         loss = ((found.float() - truth).square().sum(-1) + 1e-4).sqrt().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        training.step(step, loss)
         losses.append(loss.item())
         if step % 100 == 99:
             taken = f"{time.perf_counter() - start:.0f} s"

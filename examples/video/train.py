@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from examples.training import Training
 from examples.video.data import HERE, LABELS, NUM_FRAMES, NUM_SAMPLES, SIDE, Clip, Floats, Pieces, read_clips, write
 from perceiver_export.exporter.checkpoints.huggingface import architecture, huggingface_sources
 from perceiver_export.exporter.checkpoints.huggingface_config import read_config
@@ -206,20 +207,15 @@ def initialise(model: PerceiverIO) -> None:
     value.weight[:, :16] *= 3
 
 
-def rate_at(step: int, steps: int) -> float:
-    """The learning rate's factor: 100 steps up, then constant, down to zero over the last quarter."""
-    return min(1.0, (step + 1) / 100, (steps - step) / (steps / 4))
-
-
 def train(model: PerceiverIO, source: Pieces, steps: int, batch: int = 15) -> None:
     """AdamW, bfloat16 products; the loss: squared errors at 64 pixels and 20 patches of sound, and the label's."""
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
-    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}])
-    forward, losses, start = FastForward(model), list[list[float]](), time.perf_counter()
+    forward, training, losses, start = (
+        FastForward(model),
+        Training(model, LEARNING_RATE, steps),
+        list[list[float]](),
+        time.perf_counter(),
+    )
     for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * rate_at(step, steps)
         frames, audio, label = map(torch.from_numpy, source.batch(batch, mirror=True))
         pixels = torch.from_numpy(source.random.integers(NUM_FRAMES * SIDE**2, size=(batch, 64)))
         patches = torch.from_numpy(source.random.integers(NUM_SAMPLES // 16, size=(batch, 20)))
@@ -233,10 +229,7 @@ def train(model: PerceiverIO, source: Pieces, steps: int, batch: int = 15) -> No
             ((samples.float() - sample).square().mean((1, 2)) / power).mean(),
         ]
         loss = 10 * errors[0] + 0.2 * errors[1] + 0.05 * F.cross_entropy(scores.float(), label)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        training.step(step, loss)
         losses.append([error.item() for error in errors])
         if step % 100 == 99:
             video, sound = np.mean(losses[-100:], 0)
