@@ -17,6 +17,7 @@ from perceiver_export.runtimes.manifest import Manifest, Part, Stage
 
 _APART = ("name", "certificates", "graphs")  # keys of a side that have no place in the line of its engine
 _CLASSES, _LAYERS = 20, 15  # at most, in their tables
+_CELL = 60  # characters of an answer
 _MIB = 1 << 20
 
 
@@ -217,7 +218,9 @@ class Report:
         units, rows = {metric.name: metric.unit for metric in self.validations[0].metrics}, []
         for one in self.validations[0].worst_samples:
             scores = ", ".join(f"{name} {value:.4g} {units[name]}".strip() for name, value in one.scores.items())
-            rows.append((one.name, one.label, one.reference, one.candidate, scores))
+            texts = (one.label, one.reference, one.candidate)  # of an array all its numbers
+            short = (text if len(text) <= _CELL else f"{text[: _CELL - 1]}…" for text in texts)
+            rows.append((one.name, *short, scores))
         return Table("Worst samples", ("sample", "label", "reference", "candidate", "scores"), rows).without_empty()
 
     @property

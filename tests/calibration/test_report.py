@@ -6,6 +6,7 @@ from __future__ import annotations
 import html
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -61,6 +62,18 @@ def test_html_holds_everything_and_fetches_nothing(report: Report) -> None:
     assert len(page) < 300_000
     bars = len(report.gates.rows) + len(report.latency.rows) + len(report.layers.rows)
     assert page.count('<td class="bar">') == bars == 2 + 2 + 15
+
+
+def test_a_long_answer_is_cut(report: Report) -> None:
+    """Of a robot's chunk of actions, an answer is 64 numbers."""
+    first = report.validations[0]
+    worst = msgspec.structs.replace(first.worst_samples[0], candidate="0.25 " * 64, reference="Bag")
+    long = replace(report, validations=(msgspec.structs.replace(first, worst_samples=(worst,)),))
+
+    cells = long.samples.rows[0]
+    assert "Bag" in cells
+    assert max(map(len, cells)) <= 60
+    assert any(cell.startswith("0.25 0.25") for cell in cells)
 
 
 def test_markdown_is_a_table_a_section(report: Report) -> None:
