@@ -15,7 +15,7 @@ from perceiver_export.exporter.fold.parts import split_rows
 from perceiver_export.exporter.fold.products import fold_outputs, fold_tails
 from perceiver_export.exporter.fold.rewrite import Rewriter
 from perceiver_export.exporter.fold.rowform import Forms
-from perceiver_export.exporter.fold.sites import LEAST_GAIN, choose, cost_of, decided, find_sites, weigh
+from perceiver_export.exporter.fold.sites import LEAST_GAIN, choose, cost_of, decided, find_sites
 from perceiver_export.exporter.fold.softmax import drop_single_keys
 from perceiver_export.runtimes.manifest import Cost, FoldDecision
 
@@ -37,7 +37,7 @@ def fold(
     if split_rows(apart.graph):
         settle(apart, real)
         others = _folded(apart, real, batch, least_gain)
-        if weigh(cost_of(model.graph, real)) - weigh(cost_of(apart.graph, real)) > least_gain:
+        if cost_of(model.graph, real).weight - cost_of(apart.graph, real).weight > least_gain:
             model.graph, decisions = apart.graph, others
     return _grouped(decisions)
 

@@ -16,8 +16,8 @@ import onnx_ir as ir
 from perceiver_export.exporter.fold.layout import Layout, layout_of
 from perceiver_export.exporter.fold.nodes import Nodes, Sizes, array_of, operand, put, shape_of, sizes
 from perceiver_export.exporter.fold.rowform import Forms, RowForm
-from perceiver_export.exporter.fold.sites import cost_of, decided, unneeded, weigh
-from perceiver_export.runtimes.manifest import Cost, FoldDecision
+from perceiver_export.exporter.fold.sites import Work, cost_of, decided, unneeded
+from perceiver_export.runtimes.manifest import FoldDecision
 
 _TAIL = "linear layers in a row are one product"
 _OUTPUT = "the projection behind it is applied to its values, which are fewer"
@@ -49,8 +49,8 @@ def fold_tails(
         ]
         if not choices:
             continue
-        plain, new, form = max(choices, key=lambda one: weigh(one[0]) - weigh(one[1]))
-        pays = weigh(plain) - weigh(new) > least_gain
+        plain, new, form = max(choices, key=lambda one: one[0].weight - one[1].weight)
+        pays = plain.weight - new.weight > least_gain
         found.append(decided(node, plain, new, pays, _TAIL, batch))
         if pays:
             _write_tail(node, form, weight)
@@ -61,12 +61,13 @@ def _normed(form: RowForm) -> bool:
     return any(node.op_type == "LayerNormalization" for node in form.kills)
 
 
-def _tail_costs(node: ir.Node, form: RowForm, real: Sizes) -> tuple[Cost, Cost]:
+def _tail_costs(node: ir.Node, form: RowForm, real: Sizes) -> tuple[Work, Work]:
     source, result = node.inputs[0], sizes(node.outputs[0])
     assert source is not None
     rows, width = real.count(result[:-1]), result[-1]
     plain = cost_of(unneeded([source], {node}, form.reads) | {node}, real)
-    return plain, Cost(2 * rows * form.columns * width, 4 * rows * (form.columns + len(form.terms) * 2 * width))
+    product = 2 * rows * form.columns * width
+    return plain, Work(product, 4 * rows * (form.columns + len(form.terms) * 2 * width), product)
 
 
 def _write_tail(node: ir.Node, form: RowForm, weight: np.ndarray) -> None:
@@ -98,7 +99,7 @@ def fold_outputs(graph: ir.Graph, real: Sizes, least_gain: int, batch: int) -> l
         if heads is None or len(set(layout.source.consumers())) != 1:
             continue
         plain, new = _output_costs(read, heads, weight.shape[1], real)
-        pays = weigh(plain) - weigh(new) > least_gain
+        pays = plain.weight - new.weight > least_gain
         found.append(decided(node, plain, new, pays, _OUTPUT, batch))
         if pays:
             _write_output(node, read, heads, weight * layout.scale)
@@ -124,13 +125,14 @@ def _heads(layout: Layout, read: ir.Node) -> int | None:
     return heads if math.prod(values[:-2]) == math.prod(probabilities[:-2]) == whole else None
 
 
-def _output_costs(read: ir.Node, heads: int, width: int, real: Sizes) -> tuple[Cost, Cost]:
+def _output_costs(read: ir.Node, heads: int, width: int, real: Sizes) -> tuple[Work, Work]:
     (*lead, count, depth), few = sizes(read.outputs[0]), sizes(operand(read))[-1]
     samples, few, count = real.count(lead) // heads, real.real(few), real.real(count)
-    plain = Cost(2 * samples * count * heads * depth * (few + width), 4 * samples * count * (2 * heads * depth + width))
+    inner = 2 * samples * count * heads * depth
+    plain = Work(inner * (few + width), 4 * samples * count * (2 * heads * depth + width), inner * width)
     passes = 2 * heads + 1 if heads > 1 else 1
-    products = 2 * samples * count * heads * few * width + 2 * samples * heads * few * depth * width
-    return plain, Cost(products, 4 * samples * count * width * passes)
+    product, of_weights = 2 * samples * count * heads * few * width, 2 * samples * heads * few * depth * width
+    return plain, Work(product + of_weights, 4 * samples * count * width * passes, of_weights)
 
 
 def _write_output(node: ir.Node, read: ir.Node, heads: int, weight: np.ndarray) -> None:
