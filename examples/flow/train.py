@@ -215,7 +215,7 @@ def main() -> None:
     """Train and write; or measure the baseline."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--baseline", action="store_true", help="measure classical methods on test.npz instead")
-    parser.add_argument("--steps", type=int, default=2440)
+    parser.add_argument("--steps", type=int, default=12_000)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     if options.baseline:
