@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The image processors of transformers: the effect of each flag of preprocessor_config.json, and each class's steps.
+"""The image processors of transformers: each class's steps, and the flags of preprocessor_config.json that they read.
 
-Steps, order and defaults are those of the Pillow backend of transformers 5.
+Steps, order and defaults are those of the Pillow backend of transformers 5. docs/guides/checkpoints.md says what
+becomes of each flag.
 """
 
 from __future__ import annotations
@@ -38,39 +39,6 @@ _SQUARE = {"height": 224, "width": 224}
 _EDGE = {"size": {"shortest_edge": 224}, "default_to_square": False}
 _CUT = {"do_center_crop": True, "crop_size": _SQUARE}
 _RESAMPLE: dict[int, Filter] = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
-
-# The effect of each flag of preprocessor_config.json. Other flags that begin with `do_` are refused where they are
-# true; transformers reads no more.
-FLAGS = {
-    "image_processor_type": "chooses the steps, their order and their defaults; without it, Perceiver's",
-    "feature_extractor_type": "its older name",
-    "do_convert_rgb": "has no effect: images are read as RGB, as transformers' pipelines read them",
-    "do_resize": "honoured; where it is false, an image must have the model's size",
-    "size": "honoured: a number, [height, width], height and width, shortest_edge with or without longest_edge,"
-    " max_height and max_width; longest_edge alone and pixel counts are refused, as by transformers",
-    "default_to_square": "honoured: whether a `size` that is a number is a square or the shorter edge",
-    "use_square_size": "honoured, CLIP only",
-    "resample": "honoured: Pillow's filters, 0 to 5",
-    "crop_pct": "honoured, ConvNext and PoolFormer only",
-    "do_center_crop": "honoured",
-    "crop_size": "honoured: a number, [height, width], height and width; smaller images get a border of zeros",
-    "do_rescale": "honoured",
-    "rescale_factor": "honoured",
-    "rescale_offset": "honoured, EfficientNet only",
-    "do_normalize": "honoured; MobileViT ignores it, as in transformers",
-    "image_mean": "honoured: a number, or one a channel",
-    "image_std": "honoured: a number, or one a channel",
-    "include_top": "honoured, EfficientNet only: a second division by image_std",
-    "do_flip_channel_order": "honoured, MobileViT only",
-    "do_reduce_labels": "has no effect: it is about segmentation maps",
-    "do_pad": "refused where it is true and the class pads",
-    "data_format": "has no effect: the model's input is channels first",
-    "input_data_format": "has no effect: arrays are channels last",
-    "return_tensors": "has no effect",
-    "device": "has no effect",
-    "disable_grouping": "has no effect",
-}
-
 
 # A number, [height, width], or sides by name.
 _Size = int | list[int] | dict[str, int]
@@ -126,6 +94,7 @@ class Values(msgspec.Struct):
 
 # Null means false for these, not the class's default.
 SWITCHES = {field.name for field in msgspec.structs.fields(Values) if isinstance(field.default, bool)}
+NO_EFFECT = {"do_convert_rgb", "do_reduce_labels"}  # images are read as RGB; the second is about segmentation maps
 Steps = Iterable[ImageStep]
 Step = tuple[str, Callable[[Values], Steps]]  # a flag, and the steps where it is true
 

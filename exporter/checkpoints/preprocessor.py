@@ -11,7 +11,7 @@ import msgspec
 
 from perceiver_export.exporter.checkpoints.image_processors import (
     FILE,
-    FLAGS,
+    NO_EFFECT,
     PROCESSORS,
     SWITCHES,
     Processor,
@@ -99,7 +99,7 @@ def _steps(processor: dict[str, Any]) -> tuple[ImageStep, ...]:
     # Other values that are null are the defaults in transformers 4; transformers 5 refuses most of them.
     given = {name: value for name, value in given.items() if value is not None or name == "crop_pct"}
     for name, value in given.items():
-        if name.startswith("do_") and value and name not in FLAGS:
+        if name.startswith("do_") and value and name not in SWITCHES | NO_EFFECT:
             raise UnsupportedModelError(
                 f"{FILE}: {name} is {value}, an unknown step",
                 f"set {name} to false if the model does not need it, or give prepared arrays",
