@@ -7,6 +7,7 @@ leaves open.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Literal
 
@@ -120,3 +121,31 @@ def modelnet(parity: Parity) -> PerceiverConfig:
     points = point_input(2048, num_bands=64, max_frequency=1120, parity=parity)
     encoder = EncoderSizes(512, 1024, num_self_attentions_per_block=6, num_blocks=2)
     return first_perceiver({"points": points}, encoder, MODELNET_CLASSES, parity, num_cross_attentions=2)
+
+
+# Of each system in presets.json.
+BUILDERS: dict[str, Callable[[Parity], PerceiverConfig]] = {
+    "language-bytes": partial(language, BYTES, 2048, 1280, 26),
+    "language-bytes-plus-plus": partial(language, BYTES, 2048, 1536, 40),
+    "language-sentencepiece": partial(language, SENTENCEPIECE, 512, 1280, 26),
+    "language-classification": sentence_classifier,
+    "language-multitask": glue,
+    "imagenet-learned": partial(imagenet, "conv1x1", 224, CONFIG_A),
+    "imagenet-fourier": partial(imagenet, "pixels", 224, CONFIG_A),
+    "imagenet-conv": partial(imagenet, "conv", 56, CONFIG_A),
+    "imagenet-fourier-b": partial(imagenet, "pixels", 224, CONFIG_B),
+    "imagenet-conv-b": partial(imagenet, "conv", 56, CONFIG_B),
+    "optical-flow": flow,
+    "video-autoencoding": partial(video, 784),
+    "video-autoencoding-176x": partial(video, 392),
+    "video-autoencoding-352x": partial(video, 196),
+    "audioset-raw": partial(audioset, None, 512),
+    "audioset-mel": partial(audioset, MEL, 1024),
+    "starcraft": starcraft,
+    "perceiver-imagenet": partial(first_imagenet, 8, "all-but-first", "all"),
+    "perceiver-imagenet-1x": partial(first_imagenet, 1, "all-but-first", "all"),
+    "perceiver-imagenet-unshared": partial(first_imagenet, 8, "none", "none"),
+    "perceiver-audioset": partial(first_audioset, EncoderSizes(512, 512, 12)),
+    "perceiver-audioset-2x": partial(first_audioset, EncoderSizes(512, 1024, 8, 2)),
+    "modelnet40": modelnet,
+}

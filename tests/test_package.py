@@ -61,7 +61,8 @@ def test_the_sdist_holds_all_that_a_build_needs(tmp_path: Path) -> None:
         names = {name.partition("/")[2] for name in archive.getnames()}
 
     templates = {str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "calibration").rglob("*.j2")}
-    assert {*python_files(), *templates, "pyproject.toml", "README.md", "LICENSE"} <= names
+    others = {"exporter/presets.json", "pyproject.toml", "README.md", "LICENSE"}
+    assert {*python_files(), *templates, *others} <= names
 
 
 @pytest.mark.parametrize("folder", PUBLIC)
