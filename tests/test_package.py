@@ -48,6 +48,7 @@ def test_the_wheel_holds_the_tree_under_one_namespace(tmp_path: Path) -> None:
     top = [f"perceiver_export/{path.name}" for path in (REPOSITORY / "package").glob("*.py")]
     assert packaged == sorted([*top, *(f"perceiver_export/{name}" for name in python_files())])
     assert {f"perceiver_export/{folder}/py.typed" for folder in FOLDERS} <= set(names)
+    assert "perceiver_export/exporter/presets.json" in names
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"perceiver_export"}
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
