@@ -22,9 +22,8 @@ from perceiver_export.exporter.checkpoints.weights import (
     Source,
     Sources,
     convert,
-    decode_json,
     load_model_state,
-    read_bytes,
+    read_object,
 )
 from perceiver_export.exporter.loaded import LoadedModel
 from perceiver_export.exporter.model.architectures import Parity
@@ -177,7 +176,7 @@ def _parse(spec: str) -> tuple[HaikuModel, Path]:
 
 def _changed(config: PerceiverConfig, path: Path) -> PerceiverConfig:
     """``config`` with the fields of a JSON file; null takes a field's default. Raises CheckpointError."""
-    changes = decode_json(read_bytes(path, "a JSON file of sizes"), dict[str, Any], str(path))
+    changes = read_object(path, "a JSON file of sizes")
     return convert(_merged(msgspec.to_builtins(config), changes), PerceiverConfig, str(path))
 
 

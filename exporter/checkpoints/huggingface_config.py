@@ -17,7 +17,7 @@ import msgspec
 from msgspec import Meta
 
 from perceiver_export.exporter.checkpoints.preprocessor import image_shape, read_preprocessor
-from perceiver_export.exporter.checkpoints.weights import convert, decode_json, read_bytes
+from perceiver_export.exporter.checkpoints.weights import convert, read_object
 from perceiver_export.exporter.model.architectures import EncoderSizes
 from perceiver_export.exporter.model.config import Activation
 from perceiver_export.runtimes.errors import CheckpointError, UnsupportedModelError
@@ -223,9 +223,7 @@ def read_by() -> dict[str, tuple[str, ...]]:
 def read_config(directory: Path) -> HuggingFaceConfig:
     """config.json of a supported Perceiver. Raises CheckpointError and UnsupportedModelError."""
     path = directory / "config.json"
-    values = decode_json(
-        read_bytes(path, "a Hugging Face directory: config.json and weights"), dict[str, Any], str(path)
-    )
+    values = read_object(path, "a Hugging Face directory: config.json and weights")
     head = {field: value for field, value in values.items() if field in ("model_type", "architectures")}
     name = _check_class(path, convert(head, HuggingFaceConfig, str(path)))
     classes = read_by()

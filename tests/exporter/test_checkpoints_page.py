@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from perceiver_export.exporter.checkpoints.huggingface_config import ACTIVATIONS, TASKS, HuggingFaceConfig, read_by
-from perceiver_export.exporter.checkpoints.image_processors import NO_EFFECT, PROCESSORS, SWITCHES, Values
+from perceiver_export.exporter.checkpoints.preprocessor import NO_EFFECT, PROCESSORS, SWITCHES, Values
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "guides" / "checkpoints.md"
 
