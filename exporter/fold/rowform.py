@@ -70,9 +70,7 @@ class Norm:
         """What σ is computed from."""
         if self.inverse is not None:
             return [self.inverse]
-        source = self.node.inputs[0]
-        assert source is not None
-        return [value for value, _ in self.form.terms] if self.narrow else [source]
+        return [value for value, _ in self.form.terms] if self.narrow else [operand(self.node)]
 
 
 @dataclass(frozen=True)
@@ -176,22 +174,22 @@ class Forms:
         return self._tables[value]
 
     def _matmul(self, node: ir.Node, shape: Shape) -> Iterator[RowForm]:
-        source, weight = node.inputs[0], array_of(node.inputs[1])
-        if source is not None and weight is not None and weight.ndim == 2:
-            yield from (form.times(weight, node) for form in self.of(source))
+        weight = array_of(node.inputs[1])
+        if weight is not None and weight.ndim == 2:
+            yield from (form.times(weight, node) for form in self.of(operand(node)))
 
     def _viewed(self, node: ir.Node, shape: Shape) -> Iterator[RowForm]:
-        source = node.inputs[0]
-        if source is not None and sizes(source)[-1:] == shape[-1:]:
+        source = operand(node)
+        if sizes(source)[-1:] == shape[-1:]:
             for form in self.of(source)[1:]:
                 yield replace(form, lead=shape[:-1], kills=form.kills | {node})
 
     def _multiplied(self, node: ir.Node, shape: Shape) -> Iterator[RowForm]:
         for index in (1, 0) if node.op_type == "Mul" else (1,):
-            factor, source = array_of(node.inputs[index]), node.inputs[1 - index]
-            if source is not None and _divides_rows(node.inputs[index], shape) and sizes(source) == shape:
+            factor, source = array_of(node.inputs[index]), operand(node, 1 - index)
+            if _divides_rows(node.inputs[index], shape) and sizes(source) == shape:
                 yield from self._over_root(node, source, operand(node, index))
-            if factor is None or source is None or sizes(source) != shape or not _is_row(factor, shape):
+            if factor is None or sizes(source) != shape or not _is_row(factor, shape):
                 continue
             own = factor.astype(np.float64)
             for form in self.of(source):
@@ -294,11 +292,10 @@ class Forms:
 
     def _normed(self, node: ir.Node, shape: Shape) -> Iterator[RowForm]:
         scale, shift = array_of(node.inputs[1]), array_of(node.inputs[2]) if len(node.inputs) > 2 else None
-        source = node.inputs[0]
-        if source is None or scale is None or axis_of(node, len(shape)) != len(shape) - 1:
+        if scale is None or axis_of(node, len(shape)) != len(shape) - 1:
             return
         epsilon = float(np.float32(node.attributes.get_float("epsilon", 1e-5)))  # as files hold it
-        forms = [form for form in self.of(source) if form.norm is None]
+        forms = [form for form in self.of(operand(node)) if form.norm is None]
         norms = [Norm(node, form.without_bias(), epsilon) for form in forms]
         narrow = next((norm for norm in norms if norm.narrow), None)
         for form, own in zip(forms, norms, strict=True):

@@ -21,7 +21,7 @@ import numpy as np
 import onnx_ir as ir
 
 from perceiver_export.exporter.fold.layout import Atom, Axis, Layout, extent, layout_of
-from perceiver_export.exporter.fold.nodes import VIEWS, Sizes, array_of, made_by, operand, shape_of, sizes
+from perceiver_export.exporter.fold.nodes import VIEWS, Sizes, array_of, is_known, made_by, operand, shape_of, sizes
 from perceiver_export.exporter.fold.rowform import Forms, RowForm
 from perceiver_export.runtimes.manifest import Cost, FoldDecision
 
@@ -57,9 +57,7 @@ class Site:
 
     @property
     def other(self) -> ir.Value:
-        value = self.node.inputs[1 - self.side]
-        assert value is not None
-        return value
+        return operand(self.node, 1 - self.side)
 
 
 def find_sites(graph: ir.Graph, forms: Forms) -> tuple[list[Site], dict[ir.Node, str]]:
@@ -67,7 +65,7 @@ def find_sites(graph: ir.Graph, forms: Forms) -> tuple[list[Site], dict[ir.Node,
     found: list[Site] = []
     blocked: dict[ir.Node, str] = {}
     for node in graph:
-        if node.op_type != "MatMul" or not all(shape_of(one) for one in (*node.inputs, *node.outputs)):
+        if node.op_type != "MatMul" or not is_known(node):
             continue
         if any((array := array_of(value)) is not None and array.ndim <= 2 for value in node.inputs[1:]):
             continue  # a linear layer
@@ -85,8 +83,7 @@ def find_sites(graph: ir.Graph, forms: Forms) -> tuple[list[Site], dict[ir.Node,
 
 def _site(node: ir.Node, side: int, forms: Forms) -> Site | str:
     """The site, or why there is none."""
-    value = node.inputs[side]
-    assert value is not None
+    value = operand(node, side)
     if array_of(value) is not None:
         return "an operand is constant"
     layout = layout_of(value)
@@ -304,7 +301,7 @@ def choose(sites: Iterable[Site], real: Sizes, least_gain: int) -> tuple[list[Ch
 
 def _best(group: list[Site], real: Sizes) -> Choice | None:
     nodes = {site.node for site in group}
-    operands = [value for site in group if (value := site.node.inputs[site.side]) is not None]
+    operands = [operand(site.node, site.side) for site in group]
     products = cost_of(nodes, real)
     best: Choice | None = None
     for index, form in enumerate(group[0].forms):
