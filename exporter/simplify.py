@@ -254,9 +254,7 @@ def without_sequences(model: ir.Model) -> None:
     common.InlinePass()(model)
     for _ in range(2):  # shapes that the first round settles
         fold_constants_ir(
-            model,
-            onnx_shape_inference=True,
-            should_fold=lambda node: False if node.op_type in _REPEATING else None,
+            model, onnx_shape_inference=True, should_fold=lambda node: False if node.op_type in _REPEATING else None
         )
     common.RemoveUnusedNodesPass()(model)
 

@@ -145,12 +145,7 @@ def _counted(part: GraphPart, primes: dict[str, int]) -> Sizes:
 
 
 def _folded(
-    part: GraphPart,
-    model: ir.Model,
-    config: PerceiverConfig | None,
-    primes: dict[str, int],
-    fold: bool,
-    budget: int,
+    part: GraphPart, model: ir.Model, config: PerceiverConfig | None, primes: dict[str, int], fold: bool, budget: int
 ) -> FoldedGraph:
     decisions: tuple[FoldDecision, ...] = ()
     planned, real = None, _counted(part, primes)

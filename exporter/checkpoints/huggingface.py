@@ -35,18 +35,9 @@ from perceiver_export.exporter.checkpoints.weights import Source, Sources, load_
 from perceiver_export.exporter.loaded import LoadedModel
 from perceiver_export.exporter.model import architectures
 from perceiver_export.exporter.model.architectures import Parity, VideoSizes
-from perceiver_export.exporter.model.config import (
-    AttentionConfig,
-    ImageInput,
-    PerceiverConfig,
-    TokenInput,
-)
+from perceiver_export.exporter.model.config import AttentionConfig, ImageInput, PerceiverConfig, TokenInput
 from perceiver_export.runtimes.errors import CheckpointError, UnsupportedModelError, UsageError
-from perceiver_export.runtimes.preprocessing import (
-    FlowPreprocessing,
-    Preprocessing,
-    VideoPreprocessing,
-)
+from perceiver_export.runtimes.preprocessing import FlowPreprocessing, Preprocessing, VideoPreprocessing
 
 # transformers' names of our parameters; the first that fits counts. The language model has some one level higher.
 _QUERIES = "output_position_encodings.position_embeddings"

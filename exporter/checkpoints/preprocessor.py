@@ -36,10 +36,7 @@ from perceiver_export.runtimes.preprocessing import (
 FILE = "preprocessor_config.json"
 _IMAGENET = {"image_mean": (0.485, 0.456, 0.406), "image_std": (0.229, 0.224, 0.225)}
 _HALF = {"image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5)}
-_CLIP = {
-    "image_mean": (0.48145466, 0.4578275, 0.40821073),
-    "image_std": (0.26862954, 0.26130258, 0.27577711),
-}
+_CLIP = {"image_mean": (0.48145466, 0.4578275, 0.40821073), "image_std": (0.26862954, 0.26130258, 0.27577711)}
 _SQUARE = {"height": 224, "width": 224}
 _EDGE = {"size": {"shortest_edge": 224}, "default_to_square": False}
 _CUT = {"do_center_crop": True, "crop_size": _SQUARE}
@@ -153,10 +150,7 @@ _RESIZE: Step = ("do_resize", lambda values: [_sized(values.sides, values.filter
 _CROP: Step = ("do_center_crop", lambda values: [CenterCrop(*values.crop)])
 _RESCALE: Step = ("do_rescale", lambda values: [Rescale(values.rescale_factor)])
 _OFFSET: Step = ("do_rescale", lambda values: [Rescale(values.rescale_factor, -1.0 if values.rescale_offset else 0.0)])
-_NORMALIZE: Step = (
-    "do_normalize",
-    lambda values: [Normalize(_three(values.image_mean), _three(values.image_std))],
-)
+_NORMALIZE: Step = ("do_normalize", lambda values: [Normalize(_three(values.image_mean), _three(values.image_std))])
 _DIVIDE: Step = ("include_top", lambda values: [Normalize((0.0, 0.0, 0.0), _three(values.image_std))])
 _FLIP: Step = ("do_flip_channel_order", lambda values: [ReverseChannels()])
 _PAD: Step = ("do_pad", _refuse_pad)
@@ -194,22 +188,16 @@ _CLASSES = {
     "Pvt": Processor(_IMAGENET),
     "Beit": Processor({"crop_size": _SQUARE}, (_RESIZE, *_USUAL)),
     "MobileNetV1": Processor({"resample": 2, **_EDGE, "size": {"shortest_edge": 256}, **_CUT}),
-    "MobileNetV2": Processor(
-        {"resample": 2, **_EDGE, "size": {"shortest_edge": 256}, **_CUT},
-        (_RESIZE, *_USUAL),
-    ),
+    "MobileNetV2": Processor({"resample": 2, **_EDGE, "size": {"shortest_edge": 256}, **_CUT}, (_RESIZE, *_USUAL)),
     "MobileViT": Processor(
-        {**_EDGE, "do_center_crop": True, "crop_size": {"height": 256, "width": 256}},
-        (_RESIZE, _RESCALE, _CROP, _FLIP),
+        {**_EDGE, "do_center_crop": True, "crop_size": {"height": 256, "width": 256}}, (_RESIZE, _RESCALE, _CROP, _FLIP)
     ),
     "Levit": Processor({**_IMAGENET, **_EDGE, **_CUT}, (("do_resize", _resize_levit), *_USUAL, _PAD)),
     "ConvNext": Processor(
-        {"size": {"shortest_edge": 384}, "default_to_square": False},
-        (("do_resize", _resize_convnext), *_USUAL),
+        {"size": {"shortest_edge": 384}, "default_to_square": False}, (("do_resize", _resize_convnext), *_USUAL)
     ),
     "PoolFormer": Processor(
-        {**_IMAGENET, **_EDGE, **_CUT, "crop_pct": 0.9},
-        (("do_resize", _resize_poolformer), *_USUAL, _PAD),
+        {**_IMAGENET, **_EDGE, **_CUT, "crop_pct": 0.9}, (("do_resize", _resize_poolformer), *_USUAL, _PAD)
     ),
     "EfficientNet": Processor(
         {"size": {"height": 346, "width": 346}, "crop_size": {"height": 289, "width": 289}},

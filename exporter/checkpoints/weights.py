@@ -164,8 +164,7 @@ def read_state_dict(directory: Path) -> dict[str, Tensor]:
         if (directory / name).is_file():
             return _checked(_read_shards(directory, directory / name))
     raise CheckpointError(
-        f"no weights in {directory}",
-        f"give a Hugging Face directory with one of {', '.join((*_SINGLE, *SHARDED))}",
+        f"no weights in {directory}", f"give a Hugging Face directory with one of {', '.join((*_SINGLE, *SHARDED))}"
     )
 
 

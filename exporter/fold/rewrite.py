@@ -15,12 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from perceiver_export.exporter.fold.nodes import (
-    Nodes,
-    array_of,
-    put,
-    sizes,
-)
+from perceiver_export.exporter.fold.nodes import Nodes, array_of, put, sizes
 from perceiver_export.exporter.fold.rowform import Norm, RowForm
 from perceiver_export.exporter.fold.sites import Site
 from perceiver_export.exporter.fold.softmax import reaches_softmax, shared_norms, sums_to_one
