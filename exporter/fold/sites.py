@@ -20,6 +20,7 @@ from typing import Literal
 import numpy as np
 import onnx_ir as ir
 
+from perceiver_export.calibration import graphs
 from perceiver_export.exporter.fold.layout import Atom, Axis, Layout, extent, layout_of
 from perceiver_export.exporter.fold.nodes import VIEWS, Sizes, array_of, is_known, made_by, operand, shape_of, sizes
 from perceiver_export.exporter.fold.rowform import Forms, RowForm
@@ -192,14 +193,8 @@ def _reason(source: ir.Value) -> str:
 
 def node_flops(node: ir.Node, real: Sizes) -> int:
     """Multiply-adds of products, times 2."""
-    result = shape_of(node.outputs[0])
-    if result is None:
-        return 0
-    if node.op_type == "MatMul":
-        return 2 * real.count(result) * real.real(sizes(operand(node))[-1])
-    if node.op_type == "Conv":
-        return 2 * real.count(result) * math.prod(sizes(operand(node, 1))[1:])
-    return 0
+    counted = node.op_type in ("MatMul", "Conv") and shape_of(node.outputs[0]) is not None
+    return real.real(graphs.node_flops(node)) if counted else 0
 
 
 def cost_of(nodes: Iterable[ir.Node], real: Sizes) -> Cost:
