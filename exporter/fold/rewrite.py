@@ -55,17 +55,14 @@ def _inverse_deviation(norm: Norm) -> ir.Value:
     count = math.prod(form.lead)
     if norm.inverse is not None:
         return nodes.reshape(norm.inverse, (count,))
-    if not norm.narrow:
+    used = norm.changing
+    if used is None:
         rows = nodes.reshape(norm.reads()[-1], (count, form.width))
         centred = nodes.binary("Sub", rows, nodes.mean(rows))
         variance = nodes.reshape(nodes.mean(nodes.binary("Mul", centred, centred)), (count,))
         variance = nodes.binary("Add", variance, nodes.constant(np.array(norm.epsilon)))
     else:
         assert form.table is not None
-        used = np.zeros(form.width, bool)
-        for _, matrix in form.terms:
-            assert matrix.at is not None
-            used[matrix.at : matrix.at + matrix.rows] = True
         means, squares = form.table.moments(~used)
         known = squares / form.width + norm.epsilon
         if not form.terms:

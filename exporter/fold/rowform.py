@@ -54,23 +54,20 @@ class Norm:
     inverse: ir.Value | None = None
 
     @property
-    def narrow(self) -> bool:
-        """Whether σ follows from the changing columns alone: they stand beside constant ones, as they are."""
-        if self.inverse is not None:
-            return False
-        used = np.zeros(self.form.width, bool)
+    def changing(self) -> np.ndarray | None:
+        """A mask of the changing columns, where they stand as they are beside constant ones: σ follows from them alone."""
+        table, mask = self.form.table, np.zeros(self.form.width, bool)
         for _, matrix in self.form.terms:
             if matrix.at is None:
-                return False
-            used[matrix.at : matrix.at + matrix.rows] = True
-        table = self.form.table
-        return table is not None and table.only(~used)
+                return None
+            mask[matrix.at : matrix.at + matrix.rows] = True
+        return mask if self.inverse is None and table is not None and table.only(~mask) else None
 
     def reads(self) -> list[ir.Value]:
         """What σ is computed from."""
         if self.inverse is not None:
             return [self.inverse]
-        return [value for value, _ in self.form.terms] if self.narrow else [operand(self.node)]
+        return [value for value, _ in self.form.terms] if self.changing is not None else [operand(self.node)]
 
 
 @dataclass(frozen=True)
@@ -297,7 +294,7 @@ class Forms:
         epsilon = float(np.float32(node.attributes.get_float("epsilon", 1e-5)))  # as files hold it
         forms = [form for form in self.of(operand(node)) if form.norm is None]
         norms = [Norm(node, form.without_bias(), epsilon) for form in forms]
-        narrow = next((norm for norm in norms if norm.narrow), None)
+        narrow = next((norm for norm in norms if norm.changing is not None), None)
         for form, own in zip(forms, norms, strict=True):
             norm = narrow or own
             yield form.normed(norm, scale.astype(np.float64), None if shift is None else shift.astype(np.float64))
