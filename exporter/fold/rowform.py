@@ -55,7 +55,7 @@ class Norm:
 
     @property
     def changing(self) -> np.ndarray | None:
-        """A mask of the changing columns, where they stand as they are beside constant ones: σ follows from them alone."""
+        """A mask of the changing columns where they stand, as they are, beside constant ones: σ follows from them."""
         table, mask = self.form.table, np.zeros(self.form.width, bool)
         for _, matrix in self.form.terms:
             if matrix.at is None:
