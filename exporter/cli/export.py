@@ -119,14 +119,8 @@ def presets() -> None:
 
 def _preset_document(preset: Preset) -> dict[str, Any]:
     paper = {"reference": preset.reference, "parameters": preset.parameters, "flops": preset.flops}
-    counts = preset.counts._asdict()
-    return {
-        "task": preset.task,
-        **counts,
-        "paper": paper,
-        "remark": preset.remark,
-        "architecture": preset.build("deepmind"),
-    }
+    own = {"remark": preset.remark, "architecture": preset.build("deepmind")}
+    return {"task": preset.task, **preset.counts._asdict(), "paper": paper, **own}
 
 
 def _preset_row(name: str, preset: Preset) -> list[str]:
