@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`perceiver-export`: each command is a thin layer over the Python function of the same name.
 
-Only this module turns errors into text and exit codes.
+Only this module turns errors into text and exit codes; docs/reference/errors.md says what each code means.
 """
 
 from __future__ import annotations
@@ -28,11 +28,6 @@ from perceiver_export.exporter.cli.validate import validate
 from perceiver_export.runtimes.errors import PerceiverExportError
 from perceiver_export.runtimes.files import is_full
 
-EXIT_CODES = {
-    0: "The command did what it was asked, and every gate passed.",
-    1: "An error, or a gate that did not pass. Standard error has one `error:` and one `hint:`.",
-    2: "Wrong usage: an option or argument that does not exist, or with a value of the wrong type.",
-}
 # Groups of the help: of commands, and of options by their names.
 _COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
     "Make a bundle": (export, quantize, build, package),
