@@ -219,7 +219,7 @@ def _scripted(part: GraphPart, examples: dict[str, Array]) -> ir.Model:
     return ir.from_proto(onnx.load_from_string(written.getvalue()))
 
 
-def _export(part: GraphPart, examples: dict[str, Array], file: Any, **how: bool) -> torch.onnx.ONNXProgram | None:
+def _export(part: GraphPart, examples: dict[str, Array], file: Any, **how: Any) -> torch.onnx.ONNXProgram | None:
     """``file``: torch takes an open one; its types do not say so."""
     module = _ByPosition(part.module) if isinstance(part.module, NamedModule) else part.module
     with torch.no_grad(), quiet():
