@@ -220,7 +220,7 @@ def _scripted(part: GraphPart, examples: dict[str, Array]) -> ir.Model:
 
 
 def _export(part: GraphPart, examples: dict[str, Array], file: Any, **how: Any) -> torch.onnx.ONNXProgram | None:
-    """``file``: torch takes an open one; its types do not say so."""
+    """To an open ``file`` where one is given: torch takes it, though its types do not say so."""
     module = _ByPosition(part.module) if isinstance(part.module, NamedModule) else part.module
     with torch.no_grad(), quiet():
         return torch.onnx.export(
