@@ -144,15 +144,14 @@ class GraphPart:
         return self.planned(first) if isinstance(first, str) else first
 
 
+# A model and its inputs by name -> its outputs in order.
+Compute = Callable[[Any, dict[str, Tensor]], Sequence[Tensor]]
+
+
 class _Graph(nn.Module):
     """``compute`` as a module of positional tensors; its weights are called ``model.…``."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        inputs: Sequence[TensorSpec],
-        compute: Callable[[Any, dict[str, Tensor]], Sequence[Tensor]],
-    ) -> None:
+    def __init__(self, model: nn.Module, inputs: Sequence[TensorSpec], compute: Compute) -> None:
         super().__init__()
         self.model, self.names, self.compute = model, [spec.name for spec in inputs], compute
 

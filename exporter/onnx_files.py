@@ -11,7 +11,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 
 from perceiver_export.exporter.fold.normalize import Constants
-from perceiver_export.exporter.simplify import RANDOM
+from perceiver_export.exporter.simplify import RANDOM, plain_session
 from perceiver_export.runtimes.bundle import sha256
 from perceiver_export.runtimes.errors import CheckpointError, UnsupportedModelError, UsageError, first_line
 from perceiver_export.runtimes.runtime import Array
@@ -103,14 +103,9 @@ class OnnxFile:
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """The file itself on ONNX Runtime, without its optimizations."""
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         try:
-            session = onnxruntime.InferenceSession(str(self.path), options, providers=["CPUExecutionProvider"])
-            return dict(zip(self.outputs, session.run(list(self.outputs), dict(feeds)), strict=True))
+            found = plain_session(str(self.path)).run(list(self.outputs), dict(feeds))
+            return dict(zip(self.outputs, found, strict=True))
         except Exception as error:  # onnxruntime has no class of its own for these
             raise UnsupportedModelError(
                 f"ONNX Runtime cannot run {self.path}: {str(error).strip().splitlines()[-1]}",

@@ -107,17 +107,13 @@ class NamedModule(nn.Module):
 
 
 def _by_position(module: nn.Module, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
-    parameters = [
-        one
-        for one in inspect.signature(module.forward).parameters.values()
-        if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)
-    ]
-    variable = any(one.kind is one.VAR_POSITIONAL for one in inspect.signature(module.forward).parameters.values())
-    names = [one.name for one in parameters] + [f"input_{index}" for index in range(len(parameters), len(inputs))]
-    if len(inputs) > len(parameters) and not variable:
+    takes = inspect.signature(module.forward).parameters.values()
+    names = [one.name for one in takes if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
+    if len(inputs) > len(names) and not any(one.kind is one.VAR_POSITIONAL for one in takes):
         raise UsageError(
-            f"{len(inputs)} inputs for a forward of {len(parameters)} arguments", "give a dict of names to tensors"
+            f"{len(inputs)} inputs for a forward of {len(names)} arguments", "give a dict of names to tensors"
         )
+    names += [f"input_{index}" for index in range(len(names), len(inputs))]
     return dict(zip(names, inputs, strict=False))
 
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The systems of both papers at their full sizes, to size a device before there is a checkpoint.
 
-The remarks name each size that a paper leaves open, and each count that its sizes do not explain. Only `load_preset`
+"Perceiver IO" is arXiv 2107.14795v3, "Perceiver" arXiv 2103.03206v2. presets.json has the figures of each system. Its
+remarks name each size that a paper leaves open, and each count that its sizes do not explain. Only `load_preset`
 imports torch.
 """
 
@@ -9,21 +10,23 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import msgspec
 
-from perceiver_export.exporter import preset_sizes as sizes
 from perceiver_export.exporter.loaded import LoadedModel
+from perceiver_export.exporter.model import architectures as systems
 from perceiver_export.exporter.model.architectures import AudioVideoSizes, EncoderSizes, Parity
 from perceiver_export.exporter.model.config import (
     ArrayInput,
+    AttentionConfig,
     AverageDecoder,
     FramePairInput,
     ImageInput,
     PerceiverConfig,
+    Sharing,
     TokenInput,
 )
 from perceiver_export.runtimes.errors import UsageError
@@ -38,6 +41,123 @@ from perceiver_export.runtimes.preprocessing import (
 
 if TYPE_CHECKING:
     from perceiver_export.exporter.model.perceiver import PerceiverIO
+
+BYTES, SENTENCEPIECE = 262, 32_000  # tokens of the vocabularies
+IMAGENET_CLASSES, KINETICS_CLASSES, AUDIOSET_CLASSES, MODELNET_CLASSES = 1000, 700, 527, 40
+GLUE_CLASSES = {"cola": 2, "mnli": 3, "mrpc": 2, "qnli": 2, "qqp": 2, "rte": 2, "sst2": 2, "stsb": 1}
+MEL = (75, 64)  # frames, bins: only their product, 4800, is published
+
+# Perceiver IO, section A: configuration A shares 6 layers 8 times, B has 16 with MLPs four times as wide.
+CONFIG_A = EncoderSizes(512, 1024, num_self_attentions_per_block=6, num_blocks=8)
+CONFIG_B = EncoderSizes(512, 1024, num_self_attentions_per_block=16, self_attention_widening_factor=4)
+
+
+def _text_encoder(num_channels: int, num_layers: int) -> EncoderSizes:
+    return EncoderSizes(256, num_channels, num_layers, 1, 8, 8, num_qk_channels=256, num_v_channels=num_channels)
+
+
+def language(vocabulary_size: int, length: int, num_channels: int, num_layers: int, parity: Parity) -> PerceiverConfig:
+    """Masked language models: Perceiver IO, table 11; widths of the attention from DeepMind's code."""
+    tokens = TokenInput(vocabulary_size, length, 768)
+    decoder = AttentionConfig(8, 256, 768, query_residual=False)
+    return systems.language_model(tokens, _text_encoder(num_channels, num_layers), decoder, parity)
+
+
+_BYTES_768 = TokenInput(BYTES, 2048, 768)
+# The byte model with one query for one task, and with a query and a head for each: Perceiver IO, sections F.4 and 4.1.
+sentence_classifier = partial(systems.text_classifier, _BYTES_768, _text_encoder(1280, 26), 2)
+glue = partial(systems.multitask_text_classifier, _BYTES_768, _text_encoder(1280, 26), GLUE_CLASSES)
+# The released model of optical flow.
+flow = partial(systems.optical_flow, 368, 496, EncoderSizes(2048, 512, 24, num_self_attention_heads=16))
+# The entity encoder of AlphaStar: Perceiver IO, section B and table 5.
+starcraft = partial(systems.set_transformer, 512, 256, 128, EncoderSizes(32, 512, 3))
+
+
+def imagenet(
+    features: Literal["pixels", "conv1x1", "conv"], grid: int, encoder: EncoderSizes, parity: Parity
+) -> PerceiverConfig:
+    """Perceiver IO, table 7."""
+    image = systems.image_input(features, 224, 224, parity, (grid, grid))
+    return systems.image_classifier(image, encoder, IMAGENET_CLASSES, parity)
+
+
+def video(num_latents: int, parity: Parity) -> PerceiverConfig:
+    """The released video autoencoder, with 784, 392 or 196 latents: Perceiver IO, section 4.3."""
+    sizes = systems.VideoSizes(num_labels=KINETICS_CLASSES)
+    return systems.video_autoencoder(sizes, EncoderSizes(num_latents, 512, 8), parity)
+
+
+def audioset(mel: tuple[int, int] | None, num_channels: int, parity: Parity) -> PerceiverConfig:
+    """Perceiver IO, section C and tables 6 and 10."""
+    sizes, encoder = AudioVideoSizes(mel=mel), EncoderSizes(512, num_channels, 12)
+    return systems.audio_video_classifier(sizes, encoder, AUDIOSET_CLASSES, parity, num_query_channels=1024)
+
+
+def first_imagenet(
+    num_cross_attentions: int, cross_attention_sharing: Sharing, block_sharing: Sharing, parity: Parity
+) -> PerceiverConfig:
+    """Perceiver, sections 4.1, B and C."""
+    image = systems.image_input("pixels", 224, 224, parity, (224, 224))
+    return systems.first_perceiver(
+        {"image": image},
+        CONFIG_A,
+        IMAGENET_CLASSES,
+        parity,
+        num_cross_attentions,
+        cross_attention_sharing,
+        block_sharing,
+    )
+
+
+def first_audioset(encoder: EncoderSizes, parity: Parity) -> PerceiverConfig:
+    """Raw audio and video, read before every block, no weights shared: Perceiver, section 4.2."""
+    sizes = AudioVideoSizes()
+    return systems.first_perceiver(
+        sizes.inputs(parity),
+        encoder,
+        AUDIOSET_CLASSES,
+        parity,
+        num_cross_attentions=encoder.num_blocks,
+        cross_attention_sharing="none",
+        block_sharing="none",
+        num_input_channels=sizes.num_input_channels,
+    )
+
+
+def modelnet(parity: Parity) -> PerceiverConfig:
+    """Perceiver, section 4.3: read twice, otherwise as for ImageNet."""
+    points = systems.point_input(2048, num_bands=64, max_frequency=1120, parity=parity)
+    encoder = EncoderSizes(512, 1024, num_self_attentions_per_block=6, num_blocks=2)
+    return systems.first_perceiver({"points": points}, encoder, MODELNET_CLASSES, parity, num_cross_attentions=2)
+
+
+# Of each system in presets.json.
+BUILDERS: dict[str, Callable[[Parity], PerceiverConfig]] = {
+    "language-bytes": partial(language, BYTES, 2048, 1280, 26),
+    "language-bytes-plus-plus": partial(language, BYTES, 2048, 1536, 40),
+    "language-sentencepiece": partial(language, SENTENCEPIECE, 512, 1280, 26),
+    "language-classification": sentence_classifier,
+    "language-multitask": glue,
+    "imagenet-learned": partial(imagenet, "conv1x1", 224, CONFIG_A),
+    "imagenet-fourier": partial(imagenet, "pixels", 224, CONFIG_A),
+    "imagenet-conv": partial(imagenet, "conv", 56, CONFIG_A),
+    "imagenet-fourier-b": partial(imagenet, "pixels", 224, CONFIG_B),
+    "imagenet-conv-b": partial(imagenet, "conv", 56, CONFIG_B),
+    "optical-flow": flow,
+    "video-autoencoding": partial(video, 784),
+    "video-autoencoding-176x": partial(video, 392),
+    "video-autoencoding-352x": partial(video, 196),
+    "audioset-raw": partial(audioset, None, 512),
+    "audioset-mel": partial(audioset, MEL, 1024),
+    "starcraft": starcraft,
+    "perceiver-imagenet": partial(first_imagenet, 8, "all-but-first", "all"),
+    "perceiver-imagenet-1x": partial(first_imagenet, 1, "all-but-first", "all"),
+    "perceiver-imagenet-unshared": partial(first_imagenet, 8, "none", "none"),
+    "perceiver-audioset": partial(first_audioset, EncoderSizes(512, 512, 12)),
+    "perceiver-audioset-2x": partial(first_audioset, EncoderSizes(512, 1024, 8, 2)),
+    "modelnet40": modelnet,
+}
+
 
 SAMPLE_RATE = 48_000  # in both papers
 
@@ -79,225 +199,28 @@ class Counts(NamedTuple):
     flops_of_one_query: int
 
 
-@dataclass(frozen=True)
-class Preset:
-    """One system: a function of the parity that builds its config, its counts with DeepMind's numerics, and its paper.
+class Preset(msgspec.Struct, frozen=True):
+    """One system: its counts with DeepMind's numerics, and its paper.
 
     ``parameters`` and ``flops`` are the paper's own, None where it has none. ``remark``: deviations, and the choice
     where the paper is silent.
     """
 
+    name: str
     task: str
-    build: Callable[[Parity], PerceiverConfig]
     counts: Counts
     reference: str
     parameters: float | None = None
     flops: float | None = None
     remark: str = ""
 
+    def build(self, parity: Parity) -> PerceiverConfig:
+        """Its config."""
+        return BUILDERS[self.name](parity)
 
-PRESETS: dict[str, Preset] = {
-    "language-bytes": Preset(
-        "fill-mask",
-        partial(sizes.language, sizes.BYTES, 2048, 1280, 26),
-        Counts(201_108_230, 120_949_047_296, 111_002_919_936),
-        "Perceiver IO, tables 1 and 11",
-        201e6,
-        113e9,
-        remark="The paper's FLOPs are nearly those of one query, not of all 2048.",
-    ),
-    "language-bytes-plus-plus": Preset(
-        "fill-mask",
-        partial(sizes.language, sizes.BYTES, 2048, 1536, 40),
-        Counts(425_607_430, 240_872_587_264, 230_926_459_904),
-        "Perceiver IO++, tables 1 and 11",
-        425e6,
-        241e9,
-        remark="The paper's FLOPs are those of all 2048 queries, unlike those of language-bytes.",
-    ),
-    "language-sentencepiece": Preset(
-        "arrays",
-        partial(sizes.language, sizes.SENTENCEPIECE, 512, 1280, 26),
-        Counts(223_155_456, 133_613_748_224, 106_219_831_296),
-        "Perceiver IO, tables 1 and 11",
-        223e6,
-        119e9,
-        remark="The paper's FLOPs are neither those of all 512 queries nor of one; how it counts is not published."
-        " Tokens in, scores out: the tokenizer is yours.",
-    ),
-    "language-classification": Preset(
-        "text-classification",
-        sizes.sentence_classifier,
-        Counts(206_098_690, 112_019_117_056, 112_019_117_056),
-        "Perceiver IO, section F.4",
-        None,
-        113e9,
-        remark="The FLOPs are those of table 1. A linear layer gives the classes, as in transformers; the paper has two"
-        " layers.",
-    ),
-    "language-multitask": Preset(
-        "text-classification",
-        sizes.glue,
-        Counts(206_125_584, 123_864_129_536, 123_864_129_536),
-        "Perceiver IO, section 4.1",
-        remark="A linear layer gives each task's classes; the paper has two, 13.1 M parameters more. torch"
-        " projects the latents to keys and values again for each task (1.7 GFLOP), the exported graph once.",
-    ),
-    "imagenet-learned": Preset(
-        "image-classification",
-        partial(sizes.imagenet, "conv1x1", 224, sizes.CONFIG_A),
-        Counts(62_255_848, 478_038_933_504, 478_038_933_504),
-        "Perceiver IO, table 7",
-        62.3e6,
-        407e9,
-        remark="The paper has the same FLOPs as with Fourier positions; but this model reads 512 channels a pixel, not"
-        " 261, and projects its positions.",
-    ),
-    "imagenet-fourier": Preset(
-        "image-classification",
-        partial(sizes.imagenet, "pixels", 224, sizes.CONFIG_A),
-        Counts(48_440_627, 406_124_744_704, 406_124_744_704),
-        "Perceiver IO, table 7",
-        48.4e6,
-        407e9,
-    ),
-    "imagenet-conv": Preset(
-        "image-classification",
-        partial(sizes.imagenet, "conv", 56, sizes.CONFIG_A),
-        Counts(48_646_522, 369_364_730_880, 369_364_730_880),
-        "Perceiver IO, table 7",
-        48.6e6,
-        369e9,
-    ),
-    "imagenet-fourier-b": Preset(
-        "image-classification",
-        partial(sizes.imagenet, "pixels", 224, sizes.CONFIG_B),
-        Counts(212_170_035, 268_685_791_232, 268_685_791_232),
-        "Perceiver IO, table 7 and section A.2",
-        212e6,
-        213e9,
-        remark="16 layers with MLPs four times as wide, which the parameters confirm, take 223 GFLOP alone, more than"
-        " the paper's total. Section A.2 projects pixels to 256 channels first, which would be 213.1 M and 335 GFLOP.",
-    ),
-    "imagenet-conv-b": Preset(
-        "image-classification",
-        partial(sizes.imagenet, "conv", 56, sizes.CONFIG_B),
-        Counts(212_375_930, 231_925_777_408, 231_925_777_408),
-        "Perceiver IO, table 7 and section A.2",
-        212e6,
-        176e9,
-        remark="As imagenet-fourier-b: the latent layers alone take 223 GFLOP.",
-    ),
-    "optical-flow": Preset(
-        "optical-flow",
-        sizes.flow,
-        Counts(41_057_134, 1_886_745_225_216, 924_867_361_048),
-        "Perceiver IO, section H",
-        27.9e6,
-        987e9,
-        remark="The released model. The paper's counts do not follow from what it describes: 24 layers of 512 channels"
-        " alone have 37.9 M parameters. It projects features and positions to 64 channels, the released model features"
-        " only.",
-    ),
-    "video-autoencoding": Preset(
-        "video-autoencoding",
-        partial(sizes.video, 784),
-        Counts(19_857_443, 7_472_063_721_488, 252_544_136_240),
-        "Perceiver IO, tables 4 and 17",
-        20.0e6,
-        6.85e12,
-        remark="The released model. Why the paper counts fewer FLOPs is unknown. It describes positions of 387"
-        " channels, the released model has 195; both are padded to the same width, so the FLOPs are equal.",
-    ),
-    "video-autoencoding-176x": Preset(
-        "video-autoencoding",
-        partial(sizes.video, 392),
-        Counts(19_656_739, 6_748_872_316_944, 175_406_062_640),
-        "Perceiver IO, table 4",
-    ),
-    "video-autoencoding-352x": Preset(
-        "video-autoencoding",
-        partial(sizes.video, 196),
-        Counts(19_556_387, 6_389_164_837_904, 138_725_249_072),
-        "Perceiver IO, table 4",
-    ),
-    "audioset-raw": Preset(
-        "audio-classification",
-        partial(sizes.audioset, None, 512),
-        Counts(24_922_462, 52_708_002_688, 52_708_002_688),
-        "Perceiver IO, table 10",
-        25.0e6,
-        52.9e9,
-        remark="The paper says 64 bands an axis; its 487 channels leave 16 beside video patches of 2 × 8 × 8.",
-    ),
-    "audioset-mel": Preset(
-        "audio-classification",
-        partial(sizes.audioset, sizes.MEL, 1024),
-        Counts(86_568_284, 129_274_484_480, 129_274_484_480),
-        "Perceiver IO, table 10",
-        88.2e6,
-        129.5e9,
-        remark="The paper has 1.6 M parameters more, which it does not explain. It gives the spectrogram 4800 values:"
-        " here they are 75 frames of 64 bins, with positions along both axes, where the paper has one axis.",
-    ),
-    "starcraft": Preset(
-        "sets",
-        sizes.starcraft,
-        Counts(6_627_456, 1_012_924_416, 544_079_872),
-        "Perceiver IO, section B and tables 5 and 9",
-        None,
-        0.93e9,
-        remark="The latents' width is not published; of the powers of two, 512 comes nearest. The paper's 140 M"
-        " parameters must be the whole agent's: the Transformer replaced, 144 M there, has 2.4 M by its sizes.",
-    ),
-    "perceiver-imagenet": Preset(
-        "image-classification",
-        partial(sizes.first_imagenet, 8, "all-but-first", "all"),
-        Counts(44_912_254, 706_279_096_320, 706_279_096_320),
-        "Perceiver, table 6",
-        44.9e6,
-        707.2e9,
-    ),
-    "perceiver-imagenet-1x": Preset(
-        "image-classification",
-        partial(sizes.first_imagenet, 1, "all-but-first", "all"),
-        Counts(42_135_859, 403_966_775_296, 403_966_775_296),
-        "Perceiver, table 6",
-        42.1e6,
-        404.3e9,
-    ),
-    "perceiver-imagenet-unshared": Preset(
-        "image-classification",
-        partial(sizes.first_imagenet, 8, "none", "none"),
-        Counts(326_241_856, 706_279_096_320, 706_279_096_320),
-        "Perceiver, table 7",
-        326.2e6,
-        707.2e9,
-    ),
-    "perceiver-audioset": Preset(
-        "audio-classification",
-        partial(sizes.first_audioset, EncoderSizes(512, 512, 12)),
-        Counts(20_971_870, 52_163_252_096, 52_163_252_096),
-        "Perceiver IO, table 10",
-        21.0e6,
-        52.3e9,
-        remark="The first Perceiver as the second paper runs it: inputs are read once. Bands as in audioset-raw.",
-    ),
-    "perceiver-audioset-2x": Preset(
-        "audio-classification",
-        partial(sizes.first_audioset, EncoderSizes(512, 1024, 8, 2)),
-        Counts(109_048_771, 177_288_519_424, 177_288_519_424),
-        "Perceiver, section 4.2",
-        remark="The paper does not give the size of the latents: here it is ImageNet's. Bands as in audioset-raw.",
-    ),
-    "modelnet40": Preset(
-        "point-cloud-classification",
-        sizes.modelnet,
-        Counts(44_772_202, 101_812_764_672, 101_812_764_672),
-        "Perceiver, section 4.3",
-        remark="The paper has about 2000 points; here there are 2048, as in ModelNet40's usual files.",
-    ),
-}
+
+_FILE = Path(__file__).with_name("presets.json")
+PRESETS = {one.name: one for one in msgspec.json.decode(_FILE.read_bytes(), type=list[Preset])}
 
 
 def load_preset(name: str, parity: Parity, image_shape: tuple[int, int, int] | None = None) -> LoadedModel:

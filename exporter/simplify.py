@@ -7,6 +7,7 @@ import ast
 import math
 from collections import Counter
 from collections.abc import Collection
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -105,13 +106,17 @@ def _expanded(node: ir.Node) -> int | None:
 
 def evaluate(model: ir.Model) -> list[np.ndarray]:
     """The outputs of a graph without inputs, by ONNX Runtime."""
+    return list(plain_session(ir.to_proto(model).SerializeToString()).run(None, {}))
+
+
+def plain_session(model: str | bytes) -> Any:
+    """A session of ONNX Runtime that runs a graph as it is, without optimizations."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    serialized = ir.to_proto(model).SerializeToString()
-    return list(onnxruntime.InferenceSession(serialized, options, providers=["CPUExecutionProvider"]).run(None, {}))
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 def _replace(graph: ir.Graph, value: ir.Value, array: np.ndarray) -> None:
@@ -249,9 +254,7 @@ def without_sequences(model: ir.Model) -> None:
     common.InlinePass()(model)
     for _ in range(2):  # shapes that the first round settles
         fold_constants_ir(
-            model,
-            onnx_shape_inference=True,
-            should_fold=lambda node: False if node.op_type in _REPEATING else None,
+            model, onnx_shape_inference=True, should_fold=lambda node: False if node.op_type in _REPEATING else None
         )
     common.RemoveUnusedNodesPass()(model)
 

@@ -11,7 +11,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -145,12 +145,7 @@ def _counted(part: GraphPart, primes: dict[str, int]) -> Sizes:
 
 
 def _folded(
-    part: GraphPart,
-    model: ir.Model,
-    config: PerceiverConfig | None,
-    primes: dict[str, int],
-    fold: bool,
-    budget: int,
+    part: GraphPart, model: ir.Model, config: PerceiverConfig | None, primes: dict[str, int], fold: bool, budget: int
 ) -> FoldedGraph:
     decisions: tuple[FoldDecision, ...] = ()
     planned, real = None, _counted(part, primes)
@@ -205,17 +200,7 @@ def _traced(part: GraphPart, examples: dict[str, Array]) -> ir.Model:
 
 
 def _exported(part: GraphPart, examples: dict[str, Array]) -> ir.Model:
-    with torch.no_grad(), quiet():
-        program = torch.onnx.export(
-            _positional(part),
-            tuple(torch.from_numpy(array) for array in examples.values()),
-            dynamo=True,
-            opset_version=OPSET,
-            input_names=[spec.name for spec in part.inputs],
-            output_names=[spec.name for spec in part.outputs],
-            optimize=False,
-            verbose=False,
-        )
+    program = _export(part, examples, None, dynamo=True, optimize=False, verbose=False)
     assert program is not None
     program.model.ir_version = IR_VERSION
     return program.model
@@ -230,22 +215,23 @@ def _scripted(part: GraphPart, examples: dict[str, Array]) -> ir.Model:
     import onnx
 
     written = io.BytesIO()
-    with torch.no_grad(), quiet():
-        torch.onnx.export(
-            _positional(part),
-            tuple(torch.from_numpy(array) for array in examples.values()),
-            cast(Any, written),  # torch takes a file; its types do not say so
-            dynamo=False,
-            opset_version=OPSET,
-            input_names=[spec.name for spec in part.inputs],
-            output_names=[spec.name for spec in part.outputs],
-        )
+    _export(part, examples, written, dynamo=False)
     return ir.from_proto(onnx.load_from_string(written.getvalue()))
 
 
-def _positional(part: GraphPart) -> nn.Module:
-    assert isinstance(part.module, nn.Module)
-    return _ByPosition(part.module) if isinstance(part.module, NamedModule) else part.module
+def _export(part: GraphPart, examples: dict[str, Array], file: Any, **how: Any) -> torch.onnx.ONNXProgram | None:
+    """To an open ``file`` where one is given: torch takes it, though its types do not say so."""
+    module = _ByPosition(part.module) if isinstance(part.module, NamedModule) else part.module
+    with torch.no_grad(), quiet():
+        return torch.onnx.export(
+            module,
+            tuple(torch.from_numpy(array) for array in examples.values()),
+            file,
+            opset_version=OPSET,
+            input_names=[spec.name for spec in part.inputs],
+            output_names=[spec.name for spec in part.outputs],
+            **how,
+        )
 
 
 class _ByPosition(nn.Module):

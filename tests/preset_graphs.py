@@ -14,8 +14,7 @@ from perceiver_export.calibration.quantization.linears import find_linears
 from perceiver_export.exporter.graphs import Batch, GraphPart, split_model, whole_model
 from perceiver_export.exporter.model.config import PerceiverConfig
 from perceiver_export.exporter.model.perceiver import PerceiverIO
-from perceiver_export.exporter.preset_sizes import flow
-from perceiver_export.exporter.presets import PRESETS
+from perceiver_export.exporter.presets import PRESETS, flow
 from perceiver_export.exporter.trace import folded_graph
 
 # Of activations behind a LayerNorm: graphs that are only compiled need some scale, not a measured one.

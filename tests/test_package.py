@@ -48,6 +48,7 @@ def test_the_wheel_holds_the_tree_under_one_namespace(tmp_path: Path) -> None:
     top = [f"perceiver_export/{path.name}" for path in (REPOSITORY / "package").glob("*.py")]
     assert packaged == sorted([*top, *(f"perceiver_export/{name}" for name in python_files())])
     assert {f"perceiver_export/{folder}/py.typed" for folder in FOLDERS} <= set(names)
+    assert "perceiver_export/exporter/presets.json" in names
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"perceiver_export"}
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
@@ -61,7 +62,8 @@ def test_the_sdist_holds_all_that_a_build_needs(tmp_path: Path) -> None:
         names = {name.partition("/")[2] for name in archive.getnames()}
 
     templates = {str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "calibration").rglob("*.j2")}
-    assert {*python_files(), *templates, "pyproject.toml", "README.md", "LICENSE"} <= names
+    others = {"exporter/presets.json", "pyproject.toml", "README.md", "LICENSE"}
+    assert {*python_files(), *templates, *others} <= names
 
 
 @pytest.mark.parametrize("folder", PUBLIC)

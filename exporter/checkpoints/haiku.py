@@ -18,14 +18,7 @@ from torch import Tensor
 
 from perceiver_export.exporter.checkpoints.haiku_pickle import read_haiku
 from perceiver_export.exporter.checkpoints.huggingface import patches_to_kernel
-from perceiver_export.exporter.checkpoints.weights import (
-    Source,
-    Sources,
-    convert,
-    decode_json,
-    load_model_state,
-    read_bytes,
-)
+from perceiver_export.exporter.checkpoints.weights import Source, Sources, convert, load_model_state, read_object
 from perceiver_export.exporter.loaded import LoadedModel
 from perceiver_export.exporter.model.architectures import Parity
 from perceiver_export.exporter.model.config import PerceiverConfig
@@ -42,11 +35,7 @@ _RELEASED: dict[HaikuModel, tuple[str, str, str]] = {
     "optical-flow": ("optical-flow", "flow_decoder/~/basic_decoder", "flow_decoder/"),
     "video-autoencoding": ("video-autoencoding", "multimodal_decoder/~/basic_decoder", "multimodal_"),
     "imagenet-conv": ("imagenet-conv", "classification_decoder/~/basic_decoder", "conv2_d_downsample/"),
-    "imagenet-learned": (
-        "imagenet-learned",
-        "classification_decoder/~/basic_decoder",
-        "position_encoding_projector/",
-    ),
+    "imagenet-learned": ("imagenet-learned", "classification_decoder/~/basic_decoder", "position_encoding_projector/"),
     "imagenet-fourier": ("imagenet-fourier", "classification_decoder/~/basic_decoder", "classification_decoder/"),
 }
 # The models by their own names, by those of DeepMind's notebooks, and by their task.
@@ -115,10 +104,7 @@ _DEAD = frozenset(
 
 
 def load_haiku(
-    spec: str,
-    parity: Parity = "deepmind",
-    config: Path | None = None,
-    image_shape: tuple[int, int, int] | None = None,
+    spec: str, parity: Parity = "deepmind", config: Path | None = None, image_shape: tuple[int, int, int] | None = None
 ) -> LoadedModel:
     """The model of a Haiku pickle with its weights. ``spec`` is TASK:FILE, e.g. ``optical-flow:flow.pystate``.
 
@@ -177,7 +163,7 @@ def _parse(spec: str) -> tuple[HaikuModel, Path]:
 
 def _changed(config: PerceiverConfig, path: Path) -> PerceiverConfig:
     """``config`` with the fields of a JSON file; null takes a field's default. Raises CheckpointError."""
-    changes = decode_json(read_bytes(path, "a JSON file of sizes"), dict[str, Any], str(path))
+    changes = read_object(path, "a JSON file of sizes")
     return convert(_merged(msgspec.to_builtins(config), changes), PerceiverConfig, str(path))
 
 

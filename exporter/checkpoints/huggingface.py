@@ -35,55 +35,39 @@ from perceiver_export.exporter.checkpoints.weights import Source, Sources, load_
 from perceiver_export.exporter.loaded import LoadedModel
 from perceiver_export.exporter.model import architectures
 from perceiver_export.exporter.model.architectures import Parity, VideoSizes
-from perceiver_export.exporter.model.config import (
-    AttentionConfig,
-    ImageInput,
-    PerceiverConfig,
-    TokenInput,
-)
+from perceiver_export.exporter.model.config import AttentionConfig, ImageInput, PerceiverConfig, TokenInput
 from perceiver_export.runtimes.errors import CheckpointError, UnsupportedModelError, UsageError
-from perceiver_export.runtimes.preprocessing import (
-    FlowPreprocessing,
-    Preprocessing,
-    VideoPreprocessing,
-)
+from perceiver_export.runtimes.preprocessing import FlowPreprocessing, Preprocessing, VideoPreprocessing
 
-# transformers' names of our parameters: one level deeper in all models but the language model.
+# transformers' names of our parameters; the first that fits counts. The language model has some one level higher.
 _QUERIES = "output_position_encodings.position_embeddings"
-_COMMON = (
-    ("encoder.latents", "perceiver.embeddings.latents"),
-    ("encoder.cross_attentions.0.", "perceiver.encoder.cross_attention."),
-    ("encoder.self_attentions.0.", "perceiver.encoder.self_attends."),
-    ("decoder.cross_attention.", "perceiver.decoder.decoder.decoding_cross_attention."),
-    ("decoder.output.", "perceiver.decoder.decoder.final_layer."),
-    ("decoder.queries.logits.table", f"perceiver.decoder.decoder.{_QUERIES}"),
-)
-_TEXT = (
-    ("inputs.tokens.embedding.", "perceiver.input_preprocessor.embeddings."),
-    ("inputs.tokens.positions", "perceiver.input_preprocessor.position_embeddings.weight"),
-)
 _LANGUAGE_MODEL = (
     ("decoder.cross_attention.", "perceiver.decoder.decoding_cross_attention."),
     ("decoder.queries.logits.table", f"perceiver.decoder.{_QUERIES}"),
-    ("decoder.embedding_bias", "embedding_decoder.bias"),
-    *_TEXT,
 )
-_IMAGE = (
+_NAMES = (
+    ("encoder.latents", "perceiver.embeddings.latents"),
+    ("encoder.cross_attentions.0.", "perceiver.encoder.cross_attention."),
+    ("encoder.self_attentions.0.", "perceiver.encoder.self_attends."),
+    ("inputs.tokens.embedding.", "perceiver.input_preprocessor.embeddings."),
+    ("inputs.tokens.positions", "perceiver.input_preprocessor.position_embeddings.weight"),
     ("inputs.image.positions.table", "perceiver.input_preprocessor.position_embeddings.position_embeddings"),
     ("inputs.image.positions.projection.", "perceiver.input_preprocessor.positions_projection."),
     ("inputs.image.features.conv.", "perceiver.input_preprocessor.convnet.conv."),
     ("inputs.image.features.norm.", "perceiver.input_preprocessor.convnet.batchnorm."),
     ("inputs.image.features.", "perceiver.input_preprocessor.convnet_1x1."),
-)
-_FLOW = (("inputs.frames.features.", "perceiver.input_preprocessor.conv_after_patches."),)
-_VIDEO = (
+    ("inputs.frames.features.", "perceiver.input_preprocessor.conv_after_patches."),
     ("inputs.label.token", "perceiver.input_preprocessor.mask.label"),
     ("input_paddings.audio", "perceiver.input_preprocessor.padding.audio"),
     ("input_paddings.frames", "perceiver.input_preprocessor.padding.image"),
+    ("decoder.cross_attention.", "perceiver.decoder.decoder.decoding_cross_attention."),
+    ("decoder.output.", "perceiver.decoder.decoder.final_layer."),
+    ("decoder.queries.logits.table", f"perceiver.decoder.decoder.{_QUERIES}"),
+    ("decoder.queries.label.table", f"perceiver.decoder.modalities.label.decoder.{_QUERIES}"),
+    ("decoder.embedding_bias", "embedding_decoder.bias"),
     ("decoder.paddings.sound", "perceiver.decoder.padding.audio"),
     ("decoder.paddings.video", "perceiver.decoder.padding.image"),
     ("decoder.paddings.label", "perceiver.decoder.padding.label"),
-    ("decoder.queries.label.table", f"perceiver.decoder.modalities.label.decoder.{_QUERIES}"),
     ("decoder.heads.sound.", "perceiver.output_postprocessor.modalities.audio.classifier."),
     ("decoder.heads.video.", "perceiver.output_postprocessor.modalities.image.classifier."),
     ("decoder.heads.label.", "perceiver.output_postprocessor.modalities.label.classifier."),
@@ -94,13 +78,6 @@ DEAD = (
     "perceiver.input_preprocessor.mask.image",
     "perceiver.input_preprocessor.padding.label",
 )
-_OF_TASK = {
-    "image-classification": _IMAGE,
-    "fill-mask": _LANGUAGE_MODEL,
-    "text-classification": _TEXT,
-    "optical-flow": _FLOW,
-    "video-autoencoding": _VIDEO,
-}
 _IN_A_LAYER = (
     (".attention.output.", ".attention.output.dense."),
     (".attention.query.", ".attention.self.query."),
@@ -121,7 +98,7 @@ def huggingface_sources(task: str, swap_kernel: bool = False) -> Sources:
     ``swap_kernel`` exchanges height and width of the 7×7 convolution's kernel. transformers' conversion of DeepMind's
     weights exchanged them, and DeepMind's numerics need the original.
     """
-    names = (*_OF_TASK[task], *_COMMON)
+    names = _LANGUAGE_MODEL + _NAMES if task == "fill-mask" else _NAMES
 
     def source(own: str) -> Source:
         ours, theirs = next(pair for pair in names if own.startswith(pair[0]))
@@ -141,13 +118,9 @@ def patches_to_kernel(weight: Tensor) -> Tensor:
 
 
 def _in_a_layer(rest: str) -> str:
-    # A dot in front makes the match whole: `.norm.` is not `.mlp_norm.`
-    rest = "." + rest
-    for part, their_part in _IN_A_LAYER:
-        if part in rest:
-            rest = rest.replace(part, their_part)
-            break
-    return rest[1:]
+    rest = f".{rest}"  # a dot in front makes the match whole: `.norm.` is not `.mlp_norm.`
+    ours, theirs = next(((ours, theirs) for ours, theirs in _IN_A_LAYER if ours in rest), ("", ""))
+    return rest.replace(ours, theirs)[1:] if ours else rest[1:]
 
 
 _FEATURES: dict[str, Literal["conv1x1", "pixels", "conv"]] = {

@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """config.json and preprocessor_config.json of a Hugging Face directory.
 
-`HuggingFaceConfig` has the use of each field of config.json: docs/guides/checkpoints.md is made from it. `read_labels`
-gives names and kinds of outputs by id2label, num_labels and problem_type, as transformers does.
+docs/guides/checkpoints.md says what becomes of each field. `read_labels` gives names and kinds of outputs by id2label,
+num_labels and problem_type, as transformers does.
 """
 
 from __future__ import annotations
 
 import difflib
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ import msgspec
 from msgspec import Meta
 
 from perceiver_export.exporter.checkpoints.preprocessor import image_shape, read_preprocessor
-from perceiver_export.exporter.checkpoints.weights import convert, decode_json, read_bytes
+from perceiver_export.exporter.checkpoints.weights import convert, read_object
 from perceiver_export.exporter.model.architectures import EncoderSizes
 from perceiver_export.exporter.model.config import Activation
 from perceiver_export.runtimes.errors import CheckpointError, UnsupportedModelError
@@ -129,99 +128,63 @@ ACTIVATIONS = {theirs: ours for ours, names in _NAMES.items() for theirs in name
 _TRAINED_ACTIVATIONS = ("prelu", "xielu")
 
 _RGB = 3
-_SIZE = Meta(ge=1, le=_MOST)
-_SIDE = Meta(ge=1, le=2048)  # of a square of positions: its table is the square of it
-_Size = Annotated[int, _SIZE]
+_Size = Annotated[int, Meta(ge=1, le=_MOST)]
 _OWN_MODEL = (
     "add --use-transformers to load the class with your installed transformers; or export module:function, a function"
     " that returns (model, {'name of an argument': example tensor})"
 )
 
 
-@dataclass(frozen=True)
-class Use:
-    """The use of a field, and the classes that read it. Others ignore it, as in transformers."""
-
-    text: str
-    by: tuple[str, ...] = tuple(TASKS)
+# Fields that only some classes read. The others ignore them, as in transformers.
+_READ_BY = {
+    **dict.fromkeys(("d_model", "vocab_size", "max_position_embeddings"), _TEXT),
+    "image_size": ("PerceiverForImageClassificationLearned", *_VIDEO),
+    "train_size": _classes("optical-flow"),
+    **dict.fromkeys(("num_frames", "audio_samples_per_frame", "samples_per_patch", "output_shape"), _VIDEO),
+    **dict.fromkeys(("output_num_channels", "_label_trainable_num_channels"), _VIDEO),
+    **dict.fromkeys(("num_labels", "id2label"), _LABELLED),
+    "problem_type": _CLASSIFIERS,
+}
 
 
 class HuggingFaceConfig(msgspec.Struct):
-    """The fields of config.json that are read, with names, types and defaults of transformers' `PerceiverConfig`."""
+    """The fields of config.json that are read, with names, types and defaults of transformers' `PerceiverConfig`.
 
-    model_type: Annotated[str, Use("`perceiver`; another is refused")] = ""
-    architectures: Annotated[
-        list[str] | None, Use("the first is the class; one that is not listed here is refused")
-    ] = None
-    num_latents: Annotated[int, _SIZE, Use("number of latents")] = 256
-    d_latents: Annotated[int, _SIZE, Use("channels of the latents")] = 1280
-    d_model: Annotated[int, _SIZE, Use("channels of the token embedding", _TEXT)] = 768
-    num_blocks: Annotated[int, _SIZE, Use("how often the block of self-attentions runs")] = 1
-    num_self_attends_per_block: Annotated[int, Meta(ge=0, le=_MOST), Use("self-attentions of a block; may be 0")] = 26
-    num_self_attention_heads: Annotated[int, _SIZE, Use("heads of the self-attentions")] = 8
-    num_cross_attention_heads: Annotated[int, _SIZE, Use("heads of the encoder's cross-attention")] = 8
-    qk_channels: Annotated[_Size | None, Use("channels of the encoder's queries and keys")] = None
-    v_channels: Annotated[_Size | None, Use("channels of the encoder's values")] = None
-    cross_attention_shape_for_attention: Annotated[
-        str, Use("`kv` or `q`: whose channels a cross-attention has where qk_channels does not say; else refused")
-    ] = "kv"
-    self_attention_widening_factor: Annotated[int, _SIZE, Use("width of the self-attentions' MLP")] = 1
-    cross_attention_widening_factor: Annotated[int, _SIZE, Use("width of the encoder's cross-attention's MLP")] = 1
-    hidden_act: Annotated[
-        str,
-        Use(
-            f"activation of every MLP: {', '.join(ACTIVATIONS)}. Refused: {' and '.join(_TRAINED_ACTIVATIONS)}, which "
-            "have trained parameters of their own"
-        ),
-    ] = "gelu"
-    use_query_residual: Annotated[bool, Use("whether the encoder's cross-attention adds the latents")] = True
-    vocab_size: Annotated[int, _SIZE, Use("number of tokens", _TEXT)] = 262
-    max_position_embeddings: Annotated[int, _SIZE, Use("length of the input; shorter texts are padded", _TEXT)] = 2048
-    image_size: Annotated[
-        int,
-        _SIDE,
-        Use(
-            "side of the learned positions, and the image's size where no preprocessor says it; of the video "
-            "autoencoder, the highest frequency of its positions",
-            ("PerceiverForImageClassificationLearned", *_VIDEO),
-        ),
-    ] = 56
-    train_size: Annotated[tuple[_Size, _Size], Use("height and width of a tile", _classes("optical-flow"))] = (368, 496)
-    num_frames: Annotated[int, _SIZE, Use("frames of a video; must be those of output_shape", _VIDEO)] = 16
-    audio_samples_per_frame: Annotated[int, _SIZE, Use("samples of sound beside each frame", _VIDEO)] = 1920
-    samples_per_patch: Annotated[int, _SIZE, Use("samples of a patch of sound", _VIDEO)] = 16
-    output_shape: Annotated[
-        tuple[int, _Size, _Size, _Size], Use("frames, height and width, of the input too; the batch is ignored", _VIDEO)
-    ] = (1, 16, 224, 224)
-    output_num_channels: Annotated[int, _SIZE, Use("channels before the outputs' heads", _VIDEO)] = 512
-    label_query_channels: Annotated[int, _SIZE, Use("channels of the label's query", _VIDEO)] = msgspec.field(
-        default=1024, name="_label_trainable_num_channels"
-    )
-    num_labels: Annotated[
-        _Size | None, Use("number of labels; where id2label names another number, all are LABEL_i", _LABELLED)
-    ] = None
-    id2label: Annotated[
-        dict[str, LabelName] | None,
-        Use(
-            "output i is called id2label[i], else LABEL_i; two labels where there is neither this nor num_labels",
-            _LABELLED,
-        ),
-    ] = None
-    problem_type: Annotated[
-        str | None,
-        Use(
-            "as in transformers' pipelines: `regression` gives the numbers as they are; `multi_label_classification`,"
-            " or a single label, sigmoid; all else softmax; `single_label_classification` with one label is refused",
-            _CLASSIFIERS,
-        ),
-    ] = None
-    auto_map: Annotated[
-        Any, Use("code of the checkpoint is not run: transformers' own class is, and a note says so")
-    ] = None
-    quantization_config: Annotated[Any, Use("refused: the weights are not what the layers multiply with")] = None
-    per_layer_config: Annotated[Any, Use("refused: transformers has no layers of a Perceiver that it applies to")] = (
-        None
-    )
+    docs/guides/checkpoints.md says what becomes of each, and which others are ignored.
+    """
+
+    model_type: str = ""
+    architectures: list[str] | None = None
+    num_latents: _Size = 256
+    d_latents: _Size = 1280
+    d_model: _Size = 768
+    num_blocks: _Size = 1
+    num_self_attends_per_block: Annotated[int, Meta(ge=0, le=_MOST)] = 26
+    num_self_attention_heads: _Size = 8
+    num_cross_attention_heads: _Size = 8
+    qk_channels: _Size | None = None
+    v_channels: _Size | None = None
+    cross_attention_shape_for_attention: str = "kv"
+    self_attention_widening_factor: _Size = 1
+    cross_attention_widening_factor: _Size = 1
+    hidden_act: str = "gelu"
+    use_query_residual: bool = True
+    vocab_size: _Size = 262
+    max_position_embeddings: _Size = 2048
+    image_size: Annotated[int, Meta(ge=1, le=2048)] = 56  # side of a square of positions: the table is its square
+    train_size: tuple[_Size, _Size] = (368, 496)
+    num_frames: _Size = 16
+    audio_samples_per_frame: _Size = 1920
+    samples_per_patch: _Size = 16
+    output_shape: tuple[int, _Size, _Size, _Size] = (1, 16, 224, 224)
+    output_num_channels: _Size = 512
+    label_query_channels: _Size = msgspec.field(default=1024, name="_label_trainable_num_channels")
+    num_labels: _Size | None = None
+    id2label: dict[str, LabelName] | None = None
+    problem_type: str | None = None
+    auto_map: Any = None
+    quantization_config: Any = None
+    per_layer_config: Any = None
 
     @property
     def architecture(self) -> str:
@@ -251,46 +214,21 @@ class HuggingFaceConfig(msgspec.Struct):
         )
 
 
-# Fields that occur in config.json, and that no class of transformers reads at inference.
-IGNORED = {
-    "layer_norm_eps": "no class reads it: every LayerNorm has 1e-5",
-    "attention_probs_dropout_prob, hidden_dropout_prob, classifier_dropout": "training only",
-    "initializer_range": "training only",
-    "dtype, torch_dtype": "weights are widened to float32, whatever they were saved as",
-    "chunk_size_feed_forward": "the answer is the same",
-    "output_attentions, output_hidden_states, return_dict": "the answer is the same",
-    "tie_word_embeddings": "the language model's last layer is its embedding, always",
-    "label2id": "labels are named by id2label",
-    "function_to_apply": "the pipelines read it only where a model has no labels",
-    "task_specific_params": "transformers 5 does not read it",
-    "attn_implementation": "the answer is the same",
-    "is_decoder, is_encoder_decoder, add_cross_attention, pruned_heads, seq_len": "no class reads it",
-    "pad_token_id, bos_token_id, eos_token_id": "no class reads it; padding is masked",
-    "_name_or_path, transformers_version": "where it came from",
-    "any other": "ignored, as transformers does",
-}
-
-
-def uses() -> dict[str, Use]:
-    """The use of each field of `HuggingFaceConfig`, by its name in config.json."""
-    hints = typing.get_type_hints(HuggingFaceConfig, include_extras=True)
-    names = {field.name: field.encode_name for field in msgspec.structs.fields(HuggingFaceConfig)}
-    return {
-        names[field]: next(one for one in hint.__metadata__ if isinstance(one, Use)) for field, hint in hints.items()
-    }
+def read_by() -> dict[str, tuple[str, ...]]:
+    """The classes that read each field of `HuggingFaceConfig`, by its name in config.json."""
+    names = (field.encode_name for field in msgspec.structs.fields(HuggingFaceConfig))
+    return {name: _READ_BY.get(name, tuple(TASKS)) for name in names}
 
 
 def read_config(directory: Path) -> HuggingFaceConfig:
     """config.json of a supported Perceiver. Raises CheckpointError and UnsupportedModelError."""
     path = directory / "config.json"
-    values = decode_json(
-        read_bytes(path, "a Hugging Face directory: config.json and weights"), dict[str, Any], str(path)
-    )
+    values = read_object(path, "a Hugging Face directory: config.json and weights")
     head = {field: value for field, value in values.items() if field in ("model_type", "architectures")}
     name = _check_class(path, convert(head, HuggingFaceConfig, str(path)))
-    read = {field for field, use in uses().items() if name in use.by}
-    values = {field: value for field, value in values.items() if field in read}
-    config = convert(values, HuggingFaceConfig, str(path))
+    classes = read_by()
+    read = {field: value for field, value in values.items() if name in classes.get(field, ())}
+    config = convert(read, HuggingFaceConfig, str(path))
     _check_values(path, config)
     return config
 

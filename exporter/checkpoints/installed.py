@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from perceiver_export.exporter.checkpoints.huggingface_config import read_labels
 from perceiver_export.exporter.checkpoints.origins import refuse_other_directories
 from perceiver_export.exporter.checkpoints.preprocessor import image_preprocessing, image_shape, read_preprocessor
-from perceiver_export.exporter.checkpoints.weights import SHARDED, decode_json, read_bytes, read_index
+from perceiver_export.exporter.checkpoints.weights import SHARDED, read_index, read_object
 from perceiver_export.exporter.own import OwnModel
 from perceiver_export.exporter.trace import quiet
 from perceiver_export.runtimes.errors import (
@@ -61,8 +61,7 @@ def load_installed(directory: Path, task: str | None, shape: Shape) -> tuple[Own
     """
     refuse_other_directories(directory)
     path = directory / "config.json"
-    content = read_bytes(path, "a Hugging Face directory: config.json and weights")
-    config = decode_json(content, dict[str, Any], str(path))
+    config = read_object(path, "a Hugging Face directory: config.json and weights")
     for name in _from_elsewhere(config):
         raise UnsupportedModelError(f"{path} has {name}, which may take code or weights from elsewhere", _FUNCTION)
     for index in filter(Path.is_file, (directory / name for name in SHARDED)):

@@ -6,12 +6,11 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from perceiver_export.exporter.checkpoints.huggingface_config import TASKS
-from perceiver_export.exporter.checkpoints.weights import decode_json, read_bytes
+from perceiver_export.exporter.checkpoints.weights import read_object
 from perceiver_export.runtimes.errors import CheckpointError
 
 # The ends of the names of two tensors in other packages' models.
@@ -77,7 +76,7 @@ def refuse_other_directories(directory: Path) -> None:
     """Raise CheckpointError for an adapter of PEFT, and for a training's output that holds checkpoints only."""
     adapter = directory / "adapter_config.json"
     if adapter.is_file():
-        settings = decode_json(read_bytes(adapter, "the adapter's settings"), dict[str, Any], str(adapter))
+        settings = read_object(adapter, "the adapter's settings")
         base = repr(settings.get("base_model_name_or_path") or "BASE")
         mapping = settings.get("auto_mapping")
         name = str(mapping.get("base_model_class")) if isinstance(mapping, dict) else ""

@@ -1,34 +1,248 @@
 # SPDX-License-Identifier: Apache-2.0
-"""preprocessor_config.json as the steps of our runtime. Needs no torch."""
+"""preprocessor_config.json as the steps of our runtime, for each image processor of transformers. Needs no torch.
+
+Steps, order and defaults are those of the Pillow backend of transformers 5. docs/guides/checkpoints.md says what
+becomes of each flag.
+"""
 
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from perceiver_export.exporter.checkpoints.image_processors import (
-    FILE,
-    FLAGS,
-    PROCESSORS,
-    SWITCHES,
-    Processor,
-    Steps,
-)
-from perceiver_export.exporter.checkpoints.weights import decode_json, read_bytes
+from perceiver_export.exporter.checkpoints.weights import read_object
 from perceiver_export.runtimes.errors import CheckpointError, UnsupportedModelError
 from perceiver_export.runtimes.preprocessing import (
+    MAX_SIDE,
     CenterCrop,
     CenterCropShare,
+    Filter,
     ImagePreprocessing,
     ImageStep,
+    Normalize,
+    Rescale,
     Resize,
     ResizeEdge,
     ResizeInto,
+    ReverseChannels,
     unusable,
 )
+
+FILE = "preprocessor_config.json"
+_IMAGENET = {"image_mean": (0.485, 0.456, 0.406), "image_std": (0.229, 0.224, 0.225)}
+_HALF = {"image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5)}
+_CLIP = {"image_mean": (0.48145466, 0.4578275, 0.40821073), "image_std": (0.26862954, 0.26130258, 0.27577711)}
+_SQUARE = {"height": 224, "width": 224}
+_EDGE = {"size": {"shortest_edge": 224}, "default_to_square": False}
+_CUT = {"do_center_crop": True, "crop_size": _SQUARE}
+_RESAMPLE: dict[int, Filter] = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
+
+# A number, [height, width], or sides by name.
+_Size = int | list[int] | dict[str, int]
+
+
+class Values(msgspec.Struct):
+    """The flags that count; the defaults are those of transformers' base class, and of ViT."""
+
+    do_resize: bool = True
+    do_center_crop: bool = False
+    do_rescale: bool = True
+    do_normalize: bool = True
+    do_flip_channel_order: bool = True
+    do_pad: bool = False
+    default_to_square: bool = True
+    use_square_size: bool = False
+    include_top: bool = True
+    rescale_offset: bool = False
+    size: _Size = msgspec.field(default_factory=lambda: dict(_SQUARE))
+    crop_size: _Size | None = None
+    resample: int = 3
+    crop_pct: float | None = 224 / 256
+    rescale_factor: float = 1 / 255
+    image_mean: float | tuple[float, float, float] = _HALF["image_mean"]
+    image_std: float | tuple[float, float, float] = _HALF["image_std"]
+
+    @property
+    def filter(self) -> Filter:
+        if self.resample not in _RESAMPLE:
+            known = ", ".join(f"{number} ({name})" for number, name in _RESAMPLE.items())
+            raise UnsupportedModelError(
+                f"{FILE}: resample is {self.resample}", f"give one of Pillow's filters: {known}"
+            )
+        return _RESAMPLE[self.resample]
+
+    @property
+    def sides(self) -> dict[str, int]:
+        """`size` by the names of its sides."""
+        return _sides(self.size, "size", self.default_to_square)
+
+    @property
+    def crop(self) -> tuple[int, int]:
+        """Height and width of the crop."""
+        return _height_width(_sides(self.crop_size, "crop_size"), "crop_size")
+
+    @property
+    def share(self) -> float:
+        """`crop_pct`, checked."""
+        if self.crop_pct is None or not 0.01 <= self.crop_pct <= 100:
+            raise CheckpointError(f"{FILE}: crop_pct is {self.crop_pct}", "give 0.01 to 100, usually below 1")
+        return self.crop_pct
+
+
+# Null means false for these, not the class's default.
+SWITCHES = {field.name for field in msgspec.structs.fields(Values) if isinstance(field.default, bool)}
+NO_EFFECT = {"do_convert_rgb", "do_reduce_labels"}  # images are read as RGB; the second is about segmentation maps
+Steps = Iterable[ImageStep]
+Step = tuple[str, Callable[[Values], Steps]]  # a flag, and the steps where it is true
+
+
+def _resize_clip(values: Values) -> Steps:
+    """CLIP's older flag for 224 × 224 goes before the size."""
+    return [_sized(_SQUARE if values.use_square_size else values.sides, values.filter)]
+
+
+def _resize_levit(values: Values) -> Steps:
+    """A shorter edge of 256/224 of the size."""
+    size = values.sides
+    if "shortest_edge" in size:
+        return [ResizeEdge(int((256 / 224) * size["shortest_edge"]), 0, values.filter)]
+    return [Resize(*_height_width(size, "size"), values.filter)]
+
+
+def _resize_convnext(values: Values) -> Steps:
+    """Below 384 the shorter edge / crop_pct and a crop, else a square."""
+    edge = values.sides.get("shortest_edge")
+    if edge is None:
+        raise CheckpointError(f"{FILE}: size is {values.size}", "give ConvNext's size a shortest_edge")
+    if edge >= 384:
+        return [Resize(edge, edge, values.filter)]
+    return [ResizeEdge(int(edge / values.share), 0, values.filter), CenterCrop(edge, edge)]
+
+
+def _resize_poolformer(values: Values) -> Steps:
+    """All sizes / crop_pct; a square becomes the shorter edge."""
+    size = values.sides
+    if values.crop_pct is None:
+        return [_sized(size, values.filter)]
+    larger = {name: int(side / values.share) for name, side in size.items()}
+    if "shortest_edge" in size:
+        return [ResizeEdge(larger["shortest_edge"], 0, values.filter)]
+    height, width = _height_width(size, "size")
+    return [ResizeEdge(larger["height"], 0, values.filter) if height == width else _sized(larger, values.filter)]
+
+
+def _crop_share(values: Values) -> Steps:
+    """Perceiver's: size / crop_size of the shorter side."""
+    (height, width), crop = _height_width(values.sides, "size"), values.crop
+    return [CenterCropShare(height / crop[0], width / crop[1])]
+
+
+def _refuse_pad(values: Values) -> Steps:
+    raise UnsupportedModelError(f"{FILE}: do_pad is true", "set do_pad to false where your images need no padding")
+
+
+_RESIZE: Step = ("do_resize", lambda values: [_sized(values.sides, values.filter)])
+_CROP: Step = ("do_center_crop", lambda values: [CenterCrop(*values.crop)])
+_RESCALE: Step = ("do_rescale", lambda values: [Rescale(values.rescale_factor)])
+_OFFSET: Step = ("do_rescale", lambda values: [Rescale(values.rescale_factor, -1.0 if values.rescale_offset else 0.0)])
+_NORMALIZE: Step = ("do_normalize", lambda values: [Normalize(_three(values.image_mean), _three(values.image_std))])
+_DIVIDE: Step = ("include_top", lambda values: [Normalize((0.0, 0.0, 0.0), _three(values.image_std))])
+_FLIP: Step = ("do_flip_channel_order", lambda values: [ReverseChannels()])
+_PAD: Step = ("do_pad", _refuse_pad)
+_USUAL = (_CROP, _RESCALE, _NORMALIZE)  # after resizing
+
+
+@dataclass(frozen=True)
+class Processor:
+    """A class of transformers: its defaults, and its steps in their order."""
+
+    defaults: dict[str, Any]
+    steps: tuple[Step, ...] = (_RESIZE, *_USUAL, _PAD)
+
+    def apply(self, given: dict[str, Any]) -> tuple[ImageStep, ...]:
+        """The steps with the values of a file. Raises CheckpointError, UnsupportedModelError."""
+        try:
+            values = msgspec.convert({**self.defaults, **given}, Values)
+        except msgspec.ValidationError as error:
+            raise CheckpointError(f"{FILE}: {error}", "correct the value, or leave it out for the default") from error
+        return tuple(step for flag, steps in self.steps if getattr(values, flag) for step in steps(values))
+
+
+_CLASSES = {
+    "Perceiver": Processor(
+        {**_IMAGENET, "do_center_crop": True, "crop_size": {"height": 256, "width": 256}},
+        (("do_center_crop", _crop_share), _RESIZE, _RESCALE, _NORMALIZE),
+    ),
+    "ViT": Processor({"resample": 2}),
+    "DeiT": Processor({"size": {"height": 256, "width": 256}, **_CUT}),
+    "CLIP": Processor({**_CLIP, **_EDGE, **_CUT}, (("do_resize", _resize_clip), *_USUAL, _PAD)),
+    "ChineseCLIP": Processor({**_CLIP, **_EDGE, **_CUT}),
+    "Bit": Processor({**_CLIP, **_EDGE, **_CUT}),
+    "Blip": Processor({**_CLIP, "size": {"height": 384, "width": 384}}),
+    "Siglip": Processor({"default_to_square": False}),
+    "Pvt": Processor(_IMAGENET),
+    "Beit": Processor({"crop_size": _SQUARE}, (_RESIZE, *_USUAL)),
+    "MobileNetV1": Processor({"resample": 2, **_EDGE, "size": {"shortest_edge": 256}, **_CUT}),
+    "MobileNetV2": Processor({"resample": 2, **_EDGE, "size": {"shortest_edge": 256}, **_CUT}, (_RESIZE, *_USUAL)),
+    "MobileViT": Processor(
+        {**_EDGE, "do_center_crop": True, "crop_size": {"height": 256, "width": 256}}, (_RESIZE, _RESCALE, _CROP, _FLIP)
+    ),
+    "Levit": Processor({**_IMAGENET, **_EDGE, **_CUT}, (("do_resize", _resize_levit), *_USUAL, _PAD)),
+    "ConvNext": Processor(
+        {"size": {"shortest_edge": 384}, "default_to_square": False}, (("do_resize", _resize_convnext), *_USUAL)
+    ),
+    "PoolFormer": Processor(
+        {**_IMAGENET, **_EDGE, **_CUT, "crop_pct": 0.9}, (("do_resize", _resize_poolformer), *_USUAL, _PAD)
+    ),
+    "EfficientNet": Processor(
+        {"size": {"height": 346, "width": 346}, "crop_size": {"height": 289, "width": 289}},
+        (_RESIZE, _CROP, _OFFSET, _NORMALIZE, _DIVIDE),
+    ),
+}
+PROCESSORS = {f"{name}ImageProcessor": one for name, one in _CLASSES.items()}
+
+
+def _sized(size: dict[str, int], resample: Filter) -> ImageStep:
+    if "shortest_edge" in size:
+        return ResizeEdge(size["shortest_edge"], size.get("longest_edge", 0), resample)
+    if "max_height" in size:
+        return ResizeInto(size["max_height"], size["max_width"], resample)
+    return Resize(size["height"], size["width"], resample)
+
+
+_SIZES = ({"height", "width"}, {"shortest_edge"}, {"shortest_edge", "longest_edge"}, {"max_height", "max_width"})
+
+
+def _sides(size: _Size | None, name: str, square: bool = True) -> dict[str, int]:
+    """A size as transformers reads it. Raises CheckpointError."""
+    if isinstance(size, int):
+        size = {"height": size, "width": size} if square else {"shortest_edge": size}
+    elif isinstance(size, list) and len(size) == 2:
+        size = {"height": size[0], "width": size[1]}
+    sides = size if isinstance(size, dict) else {}
+    if set(sides) not in _SIZES:
+        raise CheckpointError(
+            f"{FILE}: {name} is {size}",
+            "give height and width, shortest_edge, shortest_edge and longest_edge, or max_height and max_width",
+        )
+    if not all(1 <= value <= MAX_SIDE for value in sides.values()):
+        raise CheckpointError(f"{FILE}: {name} is {size}", f"give sizes from 1 to {MAX_SIDE}")
+    return sides
+
+
+def _height_width(sides: dict[str, int], name: str) -> tuple[int, int]:
+    if set(sides) != {"height", "width"}:
+        raise CheckpointError(f"{FILE}: {name} is {sides}", "give height and width")
+    return sides["height"], sides["width"]
+
+
+def _three(value: float | tuple[float, float, float]) -> tuple[float, float, float]:
+    return value if isinstance(value, tuple) else (value, value, value)
 
 
 def read_preprocessor(directory: Path) -> dict[str, Any]:
@@ -39,7 +253,7 @@ def read_preprocessor(directory: Path) -> dict[str, Any]:
     """
     for path in (directory / "processor_config.json", directory / FILE):
         if path.is_file():
-            found = decode_json(read_bytes(path, "the image processor's settings"), dict[str, Any], str(path))
+            found = read_object(path, "the image processor's settings")
             nested = found.get("image_processor") if path.name != FILE else found
             if isinstance(nested, dict):
                 return nested
@@ -99,7 +313,7 @@ def _steps(processor: dict[str, Any]) -> tuple[ImageStep, ...]:
     # Other values that are null are the defaults in transformers 4; transformers 5 refuses most of them.
     given = {name: value for name, value in given.items() if value is not None or name == "crop_pct"}
     for name, value in given.items():
-        if name.startswith("do_") and value and name not in FLAGS:
+        if name.startswith("do_") and value and name not in SWITCHES | NO_EFFECT:
             raise UnsupportedModelError(
                 f"{FILE}: {name} is {value}, an unknown step",
                 f"set {name} to false if the model does not need it, or give prepared arrays",

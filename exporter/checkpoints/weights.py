@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import msgspec
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from perceiver_export.exporter.model.config import PerceiverConfig
 from perceiver_export.exporter.model.perceiver import PerceiverIO
@@ -63,14 +63,11 @@ def load_model_state(
     for own, source in wanted.items():
         _check_tensor(source, state[source.name], expected[own])
     model = PerceiverIO(config)
-    _fill(model, {own: source.convert(state[source.name]) for own, source in wanted.items()})
-    return model.eval()
-
-
-def _fill(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    missing, unexpected = model.load_state_dict(state, strict=False)
+    found = {own: source.convert(state[source.name]) for own, source in wanted.items()}
+    missing, unexpected = model.load_state_dict(found, strict=False)
     assert not unexpected
-    assert all(_is_counter(name) for name in missing)
+    assert all(map(_is_counter, missing))
+    return model.eval()
 
 
 def _is_counter(name: str) -> bool:
@@ -153,7 +150,10 @@ class _Index(msgspec.Struct):
 
 
 def read_state_dict(directory: Path) -> dict[str, Tensor]:
-    """All tensors of a Hugging Face directory, safetensors first, sharded or not; each file as `read_state_file` does.
+    """All tensors of a Hugging Face directory, safetensors first, sharded or not; floats as float32 or float64.
+
+    In a training's checkpoint the state dict is read. Shared tensors that `safetensors.torch.save_model` wrote once get
+    all of their names.
 
     Raises CheckpointError: no weight file, a broken one, or one that wants to execute code.
     """
@@ -164,22 +164,8 @@ def read_state_dict(directory: Path) -> dict[str, Tensor]:
         if (directory / name).is_file():
             return _checked(_read_shards(directory, directory / name))
     raise CheckpointError(
-        f"no weights in {directory}",
-        f"give a Hugging Face directory with one of {', '.join((*_SINGLE, *SHARDED))}",
+        f"no weights in {directory}", f"give a Hugging Face directory with one of {', '.join((*_SINGLE, *SHARDED))}"
     )
-
-
-def read_state_file(path: Path) -> dict[str, Tensor]:
-    """All tensors of one file, ``.safetensors`` or a PyTorch file of any name; floats as float32 or float64.
-
-    In a training's checkpoint (Lightning's and others) the state dict is read. Shared tensors that
-    `safetensors.torch.save_model` wrote once get all of their names.
-
-    Raises CheckpointError: no such file, a broken one, or one that wants to execute code.
-    """
-    if not path.is_file():
-        raise CheckpointError(f"{path} is not a file", "give a state dict: a .safetensors, .pt, .pth or .bin file")
-    return _checked(_read_file(path))
 
 
 def read_index(index: Path) -> dict[str, str]:
@@ -239,9 +225,8 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
             warnings.simplefilter("ignore")  # about pickle protocols
             state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path} was refused: it holds more than tensors, or is damaged", _refusal_hint(path)
-        ) from error
+        hint = "ask its author for a safetensors file: this one could execute code when read"
+        raise CheckpointError(f"{path} was refused: it holds more than tensors, or is damaged", hint) from error
     except Exception as error:  # a damaged pickle makes torch raise anything, AssertionError and IndexError included
         raise CheckpointError(
             f"{path} is not a readable PyTorch file", "copy it again: it is truncated or damaged"
@@ -251,15 +236,6 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not all(_is_plain(name, tensor) for name, tensor in state.items()):
         raise CheckpointError(f"{path} does not hold a state dict", "save `model.state_dict()`, not the model")
     return state
-
-
-def _refusal_hint(path: Path) -> str:
-    if path.suffix != ".ckpt":
-        return "ask its author for a safetensors file: this one could execute code when read"
-    return (
-        "if you trust it, take the tensors out, since Lightning also saves the training's own objects: "
-        f"torch.save(torch.load({path.name!r}, map_location='cpu', weights_only=False)['state_dict'], 'model.pt')"
-    )
 
 
 def _is_plain(name: object, tensor: object) -> bool:
@@ -285,22 +261,14 @@ _T = TypeVar("_T")
 _LONGEST_JSON = 100  # characters of a value that are shown
 
 
-def read_bytes(path: Path, what: str) -> bytes:
-    """The content of ``path``, which should be ``what``. Raises CheckpointError."""
+def read_object(path: Path, what: str) -> dict[str, Any]:
+    """The JSON object of ``path``, which should be ``what``. Raises CheckpointError."""
+    with files.reading(path, CheckpointError, f"give {what}"):
+        content = files.read_bytes(path.resolve())  # through a link: the hub's cache keeps contents elsewhere
     try:
-        return files.read_bytes(path.resolve())  # through a link: the hub's cache keeps contents elsewhere
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} does not exist", f"give {what}") from error
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}", f"give {what}") from error
-
-
-def decode_json(content: bytes, kind: type[_T], where: str) -> _T:
-    """JSON as ``kind``. Raises CheckpointError."""
-    try:
-        return files.decode_json(content, kind)
+        return files.decode_json(content, dict[str, Any])
     except ValueError as error:
-        raise CheckpointError(f"{where}: {error}", "copy the checkpoint again") from error
+        raise CheckpointError(f"{path}: {error}", "copy the checkpoint again") from error
 
 
 def convert(values: Mapping[str, Any], kind: type[_T], where: str) -> _T:

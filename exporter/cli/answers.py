@@ -45,7 +45,6 @@ class Request:
     check_finite: bool = option(False, "Refuse NaN and infinity in inputs and outputs.")
     text: Sequence[str] = option(tuple, "A text, even if a file has that name. May be given again.", "TEXT")
     truncate: bool = option(False, "Cut texts that are longer than the model, instead of refusing them.")
-    json: bool = False
 
 
 @dataclass(frozen=True)

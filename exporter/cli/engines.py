@@ -59,7 +59,6 @@ def build(
     bundle: ui.BundleArgument,
     target: Annotated[list[str], typer.Option(help="Target to compile for; may be given more than once.")],
     how: _Build,
-    json: ui.JsonFlag = False,
 ) -> None:
     """Compile a bundle for targets, on the device that will run it."""
     from perceiver_export.runtimes.building import build as build_
@@ -67,21 +66,19 @@ def build(
     from perceiver_export.runtimes.presence import precision_advice
 
     if how.lower_only:
-        _lower(bundle, target, how.precision, json)
+        _lower(bundle, target, how.precision)
         return
     if how.precision == "auto":
         _check_measurable(bundle, target)
         for name in target:
-            _measure(bundle, json, device=name, precision="auto", save=True)
+            _measure(bundle, device=name, precision="auto", save=True)
     given: dict[str, Any] = {"precision": how.precision, "hint": how.hint, "force": how.force}
     given |= {"shapes": how.shape, "flags": how.flag}
-    with ui.progress_bar("build", quiet=json) as progress:
+    with ui.progress_bar("build") as progress:
         built = [one for name in target for one in build_(bundle, name, **given, progress=progress)]
-    if json:
-        ui.print_json([{**dataclasses.asdict(one), "directory": str(one.directory)} for one in built])
-    else:
-        _show(bundle, built, how.flag.get("compute_capability", ""))
-    if how.precision == "auto" and not json:
+    ui.print_json([{**dataclasses.asdict(one), "directory": str(one.directory)} for one in built])
+    _show(bundle, built, how.flag.get("compute_capability", ""))
+    if how.precision == "auto":
         for advice in filter(None, (precision_advice(open_bundle(bundle, "never"), name) for name in target)):
             ui.say(advice, "note:")
 
@@ -115,7 +112,7 @@ def _show(bundle: str, built: list[BuiltEngine], crossed: str) -> None:
     ui.say(f"{where}perceiver-export bench {shlex.quote(bundle)} --device {built[-1].target}", "next:")
 
 
-def _lower(bundle: str, targets: list[str], precision: PrecisionChoice, json: bool) -> None:
+def _lower(bundle: str, targets: list[str], precision: PrecisionChoice) -> None:
     from perceiver_export.runtimes.engines.backend import find_target
 
     if precision == "auto":
@@ -126,9 +123,7 @@ def _lower(bundle: str, targets: list[str], precision: PrecisionChoice, json: bo
     from perceiver_export.calibration import lower_bundle
 
     lowered = [lower_bundle(bundle, precision) for _ in targets]
-    if json:
-        ui.print_json(lowered)
-        return
+    ui.print_json(lowered)
     for one in lowered:
         kept = sum(map(len, one.kept.values()))
         stay = "1 node stays" if kept == 1 else f"{kept} nodes stay"
@@ -141,17 +136,14 @@ def lint(
     target: Annotated[str, typer.Option(help="tensorrt or tensorrt-rtx.")] = "tensorrt",
     version: Annotated[str | None, typer.Option(help="Of TensorRT, such as 10.3; the newest.")] = None,
     precision: Annotated[str | None, typer.Option(help="fp16, bf16 or fp32: one of several lowered graphs.")] = None,
-    json: ui.JsonFlag = False,
 ) -> None:
     """List what TensorRT would refuse, not fuse, or not run in int8; exit 1 if it would refuse something."""
     from perceiver_export.calibration import lint as lint_
 
     results = lint_(bundle, target, version, precision)
-    if json:
-        ui.print_json(results)
-    else:
-        for result in results:
-            show_lint(result)
+    ui.print_json(results)
+    for result in results:
+        show_lint(result)
     refused = [finding for result in results for finding in result.findings if finding.kind == "refused"]
     if refused:
         raise GateError(f"{results[0].version} would refuse it: {refused[0].message}", refused[0].fix)
@@ -202,29 +194,25 @@ def bench(
     csv_: Annotated[
         Path | None, typer.Option("--csv", metavar="FILE.csv", help="Write the figures here as well.")
     ] = None,
-    json: ui.JsonFlag = False,
 ) -> None:
     """Measure latency, throughput, load time, memory and accuracy on this machine."""
     if csv_ is not None:
         ui.check_output(csv_, (bundle, how.against), ".csv")
         ui.check_file(csv_)
-    result = _measure(bundle, json, **vars(how))
+    result = _measure(bundle, **vars(how))
     if csv_ is not None:
         _write_csv(csv_, result.measurements, machine=result.machine)
-    if json:
-        ui.print_json(result)
-    elif csv_ is not None:
         ui.show_written(csv_)
+    ui.print_json(result)
 
 
-def _measure(bundle: str, quiet: bool, **options: Any) -> Bench:
-    """`bench`, shown unless ``quiet``."""
+def _measure(bundle: str, **options: Any) -> Bench:
+    """`bench`, shown."""
     from perceiver_export.runtimes.benchmark import bench as bench_
 
-    with ui.progress_bar("bench", quiet=quiet) as progress:
+    with ui.progress_bar("bench") as progress:
         result = bench_(bundle, **options, progress=lambda done, total: progress("bench", done, total))
-    if not quiet:
-        _show_bench(result, options["precision"] == "auto")
+    _show_bench(result, options["precision"] == "auto")
     return result
 
 
@@ -309,7 +297,6 @@ def profile(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write all layers here: .csv or .html.")
     ] = None,
-    json: ui.JsonFlag = False,
 ) -> None:
     """Show what the engine really runs, a row a layer: precision asked and built, kernel, time, roofline, accuracy."""
     from perceiver_export.calibration import profile as profile_
@@ -317,7 +304,7 @@ def profile(
     if output is not None:
         ui.check_output(output, (bundle, how.against, how.data), ".html" if output.suffix == ".html" else ".csv")
         ui.check_file(output)
-    with ui.progress_bar("profile", quiet=json):
+    with ui.progress_bar("profile"):
         found = profile_(bundle, **vars(how))
     if output is not None and output.suffix == ".csv":
         _write_csv(output, found.worst(sort), target=found.target, engine=found.engine)
@@ -326,9 +313,7 @@ def profile(
 
         with ui.new_file(output) as temporary:
             temporary.write_text(page(found.table(sort)), encoding="utf-8")
-    if json:
-        ui.print_json(found)
-        return
+    ui.print_json(found)
     table = found.table(sort, _LAYERS).without("MiB>", "GFLOP/s>", "GB/s>", "kernel")
     kernels = [one.kernel for one in found.worst(sort)[:_LAYERS]]
     rows = [(f"{layer}\n  {kernel}", *row) for (layer, *row), kernel in zip(table.rows, kernels, strict=True)]
@@ -342,15 +327,13 @@ def profile(
         ui.say(f"these times decide nothing: {found.unsteady}; profile again on a quiet machine", "warning:")
 
 
-def doctor(json: ui.JsonFlag = False) -> None:
+def doctor() -> None:
     """Show what this machine can run, and the commands that install the rest."""
     from perceiver_export.runtimes.diagnosis import doctor as doctor_
 
     findings = doctor_()
     targets = [finding.device for finding in findings if finding.device is not None]
-    if json:
-        ui.print_json({"targets": targets, "findings": findings})
-        return
+    ui.print_json({"targets": targets, "findings": findings})
     ui.print_table("this machine", ["", "found", "needed for"], [(f.what, f.found, f.needed_for) for f in findings])
     if not targets:
         ui.say("no target can run here yet")

@@ -54,7 +54,6 @@ def export(
     ],
     output: Annotated[str, typer.Option("--output", "-o", metavar="BUNDLE", help="Where the bundle goes.")],
     options: ExportOptions,
-    json: ui.JsonFlag = False,
 ) -> None:
     """Export a model to a bundle: trace, fold constants, compare with PyTorch, write.
 
@@ -62,12 +61,10 @@ def export(
     """
     from perceiver_export.exporter.pipeline import export as export_
 
-    with ui.progress_bar("export", quiet=json) as progress:
+    with ui.progress_bar("export") as progress:
         bundle = export_(source, output, options, progress=progress)
-    if json:
-        ui.print_json({"bundle": str(bundle.path), "manifest": bundle.manifest})
-    else:
-        _show_export(bundle)
+    ui.print_json({"bundle": str(bundle.path), "manifest": bundle.manifest})
+    _show_export(bundle)
 
 
 def _show_export(bundle: Bundle) -> None:
@@ -106,13 +103,11 @@ def _work(part: Part) -> str:
     return f"work: {ui.count(flops)}FLOP a {each}, {ui.count(weights).strip()} weights in the graph{folds}"
 
 
-def presets(json: ui.JsonFlag = False) -> None:
+def presets() -> None:
     """List the papers' systems, which `export preset:NAME` builds with random weights to size a device."""
     from perceiver_export.exporter.presets import PRESETS
 
-    if json:
-        ui.print_json({name: _preset_document(preset) for name, preset in PRESETS.items()})
-        return
+    ui.print_json({name: _preset_document(preset) for name, preset in PRESETS.items()})
     remarks = (f"{name}: {_remark(preset)}" for name, preset in PRESETS.items() if _remark(preset))
     ui.print_table(
         "systems of the papers, to export as preset:NAME",
@@ -124,14 +119,8 @@ def presets(json: ui.JsonFlag = False) -> None:
 
 def _preset_document(preset: Preset) -> dict[str, Any]:
     paper = {"reference": preset.reference, "parameters": preset.parameters, "flops": preset.flops}
-    counts = preset.counts._asdict()
-    return {
-        "task": preset.task,
-        **counts,
-        "paper": paper,
-        "remark": preset.remark,
-        "architecture": preset.build("deepmind"),
-    }
+    own = {"remark": preset.remark, "architecture": preset.build("deepmind")}
+    return {"task": preset.task, **preset.counts._asdict(), "paper": paper, **own}
 
 
 def _preset_row(name: str, preset: Preset) -> list[str]:
@@ -176,18 +165,15 @@ def _compared(ours: float, paper: float | None) -> str:
 def inspect(
     bundle: Annotated[str, typer.Argument(metavar="BUNDLE|MODEL.onnx", help="A bundle, or an ONNX file.")],
     layers: Annotated[bool, typer.Option("--layers", help="Show each stage, fold and layer with its costs.")] = False,
-    json: ui.JsonFlag = False,
 ) -> None:
     """Show what a bundle is: inputs, outputs, work, precision and certificates; --layers shows each stage."""
     from perceiver_export.exporter.describe import inspect_bundle
 
     found = inspect_bundle(bundle)
-    if json:
-        document = {**vars(found), "path": str(found.path), "bytes": found.bytes_on_disk}
-        del document["bytes_on_disk"]
-        ui.print_json(document)
-    else:
-        _show_inspection(found, layers)
+    document = {**vars(found), "path": str(found.path), "bytes": found.bytes_on_disk}
+    del document["bytes_on_disk"]
+    ui.print_json(document)
+    _show_inspection(found, layers)
 
 
 def _show_inspection(inspection: Inspection, layers: bool) -> None:
@@ -257,16 +243,13 @@ def package(
     target: Annotated[
         str | None, typer.Option(help="Target on the server: ort-cpu, ort-cuda, openvino-cpu, -gpu or -npu.")
     ] = None,
-    json: ui.JsonFlag = False,
 ) -> None:
     """Write a model repository for an inference server, set up by the figures of `bench --save`."""
     from perceiver_export.exporter.serving import package as package_
 
     path = package_(bundle, server, output, target=target)
     files = sorted(file.relative_to(path) for file in path.rglob("*") if file.is_file())
-    if json:
-        ui.print_json({"path": str(path), "files": list(map(str, files))})
-        return
+    ui.print_json({"path": str(path), "files": list(map(str, files))})
     ui.say(f"{path} is a model repository for {server}:")
     for file in files:
         ui.say(f"  {file} ({ui.mebibytes((path / file).stat().st_size)})")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`perceiver-export`: each command is a thin layer over the Python function of the same name.
 
-Only this module turns errors into text and exit codes.
+Only this module turns errors into text and exit codes; docs/reference/errors.md says what each code means.
 """
 
 from __future__ import annotations
@@ -28,11 +28,6 @@ from perceiver_export.exporter.cli.validate import validate
 from perceiver_export.runtimes.errors import PerceiverExportError
 from perceiver_export.runtimes.files import is_full
 
-EXIT_CODES = {
-    0: "The command did what it was asked, and every gate passed.",
-    1: "An error, or a gate that did not pass. Standard error has one `error:` and one `hint:`.",
-    2: "Wrong usage: an option or argument that does not exist, or with a value of the wrong type.",
-}
 # Groups of the help: of commands, and of options by their names.
 _COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
     "Make a bundle": (export, quantize, build, package),
@@ -65,20 +60,24 @@ app = typer.Typer(
 
 
 def _command(function: Callable[..., None]) -> Callable[..., None]:
-    """A command with --quiet and groups of options; Ctrl-C is one of our errors, where typer would exit silently."""
+    """A command with --json, --quiet and groups of options; Ctrl-C is our error, where typer would exit silently."""
 
     @functools.wraps(function)
-    def run_command(*arguments: Any, quiet: bool, **options: Any) -> None:
+    def run_command(*arguments: Any, quiet: bool, json: bool = False, **options: Any) -> None:
         try:
-            with ui.quiet(quiet, quiet and function in _WRITES_ONLY):
+            with ui.quiet(quiet, quiet and function in _WRITES_ONLY, json):
                 function(*arguments, **options)
         except KeyboardInterrupt as error:
             hint = "nothing was left half-written; type the command again"
             raise PerceiverExportError("interrupted", hint) from error
 
     signature = inspect.signature(function, eval_str=True)
-    asked = inspect.Parameter("quiet", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=ui.QuietFlag)
-    parameters = [*signature.parameters.values(), asked]
+    flags = {"json": ui.JsonFlag, "quiet": ui.QuietFlag}
+    if function is demo:  # it runs other commands
+        del flags["json"]
+    kind = inspect.Parameter.KEYWORD_ONLY
+    asked = [inspect.Parameter(name, kind, default=False, annotation=flag) for name, flag in flags.items()]
+    parameters = [*signature.parameters.values(), *asked]
     for one in parameters:
         for about in getattr(one.annotation, "__metadata__", ()):
             if hasattr(about, "param_decls") and one.name in _GROUP_OF:

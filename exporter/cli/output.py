@@ -108,24 +108,29 @@ def _parameter(field: dataclasses.Field[Any], hint: Any) -> inspect.Parameter:
 
 
 class _Quiet:
-    """What --quiet leaves out: ``notes``, and of a command that writes files also its ``answers``, not its verdict."""
+    """What --quiet leaves out: ``notes``, and of a command that writes files also its ``answers``, not its verdict.
 
-    notes = answers = False
+    With --json, ``all`` is left out but errors, warnings on standard error, and the document of `print_json`.
+    """
+
+    notes = answers = all = False
 
 
 @contextlib.contextmanager
-def quiet(notes: bool, answers: bool) -> Iterator[None]:
+def quiet(notes: bool = False, answers: bool = False, json: bool = False) -> Iterator[None]:
     """Leave these out, in commands of a command too."""
-    before = _Quiet.notes, _Quiet.answers
-    _Quiet.notes, _Quiet.answers = before[0] or notes, before[1] or answers
+    before = _Quiet.notes, _Quiet.answers, _Quiet.all
+    _Quiet.notes, _Quiet.answers, _Quiet.all = before[0] or notes, before[1] or answers, before[2] or json
     try:
         yield
     finally:
-        _Quiet.notes, _Quiet.answers = before
+        _Quiet.notes, _Quiet.answers, _Quiet.all = before
 
 
 def say(text: str, mark: str = "", colour: str = "yellow", *, err: bool = False) -> None:
     """Print wrapped lines after a coloured ``mark``."""
+    if _Quiet.all and not err:
+        return
     if not (_Quiet.answers and not _VERDICT.fullmatch(mark)) and not (_Quiet.notes and mark in _LEFT_OUT):
         shown = wrapped(f"{mark} {text}", len(mark) + 1) if mark else wrapped(text)
         typer.echo(typer.style(mark, fg=colour, bold=True) + shown[len(mark) :] if mark else shown, err=err)
@@ -167,13 +172,21 @@ def show_written(*paths: str | os.PathLike[str]) -> None:
 
 
 def print_json(value: Any) -> None:
-    """One JSON document on standard output."""
+    """With --json, one JSON document on standard output."""
+    if not _Quiet.all:
+        return
     # JSON escapes only some of the control characters.
     document = encode_json(value).decode()
     typer.echo(_STEERING.sub(lambda found: f"\\u{ord(found[0]):04x}", document), nl=False)
 
 
-def escaped(text: str) -> str:
+def print_text(text: str) -> None:
+    """Print a text with its own line breaks, and control characters escaped."""
+    if not _Quiet.all:
+        typer.echo(_escaped(text))
+
+
+def _escaped(text: str) -> str:
     return "\n".join(map(printable, text.split("\n")))
 
 
@@ -197,10 +210,10 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]
     from rich.table import Table
     from rich.text import Text
 
-    if _Quiet.answers:
+    if _Quiet.answers or _Quiet.all:
         return
     console = Console(highlight=False, width=_columns())
-    cells = whole = [[escaped(cell) for cell in row] for row in (columns, *rows)]
+    cells = whole = [[_escaped(cell) for cell in row] for row in (columns, *rows)]
     room = console.width - 2 * (len(columns) - 1)
     if sum(map(_widest, zip(*cells, strict=True))) > room:
         cells = _narrowed(cells, room)
@@ -265,12 +278,12 @@ def _folded(cell: str, width: int) -> str:
 
 
 @contextlib.contextmanager
-def progress_bar(what: str, quiet: bool = False) -> Iterator[Callable[[str, int, int | None], None]]:
+def progress_bar(what: str) -> Iterator[Callable[[str, int, int | None], None]]:
     """A bar on standard error that appears after two seconds, if that is a terminal.
 
     Yields ``update(description, done, total)``.
     """
-    if quiet or _Quiet.notes or not sys.stderr.isatty():
+    if _Quiet.all or _Quiet.notes or not sys.stderr.isatty():
         yield lambda description, done, total: None
         return
     from rich.console import Console

@@ -75,7 +75,6 @@ def quantize(
     parts: _Parts = None,
     output: _Output = None,
     sensitivity: _Sensitivity = None,
-    json: ui.JsonFlag = False,
 ) -> None:
     """Quantize a bundle to int8, calibrated on real data, and check that integer kernels really run it.
 
@@ -101,9 +100,9 @@ def quantize(
     elif source.data is None and not alone:
         raise UsageError("--search, --sensitivity and gates have no effect with --merge", "give --data instead")
     elif source.data is not None and how.search is not None:
-        _search_and_show(bundle, source.data, output, json, sensitivity, options, how)
+        _search_and_show(bundle, source.data, output, sensitivity, options, how)
     else:
-        _quantize_and_show(bundle, source.data, output, json, sensitivity, options, parts or ())
+        _quantize_and_show(bundle, source.data, output, sensitivity, options, parts or ())
 
 
 def _collect(bundle: str, source: _Source, options: QuantizeOptions) -> None:
@@ -119,6 +118,7 @@ def _collect(bundle: str, source: _Source, options: QuantizeOptions) -> None:
     ui.check_output(path, (bundle, source.data), ".npz")
     with ui.progress_bar("quantize") as progress:
         collect_statistics(bundle, source.data, path, shard, options, progress=progress)
+    ui.print_json({"shard": source.shard, "statistics": str(path)})
     ui.show_written(path)
     ui.say(f"perceiver-export quantize {shlex.quote(bundle)} --merge PART.npz … -o BUNDLE2", "next:")
 
@@ -127,7 +127,6 @@ def _quantize_and_show(
     bundle: str,
     data: str | None,
     output: str,
-    json: bool,
     sensitivity: Path | None,
     options: QuantizeOptions,
     parts: Sequence[Path] = (),
@@ -137,7 +136,7 @@ def _quantize_and_show(
     from perceiver_export.calibration.quantization.sensitivity import SAMPLES, measure_sensitivity
 
     groups: tuple[GroupSensitivity, ...] = ()
-    with ui.progress_bar("quantize", quiet=json) as progress:
+    with ui.progress_bar("quantize") as progress:
         if sensitivity is not None and data is not None:
             groups = measure_sensitivity(bundle, data, replace(options, samples=SAMPLES), progress=progress)
         made = quantize_(bundle, data, output, options, sensitivity=groups, progress=progress, statistics=parts)
@@ -145,10 +144,8 @@ def _quantize_and_show(
             ui.write_json(sensitivity, groups)
     calibration = read_calibration(made)
     assert calibration is not None
-    if json:
-        document = {"bundle": str(made.path), "manifest": made.manifest, "calibration": calibration}
-        ui.print_json(document | ({} if sensitivity is None else {"sensitivity": groups}))
-        return
+    document = {"bundle": str(made.path), "manifest": made.manifest, "calibration": calibration}
+    ui.print_json(document | ({} if sensitivity is None else {"sensitivity": groups}))
     _show_quantized(made, calibration)
     if groups:
         show = f"perceiver-export profile {shlex.quote(str(made.path))} --sort loss"
@@ -180,20 +177,18 @@ def _show_quantized(made: Bundle, calibration: Calibration) -> None:
 
 
 def _search_and_show(
-    bundle: str, data: str, output: str, json: bool, sensitivity: Path | None, options: QuantizeOptions, how: _Search
+    bundle: str, data: str, output: str, sensitivity: Path | None, options: QuantizeOptions, how: _Search
 ) -> None:
     """Search, then show a row for each mixture that was tried."""
     from perceiver_export.calibration import search
 
     given: dict[str, Any] = {**vars(how), "calibrate": data}
     given |= {"search_on": given.pop("search"), "certify_on": given.pop("certify")}
-    with ui.progress_bar("search", quiet=json) as progress:
+    with ui.progress_bar("search") as progress:
         found = search(bundle, output, options, **given, progress=progress)
     if sensitivity is not None:
         ui.write_json(sensitivity, found.ranking)
-    if json:
-        ui.print_json(found)
-        return
+    ui.print_json(found)
     ui.say(f"tried {len(found.rungs)} of {found.ladder} rungs:")
     for index, rung in enumerate(found.rungs):
         ui.say(_shown(rung), f"  rung {rung.step}{', kept' if index == found.kept else ''}:")

@@ -67,7 +67,6 @@ def run(
         typer.Option("--output", "-o", help="Where answers go: .json, or an image, arrays, a directory of frames."),
     ] = None,
     top: Annotated[int | None, typer.Option(help="Labels to show of each sample.", show_default="3")] = None,
-    json: ui.JsonFlag = False,
 ) -> None:
     """Run a bundle on files or text, and print or write its answers."""
     from perceiver_export.runtimes.bundle import open_bundle, read_manifest
@@ -85,9 +84,9 @@ def run(
         raise UsageError(f"{bundle} is of {task}, which reads no text", "leave --text and --truncate out")
     if not inputs and not options.text:
         raise UsageError("no input is given", f"give {RUNNERS[task].example}")
-    request = replace(options, bundle=bundle, inputs=inputs or (), output=output, json=json)
+    request = replace(options, bundle=bundle, inputs=inputs or (), output=output)
     where = run_task(task, request if top is None else replace(request, top=top))
-    advice = "" if json else advice_here(open_bundle(bundle, "never"), where["target"])
+    advice = advice_here(open_bundle(bundle, "never"), where["target"])
     if advice and not where["precision"].endswith(("fp16", "bf16")):
         ui.say(advice, "note:")
 
@@ -104,7 +103,7 @@ def run_task(task: str, request: Request) -> dict[str, Any]:
         ui.check_file(one.output)
     with (
         open_task(one.bundle, one.device, one.threads, "auto", one.check_finite, one.precision, one.truncate) as opened,
-        ui.progress_bar("run", quiet=request.json) as progress,
+        ui.progress_bar("run") as progress,
     ):
         found = runner.answer(opened, samples, request, progress)
         where = found.runtime.describe()
@@ -113,16 +112,14 @@ def run_task(task: str, request: Request) -> dict[str, Any]:
         found.save(one.output)
     elif one.output is not None and runner.ending == ".json":
         ui.write_json(one.output, document)
-    if request.json:
-        ui.print_json(document)
-        return where
+    ui.print_json(document)
     version = where["version"].partition("-")[0]  # OpenVINO's goes on with its branch
     title = f"{request.bundle} on {where['engine']} {version}, {where['device']}, {where['precision']}"
     for shown in found.shown:
         if isinstance(shown, ui.Table):
             ui.print_table(*shown._replace(title=shown.title or title))
         else:
-            typer.echo(ui.escaped(shown))
+            ui.print_text(shown)
     if one.output is not None:
         ui.show_written(one.output)
     return where

@@ -52,7 +52,6 @@ def validate(
     report: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write a report: .html with everything in it, or .md.")
     ] = None,
-    json: ui.JsonFlag = False,
 ) -> None:
     """Measure a bundle, paired with a reference, with 95 % bounds; exit 1 if a gate does not hold.
 
@@ -61,7 +60,7 @@ def validate(
     worst = None if options.save_worst is None else Path(options.save_worst)
     outputs = {name: path for name, path in zip(_OUTPUTS, (worst, junit, report), strict=False) if path is not None}
     if source.plan:
-        _plan(options, source, [*(["BUNDLE"] if bundle else []), *(f"--{name}" for name in outputs)], json)
+        _plan(options, source, [*(["BUNDLE"] if bundle else []), *(f"--{name}" for name in outputs)])
         return
     if bundle is None or (source.merge and Path(bundle).is_file()):
         hint = "name it first: validate BUNDLE --data DATA, or validate BUNDLE --merge PART.json …"
@@ -69,15 +68,15 @@ def validate(
     _check_given(options, source, parts or (), outputs)
     _check_outputs(outputs, (bundle, source.data, cast("str | None", options.against), *(parts or ())))
     if source.shard is not None:
-        _judge_shard(bundle, source, options, json)
+        _judge_shard(bundle, source, options)
         return
     if source.merge:
         from perceiver_export.calibration.validation.shards import merge
 
         results = merge(bundle, parts or (), options)
     else:
-        results = _validated(bundle, source.data or "", options, json)
-    _finish(bundle, _Outcome(results, source.data), options, outputs, json)
+        results = _validated(bundle, source.data or "", options)
+    _finish(bundle, _Outcome(results, source.data), options, outputs)
 
 
 def _typed(given: ValidateOptions | Gates | _Source, *others: str) -> list[str]:
@@ -104,7 +103,7 @@ def _check_given(options: ValidateOptions, source: _Source, parts: Sequence[Path
         raise UsageError(f"--{later[0]} has no effect with --shard", "give it to --merge, with the gates")
 
 
-def _plan(options: ValidateOptions, source: _Source, others: Sequence[str], json: bool) -> None:
+def _plan(options: ValidateOptions, source: _Source, others: Sequence[str]) -> None:
     """Show it. Raises UsageError for options without effect, the ``others`` among them."""
     from perceiver_export.calibration.validation.planning import POWERS, plan
 
@@ -117,9 +116,7 @@ def _plan(options: ValidateOptions, source: _Source, others: Sequence[str], json
     except ValueError as error:
         raise UsageError(f"--flips is {source.flips!r}", "give a percentage, as 1%") from error
     plans = plan(options.gates, share)
-    if json:
-        ui.print_json({"powers": POWERS, "plans": plans})
-        return
+    ui.print_json({"powers": POWERS, "plans": plans})
     none = ("no number", "more than a million")
     rows = [
         (f"{one.option} {one.limit:g}", *(f"{n:,}" if n else none[one.possible] for n in one.samples)) for one in plans
@@ -128,42 +125,37 @@ def _plan(options: ValidateOptions, source: _Source, others: Sequence[str], json
     ui.print_table(title, ["gate", *(f"{power:.0%} of the time>" for power in POWERS)], rows)
 
 
-def _judge_shard(bundle: str, source: _Source, options: ValidateOptions, json: bool) -> None:
+def _judge_shard(bundle: str, source: _Source, options: ValidateOptions) -> None:
     from perceiver_export.calibration.validation.shards import encode_shard, validate_shard
 
     data, scores, shard = source.data or "", Path(source.scores or ""), parse_shard(source.shard or "")
     ui.check_file(scores)
     ui.check_output(scores, (bundle, data), ".json")
     options = _with_reference(bundle, options)
-    with ui.progress_bar("validate", quiet=json) as progress:
+    with ui.progress_bar("validate") as progress:
         found = validate_shard(bundle, data, shard, options, progress=lambda *counts: progress("validate", *counts))
     write_bytes(scores, encode_shard(found))
-    if json:
-        samples = {"samples": len(found.positions), "of": found.total}
-        ui.print_json({"shard": source.shard, **samples, "scores": readable(scores)})
-        return
+    samples = {"samples": len(found.positions), "of": found.total}
+    ui.print_json({"shard": source.shard, **samples, "scores": readable(scores)})
     ui.say(f"{len(found.positions):,} of {found.total:,} samples judged on {found.place}")
     ui.show_written(scores)
     ui.say(f"perceiver-export validate {shlex.quote(bundle)} --merge PART.json …", "next:")
 
 
-def _finish(bundle: str, found: _Outcome, options: ValidateOptions, outputs: Mapping[str, Path], json: bool) -> None:
+def _finish(bundle: str, found: _Outcome, options: ValidateOptions, outputs: Mapping[str, Path]) -> None:
     """Show results, write outputs, and raise GateError unless all gates hold."""
     import msgspec
 
-    if not json:
-        _show(found.results)
+    _show(found.results)
     try:
-        _write(bundle, found, options, outputs, json)
+        _write(bundle, found, options, outputs)
     finally:  # even if the last output could not be written
-        if json:
-            several = options.device == "all" or len(found.results) > 1
-            shown = {"targets": found.results} if several else msgspec.structs.asdict(found.results[0])
-            ui.print_json({**shown, "certificates": found.certificates, "written": found.written})
-        else:
-            for name, said in _summary(found) if found.certificates else ():
-                ui.say(said, f"{name:<11}")
-            ui.show_written(*found.written.values())
+        several = options.device == "all" or len(found.results) > 1
+        shown = {"targets": found.results} if several else msgspec.structs.asdict(found.results[0])
+        ui.print_json({**shown, "certificates": found.certificates, "written": found.written})
+        for name, said in _summary(found) if found.certificates else ():
+            ui.say(said, f"{name:<11}")
+        ui.show_written(*found.written.values())
     for result in found.results:
         result.require()
 
@@ -204,15 +196,15 @@ def _with_reference(bundle: str, options: ValidateOptions) -> ValidateOptions:
     return replace(options, against=load_reference(bundle, against))
 
 
-def _validated(bundle: str, data: str, options: ValidateOptions, quiet: bool) -> tuple[Validation, ...]:
+def _validated(bundle: str, data: str, options: ValidateOptions) -> tuple[Validation, ...]:
     from perceiver_export.calibration.validation.validation import validate_targets
 
     options = replace(_with_reference(bundle, options), keep_failures=True)
-    with ui.progress_bar("validate", quiet=quiet) as progress:
+    with ui.progress_bar("validate") as progress:
         return validate_targets(bundle, data, options, progress=lambda *counts: progress("validate", *counts))
 
 
-def _write(bundle: str, found: _Outcome, options: ValidateOptions, outputs: Mapping[str, Path], quiet: bool) -> None:
+def _write(bundle: str, found: _Outcome, options: ValidateOptions, outputs: Mapping[str, Path]) -> None:
     """Write the outputs, and record their places in ``found``."""
     from perceiver_export.calibration.report.report import gather, junit, write_report
     from perceiver_export.calibration.validation.certify import certify
@@ -232,7 +224,7 @@ def _write(bundle: str, found: _Outcome, options: ValidateOptions, outputs: Mapp
         if "report" in outputs:
             command = shlex.join(["perceiver-export", *sys.argv[1:]])
             against = cast("str | None", options.against)
-            with ui.progress_bar("report", quiet=quiet), ui.new_file(outputs["report"]) as temporary:
+            with ui.progress_bar("report"), ui.new_file(outputs["report"]) as temporary:
                 found.report = gather(bundle, found.results, against, command, options.threads, found.data)
                 write_report(temporary, found.report)
             found.written["report"] = readable(outputs["report"])

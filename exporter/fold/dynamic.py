@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from perceiver_export.exporter.fold.nodes import SIZED, Nodes, array_of, shape_of, sizes
+from perceiver_export.exporter.fold.nodes import Nodes, shape_of, sizes, stored_sizes
 from perceiver_export.runtimes.errors import UnsupportedModelError
 
 # Larger than most sizes, so that few others are multiples of them.
@@ -61,11 +61,10 @@ def make_dynamic(model: ir.Model, primes: Mapping[str, int]) -> None:
                     places.setdefault(name, (value, axis))
     symbols = _Symbols(primes, places)
     for node in list(graph):
-        for index in SIZED.get(node.op_type, ()):
-            array = array_of(node.inputs[index]) if len(node.inputs) > index else None
-            if array is not None and any(symbols.of(int(size)) for size in array.reshape(-1)):
+        for index, found in stored_sizes(node):
+            if any(map(symbols.of, found)):
                 known = shape_of(node.outputs[0]) if node.op_type == "Reshape" else None  # without its -1 and 0
-                node.replace_input_with(index, _sizes(node, list(known or map(int, array.reshape(-1))), symbols))
+                node.replace_input_with(index, _sizes(node, list(known or found), symbols))
     for value in (*graph.inputs, *(result for node in graph for result in node.outputs)):
         shape = shape_of(value)
         if shape is not None:

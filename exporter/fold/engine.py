@@ -37,7 +37,7 @@ def fold(
     if split_rows(apart.graph):
         settle(apart, real)
         others = _folded(apart, real, batch, least_gain)
-        if cost_of(model.graph, real).weight - cost_of(apart.graph, real).weight > least_gain:
+        if cost_of(model.graph, real).gain(cost_of(apart.graph, real)) > least_gain:
             model.graph, decisions = apart.graph, others
     return _grouped(decisions)
 

@@ -8,6 +8,7 @@ before folding, because a folded grid has no axis of rows.
 from __future__ import annotations
 
 import difflib
+import functools
 import math
 from collections.abc import Iterable
 
@@ -42,11 +43,15 @@ def mark(graph: ir.Graph, name: str) -> None:
             else f"the model computes no {name!r} from its inputs"
         )
         raise UsageError(what, f"give --latents one of: {shown or ', '.join(near[:_SHOWN])}")
-    node = ir.node("Identity", found)
-    node.outputs[0].name = f"{name}.{LATENTS}"
-    node.outputs[0].type, node.outputs[0].shape = found[0].type, found[0].shape
+    graph.outputs.append(_same(graph, found[0], f"{name}.{LATENTS}"))
+
+
+def _same(graph: ir.Graph, value: ir.Value, name: str) -> ir.Value:
+    """The value under another name."""
+    node = ir.node("Identity", [value])
+    node.outputs[0].name, node.outputs[0].type, node.outputs[0].shape = name, value.type, value.shape
     graph.append(node)
-    graph.outputs.append(node.outputs[0])
+    return node.outputs[0]
 
 
 def _computed(graph: ir.Graph, values: Iterable[ir.Value]) -> set[ir.Value]:
@@ -176,11 +181,8 @@ def cut(model: ir.Model, latents: ir.Value) -> tuple[ir.Model, dict[str, ir.Mode
                 graph.initializers.add(stored)
     for index, output in enumerate(graph.outputs):
         if output is latents:  # a graph cannot give its input as it is
-            same = ir.node("Identity", [output])
-            same.outputs[0].name, output.name = output.name, f"{output.name}.{LATENTS}"
-            same.outputs[0].type, same.outputs[0].shape = output.type, output.shape
-            graph.append(same)
-            graph.outputs[index] = same.outputs[0]
+            name, output.name = str(output.name), f"{output.name}.{LATENTS}"
+            graph.outputs[index] = _same(graph, output, name)
 
     def part(first: list[ir.Value], output: ir.Value) -> ir.Model:
         reached = _reached([output], *first)
@@ -263,12 +265,11 @@ def gather_rows(model: ir.Model, region: Region, name: str, size: int) -> tuple[
     queries = ir.Value(name=name, shape=ir.Shape([1, size]), type=ir.TensorType(ir.DataType.INT32))
     graph.inputs.insert(1, queries)
     nodes, output = Nodes(region.nodes[-1]), graph.outputs[0].name
-    chosen, taken = nodes.reshape(queries, [size]), dict[tuple[ir.Value, int], ir.Value]()
+    chosen = nodes.reshape(queries, [size])
 
+    @functools.cache
     def take(value: ir.Value, axis: int) -> ir.Value:
-        if (value, axis) not in taken:
-            taken[value, axis] = nodes.look_up(value, chosen, axis)
-        return taken[value, axis]
+        return nodes.look_up(value, chosen, axis)
 
     rows = sizes(result)[1]
     made = copy_region(nodes, region, take, lambda extent: extent // rows * size)[result]

@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,11 +35,21 @@ def sizes(value: ir.Value) -> Shape:
     return shape
 
 
+def is_known(node: ir.Node) -> bool:
+    """Whether the shapes of all that a node reads and writes are known."""
+    return all(shape_of(value) is not None for value in (*node.inputs, *node.outputs) if value is not None)
+
+
 def operand(node: ir.Node, index: int = 0) -> ir.Value:
     """An input that every node of its operator has."""
     value = node.inputs[index]
     assert value is not None, node
     return value
+
+
+def optional(node: ir.Node, index: int) -> ir.Value | None:
+    """An input that may be left out."""
+    return node.inputs[index] if len(node.inputs) > index else None
 
 
 def array_of(value: ir.Value | None) -> np.ndarray | None:
@@ -58,8 +69,16 @@ def integers(node: ir.Node, index: int, name: str) -> list[int] | None:
     """Integers that older opsets give as attribute ``name`` and newer ones as input ``index``."""
     if name in node.attributes:
         return list(node.attributes[name].as_ints())
-    array = array_of(node.inputs[index]) if len(node.inputs) > index else None
+    array = array_of(optional(node, index))
     return None if array is None else [int(one) for one in array.reshape(-1)]
+
+
+def stored_sizes(node: ir.Node) -> Iterator[tuple[int, list[int]]]:
+    """The constant inputs that hold sizes or bounds, by index."""
+    for index in SIZED.get(node.op_type, ()):
+        found = integers(node, index, "")
+        if found is not None:
+            yield index, found
 
 
 def axis_of(node: ir.Node, rank: int, default: int = -1) -> int:
@@ -166,6 +185,9 @@ class Nodes:
 
     def binary(self, operator: str, left: ir.Value, right: ir.Value) -> ir.Value:
         return self.make(operator, [left, right], np.broadcast_shapes(sizes(left), sizes(right)))
+
+    def summed(self, values: Iterable[ir.Value]) -> ir.Value:
+        return functools.reduce(functools.partial(self.binary, "Add"), values)
 
     def matmul(self, left: ir.Value, right: ir.Value) -> ir.Value:
         """A product; that of two constants is computed here, in float64."""

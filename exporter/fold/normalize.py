@@ -11,19 +11,21 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 
 from perceiver_export.exporter.fold.nodes import (
-    SIZED,
     VIEWS,
     Nodes,
     Sizes,
     array_of,
     integers,
+    is_known,
     made_by,
     number,
     only_reader,
     operand,
+    optional,
     put,
     shape_of,
     sizes,
+    stored_sizes,
 )
 from perceiver_export.exporter.simplify import RANDOM, FoldConstantsPass, SettleTypesAndShapesPass, evaluate
 
@@ -44,9 +46,7 @@ def normalize(model: ir.Model, real: Sizes | None = None) -> None:
     settle(model, real)
     for node in list(model.graph):
         rule = _RULES.get(node.op_type)
-        if rule is not None and all(
-            shape_of(one) is not None for one in (*node.inputs, *node.outputs) if one is not None
-        ):
+        if rule is not None and is_known(node):
             rule(Nodes(node), node)
     for node in list(model.graph):
         if node.op_type == "LayerNormalization":
@@ -114,10 +114,9 @@ class Constants:
             return None
         part = ir.convenience.extract(value.graph, [], [value])  # type: ignore[arg-type]
         for one in part:
-            for index in SIZED.get(one.op_type, ()):
-                array = array_of(one.inputs[index]) if len(one.inputs) > index else None
-                if array is not None and any(self._real.dynamic(int(size)) for size in array.reshape(-1)):
-                    fixed = np.array([self._real.one(int(size)) for size in array.reshape(-1)], np.int64)
+            for index, found in stored_sizes(one):
+                if any(map(self._real.dynamic, found)):
+                    fixed = np.array([self._real.one(size) for size in found], np.int64)
                     one.replace_input_with(index, Nodes(one).constant(fixed))
         for stored in part.initializers.values():
             array = array_of(stored)
@@ -197,17 +196,15 @@ def _broadcasts(node: ir.Node, index: int) -> bool:
 
 def _gemm(nodes: Nodes, node: ir.Node) -> None:
     """Gemm -> MatMul, Add."""
-    left, right, *rest = node.inputs
+    left, right, bias = operand(node), operand(node, 1), optional(node, 2)
     if node.attributes.get_float("alpha", 1.0) != 1.0 or node.attributes.get_float("beta", 1.0) != 1.0:
         return
-    assert left is not None
-    assert right is not None
     if node.attributes.get_int("transA", 0):
         left = nodes.transpose(left, (1, 0))
     if node.attributes.get_int("transB", 0):
         right = nodes.transpose(right, (1, 0))
     product = nodes.matmul(left, right)
-    put(node.outputs[0], nodes.binary("Add", product, rest[0]) if rest and rest[0] is not None else product)
+    put(node.outputs[0], nodes.binary("Add", product, bias) if bias is not None else product)
 
 
 def _einsum(nodes: Nodes, node: ir.Node) -> None:
@@ -254,17 +251,17 @@ def _spelled_out(letters: str, value: ir.Value | None) -> str:
 
 def _pointwise(nodes: Nodes, node: ir.Node) -> None:
     """A convolution of kernel 1 -> Transpose, MatMul, Add, Transpose."""
-    source, weight = node.inputs[0], array_of(node.inputs[1])
+    source, weight, bias = operand(node), array_of(node.inputs[1]), optional(node, 2)
     strides, pads = (node.attributes.get_ints(name, ()) for name in ("strides", "pads"))
-    if source is None or weight is None or math.prod(weight.shape[2:]) != 1 or node.attributes.get_int("group", 1) != 1:
+    if weight is None or math.prod(weight.shape[2:]) != 1 or node.attributes.get_int("group", 1) != 1:
         return
     if any(step != 1 for step in strides) or any(pads):
         return
     rank = weight.ndim
     rows = nodes.transpose(source, (0, *range(2, rank), 1))
     product = nodes.matmul(rows, nodes.constant(weight.reshape(weight.shape[:2]).T))
-    if len(node.inputs) > 2 and node.inputs[2] is not None:
-        product = nodes.binary("Add", product, node.inputs[2])
+    if bias is not None:
+        product = nodes.binary("Add", product, bias)
     put(node.outputs[0], nodes.transpose(product, (0, rank - 1, *range(1, rank - 1))))
 
 
@@ -332,7 +329,7 @@ def _over_last(node: ir.Node) -> bool:
 
 def _affine_norm(node: ir.Node) -> None:
     """LayerNormalization(x, 1, 0) · γ + β -> LayerNormalization(x, γ, β)."""
-    scale, shift = array_of(node.inputs[1]), array_of(node.inputs[2]) if len(node.inputs) > 2 else None
+    scale, shift = array_of(node.inputs[1]), array_of(optional(node, 2))
     if scale is None or not np.all(scale == 1) or (shift is not None and np.any(shift)):
         return
     last, found = node, {"Mul": scale, "Add": np.zeros_like(scale)}

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 
-from perceiver_export.exporter.fold.nodes import Nodes, array_of, axis_of, put, shape_of, sizes
+from perceiver_export.exporter.fold.nodes import Nodes, array_of, axis_of, is_known, operand, put, sizes
 from perceiver_export.exporter.fold.slicing import Region, copy_region, cuts, rows_of
 
 Parts = list[ir.Value]
@@ -22,9 +22,10 @@ def split_rows(graph: ir.Graph) -> bool:
     """Take apart what can be, in place; whether anything was."""
     found = False
     for node in list(graph):
-        if node.op_type != "Concat" or not all(shape_of(one) for one in (*node.inputs, *node.outputs)):
+        if node.op_type != "Concat" or not is_known(node):
             continue
-        axis, rank = axis_of(node, len(sizes(node.outputs[0])), 0), len(sizes(node.outputs[0]))
+        rank = len(sizes(node.outputs[0]))
+        axis = axis_of(node, rank, 0)
         parts = [value for value in node.inputs if value is not None]
         if 0 < axis < rank - 1 and _reaches_products(node.outputs[0], axis):
             _spread(node.outputs[0], axis, parts)
@@ -45,7 +46,7 @@ def _reaches_products(value: ir.Value, axis: int) -> bool:
 def _users(value: ir.Value, axis: int) -> Iterator[tuple[ir.Node, int]]:
     """Readers that treat each row alone, with the axis of their result that has its rows; and reads, with -1."""
     for user in dict.fromkeys(value.consumers()):
-        if len(user.outputs) > 1 or any(shape_of(one) is None for one in (*user.inputs, *user.outputs) if one):
+        if len(user.outputs) > 1 or not is_known(user):
             continue
         if _is_product(user) and user.inputs[1] is value and axis == len(sizes(value)) - 2:
             yield user, -1
@@ -72,15 +73,20 @@ def _spread(value: ir.Value, axis: int, parts: Parts) -> None:
         if row < 0:
             put(result, _read(nodes, user, parts, axis))
             continue
-        made, start = Parts(), 0
-        for part in parts:
-            stop = start + sizes(part)[axis]
-            made.append(_copied(nodes, user, value, part, row, slice(start, stop)))
-            start = stop
+        made = [_copied(nodes, user, value, part, row, rows) for part, rows in _places(parts, axis)]
         joined = nodes.concat(made, row)
         put(result, joined)
         if not _is_product(user):
             _spread(joined, row, made)
+
+
+def _places(parts: Parts, axis: int) -> Iterator[tuple[ir.Value, slice]]:
+    """Each part, and its rows among those of all."""
+    start = 0
+    for part in parts:
+        stop = start + sizes(part)[axis]
+        yield part, slice(start, stop)
+        start = stop
 
 
 def _copied(nodes: Nodes, node: ir.Node, value: ir.Value, part: ir.Value, row: int, rows: slice) -> ir.Value:
@@ -95,11 +101,8 @@ def _copied(nodes: Nodes, node: ir.Node, value: ir.Value, part: ir.Value, row: i
 
 def _read(nodes: Nodes, node: ir.Node, parts: Parts, axis: int) -> ir.Value:
     """Σ_i P_i V_i"""
-    weights, total, start = node.inputs[0], None, 0
-    assert weights is not None
-    for part in parts:
-        stop = start + sizes(part)[axis]
-        own = nodes.matmul(nodes.slice(weights, len(sizes(weights)) - 1, start, stop), part)
-        total, start = own if total is None else nodes.binary("Add", total, own), stop
-    assert total is not None
-    return total
+    weights = operand(node)
+    last = len(sizes(weights)) - 1
+    return nodes.summed(
+        nodes.matmul(nodes.slice(weights, last, rows.start, rows.stop), part) for part, rows in _places(parts, axis)
+    )

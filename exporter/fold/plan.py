@@ -7,6 +7,7 @@ is the most that lives at once; scores count twice where one array is read to wr
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 
@@ -112,13 +113,11 @@ def _write(softmax: ir.Node, region: Region, size: int) -> None:
 def _piece(nodes: Nodes, region: Region, start: int, stop: int) -> dict[ir.Value, ir.Value]:
     """The region for some steps of its axis."""
     steps = region.steps
-    taken: dict[tuple[ir.Value, int], ir.Value] = {}
 
+    @functools.cache
     def take(value: ir.Value, axis: int) -> ir.Value:
-        if (value, axis) not in taken:
-            each = sizes(value)[axis] // steps
-            taken[value, axis] = rows_of(nodes, value, axis, start * each, stop * each)
-        return taken[value, axis]
+        each = sizes(value)[axis] // steps
+        return rows_of(nodes, value, axis, start * each, stop * each)
 
     return copy_region(nodes, region, take, lambda extent: extent // steps * (stop - start))
 

@@ -7,6 +7,7 @@ output   (P V) W = P (V W)                        a head's part of W goes to its
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 
@@ -14,9 +15,10 @@ import numpy as np
 import onnx_ir as ir
 
 from perceiver_export.exporter.fold.layout import Layout, layout_of
-from perceiver_export.exporter.fold.nodes import Nodes, Sizes, array_of, operand, put, shape_of, sizes
+from perceiver_export.exporter.fold.nodes import Nodes, Sizes, array_of, is_known, operand, put, sizes
 from perceiver_export.exporter.fold.rowform import Forms, RowForm
 from perceiver_export.exporter.fold.sites import Work, cost_of, decided, unneeded
+from perceiver_export.exporter.fold.tables import Matrix
 from perceiver_export.runtimes.manifest import FoldDecision
 
 _TAIL = "linear layers in a row are one product"
@@ -27,7 +29,7 @@ def linear_layers(graph: ir.Graph) -> Iterator[tuple[ir.Node, np.ndarray]]:
     """Products with a constant matrix, the last first."""
     for node in reversed(list(graph)):
         weight = array_of(node.inputs[1]) if node.op_type == "MatMul" else None
-        if weight is not None and weight.ndim == 2 and all(shape_of(one) for one in (*node.inputs, *node.outputs)):
+        if weight is not None and weight.ndim == 2 and is_known(node):
             yield node, weight
 
 
@@ -49,8 +51,8 @@ def fold_tails(
         ]
         if not choices:
             continue
-        plain, new, form = max(choices, key=lambda one: one[0].weight - one[1].weight)
-        pays = plain.weight - new.weight > least_gain
+        plain, new, form = max(choices, key=lambda one: one[0].gain(one[1]))
+        pays = plain.gain(new) > least_gain
         found.append(decided(node, plain, new, pays, _TAIL, batch))
         if pays:
             _write_tail(node, form, weight)
@@ -62,24 +64,23 @@ def _normed(form: RowForm) -> bool:
 
 
 def _tail_costs(node: ir.Node, form: RowForm, real: Sizes) -> tuple[Work, Work]:
-    source, result = node.inputs[0], sizes(node.outputs[0])
-    assert source is not None
+    result = sizes(node.outputs[0])
     rows, width = real.count(result[:-1]), result[-1]
-    plain = cost_of(unneeded([source], {node}, form.reads) | {node}, real)
+    plain = cost_of(unneeded([operand(node)], {node}, form.reads) | {node}, real)
     product = 2 * rows * form.columns * width
     return plain, Work(product, 4 * rows * (form.columns + len(form.terms) * 2 * width), product)
 
 
 def _write_tail(node: ir.Node, form: RowForm, weight: np.ndarray) -> None:
     nodes, result = Nodes(node), node.outputs[0]
-    count, total = math.prod(sizes(result)[:-1]), None
-    for value, matrix in form.terms:
+    count = math.prod(sizes(result)[:-1])
+
+    def product(value: ir.Value, matrix: Matrix) -> ir.Value:
         # a residual stays float where others become int8, which knows it by this name
-        role = ".direct" if matrix.at is not None else ""
-        constant = nodes.constant(matrix.value() @ weight, role)
-        product = nodes.matmul(nodes.reshape(value, (count, sizes(value)[-1])), constant)
-        total = product if total is None else nodes.binary("Add", total, product)
-    assert total is not None
+        constant = nodes.constant(matrix.value() @ weight, ".direct" if matrix.at is not None else "")
+        return nodes.matmul(nodes.reshape(value, (count, sizes(value)[-1])), constant)
+
+    total = nodes.summed(itertools.starmap(product, form.terms))
     table = form.times(weight).without_bias().table
     if table is not None and np.any(row := table.tables[0].value()[0]):
         total = nodes.binary("Add", total, nodes.constant(row))
@@ -99,7 +100,7 @@ def fold_outputs(graph: ir.Graph, real: Sizes, least_gain: int, batch: int) -> l
         if heads is None or len(set(layout.source.consumers())) != 1:
             continue
         plain, new = _output_costs(read, heads, weight.shape[1], real)
-        pays = plain.weight - new.weight > least_gain
+        pays = plain.gain(new) > least_gain
         found.append(decided(node, plain, new, pays, _OUTPUT, batch))
         if pays:
             _write_output(node, read, heads, weight * layout.scale)
@@ -136,9 +137,7 @@ def _output_costs(read: ir.Node, heads: int, width: int, real: Sizes) -> tuple[W
 
 
 def _write_output(node: ir.Node, read: ir.Node, heads: int, weight: np.ndarray) -> None:
-    probabilities, values = read.inputs
-    assert probabilities is not None
-    assert values is not None
+    probabilities, values = operand(read), operand(read, 1)
     (*_, count, few), (*lead, _, depth) = sizes(probabilities), sizes(values)
     samples, nodes = math.prod(lead) // heads, Nodes(node)
     apart = nodes.reshape(values, (samples, heads, few, depth))

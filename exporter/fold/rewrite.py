@@ -8,19 +8,15 @@ that are there anyway: σ log(1/σ) beside the columns of the scores, σ beside 
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
-from perceiver_export.exporter.fold.nodes import (
-    Nodes,
-    array_of,
-    put,
-    sizes,
-)
+from perceiver_export.exporter.fold.nodes import Nodes, array_of, put, sizes
 from perceiver_export.exporter.fold.rowform import Norm, RowForm
 from perceiver_export.exporter.fold.sites import Site
 from perceiver_export.exporter.fold.softmax import reaches_softmax, shared_norms, sums_to_one
@@ -59,17 +55,14 @@ def _inverse_deviation(norm: Norm) -> ir.Value:
     count = math.prod(form.lead)
     if norm.inverse is not None:
         return nodes.reshape(norm.inverse, (count,))
-    if not norm.narrow:
+    used = norm.changing
+    if used is None:
         rows = nodes.reshape(norm.reads()[-1], (count, form.width))
         centred = nodes.binary("Sub", rows, nodes.mean(rows))
         variance = nodes.reshape(nodes.mean(nodes.binary("Mul", centred, centred)), (count,))
         variance = nodes.binary("Add", variance, nodes.constant(np.array(norm.epsilon)))
     else:
         assert form.table is not None
-        used = np.zeros(form.width, bool)
-        for _, matrix in form.terms:
-            assert matrix.at is not None
-            used[matrix.at : matrix.at + matrix.rows] = True
         means, squares = form.table.moments(~used)
         known = squares / form.width + norm.epsilon
         if not form.terms:
@@ -176,7 +169,7 @@ class _Rewriting:
 
     def _scores_of_keys(self) -> ir.Value:
         """q (b, N, d) · row_m -> (b, N, M)."""
-        nodes, queries = self.nodes, self._queries(-2)
+        nodes, queries = self.nodes, self._queries()
         count = sizes(queries)[-2]
 
         def project(matrix: np.ndarray) -> ir.Value:
@@ -192,36 +185,40 @@ class _Rewriting:
             ones = nodes.constant(np.full((*sizes(keys)[:-1], 1), 1 / self.shared))
             keys = nodes.concat([keys, ones])
         rows, width = self._all_columns(*more)
-        if self.one_sample:  # heads join the rows of one product
-            turned = nodes.transpose(rows, (1, 0))
-            flat = nodes.reshape(keys, (math.prod(sizes(keys)[:-1]), width))
-            scores = nodes.matmul(flat, turned)
-            scores = nodes.reshape(scores, (*self.batch, count, self.rows))
-        else:
-            rank = len(self.batch)
-            scores = self._product(keys, nodes.transpose(rows, (*range(rank), rank + 1, rank)), count, width, self.rows)
-        if self.tables or self.inverse is not None:
-            scores = nodes.reshape(scores, (*self.batch, count, *self.grid))
-            scores = self._add_tables(scores, [(axis, project(self._picked(table))) for axis, table in self.tables])
-            if self.inverse is not None:
-                scores = nodes.binary("Mul", scores, self._along(self.inverse, last=True))
-            scores = nodes.reshape(scores, (*self.batch, count, self.rows))
+        *lead, last, columns = range(len(sizes(rows)))
+        scores = self._product(keys, nodes.transpose(rows, (*lead, columns, last)), count, width, self.rows)
+        scores = self._with_tables(scores, self._spread_keys(project), count, last=True)
         return scores if bias is None else nodes.binary("Add", scores, bias)
 
-    def _add_tables(self, scores: ir.Value, terms: list[tuple[int, ir.Value]]) -> ir.Value:
-        """Scores over the grid plus one term (b, N, size or 1) an axis."""
+    def _spread_keys(self, project: Callable[[np.ndarray], ir.Value]) -> Iterator[ir.Value]:
+        """Scores of each axis's table (b, N, size or 1) over the grid."""
+        terms = [(axis, project(self._picked(table))) for axis, table in self.tables]
         for index, (axis, term) in enumerate(terms):
             size = sizes(term)[-1]
             spread = [size if one == axis and size > 1 else 1 for one in range(len(self.grid))]
             term = self.nodes.reshape(term, (*sizes(term)[:-1], *spread))
             if index < len(terms) - 1 and array_of(term) is not None and self.inverse is not None:
                 term = self.nodes.binary("Mul", term, self.rewriter.one(self.inverse, self.nodes))
-            scores = self.nodes.binary("Add", scores, term)
+            yield term
+
+    def _with_tables(self, scores: ir.Value | None, terms: Iterator[ir.Value], count: int, last: bool) -> ir.Value:
+        """Scores plus terms over the grid, times 1/σ. ``last``: the grid is their last axes, else ``count`` follows."""
+
+        def shape(rows: Sequence[int]) -> tuple[int, ...]:
+            return (*self.batch, count, *rows) if last else (*self.batch, *rows, count)
+
+        if self.tables or self.inverse is not None:
+            own = [] if scores is None else [self.nodes.reshape(scores, shape(self.grid))]
+            scores = self.nodes.summed(itertools.chain(own, terms))
+            if self.inverse is not None:
+                scores = self.nodes.binary("Mul", scores, self._along(self.inverse, last))
+            scores = self.nodes.reshape(scores, shape((self.rows,)))
+        assert scores is not None
         return scores
 
     def _scores_of_queries(self) -> ir.Value:
         """row_m · q (b, d, N) -> (b, M, N). The bias, which σ does not divide, is the factor of a column of σ."""
-        nodes, keys = self.nodes, self._queries(-1)
+        nodes, keys = self.nodes, self._queries()
         count = sizes(keys)[-1]
 
         def project(matrix: np.ndarray) -> ir.Value:
@@ -234,16 +231,8 @@ class _Rewriting:
                 more.append(self._sigma())
                 folded, bias = nodes.concat([folded, self._as_wide(bias, sizes(folded)[:-2])], -2), None
             scores = nodes.matmul(self._all_columns(*more)[0], folded)
-        if self.tables or self.inverse is not None:
-            scores = None if scores is None else nodes.reshape(scores, (*self.batch, *self.grid, count))
-            for axis, table in self.tables:
-                term = self._spread(project(self._picked(table)), axis)
-                scores = term if scores is None else nodes.binary("Add", scores, term)
-            assert scores is not None
-            if self.inverse is not None:
-                scores = nodes.binary("Mul", scores, self._along(self.inverse, last=False))
-            scores = nodes.reshape(scores, (*self.batch, self.rows, count))
-        assert scores is not None
+        terms = (self._spread(project(self._picked(table)), axis) for axis, table in self.tables)
+        scores = self._with_tables(scores, terms, count, last=False)
         return scores if bias is None else nodes.binary("Add", scores, bias)
 
     def _spread(self, term: ir.Value, axis: int) -> ir.Value:
@@ -270,7 +259,7 @@ class _Rewriting:
         target = (*lead, *sizes(term)[-2:])
         return self.nodes.make("Expand", [term, self.nodes.constant(np.array(target, np.int64))], target)
 
-    def _queries(self, rows_axis: int) -> ir.Value:
+    def _queries(self) -> ir.Value:
         """The other operand with the product's leading axes apart, (b, N, d) or (b, d, N)."""
         return self.nodes.reshape(self.site.other, (*self.site.lead, *sizes(self.site.other)[-2:]))
 
@@ -285,11 +274,7 @@ class _Rewriting:
             own = nodes.binary("Mul", spread, self._along(self.inverse, last=True))
             own = nodes.reshape(own, (*self.batch, count, self.rows))
         rows, width = self._all_columns(*([] if self.shared is None else [self._sigma()]))
-        if self.one_sample:
-            flat = nodes.matmul(nodes.reshape(own, (math.prod(self.batch) * count, self.rows)), rows)
-            read = nodes.reshape(flat, (*self.batch, count, width))
-        else:
-            read = self._product(own, rows, count, self.rows, width)
+        read = self._product(own, rows, count, self.rows, width)
         norm = None
         if self.shared is not None:
             norm = nodes.slice(read, rank + 1, width - 1, width)

@@ -54,25 +54,20 @@ class Norm:
     inverse: ir.Value | None = None
 
     @property
-    def narrow(self) -> bool:
-        """Whether σ follows from the changing columns alone: they stand beside constant ones, as they are."""
-        if self.inverse is not None:
-            return False
-        used = np.zeros(self.form.width, bool)
+    def changing(self) -> np.ndarray | None:
+        """A mask of the changing columns where they stand, as they are, beside constant ones: σ follows from them."""
+        table, mask = self.form.table, np.zeros(self.form.width, bool)
         for _, matrix in self.form.terms:
             if matrix.at is None:
-                return False
-            used[matrix.at : matrix.at + matrix.rows] = True
-        table = self.form.table
-        return table is not None and table.only(~used)
+                return None
+            mask[matrix.at : matrix.at + matrix.rows] = True
+        return mask if self.inverse is None and table is not None and table.only(~mask) else None
 
     def reads(self) -> list[ir.Value]:
         """What σ is computed from."""
         if self.inverse is not None:
             return [self.inverse]
-        source = self.node.inputs[0]
-        assert source is not None
-        return [value for value, _ in self.form.terms] if self.narrow else [source]
+        return [value for value, _ in self.form.terms] if self.changing is not None else [operand(self.node)]
 
 
 @dataclass(frozen=True)
@@ -176,22 +171,22 @@ class Forms:
         return self._tables[value]
 
     def _matmul(self, node: ir.Node, shape: Shape) -> Iterator[RowForm]:
-        source, weight = node.inputs[0], array_of(node.inputs[1])
-        if source is not None and weight is not None and weight.ndim == 2:
-            yield from (form.times(weight, node) for form in self.of(source))
+        weight = array_of(node.inputs[1])
+        if weight is not None and weight.ndim == 2:
+            yield from (form.times(weight, node) for form in self.of(operand(node)))
 
     def _viewed(self, node: ir.Node, shape: Shape) -> Iterator[RowForm]:
-        source = node.inputs[0]
-        if source is not None and sizes(source)[-1:] == shape[-1:]:
+        source = operand(node)
+        if sizes(source)[-1:] == shape[-1:]:
             for form in self.of(source)[1:]:
                 yield replace(form, lead=shape[:-1], kills=form.kills | {node})
 
     def _multiplied(self, node: ir.Node, shape: Shape) -> Iterator[RowForm]:
         for index in (1, 0) if node.op_type == "Mul" else (1,):
-            factor, source = array_of(node.inputs[index]), node.inputs[1 - index]
-            if source is not None and _divides_rows(node.inputs[index], shape) and sizes(source) == shape:
+            factor, source = array_of(node.inputs[index]), operand(node, 1 - index)
+            if _divides_rows(node.inputs[index], shape) and sizes(source) == shape:
                 yield from self._over_root(node, source, operand(node, index))
-            if factor is None or source is None or sizes(source) != shape or not _is_row(factor, shape):
+            if factor is None or sizes(source) != shape or not _is_row(factor, shape):
                 continue
             own = factor.astype(np.float64)
             for form in self.of(source):
@@ -294,13 +289,12 @@ class Forms:
 
     def _normed(self, node: ir.Node, shape: Shape) -> Iterator[RowForm]:
         scale, shift = array_of(node.inputs[1]), array_of(node.inputs[2]) if len(node.inputs) > 2 else None
-        source = node.inputs[0]
-        if source is None or scale is None or axis_of(node, len(shape)) != len(shape) - 1:
+        if scale is None or axis_of(node, len(shape)) != len(shape) - 1:
             return
         epsilon = float(np.float32(node.attributes.get_float("epsilon", 1e-5)))  # as files hold it
-        forms = [form for form in self.of(source) if form.norm is None]
+        forms = [form for form in self.of(operand(node)) if form.norm is None]
         norms = [Norm(node, form.without_bias(), epsilon) for form in forms]
-        narrow = next((norm for norm in norms if norm.narrow), None)
+        narrow = next((norm for norm in norms if norm.changing is not None), None)
         for form, own in zip(forms, norms, strict=True):
             norm = narrow or own
             yield form.normed(norm, scale.astype(np.float64), None if shift is None else shift.astype(np.float64))

@@ -20,8 +20,9 @@ from typing import Literal
 import numpy as np
 import onnx_ir as ir
 
+from perceiver_export.calibration import graphs
 from perceiver_export.exporter.fold.layout import Atom, Axis, Layout, extent, layout_of
-from perceiver_export.exporter.fold.nodes import VIEWS, Sizes, array_of, made_by, operand, shape_of, sizes
+from perceiver_export.exporter.fold.nodes import VIEWS, Sizes, array_of, is_known, made_by, operand, shape_of, sizes
 from perceiver_export.exporter.fold.rowform import Forms, RowForm
 from perceiver_export.runtimes.manifest import Cost, FoldDecision
 
@@ -59,9 +60,7 @@ class Site:
 
     @property
     def other(self) -> ir.Value:
-        value = self.node.inputs[1 - self.side]
-        assert value is not None
-        return value
+        return operand(self.node, 1 - self.side)
 
 
 def find_sites(graph: ir.Graph, forms: Forms) -> tuple[list[Site], dict[ir.Node, str]]:
@@ -69,7 +68,7 @@ def find_sites(graph: ir.Graph, forms: Forms) -> tuple[list[Site], dict[ir.Node,
     found: list[Site] = []
     blocked: dict[ir.Node, str] = {}
     for node in graph:
-        if node.op_type != "MatMul" or not all(shape_of(one) for one in (*node.inputs, *node.outputs)):
+        if node.op_type != "MatMul" or not is_known(node):
             continue
         if any((array := array_of(value)) is not None and array.ndim <= 2 for value in node.inputs[1:]):
             continue  # a linear layer
@@ -87,8 +86,7 @@ def find_sites(graph: ir.Graph, forms: Forms) -> tuple[list[Site], dict[ir.Node,
 
 def _site(node: ir.Node, side: int, forms: Forms) -> Site | str:
     """The site, or why there is none."""
-    value = node.inputs[side]
-    assert value is not None
+    value = operand(node, side)
     if array_of(value) is not None:
         return "an operand is constant"
     layout = layout_of(value)
@@ -201,21 +199,24 @@ class Work(Cost, frozen=True):
     of_weights: int = 0
 
     @property
-    def weight(self) -> int:
-        """Comparable FLOPs, bytes included."""
-        return self.flops - self.of_weights + self.of_weights // _OF_WEIGHTS + FLOPS_A_BYTE * self.bytes
+    def in_floats(self) -> int:
+        """FLOPs, with those that its bytes are worth."""
+        return self.flops + FLOPS_A_BYTE * self.bytes
+
+    @property
+    def in_int8(self) -> int:
+        return self.in_floats - self.of_weights + self.of_weights // _OF_WEIGHTS
+
+    def gain(self, new: Work) -> int:
+        """What ``new`` in its place saves in floats; nothing where a quantized model would lose by it."""
+        floats, int8 = self.in_floats - new.in_floats, self.in_int8 - new.in_int8
+        return floats if int8 > 0 else min(floats, int8)
 
 
 def node_flops(node: ir.Node, real: Sizes) -> int:
     """Multiply-adds of products, times 2."""
-    result = shape_of(node.outputs[0])
-    if result is None:
-        return 0
-    if node.op_type == "MatMul":
-        return 2 * real.count(result) * real.real(sizes(operand(node))[-1])
-    if node.op_type == "Conv":
-        return 2 * real.count(result) * math.prod(sizes(operand(node, 1))[1:])
-    return 0
+    counted = node.op_type in ("MatMul", "Conv") and shape_of(node.outputs[0]) is not None
+    return real.real(graphs.node_flops(node)) if counted else 0
 
 
 def cost_of(nodes: Iterable[ir.Node], real: Sizes) -> Work:
@@ -291,7 +292,7 @@ class Choice:
 
     @property
     def gain(self) -> int:
-        return self.plain.weight - self.folded.weight
+        return self.plain.gain(self.folded)
 
 
 def choose(sites: Iterable[Site], real: Sizes, least_gain: int) -> tuple[list[Choice], list[Choice]]:
@@ -316,7 +317,7 @@ def choose(sites: Iterable[Site], real: Sizes, least_gain: int) -> tuple[list[Ch
 
 def _best(group: list[Site], real: Sizes) -> Choice | None:
     nodes = {site.node for site in group}
-    operands = [value for site in group if (value := site.node.inputs[site.side]) is not None]
+    operands = [operand(site.node, site.side) for site in group]
     products = cost_of(nodes, real)
     best: Choice | None = None
     for index, form in enumerate(group[0].forms):
@@ -334,15 +335,15 @@ def _best(group: list[Site], real: Sizes) -> Choice | None:
 def decided(node: ir.Node, plain: Work, new: Work, folded: bool, how: str, batch: int) -> FoldDecision:
     """A decision as the manifest records it, for one sample. ``how``: what a fold does."""
     one, other = (Cost(cost.flops // batch, cost.bytes // batch) for cost in (plain, new))
-    ratio = plain.weight / max(new.weight, 1)
+    ratio = plain.in_floats / max(new.in_floats, 1)
     if folded:
         why = f"{how}: {ratio:.1f} times less work"
+    elif ratio > 1 and plain.gain(new) <= 0:
+        why = "folding would leave fewer operations, but of activations, which int8 does not make faster"
     elif ratio > 1:
         kind, unit = ("flops", "MFLOP") if other.flops < one.flops else ("bytes", "MB")
         before, after = (getattr(cost, kind) / 1e6 for cost in (one, other))
         why = f"folding would save only {before - after:.2f} of {before:.2f} {unit}"
-    elif other.flops < one.flops:
-        why = "folding would leave fewer operations, but of activations, which int8 does not make faster"
     else:
         why = f"folded would be {1 / ratio:.1f} times the work"
     return FoldDecision(node.name or "", one, other, "folded" if folded else "plain", why)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from perceiver_export.exporter.fold.nodes import VIEWS, Nodes, Shape, array_of, axis_of, integers, shape_of, sizes
+from perceiver_export.exporter.fold.nodes import VIEWS, Nodes, Shape, array_of, axis_of, integers, is_known, sizes
 
 _NAMES = (
     "Abs Add And Cast Ceil Clip Cos Div Dropout Elu Equal Erf Exp Expand Floor Gelu Greater GreaterOrEqual HardSigmoid",
@@ -28,7 +28,7 @@ Cuts = list[int | None]
 
 def cuts(node: ir.Node, axis: int) -> Cuts | None:
     """Where the inputs of a node are cut if its result is cut at ``axis``; None where it cannot be."""
-    if any(value is not None and shape_of(value) is None for value in (*node.inputs, *node.outputs)):
+    if not is_known(node):
         return None
     if node.op_type in ELEMENTWISE:
         return _elementwise(node, axis)
@@ -37,7 +37,7 @@ def cuts(node: ir.Node, axis: int) -> Cuts | None:
 
 
 def _shapes(node: ir.Node) -> list[Shape]:
-    return [shape_of(value) or () for value in node.inputs]
+    return [() if value is None else sizes(value) for value in node.inputs]
 
 
 def _first(node: ir.Node, axis: int | None) -> Cuts | None:
@@ -236,7 +236,7 @@ class _Growing:
     def _take(self, node: ir.Node) -> bool:
         """Add a node behind the region, where its result can be cut as what it reads is."""
         read = self._read(node)
-        if not read or len(node.outputs) > 1 or shape_of(node.outputs[0]) is None:
+        if not read or len(node.outputs) > 1 or not is_known(node):
             return False
         for axis, extent in enumerate(sizes(node.outputs[0])):
             found = cuts(node, axis) if extent > 1 else None

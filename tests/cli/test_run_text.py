@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from perceiver_export.exporter.cli.answers import Request
+from perceiver_export.exporter.cli.output import quiet
 from perceiver_export.exporter.cli.run import run_task
 from perceiver_export.runtimes.errors import InputError
 from perceiver_export.runtimes.tasks.base import Prediction
@@ -25,17 +26,18 @@ Ask = Callable[..., Any]
 
 @pytest.fixture
 def ask(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Ask:
-    """`run` on a task: the answers of its JSON, or with ``json=False`` what it prints."""
+    """`run` on a task: the answers of its JSON, or with ``as_json=False`` what it prints."""
 
-    def run(task: FillMask | TextClassification, *inputs: str | Path, **options: Any) -> Any:
+    def run(task: FillMask | TextClassification, *inputs: str | Path, as_json: bool = True, **options: Any) -> Any:
         monkeypatch.setattr("perceiver_export.runtimes.tasks.open_task", lambda *_: task)
         name = "fill-mask" if isinstance(task, FillMask) else "text-classification"
-        request = Request("BUNDLE", list(map(str, inputs)), **{"json": True, **options})
+        request = Request("BUNDLE", list(map(str, inputs)), **options)
         try:
-            run_task(name, request)
+            with quiet(json=as_json):
+                run_task(name, request)
         finally:
             shown = capsys.readouterr().out
-        return json.loads(shown)["answers"] if request.json else shown
+        return json.loads(shown)["answers"] if as_json else shown
 
     return run
 
@@ -50,7 +52,7 @@ def stdin(monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
 
 @pytest.mark.parametrize("split", [False, True])
 def test_the_command_shows_the_filled_text_and_the_candidates(split: bool, ask: Ask) -> None:
-    shown = ask(fill_mask(text_models.language_model(split)), MASKED, "Two[MASK]bytes", json=False)
+    shown = ask(fill_mask(text_models.language_model(split)), MASKED, "Two[MASK]bytes", as_json=False)
 
     assert SENTENCE in shown.splitlines()
     assert "BUNDLE on numpy 0, cpu" in shown
@@ -95,12 +97,12 @@ def test_a_file_has_a_text_a_line_to_classify(batch: text_models.Size, ask: Ask,
 
 
 def test_the_command_shows_labels_or_the_scores_of_tasks(ask: Ask) -> None:
-    shown = ask(labelled(), "\x1b[31mred", "x" * 38, top=2, json=False)
+    shown = ask(labelled(), "\x1b[31mred", "x" * 38, top=2, as_json=False)
     assert "\x1b" not in shown
     assert "shouting  " in shown
     assert "3." not in shown
 
-    shown = ask(classification(classifier(True, TASKS)), "abc", json=False)
+    shown = ask(classification(classifier(True, TASKS)), "abc", as_json=False)
     assert all(name in shown for name in TASKS)
     assert "0.5  10.5  10.3" in shown
     (answer,) = ask(classification(classifier(True, TASKS)), "abc")
@@ -165,7 +167,7 @@ def test_a_name_of_a_file_is_a_file_and_a_text_is_what_names_none(
         ("texts.jsonl:3", "two\u2028lines"),
         (None, "absent.png"),
     ]
-    assert "1 from the command line" in ask(labelled(), "texts.jsonl", "absent.png", json=False)
+    assert "1 from the command line" in ask(labelled(), "texts.jsonl", "absent.png", as_json=False)
     for name in ("picture.png", str(tmp_path), "absent.jsonl"):
         with pytest.raises(InputError, match=name):
             ask(fill_mask(text_models.language_model(False)), name)

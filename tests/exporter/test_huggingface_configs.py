@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from perceiver_export.exporter import ExportOptions, export, load_model
-from perceiver_export.exporter.checkpoints.huggingface_config import ACTIVATIONS, IGNORED, TASKS, uses
+from perceiver_export.exporter.checkpoints.huggingface_config import ACTIVATIONS, TASKS, read_by
 from perceiver_export.exporter.verification import TOLERANCE
 from perceiver_export.runtimes import open_task
 from perceiver_export.runtimes.errors import CheckpointError
@@ -28,6 +28,7 @@ from perceiver_export.runtimes.tasks import (
 from perceiver_export.runtimes.tasks.base import Prediction, Value, answer
 
 from .conftest import moved
+from .test_checkpoints_page import ignored_fields
 from .transformers_reference import patches
 
 PROBLEMS = (None, "regression", "single_label_classification", "multi_label_classification", "of my own")
@@ -222,8 +223,8 @@ def test_the_table_names_what_transformers_reads(name: str, tmp_path: Path, monk
         run(config, built(full).eval(), feeds)
     monkeypatch.undo()
 
-    ignored = {field for fields in IGNORED for field in fields.split(", ")}
-    table = {field for field, use in uses().items() if name in use.by}
+    ignored = ignored_fields()
+    table = {field for field, classes in read_by().items() if name in classes}
     if TASKS[name] == "optical-flow":
         read.discard("num_labels")
     assert read & own - ignored == table & own

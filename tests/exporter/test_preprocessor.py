@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 from transformers.image_utils import load_image
 
-from perceiver_export.exporter.checkpoints.image_processors import PROCESSORS
 from perceiver_export.exporter.checkpoints.preprocessor import (
+    PROCESSORS,
     image_preprocessing,
     image_shape,
     proportions_note,

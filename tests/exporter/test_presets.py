@@ -11,13 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from perceiver_export.exporter import preset_sizes
 from perceiver_export.exporter.graphs import Batch, output_specs, split_model, whole_model
 from perceiver_export.exporter.loaded import LoadedModel
 from perceiver_export.exporter.model.architectures import EncoderSizes, Parity, image_classifier, set_transformer
 from perceiver_export.exporter.model.config import ImageInput
 from perceiver_export.exporter.model.perceiver import PerceiverIO
-from perceiver_export.exporter.presets import PRESETS, load_preset
+from perceiver_export.exporter.presets import CONFIG_B, PRESETS, load_preset
 from perceiver_export.exporter.sources import load_model
 from perceiver_export.runtimes.manifest import SCHEMA_VERSION, Manifest, Part
 from perceiver_export.runtimes.preprocessing import (
@@ -101,7 +100,7 @@ def test_numbers_in_remarks() -> None:
     config = PRESETS["imagenet-fourier-b"].build("deepmind")
     image = msgspec.structs.replace(config.inputs["image"], features="conv1x1", num_feature_channels=256)
     assert isinstance(image, ImageInput)
-    wide = count(image_classifier(image, preset_sizes.CONFIG_B, 1000, "deepmind"))
+    wide = count(image_classifier(image, CONFIG_B, 1000, "deepmind"))
     assert wide.parameters == pytest.approx(213.1e6, rel=3e-4)
     assert wide.flops == pytest.approx(335e9, rel=2e-3)
 

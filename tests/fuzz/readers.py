@@ -139,7 +139,7 @@ def _checkpoint_targets() -> dict[str, Target]:
     from safetensors.torch import save
 
     from perceiver_export.exporter.checkpoints.haiku_pickle import read_haiku
-    from perceiver_export.exporter.checkpoints.weights import read_state_dict, read_state_file
+    from perceiver_export.exporter.checkpoints.weights import read_state_dict
     from tests.exporter import haiku_writer
 
     tensors = {"a.weight": torch.zeros(2, 3), "b": torch.ones(1)}
@@ -147,8 +147,8 @@ def _checkpoint_targets() -> dict[str, Target]:
     torch.save({"state_dict": tensors}, pickled)
     params = haiku_writer.flat_mappings({"m/~/linear": {"w": np.zeros((2, 3), np.float32)}})
     return {
-        "safetensors": Target("x.safetensors", (save(tensors),), read_state_file),
-        "torch": Target("x.bin", (pickled.getvalue(),), read_state_file),
+        "safetensors": Target("model.safetensors", (save(tensors),), lambda path: read_state_dict(path.parent)),
+        "torch": Target("pytorch_model.bin", (pickled.getvalue(),), lambda path: read_state_dict(path.parent)),
         "haiku": Target("x.pickle", (haiku_writer.dumps(params), haiku_writer.dumps(params, 2)), read_haiku),
         "shards": Target(
             "model.safetensors.index.json",

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from perceiver_export.exporter.cli.answers import Request
+from perceiver_export.exporter.cli.output import quiet
 from perceiver_export.exporter.cli.run import run_task
 from perceiver_export.runtimes.errors import InputError, UsageError
 from perceiver_export.runtimes.tasks.arrays import Arrays, Sets
@@ -22,7 +23,8 @@ def opened_as(monkeypatch: pytest.MonkeyPatch, task: Arrays | Sets) -> None:
 
 
 def run(*inputs: Path, output: Path | None = None, json: bool = False) -> None:
-    run_task("arrays", Request("bundle", list(map(str, inputs)), output, json=json))
+    with quiet(json=json):
+        run_task("arrays", Request("bundle", list(map(str, inputs)), output))
 
 
 def test_run_writes_the_outputs_and_prints_what_they_are(

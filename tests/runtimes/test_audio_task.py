@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from perceiver_export.exporter.cli.answers import Request
+from perceiver_export.exporter.cli.output import quiet
 from perceiver_export.exporter.cli.run import run_task
 from perceiver_export.runtimes.errors import BundleError, InputError, UsageError
 from perceiver_export.runtimes.manifest import Manifest
@@ -223,7 +224,8 @@ def opened_by(monkeypatch: pytest.MonkeyPatch, steps: AudioPreprocessing) -> Non
 
 
 def run_audio(inputs: list[str], output: Path | None = None, json: bool = False) -> None:
-    run_task("audio-classification", Request("bundle", inputs, output, top=1, json=json))
+    with quiet(json=json):
+        run_task("audio-classification", Request("bundle", inputs, output, top=1))
 
 
 def test_run_takes_many_recordings(

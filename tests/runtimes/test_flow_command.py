@@ -16,6 +16,7 @@ from PIL import Image
 import perceiver_export.runtimes.tasks
 from perceiver_export.exporter.cli import run_frames
 from perceiver_export.exporter.cli.answers import Request
+from perceiver_export.exporter.cli.output import quiet
 from perceiver_export.exporter.cli.run import run_task
 from perceiver_export.runtimes.errors import InputError, UsageError
 from perceiver_export.runtimes.tasks.flow_files import flow_picture
@@ -35,7 +36,8 @@ def frames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def run(inputs: list[str], output: Path | None = None, json: bool = False) -> None:
-    run_task("optical-flow", Request("bundle", inputs, output, json=json))
+    with quiet(json=json):
+        run_task("optical-flow", Request("bundle", inputs, output))
 
 
 def expected_flow(first: str, second: str) -> npt.NDArray[np.float32]:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from perceiver_export.exporter.cli.answers import Request
+from perceiver_export.exporter.cli.output import quiet
 from perceiver_export.exporter.cli.run import run_task
 from perceiver_export.runtimes.errors import BundleError, InputError, UsageError
 from perceiver_export.runtimes.preprocessing import PointsPreprocessing, VideoPreprocessing
@@ -163,14 +164,16 @@ def test_run_takes_files_and_directories(
     np.save(tmp_path / "b.npy", CLOUD)
     np.savetxt(tmp_path / "a.xyz", CLOUD[:4])
     (tmp_path / "notes.txt").write_text("no cloud", encoding="utf-8")
-    run_task(task, Request("bundle", [str(tmp_path)], tmp_path / "out.json", json=True))
+    with quiet(json=True):
+        run_task(task, Request("bundle", [str(tmp_path)], tmp_path / "out.json"))
 
     answers = json.loads(capsys.readouterr().out)["answers"]
     assert [answer["input"] for answer in answers] == [str(tmp_path / "a.xyz"), str(tmp_path / "b.npy")]
     assert sorted(one["label"] for one in answers[1]["labels"]) == sorted(LABELS)
     assert json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))["answers"] == answers
 
-    run_task(task, Request("bundle", [str(tmp_path / "b.npy")] * 2, json=True))
+    with quiet(json=True):
+        run_task(task, Request("bundle", [str(tmp_path / "b.npy")] * 2))
     assert json.loads(capsys.readouterr().out)["answers"] == [answers[1]] * 2
 
     (tmp_path / "empty").mkdir()

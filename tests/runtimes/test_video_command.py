@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from perceiver_export.exporter.cli.answers import Request
+from perceiver_export.exporter.cli.output import quiet
 from perceiver_export.exporter.cli.run import run_task
 from perceiver_export.runtimes.errors import InputError, UsageError
 from perceiver_export.runtimes.preprocessing import VideoPreprocessing
@@ -28,7 +29,8 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> NumpyEngine:
 
 
 def run_video(inputs: list[str], output: Path | None = None, top: int = 2, json: bool = False) -> None:
-    run_task("video-autoencoding", Request("bundle", inputs, output, top, json=json))
+    with quiet(json=json):
+        run_task("video-autoencoding", Request("bundle", inputs, output, top))
 
 
 def test_run_writes_frames_and_sound(opened: NumpyEngine, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
