@@ -16,7 +16,7 @@ from perceiver_export.exporter.cli.run import RUNNERS
 from perceiver_export.exporter.verification import TOLERANCE
 from perceiver_export.runtimes import load, open_bundle
 from perceiver_export.runtimes.tasks import TASKS
-from perceiver_export.runtimes.tasks.sound import read_wav, write_wav
+from perceiver_export.runtimes.tasks.sound import write_wav
 from tests.conftest import SmallBundle
 
 from . import small_models
@@ -111,24 +111,6 @@ def test_split_and_whole_are_one_model(small_bundle: SmallBundle, system: str) -
             there = feeds[mask][0].astype(bool)
             found[name], array = found[name][:, there], array[:, there]
         np.testing.assert_allclose(found[name], array, rtol=0, atol=TOLERANCE * np.abs(array).max())
-
-
-def test_flow_is_written_as_files_and_as_a_picture(small_bundle: SmallBundle, files: Path, tmp_path: Path) -> None:
-    pair = (files / "frames" / "frame0.png", files / "frames" / "frame1.png")
-    for name in ("flow.flo", "flow.npy", "flow.png"):
-        succeed("run", small_bundle("flow", False), *pair, "-o", tmp_path / name)
-    assert np.load(tmp_path / "flow.npy").shape == (20, 30, 2)
-    with Image.open(tmp_path / "flow.png") as picture:
-        assert picture.size == (30, 20)
-    assert (tmp_path / "flow.flo").read_bytes()[:4] == b"PIEH"
-    succeed("run", small_bundle("flow", True), files / "frames", "-o", tmp_path / "all")
-    assert len(list((tmp_path / "all").glob("*.flo"))) == 2
-
-
-def test_video_is_written_as_frames_and_sound(small_bundle: SmallBundle, files: Path, tmp_path: Path) -> None:
-    succeed("run", small_bundle("video", True), files / "video", files / "sound.wav", "-o", tmp_path / "out")
-    assert len(list((tmp_path / "out").glob("*.png"))) == 2
-    assert read_wav(tmp_path / "out" / "sound.wav", 48_000).shape == (480,)
 
 
 # System, what to give `run`, words of the error.
