@@ -53,6 +53,7 @@ def test_validate_gates_by_exit_code(fashion_bundle: Path, tmp_path: Path) -> No
     assert (tmp_path / "gates.xml").read_text(encoding="utf-8").startswith("<?xml")
 
 
+@pytest.mark.usefixtures("one_process")
 def test_validate_says_where_it_wrote(copied_bundle: Path, tmp_path: Path) -> None:
     places = {"report": tmp_path / "r.md", "junit": tmp_path / "j.xml", "save_worst": tmp_path / "worst"}
     files = [("--report", places["report"]), ("--junit", places["junit"]), ("--save-worst", places["save_worst"])]
