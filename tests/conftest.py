@@ -69,6 +69,17 @@ def one_process() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def untimed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`quantize` without its comparison of speeds, for which each engine compiles four graphs."""
+    from perceiver_export.calibration.quantization.record import Speed
+
+    def alike(target: str, *_: object) -> Speed:
+        return Speed(target, 1.0, 1.0, {}, ("fp32", "int8"), (1.0, 1.0, 1.0), "nothing was timed")
+
+    monkeypatch.setattr("perceiver_export.calibration.quantization.engines.measure_speed", alike)
+
+
 @pytest.fixture(scope="session")
 def caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Folders for `own_cache`: pytest would read all folders that there are to number the next one."""
