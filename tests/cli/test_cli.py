@@ -73,15 +73,6 @@ def test_validate_says_where_it_wrote(copied_bundle: Path, tmp_path: Path) -> No
     assert certificate["claims"][0]["what"] == "agreement"
 
 
-def test_bench_compares(fashion_bundle: Path) -> None:
-    result = json.loads(
-        succeed("bench", fashion_bundle, "--against", fashion_bundle / "model.onnx", "--runs", "20", "--json")
-    )
-
-    assert len(result["measurements"]) == 2
-    assert result["ratio"] > 0
-
-
 def test_inspect_shows_stages_of_bundle_and_graph(fashion_bundle: Path) -> None:
     for path in (fashion_bundle, fashion_bundle / "model.onnx"):
         assert "encoder.self_attentions" not in succeed("inspect", path)
