@@ -58,6 +58,7 @@ def short_timing() -> Iterator[None]:
         patch.setattr("perceiver_export.calibration.quantization.engines._LEAST", 0.0)
         for module in ("peaks", "profile"):
             patch.setattr(f"perceiver_export.calibration.report.{module}._SECONDS", 0.1)
+        patch.setattr("perceiver_export.calibration.report.peaks._ELEMENTS", 1 << 20)
         yield
 
 
