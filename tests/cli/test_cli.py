@@ -39,16 +39,16 @@ def test_run_names_the_clothes_and_writes_json(fashion_bundle: Path, tmp_path: P
 
 
 def test_validate_gates_by_exit_code(fashion_bundle: Path, tmp_path: Path) -> None:
-    common: list[str | Path] = ["validate", fashion_bundle, "--data", FASHION / "test.npz", "--samples", "300"]
-    common += ["--against", FASHION / "checkpoint"]
+    common: list[str | Path] = ["validate", fashion_bundle, "--data", FASHION / "test.npz"]
+    common += ["--against", FASHION / "checkpoint", "--samples"]
 
-    assert "PASS top-1 drop ≤ 1.5 points" in succeed(*common, "--max-drop", "1.5", "--min-agreement", "98")
-    said = fail(*common, "--min-agreement", "99.9")
+    assert "PASS top-1 drop ≤ 1.5 points" in succeed(*common, "250", "--max-drop", "1.5", "--min-agreement", "98")
+    said = fail(*common, "300", "--min-agreement", "99.9")
     assert "NOT ENOUGH DATA agreement ≥ 99.9 %" in said
     assert "2,995 fresh samples" in said
-    result = json.loads(succeed(*common, "--json", "--junit", tmp_path / "gates.xml"))
+    result = json.loads(succeed(*common, "60", "--json", "--junit", tmp_path / "gates.xml"))
     assert result["written"] == {"junit": str(tmp_path / "gates.xml")}
-    assert result["data"]["samples"] == 300
+    assert result["data"]["samples"] == 60
     assert [metric["name"] for metric in result["metrics"]] == ["top-1", "top-5", "agreement", "kl"]
     assert (tmp_path / "gates.xml").read_text(encoding="utf-8").startswith("<?xml")
 
