@@ -9,7 +9,7 @@ LISTING := $(VENV)/files
 PYTHON310 ?= $(shell for p in python3.10 $$HOME/.pyenv/versions/3.10.*/bin/python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info[:2] != (3, 10))' 2>/dev/null && echo $$p && break; done)
 
-.PHONY: install demo docs screenshots test test-report test-web test-install check check-fast pure test-gpu test-py310 benchmarks fuzz clean FORCE
+.PHONY: install demo docs screenshots test suite test-report test-web test-install check check-fast pure test-gpu test-py310 benchmarks fuzz clean FORCE
 
 install: $(STAMP)
 
@@ -27,11 +27,15 @@ $(LISTING): FORCE
 demo: install
 	$(BIN)/perceiver-export demo
 
-# Each worker has a core of its own; they share the bundles that tests need, and take tests from one another.
+# Each worker has a core of its own; they share the bundles that tests need, and take tests from one another. Lint and
+# types, which use one core, stand beside them.
 WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 1); echo $$((n < 8 ? n : 8)))
-test: check
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+PYTEST_ALL := -m pytest -n $(WORKERS) --dist worksteal
+test: install
+	$(MAKE) -j2 check suite
 	$(MAKE) test-py310
+suite: install
+	$(BIN)/python $(PYTEST_ALL)
 
 # Lint, types, and the tests that need neither an export nor an engine, side by side: below 90 seconds on two cores.
 PURE := $(addprefix tests/,runtimes/test_byte_tokenizer.py runtimes/test_audio_files.py runtimes/test_npz.py \
@@ -85,10 +89,10 @@ ifeq ($(PYTHON310),)
 	@echo "no Python 3.10 here: the runtime was not tested on it"
 else
 	test -x $(VENV)/py310/bin/python || $(PYTHON310) -m venv $(VENV)/py310
-	$(VENV)/py310/bin/python -m pip install -q -c constraints-py310.txt '.[ort,images]' pytest
+	$(VENV)/py310/bin/python -m pip install -q -c constraints-py310.txt '.[ort,images]' pytest-xdist
 	rm -rf $(VENV)/py310/bundle
 	$(BIN)/perceiver-export export examples/fashion_mnist/checkpoint -o $(VENV)/py310/bundle --json > /dev/null
-	PERCEIVER_TEST_TARGETS=ort-cpu PERCEIVER_TEST_BUNDLE=$(CURDIR)/$(VENV)/py310/bundle $(VENV)/py310/bin/python -m pytest tests/runtimes
+	PERCEIVER_TEST_TARGETS=ort-cpu PERCEIVER_TEST_BUNDLE=$(CURDIR)/$(VENV)/py310/bundle $(VENV)/py310/bin/python $(PYTEST_ALL) tests/runtimes
 endif
 
 BENCHMARKS := overhead serving loading imports preset_counts parity deepmind_parity system_parity flow_patches speed zoo \

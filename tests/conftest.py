@@ -6,6 +6,7 @@ from __future__ import annotations
 import fcntl
 import functools
 import gc
+import importlib.util
 import itertools
 import os
 import shutil
@@ -45,6 +46,39 @@ def one_registry() -> None:
     registry = getattr(loaded, "ONNXRegistry", None)
     if registry is not None and not isinstance(vars(registry).get("from_torchlib"), staticmethod):
         registry.from_torchlib = staticmethod(functools.cache(registry.from_torchlib))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def short_timing() -> Iterator[None]:
+    """`quantize`, reports and profiles time each engine for a second: that decides more, and no test asks for it."""
+    if importlib.util.find_spec("onnx_ir") is None:
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("perceiver_export.calibration.quantization.engines._LEAST", 0.0)
+        for module in ("peaks", "profile"):
+            patch.setattr(f"perceiver_export.calibration.report.{module}._SECONDS", 0.1)
+        patch.setattr("perceiver_export.calibration.report.peaks._ELEMENTS", 1 << 20)
+        yield
+
+
+@pytest.fixture(scope="module")
+def one_process() -> Iterator[None]:
+    """`bench` without the processes that measure loading and memory, for tests that read neither."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("perceiver_export.runtimes.benchmark._measure_fresh", lambda side: (1.0, 1.0, 1.0))
+        yield
+
+
+@pytest.fixture
+def untimed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`quantize` without its comparison of speeds, for which each engine compiles four graphs."""
+    from perceiver_export.calibration.quantization.record import Speed
+
+    def alike(target: str, *_: object) -> Speed:
+        return Speed(target, 1.0, 1.0, {}, ("fp32", "int8"), (1.0, 1.0, 1.0), "nothing was timed")
+
+    monkeypatch.setattr("perceiver_export.calibration.quantization.engines.measure_speed", alike)
 
 
 @pytest.fixture(scope="session")
@@ -116,6 +150,15 @@ def batched_bundle(made_once: MadeOnce) -> Path:
     from perceiver_export.exporter import ExportOptions, export
 
     return made_once("Fashion v2", lambda path: export(FASHION / "checkpoint", path, ExportOptions(batch="1:4:16")))
+
+
+@pytest.fixture(scope="session")
+def int8_bundle(fashion_bundle: Path, made_once: MadeOnce) -> Path:
+    """The demo's model in int8, calibrated on 32 images that were held out of training."""
+    from perceiver_export.calibration import QuantizeOptions, quantize
+
+    data, options = FASHION / "held_out.npz", QuantizeOptions(samples=32)
+    return made_once("fashion-int8", lambda path: quantize(fashion_bundle, data, path, options))
 
 
 @pytest.fixture(scope="session")

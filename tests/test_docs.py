@@ -22,11 +22,10 @@ import numpy as np
 import onnx
 import pytest
 
-from perceiver_export.calibration import quantize
-from perceiver_export.exporter import ExportOptions, export
 from tests.benchmarks.harness import END
+from tests.calibration.asked import some
 from tests.cli.commands import succeed
-from tests.conftest import FASHION, MadeOnce
+from tests.conftest import FASHION, SmallBundle
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(r"^(<!-- needs .* -->\n)?```(sh|python)\n(.*?)^```", flags=re.MULTILINE | re.DOTALL)
@@ -61,31 +60,26 @@ PAGES = pages()
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory like a checkout's root."""
-    (tmp_path / "examples").mkdir()
-    for file in (REPOSITORY / "examples").iterdir():
-        (tmp_path / "examples" / file.name).symlink_to(file)
+    """A working directory like a checkout's root; of the 10,000 test images it has what decides the gates."""
+    fashion = tmp_path / "examples" / "fashion_mnist"
+    fashion.mkdir(parents=True)
+    some(FASHION / "test.npz", 0, 1500, fashion / "test.npz")
+    for file in (*FASHION.iterdir(), *FASHION.parent.iterdir()):
+        link = tmp_path / "examples" / file.relative_to(FASHION.parent)
+        if not link.exists():
+            link.symlink_to(file)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", ["", *sys.path])
     return tmp_path
 
 
 @pytest.fixture
-def prepare(
-    place: Path, fashion_bundle: Path, small_bundle: Callable[..., Path], made_once: MadeOnce
-) -> Callable[[str], None]:
+def prepare(place: Path, request: pytest.FixtureRequest, small_bundle: SmallBundle) -> Callable[[str], None]:
     """Puts there what a block reads and no block before it wrote."""
-
-    def batched(path: Path) -> None:
-        export(FASHION / "checkpoint", path, ExportOptions(batch="1:4:16"))
-
-    def int8(path: Path) -> None:
-        quantize(fashion_bundle, FASHION / "held_out.npz", path)
-
     made: dict[str, Callable[[], Path]] = {
-        "fashion": lambda: fashion_bundle,
-        "fashion-int8": lambda: made_once("docs-int8", int8),
-        "fashion-batched": lambda: made_once("docs-batched", batched),
+        "fashion": lambda: request.getfixturevalue("fashion_bundle"),
+        "fashion-int8": lambda: request.getfixturevalue("int8_bundle"),
+        "fashion-batched": lambda: request.getfixturevalue("batched_bundle"),
         "flow": lambda: small_bundle("flow", True),
     }
 

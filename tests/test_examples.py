@@ -48,36 +48,24 @@ def test_run_arrays(fashion_bundle: Path) -> None:
     assert len(set(rows)) == 1
 
 
-def test_the_checkpoint_is_one_that_transformers_loads() -> None:
+@pytest.mark.parametrize("name", ["fashion_mnist", "text_bytes"])
+def test_the_checkpoint_is_one_that_transformers_loads(name: str) -> None:
     import torch
-    from transformers import PerceiverForImageClassificationFourier
+    from transformers import PerceiverForImageClassificationFourier, PerceiverForMaskedLM
 
     from perceiver_export.exporter import load_model
 
-    checkpoint = EXAMPLES / "fashion_mnist" / "checkpoint"
-    theirs = PerceiverForImageClassificationFourier.from_pretrained(checkpoint).double()
-    image = torch.randn(2, 3, 28, 28, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    checkpoint, generator = EXAMPLES / name / "checkpoint", torch.Generator().manual_seed(0)
+    feeds = {"image": torch.randn(2, 3, 28, 28, dtype=torch.float64, generator=generator)}
+    theirs, given = PerceiverForImageClassificationFourier, {"inputs": feeds["image"]}
+    if name == "text_bytes":
+        tokens = torch.randint(6, 128, (2, 64), generator=generator)
+        feeds = {"tokens": tokens.int(), "tokens_mask": torch.ones(2, 64, dtype=torch.int32)}
+        theirs, given = PerceiverForMaskedLM, {"inputs": tokens, "attention_mask": torch.ones(2, 64)}
 
     with torch.no_grad():
-        expected, found = theirs(image).logits, load_model(checkpoint).model.double()({"image": image})["logits"]
-    assert (found - expected).abs().max() <= 1e-10 * expected.abs().max()
-    assert sum(path.stat().st_size for path in checkpoint.iterdir()) <= 3_000_000
-
-
-def test_the_text_model_is_one_that_transformers_loads() -> None:
-    import torch
-    from transformers import PerceiverForMaskedLM
-
-    from perceiver_export.exporter import load_model
-
-    checkpoint = EXAMPLES / "text_bytes" / "checkpoint"
-    theirs = PerceiverForMaskedLM.from_pretrained(checkpoint).double()
-    tokens = torch.randint(6, 128, (2, 64), generator=torch.Generator().manual_seed(0))
-    there = torch.ones(2, 64)
-
-    with torch.no_grad():
-        expected = theirs(tokens, attention_mask=there).logits
-        found = load_model(checkpoint).model.double()({"tokens": tokens.int(), "tokens_mask": there.int()})["logits"]
+        expected = theirs.from_pretrained(checkpoint).double()(**given).logits
+        found = load_model(checkpoint).model.double()(feeds)["logits"]
     assert (found - expected).abs().max() <= 1e-10 * expected.abs().max()
     assert sum(path.stat().st_size for path in checkpoint.iterdir()) <= 3_000_000
 

@@ -16,13 +16,6 @@ from tests.conftest import FASHION, MadeOnce
 
 
 @pytest.fixture(scope="session")
-def int8_bundle(fashion_bundle: Path, made_once: MadeOnce) -> Path:
-    """The demo's model in int8, calibrated on 32 images that were held out of training."""
-    data, options = FASHION / "held_out.npz", QuantizeOptions(samples=32)
-    return made_once("fashion-int8", lambda path: quantize(fashion_bundle, data, path, options))
-
-
-@pytest.fixture(scope="session")
 def int4_bundle(fashion_bundle: Path, made_once: MadeOnce) -> Path:
     """The same with weights in int4, where their shapes allow it."""
     data, options = FASHION / "held_out.npz", QuantizeOptions(scheme="int4-weights", samples=8)

@@ -134,7 +134,7 @@ def test_auto_takes_a_precision_only_where_it_is_faster_and_certified(
     assert taken(device="openvino-cpu") == "fp32"
     assert "validate" in precision_advice(open_bundle(bundle), "openvino-cpu")
     asked = {"device": "openvino-cpu", "precision": "fp16", "against": fashion_bundle}
-    certify(bundle, [judged(bundle, fresh, **asked, min_agreement=90)])
+    certify(bundle, [judged(bundle, fresh, **asked, samples=60, min_agreement=90)])
     assert taken() == taken(device="openvino-cpu") == "fp16"
     assert taken(device="ort-cpu") == "fp32"
     assert build(bundle, "openvino-cpu", precision="auto")[0].precision == "fp16"
@@ -167,7 +167,7 @@ def test_a_certificate_of_an_engine_holds_where_load_takes_that_engine(copied_pl
     """The one that was built last; an older one is taken by its precision. Its reference may be itself in fp32."""
     bundle = copied_plain_bundle
     build(bundle, "openvino-cpu", precision="fp16")
-    result = judged(bundle, fresh, device="openvino-cpu", against=bundle, min_agreement=90, certify=True)
+    result = judged(bundle, fresh, device="openvino-cpu", against=bundle, samples=60, min_agreement=90, certify=True)
     (made,) = certify(bundle, [result])
     assert inspect_bundle(bundle).certificates == (made,)
     assert described(bundle)[1] == (str(made),)
@@ -212,8 +212,8 @@ def test_a_bound_by_bootstrap_says_so_wherever_it_is_shown(bundle: Path, fashion
 
 
 def test_a_very_wide_margin_is_said_wherever_the_gate_is(bundle: Path, fashion_bundle: Path, fresh: Path) -> None:
-    wide = judged(bundle, fresh, against=fashion_bundle, max_drop=60, min_agreement=79)
-    relative = judged(bundle, fresh, against=fashion_bundle, max_metric_change=21, metric="top-5")
+    wide = judged(bundle, fresh, against=fashion_bundle, samples=60, max_drop=60, min_agreement=79)
+    relative = judged(bundle, fresh, against=fashion_bundle, samples=60, max_metric_change=21, metric="top-5")
 
     assert wide.warning_kinds == relative.warning_kinds == ("wide",)
     for gate in wide.gates:
@@ -245,14 +245,18 @@ def test_an_fp32_bundle_is_certified_against_its_checkpoint(copied_bundle: Path,
     weights = hashlib.sha256((FASHION / "checkpoint" / "model.safetensors").read_bytes()).hexdigest()
     reference = load_reference(copied_bundle, str(FASHION / "checkpoint"))
 
-    (made,) = certify(copied_bundle, [judged(copied_bundle, fresh, against=reference, max_drop=5, certify=True)])
+    (made,) = certify(
+        copied_bundle, [judged(copied_bundle, fresh, against=reference, samples=100, max_drop=5, certify=True)]
+    )
 
     assert (made.reference, made.reference_target) == ("checkpoint", "torch")
     assert made.reference_engine.startswith("torch 2.")
     assert made.reference_graphs == {"model.safetensors": weights}
     assert read_calibration(open_bundle(copied_bundle)) is None
     assert certificates.certificates(open_bundle(copied_bundle, verify="always")) == (made,)
-    on_another_target = judged(copied_bundle, fresh, against_device="openvino-cpu", max_drop=5, certify=True)
+    on_another_target = judged(
+        copied_bundle, fresh, against_device="openvino-cpu", samples=100, max_drop=5, certify=True
+    )
     (other,) = certify(copied_bundle, [on_another_target])
     assert other.reference_target == "openvino-cpu"
     assert certificates.certificates(open_bundle(copied_bundle)) == (made, other)  # another reference, another claim
@@ -284,7 +288,7 @@ def test_what_shows_nothing_is_no_reference(
 def test_another_bundle_than_was_validated_gets_no_certificate(
     bundle: Path, fashion_bundle: Path, copied_plain_bundle: Path, fresh: Path
 ) -> None:
-    result = judged(copied_plain_bundle, fresh, against=fashion_bundle, min_agreement=90)
+    result = judged(copied_plain_bundle, fresh, against=fashion_bundle, samples=60, min_agreement=90)
 
     with pytest.raises(UsageError, match="does not have the graphs that were validated"):
         certify(bundle, [result])
@@ -363,7 +367,7 @@ def test_without_evidence_there_is_no_certificate(
 
 def test_a_ruined_model_gets_no_certificate(ruined: Path, fashion_bundle: Path, fresh: Path) -> None:
     with pytest.raises(GateError, match=r"^FAIL"):
-        certify(ruined, [judged(ruined, fresh, against=fashion_bundle, max_drop=1)])
+        certify(ruined, [judged(ruined, fresh, against=fashion_bundle, samples=60, max_drop=1)])
 
 
 def test_samples_that_were_calibrated_on_are_found(bundle: Path, fashion_bundle: Path, tmp_path: Path) -> None:

@@ -18,6 +18,8 @@ from perceiver_export.runtimes.runtime import Array
 from tests.calibration.asked import TEST, judged, pictures
 from tests.cli.commands import fail, perceiver_export, unwrapped
 
+pytestmark = pytest.mark.usefixtures("one_process")
+
 
 def test_nan_outputs_are_written_where_machines_and_people_read(
     nan_bundle: Path, fashion_bundle: Path, tmp_path: Path

@@ -233,6 +233,7 @@ def test_padded_heads_give_the_same_numbers(language: Bundle) -> None:
     np.testing.assert_allclose(run(model, feeds, language.path)["logits"], expected, atol=2e-6)
 
 
+@pytest.mark.usefixtures("untimed")
 def test_int8_beside_int4_weights_is_rewritten_in_every_precision(fashion_bundle: Path, tmp_path: Path) -> None:
     """The graph is of opset 21, where onnxruntime's optimizer spoils Q/DQ of int8 activations."""
     mixture: dict[str, Scheme] = {"encoder.self_attentions.0.2.mlp.*": "int4-weights", "decoder.*": "float"}

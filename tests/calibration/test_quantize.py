@@ -142,6 +142,7 @@ def test_validate_gates_hold_before_anything_is_written(
     assert not (tmp_path / "not").exists()
 
 
+@pytest.mark.usefixtures("untimed")
 def test_coverage_below_what_was_asked_fails(
     fashion_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -154,6 +155,7 @@ def test_coverage_below_what_was_asked_fails(
     assert made.manifest.quantization.integer_share["ort-cpu"] < 0.01
 
 
+@pytest.mark.usefixtures("untimed")
 def test_layers_stay_float_by_name(plain_fashion_bundle: Path, tmp_path: Path) -> None:
     kept = "encoder.cross_attentions.0.attention"
     options = QuantizeOptions(samples=8, keep_float=[f"{kept}.*"])
@@ -173,6 +175,7 @@ def test_sensitivity_puts_the_worst_layer_first(plain_fashion_bundle: Path) -> N
     assert sum(one.share for one in groups) == pytest.approx(1.0)
 
 
+@pytest.mark.usefixtures("untimed")
 def test_three_samples_one_class_and_random_data_are_told(fashion_bundle: Path, tmp_path: Path) -> None:
     with np.load(HELD_OUT) as archive:
         shirts = archive["image"][archive["labels"] == 6][:3]
@@ -187,6 +190,7 @@ def test_three_samples_one_class_and_random_data_are_told(fashion_bundle: Path, 
     assert random.manifest.quantization.random_data
 
 
+@pytest.mark.usefixtures("untimed")
 def test_a_cpu_without_vnni_gets_seven_bits_or_a_refusal(
     int8: Bundle, fashion_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -204,6 +208,7 @@ def test_a_cpu_without_vnni_gets_seven_bits_or_a_refusal(
         assert np.isfinite(runtime.run({"image": np.zeros((1, 3, 28, 28), np.float32)})["logits"]).all()
 
 
+@pytest.mark.usefixtures("untimed")
 def test_a_generator_is_read_once_and_may_be_short(fashion_bundle: Path, tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
     samples = ({"image": generator.normal(size=(3, 28, 28)).astype(np.float32)} for _ in range(5))
@@ -215,6 +220,7 @@ def test_a_generator_is_read_once_and_may_be_short(fashion_bundle: Path, tmp_pat
         quantize(fashion_bundle, samples, tmp_path / "again")
 
 
+@pytest.mark.usefixtures("untimed")
 def test_the_same_data_gives_the_same_bytes(int8_bundle: Path, fashion_bundle: Path, tmp_path: Path) -> None:
     again = quantize(fashion_bundle, HELD_OUT, tmp_path / "again", QuantizeOptions(samples=32)).path
     graphs = [path.name for path in int8_bundle.iterdir() if path.suffix in (".onnx", ".weights")]

@@ -23,6 +23,8 @@ from perceiver_export.runtimes.errors import UsageError
 from tests.calibration.asked import TEST, judged
 from tests.calibration.damaged_scales import with_a_scale_times
 
+pytestmark = pytest.mark.usefixtures("one_process")
+
 
 @pytest.fixture(scope="module")
 def results(int8_bundle: Path, fashion_bundle: Path) -> tuple[Validation, Validation]:

@@ -28,6 +28,8 @@ from tests.calibration.cancelling_units import LAYER, with_cancelling_units
 from tests.calibration.damaged_scales import with_a_scale_times
 from tests.conftest import FASHION
 
+pytestmark = pytest.mark.usefixtures("one_process")
+
 
 def _quiet(what: str, done: int, total: int) -> None: ...
 

@@ -68,6 +68,7 @@ def test_every_task_merges(case: Any, small_bundle: Callable[..., Path], tmp_pat
     assert same(merged, validate(bundle, data, asked(against_device="ort-cpu")))
 
 
+@pytest.mark.usefixtures("one_process")
 def test_the_command_writes_shards_and_judges_them(int8_bundle: Path, fashion_bundle: Path, tmp_path: Path) -> None:
     bundle = shutil.copytree(int8_bundle, tmp_path / "bundle")
     common: list[str | Path] = ["validate", bundle, "--data", TEST, "--samples", "150", "--against", fashion_bundle]

@@ -34,6 +34,7 @@ def parts(fashion_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> lis
     return files
 
 
+@pytest.mark.usefixtures("untimed")
 def test_merged_statistics_give_the_graphs_of_one_pass(parts: list[Path], fashion_bundle: Path, tmp_path: Path) -> None:
     whole = quantize(fashion_bundle, DATA, tmp_path / "whole", OPTIONS)
     merged = quantize(fashion_bundle, None, tmp_path / "merged", OPTIONS, statistics=[*parts[::-1], parts[1]])
@@ -45,6 +46,7 @@ def test_merged_statistics_give_the_graphs_of_one_pass(parts: list[Path], fashio
     assert (records[0].data, records[0].effects) == (records[1].data, records[1].effects)
 
 
+@pytest.mark.usefixtures("untimed")
 def test_the_command_merges_a_split_bundle(small_bundle: Callable[..., Path], tmp_path: Path) -> None:
     """Its decoder takes random queries."""
     bundle, data = small_bundle("flow", split=True), flow_file(tmp_path)

@@ -46,6 +46,7 @@ def test_answers_and_descriptions(evil_bundle: Path, json_flag: tuple[str, ...])
         assert harmless(said.stdout + said.stderr)
 
 
+@pytest.mark.usefixtures("one_process")
 def test_documents(evil_bundle: Path, tmp_path: Path) -> None:
     with np.load(FASHION / "test.npz") as arrays:
         np.savez(tmp_path / "d.npz", image=arrays["image"][:40], labels=arrays["labels"][:40])

@@ -112,6 +112,7 @@ def test_every_option_is_passed_on(fashion_bundle: Path, tmp_path: Path, monkeyp
     assert taken == {**splits, "device": "all", "least_gain": 1, "for_size": False, "allow_overlap": True}
 
 
+@pytest.mark.usefixtures("one_process")
 def test_a_search_is_shown_rung_by_rung(fashion_bundle: Path, tmp_path: Path) -> None:
     search = some(FASHION / "test.npz", 0, 200, tmp_path / "search.npz")
     certify = some(FASHION / "test.npz", 200, 400, tmp_path / "certify.npz")

@@ -11,12 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from perceiver_export.exporter.cli.answers import Request, image_files
 from perceiver_export.exporter.cli.run import RUNNERS
 from perceiver_export.exporter.verification import TOLERANCE
 from perceiver_export.runtimes import load, open_bundle
 from perceiver_export.runtimes.tasks import TASKS
-from perceiver_export.runtimes.tasks.sound import read_wav, write_wav
+from perceiver_export.runtimes.tasks.sound import write_wav
 from tests.conftest import SmallBundle
 
 from . import small_models
@@ -64,15 +63,6 @@ RUNS: list[tuple[str, list[str], list[str]]] = [
 WITHOUT_LABELS = ("glue", "flow", "sets")
 
 
-def test_pictures_of_a_directory_come_in_the_order_of_their_numbers(tmp_path: Path) -> None:
-    for name in ("frame10.png", "frame2.png", "notes.txt"):
-        (tmp_path / name).touch()
-
-    assert [file.name for (file,) in image_files(Request("bundle", [str(tmp_path), "one.png"]))] == [
-        "frame2.png", "frame10.png", "one.png",
-    ]  # fmt: skip
-
-
 def test_every_task_has_a_command_and_says_what_it_takes() -> None:
     assert TASKS.keys() == RUNNERS.keys()
 
@@ -111,54 +101,6 @@ def test_split_and_whole_are_one_model(small_bundle: SmallBundle, system: str) -
             there = feeds[mask][0].astype(bool)
             found[name], array = found[name][:, there], array[:, there]
         np.testing.assert_allclose(found[name], array, rtol=0, atol=TOLERANCE * np.abs(array).max())
-
-
-def test_flow_is_written_as_files_and_as_a_picture(small_bundle: SmallBundle, files: Path, tmp_path: Path) -> None:
-    pair = (files / "frames" / "frame0.png", files / "frames" / "frame1.png")
-    for name in ("flow.flo", "flow.npy", "flow.png"):
-        succeed("run", small_bundle("flow", False), *pair, "-o", tmp_path / name)
-    assert np.load(tmp_path / "flow.npy").shape == (20, 30, 2)
-    with Image.open(tmp_path / "flow.png") as picture:
-        assert picture.size == (30, 20)
-    assert (tmp_path / "flow.flo").read_bytes()[:4] == b"PIEH"
-    succeed("run", small_bundle("flow", True), files / "frames", "-o", tmp_path / "all")
-    assert len(list((tmp_path / "all").glob("*.flo"))) == 2
-
-
-def test_video_is_written_as_frames_and_sound(small_bundle: SmallBundle, files: Path, tmp_path: Path) -> None:
-    succeed("run", small_bundle("video", True), files / "video", files / "sound.wav", "-o", tmp_path / "out")
-    assert len(list((tmp_path / "out").glob("*.png"))) == 2
-    assert read_wav(tmp_path / "out" / "sound.wav", 48_000).shape == (480,)
-
-
-# System, what to give `run`, words of the error.
-BAD: list[tuple[str, str, str]] = [
-    ("language", "x" * 33 + "[MASK]", "the text has 34 bytes, but only 32 fit"),
-    ("language", "nothing to do", "the text has no [MASK]"),
-    ("language", "latin.txt", "latin.txt: the text is not valid UTF-8: byte 0xe9 at offset 3"),
-    ("flow", "small", "10 × 30"),
-    ("flow", "mixed", "frame0.png has 20 × 30 pixels"),
-    ("mel", "slow.wav", "slow.wav has 44100 samples per second, but the model takes 48000"),
-    ("points", "nan.npy", "point 0: [0.0, 0.0, nan]"),
-    ("points", "nothing.npy", "nothing.npy contains no points"),
-    ("sets", "empty.npz", "the entities have shape [1, 0, 16]"),
-    ("sets", "masked.npz", "sample 0 are masked by 'entities_mask'"),
-]
-
-
-@pytest.mark.parametrize("split", [False, True], ids=["whole", "split"])
-def test_bad_input_is_one_error_and_one_hint(small_bundle: SmallBundle, split: bool, tmp_path: Path) -> None:
-    write_frames(tmp_path / "small", (10, 30), (10, 30))
-    write_frames(tmp_path / "mixed", (20, 30), (20, 31))
-    (tmp_path / "latin.txt").write_bytes(b"caf\xe9 [MASK]")
-    write_wav(tmp_path / "slow.wav", np.zeros(9600, np.float32), 44_100)
-    np.save(tmp_path / "nan.npy", np.array([[0, 0, np.nan], [1, 2, 3]]))
-    np.save(tmp_path / "nothing.npy", np.zeros((0, 3)))
-    np.savez(tmp_path / "empty.npz", entities=np.zeros((0, 16), np.float32))
-    np.savez(tmp_path / "masked.npz", entities=np.ones((4, 16), np.float32), entities_mask=np.zeros(4, np.int32))
-    for system, given, expected in BAD:
-        argument = tmp_path / given if (tmp_path / given).exists() else given
-        assert expected in fail("run", small_bundle(system, split), argument).splitlines()[0], given
 
 
 @pytest.mark.parametrize("system", WITHOUT_LABELS)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -36,12 +37,19 @@ def driver_tells(monkeypatch: pytest.MonkeyPatch) -> Callable[[Gpu], None]:
     return lambda gpu: monkeypatch.setattr(tensorrt, "cuda_gpus", lambda: (gpu,))
 
 
-@pytest.fixture
-def built(copied_bundle: Path) -> Path:
+@pytest.fixture(scope="module")
+def engine(fashion_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle with an engine in fp16 for SM86."""
-    lower_bundle(copied_bundle, "fp16")
-    build(copied_bundle, "tensorrt-rtx", precision="fp16", flags={"compute_capability": "sm86"})
-    return copied_bundle
+    bundle = Path(shutil.copytree(fashion_bundle, tmp_path_factory.mktemp("built") / "bundle"))
+    lower_bundle(bundle, "fp16")
+    build(bundle, "tensorrt-rtx", precision="fp16", flags={"compute_capability": "sm86"})
+    return bundle
+
+
+@pytest.fixture
+def built(engine: Path, tmp_path: Path) -> Path:
+    """A copy of it, to be damaged."""
+    return Path(shutil.copytree(engine, tmp_path / "bundle"))
 
 
 def of_another_version(record: dict[str, Any]) -> None:

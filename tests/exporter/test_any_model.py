@@ -97,6 +97,7 @@ def test_a_module_in_python(tmp_path: Path) -> None:
     assert specs(bundle) == {"input": ("float32", (2, 4)), "logits": ("float32", (2, 3))}
 
 
+@pytest.mark.usefixtures("untimed")
 def test_quantized_and_certified(tmp_path: Path) -> None:
     """The whole road of one's own classifier, against itself in torch."""
     bundle = export(f"{MODULES}:classifier", tmp_path / "b", ExportOptions(batch="1:4:16"))

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import pickle
 import random
 import zipfile
@@ -94,41 +95,30 @@ def test_every_protocol_and_layout_gives_the_same_numbers(tmp_path: Path, protoc
     assert found.state == {}
 
 
-@pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_params_and_state_side_by_side(tmp_path: Path, protocol: int) -> None:
-    params, state = {"a": {"w": np.ones(2, np.float32)}}, {"b/~/mean_ema": {"average": np.zeros(3, np.float32)}}
-    content = {"params": flat_mappings(params), "state": flat_mappings(state)}
+W, SHARED = np.ones(2, np.float32), np.arange(3, dtype=np.float32)
 
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize(
+    ("content", "params", "state"),
+    [
+        (
+            {"params": flat_mappings({"a": {"w": W}}), "state": flat_mappings({"b/~/mean_ema": {"average": SHARED}})},
+            {"a/w": W},
+            {"b/~/mean_ema/average": SHARED},
+        ),
+        ({"params": {"w": W}}, {"params/w": W}, {}),  # a module that is called params, in a plain dict
+        ({"a": {"w": np.array([0.5, 65504], np.float16)}}, {"a/w": np.array([0.5, 65504], np.float32)}, {}),
+        ({"a": {"counter": np.int32(7)}}, {"a/counter": np.array(7, np.int32)}, {}),
+        ({"a": {"w": SHARED}, "b": {"w": SHARED}}, {"a/w": SHARED, "b/w": SHARED}, {}),
+    ],
+    ids=["params and state", "plain dict", "half precision", "scalar", "one array under two names"],
+)
+def test_what_a_checkpoint_may_be(content: Any, params: Any, state: Any, protocol: int, tmp_path: Path) -> None:
     found = read_haiku(write(tmp_path / "p.pickle", content, protocol))
 
-    assert_same({"a/w": params["a"]["w"]}, found.params)
-    assert_same({"b/~/mean_ema/average": state["b/~/mean_ema"]["average"]}, found.state)
-
-
-def test_plain_dicts_do_as_well(tmp_path: Path) -> None:
-    found = read_haiku(write(tmp_path / "p.pickle", {"params": {"w": np.ones(2, np.float32)}}))
-
-    assert_same({"params/w": np.ones(2, np.float32)}, found.params)  # a module that is called params
-
-
-def test_half_precision_becomes_float32(tmp_path: Path) -> None:
-    found = read_haiku(write(tmp_path / "p.pickle", {"a": {"w": np.array([0.5, 65504], np.float16)}}))
-
-    assert_same({"a/w": np.array([0.5, 65504], np.float32)}, found.params)
-
-
-def test_scalars_become_arrays_without_axes(tmp_path: Path) -> None:
-    found = read_haiku(write(tmp_path / "p.pickle", {"a": {"counter": np.int32(7)}}))
-
-    assert_same({"a/counter": np.array(7, np.int32)}, found.params)
-
-
-def test_one_array_under_two_names_is_read_twice(tmp_path: Path) -> None:
-    shared = np.arange(3, dtype=np.float32)
-
-    found = read_haiku(write(tmp_path / "p.pickle", {"a": {"w": shared}, "b": {"w": shared}}))
-
-    assert_same({"a/w": shared, "b/w": shared}, found.params)
+    assert_same(params, found.params)
+    assert_same(state, found.state)
 
 
 def _reconstruct_array(function: Any, args: Any, state: Any, flags: Any) -> Any:
@@ -194,38 +184,37 @@ def test_changed_bytes_give_a_checkpoint_or_our_error(tmp_path: Path, protocol: 
     assert refused > 250  # most changes break it; those of a number or a name do not
 
 
-def test_an_empty_file(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="is empty"):
-        read_haiku(write(tmp_path / "p.pickle", b""))
-
-
-@pytest.mark.parametrize("name", ["missing.pickle", "."])
-def test_no_file(tmp_path: Path, name: str) -> None:
-    with pytest.raises(CheckpointError, match="cannot be read"):
-        read_haiku(tmp_path / name)
-
-
-def test_a_compressed_pickle_says_unpack(tmp_path: Path) -> None:
-    content = gzip.compress((VECTORS / "language" / "checkpoint.pickle").read_bytes())
-
-    with pytest.raises(CheckpointError, match="is a gzip file") as raised:
-        read_haiku(write(tmp_path / "p.pickle", content))
-
-    assert "unpack" in raised.value.hint
-
-
-def test_a_zip_file(tmp_path: Path) -> None:
-    with zipfile.ZipFile(tmp_path / "p.pickle", "w") as archive:
+def zipped() -> bytes:
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
         archive.writestr("data.pkl", b"")
-
-    with pytest.raises(CheckpointError, match="is a zip file"):
-        read_haiku(tmp_path / "p.pickle")
+    return content.getvalue()
 
 
-@pytest.mark.parametrize("content", [b"<html>not found</html>", b"{}", b"\x00" * 64, b"\x89HDF\r\n\x1a\n", b"text\n"])
-def test_files_that_are_no_pickles(tmp_path: Path, content: bytes) -> None:
-    with pytest.raises(CheckpointError, match="is not a readable pickle"):
-        read_haiku(write(tmp_path / "p.pickle", content))
+NO_PICKLES = (b"<html>not found</html>", b"{}", b"\x00" * 64, b"\x89HDF\r\n\x1a\n", b"text\n")
+
+
+@pytest.mark.parametrize(
+    ("content", "message", "hint"),
+    [
+        (b"", "is empty", ""),
+        ("missing.pickle", "cannot be read", ""),
+        (".", "cannot be read", ""),
+        (gzip.compress((VECTORS / "language" / "checkpoint.pickle").read_bytes()), "is a gzip file", "unpack"),
+        (zipped(), "is a zip file", ""),
+        *((content, "is not a readable pickle", "") for content in NO_PICKLES),
+        (b"\x80\x02cml_dtypes\nbfloat16\n.", r"names the class ml_dtypes\.bfloat16", "numpy.float32"),
+    ],
+)
+def test_files_that_are_no_such_pickles(content: bytes | str, message: str, hint: str, tmp_path: Path) -> None:
+    path = tmp_path / content if isinstance(content, str) else write(tmp_path / "p.pickle", content)
+    with pytest.raises(CheckpointError, match=message) as raised:
+        read_haiku(path)
+    assert hint in raised.value.hint
+
+
+ITSELF: dict[str, object] = {}
+ITSELF["a"] = ITSELF
 
 
 @pytest.mark.parametrize(
@@ -243,18 +232,11 @@ def test_files_that_are_no_pickles(tmp_path: Path, content: bytes) -> None:
         ({"a/b": {"c": np.ones(2)}, "a": {"b/c": np.ones(2)}}, "'a/b/c' is not one array"),
         ({"params": {"a": {"w": np.ones(2)}}, "state": {}, "opt_state": 1}, "opt_state beside params and state"),
         ({"params": {"a": {"w": np.ones(2)}}, "state": [1]}, "not a mapping of modules"),
+        (ITSELF, "'a/a' is not one array"),
     ],
 )
 def test_pickles_of_other_things(tmp_path: Path, tree: object, message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
-        read_haiku(write(tmp_path / "p.pickle", tree))
-
-
-def test_a_mapping_that_contains_itself(tmp_path: Path) -> None:
-    tree: dict[str, object] = {}
-    tree["a"] = tree
-
-    with pytest.raises(CheckpointError, match="'a/a' is not one array"):
         read_haiku(write(tmp_path / "p.pickle", tree))
 
 

@@ -233,10 +233,3 @@ def test_an_array_that_was_never_filled(tmp_path: Path) -> None:
 
     with pytest.raises(CheckpointError, match="'a/w' is not one array"):
         read_haiku(write(tmp_path / "p.pickle", {"a": {"w": empty}}))
-
-
-def test_bfloat16_says_how_to_save_it(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"names the class ml_dtypes\.bfloat16") as raised:
-        read_haiku(write(tmp_path / "p.pickle", b"\x80\x02cml_dtypes\nbfloat16\n."))
-
-    assert "numpy.float32" in raised.value.hint

@@ -29,7 +29,7 @@ from perceiver_export.runtimes.tasks.base import Prediction, Value, answer
 
 from .conftest import moved
 from .test_checkpoints_page import ignored_fields
-from .transformers_reference import patches
+from .transformers_reference import run_transformers
 
 PROBLEMS = (None, "regression", "single_label_classification", "multi_label_classification", "of my own")
 TEXT = "Ein Krimi, très bon"
@@ -112,25 +112,6 @@ def build(config: dict[str, Any], directory: Path) -> Any:
     return model
 
 
-def run(config: dict[str, Any], model: Any, feeds: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What transformers gives for our inputs, under our names."""
-    if "image" in feeds:
-        return {"logits": model(feeds["image"]).logits}
-    if "tokens" in feeds:
-        return {"logits": model(inputs=feeds["tokens"], attention_mask=feeds["tokens_mask"]).logits}
-    if feeds.keys() == {"frames"}:
-        return {"flow": model(patches(feeds["frames"])).logits * 20}
-    label = torch.zeros(1, model.config.num_labels, dtype=feeds["frames"].dtype)
-    points = {
-        "image": torch.arange(int(np.prod(config["output_shape"]))),
-        "audio": torch.arange(feeds["audio"].shape[1] // config["samples_per_patch"]),
-        "label": None,
-    }
-    inputs = {"image": feeds["frames"].permute(0, 1, 4, 2, 3), "audio": feeds["audio"], "label": label}
-    found = model(inputs=inputs, subsampled_output_points=points).logits
-    return {"video": found["image"], "sound": found["audio"], "label": found["label"]}
-
-
 def shape_of(name: str, config: dict[str, Any]) -> dict[str, tuple[int, int, int]]:
     """The image that a classifier is exported for."""
     if TASKS[name] != "image-classification":
@@ -169,7 +150,7 @@ def test_drawn_configs_give_what_transformers_gives(name: str, seed: int, tmp_pa
     feeds = make_feeds(ours.config.inputs)
 
     with torch.no_grad():
-        expected, found = run(config, theirs, feeds), ours.model.double()(feeds)
+        expected, found = run_transformers(theirs, feeds), ours.model.double()(feeds)
 
     assert found.keys() == expected.keys()
     for output, values in expected.items():
@@ -220,7 +201,7 @@ def test_the_table_names_what_transformers_reads(name: str, tmp_path: Path, monk
     built: Any = getattr(transformers, name)
     monkeypatch.setattr(PerceiverConfig, "__getattribute__", recorded)
     with torch.no_grad():
-        run(config, built(full).eval(), feeds)
+        run_transformers(built(full).eval(), feeds)
     monkeypatch.undo()
 
     ignored = ignored_fields()
@@ -324,7 +305,7 @@ def test_flow_is_transformers(tmp_path: Path) -> None:
     pair = np.random.default_rng(0).integers(0, 256, (2, *config["train_size"], 3), dtype=np.uint8)
     frames = torch.from_numpy(pair / 255 * 2 - 1).float().permute(0, 3, 1, 2)[None]
     with torch.no_grad():
-        expected = run(config, model, {"frames": frames})["flow"][0].numpy()
+        expected = run_transformers(model, {"frames": frames})["flow"][0].numpy()
 
     bundle = export(tmp_path / "model", tmp_path / "bundle")
 
@@ -341,7 +322,7 @@ def test_videos_come_back_as_from_transformers_at_no_rate_that_nobody_said(tmp_p
     sound = rng.uniform(-1, 1, 12 * config["num_frames"]).astype(np.float32)
     feeds = {"frames": torch.from_numpy(frames)[None], "audio": torch.from_numpy(sound)[None, :, None]}
     with torch.no_grad():
-        expected = {name: values.numpy() for name, values in run(config, model, feeds).items()}
+        expected = {name: values.numpy() for name, values in run_transformers(model, feeds).items()}
 
     bundle = export(tmp_path / "model", tmp_path / "bundle", ExportOptions(split=False))
 

@@ -59,7 +59,7 @@ def samples(kind: str) -> tuple[Arrays, Arrays]:
     """Two samples, and transformers' answers to them."""
     feeds = {name: tensor[:2] for name, tensor in make_feeds(kind, torch.float32).items()}
     with torch.no_grad():
-        expected = run_transformers(kind, make_transformers_model(kind), feeds)
+        expected = run_transformers(make_transformers_model(kind), feeds)
     arrays = {name: tensor.numpy() for name, tensor in feeds.items()}
     return arrays, {name: tensor.numpy() for name, tensor in expected.items()}
 

@@ -244,6 +244,7 @@ def test_a_text_that_is_too_long_is_counted_or_cut_and_the_tokenizer_stays_with_
         judged(bundle, data, against=bundle, against_device="ort-cpu")
 
 
+@pytest.mark.usefixtures("untimed")
 def test_a_certificate_says_how_many_texts_were_cut(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     bundle, data = tmp_path / "bundle", tmp_path / "texts.jsonl"
     export(checkpoint(make_checkpoint, "text", bert(), num_labels=2), bundle)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ def difference(kind: str, dtype: torch.dtype, **changes: Any) -> float:
     feeds = make_feeds(kind, dtype)
     with torch.no_grad():
         found = ours(feeds)
-        expected = run_transformers(kind, theirs.to(dtype), feeds)
+        expected = run_transformers(theirs.to(dtype), feeds)
     assert found.keys() == expected.keys()
     return _distance(found, expected)
 
@@ -37,8 +38,8 @@ def rounding(kind: str, **changes: Any) -> float:
     theirs, feeds = make_transformers_model(kind, **changes), make_feeds(kind, torch.float32)
     doubles = {name: one.double() if one.is_floating_point() else one for name, one in feeds.items()}
     with torch.no_grad():
-        single = run_transformers(kind, theirs, feeds)
-        return _distance(single, run_transformers(kind, theirs.double(), doubles))
+        single = run_transformers(theirs, feeds)
+        return _distance(single, run_transformers(theirs.double(), doubles))
 
 
 def _distance(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
@@ -69,15 +70,26 @@ def make_feeds(kind: str, dtype: torch.dtype) -> dict[str, Tensor]:
     return {"tokens": tokens, "tokens_mask": mask}
 
 
-def run_transformers(kind: str, model: Any, feeds: dict[str, Tensor]) -> dict[str, Tensor]:
-    """transformers' outputs for our inputs, under our names."""
-    if kind in SIZES:
+def run_transformers(model: Any, feeds: dict[str, Tensor]) -> dict[str, Tensor]:
+    """transformers' outputs for our inputs, under our names; of a video all points, by their indices: without indices
+    transformers fails, and its positions would be others.
+    """
+    if "image" in feeds:
         return {"logits": model(feeds["image"]).logits}
-    if kind == "flow":
+    if "tokens" in feeds:
+        return {"logits": model(inputs=feeds["tokens"], attention_mask=feeds["tokens_mask"]).logits}
+    if feeds.keys() == {"frames"}:
         return {"flow": model(patches(feeds["frames"])).logits * 20}
-    if kind == "video":
-        return _run_video(model, feeds)
-    return {"logits": model(inputs=feeds["tokens"], attention_mask=feeds["tokens_mask"]).logits}
+    frames, audio, config = feeds["frames"], feeds["audio"], model.config
+    label = torch.zeros(len(frames), config.num_labels, dtype=frames.dtype)
+    points = {
+        "image": torch.arange(math.prod(config.output_shape)),
+        "audio": torch.arange(audio.shape[1] // config.samples_per_patch),
+        "label": None,
+    }
+    inputs = {"image": frames.permute(0, 1, 4, 2, 3), "audio": audio, "label": label}
+    found = model(inputs=inputs, subsampled_output_points=points).logits
+    return {"video": found["image"], "sound": found["audio"], "label": found["label"]}
 
 
 def patches(frames: Tensor) -> Tensor:
@@ -86,13 +98,3 @@ def patches(frames: Tensor) -> Tensor:
     columns = torch.nn.functional.unfold(frames.flatten(0, 1), kernel_size=3, padding=1)
     columns = columns.reshape(batch, pair, channels, 9, height, width).transpose(2, 3)
     return columns.reshape(batch, pair, 27, height, width)
-
-
-def _run_video(model: Any, feeds: dict[str, Tensor]) -> dict[str, Tensor]:
-    """All points, by their indices: without indices transformers fails, and its positions would be others."""
-    frames = feeds["frames"].permute(0, 1, 4, 2, 3)
-    outputs = model(
-        inputs={"image": frames, "audio": feeds["audio"], "label": torch.zeros(2, 5, dtype=frames.dtype)},
-        subsampled_output_points={"image": torch.arange(3 * 20 * 20), "audio": torch.arange(9), "label": None},
-    ).logits
-    return {"video": outputs["image"], "sound": outputs["audio"], "label": outputs["label"]}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.fuzz import kills, loads, readers
+from tests.fuzz import kills, readers
 
 _CASES = 60  # of each reader
 
@@ -49,8 +49,3 @@ def test_killed_commands_lose_nothing(fashion_bundle: Path, tmp_path: Path) -> N
     killed = re.search(r"(\d+) killed, 0 lost", done.stdout)
     assert killed
     assert int(killed[1]) >= 2
-
-
-@pytest.mark.parametrize("target", loads.TARGETS)
-def test_threads_get_equal_answers(fashion_bundle: Path, target: str) -> None:
-    assert loads.differing_answers(fashion_bundle, target, threads=4, calls=25) == 0

@@ -27,13 +27,19 @@ def runtime(request: pytest.FixtureRequest, target: str, fashion_bundle: Path, e
         yield loaded
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def engines(fashion_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the bundle with an engine for every target."""
     copy = Path(shutil.copytree(fashion_bundle, tmp_path_factory.mktemp("engines") / "fashion"))
     for target in EXPECTED:
         build(copy, target)
     return copy
+
+
+@pytest.fixture
+def built_bundle(engines: Path, tmp_path: Path) -> Path:
+    """A copy of `engines`, to be damaged; `build` finds its engines there."""
+    return Path(shutil.copytree(engines, tmp_path / "bundle"))
 
 
 @pytest.fixture

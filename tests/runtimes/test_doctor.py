@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,8 +13,16 @@ from perceiver_export.runtimes import devices, diagnosis, doctor, machine
 from perceiver_export.runtimes.engines.backend import TARGETS, find_target
 from perceiver_export.runtimes.engines.cuda import Gpu
 from perceiver_export.runtimes.errors import DeviceError, install_command
-from perceiver_export.runtimes.presence import Device, Presence
+from perceiver_export.runtimes.presence import Device, Presence, presence_apart
 from tests.runtimes.targets import EXPECTED
+
+
+@pytest.fixture(autouse=True, scope="module")
+def asked_once() -> Iterator[None]:
+    """Each target is asked in a process of its own, which knows of nothing that these tests replace."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(diagnosis, "presence_apart", functools.cache(presence_apart))
+        yield
 
 
 def test_doctor_finds_what_is_here_and_says_how_to_get_the_rest() -> None:

@@ -36,18 +36,18 @@ def test_an_engine_is_built_once_and_used(copied_bundle: Path, target: str) -> N
     assert left_behind(copied_bundle) == []
 
 
-def test_an_engine_goes_along_with_a_copy_of_its_bundle(copied_bundle: Path, tmp_path: Path, target: str) -> None:
-    build(copied_bundle, target)
-    moved = Path(shutil.copytree(copied_bundle, tmp_path / "elsewhere"))
+def test_an_engine_goes_along_with_a_copy_of_its_bundle(built_bundle: Path, tmp_path: Path, target: str) -> None:
+    build(built_bundle, target)
+    moved = Path(shutil.copytree(built_bundle, tmp_path / "elsewhere"))
 
     assert compiled(moved, target).startswith(str(moved))
 
 
-def test_force_builds_again_in_the_same_place(copied_bundle: Path, target: str) -> None:
-    (first,), (again,) = build(copied_bundle, target), build(copied_bundle, target, force=True)
+def test_force_builds_again_in_the_same_place(built_bundle: Path, target: str) -> None:
+    (first,), (again,) = build(built_bundle, target), build(built_bundle, target, force=True)
 
     assert (again.new, again.directory) == (True, first.directory)
-    assert logits(copied_bundle, target).shape == (1, 10)
+    assert logits(built_bundle, target).shape == (1, 10)
 
 
 @pytest.mark.parametrize(
@@ -62,31 +62,32 @@ def test_force_builds_again_in_the_same_place(copied_bundle: Path, target: str) 
     ids=["version", "device", "driver", "features", "model"],
 )
 def test_a_stale_engine_is_told_before_it_is_opened_and_compiled_again(
-    copied_bundle: Path,
+    built_bundle: Path,
+    fashion_bundle: Path,
     target: str,
     edit: Callable[[dict[str, Any]], None],
     reason: str,
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    expected = logits(copied_bundle, target)
-    (built,) = build(copied_bundle, target)
+    expected = logits(fashion_bundle, target)
+    (built,) = build(built_bundle, target)
     edit_record(built.directory, lambda record: edit(record["identity"]))
     (built.directory / FILES[target]).write_bytes(b"opening this would fail")
     library = {"ort-cpu": "onnxruntime", "openvino-cpu": "openvino"}[target]
     why = reason.format(library=library)
 
     with caplog.at_level(logging.WARNING):
-        assert compiled(copied_bundle, target).startswith(f"at load, because the engine in {built.directory} is not")
+        assert compiled(built_bundle, target).startswith(f"at load, because the engine in {built.directory} is not")
     assert why in caplog.text
-    assert f"perceiver-export build {copied_bundle} --target {target}" in caplog.text
-    np.testing.assert_array_equal(expected, logits(copied_bundle, target))
+    assert f"perceiver-export build {built_bundle} --target {target}" in caplog.text
+    np.testing.assert_array_equal(expected, logits(built_bundle, target))
 
     # A target whose compiling takes minutes has nothing to fall back on.
     monkeypatch.setitem(TARGETS, target, msgspec.structs.replace(TARGETS[target], needs_engine=True))
     with pytest.raises(EngineError, match=re.escape(why)) as caught:
-        load(copied_bundle, target)
-    assert caught.value.hint == f"rebuild it: perceiver-export build {copied_bundle} --target {target}"
+        load(built_bundle, target)
+    assert caught.value.hint == f"rebuild it: perceiver-export build {built_bundle} --target {target}"
 
 
 def test_a_target_that_needs_an_engine_says_how_to_build_one(
@@ -113,25 +114,25 @@ def flip(path: Path) -> None:
 
 @pytest.mark.parametrize("damage", [cut, flip, Path.unlink], ids=["cut", "flipped", "gone"])
 def test_a_damaged_engine_is_refused_and_building_repairs_it(
-    copied_bundle: Path, target: str, damage: Callable[[Path], None]
+    built_bundle: Path, target: str, damage: Callable[[Path], None]
 ) -> None:
-    (built,) = build(copied_bundle, target)
+    (built,) = build(built_bundle, target)
     damage(built.directory / FILES[target])
 
     with pytest.raises(EngineError, match="is damaged") as caught:
-        load(copied_bundle, target)
+        load(built_bundle, target)
     with pytest.raises(EngineError, match="is damaged"):
-        load(copied_bundle, target, verify="never")
+        load(built_bundle, target, verify="never")
     assert "manifest" not in caught.value.message
     assert ("engine.json" in caught.value.message) == (damage is not Path.unlink)
-    assert caught.value.hint == f"rebuild it: perceiver-export build {copied_bundle} --target {target}"
-    (again,) = build(copied_bundle, target)
+    assert caught.value.hint == f"rebuild it: perceiver-export build {built_bundle} --target {target}"
+    (again,) = build(built_bundle, target)
     assert (again.new, again.directory) == (True, built.directory)
-    assert logits(copied_bundle, target).shape == (1, 10)
+    assert logits(built_bundle, target).shape == (1, 10)
 
 
-def test_an_engine_that_is_not_what_its_record_says_is_refused_all_the_same(copied_bundle: Path, target: str) -> None:
-    (built,) = build(copied_bundle, target)
+def test_an_engine_that_is_not_what_its_record_says_is_refused_all_the_same(built_bundle: Path, target: str) -> None:
+    (built,) = build(built_bundle, target)
     file = built.directory / {"ort-cpu": "model.onnx", "openvino-cpu": "model.blob"}[target]
     file.write_bytes(b"\x3a\x00")  # a whole ONNX file with an empty graph
     edit_record(
@@ -139,7 +140,7 @@ def test_an_engine_that_is_not_what_its_record_says_is_refused_all_the_same(copi
     )
 
     with pytest.raises(EngineError, match="cannot be opened") as caught:
-        load(copied_bundle, target)
+        load(built_bundle, target)
     assert f"--target {target} --force" in caught.value.hint
 
 
@@ -147,49 +148,49 @@ def test_an_engine_that_is_not_what_its_record_says_is_refused_all_the_same(copi
     "content", [None, b"", b"not json", b"{}", b'{"schema_version": 99}', b"[1, 2]", b"\xff\xfe"], ids=repr
 )
 def test_a_record_that_cannot_be_read_is_told_and_is_no_engine(
-    copied_bundle: Path,
+    built_bundle: Path,
     target: str,
     content: bytes | None,
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    (built,) = build(copied_bundle, target)
+    (built,) = build(built_bundle, target)
     (built.directory / "engine.json").unlink()
     if content is not None:
         (built.directory / "engine.json").write_bytes(content)
     why = f"the engine in {built.directory} cannot be read: its engine.json is missing, damaged or from a newer version"
 
     with caplog.at_level(logging.WARNING):
-        assert compiled(copied_bundle, target) == f"at load, because {why}"
-    assert f"{why}; compiled again at load. rebuild it: perceiver-export build {copied_bundle}" in caplog.text
+        assert compiled(built_bundle, target) == f"at load, because {why}"
+    assert f"{why}; compiled again at load. rebuild it: perceiver-export build {built_bundle}" in caplog.text
     with monkeypatch.context() as patch:
         patch.setitem(TARGETS, target, msgspec.structs.replace(TARGETS[target], needs_engine=True))
         with pytest.raises(EngineError, match=re.escape(why)):
-            load(copied_bundle, target)
-    (again,) = build(copied_bundle, target)
+            load(built_bundle, target)
+    (again,) = build(built_bundle, target)
     assert (again.new, again.directory) == (True, built.directory)
-    assert compiled(copied_bundle, target) == str(built.directory)
+    assert compiled(built_bundle, target) == str(built.directory)
 
 
-def test_a_record_cannot_point_out_of_its_directory(copied_bundle: Path, target: str) -> None:
-    (built,) = build(copied_bundle, target)
+def test_a_record_cannot_point_out_of_its_directory(built_bundle: Path, target: str) -> None:
+    (built,) = build(built_bundle, target)
     edit_record(
         built.directory, lambda record: record["files"].update({"../../../manifest.json": {"sha256": "0", "size": 1}})
     )
 
     with pytest.raises(EngineError, match="is damaged"):
-        load(copied_bundle, target)
+        load(built_bundle, target)
 
 
-def test_a_preflight_reads_no_engine(copied_bundle: Path, target: str) -> None:
+def test_a_preflight_reads_no_engine(built_bundle: Path, target: str) -> None:
     """20 ms are allowed; tests/benchmarks/loading.py measures it."""
-    (built,) = build(copied_bundle, target)
+    (built,) = build(built_bundle, target)
     edit_record(built.directory, lambda record: record["identity"]["platform"].update(device="Abacus"))
     (built.directory / FILES[target]).unlink()
     os.mkfifo(built.directory / FILES[target])  # reading it would wait for ever
 
     start = time.perf_counter()
-    assert compiled(copied_bundle, target).startswith("at load, because")
+    assert compiled(built_bundle, target).startswith("at load, because")
     assert time.perf_counter() - start < 30
 
 

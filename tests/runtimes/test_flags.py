@@ -48,17 +48,17 @@ def test_what_is_listed_is_taken_by_the_library(copied_bundle: Path, target: str
 
 @pytest.mark.parametrize(("target", "name"), [(target, name) for target in EXPECTED for name in FILES[target]])
 def test_a_setting_that_names_a_file_never_reaches_the_library(
-    copied_bundle: Path, tmp_path: Path, target: str, name: str
+    built_bundle: Path, tmp_path: Path, target: str, name: str
 ) -> None:
     victim = tmp_path / "victim"
     victim.write_text("precious", encoding="utf-8")
     with pytest.raises(UsageError) as caught:
-        build(copied_bundle, target, flags={name: str(victim)})
+        build(built_bundle, target, flags={name: str(victim)})
     assert repr(name) in caught.value.message
 
-    (built,) = build(copied_bundle, target)
+    (built,) = build(built_bundle, target)
     edit_record(built.directory, lambda record: record["identity"]["options"]["flags"].update({name: str(victim)}))
-    said = compiled(copied_bundle, target)
+    said = compiled(built_bundle, target)
     assert said.startswith("at load, because")
     assert repr(name) in said
     assert victim.read_text(encoding="utf-8") == "precious"

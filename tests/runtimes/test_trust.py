@@ -38,24 +38,24 @@ def flip(directory: Path, name: str) -> None:
 
 
 def test_an_engine_that_was_changed_with_its_record_is_not_opened(
-    copied_bundle: Path, target: str, monkeypatch: pytest.MonkeyPatch
+    built_bundle: Path, fashion_bundle: Path, target: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = logits(copied_bundle, target)
-    (built,) = build(copied_bundle, target)
+    expected = logits(fashion_bundle, target)
+    (built,) = build(built_bundle, target)
     for file in built.directory.iterdir():
         if file.name != "engine.json":
             flip(built.directory, file.name)
 
-    assert compiled(copied_bundle, target).startswith(f"at load, because the engine in {built.directory} is not for")
-    np.testing.assert_array_equal(expected, logits(copied_bundle, target))
+    assert compiled(built_bundle, target).startswith(f"at load, because the engine in {built.directory} is not for")
+    np.testing.assert_array_equal(expected, logits(built_bundle, target))
     with monkeypatch.context() as patch:
         patch.setitem(TARGETS, target, msgspec.structs.replace(TARGETS[target], needs_engine=True))
         with pytest.raises(EngineError) as caught:
-            load(copied_bundle, target)
+            load(built_bundle, target)
     assert "perceiver-export build" in caught.value.hint
     assert ENVIRONMENT in caught.value.hint
-    assert build(copied_bundle, target)[0].new
-    assert compiled(copied_bundle, target) == str(built.directory)
+    assert build(built_bundle, target)[0].new
+    assert compiled(built_bundle, target) == str(built.directory)
 
 
 @pytest.mark.parametrize(
@@ -70,11 +70,11 @@ def test_an_engine_that_was_changed_with_its_record_is_not_opened(
     ],
     ids=["none", "another", "no digits", "seconds", "options", "files"],
 )
-def test_every_part_of_a_record_is_signed(copied_bundle: Path, edit: Callable[[dict[str, Any]], None]) -> None:
-    (built,) = build(copied_bundle, EXPECTED[0])
+def test_every_part_of_a_record_is_signed(built_bundle: Path, edit: Callable[[dict[str, Any]], None]) -> None:
+    (built,) = build(built_bundle, EXPECTED[0])
     edit_record(built.directory, edit, sign=False)
 
-    assert compiled(copied_bundle, EXPECTED[0]).startswith("at load")
+    assert compiled(built_bundle, EXPECTED[0]).startswith("at load")
 
 
 def test_another_user_compiles_again_unless_the_key_is_shared(
@@ -143,24 +143,24 @@ def test_a_key_that_cannot_be_made_is_one_error(
 
 
 @pytest.mark.parametrize("place", ["engines", "engines/ort-cpu", "key"])
-def test_links_on_the_way_to_an_engine_are_not_followed(copied_bundle: Path, tmp_path: Path, place: str) -> None:
+def test_links_on_the_way_to_an_engine_are_not_followed(built_bundle: Path, tmp_path: Path, place: str) -> None:
     """Neither to read what lies there, be it signed, nor to write."""
-    (built,) = build(copied_bundle, "ort-cpu")
-    moved = built.directory if place == "key" else copied_bundle / place
+    (built,) = build(built_bundle, "ort-cpu")
+    moved = built.directory if place == "key" else built_bundle / place
     elsewhere = tmp_path / "elsewhere"
     shutil.move(moved, elsewhere)
     moved.symlink_to(elsewhere)
     before = sorted((path, path.stat().st_mtime_ns) for path in elsewhere.rglob("*"))
 
-    assert str(moved) in compiled(copied_bundle, "ort-cpu")
+    assert str(moved) in compiled(built_bundle, "ort-cpu")
     with pytest.raises(BuildError) as caught:
-        build(copied_bundle, "ort-cpu", force=True)
+        build(built_bundle, "ort-cpu", force=True)
     assert str(moved) in caught.value.message
     assert sorted((path, path.stat().st_mtime_ns) for path in elsewhere.rglob("*")) == before
 
 
-def test_a_record_that_is_a_link_is_not_followed(copied_bundle: Path, tmp_path: Path) -> None:
-    (built,) = build(copied_bundle, "ort-cpu")
+def test_a_record_that_is_a_link_is_not_followed(built_bundle: Path, tmp_path: Path) -> None:
+    (built,) = build(built_bundle, "ort-cpu")
     shutil.move(built.directory / "engine.json", tmp_path / "engine.json")
     (built.directory / "engine.json").symlink_to(tmp_path / "engine.json")
-    assert "engine.json" in compiled(copied_bundle, "ort-cpu")
+    assert "engine.json" in compiled(built_bundle, "ort-cpu")

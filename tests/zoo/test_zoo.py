@@ -11,26 +11,32 @@ import torch
 
 from perceiver_export.calibration import QuantizeOptions, quantize
 from perceiver_export.exporter import OwnModel, export
-from perceiver_export.runtimes import load
+from perceiver_export.runtimes import Bundle, load, open_bundle
 from tests.benchmarks.zoo import exact_error
+from tests.conftest import MadeOnce
 from tests.zoo.models import ZOO
 
 # Folding would cost more than it saves: their attention has many heads over few tokens.
 UNPROFITABLE = ("blip2_qformer", "sam_two_way")
 
 
+@pytest.fixture
+def exported(name: str, made_once: MadeOnce) -> Bundle:
+    """The model of the test as a bundle; do not change it."""
+    return open_bundle(made_once(f"zoo of others {name}", lambda path: export(OwnModel(*ZOO[name]()), path)))
+
+
 @pytest.mark.parametrize("name", ZOO)
-def test_a_model_that_nobody_here_wrote(name: str, tmp_path: Path) -> None:
+def test_a_model_that_nobody_here_wrote(name: str, exported: Bundle) -> None:
     module, inputs = ZOO[name]()
-    bundle = export(OwnModel(module, inputs), tmp_path / "b")
-    folds = bundle.manifest.parts["model"].folds
+    folds = exported.manifest.parts["model"].folds
 
     assert folds, "no product was recognised"
     assert any(one.chosen == "folded" for one in folds) == (name not in UNPROFITABLE)
     assert all(one.why for one in folds)
     with torch.no_grad():
         expected = module(**inputs).numpy()
-    with load(bundle) as runtime:
+    with load(exported) as runtime:
         (found,) = runtime.run({key: value.numpy() for key, value in inputs.items()}).values()
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
 
@@ -41,9 +47,8 @@ def test_folds_are_exact_in_float64(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["edgetam_perceiver", "idefics_resampler"])
-def test_every_linear_runs_in_integers_on_both_engines(name: str, tmp_path: Path) -> None:
-    bundle = export(OwnModel(*ZOO[name]()), tmp_path / "b")
-    made = quantize(bundle, "random", tmp_path / "int8", QuantizeOptions(samples=2))
+def test_every_linear_runs_in_integers_on_both_engines(exported: Bundle, tmp_path: Path) -> None:
+    made = quantize(exported, "random", tmp_path / "int8", QuantizeOptions(samples=2))
 
     assert made.manifest.quantization is not None
     assert made.manifest.quantization.integer_share == {"ort-cpu": 1.0, "openvino-cpu": 1.0}
