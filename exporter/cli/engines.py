@@ -57,7 +57,7 @@ class _Build:
 @ui.options_of(_Build, shape=_size, flag=partial(ui.pair, option="--flag", example="workspace=2GiB"))
 def build(
     bundle: ui.BundleArgument,
-    target: Annotated[list[str], typer.Option(help="Target to compile for; may be given more than once.")],
+    target: Annotated[list[str], typer.Option(help="Target to compile for. May be repeated.")],
     how: _Build,
     json: ui.JsonFlag = False,
 ) -> None:
@@ -139,7 +139,9 @@ def _lower(bundle: str, targets: list[str], precision: PrecisionChoice, json: bo
 def lint(
     bundle: Annotated[str, typer.Argument(metavar="BUNDLE|MODEL.onnx", help="A bundle, or an ONNX file.")],
     target: Annotated[str, typer.Option(help="tensorrt or tensorrt-rtx.")] = "tensorrt",
-    version: Annotated[str | None, typer.Option(help="Of TensorRT, such as 10.3; the newest.")] = None,
+    version: Annotated[
+        str | None, typer.Option(help="TensorRT's version, such as 10.3; by default the newest.")
+    ] = None,
     precision: Annotated[str | None, typer.Option(help="fp16, bf16 or fp32: one of several lowered graphs.")] = None,
     json: ui.JsonFlag = False,
 ) -> None:
