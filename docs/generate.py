@@ -57,7 +57,7 @@ def _commands() -> Iterator[str]:
     groups: dict[str, list[str]] = {}
     for name, command in group.commands.items():
         groups.setdefault(command.rich_help_panel, []).append(f"[{name}](#{name})")
-    yield "| | |\n|---|---|"
+    yield "| to | commands |\n|---|---|"
     yield from (f"| {title} | {' · '.join(names)} |" for title, names in groups.items())
     yield ""
     for name, command in group.commands.items():
@@ -114,7 +114,7 @@ def _structs(name: str) -> Iterator[str]:
 
 def _index(page: str, package: str) -> Iterator[str]:
     module = importlib.import_module(package)
-    yield "| | |\n|---|---|"
+    yield "| name | |\n|---|---|"
     for name in module.__all__:
         found = getattr(module, name)
         if _is_documented(name, found):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import shlex
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -67,6 +68,7 @@ def export(
     if json:
         ui.print_json({"bundle": str(bundle.path), "manifest": bundle.manifest})
     else:
+        bundle.path = Path(output)  # as it was typed
         _show_export(bundle)
 
 

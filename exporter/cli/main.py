@@ -115,11 +115,10 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
     parameters = [one.replace(kind=asked.kind) for one in (*signature.parameters.values(), asked)]
     parameters.sort(key=lambda one: _ORDER.index(one.name) if one.name in _GROUP_OF else -1)
     for one in parameters:
-        kind, *about = get_args(one.annotation)
-        if hasattr(about[0], "param_decls"):  # an option
-            about[0].rich_help_panel = _GROUP_OF.get(one.name)
-            if about[0].metavar is None:
-                about[0].metavar = _metavar(one.name, kind)
+        kind, about = get_args(one.annotation)
+        about.rich_help_panel = _GROUP_OF.get(one.name)
+        if about.metavar is None:
+            about.metavar = _metavar(one.name, kind)
     run_command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     run_command.__annotations__ = {one.name: one.annotation for one in parameters}
     return run_command

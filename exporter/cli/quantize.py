@@ -149,6 +149,7 @@ def _quantize_and_show(
         document = {"bundle": str(made.path), "manifest": made.manifest, "calibration": calibration}
         ui.print_json(document | ({} if sensitivity is None else {"sensitivity": groups}))
         return
+    made.path = Path(output)  # as it was typed
     _show_quantized(made, calibration)
     if groups:
         show = f"perceiver-export profile {shlex.quote(str(made.path))} --sort loss"
