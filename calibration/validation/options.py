@@ -116,8 +116,7 @@ class ValidateOptions:
     )
     gates: Gates = Gates()
     against_device: str | None = option(
-        None,
-        "Target of the reference, by default the same. Without --against the reference is BUNDLE on this target.",
+        None, "Target of the reference; by default the same. Without --against: BUNDLE on this target."
     )
     samples: int | None = option(None, "Use this many samples, evenly spread over the data.")
     device: str = option("auto", "Target; `auto` is the first that is present, `all` runs on each.")

@@ -139,9 +139,7 @@ def _lower(bundle: str, targets: list[str], precision: PrecisionChoice, json: bo
 def lint(
     bundle: Annotated[str, typer.Argument(metavar="BUNDLE|MODEL.onnx", help="A bundle, or an ONNX file.")],
     target: Annotated[str, typer.Option(help="tensorrt or tensorrt-rtx.")] = "tensorrt",
-    version: Annotated[
-        str | None, typer.Option(help="TensorRT's version, such as 10.3; by default the newest.")
-    ] = None,
+    version: Annotated[str | None, typer.Option(help="Version, such as 10.3; by default the newest.")] = None,
     precision: Annotated[str | None, typer.Option(help="fp16, bf16 or fp32: one of several lowered graphs.")] = None,
     json: ui.JsonFlag = False,
 ) -> None:
@@ -306,7 +304,7 @@ def profile(
     bundle: ui.BundleArgument,
     how: _Profile,
     sort: Annotated[
-        Literal["time", "loss"], typer.Option(help="The slowest first, or those whose lowering costs most.")
+        Literal["time", "loss"], typer.Option(metavar="time|loss", help="Slowest, or largest loss of accuracy, first.")
     ] = "time",
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write all layers here: .csv or .html.")

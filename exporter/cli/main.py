@@ -55,9 +55,8 @@ _OPTIONS = {
     "Output": "output overwrite csv_ junit report save_worst top sort layers json quiet",
 }
 _GROUP_OF = {name: group for group, names in _OPTIONS.items() for name in names.split()}
-_ORDER = list(_GROUP_OF)
 # Metavars of options by their names or types; others have the name of the option.
-_VALUES: dict[Any, str] = {bool: "", int: "N", float: "NUMBER", "device": "TARGET", "against_device": "TARGET"}
+_VALUES: dict[Any, str] = {int: "N", float: "NUMBER", "device": "TARGET", "against_device": "TARGET"}
 _VALUES |= {"max_drop": "POINTS", "min_agreement": "PERCENT", "min_coverage": "PERCENT", "max_metric_change": "CHANGE"}
 _NUMBERS = {"int_parsing": "a whole number", "float_parsing": "a number"}  # errors of typer's library
 _CLICK_ERROR: Any = typer.BadParameter.__mro__[2]  # typer exports no other name of it
@@ -80,8 +79,8 @@ class _Help:
 class _Command(_Help, TyperCommand):
     def collect_usage_pieces(self, context: Any) -> list[str]:
         """Arguments, then [OPTIONS]."""
-        named = [one for one in self.params if one.param_type_name == "argument"]
-        texts = [one.metavar + "..." * (one.nargs == -1) for one in named]
+        named: list[Any] = [one for one in self.params if one.param_type_name == "argument"]
+        texts = [f"{one.metavar}{'...' * (one.nargs == -1)}" for one in named]
         return [*(text if one.required else f"[{text}]" for one, text in zip(named, texts, strict=True)), "[OPTIONS]"]
 
 
@@ -113,7 +112,7 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
     signature = inspect.signature(function, eval_str=True)
     asked = inspect.Parameter("quiet", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=ui.QuietFlag)
     parameters = [one.replace(kind=asked.kind) for one in (*signature.parameters.values(), asked)]
-    parameters.sort(key=lambda one: _ORDER.index(one.name) if one.name in _GROUP_OF else -1)
+    parameters.sort(key=lambda one: [*_GROUP_OF].index(one.name) if one.name in _GROUP_OF else -1)
     for one in parameters:
         kind, about = get_args(one.annotation)
         about.rich_help_panel = _GROUP_OF.get(one.name)
@@ -127,8 +126,6 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
 def _metavar(name: str, kind: Any) -> str:
     """Of an option that has none of its own; ``kind`` is its type, or that type or None, or a list of it."""
     plain = [one for one in get_args(kind) or (kind,) if one is not type(None)]
-    if isinstance(plain[0], str):  # of a Literal
-        return "|".join(plain)
     return _VALUES.get(name) or _VALUES.get(plain[0], name.upper().replace("_", "-"))
 
 
