@@ -167,7 +167,7 @@ def _show_quantized(made: Bundle, calibration: Calibration) -> None:
     ui.say(f"calibrated on {data.samples:,} samples of {data.source} (fingerprint {data.fingerprint[:16]})")
     times = {one.target: str(one) for one in calibration.speeds}
     rows = [(target, f"{share:.2%}", times.get(target, "")) for target, share in quantization.integer_share.items()]
-    ui.print_table("", ["target", "in integer kernels>", "a call"], rows)
+    ui.print_table("", ["target", "integer kernels>", "a call"], rows)
     for effect in calibration.effects:
         agreement = "" if effect.agreement is None else f", the same answer in {effect.agreement:.1%}"
         ui.say(f"{effect.output} against fp32, on a few samples: {effect.sqnr:.1f} dB{agreement}")
