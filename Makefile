@@ -9,7 +9,7 @@ LISTING := $(VENV)/files
 PYTHON310 ?= $(shell for p in python3.10 $$HOME/.pyenv/versions/3.10.*/bin/python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info[:2] != (3, 10))' 2>/dev/null && echo $$p && break; done)
 
-.PHONY: install demo docs screenshots test suite test-report test-web test-install check check-fast pure test-gpu test-py310 benchmarks fuzz clean FORCE
+.PHONY: install demo docs reference screenshots test suite test-report test-web test-install check check-fast pure test-gpu test-py310 benchmarks fuzz clean FORCE
 
 install: $(STAMP)
 
@@ -67,6 +67,10 @@ test-install: install
 # The pictures of the report in docs/images/, made anew by the README's commands; on a machine that does nothing else.
 screenshots: install
 	$(BIN)/python -m tests.screenshots
+
+# The generated parts of docs/reference, from the commands' help and from docstrings.
+reference: install
+	$(BIN)/python docs/generate.py
 
 # The documentation as a site, in site/; `make docs SERVE=1` shows it in a browser and follows changes.
 docs: install

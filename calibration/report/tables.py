@@ -157,7 +157,7 @@ class Report:
                 bare = (cell.removesuffix(unit).removesuffix(points).strip() for cell in cells)
                 rows.append((self._where(one), name, *bare))
         first = self.validations[0]
-        note, flips = "In brackets: 95 % bounds, each by itself; a change of % is in points.", first.flips
+        note, flips = "In brackets: 95 % bounds, each by itself. Changes of % are in points.", first.flips
         if flips is not None and first.mcnemar is not None:
             note += (
                 f" On {_target(first)}, {flips.lost:,} right with the reference only, {flips.gained:,} with the"

@@ -30,7 +30,7 @@ from perceiver_export.runtimes.manifest import Manifest
 
 RELATIVE = "% of the reference's"  # unit of a limit that was given as 2%
 CAVEAT = "by bootstrap, which is too narrow where samples are few and skewed"  # tests/benchmarks/bound_coverage.py
-VACUOUS = "ask for more than any model achieves, or give data, a reference or a metric that tells models apart"
+VACUOUS = "set a tighter limit, or give data, a reference or a metric that tells models apart"
 MARKS = {"held": "PASS", "not held": "FAIL", "undecided": "NOT ENOUGH DATA", "vacuous": "PROVES NOTHING"}
 AT_LEAST, AT_MOST = "at least", "at most"
 _ERRORS = {"not held": GateError, "vacuous": VacuousGateError, "undecided": UndecidedError}
@@ -131,7 +131,7 @@ def _asked(gates: Gates, metrics: Sequence[Metric], measured: Collection[str] | 
     ):
         if limit is not None and metric is None:
             said = f"{option} does not fit this task, whose metrics are {', '.join(one.name for one in metrics)}"
-            raise UsageError(said, "gate on --max-metric-change, and name the metric with --metric")
+            raise UsageError(said, "gate on --max-metric-change, or export a classifier with output_kinds")
         if limit is not None and metric is not None:
             subject = f"{metric.name} drop" if what == AT_MOST else metric.name
             found.append((metric, Wanted(option, subject, what, limit, unit)))

@@ -27,7 +27,7 @@ MOST_SHARDS = 100_000
 class Gates:
     """Limits on the distance of a candidate from its reference, each on a 95 % bound. Raises UsageError when made."""
 
-    max_drop: float | None = option(None, "Gate: most points that right answers may fall (95 % upper bound).")
+    max_drop: float | None = option(None, "Gate: largest loss of accuracy, in percentage points (95 % upper bound).")
     min_agreement: float | None = option(None, "Gate: least agreement with the reference, in % (95 % lower bound).")
     max_metric_change: float | str | None = option(
         None, "Gate: most that --metric may worsen, in its unit or as 2% (95 % upper bound)."
@@ -116,21 +116,21 @@ class ValidateOptions:
     )
     gates: Gates = Gates()
     against_device: str | None = option(
-        None, "Target of the reference, by default BUNDLE's (of `all` the first). Without --against: BUNDLE on it."
+        None, "Target of the reference; by default the same. Without --against: BUNDLE on this target."
     )
-    samples: int | None = option(None, "Take this many samples, evenly spread over the data.")
+    samples: int | None = option(None, "Use this many samples, evenly spread over the data.")
     device: str = option("auto", "Target; `auto` is the first that is present, `all` runs on each.")
     precision: Precision | None = option(
         None, "Engine of this precision (fp32, fp16, bf16); by default the one built last."
     )
     threads: int | None = option(None, "Threads of the engines; by default the engines choose.")
-    truncate: bool = option(False, "Cut texts that are longer than the model, instead of leaving them out.")
+    truncate: bool = option(False, "Cut texts that are too long for the model instead of leaving them out.")
     certify: bool = option(
         False, "Write a certificate into BUNDLE if all gates hold; only machines that it is valid for show it."
     )
-    allow_overlap: bool = option(False, "Certify even if samples were calibrated on, or are repeated.")
-    sequential: bool = option(False, "Stop as soon as the gates are decided; the 95 % hold wherever it stops.")
-    seed: int = option(0, "Of --sequential: the seed of the random order of samples.")
+    allow_overlap: bool = option(False, "Certify even if samples are repeated or were used for calibration.")
+    sequential: bool = option(False, "Stop as soon as the gates are decided; the bounds hold wherever it stops.")
+    seed: int = option(0, "With --sequential: the seed of the random order of samples.")
     save_worst: str | os.PathLike[str] | None = field(
         default=None,
         metadata={"doc": "Save the worst samples here (images, inputs, worst.json) and classes.", "value": "DIR"},

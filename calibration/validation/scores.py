@@ -272,7 +272,7 @@ class Scores:
         found = {}
         if self.count < LEAST_FOR_BOOTSTRAP:
             plural = "s" if self.count > 1 else ""
-            found["few"] = f"only {self.count} sample{plural}: bounds are wide, and those of means too narrow"
+            found["few"] = f"only {self.count} sample{plural}: exact bounds are wide, bootstrap bounds too narrow"
         if self.unused:
             names, wanted = ", ".join(sorted(self.unused)), ", ".join(self._main.targets or ())
             found["unused"] = f"nothing was judged by the data's {names}: this task is judged by `{wanted}`"

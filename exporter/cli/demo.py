@@ -43,7 +43,7 @@ class Example(msgspec.Struct, frozen=True):
 
 def demo(
     name: Annotated[
-        str, typer.Argument(metavar="[NAME]", help="An example that --list shows, or the folder of one.")
+        str, typer.Argument(metavar="NAME", help="An example that --list shows, or the folder of one.")
     ] = "fashion_mnist",
     output: Annotated[
         str, typer.Option("--output", "-o", metavar="DIR", help="Where the bundles and the report go.")

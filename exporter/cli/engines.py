@@ -57,7 +57,7 @@ class _Build:
 @ui.options_of(_Build, shape=_size, flag=partial(ui.pair, option="--flag", example="workspace=2GiB"))
 def build(
     bundle: ui.BundleArgument,
-    target: Annotated[list[str], typer.Option(help="Target to compile for; may be given more than once.")],
+    target: Annotated[list[str], typer.Option(help="Target to compile for. May be repeated.")],
     how: _Build,
 ) -> None:
     """Compile a bundle for targets, on the device that will run it."""
@@ -134,7 +134,7 @@ def _lower(bundle: str, targets: list[str], precision: PrecisionChoice) -> None:
 def lint(
     bundle: Annotated[str, typer.Argument(metavar="BUNDLE|MODEL.onnx", help="A bundle, or an ONNX file.")],
     target: Annotated[str, typer.Option(help="tensorrt or tensorrt-rtx.")] = "tensorrt",
-    version: Annotated[str | None, typer.Option(help="Of TensorRT, such as 10.3; the newest.")] = None,
+    version: Annotated[str | None, typer.Option(help="Version, such as 10.3; by default the newest.")] = None,
     precision: Annotated[str | None, typer.Option(help="fp16, bf16 or fp32: one of several lowered graphs.")] = None,
 ) -> None:
     """List what TensorRT would refuse, not fuse, or not run in int8; exit 1 if it would refuse something."""
@@ -292,7 +292,7 @@ def profile(
     bundle: ui.BundleArgument,
     how: _Profile,
     sort: Annotated[
-        Literal["time", "loss"], typer.Option(help="The slowest first, or those whose lowering costs most.")
+        Literal["time", "loss"], typer.Option(metavar="time|loss", help="Slowest, or largest loss of accuracy, first.")
     ] = "time",
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write all layers here: .csv or .html.")

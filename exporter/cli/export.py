@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import shlex
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -64,6 +65,7 @@ def export(
     with ui.progress_bar("export") as progress:
         bundle = export_(source, output, options, progress=progress)
     ui.print_json({"bundle": str(bundle.path), "manifest": bundle.manifest})
+    bundle.path = Path(output)  # as it was typed
     _show_export(bundle)
 
 

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Annotated, Any, get_args
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from perceiver_export.exporter.cli import output as ui
 from perceiver_export.exporter.cli.demo import demo
@@ -36,6 +37,7 @@ _COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
 }
 # --quiet leaves nothing of these but warnings and the verdict.
 _WRITES_ONLY = (export, quantize, build, package, validate, demo)
+# Help shows groups and their options in this order.
 _OPTIONS = {
     "Data": "data against samples text truncate",
     "Model": "task parity config like use_transformers",
@@ -48,11 +50,42 @@ _OPTIONS = {
     "Output": "output overwrite csv_ junit report save_worst top sort layers json quiet",
 }
 _GROUP_OF = {name: group for group, names in _OPTIONS.items() for name in names.split()}
+# Metavars of options by their names or types; others have the name of the option.
+_VALUES: dict[Any, str] = {int: "N", float: "NUMBER", "device": "TARGET", "against_device": "TARGET"}
+_VALUES |= {"max_drop": "POINTS", "min_agreement": "PERCENT", "min_coverage": "PERCENT", "max_metric_change": "CHANGE"}
 _NUMBERS = {"int_parsing": "a whole number", "float_parsing": "a number"}  # errors of typer's library
 _CLICK_ERROR: Any = typer.BadParameter.__mro__[2]  # typer exports no other name of it
 
+
+class _Help:
+    """Help as users know it: `BUNDLE [PART.npz...]`, where typer would show `{BUNDLE}` and `<list[Path]>`."""
+
+    def get_params(self, context: Any) -> list[Any]:
+        """Parameters without the Python type of a flag or an argument."""
+        found: list[Any] = super().get_params(context)  # type: ignore[misc]
+        for one in found:
+            if one.param_type_name == "argument":
+                one.display_type_rich = lambda ctx: None
+            elif one.is_flag:
+                one.metavar = ""
+        return found
+
+
+class _Command(_Help, TyperCommand):
+    def collect_usage_pieces(self, context: Any) -> list[str]:
+        """Arguments, then [OPTIONS]."""
+        named: list[Any] = [one for one in self.params if one.param_type_name == "argument"]
+        texts = [f"{one.metavar}{'...' * (one.nargs == -1)}" for one in named]
+        return [*(text if one.required else f"[{text}]" for one, text in zip(named, texts, strict=True)), "[OPTIONS]"]
+
+
+class _Group(_Help, TyperGroup):
+    pass
+
+
 app = typer.Typer(
     name="perceiver-export",
+    cls=_Group,
     help="Exports a Perceiver, any torch module or an ONNX file, and runs it on a device without torch.",
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
@@ -75,23 +108,29 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
     flags = {"json": ui.JsonFlag, "quiet": ui.QuietFlag}
     if function is demo:  # it runs other commands
         del flags["json"]
-    kind = inspect.Parameter.KEYWORD_ONLY
-    asked = [inspect.Parameter(name, kind, default=False, annotation=flag) for name, flag in flags.items()]
-    parameters = [*signature.parameters.values(), *asked]
+    only = inspect.Parameter.KEYWORD_ONLY
+    asked = [inspect.Parameter(name, only, default=False, annotation=flag) for name, flag in flags.items()]
+    parameters = [one.replace(kind=only) for one in (*signature.parameters.values(), *asked)]
+    parameters.sort(key=lambda one: [*_GROUP_OF].index(one.name) if one.name in _GROUP_OF else -1)
     for one in parameters:
-        for about in getattr(one.annotation, "__metadata__", ()):
-            if hasattr(about, "param_decls") and one.name in _GROUP_OF:
-                about.rich_help_panel = _GROUP_OF[one.name]
-            if hasattr(about, "param_decls") and get_args(one.annotation)[0] in (bool, bool | None):
-                about.metavar = ""  # a flag takes no value, and typer would show <bool>
+        kind, about = get_args(one.annotation)
+        about.rich_help_panel = _GROUP_OF.get(one.name)
+        if about.metavar is None:
+            about.metavar = _metavar(one.name, kind)
     run_command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     run_command.__annotations__ = {one.name: one.annotation for one in parameters}
     return run_command
 
 
+def _metavar(name: str, kind: Any) -> str:
+    """Of an option that has none of its own; ``kind`` is its type, or that type or None, or a list of it."""
+    plain = [one for one in get_args(kind) or (kind,) if one is not type(None)]
+    return _VALUES.get(name) or _VALUES.get(plain[0], name.upper().replace("_", "-"))
+
+
 for group, commands in _COMMANDS.items():
     for command in commands:
-        app.command(rich_help_panel=group)(_command(command))
+        app.command(rich_help_panel=group, cls=_Command)(_command(command))
 
 
 def _show_version(asked: bool) -> None:

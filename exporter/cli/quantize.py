@@ -33,10 +33,10 @@ class _Search:
 
     search: str | None = option(None, "Give layers back precision until the gates hold on this data.", "DATA")
     certify: str | None = option(None, "Certify the result of --search on this data, which it never saw.", "DATA")
-    device: str = option("auto", "Of --search: the target to hold and time mixtures on; `all` for each present.")
-    least_gain: float = option(2.0, "Of --search: time that a riskier mixture must save.", "PERCENT")
-    for_size: bool = option(False, "Of --search: save size, and keep a mixture that is smaller but not faster.")
-    allow_overlap: bool = option(False, "Of --search: go on though the sets share samples.")
+    device: str = option("auto", "With --search: the target on which mixtures must hold and are timed; `all`: each.")
+    least_gain: float = option(2.0, "With --search: time that a riskier mixture must save.", "PERCENT")
+    for_size: bool = option(False, "With --search: save size, and keep a mixture that is smaller but not faster.")
+    allow_overlap: bool = option(False, "With --search: go on even if the sets share samples.")
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,12 @@ class _Source:
     data: str | None = option(
         None, "Images, .npz by input name (or a directory of them), .jsonl of text, module:function; or `random`."
     )
-    shard: str | None = option(None, "Run this share of the calls only: 3/16 is the third of 16.", "I/N")
-    statistics: str | None = option(None, "Of --shard: where its statistics go.", "FILE.npz")
-    merge: bool = option(False, "Quantize by the statistics in PART.npz of all shards, instead of DATA.")
+    shard: str | None = option(None, "Run only this share of the calls: 3/16 is the third of 16.", "I/N")
+    statistics: str | None = option(None, "With --shard: where its statistics go.", "FILE.npz")
+    merge: bool = option(False, "Quantize by the statistics of all shards, the PART.npz files, instead of DATA.")
 
 
-_Parts = Annotated[list[Path] | None, typer.Argument(metavar="[PART.npz]...", help="Statistics, for --merge.")]
+_Parts = Annotated[list[Path] | None, typer.Argument(metavar="PART.npz", help="Statistics, for --merge.")]
 _Output = Annotated[
     str | None, typer.Option("--output", "-o", metavar="BUNDLE2", help="Where the quantized bundle goes.")
 ]
@@ -146,6 +146,7 @@ def _quantize_and_show(
     assert calibration is not None
     document = {"bundle": str(made.path), "manifest": made.manifest, "calibration": calibration}
     ui.print_json(document | ({} if sensitivity is None else {"sensitivity": groups}))
+    made.path = Path(output)  # as it was typed
     _show_quantized(made, calibration)
     if groups:
         show = f"perceiver-export profile {shlex.quote(str(made.path))} --sort loss"
@@ -163,7 +164,7 @@ def _show_quantized(made: Bundle, calibration: Calibration) -> None:
     ui.say(f"calibrated on {data.samples:,} samples of {data.source} (fingerprint {data.fingerprint[:16]})")
     times = {one.target: str(one) for one in calibration.speeds}
     rows = [(target, f"{share:.2%}", times.get(target, "")) for target, share in quantization.integer_share.items()]
-    ui.print_table("", ["target", "in integer kernels>", "a call"], rows)
+    ui.print_table("", ["target", "integer kernels>", "a call"], rows)
     for effect in calibration.effects:
         agreement = "" if effect.agreement is None else f", the same answer in {effect.agreement:.1%}"
         ui.say(f"{effect.output} against fp32, on a few samples: {effect.sqnr:.1f} dB{agreement}")

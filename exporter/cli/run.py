@@ -56,7 +56,7 @@ def run(
     inputs: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="INPUT…",
+            metavar="INPUT",
             help="Images (files or directories), text, .txt or .jsonl, two frames or a directory of them, WAV, "
             ".ply/.xyz/.npy, .npz.",
             show_default=False,

@@ -33,11 +33,11 @@ class _Source:
     """Where the scores come from: DATA, a share of it, or files of all shares; or a plan instead."""
 
     data: str | None = option(None, "Images with labels.csv or in class folders, .npz, .jsonl, module:function.")
-    shard: str | None = option(None, "Judge this share of the samples only: 3/16 is the third of 16.", "I/N")
-    scores: str | None = option(None, "Of --shard: where its scores go.", "FILE.json")
-    merge: bool = option(False, "Judge the scores in PART.json of all shards, instead of DATA.")
+    shard: str | None = option(None, "Judge only this share of the samples: 3/16 is the third of 16.", "I/N")
+    scores: str | None = option(None, "With --shard: where its scores go.", "FILE.json")
+    merge: bool = option(False, "Judge the scores of all shards, the PART.json files, instead of DATA.")
     plan: bool = option(False, "Print how many samples the gates need, before there is any data.")
-    flips: str = option("1%", "Of --plan: answers that may differ from the reference's.", "PERCENT")
+    flips: str = option("1%", "With --plan: answers that you expect to differ from the reference's.", "PERCENT")
 
 
 @ui.options_of(ValidateOptions, _Source)
@@ -47,7 +47,7 @@ def validate(
     bundle: Annotated[
         str | None, typer.Argument(metavar="BUNDLE", help="A bundle, as `export` writes it. --plan needs none.")
     ] = None,
-    parts: Annotated[list[Path] | None, typer.Argument(metavar="[PART.json]...", help="Scores, for --merge.")] = None,
+    parts: Annotated[list[Path] | None, typer.Argument(metavar="PART.json", help="Scores, for --merge.")] = None,
     junit: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the gates as JUnit XML.")] = None,
     report: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write a report: .html with everything in it, or .md.")

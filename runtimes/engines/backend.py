@@ -246,6 +246,6 @@ def find_target(name: str) -> Target:
     raise DeviceError(
         f"there is no target {name!r}",
         (f"did you mean {' or '.join(near)}? " if near else "")
-        + f"the targets are {', '.join(TARGETS)}, and ort-NAME for an execution provider of onnxruntime's, in small "
-        "letters; auto, where one is loaded, takes the first that is present",
+        + f"the targets are {', '.join(TARGETS)}, and ort-NAME for another execution provider of ONNX Runtime, such as "
+        "ort-coreml; `auto` takes the first that is present",
     )

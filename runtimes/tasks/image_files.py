@@ -146,6 +146,8 @@ def take_picture(picture: PictureLike, color: Color = "rgb") -> Picture:
         return read_picture(picture)
     if is_pillow(picture):
         return _of_pillow(cast("Image", picture), "the image")
+    if picture is None:
+        raise InputError("an image is None", "check the file's name: OpenCV reads None where there is no image")
     found = as_picture(as_array(picture))
     return found if color == "rgb" else found[:, :, ::-1]
 

@@ -119,6 +119,7 @@ def test_a_pipe_has_80_columns(typed: str, fashion_bundle: Path) -> None:
     shown = succeed(*(places.get(word, word) for word in typed.split()))
 
     assert max(map(len, shown.splitlines())) <= 80
+    assert "list[" not in shown  # a type of Python
     assert ("note: " in shown or "details: " in shown) <= (not typed.endswith("-q"))
 
 
