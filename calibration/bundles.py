@@ -11,7 +11,7 @@ from pathlib import Path
 
 import msgspec
 
-from perceiver_export.runtimes.bundle import Bundle, read_manifest, sha256
+from perceiver_export.runtimes.bundle import Bundle, BundleLike, read_manifest, sha256
 from perceiver_export.runtimes.certificates import FILE
 from perceiver_export.runtimes.errors import (
     BundleError,
@@ -21,8 +21,8 @@ from perceiver_export.runtimes.errors import (
     UsageError,
     check_kind,
 )
-from perceiver_export.runtimes.files import check_writable, recover, replacing, writing
-from perceiver_export.runtimes.manifest import FileEntry, encode_manifest
+from perceiver_export.runtimes.files import check_writable, encode_json, recover, replacing, writing
+from perceiver_export.runtimes.manifest import FileEntry, Manifest, encode_manifest
 
 _ELSEWHERE = "choose another path with -o"
 
@@ -66,6 +66,13 @@ def file_entry(file: Path) -> FileEntry:
     return FileEntry(sha256=sha256(file), size=file.stat().st_size)
 
 
+def write_record(directory: Path, manifest: Manifest, record: object) -> None:
+    """Write calibration.json, and the manifest with its hash."""
+    (directory / FILE).write_bytes(encode_json(record))
+    manifest = msgspec.structs.replace(manifest, files={**manifest.files, FILE: file_entry(directory / FILE)})
+    (directory / "manifest.json").write_bytes(encode_manifest(manifest))
+
+
 def identity(bundle: Bundle) -> str:
     """SHA-256 of a bundle with all files but calibration.json, to which certificates are added."""
     files = {name: entry for name, entry in bundle.manifest.files.items() if name != FILE}
@@ -82,7 +89,7 @@ def enclosing_bundle(path: Path) -> Path | None:
     return None
 
 
-def refuse_place(path: Path, overwrite: bool, source: str | os.PathLike[str] | Bundle | None = None) -> None:
+def refuse_place(path: Path, overwrite: bool, source: BundleLike | None = None) -> None:
     """`refuse_existing` and `check_writable`. Raises UsageError: ``path`` is inside another bundle, or writing it would
     overwrite the bundle ``source``.
     """

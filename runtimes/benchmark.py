@@ -17,7 +17,7 @@ from typing import Any, Literal
 import msgspec
 import numpy as np
 
-from perceiver_export.runtimes.bundle import Bundle, change_report, golden_arrays, open_bundle, timed_as
+from perceiver_export.runtimes.bundle import Bundle, BundleLike, change_report, golden_arrays, open_bundle, timed_as
 from perceiver_export.runtimes.engines.backend import EngineOptions, Precision, PrecisionChoice, find_target
 from perceiver_export.runtimes.errors import BundleError, DeviceError, EngineError, UsageError, check_kind, check_whole
 from perceiver_export.runtimes.loading import load, load_onnx
@@ -93,7 +93,7 @@ class Bench(msgspec.Struct, frozen=True):
 
 
 def bench(
-    bundle: str | os.PathLike[str] | Bundle,
+    bundle: BundleLike,
     *,
     against: str | os.PathLike[str] | None = None,
     part: str | None = None,
@@ -209,7 +209,7 @@ class Side(msgspec.Struct, frozen=True):
         golden, generator = self.golden("input"), np.random.default_rng(0)
         feeds = {}
         for spec in inputs:
-            shape = tuple(dim if isinstance(dim, int) else spec.ranges.get(dim, (1, 1))[0] for dim in spec.shape)
+            shape = tuple(spec.limits(axis)[0] for axis in range(len(spec.shape)))
             if spec.name in golden:
                 feeds[spec.name] = golden[spec.name]
             elif spec.dtype == "float32":

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import get_args
 
 import msgspec
 
-from perceiver_export.runtimes.bundle import Bundle, open_bundle
+from perceiver_export.runtimes.bundle import Bundle, BundleLike, open_bundle
 from perceiver_export.runtimes.engines.backend import (
     Backend,
     EngineOptions,
@@ -56,7 +55,7 @@ class BuiltEngine:
 
 
 def build(
-    bundle: str | os.PathLike[str] | Bundle,
+    bundle: BundleLike,
     target: str,
     *,
     precision: PrecisionChoice = "fp32",
@@ -113,20 +112,11 @@ def _check_shapes(bundle: Bundle, shapes: Mapping[str, tuple[int, int, int]]) ->
 def _build_part(
     bundle: Bundle, identity: Identity, source: Source, backend: Backend, force: bool, progress: Progress
 ) -> BuiltEngine:
-    seconds = 0.0
-
-    def write(directory: Path) -> float:
-        nonlocal seconds
-        start = time.perf_counter()
-        backend.compile(source, directory, progress)
-        seconds = time.perf_counter() - start
-        return seconds
-
     root, waiting = writable_root(bundle), f"waiting for the process that builds {identity.part} for {identity.target}"
     with builders_lock(root, identity.target, lambda: progress(waiting, 0, None)):
         if not force and (found := _valid(bundle, identity, backend)):  # the other process built it
             return found
-        directory = publish(root, identity, write)
+        directory, seconds = publish(root, identity, lambda place: backend.compile(source, place, progress))
     return BuiltEngine(identity.target, identity.part, identity.options.precision, directory, seconds, new=True)
 
 

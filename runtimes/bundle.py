@@ -12,7 +12,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import msgspec
 
@@ -84,7 +84,10 @@ class Bundle:
         return inside(self.path, name)
 
 
-def open_bundle(path: str | os.PathLike[str] | Bundle, verify: Verify = "auto") -> Bundle:
+BundleLike: TypeAlias = str | os.PathLike[str] | Bundle  # a bundle, or the path of its directory
+
+
+def open_bundle(path: BundleLike, verify: Verify = "auto") -> Bundle:
     """Read a bundle's manifest and check its files.
 
     ``auto`` hashes a file when it is first seen and after its size, times or inode change (the user's cache directory

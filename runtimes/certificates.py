@@ -122,11 +122,6 @@ def applies(certificate: Certificate, bundle: Bundle, target: str, engine: str) 
     return on_cpu(target) or certificate.device == device_of(target)
 
 
-def valid_certificates(bundle: Bundle, target: str, engine: str) -> tuple[Certificate, ...]:
-    """The certificates that apply here."""
-    return tuple(one for one in certificates(bundle) if applies(one, bundle, target, engine))
-
-
 def engine_of(described: Mapping[str, object]) -> str:
     """A name for the engine in `Runtime.describe`: its library and version, the precision of the build, the types in
     which it computes if they differ, and its flags. Engines of the same name compute alike.

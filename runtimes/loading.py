@@ -7,13 +7,13 @@ import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from perceiver_export.runtimes.bundle import Bundle, Verify
+    from perceiver_export.runtimes.bundle import BundleLike, Verify
     from perceiver_export.runtimes.engines.backend import Hint, PrecisionChoice
     from perceiver_export.runtimes.runtime import Runtime
 
 
 def load(
-    bundle: str | os.PathLike[str] | Bundle,
+    bundle: BundleLike,
     device: str = "auto",
     part: str | None = None,
     threads: int | None = None,

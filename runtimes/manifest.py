@@ -29,6 +29,7 @@ from perceiver_export.runtimes.preprocessing import (
 SCHEMA_VERSION = 2
 ASSUMED = "written by an older version: output kinds are assumed"
 
+_MOST = (1 << 31) - 1  # of a dimension
 _TENSOR = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:/-]{0,199}")
 DType = Literal["float32", "int32", "int64", "uint8", "bool"]
 # The meaning of an output: logits of which one class applies (softmax), logits of which several labels may apply
@@ -54,6 +55,11 @@ class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     meaning: str = ""
     ranges: dict[str, tuple[int, int]] = {}
     values: tuple[int, int] | None = None
+
+    def limits(self, axis: int) -> tuple[int, int]:
+        """The smallest and the largest size of a dimension. Names of plain ONNX files have no range: any size."""
+        size = self.shape[axis]
+        return (size, size) if isinstance(size, int) else self.ranges.get(size, (1, _MOST))
 
 
 class Stage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -345,7 +351,7 @@ def _check_spec(spec: TensorSpec) -> None:
         hint = "name tensors with at most 200 letters, digits and _ . : / -"
         raise BundleError(f"the manifest has the invalid tensor name {spec.name!r}", hint)
     sizes = [spec.ranges.get(dim, (0, 0)) if isinstance(dim, str) else (dim, dim) for dim in spec.shape]
-    if any(not 1 <= least <= most < 1 << 31 for least, most in sizes):
+    if any(not 1 <= least <= most <= _MOST for least, most in sizes):
         raise misfit(f"{spec.name!r} has the invalid shape {spec.shape}")
     if spec.values is not None and (spec.dtype not in ("int32", "int64", "uint8") or spec.values[0] > spec.values[1]):
         raise misfit(f"{spec.name!r} ({spec.dtype}) has the invalid limits {spec.values}")

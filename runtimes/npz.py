@@ -84,22 +84,20 @@ class Npz:
                     arrays[name] = _body(file, read_header(file))
         return arrays
 
-    def rows(self, wanted: Collection[int] | None = None) -> Iterator[tuple[int, dict[str, npt.NDArray[Any]]]]:
-        """The index and the arrays of each row, or of the ``wanted`` rows. Every array has one row per sample."""
+    def rows(self) -> Iterator[tuple[int, dict[str, npt.NDArray[Any]]]]:
+        """The index and the arrays of each row. Every array has one row per sample."""
         self._check(sum(header.row_size for header in self.headers.values()), "read for one sample")
         count = min((header.shape[0] if header.shape else 0 for header in self.headers.values()), default=0)
-        last = count if wanted is None else min(count, max(wanted, default=-1) + 1)
         with contextlib.ExitStack() as stack:
             with self._parsing():
                 readers = {
                     name: _rows(stack.enter_context(self._archive.open(member)))
                     for name, member in self._members.items()
                 }
-            for index in range(last):
+            for index in range(count):
                 with self._parsing():
                     row = {name: next(reader) for name, reader in readers.items()}
-                if wanted is None or index in wanted:
-                    yield index, row
+                yield index, row
 
     def _check(self, size: int, how: str) -> None:
         if size > self._limit:
@@ -113,10 +111,10 @@ class Npz:
 
 
 def read_npz(
-    path: str | os.PathLike[str], error: type[PerceiverExportError] = InputError, limit: int = LIMIT
+    path: str | os.PathLike[str], error: type[PerceiverExportError] = InputError
 ) -> dict[str, npt.NDArray[Any]]:
     """All arrays of an .npz file by name. Raises ``error``: see `Npz`."""
-    with Npz(path, error, limit) as archive:
+    with Npz(path, error) as archive:
         return archive.read()
 
 

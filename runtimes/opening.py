@@ -11,7 +11,7 @@ from typing import get_args
 import msgspec
 
 from perceiver_export.runtimes import exits
-from perceiver_export.runtimes.bundle import Bundle, Verify, open_bundle
+from perceiver_export.runtimes.bundle import Bundle, BundleLike, Verify, open_bundle
 from perceiver_export.runtimes.engines.backend import (
     Engine,
     EngineOptions,
@@ -52,7 +52,7 @@ _MOST_THREADS = 1024  # onnxruntime starts any number of threads, thousands take
 
 
 def open_parts(
-    bundle: str | os.PathLike[str] | Bundle,
+    bundle: BundleLike,
     device: str,
     part: str | None,
     threads: int | None,
@@ -208,7 +208,7 @@ class _Loader(msgspec.Struct, frozen=True):
         Raises EngineError: the target never compiles at load.
         """
         precision, hint = self.precision or "fp32", ""
-        why = next(iter(unreadable(self.bundle, target.name)), "")
+        why = unreadable(self.bundle, target.name)
         if stale:
             precision = stale[0].record.identity.options.precision
             why = f"the engine in {stale[0].directory} is not for here: {'; '.join(stale[0].problems)}"
@@ -231,10 +231,11 @@ def _certificates(bundle: Bundle, engine: Engine) -> tuple[str, ...]:
     """The certificates that hold for this engine on this machine."""
     if "calibration.json" not in bundle.manifest.files:
         return ()
-    from perceiver_export.runtimes.certificates import engine_of, valid_certificates
+    from perceiver_export.runtimes.certificates import applies, certificates, engine_of
 
     described = {"precision": bundle.manifest.precision, **engine.describe()}
-    return tuple(map(str, valid_certificates(bundle, described["target"], engine_of(described))))
+    place = (bundle, str(described["target"]), engine_of(described))
+    return tuple(str(one) for one in certificates(bundle) if applies(one, *place))
 
 
 def check_threads(threads: int | None) -> None:

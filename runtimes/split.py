@@ -41,7 +41,8 @@ def decode(
             found = decode(decoder, feeds, every, num_queries)
             return np.take_along_axis(found, places.reshape(*rows.shape, *[1] * (found.ndim - 2)), axis=1)
         rows = rows[:1]
-    chunk = _chunk_size(spec, rows.shape[1])
+    least, most = spec.limits(1)
+    chunk = max(least, min(most, rows.shape[1]))
     (output,) = (spec.name for spec in decoder.outputs)
     parts = []
     for start in range(0, rows.shape[1], chunk):
@@ -65,13 +66,6 @@ def _rows(queries: npt.ArrayLike, batch: int, num_queries: int | None) -> npt.ND
         wrong = least if least < 0 else most
         raise InputError(f"query {wrong} is out of range", f"give queries from 0 to {count - 1}")
     return np.broadcast_to(rows.astype(np.int32), (batch, rows.shape[-1]))
-
-
-def _chunk_size(spec: TensorSpec, wanted: int) -> int:
-    size = spec.shape[1]
-    if isinstance(size, int):
-        return size
-    return min(spec.ranges[size][1], wanted) if size in spec.ranges else wanted
 
 
 def join(manifest: Manifest, parts: Mapping[str, Runtime]) -> Runtime:

@@ -16,6 +16,7 @@ import sys
 import time
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -57,7 +58,8 @@ def test_the_checkpoint_is_one_that_transformers_loads(name: str) -> None:
 
     checkpoint, generator = EXAMPLES / name / "checkpoint", torch.Generator().manual_seed(0)
     feeds = {"image": torch.randn(2, 3, 28, 28, dtype=torch.float64, generator=generator)}
-    theirs, given = PerceiverForImageClassificationFourier, {"inputs": feeds["image"]}
+    theirs: type[Any] = PerceiverForImageClassificationFourier
+    given = {"inputs": feeds["image"]}
     if name == "text_bytes":
         tokens = torch.randint(6, 128, (2, 64), generator=generator)
         feeds = {"tokens": tokens.int(), "tokens_mask": torch.ones(2, 64, dtype=torch.int32)}

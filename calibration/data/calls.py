@@ -69,9 +69,8 @@ def _is_drawn(spec: TensorSpec, part: Part) -> bool:
 
 
 def _queries(spec: TensorSpec, part: Part, batch: int, generator: np.random.Generator) -> Array:
-    count = spec.shape[1]
-    if not isinstance(count, int):
-        count = min(spec.ranges[count][1], _DYNAMIC_QUERIES)
+    least, most = spec.limits(1)
+    count = most if least == most else min(most, _DYNAMIC_QUERIES)
     first = spec.shape[0]
     rows = (first if isinstance(first, int) else batch, count)
     return np.sort(generator.integers(part.num_queries or 0, size=rows), axis=1).astype(np.int32)

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ import numpy as np
 
 from perceiver_export.calibration.data.samples import Example, Samples, digest_of
 from perceiver_export.calibration.data.sources import RANDOM, is_mask
-from perceiver_export.runtimes.bundle import Bundle, open_bundle
+from perceiver_export.runtimes.bundle import Bundle, BundleLike, open_bundle
 from perceiver_export.runtimes.certificates import FILE
 from perceiver_export.runtimes.errors import DataError
 from perceiver_export.runtimes.files import read_json
@@ -130,7 +129,7 @@ class _Used(msgspec.Struct):
     searched: tuple[str, ...] = ()
 
 
-def calibrated_on(bundle: str | os.PathLike[str] | Bundle) -> frozenset[str]:
+def calibrated_on(bundle: BundleLike) -> frozenset[str]:
     """Digests of the samples from which a quantized bundle has its ranges and precisions; empty for a float bundle.
 
     Raises BundleError: calibration.json cannot be read.

@@ -36,7 +36,7 @@ from perceiver_export.runtimes.manifest import Manifest, TensorSpec
 from perceiver_export.runtimes.preprocessing import FlowPreprocessing, ImagePreprocessing, TextPreprocessing
 from perceiver_export.runtimes.runtime import Array, check_values
 from perceiver_export.runtimes.tasks.arrays import check_masks
-from perceiver_export.runtimes.tasks.base import interface, limits
+from perceiver_export.runtimes.tasks.base import interface
 from perceiver_export.runtimes.tasks.image_files import take_picture, to_input
 from perceiver_export.runtimes.tasks.tokenizers import Tokenizer, open_tokenizer
 
@@ -341,7 +341,7 @@ def _fitted(given: Any, spec: TensorSpec) -> Array:
     if not isinstance(given, np.ndarray):
         raise InputError(f"{spec.name!r} is of type {type(given).__name__}", hint)
     array: Array = given[0] if given.ndim == len(spec.shape) and len(given) == 1 else given
-    bounds = [limits(spec, axis) for axis in range(1, len(spec.shape))]
+    bounds = [spec.limits(axis) for axis in range(1, len(spec.shape))]
     fits = len(bounds) == array.ndim and all(
         low <= size <= high for (low, high), size in zip(bounds, array.shape, strict=True)
     )

@@ -26,7 +26,7 @@ from perceiver_export.runtimes.manifest import Manifest, TensorSpec, judged_outp
 from perceiver_export.runtimes.npz import Npz
 from perceiver_export.runtimes.preprocessing import ImagePreprocessing, TextPreprocessing
 from perceiver_export.runtimes.runtime import Array
-from perceiver_export.runtimes.tasks.base import interface, limits
+from perceiver_export.runtimes.tasks.base import interface
 from perceiver_export.runtimes.tasks.image_files import PICTURE_FILES
 
 RANDOM = "random"
@@ -209,7 +209,7 @@ def _random(manifest: Manifest) -> Iterator[Row]:
 
 def largest(spec: TensorSpec) -> tuple[int, ...]:
     """The shape of one sample, with dynamic sizes at their maximum."""
-    return tuple(limits(spec, axis)[1] for axis in range(1, len(spec.shape)))
+    return tuple(spec.limits(axis)[1] for axis in range(1, len(spec.shape)))
 
 
 def is_mask(name: str) -> bool:

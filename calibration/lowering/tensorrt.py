@@ -10,7 +10,6 @@ TensorRT's kernels. TensorRT itself rounds in other places, because it fuses oth
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +31,7 @@ from perceiver_export.calibration.graphs import (
 )
 from perceiver_export.calibration.lowering.attention import pad_heads
 from perceiver_export.calibration.lowering.half import to_half
-from perceiver_export.runtimes.bundle import Bundle, golden_arrays, open_bundle
+from perceiver_export.runtimes.bundle import Bundle, BundleLike, golden_arrays, open_bundle
 from perceiver_export.runtimes.engines.backend import Feeds, Precision
 from perceiver_export.runtimes.errors import (
     BundleError,
@@ -62,7 +61,7 @@ class Lowered:
     sqnr: dict[str, float]
 
 
-def lower_bundle(path: str | os.PathLike[str] | Bundle, precision: Precision) -> Lowered:
+def lower_bundle(path: BundleLike, precision: Precision) -> Lowered:
     """Write into the bundle the graphs from which TensorRT and TensorRT for RTX build engines.
 
     Overflows of 16 bits are found by running the canonical graph on golden.npz, and from calibration.json. Only changed

@@ -25,7 +25,7 @@ from perceiver_export.calibration.quantization.linears import Linear
 from perceiver_export.calibration.quantization.record import Coverage, Layer, OutputEffect, Speed, share
 from perceiver_export.calibration.quantization.statistics import Call
 from perceiver_export.runtimes.benchmark import quartiles, scattered
-from perceiver_export.runtimes.engines.backend import EngineOptions, find_target
+from perceiver_export.runtimes.engines.backend import EngineOptions, Kernel, find_target
 from perceiver_export.runtimes.engines.cache import graph_for
 from perceiver_export.runtimes.engines.openvino_engine import OpenvinoEngine
 from perceiver_export.runtimes.engines.tensorrt_build import REPORT, LayerReport
@@ -38,25 +38,10 @@ from perceiver_export.runtimes.runtime import Array, Feeds
 _ROUNDS, _LEAST, _MOST = 7, 1.0, 30.0  # of timing: rounds and seconds that are done, and seconds after which it ends
 _FEWEST = 3  # rounds that decide
 _ORT_INTEGER = frozenset({"MatMulIntegerToFloat", "QLinearMatMul", "QGemm", "MatMulInteger", "DynamicQuantizeMatMul"})
-_DEQUANTIZATION = "/DequantizationMultiply"  # OpenVINO's suffix of a product whose scales it moved behind it
-
 _ORT_TYPES = {"float": "fp32", "float16": "fp16", "bfloat16": "bf16", "uint8": "int8", "int8": "int8"}
 
 
-class Kernel(NamedTuple):
-    """What an engine runs for some nodes of a graph. ``names``: the nodes and tensors that it computes; ``precision``:
-    the type of what it reads; ``num_bytes``: what it reads and writes; ``times``: milliseconds of each call.
-    """
-
-    names: tuple[str, ...]
-    kernel: str
-    precision: str
-    product: bool
-    num_bytes: int
-    times: tuple[float, ...]
-
-
-MISSING = Kernel((), "not found in the engine", "", False, 0, ())
+MISSING = Kernel((), "not found in the engine", "", False, 0)
 
 
 class Timing(NamedTuple):
@@ -136,7 +121,7 @@ def built_kernels(directory: Path) -> list[Kernel]:
     """
     report = read_json(directory / REPORT, LayerReport, hint="build it again with --force")
     return [
-        Kernel(tuple(sorted(one.nodes)), one.kind.strip() or one.name, one.precision, one.multiplies, 0, ())
+        Kernel(tuple(sorted(one.nodes)), one.kind.strip() or one.name, one.precision, one.multiplies, 0)
         for one in report.kernels
     ]
 
@@ -192,17 +177,7 @@ def _openvino_kernels(path: Path, feeds: Feeds, options: EngineOptions, how: Tim
     for _ in how.calls():
         engine.run(feeds)
         times.append(engine.kernel_times())
-    kernels = [
-        Kernel(
-            tuple(name.removesuffix(_DEQUANTIZATION) for name in (*one.nodes, one.name) if name),
-            f"{one.layer} {one.primitive}",
-            one.precision,
-            one.is_product,
-            one.num_bytes,
-            tuple(call.get(one.name, 0.0) for call in times),
-        )
-        for one in engine.kernels()
-    ]
+    kernels = [one._replace(times=tuple(call.get(name, 0.0) for call in times)) for name, one in engine.kernels()]
     return f"openvino {engine.describe()['version'].partition('-')[0]}", kernels
 
 

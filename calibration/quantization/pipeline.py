@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from msgspec import structs
 
-from perceiver_export.calibration.bundles import absolute_place, file_entries, file_entry, new_bundle, refuse_place
+from perceiver_export.calibration.bundles import absolute_place, file_entries, new_bundle, refuse_place, write_record
 from perceiver_export.calibration.data.sources import RANDOM, Data
 from perceiver_export.calibration.graphs import WEIGHTS, save_graphs
 from perceiver_export.calibration.quantization import engines
@@ -27,31 +27,24 @@ from perceiver_export.calibration.quantization.integers import schemes_of
 from perceiver_export.calibration.quantization.linears import find_linears
 from perceiver_export.calibration.quantization.options import QuantizeOptions
 from perceiver_export.calibration.quantization.part import QuantizedPart, quantize_part
-from perceiver_export.calibration.quantization.record import (
-    CALIBRATION,
-    Calibration,
-    Coverage,
-    PartRecord,
-    read_calibration,
-)
+from perceiver_export.calibration.quantization.record import Calibration, Coverage, PartRecord, read_calibration
 from perceiver_export.calibration.quantization.shards import merge_statistics, write_statistics
 from perceiver_export.calibration.quantization.statistics import Observation, Report, load_graph, observe
 from perceiver_export.calibration.validation.gates import check_against_fp32
 from perceiver_export.calibration.validation.options import ValidateOptions, check_shard
 from perceiver_export.calibration.validation.statistics import scipy_stats
-from perceiver_export.runtimes.bundle import Bundle, open_bundle
+from perceiver_export.runtimes.bundle import Bundle, BundleLike, open_bundle
 from perceiver_export.runtimes.errors import GateError, UndecidedError, UsageError, VacuousGateError, check_kind
-from perceiver_export.runtimes.files import encode_json, replacing, writing
+from perceiver_export.runtimes.files import replacing, writing
 from perceiver_export.runtimes.machine import cpu_features, cpu_name
-from perceiver_export.runtimes.manifest import Manifest, Quantization, encode_manifest
-from perceiver_export.runtimes.tasks.tokenizers import truncating
+from perceiver_export.runtimes.manifest import Manifest, Quantization
 
 if TYPE_CHECKING:
     from perceiver_export.calibration.quantization.sensitivity import GroupSensitivity
 
 
 def quantize(
-    bundle: str | os.PathLike[str] | Bundle,
+    bundle: BundleLike,
     data: Data | None,
     output: str | os.PathLike[str],
     options: QuantizeOptions = QuantizeOptions(),
@@ -78,7 +71,7 @@ def quantize(
     if data is None:
         observation = merge_statistics(source, statistics, options)
     else:
-        observation = observe_for(source, data, options, report)
+        observation = observe(source, data, options, report)
     with new_bundle(path, options.overwrite) as directory:
         write_quantized(source, options, observation, directory, path.name, report)
         compare_with_fp32(source, observation, directory, options.threads)
@@ -90,7 +83,7 @@ def quantize(
 
 
 def collect_statistics(
-    bundle: str | os.PathLike[str] | Bundle,
+    bundle: BundleLike,
     data: Data,
     output: Path,
     shard: tuple[int, int],
@@ -102,7 +95,7 @@ def collect_statistics(
     check_shard(shard)
     source = open_bundle(bundle)
     check_options(options, source)
-    observation = observe_for(source, data, options, progress or (lambda what, done, total: None), shard)
+    observation = observe(source, data, options, progress or (lambda what, done, total: None), shard)
     with writing(output), replacing(output) as temporary:
         write_statistics(temporary, source, shard, options, observation)
 
@@ -127,14 +120,6 @@ def check_options(options: QuantizeOptions, source: Bundle) -> None:
             raise UsageError(f"no layer matches {pattern!r}", f"use names such as {near}; `--sensitivity` lists all")
     if set(schemes_of(linears, options.scheme, options.schemes).values()) == {"float"}:
         raise UsageError("all layers stay float", "keep fewer layers float")
-
-
-def observe_for(
-    source: Bundle, data: Data, options: QuantizeOptions, report: Report, shard: tuple[int, int] = (1, 1)
-) -> Observation:
-    """Make the pass over DATA. Raises DataError."""
-    opened = truncating(source) if options.truncate else source
-    return observe(opened, data, options.samples, options.threads, report, shard)
 
 
 def write_quantized(
@@ -273,10 +258,7 @@ def _add_to_record(directory: Path, warnings: Sequence[str] = (), **found: Any) 
 def _write_record(directory: Path, manifest: Manifest, record: Calibration, warnings: Sequence[str]) -> None:
     """Write calibration.json and the manifest, with ``warnings`` added to both."""
     record = structs.replace(record, warnings=(*record.warnings, *warnings))
-    (directory / CALIBRATION).write_bytes(encode_json(record))
-    files = {**manifest.files, CALIBRATION: file_entry(directory / CALIBRATION)}
-    manifest = structs.replace(manifest, files=files, notes=(*manifest.notes, *warnings))
-    (directory / "manifest.json").write_bytes(encode_manifest(manifest))
+    write_record(directory, structs.replace(manifest, notes=(*manifest.notes, *warnings)), record)
 
 
 def _check_gateable(source: Bundle, data: Data | None, options: QuantizeOptions) -> None:

@@ -11,9 +11,9 @@ import msgspec
 from perceiver_export.calibration.data.fingerprints import DataReport
 from perceiver_export.calibration.validation.gates import Gate
 from perceiver_export.runtimes.bundle import Bundle
+from perceiver_export.runtimes.certificates import FILE
 from perceiver_export.runtimes.files import read_json
 
-CALIBRATION = "calibration.json"
 _VERSION = 1
 
 POLICY = (
@@ -184,6 +184,6 @@ class Calibration(msgspec.Struct, frozen=True):
 
 def read_calibration(bundle: Bundle) -> Calibration | None:
     """A quantized bundle's record; None if the bundle is not quantized. Raises BundleError: it cannot be read."""
-    if CALIBRATION not in bundle.manifest.files or bundle.manifest.quantization is None:
+    if FILE not in bundle.manifest.files or bundle.manifest.quantization is None:
         return None
-    return read_json(bundle.file(CALIBRATION), Calibration, hint="copy or quantize the bundle again")
+    return read_json(bundle.file(FILE), Calibration, hint="copy or quantize the bundle again")

@@ -36,20 +36,15 @@ from perceiver_export.calibration.bundles import absolute_place, new_bundle, ref
 from perceiver_export.calibration.data.fingerprints import check_splits
 from perceiver_export.calibration.quantization.ladder import Ladder
 from perceiver_export.calibration.quantization.options import QuantizeOptions, Scheme
-from perceiver_export.calibration.quantization.pipeline import (
-    check_options,
-    compare_with_fp32,
-    observe_for,
-    record_sensitivity,
-)
+from perceiver_export.calibration.quantization.pipeline import check_options, compare_with_fp32, record_sensitivity
 from perceiver_export.calibration.quantization.sensitivity import GroupSensitivity
-from perceiver_export.calibration.quantization.statistics import Report
+from perceiver_export.calibration.quantization.statistics import Report, observe
 from perceiver_export.calibration.validation.certify import certify
 from perceiver_export.calibration.validation.options import ValidateOptions, check_percent
 from perceiver_export.calibration.validation.results import Validation
 from perceiver_export.calibration.validation.validation import validate
 from perceiver_export.runtimes.benchmark import Bench, bench
-from perceiver_export.runtimes.bundle import Bundle, open_bundle
+from perceiver_export.runtimes.bundle import Bundle, BundleLike, open_bundle
 from perceiver_export.runtimes.certificates import Certificate
 from perceiver_export.runtimes.engines.backend import Precision, find_target
 from perceiver_export.runtimes.errors import DeviceError, GateError, UndecidedError, UsageError, VacuousGateError
@@ -118,7 +113,7 @@ class Found(msgspec.Struct, frozen=True):
 
 
 def search(
-    bundle: str | os.PathLike[str] | Bundle,
+    bundle: BundleLike,
     output: str | os.PathLike[str],
     options: QuantizeOptions = QuantizeOptions(),
     *,
@@ -155,7 +150,7 @@ def search(
     reading = truncating(source) if options.truncate else source
     searched = check_splits(reading, calibrate, search_on, certify_on, allow_overlap)
     with tempfile.TemporaryDirectory(prefix="perceiver-export-search-") as folder:
-        observation = observe_for(source, calibrate, options, report)
+        observation = observe(source, calibrate, options, report)
         ladder = Ladder(source, observation, options, report)
         trials = Trials(ladder, source, options, targets, Path(folder), path.name, report, for_size)
         order = trials.search(search_on, least_gain / 100)
@@ -371,8 +366,7 @@ class Trials:
 
 def best_float(measured: Bench) -> Precision:
     """The fastest precision of a float bundle; fp32 where it ties, or nothing is decided."""
-    precisions = [one.precision for one in measured.measurements]
-    found = [precisions[index] for index in measured.fastest]
+    found = [measured.measurements[index].precision for index in measured.fastest]
     return "fp32" if "fp32" in found or not found else cast("Precision", found[0])
 
 

@@ -12,7 +12,6 @@ layer that is wrong itself stands out.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -29,9 +28,16 @@ from perceiver_export.calibration.quantization.integers import LinearPlan, write
 from perceiver_export.calibration.quantization.linears import find_linears
 from perceiver_export.calibration.quantization.options import QuantizeOptions, Scheme
 from perceiver_export.calibration.quantization.part import PlannedPart, plan_part
-from perceiver_export.calibration.quantization.pipeline import check_options, observe_for
-from perceiver_export.calibration.quantization.statistics import NO_SAMPLES, Call, Observation, Report, load_graph
-from perceiver_export.runtimes.bundle import Bundle, open_bundle
+from perceiver_export.calibration.quantization.pipeline import check_options
+from perceiver_export.calibration.quantization.statistics import (
+    NO_SAMPLES,
+    Call,
+    Observation,
+    Report,
+    load_graph,
+    observe,
+)
+from perceiver_export.runtimes.bundle import Bundle, BundleLike, open_bundle
 from perceiver_export.runtimes.errors import DataError, UsageError
 from perceiver_export.runtimes.runtime import Array, Feeds
 from perceiver_export.runtimes.tasks.tokenizers import tokenizer_of
@@ -53,7 +59,7 @@ class GroupSensitivity(msgspec.Struct, frozen=True):
 
 
 def measure_sensitivity(
-    bundle: str | os.PathLike[str] | Bundle,
+    bundle: BundleLike,
     data: Data,
     options: QuantizeOptions = QuantizeOptions(samples=SAMPLES),
     *,
@@ -66,7 +72,7 @@ def measure_sensitivity(
     report = progress or (lambda what, done, total: None)
     source = open_bundle(bundle)
     check_options(options, source)
-    return group_sensitivity(source, observe_for(source, data, options, report), options, report)
+    return group_sensitivity(source, observe(source, data, options, report), options, report)
 
 
 def group_sensitivity(
@@ -120,11 +126,7 @@ class LayerError(msgspec.Struct, frozen=True):
 
 
 def measure_layer_errors(
-    bundle: str | os.PathLike[str] | Bundle,
-    reference: str | os.PathLike[str] | Bundle,
-    data: Data,
-    samples: int = 8,
-    threads: int | None = None,
+    bundle: BundleLike, reference: BundleLike, data: Data, samples: int = 8, threads: int | None = None
 ) -> tuple[LayerError, ...]:
     """Compare the linears of two bundles of one model, the second in fp32; the worst layer first.
 

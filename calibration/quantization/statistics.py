@@ -33,10 +33,11 @@ from perceiver_export.calibration.graphs import (
     split_gemms,
 )
 from perceiver_export.calibration.quantization.linears import Linear, find_linears
+from perceiver_export.calibration.quantization.options import QuantizeOptions
 from perceiver_export.runtimes.bundle import Bundle
 from perceiver_export.runtimes.errors import DataError
 from perceiver_export.runtimes.runtime import Array, Feeds
-from perceiver_export.runtimes.tasks.tokenizers import tokenizer_of
+from perceiver_export.runtimes.tasks.tokenizers import tokenizer_of, truncating
 
 Report = Callable[[str, int, int], None]
 
@@ -133,7 +134,7 @@ class Observer:
     ``samples`` is the number of calls to come; the kept rows are spread over all of them.
     """
 
-    def __init__(self, path: Path, samples: int, seed: int = 0, threads: int | None = None) -> None:
+    def __init__(self, path: Path, samples: int, threads: int | None = None) -> None:
         model = load_graph(path)
         # In the graph's order, so that the same data always draws the same rows.
         activations = dict.fromkeys(linear.activation for linear in find_linears(model.graph)[0])
@@ -143,7 +144,7 @@ class Observer:
         rows = {value: -(-kept // max(1, samples)) for value, kept in capacity.items()}
         self._counts = {str(value.name): count for value, count in rows.items()}  # rows of one call
         self._rows = max(rows.values(), default=0)
-        self._generator = np.random.default_rng(seed)
+        self._generator = np.random.default_rng(0)
         hazards = {value: depth for node in model.graph for value, depth in _hazardous(node)}
         self.statistics = Statistics(
             {str(value.name): Activation.empty(_width(value), kept) for value, kept in capacity.items()},
@@ -266,20 +267,20 @@ class Observation:
 
 
 def observe(
-    bundle: Bundle, data: Data, samples: int, threads: int | None, report: Report, shard: tuple[int, int] = (1, 1)
+    bundle: Bundle, data: Data, options: QuantizeOptions, report: Report, shard: tuple[int, int] = (1, 1)
 ) -> Observation:
-    """Run up to ``samples`` samples through all parts; for the ``shard`` (i, n) only the i-th of every n calls.
+    """Run up to ``options.samples`` samples through all parts; for the ``shard`` (i, n) only the i-th of every n calls.
 
     A shard reads all samples. Raises DataError: no samples, and as `Samples`.
     """
-    if str(data) == RANDOM:
-        samples = min(samples, _RANDOM_SAMPLES)
+    samples = min(options.samples, _RANDOM_SAMPLES) if str(data) == RANDOM else options.samples
+    tokenizer = tokenizer_of(truncating(bundle) if options.truncate else bundle)
     manifest = bundle.manifest
     size = batch_size(manifest)
-    examples = Samples(data, manifest, samples, tokenizer=tokenizer_of(bundle))
+    examples = Samples(data, manifest, samples, tokenizer=tokenizer)
     total = examples.count or samples
     observers = {
-        name: Observer(bundle.file(part.file), -(-total // size), threads=threads)
+        name: Observer(bundle.file(part.file), -(-total // size), options.threads)
         for name, part in manifest.parts.items()
     }
     watch = DataWatch(manifest, str(data) if isinstance(data, (str, Path)) else ITERABLE)

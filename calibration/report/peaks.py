@@ -13,8 +13,8 @@ import numpy as np
 import onnx_ir as ir
 
 from perceiver_export.calibration.graphs import constant, remove_unused
-from perceiver_export.calibration.quantization.engines import Kernel, Timing, read_kernels, totals
-from perceiver_export.runtimes.engines.backend import EngineOptions, Precision
+from perceiver_export.calibration.quantization.engines import Timing, read_kernels, totals
+from perceiver_export.runtimes.engines.backend import EngineOptions, Kernel, Precision
 from perceiver_export.runtimes.runtime import Array
 
 _SECONDS = 0.3  # of timing

@@ -9,7 +9,6 @@ next. The graph is compiled as `load` does, with the engine's profiler on, which
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -19,22 +18,22 @@ import onnx_ir as ir
 
 from perceiver_export.calibration.data.sources import Data
 from perceiver_export.calibration.graphs import node_flops, reached, read_graph
-from perceiver_export.calibration.quantization.engines import (
-    MISSING,
-    Kernel,
-    Timing,
-    built_kernels,
-    read_kernels,
-    totals,
-)
+from perceiver_export.calibration.quantization.engines import MISSING, Timing, built_kernels, read_kernels, totals
 from perceiver_export.calibration.quantization.record import Calibration, LinearRecord, read_calibration
 from perceiver_export.calibration.quantization.sensitivity import measure_layer_errors
 from perceiver_export.calibration.quantization.statistics import with_shapes
 from perceiver_export.calibration.report.peaks import measure_peaks
 from perceiver_export.calibration.report.tables import Table
 from perceiver_export.runtimes.benchmark import Side, quartiles, scattered
-from perceiver_export.runtimes.bundle import Bundle, open_bundle
-from perceiver_export.runtimes.engines.backend import EngineOptions, Precision, PrecisionChoice, Source, find_target
+from perceiver_export.runtimes.bundle import Bundle, BundleLike, open_bundle
+from perceiver_export.runtimes.engines.backend import (
+    EngineOptions,
+    Kernel,
+    Precision,
+    PrecisionChoice,
+    Source,
+    find_target,
+)
 from perceiver_export.runtimes.engines.cache import Candidate
 from perceiver_export.runtimes.errors import EngineError, UsageError
 from perceiver_export.runtimes.manifest import Part
@@ -123,11 +122,11 @@ class Profile(msgspec.Struct, frozen=True):
 
 
 def profile(
-    bundle: str | os.PathLike[str] | Bundle,
+    bundle: BundleLike,
     *,
     device: str = "auto",
     precision: PrecisionChoice | None = None,
-    against: str | os.PathLike[str] | Bundle | None = None,
+    against: BundleLike | None = None,
     data: Data | None = None,
     threads: int | None = None,
 ) -> Profile:

@@ -23,7 +23,7 @@ from perceiver_export.calibration.validation.gates import advice
 from perceiver_export.calibration.validation.results import Validation
 from perceiver_export.calibration.validation.validation import machine
 from perceiver_export.runtimes.benchmark import Measurement, bench
-from perceiver_export.runtimes.bundle import Bundle, open_bundle
+from perceiver_export.runtimes.bundle import Bundle, BundleLike, open_bundle
 from perceiver_export.runtimes.certificates import certificates, engine_of, precision_of
 from perceiver_export.runtimes.errors import DataError, DeviceError, EngineError, UsageError, printable, require
 
@@ -137,7 +137,7 @@ Layers = list[tuple[str, float]]
 
 
 def gather(
-    bundle: str | os.PathLike[str] | Bundle,
+    bundle: BundleLike,
     validations: Sequence[Validation],
     reference: str | os.PathLike[str] | None = None,
     command: str = "",
@@ -200,16 +200,14 @@ def _certified(bundle: Bundle, validations: Sequence[Validation]) -> Iterator[st
                 yield str(one)
 
 
-def _speeds(
-    path: Path, other: Path | None, validation: Validation, threads: int | None
-) -> Iterator[tuple[Measurement, float]]:
-    """Of the validated engine in its precision, and of the reference in turn with it, each with MiB on disk."""
+def _speeds(path: Path, other: Path | None, validation: Validation, threads: int | None) -> list[Measurement]:
+    """Of the validated engine in its precision, relative to the reference in turn with it; and of the reference."""
     target = str(validation.candidate.get("target", ""))
     precision = precision_of(engine_of(validation.candidate))
     found = bench(path, against=other, device=target, runs=_RUNS, threads=threads, precision=precision)
-    for side, folder in zip(found.measurements, (path, other), strict=False):
-        ratios = (found.ratio, found.ratio_quartiles) if folder == path else (None, None)
-        yield msgspec.structs.replace(side, ratio=ratios[0], ratio_quartiles=ratios[1]), side.size
+    first, *others = found.measurements
+    first = msgspec.structs.replace(first, ratio=found.ratio, ratio_quartiles=found.ratio_quartiles)
+    return [first, *(msgspec.structs.replace(one, ratio=None, ratio_quartiles=None) for one in others)]
 
 
 def _measured(bundle: Bundle, reference: Path | None, data: Data | None, threads: int | None) -> Layers | None:

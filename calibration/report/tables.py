@@ -60,14 +60,14 @@ class Table:
 class Report:
     """Everything that a report shows. ``validations`` has one per target; ``tables`` are about the bundle itself.
 
-    ``speeds``: each side on each target, with MiB on disk; the candidate's ratio is to the reference's time.
+    ``speeds``: each side on each target; the candidate's ratio is to the reference's time.
     ``date`` is today.
     ``sensitivity``: layers and their SQNR in dB, worst first. ``certificates``: those that the validations show.
     """
 
     title: str
     validations: tuple[Validation, ...]
-    speeds: tuple[tuple[Measurement, float], ...] = ()
+    speeds: tuple[Measurement, ...] = ()
     sensitivity: tuple[tuple[str, float], ...] = ()
     tables: tuple[Table, ...] = ()
     sensitivity_note: str = ""
@@ -179,16 +179,16 @@ class Report:
     def latency(self) -> Table:
         """One row per side and target, with the one measurement of speed; empty if nothing was timed."""
         rows = []
-        for one, size in self.speeds:
+        for one in self.speeds:
             low, high = one.ratio_quartiles or (0.0, 0.0)
             ratio = ("", "") if one.ratio is None else (f"{one.ratio:.3f} ×", f"{low:.3f} to {high:.3f}")
             times = (f"{one.p50:.2f} ms", f"{one.p95:.2f} ms", *ratio)
-            rows.append((one.target, one.name, *times, f"{one.peak_memory:.0f} MiB", f"{size:.1f} MiB"))
-        paired = any(one.ratio is not None for one, _ in self.speeds)
+            rows.append((one.target, one.name, *times, f"{one.peak_memory:.0f} MiB", f"{one.size:.1f} MiB"))
+        paired = any(one.ratio is not None for one in self.speeds)
         note = "Both sides were timed in turn. The ratio is the median over pairs. Bars are p50." if paired else ""
         times_ = ("p50>", "p95>", "of the reference's time>", "half of the pairs>")
         columns = ("target", "side", *times_, "peak memory>", "on disk>")
-        bars = _lengths([one.p50 for one, _ in self.speeds])
+        bars = _lengths([one.p50 for one in self.speeds])
         return Table("Latency, memory, size", columns, rows, note, bars).without_empty()
 
     @property

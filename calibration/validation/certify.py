@@ -4,23 +4,19 @@
 from __future__ import annotations
 
 import datetime
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
-from perceiver_export.calibration.bundles import file_entry, new_bundle
+from perceiver_export.calibration.bundles import new_bundle, write_record
 from perceiver_export.calibration.validation.gates import AT_LEAST, CAVEAT
 from perceiver_export.calibration.validation.reference import check_reference
 from perceiver_export.calibration.validation.results import Validation
 from perceiver_export.calibration.validation.statistics import CONFIDENCE
-from perceiver_export.runtimes.bundle import Bundle, open_bundle
+from perceiver_export.runtimes.bundle import Bundle, BundleLike, open_bundle
 from perceiver_export.runtimes.certificates import FILE, Certificate, Claim, certificates, engine_of
 from perceiver_export.runtimes.errors import DataError, ExportError, UsageError
-from perceiver_export.runtimes.files import check_writable, copy_tree, encode_json, read_json
-from perceiver_export.runtimes.manifest import encode_manifest
+from perceiver_export.runtimes.files import check_writable, copy_tree, read_json
 
 _REFUSED = {
     "one label": "certify on data with all the labels that the model will see",
@@ -30,7 +26,7 @@ _ELSEWHERE = "copy the bundle to where it can be written, and certify it there"
 
 
 def certify(
-    bundle: str | os.PathLike[str] | Bundle, validations: Sequence[Validation], searched: Sequence[str] = ()
+    bundle: BundleLike, validations: Sequence[Validation], searched: Sequence[str] = ()
 ) -> tuple[Certificate, ...]:
     """Write one certificate per validated target into the bundle, replacing earlier ones for the same place.
 
@@ -47,7 +43,7 @@ def certify(
     return made
 
 
-def check_certifiable(bundle: str | os.PathLike[str] | Bundle) -> None:
+def check_certifiable(bundle: BundleLike) -> None:
     """Raise ExportError, before models run for minutes, if no certificate can be written into the bundle."""
     check_writable(bundle.path if isinstance(bundle, Bundle) else Path(bundle), ExportError, _ELSEWHERE)
 
@@ -107,7 +103,4 @@ def _write(bundle: Bundle, made: Sequence[Certificate], searched: Sequence[str])
         record["searched"] = sorted({*record.get("searched", ()), *searched})
         for name in (FILE, "manifest.json"):
             (directory / name).unlink(missing_ok=True)  # a link to the old one's content
-        (directory / FILE).write_bytes(encode_json(record))
-        files = {**bundle.manifest.files, FILE: file_entry(directory / FILE)}
-        manifest = msgspec.structs.replace(bundle.manifest, files=files)
-        (directory / "manifest.json").write_bytes(encode_manifest(manifest))
+        write_record(directory, bundle.manifest, record)

@@ -7,10 +7,10 @@ import math
 import numbers
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from perceiver_export.calibration.options import option
-from perceiver_export.runtimes.bundle import Bundle
+from perceiver_export.runtimes.bundle import BundleLike
 from perceiver_export.runtimes.engines.backend import Precision
 from perceiver_export.runtimes.errors import UsageError, check_kind, check_whole
 from perceiver_export.runtimes.runtime import Array, Feeds
@@ -111,7 +111,7 @@ class ValidateOptions:
     list.
     """
 
-    against: str | os.PathLike[str] | Bundle | Reference | None = option(
+    against: BundleLike | Reference | None = option(
         None, "Reference: another bundle, or the checkpoint in PyTorch.", "BUNDLE|SOURCE"
     )
     gates: Gates = Gates()
@@ -131,9 +131,8 @@ class ValidateOptions:
     allow_overlap: bool = option(False, "Certify even if samples are repeated or were used for calibration.")
     sequential: bool = option(False, "Stop as soon as the gates are decided; the bounds hold wherever it stops.")
     seed: int = option(0, "With --sequential: the seed of the random order of samples.")
-    save_worst: str | os.PathLike[str] | None = field(
-        default=None,
-        metadata={"doc": "Save the worst samples here (images, inputs, worst.json) and classes.", "value": "DIR"},
+    save_worst: str | os.PathLike[str] | None = option(
+        None, "Save the worst samples here (images, inputs, worst.json) and classes.", "DIR"
     )
     worst: int = 12
     keep_failures: bool = False

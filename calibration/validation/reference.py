@@ -7,7 +7,6 @@ Also the doubts about a reference, and the references that a certificate cannot 
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,7 @@ import numpy as np
 
 from perceiver_export.calibration.data.samples import Example
 from perceiver_export.calibration.validation.options import Reference
-from perceiver_export.runtimes.bundle import Bundle
+from perceiver_export.runtimes.bundle import BundleLike
 from perceiver_export.runtimes.certificates import device_of, engine_of, precision_of
 from perceiver_export.runtimes.engines.cache import graphs_of
 from perceiver_export.runtimes.errors import BrokenReferenceError, GateError, UsageError
@@ -44,7 +43,7 @@ class Side:
 
 @contextlib.contextmanager
 def open_side(
-    what: str | os.PathLike[str] | Bundle | Reference | None, device: str, threads: int | None, beside: Task
+    what: BundleLike | Reference | None, device: str, threads: int | None, beside: Task
 ) -> Iterator[Side | None]:
     """Open the reference, a bundle in fp32, or yield None.
 

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from perceiver_export.calibration.validation.results import Data, Validation
 from perceiver_export.calibration.validation.scores import Scores, joined
 from perceiver_export.calibration.validation.validation import Measured, Progress, judged, measure
 from perceiver_export.calibration.validation.worst import WorstSample
-from perceiver_export.runtimes.bundle import Bundle, open_bundle
+from perceiver_export.runtimes.bundle import Bundle, BundleLike, open_bundle
 from perceiver_export.runtimes.certificates import engine_of, on_cpu
 from perceiver_export.runtimes.errors import DataError, UsageError
 from perceiver_export.runtimes.files import encode_json, parsing, read_json
@@ -148,7 +147,7 @@ class Shard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def validate_shard(
-    bundle: str | os.PathLike[str] | Bundle,
+    bundle: BundleLike,
     data: str | Path,
     shard: tuple[int, int],
     options: ValidateOptions = ValidateOptions(),
@@ -209,7 +208,7 @@ def encode_shard(shard: Shard) -> bytes:
 
 
 def merge(
-    bundle: str | os.PathLike[str] | Bundle, files: Sequence[Path], options: ValidateOptions = ValidateOptions()
+    bundle: BundleLike, files: Sequence[Path], options: ValidateOptions = ValidateOptions()
 ) -> tuple[Validation, ...]:
     """One result for each target, engine and instruction set that shards ran on; each needs all shards.
 
@@ -300,9 +299,8 @@ def _judged(bundle: Bundle, shards: Sequence[Shard], options: ValidateOptions) -
         watch.labels.update(one.labels)
         for name, ends in one.bounds.items():
             watch.widen(name, *ends)
-        notes.labels = notes.labels | {
-            kind: said for kind, said in one.notes.labels.items() if kind not in notes.labels
-        }
+        for kind, said in one.notes.labels.items():
+            notes.labels.setdefault(kind, said)
         notes.left_out |= one.notes.left_out
         notes.cut |= one.notes.cut
     data = Data(first.source, scores.count, "")
@@ -318,7 +316,9 @@ def _fill(scores: Scores, shards: Sequence[Shard], order: Array) -> None:
     for sums, *added in zip(scores.sums, *(one.sums for one in shards), strict=True):
         sums |= _added(added)
     scores.unused = {name for one in shards for name in one.unused}
-    scores.reads = {name: _union(one.reads[name] for one in shards) for name in shards[0].reads}
+    scores.reads = {
+        name: tuple(dict.fromkeys(output for one in shards for output in one.reads[name])) for name in shards[0].reads
+    }
     scores.worst.seen = len(order)
     for one in shards:
         for worst in one.worst:
@@ -333,7 +333,3 @@ def _added(parts: Sequence[Mapping[str, Numbers]]) -> dict[str, Array]:
                 raise ValueError(f"{name} has several shapes")
             found[name] = found[name] + one.array if name in found else one.array
     return found
-
-
-def _union(names: Iterable[Sequence[str]]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(name for some in names for name in some))

@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-import os
 import platform
 import time
 from collections.abc import Callable
@@ -35,7 +34,7 @@ from perceiver_export.calibration.validation.scores import Scores
 from perceiver_export.calibration.validation.sequential import ANYTIME
 from perceiver_export.calibration.validation.statistics import FIXED, mcnemar, scipy_stats
 from perceiver_export.calibration.validation.worst import OPTION, write_worst
-from perceiver_export.runtimes.bundle import Bundle
+from perceiver_export.runtimes.bundle import BundleLike
 from perceiver_export.runtimes.errors import BrokenReferenceError, DataError, DeviceError, GateError, check_kind
 from perceiver_export.runtimes.machine import available_cores, cpu_features, cpu_name
 from perceiver_export.runtimes.manifest import assumed_note
@@ -67,7 +66,7 @@ class Measured:
 
 
 def validate(
-    bundle: str | os.PathLike[str] | Bundle,
+    bundle: BundleLike,
     data: str | Path,
     options: ValidateOptions = ValidateOptions(),
     *,
@@ -95,7 +94,7 @@ def validate(
 
 
 def measure(
-    bundle: str | os.PathLike[str] | Bundle,
+    bundle: BundleLike,
     data: str | Path,
     options: ValidateOptions,
     progress: Progress | None = None,
@@ -159,7 +158,7 @@ def _compare(
         raise DataError("the data holds no samples", "check that it is not empty or a generator that was used up")
 
 
-def judged(bundle: str | os.PathLike[str] | Bundle, measured: Measured, options: ValidateOptions) -> Validation:
+def judged(bundle: BundleLike, measured: Measured, options: ValidateOptions) -> Validation:
     """The result with metrics, gates and their reservations.
 
     Raises DataError if samples are repeated or were calibrated on, and no option allows that.
@@ -217,7 +216,7 @@ def machine() -> dict[str, str]:
 
 
 def validate_targets(
-    bundle: str | os.PathLike[str] | Bundle,
+    bundle: BundleLike,
     data: str | Path,
     options: ValidateOptions = ValidateOptions(device="all"),
     *,

@@ -60,13 +60,11 @@ def answer_masks(task: Any, texts: Sequence[_Text], request: Request, progress: 
 
 def answer_texts(task: Any, texts: Sequence[_Text], request: Request, progress: Progress) -> Answers:
     """The most probable labels of each text, its values, or the scores of each task."""
-    from perceiver_export.runtimes.tasks.base import limits
-
     for text in texts:
         with _located(text.source):
             task.tokenizer.encode(text.content)
     answers: list[Any] = []
-    _, batch = limits(task.runtime.inputs[0], 0)
+    _, batch = task.runtime.inputs[0].limits(0)
     for start in range(0, len(texts), batch):
         progress("run", start, len(texts))
         answers += task.batch([text.content for text in texts[start : start + batch]], request.top)

@@ -235,7 +235,7 @@ def _summary(found: _Outcome) -> Iterator[tuple[str, str]]:
     from perceiver_export.calibration.report.tables import Report
 
     report = found.report or Report("", found.results)
-    if any(one.ratio is not None for one, _ in report.speeds):
+    if any(one.ratio is not None for one in report.speeds):
         (target, _, p50, _, ratio, half, _, size), (*_, other) = report.latency.rows[:2]
         yield "size", f"{size}, reference {other}"
         yield "speed", f"{p50} a call on {target}, {ratio} the reference's time ({half} in half of the pairs)"

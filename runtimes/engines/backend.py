@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, cast, runtime_checkable
 
 import msgspec
 import numpy.typing as npt
@@ -80,6 +80,19 @@ class Source(msgspec.Struct, frozen=True):
     def flags_described(self) -> dict[str, Any]:
         """``flags`` as `Engine.describe` gives them: they may change answers. Empty without flags."""
         return {"flags": self.options.flags} if self.options.flags else {}
+
+
+class Kernel(NamedTuple):
+    """What an engine runs for some nodes of a graph. ``names``: the nodes and tensors that it computes; ``precision``:
+    the type of what it reads; ``num_bytes``: what it reads and writes; ``times``: milliseconds of each call.
+    """
+
+    names: tuple[str, ...]
+    kernel: str
+    precision: str
+    product: bool
+    num_bytes: int
+    times: tuple[float, ...] = ()
 
 
 class Engine(Protocol):

@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -253,15 +254,14 @@ def candidates(bundle: Bundle, here: Identity, backend: Backend) -> tuple[Candid
     return tuple(one for _, one in sorted(found, key=lambda pair: pair[0], reverse=True))
 
 
-def unreadable(bundle: Bundle, target: str) -> tuple[str, ...]:
-    """One message for each link and each damaged engine of that target."""
-    return tuple(
-        _is_link(place)
-        if place.is_symlink()
-        else f"the engine in {place} cannot be read: its engine.json is missing, damaged or from a newer version"
-        for place in _places(bundle, target)
-        if place.is_symlink() or read_record(place) is None
-    )
+def unreadable(bundle: Bundle, target: str) -> str:
+    """A message for the first link or damaged engine of that target; empty if there is none."""
+    for place in _places(bundle, target):
+        if place.is_symlink():
+            return _is_link(place)
+        if read_record(place) is None:
+            return f"the engine in {place} cannot be read: its engine.json is missing, damaged or from a newer version"
+    return ""
 
 
 def check_engine(candidate: Candidate, verify: Verify) -> None:
@@ -287,8 +287,8 @@ def builders_lock(root: Path, target: str, waiting: Callable[[], None]) -> Itera
             yield
 
 
-def publish(root: Path, identity: Identity, write: Callable[[Path], float]) -> Path:
-    """Let ``write`` fill a temporary directory, then rename it into place. ``write`` returns the build's seconds.
+def publish(root: Path, identity: Identity, build: Callable[[Path], None]) -> tuple[Path, float]:
+    """Let ``build`` fill a temporary directory, then rename it into place. Returns the place and the build's seconds.
 
     The caller holds the lock. Raises BuildError: the key cannot be used, or the directory is a link; OSError.
     """
@@ -297,11 +297,13 @@ def publish(root: Path, identity: Identity, write: Callable[[Path], float]) -> P
     if not place.is_dir():
         place.unlink(missing_ok=True)
     with replacing(place, directory=True) as temporary:
-        seconds = write(temporary)
+        start = time.perf_counter()
+        build(temporary)
+        seconds = time.perf_counter() - start
         files = {file.name: FileEntry(sha256(file), file.stat().st_size) for file in sorted(temporary.iterdir())}
         record = Record(SCHEMA_VERSION, identity, files, seconds)
         (temporary / RECORD).write_bytes(encode_json(record.signed(key)))
-    return place
+    return place, seconds
 
 
 def writable_root(bundle: Bundle) -> Path:

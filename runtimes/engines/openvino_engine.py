@@ -15,15 +15,16 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from perceiver_export.runtimes.engines.backend import Array, Feeds, Source
+from perceiver_export.runtimes.engines.backend import Array, Feeds, Kernel, Source
 from perceiver_export.runtimes.errors import DeviceError
 from perceiver_export.runtimes.manifest import DType, TensorSpec
 
 DEVICES = {"openvino-cpu": "CPU", "openvino-gpu": "GPU", "openvino-npu": "NPU"}
+_DEQUANTIZATION = "/DequantizationMultiply"  # OpenVINO's suffix of a product whose scales it moved behind it
 _WEIGHT = "/transpose_b"  # OpenVINO appends this to a product's name to name its weight
 _PRODUCTS = frozenset({"FullyConnected", "MatMul", "Convolution"})
 _NAMES = {"f32": "fp32", "f16": "fp16", "u8": "int8", "i8": "int8"}
@@ -32,37 +33,21 @@ _DTYPES: dict[str, DType] = {"f32": "float32", "i32": "int32", "i64": "int64", "
 _SMALL = 16 << 10  # bytes: a copy takes about a microsecond, binding takes several
 
 
-class Kernel(NamedTuple):
-    """One kernel of a compiled model: ``primitive`` is its implementation, ``nodes`` the graph nodes it computes.
+def kernels(compiled: Any) -> Iterator[tuple[str, Kernel]]:
+    """All kernels of a compiled model with OpenVINO's name; one named after its scales also has its weight's name.
 
-    ``num_bytes`` is the size of what it reads and writes, without arrays of dynamic shape.
+    Bytes are without arrays of dynamic shape.
     """
-
-    name: str
-    layer: str
-    primitive: str
-    nodes: tuple[str, ...]
-    num_bytes: int
-
-    @property
-    def is_product(self) -> bool:
-        return self.layer in _PRODUCTS
-
-    @property
-    def precision(self) -> str:
-        """The type of its activations: int8, bf16, fp16 or fp32."""
-        return named(self.primitive.rpartition("_")[2].lower())
-
-
-def kernels(compiled: Any) -> Iterator[Kernel]:
-    """All kernels of a compiled model. A product named after its scales is also listed under its weight's name."""
     for op in compiled.get_runtime_model().get_ops():
         info = op.get_rt_info()
         layer, primitive, nodes = (_text(info, name) for name in ("layerType", "primitiveType", "originalLayersNames"))
         reads = (one.get_source_output().get_node().get_friendly_name() for one in op.inputs())
         products = (name.removesuffix(_WEIGHT) for name in reads if name.endswith(_WEIGHT))
         moved = sum(map(_port_bytes, (*(one.get_source_output() for one in op.inputs()), *op.outputs())))
-        yield Kernel(op.get_friendly_name(), layer, primitive, (*nodes.split(","), *products), moved)
+        name = op.get_friendly_name()
+        names = tuple(one.removesuffix(_DEQUANTIZATION) for one in (*nodes.split(","), *products, name) if one)
+        precision = named(primitive.rpartition("_")[2].lower())
+        yield name, Kernel(names, f"{layer} {primitive}", precision, layer in _PRODUCTS, moved)
 
 
 def _port_bytes(port: Any) -> int:
@@ -78,7 +63,7 @@ def arithmetic(compiled: Any, device: str) -> str:
     """
     found = {named(compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name())}
     if device == "CPU":
-        found |= {kernel.precision for kernel in kernels(compiled) if kernel.is_product}
+        found |= {kernel.precision for _, kernel in kernels(compiled) if kernel.product}
     *first, last = sorted(found, key=lambda name: _ORDER.index(name) if name in _ORDER else -1)
     return f"{', '.join(first)} and {last}" if first else last
 
@@ -139,8 +124,8 @@ class OpenvinoEngine:
             described["precision"] = self._source.compiled_precision
         return described
 
-    def kernels(self) -> tuple[Kernel, ...]:
-        """All kernels, as OpenVINO reports them."""
+    def kernels(self) -> tuple[tuple[str, Kernel], ...]:
+        """All kernels, each with OpenVINO's name for it."""
         return tuple(kernels(self._compiled))
 
     def kernel_times(self) -> dict[str, float]:

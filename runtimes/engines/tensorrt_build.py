@@ -9,7 +9,6 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -128,47 +127,38 @@ def build_engine(
     Raises BuildError: the compiler failed, or the layers that it names do not have the requested precision;
     BundleError: the graph cannot be read; DeviceError; KeyboardInterrupt once the compiler has stopped.
     """
-    work = partial(_build, trt, can, platform, source, directory, progress)
+
+    def work(stop: threading.Event) -> LayerReport:
+        logger = make_logger(trt)
+        builder = start(trt.Builder, logger, can.name)
+        progress("reading the graph", 0, None)
+        network, parser = parse(trt, can, builder, logger, source.graph)
+        config = builder.create_builder_config()
+        _configure(trt, can, config, builder, source)
+        asked = asked_precisions(trt, network)
+        check_types(asked, source)
+        check_shared_weights(trt, network, can, source.graph)
+        timings = read_timings(platform, config) if can.library == "tensorrt" else None
+        config.progress_monitor = _monitor(trt, progress, stop)
+        once, each = weight_bytes(trt, network)
+        copied = f" ({each / 2**20:.0f} MiB if each use has its own copy)" if each > once else ""
+        progress(f"compiling {once / 2**20:.0f} MiB of weights{copied}", 0, None)
+        serialized = builder.build_serialized_network(network, config)
+        del parser  # kept until here: it owns weights to which the network refers
+        if serialized is None:
+            raise _given_up(can, source, logger.problems)
+        if timings is not None:
+            write_timings(timings, config)
+        layers = _layers(trt, can, logger, serialized)
+        _check_precisions(asked, precisions(layers))
+        (directory / ENGINE).write_bytes(serialized)
+        counts = dict(Counter(asked.values()))
+        size, attentions = (directory / ENGINE).stat().st_size, sum(layer.fused_attention for layer in layers)
+        report = LayerReport(len(layers), attentions, counts.get("int8", 0), counts, size, once, each, layers)
+        (directory / REPORT).write_bytes(encode_json(report))
+        return report
+
     return interruptible(work, lambda: progress("stopping", 0, None))
-
-
-def _build(
-    trt: Any,
-    can: Capabilities,
-    platform: Platform,
-    source: Source,
-    directory: Path,
-    progress: Progress,
-    stop: threading.Event,
-) -> LayerReport:
-    logger = make_logger(trt)
-    builder = start(trt.Builder, logger, can.name)
-    progress("reading the graph", 0, None)
-    network, parser = parse(trt, can, builder, logger, source.graph)
-    config = builder.create_builder_config()
-    _configure(trt, can, config, builder, source)
-    asked = asked_precisions(trt, network)
-    check_types(asked, source)
-    check_shared_weights(trt, network, can, source.graph)
-    timings = read_timings(platform, config) if can.library == "tensorrt" else None
-    config.progress_monitor = _monitor(trt, progress, stop)
-    once, each = weight_bytes(trt, network)
-    copied = f" ({each / 2**20:.0f} MiB if each use has its own copy)" if each > once else ""
-    progress(f"compiling {once / 2**20:.0f} MiB of weights{copied}", 0, None)
-    serialized = builder.build_serialized_network(network, config)
-    del parser  # kept until here: it owns weights to which the network refers
-    if serialized is None:
-        raise _given_up(can, source, logger.problems)
-    if timings is not None:
-        write_timings(timings, config)
-    layers = _layers(trt, can, logger, serialized)
-    _check_precisions(asked, precisions(layers))
-    (directory / ENGINE).write_bytes(serialized)
-    counts = dict(Counter(asked.values()))
-    size, attentions = (directory / ENGINE).stat().st_size, sum(layer.fused_attention for layer in layers)
-    report = LayerReport(len(layers), attentions, counts.get("int8", 0), counts, size, once, each, layers)
-    (directory / REPORT).write_bytes(encode_json(report))
-    return report
 
 
 def _check_precisions(asked: Mapping[str, str], found: Mapping[str, str]) -> None:

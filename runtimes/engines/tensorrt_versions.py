@@ -26,15 +26,13 @@ from perceiver_export.runtimes.files import cache_directory, read_bytes, write_c
 class Capabilities:
     """A row applies from version ``since`` up to the next row.
 
-    ``opset``: the newest that its parser is documented to read. ``attention``: whether it supports ONNX's Attention.
-    ``jetpack``: the JetPack releases that include it. ``version``: the version in question, (0, 0) in the table.
+    ``opset``: the newest that its parser is documented to read. ``version``: the version in question, (0, 0) in the
+    table.
     """
 
     library: Literal["tensorrt", "tensorrt-rtx"]
     since: tuple[int, int]
     opset: int
-    attention: bool
-    jetpack: str
     version: tuple[int, int] = (0, 0)
 
     @property
@@ -54,15 +52,14 @@ class Capabilities:
         return self.library == "tensorrt-rtx" and self.version == (1, 7)
 
 
-#                library    since  opset Attention JetPack
 TABLE = (
-    Capabilities("tensorrt", (10, 3), 20, False, "6.1, 6.2"),
-    Capabilities("tensorrt", (10, 9), 22, False, "-"),
-    Capabilities("tensorrt", (10, 13), 24, False, "7.0, 7.1"),
-    Capabilities("tensorrt", (10, 14), 24, True, "-"),
-    Capabilities("tensorrt", (10, 16), 24, True, "7.2"),
-    Capabilities("tensorrt", (11, 0), 25, True, "7.2.2 and later"),
-    Capabilities("tensorrt-rtx", (1, 7), 25, True, "none"),
+    Capabilities("tensorrt", (10, 3), 20),  # JetPack 6.1 and 6.2
+    Capabilities("tensorrt", (10, 9), 22),
+    Capabilities("tensorrt", (10, 13), 24),  # JetPack 7.0 and 7.1
+    Capabilities("tensorrt", (10, 14), 24),
+    Capabilities("tensorrt", (10, 16), 24),  # JetPack 7.2
+    Capabilities("tensorrt", (11, 0), 25),  # JetPack 7.2.2 and later
+    Capabilities("tensorrt-rtx", (1, 7), 25),
 )
 
 NEWEST = {"tensorrt": "11.4", "tensorrt-rtx": "1.7"}

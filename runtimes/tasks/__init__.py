@@ -10,27 +10,29 @@ with open_task("fashion", ImageClassification) as classify:
 from __future__ import annotations
 
 import importlib
-import os
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
-from perceiver_export.runtimes.bundle import Bundle, Verify, open_bundle
+from perceiver_export.runtimes.bundle import BundleLike, Verify, open_bundle
 from perceiver_export.runtimes.engines.backend import PrecisionChoice
 from perceiver_export.runtimes.errors import BundleError, UsageError
 from perceiver_export.runtimes.loading import load
 from perceiver_export.runtimes.manifest import Manifest
 from perceiver_export.runtimes.runtime import Runtime
 from perceiver_export.runtimes.split import join
-from perceiver_export.runtimes.tasks.base import Task, TextTask
+from perceiver_export.runtimes.tasks.base import Task as Task
+from perceiver_export.runtimes.tasks.base import TextTask
 from perceiver_export.runtimes.tasks.tokenizers import open_tokenizer, truncating
 
 if TYPE_CHECKING:
-    from perceiver_export.runtimes.tasks.arrays import Arrays, Sets
-    from perceiver_export.runtimes.tasks.flow import OpticalFlow
-    from perceiver_export.runtimes.tasks.images import ImageClassification
-    from perceiver_export.runtimes.tasks.points import PointCloudClassification
-    from perceiver_export.runtimes.tasks.sound import AudioClassification
-    from perceiver_export.runtimes.tasks.text import FillMask, TextClassification
-    from perceiver_export.runtimes.tasks.video import VideoAutoencoding
+    from perceiver_export.runtimes.tasks.arrays import Arrays as Arrays
+    from perceiver_export.runtimes.tasks.arrays import Sets as Sets
+    from perceiver_export.runtimes.tasks.flow import OpticalFlow as OpticalFlow
+    from perceiver_export.runtimes.tasks.images import ImageClassification as ImageClassification
+    from perceiver_export.runtimes.tasks.points import PointCloudClassification as PointCloudClassification
+    from perceiver_export.runtimes.tasks.sound import AudioClassification as AudioClassification
+    from perceiver_export.runtimes.tasks.text import FillMask as FillMask
+    from perceiver_export.runtimes.tasks.text import TextClassification as TextClassification
+    from perceiver_export.runtimes.tasks.video import VideoAutoencoding as VideoAutoencoding
 
     class _SomeTask(Task):
         """A task whose class is known only from the manifest: members of `Task` are typed, the rest is Any."""
@@ -38,22 +40,6 @@ if TYPE_CHECKING:
         def __call__(self, *arguments: Any, **options: Any) -> Any: ...
         def __getattr__(self, name: str) -> Any: ...
 
-
-__all__ = [
-    "TASKS",
-    "Arrays",
-    "AudioClassification",
-    "FillMask",
-    "ImageClassification",
-    "OpticalFlow",
-    "PointCloudClassification",
-    "Sets",
-    "Task",
-    "TextClassification",
-    "VideoAutoencoding",
-    "checked_task",
-    "open_task",
-]
 
 T = TypeVar("T", bound=Task)
 
@@ -69,6 +55,7 @@ TASKS = {
     "sets": ("arrays", "Sets"),
     "arrays": ("arrays", "Arrays"),
 }
+__all__ = ["TASKS", "Task", "checked_task", "open_task", *(task for _, task in TASKS.values())]
 
 
 def __getattr__(name: str) -> Any:
@@ -80,7 +67,7 @@ def __getattr__(name: str) -> Any:
 
 @overload
 def open_task(
-    bundle: str | os.PathLike[str] | Bundle,
+    bundle: BundleLike,
     expect: type[T],
     device: str = ...,
     threads: int | None = ...,
@@ -93,7 +80,7 @@ def open_task(
 
 @overload
 def open_task(
-    bundle: str | os.PathLike[str] | Bundle,
+    bundle: BundleLike,
     device: str = ...,
     threads: int | None = ...,
     verify: Verify = ...,
@@ -103,9 +90,7 @@ def open_task(
 ) -> _SomeTask: ...
 
 
-def open_task(
-    bundle: str | os.PathLike[str] | Bundle, *arguments: Any, expect: type[Task] = Task, **options: Any
-) -> Any:
+def open_task(bundle: BundleLike, *arguments: Any, expect: type[Task] = Task, **options: Any) -> Any:
     """Load a bundle with the pre- and post-processing of its task: one of the classes of `TASKS`, by the manifest.
 
     ``expect`` is the class that the task must have; it also gives type checkers and editors the class of the result.
@@ -121,7 +106,7 @@ def open_task(
 
 
 def _open(
-    bundle: str | os.PathLike[str] | Bundle,
+    bundle: BundleLike,
     expect: type[Task],
     device: str = "auto",
     threads: int | None = None,

@@ -21,7 +21,6 @@ from perceiver_export.runtimes.tasks.base import (
     check_interface,
     count_samples,
     interface,
-    limits,
     misfit,
     run_batched,
 )
@@ -65,8 +64,6 @@ class Arrays(Task):
             if not np.isfinite(array).all():
                 raise InputError(f"{name!r} contains NaN or infinity", "replace such values by 0, or mask them")
         check_masks(feeds, specs)
-        for spec in specs:
-            check_values(feeds[spec.name], spec)
         outputs = run_batched(self.runtime, feeds)
         return {name: array[0] for name, array in outputs.items()} if ranks == {-1} else outputs
 
@@ -102,7 +99,7 @@ class Sets(Task):
         rows = _converted(entities, spec)
         alone = rows.ndim == 2
         rows = rows[None] if alone else rows
-        most, channels = limits(spec, 1)[1], spec.shape[2]
+        most, channels = spec.limits(1)[1], spec.shape[2]
         if rows.ndim != 3 or rows.shape[2] != channels or not 0 < rows.shape[1] <= most or not len(rows):
             raise InputError(f"the entities have shape {list(rows.shape)}", f"give (n, {channels}), n from 1 to {most}")
         if not np.isfinite(rows).all():

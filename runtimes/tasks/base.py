@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from perceiver_export.runtimes.errors import BundleError, InputError, RuntimeClosedError, check_whole
-from perceiver_export.runtimes.manifest import Manifest, OutputKind, TensorSpec, judged_output
+from perceiver_export.runtimes.manifest import Manifest, OutputKind, judged_output
 from perceiver_export.runtimes.manifest import interface as interface
 from perceiver_export.runtimes.manifest import misfit as misfit
 from perceiver_export.runtimes.runtime import Array, Feeds, Runtime
@@ -137,12 +137,6 @@ def answering(manifest: Manifest) -> tuple[str, OutputKind]:
     return found
 
 
-def limits(spec: TensorSpec, axis: int) -> tuple[int, int]:
-    """The smallest and the largest size of this dimension."""
-    size = spec.shape[axis]
-    return (size, size) if isinstance(size, int) else spec.ranges[size]
-
-
 def as_list(given: Any, what: str, is_one: Callable[[Any], bool]) -> list[Any]:
     """The samples as a list, of one if ``is_one`` is true of ``given``. Raises InputError: no samples."""
     if is_one(given):
@@ -166,7 +160,7 @@ def count_samples(feeds: Feeds) -> int:
 
 def pad_batch(runtime: Runtime, feeds: Feeds) -> dict[str, Array]:
     """The feeds, with the last sample repeated up to the graph's smallest batch."""
-    least, _ = limits(runtime.inputs[0], 0)
+    least, _ = runtime.inputs[0].limits(0)
     return {
         name: np.concatenate([array, np.repeat(array[-1:], least - len(array), axis=0)])
         if len(array) < least
@@ -182,7 +176,7 @@ def run_batched(runtime: Runtime, feeds: Feeds) -> dict[str, Array]:
 
     Raises InputError: no samples, or feeds of different n; and what `Runtime.run` raises.
     """
-    count, most = count_samples(feeds), limits(runtime.inputs[0], 0)[1]
+    count, most = count_samples(feeds), runtime.inputs[0].limits(0)[1]
     results = [
         runtime.run(pad_batch(runtime, {name: array[start : start + most] for name, array in feeds.items()}))
         for start in range(0, count, most)

@@ -23,7 +23,7 @@ from perceiver_export.runtimes.errors import InputError, UsageError
 from perceiver_export.runtimes.manifest import Manifest
 from perceiver_export.runtimes.preprocessing import FlowPreprocessing
 from perceiver_export.runtimes.split import decode
-from perceiver_export.runtimes.tasks.base import LoadPart, Task, check_interface, interface, limits, misfit, steps_of
+from perceiver_export.runtimes.tasks.base import LoadPart, Task, check_interface, interface, misfit, steps_of
 from perceiver_export.runtimes.tasks.image_files import (
     Color,
     Picture,
@@ -131,7 +131,7 @@ class OpticalFlow(Task):
         steps = steps_of(manifest, FlowPreprocessing)
         self.tile = (steps.height, steps.width)
         self.min_overlap = steps.min_overlap
-        self._batch = limits(interface(manifest)[0][0], 0)
+        self._batch = interface(manifest)[0][0].limits(0)
 
     @staticmethod
     def check(manifest: Manifest) -> None:

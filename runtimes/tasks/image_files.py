@@ -50,14 +50,14 @@ _ONE = 2048  # the fixed-point 1 of OpenCV's linear weights
 
 def resize_cubic(picture: Picture, height: int, width: int) -> Picture:
     """(H, W, C) to (height, width, C) as ``cv2.resize(..., interpolation=cv2.INTER_CUBIC)``."""
-    across = _weigh(picture, *_cubic_taps(picture.shape[1], width), axis=1)
-    down = _weigh(across, *_cubic_taps(picture.shape[0], height), axis=0)
+    across = _weigh(picture, _cubic_taps(picture.shape[1], width), axis=1)
+    down = _weigh(across, _cubic_taps(picture.shape[0], height), axis=0)
     return np.clip(np.rint(down), 0, 255).astype(np.uint8)
 
 
 def resize_linear(picture: Picture, height: int, width: int) -> Picture:
     """(H, W, C) to (height, width, C) as ``cv2.resize``, whose default is INTER_LINEAR."""
-    across = _weigh(picture, *_linear_taps(picture.shape[1], width), axis=1).astype(np.int32)
+    across = _weigh(picture, _linear_taps(picture.shape[1], width), axis=1).astype(np.int32)
     (upper, lower), weights = _linear_taps(picture.shape[0], height)
     # OpenCV drops bits between the steps of this sum to stay within 16 bits; these shifts drop the same bits.
     across >>= 4
@@ -67,36 +67,24 @@ def resize_linear(picture: Picture, height: int, width: int) -> Picture:
     return rounded
 
 
-def _weigh(
-    values: npt.NDArray[np.uint8] | npt.NDArray[np.float64],
-    indices: npt.NDArray[np.intp],
-    weights: npt.NDArray[np.float64],
-    axis: int,
-) -> npt.NDArray[np.float64]:
-    """The sum over taps of ``values[indices[tap]] · weights[tap]`` along an axis of (H, W, C)."""
+def _weigh(values: npt.NDArray[Any], taps: _Taps, axis: int) -> npt.NDArray[np.float64]:
+    """The sum over taps of ``values[index] · weight`` along an axis of (H, W, C)."""
     along = (slice(None), None, None) if axis == 0 else (slice(None), None)
-    total: npt.NDArray[np.float64] = values.take(indices[0], axis) * weights[0][along]
-    for tap in range(1, len(indices)):
-        total += values.take(indices[tap], axis) * weights[tap][along]
-    return total
+    terms = (values.take(index, axis) * weight[along] for index, weight in zip(*taps, strict=True))
+    return np.asarray(sum(terms))
 
 
 @lru_cache(maxsize=8)
 def _cubic_taps(size: int, new_size: int) -> _Taps:
     """Indices and weights (4, new_size) of the old pixels that contribute to each new one; edge pixels are repeated.
 
-    The arrays are cached: do not change them.
+    Keys' cubic kernel. The arrays are cached: do not change them.
     """
     first, x = _apart(_centers(size, new_size))
-    weights = _cubic(np.stack([1 + x, x, 1 - x, 2 - x]))
-    return np.clip(first + np.arange(-1, 3)[:, None], 0, size - 1), weights
-
-
-def _cubic(distance: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Keys' cubic kernel at distances from 0 to 2 pixels."""
-    near = ((_A + 2) * distance - (_A + 3)) * distance**2 + 1
-    far = ((distance - 5) * distance + 8) * distance * _A - 4 * _A
-    return np.where(distance <= 1, near, far)
+    near, far = np.stack([x, 1 - x]), np.stack([1 + x, 2 - x])
+    near = ((_A + 2) * near - (_A + 3)) * near**2 + 1
+    far = ((far - 5) * far + 8) * far * _A - 4 * _A
+    return np.clip(first + np.arange(-1, 3)[:, None], 0, size - 1), np.stack([far[0], *near, far[1]])
 
 
 @lru_cache(maxsize=8)
@@ -109,8 +97,7 @@ def _linear_taps(size: int, new_size: int) -> _Taps:
 
 def _centers(size: int, new_size: int) -> npt.NDArray[np.float64]:
     """The centre of each new pixel in coordinates of the old pixels."""
-    centers: npt.NDArray[np.float64] = (np.arange(new_size, dtype=np.float64) + 0.5) * (size / new_size) - 0.5
-    return centers
+    return np.asarray((np.arange(new_size, dtype=np.float64) + 0.5) * (size / new_size) - 0.5)
 
 
 def _apart(centers: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.float64]]:

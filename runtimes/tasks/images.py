@@ -28,7 +28,6 @@ from perceiver_export.runtimes.tasks.base import (
     check_interface,
     check_top,
     interface,
-    limits,
     steps_of,
 )
 from perceiver_export.runtimes.tasks.image_files import (
@@ -88,7 +87,7 @@ class ImageClassification(Classifier):
     @property
     def batch_size(self) -> int:
         """The bundle's largest batch."""
-        return limits(self._input, 0)[1]
+        return self._input.limits(0)[1]
 
 
 FramesLike: TypeAlias = str | os.PathLike[str] | npt.NDArray[np.uint8] | Sequence[PictureLike]

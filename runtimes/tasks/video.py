@@ -22,7 +22,6 @@ from perceiver_export.runtimes.tasks.base import (
     answering,
     check_interface,
     check_top,
-    limits,
     misfit,
     pad_batch,
     run_batched,
@@ -140,7 +139,7 @@ class VideoAutoencoding(Task):
         decoder = self.part(f"decoder_{output}")
         if len(decoder.inputs) == 1:  # a decoder with a single query takes no index
             return run_batched(decoder, {"latents": latents})[output]
-        most = limits(decoder.inputs[0], 0)[1]
+        most = decoder.inputs[0].limits(0)[1]
         chunks = [latents[start : start + most] for start in range(0, len(latents), most)]
         rows = np.concatenate([self._rows(output, chunk, progress) for chunk in chunks])
         return rows.reshape(len(latents), *self._shape(output))
@@ -152,7 +151,7 @@ class VideoAutoencoding(Task):
         feeds = pad_batch(decoder, {"latents": latents})
         queries = np.arange(total, dtype=np.int32)
         # A decoder with a fixed number of queries gets a multiple of that number in each step.
-        least, most = limits(next(spec for spec in decoder.inputs if spec.name == "queries"), 1)
+        least, most = next(spec for spec in decoder.inputs if spec.name == "queries").limits(1)
         step = most * max(1, _QUERIES_A_STEP // most) if least == most else min(most, _QUERIES_A_STEP)
         parts = []
         for start in range(0, total, step):

@@ -48,13 +48,14 @@ def run_plain(path: str, count: int) -> float:
 def calibrate(path: str, count: int) -> float:
     """MiB."""
     from perceiver_export.calibration.data.samples import Samples
+    from perceiver_export.calibration.quantization.options import QuantizeOptions
     from perceiver_export.calibration.quantization.statistics import observe
     from perceiver_export.runtimes import open_bundle
     from perceiver_export.runtimes.machine import peak_memory
 
     bundle = open_bundle(path)
     samples = (one.feeds for one in Samples("random", bundle.manifest).stream)
-    observe(bundle, samples, count, None, lambda *_: None)
+    observe(bundle, samples, QuantizeOptions(samples=count), lambda *_: None)
     return peak_memory()
 
 

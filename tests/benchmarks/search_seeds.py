@@ -74,7 +74,7 @@ class Pool:
     def __init__(self, folder: Path, samples: int) -> None:
         self._folder, self._samples = folder, samples
         self.source = export(with_cancelling_units(), folder / "fp32")
-        observation = observe(self.source, FASHION / "held_out.npz", 128, None, _quiet)
+        observation = observe(self.source, FASHION / "held_out.npz", QuantizeOptions(), _quiet)
         self.ladder = Ladder(self.source, observation, QuantizeOptions(), _quiet)
         self.reference = self._right(self.source)
         self.answers: dict[int, Array] = {}

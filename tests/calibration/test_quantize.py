@@ -56,7 +56,7 @@ def int8_products(bundle: Bundle, precision: Precision) -> set[str]:
     options = EngineOptions(precision=precision)
     openvino.platform("openvino-cpu", options)
     engine = openvino.open(make_source(bundle, bundle.part(), "openvino-cpu", options), None, None)
-    products = (one.nodes for one in engine.kernels() if one.is_product and one.precision == "int8")
+    products = (one.names for _, one in engine.kernels() if one.product and one.precision == "int8")
     return {next(name for name in names if not name.startswith("Multiply_")) for names in products}
 
 

@@ -128,9 +128,9 @@ def test_layers_kept_float_are_float_in_every_rung_and_no_part_of_the_ladder(
     """Layers that went back to float are fp16 where TensorRT is built so, but for what would overflow."""
     tail = "decoder.cross_attention.mlp.hidden"
     kept = ["encoder.self_attentions.0.[12].*", "encoder.cross_attentions.*"]
-    options = QuantizeOptions(precision={tail: "int8-weights"}, keep_float=kept, weight_bits=7, smooth=False)
+    options = QuantizeOptions(precision={tail: "int8-weights"}, keep_float=kept, weight_bits=7, smooth=False, samples=8)
     source = open_bundle(fashion_bundle)
-    ladder = Ladder(source, observe(source, FASHION / "held_out.npz", 8, None, _quiet), options, _quiet)
+    ladder = Ladder(source, observe(source, FASHION / "held_out.npz", options, _quiet), options, _quiet)
     last = len(ladder.rungs) - 1
     ladder.build(last, tmp_path / "last")
     strong = lower_bundle(tmp_path / "last", "fp16")

@@ -34,10 +34,8 @@ def test_arrays_come_back_whole_and_by_rows(archive: Path) -> None:
     whole = read_npz(archive)
     with Npz(archive) as opened:
         rows = list(opened.rows())
-        some = [index for index, _ in opened.rows({1, 3})]
 
     assert whole.keys() == ARRAYS.keys()
-    assert some == [1, 3]
     for name, array in ARRAYS.items():
         np.testing.assert_array_equal(whole[name], array)
         assert whole[name].dtype == array.dtype
@@ -54,13 +52,13 @@ def test_a_few_bytes_do_not_become_many(tmp_path: Path) -> None:
 
     tracemalloc.start()
     with Npz(tmp_path / "bomb.npz", limit=1 << 27) as opened:
-        rows = sum(1 for _ in opened.rows({0, 100, 255}))
+        rows = sum(1 for _ in opened.rows())
         with pytest.raises(InputError, match=r"0\.2 GiB"):
             opened.read()
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
 
-    assert rows == 3
+    assert rows == 256
     assert peak < 16 << 20
 
 
