@@ -278,7 +278,7 @@ def main() -> None:
     """Train and write; or measure the baseline."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--baseline", action="store_true", help="measure simple methods on test.npz instead")
-    parser.add_argument("--steps", type=int, default=720)
+    parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     if options.baseline:
