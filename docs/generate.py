@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes the generated parts of docs/reference: commands, Python names, the structs of a bundle, errors.
+"""Writes the generated parts of the pages: commands, Python names, the structs of a bundle, errors; the gallery.
 
 A part stands between a mark and `<!-- end -->`. The marks are
 
@@ -9,6 +9,7 @@ A part stands between a mark and `<!-- end -->`. The marks are
     <!-- names: PACKAGE -->                the public names of a package
     <!-- names: MODULE NAME … -->          these names of a module
     <!-- index: PAGE PACKAGE -->           a table of the public names, with links to PAGE
+    <!-- gallery -->                       the trained examples, from their READMEs
 
 `make reference` runs this file; a test compares the pages with what it would write.
 """
@@ -21,7 +22,7 @@ import importlib
 import inspect
 import re
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,23 +33,41 @@ import typer.main
 from perceiver_export.exporter.cli.main import app
 from perceiver_export.runtimes import errors
 
-PAGES = Path(__file__).parent / "reference"
+DOCS = Path(__file__).resolve().parent
 _PART = re.compile(
-    r"^(<!-- (commands|errors|structs|names|index)(?:: ([^\n]*))? -->\n).*?(?=^<!-- end -->)", re.M | re.S
+    r"^(<!-- (commands|errors|structs|names|index|gallery)(?:: ([^\n]*))? -->\n).*?(?=^<!-- end -->)", re.M | re.S
 )
 _WIDTH = 80
 
 
 def pages() -> dict[Path, str]:
     """The text of each page that has generated parts."""
-    texts = {page: page.read_text(encoding="utf-8") for page in PAGES.glob("*.md")}
+    files = [DOCS / "gallery.md", *DOCS.glob("reference/*.md")]
+    texts = {page: page.read_text(encoding="utf-8") for page in files}
     return {page: _PART.sub(_filled, text) for page, text in texts.items() if _PART.search(text)}
 
 
 def _filled(found: re.Match[str]) -> str:
     mark, kind, subject = found.groups()
-    parts = {"commands": _commands, "errors": _errors, "structs": _structs, "names": _names, "index": _index}
+    parts: dict[str, Callable[..., Iterable[str]]] = {
+        "commands": _commands,
+        "errors": _errors,
+        "structs": _structs,
+        "names": _names,
+        "index": _index,
+        "gallery": _gallery,
+    }
     return "\n".join([mark, *parts[kind](*(subject or "").split()), ""])
+
+
+def _gallery() -> Iterator[str]:
+    """Of each example's README what comes before its first command, with links from docs/."""
+    for file in sorted(DOCS.parent.glob("examples/*/demo.json")):
+        name = file.parent.name
+        shown = (file.parent / "README.md").read_text(encoding="utf-8").partition("```sh")[0]
+        shown = re.sub(r"\]\((?!https:|\.\./)", f"](../examples/{name}/", shown)
+        yield "#" + shown.replace("](../../docs/", "](")
+        yield f"```sh\nperceiver-export demo {name}\n```\n"
 
 
 def _commands() -> Iterator[str]:

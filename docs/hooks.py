@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the site adds to the pages: the gallery, whose pictures are in examples/, and llms.txt.
+"""What the site adds to the pages: the pictures of the gallery, which are in examples/, and llms.txt.
 
 llms.txt lists the pages for language models, which read them as Markdown: the site has PAGE.md beside PAGE/.
 """
@@ -10,16 +10,16 @@ import base64
 import mimetypes
 import re
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
+REPOSITORY = Path(__file__).resolve().parents[1]
 _pages: dict[str, str] = {}  # the Markdown of each page, by its path
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Called by MkDocs for each page."""
-    markdown = markdown.replace("<!-- examples -->", "\n".join(_examples()))
+    markdown = re.sub(r"!?\[([^]]*)\]\(\.\./(examples/[^)]+)\)", _inline, markdown)
     _pages[page.file.src_path] = markdown
     return markdown
 
@@ -50,18 +50,10 @@ def _first_sentence(markdown: str) -> str:
     return re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", re.split(r"(?<=\.) ", " ".join(text.split()))[0])
 
 
-def _examples() -> Iterator[str]:
-    """Of each README what comes before its first command."""
-    for file in sorted(Path(__file__).resolve().parents[1].glob("examples/*/demo.json")):
-        shown = (file.parent / "README.md").read_text(encoding="utf-8").partition("```sh")[0]
-        yield "#" + re.sub(r"!?\[([^]]*)\]\(([^)]+)\)", partial(_inline, file.parent), shown)
-        yield f"```sh\nperceiver-export demo {file.parent.name}\n```\n"
-
-
-def _inline(folder: Path, link: re.Match[str]) -> str:
-    """A picture or a sound inside the page; of a link to another file of the example its text."""
+def _inline(link: re.Match[str]) -> str:
+    """A picture or a sound of an example inside the page; of a link to another file its text."""
     kind = mimetypes.guess_type(link[2])[0] or ""
     if not kind.startswith(("image/", "audio/")):
-        return link[0].replace("../../docs/", "") if link[2].startswith(("https:", "../../docs/")) else link[1]
-    data = f"data:{kind};base64,{base64.b64encode((folder / link[2]).read_bytes()).decode()}"
+        return link[1]
+    data = f"data:{kind};base64,{base64.b64encode((REPOSITORY / link[2]).read_bytes()).decode()}"
     return f"![{link[1]}]({data})" if kind.startswith("image/") else f'<audio controls src="{data}"></audio>'

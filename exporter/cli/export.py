@@ -92,8 +92,8 @@ def _show_export(bundle: Bundle) -> None:
         ui.say(advice, "note:")
     ui.show_written(bundle.path)
     ui.say(f"perceiver-export run {path} {example_input(manifest)}", "next:")
-    if manifest.task == "image-classification":
-        ui.say(f"perceiver-export validate {path} --data DATA", "next:")
+    int8 = shlex.quote(f"{bundle.path}-int8")
+    ui.say(f"perceiver-export quantize {path} --data DATA -o {int8}", "next:")
 
 
 def _work(part: Part) -> str:

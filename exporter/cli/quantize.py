@@ -94,9 +94,10 @@ def quantize(
             hint = "give -o, gates, --search and --sensitivity to a later command"
             raise UsageError("a shard writes statistics and nothing else", hint)
         _collect(bundle, source, options)
-    elif output is None or (source.data is None) != source.merge or (parts and not source.merge):
-        said = "quantize needs an output, and either data or statistics"
-        raise UsageError(said, "give --data DATA -o BUNDLE2, or --merge PART.npz … -o BUNDLE2")
+    elif output is None:
+        raise UsageError("quantize needs an output", "give -o BUNDLE2")
+    elif (source.data is None) != source.merge or (parts and not source.merge):
+        raise UsageError("quantize needs either data or statistics", "give --data DATA, or --merge PART.npz …")
     elif source.data is None and not alone:
         raise UsageError("--search, --sensitivity and gates have no effect with --merge", "give --data instead")
     elif source.data is not None and how.search is not None:
