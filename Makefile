@@ -22,7 +22,7 @@ $(STAMP): pyproject.toml constraints.txt $(LISTING)
 
 $(LISTING): FORCE
 	@mkdir -p $(VENV)
-	@find exporter runtimes calibration package \( -name '*.py' -o -name '*.j2' \) | sort > $@.new; cmp -s $@.new $@ && rm $@.new || mv $@.new $@
+	@find exporter runtimes calibration package \( -name '*.py' -o -name '*.j2' -o -name '*.json' \) | sort > $@.new; cmp -s $@.new $@ && rm $@.new || mv $@.new $@
 
 demo: install
 	$(BIN)/perceiver-export demo

@@ -106,6 +106,8 @@ class OnnxFile:
         try:
             found = plain_session(str(self.path)).run(list(self.outputs), dict(feeds))
             return dict(zip(self.outputs, found, strict=True))
+        except ImportError:
+            raise
         except Exception as error:  # onnxruntime has no class of its own for these
             raise UnsupportedModelError(
                 f"ONNX Runtime cannot run {self.path}: {str(error).strip().splitlines()[-1]}",

@@ -199,7 +199,7 @@ class Counts(NamedTuple):
     flops_of_one_query: int
 
 
-class Preset(msgspec.Struct, frozen=True):
+class Preset(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One system: its counts with DeepMind's numerics, and its paper.
 
     ``parameters`` and ``flops`` are the paper's own, None where it has none. ``remark``: deviations, and the choice

@@ -8,6 +8,7 @@ import threading
 import time
 from collections import deque
 from concurrent.futures import Future
+from functools import partial
 from typing import NamedTuple
 
 import msgspec
@@ -59,15 +60,15 @@ class Batcher:
             for specs in (runtime.inputs, runtime.outputs)
         ]
         self._checks = FeedChecks(*any_rows)
-        self._changed = threading.Condition()  # guards the next two fields
+        self._changed = threading.Condition()  # guards the next four fields
         self._queue: deque[_Request] = deque()
+        self._running = 0  # batches on the device
+        self._unanswered = 0  # requests
         self._closed = False
-        self._collecting = threading.Lock()  # a worker collects a batch while the other's is on the device
+        self._calling: set[int] = set()  # threads that run callers' callbacks
         self._process = os.getpid()
-        name = "perceiver-export batcher"
-        self._workers = [threading.Thread(target=self._work, name=name, daemon=True) for _ in range(_IN_FLIGHT)]
-        for worker in self._workers:
-            worker.start()
+        self._worker = threading.Thread(target=self._work, name="perceiver-export batcher", daemon=True)
+        self._worker.start()
         exits.close_at_exit(self, batcher=True)
 
     @exits.awaited
@@ -83,10 +84,16 @@ class Batcher:
             raise RuntimeClosedError("this batcher belongs to the parent process", "create a new one in the child")
         request = _Request(feeds, len(next(iter(feeds.values()))), Future(), time.monotonic())
         with self._changed:
-            most = _QUEUED_BATCHES * self._most
-            self._changed.wait_for(lambda: self._closed or len(self._queue) < most or self._in_callback())
+            self._changed.wait_for(
+                lambda: (
+                    self._closed
+                    or len(self._queue) < _QUEUED_BATCHES * self._most
+                    or threading.get_ident() in self._calling
+                )
+            )
             if not self._closed:
                 self._queue.append(request)
+                self._unanswered += 1
                 self._changed.notify_all()
                 return request.future
         if exits.closing and not exits.hold():
@@ -108,13 +115,11 @@ class Batcher:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        if not self._in_callback():  # which cannot wait for its own thread
-            for worker in self._workers:
-                worker.join()
-
-    def _in_callback(self) -> bool:
-        """Whether this thread runs a caller's callback."""
-        return threading.current_thread() in self._workers
+            if threading.get_ident() in self._calling:  # a callback cannot wait for itself; Python waits for a thread
+                threading.Thread(target=self.close, name="perceiver-export-close", daemon=False).start()
+                return
+            self._changed.wait_for(lambda: not self._unanswered)
+        self._worker.join()
 
     def __enter__(self) -> Batcher:
         return self
@@ -124,39 +129,52 @@ class Batcher:
 
     def _work(self) -> None:
         while batch := self._next_batch():
-            answer: dict[str, Array] | Exception
             try:
-                answer = self._runtime.submit(self._joined(batch)).result()
+                future = self._runtime.submit(self._joined(batch))
             except Exception as error:  # the runtime was closed first, or memory ran out
-                answer = error
-            self._answer(batch, answer)
+                future = Future()
+                future.set_exception(error)
+            future.add_done_callback(partial(self._finish, batch))
 
     def _next_batch(self) -> list[_Request]:
         """The next requests to run together, once there are enough or the first has waited; empty after `close`."""
-        with self._collecting, self._changed:
+        with self._changed:
             while self._changed.wait_for(lambda: self._queue or self._closed) and self._queue:
                 left = self._queue[0].arrived + self._max_wait - time.monotonic()
                 self._changed.wait_for(
                     lambda: self._closed or sum(request.rows for request in self._queue) >= self._most, max(0.0, left)
                 )
+                self._changed.wait_for(lambda: self._running < _IN_FLIGHT)
                 batch: list[_Request] = []
                 while self._queue and sum(one.rows for one in batch) + self._queue[0].rows <= self._most:
                     batch.append(self._queue.popleft())
+                live = [request for request in batch if request.future.set_running_or_notify_cancel()]
+                self._unanswered -= len(batch) - len(live)
+                self._running += bool(live)
                 self._changed.notify_all()
-                if live := [request for request in batch if request.future.set_running_or_notify_cancel()]:
+                if live:
                     return live
             return []
 
     @exits.awaited
-    def _answer(self, batch: list[_Request], answer: dict[str, Array] | Exception) -> None:
-        """Give every request its rows, or the error. Callers' callbacks run here."""
-        start = 0
-        for request in batch:
-            rows = slice(start, start := start + request.rows)
-            if isinstance(answer, Exception):
-                request.future.set_exception(answer)
-            else:
-                request.future.set_result({name: array[rows] for name, array in answer.items()})
+    def _finish(self, batch: list[_Request], done: Future[dict[str, Array]]) -> None:
+        with self._changed:  # before the callers' callbacks, so that they do not keep the device idle
+            self._running -= 1
+            self._changed.notify_all()
+        self._calling.add(threading.get_ident())
+        try:
+            error, start = done.exception(), 0
+            for request in batch:
+                rows = slice(start, start := start + request.rows)
+                if error is not None:
+                    request.future.set_exception(error)
+                else:
+                    request.future.set_result({name: array[rows] for name, array in done.result().items()})
+        finally:
+            self._calling.discard(threading.get_ident())
+            with self._changed:
+                self._unanswered -= len(batch)
+                self._changed.notify_all()
 
     def _joined(self, batch: list[_Request]) -> dict[str, Array]:
         missing = max(0, self._least - sum(request.rows for request in batch))
@@ -173,4 +191,6 @@ def _batch_limits(specs: tuple[TensorSpec, ...]) -> tuple[int, int]:
     batch = specs[0].shape[0] if specs[0].shape else 0
     if any(not spec.shape or spec.shape[0] != batch for spec in specs):
         raise UsageError("the model's inputs and outputs have no common batch axis", "run it without a batcher")
+    if isinstance(batch, str) and batch not in specs[0].ranges:
+        raise UsageError(f"the batch axis {batch!r} has no range, so batches have no limit", "export a bundle")
     return specs[0].limits(0)

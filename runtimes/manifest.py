@@ -57,7 +57,7 @@ class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     values: tuple[int, int] | None = None
 
     def limits(self, axis: int) -> tuple[int, int]:
-        """The smallest and the largest size of a dimension. Names of plain ONNX files have no range: any size."""
+        """The smallest and the largest size of a dimension. A name in a plain ONNX file has no range: any size fits."""
         size = self.shape[axis]
         return (size, size) if isinstance(size, int) else self.ranges.get(size, (1, _MOST))
 

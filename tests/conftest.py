@@ -50,7 +50,7 @@ def one_registry() -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def short_timing() -> Iterator[None]:
-    """`quantize`, reports and profiles time each engine for a second: that decides more, and no test asks for it."""
+    """Timing loops of `quantize`, reports and profiles end after their fewest rounds; no test needs more."""
     if importlib.util.find_spec("onnx_ir") is None:
         yield
         return
@@ -62,12 +62,15 @@ def short_timing() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module")
-def one_process() -> Iterator[None]:
+def _in_one_process() -> Iterator[None]:
     """`bench` without the processes that measure loading and memory, for tests that read neither."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("perceiver_export.runtimes.benchmark._measure_fresh", lambda side: (1.0, 1.0, 1.0))
         yield
+
+
+one_process = pytest.fixture(_in_one_process)
+one_process_in_module = pytest.fixture(_in_one_process, scope="module")
 
 
 @pytest.fixture

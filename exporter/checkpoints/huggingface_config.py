@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """config.json and preprocessor_config.json of a Hugging Face directory.
 
-docs/guides/checkpoints.md says what becomes of each field. `read_labels` gives names and kinds of outputs by id2label,
+docs/guides/checkpoints.md says how each field is treated. `read_labels` gives names and kinds of outputs by id2label,
 num_labels and problem_type, as transformers does.
 """
 
@@ -150,7 +150,7 @@ _READ_BY = {
 class HuggingFaceConfig(msgspec.Struct):
     """The fields of config.json that are read, with names, types and defaults of transformers' `PerceiverConfig`.
 
-    docs/guides/checkpoints.md says what becomes of each, and which others are ignored.
+    docs/guides/checkpoints.md says how each is treated, and which others are ignored.
     """
 
     model_type: str = ""

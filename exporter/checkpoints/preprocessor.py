@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """preprocessor_config.json as the steps of our runtime, for each image processor of transformers. Needs no torch.
 
-Steps, order and defaults are those of the Pillow backend of transformers 5. docs/guides/checkpoints.md says what
-becomes of each flag.
+Steps, order and defaults are those of the Pillow backend of transformers 5. docs/guides/checkpoints.md says how
+each flag is treated.
 """
 
 from __future__ import annotations

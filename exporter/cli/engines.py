@@ -78,7 +78,7 @@ def build(
         built = [one for name in target for one in build_(bundle, name, **given, progress=progress)]
     ui.print_json([{**dataclasses.asdict(one), "directory": str(one.directory)} for one in built])
     _show(bundle, built, how.flag.get("compute_capability", ""))
-    if how.precision == "auto":
+    if how.precision == "auto" and ui.shows_text():
         for advice in filter(None, (precision_advice(open_bundle(bundle, "never"), name) for name in target)):
             ui.say(advice, "note:")
 

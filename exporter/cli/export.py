@@ -66,7 +66,8 @@ def export(
         bundle = export_(source, output, options, progress=progress)
     ui.print_json({"bundle": str(bundle.path), "manifest": bundle.manifest})
     bundle.path = Path(output)  # as it was typed
-    _show_export(bundle)
+    if ui.shows_text():
+        _show_export(bundle)
 
 
 def _show_export(bundle: Bundle) -> None:

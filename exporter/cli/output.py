@@ -110,7 +110,7 @@ def _parameter(field: dataclasses.Field[Any], hint: Any) -> inspect.Parameter:
 class _Quiet:
     """What --quiet leaves out: ``notes``, and of a command that writes files also its ``answers``, not its verdict.
 
-    With --json, ``all`` is left out but errors, warnings on standard error, and the document of `print_json`.
+    ``all``, with --json: everything but errors, warnings on standard error, and the document of `print_json`.
     """
 
     notes = answers = all = False
@@ -125,6 +125,11 @@ def quiet(notes: bool = False, answers: bool = False, json: bool = False) -> Ite
         yield
     finally:
         _Quiet.notes, _Quiet.answers, _Quiet.all = before
+
+
+def shows_text() -> bool:
+    """Whether anybody reads more than the document of --json."""
+    return not _Quiet.all
 
 
 def say(text: str, mark: str = "", colour: str = "yellow", *, err: bool = False) -> None:

@@ -86,8 +86,8 @@ def run(
         raise UsageError("no input is given", f"give {RUNNERS[task].example}")
     request = replace(options, bundle=bundle, inputs=inputs or (), output=output)
     where = run_task(task, request if top is None else replace(request, top=top))
-    advice = advice_here(open_bundle(bundle, "never"), where["target"])
-    if advice and not where["precision"].endswith(("fp16", "bf16")):
+    advised = ui.shows_text() and not where["precision"].endswith(("fp16", "bf16"))
+    if advised and (advice := advice_here(open_bundle(bundle, "never"), where["target"])):
         ui.say(advice, "note:")
 
 

@@ -146,7 +146,8 @@ def _finish(bundle: str, found: _Outcome, options: ValidateOptions, outputs: Map
     """Show results, write outputs, and raise GateError unless all gates hold."""
     import msgspec
 
-    _show(found.results)
+    if ui.shows_text():
+        _show(found.results)
     try:
         _write(bundle, found, options, outputs)
     finally:  # even if the last output could not be written

@@ -28,7 +28,7 @@ from perceiver_export.runtimes.manifest import Cost, FoldDecision
 
 # Of a 2-core VNNI Xeon under ONNX Runtime: 430 GFLOP/s in large products, 40 GB/s in element-wise passes.
 FLOPS_A_BYTE = 10
-# Quantized, a product with a constant runs about three times as fast; one of two activations stays in floats.
+# Quantized, a linear layer runs about three times as fast; scores and what reads them stay in floats.
 _OF_WEIGHTS = 3
 _FLOAT = 4
 LEAST_GAIN = 1 << 22  # FLOPs; a fraction of a millisecond anywhere
@@ -194,7 +194,7 @@ def _reason(source: ir.Value) -> str:
 
 
 class Work(Cost, frozen=True):
-    """A cost; of its FLOPs, ``of_weights`` are of products with a constant."""
+    """A cost; of its FLOPs, ``of_weights`` are of linear layers, which can be quantized."""
 
     of_weights: int = 0
 
@@ -208,9 +208,9 @@ class Work(Cost, frozen=True):
         return self.in_floats - self.of_weights + self.of_weights // _OF_WEIGHTS
 
     def gain(self, new: Work) -> int:
-        """What ``new`` in its place saves in floats; nothing where a quantized model would lose by it."""
+        """What ``new`` in its place saves in floats, or the loss of a quantized model if that loses by it."""
         floats, int8 = self.in_floats - new.in_floats, self.in_int8 - new.in_int8
-        return floats if int8 > 0 else min(floats, int8)
+        return floats if int8 >= 0 else min(floats, int8)
 
 
 def node_flops(node: ir.Node, real: Sizes) -> int:
@@ -225,7 +225,7 @@ def cost_of(nodes: Iterable[ir.Node], real: Sizes) -> Work:
     for node in nodes:
         own = node_flops(node, real)
         flops += own
-        of_weights += own if any(array_of(value) is not None for value in node.inputs) else 0
+        of_weights += own if node.op_type == "MatMul" and array_of(node.inputs[1]) is not None else 0
         if node.op_type in VIEWS:
             continue
         for value in (*node.inputs, *node.outputs):
@@ -266,14 +266,13 @@ def folded_cost(site: Site, form: RowForm, real: Sizes) -> Work | None:
     rows, columns = real.real(site.num_rows), real.real(site.num_columns)
     queries = total // (rows if site.kind == "scores" else columns)  # of all samples and heads
     fixed = array_of(site.other) is not None and site.kind == "scores"
-    product = 2 * queries * rows * form.columns
-    of_weights = product if fixed else 2 * queries * columns * (form.columns + extra)
+    of_weights = 0 if fixed else 2 * queries * columns * (form.columns + extra)
     normed = form.norm is not None
     all_rows = real.count(form.lead)
     # a table is added to the scores, and sums over the other axes of a read are read for it
     numbers = queries * rows * (1 + 2 * normed + (2 if site.kind == "scores" else 1) * axes)
     numbers += all_rows * form.columns * 2 * (1 + normed) + 3 * all_rows * normed
-    return Work(product + (0 if fixed else of_weights), numbers * _FLOAT, of_weights)
+    return Work(2 * queries * rows * form.columns + of_weights, numbers * _FLOAT, of_weights)
 
 
 def total(costs: Iterable[Work]) -> Work:
@@ -339,7 +338,8 @@ def decided(node: ir.Node, plain: Work, new: Work, folded: bool, how: str, batch
     if folded:
         why = f"{how}: {ratio:.1f} times less work"
     elif ratio > 1 and plain.gain(new) <= 0:
-        why = "folding would leave fewer operations, but of activations, which int8 does not make faster"
+        saved = (one.flops - other.flops) / 1e6
+        why = f"folding would save {saved:.2f} MFLOP, but what is left multiplies two activations: slower in int8"
     elif ratio > 1:
         kind, unit = ("flops", "MFLOP") if other.flops < one.flops else ("bytes", "MB")
         before, after = (getattr(cost, kind) / 1e6 for cost in (one, other))

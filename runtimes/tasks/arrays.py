@@ -64,6 +64,8 @@ class Arrays(Task):
             if not np.isfinite(array).all():
                 raise InputError(f"{name!r} contains NaN or infinity", "replace such values by 0, or mask them")
         check_masks(feeds, specs)
+        for spec in specs:
+            check_values(feeds[spec.name], spec)
         outputs = run_batched(self.runtime, feeds)
         return {name: array[0] for name, array in outputs.items()} if ranks == {-1} else outputs
 

@@ -18,7 +18,7 @@ from perceiver_export.runtimes.runtime import Array
 from tests.calibration.asked import TEST, judged, pictures
 from tests.cli.commands import fail, perceiver_export, unwrapped
 
-pytestmark = pytest.mark.usefixtures("one_process")
+pytestmark = pytest.mark.usefixtures("one_process_in_module")
 
 
 def test_nan_outputs_are_written_where_machines_and_people_read(

@@ -23,7 +23,7 @@ from perceiver_export.runtimes.errors import UsageError
 from tests.calibration.asked import TEST, judged
 from tests.calibration.damaged_scales import with_a_scale_times
 
-pytestmark = pytest.mark.usefixtures("one_process")
+pytestmark = pytest.mark.usefixtures("one_process_in_module")
 
 
 @pytest.fixture(scope="module")

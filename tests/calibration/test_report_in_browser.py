@@ -46,7 +46,7 @@ onload = () => {
 
 @pytest.fixture(scope="module")
 def report(
-    int8_bundle: Path, fashion_bundle: Path, tmp_path_factory: pytest.TempPathFactory, one_process: None
+    int8_bundle: Path, fashion_bundle: Path, tmp_path_factory: pytest.TempPathFactory, one_process_in_module: None
 ) -> Path:
     path = tmp_path_factory.mktemp("report") / "report.html"
     result = judged(int8_bundle, TEST, against=fashion_bundle, samples=150, max_drop=0.5, min_agreement=90)

@@ -28,7 +28,7 @@ from tests.calibration.cancelling_units import LAYER, with_cancelling_units
 from tests.calibration.damaged_scales import with_a_scale_times
 from tests.conftest import FASHION
 
-pytestmark = pytest.mark.usefixtures("one_process")
+pytestmark = pytest.mark.usefixtures("one_process_in_module")
 
 
 def _quiet(what: str, done: int, total: int) -> None: ...

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from perceiver_export.runtimes.errors import BundleError, InputError
-from perceiver_export.runtimes.manifest import Part
+from perceiver_export.runtimes.manifest import Part, TensorSpec
 from perceiver_export.runtimes.tasks.arrays import Arrays, Sets, read_arrays
 from perceiver_export.runtimes.tasks.base import interface
 from tests.runtimes.array_models import LEFT, RIGHT, RNG, TOTALS, C, E, N, arrays_of, sets_of, two
@@ -137,6 +137,16 @@ def test_sets_of_different_sizes_come_with_a_mask() -> None:
     np.testing.assert_allclose(found[0, :3], task(entities[0, :3]), rtol=1e-5)
     np.testing.assert_allclose(found[1, 1], task(entities[1, 1:2])[0], rtol=1e-5)
     np.testing.assert_array_equal(task(entities[0], mask[0]), found[0])
+
+
+def test_a_token_outside_the_vocabulary_is_refused_before_anything_runs() -> None:
+    task, engine = arrays_of(TensorSpec("tokens", "int32", (1, 4), values=(0, 9)))
+    tokens = np.zeros((5, 4), np.int32)
+    tokens[4, 3] = 10
+    with pytest.raises(InputError, match="10"):
+        task({"tokens": tokens})
+
+    assert not engine.calls
 
 
 @pytest.mark.parametrize(
