@@ -125,6 +125,8 @@ def _machine(busy: float) -> str:
 
 
 def _cell(value: Any) -> str:
+    if isinstance(value, dict) and value.keys() == {"value", "lower", "upper"}:
+        return f"{_cell(value['value'])} ({_cell(value['lower'])} to {_cell(value['upper'])})"
     if isinstance(value, dict):
         return ", ".join(f"{name} {_cell(one)}" for name, one in value.items())
     if isinstance(value, (list, tuple)):
