@@ -45,7 +45,7 @@ def _size(text: str) -> tuple[str, tuple[int, int, int]]:
 @dataclass(frozen=True)
 class _Build:
     precision: PrecisionChoice = option(
-        "fp32", "fp32, fp16 or bf16; auto: measure all, save, and take the fastest that is certified here, else fp32."
+        "fp32", "fp32, fp16 or bf16; auto: measure all, save, and build the fastest certified here, else fp32."
     )
     hint: Hint = option("latency", "latency: one answer soon; throughput: many answers.")
     shape: Mapping[str, tuple[int, int, int]] = option(dict, "Sizes of a named dimension.", "NAME=LEAST:BEST:MOST")
