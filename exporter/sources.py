@@ -88,8 +88,8 @@ def load_model(
 
     ``parity`` says whose numerics to follow; by default those of the code that trained the checkpoint. ``shape`` maps
     an input's name to its size without the batch, e.g. ``{"image": (3, 224, 224)}``. ``task`` sets the task of your own
-    bare model; for any other model it must equal the model's. ``use_transformers`` loads a Hugging Face directory of any
-    class with the installed transformers, which never runs code of the checkpoint.
+    bare model; for any other model it must equal the model's. ``use_transformers`` loads a Hugging Face directory of
+    any class with the installed transformers, which never runs code of the checkpoint.
 
     Raises CheckpointError, UnsupportedModelError, UsageError, MissingDependencyError.
     """
@@ -345,7 +345,8 @@ class Checkpoint:
 def load_reference(bundle: str | Path, source: str) -> Checkpoint:
     """Load SOURCE as the reference of a bundle that was exported from it, with the bundle's numerics and sizes.
 
-    SOURCE is what `load_model` takes. Raises UsageError where it is not of the bundle's task, labels or preprocessing, and what `load_model` raises.
+    SOURCE is what `load_model` takes. Raises UsageError where it is not of the bundle's task, labels or preprocessing,
+    and what `load_model` raises.
     """
     manifest = read_manifest(Path(bundle))
     steps = manifest.preprocessing

@@ -298,7 +298,7 @@ def profile(
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write all layers here: .csv or .html.")
     ] = None,
 ) -> None:
-    """Show what the engine really runs, a row a layer: precision asked and built, kernel, time, roofline, accuracy."""
+    """Show what the engine really runs, one row per layer: precisions, kernel, time, roofline, accuracy."""
     from perceiver_export.calibration import profile as profile_
 
     if output is not None:
