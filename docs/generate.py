@@ -169,7 +169,7 @@ def _alias(name: str, module: Any) -> Iterator[str]:
             nodes[ast.unparse(one.targets[0] if isinstance(one, ast.Assign) else one.target)] = one
     node = nodes[name]
     assert node.value is not None
-    value = node.value.value if isinstance(node.value, ast.Constant) else ast.unparse(node.value)
+    value = str(node.value.value) if isinstance(node.value, ast.Constant) else ast.unparse(node.value)
     above = itertools.takewhile(lambda line: line.startswith("# "), lines[node.lineno - 2 :: -1])
     comment = lines[node.lineno - 1].partition("  # ")[2] or " ".join(line[2:] for line in [*above][::-1])
     yield f"### {name}\n\n{_code([f'{name} = {value}'])}"
