@@ -20,11 +20,12 @@ import ast
 import dataclasses
 import importlib
 import inspect
+import itertools
 import re
 import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_overloads
 
 import msgspec
 import typer
@@ -78,6 +79,8 @@ def _commands() -> Iterator[str]:
         groups.setdefault(command.rich_help_panel, []).append(f"[{name}](#{name})")
     yield "| to | commands |\n|---|---|"
     yield from (f"| {title} | {' · '.join(names)} |" for title, names in groups.items())
+    yield "\n| Options of the program | |\n|---|---|"
+    yield from (f"| {_flags(one)} | {_help(one)} |" for one in group.get_params(context) if one.name != "help")
     yield ""
     for name, command in group.commands.items():
         usage = " ".join([name, *command.collect_usage_pieces(context)])
@@ -102,10 +105,10 @@ def _flags(parameter: Any) -> str:
 
 
 def _help(parameter: Any) -> str:
-    default = parameter.show_default if isinstance(parameter.show_default, str) else parameter.default
+    default = parameter.default
     if parameter.required and parameter.param_type_name == "option":
         return f"{_cell(parameter.help)} Required."
-    if default in (None, False, ()):
+    if default is None or default is False or default == ():
         return _cell(parameter.help)
     shown = max(parameter.opts, key=len) if default is True else default
     return f"{_cell(parameter.help)} Default: `{shown}`."
@@ -136,30 +139,51 @@ def _index(page: str, package: str) -> Iterator[str]:
     yield "| name | |\n|---|---|"
     for name in module.__all__:
         found = getattr(module, name)
-        if _is_documented(name, found):
+        if _is_documented(found):
             first = re.split(r"(?<=\.)\s|\n\n", inspect.getdoc(found) or "")[0]
             yield f"| [`{name}`]({page}#{name.lower()}) | {_cell(first)} |"
     yield ""
 
 
-def _is_documented(name: str, found: Any) -> bool:
-    """Errors and constants are described elsewhere on the pages."""
-    return callable(found) and not name.endswith("Error")
+def _is_documented(found: Any) -> bool:
+    """Errors are described on their page, and constants with what uses them."""
+    return callable(found) and not (isinstance(found, type) and issubclass(found, Exception))
 
 
 def _names(package: str, *names: str) -> Iterator[str]:
     module = importlib.import_module(package)
     for name in names or module.__all__:
         found = getattr(module, name)
-        if _is_documented(name, found):
+        if not (inspect.isclass(found) or inspect.isfunction(found)) and names:
+            yield from _alias(name, module)
+        elif _is_documented(found):
             yield from _described(name, found)
+
+
+def _alias(name: str, module: Any) -> Iterator[str]:
+    """A section of a named type: its definition, and the comment before or behind it."""
+    source = inspect.getsource(module)
+    lines, nodes = source.splitlines(), {}
+    for one in ast.parse(source).body:
+        if isinstance(one, (ast.Assign, ast.AnnAssign)):
+            nodes[ast.unparse(one.targets[0] if isinstance(one, ast.Assign) else one.target)] = one
+    node = nodes[name]
+    assert node.value is not None
+    value = str(node.value.value) if isinstance(node.value, ast.Constant) else ast.unparse(node.value)
+    above = itertools.takewhile(lambda line: line.startswith("# "), lines[node.lineno - 2 :: -1])
+    comment = lines[node.lineno - 1].partition("  # ")[2] or " ".join(line[2:] for line in [*above][::-1])
+    yield f"### {name}\n\n{_code([f'{name} = {value}'])}"
+    if comment:
+        yield textwrap.fill(f"{comment[:1].upper()}{comment[1:].rstrip('.')}.", 120) + "\n"
 
 
 def _described(name: str, found: Any) -> Iterator[str]:
     """A section: the declaration, the docstring, and of a class its documented fields, properties and methods."""
     node = _declared(found)
     if isinstance(node, ast.FunctionDef):
-        yield f"### {name}\n\n{_code(_signature(node, found))}\n{_text(found)}"
+        forms = [one for one in map(_declared, get_overloads(found)) if isinstance(one, ast.FunctionDef)] or [node]
+        lines = [line for form in forms for line in _signature(form, found)]
+        yield f"### {name}\n\n{_code(lines)}\n{_text(found)}"
         return
     assert isinstance(node, ast.ClassDef)
     bases = ", ".join(base.__name__ for base in found.__bases__ if base.__module__.startswith("perceiver_export"))

@@ -86,7 +86,7 @@ class ExportOptions:
         "FILE.json",
     )
     like: str | os.PathLike[str] | None = option(
-        None, "Task, labels and preprocessing of an ONNX file: as this bundle.", "BUNDLE"
+        None, "Take task, labels and preprocessing of an ONNX file from this bundle.", "BUNDLE"
     )
     use_transformers: bool = option(
         False, "Load a Hugging Face directory of any class with your installed transformers; never code of its own."

@@ -84,12 +84,12 @@ def load_model(
     - ``module:function``, your own: a function that returns any torch module with example inputs, as a pair or an
       `OwnModel`, or a `PerceiverIO`, or a `LoadedModel`,
     - ``FILE.onnx``, from any exporter, with ``config`` a JSON file of its task, labels, preprocessing and output_kinds,
-      or these ``like`` those of another bundle.
+      or ``like`` another bundle.
 
     ``parity`` says whose numerics to follow; by default those of the code that trained the checkpoint. ``shape`` maps
-    an input's name to its size without the batch, e.g. ``{"image": (3, 224, 224)}``. ``task`` chooses the task of your
-    own bare model; that of any other model it must equal. ``use_transformers`` loads a Hugging Face directory of any
-    class with the installed transformers, which never runs code of the checkpoint.
+    an input's name to its size without the batch, e.g. ``{"image": (3, 224, 224)}``. ``task`` sets the task of your own
+    bare model; for any other model it must equal the model's. ``use_transformers`` loads a Hugging Face directory of
+    any class with the installed transformers, which never runs code of the checkpoint.
 
     Raises CheckpointError, UnsupportedModelError, UsageError, MissingDependencyError.
     """
@@ -343,10 +343,10 @@ class Checkpoint:
 
 
 def load_reference(bundle: str | Path, source: str) -> Checkpoint:
-    """SOURCE, as `load_model` takes it, as a reference for a bundle that was exported from it: with the bundle's
-    numerics and sizes.
+    """Load SOURCE as the reference of a bundle that was exported from it, with the bundle's numerics and sizes.
 
-    Raises UsageError where it is not of the bundle's task, labels or preprocessing, and what `load_model` raises.
+    SOURCE is what `load_model` takes. Raises UsageError where it is not of the bundle's task, labels or preprocessing,
+    and what `load_model` raises.
     """
     manifest = read_manifest(Path(bundle))
     steps = manifest.preprocessing

@@ -29,7 +29,7 @@ from tests.cli.commands import succeed
 from tests.conftest import FASHION, SmallBundle
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-BLOCK = re.compile(r"^(<!-- needs .* -->\n)?```(sh|python)\n(.*?)^```", flags=re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^(<!-- needs .* -->\n)?```(sh|bash|python)\n(.*?)^```", flags=re.MULTILINE | re.DOTALL)
 NUMBER = re.compile(r"(?<![\w.,])\d[\d,]*(?:\.\d+)?(?:e-?\d+)?")
 FIGURE = re.compile(r"(?<![\w.])\d[\d,]*\.\d+(?:e-?\d+)?|(?<![\w.])\d{1,3},\d{3}")
 ELSEWHERE = ("make ", "pip ")  # lines that install, or that CI itself is
@@ -102,10 +102,10 @@ def test_what_a_page_says_runs(page: str, prepare: Callable[[str], None]) -> Non
     names = dict(ARRAYS.get(page, {}))
     for kind, text in PAGES[page]:
         prepare(text)
-        if kind == "sh":
-            run_lines(text)
-        else:
+        if kind == "python":
             exec(compile(text, page, "exec"), names)
+        else:
+            run_lines(text)
 
 
 def run_lines(text: str) -> None:
@@ -116,6 +116,13 @@ def run_lines(text: str) -> None:
         elif not line.startswith(ELSEWHERE):
             assert command == "perceiver-export", line
             succeed(*arguments)
+
+
+def test_every_command_is_in_a_block_that_these_tests_see() -> None:
+    for page in markdown():
+        if page.parent.name != "results":  # whose commands take hours
+            text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+            assert not re.search(r"^(    |~~~)", text, flags=re.MULTILINE), page
 
 
 def tokens_model(path: Path) -> None:
@@ -166,7 +173,7 @@ def test_the_site_builds_without_a_dead_link(tmp_path: Path) -> None:
 def test_the_pages_of_the_reference_are_what_make_reference_writes() -> None:
     pages = runpy.run_path(str(REPOSITORY / "docs" / "generate.py"))["pages"]()
 
-    assert len(pages) == 8
+    assert len(pages) == 10
     for page, text in pages.items():
         assert page.read_text(encoding="utf-8") == text, f"{page.name} is out of date: make reference"
 
@@ -187,6 +194,17 @@ def test_sections_of_results_are_marked_with_commands_that_exist() -> None:
             known = inspect.signature(module.measure).parameters
             given = {option.removeprefix("no-") for option in re.findall(r"--([\w-]+)", options)}
             assert given <= {parameter.replace("_", "-") for parameter in known}, (page, name, options)
+
+
+def test_the_readme_has_the_largest_difference_of_an_output() -> None:
+    page = (REPOSITORY / "docs" / "results" / "parity.md").read_text(encoding="utf-8")
+    section = page[page.index("## DeepMind") : page.index("## Exported graphs")]
+    rows = re.findall(r"^\| \w+ \| ([\w/]+) \| (\S+) \| \S+ \|$", section, flags=re.MULTILINE)
+    largest = max(float(number) for name, number in rows)
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+
+    assert len(rows) > 10
+    assert f"| {largest:.1e} | [parity]" in readme
 
 
 def test_the_readmes_figures_are_on_the_pages_that_it_names() -> None:

@@ -52,7 +52,7 @@ _HALF = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 @dataclass(frozen=True)
 class Lowered:
     """One lowered form of a bundle. ``kept`` has, by part, the nodes that stay fp32 and the reasons. ``sqnr`` is each
-    output's SQNR in dB against the canonical graph, on ONNX Runtime's CPU kernels (`emulate`).
+    output's SQNR in dB against the canonical graph, on ONNX Runtime's CPU kernels.
     """
 
     name: str

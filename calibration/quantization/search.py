@@ -1,20 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """`search()`: mixed precision that holds its gates, found on one split of the data and certified on another.
 
-1. **Ladder.** The options asked for are rung 0. On each next rung one layer goes back to a higher precision
-   (`ladder`).
-2. **Search.** Rungs 0, 1, 2, 4, … are held against the fp32 bundle on the search split, on each target, and timed in
-   turn with its fastest precision there, up to the first that holds and one more for safety; then halves of the rungs
-   below, as long as there is time to gain. A rung costs its time as a share of that precision's, the geometric mean
-   over targets; where only weights are quantized, or size was asked for, it costs its bytes. Two kinds of rungs are
+1. **Candidates.** Candidate 0 has the options asked for. In each next one, one more layer goes back to a higher
+   precision (`ladder`; a candidate is called rung in the code, and all of them the ladder).
+2. **Search.** Candidates 0, 1, 2, 4, … are held against the fp32 bundle on the search split, on each target, and timed
+   in turn with its fastest precision there, up to the first that holds and one more for safety; then halves of those
+   below, as long as there is time to gain. A candidate costs its time as a share of that precision's, the geometric
+   mean over targets; where only weights are quantized, or size was asked for, it costs its bytes. Two kinds are
    dropped: those that cost no less than ``1 − least_gain`` of a safer one (less than about 2 % is noise of the clock),
    and those that are not faster than the float bundle by their spread (or not smaller).
-3. **Certify.** On the certification split the rungs that are left are tested in a fixed sequence, the safest first,
-   each at 5 %, up to the first that does not hold; the cheapest that held is kept. The order was fixed before a sample
-   of this split was seen, so the chance of certifying any rung that is worse than the margin is 5 % in all (Learn then
-   Test, Angelopoulos et al., arXiv 2110.01052, section 2.2; the frontier first, the sequence along it, on two splits:
-   Pareto Testing, Laufer-Goldshtein et al., arXiv 2210.07913). Several gates and targets must all hold, which makes a
-   wrong pass no more likely (Berger, Technometrics 1982).
+3. **Certify.** On the certification split the candidates that are left are tested in a fixed sequence, the safest
+   first, each at 5 %, up to the first that does not hold; the cheapest that held is kept. The order was fixed before a
+   sample of this split was seen, so the chance of certifying any candidate that is worse than the margin is 5 % in all
+   (Learn then Test, Angelopoulos et al., arXiv 2110.01052, section 2.2; the frontier first, the sequence along it, on
+   two splits: Pareto Testing, Laufer-Goldshtein et al., arXiv 2210.07913). Several gates and targets must all hold,
+   which makes a wrong pass no more likely (Berger, Technometrics 1982).
 
 No split may share samples with another, or with the calibration samples.
 """
@@ -79,7 +79,7 @@ class Time(msgspec.Struct, frozen=True):
 
 
 class Rung(msgspec.Struct, frozen=True):
-    """One mixture: its place on the ladder, the layers that went back, its cost, and the outcome of the gates.
+    """A candidate: its number (``step``), the layers that went back, its cost, the outcome of the gates.
 
     ``size`` is the bundle's as a share of fp32's. ``search`` and ``certification`` have a line for each gate and
     target, one that begins with "failed" where an output was NaN or infinite.
@@ -99,9 +99,9 @@ class Rung(msgspec.Struct, frozen=True):
 
 
 class Found(msgspec.Struct, frozen=True):
-    """The rungs that were tried, in the ladder's order, the index of the one that was kept, and its certificates.
+    """The candidates that were tried (``rungs``, by number), the index of the one kept, and its certificates.
 
-    ``ladder`` is the number of all rungs, ``ranking`` the cost of each layer by itself, the worst first.
+    ``ladder`` is the number of all candidates, ``ranking`` the cost of each layer by itself, the worst first.
     """
 
     rungs: tuple[Rung, ...]
@@ -128,11 +128,11 @@ def search(
 ) -> Found:
     """Write to ``output`` the cheapest mixture whose gates are certified, on the target ``device`` or on ``all``.
 
-    ``options`` hold for every rung: layers start where ``precision`` puts them, and those that are kept float are float
-    throughout. ``least_gain``: percent of a safer rung's cost that a riskier one must save. ``for_size``: the cost is
-    size, as it is where only weights are quantized, and a mixture need not be faster than the best float.
+    ``options`` hold for every candidate: layers start where ``precision`` puts them, and those that are kept float are
+    float throughout. ``least_gain``: percent of a safer candidate's cost that a riskier one must save. ``for_size``:
+    the cost is size, as it is where only weights are quantized, and a mixture need not be faster than the best float.
 
-    A rung with NaN or infinite outputs does not hold. Nothing is written where this raises: GateError where no rung
+    A candidate with NaN or infinite outputs does not hold. Nothing is written where this raises: GateError where none
     holds, or none that holds is worth it; UndecidedError where the samples are too few to say; BrokenReferenceError
     where the fp32 bundle gives NaN; DataError where splits overlap; UsageError; and what `quantize` and `validate`
     raise.

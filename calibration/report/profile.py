@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`profile()`: what an engine really runs, a row a layer of the model.
+"""`profile()`: what an engine really runs, one row per layer of the model.
 
 A layer is a module: a node's name is the module's, a slash, and its operator. Engines fuse, split and add nodes. Their
 kernels are joined to layers by the names of nodes and tensors that they keep. A kernel counts to the layer of its
@@ -49,7 +49,7 @@ _SECONDS = 1.0  # of timing
 
 
 class LayerProfile(msgspec.Struct, frozen=True):
-    """``kernel`` runs the layer's product, or most of it; ``built`` is the type of what that reads.
+    """``kernel`` runs (most of) the layer's product; ``built`` is the type of its inputs.
 
     ``milliseconds`` and ``against`` (of the other bundle) are medians of a call; ``share`` is that of all kernels.
     ``flops`` are those of products in the graph, ``bytes`` what its kernels read and write. ``roofline``: the least

@@ -68,9 +68,11 @@ class Gate(msgspec.Struct, frozen=True):
     """A gate and its outcome: ``measured``, ``lower`` and ``upper`` bound in the unit of ``wanted``.
 
     ``samples_to_decide``: the number that would decide four times in five if the measured value is the truth; None if
-    the gate is decided, or if no number would decide it. ``bounds`` are exact, of a sequential run, or of a mean, with
-    its `CAVEAT`. ``reservations``: why it means less than it seems (repeated samples, a reference that guesses);
-    a gate that holds is never shown without them. ``vacuous``: why any model would pass it.
+    the gate is decided, or if no number would decide it. ``bounds`` are exact, of a sequential run, or by bootstrap,
+    which is too narrow where samples are few and skewed. ``reservations``: why it means less than it seems (repeated
+    samples, a reference that guesses); a gate that holds is never shown without them. ``vacuous``: why any model would
+    pass it. In text, ``outcome`` is PASS (held), FAIL (not held), NOT ENOUGH DATA (undecided) or PROVES NOTHING
+    (vacuous).
     """
 
     wanted: Wanted

@@ -21,7 +21,7 @@ _NEGLIGIBLE = 1e-7
 
 
 class Plan(msgspec.Struct, frozen=True):
-    """The samples with which a gate holds with a probability of each of `POWERS`; None: over a million, or no number.
+    """The samples with which a gate holds with a probability of 0.8, 0.9 and 0.95; None: over a million, or no number.
 
     ``flips``: the share of answers that differ from the reference's, in percent. Of these the candidate gets as many
     right that the reference gets wrong as the other way round, so that the true drop is 0.
@@ -40,7 +40,7 @@ class Plan(msgspec.Struct, frozen=True):
 
 
 def plan(gates: Gates, flips: float = 1.0) -> tuple[Plan, ...]:
-    """For each gate's limit, and for half and twice its distance from 0 or 100 % if in range. Raises UsageError."""
+    """Samples needed for each gate's limit, and for half and twice its distance from 0 or 100 %. Raises UsageError."""
     if not 0 <= flips <= 100:
         raise UsageError(f"--flips is {flips:g}", "give the percentage of answers that may differ, as 1%")
     if gates.change is not None or (gates.max_drop, gates.min_agreement) == (None, None):

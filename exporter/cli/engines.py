@@ -45,7 +45,7 @@ def _size(text: str) -> tuple[str, tuple[int, int, int]]:
 @dataclass(frozen=True)
 class _Build:
     precision: PrecisionChoice = option(
-        "fp32", "fp32, fp16 or bf16; auto: measure all, save, and take the fastest that is certified here, else fp32."
+        "fp32", "fp32, fp16 or bf16; auto: measure all, save, and build the fastest certified here, else fp32."
     )
     hint: Hint = option("latency", "latency: one answer soon; throughput: many answers.")
     shape: Mapping[str, tuple[int, int, int]] = option(dict, "Sizes of a named dimension.", "NAME=LEAST:BEST:MOST")
@@ -298,7 +298,7 @@ def profile(
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write all layers here: .csv or .html.")
     ] = None,
 ) -> None:
-    """Show what the engine really runs, a row a layer: precision asked and built, kernel, time, roofline, accuracy."""
+    """Show what the engine really runs, one row per layer: precisions, kernel, time, roofline, accuracy."""
     from perceiver_export.calibration import profile as profile_
 
     if output is not None:

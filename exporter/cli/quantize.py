@@ -31,7 +31,7 @@ _SPLITS = "give --search DATA and --certify DATA"
 class _Search:
     """Options that have an effect with --search only."""
 
-    search: str | None = option(None, "Give layers back precision until the gates hold on this data.", "DATA")
+    search: str | None = option(None, "Return layers to higher precision until the gates hold on this data.", "DATA")
     certify: str | None = option(None, "Certify the result of --search on this data, which it never saw.", "DATA")
     device: str = option("auto", "With --search: the target on which mixtures must hold and are timed; `all`: each.")
     least_gain: float = option(2.0, "With --search: time that a riskier mixture must save.", "PERCENT")

@@ -66,7 +66,7 @@ def run(
         Path | None,
         typer.Option("--output", "-o", help="Where answers go: .json, or an image, arrays, a directory of frames."),
     ] = None,
-    top: Annotated[int | None, typer.Option(help="Labels to show of each sample.", show_default="3")] = None,
+    top: Annotated[int | None, typer.Option(help="Labels to show of each sample, by default 3.")] = None,
 ) -> None:
     """Run a bundle on files or text, and print or write its answers."""
     from perceiver_export.runtimes.bundle import open_bundle, read_manifest

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from perceiver_export.runtimes.tasks.text import TextClassification as TextClassification
     from perceiver_export.runtimes.tasks.video import VideoAutoencoding as VideoAutoencoding
 
-    class _SomeTask(Task):
+    class AnyTask(Task):
         """A task whose class is known only from the manifest: members of `Task` are typed, the rest is Any."""
 
         def __call__(self, *arguments: Any, **options: Any) -> Any: ...
@@ -69,25 +69,25 @@ def __getattr__(name: str) -> Any:
 def open_task(
     bundle: BundleLike,
     expect: type[T],
-    device: str = ...,
-    threads: int | None = ...,
-    verify: Verify = ...,
-    check_finite: bool = ...,
-    precision: PrecisionChoice | None = ...,
-    truncate: bool = ...,
+    device: str = "auto",
+    threads: int | None = None,
+    verify: Verify = "auto",
+    check_finite: bool = False,
+    precision: PrecisionChoice | None = None,
+    truncate: bool = False,
 ) -> T: ...
 
 
 @overload
 def open_task(
     bundle: BundleLike,
-    device: str = ...,
-    threads: int | None = ...,
-    verify: Verify = ...,
-    check_finite: bool = ...,
-    precision: PrecisionChoice | None = ...,
-    truncate: bool = ...,
-) -> _SomeTask: ...
+    device: str = "auto",
+    threads: int | None = None,
+    verify: Verify = "auto",
+    check_finite: bool = False,
+    precision: PrecisionChoice | None = None,
+    truncate: bool = False,
+) -> AnyTask: ...
 
 
 def open_task(bundle: BundleLike, *arguments: Any, expect: type[Task] = Task, **options: Any) -> Any:

@@ -46,8 +46,8 @@ from perceiver_export.runtimes.tasks.image_files import (
 class ImageClassification(Classifier):
     """``classify(image)`` -> the most probable labels, or the values of a regression model.
 
-    An image is a path, a Pillow image, or a uint8 array (H, W) or (H, W, 3). Arrays are RGB; with ``color="bgr"`` they
-    are BGR, as OpenCV reads them. ``color`` does not affect files and Pillow images.
+    An image (``picture``) is a path, a Pillow image, or a uint8 array (H, W) or (H, W, 3). Arrays are RGB; with
+    ``color="bgr"`` they are BGR, as OpenCV reads them. ``color`` does not affect files and Pillow images.
     """
 
     def __init__(self, manifest: Manifest, load_part: LoadPart) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models that nobody wrote for this project (tests/zoo): what `export` makes of each.
+"""Models of other packages, and three in plain torch (tests/zoo): what `export` makes of each.
 
     python -m tests.benchmarks.zoo [--rounds 15] [--only NAME …]
 

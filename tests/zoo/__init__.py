@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models that nobody wrote for this project: what `export` makes of them."""
+"""Models of other packages, and three in plain torch: what `export` makes of them."""
