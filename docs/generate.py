@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import html
 import importlib
 import inspect
 import itertools
@@ -35,9 +36,8 @@ from perceiver_export.exporter.cli.main import app
 from perceiver_export.runtimes import errors
 
 DOCS = Path(__file__).resolve().parent
-_PART = re.compile(
-    r"^(<!-- (commands|errors|structs|names|index|gallery)(?:: ([^\n]*))? -->\n).*?(?=^<!-- end -->)", re.M | re.S
-)
+_MARK = r"^(<!-- (commands|errors|structs|names|index|gallery)(?:: ([^\n]*))? -->\n)"
+_PART = re.compile(_MARK + r"(?:(?!^<!-- ).)*(?=^<!-- end -->)", re.M | re.S)
 _WIDTH = 80
 
 
@@ -45,6 +45,9 @@ def pages() -> dict[Path, str]:
     """The text of each page that has generated parts."""
     files = [DOCS / "gallery.md", *DOCS.glob("reference/*.md")]
     texts = {page: page.read_text(encoding="utf-8") for page in files}
+    for page, text in texts.items():
+        if len(re.findall(_MARK, text, re.M)) != len(_PART.findall(text)):
+            raise SystemExit(f"{page}: a generated part has no <!-- end -->")
     return {page: _PART.sub(_filled, text) for page, text in texts.items() if _PART.search(text)}
 
 
@@ -98,10 +101,10 @@ def _commands() -> Iterator[str]:
 
 def _flags(parameter: Any) -> str:
     if parameter.param_type_name == "argument":
-        return f"`{parameter.metavar}{'...' * (parameter.nargs == -1)}`"
+        return _literal(f"{parameter.metavar}{'...' * (parameter.nargs == -1)}")
     long, *short = sorted(parameter.opts, key=len, reverse=True)
     value = f" {parameter.metavar}".rstrip()
-    return ", ".join(f"`{_cell(flag)}`" for flag in (f"{long}{value}", *short, *parameter.secondary_opts))
+    return ", ".join(map(_literal, (f"{long}{value}", *short, *parameter.secondary_opts)))
 
 
 def _help(parameter: Any) -> str:
@@ -115,7 +118,12 @@ def _help(parameter: Any) -> str:
 
 
 def _cell(text: str | None) -> str:
-    return " ".join((text or "").split()).replace("|", "\\|")
+    return " ".join((text or "").split()).replace("|", "&#124;")
+
+
+def _literal(text: str) -> str:
+    """Code in a cell, where only the entity of a bar is read alike by the site and in the repository."""
+    return f"<code>{_cell(html.escape(text))}</code>" if "|" in text else f"`{text}`"
 
 
 def _errors() -> Iterator[str]:
@@ -229,7 +237,7 @@ def _text(found: Any) -> str:
 
 
 def _table(header: str, rows: Iterable[tuple[str, str]]) -> Iterator[str]:
-    lines = [f"| `{_cell(name)}` | {_cell(text)} |" for name, text in rows]
+    lines = [f"| {_literal(name)} | {_cell(text)} |" for name, text in rows]
     if lines:
         yield "\n".join([f"| {header} | |", "|---|---|", *lines, ""])
 
@@ -306,7 +314,8 @@ def _constant(default: ast.expr, module: Any) -> str:
 
 
 def _code(lines: list[str]) -> str:
-    return "\n".join(["```py", *lines, "```", ""]).replace("'", '"')
+    quoted = (re.sub("^[^#]*", lambda found: found[0].replace("'", '"'), line) for line in lines)
+    return "\n".join(["```py", *quoted, "```", ""])
 
 
 if __name__ == "__main__":
