@@ -56,7 +56,7 @@ def spectrograms(sound: Sound, hop: int) -> list[Sound]:
 
 def read_parts() -> dict[str, tuple[Sound, np.ndarray]]:
     """Spectrograms (n, FRAMES, BINS) and labels (n,) of each part."""
-    if not (SOUNDS / VOICES[0]).is_dir():
+    if not all((SOUNDS / voice).is_dir() for voice in VOICES):
         raise SystemExit("the prompts are missing: apt-get install asterisk-core-sounds-{en,es,fr,it,ru}-wav")
     found: dict[str, tuple[list[Sound], list[int]]] = {name: ([], []) for name in HOPS}
     for label in range(len(LABELS)):

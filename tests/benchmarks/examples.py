@@ -102,7 +102,7 @@ def row(folder: Path, example: Example, bundle: Bundle, options: ValidateOptions
         "samples": found.samples,
         "ms": timed.p50,
         "MiB of files": bundle.num_bytes / 2**20,
-        "MiB at most": timed.peak_memory,
+        "peak MiB": timed.peak_memory,
         "certificate": verdict(bundle, found) if options.against is not None else "–",
     }
 
@@ -129,7 +129,7 @@ def baseline(folder: Path) -> Row:
         cwd=REPOSITORY,
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])},
     )
-    empty = dict.fromkeys(("loss", "samples", "ms", "MiB of files", "MiB at most", "certificate"), "–")
+    empty = dict.fromkeys(("loss", "samples", "ms", "MiB of files", "peak MiB", "certificate"), "–")
     if done.returncode:
         return {"engine": "–", "metric": f"not measured: {done.stderr.strip().splitlines()[-1:]}", **empty}
     said = json.loads(done.stdout.splitlines()[-1])
