@@ -49,7 +49,8 @@ def markdown() -> list[Path]:
 def pages() -> dict[str, list[tuple[str, str]]]:
     """Language and text of the blocks of each page, without those of an earlier page and those of examples."""
     found, seen = {}, {OWN}
-    for page in (REPOSITORY / "README.md", *markdown()):
+    # The demos of the gallery take minutes: test_trained_examples has what they show.
+    for page in (REPOSITORY / "README.md", *(one for one in markdown() if one.stem != "gallery")):
         blocks = [(kind, text) for needs, kind, text in BLOCK.findall(page.read_text(encoding="utf-8")) if not needs]
         found[page.stem] = [block for block in blocks if not any(block[1] in other for other in seen)]
         seen |= {text for _, text in blocks}
