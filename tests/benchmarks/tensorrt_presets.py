@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Sequence
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 
 import onnx_ir as ir
@@ -30,8 +32,22 @@ _DEVICES = ("sm86", "sm89")
 def measure(
     work: Path, presets: tuple[str, ...] = tuple(PRESETS), layers: int = 0, blocks: int = 0, fold: bool = True
 ) -> Iterator[Row]:
+    """A row a part; ``seconds`` are those of the engine that took longest."""
     for name in presets:
-        yield from compiled(work, name, layers or None, blocks or None, fold)
+        for part, engines in groupby(compiled(work, name, layers or None, blocks or None, fold), itemgetter("part")):
+            yield _row(name, part, list(engines))
+
+
+def _row(name: str, part: str, engines: list[Row]) -> Row:
+    return {
+        "preset": name if part == "model" else f"{name}, {part}",
+        "fused": f"{min(one['fused'] for one in engines)} of {engines[0]['fusable']}",
+        "int8": f"{min(one['int8'] for one in engines if one['linears'])} of {engines[-1]['linears']}",
+        **{f"MiB {one['form']} {one['device']}": one["MiB"] for one in engines},
+        "seconds": max(one["seconds"] for one in engines),
+        "seconds of lint": max(one["seconds of lint"] for one in engines),
+        "held": all(one["held"] for one in engines),
+    }
 
 
 def compiled(
