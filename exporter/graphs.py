@@ -18,7 +18,15 @@ import numpy as np
 import onnx_ir as ir
 from torch import Tensor, nn
 
-from perceiver_export.exporter.fold.latents import INDICES, LATENTS, QUERIES, cut, gather_rows, independent_rows
+from perceiver_export.exporter.fold.latents import (
+    INDICES,
+    LATENTS,
+    QUERIES,
+    cut,
+    gather_rows,
+    independent_rows,
+    own_outputs,
+)
 from perceiver_export.exporter.fold.nodes import sizes
 from perceiver_export.exporter.fold.slicing import Region
 from perceiver_export.exporter.model.config import (
@@ -37,7 +45,7 @@ from perceiver_export.exporter.model.perceiver import PerceiverIO
 from perceiver_export.exporter.onnx_files import OnnxFile
 from perceiver_export.exporter.own import NamedModule
 from perceiver_export.runtimes.errors import UnsupportedModelError, UsageError
-from perceiver_export.runtimes.manifest import DType, TensorSpec
+from perceiver_export.runtimes.manifest import NAMING, DType, TensorSpec, is_tensor_name
 from perceiver_export.runtimes.runtime import Array
 
 # Queries a call of a decoder by default: a text's masked bytes are few, the points of a grid are many.
@@ -180,25 +188,22 @@ def own_graph(model: NamedModule | OnnxFile, batch: Batch | None) -> GraphPart:
     examples = model.examples
     if not examples:
         raise UnsupportedModelError("the model has no inputs", "export a model that reads something")
-    first = next(iter(examples.values()))
-    samples = first.shape[0] if first.ndim else 0
-    batched = {name for name, array in examples.items() if array.ndim and array.shape[0] == samples}
+    for name, array in examples.items():
+        _check_own(name, array)
+    samples = next((len(array) for array in examples.values() if array.ndim), 0)
+    batched = {name for name, array in examples.items() if array.ndim and len(array) == samples}
     size = samples if batch is None else batch.typical
     sized = {name: repeated(array, size) if name in batched else array for name, array in examples.items()}
     found = model.run(sized)
     follow = {name for name, array in found.items() if array.ndim and size and array.shape[0] == size}
     if samples == 0 or len(follow) < len(found) or len(batched) < len(examples):
-        other = sorted((set(found) - follow) | (set(examples) - batched)) or [next(iter(examples))]
+        other = sorted((set(found) - follow) | (set(examples) - batched))
         raise UnsupportedModelError(
             f"the batch is not the first dimension of {', '.join(other)}", "put a module around yours that makes it so"
         )
 
     def spec(name: str, array: Array, by_batch: bool) -> TensorSpec:
-        if str(array.dtype) not in get_args(DType):
-            raise UnsupportedModelError(
-                f"{name!r} is of {array.dtype}; bundles have {', '.join(get_args(DType))}",
-                "convert the model: .float()",
-            )
+        _check_own(name, array)
         dynamic = by_batch and batch is not None and batch.dynamic
         shape: tuple[int | str, ...] = ("batch", *array.shape[1:]) if dynamic else array.shape
         ranges = {"batch": (batch.least, batch.most)} if dynamic and batch is not None else {}
@@ -212,6 +217,18 @@ def own_graph(model: NamedModule | OnnxFile, batch: Batch | None) -> GraphPart:
         {} if batch is None else batch.sizes,
         examples=examples,
     )
+
+
+def _check_own(name: str, array: Array) -> None:
+    """Raise UnsupportedModelError for a tensor that bundles do not have."""
+    if not is_tensor_name(name):
+        raise UnsupportedModelError(f"the model has the invalid tensor name {name!r}", NAMING)
+    if not array.size:
+        raise UnsupportedModelError(f"{name!r} is empty: its shape is {array.shape}", "fix that size to 1 or more")
+    if str(array.dtype) not in get_args(DType):
+        raise UnsupportedModelError(
+            f"{name!r} is of {array.dtype}; bundles have {', '.join(get_args(DType))}", "convert the model: .float()"
+        )
 
 
 def repeated(array: Array, samples: int) -> Array:
@@ -247,6 +264,7 @@ def cut_parts(
     ranges = {name: limits for name, limits in source.ranges.items() if name == "batch"}
     shape = (source.outputs[0].shape[0], *sizes(latents)[1:])
     between = TensorSpec(LATENTS, "float32", shape, "the output of the encoder", ranges)
+    own_outputs(model.graph, [spec.name for spec in source.outputs])
     encoder, decoders = cut(model, latents)
     inputs = tuple(given[str(value.name)] for value in encoder.graph.inputs)
     parts = [(dataclasses.replace(source, name="encoder", inputs=inputs, outputs=(between,)), encoder)]

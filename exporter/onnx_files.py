@@ -11,7 +11,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 
 from perceiver_export.exporter.fold.normalize import Constants
-from perceiver_export.exporter.simplify import RANDOM, plain_session
+from perceiver_export.exporter.simplify import is_random, plain_session
 from perceiver_export.runtimes.bundle import sha256
 from perceiver_export.runtimes.errors import CheckpointError, UnsupportedModelError, UsageError, first_line
 from perceiver_export.runtimes.runtime import Array
@@ -52,6 +52,10 @@ class OnnxFile:
             for value in model.graph.inputs
         }
         self.outputs = tuple(str(value.name) for value in model.graph.outputs)
+        if not self.outputs:
+            raise UnsupportedModelError("the model has no outputs", "export a model that computes something")
+        for name in self.shapes.keys() & set(self.outputs):
+            raise UnsupportedModelError(f"{name!r} is an input and an output", "leave that output out")
         dims = [value.shape[0] for value in model.graph.inputs if value.shape]
         self.samples = next((size for size in dims if isinstance(size, int)), None)  # of a call; None: any number
 
@@ -94,24 +98,22 @@ class OnnxFile:
             value.shape = ir.Shape(shapes[str(value.name)])
         for node in model.graph:
             for result in node.outputs:
-                if not result.is_graph_output():
-                    result.shape = None
-        for value in model.graph.outputs:
-            value.shape = None
+                result.shape = None
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
         return model
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """The file itself on ONNX Runtime, without its optimizations."""
+        hint = "export it again"
         try:
-            found = plain_session(str(self.path)).run(list(self.outputs), dict(feeds))
+            session, hint = plain_session(str(self.path)), f"give --shape NAME=SIZES that the model takes, or {hint}"
+            found = session.run(list(self.outputs), dict(feeds))
             return dict(zip(self.outputs, found, strict=True))
         except ImportError:
             raise
         except Exception as error:  # onnxruntime has no class of its own for these
             raise UnsupportedModelError(
-                f"ONNX Runtime cannot run {self.path}: {str(error).strip().splitlines()[-1]}",
-                "give --shape NAME=SIZES that the model takes, or export it again",
+                f"ONNX Runtime cannot run {self.path}: {str(error).strip().splitlines()[-1]}", hint
             ) from error
 
     def run_samples(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
@@ -140,7 +142,7 @@ def refuse(graph: ir.Graph) -> None:
             raise UnsupportedModelError(
                 f"{where} is {node.op_type}: control flow depends on data", "export the model with that branch alone"
             )
-        if node.op_type in RANDOM:
+        if is_random(node):
             raise UnsupportedModelError(
                 f"{where} is {node.op_type}: it draws random numbers", "make the random numbers an input"
             )

@@ -78,7 +78,7 @@ class NamedModule(nn.Module):
         """The same with numpy arrays."""
         with torch.no_grad():
             found = self.forward({name: torch.from_numpy(array) for name, array in feeds.items()})
-        return {name: tensor.numpy() for name, tensor in found.items()}
+        return {name: tensor.detach().numpy() for name, tensor in found.items()}
 
     def _call(self, feeds: Mapping[str, Tensor]) -> Any:
         if self._positional:

@@ -15,10 +15,10 @@ import onnx_ir.passes.common as common
 from onnxscript.rewriter import RewritePass
 from onnxscript.rewriter.rules.common import transpose_transpose_rule
 
-from perceiver_export.exporter.fold.nodes import operand, put
+from perceiver_export.exporter.fold.nodes import operand, optional, put
 from perceiver_export.runtimes.errors import ExportError, first_line
 
-RANDOM = frozenset(
+_RANDOM = frozenset(
     {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial"}
 )
 _REPEATING = frozenset({"Expand", "Tile", "ConstantOfShape"})
@@ -66,7 +66,9 @@ class FoldConstantsPass(ir.passes.InPlacePass):
         for node in reversed(folded):
             if not any(output.uses() or output.is_graph_output() for output in node.outputs):
                 graph.remove(node, safe=True)
-        for name in [name for name, value in graph.initializers.items() if not value.uses()]:
+        for name in [
+            name for name, value in graph.initializers.items() if not (value.uses() or value.is_graph_output())
+        ]:
             del graph.initializers[name]
         return ir.passes.PassResult(model, modified=True)
 
@@ -78,9 +80,17 @@ class FoldConstantsPass(ir.passes.InPlacePass):
         return any(isinstance(size, int) and size % prime == 0 for size in shape for prime in self.dynamic)
 
 
+def is_random(node: ir.Node) -> bool:
+    """Whether a node draws random numbers; Dropout does in training, and where its mode is not constant."""
+    if node.op_type != "Dropout" or (mode := optional(node, 2)) is None:
+        return node.op_type in _RANDOM
+    known = ir.convenience.get_const_tensor(mode)
+    return known is None or bool(known.numpy().any())
+
+
 def _must_stay(node: ir.Node) -> bool:
     """Whether a node draws numbers, holds a graph, or has a large result that is larger than its inputs."""
-    if node.op_type in RANDOM or any(one.type == ir.AttributeType.GRAPH for one in node.attributes.values()):
+    if is_random(node) or any(one.type == ir.AttributeType.GRAPH for one in node.attributes.values()):
         return True
     if node.op_type not in _GROWING:
         return False

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from perceiver_export.exporter.fold.dynamic import make_dynamic, stand_ins
 from perceiver_export.exporter.fold.engine import fold as fold_graph
-from perceiver_export.exporter.fold.latents import QUERIES, latents_of, mark
+from perceiver_export.exporter.fold.latents import QUERIES, latents_of, mark, own_outputs
 from perceiver_export.exporter.fold.nodes import Sizes
 from perceiver_export.exporter.fold.normalize import normalize, settle
 from perceiver_export.exporter.fold.plan import plan
@@ -156,6 +156,7 @@ def _folded(
     make_dynamic(model, primes)
     without_metadata(model)
     number_folds(model.graph)
+    own_outputs(model.graph, [spec.name for spec in part.outputs])
     named = part if config is not None else _with_vocabularies(part, model.graph)
     return FoldedGraph(named, model, decisions, planned)
 
@@ -203,6 +204,8 @@ def _exported(part: GraphPart, examples: dict[str, Array]) -> ir.Model:
     program = _export(part, examples, None, dynamo=True, optimize=False, verbose=False)
     assert program is not None
     program.model.ir_version = IR_VERSION
+    for value, spec in zip(program.model.graph.inputs, part.inputs, strict=True):
+        value.name = spec.name  # torch gives an input that is returned the name of the output
     return program.model
 
 

@@ -156,7 +156,7 @@ def _reference(part: GraphPart, feeds: dict[str, Array], double: bool = False, s
         if step > 1:
             return {name: rows.numpy() for name, rows in _some_rows(module.model, tensors, step)}
         if isinstance(module, NamedModule):
-            return {name: output.numpy() for name, output in module(tensors).items()}
+            return {name: output.detach().numpy() for name, output in module(tensors).items()}
         outputs = module(*tensors.values())
     return {spec.name: output.numpy() for spec, output in zip(part.outputs, outputs, strict=True)}
 

@@ -31,6 +31,7 @@ ASSUMED = "written by an older version: output kinds are assumed"
 
 _MOST = (1 << 31) - 1  # of a dimension
 _TENSOR = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:/-]{0,199}")
+NAMING = "name tensors with at most 200 letters, digits and _ . : / -"
 DType = Literal["float32", "int32", "int64", "uint8", "bool"]
 # The meaning of an output: logits of which one class applies (softmax), logits of which several labels may apply
 # (sigmoid), plain values, or anything else.
@@ -346,10 +347,14 @@ def _check(manifest: Manifest) -> None:
         raise misfit(f"the manifest's preprocessing is unusable: {found}")
 
 
+def is_tensor_name(name: str) -> bool:
+    """Whether a tensor of a bundle may have this name."""
+    return _TENSOR.fullmatch(name) is not None and ".." not in name
+
+
 def _check_spec(spec: TensorSpec) -> None:
-    if not _TENSOR.fullmatch(spec.name) or ".." in spec.name:
-        hint = "name tensors with at most 200 letters, digits and _ . : / -"
-        raise BundleError(f"the manifest has the invalid tensor name {spec.name!r}", hint)
+    if not is_tensor_name(spec.name):
+        raise BundleError(f"the manifest has the invalid tensor name {spec.name!r}", NAMING)
     sizes = [spec.ranges.get(dim, (0, 0)) if isinstance(dim, str) else (dim, dim) for dim in spec.shape]
     if any(not 1 <= least <= most <= _MOST for least, most in sizes):
         raise misfit(f"{spec.name!r} has the invalid shape {spec.shape}")

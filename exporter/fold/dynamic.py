@@ -9,11 +9,13 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from perceiver_export.exporter.fold.nodes import Nodes, shape_of, sizes, stored_sizes
+from perceiver_export.exporter.fold.nodes import Nodes, integers, shape_of, sizes, stored_sizes
 from perceiver_export.runtimes.errors import UnsupportedModelError
 
 # Larger than most sizes, so that few others are multiples of them.
 _PRIMES = (251, 257, 263, 269, 271, 277, 281, 283, 293, 307, 311, 313, 317, 331, 337, 347, 349, 353, 359, 367)
+
+_END = np.iinfo(np.int64).max  # of a slice: that of the axis
 
 
 def stand_ins(names: Sequence[str], taken: Iterable[int]) -> dict[str, int]:
@@ -35,7 +37,7 @@ class _Symbols:
     def of(self, size: int) -> tuple[str, int] | None:
         """A size as (name, factor), None where it is a number."""
         for name, prime in self.primes.items():
-            if size and size % prime == 0:
+            if size and size != _END and size % prime == 0:
                 return name, size // prime
         return None
 
@@ -64,7 +66,7 @@ def make_dynamic(model: ir.Model, primes: Mapping[str, int]) -> None:
         for index, found in stored_sizes(node):
             if any(map(symbols.of, found)):
                 known = shape_of(node.outputs[0]) if node.op_type == "Reshape" else None  # without its -1 and 0
-                node.replace_input_with(index, _sizes(node, list(known or found), symbols))
+                node.replace_input_with(index, _sizes(node, index, list(known or found), symbols))
     for value in (*graph.inputs, *(result for node in graph for result in node.outputs)):
         shape = shape_of(value)
         if shape is not None:
@@ -76,17 +78,20 @@ def make_dynamic(model: ir.Model, primes: Mapping[str, int]) -> None:
             )
 
 
-def _sizes(node: ir.Node, wanted: list[int], symbols: _Symbols) -> ir.Value:
-    """What gives ``wanted`` at run time; a Reshape infers one of them by itself."""
+def _sizes(node: ir.Node, index: int, wanted: list[int], symbols: _Symbols) -> ir.Value:
+    """What gives ``wanted``, input ``index``, at run time; a Reshape infers one of them by itself."""
     nodes = Nodes(node)
     found = [symbols.of(size) for size in wanted]
     if node.op_type == "Reshape" and sum(one is not None for one in found) == 1:
         return nodes.constant(
             np.array([-1 if one else size for size, one in zip(wanted, found, strict=True)], np.int64)
         )
-    if node.op_type == "Slice":  # to the end of the axis
-        ends = [np.iinfo(np.int64).max if one else size for size, one in zip(wanted, found, strict=True)]
-        return nodes.constant(np.array(ends, np.int64))
+    if node.op_type == "Slice" and index == 2 and (shape := shape_of(node.inputs[0])) is not None:
+        axes = integers(node, 3, "") or range(len(wanted))
+        to_end = [size == shape[axis] for size, axis in zip(wanted, axes, strict=True)]
+        if all(end or one is None for end, one in zip(to_end, found, strict=True)):
+            ends = [_END if end and one else size for size, end, one in zip(wanted, to_end, found, strict=True)]
+            return nodes.constant(np.array(ends, np.int64))
     return nodes.sizes([_size(nodes, size, one, symbols) for size, one in zip(wanted, found, strict=True)])
 
 

@@ -46,9 +46,22 @@ def mark(graph: ir.Graph, name: str) -> None:
     graph.outputs.append(_same(graph, found[0], f"{name}.{LATENTS}"))
 
 
+def own_outputs(graph: ir.Graph, names: Iterable[str]) -> None:
+    """Name the outputs, and copy those that are inputs, constants or other outputs as well."""
+    taken = set(graph.inputs)
+    for index, (value, name) in enumerate(zip(tuple(graph.outputs), names, strict=True)):
+        if value in taken or value.is_initializer():
+            if value.is_initializer():
+                value.name = f"{name}.value"
+            graph.outputs[index] = _same(graph, value, name)
+        else:
+            value.name = name
+            taken.add(value)
+
+
 def _same(graph: ir.Graph, value: ir.Value, name: str) -> ir.Value:
     """The value under another name."""
-    node = ir.node("Identity", [value])
+    node = ir.node("Identity", [value], name=f"{name}/Identity")
     node.outputs[0].name, node.outputs[0].type, node.outputs[0].shape = name, value.type, value.shape
     graph.append(node)
     return node.outputs[0]

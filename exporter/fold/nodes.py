@@ -13,12 +13,13 @@ import numpy as np
 import onnx_ir as ir
 
 Shape = tuple[int, ...]
+_FLOATS = (ir.DataType.DOUBLE, ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 # These move no numbers, or only say how they are counted.
 VIEWS = frozenset({"Reshape", "Unsqueeze", "Squeeze", "Flatten", "Identity"})
 # The result is of the type of the first input.
 _MOVED = VIEWS | {"Transpose", "Slice", "Concat", "Gather", "GatherND", "Expand", "Pad"}
 # Operators, and which of their inputs holds sizes or bounds.
-SIZED = {"Reshape": (1,), "Expand": (1,), "ConstantOfShape": (0,), "Slice": (2,)}
+SIZED = {"Reshape": (1,), "Expand": (1,), "ConstantOfShape": (0,), "Slice": (1, 2)}
 
 
 def shape_of(value: ir.Value | None) -> Shape | None:
@@ -38,6 +39,11 @@ def sizes(value: ir.Value) -> Shape:
 def is_known(node: ir.Node) -> bool:
     """Whether the shapes of all that a node reads and writes are known."""
     return all(shape_of(value) is not None for value in (*node.inputs, *node.outputs) if value is not None)
+
+
+def is_foldable(node: ir.Node) -> bool:
+    """Whether a node may be rewritten: 16 bits are too few for another order of operations, and integers wrap."""
+    return node.outputs[0].dtype in _FLOATS[:2] and is_known(node)
 
 
 def operand(node: ir.Node, index: int = 0) -> ir.Value:
@@ -138,7 +144,7 @@ class Nodes:
         assert anchor.graph is not None
         self.graph, self.anchor, self.origin = anchor.graph, anchor, origin or anchor
         kinds = {value.dtype for value in (*anchor.inputs, *anchor.outputs) if value is not None}
-        self.dtype = ir.DataType.DOUBLE if ir.DataType.DOUBLE in kinds else ir.DataType.FLOAT
+        self.dtype = next((kind for kind in _FLOATS if kind in kinds), ir.DataType.FLOAT)
 
     def constant(self, array: Any, role: str = "") -> ir.Value:
         """An initializer; floats get the graph's precision. ``role`` ends its name."""

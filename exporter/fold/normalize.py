@@ -15,8 +15,9 @@ from perceiver_export.exporter.fold.nodes import (
     Nodes,
     Sizes,
     array_of,
+    axis_of,
     integers,
-    is_known,
+    is_foldable,
     made_by,
     number,
     only_reader,
@@ -27,7 +28,7 @@ from perceiver_export.exporter.fold.nodes import (
     sizes,
     stored_sizes,
 )
-from perceiver_export.exporter.simplify import RANDOM, FoldConstantsPass, SettleTypesAndShapesPass, evaluate
+from perceiver_export.exporter.simplify import FoldConstantsPass, SettleTypesAndShapesPass, evaluate, is_random
 
 _MOST_ROUNDS = 60  # of settling shapes: those of one layer are known when those of the layer before are
 _LARGEST_TABLE = 1 << 26  # numbers that are computed to see whether they are the same for each sample
@@ -46,10 +47,10 @@ def normalize(model: ir.Model, real: Sizes | None = None) -> None:
     settle(model, real)
     for node in list(model.graph):
         rule = _RULES.get(node.op_type)
-        if rule is not None and is_known(node):
+        if rule is not None and is_foldable(node):
             rule(Nodes(node), node)
     for node in list(model.graph):
-        if node.op_type == "LayerNormalization":
+        if node.op_type == "LayerNormalization" and is_foldable(node):
             _affine_norm(node)
     settle(model, real)
     _one_sample(model, real)
@@ -145,11 +146,7 @@ def _cone(value: ir.Value) -> set[ir.Node] | None:
         if array_of(one) is not None:
             continue
         node = one.producer()
-        if (
-            node is None
-            or node.op_type in RANDOM
-            or any(a.type == ir.AttributeType.GRAPH for a in node.attributes.values())
-        ):
+        if node is None or is_random(node) or any(a.type == ir.AttributeType.GRAPH for a in node.attributes.values()):
             return None
         if node not in nodes:
             nodes.add(node)
@@ -205,6 +202,16 @@ def _gemm(nodes: Nodes, node: ir.Node) -> None:
         right = nodes.transpose(right, (1, 0))
     product = nodes.matmul(left, right)
     put(node.outputs[0], nodes.binary("Add", product, bias) if bias is not None else product)
+
+
+def _vectors(nodes: Nodes, node: ir.Node) -> None:
+    """A product with a vector -> MatMul of matrices, Reshape."""
+    left, right = operand(node), operand(node, 1)
+    if len(sizes(left)) > 1 < len(sizes(right)):
+        return
+    left = nodes.reshape(left, (1, -1)) if len(sizes(left)) == 1 else left
+    right = nodes.reshape(right, (-1, 1)) if len(sizes(right)) == 1 else right
+    put(node.outputs[0], nodes.reshape(nodes.matmul(left, right), sizes(node.outputs[0])))
 
 
 def _einsum(nodes: Nodes, node: ir.Node) -> None:
@@ -329,7 +336,9 @@ def _over_last(node: ir.Node) -> bool:
 
 def _affine_norm(node: ir.Node) -> None:
     """LayerNormalization(x, 1, 0) · γ + β -> LayerNormalization(x, γ, β)."""
-    scale, shift = array_of(node.inputs[1]), array_of(optional(node, 2))
+    scale, shift, shape = array_of(node.inputs[1]), array_of(optional(node, 2)), sizes(node.outputs[0])
+    if axis_of(node, len(shape)) != len(shape) - 1:
+        return
     if scale is None or not np.all(scale == 1) or (shift is not None and np.any(shift)):
         return
     last, found = node, {"Mul": scale, "Add": np.zeros_like(scale)}
@@ -346,10 +355,7 @@ def _affine_norm(node: ir.Node) -> None:
         nodes = Nodes(last, node)
         operands = [node.inputs[0], nodes.constant(found["Mul"]), nodes.constant(found["Add"])]
         epsilon = node.attributes.get_float("epsilon", 1e-5)
-        put(
-            last.outputs[0],
-            nodes.make("LayerNormalization", operands, sizes(last.outputs[0]), axis=-1, epsilon=epsilon),
-        )
+        put(last.outputs[0], nodes.make("LayerNormalization", operands, shape, axis=-1, epsilon=epsilon))
 
 
 def _neutral(nodes: Nodes, node: ir.Node) -> None:
@@ -381,6 +387,7 @@ def _sliced_rows(nodes: Nodes, node: ir.Node) -> None:
 
 _RULES: dict[str, Callable[[Nodes, ir.Node], None]] = {
     "Gemm": _gemm,
+    "MatMul": _vectors,
     "Einsum": _einsum,
     "Conv": _pointwise,
     "Div": _layer_norm,

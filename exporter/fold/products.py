@@ -15,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from perceiver_export.exporter.fold.layout import Layout, layout_of
-from perceiver_export.exporter.fold.nodes import Nodes, Sizes, array_of, is_known, operand, put, sizes
+from perceiver_export.exporter.fold.nodes import Nodes, Sizes, array_of, is_foldable, operand, put, sizes
 from perceiver_export.exporter.fold.rowform import Forms, RowForm
 from perceiver_export.exporter.fold.sites import Work, cost_of, decided, unneeded
 from perceiver_export.exporter.fold.tables import Matrix
@@ -29,7 +29,7 @@ def linear_layers(graph: ir.Graph) -> Iterator[tuple[ir.Node, np.ndarray]]:
     """Products with a constant matrix, the last first."""
     for node in reversed(list(graph)):
         weight = array_of(node.inputs[1]) if node.op_type == "MatMul" else None
-        if weight is not None and weight.ndim == 2 and is_known(node):
+        if weight is not None and weight.ndim == 2 and is_foldable(node):
             yield node, weight
 
 

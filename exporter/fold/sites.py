@@ -22,7 +22,7 @@ import onnx_ir as ir
 
 from perceiver_export.calibration import graphs
 from perceiver_export.exporter.fold.layout import Atom, Axis, Layout, extent, layout_of
-from perceiver_export.exporter.fold.nodes import VIEWS, Sizes, array_of, is_known, made_by, operand, shape_of, sizes
+from perceiver_export.exporter.fold.nodes import VIEWS, Sizes, array_of, is_foldable, made_by, operand, shape_of, sizes
 from perceiver_export.exporter.fold.rowform import Forms, RowForm
 from perceiver_export.runtimes.manifest import Cost, FoldDecision
 
@@ -68,7 +68,7 @@ def find_sites(graph: ir.Graph, forms: Forms) -> tuple[list[Site], dict[ir.Node,
     found: list[Site] = []
     blocked: dict[ir.Node, str] = {}
     for node in graph:
-        if node.op_type != "MatMul" or not is_known(node):
+        if node.op_type != "MatMul" or not is_foldable(node):
             continue
         if any((array := array_of(value)) is not None and array.ndim <= 2 for value in node.inputs[1:]):
             continue  # a linear layer

@@ -172,5 +172,46 @@ def no_tensor() -> tuple[nn.Module, dict[str, object]]:
     return nn.Linear(4, 4), {"input": [1.0, 2.0]}
 
 
+def empty() -> OwnModel:
+    return OwnModel(nn.Linear(8, 4), (torch.randn(1, 0, 8),))
+
+
+def strange_name() -> OwnModel:
+    return OwnModel(nn.Linear(4, 4), (torch.randn(1, 4),), outputs=("a b",))
+
+
+class Returned(nn.Module):
+    """An input, a weight, and one tensor under several names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.weight = nn.Linear(8, 4), nn.Parameter(torch.randn(1, 4))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        made = self.layer(x)
+        return {"a": made, "x_out": x, "b": made, "c": made + 0, "fixed": self.weight, "twice": 2 * self.weight}
+
+
+def returned() -> tuple[nn.Module, dict[str, Tensor]]:
+    return Returned(), {"x": torch.randn(1, 8)}
+
+
+class Pairs(nn.Module):
+    """Both halves of a batch that are told apart by its size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        both: Tensor = self.layer(torch.cat([x, z]))
+        return both[: len(x)] - 2 * both[len(x) :] * both[: -len(x)]
+
+
+def pairs() -> tuple[nn.Module, dict[str, Tensor]]:
+    torch.manual_seed(0)
+    return Pairs(), {"x": torch.randn(1, 8), "z": torch.randn(1, 8)}
+
+
 def twice() -> OwnModel:
     return OwnModel(nn.Linear(4, 4), (torch.randn(1, 4),), outputs=("input",))

@@ -90,6 +90,23 @@ def test_state_that_is_no_tensor(tmp_path: Path) -> None:
     assert load_reference(bundle.path, f"{MODULES}:vocabulary").described["graphs"]
 
 
+@pytest.mark.parametrize("fold", [True, False])
+def test_inputs_weights_and_one_tensor_twice_are_outputs(fold: bool, tmp_path: Path) -> None:
+    given, feeds = any_modules.returned(), {"x": RNG.standard_normal((1, 8), dtype=np.float32)}
+    with load(export(given, tmp_path / "b", ExportOptions(fold=fold))) as runtime:
+        found = runtime.run(feeds)
+    assert list(found) == ["a", "x_out", "b", "c", "fixed", "twice"]
+    for name, array in given[0](torch.from_numpy(feeds["x"])).items():
+        np.testing.assert_allclose(found[name], array.detach(), rtol=0, atol=1e-5)
+
+
+def test_halves_of_a_batch(tmp_path: Path) -> None:
+    bundle = export(f"{MODULES}:pairs", tmp_path / "b", ExportOptions(batch="1:2:4"))
+
+    feeds = {name: RNG.standard_normal((3, 8), dtype=np.float32) for name in ("x", "z")}
+    assert_bundle_is(bundle, f"{MODULES}:pairs", feeds)
+
+
 def test_a_module_in_python(tmp_path: Path) -> None:
     model = OwnModel(nn.Linear(4, 3), {"input": torch.randn(2, 4)}, outputs=("logits",))
     bundle = export(model, tmp_path / "b")
@@ -126,6 +143,8 @@ def test_quantized_and_certified(tmp_path: Path) -> None:
         ("no_tensor", UsageError, "list"),
         ("twice", UsageError, "input"),
         ("one_number", UnsupportedModelError, "score"),
+        ("empty", UnsupportedModelError, r"'input'.*0, 8"),
+        ("strange_name", UnsupportedModelError, "the model has .*'a b'"),
     ],
 )
 def test_modules_that_are_refused(function: str, error: type[PerceiverExportError], datum: str, tmp_path: Path) -> None:
@@ -231,6 +250,27 @@ def test_what_an_onnx_file_is_comes_from_a_file_or_a_bundle(tmp_path: Path) -> N
     assert first.manifest.output_kinds == second.manifest.output_kinds == {"y": "single-label"}
 
 
+@pytest.mark.parametrize(("inner", "factor"), [(TensorProto.FLOAT16, 0.3), (TensorProto.INT32, 3)])
+def test_products_of_other_types_stay(inner: int, factor: float, tmp_path: Path) -> None:
+    weights = factor * RNG.standard_normal((2, 64, 64)).astype(np.float32)
+    kept = helper.tensor_dtype_to_np_dtype(inner)
+    nodes = [
+        *(
+            helper.make_node("Constant", [], [name], value=onnx.numpy_helper.from_array(one.astype(kept)))
+            for name, one in zip("ab", weights, strict=True)
+        ),
+        helper.make_node("Cast", ["x"], ["h"], to=inner),
+        helper.make_node("MatMul", ["h", "a"], ["i"]),
+        helper.make_node("MatMul", ["i", "b"], ["j"]),
+        helper.make_node("Cast", ["j"], ["y"], to=TensorProto.FLOAT),
+    ]
+    path = write(tmp_path / "m.onnx", nodes, shape=(1, 900, 64))
+    bundle = export(path, tmp_path / "b")
+
+    assert bundle.manifest.parts["model"].folds == ()
+    assert_bundle_is(bundle, str(path), {"x": RNG.standard_normal((1, 900, 64), dtype=np.float32)})
+
+
 def not_onnx(path: Path) -> None:
     path.write_bytes(b"no model")
 
@@ -254,6 +294,44 @@ def branch(path: Path) -> None:
 
 def random_numbers(path: Path) -> None:
     write(path, [helper.make_node("RandomNormalLike", ["x"], ["y"])])
+
+
+def dropout_in_training(path: Path) -> None:
+    training = helper.make_node("Constant", [], ["t"], value=onnx.numpy_helper.from_array(np.array(True)))
+    write(path, [training, helper.make_node("Dropout", ["x", "", "t"], ["y"])])
+
+
+def input_returned(path: Path) -> None:
+    write(path, MATMUL)
+    model = onnx.load(path)
+    model.graph.output.append(model.graph.input[0])
+    onnx.save(model, path)
+
+
+def no_outputs(path: Path) -> None:
+    write(path, MATMUL)
+    model = onnx.load(path)
+    model.graph.ClearField("output")
+    onnx.save(model, path)
+
+
+def one_name_twice(path: Path) -> None:
+    write(path, [*MATMUL, helper.make_node("Relu", ["x"], ["y"])])
+
+
+def unsafe_name(path: Path) -> None:
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["../y"])]
+    write(path, nodes)
+    model = onnx.load(path)
+    model.graph.output[0].name = "../y"
+    onnx.save(model, path)
+
+
+def number_first(path: Path) -> None:
+    write(path, [helper.make_node("Mul", ["s", "x"], ["y"])])
+    model = onnx.load(path)
+    model.graph.input.insert(0, helper.make_tensor_value_info("s", TensorProto.FLOAT, []))
+    onnx.save(model, path)
 
 
 def double(path: Path) -> None:
@@ -292,6 +370,12 @@ def weights_elsewhere(path: Path) -> None:
         (other_domain, UnsupportedModelError, "my"),
         (branch, UnsupportedModelError, "If"),
         (random_numbers, UnsupportedModelError, "RandomNormalLike"),
+        (dropout_in_training, UnsupportedModelError, "Dropout"),
+        (input_returned, UnsupportedModelError, "'x'"),
+        (no_outputs, UnsupportedModelError, "no outputs"),
+        (one_name_twice, UnsupportedModelError, "hint: export"),
+        (unsafe_name, UnsupportedModelError, "the model has .*'../y'"),
+        (number_first, UnsupportedModelError, "dimension of s\n"),
         (double, UnsupportedModelError, "double"),
         (open_width, UsageError, "'x'"),
         (old, UnsupportedModelError, "opset 9"),

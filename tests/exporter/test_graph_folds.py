@@ -269,6 +269,12 @@ def rows_before_samples(drawing: Drawing) -> list[str]:
     return [drawing.attention(drawing.input(4, 3, 8), k, v)]
 
 
+def vector(drawing: Drawing) -> list[str]:
+    """Scores of one query without an axis of its own, on either side."""
+    query, k = drawing.input(64), drawing.linear(drawing.input(2, 300, 8), 8, 64)
+    return [drawing("MatMul", k, query), drawing("MatMul", query, drawing("Transpose", k, perm=[0, 2, 1]))]
+
+
 FOLDABLE: tuple[Callable[[Drawing], list[str]], ...] = (
     input_queries,
     linear_tail,
@@ -278,6 +284,7 @@ FOLDABLE: tuple[Callable[[Drawing], list[str]], ...] = (
     einsum,
     einsum_with_an_ellipsis,
     rows_before_samples,
+    vector,
 )
 
 
@@ -289,6 +296,13 @@ def test_every_spelling_folds(make: Callable[[Drawing], list[str]]) -> None:
     fold(before, least_gain=-ALWAYS)  # nothing: only normalized
 
     assert flops(assert_same(drawing, *outputs, least_gain=0)) < flops(before)
+
+
+def test_a_norm_over_several_axes() -> None:
+    drawing = Drawing()
+    ones, zeros = (drawing.constant(np.full((6, 8), one)) for one in (1.0, 0.0))
+    normed = drawing("LayerNormalization", drawing.input(2, 6, 8), ones, zeros, axis=1)
+    assert_same(drawing, drawing("Mul", normed, drawing.random(6, 8)))
 
 
 def test_what_does_not_pay_stays() -> None:
