@@ -231,7 +231,7 @@ class _Opened:
 
     @property
     def batch(self) -> int:
-        return len(next(iter(self.feeds.values())))
+        return next((len(array) for array in self.feeds.values() if array.ndim), 1)
 
     def block(self) -> None:
         for count in range(_BLOCK):
