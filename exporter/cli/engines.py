@@ -29,8 +29,8 @@ _SHOWN = 8  # nodes of one rule
 _LAYERS = 15  # of a profile
 _PRECISIONS = ("ms (spread)", "× first", "MiB", "from torch", "certified", "fastest")  # columns of `--precision auto`
 _BENCH_NOTE = (
-    "ms (spread): median and middle half of the blocks of calls. samples/s: two requests at a time. MiB: peak memory of "
-    "a fresh process. From torch: the largest difference on random inputs, of the outputs' scale (!: too far); "
+    "ms (spread): median and middle half of the blocks of calls. samples/s: two requests at a time. MiB: peak memory "
+    "of a fresh process. From torch: the largest difference on random inputs, of the outputs' scale (!: too far); "
     "`validate` says more of int8."
 )
 
