@@ -32,17 +32,19 @@ TOLERANCES = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 1e-1}
 _BLOCK = 5  # consecutive runs of one side; the first of a block finds cold caches and is not counted
 _COUNTED = _BLOCK - 1
 _WARMUP = 3
+_FEWEST = 5  # blocks that decide
 _STEADY = 0.25  # the largest share of the median between the quartiles of a side's times that still decides
 
 
 class Measurement(msgspec.Struct, frozen=True, kw_only=True):
     """One side. Times are milliseconds per call of ``batch`` samples; memory is MiB, of a fresh process.
 
-    ``spread``: quartiles of the medians of blocks of calls. ``size``: MiB of the bundle's files. ``throughput`` is
-    samples per second with two requests in flight. ``peak_memory`` is the process's largest resident size after load
-    and runs; ``base_memory`` is what Python, numpy and the engine's library took before the load. ``ratio`` is the time
-    of a sample relative to the first side's: the median over pairs of blocks, with quartiles. ``difference`` is the
-    largest from torch's golden outputs, as a share of their scale; ``tolerance`` is the limit for the precision.
+    ``median`` and ``spread`` (quartiles) are of the medians of blocks of calls, p50 to p99 of calls. ``size``: MiB of
+    the bundle's files. ``throughput`` is samples per second with two requests in flight. ``peak_memory`` is the
+    process's largest resident size after load and runs; ``base_memory`` is what Python, numpy and the engine's library
+    took before the load. ``ratio`` is the time of a sample relative to the first side's: the median over pairs of
+    blocks, with quartiles. ``difference`` is the largest from torch's golden outputs, as a share of their scale;
+    ``tolerance`` is the limit for the precision.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Measurement(msgspec.Struct, frozen=True, kw_only=True):
     p50: float
     p95: float
     p99: float
+    median: float
     spread: tuple[float, float]
     throughput: float
     size: float
@@ -134,7 +137,7 @@ def bench(
         sides = [one for side in sides for one in _in_precisions(side)]
     opened, skipped = _open(sides, all_of_them=several or device == "all")
     measured, medians = _measure(opened, -(-runs // _COUNTED), progress)
-    undecided = unsteady(measured) if len(measured) > 1 else ""
+    undecided = unsteady(measured, len(opened[0].times)) if len(measured) > 1 else ""
     if save:
         _keep(sides[0].path, zip(opened, measured, medians, strict=True), several, decided=not undecided)
     machine = f"{cpu_name()}, {available_cores()} cores, {' '.join(cpu_features()) or sys.platform}"
@@ -158,9 +161,11 @@ def quartiles(values: Array) -> tuple[float, float, float]:
     return low, median, high
 
 
-def unsteady(measured: Sequence[Measurement]) -> str:
+def unsteady(measured: Sequence[Measurement], runs: int) -> str:
     """Why times do not decide: on a busy or throttled machine those of one side vary as much as precisions differ."""
-    found = ((f"{one.name} in {one.precision} on {one.target}", one.spread, one.p50) for one in measured)
+    if runs < _FEWEST * _COUNTED:
+        return f"{runs} calls are too few, {_FEWEST * _COUNTED} are needed"
+    found = ((f"{one.name} in {one.precision} on {one.target}", one.spread, one.median) for one in measured)
     return next(filter(None, (scattered(where, low, median, high) for where, (low, high), median in found)), "")
 
 
@@ -231,7 +236,7 @@ class _Opened:
 
     @property
     def batch(self) -> int:
-        return len(next(iter(self.feeds.values())))
+        return next((len(array) for array in self.feeds.values() if array.ndim), 1)
 
     def block(self) -> None:
         for count in range(_BLOCK):
@@ -311,7 +316,7 @@ def _measure(
 def _measurement(one: _Opened, fresh: tuple[float, float, float], ratio: dict[str, Any]) -> Measurement:
     described, golden, outputs = one.runtime.describe(), one.side.golden("output"), one.runtime.run(one.feeds)
     p50, p95, p99 = map(float, np.quantile(one.times, [0.5, 0.95, 0.99]))
-    low, _, high = quartiles(one.medians() * one.batch)
+    low, median, high = quartiles(one.medians() * one.batch)
     differences = [compare(outputs[name], golden[name], 0.0).difference for name in outputs if name in golden]
     compiled = described["compiled"]
     return Measurement(
@@ -326,6 +331,7 @@ def _measurement(one: _Opened, fresh: tuple[float, float, float], ratio: dict[st
         p50=p50,
         p95=p95,
         p99=p99,
+        median=median,
         spread=(low, high),
         size=one.side.num_bytes / 2**20,
         throughput=len(one.times) / _COUNTED * _BLOCK / one.streamed * one.batch,

@@ -69,15 +69,17 @@ class Certificate(msgspec.Struct, frozen=True):
         claims = " and ".join(map(str, self.claims))
         *others, last = self.instruction_set or ("",)
         short = f"a CPU with {last} and {len(others)} more instruction sets"
-        where = f"{self.target}, {self.engine}, on {short if on_cpu(self.target) and len(others) > 1 else self.place}"
+        ours, theirs = f"{self.target}, {self.engine}", f"{self.reference_target}, {self.reference_engine}"
+        where = f"on {short if on_cpu(self.target) and len(others) > 1 else self.place}"
+        where = where if ours == theirs else f"{ours}, {where}"
         confidence = f"{100 * self.claims[0].confidence:g} %" if self.claims else "no"
         caveats = "".join(f"; but {caveat}" for caveat in self.caveats)
         each = " each" if len(self.claims) > 1 else ""
         samples = f"{self.samples:,} samples of {self.data[:16]}{_counted(self.labels)}"
         stopped = f", {self.sequential}" if self.sequential else ""
         return (
-            f"{claims} against {self.reference} ({self.reference_target}, {self.reference_engine}) with {confidence}"
-            f" confidence{each}, {samples}{stopped}, {where}{caveats}"
+            f"{claims} against {self.reference} ({theirs}) with {confidence} confidence{each}, {samples}{stopped}, "
+            f"{where}{caveats}"
         )
 
     @property

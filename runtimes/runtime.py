@@ -34,9 +34,12 @@ _RANGES = "give sizes in that range, the same for all inputs, or export again wi
 
 
 class FeedChecks:
-    """The checks of one graph's inputs and outputs, prepared once."""
+    """The checks of one graph's inputs and outputs, prepared once. ``check_finite``: inputs have no NaN or infinity."""
 
-    def __init__(self, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> None:
+    def __init__(
+        self, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...], check_finite: bool = False
+    ) -> None:
+        self._check_finite = check_finite
         self._inputs, self._outputs = (
             tuple((spec, np.dtype(spec.dtype), None if spec.ranges else spec.shape) for spec in specs)
             for specs in (inputs, outputs)
@@ -71,6 +74,8 @@ class FeedChecks:
             checked[name] = array if array.flags.c_contiguous else np.ascontiguousarray(array)
         if len(feeds) != len(checked):
             raise InputError(f"unknown input {min(map(repr, feeds.keys() - checked.keys()))}", self._hint)
+        if self._check_finite:
+            _check_finite(checked, "input", InputError, "find their source")
         return checked
 
     def out(self, feeds: Feeds, out: Mapping[str, Array]) -> Mapping[str, Array]:
@@ -175,11 +180,11 @@ class Runtime:
         self._described: dict[str, Any] = {"precision": precision, "compiled": compiled}
         if certificates:
             self._described["certificates"] = certificates
-        self._check_finite = check_finite
+        self.check_finite = check_finite
         self._engine: Engine | None = engine
         # Only this package's threads can check outputs.
         self._requests = engine if isinstance(engine, AsyncEngine) and not check_finite else None
-        self._checks = FeedChecks(inputs, outputs)
+        self._checks = FeedChecks(inputs, outputs, check_finite)
         self._process = os.getpid()
         self._closed = False
         self._lock = threading.Lock()
@@ -204,13 +209,13 @@ class Runtime:
         return self._run(self._open_engine(), feeds, out)
 
     def _run(self, engine: Engine, feeds: Feeds, out: Mapping[str, Array] | None = None) -> dict[str, Array]:
-        feeds = self._checked(feeds)
+        feeds = self._checks.feeds(feeds)
         if out is None:
             outputs = engine.run(feeds)
         else:
             engine.run_into(feeds, self._checks.out(feeds, out))
             outputs = dict(out)
-        if self._check_finite:
+        if self.check_finite:
             _check_finite(outputs, "output", DeviceError, "build with fp32: the engine's precision may overflow")
         return outputs
 
@@ -228,7 +233,7 @@ class Runtime:
             engine = self._open_engine()
             if self._requests is not None and not exits.ending:
                 try:
-                    future = self._requests.submit(self._checked(feeds))
+                    future = self._requests.submit(self._checks.feeds(feeds))
                 except PerceiverExportError as error:
                     (future := Future[dict[str, Array]]()).set_exception(error)
                 if future is not None:
@@ -292,12 +297,6 @@ class Runtime:
         if os.getpid() != self._process:
             raise RuntimeClosedError("this runtime belongs to the parent process", "call load() in the child, or spawn")
         return engine
-
-    def _checked(self, feeds: Feeds) -> Feeds:
-        checked = self._checks.feeds(feeds)
-        if self._check_finite:
-            _check_finite(checked, "input", InputError, "find their source")
-        return checked
 
     def __enter__(self) -> Runtime:
         return self

@@ -71,7 +71,8 @@ def _rows(queries: npt.ArrayLike, batch: int, num_queries: int | None) -> npt.ND
 def join(manifest: Manifest, parts: Mapping[str, Runtime]) -> Runtime:
     """Join the parts of a split bundle, by name, behind one `run`. Raises BundleError: unsuitable decoders."""
     engine = JoinedEngine(manifest, parts)
-    return Runtime(engine, engine.inputs, engine.outputs, manifest.precision)
+    strict = parts["encoder"].check_finite
+    return Runtime(engine, engine.inputs, engine.outputs, manifest.precision, check_finite=strict)
 
 
 class JoinedEngine:

@@ -87,7 +87,8 @@ def measure_coverage(target: str, path: Path, linears: Sequence[Linear], feeds: 
     for linear in linears:
         # An engine keeps the product under one of these: its tensor, its bias's tensor, its node.
         names = (linear.node.outputs[0].name, linear.output.name, linear.node.name)
-        kernel = next((kernels[str(name)] for name in names if name in kernels), MISSING)
+        known = [kernels[str(name)] for name in names if name in kernels]
+        kernel = next((one for one in known if one.product), known[0] if known else MISSING)
         integer = kernel.product and kernel.precision == "int8"
         layers.append(Layer(linear.name, linear.group, linear.macs, kernel.kernel, integer))
     return Coverage(target, engine, tuple(layers))

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """`profile()`: what an engine really runs, one row per layer of the model.
 
-A layer is a module: a node's name is the module's, a slash, and its operator. Engines fuse, split and add nodes. Their
-kernels are joined to layers by the names of nodes and tensors that they keep. A kernel counts to the layer of its
-product, else to that of its first node; one without a name, such as a conversion between types, to the layer that runs
-next. The graph is compiled as `load` does, with the engine's profiler on, which takes some time itself.
+A layer is a module: a node's name is the module's, a slash, and its operator. A node of the whole model is a layer of
+its own. Engines fuse, split and add nodes. Their kernels are joined to layers by the names of nodes and tensors that
+they keep. A kernel counts to the layer of its product, else to that of its first node; one without a name, such as a
+conversion between types, to the layer that runs next. Layers without a kernel and a product are left out. The graph is
+compiled as `load` does, with the engine's profiler on, which takes some time itself.
 """
 
 from __future__ import annotations
@@ -257,7 +258,7 @@ def _by_layer(graph: ir.Graph, kernels: Sequence[Kernel]) -> dict[str, tuple[lis
         following = known[0] if known else following
         if following is not None:
             found[_layer_of(_name(following))][0].append(kernel)
-    return found
+    return {layer: own for layer, own in found.items() if any(own)}
 
 
 def _name(node: ir.Node) -> str:
@@ -277,7 +278,8 @@ def _linears(record: Calibration | None) -> list[tuple[_Key, LinearRecord]]:
 
 
 def _layer_of(node: str) -> str:
-    return node.rpartition("/")[0] or node
+    module = node.rpartition("/")[0]
+    return node if module in ("", "model") else module
 
 
 def _accuracy(bundle: Bundle, against: Bundle | None, data: Data | None) -> tuple[dict[_Key, float], dict[_Key, float]]:

@@ -165,8 +165,8 @@ class Scores:
         for family in reversed(self._families):
             if family.judged_by(targets):
                 found |= family.quality(outputs, targets)
-        if self._main is self._families[0] and self._main.targets and not self._main.judged_by(targets):
-            self.unused.update(targets)  # your own metric might use them
+        if self._main is self._families[0] and not self._main.judged_by(targets):  # your own metric might use them
+            self.unused.update(targets if self._main.targets else targets.keys() & {"label"})
         return found
 
     def _watch(self, outputs: Outputs, targets: Outputs) -> dict[str, Columns]:
@@ -275,7 +275,8 @@ class Scores:
             found["few"] = f"only {self.count} sample{plural}: exact bounds are wide, bootstrap bounds too narrow"
         if self.unused:
             names, wanted = ", ".join(sorted(self.unused)), ", ".join(self._main.targets or ())
-            found["unused"] = f"nothing was judged by the data's {names}: this task is judged by `{wanted}`"
+            why = f"this task is judged by `{wanted}`" if wanted else "only a --metric module:function can use it"
+            found["unused"] = f"nothing was judged by the data's {names}: {why}"
         labels = self.sides["answers"].get("label")
         if labels is not None and self.count > 1 and (labels.values == labels.values[0]).all():
             return {**found, "one label": "all samples have one label: nothing is known about the others"}

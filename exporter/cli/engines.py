@@ -29,8 +29,9 @@ _SHOWN = 8  # nodes of one rule
 _LAYERS = 15  # of a profile
 _PRECISIONS = ("ms (spread)", "× first", "MiB", "from torch", "certified", "fastest")  # columns of `--precision auto`
 _BENCH_NOTE = (
-    "spread: half of the blocks of calls. samples/s: two requests at a time. MiB: peak memory of a fresh process. From "
-    "torch: the largest difference on random inputs, of the outputs' scale (!: too far); `validate` says more of int8."
+    "ms (spread): median and middle half of the blocks of calls. samples/s: two requests at a time. MiB: peak memory "
+    "of a fresh process. From torch: the largest difference on random inputs, of the outputs' scale (!: too far); "
+    "`validate` says more of int8."
 )
 
 
@@ -256,7 +257,7 @@ def _figures(side: Measurement, result: Bench) -> dict[str, str]:
         "threads": side.threads,
         "batch": str(side.batch),
         "p50 / p95 / p99": f"{side.p50:.2f} / {side.p95:.2f} / {side.p99:.2f} ms",
-        "ms (spread)": f"{side.p50:.2f} ({side.spread[0]:.2f} to {side.spread[1]:.2f})",
+        "ms (spread)": f"{side.median:.2f} ({side.spread[0]:.2f} to {side.spread[1]:.2f})",
         "× first": "" if side.ratio is None else f"{side.ratio:.3f}",
         "samples/s": f"{side.throughput:,.0f}",
         "load": f"{side.load:.0f} ms",

@@ -56,7 +56,7 @@ def export(
     output: Annotated[str, typer.Option("--output", "-o", metavar="BUNDLE", help="Where the bundle goes.")],
     options: ExportOptions,
 ) -> None:
-    """Export a model to a bundle: trace, fold constants, compare with PyTorch, write.
+    """Export a model to a bundle: trace, fold, compare with PyTorch, write.
 
     The bundle is written only if the graph reproduces PyTorch's outputs.
     """

@@ -29,7 +29,7 @@ from perceiver_export.exporter.cli.validate import validate
 from perceiver_export.runtimes.errors import PerceiverExportError
 from perceiver_export.runtimes.files import is_full
 
-# Groups of the help: of commands, and of options by their names.
+# Groups of the help: of commands, and of options by their names or metavars.
 _COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
     "Make a bundle": (export, quantize, build, package),
     "Use it": (run, validate, bench, profile),
@@ -42,7 +42,7 @@ _OPTIONS = {
     "Data": "data against samples text truncate",
     "Model": "task parity config like use_transformers",
     "Graph": "split latents dynamic_queries batch shape fold memory_budget",
-    "Quantization": "scheme method smooth correct_bias weight_bits keep_float min_coverage sensitivity",
+    "Quantization": "scheme NAME=SCHEME method smooth correct_bias weight_bits keep_float min_coverage sensitivity",
     "Gates and certificates": "max_drop min_agreement max_metric_change metric certify allow_overlap sequential seed "
     "plan flips search least_gain for_size",
     "Shards": "shard scores statistics merge",
@@ -114,7 +114,7 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
     parameters.sort(key=lambda one: [*_GROUP_OF].index(one.name) if one.name in _GROUP_OF else -1)
     for one in parameters:
         kind, about = get_args(one.annotation)
-        about.rich_help_panel = _GROUP_OF.get(one.name)
+        about.rich_help_panel = _GROUP_OF.get(about.metavar) or _GROUP_OF.get(one.name)
         if about.metavar is None:
             about.metavar = _metavar(one.name, kind)
     run_command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]

@@ -28,6 +28,7 @@ _DEQUANTIZATION = "/DequantizationMultiply"  # OpenVINO's suffix of a product wh
 _WEIGHT = "/transpose_b"  # OpenVINO appends this to a product's name to name its weight
 _PRODUCTS = frozenset({"FullyConnected", "MatMul", "Convolution"})
 _NAMES = {"f32": "fp32", "f16": "fp16", "u8": "int8", "i8": "int8"}
+_UNQUANTIZED = ("f32", "bf16", "f16")
 _ORDER = ("int8", "bf16", "fp16", "fp32")
 _DTYPES: dict[str, DType] = {"f32": "float32", "i32": "int32", "i64": "int64", "u8": "uint8", "boolean": "bool"}
 _SMALL = 16 << 10  # bytes: a copy takes about a microsecond, binding takes several
@@ -41,12 +42,16 @@ def kernels(compiled: Any) -> Iterator[tuple[str, Kernel]]:
     for op in compiled.get_runtime_model().get_ops():
         info = op.get_rt_info()
         layer, primitive, nodes = (_text(info, name) for name in ("layerType", "primitiveType", "originalLayersNames"))
-        reads = (one.get_source_output().get_node().get_friendly_name() for one in op.inputs())
-        products = (name.removesuffix(_WEIGHT) for name in reads if name.endswith(_WEIGHT))
-        moved = sum(map(_port_bytes, (*(one.get_source_output() for one in op.inputs()), *op.outputs())))
+        reads = [one.get_source_output() for one in op.inputs()]
+        sources = (one.get_node().get_friendly_name() for one in reads)
+        products = (name.removesuffix(_WEIGHT) for name in sources if name.endswith(_WEIGHT))
+        moved = sum(map(_port_bytes, (*reads, *op.outputs())))
         name = op.get_friendly_name()
         names = tuple(one.removesuffix(_DEQUANTIZATION) for one in (*nodes.split(","), *products, name) if one)
         precision = named(primitive.rpartition("_")[2].lower())
+        if precision == "int8" and layer not in _PRODUCTS:  # u8 holds booleans too
+            types = {one.get_element_type().get_type_name() for one in reads or op.outputs()}
+            precision = next((named(one) for one in _UNQUANTIZED if one in types), "int8" if "i8" in types else "u8")
         yield name, Kernel(names, f"{layer} {primitive}", precision, layer in _PRODUCTS, moved)
 
 

@@ -20,6 +20,10 @@ from perceiver_export.runtimes.runtime import Array
 from tests.calibration.graphs import BLOCK, FOLDED, GEMM, RELU, build, inputs, quantized, run
 
 GRAPHS = {"block": BLOCK, "gemm": GEMM, "folded": FOLDED, "relu": RELU}
+PLAIN = """
+<ir_version: 10, opset_import: ["" : 20]>
+plain (float[4, 16] x, float[16, 16] w) => (float[4, 16] y) { y = MatMul (x, w) }
+"""
 
 
 @pytest.mark.parametrize("name", GRAPHS)
@@ -106,10 +110,10 @@ def initializer(model: ir.Model, name: str) -> Array:
     return value.numpy()
 
 
-@pytest.mark.parametrize("name", GRAPHS)
-def test_every_linear_runs_in_integer_kernels_on_onnxruntime(name: str, tmp_path: Path) -> None:
-    part, _ = quantized(GRAPHS[name], tmp_path)
-    (feeds,) = inputs(build(GRAPHS[name]), 1)
+@pytest.mark.parametrize("text", [*GRAPHS.values(), PLAIN], ids=[*GRAPHS, "plain"])
+def test_every_linear_runs_in_integer_kernels_on_onnxruntime(text: str, tmp_path: Path) -> None:
+    part, _ = quantized(text, tmp_path)
+    (feeds,) = inputs(build(text), 1)
     found = measure_coverage("ort-cpu", tmp_path / "int8" / "model.ort-cpu.onnx", part.integer_linears, feeds)
 
     assert found.share == 1.0

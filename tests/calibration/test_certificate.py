@@ -75,6 +75,7 @@ def test_a_certificate_says_what_was_asked_and_where_it_holds(
         f"top-1 drop ≤ 5 points and agreement ≥ 90 % against fashion (ort-cpu, {made.engine}) with 95 % confidence"
         " each, 300 samples of "
     )
+    assert str(made).count("ort-cpu") == 1  # the same for both
     assert made.reference_graphs == graphs_of(open_bundle(fashion_bundle).manifest, "ort-cpu", "fp32")
     assert made.device == cpu_name()
     assert made.labels == result.data.labels

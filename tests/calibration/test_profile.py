@@ -83,6 +83,25 @@ def test_a_bundle_of_one_layer_without_names_has_its_product(target: str, tmp_pa
     assert found.table().rows
 
 
+class Masked(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return torch.where(~mask[..., None], self.linear(x), 1.0)
+
+
+def test_nodes_of_the_whole_model_are_layers_and_booleans_are_no_int8(tmp_path: Path) -> None:
+    own = OwnModel(Masked(), {"x": torch.zeros(1, 6, 8), "mask": torch.ones(1, 6, dtype=torch.bool)})
+    found = profile(export(own, tmp_path / "masked").path, device="openvino-cpu")
+
+    built = {one.layer: one.built for one in found.layers}
+    assert len(built) > 1
+    assert not {"model"} & built.keys()
+    assert "int8" not in ", ".join(built.values())
+
+
 def test_a_bundle_without_products_has_no_peaks(tmp_path: Path) -> None:
     own = OwnModel(torch.nn.Softmax(-1), {"input": torch.zeros(1, 4)})
     found = profile(export(own, tmp_path / "one").path, device="ort-cpu")

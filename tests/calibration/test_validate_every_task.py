@@ -12,6 +12,7 @@ import pytest
 
 from perceiver_export.runtimes.errors import DataError, UsageError
 from perceiver_export.runtimes.runtime import Array
+from tests.calibration import linear_bundles
 from tests.calibration.asked import judged
 from tests.cli import small_models
 from tests.conftest import SmallBundle
@@ -87,6 +88,14 @@ def test_a_bundle_is_as_good_as_torch(
     assert likeness.get("kl", 0) < 1e-6
     assert likeness.get("sqnr", 100) > 80
     assert result == judged(bundle, path, against=run)  # nothing is left to chance
+
+
+def test_labels_that_judge_nothing_are_told(tmp_path: Path) -> None:
+    case = next(one for one in linear_bundles.CASES if one.name == "arrays")
+    bundle = case.write(tmp_path / "bundle", case.weights())
+    data = archive(tmp_path, **case.feeds(), labels=np.zeros(linear_bundles.SAMPLES, np.int64))
+
+    assert "nothing was judged by the data's label: " in "".join(judged(bundle, data, against=bundle).warnings)
 
 
 def test_gates_that_do_not_fit_the_task(small_bundle: SmallBundle, tmp_path: Path) -> None:

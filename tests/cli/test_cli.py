@@ -99,6 +99,12 @@ def test_the_help_of_export_has_the_documentation_of_each_option() -> None:
     assert "[default: fold]" in shown
 
 
+def test_precision_of_layers_is_in_the_help_beside_the_scheme() -> None:
+    shown = succeed("quantize", "--help")
+
+    assert shown.index(" Quantization ") < shown.index("--precision") < shown.index(" Engine ")
+
+
 @pytest.mark.parametrize("module", ["", ".exporter.cli", ".exporter.cli.main"])
 def test_python_runs_it_as_a_module_too(module: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", f"perceiver_export{module}"]

@@ -28,7 +28,7 @@ def of_batch(batch: int | str) -> Runtime:
     inputs = (TensorSpec("image", "float32", (batch, 3, 28, 28), "", ranges),)
     outputs = (TensorSpec("logits", "float32", (batch, 3), "", ranges),)
     engine = NumpyEngine(lambda feeds: {"logits": feeds["image"].sum(axis=(2, 3))}, inputs, outputs)
-    return Runtime(engine, inputs, outputs, "fp32")
+    return Runtime(engine, inputs, outputs, "fp32", check_finite=True)
 
 
 @pytest.fixture(params=["batch", 4])
@@ -42,6 +42,7 @@ class Counting:
 
     def __init__(self, runtime: Runtime) -> None:
         self.inputs, self.outputs, self.num_queries = runtime.inputs, runtime.outputs, runtime.num_queries
+        self.check_finite = runtime.check_finite
         self.runtime = runtime
         self.rows: list[int] = []
 
@@ -111,9 +112,10 @@ def test_a_request_alone_waits_no_longer_than_it_may() -> None:
         np.zeros((0, 3, 28, 28), np.float32),
         np.zeros((1, 3, 28, 27), np.float32),
         np.zeros((1, 3, 28, 28), np.float64),
+        np.full((1, 3, 28, 28), np.nan, np.float32),
         "picture.png",
     ],
-    ids=["too many", "none", "shape", "dtype", "type"],
+    ids=["too many", "none", "shape", "dtype", "NaN", "type"],
 )
 def test_a_bad_request_is_refused_and_the_others_are_answered(runtime: Runtime, image: Any) -> None:
     with Batcher(runtime, max_wait=0.05) as batcher:

@@ -34,6 +34,17 @@ def test_a_bundle_against_its_own_graph_is_about_as_fast(fashion_bundle: Path) -
         assert 10 < side.base_memory < side.peak_memory < 1000
 
 
+def test_a_graph_whose_first_input_is_a_scalar_has_the_batch_of_the_next(tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")  # not where the runtime alone is tested
+    text = """
+    <ir_version: 10, opset_import: ["" : 20]>
+    scaled (float s, float[3, 8] x) => (float[3, 8] y) { y = Mul (s, x) }
+    """
+    onnx.save(onnx.parser.parse_model(text), tmp_path / "scaled.onnx")
+
+    assert bench(tmp_path / "scaled.onnx", runs=5).measurements[0].batch == 3
+
+
 def test_every_target_that_is_here_stands_in_one_table_and_near_torch(copied_bundle: Path) -> None:
     result = bench(copied_bundle, device="all", runs=5, save=True)
 
@@ -85,7 +96,7 @@ def test_auto_takes_the_faster_target_of_the_report_of_this_cpu(copied_bundle: P
 @pytest.mark.skipif("openvino-cpu" not in EXPECTED, reason="PERCEIVER_TEST_TARGETS expects no OpenVINO")
 def test_auto_measures_each_precision_that_the_target_computes_in(copied_bundle: Path) -> None:
     here = {target: ("fp32", *find_target(target).backend().precisions(target)) for target in EXPECTED}
-    result = bench(copied_bundle, device="all", precision="auto", runs=8, save=True)
+    result = bench(copied_bundle, device="all", precision="auto", runs=20, save=True)
 
     assert [(side.target, side.precision) for side in result.measurements] == [
         (target, precision) for target, found in here.items() for precision in found
@@ -113,9 +124,11 @@ def test_sides_whose_spreads_overlap_tie_and_a_throttled_machine_decides_nothing
     busy = np.linspace(1, 3, 25)  # slows all sides alike
     assert fastest(np.array([[2.0], [1.0], [1.5]]) * noise * busy) == (1,)
     (side,) = bench(fashion_bundle, device="ort-cpu", runs=5).measurements
-    steady = msgspec.structs.replace(side, p50=1.0, spread=(0.95, 1.05))
-    assert unsteady([steady, steady]) == ""
-    assert "1.300" in unsteady([steady, msgspec.structs.replace(steady, spread=(0.8, 1.3))])
+    assert side.spread[0] <= side.median <= side.spread[1]
+    steady = msgspec.structs.replace(side, p50=9.0, median=1.0, spread=(0.95, 1.05))
+    assert unsteady([steady, steady], 20) == ""
+    assert "1.300" in unsteady([steady, msgspec.structs.replace(steady, spread=(0.8, 1.3))], 20)
+    assert "too few" in unsteady([steady, steady], 16)
     assert "0.001" in scattered("a layer below the clock's resolution", 0.0, 0.0, 0.001)
 
 
