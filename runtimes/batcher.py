@@ -59,7 +59,7 @@ class Batcher:
             )
             for specs in (runtime.inputs, runtime.outputs)
         ]
-        self._checks = FeedChecks(*any_rows, runtime.check_finite)
+        self._checks = FeedChecks(*any_rows, check_finite=runtime.check_finite)
         self._changed = threading.Condition()  # guards the next four fields
         self._queue: deque[_Request] = deque()
         self._running = 0  # batches on the device

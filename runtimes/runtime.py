@@ -37,7 +37,7 @@ class FeedChecks:
     """The checks of one graph's inputs and outputs, prepared once. ``check_finite``: inputs have no NaN or infinity."""
 
     def __init__(
-        self, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...], check_finite: bool = False
+        self, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...], *, check_finite: bool = False
     ) -> None:
         self._check_finite = check_finite
         self._inputs, self._outputs = (
@@ -184,7 +184,7 @@ class Runtime:
         self._engine: Engine | None = engine
         # Only this package's threads can check outputs.
         self._requests = engine if isinstance(engine, AsyncEngine) and not check_finite else None
-        self._checks = FeedChecks(inputs, outputs, check_finite)
+        self._checks = FeedChecks(inputs, outputs, check_finite=check_finite)
         self._process = os.getpid()
         self._closed = False
         self._lock = threading.Lock()
