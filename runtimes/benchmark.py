@@ -164,14 +164,15 @@ def quartiles(values: Array) -> tuple[float, float, float]:
 def unsteady(measured: Sequence[Measurement], runs: int) -> str:
     """Why times do not decide: on a busy or throttled machine those of one side vary as much as precisions differ."""
     if runs < _FEWEST * _COUNTED:
-        return f"{runs} calls are too few, {_FEWEST * _COUNTED} are needed"
+        return f"{runs} calls are too few; give --runs {_FEWEST * _COUNTED} or more"
     found = ((f"{one.name} in {one.precision} on {one.target}", one.spread, one.median) for one in measured)
     return next(filter(None, (scattered(where, low, median, high) for where, (low, high), median in found)), "")
 
 
 def scattered(where: str, low: float, median: float, high: float) -> str:
     """Why times of these quartiles, in milliseconds, do not decide; empty where they do."""
-    return f"half of the times of {where} lie between {low:.3f} and {high:.3f} ms" * (high - low > _STEADY * median)
+    found = f"half of the times of {where} lie between {low:.3f} and {high:.3f} ms; measure again on a quiet machine"
+    return found * (high - low > _STEADY * median)
 
 
 class Side(msgspec.Struct, frozen=True):

@@ -232,7 +232,7 @@ def _show_bench(result: Bench, precisions: bool) -> None:
     if precisions and len(sides) == 1:
         ui.say(f"{sides[0].target} computes in no lower precision here; --device names another target")
     if result.unsteady:
-        ui.say(f"nothing is decided: {result.unsteady}; measure again on a quiet machine", "warning:")
+        ui.say(f"nothing is decided: {result.unsteady}", "warning:")
     for reason in result.skipped:
         ui.say(f"not measured: {reason}")
     if result.ratio is not None and result.ratio_quartiles is not None:
@@ -325,7 +325,7 @@ def profile(
     if output is not None:
         ui.show_written(output)
     if found.unsteady:
-        ui.say(f"these times decide nothing: {found.unsteady}; profile again on a quiet machine", "warning:")
+        ui.say(f"these times decide nothing: {found.unsteady}", "warning:")
 
 
 def doctor() -> None:
