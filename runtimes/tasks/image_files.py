@@ -141,8 +141,8 @@ def take_picture(picture: PictureLike, color: Color = "rgb") -> Picture:
 
 def is_pillow(given: object) -> bool:
     """Whether this is a Pillow image. It does not import Pillow."""
-    pillow = sys.modules.get("PIL.Image")
-    return pillow is not None and isinstance(given, pillow.Image)
+    # While another thread imports Pillow, its module has no class yet, and so there is no image.
+    return isinstance(given, getattr(sys.modules.get("PIL.Image"), "Image", ()))
 
 
 def is_picture(given: object) -> bool:
