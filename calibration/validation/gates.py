@@ -318,8 +318,9 @@ def advice(gate: Gate) -> str:
         if gate.lower == gate.upper:
             return "give other samples, or gate on a share: no sample differs from another, so there are no bounds"
         return "ask for more or for less: the measured value is the margin itself, so no number of samples decides"
+    more = "" if gate.bounds == "bootstrap" else ", or more if answers flip more often than in these"
     return (
-        f"validate on about {gate.samples_to_decide:,} fresh samples: {gate.samples:,} are too few to pass;"
+        f"validate on about {gate.samples_to_decide:,} fresh samples{more}: {gate.samples:,} are too few to pass;"
         " adding to these until the gate holds would void the 95 %"
     )
 

@@ -246,7 +246,7 @@ def test_what_does_not_hold_and_what_is_undecided_are_told_apart() -> None:
 
     require((gate_on_drop(0, 0, 1000, 0.5),))
     for gate, hint in (
-        (undecided, "301 fresh samples: 3 are too few"),
+        (undecided, "301 fresh samples, or more if answers flip more often than in these: 3 are too few"),
         (gate_on_mean(0, 0, 1000), "no sample differs"),
     ):
         with pytest.raises(UndecidedError, match=r"^NOT ENOUGH DATA") as caught:
