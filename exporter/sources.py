@@ -164,6 +164,8 @@ def _directory(text: str) -> tuple[Path, str]:
         hint = (
             "write a function that builds the module, loads them and returns (module, inputs); export module:function"
         )
+        if (directory.parent / "config.json").is_file():
+            hint = f"export {directory.parent}, which has its config.json"
         raise CheckpointError(f"{text} is no model: {directory.suffix} files hold weights without the model", hint)
     if not directory.is_dir():
         raise CheckpointError(
@@ -348,6 +350,9 @@ def load_reference(bundle: str | Path, source: str) -> Checkpoint:
     SOURCE is what `load_model` takes. Raises UsageError where it is not of the bundle's task, labels or preprocessing,
     and what `load_model` raises.
     """
+    if ":" not in source and not Path(source).exists() and not is_hub_id(source):
+        hint = "give the directory of a bundle, or the checkpoint that the bundle was exported from"
+        raise UsageError(f"the reference {source} does not exist", hint)
     manifest = read_manifest(Path(bundle))
     steps = manifest.preprocessing
     options: dict[str, Any] = {}

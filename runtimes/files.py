@@ -139,7 +139,8 @@ def parsing(name: str, problem: str, hint: str, error: type[PerceiverExportError
     except BaseException as cause:
         if not isinstance(cause, Exception) and type(cause).__name__ != "PanicException":  # from Rust libraries
             raise
-        raise error(f"{name} {problem}: {' '.join(str(cause).split())[:200] or type(cause).__name__}", hint) from cause
+        said = " ".join(str(cause).replace(f" {name!r}", "").split())[:200] or type(cause).__name__
+        raise error(f"{name} {problem}: {said}", hint) from cause
 
 
 @contextlib.contextmanager

@@ -67,18 +67,19 @@ class Example:
 class Notes(msgspec.Struct):
     """Assumptions about labels, and texts that were skipped or cut, by position.
 
-    ``count`` is the number of samples in the data, if known.
+    ``count`` is the number of samples in the data, if known. ``unlisted``: see `Source`.
     """
 
     count: int | None
     labels: dict[str, str] = {}
     left_out: dict[int, str] = {}
     cut: dict[int, str] = {}
+    unlisted: str = ""
 
     def by_kind(self) -> dict[str, str]:
-        """One note for each kind: labels, left out, cut."""
+        """One note for each kind: labels, unlisted, left out, cut."""
         whole = "" if self.count is None else f" of {self.count:,}"
-        found = {"labels": "; ".join(self.labels.values())}
+        found = {"labels": "; ".join(self.labels.values()), "unlisted": self.unlisted}
         said = f"{whole} texts are too long for the model and were"
         if self.left_out:
             first = self.left_out[min(self.left_out)]
@@ -127,7 +128,7 @@ class Samples:
             if not count:
                 raise DataError(f"{data} contains no samples", "give at least one")
         whole = count if samples is None or count is None else min(samples, count)
-        self.notes = Notes(whole, self._labels.notes)
+        self.notes = Notes(whole, self._labels.notes, unlisted=source.unlisted)
         self.count = None if whole is None else len(range(shard[0] - 1, whole, shard[1]))
         self.total, self._rows = 0, hashlib.sha256()
         if seed is not None and (whole is None or source.heads is None):
@@ -192,7 +193,8 @@ class Samples:
                 feeds[key] = _fitted(values.pop(key), spec)
             check_masks({key: array[None] for key, array in feeds.items()}, tuple(self._specs.values()))
         except InputError as error:
-            raise DataError(f"{name}: {error.message}", error.hint) from error
+            said = error.message if name in error.message else f"{name}: {error.message}"  # a file's has its path
+            raise DataError(said, error.hint) from error
         digest = digest_of(feeds)
         feeds, targets = self._targets(name, feeds, {**_extras(values), **targets})
         return Example(name, feeds, targets, source, tuple(labels), digest, position)
@@ -273,13 +275,19 @@ def stack(batch: Sequence[Example], of: Literal["feeds", "targets"] = "feeds") -
     rows: list[Arrays] = [getattr(example, of) for example in batch]
     for example, row in zip(batch, rows, strict=True):
         if row.keys() != rows[0].keys():
-            raise DataError("only some samples have a label", "label all of them, or none")
+            raise partly_labelled(f"{(example if len(row) < len(rows[0]) else batch[0]).name} has none")
         for name, array in row.items():
             if array.shape != rows[0][name].shape:
                 first = f"{batch[0].name} has {list(rows[0][name].shape)}"
                 said = f"{example.name}: {name!r} has shape {list(array.shape)}, but {first}"
                 raise DataError(said, "give all samples the same shape")
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def partly_labelled(said: str) -> DataError:
+    """The error for samples of which only some have targets."""
+    hint = "label all of them, or none; an image beside class folders has no label"
+    return DataError(f"only some samples have a label: {said}", hint)
 
 
 def mask_tokens(tokens: Array, tokens_mask: Array, tokenizer: Tokenizer) -> tuple[Array, Array]:

@@ -96,12 +96,14 @@ def _dicts(items: Callable[[], Iterable[Any]], where: str) -> Iterator[Row]:
 class Source:
     """``rows()`` yields the samples once. ``heads()``, for files, yields only names and labels, to check them first.
 
-    ``count`` is the number of samples in a sized iterable.
+    ``count`` is the number of samples in a sized iterable. ``unlisted``: a note on the images without a row in
+    labels.csv.
     """
 
     rows: Callable[[], Iterator[Row]]
     heads: Callable[[], Iterator[Row]] | None = None
     count: int | None = None
+    unlisted: str = ""
 
 
 def open_source(data: Data, manifest: Manifest) -> Source:
@@ -120,13 +122,17 @@ def open_source(data: Data, manifest: Manifest) -> Source:
         if archives:
             return Source(lambda: _arrays(archives), lambda: _arrays(archives, heads=True))
         found: list[Row] | None = None
-        if images and path.is_dir():
-            found = list(_table(path) if (path / "labels.csv").is_file() else _folders(path))
+        unlisted = ""
+        if images and path.is_dir() and (path / "labels.csv").is_file():
+            found = list(_table(path))
+            unlisted = _unlisted(path, found)
+        elif images and path.is_dir():
+            found = list(_folders(path))
         elif isinstance(manifest.preprocessing, TextPreprocessing) and path.suffix == ".jsonl" and path.is_file():
             found = list(_lines(path))
     if found is not None:
         rows = found
-        return Source(lambda: iter(rows), lambda: iter(rows))
+        return Source(lambda: iter(rows), lambda: iter(rows), unlisted=unlisted)
     folder = "a directory of images (labels.csv or class folders), " if images else ""
     names = ", ".join(spec.name for spec in interface(manifest)[0])
     raise DataError(
@@ -157,6 +163,12 @@ def _table(path: Path) -> Iterator[Row]:
         if not (path / name).is_file():
             raise DataError(f"{table} lists {name!r}, which does not exist", "give paths relative to its folder")
         yield name, {"image": path / name, "label": row["label"] or ""}
+
+
+def _unlisted(path: Path, rows: Sequence[Row]) -> str:
+    images = [file for file in path.rglob("*") if file.suffix.lower() in PICTURE_FILES]
+    left = sorted(set(images) - {values["image"] for _, values in rows})
+    return f"{len(left):,} of {len(images):,} images have no row in labels.csv, first {left[0]}" if left else ""
 
 
 def _lines(path: Path) -> Iterator[Row]:

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 
 from perceiver_export.calibration.quantization.record import Calibration
-from perceiver_export.calibration.validation.gates import AT_LEAST, CAVEAT, MARKS, Gate
+from perceiver_export.calibration.validation.gates import AT_LEAST, CAVEAT, DIGITS, MARKS, Gate
 from perceiver_export.calibration.validation.results import Validation
-from perceiver_export.calibration.validation.statistics import Estimate
+from perceiver_export.calibration.validation.statistics import Estimate, rounded
 from perceiver_export.runtimes.benchmark import Measurement
 from perceiver_export.runtimes.manifest import Manifest, Part, Stage
 
@@ -133,8 +133,9 @@ class Report:
             needed = gate.samples_to_decide
             more = "" if needed is None else f"about {needed:,} samples would decide"
             more = "; ".join(f"but {one}" for one in gate.reservations) if gate.held else gate.vacuous or more
-            found = Estimate(gate.measured, gate.lower, gate.upper)
-            rows.append((target, str(gate.wanted), MARKS[gate.outcome], _bounded(found, gate.wanted.unit), more))
+            unit, found = gate.wanted.unit, Estimate(gate.measured, gate.lower, gate.upper)
+            measured = f"{_bounded(found, DIGITS.get(unit, '.4g'))} {unit}".strip()
+            rows.append((target, str(gate.wanted), MARKS[gate.outcome], measured, more))
         means = ", ".join(dict.fromkeys(gate.wanted.subject for _, gate in self._gates if gate.bounds == "bootstrap"))
         note = f"Bounds of {means} are {CAVEAT}. The others are exact." if means else ""
         columns = ("target", "allowed", "outcome", "measured (95 % bounds)>", " ")
@@ -149,15 +150,17 @@ class Report:
                 found = "all finite; no labels or reference to measure against"
                 rows.append((self._where(one), "outputs", found if one.failure is None else "NaN or infinite", "", ""))
             for metric in one.metrics:
-                unit, points = metric.unit, "points" if metric.unit == "%" else metric.unit
-                other = "" if metric.reference is None else _shown(metric.reference.value, unit)
-                worse = "" if metric.worsening is None else _bounded(metric.worsening, points, "+")
-                cells = (_bounded(metric.candidate, unit), other, worse)
-                name = ", ".join(filter(None, (metric.name, unit)))
-                bare = (cell.removesuffix(unit).removesuffix(points).strip() for cell in cells)
-                rows.append((self._where(one), name, *bare))
+                percent, change = metric.unit == "%", metric.worsening
+                digits, points = (".2f", "+.3f") if percent else (".3g", "+.3g")
+                if change is not None and metric.better == "higher":
+                    change = Estimate(-change.value, -change.upper, -change.lower)
+                share = percent and metric.kind in ("share", "fraction")
+                name = metric.name if share or not metric.unit else f"{metric.name}, {metric.unit}"
+                other = "" if metric.reference is None else rounded(metric.reference.value, digits)
+                cells = (_bounded(metric.candidate, digits), other, "" if change is None else _bounded(change, points))
+                rows.append((self._where(one), name, *cells))
         first = self.validations[0]
-        note, flips = "In brackets: 95 % bounds, each by itself. Changes of % are in points.", first.flips
+        note, flips = "In brackets: 95 % bounds, each by itself. Shares are in %, their changes in points.", first.flips
         if flips is not None and first.mcnemar is not None:
             note += (
                 f" On {_target(first)}, {flips.lost:,} right with the reference only, {flips.gained:,} with the"
@@ -168,7 +171,7 @@ class Report:
                 "The run {}. Bounds of shares hold wherever it stops, those of other metrics for a fixed number only."
             )
             note = note.format(first.data.sequential)
-        columns = ("target", "metric", "candidate>", "reference>", "worse by>")
+        columns = ("target", "metric", "candidate>", "reference>", "change>")
         return Table("Accuracy", columns, rows, note).without_empty()
 
     def _where(self, validation: Validation) -> str:
@@ -256,15 +259,10 @@ def _lengths(values: Sequence[float]) -> list[Bar]:
     return [Bar(0, 100 * max(value, 0.0) / most) for value in values]
 
 
-def _shown(value: float, unit: str, sign: str = "") -> str:
-    digits = ".2f" if unit == "%" else ".3f" if unit == "points" else ".3g"
-    return f"{value:{sign}{digits}} {unit}".strip()
-
-
-def _bounded(found: Estimate, unit: str, sign: str = "") -> str:
-    """Value and bounds with their unit."""
-    shown = (_shown(one, unit, sign).removesuffix(unit).strip() for one in (found.value, found.lower, found.upper))
-    return "{} ({} to {}) {}".format(*shown, unit).strip()
+def _bounded(found: Estimate, digits: str) -> str:
+    """Value and bounds."""
+    lower, upper = rounded(found.lower, digits, up=False), rounded(found.upper, digits, up=True)
+    return f"{rounded(found.value, digits)} ({lower} to {upper})"
 
 
 def tables(manifest: Manifest, record: Calibration | None) -> list[Table]:

@@ -23,6 +23,7 @@ from perceiver_export.calibration.validation.statistics import (
     LEAST_FOR_BOOTSTRAP,
     OUTSIDE,
     Estimate,
+    rounded,
     scipy_stats,
 )
 from perceiver_export.runtimes.errors import DataError, GateError, UndecidedError, UsageError, VacuousGateError
@@ -33,6 +34,7 @@ CAVEAT = "by bootstrap, which is too narrow where samples are few and skewed"  #
 VACUOUS = "set a tighter limit, or give data, a reference or a metric that tells models apart"
 MARKS = {"held": "PASS", "not held": "FAIL", "undecided": "NOT ENOUGH DATA", "vacuous": "PROVES NOTHING"}
 AT_LEAST, AT_MOST = "at least", "at most"
+DIGITS = {"points": ".3f", "%": ".2f"}  # of bounds, by unit
 _ERRORS = {"not held": GateError, "vacuous": VacuousGateError, "undecided": UndecidedError}
 _POWER = 0.8
 _SEQUENTIAL = 3  # times as many samples decide as often if the run may stop anywhere (tests/benchmarks/sequential.py)
@@ -94,27 +96,29 @@ class Gate(msgspec.Struct, frozen=True):
     @property
     def sentence(self) -> str:
         """What the samples show, as in `the loss is at most 0.034 points (0.6 allowed)`."""
-        wanted, least = self.wanted, self.wanted.what == AT_LEAST
-        digits = {"points": ".3f", "%": ".2f"}.get(wanted.unit, ".4g")
-        lower, upper = (f"{bound + 0.0:{digits}}" for bound in (self.lower, self.upper))
-        side = ("at least", lower) if least == self.held else ("at most", upper)
-        bound = " ".join(side if self.outcome in ("held", "not held") else ("between", lower, "and", upper))
+        wanted = self.wanted
         subject = {"--max-drop": "the loss", "--min-agreement": "the agreement"}.get(wanted.option, wanted.subject)
-        rule = f"{_number(wanted.limit)} {'required' if least else 'allowed'}"
-        return f"{subject} is {bound} {wanted.unit}".rstrip() + f" ({rule})"
+        rule = f"{_number(wanted.limit)} {'required' if wanted.what == AT_LEAST else 'allowed'}"
+        return f"{subject} is {self._bound} {wanted.unit}".rstrip() + f" ({rule})"
+
+    @property
+    def _bound(self) -> str:
+        """The bound that decides, or both."""
+        digits = DIGITS.get(self.wanted.unit, ".4g")
+        lower, upper = rounded(self.lower, digits, up=False), rounded(self.upper, digits, up=True)
+        low = (self.wanted.what == AT_LEAST) == self.held
+        found = f"{AT_LEAST} {lower}" if low else f"{AT_MOST} {upper}"
+        if self.outcome in ("undecided", "vacuous"):
+            found = f"between {lower} and {upper}"
+        return found.replace("-", "−")
 
     def __str__(self) -> str:
         how = {"exact": "", "bootstrap": " by bootstrap", "sequential": " wherever it stops"}[self.bounds]
-        lower, upper = (_number(bound).replace("-", "−") for bound in (self.lower, self.upper))
-        if self.outcome in ("undecided", "vacuous"):
-            found = f"between {lower} and {upper}, 95 % bounds{how}"
-        else:
-            low = (self.wanted.what == AT_LEAST) == self.held
-            found = f"at {f'least {lower}' if low else f'most {upper}'} with 95 % confidence{how}"
+        sure = ", 95 % bounds" if self.outcome in ("undecided", "vacuous") else " with 95 % confidence"
         but = "".join(f"; but {one}" for one in self.reservations) if self.held else ""
         but = f"; {self.vacuous}" if self.outcome == "vacuous" else but
         measured = _number(self.measured).replace("-", "−")
-        return f"{MARKS[self.outcome]}  {self.wanted}: {found} (measured {measured}){but}"
+        return f"{MARKS[self.outcome]}  {self.wanted}: {self._bound}{sure}{how} (measured {measured}){but}"
 
 
 Ask = tuple[Metric, Wanted]
@@ -314,8 +318,9 @@ def advice(gate: Gate) -> str:
         if gate.lower == gate.upper:
             return "give other samples, or gate on a share: no sample differs from another, so there are no bounds"
         return "ask for more or for less: the measured value is the margin itself, so no number of samples decides"
+    more = "" if gate.bounds == "bootstrap" else ", or more if answers flip more often than in these"
     return (
-        f"validate on about {gate.samples_to_decide:,} fresh samples: {gate.samples:,} are too few to pass;"
+        f"validate on about {gate.samples_to_decide:,} fresh samples{more}: {gate.samples:,} are too few to pass;"
         " adding to these until the gate holds would void the 95 %"
     )
 

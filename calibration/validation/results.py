@@ -38,8 +38,8 @@ class Validation(msgspec.Struct, frozen=True):
     """The measurements. Shares are in percent, drops in points; fields that need a reference are empty without one.
 
     ``warning_kinds``: the kind of each warning, one of overlap, repeated, range, left out, cut, assumed, labels,
-    unseen, itself, quantized, few, unused, one label, chance, wide, unread. ``failure``: NaN outputs ended the
-    validation; then only the sides, the machine and the samples so far are known, and no gate holds.
+    unlisted, unseen, itself, quantized, few, unused, unlabelled, one label, chance, wide, unread. ``failure``: NaN
+    outputs ended the validation; then only the sides, the machine and the samples so far are known, and no gate holds.
     """
 
     task: str

@@ -9,7 +9,7 @@ from functools import cache, cached_property
 import msgspec
 import numpy as np
 
-from perceiver_export.calibration.data.samples import Example
+from perceiver_export.calibration.data.samples import Example, partly_labelled
 from perceiver_export.calibration.validation.metrics import metrics_of
 from perceiver_export.calibration.validation.metrics.base import Column, Columns, Family, Metric, Outputs
 from perceiver_export.calibration.validation.metrics.own import Own
@@ -22,7 +22,6 @@ from perceiver_export.calibration.validation.statistics import (
     share,
 )
 from perceiver_export.calibration.validation.worst import Worst, WorstClass, worst_classes
-from perceiver_export.runtimes.errors import DataError
 from perceiver_export.runtimes.runtime import Array
 
 _LARGEST_EXPONENT = 700.0  # of float64; a ruined model's surprise may be larger
@@ -151,7 +150,8 @@ class Scores:
         sides |= self._watch(outputs if reference is None else reference, targets)
         for name, side in sides.items():
             if self.count and side.keys() != self.parts[name][0].keys():
-                raise DataError("only some samples have a label", "label all of them, or none")
+                fewer = len(side) < len(self.parts[name][0])
+                raise partly_labelled(f"{batch[0].name} has {'none' if fewer else 'one, and none before it'}")
             self.parts.setdefault(name, []).append(side)
         for computed in ("sides", "naive"):  # of the samples so far
             self.__dict__.pop(computed, None)
@@ -277,6 +277,9 @@ class Scores:
             names, wanted = ", ".join(sorted(self.unused)), ", ".join(self._main.targets or ())
             why = f"this task is judged by `{wanted}`" if wanted else "only a --metric module:function can use it"
             found["unused"] = f"nothing was judged by the data's {names}: {why}"
+        elif self._main.targets and self.sides["likeness"] and not self.sides["quality"]:
+            wanted = ", ".join(self._main.targets)
+            found["unlabelled"] = f"the data has no `{wanted}`: only agreement with the reference is judged"
         labels = self.sides["answers"].get("label")
         if labels is not None and self.count > 1 and (labels.values == labels.values[0]).all():
             return {**found, "one label": "all samples have one label: nothing is known about the others"}

@@ -291,7 +291,7 @@ def _judged(bundle: Bundle, shards: Sequence[Shard], options: ValidateOptions) -
         check_reference(first.candidate, first.reference)
     order = np.argsort([position for one in shards for position in one.positions])
     _fill(scores, shards, order)
-    watch, notes = DataWatch(bundle.manifest, first.source), Notes(first.notes.count)
+    watch, notes = DataWatch(bundle.manifest, first.source), Notes(first.notes.count, unlisted=first.notes.unlisted)
     for name in ("positions", "digests", "judged"):
         values = [value for one in shards for value in getattr(one, name)]
         getattr(watch, name).extend(values[index] for index in order)

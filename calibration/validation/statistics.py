@@ -45,6 +45,15 @@ class Estimate(msgspec.Struct, frozen=True):
         return Estimate(*(float(scale * np.float64(number)) for number in (self.value, self.lower, self.upper)))
 
 
+def rounded(value: float, digits: str, up: bool | None = None) -> str:
+    """As ``digits`` (.3f, .4g) say; a bound is rounded ``up`` or down, so that it claims no more than was shown."""
+    found, sign = float(f"{value:{digits}}"), -1 if up is False else 1
+    if up is not None and sign * (value - found) > 1e-9 * abs(value):
+        magnitude = math.floor(math.log10(abs(value))) + 1 if digits[-1] == "g" else 0
+        found += sign * 10.0 ** (magnitude - int(digits[-2]))
+    return f"{found + 0.0:{digits}}"  # adding 0 turns -0 into 0
+
+
 class Bounds(NamedTuple):
     """How shares and their paired difference are bounded: `share` and `drop`, or those of `sequential`."""
 

@@ -44,7 +44,8 @@ from perceiver_export.runtimes.tasks import open_task
 # Samples per batch; a bundle of another batch size splits them. The waiting threads of two engines disturb each other
 # whenever the engine changes, so fast models get large batches.
 _BATCH, _LARGEST_BATCH, _SECONDS = 64, 512, 0.5
-_NO_RESERVATIONS = ("few", "unused")  # warnings that bounds account for, or that concern no gate
+# Warnings that bounds account for, or that concern no gate.
+_NO_RESERVATIONS = ("few", "unused", "unlabelled", "unlisted")
 
 Progress = Callable[[int, int | None], None]
 

@@ -92,7 +92,8 @@ def _check_given(options: ValidateOptions, source: _Source, parts: Sequence[Path
     if _typed(source, "data", "shard", "scores", "merge"):
         raise UsageError("--flips has no effect without --plan", "leave it out")
     if parts and not source.merge:
-        raise UsageError(f"{parts[0]} is given without --merge", "validate BUNDLE --merge PART.json PART.json …")
+        hint = "name a reference by --against BUNDLE, and scores by --merge PART.json PART.json …"
+        raise UsageError(f"{parts[0]} is given without --against or --merge", hint)
     if source.data is None and not source.merge:
         raise UsageError("no data is given", "give --data DATA, or --merge with the scores of shards")
     if (source.shard is None) != (source.scores is None):

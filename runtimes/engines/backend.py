@@ -259,6 +259,6 @@ def find_target(name: str) -> Target:
     raise DeviceError(
         f"there is no target {name!r}",
         (f"did you mean {' or '.join(near)}? " if near else "")
-        + f"the targets are {', '.join(TARGETS)}, and ort-NAME for another execution provider of ONNX Runtime, such as "
+        + f"give one of {', '.join(TARGETS)}, or ort-NAME for another execution provider of ONNX Runtime, such as "
         "ort-dnnl; `auto` takes the first that is present",
     )

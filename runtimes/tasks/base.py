@@ -6,6 +6,7 @@ samples; and predictions, which are labels with probabilities, or values.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -35,7 +36,7 @@ class Task:
         self.manifest = manifest
         self._load_part = load_part
         self._parts: dict[str | None, Runtime] = {}
-        self._closed = False
+        self._closed, self._lock = False, threading.RLock()  # a whole model loads its parts
 
     @staticmethod
     def check(manifest: Manifest) -> None:
@@ -53,15 +54,17 @@ class Task:
 
     def part(self, name: str | None) -> Runtime:
         """One part of the bundle, loaded on first use; None is the whole model. Raises what `load` raises."""
-        if self._closed:
-            raise RuntimeClosedError("this task is closed", "call open_task() again")
-        if name not in self._parts:
-            self._parts[name] = self._load_part(name)
-        return self._parts[name]
+        with self._lock:
+            if self._closed:
+                raise RuntimeClosedError("this task is closed", "call open_task() again")
+            if name not in self._parts:
+                self._parts[name] = self._load_part(name)
+            return self._parts[name]
 
     def close(self) -> None:
         """Close every part that was loaded. May be called twice."""
-        self._closed = True
+        with self._lock:  # no part is loaded later
+            self._closed = True
         for runtime in self._parts.values():
             runtime.close()
 

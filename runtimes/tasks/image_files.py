@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+from contextlib import AbstractContextManager
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
@@ -141,8 +142,8 @@ def take_picture(picture: PictureLike, color: Color = "rgb") -> Picture:
 
 def is_pillow(given: object) -> bool:
     """Whether this is a Pillow image. It does not import Pillow."""
-    pillow = sys.modules.get("PIL.Image")
-    return pillow is not None and isinstance(given, pillow.Image)
+    # While another thread imports Pillow, its module has no class yet, and so there is no image.
+    return isinstance(given, getattr(sys.modules.get("PIL.Image"), "Image", ()))
 
 
 def is_picture(given: object) -> bool:
@@ -159,9 +160,12 @@ def read_picture(path: str | os.PathLike[str]) -> Picture:
     """
     name = os.fspath(path)
     pillow = require("PIL.Image", "reading image files", "images")
-    reading = parsing(name, "is not a readable image", "give a PNG, JPEG or similar")
-    with reading, pillow.open(path, formats=_FORMATS) as image:
+    with _decoding(name), pillow.open(path, formats=_FORMATS) as image:
         return _of_pillow(image, name)
+
+
+def _decoding(name: str) -> AbstractContextManager[None]:
+    return parsing(name, "is not a readable image", "give a complete PNG, JPEG or similar")
 
 
 def _of_pillow(image: Image, name: str) -> Picture:
@@ -171,7 +175,9 @@ def _of_pillow(image: Image, name: str) -> Picture:
         raise InputError(f"{name} is too large: {image.width} × {image.height} pixels", "scale it down first")
     if image.mode.startswith(("I", "F")):
         raise InputError(f"{name} has more than 8 bits per channel (mode {image.mode})", "convert it to 8 bits first")
-    with parsing(name, "cannot be read as RGB", "convert it to RGB first"):  # truncated, damaged, or an unusual mode
+    with _decoding(name):
+        image.load()
+    with parsing(name, "cannot be read as RGB", "convert it to RGB first"):  # an unusual mode
         return as_picture(np.asarray(ImageOps.exif_transpose(image).convert("RGB")))
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import sys
@@ -322,6 +323,12 @@ def test_random_inputs_are_inputs_that_the_model_takes(known: int) -> None:
         Samples("random", model, judged=True)
 
 
+def cut_short() -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(IMAGE).save(file, "PNG")
+    return file.getvalue()[:1000]
+
+
 def failing(folder: Path) -> Iterator[dict[str, Any]]:
     yield {"image": np.zeros((3, 28, 28), np.float32)}
     raise ValueError("the camera is off")
@@ -345,6 +352,7 @@ REFUSED: list[tuple[Manifest, Write, str]] = [
     (images, text("text", "data.npz"), "data.npz is not a readable .npz"),
     (images, npz(image=np.array([None])), "data.npz is not a readable .npz"),
     (points, lines({"text": "a"}), "lines.jsonl"),
+    (images, text(cut_short(), "a.png"), "^[^:]*a.png is not a readable image: .*\nhint: give a complete"),
     (images, rows({}), r"the data\[0\] has no 'image'"),
     (images, rows({3: IMAGE}), "the data .*sample 0: .*names"),
     (images, rows({"image": IMAGE}, 3), "the data .*sample 1: .*int"),
@@ -373,7 +381,7 @@ REFUSED: list[tuple[Manifest, Write, str]] = [
     (images, npz(image=np.zeros((4, 4), np.uint8)), r"data.npz\[0\]: .*\[4\]"),
     (images, npz(image=np.zeros((1, 9, 9, 5), np.uint8)), r"\[0\]: .*9, 9, 5"),
     (images, rows({"image": np.zeros((9, 9), np.int64)}), r"the data\[0\]: .*int64"),
-    (images, text("text", "a.png"), "a.png: .*a.png"),
+    (images, text("text", "a.png"), "^[^:]*a.png is not a readable image: cannot identify image file\n"),
     # arrays
     (texts, npz(other=np.zeros(3)), r"data.npz\[0\] has no 'tokens', .*'other'"),
     (texts, npz(tokens=FIRST, tokens_mask=ONES), "data.npz contains"),
@@ -444,8 +452,16 @@ def test_samples_that_differ_are_not_stacked() -> None:
     one, other = Example("a", {}, {"label": np.zeros(2)}), Example("b", {}, {"label": np.zeros(3)})
     with pytest.raises(DataError, match=r"b: 'label' has shape \[3\]"):
         stack([one, other], "targets")
-    with pytest.raises(DataError, match="only some samples have a label"):
-        stack([one, Example("b", {}, {})], "targets")
+    for mixed in ([one, Example("bare", {}, {})], [Example("bare", {}, {}), one]):
+        with pytest.raises(DataError, match="only some samples have a label: bare has none"):
+            stack(mixed, "targets")
+
+
+@for_both
+def test_images_without_a_row_are_noted(judged: bool, tmp_path: Path) -> None:
+    table("file,label\na.png,cat\n")(tmp_path)
+    notes = Samples(tmp_path, images, judged=judged).notes.by_kind()
+    assert notes == {"unlisted": f"1 of 2 images have no row in labels.csv, first {tmp_path / 'sub' / 'b.png'}"}
 
 
 def test_the_demos_pictures_are_read() -> None:

@@ -17,6 +17,7 @@ from perceiver_export.calibration import certify
 from perceiver_export.calibration.report.report import check_report_file, gather, junit, render
 from perceiver_export.calibration.report.tables import Bar, Report
 from perceiver_export.calibration.validation.results import Data, Failure, Validation
+from perceiver_export.calibration.validation.statistics import rounded
 from perceiver_export.calibration.validation.worst import WorstClass
 from perceiver_export.runtimes import open_bundle
 from perceiver_export.runtimes.errors import UsageError
@@ -189,7 +190,8 @@ def test_the_report_begins_with_a_plain_sentence_and_its_date(report: Report) ->
 
     assert sentence == (
         f"fashion-int8 answered {flips.gained} more and {flips.lost} fewer of 200 correctly than fashion; the loss is "
-        f"at most {drop.upper:.3f} points (8 allowed), the agreement is at least {agreement.lower:.2f} % (90 required)."
+        f"at most {rounded(drop.upper, '.3f', up=True)} points (8 allowed), the agreement is at least "
+        f"{rounded(agreement.lower, '.2f', up=False)} % (90 required)."
     )
     assert 0 < page.index(sentence) < page.index(f"{report.date}, perceiver-export ") < page.index("<h2")
     for one in (report, Report("model", report.validations)):

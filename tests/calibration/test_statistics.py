@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import math
+
 import msgspec
 import numpy as np
 import pytest
@@ -11,7 +13,16 @@ from scipy import optimize, stats
 from perceiver_export.calibration.validation.gates import AT_LEAST, AT_MOST, RELATIVE, Gate, Wanted, decide, require
 from perceiver_export.calibration.validation.metrics.base import Column, Metric
 from perceiver_export.calibration.validation.scores import worsening
-from perceiver_export.calibration.validation.statistics import Estimate, bootstrap, drop, mcnemar, p_value, score, share
+from perceiver_export.calibration.validation.statistics import (
+    Estimate,
+    bootstrap,
+    drop,
+    mcnemar,
+    p_value,
+    rounded,
+    score,
+    share,
+)
 from perceiver_export.runtimes.errors import GateError, UndecidedError
 from perceiver_export.runtimes.runtime import Array
 
@@ -207,8 +218,27 @@ def test_a_gate_is_shown_as_it_was_typed() -> None:
     assert Wanted("--max-metric-change", "epe", AT_MOST, 2.0, RELATIVE).typed == "--max-metric-change 2%"
     assert Wanted("--min-agreement", "agreement", AT_LEAST, 99.5, "%").typed == "--min-agreement 99.5"
     gate = gate_on_drop(10, 8, 5000, 0.6)
-    upper = f"{gate.upper:.4g}"
+    upper = rounded(gate.upper, ".3f", up=True)
+    assert gate.upper <= float(upper) < gate.upper + 0.001
     assert str(gate) == f"PASS  drop ≤ 0.6 points: at most {upper} with 95 % confidence (measured 0.04)"
+    assert gate.sentence == f"the loss is at most {upper} points (0.6 allowed)"
+
+
+@pytest.mark.parametrize(
+    ("value", "digits", "up", "shown"),
+    [
+        (0.00619, ".3f", True, "0.007"),
+        (0.007, ".3f", True, "0.007"),
+        (99.7399, ".2f", False, "99.73"),
+        (-0.0004, "+.3f", True, "+0.000"),
+        (0.0099999, ".4g", True, "0.01"),
+        (1.00019e-4, ".3g", False, "0.0001"),
+        (12.346, ".4g", None, "12.35"),
+        (math.inf, ".4g", True, "inf"),
+    ],
+)
+def test_bounds_are_rounded_outward(value: float, digits: str, up: bool | None, shown: str) -> None:
+    assert rounded(value, digits, up) == shown
 
 
 def test_what_does_not_hold_and_what_is_undecided_are_told_apart() -> None:
@@ -216,7 +246,7 @@ def test_what_does_not_hold_and_what_is_undecided_are_told_apart() -> None:
 
     require((gate_on_drop(0, 0, 1000, 0.5),))
     for gate, hint in (
-        (undecided, "301 fresh samples: 3 are too few"),
+        (undecided, "301 fresh samples, or more if answers flip more often than in these: 3 are too few"),
         (gate_on_mean(0, 0, 1000), "no sample differs"),
     ):
         with pytest.raises(UndecidedError, match=r"^NOT ENOUGH DATA") as caught:

@@ -171,6 +171,14 @@ def test_data_without_labels_or_that_does_not_fit(image: Any, said: str, fashion
         judged(fashion_bundle, tmp_path / "data.npz", against=fashion_bundle, max_drop=1)
 
 
+def test_data_without_labels_is_judged_by_agreement_only_and_says_so(fashion_bundle: Path, tmp_path: Path) -> None:
+    np.savez(tmp_path / "data.npz", image=np.load(TEST)["image"][:40])
+    result = judged(fashion_bundle, tmp_path / "data.npz", against=fashion_bundle, min_agreement=80)
+
+    assert "the data has no `label`" in dict(zip(result.warning_kinds, result.warnings, strict=True))["unlabelled"]
+    assert not any("`label`" in one for one in result.gates[0].reservations)
+
+
 @pytest.mark.parametrize(
     ("data", "kind", "said"),
     [
@@ -254,7 +262,7 @@ def test_labels_on_some_samples_only(fashion_bundle: Path, tmp_path: Path, monke
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "some_labels", raising=False)
 
-    with pytest.raises(DataError, match="only some samples have a label"):
+    with pytest.raises(DataError, match=r"only some samples have a label: some_labels:samples\[64\] has none"):
         validate(fashion_bundle, "some_labels:samples")
 
 

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,18 @@ from perceiver_export.runtimes.errors import InputError, UsageError
 from perceiver_export.runtimes.tasks import FillMask, ImageClassification
 
 FASHION = Path(__file__).resolve().parents[2] / "examples" / "fashion_mnist"
+THREADS = """
+import logging, sys, threading
+from concurrent.futures import ThreadPoolExecutor
+from perceiver_export.runtimes import open_task
+loaded = []
+logger = logging.getLogger("perceiver_export.runtimes.opening")
+logger.setLevel("INFO")
+logger.addFilter(lambda record: loaded.append(record.getMessage()))
+with open_task(sys.argv[1]) as classify, ThreadPoolExecutor(4) as pool:
+    barrier = threading.Barrier(4)
+    print(*pool.map(lambda _: barrier.wait() * 0 or classify(sys.argv[2])[0].label, range(4)), len(loaded))
+"""
 
 
 def test_clothes_are_recognised(fashion_bundle: Path) -> None:
@@ -80,6 +94,13 @@ def test_one_image_is_one_sample_and_colours_have_an_order(fashion_bundle: Path)
             assert classify.logits(one).shape == (1, 10)
         for several in (np.stack([blue] * 4), np.stack([blue[:, :, 0]] * 4)):
             assert classify.logits(several).shape == (4, 10)
+
+
+def test_the_first_calls_may_come_from_many_threads(fashion_bundle: Path) -> None:
+    command = [sys.executable, "-c", THREADS, str(fashion_bundle), str(FASHION / "pictures" / "bag.png")]
+    cold = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(4)]
+
+    assert [process.communicate()[0].split() for process in cold] == [["Bag"] * 4 + ["1"]] * 4
 
 
 def test_without_names_the_index_is_the_label(copied_bundle: Path) -> None:
