@@ -96,8 +96,7 @@ def _dicts(items: Callable[[], Iterable[Any]], where: str) -> Iterator[Row]:
 class Source:
     """``rows()`` yields the samples once. ``heads()``, for files, yields only names and labels, to check them first.
 
-    ``count`` is the number of samples in a sized iterable. ``unlisted``: a note on the images without a row in
-    labels.csv.
+    ``count`` is the number of samples in a sized iterable. ``unlisted`` notes the images that labels.csv leaves out.
     """
 
     rows: Callable[[], Iterator[Row]]
@@ -123,11 +122,10 @@ def open_source(data: Data, manifest: Manifest) -> Source:
             return Source(lambda: _arrays(archives), lambda: _arrays(archives, heads=True))
         found: list[Row] | None = None
         unlisted = ""
-        if images and path.is_dir() and (path / "labels.csv").is_file():
-            found = list(_table(path))
-            unlisted = _unlisted(path, found)
-        elif images and path.is_dir():
-            found = list(_folders(path))
+        if images and path.is_dir():
+            table = (path / "labels.csv").is_file()
+            found = list(_table(path) if table else _folders(path))
+            unlisted = _unlisted(path, found) if table else ""
         elif isinstance(manifest.preprocessing, TextPreprocessing) and path.suffix == ".jsonl" and path.is_file():
             found = list(_lines(path))
     if found is not None:

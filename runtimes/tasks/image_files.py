@@ -15,7 +15,6 @@ from __future__ import annotations
 import os
 import re
 import sys
-from contextlib import AbstractContextManager
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
@@ -120,6 +119,7 @@ PICTURE_FILES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".t
 # Only these decoders of Pillow are used; others start programs (EPS: Ghostscript) or are rarely audited.
 _FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
 _MOST_PIXELS = 80_000_000
+_UNREADABLE = "is not a readable image", "give a complete PNG, JPEG or similar in RGB"
 
 
 def take_picture(picture: PictureLike, color: Color = "rgb") -> Picture:
@@ -160,12 +160,8 @@ def read_picture(path: str | os.PathLike[str]) -> Picture:
     """
     name = os.fspath(path)
     pillow = require("PIL.Image", "reading image files", "images")
-    with _decoding(name), pillow.open(path, formats=_FORMATS) as image:
+    with parsing(name, *_UNREADABLE), pillow.open(path, formats=_FORMATS) as image:
         return _of_pillow(image, name)
-
-
-def _decoding(name: str) -> AbstractContextManager[None]:
-    return parsing(name, "is not a readable image", "give a complete PNG, JPEG or similar")
 
 
 def _of_pillow(image: Image, name: str) -> Picture:
@@ -175,9 +171,7 @@ def _of_pillow(image: Image, name: str) -> Picture:
         raise InputError(f"{name} is too large: {image.width} × {image.height} pixels", "scale it down first")
     if image.mode.startswith(("I", "F")):
         raise InputError(f"{name} has more than 8 bits per channel (mode {image.mode})", "convert it to 8 bits first")
-    with _decoding(name):
-        image.load()
-    with parsing(name, "cannot be read as RGB", "convert it to RGB first"):  # an unusual mode
+    with parsing(name, *_UNREADABLE):  # truncated, damaged, or an unusual mode
         return as_picture(np.asarray(ImageOps.exif_transpose(image).convert("RGB")))
 
 
