@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from examples.flow.data import HEIGHT, HERE, TRAINING, WIDTH, Bytes, Floats, Warps, write
-from examples.training import Training
+from examples.training import Training, mixed_precision
 from perceiver_export.exporter.checkpoints.huggingface import architecture, huggingface_sources
 from perceiver_export.exporter.checkpoints.huggingface_config import read_config
 from perceiver_export.exporter.model.attention import CrossAttention, attend
@@ -153,7 +153,7 @@ def initialise(model: PerceiverIO, frames: Tensor) -> None:
 
 
 def train(model: PerceiverIO, source: Warps, steps: int, batch: int = 16) -> None:
-    """AdamW, bfloat16 products; the loss is the end-point error at 64 pixels of each tile."""
+    """AdamW, mixed precision; the loss is the end-point error at 64 pixels of each tile."""
     forward, training, losses, start = (
         FastForward(model),
         Training(model, RATE, steps),
@@ -164,7 +164,7 @@ def train(model: PerceiverIO, source: Warps, steps: int, batch: int = 16) -> Non
         frames, flow = source.batch(batch)
         pixels = torch.from_numpy(source.random.integers(HEIGHT * WIDTH, size=(batch, 64)))
         truth = flow.flatten(1, 2).gather(1, pixels[..., None].expand(-1, -1, 2))
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with mixed_precision():
             found = forward(frames, pixels)
         loss = ((found.float() - truth).square().sum(-1) + 1e-4).sqrt().mean()
         training.step(step, loss)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from examples.points.data import Array, Model, parts, read_models, turned
 from examples.points.model import LABELS, POINTS, WEIGHTS, untrained
+from examples.training import mixed_precision
 from perceiver_export.exporter.model import PerceiverIO
 from perceiver_export.exporter.model.perceiver import LearnedQueryTable
 from perceiver_export.runtimes.npz import write_npz
@@ -85,7 +86,7 @@ def initialise(model: PerceiverIO) -> None:
 
 
 def train(model: PerceiverIO, models: list[Model], steps: int, seed: int, batch: int = 32) -> None:
-    """AdamW, one-cycle learning rate, bfloat16 products; rare classes are drawn more often than they occur."""
+    """AdamW, one-cycle learning rate, mixed precision; rare classes are drawn more often than they occur."""
     generator = torch.Generator().manual_seed(seed)
     points = torch.from_numpy(np.stack([one.points for one in models]).astype(np.float32))
     labels = torch.tensor([one.label for one in models])
@@ -96,7 +97,7 @@ def train(model: PerceiverIO, models: list[Model], steps: int, seed: int, batch:
     for step in range(1, steps + 1):
         rows = torch.multinomial(weights, batch, replacement=True, generator=generator)
         given = augmented(points[rows], generator)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with mixed_precision():
             found = scores(model, given)
         loss = nn.functional.cross_entropy(found.float(), labels[rows], label_smoothing=0.1)
         optimizer.zero_grad()

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from examples.speech.data import HOPS, SOUNDS, VOICES, part_of, prompts, read_parts, spectrograms, stored
 from examples.speech.model import BINS, FRAMES, LABELS, WEIGHTS, untrained
+from examples.training import mixed_precision
 from perceiver_export.exporter.model import PerceiverIO
 from perceiver_export.exporter.model.inputs import ArrayAdapter, LearnedPositionEncoding
 from perceiver_export.exporter.model.perceiver import LearnedQueryTable
@@ -77,7 +78,7 @@ def initialise(model: PerceiverIO, heard: Tensor) -> None:
 
 
 def train(model: PerceiverIO, heard: np.ndarray, labels: np.ndarray, epochs: int, batch: int = 64) -> None:
-    """AdamW, one-cycle learning rate, label smoothing 0.05, bfloat16 products; prints the loss of each epoch."""
+    """AdamW, one-cycle learning rate, label smoothing 0.05, mixed precision; prints the loss of each epoch."""
     inputs, targets = torch.from_numpy(heard), torch.from_numpy(labels).long()
     count = len(inputs) // batch
     decayed = [one for one in model.parameters() if one.ndim > 1]
@@ -88,7 +89,7 @@ def train(model: PerceiverIO, heard: np.ndarray, labels: np.ndarray, epochs: int
     for epoch in range(1, epochs + 1):
         losses = []
         for rows in torch.randperm(len(inputs))[: count * batch].reshape(count, batch):
-            with torch.autocast("cpu", dtype=torch.bfloat16):
+            with mixed_precision():
                 found = scores(model, augmented(inputs[rows]))
             loss = nn.functional.cross_entropy(found.float(), targets[rows], label_smoothing=0.05)
             optimizer.zero_grad()

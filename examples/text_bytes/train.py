@@ -2,7 +2,7 @@
 """Train a small masked language model of bytes on real text and write it as an ordinary Hugging Face directory.
 
     apt-get install bible-kjv
-    python examples/text_bytes/train.py [--baseline]
+    python -m examples.text_bytes.train [--baseline]
 
 The model is transformers' `PerceiverForMaskedLM`, only small: 64 bytes, as many latents. The text is the King James
 Bible, verse by verse; every 20th verse is held out, for calibration and for tests on text that it has never seen.
@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from examples.training import mixed_precision
 from perceiver_export.exporter.checkpoints.huggingface import architecture, huggingface_sources
 from perceiver_export.exporter.checkpoints.huggingface_config import read_config
 from perceiver_export.exporter.model.attention import Attention, CrossAttention, SelfAttention
@@ -158,7 +159,7 @@ def initialise(model: PerceiverIO) -> None:
 
 
 def train(model: PerceiverIO, tokens: np.ndarray, steps: int, seed: int, batch: int = 64) -> None:
-    """AdamW, warmup and a cosine, bfloat16 products; prints the loss (nats a masked byte) from time to time."""
+    """AdamW, warmup and a cosine, mixed precision; prints the loss (nats a masked byte) from time to time."""
     generator = np.random.default_rng(seed)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01, betas=(0.9, 0.98))
     start, losses = time.perf_counter(), []
@@ -169,7 +170,7 @@ def train(model: PerceiverIO, tokens: np.ndarray, steps: int, seed: int, batch: 
         chosen = tokens[generator.integers(len(tokens), size=batch)]
         given, places = masked(chosen, int(generator.integers(1 << 31)))
         there, inputs = torch.from_numpy(places), torch.from_numpy(given).int()
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with mixed_precision():
             logits = model({"tokens": inputs, "tokens_mask": torch.ones_like(inputs)})["logits"]
         loss = torch.nn.functional.cross_entropy(logits[there].float(), torch.from_numpy(chosen)[there])
         optimizer.zero_grad()

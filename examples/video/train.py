@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from examples.training import Training
+from examples.training import Training, mixed_precision
 from examples.video.data import HERE, LABELS, NUM_FRAMES, NUM_SAMPLES, SIDE, Clip, Floats, Pieces, read_clips, write
 from perceiver_export.exporter.checkpoints.huggingface import architecture, huggingface_sources
 from perceiver_export.exporter.checkpoints.huggingface_config import read_config
@@ -208,7 +208,7 @@ def initialise(model: PerceiverIO) -> None:
 
 
 def train(model: PerceiverIO, source: Pieces, steps: int, batch: int = 15) -> None:
-    """AdamW, bfloat16 products; the loss: squared errors at 64 pixels and 20 patches of sound, and the label's."""
+    """AdamW, mixed precision; the loss: squared errors at 64 pixels and 20 patches of sound, and the label's."""
     forward, training, losses, start = (
         FastForward(model),
         Training(model, LEARNING_RATE, steps),
@@ -219,7 +219,7 @@ def train(model: PerceiverIO, source: Pieces, steps: int, batch: int = 15) -> No
         frames, audio, label = map(torch.from_numpy, source.batch(batch, mirror=True))
         pixels = torch.from_numpy(source.random.integers(NUM_FRAMES * SIDE**2, size=(batch, 64)))
         patches = torch.from_numpy(source.random.integers(NUM_SAMPLES // 16, size=(batch, 20)))
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with mixed_precision():
             colours, samples, scores = forward(frames, audio, pixels, patches)
         colour = frames.flatten(1, 3).gather(1, pixels[..., None].expand(-1, -1, 3))
         sample = audio.reshape(batch, -1, 16).gather(1, patches[..., None].expand(-1, -1, 16))
