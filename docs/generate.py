@@ -5,6 +5,7 @@ A part stands between a mark and `<!-- end -->`. The marks are
 
     <!-- commands -->                      every command, from its help
     <!-- errors -->                        a table of the errors
+    <!-- targets -->                       a table of the targets
     <!-- structs: MODULE -->               the structs of a module that describes a file
     <!-- names: PACKAGE -->                the public names of a package
     <!-- names: MODULE NAME … -->          these names of a module
@@ -34,9 +35,10 @@ import typer.main
 
 from perceiver_export.exporter.cli.main import app
 from perceiver_export.runtimes import errors
+from perceiver_export.runtimes.engines.backend import TARGETS
 
 DOCS = Path(__file__).resolve().parent
-_MARK = r"^(<!-- (commands|errors|structs|names|index|gallery)(?:: ([^\n]*))? -->\n)"
+_MARK = r"^(<!-- (commands|errors|targets|structs|names|index|gallery)(?:: ([^\n]*))? -->\n)"
 _PART = re.compile(_MARK + r"(?:(?!^<!-- ).)*(?=^<!-- end -->)", re.M | re.S)
 _WIDTH = 80
 
@@ -56,6 +58,7 @@ def _filled(found: re.Match[str]) -> str:
     parts: dict[str, Callable[..., Iterable[str]]] = {
         "commands": _commands,
         "errors": _errors,
+        "targets": _targets,
         "structs": _structs,
         "names": _names,
         "index": _index,
@@ -131,6 +134,14 @@ def _errors() -> Iterator[str]:
     for name, error in vars(errors).items():
         if isinstance(error, type) and issubclass(error, Exception):
             yield f"| `{name}` | `{error.__base__.__name__ if error.__base__ else ''}` | {_cell(error.__doc__)} |"
+    yield ""
+
+
+def _targets() -> Iterator[str]:
+    yield "| target | runs on | library, one of | extra | compiled |\n|---|---|---|---|---|"
+    for one in TARGETS.values():
+        libraries, when = ", ".join(map(_literal, one.distributions)), "" if one.needs_engine else "at load, or "
+        yield f"| `{one.name}` | {one.hardware} | {libraries} | `{one.extra}` | {when}by `build` |"
     yield ""
 
 
