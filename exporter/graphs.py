@@ -11,10 +11,9 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast, get_args
+from typing import Any, cast
 
 import msgspec
-import numpy as np
 import onnx_ir as ir
 from torch import Tensor, nn
 
@@ -43,9 +42,9 @@ from perceiver_export.exporter.model.config import (
 )
 from perceiver_export.exporter.model.perceiver import PerceiverIO
 from perceiver_export.exporter.onnx_files import OnnxFile
-from perceiver_export.exporter.own import NamedModule
+from perceiver_export.exporter.own import NamedModule, check_tensor, repeated
 from perceiver_export.runtimes.errors import UnsupportedModelError, UsageError
-from perceiver_export.runtimes.manifest import NAMING, DType, TensorSpec, is_tensor_name
+from perceiver_export.runtimes.manifest import DType, TensorSpec
 from perceiver_export.runtimes.runtime import Array
 
 # Queries a call of a decoder by default: a text's masked bytes are few, the points of a grid are many.
@@ -189,7 +188,7 @@ def own_graph(model: NamedModule | OnnxFile, batch: Batch | None) -> GraphPart:
     if not examples:
         raise UnsupportedModelError("the model has no inputs", "export a model that reads something")
     for name, array in examples.items():
-        _check_own(name, array)
+        check_tensor(name, array)
     samples = next((len(array) for array in examples.values() if array.ndim), 0)
     batched = {name for name, array in examples.items() if array.ndim and len(array) == samples}
     size = samples if batch is None else batch.typical
@@ -203,7 +202,7 @@ def own_graph(model: NamedModule | OnnxFile, batch: Batch | None) -> GraphPart:
         )
 
     def spec(name: str, array: Array, by_batch: bool) -> TensorSpec:
-        _check_own(name, array)
+        check_tensor(name, array)
         dynamic = by_batch and batch is not None and batch.dynamic
         shape: tuple[int | str, ...] = ("batch", *array.shape[1:]) if dynamic else array.shape
         ranges = {"batch": (batch.least, batch.most)} if dynamic and batch is not None else {}
@@ -217,24 +216,6 @@ def own_graph(model: NamedModule | OnnxFile, batch: Batch | None) -> GraphPart:
         {} if batch is None else batch.sizes,
         examples=examples,
     )
-
-
-def _check_own(name: str, array: Array) -> None:
-    """Raise UnsupportedModelError for a tensor that bundles do not have."""
-    if not is_tensor_name(name):
-        raise UnsupportedModelError(f"the model has the invalid tensor name {name!r}", NAMING)
-    if not array.size:
-        raise UnsupportedModelError(f"{name!r} is empty: its shape is {array.shape}", "fix that size to 1 or more")
-    if str(array.dtype) not in get_args(DType):
-        raise UnsupportedModelError(
-            f"{name!r} is of {array.dtype}; bundles have {', '.join(get_args(DType))}", "convert the model: .float()"
-        )
-
-
-def repeated(array: Array, samples: int) -> Array:
-    """As many samples, the given ones in turn."""
-    found: Array = np.ascontiguousarray(array[np.arange(samples) % array.shape[0]])
-    return found
 
 
 def whole_model(model: PerceiverIO, batch: Batch) -> GraphPart:

@@ -15,14 +15,14 @@ import dataclasses
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from perceiver_export.runtimes.errors import UnsupportedModelError, UsageError, first_line
-from perceiver_export.runtimes.manifest import OutputKind
+from perceiver_export.runtimes.manifest import NAMING, DType, OutputKind, is_tensor_name
 from perceiver_export.runtimes.preprocessing import Preprocessing
 from perceiver_export.runtimes.runtime import Array
 
@@ -152,3 +152,21 @@ def _tensors(found: Any, name: str = "output") -> Iterator[tuple[str, Tensor]]:
     elif isinstance(found, (tuple, list)):
         for index, value in enumerate(found):
             yield from _tensors(value, f"{name}_{index}" if index else name)
+
+
+def check_tensor(name: str, array: Array) -> None:
+    """Raise UnsupportedModelError for a tensor that bundles do not have."""
+    if not is_tensor_name(name):
+        raise UnsupportedModelError(f"the model has the invalid tensor name {name!r}", NAMING)
+    if not array.size:
+        raise UnsupportedModelError(f"{name!r} is empty: its shape is {array.shape}", "fix that size to 1 or more")
+    if str(array.dtype) not in get_args(DType):
+        raise UnsupportedModelError(
+            f"{name!r} is of {array.dtype}; bundles have {', '.join(get_args(DType))}", "convert the model: .float()"
+        )
+
+
+def repeated(array: Array, samples: int) -> Array:
+    """As many samples, the given ones in turn."""
+    found: Array = np.ascontiguousarray(array[np.arange(samples) % array.shape[0]])
+    return found

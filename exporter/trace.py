@@ -25,10 +25,10 @@ from perceiver_export.exporter.fold.latents import QUERIES, latents_of, mark, ow
 from perceiver_export.exporter.fold.nodes import Sizes
 from perceiver_export.exporter.fold.normalize import normalize, settle
 from perceiver_export.exporter.fold.plan import plan
-from perceiver_export.exporter.graphs import GraphPart, Split, cut_parts, repeated
+from perceiver_export.exporter.graphs import GraphPart, Split, cut_parts
 from perceiver_export.exporter.model.config import ArrayInput, PerceiverConfig
 from perceiver_export.exporter.onnx_files import OnnxFile, refuse, vocabularies
-from perceiver_export.exporter.own import NamedModule
+from perceiver_export.exporter.own import NamedModule, repeated
 from perceiver_export.exporter.simplify import number_folds, simplify, without_metadata, without_sequences
 from perceiver_export.runtimes.errors import ExportError
 from perceiver_export.runtimes.manifest import FoldDecision, MemoryPlan, TensorSpec

@@ -174,7 +174,7 @@ def test_the_site_builds_without_a_dead_link(tmp_path: Path) -> None:
 def test_the_pages_of_the_reference_are_what_make_reference_writes() -> None:
     pages = runpy.run_path(str(REPOSITORY / "docs" / "generate.py"))["pages"]()
 
-    assert len(pages) == 10
+    assert len(pages) == 11
     for page, text in pages.items():
         assert page.read_text(encoding="utf-8") == text, f"{page.name} is out of date: make reference"
 

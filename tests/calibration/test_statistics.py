@@ -194,7 +194,7 @@ def test_the_number_of_samples_that_would_decide_does() -> None:
 def test_the_number_of_texts_that_would_decide_does(limit: float) -> None:
     few = gate_on_texts(41, limit)
     assert str(few).startswith(
-        f"NOT ENOUGH DATA  drop ≤ {limit:g} points: between −7.05 and 7.05, 95 % bounds by bootstrap"
+        f"NOT ENOUGH DATA  drop ≤ {limit:g} points: between −7.047 and 7.047, 95 % bounds by bootstrap"
     )
     assert few.samples_to_decide is not None
     assert 41 < few.samples_to_decide < 10**6

@@ -56,7 +56,7 @@ def answer(system: str, folder: Path) -> dict[str, Any]:
     found["lint"] = call("lint", bundle, "--json")
     given = sorted((folder / SYSTEMS[system]).iterdir()) if system == "flow" else [folder / SYSTEMS[system]]
     found["run"] = call("run", bundle, *given, "--json")
-    found["quantize"] = call("quantize", bundle, "--data", data, "-o", quantized, "--json")
+    found["quantize"] = call("quantize", bundle, "--data", data, "--weight-bits", "8", "-o", quantized, "--json")
     asked: list[str | Path] = ["--against", bundle, "--max-metric-change", "1", "--device", "ort-cpu", "--json"]
     found["validate"] = call("validate", quantized, "--data", data, *asked)
     found["inspect int8"] = call("inspect", quantized, "--json")

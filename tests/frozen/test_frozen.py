@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from perceiver_export.runtimes.machine import saturates
 from tests.frozen.answers import ANSWERS, SYSTEMS, answer
 from tests.frozen.size import RECORD, measured
 
@@ -18,9 +19,12 @@ ALIKE = 0.02  # of the value: kernels of another CPU round otherwise
 
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_the_commands_answer_as_they_did(system: str, tmp_path: Path) -> None:
-    expected = json.loads(ANSWERS.read_bytes())
+    expected, found = json.loads(ANSWERS.read_bytes()), json.loads(json.dumps(answer(system, tmp_path)))
     assert expected.keys() == SYSTEMS.keys()
-    assert list(differences("", expected[system], json.loads(json.dumps(answer(system, tmp_path))))) == []
+    if saturates():  # this CPU does not run the 8-bit weights of the record
+        assert found.pop("validate")["error"] == "DeviceError"
+        del expected[system]["validate"]
+    assert list(differences("", expected[system], found)) == []
 
 
 def differences(where: str, expected: Any, found: Any, scale: float = 0.0) -> Iterator[str]:
