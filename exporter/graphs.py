@@ -51,11 +51,11 @@ from perceiver_export.runtimes.runtime import Array
 _LEARNED_QUERIES, _GRID_QUERIES = 256, 8192
 _MASK = (0, 1)
 _MEANINGS = {
-    "logits": "one number a choice",
+    "logits": "one number per choice",
     "flow": "displacement (x, y) of each pixel, in pixels",
     "video": "frames in [0, 1], channels last",
     "sound": "audio in [-1, 1]",
-    "label": "one number a label",
+    "label": "one number per label",
 }
 
 
@@ -381,7 +381,7 @@ def output_specs(config: PerceiverConfig, batch: Batch) -> tuple[TensorSpec, ...
     meanings = _MEANINGS
     if not isinstance(config.decoder, QueryDecoder):
         shapes = {config.decoder.output: (config.decoder.num_output_channels,)}
-        meanings = {config.decoder.output: "one number a label"}
+        meanings = {config.decoder.output: "one number per label"}
     for spec in input_specs(config, batch):
         if spec.name in shapes:
             raise UsageError(f"{spec.name!r} names an input and an output", "give one of them another name")

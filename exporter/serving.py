@@ -159,7 +159,7 @@ def _write_triton(bundle: Bundle, name: str, part: Part, settings: _Settings, di
 
 def _tensor(spec: TensorSpec, batched: bool, labels: bool = False) -> str:
     dims = [dim if isinstance(dim, int) else -1 for dim in spec.shape][batched:]
-    # Triton has no scalars: a tensor of the batch alone is one number a sample.
+    # Triton has no scalars: a tensor of the batch alone is one number per sample.
     reshape = "" if dims else " reshape { shape: [ ] }"
     label = f' label_filename: "{_LABELS}"' if labels else ""
     dtype = spec.dtype.upper().replace("FLOAT", "FP")
