@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tensors whose rows are ``row_m = s_m (sum_i F_i[m] A_i + T_m) + b``.
 
-F_i are tensors of the graph (any number of rows), A_i constant matrices, T a constant table, s_m one number per row (1/σ
+F_i are tensors of the graph (any number of rows), A_i constant matrices, T a constant table, s_m one number a row (1/σ
 of a LayerNorm or RMSNorm) and b a constant row. The form is closed under products with constant matrices, additions and
 multiplications of constants, both norms over the last axis, concatenation of columns, and views that keep rows whole.
 Rows that are looked up in a constant have no changing terms: their table is read at indices.
