@@ -142,7 +142,7 @@ def _targets() -> Iterator[str]:
     for one in TARGETS.values():
         libraries, when = ", ".join(map(_literal, one.distributions)), "" if one.needs_engine else "at load, or "
         yield f"| `{one.name}` | {one.hardware} | {libraries} | `{one.extra}` | {when}by `build` |"
-    yield ""
+    yield "| `ort-NAME` | the execution provider NAME of ONNX Runtime | one that has it | | at load, or by `build` |\n"
 
 
 def _structs(name: str) -> Iterator[str]:

@@ -55,7 +55,6 @@ if TYPE_CHECKING:
     from perceiver_export.exporter.model.architectures import Parity
     from perceiver_export.exporter.own import OwnModel
 
-
 _PARITIES: tuple[Parity, ...] = ("huggingface", "deepmind")
 _REQUIRED = ("torch", "onnx", "onnx_ir", "onnxruntime", "onnxscript", "safetensors")
 _SOURCES = "a path, a Hub id, preset:NAME, module:function, or OwnModel(module, {'x': example}) around a module"
@@ -109,9 +108,9 @@ def load_model(
         _refuse("this source", like=like)
         loaded = _load(os.fspath(source), task, cast("Parity | None", parity), shape or {}, sizes)
     if task is not None and task != loaded.task:
-        hint = f"the function says its task: LoadedModel.own(model, {task!r}, labels=…, preprocessing=…)"
-        said = f"{source} is a model of {loaded.task}, not of {task}"
-        raise UsageError(said, hint if loaded.parity == "own" else "leave --task out")
+        own = f"the function says its task: LoadedModel.own(model, {task!r}, labels=…, preprocessing=…)"
+        hint = own if loaded.parity == "own" else "leave --task out"
+        raise UsageError(f"{source} is a model of {loaded.task}, not of {task}", hint)
     return loaded
 
 
@@ -161,11 +160,9 @@ def _directory(text: str) -> tuple[Path, str]:
     if not directory.exists() and is_hub_id(text):
         return download(text), text  # not the cache's name for it
     if directory.is_file() and directory.suffix in (".pt", ".pth", ".ckpt", ".safetensors"):
-        hint = (
-            "write a function that builds the module, loads them and returns (module, inputs); export module:function"
-        )
-        if (directory.parent / "config.json").is_file():
-            hint = f"export {directory.parent}, which has its config.json"
+        beside = (directory.parent / "config.json").is_file()
+        own = "write a function that returns the module with these weights, and inputs; export module:function"
+        hint = f"export {directory.parent}, which has its config.json" if beside else own
         raise CheckpointError(f"{text} is no model: {directory.suffix} files hold weights without the model", hint)
     if not directory.is_dir():
         raise CheckpointError(
@@ -351,8 +348,7 @@ def load_reference(bundle: str | Path, source: str) -> Checkpoint:
     and what `load_model` raises.
     """
     if ":" not in source and not Path(source).exists() and not is_hub_id(source):
-        hint = "give the directory of a bundle, or the checkpoint that the bundle was exported from"
-        raise UsageError(f"the reference {source} does not exist", hint)
+        raise UsageError(f"the reference {source} does not exist", "give the directory of a bundle, or its checkpoint")
     manifest = read_manifest(Path(bundle))
     steps = manifest.preprocessing
     options: dict[str, Any] = {}
@@ -381,13 +377,8 @@ def load_reference(bundle: str | Path, source: str) -> Checkpoint:
         )
     import torch
 
-    described = {
-        "target": "torch",
-        "device": cpu_name(),
-        "engine": "torch",
-        "version": str(torch.__version__),
-        "graphs": _hashes(source, loaded),
-    }
+    described: dict[str, Any] = {"target": "torch", "device": cpu_name(), "engine": "torch"}
+    described |= {"version": str(torch.__version__), "graphs": _hashes(source, loaded)}
     return Checkpoint(Path(source).name or source, loaded, described)
 
 

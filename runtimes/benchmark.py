@@ -24,27 +24,25 @@ from perceiver_export.runtimes.loading import load, load_onnx
 from perceiver_export.runtimes.machine import available_cores, cpu_features, cpu_name, peak_memory
 from perceiver_export.runtimes.manifest import TensorSpec
 from perceiver_export.runtimes.presence import choose_target, devices
-from perceiver_export.runtimes.runtime import Array, Runtime, compare
+from perceiver_export.runtimes.runtime import Array, Runtime, compare, quartiles, scattered
 
-# How far outputs may be from torch's in fp32, as a share of the output's scale: what export allows, and for fewer bits
-# in proportion to what one rounding costs (2^-11 and 2^-8 against 2^-24, with room for the depth of a model).
+# How far outputs may be from torch's, as a share of the output's scale: in fp32 what export allows, for fewer bits in
+# proportion to what one rounding costs (2^-11 and 2^-8 against 2^-24), with room for depth.
 TOLERANCES = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 1e-1}
 _BLOCK = 5  # consecutive runs of one side; the first of a block finds cold caches and is not counted
 _COUNTED = _BLOCK - 1
 _WARMUP = 3
 _FEWEST = 5  # blocks that decide
-_STEADY = 0.25  # the largest share of the median between the quartiles of a side's times that still decides
 
 
 class Measurement(msgspec.Struct, frozen=True, kw_only=True):
     """One side. Times are milliseconds per call of ``batch`` samples; memory is MiB, of a fresh process.
 
-    ``median`` and ``spread`` (quartiles) are of the medians of blocks of calls, p50 to p99 of calls. ``size``: MiB of
-    the bundle's files. ``throughput`` is samples per second with two requests in flight. ``peak_memory`` is the
-    process's largest resident size after load and runs; ``base_memory`` is what Python, numpy and the engine's library
-    took before the load. ``ratio`` is the time of a sample relative to the first side's: the median over pairs of
-    blocks, with quartiles. ``difference`` is the largest from torch's golden outputs, as a share of their scale;
-    ``tolerance`` is the limit for the precision.
+    ``median`` and ``spread`` (quartiles): of the medians of blocks of calls; p50 to p99: of calls. ``size``: MiB of the
+    bundle's files. ``throughput``: samples per second with two requests in flight. ``peak_memory``: the largest
+    resident size after load and runs; ``base_memory``: what Python, numpy and the engine's library took before the
+    load. ``ratio``: the time of a sample relative to the first side's, the median over pairs of blocks, with quartiles.
+    ``difference``: the largest from torch's golden outputs, as a share of their scale; ``tolerance``: its limit.
     """
 
     name: str
@@ -155,24 +153,12 @@ def fastest(times: Array) -> tuple[int, ...]:
     return tuple(index for index, own in enumerate(times) if quartiles(own / best)[0] <= 1)
 
 
-def quartiles(values: Array) -> tuple[float, float, float]:
-    """25 %, 50 % and 75 %."""
-    low, median, high = map(float, np.quantile(values, [0.25, 0.5, 0.75]))
-    return low, median, high
-
-
 def unsteady(measured: Sequence[Measurement], runs: int) -> str:
     """Why times do not decide: on a busy or throttled machine those of one side vary as much as precisions differ."""
     if runs < _FEWEST * _COUNTED:
         return f"{runs} calls are too few; give --runs {_FEWEST * _COUNTED} or more"
     found = ((f"{one.name} in {one.precision} on {one.target}", one.spread, one.median) for one in measured)
     return next(filter(None, (scattered(where, low, median, high) for where, (low, high), median in found)), "")
-
-
-def scattered(where: str, low: float, median: float, high: float) -> str:
-    """Why times of these quartiles, in milliseconds, do not decide; empty where they do."""
-    found = f"half of the times of {where} lie between {low:.3f} and {high:.3f} ms; measure again on a quiet machine"
-    return found * (high - low > _STEADY * median)
 
 
 class Side(msgspec.Struct, frozen=True):

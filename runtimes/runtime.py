@@ -31,6 +31,7 @@ __all__ = ["Array", "Engine", "Feeds", "Runtime"]
 _IN_FLIGHT = 2  # one runs while the next is prepared
 _FIXED = "give that shape, or export again with --batch or --shape"
 _RANGES = "give sizes in that range, the same for all inputs, or export again with another --batch"
+_STEADY = 0.25  # the largest share of the median between the quartiles of times that still decide
 
 
 class FeedChecks:
@@ -330,3 +331,15 @@ def compare(found: Array, reference: Array, tolerance: float) -> Comparison:
     scale = float(np.max(np.abs(exact), initial=0.0))
     largest = float(np.max(np.abs(found.astype(np.float64) - exact), initial=0.0))
     return Comparison(largest / scale if scale > 0 else largest, tolerance, scale)
+
+
+def quartiles(values: Array) -> tuple[float, float, float]:
+    """25 %, 50 % and 75 %."""
+    low, median, high = map(float, np.quantile(values, [0.25, 0.5, 0.75]))
+    return low, median, high
+
+
+def scattered(where: str, low: float, median: float, high: float) -> str:
+    """Why times of these quartiles, in milliseconds, do not decide; empty where they do."""
+    found = f"half of the times of {where} lie between {low:.3f} and {high:.3f} ms; measure again on a quiet machine"
+    return found * (high - low > _STEADY * median)

@@ -24,7 +24,6 @@ from perceiver_export.calibration.graphs import open_session, read_graph, run_se
 from perceiver_export.calibration.quantization.linears import Linear
 from perceiver_export.calibration.quantization.record import Coverage, Layer, OutputEffect, Speed, share
 from perceiver_export.calibration.quantization.statistics import Call
-from perceiver_export.runtimes.benchmark import quartiles, scattered
 from perceiver_export.runtimes.engines.backend import EngineOptions, Kernel, find_target
 from perceiver_export.runtimes.engines.cache import graph_for
 from perceiver_export.runtimes.engines.openvino_engine import OpenvinoEngine
@@ -33,7 +32,7 @@ from perceiver_export.runtimes.errors import DeviceError, GateError
 from perceiver_export.runtimes.files import read_json
 from perceiver_export.runtimes.manifest import DType, Manifest, OutputKind, Part, TensorSpec
 from perceiver_export.runtimes.opening import open_engine
-from perceiver_export.runtimes.runtime import Array, Feeds
+from perceiver_export.runtimes.runtime import Array, Feeds, quartiles, scattered
 
 _ROUNDS, _LEAST, _MOST = 7, 1.0, 30.0  # of timing: rounds and seconds that are done, and seconds after which it ends
 _FEWEST = 3  # rounds that decide

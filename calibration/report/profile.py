@@ -25,7 +25,7 @@ from perceiver_export.calibration.quantization.sensitivity import measure_layer_
 from perceiver_export.calibration.quantization.statistics import with_shapes
 from perceiver_export.calibration.report.peaks import measure_peaks
 from perceiver_export.calibration.report.tables import Table
-from perceiver_export.runtimes.benchmark import Side, quartiles, scattered
+from perceiver_export.runtimes.benchmark import Side
 from perceiver_export.runtimes.bundle import Bundle, BundleLike, open_bundle
 from perceiver_export.runtimes.engines.backend import (
     EngineOptions,
@@ -40,6 +40,7 @@ from perceiver_export.runtimes.errors import EngineError, UsageError
 from perceiver_export.runtimes.manifest import Part
 from perceiver_export.runtimes.opening import engine_for
 from perceiver_export.runtimes.presence import choose_precision, choose_target
+from perceiver_export.runtimes.runtime import quartiles, scattered
 
 _COLUMNS = (
     *("layer", "asked", "built", "kernel", "ms>", "share>", "× against>", "MiB>", "GFLOP/s>", "GB/s>", "of the peak>"),

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 
 from perceiver_export.runtimes import bench, build, load
-from perceiver_export.runtimes.benchmark import fastest, scattered, unsteady
+from perceiver_export.runtimes.benchmark import fastest, unsteady
 from perceiver_export.runtimes.bundle import change_report, read_report
 from perceiver_export.runtimes.engines.backend import find_target
 from perceiver_export.runtimes.errors import BundleError, DeviceError, UsageError
 from perceiver_export.runtimes.machine import cpu_name
+from perceiver_export.runtimes.runtime import scattered
 from tests.runtimes.targets import EXPECTED
 
 
