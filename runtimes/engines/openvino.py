@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -74,6 +75,7 @@ _FLAGS: dict[str, Flags] = {
         "NPU_TILES": NUMBER,
     },
 }
+_first_use = threading.Lock()
 _HINTS = {"latency": "LATENCY", "throughput": "THROUGHPUT"}
 
 
@@ -121,7 +123,7 @@ def compile(source: Source, directory: Path, progress: Progress) -> None:
 
 def open(source: Source, directory: Path | None, threads: int | None) -> OpenvinoEngine:
     """Open a compiled model. Raises BundleError (the graph is unusable), EngineError, DeviceError."""
-    openvino = _import(source.target)
+    openvino, core = _import(source.target), _core()
     blob = None
     if directory is None:
         compiled = _compiled(source, threads)
@@ -130,7 +132,7 @@ def open(source: Source, directory: Path | None, threads: int | None) -> Openvin
         with _translated(f"the engine in {directory} cannot be opened", EngineError, rebuild):
             # Plugins keep reading weights from imported memory, so the file is mapped as long as the engine lives.
             blob = openvino.Tensor(np.memmap(directory / _BLOB, np.uint8, mode="c"), shared_memory=True)
-            compiled = _core().import_model(blob, DEVICES[source.target], _properties(source, threads))
+            compiled = core.import_model(blob, DEVICES[source.target], _properties(source, threads))
     return OpenvinoEngine(openvino, compiled, source, threads, blob)
 
 
@@ -212,7 +214,11 @@ def _properties(source: Source, threads: int | None) -> dict[str, Any]:
 
 @functools.cache
 def _core() -> Any:
-    return _import("openvino-cpu").Core()
+    openvino = _import("openvino-cpu")
+    # OpenVINO 2026.4 fills its tables of dtypes at first use, and two threads that do so at once wait forever.
+    with _first_use:
+        openvino.Tensor(np.zeros(1, np.float32)).data  # noqa: B018
+    return openvino.Core()
 
 
 def _import(target: str) -> Any:
