@@ -68,10 +68,10 @@ def _filled(found: re.Match[str]) -> str:
 
 
 def _gallery() -> Iterator[str]:
-    """Of each example's README what comes before its first command, with links from docs/."""
+    """Of each example's README what comes before its first command or heading, with links from docs/."""
     for file in sorted(DOCS.parent.glob("examples/*/demo.json")):
         name = file.parent.name
-        shown = (file.parent / "README.md").read_text(encoding="utf-8").partition("```sh")[0]
+        shown = re.split(r"```sh|\n## ", (file.parent / "README.md").read_text(encoding="utf-8"))[0]
         shown = re.sub(r"\]\((?!https:|\.\./)", f"](../examples/{name}/", shown)
         yield "#" + shown.replace("](../../docs/", "](")
         yield f"```sh\nperceiver-export demo {name}\n```\n"

@@ -21,8 +21,8 @@ from perceiver_export.runtimes.presence import certificates_for, choose_target
 class Inspection:
     """Parts with shapes and costs; the manifest and the record of quantization, None where there is none.
 
-    ``certificates`` hold here with the defaults of `load`, ``certified_with`` with these options of the command line;
-    ``certified_elsewhere`` are targets and engines of those that do not hold here.
+    ``certificates`` hold here with the defaults of `load`. ``certified_with`` has, by options of the command line, the
+    certificates that hold with them; ``certified_elsewhere`` the targets and engines of those that do not hold here.
     """
 
     path: Path

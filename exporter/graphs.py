@@ -61,7 +61,7 @@ _MEANINGS = {
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples a call: one number, or from ``least`` to ``most`` with ``typical`` in between."""
+    """Samples per call: one number, or from ``least`` to ``most`` with ``typical`` in between."""
 
     least: int
     typical: int

@@ -68,17 +68,19 @@ class ExportOptions:
         None, "Encoder and decoder as separate graphs, to decode only the queries you need; by default for video only."
     )
     latents: str | None = option(
-        None, "Split at this tensor, or at the end of this module; by default at latents that are found.", "NAME"
+        None,
+        "Split at this tensor, or at the end of this module; by default at the latents, if found.",
+        "NAME",
     )
-    dynamic_queries: bool = option(False, "Split decoders take any number of queries a call.")
+    dynamic_queries: bool = option(False, "Split decoders take any number of queries per call.")
     batch: str | int | None = option(
         None,
-        "Samples a call: a number, or a range. By default 1, or as many as your example inputs have.",
+        "Samples per call: a number, or a range. By default 1, or as many as your example inputs have.",
         "N|MIN:OPT:MAX",
     )
     shape: Mapping[str, tuple[int, ...]] = field(
         default_factory=dict,
-        metadata={"doc": "Fix a size, without the batch: image=3x224x224; queries=1024 a call of a split decoder."},
+        metadata={"doc": "Fix a size, without the batch: image=3x224x224; queries=1024 per call of a split decoder."},
     )
     config: str | os.PathLike[str] | None = option(
         None,
@@ -89,7 +91,7 @@ class ExportOptions:
         None, "Take task, labels and preprocessing of an ONNX file from this bundle.", "BUNDLE"
     )
     use_transformers: bool = option(
-        False, "Load a Hugging Face directory of any class with your installed transformers; never code of its own."
+        False, "Load a Hugging Face directory of any class with your installed transformers; its own code never runs."
     )
     fold: bool = option(True, "Rewrite the model into an equal one with less work, where that pays.")
     memory_budget: str | int | None = option(

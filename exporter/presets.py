@@ -232,10 +232,9 @@ def load_preset(name: str, parity: Parity, image_shape: tuple[int, int, int] | N
     Raises UsageError: no such preset, or images that it does not take.
     """
     if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, n=1)
-        raise UsageError(
-            f"there is no preset {name!r}", f"did you mean {near[0]}?" if near else f"presets: {', '.join(PRESETS)}"
-        )
+        near = [one for one in PRESETS if name and name in one] or difflib.get_close_matches(name, PRESETS, n=1)
+        said = f"did you mean {' or '.join(near)}?" if near else f"presets: {', '.join(PRESETS)}"
+        raise UsageError(f"there is no preset {name!r}", said)
     import torch
 
     from perceiver_export.exporter.model.perceiver import PerceiverIO

@@ -338,6 +338,7 @@ class Checkpoint:
     described: Mapping[str, Any]
 
     def __call__(self, feeds: Feeds) -> Mapping[str, Array]:
+        """Outputs of the checkpoint by name."""
         return self.model.run(feeds)
 
 

@@ -36,8 +36,13 @@ _INTEL_DEVICES = {
 # By Python package, the commands that need it.
 _NEEDS = {
     "pillow": "read and resize images",
+    "tokenizers": "run and validate a model with a tokenizer.json",
     "scipy": "validate",
+    "scikit-image": "validate a model of video",
+    "jinja2": "report",
     **dict.fromkeys(("torch", "onnx", "onnx-ir", "onnxscript", "safetensors"), "export"),
+    "transformers": "export --use-transformers",
+    "huggingface_hub": "export OWNER/NAME, from the hub",
 }
 _FEDORA = {"nvidia-driver": "akmod-nvidia", "intel-opencl-icd": "intel-compute-runtime"}
 

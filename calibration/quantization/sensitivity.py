@@ -65,7 +65,7 @@ def measure_sensitivity(
     *,
     progress: Report | None = None,
 ) -> tuple[GroupSensitivity, ...]:
-    """Sensitivity of every layer of an fp32 bundle, the worst output first. Takes one short run a layer.
+    """Sensitivity of every layer of an fp32 bundle, the most harmful first. Takes a short run per layer.
 
     Leaves out layers that stay float, and ignores gates and coverage. Raises what `quantize` raises.
     """

@@ -97,7 +97,7 @@ class Profile(msgspec.Struct, frozen=True):
         return tuple(one for _, one in sorted(zip(worst, self.layers, strict=True), key=lambda pair: pair[0]))
 
     def table(self, by: str = "time", most: int | None = None) -> Table:
-        """The ``most`` layers that come first, without columns that say nothing."""
+        """The ``most`` layers that come first, without empty columns."""
         rows, several = [], len({one.part for one in self.layers}) > 1
         for one in self.worst(by)[:most]:
             seconds = one.milliseconds / 1e3

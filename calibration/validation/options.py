@@ -119,7 +119,7 @@ class ValidateOptions:
         None, "Target of the reference; by default the same. Without --against: BUNDLE on this target."
     )
     samples: int | None = option(None, "Use this many samples, evenly spread over the data.")
-    device: str = option("auto", "Target; `auto` is the first that is present, `all` runs on each.")
+    device: str = option("auto", "Target; `auto` chooses: a certified target first; `all`: each.")
     precision: Precision | None = option(
         None, "Engine of this precision (fp32, fp16, bf16); by default the one built last."
     )
@@ -132,7 +132,7 @@ class ValidateOptions:
     sequential: bool = option(False, "Stop as soon as the gates are decided; the bounds hold wherever it stops.")
     seed: int = option(0, "With --sequential: the seed of the random order of samples.")
     save_worst: str | os.PathLike[str] | None = option(
-        None, "Save the worst samples here (images, inputs, worst.json) and classes.", "DIR"
+        None, "Save the worst samples and classes here (images, inputs, worst.json).", "DIR"
     )
     worst: int = 12
     keep_failures: bool = False

@@ -107,13 +107,13 @@ class Shard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     digest: str = ""
 
     def signed(self) -> Shard:
-        """With its digest."""
+        """A copy with ``digest`` filled in."""
         content = encode_json(msgspec.structs.replace(self, digest=""), indent=0)
         return msgspec.structs.replace(self, digest=hashlib.sha256(content).hexdigest())
 
     @property
     def alike(self) -> dict[str, object]:
-        """By words: everything that shards of one validation have in common."""
+        """By name, what all shards of one validation share."""
         return {
             "bundle": self.bundle,
             "number of shards": self.shards,
@@ -129,7 +129,7 @@ class Shard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def alike_there(self) -> dict[str, object]:
-        """By words: everything that shards of one place have in common besides."""
+        """By name, what shards of one place share besides."""
         side = self.reference or {}
         return {"target or engine of the reference": (side.get("target"), engine_of(side))}
 

@@ -41,7 +41,7 @@ class Estimate(msgspec.Struct, frozen=True):
     upper: float
 
     def times(self, scale: float) -> Estimate:
-        """In another unit."""
+        """The value and its bounds times ``scale``."""
         return Estimate(*(float(scale * np.float64(number)) for number in (self.value, self.lower, self.upper)))
 
 

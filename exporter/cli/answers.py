@@ -37,9 +37,10 @@ class Request:
     inputs: Sequence[str] = ()
     output: Path | None = None
     top: int = 3
-    device: str = option("auto", "Target to run on; `auto` takes the first that is present.")
+    device: str = option("auto", "Target to run on; `auto` chooses: a certified target first.")
     precision: PrecisionChoice | None = option(
-        None, "Engine of this precision, `auto`: the fastest certified here; by default the one built last."
+        None,
+        "Use the engine of this precision; `auto`: the fastest certified here; by default the one built last.",
     )
     threads: int | None = option(None, "Threads of the engine; by default the engine chooses.")
     check_finite: bool = option(False, "Refuse NaN and infinity in inputs and outputs.")

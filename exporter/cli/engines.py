@@ -136,7 +136,9 @@ def lint(
     bundle: Annotated[str, typer.Argument(metavar="BUNDLE|MODEL.onnx", help="A bundle, or an ONNX file.")],
     target: Annotated[str, typer.Option(help="tensorrt or tensorrt-rtx.")] = "tensorrt",
     version: Annotated[str | None, typer.Option(help="Version, such as 10.3; by default the newest.")] = None,
-    precision: Annotated[str | None, typer.Option(help="fp16, bf16 or fp32: one of several lowered graphs.")] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="Only the graph lowered to fp16, bf16 or fp32.")
+    ] = None,
 ) -> None:
     """List what TensorRT would refuse, not fuse, or not run in int8; exit 1 if it would refuse something."""
     from perceiver_export.calibration import lint as lint_
@@ -179,7 +181,7 @@ class _Bench:
     against: str | None = option(None, "Measure this one too, in turn, and give the ratio.", "BUNDLE|MODEL.onnx")
     part: str | None = option(None, "One part of a split bundle; without it all queries are decoded.")
     runs: int = option(100, "Counted calls, 5 or more, rounded up to a multiple of 4.")
-    device: str = option("auto", "Target to run on; `auto` takes the first that is present, `all` each in turn.")
+    device: str = option("auto", "Target to run on; `auto` chooses: a certified target first; `all`: each in turn.")
     precision: PrecisionChoice | None = option(
         None,
         "Precision of the engine; `auto` measures all that the device computes in; by default the engine built last.",
@@ -281,7 +283,7 @@ def _write_csv(path: Path, rows: Sequence[msgspec.Struct], **common: str) -> Non
 
 @dataclass(frozen=True)
 class _Profile:
-    device: str = option("auto", "Target to run on; `auto` takes the first that is present.")
+    device: str = option("auto", "Target to run on; `auto` chooses: a certified target first.")
     precision: PrecisionChoice | None = option(None, "Engine of this precision; by default the one built last.")
     against: str | None = option(None, "Profile this one too, and give each layer's time relative to it.", "BUNDLE")
     data: str | None = option(None, "With --against FLOAT_BUNDLE: measure the layers' SQNR on this data.", "DATA")

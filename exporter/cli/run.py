@@ -64,7 +64,11 @@ def run(
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="Where answers go: .json, or an image, arrays, a directory of frames."),
+        typer.Option(
+            "--output",
+            "-o",
+            help="Where answers go: .json, an image or arrays, which are replaced, or a new directory of frames.",
+        ),
     ] = None,
     top: Annotated[int | None, typer.Option(help="Labels to show of each sample, by default 3.")] = None,
 ) -> None:

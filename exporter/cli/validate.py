@@ -55,7 +55,7 @@ def validate(
 ) -> None:
     """Measure a bundle, paired with a reference, with 95 % bounds; exit 1 if a gate does not hold.
 
-    A gate that the samples cannot decide is not a pass either: it says how many would.
+    A gate that the samples cannot decide fails too, and says how many samples would decide it.
     """
     worst = None if options.save_worst is None else Path(options.save_worst)
     outputs = {name: path for name, path in zip(_OUTPUTS, (worst, junit, report), strict=False) if path is not None}

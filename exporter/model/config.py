@@ -261,7 +261,7 @@ class _Rows(Checked, frozen=True):
 
 
 class LearnedQueries(_Rows, frozen=True, tag="learned"):
-    """Trained queries (O × F): one for a class, one a position of a text."""
+    """Trained queries (O × F): one for a class, one per position of a text."""
 
 
 class PositionQueries(Checked, frozen=True, tag="positions"):
@@ -283,7 +283,7 @@ class PositionQueries(Checked, frozen=True, tag="positions"):
 
 
 class InputQueries(_Rows, frozen=True, tag="inputs"):
-    """The model's own inputs (M × C), as optical flow and sets have it."""
+    """The model's own inputs (M × C), as in models of optical flow and of sets."""
 
 
 class GivenQueries(_Rows, frozen=True, tag="given"):

@@ -206,6 +206,8 @@ def as_array(given: Any) -> npt.NDArray[Any]:
 
 def as_picture(array: npt.NDArray[Any]) -> Picture:
     """uint8 (H, W, 3) from a grey (H, W) or (H, W, 1), or a colour (H, W, 3) or (H, W, 4) array. Raises InputError."""
+    if array.dtype.kind == "U":
+        raise InputError(f"{array.size} paths were given as one image", "make a call for each")
     if array.dtype != np.uint8:
         raise InputError(f"an image has dtype {array.dtype}", "give uint8 values from 0 to 255")
     if array.ndim == 2:
