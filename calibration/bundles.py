@@ -140,3 +140,26 @@ def new_directory(path: Path, option: str, error: type[PerceiverExportError]) ->
     hint = f"choose another directory with {option}"
     with writing(path, error, hint), replacing(path, directory=True, overwrite=False) as temporary:
         yield temporary
+
+
+def copy_tree(source: Path, target: Path) -> None:
+    """Copy the contents of a directory into another, by hard links if the file system supports them.
+
+    Hidden files (leftovers of killed writers) are skipped. Raises BundleError: a link, a device or a pipe; OSError.
+    """
+    import shutil
+
+    for entry in sorted(source.iterdir()):
+        place = target / entry.name
+        if entry.name.startswith("."):
+            continue
+        if entry.is_symlink() or not (entry.is_dir() or entry.is_file()):
+            raise BundleError(f"{entry} is a link or not a regular file", "copy the file itself into the bundle")
+        if entry.is_dir():
+            place.mkdir()
+            copy_tree(entry, place)
+            continue
+        try:
+            os.link(entry, place, follow_symlinks=False)
+        except OSError:
+            shutil.copyfile(entry, place, follow_symlinks=False)

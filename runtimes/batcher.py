@@ -63,7 +63,7 @@ class Batcher:
         self._changed = threading.Condition()  # guards the next four fields
         self._queue: deque[_Request] = deque()
         self._running = 0  # batches on the device
-        self._unanswered = 0  # requests
+        self._answering = 0  # requests that left the queue
         self._closed = False
         self._calling: set[int] = set()  # threads that run callers' callbacks
         self._process = os.getpid()
@@ -93,7 +93,6 @@ class Batcher:
             )
             if not self._closed:
                 self._queue.append(request)
-                self._unanswered += 1
                 self._changed.notify_all()
                 return request.future
         if exits.closing and not exits.hold():
@@ -118,7 +117,7 @@ class Batcher:
             if threading.get_ident() in self._calling:  # a callback cannot wait for itself; Python waits for a thread
                 threading.Thread(target=self.close, name="perceiver-export-close", daemon=False).start()
                 return
-            self._changed.wait_for(lambda: not self._unanswered)
+            self._changed.wait_for(lambda: not (self._queue or self._answering))
         self._worker.join()
 
     def __enter__(self) -> Batcher:
@@ -149,7 +148,7 @@ class Batcher:
                 while self._queue and sum(one.rows for one in batch) + self._queue[0].rows <= self._most:
                     batch.append(self._queue.popleft())
                 live = [request for request in batch if request.future.set_running_or_notify_cancel()]
-                self._unanswered -= len(batch) - len(live)
+                self._answering += len(live)
                 self._running += bool(live)
                 self._changed.notify_all()
                 if live:
@@ -166,14 +165,12 @@ class Batcher:
             error, start = done.exception(), 0
             for request in batch:
                 rows = slice(start, start := start + request.rows)
-                if error is not None:
-                    request.future.set_exception(error)
-                else:
-                    request.future.set_result({name: array[rows] for name, array in done.result().items()})
+                own = {} if error else {name: array[rows] for name, array in done.result().items()}
+                exits.answer(request.future, own, error)
         finally:
             self._calling.discard(threading.get_ident())
             with self._changed:
-                self._unanswered -= len(batch)
+                self._answering -= len(batch)
                 self._changed.notify_all()
 
     def _joined(self, batch: list[_Request]) -> dict[str, Array]:

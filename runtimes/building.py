@@ -12,6 +12,7 @@ from typing import get_args
 
 import msgspec
 
+from perceiver_export.runtimes import exits
 from perceiver_export.runtimes.bundle import Bundle, BundleLike, open_bundle
 from perceiver_export.runtimes.engines.backend import (
     Backend,
@@ -54,6 +55,7 @@ class BuiltEngine:
     new: bool
 
 
+@exits.awaited
 def build(
     bundle: BundleLike,
     target: str,
@@ -75,6 +77,7 @@ def build(
     Raises BuildError, BundleError, DeviceError, MissingDependencyError; UsageError: an unknown dimension, sizes
     outside its range, or a flag that the target does not accept.
     """
+    exits.enter()
     check_choice("precision", precision, get_args(PrecisionChoice))
     check_choice("hint", hint, get_args(Hint))
     check_kind("shapes", shapes or {}, Mapping, "{name: (least, best, most)}")

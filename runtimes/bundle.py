@@ -10,6 +10,7 @@ import contextlib
 import functools
 import logging
 import os
+import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
@@ -19,6 +20,7 @@ import msgspec
 from perceiver_export.runtimes.errors import BundleError, UsageError, check_choice, check_kind
 from perceiver_export.runtimes.files import (
     cache_directory,
+    converted,
     decode_json,
     encode_json,
     inside,
@@ -127,7 +129,8 @@ def read_manifest(directory: Path) -> Manifest:
         what = "is not a bundle: it has no manifest.json" if directory.exists() else "does not exist"
         hint = "give the directory that `perceiver-export export SOURCE -o BUNDLE` wrote"
         if (directory / "config.json").is_file() or str(directory).startswith(_SOURCES):
-            hint = f"export it first, if it is a source: perceiver-export export {directory} -o BUNDLE"
+            source = shlex.quote(str(directory))
+            hint = f"export it first, if it is a source: perceiver-export export {source} -o BUNDLE"
         raise BundleError(f"{directory} {what}", hint) from error
     return decode_manifest(content)
 
@@ -243,7 +246,7 @@ class Measured(msgspec.Struct, frozen=True):
 def measurements(bundle: Path) -> dict[str, dict[str, Measured]]:
     """The figures from `bench --save`, by machine and target. Raises BundleError: the section is not of that form."""
     try:
-        return msgspec.convert(read_report(bundle).get("bench", {}), dict[str, dict[str, Measured]])
+        return converted(read_report(bundle).get("bench", {}), dict[str, dict[str, Measured]])
     except msgspec.ValidationError as error:
         raise BundleError(f"`bench` of {bundle / _REPORT} is unusable: {error}", "run `bench --save` again") from error
 
@@ -259,7 +262,7 @@ def relative_times(bundle: Path, target: str) -> dict[str, tuple[float, float, f
     """
     with contextlib.suppress(BundleError, msgspec.ValidationError):
         found = read_report(bundle).get("precisions", {})
-        return msgspec.convert(found, _ByPrecision).get(cpu_name(), {}).get(target, {})
+        return converted(found, _ByPrecision).get(cpu_name(), {}).get(target, {})
     return {}
 
 

@@ -9,6 +9,7 @@ threads for functions marked with `awaited`. These functions call `enter` or `ho
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import sys
 import threading
@@ -18,6 +19,8 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from types import CodeType, FrameType
 from typing import Any, Protocol, TypeVar
+
+_log = logging.getLogger(__name__)
 
 F = TypeVar("F", bound=Callable[..., object])
 
@@ -35,6 +38,8 @@ STEP = 0.0005  # seconds
 _awaited: set[CodeType] = set()
 _batchers: weakref.WeakSet[Closer] = weakref.WeakSet()
 _closers: weakref.WeakSet[Closer] = weakref.WeakSet()
+_armed = False
+_lock = threading.Lock()
 _forever = threading.Lock()
 _forever.acquire()
 
@@ -47,7 +52,8 @@ def awaited(function: F) -> F:
 
 def close_at_exit(closer: Closer, batcher: bool = False) -> None:
     """Close ``closer`` at exit, batchers before their runtimes. The reference to it is weak."""
-    (_batchers if batcher else _closers).add(closer)
+    with _lock:
+        (_batchers if batcher else _closers).add(closer)
     arm()
 
 
@@ -55,12 +61,16 @@ def arm() -> None:
     """Move the exit hook before the hooks that engines' libraries have registered."""
     import concurrent.futures.thread  # noqa: F401  it cannot be imported once Python shuts down
 
+    global _armed
     atexit.unregister(_end)
     atexit.register(_end)
+    _armed = True
 
 
 def enter() -> None:
     """Begin a function marked with `awaited`. See `hold`."""
+    if not _armed:
+        arm()
     if ending:
         hold()
 
@@ -81,13 +91,18 @@ def hold() -> bool:
 def _end() -> None:
     global closing, ending
     closing = True
-    for batcher in tuple(_batchers):
+    for batcher in _all(_batchers):
         batcher.close()
     ending = True
     _wait()  # for calls that began earlier, which may still submit
-    for closer in tuple(_closers):
+    for closer in _all(_closers):
         closer.close()
     _wait()  # for callbacks, which return into an engine
+
+
+def _all(closers: weakref.WeakSet[Closer]) -> tuple[Closer, ...]:
+    with _lock:  # other threads may still add one
+        return tuple(closers)
 
 
 def _wait() -> None:
@@ -111,13 +126,34 @@ def _calls_within(frame: FrameType | None) -> int:
 
 def _start_over() -> None:
     """Reset the state in a forked child, where the parent's work does not run."""
-    global closing, ending
-    closing = ending = False
+    global closing, ending, _lock
+    closing, ending, _lock = False, False, threading.Lock()
     _batchers.clear()
     _closers.clear()
 
 
 os.register_at_fork(after_in_child=_start_over)
+
+
+def answer(future: Future[Any], result: object, error: BaseException | None = None) -> None:
+    """Finish a future. What a callback raises is logged, also a SystemExit, which would end the engine's thread."""
+    try:
+        if error is None:
+            future.set_result(result)
+        else:
+            future.set_exception(error)
+    except BaseException:
+        _log.exception("a future's callback failed")
+
+
+def _run(call: Callable[[], Any], future: Future[Any]) -> None:
+    if future.set_running_or_notify_cancel():
+        try:
+            result = call()
+        except BaseException as error:
+            answer(future, None, error)
+        else:
+            answer(future, result)
 
 
 class Workers:
@@ -131,16 +167,13 @@ class Workers:
 
     def submit(self, call: Callable[[], Any]) -> Future[Any]:
         """Call in a worker thread; at exit, in this thread. In a callback at exit the future never finishes."""
+        future: Future[Any] = Future()
         try:
-            return self._pool.submit(call)
+            self._pool.submit(_run, call, future)
         except RuntimeError:  # Python is shutting down and starts no more calls
-            future: Future[Any] = Future()
             if not self.in_callback():
-                try:
-                    future.set_result(call())
-                except BaseException as error:
-                    future.set_exception(error)
-            return future
+                _run(call, future)
+        return future
 
     def in_callback(self) -> bool:
         """Whether this thread runs a future's callback, where waiting for another future may never end."""

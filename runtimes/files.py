@@ -11,14 +11,16 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import logging
 import os
 import re
 import stat
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -34,6 +36,9 @@ _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*")
 _PARTIAL, _NEW, _OLD = ".partial", ".new", ".old"
 _SECONDS = 60.0  # the writer of an older `.new` file died before it could lock the file
+FIRST_USE = threading.Lock()  # while a library sets up what two threads must not set up at once
+os.register_at_fork(after_in_child=FIRST_USE._at_fork_reinit)  # type: ignore[attr-defined]
+_decoder = functools.cache(msgspec.json.Decoder)
 _AT_CWD, _EXCHANGE = -100, 2  # renameat2's AT_FDCWD and RENAME_EXCHANGE
 
 
@@ -66,6 +71,18 @@ def read_bytes(path: Path, limit: int = JSON_LIMIT) -> bytes:
         return file.read(limit)
 
 
+def decoder(kind: Any) -> Any:
+    """msgspec's reader of ``kind`` from JSON. msgspec 0.22 crashes if two threads use a type first at the same time."""
+    with FIRST_USE:
+        return _decoder(kind)
+
+
+def converted(value: object, kind: type[_T]) -> _T:
+    """Lists and dicts as ``kind``. Raises msgspec.ValidationError."""
+    decoder(kind)
+    return msgspec.convert(value, kind)
+
+
 def decode_json(content: bytes, kind: type[_T]) -> _T:
     """JSON as ``kind``. Raises ValueError: not JSON, another type, or nested too deeply."""
     depth = 0
@@ -74,7 +91,8 @@ def decode_json(content: bytes, kind: type[_T]) -> _T:
         if depth > _DEEPEST:
             raise ValueError(f"it is nested more than {_DEEPEST} levels deep")
     try:
-        return msgspec.json.decode(content, type=kind)
+        decoded: _T = decoder(kind).decode(content)
+        return decoded
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(str(error)) from error
 
@@ -261,30 +279,9 @@ def locked(path: Path, *, wait: bool = True, waiting: Callable[[], None] = lambd
                 raise
         yield
     finally:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing is not enough if a child was forked meanwhile
         os.close(descriptor)
-
-
-def copy_tree(source: Path, target: Path) -> None:
-    """Copy the contents of a directory into another, by hard links if the file system supports them.
-
-    Hidden files (leftovers of killed writers) are skipped. Raises BundleError: a link, a device or a pipe; OSError.
-    """
-    import shutil
-
-    for entry in sorted(source.iterdir()):
-        place = target / entry.name
-        if entry.name.startswith("."):
-            continue
-        if entry.is_symlink() or not (entry.is_dir() or entry.is_file()):
-            raise BundleError(f"{entry} is a link or not a regular file", "copy the file itself into the bundle")
-        if entry.is_dir():
-            place.mkdir()
-            copy_tree(entry, place)
-            continue
-        try:
-            os.link(entry, place, follow_symlinks=False)
-        except OSError:
-            shutil.copyfile(entry, place, follow_symlinks=False)
 
 
 def cache_directory() -> Path:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import msgspec
 
 from perceiver_export.runtimes.errors import BundleError
-from perceiver_export.runtimes.files import decode_json, encode_json, is_safe_name
+from perceiver_export.runtimes.files import converted, decode_json, encode_json, is_safe_name
 from perceiver_export.runtimes.preprocessing import (
     CenterCropShare,
     ImagePreprocessing,
@@ -215,7 +215,7 @@ def decode_manifest(content: bytes) -> Manifest:
             said = f"the manifest has schema version {version}, but this reader supports up to {SCHEMA_VERSION}"
             raise BundleError(said, "install a newer version of perceiver-export")
         if version == 1:
-            manifest = _upgraded(msgspec.convert(_with_steps(decode_json(content, dict[str, Any])), Manifest))
+            manifest = _upgraded(converted(_with_steps(decode_json(content, dict[str, Any])), Manifest))
         else:
             manifest = decode_json(content, Manifest)
     except (ValueError, msgspec.ValidationError) as error:
@@ -278,7 +278,7 @@ def _with_steps(manifest: dict[str, Any]) -> dict[str, Any]:
     given = manifest.get("preprocessing")
     if not isinstance(given, dict) or given.get("type") != "image":
         return manifest
-    one = msgspec.convert(given, _Image)
+    one = converted(given, _Image)
     steps: list[ImageStep] = []
     if one.crop_fraction is not None:
         steps.append(CenterCropShare(*one.crop_fraction, round_up=one.resample == "opencv-bicubic"))

@@ -51,6 +51,7 @@ _PLAIN = EngineOptions()
 _MOST_THREADS = 1024  # onnxruntime starts any number of threads, thousands take minutes
 
 
+@exits.awaited
 def open_parts(
     bundle: BundleLike,
     device: str,
@@ -62,6 +63,7 @@ def open_parts(
     check_finite: bool,
 ) -> Runtime:
     """See `load`."""
+    exits.enter()
     check_threads(threads)
     check_choice("hint", hint, get_args(Hint))
     if precision is not None:
@@ -161,10 +163,8 @@ class _Loader(msgspec.Struct, frozen=True):
     hint: Hint
     check_finite: bool
 
-    @exits.awaited
     def load(self, name: str | None) -> Runtime:
         """Load one part; None is the only one."""
-        exits.enter()
         bundle, part, target = self.bundle, self.bundle.part(name), find_target(self.device)
         key = next(key for key, value in bundle.manifest.parts.items() if value is part)
         options = EngineOptions(precision=self.precision or "fp32", hint=self.hint)

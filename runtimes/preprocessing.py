@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from perceiver_export.runtimes.files import decoder
+
 MAX_SIDE = 16_384  # pixels; a larger image is a mistake and would need terabytes
 Side = Annotated[int, msgspec.Meta(ge=1, le=MAX_SIDE)]
 Share = Annotated[float, msgspec.Meta(gt=0, le=MAX_SIDE)]
@@ -181,7 +183,7 @@ Preprocessing = (
 def unusable(steps: Preprocessing) -> str:
     """The first invalid value and the limits of its field; empty if all values are valid."""
     try:  # through JSON, which has neither NaN nor infinity
-        msgspec.json.decode(msgspec.json.encode(steps), type=Preprocessing)
+        decoder(Preprocessing).decode(msgspec.json.encode(steps))
     except (msgspec.ValidationError, OverflowError, TypeError) as error:
         return str(error)
     scaled = False

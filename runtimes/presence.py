@@ -12,6 +12,7 @@ from typing import get_args
 
 import msgspec
 
+from perceiver_export.runtimes import exits
 from perceiver_export.runtimes.bundle import Bundle, median_latency, relative_times, timed_as
 from perceiver_export.runtimes.certificates import Certificate, applies, certificates, may_be
 from perceiver_export.runtimes.engines.backend import (
@@ -51,8 +52,10 @@ class Presence(msgspec.Struct, frozen=True):
     fix: str = ""
 
 
+@exits.awaited
 def presence(target: Target) -> Presence:
     """Whether a target can run here, according to its library, which is imported."""
+    exits.enter()
     try:
         platform = target.backend().platform(target.name, EngineOptions())
     except (DeviceError, MissingDependencyError) as error:

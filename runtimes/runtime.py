@@ -30,6 +30,7 @@ __all__ = ["Array", "Engine", "Feeds", "Runtime"]
 
 _IN_FLIGHT = 2  # one runs while the next is prepared
 _FIXED = "give that shape, or export again with --batch or --shape"
+_BATCH = "the first dimension is the batch: array[None] adds it"
 _RANGES = "give sizes in that range, the same for all inputs, or export again with another --batch"
 _STEADY = 0.25  # the largest share of the median between the quartiles of times that still decide
 
@@ -113,17 +114,18 @@ def check_shape(
     spec: TensorSpec, shape: tuple[int, ...], sizes: dict[str, int], hint: str = "", verb: str = "takes"
 ) -> None:
     """Raise InputError unless ``shape`` fits; ``sizes`` collects the named dimensions of this call."""
-    fits = len(shape) == len(spec.shape)
+    fits, ranged = len(shape) == len(spec.shape), False
     for expected, found in zip(spec.shape, shape, strict=False):
         if isinstance(expected, int):
             fits = fits and expected == found
         else:
             least, most = spec.ranges.get(expected, (0, found))
-            fits = fits and least <= found <= most and sizes.setdefault(expected, found) == found
-    if not fits:
+            ranged = ranged or not (least <= found <= most and sizes.setdefault(expected, found) == found)
+    if ranged or not fits:
         ranges = "".join(f", {name} from {least} to {most}" for name, (least, most) in spec.ranges.items())
         said = f"{spec.name!r} has shape {list(shape)}, but the model {verb} {list(spec.shape)}{ranges}"
-        raise InputError(said, hint or (_RANGES if ranges else _FIXED))
+        alone = len(shape) + 1 == len(spec.shape)
+        raise InputError(said, hint or (_BATCH if alone else _RANGES if ranged and fits else _FIXED))
 
 
 def check_values(array: Array, spec: TensorSpec) -> None:
@@ -207,10 +209,9 @@ class Runtime:
         in a forked child; DeviceError: the device failed.
         """
         exits.enter()
-        return self._run(self._open_engine(), feeds, out)
+        return self._run(self._open_engine(), self._checks.feeds(feeds), out)
 
     def _run(self, engine: Engine, feeds: Feeds, out: Mapping[str, Array] | None = None) -> dict[str, Array]:
-        feeds = self._checks.feeds(feeds)
         if out is None:
             outputs = engine.run(feeds)
         else:
@@ -230,19 +231,26 @@ class Runtime:
         """
         if exits.ending and not exits.hold():
             return Future()  # in a callback at exit: nothing waits for this future
-        with self._lock:
-            engine = self._open_engine()
-            if self._requests is not None and not exits.ending:
-                try:
-                    future = self._requests.submit(self._checks.feeds(feeds))
-                except PerceiverExportError as error:
-                    (future := Future[dict[str, Array]]()).set_exception(error)
-                if future is not None:
-                    return future
-            if self._workers is None:
-                self._workers = exits.Workers(getattr(engine, "in_flight", _IN_FLIGHT))
-            # The call keeps the engine alive, so that submitted calls finish after `close`.
-            return self._workers.submit(lambda: self._run(engine, feeds))
+        self._open_engine()  # before the lock, which may be held forever in a forked child
+        try:
+            feeds = self._checks.feeds(feeds)
+            with self._lock:
+                return self._submit(self._open_engine(), feeds)
+        except RuntimeClosedError:
+            raise
+        except PerceiverExportError as error:
+            (future := Future[dict[str, Array]]()).set_exception(error)
+            return future
+
+    def _submit(self, engine: Engine, feeds: Feeds) -> Future[dict[str, Array]]:
+        if self._requests is not None and not exits.ending:
+            future = self._requests.submit(feeds)
+            if future is not None:
+                return future
+        if self._workers is None:
+            self._workers = exits.Workers(getattr(engine, "in_flight", _IN_FLIGHT))
+        # The call keeps the engine alive, so that submitted calls finish after `close`.
+        return self._workers.submit(lambda: self._run(engine, feeds))
 
     def stream(self, feeds: Iterable[Feeds], in_flight: int = _IN_FLIGHT) -> Iterator[dict[str, Array]]:
         """Outputs for an iterable of feeds, in its order, with at most ``in_flight`` submitted at any time.

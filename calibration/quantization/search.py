@@ -32,7 +32,7 @@ from typing import Any, cast
 
 import msgspec
 
-from perceiver_export.calibration.bundles import absolute_place, new_bundle, refuse_place
+from perceiver_export.calibration.bundles import absolute_place, copy_tree, new_bundle, refuse_place
 from perceiver_export.calibration.data.fingerprints import check_splits
 from perceiver_export.calibration.quantization.ladder import Ladder
 from perceiver_export.calibration.quantization.options import QuantizeOptions, Scheme
@@ -48,7 +48,6 @@ from perceiver_export.runtimes.bundle import Bundle, BundleLike, open_bundle
 from perceiver_export.runtimes.certificates import Certificate
 from perceiver_export.runtimes.engines.backend import Precision, find_target
 from perceiver_export.runtimes.errors import DeviceError, GateError, UndecidedError, UsageError, VacuousGateError
-from perceiver_export.runtimes.files import copy_tree
 from perceiver_export.runtimes.presence import choose_target, devices
 from perceiver_export.runtimes.tasks.tokenizers import truncating
 

@@ -217,10 +217,13 @@ class Report:
 
     @property
     def samples(self) -> Table:
-        """The worst samples of the first target, worst first."""
+        """The worst samples of the first target, worst first, with two scores in which they differ."""
         units, rows = {metric.name: metric.unit for metric in self.validations[0].metrics}, []
-        for one in self.validations[0].worst_samples:
-            scores = ", ".join(f"{name} {value:.4g} {units[name]}".strip() for name, value in one.scores.items())
+        worst = self.validations[0].worst_samples
+        differ = [name for name in units if len({one.scores.get(name) for one in worst}) > 1] or list(units)
+        for one in worst:
+            shown = [name for name in differ if name in one.scores][:2]
+            scores = ", ".join(f"{name} {one.scores[name]:.4g} {units[name]}".strip() for name in shown)
             texts = (one.label, one.reference, one.candidate)  # of an array all its numbers
             short = (text if len(text) <= _CELL else f"{text[: _CELL - 1]}…" for text in texts)
             rows.append((one.name, *short, scores))
@@ -298,7 +301,8 @@ def part_tables(name: str, part: Part) -> list[Table]:
         moved = _mebibytes(fold.plain.bytes, fold.folded.bytes)
         rows.append((fold.site, fold.chosen, *flops, *moved, fold.why))
     columns = ("site", "chosen", f"plain {unit}>", f"folded {unit}>", "plain MiB moved>", "folded MiB moved>", "why")
-    note = "Both forms compute the same; the graph has the chosen one. Arrays count whenever they are read or written."
+    note = "Both forms compute the same; the graph has the chosen one. Arrays count whenever they are read or written. "
+    note += "Work also counts 10 FLOPs for each byte of them."
     found.append(Table(f"Folds of {name}", columns, rows, note))
     if part.plan is not None:
         rows = [

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from perceiver_export.calibration.bundles import new_bundle, write_record
+from perceiver_export.calibration.bundles import copy_tree, new_bundle, write_record
 from perceiver_export.calibration.validation.gates import AT_LEAST, CAVEAT
 from perceiver_export.calibration.validation.reference import check_reference
 from perceiver_export.calibration.validation.results import Validation
@@ -16,7 +16,7 @@ from perceiver_export.calibration.validation.statistics import CONFIDENCE
 from perceiver_export.runtimes.bundle import Bundle, BundleLike, open_bundle
 from perceiver_export.runtimes.certificates import FILE, Certificate, Claim, certificates, engine_of
 from perceiver_export.runtimes.errors import DataError, ExportError, UsageError
-from perceiver_export.runtimes.files import check_writable, copy_tree, read_json
+from perceiver_export.runtimes.files import check_writable, read_json
 
 _REFUSED = {
     "one label": "certify on data with all the labels that the model will see",

@@ -319,6 +319,11 @@ def advice(gate: Gate) -> str:
             return "give other samples, or gate on a share: no sample differs from another, so there are no bounds"
         return "ask for more or for less: the measured value is the margin itself, so no number of samples decides"
     more = "" if gate.bounds == "bootstrap" else ", or more if answers flip more often than in these"
+    below, wanted = gate.measured < gate.wanted.limit, gate.wanted
+    if below == (wanted.what == AT_LEAST):
+        return (
+            f"ask for less or improve the candidate: about {gate.samples_to_decide:,} fresh samples would likely FAIL"
+        )
     return (
         f"validate on about {gate.samples_to_decide:,} fresh samples{more}: {gate.samples:,} are too few to pass;"
         " adding to these until the gate holds would void the 95 %"

@@ -4,7 +4,7 @@
     apt-get install dataset-fashion-mnist
     python -m examples.fashion_mnist.train [--baseline]
 
-The model is transformers' `PerceiverForImageClassificationFourier`, only small: 32 latents of 128 channels, 2 times
+The model is transformers' `PerceiverForImageClassificationFourier`, only small: 32 latents of 120 channels, 2 times
 the same 3 self-attentions. It learns from labels, and from the scores of a convolutional network that is trained first.
 2,000 of the 60,000 training pictures are left out (`HELD_OUT`), for calibration later.
 """

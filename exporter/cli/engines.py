@@ -136,9 +136,7 @@ def lint(
     bundle: Annotated[str, typer.Argument(metavar="BUNDLE|MODEL.onnx", help="A bundle, or an ONNX file.")],
     target: Annotated[str, typer.Option(help="tensorrt or tensorrt-rtx.")] = "tensorrt",
     version: Annotated[str | None, typer.Option(help="Version, such as 10.3; by default the newest.")] = None,
-    precision: Annotated[
-        str | None, typer.Option(help="Only the graph lowered to fp16, bf16 or fp32.")
-    ] = None,
+    precision: Annotated[str | None, typer.Option(help="Only the graph lowered to fp16, bf16 or fp32.")] = None,
 ) -> None:
     """List what TensorRT would refuse, not fuse, or not run in int8; exit 1 if it would refuse something."""
     from perceiver_export.calibration import lint as lint_

@@ -33,9 +33,7 @@ class _Search:
 
     search: str | None = option(None, "Return layers to higher precision until the gates hold on this data.", "DATA")
     certify: str | None = option(None, "Certify the result of --search on this data, which it never saw.", "DATA")
-    device: str = option(
-        "auto", "With --search: the target to judge and time candidates on; `all`: every target."
-    )
+    device: str = option("auto", "With --search: the target to judge and time candidates on; `all`: every target.")
     least_gain: float = option(2.0, "With --search: time that a riskier mixture must save.", "PERCENT")
     for_size: bool = option(False, "With --search: save size, and keep a mixture that is smaller but not faster.")
     allow_overlap: bool = option(False, "With --search: go on even if the sets share samples.")

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import tempfile
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +30,7 @@ from perceiver_export.runtimes.engines.backend import (
 from perceiver_export.runtimes.engines.flags import NUMBER, YES_NO, Flags, Values, one_of, without_openvinos
 from perceiver_export.runtimes.engines.openvino_engine import DEVICES, OpenvinoEngine, first_line
 from perceiver_export.runtimes.errors import BuildError, BundleError, DeviceError, EngineError, require
+from perceiver_export.runtimes.files import FIRST_USE
 from perceiver_export.runtimes.machine import cpu_features
 
 differences = exact
@@ -75,7 +75,6 @@ _FLAGS: dict[str, Flags] = {
         "NPU_TILES": NUMBER,
     },
 }
-_first_use = threading.Lock()
 _HINTS = {"latency": "LATENCY", "throughput": "THROUGHPUT"}
 
 
@@ -216,7 +215,7 @@ def _properties(source: Source, threads: int | None) -> dict[str, Any]:
 def _core() -> Any:
     openvino = _import("openvino-cpu")
     # OpenVINO 2026.4 fills its tables of dtypes at first use, and two threads that do so at once wait forever.
-    with _first_use:
+    with FIRST_USE:
         openvino.Tensor(np.zeros(1, np.float32)).data  # noqa: B018
     return openvino.Core()
 

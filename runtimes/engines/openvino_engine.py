@@ -161,8 +161,15 @@ class OpenvinoEngine:
         """With one thread, `infer` does not raise when an inference fails, but `wait` does."""
         name = "INFERENCE_NUM_THREADS"
         if name in self._compiled.get_property("SUPPORTED_PROPERTIES") and self._compiled.get_property(name) == 1:
-            return lambda: (request.start_async(), request.wait())
+            return functools.partial(_start_and_wait, request)
         return functools.partial(request.infer, share_outputs=True)  # by default it copies all outputs
+
+
+def _start_and_wait(request: Any) -> None:
+    try:
+        request.start_async()
+    finally:  # also after Ctrl-C: it reads and writes the caller's arrays
+        request.wait()
 
 
 class _Request:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
@@ -185,16 +186,19 @@ class OrtEngine:
     def submit(self, feeds: Feeds) -> Future[dict[str, Array]] | None:
         if self._single_threaded:
             return None
-        future: Future[dict[str, Array]] = Future()
-        future.set_running_or_notify_cancel()
+        call = _Call(self._requests, self._output_names)
+        future = call.future
         try:  # the last argument keeps the feeds alive until the call ends
-            self._session.run_async(self._output_names, feeds, self._requests.begin(future, self._output_names), feeds)
+            self._requests.begin(call)
+            self._session.run_async(self._output_names, feeds, call, feeds)
         except Exception as error:
-            self._requests.end()
+            self._requests.end(call)
             if "thread pool" not in str(error):
                 raise _ours(error) from error
             self._single_threaded = True  # a machine with one core
             return None
+        finally:
+            del call  # nothing waits for a call that was interrupted before onnxruntime held it
         return future
 
     def in_callback(self) -> bool:
@@ -236,44 +240,51 @@ class _Requests:
 
     def __init__(self) -> None:
         self.calling: set[int] = set()  # threads in a caller's callback
-        self._threads: set[int] = set()  # threads of the session that have called back
-        self._in_flight, self._changed = 0, threading.Condition()
+        self.threads: set[int] = set()  # threads of the session that have called back
+        self._in_flight, self._changed = weakref.WeakSet[_Call](), threading.Condition()
 
-    def begin(self, future: Future[dict[str, Array]], names: list[str]) -> Callable[[Any, Any, str], None]:
-        """Count a call, and return the callback for its end."""
-        submitting = threading.get_ident()
-
-        @exits.awaited
-        def done(values: Any, held: Any, error: str) -> None:
-            thread = threading.get_ident()
-            if thread != submitting:  # they are equal if onnxruntime's queue was full
-                self._threads.add(thread)
-            self.calling.add(thread)
-            if error:
-                future.set_exception(_ours(RuntimeError(error)))
-            else:
-                future.set_result(dict(zip(names, values, strict=True)))
-            self.calling.discard(thread)
-            self.end()
-
+    def begin(self, call: _Call) -> None:
         with self._changed:
-            self._in_flight += 1
-        return done
+            self._in_flight.add(call)
 
-    def end(self) -> None:
+    def end(self, call: _Call) -> None:
         with self._changed:
-            self._in_flight -= 1
+            self._in_flight.discard(call)
             self._changed.notify_all()
 
     def busy(self) -> bool:
         """Whether a call is in flight, or has ended but its thread still runs Python code."""
-        return self._in_flight > 0 or not self._threads.isdisjoint(sys._current_frames())
+        return bool(self._in_flight) or not self.threads.isdisjoint(sys._current_frames())
 
     def wait(self) -> None:
         with self._changed:
             self._changed.wait_for(lambda: not self._in_flight)
         while self.busy():
             time.sleep(exits.STEP)
+
+
+class _Call:
+    """One asynchronous call: onnxruntime holds it, and calls it at the end."""
+
+    def __init__(self, requests: _Requests, names: list[str]) -> None:
+        self.future: Future[dict[str, Array]] = Future()
+        self.future.set_running_or_notify_cancel()
+        self._requests, self._names, self._submitting = requests, names, threading.get_ident()
+
+    @exits.awaited
+    def __call__(self, values: Any, held: Any, error: str) -> None:
+        thread, requests = threading.get_ident(), self._requests
+        if thread != self._submitting:  # they are equal if onnxruntime's queue was full
+            requests.threads.add(thread)
+        nested = thread in requests.calling  # a callback's own call, ended at once
+        requests.calling.add(thread)
+        if error:
+            exits.answer(self.future, None, _ours(RuntimeError(error)))
+        else:
+            exits.answer(self.future, dict(zip(self._names, values, strict=True)))
+        if not nested:
+            requests.calling.discard(thread)
+        requests.end(self)
 
 
 def _in_background(call: Callable[..., None], *arguments: object) -> None:

@@ -26,6 +26,8 @@ from perceiver_export.runtimes.tasks.base import (
 )
 from perceiver_export.runtimes.tasks.images import load_npy
 
+_LABELS = ("label", "labels")  # files for `validate` have them too
+
 
 class Arrays(Task):
     """``run({"name": array, ...})`` -> outputs by name; a model with one input takes the array alone.
@@ -48,8 +50,10 @@ class Arrays(Task):
         masks that mask everything.
         """
         specs, _ = interface(self.manifest)
+        names = {spec.name for spec in specs}
         given = arrays if isinstance(arrays, Mapping) else {specs[0].name: arrays}
-        if given.keys() != {spec.name for spec in specs}:
+        given = {name: array for name, array in given.items() if name in names or name not in _LABELS}
+        if given.keys() != names:
             raise InputError(f"the arrays are {', '.join(map(repr, given)) or 'missing'}", f"give {_shapes(specs)}")
         feeds = {spec.name: _converted(given[spec.name], spec) for spec in specs}
         ranks = {feeds[spec.name].ndim - len(spec.shape) for spec in specs}

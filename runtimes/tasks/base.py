@@ -6,6 +6,7 @@ samples; and predictions, which are labels with probabilities, or values.
 from __future__ import annotations
 
 import math
+import os
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ class Task:
         self.manifest = manifest
         self._load_part = load_part
         self._parts: dict[str | None, Runtime] = {}
+        self._process = os.getpid()
         self._closed, self._lock = False, threading.RLock()  # a whole model loads its parts
 
     @staticmethod
@@ -54,6 +56,8 @@ class Task:
 
     def part(self, name: str | None) -> Runtime:
         """One part of the bundle, loaded on first use; None is the whole model. Raises what `load` raises."""
+        if os.getpid() != self._process:  # in a child the lock may be held forever
+            raise RuntimeClosedError("this task belongs to the parent process", "call open_task() in the child")
         with self._lock:
             if self._closed:
                 raise RuntimeClosedError("this task is closed", "call open_task() again")
@@ -62,10 +66,12 @@ class Task:
             return self._parts[name]
 
     def close(self) -> None:
-        """Close every part that was loaded. May be called twice."""
+        """Close every part that was loaded. May be called twice; does nothing in a forked child."""
+        if os.getpid() != self._process:
+            return
         with self._lock:  # no part is loaded later
             self._closed = True
-        for runtime in self._parts.values():
+        for runtime in reversed(self._parts.values()):  # the whole model before its parts
             runtime.close()
 
     def __enter__(self) -> Self:

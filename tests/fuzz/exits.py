@@ -47,6 +47,7 @@ CASES = {
     "a daemon in submit": "in_daemons(lambda: runtime.submit(feeds).result())",
     "a daemon in stream": "in_daemons(lambda: list(runtime.stream([feeds] * 4)))",
     "a daemon in load": "in_daemons(lambda: load(bundle, target).run(feeds))",
+    "a daemon in devices": "",
     "a daemon in a batcher": "batcher = Batcher(runtime); in_daemons(lambda: batcher.run(feeds))",
     "a batcher's requests": "batcher = Batcher(runtime); kept = [batcher.submit(feeds) for _ in range(4)]",
     "callbacks that submit": "again(runtime.submit)",
@@ -55,8 +56,22 @@ CASES = {
     "a callback that closes": "runtime.submit(feeds).add_done_callback(lambda done: runtime.close())",
     "a hook that runs last": "",
 }
-# What was registered before this package's hook runs after it.
-_EARLY = {"a hook that runs last": "import atexit\natexit.register(lambda: runtime.submit(feeds).result())\n"}
+# What was registered before this package's hook runs after it; a program may end before it has loaded anything.
+_EARLY = {
+    "a hook that runs last": "import atexit\natexit.register(lambda: runtime.submit(feeds).result())\n",
+    "a daemon in devices": """
+import sys, threading, time
+from perceiver_export.runtimes import devices
+def forever():
+    while devices():
+        pass
+for _ in range(2):
+    threading.Thread(target=forever, daemon=True).start()
+devices()
+time.sleep(0.1)
+sys.exit()
+""",
+}
 
 
 def exits(bundle: Path, times: int) -> Iterator[tuple[str, str]]:

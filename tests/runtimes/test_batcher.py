@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -222,6 +223,13 @@ def test_a_failed_requests_callback_may_close() -> None:
     with pytest.raises(RuntimeClosedError):
         future.result(timeout=60)
     batcher.close()
+
+
+def test_a_callback_that_ends_its_thread_takes_nobodys_answer(runtime: Runtime) -> None:
+    with Batcher(runtime, max_wait=0.2) as batcher:
+        futures = [batcher.submit({"image": image}) for image in IMAGES[:4]]
+        futures[0].add_done_callback(lambda _: sys.exit("in a callback"))
+        assert all(future.result(timeout=60)["logits"].shape == (1, 3) for future in futures)
 
 
 def test_close_returns_when_answers_are_there_and_their_callbacks_have_run(runtime: Runtime) -> None:

@@ -7,6 +7,8 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -280,3 +282,19 @@ def test_a_place_without_a_bundle_and_an_unknown_verify_are_refused(fashion_bund
         assert str(path) in raised.value.message
     with pytest.raises(UsageError):
         load(fashion_bundle, verify="sometimes")  # type: ignore[arg-type]
+
+
+def test_threads_may_be_the_first_to_read_a_manifest(fashion_bundle: Path) -> None:
+    """msgspec prepares a type at its first use; two threads that did so at once crashed 20 of 25 processes."""
+    code = """
+import sys, threading
+from pathlib import Path
+from perceiver_export.runtimes.bundle import read_manifest
+ready = threading.Barrier(4)
+threads = [threading.Thread(target=lambda: (ready.wait(), read_manifest(Path(sys.argv[1])))) for _ in range(4)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+"""
+    for _ in range(3):
+        done = subprocess.run([sys.executable, "-c", code, str(fashion_bundle)], capture_output=True, check=False)
+        assert (done.returncode, done.stderr) == (0, b"")

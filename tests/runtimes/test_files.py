@@ -16,10 +16,10 @@ from pathlib import Path
 
 import pytest
 
+from perceiver_export.calibration.bundles import copy_tree
 from perceiver_export.runtimes import files
 from perceiver_export.runtimes.errors import BundleError, InputError
 from perceiver_export.runtimes.files import (
-    copy_tree,
     exchange,
     inside,
     private_cache,
@@ -170,6 +170,7 @@ def test_both_ways_of_an_exchange_swap(two_steps: bool, tmp_path: Path, monkeypa
 KILLED = """
 import os, signal, sys
 from pathlib import Path
+from perceiver_export.calibration.bundles import copy_tree
 from perceiver_export.runtimes import files
 place = Path(sys.argv[1])
 if sys.argv[2] == "between":  # a file system without renameat2, killed after its first rename

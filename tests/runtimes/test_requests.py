@@ -139,6 +139,33 @@ def test_a_callback_may_close_and_the_rest_is_finished(
 
 
 @pytest.mark.parametrize("options", [{}, {"threads": 1}], ids=str)
+def test_callbacks_that_end_their_threads_leave_the_rest_to_be_finished(
+    target: str, fashion_bundle: Path, golden: dict[str, Any], options: dict[str, Any]
+) -> None:
+    with load(fashion_bundle, target, **options) as runtime:
+        futures = [runtime.submit({"image": golden["image"]}) for _ in range(30)]
+        for future in futures[3:9]:
+            future.add_done_callback(lambda _: threading.main_thread() is threading.current_thread() or sys.exit(1))
+        assert all(future.result(timeout=60)["logits"].shape == (1, 10) for future in futures)
+        assert runtime.submit({"image": golden["image"]}).result(timeout=60)
+
+
+def test_a_callback_may_submit_more_than_fits_and_then_close(fashion_bundle: Path, golden: dict[str, Any]) -> None:
+    """What does not fit into onnxruntime's queue runs in the callback's own thread, and so do its callbacks."""
+    runtime = load(fashion_bundle, "ort-cpu")
+    closed = threading.Event()
+
+    def flood(_: Future[dict[str, Any]]) -> None:
+        for _number in range(2000):
+            runtime.submit({"image": golden["image"]})
+        runtime.close()
+        closed.set()
+
+    runtime.submit({"image": golden["image"]}).add_done_callback(flood)
+    assert closed.wait(timeout=60)
+
+
+@pytest.mark.parametrize("options", [{}, {"threads": 1}], ids=str)
 def test_a_stream_may_be_abandoned_in_a_callback(
     target: str, fashion_bundle: Path, golden: dict[str, Any], options: dict[str, Any]
 ) -> None:
