@@ -69,7 +69,7 @@ class Batcher:
         self._process = os.getpid()
         self._worker = threading.Thread(target=self._work, name="perceiver-export batcher", daemon=True)
         self._worker.start()
-        exits.close_at_exit(self, batcher=True)
+        exits.close_at_exit(self)
 
     @exits.awaited
     def submit(self, feeds: Feeds) -> Future[dict[str, Array]]:

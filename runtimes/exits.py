@@ -37,7 +37,6 @@ ending = False  # runtimes also accept no more calls
 STEP = 0.0005  # seconds
 _awaited: set[CodeType] = set()
 _batchers: weakref.WeakSet[Closer] = weakref.WeakSet()
-_closers: weakref.WeakSet[Closer] = weakref.WeakSet()
 _armed = False
 _lock = threading.Lock()
 _forever = threading.Lock()
@@ -50,10 +49,10 @@ def awaited(function: F) -> F:
     return function
 
 
-def close_at_exit(closer: Closer, batcher: bool = False) -> None:
-    """Close ``closer`` at exit, batchers before their runtimes. The reference to it is weak."""
+def close_at_exit(batcher: Closer) -> None:
+    """Close a batcher at exit, before its runtime. The reference to it is weak."""
     with _lock:
-        (_batchers if batcher else _closers).add(closer)
+        _batchers.add(batcher)
     arm()
 
 
@@ -91,18 +90,12 @@ def hold() -> bool:
 def _end() -> None:
     global closing, ending
     closing = True
-    for batcher in _all(_batchers):
+    with _lock:  # other threads may still add one
+        batchers = tuple(_batchers)
+    for batcher in batchers:
         batcher.close()
     ending = True
-    _wait()  # for calls that began earlier, which may still submit
-    for closer in _all(_closers):
-        closer.close()
-    _wait()  # for callbacks, which return into an engine
-
-
-def _all(closers: weakref.WeakSet[Closer]) -> tuple[Closer, ...]:
-    with _lock:  # other threads may still add one
-        return tuple(closers)
+    _wait()
 
 
 def _wait() -> None:
@@ -129,7 +122,6 @@ def _start_over() -> None:
     global closing, ending, _lock
     closing, ending, _lock = False, False, threading.Lock()
     _batchers.clear()
-    _closers.clear()
 
 
 os.register_at_fork(after_in_child=_start_over)

@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 
 from perceiver_export.runtimes import exits
-from perceiver_export.runtimes.engines.backend import Array, AsyncEngine, Engine, Feeds
+from perceiver_export.runtimes.engines.backend import Array, Engine, Feeds
 from perceiver_export.runtimes.errors import (
     DeviceError,
     InputError,
@@ -185,8 +185,6 @@ class Runtime:
             self._described["certificates"] = certificates
         self.check_finite = check_finite
         self._engine: Engine | None = engine
-        # Only this package's threads can check outputs.
-        self._requests = engine if isinstance(engine, AsyncEngine) and not check_finite else None
         self._checks = FeedChecks(inputs, outputs, check_finite=check_finite)
         self._process = os.getpid()
         self._closed = False
@@ -194,8 +192,6 @@ class Runtime:
         self._workers: exits.Workers | None = None
         _engines.add(engine)
         exits.arm()
-        if self._requests is not None:
-            exits.close_at_exit(self._requests)
 
     @exits.awaited
     def run(self, feeds: Feeds, out: Mapping[str, Array] | None = None) -> dict[str, Array]:
@@ -225,32 +221,24 @@ class Runtime:
     def submit(self, feeds: Feeds) -> Future[dict[str, Array]]:
         """`run` in the background. The arrays in ``feeds`` must not change until the future is done.
 
-        It uses ONNX Runtime's own asynchronous calls if the session has several threads, otherwise two threads. The
-        future raises what `run` would raise; only RuntimeClosedError is raised here. A future's callback may submit and
-        close, but must not wait for another future, because its thread also finishes the others.
+        It runs in one of two threads, or of as many as the device recommends. The future raises what `run` would raise;
+        only RuntimeClosedError is raised here. A future's callback may submit and close, but must not wait for another
+        future, because its thread also finishes the others.
         """
         if exits.ending and not exits.hold():
             return Future()  # in a callback at exit: nothing waits for this future
         self._open_engine()  # before the lock, which may be held forever in a forked child
         try:
             feeds = self._checks.feeds(feeds)
-            with self._lock:
-                return self._submit(self._open_engine(), feeds)
-        except RuntimeClosedError:
-            raise
         except PerceiverExportError as error:
             (future := Future[dict[str, Array]]()).set_exception(error)
             return future
-
-    def _submit(self, engine: Engine, feeds: Feeds) -> Future[dict[str, Array]]:
-        if self._requests is not None and not exits.ending:
-            future = self._requests.submit(feeds)
-            if future is not None:
-                return future
-        if self._workers is None:
-            self._workers = exits.Workers(getattr(engine, "in_flight", _IN_FLIGHT))
-        # The call keeps the engine alive, so that submitted calls finish after `close`.
-        return self._workers.submit(lambda: self._run(engine, feeds))
+        with self._lock:
+            engine = self._open_engine()
+            if self._workers is None:
+                self._workers = exits.Workers(getattr(engine, "in_flight", _IN_FLIGHT))
+            # The call keeps the engine alive, so that submitted calls finish after `close`.
+            return self._workers.submit(lambda: self._run(engine, feeds))
 
     def stream(self, feeds: Iterable[Feeds], in_flight: int = _IN_FLIGHT) -> Iterator[dict[str, Array]]:
         """Outputs for an iterable of feeds, in its order, with at most ``in_flight`` submitted at any time.
@@ -265,7 +253,6 @@ class Runtime:
 
     def _stream(self, feeds: Iterator[Feeds], in_flight: int) -> Iterator[dict[str, Array]]:
         self._open_engine()
-        requests = self._requests
         started: deque[Future[dict[str, Array]]] = deque()
         try:
             for one in feeds:
@@ -276,7 +263,7 @@ class Runtime:
                 yield started.popleft().result()
         finally:
             for future in started:  # the stream was abandoned, but running calls still read the caller's arrays
-                if not future.cancel() and not any(one.in_callback() for one in (requests, self._workers) if one):
+                if not future.cancel() and not (self._workers and self._workers.in_callback()):
                     future.exception()
 
     @exits.awaited
@@ -294,10 +281,9 @@ class Runtime:
             return
         self._closed = True  # before taking the lock, which a thread that keeps submitting would rarely release
         with self._lock:
-            requests, self._requests, self._engine = self._requests, None, None
-        for one in (self._workers, requests):
-            if one is not None:
-                one.close()
+            self._engine = None
+        if self._workers is not None:
+            self._workers.close()
 
     def _open_engine(self) -> Engine:
         engine = self._engine

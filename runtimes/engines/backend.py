@@ -17,10 +17,9 @@ from __future__ import annotations
 import importlib
 import re
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol, cast, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, cast
 
 import msgspec
 import numpy.typing as npt
@@ -113,26 +112,6 @@ class Engine(Protocol):
     def describe(self) -> dict[str, Any]:
         """Target, device, engine (its library), version, threads; precision where it is not the bundle's, and ``flags``
         where there are any. ``arithmetic`` is what the engine itself says that it computes in, where it can be asked.
-        """
-
-
-@runtime_checkable
-class AsyncEngine(Engine, Protocol):
-    """An engine with asynchronous requests of its own; others are called from two threads."""
-
-    def submit(self, feeds: Feeds) -> Future[dict[str, Array]] | None:
-        """Start on checked feeds and return at once. The feeds are kept until the future is done.
-
-        None: opened like this, it cannot; it is then called from two threads.
-        """
-
-    def in_callback(self) -> bool:
-        """Whether a future's callback runs in this thread, where waiting for another future may block forever."""
-
-    def close(self) -> None:
-        """Return when all submitted calls are done; in a future's callback at once, and they still finish.
-
-        Nothing is submitted after it.
         """
 
 

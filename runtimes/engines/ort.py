@@ -7,16 +7,10 @@ operators that a provider does not support on the CPU. Here that is an error.
 
 from __future__ import annotations
 
-import sys
-import threading
-import time
-import weakref
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import Future
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from perceiver_export.runtimes import exits
 from perceiver_export.runtimes.engines.backend import (
     Array,
     EngineOptions,
@@ -161,8 +155,6 @@ class OrtEngine:
         self.inputs = tuple(map(_spec, session.get_inputs()))
         self.outputs = tuple(map(_spec, session.get_outputs()))
         self._output_names = [spec.name for spec in self.outputs]
-        self._single_threaded = threads == 1  # such a session has no thread of its own
-        self._requests = _Requests()
 
     def run(self, feeds: Feeds) -> dict[str, Array]:
         try:
@@ -183,38 +175,6 @@ class OrtEngine:
         except Exception as error:
             raise _ours(error) from error
 
-    def submit(self, feeds: Feeds) -> Future[dict[str, Array]] | None:
-        if self._single_threaded:
-            return None
-        call = _Call(self._requests, self._output_names)
-        future = call.future
-        try:  # the last argument keeps the feeds alive until the call ends
-            self._requests.begin(call)
-            self._session.run_async(self._output_names, feeds, call, feeds)
-        except Exception as error:
-            self._requests.end(call)
-            if "thread pool" not in str(error):
-                raise _ours(error) from error
-            self._single_threaded = True  # a machine with one core
-            return None
-        finally:
-            del call  # nothing waits for a call that was interrupted before onnxruntime held it
-        return future
-
-    def in_callback(self) -> bool:
-        return threading.get_ident() in self._requests.calling
-
-    def close(self) -> None:
-        if self.in_callback():  # a callback cannot wait for itself; the interpreter waits for this thread at exit
-            _in_background(self.close)
-        else:
-            self._requests.wait()
-
-    @exits.awaited
-    def __del__(self) -> None:
-        if self._requests.busy():
-            _in_background(lambda session, requests: requests.wait(), self._session, self._requests)
-
     def describe(self) -> dict[str, Any]:
         provider = self._session.get_providers()[0]
         # CPU kernels compute in the types of the graph's tensors (a test checks this); with flags they may not.
@@ -229,67 +189,6 @@ class OrtEngine:
             **({"arithmetic": "fp32"} if in_fp32 else {}),
             **self._source.flags_described,
         }
-
-
-class _Requests:
-    """Asynchronous calls of one session. It holds no reference to the session.
-
-    A session must not be freed by one of its own threads, because that corrupts memory (onnxruntime 1.23). Nor may it
-    be freed while one of them runs Python code: the freeing thread would hold Python's lock and wait for that thread.
-    """
-
-    def __init__(self) -> None:
-        self.calling: set[int] = set()  # threads in a caller's callback
-        self.threads: set[int] = set()  # threads of the session that have called back
-        self._in_flight, self._changed = weakref.WeakSet[_Call](), threading.Condition()
-
-    def begin(self, call: _Call) -> None:
-        with self._changed:
-            self._in_flight.add(call)
-
-    def end(self, call: _Call) -> None:
-        with self._changed:
-            self._in_flight.discard(call)
-            self._changed.notify_all()
-
-    def busy(self) -> bool:
-        """Whether a call is in flight, or has ended but its thread still runs Python code."""
-        return bool(self._in_flight) or not self.threads.isdisjoint(sys._current_frames())
-
-    def wait(self) -> None:
-        with self._changed:
-            self._changed.wait_for(lambda: not self._in_flight)
-        while self.busy():
-            time.sleep(exits.STEP)
-
-
-class _Call:
-    """One asynchronous call: onnxruntime holds it, and calls it at the end."""
-
-    def __init__(self, requests: _Requests, names: list[str]) -> None:
-        self.future: Future[dict[str, Array]] = Future()
-        self.future.set_running_or_notify_cancel()
-        self._requests, self._names, self._submitting = requests, names, threading.get_ident()
-
-    @exits.awaited
-    def __call__(self, values: Any, held: Any, error: str) -> None:
-        thread, requests = threading.get_ident(), self._requests
-        if thread != self._submitting:  # they are equal if onnxruntime's queue was full
-            requests.threads.add(thread)
-        nested = thread in requests.calling  # a callback's own call, ended at once
-        requests.calling.add(thread)
-        if error:
-            exits.answer(self.future, None, _ours(RuntimeError(error)))
-        else:
-            exits.answer(self.future, dict(zip(self._names, values, strict=True)))
-        if not nested:
-            requests.calling.discard(thread)
-        requests.end(self)
-
-
-def _in_background(call: Callable[..., None], *arguments: object) -> None:
-    """Call in a thread that also frees the arguments. Python waits for it at exit."""
-    threading.Thread(target=call, args=arguments, name="perceiver-export-close", daemon=False).start()
 
 
 def utf8(path: Path) -> str:

@@ -95,7 +95,7 @@ def test_the_help_of_export_has_the_documentation_of_each_option() -> None:
 
     assert "--dynamic-queries" in shown
     assert "--split --no-split" in shown.replace("/", " ").replace("  ", " ")
-    assert "Samples a call: a number, or a range." in shown
+    assert "Samples per call: a number, or a range." in shown
     assert "[default: fold]" in shown
 
 
