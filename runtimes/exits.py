@@ -128,7 +128,7 @@ os.register_at_fork(after_in_child=_start_over)
 
 
 def answer(future: Future[Any], result: object, error: BaseException | None = None) -> None:
-    """Finish a future. What a callback raises is logged, also a SystemExit, which would end the engine's thread."""
+    """Finish a future. What a callback raises is logged: a SystemExit would end the worker's thread."""
     try:
         if error is None:
             future.set_result(result)

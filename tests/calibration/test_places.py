@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 
 from perceiver_export.calibration import QuantizeOptions, quantize
-from perceiver_export.calibration.bundles import check_new_directory, refuse_place
+from perceiver_export.calibration.bundles import check_new_directory, copy_tree, refuse_place
 from perceiver_export.calibration.quantization.search import search
 from perceiver_export.calibration.validation.certify import check_certifiable
 from perceiver_export.exporter import export
 from perceiver_export.exporter.cli.output import check_file
 from perceiver_export.runtimes import open_bundle
-from perceiver_export.runtimes.errors import DataError, ExportError, PerceiverExportError, UsageError
+from perceiver_export.runtimes.errors import BundleError, DataError, ExportError, PerceiverExportError, UsageError
 from perceiver_export.runtimes.files import check_writable
 from tests.calibration.asked import quantizing
 from tests.cli.commands import fail, succeed
@@ -120,3 +120,19 @@ def test_weights_of_lowered_graphs_stay_behind_and_the_manifest_of_another_progr
 
     assert {name for name in made.manifest.files if name.endswith(".weights")} == {"model.weights"}
     assert not list(made.path.glob("*fp16*"))
+
+
+def test_a_copy_follows_no_link_out(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("secret")
+    source, target = tmp_path / "a", tmp_path / "b"
+    (source / "engines").mkdir(parents=True)
+    (source / "engines" / "blob").write_text("x")
+    target.mkdir()
+
+    copy_tree(source, target)
+    assert (target / "engines" / "blob").read_text() == "x"
+
+    (source / "engines" / "link").symlink_to(tmp_path / "secret")
+    (tmp_path / "c").mkdir()
+    with pytest.raises(BundleError, match="link"):
+        copy_tree(source, tmp_path / "c")

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import pytest
 
-from perceiver_export.calibration.bundles import copy_tree
 from perceiver_export.runtimes import files
 from perceiver_export.runtimes.errors import BundleError, InputError
 from perceiver_export.runtimes.files import (
@@ -170,7 +169,6 @@ def test_both_ways_of_an_exchange_swap(two_steps: bool, tmp_path: Path, monkeypa
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from perceiver_export.calibration.bundles import copy_tree
 from perceiver_export.runtimes import files
 place = Path(sys.argv[1])
 if sys.argv[2] == "between":  # a file system without renameat2, killed after its first rename
@@ -225,22 +223,6 @@ def test_what_a_live_writer_writes_is_not_removed(tmp_path: Path) -> None:
     assert writer.returncode == 0
     assert (place / "f").read_text() == "new"
     assert os.listdir(tmp_path) == ["b"]
-
-
-def test_a_copy_follows_no_link_out(tmp_path: Path) -> None:
-    (tmp_path / "secret").write_text("secret")
-    source, target = tmp_path / "a", tmp_path / "b"
-    (source / "engines").mkdir(parents=True)
-    (source / "engines" / "blob").write_text("x")
-    target.mkdir()
-
-    copy_tree(source, target)
-    assert (target / "engines" / "blob").read_text() == "x"
-
-    (source / "engines" / "link").symlink_to(tmp_path / "secret")
-    (tmp_path / "c").mkdir()
-    with pytest.raises(BundleError, match="link"):
-        copy_tree(source, tmp_path / "c")
 
 
 def test_the_cache_is_the_users_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
