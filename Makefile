@@ -9,6 +9,9 @@ LISTING := $(VENV)/files
 PYTHON310 ?= $(shell for p in python3.10 $$HOME/.pyenv/versions/3.10.*/bin/python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info[:2] != (3, 10))' 2>/dev/null && echo $$p && break; done)
 
+# Where Python is told not to keep compiled modules, every process that a test starts would compile the package again.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: install demo docs reference screenshots test suite test-report test-web test-install check check-fast pure test-gpu test-py310 benchmarks fuzz clean FORCE
 
 install: $(STAMP)
@@ -39,7 +42,7 @@ suite: install
 
 # Lint, types, and the tests that need neither an export nor an engine, side by side: below 90 seconds on two cores.
 PURE := $(addprefix tests/,runtimes/test_byte_tokenizer.py runtimes/test_audio_files.py runtimes/test_npz.py \
-	runtimes/test_opencv_resize.py runtimes/test_pictures.py runtimes/test_point_files.py runtimes/test_flow.py \
+	runtimes/test_opencv_resize.py runtimes/test_image_files.py runtimes/test_point_files.py runtimes/test_flow.py \
 	runtimes/test_tensorrt_capabilities.py runtimes/test_compare.py runtimes/test_text_tasks.py \
 	runtimes/test_video_task.py runtimes/test_points_task.py runtimes/test_audio_task.py runtimes/test_flow_task.py \
 	calibration/test_statistics.py calibration/test_labels.py calibration/test_fingerprints.py \

@@ -6,7 +6,7 @@
     perceiver-export quantize clothes --data fashion_mnist/held_out.npz -o int8
     perceiver-export validate int8 --data fashion_mnist/test.npz --against your_own:clothes --max-drop 1 --certify \
         --device openvino-cpu
-    perceiver-export run int8 fashion_mnist/pictures/bag.png
+    perceiver-export run int8 fashion_mnist/images/bag.png
 
 `clothes` is a plain `torch.nn.Module` that was trained here: `python your_own.py` trains it again, in a few minutes,
 from Debian's `dataset-fashion-mnist`. `robot` hears, feels and knows where its joints are: what is near, and how its

@@ -15,7 +15,7 @@ import onnx_ir.passes.common as common
 from onnxscript.rewriter import RewritePass
 from onnxscript.rewriter.rules.common import transpose_transpose_rule
 
-from perceiver_export.exporter.fold.nodes import operand, optional, put
+from perceiver_export.exporter.fold.nodes import made_by, number, operand, optional, put
 from perceiver_export.runtimes.errors import ExportError, first_line
 
 _RANDOM = frozenset(
@@ -23,6 +23,7 @@ _RANDOM = frozenset(
 )
 _REPEATING = frozenset({"Expand", "Tile", "ConstantOfShape"})
 _GROWING = frozenset({"Expand", "Tile", "Add", "Mul", "MatMul", "Gather"})
+_INTEGERS = (ir.DataType.INT32, ir.DataType.INT64)
 _SMALL, _LARGE = 1 << 12, 1 << 20  # numbers
 _NETWORK = "model."  # the name of the network inside each graph, see `graphs`
 _SCOPES = "pkg.torch.onnx.name_scopes"
@@ -232,6 +233,61 @@ def _sizes(node: ir.Node) -> list[int] | None:
     return known if len(known) == len(sizes) else None
 
 
+class DivideIntegersPass(ir.passes.InPlacePass):
+    """Divides indices as integers: float32 is exact up to 2²⁴ only, and engines that compute in 16 bits would round them.
+
+    Given:  Cast(Floor(Div(Cast(i, float), 48)), int32)      i of int32, as torch.div(i, 48, rounding_mode="floor")
+    Result: Div(Sub(i, Mod(i, 48)), 48)
+    """
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        modified = False
+        for node in list(model.graph):
+            dtype, result = node.outputs[0].dtype, node.outputs[0]
+            if node.op_type != "Cast" or dtype not in _INTEGERS or result.is_graph_output():
+                continue
+            quotient, floors = _quotient(operand(node))
+            cast = made_by(quotient.inputs[0], "Cast") if quotient is not None else None
+            divisor = number(quotient.inputs[1]) if quotient is not None else None
+            if cast is None or operand(cast).dtype != dtype or not divisor or divisor < 1 or divisor % 1:
+                continue
+            _divide(model.graph, node, operand(cast), int(divisor), floors)
+            modified = True
+        return ir.passes.PassResult(model, modified=modified)
+
+
+def _quotient(value: ir.Value) -> tuple[ir.Node | None, bool]:
+    """The division whose result is rounded here, and whether it is rounded down; else a Cast rounds it towards zero."""
+    signed = made_by(value, "Mul")  # Mul(Floor(Abs(q)), Sign(q)): rounding_mode="trunc"
+    floor = made_by(value if signed is None else operand(signed), "Floor")
+    if signed is not None:
+        sign, absolute = made_by(operand(signed, 1), "Sign"), made_by(floor.inputs[0], "Abs") if floor else None
+        same = sign is not None and absolute is not None and operand(sign) is operand(absolute)
+        return made_by(operand(sign), "Div") if sign is not None and same else None, False
+    return made_by(value if floor is None else operand(floor), "Div"), floor is not None
+
+
+def _divide(graph: ir.Graph, node: ir.Node, dividend: ir.Value, divisor: int, floors: bool) -> None:
+    """``node`` becomes a division of integers, which rounds towards zero, or down if ``floors``."""
+    result = node.outputs[0]
+    constant = ir.Value(name=f"{result.name}.divisor", const_value=ir.tensor(divisor, dtype=dividend.dtype))
+    constant.type, constant.shape = dividend.type, ir.Shape(())
+    graph.initializers.add(constant)
+    made = []
+
+    def make(operator: str, first: ir.Value, second: ir.Value) -> ir.Value:
+        new = ir.node(operator, [first, second], metadata_props=node.metadata_props)
+        (value,) = new.outputs
+        value.name, value.type, value.shape = f"{result.name}.{operator}", dividend.type, result.shape
+        made.append(new)
+        return value
+
+    multiple = make("Sub", dividend, make("Mod", dividend, constant)) if floors else dividend
+    put(result, make("Div", multiple, constant))
+    graph.insert_after(node, made)
+    graph.remove(node, safe=True)
+
+
 def passes(dynamic: Collection[int] = ()) -> tuple[ir.passes.InPlacePass, ...]:
     """All passes, with the reason of each."""
     return (
@@ -244,6 +300,7 @@ def passes(dynamic: Collection[int] = ()) -> tuple[ir.passes.InPlacePass, ...]:
         RewritePass([transpose_transpose_rule]),
         FoldConstantsPass(dynamic),
         FoldConstantsPass(dynamic),  # again: small arrays that are expanded to a computed shape
+        DivideIntegersPass(),
         common.IdentityEliminationPass(),
         # Nodes that lost their readers.
         common.RemoveUnusedNodesPass(),

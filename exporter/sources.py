@@ -164,6 +164,8 @@ def _directory(text: str) -> tuple[Path, str]:
         own = "write a function that returns the module with these weights, and inputs; export module:function"
         hint = f"export {directory.parent}, which has its config.json" if beside else own
         raise CheckpointError(f"{text} is no model: {directory.suffix} files hold weights without the model", hint)
+    if not directory.exists() and directory.suffix == ".onnx":
+        raise CheckpointError(f"{text} does not exist", "check the path")
     if not directory.is_dir():
         raise CheckpointError(
             f"{text} {'is not a directory' if directory.exists() else 'does not exist'}",

@@ -74,11 +74,11 @@ class Certificate(msgspec.Struct, frozen=True):
         where = where if ours == theirs else f"{ours}, {where}"
         confidence = f"{100 * self.claims[0].confidence:g} %" if self.claims else "no"
         caveats = "".join(f"; but {caveat}" for caveat in self.caveats)
-        each = " each" if len(self.claims) > 1 else ""
-        samples = f"{self.samples:,} samples of {self.data[:16]}{_counted(self.labels)}"
+        each = "each " if len(self.claims) > 1 else ""
+        samples = f"{self.samples:,} samples{_counted(self.labels)}, fingerprint {self.data[:16]}"
         stopped = f", {self.sequential}" if self.sequential else ""
         return (
-            f"{claims} against {self.reference} ({theirs}) with {confidence} confidence{each}, {samples}{stopped}, "
+            f"{claims} against {self.reference} ({theirs}), {each}with {confidence} confidence, {samples}{stopped}, "
             f"{where}{caveats}"
         )
 

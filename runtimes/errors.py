@@ -179,7 +179,7 @@ def install_command(extra: str) -> str:
 def check_choice(what: str, value: object, choices: tuple[str, ...]) -> None:
     """Raise UsageError unless ``value`` is one of ``choices``."""
     if value not in choices:
-        raise UsageError(f"{what} is {value!r}", f"use one of {', '.join(choices)}")
+        raise UsageError(f"{what} cannot be {value!r}", f"use one of {', '.join(choices)}")
 
 
 def check_kind(what: str, value: object, kind: type | tuple[type, ...], words: str) -> None:

@@ -83,7 +83,7 @@ def checked(package: Path, extra: str, bundle: Path, folder: Path) -> list[str]:
 def holds(check: str, place: Path, bundle: Path, package: Path) -> bool:
     """Whether a command or a line of Python succeeds, or fails for want of an extra that the hint can install."""
     wanted, _, check = check[1:].partition(" ") if check.startswith("!") else ("", "", check)
-    names = {"bundle": str(bundle), "picture": str(EXAMPLE / "pictures" / "bag.png")}
+    names = {"bundle": str(bundle), "picture": str(EXAMPLE / "images" / "bag.png")}
     text = check.format(**names, checkpoint=str(EXAMPLE / "checkpoint"), data=str(EXAMPLE / "held_out.npz"))
     command = text.split() if text.startswith("perceiver-export") else ["python", "-c", text]
     command[0] = str(place / "bin" / command[0])

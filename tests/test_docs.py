@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import math
 import os
 import re
 import runpy
@@ -22,7 +23,9 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import typer
 
+from perceiver_export.exporter.cli.main import app
 from tests.benchmarks.harness import END
 from tests.calibration.asked import some
 from tests.cli.commands import succeed
@@ -117,6 +120,37 @@ def run_lines(text: str) -> None:
         elif not line.startswith(ELSEWHERE):
             assert command == "perceiver-export", line
             succeed(*arguments)
+
+
+def test_a_command_in_a_sentence_has_the_options_that_it_names() -> None:
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    known = {
+        name: {one for p in found.params for one in (*p.opts, *p.secondary_opts)} for name, found in commands.items()
+    }
+    seen = 0
+    for page in (*markdown(), *REPOSITORY.glob("*.md"), *REPOSITORY.glob("examples/*/README.md")):
+        for span in re.findall(r"`(?:perceiver-export )?([a-z][^`<>]*)`", page.read_text(encoding="utf-8")):
+            name, *words = span.split()[:40]
+            given = {re.sub(r"[=/].*", "", word) for word in words if re.match("--[a-z]", word)}
+            if name in known and given:
+                seen += 1
+                assert given <= known[name] | {"--help"}, (page, span)
+    assert seen > 40
+
+
+def test_the_verdict_in_the_texts_is_the_measured_one() -> None:
+    results, readme, guide = (
+        " ".join((REPOSITORY / name).read_text(encoding="utf-8").split())
+        for name in ("docs/results/int8.md", "README.md", "docs/guides/validate.md")
+    )
+    row = r"\| ort-cpu \| \S+ \| \S+ \| (\d+) \| (\d+) \| \S+ \| (\S+) \| held"
+    lost, gained, bound = re.findall(row, results)[0]
+    most = math.ceil(1000 * float(bound)) / 1000
+
+    assert f"answered {gained} more and {lost} fewer of 10,000" in readme
+    assert f"the loss is at most {most} points (0.6 allowed)" in readme
+    assert f"On {gained} of them only the int8 model was right, on {lost} only" in guide
+    assert f"So {most} points is the bound" in guide
 
 
 def test_every_command_is_in_a_block_that_these_tests_see() -> None:

@@ -37,7 +37,7 @@ def run(*command: str | Path) -> str:
 
 
 def test_run_in_an_app(fashion_bundle: Path) -> None:
-    output = run(EXAMPLES / "01_run_in_an_app.py", fashion_bundle, EXAMPLES / "fashion_mnist" / "pictures" / "bag.png")
+    output = run(EXAMPLES / "01_run_in_an_app.py", fashion_bundle, EXAMPLES / "fashion_mnist" / "images" / "bag.png")
 
     assert "bag.png: Bag" in output
 

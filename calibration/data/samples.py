@@ -37,7 +37,7 @@ from perceiver_export.runtimes.preprocessing import FlowPreprocessing, ImagePrep
 from perceiver_export.runtimes.runtime import Array, check_values
 from perceiver_export.runtimes.tasks.arrays import check_masks
 from perceiver_export.runtimes.tasks.base import interface
-from perceiver_export.runtimes.tasks.image_files import take_picture, to_input
+from perceiver_export.runtimes.tasks.image_files import take_image, to_input
 from perceiver_export.runtimes.tasks.tokenizers import Tokenizer, open_tokenizer
 
 Arrays = dict[str, Array]
@@ -332,7 +332,7 @@ def _image(image: Any, steps: ImagePreprocessing) -> tuple[Path | Array, Array]:
     """An image in readable form and as the model's input; an array of floats already is one. Raises InputError."""
     if isinstance(image, np.ndarray) and image.dtype.kind == "f":
         return image, image
-    pixels = take_picture(image)
+    pixels = take_image(image)
     shown = Path(image) if isinstance(image, str) else image if isinstance(image, Path | np.ndarray) else pixels
     return shown, to_input(pixels, steps)
 

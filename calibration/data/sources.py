@@ -27,7 +27,7 @@ from perceiver_export.runtimes.npz import Npz
 from perceiver_export.runtimes.preprocessing import ImagePreprocessing, TextPreprocessing
 from perceiver_export.runtimes.runtime import Array
 from perceiver_export.runtimes.tasks.base import interface
-from perceiver_export.runtimes.tasks.image_files import PICTURE_FILES
+from perceiver_export.runtimes.tasks.image_files import IMAGE_SUFFIXES
 
 RANDOM = "random"
 ITERABLE = "an iterable"  # the name of data without a path
@@ -144,7 +144,7 @@ def _folders(path: Path) -> Iterator[Row]:
     classes = sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     for folder in (path, *classes):
         for file in sorted(folder.iterdir()):
-            if file.suffix.lower() in PICTURE_FILES and file.is_file():
+            if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file():
                 label = {} if folder == path else {"label": folder.name}
                 yield file.relative_to(path).as_posix(), {"image": file, **label}
 
@@ -164,7 +164,7 @@ def _table(path: Path) -> Iterator[Row]:
 
 
 def _unlisted(path: Path, rows: Sequence[Row]) -> str:
-    images = [file for file in path.rglob("*") if file.suffix.lower() in PICTURE_FILES]
+    images = [file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES]
     left = sorted(set(images) - {values["image"] for _, values in rows})
     return f"{len(left):,} of {len(images):,} images have no row in labels.csv, first {left[0]}" if left else ""
 

@@ -208,7 +208,8 @@ def measure_effects(
         kinds = dict.fromkeys(kinds, "single-label")  # one token at each position
     sides = {name: [np.concatenate(side) for side in zip(*pairs, strict=True)] for name, pairs in found.items()}
     return tuple(
-        OutputEffect(name, sqnr(*pair), _agreement(kinds.get(name, "none"), *pair)) for name, pair in sides.items()
+        OutputEffect(name, sqnr(*pair), _agreement(kinds.get(name, "none"), *pair), len(pair[0]))
+        for name, pair in sides.items()
     )
 
 

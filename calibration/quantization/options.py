@@ -32,7 +32,7 @@ class QuantizeOptions:
     smooth: bool = option(True, "Fold SmoothQuant into LayerNorms and value projections.")
     correct_bias: bool = option(True, "Correct the mean error of products in their biases.")
     weight_bits: int | None = option(None, "8, or 7 for x86 CPUs without VNNI. The default suits this machine.")
-    precision: Mapping[str, Scheme] = option(dict, "Another scheme for some layers.", "NAME=SCHEME")
+    precision: Mapping[str, Scheme] = option(dict, "Another scheme for some layers: a name or pattern.", "NAME=SCHEME")
     keep_float: Sequence[str] = option(tuple, "Layers that stay float: names, or patterns (decoder.*).", "NAME")
     min_coverage: float = option(100.0, "Smallest share of int8 multiply-adds in integer kernels, in percent.")
     gates: Gates = Gates()
@@ -43,9 +43,7 @@ class QuantizeOptions:
     def __post_init__(self) -> None:
         from perceiver_export.runtimes.opening import check_threads
 
-        check_choice("scheme", self.scheme, get_args(Scheme))
-        if self.scheme == "float":
-            raise UsageError("the scheme float quantizes nothing", "use int8, int8-weights or int4-weights")
+        check_choice("scheme", self.scheme, tuple(one for one in get_args(Scheme) if one != "float"))
         check_choice("method", self.method, get_args(Method))
         check_whole("samples", self.samples, 1, None, "give 1 or more; 128 suffice for most models")
         if self.weight_bits not in (None, 7, 8):

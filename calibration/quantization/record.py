@@ -137,11 +137,15 @@ class Speed(msgspec.Struct, frozen=True):
 
 
 class OutputEffect(msgspec.Struct, frozen=True):
-    """An output of the quantized bundle compared with fp32's, on calibration samples and ONNX Runtime: SQNR in dB."""
+    """An output of the quantized bundle compared with fp32's, on calibration samples and ONNX Runtime: SQNR in dB.
+
+    ``agreement`` is the share of answers that are the same, if the output holds scores.
+    """
 
     output: str
     sqnr: float
-    agreement: float | None  # the share of samples with the same prediction, if the output holds scores
+    agreement: float | None
+    samples: int = 0  # 0 in bundles that did not record it
 
 
 class Calibration(msgspec.Struct, frozen=True):

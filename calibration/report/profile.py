@@ -115,6 +115,8 @@ class Profile(msgspec.Struct, frozen=True):
         peaks = ", ".join(f"{peak / 1e9:,.0f} GFLOP/s in {kind}" for kind, peak in self.peaks.items())
         memory = f"{self.memory / 1e9:,.1f} GB/s for what no cache holds"
         notes = [f"Of the peak: the least time at {peaks}, and at {memory}, as a share of the time."] * bool(self.peaks)
+        if any(one.sqnr is not None for one in self.layers):
+            notes.append("SQNR: of the layer's own product to fp32's, at calibration or on the data given.")
         if any(one.loss is not None for one in self.layers):
             notes.append("Alone: SQNR of the outputs with only this layer quantized.")
         title = f"{self.bundle} in {self.precision} on {self.target}, {self.engine}"

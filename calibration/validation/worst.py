@@ -17,13 +17,13 @@ from perceiver_export.calibration.data.samples import Example
 from perceiver_export.runtimes.errors import DataError
 from perceiver_export.runtimes.files import encode_json
 from perceiver_export.runtimes.runtime import Array
-from perceiver_export.runtimes.tasks.image_files import take_picture
+from perceiver_export.runtimes.tasks.image_files import take_image
 
 _SIDE = 96  # pixels of a thumbnail's longer side
 
 
 class WorstSample(msgspec.Struct, frozen=True):
-    """One of the worst samples. Scores are by metric, in its unit; ``picture`` is a PNG data URI.
+    """One of the worst samples. Scores are by metric, in its unit; ``image`` is a PNG data URI.
 
     ``index`` is its position among the samples of the data.
     """
@@ -34,7 +34,7 @@ class WorstSample(msgspec.Struct, frozen=True):
     reference: str = ""
     candidate: str = ""
     scores: dict[str, float] = {}
-    picture: str = ""
+    image: str = ""
     text: str = ""
 
 
@@ -123,11 +123,11 @@ def _shown(example: Example, sample: WorstSample) -> WorstSample:
         return sample  # preprocessed numbers are not an image
     from PIL import Image
 
-    small, content = Image.fromarray(take_picture(source)), io.BytesIO()
+    small, content = Image.fromarray(take_image(source)), io.BytesIO()
     small.thumbnail((_SIDE, _SIDE))
     small.save(content, "PNG", optimize=True)
-    picture = base64.b64encode(content.getvalue()).decode()
-    return msgspec.structs.replace(sample, picture=f"data:image/png;base64,{picture}")
+    image = base64.b64encode(content.getvalue()).decode()
+    return msgspec.structs.replace(sample, image=f"data:image/png;base64,{image}")
 
 
 OPTION = "--save-worst"
@@ -144,12 +144,12 @@ def write_worst(
         for number, (sample, example) in enumerate(zip(samples, examples, strict=True)):
             targets = {f"target_{name}": target for name, target in example.targets.items()}
             np.savez(temporary / f"{number:02}.npz", **example.feeds, **targets)  # type: ignore[arg-type]
-            if sample.picture:
-                content = base64.b64decode(sample.picture.partition(",")[2])
+            if sample.image:
+                content = base64.b64decode(sample.image.partition(",")[2])
                 (temporary / f"{number:02}.png").write_bytes(content)
             if sample.text:
                 (temporary / f"{number:02}.txt").write_text(sample.text, encoding="utf-8", errors="replace")
-        listed = [msgspec.structs.replace(sample, picture="") for sample in samples]
+        listed = [msgspec.structs.replace(sample, image="") for sample in samples]
         (temporary / "worst.json").write_bytes(encode_json(listed))
         if classes:
             (temporary / "classes.json").write_bytes(encode_json(classes))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write the demo's data from Debian's `dataset-fashion-mnist`: test set, held-out training pictures, a few PNGs.
+"""Write the demo's data from Debian's `dataset-fashion-mnist`: test set, held-out training images, a few PNGs.
 
     python examples/fashion_mnist/prepare_data.py
 
@@ -31,19 +31,19 @@ def write_npz(path: Path, **arrays: np.ndarray) -> None:
 
 
 def main() -> None:
-    """Write test.npz, held_out.npz and pictures/."""
+    """Write test.npz, held_out.npz and images/."""
     images, labels = read_split("t10k")
     write_npz(HERE / "test.npz", image=images, labels=labels)
     train_images, train_labels = read_split("train")
     write_npz(HERE / "held_out.npz", image=train_images[HELD_OUT], labels=train_labels[HELD_OUT])
-    pictures = HERE / "pictures"
-    pictures.mkdir(exist_ok=True)
+    folder = HERE / "images"
+    folder.mkdir(exist_ok=True)
     rows = ["file,label"]
     for index, label in enumerate(LABELS):
         name = f"{label.lower().replace('/', '-').replace(' ', '-')}.png"
-        Image.fromarray(images[int(np.argmax(labels == index))]).save(pictures / name, optimize=True)
+        Image.fromarray(images[int(np.argmax(labels == index))]).save(folder / name, optimize=True)
         rows.append(f"{name},{label}")
-    (pictures / "labels.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    (folder / "labels.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -83,7 +83,7 @@ def read_split(name: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def cross_attention(model: PerceiverIO) -> CrossAttention:
-    """The one layer that reads the picture."""
+    """The one layer that reads the image."""
     (layer,) = model.encoder.cross_attentions
     assert isinstance(layer, CrossAttention)
     return layer
@@ -178,7 +178,7 @@ def accuracy(model: PerceiverIO, images: np.ndarray, labels: np.ndarray) -> floa
 
 @dataclass
 class Pictures:
-    """Training pictures (N, 28, 28) with labels (N,), and a teacher's scores (N, 2, 10): as they are, and mirrored."""
+    """Training images (N, 28, 28) with labels (N,), and a teacher's scores (N, 2, 10): as they are, and mirrored."""
 
     images: Tensor
     labels: Tensor
@@ -186,7 +186,7 @@ class Pictures:
     generator: torch.Generator
 
     def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """One epoch: inputs, labels and the teacher's scores; each picture is mirrored with probability 1/2."""
+        """One epoch: inputs, labels and the teacher's scores; each image is mirrored with probability 1/2."""
         order = torch.randperm(len(self.images), generator=self.generator)
         for rows in order[: len(order) // size * size].reshape(-1, size):
             mirror = torch.rand(size, generator=self.generator) < 0.5
@@ -195,7 +195,7 @@ class Pictures:
 
 
 def teacher(pictures: Pictures, epochs: int) -> Tensor:
-    """Scores of a small convolutional network, which learns these pictures faster and better: (N, 2, 10)."""
+    """Scores of a small convolutional network, which learns these images faster and better: (N, 2, 10)."""
     widths, layers = (3, 32, 64, 128), list[nn.Module]()
     for before, after in pairwise(widths):
         layers += [nn.Conv2d(before, after, 3, padding=1), nn.BatchNorm2d(after), nn.ReLU(), nn.MaxPool2d(2)]
@@ -219,7 +219,7 @@ def fit(
     rate: float,
     loss_of: Callable[[Tensor, Tensor, Tensor], Tensor],
 ) -> None:
-    """AdamW, one-cycle learning rate, mirrored pictures, mixed precision; prints one line an epoch."""
+    """AdamW, one-cycle learning rate, mirrored images, mixed precision; prints one line an epoch."""
     decayed = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]

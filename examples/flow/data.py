@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pairs of frames with known motion, cut from real pictures: translation, zoom and rotation, in one or two layers.
+"""Pairs of frames with known motion, cut from real images: translation, zoom and rotation, in one or two layers.
 
-Frame 0 and frame 1 are both sampled from one picture, so that the flow is exact and neither frame is sharper.
+Frame 0 and frame 1 are both sampled from one image, so that the flow is exact and neither frame is sharper.
 """
 
 from __future__ import annotations
@@ -36,21 +36,21 @@ Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
 
 
-def read_picture(name: str) -> Image.Image:
-    """A picture of scikit-image's wheel (``skimage:NAME``) or of Debian's opencv-doc, as RGB."""
+def read_image(name: str) -> Image.Image:
+    """An image of scikit-image's wheel (``skimage:NAME``) or of Debian's opencv-doc, as RGB."""
     if name.startswith("skimage:"):
         return Image.fromarray(getattr(skimage_data, name.removeprefix("skimage:"))()).convert("RGB")
     return Image.open(OPENCV / name).convert("RGB")
 
 
 def pyramid(names: Sequence[str]) -> list[Tensor]:
-    """Each picture (3, H, W) in [0, 1], reduced by 2, 3, 4 and 6 where it stays larger than a tile with its margin."""
+    """Each image (3, H, W) in [0, 1], reduced by 2, 3, 4 and 6 where it stays larger than a tile with its margin."""
     least = (HEIGHT + 2 * MARGIN, WIDTH + 2 * MARGIN)
     levels = []
     for name in names:
-        picture = read_picture(name)
+        image = read_image(name)
         for factor in (2, 3, 4, 6):
-            small = np.asarray(picture.reduce(factor), np.float32) / 255
+            small = np.asarray(image.reduce(factor), np.float32) / 255
             if small.shape[0] > least[0] and small.shape[1] > least[1]:
                 levels.append(torch.from_numpy(small).permute(2, 0, 1))
     return levels
@@ -70,7 +70,7 @@ class Warps:
         return torch.from_numpy(self.random.uniform(low, high, shape)).float()
 
     def _patches(self, count: int) -> Tensor:
-        """Random pieces of random pictures, a tile and its margin, some mirrored."""
+        """Random pieces of random images, a tile and its margin, some mirrored."""
         height, width = HEIGHT + 2 * MARGIN, WIDTH + 2 * MARGIN
         patches = []
         for _ in range(count):
@@ -104,7 +104,7 @@ class Warps:
         return torch.stack(frames, 1), flow, back
 
     def batch(self, count: int, noise: bool = True) -> tuple[Tensor, Tensor]:
-        """``count`` pairs; in about half of them an ellipse of another picture moves in front.
+        """``count`` pairs; in about half of them an ellipse of another image moves in front.
 
         With ``noise`` the exposure of each frame differs by up to 15 %, and both have up to 3 % of noise.
         """
@@ -136,7 +136,7 @@ def samples(names: Sequence[str], count: int, seed: int) -> dict[str, npt.NDArra
 def motorcycle() -> tuple[Bytes, Floats]:
     """Middlebury's motorcycle pair at an eighth of its size, (2, 62, 92, 3), and its true flow (62, 92, 2).
 
-    The right picture is shifted by 32 pixels first, so that nothing moves by more than a few pixels; flow is NaN where
+    The right image is shifted by 32 pixels first, so that nothing moves by more than a few pixels; flow is NaN where
     the disparity is unknown.
     """
     left, right, disparity = skimage_data.stereo_motorcycle()

@@ -16,7 +16,7 @@ from PIL import Image
 from examples.flow.data import HERE, Floats, motorcycle
 from examples.flow.train import classical
 from perceiver_export.runtimes import open_task
-from perceiver_export.runtimes.tasks.flow_files import flow_picture
+from perceiver_export.runtimes.tasks.flow_files import flow_image
 
 FRAMES = HERE / "frames"
 
@@ -46,12 +46,12 @@ def main() -> None:
     shown = {
         "frame of vtest.avi": walkers[0],
         "difference to the next": np.abs(walkers[0].astype(int) - walkers[1]).astype(np.uint8),
-        "flow": flow_picture(walking, 3),
-        "flow, Lucas-Kanade": flow_picture(classical(walkers)[list(others)[1]], 3),
+        "flow": flow_image(walking, 3),
+        "flow, Lucas-Kanade": flow_image(classical(walkers)[list(others)[1]], 3),
         "motorcycle": pair[0],
-        "true flow": flow_picture(truth, 3),
-        f"flow, error {error(riding, truth):.2f} px": flow_picture(riding, 3),
-        f"{name.split(' (')[0]}, {error(others[name], truth):.2f} px": flow_picture(others[name], 3),
+        "true flow": flow_image(truth, 3),
+        f"flow, error {error(riding, truth):.2f} px": flow_image(riding, 3),
+        f"{name.split(' (')[0]}, {error(others[name], truth):.2f} px": flow_image(others[name], 3),
     }
     figure, axes = pyplot.subplots(2, 4, figsize=(11, 5), layout="constrained")
     for axis, (title, picture) in zip(axes.flat, shown.items(), strict=True):

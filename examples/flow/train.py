@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train a small Perceiver IO of optical flow on moving pieces of real pictures; write checkpoint and data.
+"""Train a small Perceiver IO of optical flow on moving pieces of real images; write checkpoint and data.
 
     apt-get install opencv-doc
     pip install av

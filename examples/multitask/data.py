@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calibration and test data: the pictures of examples/fashion_mnist, each turned to the left by some quarters.
+"""Calibration and test data: the images of examples/fashion_mnist, each turned to the left by some quarters.
 
 Use it as DATA in the repository's folder: `validate … --data examples.multitask.data:test`. And metrics of the two
 outputs that have none of their own: `validate … --metric examples.multitask.data:turn`.
@@ -19,12 +19,12 @@ TURNS = 4  # quarters
 
 
 def calibration() -> Iterator[dict[str, Array]]:
-    """512 pictures that were held out of training."""
+    """512 images that were held out of training."""
     return _samples("held_out.npz", 512)
 
 
 def test() -> Iterator[dict[str, Array]]:
-    """The 10,000 official test pictures."""
+    """The 10,000 official test images."""
     return _samples("test.npz", 10_000)
 
 
@@ -37,7 +37,7 @@ def turned(images: Array, quarters: Array) -> Array:
 
 
 def read(name: str, count: int) -> dict[str, Array]:
-    """The first pictures of an archive, turned at random but always alike, and what the model should answer."""
+    """The first images of an archive, turned at random but always alike, and what the model should answer."""
     with np.load(PICTURES / name) as archive:
         images, labels = archive["image"][:count], archive["labels"][:count]
     quarters = np.random.default_rng(0).integers(TURNS, size=len(images))
@@ -59,7 +59,7 @@ turn.unit = "%"  # type: ignore[attr-defined]
 
 
 def upright(outputs: dict[str, Array], targets: dict[str, Array]) -> float:
-    """The mean error of a pixel of the upright picture, in grey levels from 0 to 255."""
+    """The mean error of a pixel of the upright image, in grey levels from 0 to 255."""
     return float(np.abs(255 * np.clip(outputs["upright"], 0, 1) - targets["picture"]).mean())
 
 

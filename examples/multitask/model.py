@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One picture in, three answers out: a Perceiver IO in plain torch whose queries belong to three tasks.
+"""One image in, three answers out: a Perceiver IO in plain torch whose queries belong to three tasks.
 
 perceiver-export export examples.multitask.model:multitask -o multitask
 """
@@ -21,7 +21,7 @@ SIDE, TILES, TILE = 28, 7, 4  # a picture is 7 × 7 tiles of 4 × 4 pixels
 
 
 class Multitask(nn.Module):
-    """Pixels (B, 28, 28), turned by quarters -> its label, how it is turned, and the upright picture.
+    """Pixels (B, 28, 28), turned by quarters -> its label, how it is turned, and the upright image.
 
     24 latents read the picture's tiles and each other. One query asks for the label, one for the turn, and one for
     each tile of the picture.

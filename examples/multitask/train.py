@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train on Fashion-MNIST's pictures, each turned by some quarters, and write the weights and a sample for `run`.
+"""Train on Fashion-MNIST's images, each turned by some quarters, and write the weights and a sample for `run`.
 
     apt-get install dataset-fashion-mnist
     python -m examples.multitask.train
@@ -28,13 +28,13 @@ UPRIGHT = 5.0  # how much the error of the upright picture counts beside the two
 
 
 def pictures() -> tuple[Array, Array]:
-    """The pictures to train on, and their labels."""
+    """The images to train on, and their labels."""
     images, labels = read_split("train")
     return np.delete(images, np.r_[HELD_OUT], 0), np.delete(labels, np.r_[HELD_OUT], 0)
 
 
 def batches(images: Array, labels: Array, size: int, rng: np.random.Generator) -> tuple[Tensor, ...]:
-    """Random pictures, turned at random, and the three answers."""
+    """Random images, turned at random, and the three answers."""
     chosen, quarters = rng.integers(len(images), size=size), rng.integers(TURNS, size=size)
     upright = images[chosen]
     found = turned(upright, quarters), labels[chosen].astype(np.int64), quarters, upright.astype(np.float32) / 255
@@ -68,7 +68,7 @@ def train(epochs: int, seed: int) -> Multitask:
 
 
 def linear(targets: Array, images: Array, classes: int, test: Array) -> Array:
-    """Answers to the test pictures of a softmax regression on the pixels, trained with Adam for 10 epochs."""
+    """Answers to the test images of a softmax regression on the pixels, trained with Adam for 10 epochs."""
     torch.manual_seed(0)
     model, batch = nn.Linear(SIDE**2, classes), 128
     optimizer = torch.optim.Adam(model.parameters(), 1e-3)
@@ -85,7 +85,7 @@ def linear(targets: Array, images: Array, classes: int, test: Array) -> Array:
 
 
 def baseline(output: str) -> dict[str, object]:
-    """A simple model's result on the test data: a regression on the pixels, or the mean training picture."""
+    """A simple model's result on the test data: a regression on the pixels, or the mean training image."""
     test, (images, labels) = read("test.npz", 10_000), pictures()
     if output == "upright":
         error = float(np.abs(images.mean(0) - test["picture"]).mean())

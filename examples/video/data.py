@@ -57,13 +57,13 @@ def read_clip(frames: Path, sound: Path) -> Clip:
     """Decode a clip with PyAV (`pip install av`): every frame, 72 pixels high, and the sound as mono at 4 kHz."""
     av: Any = importlib.import_module("av")
     with av.open(str(frames)) as file:
-        pictures = [frame.to_image().resize((round(72 * frame.width / frame.height), 72), Image.Resampling.BOX)
+        images = [frame.to_image().resize((round(72 * frame.width / frame.height), 72), Image.Resampling.BOX)
                     for frame in file.decode(video=0)]  # fmt: skip
     resampler = av.AudioResampler("flt", "mono", RATE)
     with av.open(str(sound)) as file:
         blocks = [block for frame in file.decode(audio=0) for block in resampler.resample(frame)]
     samples = np.concatenate([block.to_ndarray()[0] for block in (*blocks, *resampler.resample(None))])
-    return Clip(np.stack([np.asarray(one) for one in pictures]), (0.9 * samples / np.abs(samples).max()).astype("f4"))
+    return Clip(np.stack([np.asarray(one) for one in images]), (0.9 * samples / np.abs(samples).max()).astype("f4"))
 
 
 def read_clips() -> dict[str, Clip]:

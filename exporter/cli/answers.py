@@ -103,9 +103,9 @@ def short_names(paths: Sequence[str]) -> dict[str, str]:
 
 def image_files(request: Request) -> list[tuple[Path]]:
     """The files, and the images of the directories, in order."""
-    from perceiver_export.runtimes.tasks.image_files import picture_files
+    from perceiver_export.runtimes.tasks.image_files import list_images
 
-    return _files(request, picture_files)
+    return _files(request, list_images)
 
 
 def point_files(request: Request) -> list[tuple[Path]]:

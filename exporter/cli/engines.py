@@ -130,6 +130,7 @@ def _lower(bundle: str, targets: list[str], precision: PrecisionChoice) -> None:
         stay = "1 node stays" if kept == 1 else f"{kept} nodes stay"
         result = f"{min(one.sqnr.values()):.1f} dB SQNR on ONNX Runtime"
         ui.say(f"{one.name}: {', '.join(one.files)}; {stay} fp32, {result}")
+    ui.show_written(*(Path(bundle, file) for one in lowered for file in one.files))
 
 
 def lint(
@@ -203,7 +204,7 @@ def bench(
     result = _measure(bundle, **vars(how))
     if csv_ is not None:
         _write_csv(csv_, result.measurements, machine=result.machine)
-        ui.show_written(csv_)
+    ui.show_written(*[Path(bundle, "report.json")] * how.save, *([] if csv_ is None else [csv_]))
     ui.print_json(result)
 
 

@@ -186,7 +186,7 @@ def _wrong_usage(error: Any) -> str:
     wanted = _NUMBERS.get(cause[0]["type"]) if len(cause) == 1 else None
     if wanted is not None:
         return f"{error.param.opts[0]} is {cause[0]['input']!r}, not {wanted}"
-    return " ".join(error.format_message().split()).rstrip(".")
+    return " ".join(error.format_message().replace("Value error, ", "").split()).rstrip(".")
 
 
 def _fail(message: str, hint: str, code: int = 1) -> None:

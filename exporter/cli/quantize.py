@@ -168,7 +168,8 @@ def _show_quantized(made: Bundle, calibration: Calibration) -> None:
     ui.print_table("", ["target", "integer kernels>", "a call"], rows)
     for effect in calibration.effects:
         agreement = "" if effect.agreement is None else f", the same answer in {effect.agreement:.1%}"
-        ui.say(f"{effect.output} against fp32, on a few samples: {effect.sqnr:.1f} dB{agreement}")
+        on = f"{effect.samples:,} calibration sample{'s'[: effect.samples > 1]}"
+        ui.say(f"{effect.output} against fp32, on {on}: SQNR {effect.sqnr:.1f} dB{agreement}")
     for reason in dict.fromkeys(quantization.kept_float.values()):
         names = [name for name, why in quantization.kept_float.items() if why == reason]
         ui.say(f"float: {', '.join(names)}: {reason}")

@@ -27,13 +27,13 @@ _STILL = 0.05  # mean pixels; less is no motion
 
 def read_frames(request: Request) -> tuple[list[Path], list[list[Path]]]:
     """The frames in order, of one directory or as named, and the files to write for each pair."""
-    from perceiver_export.runtimes.tasks.image_files import picture_files
+    from perceiver_export.runtimes.tasks.image_files import list_images
 
     paths = [Path(name) for name in request.inputs]
     directories = [path for path in paths if path.is_dir()]
     if directories and len(paths) > 1:
         raise InputError(f"{directories[0]} is a directory", "give one directory of frames, or two or more images")
-    frames = picture_files(paths[0]) if directories else paths
+    frames = list_images(paths[0]) if directories else paths
     if len(frames) < 2:
         raise InputError(
             f"{frames[0]} is one frame", "flow needs two images of the same size, or a directory of frames"
@@ -186,9 +186,9 @@ def _write(directory: Path, answer: Reconstruction, sample_rate: int | None) -> 
 
     from perceiver_export.runtimes.tasks.sound import write_wav
 
-    digits = max(4, len(str(len(answer.pictures))))
+    digits = max(4, len(str(len(answer.frames))))
     with new_directory(directory, "-o", InputError) as temporary:
-        for number, picture in enumerate(answer.pictures):
-            Image.fromarray(picture).save(temporary / f"frame_{number:0{digits}}.png")
+        for number, image in enumerate(answer.frames):
+            Image.fromarray(image).save(temporary / f"frame_{number:0{digits}}.png")
         if sample_rate is not None:
             write_wav(temporary / "sound.wav", answer.sound, sample_rate)

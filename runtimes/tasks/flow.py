@@ -26,11 +26,11 @@ from perceiver_export.runtimes.split import decode
 from perceiver_export.runtimes.tasks.base import LoadPart, Task, check_interface, interface, misfit, steps_of
 from perceiver_export.runtimes.tasks.image_files import (
     Color,
-    Picture,
-    PictureLike,
-    is_picture,
-    picture_files,
-    take_picture,
+    ImageLike,
+    RgbImage,
+    is_image,
+    list_images,
+    take_image,
 )
 
 Size = tuple[int, int]  # height, width
@@ -145,7 +145,7 @@ class OpticalFlow(Task):
             _check_decoder(manifest, height * width)
 
     def __call__(
-        self, frame0: PictureLike, frame1: PictureLike, progress: Progress | None = None, color: Color = "rgb"
+        self, frame0: ImageLike, frame1: ImageLike, progress: Progress | None = None, color: Color = "rgb"
     ) -> Flow:
         """The flow of the whole frame, float32 (H, W, 2), blended from overlapping tiles.
 
@@ -156,8 +156,8 @@ class OpticalFlow(Task):
 
     def region(
         self,
-        frame0: PictureLike,
-        frame1: PictureLike,
+        frame0: ImageLike,
+        frame1: ImageLike,
         top: int,
         left: int,
         height: int,
@@ -182,7 +182,7 @@ class OpticalFlow(Task):
 
     def frames(
         self,
-        frames: str | os.PathLike[str] | Iterable[PictureLike],
+        frames: str | os.PathLike[str] | Iterable[ImageLike],
         progress: Progress | None = None,
         color: Color = "rgb",
     ) -> Iterator[Flow]:
@@ -191,12 +191,12 @@ class OpticalFlow(Task):
         Each pair is computed when the iterator reaches it. Raises InputError: fewer than two frames; and what the call
         raises.
         """
-        listed = picture_files(frames) if isinstance(frames, (str, os.PathLike)) else frames
-        if is_picture(listed) or isinstance(listed, Sequence):
-            _check_count(1 if is_picture(listed) else len(cast("Sequence[PictureLike]", listed)))
+        listed = list_images(frames) if isinstance(frames, (str, os.PathLike)) else frames
+        if is_image(listed) or isinstance(listed, Sequence):
+            _check_count(1 if is_image(listed) else len(cast("Sequence[ImageLike]", listed)))
         return self._consecutive(listed, progress, color)
 
-    def _consecutive(self, frames: Iterable[PictureLike], progress: Progress | None, color: Color) -> Iterator[Flow]:
+    def _consecutive(self, frames: Iterable[ImageLike], progress: Progress | None, color: Color) -> Iterator[Flow]:
         before: _Frame | None = None
         count = 0
         for frame in frames:
@@ -208,7 +208,7 @@ class OpticalFlow(Task):
             before = after
         _check_count(count)
 
-    def _flow(self, pair: Picture, region: Box | None, progress: Progress | None) -> Flow:
+    def _flow(self, pair: RgbImage, region: Box | None, progress: Progress | None) -> Flow:
         """The flow of two frames (2, H, W, 3) in a region (None: everywhere), from the tiles that intersect it."""
         whole = Box(0, 0, *pair.shape[1:3])
         every = tiles(whole[2:], self.tile, self.min_overlap)
@@ -217,7 +217,7 @@ class OpticalFlow(Task):
         return stitch(region or whole, self.tile, self._flows(pair, wanted, region or whole, decoded, progress))
 
     def _flows(
-        self, pair: Picture, wanted: list[Tile], region: Box, decoded: bool, progress: Progress | None
+        self, pair: RgbImage, wanted: list[Tile], region: Box, decoded: bool, progress: Progress | None
     ) -> Iterator[tuple[Tile, Flow]]:
         """Each tile with its flow in the region: cut from the tile's whole flow, or with ``decoded`` only that part
         decoded. Short batches are padded.
@@ -252,12 +252,12 @@ class OpticalFlow(Task):
         return decode(self.part("decoder"), {"frames": frames, "latents": latents}, rows, num_queries=pixels.size)
 
 
-_Frame = tuple[str, Picture]
+_Frame = tuple[str, RgbImage]
 
 
-def _named(frame: PictureLike, name: str, color: Color) -> _Frame:
+def _named(frame: ImageLike, name: str, color: Color) -> _Frame:
     """A frame's pixels with its path, or ``name`` if it has none."""
-    return os.fspath(frame) if isinstance(frame, (str, os.PathLike)) else name, take_picture(frame, color)
+    return os.fspath(frame) if isinstance(frame, (str, os.PathLike)) else name, take_image(frame, color)
 
 
 def _check_count(frames: int) -> None:
@@ -265,7 +265,7 @@ def _check_count(frames: int) -> None:
         raise InputError(f"flow needs two frames, but got {frames}", "give two or more frames of the same size")
 
 
-def _pair(first: _Frame, second: _Frame) -> Picture:
+def _pair(first: _Frame, second: _Frame) -> RgbImage:
     """Both frames in one array, (2, H, W, 3)."""
     if first[1].shape != second[1].shape:
         sizes = [f"{name} has {frame.shape[0]} × {frame.shape[1]} pixels" for name, frame in (first, second)]

@@ -49,7 +49,7 @@ def as_flow(array: npt.NDArray[Any]) -> Flow:
     return array.astype(np.float32, copy=False)
 
 
-def flow_picture(flow: npt.NDArray[Any], largest: float | None = None) -> npt.NDArray[np.uint8]:
+def flow_image(flow: npt.NDArray[Any], largest: float | None = None) -> npt.NDArray[np.uint8]:
     """A flow (H, W, 2) as colours, uint8 (H, W, 3): the hue shows the direction, the saturation the length.
 
     Red is right, yellow down, blue left and violet up, as in Middlebury's evaluation (Baker et al., "A Database and
@@ -104,5 +104,5 @@ def _npy(flow: Flow) -> bytes:
 
 def _png(flow: Flow) -> bytes:
     buffer = io.BytesIO()
-    require("PIL.Image", "writing .png", "images").fromarray(flow_picture(flow)).save(buffer, format="PNG")
+    require("PIL.Image", "writing .png", "images").fromarray(flow_image(flow)).save(buffer, format="PNG")
     return buffer.getvalue()

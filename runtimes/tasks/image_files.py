@@ -41,29 +41,29 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-Picture = npt.NDArray[np.uint8]
+RgbImage = npt.NDArray[np.uint8]
 _Taps = tuple[npt.NDArray[np.intp], npt.NDArray[np.float64]]
 
 _A = -0.75  # the cubic kernel's parameter a; Pillow's is -0.5
 _ONE = 2048  # the fixed-point 1 of OpenCV's linear weights
 
 
-def resize_cubic(picture: Picture, height: int, width: int) -> Picture:
+def resize_cubic(image: RgbImage, height: int, width: int) -> RgbImage:
     """(H, W, C) to (height, width, C) as ``cv2.resize(..., interpolation=cv2.INTER_CUBIC)``."""
-    across = _weigh(picture, _cubic_taps(picture.shape[1], width), axis=1)
-    down = _weigh(across, _cubic_taps(picture.shape[0], height), axis=0)
+    across = _weigh(image, _cubic_taps(image.shape[1], width), axis=1)
+    down = _weigh(across, _cubic_taps(image.shape[0], height), axis=0)
     return np.clip(np.rint(down), 0, 255).astype(np.uint8)
 
 
-def resize_linear(picture: Picture, height: int, width: int) -> Picture:
+def resize_linear(image: RgbImage, height: int, width: int) -> RgbImage:
     """(H, W, C) to (height, width, C) as ``cv2.resize``, whose default is INTER_LINEAR."""
-    across = _weigh(picture, _linear_taps(picture.shape[1], width), axis=1).astype(np.int32)
-    (upper, lower), weights = _linear_taps(picture.shape[0], height)
+    across = _weigh(image, _linear_taps(image.shape[1], width), axis=1).astype(np.int32)
+    (upper, lower), weights = _linear_taps(image.shape[0], height)
     # OpenCV drops bits between the steps of this sum to stay within 16 bits; these shifts drop the same bits.
     across >>= 4
     shares = weights.astype(np.int32)[:, :, None, None]
     total = ((across[upper] * shares[0]) >> 16) + ((across[lower] * shares[1]) >> 16)
-    rounded: Picture = ((total + 2) >> 2).astype(np.uint8)
+    rounded: RgbImage = ((total + 2) >> 2).astype(np.uint8)
     return rounded
 
 
@@ -107,14 +107,14 @@ def _apart(centers: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.intp], npt.
 
 
 # A file, a Pillow image, or uint8 (H, W), (H, W, 1), (H, W, 3) or (H, W, 4).
-PictureLike: TypeAlias = "str | os.PathLike[str] | Image | npt.NDArray[np.uint8]"
+ImageLike: TypeAlias = "str | os.PathLike[str] | Image | npt.NDArray[np.uint8]"
 # The channel order of an array; OpenCV's frames are "bgr". It does not affect files and Pillow images.
 Color = Literal["rgb", "bgr"]
 _Pixels = npt.NDArray[np.uint8] | npt.NDArray[np.float32]
 _Size = tuple[int, int]
 
 # Suffixes of the files in a directory that count as images.
-PICTURE_FILES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
 
 # Only these decoders of Pillow are used; others start programs (EPS: Ghostscript) or are rarely audited.
 _FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
@@ -122,7 +122,7 @@ _MOST_PIXELS = 80_000_000
 _UNREADABLE = "is not a readable image", "give a complete PNG, JPEG or similar in RGB"
 
 
-def take_picture(picture: PictureLike, color: Color = "rgb") -> Picture:
+def take_image(image: ImageLike, color: Color = "rgb") -> RgbImage:
     """uint8 RGB (H, W, 3) of an image file, a Pillow image, or a uint8 array with channels in the order ``color``.
 
     A Pillow image is treated like a file: rotated as its EXIF says, converted to RGB, and its alpha dropped. An array's
@@ -130,13 +130,13 @@ def take_picture(picture: PictureLike, color: Color = "rgb") -> Picture:
     UsageError: another ``color``.
     """
     check_choice("color", color, ("rgb", "bgr"))
-    if isinstance(picture, (str, os.PathLike)):
-        return read_picture(picture)
-    if is_pillow(picture):
-        return _of_pillow(cast("Image", picture), "the image")
-    if picture is None:
+    if isinstance(image, (str, os.PathLike)):
+        return read_image(image)
+    if is_pillow(image):
+        return _of_pillow(cast("Image", image), "the image")
+    if image is None:
         raise InputError("an image is None", "check the file's name: OpenCV reads None where there is no image")
-    found = as_picture(as_array(picture))
+    found = as_image(as_array(image))
     return found if color == "rgb" else found[:, :, ::-1]
 
 
@@ -146,14 +146,14 @@ def is_pillow(given: object) -> bool:
     return isinstance(given, getattr(sys.modules.get("PIL.Image"), "Image", ()))
 
 
-def is_picture(given: object) -> bool:
-    """Whether this is a single image: a path, a Pillow image, or an array that `as_picture` accepts."""
+def is_image(given: object) -> bool:
+    """Whether this is a single image: a path, a Pillow image, or an array that `as_image` accepts."""
     if isinstance(given, np.ndarray):
         return given.ndim == 2 or (given.ndim == 3 and given.shape[2] in (1, 3, 4))
     return isinstance(given, (str, os.PathLike)) or is_pillow(given)
 
 
-def read_picture(path: str | os.PathLike[str]) -> Picture:
+def read_image(path: str | os.PathLike[str]) -> RgbImage:
     """An image file as uint8 RGB (H, W, 3), rotated as its EXIF says.
 
     Raises InputError: missing, not an image, truncated or too large; MissingDependencyError: no Pillow.
@@ -164,7 +164,7 @@ def read_picture(path: str | os.PathLike[str]) -> Picture:
         return _of_pillow(image, name)
 
 
-def _of_pillow(image: Image, name: str) -> Picture:
+def _of_pillow(image: Image, name: str) -> RgbImage:
     from PIL import ImageOps
 
     if image.width * image.height > _MOST_PIXELS:
@@ -172,21 +172,21 @@ def _of_pillow(image: Image, name: str) -> Picture:
     if image.mode.startswith(("I", "F")):
         raise InputError(f"{name} has more than 8 bits per channel (mode {image.mode})", "convert it to 8 bits first")
     with parsing(name, *_UNREADABLE):  # truncated, damaged, or an unusual mode
-        return as_picture(np.asarray(ImageOps.exif_transpose(image).convert("RGB")))
+        return as_image(np.asarray(ImageOps.exif_transpose(image).convert("RGB")))
 
 
-def picture_files(directory: str | os.PathLike[str]) -> list[Path]:
+def list_images(directory: str | os.PathLike[str]) -> list[Path]:
     """A directory's image files in the order of their names, numbers by value: frame2 before frame10.
 
     Raises InputError: not a readable directory, or no images in it.
     """
     path = Path(directory)
     try:
-        found = [file for file in path.iterdir() if file.suffix.lower() in PICTURE_FILES and file.is_file()]
+        found = [file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()]
     except OSError as error:
         raise InputError(f"{path} is not a readable directory", "give a directory of images") from error
     if not found:
-        raise InputError(f"{path} contains no images", f"give files that end in {', '.join(sorted(PICTURE_FILES))}")
+        raise InputError(f"{path} contains no images", f"give files that end in {', '.join(sorted(IMAGE_SUFFIXES))}")
     return sorted(found, key=_natural)
 
 
@@ -204,10 +204,10 @@ def as_array(given: Any) -> npt.NDArray[Any]:
         raise InputError("the rows of a list differ in length", "give an array, or rows of equal length") from error
 
 
-def as_picture(array: npt.NDArray[Any]) -> Picture:
+def as_image(array: npt.NDArray[Any]) -> RgbImage:
     """uint8 (H, W, 3) from a grey (H, W) or (H, W, 1), or a colour (H, W, 3) or (H, W, 4) array. Raises InputError."""
-    if array.dtype.kind == "U":
-        raise InputError(f"{array.size} paths were given as one image", "make a call for each")
+    if array.dtype.kind in "UO":
+        raise InputError(f"a list of {array.size} was given as one image", "make a call for each image")
     if array.dtype != np.uint8:
         raise InputError(f"an image has dtype {array.dtype}", "give uint8 values from 0 to 255")
     if array.ndim == 2:
@@ -217,25 +217,25 @@ def as_picture(array: npt.NDArray[Any]) -> Picture:
     return np.repeat(array, 3, axis=2) if array.shape[2] == 1 else array[:, :, :3]
 
 
-def to_input(picture: npt.NDArray[Any], preprocessing: ImagePreprocessing) -> npt.NDArray[np.float32]:
+def to_input(image: npt.NDArray[Any], preprocessing: ImagePreprocessing) -> npt.NDArray[np.float32]:
     """An RGB image as the model's input, float32 (3, height, width).
 
     Raises InputError: not an image, or the steps do not give the model's size; MissingDependencyError: no Pillow.
     """
-    prepared: _Pixels = as_picture(picture)
+    prepared: _Pixels = as_image(image)
     for step in preprocessing.steps:
         prepared = _apply(prepared, step)
     (height, width), wanted = prepared.shape[:2], (preprocessing.height, preprocessing.width)
     if (height, width) != wanted:
         raise InputError(
-            f"an image of {picture.shape[0]} × {picture.shape[1]} is {height} × {width} after preprocessing, but the"
+            f"an image of {image.shape[0]} × {image.shape[1]} is {height} × {width} after preprocessing, but the"
             f" model takes {wanted[0]} × {wanted[1]}",
             "crop or resize the image first: this model's preprocessing keeps proportions or does not resize",
         )
     return np.ascontiguousarray(prepared.transpose(2, 0, 1), dtype=np.float32)
 
 
-def values_of(pixels: Picture, preprocessing: ImagePreprocessing) -> _Pixels:
+def values_of(pixels: RgbImage, preprocessing: ImagePreprocessing) -> _Pixels:
     """The steps that change values, applied to each pixel of (H, W, 3), without resizing or cropping."""
     values: _Pixels = pixels
     for step in preprocessing.steps:
@@ -248,7 +248,7 @@ def _apply(pixels: _Pixels, step: ImageStep) -> _Pixels:
     """One step on (H, W, 3): uint8 until a step scales the values, then float32."""
     size = (pixels.shape[0], pixels.shape[1])
     if isinstance(step, (Resize, ResizeEdge, ResizeInto)):
-        return resize(cast("Picture", pixels), *_new_size(size, step), step.resample)
+        return resize(cast("RgbImage", pixels), *_new_size(size, step), step.resample)
     if isinstance(step, CenterCrop):
         return center_crop(pixels, step.height, step.width)
     if isinstance(step, CenterCropShare):
@@ -297,16 +297,16 @@ def _new_size(size: _Size, step: Resize | ResizeEdge | ResizeInto) -> _Size:
     return edges if height <= width else edges[::-1]
 
 
-def resize(picture: Picture, height: int, width: int, resample: str) -> Picture:
+def resize(image: RgbImage, height: int, width: int, resample: str) -> RgbImage:
     """Resize (H, W, 3) with Pillow's filter ``resample``; ``opencv-bicubic`` is `resize_cubic`."""
     _check_size(height, width)
     if resample == "opencv-bicubic":
-        return resize_cubic(picture, height, width)
-    if picture.shape[:2] == (height, width):
-        return picture
+        return resize_cubic(image, height, width)
+    if image.shape[:2] == (height, width):
+        return image
     pillow = require("PIL.Image", "resizing images", "images")
-    image = pillow.fromarray(np.ascontiguousarray(picture))
-    return np.asarray(image.resize((width, height), pillow.Resampling[resample.upper()]))
+    source = pillow.fromarray(np.ascontiguousarray(image))
+    return np.asarray(source.resize((width, height), pillow.Resampling[resample.upper()]))
 
 
 def _check_size(height: int, width: int) -> None:

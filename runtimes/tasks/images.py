@@ -32,13 +32,13 @@ from perceiver_export.runtimes.tasks.base import (
 )
 from perceiver_export.runtimes.tasks.image_files import (
     Color,
-    Picture,
-    PictureLike,
-    as_picture,
-    is_picture,
-    picture_files,
+    ImageLike,
+    RgbImage,
+    as_image,
+    is_image,
+    list_images,
     resize_linear,
-    take_picture,
+    take_image,
     to_input,
 )
 
@@ -46,7 +46,7 @@ from perceiver_export.runtimes.tasks.image_files import (
 class ImageClassification(Classifier):
     """``classify(image)`` -> the most probable labels, or the values of a regression model.
 
-    An image (``picture``) is a path, a Pillow image, or a uint8 array (H, W) or (H, W, 3). Arrays are RGB; with
+    An image (``image``) is a path, a Pillow image, or a uint8 array (H, W) or (H, W, 3). Arrays are RGB; with
     ``color="bgr"`` they are BGR, as OpenCV reads them. ``color`` does not affect files and Pillow images.
     """
 
@@ -64,25 +64,25 @@ class ImageClassification(Classifier):
         steps = steps_of(manifest, ImagePreprocessing)
         check_interface(manifest, {"image": (3, steps.height, steps.width)}, {answering(manifest)[0]: (None,)})
 
-    def __call__(self, picture: PictureLike, top: int = 5, color: Color = "rgb") -> list[Prediction]:
+    def __call__(self, image: ImageLike, top: int = 5, color: Color = "rgb") -> list[Prediction]:
         """The ``top`` labels, most probable first, or all values.
 
         Raises InputError: an image that cannot be read; UsageError: top below 1.
         """
         check_top(top)
-        return self.answers(self.logits([picture], color)[0], top)
+        return self.answers(self.logits([image], color)[0], top)
 
-    def preprocess(self, picture: PictureLike, color: Color = "rgb") -> npt.NDArray[np.float32]:
+    def preprocess(self, image: ImageLike, color: Color = "rgb") -> npt.NDArray[np.float32]:
         """The model's input for one image, float32 (3, height, width)."""
-        return to_input(take_picture(picture, color), self.preprocessing)
+        return to_input(take_image(image, color), self.preprocessing)
 
-    def logits(self, pictures: PictureLike | Sequence[PictureLike], color: Color = "rgb") -> npt.NDArray[np.float32]:
+    def logits(self, images: ImageLike | Sequence[ImageLike], color: Color = "rgb") -> npt.NDArray[np.float32]:
         """Logits or values (images, labels) of one image or several, run in batches of the bundle's batch size.
 
         An array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) is one image; (N, H, W, 3) and (N, H, W) are several.
         """
-        listed = as_list(pictures, "images", is_picture)
-        return self.run_inputs({"image": np.stack([self.preprocess(picture, color) for picture in listed])})
+        listed = as_list(images, "images", is_image)
+        return self.run_inputs({"image": np.stack([self.preprocess(image, color) for image in listed])})
 
     @property
     def batch_size(self) -> int:
@@ -90,13 +90,13 @@ class ImageClassification(Classifier):
         return self._input.limits(0)[1]
 
 
-FramesLike: TypeAlias = str | os.PathLike[str] | npt.NDArray[np.uint8] | Sequence[PictureLike]
+FramesLike: TypeAlias = str | os.PathLike[str] | npt.NDArray[np.uint8] | Sequence[ImageLike]
 
 
-def read_frames(frames: FramesLike, count: int, color: Color = "rgb") -> list[Picture]:
+def read_frames(frames: FramesLike, count: int, color: Color = "rgb") -> list[RgbImage]:
     """The first ``count`` frames, uint8 RGB (H, W, 3), all of one size.
 
-    ``frames`` is a directory of images (see `picture_files`), a .npy file or an array of uint8 (T, H, W, 3), or a
+    ``frames`` is a directory of images (see `list_images`), a .npy file or an array of uint8 (T, H, W, 3), or a
     sequence of image files, Pillow images and uint8 arrays. ``color`` is the channel order of arrays and .npy files:
     "bgr" if OpenCV made them.
 
@@ -105,15 +105,15 @@ def read_frames(frames: FramesLike, count: int, color: Color = "rgb") -> list[Pi
     found = open_frames(frames)
     if len(found) < count:
         raise InputError(f"the model needs {count} frames, but got {len(found)}", "give more frames")
-    pictures = [take_picture(frame, color) for frame in found[:count]]
-    for number, picture in enumerate(pictures):
-        if picture.shape != pictures[0].shape:
-            (height, width), (high, wide) = pictures[0].shape[:2], picture.shape[:2]
+    images = [take_image(frame, color) for frame in found[:count]]
+    for number, image in enumerate(images):
+        if image.shape != images[0].shape:
+            (height, width), (high, wide) = images[0].shape[:2], image.shape[:2]
             raise InputError(f"frame {number} is {high} × {wide}, not {height} × {width}", "give frames of one size")
-    return pictures
+    return images
 
 
-def open_frames(frames: FramesLike) -> Sequence[PictureLike]:
+def open_frames(frames: FramesLike) -> Sequence[ImageLike]:
     """All frames, without reading files yet. Raises InputError."""
     if isinstance(frames, np.ndarray):
         return _frames_of_array(frames, "the video")
@@ -124,7 +124,7 @@ def open_frames(frames: FramesLike) -> Sequence[PictureLike]:
         return frames
     path = Path(frames)
     if path.is_dir():
-        return picture_files(path)
+        return list_images(path)
     if path.suffix.lower() == ".npy":
         return _frames_of_array(load_npy(path), str(path))
     if not path.exists():
@@ -159,12 +159,12 @@ def prepare_frames(frames: Sequence[npt.NDArray[Any]], height: int, width: int) 
     """
     if len(frames) == 0:
         raise InputError("the list of frames is empty", "give one or more images")
-    return np.stack([_UNIT[resize_linear(_middle_square(as_picture(frame)), height, width)] for frame in frames])
+    return np.stack([_UNIT[resize_linear(_middle_square(as_image(frame)), height, width)] for frame in frames])
 
 
-def _middle_square(picture: Picture) -> Picture:
-    height, width = picture.shape[:2]
+def _middle_square(image: RgbImage) -> RgbImage:
+    height, width = image.shape[:2]
     side = min(height, width)
     # Each half is rounded down before the subtraction, so an odd remainder may fall on either side.
     top, left = height // 2 - side // 2, width // 2 - side // 2
-    return picture[top : top + side, left : left + side]
+    return image[top : top + side, left : left + side]

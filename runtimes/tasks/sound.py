@@ -311,8 +311,8 @@ class AudioClassification(Classifier):
         elif audio is not None:
             feeds["audio"] = take_sound(audio, steps.sample_rate, steps.num_samples)[None, ..., None]
         if frames is not None:
-            pictures = read_frames(frames, steps.num_frames, color)
-            feeds["frames"] = prepare_frames(pictures, steps.height, steps.width)[None]
+            images = read_frames(frames, steps.num_frames, color)
+            feeds["frames"] = prepare_frames(images, steps.height, steps.width)[None]
         return feeds
 
     def _spectrogram(self, audio: AudioLike, shape: tuple[int, int]) -> npt.NDArray[np.float32]:

@@ -49,7 +49,7 @@ class Reconstruction:
     labels: list[Prediction]
 
     @property
-    def pictures(self) -> npt.NDArray[np.uint8]:
+    def frames(self) -> npt.NDArray[np.uint8]:
         """The video as uint8 (T, H, W, 3)."""
         return np.round(self.video * 255).astype(np.uint8)
 
@@ -105,11 +105,11 @@ class VideoAutoencoding(Task):
     def preprocess(self, frames: FramesLike, audio: AudioLike | None = None, color: Color = "rgb") -> dict[str, Array]:
         """The model's inputs: ``frames`` (1, T, H, W, 3) in [0, 1], ``audio`` (1, samples, 1) in [-1, 1]."""
         steps = self.preprocessing
-        pictures = read_frames(frames, steps.num_frames, color)
+        images = read_frames(frames, steps.num_frames, color)
         sound = np.zeros(steps.num_samples, np.float32)
         if audio is not None:
             sound = take_sound(audio, steps.sample_rate, steps.num_samples)
-        return {"frames": prepare_frames(pictures, steps.height, steps.width)[None], "audio": sound[None, :, None]}
+        return {"frames": prepare_frames(images, steps.height, steps.width)[None], "audio": sound[None, :, None]}
 
     def reconstruct(self, feeds: Feeds, top: int = 5, progress: Progress | None = None) -> Reconstruction:
         """Like `autoencode`, for one preprocessed sample."""

@@ -30,6 +30,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 FASHION = REPOSITORY / "examples" / "fashion_mnist"
 RESULTS = REPOSITORY / "docs" / "results"
 END = "<!-- end -->\n"
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # fresh processes find compiled modules, as an installation has them
 Row = dict[str, Any]
 T = TypeVar("T")
 _VERSIONS = ("torch", "onnx", "onnxruntime", "openvino", "transformers")

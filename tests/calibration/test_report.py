@@ -56,7 +56,7 @@ def test_html_holds_everything_and_fetches_nothing(report: Report) -> None:
         assert f">{heading}</h2>" in page
     for said in (">PASS<", "perceiver-export validate …", "prefers-color-scheme: dark", validation.data.fingerprint):
         assert said in page
-    assert validation.worst_samples[0].picture in page
+    assert validation.worst_samples[0].image in page
     assert not re.findall(r'(?:src|href)="(?!data:|#)', page)
     assert not re.findall(r"https?://", page)
     anchors = re.findall(r'href="#([^"]+)"', page)

@@ -212,7 +212,7 @@ def test_other_contents_under_the_same_names_are_other_data(fashion_bundle: Path
         assert len(list(opened.stream)) == opened.total // 2
         return opened.rows
 
-    archive, folder = tmp_path / "data.npz", shutil.copytree(FASHION / "pictures", tmp_path / "pictures")
+    archive, folder = tmp_path / "data.npz", shutil.copytree(FASHION / "images", tmp_path / "pictures")
     before = rows(pictures(archive, slice(0, 4))), rows(folder)
     first, *_, last = sorted(folder.glob("*.png"))
     shutil.copy(last, first)

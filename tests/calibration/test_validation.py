@@ -64,7 +64,7 @@ def test_every_form_and_order_of_data_gives_the_same(fashion_bundle: Path, tmp_p
         pictures(tmp_path / "others.npz", slice(0, 10_000, 500), shift=1),
     ):
         assert validate(fashion_bundle, other).data.fingerprint != expected.data.fingerprint
-    assert validate(fashion_bundle, FASHION / "pictures").samples == 10
+    assert validate(fashion_bundle, FASHION / "images").samples == 10
 
 
 def test_a_ruined_model_does_not_pass_and_every_gate_that_fails_is_named(fashion_bundle: Path, ruined: Path) -> None:
@@ -84,7 +84,7 @@ def test_worst_samples_and_classes_are_those_that_got_worse(fashion_bundle: Path
     assert len(result.worst_samples) == len(list(folder.glob("*.png"))) == 7
     for sample in result.worst_samples:  # right before, wrong now
         assert sample.reference == sample.label != sample.candidate
-        assert sample.picture.startswith("data:image/png;base64,")
+        assert sample.image.startswith("data:image/png;base64,")
     divergences = [sample.scores["kl"] for sample in result.worst_samples]
     assert divergences == sorted(divergences, reverse=True)
     falls = [(row.reference or 0) - (row.candidate or 0) for row in result.worst_classes]

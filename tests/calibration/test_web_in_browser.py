@@ -77,7 +77,7 @@ def folder(tmp_path: Path, fashion_bundle: Path, int8_bundle: Path) -> Path:
     (place / "fp32").symlink_to(fashion_bundle)
     (place / "int8").symlink_to(int8_bundle)
     for name in PICTURES:
-        shutil.copyfile(FASHION / "pictures" / name, dropped / name)
+        shutil.copyfile(FASHION / "images" / name, dropped / name)
     (dropped / "broken.png").write_bytes(b"not an image")
     return place
 
@@ -122,7 +122,7 @@ def test_the_page_gives_pythons_labels(
     assert found["answers"].pop("broken.png") == ["error: broken.png is not an image that this browser can read", ""]
     with open_task(folder / bundle, ImageClassification, device="ort-cpu") as classify:
         for name, (_, shown) in found["answers"].items():
-            wanted = classify(FASHION / "pictures" / name)
+            wanted = classify(FASHION / "images" / name)
             lines = [line.rsplit(" ", 1) for line in shown.splitlines()]
             assert lines[0][0] == wanted[0].label, name
             # An int8 rounding that is nearly a tie falls either way: two engines' logits differ by 0.3 %.

@@ -26,12 +26,12 @@ from .commands import COMMAND, fail, perceiver_export, succeed, unwrapped
 
 
 def test_run_names_the_clothes_and_writes_json(fashion_bundle: Path, tmp_path: Path) -> None:
-    shown = succeed("run", fashion_bundle, FASHION / "pictures" / "bag.png", FASHION / "pictures" / "trouser.png")
+    shown = succeed("run", fashion_bundle, FASHION / "images" / "bag.png", FASHION / "images" / "trouser.png")
     assert "Bag" in shown
     assert "Trouser" in shown
 
     options = ("--json", "-o", tmp_path / "answers.json")
-    found = json.loads(succeed("run", fashion_bundle, FASHION / "pictures", *options))
+    found = json.loads(succeed("run", fashion_bundle, FASHION / "images", *options))
     assert found == json.loads((tmp_path / "answers.json").read_text(encoding="utf-8"))
     assert [Path(answer["input"]).suffix for answer in found["answers"]] == [".png"] * 10
     assert {len(answer["labels"]) for answer in found["answers"]} == {3}
@@ -121,7 +121,7 @@ def test_the_version_is_known_without_an_import_of_the_rest() -> None:
 
 @pytest.mark.parametrize("typed", ["-h", "validate -h", "presets", "doctor", "inspect B", "run B P", "run B P -q"])
 def test_a_pipe_has_80_columns(typed: str, fashion_bundle: Path) -> None:
-    places = {"B": fashion_bundle, "P": FASHION / "pictures"}
+    places = {"B": fashion_bundle, "P": FASHION / "images"}
     shown = succeed(*(places.get(word, word) for word in typed.split()))
 
     assert max(map(len, shown.splitlines())) <= 80

@@ -32,7 +32,7 @@ def test_the_engine_built_last_is_taken_and_named_or_the_one_that_is_asked_for(c
     where, data = ["--device", "openvino-cpu"], ["--data", str(FASHION / "test.npz"), "--samples", "3", "--json"]
 
     for asked, taken in (([], "fp16"), (["--precision", "fp32"], "fp32")):
-        shown = succeed("run", copied_bundle, FASHION / "pictures" / "coat.png", *where, *asked)
+        shown = succeed("run", copied_bundle, FASHION / "images" / "coat.png", *where, *asked)
         assert f", CPU, {taken}" in " ".join(shown.split())
         measured = json.loads(succeed("bench", copied_bundle, "--runs", "5", "--json", *where, *asked))
         assert measured["measurements"][0]["precision"] == taken
@@ -71,7 +71,7 @@ def test_package_writes_beside_the_bundle_and_says_what_is_next(copied_bundle: P
 
 
 def test_run_with_check_finite_lets_a_picture_through(fashion_bundle: Path) -> None:
-    picture = Path("examples/fashion_mnist/pictures/coat.png").absolute()
+    picture = Path("examples/fashion_mnist/images/coat.png").absolute()
 
     for target in TARGETS:
         assert "Coat" in succeed("run", fashion_bundle, picture, "--device", target, "--check-finite")

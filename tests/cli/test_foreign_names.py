@@ -19,7 +19,7 @@ from perceiver_export.runtimes.errors import BundleError
 from tests.cli.commands import fail, succeed
 from tests.conftest import FASHION
 
-BAG = FASHION / "pictures" / "bag.png"
+BAG = FASHION / "images" / "bag.png"
 
 
 @pytest.fixture

@@ -34,7 +34,7 @@ def harmless(text: str) -> bool:
 
 @pytest.mark.parametrize("json_flag", [(), ("--json",)])
 def test_answers_and_descriptions(evil_bundle: Path, json_flag: tuple[str, ...]) -> None:
-    picture = next((FASHION / "pictures").iterdir())
+    picture = next((FASHION / "images").iterdir())
     commands: tuple[tuple[str | Path, ...], ...] = (
         ("run", evil_bundle, picture, "--top", "10", *json_flag),
         ("inspect", evil_bundle, *json_flag),

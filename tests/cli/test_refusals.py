@@ -136,7 +136,7 @@ def places(copied_bundle: Path, tmp_path: Path) -> dict[str, str]:
     (folder / "layers.json").write_text("{}")
     (folder / "demo").mkdir()
     (folder / "demo" / "demo.json").write_text("{}")
-    image, data = (str(shutil.copy(FASHION / name, folder)) for name in ("pictures/bag.png", "test.npz"))
+    image, data = (str(shutil.copy(FASHION / name, folder)) for name in ("images/bag.png", "test.npz"))
     return {"B": str(copied_bundle), "C": str(FASHION / "checkpoint"), "D": data, "P": image, "T": str(folder)}
 
 
@@ -184,7 +184,7 @@ def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_answers_may_lie_beside_the_images(fashion_bundle: Path, tmp_path: Path) -> None:
-    shutil.copy(FASHION / "pictures" / "bag.png", tmp_path)
+    shutil.copy(FASHION / "images" / "bag.png", tmp_path)
     for _ in range(2):  # its own answers may be replaced
         succeed("run", fashion_bundle, tmp_path, "-o", tmp_path / "answers.json")
 

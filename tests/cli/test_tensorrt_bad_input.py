@@ -25,7 +25,7 @@ from tests.conftest import FASHION
 from tests.runtimes.built_engines import edit_record, left_behind
 
 SM86 = ("--target", "tensorrt-rtx", "--flag", "compute_capability=sm86")
-PICTURE = FASHION / "pictures" / "coat.png"
+PICTURE = FASHION / "images" / "coat.png"
 
 
 A4000 = Gpu("NVIDIA RTX A4000 (sm_86)", (8, 6), 1 << 34)

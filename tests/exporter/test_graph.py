@@ -11,9 +11,10 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+import torch
 
 from perceiver_export.calibration.graphs import stage_costs
-from perceiver_export.exporter import ExportOptions, LoadedModel, export, load_model
+from perceiver_export.exporter import ExportOptions, LoadedModel, OwnModel, export, load_model
 from perceiver_export.exporter.graphs import Batch, whole_model
 from perceiver_export.exporter.simplify import FoldConstantsPass
 from perceiver_export.exporter.trace import IR_VERSION, OPSET
@@ -143,6 +144,28 @@ def test_random_numbers_are_not_taken_for_constants(operator: str) -> None:
     FoldConstantsPass()(model)
 
     assert [node.op_type for node in model.graph] == [operator, "Add"]
+
+
+class Divided(torch.nn.Module):
+    """Indices that are rounded down, rounded towards zero, and cut by a cast."""
+
+    def forward(self, i: torch.Tensor) -> dict[str, torch.Tensor]:
+        down, cut = (torch.div(i, 48, rounding_mode=mode) for mode in ("floor", "trunc"))
+        return {"down": down.float(), "zero": cut.float(), "cast": (i / 7).long().float()}
+
+
+def test_indices_are_divided_as_integers(tmp_path: Path) -> None:
+    """OpenVINO's bf16 gave other rows of a video, whose indices were divided in its float."""
+    bundle = export(OwnModel(Divided(), {"i": torch.tensor([[0, 47, 48, 4799]])}), tmp_path / "b")
+    given = np.array([[-49, -1, 48 * 1_000_001, 2**24 + 1]], np.int64)
+
+    operators = Counter(node.op_type for node in onnx.load(bundle.path / "model.onnx").graph.node)
+    assert operators == {"Mod": 1, "Sub": 1, "Div": 3, "Cast": 3}
+    for target in ("ort-cpu", "openvino-cpu"):
+        with load(bundle, target) as runtime:
+            found = runtime.run({"i": given})
+        for name, expected in (("down", given // 48), ("zero", np.fix(given / 48)), ("cast", np.fix(given / 7))):
+            np.testing.assert_array_equal(found[name], expected.astype(np.float32), name)
 
 
 def test_costs_do_not_depend_on_the_batch(loaded: LoadedModel) -> None:

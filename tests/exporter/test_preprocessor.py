@@ -23,7 +23,7 @@ from perceiver_export.exporter.checkpoints.preprocessor import (
 )
 from perceiver_export.runtimes.errors import CheckpointError, InputError, UnsupportedModelError
 from perceiver_export.runtimes.preprocessing import ImagePreprocessing, Resize
-from perceiver_export.runtimes.tasks.image_files import take_picture, to_input
+from perceiver_export.runtimes.tasks.image_files import take_image, to_input
 
 MODES = ("RGB", "L", "P", "1", "LA", "RGBA", "CMYK")
 MODULES = {"ChineseCLIP": "chinese_clip", "MobileNetV1": "mobilenet_v1", "MobileNetV2": "mobilenet_v2"}
@@ -82,7 +82,7 @@ def drawn_flags(draw: random.Random) -> dict[str, Any]:
 
 def ours(flags: dict[str, Any], picture: Image.Image, height: int, width: int) -> np.ndarray[Any, Any]:
     found = image_preprocessing(flags, *(image_shape(flags) or (height, width)))
-    return to_input(take_picture(picture), ImagePreprocessing(height, width, found.steps))
+    return to_input(take_image(picture), ImagePreprocessing(height, width, found.steps))
 
 
 KEEPS = {"image_processor_type": "CLIPImageProcessor", "do_center_crop": False}

@@ -119,14 +119,14 @@ def _bundle_targets() -> dict[str, Target]:
 
 
 def _media_targets() -> dict[str, Target]:
-    from perceiver_export.runtimes.tasks.image_files import read_picture
+    from perceiver_export.runtimes.tasks.image_files import read_image
     from perceiver_export.runtimes.tasks.images import load_npy
     from perceiver_export.runtimes.tasks.points import read_points
     from perceiver_export.runtimes.tasks.sound import take_sound
 
     ply = b"ply\nformat ascii 1.0\nelement vertex 2\nproperty float x\nproperty float y\nproperty float z\nend_header\n"
     return {
-        "picture": Target("x.png", tuple(_pictures()), read_picture),
+        "picture": Target("x.png", tuple(_pictures()), read_image),
         "wav": Target("x.wav", (_wav(2, 1), _wav(1, 2), _wav(4, 1)), lambda path: take_sound(path, 8000, 100)),
         "npy": Target("x.npy", (_npy(np.arange(6.0).reshape(2, 3)),), lambda path: load_npy(path).tobytes()),
         "ply": Target("x.ply", (ply + b"0 1 2\n3 4 5\n",), read_points),

@@ -17,7 +17,7 @@ from PIL import Image
 
 from perceiver_export.runtimes.errors import InputError, UsageError
 from perceiver_export.runtimes.tasks.flow import Box, Tile, grid, stitch, tile_weights, tiles
-from perceiver_export.runtimes.tasks.flow_files import color_wheel, flow_picture, write_flow
+from perceiver_export.runtimes.tasks.flow_files import color_wheel, flow_image, write_flow
 from tests.vector_folders import vector_folders
 
 Array = npt.NDArray[Any]
@@ -170,7 +170,7 @@ def test_files_give_the_flow_back(flow: npt.NDArray[np.float32], tmp_path: Path)
     assert (tmp_path / "a.flo").read_bytes()[12:] == flow.tobytes()
     np.testing.assert_array_equal(np.load(tmp_path / "a.NPY"), flow)
     with Image.open(tmp_path / "a.png") as picture:
-        np.testing.assert_array_equal(np.asarray(picture), flow_picture(flow))
+        np.testing.assert_array_equal(np.asarray(picture), flow_image(flow))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.NPY", "a.flo", "a.png"]
 
 
@@ -201,7 +201,7 @@ def test_the_wheel_has_middleburys_55_hues() -> None:
 )
 def test_directions_have_middleburys_colours(right: float, down: float, color: tuple[int, ...]) -> None:
     moving = np.array([[[right, down], [0, 0], [right / 2, down / 2]]], np.float32)
-    picture = flow_picture(moving)
+    picture = flow_image(moving)
 
     assert tuple(picture[0, 0]) == color
     assert tuple(picture[0, 1]) == (255, 255, 255)
@@ -212,14 +212,14 @@ def test_directions_have_middleburys_colours(right: float, down: float, color: t
 def test_a_fixed_scale_darkens_what_is_longer() -> None:
     moving = np.array([[[2, 0], [1, 0], [4, 0]]], np.float32)
 
-    assert flow_picture(moving, largest=2)[0].tolist() == [[255, 0, 0], [255, 127, 127], [191, 0, 0]]
+    assert flow_image(moving, largest=2)[0].tolist() == [[255, 0, 0], [255, 127, 127], [191, 0, 0]]
 
 
 def test_unknown_flow_is_black_and_does_not_set_the_scale() -> None:
     moving = np.array([[[1, 0], [np.nan, 0], [2e9, 0], [0, -np.inf]]], np.float32)
 
-    assert flow_picture(moving)[0].tolist() == [[255, 0, 0], [0, 0, 0], [0, 0, 0], [0, 0, 0]]
+    assert flow_image(moving)[0].tolist() == [[255, 0, 0], [0, 0, 0], [0, 0, 0], [0, 0, 0]]
 
 
 def test_nothing_moves_is_white() -> None:
-    assert flow_picture(np.zeros((2, 3, 2), np.float32)).tolist() == [[[255] * 3] * 3] * 2
+    assert flow_image(np.zeros((2, 3, 2), np.float32)).tolist() == [[[255] * 3] * 3] * 2

@@ -19,8 +19,8 @@ from perceiver_export.exporter.cli.answers import Request
 from perceiver_export.exporter.cli.output import quiet
 from perceiver_export.exporter.cli.run import run_task
 from perceiver_export.runtimes.errors import InputError, UsageError
-from perceiver_export.runtimes.tasks.flow_files import flow_picture
-from perceiver_export.runtimes.tasks.image_files import read_picture
+from perceiver_export.runtimes.tasks.flow_files import flow_image
+from perceiver_export.runtimes.tasks.image_files import read_image
 from tests.runtimes.flow_models import manifest, open_fake, picture
 
 
@@ -57,7 +57,7 @@ def test_run_writes_one_flow(frames: list[str], tmp_path: Path, ending: str, cap
 
     flow = expected_flow(*frames[:2])
     if ending == ".png":
-        np.testing.assert_array_equal(read_picture(output), flow_picture(flow))
+        np.testing.assert_array_equal(read_image(output), flow_image(flow))
     else:
         np.testing.assert_array_equal(flow_of(output) if ending == ".flo" else np.load(output), flow)
     shown = capsys.readouterr().out

@@ -15,7 +15,7 @@ from PIL import Image
 from perceiver_export.runtimes.errors import BundleError, InputError, RuntimeClosedError
 from perceiver_export.runtimes.preprocessing import FlowPreprocessing
 from perceiver_export.runtimes.tasks.flow import OpticalFlow
-from perceiver_export.runtimes.tasks.image_files import PictureLike
+from perceiver_export.runtimes.tasks.image_files import ImageLike
 from tests.runtimes.flow_models import manifest, open_fake, picture
 from tests.vector_folders import model_folders
 
@@ -90,7 +90,7 @@ def test_tiles_fill_batches_and_progress_is_told() -> None:
 def test_frames_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     flow, fakes = open_fake(manifest((16, 24)))
     Image.fromarray(picture(30, 30)).save(tmp_path / "a.png")
-    refused: list[tuple[PictureLike, PictureLike, str]] = [
+    refused: list[tuple[ImageLike, ImageLike, str]] = [
         (picture(30, 30), picture(30, 31), r"the first frame has 30 × 30 pixels, the second frame has 30 × 31"),
         (tmp_path / "a.png", picture(31, 30), r"a\.png has 30 × 30 pixels"),
         (picture(15, 30), picture(15, 30), r"15 × 30 pixels, but the model needs at least 16 × 24"),
@@ -112,7 +112,7 @@ def test_frames_of_a_directory_go_in_pairs(tmp_path: Path) -> None:
         Image.fromarray(frame).save(tmp_path / f"frame{number}.png")
     expected = [flow(frames[0], frames[2]), flow(frames[2], frames[1])]
 
-    lazy: list[PictureLike] = [frames[0], tmp_path / "frame9.png", frames[1]]
+    lazy: list[ImageLike] = [frames[0], tmp_path / "frame9.png", frames[1]]
 
     for found in (flow.frames(tmp_path), flow.frames([frames[0], frames[2], frames[1]]), flow.frames(iter(lazy))):
         np.testing.assert_array_equal(list(found), expected)

@@ -34,18 +34,18 @@ with open_task(sys.argv[1]) as classify, ThreadPoolExecutor(4) as pool:
 
 
 def test_clothes_are_recognised(fashion_bundle: Path) -> None:
-    rows = (FASHION / "pictures" / "labels.csv").read_text(encoding="utf-8").splitlines()[1:]
+    rows = (FASHION / "images" / "labels.csv").read_text(encoding="utf-8").splitlines()[1:]
     with open_task(fashion_bundle) as classify:
-        answers = {row: classify(FASHION / "pictures" / row.split(",")[0])[0].label for row in rows}
+        answers = {row: classify(FASHION / "images" / row.split(",")[0])[0].label for row in rows}
 
     assert sum(row.split(",", 1)[1] == answer for row, answer in answers.items()) >= 8
 
 
 def test_probabilities_are_sorted_and_sum_to_one(fashion_bundle: Path) -> None:
     with open_task(fashion_bundle) as classify:
-        predictions = classify(FASHION / "pictures" / "bag.png", top=10)
+        predictions = classify(FASHION / "images" / "bag.png", top=10)
         with pytest.raises(UsageError):
-            classify(FASHION / "pictures" / "bag.png", top=0)
+            classify(FASHION / "images" / "bag.png", top=0)
 
     probabilities = [prediction.probability for prediction in predictions]
     assert probabilities == sorted(probabilities, reverse=True)
@@ -73,14 +73,14 @@ def test_files_and_arrays_give_the_same(fashion_bundle: Path) -> None:
     with np.load(FASHION / "test.npz") as data:
         picture = data["image"][int(np.argmax(data["labels"] == 8))]
     with open_task(fashion_bundle) as classify:
-        assert classify(picture) == classify(FASHION / "pictures" / "bag.png")
+        assert classify(picture) == classify(FASHION / "images" / "bag.png")
         logits = classify.logits([picture] * 3)
 
     assert logits.shape == (3, 10)
 
 
 def test_one_image_is_one_sample_and_colours_have_an_order(fashion_bundle: Path) -> None:
-    path = FASHION / "pictures" / "bag.png"
+    path = FASHION / "images" / "bag.png"
     with Image.open(path) as image:
         turned = image.convert("RGB")
     blue = np.asarray(turned) // np.array([1, 2, 4], np.uint8)
@@ -97,7 +97,7 @@ def test_one_image_is_one_sample_and_colours_have_an_order(fashion_bundle: Path)
 
 
 def test_the_first_calls_may_come_from_many_threads(fashion_bundle: Path) -> None:
-    command = [sys.executable, "-c", THREADS, str(fashion_bundle), str(FASHION / "pictures" / "bag.png")]
+    command = [sys.executable, "-c", THREADS, str(fashion_bundle), str(FASHION / "images" / "bag.png")]
     cold = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(4)]
 
     assert [process.communicate()[0].split() for process in cold] == [["Bag"] * 4 + ["1"]] * 4
@@ -107,7 +107,7 @@ def test_without_names_the_index_is_the_label(copied_bundle: Path) -> None:
     path = copied_bundle / "manifest.json"
     path.write_text(json.dumps({**json.loads(path.read_bytes()), "labels": []}), encoding="utf-8")
     with open_task(copied_bundle) as classify:
-        found = classify(FASHION / "pictures" / "bag.png")[0]
+        found = classify(FASHION / "images" / "bag.png")[0]
 
     assert (found.label, found.index) == ("8", 8)
 

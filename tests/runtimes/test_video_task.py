@@ -50,8 +50,8 @@ def test_the_whole_model_gets_prepared_frames_and_sound_and_its_answer_is_clippe
     np.testing.assert_array_equal(found.video, np.clip(prepared * 2 - 0.5, 0, 1))
     np.testing.assert_array_equal(found.sound, np.clip(SOUND[:SAMPLES] * 3, -1, 1))
     assert [(one.label, one.index) for one in found.labels] == [("3", 3), ("5", 5)]
-    assert found.pictures.dtype == np.uint8
-    np.testing.assert_allclose(found.pictures / 255, found.video, atol=0.5 / 255 + 1e-6)
+    assert found.frames.dtype == np.uint8
+    np.testing.assert_allclose(found.frames / 255, found.video, atol=0.5 / 255 + 1e-6)
 
 
 def test_frames_are_pillow_images_and_arrays_of_either_order() -> None:

@@ -13,12 +13,12 @@ from PIL import Image, ImageOps
 from perceiver_export.runtimes.errors import InputError, UsageError
 from perceiver_export.runtimes.preprocessing import Filter, ImagePreprocessing, Normalize, Rescale, Resize
 from perceiver_export.runtimes.tasks.image_files import (
-    as_picture,
+    as_image,
     center_crop,
-    picture_files,
-    read_picture,
+    list_images,
+    read_image,
     resize,
-    take_picture,
+    take_image,
     to_input,
 )
 
@@ -36,7 +36,7 @@ def test_resize_is_pillows_for_300_random_shapes_and_modes() -> None:
         expected = image.convert("RGB").resize((new_width, new_height), Image.Resampling[resample.upper()])
 
         steps = ImagePreprocessing(new_height, new_width, (Resize(new_height, new_width, resample),))
-        found = to_input(take_picture(image), steps)
+        found = to_input(take_image(image), steps)
 
         np.testing.assert_array_equal(found, np.asarray(expected, np.float32).transpose(2, 0, 1))
 
@@ -79,16 +79,16 @@ def test_a_pillow_image_is_taken_as_its_file_is(
     with Image.open(path) as image:
         assert image.mode == mode
         expected = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-        from_pillow = take_picture(image)
+        from_pillow = take_image(image)
 
-    np.testing.assert_array_equal(take_picture(path), expected)
+    np.testing.assert_array_equal(take_image(path), expected)
     np.testing.assert_array_equal(from_pillow, expected)
     assert expected.shape == ((17, 12, 3) if orientation == 6 else (12, 17, 3))
 
 
 def test_a_pillow_image_in_a_mode_of_no_file_is_converted() -> None:
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 17, 3), dtype=np.uint8)).convert("YCbCr")
-    np.testing.assert_array_equal(take_picture(image), np.asarray(image.convert("RGB")))
+    np.testing.assert_array_equal(take_image(image), np.asarray(image.convert("RGB")))
 
 
 @pytest.mark.parametrize("kind", [np.uint16, np.int32, np.float32])
@@ -98,7 +98,7 @@ def test_an_image_of_more_than_eight_bits_is_refused_and_not_clipped(tmp_path: P
 
     for given in (image, tmp_path / "deep.tiff"):
         with pytest.raises(InputError, match="8 bits"):
-            take_picture(given)
+            take_image(given)
 
 
 def test_a_pillow_image_that_is_cut_short_is_refused(tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ def test_a_pillow_image_that_is_cut_short_is_refused(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:5000])
 
     with Image.open(path) as image, pytest.raises(InputError):
-        take_picture(image)
+        take_image(image)
 
 
 def test_bgr_is_for_arrays_only(tmp_path: Path) -> None:
@@ -115,17 +115,17 @@ def test_bgr_is_for_arrays_only(tmp_path: Path) -> None:
     image = Image.fromarray(pixels)
     image.save(tmp_path / "image.png")
 
-    np.testing.assert_array_equal(take_picture(np.ascontiguousarray(pixels[:, :, ::-1]), "bgr"), pixels)
-    np.testing.assert_array_equal(take_picture(np.dstack([pixels[:, :, ::-1], pixels[:, :, :1]]), "bgr"), pixels)
+    np.testing.assert_array_equal(take_image(np.ascontiguousarray(pixels[:, :, ::-1]), "bgr"), pixels)
+    np.testing.assert_array_equal(take_image(np.dstack([pixels[:, :, ::-1], pixels[:, :, :1]]), "bgr"), pixels)
     for given in (image, tmp_path / "image.png"):
-        np.testing.assert_array_equal(take_picture(given, "bgr"), pixels)
+        np.testing.assert_array_equal(take_image(given, "bgr"), pixels)
     with pytest.raises(UsageError):
-        take_picture(pixels, "hsv")  # type: ignore[arg-type]
+        take_image(pixels, "hsv")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("shape", [(4, 4), (4, 4, 1), (4, 4, 3), (4, 4, 4)])
 def test_grey_colour_and_alpha_become_three_channels(shape: tuple[int, ...]) -> None:
-    assert as_picture(np.zeros(shape, np.uint8)).shape == (4, 4, 3)
+    assert as_image(np.zeros(shape, np.uint8)).shape == (4, 4, 3)
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_grey_colour_and_alpha_become_three_channels(shape: tuple[int, ...]) -> 
 )
 def test_arrays_that_are_no_pictures_are_refused(array: Any) -> None:
     with pytest.raises(InputError):
-        as_picture(array)
+        as_image(array)
 
 
 def test_files_that_are_no_pictures_are_refused(tmp_path: Path) -> None:
@@ -149,13 +149,13 @@ def test_files_that_are_no_pictures_are_refused(tmp_path: Path) -> None:
     }.items():
         (tmp_path / name).write_bytes(broken)
         with pytest.raises(InputError):
-            read_picture(tmp_path / name)
+            read_image(tmp_path / name)
     with pytest.raises(InputError, match="does not exist"):
-        read_picture(tmp_path / "absent.png")
+        read_image(tmp_path / "absent.png")
     with pytest.raises(InputError):
-        read_picture(tmp_path)
+        read_image(tmp_path)
 
-    assert read_picture(good).shape == (64, 64, 3)
+    assert read_image(good).shape == (64, 64, 3)
 
 
 def test_files_of_a_directory_come_in_the_order_of_their_numbers(tmp_path: Path) -> None:
@@ -163,7 +163,7 @@ def test_files_of_a_directory_come_in_the_order_of_their_numbers(tmp_path: Path)
         (tmp_path / name).touch()
     (tmp_path / "folder.png").mkdir()
 
-    names = [path.name for path in picture_files(tmp_path)]
+    names = [path.name for path in list_images(tmp_path)]
 
     assert names == ["7.png", "a.png", "frame1.jpg", "frame2.PNG", "frame10.png"]
 
@@ -171,7 +171,7 @@ def test_files_of_a_directory_come_in_the_order_of_their_numbers(tmp_path: Path)
 def test_a_directory_without_pictures_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").touch()
     with pytest.raises(InputError, match="contains no images"):
-        picture_files(tmp_path)
+        list_images(tmp_path)
     for wrong in ("notes.txt", "absent"):
         with pytest.raises(InputError, match="not a readable directory"):
-            picture_files(tmp_path / wrong)
+            list_images(tmp_path / wrong)
