@@ -25,6 +25,8 @@ import onnx
 import pytest
 import typer
 
+from perceiver_export.calibration import Gates
+from perceiver_export.calibration.validation.planning import plan
 from perceiver_export.exporter.cli.main import app
 from tests.benchmarks.harness import END
 from tests.calibration.asked import some
@@ -151,6 +153,17 @@ def test_the_verdict_in_the_texts_is_the_measured_one() -> None:
     assert f"the loss is at most {most} points (0.6 allowed)" in readme
     assert f"On {gained} of them only the int8 model was right, on {lost} only" in guide
     assert f"So {most} points is the bound" in guide
+
+
+def test_the_planned_samples_are_those_of_the_command() -> None:
+    guides = REPOSITORY / "docs" / "guides"
+    plans = plan(Gates(max_drop=0.6))
+    rows = [f"| `{one.option} {one.limit:g}` | {' | '.join(f'{n:,}' for n in one.samples)} |" for one in plans]
+    few, more, most = plans[1].samples
+
+    assert "\n".join(rows) in (guides / "fleets.md").read_text(encoding="utf-8")
+    said = " ".join((guides / "validate.md").read_text(encoding="utf-8").split())
+    assert f"{few:,} samples pass 80 times in 100, {more:,} samples 90 times, {most:,} samples 95 times" in said
 
 
 def test_every_command_is_in_a_block_that_these_tests_see() -> None:
