@@ -15,7 +15,7 @@ import onnx_ir.passes.common as common
 from onnxscript.rewriter import RewritePass
 from onnxscript.rewriter.rules.common import transpose_transpose_rule
 
-from perceiver_export.exporter.fold.nodes import made_by, number, operand, optional, put
+from perceiver_export.exporter.fold.nodes import array_of, made_by, operand, optional, put
 from perceiver_export.runtimes.errors import ExportError, first_line
 
 _RANDOM = frozenset(
@@ -23,7 +23,7 @@ _RANDOM = frozenset(
 )
 _REPEATING = frozenset({"Expand", "Tile", "ConstantOfShape"})
 _GROWING = frozenset({"Expand", "Tile", "Add", "Mul", "MatMul", "Gather"})
-_INTEGERS = (ir.DataType.INT32, ir.DataType.INT64)
+_INTEGERS, _EXACT = (ir.DataType.INT32, ir.DataType.INT64), (ir.DataType.FLOAT, ir.DataType.DOUBLE)
 _SMALL, _LARGE = 1 << 12, 1 << 20  # numbers
 _NETWORK = "model."  # the name of the network inside each graph, see `graphs`
 _SCOPES = "pkg.torch.onnx.name_scopes"
@@ -234,56 +234,69 @@ def _sizes(node: ir.Node) -> list[int] | None:
 
 
 class DivideIntegersPass(ir.passes.InPlacePass):
-    """Divides indices as integers: float32 is exact up to 2²⁴ only, and engines that compute in 16 bits would round them.
+    """Divides indices as integers, because engines that compute in 16 bits would round them.
 
     Given:  Cast(Floor(Div(Cast(i, float), 48)), int32)      i of int32, as torch.div(i, 48, rounding_mode="floor")
     Result: Div(Sub(i, Mod(i, 48)), 48)
+
+    Float32 is exact below 2²⁴, integers always; OpenVINO's CPU computes them in float32 itself.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         modified = False
         for node in list(model.graph):
-            dtype, result = node.outputs[0].dtype, node.outputs[0]
-            if node.op_type != "Cast" or dtype not in _INTEGERS or result.is_graph_output():
-                continue
-            quotient, floors = _quotient(operand(node))
+            rounding, quotient = _rounded(operand(node)) if _makes(node, _INTEGERS) else ("", None)
             cast = made_by(quotient.inputs[0], "Cast") if quotient is not None else None
-            divisor = number(quotient.inputs[1]) if quotient is not None else None
-            if cast is None or operand(cast).dtype != dtype or not divisor or divisor < 1 or divisor % 1:
+            divisor = array_of(quotient.inputs[1]) if quotient is not None else None
+            if cast is None or not _makes(cast, _EXACT) or divisor is None or (dtype := operand(cast).dtype) is None:
                 continue
-            _divide(model.graph, node, operand(cast), int(divisor), floors)
-            modified = True
+            if dtype in _INTEGERS and np.all((divisor >= 1) & (divisor % 1 == 0) & (divisor < 2**31)):
+                _divide(model.graph, node, operand(cast), divisor.astype(dtype.numpy()), rounding)
+                modified = True
         return ir.passes.PassResult(model, modified=modified)
 
 
-def _quotient(value: ir.Value) -> tuple[ir.Node | None, bool]:
-    """The division whose result is rounded here, and whether it is rounded down; else a Cast rounds it towards zero."""
+def _makes(node: ir.Node, dtypes: Collection[ir.DataType]) -> bool:
+    return node.op_type == "Cast" and node.outputs[0].dtype in dtypes
+
+
+def _rounded(value: ir.Value) -> tuple[str, ir.Node | None]:
+    """How a division is rounded here, Floor or Ceil, and the division; "" if the Cast rounds it towards zero."""
     signed = made_by(value, "Mul")  # Mul(Floor(Abs(q)), Sign(q)): rounding_mode="trunc"
-    floor = made_by(value if signed is None else operand(signed), "Floor")
     if signed is not None:
-        sign, absolute = made_by(operand(signed, 1), "Sign"), made_by(floor.inputs[0], "Abs") if floor else None
+        sign, floor = made_by(operand(signed, 1), "Sign"), made_by(operand(signed), "Floor")
+        absolute = made_by(operand(floor), "Abs") if floor is not None else None
         same = sign is not None and absolute is not None and operand(sign) is operand(absolute)
-        return made_by(operand(sign), "Div") if sign is not None and same else None, False
-    return made_by(value if floor is None else operand(floor), "Div"), floor is not None
+        return "", made_by(operand(sign), "Div") if sign is not None and same else None
+    rounded = made_by(value, "Floor", "Ceil")
+    return ("", made_by(value, "Div")) if rounded is None else (rounded.op_type, made_by(operand(rounded), "Div"))
 
 
-def _divide(graph: ir.Graph, node: ir.Node, dividend: ir.Value, divisor: int, floors: bool) -> None:
-    """``node`` becomes a division of integers, which rounds towards zero, or down if ``floors``."""
-    result = node.outputs[0]
-    constant = ir.Value(name=f"{result.name}.divisor", const_value=ir.tensor(divisor, dtype=dividend.dtype))
-    constant.type, constant.shape = dividend.type, ir.Shape(())
-    graph.initializers.add(constant)
-    made = []
+def _divide(graph: ir.Graph, node: ir.Node, dividend: ir.Value, divisor: np.ndarray, rounding: str) -> None:
+    """The Cast ``node`` becomes a division of integers, which by itself rounds towards zero."""
+    result, made = node.outputs[0], list[ir.Node]()
+    name = str(result.name)
 
-    def make(operator: str, first: ir.Value, second: ir.Value) -> ir.Value:
-        new = ir.node(operator, [first, second], metadata_props=node.metadata_props)
-        (value,) = new.outputs
-        value.name, value.type, value.shape = f"{result.name}.{operator}", dividend.type, result.shape
-        made.append(new)
+    def constant(role: str, array: np.ndarray) -> ir.Value:
+        value = ir.Value(name=f"{name}.{role}", const_value=ir.tensor(array))
+        value.type, value.shape = dividend.type, ir.Shape(array.shape)
+        graph.initializers.add(value)
         return value
 
-    multiple = make("Sub", dividend, make("Mod", dividend, constant)) if floors else dividend
-    put(result, make("Div", multiple, constant))
+    def make(operator: str, *inputs: ir.Value, **attributes: int) -> ir.Value:
+        made.append(ir.node(operator, inputs, attributes, metadata_props=node.metadata_props))
+        (value,) = made[-1].outputs
+        value.name, value.type, value.shape = f"{name}.{operator}", dividend.type, result.shape
+        return value
+
+    by = constant("divisor", divisor)
+    if rounding == "Ceil":
+        dividend = make("Add", dividend, constant("more", divisor - 1))
+    quotient = make("Div", make("Sub", dividend, make("Mod", dividend, by)) if rounding else dividend, by)
+    if result.dtype is not None and result.dtype != dividend.dtype:
+        quotient = make("Cast", quotient, to=int(result.dtype))
+        quotient.type = result.type
+    put(result, quotient)
     graph.insert_after(node, made)
     graph.remove(node, safe=True)
 

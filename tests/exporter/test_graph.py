@@ -16,7 +16,7 @@ import torch
 from perceiver_export.calibration.graphs import stage_costs
 from perceiver_export.exporter import ExportOptions, LoadedModel, OwnModel, export, load_model
 from perceiver_export.exporter.graphs import Batch, whole_model
-from perceiver_export.exporter.simplify import FoldConstantsPass
+from perceiver_export.exporter.simplify import DivideIntegersPass, FoldConstantsPass
 from perceiver_export.exporter.trace import IR_VERSION, OPSET
 from perceiver_export.exporter.verification import TOLERANCE
 from perceiver_export.runtimes import Bundle, load, open_bundle
@@ -147,25 +147,49 @@ def test_random_numbers_are_not_taken_for_constants(operator: str) -> None:
 
 
 class Divided(torch.nn.Module):
-    """Indices that are rounded down, rounded towards zero, and cut by a cast."""
+    """Indices divided and rounded in each way that torch knows."""
 
     def forward(self, i: torch.Tensor) -> dict[str, torch.Tensor]:
-        down, cut = (torch.div(i, 48, rounding_mode=mode) for mode in ("floor", "trunc"))
-        return {"down": down.float(), "zero": cut.float(), "cast": (i / 7).long().float()}
+        down, zero = (torch.div(i, 48, rounding_mode=mode) for mode in ("floor", "trunc"))
+        places = torch.div(i[..., None], torch.tensor([48, 7]), rounding_mode="floor")
+        wide, up = (i.int() / 48).floor().long(), torch.ceil(i / 48).long()
+        found = {"down": down, "zero": zero, "cast": (i / 7).long(), "places": places, "wide": wide, "up": up}
+        return {name: value.float() for name, value in found.items()}
 
 
 def test_indices_are_divided_as_integers(tmp_path: Path) -> None:
     """OpenVINO's bf16 gave other rows of a video, whose indices were divided in its float."""
     bundle = export(OwnModel(Divided(), {"i": torch.tensor([[0, 47, 48, 4799]])}), tmp_path / "b")
-    given = np.array([[-49, -1, 48 * 1_000_001, 2**24 + 1]], np.int64)
+    given = np.array([[-49, -1, 48 * 100_001, 48 * 100_001 - 1]], np.int64)
 
-    operators = Counter(node.op_type for node in onnx.load(bundle.path / "model.onnx").graph.node)
-    assert operators == {"Mod": 1, "Sub": 1, "Div": 3, "Cast": 3}
+    operators = {node.op_type for node in onnx.load(bundle.path / "model.onnx").graph.node}
+    assert operators == {"Unsqueeze", "Add", "Mod", "Sub", "Div", "Cast"}
+    down, zero, cast = given // 48, np.fix(given / 48), np.fix(given / 7)
+    expected = {
+        "down": down,
+        "zero": zero,
+        "cast": cast,
+        "places": given[..., None] // [48, 7],
+        "wide": down,
+        "up": -(-given // 48),
+    }
     for target in ("ort-cpu", "openvino-cpu"):
         with load(bundle, target) as runtime:
             found = runtime.run({"i": given})
-        for name, expected in (("down", given // 48), ("zero", np.fix(given / 48)), ("cast", np.fix(given / 7))):
-            np.testing.assert_array_equal(found[name], expected.astype(np.float32), name)
+        for name, values in expected.items():
+            np.testing.assert_array_equal(found[name], values.astype(np.float32), f"{name} on {target}")
+
+
+@pytest.mark.parametrize(("narrow", "number"), [("uint8", 2), ("int16", 5)])
+def test_a_division_whose_dividend_wraps_stays(narrow: str, number: int) -> None:
+    model = ir.from_onnx_text(
+        f"""<ir_version: 10, opset_import: ["" : 20]>
+        divided (int64[2] i, int64[2] j) => (int64[2] y) <{narrow} d = {{16}}>
+          {{ c = Cast<to = {number}>(i)  q = Div(c, d)  r = Cast<to = 7>(q)  y = Add(r, j) }}"""
+    )
+    DivideIntegersPass()(model)
+
+    assert [node.op_type for node in model.graph] == ["Cast", "Div", "Cast", "Add"]
 
 
 def test_costs_do_not_depend_on_the_batch(loaded: LoadedModel) -> None:
