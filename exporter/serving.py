@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from perceiver_export.calibration.bundles import absolute_place, new_bundle
-from perceiver_export.runtimes.bundle import Bundle, measurements, open_bundle
+from perceiver_export.runtimes.bundle import Bundle, open_bundle
 from perceiver_export.runtimes.engines.backend import EngineOptions
 from perceiver_export.runtimes.engines.cache import make_source
 from perceiver_export.runtimes.engines.openvino import CPU_ARITHMETIC
 from perceiver_export.runtimes.errors import BundleExistsError, UsageError, check_choice, printable
 from perceiver_export.runtimes.external_data import external_files
+from perceiver_export.runtimes.figures import measurements
 from perceiver_export.runtimes.files import encode_json, inside
 from perceiver_export.runtimes.manifest import Part, TensorSpec
 from perceiver_export.runtimes.preprocessing import TextPreprocessing

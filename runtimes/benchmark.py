@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import repeat
 from pathlib import Path
@@ -17,9 +17,10 @@ from typing import Any, Literal
 import msgspec
 import numpy as np
 
-from perceiver_export.runtimes.bundle import Bundle, BundleLike, change_report, golden_arrays, open_bundle, timed_as
+from perceiver_export.runtimes.bundle import Bundle, BundleLike, golden_arrays, open_bundle
 from perceiver_export.runtimes.engines.backend import EngineOptions, Precision, PrecisionChoice, find_target
 from perceiver_export.runtimes.errors import BundleError, DeviceError, EngineError, UsageError, check_kind, check_whole
+from perceiver_export.runtimes.figures import check_report, platform_of, save_figures, save_relative
 from perceiver_export.runtimes.loading import load, load_onnx
 from perceiver_export.runtimes.machine import available_cores, cpu_features, cpu_name, peak_memory
 from perceiver_export.runtimes.manifest import TensorSpec
@@ -33,6 +34,7 @@ _BLOCK = 5  # consecutive runs of one side; the first of a block finds cold cach
 _COUNTED = _BLOCK - 1
 _WARMUP = 3
 _FEWEST = 5  # blocks that decide
+_MOST = 120.0  # seconds after which `precision="auto"` measures only the blocks that decide
 
 
 class Measurement(msgspec.Struct, frozen=True, kw_only=True):
@@ -42,7 +44,8 @@ class Measurement(msgspec.Struct, frozen=True, kw_only=True):
     bundle's files. ``throughput``: samples per second with two requests in flight. ``peak_memory``: the largest
     resident size after load and runs; ``base_memory``: what Python, numpy and the engine's library took before the
     load. ``ratio``: the time of a sample relative to the first side's, the median over pairs of blocks, with quartiles.
-    ``difference``: the largest from torch's golden outputs, as a share of their scale; ``tolerance``: its limit.
+    ``difference``: the largest from torch's golden outputs, as a share of their scale, NaN if an output has NaN;
+    ``tolerance``: its limit.
     """
 
     name: str
@@ -67,13 +70,21 @@ class Measurement(msgspec.Struct, frozen=True, kw_only=True):
     difference: float | None = None
     tolerance: float | None = None
     certificates: tuple[str, ...] = ()  # that hold on this engine and machine
+    platform: str = ""
 
     @property
     def within_tolerance(self) -> bool | None:
         """Whether outputs are as near to PyTorch's as the precision allows; None if there is nothing to compare."""
+        if self.broken:
+            return False
         if self.difference is None or self.tolerance is None:
             return None
         return self.difference <= self.tolerance
+
+    @property
+    def broken(self) -> bool:
+        """Whether outputs have NaN or infinite values where PyTorch's have none."""
+        return self.difference is not None and not np.isfinite(self.difference)
 
 
 class Bench(msgspec.Struct, frozen=True):
@@ -111,9 +122,9 @@ def bench(
     ``device`` is a target, ``auto``, or ``all`` for every target that is present and takes the bundle; a bundle
     ``against`` runs on the same one. ``precision`` and ``against_precision`` are those of their engines, as in `load`;
     ``precision="auto"`` measures each bundle in fp32 (of an int8 bundle: beside int8) and in all lower precisions that
-    the target computes in. ``part`` is that of split bundles; None measures all of it, every query decoded. Inputs are
-    the bundle's golden ones, or random. ``save`` keeps the figures in the bundle's report.json, where `package` and
-    ``auto`` (as device or precision) look for them.
+    the target computes in, and ends after two minutes once there are enough calls to decide. ``part`` is that of split
+    bundles; None measures all of it, every query decoded. Inputs are the bundle's golden ones, or random. ``save``
+    keeps the figures in the bundle's report.json, where `package` and ``auto`` (as device or precision) look for them.
 
     Raises UsageError; DeviceError: no target takes it; and what `load` raises.
     """
@@ -131,16 +142,20 @@ def bench(
         )
     if save and part is not None:
         raise UsageError(f"--save keeps figures of a whole bundle, and --part is {part!r}", "leave one of them out")
+    if save:
+        check_report(Path(path))
     if several:
         sides = [one for side in sides for one in _in_precisions(side)]
     opened, skipped = _open(sides, all_of_them=several or device == "all")
-    measured, medians = _measure(opened, -(-runs // _COUNTED), progress)
+    measured, medians = _measure(opened, -(-runs // _COUNTED), _MOST if several else np.inf, progress)
     undecided = unsteady(measured, len(opened[0].times)) if len(measured) > 1 else ""
     if save:
-        _keep(sides[0].path, zip(opened, measured, medians, strict=True), several, decided=not undecided)
+        _keep(sides, list(zip(opened, measured, medians, strict=True)), several, decided=not undecided)
     machine = f"{cpu_name()}, {available_cores()} cores, {' '.join(cpu_features()) or sys.platform}"
     ratio = _ratio(medians[0] / medians[1]) if against is not None and not several and device != "all" else {}
-    best = () if undecided or len(measured) == 1 else fastest(np.stack(medians))
+    sound = [index for index, one in enumerate(measured) if not one.broken]
+    decides = sound and len(measured) > 1 and not undecided
+    best = tuple(sound[index] for index in fastest(np.stack(medians)[sound])) if decides else ()
     return Bench(machine, len(opened[0].times), measured, skipped=skipped, fastest=best, unsteady=undecided, **ratio)
 
 
@@ -279,15 +294,21 @@ def _open(sides: Sequence[Side], all_of_them: bool) -> tuple[list[_Opened], tupl
 
 
 def _measure(
-    sides: list[_Opened], blocks: int, progress: Callable[[int, int], None] | None
+    sides: list[_Opened], blocks: int, most: float, progress: Callable[[int, int], None] | None
 ) -> tuple[tuple[Measurement, ...], list[Array]]:
-    """The figures of each side, and the medians of its blocks: A A A A A B B B B B A …; closes the sides."""
+    """The figures of each side, and the medians of its blocks: A A A A A B B B B B A …; closes the sides.
+
+    It ends after ``most`` seconds, once there are enough blocks to decide.
+    """
     try:
         fresh = [_measure_fresh(one.side) for one in sides]
         for side in sides:
             for _ in range(_WARMUP):
                 side.runtime.run(side.feeds)
+        start = time.perf_counter()
         for block in range(blocks):
+            if block >= _FEWEST and time.perf_counter() - start > most:
+                break
             for side in sides:
                 side.block()
             if progress is not None:
@@ -325,9 +346,10 @@ def _measurement(one: _Opened, fresh: tuple[float, float, float], ratio: dict[st
         load=fresh[0],
         peak_memory=fresh[1],
         base_memory=fresh[2],
-        difference=max(differences, default=None),
+        difference=float(np.max(differences)) if differences else None,  # NaN wins
         tolerance=TOLERANCES.get(described["precision"]),
         certificates=described.get("certificates", ()),
+        platform=platform_of(one.side.device),
         **ratio,
     )
 
@@ -337,34 +359,17 @@ def _ratio(pairs: Array) -> dict[str, Any]:
     return {"ratio": median, "ratio_quartiles": (low, high)}
 
 
-def _relative(measured: Sequence[tuple[Side, Array]]) -> dict[str, dict[str, tuple[float, float, float]]]:
-    """By target (`timed_as`) and precision, quartiles of the time relative to fp32's on the target."""
-    exact = {timed_as(side.device, side.threads): own for side, own in measured if side.precision == "fp32"}
-    found: dict[str, dict[str, tuple[float, float, float]]] = {target: {} for target in exact}
-    for side, own in measured:
-        if (target := timed_as(side.device, side.threads)) in exact:
-            found[target][str(side.precision)] = quartiles(own / exact[target])
-    return found
-
-
-def _keep(path: str, rows: Iterable[tuple[_Opened, Measurement, Array]], several: bool, decided: bool) -> None:
-    """Save the figures of a bundle's sides, and of ``several`` precisions how they compare."""
+def _keep(
+    sides: Sequence[Side], rows: Sequence[tuple[_Opened, Measurement, Array]], several: bool, decided: bool
+) -> None:
+    """Save the figures of the first bundle's sides, and of ``several`` precisions how they compare."""
+    path = sides[0].path
     own = [row for row in rows if row[0].side.path == path]
-    _save(path, "bench", {figures.target: figures for _, figures, _ in reversed(own)})  # of several fp32's
-    if several:  # older figures of a target must not outlive new ones that decide nothing
-        relative = _relative([(one.side, medians) for one, _, medians in own])
-        _save(path, "precisions", relative if decided else {target: {} for target in relative})
-
-
-def _save(bundle: str | os.PathLike[str], section: str, new: Mapping[str, Any]) -> None:
-    """Add figures by target to those of this CPU model in a section of report.json."""
-
-    def added(machines: Any) -> Any:
-        before: dict[str, Any] = machines if isinstance(machines, dict) else {}
-        here = before.get(cpu_name(), {})
-        return {**before, cpu_name(): {**(here if isinstance(here, dict) else {}), **msgspec.to_builtins(new)}}
-
-    change_report(Path(bundle), section, added)
+    save_figures(Path(path), "bench", {figures.target: figures for _, figures, _ in reversed(own)})  # of several fp32's
+    if several:
+        sound = [(one.side, times) for one, figures, times in own if decided and not figures.broken]
+        timed = [(side.device, str(side.precision), times) for side, times in sound]
+        save_relative(Path(path), [side.device for side in sides if side.path == path], sides[0].threads, timed)
 
 
 def _measure_fresh(side: Side) -> tuple[float, float, float]:

@@ -69,19 +69,22 @@ def build(
 ) -> tuple[BuiltEngine, ...]:
     """Compile every part of a bundle for a target, on the device that will run it, unless a valid engine exists.
 
-    ``precision="auto"`` uses `choose_precision` with the figures of `bench --precision auto --save`. ``shapes`` gives
-    the smallest, best and largest size of a named dimension. ``flags`` are settings of the target's library, from its
-    backend's list. Engines are written into the bundle, or into the user's cache directory if the bundle is read-only.
-    If two processes build at once, one compiles, and the other waits and uses the result.
+    ``precision="auto"`` uses `choose_precision` with the figures of `bench --precision auto --save`, so it takes no
+    other hint, shapes or flags. ``shapes`` gives the smallest, best and largest size of a named dimension. ``flags``
+    are settings of the target's library, from its backend's list. Engines are written into the bundle, or into the
+    user's cache directory if the bundle is read-only. If two processes build at once, one compiles, and the other waits
+    and uses the result.
 
     Raises BuildError, BundleError, DeviceError, MissingDependencyError; UsageError: an unknown dimension, sizes
-    outside its range, or a flag that the target does not accept.
+    outside its range, a flag that the target does not accept, or ``auto`` with a hint, shapes or flags.
     """
     exits.enter()
     check_choice("precision", precision, get_args(PrecisionChoice))
     check_choice("hint", hint, get_args(Hint))
     check_kind("shapes", shapes or {}, Mapping, "{name: (least, best, most)}")
     check_kind("flags", flags or {}, Mapping, "{name: value}, both text")
+    if precision == "auto":
+        check_auto(hint, shapes or {}, flags or {})
     opened = open_bundle(bundle)
     _check_shapes(opened, shapes or {})
     backend = find_target(target).backend()
@@ -97,6 +100,16 @@ def build(
         found = None if force else _valid(opened, identity, backend)
         built.append(found or _build_part(opened, identity, source, backend, force, progress))
     return tuple(built)
+
+
+def check_auto(hint: Hint, shapes: Mapping[str, object], flags: Mapping[str, str]) -> None:
+    """Raise UsageError for engines unlike those that `bench --precision auto` measures."""
+    if hint != "latency" or shapes or flags:
+        asked = f"hint {hint!r}" if hint != "latency" else ", ".join([*shapes, *flags])
+        raise UsageError(
+            f"precision auto compares engines for latency without shapes and flags, not with {asked}",
+            "name the precision",
+        )
 
 
 def _check_shapes(bundle: Bundle, shapes: Mapping[str, tuple[int, int, int]]) -> None:

@@ -15,12 +15,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
-import msgspec
-
 from perceiver_export.runtimes.errors import BundleError, UsageError, check_choice, check_kind
 from perceiver_export.runtimes.files import (
     cache_directory,
-    converted,
     decode_json,
     encode_json,
     inside,
@@ -34,7 +31,6 @@ from perceiver_export.runtimes.files import (
     write_cache,
     writing,
 )
-from perceiver_export.runtimes.machine import cpu_name
 from perceiver_export.runtimes.manifest import FileEntry, Manifest, Part, assumed_note, decode_manifest
 
 if TYPE_CHECKING:
@@ -45,11 +41,12 @@ _log = logging.getLogger(__name__)
 Verify = Literal["auto", "always", "never"]
 
 GOLDEN = "golden.npz"
-_REPORT = "report.json"
+REPORT = "report.json"
 _CHUNK = 1 << 20
 MANIFEST_LIMIT = 16 << 20  # bytes; a manifest with 100,000 labels has 3 MB
 _SOURCES = ("preset:", "deepmind:")  # prefixes of `export`'s sources
 _AGAIN = "copy or export the bundle again"
+NOT_SAVED = "copy the bundle to a writable directory"
 
 
 class Bundle:
@@ -212,7 +209,7 @@ def _check_weights(path: Path, name: str, files: Mapping[str, FileEntry], record
 
 def read_report(bundle: Path) -> dict[str, Any]:
     """The report by section; empty if the file does not exist. Raises BundleError: it is damaged."""
-    path = bundle / _REPORT
+    path = bundle / REPORT
     if not os.path.lexists(path):
         return {}
     return read_json(path, dict[str, Any], BundleError, "remove it, then run `bench --save` and `validate` again")
@@ -223,52 +220,9 @@ def change_report(bundle: Path, section: str, change: Callable[[Any], Any]) -> N
 
     Raises BundleError: the report is damaged or cannot be written.
     """
-    path = bundle / _REPORT
-    hint = "copy the bundle to a writable directory"
-    with writing(path, BundleError, hint), locked(bundle / "manifest.json"):
+    path = bundle / REPORT
+    with writing(path, BundleError, NOT_SAVED), locked(bundle / "manifest.json"):
         report = read_report(bundle)
         report[section] = change(report.get(section))
         with replacing(path) as temporary:
             temporary.write_bytes(encode_json(report))
-
-
-_ByPrecision = dict[str, dict[str, dict[str, tuple[float, float, float]]]]  # by machine and target
-
-
-class Measured(msgspec.Struct, frozen=True):
-    """A target's figures from `bench --save`: milliseconds per call, samples per second, and samples per call."""
-
-    p50: float
-    throughput: float = 0.0
-    batch: int = 1
-
-
-def measurements(bundle: Path) -> dict[str, dict[str, Measured]]:
-    """The figures from `bench --save`, by machine and target. Raises BundleError: the section is not of that form."""
-    try:
-        return converted(read_report(bundle).get("bench", {}), dict[str, dict[str, Measured]])
-    except msgspec.ValidationError as error:
-        raise BundleError(f"`bench` of {bundle / _REPORT} is unusable: {error}", "run `bench --save` again") from error
-
-
-def timed_as(target: str, threads: int | None) -> str:
-    """The name of a target in the report's relative times, which another number of threads changes."""
-    return target if threads is None else f"{target}, {threads} threads"
-
-
-def relative_times(bundle: Path, target: str) -> dict[str, tuple[float, float, float]]:
-    """By precision, the time of a call relative to fp32's on this CPU model: quartiles over pairs, as
-    `bench --precision auto --save` measured them; empty if nobody did. ``target`` is as in `timed_as`.
-    """
-    with contextlib.suppress(BundleError, msgspec.ValidationError):
-        found = read_report(bundle).get("precisions", {})
-        return converted(found, _ByPrecision).get(cpu_name(), {}).get(target, {})
-    return {}
-
-
-def median_latency(bundle: Path, target: str) -> float | None:
-    """Milliseconds per call on this CPU model, from `bench --save`; None if it has not been measured."""
-    with contextlib.suppress(BundleError):
-        measured = measurements(bundle).get(cpu_name(), {}).get(target)
-        return None if measured is None else measured.p50
-    return None

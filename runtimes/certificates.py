@@ -129,7 +129,8 @@ def engine_of(described: Mapping[str, object]) -> str:
     which it computes if they differ, and its flags. Engines of the same name compute alike.
     """
     precision, arithmetic, flags = str(described.get("precision")), described.get("arithmetic"), described.get("flags")
-    halves = precision in ("fp16", "bf16") or " with " in precision
+    # A joined engine whose parts differ has "bf16, fp32".
+    halves = "fp16" in precision or "bf16" in precision or " with " in precision
     parts = [f"{described.get('engine')} {described.get('version')}"]
     parts += [f"in {precision}"] * halves
     if arithmetic and arithmetic != (precision if halves else "fp32"):

@@ -87,7 +87,7 @@ def open_parts(
             return loader.load(part)
         from perceiver_export.runtimes.split import join
 
-        return join(opened.manifest, {name: loader.load(name) for name in opened.manifest.parts})
+        return join(opened, {name: loader.load(name) for name in opened.manifest.parts})
     except PerceiverExportError as error:
         _log.info("%s is refused on %s, and no other target takes its place: %s", opened.path, device, error.message)
         raise
@@ -185,7 +185,7 @@ class _Loader(msgspec.Struct, frozen=True):
             part.num_queries,
             compiled=compiled,
             check_finite=self.check_finite,
-            certificates=_certificates(bundle, engine),
+            certificates=certificates_of(bundle, engine),
         )
         _log.info("%s loaded: %s", source.graph, runtime.describe())
         return runtime
@@ -227,7 +227,7 @@ class _Loader(msgspec.Struct, frozen=True):
         return f"rebuild it: perceiver-export build {self.bundle.path} --target {self.device}{asked}"
 
 
-def _certificates(bundle: Bundle, engine: Engine) -> tuple[str, ...]:
+def certificates_of(bundle: Bundle, engine: Engine) -> tuple[str, ...]:
     """The certificates that hold for this engine on this machine."""
     if "calibration.json" not in bundle.manifest.files:
         return ()

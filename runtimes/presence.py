@@ -13,7 +13,7 @@ from typing import get_args
 import msgspec
 
 from perceiver_export.runtimes import exits
-from perceiver_export.runtimes.bundle import Bundle, median_latency, relative_times, timed_as
+from perceiver_export.runtimes.bundle import Bundle
 from perceiver_export.runtimes.certificates import Certificate, applies, certificates, may_be
 from perceiver_export.runtimes.engines.backend import (
     TARGETS,
@@ -26,6 +26,7 @@ from perceiver_export.runtimes.engines.backend import (
 from perceiver_export.runtimes.engines.cache import make_source
 from perceiver_export.runtimes.engines.cuda import cuda_gpus
 from perceiver_export.runtimes.errors import DeviceError, MissingDependencyError, PerceiverExportError
+from perceiver_export.runtimes.figures import Times, median_latency, relative_times
 from perceiver_export.runtimes.machine import cpu_features, device_files
 from perceiver_export.runtimes.opening import engine_for
 
@@ -89,14 +90,15 @@ def choose_target(bundle: Bundle, precision: PrecisionChoice | None = None, thre
 
     It is the first target for which a certificate of the bundle is valid here. Without one, it is the first target in
     the table that is present and, if compiling takes minutes, has an engine for this machine. Of the two CPU targets,
-    the one that is faster in the bundle's report comes first; without a report, ort-cpu. ``precision`` and
-    ``threads`` are the engine's, as in `load`.
+    the one that `bench --save` measured to be faster here, in the bundle's own precision and with the same ``threads``,
+    comes first; without such figures, ort-cpu. A target that computes only in a lower precision needs a certificate, or
+    that ``precision`` asked for. ``precision`` and ``threads`` are the engine's, as in `load`.
 
     Raises MissingDependencyError: no target is present.
     """
     names = [name for name, target in TARGETS.items() if name not in _CPU_TARGETS and _worth_asking(target)]
     cpus = [name for name in _CPU_TARGETS if TARGETS[name].version()]
-    measured = {name: median_latency(bundle.path, name) for name in cpus}
+    measured = {name: median_latency(bundle, name, threads) for name in cpus}
     names += sorted(cpus, key=lambda name: (measured[name] is None, measured[name] or 0.0))
     written = {one.target for one in certificates(bundle)}
     for name in sorted(written, key=lambda name: (names.index(name) if name in names else len(names), name)):
@@ -107,7 +109,7 @@ def choose_target(bundle: Bundle, precision: PrecisionChoice | None = None, thre
     if written:
         _log.info("%s: none of the certificates for %s is valid here", bundle.path, ", ".join(sorted(written)))
     for name in names:
-        why = _why_not(bundle, TARGETS[name])
+        why = _why_not(bundle, TARGETS[name], precision)
         _log.info("%s: auto %s %s%s", bundle.path, "rejected" if why else "chose", name, f": {why}" if why else "")
         if not why:
             return name
@@ -121,19 +123,18 @@ def choose_precision(
 ) -> Precision:
     """The precision for ``precision="auto"``: the fastest that has a certificate that holds here, else fp32.
 
-    Only one that `bench --precision auto --save` found faster than fp32 on this CPU model, by its spread and with the
+    Only one that `bench --precision auto --save` found faster than fp32 here, by its spread and with the
     same ``threads``, is taken. ``options`` are those of engines that `build` is to make; None: of those that `load`
     takes.
     """
-    faster = _faster(bundle, timed_as(target, threads))
+    faster = _faster(relative_times(bundle.path, target, threads))
     chosen: Precision = next((one for one in faster if certificates_for(bundle, target, one, options)), "fp32")
     _log.info("%s: auto is %s on %s, faster than fp32: %s", bundle.path, chosen, target, ", ".join(faster) or "none")
     return chosen
 
 
-def _faster(bundle: Bundle, target: str) -> tuple[Precision, ...]:
-    """Precisions that were measured to be faster than fp32 here, the fastest first."""
-    times = relative_times(bundle.path, target)
+def _faster(times: Times) -> tuple[Precision, ...]:
+    """Precisions that were measured to be faster than fp32, the fastest first."""
     found = (precision for precision in get_args(Precision) if precision in times and times[precision][2] < 1)
     return tuple(sorted(found, key=lambda precision: times[precision][1]))
 
@@ -143,7 +144,8 @@ def precision_advice(bundle: Bundle, target: str) -> str:
 
     Empty where there is none, or where `bench --precision auto --save` found none.
     """
-    name, times, faster = shlex.quote(str(bundle.path)), relative_times(bundle.path, target), _faster(bundle, target)
+    name, times = shlex.quote(str(bundle.path)), relative_times(bundle.path, target)
+    faster = _faster(times)
     if not times:
         faster = find_target(target).backend().precisions(target)
     if not faster:
@@ -186,7 +188,8 @@ def certificates_for(
     if not written or not _worth_asking(find_target(target)):
         return ()
     try:
-        here = find_target(target).backend().platform(target, EngineOptions())
+        known = find_target(target)
+        here = known.backend().platform(target, EngineOptions())
         options = msgspec.structs.replace(new or EngineOptions(), precision=precision or "fp32")
         used = (
             [options]
@@ -196,6 +199,8 @@ def certificates_for(
     except PerceiverExportError as error:
         _log.debug("%s cannot run on %s here: %s", bundle.path, target, error.message)
         return ()
+    if known.computes:
+        used = [msgspec.structs.replace(part, precision=known.computes) for part in used]
     engine = f"{here.library} {here.version}"
     return tuple(
         one
@@ -213,8 +218,10 @@ def _worth_asking(target: Target) -> bool:
     return target.hardware not in _DEVICE_FILES or bool(device_files(_DEVICE_FILES[target.hardware]))
 
 
-def _why_not(bundle: Bundle, target: Target) -> str:
+def _why_not(bundle: Bundle, target: Target, precision: PrecisionChoice | None) -> str:
     """Why a target cannot run the bundle; empty if it can. Libraries of CPU targets are not imported."""
+    if target.computes not in (None, precision):
+        return f"it computes in {target.computes}, which is neither certified nor asked for"
     if target.name not in _CPU_TARGETS and (problem := presence(target).problem):
         return problem
     try:

@@ -4,14 +4,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from perceiver_export.runtimes.bundle import Bundle
 from perceiver_export.runtimes.errors import InputError
 from perceiver_export.runtimes.manifest import Manifest, TensorSpec, index_input, interface, misfit
+from perceiver_export.runtimes.opening import certificates_of
 from perceiver_export.runtimes.runtime import Array, Feeds, Runtime
 
 
@@ -68,11 +70,12 @@ def _rows(queries: npt.ArrayLike, batch: int, num_queries: int | None) -> npt.ND
     return np.broadcast_to(rows.astype(np.int32), (batch, rows.shape[-1]))
 
 
-def join(manifest: Manifest, parts: Mapping[str, Runtime]) -> Runtime:
+def join(bundle: Bundle, parts: Mapping[str, Runtime]) -> Runtime:
     """Join the parts of a split bundle, by name, behind one `run`. Raises BundleError: unsuitable decoders."""
-    engine = JoinedEngine(manifest, parts)
-    strict = parts["encoder"].check_finite
-    return Runtime(engine, engine.inputs, engine.outputs, manifest.precision, check_finite=strict)
+    engine = JoinedEngine(bundle.manifest, parts)
+    strict, held = parts["encoder"].check_finite, certificates_of(bundle, engine)
+    precision = bundle.manifest.precision
+    return Runtime(engine, engine.inputs, engine.outputs, precision, check_finite=strict, certificates=held)
 
 
 class JoinedEngine:
@@ -107,7 +110,21 @@ class JoinedEngine:
             np.copyto(out[name], array)
 
     def describe(self) -> dict[str, Any]:
-        return self._encoder.describe()
+        """The encoder's; precision, arithmetic and flags are those of all parts: "bf16, fp32" where they differ."""
+        parts = [self._encoder.describe(), *(decoder.describe() for decoder, _ in self._decoders.values())]
+        described = {name: value for name, value in parts[0].items() if name != "certificates"}
+        for name in ("precision", "arithmetic"):
+            if any(name in part for part in parts):
+                described[name] = _listed(part.get(name, "unknown") for part in parts)
+        flags = [part.get("flags", {}) for part in parts]
+        if any(flags):
+            names = dict.fromkeys(name for one in flags for name in one)
+            described["flags"] = {name: _listed(one.get(name, "none") for one in flags) for name in names}
+        return described
+
+
+def _listed(values: Iterable[object]) -> str:
+    return ", ".join(dict.fromkeys(map(str, values)))
 
 
 def _check(manifest: Manifest) -> None:

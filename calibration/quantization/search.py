@@ -3,9 +3,10 @@
 
 1. **Candidates.** Candidate 0 has the options asked for. In each next one, one more layer goes back to a higher
    precision (`ladder`; a candidate is called rung in the code, and all of them the ladder).
-2. **Search.** Candidates 0, 1, 2, 4, … are held against the fp32 bundle on the search split, on each target, and timed
-   in turn with its fastest precision there, up to the first that holds and one more for safety; then halves of those
-   below, as long as there is time to gain. A candidate costs its time as a share of that precision's, the geometric
+2. **Search.** Candidates 0, 1, 2, 4, … are timed on each target, in their own fastest precision (int8, or int8 with
+   bf16) in turn with the fp32 bundle's fastest there, and held against the fp32 bundle on the search split in that
+   precision, up to the first that holds and one more for safety; then halves of those below, as long as there is time
+   to gain. A candidate costs its time as a share of that precision's, the geometric
    mean over targets; where only weights are quantized, or size was asked for, it costs its bytes. Two kinds are
    dropped: those that cost no less than ``1 − least_gain`` of a safer one (less than about 2 % is noise of the clock),
    and those that are not faster than the float bundle by their spread (or not smaller).
@@ -28,7 +29,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import msgspec
 
@@ -45,18 +46,20 @@ from perceiver_export.calibration.validation.results import Validation
 from perceiver_export.calibration.validation.validation import validate
 from perceiver_export.runtimes.benchmark import Bench, bench
 from perceiver_export.runtimes.bundle import Bundle, BundleLike, open_bundle
-from perceiver_export.runtimes.certificates import Certificate
+from perceiver_export.runtimes.certificates import Certificate, precision_of
 from perceiver_export.runtimes.engines.backend import Precision, find_target
 from perceiver_export.runtimes.errors import DeviceError, GateError, UndecidedError, UsageError, VacuousGateError
 from perceiver_export.runtimes.presence import choose_target, devices
 from perceiver_export.runtimes.tasks.tokenizers import truncating
 
 _RUNS = 40
+_TRIES = 3  # to find the float bundle's fastest precision
 
 
 class Time(msgspec.Struct, frozen=True):
-    """Median milliseconds of a call on a target; ``ratio`` to the fp32 bundle's there in its fastest precision,
-    ``against``: the median over pairs of blocks in turn, with quartiles. ``unsteady``: why it decides nothing.
+    """Median milliseconds of a call on a target, in an engine of ``precision``; ``ratio`` to the fp32 bundle's there in
+    its fastest precision, ``against``: the median over pairs of blocks in turn, with quartiles. ``unsteady``: why it
+    decides nothing.
     """
 
     target: str
@@ -65,6 +68,7 @@ class Time(msgspec.Struct, frozen=True):
     quartiles: tuple[float, float]
     against: Precision
     unsteady: str = ""
+    precision: Precision = "fp32"
 
     @property
     def faster(self) -> bool:
@@ -74,7 +78,8 @@ class Time(msgspec.Struct, frozen=True):
     def __str__(self) -> str:
         low, high = self.quartiles
         why = f", which decides nothing: {self.unsteady}" if self.unsteady else ""
-        return f"{self.ratio:.2f} × the time of {self.against} on {self.target} ({low:.2f} to {high:.2f}){why}"
+        own = "" if self.precision == "fp32" else f" with {self.precision}"
+        return f"{self.ratio:.2f} × the time of {self.against} on {self.target}{own} ({low:.2f} to {high:.2f}){why}"
 
 
 class Rung(msgspec.Struct, frozen=True):
@@ -283,7 +288,7 @@ class Trials:
 
         def holds(step: int) -> bool:
             self.report("certify", order.index(step), len(order))
-            evidence[step] = self._judge(step, data)
+            evidence[step] = self._judge(step, self.rungs[step].times, data)
             self.rungs[step] = msgspec.structs.replace(self.rungs[step], certification=self._said(evidence[step]))
             return _held(evidence[step])
 
@@ -297,16 +302,16 @@ class Trials:
         path = self.path(step)
         path.parent.mkdir()
         self.ladder.build(step, path)
-        results = self._judge(step, data)
         size = open_bundle(path).num_bytes / self.source.num_bytes
         times = tuple(self._time(path, target) for target in self.targets)
+        results = self._judge(step, times, data)
         self.rungs[step] = Rung(step, self.ladder.raised(step), times, size, self._said(results))
         if not _held(results):
             shutil.rmtree(path)
         return results
 
-    def _judge(self, step: int, data: str | Path) -> tuple[Validation, ...]:
-        """The rung on each target. NaN outputs fail this rung only.
+    def _judge(self, step: int, times: Sequence[Time], data: str | Path) -> tuple[Validation, ...]:
+        """The rung on each target, in the precision that was timed. NaN outputs fail this rung only.
 
         Raises BrokenReferenceError where the reference gives NaN: then no rung can hold.
         """
@@ -318,7 +323,10 @@ class Trials:
             truncate=self.options.truncate,
             keep_failures=True,
         )
-        results = tuple(validate(self.path(step), data, replace(common, device=target)) for target in self.targets)
+        results = tuple(
+            validate(self.path(step), data, replace(common, device=time.target, precision=time.precision))
+            for time in times
+        )
         for result in results:
             if result.failure is not None and result.failure.of_reference:
                 result.require()
@@ -346,14 +354,19 @@ class Trials:
     def _time(self, path: Path, target: str) -> Time:
         """Takes turns with the best float, so that other work on the machine slows both."""
         how: dict[str, Any] = {"device": target, "runs": _RUNS, "threads": self.options.threads}
-        if target not in self.best or self.best[target].unsteady:
+        for _ in range(0 if target in self.best else _TRIES):
             self.best[target] = bench(self.source, precision="auto", **how)
-        against, undecided = best_float(self.best[target]), self.best[target].unsteady
-        timed = bench(path, against=self.source.path, against_precision=against, **how)
+            if not self.best[target].unsteady:
+                break
+        against = fastest_precision(self.best[target])
+        own: Precision = "fp32"
+        if len(self.best[target].measurements) > 1 and not self._saves_size:  # saved for `load`'s auto
+            own = fastest_precision(bench(path, precision="auto", save=True, **how))
+        timed = bench(path, precision=own, against=self.source.path, against_precision=against, **how)
         assert timed.ratio is not None
         assert timed.ratio_quartiles is not None
-        why = undecided or timed.unsteady
-        return Time(target, timed.measurements[0].p50, timed.ratio, timed.ratio_quartiles, against, why)
+        why = self.best[target].unsteady or timed.unsteady
+        return Time(target, timed.measurements[0].p50, timed.ratio, timed.ratio_quartiles, against, why, own)
 
     def _cost(self, step: int) -> float:
         return self.rungs[step].size if self._saves_size else self.rungs[step].time
@@ -363,10 +376,10 @@ class Trials:
         return self.for_size or self.options.scheme != "int8"
 
 
-def best_float(measured: Bench) -> Precision:
-    """The fastest precision of a float bundle; fp32 where it ties, or nothing is decided."""
-    found = [measured.measurements[index].precision for index in measured.fastest]
-    return "fp32" if "fp32" in found or not found else cast("Precision", found[0])
+def fastest_precision(measured: Bench) -> Precision:
+    """The fastest of a bundle's engines; fp32 (of an int8 bundle: beside int8) where it ties, or nothing is decided."""
+    found = [precision_of(f", in {measured.measurements[index].precision}") for index in measured.fastest]
+    return "fp32" if "fp32" in found or not found else found[0]
 
 
 def _held(results: Sequence[Validation]) -> bool:

@@ -27,11 +27,12 @@ if TYPE_CHECKING:
 
 _SHOWN = 8  # nodes of one rule
 _LAYERS = 15  # of a profile
-_PRECISIONS = ("ms (spread)", "× first", "MiB", "from torch", "certified", "fastest")  # columns of `--precision auto`
+# Columns of `--precision auto`.
+_PRECISIONS = ("ms (spread)", "× first", "MiB", "size", "from torch", "certified", "fastest")
 _BENCH_NOTE = (
     "ms (spread): median and middle half of the blocks of calls. samples/s: two requests at a time. MiB: peak memory "
-    "of a fresh process. From torch: the largest difference on random inputs, of the outputs' scale (!: too far); "
-    "`validate` says more of int8."
+    "of a fresh process. Size: of the bundle's files. From torch: the largest difference on random inputs, of the "
+    "outputs' scale (!: too far); `validate` says more of int8."
 )
 
 
@@ -63,6 +64,7 @@ def build(
 ) -> None:
     """Compile a bundle for targets, on the device that will run it."""
     from perceiver_export.runtimes.building import build as build_
+    from perceiver_export.runtimes.building import check_auto
     from perceiver_export.runtimes.bundle import open_bundle
     from perceiver_export.runtimes.presence import precision_advice
 
@@ -70,6 +72,7 @@ def build(
         _lower(bundle, target, how.precision)
         return
     if how.precision == "auto":
+        check_auto(how.hint, how.shape, how.flag)
         _check_measurable(bundle, target)
         for name in target:
             _measure(bundle, device=name, precision="auto", save=True)
@@ -230,7 +233,7 @@ def _show_bench(result: Bench, precisions: bool) -> None:
     else:
         rows = [(name, *(one[name] for one in figures)) for name in figures[0] if any(one[name] for one in figures)]
         ui.print_table(title, ["", *(f"{side.name}>" for side in sides)], rows, _BENCH_NOTE)
-    if precisions and len(sides) == 1:
+    if precisions and len(sides) == 1 and not result.skipped:
         ui.say(f"{sides[0].target} computes in no lower precision here; --device names another target")
     if result.unsteady:
         ui.say(f"nothing is decided: {result.unsteady}", "warning:")

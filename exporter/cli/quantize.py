@@ -20,7 +20,7 @@ from perceiver_export.runtimes.errors import UsageError
 
 if TYPE_CHECKING:
     from perceiver_export.calibration.quantization.record import Calibration
-    from perceiver_export.calibration.quantization.search import Rung
+    from perceiver_export.calibration.quantization.search import Rung, Time
     from perceiver_export.calibration.quantization.sensitivity import GroupSensitivity
     from perceiver_export.runtimes.bundle import Bundle
 
@@ -199,15 +199,23 @@ def _search_and_show(
     ui.say(f"most sensitive by themselves, in dB of the outputs: {first}")
     for certificate in found.certificates:
         ui.say(f"certified: {certificate}")
+    if any(map(_with, found.rungs[found.kept].times)):
+        ui.say("load, run and build take the certified precision with --precision auto", "note:")
     for warning in found.warnings:
         ui.say(warning, "warning:")
     ui.show_written(output, *([] if sensitivity is None else [sensitivity]))
 
 
+def _with(time: Time) -> str:
+    return "" if time.precision == "fp32" else f" with {time.precision}"
+
+
 def _shown(rung: Rung) -> str:
     counts = ", ".join(f"{count} to {scheme}" for scheme, count in sorted(Counter(rung.precision.values()).items()))
     names = ", ".join(list(rung.precision)[:2]) + (", …" if len(rung.precision) > 2 else "")
-    times = ", ".join(f"{it.target} {it.milliseconds:.2f} ms, {it.ratio:.2f} × {it.against}'s" for it in rung.times)
+    times = ", ".join(
+        f"{it.target}{_with(it)} {it.milliseconds:.2f} ms, {it.ratio:.2f} × {it.against}'s" for it in rung.times
+    )
     searched, certified = (", ".join(one.split(":")[0] for one in said) for said in (rung.search, rung.certification))
     layers = f"{counts}: {names}" if counts else "no layer went back"
     found = f"search split {searched}; certification {certified or 'not needed'}"

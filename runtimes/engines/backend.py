@@ -70,9 +70,14 @@ class Source(msgspec.Struct, frozen=True):
     plan: MemoryPlan | None = None
 
     @property
+    def engine_precision(self) -> Precision:
+        """The precision that was asked for, or the only one that the target computes in."""
+        return find_target(self.target).computes or self.options.precision
+
+    @property
     def compiled_precision(self) -> str:
         """The precision of the build: `fp16`, or for a quantized bundle `int8 with fp16`."""
-        asked = self.options.precision
+        asked = self.engine_precision
         return asked if self.precision == "fp32" else f"{self.precision} with {asked}"
 
     @property
@@ -170,6 +175,7 @@ class Target(msgspec.Struct, frozen=True):
     extra: str
     hardware: str
     needs_engine: bool = False  # compiling takes minutes, so `load` never does it
+    computes: Precision | None = None  # in which precision, whatever is asked for; None: in that which is asked for
     index: str = ""  # where the distributions are, if not where pip looks by itself
 
     @property
@@ -208,11 +214,11 @@ def installed_version(*distributions: str) -> str:
 _TENSORRT = ("tensorrt", "tensorrt-cu12", "tensorrt-cu13")
 _ORT = ("onnxruntime", "onnxruntime-gpu")
 _TABLE = (
-    Target("tensorrt", "tensorrt", _TENSORRT, "tensorrt", "NVIDIA GPU", True, "https://pypi.nvidia.com"),
+    Target("tensorrt", "tensorrt", _TENSORRT, "tensorrt", "NVIDIA GPU", True, index="https://pypi.nvidia.com"),
     Target("tensorrt-rtx", "tensorrt", ("tensorrt-rtx",), "tensorrt-rtx", "NVIDIA GPU", needs_engine=True),
     Target("ort-cuda", "ort", ("onnxruntime-gpu",), "ort", "NVIDIA GPU"),
     Target("openvino-gpu", "openvino", ("openvino",), "openvino", "Intel GPU"),
-    Target("openvino-npu", "openvino", ("openvino",), "openvino", "Intel NPU"),
+    Target("openvino-npu", "openvino", ("openvino",), "openvino", "Intel NPU", computes="fp16"),
     Target("ort-cpu", "ort", _ORT, "ort", "CPU"),
     Target("openvino-cpu", "openvino", ("openvino",), "openvino", "CPU"),
 )

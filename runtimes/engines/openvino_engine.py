@@ -125,7 +125,7 @@ class OpenvinoEngine:
             "arithmetic": self._arithmetic,
             **self._source.flags_described,
         }
-        if self._source.options.precision != "fp32":
+        if self._source.engine_precision != "fp32":
             described["precision"] = self._source.compiled_precision
         return described
 

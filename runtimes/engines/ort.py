@@ -237,8 +237,10 @@ def _session_options(onnxruntime: Any, source: Source, threads: int | None) -> A
 
 def _session(onnxruntime: Any, source: Source, graph: Path, options: Any) -> Any:
     provider = _provider(onnxruntime, source.target)
+    # CUDA computes fp32 products in TF32 by default, which has the 10 bits of fp16.
+    exact = [{"use_tf32": "0"}] if provider == "CUDAExecutionProvider" else None
     try:  # without onnxruntime's fallback, which prints a message and may switch to another provider
-        session = onnxruntime.InferenceSession(utf8(graph), options, providers=[provider], enable_fallback=0)
+        session = onnxruntime.InferenceSession(utf8(graph), options, [provider], exact, enable_fallback=0)
     except Exception as error:
         raise _ours(error, graph, source.options.flags) from error
     if session.get_providers()[0] != provider:

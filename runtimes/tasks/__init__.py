@@ -124,7 +124,7 @@ def _open(
 
     def load_part(name: str | None) -> Runtime:
         if name is None and opened.split:  # joined parts share their weights with the parts used alone
-            return join(opened.manifest, {part: made.part(part) for part in opened.manifest.parts})
+            return join(opened, {part: made.part(part) for part in opened.manifest.parts})
         return load(opened, device, name, threads, "never", precision=precision, check_finite=check_finite)
 
     tokenizer = (open_tokenizer(reading.manifest, reading.path),) if issubclass(task, TextTask) else ()

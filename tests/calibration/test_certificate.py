@@ -19,7 +19,7 @@ from perceiver_export.calibration.lowering.tensorrt import lower_bundle
 from perceiver_export.calibration.quantization.record import read_calibration
 from perceiver_export.calibration.report.tables import Report
 from perceiver_export.calibration.validation.certify import certify
-from perceiver_export.exporter import load_model, load_reference
+from perceiver_export.exporter import ExportOptions, export, load_model, load_reference
 from perceiver_export.exporter.describe import inspect_bundle
 from perceiver_export.runtimes import build, certificates, files, load, open_bundle
 from perceiver_export.runtimes.bundle import change_report
@@ -33,10 +33,12 @@ from perceiver_export.runtimes.errors import (
     UsageError,
     VacuousGateError,
 )
+from perceiver_export.runtimes.figures import platform_of
 from perceiver_export.runtimes.machine import cpu_name
 from perceiver_export.runtimes.presence import precision_advice
 from tests.calibration.asked import judged, pictures
 from tests.conftest import FASHION
+from tests.runtimes.targets import latencies
 
 CPUS = ("ort-cpu", "openvino-cpu")
 
@@ -72,8 +74,8 @@ def test_a_certificate_says_what_was_asked_and_where_it_holds(
     (made,) = certify(bundle, [result])
 
     assert str(made).startswith(
-        f"top-1 drop ≤ 5 points and agreement ≥ 90 % against fashion (ort-cpu, {made.engine}) with 95 % confidence"
-        " each, 300 samples of "
+        f"top-1 drop ≤ 5 points and agreement ≥ 90 % against fashion (ort-cpu, {made.engine}), each with 95 %"
+        " confidence, 300 samples ("
     )
     assert str(made).count("ort-cpu") == 1  # the same for both
     assert made.reference_graphs == graphs_of(open_bundle(fashion_bundle).manifest, "ort-cpu", "fp32")
@@ -100,7 +102,7 @@ def test_auto_runs_a_certified_bundle_where_it_is_certified(
     bundle: Path, on: dict[str, Validation], caplog: pytest.LogCaptureFixture
 ) -> None:
     """Though another target was measured to be faster; `inspect` says what `describe` says."""
-    measured = {"openvino-cpu": {"p50": 1.0}, "ort-cpu": {"p50": 2.0}}
+    measured = latencies("int8", openvino_cpu=1.0, ort_cpu=2.0)
     change_report(bundle, "bench", lambda _: {cpu_name(): measured})
     assert described(bundle) == ("openvino-cpu", ())
 
@@ -128,8 +130,9 @@ def test_auto_takes_a_precision_only_where_it_is_faster_and_certified(
             return str(runtime.describe()["precision"])
 
     def measured(*quartiles: float) -> None:
-        times = {"openvino-cpu": {"fp32": (1.0, 1.0, 1.0), "fp16": quartiles}}
-        change_report(bundle, "precisions", lambda _: {cpu_name(): times})
+        times = {"fp32": (1.0, 1.0, 1.0), "fp16": quartiles}
+        kept = {"openvino-cpu": {"platform": platform_of("openvino-cpu"), "times": times}}
+        change_report(bundle, "precisions", lambda _: {cpu_name(): kept})
 
     measured(0.5, 0.6, 0.7)
     assert taken(device="openvino-cpu") == "fp32"
@@ -139,14 +142,30 @@ def test_auto_takes_a_precision_only_where_it_is_faster_and_certified(
     assert taken() == taken(device="openvino-cpu") == "fp16"
     assert taken(device="ort-cpu") == "fp32"
     assert build(bundle, "openvino-cpu", precision="auto")[0].precision == "fp16"
-    flagged = build(bundle, "openvino-cpu", precision="auto", flags={"NUM_STREAMS": "1"})  # no certificate is of it
-    assert flagged[0].precision == "fp32"
+    for unlike in ({"flags": {"NUM_STREAMS": "1"}}, {"hint": "throughput"}):  # measured were engines without
+        with pytest.raises(UsageError, match=r"NUM_STREAMS|throughput"):
+            build(bundle, "openvino-cpu", precision="auto", **unlike)
     assert taken(device="openvino-cpu", threads=1) == "fp32"  # not measured with one
     measured(0.9, 0.95, 1.05)  # a tie
     assert taken(device="openvino-cpu") == "fp32"
     assert precision_advice(open_bundle(bundle), "openvino-cpu") == ""
     change_report(bundle, "precisions", lambda _: {"another CPU": {}})
     assert taken(device="openvino-cpu") == "fp32"
+
+
+def test_a_certificate_of_a_split_bundle_needs_its_precision_in_every_part(
+    fashion_bundle: Path, fresh: Path, tmp_path: Path
+) -> None:
+    bundle = export(FASHION / "checkpoint", tmp_path / "split", ExportOptions(split=True)).path
+    asked = {"device": "openvino-cpu", "precision": "fp16", "against": fashion_bundle}
+    (made,) = certify(bundle, [judged(bundle, fresh, **asked, samples=60, min_agreement=90)])
+    built = {one.part: one for one in build(bundle, "openvino-cpu", precision="fp16")}
+    assert described(bundle) == ("openvino-cpu", (str(made),))
+
+    shutil.rmtree(built["decoder"].directory)  # which is then compiled at load, in fp32
+    with load(bundle, "openvino-cpu") as runtime:
+        assert runtime.describe()["precision"] == "fp16, fp32"
+        assert "certificates" not in runtime.describe()
 
 
 def test_where_the_certified_target_is_not_here_auto_takes_another(bundle: Path, on: dict[str, Validation]) -> None:

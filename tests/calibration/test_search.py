@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,12 +18,15 @@ import pytest
 from perceiver_export.calibration import QuantizeOptions, measure_layer_errors, search
 from perceiver_export.calibration.lowering.onnxruntime import LOWERINGS
 from perceiver_export.calibration.lowering.tensorrt import lower_bundle
+from perceiver_export.calibration.quantization import search as search_module
 from perceiver_export.calibration.quantization.ladder import Ladder, Step, mixtures, order_steps
 from perceiver_export.calibration.quantization.search import Trials, climb, fixed_order, fixed_sequence
 from perceiver_export.calibration.quantization.statistics import observe
 from perceiver_export.exporter import export
 from perceiver_export.runtimes import errors, open_bundle
+from perceiver_export.runtimes.benchmark import Bench, bench
 from perceiver_export.runtimes.certificates import certificates
+from perceiver_export.runtimes.engines import openvino
 from tests.calibration.asked import judged, quantizing, some
 from tests.calibration.cancelling_units import LAYER, with_cancelling_units
 from tests.calibration.damaged_scales import with_a_scale_times
@@ -222,6 +226,42 @@ def test_a_mixture_that_is_no_smaller_is_not_worth_it_and_a_tie_is_not_faster(
     cases = [(0.9, ""), (1.1, ""), (0.9, "busy")]
     faster = [msgspec.structs.replace(time, quartiles=(0.8, high), unsteady=why).faster for high, why in cases]
     assert faster == [True, False, False]
+
+
+def test_a_rung_is_timed_and_held_in_its_own_fastest_precision(
+    int8_bundle: Path, fashion_bundle: Path, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here fp16, which every CPU takes."""
+    monkeypatch.setattr(openvino, "precisions", lambda target: ("fp16",))
+    monkeypatch.setattr(search_module, "fastest_precision", lambda measured: "fp16")
+    monkeypatch.setattr(search_module.Time, "faster", True)
+    trials = on_trial(fashion_bundle, tmp_path, int8_bundle)
+    trials.targets, trials.options = ("openvino-cpu",), replace(trials.options, scheme="int8")
+    order = trials.search(few, 0.0)
+    (evidence,) = trials.certify(order, few)[1]
+
+    assert [(time.precision, time.against) for time in trials.rungs[0].times] == [("fp16", "fp16")]
+    assert evidence.candidate["precision"] == "int8 with fp16"
+
+
+def test_the_float_side_is_measured_until_it_is_steady_and_then_the_same_for_all_rungs(
+    nan_bundle: Path, int8_bundle: Path, fashion_bundle: Path, few: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    measured: list[Bench] = []
+
+    def at_first_unsteady(*sides: Any, **how: Any) -> Bench:
+        found = bench(*sides, **how)
+        if how.get("precision") == "auto":
+            measured.append(found)
+            return msgspec.structs.replace(found, unsteady="busy" if len(measured) == 1 else "")
+        return found
+
+    monkeypatch.setattr(search_module, "bench", at_first_unsteady)
+    trials = on_trial(fashion_bundle, tmp_path, nan_bundle, int8_bundle)
+    trials.search(few, 0.0)
+
+    assert len(measured) == 2
+    assert trials.best == {"ort-cpu": measured[1]}
 
 
 def test_a_safer_mixture_that_is_not_worth_it_hides_no_other(

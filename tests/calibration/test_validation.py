@@ -23,6 +23,7 @@ from perceiver_export.runtimes.errors import DataError, GateError, UndecidedErro
 from perceiver_export.runtimes.machine import cpu_name
 from tests.calibration.asked import TEST, judged, pictures, value
 from tests.conftest import FASHION
+from tests.runtimes.targets import latencies
 
 README_TOP1 = 88.50
 
@@ -241,7 +242,7 @@ def test_a_gate_that_holds_is_not_shown_without_its_reservations(
 def test_both_sides_run_on_one_target_whatever_auto_is_for_the_reference(
     copied_bundle: Path, fashion_bundle: Path
 ) -> None:
-    times = {"ort-cpu": {"p50": 2.0}, "openvino-cpu": {"p50": 1.0}}
+    times = latencies(ort_cpu=2.0, openvino_cpu=1.0)
     change_report(copied_bundle, "bench", lambda _: {cpu_name(): times})
 
     for first, second, target in (

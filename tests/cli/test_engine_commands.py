@@ -8,7 +8,10 @@ import json
 import re
 from pathlib import Path
 
+import pytest
+
 from perceiver_export.runtimes import build, load
+from perceiver_export.runtimes.engines import ort
 from tests.cli.commands import fail, succeed, unwrapped
 from tests.conftest import FASHION
 
@@ -59,6 +62,19 @@ def test_bench_of_all_targets_is_a_table_and_a_csv_file(copied_bundle: Path, tmp
     assert all(target in table for target in TARGETS)
     assert [row["target"] for row in rows] == list(TARGETS)
     assert all(0 < float(row["p50"]) <= float(row["p99"]) and float(row["difference"]) < 1e-4 for row in rows)
+
+
+def test_bench_of_precisions_says_that_there_is_no_other_only_where_none_was_skipped(
+    copied_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = ("bench", copied_bundle, "--device", "ort-cpu", "--precision", "auto", "--runs", "5")
+    shown = succeed(*asked)
+    assert "no lower precision" in shown
+    assert "size" in shown
+    monkeypatch.setattr(ort, "precisions", lambda target: ("bf16",))  # which it then refuses
+    shown = succeed(*asked)
+    assert "no lower precision" not in shown
+    assert "not measured: ort-cpu in bf16" in unwrapped(shown)
 
 
 def test_package_writes_beside_the_bundle_and_says_what_is_next(copied_bundle: Path) -> None:

@@ -78,10 +78,11 @@ def _bundle_targets() -> dict[str, Target]:
     from perceiver_export.calibration.quantization.statistics import load_graph
     from perceiver_export.exporter.onnx_files import OnnxFile
     from perceiver_export.runtimes import load_onnx
-    from perceiver_export.runtimes.bundle import measurements, median_latency, read_manifest
+    from perceiver_export.runtimes.bundle import read_manifest
     from perceiver_export.runtimes.certificates import _Record
     from perceiver_export.runtimes.engines.cache import read_record
     from perceiver_export.runtimes.external_data import external_files
+    from perceiver_export.runtimes.figures import measurements, relative_times
     from perceiver_export.runtimes.files import read_json
     from perceiver_export.runtimes.npz import Npz, read_npz
     from perceiver_export.runtimes.tasks import checked_task
@@ -104,7 +105,7 @@ def _bundle_targets() -> dict[str, Target]:
         "report": Target(
             "report.json",
             (b'{"bench": {"a CPU": {"ort-cpu": {"p50": 1.0, "throughput": 9.0, "batch": 1}}}}',),
-            lambda path: (median_latency(path.parent, "ort-cpu"), measurements(path.parent)),
+            lambda path: (relative_times(path.parent, "ort-cpu"), measurements(path.parent)),
             True,
         ),
         "engine": Target("engine.json", (made["engine.json"],), lambda path: read_record(path.parent), True),

@@ -11,14 +11,15 @@ import msgspec
 import numpy as np
 import pytest
 
-from perceiver_export.runtimes import bench, build, load
+from perceiver_export.runtimes import bench, benchmark, build, figures, load, open_bundle
 from perceiver_export.runtimes.benchmark import fastest, unsteady
-from perceiver_export.runtimes.bundle import change_report, read_report
+from perceiver_export.runtimes.bundle import change_report, golden_arrays, read_report
 from perceiver_export.runtimes.engines.backend import find_target
 from perceiver_export.runtimes.errors import BundleError, DeviceError, UsageError
+from perceiver_export.runtimes.figures import relative_times, save_relative
 from perceiver_export.runtimes.machine import cpu_name
 from perceiver_export.runtimes.runtime import scattered
-from tests.runtimes.targets import EXPECTED
+from tests.runtimes.targets import EXPECTED, latencies
 
 
 def test_a_bundle_against_its_own_graph_is_about_as_fast(fashion_bundle: Path) -> None:
@@ -73,13 +74,13 @@ def test_fewer_bits_are_held_to_a_wider_tolerance(copied_bundle: Path) -> None:
 
 
 @pytest.mark.skipif("openvino-cpu" not in EXPECTED, reason="PERCEIVER_TEST_TARGETS expects no OpenVINO")
-def test_auto_takes_the_faster_target_of_the_report_of_this_cpu(copied_bundle: Path) -> None:
-    def chosen(**milliseconds: float) -> str:
-        measured = {name.replace("_", "-"): {"p50": value} for name, value in milliseconds.items()}
-        change_report(
-            copied_bundle, "bench", lambda _: {cpu_name(): measured, "another CPU": {"ort-cpu": {"p50": 0.001}}}
-        )
-        with load(copied_bundle) as runtime:
+def test_auto_takes_the_faster_target_of_the_report_of_this_machine(
+    copied_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def chosen(threads: int | None = None, **measured: Any) -> str:
+        others = {"another CPU": latencies(ort_cpu=0.001)}
+        change_report(copied_bundle, "bench", lambda _: {cpu_name(): latencies(**measured), **others})
+        with load(copied_bundle, threads=threads) as runtime:
             return str(runtime.describe()["target"])
 
     with load(copied_bundle) as runtime:
@@ -87,6 +88,14 @@ def test_auto_takes_the_faster_target_of_the_report_of_this_cpu(copied_bundle: P
     assert chosen() == "ort-cpu"
     assert chosen(ort_cpu=2.0, openvino_cpu=1.0) == "openvino-cpu"
     assert chosen(ort_cpu=1.0, openvino_cpu=2.0) == "ort-cpu"
+    assert chosen(openvino_cpu=1.0, precision="bf16") == "ort-cpu"
+    assert chosen(openvino_cpu=1.0, threads=1) == "ort-cpu"
+    with monkeypatch.context() as there:
+        there.setattr(figures, "available_cores", lambda: 99)
+        report = latencies(openvino_cpu=1.0)
+    change_report(copied_bundle, "bench", lambda _: {cpu_name(): report})
+    with load(copied_bundle) as runtime:
+        assert runtime.describe()["target"] == "ort-cpu"
     (copied_bundle / "report.json").write_text("cut", encoding="utf-8")
     with load(copied_bundle) as runtime:
         assert runtime.describe()["target"] == "ort-cpu"
@@ -109,7 +118,7 @@ def test_auto_measures_each_precision_that_the_target_computes_in(copied_bundle:
     assert {target: one["precision"] for target, one in saved["bench"][cpu_name()].items()} == dict.fromkeys(
         here, "fp32"
     )
-    times = saved["precisions"][cpu_name()]
+    times = {target: one["times"] for target, one in saved["precisions"][cpu_name()].items()}
     if result.unsteady:
         assert times == {target: {} for target in here}
     else:
@@ -133,6 +142,66 @@ def test_sides_whose_spreads_overlap_tie_and_a_throttled_machine_decides_nothing
     assert "0.001" in scattered("a layer below the clock's resolution", 0.0, 0.0, 0.001)
 
 
+def test_nan_in_one_of_several_outputs_is_seen_and_never_the_fastest(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("torch")  # not where the runtime alone is tested
+    path, read = request.getfixturevalue("small_bundle")("glue"), golden_arrays
+    last = open_bundle(path).part().outputs[-1].name
+
+    def golden(bundle: Any, part: str, kind: Any) -> dict[str, Any]:
+        return {name: array * (np.nan if name == last else 1) for name, array in read(bundle, part, kind).items()}
+
+    monkeypatch.setattr(benchmark, "golden_arrays", lambda *of: golden(*of) if of[2] == "output" else read(*of))
+    result = bench(path, against=path, device="ort-cpu", runs=20)
+
+    assert [one.within_tolerance for one in result.measurements] == [False, False]
+    assert all(np.isnan(one.difference or 0) for one in result.measurements)
+    assert result.fastest == ()
+
+
+@pytest.mark.usefixtures("one_process")
+def test_auto_ends_after_the_blocks_that_decide_where_calls_take_long(
+    fashion_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(benchmark, "_MOST", 0.0)
+
+    assert bench(fashion_bundle, device="ort-cpu", precision="auto", runs=40).runs == 20
+    assert bench(fashion_bundle, device="ort-cpu", runs=40).runs == 40
+
+
+def test_relative_times_hold_where_they_were_measured_and_end_with_new_ones_that_lack_fp32(
+    copied_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times, (target, other) = np.ones(5), ("ort-cpu", "openvino-cpu")
+    timed = [(target, "fp32", times), (target, "fp16", times / 2)]
+    save_relative(copied_bundle, [target], None, timed)
+    assert relative_times(copied_bundle, target) == {"fp32": (1, 1, 1), "fp16": (0.5, 0.5, 0.5)}
+    assert relative_times(copied_bundle, target, threads=2) == relative_times(copied_bundle, other) == {}
+    with monkeypatch.context() as there:
+        there.setattr(figures, "available_cores", lambda: 99)
+        assert relative_times(copied_bundle, target) == {}
+
+    save_relative(copied_bundle, [target], None, timed[1:])
+    assert relative_times(copied_bundle, target) == {}
+    before = {cpu_name(): {target: {"fp32": [1, 1, 1], "fp16": [0.5, 0.5, 0.5]}}}  # as reports were before
+    change_report(copied_bundle, "precisions", lambda _: before)
+    assert relative_times(copied_bundle, target) == {}
+
+
+def test_a_report_that_cannot_be_written_is_refused_before_anything_is_measured(
+    copied_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(benchmark, "_open", None)
+    with monkeypatch.context() as there:
+        there.setattr("perceiver_export.runtimes.files.os.access", lambda *_, **__: False)
+        with pytest.raises(BundleError, match="not a writable directory"):
+            bench(copied_bundle, device="ort-cpu", save=True)
+    (copied_bundle / "report.json").write_text("cut", encoding="utf-8")
+    with pytest.raises(BundleError, match=r"report\.json cannot be read"):
+        bench(copied_bundle, device="ort-cpu", save=True)
+
+
 def test_figures_of_a_bundle_on_a_read_only_file_system(copied_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """There even removing a file that was never written fails."""
 
@@ -149,7 +218,7 @@ def test_figures_of_a_bundle_on_a_read_only_file_system(copied_bundle: Path, mon
 def test_both_bundles_run_on_one_target_whatever_auto_is_for_the_other(
     copied_bundle: Path, fashion_bundle: Path
 ) -> None:
-    measured = {"ort-cpu": {"p50": 2.0}, "openvino-cpu": {"p50": 1.0}}
+    measured = latencies(ort_cpu=2.0, openvino_cpu=1.0)
     change_report(copied_bundle, "bench", lambda _: {cpu_name(): measured})
 
     for first, second, target in (

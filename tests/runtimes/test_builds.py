@@ -82,9 +82,9 @@ def test_a_bundle_that_cannot_be_written_has_its_engines_in_the_users_cache(copi
 
 
 def test_what_cannot_be_built_is_refused(copied_bundle: Path, target: str) -> None:
-    with pytest.raises(UsageError, match="precision is 'fp8'"):
+    with pytest.raises(UsageError, match="precision cannot be 'fp8'"):
         build(copied_bundle, target, precision="fp8")  # type: ignore[arg-type]
-    with pytest.raises(UsageError, match="hint is 'speed'"):
+    with pytest.raises(UsageError, match="hint cannot be 'speed'"):
         load(copied_bundle, target, hint="speed")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="throughput"):
         load(copied_bundle, target, hint="throughput", precision="auto")

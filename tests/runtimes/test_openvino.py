@@ -14,7 +14,7 @@ from typing import get_args
 import numpy as np
 import pytest
 
-from perceiver_export.runtimes import build, load
+from perceiver_export.runtimes import build, load, open_bundle, presence
 from perceiver_export.runtimes.certificates import engine_of, may_be, precision_of
 from perceiver_export.runtimes.engines import openvino
 from perceiver_export.runtimes.engines.backend import EngineOptions, Precision, Source
@@ -214,6 +214,20 @@ def test_outputs_that_overflow_are_refused_where_that_is_asked_for(fashion_bundl
 def test_a_device_that_is_not_here_is_refused(fashion_bundle: Path, device: str) -> None:
     with pytest.raises(DeviceError, match="OpenVINO finds no"):
         load(fashion_bundle, device)
+
+
+def test_an_npu_computes_in_fp16_and_auto_takes_it_only_for_that(
+    fashion_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    npu, bundle = "openvino-npu", open_bundle(fashion_bundle)
+    found = {npu: presence.Presence(presence.Device(npu, "an NPU", "openvino"))}
+    monkeypatch.setattr(presence, "presence", lambda target: found.get(target.name, presence.Presence(None, "absent")))
+    monkeypatch.setattr(presence, "_worth_asking", lambda target: True)
+
+    assert [presence.choose_target(bundle, precision) for precision in (None, "fp32", "auto")] == ["ort-cpu"] * 3
+    assert presence.choose_target(bundle, "fp16") == npu
+    named = [Source(npu, Path("model.onnx"), precision=precision).compiled_precision for precision in ("fp32", "int8")]
+    assert named == ["fp16", "int8 with fp16"]
 
 
 def test_a_graph_that_cannot_be_read_is_a_broken_bundle(tmp_path: Path) -> None:

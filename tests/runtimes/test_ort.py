@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import onnxruntime
@@ -84,6 +85,17 @@ def test_a_large_plan_has_memory_given_back_at_once(peak: int | None, kept: bool
     options = ort._session_options(onnxruntime, source, None)
 
     assert (options.enable_mem_pattern, options.enable_mem_reuse) == (kept, kept)
+
+
+def test_cuda_computes_fp32_in_fp32_and_not_in_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    session = mock.Mock(**{"get_providers.return_value": ["CUDAExecutionProvider"]})
+    session.get_inputs.return_value = session.get_outputs.return_value = []
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    opened = mock.Mock(return_value=session)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", opened)
+    ort.open(Source("ort-cuda", Path("model.onnx")), None, None)
+
+    assert list(opened.call_args.args[2:]) == [["CUDAExecutionProvider"], [{"use_tf32": "0"}]]
 
 
 def test_a_model_of_compiled_nodes_is_refused(tmp_path: Path) -> None:
