@@ -25,6 +25,7 @@ from perceiver_export.runtimes.runtime import Array
 
 WEIGHTS = "model.weights"
 SMALLEST = 256  # bytes; smaller arrays stay in the graph
+PRODUCTS = ("MatMul", "Gemm", "Conv")
 # Operators that only move values.
 MOVES = frozenset(
     {
@@ -38,6 +39,23 @@ def dims(value: ir.Value | None) -> tuple[int, ...]:
     """The shape, with dynamic sizes as 1; empty if the shape is unknown."""
     shape = value.shape if value is not None and value.shape is not None else ()
     return tuple(dim if isinstance(dim, int) else 1 for dim in shape)
+
+
+def set_sizes(graph: ir.Graph, feeds: Mapping[str, Array]) -> None:
+    """Put the sizes of ``feeds`` in the place of dynamic dimensions (`batch`, `4*batch`) in all shapes."""
+    sizes: dict[str, int] = {}
+    for value in graph.inputs:
+        name = str(value.name)
+        if name in feeds and value.shape is not None:
+            sizes |= zip(map(str, value.shape), feeds[name].shape, strict=True)
+    for value in (*graph.inputs, *(output for node in graph for output in node.outputs)):
+        if value.shape is not None:
+            value.shape = ir.Shape([_size(dim, sizes) for dim in value.shape])
+
+
+def _size(dim: int | ir.SymbolicDim, sizes: Mapping[str, int]) -> int | ir.SymbolicDim:
+    factor, _, name = str(dim).rpartition("*")
+    return dim if isinstance(dim, int) or name not in sizes else int(factor or 1) * sizes[name]
 
 
 def array_of(value: ir.Value) -> Array:

@@ -43,8 +43,7 @@ def decode(
             found = decode(decoder, feeds, every, num_queries)
             return np.take_along_axis(found, places.reshape(*rows.shape, *[1] * (found.ndim - 2)), axis=1)
         rows = rows[:1]
-    least, most = spec.limits(1)
-    chunk = max(least, min(most, rows.shape[1]))
+    chunk = queries_a_call(spec, rows.shape[1])
     (output,) = (spec.name for spec in decoder.outputs)
     parts = []
     for start in range(0, rows.shape[1], chunk):
@@ -54,6 +53,12 @@ def decode(
             part = np.concatenate([part, np.repeat(part[:, -1:], chunk - kept, axis=1)], axis=1)
         parts.append(decoder.run({**feeds, spec.name: part})[output][:, :kept])
     return np.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
+
+
+def queries_a_call(indices: TensorSpec, count: int) -> int:
+    """How many of ``count`` queries a decoder with this input of indices takes in a call."""
+    least, most = indices.limits(1)
+    return max(least, min(most, count))
 
 
 def _rows(queries: npt.ArrayLike, batch: int, num_queries: int | None) -> npt.NDArray[np.int32]:

@@ -37,6 +37,7 @@ from perceiver_export.runtimes.runtime import Array, Feeds, quartiles, scattered
 _ROUNDS, _LEAST, _MOST = 7, 1.0, 30.0  # of timing: rounds and seconds that are done, and seconds after which it ends
 _FEWEST = 3  # rounds that decide
 _ORT_INTEGER = frozenset({"MatMulIntegerToFloat", "QLinearMatMul", "QGemm", "MatMulInteger", "DynamicQuantizeMatMul"})
+_ORT_BLOCKED = "_nchwc"  # added to the output's name where a node got the layout of convolutions
 _ORT_TYPES = {"float": "fp32", "float16": "fp16", "bfloat16": "bf16", "uint8": "int8", "int8": "int8"}
 
 
@@ -132,6 +133,7 @@ def _ort_kernels(path: Path, feeds: Feeds, options: EngineOptions, how: Timing) 
     with tempfile.TemporaryDirectory() as directory:
         optimized = Path(directory) / "optimized.onnx"
         config = {
+            **options.flags,
             "optimized_model_filepath": str(optimized),
             "session.optimized_model_external_initializers_file_name": "optimized.weights",
             "session.optimized_model_external_initializers_min_size_in_bytes": "1024",
@@ -154,7 +156,7 @@ def _ort_kernels(path: Path, feeds: Feeds, options: EngineOptions, how: Timing) 
         for node in graph:  # fused nodes may share a name: each call runs all of them, in this order
             events = ran.get(node.name or "", [])[seen[node.name] :: names[node.name]]
             seen[node.name] += 1
-            values = (*(str(value.name) for value in node.outputs), str(node.name))
+            values = (*(str(value.name) for value in node.outputs), str(node.name).removesuffix(_ORT_BLOCKED))
             kernels.append(_ort_kernel(node.op_type, values, events))
     return f"onnxruntime {onnxruntime.__version__}", kernels
 

@@ -18,7 +18,8 @@ from perceiver_export.runtimes.engines.backend import EngineOptions, Kernel, Pre
 from perceiver_export.runtimes.runtime import Array
 
 _SECONDS = 0.3  # of timing
-_SIZE = 1024  # of a product's matrices: 4 MiB each in fp32
+_SIZES = (512, 1024, 2048)  # of a product's matrices: 1 to 16 MiB each in fp32
+_SLOW = 50.0  # milliseconds of a product, from which a larger one would take too long
 _ELEMENTS = 1 << 24  # of a sum's arrays: 64 MiB each
 _CACHED = 32 << 20  # bytes that a cache may hold
 
@@ -29,32 +30,40 @@ class Peaks(NamedTuple):
     products: dict[str, float]
     memory: float
 
-    def milliseconds(self, flops: int, precision: str, num_bytes: int) -> float:
-        """The least time of this work; 0 for what a cache may hold and is no product."""
+    def milliseconds(self, flops: int, precision: str, moved: Iterable[int]) -> float:
+        """The least time of products and of bytes that runs of kernels ``moved``; 0 for those that a cache may hold."""
         work = flops / self.products[precision] if precision in self.products else 0.0
-        return 1e3 * max(work, num_bytes / self.memory if num_bytes > _CACHED and self.memory else 0.0)
+        return 1e3 * max(work, sum(one for one in moved if one > _CACHED) / self.memory if self.memory else 0.0)
 
 
 @functools.cache
 def measure_peaks(target: str, precisions: tuple[str, ...], threads: int | None) -> Peaks:
-    """The rates of an engine on this machine, from a large product of each type and a large sum; measured once."""
+    """The rates of an engine on this machine, from products of each type and a large sum; measured once."""
     products = {name: rate for name in precisions if (rate := _product(target, name, threads))}
     return Peaks(products, _memory(target, threads) if products else 0.0)
 
 
 def _product(target: str, precision: str, threads: int | None) -> float:
-    """FLOP/s of a product of two square matrices, in int8 with its activations quantized before it; 0 where the engine
-    shows no product.
-    """
-    weight = np.random.default_rng(0).integers(-127, 128, (_SIZE, _SIZE)).astype(np.int8)
+    """FLOP/s of products of two square matrices, of the fastest size; 0 where the engine shows no product."""
+    rates = []
+    for size in _SIZES:
+        least = _product_time(size, target, precision, threads)
+        rates.append(2e3 * size**3 / least if least else 0.0)
+        if least > _SLOW:
+            break
+    return max(rates)
+
+
+def _product_time(size: int, target: str, precision: str, threads: int | None) -> float:
+    """Milliseconds of a product, in int8 with its activations quantized before it; 0 where the engine shows none."""
+    weight = np.random.default_rng(0).integers(-127, 128, (size, size)).astype(np.int8)
     ops: list[tuple[str, ...]] = [("MatMul", "y", "x", "w")]
     if precision == "int8":
         ops = [("QuantizeLinear", "q", "x", "s", "z"), ("DequantizeLinear", "d", "q", "s", "z")]
         ops += [("DequantizeLinear", "v", "w", "s"), ("MatMul", "y", "d", "v")]
     array = weight if precision == "int8" else weight.astype(np.float32)
-    kernels = _kernels((1, _SIZE, _SIZE), ops, array, target, precision, threads)
-    least = float(totals([one for one in kernels if one.product]).min())
-    return 2e3 * _SIZE**3 / least if least else 0.0
+    kernels = _kernels((1, size, size), ops, array, target, precision, threads)
+    return float(totals([one for one in kernels if one.product]).min())
 
 
 def _memory(target: str, threads: int | None) -> float:

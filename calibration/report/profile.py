@@ -18,7 +18,7 @@ import numpy as np
 import onnx_ir as ir
 
 from perceiver_export.calibration.data.sources import Data
-from perceiver_export.calibration.graphs import node_flops, reached, read_graph
+from perceiver_export.calibration.graphs import PRODUCTS, node_flops, reached, read_graph, set_sizes
 from perceiver_export.calibration.quantization.engines import MISSING, Timing, built_kernels, read_kernels, totals
 from perceiver_export.calibration.quantization.record import Calibration, LinearRecord, read_calibration
 from perceiver_export.calibration.quantization.sensitivity import measure_layer_errors
@@ -37,26 +37,26 @@ from perceiver_export.runtimes.engines.backend import (
 )
 from perceiver_export.runtimes.engines.cache import Candidate
 from perceiver_export.runtimes.errors import EngineError, UsageError
-from perceiver_export.runtimes.manifest import Part
+from perceiver_export.runtimes.manifest import Part, index_input
 from perceiver_export.runtimes.opening import engine_for
 from perceiver_export.runtimes.presence import choose_precision, choose_target
-from perceiver_export.runtimes.runtime import quartiles, scattered
+from perceiver_export.runtimes.runtime import Array, Feeds, quartiles, scattered
+from perceiver_export.runtimes.split import queries_a_call
 
 _COLUMNS = (
     *("layer", "asked", "built", "kernel", "ms>", "share>", "× against>", "MiB>", "GFLOP/s>", "GB/s>", "of the peak>"),
     *("SQNR, dB>", "alone, dB>"),
 )
-_PRODUCTS = ("MatMul", "Gemm", "Conv")
 _SECONDS = 1.0  # of timing
 
 
 class LayerProfile(msgspec.Struct, frozen=True):
     """``kernel`` runs (most of) the layer's product; ``built`` is the type of its inputs.
 
-    ``milliseconds`` and ``against`` (of the other bundle) are medians of a call; ``share`` is that of all kernels.
+    ``milliseconds`` and ``against`` (of the other bundle) are medians of a run; ``share`` is that of all kernels.
     ``flops`` are those of products in the graph, ``bytes`` what its kernels read and write. ``roofline``: the least
-    time at the machine's peaks as a share of the time; memory counts where no cache holds the data. In dB: ``sqnr`` of
-    the layer's product to fp32's, ``loss`` the SQNR of the model's outputs with only this layer quantized.
+    time at the machine's peaks as a share of the time; memory counts where no cache holds a kernel's data. In dB:
+    ``sqnr`` of the layer's product to fp32's, ``loss`` the SQNR of the model's outputs with only this layer quantized.
     """
 
     part: str
@@ -75,8 +75,10 @@ class LayerProfile(msgspec.Struct, frozen=True):
 
 
 class Profile(msgspec.Struct, frozen=True):
-    """``milliseconds`` is the sum of the layers'. ``peaks``: FLOP/s of a large product by type, ``memory``: bytes/s of
-    a large sum, both of this engine on this machine. ``unsteady``: why the times do not decide; empty where they do.
+    """``milliseconds`` is the sum of the layers'. ``peaks``: FLOP/s of the fastest product by type, ``memory``: bytes/s
+    of a large sum, both of this engine on this machine. ``unsteady``: why the times of either bundle do not decide;
+    empty where they do. ``calls``: the decoders that a run calls several times, and how often; a layer's figures are
+    of all these calls.
     """
 
     bundle: str
@@ -88,6 +90,7 @@ class Profile(msgspec.Struct, frozen=True):
     peaks: dict[str, float]
     memory: float
     unsteady: str = ""
+    calls: dict[str, int] = {}
 
     def worst(self, by: str = "time") -> tuple[LayerProfile, ...]:
         """The layers by ``time``, or by the ``loss`` that lowering them costs, or else by their own SQNR."""
@@ -115,10 +118,14 @@ class Profile(msgspec.Struct, frozen=True):
         peaks = ", ".join(f"{peak / 1e9:,.0f} GFLOP/s in {kind}" for kind, peak in self.peaks.items())
         memory = f"{self.memory / 1e9:,.1f} GB/s for what no cache holds"
         notes = [f"Of the peak: the least time at {peaks}, and at {memory}, as a share of the time."] * bool(self.peaks)
+        notes += [f"A run calls {part} {count:,} times; figures are of all." for part, count in self.calls.items()]
         if any(one.sqnr is not None for one in self.layers):
             notes.append("SQNR: of the layer's own product to fp32's, at calibration or on the data given.")
         if any(one.loss is not None for one in self.layers):
             notes.append("Alone: SQNR of the outputs with only this layer quantized.")
+        scheme, _, lower = self.precision.partition(" with ")
+        if lower and any((one.sqnr, one.loss) != (None, None) for one in self.layers):
+            notes.append(f"In dB are figures of {scheme} beside fp32, not beside {lower}.")
         title = f"{self.bundle} in {self.precision} on {self.target}, {self.engine}"
         if not self.milliseconds:  # a report that the build kept
             return Table(title, _COLUMNS, rows, "As the engine's builder reported; it times no layers.").without_empty()
@@ -134,7 +141,7 @@ def profile(
     data: Data | None = None,
     threads: int | None = None,
 ) -> Profile:
-    """Profile a bundle as `load` runs it with these options, on its golden inputs.
+    """Profile a bundle as `load` runs it with these options, on its golden inputs; of a split bundle all queries.
 
     A bundle ``against`` is profiled on the same target, in its own precision. With DATA, ``sqnr`` is measured against
     it (the float bundle that this one was quantized from), else it is what `quantize` recorded on calibration samples.
@@ -157,12 +164,14 @@ def profile(
         layers.append(
             LayerProfile(
                 *(*key, found.asked(*key), found.built(key), main.kernel),
-                *(time, time / total if time else 0.0, flops, moved, least / time if least and time else None),
+                *(time, time / total if time else 0.0, flops, sum(moved), least / time if least and time else None),
                 *(sqnr.get(key), loss.get(key), None if other is None else other.time(key)),
             )
         )
     described = (opened.manifest.name, target, found.engine, found.precision, total)
-    return Profile(*described, tuple(layers), peaks.products, peaks.memory, found.unsteady)
+    unsteady = found.unsteady or ("" if other is None else other.unsteady)
+    calls = {part: count for part, count in found.calls.items() if count > 1}
+    return Profile(*described, tuple(layers), peaks.products, peaks.memory, unsteady, calls)
 
 
 _Key = tuple[str, str]  # part and layer
@@ -181,6 +190,7 @@ class _Run:
     unsteady: str = ""
     kernels: dict[_Key, list[Kernel]] = field(default_factory=dict)
     flops: dict[_Key, int] = field(default_factory=dict)
+    calls: dict[str, int] = field(default_factory=dict)  # of each part in a run
 
     def __post_init__(self) -> None:
         record = read_calibration(self.bundle)
@@ -188,17 +198,29 @@ class _Run:
         options = EngineOptions(precision=self.wanted or "fp32")
         for name, part in self.bundle.manifest.parts.items():
             source, engine, _ = engine_for(self.bundle, name, self.target, options, self.wanted)
-            kernels = self._read(source, name, part, engine)
+            feeds, self.calls[name] = self._feeds(name, part)
+            kernels = self._read(source, name, feeds, engine)
             self._float = source.options.precision
             self.precision = source.precision if self._float == "fp32" else source.compiled_precision
-            for layer, own in _by_layer(with_shapes(read_graph(source.graph)).graph, kernels).items():
-                self.kernels[name, layer], self.flops[name, layer] = own
-            self.unsteady = self.unsteady or scattered(name, *quartiles(totals(kernels)))
+            model = read_graph(source.graph)
+            set_sizes(model.graph, feeds)
+            for layer, (own, flops) in _by_layer(with_shapes(model).graph, kernels).items():
+                self.kernels[name, layer], self.flops[name, layer] = own, flops * self.calls[name]
+            where = f"{self.bundle.path.name} ({name})"
+            self.unsteady = self.unsteady or scattered(where, *quartiles(totals(kernels)))
 
-    def _read(self, source: Source, name: str, part: Part, engine: Candidate | None) -> list[Kernel]:
+    def _feeds(self, name: str, part: Part) -> tuple[dict[str, Array], int]:
+        """The inputs of a call of a part, and how many such calls decode all queries."""
+        feeds = Side(str(self.bundle.path), self.target, name, self.threads).feeds(part.inputs)
+        indices = index_input(part.inputs)
+        if indices is None or part.num_queries is None:
+            return feeds, 1
+        size, rows = queries_a_call(indices, part.num_queries), feeds[indices.name]
+        return feeds | {indices.name: np.resize(rows, (len(rows), size))}, -(-part.num_queries // size)
+
+    def _read(self, source: Source, name: str, feeds: Feeds, engine: Candidate | None) -> list[Kernel]:
         """Timed where the graph compiles in seconds, else of the engine that was built. Raises EngineError: none."""
         if not find_target(self.target).needs_engine:
-            feeds = Side(str(self.bundle.path), self.target, name, self.threads).feeds(part.inputs)
             how = Timing(_SECONDS, self.threads)
             self.engine, kernels = read_kernels(self.target, source.graph, feeds, source.options, how)
             return kernels
@@ -232,14 +254,14 @@ class _Run:
         """Without those that take no time, such as constants, and changes of shape that move nothing."""
         return [one for one in self.kernels[key] if any(one.times) or not one.times]
 
-    def moved(self, key: _Key) -> int:
-        """Bytes."""
-        return sum(one.num_bytes for one in self._ran(key))
+    def moved(self, key: _Key) -> list[int]:
+        """Bytes of each kernel in each call."""
+        return [one.num_bytes for one in self._ran(key)] * self.calls[key[0]]
 
     def time(self, key: _Key) -> float:
-        """Median milliseconds of a call."""
+        """Median milliseconds of a run."""
         kernels = [one for one in self.kernels.get(key, ()) if one.times]
-        return float(np.median(totals(kernels))) if kernels else 0.0
+        return float(np.median(totals(kernels))) * self.calls[key[0]] if kernels else 0.0
 
 
 def _by_layer(graph: ir.Graph, kernels: Sequence[Kernel]) -> dict[str, tuple[list[Kernel], int]]:
@@ -249,15 +271,15 @@ def _by_layer(graph: ir.Graph, kernels: Sequence[Kernel]) -> dict[str, tuple[lis
     for node in graph:
         makers |= dict.fromkeys((_name(node), *(str(value.name) for value in node.outputs)), node)
         own, flops = found.setdefault(_layer_of(_name(node)), ([], 0))
-        found[_layer_of(_name(node))] = (own, flops + node_flops(node) * (node.op_type in _PRODUCTS))
+        found[_layer_of(_name(node))] = (own, flops + node_flops(node) * (node.op_type in PRODUCTS))
     following = next(iter(makers.values()), None)
     for kernel in reversed(kernels):
         known = [makers[name] for one in kernel.names for name in _with_parents(one) if name in makers]
-        if kernel.product:  # it may bear the name of what was fused behind it
-            behind = reached(
-                [value for node in known for value in node.outputs], lambda node: node.op_type not in _PRODUCTS
-            )
-            known = [node for node in behind if node.op_type in _PRODUCTS] or known
+        if kernel.product:  # it may bear only the name of what was fused behind it
+            values = [value for node in known for value in node.outputs]
+            behind = reached(values, lambda node: node.op_type not in PRODUCTS)
+            products = [node for node in (*known, *behind) if node.op_type in PRODUCTS]
+            known = products or known
         following = known[0] if known else following
         if following is not None:
             found[_layer_of(_name(following))][0].append(kernel)

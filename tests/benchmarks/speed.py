@@ -14,8 +14,9 @@ measured there is not measured again.
 
 In the second table `default over our best` divides the time of the faster plain engine as people get it by that of our
 fastest side; `best plain` also knows int8 and torch. In the last, `share of rates` is the share of the folded fp32
-graph's time that the machine's rates allow: counted FLOPs at the rate of one product, and the elements of all softmaxes
-at the rate of one softmax, each the best of five sizes of square matrices, measured in the same run on the same engine.
+graph's time that the machine's rates allow: the FLOPs of products at the rate of one product, and the elements of all
+softmaxes at the rate of one softmax, each the best of five sizes of square matrices, measured in the same run on the
+same engine into memory that was allocated before.
 Memory is the largest resident size of the process; `predicted MiB` adds up the plan, the weights, and the process
 before the load.
 """
@@ -23,6 +24,7 @@ before the load.
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -221,8 +223,7 @@ def _allowed(path: Path, middle: Mapping[str, Any], rates: Mapping[str, Mapping[
     manifest = open_bundle(path).manifest
     (part,) = manifest.parts.values()
     assert part.plan is not None
-    gflop = sum(stage.flops for stage in part.stages) / 1e9
-    scores = softmax_elements(path / part.file) / 1e9
+    gflop, scores = (number / 1e9 for number in work_of(path / part.file))
     planned = (part.plan.peak + manifest.files["model.weights"].size) / 2**20
     ms = {one: 1e3 * (gflop / rate["GFLOP/s"] + scores / rate["G softmax/s"]) for one, rate in rates.items()}
     return {
@@ -234,13 +235,14 @@ def _allowed(path: Path, middle: Mapping[str, Any], rates: Mapping[str, Mapping[
     }
 
 
-def softmax_elements(graph: Path) -> int:
-    """Elements of the outputs of all Softmax nodes of a graph with fixed sizes."""
-    import onnx
+def work_of(path: Path) -> tuple[int, int]:
+    """The FLOPs of all products and the elements of all softmaxes of a graph with fixed sizes."""
+    from perceiver_export.calibration.graphs import PRODUCTS, dims, node_flops, read_graph
+    from perceiver_export.calibration.quantization.statistics import with_shapes
 
-    model = onnx.shape_inference.infer_shapes(onnx.load(graph, load_external_data=False)).graph
-    shapes = {one.name: [d.dim_value for d in one.type.tensor_type.shape.dim] for one in model.value_info}
-    return sum(int(np.prod(shapes[node.output[0]])) for node in model.node if node.op_type == "Softmax")
+    nodes = list(with_shapes(read_graph(path)).graph)
+    flops = sum(node_flops(node) for node in nodes if node.op_type in PRODUCTS)
+    return flops, sum(math.prod(dims(node.outputs[0])) for node in nodes if node.op_type == "Softmax")
 
 
 def engine_rates(engine: str, threads: int) -> dict[str, float]:
@@ -265,8 +267,8 @@ def _best_seconds(kind: str, size: int, engine: str, threads: int) -> float:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "one.onnx"
         onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
-        runtime = load_onnx(path, f"{engine}-cpu", threads)
-        return min(seconds(lambda: runtime.run({"a": matrix})) for _ in range(12))
+        runtime, out = load_onnx(path, f"{engine}-cpu", threads), {"y": np.empty_like(matrix)}
+        return min(seconds(lambda: runtime.run({"a": matrix}, out)) for _ in range(12))
 
 
 if __name__ == "__main__":
