@@ -224,6 +224,19 @@ def test_a_file_whose_weights_have_a_size_that_stands_for_samples(tmp_path: Path
         assert runtime.run({"x": np.ones((3, 8), np.float32)})["y"].shape == (3, 4)
 
 
+def test_a_grid_for_any_number_of_samples(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("Shape", ["x"], ["n"], start=0, end=1),
+        helper.make_node("Concat", ["n", "rest"], ["size"], axis=0),
+        helper.make_node("AffineGrid", ["x", "size"], ["y"]),
+    ]
+    rest = {"rest": np.array([3, 8, 8])}
+    path = write(tmp_path / "m.onnx", nodes, rest, float_of("x", "n", 2, 3), [float_of("y", "n", 8, 8, 2)])
+
+    with load(export(path, tmp_path / "b", RANGE)) as runtime:
+        assert runtime.run({"x": np.ones((3, 2, 3), np.float32)})["y"].shape == (3, 8, 8, 2)
+
+
 def test_a_file_that_lists_an_output_twice(tmp_path: Path) -> None:
     y = float_of("y", "n", 8)
     path = write(tmp_path / "m.onnx", [helper.make_node("Relu", ["x"], ["y"])], {}, float_of("x", "n", 8), [y, y])
