@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
+from perceiver_export.exporter.fold.nodes import shape_of
 from perceiver_export.exporter.fold.normalize import Constants
 from perceiver_export.exporter.simplify import is_random, plain_session
 from perceiver_export.runtimes.bundle import sha256
@@ -26,6 +27,8 @@ _KINDS = {
     ir.DataType.UINT8: np.uint8,
     ir.DataType.BOOL: np.bool_,
 }
+_INDICES = (ir.DataType.INT32, ir.DataType.INT64)
+_INTEGERS = (ir.DataType.UINT8, *_INDICES)
 _DEFAULT_SEED = 0
 
 
@@ -54,10 +57,19 @@ class OnnxFile:
         self.outputs = tuple(str(value.name) for value in model.graph.outputs)
         if not self.outputs:
             raise UnsupportedModelError("the model has no outputs", "export a model that computes something")
+        if len(set(self.outputs)) < len(self.outputs):
+            raise UnsupportedModelError(
+                f"an output is listed twice: {', '.join(self.outputs)}", "list each output of the file once"
+            )
         for name in self.shapes.keys() & set(self.outputs):
             raise UnsupportedModelError(f"{name!r} is an input and an output", "leave that output out")
         dims = [value.shape[0] for value in model.graph.inputs if value.shape]
         self.samples = next((size for size in dims if isinstance(size, int)), None)  # of a call; None: any number
+
+    def sizes(self) -> list[int]:
+        """Of its constants."""
+        model = self.graph(self.shapes)
+        return [size for value in model.graph.initializers.values() for size in shape_of(value) or ()]
 
     def model(self) -> ir.Model:
         """The graph in `OPSET` or newer, with functions inlined and weights in memory."""
@@ -187,12 +199,17 @@ def vocabularies(graph: ir.Graph) -> dict[str, int]:
         if node.op_type != "Gather" or node.attributes.get_int("axis", 0) != 0:
             continue
         value = node.inputs[1]
-        while value is not None and (maker := value.producer()) is not None and maker.op_type in ("Cast", "Identity"):
+        while value is not None and (maker := value.producer()) is not None and _keeps_integers(maker):
             value = maker.inputs[0]
         table = None if node.inputs[0] is None else constant(node.inputs[0])
-        if value is not None and value.is_graph_input() and table is not None:
+        if value is not None and value.is_graph_input() and value.dtype in _INTEGERS and table is not None:
             found[str(value.name)] = min(len(table), found.get(str(value.name), len(table)))
     return found
+
+
+def _keeps_integers(node: ir.Node) -> bool:
+    """Whether each integer of an input is as large afterwards; narrower types wrap."""
+    return node.op_type == "Identity" or (node.op_type == "Cast" and node.attributes.get_int("to", 0) in _INDICES)
 
 
 def _example(rng: np.random.Generator, value: ir.Value, shape: tuple[int, ...], known: Mapping[str, int]) -> Array:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
@@ -61,7 +61,7 @@ class NamedModule(nn.Module):
         named = dict(inputs) if isinstance(inputs, Mapping) else _by_position(module, inputs)
         self.examples: dict[str, Array] = {name: _array(name, value) for name, value in named.items()}
         self.outputs: tuple[str, ...] = ()
-        first_call = self._named(_called(self, named), tuple(outputs))
+        first_call = self._named(self._called(self._call, self.examples), tuple(outputs))
         again = self.run(self.examples)
         for name, first in first_call.items():
             if not np.array_equal(first, again[name], equal_nan=first.dtype.kind == "f"):
@@ -75,15 +75,25 @@ class NamedModule(nn.Module):
         return dict(zip(self.outputs, (tensor for _, tensor in _tensors(found)), strict=True))
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """The same with numpy arrays."""
-        with torch.no_grad():
-            found = self.forward({name: torch.from_numpy(array) for name, array in feeds.items()})
-        return {name: tensor.detach().numpy() for name, tensor in found.items()}
+        """The same with numpy arrays. Raises UnsupportedModelError for a forward that fails on them."""
+        found = self._called(self.forward, feeds)
+        return {name: _array(name, tensor) for name, tensor in found.items()}
+
+    def _called(self, function: Callable[[Mapping[str, Tensor]], Any], feeds: Mapping[str, Array]) -> Any:
+        try:
+            with torch.no_grad():
+                return function({name: torch.from_numpy(array) for name, array in feeds.items()})
+        except Exception as error:  # the user's own code
+            takes = ", ".join(inspect.signature(self.model.forward).parameters)
+            given = ", ".join(f"{name} {list(array.shape)}" for name, array in feeds.items())
+            raise UnsupportedModelError(
+                f"forward fails on {given}: {type(error).__name__}: {first_line(error)}",
+                f"give inputs, and with --batch numbers of samples, that forward({takes}) takes",
+            ) from error
 
     def _call(self, feeds: Mapping[str, Tensor]) -> Any:
-        if self._positional:
-            return self.model(*(feeds[name] for name in self.examples))
-        return self.model(**{name: feeds[name] for name in self.examples})
+        given = {name: feeds[name].clone() for name in self.examples}  # forward may change its inputs in place
+        return self.model(*given.values()) if self._positional else self.model(**given)
 
     def _named(self, found: Any, asked: tuple[str, ...]) -> dict[str, Array]:
         """The results of forward, under the names ``asked`` or their own keys."""
@@ -117,27 +127,22 @@ def _by_position(module: nn.Module, inputs: Sequence[Tensor]) -> dict[str, Tenso
     return dict(zip(names, inputs, strict=False))
 
 
-def _called(module: NamedModule, inputs: Mapping[str, Tensor]) -> Any:
-    try:
-        with torch.no_grad():
-            return module._call(inputs)
-    except Exception as error:  # the user's own code
-        takes = ", ".join(inspect.signature(module.model.forward).parameters)
-        raise UnsupportedModelError(
-            f"forward fails on the example inputs: {type(error).__name__}: {first_line(error)}",
-            f"give inputs that forward({takes}) takes; these are {', '.join(inputs)}",
-        ) from error
-
-
 def _array(name: str, value: object) -> Array:
+    """A copy, which later calls leave as it is."""
     if isinstance(value, np.ndarray):
-        return value
+        return value.copy()
     if not isinstance(value, Tensor):
         raise UsageError(
             f"{name!r} is of type {type(value).__name__}, not a tensor",
             "give tensors only, and set other arguments in a module around yours",
         )
-    return value.detach().cpu().numpy()
+    try:
+        return value.detach().cpu().numpy().copy()
+    except (TypeError, RuntimeError) as error:  # bfloat16, a sparse tensor
+        raise UnsupportedModelError(
+            f"{name!r} is a tensor of {value.dtype} that cannot become an array: {first_line(error)}",
+            "take and return dense tensors of float32: .float()",
+        ) from error
 
 
 def _tensors(found: Any, name: str = "output") -> Iterator[tuple[str, Tensor]]:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import math
 from collections import Counter
 from collections.abc import Collection
@@ -358,17 +359,21 @@ def without_metadata(model: ir.Model) -> None:
     common.ClearMetadataAndDocStringPass()(model)
 
 
-def number_folds(graph: ir.Graph) -> None:
-    """Number the values that folds made from 0, so that a model always becomes the same bytes."""
+def number_folds(graph: ir.Graph, taken: Collection[str] = ()) -> None:
+    """Number the values that folds made from 0, so that a model always becomes the same bytes; names of its inputs and
+    outputs are ``taken``.
+    """
     made = [value for value in graph.initializers.values() if (value.name or "").startswith(("fold.", "fold_"))]
     for value in made:
         del graph.initializers[str(value.name)]
     known = set(made)
     used = dict.fromkeys(value for node in graph for value in node.inputs if value in known)
-    for index, value in enumerate(used):
+    numbers = (index for index in itertools.count() if not {f"fold.{index}", f"fold.{index}.direct"} & set(taken))
+    for index, value in zip(numbers, used, strict=False):
         role = ".direct" if str(value.name).endswith(".direct") else ""
         value.name = f"fold.{index}{role}"
         graph.initializers.add(value)
     values = (value for node in graph for value in node.outputs if (value.name or "").startswith("fold_"))
-    for index, value in enumerate(values):
+    numbers = (index for index in itertools.count() if f"fold_{index}" not in taken)
+    for index, value in zip(numbers, values, strict=False):
         value.name = f"fold_{index}"

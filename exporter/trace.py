@@ -30,6 +30,7 @@ from perceiver_export.exporter.model.config import ArrayInput, PerceiverConfig
 from perceiver_export.exporter.onnx_files import OnnxFile, refuse, vocabularies
 from perceiver_export.exporter.own import NamedModule, repeated
 from perceiver_export.exporter.simplify import number_folds, simplify, without_metadata, without_sequences
+from perceiver_export.exporter.watch import Watch, watched
 from perceiver_export.runtimes.errors import ExportError
 from perceiver_export.runtimes.manifest import FoldDecision, MemoryPlan, TensorSpec
 from perceiver_export.runtimes.runtime import Array
@@ -100,7 +101,7 @@ def folded_graph(part: GraphPart, config: PerceiverConfig | None, fold: bool, bu
     Dynamic dimensions are traced and folded as prime numbers, see `fold.dynamic`. Raises ExportError; UsageError where
     the budget is too small.
     """
-    primes = stand_ins(list(part.typical), _sizes_of(part))
+    primes = _stand_ins(part, list(part.typical))
     return _folded(part, _plain(part, config, primes), config, primes, fold, budget)
 
 
@@ -109,7 +110,7 @@ def folded_parts(source: GraphPart, split: Split, fold: bool, budget: int) -> li
 
     Raises UsageError, UnsupportedModelError: it cannot be cut, or not as ``split`` asks.
     """
-    primes = stand_ins([*source.typical, *([QUERIES] if split.dynamic else [])], _sizes_of(source))
+    primes = _stand_ins(source, [*source.typical, *([QUERIES] if split.dynamic else [])])
     model, first = _plain(source, None, primes, split.latents), source.outputs[0].shape[0]
     normalize(model, _counted(source, primes))
     samples = primes[first] if isinstance(first, str) else first
@@ -155,18 +156,30 @@ def _folded(
         simplify(model, real.planned)
     make_dynamic(model, primes)
     without_metadata(model)
-    number_folds(model.graph)
+    number_folds(model.graph, [spec.name for spec in (*part.inputs, *part.outputs)])
     own_outputs(model.graph, [spec.name for spec in part.outputs])
     named = part if config is not None else _with_vocabularies(part, model.graph)
     return FoldedGraph(named, model, decisions, planned)
 
 
-def _sizes_of(part: GraphPart) -> list[int]:
-    """Of its inputs and weights."""
+def _stand_ins(part: GraphPart, names: list[str]) -> dict[str, int]:
+    """Primes that are no sizes of its inputs and weights, nor of what a module of one's own computes."""
+    if not names:
+        return {}
     fixed = [size for spec in (*part.inputs, *part.outputs) for size in spec.shape if isinstance(size, int)]
     examples = [size for array in part.examples.values() for size in array.shape]
     weights = [*part.module.parameters(), *part.module.buffers()] if isinstance(part.module, nn.Module) else []
-    return fixed + examples + [size for weight in weights for size in weight.shape]
+    found = fixed + examples + [size for weight in weights for size in weight.shape]
+    if isinstance(part.module, NamedModule):
+        found += _watched(part, sample_inputs(part, None, part.typical, seed=0)).sizes
+    if isinstance(part.module, OnnxFile):
+        found += part.module.sizes()
+    return stand_ins(names, found)
+
+
+def _watched(part: GraphPart, examples: dict[str, Array]) -> Watch:
+    with quiet():
+        return watched(_module(part), map(torch.from_numpy, examples.values()))
 
 
 def _with_vocabularies(part: GraphPart, graph: ir.Graph) -> GraphPart:
@@ -185,10 +198,12 @@ def _traced(part: GraphPart, examples: dict[str, Array]) -> ir.Model:
         return _exported(part, examples)
     except Exception as error:  # tracing runs the user's own code
         first = error
-    if _DATA_DEPENDENT.search(_everything(first)):
+    dependent = _DATA_DEPENDENT.search(_everything(first))
+    if dependent or _watched(part, examples).reads:
         # TorchScript would keep the branch that the examples take, without a word.
+        reason = _reason(first) if dependent else "forward reads numbers of tensors"
         raise ExportError(
-            f"what the model computes depends on the values of its inputs: {_reason(first)}",
+            f"what the model computes depends on the values of its inputs: {reason}",
             "replace branches on tensors by torch.where, and .item() and sizes from data by fixed ones",
         ) from first
     try:
@@ -224,10 +239,9 @@ def _scripted(part: GraphPart, examples: dict[str, Array]) -> ir.Model:
 
 def _export(part: GraphPart, examples: dict[str, Array], file: Any, **how: Any) -> torch.onnx.ONNXProgram | None:
     """To an open ``file`` where one is given: torch takes it, though its types do not say so."""
-    module = _ByPosition(part.module) if isinstance(part.module, NamedModule) else part.module
     with torch.no_grad(), quiet():
         return torch.onnx.export(
-            module,
+            _module(part),
             tuple(torch.from_numpy(array) for array in examples.values()),
             file,
             opset_version=OPSET,
@@ -235,6 +249,11 @@ def _export(part: GraphPart, examples: dict[str, Array], file: Any, **how: Any) 
             output_names=[spec.name for spec in part.outputs],
             **how,
         )
+
+
+def _module(part: GraphPart) -> nn.Module:
+    module: nn.Module = part.module
+    return _ByPosition(module) if isinstance(module, NamedModule) else module
 
 
 class _ByPosition(nn.Module):

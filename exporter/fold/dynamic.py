@@ -20,8 +20,8 @@ _END = np.iinfo(np.int64).max  # of a slice: that of the axis
 
 def stand_ins(names: Sequence[str], taken: Iterable[int]) -> dict[str, int]:
     """A prime for each name, none of which divides a size that is taken."""
-    sizes_taken = set(taken)
-    free = [prime for prime in _PRIMES if all(size % prime for size in sizes_taken if size)]
+    sizes_taken = set(taken) - {0, _END}
+    free = [prime for prime in _PRIMES if all(size % prime for size in sizes_taken)]
     if len(free) < len(names):
         raise UnsupportedModelError("the model has too many sizes to keep a dynamic batch apart", "give one --batch")
     return dict(zip(names, free, strict=False))

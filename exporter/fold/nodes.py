@@ -19,7 +19,7 @@ VIEWS = frozenset({"Reshape", "Unsqueeze", "Squeeze", "Flatten", "Identity"})
 # The result is of the type of the first input.
 _MOVED = VIEWS | {"Transpose", "Slice", "Concat", "Gather", "GatherND", "Expand", "Pad"}
 # Operators, and which of their inputs holds sizes or bounds.
-SIZED = {"Reshape": (1,), "Expand": (1,), "ConstantOfShape": (0,), "Slice": (1, 2)}
+SIZED = {"Reshape": (1,), "Expand": (1,), "ConstantOfShape": (0,), "Slice": (1, 2), "Resize": (3,), "AffineGrid": (1,)}
 
 
 def shape_of(value: ir.Value | None) -> Shape | None:

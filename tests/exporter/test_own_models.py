@@ -207,7 +207,7 @@ def test_a_bare_model_is_sent_to_the_road_to_labels(monkeypatch: pytest.MonkeyPa
     with pytest.raises(UsageError, match="how inputs are prepared for image-classification") as caught:
         load_model("examples.your_own:robot", task="image-classification")
     assert "LoadedModel.own(model, 'image-classification', labels=" in caught.value.hint
-    with pytest.raises(UsageError, match="--task is 'classify'"):
+    with pytest.raises(UsageError, match="--task cannot be 'classify'"):
         load_model("examples.your_own:robot", task="classify")
 
 

@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Modules and ONNX files that do what few do: change their inputs, return infinities, fail on some inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor, nn
+from torch.nn import functional
+
+from perceiver_export.exporter import ExportOptions, OwnModel, export
+from perceiver_export.exporter.verification import TOLERANCE
+from perceiver_export.runtimes import Bundle, load
+from perceiver_export.runtimes.errors import ExportError, UnsupportedModelError, VerificationError
+from perceiver_export.runtimes.runtime import Array, Runtime
+
+RANGE = ExportOptions(batch="1:2:4")
+
+
+class Computes(nn.Module):
+    """A function as a module."""
+
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+def assert_bundle_is(bundle: Bundle, module: nn.Module, *given: Tensor) -> None:
+    expected = module(*(one.clone() for one in given)).detach().numpy()
+    with load(bundle) as runtime:
+        names = [spec.name for spec in runtime.inputs]
+        (found,) = runtime.run({name: one.numpy() for name, one in zip(names, given, strict=True)}).values()
+    np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE * np.abs(expected[np.isfinite(expected)]).max())
+
+
+def test_a_forward_that_changes_its_input(tmp_path: Path) -> None:
+    module, image = Computes(lambda x: x.div_(255).mean((2, 3))), 255 * torch.rand(2, 3, 8, 8)
+    before = image.clone()
+    bundle = export(OwnModel(module, (image,)), tmp_path / "b")
+
+    assert torch.equal(image, before)
+    assert_bundle_is(bundle, module, image)
+
+
+@pytest.mark.parametrize("takes", [True, False])
+def test_a_dtype_that_numpy_lacks_is_refused(takes: bool, tmp_path: Path) -> None:
+    given = torch.rand(2, 4, dtype=torch.bfloat16 if takes else torch.float32)
+    with pytest.raises(UnsupportedModelError, match="bfloat16") as raised:
+        export(OwnModel(Computes(lambda x: x.to(torch.bfloat16)), (given,)), tmp_path / "b")
+    assert "float32" in raised.value.hint
+
+
+class InFloat32(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.float())
+
+
+class OtherInFloat64(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * (2 if x.dtype == torch.float64 else 1)
+
+
+@pytest.mark.parametrize("kind", [InFloat32, OtherInFloat64])
+def test_a_wrong_graph_is_refused_whatever_the_module_does_in_float64(
+    kind: type[nn.Linear], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = Runtime.run
+
+    def run(self: Runtime, *arguments: Any) -> dict[str, Array]:
+        return {name: 1.05 * array for name, array in original(self, *arguments).items()}
+
+    monkeypatch.setattr(Runtime, "run", run)
+    with pytest.raises(VerificationError, match="output"):
+        export(OwnModel(kind(4, 3), (torch.rand(2, 4),)), tmp_path / "b")
+
+
+def test_infinities_of_the_module_stay(tmp_path: Path) -> None:
+    module = Computes(lambda x: x.masked_fill(torch.arange(4) > 2, -torch.inf))
+    assert_bundle_is(export(OwnModel(module, (torch.rand(2, 4),)), tmp_path / "b"), module, torch.rand(2, 4))
+
+
+class FewSamples(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.shape[0] <= 2, "at most 2"
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("batch", ["4", "1:2:4"])
+def test_a_number_of_samples_that_forward_refuses(batch: str, tmp_path: Path) -> None:
+    with pytest.raises((UnsupportedModelError, ExportError), match="at most 2") as raised:
+        export(OwnModel(FewSamples(4, 3), (torch.rand(2, 4),)), tmp_path / "b", ExportOptions(batch=batch))
+    assert raised.value.hint
+
+
+class Pooled(nn.Module):
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        weights = mask.float()
+        return (x * weights[..., None]).sum(1) / weights.sum(1, keepdim=True)
+
+
+class FloatTokens(nn.Embedding):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input.long())
+
+
+@pytest.mark.parametrize(
+    ("module", "given"),
+    [
+        (Computes(lambda x: torch.log(x + 1e-6).mean((2, 3))), (torch.rand(2, 3, 8, 8),)),
+        (Pooled(), (torch.rand(4, 2, 5), torch.tensor([[1, 0], [1, 1], [0, 1], [1, 0]]))),
+        (FloatTokens(10, 4), (torch.tensor([[1.0, 2.0, 9.0]]),)),
+    ],
+    ids=["logarithm", "mask", "tokens"],
+)
+def test_random_inputs_stay_where_the_module_is_defined(
+    module: nn.Module, given: tuple[Tensor, ...], tmp_path: Path
+) -> None:
+    bundle = export(OwnModel(module, given), tmp_path / "b")
+
+    shuffled = [check.inputs.endswith("in another order") for check in bundle.manifest.verification]
+    assert not shuffled[0]
+    assert any(shuffled)
+    assert_bundle_is(bundle, module, *given)
+
+
+def test_a_module_that_is_defined_for_its_example_only(tmp_path: Path) -> None:
+    given = torch.arange(1.0, 9.0)[None]
+    with pytest.raises(VerificationError, match="on random inputs, torch returns NaN"):
+        export(OwnModel(Computes(lambda x: torch.sqrt(x.diff())), (given,)), tmp_path / "b")
+
+
+class Joined(nn.Module):
+    """200 tokens and 51 latents are 251, the first prime that stands for a number of samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.latents, self.layer = nn.Parameter(torch.randn(51, 8)), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.layer(torch.cat([x, self.latents.expand(x.shape[0], -1, -1)], 1))
+        heads = rows.view(x.shape[0], 251, 2, 4).transpose(1, 2)
+        found: Tensor = (torch.softmax(heads @ heads.transpose(-1, -2), -1) @ heads).sum((1, 2))
+        return found
+
+
+@pytest.mark.parametrize(
+    ("module", "shape"),
+    [
+        (Computes(lambda x: functional.interpolate(x, size=(16, 16), mode="bilinear").mean((2, 3))), (3, 8, 8)),
+        (Joined(), (200, 8)),
+    ],
+    ids=["resize", "251 rows"],
+)
+def test_any_number_of_samples(module: nn.Module, shape: tuple[int, ...], tmp_path: Path) -> None:
+    bundle = export(OwnModel(module, (torch.rand(2, *shape),)), tmp_path / "b", RANGE)
+
+    assert_bundle_is(bundle, module, torch.rand(3, *shape))
+
+
+def test_an_input_with_the_name_of_a_folds_value(tmp_path: Path) -> None:
+    class Fold(nn.Module):
+        def forward(self, fold_0: Tensor) -> Tensor:
+            return fold_0.reshape(fold_0.shape[0], 1, 4).expand(fold_0.shape[0], 5, 4) * 2
+
+    bundle = export(OwnModel(Fold(), (torch.rand(2, 4),)), tmp_path / "b", RANGE)
+    assert_bundle_is(bundle, Fold(), torch.rand(3, 4))
+
+
+class Branches(nn.Module):
+    """torch.export stops at the buffer's numbers before it sees the branch."""
+
+    def __init__(self, on_values: bool) -> None:
+        super().__init__()
+        self.on_values, self.layer = on_values, nn.Linear(4, 4)
+        self.register_buffer("gain", torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        gain = float(self.gain.numpy().sum()) * float(self.gain.sum())  # type: ignore[operator]
+        assert x.shape[0] == 2
+        if self.on_values and x.abs().max() > 1e4:
+            x = x / 1e4
+        found: Tensor = self.layer(x) * gain
+        return found
+
+
+def test_a_branch_behind_another_failure_of_torch_export(tmp_path: Path) -> None:
+    given = torch.rand(2, 4)
+    with pytest.raises(ExportError, match="values of its inputs"):
+        export(OwnModel(Branches(on_values=True), (given,)), tmp_path / "b")
+
+    module = Branches(on_values=False)
+    assert_bundle_is(export(OwnModel(module, (given,)), tmp_path / "b"), module, given)
+
+
+def write(path: Path, nodes: Sequence[Any], constants: dict[str, Array], x: Any, outputs: Sequence[Any]) -> Path:
+    stored = [numpy_helper.from_array(array, name) for name, array in constants.items()]
+    graph = helper.make_graph(list(nodes), "g", [x], list(outputs), stored)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
+    return path
+
+
+def float_of(name: str, *shape: int | str) -> Any:
+    return helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+
+
+def test_a_file_whose_weights_have_a_size_that_stands_for_samples(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    weights = {name: rng.random(shape, np.float32) for name, shape in (("v", (8, 502)), ("w", (502, 4)))}
+    nodes = [helper.make_node("MatMul", ["x", "v"], ["a"]), helper.make_node("Relu", ["a"], ["r"])]
+    nodes.append(helper.make_node("MatMul", ["r", "w"], ["y"]))
+    path = write(tmp_path / "m.onnx", nodes, weights, float_of("x", "n", 8), [float_of("y", "n", 4)])
+
+    with load(export(path, tmp_path / "b", RANGE)) as runtime:
+        assert runtime.run({"x": np.ones((3, 8), np.float32)})["y"].shape == (3, 4)
+
+
+def test_a_grid_for_any_number_of_samples(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("Shape", ["x"], ["n"], start=0, end=1),
+        helper.make_node("Concat", ["n", "rest"], ["size"], axis=0),
+        helper.make_node("AffineGrid", ["x", "size"], ["y"]),
+    ]
+    rest = {"rest": np.array([3, 8, 8])}
+    path = write(tmp_path / "m.onnx", nodes, rest, float_of("x", "n", 2, 3), [float_of("y", "n", 8, 8, 2)])
+
+    with load(export(path, tmp_path / "b", RANGE)) as runtime:
+        assert runtime.run({"x": np.ones((3, 2, 3), np.float32)})["y"].shape == (3, 8, 8, 2)
+
+
+def test_a_file_that_lists_an_output_twice(tmp_path: Path) -> None:
+    y = float_of("y", "n", 8)
+    path = write(tmp_path / "m.onnx", [helper.make_node("Relu", ["x"], ["y"])], {}, float_of("x", "n", 8), [y, y])
+    with pytest.raises(UnsupportedModelError, match=r"twice: y, y"):
+        export(path, tmp_path / "b")
+
+
+@pytest.mark.parametrize(("to", "known"), [(TensorProto.BOOL, None), (TensorProto.INT32, (0, 1))])
+def test_narrowed_integers_have_no_vocabulary(to: int, known: tuple[int, int] | None, tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("Cast", ["x"], ["narrow"], to=to),
+        helper.make_node("Cast", ["narrow"], ["row"], to=TensorProto.INT64),
+        helper.make_node("Gather", ["table", "row"], ["y"]),
+    ]
+    table = {"table": np.array([[1.0], [2.0]], np.float32)}
+    x = helper.make_tensor_value_info("x", TensorProto.INT64, ("n", 3))
+    bundle = export(write(tmp_path / "m.onnx", nodes, table, x, [float_of("y", "n", 3, 1)]), tmp_path / "b")
+
+    assert bundle.manifest.parts["model"].inputs[0].values == known
