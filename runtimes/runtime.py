@@ -32,6 +32,7 @@ _IN_FLIGHT = 2  # one runs while the next is prepared
 _FIXED = "give that shape, or export again with --batch or --shape"
 _BATCH = "the first dimension is the batch: array[None] adds it"
 _RANGES = "give sizes in that range, the same for all inputs, or export again with another --batch"
+_HUGE = 1e8  # masks fill with values of at least this size, beside which all others would be nothing
 _STEADY = 0.25  # the largest share of the median between the quartiles of times that still decide
 
 
@@ -303,7 +304,10 @@ class Runtime:
 class Comparison(msgspec.Struct, frozen=True):
     """The largest absolute difference, as a share of the reference's largest absolute value (``scale``).
 
-    It is true if the difference is within the tolerance. NaN or infinity in either array never is.
+    Values of 1e8 and more, with which masks fill, do not count in the scale, and each is compared with itself. Of
+    integers it is the share of unequal ones, and ``scale`` is their number.
+
+    It is true if the difference is within the tolerance. NaN never is, infinity only where both arrays have the same.
     """
 
     difference: float
@@ -321,10 +325,17 @@ def compare(found: Array, reference: Array, tolerance: float) -> Comparison:
     """Compare two arrays of the same shape. For different shapes the difference is NaN."""
     if found.shape != reference.shape:
         return Comparison(float("nan"), tolerance, float("nan"))
-    exact = reference.astype(np.float64)
-    scale = float(np.max(np.abs(exact), initial=0.0))
-    largest = float(np.max(np.abs(found.astype(np.float64) - exact), initial=0.0))
-    return Comparison(largest / scale if scale > 0 else largest, tolerance, scale)
+    if reference.dtype.kind in "biu":
+        unequal = float(np.count_nonzero(found != reference))
+        return Comparison(unequal / max(1, reference.size), tolerance, float(reference.size))
+    exact, given = reference.astype(np.float64), found.astype(np.float64)
+    size = np.abs(exact)
+    usual = size < _HUGE
+    scale = float(np.max(size, initial=0.0, where=usual))
+    with np.errstate(invalid="ignore"):  # between infinities
+        shares = np.abs(given - exact) / np.where(usual, scale or 1.0, size)
+    largest = float(np.max(np.where(given == exact, 0.0, shares), initial=0.0))
+    return Comparison(largest, tolerance, scale or float(np.max(size, initial=0.0)))
 
 
 def quartiles(values: Array) -> tuple[float, float, float]:

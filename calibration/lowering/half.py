@@ -2,7 +2,8 @@
 """Rewrite an fp32 graph in fp16 or bf16 with casts, for engines that take precision only from the graph.
 
 Inputs and outputs stay float32 and int32. Nodes that would lose too much accuracy in 16 bits stay float32, each with a
-reason: overflow, indices, long sums, and attention whose scores are too large for 16 bits, in plain and folded graphs.
+reason: overflow, indices, angles, long sums, lost epsilons, and attention whose scores are too large for 16 bits, in
+plain and folded graphs. So do nodes to which ONNX allows no 16-bit type.
 """
 
 from __future__ import annotations
@@ -14,17 +15,18 @@ import numpy as np
 import onnx_ir as ir
 
 from perceiver_export.calibration.graphs import MOVES, array_of, is_constant, made_by, reached, remove_unused
+from perceiver_export.calibration.lowering.schemas import allowed, follows
 
 Half = Literal["fp16", "bf16"]
 
-_DTYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
+DTYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 _LARGEST = {"fp16": 65504.0, "bf16": 3.3895314e38}
 # Values on the device may exceed those in the samples, so a value within this factor of the limit counts as overflow.
 HEADROOM = 4.0
 # fp16 resolves 1/16 at 64 and 1/2 at 600. The error carries over to probabilities, so larger scores are not rounded.
 LARGEST_SCORE = 64.0
-# An integer scale below this loses more than 0.4 % of itself to fp16's subnormals.
+# An integer scale or epsilon below this loses more than 0.4 % of itself to fp16's subnormals.
 _SMALLEST_SCALE = 2.0**-17
 # If a weight's largest value is below this, fewer than 7 bits are left for its typical values.
 _SMALLEST_WEIGHT = 2.0**-13
@@ -37,6 +39,15 @@ _MASKED = _TERMS | {"Where", "Cast"}
 # Operators that compute scores from normalised values or the graph's inputs. They include squares, roots and sums,
 # because folded attention divides scores by a deviation of its inputs and adds its logarithm.
 _MAKE_SCORES = _TERMS | {"Div", "Pow", "Sqrt", "Reciprocal", "Log", "Cast", "MatMul", "ReduceSum", "ReduceMean"}
+# Operators that compute indices and angles, and those that compare.
+_ARITHMETIC = (_MAKE_SCORES - {"MatMul"}) | {
+    *("Neg", "Abs", "Floor", "Ceil", "Round", "Mod", "Min", "Max", "Clip", "Where", "Exp", "Range", "CumSum"),
+    *("ReduceMin", "ReduceMax", "Einsum", "Gemm"),
+}
+_COMPARE = {"Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual", "ArgMax", "ArgMin", "TopK", "NonZero"}
+# Operators that add an epsilon or choose it, and those that need one.
+_TAKE_EPSILON = frozenset({"Add", "Sub", "Max", "Min", "Clip", "Div", "Where"})
+_NEED_EPSILON = frozenset({"Div", "Log", "Pow", "Reciprocal", "Sqrt"})
 # Operators whose result is never larger than their inputs, so the inputs' largest value bounds it.
 _NO_LARGER = MOVES | {
     *("Gelu", "Relu", "Floor", "ReduceMax", "ReduceMean", "MaxPool", "AveragePool"),
@@ -108,13 +119,14 @@ def to_half(model: ir.Model, precision: Half, hazards: Mapping[str, float] | Non
 
     ``hazards`` has the largest observed |x| of each float tensor by name. These nodes stay float32: those that read or
     write a tensor beyond the format's range (with `HEADROOM`), sums over more terms than fp16 can count, squares and
-    their means, indices, integer scales and weights too small for fp16, integer products that share a tensor with them,
-    and attention with large scores. Mask constants that fp16 nodes read become finite in fp16.
+    their means, indices, angles, integer scales, weights and epsilons too small for fp16, integer products that share a
+    tensor with them, attention with large scores, and nodes whose type is fixed. Mask constants that fp16 nodes read
+    become finite in fp16.
 
     Given:  MatMul(x, W) -> Add(y, b) -> LayerNormalization(z)       where |z| reached 1e6
     Result: Cast16(x), MatMul(., W16), Cast32(y), Add(., b) -> LayerNormalization(z), Cast16(.)
     """
-    graph, low = model.graph, _DTYPES[precision]
+    graph, low = model.graph, DTYPES[precision]
     kept = _overflows(graph, precision, hazards or {})
     kept = _integer_products(graph, kept) | kept
     casts = _Casts(graph)
@@ -138,7 +150,10 @@ def _overflows(graph: ir.Graph, precision: Half, hazards: Mapping[str, float]) -
     masked = _masked(graph, masks)
     hazards = _carried(graph, hazards)
     kept = {node: reason for node in graph if (reason := _reason(node, precision, hazards, masked))}
-    kept |= dict.fromkeys(_index_arithmetic(graph), "it computes an index")
+    if precision == "fp16":
+        kept = dict.fromkeys(_epsilons(graph), "fp16 loses its epsilon") | kept
+    kept |= dict.fromkeys(_angles(graph), "it computes an angle")
+    kept |= dict.fromkeys(_index_arithmetic(graph, DTYPES[precision]), "it computes an index")
     kept = _large_scores(graph, hazards, masked) | kept
     for value, given in masks.items():
         if all(reader in kept for one in _masked(graph, [value]) for reader in one.consumers()):
@@ -156,6 +171,8 @@ def _reason(node: ir.Node, precision: Half, hazards: Mapping[str, float], masked
             return f"|{value.name}| reaches {most:.3g}"
     if any(attribute.type == ir.AttributeType.GRAPH for attribute in node.attributes.values()):
         return "it contains a subgraph"
+    if not follows(node, DTYPES[precision]):
+        return "its type is fixed"
     if precision == "bf16":
         return ""
     if node.op_type in _FP32_OPERATORS or (node.op_type == "Mul" and node.inputs[0] is node.inputs[1]):
@@ -203,13 +220,79 @@ def _integer_products(graph: ir.Graph, kept: Mapping[ir.Node, str]) -> dict[ir.N
     return {node: reason for read, reason in reasons.items() for node in products[read]}
 
 
-def _index_arithmetic(graph: ir.Graph) -> set[ir.Node]:
-    """The nodes that compute values which become integers. fp16 counts only to 2048, but a grid has more points."""
+def _index_arithmetic(graph: ir.Graph, low: ir.DataType) -> set[ir.Node]:
+    """The nodes that compute values which become integers, or compare counts, and those that compute these counts.
+
+    fp16 counts only to 2048, but a grid has more points.
+    """
     casts = [
         node for node in graph if node.op_type in ("Cast", "CastLike") and node.outputs[0].dtype not in (None, *_FLOATS)
     ]
     before = reached((value for node in casts for value in node.inputs), lambda node: node.outputs[0].dtype in _FLOATS)
-    return {*casts, *(node for node, is_float in before.items() if is_float)}
+    counts = _counts(graph, low)
+    compared = [node for node in graph if node.op_type in _COMPARE and not counts.isdisjoint(node.inputs)]
+    makers = reached((value for node in compared for value in node.inputs), lambda node: node.outputs[0] in counts)
+    return {*casts, *compared, *(node for found in (before, makers) for node, kept in found.items() if kept)}
+
+
+def _counts(graph: ir.Graph, low: ir.DataType) -> set[ir.Value | None]:
+    """Float values that are computed from integers, or from constants of integers that 16 bits would round."""
+    found = {value for value in graph.initializers.values() if value.dtype == ir.DataType.FLOAT and _rounds(value, low)}
+    counts: set[ir.Value | None] = {*found}
+    for node in graph:
+        if node.outputs[0].dtype != ir.DataType.FLOAT or node.op_type not in _ARITHMETIC:
+            continue
+        read = [value for value in node.inputs if value is not None and value.dtype in _FLOATS]
+        cast = node.op_type in ("Cast", "CastLike") and node.inputs[0] not in read
+        computed = any(one in counts for one in read) and all(one in counts or one.producer() is None for one in read)
+        if cast or computed or node.op_type == "Range":
+            counts.update(node.outputs)
+    return counts
+
+
+def _rounds(value: ir.Value, low: ir.DataType) -> bool:
+    array = array_of(value)
+    with np.errstate(over="ignore"):
+        rounded = array.astype(low.numpy()).astype(array.dtype)
+    return np.array_equal(array, np.rint(array)) and not np.array_equal(array, rounded)
+
+
+def _angles(graph: ir.Graph) -> set[ir.Node]:
+    """Each Sin and Cos with the nodes that compute its angle. Near 1000, fp16 numbers are half a radian apart."""
+    waves = [node for node in graph if node.op_type in ("Sin", "Cos")]
+    before = reached((node.inputs[0] for node in waves), _makes_angles)
+    return {*waves, *(node for node, makes in before.items() if makes)}
+
+
+def _makes_angles(node: ir.Node) -> bool:
+    return (node.op_type in _ARITHMETIC or _makes_scores(node)) and node.outputs[0].dtype in _FLOATS
+
+
+def _epsilons(graph: ir.Graph) -> set[ir.Node]:
+    """The nodes that take an epsilon which fp16 loses, with those that divide by it or take its logarithm or root.
+
+    Products with a reciprocal are among them: 1 / sqrt(1e-12) overflows fp16, and times 0 it is NaN.
+    """
+    kept: set[ir.Node] = set()
+    for node in graph:
+        if node.op_type not in _TAKE_EPSILON or not any(map(_is_epsilon, node.inputs)):
+            continue
+        met = reached(node.outputs, _passes_epsilon, forward=True)
+        readers = {one for one, passes in met.items() if passes or one.op_type in {*_NEED_EPSILON, "Mul"}}
+        if any(one.op_type in _NEED_EPSILON for one in (node, *readers)):
+            kept |= {node, *readers}
+    return kept
+
+
+def _is_epsilon(value: ir.Value | None) -> bool:
+    constant = value is not None and is_constant(value) and value.dtype == ir.DataType.FLOAT
+    return value is not None and constant and 0 < largest(value, {}) < _SMALLEST_SCALE
+
+
+def _passes_epsilon(node: ir.Node) -> bool:
+    return node.op_type in MOVES | {"Pow", "Reciprocal", "Sqrt"} or (
+        node.op_type == "Div" and is_constant(node.inputs[0])
+    )
 
 
 def reduction_depth(node: ir.Node) -> int:
@@ -244,13 +327,14 @@ def _masked(graph: ir.Graph, masks: Iterable[ir.Value]) -> set[ir.Value]:
 
 
 def _cast_node(node: ir.Node, wanted: ir.DataType, casts: _Casts) -> None:
-    """Cast a node's inputs to its precision, and give its outputs that type."""
+    """Cast a node's inputs to its precision, where ONNX allows that, and give its outputs that type."""
     if node.op_type == "Cast" and node.attributes.get_int("to") == ir.DataType.FLOAT:
         node.attributes["to"] = ir.AttrInt64("to", int(wanted))
     else:
-        for index, value in enumerate(node.inputs):
-            if value is not None and value.dtype in _FLOATS and value.dtype != wanted:
-                node.replace_input_with(index, casts.of(value, wanted))
+        for index, (value, name) in enumerate(zip(node.inputs, allowed(node, wanted), strict=True)):
+            dtype = wanted if name else ir.DataType.FLOAT
+            if value is not None and value.dtype in _FLOATS and value.dtype != dtype:
+                node.replace_input_with(index, casts.of(value, dtype))
     for output in node.outputs:
         if output.dtype == ir.DataType.FLOAT:
             output.dtype = wanted

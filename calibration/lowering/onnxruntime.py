@@ -92,9 +92,10 @@ def _quantized_products(graph: ir.Graph) -> list[ir.Node]:
 
 
 def _lower_result(graph: ir.Graph, product: ir.Node, axis: ir.Value) -> None:
-    """Add a Squeeze after the product or its bias."""
+    """Add a Squeeze after the product, or after its bias where nothing else reads the product."""
     last, users = product, list(product.outputs[0].consumers())
-    if len(users) == 1 and users[0].op_type == "Add" and any(_is_bias(value) for value in users[0].inputs):
+    alone = len(users) == 1 and not product.outputs[0].is_graph_output()
+    if alone and users[0].op_type == "Add" and any(_is_bias(value) for value in users[0].inputs):
         product.outputs[0].shape = _raised(product.outputs[0].shape)
         last = users[0]
     result = last.outputs[0]

@@ -30,7 +30,8 @@ from perceiver_export.calibration.graphs import (
     store_weights,
 )
 from perceiver_export.calibration.lowering.attention import pad_heads
-from perceiver_export.calibration.lowering.half import to_half
+from perceiver_export.calibration.lowering.half import DTYPES, to_half
+from perceiver_export.calibration.lowering.schemas import check_types
 from perceiver_export.runtimes.bundle import Bundle, BundleLike, golden_arrays, open_bundle
 from perceiver_export.runtimes.engines.backend import Feeds, Precision
 from perceiver_export.runtimes.errors import (
@@ -141,6 +142,7 @@ def _compare(bundle: Bundle, part: str, model: ir.Model, precision: Precision) -
 
     It changes the rewritten graph. Raises GateError, UnsupportedModelError.
     """
+    check_types(model, DTYPES.get(precision, ir.DataType.FLOAT))
     emulate(model)
     feeds = golden_arrays(bundle, part, "input")
     try:

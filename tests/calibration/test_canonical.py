@@ -9,15 +9,18 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnx_ir.passes.common as common
 import pytest
 
 from perceiver_export.calibration.graphs import sqnr
+from perceiver_export.calibration.lowering.onnxruntime import lower_for_arm
 from perceiver_export.calibration.quantization.engines import measure_coverage
 from perceiver_export.calibration.quantization.integers import quantize_channels
 from perceiver_export.calibration.quantization.options import QuantizeOptions, Scheme
 from perceiver_export.runtimes.opening import open_engine
 from perceiver_export.runtimes.runtime import Array
 from tests.calibration.graphs import BLOCK, FOLDED, GEMM, RELU, build, inputs, quantized, run
+from tests.calibration.onnx_text import write
 
 GRAPHS = {"block": BLOCK, "gemm": GEMM, "folded": FOLDED, "relu": RELU}
 PLAIN = """
@@ -48,6 +51,21 @@ def test_the_form_is_canonical(name: str, tmp_path: Path) -> None:
 
     assert set(dequantized.values()) == {1}, "one DequantizeLinear a weight"
     assert len(dequantized) == len({linear.group for linear in part.integer_linears})
+
+
+def test_a_product_that_is_an_output_keeps_its_rank(tmp_path: Path) -> None:
+    body = """(float[2,4] x) => (float[2,4] m, float[2,4] y) { c = QuantizeLinear(x, s, z)
+        d = DequantizeLinear(c, s, z)  e = DequantizeLinear(w, s, z)  m = MatMul(d, e)  y = Add(m, b) }"""
+    weight, bias = np.arange(16, dtype=np.int8).reshape(4, 4), np.ones(4, np.float32)
+    path = write(tmp_path / "g.onnx", body, s=np.array(0.1, np.float32), z=np.array(0, np.int8), w=weight, b=bias)
+    model, feeds = ir.load(path), {"x": np.eye(2, 4, dtype=np.float32)}
+    common.ShapeInferencePass()(model)
+    expected = run(model, tmp_path, feeds)
+    lower_for_arm(model)
+    found = run(model, tmp_path, feeds)
+
+    for name in ("m", "y"):
+        np.testing.assert_allclose(found[name], expected[name], atol=1e-6, strict=True)
 
 
 @pytest.mark.parametrize("lowering", ["model.ort-cpu.onnx", "model.ort-cpu-arm64.onnx"])

@@ -4,15 +4,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common
 import pytest
 
-from perceiver_export.calibration.graphs import sqnr
-from perceiver_export.calibration.lowering.half import to_half
+from perceiver_export.calibration.graphs import dims, sqnr
+from perceiver_export.calibration.lowering.half import DTYPES, Half, to_half
+from perceiver_export.calibration.lowering.schemas import check_types
+from perceiver_export.runtimes.errors import UnsupportedModelError
 from tests.calibration.lint_cases import compiled, rules, scalar
 from tests.calibration.onnx_text import write
 from tests.calibration.reference_runs import run
@@ -27,13 +29,21 @@ CANCEL = """(float[2,8] q, float[8,3] k, float[2,3] grid, float[3] inverse) => (
 
 
 class Halved:
-    """A graph of ``body`` in fp16: the nodes ``kept`` in fp32, and outputs before and after."""
+    """A graph of ``body`` in 16 bits: the nodes ``kept`` in fp32, and outputs before and after."""
 
-    def __init__(self, folder: Path, body: str, hazards: dict[str, float] | None = None, **constants: Any) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        body: str,
+        hazards: dict[str, float] | None = None,
+        precision: Half = "fp16",
+        **constants: Any,
+    ) -> None:
         self.folder, self.path = folder, write(folder / "g.onnx", body, **constants)
         self.model = ir.load(self.path)
         ir.passes.common.ShapeInferencePass()(self.model)
-        self.kept = to_half(self.model, "fp16", hazards)
+        self.kept = to_half(self.model, precision, hazards)
+        check_types(self.model, DTYPES[precision])
 
     def compile(self) -> Any:
         """What TensorRT for RTX makes of it; lint finds nothing."""
@@ -85,6 +95,106 @@ def test_indices_are_not_computed_in_fp16(tmp_path: Path) -> None:
 
     assert set(half.kept.values()) == {"it computes an index"}
     np.testing.assert_array_equal(half.outputs({"i": given})[1]["row"], given // 224)
+
+
+@pytest.mark.parametrize("precision", get_args(Half))
+@pytest.mark.parametrize(
+    ("body", "kept"),
+    [
+        ("(float[1] i) => (float[4096] y) { b = Less(grid, i)  y = Cast<to = 1>(b) }", "Less_0"),
+        (
+            "(int32[1] i) => (bool[4096] y) { f = Cast<to = 1>(i)  g = Mul(f, two)  y = Equal(grid, g) }",
+            "Cast_0 Mul_1 Equal_2",
+        ),
+        (
+            "(int32[1] i) => (int64[1] y) { f = Cast<to = 1>(i)  d = Sub(grid, f)  a = Abs(d)  y = ArgMin(a) }",
+            "Cast_0 Sub_1 Abs_2 ArgMin_3",
+        ),
+    ],
+)
+def test_positions_are_compared_in_fp32(body: str, kept: str, precision: Half, tmp_path: Path) -> None:
+    constants = {"two": scalar(2, FLOAT)} if "two" in body else {}
+    half = Halved(tmp_path, body, None, precision, grid=np.arange(4096, dtype=FLOAT), **constants)
+    expected, found = half.outputs({"i": np.array([2001], FLOAT if "float[1] i" in body else np.int32)})
+
+    assert half.kept == dict.fromkeys(kept.split(), "it computes an index")
+    np.testing.assert_array_equal(found["y"], expected["y"])
+
+
+def test_scores_may_be_compared_in_fp16(tmp_path: Path) -> None:
+    body = """(float[1,8] x, int32[1,8] keep) => (int64[1] y) { f = Cast<to = 1>(keep)  m = MatMul(x, w)  t = Mul(m, f)
+        y = ArgMax<axis = 1, keepdims = 0>(t) }"""
+
+    assert Halved(tmp_path, body, w=np.eye(8, dtype=FLOAT)).kept == {}
+
+
+@pytest.mark.parametrize("precision", get_args(Half))
+def test_angles_are_computed_in_fp32(precision: Half, tmp_path: Path) -> None:
+    """Angles of a time step are up to 1000, where fp16 is a quarter of a radian off."""
+    body = "(int32[2,1] t) => (float[2,32] y) { f = Cast<to = 1>(t)  a = MatMul(f, rates)  y = Sin(a) }"
+    rates = np.exp(-np.log(10000) * np.arange(32) / 32).astype(FLOAT)[None]
+    half = Halved(tmp_path, body, None, precision, rates=rates)
+    expected, found = half.outputs({"t": np.array([[999], [737]], np.int32)})
+
+    assert half.kept == dict.fromkeys(("Cast_0", "MatMul_1", "Sin_2"), "it computes an angle")
+    np.testing.assert_allclose(found["y"], expected["y"], atol=1e-6)
+
+
+EPSILONS = {
+    "Add": "n = ReduceL2(x, axes)  d = Add(n, least)  y = Div(x, d)",
+    "Clip": "n = ReduceL2(x, axes)  d = Clip(n, least)  e = Expand(d, shape)  y = Div(x, e)",
+    "Sqrt": "q = Mul(x, x)  n = ReduceMean(q, axes)  d = Add(n, least)  r = Sqrt(d)  s = Reciprocal(r)  y = Mul(x, s)",
+    "Log": "p = Relu(x)  d = Max(p, least)  y = Log(d)",
+}
+
+
+@pytest.mark.parametrize("name", EPSILONS)
+def test_an_epsilon_that_fp16_loses_still_divides(name: str, tmp_path: Path) -> None:
+    body = f"(float[2,16] x) => (float[2,16] y) {{ {EPSILONS[name]} }}"
+    constants: dict[str, Any] = {"axes": np.array([1]), "shape": np.array([2, 16])}
+    constants = {key: array for key, array in constants.items() if key in body}
+    half = Halved(tmp_path, body, least=scalar(1e-12, FLOAT), **constants)
+    expected, found = half.outputs({"x": np.stack([np.zeros(16), np.ones(16)]).astype(FLOAT)})
+
+    assert "fp16 loses its epsilon" in half.kept.values()
+    np.testing.assert_allclose(found["y"], expected["y"], rtol=1e-3)
+
+
+@pytest.mark.parametrize("body", ["y = Add(x, bias)", "d = Add(x, usual)  y = Div(x, d)"])
+def test_other_small_constants_are_no_epsilons(body: str, tmp_path: Path) -> None:
+    constants: dict[str, Any] = {"bias": np.array([1e-8, 0, 0, 0], FLOAT), "usual": scalar(1e-5, FLOAT)}
+    constants = {name: array for name, array in constants.items() if name in body}
+
+    assert Halved(tmp_path, f"(float[1,4] x) => (float[1,4] y) {{ {body} }}", **constants).kept == {}
+
+
+@pytest.mark.parametrize(
+    ("body", "kept"),
+    [
+        ('(float[1,3,4,4] x) => (float[1,3,8,8] y) { y = Resize<mode = "nearest">(x, , scales) }', ""),
+        ("(float[2,2] x) => (float[2,2] y) { c = ConstantOfShape<value = float[1] {2.0}>(size)  y = Add(x, c) }", "c"),
+        ("(float[2,2] x) => (float[2,2] y) { c = EyeLike<dtype = 1>(x)  y = Add(x, c) }", "c"),
+        ("(float[1] x) => (float[4] y) { c = Range(start, limit, delta)  y = Add(x, c) }", "c"),
+        ("(float[1,6,4] x, float[1,1,6] p) => (int64[n,3] y) { y = NonMaxSuppression(x, p, most) }", ""),
+    ],
+)
+def test_types_are_those_that_onnx_allows(body: str, kept: str, tmp_path: Path) -> None:
+    """`Halved` checks that the graph is valid."""
+    constants: dict[str, Any] = {"scales": np.array([1, 1, 2, 2], FLOAT), "size": np.array([2, 2]), "most": np.array(5)}
+    constants |= {"start": scalar(0, FLOAT), "limit": scalar(4, FLOAT), "delta": scalar(1, FLOAT)}
+    half = Halved(tmp_path, body, **{name: array for name, array in constants.items() if name in body})
+    feeds = {str(value.name): np.ones(dims(value), FLOAT) for value in half.model.graph.inputs}
+    expected, found = half.outputs(feeds)
+
+    assert set(half.kept.values()) == ({"its type is fixed"} if kept else set())
+    np.testing.assert_array_equal(found["y"], expected["y"])
+
+
+def test_types_that_onnx_does_not_allow_are_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "g.onnx", "(float16 a) => (float16[n] y) { y = Range(a, a, a) }")
+
+    with pytest.raises(UnsupportedModelError, match="is not valid"):
+        check_types(ir.load(path), DTYPES["fp16"])
 
 
 def test_sums_of_more_terms_than_fp16_counts_stay_fp32(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from perceiver_export.calibration.quantization.options import Scheme
 from perceiver_export.calibration.quantization.record import read_calibration
 from perceiver_export.runtimes import load, open_bundle
 from perceiver_export.runtimes.bundle import Bundle, golden_arrays
-from perceiver_export.runtimes.errors import BundleError, GateError
+from perceiver_export.runtimes.errors import BundleError, GateError, UnsupportedModelError
 from tests.calibration.damaged_scales import rehashed
 from tests.calibration.lint_cases import compiled
 from tests.calibration.onnx_text import write
@@ -145,6 +145,20 @@ def test_a_bundle_that_cannot_be_lowered_stays_as_it_was(copied_bundle: Path, mo
 
     assert sorted(path.name for path in copied_bundle.iterdir()) == before
     assert (copied_bundle / "manifest.json").read_bytes() == manifest
+
+
+def test_an_invalid_graph_is_not_published(copied_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def mixed(model: ir.Model, *_: Any) -> dict[str, str]:
+        half = next(node.outputs[0] for node in model.graph if node.op_type == "LayerNormalization")
+        half.type = ir.TensorType(ir.DataType.FLOAT16)
+        return {}
+
+    before = sorted(path.name for path in copied_bundle.iterdir())
+    monkeypatch.setattr("perceiver_export.calibration.lowering.tensorrt.to_half", mixed)
+
+    with pytest.raises(UnsupportedModelError, match="the rewritten graph is not valid"):
+        lower_bundle(copied_bundle, "fp16")
+    assert sorted(path.name for path in copied_bundle.iterdir()) == before
 
 
 @pytest.mark.parametrize("system", ["pictures", "flow", "first_sound", "video"])

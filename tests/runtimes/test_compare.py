@@ -19,6 +19,26 @@ def test_a_difference_is_measured_against_the_references_scale() -> None:
     assert not compare(np.array([1.0, -2.2], np.float32), REFERENCE, 1e-2)
 
 
+@pytest.mark.parametrize("fill", [-1e9, np.finfo(np.float32).min, -np.inf])
+def test_a_masks_fill_hides_no_difference(fill: float) -> None:
+    reference = np.array([1.0, 2.0, fill], np.float32)
+
+    assert compare(np.array([1.0, 2.0001, fill], np.float32), reference, 1e-4).scale == 2.0
+    assert not compare(np.array([100.0, -50.0, fill], np.float32), reference, 1e-4)
+    assert not compare(np.array([1.0, 2.0, fill / 2 if np.isfinite(fill) else -fill]), reference, 1e-4)
+    assert not compare(np.array([1.0, fill, fill], np.float32), reference, 1e-4)
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.bool_])
+def test_integers_are_equal_or_not(dtype: type[np.generic]) -> None:
+    reference = np.array([30000, 0]).astype(dtype)
+    comparison = compare(np.array([30000, 3]).astype(dtype), reference, 1e-4)
+
+    assert compare(reference, reference, 0.0)
+    assert not comparison
+    assert (comparison.difference, comparison.scale) == (0.5, 2.0)
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_nan_and_infinity_never_pass(bad: float) -> None:
     assert not compare(np.array([1.0, bad]), REFERENCE, 1.0)
