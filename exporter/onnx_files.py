@@ -58,9 +58,8 @@ class OnnxFile:
         if not self.outputs:
             raise UnsupportedModelError("the model has no outputs", "export a model that computes something")
         if len(set(self.outputs)) < len(self.outputs):
-            raise UnsupportedModelError(
-                f"an output is listed twice: {', '.join(self.outputs)}", "list each output of the file once"
-            )
+            twice = sorted({name for name in self.outputs if self.outputs.count(name) > 1})
+            raise UnsupportedModelError(f"listed twice as outputs: {', '.join(twice)}", "list each output once")
         for name in self.shapes.keys() & set(self.outputs):
             raise UnsupportedModelError(f"{name!r} is an input and an output", "leave that output out")
         dims = [value.shape[0] for value in model.graph.inputs if value.shape]

@@ -171,10 +171,15 @@ def _stand_ins(part: GraphPart, names: list[str]) -> dict[str, int]:
     weights = [*part.module.parameters(), *part.module.buffers()] if isinstance(part.module, nn.Module) else []
     found = fixed + examples + [size for weight in weights for size in weight.shape]
     if isinstance(part.module, NamedModule):
-        found += _watched(part, sample_inputs(part, None, part.typical, seed=0)).sizes
+        found += _watched(part, _usual(part)).sizes
     if isinstance(part.module, OnnxFile):
         found += part.module.sizes()
     return stand_ins(names, found)
+
+
+def _usual(part: GraphPart) -> dict[str, Array]:
+    """Inputs of a usual size for a module with examples; empty for others."""
+    return sample_inputs(part, None, part.typical, seed=0) if part.examples else {}
 
 
 def _watched(part: GraphPart, examples: dict[str, Array]) -> Watch:
@@ -199,7 +204,7 @@ def _traced(part: GraphPart, examples: dict[str, Array]) -> ir.Model:
     except Exception as error:  # tracing runs the user's own code
         first = error
     dependent = _DATA_DEPENDENT.search(_everything(first))
-    if dependent or _watched(part, examples).reads:
+    if dependent or _watched(part, _usual(part) or examples).reads:
         # TorchScript would keep the branch that the examples take, without a word.
         reason = _reason(first) if dependent else "forward reads numbers of tensors"
         raise ExportError(

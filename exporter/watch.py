@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
+_CONSTANT = ("ones_like", "zeros_like", "full_like", "empty_like", "new_ones", "new_zeros", "new_full", "new_empty")
 _READS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default)
 
 
@@ -35,7 +36,8 @@ class Watch(TorchDispatchMode):
         self.sizes.update(size for tensor in made for size in tensor.shape)
         if any(isinstance(one, Tensor) and one in self._dependent for one in given):
             self.reads = self.reads or function in _READS
-            self._dependent.update(dict.fromkeys(made))
+            if function.overloadpacket.__name__ not in _CONSTANT:
+                self._dependent.update(dict.fromkeys(made))
         return found
 
 

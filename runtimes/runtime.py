@@ -304,8 +304,8 @@ class Runtime:
 class Comparison(msgspec.Struct, frozen=True):
     """The largest absolute difference, as a share of the reference's largest absolute value (``scale``).
 
-    Values of 1e8 and more, with which masks fill, do not count in the scale, and each is compared with itself. Of
-    integers it is the share of unequal ones, and ``scale`` is their number.
+    Values of 1e8 and more that are alike, with which masks fill, do not count in the scale, and each is compared with
+    itself. Of integers it is the share of unequal ones, and ``scale`` is their number.
 
     It is true if the difference is within the tolerance. NaN never is, infinity only where both arrays have the same.
     """
@@ -318,7 +318,7 @@ class Comparison(msgspec.Struct, frozen=True):
         return bool(np.isfinite(self.difference)) and self.difference <= self.tolerance
 
     def __str__(self) -> str:
-        return f"differs by {self.difference:.1e} of the output's scale {self.scale:.3g}, {self.tolerance:.0e} allowed"
+        return f"differs by a share of {self.difference:.1e} of {self.scale:.3g}, {self.tolerance:.0e} allowed"
 
 
 def compare(found: Array, reference: Array, tolerance: float) -> Comparison:
@@ -330,12 +330,15 @@ def compare(found: Array, reference: Array, tolerance: float) -> Comparison:
         return Comparison(unequal / max(1, reference.size), tolerance, float(reference.size))
     exact, given = reference.astype(np.float64), found.astype(np.float64)
     size = np.abs(exact)
-    usual = size < _HUGE
+    finite, huge = np.isfinite(size), size >= _HUGE
+    fills = size[huge & finite]
+    alike = fills.size == 0 or fills.max() <= 4 * fills.min()  # else they are results
+    usual = finite & ~huge if alike else finite
     scale = float(np.max(size, initial=0.0, where=usual))
     with np.errstate(invalid="ignore"):  # between infinities
         shares = np.abs(given - exact) / np.where(usual, scale or 1.0, size)
     largest = float(np.max(np.where(given == exact, 0.0, shares), initial=0.0))
-    return Comparison(largest, tolerance, scale or float(np.max(size, initial=0.0)))
+    return Comparison(largest, tolerance, scale or float(np.max(size, initial=0.0, where=finite)))
 
 
 def quartiles(values: Array) -> tuple[float, float, float]:

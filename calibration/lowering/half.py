@@ -252,9 +252,11 @@ def _counts(graph: ir.Graph, low: ir.DataType) -> set[ir.Value | None]:
 
 def _rounds(value: ir.Value, low: ir.DataType) -> bool:
     array = array_of(value)
+    if not np.array_equal(array, np.rint(array)):
+        return False
     with np.errstate(over="ignore"):
         rounded = array.astype(low.numpy()).astype(array.dtype)
-    return np.array_equal(array, np.rint(array)) and not np.array_equal(array, rounded)
+    return not np.array_equal(array, rounded)
 
 
 def _angles(graph: ir.Graph) -> set[ir.Node]:
@@ -265,7 +267,11 @@ def _angles(graph: ir.Graph) -> set[ir.Node]:
 
 
 def _makes_angles(node: ir.Node) -> bool:
-    return (node.op_type in _ARITHMETIC or _makes_scores(node)) and node.outputs[0].dtype in _FLOATS
+    """Products of inputs with frequencies are angles; those of computed values are a network's layers."""
+    if node.op_type in ("MatMul", "Gemm", "Einsum"):
+        before = reached(node.inputs, lambda one: one.op_type in _TERMS | {"Cast", "Div"})
+        return all(before.values()) and node.outputs[0].dtype in _FLOATS
+    return node.op_type in _ARITHMETIC and node.outputs[0].dtype in _FLOATS
 
 
 def _epsilons(graph: ir.Graph) -> set[ir.Node]:

@@ -10,7 +10,7 @@ import onnx.defs
 import onnx_ir as ir
 
 from perceiver_export.calibration.graphs import SMALLEST
-from perceiver_export.runtimes.errors import UnsupportedModelError
+from perceiver_export.runtimes.errors import UnsupportedModelError, first_line
 
 # ONNX allows bfloat16 in most operators from this opset on. TensorRT takes it in graphs of any opset.
 _BF16_OPSET = 22
@@ -56,8 +56,8 @@ def check_types(model: ir.Model, dtype: ir.DataType) -> None:
     try:
         common.CheckerPass(full_check=True)(checked)
     except Exception as error:  # onnx has several, and onnx-ir wraps them
-        said = str(error.__cause__ or error).strip().splitlines()[0]
-        raise UnsupportedModelError(f"the rewritten graph is not valid: {said}", "report it with the config") from error
+        said = first_line(error.__cause__ or error)
+        raise UnsupportedModelError(f"the rewritten graph is not valid: {said}", "report it with the model") from error
 
 
 def _schema(node: ir.Node, dtype: ir.DataType) -> onnx.defs.OpSchema | None:

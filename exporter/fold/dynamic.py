@@ -12,8 +12,11 @@ import onnx_ir as ir
 from perceiver_export.exporter.fold.nodes import Nodes, integers, shape_of, sizes, stored_sizes
 from perceiver_export.runtimes.errors import UnsupportedModelError
 
-# Larger than most sizes, so that few others are multiples of them.
-_PRIMES = (251, 257, 263, 269, 271, 277, 281, 283, 293, 307, 311, 313, 317, 331, 337, 347, 349, 353, 359, 367)
+# Larger than most sizes, so that few others are multiples of them; much larger ones for models with hundreds of sizes.
+_PRIMES = (
+    *(251, 257, 263, 269, 271, 277, 281, 283, 293, 307, 311, 313, 317, 331, 337, 347, 349, 353, 359, 367),
+    *(1009, 2003, 4001, 8009),
+)
 
 _END = np.iinfo(np.int64).max  # of a slice: that of the axis
 
@@ -23,7 +26,9 @@ def stand_ins(names: Sequence[str], taken: Iterable[int]) -> dict[str, int]:
     sizes_taken = set(taken) - {0, _END}
     free = [prime for prime in _PRIMES if all(size % prime for size in sizes_taken)]
     if len(free) < len(names):
-        raise UnsupportedModelError("the model has too many sizes to keep a dynamic batch apart", "give one --batch")
+        raise UnsupportedModelError(
+            "the model has too many sizes to keep a dynamic batch apart", "give one number as --batch"
+        )
     return dict(zip(names, free, strict=False))
 
 

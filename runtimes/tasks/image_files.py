@@ -207,7 +207,8 @@ def as_array(given: Any) -> npt.NDArray[Any]:
 def as_image(array: npt.NDArray[Any]) -> RgbImage:
     """uint8 (H, W, 3) from a grey (H, W) or (H, W, 1), or a colour (H, W, 3) or (H, W, 4) array. Raises InputError."""
     if array.dtype.kind in "UO":
-        raise InputError(f"a list of {array.size} was given as one image", "make a call for each image")
+        what = f"a list of {array.size} was" if array.ndim else "an object of another type was"
+        raise InputError(f"{what} given as one image", "make a call for each image: a path, a Pillow image or an array")
     if array.dtype != np.uint8:
         raise InputError(f"an image has dtype {array.dtype}", "give uint8 values from 0 to 255")
     if array.ndim == 2:

@@ -140,6 +140,16 @@ def test_angles_are_computed_in_fp32(precision: Half, tmp_path: Path) -> None:
     np.testing.assert_allclose(found["y"], expected["y"], atol=1e-6)
 
 
+def test_a_network_of_sines_is_computed_in_16_bits(tmp_path: Path) -> None:
+    body = """(float[4,2] x) => (float[4,16] y)
+        { a = MatMul(x, first)  b = Sin(a)  c = MatMul(b, second)  d = Mul(c, omega)  y = Sin(d) }"""
+    rng = np.random.default_rng(0)
+    first, second = (rng.standard_normal(shape).astype(FLOAT) for shape in ((2, 16), (16, 16)))
+    half = Halved(tmp_path, body, None, "fp16", first=first, second=second, omega=scalar(30, FLOAT))
+
+    assert set(half.kept) == {"MatMul_0", "Sin_1", "Mul_3", "Sin_4"}
+
+
 EPSILONS = {
     "Add": "n = ReduceL2(x, axes)  d = Add(n, least)  y = Div(x, d)",
     "Clip": "n = ReduceL2(x, axes)  d = Clip(n, least)  e = Expand(d, shape)  y = Div(x, e)",

@@ -27,7 +27,7 @@ HELD_OUT = FASHION / "held_out.npz"
     ("options", "datum"),
     [
         ({"scheme": "int2"}, "'int2'"),
-        ({"scheme": "float"}, "scheme cannot be .float"),
+        ({"scheme": "float"}, "'float'"),
         ({"method": "entropy"}, "'entropy'"),
         ({"samples": 0}, "samples is 0"),
         ({"threads": 0}, "threads is 0"),

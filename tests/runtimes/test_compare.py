@@ -29,6 +29,19 @@ def test_a_masks_fill_hides_no_difference(fill: float) -> None:
     assert not compare(np.array([1.0, fill, fill], np.float32), reference, 1e-4)
 
 
+def test_large_results_are_no_fill() -> None:
+    reference = np.array([1e10, 2e9, 5.0])
+
+    assert compare(reference + np.array([300.0, 0.0, 300.0]), reference, 1e-4).scale == 1e10
+
+
+def test_an_output_of_fills_alone_has_a_finite_scale() -> None:
+    reference = np.array([0.0, -np.inf])
+
+    assert compare(reference, reference, 1e-4)
+    assert compare(reference, reference, 1e-4).scale == 0.0
+
+
 @pytest.mark.parametrize("dtype", [np.int64, np.bool_])
 def test_integers_are_equal_or_not(dtype: type[np.generic]) -> None:
     reference = np.array([30000, 0]).astype(dtype)
