@@ -104,7 +104,8 @@ def _show(bundle: str, built: list[BuiltEngine], crossed: str) -> None:
     for one in built:
         done = f"compiled in {one.seconds:.1f} s" if one.new else "was there"
         ui.say(f"{one.target}, part {one.part}, {one.precision}: {done}")
-    ui.say("the engine that was built last is used; `--precision` of run, bench and validate asks for another", "note:")
+    several = "of several engines for a target, the one built last is used"
+    ui.say(f"{several}; `--precision` of run, bench and validate asks for another", "note:")
     where = f"on a machine with such a GPU ({crossed}): " if crossed else ""
     if crossed and not all(one.directory.is_relative_to(bundle) for one in built):
         ui.say("the bundle is read-only, so the engine is not in it: build a copy, and take that along", "warning:")
@@ -222,11 +223,11 @@ def _measure(bundle: str, **options: Any) -> Bench:
 
 
 def _show_bench(result: Bench, precisions: bool) -> None:
-    """The measurements as a table with a column for each side, or a row for each precision; below it, what follows."""
+    """The measurements as a table with a column for each side, or a row for each of many; below it, what follows."""
     sides = result.measurements
     figures = [_figures(side, result) for side in sides]
     title = f"{result.runs} counted calls on {', '.join(result.machine.split(', ')[:2])}"  # without instructions
-    if precisions:
+    if precisions or len(sides) > 2:
         names = [f"{side.name} in {side.precision} on {side.target}" for side in sides]
         rows = [(name, *(one[key] for key in _PRECISIONS)) for name, one in zip(names, figures, strict=True)]
         ui.print_table(title, ["", *(f"{name}>" for name in _PRECISIONS)], rows, _BENCH_NOTE)
@@ -234,12 +235,12 @@ def _show_bench(result: Bench, precisions: bool) -> None:
         rows = [(name, *(one[name] for one in figures)) for name in figures[0] if any(one[name] for one in figures)]
         ui.print_table(title, ["", *(f"{side.name}>" for side in sides)], rows, _BENCH_NOTE)
     if precisions and len(sides) == 1 and not result.skipped:
-        ui.say(f"{sides[0].target} computes in no lower precision here; --device names another target")
+        ui.say(f"{sides[0].target} computes in no lower precision here; another target may")
     if result.unsteady:
         ui.say(f"nothing is decided: {result.unsteady}", "warning:")
     for reason in result.skipped:
         ui.say(f"not measured: {reason}")
-    if result.ratio is not None and result.ratio_quartiles is not None:
+    if result.ratio is not None and result.ratio_quartiles is not None and not result.unsteady:
         low, high = result.ratio_quartiles
         several = len({side.target for side in sides}) > 1
         first, second = (f"{side.name} on {side.target}" if several else side.name for side in sides)

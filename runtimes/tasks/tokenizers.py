@@ -155,7 +155,8 @@ class ByteTokenizer(Tokenizer):
         pieces = list(self._pieces(content))
         size = sum(count for _, count in pieces)
         if size > self.room and self.cut is None:  # before creating arrays, which [MASK*999999999] would make huge
-            hint = f"{_SHORTEN}; [MASK] is one byte, a character outside ASCII 2 to 4"
+            masks = "[MASK] is one byte, " * (b"[MASK" in content)
+            hint = f"{_SHORTEN}; {masks}a character outside ASCII has 2 to 4 bytes"
             raise LongTextError(f"the text has {size} bytes, but only {self.room} fit into the model", hint)
         parts = [
             np.full(min(count, self.room), piece) if isinstance(piece, int) else byte_tokens(piece)
