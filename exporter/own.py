@@ -85,7 +85,7 @@ class NamedModule(nn.Module):
                 return function({name: torch.from_numpy(array) for name, array in feeds.items()})
         except Exception as error:  # the user's own code
             takes = ", ".join(inspect.signature(self.model.forward).parameters)
-            given = ", ".join(f"{name} {list(array.shape)}" for name, array in feeds.items())
+            given = ", ".join(f"{name} {array.dtype} {list(array.shape)}" for name, array in feeds.items())
             raise UnsupportedModelError(
                 f"forward fails on {given}: {type(error).__name__}: {first_line(error)}",
                 f"give inputs, and with --batch numbers of samples, that forward({takes}) takes",

@@ -137,7 +137,8 @@ def _asked(gates: Gates, metrics: Sequence[Metric], measured: Collection[str] | 
     ):
         if limit is not None and metric is None:
             said = f"{option} does not fit this task, whose metrics are {', '.join(one.name for one in metrics)}"
-            raise UsageError(said, "gate on --max-metric-change, or export a classifier with output_kinds")
+            hint = "gate on --max-metric-change, or export with output_kinds: of one output its labels' kind, else none"
+            raise UsageError(said, hint)
         if limit is not None and metric is not None:
             subject = f"{metric.name} drop" if what == AT_MOST else metric.name
             found.append((metric, Wanted(option, subject, what, limit, unit)))

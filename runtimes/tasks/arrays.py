@@ -54,7 +54,9 @@ class Arrays(Task):
         given = arrays if isinstance(arrays, Mapping) else {specs[0].name: arrays}
         given = {name: array for name, array in given.items() if name in names or name not in _LABELS}
         if given.keys() != names:
-            raise InputError(f"the arrays are {', '.join(map(repr, given)) or 'missing'}", f"give {_shapes(specs)}")
+            unknown = [name for name in given if name not in names] if given.keys() > names else []
+            listed = f"the arrays are {', '.join(map(repr, given)) or 'missing'}"
+            raise InputError(f"there is no input {unknown[0]!r}" if unknown else listed, f"give {_shapes(specs)}")
         feeds = {spec.name: _converted(given[spec.name], spec) for spec in specs}
         ranks = {feeds[spec.name].ndim - len(spec.shape) for spec in specs}
         if ranks not in ({0}, {-1}):
