@@ -264,12 +264,12 @@ def shrunk(frames: Floats, side: int) -> Floats:
 
 
 def baseline() -> dict[str, float]:
-    """PSNR on test.npz of methods without training."""
+    """PSNR on test.npz of methods without training; the one that is as good as the model is last."""
     with np.load(HERE / "test.npz") as test:
         frames = test["frames"].astype(np.float32)
     mean = frames.mean((1, 2, 3), keepdims=True)
     found = {"one colour, the mean": psnr(frames, np.broadcast_to(mean, frames.shape))}
-    sizes = ((side, NUM_FRAMES * side**2 * 3) for side in (4, 8, 16))
+    sizes = ((side, NUM_FRAMES * side**2 * 3) for side in (4, 16, 8))
     shrinking = {f"frames shrunk to {side} × {side} ({count} numbers)": side for side, count in sizes}
     return found | {name: psnr(frames, shrunk(frames, side)) for name, side in shrinking.items()}
 
@@ -282,8 +282,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     if options.baseline:
-        name, value = list(baseline().items())[2]
-        print(json.dumps({"baseline": name, "metric": "psnr", "value": round(value, 2)}))
+        for name, value in baseline().items():
+            print(json.dumps({"baseline": name, "metric": "psnr", "value": round(value, 2)}))
         return
     clips = read_clips()
     write(clips)

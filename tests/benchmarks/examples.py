@@ -7,6 +7,9 @@ Accuracy is of the example's test data. The loss is paired with fp32 on the firs
 upper): the upper one is the smallest margin that these samples can certify. ms: the median of one call. MiB: the files
 of the bundle, and the largest resident size of a fresh process. Certificate: the example's gates, as `validate
 --certify` decides. The baseline is what train.py --baseline measures on the same test data.
+
+The second table has each metric of the demo's validations, on the first engine. In the third, commands of the examples
+print further figures, a JSON object a line.
 """
 
 from __future__ import annotations
@@ -19,11 +22,13 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from perceiver_export.calibration import Gates, ValidateOptions, Validation, certify, validate
 from perceiver_export.calibration.validation.gates import MARKS
+from perceiver_export.calibration.validation.statistics import Estimate
 from perceiver_export.exporter.cli.demo import Example, find_examples, read_example, step_command
 from perceiver_export.exporter.cli.main import app
 from perceiver_export.runtimes import Bundle, open_bundle
@@ -33,11 +38,26 @@ from perceiver_export.runtimes.errors import PerceiverExportError
 from perceiver_export.runtimes.presence import devices
 from tests.benchmarks.harness import REPOSITORY, Row, command
 
+FURTHER = {
+    "flow": ("flow.train --baseline", "flow.picture {out}/flow -o {out}/flow.svg"),
+    "multitask": ("multitask.train --baseline turn", "multitask.train --baseline upright"),
+    "policy": ("policy.closed_loop {out}/policy {out}/policy-int8 --episodes 300 --json",),
+    "speech": ("speech.train --voice it_IT_f_Menardi",),
+    "video": ("video.train --baseline",),
+}
+
 
 def measure(work: Path, names: tuple[str, ...] = ("",)) -> Iterator[Row]:
-    for folder in find_examples():
-        if names == ("",) or folder.name in names:
-            yield from rows(folder, work / folder.name)
+    found = [folder for folder in find_examples() if names == ("",) or folder.name in names]
+    for folder in found:
+        yield from rows(folder, work / folder.name)
+    for folder in found:
+        yield from all_metrics(folder, work / folder.name)
+    for folder in found:
+        for words in FURTHER.get(folder.name, ()):
+            for line in run_own(words.format(out=work / folder.name)).splitlines():
+                said = json.loads(line) if line.startswith("{") else line
+                yield {"example": folder.name, "command": f"python -m examples.{words}", "printed": said}
 
 
 def rows(folder: Path, out: Path) -> Iterator[Row]:
@@ -119,21 +139,53 @@ def verdict(bundle: Bundle, found: Validation) -> str:
     return said
 
 
+def all_metrics(folder: Path, out: Path) -> Iterator[Row]:
+    """Every metric of the demo's validations of int8, on the first engine."""
+    example, seen = read_example(folder), set[str]()
+    bundles = made(folder, example, out)
+    for step in example.steps:
+        words = step_command(step, folder, out)
+        if words[0] != "validate":
+            continue
+        given = dict(pairwise(words))
+        options = ValidateOptions(against=bundles["fp32"], gates=Gates(metric=given.get("--metric")))
+        found = validate(bundles["int8"], given["--data"], options)
+        for one in found.metrics:
+            if one.name not in seen:
+                sides = {"fp32": one.reference, "int8": one.candidate, "int8 is worse by": one.worsening}
+                named = f"{one.name} of {one.of}" + f", {one.unit}" * bool(one.unit)
+                yield {"example": folder.name, "metric": named} | {name: bounded(side) for name, side in sides.items()}
+            seen.add(one.name)
+
+
+def bounded(found: Estimate | None) -> str:
+    """The value and its bounds."""
+    return "–" if found is None else f"{found.value:.4g} ({found.lower:.4g} to {found.upper:.4g})"
+
+
 def baseline(folder: Path) -> Row:
-    """What train.py --baseline says, in the columns of the other rows."""
+    """The last line that train.py --baseline prints, in the columns of the other rows."""
+    said = run_own(f"{folder.name}.train --baseline")
+    empty = dict.fromkeys(("loss", "samples", "ms", "MiB of files", "peak MiB", "certificate"), "–")
+    if said.startswith("not measured"):
+        return {"engine": "–", "metric": said, **empty}
+    last = json.loads(said.splitlines()[-1])
+    return {"engine": last["baseline"], "metric": f"{last['metric']} {last['value']:.4g}", **empty}
+
+
+def run_own(words: str) -> str:
+    """What a command of the examples prints, or why it fails."""
     done = subprocess.run(
-        [sys.executable, folder / "train.py", "--baseline"],
+        [sys.executable, "-m", *shlex.split(f"examples.{words}")],
         capture_output=True,
         text=True,
         check=False,
         cwd=REPOSITORY,
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])},
     )
-    empty = dict.fromkeys(("loss", "samples", "ms", "MiB of files", "peak MiB", "certificate"), "–")
     if done.returncode:
-        return {"engine": "–", "metric": f"not measured: {done.stderr.strip().splitlines()[-1:]}", **empty}
-    said = json.loads(done.stdout.splitlines()[-1])
-    return {"engine": said["baseline"], "metric": f"{said['metric']} {said['value']:.4g}", **empty}
+        return f"not measured: {done.stderr.strip().splitlines()[-1:]}"
+    return done.stdout.strip()
 
 
 if __name__ == "__main__":
