@@ -30,9 +30,14 @@ TOLERANCE = 1e-4
 # torch in float64, the graph may differ by so many times torch's own error: another order of sums is no bug.
 _TIMES_TORCHS_OWN = 10
 _MOST_TOLERANCE = 1e-2
-_LARGE_VALUES = 100.0
+# Of the third case. Where torch in float32 is too far from float64 for a comparison, smaller ones are drawn.
+_LARGE_VALUES = (100.0, 10.0, 1.0)
 LARGE_MODEL = 500e9  # FLOPs of a call: optical flow has 790e9, and torch needs 30 s of a core's time
 _STEP = 17  # of a large model's second input, one query in so many is compared
+
+
+class _UnstableError(VerificationError):
+    """torch in float32 is itself so far from torch in float64 that no comparison with it proves anything."""
 
 
 @dataclass(frozen=True)
@@ -68,9 +73,25 @@ def verify(
     error, where that is more, but at most `_MOST_TOLERANCE`), a NaN, or an infinity, but for those that a model of
     one's own gives at the same places; UnsupportedModelError where such a model fails on random inputs.
     """
+    *larger, least = _LARGE_VALUES
+    for largest in larger:
+        with contextlib.suppress(_UnstableError):
+            return _verified(source, parts, config, directory, progress, largest)
+    return _verified(source, parts, config, directory, progress, least)
+
+
+def _verified(
+    source: GraphPart,
+    parts: Sequence[FoldedGraph],
+    config: PerceiverConfig | None,
+    directory: Path,
+    progress: Callable[[int, int], None],
+    largest: float,
+) -> tuple[list[Check], dict[str, dict[str, Array]]]:
+    """`verify` with a third case of ``largest`` times the usual values."""
     seeds = _seeds(source, parts)
     cases: list[_Case] = []
-    for description, feeds in _drawn(source, config, seeds):
+    for description, feeds in _drawn(source, config, seeds, largest):
         progress(len(cases), 2 * len(seeds))
         step = _STEP if cases and len(seeds) == 2 and _chooses_queries(source) else 1
         case = _own_case(source, description, feeds, cases) if source.examples else None
@@ -81,7 +102,7 @@ def verify(
     for part in (one.part for one in parts):
         engine = open_engine(directory / part.file, "ort-cpu", threads=None)
         with Runtime(engine, part.inputs, part.outputs, "fp32") as runtime:
-            for index, (description, drawn) in enumerate(_drawn(part, config, seeds)):
+            for index, (description, drawn) in enumerate(_drawn(part, config, seeds, largest)):
                 progress(len(cases) + index, 2 * len(cases))
                 given = {name: known[index].get(name, array) for name, array in drawn.items()}
                 found, case = runtime.run(given), cases[index]
@@ -153,9 +174,15 @@ def _check(source: GraphPart, case: _Case, output: str, found: Array, reference:
         found = found.reshape(len(found), config.queries.num_queries, -1)[:, :: case.step]
     comparison = compare(found, reference, TOLERANCE)
     if not comparison:
-        allowed = _TIMES_TORCHS_OWN * _rounding(source, case, output)
+        own = _rounding(source, case, output)
         most = _MOST_TOLERANCE if reference.dtype.kind == "f" else 1.0  # one tie of few integers is a large share
-        comparison = compare(found, reference, min(max(TOLERANCE, allowed), most))
+        comparison = compare(found, reference, min(max(TOLERANCE, _TIMES_TORCHS_OWN * own), most))
+        if not comparison and _TIMES_TORCHS_OWN * own > most:
+            raise _UnstableError(
+                f"{output} for {description}: torch in float32 differs from torch in float64 by {own:.1g}, so the"
+                f" exported graph, which {comparison}, cannot be judged",
+                "such a model has no exact outputs in float32: look for very sharp attention or cancelling sums",
+            )
     if not comparison:
         raise VerificationError(
             f"{output} for {description}: the exported graph {comparison}",
@@ -212,11 +239,11 @@ def _some_rows(model: PerceiverIO, feeds: dict[str, torch.Tensor], step: int) ->
 
 
 def _drawn(
-    part: GraphPart, config: PerceiverConfig | None, seeds: Sequence[int]
+    part: GraphPart, config: PerceiverConfig | None, seeds: Sequence[int], largest: float
 ) -> Iterator[tuple[str, dict[str, Array]]]:
     """Inputs of ``seeds``, the third with large ones; dynamic dimensions are tried as usual, at least and at most."""
     least, most = ({name: limits[end] for name, limits in part.ranges.items()} for end in (0, 1))
-    of_seed = ((part.typical, 1.0), (least, 1.0), (most, _LARGE_VALUES))
+    of_seed = ((part.typical, 1.0), (least, 1.0), (most, largest))
     for seed in seeds:
         sizes, scale = of_seed[seed]
         shown = "".join(f", {name} {size}" for name, size in sizes.items())
