@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from perceiver_export.calibration.options import option
 from perceiver_export.exporter.cli.output import Table, new_file, shape
 from perceiver_export.runtimes.engines.backend import PrecisionChoice
+from perceiver_export.runtimes.engines.backend import Progress as Progress
 from perceiver_export.runtimes.errors import InputError, UsageError, printable
 from perceiver_export.runtimes.files import readable
 
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from perceiver_export.runtimes.runtime import Array, Runtime
     from perceiver_export.runtimes.tasks.base import Prediction
 
-Progress = Callable[[str, int, "int | None"], None]
 _SHOWN = 20  # samples of arrays
 _INDEPENDENT = "each label has its own probability; they do not exclude each other"
 
@@ -131,10 +131,8 @@ def answer_sounds(task: Any, inputs: Sequence[str], request: Request, progress: 
     samples = [(name, None) if task.hears else (None, name) for name in inputs]
     if task.hears and task.sees:
         if len(inputs) % 2:
-            raise UsageError(
-                f"the model takes recordings and frames in pairs, {len(inputs)} inputs are given",
-                "give each recording with the directory of its frames: run BUNDLE sound.wav frames/",
-            )
+            hint = "give each recording with the directory of its frames: run BUNDLE sound.wav frames/"
+            raise UsageError(f"the model takes recordings and frames in pairs, {len(inputs)} inputs are given", hint)
         samples = list(zip(inputs[::2], inputs[1::2], strict=True))
     return answer_each("input", task, samples, request, progress)
 
@@ -142,9 +140,8 @@ def answer_sounds(task: Any, inputs: Sequence[str], request: Request, progress: 
 def array_file(request: Request) -> str:
     """The one file IN.npz, or IN.npy for a model with one input."""
     if len(request.inputs) != 1:
-        raise UsageError(
-            f"inputs given: {len(request.inputs)}", "give one .npz file with all arrays: run BUNDLE in.npz"
-        )
+        hint = "give one .npz file with all arrays: run BUNDLE in.npz"
+        raise UsageError(f"inputs given: {len(request.inputs)}", hint)
     return request.inputs[0]
 
 
@@ -186,10 +183,8 @@ def _outputs(task: Any, file: str) -> dict[str, Array]:
     if not isinstance(arrays, dict):
         return {"outputs": task(arrays)}
     if not {"entities"} <= arrays.keys() <= {"entities", "entities_mask"}:
-        raise InputError(
-            f"{file} holds {', '.join(map(repr, arrays)) or 'nothing'}",
-            "give `entities`, and `entities_mask` if needed",
-        )
+        found = ", ".join(map(repr, arrays)) or "nothing"
+        raise InputError(f"{file} holds {found}", "give `entities`, and `entities_mask` if needed")
     return {"outputs": task(arrays["entities"], arrays.get("entities_mask"))}
 
 

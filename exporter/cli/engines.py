@@ -93,10 +93,9 @@ def _check_measurable(bundle: str, targets: list[str]) -> None:
     for name in targets:
         if find_target(name).needs_engine:
             build_each = f"perceiver-export build {shlex.quote(bundle)} --target {name} --precision fp16"
-            raise UsageError(
-                f"{name} compiles for minutes, and --precision auto measures only engines that exist",
-                f"build each precision first: {build_each}; then `bench --precision auto --save` measures them",
-            )
+            hint = f"build each precision first: {build_each}; then `bench --precision auto --save` measures them"
+            said = f"{name} compiles for minutes, and --precision auto measures only engines that exist"
+            raise UsageError(said, hint)
 
 
 def _show(bundle: str, built: list[BuiltEngine], crossed: str) -> None:
@@ -204,11 +203,10 @@ def bench(
     """Measure latency, throughput, load time, memory and accuracy on this machine."""
     if csv_ is not None:
         ui.check_output(csv_, (bundle, how.against), ".csv")
-        ui.check_file(csv_)
     result = _measure(bundle, **vars(how))
     if csv_ is not None:
         _write_csv(csv_, result.measurements, machine=result.machine)
-    ui.show_written(*[Path(bundle, "report.json")] * how.save, *([] if csv_ is None else [csv_]))
+    ui.show_written(Path(bundle, "report.json") if how.save else None, csv_)
     ui.print_json(result)
 
 
@@ -309,7 +307,6 @@ def profile(
 
     if output is not None:
         ui.check_output(output, (bundle, how.against, how.data), ".html" if output.suffix == ".html" else ".csv")
-        ui.check_file(output)
     with ui.progress_bar("profile"):
         found = profile_(bundle, **vars(how))
     if output is not None and output.suffix == ".csv":
@@ -327,8 +324,7 @@ def profile(
     more = max(len(found.layers) - _LAYERS, 0)
     said = f"{more} more layers, and all figures" if more else "all figures"
     ui.say(f"{said}: -o FILE.csv or FILE.html, or --json", "note:")
-    if output is not None:
-        ui.show_written(output)
+    ui.show_written(output)
     if found.unsteady:
         ui.say(f"these times decide nothing: {found.unsteady}", "warning:")
 

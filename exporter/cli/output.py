@@ -164,13 +164,13 @@ def _columns() -> int:
     return max(shutil.get_terminal_size().columns, _NARROWEST)
 
 
-def show_written(*paths: str | os.PathLike[str]) -> None:
-    """Name what a command wrote, at its end, and the version of each."""
+def show_written(*paths: str | os.PathLike[str] | None) -> None:
+    """Name what a command wrote, at its end, and the version of each; None is an output that was not asked for."""
     from importlib.metadata import version
 
     from perceiver_export.runtimes.manifest import SCHEMA_VERSION
 
-    for path in map(Path, paths):
+    for path in (Path(one) for one in paths if one is not None):
         bundle = (path / "manifest.json").is_file()
         what = f"bundle of schema {SCHEMA_VERSION}, " if bundle else ""
         say(f"{path} ({what}by perceiver-export {version('perceiver-export')})", "written:")
@@ -353,16 +353,15 @@ def check_file(path: Path) -> None:
     """Raise InputError for a file that cannot be written, before a model runs for minutes."""
     check_writable(path, InputError, "choose another file")
     if path.is_dir() or not path.absolute().parent.is_dir():
-        raise InputError(
-            f"{path} cannot be written: it is a directory, or its folder does not exist",
-            "name a file in an existing folder",
-        )
+        found = f"{path} cannot be written: it is a directory, or its folder does not exist"
+        raise InputError(found, "name a file in an existing folder")
 
 
 def check_output(path: Path, read: Iterable[str | os.PathLike[str] | None], ending: str | None = None) -> None:
     """Raise UsageError for an output that would overwrite an input, lies in a bundle, or has another ``ending``.
 
-    ``read`` are inputs as typed: files, directories of samples, text, or None.
+    ``read`` are inputs as typed: files, directories of samples, text, or None. With an ``ending`` the output is a file:
+    see `check_file`.
     """
     from perceiver_export.calibration.bundles import enclosing_bundle
 
@@ -379,6 +378,8 @@ def check_output(path: Path, read: Iterable[str | os.PathLike[str] | None], endi
     bundle = enclosing_bundle(path)
     if bundle is not None:
         raise UsageError(f"{path} lies inside the bundle {bundle}", "write to a place outside of it")
+    if ending is not None:
+        check_file(path)
 
 
 @contextlib.contextmanager

@@ -82,7 +82,6 @@ def quantize(
     """
     if sensitivity is not None:
         ui.check_output(sensitivity, (bundle, source.data, how.search, how.certify), ".json")
-        ui.check_file(sensitivity)
     if (how.search is None) != (how.certify is None):
         raise UsageError("a search needs two sets of samples", _SPLITS)
     given = [name for name, value in vars(how).items() if value != getattr(_Search(), name)]
@@ -115,7 +114,6 @@ def _collect(bundle: str, source: _Source, options: QuantizeOptions) -> None:
         hint = "give --data DATA --shard 3/16 --statistics part3.npz"
         raise UsageError("a shard needs data, its number and a file", hint)
     shard, path = parse_shard(source.shard), Path(source.statistics)
-    ui.check_file(path)
     ui.check_output(path, (bundle, source.data), ".npz")
     with ui.progress_bar("quantize") as progress:
         collect_statistics(bundle, source.data, path, shard, options, progress=progress)
@@ -130,7 +128,7 @@ def _quantize_and_show(
     output: str,
     sensitivity: Path | None,
     options: QuantizeOptions,
-    parts: Sequence[Path] = (),
+    parts: Sequence[Path],
 ) -> None:
     from perceiver_export.calibration import quantize as quantize_
     from perceiver_export.calibration.quantization.record import read_calibration
@@ -152,7 +150,7 @@ def _quantize_and_show(
     if groups:
         show = f"perceiver-export profile {shlex.quote(str(made.path))} --sort loss"
         ui.say(show, "each layer by itself:")
-    ui.show_written(made.path, *([] if sensitivity is None else [sensitivity]))
+    ui.show_written(made.path, sensitivity)
     command = shlex.join(["perceiver-export", "validate", str(made.path), "--data", "DATA", "--against", bundle])
     ui.say(command, "next:")
 
@@ -203,7 +201,7 @@ def _search_and_show(
         ui.say("load, run and build take the certified precision with --precision auto", "note:")
     for warning in found.warnings:
         ui.say(warning, "warning:")
-    ui.show_written(output, *([] if sensitivity is None else [sensitivity]))
+    ui.show_written(output, sensitivity)
 
 
 def _with(time: Time) -> str:

@@ -103,8 +103,6 @@ def run_task(task: str, request: Request) -> dict[str, Any]:
     if one.output is not None:
         ui.check_output(one.output, (one.bundle, *one.inputs), runner.ending)
     samples = runner.read(request)
-    if one.output is not None and runner.ending:
-        ui.check_file(one.output)
     with (
         open_task(one.bundle, one.device, one.threads, "auto", one.check_finite, one.precision, one.truncate) as opened,
         ui.progress_bar("run") as progress,
@@ -124,8 +122,7 @@ def run_task(task: str, request: Request) -> dict[str, Any]:
             ui.print_table(*shown._replace(title=shown.title or title))
         else:
             ui.print_text(shown)
-    if one.output is not None:
-        ui.show_written(one.output)
+    ui.show_written(one.output)
     return where
 
 

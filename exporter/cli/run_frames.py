@@ -35,9 +35,8 @@ def read_frames(request: Request) -> tuple[list[Path], list[list[Path]]]:
         raise InputError(f"{directories[0]} is a directory", "give one directory of frames, or two or more images")
     frames = list_images(paths[0]) if directories else paths
     if len(frames) < 2:
-        raise InputError(
-            f"{frames[0]} is one frame", "flow needs two images of the same size, or a directory of frames"
-        )
+        hint = "flow needs two images of the same size, or a directory of frames"
+        raise InputError(f"{frames[0]} is one frame", hint)
     return frames, _targets(frames, request.output)
 
 
@@ -55,9 +54,8 @@ def _targets(frames: Sequence[Path], output: Path | None) -> list[list[Path]]:
         return [[output / f"{stem}.flo", output / f"{stem}.png"] for stem in stems]
     check_format(output)
     if pairs > 1:
-        raise UsageError(
-            f"{output} is one file, there are {pairs} flows", "give -o a directory, which is made if needed"
-        )
+        hint = "give -o a directory, which is made if needed"
+        raise UsageError(f"{output} is one file, there are {pairs} flows", hint)
     check_file(output)
     return [[output]]
 
@@ -129,9 +127,8 @@ def read_video(request: Request) -> tuple[Path, Path | None]:
 
     output = request.output
     if len(request.inputs) > 2:
-        raise UsageError(
-            f"inputs given: {len(request.inputs)}", "give frames, and a WAV file or none: run BUNDLE FRAMES"
-        )
+        hint = "give frames, and a WAV file or none: run BUNDLE FRAMES"
+        raise UsageError(f"inputs given: {len(request.inputs)}", hint)
     check_top(request.top)
     if output is not None:
         check_new_directory(output, "-o", InputError)

@@ -134,17 +134,13 @@ def _file_content(argument: str) -> bytes | None:
     if not argument.lower().endswith(_FILES):
         if not os.path.lexists(argument):
             return None
-        raise InputError(
-            f"{name} exists, and is not a text file: its name does not end in {' or '.join(_FILES)}",
-            f"rename it; if you mean the name as text: --text {shlex.quote(name)}",
-        )
+        found = f"{name} exists, and is not a text file: its name does not end in {' or '.join(_FILES)}"
+        raise InputError(found, f"rename it; if you mean the name as text: --text {shlex.quote(name)}")
     try:
         return Path(argument).read_bytes()
     except OSError as error:
-        raise InputError(
-            f"{name} cannot be read: {error.strerror}",
-            f"check the path; if you mean it as text: --text {shlex.quote(_shortened(name))}",
-        ) from error
+        hint = f"check the path; if you mean it as text: --text {shlex.quote(_shortened(name))}"
+        raise InputError(f"{name} cannot be read: {error.strerror}", hint) from error
 
 
 def _origins(texts: Sequence[_Text]) -> str:

@@ -130,7 +130,6 @@ def _judge_shard(bundle: str, source: _Source, options: ValidateOptions) -> None
     from perceiver_export.calibration.validation.shards import encode_shard, validate_shard
 
     data, scores, shard = source.data or "", Path(source.scores or ""), parse_shard(source.shard or "")
-    ui.check_file(scores)
     ui.check_output(scores, (bundle, data), ".json")
     options = _with_reference(bundle, options)
     with ui.progress_bar("validate") as progress:
@@ -215,8 +214,7 @@ def _write(bundle: str, found: _Outcome, options: ValidateOptions, outputs: Mapp
     if "save_worst" in outputs and outputs["save_worst"].is_dir():  # not if outputs were NaN
         found.written["save_worst"] = readable(outputs["save_worst"])
     if "junit" in outputs:
-        with ui.new_file(outputs["junit"]) as temporary:
-            temporary.write_bytes(junit(found.results))
+        write_bytes(outputs["junit"], junit(found.results), hint="choose another file")
         found.written["junit"] = readable(outputs["junit"])
     try:
         if options.certify and all(result.held for result in found.results):

@@ -134,10 +134,8 @@ def answering(manifest: Manifest) -> tuple[str, OutputKind]:
     found = judged_output(manifest)
     if found is None:
         kinds = ", ".join(f"{name}: {kind}" for name, kind in manifest.output_kinds.items())
-        raise BundleError(
-            f"{manifest.task} needs one output of labels or values, but the manifest has {kinds or 'none'}",
-            "name its kind when you export: LoadedModel(…, output_kinds={NAME: 'single-label'})",
-        )
+        said = f"{manifest.task} needs one output of labels or values, but the manifest has {kinds or 'none'}"
+        raise BundleError(said, "name its kind when you export: LoadedModel(…, output_kinds={NAME: 'single-label'})")
     spec = next((spec for spec in interface(manifest)[1] if spec.name == found[0]), None)
     if spec is None or len(spec.shape) != 2:
         raise misfit(f"the output {found[0]!r} is not a list of scores")
@@ -169,13 +167,10 @@ def count_samples(feeds: Feeds) -> int:
 
 def pad_batch(runtime: Runtime, feeds: Feeds) -> dict[str, Array]:
     """The feeds, with the last sample repeated up to the graph's smallest batch."""
-    least, _ = runtime.inputs[0].limits(0)
-    return {
-        name: np.concatenate([array, np.repeat(array[-1:], least - len(array), axis=0)])
-        if len(array) < least
-        else array
-        for name, array in feeds.items()
-    }
+    missing = runtime.inputs[0].limits(0)[0] - count_samples(feeds)
+    if missing <= 0:
+        return dict(feeds)
+    return {name: np.concatenate([array, np.repeat(array[-1:], missing, axis=0)]) for name, array in feeds.items()}
 
 
 def run_batched(runtime: Runtime, feeds: Feeds) -> dict[str, Array]:
@@ -200,10 +195,8 @@ def _fits(shape: tuple[int | str, ...], expected: Shape) -> bool:
 
 
 def _listed(shapes: Mapping[str, Sequence[int | str | None]]) -> str:
-    return ", ".join(
-        f"{name} ({' × '.join('any' if size is None else str(size) for size in shape)})"
-        for name, shape in shapes.items()
-    )
+    sizes = {name: " × ".join("any" if size is None else str(size) for size in shape) for name, shape in shapes.items()}
+    return ", ".join(f"{name} ({listed})" for name, listed in sizes.items())
 
 
 @dataclass(frozen=True)
@@ -225,8 +218,7 @@ class Value(Prediction):
 def softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """Probabilities along the last axis."""
     exponents = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    probabilities: npt.NDArray[np.float32] = exponents / exponents.sum(axis=-1, keepdims=True)
-    return probabilities
+    return np.asarray(exponents / exponents.sum(axis=-1, keepdims=True))
 
 
 def answer(scores: npt.NDArray[np.float32], kind: OutputKind, labels: Sequence[str], top: int) -> list[Prediction]:

@@ -23,15 +23,9 @@ from perceiver_export.runtimes.errors import InputError, UsageError
 from perceiver_export.runtimes.manifest import Manifest
 from perceiver_export.runtimes.preprocessing import FlowPreprocessing
 from perceiver_export.runtimes.split import decode
+from perceiver_export.runtimes.tasks import image_files
 from perceiver_export.runtimes.tasks.base import LoadPart, Task, check_interface, interface, misfit, steps_of
-from perceiver_export.runtimes.tasks.image_files import (
-    Color,
-    ImageLike,
-    RgbImage,
-    is_image,
-    list_images,
-    take_image,
-)
+from perceiver_export.runtimes.tasks.image_files import Color, ImageLike, RgbImage
 
 Size = tuple[int, int]  # height, width
 Flow = npt.NDArray[np.float32]  # (height, width, 2): pixels right, pixels down
@@ -63,13 +57,6 @@ class Box(NamedTuple):
         return slice(top, top + self.height), slice(left, left + self.width)
 
 
-class Tile(NamedTuple):
-    """A rectangle on which the model runs, and how many times the notebook's grid contains it."""
-
-    box: Box
-    times: int
-
-
 def grid(frame: Size, tile: Size, min_overlap: int) -> list[tuple[int, int]]:
     """(top, left) of every tile, row by row, in the notebook's order and with its repetitions.
 
@@ -78,24 +65,22 @@ def grid(frame: Size, tile: Size, min_overlap: int) -> list[tuple[int, int]]:
     if not 0 <= min_overlap < min(tile):
         raise UsageError(f"{tile[0]} × {tile[1]} tiles cannot overlap by {min_overlap}", f"give 0 to {min(tile) - 1}")
     if frame[0] < tile[0] or frame[1] < tile[1]:
-        raise InputError(
-            f"the frames have {frame[0]} × {frame[1]} pixels, but the model needs at least {tile[0]} × {tile[1]}",
-            "scale both frames up, and divide the flow by the same factor",
-        )
+        found = f"the frames have {frame[0]} × {frame[1]} pixels, but the model needs at least {tile[0]} × {tile[1]}"
+        raise InputError(found, "scale both frames up, and divide the flow by the same factor")
     rows, columns = (
         [*[*range(0, whole, part - min_overlap)][:-1], whole - part] for whole, part in zip(frame, tile, strict=True)
     )
     return [(row, column) for row in rows for column in columns]
 
 
-def tiles(frame: Size, tile: Size, min_overlap: int) -> list[Tile]:
-    """The tiles of `grid` that are inside the frame, each once. Raises what `grid` raises."""
-    counted = Counter(grid(frame, tile, min_overlap))
-    return [
-        Tile(Box(top, left, *tile), times)
-        for (top, left), times in counted.items()
-        if top + tile[0] <= frame[0] and left + tile[1] <= frame[1]
-    ]
+def tiles(frame: Size, tile: Size, min_overlap: int) -> dict[Box, int]:
+    """The tiles of `grid` that are inside the frame, with the number of times that the grid contains each.
+
+    Raises what `grid` raises.
+    """
+    lowest, rightmost = frame[0] - tile[0], frame[1] - tile[1]
+    corners = grid(frame, tile, min_overlap)
+    return Counter(Box(top, left, *tile) for top, left in corners if top <= lowest and left <= rightmost)
 
 
 def tile_weights(tile: Size) -> npt.NDArray[np.float32]:
@@ -104,16 +89,17 @@ def tile_weights(tile: Size) -> npt.NDArray[np.float32]:
     return np.minimum.outer(rows, columns).astype(np.float32)
 
 
-def stitch(region: Box, tile: Size, flows: Iterable[tuple[Tile, Flow]]) -> Flow:
-    """The weighted mean of the tiles' flows in a region, (height, width, 2). Each flow covers its tile's intersection
-    with the region.
+def stitch(region: Box, tile: Size, flows: Iterable[tuple[Box, int, Flow]]) -> Flow:
+    """The weighted mean of the tiles' flows in a region, (height, width, 2).
+
+    ``flows``: each tile, the number of times that it counts, and the flow in its intersection with the region.
     """
     weights = tile_weights(tile)[:, :, None]
     total = np.zeros((region.height, region.width, 2), np.float32)
     weight = np.zeros((region.height, region.width, 1), np.float32)
-    for one, flow in flows:
-        part = region.shared(one.box)
-        own, target = weights[part.inside(one.box)] * np.float32(one.times), part.inside(region)
+    for box, times, flow in flows:
+        part = region.shared(box)
+        own, target = weights[part.inside(box)] * np.float32(times), part.inside(region)
         total[target] += flow * own
         weight[target] += own
     return total / weight
@@ -174,10 +160,9 @@ class OpticalFlow(Task):
         pair = _pair(_named(frame0, "the first frame", color), _named(frame1, "the second frame", color))
         rows, columns = pair.shape[1:3]
         if min(top, left) < 0 or min(height, width) < 1 or top + height > rows or left + width > columns:
-            raise InputError(
-                f"a region of {height} × {width} from row {top}, column {left} is not in a frame of {rows} × {columns}",
-                "give a region of 1 × 1 or larger inside the frame; rows and columns count from 0",
-            )
+            asked = f"a region of {height} × {width} from row {top}, column {left}"
+            hint = "give a region of 1 × 1 or larger inside the frame; rows and columns count from 0"
+            raise InputError(f"{asked} is not in a frame of {rows} × {columns}", hint)
         return self._flow(pair, Box(top, left, height, width), progress)
 
     def frames(
@@ -191,20 +176,18 @@ class OpticalFlow(Task):
         Each pair is computed when the iterator reaches it. Raises InputError: fewer than two frames; and what the call
         raises.
         """
-        listed = list_images(frames) if isinstance(frames, (str, os.PathLike)) else frames
-        if is_image(listed) or isinstance(listed, Sequence):
-            _check_count(1 if is_image(listed) else len(cast("Sequence[ImageLike]", listed)))
+        listed = image_files.list_images(frames) if isinstance(frames, (str, os.PathLike)) else frames
+        if image_files.is_image(listed) or isinstance(listed, Sequence):
+            _check_count(1 if image_files.is_image(listed) else len(cast("Sequence[ImageLike]", listed)))
         return self._consecutive(listed, progress, color)
 
     def _consecutive(self, frames: Iterable[ImageLike], progress: Progress | None, color: Color) -> Iterator[Flow]:
         before: _Frame | None = None
         count = 0
-        for frame in frames:
-            after = _named(frame, f"frame {count}", color)
-            count += 1
+        for count, frame in enumerate(frames, 1):
+            after = _named(frame, f"frame {count - 1}", color)
             if before is not None:
-                pair = _pair(before, after)
-                yield self._flow(pair, None, progress)
+                yield self._flow(_pair(before, after), None, progress)
             before = after
         _check_count(count)
 
@@ -212,44 +195,42 @@ class OpticalFlow(Task):
         """The flow of two frames (2, H, W, 3) in a region (None: everywhere), from the tiles that intersect it."""
         whole = Box(0, 0, *pair.shape[1:3])
         every = tiles(whole[2:], self.tile, self.min_overlap)
-        wanted = [tile for tile in every if min(tile.box.shared(region or whole)[2:]) > 0]
+        wanted = {box: times for box, times in every.items() if min(box.shared(region or whole)[2:]) > 0}
         decoded = self.split and region is not None
         return stitch(region or whole, self.tile, self._flows(pair, wanted, region or whole, decoded, progress))
 
     def _flows(
-        self, pair: RgbImage, wanted: list[Tile], region: Box, decoded: bool, progress: Progress | None
-    ) -> Iterator[tuple[Tile, Flow]]:
-        """Each tile with its flow in the region: cut from the tile's whole flow, or with ``decoded`` only that part
-        decoded. Short batches are padded.
+        self, pair: RgbImage, wanted: dict[Box, int], region: Box, decoded: bool, progress: Progress | None
+    ) -> Iterator[tuple[Box, int, Flow]]:
+        """Each tile, how often it counts, and its flow in the region: cut from the tile's whole flow, or with
+        ``decoded`` only that part decoded. Short batches are padded.
         """
         least, most = self._batch
         for start in range(0, len(wanted), most):
             if progress is not None:
                 progress(start, len(wanted))
-            chunk = wanted[start : start + most]
+            chunk = list(wanted)[start : start + most]
             padded = chunk + chunk[-1:] * (least - len(chunk))
-            crops = np.stack([pair[(slice(None), *tile.box.inside(Box(0, 0, 0, 0)))] for tile in padded])
+            crops = np.stack([pair[(slice(None), *box.inside(Box(0, 0, 0, 0)))] for box in padded])
             # float32 (B, 2, 3, h, w) in [-1, 1]
             frames = np.ascontiguousarray(_SIGNED[crops.transpose(0, 1, 4, 2, 3)])
-            parts = [tile.box.shared(region) for tile in padded]
-            places = [part.inside(tile.box) for part, tile in zip(parts, padded, strict=True)]
+            places = [box.shared(region).inside(box) for box in padded]
             if decoded:
-                rows = self._decoded(frames, places)
-                sizes = [(part.height, part.width) for part in parts]
-                found = [row[: h * w].reshape(h, w, 2) for row, (h, w) in zip(rows, sizes, strict=True)]
+                found = self._decoded(frames, places)
             else:
                 flows = self.runtime.run({"frames": frames})["flow"]
                 found = [flow[place] for flow, place in zip(flows, places, strict=True)]
-            yield from zip(chunk, found, strict=False)
+            yield from zip(chunk, [wanted[box] for box in chunk], found, strict=False)
 
-    def _decoded(self, frames: npt.NDArray[np.float32], places: Sequence[tuple[slice, slice]]) -> Flow:
-        """The flow (B, n, 2) at the chosen pixels of each tile. Shorter rows are padded with their last pixel."""
+    def _decoded(self, frames: npt.NDArray[np.float32], places: Sequence[tuple[slice, slice]]) -> list[Flow]:
+        """The flow at one place of each tile. Smaller places are padded with queries of their last pixel."""
         latents = self.part("encoder").run({"frames": frames})["latents"]
         pixels = np.arange(self.tile[0] * self.tile[1], dtype=np.int32).reshape(self.tile)
-        queries = [pixels[place].ravel() for place in places]
-        longest = max(map(len, queries))
-        rows = np.stack([np.pad(row, (0, longest - len(row)), mode="edge") for row in queries])
-        return decode(self.part("decoder"), {"frames": frames, "latents": latents}, rows, num_queries=pixels.size)
+        chosen = [pixels[place] for place in places]
+        longest = max(one.size for one in chosen)
+        queries = np.stack([np.pad(one.ravel(), (0, longest - one.size), mode="edge") for one in chosen])
+        rows = decode(self.part("decoder"), {"frames": frames, "latents": latents}, queries, num_queries=pixels.size)
+        return [row[: one.size].reshape(*one.shape, 2) for row, one in zip(rows, chosen, strict=True)]
 
 
 _Frame = tuple[str, RgbImage]
@@ -257,7 +238,7 @@ _Frame = tuple[str, RgbImage]
 
 def _named(frame: ImageLike, name: str, color: Color) -> _Frame:
     """A frame's pixels with its path, or ``name`` if it has none."""
-    return os.fspath(frame) if isinstance(frame, (str, os.PathLike)) else name, take_image(frame, color)
+    return os.fspath(frame) if isinstance(frame, (str, os.PathLike)) else name, image_files.take_image(frame, color)
 
 
 def _check_count(frames: int) -> None:

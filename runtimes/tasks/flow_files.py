@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import io
 import os
-from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -77,9 +76,8 @@ def _hues(angles: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     return (1.0 - share) * wheel[first] + share * wheel[(first + 1) % len(wheel)]
 
 
-@lru_cache(maxsize=1)
 def color_wheel() -> npt.NDArray[np.float64]:
-    """Middlebury's 55 hues (55, 3), 0 to 255. The array is cached: do not change it.
+    """Middlebury's 55 hues (55, 3), 0 to 255.
 
     From red to yellow, green, cyan, blue, magenta and back, in steps that look equally large.
     """

@@ -22,20 +22,10 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 import numpy as np
 import numpy.typing as npt
 
+from perceiver_export.runtimes import preprocessing as steps
 from perceiver_export.runtimes.errors import InputError, check_choice, require
 from perceiver_export.runtimes.files import parsing
-from perceiver_export.runtimes.preprocessing import (
-    CenterCrop,
-    CenterCropShare,
-    ImagePreprocessing,
-    ImageStep,
-    Normalize,
-    Rescale,
-    Resize,
-    ResizeEdge,
-    ResizeInto,
-    ReverseChannels,
-)
+from perceiver_export.runtimes.preprocessing import ImagePreprocessing
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -63,8 +53,7 @@ def resize_linear(image: RgbImage, height: int, width: int) -> RgbImage:
     across >>= 4
     shares = weights.astype(np.int32)[:, :, None, None]
     total = ((across[upper] * shares[0]) >> 16) + ((across[lower] * shares[1]) >> 16)
-    rounded: RgbImage = ((total + 2) >> 2).astype(np.uint8)
-    return rounded
+    return np.asarray((total + 2) >> 2, np.uint8)
 
 
 def _weigh(values: npt.NDArray[Any], taps: _Taps, axis: int) -> npt.NDArray[np.float64]:
@@ -80,7 +69,7 @@ def _cubic_taps(size: int, new_size: int) -> _Taps:
 
     Keys' cubic kernel. The arrays are cached: do not change them.
     """
-    first, x = _apart(_centers(size, new_size))
+    first, x = _left_of(size, new_size, np.float64)
     near, far = np.stack([x, 1 - x]), np.stack([1 + x, 2 - x])
     near = ((_A + 2) * near - (_A + 3)) * near**2 + 1
     far = ((far - 5) * far + 8) * far * _A - 4 * _A
@@ -91,18 +80,17 @@ def _cubic_taps(size: int, new_size: int) -> _Taps:
 def _linear_taps(size: int, new_size: int) -> _Taps:
     """Like `_cubic_taps`, for two neighbours, (2, new_size); the weights are integers, where `_ONE` stands for 1."""
     # Positions are float32 as in OpenCV: the last bit decides how a weight that ends in .5 is rounded.
-    first, x = _apart(_centers(size, new_size).astype(np.float32).astype(np.float64))
+    first, x = _left_of(size, new_size, np.float32)
     return np.clip(first + np.arange(2)[:, None], 0, size - 1), np.rint(np.stack([1 - x, x]) * _ONE)
 
 
-def _centers(size: int, new_size: int) -> npt.NDArray[np.float64]:
-    """The centre of each new pixel in coordinates of the old pixels."""
-    return np.asarray((np.arange(new_size, dtype=np.float64) + 0.5) * (size / new_size) - 0.5)
+def _left_of(size: int, new_size: int, kind: type[np.floating]) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.float64]]:
+    """The old pixel to the left of each new pixel's centre, and the distance between their centres.
 
-
-def _apart(centers: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.float64]]:
-    """The old pixel to the left of each position, and the distance from its centre."""
-    floor: npt.NDArray[np.float64] = np.floor(centers)
+    The positions are rounded to ``kind``.
+    """
+    centers = ((np.arange(new_size) + 0.5) * (size / new_size) - 0.5).astype(kind).astype(np.float64)
+    floor = np.floor(centers)
     return floor.astype(np.intp), centers - floor
 
 
@@ -226,13 +214,12 @@ def to_input(image: npt.NDArray[Any], preprocessing: ImagePreprocessing) -> npt.
     prepared: _Pixels = as_image(image)
     for step in preprocessing.steps:
         prepared = _apply(prepared, step)
-    (height, width), wanted = prepared.shape[:2], (preprocessing.height, preprocessing.width)
-    if (height, width) != wanted:
-        raise InputError(
-            f"an image of {image.shape[0]} × {image.shape[1]} is {height} × {width} after preprocessing, but the"
-            f" model takes {wanted[0]} × {wanted[1]}",
-            "crop or resize the image first: this model's preprocessing keeps proportions or does not resize",
-        )
+    wanted = (preprocessing.height, preprocessing.width)
+    if prepared.shape[:2] != wanted:
+        given, found, takes = (f"{shape[0]} × {shape[1]}" for shape in (image.shape, prepared.shape, wanted))
+        said = f"an image of {given} is {found} after preprocessing, but the model takes {takes}"
+        hint = "crop or resize the image first: this model's preprocessing keeps proportions or does not resize"
+        raise InputError(said, hint)
     return np.ascontiguousarray(prepared.transpose(2, 0, 1), dtype=np.float32)
 
 
@@ -240,29 +227,28 @@ def values_of(pixels: RgbImage, preprocessing: ImagePreprocessing) -> _Pixels:
     """The steps that change values, applied to each pixel of (H, W, 3), without resizing or cropping."""
     values: _Pixels = pixels
     for step in preprocessing.steps:
-        if isinstance(step, (Rescale, Normalize, ReverseChannels)):
+        if isinstance(step, (steps.Rescale, steps.Normalize, steps.ReverseChannels)):
             values = _apply(values, step)
     return values
 
 
-def _apply(pixels: _Pixels, step: ImageStep) -> _Pixels:
+def _apply(pixels: _Pixels, step: steps.ImageStep) -> _Pixels:
     """One step on (H, W, 3): uint8 until a step scales the values, then float32."""
     size = (pixels.shape[0], pixels.shape[1])
-    if isinstance(step, (Resize, ResizeEdge, ResizeInto)):
+    if isinstance(step, (steps.Resize, steps.ResizeEdge, steps.ResizeInto)):
         return resize(cast("RgbImage", pixels), *_new_size(size, step), step.resample)
-    if isinstance(step, CenterCrop):
+    if isinstance(step, steps.CenterCrop):
         return center_crop(pixels, step.height, step.width)
-    if isinstance(step, CenterCropShare):
+    if isinstance(step, steps.CenterCropShare):
         rows, columns = (int(share * min(size)) for share in (step.vertical, step.horizontal))
         return center_crop(pixels, rows, columns, step.round_up)
-    if isinstance(step, Rescale):
+    if isinstance(step, steps.Rescale):
         rescaled = (pixels.astype(np.float64) * step.factor).astype(np.float32)
         return rescaled + np.float32(step.offset) if step.offset else rescaled
-    if isinstance(step, Normalize):
+    if isinstance(step, steps.Normalize):
         mean, std = (np.array(values, np.float32) for values in (step.mean, step.std))
-        normalized: npt.NDArray[np.float32] = (pixels.astype(np.float32) - mean) / std
-        return normalized
-    assert isinstance(step, ReverseChannels)
+        return np.asarray((pixels.astype(np.float32) - mean) / std)
+    assert isinstance(step, steps.ReverseChannels)
     return pixels[:, :, ::-1]
 
 
@@ -280,12 +266,12 @@ def center_crop(pixels: _Pixels, height: int, width: int, round_up: bool = False
     return pixels[top : top + height, left : left + width]
 
 
-def _new_size(size: _Size, step: Resize | ResizeEdge | ResizeInto) -> _Size:
+def _new_size(size: _Size, step: steps.Resize | steps.ResizeEdge | steps.ResizeInto) -> _Size:
     """The new (height, width), rounded for each kind of step as in transformers."""
     height, width = size
-    if isinstance(step, Resize):
+    if isinstance(step, steps.Resize):
         return step.height, step.width
-    if isinstance(step, ResizeInto):
+    if isinstance(step, steps.ResizeInto):
         scale = min(step.height / height, step.width / width)
         return int(height * scale), int(width * scale)
     short, long = min(size), max(size)

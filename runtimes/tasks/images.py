@@ -19,28 +19,9 @@ from perceiver_export.runtimes.errors import InputError
 from perceiver_export.runtimes.files import parsing
 from perceiver_export.runtimes.manifest import Manifest
 from perceiver_export.runtimes.preprocessing import ImagePreprocessing
-from perceiver_export.runtimes.tasks.base import (
-    Classifier,
-    LoadPart,
-    Prediction,
-    answering,
-    as_list,
-    check_interface,
-    check_top,
-    interface,
-    steps_of,
-)
-from perceiver_export.runtimes.tasks.image_files import (
-    Color,
-    ImageLike,
-    RgbImage,
-    as_image,
-    is_image,
-    list_images,
-    resize_linear,
-    take_image,
-    to_input,
-)
+from perceiver_export.runtimes.tasks import base, image_files
+from perceiver_export.runtimes.tasks.base import Classifier, LoadPart, Prediction
+from perceiver_export.runtimes.tasks.image_files import Color, ImageLike, RgbImage
 
 
 class ImageClassification(Classifier):
@@ -52,8 +33,8 @@ class ImageClassification(Classifier):
 
     def __init__(self, manifest: Manifest, load_part: LoadPart) -> None:
         super().__init__(manifest, load_part)
-        self.preprocessing = steps_of(manifest, ImagePreprocessing)
-        (self._input,), (output,) = interface(manifest)
+        self.preprocessing = base.steps_of(manifest, ImagePreprocessing)
+        (self._input,), (output,) = base.interface(manifest)
         size = output.shape[-1]
         # Without label names the index is the label, as in `answer`.
         self.labels = manifest.labels or tuple(map(str, range(size if isinstance(size, int) else 0)))
@@ -61,27 +42,28 @@ class ImageClassification(Classifier):
     @staticmethod
     def check(manifest: Manifest) -> None:
         """Raise BundleError unless the manifest describes an image classifier."""
-        steps = steps_of(manifest, ImagePreprocessing)
-        check_interface(manifest, {"image": (3, steps.height, steps.width)}, {answering(manifest)[0]: (None,)})
+        steps = base.steps_of(manifest, ImagePreprocessing)
+        inputs = {"image": (3, steps.height, steps.width)}
+        base.check_interface(manifest, inputs, {base.answering(manifest)[0]: (None,)})
 
     def __call__(self, image: ImageLike, top: int = 5, color: Color = "rgb") -> list[Prediction]:
         """The ``top`` labels, most probable first, or all values.
 
         Raises InputError: an image that cannot be read; UsageError: top below 1.
         """
-        check_top(top)
+        base.check_top(top)
         return self.answers(self.logits([image], color)[0], top)
 
     def preprocess(self, image: ImageLike, color: Color = "rgb") -> npt.NDArray[np.float32]:
         """The model's input for one image, float32 (3, height, width)."""
-        return to_input(take_image(image, color), self.preprocessing)
+        return image_files.to_input(image_files.take_image(image, color), self.preprocessing)
 
     def logits(self, images: ImageLike | Sequence[ImageLike], color: Color = "rgb") -> npt.NDArray[np.float32]:
         """Logits or values (images, labels) of one image or several, run in batches of the bundle's batch size.
 
         An array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) is one image; (N, H, W, 3) and (N, H, W) are several.
         """
-        listed = as_list(images, "images", is_image)
+        listed = base.as_list(images, "images", image_files.is_image)
         return self.run_inputs({"image": np.stack([self.preprocess(image, color) for image in listed])})
 
     @property
@@ -105,7 +87,7 @@ def read_frames(frames: FramesLike, count: int, color: Color = "rgb") -> list[Rg
     found = open_frames(frames)
     if len(found) < count:
         raise InputError(f"the model needs {count} frames, but got {len(found)}", "give more frames")
-    images = [take_image(frame, color) for frame in found[:count]]
+    images = [image_files.take_image(frame, color) for frame in found[:count]]
     for number, image in enumerate(images):
         if image.shape != images[0].shape:
             (height, width), (high, wide) = images[0].shape[:2], image.shape[:2]
@@ -124,7 +106,7 @@ def open_frames(frames: FramesLike) -> Sequence[ImageLike]:
         return frames
     path = Path(frames)
     if path.is_dir():
-        return list_images(path)
+        return image_files.list_images(path)
     if path.suffix.lower() == ".npy":
         return _frames_of_array(load_npy(path), str(path))
     if not path.exists():
@@ -159,7 +141,8 @@ def prepare_frames(frames: Sequence[npt.NDArray[Any]], height: int, width: int) 
     """
     if len(frames) == 0:
         raise InputError("the list of frames is empty", "give one or more images")
-    return np.stack([_UNIT[resize_linear(_middle_square(as_image(frame)), height, width)] for frame in frames])
+    squares = [_middle_square(image_files.as_image(frame)) for frame in frames]
+    return np.stack([_UNIT[image_files.resize_linear(square, height, width)] for square in squares])
 
 
 def _middle_square(image: RgbImage) -> RgbImage:

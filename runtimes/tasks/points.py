@@ -23,18 +23,8 @@ from perceiver_export.runtimes.files import parsing, reading
 from perceiver_export.runtimes.manifest import Manifest
 from perceiver_export.runtimes.preprocessing import PointsPreprocessing
 from perceiver_export.runtimes.runtime import Array
-from perceiver_export.runtimes.tasks.base import (
-    Classifier,
-    LoadPart,
-    Prediction,
-    Shape,
-    answering,
-    as_list,
-    check_interface,
-    check_top,
-    interface,
-    steps_of,
-)
+from perceiver_export.runtimes.tasks import base
+from perceiver_export.runtimes.tasks.base import Classifier, LoadPart, Prediction, Shape
 from perceiver_export.runtimes.tasks.image_files import as_array
 from perceiver_export.runtimes.tasks.images import load_npy
 
@@ -94,9 +84,7 @@ def as_points(cloud: npt.ArrayLike, name: str = "the point cloud") -> Points:
 
 def subsample(points: Points, count: int) -> Points:
     """At most ``count`` points: all of them, or every (n/count)-th. The choice is deterministic."""
-    if len(points) <= count:
-        return points
-    return points[np.arange(count) * len(points) // count]
+    return points if len(points) <= count else points[np.arange(count) * len(points) // count]
 
 
 def into_unit_cube(points: Points) -> npt.NDArray[np.float32]:
@@ -185,24 +173,24 @@ class PointCloudClassification(Classifier):
 
     def __init__(self, manifest: Manifest, load_part: LoadPart) -> None:
         super().__init__(manifest, load_part)
-        self.num_points = steps_of(manifest, PointsPreprocessing).num_points
+        self.num_points = base.steps_of(manifest, PointsPreprocessing).num_points
         self._masked = _masked(manifest)
 
     @staticmethod
     def check(manifest: Manifest) -> None:
         """Raise BundleError unless the manifest describes a point cloud classifier."""
-        steps = steps_of(manifest, PointsPreprocessing)
+        steps = base.steps_of(manifest, PointsPreprocessing)
         inputs: dict[str, Shape] = {"points": (steps.num_points, 3)}
         if _masked(manifest):
             inputs["points_mask"] = (steps.num_points,)
-        check_interface(manifest, inputs, {answering(manifest)[0]: (None,)})
+        base.check_interface(manifest, inputs, {base.answering(manifest)[0]: (None,)})
 
     def __call__(self, cloud: CloudLike, top: int = 5) -> list[Prediction]:
         """The ``top`` labels, most probable first, or all values.
 
         Raises InputError: not a point cloud; UsageError: top below 1.
         """
-        check_top(top)
+        base.check_top(top)
         return self.answers(self.logits([cloud])[0], top)
 
     def preprocess(self, cloud: CloudLike) -> dict[str, Array]:
@@ -220,7 +208,7 @@ class PointCloudClassification(Classifier):
 
     def logits(self, clouds: CloudLike | Sequence[CloudLike]) -> npt.NDArray[np.float32]:
         """Logits or values (clouds, labels) of one cloud or several, run in batches of the bundle's batch size."""
-        samples = [self.preprocess(cloud) for cloud in as_list(clouds, "point clouds", _is_cloud)]
+        samples = [self.preprocess(cloud) for cloud in base.as_list(clouds, "point clouds", _is_cloud)]
         return self.run_inputs({name: np.concatenate([sample[name] for sample in samples]) for name in samples[0]})
 
 
@@ -232,4 +220,4 @@ def _is_cloud(given: Any) -> bool:
 
 
 def _masked(manifest: Manifest) -> bool:
-    return any(spec.name == "points_mask" for spec in interface(manifest)[0])
+    return any(spec.name == "points_mask" for spec in base.interface(manifest)[0])

@@ -23,17 +23,8 @@ from perceiver_export.runtimes.files import reading
 from perceiver_export.runtimes.manifest import Manifest
 from perceiver_export.runtimes.preprocessing import AudioPreprocessing
 from perceiver_export.runtimes.runtime import Array
-from perceiver_export.runtimes.tasks.base import (
-    Classifier,
-    LoadPart,
-    Prediction,
-    Shape,
-    answering,
-    check_interface,
-    check_top,
-    misfit,
-    steps_of,
-)
+from perceiver_export.runtimes.tasks import base
+from perceiver_export.runtimes.tasks.base import Classifier, LoadPart, Prediction, Shape
 from perceiver_export.runtimes.tasks.image_files import Color, as_array
 from perceiver_export.runtimes.tasks.images import FramesLike, load_npy, prepare_frames, read_frames
 
@@ -265,15 +256,15 @@ class AudioClassification(Classifier):
 
     def __init__(self, manifest: Manifest, load_part: LoadPart) -> None:
         super().__init__(manifest, load_part)
-        self.preprocessing = steps_of(manifest, AudioPreprocessing)
+        self.preprocessing = base.steps_of(manifest, AudioPreprocessing)
 
     @staticmethod
     def check(manifest: Manifest) -> None:
         """Raise BundleError unless the manifest describes a classifier of sound, video or both."""
-        inputs = _inputs(steps_of(manifest, AudioPreprocessing))
+        inputs = _inputs(base.steps_of(manifest, AudioPreprocessing))
         if not inputs:
-            raise misfit("the manifest has neither sound nor frames")
-        check_interface(manifest, inputs, {answering(manifest)[0]: (None,)})
+            raise base.misfit("the manifest has neither sound nor frames")
+        base.check_interface(manifest, inputs, {base.answering(manifest)[0]: (None,)})
 
     @property
     def hears(self) -> bool:
@@ -292,7 +283,7 @@ class AudioClassification(Classifier):
 
         Raises InputError: wrong, missing or superfluous sound or frames; UsageError: top below 1.
         """
-        check_top(top)
+        base.check_top(top)
         return self.answers(self.run_inputs(self.preprocess(audio, frames, color))[0], top)
 
     def preprocess(

@@ -12,21 +12,8 @@ import numpy.typing as npt
 from perceiver_export.runtimes.errors import InputError, UsageError
 from perceiver_export.runtimes.manifest import Manifest, OutputKind, judged_output
 from perceiver_export.runtimes.split import decode as decode_queries
-from perceiver_export.runtimes.tasks.base import (
-    LoadPart,
-    Prediction,
-    TextTask,
-    answer,
-    answering,
-    as_list,
-    check_interface,
-    check_top,
-    interface,
-    misfit,
-    pad_batch,
-    run_batched,
-    softmax,
-)
+from perceiver_export.runtimes.tasks import base
+from perceiver_export.runtimes.tasks.base import LoadPart, Prediction, TextTask
 from perceiver_export.runtimes.tasks.tokenizers import Tokenizer, Tokens, text_steps
 
 
@@ -70,26 +57,26 @@ class FillMask(TextTask):
         """Raise BundleError unless the manifest describes a masked language model."""
         steps = text_steps(manifest)
         if steps.tokenizer and not steps.tokenizer.mask:
-            raise misfit("the bundle's tokenizer has no mask token")
+            raise base.misfit("the bundle's tokenizer has no mask token")
         length = steps.length
         inputs = {"tokens": (length,), "tokens_mask": (length,)}
-        check_interface(manifest, inputs, {"logits": (length, None)})
+        base.check_interface(manifest, inputs, {"logits": (length, None)})
         if "encoder" in manifest.parts:
             decoder = manifest.parts.get("decoder")
             if decoder is None or decoder.num_queries != length:
-                raise misfit(f"the encoder has no decoder for {length} positions")
+                raise base.misfit(f"the encoder has no decoder for {length} positions")
 
     def __call__(self, text: str | bytes, top: int = 5) -> Filled:
         """Fill the masks of a text, with ``top`` candidates each.
 
         Raises InputError: no mask in the text, and what `Tokenizer.encode` raises; UsageError: top below 1.
         """
-        check_top(top)
+        base.check_top(top)
         tokens = self.tokenizer.encode(text)
         positions = np.flatnonzero(tokens == self.tokenizer.mask)
         if not len(positions):
             raise InputError(f"the text has no {self.tokenizer.mask_text}", self.tokenizer.mask_hint)
-        probabilities = softmax(self._logits(tokens, positions))
+        probabilities = base.softmax(self._logits(tokens, positions))
         blanks = []
         for position, row in zip(positions.tolist(), probabilities, strict=True):
             best = np.argsort(-row, kind="stable")[:top].tolist()
@@ -116,14 +103,13 @@ class FillMask(TextTask):
 
     def _logits(self, tokens: Tokens, positions: npt.NDArray[np.integer]) -> npt.NDArray[np.float32]:
         model = self.part("encoder") if self.split else self.runtime
-        outputs = model.run(pad_batch(model, self.tokenizer.pad([tokens])))
+        outputs = model.run(base.pad_batch(model, self.tokenizer.pad([tokens])))
         if self.split:
             decoder, count = self.part("decoder"), self.manifest.parts["decoder"].num_queries
             rows = decode_queries(decoder, {"latents": outputs["latents"]}, positions, count)
         else:
             rows = outputs["logits"][:, positions]
-        logits: npt.NDArray[np.float32] = rows[0]
-        return logits
+        return np.asarray(rows[0])
 
 
 Scores = npt.NDArray[np.float32]
@@ -143,19 +129,19 @@ class TextClassification(TextTask):
         self.labels = manifest.labels
         self._answering = _answering(manifest)
         self.kind: OutputKind = self._answering[1] if self._answering else "none"
-        self.tasks = () if self._answering else tuple(spec.name for spec in interface(manifest)[1])
+        self.tasks = () if self._answering else tuple(spec.name for spec in base.interface(manifest)[1])
 
     @staticmethod
     def check(manifest: Manifest) -> None:
         """Raise BundleError unless the manifest describes a text classifier."""
         length = text_steps(manifest).length
-        outputs = tuple(spec.name for spec in interface(manifest)[1])
+        outputs = tuple(spec.name for spec in base.interface(manifest)[1])
         inputs = {"tokens": (length,), "tokens_mask": (length,)}
-        check_interface(manifest, inputs, dict.fromkeys(outputs, (None,)))
+        base.check_interface(manifest, inputs, dict.fromkeys(outputs, (None,)))
         _answering(manifest)
         missing = {_decoder(manifest, name) for name in outputs} - manifest.parts.keys()
         if "encoder" in manifest.parts and missing:
-            raise misfit(f"the bundle has no part {min(missing)}")
+            raise base.misfit(f"the bundle has no part {min(missing)}")
 
     def __call__(self, text: str | bytes, top: int = 5) -> Answer:
         """The ``top`` labels, most probable first, or all values; with several tasks, the scores by task.
@@ -166,17 +152,17 @@ class TextClassification(TextTask):
 
     def batch(self, texts: str | bytes | Sequence[str | bytes], top: int = 5) -> list[Answer]:
         """The answer for each text, run in batches of the bundle's batch size. Raises as a call does."""
-        check_top(top)
-        given = as_list(texts, "texts", _is_text)
+        base.check_top(top)
+        given = base.as_list(texts, "texts", _is_text)
         outputs = self.outputs(given)
         if self._answering is not None:
             name, kind = self._answering
-            return [answer(row, kind, self.labels, top) for row in outputs[name]]
+            return [base.answer(row, kind, self.labels, top) for row in outputs[name]]
         return [{name: scores[row] for name, scores in outputs.items()} for row in range(len(given))]
 
     def outputs(self, texts: str | bytes | Sequence[str | bytes]) -> dict[str, Scores]:
         """The model's outputs (len(texts), classes) by name."""
-        return run_batched(self.runtime, self.tokenizer(as_list(texts, "texts", _is_text)))
+        return base.run_batched(self.runtime, self.tokenizer(base.as_list(texts, "texts", _is_text)))
 
     def task(self, text: str | bytes, name: str) -> Scores:
         """One task's scores (classes,). In a split bundle only the encoder and that task's decoder run.
@@ -188,12 +174,11 @@ class TextClassification(TextTask):
             raise UsageError(f"the bundle has no task {name!r}", known)
         feeds = self.tokenizer([text])
         if self.split:
-            latents = run_batched(self.part("encoder"), feeds)["latents"]
-            decoded = run_batched(self.part(_decoder(self.manifest, name)), {"latents": latents})
+            latents = base.run_batched(self.part("encoder"), feeds)["latents"]
+            decoded = base.run_batched(self.part(_decoder(self.manifest, name)), {"latents": latents})
         else:
-            decoded = run_batched(self.runtime, feeds)
-        scores: Scores = decoded[name][0]
-        return scores
+            decoded = base.run_batched(self.runtime, feeds)
+        return np.asarray(decoded[name][0])
 
 
 def _is_text(given: object) -> bool:
@@ -202,8 +187,8 @@ def _is_text(given: object) -> bool:
 
 def _answering(manifest: Manifest) -> tuple[str, OutputKind] | None:
     """The output of labels or values; None for a bundle of several tasks. Raises BundleError: a mismatch of labels."""
-    one = judged_output(manifest) is not None and len(interface(manifest)[1]) == 1
-    return answering(manifest) if one or manifest.labels else None
+    one = judged_output(manifest) is not None and len(base.interface(manifest)[1]) == 1
+    return base.answering(manifest) if one or manifest.labels else None
 
 
 def _decoder(manifest: Manifest, output: str) -> str:

@@ -116,6 +116,7 @@ SPECIAL_TOKENS = ("[PAD]", "[BOS]", "[EOS]", "[MASK]", "[CLS]", "[SEP]")
 PAD, BOS, EOS, MASK, CLS, SEP = range(len(SPECIAL_TOKENS))
 FIRST_BYTE = len(SPECIAL_TOKENS)
 VOCABULARY = FIRST_BYTE + 256
+_BYTES = [*(name.encode() for name in SPECIAL_TOKENS), *(bytes([byte]) for byte in range(256))]  # by token
 
 _MASKS = rb"\[MASK(?:\*(?P<count>[0-9]+))?\]"
 _ONLY_MASKS = re.compile(_MASKS)
@@ -159,7 +160,9 @@ class ByteTokenizer(Tokenizer):
             hint = f"{_SHORTEN}; {masks}a character outside ASCII has 2 to 4 bytes"
             raise LongTextError(f"the text has {size} bytes, but only {self.room} fit into the model", hint)
         parts = [
-            np.full(min(count, self.room), piece) if isinstance(piece, int) else byte_tokens(piece)
+            np.full(min(count, self.room), piece)
+            if isinstance(piece, int)
+            else np.frombuffer(piece, np.uint8).astype(np.int32) + FIRST_BYTE
             for piece, count in pieces
         ]
         tokens = np.concatenate(parts)
@@ -171,13 +174,15 @@ class ByteTokenizer(Tokenizer):
         return sum(count for _, count in self._pieces(utf8(text))) > self.room
 
     def symbol(self, token: int) -> str:
-        """See `symbol`; a token that is not a byte is written as its number, ``<300>``."""
-        return symbol(token) if token < VOCABULARY else f"<{token}>"
+        r"""``a``, ``\n``, ``\xc3`` (part of a longer character), ``[PAD]``, or ``<300>``, which is not a byte."""
+        if token >= FIRST_BYTE + 128:
+            return f"\\x{token - FIRST_BYTE:02x}" if token < VOCABULARY else f"<{token}>"
+        text = _decoded([token])
+        return text if text.isprintable() else ascii(text)[1:-1]
 
     def text(self, tokens: Tokens) -> str:
         """See `Tokenizer.text`. Other special tokens are written by name; tokens that are not bytes become U+FFFD."""
-        stripped = tokens[1:-1] if self.special_tokens else tokens
-        return decode(np.minimum(stripped, VOCABULARY - 1), special=True)  # the byte 0xFF never occurs in UTF-8
+        return _decoded(tokens[1:-1] if self.special_tokens else tokens)
 
     def ordinary(self, tokens: Tokens) -> npt.NDArray[np.bool_]:
         """See `Tokenizer.ordinary`."""
@@ -193,33 +198,10 @@ class ByteTokenizer(Tokenizer):
         yield content[start:], len(content) - start
 
 
-def byte_tokens(content: bytes) -> Tokens:
-    """The tokens (n,) of n bytes, each plus 6, without special tokens."""
-    return np.frombuffer(content, dtype=np.uint8).astype(np.int32) + FIRST_BYTE
-
-
-def decode(tokens: Sequence[int] | npt.NDArray[np.integer], special: bool = False) -> str:
-    """The text of any tokens (n,); bytes that are not UTF-8 become U+FFFD.
-
-    Special tokens are omitted, or with ``special`` written by name. Raises InputError: no such token.
-    """
-    content = bytearray()
-    for token in tokens:
-        if not 0 <= token < VOCABULARY:
-            raise InputError(f"{token} is not a token", f"give tokens from 0 to {VOCABULARY - 1}")
-        if token >= FIRST_BYTE:
-            content.append(int(token) - FIRST_BYTE)
-        elif special:
-            content += SPECIAL_TOKENS[token].encode()
+def _decoded(tokens: Iterable[int]) -> str:
+    # A token that is not a byte is read as 0xFF, which never occurs in UTF-8.
+    content = b"".join(_BYTES[min(token, VOCABULARY - 1)] for token in tokens)
     return content.decode("utf-8", errors="replace")
-
-
-def symbol(token: int) -> str:
-    r"""A token in readable form: ``a``, ``\n``, ``\xc3`` (part of a longer character), ``[PAD]``. Raises InputError."""
-    if FIRST_BYTE + 128 <= token < VOCABULARY:
-        return f"\\x{token - FIRST_BYTE:02x}"
-    text = decode([token], special=True)
-    return text if text.isprintable() else ascii(text)[1:-1]
 
 
 def _special(match: re.Match[bytes]) -> tuple[int, int]:

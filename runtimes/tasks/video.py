@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,19 +15,8 @@ from perceiver_export.runtimes.manifest import Manifest, OutputKind
 from perceiver_export.runtimes.preprocessing import VideoPreprocessing
 from perceiver_export.runtimes.runtime import Array, Feeds
 from perceiver_export.runtimes.split import decode
-from perceiver_export.runtimes.tasks.base import (
-    LoadPart,
-    Prediction,
-    Task,
-    answer,
-    answering,
-    check_interface,
-    check_top,
-    misfit,
-    pad_batch,
-    run_batched,
-    steps_of,
-)
+from perceiver_export.runtimes.tasks import base
+from perceiver_export.runtimes.tasks.base import LoadPart, Prediction, Task
 from perceiver_export.runtimes.tasks.image_files import Color
 from perceiver_export.runtimes.tasks.images import FramesLike, prepare_frames, read_frames
 from perceiver_export.runtimes.tasks.sound import AudioLike, take_sound
@@ -65,22 +55,22 @@ class VideoAutoencoding(Task):
 
     def __init__(self, manifest: Manifest, load_part: LoadPart) -> None:
         super().__init__(manifest, load_part)
-        self.preprocessing = steps_of(manifest, VideoPreprocessing)
+        self.preprocessing = base.steps_of(manifest, VideoPreprocessing)
 
     @property
     def kind(self) -> OutputKind:
         """The kind of output of the label's scores."""
-        return answering(self.manifest)[1]
+        return base.answering(self.manifest)[1]
 
     @staticmethod
     def check(manifest: Manifest) -> None:
         """Raise BundleError unless the manifest describes an autoencoder of video and sound."""
-        steps = steps_of(manifest, VideoPreprocessing)
-        video = (steps.num_frames, steps.height, steps.width, 3)
-        sound = (steps.num_samples, 1)
-        check_interface(manifest, {"frames": video, "audio": sound}, {"video": video, "sound": sound, "label": (None,)})
-        if answering(manifest)[0] != "label":
-            raise misfit("the manifest does not describe the output `label`")
+        steps = base.steps_of(manifest, VideoPreprocessing)
+        shapes = _shapes(steps)
+        inputs = {"frames": shapes["video"], "audio": shapes["sound"]}
+        base.check_interface(manifest, inputs, {**shapes, "label": (None,)})
+        if base.answering(manifest)[0] != "label":
+            raise base.misfit("the manifest does not describe the output `label`")
         if "encoder" in manifest.parts:
             _check_decoders(manifest, steps)
 
@@ -88,7 +78,7 @@ class VideoAutoencoding(Task):
         self, frames: FramesLike, audio: AudioLike | None = None, top: int = 5, color: Color = "rgb"
     ) -> Reconstruction:
         """Encode and decode everything. Raises InputError: unsuitable frames or sound; UsageError: top below 1."""
-        check_top(top)
+        base.check_top(top)
         return self.reconstruct(self.preprocess(frames, audio, color), top)
 
     __call__ = autoencode
@@ -97,10 +87,10 @@ class VideoAutoencoding(Task):
         self, frames: FramesLike, audio: AudioLike | None = None, top: int = 5, color: Color = "rgb"
     ) -> list[Prediction]:
         """The ``top`` labels, most probable first. A split bundle decodes only them. Raises as `autoencode`."""
-        check_top(top)
+        base.check_top(top)
         feeds = self.preprocess(frames, audio, color)
         scores = self.decode("label", self.encode(feeds)) if self.split else self.run_inputs(feeds)["label"]
-        return answer(scores[0], self.kind, self.manifest.labels, top)
+        return base.answer(scores[0], self.kind, self.manifest.labels, top)
 
     def preprocess(self, frames: FramesLike, audio: AudioLike | None = None, color: Color = "rgb") -> dict[str, Array]:
         """The model's inputs: ``frames`` (1, T, H, W, 3) in [0, 1], ``audio`` (1, samples, 1) in [-1, 1]."""
@@ -117,7 +107,7 @@ class VideoAutoencoding(Task):
         return Reconstruction(
             np.clip(outputs["video"][0], 0, 1),
             np.clip(outputs["sound"][0, :, 0], -1, 1),
-            answer(outputs["label"][0], self.kind, self.manifest.labels, top),
+            base.answer(outputs["label"][0], self.kind, self.manifest.labels, top),
         )
 
     def run_inputs(self, feeds: Feeds, progress: Progress | None = None) -> dict[str, Array]:
@@ -126,29 +116,29 @@ class VideoAutoencoding(Task):
         ``video`` (n, T, H, W, 3), ``sound`` (n, samples, 1) and ``label`` (n, labels).
         """
         if not self.split:
-            return run_batched(self.runtime, feeds)
+            return base.run_batched(self.runtime, feeds)
         latents = self.encode(feeds)
         return {name: self.decode(name, latents, progress) for name in OUTPUTS}
 
     def encode(self, feeds: Feeds) -> Array:
         """The latents (n, N, D) of n preprocessed samples; split bundles only."""
-        return run_batched(self.part("encoder"), feeds)["latents"]
+        return base.run_batched(self.part("encoder"), feeds)["latents"]
 
     def decode(self, output: str, latents: Array, progress: Progress | None = None) -> Array:
         """One output for latents (n, N, D), in the shape that `run_inputs` returns; split bundles only."""
         decoder = self.part(f"decoder_{output}")
         if len(decoder.inputs) == 1:  # a decoder with a single query takes no index
-            return run_batched(decoder, {"latents": latents})[output]
+            return base.run_batched(decoder, {"latents": latents})[output]
         most = decoder.inputs[0].limits(0)[1]
         chunks = [latents[start : start + most] for start in range(0, len(latents), most)]
         rows = np.concatenate([self._rows(output, chunk, progress) for chunk in chunks])
-        return rows.reshape(len(latents), *self._shape(output))
+        return rows.reshape(len(latents), *_shapes(self.preprocessing).get(output, (-1,)))
 
     def _rows(self, output: str, latents: Array, progress: Progress | None) -> Array:
         """Rows (n, queries, E) for all queries of an output; n is at most the decoder's largest batch."""
         decoder, total = self.part(f"decoder_{output}"), self.manifest.parts[f"decoder_{output}"].num_queries
         assert total is not None  # `check` has made sure of it
-        feeds = pad_batch(decoder, {"latents": latents})
+        feeds = base.pad_batch(decoder, {"latents": latents})
         queries = np.arange(total, dtype=np.int32)
         # A decoder with a fixed number of queries gets a multiple of that number in each step.
         least, most = next(spec for spec in decoder.inputs if spec.name == "queries").limits(1)
@@ -160,11 +150,10 @@ class VideoAutoencoding(Task):
                 progress(f"decode {output}", min(start + step, total), total)
         return np.concatenate(parts, axis=1)
 
-    def _shape(self, output: str) -> tuple[int, ...]:
-        steps = self.preprocessing
-        if output == "video":
-            return steps.num_frames, steps.height, steps.width, 3
-        return (steps.num_samples, 1) if output == "sound" else (-1,)
+
+def _shapes(steps: VideoPreprocessing) -> dict[str, tuple[int, ...]]:
+    """The shapes of the outputs that are fixed by the preprocessing, without the batch dimension."""
+    return {"video": (steps.num_frames, steps.height, steps.width, 3), "sound": (steps.num_samples, 1)}
 
 
 def psnr(reference: npt.NDArray[np.float32], found: npt.NDArray[np.float32], peak: float = 1.0) -> float:
@@ -181,15 +170,18 @@ def psnr(reference: npt.NDArray[np.float32], found: npt.NDArray[np.float32], pea
 
 def _check_decoders(manifest: Manifest, steps: VideoPreprocessing) -> None:
     """Raise BundleError unless each output has a decoder, and its queries give the whole output."""
-    sizes = {"video": steps.num_frames * steps.height * steps.width * 3, "sound": steps.num_samples, "label": None}
-    for name, size in sizes.items():
+    shapes = _shapes(steps)
+    for name in OUTPUTS:
+        size = math.prod(shapes[name]) if name in shapes else None
         part = manifest.parts.get(f"decoder_{name}")
         gives = [spec.name for spec in part.outputs] if part is not None else []
         if part is None or gives != [name] or [spec.name for spec in part.inputs[:1]] != ["latents"]:
-            raise misfit(f"the part decoder_{name} is missing or incomplete")
+            raise base.misfit(f"the part decoder_{name} is missing or incomplete")
         if [spec.name for spec in part.inputs[1:]] == ["queries"]:
             width = part.outputs[0].shape[-1] if part.outputs[0].shape else None
             if not part.num_queries or not isinstance(width, int) or size not in (None, part.num_queries * width):
-                raise misfit(f"decoder_{name} gives {part.num_queries} × {width} values, but the {name} has {size}")
+                raise base.misfit(
+                    f"decoder_{name} gives {part.num_queries} × {width} values, but the {name} has {size}"
+                )
         elif len(part.inputs) > 1:
-            raise misfit(f"decoder_{name} takes other inputs than latents and queries")
+            raise base.misfit(f"decoder_{name} takes other inputs than latents and queries")

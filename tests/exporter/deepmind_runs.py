@@ -159,7 +159,7 @@ def patches(frames: Tensor) -> Tensor:
 def _stitched(flows: Mapping[tuple[int, int], Array], size: tuple[int, int], tiling: Mapping[str, Any]) -> Tensor:
     tile = (tiling["patch_size"][0], tiling["patch_size"][1])
     tiles = flow.tiles(size, tile, tiling["min_overlap"])
-    stitched = flow.stitch(flow.Box(0, 0, *size), tile, [(one, flows[one.box[:2]]) for one in tiles])
+    stitched = flow.stitch(flow.Box(0, 0, *size), tile, [(box, times, flows[box[:2]]) for box, times in tiles.items()])
     return torch.from_numpy(stitched).unsqueeze(0)
 
 

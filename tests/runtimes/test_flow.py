@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from perceiver_export.runtimes.errors import InputError, UsageError
-from perceiver_export.runtimes.tasks.flow import Box, Tile, grid, stitch, tile_weights, tiles
+from perceiver_export.runtimes.tasks.flow import Box, grid, stitch, tile_weights, tiles
 from perceiver_export.runtimes.tasks.flow_files import color_wheel, flow_image, write_flow
 from tests.vector_folders import vector_folders
 
@@ -41,14 +41,14 @@ def grid_files() -> list[Path]:
 
 
 def stitched(frame: tuple[int, int], tile: tuple[int, int], corners: Array, flows: Array) -> Array:
-    boxes = [Tile(Box(int(corner[0]), int(corner[1]), *tile), 1) for corner in corners]
-    return stitch(Box(0, 0, *frame), tile, zip(boxes, flows, strict=True))
+    boxes = [Box(int(corner[0]), int(corner[1]), *tile) for corner in corners]
+    return stitch(Box(0, 0, *frame), tile, [(box, 1, flow) for box, flow in zip(boxes, flows, strict=True)])
 
 
 def once(frame: tuple[int, int], tile: tuple[int, int], overlap: int, by_corner: dict[Any, Array]) -> Array:
     """The same from each tile once, counted as often as the grid names it."""
     found = tiles(frame, tile, overlap)
-    return stitch(Box(0, 0, *frame), tile, [(one, by_corner[one.box[:2]]) for one in found])
+    return stitch(Box(0, 0, *frame), tile, [(box, times, by_corner[box[:2]]) for box, times in found.items()])
 
 
 # Tiles
@@ -65,7 +65,7 @@ def test_grids_of_the_released_model_are_deepminds(path: Path) -> None:
         once = tiles(tuple(case["image"]), tile, case["min_overlap"])
         lowest, rightmost = (whole - part for whole, part in zip(case["image"], tile, strict=True))
         inside = Counter(corner for corner in expected if corner[0] <= lowest and corner[1] <= rightmost)
-        assert {(found.box.top, found.box.left): found.times for found in once} == inside
+        assert {box[:2]: times for box, times in once.items()} == inside
 
 
 @pytest.mark.parametrize("path", grid_files())
@@ -130,7 +130,7 @@ def test_tiles_cover_frames_of_every_size(overlap: int) -> None:
     beyond = 0
     for size in range(16, 100):
         beyond += any(top + 16 > size for top, _ in grid((size, 16), (16, 16), overlap))
-        starts = [found.box.top for found in tiles((size, 16), (16, 16), overlap)]
+        starts = [box.top for box in tiles((size, 16), (16, 16), overlap)]
         assert starts[0] == 0
         assert starts[-1] == size - 16
         shared = [upper + 16 - lower for upper, lower in pairwise(starts)]
