@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.metadata
 import os
 import platform
 import re
@@ -21,6 +20,7 @@ from perceiver_export.calibration.options import option
 from perceiver_export.exporter.loaded import LoadedModel
 from perceiver_export.exporter.sources import check_installed, load_model, loaded_module
 from perceiver_export.runtimes.bundle import GOLDEN, Bundle, open_bundle
+from perceiver_export.runtimes.engines.backend import installed_version
 from perceiver_export.runtimes.errors import BundleError, UnsupportedModelError, UsageError, check_kind
 from perceiver_export.runtimes.manifest import (
     SCHEMA_VERSION,
@@ -292,6 +292,8 @@ def _manifest(
     checks: tuple[Check, ...],
     directory: Path,
 ) -> Manifest:
+    # onnxruntime-gpu brings the module onnxruntime
+    tools = {name: installed_version(name) or "of another distribution" for name in _TOOLS}
     return Manifest(
         schema_version=SCHEMA_VERSION,
         name=name,
@@ -304,7 +306,7 @@ def _manifest(
         labels=loaded.labels,
         precision="fp32",
         verification=checks,
-        tools={"python": platform.python_version(), **{name: _version(name) for name in _TOOLS}},
+        tools={"python": platform.python_version(), **tools},
         files=file_entries(directory),
         outputs=outputs,
         notes=loaded.notes,
@@ -332,13 +334,6 @@ def _kinds(loaded: LoadedModel, outputs: list[str]) -> dict[str, OutputKind]:
                     f"output_kinds has {name!r}: {kind!r}; {value!r} is unknown", f"it is one of {', '.join(known)}"
                 )
     return default_kinds(loaded.task, loaded.labels, outputs) | dict(loaded.output_kinds)
-
-
-def _version(distribution: str) -> str:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return "of another distribution"  # onnxruntime-gpu brings the module onnxruntime
 
 
 def _check_task(manifest: Manifest) -> None:
