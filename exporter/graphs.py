@@ -28,6 +28,7 @@ from perceiver_export.exporter.fold.latents import (
 )
 from perceiver_export.exporter.fold.nodes import sizes
 from perceiver_export.exporter.fold.slicing import Region
+from perceiver_export.exporter.loaded import LoadedModel
 from perceiver_export.exporter.model.config import (
     ArrayInput,
     FramePairInput,
@@ -49,7 +50,6 @@ from perceiver_export.runtimes.runtime import Array
 
 # Queries a call of a decoder by default: a text's masked bytes are few, the points of a grid are many.
 _LEARNED_QUERIES, _GRID_QUERIES = 256, 8192
-_MASK = (0, 1)
 _MEANINGS = {
     "logits": "one number per choice",
     "flow": "displacement (x, y) of each pixel, in pixels",
@@ -80,13 +80,14 @@ class Batch:
         return cls(*numbers)
 
     @property
-    def dynamic(self) -> bool:
-        return self.least != self.most
+    def ranges(self) -> dict[str, tuple[int, int]]:
+        """(least, most) of the dimension, by its name; empty where it is fixed."""
+        return {"batch": (self.least, self.most)} if self.least != self.most else {}
 
     @property
     def sizes(self) -> dict[str, int]:
         """The usual size of the dimension, by its name; empty where it is fixed."""
-        return {"batch": self.typical} if self.dynamic else {}
+        return {"batch": self.typical} if self.ranges else {}
 
 
 @dataclass(frozen=True)
@@ -99,10 +100,6 @@ class Split:
     latents: str | None = None
     queries: int | None = None
     dynamic: bool = False
-
-    def most(self, total: int, usual: int) -> int:
-        """The most of ``total`` queries that a decoder takes in a call."""
-        return min(self.queries or (total if self.dynamic else usual), total)
 
     def check(self, graphs: Sequence[GraphPart], why: str = "") -> None:
         """Raise UsageError if queries were asked for and no decoder takes them."""
@@ -155,7 +152,7 @@ class GraphPart:
 Compute = Callable[[Any, dict[str, Tensor]], Sequence[Tensor]]
 
 
-class _Graph(nn.Module):
+class ByPosition(nn.Module):
     """``compute`` as a module of positional tensors; its weights are called ``model.…``."""
 
     def __init__(self, model: nn.Module, inputs: Sequence[TensorSpec], compute: Compute) -> None:
@@ -166,13 +163,19 @@ class _Graph(nn.Module):
         return tuple(self.compute(self.model, dict(zip(self.names, tensors, strict=True))))
 
 
-def make_graphs(model: PerceiverIO, batch: Batch, split: Split | None) -> tuple[GraphPart, ...]:
-    """The graphs of a bundle. Raises UsageError where ``split`` asks for what the model does not have."""
+def make_graphs(loaded: LoadedModel, batch: Batch | None, split: Split | None) -> tuple[GraphPart, ...]:
+    """The graphs to trace; any module, or ONNX file, is one, which is cut afterwards.
+
+    Raises UsageError where ``split`` asks for what the model does not have.
+    """
+    if loaded.config is None:
+        return (own_graph(loaded.model, batch),)
+    batch = batch or Batch.parse(1)
     if split is None:
-        return (whole_model(model, batch),)
+        return (whole_model(loaded.model, batch),)
     if split.latents is not None:
         raise UsageError("this model says where its latents are", "leave --latents out")
-    graphs = split_model(model, batch, split)
+    graphs = split_model(loaded.model, batch, split)
     split.check(graphs)
     return graphs
 
@@ -203,19 +206,13 @@ def own_graph(model: NamedModule | OnnxFile, batch: Batch | None) -> GraphPart:
 
     def spec(name: str, array: Array, by_batch: bool) -> TensorSpec:
         check_tensor(name, array)
-        dynamic = by_batch and batch is not None and batch.dynamic
-        shape: tuple[int | str, ...] = ("batch", *array.shape[1:]) if dynamic else array.shape
-        ranges = {"batch": (batch.least, batch.most)} if dynamic and batch is not None else {}
+        ranges = batch.ranges if by_batch and batch is not None else {}
+        shape: tuple[int | str, ...] = ("batch", *array.shape[1:]) if ranges else array.shape
         return TensorSpec(name, cast(DType, str(array.dtype)), shape, "", ranges)
 
-    return GraphPart(
-        "model",
-        model,
-        tuple(spec(name, array, name in batched) for name, array in sized.items()),
-        tuple(spec(name, array, name in follow) for name, array in found.items()),
-        {} if batch is None else batch.sizes,
-        examples=examples,
-    )
+    inputs = tuple(spec(name, array, name in batched) for name, array in sized.items())
+    outputs = tuple(spec(name, array, name in follow) for name, array in found.items())
+    return GraphPart("model", model, inputs, outputs, {} if batch is None else batch.sizes, examples=examples)
 
 
 def whole_model(model: PerceiverIO, batch: Batch) -> GraphPart:
@@ -227,7 +224,7 @@ def whole_model(model: PerceiverIO, batch: Batch) -> GraphPart:
         found = model(feeds)
         return [found[name] for name in names]
 
-    return GraphPart("model", _Graph(model, inputs, compute), inputs, outputs, batch.sizes)
+    return GraphPart("model", ByPosition(model, inputs, compute), inputs, outputs, batch.sizes)
 
 
 def cut_parts(
@@ -276,18 +273,14 @@ def _by_rows(graph: GraphPart, model: ir.Model, region: Region, queries: TensorS
     shape = (latents.shape[0], size, *gather_rows(model, region, queries.name, step)[2:])
     ranges = {**output.ranges, **queries.ranges}
     rows = msgspec.structs.replace(output, shape=shape, meaning="one row a query", ranges=ranges)
-    return dataclasses.replace(
-        graph,
-        inputs=(latents, queries, *others),
-        outputs=(rows,),
-        typical={**graph.typical, **_usual(queries)},
-        num_queries=sizes(result)[1],
-    )
+    typical, count = {**graph.typical, **_usual(queries)}, sizes(result)[1]
+    inputs = (latents, queries, *others)
+    return dataclasses.replace(graph, inputs=inputs, outputs=(rows,), typical=typical, num_queries=count)
 
 
 def _choice(split: Split, total: int, usual: int, latents: TensorSpec, samples: int | str) -> TensorSpec:
     """The indices that a decoder takes, for each of ``samples``."""
-    most = split.most(total, usual)
+    most = min(split.queries or (total if split.dynamic else usual), total)
     dynamic = split.dynamic and most > 1  # torch knows no range from 1 to 1
     ranges = {**({} if samples == 1 else latents.ranges), **({"queries": (1, most)} if dynamic else {})}
     meaning = f"which of {total} queries to decode, counted from 0"
@@ -310,14 +303,10 @@ def split_model(model: PerceiverIO, batch: Batch, split: Split = Split()) -> tup
     latents = _spec("latents", size, batch, "the output of the encoder")
     given = {f"{name}_queries" for name, one in _outputs(config).items() if isinstance(one.queries, GivenQueries)}
     inputs = tuple(spec for spec in input_specs(config, batch) if spec.name not in given)
-    module = _Graph(model, inputs, lambda model, feeds: [model.encode(feeds)])
+    module = ByPosition(model, inputs, lambda model, feeds: [model.encode(feeds)])
     encoder = GraphPart("encoder", module, inputs, (latents,), batch.sizes)
     if not isinstance(config.decoder, QueryDecoder):
-        head = _Graph(
-            nn.ModuleDict({"decoder": model.decoder}),
-            [latents],
-            lambda model, feeds: [model["decoder"](feeds["latents"])],
-        )
+        head = ByPosition(model, [latents], lambda model, feeds: [model.decoder(feeds["latents"])])
         return encoder, GraphPart("decoder", head, (latents,), output_specs(config, batch), batch.sizes)
     return encoder, *(_decoder(model, name, latents, batch, split) for name in config.decoder.outputs)
 
@@ -343,7 +332,7 @@ def _decoder(model: PerceiverIO, name: str, latents: TensorSpec, batch: Batch, s
 
     inputs = (latents, *choice, *given)
     part = f"decoder_{name}" if len(outputs) > 1 else "decoder"
-    return GraphPart(part, _Graph(model, inputs, compute), inputs, (result,), typical, total if chosen else None)
+    return GraphPart(part, ByPosition(model, inputs, compute), inputs, (result,), typical, total if chosen else None)
 
 
 def _outputs(config: PerceiverConfig) -> dict[str, OutputConfig]:
@@ -367,7 +356,7 @@ def input_specs(config: PerceiverConfig, batch: Batch) -> tuple[TensorSpec, ...]
             mask = (math.prod(one.grid), "an element") if one.masked else None
             specs.append(_spec(name, (*one.shape, one.num_channels), batch, "values, channels last"))
         if mask is not None:
-            specs.append(_spec(f"{name}_mask", mask[:1], batch, f"1 where there is {mask[1]}, else 0", _MASK))
+            specs.append(_spec(f"{name}_mask", mask[:1], batch, f"1 where there is {mask[1]}, else 0", (0, 1)))
     for name, output in _outputs(config).items():
         if isinstance(output.queries, GivenQueries):
             rows = (output.queries.num_queries, output.queries.num_channels)
@@ -392,6 +381,5 @@ def _spec(
     name: str, shape: tuple[int, ...], batch: Batch, meaning: str, values: tuple[int, int] | None = None
 ) -> TensorSpec:
     """int32 where ``values`` gives the range of its numbers, else float32."""
-    size: int | str = "batch" if batch.dynamic else batch.typical
-    ranges = {"batch": (batch.least, batch.most)} if batch.dynamic else {}
-    return TensorSpec(name, "float32" if values is None else "int32", (size, *shape), meaning, ranges, values)
+    size: int | str = "batch" if batch.ranges else batch.typical
+    return TensorSpec(name, "float32" if values is None else "int32", (size, *shape), meaning, batch.ranges, values)

@@ -13,7 +13,6 @@ import onnx_ir.passes.common as common
 from perceiver_export.exporter.fold.nodes import shape_of
 from perceiver_export.exporter.fold.normalize import Constants
 from perceiver_export.exporter.simplify import is_random, plain_session
-from perceiver_export.runtimes.bundle import sha256
 from perceiver_export.runtimes.errors import CheckpointError, UnsupportedModelError, UsageError, first_line
 from perceiver_export.runtimes.runtime import Array
 
@@ -29,7 +28,6 @@ _KINDS = {
 }
 _INDICES = (ir.DataType.INT32, ir.DataType.INT64)
 _INTEGERS = (ir.DataType.UINT8, *_INDICES)
-_DEFAULT_SEED = 0
 
 
 class OnnxFile:
@@ -48,7 +46,7 @@ class OnnxFile:
         for name in shape or {}:
             if name not in self.shapes:
                 raise UsageError(f"the model has no input {name!r}", f"its inputs are {', '.join(self.shapes)}")
-        rng = np.random.default_rng(_DEFAULT_SEED)
+        rng = np.random.default_rng(0)
         self.vocabularies = vocabularies(model.graph)
         self.examples = {
             str(value.name): _example(rng, value, self.shapes[str(value.name)], self.vocabularies)
@@ -120,8 +118,6 @@ class OnnxFile:
             session, hint = plain_session(str(self.path)), f"give --shape NAME=SIZES that the model takes, or {hint}"
             found = session.run(list(self.outputs), dict(feeds))
             return dict(zip(self.outputs, found, strict=True))
-        except ImportError:
-            raise
         except Exception as error:  # onnxruntime has no class of its own for these
             raise UnsupportedModelError(
                 f"ONNX Runtime cannot run {self.path}: {str(error).strip().splitlines()[-1]}", hint
@@ -134,10 +130,6 @@ class OnnxFile:
         rows = [np.minimum(np.arange(start, start + size), count - 1) for start in range(0, count, size)]
         found = [self.run({name: array[some] for name, array in feeds.items()}) for some in rows]
         return {name: np.concatenate([one[name] for one in found])[:count] for name in self.outputs}
-
-    def hashes(self) -> dict[str, str]:
-        """SHA-256 of the file."""
-        return {self.path.name: sha256(self.path)}
 
 
 def refuse(graph: ir.Graph) -> None:

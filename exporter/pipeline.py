@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.metadata
 import os
 import platform
 import re
@@ -21,6 +20,7 @@ from perceiver_export.calibration.options import option
 from perceiver_export.exporter.loaded import LoadedModel
 from perceiver_export.exporter.sources import check_installed, load_model, loaded_module
 from perceiver_export.runtimes.bundle import GOLDEN, Bundle, open_bundle
+from perceiver_export.runtimes.engines.backend import installed_version
 from perceiver_export.runtimes.errors import BundleError, UnsupportedModelError, UsageError, check_kind
 from perceiver_export.runtimes.manifest import (
     SCHEMA_VERSION,
@@ -46,7 +46,7 @@ from perceiver_export.runtimes.tasks import checked_task
 if TYPE_CHECKING:
     from torch import nn
 
-    from perceiver_export.exporter.graphs import Batch, GraphPart, Split
+    from perceiver_export.exporter.graphs import GraphPart, Split
     from perceiver_export.exporter.own import Inputs, OwnModel
     from perceiver_export.exporter.trace import FoldedGraph
 
@@ -68,9 +68,7 @@ class ExportOptions:
         None, "Encoder and decoder as separate graphs, to decode only the queries you need; by default for video only."
     )
     latents: str | None = option(
-        None,
-        "Split at this tensor, or at the end of this module; by default at the latents, if found.",
-        "NAME",
+        None, "Split at this tensor, or at the end of this module; by default at the latents, if found.", "NAME"
     )
     dynamic_queries: bool = option(False, "Split decoders take any number of queries per call.")
     batch: str | int | None = option(
@@ -128,7 +126,7 @@ def export(
     """
     report = progress or (lambda what, done, total: None)
     check_installed()
-    from perceiver_export.exporter.graphs import Batch, output_specs
+    from perceiver_export.exporter.graphs import Batch, make_graphs, output_specs
 
     path, budget = absolute_place(output), _budget(options)
     batch = None if options.batch is None else Batch.parse(options.batch)
@@ -136,7 +134,7 @@ def export(
     report("load", 0, 1)
     loaded = _load(source, options)
     split = _split(loaded, options)
-    graphs = _graphs(loaded, batch, split)
+    graphs = make_graphs(loaded, batch, split)
     with new_bundle(path, options.overwrite) as directory:
         folded = _write_graphs(loaded, graphs, split, options.fold, budget, directory, report)
         parts = {one.part.name: _recorded(one) for one in folded}
@@ -177,15 +175,6 @@ def _split(loaded: LoadedModel, options: ExportOptions) -> Split | None:
     if queries is not None and (len(queries) != 1 or queries[0] < 1):
         raise UsageError(f"the shape of `queries` is {list(queries)}", "give their number: --shape queries=1024")
     return Split(options.latents, None if queries is None else queries[0], options.dynamic_queries)
-
-
-def _graphs(loaded: LoadedModel, batch: Batch | None, split: Split | None) -> tuple[GraphPart, ...]:
-    """The graphs to trace; any module, or ONNX file, is one, which is cut afterwards."""
-    from perceiver_export.exporter.graphs import Batch, make_graphs, own_graph
-
-    if loaded.config is None:
-        return (own_graph(loaded.model, batch),)
-    return make_graphs(loaded.model, batch or Batch.parse(1), split)
 
 
 def parse_budget(text: str | int) -> int:
@@ -303,6 +292,8 @@ def _manifest(
     checks: tuple[Check, ...],
     directory: Path,
 ) -> Manifest:
+    # onnxruntime-gpu brings the module onnxruntime
+    tools = {name: installed_version(name) or "of another distribution" for name in _TOOLS}
     return Manifest(
         schema_version=SCHEMA_VERSION,
         name=name,
@@ -315,7 +306,7 @@ def _manifest(
         labels=loaded.labels,
         precision="fp32",
         verification=checks,
-        tools={"python": platform.python_version(), **{name: _version(name) for name in _TOOLS}},
+        tools={"python": platform.python_version(), **tools},
         files=file_entries(directory),
         outputs=outputs,
         notes=loaded.notes,
@@ -343,13 +334,6 @@ def _kinds(loaded: LoadedModel, outputs: list[str]) -> dict[str, OutputKind]:
                     f"output_kinds has {name!r}: {kind!r}; {value!r} is unknown", f"it is one of {', '.join(known)}"
                 )
     return default_kinds(loaded.task, loaded.labels, outputs) | dict(loaded.output_kinds)
-
-
-def _version(distribution: str) -> str:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return "of another distribution"  # onnxruntime-gpu brings the module onnxruntime
 
 
 def _check_task(manifest: Manifest) -> None:

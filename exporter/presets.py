@@ -12,7 +12,7 @@ import difflib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
@@ -23,6 +23,7 @@ from perceiver_export.exporter.model.config import (
     ArrayInput,
     AttentionConfig,
     AverageDecoder,
+    Features,
     FramePairInput,
     ImageInput,
     PerceiverConfig,
@@ -65,7 +66,7 @@ def language(vocabulary_size: int, length: int, num_channels: int, num_layers: i
 
 _BYTES_768 = TokenInput(BYTES, 2048, 768)
 # The byte model with one query for one task, and with a query and a head for each: Perceiver IO, sections F.4 and 4.1.
-sentence_classifier = partial(systems.text_classifier, _BYTES_768, _text_encoder(1280, 26), 2)
+sentence_classifier = partial(systems.classifier, {"tokens": _BYTES_768}, _text_encoder(1280, 26), 2)
 glue = partial(systems.multitask_text_classifier, _BYTES_768, _text_encoder(1280, 26), GLUE_CLASSES)
 # The released model of optical flow.
 flow = partial(systems.optical_flow, 368, 496, EncoderSizes(2048, 512, 24, num_self_attention_heads=16))
@@ -73,9 +74,7 @@ flow = partial(systems.optical_flow, 368, 496, EncoderSizes(2048, 512, 24, num_s
 starcraft = partial(systems.set_transformer, 512, 256, 128, EncoderSizes(32, 512, 3))
 
 
-def imagenet(
-    features: Literal["pixels", "conv1x1", "conv"], grid: int, encoder: EncoderSizes, parity: Parity
-) -> PerceiverConfig:
+def imagenet(features: Features, grid: int, encoder: EncoderSizes, parity: Parity) -> PerceiverConfig:
     """Perceiver IO, table 7."""
     image = systems.image_input(features, 224, 224, parity, (grid, grid))
     return systems.image_classifier(image, encoder, IMAGENET_CLASSES, parity)
@@ -93,20 +92,10 @@ def audioset(mel: tuple[int, int] | None, num_channels: int, parity: Parity) -> 
     return systems.audio_video_classifier(sizes, encoder, AUDIOSET_CLASSES, parity, num_query_channels=1024)
 
 
-def first_imagenet(
-    num_cross_attentions: int, cross_attention_sharing: Sharing, block_sharing: Sharing, parity: Parity
-) -> PerceiverConfig:
-    """Perceiver, sections 4.1, B and C."""
+def first_imagenet(num_cross_attentions: int, sharing: tuple[Sharing, Sharing], parity: Parity) -> PerceiverConfig:
+    """Perceiver, sections 4.1, B and C. ``sharing``: of cross-attentions, and of blocks."""
     image = systems.image_input("pixels", 224, 224, parity, (224, 224))
-    return systems.first_perceiver(
-        {"image": image},
-        CONFIG_A,
-        IMAGENET_CLASSES,
-        parity,
-        num_cross_attentions,
-        cross_attention_sharing,
-        block_sharing,
-    )
+    return systems.first_perceiver({"image": image}, CONFIG_A, IMAGENET_CLASSES, parity, num_cross_attentions, *sharing)
 
 
 def first_audioset(encoder: EncoderSizes, parity: Parity) -> PerceiverConfig:
@@ -150,9 +139,9 @@ BUILDERS: dict[str, Callable[[Parity], PerceiverConfig]] = {
     "audioset-raw": partial(audioset, None, 512),
     "audioset-mel": partial(audioset, MEL, 1024),
     "starcraft": starcraft,
-    "perceiver-imagenet": partial(first_imagenet, 8, "all-but-first", "all"),
-    "perceiver-imagenet-1x": partial(first_imagenet, 1, "all-but-first", "all"),
-    "perceiver-imagenet-unshared": partial(first_imagenet, 8, "none", "none"),
+    "perceiver-imagenet": partial(first_imagenet, 8, ("all-but-first", "all")),
+    "perceiver-imagenet-1x": partial(first_imagenet, 1, ("all-but-first", "all")),
+    "perceiver-imagenet-unshared": partial(first_imagenet, 8, ("none", "none")),
     "perceiver-audioset": partial(first_audioset, EncoderSizes(512, 512, 12)),
     "perceiver-audioset-2x": partial(first_audioset, EncoderSizes(512, 1024, 8, 2)),
     "modelnet40": modelnet,
@@ -162,13 +151,18 @@ BUILDERS: dict[str, Callable[[Parity], PerceiverConfig]] = {
 SAMPLE_RATE = 48_000  # in both papers
 
 
-def _preprocessing(task: str, config: PerceiverConfig, parity: Parity) -> Preprocessing | None:
-    """The steps before a model of these sizes; None where it takes arrays."""
+def preprocessing(
+    task: str, config: PerceiverConfig, parity: Parity, processor: dict[str, Any], sample_rate: int | None
+) -> Preprocessing | None:
+    """The steps before a model of these sizes; None where it takes arrays.
+
+    ``processor``: the settings of preprocessor_config.json. ``sample_rate``: of a video's sound, None if unknown.
+    """
     one, frames = next(iter(config.inputs.values())), config.inputs.get("frames")
     if isinstance(one, ImageInput):
         from perceiver_export.exporter.checkpoints.preprocessor import as_deepmind, image_preprocessing
 
-        steps = image_preprocessing({}, one.height, one.width)
+        steps = image_preprocessing(processor, one.height, one.width)
         return as_deepmind(steps) if parity == "deepmind" else steps
     if isinstance(one, FramePairInput):
         return FlowPreprocessing.of_tile(one.height, one.width)
@@ -180,7 +174,7 @@ def _preprocessing(task: str, config: PerceiverConfig, parity: Parity) -> Prepro
         return None
     num_frames, height, width = frames.shape
     if task == "video-autoencoding":
-        return VideoPreprocessing(num_frames, height, width, one.shape[0], SAMPLE_RATE)
+        return VideoPreprocessing(num_frames, height, width, one.shape[0], sample_rate)
     mel = (one.shape[0], one.shape[1]) if len(one.shape) == 2 else None
     # A spectrogram covers as many samples as the model of raw audio.
     num_samples = AudioVideoSizes.num_samples if mel else one.shape[0]
@@ -252,16 +246,8 @@ def load_preset(name: str, parity: Parity, image_shape: tuple[int, int, int] | N
 def described(task: str, model: PerceiverIO, parity: Parity, source: str) -> LoadedModel:
     """A model of a preset's kind, with labels and preprocessing by its sizes."""
     config = model.config
-    return LoadedModel(
-        model=model,
-        config=config,
-        task=task,
-        parity=parity,
-        source=source,
-        labels=_labels(task, config),
-        preprocessing=_preprocessing(task, config, parity),
-        split=task == "video-autoencoding",
-    )
+    steps, split = preprocessing(task, config, parity, {}, SAMPLE_RATE), task == "video-autoencoding"
+    return LoadedModel(model, config, task, parity, source, _labels(task, config), steps, split)
 
 
 def resized(source: str, config: PerceiverConfig, image_shape: tuple[int, int, int]) -> PerceiverConfig:

@@ -28,10 +28,8 @@ from perceiver_export.runtimes.preprocessing import TextPreprocessing
 _QUEUE_DELAY = 2000  # microseconds that a request waits for others, without a measurement
 _WORTH_IT = 1.1  # gain of throughput by two requests at once that is worth a second instance
 _LABELS = "labels.txt"
-_TARGETS = {
-    "triton": ("ort-cpu", "ort-cuda"),
-    "ovms": ("openvino-cpu", "openvino-gpu", "openvino-npu"),
-}  # of each server, the default first
+# Of each server, the default first.
+_TARGETS = {"triton": ("ort-cpu", "ort-cuda"), "ovms": ("openvino-cpu", "openvino-gpu", "openvino-npu")}
 
 
 def package(

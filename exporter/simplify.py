@@ -16,7 +16,7 @@ import onnx_ir.passes.common as common
 from onnxscript.rewriter import RewritePass
 from onnxscript.rewriter.rules.common import transpose_transpose_rule
 
-from perceiver_export.exporter.fold.nodes import array_of, made_by, operand, optional, put
+from perceiver_export.exporter.fold.nodes import array_of, is_known, made_by, operand, optional, put, shape_of, sizes
 from perceiver_export.runtimes.errors import ExportError, first_line
 
 _RANDOM = frozenset(
@@ -65,13 +65,7 @@ class FoldConstantsPass(ir.passes.InPlacePass):
         part = ir.Model(ir.convenience.extract(graph, [], frontier), ir_version=model.ir_version)
         for value, array in zip(frontier, evaluate(part), strict=True):
             _replace(graph, value, array)
-        for node in reversed(folded):
-            if not any(output.uses() or output.is_graph_output() for output in node.outputs):
-                graph.remove(node, safe=True)
-        for name in [
-            name for name, value in graph.initializers.items() if not (value.uses() or value.is_graph_output())
-        ]:
-            del graph.initializers[name]
+        common.RemoveUnusedNodesPass()(model)
         return ir.passes.PassResult(model, modified=True)
 
     def _repeats(self, node: ir.Node) -> bool:
@@ -99,21 +93,18 @@ def _must_stay(node: ir.Node) -> bool:
     expands = node.op_type in _REPEATING
     if node.op_type == "Expand" and (size := _expanded(node)) is not None:
         return size > _SMALL
-    shapes = [value.shape for value in (*node.inputs, *node.outputs) if value is not None]
-    if not all(shape is not None and shape.is_static() for shape in shapes):
+    if not is_known(node):
         return expands
-    *sources, result = (math.prod(shape.numpy()) for shape in shapes if shape is not None)
+    *sources, result = (math.prod(sizes(value)) for value in (*node.inputs, *node.outputs) if value is not None)
     return result > sum(sources) and (expands or result > _LARGE)
 
 
 def _expanded(node: ir.Node) -> int | None:
     """The size of an Expand's result, which shape inference does not always find; None if its shape is computed."""
-    source, target = node.inputs[:2]
-    if source is None or source.shape is None or not source.shape.is_static():
+    source, target = shape_of(node.inputs[0]), operand(node, 1).const_value
+    if source is None or target is None:
         return None
-    if target is None or target.const_value is None:
-        return None
-    return math.prod(np.broadcast_shapes(source.shape.numpy(), tuple(target.const_value.numpy().tolist())))
+    return math.prod(np.broadcast_shapes(source, tuple(target.numpy().tolist())))
 
 
 def evaluate(model: ir.Model) -> list[np.ndarray]:
@@ -133,13 +124,11 @@ def plain_session(model: str | bytes) -> Any:
 
 def _replace(graph: ir.Graph, value: ir.Value, array: np.ndarray) -> None:
     """Replace a computed value by an initializer; a transposed weight keeps the weight's name."""
-    producer, name = value.producer(), value.name
+    producer, name = value.producer(), str(value.name)
     if producer is not None and producer.op_type == "Transpose" and producer.inputs[0] is not None:
         source = producer.inputs[0]
         if source.is_initializer() and len(source.uses()) == 1:
-            name, source.name = source.name, f"{source.name}.untransposed"
-    if name is None:
-        raise ExportError("the traced graph has a value without a name", "report this bug with the model")
+            name, source.name = str(source.name), f"{source.name}.untransposed"
     tensor = ir.tensor(array, name=name)
     constant = ir.Value(name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape))
     value.replace_all_uses_with(constant, replace_graph_outputs=True)
@@ -203,11 +192,9 @@ class SettleTypesAndShapesPass(ir.passes.InPlacePass):
 
 
 def _changes_nothing(node: ir.Node) -> bool:
-    source, result = node.inputs[0], node.outputs[0]
-    if source is None or source.shape is None or result.shape is None or not source.shape.is_static():
-        return False
+    source, result = operand(node), node.outputs[0]
     ends = source.is_graph_input() or source.is_initializer() or source.is_graph_output()
-    return source.shape == result.shape and not (ends and result.is_graph_output())
+    return shape_of(source) is not None and source.shape == result.shape and not (ends and result.is_graph_output())
 
 
 def _settle_cast(graph: ir.Graph, node: ir.Node, dtype: ir.DataType) -> None:
@@ -302,9 +289,12 @@ def _divide(graph: ir.Graph, node: ir.Node, dividend: ir.Value, divisor: np.ndar
     graph.remove(node, safe=True)
 
 
-def passes(dynamic: Collection[int] = ()) -> tuple[ir.passes.InPlacePass, ...]:
-    """All passes, with the reason of each."""
-    return (
+def simplify(model: ir.Model, dynamic: Collection[int] = ()) -> None:
+    """Apply the passes in place; ``dynamic``: primes in the place of dynamic dimensions.
+
+    Raises ExportError, for example where ONNX Runtime cannot compute a constant.
+    """
+    passes = ir.passes.Sequential(
         # One Transpose(W) a weight instead of one a use, so that folding makes one array of it.
         common.CommonSubexpressionEliminationPass(),
         SettleTypesAndShapesPass(),
@@ -321,6 +311,13 @@ def passes(dynamic: Collection[int] = ()) -> tuple[ir.passes.InPlacePass, ...]:
         common.RemoveUnusedOpsetsPass(),
         NameNodesPass(),
     )
+    try:
+        passes(model)
+    except ir.passes.PassError as error:
+        raise ExportError(
+            f"the traced graph cannot be simplified: {first_line(error.__cause__ or error)}",
+            "compute constants of the model in float32 or int64",
+        ) from error
 
 
 def without_sequences(model: ir.Model) -> None:
@@ -338,20 +335,6 @@ def without_sequences(model: ir.Model) -> None:
             model, onnx_shape_inference=True, should_fold=lambda node: False if node.op_type in _REPEATING else None
         )
     common.RemoveUnusedNodesPass()(model)
-
-
-def simplify(model: ir.Model, dynamic: Collection[int] = ()) -> None:
-    """Apply `passes` in place; ``dynamic``: primes in the place of dynamic dimensions.
-
-    Raises ExportError, for example where ONNX Runtime cannot compute a constant.
-    """
-    try:
-        ir.passes.Sequential(*passes(dynamic))(model)
-    except ir.passes.PassError as error:
-        raise ExportError(
-            f"the traced graph cannot be simplified: {first_line(error.__cause__ or error)}",
-            "compute constants of the model in float32 or int64",
-        ) from error
 
 
 def without_metadata(model: ir.Model) -> None:

@@ -18,7 +18,6 @@ of a bundle of arrays, which `validate` then judges by ``labels`` in the data.
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import inspect
 import os
 import re
@@ -43,6 +42,7 @@ from perceiver_export.runtimes.errors import (
     check_kind,
     first_line,
     install_command,
+    require,
 )
 from perceiver_export.runtimes.files import read_json
 from perceiver_export.runtimes.machine import cpu_name
@@ -117,12 +117,7 @@ def load_model(
 def check_installed() -> None:
     """Raise MissingDependencyError where a library that export needs is not installed."""
     for name in _REQUIRED:
-        try:
-            importlib.import_module(name)
-        except ImportError as error:
-            raise MissingDependencyError(
-                f"export needs {error.name}, which is not installed", install_command("export")
-            ) from error
+        require(name, "export", "export")
 
 
 def _load(
@@ -268,12 +263,10 @@ def load_onnx_file(
 
     if config is not None and like is not None:
         raise UsageError("--config and --like both say what the model is", "give one of them")
-    said = OnnxDescription() if config is None else read_json(config, OnnxDescription)
+    said = OnnxDescription(task or "arrays") if config is None else read_json(config, OnnxDescription)
     if like is not None:
         manifest = read_manifest(like)
         said = OnnxDescription(manifest.task, manifest.labels, manifest.preprocessing, dict(manifest.output_kinds))
-    elif config is None and task is not None:
-        said = OnnxDescription(task)
     model = OnnxFile(path, shape)
     kinds = said.output_kinds
     return LoadedModel(model, None, said.task, "own", path.name, said.labels, said.preprocessing, output_kinds=kinds)

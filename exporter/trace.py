@@ -9,7 +9,7 @@ import io
 import logging
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,9 @@ import numpy as np
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from perceiver_export.exporter.fold.dynamic import make_dynamic, stand_ins
 from perceiver_export.exporter.fold.engine import fold as fold_graph
@@ -25,20 +28,20 @@ from perceiver_export.exporter.fold.latents import QUERIES, latents_of, mark, ow
 from perceiver_export.exporter.fold.nodes import Sizes
 from perceiver_export.exporter.fold.normalize import normalize, settle
 from perceiver_export.exporter.fold.plan import plan
-from perceiver_export.exporter.graphs import GraphPart, Split, cut_parts
+from perceiver_export.exporter.graphs import ByPosition, GraphPart, Split, cut_parts
 from perceiver_export.exporter.model.config import ArrayInput, PerceiverConfig
-from perceiver_export.exporter.onnx_files import OnnxFile, refuse, vocabularies
+from perceiver_export.exporter.onnx_files import OPSET, OnnxFile, refuse, vocabularies
 from perceiver_export.exporter.own import NamedModule, repeated
 from perceiver_export.exporter.simplify import number_folds, simplify, without_metadata, without_sequences
-from perceiver_export.exporter.watch import Watch, watched
 from perceiver_export.runtimes.errors import ExportError
 from perceiver_export.runtimes.manifest import FoldDecision, MemoryPlan, TensorSpec
 from perceiver_export.runtimes.runtime import Array
 
-OPSET = 20
 IR_VERSION = 10  # onnxruntime 1.23, the newest for Python 3.10, refuses 12 and above
 _DATA_DEPENDENT = re.compile(r"data.?dependent|unbacked|Dynamic control flow|nonzero", re.IGNORECASE)
 _ESCAPES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")  # colours
+_CONSTANT = ("ones_like", "zeros_like", "full_like", "empty_like", "new_ones", "new_zeros", "new_full", "new_empty")
+_READS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default)
 
 
 def sample_inputs(
@@ -102,7 +105,7 @@ def folded_graph(part: GraphPart, config: PerceiverConfig | None, fold: bool, bu
     the budget is too small.
     """
     primes = _stand_ins(part, list(part.typical))
-    return _folded(part, _plain(part, config, primes), config, primes, fold, budget)
+    return _folded(part, _plain(part, config, primes), primes, fold, budget)
 
 
 def folded_parts(source: GraphPart, split: Split, fold: bool, budget: int) -> list[FoldedGraph]:
@@ -118,7 +121,7 @@ def folded_parts(source: GraphPart, split: Split, fold: bool, budget: int) -> li
     parts = cut_parts(source, model, latents, split, primes.get(QUERIES))
     for part, graph in parts:
         simplify(graph, _counted(part, primes).planned)
-    return [_folded(part, graph, None, primes, fold, budget) for part, graph in parts]
+    return [_folded(part, graph, primes, fold, budget) for part, graph in parts]
 
 
 def _plain(
@@ -145,9 +148,7 @@ def _counted(part: GraphPart, primes: dict[str, int]) -> Sizes:
     return Sizes({primes[name]: part.planned(name) for name in part.typical})
 
 
-def _folded(
-    part: GraphPart, model: ir.Model, config: PerceiverConfig | None, primes: dict[str, int], fold: bool, budget: int
-) -> FoldedGraph:
+def _folded(part: GraphPart, model: ir.Model, primes: dict[str, int], fold: bool, budget: int) -> FoldedGraph:
     decisions: tuple[FoldDecision, ...] = ()
     planned, real = None, _counted(part, primes)
     if fold:
@@ -158,8 +159,7 @@ def _folded(
     without_metadata(model)
     number_folds(model.graph, [spec.name for spec in (*part.inputs, *part.outputs)])
     own_outputs(model.graph, [spec.name for spec in part.outputs])
-    named = part if config is not None else _with_vocabularies(part, model.graph)
-    return FoldedGraph(named, model, decisions, planned)
+    return FoldedGraph(_with_vocabularies(part, model.graph), model, decisions, planned)
 
 
 def _stand_ins(part: GraphPart, names: list[str]) -> dict[str, int]:
@@ -171,25 +171,50 @@ def _stand_ins(part: GraphPart, names: list[str]) -> dict[str, int]:
     weights = [*part.module.parameters(), *part.module.buffers()] if isinstance(part.module, nn.Module) else []
     found = fixed + examples + [size for weight in weights for size in weight.shape]
     if isinstance(part.module, NamedModule):
-        found += _watched(part, _usual(part)).sizes
+        found += _watched(part).sizes
     if isinstance(part.module, OnnxFile):
         found += part.module.sizes()
     return stand_ins(names, found)
 
 
-def _usual(part: GraphPart) -> dict[str, Array]:
-    """Inputs of a usual size for a module with examples; empty for others."""
-    return sample_inputs(part, None, part.typical, seed=0) if part.examples else {}
+class _Watch(TorchDispatchMode):
+    """Within it, ``sizes`` collects the sizes of tensors and the integers that operators take; ``reads`` becomes true
+    where Python reads a number that depends on ``inputs``, as a branch or `.item()` does.
+    """
+
+    def __init__(self, inputs: Sequence[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.sizes: set[int] = set()
+        self.reads = False
+        self._dependent = WeakTensorKeyDictionary(dict.fromkeys(inputs))
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        found = function(*args, **(kwargs or {}))
+        given, made = tree_leaves((args, kwargs)), [one for one in tree_leaves(found) if isinstance(one, Tensor)]
+        self.sizes.update(one for one in given if isinstance(one, int))
+        self.sizes.update(size for tensor in made for size in tensor.shape)
+        if any(isinstance(one, Tensor) and one in self._dependent for one in given):
+            self.reads = self.reads or function in _READS
+            if function.overloadpacket.__name__ not in _CONSTANT:
+                self._dependent.update(dict.fromkeys(made))
+        return found
 
 
-def _watched(part: GraphPart, examples: dict[str, Array]) -> Watch:
-    with quiet():
-        return watched(_module(part), map(torch.from_numpy, examples.values()))
+def _watched(part: GraphPart) -> _Watch:
+    """A call of the module with inputs of a usual size; of one that fails, what it did until then."""
+    given = [torch.from_numpy(array) for array in sample_inputs(part, None, part.typical, seed=0).values()]
+    watch = _Watch(given)
+    # An error is the user's own code's; tracing reports it.
+    with quiet(), contextlib.suppress(Exception), torch.no_grad(), watch:
+        _module(part)(*given)
+    return watch
 
 
 def _with_vocabularies(part: GraphPart, graph: ir.Graph) -> GraphPart:
-    """The part with the range of integers that look up rows of a table."""
-    known = vocabularies(graph)
+    """The part with the range of integers that look up rows of a table; without examples, as it is described."""
+    known = vocabularies(graph) if part.examples else {}
     inputs = tuple(
         msgspec.structs.replace(spec, values=(0, known[spec.name] - 1)) if spec.name in known else spec
         for spec in part.inputs
@@ -204,7 +229,7 @@ def _traced(part: GraphPart, examples: dict[str, Array]) -> ir.Model:
     except Exception as error:  # tracing runs the user's own code
         first = error
     dependent = _DATA_DEPENDENT.search(_everything(first))
-    if dependent or _watched(part, _usual(part) or examples).reads:
+    if dependent or _watched(part).reads:
         # TorchScript would keep the branch that the examples take, without a word.
         reason = _reason(first) if dependent else "forward reads numbers of tensors"
         raise ExportError(
@@ -258,19 +283,10 @@ def _export(part: GraphPart, examples: dict[str, Array], file: Any, **how: Any) 
 
 def _module(part: GraphPart) -> nn.Module:
     module: nn.Module = part.module
-    return _ByPosition(module) if isinstance(module, NamedModule) else module
-
-
-class _ByPosition(nn.Module):
-    """A `NamedModule` as torch's exporters call it; its weights are called ``model.…``."""
-
-    def __init__(self, named: NamedModule) -> None:
-        super().__init__()
-        self.model, self._named = named.model, [named]  # in a list, or the weights would have two names
-
-    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        (named,) = self._named
-        return tuple(named(dict(zip(named.examples, tensors, strict=True))).values())
+    if not isinstance(module, NamedModule):
+        return module
+    # Its model alone is registered, or the weights would have two names.
+    return ByPosition(module.model, part.inputs, lambda _, feeds: list(module(feeds).values()))
 
 
 def _reason(error: BaseException) -> str:

@@ -47,7 +47,6 @@ class _Case:
     ``first`` and ``shuffled``: the inputs are the source's examples, as they are or in another order.
     """
 
-    description: str
     feeds: dict[str, Array]
     outputs: dict[str, Array]
     step: int = 1
@@ -91,11 +90,11 @@ def _verified(
     """`verify` with a third case of ``largest`` times the usual values."""
     seeds = _seeds(source, parts)
     cases: list[_Case] = []
-    for description, feeds in _drawn(source, config, seeds, largest):
+    for _, feeds in _drawn(source, config, seeds, largest):
         progress(len(cases), 2 * len(seeds))
         step = _STEP if cases and len(seeds) == 2 and _chooses_queries(source) else 1
-        case = _own_case(source, description, feeds, cases) if source.examples else None
-        cases.append(case or _Case(description, feeds, _reference(source, feeds, step=step), step))
+        case = _own_case(source, feeds, cases) if source.examples else None
+        cases.append(case or _Case(feeds, _reference(source, feeds, step=step), step))
     known = [dict(case.feeds) for case in cases]
     checks: list[Check] = []
     golden: dict[str, dict[str, Array]] = {}
@@ -139,21 +138,21 @@ def _expected(
     }
 
 
-def _own_case(source: GraphPart, description: str, feeds: dict[str, Array], cases: Sequence[_Case]) -> _Case:
+def _own_case(source: GraphPart, feeds: dict[str, Array], cases: Sequence[_Case]) -> _Case:
     """A case of a model with examples, which the first case is made of. Where random inputs leave what the model is
     defined for, the examples are taken, the elements of each row in another order: a mask keeps its number of ones.
     """
     if not cases:
-        return _Case(description, feeds, _reference(source, feeds), first=True)
+        return _Case(feeds, _reference(source, feeds), first=True)
     usual = all(np.isfinite(array).all() for array in cases[0].outputs.values())
     with contextlib.suppress(UnsupportedModelError):
         outputs = _reference(source, feeds)
         if not any((~np.isfinite(array) if usual else np.isnan(array)).any() for array in outputs.values()):
-            return _Case(description, feeds, outputs)
+            return _Case(feeds, outputs)
     rng, examples = np.random.default_rng(len(cases)), source.examples
     feeds = {name: rng.permuted(repeated(examples[name], len(array)), axis=-1) for name, array in feeds.items()}
     try:
-        return _Case(description, feeds, _reference(source, feeds), shuffled=True)
+        return _Case(feeds, _reference(source, feeds), shuffled=True)
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"on random inputs, {error.message}", error.hint) from error
 
@@ -213,17 +212,16 @@ def _reference(part: GraphPart, feeds: dict[str, Array], double: bool = False, s
     """What the source itself gives, in float64 with ``double``, for one query in ``step``. An ONNX file has one
     precision.
     """
-    if isinstance(part.module, OnnxFile) or (isinstance(part.module, NamedModule) and not double):
-        return part.module.run(feeds)
-    module = copy.deepcopy(part.module).double() if double else part.module
+    module = part.module
+    if double and not isinstance(module, OnnxFile):
+        module = copy.deepcopy(module).double()
+        feeds = {name: array.astype(np.float64) if array.dtype.kind == "f" else array for name, array in feeds.items()}
+    if isinstance(module, (OnnxFile, NamedModule)):
+        return module.run(feeds)
     tensors = {name: torch.from_numpy(array) for name, array in feeds.items()}
-    if double:
-        tensors = {name: one.double() if one.is_floating_point() else one for name, one in tensors.items()}
     with torch.no_grad():
         if step > 1:
             return {name: rows.numpy() for name, rows in _some_rows(module.model, tensors, step)}
-        if isinstance(module, NamedModule):
-            return {name: output.detach().numpy() for name, output in module(tensors).items()}
         outputs = module(*tensors.values())
     return {spec.name: output.numpy() for spec, output in zip(part.outputs, outputs, strict=True)}
 

@@ -125,10 +125,6 @@ def _frombuffer(data: object, dtype: object, shape: object, order: object, axis_
     return _Stored(values.transpose(axis_order) if order == "K" and axis_order is not None else values)
 
 
-def _scalar(dtype: object, data: object) -> _Stored:
-    return _Stored(_values(data, dtype, (), "C"))
-
-
 def _jax_array(function: object, args: Any, state: object, flags: object) -> _Stored:
     """jax 0.4 and later: numpy's way of making the same array, one level down."""
     if function is not _RECONSTRUCT:
@@ -136,14 +132,6 @@ def _jax_array(function: object, args: Any, state: object, flags: object) -> _St
     array = _reconstruct(*args)
     array.__setstate__(state)
     return array
-
-
-def _flat_mapping(mapping: object) -> object:
-    return mapping
-
-
-def _bytes() -> bytes:
-    return b""  # protocol 2 writes the bytes of an empty array as `bytes()`
 
 
 def _encode(text: object, encoding: object) -> bytes:
@@ -154,23 +142,25 @@ def _encode(text: object, encoding: object) -> bytes:
 
 
 _RECONSTRUCT = _StandIn(_reconstruct)
-_MAPPING = _StandIn(_flat_mapping)
+_SCALAR = _StandIn(lambda dtype, data: _Stored(_values(data, dtype, (), "C")))
+_MAPPING = _StandIn(lambda mapping: mapping)
+_BYTES = _StandIn(lambda: b"")  # protocol 2 writes the bytes of an empty array as `bytes()`
 # Every name that any version of numpy, haiku and jax writes.
 _NAMES: dict[str, object] = {
     "numpy.ndarray": _StandIn(_ndarray),
     "numpy.dtype": _StandIn(_DType),
     "numpy.core.multiarray._reconstruct": _RECONSTRUCT,
     "numpy._core.multiarray._reconstruct": _RECONSTRUCT,
-    "numpy.core.multiarray.scalar": _StandIn(_scalar),
-    "numpy._core.multiarray.scalar": _StandIn(_scalar),
+    "numpy.core.multiarray.scalar": _SCALAR,
+    "numpy._core.multiarray.scalar": _SCALAR,
     "numpy.core.numeric._frombuffer": _StandIn(_frombuffer),
     "numpy._core.numeric._frombuffer": _StandIn(_frombuffer),
     "jax._src.array._reconstruct_array": _StandIn(_jax_array),
     "haiku._src.data_structures.FlatMapping": _MAPPING,
     "haiku._src.data_structures.FlatMap": _MAPPING,
     "haiku._src.data_structures.frozendict": _MAPPING,
-    "builtins.bytes": _StandIn(_bytes),
-    "__builtin__.bytes": _StandIn(_bytes),
+    "builtins.bytes": _BYTES,
+    "__builtin__.bytes": _BYTES,
 }
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
 
 import msgspec
 import torch
@@ -24,20 +23,15 @@ from perceiver_export.exporter.checkpoints.huggingface_config import (
     read_config,
 )
 from perceiver_export.exporter.checkpoints.origins import refuse_other_directories, refuse_other_packages, unwrapped
-from perceiver_export.exporter.checkpoints.preprocessor import (
-    as_deepmind,
-    image_preprocessing,
-    proportions_note,
-    read_preprocessor,
-)
+from perceiver_export.exporter.checkpoints.preprocessor import image_preprocessing, proportions_note, read_preprocessor
 from perceiver_export.exporter.checkpoints.tokenizer import FoundTokenizer, find_tokenizer
 from perceiver_export.exporter.checkpoints.weights import Source, Sources, load_model_state, read_state_dict
 from perceiver_export.exporter.loaded import LoadedModel
 from perceiver_export.exporter.model import architectures
 from perceiver_export.exporter.model.architectures import Parity, VideoSizes
-from perceiver_export.exporter.model.config import AttentionConfig, ImageInput, PerceiverConfig, TokenInput
+from perceiver_export.exporter.model.config import AttentionConfig, Features, ImageInput, PerceiverConfig, TokenInput
+from perceiver_export.exporter.presets import preprocessing
 from perceiver_export.runtimes.errors import CheckpointError, UnsupportedModelError, UsageError
-from perceiver_export.runtimes.preprocessing import FlowPreprocessing, Preprocessing, VideoPreprocessing
 
 # transformers' names of our parameters; the first that fits counts. The language model has some one level higher.
 _QUERIES = "output_position_encodings.position_embeddings"
@@ -123,7 +117,7 @@ def _in_a_layer(rest: str) -> str:
     return rest.replace(ours, theirs)[1:] if ours else rest[1:]
 
 
-_FEATURES: dict[str, Literal["conv1x1", "pixels", "conv"]] = {
+_FEATURES: dict[str, Features] = {
     "PerceiverForImageClassificationLearned": "conv1x1",
     "PerceiverForImageClassificationFourier": "pixels",
     "PerceiverForImageClassificationConvProcessing": "conv",
@@ -154,7 +148,7 @@ def load_huggingface(
     sizes = architecture(config, parity, image_shape or default_image_shape(config, directory))
     sources = huggingface_sources(task, swap_kernel=parity == "deepmind")
     model = load_model_state(sizes, state, sources, ignored=DEAD if task == "video-autoencoding" else ())
-    text = _text(config, directory, parity)
+    text, processor = _text(config, directory, parity), read_preprocessor(directory)
     labels = config.read_labels() if task in _LABELLED else None
     return LoadedModel(
         model=model,
@@ -163,7 +157,7 @@ def load_huggingface(
         parity=parity,
         source=directory.resolve().name,
         labels=labels.names if labels else (),
-        preprocessing=_preprocessing(config, directory, sizes, parity) if text is None else text.steps,
+        preprocessing=preprocessing(task, sizes, parity, processor, None) if text is None else text.steps,
         split=task == "video-autoencoding",
         notes=(*notes, *_notes(config, directory, sizes, labels), *(text.notes if text else ())),
         files=text.files if text else {},
@@ -179,7 +173,12 @@ def architecture(config: HuggingFaceConfig, parity: Parity, image_shape: tuple[i
         sizes = _architecture(config, parity, image)
     except UsageError as error:  # the sizes are the file's, not the caller's
         raise CheckpointError(f"config.json: {error.message}", error.hint) from error
-    _check_residual(sizes)
+    gives = sizes.encoder.self_attention.num_v_channels  # in transformers as many channels as values have
+    if gives != config.d_latents and config.num_self_attends_per_block:
+        raise UnsupportedModelError(
+            f"config.json: self-attention gives {gives} channels, d_latents is {config.d_latents}",
+            "make both equal: transformers cannot run such a model either",
+        )
     return sizes
 
 
@@ -194,7 +193,8 @@ def _architecture(config: HuggingFaceConfig, parity: Parity, image: ImageInput |
     else:
         tokens = TokenInput(config.vocab_size, config.max_position_embeddings, config.d_model)
         if task == "text-classification":
-            sizes = architectures.text_classifier(tokens, config.encoder, len(config.read_labels().names), parity)
+            count = len(config.read_labels().names)
+            sizes = architectures.classifier({"tokens": tokens}, config.encoder, count, parity)
         else:  # transformers fixes these widths in its class
             decoder = AttentionConfig(8, 8 * 32, config.d_model, query_residual=False)
             sizes = architectures.language_model(tokens, config.encoder, decoder, parity)
@@ -231,21 +231,6 @@ def _video_sizes(config: HuggingFaceConfig) -> VideoSizes:
         num_label_query_channels=config.label_query_channels,
         num_output_channels=config.output_num_channels,
     )
-
-
-def _preprocessing(config: HuggingFaceConfig, directory: Path, sizes: PerceiverConfig, parity: Parity) -> Preprocessing:
-    task = TASKS[config.architecture]
-    if task == "image-classification":
-        image = sizes.inputs["image"]
-        assert isinstance(image, ImageInput)
-        steps = image_preprocessing(read_preprocessor(directory), image.height, image.width)
-        return as_deepmind(steps) if parity == "deepmind" else steps
-    if task == "optical-flow":
-        return FlowPreprocessing.of_tile(*config.train_size)
-    if task == "video-autoencoding":
-        video = _video_sizes(config)
-        return VideoPreprocessing(video.num_frames, video.height, video.width, video.num_samples)
-    raise AssertionError(task)  # `find_tokenizer` prepares text
 
 
 def _text(config: HuggingFaceConfig, directory: Path, parity: Parity) -> FoundTokenizer | None:
@@ -288,13 +273,3 @@ def _notes(
                 " the accuracy at this size with `validate`"
             )
     return tuple(notes)
-
-
-def _check_residual(sizes: PerceiverConfig) -> None:
-    """Refuse a residual of another width: in transformers self-attention gives as many channels as values have."""
-    gives, takes = sizes.encoder.self_attention.num_v_channels, sizes.encoder.num_latent_channels
-    if gives != takes and sizes.encoder.num_self_attentions_per_block:
-        raise UnsupportedModelError(
-            f"config.json: self-attention gives {gives} channels, d_latents is {takes}",
-            "make both equal: transformers cannot run such a model either",
-        )

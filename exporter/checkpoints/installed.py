@@ -95,9 +95,8 @@ def _from_elsewhere(config: object) -> Iterator[str]:
             chosen = value.values() if isinstance(value, dict) else [value]
             kernels = name.endswith(("_implementation", "_implementation_internal"))
             kernels = kernels and any(one not in (None, "eager", "sdpa") for one in chosen)  # others may be the hub's
-            remote = (
-                name in ("architecture", "backbone") and isinstance(value, str) and ":" in value
-            )  # timm's `hf-hub:`
+            # timm's `hf-hub:`
+            remote = name in ("architecture", "backbone") and isinstance(value, str) and ":" in value
             if kernels or remote or (value and name in _ELSEWHERE):
                 yield name
             yield from _from_elsewhere(value)

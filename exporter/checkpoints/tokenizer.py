@@ -94,9 +94,6 @@ class _Limits:
         most = self.most if self.most < self.length else 0
         return TextPreprocessing(self.length, special_tokens, file, cut, most, self.side)
 
-    def note(self) -> str:
-        return f"texts of more than {self.most} tokens are cut on the {self.side}, as {FILE} says"
-
 
 def _bytes(config: Mapping[str, Any], limits: _Limits, vocabulary: int) -> FoundTokenizer:
     named = {key: _text(config[key]) for key in _NAMED if config.get(key) is not None and key != "unk_token"}
@@ -126,12 +123,10 @@ def _from_file(
         note = "the tokenizer names no mask_token: the bundle takes token ids; set mask_token in tokenizer_config.json"
         return FoundTokenizer(None, notes=(note,))
     pad = tokenizer.token_to_id(named.get("pad_token", ""))
-    steps = limits.steps(
-        special_tokens=False,
-        file=TokenizerFile(FILE, mask, pad or 0, _cleans_up(tokenizer, config)),
-        cut=tokenizer.truncation is not None,
-    )
-    notes = [limits.note()] if steps.truncate else []
+    file = TokenizerFile(FILE, mask, pad or 0, _cleans_up(tokenizer, config))
+    steps = limits.steps(special_tokens=False, file=file, cut=tokenizer.truncation is not None)
+    cut = f"texts of more than {limits.most} tokens are cut on the {limits.side}, as {FILE} says"
+    notes = [cut] if steps.truncate else []
     if not config.get("tokenizer_class"):
         notes.append(f"tokenizer_config.json names no tokenizer_class: text is read by {FILE}")
     if (config.get("padding_side") or (tokenizer.padding or {}).get("direction")) == "left":

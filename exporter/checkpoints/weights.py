@@ -12,7 +12,7 @@ import os
 import pickle
 import re
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -64,9 +64,7 @@ def load_model_state(
         _check_tensor(source, state[source.name], expected[own])
     model = PerceiverIO(config)
     found = {own: source.convert(state[source.name]) for own, source in wanted.items()}
-    missing, unexpected = model.load_state_dict(found, strict=False)
-    assert not unexpected
-    assert all(map(_is_counter, missing))
+    model.load_state_dict(found, strict=False)  # all but the counters
     return model.eval()
 
 
@@ -78,51 +76,34 @@ def _is_counter(name: str) -> bool:
 def _check_names(wanted: set[str], there: set[str], ignored: set[str]) -> None:
     missing = sorted(wanted - there)
     unknown = sorted(name for name in there - wanted - ignored if not _is_counter(name))
-    if missing or unknown:
-        raise CheckpointError(
-            _describe(missing, unknown), "give config and weights of one model, under their original names"
-        )
+    lists = (("missing from the checkpoint", missing, unknown), ("unknown to the model", unknown, missing))
+    parts = [
+        f"{len(names)} {'tensors are' if len(names) > 1 else 'tensor is'} {what}: {_listed(names, others)}"
+        for what, names, others in lists
+        if names
+    ]
+    if parts:
+        raise CheckpointError("; ".join(parts), "give config and weights of one model, under their original names")
 
 
 def _check_tensor(source: Source, found: Tensor, expected: Tensor) -> None:
+    what, hint = f"tensor {source.name!r} has shape {tuple(found.shape)}", "give config and weights of one model"
     try:
         converted = source.convert(torch.empty(found.shape, device="meta"))
     except (RuntimeError, IndexError, ValueError) as error:
-        raise CheckpointError(
-            f"tensor {source.name!r} has shape {tuple(found.shape)}, which does not fit its layer",
-            "give config and weights of one model",
-        ) from error
+        raise CheckpointError(f"{what}, which does not fit its layer", hint) from error
     if converted.shape != expected.shape:
         as_ours = "" if found.shape == converted.shape else f" ({tuple(converted.shape)} in our layout)"
-        raise CheckpointError(
-            f"tensor {source.name!r} has shape {tuple(found.shape)}{as_ours}, "
-            f"the config asks for {tuple(expected.shape)}",
-            "give config and weights of one model",
-        )
+        raise CheckpointError(f"{what}{as_ours}, the config asks for {tuple(expected.shape)}", hint)
     if found.is_floating_point() != expected.is_floating_point():
         raise CheckpointError(
             f"tensor {source.name!r} has dtype {found.dtype}", "give a checkpoint that is neither quantized nor damaged"
         )
 
 
-def _describe(missing: list[str], unknown: list[str]) -> str:
-    parts = []
-    if missing:
-        parts.append(f"{_tensors(missing)} missing from the checkpoint: {_listed(missing, unknown)}")
-    if unknown:
-        parts.append(f"{_tensors(unknown)} unknown to the model: {_listed(unknown, missing)}")
-    return "; ".join(parts)
-
-
-def _tensors(names: list[str]) -> str:
-    return f"{len(names)} tensors are" if len(names) > 1 else "1 tensor is"
-
-
-def _listed(names: Iterable[str], candidates: list[str]) -> str:
-    names = list(names)
-    short = [
-        candidate for candidate in candidates if len(candidate) <= _LONGEST
-    ]  # comparing long ones would take hours
+def _listed(names: list[str], candidates: list[str]) -> str:
+    # Comparing long ones would take hours.
+    short = [candidate for candidate in candidates if len(candidate) <= _LONGEST]
     shown = []
     for name in names[:_SHOWN]:
         near = difflib.get_close_matches(name, short, n=1, cutoff=0.8) if len(name) <= _LONGEST else []
@@ -157,12 +138,10 @@ def read_state_dict(directory: Path) -> dict[str, Tensor]:
 
     Raises CheckpointError: no weight file, a broken one, or one that wants to execute code.
     """
-    for name in _SINGLE:
-        if (directory / name).is_file():
-            return _checked(_read_file(directory / name))
-    for name in SHARDED:
-        if (directory / name).is_file():
-            return _checked(_read_shards(directory, directory / name))
+    for read, names in ((_read_file, _SINGLE), (_read_shards, SHARDED)):
+        for path in (directory / name for name in names):
+            if path.is_file():
+                return _checked(read(path))
     raise CheckpointError(
         f"no weights in {directory}", f"give a Hugging Face directory with one of {', '.join((*_SINGLE, *SHARDED))}"
     )
@@ -181,8 +160,8 @@ def read_index(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def _read_shards(directory: Path, index: Path) -> dict[str, Tensor]:
-    weight_map = read_index(index)
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    weight_map, directory = read_index(index), index.parent
     shards = sorted(set(weight_map.values()))
     state: dict[str, Tensor] = {}
     for shard in shards:

@@ -22,6 +22,7 @@ from perceiver_export.exporter.model.config import (
     AttentionConfig,
     AverageDecoder,
     EncoderConfig,
+    Features,
     FourierPositions,
     FramePairInput,
     ImageInput,
@@ -94,8 +95,7 @@ class EncoderSizes:
 
 def fourier(num_bands: int, max_resolution: tuple[int, ...], parity: Parity, endpoint: bool = True) -> FourierPositions:
     """Fourier positions, computed in float32 as in transformers, or in float64: DeepMind's depend on the compiler."""
-    arithmetic: Literal["float32", "float64"] = "float32" if parity == "huggingface" else "float64"
-    return FourierPositions(num_bands, max_resolution, endpoint, arithmetic=arithmetic)
+    return FourierPositions(num_bands, max_resolution, endpoint, "float32" if parity == "huggingface" else "float64")
 
 
 def image_classifier(image: ImageInput, encoder: EncoderSizes, num_labels: int, parity: Parity) -> PerceiverConfig:
@@ -105,11 +105,7 @@ def image_classifier(image: ImageInput, encoder: EncoderSizes, num_labels: int, 
 
 
 def image_input(
-    features: Literal["pixels", "conv1x1", "conv"],
-    height: int,
-    width: int,
-    parity: Parity,
-    trained_grid: tuple[int, int],
+    features: Features, height: int, width: int, parity: Parity, trained_grid: tuple[int, int]
 ) -> ImageInput:
     """The three image inputs. ``trained_grid`` has the size of learned positions, or the resolution of Fourier ones.
 
@@ -129,18 +125,8 @@ def language_model(
     """Masked tokens -> scores of all tokens at every position, by the tied embedding."""
     queries = LearnedQueries(tokens.length, tokens.num_input_channels)
     outputs = {"logits": OutputConfig(queries, (tokens.length, tokens.vocabulary_size))}
-    return _model(
-        {"tokens": tokens},
-        encoder,
-        QueryDecoder(outputs, tokens.num_input_channels, decoder, tied_to="tokens"),
-        parity,
-        mask_queries=True,
-    )
-
-
-def text_classifier(tokens: TokenInput, encoder: EncoderSizes, num_labels: int, parity: Parity) -> PerceiverConfig:
-    """Text -> classes, read by one learned query."""
-    return _model({"tokens": tokens}, encoder, _classes(encoder, num_labels, residual=True), parity)
+    head = QueryDecoder(outputs, tokens.num_input_channels, decoder, tied_to="tokens")
+    return _model({"tokens": tokens}, encoder, head, parity, mask_queries=True)
 
 
 def multitask_text_classifier(
@@ -156,13 +142,10 @@ def multitask_text_classifier(
 def optical_flow(height: int, width: int, encoder: EncoderSizes, parity: Parity) -> PerceiverConfig:
     """Two frames -> the displacement of every pixel, in pixels; the inputs are the queries."""
     frames = FramePairInput(height, width, 64, fourier(64, (height, width), parity))
-    queries = InputQueries(height * width, frames.num_input_channels)
-    decoder = QueryDecoder(
-        outputs={"flow": OutputConfig(queries, (height, width, 2), scale=FLOW_SCALE)},
-        num_query_channels=frames.num_input_channels,
-        cross_attention=encoder.decoder_attention(frames.num_input_channels, query_residual=False),
-        num_output_channels=2,
-    )
+    channels = frames.num_input_channels
+    outputs = {"flow": OutputConfig(InputQueries(height * width, channels), (height, width, 2), scale=FLOW_SCALE)}
+    attention = encoder.decoder_attention(channels, query_residual=False)
+    decoder = QueryDecoder(outputs, channels, attention, num_output_channels=2)
     return _model({"frames": frames}, encoder, decoder, parity)
 
 
@@ -183,61 +166,51 @@ class VideoSizes:
     num_label_query_channels: int = 1024
     num_output_channels: int = 512
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Frames, height, width."""
+        return self.num_frames, self.height, self.width
+
+    @property
+    def resolution(self) -> tuple[int, int, int]:
+        """That of the Fourier positions of ``shape``."""
+        step = self.spatial_patch
+        return self.num_frames, *(self.image_resolution or (self.height // step, self.width // step))
+
 
 def video_autoencoder(sizes: VideoSizes, encoder: EncoderSizes, parity: Parity) -> PerceiverConfig:
     """Frames and sound -> themselves and a label. The label is never an input: its mask token is."""
-    step = sizes.spatial_patch
-    grid = sizes.image_resolution or (sizes.height // step, sizes.width // step)
-    image_resolution, audio_resolution = (sizes.num_frames, *grid), (sizes.num_samples,)
-    audio_positions = fourier(sizes.audio_bands, audio_resolution, parity)
-    audio = ArrayInput((sizes.num_samples,), 1, (sizes.samples_per_patch,), positions=audio_positions)
-    frames = ArrayInput(
-        (sizes.num_frames, sizes.height, sizes.width),
-        3,
-        (1, step, step),
-        positions=fourier(sizes.image_bands, image_resolution, parity),
-    )
+    positions = fourier(sizes.audio_bands, (sizes.num_samples,), parity)
+    audio = ArrayInput((sizes.num_samples,), 1, (sizes.samples_per_patch,), positions=positions)
+    positions = fourier(sizes.image_bands, sizes.resolution, parity)
+    frames = ArrayInput(sizes.shape, 3, (1, sizes.spatial_patch, sizes.spatial_patch), positions=positions)
     # DeepMind pads every modality to 4 channels (queries: 2) more than the widest has.
     num_input_channels = max(audio.num_input_channels, frames.num_input_channels, sizes.num_labels) + 4
     inputs: dict[str, Input] = {"audio": audio, "frames": frames, "label": MaskedInput(1, num_input_channels)}
-    decoder = _video_decoder(sizes, encoder, image_resolution, audio_resolution, parity)
-    return _model(inputs, encoder, decoder, parity)
+    return _model(inputs, encoder, _video_decoder(sizes, encoder, parity), parity)
 
 
-def _video_decoder(
-    sizes: VideoSizes,
-    encoder: EncoderSizes,
-    image_resolution: tuple[int, ...],
-    audio_resolution: tuple[int, ...],
-    parity: Parity,
-) -> QueryDecoder:
+def _video_decoder(sizes: VideoSizes, encoder: EncoderSizes, parity: Parity) -> QueryDecoder:
     """Queries are positions -1 + 2 i / n of pixels and audio patches, since both parities train on sampled points."""
-    sound = PositionQueries(
-        (sizes.num_samples // sizes.samples_per_patch,),
-        fourier(sizes.audio_bands, audio_resolution, parity, endpoint=False),
-    )
-    shape = (sizes.num_frames, sizes.height, sizes.width)
-    video = PositionQueries(shape, fourier(sizes.image_bands, image_resolution, parity, endpoint=False))
+    positions = fourier(sizes.audio_bands, (sizes.num_samples,), parity, endpoint=False)
+    sound = PositionQueries((sizes.num_samples // sizes.samples_per_patch,), positions)
+    video = PositionQueries(sizes.shape, fourier(sizes.image_bands, sizes.resolution, parity, endpoint=False))
     label = LearnedQueries(1, sizes.num_label_query_channels)
     num_query_channels = max(sound.num_channels, video.num_channels, label.num_channels) + 2
     outputs = {
         "sound": OutputConfig(sound, (sizes.num_samples, 1), sizes.samples_per_patch),
-        "video": OutputConfig(video, (*shape, 3), 3),
+        "video": OutputConfig(video, (*sizes.shape, 3), 3),
         "label": OutputConfig(label, (sizes.num_labels,), sizes.num_labels),
     }
-    return QueryDecoder(
-        outputs,
-        num_query_channels,
-        encoder.decoder_attention(num_query_channels, query_residual=False),
-        sizes.num_output_channels,
-    )
+    attention = encoder.decoder_attention(num_query_channels, query_residual=False)
+    return QueryDecoder(outputs, num_query_channels, attention, sizes.num_output_channels)
 
 
 def classifier(
     inputs: Mapping[str, Input], encoder: EncoderSizes, num_labels: int, parity: Parity, num_input_channels: int = 0
 ) -> PerceiverConfig:
     """Any inputs -> classes, read by one learned query."""
-    return _model(inputs, encoder, _classes(encoder, num_labels, residual=True), parity, num_input_channels)
+    return _model(inputs, encoder, _classes(encoder, num_labels), parity, num_input_channels)
 
 
 def set_transformer(
@@ -252,8 +225,9 @@ def set_transformer(
     return _model({"entities": entities}, encoder, decoder, parity, mask_queries=True)
 
 
-def _classes(encoder: EncoderSizes, num_labels: int, residual: bool) -> QueryDecoder:
-    width = encoder.num_latent_channels
+def _classes(encoder: EncoderSizes, num_labels: int, residual: bool = True, width: int = 0) -> QueryDecoder:
+    """Classes, read by one learned query of ``width`` channels, by default as many as latents have."""
+    width = width or encoder.num_latent_channels
     outputs = {"logits": OutputConfig(LearnedQueries(1, width), (num_labels,))}
     return QueryDecoder(outputs, width, encoder.decoder_attention(width, residual), num_labels)
 
@@ -336,9 +310,7 @@ def audio_video_classifier(
     sizes: AudioVideoSizes, encoder: EncoderSizes, num_labels: int, parity: Parity, num_query_channels: int
 ) -> PerceiverConfig:
     """Sound and frames -> classes, read by one learned query of ``num_query_channels`` (Perceiver IO, table 6)."""
-    outputs = {"logits": OutputConfig(LearnedQueries(1, num_query_channels), (num_labels,))}
-    attention = encoder.decoder_attention(num_query_channels, query_residual=True)
-    decoder = QueryDecoder(outputs, num_query_channels, attention, num_labels)
+    decoder = _classes(encoder, num_labels, width=num_query_channels)
     return _model(sizes.inputs(parity), encoder, decoder, parity, sizes.num_input_channels)
 
 

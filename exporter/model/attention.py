@@ -10,34 +10,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from perceiver_export.exporter.model.config import Activation, AttentionConfig
-
-
-def _quick_gelu(x: Tensor) -> Tensor:
-    return x * torch.sigmoid(1.702 * x)
-
-
-def _clipped_gelu(x: Tensor) -> Tensor:
-    return torch.clip(F.gelu(x), -10, 10)
-
-
-def _laplace(x: Tensor) -> Tensor:
-    """MEGA's, with its constants (arXiv 2209.10655)."""
-    return 0.5 * (1 + torch.erf((x - 0.707107) / (0.282095 * math.sqrt(2))))
-
+from perceiver_export.exporter.model.config import Activation, AttentionConfig, MaskedRows
 
 # The functions are those of transformers' `activations.py`, in operators that every engine has.
 _ELEMENTWISE: dict[Activation, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu-tanh": partial(F.gelu, approximate="tanh"),
-    "gelu-clipped": _clipped_gelu,
-    "quick-gelu": _quick_gelu,
+    "gelu-clipped": lambda x: torch.clip(F.gelu(x), -10, 10),
+    "quick-gelu": lambda x: x * torch.sigmoid(1.702 * x),
     "relu": torch.relu,
     "relu6": lambda x: torch.clip(x, 0, 6),
     "relu-squared": lambda x: torch.square(torch.relu(x)),
@@ -48,7 +33,8 @@ _ELEMENTWISE: dict[Activation, Callable[[Tensor], Tensor]] = {
     "sqrt-softplus": lambda x: torch.sqrt(F.softplus(x)),
     "sigmoid": torch.sigmoid,
     "tanh": torch.tanh,
-    "laplace": _laplace,
+    # MEGA's, with its constants (arXiv 2209.10655)
+    "laplace": lambda x: 0.5 * (1 + torch.erf((x - 0.707107) / (0.282095 * math.sqrt(2)))),
     "linear": lambda x: x,
 }
 
@@ -75,7 +61,7 @@ def attend(
     values: Tensor,
     num_heads: int,
     mask: Tensor | None = None,
-    masked_rows: Literal["zero", "mean"] = "mean",
+    masked_rows: MaskedRows = "mean",
 ) -> Tensor:
     """Multi-head attention, softmax(QKᵀ/√d)V: (B, N, E), (B, M, E), (B, M, V) -> (B, N, V).
 
@@ -126,11 +112,7 @@ class Attention(nn.Module):
     """Projections around `attend`: queries (B, N, Q) over inputs (B, M, C) -> (B, N, Q)."""
 
     def __init__(
-        self,
-        config: AttentionConfig,
-        num_query_channels: int,
-        num_input_channels: int,
-        masked_rows: Literal["zero", "mean"] = "mean",
+        self, config: AttentionConfig, num_query_channels: int, num_input_channels: int, masked_rows: MaskedRows
     ) -> None:
         super().__init__()
         self.num_heads, self.masked_rows = config.num_heads, masked_rows
@@ -176,7 +158,7 @@ class CrossAttention(nn.Module):
         num_query_channels: int,
         num_input_channels: int,
         activation: Activation,
-        masked_rows: Literal["zero", "mean"] = "mean",
+        masked_rows: MaskedRows = "mean",
     ) -> None:
         super().__init__()
         self.query_residual = config.query_residual
@@ -202,7 +184,7 @@ class SelfAttention(nn.Module):
     def __init__(self, config: AttentionConfig, num_channels: int, activation: Activation) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(num_channels)
-        self.attention = Attention(config, num_channels, num_channels)
+        self.attention = Attention(config, num_channels, num_channels, "mean")
         self.mlp_norm = nn.LayerNorm(num_channels)
         self.mlp = MLP(num_channels, config.widening_factor, activation)
 

@@ -24,6 +24,8 @@ _Rectifier = Literal["relu", "relu6", "relu-squared", "leaky-relu"]
 _Smooth = Literal["silu", "hardswish", "mish", "sqrt-softplus", "sigmoid", "tanh", "laplace", "linear"]
 Activation = Literal["gelu", "gelu-tanh", "gelu-clipped", "quick-gelu", _Rectifier, _Smooth]
 Sharing = Literal["all", "all-but-first", "none"]
+MaskedRows = Literal["zero", "mean"]
+Features = Literal["pixels", "conv1x1", "conv"]
 
 
 class FourierPositions(Checked, frozen=True, tag="fourier"):
@@ -79,7 +81,7 @@ class ImageInput(Checked, frozen=True, tag="image"):
     num_channels: Size
     height: Size
     width: Size
-    features: Literal["pixels", "conv1x1", "conv"]
+    features: Features
     num_feature_channels: Size
     positions: Positions
     padding: Literal["same", "huggingface"] = "huggingface"
@@ -102,10 +104,8 @@ class ImageInput(Checked, frozen=True, tag="image"):
         return self.num_feature_channels + self.positions.num_channels
 
     def check(self) -> None:
-        require(
-            self.features != "pixels" or self.num_feature_channels == self.num_channels,
-            f"pixels have {self.num_channels} channels, num_feature_channels is {self.num_feature_channels}",
-        )
+        fits = self.features != "pixels" or self.num_feature_channels == self.num_channels
+        require(fits, f"pixels have {self.num_channels} channels, num_feature_channels is {self.num_feature_channels}")
         small = f"an image of {self.height} × {self.width} is too small to convolve"
         require(min(self.grid) > 0, small, "give sides of 5 or more")
         _check_axes(self.positions, 2)
@@ -179,17 +179,14 @@ class ArrayInput(Checked, frozen=True, tag="array"):
 
     def check(self) -> None:
         patch = self.patch or (1,) * len(self.shape)
-        require(
-            len(patch) == len(self.shape)
-            and not any(size % step for size, step in zip(self.shape, patch, strict=True)),
-            f"patches of {self.patch} do not divide {self.shape}",
-        )
+        whole = len(patch) == len(self.shape)
+        whole = whole and not any(size % step for size, step in zip(self.shape, patch, strict=True))
+        require(whole, f"patches of {self.patch} do not divide {self.shape}")
         if self.positions is not None:
             _check_axes(self.positions, len(self.shape))
-        require(
-            not isinstance(self.positions, LearnedPositions) or self.positions.shape == self.grid,
-            f"there are {self.grid} patches, positions are of {getattr(self.positions, 'shape', ())}",
-        )
+        if isinstance(self.positions, LearnedPositions):
+            shape = self.positions.shape
+            require(shape == self.grid, f"there are {self.grid} patches, positions are of {shape}")
         if self.value_positions is not None:
             require(
                 len(self.value_positions.max_resolution) == self.num_channels
@@ -349,7 +346,7 @@ class PerceiverConfig(Checked, frozen=True):
     encoder: EncoderConfig
     decoder: QueryDecoder | AverageDecoder
     activation: Activation = "gelu"
-    masked_rows: Literal["zero", "mean"] = "mean"
+    masked_rows: MaskedRows = "mean"
     mask_queries: bool = False
 
     def check(self) -> None:
@@ -383,10 +380,8 @@ class PerceiverConfig(Checked, frozen=True):
                     f"output {name!r} takes {count} × {width} inputs as queries; there are {num_inputs} ×"
                     f" {self.num_input_channels}, of {len(self.inputs)} kinds",
                 )
-            require(
-                not self.mask_queries or count == num_inputs,
-                f"mask_queries is set, and output {name!r} has {count} queries for {num_inputs} inputs",
-            )
+            fits = not self.mask_queries or count == num_inputs
+            require(fits, f"mask_queries is set, and output {name!r} has {count} queries for {num_inputs} inputs")
             channels = output.num_channels or decoder.num_output_channels or decoder.num_query_channels
             if isinstance(tied, TokenInput):
                 width = tied.num_input_channels

@@ -7,6 +7,8 @@ Position encodings are computed once, when the model is built.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,16 +26,15 @@ from perceiver_export.exporter.model.config import (
 )
 
 
-def axis_positions(size: int, endpoint: bool, dtype: torch.dtype) -> Tensor:
-    """Coordinates of ``size`` points on one axis: linspace(-1, 1), or -1 + 2 i / size without ``endpoint``."""
-    if endpoint:
-        return torch.linspace(-1.0, 1.0, size, dtype=dtype)
-    return -1 + 2 * torch.arange(size, dtype=dtype) / size
-
-
 def grid_positions(shape: tuple[int, ...], endpoint: bool, dtype: torch.dtype) -> Tensor:
-    """Coordinates of every point of a grid, first axis slowest: (prod(shape), len(shape))."""
-    axes = [axis_positions(size, endpoint, dtype) for size in shape]
+    """Coordinates of every point of a grid, first axis slowest: (prod(shape), len(shape)).
+
+    On each axis they are linspace(-1, 1), or -1 + 2 i / size without ``endpoint``.
+    """
+    axes = [
+        torch.linspace(-1.0, 1.0, size, dtype=dtype) if endpoint else -1 + 2 * torch.arange(size, dtype=dtype) / size
+        for size in shape
+    ]
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, -2)
 
 
@@ -67,7 +68,6 @@ class FourierPositionEncoding(nn.Module):
 
     def __init__(self, config: FourierPositions, shape: tuple[int, ...]) -> None:
         super().__init__()
-        self.config, self.shape = config, shape
         self.register_buffer("table", fourier_table(config, shape), persistent=False)
 
     def forward(self) -> Tensor:
@@ -83,11 +83,9 @@ class LearnedPositionEncoding(nn.Module):
         super().__init__()
         self.trained_shape, self.shape = config.shape, shape
         self.table = nn.Parameter(torch.randn(math.prod(config.shape), config.num_table_channels) * 0.02)
-        self.projection = (
-            nn.Linear(config.num_table_channels, config.num_projected_channels)
-            if config.num_projected_channels
-            else nn.Identity()
-        )
+        self.projection: nn.Module = nn.Identity()
+        if config.num_projected_channels:
+            self.projection = nn.Linear(config.num_table_channels, config.num_projected_channels)
 
     def forward(self) -> Tensor:
         table: Tensor = self.table
@@ -140,20 +138,17 @@ class ConvDownsample(nn.Module):
         self.norm = nn.BatchNorm2d(num_feature_channels)
 
     def forward(self, image: Tensor) -> Tensor:
-        if self.padding == "huggingface":
-            x = nn.functional.pad(image, (3, 3, 3, 3))
-        else:
-            x = nn.functional.pad(image, _same_padding(image, kernel=7))
-        x = torch.relu(self.norm(self.conv(x)))
+        padding = (3, 3, 3, 3) if self.padding == "huggingface" else _same_padding(image, kernel=7)
+        x = torch.relu(self.norm(self.conv(nn.functional.pad(image, padding))))
         if self.padding == "same":
             x = nn.functional.pad(x, _same_padding(x, kernel=3), value=-torch.inf)
         return nn.functional.max_pool2d(x, kernel_size=3, stride=2)
 
 
-def _same_padding(x: Tensor, kernel: int, stride: int = 2) -> tuple[int, int, int, int]:
-    """(left, right, top, bottom) so that the output has ceil(size / stride) points; the odd one goes to the end."""
+def _same_padding(x: Tensor, kernel: int) -> tuple[int, int, int, int]:
+    """(left, right, top, bottom) so that a stride of 2 gives ceil(size / 2) points; the odd one goes to the end."""
     height, width = x.shape[-2:]
-    vertical, horizontal = (max((-(-n // stride) - 1) * stride + kernel - n, 0) for n in (height, width))
+    vertical, horizontal = (max((-(-n // 2) - 1) * 2 + kernel - n, 0) for n in (height, width))
     return horizontal // 2, horizontal - horizontal // 2, vertical // 2, vertical - vertical // 2
 
 
@@ -237,17 +232,18 @@ class MaskTokenAdapter(nn.Module):
         return self.token.expand(self.num_inputs, -1).unsqueeze(0)
 
 
+_ADAPTERS: dict[type, Callable[[Any], nn.Module]] = {
+    ImageInput: ImageAdapter,
+    FramePairInput: FramePairAdapter,
+    TokenInput: TokenAdapter,
+    ArrayInput: ArrayAdapter,
+    MaskedInput: MaskTokenAdapter,
+}
+
+
 def input_adapter(config: Input) -> nn.Module:
     """The adapter of ``config``."""
-    if isinstance(config, ImageInput):
-        return ImageAdapter(config)
-    if isinstance(config, FramePairInput):
-        return FramePairAdapter(config)
-    if isinstance(config, TokenInput):
-        return TokenAdapter(config)
-    if isinstance(config, ArrayInput):
-        return ArrayAdapter(config)
-    return MaskTokenAdapter(config)
+    return _ADAPTERS[type(config)](config)
 
 
 def _beside(features: Tensor, positions: Tensor) -> Tensor:

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal
 
+import msgspec
 import torch
 from torch import Tensor, nn
 
@@ -26,6 +26,7 @@ from perceiver_export.exporter.model.config import (
     InputQueries,
     LearnedQueries,
     MaskedInput,
+    MaskedRows,
     PerceiverConfig,
     PositionQueries,
     QueryDecoder,
@@ -39,25 +40,18 @@ class PerceiverEncoder(nn.Module):
     """Inputs (B, M, C) and their mask (B, M) -> latents (B, N, D)."""
 
     def __init__(
-        self,
-        config: EncoderConfig,
-        num_input_channels: int,
-        activation: Activation,
-        masked_rows: Literal["zero", "mean"] = "mean",
+        self, config: EncoderConfig, num_input_channels: int, activation: Activation, masked_rows: MaskedRows = "mean"
     ) -> None:
         super().__init__()
         self.config = config
-        num_channels = config.num_latent_channels
+        num_channels, num_layers = config.num_latent_channels, config.num_self_attentions_per_block
         self.latents = nn.Parameter(torch.randn(config.num_latents, num_channels) * 0.02)
         self.cross_attentions = nn.ModuleList(
             CrossAttention(config.cross_attention, num_channels, num_input_channels, activation, masked_rows)
             for _ in range(_distinct(config.num_cross_attentions, config.cross_attention_sharing))
         )
         self.self_attentions = nn.ModuleList(
-            nn.ModuleList(
-                SelfAttention(config.self_attention, num_channels, activation)
-                for _ in range(config.num_self_attentions_per_block)
-            )
+            nn.ModuleList(SelfAttention(config.self_attention, num_channels, activation) for _ in range(num_layers))
             for _ in range(_distinct(config.num_blocks, config.block_sharing))
         )
 
@@ -106,9 +100,7 @@ class PositionQueryTable(nn.Module):
         self.shape, self.num_bands = config.shape, config.positions.num_bands
         for axis, size in enumerate(config.shape):
             resolution = (config.positions.max_resolution[axis],)
-            one_axis = type(config.positions)(
-                self.num_bands, resolution, config.positions.endpoint, arithmetic=config.positions.arithmetic
-            )
+            one_axis = msgspec.structs.replace(config.positions, max_resolution=resolution)
             self.register_buffer(f"axis_{axis}", fourier_table(one_axis, (size,)), persistent=False)
 
     def forward(self, indices: Tensor | None) -> Tensor:
@@ -159,12 +151,7 @@ class PerceiverDecoder(nn.Module):
         self.embedding_bias = nn.Parameter(torch.zeros(vocabulary_size)) if vocabulary_size is not None else None
 
     def forward(
-        self,
-        latents: Tensor,
-        name: str,
-        queries: Tensor,
-        query_mask: Tensor | None = None,
-        embedding: Tensor | None = None,
+        self, latents: Tensor, name: str, queries: Tensor, query_mask: Tensor | None, embedding: Tensor | None
     ) -> Tensor:
         if name in self.paddings:
             padding = self.paddings[name].expand(*queries.shape[:-1], -1)
@@ -201,12 +188,9 @@ class PerceiverIO(nn.Module):
             _check_name(name)
         self.config = config
         self.inputs = nn.ModuleDict({name: input_adapter(one) for name, one in config.inputs.items()})
+        missing = {name: config.num_input_channels - one.num_input_channels for name, one in config.inputs.items()}
         self.input_paddings = nn.ParameterDict(
-            {
-                name: nn.Parameter(torch.randn(1, config.num_input_channels - one.num_input_channels) * 0.02)
-                for name, one in config.inputs.items()
-                if one.num_input_channels < config.num_input_channels
-            }
+            {name: nn.Parameter(torch.randn(1, width) * 0.02) for name, width in missing.items() if width}
         )
         self.encoder = PerceiverEncoder(
             config.encoder, config.num_input_channels, config.activation, config.masked_rows
@@ -224,12 +208,11 @@ class PerceiverIO(nn.Module):
         """All outputs, each (B, *shape). Without its mask an input is complete."""
         inputs, mask = self.embed(feeds)
         latents = self.encoder(inputs, mask)
-        if isinstance(self.decoder, AverageHead):
-            assert not isinstance(self.config.decoder, QueryDecoder)
-            return {self.config.decoder.output: self.decoder(latents)}
-        assert isinstance(self.config.decoder, QueryDecoder)
+        config = self.config.decoder
+        if isinstance(config, AverageDecoder):
+            return {config.output: self.decoder(latents)}
         outputs = {}
-        for name, output in self.config.decoder.outputs.items():
+        for name, output in config.outputs.items():
             rows = self.decode(name, latents, None, feeds, inputs, mask)
             outputs[name] = rows.reshape(rows.shape[0], *output.shape)
         return outputs
@@ -309,4 +292,4 @@ def joined_mask(masks: Sequence[Tensor | None], sizes: Sequence[int], batch: int
         torch.ones(batch, size, dtype=torch.int32) if mask is None else mask
         for mask, size in zip(masks, sizes, strict=True)
     ]
-    return torch.cat(there, dim=1) if len(there) > 1 else there[0]
+    return torch.cat(there, dim=1)

@@ -42,7 +42,7 @@ def language() -> LoadedModel:
 
 
 def sentiment() -> LoadedModel:
-    config = architectures.text_classifier(TOKENS, ENCODER, 2, "deepmind")
+    config = architectures.classifier({"tokens": TOKENS}, ENCODER, 2, "deepmind")
     return loaded(config, "text-classification", TextPreprocessing(32, special_tokens=True), ("bad", "good"))
 
 
