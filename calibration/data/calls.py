@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
 
 from perceiver_export.calibration.data.samples import Example
-from perceiver_export.runtimes.manifest import Manifest, Part, TensorSpec, index_input
+from perceiver_export.runtimes.manifest import Manifest, Part, index_input
 from perceiver_export.runtimes.runtime import Array, Feeds
 
 _DYNAMIC_QUERIES = 256  # query indices a call, where their number is dynamic
@@ -24,13 +25,8 @@ def batch_size(manifest: Manifest) -> int:
 
 def batches(examples: Iterable[Example], size: int) -> Iterator[list[Example]]:
     """Lists of ``size`` examples. The last one is padded by repeating its own examples, which changes no bound."""
-    batch: list[Example] = []
-    for example in examples:
-        batch.append(example)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
+    stream = iter(examples)
+    while batch := list(itertools.islice(stream, size)):
         yield [batch[index % len(batch)] for index in range(size)]
 
 
@@ -40,37 +36,30 @@ def run_parts(
     """Run every part in order and return its feeds and outputs. A decoder that takes query indices gets random ones."""
     given: dict[str, dict[str, Array]] = {}
     outputs: dict[str, Mapping[str, Array]] = {}
-    latents: Mapping[str, Array] = {}
+    available = dict(feeds)
+    batch = len(next(iter(feeds.values())))
     for name, part in manifest.parts.items():
-        available = {**feeds, **latents}
-        given[name] = {spec.name: _input(spec, part, available, generator) for spec in part.inputs}
+        arrays = available | _queries(part, batch, generator)
+        given[name] = {spec.name: arrays[spec.name] for spec in part.inputs}
         outputs[name] = runs[name](given[name])
         if name == "encoder":
-            latents = {"latents": outputs[name]["latents"]}
+            available["latents"] = outputs[name]["latents"]
     return given, outputs
-
-
-def _input(spec: TensorSpec, part: Part, available: Mapping[str, Array], generator: np.random.Generator) -> Array:
-    if not _is_drawn(spec, part):
-        return available[spec.name]
-    return _queries(spec, part, next(iter(available.values())).shape[0], generator)
 
 
 def skip_parts(manifest: Manifest, batch: int, generator: np.random.Generator) -> None:
     """Draw what `run_parts` draws for a call, and run nothing."""
     for part in manifest.parts.values():
-        for spec in part.inputs:
-            if _is_drawn(spec, part):
-                _queries(spec, part, batch, generator)
+        _queries(part, batch, generator)
 
 
-def _is_drawn(spec: TensorSpec, part: Part) -> bool:
-    return part.num_queries is not None and spec is index_input(part.inputs)
-
-
-def _queries(spec: TensorSpec, part: Part, batch: int, generator: np.random.Generator) -> Array:
+def _queries(part: Part, batch: int, generator: np.random.Generator) -> dict[str, Array]:
+    """Random query indices by the name of their input; none for a part that takes none."""
+    spec = index_input(part.inputs)
+    if spec is None or part.num_queries is None:
+        return {}
     least, most = spec.limits(1)
     count = most if least == most else min(most, _DYNAMIC_QUERIES)
     first = spec.shape[0]
     rows = (first if isinstance(first, int) else batch, count)
-    return np.sort(generator.integers(part.num_queries or 0, size=rows), axis=1).astype(np.int32)
+    return {spec.name: np.sort(generator.integers(part.num_queries, size=rows), axis=1).astype(np.int32)}

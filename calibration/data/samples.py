@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import hashlib
 import itertools
@@ -196,7 +195,8 @@ class Samples:
             said = error.message if name in error.message else f"{name}: {error.message}"  # a file's has its path
             raise DataError(said, error.hint) from error
         digest = digest_of(feeds)
-        feeds, targets = self._targets(name, feeds, {**_extras(values), **targets})
+        extras = {key: array for key, value in values.items() if (array := _plain(value)) is not None}
+        feeds, targets = self._targets(name, feeds, extras | targets)
         return Example(name, feeds, targets, source, tuple(labels), digest, position)
 
     def _label(self, values: dict[str, Any], where: str) -> Arrays:
@@ -254,11 +254,19 @@ def _content(value: Any) -> bytes:
     if isinstance(value, Path):
         with reading(value, DataError):
             return value.read_bytes()
-    with contextlib.suppress(ValueError):  # its rows differ in length
+    array = _plain(value)
+    if array is None:
+        return repr(value).encode(errors="replace")
+    return f"{array.dtype} {array.shape} ".encode() + array.tobytes()
+
+
+def _plain(value: Any) -> Array | None:
+    """An array of numbers or texts; None for anything else."""
+    try:
         array = np.asarray(value)
-        if array.dtype.kind != "O":
-            return f"{array.dtype} {array.shape} ".encode() + array.tobytes()
-    return repr(value).encode(errors="replace")
+    except ValueError:  # its rows differ in length
+        return None
+    return None if array.dtype.kind == "O" else array
 
 
 def digest_of(arrays: Mapping[str, Array]) -> str:
@@ -361,14 +369,3 @@ def _fitted(given: Any, spec: TensorSpec) -> Array:
         raise InputError(f"{spec.name!r} contains NaN, or values that {dtype} cannot represent", "correct the data")
     check_values(converted, spec)
     return converted
-
-
-def _extras(values: Mapping[str, Any]) -> Arrays:
-    """Arrays of numbers or texts for the user's own metric."""
-    found = {}
-    for name, value in values.items():
-        with contextlib.suppress(ValueError):  # its rows differ in length
-            array = np.asarray(value)
-            if array.dtype.kind != "O":
-                found[name] = array
-    return found

@@ -120,23 +120,23 @@ def open_source(data: Data, manifest: Manifest) -> Source:
         archives = sorted(path.glob("*.npz")) if path.is_dir() else [path] * (path.suffix == ".npz" and path.is_file())
         if archives:
             return Source(lambda: _arrays(archives), lambda: _arrays(archives, heads=True))
-        found: list[Row] | None = None
-        unlisted = ""
         if images and path.is_dir():
-            table = (path / "labels.csv").is_file()
-            found = list(_table(path) if table else _folders(path))
-            unlisted = _unlisted(path, found) if table else ""
-        elif isinstance(manifest.preprocessing, TextPreprocessing) and path.suffix == ".jsonl" and path.is_file():
-            found = list(_lines(path))
-    if found is not None:
-        rows = found
-        return Source(lambda: iter(rows), lambda: iter(rows), unlisted=unlisted)
+            if not (path / "labels.csv").is_file():
+                return _listed(list(_folders(path)))
+            rows = list(_table(path))
+            return _listed(rows, _unlisted(path, rows))
+        if isinstance(manifest.preprocessing, TextPreprocessing) and path.suffix == ".jsonl" and path.is_file():
+            return _listed(list(_lines(path)))
     folder = "a directory of images (labels.csv or class folders), " if images else ""
     names = ", ".join(spec.name for spec in interface(manifest)[0])
     raise DataError(
         f"{text} contains no data for {manifest.task}" if path.exists() else f"{text} does not exist",
         f"give {folder}an .npz of {names} (samples on the first axis), a .jsonl of texts, or module:function",
     )
+
+
+def _listed(rows: Sequence[Row], unlisted: str = "") -> Source:
+    return Source(lambda: iter(rows), lambda: iter(rows), unlisted=unlisted)
 
 
 def _folders(path: Path) -> Iterator[Row]:
@@ -255,8 +255,7 @@ class Labels:
         if self.kind not in ("single-label", "multi-label"):
             return []
         indices = np.flatnonzero(target).tolist() if target.ndim else [int(target)]
-        shared = [len(self._indices[self.names[index]]) > 1 for index in indices]
-        return [self.names[i] + (f" ({i})" if two else "") for i, two in zip(indices, shared, strict=True)]
+        return [self.names[i] + (f" ({i})" if len(self._indices[self.names[i]]) > 1 else "") for i in indices]
 
     def _index(self, label: Any, where: str) -> int:
         """The index of one label. A text is a name, else an index (not if names are numbers)."""

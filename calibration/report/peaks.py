@@ -45,25 +45,20 @@ def measure_peaks(target: str, precisions: tuple[str, ...], threads: int | None)
 
 def _product(target: str, precision: str, threads: int | None) -> float:
     """FLOP/s of products of two square matrices, of the fastest size; 0 where the engine shows no product."""
+    ops: list[tuple[str, ...]] = [("MatMul", "y", "x", "w")]
+    if precision == "int8":  # its activations are quantized before it
+        ops = [("QuantizeLinear", "q", "x", "s", "z"), ("DequantizeLinear", "d", "q", "s", "z")]
+        ops += [("DequantizeLinear", "v", "w", "s"), ("MatMul", "y", "d", "v")]
     rates = []
     for size in _SIZES:
-        least = _product_time(size, target, precision, threads)
+        weight = np.random.default_rng(0).integers(-127, 128, (size, size))
+        array = weight.astype(np.int8 if precision == "int8" else np.float32)
+        kernels = _kernels((1, size, size), ops, array, target, precision, threads)
+        least = float(totals([one for one in kernels if one.product]).min())
         rates.append(2e3 * size**3 / least if least else 0.0)
         if least > _SLOW:
             break
     return max(rates)
-
-
-def _product_time(size: int, target: str, precision: str, threads: int | None) -> float:
-    """Milliseconds of a product, in int8 with its activations quantized before it; 0 where the engine shows none."""
-    weight = np.random.default_rng(0).integers(-127, 128, (size, size)).astype(np.int8)
-    ops: list[tuple[str, ...]] = [("MatMul", "y", "x", "w")]
-    if precision == "int8":
-        ops = [("QuantizeLinear", "q", "x", "s", "z"), ("DequantizeLinear", "d", "q", "s", "z")]
-        ops += [("DequantizeLinear", "v", "w", "s"), ("MatMul", "y", "d", "v")]
-    array = weight if precision == "int8" else weight.astype(np.float32)
-    kernels = _kernels((1, size, size), ops, array, target, precision, threads)
-    return float(totals([one for one in kernels if one.product]).min())
 
 
 def _memory(target: str, threads: int | None) -> float:

@@ -11,7 +11,6 @@ compiled as `load` does, with the engine's profiler on, which takes some time it
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 
 import msgspec
 import numpy as np
@@ -177,27 +176,19 @@ def profile(
 _Key = tuple[str, str]  # part and layer
 
 
-@dataclass
 class _Run:
-    """The kernels of a bundle on a target, by part and layer."""
+    """The kernels of a bundle on a target, by part and layer; ``calls`` of each part in a run."""
 
-    bundle: Bundle
-    target: str
-    wanted: Precision | None
-    threads: int | None
-    engine: str = ""
-    precision: str = ""
-    unsteady: str = ""
-    kernels: dict[_Key, list[Kernel]] = field(default_factory=dict)
-    flops: dict[_Key, int] = field(default_factory=dict)
-    calls: dict[str, int] = field(default_factory=dict)  # of each part in a run
-
-    def __post_init__(self) -> None:
-        record = read_calibration(self.bundle)
-        self._schemes = {key: one.scheme for key, one in _linears(record)}
-        options = EngineOptions(precision=self.wanted or "fp32")
-        for name, part in self.bundle.manifest.parts.items():
-            source, engine, _ = engine_for(self.bundle, name, self.target, options, self.wanted)
+    def __init__(self, bundle: Bundle, target: str, wanted: Precision | None, threads: int | None) -> None:
+        self.bundle, self.target, self.threads = bundle, target, threads
+        self.engine = self.precision = self.unsteady = ""
+        self.kernels: dict[_Key, list[Kernel]] = {}
+        self.flops: dict[_Key, int] = {}
+        self.calls: dict[str, int] = {}
+        self._schemes = {key: one.scheme for key, one in _linears(read_calibration(bundle))}
+        options = EngineOptions(precision=wanted or "fp32")
+        for name, part in bundle.manifest.parts.items():
+            source, engine, _ = engine_for(bundle, name, target, options, wanted)
             feeds, self.calls[name] = self._feeds(name, part)
             kernels = self._read(source, name, feeds, engine)
             self._float = source.options.precision
@@ -206,7 +197,7 @@ class _Run:
             set_sizes(model.graph, feeds)
             for layer, (own, flops) in _by_layer(with_shapes(model).graph, kernels).items():
                 self.kernels[name, layer], self.flops[name, layer] = own, flops * self.calls[name]
-            where = f"{self.bundle.path.name} ({name})"
+            where = f"{bundle.path.name} ({name})"
             self.unsteady = self.unsteady or scattered(where, *quartiles(totals(kernels)))
 
     def _feeds(self, name: str, part: Part) -> tuple[dict[str, Array], int]:

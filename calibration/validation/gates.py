@@ -31,7 +31,6 @@ from perceiver_export.runtimes.manifest import Manifest
 
 RELATIVE = "% of the reference's"  # unit of a limit that was given as 2%
 CAVEAT = "by bootstrap, which is too narrow where samples are few and skewed"  # tests/benchmarks/bound_coverage.py
-VACUOUS = "set a tighter limit, or give data, a reference or a metric that tells models apart"
 MARKS = {"held": "PASS", "not held": "FAIL", "undecided": "NOT ENOUGH DATA", "vacuous": "PROVES NOTHING"}
 AT_LEAST, AT_MOST = "at least", "at most"
 DIGITS = {"points": ".3f", "%": ".2f"}  # of bounds, by unit
@@ -135,13 +134,14 @@ def _asked(gates: Gates, metrics: Sequence[Metric], measured: Collection[str] | 
         ("--max-drop", gates.max_drop, right, AT_MOST, "points"),
         ("--min-agreement", gates.min_agreement, agreement[0] if agreement else None, AT_LEAST, "%"),
     ):
-        if limit is not None and metric is None:
+        if limit is None:
+            continue
+        if metric is None:
             said = f"{option} does not fit this task, whose metrics are {', '.join(one.name for one in metrics)}"
             hint = "gate on --max-metric-change, or export with output_kinds: of one output its labels' kind, else none"
             raise UsageError(said, hint)
-        if limit is not None and metric is not None:
-            subject = f"{metric.name} drop" if what == AT_MOST else metric.name
-            found.append((metric, Wanted(option, subject, what, limit, unit)))
+        subject = f"{metric.name} drop" if what == AT_MOST else metric.name
+        found.append((metric, Wanted(option, subject, what, limit, unit)))
     if gates.change is not None:
         found.append(_change(gates, gates.change, metrics, measured))
     elif gates.metric is not None:
@@ -314,7 +314,7 @@ def advice(gate: Gate) -> str:
     if gate.outcome == "not held":
         return "do not ship the candidate, or ask for less: it is not as close to its reference as was asked"
     if gate.outcome == "vacuous":
-        return VACUOUS
+        return "set a tighter limit, or give data, a reference or a metric that tells models apart"
     if gate.samples_to_decide is None:
         if gate.lower == gate.upper:
             return "give other samples, or gate on a share: no sample differs from another, so there are no bounds"

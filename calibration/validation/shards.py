@@ -9,6 +9,7 @@ against the bundle, but nothing proves that its numbers were measured: take file
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 from collections.abc import Mapping, Sequence
@@ -158,8 +159,7 @@ def validate_shard(
     _check_shardable(shard, options)
     measured = measure(bundle, data, options, progress, shard)
     found, scores, watch = measured.found, measured.scores, measured.watch
-    if found.failure is not None:
-        found.require()
+    found.require()
     return Shard(
         shard=shard[0],
         shards=shard[1],
@@ -289,13 +289,11 @@ def _judged(bundle: Bundle, shards: Sequence[Shard], options: ValidateOptions) -
     check_gates(options.gates, scores.metrics, first.reference is not None)
     if options.certify:
         check_reference(first.candidate, first.reference)
-    order = np.argsort([position for one in shards for position in one.positions])
-    _fill(scores, shards, order)
+    _fill(scores, shards)
     watch, notes = DataWatch(bundle.manifest, first.source), Notes(first.notes.count, unlisted=first.notes.unlisted)
-    for name in ("positions", "digests", "judged"):
-        values = [value for one in shards for value in getattr(one, name)]
-        getattr(watch, name).extend(values[index] for index in order)
     for one in shards:
+        watch.digests += one.digests
+        watch.judged += one.judged
         watch.labels.update(one.labels)
         for name, ends in one.bounds.items():
             watch.widen(name, *ends)
@@ -308,13 +306,18 @@ def _judged(bundle: Bundle, shards: Sequence[Shard], options: ValidateOptions) -
     return judged(bundle, Measured(found, scores, watch, notes), options)
 
 
-def _fill(scores: Scores, shards: Sequence[Shard], order: Array) -> None:
+def _fill(scores: Scores, shards: Sequence[Shard]) -> None:
     """The scores of all samples in their order. Raises ValueError and others for shards that do not fit."""
+    order = np.argsort([position for one in shards for position in one.positions])
     for side, columns in shards[0].columns.items():
         parts = {name: [one.columns[side][name].column(len(one.positions)) for one in shards] for name in columns}
         scores.parts[side] = [{name: joined(found, order) for name, found in parts.items()}]
     for sums, *added in zip(scores.sums, *(one.sums for one in shards), strict=True):
-        sums |= _added(added)
+        for name in added[0]:
+            arrays = [one[name].array for one in added]
+            if len({array.shape for array in arrays}) > 1:
+                raise ValueError(f"{name} has several shapes")
+            sums[name] = functools.reduce(np.add, arrays)
     scores.unused = {name for one in shards for name in one.unused}
     scores.reads = {
         name: tuple(dict.fromkeys(output for one in shards for output in one.reads[name])) for name in shards[0].reads
@@ -323,13 +326,3 @@ def _fill(scores: Scores, shards: Sequence[Shard], order: Array) -> None:
     for one in shards:
         for worst in one.worst:
             scores.worst.keep(worst.badness, worst.sample)
-
-
-def _added(parts: Sequence[Mapping[str, Numbers]]) -> dict[str, Array]:
-    found: dict[str, Array] = {}
-    for part in parts:
-        for name, one in part.items():
-            if name in found and found[name].shape != tuple(one.shape):
-                raise ValueError(f"{name} has several shapes")
-            found[name] = found[name] + one.array if name in found else one.array
-    return found

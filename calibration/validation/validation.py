@@ -89,7 +89,7 @@ def validate(
         return measured.found
     found = judged(bundle, measured, options)
     if options.save_worst is not None:
-        worst = measured.scores.worst.examples()
+        worst = [example for _, _, example in measured.scores.worst.kept if example is not None]
         write_worst(Path(options.save_worst), found.worst_samples, worst, found.worst_classes)
     return found
 

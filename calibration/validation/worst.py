@@ -86,12 +86,8 @@ class Worst:
         self.kept.append((badness, sample, example))
         self.kept = heapq.nlargest(self.most, self.kept, key=lambda kept: (kept[0], -kept[1].index))
 
-    def examples(self) -> tuple[Example, ...]:
-        """Worst first."""
-        return tuple(example for _, _, example in self.kept if example is not None)
-
     def samples(self) -> tuple[WorstSample, ...]:
-        """The same, with thumbnails."""
+        """Worst first, with thumbnails."""
         return tuple(sample if example is None else _shown(example, sample) for _, sample, example in self.kept)
 
 

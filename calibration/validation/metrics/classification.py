@@ -275,7 +275,7 @@ class MultiLabel(Family):
 def _hashes(rows: Array) -> Column:
     """48 bits for each row of booleans."""
     digests = (hashlib.blake2b(row.tobytes(), digest_size=6).digest() for row in rows)
-    return Column.of(np.array([int.from_bytes(digest) for digest in digests], np.float64))
+    return Column.of(np.array([int.from_bytes(digest, "big") for digest in digests], np.float64))
 
 
 def _most_frequent(column: Column) -> int:
