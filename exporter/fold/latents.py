@@ -200,7 +200,12 @@ def cut(model: ir.Model, latents: ir.Value) -> tuple[ir.Model, dict[str, ir.Mode
     def part(first: list[ir.Value], output: ir.Value) -> ir.Model:
         reached = _reached([output], *first)
         inputs = first + [value for value in graph.inputs if value in reached]
-        return ir.Model(ir.convenience.extract(graph, inputs, [output]), ir_version=model.ir_version)
+        extracted = ir.convenience.extract(graph, inputs, [output])
+        weights = [
+            extracted.initializers.pop(name) for name in list(graph.initializers) if name in extracted.initializers
+        ]
+        extracted.initializers.update({str(one.name): one for one in weights})  # in an order that does not change
+        return ir.Model(extracted, ir_version=model.ir_version)
 
     encoder, decoders = part([], latents), {str(one.name): part([latents], one) for one in graph.outputs}
     encoder.graph.outputs[0].name = LATENTS

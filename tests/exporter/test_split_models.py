@@ -102,6 +102,8 @@ def test_an_input_may_be_called_queries(tmp_path: Path) -> None:
         "output": (1, 50),
     }
     assert_same(bundle, f"{MODULES}:queried")
+    again = export(f"{MODULES}:queried", tmp_path / "again", ExportOptions(split=True))
+    assert again.manifest.files == bundle.manifest.files  # the same model, the same bytes
 
 
 def test_rows_that_read_each_other_are_decoded_together(tmp_path: Path) -> None:
