@@ -189,7 +189,9 @@ def write_bytes(
         temporary.write_bytes(content)
 
 
-def check_writable(path: Path, error: type[PerceiverExportError], hint: str) -> None:
+def check_writable(
+    path: Path, error: type[PerceiverExportError] = InputError, hint: str = "choose another place"
+) -> None:
     """Raise ``error`` if ``path`` cannot be created or replaced. Call it before long work."""
     folder = next(parent for parent in path.resolve().parents if os.path.exists(parent))
     effective = os.access in os.supports_effective_ids
