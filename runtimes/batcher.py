@@ -50,16 +50,10 @@ class Batcher:
         if not 0 <= max_wait <= threading.TIMEOUT_MAX:
             raise UsageError(f"max_wait is {max_wait}", "give seconds, 0 or more")
         self._max_wait = max_wait
-        any_rows = [
-            tuple(
-                msgspec.structs.replace(
-                    one, shape=(_ROWS, *one.shape[1:]), ranges={**one.ranges, _ROWS: (1, self._most)}
-                )
-                for one in specs
-            )
-            for specs in (runtime.inputs, runtime.outputs)
-        ]
-        self._checks = FeedChecks(*any_rows, check_finite=runtime.check_finite)
+        inputs, outputs = (
+            tuple(_with_any_rows(spec, self._most) for spec in specs) for specs in (runtime.inputs, runtime.outputs)
+        )
+        self._checks = FeedChecks(inputs, outputs, check_finite=runtime.check_finite)
         self._changed = threading.Condition()  # guards the next four fields
         self._queue: deque[_Request] = deque()
         self._running = 0  # batches on the device
@@ -84,13 +78,8 @@ class Batcher:
             raise RuntimeClosedError("this batcher belongs to the parent process", "create a new one in the child")
         request = _Request(feeds, len(next(iter(feeds.values()))), Future(), time.monotonic())
         with self._changed:
-            self._changed.wait_for(
-                lambda: (
-                    self._closed
-                    or len(self._queue) < _QUEUED_BATCHES * self._most
-                    or threading.get_ident() in self._calling
-                )
-            )
+            most, calling = _QUEUED_BATCHES * self._most, threading.get_ident() in self._calling
+            self._changed.wait_for(lambda: self._closed or calling or len(self._queue) < most)
             if not self._closed:
                 self._queue.append(request)
                 self._changed.notify_all()
@@ -182,6 +171,11 @@ class Batcher:
                 arrays.append(np.repeat(arrays[-1][-1:], missing, axis=0))
             joined[spec.name] = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
         return joined
+
+
+def _with_any_rows(spec: TensorSpec, most: int) -> TensorSpec:
+    """The same tensor of 1 to ``most`` samples."""
+    return msgspec.structs.replace(spec, shape=(_ROWS, *spec.shape[1:]), ranges={**spec.ranges, _ROWS: (1, most)})
 
 
 def _batch_limits(specs: tuple[TensorSpec, ...]) -> tuple[int, int]:

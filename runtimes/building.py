@@ -14,6 +14,7 @@ import msgspec
 
 from perceiver_export.runtimes import exits
 from perceiver_export.runtimes.bundle import Bundle, BundleLike, open_bundle
+from perceiver_export.runtimes.engines import cache
 from perceiver_export.runtimes.engines.backend import (
     Backend,
     EngineOptions,
@@ -23,17 +24,6 @@ from perceiver_export.runtimes.engines.backend import (
     Progress,
     Source,
     find_target,
-)
-from perceiver_export.runtimes.engines.cache import (
-    RECORD,
-    Identity,
-    builders_lock,
-    candidates,
-    check_engine,
-    identify,
-    make_source,
-    publish,
-    writable_root,
 )
 from perceiver_export.runtimes.engines.flags import check_flags
 from perceiver_export.runtimes.errors import BundleError, UsageError, check_choice, check_kind
@@ -95,8 +85,8 @@ def build(
     platform = backend.platform(target, options)
     built = []
     for name, part in opened.manifest.parts.items():
-        source = make_source(opened, part, target, options)
-        identity = identify(opened, name, source, platform)
+        source = cache.make_source(opened, part, target, options)
+        identity = cache.identify(opened, name, source, platform)
         found = None if force else _valid(opened, identity, backend)
         built.append(found or _build_part(opened, identity, source, backend, force, progress))
     return tuple(built)
@@ -126,24 +116,25 @@ def _check_shapes(bundle: Bundle, shapes: Mapping[str, tuple[int, int, int]]) ->
 
 
 def _build_part(
-    bundle: Bundle, identity: Identity, source: Source, backend: Backend, force: bool, progress: Progress
+    bundle: Bundle, identity: cache.Identity, source: Source, backend: Backend, force: bool, progress: Progress
 ) -> BuiltEngine:
-    root, waiting = writable_root(bundle), f"waiting for the process that builds {identity.part} for {identity.target}"
-    with builders_lock(root, identity.target, lambda: progress(waiting, 0, None)):
+    root = cache.writable_root(bundle)
+    waiting = f"waiting for the process that builds {identity.part} for {identity.target}"
+    with cache.builders_lock(root, identity.target, lambda: progress(waiting, 0, None)):
         if not force and (found := _valid(bundle, identity, backend)):  # the other process built it
             return found
-        directory, seconds = publish(root, identity, lambda place: backend.compile(source, place, progress))
+        directory, seconds = cache.publish(root, identity, lambda place: backend.compile(source, place, progress))
     return BuiltEngine(identity.target, identity.part, identity.options.precision, directory, seconds, new=True)
 
 
-def _valid(bundle: Bundle, identity: Identity, backend: Backend) -> BuiltEngine | None:
+def _valid(bundle: Bundle, identity: cache.Identity, backend: Backend) -> BuiltEngine | None:
     """A complete engine of this identity."""
-    for candidate in candidates(bundle, identity, backend):
+    for candidate in cache.candidates(bundle, identity, backend):
         if candidate.record.identity.options == identity.options and not candidate.problems:
             with contextlib.suppress(BundleError):
-                check_engine(candidate, "auto")
+                cache.check_engine(candidate, "auto")
                 with contextlib.suppress(OSError):  # `load` uses the engine that was built or requested last
-                    os.utime(candidate.directory / RECORD, follow_symlinks=False)
+                    os.utime(candidate.directory / cache.RECORD, follow_symlinks=False)
                 found = (identity.target, identity.part, identity.options.precision, candidate.directory)
                 return BuiltEngine(*found, candidate.record.seconds, new=False)
     return None

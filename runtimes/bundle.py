@@ -15,22 +15,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
+from perceiver_export.runtimes import files
 from perceiver_export.runtimes.errors import BundleError, UsageError, check_choice, check_kind
-from perceiver_export.runtimes.files import (
-    cache_directory,
-    decode_json,
-    encode_json,
-    inside,
-    locked,
-    private_cache,
-    read_bytes,
-    read_json,
-    reading,
-    recover,
-    replacing,
-    write_cache,
-    writing,
-)
 from perceiver_export.runtimes.manifest import FileEntry, Manifest, Part, assumed_note, decode_manifest
 
 if TYPE_CHECKING:
@@ -80,7 +66,7 @@ class Bundle:
 
     def file(self, name: str) -> Path:
         """The path of a file in the bundle. Raises BundleError: the name points outside the bundle."""
-        return inside(self.path, name)
+        return files.inside(self.path, name)
 
 
 BundleLike: TypeAlias = str | os.PathLike[str] | Bundle  # a bundle, or the path of its directory
@@ -116,10 +102,10 @@ def _warn(directory: Path, note: str) -> None:
 
 def read_manifest(directory: Path) -> Manifest:
     """The manifest of a bundle. The other files are not checked. Raises BundleError."""
-    recover(directory)
+    files.recover(directory)
     try:
-        with reading(directory / "manifest.json", BundleError, _AGAIN):
-            content = read_bytes(directory / "manifest.json", MANIFEST_LIMIT)
+        with files.reading(directory / "manifest.json", BundleError, _AGAIN):
+            content = files.read_bytes(directory / "manifest.json", MANIFEST_LIMIT)
     except BundleError as error:
         if not isinstance(error.__cause__, (FileNotFoundError, NotADirectoryError)):
             raise
@@ -144,7 +130,7 @@ def golden_arrays(bundle: Bundle, part: str, kind: Literal["input", "output"]) -
     return {name.removeprefix(prefix): array for name, array in arrays.items()}
 
 
-def check_files(directory: Path, files: Mapping[str, FileEntry], verify: Verify, record: str = "the manifest") -> None:
+def check_files(directory: Path, listed: Mapping[str, FileEntry], verify: Verify, record: str = "the manifest") -> None:
     """Check a directory's files against the sizes and, depending on ``verify``, the hashes of a record.
 
     Raises BundleError: a file is missing, has changed, or reads weights that the record does not list.
@@ -154,23 +140,23 @@ def check_files(directory: Path, files: Mapping[str, FileEntry], verify: Verify,
     known: dict[str, list[str | int]] = {}
     stamps: dict[str, list[str | int]] = {}
     key = hashlib.sha256(os.fsencode(directory.resolve())).hexdigest()[:32]
-    cache = cache_directory() / "verified" / f"{key}.json"
+    cache = files.cache_directory() / "verified" / f"{key}.json"
     if verify == "auto":
         with contextlib.suppress(OSError, ValueError):  # without the cache all files are hashed
-            private_cache()
-            known = decode_json(read_bytes(cache), dict[str, list[str | int]])
-    for name, entry in files.items():
+            files.private_cache()
+            known = files.decode_json(files.read_bytes(cache), dict[str, list[str | int]])
+    for name, entry in listed.items():
         stamp = _check_file(directory, name, entry, record)
         stamps[name] = stamp  # taken before hashing, so that the next check notices a change during it
         if verify != "never" and known.get(name) != stamp:
-            with reading(name, BundleError):
+            with files.reading(name, BundleError):
                 digest = sha256(directory / name)
             if digest != entry.sha256:
                 raise BundleError(f"{name} was changed: its SHA-256 differs from the one in {record}", _AGAIN)
             if name.endswith(".onnx"):
-                _check_weights(directory / name, name, files, record)
+                _check_weights(directory / name, name, listed, record)
     if verify == "auto" and stamps != known:
-        write_cache(cache, encode_json(stamps))
+        files.write_cache(cache, files.encode_json(stamps))
 
 
 def sha256(path: Path) -> str:
@@ -187,7 +173,7 @@ def sha256(path: Path) -> str:
 def _check_file(directory: Path, name: str, entry: FileEntry, record: str) -> list[str | int]:
     """The file's stamp. Any change of its content changes one of these values, because st_ctime cannot be set back."""
     path = directory / name
-    with reading(path, BundleError):
+    with files.reading(path, BundleError):
         found = path.is_file() and path.resolve().is_relative_to(directory.resolve())
         status = path.stat() if found else None
     if status is None:
@@ -198,12 +184,12 @@ def _check_file(directory: Path, name: str, entry: FileEntry, record: str) -> li
     return [entry.sha256, status.st_size, status.st_ino, status.st_dev, *times]
 
 
-def _check_weights(path: Path, name: str, files: Mapping[str, FileEntry], record: str) -> None:
+def _check_weights(path: Path, name: str, listed: Mapping[str, FileEntry], record: str) -> None:
     """Raise BundleError if a graph reads weights that the record does not list, because they would not be hashed."""
     from perceiver_export.runtimes.external_data import external_files
 
     for one in sorted(external_files(path)):
-        if os.path.normpath(os.path.join(os.path.dirname(name), one)) not in files:
+        if os.path.normpath(os.path.join(os.path.dirname(name), one)) not in listed:
             raise BundleError(f"{name} reads weights from {one!r}, which {record} does not list", _AGAIN)
 
 
@@ -212,7 +198,7 @@ def read_report(bundle: Path) -> dict[str, Any]:
     path = bundle / REPORT
     if not os.path.lexists(path):
         return {}
-    return read_json(path, dict[str, Any], BundleError, "remove it, then run `bench --save` and `validate` again")
+    return files.read_json(path, dict[str, Any], BundleError, "remove it, then run `bench --save` and `validate` again")
 
 
 def change_report(bundle: Path, section: str, change: Callable[[Any], Any]) -> None:
@@ -221,8 +207,7 @@ def change_report(bundle: Path, section: str, change: Callable[[Any], Any]) -> N
     Raises BundleError: the report is damaged or cannot be written.
     """
     path = bundle / REPORT
-    with writing(path, BundleError, NOT_SAVED), locked(bundle / "manifest.json"):
+    with files.writing(path, BundleError, NOT_SAVED), files.locked(bundle / "manifest.json"):
         report = read_report(bundle)
         report[section] = change(report.get(section))
-        with replacing(path) as temporary:
-            temporary.write_bytes(encode_json(report))
+        files.write_bytes(path, files.encode_json(report), BundleError, NOT_SAVED)

@@ -77,9 +77,8 @@ def doctor() -> tuple[Finding, ...]:
     findings += [*hardware.values(), *(_target(target, hardware.get(target.hardware)) for target in TARGETS.values())]
     for name, needed_for in _NEEDS.items():
         version = installed_version(name)
-        findings.append(
-            Finding(name, needed_for, version or "not installed", "" if version else f"{_PIP} install {name}")
-        )
+        fix = "" if version else f"{_PIP} install {name}"
+        findings.append(Finding(name, needed_for, version or "not installed", fix))
     return tuple(findings)
 
 

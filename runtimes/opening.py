@@ -12,6 +12,7 @@ import msgspec
 
 from perceiver_export.runtimes import exits
 from perceiver_export.runtimes.bundle import Bundle, BundleLike, Verify, open_bundle
+from perceiver_export.runtimes.engines import cache
 from perceiver_export.runtimes.engines.backend import (
     Engine,
     EngineOptions,
@@ -21,15 +22,6 @@ from perceiver_export.runtimes.engines.backend import (
     Source,
     Target,
     find_target,
-)
-from perceiver_export.runtimes.engines.cache import (
-    ENVIRONMENT,
-    Candidate,
-    candidates,
-    check_engine,
-    identify,
-    make_source,
-    unreadable,
 )
 from perceiver_export.runtimes.engines.flags import flag_problem
 from perceiver_export.runtimes.errors import (
@@ -42,7 +34,7 @@ from perceiver_export.runtimes.errors import (
     check_kind,
     check_whole,
 )
-from perceiver_export.runtimes.manifest import TensorSpec
+from perceiver_export.runtimes.manifest import TensorSpec, misfit
 from perceiver_export.runtimes.runtime import Runtime
 
 _log = logging.getLogger(__name__)
@@ -118,14 +110,12 @@ def open_engine(
         )
     backend = target.backend()
     backend.platform(device, options)
-    return backend.open(
-        Source(target=device, graph=path, options=options, precision="unknown", inputs=inputs), None, threads
-    )
+    return backend.open(Source(device, path, options, "unknown", inputs), None, threads)
 
 
 def engine_for(
     bundle: Bundle, name: str, target: str, options: EngineOptions, precision: Precision | None
-) -> tuple[Source, Candidate | None, tuple[Candidate, ...]]:
+) -> tuple[Source, cache.Candidate | None, tuple[cache.Candidate, ...]]:
     """The engine that `load` uses for the part ``name``. No engine is deserialized.
 
     Gives the part's graph with the options of that engine; the engine, None if there is none for here; and the engines
@@ -133,10 +123,10 @@ def engine_for(
     Raises BundleError, DeviceError, MissingDependencyError.
     """
     backend = find_target(target).backend()
-    source = make_source(bundle, bundle.manifest.parts[name], target, options)
-    here = identify(bundle, name, source, backend.platform(target, options))
+    source = cache.make_source(bundle, bundle.manifest.parts[name], target, options)
+    here = cache.identify(bundle, name, source, backend.platform(target, options))
     stale = []
-    for candidate in candidates(bundle, here, backend):
+    for candidate in cache.candidates(bundle, here, backend):
         asked = candidate.record.identity.options
         if asked.hint == options.hint and precision in (None, asked.precision):
             if not candidate.problems:
@@ -174,9 +164,7 @@ class _Loader(msgspec.Struct, frozen=True):
         engine = target.backend().open(source, found.directory if found else None, self.threads)
         for ours, theirs in ((part.inputs, engine.inputs), (part.outputs, engine.outputs)):
             if set(map(_signature, ours)) != set(map(_signature, theirs)):
-                raise BundleError(
-                    f"{source.graph.name} does not have the tensors of the manifest", "export the bundle again"
-                )
+                raise misfit(f"{source.graph.name} does not have the tensors of the manifest")
         runtime = Runtime(
             engine,
             part.inputs,
@@ -190,29 +178,29 @@ class _Loader(msgspec.Struct, frozen=True):
         _log.info("%s loaded: %s", source.graph, runtime.describe())
         return runtime
 
-    def _check_whole(self, found: Candidate) -> str:
+    def _check_whole(self, found: cache.Candidate) -> str:
         """The engine's directory. Raises EngineError: its files were changed.
 
         A library runs an engine, but only parses a graph: "never" spares only the bundle's own files.
         """
         try:
-            check_engine(found, "auto" if self.verify == "never" else self.verify)
+            cache.check_engine(found, "auto" if self.verify == "never" else self.verify)
         except BundleError as error:
             hint = self._rebuild(found.record.identity.options.precision)
             raise EngineError(f"the engine in {found.directory} is damaged: {error.message}", hint) from error
         return str(found.directory)
 
-    def _compile_again(self, target: Target, stale: tuple[Candidate, ...]) -> str:
+    def _compile_again(self, target: Target, stale: tuple[cache.Candidate, ...]) -> str:
         """How `describe` says that the graph is compiled at load, and why no built engine is used.
 
         Raises EngineError: the target never compiles at load.
         """
         precision, hint = self.precision or "fp32", ""
-        why = unreadable(self.bundle, target.name)
+        why = cache.unreadable(self.bundle, target.name)
         if stale:
             precision = stale[0].record.identity.options.precision
             why = f"the engine in {stale[0].directory} is not for here: {'; '.join(stale[0].problems)}"
-            hint = "" if stale[0].trusted else f"; or name the key that it was built with in {ENVIRONMENT}"
+            hint = "" if stale[0].trusted else f"; or name the key that it was built with in {cache.ENVIRONMENT}"
         hint = self._rebuild(precision) + hint
         if target.needs_engine:
             missing = f"no engine of {self.bundle.path} was built for {target.name} here ({precision})"

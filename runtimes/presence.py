@@ -185,17 +185,14 @@ def certificates_for(
     calibration.json cannot be read.
     """
     written = [one for one in certificates(bundle) if one.target == target]
-    if not written or not _worth_asking(find_target(target)):
+    if not written or not _worth_asking(known := find_target(target)):
         return ()
     try:
-        known = find_target(target)
         here = known.backend().platform(target, EngineOptions())
         options = msgspec.structs.replace(new or EngineOptions(), precision=precision or "fp32")
-        used = (
-            [options]
-            if new
-            else [engine_for(bundle, name, target, options, precision)[0].options for name in bundle.manifest.parts]
-        )
+        used = [options]
+        if new is None:
+            used = [engine_for(bundle, name, target, options, precision)[0].options for name in bundle.manifest.parts]
     except PerceiverExportError as error:
         _log.debug("%s cannot run on %s here: %s", bundle.path, target, error.message)
         return ()

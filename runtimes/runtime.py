@@ -16,14 +16,7 @@ import numpy as np
 
 from perceiver_export.runtimes import exits
 from perceiver_export.runtimes.engines.backend import Array, Engine, Feeds
-from perceiver_export.runtimes.errors import (
-    DeviceError,
-    InputError,
-    PerceiverExportError,
-    RuntimeClosedError,
-    check_kind,
-    check_whole,
-)
+from perceiver_export.runtimes.errors import DeviceError, InputError, RuntimeClosedError, check_kind, check_whole
 from perceiver_export.runtimes.manifest import TensorSpec
 
 __all__ = ["Array", "Engine", "Feeds", "Runtime"]
@@ -47,7 +40,6 @@ class FeedChecks:
             tuple((spec, np.dtype(spec.dtype), None if spec.ranges else spec.shape) for spec in specs)
             for specs in (inputs, outputs)
         )
-        self._any_range = any(spec.ranges for spec in inputs)
         self._hint, self._out_hint = (
             f"give {{name: array}}: {', '.join(f'{one.name} ({one.dtype} {list(one.shape)})' for one in specs)}"
             for specs in (inputs, outputs)
@@ -87,8 +79,8 @@ class FeedChecks:
             found = ", ".join(map(repr, out)) if isinstance(out, Mapping) else type(out).__name__
             raise InputError(f"`out` is {found or 'empty'}", self._out_hint)
         sizes: dict[str, int] = {}
-        if self._any_range:
-            for spec, _, _ in self._inputs:
+        for spec, _, _ in self._inputs:
+            if spec.ranges:
                 check_shape(spec, feeds[spec.name].shape, sizes)
         for spec, dtype, fixed in self._outputs:
             name, array = spec.name, out[spec.name]
@@ -103,7 +95,7 @@ class FeedChecks:
         return out
 
 
-def _check_finite(arrays: Mapping[str, Array], what: str, error: type[PerceiverExportError], hint: str) -> None:
+def _check_finite(arrays: Mapping[str, Array], what: str, error: type[DeviceError | InputError], hint: str) -> None:
     """Raise ``error`` for NaN or infinity."""
     for name, array in arrays.items():
         if array.dtype.kind == "f" and not np.isfinite(array).all():
@@ -209,11 +201,7 @@ class Runtime:
         return self._run(self._open_engine(), self._checks.feeds(feeds), out)
 
     def _run(self, engine: Engine, feeds: Feeds, out: Mapping[str, Array] | None = None) -> dict[str, Array]:
-        if out is None:
-            outputs = engine.run(feeds)
-        else:
-            engine.run_into(feeds, self._checks.out(feeds, out))
-            outputs = dict(out)
+        outputs = engine.run(feeds, None if out is None else self._checks.out(feeds, out))
         if self.check_finite:
             _check_finite(outputs, "output", DeviceError, "build with fp32: the engine's precision may overflow")
         return outputs
@@ -231,7 +219,7 @@ class Runtime:
         self._open_engine()  # before the lock, which may be held forever in a forked child
         try:
             feeds = self._checks.feeds(feeds)
-        except PerceiverExportError as error:
+        except InputError as error:
             (future := Future[dict[str, Array]]()).set_exception(error)
             return future
         with self._lock:

@@ -96,7 +96,7 @@ class JoinedEngine:
         }
         self.inputs, self.outputs = interface(manifest)
 
-    def run(self, feeds: Feeds) -> dict[str, Array]:
+    def run(self, feeds: Feeds, out: Mapping[str, Array] | None = None) -> dict[str, Array]:
         encoded = self._encoder.run({spec.name: feeds[spec.name] for spec in self._encoder.inputs})
         outputs = {}
         for spec in self.outputs:
@@ -108,11 +108,11 @@ class JoinedEngine:
             else:
                 rows = decode(decoder, own, np.arange(num_queries, dtype=np.int32), num_queries)
                 outputs[spec.name] = rows.reshape(-1, *(dim for dim in spec.shape[1:] if isinstance(dim, int)))
-        return outputs
-
-    def run_into(self, feeds: Feeds, out: Mapping[str, Array]) -> None:
-        for name, array in self.run(feeds).items():
+        if out is None:
+            return outputs
+        for name, array in outputs.items():
             np.copyto(out[name], array)
+        return dict(out)
 
     def describe(self) -> dict[str, Any]:
         """The encoder's; precision, arithmetic and flags are those of all parts: "bf16, fp32" where they differ."""

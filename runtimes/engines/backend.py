@@ -108,11 +108,8 @@ class Engine(Protocol):
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
 
-    def run(self, feeds: Feeds) -> dict[str, Array]:
-        """Run on checked feeds; the arrays returned are the caller's."""
-
-    def run_into(self, feeds: Feeds, out: Mapping[str, Array]) -> None:
-        """Run on checked feeds and leave the outputs in ``out``."""
+    def run(self, feeds: Feeds, out: Mapping[str, Array] | None = None) -> dict[str, Array]:
+        """Run on checked feeds. The outputs are the arrays in ``out``, or new ones; the caller owns them."""
 
     def describe(self) -> dict[str, Any]:
         """Target, device, engine (its library), version, threads; precision where it is not the bundle's, and ``flags``
@@ -163,9 +160,6 @@ def exact(built: Platform, here: Platform) -> tuple[str, ...]:
     )
 
 
-_ENGINES = "perceiver_export.runtimes.engines"
-
-
 class Target(msgspec.Struct, frozen=True):
     """Where an engine runs. Any of ``distributions`` has the library; ``extra`` installs the first."""
 
@@ -194,7 +188,7 @@ class Target(msgspec.Struct, frozen=True):
 
     def backend(self) -> Backend:
         """The module that runs it."""
-        return cast(Backend, importlib.import_module(f"{_ENGINES}.{self.module}"))
+        return cast(Backend, importlib.import_module(f"{__package__}.{self.module}"))
 
     def version(self) -> str:
         """The installed library's version, empty if it is missing. Nothing is imported."""

@@ -23,20 +23,11 @@ from pathlib import Path
 
 import msgspec
 
+from perceiver_export.runtimes import files
 from perceiver_export.runtimes.bundle import Bundle, Verify, check_files, sha256
 from perceiver_export.runtimes.engines.backend import Backend, EngineOptions, Platform, Source, find_target
 from perceiver_export.runtimes.engines.flags import flag_problem
 from perceiver_export.runtimes.errors import BuildError, BundleError
-from perceiver_export.runtimes.files import (
-    cache_directory,
-    decode_json,
-    encode_json,
-    locked,
-    read_bytes,
-    reading,
-    replacing,
-    writing,
-)
 from perceiver_export.runtimes.manifest import FileEntry, Manifest, Part
 
 SCHEMA_VERSION = 1
@@ -127,7 +118,7 @@ def key_file() -> Path:
 def read_key() -> bytes:
     """The key. Raises FileNotFoundError: no key yet; ValueError: the file cannot be trusted; OSError."""
     path, named = key_file(), bool(os.environ.get(ENVIRONMENT))
-    key = read_bytes(path.resolve() if named else path, 1 << 10)
+    key = files.read_bytes(path.resolve() if named else path, 1 << 10)
     status = path.stat()
     # A key named by the variable may belong to root and be readable by a group: 0640.
     if status.st_uid not in ({os.geteuid(), 0} if named else {os.geteuid()}):
@@ -145,9 +136,9 @@ def ensure_key() -> bytes:
     try:
         if not os.path.lexists(path):
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with locked(path.parent.resolve()):  # two builds may create it at the same time
+            with files.locked(path.parent.resolve()):  # two builds may create it at the same time
                 if not path.exists():
-                    with replacing(path) as temporary:
+                    with files.replacing(path) as temporary:
                         temporary.chmod(0o600)
                         temporary.write_bytes(os.urandom(_KEY_BYTES))
         return read_key()
@@ -234,7 +225,7 @@ def mismatches(bundle: Bundle, built: Identity, here: Identity, backend: Backend
 def read_record(directory: Path) -> Record | None:
     """The directory's engine.json; None if it is missing, damaged, a link or of a newer schema."""
     try:
-        record = decode_json(read_bytes(directory / RECORD), Record)
+        record = files.decode_json(files.read_bytes(directory / RECORD), Record)
     except (OSError, ValueError):
         return None
     return record if record.schema_version <= SCHEMA_VERSION else None
@@ -279,9 +270,9 @@ def builders_lock(root: Path, target: str, waiting: Callable[[], None]) -> Itera
 
     directory = root / target
     _check_no_links(root, directory)
-    with writing(root, BuildError, "check its permissions"):
+    with files.writing(root, BuildError, "check its permissions"):
         directory.mkdir(parents=True, exist_ok=True)
-        with locked(directory, waiting=waiting):
+        with files.locked(directory, waiting=waiting):
             for left in directory.glob(".*.partial"):  # left by killed builds
                 shutil.rmtree(left, ignore_errors=True)
             yield
@@ -296,13 +287,13 @@ def publish(root: Path, identity: Identity, build: Callable[[Path], None]) -> tu
     _check_no_links(place)
     if not place.is_dir():
         place.unlink(missing_ok=True)
-    with replacing(place, directory=True) as temporary:
+    with files.replacing(place, directory=True) as temporary:
         start = time.perf_counter()
         build(temporary)
         seconds = time.perf_counter() - start
-        files = {file.name: FileEntry(sha256(file), file.stat().st_size) for file in sorted(temporary.iterdir())}
-        record = Record(SCHEMA_VERSION, identity, files, seconds)
-        (temporary / RECORD).write_bytes(encode_json(record.signed(key)))
+        entries = {file.name: FileEntry(sha256(file), file.stat().st_size) for file in sorted(temporary.iterdir())}
+        record = Record(SCHEMA_VERSION, identity, entries, seconds)
+        (temporary / RECORD).write_bytes(files.encode_json(record.signed(key)))
     return place, seconds
 
 
@@ -323,9 +314,9 @@ def writable_root(bundle: Bundle) -> Path:
 def _roots(bundle: Bundle) -> tuple[Path, Path]:
     """The two directories for this bundle's engines: inside it, and in the user's cache."""
     manifest = bundle.path / "manifest.json"
-    with reading(manifest, BundleError):
+    with files.reading(manifest, BundleError):
         digest = sha256(manifest)
-    return bundle.path / "engines", cache_directory() / "engines" / digest[:32]
+    return bundle.path / "engines", files.cache_directory() / "engines" / digest[:32]
 
 
 def _places(bundle: Bundle, target: str) -> Iterator[Path]:

@@ -79,13 +79,10 @@ _OUT_OF_MEMORY = 2
 
 
 class Cuda:
-    """The first GPU's primary context, which TensorRT also uses. Raises DeviceError if CUDA does not start."""
+    """The first GPU's primary context, which TensorRT also uses; `cuda_gpus` found it. Raises DeviceError."""
 
     def __init__(self, driver: Any = None) -> None:
-        found = driver if driver is not None else load_driver()
-        if found is None:
-            raise DeviceError("this machine has no CUDA driver", "install NVIDIA's driver (on a Jetson: JetPack)")
-        self.driver: Any = found
+        self.driver: Any = driver or load_driver()
         device, context, integrated = ctypes.c_int(), ctypes.c_void_p(), ctypes.c_int()
         self.call("cuInit", 0)
         self.call("cuDeviceGet", ctypes.byref(device), 0)
@@ -141,12 +138,9 @@ class Stream:
         self._cuda.driver.cuGraphDestroy(graph)  # the executable does not need it
         return self._graph is not None
 
-    def replay(self) -> bool:
-        """Run the recorded graph; False if none was recorded."""
-        if self._graph is None:
-            return False
+    def replay(self) -> None:
+        """Run the recorded graph."""
         self._cuda.call("cuGraphLaunch", self._graph, self.handle)
-        return True
 
     def __del__(self) -> None:
         with contextlib.suppress(AttributeError, DeviceError):  # never opened, or the interpreter is shutting down

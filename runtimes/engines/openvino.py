@@ -18,15 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from perceiver_export.runtimes.engines.backend import (
-    EngineOptions,
-    Platform,
-    Precision,
-    Progress,
-    Source,
-    exact,
-    find_target,
-)
+from perceiver_export.runtimes.engines.backend import EngineOptions, Platform, Precision, Progress, Source, exact
 from perceiver_export.runtimes.engines.flags import NUMBER, YES_NO, Flags, Values, one_of, without_openvinos
 from perceiver_export.runtimes.engines.openvino_engine import DEVICES, OpenvinoEngine, first_line
 from perceiver_export.runtimes.errors import BuildError, BundleError, DeviceError, EngineError, require
@@ -75,7 +67,6 @@ _FLAGS: dict[str, Flags] = {
         "NPU_TILES": NUMBER,
     },
 }
-_HINTS = {"latency": "LATENCY", "throughput": "THROUGHPUT"}
 
 
 def platform(target: str, options: EngineOptions) -> Platform:
@@ -89,13 +80,10 @@ def platform(target: str, options: EngineOptions) -> Platform:
         raise DeviceError(f"this {device} supports {', '.join(capabilities)}, but not bf16", "omit --precision")
     supported = core.get_property(device, "SUPPORTED_PROPERTIES")
     drivers = [name for name in ("GPU_DRIVER_VERSION", "NPU_DRIVER_VERSION") if name in supported]
-    return Platform(
-        library="openvino",
-        version=openvino.__version__,
-        device=core.get_property(device, "FULL_DEVICE_NAME"),
-        driver=str(core.get_property(device, drivers[0])) if drivers else "",
-        features=cpu_features() if device == "CPU" else (),
-    )
+    driver = str(core.get_property(device, drivers[0])) if drivers else ""
+    name = core.get_property(device, "FULL_DEVICE_NAME")
+    features = cpu_features() if device == "CPU" else ()
+    return Platform("openvino", openvino.__version__, name, driver, features)
 
 
 def flags(target: str) -> Flags:
@@ -201,7 +189,7 @@ def _properties(source: Source, threads: int | None) -> dict[str, Any]:
     precision = source.options.precision
     device = DEVICES[source.target]
     halves = device != "CPU" or "fp16" in precisions(source.target)
-    properties: dict[str, Any] = {"PERFORMANCE_HINT": _HINTS[source.options.hint]}
+    properties: dict[str, Any] = {"PERFORMANCE_HINT": source.options.hint.upper()}
     if device != "NPU":  # an NPU computes only in fp16 and int8
         properties["INFERENCE_PRECISION_HINT"] = _ARITHMETIC[precision if precision != "fp16" or halves else "fp32"]
     if device == "CPU":
@@ -222,7 +210,7 @@ def _core() -> Any:
 
 def _import(target: str) -> Any:
     with without_openvinos():
-        return require("openvino", f"target {target}", find_target(target).extra)
+        return require("openvino", f"target {target}", "openvino")
 
 
 @contextmanager

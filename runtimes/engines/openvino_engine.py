@@ -106,22 +106,29 @@ class OpenvinoEngine:
         self.in_flight = max(2, int(compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")))
         self._free: deque[_Request] = deque()
 
-    def run(self, feeds: Feeds) -> dict[str, Array]:
-        return self._run(feeds, None)
-
-    def run_into(self, feeds: Feeds, out: Mapping[str, Array]) -> None:
-        self._run(feeds, out)
+    def run(self, feeds: Feeds, out: Mapping[str, Array] | None = None) -> dict[str, Array]:
+        request = None
+        try:
+            with suppress(IndexError):  # no request is free
+                request = self._free.popleft()
+            if request is None:
+                request = _Request(self._compiled, self._tensor, self.inputs, self.outputs)
+            return request.run(feeds, out)
+        except RuntimeError as error:
+            raise DeviceError(f"inference failed: {first_line(error)}", "run `perceiver-export doctor`") from error
+        finally:
+            if request is not None:
+                self._free.append(request)
 
     def describe(self) -> dict[str, Any]:
-        properties = {name: self._compiled.get_property(name) for name in ("PERFORMANCE_HINT", "NUM_STREAMS")}
         described = {
             "target": self._source.target,
             "device": ", ".join(self._compiled.get_property("EXECUTION_DEVICES")),
             "engine": "openvino",
             "version": self._version,
             "threads": self._threads or "all cores",
-            "hint": str(properties["PERFORMANCE_HINT"]).lower(),
-            "streams": int(properties["NUM_STREAMS"]),
+            "hint": str(self._compiled.get_property("PERFORMANCE_HINT")).lower(),
+            "streams": int(self._compiled.get_property("NUM_STREAMS")),
             "arithmetic": self._arithmetic,
             **self._source.flags_described,
         }
@@ -142,49 +149,18 @@ class OpenvinoEngine:
     def _arithmetic(self) -> str:
         return arithmetic(self._compiled, DEVICES[self._source.target])
 
-    def _run(self, feeds: Feeds, out: Mapping[str, Array] | None) -> dict[str, Array]:
-        request = None
-        try:
-            with suppress(IndexError):  # no request is free
-                request = self._free.popleft()
-            if request is None:
-                made = self._compiled.create_infer_request()
-                request = _Request(made, self._tensor, self.inputs, self.outputs, self._call(made))
-            return request.run(feeds, out)
-        except RuntimeError as error:
-            raise DeviceError(f"inference failed: {first_line(error)}", "run `perceiver-export doctor`") from error
-        finally:
-            if request is not None:
-                self._free.append(request)
-
-    def _call(self, request: Any) -> Callable[[], object]:
-        """With one thread, `infer` does not raise when an inference fails, but `wait` does."""
-        name = "INFERENCE_NUM_THREADS"
-        if name in self._compiled.get_property("SUPPORTED_PROPERTIES") and self._compiled.get_property(name) == 1:
-            return functools.partial(_start_and_wait, request)
-        return functools.partial(request.infer, share_outputs=True)  # by default it copies all outputs
-
-
-def _start_and_wait(request: Any) -> None:
-    try:
-        request.start_async()
-    finally:  # also after Ctrl-C: it reads and writes the caller's arrays
-        request.wait()
-
 
 class _Request:
     """An infer request and the memory to which it is bound."""
 
     def __init__(
-        self,
-        request: Any,
-        tensor: Callable[..., Any],
-        inputs: tuple[TensorSpec, ...],
-        outputs: tuple[TensorSpec, ...],
-        call: Callable[[], object],
+        self, compiled: Any, tensor: Callable[..., Any], inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]
     ) -> None:
-        self._request, self._tensor, self._call = request, tensor, call
-        self._inputs, self._outputs = inputs, outputs
+        self._request = request = compiled.create_infer_request()
+        self._tensor, self._inputs, self._outputs = tensor, inputs, outputs
+        # With one thread, `infer` does not raise when an inference fails, but `wait` does.
+        name = "INFERENCE_NUM_THREADS"
+        self._waits = name in compiled.get_property("SUPPORTED_PROPERTIES") and compiled.get_property(name) == 1
         sizes = {spec.name: _num_bytes(spec) for spec in (*inputs, *outputs)}
         # The request's own memory, for small arrays. Outputs of variable shape are looked up after each run.
         self._in, self._out = (
@@ -196,6 +172,15 @@ class _Request:
     def profiling(self) -> Any:
         """OpenVINO's own record of the last call."""
         return self._request.profiling_info
+
+    def _infer(self) -> None:
+        if not self._waits:
+            self._request.infer(share_outputs=True)  # by default it copies all outputs
+            return
+        try:
+            self._request.start_async()
+        finally:  # also after Ctrl-C: it reads and writes the caller's arrays
+            self._request.wait()
 
     def run(self, feeds: Feeds, out: Mapping[str, Array] | None) -> dict[str, Array]:
         """Outputs in ``out``, or in new arrays that the caller owns. Raises RuntimeError."""
@@ -211,7 +196,7 @@ class _Request:
                 if out is None:
                     found[spec.name] = np.empty([int(dim) for dim in spec.shape], spec.dtype)
                 self._request.set_output_tensor(index, self._tensor(found[spec.name], shared_memory=True))
-        self._call()
+        self._infer()
         for index, spec in enumerate(self._outputs):
             if spec.name not in self._bound:
                 own = self._out.get(spec.name)

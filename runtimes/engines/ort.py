@@ -20,18 +20,10 @@ from perceiver_export.runtimes.engines.backend import (
     Progress,
     Source,
     exact,
-    find_target,
 )
 from perceiver_export.runtimes.engines.cuda import cuda_gpus, driver_version
 from perceiver_export.runtimes.engines.flags import BIT, MICROSECONDS, NUMBER, Flags, Values, check_onnxruntimes, one_of
-from perceiver_export.runtimes.errors import (
-    BuildError,
-    BundleError,
-    DeviceError,
-    EngineError,
-    PerceiverExportError,
-    require,
-)
+from perceiver_export.runtimes.errors import BuildError, BundleError, DeviceError, EngineError, require
 from perceiver_export.runtimes.machine import cpu_features, cpu_name
 from perceiver_export.runtimes.manifest import DType, TensorSpec
 
@@ -156,22 +148,18 @@ class OrtEngine:
         self.outputs = tuple(map(_spec, session.get_outputs()))
         self._output_names = [spec.name for spec in self.outputs]
 
-    def run(self, feeds: Feeds) -> dict[str, Array]:
+    def run(self, feeds: Feeds, out: Mapping[str, Array] | None = None) -> dict[str, Array]:
         try:
-            values = self._session.run(self._output_names, feeds)
-        except Exception as error:
-            raise _ours(error) from error
-        return dict(zip(self._output_names, values, strict=True))
-
-    def run_into(self, feeds: Feeds, out: Mapping[str, Array]) -> None:
-        binding = self._session.io_binding()
-        try:
+            if out is None:
+                return dict(zip(self._output_names, self._session.run(self._output_names, feeds), strict=True))
+            binding = self._session.io_binding()
             for name, array in feeds.items():
                 binding.bind_cpu_input(name, array)
             for name in self._output_names:
                 array = out[name]
                 binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
             self._session.run_with_iobinding(binding)
+            return dict(out)
         except Exception as error:
             raise _ours(error) from error
 
@@ -200,7 +188,7 @@ def utf8(path: Path) -> str:
 
 
 def _import(target: str) -> Any:
-    onnxruntime = require("onnxruntime", f"target {target}", find_target("ort-cpu").extra)
+    onnxruntime = require("onnxruntime", f"target {target}", "ort")
     check_onnxruntimes(onnxruntime)
     return onnxruntime
 
@@ -267,7 +255,7 @@ def _ours(error: Exception, loading: Path | None = None, flags: Iterable[str] = 
     else:
         return error
     said = said.splitlines()[0] if said else name
-    kind: type[PerceiverExportError] = DeviceError
+    kind: type[BundleError | DeviceError] = DeviceError
     hint = "run `perceiver-export doctor`; you may need a newer onnxruntime"
     if "disable_cpu_ep_fallback" in said or "fallback to CPU" in said:
         said = "the execution provider does not support all operators of the graph"

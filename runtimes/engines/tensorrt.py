@@ -11,15 +11,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from perceiver_export.runtimes.engines.backend import (
-    EngineOptions,
-    Platform,
-    Precision,
-    Progress,
-    Source,
-    find_target,
-)
-from perceiver_export.runtimes.engines.cuda import Gpu, cuda_gpus, driver_version
+from perceiver_export.runtimes.engines.backend import EngineOptions, Platform, Precision, Progress, Source, find_target
+from perceiver_export.runtimes.engines.cuda import cuda_gpus, driver_version
 from perceiver_export.runtimes.engines.flags import Flags, Values
 from perceiver_export.runtimes.engines.tensorrt_build import ENGINE, build_engine, rtx_gpus
 from perceiver_export.runtimes.engines.tensorrt_engine import TensorrtEngine
@@ -55,7 +48,11 @@ def platform(target: str, options: EngineOptions) -> Platform:
     trt = import_library(target)
     can = capabilities(target, trt.__version__)
     if target == "tensorrt-rtx" and not crossed:
-        _check_gpu(gpus[0], rtx_gpus(trt), can.name)
+        known = rtx_gpus(trt)
+        if _architecture(gpus[0].name) not in known:  # TensorRT itself gives no error
+            raise DeviceError(
+                f"{can.name} supports {', '.join(known)}, but not {gpus[0].name}", "use --target tensorrt"
+            )
     device = " ".join(sorted({part.strip().lower() for part in crossed.split(",")})) if crossed else gpus[0].name
     if options.precision == "bf16":
         if crossed:
@@ -114,12 +111,6 @@ def import_library(target: str) -> Any:
         elif target == "tensorrt":
             hint += "; on a Jetson, use JetPack's: create the environment with `python3 -m venv --system-site-packages`"
         raise MissingDependencyError(f"target {target} needs {_MODULES[target]}: {error}", hint) from error
-
-
-def _check_gpu(gpu: Gpu, known: list[str], name: str) -> None:
-    """Raise DeviceError for a GPU that this TensorRT does not support; TensorRT itself gives no error."""
-    if f"sm{gpu.compute_capability[0]}{gpu.compute_capability[1]}" not in known:
-        raise DeviceError(f"{name} supports {', '.join(known)}, but not {gpu.name}", "use --target tensorrt")
 
 
 def _architecture(device: str) -> str:

@@ -14,20 +14,9 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from perceiver_export.runtimes.engines import tensorrt_layers
 from perceiver_export.runtimes.engines.backend import Platform, Progress, Source
 from perceiver_export.runtimes.engines.cuda import driver_version
-from perceiver_export.runtimes.engines.tensorrt_layers import (
-    Layer,
-    asked_precisions,
-    check_shared_weights,
-    check_types,
-    layers_from_inspector,
-    layers_from_log,
-    lint_command,
-    parse,
-    precisions,
-    weight_bytes,
-)
 from perceiver_export.runtimes.engines.tensorrt_versions import Capabilities, read_timings, write_timings
 from perceiver_export.runtimes.errors import BuildError, DeviceError
 from perceiver_export.runtimes.files import encode_json
@@ -53,7 +42,7 @@ class LayerReport(msgspec.Struct, frozen=True):
     engine_bytes: int
     weight_bytes: int
     bytes_each_use: int
-    kernels: tuple[Layer, ...] = ()
+    kernels: tuple[tensorrt_layers.Layer, ...] = ()
 
 
 T = TypeVar("T")
@@ -132,15 +121,15 @@ def build_engine(
         logger = make_logger(trt)
         builder = start(trt.Builder, logger, can.name)
         progress("reading the graph", 0, None)
-        network, parser = parse(trt, can, builder, logger, source.graph)
+        network, parser = tensorrt_layers.parse(trt, can, builder, logger, source.graph)
         config = builder.create_builder_config()
         _configure(trt, can, config, builder, source)
-        asked = asked_precisions(trt, network)
-        check_types(asked, source)
-        check_shared_weights(trt, network, can, source.graph)
+        asked = tensorrt_layers.asked_precisions(trt, network)
+        tensorrt_layers.check_types(asked, source)
+        tensorrt_layers.check_shared_weights(trt, network, can, source.graph)
         timings = read_timings(platform, config) if can.library == "tensorrt" else None
         config.progress_monitor = _monitor(trt, progress, stop)
-        once, each = weight_bytes(trt, network)
+        once, each = tensorrt_layers.weight_bytes(trt, network)
         copied = f" ({each / 2**20:.0f} MiB if each use has its own copy)" if each > once else ""
         progress(f"compiling {once / 2**20:.0f} MiB of weights{copied}", 0, None)
         serialized = builder.build_serialized_network(network, config)
@@ -150,7 +139,7 @@ def build_engine(
         if timings is not None:
             write_timings(timings, config)
         layers = _layers(trt, can, logger, serialized)
-        _check_precisions(asked, precisions(layers))
+        _check_precisions(asked, tensorrt_layers.precisions(layers))
         (directory / ENGINE).write_bytes(serialized)
         counts = dict(Counter(asked.values()))
         size, attentions = (directory / ENGINE).stat().st_size, sum(layer.fused_attention for layer in layers)
@@ -232,7 +221,7 @@ def _monitor(trt: Any, progress: Progress, stop: threading.Event) -> Any:
 
 def _given_up(can: Capabilities, source: Source, problems: list[str]) -> BuildError:
     said = " ".join(problems)
-    hint = f"run {lint_command(can, source.graph)} to see why"
+    hint = f"run {tensorrt_layers.lint_command(can, source.graph)} to see why"
     if re.search(r"SM75\): FP32", said):
         hint = "omit sm75: on it TensorRT for RTX has no fp32 products, and this graph has some"
     if re.search(r"workspace|OutOfMemory|out of memory", said, re.IGNORECASE):
@@ -242,16 +231,16 @@ def _given_up(can: Capabilities, source: Source, problems: list[str]) -> BuildEr
     )
 
 
-def _layers(trt: Any, can: Capabilities, logger: Any, serialized: Any) -> tuple[Layer, ...]:
+def _layers(trt: Any, can: Capabilities, logger: Any, serialized: Any) -> tuple[tensorrt_layers.Layer, ...]:
     if can.library == "tensorrt-rtx":
-        return layers_from_log(logger.layers)
+        return tensorrt_layers.layers_from_log(logger.layers)
     runtime = start(trt.Runtime, logger, can.name)
     engine = runtime.deserialize_cuda_engine(serialized)
     if engine is None:
         said = " ".join(logger.problems[-1:])
         raise BuildError(f"{can.name} cannot load its own engine: {said}", "run perceiver-export doctor")
     inspector = engine.create_engine_inspector()
-    return layers_from_inspector(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
+    return tensorrt_layers.layers_from_inspector(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
 
 
 def _bytes(text: str) -> int:

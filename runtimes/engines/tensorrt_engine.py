@@ -52,16 +52,14 @@ class TensorrtEngine:
         self._replays = False
         self._free.put(self._new_slot())
 
-    def run(self, feeds: Feeds) -> dict[str, Array]:
-        """Outputs in new arrays."""
+    def run(self, feeds: Feeds, out: Mapping[str, Array] | None = None) -> dict[str, Array]:
         with self._slot() as slot:
-            return {name: array.copy() for name, array in slot.run(feeds).items()}
-
-    def run_into(self, feeds: Feeds, out: Mapping[str, Array]) -> None:
-        """Outputs in the caller's arrays."""
-        with self._slot() as slot:
-            for name, array in slot.run(feeds).items():
+            outputs = slot.run(feeds)
+            if out is None:
+                return {name: array.copy() for name, array in outputs.items()}
+            for name, array in outputs.items():
                 np.copyto(out[name], array)
+            return dict(out)
 
     def describe(self) -> dict[str, Any]:
         """Target, device and versions; ``zero_copy``: host and GPU share buffers; ``cuda_graph``: runs are replayed."""
@@ -147,7 +145,9 @@ class _Slot:
             sizes |= {name: size for name, size in zip(spec.shape, array.shape, strict=True) if isinstance(name, str)}
             if self._dynamic and not self._context.set_input_shape(spec.name, array.shape):
                 raise DeviceError(f"the engine rejects {spec.name!r} of shape {list(array.shape)}", "build it again")
-        if not (self.replays and self._stream.replay()):
+        if self.replays:
+            self._stream.replay()
+        else:
             self._enqueue(sizes)
         self._stream.wait()
         self.runs += 1

@@ -76,7 +76,7 @@ def test_nan_on_an_engine_is_never_published(
         engine = open_engine(path, target, *options)
         if target == "openvino-cpu":
             run = engine.run
-            engine.run = lambda feeds: {name: values + np.nan for name, values in run(feeds).items()}  # type: ignore[method-assign]
+            engine.run = lambda feeds, out=None: {name: values + np.nan for name, values in run(feeds, out).items()}  # type: ignore[method-assign]
         return engine
 
     monkeypatch.setattr("perceiver_export.calibration.quantization.engines.open_engine", spoiled)

@@ -263,7 +263,7 @@ def test_an_inference_that_fails_raises_and_the_next_one_works(product: Openvino
         with pytest.raises(DeviceError, match="inference failed"):
             product.run(wrong)
         np.testing.assert_array_equal(np.full((2, 4), 3, np.float32), product.run(good)["c"])
-    product.run_into(good, out)
+    product.run(good, out)
     np.testing.assert_array_equal(np.full((2, 4), 3, np.float32), out["c"])
 
 

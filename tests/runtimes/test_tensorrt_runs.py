@@ -65,7 +65,7 @@ def test_every_version_runs_and_replays_where_shapes_are_fixed(version: str, sha
 def test_outputs_go_into_the_callers_arrays(tmp_path: Path) -> None:
     engine = opened("10.3.0", tmp_path / "engine", FakeMemory())
     out = {"y": np.zeros((2, 3), np.float32)}
-    engine.run_into({"x": np.ones((2, 3), np.float32)}, out)
+    engine.run({"x": np.ones((2, 3), np.float32)}, out)
 
     np.testing.assert_array_equal(out["y"], 2)
 
