@@ -97,7 +97,8 @@ def _sizes(node: ir.Node, index: int, wanted: list[int], symbols: _Symbols) -> i
         if all(end or one is None for end, one in zip(to_end, found, strict=True)):
             ends = [_END if end and one else size for size, end, one in zip(wanted, to_end, found, strict=True)]
             return nodes.constant(np.array(ends, np.int64))
-    return nodes.sizes([_size(nodes, size, one, symbols) for size, one in zip(wanted, found, strict=True)])
+    parts = [_size(nodes, size, one, symbols) for size, one in zip(wanted, found, strict=True)]
+    return nodes.make("Concat", parts, (len(parts),), axis=0)
 
 
 def _size(nodes: Nodes, size: int, found: tuple[str, int] | None, symbols: _Symbols) -> ir.Value:
@@ -105,5 +106,6 @@ def _size(nodes: Nodes, size: int, found: tuple[str, int] | None, symbols: _Symb
         return nodes.constant(np.array([size], np.int64))
     name, factor = found
     value, axis = symbols.places[name]
-    read = nodes.integers("Shape", [value], start=axis, end=axis + 1)
-    return read if factor == 1 else nodes.integers("Mul", [read, nodes.constant(np.array([factor], np.int64))])
+    read = nodes.make("Shape", [value], (1,), start=axis, end=axis + 1)
+    read.type = ir.TensorType(ir.DataType.INT64)
+    return read if factor == 1 else nodes.binary("Mul", read, nodes.constant(np.array([factor])))

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from perceiver_export.calibration.graphs import made_by as made_by
+
 Shape = tuple[int, ...]
 _FLOATS = (ir.DataType.DOUBLE, ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 # These move no numbers, or only say how they are counted.
 VIEWS = frozenset({"Reshape", "Unsqueeze", "Squeeze", "Flatten", "Identity"})
-# The result is of the type of the first input.
-_MOVED = VIEWS | {"Transpose", "Slice", "Concat", "Gather", "GatherND", "Expand", "Pad"}
 # Operators, and which of their inputs holds sizes or bounds.
 SIZED = {"Reshape": (1,), "Expand": (1,), "ConstantOfShape": (0,), "Slice": (1, 2), "Resize": (3,), "AffineGrid": (1,)}
 
@@ -92,10 +92,10 @@ def axis_of(node: ir.Node, rank: int, default: int = -1) -> int:
     return node.attributes.get_int("axis", default) % rank
 
 
-def made_by(value: ir.Value | None, *operators: str) -> ir.Node | None:
-    """The node that makes the value, where it is one of ``operators``."""
-    node = None if value is None else value.producer()
-    return node if node is not None and node.op_type in operators else None
+def over_last(node: ir.Node, default: int = -1) -> bool:
+    """Whether the attribute `axis` is the last axis of the result."""
+    rank = len(sizes(node.outputs[0]))
+    return axis_of(node, rank, default) == rank - 1
 
 
 def only_reader(value: ir.Value) -> ir.Node | None:
@@ -126,10 +126,7 @@ class Sizes:
 
     def one(self, number: int) -> int:
         """The same with dynamic dimensions of one step."""
-        for prime in self.planned:
-            while number and number % prime == 0:
-                number //= prime
-        return number
+        return Sizes(dict.fromkeys(self.planned, 1)).real(number)
 
     def dynamic(self, number: int) -> bool:
         return any(number % prime == 0 for prime in self.planned)
@@ -152,21 +149,21 @@ class Nodes:
         if array.dtype.kind == "f":
             array = np.ascontiguousarray(array.astype(self.dtype.numpy()))
         name = f"fold.{next(self._names)}{role}"
-        kind = ir.TensorType(ir.DataType.from_numpy(array.dtype))
-        value = ir.Value(name=name, const_value=ir.tensor(array, name=name), shape=ir.Shape(array.shape), type=kind)
-        self.graph.initializers[name] = value
+        value = ir.val(name, const_value=ir.tensor(array, name=name))
+        self.graph.initializers.add(value)
         return value
 
     def make(
         self, operator: str, inputs: Sequence[ir.Value | None], shape: Iterable[int], **attributes: Any
     ) -> ir.Value:
+        """The result of a new node, of the type of its first input."""
         module = (self.origin.name or "").rpartition("/")[0]
         node = ir.node(operator, inputs, attributes, name=f"{module}/fold_{next(self._names)}")
         node.metadata_props.update(self.origin.metadata_props)
         (result,) = node.outputs
         result.name = f"fold_{next(self._names)}"
-        moved = inputs[0] if operator in _MOVED and inputs[0] is not None and inputs[0].type is not None else None
-        result.type = ir.TensorType(self.dtype) if moved is None else moved.type
+        known = inputs[0].type if inputs[0] is not None else None
+        result.type = ir.TensorType(self.dtype) if known is None else known
         result.shape = ir.Shape([int(size) for size in shape])
         self.graph.insert_before(self.anchor, node)
         return result
@@ -239,25 +236,6 @@ class Nodes:
         """Its steps of an axis at indices of any shape."""
         shape = sizes(value)
         return self.make("Gather", [value, indices], (*shape[:axis], *sizes(indices), *shape[axis + 1 :]), axis=axis)
-
-    def flat_index(self, outer: ir.Value, size: int, inner: ir.Value) -> ir.Value:
-        """outer · size + inner, of one shape."""
-        assert outer.dtype is not None
-        factor = self.constant(np.array(size, outer.dtype.numpy()))
-        scaled = self.binary("Mul", outer, factor)
-        found = self.binary("Add", scaled, inner)
-        scaled.type = found.type = ir.TensorType(outer.dtype)
-        return found
-
-    def integers(self, operator: str, inputs: Sequence[ir.Value], **attributes: Any) -> ir.Value:
-        """A node that gives one size, as an array of one number."""
-        result = self.make(operator, inputs, (1,), **attributes)
-        result.type = ir.TensorType(ir.DataType.INT64)
-        return result
-
-    def sizes(self, parts: Sequence[ir.Value]) -> ir.Value:
-        """Sizes joined to a shape."""
-        return self.make("Concat", parts, (len(parts),), axis=0)
 
     def slice(self, value: ir.Value, axis: int, start: int, stop: int) -> ir.Value:
         shape = list(sizes(value))

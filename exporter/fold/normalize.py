@@ -15,7 +15,6 @@ from perceiver_export.exporter.fold.nodes import (
     Nodes,
     Sizes,
     array_of,
-    axis_of,
     integers,
     is_foldable,
     made_by,
@@ -23,12 +22,13 @@ from perceiver_export.exporter.fold.nodes import (
     only_reader,
     operand,
     optional,
+    over_last,
     put,
     shape_of,
     sizes,
     stored_sizes,
 )
-from perceiver_export.exporter.simplify import FoldConstantsPass, SettleTypesAndShapesPass, evaluate, is_random
+from perceiver_export.exporter.simplify import FoldConstantsPass, SettleTypesAndShapesPass, evaluate, is_opaque
 
 _MOST_ROUNDS = 60  # of settling shapes: those of one layer are known when those of the layer before are
 _LARGEST_TABLE = 1 << 26  # numbers that are computed to see whether they are the same for each sample
@@ -111,7 +111,7 @@ class Constants:
             if source is None:
                 return None
             return np.broadcast_to(source, target) if node.op_type == "Expand" else source.reshape(target)
-        if math.prod(target) > _LARGEST_TABLE or _cone(value) is None:
+        if math.prod(target) > _LARGEST_TABLE or not _is_fixed(value):
             return None
         part = ir.convenience.extract(value.graph, [], [value])  # type: ignore[arg-type]
         for one in part:
@@ -137,21 +137,19 @@ class Constants:
         return one if np.array_equal(array, np.tile(one, tiles), equal_nan=array.dtype.kind == "f") else None
 
 
-def _cone(value: ir.Value) -> set[ir.Node] | None:
-    """The nodes that make a value, None where an input, a random number or a branch is among what they read."""
-    nodes: set[ir.Node] = set()
-    left = [value]
+def _is_fixed(value: ir.Value) -> bool:
+    """Whether no input, random number or branch is among what a value is computed from."""
+    seen, left = set[ir.Value](), [value]
     while left:
         one = left.pop()
-        if array_of(one) is not None:
+        if one in seen or array_of(one) is not None:
             continue
+        seen.add(one)
         node = one.producer()
-        if node is None or is_random(node) or any(a.type == ir.AttributeType.GRAPH for a in node.attributes.values()):
-            return None
-        if node not in nodes:
-            nodes.add(node)
-            left += [source for source in node.inputs if source is not None]
-    return nodes
+        if node is None or is_opaque(node):
+            return False
+        left += [source for source in node.inputs if source is not None]
+    return True
 
 
 def _one_sample(model: ir.Model, real: Sizes) -> None:
@@ -337,9 +335,7 @@ def _over_last(node: ir.Node) -> bool:
 def _affine_norm(node: ir.Node) -> None:
     """LayerNormalization(x, 1, 0) · γ + β -> LayerNormalization(x, γ, β)."""
     scale, shift, shape = array_of(node.inputs[1]), array_of(optional(node, 2)), sizes(node.outputs[0])
-    if axis_of(node, len(shape)) != len(shape) - 1:
-        return
-    if scale is None or not np.all(scale == 1) or (shift is not None and np.any(shift)):
+    if not over_last(node) or scale is None or not np.all(scale == 1) or (shift is not None and np.any(shift)):
         return
     last, found = node, {"Mul": scale, "Add": np.zeros_like(scale)}
     for operator in ("Mul", "Add"):

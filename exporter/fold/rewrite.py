@@ -90,7 +90,9 @@ def _of_rows(nodes: Nodes, table: Table, numbers: np.ndarray) -> ir.Value:
         return stored
     flat = table.points[0]
     for size, points in zip(table.sizes[1:], table.points[1:], strict=True):
-        flat = nodes.flat_index(flat, size, points)
+        assert flat.dtype is not None
+        outer = nodes.binary("Mul", flat, nodes.constant(np.array(size, flat.dtype.numpy())))
+        flat = nodes.binary("Add", outer, points)
     return nodes.look_up(stored, nodes.reshape(flat, (math.prod(sizes(flat)),)))
 
 

@@ -8,7 +8,7 @@ rows alone: in pieces it gives the same result in less memory.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -153,11 +153,6 @@ class Region:
     def inside(self) -> set[ir.Value]:
         return {value for node in self.nodes for value in node.outputs}
 
-    def outside(self) -> list[ir.Value]:
-        """Values from elsewhere that are cut, too."""
-        inside = self.inside
-        return [value for value in self.axes if value not in inside]
-
     @property
     def steps(self) -> int:
         """Into how many equal parts the axis can be cut."""
@@ -177,7 +172,7 @@ class _Growing:
     def __init__(self, softmax: ir.Node, axis: int, least: int) -> None:
         assert softmax.graph is not None
         self.softmax, self.least = softmax, least
-        self.listed = list(softmax.graph)
+        self.graph, self.listed = softmax.graph, list(softmax.graph)
         self.order = {node: index for index, node in enumerate(self.listed)}
         self.nodes: set[ir.Node] = set()
         self.axes: dict[ir.Value, int] = {softmax.outputs[0]: axis}
@@ -285,11 +280,17 @@ class _Growing:
                 if value
             ):
                 return False
-        depending = set(inside)
-        for node in self.listed:
-            if node not in self.nodes and any(value in depending for value in node.inputs):
-                depending |= set(node.outputs)
-        return not any(value in depending and value not in inside for node in region.nodes for value in node.inputs)
+        depending = dependent(self.graph, inside) - inside
+        return not any(value in depending for node in region.nodes for value in node.inputs)
+
+
+def dependent(graph: ir.Graph, values: Iterable[ir.Value]) -> set[ir.Value]:
+    """Values, and all that depends on their numbers."""
+    found = set(values)
+    for node in graph:
+        if node.op_type not in ("Shape", "Size") and any(value in found for value in node.inputs):
+            found.update(node.outputs)
+    return found
 
 
 def copy_region(
