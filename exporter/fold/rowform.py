@@ -14,11 +14,11 @@ that made it, and so on. Matrices are products that nobody computes before a sit
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Protocol, TypeVar
 
 import numpy as np
 import onnx_ir as ir
@@ -27,15 +27,6 @@ from perceiver_export.exporter.fold.layout import Axis, Layout, joined, layout_o
 from perceiver_export.exporter.fold.nodes import VIEWS, Shape, array_of, axis_of, made_by, operand, shape_of, sizes
 from perceiver_export.exporter.fold.normalize import patches
 from perceiver_export.exporter.fold.tables import Matrix, Table
-
-Linear = TypeVar("Linear", Matrix, Table)  # what is linear in the rows
-
-
-class Change(Protocol):
-    """Something linear that is done to every row."""
-
-    def __call__(self, one: Linear, /) -> Linear: ...
-
 
 _MOST_FORMS, _MOST_TERMS = 8, 3
 _SUMMED_FORMS = 3  # of each side of an addition
@@ -120,9 +111,9 @@ class RowForm:
         assert joined is not None
         return replace(self, table=joined, bias=None)
 
-    def _with(self, change: Change, node: ir.Node | None, width: int | None = None) -> RowForm:
+    def _with(self, change: Callable[[Matrix], Matrix], node: ir.Node | None, width: int | None = None) -> RowForm:
         terms = tuple((value, change(matrix)) for value, matrix in self.terms)
-        table = None if self.table is None else change(self.table)
+        table = None if self.table is None else self.table.each(change)
         bias = None if self.bias is None else change(self.bias)
         return RowForm(self.lead, width or self.width, terms, table, self.norm, bias, self._killed(node))
 
@@ -155,7 +146,7 @@ class Forms:
         """The tensor itself first, then what it was made from."""
         if value not in self._known:
             shape = sizes(value)
-            itself = RowForm(shape[:-1], shape[-1], ((value, Matrix(shape[-1], shape[-1])),))
+            itself = RowForm(shape[:-1], shape[-1], ((value, Matrix.identity(shape[-1])),))
             self._known[value] = [itself]
             node = value.producer()
             step = None if node is None else _FORMS.get(node.op_type)
@@ -221,10 +212,9 @@ class Forms:
         if _is_row(array, shape):
             return form.shifted(sign * array, node)
         table = None if form.norm else self.table(value, shape)
-        if table is not None and form.table is not None:
-            table = form.table.plus(table * sign)
-        elif table is not None:
-            table = table * sign
+        if table is not None:
+            table = table.each(lambda one: one * sign)
+            table = table if form.table is None else form.table.plus(table)
         return None if table is None else replace(form, table=table, kills=form.kills | {node})
 
     def _turned(self, node: ir.Node, shape: Shape) -> Iterator[RowForm]:
@@ -252,12 +242,9 @@ class Forms:
 
     def _concat(self, node: ir.Node, shape: Shape) -> Iterator[RowForm]:
         """Columns side by side; each input as it is, then as what made it."""
-        if axis_of(node, len(shape), 0) != len(shape) - 1:
-            return
-        for deep in (False, True):
-            made = self._side_by_side(node, shape, deep)
-            if made is not None:
-                yield made
+        if axis_of(node, len(shape), 0) == len(shape) - 1:
+            made = (self._side_by_side(node, shape, deep) for deep in (False, True))
+            yield from (form for form in made if form is not None)
 
     def _side_by_side(self, node: ir.Node, shape: Shape, deep: bool) -> RowForm | None:
         terms: list[tuple[ir.Value, Matrix]] = []
@@ -274,10 +261,9 @@ class Forms:
             if constants is None:
                 terms += [(one, matrix.placed(at, width)) for one, matrix in form.terms]
                 kills |= form.kills
-                form = form.without_bias()
-                constants = form.table
-            placed = None if constants is None else constants.placed(at, width)
-            if placed is not None:
+                constants = form.without_bias().table
+            if constants is not None:
+                placed = constants.each(functools.partial(Matrix.placed, at=at, width=width))
                 table = placed if table is None else table.plus(placed)
                 if table is None:
                     return None

@@ -162,11 +162,8 @@ def _order(rows: list[Atom], count: int, width: int) -> tuple[list[int], list[in
         left //= rows[index][0]
         if rows[index][1] != left * width:
             return None
-    return (
-        ([rows[index][0] for index in falling], [falling.index(index) for index in range(len(rows))])
-        if left == 1
-        else None
-    )
+    extents, axes = [rows[index][0] for index in falling], [falling.index(index) for index in range(len(rows))]
+    return (extents, axes) if left == 1 else None
 
 
 def _picks(leading: list[Atom], columns: list[Atom], offset: int, width: int) -> np.ndarray:
