@@ -186,6 +186,11 @@ class Nodes:
             return self.constant(array.transpose(order))
         return self.make("Transpose", [value], [sizes(value)[axis] for axis in order], perm=list(order))
 
+    def expand(self, value: ir.Value, shape: Sequence[int]) -> ir.Value:
+        if sizes(value) == tuple(shape):
+            return value
+        return self.make("Expand", [value, self.constant(np.array(shape, np.int64))], shape)
+
     def binary(self, operator: str, left: ir.Value, right: ir.Value) -> ir.Value:
         return self.make(operator, [left, right], np.broadcast_shapes(sizes(left), sizes(right)))
 

@@ -175,8 +175,7 @@ def _one_sample(model: ir.Model, real: Sizes) -> None:
             if _broadcasts(node, index):
                 node.replace_input_with(index, nodes.constant(array[:1]))
             elif made_by(value, "Expand") is None:
-                target = nodes.constant(np.array(shape, np.int64))
-                node.replace_input_with(index, nodes.make("Expand", [nodes.constant(array[:1]), target], shape))
+                node.replace_input_with(index, nodes.expand(nodes.constant(array[:1]), shape))
     common.RemoveUnusedNodesPass()(model)
 
 

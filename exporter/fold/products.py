@@ -43,12 +43,7 @@ def fold_tails(
         if node.graph is None or (not node.outputs[0].uses() and not node.outputs[0].is_graph_output()):
             continue
         source = operand(node)
-        choices = [
-            (plain, new, form)
-            for form in forms.of(source)[1:]
-            if form.terms and form.norm is None and (form.table is None or form.table.is_row) and not _normed(form)
-            for plain, new in [_tail_costs(node, form, real)]
-        ]
+        choices = [(*_tail_costs(node, form, real), form) for form in forms.of(source)[1:] if _is_sum(form)]
         if not choices:
             continue
         plain, new, form = max(choices, key=lambda one: one[0].gain(one[1]))
@@ -59,8 +54,11 @@ def fold_tails(
     return found
 
 
-def _normed(form: RowForm) -> bool:
-    return any(node.op_type == "LayerNormalization" for node in form.kills)
+def _is_sum(form: RowForm) -> bool:
+    """Whether a form is products and a constant row, without a norm on the way."""
+    row = form.table is None or form.table.is_row
+    normed = form.norm is not None or any(node.op_type == "LayerNormalization" for node in form.kills)
+    return bool(form.terms) and row and not normed
 
 
 def _tail_costs(node: ir.Node, form: RowForm, real: Sizes) -> tuple[Work, Work]:

@@ -173,23 +173,24 @@ class _Growing:
         assert softmax.graph is not None
         self.softmax, self.least = softmax, least
         self.graph, self.listed = softmax.graph, list(softmax.graph)
-        self.order = {node: index for index, node in enumerate(self.listed)}
+        at = self.listed.index(softmax)
+        self.before, self.behind = self.listed[:at], self.listed[at:]
         self.nodes: set[ir.Node] = set()
         self.axes: dict[ir.Value, int] = {softmax.outputs[0]: axis}
 
     def grown(self) -> Region | None:
         if not self._backward():
             return None
-        for node in self.listed[self.order[self.softmax] :]:
+        for node in self.behind:
             if any(self._large(value, node) for value in self._read(node)):
                 self._take(node)
         self._meet()
-        region = Region(sorted(self.nodes, key=self.order.__getitem__), self.axes, self._results())
+        region = Region([node for node in self.listed if node in self.nodes], self.axes, self._results())
         return region if self._sound(region) else None
 
     def _backward(self) -> bool:
         """What is computed for the softmax alone."""
-        for node in reversed(self.listed[: self.order[self.softmax] + 1]):
+        for node in reversed([*self.before, self.softmax]):
             result = node.outputs[0]
             if result not in self.axes:
                 continue
@@ -258,7 +259,7 @@ class _Growing:
         if len(self._results()) < 2:
             return
         state, tried = (set(self.nodes), dict(self.axes)), 0
-        for node in self.listed[self.order[self.softmax] :]:
+        for node in self.behind:
             if not self._read(node):
                 continue
             tried += 1
@@ -307,10 +308,10 @@ def copy_region(
         shape[axis] = extent(shape[axis])
         inputs: list[ir.Value | None] = []
         for value, cut in zip(node.inputs, found, strict=True):
-            if value is None or (cut is None and value not in made):
-                inputs.append(value)
+            if value in made:
+                inputs.append(made[value])
             else:
-                inputs.append(made[value] if value in made or cut is None else take(value, cut))
+                inputs.append(value if value is None or cut is None else take(value, cut))
         nodes.origin = node
         if node.op_type in VIEWS and inputs[0] is not None:
             made[result] = nodes.reshape(inputs[0], shape)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-import numpy as np
 import onnx_ir as ir
 
 from perceiver_export.exporter.fold.nodes import (
@@ -111,9 +110,7 @@ def drop_single_keys(graph: ir.Graph) -> None:
             continue
         value, shape = operand(node, 1), shape_of(node.outputs[0])
         if shape is not None and len(sizes(value)) > 1:
-            nodes = Nodes(node)
-            target = nodes.constant(np.array(shape, np.int64))
-            put(node.outputs[0], value if sizes(value) == shape else nodes.make("Expand", [value, target], shape))
+            put(node.outputs[0], Nodes(node).expand(value, shape))
 
 
 def _has_one_key(weights: ir.Value) -> bool:
