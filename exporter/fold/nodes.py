@@ -7,6 +7,7 @@ import functools
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -104,6 +105,7 @@ def only_reader(value: ir.Value) -> ir.Node | None:
     return readers.pop() if len(readers) == 1 and not value.is_graph_output() else None
 
 
+@dataclass(frozen=True)
 class Sizes:
     """What dynamic dimensions count as. ``planned`` maps the prime number that stands in for each to its size.
 
@@ -111,8 +113,7 @@ class Sizes:
     integers: what belongs to the dimension is a multiple of its prime.
     """
 
-    def __init__(self, planned: Mapping[int, int] | None = None) -> None:
-        self.planned = dict(planned or {})
+    planned: Mapping[int, int] = field(default_factory=dict)
 
     def count(self, dims: Iterable[int]) -> int:
         """Elements of a tensor of these dimensions at the planned sizes."""

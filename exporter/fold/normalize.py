@@ -34,7 +34,7 @@ _MOST_ROUNDS = 60  # of settling shapes: those of one layer are known when those
 _LARGEST_TABLE = 1 << 26  # numbers that are computed to see whether they are the same for each sample
 
 
-def normalize(model: ir.Model, real: Sizes | None = None) -> None:
+def normalize(model: ir.Model, real: Sizes) -> None:
     """In place. Values whose shapes stay unknown are left as they are, and nothing that reads them is folded."""
     _apply(
         model,
@@ -43,7 +43,6 @@ def normalize(model: ir.Model, real: Sizes | None = None) -> None:
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         common.CommonSubexpressionEliminationPass(),
     )
-    real = real or Sizes()
     settle(model, real)
     for node in list(model.graph):
         rule = _RULES.get(node.op_type)
@@ -91,8 +90,8 @@ class Constants:
     Dynamic dimensions have one step there: constants are the same for all samples.
     """
 
-    def __init__(self, real: Sizes | None = None) -> None:
-        self._real = real or Sizes()
+    def __init__(self, real: Sizes) -> None:
+        self._real = real
         self._known: dict[ir.Value, np.ndarray | None] = {}
 
     def __call__(self, value: ir.Value) -> np.ndarray | None:

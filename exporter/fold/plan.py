@@ -62,7 +62,7 @@ def in_pieces(model: ir.Model, limit: int, real: Sizes) -> tuple[PlannedStage, .
 def _cut(softmax: ir.Node, budget: int, real: Sizes) -> PlannedStage | None:
     """The region around a softmax in pieces; None where it is small, or cannot be cut."""
     shape = shape_of(softmax.outputs[0])
-    if shape is None or softmax.graph is None:
+    if shape is None:
         return None
     whole = _bytes(softmax.outputs[0], real)
     if _SCORES * whole <= min(budget, _PIECE):

@@ -14,7 +14,6 @@ that made it, and so on. Matrices are products that nobody computes before a sit
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -25,7 +24,7 @@ import onnx_ir as ir
 
 from perceiver_export.exporter.fold.layout import Axis, Layout, joined, layout_of, row_major
 from perceiver_export.exporter.fold.nodes import VIEWS, Shape, array_of, axis_of, made_by, operand, shape_of, sizes
-from perceiver_export.exporter.fold.normalize import patches
+from perceiver_export.exporter.fold.normalize import Constants, patches
 from perceiver_export.exporter.fold.tables import Matrix, Table
 
 _MOST_FORMS, _MOST_TERMS = 8, 3
@@ -92,6 +91,10 @@ class RowForm:
         own = np.broadcast_to(np.asarray(factor, np.float64).reshape(-1), (self.width,))
         return self._with(lambda one: one * own, node)
 
+    def placed(self, at: int, width: int) -> RowForm:
+        """As columns ``at`` and following of wider rows."""
+        return self._with(lambda one: one.placed(at, width), None, width)
+
     def shifted(self, bias: np.ndarray, node: ir.Node | None = None) -> RowForm:
         """Each row plus one that is the same for all."""
         total = Matrix.of(np.broadcast_to(bias.reshape(1, -1), (1, self.width)))
@@ -137,7 +140,7 @@ def join(left: RowForm, right: RowForm, node: ir.Node) -> RowForm | None:
 class Forms:
     """The forms of the values of one graph. ``constant`` gives the numbers of what does not depend on an input."""
 
-    def __init__(self, constant: Callable[[ir.Value], np.ndarray | None]) -> None:
+    def __init__(self, constant: Constants) -> None:
         self.constant = constant
         self._known: dict[ir.Value, list[RowForm]] = {}
         self._tables: dict[ir.Value, Table | None] = {}
@@ -247,31 +250,22 @@ class Forms:
             yield from (form for form in made if form is not None)
 
     def _side_by_side(self, node: ir.Node, shape: Shape, deep: bool) -> RowForm | None:
-        terms: list[tuple[ir.Value, Matrix]] = []
-        table: Table | None = None
-        kills, at, width = frozenset({node}), 0, shape[-1]
-        found_deeper = False
+        """The sum of the inputs' forms, each at its columns."""
+        total, at, found_deeper = RowForm(shape[:-1], shape[-1], ()), 0, False
         for value in node.inputs:
             assert value is not None
-            own = sizes(value)[-1]
-            constants = self.table(value, sizes(value))
+            own, constants = sizes(value)[-1], self.table(value, sizes(value))
             forms = [form for form in self.of(value) if form.norm is None]
             form = forms[-1] if deep and forms[-1].columns < own else forms[0]
             found_deeper = found_deeper or form is not forms[0]
-            if constants is None:
-                terms += [(one, matrix.placed(at, width)) for one, matrix in form.terms]
-                kills |= form.kills
-                constants = form.without_bias().table
             if constants is not None:
-                placed = constants.each(functools.partial(Matrix.placed, at=at, width=width))
-                table = placed if table is None else table.plus(placed)
-                if table is None:
-                    return None
-            at += own
-        looked_up = table is not None and bool(table.points)
-        if not (terms or looked_up) or (deep and not found_deeper) or len(terms) > _MOST_TERMS:
-            return None
-        return RowForm(shape[:-1], width, tuple(terms), table, kills=kills)
+                form = RowForm(shape[:-1], own, (), constants)
+            made = join(total, form.placed(at, shape[-1]), node)
+            if made is None:
+                return None
+            total, at = made, at + own
+        looked_up = total.table is not None and bool(total.table.points)
+        return total if (total.terms or looked_up) and (found_deeper or not deep) else None
 
     def _normed(self, node: ir.Node, shape: Shape) -> Iterator[RowForm]:
         scale, shift = array_of(node.inputs[1]), array_of(node.inputs[2]) if len(node.inputs) > 2 else None

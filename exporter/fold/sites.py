@@ -195,6 +195,12 @@ class Work(Cost, frozen=True):
 
     of_weights: int = 0
 
+    def __add__(self, other: Work) -> Work:
+        return Work(self.flops + other.flops, self.bytes + other.bytes, self.of_weights + other.of_weights)
+
+    def per_sample(self, batch: int) -> Cost:
+        return Cost(self.flops // batch, self.bytes // batch)
+
     @property
     def in_floats(self) -> int:
         """FLOPs, with those that its bytes are worth."""
@@ -272,11 +278,6 @@ def folded_cost(site: Site, form: RowForm, real: Sizes) -> Work | None:
     return Work(2 * queries * rows * form.columns + of_weights, numbers * _FLOAT, of_weights)
 
 
-def total(costs: Iterable[Work]) -> Work:
-    listed = list(costs)
-    return Work(*(sum(getattr(one, name) for one in listed) for name in Work.__struct_fields__))
-
-
 @dataclass(frozen=True, eq=False)
 class Choice:
     """The cheapest form of all sites that read one tensor, the form's index, and what both ways cost."""
@@ -322,7 +323,7 @@ def _best(group: list[Site], real: Sizes) -> Choice | None:
         if len(known) < len(costs):
             continue
         saved = cost_of(unneeded(operands, nodes, form.reads), real)
-        choice = Choice(tuple(group), index, total([products, saved]), total(known))
+        choice = Choice(tuple(group), index, products + saved, sum(known, Work(0, 0)))
         if best is None or choice.gain > best.gain:
             best = choice
     return best
@@ -330,7 +331,7 @@ def _best(group: list[Site], real: Sizes) -> Choice | None:
 
 def decided(node: ir.Node, plain: Work, new: Work, folded: bool, how: str, batch: int) -> FoldDecision:
     """A decision as the manifest records it, for one sample. ``how``: what a fold does."""
-    one, other = (Cost(cost.flops // batch, cost.bytes // batch) for cost in (plain, new))
+    one, other = plain.per_sample(batch), new.per_sample(batch)
     ratio = plain.in_floats / max(new.in_floats, 1)
     if folded:
         why = f"{how}: {ratio:.1f} times less work"
