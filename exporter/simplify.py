@@ -85,14 +85,9 @@ def is_random(node: ir.Node) -> bool:
     return known is None or bool(known.numpy().any())
 
 
-def is_opaque(node: ir.Node) -> bool:
-    """Whether a node draws random numbers or holds a graph."""
-    return is_random(node) or any(one.type == ir.AttributeType.GRAPH for one in node.attributes.values())
-
-
 def _must_stay(node: ir.Node) -> bool:
     """Whether a node draws numbers, holds a graph, or has a large result that is larger than its inputs."""
-    if is_opaque(node):
+    if is_random(node) or any(one.type == ir.AttributeType.GRAPH for one in node.attributes.values()):
         return True
     if node.op_type not in _GROWING:
         return False

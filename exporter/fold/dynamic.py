@@ -78,7 +78,7 @@ def _sizes(node: ir.Node, index: int, wanted: list[int], primes: Mapping[str, in
             np.array([-1 if one else size for size, one in zip(wanted, found, strict=True)], np.int64)
         )
     if node.op_type == "Slice" and index == 2 and (shape := shape_of(node.inputs[0])) is not None:
-        axes = integers(node, 3, "") or range(len(wanted))
+        axes = integers(node, 3) or range(len(wanted))
         to_end = [size == shape[axis] for size, axis in zip(wanted, axes, strict=True)]
         if all(end or one is None for end, one in zip(to_end, found, strict=True)):
             ends = [_END if end and one else size for size, end, one in zip(wanted, to_end, found, strict=True)]

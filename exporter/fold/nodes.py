@@ -72,10 +72,8 @@ def number(value: ir.Value | None) -> float | None:
     return float(array.reshape(())) if array is not None and array.size == 1 else None
 
 
-def integers(node: ir.Node, index: int, name: str) -> list[int] | None:
-    """Integers that older opsets give as attribute ``name`` and newer ones as input ``index``."""
-    if name in node.attributes:
-        return list(node.attributes[name].as_ints())
+def integers(node: ir.Node, index: int) -> list[int] | None:
+    """The integers of a constant input."""
     array = array_of(optional(node, index))
     return None if array is None else [int(one) for one in array.reshape(-1)]
 
@@ -83,7 +81,7 @@ def integers(node: ir.Node, index: int, name: str) -> list[int] | None:
 def stored_sizes(node: ir.Node) -> Iterator[tuple[int, list[int]]]:
     """The constant inputs that hold sizes or bounds, by index."""
     for index in SIZED.get(node.op_type, ()):
-        found = integers(node, index, "")
+        found = integers(node, index)
         if found is not None:
             yield index, found
 

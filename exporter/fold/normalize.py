@@ -28,7 +28,7 @@ from perceiver_export.exporter.fold.nodes import (
     sizes,
     stored_sizes,
 )
-from perceiver_export.exporter.simplify import FoldConstantsPass, SettleTypesAndShapesPass, evaluate, is_opaque
+from perceiver_export.exporter.simplify import FoldConstantsPass, SettleTypesAndShapesPass, evaluate
 
 _MOST_ROUNDS = 60  # of settling shapes: those of one layer are known when those of the layer before are
 _LARGEST_TABLE = 1 << 26  # numbers that are computed to see whether they are the same for each sample
@@ -36,13 +36,6 @@ _LARGEST_TABLE = 1 << 26  # numbers that are computed to see whether they are th
 
 def normalize(model: ir.Model, real: Sizes) -> None:
     """In place. Values whose shapes stay unknown are left as they are, and nothing that reads them is folded."""
-    _apply(
-        model,
-        common.InlinePass(),
-        common.RemoveInitializersFromInputsPass(),
-        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
-        common.CommonSubexpressionEliminationPass(),
-    )
     settle(model, real)
     for node in list(model.graph):
         rule = _RULES.get(node.op_type)
@@ -137,7 +130,7 @@ class Constants:
 
 
 def _is_fixed(value: ir.Value) -> bool:
-    """Whether no input, random number or branch is among what a value is computed from."""
+    """Whether no input is among what a value is computed from."""
     seen, left = set[ir.Value](), [value]
     while left:
         one = left.pop()
@@ -145,7 +138,7 @@ def _is_fixed(value: ir.Value) -> bool:
             continue
         seen.add(one)
         node = one.producer()
-        if node is None or is_opaque(node):
+        if node is None:
             return False
         left += [source for source in node.inputs if source is not None]
     return True
@@ -322,7 +315,7 @@ def _layer_norm(nodes: Nodes, node: ir.Node) -> None:
 
 def _over_last(node: ir.Node) -> bool:
     rank = len(sizes(operand(node)))
-    axes = integers(node, 1, "axes")
+    axes = integers(node, 1)
     return (
         axes is not None
         and [axis % rank for axis in axes] == [rank - 1]
@@ -368,7 +361,7 @@ def _sliced_rows(nodes: Nodes, node: ir.Node) -> None:
     """Columns of rows that are looked up in a constant -> rows looked up in its columns."""
     found = made_by(node.inputs[0], "Gather")
     rows = None if found is None else array_of(found.inputs[0])
-    axes, starts, ends, steps = (integers(node, index, "") for index in (3, 1, 2, 4))
+    axes, starts, ends, steps = (integers(node, index) for index in (3, 1, 2, 4))
     if found is None or rows is None or rows.ndim != 2 or found.attributes.get_int("axis", 0) != 0:
         return
     if axes is None or starts is None or ends is None or steps not in (None, [1]):

@@ -96,7 +96,7 @@ def _transpose(node: ir.Node, axis: int) -> Cuts:
 
 
 def _reduction(node: ir.Node, axis: int) -> Cuts | None:
-    rank, axes = len(_shapes(node)[0]), integers(node, 1, "axes")
+    rank, axes = len(_shapes(node)[0]), integers(node, 1)
     if axes is None:
         return None
     gone = [one % rank for one in axes]
@@ -109,7 +109,7 @@ def _concat(node: ir.Node, axis: int) -> Cuts | None:
 
 
 def _slice(node: ir.Node, axis: int) -> Cuts | None:
-    rank, axes = len(sizes(node.outputs[0])), integers(node, 3, "axes")
+    rank, axes = len(sizes(node.outputs[0])), integers(node, 3)
     return None if axes is None or axis in [one % rank for one in axes] else _first(node, axis)
 
 
