@@ -37,13 +37,10 @@ _LARGEST_TABLE = 1 << 26  # numbers that are computed to see whether they are th
 def normalize(model: ir.Model, real: Sizes) -> None:
     """In place. Values whose shapes stay unknown are left as they are, and nothing that reads them is folded."""
     settle(model, real)
-    for node in list(model.graph):
-        rule = _RULES.get(node.op_type)
-        if rule is not None and is_foldable(node):
-            rule(Nodes(node), node)
-    for node in list(model.graph):
-        if node.op_type == "LayerNormalization" and is_foldable(node):
-            _affine_norm(node)
+    for rules in (_RULES, _NORMS):
+        for node in list(model.graph):
+            if node.op_type in rules and is_foldable(node):
+                rules[node.op_type](Nodes(node), node)
     settle(model, real)
     _one_sample(model, real)
     settle(model, real)
@@ -323,7 +320,7 @@ def _over_last(node: ir.Node) -> bool:
     )
 
 
-def _affine_norm(node: ir.Node) -> None:
+def _affine_norm(nodes: Nodes, node: ir.Node) -> None:
     """LayerNormalization(x, 1, 0) · γ + β -> LayerNormalization(x, γ, β)."""
     scale, shift, shape = array_of(node.inputs[1]), array_of(optional(node, 2)), sizes(node.outputs[0])
     if not over_last(node) or scale is None or not np.all(scale == 1) or (shift is not None and np.any(shift)):
@@ -372,7 +369,8 @@ def _sliced_rows(nodes: Nodes, node: ir.Node) -> None:
     put(node.outputs[0], nodes.look_up(columns, operand(found, 1)))
 
 
-_RULES: dict[str, Callable[[Nodes, ir.Node], None]] = {
+_Rules = dict[str, Callable[[Nodes, ir.Node], None]]
+_RULES: _Rules = {
     "Gemm": _gemm,
     "MatMul": _vectors,
     "Einsum": _einsum,
@@ -382,3 +380,4 @@ _RULES: dict[str, Callable[[Nodes, ir.Node], None]] = {
     "Slice": _sliced_rows,
     "Mul": _neutral,
 }
+_NORMS: _Rules = {"LayerNormalization": _affine_norm}  # after the decomposed ones were found

@@ -70,15 +70,12 @@ def find_sites(graph: ir.Graph, forms: Forms) -> tuple[list[Site], dict[ir.Node,
     for node in graph:
         if node.op_type != "MatMul" or not is_foldable(node):
             continue
-        if any((array := array_of(value)) is not None and array.ndim <= 2 for value in node.inputs[1:]):
+        weight = array_of(node.inputs[1])
+        if weight is not None and weight.ndim <= 2:
             continue  # a linear layer
-        reasons = []
-        for side in (0, 1):
-            site = _site(node, side, forms)
-            if isinstance(site, Site):
-                found.append(site)
-            elif site:
-                reasons.append(site)
+        sides = [_site(node, side, forms) for side in (0, 1)]
+        found += [site for site in sides if isinstance(site, Site)]
+        reasons = [why for why in sides if isinstance(why, str)]
         if len(reasons) == 2:
             blocked[node] = "; ".join(dict.fromkeys(reasons))
     return found, blocked
@@ -316,17 +313,15 @@ def _best(group: list[Site], real: Sizes) -> Choice | None:
     nodes = {site.node for site in group}
     operands = [operand(site.node, site.side) for site in group]
     products = cost_of(nodes, real)
-    best: Choice | None = None
+    choices = []
     for index, form in enumerate(group[0].forms):
         costs = [folded_cost(site, site.forms[index], real) for site in group]
         known = [cost for cost in costs if cost is not None]
         if len(known) < len(costs):
             continue
         saved = cost_of(unneeded(operands, nodes, form.reads), real)
-        choice = Choice(tuple(group), index, products + saved, sum(known, Work(0, 0)))
-        if best is None or choice.gain > best.gain:
-            best = choice
-    return best
+        choices.append(Choice(tuple(group), index, products + saved, sum(known, Work(0, 0))))
+    return max(choices, key=lambda one: one.gain, default=None)
 
 
 def decided(node: ir.Node, plain: Work, new: Work, folded: bool, how: str, batch: int) -> FoldDecision:
