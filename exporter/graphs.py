@@ -101,10 +101,6 @@ class Split:
     queries: int | None = None
     dynamic: bool = False
 
-    def most(self, total: int, usual: int) -> int:
-        """The most of ``total`` queries that a decoder takes in a call."""
-        return min(self.queries or (total if self.dynamic else usual), total)
-
     def check(self, graphs: Sequence[GraphPart], why: str = "") -> None:
         """Raise UsageError if queries were asked for and no decoder takes them."""
         if (self.dynamic or self.queries) and all(graph.num_queries is None for graph in graphs):
@@ -279,7 +275,7 @@ def _by_rows(graph: GraphPart, model: ir.Model, region: Region, queries: TensorS
 
 def _choice(split: Split, total: int, usual: int, latents: TensorSpec, samples: int | str) -> TensorSpec:
     """The indices that a decoder takes, for each of ``samples``."""
-    most = split.most(total, usual)
+    most = min(split.queries or (total if split.dynamic else usual), total)
     dynamic = split.dynamic and most > 1  # torch knows no range from 1 to 1
     ranges = {**({} if samples == 1 else latents.ranges), **({"queries": (1, most)} if dynamic else {})}
     meaning = f"which of {total} queries to decode, counted from 0"

@@ -74,9 +74,8 @@ def _sizes(node: ir.Node, index: int, wanted: list[int], primes: Mapping[str, in
     nodes = Nodes(node)
     found = [_factored(size, primes) for size in wanted]
     if node.op_type == "Reshape" and sum(one is not None for one in found) == 1:
-        return nodes.constant(
-            np.array([-1 if one else size for size, one in zip(wanted, found, strict=True)], np.int64)
-        )
+        inferred = [-1 if one else size for size, one in zip(wanted, found, strict=True)]
+        return nodes.constant(np.array(inferred, np.int64))
     if node.op_type == "Slice" and index == 2 and (shape := shape_of(node.inputs[0])) is not None:
         axes = integers(node, 3) or range(len(wanted))
         to_end = [size == shape[axis] for size, axis in zip(wanted, axes, strict=True)]

@@ -37,11 +37,8 @@ def mark(graph: ir.Graph, name: str) -> None:
     if len(found) != 1:
         near = difflib.get_close_matches(name, sorted({*modules, *tensors}), _SHOWN) or sorted(modules or tensors)
         shown = ", ".join(str(value.name) for value in found[:_SHOWN])
-        what = (
-            f"{len(found)} tensors leave {name!r}: {shown}"
-            if found
-            else f"the model computes no {name!r} from its inputs"
-        )
+        none = f"the model computes no {name!r} from its inputs"
+        what = f"{len(found)} tensors leave {name!r}: {shown}" if found else none
         raise UsageError(what, f"give --latents one of: {shown or ', '.join(near[:_SHOWN])}")
     graph.outputs.append(_same(graph, found[0], f"{name}.{LATENTS}"))
 

@@ -268,10 +268,8 @@ def patches(conv: ir.Node) -> tuple[ir.Value, np.ndarray] | None:
     (outputs, _, *kernel), spatial = weight.shape, weight.ndim - 2
     pads = conv.attributes.get_ints("pads", (0,) * 2 * spatial)
     plain = [conv.attributes.get_ints(name, (1,) * spatial) for name in ("strides", "dilations")]
-    if (
-        any(step != 1 for steps in plain for step in steps)
-        or conv.attributes.get_string("auto_pad", "NOTSET") != "NOTSET"
-    ):
+    computed_pads = conv.attributes.get_string("auto_pad", "NOTSET") != "NOTSET"
+    if computed_pads or any(step != 1 for steps in plain for step in steps):
         return None
     nodes = Nodes(conv)
     shifted = [nodes.pad(source, (0, 0, *pads[:spatial], 0, 0, *pads[spatial:]))]
@@ -312,12 +310,8 @@ def _layer_norm(nodes: Nodes, node: ir.Node) -> None:
 
 def _over_last(node: ir.Node) -> bool:
     rank = len(sizes(operand(node)))
-    axes = integers(node, 1)
-    return (
-        axes is not None
-        and [axis % rank for axis in axes] == [rank - 1]
-        and node.attributes.get_int("keepdims", 1) == 1
-    )
+    axes = integers(node, 1) or []
+    return [axis % rank for axis in axes] == [rank - 1] and node.attributes.get_int("keepdims", 1) == 1
 
 
 def _affine_norm(nodes: Nodes, node: ir.Node) -> None:

@@ -210,11 +210,8 @@ class _Growing:
 
     def _cut(self, node: ir.Node, found: Cuts) -> bool:
         """Note where a node's inputs are cut; False where one would be cut in two ways."""
-        wanted = [
-            (value, axis)
-            for value, axis in zip(node.inputs, found, strict=True)
-            if value is not None and axis is not None
-        ]
+        pairs = zip(node.inputs, found, strict=True)
+        wanted = [(value, axis) for value, axis in pairs if value is not None and axis is not None]
         if any(self.axes.get(value, axis) != axis for value, axis in wanted):
             return False
         self.axes.update(wanted)
@@ -275,11 +272,8 @@ class _Growing:
         for node in region.nodes:
             found = cuts(node, self.axes[node.outputs[0]])
             assert found is not None
-            if any(
-                value in inside and axis != self.axes[value]
-                for value, axis in zip(node.inputs, found, strict=True)
-                if value
-            ):
+            pairs = zip(node.inputs, found, strict=True)
+            if any(value in inside and axis != self.axes[value] for value, axis in pairs if value is not None):
                 return False
         depending = dependent(self.graph, inside) - inside
         return not any(value in depending for node in region.nodes for value in node.inputs)
