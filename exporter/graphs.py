@@ -301,11 +301,7 @@ def split_model(model: PerceiverIO, batch: Batch, split: Split = Split()) -> tup
     module = _Graph(model, inputs, lambda model, feeds: [model.encode(feeds)])
     encoder = GraphPart("encoder", module, inputs, (latents,), batch.sizes)
     if not isinstance(config.decoder, QueryDecoder):
-        head = _Graph(
-            nn.ModuleDict({"decoder": model.decoder}),
-            [latents],
-            lambda model, feeds: [model["decoder"](feeds["latents"])],
-        )
+        head = _Graph(model, [latents], lambda model, feeds: [model.decoder(feeds["latents"])])
         return encoder, GraphPart("decoder", head, (latents,), output_specs(config, batch), batch.sizes)
     return encoder, *(_decoder(model, name, latents, batch, split) for name in config.decoder.outputs)
 

@@ -182,7 +182,7 @@ class _Growing:
         if not self._backward():
             return None
         for node in self.behind:
-            if any(self._large(value, node) for value in self._read(node)):
+            if any(node.op_type in VIEWS or math.prod(sizes(value)) > self.least for value in self._read(node)):
                 self._take(node)
         self._meet()
         region = Region([node for node in self.listed if node in self.nodes], self.axes, self._results())
@@ -190,19 +190,18 @@ class _Growing:
 
     def _backward(self) -> bool:
         """What is computed for the softmax alone."""
-        for node in reversed([*self.before, self.softmax]):
+        found = cuts(self.softmax, self.axes[self.softmax.outputs[0]])
+        if found is None:
+            return False
+        self.nodes.add(self.softmax)
+        self._cut(self.softmax, found)
+        for node in reversed(self.before):
             result = node.outputs[0]
-            if result not in self.axes:
+            found = cuts(node, self.axes[result]) if result in self.axes and len(node.outputs) == 1 else None
+            if found is None or math.prod(sizes(result)) < self.least:
+                continue  # a slice of it costs less than a product in pieces
+            if result.is_graph_output() or any(user not in self.nodes for user in result.consumers()):
                 continue
-            found = cuts(node, self.axes[result])
-            if node is not self.softmax:
-                if found is not None and math.prod(sizes(result)) < self.least:
-                    continue  # a slice of it costs less than a product in pieces
-                read_elsewhere = any(user not in self.nodes for user in result.consumers())
-                if len(node.outputs) > 1 or read_elsewhere or result.is_graph_output() or found is None:
-                    continue
-            if found is None:
-                return False
             self.nodes.add(node)
             if not self._cut(node, found):
                 return False
@@ -222,9 +221,6 @@ class _Growing:
         if node in self.nodes:
             return []
         return [value for value in node.inputs if value is not None and value.producer() in self.nodes]
-
-    def _large(self, value: ir.Value, node: ir.Node) -> bool:
-        return node.op_type in VIEWS or math.prod(sizes(value)) > self.least
 
     def _take(self, node: ir.Node) -> bool:
         """Add a node behind the region, where its result can be cut as what it reads is."""

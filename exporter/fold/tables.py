@@ -30,7 +30,8 @@ class Matrix:
 
     @classmethod
     def of(cls, array: np.ndarray) -> Matrix:
-        return cls(*array.shape, lambda: array.astype(np.float64))
+        rows, columns = array.shape
+        return cls(rows, columns, lambda: array.astype(np.float64))
 
     @classmethod
     def identity(cls, size: int) -> Matrix:
