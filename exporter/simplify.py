@@ -333,11 +333,10 @@ def number_folds(graph: ir.Graph, taken: Collection[str] = ()) -> None:
     """Number the values that folds made from 0, so that a model always becomes the same bytes; names of its inputs and
     outputs are ``taken``.
     """
-    made = [value for value in graph.initializers.values() if (value.name or "").startswith(("fold.", "fold_"))]
+    made = {value for value in graph.initializers.values() if str(value.name).startswith(("fold.", "fold_"))}
     for value in made:
         del graph.initializers[str(value.name)]
-    known = set(made)
-    used = dict.fromkeys(value for node in graph for value in node.inputs if value in known)
+    used = dict.fromkeys(value for node in graph for value in node.inputs if value in made)
     numbers = (index for index in itertools.count() if not {f"fold.{index}", f"fold.{index}.direct"} & set(taken))
     for index, value in zip(numbers, used, strict=False):
         role = ".direct" if str(value.name).endswith(".direct") else ""
