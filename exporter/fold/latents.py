@@ -16,7 +16,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 
 from perceiver_export.exporter.fold.nodes import VIEWS, Nodes, array_of, axis_of, made_by, operand, put, shape_of, sizes
-from perceiver_export.exporter.fold.slicing import ELEMENTWISE, Region, copy_region, cuts, dependent
+from perceiver_export.exporter.fold.slicing import ELEMENTWISE, Region, copy_region, cuts, dependent, places
 from perceiver_export.exporter.simplify import module_of
 from perceiver_export.runtimes.errors import UnsupportedModelError, UsageError
 
@@ -217,12 +217,9 @@ def independent_rows(graph: ir.Graph, samples: int) -> Region | str:
 
 def _as_slices(split: ir.Node) -> None:
     """Nodes of a region have one output."""
-    nodes, start = Nodes(split), 0
-    axis = axis_of(split, len(sizes(operand(split))), 0)
-    for value in list(split.outputs):
-        stop = start + sizes(value)[axis]
-        put(value, nodes.slice(operand(split), axis, start, stop))
-        start = stop
+    nodes, axis = Nodes(split), axis_of(split, len(sizes(operand(split))), 0)
+    for value, steps in places(list(split.outputs), axis):
+        put(value, nodes.slice(operand(split), axis, steps.start, steps.stop))
 
 
 def _region(graph: ir.Graph, result: ir.Value) -> Region | str:

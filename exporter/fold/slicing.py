@@ -8,7 +8,7 @@ rows alone: in pieces it gives the same result in less memory.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -320,3 +320,12 @@ def rows_of(nodes: Nodes, value: ir.Value, axis: int, start: int, stop: int) -> 
     if array is None:
         return nodes.slice(value, axis, start, stop)
     return nodes.constant(array[(slice(None),) * axis + (slice(start, stop),)])
+
+
+def places(parts: Iterable[ir.Value], axis: int) -> Iterator[tuple[ir.Value, slice]]:
+    """Each part, and its rows among those of all."""
+    start = 0
+    for part in parts:
+        stop = start + sizes(part)[axis]
+        yield part, slice(start, stop)
+        start = stop
