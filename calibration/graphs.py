@@ -85,10 +85,10 @@ def decibels(signal: float, noise: float) -> float:
     return 200.0 if noise == 0.0 else min(200.0, float(10 * np.log10(max(signal, 1e-300) / noise)))
 
 
-def made_by(value: ir.Value | None, op_type: str) -> ir.Node | None:
-    """The node that produces a value, if it is of this type."""
+def made_by(value: ir.Value | None, *op_types: str) -> ir.Node | None:
+    """The node that produces a value, if it is of one of these types."""
     node = value.producer() if value is not None else None
-    return node if node is not None and node.op_type == op_type else None
+    return node if node is not None and node.op_type in op_types else None
 
 
 def reached(
@@ -125,9 +125,7 @@ def constant(graph: ir.Graph, name: str, array: Array, dtype: ir.DataType | None
             return known
         count += 1
         unique = f"{name}.{count}"
-    tensor = ir.tensor(array, dtype=dtype, name=unique)
-    shape = ir.Shape(array.shape)
-    value = ir.Value(name=unique, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=shape)
+    value = ir.val(unique, const_value=ir.tensor(array, dtype=dtype, name=unique))
     graph.register_initializer(value)
     return value
 
@@ -174,21 +172,18 @@ def split_gemms(graph: ir.Graph) -> None:
     Given:  y = Gemm<transB = 1, alpha = a, beta = b>(x, W, c)
     Result: y = Add(MatMul(x, a Wᵀ), b c)
     """
-    rewritten: dict[tuple[ir.Value, float, int], ir.Value] = {}
     for node in list(graph):
         if node.op_type != "Gemm" or node.attributes.get_int("transA", 0) != 0:
             continue
         x, weight, bias = (*node.inputs, None)[:3]
         if weight is None or not is_constant(weight) or (bias is not None and not is_constant(bias)):
             continue
-        alpha, transposed = node.attributes.get_float("alpha", 1.0), node.attributes.get_int("transB", 0)
-        key = (weight, alpha, transposed)
-        if key not in rewritten:
-            array = array_of(weight).T if transposed else array_of(weight)
-            rewritten[key] = constant(graph, f"{weight.name}.matmul", np.ascontiguousarray(array * np.float32(alpha)))
-        output, beta = node.outputs[0], node.attributes.get_float("beta", 1.0)
+        alpha, beta = (node.attributes.get_float(name, 1.0) for name in ("alpha", "beta"))
+        array = array_of(weight).T if node.attributes.get_int("transB", 0) else array_of(weight)
+        matrix = constant(graph, f"{weight.name}.matmul", np.ascontiguousarray(array * np.float32(alpha)))
+        output = node.outputs[0]
         made = ir.Value(name=f"{output.name}.matmul", type=output.type, shape=output.shape)
-        nodes = [ir.node("MatMul", [x, rewritten[key]], name=f"{node.name}.matmul", outputs=[made])]
+        nodes = [ir.node("MatMul", [x, matrix], name=f"{node.name}.matmul", outputs=[made])]
         if bias is not None:
             if beta != 1.0:
                 bias = constant(graph, f"{bias.name}.scaled", array_of(bias) * np.float32(beta))

@@ -8,6 +8,7 @@ at once. The graph of any other model is cut.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -193,26 +194,23 @@ def own_graph(model: NamedModule | OnnxFile, batch: Batch | None) -> GraphPart:
     for name, array in examples.items():
         check_tensor(name, array)
     samples = next((len(array) for array in examples.values() if array.ndim), 0)
-    batched = {name for name, array in examples.items() if array.ndim and len(array) == samples}
-    size = samples if batch is None else batch.typical
-    sized = {name: repeated(array, size) if name in batched else array for name, array in examples.items()}
+    taken = batch or Batch(samples, samples, samples)
+    other = {name for name, array in examples.items() if array.shape[:1] != (samples,)}
+    sized = {name: array if name in other else repeated(array, taken.typical) for name, array in examples.items()}
     found = model.run(sized)
-    follow = {name for name, array in found.items() if array.ndim and size and array.shape[0] == size}
-    if samples == 0 or len(follow) < len(found) or len(batched) < len(examples):
-        other = sorted((set(found) - follow) | (set(examples) - batched))
+    other |= {name for name, array in found.items() if not samples or array.shape[:1] != (taken.typical,)}
+    if other:
         raise UnsupportedModelError(
-            f"the batch is not the first dimension of {', '.join(other)}", "put a module around yours that makes it so"
+            f"the batch is not the first dimension of {', '.join(sorted(other))}",
+            "put a module around yours that makes it so",
         )
 
-    def spec(name: str, array: Array, by_batch: bool) -> TensorSpec:
+    def spec(name: str, array: Array) -> TensorSpec:
         check_tensor(name, array)
-        ranges = batch.ranges if by_batch and batch is not None else {}
-        shape: tuple[int | str, ...] = ("batch", *array.shape[1:]) if ranges else array.shape
-        return TensorSpec(name, cast(DType, str(array.dtype)), shape, "", ranges)
+        return _spec(name, array.shape[1:], taken, "", dtype=cast(DType, str(array.dtype)))
 
-    inputs = tuple(spec(name, array, name in batched) for name, array in sized.items())
-    outputs = tuple(spec(name, array, name in follow) for name, array in found.items())
-    return GraphPart("model", model, inputs, outputs, {} if batch is None else batch.sizes, examples=examples)
+    inputs, outputs = (tuple(itertools.starmap(spec, arrays.items())) for arrays in (sized, found))
+    return GraphPart("model", model, inputs, outputs, taken.sizes, examples=examples)
 
 
 def whole_model(model: PerceiverIO, batch: Batch) -> GraphPart:
@@ -378,8 +376,14 @@ def output_specs(config: PerceiverConfig, batch: Batch) -> tuple[TensorSpec, ...
 
 
 def _spec(
-    name: str, shape: tuple[int, ...], batch: Batch, meaning: str, values: tuple[int, int] | None = None
+    name: str,
+    shape: tuple[int, ...],
+    batch: Batch,
+    meaning: str,
+    values: tuple[int, int] | None = None,
+    dtype: DType | None = None,
 ) -> TensorSpec:
-    """int32 where ``values`` gives the range of its numbers, else float32."""
+    """By default of int32 where ``values`` gives the range of its numbers, else of float32."""
     size: int | str = "batch" if batch.ranges else batch.typical
-    return TensorSpec(name, "float32" if values is None else "int32", (size, *shape), meaning, batch.ranges, values)
+    kind = dtype or ("float32" if values is None else "int32")
+    return TensorSpec(name, kind, (size, *shape), meaning, batch.ranges, values)

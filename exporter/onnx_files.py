@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
-from perceiver_export.exporter.fold.nodes import shape_of
+from perceiver_export.exporter.fold.nodes import Sizes, shape_of
 from perceiver_export.exporter.fold.normalize import Constants
 from perceiver_export.exporter.simplify import is_random, plain_session
 from perceiver_export.runtimes.errors import CheckpointError, UnsupportedModelError, UsageError, first_line
@@ -185,7 +185,7 @@ def _fixed(value: ir.Value, shape: Mapping[str, tuple[int, ...]]) -> tuple[int, 
 
 def vocabularies(graph: ir.Graph) -> dict[str, int]:
     """Rows of the table that an integer input looks up, by input."""
-    constant, found = Constants(), dict[str, int]()
+    constant, found = Constants(Sizes()), dict[str, int]()
     for node in graph:
         if node.op_type != "Gather" or node.attributes.get_int("axis", 0) != 0:
             continue

@@ -16,6 +16,7 @@ import onnx_ir.passes.common as common
 from onnxscript.rewriter import RewritePass
 from onnxscript.rewriter.rules.common import transpose_transpose_rule
 
+from perceiver_export.calibration.graphs import constant
 from perceiver_export.exporter.fold.nodes import array_of, is_known, made_by, operand, optional, put, shape_of, sizes
 from perceiver_export.runtimes.errors import ExportError, first_line
 
@@ -47,13 +48,13 @@ class FoldConstantsPass(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         graph = model.graph
-        constant = {value for value in graph.initializers.values() if value.const_value is not None}
+        known = {value for value in graph.initializers.values() if value.const_value is not None}
         folded: dict[ir.Node, None] = {}  # in the graph's order
         for node in graph:
             stays = _must_stay(node) or self._repeats(node)
-            if all(value is None or value in constant for value in node.inputs) and not stays:
+            if all(value is None or value in known for value in node.inputs) and not stays:
                 folded[node] = None
-                constant.update(node.outputs)
+                known.update(node.outputs)
         frontier = [
             value
             for node in folded
@@ -128,11 +129,10 @@ def _replace(graph: ir.Graph, value: ir.Value, array: np.ndarray) -> None:
     if producer is not None and producer.op_type == "Transpose" and producer.inputs[0] is not None:
         source = producer.inputs[0]
         if source.is_initializer() and len(source.uses()) == 1:
-            name, source.name = str(source.name), f"{source.name}.untransposed"
-    tensor = ir.tensor(array, name=name)
-    constant = ir.Value(name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape))
-    value.replace_all_uses_with(constant, replace_graph_outputs=True)
-    graph.initializers[name] = constant
+            name, source.name = source.name, f"{source.name}.untransposed"
+    made = ir.val(name, const_value=ir.tensor(array, name=name))
+    value.replace_all_uses_with(made, replace_graph_outputs=True)
+    graph.initializers.add(made)
 
 
 class NameNodesPass(ir.passes.InPlacePass):
@@ -143,10 +143,8 @@ class NameNodesPass(ir.passes.InPlacePass):
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        for name in [name for name in model.graph.initializers if name.startswith(_NETWORK)]:
-            value = model.graph.initializers.pop(name)
+        for name, value in list(model.graph.initializers.items()):
             value.name = name.removeprefix(_NETWORK)
-            model.graph.initializers.add(value)
         seen: Counter[str] = Counter()
         for node in model.graph:
             prefix = f"{module_of(node)}/{node.op_type}"
@@ -175,20 +173,27 @@ class SettleTypesAndShapesPass(ir.passes.InPlacePass):
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        modified = False
         for node in list(model.graph):
-            if node.op_type == "CastLike" and node.inputs[1] is not None and node.inputs[1].dtype is not None:
-                _settle_cast(model.graph, node, node.inputs[1].dtype)
-                modified = True
-            elif node.op_type == "Shape" and (sizes := _sizes(node)) is not None:
-                _replace(model.graph, node.outputs[0], np.array(sizes, np.int64))
-                model.graph.remove(node, safe=True)
-                modified = True
+            if node.op_type == "CastLike" and (dtype := operand(node, 1).dtype) is not None:
+                if operand(node).dtype != dtype or node.outputs[0].is_graph_output():
+                    _become_cast(node, dtype)
+                    continue
+                put(node.outputs[0], operand(node))
+            elif node.op_type == "Shape" and (found := _found_shape(node)) is not None:
+                _replace(model.graph, node.outputs[0], np.array(found, np.int64))
             elif node.op_type in ("Reshape", "Expand") and _changes_nothing(node):
                 put(node.outputs[0], operand(node))
-                model.graph.remove(node, safe=True)
-                modified = True
-        return ir.passes.PassResult(model, modified=modified)
+            else:
+                continue
+            model.graph.remove(node, safe=True)
+        return ir.passes.PassResult(model, modified=True)
+
+
+def _become_cast(node: ir.Node, dtype: ir.DataType) -> None:
+    node.op_type = "Cast"
+    node.resize_inputs(1)
+    node.attributes["to"] = ir.AttrInt64("to", int(dtype))
+    node.outputs[0].type = ir.TensorType(dtype)
 
 
 def _changes_nothing(node: ir.Node) -> bool:
@@ -197,28 +202,14 @@ def _changes_nothing(node: ir.Node) -> bool:
     return shape_of(source) is not None and source.shape == result.shape and not (ends and result.is_graph_output())
 
 
-def _settle_cast(graph: ir.Graph, node: ir.Node, dtype: ir.DataType) -> None:
-    """Replace CastLike by Cast, or remove it where the input has that type already."""
-    source, result = operand(node), node.outputs[0]
-    new = source
-    if source.dtype != dtype or result.is_graph_output():
-        cast = ir.node("Cast", [source], {"to": int(dtype)}, name=node.name)
-        (new,) = cast.outputs
-        new.name, new.type, new.shape = result.name, ir.TensorType(dtype), result.shape
-        cast.metadata_props.update(node.metadata_props)
-        graph.insert_after(node, cast)
-    put(result, new)
-    graph.remove(node, safe=True)
-
-
-def _sizes(node: ir.Node) -> list[int] | None:
+def _found_shape(node: ir.Node) -> list[int] | None:
     """The result of a Shape node, None if one of its sizes is dynamic."""
-    shape = node.inputs[0].shape if node.inputs[0] is not None else None
+    shape = operand(node).shape
     if shape is None:
         return None
-    sizes = shape[node.attributes.get_int("start", 0) : node.attributes.get_int("end", len(shape))]
-    known = [size for size in sizes if isinstance(size, int)]
-    return known if len(known) == len(sizes) else None
+    asked = shape[node.attributes.get_int("start", 0) : node.attributes.get_int("end", len(shape))]
+    known = [size for size in asked if isinstance(size, int)]
+    return known if len(known) == len(asked) else None
 
 
 class DivideIntegersPass(ir.passes.InPlacePass):
@@ -231,7 +222,6 @@ class DivideIntegersPass(ir.passes.InPlacePass):
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        modified = False
         for node in list(model.graph):
             rounding, quotient = _rounded(operand(node)) if _makes(node, _INTEGERS) else ("", None)
             cast = made_by(quotient.inputs[0], "Cast") if quotient is not None else None
@@ -240,8 +230,7 @@ class DivideIntegersPass(ir.passes.InPlacePass):
                 continue
             if dtype in _INTEGERS and np.all((divisor >= 1) & (divisor % 1 == 0) & (divisor < 2**31)):
                 _divide(model.graph, node, operand(cast), divisor.astype(dtype.numpy()), rounding)
-                modified = True
-        return ir.passes.PassResult(model, modified=modified)
+        return ir.passes.PassResult(model, modified=True)
 
 
 def _makes(node: ir.Node, dtypes: Collection[ir.DataType]) -> bool:
@@ -265,21 +254,15 @@ def _divide(graph: ir.Graph, node: ir.Node, dividend: ir.Value, divisor: np.ndar
     result, made = node.outputs[0], list[ir.Node]()
     name = str(result.name)
 
-    def constant(role: str, array: np.ndarray) -> ir.Value:
-        value = ir.Value(name=f"{name}.{role}", const_value=ir.tensor(array))
-        value.type, value.shape = dividend.type, ir.Shape(array.shape)
-        graph.initializers.add(value)
-        return value
-
     def make(operator: str, *inputs: ir.Value, **attributes: int) -> ir.Value:
         made.append(ir.node(operator, inputs, attributes, metadata_props=node.metadata_props))
         (value,) = made[-1].outputs
         value.name, value.type, value.shape = f"{name}.{operator}", dividend.type, result.shape
         return value
 
-    by = constant("divisor", divisor)
+    by = constant(graph, f"{name}.divisor", divisor)
     if rounding == "Ceil":
-        dividend = make("Add", dividend, constant("more", divisor - 1))
+        dividend = make("Add", dividend, constant(graph, f"{name}.more", divisor - 1))
     quotient = make("Div", make("Sub", dividend, make("Mod", dividend, by)) if rounding else dividend, by)
     if result.dtype is not None and result.dtype != dividend.dtype:
         quotient = make("Cast", quotient, to=int(result.dtype))
@@ -346,11 +329,10 @@ def number_folds(graph: ir.Graph, taken: Collection[str] = ()) -> None:
     """Number the values that folds made from 0, so that a model always becomes the same bytes; names of its inputs and
     outputs are ``taken``.
     """
-    made = [value for value in graph.initializers.values() if (value.name or "").startswith(("fold.", "fold_"))]
+    made = {value for value in graph.initializers.values() if str(value.name).startswith(("fold.", "fold_"))}
     for value in made:
         del graph.initializers[str(value.name)]
-    known = set(made)
-    used = dict.fromkeys(value for node in graph for value in node.inputs if value in known)
+    used = dict.fromkeys(value for node in graph for value in node.inputs if value in made)
     numbers = (index for index in itertools.count() if not {f"fold.{index}", f"fold.{index}.direct"} & set(taken))
     for index, value in zip(numbers, used, strict=False):
         role = ".direct" if str(value.name).endswith(".direct") else ""

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
@@ -32,26 +31,20 @@ def stand_ins(names: Sequence[str], taken: Iterable[int]) -> dict[str, int]:
     return dict(zip(names, free, strict=False))
 
 
-@dataclass(frozen=True)
-class _Symbols:
-    """The primes by name, and where in the graph's inputs the size of each can be read."""
+def _factored(size: int, primes: Mapping[str, int]) -> tuple[str, int] | None:
+    """A size as (name, factor), None where it is a number."""
+    for name, prime in primes.items():
+        if size and size != _END and size % prime == 0:
+            return name, size // prime
+    return None
 
-    primes: Mapping[str, int]
-    places: Mapping[str, tuple[ir.Value, int]]
 
-    def of(self, size: int) -> tuple[str, int] | None:
-        """A size as (name, factor), None where it is a number."""
-        for name, prime in self.primes.items():
-            if size and size != _END and size % prime == 0:
-                return name, size // prime
-        return None
-
-    def dim(self, size: int) -> int | ir.SymbolicDim:
-        found = self.of(size)
-        if found is None:
-            return size
-        name, factor = found
-        return ir.SymbolicDim(name if factor == 1 else f"{factor}*{name}")
+def _dim(size: int, primes: Mapping[str, int]) -> int | ir.SymbolicDim:
+    found = _factored(size, primes)
+    if found is None:
+        return size
+    name, factor = found
+    return ir.SymbolicDim(name if factor == 1 else f"{factor}*{name}")
 
 
 def make_dynamic(model: ir.Model, primes: Mapping[str, int]) -> None:
@@ -60,50 +53,46 @@ def make_dynamic(model: ir.Model, primes: Mapping[str, int]) -> None:
     Raises UnsupportedModelError where the size has become part of a constant.
     """
     graph = model.graph
-    places: dict[str, tuple[ir.Value, int]] = {}
-    for value in graph.inputs:
-        for axis, size in enumerate(sizes(value)):
-            for name, prime in primes.items():
-                if size == prime:
-                    places.setdefault(name, (value, axis))
-    symbols = _Symbols(primes, places)
     for node in list(graph):
         for index, found in stored_sizes(node):
-            if any(map(symbols.of, found)):
+            if any(_factored(size, primes) for size in found):
                 known = shape_of(node.outputs[0]) if node.op_type == "Reshape" else None  # without its -1 and 0
-                node.replace_input_with(index, _sizes(node, index, list(known or found), symbols))
+                node.replace_input_with(index, _sizes(node, index, list(known or found), primes))
     for value in (*graph.inputs, *(result for node in graph for result in node.outputs)):
         shape = shape_of(value)
         if shape is not None:
-            value.shape = ir.Shape([symbols.dim(size) for size in shape])
+            value.shape = ir.Shape([_dim(size, primes) for size in shape])
     for constant in graph.initializers.values():
-        if constant.shape is not None and any(symbols.of(size) for size in constant.shape.numpy()) and constant.uses():
+        if constant.uses() and any(_factored(size, primes) for size in shape_of(constant) or ()):
             raise UnsupportedModelError(
                 f"the number of samples has become part of constant {constant.name!r}", "give one number as --batch"
             )
 
 
-def _sizes(node: ir.Node, index: int, wanted: list[int], symbols: _Symbols) -> ir.Value:
+def _sizes(node: ir.Node, index: int, wanted: list[int], primes: Mapping[str, int]) -> ir.Value:
     """What gives ``wanted``, input ``index``, at run time; a Reshape infers one of them by itself."""
     nodes = Nodes(node)
-    found = [symbols.of(size) for size in wanted]
+    found = [_factored(size, primes) for size in wanted]
     if node.op_type == "Reshape" and sum(one is not None for one in found) == 1:
-        return nodes.constant(
-            np.array([-1 if one else size for size, one in zip(wanted, found, strict=True)], np.int64)
-        )
+        inferred = [-1 if one else size for size, one in zip(wanted, found, strict=True)]
+        return nodes.constant(np.array(inferred, np.int64))
     if node.op_type == "Slice" and index == 2 and (shape := shape_of(node.inputs[0])) is not None:
-        axes = integers(node, 3, "") or range(len(wanted))
+        axes = integers(node, 3) or range(len(wanted))
         to_end = [size == shape[axis] for size, axis in zip(wanted, axes, strict=True)]
         if all(end or one is None for end, one in zip(to_end, found, strict=True)):
             ends = [_END if end and one else size for size, end, one in zip(wanted, to_end, found, strict=True)]
             return nodes.constant(np.array(ends, np.int64))
-    return nodes.sizes([_size(nodes, size, one, symbols) for size, one in zip(wanted, found, strict=True)])
+    parts = [_size(nodes, size, primes) for size in wanted]
+    return nodes.make("Concat", parts, (len(parts),), axis=0)
 
 
-def _size(nodes: Nodes, size: int, found: tuple[str, int] | None, symbols: _Symbols) -> ir.Value:
+def _size(nodes: Nodes, size: int, primes: Mapping[str, int]) -> ir.Value:
+    found = _factored(size, primes)
     if found is None:
         return nodes.constant(np.array([size], np.int64))
     name, factor = found
-    value, axis = symbols.places[name]
-    read = nodes.integers("Shape", [value], start=axis, end=axis + 1)
-    return read if factor == 1 else nodes.integers("Mul", [read, nodes.constant(np.array([factor], np.int64))])
+    places = ((value, axis) for value in nodes.graph.inputs for axis in range(len(sizes(value))))
+    value, axis = next((value, axis) for value, axis in places if sizes(value)[axis] == primes[name])
+    read = nodes.make("Shape", [value], (1,), start=axis, end=axis + 1)
+    read.type = ir.TensorType(ir.DataType.INT64)
+    return read if factor == 1 else nodes.binary("Mul", read, nodes.constant(np.array([factor], np.int64)))

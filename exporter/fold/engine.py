@@ -17,7 +17,7 @@ from perceiver_export.exporter.fold.rewrite import Rewriter
 from perceiver_export.exporter.fold.rowform import Forms
 from perceiver_export.exporter.fold.sites import LEAST_GAIN, choose, cost_of, decided, find_sites
 from perceiver_export.exporter.fold.softmax import drop_single_keys
-from perceiver_export.runtimes.manifest import Cost, FoldDecision
+from perceiver_export.runtimes.manifest import FoldDecision
 
 
 def fold(
@@ -43,7 +43,7 @@ def fold(
 
 
 def _folded(model: ir.Model, real: Sizes, batch: int, least_gain: int) -> list[FoldDecision]:
-    tails = fold_tails(model.graph, Constants(real), real, least_gain, batch)
+    tails = fold_tails(model.graph, real, least_gain, batch)
     common.RemoveUnusedNodesPass()(model)
     sites = _fold_sites(model.graph, real, least_gain, batch)
     settle(model, real)
@@ -61,8 +61,7 @@ def _fold_sites(graph: ir.Graph, real: Sizes, least_gain: int, batch: int) -> li
         folded = choice in taken
         decisions.append(decided(choice.sites[0].node, choice.plain, choice.folded, folded, how, batch))
     for node, why in blocked.items():
-        cost = cost_of([node], real)
-        one = Cost(cost.flops // batch, cost.bytes // batch)
+        one = cost_of([node], real).per_sample(batch)
         decisions.append(FoldDecision(node.name or "", one, one, "plain", f"blocked: {why}"))
     Rewriter().rewrite([(site, site.forms[choice.index]) for choice in taken for site in choice.sites])
     return decisions

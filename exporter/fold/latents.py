@@ -16,7 +16,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 
 from perceiver_export.exporter.fold.nodes import VIEWS, Nodes, array_of, axis_of, made_by, operand, put, shape_of, sizes
-from perceiver_export.exporter.fold.slicing import ELEMENTWISE, Region, copy_region, cuts
+from perceiver_export.exporter.fold.slicing import ELEMENTWISE, Region, copy_region, cuts, dependent, places
 from perceiver_export.exporter.simplify import module_of
 from perceiver_export.runtimes.errors import UnsupportedModelError, UsageError
 
@@ -29,7 +29,7 @@ def mark(graph: ir.Graph, name: str) -> None:
     """Make the tensor called ``name``, or the one that leaves the module of that name, the graph's last output, so that
     no later pass loses it. Raises UsageError where there is no such tensor.
     """
-    computed = _computed(graph, graph.inputs)
+    computed = dependent(graph, graph.inputs)
     tensors = {str(value.name): value for node in graph for value in node.outputs if value in computed}
     paths = {module_of(node) for node in graph}
     modules = {path.rsplit(".", depth)[0] for path in paths for depth in range(path.count(".") + 1)} - {"model"}
@@ -37,11 +37,8 @@ def mark(graph: ir.Graph, name: str) -> None:
     if len(found) != 1:
         near = difflib.get_close_matches(name, sorted({*modules, *tensors}), _SHOWN) or sorted(modules or tensors)
         shown = ", ".join(str(value.name) for value in found[:_SHOWN])
-        what = (
-            f"{len(found)} tensors leave {name!r}: {shown}"
-            if found
-            else f"the model computes no {name!r} from its inputs"
-        )
+        none = f"the model computes no {name!r} from its inputs"
+        what = f"{len(found)} tensors leave {name!r}: {shown}" if found else none
         raise UsageError(what, f"give --latents one of: {shown or ', '.join(near[:_SHOWN])}")
     graph.outputs.append(_same(graph, found[0], f"{name}.{LATENTS}"))
 
@@ -65,15 +62,6 @@ def _same(graph: ir.Graph, value: ir.Value, name: str) -> ir.Value:
     node.outputs[0].name, node.outputs[0].type, node.outputs[0].shape = name, value.type, value.shape
     graph.append(node)
     return node.outputs[0]
-
-
-def _computed(graph: ir.Graph, values: Iterable[ir.Value]) -> set[ir.Value]:
-    """Values, and what depends on their numbers."""
-    found = set(values)
-    for node in graph:
-        if node.op_type not in ("Shape", "Size") and any(value in found for value in node.inputs):
-            found.update(node.outputs)
-    return found
 
 
 def _leaving(graph: ir.Graph, module: str, computed: set[ir.Value]) -> list[ir.Value]:
@@ -138,7 +126,7 @@ def _found(graph: ir.Graph, samples: int) -> ir.Value:
 
     Of all such tensors through which everything passes it is the smallest, and of equal ones the last.
     """
-    computed = _computed(graph, graph.inputs)
+    computed = dependent(graph, graph.inputs)
     for softmax in reversed([node for node in graph if node.op_type == "Softmax"]):
         scores = _scores(softmax)
         if scores is None:
@@ -188,10 +176,7 @@ def cut(model: ir.Model, latents: ir.Value) -> tuple[ir.Model, dict[str, ir.Mode
     graph = model.graph
     for value in [*graph.initializers.values(), *(value for node in graph for value in node.outputs)]:
         if value.name in (LATENTS, QUERIES, INDICES) and not value.is_graph_output():
-            stored = graph.initializers.pop(value.name, None)
             value.name = f"{value.name}.value"
-            if stored is not None:
-                graph.initializers.add(stored)
     for index, output in enumerate(graph.outputs):
         if output is latents:  # a graph cannot give its input as it is
             name, output.name = str(output.name), f"{output.name}.{LATENTS}"
@@ -237,17 +222,14 @@ def independent_rows(graph: ir.Graph, samples: int) -> Region | str:
 
 def _as_slices(split: ir.Node) -> None:
     """Nodes of a region have one output."""
-    nodes, start = Nodes(split), 0
-    axis = axis_of(split, len(sizes(operand(split))), 0)
-    for value in list(split.outputs):
-        stop = start + sizes(value)[axis]
-        put(value, nodes.slice(operand(split), axis, start, stop))
-        start = stop
+    nodes, axis = Nodes(split), axis_of(split, len(sizes(operand(split))), 0)
+    for value, steps in places(list(split.outputs), axis):
+        put(value, nodes.slice(operand(split), axis, steps.start, steps.stop))
 
 
 def _region(graph: ir.Graph, result: ir.Value) -> Region | str:
     latents, *inputs = graph.inputs
-    dependent = _computed(graph, [latents])  # latents among them
+    changing = dependent(graph, [latents])  # latents among them
     rows, axes, nodes = sizes(result)[1], {result: 1}, dict[ir.Node, None]()
     whole, twice = set[ir.Value](), set[ir.Value]()  # read in whole, and at a second axis
     for node in reversed(list(graph)):
@@ -261,12 +243,12 @@ def _region(graph: ir.Graph, result: ir.Value) -> Region | str:
             nodes[node] = None
             twice |= {one for one, axis in wanted if axis is not None and axes.setdefault(one, axis) != axis}
             whole |= {one for one, axis in wanted if axis is None} | twice
-        elif value in dependent:
+        elif value in changing:
             return f"{node.name} needs all rows"
     read = axes.keys() - {node.outputs[0] for node in nodes}
-    if read & (dependent | twice) or any(sizes(value)[axes[value]] != rows for value in read):
+    if read & (changing | twice) or any(sizes(value)[axes[value]] != rows for value in read):
         return _OTHER_ROWS
-    mixed = _computed(graph, [node.outputs[0] for node in nodes]) & dependent & whole
+    mixed = dependent(graph, [node.outputs[0] for node in nodes]) & changing & whole
     if mixed:
         return next(f"{node.name} needs all rows" for node in nodes if mixed & set(node.inputs))
     if not any(node.op_type == "Softmax" for node in nodes) and not _reached(read) & set(inputs):

@@ -128,9 +128,9 @@ def _split(node: ir.Node, value: ir.Value, axes: list[Axis]) -> _Found:
 
 
 def _sliced(node: ir.Node, value: ir.Value, axes: list[Axis]) -> _Found:
-    starts, steps = integers(node, 1, "starts"), integers(node, 4, "steps") if len(node.inputs) > 4 else []
-    named = integers(node, 3, "axes") if len(node.inputs) > 3 and node.inputs[3] is not None else None
-    if starts is None or steps is None or any(step != 1 for step in steps):
+    starts, named, steps = (integers(node, index) for index in (1, 3, 4))
+    computed = any(value is not None and array_of(value) is None for value in node.inputs[3:])
+    if starts is None or computed or any(step != 1 for step in steps or ()):
         return None
     offset, before = 0, sizes(operand(node))
     for axis, start in zip(named or range(len(starts)), starts, strict=True):

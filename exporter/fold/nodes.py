@@ -7,17 +7,18 @@ import functools
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
+from perceiver_export.calibration.graphs import made_by as made_by
+
 Shape = tuple[int, ...]
 _FLOATS = (ir.DataType.DOUBLE, ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 # These move no numbers, or only say how they are counted.
 VIEWS = frozenset({"Reshape", "Unsqueeze", "Squeeze", "Flatten", "Identity"})
-# The result is of the type of the first input.
-_MOVED = VIEWS | {"Transpose", "Slice", "Concat", "Gather", "GatherND", "Expand", "Pad"}
 # Operators, and which of their inputs holds sizes or bounds.
 SIZED = {"Reshape": (1,), "Expand": (1,), "ConstantOfShape": (0,), "Slice": (1, 2), "Resize": (3,), "AffineGrid": (1,)}
 
@@ -71,10 +72,8 @@ def number(value: ir.Value | None) -> float | None:
     return float(array.reshape(())) if array is not None and array.size == 1 else None
 
 
-def integers(node: ir.Node, index: int, name: str) -> list[int] | None:
-    """Integers that older opsets give as attribute ``name`` and newer ones as input ``index``."""
-    if name in node.attributes:
-        return list(node.attributes[name].as_ints())
+def integers(node: ir.Node, index: int) -> list[int] | None:
+    """The integers of a constant input."""
     array = array_of(optional(node, index))
     return None if array is None else [int(one) for one in array.reshape(-1)]
 
@@ -82,7 +81,7 @@ def integers(node: ir.Node, index: int, name: str) -> list[int] | None:
 def stored_sizes(node: ir.Node) -> Iterator[tuple[int, list[int]]]:
     """The constant inputs that hold sizes or bounds, by index."""
     for index in SIZED.get(node.op_type, ()):
-        found = integers(node, index, "")
+        found = integers(node, index)
         if found is not None:
             yield index, found
 
@@ -92,10 +91,10 @@ def axis_of(node: ir.Node, rank: int, default: int = -1) -> int:
     return node.attributes.get_int("axis", default) % rank
 
 
-def made_by(value: ir.Value | None, *operators: str) -> ir.Node | None:
-    """The node that makes the value, where it is one of ``operators``."""
-    node = None if value is None else value.producer()
-    return node if node is not None and node.op_type in operators else None
+def over_last(node: ir.Node, default: int = -1) -> bool:
+    """Whether the attribute `axis` is the last axis of the result."""
+    rank = len(sizes(node.outputs[0]))
+    return axis_of(node, rank, default) == rank - 1
 
 
 def only_reader(value: ir.Value) -> ir.Node | None:
@@ -104,6 +103,7 @@ def only_reader(value: ir.Value) -> ir.Node | None:
     return readers.pop() if len(readers) == 1 and not value.is_graph_output() else None
 
 
+@dataclass(frozen=True)
 class Sizes:
     """What dynamic dimensions count as. ``planned`` maps the prime number that stands in for each to its size.
 
@@ -111,8 +111,7 @@ class Sizes:
     integers: what belongs to the dimension is a multiple of its prime.
     """
 
-    def __init__(self, planned: Mapping[int, int] | None = None) -> None:
-        self.planned = dict(planned or {})
+    planned: Mapping[int, int] = field(default_factory=dict)
 
     def count(self, dims: Iterable[int]) -> int:
         """Elements of a tensor of these dimensions at the planned sizes."""
@@ -126,10 +125,7 @@ class Sizes:
 
     def one(self, number: int) -> int:
         """The same with dynamic dimensions of one step."""
-        for prime in self.planned:
-            while number and number % prime == 0:
-                number //= prime
-        return number
+        return Sizes(dict.fromkeys(self.planned, 1)).real(number)
 
     def dynamic(self, number: int) -> bool:
         return any(number % prime == 0 for prime in self.planned)
@@ -152,21 +148,21 @@ class Nodes:
         if array.dtype.kind == "f":
             array = np.ascontiguousarray(array.astype(self.dtype.numpy()))
         name = f"fold.{next(self._names)}{role}"
-        kind = ir.TensorType(ir.DataType.from_numpy(array.dtype))
-        value = ir.Value(name=name, const_value=ir.tensor(array, name=name), shape=ir.Shape(array.shape), type=kind)
-        self.graph.initializers[name] = value
+        value = ir.val(name, const_value=ir.tensor(array, name=name))
+        self.graph.initializers.add(value)
         return value
 
     def make(
         self, operator: str, inputs: Sequence[ir.Value | None], shape: Iterable[int], **attributes: Any
     ) -> ir.Value:
+        """The result of a new node, of the type of its first input."""
         module = (self.origin.name or "").rpartition("/")[0]
         node = ir.node(operator, inputs, attributes, name=f"{module}/fold_{next(self._names)}")
         node.metadata_props.update(self.origin.metadata_props)
         (result,) = node.outputs
         result.name = f"fold_{next(self._names)}"
-        moved = inputs[0] if operator in _MOVED and inputs[0] is not None and inputs[0].type is not None else None
-        result.type = ir.TensorType(self.dtype) if moved is None else moved.type
+        known = inputs[0].type if inputs[0] is not None else None
+        result.type = ir.TensorType(self.dtype) if known is None else known
         result.shape = ir.Shape([int(size) for size in shape])
         self.graph.insert_before(self.anchor, node)
         return result
@@ -188,6 +184,11 @@ class Nodes:
         if (array := array_of(value)) is not None:
             return self.constant(array.transpose(order))
         return self.make("Transpose", [value], [sizes(value)[axis] for axis in order], perm=list(order))
+
+    def expand(self, value: ir.Value, shape: Sequence[int]) -> ir.Value:
+        if sizes(value) == tuple(shape):
+            return value
+        return self.make("Expand", [value, self.constant(np.array(shape, np.int64))], shape)
 
     def binary(self, operator: str, left: ir.Value, right: ir.Value) -> ir.Value:
         return self.make(operator, [left, right], np.broadcast_shapes(sizes(left), sizes(right)))
@@ -239,25 +240,6 @@ class Nodes:
         """Its steps of an axis at indices of any shape."""
         shape = sizes(value)
         return self.make("Gather", [value, indices], (*shape[:axis], *sizes(indices), *shape[axis + 1 :]), axis=axis)
-
-    def flat_index(self, outer: ir.Value, size: int, inner: ir.Value) -> ir.Value:
-        """outer · size + inner, of one shape."""
-        assert outer.dtype is not None
-        factor = self.constant(np.array(size, outer.dtype.numpy()))
-        scaled = self.binary("Mul", outer, factor)
-        found = self.binary("Add", scaled, inner)
-        scaled.type = found.type = ir.TensorType(outer.dtype)
-        return found
-
-    def integers(self, operator: str, inputs: Sequence[ir.Value], **attributes: Any) -> ir.Value:
-        """A node that gives one size, as an array of one number."""
-        result = self.make(operator, inputs, (1,), **attributes)
-        result.type = ir.TensorType(ir.DataType.INT64)
-        return result
-
-    def sizes(self, parts: Sequence[ir.Value]) -> ir.Value:
-        """Sizes joined to a shape."""
-        return self.make("Concat", parts, (len(parts),), axis=0)
 
     def slice(self, value: ir.Value, axis: int, start: int, stop: int) -> ir.Value:
         shape = list(sizes(value))

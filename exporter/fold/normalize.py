@@ -15,7 +15,6 @@ from perceiver_export.exporter.fold.nodes import (
     Nodes,
     Sizes,
     array_of,
-    axis_of,
     integers,
     is_foldable,
     made_by,
@@ -23,35 +22,25 @@ from perceiver_export.exporter.fold.nodes import (
     only_reader,
     operand,
     optional,
+    over_last,
     put,
     shape_of,
     sizes,
     stored_sizes,
 )
-from perceiver_export.exporter.simplify import FoldConstantsPass, SettleTypesAndShapesPass, evaluate, is_random
+from perceiver_export.exporter.simplify import FoldConstantsPass, SettleTypesAndShapesPass, evaluate
 
 _MOST_ROUNDS = 60  # of settling shapes: those of one layer are known when those of the layer before are
 _LARGEST_TABLE = 1 << 26  # numbers that are computed to see whether they are the same for each sample
 
 
-def normalize(model: ir.Model, real: Sizes | None = None) -> None:
+def normalize(model: ir.Model, real: Sizes) -> None:
     """In place. Values whose shapes stay unknown are left as they are, and nothing that reads them is folded."""
-    _apply(
-        model,
-        common.InlinePass(),
-        common.RemoveInitializersFromInputsPass(),
-        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
-        common.CommonSubexpressionEliminationPass(),
-    )
-    real = real or Sizes()
     settle(model, real)
-    for node in list(model.graph):
-        rule = _RULES.get(node.op_type)
-        if rule is not None and is_foldable(node):
-            rule(Nodes(node), node)
-    for node in list(model.graph):
-        if node.op_type == "LayerNormalization" and is_foldable(node):
-            _affine_norm(node)
+    for rules in (_RULES, _NORMS):
+        for node in list(model.graph):
+            if node.op_type in rules and is_foldable(node):
+                rules[node.op_type](Nodes(node), node)
     settle(model, real)
     _one_sample(model, real)
     settle(model, real)
@@ -91,8 +80,8 @@ class Constants:
     Dynamic dimensions have one step there: constants are the same for all samples.
     """
 
-    def __init__(self, real: Sizes | None = None) -> None:
-        self._real = real or Sizes()
+    def __init__(self, real: Sizes) -> None:
+        self._real = real
         self._known: dict[ir.Value, np.ndarray | None] = {}
 
     def __call__(self, value: ir.Value) -> np.ndarray | None:
@@ -111,7 +100,7 @@ class Constants:
             if source is None:
                 return None
             return np.broadcast_to(source, target) if node.op_type == "Expand" else source.reshape(target)
-        if math.prod(target) > _LARGEST_TABLE or _cone(value) is None:
+        if math.prod(target) > _LARGEST_TABLE or not _is_fixed(value):
             return None
         part = ir.convenience.extract(value.graph, [], [value])  # type: ignore[arg-type]
         for one in part:
@@ -137,21 +126,19 @@ class Constants:
         return one if np.array_equal(array, np.tile(one, tiles), equal_nan=array.dtype.kind == "f") else None
 
 
-def _cone(value: ir.Value) -> set[ir.Node] | None:
-    """The nodes that make a value, None where an input, a random number or a branch is among what they read."""
-    nodes: set[ir.Node] = set()
-    left = [value]
+def _is_fixed(value: ir.Value) -> bool:
+    """Whether no input is among what a value is computed from."""
+    seen, left = set[ir.Value](), [value]
     while left:
         one = left.pop()
-        if array_of(one) is not None:
+        if one in seen or array_of(one) is not None:
             continue
+        seen.add(one)
         node = one.producer()
-        if node is None or is_random(node) or any(a.type == ir.AttributeType.GRAPH for a in node.attributes.values()):
-            return None
-        if node not in nodes:
-            nodes.add(node)
-            left += [source for source in node.inputs if source is not None]
-    return nodes
+        if node is None:
+            return False
+        left += [source for source in node.inputs if source is not None]
+    return True
 
 
 def _one_sample(model: ir.Model, real: Sizes) -> None:
@@ -177,8 +164,7 @@ def _one_sample(model: ir.Model, real: Sizes) -> None:
             if _broadcasts(node, index):
                 node.replace_input_with(index, nodes.constant(array[:1]))
             elif made_by(value, "Expand") is None:
-                target = nodes.constant(np.array(shape, np.int64))
-                node.replace_input_with(index, nodes.make("Expand", [nodes.constant(array[:1]), target], shape))
+                node.replace_input_with(index, nodes.expand(nodes.constant(array[:1]), shape))
     common.RemoveUnusedNodesPass()(model)
 
 
@@ -282,10 +268,8 @@ def patches(conv: ir.Node) -> tuple[ir.Value, np.ndarray] | None:
     (outputs, _, *kernel), spatial = weight.shape, weight.ndim - 2
     pads = conv.attributes.get_ints("pads", (0,) * 2 * spatial)
     plain = [conv.attributes.get_ints(name, (1,) * spatial) for name in ("strides", "dilations")]
-    if (
-        any(step != 1 for steps in plain for step in steps)
-        or conv.attributes.get_string("auto_pad", "NOTSET") != "NOTSET"
-    ):
+    computed_pads = conv.attributes.get_string("auto_pad", "NOTSET") != "NOTSET"
+    if computed_pads or any(step != 1 for steps in plain for step in steps):
         return None
     nodes = Nodes(conv)
     shifted = [nodes.pad(source, (0, 0, *pads[:spatial], 0, 0, *pads[spatial:]))]
@@ -326,20 +310,14 @@ def _layer_norm(nodes: Nodes, node: ir.Node) -> None:
 
 def _over_last(node: ir.Node) -> bool:
     rank = len(sizes(operand(node)))
-    axes = integers(node, 1, "axes")
-    return (
-        axes is not None
-        and [axis % rank for axis in axes] == [rank - 1]
-        and node.attributes.get_int("keepdims", 1) == 1
-    )
+    axes = integers(node, 1) or []
+    return [axis % rank for axis in axes] == [rank - 1] and node.attributes.get_int("keepdims", 1) == 1
 
 
-def _affine_norm(node: ir.Node) -> None:
+def _affine_norm(nodes: Nodes, node: ir.Node) -> None:
     """LayerNormalization(x, 1, 0) · γ + β -> LayerNormalization(x, γ, β)."""
     scale, shift, shape = array_of(node.inputs[1]), array_of(optional(node, 2)), sizes(node.outputs[0])
-    if axis_of(node, len(shape)) != len(shape) - 1:
-        return
-    if scale is None or not np.all(scale == 1) or (shift is not None and np.any(shift)):
+    if not over_last(node) or scale is None or not np.all(scale == 1) or (shift is not None and np.any(shift)):
         return
     last, found = node, {"Mul": scale, "Add": np.zeros_like(scale)}
     for operator in ("Mul", "Add"):
@@ -374,7 +352,7 @@ def _sliced_rows(nodes: Nodes, node: ir.Node) -> None:
     """Columns of rows that are looked up in a constant -> rows looked up in its columns."""
     found = made_by(node.inputs[0], "Gather")
     rows = None if found is None else array_of(found.inputs[0])
-    axes, starts, ends, steps = (integers(node, index, "") for index in (3, 1, 2, 4))
+    axes, starts, ends, steps = (integers(node, index) for index in (3, 1, 2, 4))
     if found is None or rows is None or rows.ndim != 2 or found.attributes.get_int("axis", 0) != 0:
         return
     if axes is None or starts is None or ends is None or steps not in (None, [1]):
@@ -385,7 +363,8 @@ def _sliced_rows(nodes: Nodes, node: ir.Node) -> None:
     put(node.outputs[0], nodes.look_up(columns, operand(found, 1)))
 
 
-_RULES: dict[str, Callable[[Nodes, ir.Node], None]] = {
+_Rules = dict[str, Callable[[Nodes, ir.Node], None]]
+_RULES: _Rules = {
     "Gemm": _gemm,
     "MatMul": _vectors,
     "Einsum": _einsum,
@@ -395,3 +374,4 @@ _RULES: dict[str, Callable[[Nodes, ir.Node], None]] = {
     "Slice": _sliced_rows,
     "Mul": _neutral,
 }
+_NORMS: _Rules = {"LayerNormalization": _affine_norm}  # after the decomposed ones were found

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import onnx_ir as ir
 
 from perceiver_export.exporter.fold.nodes import Nodes, array_of, axis_of, is_known, operand, put, sizes
-from perceiver_export.exporter.fold.slicing import Region, copy_region, cuts, rows_of
+from perceiver_export.exporter.fold.slicing import Region, copy_region, cuts, places, rows_of
 
 Parts = list[ir.Value]
 
@@ -73,20 +73,11 @@ def _spread(value: ir.Value, axis: int, parts: Parts) -> None:
         if row < 0:
             put(result, _read(nodes, user, parts, axis))
             continue
-        made = [_copied(nodes, user, value, part, row, rows) for part, rows in _places(parts, axis)]
+        made = [_copied(nodes, user, value, part, row, rows) for part, rows in places(parts, axis)]
         joined = nodes.concat(made, row)
         put(result, joined)
         if not _is_product(user):
             _spread(joined, row, made)
-
-
-def _places(parts: Parts, axis: int) -> Iterator[tuple[ir.Value, slice]]:
-    """Each part, and its rows among those of all."""
-    start = 0
-    for part in parts:
-        stop = start + sizes(part)[axis]
-        yield part, slice(start, stop)
-        start = stop
 
 
 def _copied(nodes: Nodes, node: ir.Node, value: ir.Value, part: ir.Value, row: int, rows: slice) -> ir.Value:
@@ -104,5 +95,5 @@ def _read(nodes: Nodes, node: ir.Node, parts: Parts, axis: int) -> ir.Value:
     weights = operand(node)
     last = len(sizes(weights)) - 1
     return nodes.summed(
-        nodes.matmul(nodes.slice(weights, last, rows.start, rows.stop), part) for part, rows in _places(parts, axis)
+        nodes.matmul(nodes.slice(weights, last, rows.start, rows.stop), part) for part, rows in places(parts, axis)
     )

@@ -61,12 +61,9 @@ def in_pieces(model: ir.Model, limit: int, real: Sizes) -> tuple[PlannedStage, .
 
 def _cut(softmax: ir.Node, budget: int, real: Sizes) -> PlannedStage | None:
     """The region around a softmax in pieces; None where it is small, or cannot be cut."""
-    shape = shape_of(softmax.outputs[0])
-    if shape is None or softmax.graph is None:
+    if _SCORES * _bytes(softmax.outputs[0], real) <= min(budget, _PIECE):
         return None
-    whole = _bytes(softmax.outputs[0], real)
-    if _SCORES * whole <= min(budget, _PIECE):
-        return None
+    shape = sizes(softmax.outputs[0])
     over = axis_of(softmax, len(shape))
     for axis, extent in enumerate(shape):
         if axis == over or extent == 1 or real.dynamic(extent):
@@ -78,7 +75,7 @@ def _cut(softmax: ir.Node, budget: int, real: Sizes) -> PlannedStage | None:
         least = 1 if heads else -(-_LEAST_ROWS * region.steps // extent)
         size = _piece_size(region, budget, least, real)
         if size < region.steps:
-            _write(softmax, region, size)
+            _write(region, size)
             unit = "heads" if heads else "rows"
             at_once = size * (extent // region.steps)
             largest = _largest(region, real)
@@ -97,17 +94,11 @@ def _largest(region: Region, real: Sizes) -> int:
     return max(_bytes(value, real) for value in region.inside)
 
 
-def _write(softmax: ir.Node, region: Region, size: int) -> None:
+def _write(region: Region, size: int) -> None:
     nodes, steps = Nodes(region.nodes[-1]), region.steps
-    parts: dict[ir.Value, list[ir.Value]] = {value: [] for value in region.results}
-    for start in range(0, steps, size):
-        made = _piece(nodes, region, start, min(start + size, steps))
-        for value, own in parts.items():
-            own.append(made[value])
-    for value, own in parts.items():
-        joined = nodes.concat(own, region.axes[value])
-        joined.type = value.type
-        put(value, joined)
+    pieces = [_piece(nodes, region, start, min(start + size, steps)) for start in range(0, steps, size)]
+    for value in region.results:
+        put(value, nodes.concat([made[value] for made in pieces], region.axes[value]))
 
 
 def _piece(nodes: Nodes, region: Region, start: int, stop: int) -> dict[ir.Value, ir.Value]:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import onnx_ir as ir
 
 from perceiver_export.exporter.fold.layout import Layout, layout_of
 from perceiver_export.exporter.fold.nodes import Nodes, Sizes, array_of, is_foldable, operand, put, sizes
+from perceiver_export.exporter.fold.normalize import Constants
 from perceiver_export.exporter.fold.rowform import Forms, RowForm
 from perceiver_export.exporter.fold.sites import Work, cost_of, decided, unneeded
 from perceiver_export.exporter.fold.tables import Matrix
@@ -33,22 +34,15 @@ def linear_layers(graph: ir.Graph) -> Iterator[tuple[ir.Node, np.ndarray]]:
             yield node, weight
 
 
-def fold_tails(
-    graph: ir.Graph, constant: Callable[[ir.Value], np.ndarray | None], real: Sizes, least_gain: int, batch: int
-) -> list[FoldDecision]:
+def fold_tails(graph: ir.Graph, real: Sizes, least_gain: int, batch: int) -> list[FoldDecision]:
     """Linear layers that follow each other, also beside a residual, as one product a changing input."""
     found: list[FoldDecision] = []
-    forms = Forms(constant)  # the last layers come first: what is in front of a node is still as it was
+    forms = Forms(Constants(real))  # the last layers come first: what is in front of a node is still as it was
     for node, weight in linear_layers(graph):
-        if node.graph is None or (not node.outputs[0].uses() and not node.outputs[0].is_graph_output()):
+        if not node.outputs[0].uses() and not node.outputs[0].is_graph_output():
             continue
         source = operand(node)
-        choices = [
-            (plain, new, form)
-            for form in forms.of(source)[1:]
-            if form.terms and form.norm is None and (form.table is None or form.table.is_row) and not _normed(form)
-            for plain, new in [_tail_costs(node, form, real)]
-        ]
+        choices = [(*_tail_costs(node, form, real), form) for form in forms.of(source)[1:] if _is_sum(form)]
         if not choices:
             continue
         plain, new, form = max(choices, key=lambda one: one[0].gain(one[1]))
@@ -59,8 +53,11 @@ def fold_tails(
     return found
 
 
-def _normed(form: RowForm) -> bool:
-    return any(node.op_type == "LayerNormalization" for node in form.kills)
+def _is_sum(form: RowForm) -> bool:
+    """Whether a form is products and a constant row, without a norm on the way."""
+    row = form.table is None or form.table.is_row
+    normed = form.norm is not None or any(node.op_type == "LayerNormalization" for node in form.kills)
+    return bool(form.terms) and row and not normed
 
 
 def _tail_costs(node: ir.Node, form: RowForm, real: Sizes) -> tuple[Work, Work]:

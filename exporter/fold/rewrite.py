@@ -90,7 +90,9 @@ def _of_rows(nodes: Nodes, table: Table, numbers: np.ndarray) -> ir.Value:
         return stored
     flat = table.points[0]
     for size, points in zip(table.sizes[1:], table.points[1:], strict=True):
-        flat = nodes.flat_index(flat, size, points)
+        assert flat.dtype is not None
+        outer = nodes.binary("Mul", flat, nodes.constant(np.array(size, flat.dtype.numpy())))
+        flat = nodes.binary("Add", outer, points)
     return nodes.look_up(stored, nodes.reshape(flat, (math.prod(sizes(flat)),)))
 
 
@@ -111,7 +113,7 @@ class _Rewriting:
         self.batch = [size for size, _ in site.batch]
         self.samples = [size if kind == "row" else 1 for size, kind in site.batch]
         self.one_sample = math.prod(self.samples) == 1
-        self.rows, self.depth = site.num_rows, site.num_columns
+        self.rows = site.num_rows
         count = math.prod(form.lead)
         self.inverse = None if form.norm is None else self._ordered(self.rewriter.inverse(form.norm))
         self.columns = [self._ordered(nodes.reshape(value, (count, sizes(value)[-1]))) for value, _ in form.terms]
@@ -151,21 +153,23 @@ class _Rewriting:
         order = [*order, *range(len(extents), len(extents) + len(rest))]
         return self.nodes.reshape(self.nodes.transpose(apart, order), (math.prod(extents), *rest))
 
-    def _all_columns(self, *more: ir.Value) -> tuple[ir.Value, int]:
+    def _all_columns(self, *more: ir.Value) -> ir.Value:
         """The changing columns of all rows with further ones (R,) beside: (samples, …, M, C), (M, C) of one sample."""
         beside = [self.nodes.reshape(one, (*sizes(one), 1)) for one in more]
         joined = self.nodes.concat([*self.columns, *beside])
-        width = sizes(joined)[-1]
         lead = () if self.one_sample else self.samples
-        return self.nodes.reshape(joined, (*lead, self.rows, width)), width
+        return self.nodes.reshape(joined, (*lead, self.rows, sizes(joined)[-1]))
 
     def _sigma(self) -> ir.Value:
         assert self.inverse is not None
         return self.nodes.make("Reciprocal", [self.inverse], sizes(self.inverse))
 
-    def _along(self, scale: ir.Value, last: bool) -> ir.Value:
-        """1/σ (R,) beside scores over the grid; ``last``: the grid is their last axes, else one more follows."""
-        return self.nodes.reshape(scale, [*self.samples, *((1, *self.grid) if last else (*self.grid, 1))])
+    def _scaled(self, scores: ir.Value, last: bool) -> ir.Value:
+        """Scores over the grid times 1/σ; ``last``: the grid is their last axes, else one more follows."""
+        if self.inverse is None:
+            return scores
+        along = self.nodes.reshape(self.inverse, [*self.samples, *((1, *self.grid) if last else (*self.grid, 1))])
+        return self.nodes.binary("Mul", scores, along)
 
     def _scores_of_keys(self) -> ir.Value:
         """q (b, N, d) · row_m -> (b, N, M)."""
@@ -184,9 +188,9 @@ class _Rewriting:
             more.append(nodes.binary("Mul", self._sigma(), log))
             ones = nodes.constant(np.full((*sizes(keys)[:-1], 1), 1 / self.shared))
             keys = nodes.concat([keys, ones])
-        rows, width = self._all_columns(*more)
+        rows = self._all_columns(*more)
         *lead, last, columns = range(len(sizes(rows)))
-        scores = self._product(keys, nodes.transpose(rows, (*lead, columns, last)), count, width, self.rows)
+        scores = self._product(keys, nodes.transpose(rows, (*lead, columns, last)))
         scores = self._with_tables(scores, self._spread_keys(project), count, last=True)
         return scores if bias is None else nodes.binary("Add", scores, bias)
 
@@ -194,12 +198,14 @@ class _Rewriting:
         """Scores of each axis's table (b, N, size or 1) over the grid."""
         terms = [(axis, project(self._picked(table))) for axis, table in self.tables]
         for index, (axis, term) in enumerate(terms):
-            size = sizes(term)[-1]
-            spread = [size if one == axis and size > 1 else 1 for one in range(len(self.grid))]
-            term = self.nodes.reshape(term, (*sizes(term)[:-1], *spread))
+            term = self.nodes.reshape(term, (*sizes(term)[:-1], *self._on_grid(axis, sizes(term)[-1])))
             if index < len(terms) - 1 and array_of(term) is not None and self.inverse is not None:
                 term = self.nodes.binary("Mul", term, self.rewriter.one(self.inverse, self.nodes))
             yield term
+
+    def _on_grid(self, axis: int, size: int) -> list[int]:
+        """The shape of one axis's numbers over the grid."""
+        return [size if one == axis else 1 for one in range(len(self.grid))]
 
     def _with_tables(self, scores: ir.Value | None, terms: Iterator[ir.Value], count: int, last: bool) -> ir.Value:
         """Scores plus terms over the grid, times 1/σ. ``last``: the grid is their last axes, else ``count`` follows."""
@@ -210,9 +216,7 @@ class _Rewriting:
         if self.tables or self.inverse is not None:
             own = [] if scores is None else [self.nodes.reshape(scores, shape(self.grid))]
             scores = self.nodes.summed(itertools.chain(own, terms))
-            if self.inverse is not None:
-                scores = self.nodes.binary("Mul", scores, self._along(self.inverse, last))
-            scores = self.nodes.reshape(scores, shape((self.rows,)))
+            scores = self.nodes.reshape(self._scaled(scores, last), shape((self.rows,)))
         assert scores is not None
         return scores
 
@@ -229,8 +233,9 @@ class _Rewriting:
             folded, more = project(self.matrix), []
             if bias is not None and self.inverse is not None:
                 more.append(self._sigma())
-                folded, bias = nodes.concat([folded, self._as_wide(bias, sizes(folded)[:-2])], -2), None
-            scores = nodes.matmul(self._all_columns(*more)[0], folded)
+                wide = nodes.expand(bias, (*sizes(folded)[:-2], *sizes(bias)[-2:]))
+                folded, bias = nodes.concat([folded, wide], -2), None
+            scores = nodes.matmul(self._all_columns(*more), folded)
         terms = (self._spread(project(self._picked(table)), axis) for axis, table in self.tables)
         scores = self._with_tables(scores, terms, count, last=False)
         return scores if bias is None else nodes.binary("Add", scores, bias)
@@ -239,25 +244,17 @@ class _Rewriting:
         """Scores of one axis's table (b, size or 1, N) for all rows: over the grid, or looked up."""
         (*lead, size, count), nodes = sizes(term), self.nodes
         if not self.points:
-            grid = [size if one == axis and size > 1 else 1 for one in range(len(self.grid))]
-            return nodes.reshape(term, (*lead, *grid, count))
+            return nodes.reshape(term, (*lead, *self._on_grid(axis, size), count))
         points = self.points[axis]
         if self.one_sample:
             return nodes.look_up(term, nodes.reshape(points, (self.rows,)), len(lead))
         samples, heads = math.prod(self.samples), math.prod(self.batch) // math.prod(self.samples)
-        wide = nodes.reshape(self._as_wide(term, self.batch), (samples, heads, size, count))
+        wide = nodes.reshape(nodes.expand(term, (*self.batch, size, count)), (samples, heads, size, count))
         flat = nodes.reshape(nodes.transpose(wide, (0, 2, 1, 3)), (samples, size, heads * count))
         at = nodes.cast(nodes.reshape(points, (samples, self.rows, 1)), ir.DataType.INT64)
         found = nodes.make("GatherND", [flat, at], (samples, self.rows, heads * count), batch_dims=1)
         apart = nodes.reshape(found, (samples, self.rows, heads, count))
         return nodes.reshape(nodes.transpose(apart, (0, 2, 1, 3)), (*self.batch, self.rows, count))
-
-    def _as_wide(self, term: ir.Value, lead: Sequence[int]) -> ir.Value:
-        """A term for as many samples and heads."""
-        if sizes(term)[:-2] == tuple(lead):
-            return term
-        target = (*lead, *sizes(term)[-2:])
-        return self.nodes.make("Expand", [term, self.nodes.constant(np.array(target, np.int64))], target)
 
     def _queries(self) -> ir.Value:
         """The other operand with the product's leading axes apart, (b, N, d) or (b, d, N)."""
@@ -268,18 +265,16 @@ class _Rewriting:
         nodes, other = self.nodes, self.site.other
         count = sizes(other)[-2]
         weights = nodes.reshape(other, (*self.batch, count, self.rows))
-        own, rank, matrix = weights, len(self.batch), self.matrix
+        own, rank, norm = weights, len(self.batch), None
         if self.inverse is not None and self.shared is None:
-            spread = nodes.reshape(weights, (*self.batch, count, *self.grid))
-            own = nodes.binary("Mul", spread, self._along(self.inverse, last=True))
-            own = nodes.reshape(own, (*self.batch, count, self.rows))
-        rows, width = self._all_columns(*([] if self.shared is None else [self._sigma()]))
-        read = self._product(own, rows, count, self.rows, width)
-        norm = None
+            spread = self._scaled(nodes.reshape(weights, (*self.batch, count, *self.grid)), last=True)
+            own = nodes.reshape(spread, (*self.batch, count, self.rows))
+        read = self._product(own, self._all_columns(*([] if self.shared is None else [self._sigma()])))
         if self.shared is not None:
-            norm = nodes.slice(read, rank + 1, width - 1, width)
-            read = nodes.binary("Div", nodes.slice(read, rank + 1, 0, width - 1), norm)
-        result = nodes.matmul(read, nodes.constant(matrix))
+            last = sizes(read)[-1] - 1
+            norm = nodes.slice(read, rank + 1, last, last + 1)
+            read = nodes.binary("Div", nodes.slice(read, rank + 1, 0, last), norm)
+        result = nodes.matmul(read, nodes.constant(self.matrix))
         for axis, table in self.tables:
             result = nodes.binary("Add", result, self._read_table(own, count, norm, axis, table))
         if self.bias is None:
@@ -304,11 +299,12 @@ class _Rewriting:
             summed = nodes.binary("Div", summed, norm)
         return nodes.matmul(summed, nodes.constant(self._picked(table)))
 
-    def _product(self, left: ir.Value, right: ir.Value, count: int, depth: int, width: int) -> ir.Value:
+    def _product(self, left: ir.Value, right: ir.Value) -> ir.Value:
         """(b, N, K) times rows (samples, K, M); heads join the rows of a sample where samples come first."""
         where = [axis for axis, size in enumerate(self.samples) if size > 1]
         if where != list(range(len(where))):
             return self.nodes.matmul(left, right)
+        (*_, count, depth), width = sizes(left), sizes(right)[-1]
         lead, rest = self.batch[: len(where)], math.prod(self.batch[len(where) :])
         own = lead if math.prod(sizes(left)[:-2]) == math.prod(self.batch) else [1] * len(where)
         flat = self.nodes.reshape(left, (*own, rest * count, depth))

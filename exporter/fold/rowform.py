@@ -18,24 +18,14 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Protocol, TypeVar
 
 import numpy as np
 import onnx_ir as ir
 
 from perceiver_export.exporter.fold.layout import Axis, Layout, joined, layout_of, row_major
 from perceiver_export.exporter.fold.nodes import VIEWS, Shape, array_of, axis_of, made_by, operand, shape_of, sizes
-from perceiver_export.exporter.fold.normalize import patches
+from perceiver_export.exporter.fold.normalize import Constants, patches
 from perceiver_export.exporter.fold.tables import Matrix, Table
-
-Linear = TypeVar("Linear", Matrix, Table)  # what is linear in the rows
-
-
-class Change(Protocol):
-    """Something linear that is done to every row."""
-
-    def __call__(self, one: Linear, /) -> Linear: ...
-
 
 _MOST_FORMS, _MOST_TERMS = 8, 3
 _SUMMED_FORMS = 3  # of each side of an addition
@@ -101,6 +91,10 @@ class RowForm:
         own = np.broadcast_to(np.asarray(factor, np.float64).reshape(-1), (self.width,))
         return self._with(lambda one: one * own, node)
 
+    def placed(self, at: int, width: int) -> RowForm:
+        """As columns ``at`` and following of wider rows."""
+        return self._with(lambda one: one.placed(at, width), None, width)
+
     def shifted(self, bias: np.ndarray, node: ir.Node | None = None) -> RowForm:
         """Each row plus one that is the same for all."""
         total = Matrix.of(np.broadcast_to(bias.reshape(1, -1), (1, self.width)))
@@ -120,9 +114,9 @@ class RowForm:
         assert joined is not None
         return replace(self, table=joined, bias=None)
 
-    def _with(self, change: Change, node: ir.Node | None, width: int | None = None) -> RowForm:
+    def _with(self, change: Callable[[Matrix], Matrix], node: ir.Node | None, width: int | None = None) -> RowForm:
         terms = tuple((value, change(matrix)) for value, matrix in self.terms)
-        table = None if self.table is None else change(self.table)
+        table = None if self.table is None else self.table.each(change)
         bias = None if self.bias is None else change(self.bias)
         return RowForm(self.lead, width or self.width, terms, table, self.norm, bias, self._killed(node))
 
@@ -146,7 +140,7 @@ def join(left: RowForm, right: RowForm, node: ir.Node) -> RowForm | None:
 class Forms:
     """The forms of the values of one graph. ``constant`` gives the numbers of what does not depend on an input."""
 
-    def __init__(self, constant: Callable[[ir.Value], np.ndarray | None]) -> None:
+    def __init__(self, constant: Constants) -> None:
         self.constant = constant
         self._known: dict[ir.Value, list[RowForm]] = {}
         self._tables: dict[ir.Value, Table | None] = {}
@@ -155,7 +149,7 @@ class Forms:
         """The tensor itself first, then what it was made from."""
         if value not in self._known:
             shape = sizes(value)
-            itself = RowForm(shape[:-1], shape[-1], ((value, Matrix(shape[-1], shape[-1])),))
+            itself = RowForm(shape[:-1], shape[-1], ((value, Matrix.identity(shape[-1])),))
             self._known[value] = [itself]
             node = value.producer()
             step = None if node is None else _FORMS.get(node.op_type)
@@ -221,10 +215,9 @@ class Forms:
         if _is_row(array, shape):
             return form.shifted(sign * array, node)
         table = None if form.norm else self.table(value, shape)
-        if table is not None and form.table is not None:
-            table = form.table.plus(table * sign)
-        elif table is not None:
-            table = table * sign
+        if table is not None:
+            table = table.each(lambda one: one * sign)
+            table = table if form.table is None else form.table.plus(table)
         return None if table is None else replace(form, table=table, kills=form.kills | {node})
 
     def _turned(self, node: ir.Node, shape: Shape) -> Iterator[RowForm]:
@@ -252,40 +245,27 @@ class Forms:
 
     def _concat(self, node: ir.Node, shape: Shape) -> Iterator[RowForm]:
         """Columns side by side; each input as it is, then as what made it."""
-        if axis_of(node, len(shape), 0) != len(shape) - 1:
-            return
-        for deep in (False, True):
-            made = self._side_by_side(node, shape, deep)
-            if made is not None:
-                yield made
+        if axis_of(node, len(shape), 0) == len(shape) - 1:
+            made = (self._side_by_side(node, shape, deep) for deep in (False, True))
+            yield from (form for form in made if form is not None)
 
     def _side_by_side(self, node: ir.Node, shape: Shape, deep: bool) -> RowForm | None:
-        terms: list[tuple[ir.Value, Matrix]] = []
-        table: Table | None = None
-        kills, at, width = frozenset({node}), 0, shape[-1]
-        found_deeper = False
+        """The sum of the inputs' forms, each at its columns."""
+        total, at, found_deeper = RowForm(shape[:-1], shape[-1], ()), 0, False
         for value in node.inputs:
             assert value is not None
-            own = sizes(value)[-1]
-            constants = self.table(value, sizes(value))
+            own, constants = sizes(value)[-1], self.table(value, sizes(value))
             forms = [form for form in self.of(value) if form.norm is None]
             form = forms[-1] if deep and forms[-1].columns < own else forms[0]
             found_deeper = found_deeper or form is not forms[0]
-            if constants is None:
-                terms += [(one, matrix.placed(at, width)) for one, matrix in form.terms]
-                kills |= form.kills
-                form = form.without_bias()
-                constants = form.table
-            placed = None if constants is None else constants.placed(at, width)
-            if placed is not None:
-                table = placed if table is None else table.plus(placed)
-                if table is None:
-                    return None
-            at += own
-        looked_up = table is not None and bool(table.points)
-        if not (terms or looked_up) or (deep and not found_deeper) or len(terms) > _MOST_TERMS:
-            return None
-        return RowForm(shape[:-1], width, tuple(terms), table, kills=kills)
+            if constants is not None:
+                form = RowForm(shape[:-1], own, (), constants)
+            made = join(total, form.placed(at, shape[-1]), node)
+            if made is None:
+                return None
+            total, at = made, at + own
+        looked_up = total.table is not None and bool(total.table.points)
+        return total if (total.terms or looked_up) and (found_deeper or not deep) else None
 
     def _normed(self, node: ir.Node, shape: Shape) -> Iterator[RowForm]:
         scale, shift = array_of(node.inputs[1]), array_of(node.inputs[2]) if len(node.inputs) > 2 else None

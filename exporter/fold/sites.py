@@ -70,15 +70,12 @@ def find_sites(graph: ir.Graph, forms: Forms) -> tuple[list[Site], dict[ir.Node,
     for node in graph:
         if node.op_type != "MatMul" or not is_foldable(node):
             continue
-        if any((array := array_of(value)) is not None and array.ndim <= 2 for value in node.inputs[1:]):
+        weight = array_of(node.inputs[1])
+        if weight is not None and weight.ndim <= 2:
             continue  # a linear layer
-        reasons = []
-        for side in (0, 1):
-            site = _site(node, side, forms)
-            if isinstance(site, Site):
-                found.append(site)
-            elif site:
-                reasons.append(site)
+        sides = [_site(node, side, forms) for side in (0, 1)]
+        found += [site for site in sides if isinstance(site, Site)]
+        reasons = [why for why in sides if isinstance(why, str)]
         if len(reasons) == 2:
             blocked[node] = "; ".join(dict.fromkeys(reasons))
     return found, blocked
@@ -162,11 +159,8 @@ def _order(rows: list[Atom], count: int, width: int) -> tuple[list[int], list[in
         left //= rows[index][0]
         if rows[index][1] != left * width:
             return None
-    return (
-        ([rows[index][0] for index in falling], [falling.index(index) for index in range(len(rows))])
-        if left == 1
-        else None
-    )
+    extents, axes = [rows[index][0] for index in falling], [falling.index(index) for index in range(len(rows))]
+    return (extents, axes) if left == 1 else None
 
 
 def _picks(leading: list[Atom], columns: list[Atom], offset: int, width: int) -> np.ndarray:
@@ -197,6 +191,12 @@ class Work(Cost, frozen=True):
     """A cost; of its FLOPs, ``of_weights`` are of linear layers, which can be quantized."""
 
     of_weights: int = 0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.flops + other.flops, self.bytes + other.bytes, self.of_weights + other.of_weights)
+
+    def per_sample(self, batch: int) -> Cost:
+        return Cost(self.flops // batch, self.bytes // batch)
 
     @property
     def in_floats(self) -> int:
@@ -275,11 +275,6 @@ def folded_cost(site: Site, form: RowForm, real: Sizes) -> Work | None:
     return Work(2 * queries * rows * form.columns + of_weights, numbers * _FLOAT, of_weights)
 
 
-def total(costs: Iterable[Work]) -> Work:
-    listed = list(costs)
-    return Work(*(sum(getattr(one, name) for one in listed) for name in Work.__struct_fields__))
-
-
 @dataclass(frozen=True, eq=False)
 class Choice:
     """The cheapest form of all sites that read one tensor, the form's index, and what both ways cost."""
@@ -318,22 +313,20 @@ def _best(group: list[Site], real: Sizes) -> Choice | None:
     nodes = {site.node for site in group}
     operands = [operand(site.node, site.side) for site in group]
     products = cost_of(nodes, real)
-    best: Choice | None = None
+    choices = []
     for index, form in enumerate(group[0].forms):
         costs = [folded_cost(site, site.forms[index], real) for site in group]
         known = [cost for cost in costs if cost is not None]
         if len(known) < len(costs):
             continue
         saved = cost_of(unneeded(operands, nodes, form.reads), real)
-        choice = Choice(tuple(group), index, total([products, saved]), total(known))
-        if best is None or choice.gain > best.gain:
-            best = choice
-    return best
+        choices.append(Choice(tuple(group), index, products + saved, sum(known, Work(0, 0))))
+    return max(choices, key=lambda one: one.gain, default=None)
 
 
 def decided(node: ir.Node, plain: Work, new: Work, folded: bool, how: str, batch: int) -> FoldDecision:
     """A decision as the manifest records it, for one sample. ``how``: what a fold does."""
-    one, other = (Cost(cost.flops // batch, cost.bytes // batch) for cost in (plain, new))
+    one, other = plain.per_sample(batch), new.per_sample(batch)
     ratio = plain.in_floats / max(new.in_floats, 1)
     if folded:
         why = f"{how}: {ratio:.1f} times less work"

@@ -8,7 +8,7 @@ rows alone: in pieces it gives the same result in less memory.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -96,7 +96,7 @@ def _transpose(node: ir.Node, axis: int) -> Cuts:
 
 
 def _reduction(node: ir.Node, axis: int) -> Cuts | None:
-    rank, axes = len(_shapes(node)[0]), integers(node, 1, "axes")
+    rank, axes = len(_shapes(node)[0]), integers(node, 1)
     if axes is None:
         return None
     gone = [one % rank for one in axes]
@@ -109,7 +109,7 @@ def _concat(node: ir.Node, axis: int) -> Cuts | None:
 
 
 def _slice(node: ir.Node, axis: int) -> Cuts | None:
-    rank, axes = len(sizes(node.outputs[0])), integers(node, 3, "axes")
+    rank, axes = len(sizes(node.outputs[0])), integers(node, 3)
     return None if axes is None or axis in [one % rank for one in axes] else _first(node, axis)
 
 
@@ -153,11 +153,6 @@ class Region:
     def inside(self) -> set[ir.Value]:
         return {value for node in self.nodes for value in node.outputs}
 
-    def outside(self) -> list[ir.Value]:
-        """Values from elsewhere that are cut, too."""
-        inside = self.inside
-        return [value for value in self.axes if value not in inside]
-
     @property
     def steps(self) -> int:
         """Into how many equal parts the axis can be cut."""
@@ -177,36 +172,36 @@ class _Growing:
     def __init__(self, softmax: ir.Node, axis: int, least: int) -> None:
         assert softmax.graph is not None
         self.softmax, self.least = softmax, least
-        self.listed = list(softmax.graph)
-        self.order = {node: index for index, node in enumerate(self.listed)}
+        self.graph, self.listed = softmax.graph, list(softmax.graph)
+        at = self.listed.index(softmax)
+        self.before, self.behind = self.listed[:at], self.listed[at:]
         self.nodes: set[ir.Node] = set()
         self.axes: dict[ir.Value, int] = {softmax.outputs[0]: axis}
 
     def grown(self) -> Region | None:
         if not self._backward():
             return None
-        for node in self.listed[self.order[self.softmax] :]:
-            if any(self._large(value, node) for value in self._read(node)):
+        for node in self.behind:
+            if any(node.op_type in VIEWS or math.prod(sizes(value)) > self.least for value in self._read(node)):
                 self._take(node)
         self._meet()
-        region = Region(sorted(self.nodes, key=self.order.__getitem__), self.axes, self._results())
+        region = Region([node for node in self.listed if node in self.nodes], self.axes, self._results())
         return region if self._sound(region) else None
 
     def _backward(self) -> bool:
         """What is computed for the softmax alone."""
-        for node in reversed(self.listed[: self.order[self.softmax] + 1]):
+        found = cuts(self.softmax, self.axes[self.softmax.outputs[0]])
+        if found is None:
+            return False
+        self.nodes.add(self.softmax)
+        self._cut(self.softmax, found)
+        for node in reversed(self.before):
             result = node.outputs[0]
-            if result not in self.axes:
+            found = cuts(node, self.axes[result]) if result in self.axes and len(node.outputs) == 1 else None
+            if found is None or math.prod(sizes(result)) < self.least:
+                continue  # a slice of it costs less than a product in pieces
+            if result.is_graph_output() or any(user not in self.nodes for user in result.consumers()):
                 continue
-            found = cuts(node, self.axes[result])
-            if node is not self.softmax:
-                if found is not None and math.prod(sizes(result)) < self.least:
-                    continue  # a slice of it costs less than a product in pieces
-                read_elsewhere = any(user not in self.nodes for user in result.consumers())
-                if len(node.outputs) > 1 or read_elsewhere or result.is_graph_output() or found is None:
-                    continue
-            if found is None:
-                return False
             self.nodes.add(node)
             if not self._cut(node, found):
                 return False
@@ -214,11 +209,8 @@ class _Growing:
 
     def _cut(self, node: ir.Node, found: Cuts) -> bool:
         """Note where a node's inputs are cut; False where one would be cut in two ways."""
-        wanted = [
-            (value, axis)
-            for value, axis in zip(node.inputs, found, strict=True)
-            if value is not None and axis is not None
-        ]
+        pairs = zip(node.inputs, found, strict=True)
+        wanted = [(value, axis) for value, axis in pairs if value is not None and axis is not None]
         if any(self.axes.get(value, axis) != axis for value, axis in wanted):
             return False
         self.axes.update(wanted)
@@ -229,9 +221,6 @@ class _Growing:
         if node in self.nodes:
             return []
         return [value for value in node.inputs if value is not None and value.producer() in self.nodes]
-
-    def _large(self, value: ir.Value, node: ir.Node) -> bool:
-        return node.op_type in VIEWS or math.prod(sizes(value)) > self.least
 
     def _take(self, node: ir.Node) -> bool:
         """Add a node behind the region, where its result can be cut as what it reads is."""
@@ -263,7 +252,7 @@ class _Growing:
         if len(self._results()) < 2:
             return
         state, tried = (set(self.nodes), dict(self.axes)), 0
-        for node in self.listed[self.order[self.softmax] :]:
+        for node in self.behind:
             if not self._read(node):
                 continue
             tried += 1
@@ -279,17 +268,20 @@ class _Growing:
         for node in region.nodes:
             found = cuts(node, self.axes[node.outputs[0]])
             assert found is not None
-            if any(
-                value in inside and axis != self.axes[value]
-                for value, axis in zip(node.inputs, found, strict=True)
-                if value
-            ):
+            pairs = zip(node.inputs, found, strict=True)
+            if any(value in inside and axis != self.axes[value] for value, axis in pairs if value is not None):
                 return False
-        depending = set(inside)
-        for node in self.listed:
-            if node not in self.nodes and any(value in depending for value in node.inputs):
-                depending |= set(node.outputs)
-        return not any(value in depending and value not in inside for node in region.nodes for value in node.inputs)
+        depending = dependent(self.graph, inside) - inside
+        return not any(value in depending for node in region.nodes for value in node.inputs)
+
+
+def dependent(graph: ir.Graph, values: Iterable[ir.Value]) -> set[ir.Value]:
+    """Values, and all that depends on their numbers."""
+    found = set(values)
+    for node in graph:
+        if node.op_type not in ("Shape", "Size") and any(value in found for value in node.inputs):
+            found.update(node.outputs)
+    return found
 
 
 def copy_region(
@@ -306,10 +298,10 @@ def copy_region(
         shape[axis] = extent(shape[axis])
         inputs: list[ir.Value | None] = []
         for value, cut in zip(node.inputs, found, strict=True):
-            if value is None or (cut is None and value not in made):
-                inputs.append(value)
+            if value in made:
+                inputs.append(made[value])
             else:
-                inputs.append(made[value] if value in made or cut is None else take(value, cut))
+                inputs.append(value if value is None or cut is None else take(value, cut))
         nodes.origin = node
         if node.op_type in VIEWS and inputs[0] is not None:
             made[result] = nodes.reshape(inputs[0], shape)
@@ -328,3 +320,12 @@ def rows_of(nodes: Nodes, value: ir.Value, axis: int, start: int, stop: int) -> 
     if array is None:
         return nodes.slice(value, axis, start, stop)
     return nodes.constant(array[(slice(None),) * axis + (slice(start, stop),)])
+
+
+def places(parts: Iterable[ir.Value], axis: int) -> Iterator[tuple[ir.Value, slice]]:
+    """Each part, and its rows among those of all."""
+    start = 0
+    for part in parts:
+        stop = start + sizes(part)[axis]
+        yield part, slice(start, stop)
+        start = stop

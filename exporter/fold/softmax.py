@@ -3,9 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
-import numpy as np
 import onnx_ir as ir
 
 from perceiver_export.exporter.fold.nodes import (
@@ -16,6 +15,7 @@ from perceiver_export.exporter.fold.nodes import (
     number,
     only_reader,
     operand,
+    over_last,
     put,
     shape_of,
     sizes,
@@ -45,22 +45,27 @@ def shared_norms(chosen: Iterable[tuple[Site, RowForm]]) -> dict[tuple[ir.Node, 
 
 def _softmax_read(node: ir.Node) -> tuple[ir.Node | None, float]:
     """The product that reads the softmax of a product's scores alone, and what they are multiplied with before it."""
-    value, factor, softmax = node.outputs[0], 1.0, False
-    for _ in range(_FOLLOWED):
-        user = only_reader(value)
-        if user is None:
-            return None, factor
-        result = user.outputs[0]
+    factor, softmax = 1.0, False
+    for value, user in _readers(node.outputs[0]):
         if user.op_type == "MatMul" and softmax and user.inputs[0] is value:
             return user, factor
-        if user.op_type == "Softmax" and not softmax and _over_last(user):
+        if user.op_type == "Softmax" and not softmax and over_last(user):
             softmax = True
         elif user.op_type in ("Mul", "Div") and not softmax and (found := _factor(user, value)) is not None:
             factor *= found
-        elif user.op_type not in (*VIEWS, "Dropout") or sizes(result)[-1] != sizes(value)[-1]:
-            return None, factor
-        value = result
+        elif user.op_type not in (*VIEWS, "Dropout") or sizes(user.outputs[0])[-1] != sizes(value)[-1]:
+            break
     return None, factor
+
+
+def _readers(value: ir.Value) -> Iterator[tuple[ir.Value, ir.Node]]:
+    """A value with its only reader, the reader's result with its own, and so on."""
+    for _ in range(_FOLLOWED):
+        user = only_reader(value)
+        if user is None:
+            return
+        yield value, user
+        value = user.outputs[0]
 
 
 def _factor(node: ir.Node, value: ir.Value) -> float | None:
@@ -71,41 +76,28 @@ def _factor(node: ir.Node, value: ir.Value) -> float | None:
     return next((found for one in node.inputs if one is not value and (found := number(one)) is not None), None)
 
 
-def _over_last(softmax: ir.Node) -> bool:
-    rank = len(sizes(softmax.outputs[0]))
-    return axis_of(softmax, rank) == rank - 1
-
-
 def reaches_softmax(node: ir.Node) -> bool:
     """Whether scores go into a softmax over the rows' axis only, multiplied with or added to what does not change
     that a term of the query cancels.
     """
-    value = node.outputs[0]
-    for _ in range(_FOLLOWED):
-        user = only_reader(value)
-        if user is None:
-            return False
+    for value, user in _readers(node.outputs[0]):
         if user.op_type == "Softmax":
-            return _over_last(user)
+            return over_last(user)
         scaled = user.op_type in ("Mul", "Div") and _factor(user, value) is not None
         added = user.op_type == "Add" and sizes(user.outputs[0]) == sizes(value)
         if not scaled and not added:
-            return False
-        value = user.outputs[0]
+            break
     return False
 
 
 def sums_to_one(weights: ir.Value) -> bool:
     """Whether each row is a softmax over the last axis."""
-    value = weights
-    for _ in range(_FOLLOWED):
-        if (softmax := made_by(value, "Softmax")) is not None:
-            return _over_last(softmax)
-        node = made_by(value, *VIEWS, "Dropout")
-        if node is None or node.inputs[0] is None or sizes(node.inputs[0])[-1] != sizes(value)[-1]:
+    while (view := made_by(weights, *VIEWS, "Dropout")) is not None:
+        if sizes(operand(view))[-1] != sizes(weights)[-1]:
             return False
-        value = node.inputs[0]
-    return False
+        weights = operand(view)
+    softmax = made_by(weights, "Softmax")
+    return softmax is not None and over_last(softmax)
 
 
 def drop_single_keys(graph: ir.Graph) -> None:
@@ -118,9 +110,7 @@ def drop_single_keys(graph: ir.Graph) -> None:
             continue
         value, shape = operand(node, 1), shape_of(node.outputs[0])
         if shape is not None and len(sizes(value)) > 1:
-            nodes = Nodes(node)
-            target = nodes.constant(np.array(shape, np.int64))
-            put(node.outputs[0], value if sizes(value) == shape else nodes.make("Expand", [value, target], shape))
+            put(node.outputs[0], Nodes(node).expand(value, shape))
 
 
 def _has_one_key(weights: ir.Value) -> bool:

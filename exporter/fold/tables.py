@@ -21,21 +21,24 @@ _PROBES = 48
 
 @dataclass(frozen=True, eq=False)
 class Matrix:
-    """A constant matrix (rows, columns): steps from ``start``, None for the identity."""
+    """A constant matrix (rows, columns); ``value`` computes it in float64."""
 
     rows: int
     columns: int
-    start: np.ndarray | None = None
-    steps: tuple[Callable[[np.ndarray], np.ndarray], ...] = ()
-    at: int | None = 0  # where its rows are the unit vectors of that many columns, the first of them
+    value: Callable[[], np.ndarray]
+    at: int | None = None  # where its rows are the unit vectors of that many columns, the first of them
 
     @classmethod
     def of(cls, array: np.ndarray) -> Matrix:
         rows, columns = array.shape
-        return cls(rows, columns, array, at=None)
+        return cls(rows, columns, lambda: array.astype(np.float64))
+
+    @classmethod
+    def identity(cls, size: int) -> Matrix:
+        return cls(size, size, lambda: np.eye(size), at=0)
 
     def __matmul__(self, weight: np.ndarray) -> Matrix:
-        if self.start is None and not self.steps:
+        if self.at == 0 and self.rows == self.columns:
             return Matrix.of(weight)
         return self._then(lambda own: own @ weight.astype(np.float64), weight.shape[1])
 
@@ -54,15 +57,8 @@ class Matrix:
         made = self._then(lambda own: np.pad(own, ((0, 0), (at, width - at - own.shape[1]))), width)
         return made if self.at is None else replace(made, at=self.at + at)
 
-    def value(self) -> np.ndarray:
-        """In float64."""
-        own = np.eye(self.rows) if self.start is None else self.start.astype(np.float64)
-        for step in self.steps:
-            own = step(own)
-        return own
-
     def _then(self, step: Callable[[np.ndarray], np.ndarray], columns: int | None = None) -> Matrix:
-        return Matrix(self.rows, columns or self.columns, self.start, (*self.steps, step), None)
+        return Matrix(self.rows, columns or self.columns, lambda: step(self.value()))
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,10 +71,6 @@ class Table:
     sizes: Shape
     tables: tuple[Matrix, ...]
     points: tuple[ir.Value, ...] = ()
-
-    @classmethod
-    def row(cls, row: np.ndarray) -> Table:
-        return cls((1,), (Matrix.of(row.reshape(1, -1)),))
 
     @classmethod
     def of(cls, array: np.ndarray, shape: Shape) -> Table | None:
@@ -100,7 +92,7 @@ class Table:
                 break
             array = first
         rows = array.reshape(-1, shape[-1])
-        return cls.row(rows) if len(rows) == 1 else _separated(rows.astype(np.float64))
+        return cls((1,), (Matrix.of(rows),)) if len(rows) == 1 else _separated(rows.astype(np.float64))
 
     @property
     def rows(self) -> int:
@@ -110,19 +102,9 @@ class Table:
     def is_row(self) -> bool:
         return self.sizes == (1,)
 
-    def __matmul__(self, weight: np.ndarray) -> Table:
-        return self._each(lambda table: table @ weight)
-
-    def __mul__(self, factor: np.ndarray | float) -> Table:
-        return self._each(lambda table: table * factor)
-
-    def centred(self) -> Table:
-        """Each row less its mean."""
-        return self._each(Matrix.centred)
-
-    def placed(self, at: int, width: int) -> Table:
-        """As columns ``at`` and following of wider rows."""
-        return self._each(lambda table: table.placed(at, width))
+    def each(self, change: Callable[[Matrix], Matrix]) -> Table:
+        """With something linear done to every row."""
+        return replace(self, tables=tuple(map(change, self.tables)))
 
     def plus(self, other: Table) -> Table | None:
         """The sum; None where the grids differ."""
@@ -166,9 +148,6 @@ class Table:
     def _along(self, array: np.ndarray, *axes: int) -> np.ndarray:
         """An array over some axes of the grid, to be added to one over all of them."""
         return array.reshape([size if axis in axes else 1 for axis, size in enumerate(self.sizes)])
-
-    def _each(self, change: Callable[[Matrix], Matrix]) -> Table:
-        return replace(self, tables=tuple(change(table) for table in self.tables))
 
 
 def _separated(rows: np.ndarray) -> Table | None:
