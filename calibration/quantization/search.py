@@ -35,10 +35,10 @@ import msgspec
 
 from perceiver_export.calibration.bundles import absolute_place, copy_tree, new_bundle, refuse_place
 from perceiver_export.calibration.data.fingerprints import check_splits
-from perceiver_export.calibration.quantization.ladder import Ladder
 from perceiver_export.calibration.quantization.options import QuantizeOptions, Scheme
-from perceiver_export.calibration.quantization.pipeline import check_options, compare_with_fp32, record_sensitivity
-from perceiver_export.calibration.quantization.sensitivity import GroupSensitivity
+from perceiver_export.calibration.quantization.pipeline import check_options, complete_record
+from perceiver_export.calibration.quantization.record import GroupSensitivity
+from perceiver_export.calibration.quantization.sensitivity import Ladder
 from perceiver_export.calibration.quantization.statistics import Report, observe
 from perceiver_export.calibration.validation.certify import certify
 from perceiver_export.calibration.validation.options import ValidateOptions, check_percent
@@ -159,8 +159,7 @@ def search(
         trials = Trials(ladder, source, options, targets, Path(folder), path.name, report, for_size)
         order = trials.search(search_on, least_gain / 100)
         kept, evidence = trials.certify(order, certify_on)
-        compare_with_fp32(source, observation, trials.path(kept), options.threads)
-        record_sensitivity(trials.path(kept), ladder.ranking)
+        complete_record(source, observation, trials.path(kept), options.threads, ladder.ranking)
         made = certify(trials.path(kept), evidence, searched)
         with new_bundle(path, options.overwrite) as directory:
             copy_tree(trials.path(kept), directory)
