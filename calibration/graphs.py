@@ -12,7 +12,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import onnx_ir as ir
@@ -64,7 +64,7 @@ def array_of(value: ir.Value) -> Array:
     return value.const_value.numpy()
 
 
-def is_constant(value: ir.Value | None) -> bool:
+def is_constant(value: ir.Value | None) -> TypeGuard[ir.Value]:
     """Whether a value is an initializer."""
     return value is not None and value.is_initializer() and value.const_value is not None
 

@@ -32,11 +32,6 @@ class Attention:
     rows: int | None = None
 
     @property
-    def name(self) -> str:
-        """The module from which it was traced."""
-        return (self.softmax.name or "").split("/")[0]
-
-    @property
     def fits(self) -> bool:
         """Whether an engine has a kernel for heads this wide. A single query needs none, as a product with a vector."""
         return self.rows != 1 and self.qk is not None and self.qk == self.v and SMALLEST_HEAD <= self.qk <= LARGEST_HEAD

@@ -34,14 +34,8 @@ from perceiver_export.calibration.lowering.half import DTYPES, to_half
 from perceiver_export.calibration.lowering.schemas import check_types
 from perceiver_export.runtimes.bundle import Bundle, BundleLike, golden_arrays, open_bundle
 from perceiver_export.runtimes.engines.backend import Feeds, Precision
-from perceiver_export.runtimes.errors import (
-    BundleError,
-    GateError,
-    PerceiverExportError,
-    UnsupportedModelError,
-    check_choice,
-)
-from perceiver_export.runtimes.files import read_json, replacing, writing
+from perceiver_export.runtimes.errors import BundleError, GateError, UnsupportedModelError, check_choice
+from perceiver_export.runtimes.files import parsing, read_json, replacing, writing
 from perceiver_export.runtimes.manifest import FileEntry, encode_manifest
 
 # The smallest accepted SQNR in dB of the rewritten graph against the canonical one. Rounding alone costs less.
@@ -79,7 +73,7 @@ def lower_bundle(path: BundleLike, precision: Precision) -> Lowered:
     models: dict[str, ir.Model] = {}
     files = {part: f"{part}.{name}.onnx" for part in bundle.manifest.parts}
     for part, file in files.items():
-        models[file] = _canonical(bundle, part)
+        models[file] = read_graph(bundle.file(bundle.part(part).file))
         kept[part] = lower_for_tensorrt(models[file], precision, _hazards(bundle, part) if precision != "fp32" else {})
         sqnrs |= _compare(bundle, part, models[file].clone(), precision)
     with writing(bundle.path, BundleError, "copy the bundle to a writable directory"):
@@ -97,10 +91,6 @@ def lower_for_tensorrt(
     """
     pad_heads(model)
     return {} if precision == "fp32" else to_half(model, precision, hazards)
-
-
-def _canonical(bundle: Bundle, part: str) -> ir.Model:
-    return read_graph(bundle.file(bundle.manifest.parts[part].file))
 
 
 def _write(bundle: Bundle, models: Mapping[str, ir.Model], weights: str) -> dict[str, FileEntry]:
@@ -144,17 +134,10 @@ def _compare(bundle: Bundle, part: str, model: ir.Model, precision: Precision) -
     """
     check_types(model, DTYPES.get(precision, ir.DataType.FLOAT))
     emulate(model)
-    feeds = golden_arrays(bundle, part, "input")
-    try:
-        expected, found = (
-            run_session(open_session(one, bundle.path), feeds) for one in (_canonical(bundle, part), model)
-        )
-    except PerceiverExportError:
-        raise
-    except Exception as error:  # onnxruntime has one class per error code
-        said = f"onnxruntime cannot run the rewritten graph: {str(error).splitlines()[0]}"
-        raise UnsupportedModelError(said, "report it with the config") from error
-    outputs = [spec.name for spec in bundle.manifest.parts[part].outputs]
+    feeds, canonical = golden_arrays(bundle, part, "input"), read_graph(bundle.file(bundle.part(part).file))
+    with parsing("onnxruntime", "cannot run the rewritten graph", "report it with the config", UnsupportedModelError):
+        expected, found = (run_session(open_session(one, bundle.path), feeds) for one in (canonical, model))
+    outputs = [spec.name for spec in bundle.part(part).outputs]
     for name in outputs:
         if not np.isfinite(found[name]).all():
             said = f"{part}'s output {name!r} has NaN or infinite values in 16 bits"
@@ -170,7 +153,7 @@ def _compare(bundle: Bundle, part: str, model: ir.Model, precision: Precision) -
 
 def _hazards(bundle: Bundle, part: str) -> dict[str, float]:
     """The largest |x| of each tensor on the golden inputs and, for tensors that overflow, in calibration."""
-    seen = magnitudes(bundle.file(bundle.manifest.parts[part].file), golden_arrays(bundle, part, "input"))
+    seen = magnitudes(bundle.file(bundle.part(part).file), golden_arrays(bundle, part, "input"))
     told = calibrated(bundle.file("calibration.json"), part)
     return {name: max(seen.get(name, 0.0), told.get(name, 0.0)) for name in sorted({*seen, *told})}
 
