@@ -20,15 +20,7 @@ import numpy as np
 import onnx_ir as ir
 
 from perceiver_export.calibration.bundles import file_entry
-from perceiver_export.calibration.graphs import (
-    SMALLEST,
-    Behind,
-    open_session,
-    read_graph,
-    run_session,
-    sqnr,
-    store_weights,
-)
+from perceiver_export.calibration.graphs import Behind, is_large, read_graph, run_graph, sqnr, store_weights
 from perceiver_export.calibration.lowering.attention import pad_heads
 from perceiver_export.calibration.lowering.half import DTYPES, to_half
 from perceiver_export.calibration.lowering.schemas import check_types
@@ -96,13 +88,8 @@ def lower_for_tensorrt(
 def _write(bundle: Bundle, models: Mapping[str, ir.Model], weights: str) -> dict[str, FileEntry]:
     """Write the graphs, and any new weights in one more file. All files are renamed into place at the end."""
     constants = [value for model in models.values() for value in model.graph.initializers.values()]
-    new = [
-        value
-        for value in constants
-        if (tensor := value.const_value) is not None
-        and not isinstance(tensor, ir.ExternalTensor)
-        and tensor.nbytes >= SMALLEST
-    ]
+    inline = [value for value in constants if not isinstance(value.const_value, ir.ExternalTensor)]
+    new = [value for value in inline if is_large(value.const_value)]
     with contextlib.ExitStack() as temporaries:
         written = {
             file: temporaries.enter_context(replacing(bundle.path / file))
@@ -136,7 +123,7 @@ def _compare(bundle: Bundle, part: str, model: ir.Model, precision: Precision) -
     emulate(model)
     feeds, canonical = golden_arrays(bundle, part, "input"), read_graph(bundle.file(bundle.part(part).file))
     with parsing("onnxruntime", "cannot run the rewritten graph", "report it with the config", UnsupportedModelError):
-        expected, found = (run_session(open_session(one, bundle.path), feeds) for one in (canonical, model))
+        expected, found = (run_graph(one, bundle.path, feeds) for one in (canonical, model))
     outputs = [spec.name for spec in bundle.part(part).outputs]
     for name in outputs:
         if not np.isfinite(found[name]).all():
@@ -190,7 +177,7 @@ def magnitudes(path: Path, feeds: Feeds) -> dict[str, float]:
         behind = Behind(model.graph, value)
         for operator in ("ReduceMin", "ReduceMax"):
             behind.output(operator, [value], operator, keepdims=0)
-    bounds = run_session(open_session(model, path.parent, in_order=True), feeds)
+    bounds = run_graph(model, path.parent, feeds)
     return {
         str(value.name): max(float(abs(bounds[f"{value.name}.{end}"])) for end in ("ReduceMin", "ReduceMax"))
         for value in values

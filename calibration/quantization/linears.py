@@ -110,7 +110,7 @@ def _group_of(node: ir.Node) -> str:
 
 
 def _is_weight(value: ir.Value | None) -> bool:
-    return value is not None and is_constant(value) and value.dtype == ir.DataType.FLOAT and len(dims(value)) >= 2
+    return is_constant(value) and value.dtype == ir.DataType.FLOAT and len(dims(value)) >= 2
 
 
 def _bias_add(node: ir.Node) -> ir.Node | None:

@@ -20,7 +20,7 @@ from msgspec import structs
 
 from perceiver_export.calibration.bundles import absolute_place, file_entries, new_bundle, refuse_place, write_record
 from perceiver_export.calibration.data.sources import RANDOM, Data
-from perceiver_export.calibration.graphs import WEIGHTS, save_graphs
+from perceiver_export.calibration.graphs import WEIGHTS, load_graph, save_graphs
 from perceiver_export.calibration.quantization import engines
 from perceiver_export.calibration.quantization.integers import schemes_of
 from perceiver_export.calibration.quantization.linears import find_linears
@@ -28,7 +28,7 @@ from perceiver_export.calibration.quantization.options import QuantizeOptions
 from perceiver_export.calibration.quantization.part import QuantizedPart, quantize_part
 from perceiver_export.calibration.quantization.record import Calibration, Coverage, GroupSensitivity, read_calibration
 from perceiver_export.calibration.quantization.shards import merge_statistics, write_statistics
-from perceiver_export.calibration.quantization.statistics import Observation, Report, load_graph, observe
+from perceiver_export.calibration.quantization.statistics import Observation, Report, observe
 from perceiver_export.calibration.validation.gates import check_against_fp32
 from perceiver_export.calibration.validation.options import ValidateOptions, check_shard
 from perceiver_export.calibration.validation.statistics import scipy_stats
@@ -159,18 +159,7 @@ def write_quantized(
         files=file_entries(directory),
         quantization=quantization,
     )
-    record = Calibration(
-        scheme=options.scheme,
-        method=options.method,
-        weight_bits=options.bits,
-        smooth=options.smooth,
-        correct_bias=options.correct_bias,
-        precision=dict(options.schemes),
-        data=observation.data,
-        parts={key: structs.replace(one.record, coverage=coverage[key]) for key, one in parts.items()},
-        machine=cpu_name(),
-        instruction_set=cpu_features(),
-    )
+    record = _record(options, observation, parts, coverage)
     _write_record(directory, manifest, record, observation.data.warnings)
 
 
@@ -188,6 +177,26 @@ def _measure_kernels(
         )
         for key, one in parts.items()
     }
+
+
+def _record(
+    options: QuantizeOptions,
+    observation: Observation,
+    parts: Mapping[str, QuantizedPart],
+    coverage: Mapping[str, tuple[Coverage, ...]],
+) -> Calibration:
+    return Calibration(
+        scheme=options.scheme,
+        method=options.method,
+        weight_bits=options.bits,
+        smooth=options.smooth,
+        correct_bias=options.correct_bias,
+        precision=dict(options.schemes),
+        data=observation.data,
+        parts={key: structs.replace(one.record, coverage=coverage[key]) for key, one in parts.items()},
+        machine=cpu_name(),
+        instruction_set=cpu_features(),
+    )
 
 
 def _copy_others(source: Bundle, directory: Path) -> None:

@@ -188,12 +188,11 @@ def climb(count: int, holds: Callable[[int], bool], worth: Callable[[int, int], 
     Halving ends where the lower rung is not ``worth`` it against the upper one. A lower rung may hold by chance on
     these samples: certification finds that out.
     """
-    failed, index = -1, 0
+    failed, index, safer = -1, 0, min(1, count - 1)
     while not holds(index):
         if index == count - 1:
             return
-        failed, index = index, min(max(1, 2 * index), count - 1)
-    safer = min(max(1, 2 * index), count - 1)
+        failed, index, safer = index, safer, min(2 * safer, count - 1)
     if safer > index:
         holds(safer)
     while index - failed > 1 and worth(failed, index):

@@ -37,21 +37,14 @@ from perceiver_export.calibration.bundles import new_bundle
 from perceiver_export.calibration.data.calls import batch_size, batches, run_parts
 from perceiver_export.calibration.data.samples import Samples, stack
 from perceiver_export.calibration.data.sources import Data
-from perceiver_export.calibration.graphs import decibels, open_session, run_session, sqnr
+from perceiver_export.calibration.graphs import decibels, load_graph, open_session, run_session, sqnr
 from perceiver_export.calibration.quantization.integers import LinearPlan, write_qdq
 from perceiver_export.calibration.quantization.linears import find_linears
 from perceiver_export.calibration.quantization.options import QuantizeOptions, Scheme
 from perceiver_export.calibration.quantization.part import PlannedPart, plan_part
 from perceiver_export.calibration.quantization.pipeline import check_options, write_quantized
 from perceiver_export.calibration.quantization.record import GroupSensitivity
-from perceiver_export.calibration.quantization.statistics import (
-    NO_SAMPLES,
-    Call,
-    Observation,
-    Report,
-    load_graph,
-    observe,
-)
+from perceiver_export.calibration.quantization.statistics import NO_SAMPLES, Call, Observation, Report, observe
 from perceiver_export.runtimes.bundle import Bundle, BundleLike, open_bundle
 from perceiver_export.runtimes.errors import DataError, UsageError
 from perceiver_export.runtimes.runtime import Array, Feeds
