@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -354,8 +354,7 @@ def _inline(value: ir.Value | None) -> np.ndarray | None:
     return array_of(value) if is_constant(value) and not isinstance(value.const_value, ir.ExternalTensor) else None
 
 
-_Rule = Callable[[_Subject], Iterator[Finding]]
-_RULES: tuple[_Rule, ...] = (_opset, _operators, _symmetric, _overflow, _shared_weights, _float_products)
+_RULES = (_opset, _operators, _symmetric, _overflow, _shared_weights, _float_products)
 
 
 def _weight_bytes(graph: ir.Graph) -> tuple[int, int]:

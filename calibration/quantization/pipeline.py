@@ -33,7 +33,7 @@ from perceiver_export.calibration.validation.gates import check_against_fp32
 from perceiver_export.calibration.validation.options import ValidateOptions, check_shard
 from perceiver_export.calibration.validation.statistics import scipy_stats
 from perceiver_export.runtimes.bundle import Bundle, BundleLike, open_bundle
-from perceiver_export.runtimes.errors import GateError, UndecidedError, UsageError, VacuousGateError, check_kind
+from perceiver_export.runtimes.errors import GateError, UsageError, check_kind
 from perceiver_export.runtimes.files import replacing, writing
 from perceiver_export.runtimes.machine import cpu_features, cpu_name
 from perceiver_export.runtimes.manifest import Manifest, Quantization
@@ -216,15 +216,13 @@ def complete_record(
     added too: for each linear the SQNR of the outputs with its layer alone quantized.
     """
     made, record = _recorded(directory)
-    effects = engines.measure_effects(
-        source.manifest, engines.graphs_for("ort-cpu", made.manifest.parts, directory), observation.calls, threads
-    )
+    graphs = {target: engines.graphs_for(target, made.manifest.parts, directory) for target in engines.targets()}
+    effects = engines.measure_effects(source.manifest, graphs["ort-cpu"], observation.calls, threads)
     fp32 = {name: source.file(part.file) for name, part in source.manifest.parts.items()}
     size = made.num_bytes / source.num_bytes
     speeds = tuple(
-        engines.measure_speed(target, fp32, graphs, made.manifest.precision, observation.calls[0], threads)
-        for target in engines.targets()
-        if (graphs := engines.graphs_for(target, made.manifest.parts, directory))
+        engines.measure_speed(target, fp32, quantized, made.manifest.precision, observation.calls[0], threads)
+        for target, quantized in graphs.items()
     )
     warnings = [
         f"the times on {one.target} do not say whether {one.best[1]} is faster than {one.best[0]}: {one.undecided}; "
@@ -279,10 +277,9 @@ def _check_gates(directory: Path, source: Bundle, data: Data, options: QuantizeO
     found = validate(directory, data, asked)
     try:
         found.require()
-    except (UndecidedError, VacuousGateError) as error:
-        raise type(error)(f"{error.message}: nothing was written", error.hint) from error
     except GateError as error:
-        hint = "use --keep-float for the layers that `--sensitivity` lists first"
-        raise GateError(f"{error.message}: nothing was written", hint) from error
+        fails = type(error) is GateError  # and is not undecided or vacuous
+        hint = "use --keep-float for the layers that `--sensitivity` lists first" if fails else error.hint
+        raise type(error)(f"{error.message}: nothing was written", hint) from error
     made, record = _recorded(directory)
     _write_record(directory, made.manifest, structs.replace(record, gates=found.gates))
