@@ -14,8 +14,6 @@ from perceiver_export.runtimes.bundle import Bundle
 from perceiver_export.runtimes.certificates import FILE
 from perceiver_export.runtimes.files import read_json
 
-_VERSION = 1
-
 POLICY = (
     "only linear layers are quantized: weights are int8 with one scale per output channel, or int4 with one scale per "
     "block of inputs too; integer activations are symmetric with one scale per tensor; attention products, softmax, "
@@ -179,7 +177,7 @@ class Calibration(msgspec.Struct, frozen=True):
     policy: str = POLICY
     searched: tuple[str, ...] = ()
     gates: tuple[Gate, ...] = ()
-    schema_version: int = _VERSION
+    schema_version: int = 1
 
     @property
     def how(self) -> str:
