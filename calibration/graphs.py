@@ -12,7 +12,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import onnx_ir as ir
@@ -24,7 +24,7 @@ from perceiver_export.runtimes.manifest import Stage
 from perceiver_export.runtimes.runtime import Array
 
 WEIGHTS = "model.weights"
-SMALLEST = 256  # bytes; smaller arrays stay in the graph
+_SMALLEST = 256  # bytes; smaller arrays stay in the graph
 PRODUCTS = ("MatMul", "Gemm", "Conv")
 # Operators that only move values.
 MOVES = frozenset(
@@ -64,7 +64,7 @@ def array_of(value: ir.Value) -> Array:
     return value.const_value.numpy()
 
 
-def is_constant(value: ir.Value | None) -> bool:
+def is_constant(value: ir.Value | None) -> TypeGuard[ir.Value]:
     """Whether a value is an initializer."""
     return value is not None and value.is_initializer() and value.const_value is not None
 
@@ -203,6 +203,22 @@ def read_graph(path: Path) -> ir.Model:
         raise BundleError(f"{path} is not a readable ONNX model", "copy or export it again") from error
 
 
+def load_graph(path: Path) -> ir.Model:
+    """A bundle's graph with shapes, and with MatMul as the only form of linear layers."""
+    model = with_shapes(read_graph(path))
+    split_gemms(model.graph)
+    return model
+
+
+def with_shapes(model: ir.Model) -> ir.Model:
+    """The model itself, with missing shapes inferred."""
+    import onnx_ir.passes.common as common
+
+    if any(value.shape is None for node in model.graph for value in node.outputs):
+        common.ShapeInferencePass()(model)
+    return model
+
+
 def save_graphs(models: Mapping[str, ir.Model], directory: Path) -> None:
     """Write each graph under its file name, and one model.weights in which each distinct array is stored once.
 
@@ -215,6 +231,11 @@ def save_graphs(models: Mapping[str, ir.Model], directory: Path) -> None:
         ir.save(model, directory / file)
 
 
+def is_large(tensor: ir.TensorProtocol | None) -> TypeGuard[ir.TensorProtocol]:
+    """Whether an initializer's array is stored outside the graph."""
+    return tensor is not None and tensor.nbytes >= _SMALLEST
+
+
 def store_weights(values: Iterable[ir.Value], directory: Path, file: str = WEIGHTS, name: str = WEIGHTS) -> None:
     """Move the large arrays of ``values`` into a file, each distinct array once. Graphs refer to the file as ``name``.
 
@@ -223,8 +244,7 @@ def store_weights(values: Iterable[ir.Value], directory: Path, file: str = WEIGH
     stored: dict[str, ir.TensorProtocol] = {}
     places: list[tuple[ir.Value, str]] = []
     for value in values:
-        tensor = value.const_value
-        if tensor is not None and tensor.nbytes >= SMALLEST:
+        if is_large(tensor := value.const_value):
             digest = hashlib.sha256(f"{tensor.dtype}{tensor.shape}".encode() + tensor.tobytes()).hexdigest()
             stored.setdefault(digest, tensor)
             places.append((value, digest))
@@ -367,3 +387,8 @@ def run_session(session: Any, feeds: Mapping[str, Array]) -> dict[str, Array]:
     """All outputs of an ONNX Runtime session by name."""
     names = [output.name for output in session.get_outputs()]
     return dict(zip(names, session.run(names, dict(feeds)), strict=True))
+
+
+def run_graph(model: ir.Model, folder: Path, feeds: Mapping[str, Array]) -> dict[str, Array]:
+    """All outputs of one run on ONNX Runtime by name; see `open_session`."""
+    return run_session(open_session(model, folder, in_order=True), feeds)

@@ -32,11 +32,6 @@ class Attention:
     rows: int | None = None
 
     @property
-    def name(self) -> str:
-        """The module from which it was traced."""
-        return (self.softmax.name or "").split("/")[0]
-
-    @property
     def fits(self) -> bool:
         """Whether an engine has a kernel for heads this wide. A single query needs none, as a product with a vector."""
         return self.rows != 1 and self.qk is not None and self.qk == self.v and SMALLEST_HEAD <= self.qk <= LARGEST_HEAD
@@ -71,8 +66,7 @@ def pad_heads(model: ir.Model) -> int:
     Given:  MatMul(q[8, N, 32], kᵀ[8, 32, M]) -> Softmax -> MatMul(., v[8, M, 160])
     Result: MatMul(Pad(q)[8, N, 160], Pad(kᵀ)[8, 160, M]) -> Softmax -> MatMul(., v[8, M, 160])
     """
-    attentions = [(attention, attention.padded) for attention in find_attentions(model.graph)]
-    changed = [(attention, width) for attention, width in attentions if width is not None]
+    changed = [(one, width) for one in find_attentions(model.graph) if (width := one.padded)]
     for attention, width in changed:
         _pad(model.graph, attention.scores, 0, -1, width)
         _pad(model.graph, attention.scores, 1, -2, width)

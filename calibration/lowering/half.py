@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 import onnx_ir as ir
 
-from perceiver_export.calibration.graphs import MOVES, array_of, is_constant, made_by, reached, remove_unused
+from perceiver_export.calibration.graphs import MOVES, array_of, dims, is_constant, made_by, reached, remove_unused
 from perceiver_export.calibration.lowering.schemas import allowed, follows
 
 Half = Literal["fp16", "bf16"]
@@ -66,11 +66,9 @@ def _large_scores(graph: ir.Graph, hazards: Mapping[str, float], masked: set[ir.
     """
     kept: dict[ir.Node, str] = {}
     for softmax in graph:
-        if softmax.op_type != "Softmax" or softmax.inputs[0] is None:
-            continue
-        most = _largest_term(softmax.inputs[0], hazards, masked)
-        if most > LARGEST_SCORE:
-            makers = [node for node, makes in reached(softmax.inputs, _makes_scores).items() if makes]
+        scores = softmax.inputs[0] if softmax.op_type == "Softmax" else None
+        if scores is not None and (most := _largest_term(scores, hazards, masked)) > LARGEST_SCORE:
+            makers = [node for node, makes in reached([scores], _makes_scores).items() if makes]
             kept |= dict.fromkeys((softmax, *makers), f"its scores reach {most:.3g}")
     return kept
 
@@ -178,7 +176,7 @@ def _reason(node: ir.Node, precision: Half, hazards: Mapping[str, float], masked
     if node.op_type in _FP32_OPERATORS or (node.op_type == "Mul" and node.inputs[0] is node.inputs[1]):
         return "it squares or sums"
     second = node.inputs[1] if len(node.inputs) > 1 else None
-    constant = second if second is not None and is_constant(second) else None
+    constant = second if is_constant(second) else None
     if constant and node.op_type in ("MatMul", "Gemm", "Conv") and 0 < largest(constant, {}) < _SMALLEST_WEIGHT:
         return f"its weight is at most {largest(constant, {}):.3g}"
     if (depth := reduction_depth(node)) > _LARGEST["fp16"]:
@@ -291,8 +289,7 @@ def _epsilons(graph: ir.Graph) -> set[ir.Node]:
 
 
 def _is_epsilon(value: ir.Value | None) -> bool:
-    constant = value is not None and is_constant(value) and value.dtype == ir.DataType.FLOAT
-    return value is not None and constant and 0 < largest(value, {}) < _SMALLEST_SCALE
+    return is_constant(value) and value.dtype == ir.DataType.FLOAT and 0 < largest(value, {}) < _SMALLEST_SCALE
 
 
 def _passes_epsilon(node: ir.Node) -> bool:
@@ -303,12 +300,8 @@ def _passes_epsilon(node: ir.Node) -> bool:
 
 def reduction_depth(node: ir.Node) -> int:
     """The number of terms that a node adds for one output value; 1 if it adds none, or the number is dynamic."""
-    source = node.inputs[0] if node.inputs else None
-    if source is None or source.shape is None or node.op_type not in ("MatMul", "Softmax"):
-        return 1
-    axis = node.attributes.get_int("axis", -1) if node.op_type == "Softmax" else -1
-    size = source.shape[axis]
-    return size if isinstance(size, int) else 1
+    sizes = dims(node.inputs[0]) if node.op_type in ("MatMul", "Softmax") else ()
+    return sizes[node.attributes.get_int("axis", -1)] if sizes else 1  # a MatMul has no axis
 
 
 def _clamp_masks(graph: ir.Graph) -> dict[ir.Value, ir.TensorProtocol]:

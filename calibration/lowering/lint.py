@@ -9,11 +9,9 @@ NVIDIA's operators.md of 8.4 and 10.15 do not list. The builder reports other pr
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -22,7 +20,7 @@ import numpy as np
 import onnx.defs
 import onnx_ir as ir
 
-from perceiver_export.calibration.graphs import array_of, is_constant, leads_to, made_by, reached, read_graph
+from perceiver_export.calibration.graphs import array_of, dims, is_constant, leads_to, made_by, reached, read_graph
 from perceiver_export.calibration.lowering.attention import LARGEST_HEAD, SMALLEST_HEAD, Attention, find_attentions
 from perceiver_export.runtimes.bundle import open_bundle
 from perceiver_export.runtimes.engines.backend import Precision
@@ -154,8 +152,13 @@ def _judge(file: Path, can: Capabilities, fix: str) -> Lint:
     model = read_graph(file)
     _check_nodes(model, file)
     if any(value.shape is None or value.dtype is None for node in model.graph for value in node.outputs):
-        with _quiet(common.ShapeInferencePass.__module__):
+        logger = logging.getLogger(common.ShapeInferencePass.__module__)
+        level = logger.level
+        logger.setLevel(logging.ERROR)  # its warnings come with tracebacks; the rules report a graph's problems
+        try:
             common.ShapeInferencePass()(model)
+        finally:
+            logger.setLevel(level)
     subject = _Subject(model, can, fix)
     attentions = list(_attentions(subject))
     findings = [finding for rule in _RULES for finding in rule(subject)]
@@ -182,18 +185,6 @@ def _check_nodes(model: ir.Model, file: Path) -> None:
             broken = f"{node.name or node.op_type} has {len(node.inputs)} inputs and {len(node.outputs)} outputs"
     if broken:
         raise BundleError(f"{file} is not valid ONNX: {broken}", "copy or export it again")
-
-
-@contextlib.contextmanager
-def _quiet(name: str) -> Iterator[None]:
-    """Silence a library's warnings, which come with tracebacks; the rules report a graph's problems."""
-    logger = logging.getLogger(name)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _attentions(subject: _Subject) -> Iterator[tuple[str, str, Finding | None]]:
@@ -293,13 +284,12 @@ def _symmetric(subject: _Subject) -> Iterator[Finding]:
             continue
         zero = node.inputs[2] if len(node.inputs) > 2 else None
         unsigned = zero is None and node.op_type == "QuantizeLinear" and "output_dtype" not in node.attributes
-        array = None if zero is None else _inline(zero)
+        array, message = _inline(zero), ""
         if unsigned or (zero is not None and zero.dtype == ir.DataType.UINT8):
-            yield _finding(
-                "symmetric", "refused", node, "its integers are unsigned, but TensorRT supports only int8", _QUANTIZE
-            )
+            message = "its integers are unsigned, but TensorRT supports only int8"
         elif array is not None and np.any(array.astype(np.int32)):
             message = "its zero point is not 0, but TensorRT supports only symmetric int8"
+        if message:
             yield _finding("symmetric", "refused", node, message, _QUANTIZE)
 
 
@@ -317,10 +307,9 @@ def _float_products(subject: _Subject) -> Iterator[Finding]:
 
 
 def _scales_inputs(node: ir.Node) -> bool:
-    weight, scale = node.inputs[:2]
-    if "block_size" in node.attributes or weight is None or scale is None or not weight.shape or not scale.shape:
-        return False
-    return node.attributes.get_int("axis", 1) % len(weight.shape) != len(weight.shape) - 1
+    rank, scales = (len(dims(value)) for value in node.inputs[:2])
+    by_axis = rank > 0 and scales > 0 and "block_size" not in node.attributes
+    return by_axis and node.attributes.get_int("axis", 1) % rank != rank - 1
 
 
 def _shared_weights(subject: _Subject) -> Iterator[Finding]:
@@ -354,19 +343,18 @@ def _overflow(subject: _Subject) -> Iterator[Finding]:
             yield Finding("overflow", "refused", value.name or "", message, subject.lower)
     for node in subject.model.graph:
         source = node.inputs[0] if node.op_type == "Softmax" else None
-        terms = source.shape[-1] if source is not None and source.shape else None
-        if source and source.dtype == ir.DataType.FLOAT16 and isinstance(terms, int) and terms > _FP16_TERMS:
+        terms = (dims(source) or (1,))[-1]
+        if source and source.dtype == ir.DataType.FLOAT16 and terms > _FP16_TERMS:
             message = f"it adds {terms} terms in fp16, more than its largest number"
             yield _finding("overflow", "slow", node, message, subject.lower)
 
 
-def _inline(value: ir.Value) -> np.ndarray | None:
+def _inline(value: ir.Value | None) -> np.ndarray | None:
     """A constant stored in the graph itself. Weight files are not read and may be missing."""
     return array_of(value) if is_constant(value) and not isinstance(value.const_value, ir.ExternalTensor) else None
 
 
-_Rule = Callable[[_Subject], Iterator[Finding]]
-_RULES: tuple[_Rule, ...] = (_opset, _operators, _symmetric, _overflow, _shared_weights, _float_products)
+_RULES = (_opset, _operators, _symmetric, _overflow, _shared_weights, _float_products)
 
 
 def _weight_bytes(graph: ir.Graph) -> tuple[int, int]:
@@ -376,8 +364,8 @@ def _weight_bytes(graph: ir.Graph) -> tuple[int, int]:
     """
     once = each = 0
     for value in graph.initializers.values():
-        if value.dtype is not None and value.shape is not None:
-            size = math.ceil(math.prod(value.shape.numpy()) * value.dtype.itemsize)
+        if value.const_value is not None:
+            size = value.const_value.nbytes
             once, each = once + size, each + size * _uses(value)
     return once, each
 

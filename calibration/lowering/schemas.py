@@ -9,7 +9,7 @@ import onnx
 import onnx.defs
 import onnx_ir as ir
 
-from perceiver_export.calibration.graphs import SMALLEST
+from perceiver_export.calibration.graphs import is_large
 from perceiver_export.runtimes.errors import UnsupportedModelError, first_line
 
 # ONNX allows bfloat16 in most operators from this opset on. TensorRT takes it in graphs of any opset.
@@ -46,8 +46,7 @@ def check_types(model: ir.Model, dtype: ir.DataType) -> None:
     checked = model.clone()
     checked.opset_imports[""] = _opset(checked.opset_imports.get("", 1), dtype)
     for name, value in list(checked.graph.initializers.items()):
-        tensor = value.const_value
-        if tensor is not None and tensor.nbytes >= SMALLEST:  # the checker would look for its file
+        if is_large(value.const_value):  # the checker would look for its file
             del checked.graph.initializers[name]
             value.const_value = None
             checked.graph.inputs.append(value)

@@ -20,27 +20,13 @@ import numpy as np
 import onnx_ir as ir
 
 from perceiver_export.calibration.bundles import file_entry
-from perceiver_export.calibration.graphs import (
-    SMALLEST,
-    Behind,
-    open_session,
-    read_graph,
-    run_session,
-    sqnr,
-    store_weights,
-)
+from perceiver_export.calibration.graphs import Behind, is_large, read_graph, run_graph, sqnr, store_weights
 from perceiver_export.calibration.lowering.attention import pad_heads
 from perceiver_export.calibration.lowering.half import DTYPES, to_half
 from perceiver_export.calibration.lowering.schemas import check_types
 from perceiver_export.runtimes.bundle import Bundle, BundleLike, golden_arrays, open_bundle
 from perceiver_export.runtimes.engines.backend import Feeds, Precision
-from perceiver_export.runtimes.errors import (
-    BundleError,
-    GateError,
-    PerceiverExportError,
-    UnsupportedModelError,
-    check_choice,
-)
+from perceiver_export.runtimes.errors import BundleError, GateError, UnsupportedModelError, check_choice
 from perceiver_export.runtimes.files import read_json, replacing, writing
 from perceiver_export.runtimes.manifest import FileEntry, encode_manifest
 
@@ -79,7 +65,7 @@ def lower_bundle(path: BundleLike, precision: Precision) -> Lowered:
     models: dict[str, ir.Model] = {}
     files = {part: f"{part}.{name}.onnx" for part in bundle.manifest.parts}
     for part, file in files.items():
-        models[file] = _canonical(bundle, part)
+        models[file] = read_graph(bundle.file(bundle.part(part).file))
         kept[part] = lower_for_tensorrt(models[file], precision, _hazards(bundle, part) if precision != "fp32" else {})
         sqnrs |= _compare(bundle, part, models[file].clone(), precision)
     with writing(bundle.path, BundleError, "copy the bundle to a writable directory"):
@@ -99,20 +85,11 @@ def lower_for_tensorrt(
     return {} if precision == "fp32" else to_half(model, precision, hazards)
 
 
-def _canonical(bundle: Bundle, part: str) -> ir.Model:
-    return read_graph(bundle.file(bundle.manifest.parts[part].file))
-
-
 def _write(bundle: Bundle, models: Mapping[str, ir.Model], weights: str) -> dict[str, FileEntry]:
     """Write the graphs, and any new weights in one more file. All files are renamed into place at the end."""
     constants = [value for model in models.values() for value in model.graph.initializers.values()]
-    new = [
-        value
-        for value in constants
-        if (tensor := value.const_value) is not None
-        and not isinstance(tensor, ir.ExternalTensor)
-        and tensor.nbytes >= SMALLEST
-    ]
+    inline = [value for value in constants if not isinstance(value.const_value, ir.ExternalTensor)]
+    new = [value for value in inline if is_large(value.const_value)]
     with contextlib.ExitStack() as temporaries:
         written = {
             file: temporaries.enter_context(replacing(bundle.path / file))
@@ -144,17 +121,15 @@ def _compare(bundle: Bundle, part: str, model: ir.Model, precision: Precision) -
     """
     check_types(model, DTYPES.get(precision, ir.DataType.FLOAT))
     emulate(model)
-    feeds = golden_arrays(bundle, part, "input")
+    feeds, canonical = golden_arrays(bundle, part, "input"), read_graph(bundle.file(bundle.part(part).file))
     try:
-        expected, found = (
-            run_session(open_session(one, bundle.path), feeds) for one in (_canonical(bundle, part), model)
-        )
-    except PerceiverExportError:
-        raise
+        expected, found = (run_graph(one, bundle.path, feeds) for one in (canonical, model))
     except Exception as error:  # onnxruntime has one class per error code
+        if type(error).__module__.startswith("perceiver_export"):
+            raise
         said = f"onnxruntime cannot run the rewritten graph: {str(error).splitlines()[0]}"
         raise UnsupportedModelError(said, "report it with the config") from error
-    outputs = [spec.name for spec in bundle.manifest.parts[part].outputs]
+    outputs = [spec.name for spec in bundle.part(part).outputs]
     for name in outputs:
         if not np.isfinite(found[name]).all():
             said = f"{part}'s output {name!r} has NaN or infinite values in 16 bits"
@@ -170,7 +145,7 @@ def _compare(bundle: Bundle, part: str, model: ir.Model, precision: Precision) -
 
 def _hazards(bundle: Bundle, part: str) -> dict[str, float]:
     """The largest |x| of each tensor on the golden inputs and, for tensors that overflow, in calibration."""
-    seen = magnitudes(bundle.file(bundle.manifest.parts[part].file), golden_arrays(bundle, part, "input"))
+    seen = magnitudes(bundle.file(bundle.part(part).file), golden_arrays(bundle, part, "input"))
     told = calibrated(bundle.file("calibration.json"), part)
     return {name: max(seen.get(name, 0.0), told.get(name, 0.0)) for name in sorted({*seen, *told})}
 
@@ -207,7 +182,7 @@ def magnitudes(path: Path, feeds: Feeds) -> dict[str, float]:
         behind = Behind(model.graph, value)
         for operator in ("ReduceMin", "ReduceMax"):
             behind.output(operator, [value], operator, keepdims=0)
-    bounds = run_session(open_session(model, path.parent, in_order=True), feeds)
+    bounds = run_graph(model, path.parent, feeds)
     return {
         str(value.name): max(float(abs(bounds[f"{value.name}.{end}"])) for end in ("ReduceMin", "ReduceMax"))
         for value in values

@@ -9,6 +9,7 @@ optimizer renames.
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import tempfile
 import time
@@ -22,7 +23,7 @@ from msgspec import structs
 
 from perceiver_export.calibration.graphs import open_session, read_graph, run_session, sqnr
 from perceiver_export.calibration.quantization.linears import Linear
-from perceiver_export.calibration.quantization.record import Coverage, Layer, OutputEffect, Speed, share
+from perceiver_export.calibration.quantization.record import Coverage, Layer, OutputEffect, Speed
 from perceiver_export.calibration.quantization.statistics import Call
 from perceiver_export.runtimes.engines.backend import EngineOptions, Kernel, find_target
 from perceiver_export.runtimes.engines.cache import graph_for
@@ -78,17 +79,12 @@ def measure_coverage(target: str, path: Path, linears: Sequence[Linear], feeds: 
     Raises BundleError: the engine refuses the graph.
     """
     engine, found = read_kernels(target, path, feeds)
-    kernels: dict[str, Kernel] = {}
-    for one in found:
-        for name in one.names:
-            if one.product or name not in kernels:  # nodes that were fused into a product bear its name
-                kernels[name] = one
     layers = []
     for linear in linears:
         # An engine keeps the product under one of these: its tensor, its bias's tensor, its node.
         names = (linear.node.outputs[0].name, linear.output.name, linear.node.name)
-        known = [kernels[str(name)] for name in names if name in kernels]
-        kernel = next((one for one in known if one.product), known[0] if known else MISSING)
+        known = (one for name in names for one in found if name in one.names)
+        kernel = max(known, key=lambda one: one.product, default=MISSING)  # nodes fused into a product bear its name
         integer = kernel.product and kernel.precision == "int8"
         layers.append(Layer(linear.name, linear.group, linear.macs, kernel.kernel, integer))
     return Coverage(target, engine, tuple(layers))
@@ -232,8 +228,9 @@ def measure_speed(
     for precision in ("fp32", *find_target(target).backend().precisions(target)):
         options = EngineOptions(precision=precision)
         for own, graphs in (("fp32", fp32), (scheme, quantized)):
-            engines = {name: open_engine(path, target, threads, options) for name, path in graphs.items()}
-            sides[_named(own, precision)] = engines
+            sides[_named(own, precision)] = {
+                name: open_engine(path, target, threads, options) for name, path in graphs.items()
+            }
     for name, engine in sides[scheme].items():
         for output, values in engine.run(call.feeds[name]).items():
             if not np.isfinite(values).all():
@@ -274,24 +271,21 @@ def _named(own: str, precision: str) -> str:
     return own if precision == "fp32" else precision if own == "fp32" else f"{own} with {precision}"
 
 
-def shares(coverage: Mapping[str, Sequence[Coverage]]) -> dict[str, float]:
-    """By target, the share of the multiply-adds of all parts that run in integer kernels."""
-    return {target: share(layers) for target, layers in _by_target(coverage).items()}
+def by_target(coverage: Mapping[str, Sequence[Coverage]]) -> dict[str, Coverage]:
+    """The kernels of all parts by target; ``coverage`` is by part."""
+    found: dict[str, Coverage] = {}
+    for one in itertools.chain(*coverage.values()):
+        earlier = found[one.target].layers if one.target in found else ()
+        found[one.target] = structs.replace(one, layers=earlier + one.layers)
+    return found
 
 
-def _by_target(coverage: Mapping[str, Sequence[Coverage]]) -> dict[str, list[Layer]]:
-    layers: dict[str, list[Layer]] = {}
-    for one in (one for part in coverage.values() for one in part):
-        layers.setdefault(one.target, []).extend(one.layers)
-    return layers
-
-
-def require_coverage(coverage: Mapping[str, Sequence[Coverage]], least: float) -> None:
-    """Raise GateError where less than ``least`` percent of the int8 multiply-adds run in integer kernels."""
-    for target, layers in _by_target(coverage).items():
-        found = share(layers)
+def require_coverage(coverage: Mapping[str, Coverage], least: float) -> None:
+    """Raise GateError where less than ``least`` percent of a target's int8 multiply-adds run in integer kernels."""
+    for target, one in coverage.items():
+        found = one.share
         if 100 * found < least - 1e-9:
-            slow = sorted((one for one in layers if not one.integer), key=lambda one: -one.macs)
+            slow = sorted((layer for layer in one.layers if not layer.integer), key=lambda layer: -layer.macs)
             names = ", ".join(f"{layer.name} ({layer.kernel})" for layer in slow[:3])
             enough = int(100 * found) if found >= 0.02 else 0  # the option takes a number up to 1 for a share
             raise GateError(

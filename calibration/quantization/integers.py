@@ -135,13 +135,9 @@ def quantize_blocks(weight: Array, block: int) -> IntegerWeight:
     grouped = weight.reshape(depth // block, block, width)
     largest = np.abs(grouped).max(axis=1)
     largest = np.where(largest > 0, largest, 1.0).astype(np.float32)
-    best_error = np.full(largest.shape, np.inf, np.float32)
-    scales = np.empty_like(largest)
-    for clip in _INT4_CLIPS:
-        tried = largest * np.float32(clip / _INT4_LEVELS)
-        error = np.square(grouped - _round4(grouped, tried) * tried[:, None]).sum(axis=1)
-        better = error < best_error
-        scales[better], best_error[better] = tried[better], error[better]
+    tried = np.stack([largest * np.float32(clip / _INT4_LEVELS) for clip in _INT4_CLIPS])
+    errors = [np.square(grouped - _round4(grouped, one) * one[:, None]).sum(axis=1) for one in tried]
+    scales = np.take_along_axis(tried, np.argmin(errors, axis=0)[None], axis=0)[0]
     values = _round4(grouped, scales).reshape(depth, width).astype(np.int8)
     return IntegerWeight(values, scales, 4, block)
 

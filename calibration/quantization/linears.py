@@ -36,27 +36,21 @@ SCORES = "it multiplies a table of positions for attention scores, and positions
 class Linear:
     """One run of a linear layer. Blocks that share weights are several runs of one ``group``.
 
-    ``macs`` is the number of multiply-adds, with dynamic sizes as 1.
+    ``activation`` is the left operand (…, M, K) as found; ``macs`` is the number of multiply-adds, with dynamic sizes
+    as 1.
     """
 
     name: str
     group: str
     node: ir.Node
+    activation: ir.Value
     bias_add: ir.Node | None
     macs: int
 
     @property
-    def activation(self) -> ir.Value:
-        """The left operand, (…, M, K)."""
-        return self._operand(0)
-
-    @property
     def weight(self) -> ir.Value:
-        """The right operand, (…, K, N)."""
-        return self._operand(1)
-
-    def _operand(self, index: int) -> ir.Value:
-        value = self.node.inputs[index]
+        """The right operand (…, K, N), which smoothing replaces."""
+        value = self.node.inputs[1]
         assert value is not None
         return value
 
@@ -88,13 +82,14 @@ def find_linears(graph: ir.Graph) -> tuple[list[Linear], list[Exclusion]]:
     linears: list[Linear] = []
     exclusions: list[Exclusion] = []
     for node in graph:
-        if node.op_type != "MatMul" or is_constant(node.inputs[0]) or not _is_weight(node.inputs[1]):
+        activation = node.inputs[0] if node.op_type == "MatMul" and _is_weight(node.inputs[1]) else None
+        if activation is None or is_constant(activation):
             continue
         macs, name = node_flops(node) // 2, node.name or node.outputs[0].name or ""
         if reason := _reason_to_stay_float(node):
             exclusions.append(Exclusion(name, macs, reason))
         else:
-            linears.append(Linear(name, _group_of(node), node, _bias_add(node), macs))
+            linears.append(Linear(name, _group_of(node), node, activation, _bias_add(node), macs))
     return linears, exclusions
 
 
@@ -110,7 +105,7 @@ def _group_of(node: ir.Node) -> str:
 
 
 def _is_weight(value: ir.Value | None) -> bool:
-    return value is not None and is_constant(value) and value.dtype == ir.DataType.FLOAT and len(dims(value)) >= 2
+    return is_constant(value) and value.dtype == ir.DataType.FLOAT and len(dims(value)) >= 2
 
 
 def _bias_add(node: ir.Node) -> ir.Node | None:

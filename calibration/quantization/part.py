@@ -10,14 +10,14 @@ from pathlib import Path, PurePosixPath
 import onnx_ir as ir
 from msgspec import structs
 
-from perceiver_export.calibration.graphs import stage_costs
+from perceiver_export.calibration.graphs import load_graph, stage_costs
 from perceiver_export.calibration.lowering.onnxruntime import LOWERINGS
 from perceiver_export.calibration.quantization.integers import LinearPlan, make_plans, schemes_of, write_qdq
 from perceiver_export.calibration.quantization.linears import Exclusion, Linear, find_linears
 from perceiver_export.calibration.quantization.options import QuantizeOptions
 from perceiver_export.calibration.quantization.record import Excluded, Fp16Hazard, LinearRecord, PartRecord, Range
 from perceiver_export.calibration.quantization.smoothing import smooth
-from perceiver_export.calibration.quantization.statistics import Statistics, load_graph
+from perceiver_export.calibration.quantization.statistics import Statistics
 from perceiver_export.runtimes.manifest import Part
 
 _TELLING = 0.02  # the manifest lists exclusions above this share of the multiply-adds

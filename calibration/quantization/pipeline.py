@@ -15,32 +15,28 @@ import shutil
 from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from msgspec import structs
 
 from perceiver_export.calibration.bundles import absolute_place, file_entries, new_bundle, refuse_place, write_record
 from perceiver_export.calibration.data.sources import RANDOM, Data
-from perceiver_export.calibration.graphs import WEIGHTS, save_graphs
+from perceiver_export.calibration.graphs import WEIGHTS, load_graph, save_graphs
 from perceiver_export.calibration.quantization import engines
 from perceiver_export.calibration.quantization.integers import schemes_of
 from perceiver_export.calibration.quantization.linears import find_linears
 from perceiver_export.calibration.quantization.options import QuantizeOptions
 from perceiver_export.calibration.quantization.part import QuantizedPart, quantize_part
-from perceiver_export.calibration.quantization.record import Calibration, Coverage, PartRecord, read_calibration
+from perceiver_export.calibration.quantization.record import Calibration, Coverage, GroupSensitivity, read_calibration
 from perceiver_export.calibration.quantization.shards import merge_statistics, write_statistics
-from perceiver_export.calibration.quantization.statistics import Observation, Report, load_graph, observe
+from perceiver_export.calibration.quantization.statistics import Observation, Report, observe
 from perceiver_export.calibration.validation.gates import check_against_fp32
 from perceiver_export.calibration.validation.options import ValidateOptions, check_shard
 from perceiver_export.calibration.validation.statistics import scipy_stats
 from perceiver_export.runtimes.bundle import Bundle, BundleLike, open_bundle
-from perceiver_export.runtimes.errors import GateError, UndecidedError, UsageError, VacuousGateError, check_kind
+from perceiver_export.runtimes.errors import GateError, UsageError, check_kind
 from perceiver_export.runtimes.files import replacing, writing
 from perceiver_export.runtimes.machine import cpu_features, cpu_name
 from perceiver_export.runtimes.manifest import Manifest, Quantization
-
-if TYPE_CHECKING:
-    from perceiver_export.calibration.quantization.sensitivity import GroupSensitivity
 
 
 def quantize(
@@ -67,15 +63,14 @@ def quantize(
     check_options(options, source)
     refuse_place(path, options.overwrite, source)
     if options.gates.any:
-        _check_gateable(source, data, options)
+        _check_gateable(data)
     if data is None:
         observation = merge_statistics(source, statistics, options)
     else:
         observation = observe(source, data, options, report)
     with new_bundle(path, options.overwrite) as directory:
         write_quantized(source, options, observation, directory, path.name, report)
-        compare_with_fp32(source, observation, directory, options.threads)
-        record_sensitivity(directory, sensitivity)
+        complete_record(source, observation, directory, options.threads, sensitivity)
         if options.gates.any and data is not None:
             _check_gates(directory, source, data, options)
     report("done", 1, 1)
@@ -133,7 +128,7 @@ def write_quantized(
 ) -> None:
     """Write all files of a quantized bundle that will be named ``name``. It changes the observation's statistics.
 
-    `compare_with_fp32` completes the record. ``raised`` has the groups that a search raised to a higher precision.
+    `complete_record` adds measurements. ``raised`` has the groups that a search raised to a higher precision.
     Raises GateError: the coverage is below ``options.min_coverage``.
     """
     report("quantize", 0, 1)
@@ -145,13 +140,14 @@ def write_quantized(
     _copy_others(source, directory)
     report("measure", 0, 1)
     coverage = _measure_kernels(parts, observation, directory)
-    engines.require_coverage(coverage, options.min_coverage)
+    by_target = engines.by_target(coverage)
+    engines.require_coverage(by_target, options.min_coverage)
     quantization = Quantization(
         scheme=options.scheme,
         method=options.method,
         weight_bits=options.bits,
         int8_activations=any(one.integer_linears for one in parts.values()),
-        integer_share=engines.shares(coverage),
+        integer_share={target: one.share for target, one in by_target.items()},
         kept_float={layer: reason for one in parts.values() for layer, reason in one.kept_float.items()},
         random_data=observation.data.source == RANDOM,
     )
@@ -163,8 +159,8 @@ def write_quantized(
         files=file_entries(directory),
         quantization=quantization,
     )
-    records = {key: structs.replace(one.record, coverage=coverage[key]) for key, one in parts.items()}
-    _write_record(directory, manifest, _record(options, observation, records), observation.data.warnings)
+    record = _record(options, observation, parts, coverage)
+    _write_record(directory, manifest, record, observation.data.warnings)
 
 
 def _measure_kernels(
@@ -183,7 +179,12 @@ def _measure_kernels(
     }
 
 
-def _record(options: QuantizeOptions, observation: Observation, parts: dict[str, PartRecord]) -> Calibration:
+def _record(
+    options: QuantizeOptions,
+    observation: Observation,
+    parts: Mapping[str, QuantizedPart],
+    coverage: Mapping[str, tuple[Coverage, ...]],
+) -> Calibration:
     return Calibration(
         scheme=options.scheme,
         method=options.method,
@@ -192,7 +193,7 @@ def _record(options: QuantizeOptions, observation: Observation, parts: dict[str,
         correct_bias=options.correct_bias,
         precision=dict(options.schemes),
         data=observation.data,
-        parts=parts,
+        parts={key: structs.replace(one.record, coverage=coverage[key]) for key, one in parts.items()},
         machine=cpu_name(),
         instruction_set=cpu_features(),
     )
@@ -208,18 +209,20 @@ def _copy_others(source: Bundle, directory: Path) -> None:
             shutil.copyfile(source.file(name), directory / name)
 
 
-def compare_with_fp32(source: Bundle, observation: Observation, directory: Path, threads: int | None) -> None:
-    """Compare the bundle in ``directory`` with the float one, outputs and speed, and add both to its record."""
-    made = open_bundle(directory, verify="never")
-    effects = engines.measure_effects(
-        source.manifest, engines.graphs_for("ort-cpu", made.manifest.parts, directory), observation.calls, threads
-    )
+def complete_record(
+    source: Bundle, observation: Observation, directory: Path, threads: int | None, alone: Sequence[GroupSensitivity]
+) -> None:
+    """Compare the bundle in ``directory`` with the float one, and add to its record outputs and speed. ``alone`` is
+    added too: for each linear the SQNR of the outputs with its layer alone quantized.
+    """
+    made, record = _recorded(directory)
+    graphs = {target: engines.graphs_for(target, made.manifest.parts, directory) for target in engines.targets()}
+    effects = engines.measure_effects(source.manifest, graphs["ort-cpu"], observation.calls, threads)
     fp32 = {name: source.file(part.file) for name, part in source.manifest.parts.items()}
     size = made.num_bytes / source.num_bytes
     speeds = tuple(
-        engines.measure_speed(target, fp32, graphs, made.manifest.precision, observation.calls[0], threads)
-        for target in engines.targets()
-        if (graphs := engines.graphs_for(target, made.manifest.parts, directory))
+        engines.measure_speed(target, fp32, quantized, made.manifest.precision, observation.calls[0], threads)
+        for target, quantized in graphs.items()
     )
     warnings = [
         f"the times on {one.target} do not say whether {one.best[1]} is faster than {one.best[0]}: {one.undecided}; "
@@ -231,37 +234,29 @@ def compare_with_fp32(source: Bundle, observation: Observation, directory: Path,
         for one in speeds
         if not one.faster
     ]
-    _add_to_record(directory, warnings, effects=effects, speeds=speeds)
-
-
-def record_sensitivity(directory: Path, sensitivity: Sequence[GroupSensitivity]) -> None:
-    """Add to each linear of the record the SQNR of the outputs with its layer alone quantized."""
-    if not sensitivity:
-        return
-    record = read_calibration(open_bundle(directory, verify="never"))
-    assert record is not None
-    found = {(one.part, one.group): one.output_sqnr for one in sensitivity}
+    found = {(one.part, one.group): one.output_sqnr for one in alone}
     parts = {}
     for name, part in record.parts.items():
         linears = (structs.replace(one, output_sqnr=found.get((name, one.group))) for one in part.linears)
         parts[name] = structs.replace(part, linears=tuple(linears))
-    _add_to_record(directory, parts=parts)
+    record = structs.replace(record, effects=effects, speeds=speeds, parts=parts)
+    _write_record(directory, made.manifest, record, warnings)
 
 
-def _add_to_record(directory: Path, warnings: Sequence[str] = (), **found: Any) -> None:
+def _recorded(directory: Path) -> tuple[Bundle, Calibration]:
     made = open_bundle(directory, verify="never")
     record = read_calibration(made)
     assert record is not None
-    _write_record(directory, made.manifest, structs.replace(record, **found), warnings)
+    return made, record
 
 
-def _write_record(directory: Path, manifest: Manifest, record: Calibration, warnings: Sequence[str]) -> None:
+def _write_record(directory: Path, manifest: Manifest, record: Calibration, warnings: Sequence[str] = ()) -> None:
     """Write calibration.json and the manifest, with ``warnings`` added to both."""
     record = structs.replace(record, warnings=(*record.warnings, *warnings))
     write_record(directory, structs.replace(manifest, notes=(*manifest.notes, *warnings)), record)
 
 
-def _check_gateable(source: Bundle, data: Data | None, options: QuantizeOptions) -> None:
+def _check_gateable(data: Data | None) -> None:
     """Check before anything runs that DATA can be used for gates.
 
     Raises UsageError: it cannot; MissingDependencyError: the library that computes bounds is missing.
@@ -282,9 +277,9 @@ def _check_gates(directory: Path, source: Bundle, data: Data, options: QuantizeO
     found = validate(directory, data, asked)
     try:
         found.require()
-    except (UndecidedError, VacuousGateError) as error:
-        raise type(error)(f"{error.message}: nothing was written", error.hint) from error
     except GateError as error:
-        hint = "use --keep-float for the layers that `--sensitivity` lists first"
-        raise GateError(f"{error.message}: nothing was written", hint) from error
-    _add_to_record(directory, gates=found.gates)
+        fails = type(error) is GateError  # and is not undecided or vacuous
+        hint = "use --keep-float for the layers that `--sensitivity` lists first" if fails else error.hint
+        raise type(error)(f"{error.message}: nothing was written", hint) from error
+    made, record = _recorded(directory)
+    _write_record(directory, made.manifest, structs.replace(record, gates=found.gates))

@@ -4,17 +4,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 
 import msgspec
 
 from perceiver_export.calibration.data.fingerprints import DataReport
+from perceiver_export.calibration.quantization.options import Scheme
 from perceiver_export.calibration.validation.gates import Gate
 from perceiver_export.runtimes.bundle import Bundle
 from perceiver_export.runtimes.certificates import FILE
 from perceiver_export.runtimes.files import read_json
-
-_VERSION = 1
 
 POLICY = (
     "only linear layers are quantized: weights are int8 with one scale per output channel, or int4 with one scale per "
@@ -43,13 +41,8 @@ class Coverage(msgspec.Struct, frozen=True):
     @property
     def share(self) -> float:
         """Multiply-adds in integer kernels as a share of all; 1 without multiply-adds."""
-        return share(self.layers)
-
-
-def share(layers: Sequence[Layer]) -> float:
-    """Multiply-adds in integer kernels as a share of all; 1 without multiply-adds."""
-    total = sum(layer.macs for layer in layers)
-    return sum(layer.macs for layer in layers if layer.integer) / total if total else 1.0
+        total = sum(layer.macs for layer in self.layers)
+        return sum(layer.macs for layer in self.layers if layer.integer) / total if total else 1.0
 
 
 class Range(msgspec.Struct, frozen=True):
@@ -82,6 +75,19 @@ class LinearRecord(msgspec.Struct, frozen=True, omit_defaults=True):
     sqnr: float | None
     alpha: float | None
     output_sqnr: float | None = None
+
+
+class GroupSensitivity(msgspec.Struct, frozen=True):
+    """A layer: the least SQNR in dB of its products and of its part's outputs, its share of the multiply-adds, and the
+    scheme that it was measured in.
+    """
+
+    part: str
+    group: str
+    product_sqnr: float
+    output_sqnr: float
+    share: float
+    scheme: Scheme = "int8"
 
 
 class Excluded(msgspec.Struct, frozen=True):
@@ -171,7 +177,7 @@ class Calibration(msgspec.Struct, frozen=True):
     policy: str = POLICY
     searched: tuple[str, ...] = ()
     gates: tuple[Gate, ...] = ()
-    schema_version: int = _VERSION
+    schema_version: int = 1
 
     @property
     def how(self) -> str:

@@ -35,10 +35,10 @@ import msgspec
 
 from perceiver_export.calibration.bundles import absolute_place, copy_tree, new_bundle, refuse_place
 from perceiver_export.calibration.data.fingerprints import check_splits
-from perceiver_export.calibration.quantization.ladder import Ladder
 from perceiver_export.calibration.quantization.options import QuantizeOptions, Scheme
-from perceiver_export.calibration.quantization.pipeline import check_options, compare_with_fp32, record_sensitivity
-from perceiver_export.calibration.quantization.sensitivity import GroupSensitivity
+from perceiver_export.calibration.quantization.pipeline import check_options, complete_record
+from perceiver_export.calibration.quantization.record import GroupSensitivity
+from perceiver_export.calibration.quantization.sensitivity import Ladder
 from perceiver_export.calibration.quantization.statistics import Report, observe
 from perceiver_export.calibration.validation.certify import certify
 from perceiver_export.calibration.validation.options import ValidateOptions, check_percent
@@ -159,8 +159,7 @@ def search(
         trials = Trials(ladder, source, options, targets, Path(folder), path.name, report, for_size)
         order = trials.search(search_on, least_gain / 100)
         kept, evidence = trials.certify(order, certify_on)
-        compare_with_fp32(source, observation, trials.path(kept), options.threads)
-        record_sensitivity(trials.path(kept), ladder.ranking)
+        complete_record(source, observation, trials.path(kept), options.threads, ladder.ranking)
         made = certify(trials.path(kept), evidence, searched)
         with new_bundle(path, options.overwrite) as directory:
             copy_tree(trials.path(kept), directory)
@@ -189,12 +188,11 @@ def climb(count: int, holds: Callable[[int], bool], worth: Callable[[int, int], 
     Halving ends where the lower rung is not ``worth`` it against the upper one. A lower rung may hold by chance on
     these samples: certification finds that out.
     """
-    failed, index = -1, 0
+    failed, index, safer = -1, 0, min(1, count - 1)
     while not holds(index):
         if index == count - 1:
             return
-        failed, index = index, min(max(1, 2 * index), count - 1)
-    safer = min(max(1, 2 * index), count - 1)
+        failed, index, safer = index, safer, min(2 * safer, count - 1)
     if safer > index:
         holds(safer)
     while index - failed > 1 and worth(failed, index):

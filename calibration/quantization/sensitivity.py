@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The cost of each layer: predicted from an fp32 bundle, or measured in a quantized one.
+"""The cost of each layer, predicted from an fp32 bundle or measured in a quantized one; and the ladder of a search.
 
 `measure_sensitivity` quantizes one layer at a time and leaves all others float. For each it gives the SQNR of the
 layer's own products on sampled rows, and the SQNR of the model's outputs, in dB. The second decides: a softmax of large
@@ -8,54 +8,50 @@ scores may turn a small error of a layer into a large one of the output.
 `measure_layer_errors` compares each linear's product in a quantized bundle with fp32's, on the same inputs. It also
 finds a scale that was damaged, or made from the wrong data. Later layers include the errors of earlier ones, but a
 layer that is wrong itself stands out.
+
+The ladder has mixtures of precisions, each with one layer at a higher precision than the mixture before. From the
+requested scheme, a layer goes back to int8 weights with float activations, then to float. A step's effect is the noise
+that it removes from the model's outputs, as a share of the signal: the difference between the layer's noise in the two
+precisions, both measured with only this layer quantized. Noise of small independent errors adds up, so steps are
+ordered by effect, largest first. If the step to float removes more noise than the step to int8 weights, the layer skips
+int8 weights, because only corners of a convex hull are worth a trial (Sinha & Zoltners, The Multiple-Choice Knapsack
+Problem, Oper. Res. 1979).
+
+"Float" is fp32 on CPUs. In a TensorRT engine built with --precision fp16 the same layers run in fp16, except those that
+would overflow (`lowering.half`).
 """
 
 from __future__ import annotations
 
+import copy
+import glob
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
 
+from perceiver_export.calibration.bundles import new_bundle
 from perceiver_export.calibration.data.calls import batch_size, batches, run_parts
 from perceiver_export.calibration.data.samples import Samples, stack
 from perceiver_export.calibration.data.sources import Data
-from perceiver_export.calibration.graphs import decibels, open_session, run_session, sqnr
+from perceiver_export.calibration.graphs import decibels, load_graph, open_session, run_session, sqnr
 from perceiver_export.calibration.quantization.integers import LinearPlan, write_qdq
 from perceiver_export.calibration.quantization.linears import find_linears
 from perceiver_export.calibration.quantization.options import QuantizeOptions, Scheme
 from perceiver_export.calibration.quantization.part import PlannedPart, plan_part
-from perceiver_export.calibration.quantization.pipeline import check_options
-from perceiver_export.calibration.quantization.statistics import (
-    NO_SAMPLES,
-    Call,
-    Observation,
-    Report,
-    load_graph,
-    observe,
-)
+from perceiver_export.calibration.quantization.pipeline import check_options, write_quantized
+from perceiver_export.calibration.quantization.record import GroupSensitivity
+from perceiver_export.calibration.quantization.statistics import NO_SAMPLES, Call, Observation, Report, observe
 from perceiver_export.runtimes.bundle import Bundle, BundleLike, open_bundle
 from perceiver_export.runtimes.errors import DataError, UsageError
 from perceiver_export.runtimes.runtime import Array, Feeds
 from perceiver_export.runtimes.tasks.tokenizers import tokenizer_of
 
 SAMPLES = 32
-
-
-class GroupSensitivity(msgspec.Struct, frozen=True):
-    """A layer: the least SQNR in dB of its products and of its part's outputs, its share of the multiply-adds, and the
-    scheme that it was measured in.
-    """
-
-    part: str
-    group: str
-    product_sqnr: float
-    output_sqnr: float
-    share: float
-    scheme: Scheme = "int8"
+_MIDDLE: Scheme = "int8-weights"
 
 
 def measure_sensitivity(
@@ -115,6 +111,81 @@ def _output_sqnr(
         sqnr(*(np.concatenate([one[name] for one in side]) for side in ([c.outputs[part] for c in calls], results)))
         for name in results[0]
     )
+
+
+class Step(NamedTuple):
+    """One layer's return to a higher precision. ``effect`` is the noise that it removes, as a share of the signal."""
+
+    group: str
+    scheme: Scheme
+    effect: float
+
+
+def order_steps(noise: Mapping[str, float], in_middle: Mapping[str, float]) -> tuple[Step, ...]:
+    """Steps in the order of their effects, largest first.
+
+    ``noise`` is each layer's noise in its scheme, ``in_middle`` its noise with int8 weights, for layers that may have
+    them.
+    """
+    found: list[Step] = []
+    for group, most in noise.items():
+        left = in_middle.get(group)
+        if left is None or most - left < left:
+            found.append(Step(group, "float", most))
+        else:
+            found += [Step(group, _MIDDLE, most - left), Step(group, "float", left)]
+    # The sort is stable, so a layer's two steps keep their order if their effects are equal.
+    return tuple(sorted(found, key=lambda step: -step.effect))
+
+
+def mixtures(asked: Mapping[str, Scheme], steps: Sequence[Step]) -> list[dict[str, Scheme]]:
+    """The scheme of every layer on each rung: first as ``asked``, then after each step, without all-float mixtures."""
+    found = [dict(asked)]
+    for step in steps:
+        found.append({**found[-1], step.group: step.scheme})
+    return [mixture for mixture in found if set(mixture.values()) != {"float"}]
+
+
+class Ladder:
+    """The rungs of a bundle, each quantized on demand from one pass over the data.
+
+    ``ranking`` has the layers by the noise of the requested scheme.
+    """
+
+    def __init__(self, source: Bundle, observation: Observation, options: QuantizeOptions, report: Report) -> None:
+        self._source, self._observation, self._options, self._report = source, observation, options, report
+        self.ranking = self._measure(options)
+        asked = {one.group: one.scheme for one in self.ranking}
+        above = {glob.escape(group): _MIDDLE for group, scheme in asked.items() if scheme != _MIDDLE}
+        middle = replace(options, precision={"*": "float", **above}, keep_float=())
+        self._steps = order_steps(_noise(self.ranking), _noise(self._measure(middle)))
+        self.rungs = mixtures(asked, self._steps)
+
+    def raised(self, index: int) -> dict[str, Scheme]:
+        """The layers of a rung at a higher precision, in the order of the steps."""
+        return {step.group: self.rungs[index][step.group] for step in self._steps[:index]}
+
+    def build(self, index: int, path: Path) -> None:
+        """Write the bundle of a rung to ``path``. Raises what `quantize` raises."""
+        back = self.raised(index)
+        raised = {glob.escape(group): scheme for group, scheme in back.items()}
+        # The last matching pattern decides, so the raised layers come after the requested schemes.
+        asked = {name: scheme for name, scheme in self._options.schemes.items() if name not in raised}
+        options = replace(self._options, precision={**asked, **raised}, keep_float=())
+        with new_bundle(path, overwrite=False) as directory:
+            write_quantized(self._source, options, self._copy(), directory, path.name, self._report, back)
+
+    def _measure(self, options: QuantizeOptions) -> tuple[GroupSensitivity, ...]:
+        return group_sensitivity(self._source, self._copy(), options, self._report)
+
+    def _copy(self) -> Observation:
+        """A copy, because smoothing changes statistics and the next rung needs them unchanged."""
+        return replace(self._observation, statistics=copy.deepcopy(self._observation.statistics))
+
+
+def _noise(ranking: Sequence[GroupSensitivity]) -> dict[str, float]:
+    """By layer, the noise in the outputs as a share of the signal; the worst if several parts have the name."""
+    return {one.group: 10 ** (-one.output_sqnr / 10) for one in reversed(ranking)}
 
 
 class LayerError(msgspec.Struct, frozen=True):

@@ -91,15 +91,14 @@ def _connected(start: Linear, linears: Sequence[Linear]) -> tuple[Linear, ...]:
     return tuple(found.values())
 
 
-def _value_projections(makers: Iterable[ir.Value], linears: Sequence[Linear]) -> tuple[Linear, ...]:
+def _value_projections(makers: Collection[ir.Value], linears: Sequence[Linear]) -> tuple[Linear, ...]:
     """The value projections of attention outputs, if channels keep their order and nothing else reads them."""
     by_output = {linear.output: linear for linear in linears}
-    found = [_projection(value, by_output) for value in makers]
-    nodes = {one.node for one in found if one is not None}
-    weights = {one.weight for one in found if one is not None}
+    found = {one.node: one for value in makers if (one := _projection(value, by_output))}
+    weights = {one.weight for one in found.values()}
     # Every run of a shared value projection must lead here, each to its own attention.
     runs = {one.node for one in linears if one.weight in weights}
-    return tuple(one for one in found if one is not None) if len(nodes) == len(found) and runs == nodes else ()
+    return tuple(found.values()) if len(found) == len(makers) and runs == found.keys() else ()
 
 
 def _projection(value: ir.Value, by_output: Mapping[ir.Value, Linear]) -> Linear | None:

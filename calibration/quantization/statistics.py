@@ -23,15 +23,7 @@ from perceiver_export.calibration.data.calls import Run, batch_size, batches, ru
 from perceiver_export.calibration.data.fingerprints import DataReport, DataWatch
 from perceiver_export.calibration.data.samples import Samples, stack
 from perceiver_export.calibration.data.sources import ITERABLE, RANDOM, Data
-from perceiver_export.calibration.graphs import (
-    Behind,
-    constant,
-    dims,
-    open_session,
-    read_graph,
-    run_session,
-    split_gemms,
-)
+from perceiver_export.calibration.graphs import Behind, constant, dims, load_graph, open_session, run_session
 from perceiver_export.calibration.quantization.linears import Linear, find_linears
 from perceiver_export.calibration.quantization.options import QuantizeOptions
 from perceiver_export.runtimes.bundle import Bundle
@@ -180,22 +172,6 @@ class Observer:
 def _require_finite(name: str, *arrays: Array) -> None:
     if not all(np.isfinite(array).all() for array in arrays):
         raise DataError(f"the model computes NaN or infinity in {name}", "check the data and the checkpoint for them")
-
-
-def load_graph(path: Path) -> ir.Model:
-    """A bundle's graph with shapes, and with MatMul as the only form of linear layers."""
-    model = with_shapes(read_graph(path))
-    split_gemms(model.graph)
-    return model
-
-
-def with_shapes(model: ir.Model) -> ir.Model:
-    """The model itself, with missing shapes inferred."""
-    import onnx_ir.passes.common as common
-
-    if any(value.shape is None for node in model.graph for value in node.outputs):
-        common.ShapeInferencePass()(model)
-    return model
 
 
 def _watch(graph: ir.Graph, rows: Mapping[ir.Value, int], hazards: Iterable[ir.Value]) -> None:

@@ -17,11 +17,10 @@ import numpy as np
 import onnx_ir as ir
 
 from perceiver_export.calibration.data.sources import Data
-from perceiver_export.calibration.graphs import PRODUCTS, node_flops, reached, read_graph, set_sizes
+from perceiver_export.calibration.graphs import PRODUCTS, node_flops, reached, read_graph, set_sizes, with_shapes
 from perceiver_export.calibration.quantization.engines import MISSING, Timing, built_kernels, read_kernels, totals
 from perceiver_export.calibration.quantization.record import Calibration, LinearRecord, read_calibration
 from perceiver_export.calibration.quantization.sensitivity import measure_layer_errors
-from perceiver_export.calibration.quantization.statistics import with_shapes
 from perceiver_export.calibration.report.peaks import measure_peaks
 from perceiver_export.calibration.report.tables import Table
 from perceiver_export.runtimes.benchmark import Side

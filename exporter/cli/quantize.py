@@ -19,9 +19,8 @@ from perceiver_export.exporter.cli import output as ui
 from perceiver_export.runtimes.errors import UsageError
 
 if TYPE_CHECKING:
-    from perceiver_export.calibration.quantization.record import Calibration
+    from perceiver_export.calibration.quantization.record import Calibration, GroupSensitivity
     from perceiver_export.calibration.quantization.search import Rung, Time
-    from perceiver_export.calibration.quantization.sensitivity import GroupSensitivity
     from perceiver_export.runtimes.bundle import Bundle
 
 _SPLITS = "give --search DATA and --certify DATA"

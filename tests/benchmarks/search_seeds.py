@@ -30,9 +30,9 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import norm
 
-from perceiver_export.calibration.quantization.ladder import Ladder
 from perceiver_export.calibration.quantization.options import QuantizeOptions
 from perceiver_export.calibration.quantization.search import climb, fixed_order, fixed_sequence, gains
+from perceiver_export.calibration.quantization.sensitivity import Ladder
 from perceiver_export.calibration.quantization.statistics import observe
 from perceiver_export.calibration.validation.statistics import drop
 from perceiver_export.exporter import export

@@ -237,8 +237,7 @@ def _allowed(path: Path, middle: Mapping[str, Any], rates: Mapping[str, Mapping[
 
 def work_of(path: Path) -> tuple[int, int]:
     """The FLOPs of all products and the elements of all softmaxes of a graph with fixed sizes."""
-    from perceiver_export.calibration.graphs import PRODUCTS, dims, node_flops, read_graph
-    from perceiver_export.calibration.quantization.statistics import with_shapes
+    from perceiver_export.calibration.graphs import PRODUCTS, dims, node_flops, read_graph, with_shapes
 
     nodes = list(with_shapes(read_graph(path)).graph)
     flops = sum(node_flops(node) for node in nodes if node.op_type in PRODUCTS)

@@ -42,7 +42,7 @@ def test_a_gemm_becomes_a_linear_with_the_same_result(tmp_path: Path) -> None:
 
 
 def test_the_exported_model_has_the_linears_that_its_layers_have(plain_fashion_bundle: Path) -> None:
-    from perceiver_export.calibration.quantization.statistics import load_graph
+    from perceiver_export.calibration.graphs import load_graph
 
     linears, exclusions = find_linears(load_graph(plain_fashion_bundle / "model.onnx").graph)
     runs = [linear for linear in linears if linear.group == "encoder.self_attentions.0.2.mlp.hidden"]

@@ -19,8 +19,8 @@ from perceiver_export.calibration import QuantizeOptions, measure_layer_errors, 
 from perceiver_export.calibration.lowering.onnxruntime import LOWERINGS
 from perceiver_export.calibration.lowering.tensorrt import lower_bundle
 from perceiver_export.calibration.quantization import search as search_module
-from perceiver_export.calibration.quantization.ladder import Ladder, Step, mixtures, order_steps
 from perceiver_export.calibration.quantization.search import Trials, climb, fixed_order, fixed_sequence
+from perceiver_export.calibration.quantization.sensitivity import Ladder, Step, mixtures, order_steps
 from perceiver_export.calibration.quantization.statistics import observe
 from perceiver_export.exporter import export
 from perceiver_export.runtimes import errors, open_bundle

@@ -74,8 +74,8 @@ def targets() -> dict[str, Target]:
 
 
 def _bundle_targets() -> dict[str, Target]:
+    from perceiver_export.calibration.graphs import load_graph
     from perceiver_export.calibration.quantization.record import Calibration
-    from perceiver_export.calibration.quantization.statistics import load_graph
     from perceiver_export.exporter.onnx_files import OnnxFile
     from perceiver_export.runtimes import load_onnx
     from perceiver_export.runtimes.bundle import read_manifest
