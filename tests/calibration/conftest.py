@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import pytest
 
 from perceiver_export.calibration import QuantizeOptions, quantize
 from perceiver_export.exporter import export, load_model
+from tests.calibration.damaged_scales import rehashed
 from tests.conftest import FASHION, MadeOnce
 
 
@@ -40,10 +39,6 @@ def ruined(made_once: MadeOnce) -> Path:
 def nan_bundle(fashion_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo's model with NaN for every weight, hashed as if it were meant so."""
     path = Path(shutil.copytree(fashion_bundle, tmp_path_factory.mktemp("nan") / "fashion"))
-    weights, manifest = path / "model.weights", path / "manifest.json"
-    content = b"\xff" * weights.stat().st_size
-    weights.write_bytes(content)
-    described = json.loads(manifest.read_bytes())
-    described["files"]["model.weights"]["sha256"] = hashlib.sha256(content).hexdigest()
-    manifest.write_text(json.dumps(described), encoding="utf-8")
-    return path
+    weights = path / "model.weights"
+    weights.write_bytes(b"\xff" * weights.stat().st_size)
+    return rehashed(path)

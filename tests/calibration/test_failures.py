@@ -107,3 +107,18 @@ def test_a_metric_of_ones_own_needs_no_labels_unless_it_reads_them(
     assert [metric.name for metric in own.metrics] == ["odd_targets:mean"]
     with pytest.raises(UsageError, match="odd_targets:later failed: KeyError"):
         judged(fashion_bundle, tmp_path / "data.npz", metric="odd_targets:later")
+
+
+def test_a_script_that_ends_the_program_ends_no_command(
+    fashion_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`validate` ended with 0, as if its gates held."""
+    (tmp_path / "script.py").write_text("import sys\ndef samples(): yield {}\nsys.exit(0)\n")
+    (tmp_path / "metric.py").write_text("import sys\ndef leaves(outputs, targets): sys.exit(0)\n")
+    monkeypatch.chdir(tmp_path)
+    command: list[str | Path] = ["validate", fashion_bundle, "--against", fashion_bundle, "--samples", "2"]
+
+    said = fail(*command, "--data", "script:samples", "--max-drop", "1")
+    assert "script:samples cannot be imported: SystemExit(0)" in said
+    own = ["--metric", "metric:leaves", "--max-metric-change", "1"]
+    assert "metric:leaves failed: SystemExit: 0" in fail(*command, "--data", TEST, *own)

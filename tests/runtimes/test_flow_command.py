@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-import json
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,31 +14,31 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
-import perceiver_export.runtimes.tasks
 from perceiver_export.exporter.cli import run_frames
-from perceiver_export.exporter.cli.answers import Request
-from perceiver_export.exporter.cli.output import quiet
-from perceiver_export.exporter.cli.run import run_task
 from perceiver_export.runtimes.errors import InputError, UsageError
+from perceiver_export.runtimes.tasks.flow import OpticalFlow
 from perceiver_export.runtimes.tasks.flow_files import flow_image
 from perceiver_export.runtimes.tasks.image_files import read_image
+from tests.runtimes.conftest import Ask
 from tests.runtimes.flow_models import manifest, open_fake, picture
+
+Run = Callable[..., Any]
 
 
 @pytest.fixture
-def frames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Three frames in a directory of their own, and a bundle that `run` opens."""
-    monkeypatch.setattr(perceiver_export.runtimes.tasks, "open_task", lambda *_: open_fake(manifest((16, 24)))[0])
+def run(ask: Ask) -> Run:
+    """`run` on a model with tiles of 16 × 24."""
+    return partial(ask, open_fake(manifest((16, 24)))[0])
+
+
+@pytest.fixture
+def frames(tmp_path: Path) -> list[str]:
+    """Three frames in a directory of their own."""
     (tmp_path / "in").mkdir()
     paths = [tmp_path / "in" / f"frame{number}.png" for number in (1, 2, 10)]
     for seed, path in enumerate(paths):
         Image.fromarray(picture(20, 30, seed)).save(path)
     return list(map(str, paths))
-
-
-def run(inputs: list[str], output: Path | None = None, json: bool = False) -> None:
-    with quiet(json=json):
-        run_task("optical-flow", Request("bundle", inputs, output))
 
 
 def expected_flow(first: str, second: str) -> npt.NDArray[np.float32]:
@@ -51,25 +52,23 @@ def flow_of(path: Path) -> npt.NDArray[np.float32]:
 
 
 @pytest.mark.parametrize("ending", [".flo", ".npy", ".png"])
-def test_run_writes_one_flow(frames: list[str], tmp_path: Path, ending: str, capsys: Any) -> None:
+def test_run_writes_one_flow(run: Run, frames: list[str], tmp_path: Path, ending: str) -> None:
     output = tmp_path / f"flow{ending}"
-    run(frames[:2], output)
+    shown = run(*frames[:2], output=output)
 
     flow = expected_flow(*frames[:2])
     if ending == ".png":
         np.testing.assert_array_equal(read_image(output), flow_image(flow))
     else:
         np.testing.assert_array_equal(flow_of(output) if ending == ".flo" else np.load(output), flow)
-    shown = capsys.readouterr().out
     assert "frame1.png" in shown
     assert f"{np.hypot(*flow.transpose(2, 0, 1)).max():.2f}" in shown
     assert f"flow{ending}" in shown.replace("\n", "")
 
 
-def test_run_writes_a_directory_of_flows(frames: list[str], tmp_path: Path, capsys: Any) -> None:
-    run([str(tmp_path / "in")], tmp_path / "out", json=True)
+def test_run_writes_a_directory_of_flows(run: Run, frames: list[str], tmp_path: Path) -> None:
+    shown = run(tmp_path / "in", output=tmp_path / "out", as_json=True)
 
-    shown = json.loads(capsys.readouterr().out)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "frame1.flo", "frame1.png", "frame2.flo", "frame2.png",
     ]  # fmt: skip
@@ -84,42 +83,35 @@ def test_run_writes_a_directory_of_flows(frames: list[str], tmp_path: Path, caps
     assert first["files"] == [str(tmp_path / "out" / name) for name in ("frame1.flo", "frame1.png")]
 
 
-def test_run_without_output_says_how_to_write(frames: list[str], tmp_path: Path, capsys: Any) -> None:
-    run(frames, None)
+def test_run_without_output_says_how_to_write(run: Run, frames: list[str], tmp_path: Path) -> None:
+    shown = run(*frames)
 
-    shown = capsys.readouterr().out
     assert ".flo" in shown
     assert shown.count("frame2.png") == 2
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
-def test_frames_of_one_name_do_not_overwrite_each_other(frames: list[str], tmp_path: Path) -> None:
+def test_frames_of_one_name_are_told_apart_and_do_not_overwrite_each_other(
+    run: Run, frames: list[str], tmp_path: Path
+) -> None:
     (tmp_path / "other").mkdir()
     same = tmp_path / "other" / "frame1.png"
     Image.open(frames[1]).save(same)
 
-    run([frames[0], str(same), frames[2]], tmp_path / "out", json=True)
-
+    run(frames[0], same, frames[2], output=tmp_path / "out", as_json=True)
     names = sorted(path.name for path in (tmp_path / "out").glob("*.flo"))
     assert names == ["00000_frame1.flo", "00001_frame1.flo"]
-
-
-def test_frames_of_one_name_are_told_apart(frames: list[str], tmp_path: Path, capsys: Any) -> None:
-    (tmp_path / "other").mkdir()
-    same = tmp_path / "other" / "frame1.png"
-    Image.fromarray(picture(20, 30, 1)).save(same)
-    run([frames[0], str(same)], None)
-    assert set(re.findall(r"\S+/frame1\.png", capsys.readouterr().out)) == {"in/frame1.png", "other/frame1.png"}
+    assert set(re.findall(r"\S+/frame1\.png", run(frames[0], same))) == {"in/frame1.png", "other/frame1.png"}
 
     Image.fromarray(picture(20, 31)).save(same)
     with pytest.raises(InputError, match=f"{frames[0]} has 20 × 30 pixels, {same} has 20 × 31"):
-        run([frames[0], str(same)], None)
+        run(frames[0], same)
 
 
 @pytest.mark.parametrize("there", [False, True])
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, InputError])
 def test_a_directory_is_whole_or_not_there(
-    frames: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: bool, stop: type[BaseException]
+    run: Run, frames: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: bool, stop: type[BaseException]
 ) -> None:
     """The second flow never comes: the third frame is of another size, or somebody has had enough."""
     seen = []
@@ -135,15 +127,17 @@ def test_a_directory_is_whole_or_not_there(
     if there:
         (tmp_path / "out").mkdir()
     with pytest.raises(stop):
-        run(frames, tmp_path / "out")
+        run(*frames, output=tmp_path / "out")
 
     assert [len(files) for files in seen] == [1]
     assert sorted(path.name for path in tmp_path.iterdir()) == (["in", "out"] if there else ["in"])
     assert not there or not any((tmp_path / "out").iterdir())
 
 
-def test_run_refuses_before_it_runs(frames: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(perceiver_export.runtimes.tasks, "open_task", lambda *_: pytest.fail("the model was loaded"))
+def test_run_refuses_before_it_runs(
+    run: Run, frames: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(OpticalFlow, "part", lambda *_: pytest.fail("a graph was loaded"))
     (tmp_path / "taken").touch()
     (tmp_path / "empty").mkdir()
     for inputs, output in [
@@ -159,7 +153,7 @@ def test_run_refuses_before_it_runs(frames: list[str], tmp_path: Path, monkeypat
         (frames, tmp_path / "absent" / "out"),
     ]:
         with pytest.raises((InputError, UsageError)) as raised:
-            run(inputs, output)
+            run(*inputs, output=output)
         assert len(raised.value.hint) > 10
 
 

@@ -62,9 +62,9 @@ def test_a_few_bytes_do_not_become_many(tmp_path: Path) -> None:
     assert peak < 16 << 20
 
 
-def damaged(content: bytes, name: str = "x.npy") -> bytes:
+def damaged(content: bytes, name: str = "x.npy", compression: int = zipfile.ZIP_STORED) -> bytes:
     buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as file:
+    with zipfile.ZipFile(buffer, "w", compression) as file:
         file.writestr(name, content)
     return buffer.getvalue()
 
@@ -75,9 +75,11 @@ def npy(array: Any) -> bytes:
     return buffer.getvalue()
 
 
-CUT = npy(np.zeros(100))[:-8]
+CUT, FLIPPED = npy(np.zeros(100))[:-8], bytearray(damaged(npy(np.arange(1000)), "x.npy", zipfile.ZIP_DEFLATED))
+FLIPPED[60] ^= 255
 BAD = {
     "empty": b"",
+    "flipped": bytes(FLIPPED),
     "no zip": b"PK\x03\x04 but no more",
     "member that is no array": damaged(b"text", "readme.txt"),
     "objects": damaged(npy(np.array([{}, None]))),
@@ -97,6 +99,8 @@ def test_what_is_no_archive_is_one_error(kind: str, tmp_path: Path) -> None:
     assert "x.npz" in caught.value.message
 
 
-def test_a_missing_archive_is_one_error(tmp_path: Path) -> None:
+def test_a_missing_archive_and_a_directory_are_one_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="does not exist"):
         read_npz(tmp_path / "none.npz")
+    with pytest.raises(InputError):
+        read_npz(tmp_path)

@@ -10,13 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from perceiver_export.exporter.cli.answers import Request
-from perceiver_export.exporter.cli.output import quiet
-from perceiver_export.exporter.cli.run import run_task
 from perceiver_export.runtimes.errors import BundleError, InputError, UsageError
 from perceiver_export.runtimes.preprocessing import PointsPreprocessing, VideoPreprocessing
 from perceiver_export.runtimes.runtime import Array, Feeds
 from perceiver_export.runtimes.tasks.points import CloudLike, PointCloudClassification, into_unit_cube
+from tests.runtimes.conftest import Ask
 from tests.runtimes.models import manifest, opened, spec
 from tests.runtimes.numpy_engine import NumpyEngine
 
@@ -116,16 +114,11 @@ def test_what_is_no_cloud_is_refused(cloud: Any) -> None:
     assert not engine.calls
 
 
-def test_numbers_in_lists_are_a_cloud() -> None:
-    task, _ = task_of()
-
-    assert task(CLOUD.tolist()) == task(CLOUD)
-
-
 @pytest.mark.parametrize("clouds", [CLOUD, CLOUD.tolist()], ids=["array", "lists"])
-def test_one_cloud_is_one_sample(clouds: Any) -> None:
+def test_one_cloud_is_one_sample_and_may_be_numbers_in_lists(clouds: Any) -> None:
     task, _ = task_of()
 
+    assert task(clouds) == task(CLOUD)
     assert task.logits(clouds).shape[0] == 1
     both: list[Any] = [clouds, clouds]
     np.testing.assert_array_equal(task.logits(both), np.repeat(task.logits(clouds), 2, axis=0))
@@ -156,26 +149,17 @@ def test_manifests_that_do_not_fit_are_refused(changes: dict[str, Any]) -> None:
         task_of(**changes)
 
 
-def test_run_takes_files_and_directories(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    task = "point-cloud-classification"
-    monkeypatch.setattr("perceiver_export.runtimes.tasks.open_task", lambda *_: task_of()[0])
+def test_run_takes_files_and_directories(ask: Ask, tmp_path: Path) -> None:
+    task, _ = task_of()
     np.save(tmp_path / "b.npy", CLOUD)
     np.savetxt(tmp_path / "a.xyz", CLOUD[:4])
     (tmp_path / "notes.txt").write_text("no cloud", encoding="utf-8")
-    with quiet(json=True):
-        run_task(task, Request("bundle", [str(tmp_path)], tmp_path / "out.json"))
+    answers = ask(task, tmp_path, output=tmp_path / "out.json", as_json=True)["answers"]
 
-    answers = json.loads(capsys.readouterr().out)["answers"]
     assert [answer["input"] for answer in answers] == [str(tmp_path / "a.xyz"), str(tmp_path / "b.npy")]
     assert sorted(one["label"] for one in answers[1]["labels"]) == sorted(LABELS)
     assert json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))["answers"] == answers
-
-    with quiet(json=True):
-        run_task(task, Request("bundle", [str(tmp_path / "b.npy")] * 2))
-    assert json.loads(capsys.readouterr().out)["answers"] == [answers[1]] * 2
-
+    assert ask(task, *[tmp_path / "b.npy"] * 2, as_json=True)["answers"] == [answers[1]] * 2
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="no point clouds"):
-        run_task(task, Request("bundle", [str(tmp_path / "empty")]))
+        ask(task, tmp_path / "empty")
