@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from perceiver_export.calibration import QuantizeOptions, quantize
+from perceiver_export.calibration.lowering.tensorrt import lower_bundle
 from perceiver_export.exporter import export, load_model
 from tests.calibration.damaged_scales import rehashed
 from tests.conftest import FASHION, MadeOnce
@@ -19,6 +20,17 @@ def int4_bundle(fashion_bundle: Path, made_once: MadeOnce) -> Path:
     """The same with weights in int4, where their shapes allow it."""
     data, options = FASHION / "held_out.npz", QuantizeOptions(scheme="int4-weights", samples=8)
     return made_once("fashion-int4", lambda path: quantize(fashion_bundle, data, path, options))
+
+
+@pytest.fixture(scope="session")
+def lowered_bundle(fashion_bundle: Path, made_once: MadeOnce) -> Path:
+    """The same in fp32 with a graph in fp16 for TensorRT."""
+
+    def make(path: Path) -> None:
+        shutil.copytree(fashion_bundle, path)
+        lower_bundle(path, "fp16")
+
+    return made_once("fashion-lowered", make)
 
 
 @pytest.fixture(scope="session")

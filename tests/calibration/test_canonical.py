@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The canonical form, what its lowerings leave bit-equal, and who takes it; and int4 weights on both engines: OpenVINO's
-kernels give wrong numbers for some blocks, which must not be written.
+"""The canonical form, what its lowerings leave bit-equal, and who takes it; and int4 weights on both engines.
+
+OpenVINO's kernels give wrong numbers for some blocks of int4, which must not be written.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import functools
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 
 from perceiver_export.calibration import Validation
-from perceiver_export.calibration.lowering.tensorrt import lower_bundle
 from perceiver_export.calibration.quantization.record import read_calibration
 from perceiver_export.calibration.report.tables import Report
 from perceiver_export.calibration.validation.certify import certify
@@ -314,15 +313,14 @@ def test_another_bundle_than_was_validated_gets_no_certificate(
 
 
 def test_graphs_are_those_that_a_target_runs(
-    bundle: Path, copied_bundle: Path, on: dict[str, Validation], monkeypatch: pytest.MonkeyPatch
+    bundle: Path, lowered_bundle: Path, on: dict[str, Validation], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     results = list(on.values())
     part = open_bundle(bundle).manifest.parts["model"]
     for result, file in zip(results, (part.lowered["ort-cpu"], part.file), strict=True):
         assert result.candidate["graphs"].keys() == {file, "model.weights"}
 
-    lower_bundle(copied_bundle, "fp16")
-    lowered = open_bundle(copied_bundle)
+    lowered = open_bundle(lowered_bundle)
     graphs = graphs_of(lowered.manifest, "tensorrt", "fp16")
     assert "model.tensorrt-fp16.onnx" in graphs
     assert "model.onnx" not in graphs
@@ -340,10 +338,9 @@ def test_graphs_are_those_that_a_target_runs(
     assert msgspec.structs.replace(on_gpu, device="").place.strip()
 
 
-def test_an_engine_of_a_lowered_graph_is_one_of_this_bundle(copied_bundle: Path) -> None:
+def test_an_engine_of_a_lowered_graph_is_one_of_this_bundle(lowered_bundle: Path) -> None:
     """`load` without a precision takes what was built last, whose graph may not be the one of fp32."""
-    lower_bundle(copied_bundle, "fp16")
-    opened, backend = open_bundle(copied_bundle), find_target("tensorrt").backend()
+    opened, backend = open_bundle(lowered_bundle), find_target("tensorrt").backend()
     part, platform = opened.part(), Platform("tensorrt", "10.3.0", "NVIDIA Orin (sm_87)")
     built, asked = (
         identify(opened, "model", make_source(opened, part, "tensorrt", EngineOptions(precision=precision)), platform)
