@@ -42,7 +42,7 @@ suite: install
 
 # Lint, types, and the tests that need neither an export nor an engine, side by side: below 90 seconds on two cores.
 PURE := $(addprefix tests/,runtimes/test_byte_tokenizer.py runtimes/test_audio_files.py runtimes/test_npz.py \
-	runtimes/test_opencv_resize.py runtimes/test_image_files.py runtimes/test_point_files.py runtimes/test_flow.py \
+	runtimes/test_opencv_resize.py runtimes/test_image_files.py runtimes/test_flow.py \
 	runtimes/test_tensorrt_builds.py runtimes/test_compare.py runtimes/test_text_tasks.py \
 	runtimes/test_video_task.py runtimes/test_points_task.py runtimes/test_audio_task.py runtimes/test_flow_task.py \
 	calibration/test_statistics.py calibration/test_labels.py calibration/test_fingerprints.py \

@@ -37,7 +37,7 @@ from perceiver_export.runtimes.opening import open_engine
 from perceiver_export.runtimes.runtime import Array
 from tests.calibration.asked import asked, quantizing, some
 from tests.calibration.graphs import build, save
-from tests.conftest import FASHION
+from tests.conftest import FASHION, SmallBundle
 
 HELD_OUT = FASHION / "held_out.npz"
 
@@ -190,12 +190,14 @@ def test_sensitivity_puts_the_worst_layer_first(plain_fashion_bundle: Path) -> N
 
 
 @pytest.mark.usefixtures("untimed")
-def test_three_samples_one_class_and_random_data_are_told(fashion_bundle: Path, tmp_path: Path) -> None:
+def test_three_samples_one_class_and_random_data_are_told(
+    fashion_bundle: Path, small_bundle: SmallBundle, tmp_path: Path
+) -> None:
     with np.load(HELD_OUT) as archive:
         shirts = archive["image"][archive["labels"] == 6][:3]
         np.savez(tmp_path / "shirts.npz", image=shirts, labels=np.full(3, 6))
     few = quantize(fashion_bundle, tmp_path / "shirts.npz", tmp_path / "few")
-    random = quantize(fashion_bundle, "random", tmp_path / "random", QuantizeOptions(samples=4))
+    random = quantize(small_bundle("points"), "random", tmp_path / "random", QuantizeOptions(samples=4))
 
     assert any(note.startswith("only 3 calibration samples") for note in few.manifest.notes)
     assert any("same label, 'Shirt'" in note for note in few.manifest.notes)
@@ -223,15 +225,15 @@ def test_a_cpu_without_vnni_gets_seven_bits_or_a_refusal(
 
 
 @pytest.mark.usefixtures("untimed")
-def test_a_generator_is_read_once_and_may_be_short(fashion_bundle: Path, tmp_path: Path) -> None:
+def test_a_generator_is_read_once_and_may_be_short(small_bundle: SmallBundle, tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
-    samples = ({"image": generator.normal(size=(3, 28, 28)).astype(np.float32)} for _ in range(5))
-    calibration = read_calibration(quantize(fashion_bundle, samples, tmp_path / "out"))
+    samples = ({"points": generator.normal(size=(20, 3)).astype(np.float32)} for _ in range(5))
+    calibration = read_calibration(quantize(small_bundle("points"), samples, tmp_path / "out"))
 
     assert calibration is not None
     assert calibration.data.samples == 5
     with pytest.raises(DataError, match="no samples"):
-        quantize(fashion_bundle, samples, tmp_path / "again")
+        quantize(small_bundle("points"), samples, tmp_path / "again")
 
 
 @pytest.mark.usefixtures("untimed")
