@@ -27,9 +27,8 @@ from perceiver_export.runtimes import load, open_bundle
 from perceiver_export.runtimes.bundle import Bundle, golden_arrays
 from perceiver_export.runtimes.errors import BundleError, GateError, UnsupportedModelError
 from tests.calibration.damaged_scales import rehashed
-from tests.calibration.lint_cases import compiled
+from tests.calibration.lint_cases import compiled, run
 from tests.calibration.onnx_text import write
-from tests.calibration.reference_runs import run
 from tests.conftest import FASHION, SmallBundle
 from tests.preset_graphs import quantized
 

@@ -24,7 +24,7 @@ from tests.calibration.damaged_scales import with_a_scale_times
 from tests.calibration.linear_bundles import CASES
 from tests.calibration.lint_cases import compiled, partly_int8_attention
 from tests.cli import small_models
-from tests.conftest import FASHION
+from tests.conftest import FASHION, SmallBundle
 
 TARGETS = ("ort-cpu", "openvino-cpu")
 
@@ -111,16 +111,16 @@ def test_operations_are_of_the_sizes_that_were_timed(fashion_bundle: Path, batch
     assert four == {layer: 4 * flops for layer, flops in one.items()}
 
 
-def test_of_a_split_bundle_the_calls_that_decode_all_queries_count(tmp_path: Path) -> None:
-    found = {}
-    for count in (256, 384):  # of 384 queries: two calls, one
-        options = ExportOptions(split=True, shape={"queries": (count,)})
-        found[count] = profile(export(small_models.flow(), tmp_path / str(count), options), device="ort-cpu")
-    flops = [sum(one.flops for one in of.layers if one.part == "decoder") for of in found.values()]
+def test_of_a_split_bundle_the_calls_that_decode_all_queries_count(small_bundle: SmallBundle, tmp_path: Path) -> None:
+    """Of 384 queries: two calls, one."""
+    options = ExportOptions(split=True, shape={"queries": (256,)})
+    bundles = (export(small_models.flow(), tmp_path / "flow", options), small_bundle("flow", split=True))
+    two, one = (profile(bundle, device="ort-cpu") for bundle in bundles)
+    flops = [sum(layer.flops for layer in of.layers if layer.part == "decoder") for of in (two, one)]
 
-    assert [of.calls for of in found.values()] == [{"decoder": 2}, {}]
+    assert (two.calls, one.calls) == ({"decoder": 2}, {})
     assert 512 / 384 <= flops[0] / flops[1] <= 2
-    assert "decoder 2 times" in found[256].table().note
+    assert "decoder 2 times" in two.table().note
 
 
 def test_what_a_cache_may_hold_takes_no_time_however_many_kernels_read_it() -> None:

@@ -135,6 +135,7 @@ def test_it_says_what_it_is_and_what_it_was_calibrated_on(int8: Bundle, calibrat
     assert calibration.effects[0].sqnr > 24
 
 
+@pytest.mark.usefixtures("untimed")
 def test_validate_gates_hold_before_anything_is_written(
     plain_fashion_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -310,6 +311,7 @@ def test_bundles_that_cannot_be_quantized_are_refused(int8_bundle: Path, fashion
         read_calibration(Bundle(tmp_path / "damaged", open_bundle(int8_bundle).manifest))
 
 
+@pytest.mark.usefixtures("untimed")
 @pytest.mark.parametrize(
     ("place", "name", "raised", "expected"),
     [

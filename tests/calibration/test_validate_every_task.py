@@ -132,6 +132,7 @@ def test_it_fills_bytes_that_their_neighbours_tell(text_bundle: Path) -> None:
     assert filled.text == "And the LORD spake unto Moses, saying, Speak unto the"
 
 
+@pytest.mark.usefixtures("untimed")
 def test_int8_fills_as_many_bytes_rightly(text_bundle: Path, tmp_path: Path) -> None:
     int8 = quantize(text_bundle, TEXT_BYTES / "calibration.jsonl", tmp_path / "int8", QuantizeOptions(samples=64))
     for target in ("ort-cpu", "openvino-cpu"):

@@ -61,10 +61,10 @@ class Target:
     beside: Mapping[str, bytes] = field(default_factory=dict)
 
 
-def targets() -> dict[str, Target]:
-    """Every reader of files that come from somewhere else."""
+def targets(points: Path | None = None) -> dict[str, Target]:
+    """Every reader of files that come from somewhere else; ``points`` is `small_models.points` as a bundle."""
     return {
-        **_bundle_targets(),
+        **_bundle_targets(points),
         **_media_targets(),
         **_checkpoint_targets(),
         **_config_targets(),
@@ -73,7 +73,7 @@ def targets() -> dict[str, Target]:
     }
 
 
-def _bundle_targets() -> dict[str, Target]:
+def _bundle_targets(points: Path | None) -> dict[str, Target]:
     from perceiver_export.calibration.quantization.record import Calibration
     from perceiver_export.calibration.quantization.statistics import load_graph
     from perceiver_export.exporter.onnx_files import OnnxFile
@@ -94,7 +94,7 @@ def _bundle_targets() -> dict[str, Target]:
         with Npz(path) as archive:
             return [index for index, _ in archive.rows()]
 
-    made = _bundle()
+    made = _bundle(points)
     graph, weights = {}, {"model.weights": made["model.weights"]}
     readers = {"graph": load_graph, "graph-names": external_files, "graph-ort": load_onnx, "graph-export": OnnxFile}
     for name, read in readers.items():
@@ -377,7 +377,7 @@ def main() -> None:
     sys.exit(1 if failures.total() else 0)
 
 
-def _bundle() -> dict[str, bytes]:
+def _bundle(plain: Path | None) -> dict[str, bytes]:
     """Files of a small bundle, quantized and built."""
     from perceiver_export.calibration import QuantizeOptions, quantize
     from perceiver_export.exporter import export
@@ -385,8 +385,8 @@ def _bundle() -> dict[str, bytes]:
     from tests.cli.small_models import points
 
     with tempfile.TemporaryDirectory() as place:
-        export(points(), Path(place) / "b")
-        quantized = quantize(Path(place) / "b", "random", Path(place) / "q", QuantizeOptions(samples=2))
+        plain = plain or export(points(), Path(place) / "b").path
+        quantized = quantize(plain, "random", Path(place) / "q", QuantizeOptions(samples=2))
         engine = build(quantized, "ort-cpu")[0].directory
         names = ("manifest.json", "calibration.json", "golden.npz", "model.onnx", "model.weights")
         files = {name: (Path(place) / "q" / name).read_bytes() for name in names}

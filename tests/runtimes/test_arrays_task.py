@@ -15,8 +15,7 @@ from perceiver_export.runtimes.runtime import Array, Feeds
 from perceiver_export.runtimes.tasks.arrays import Arrays, Sets, read_arrays
 from perceiver_export.runtimes.tasks.base import interface
 from tests.runtimes.conftest import Ask
-from tests.runtimes.models import manifest, opened, spec
-from tests.runtimes.numpy_engine import NumpyEngine
+from tests.runtimes.models import NumpyEngine, manifest, opened, spec
 
 N, C, E = 6, 4, 2
 RNG = np.random.default_rng(0)

@@ -18,8 +18,7 @@ from perceiver_export.runtimes.tasks.base import sigmoid
 from perceiver_export.runtimes.tasks.images import prepare_frames
 from perceiver_export.runtimes.tasks.sound import AudioClassification, log_mel, write_wav
 from tests.runtimes.conftest import Ask
-from tests.runtimes.models import manifest, opened, spec
-from tests.runtimes.numpy_engine import NumpyEngine
+from tests.runtimes.models import NumpyEngine, manifest, opened, spec
 
 RATE, SAMPLES, MEL, T, H, W = 8000, 1600, (10, 6), 2, 4, 4
 SOUND = (np.random.default_rng(0).normal(size=SAMPLES + 100) * 0.1 + 0.2).astype(np.float32)

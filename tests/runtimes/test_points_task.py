@@ -22,8 +22,7 @@ from perceiver_export.runtimes.tasks.points import (
     subsample,
 )
 from tests.runtimes.conftest import Ask
-from tests.runtimes.models import manifest, opened, spec
-from tests.runtimes.numpy_engine import NumpyEngine
+from tests.runtimes.models import NumpyEngine, manifest, opened, spec
 
 N = 8
 CLOUD = np.random.default_rng(0).normal(size=(20, 3)) + 5

@@ -22,8 +22,7 @@ from perceiver_export.runtimes.tasks.sound import read_wav, wav_rate, write_wav
 from perceiver_export.runtimes.tasks.video import VideoAutoencoding, psnr
 from tests.runtimes import models
 from tests.runtimes.conftest import Ask
-from tests.runtimes.models import opened, spec
-from tests.runtimes.numpy_engine import NumpyEngine
+from tests.runtimes.models import NumpyEngine, opened, spec
 from tests.vector_folders import model_folders
 
 T, H, W, SAMPLES, PATCH, LABELS, RATE = 3, 4, 5, 24, 8, 6, 48_000
