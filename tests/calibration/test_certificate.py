@@ -24,13 +24,7 @@ from perceiver_export.runtimes import build, certificates, files, load, open_bun
 from perceiver_export.runtimes.bundle import change_report
 from perceiver_export.runtimes.engines.backend import EngineOptions, Platform, Precision, find_target
 from perceiver_export.runtimes.engines.cache import graphs_of, identify, make_source, mismatches
-from perceiver_export.runtimes.errors import (
-    DataError,
-    ExportError,
-    UndecidedError,
-    UsageError,
-    VacuousGateError,
-)
+from perceiver_export.runtimes.errors import DataError, ExportError, UndecidedError, UsageError, VacuousGateError
 from perceiver_export.runtimes.figures import platform_of
 from perceiver_export.runtimes.machine import cpu_name
 from perceiver_export.runtimes.presence import precision_advice

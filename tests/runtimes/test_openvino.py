@@ -233,14 +233,9 @@ def test_a_graph_that_cannot_be_read_is_a_broken_bundle(tmp_path: Path) -> None:
 @pytest.fixture(params=[1, None], ids=["one thread", "all threads"])
 def product(tmp_path: Path, request: pytest.FixtureRequest) -> OpenvinoEngine:
     """Two matrices whose sizes only meet at run time."""
-    import onnx
+    from tests.calibration.onnx_text import write
 
-    (tmp_path / "product.onnx").write_bytes(
-        onnx.parser.parse_model(
-            '<ir_version: 10, opset_import: ["" : 20]>'
-            "product (float[m, k] a, float[n, p] b) => (float[m, p] c) { c = MatMul(a, b) }"
-        ).SerializeToString()
-    )
+    write(tmp_path / "product.onnx", "(float[m, k] a, float[n, p] b) => (float[m, p] c) { c = MatMul(a, b) }")
     spec = TensorSpec("a", "float32", ("m", "k"))
     source = Source("openvino-cpu", tmp_path / "product.onnx", EngineOptions(), inputs=(spec,))
     return openvino.open(source, None, request.param)

@@ -122,16 +122,7 @@ def test_files_and_arrays_in_any_batch_give_the_same(batch: int | str, tmp_path:
 
 
 @pytest.mark.parametrize(
-    "cloud",
-    [
-        np.zeros((1, 9, 3)),
-        [[1, 2, 3], [4, 5]],
-        [["1", "2", "3"]],
-        [],
-        None,
-        "nowhere.xyz",
-        Path(__file__),
-    ],
+    "cloud", [np.zeros((1, 9, 3)), [[1, 2, 3], [4, 5]], [["1", "2", "3"]], [], None, "nowhere.xyz", Path(__file__)]
 )
 def test_what_is_no_cloud_is_refused(cloud: Any) -> None:
     task, engine = task_of()
@@ -200,24 +191,22 @@ def test_text_with_blanks_commas_comments_and_empty_lines(tmp_path: Path) -> Non
     assert read_points(tmp_path / "a.XYZ").tolist() == POINTS
 
 
-@pytest.mark.parametrize("ends", ["\n", "\r\n"])
-def test_ply_takes_x_y_z_by_name_and_passes_over_other_elements(ends: str, tmp_path: Path) -> None:
-    (tmp_path / "a.ply").write_bytes(PLY.replace("\n", ends).encode())
+WRITTEN = {
+    "x, y and z by name beside other elements": PLY,
+    "as Windows ends lines": PLY.replace("\n", "\r\n"),
+    "blank": PLY.replace("format ascii 1.0", "format ascii 1.0 "),
+    "comment": PLY.replace("made by hand", "made by hand, before end_header\ncomment end_header"),
+    "name": PLY.replace("property uchar red", "property uchar end_header"),
+    "comment first": PLY.replace("format ascii 1.0\ncomment made by hand", "comment by hand\nformat ascii 1.0"),
+    "blank at the end": PLY.replace("end_header", "end_header "),
+}
+
+
+@pytest.mark.parametrize("how", WRITTEN)
+def test_ply_files_are_read_as_other_writers_write_them(how: str, tmp_path: Path) -> None:
+    (tmp_path / "a.ply").write_bytes(WRITTEN[how].encode())
 
     assert read_points(tmp_path / "a.ply").tolist() == POINTS
-
-
-def test_headers_of_ply_files_are_read_as_other_writers_write_them(tmp_path: Path) -> None:
-    texts = {
-        "blank": PLY.replace("format ascii 1.0", "format ascii 1.0 "),
-        "comment": PLY.replace("made by hand", "made by hand, before end_header\ncomment end_header"),
-        "name": PLY.replace("property uchar red", "property uchar end_header"),
-        "comment first": PLY.replace("format ascii 1.0\ncomment made by hand", "comment by hand\nformat ascii 1.0"),
-        "blank at the end": PLY.replace("end_header", "end_header "),
-    }
-    for name, text in texts.items():
-        (tmp_path / f"{name}.ply").write_text(text, encoding="utf-8")
-        assert read_points(tmp_path / f"{name}.ply").tolist() == POINTS, name
 
 
 @pytest.mark.parametrize("order", ["<", ">"])

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from perceiver_export.runtimes.engines.backend import EngineOptions, Platform, Source
+from perceiver_export.runtimes.engines.backend import EngineOptions, Platform, Progress, Source
 from perceiver_export.runtimes.engines.tensorrt_build import LayerReport, build_engine
 from perceiver_export.runtimes.engines.tensorrt_versions import TABLE, capabilities
 from perceiver_export.runtimes.errors import BuildError, BundleError, DeviceError, MissingDependencyError
@@ -24,14 +24,16 @@ from tests.runtimes.fake_networks import RANGED, VERSIONS, X, Y, inspector, made
 from tests.runtimes.fake_tensorrt import Fake, FakeModule, layer, tensor
 
 
-def build(module: FakeModule, directory: Path, **options: Any) -> LayerReport:
+def build(
+    module: FakeModule, directory: Path, progress: Progress = lambda what, done, total: None, **options: Any
+) -> LayerReport:
     graph = directory / "model.onnx"
     graph.write_bytes(b"")
     inputs = options.pop("inputs", (X,))
     source = Source("tensorrt", graph, EngineOptions(**{"precision": "fp16", **options}), inputs=inputs, outputs=(Y,))
     here = Platform("tensorrt", module.__version__, "NVIDIA Orin (sm_87)")
     can = capabilities("tensorrt", module.__version__)
-    return build_engine(module, can, here, source, directory, lambda what, done, total: None)
+    return build_engine(module, can, here, source, directory, progress)
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -214,19 +216,8 @@ def test_progress_is_told_and_ctrl_c_stops_the_compiler_before_it_is_raised(vers
             time.sleep(0.001)
         steps.append(False)
 
-    module = made(version, build=compile_slowly)
-    graph = tmp_path / "model.onnx"
-    graph.write_bytes(b"")
-    source = Source("tensorrt", graph, EngineOptions(precision="fp16"), inputs=(X,), outputs=(Y,))
     with pytest.raises(KeyboardInterrupt):
-        build_engine(
-            module,
-            capabilities("tensorrt", version),
-            Platform("tensorrt", version, "NVIDIA Orin (sm_87)"),
-            source,
-            tmp_path,
-            lambda what, done, total: told.append((what, done, total)),
-        )
+        build(made(version, build=compile_slowly), tmp_path, lambda *what: told.append(what))
 
     assert steps == [True, False]
     assert ("Building", 1, 10) in told
