@@ -10,8 +10,8 @@ import pytest
 
 from perceiver_export.calibration import QuantizeOptions, quantize
 from perceiver_export.calibration.lowering.tensorrt import lower_bundle
-from perceiver_export.exporter import export, load_model
-from tests.calibration.damaged_scales import rehashed
+from perceiver_export.exporter import export
+from tests.calibration.damaged_scales import rehashed, with_a_scale_times
 from tests.conftest import FASHION, MadeOnce
 
 
@@ -40,11 +40,10 @@ def text_bundle(made_once: MadeOnce) -> Path:
 
 
 @pytest.fixture(scope="session")
-def ruined(made_once: MadeOnce) -> Path:
+def ruined(fashion_bundle: Path, made_once: MadeOnce) -> Path:
     """The demo's model with one layer's weights times 40."""
-    loaded = load_model(FASHION / "checkpoint")
-    dict(loaded.model.named_parameters())["encoder.self_attentions.0.0.mlp.output.weight"].data.mul_(40)
-    return made_once("ruined", lambda path: export(loaded, path))
+    group = "encoder.self_attentions.0.0.mlp.output"
+    return made_once("ruined", lambda path: with_a_scale_times(40, group, fashion_bundle, path, ".weight"))
 
 
 @pytest.fixture(scope="session")
