@@ -16,7 +16,7 @@ HELD_OUT = FASHION / "held_out.npz"
 
 
 def test_of_export(tmp_path: Path) -> None:
-    given = {"source": FASHION / "checkpoint", "output": tmp_path / "out"}
+    given: dict[str, Any] = {"source": FASHION / "checkpoint", "output": tmp_path / "out"}
     wrong_by_name(export, "source", **given)
     wrong_by_name(export, "output", str, **given)
     wrong(lambda value: export(**given, options=ExportOptions(parity=value)))
@@ -36,7 +36,7 @@ def test_of_quantize(fashion_bundle: Path, tmp_path: Path) -> None:
 
 
 def test_of_validate(fashion_bundle: Path) -> None:
-    given = {"bundle": fashion_bundle, "data": HELD_OUT}
+    given: dict[str, Any] = {"bundle": fashion_bundle, "data": HELD_OUT}
     wrong_by_name(validate, "bundle data options", **given)
     names = "samples against against_device device threads precision metric gates"
     wrong_by_name(lambda **options: validate(**given, options=asked(**options)), names, samples=1)

@@ -246,7 +246,7 @@ def test_labels_on_some_samples_only(fashion_bundle: Path) -> None:
     data = [{"image": image, **({"label": 1} if index < 64 else {})} for index in range(70)]
 
     with pytest.raises(DataError, match=r"only some samples have a label: the data\[64\] has none"):
-        validate(fashion_bundle, data)
+        judged(fashion_bundle, data)
 
 
 @pytest.mark.parametrize(
