@@ -11,6 +11,7 @@ import pytest
 from perceiver_export.calibration import QuantizeOptions, quantize
 from perceiver_export.calibration.lowering.tensorrt import lower_bundle
 from perceiver_export.exporter import export
+from tests.calibration.asked import pictures
 from tests.calibration.damaged_scales import rehashed, with_a_scale_times
 from tests.conftest import FASHION, MadeOnce
 
@@ -37,6 +38,12 @@ def lowered_bundle(fashion_bundle: Path, made_once: MadeOnce) -> Path:
 def text_bundle(made_once: MadeOnce) -> Path:
     """The trained byte-level language model."""
     return made_once("text", lambda path: export(FASHION.parent / "text_bytes" / "checkpoint", path))
+
+
+@pytest.fixture(scope="session")
+def thousand(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every tenth of the demo's test images: to read all of them takes longer than to judge a few."""
+    return pictures(tmp_path_factory.mktemp("images") / "test.npz", slice(0, 10_000, 10))
 
 
 @pytest.fixture(scope="session")

@@ -32,9 +32,9 @@ pytestmark = pytest.mark.usefixtures("one_process_in_module")
 
 
 @pytest.fixture(scope="module")
-def results(int8_bundle: Path, fashion_bundle: Path) -> tuple[Validation, Validation]:
-    held = judged(int8_bundle, TEST, against=fashion_bundle, samples=200, max_drop=8, min_agreement=90)
-    open_ = judged(int8_bundle, TEST, against=fashion_bundle, samples=200, max_drop=0.3, min_agreement=90)
+def results(int8_bundle: Path, fashion_bundle: Path, thousand: Path) -> tuple[Validation, Validation]:
+    held = judged(int8_bundle, thousand, against=fashion_bundle, samples=200, max_drop=8, min_agreement=90)
+    open_ = judged(int8_bundle, thousand, against=fashion_bundle, samples=200, max_drop=0.3, min_agreement=90)
     return held, open_
 
 
@@ -280,14 +280,14 @@ def test_junit_has_a_case_a_gate(results: tuple[Validation, Validation]) -> None
 
 
 def test_all_targets_are_in_one_report_each_with_its_certificate(
-    int8_bundle: Path, fashion_bundle: Path, tmp_path: Path
+    int8_bundle: Path, fashion_bundle: Path, thousand: Path, tmp_path: Path
 ) -> None:
     bundle = Path(shutil.copytree(int8_bundle, tmp_path / "int8"))
     present = [device.target for device in devices()]
     assert {"ort-cpu", "openvino-cpu"} <= set(present)
 
     results = validate_targets(
-        bundle, TEST, asked(device="all", against=fashion_bundle, samples=200, max_drop=8, min_agreement=90)
+        bundle, thousand, asked(device="all", against=fashion_bundle, samples=200, max_drop=8, min_agreement=90)
     )
     made = certify(bundle, results)
 
@@ -309,18 +309,17 @@ def test_all_targets_are_in_one_report_each_with_its_certificate(
     assert render(report).count("Certified:") == len(present)
 
 
-def test_worst_samples_have_a_folder_a_target(int8_bundle: Path, fashion_bundle: Path, tmp_path: Path) -> None:
+def test_worst_samples_have_a_folder_a_target(
+    int8_bundle: Path, fashion_bundle: Path, thousand: Path, tmp_path: Path
+) -> None:
     present = [device.target for device in devices()]
-
-    validate_targets(
-        int8_bundle,
-        TEST,
-        asked(device="all", against=fashion_bundle, samples=20, worst=2, save_worst=tmp_path / "worst"),
-    )
+    folder = tmp_path / "worst"
+    options = asked(device="all", against=fashion_bundle, samples=20, worst=2, save_worst=folder)
+    validate_targets(int8_bundle, thousand, options)
 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["worst"]
-    assert sorted(path.name for path in (tmp_path / "worst").iterdir()) == sorted(present)
+    assert sorted(path.name for path in folder.iterdir()) == sorted(present)
     for target in present:
-        assert len(list((tmp_path / "worst" / target).glob("*.npz"))) == 2
+        assert len(list((folder / target).glob("*.npz"))) == 2
     with pytest.raises(DataError, match="already exists"):
-        validate_targets(int8_bundle, TEST, asked(device="all", samples=3, save_worst=tmp_path / "worst"))
+        validate_targets(int8_bundle, thousand, asked(device="all", samples=3, save_worst=folder))

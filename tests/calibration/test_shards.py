@@ -54,8 +54,10 @@ def in_shards(folder: Path, bundle: Path, data: Path | str, count: int = COUNT, 
 
 
 @pytest.fixture(scope="session")
-def parts(int8_bundle: Path, fashion_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    return in_shards(tmp_path_factory.mktemp("parts"), int8_bundle, TEST, against=fashion_bundle, samples=SAMPLES)
+def parts(
+    int8_bundle: Path, fashion_bundle: Path, thousand: Path, tmp_path_factory: pytest.TempPathFactory
+) -> list[Path]:
+    return in_shards(tmp_path_factory.mktemp("parts"), int8_bundle, thousand, against=fashion_bundle, samples=SAMPLES)
 
 
 def same(one: Validation, other: Validation) -> bool:
@@ -63,9 +65,11 @@ def same(one: Validation, other: Validation) -> bool:
     return msgspec.json.encode(one) == msgspec.json.encode(other)
 
 
-def test_merged_shards_are_one_run(parts: list[Path], int8_bundle: Path, fashion_bundle: Path, tmp_path: Path) -> None:
+def test_merged_shards_are_one_run(
+    parts: list[Path], int8_bundle: Path, fashion_bundle: Path, thousand: Path, tmp_path: Path
+) -> None:
     one, other = (Path(shutil.copytree(int8_bundle, tmp_path / name)) for name in ("one", "other"))
-    whole = validate(one, TEST, asked(against=fashion_bundle, samples=SAMPLES, certify=True, **GATES))
+    whole = validate(one, thousand, asked(against=fashion_bundle, samples=SAMPLES, certify=True, **GATES))
     (merged,) = merge(other, [*reversed(parts), parts[0]], asked(certify=True, **GATES))  # one counts once
 
     assert same(merged, whole)
