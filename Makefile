@@ -42,13 +42,11 @@ suite: install
 
 # Lint, types, and the tests that need neither an export nor an engine, side by side: below 90 seconds on two cores.
 PURE := $(addprefix tests/,runtimes/test_byte_tokenizer.py runtimes/test_audio_files.py runtimes/test_npz.py \
-	runtimes/test_opencv_resize.py runtimes/test_image_files.py runtimes/test_point_files.py runtimes/test_flow.py \
-	runtimes/test_tensorrt_capabilities.py runtimes/test_compare.py runtimes/test_text_tasks.py \
-	runtimes/test_video_task.py runtimes/test_points_task.py runtimes/test_audio_task.py runtimes/test_flow_task.py \
-	calibration/test_statistics.py calibration/test_labels.py calibration/test_fingerprints.py \
-	calibration/test_integers.py exporter/test_config_checks.py exporter/test_haiku_pickle.py \
-	exporter/test_hostile_pickles.py exporter/test_bad_haiku.py exporter/test_attention_pieces.py \
-	exporter/test_preprocessor.py cli/test_run_text.py)
+	runtimes/test_image_files.py runtimes/test_flow.py runtimes/test_tensorrt_builds.py runtimes/test_compare.py \
+	runtimes/test_text_tasks.py runtimes/test_video_task.py runtimes/test_points_task.py runtimes/test_audio_task.py \
+	runtimes/test_flow_task.py calibration/test_statistics.py calibration/test_labels.py calibration/test_integers.py \
+	exporter/test_config_checks.py exporter/test_haiku_pickle.py exporter/test_hostile_pickles.py \
+	exporter/test_bad_haiku.py exporter/test_attention_pieces.py exporter/test_preprocessor.py cli/test_run_text.py)
 check-fast: install
 	$(MAKE) -j2 check pure
 pure: install

@@ -3,15 +3,16 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 from pathlib import Path
 
 import pytest
 
 from perceiver_export.calibration import QuantizeOptions, quantize
-from perceiver_export.exporter import export, load_model
+from perceiver_export.calibration.lowering.tensorrt import lower_bundle
+from perceiver_export.exporter import export
+from tests.calibration.asked import pictures
+from tests.calibration.damaged_scales import rehashed, with_a_scale_times
 from tests.conftest import FASHION, MadeOnce
 
 
@@ -23,27 +24,39 @@ def int4_bundle(fashion_bundle: Path, made_once: MadeOnce) -> Path:
 
 
 @pytest.fixture(scope="session")
+def lowered_bundle(fashion_bundle: Path, made_once: MadeOnce) -> Path:
+    """The same in fp32 with a graph in fp16 for TensorRT."""
+
+    def make(path: Path) -> None:
+        shutil.copytree(fashion_bundle, path)
+        lower_bundle(path, "fp16")
+
+    return made_once("fashion-lowered", make)
+
+
+@pytest.fixture(scope="session")
 def text_bundle(made_once: MadeOnce) -> Path:
     """The trained byte-level language model."""
     return made_once("text", lambda path: export(FASHION.parent / "text_bytes" / "checkpoint", path))
 
 
 @pytest.fixture(scope="session")
-def ruined(made_once: MadeOnce) -> Path:
+def thousand(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every tenth of the demo's test images: to read all of them takes longer than to judge a few."""
+    return pictures(tmp_path_factory.mktemp("images") / "test.npz", slice(0, 10_000, 10))
+
+
+@pytest.fixture(scope="session")
+def ruined(fashion_bundle: Path, made_once: MadeOnce) -> Path:
     """The demo's model with one layer's weights times 40."""
-    loaded = load_model(FASHION / "checkpoint")
-    dict(loaded.model.named_parameters())["encoder.self_attentions.0.0.mlp.output.weight"].data.mul_(40)
-    return made_once("ruined", lambda path: export(loaded, path))
+    group = "encoder.self_attentions.0.0.mlp.output"
+    return made_once("ruined", lambda path: with_a_scale_times(40, group, fashion_bundle, path, ".weight"))
 
 
 @pytest.fixture(scope="session")
 def nan_bundle(fashion_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo's model with NaN for every weight, hashed as if it were meant so."""
     path = Path(shutil.copytree(fashion_bundle, tmp_path_factory.mktemp("nan") / "fashion"))
-    weights, manifest = path / "model.weights", path / "manifest.json"
-    content = b"\xff" * weights.stat().st_size
-    weights.write_bytes(content)
-    described = json.loads(manifest.read_bytes())
-    described["files"]["model.weights"]["sha256"] = hashlib.sha256(content).hexdigest()
-    manifest.write_text(json.dumps(described), encoding="utf-8")
-    return path
+    weights = path / "model.weights"
+    weights.write_bytes(b"\xff" * weights.stat().st_size)
+    return rehashed(path)

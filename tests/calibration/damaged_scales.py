@@ -26,12 +26,12 @@ def rehashed(path: Path) -> Path:
     return path
 
 
-def with_a_scale_times(factor: float, group: str, bundle: Path, path: Path) -> Path:
-    """A copy of a bundle in whose graphs the weight scales of one layer are wrong."""
+def with_a_scale_times(factor: float, group: str, bundle: Path, path: Path, ending: str = ".scales") -> Path:
+    """A copy of a bundle in whose graphs the weight scales of one layer are wrong, or its weights in float."""
     part = open_bundle(shutil.copytree(bundle, path)).part()
     models = {file: ir.load(bundle / file) for file in {part.file, *part.lowered.values()}}
     for model in models.values():
-        (name,) = [name for name in model.graph.initializers if name.startswith(group) and name.endswith(".scales")]
+        (name,) = [name for name in model.graph.initializers if name.startswith(group) and name.endswith(ending)]
         value = model.graph.initializers[name]
         assert value.const_value is not None
         value.const_value = ir.tensor(value.const_value.numpy() * np.float32(factor), name=name)

@@ -1,21 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Minimal graphs for the rules of lint, and what TensorRT for RTX makes of them."""
+"""Minimal graphs for the rules of lint, and what TensorRT for RTX makes of them; graphs on ONNX Runtime's CPU kernels,
+which are a reference for TensorRT's graphs, and not TensorRT.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
+import onnxruntime
 import pytest
 
 from perceiver_export.calibration.lowering.lint import lint
-from perceiver_export.runtimes.engines import tensorrt
-from perceiver_export.runtimes.engines.backend import EngineOptions, Precision, Source
+from perceiver_export.calibration.lowering.tensorrt import emulate
+from perceiver_export.runtimes.engines.backend import Precision
 from perceiver_export.runtimes.errors import BuildError, BundleError
 from tests.calibration.onnx_text import write
-from tests.runtimes.tensorrt_reports import LayerReport, read_report
+from tests.runtimes.tensorrt_reports import LayerReport, compile_rtx
 
+Arrays = Mapping[str, np.ndarray[Any, Any]]
 RNG = np.random.default_rng(0)
 ATTENTION = """(float16[1,8,64,{qk}] q, float16[1,8,{qk},64] k, float16[1,8,64,{v}] v) => (float16[1,8,64,{v}] y)
     {{ s = MatMul(q, k)  p = Softmax<axis = -1>(s)  y = MatMul(p, v) }}"""
@@ -58,14 +64,25 @@ def rules(path: Path, version: str = "11.4", target: str = "tensorrt") -> set[st
 
 def compiled(path: Path, precision: Precision = "fp16") -> LayerReport:
     """What TensorRT for RTX makes of it."""
-    out = path.parent / f"{path.stem}.engine"
-    out.mkdir()
-    options = EngineOptions(precision=precision, flags={"compute_capability": "sm86"})
-    tensorrt.compile(Source("tensorrt-rtx", path, options), out, lambda what, done, total: None)
-    return read_report(out)
+    return compile_rtx(path, path.parent / f"{path.stem}.engine", precision=precision)
 
 
 def refused(path: Path, precision: Precision = "fp16") -> str:
     with pytest.raises((BuildError, BundleError)) as raised:
         compiled(path, precision)
     return raised.value.message
+
+
+def run(model: ir.Model | Path, feeds: Arrays, folder: Path | None = None) -> Arrays:
+    """On ONNX Runtime; a graph in 16 bits is rounded after every node."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    if isinstance(model, Path):
+        session = onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+    else:
+        emulate(model)
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+        content = ir.to_proto(model).SerializeToString()
+        session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    return dict(zip(names, session.run(names, dict(feeds)), strict=True))

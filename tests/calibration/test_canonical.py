@@ -1,10 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The canonical form, what its lowerings leave bit-equal, and who takes it."""
+"""The canonical form, what its lowerings leave bit-equal, and who takes it; and int4 weights on both engines.
+
+OpenVINO's kernels give wrong numbers for some blocks of int4, which must not be written.
+"""
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -12,15 +18,22 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 import pytest
 
+from perceiver_export.calibration import measure_sensitivity, quantize
 from perceiver_export.calibration.graphs import sqnr
 from perceiver_export.calibration.lowering.onnxruntime import lower_for_arm
 from perceiver_export.calibration.quantization.engines import measure_coverage
 from perceiver_export.calibration.quantization.integers import quantize_channels
 from perceiver_export.calibration.quantization.options import QuantizeOptions, Scheme
+from perceiver_export.calibration.quantization.part import QuantizedPart
+from perceiver_export.calibration.quantization.record import read_calibration
+from perceiver_export.runtimes import load, open_bundle
+from perceiver_export.runtimes.engines.backend import Engine
+from perceiver_export.runtimes.errors import GateError
 from perceiver_export.runtimes.opening import open_engine
 from perceiver_export.runtimes.runtime import Array
 from tests.calibration.graphs import BLOCK, FOLDED, GEMM, RELU, build, inputs, quantized, run
 from tests.calibration.onnx_text import write
+from tests.conftest import FASHION
 
 GRAPHS = {"block": BLOCK, "gemm": GEMM, "folded": FOLDED, "relu": RELU}
 PLAIN = """
@@ -29,10 +42,25 @@ plain (float[4, 16] x, float[16, 16] w) => (float[4, 16] y) { y = MatMul (x, w) 
 """
 
 
+Int8 = Callable[[str], tuple[QuantizedPart, Path]]
+
+
+@pytest.fixture(scope="module")
+def int8(tmp_path_factory: pytest.TempPathFactory) -> Int8:
+    """``int8(text)``: a graph quantized once, and the folder of its files."""
+
+    @functools.cache
+    def made(text: str) -> tuple[QuantizedPart, Path]:
+        folder = tmp_path_factory.mktemp("graph")
+        return quantized(text, folder)[0], folder / "int8"
+
+    return made
+
+
 @pytest.mark.parametrize("name", GRAPHS)
-def test_the_form_is_canonical(name: str, tmp_path: Path) -> None:
-    part, _ = quantized(GRAPHS[name], tmp_path)
-    path = tmp_path / "int8" / "model.onnx"
+def test_the_form_is_canonical(name: str, int8: Int8) -> None:
+    part, folder = int8(GRAPHS[name])
+    path = folder / "model.onnx"
     onnx.checker.check_model(path, full_check=True)
     graph = ir.load(path).graph
     products = {linear.node.name for linear in part.integer_linears}
@@ -70,14 +98,14 @@ def test_a_product_that_is_an_output_keeps_its_rank(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("lowering", ["model.ort-cpu.onnx", "model.ort-cpu-arm64.onnx"])
 @pytest.mark.parametrize("name", GRAPHS)
-def test_integer_codes_are_bit_equal_after_lowering(name: str, lowering: str, tmp_path: Path) -> None:
-    part, _ = quantized(GRAPHS[name], tmp_path)
+def test_integer_codes_are_bit_equal_after_lowering(name: str, lowering: str, int8: Int8) -> None:
+    part, folder = int8(GRAPHS[name])
     (feeds,) = inputs(build(GRAPHS[name]), 1, seed=5)
     codes = {}
     for file in ("model.onnx", lowering):
-        model = ir.load(tmp_path / "int8" / file)
+        model = ir.load(folder / file)
         expose_codes(model)
-        codes[file] = run(model, tmp_path / "int8", feeds, optimize=False)
+        codes[file] = run(model, folder, feeds, optimize=False)
     offset = 128 if lowering == "model.ort-cpu.onnx" else 0
 
     assert len(codes[lowering]) == len(codes["model.onnx"]) > 2
@@ -129,34 +157,31 @@ def initializer(model: ir.Model, name: str) -> Array:
 
 
 @pytest.mark.parametrize("text", [*GRAPHS.values(), PLAIN], ids=[*GRAPHS, "plain"])
-def test_every_linear_runs_in_integer_kernels_on_onnxruntime(text: str, tmp_path: Path) -> None:
-    part, _ = quantized(text, tmp_path)
+def test_every_linear_runs_in_integer_kernels_on_onnxruntime(text: str, int8: Int8) -> None:
+    part, folder = int8(text)
     (feeds,) = inputs(build(text), 1)
-    found = measure_coverage("ort-cpu", tmp_path / "int8" / "model.ort-cpu.onnx", part.integer_linears, feeds)
+    found = measure_coverage("ort-cpu", folder / "model.ort-cpu.onnx", part.integer_linears, feeds)
 
     assert found.share == 1.0
     assert {layer.kernel for layer in found.layers} <= {"MatMulIntegerToFloat", "QLinearMatMul"}
 
 
-def test_coverage_says_what_stays_float_without_lowering(tmp_path: Path) -> None:
+def test_coverage_says_what_stays_float_without_lowering(int8: Int8) -> None:
     """The trap that lowering is for: onnxruntime runs the canonical form in float, and says nothing."""
-    part, _ = quantized(BLOCK, tmp_path)
+    part, folder = int8(BLOCK)
     (feeds,) = inputs(build(BLOCK), 1)
-    found = measure_coverage("ort-cpu", tmp_path / "int8" / "model.onnx", part.integer_linears, feeds)
+    found = measure_coverage("ort-cpu", folder / "model.onnx", part.integer_linears, feeds)
 
     assert found.share < 0.5
     assert {layer.group for layer in found.layers if not layer.integer} >= {"w1", "w2"}
 
 
 @pytest.mark.parametrize("name", ["block", "folded", "relu"])
-def test_openvino_takes_the_canonical_form_as_it_is(name: str, tmp_path: Path) -> None:
-    part, path = quantized(GRAPHS[name], tmp_path)
-    model = build(GRAPHS[name])
-    feeds = inputs(model, 1, seed=5)[0]
-    found = measure_coverage("openvino-cpu", tmp_path / "int8" / "model.onnx", part.integer_linears, feeds)
+def test_openvino_takes_the_canonical_form_as_it_is(name: str, int8: Int8) -> None:
+    part, folder = int8(GRAPHS[name])
+    (feeds,) = inputs(build(GRAPHS[name]), 1, seed=5)
 
-    assert found.share == 1.0
-    assert run(model, path.parent, feeds)["y"].shape == feeds["x"].shape
+    assert measure_coverage("openvino-cpu", folder / "model.onnx", part.integer_linears, feeds).share == 1.0
 
 
 @pytest.mark.parametrize(("scheme", "quantizes"), [("int8", 6), ("int8-weights", 0), ("int4-weights", 0)])
@@ -172,8 +197,8 @@ def test_tensorrts_parser_takes_the_canonical_form(scheme: Scheme, quantizes: in
     assert kinds["LayerType.QUANTIZE"] == quantizes
 
 
-def test_runs_of_one_weight_have_their_own_bias_and_range(tmp_path: Path) -> None:
-    part, path = quantized(BLOCK, tmp_path)
+def test_runs_of_one_weight_have_their_own_bias_and_range(int8: Int8) -> None:
+    part, _ = int8(BLOCK)
     graph = part.models["model.onnx"].graph
     adds = {linear.name: linear for linear in part.integer_linears if linear.group == "w1"}
     biases = [linear.bias for linear in adds.values()]
@@ -181,7 +206,6 @@ def test_runs_of_one_weight_have_their_own_bias_and_range(tmp_path: Path) -> Non
     assert len({id(bias) for bias in biases}) == 2
     assert len({one.scale for one in part.record.ranges if one.name in ("n1", "n2")}) == 2
     assert sum(node.op_type == "MatMul" for node in graph) == 9
-    assert path.is_file()
 
 
 @pytest.mark.parametrize("scheme", ["int8-weights", "int4-weights"])
@@ -209,3 +233,73 @@ def test_layers_may_have_schemes_of_their_own(tmp_path: Path) -> None:
     }
     assert part.kept_float == {"wo": "requested"}
     assert part.integer_linears == ()
+
+
+# Depths of the papers' models, and others of which blocks of 29, 23, 46, 34 and 33 were wrong.
+DEPTHS = (128, 261, 322, 58, 46, 170, 66, 40)
+
+
+@pytest.mark.parametrize("rows", [1, 6])
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_both_engines_read_the_same_weights(depth: int, rows: int, tmp_path: Path) -> None:
+    text = f"""
+    <ir_version: 10, opset_import: ["" : 20]>
+    one (float[1, {rows}, {depth}] x, float[{depth}, 32] w, float[32] b) => (float[1, {rows}, 32] y) {{
+      p = MatMul (x, w)  y = Add (p, b)
+    }}
+    """
+    part, _ = quantized(text, tmp_path, QuantizeOptions("int4-weights"))
+    (feeds,) = inputs(build(text), 1, seed=5)
+    here, there = (
+        open_engine(tmp_path / "int8" / "model.onnx", target, None).run(feeds)["y"]
+        for target in ("ort-cpu", "openvino-cpu")
+    )
+
+    assert sqnr(here, there) > 30  # engines round activations in some kernels; a wrong block leaves less than 20
+    assert part.record.linears[0].scheme == ("int4-weights" if depth in (128, 66, 40) else "int8-weights")
+
+
+def test_the_trained_model_runs_on_both_engines(fashion_bundle: Path, int4_bundle: Path) -> None:
+    calibration = read_calibration(open_bundle(int4_bundle))
+    picture = np.random.default_rng(0).normal(size=(1, 3, 28, 28)).astype(np.float32)
+    logits = []
+    for target in ("ort-cpu", "openvino-cpu"):
+        with load(int4_bundle, device=target) as runtime:
+            logits.append(runtime.run({"image": picture})["logits"])
+
+    assert sqnr(*logits) > 20
+    assert calibration is not None
+    assert calibration.how == "int4-weights; of 28 layers 2 int8-weights"  # no ranges, and no bits of integer products
+    schemes = [one.scheme for one in calibration.parts["model"].linears]
+    assert set(schemes) == {"int4-weights", "int8-weights"}
+    assert schemes.count("int8-weights") == 2  # 261 channels, and the few of a pixel
+
+    ranking = measure_sensitivity(
+        fashion_bundle, FASHION / "held_out.npz", QuantizeOptions(samples=2, scheme="int4-weights")
+    )
+    assert {one.group: one.scheme for one in ranking} == {
+        one.group: one.scheme for one in calibration.parts["model"].linears
+    }
+
+
+def test_nan_on_an_engine_is_never_published(
+    fashion_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """OpenVINO 2026.4 gives it for int4 blocks of 29, but not in every process: here it is put where one would be."""
+
+    def spoiled(path: Path, target: str, *options: Any) -> Engine:
+        engine = open_engine(path, target, *options)
+        if target == "openvino-cpu":
+            run = engine.run
+            engine.run = lambda feeds, out=None: {name: values + np.nan for name, values in run(feeds, out).items()}  # type: ignore[method-assign]
+        return engine
+
+    monkeypatch.setattr("perceiver_export.calibration.quantization.engines.open_engine", spoiled)
+    with pytest.raises(GateError, match="'logits' holds NaN or infinite values on openvino-cpu"):
+        quantize(
+            fashion_bundle,
+            FASHION / "held_out.npz",
+            tmp_path / "out",
+            QuantizeOptions(scheme="int4-weights", samples=8),
+        )
+    assert not list(tmp_path.iterdir())

@@ -14,8 +14,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from perceiver_export.calibration import Validation, bundles
-from perceiver_export.calibration.lowering.tensorrt import lower_bundle
+from perceiver_export.calibration import Validation
 from perceiver_export.calibration.quantization.record import read_calibration
 from perceiver_export.calibration.report.tables import Report
 from perceiver_export.calibration.validation.certify import certify
@@ -25,18 +24,12 @@ from perceiver_export.runtimes import build, certificates, files, load, open_bun
 from perceiver_export.runtimes.bundle import change_report
 from perceiver_export.runtimes.engines.backend import EngineOptions, Platform, Precision, find_target
 from perceiver_export.runtimes.engines.cache import graphs_of, identify, make_source, mismatches
-from perceiver_export.runtimes.errors import (
-    DataError,
-    ExportError,
-    GateError,
-    UndecidedError,
-    UsageError,
-    VacuousGateError,
-)
+from perceiver_export.runtimes.errors import DataError, ExportError, UndecidedError, UsageError, VacuousGateError
 from perceiver_export.runtimes.figures import platform_of
 from perceiver_export.runtimes.machine import cpu_name
 from perceiver_export.runtimes.presence import precision_advice
 from tests.calibration.asked import judged, pictures
+from tests.calibration.damaged_scales import rehashed
 from tests.conftest import FASHION
 from tests.runtimes.targets import latencies
 
@@ -170,12 +163,10 @@ def test_a_certificate_of_a_split_bundle_needs_its_precision_in_every_part(
 
 def test_where_the_certified_target_is_not_here_auto_takes_another(bundle: Path, on: dict[str, Validation]) -> None:
     (made,) = certify(bundle, [on["ort-cpu"]])
-    manifest, calibration = bundle / "manifest.json", bundle / "calibration.json"
+    calibration = bundle / "calibration.json"
     pairs = ('"target": "ort-cpu",\n      "engine"', '"target": "openvino-npu",\n      "engine"')
     calibration.write_text(calibration.read_text("utf-8").replace(*pairs), "utf-8")
-    content = json.loads(manifest.read_bytes())
-    content["files"][calibration.name] = msgspec.to_builtins(bundles.file_entry(calibration))
-    manifest.write_text(json.dumps(content), "utf-8")
+    rehashed(bundle)
 
     assert described(bundle) == ("ort-cpu", ())
     inspected = inspect_bundle(bundle)
@@ -315,15 +306,14 @@ def test_another_bundle_than_was_validated_gets_no_certificate(
 
 
 def test_graphs_are_those_that_a_target_runs(
-    bundle: Path, copied_bundle: Path, on: dict[str, Validation], monkeypatch: pytest.MonkeyPatch
+    bundle: Path, lowered_bundle: Path, on: dict[str, Validation], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     results = list(on.values())
     part = open_bundle(bundle).manifest.parts["model"]
     for result, file in zip(results, (part.lowered["ort-cpu"], part.file), strict=True):
         assert result.candidate["graphs"].keys() == {file, "model.weights"}
 
-    lower_bundle(copied_bundle, "fp16")
-    lowered = open_bundle(copied_bundle)
+    lowered = open_bundle(lowered_bundle)
     graphs = graphs_of(lowered.manifest, "tensorrt", "fp16")
     assert "model.tensorrt-fp16.onnx" in graphs
     assert "model.onnx" not in graphs
@@ -341,10 +331,9 @@ def test_graphs_are_those_that_a_target_runs(
     assert msgspec.structs.replace(on_gpu, device="").place.strip()
 
 
-def test_an_engine_of_a_lowered_graph_is_one_of_this_bundle(copied_bundle: Path) -> None:
+def test_an_engine_of_a_lowered_graph_is_one_of_this_bundle(lowered_bundle: Path) -> None:
     """`load` without a precision takes what was built last, whose graph may not be the one of fp32."""
-    lower_bundle(copied_bundle, "fp16")
-    opened, backend = open_bundle(copied_bundle), find_target("tensorrt").backend()
+    opened, backend = open_bundle(lowered_bundle), find_target("tensorrt").backend()
     part, platform = opened.part(), Platform("tensorrt", "10.3.0", "NVIDIA Orin (sm_87)")
     built, asked = (
         identify(opened, "model", make_source(opened, part, "tensorrt", EngineOptions(precision=precision)), platform)
@@ -383,11 +372,6 @@ def test_without_evidence_there_is_no_certificate(
     with pytest.raises(error, match=said):
         certify(bundle, [judged(bundle, path, against=fashion_bundle, **gates)])
     assert content == {file.name: file.read_bytes() for file in bundle.iterdir()}
-
-
-def test_a_ruined_model_gets_no_certificate(ruined: Path, fashion_bundle: Path, fresh: Path) -> None:
-    with pytest.raises(GateError, match=r"^FAIL"):
-        certify(ruined, [judged(ruined, fresh, against=fashion_bundle, samples=60, max_drop=1)])
 
 
 def test_samples_that_were_calibrated_on_are_found(bundle: Path, fashion_bundle: Path, tmp_path: Path) -> None:

@@ -22,13 +22,13 @@ pytestmark = pytest.mark.usefixtures("one_process_in_module")
 
 
 def test_nan_outputs_are_written_where_machines_and_people_read(
-    nan_bundle: Path, fashion_bundle: Path, tmp_path: Path
+    nan_bundle: Path, fashion_bundle: Path, thousand: Path, tmp_path: Path
 ) -> None:
     gates, report = tmp_path / "gates.xml", tmp_path / "report.md"
     options = ["--samples", "20", "--min-agreement", "50", "--certify", "--json"]
     files: list[str | Path] = ["--against", fashion_bundle, "--junit", gates, "--report", report]
 
-    done = perceiver_export("validate", nan_bundle, "--data", TEST, *files, *options)
+    done = perceiver_export("validate", nan_bundle, "--data", thousand, *files, *options)
 
     assert done.returncode == 1
     message = unwrapped(done.stderr).splitlines()[0].removeprefix("error: ")
@@ -59,18 +59,18 @@ def test_what_may_not_be_certified_is_reported_all_the_same(
     assert "all samples have one label" in report.read_text(encoding="utf-8")
 
 
-def test_a_reference_that_gives_nan_fails_too_and_is_never_held(fashion_bundle: Path) -> None:
+def test_a_reference_that_gives_nan_fails_too_and_is_never_held(fashion_bundle: Path, thousand: Path) -> None:
     def broken(feeds: Any) -> Any:
         return {"logits": np.full((len(feeds["image"]), 10), np.nan, np.float32)}
 
-    result = judged(fashion_bundle, TEST, against=broken, samples=100, min_agreement=90, keep_failures=True)
+    result = judged(fashion_bundle, thousand, against=broken, samples=100, min_agreement=90, keep_failures=True)
 
     assert (result.held, result.samples) == (False, 0)
     with pytest.raises(BrokenReferenceError, match=r"the reference \(the reference on a function\) gives NaN"):
         result.require()
     assert b"the reference on a function) gives NaN" in junit([result])
     with pytest.raises(BrokenReferenceError):
-        judged(fashion_bundle, TEST, against=broken, samples=5)
+        judged(fashion_bundle, thousand, against=broken, samples=5)
 
 
 def test_an_error_in_the_middle_leaves_no_file(fashion_bundle: Path, tmp_path: Path) -> None:
@@ -87,9 +87,11 @@ def test_an_error_in_the_middle_leaves_no_file(fashion_bundle: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("outputs", [{"scores": np.zeros((3, 10))}, {"logits": np.zeros((3, 1))}])
-def test_a_reference_that_gives_something_else_is_refused(outputs: dict[str, Array], fashion_bundle: Path) -> None:
+def test_a_reference_that_gives_something_else_is_refused(
+    outputs: dict[str, Array], fashion_bundle: Path, thousand: Path
+) -> None:
     with pytest.raises(UsageError, match=r"the reference gives {'(scores|logits)'.*, the candidate {'logits'"):
-        judged(fashion_bundle, TEST, against=lambda feeds: outputs, samples=3)
+        judged(fashion_bundle, thousand, against=lambda feeds: outputs, samples=3)
 
 
 def test_a_metric_of_ones_own_needs_no_labels_unless_it_reads_them(
@@ -107,3 +109,18 @@ def test_a_metric_of_ones_own_needs_no_labels_unless_it_reads_them(
     assert [metric.name for metric in own.metrics] == ["odd_targets:mean"]
     with pytest.raises(UsageError, match="odd_targets:later failed: KeyError"):
         judged(fashion_bundle, tmp_path / "data.npz", metric="odd_targets:later")
+
+
+def test_a_script_that_ends_the_program_ends_no_command(
+    fashion_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`validate` ended with 0, as if its gates held."""
+    (tmp_path / "script.py").write_text("import sys\ndef samples(): yield {}\nsys.exit(0)\n")
+    (tmp_path / "metric.py").write_text("import sys\ndef leaves(outputs, targets): sys.exit(0)\n")
+    monkeypatch.chdir(tmp_path)
+    command: list[str | Path] = ["validate", fashion_bundle, "--against", fashion_bundle, "--samples", "2"]
+
+    said = fail(*command, "--data", "script:samples", "--max-drop", "1")
+    assert "script:samples cannot be imported: SystemExit(0)" in said
+    own = ["--metric", "metric:leaves", "--max-metric-change", "1"]
+    assert "metric:leaves failed: SystemExit: 0" in fail(*command, "--data", TEST, *own)

@@ -24,7 +24,7 @@ from perceiver_export.calibration.lowering.lint import (
     PART_INT8,
     SINCE,
 )
-from perceiver_export.calibration.lowering.tensorrt import lower_bundle, lower_for_tensorrt
+from perceiver_export.calibration.lowering.tensorrt import lower_for_tensorrt
 from perceiver_export.exporter.cli.engines import show_lint
 from perceiver_export.runtimes.engines.tensorrt import import_library
 from perceiver_export.runtimes.engines.tensorrt_build import make_logger
@@ -228,10 +228,9 @@ def test_a_node_without_its_inputs_is_refused(operator: str, inputs: list[str], 
         lint(path)
 
 
-def test_graphs_are_judged_without_their_weights(tmp_path: Path, copied_bundle: Path) -> None:
-    lower_bundle(copied_bundle, "fp16")
+def test_graphs_are_judged_without_their_weights(tmp_path: Path, lowered_bundle: Path) -> None:
     for name in ("model.onnx", "model.tensorrt-fp16.onnx"):
-        (tmp_path / name).write_bytes((copied_bundle / name).read_bytes())
+        (tmp_path / name).write_bytes((lowered_bundle / name).read_bytes())
     ir.save(ir.load(int8_linear(tmp_path / "l.onnx", zero=3)), tmp_path / "zero.onnx", external_data="zero.weights")
     (tmp_path / "zero.weights").unlink(missing_ok=True)
 

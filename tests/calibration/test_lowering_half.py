@@ -15,9 +15,8 @@ from perceiver_export.calibration.graphs import dims, sqnr
 from perceiver_export.calibration.lowering.half import DTYPES, Half, to_half
 from perceiver_export.calibration.lowering.schemas import check_types
 from perceiver_export.runtimes.errors import UnsupportedModelError
-from tests.calibration.lint_cases import compiled, rules, scalar
+from tests.calibration.lint_cases import compiled, rules, run, scalar
 from tests.calibration.onnx_text import write
-from tests.calibration.reference_runs import run
 
 FLOAT = np.float32
 INTEGERS = np.random.default_rng(0).integers(-127, 127, (128, 128)).astype(np.int8)

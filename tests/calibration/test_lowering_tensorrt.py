@@ -27,9 +27,8 @@ from perceiver_export.runtimes import load, open_bundle
 from perceiver_export.runtimes.bundle import Bundle, golden_arrays
 from perceiver_export.runtimes.errors import BundleError, GateError, UnsupportedModelError
 from tests.calibration.damaged_scales import rehashed
-from tests.calibration.lint_cases import compiled
+from tests.calibration.lint_cases import compiled, run
 from tests.calibration.onnx_text import write
-from tests.calibration.reference_runs import run
 from tests.conftest import FASHION, SmallBundle
 from tests.preset_graphs import quantized
 
@@ -74,6 +73,7 @@ def scaled_inside(bundle: Bundle, factor: float) -> ir.Model:
 
 
 def test_a_trained_model_keeps_more_than_50_db_in_fp16(copied_bundle: Path) -> None:
+    before = {path.name for path in copied_bundle.iterdir()}
     strong = lower_bundle(copied_bundle, "fp16")
 
     assert strong.name == "tensorrt-fp16"
@@ -85,6 +85,8 @@ def test_a_trained_model_keeps_more_than_50_db_in_fp16(copied_bundle: Path) -> N
     names = {name.split("/")[0] for name in strong.kept["model"]} - {"features.image"}
     assert names == {"encoder.cross_attentions.0.attention", "encoder.cross_attentions.0.input_norm", "inputs.image"}
     assert not any("MatMul_2" in name for name in strong.kept["model"])  # what reads the inputs
+    assert {path.name for path in copied_bundle.iterdir()} - before == set(strong.files)
+    assert set(strong.files) == {"model.tensorrt-fp16.onnx", "tensorrt-fp16.weights"}
 
 
 def test_a_plain_graph_keeps_queries_and_keys_of_large_scores(plain_fashion_bundle: Path) -> None:
@@ -101,31 +103,24 @@ def test_a_plain_graph_keeps_queries_and_keys_of_large_scores(plain_fashion_bund
     }
 
 
-def test_a_bundle_with_more_graphs_is_whole_and_shares_weights(copied_bundle: Path) -> None:
-    before = {path.name for path in copied_bundle.iterdir()}
-    lower_bundle(copied_bundle, "fp16")
-    added = {path.name for path in copied_bundle.iterdir()} - before
-
-    assert added == {"model.tensorrt-fp16.onnx", "tensorrt-fp16.weights"}
-    bundle = open_bundle(copied_bundle, verify="always")
+def test_a_bundle_with_more_graphs_is_whole_and_shares_weights(lowered_bundle: Path) -> None:
+    bundle = open_bundle(lowered_bundle, verify="always")
     assert bundle.manifest.parts["model"].lowered.keys() == {"tensorrt-fp16"}
-    sizes = {name: (copied_bundle / name).stat().st_size for name in ("model.weights", "tensorrt-fp16.weights")}
+    sizes = {name: (lowered_bundle / name).stat().st_size for name in ("model.weights", "tensorrt-fp16.weights")}
     assert 0.4 < sizes["tensorrt-fp16.weights"] / sizes["model.weights"] < 0.6
     for version in ("10.3", "10.13", "10.16", "11.4"):
-        (found,) = lint(copied_bundle, "tensorrt", version)
+        (found,) = lint(lowered_bundle, "tensorrt", version)
         assert not found.findings
-    with load(copied_bundle, "ort-cpu") as runtime:  # the canonical graph is as it was
-        golden = golden_arrays(bundle, "model", "input")
-        with np.load(copied_bundle / "golden.npz") as arrays:
-            np.testing.assert_allclose(runtime.run(golden)["logits"], arrays["output/logits"], atol=1e-4)
+    with load(lowered_bundle, "ort-cpu") as runtime:  # the canonical graph is as it was
+        found_logits = runtime.run(golden_arrays(bundle, "model", "input"))["logits"]
+    np.testing.assert_allclose(found_logits, golden_arrays(bundle, "model", "output")["logits"], atol=1e-4)
 
 
-def test_lowering_again_replaces_and_other_precisions_stand_beside(copied_bundle: Path) -> None:
-    lower_bundle(copied_bundle, "fp16")
-    first = open_bundle(copied_bundle).manifest
-    lower_bundle(copied_bundle, "fp16")
-    half = lower_bundle(copied_bundle, "bf16")
-    last = open_bundle(copied_bundle, verify="always").manifest
+def test_lowering_again_replaces_and_other_precisions_stand_beside(lowered_bundle: Path, tmp_path: Path) -> None:
+    bundle = shutil.copytree(lowered_bundle, tmp_path / "bundle")
+    lower_bundle(bundle, "fp16")
+    half = lower_bundle(bundle, "bf16")
+    first, last = open_bundle(lowered_bundle).manifest, open_bundle(bundle, verify="always").manifest
 
     assert 40 < min(half.sqnr.values()) < 55  # 8 bits where fp16 has 11
     assert last.parts["model"].lowered.keys() == {"tensorrt-fp16", "tensorrt-bf16"}

@@ -108,6 +108,7 @@ def test_places_that_cannot_be_written_are_refused_before_the_work(copied_bundle
             check_certifiable(copied_bundle)
 
 
+@pytest.mark.usefixtures("untimed")
 def test_weights_of_lowered_graphs_stay_behind_and_the_manifest_of_another_program_is_no_bundle(
     small_bundle: SmallBundle, tmp_path: Path
 ) -> None:

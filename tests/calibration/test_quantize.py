@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bundle in, int8 bundle out: on the trained Fashion-MNIST model and real pictures."""
+"""Bundle in, int8 bundle out, on the trained Fashion-MNIST model and real pictures; what `quantize` refuses before
+anything is written, and what is left of a run that is interrupted.
+"""
 
 from __future__ import annotations
 
+import errno
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -14,16 +18,26 @@ from perceiver_export.calibration import QuantizeOptions, measure_sensitivity, q
 from perceiver_export.calibration.graphs import sqnr
 from perceiver_export.calibration.lowering.onnxruntime import LOWERINGS
 from perceiver_export.calibration.quantization.record import Calibration, read_calibration
+from perceiver_export.calibration.quantization.statistics import Observer
 from perceiver_export.calibration.validation.results import Validation
-from perceiver_export.runtimes import Bundle, load, open_bundle, open_task
+from perceiver_export.runtimes import Bundle, files, load, open_bundle, open_task
 from perceiver_export.runtimes.engines import openvino
 from perceiver_export.runtimes.engines.backend import EngineOptions, Precision
 from perceiver_export.runtimes.engines.cache import make_source
-from perceiver_export.runtimes.errors import DataError, DeviceError, GateError
+from perceiver_export.runtimes.errors import (
+    BundleError,
+    BundleExistsError,
+    DataError,
+    DeviceError,
+    ExportError,
+    GateError,
+    UsageError,
+)
 from perceiver_export.runtimes.opening import open_engine
 from perceiver_export.runtimes.runtime import Array
 from tests.calibration.asked import asked, quantizing, some
-from tests.conftest import FASHION
+from tests.calibration.graphs import build, save
+from tests.conftest import FASHION, SmallBundle
 
 HELD_OUT = FASHION / "held_out.npz"
 
@@ -121,6 +135,7 @@ def test_it_says_what_it_is_and_what_it_was_calibrated_on(int8: Bundle, calibrat
     assert calibration.effects[0].sqnr > 24
 
 
+@pytest.mark.usefixtures("untimed")
 def test_validate_gates_hold_before_anything_is_written(
     plain_fashion_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -176,12 +191,14 @@ def test_sensitivity_puts_the_worst_layer_first(plain_fashion_bundle: Path) -> N
 
 
 @pytest.mark.usefixtures("untimed")
-def test_three_samples_one_class_and_random_data_are_told(fashion_bundle: Path, tmp_path: Path) -> None:
+def test_three_samples_one_class_and_random_data_are_told(
+    fashion_bundle: Path, small_bundle: SmallBundle, tmp_path: Path
+) -> None:
     with np.load(HELD_OUT) as archive:
         shirts = archive["image"][archive["labels"] == 6][:3]
         np.savez(tmp_path / "shirts.npz", image=shirts, labels=np.full(3, 6))
     few = quantize(fashion_bundle, tmp_path / "shirts.npz", tmp_path / "few")
-    random = quantize(fashion_bundle, "random", tmp_path / "random", QuantizeOptions(samples=4))
+    random = quantize(small_bundle("points"), "random", tmp_path / "random", QuantizeOptions(samples=4))
 
     assert any(note.startswith("only 3 calibration samples") for note in few.manifest.notes)
     assert any("same label, 'Shirt'" in note for note in few.manifest.notes)
@@ -209,15 +226,15 @@ def test_a_cpu_without_vnni_gets_seven_bits_or_a_refusal(
 
 
 @pytest.mark.usefixtures("untimed")
-def test_a_generator_is_read_once_and_may_be_short(fashion_bundle: Path, tmp_path: Path) -> None:
+def test_a_generator_is_read_once_and_may_be_short(small_bundle: SmallBundle, tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
-    samples = ({"image": generator.normal(size=(3, 28, 28)).astype(np.float32)} for _ in range(5))
-    calibration = read_calibration(quantize(fashion_bundle, samples, tmp_path / "out"))
+    samples = ({"points": generator.normal(size=(20, 3)).astype(np.float32)} for _ in range(5))
+    calibration = read_calibration(quantize(small_bundle("points"), samples, tmp_path / "out"))
 
     assert calibration is not None
     assert calibration.data.samples == 5
     with pytest.raises(DataError, match="no samples"):
-        quantize(fashion_bundle, samples, tmp_path / "again")
+        quantize(small_bundle("points"), samples, tmp_path / "again")
 
 
 @pytest.mark.usefixtures("untimed")
@@ -227,3 +244,102 @@ def test_the_same_data_gives_the_same_bytes(int8_bundle: Path, fashion_bundle: P
     assert len(graphs) >= 2
     for name in graphs:
         assert (again / name).read_bytes() == (int8_bundle / name).read_bytes(), name
+
+
+@pytest.mark.parametrize(
+    ("options", "datum"),
+    [
+        ({"scheme": "int2"}, "'int2'"),
+        ({"scheme": "float"}, "'float'"),
+        ({"method": "entropy"}, "'entropy'"),
+        ({"samples": 0}, "samples is 0"),
+        ({"threads": 0}, "threads is 0"),
+        ({"weight_bits": 5}, "weight_bits is 5"),
+        ({"min_coverage": 120.0}, "min-coverage is 120"),
+        ({"min_coverage": 0.97}, "97?"),
+        ({"precision": {"*": "int3"}}, "'int3'"),
+        ({"keep_float": "decoder.*"}, "'decoder.*'"),
+    ],
+)
+def test_options_that_make_no_sense_cannot_be_made(options: dict[str, Any], datum: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        QuantizeOptions(**options)
+    assert datum in str(caught.value)
+
+
+NAN = [{"image": np.full((3, 28, 28), np.nan, np.float32)}]
+
+
+@pytest.mark.parametrize(
+    ("options", "data", "error", "datum"),
+    [
+        ({"keep_float": ["nonsense"]}, HELD_OUT, UsageError, "'nonsense'"),
+        ({"keep_float": ["*"]}, HELD_OUT, UsageError, "all layers stay float"),
+        ({"precision": {"*": "float"}}, HELD_OUT, UsageError, "all layers stay float"),
+        ({"max_drop": 1.0}, [{}], UsageError, "data that can be read twice"),
+        ({"max_drop": 1.0}, "random", UsageError, "random numbers"),
+        ({"metric": "kl"}, HELD_OUT, UsageError, "--metric has no effect without --max-metric-change"),
+        ({"metric": "nonsense", "max_metric_change": 0.1}, HELD_OUT, UsageError, "no metric 'nonsense'"),
+        ({}, "nowhere.npz", DataError, "nowhere.npz"),
+        ({}, [], DataError, "no samples"),
+        ({}, NAN, DataError, "the data[0]: 'image' contains NaN"),  # what else DATA may not be is in test_data
+    ],
+)
+def test_options_and_data_that_do_not_fit_the_bundle_are_refused(
+    options: dict[str, Any], data: Any, error: type[Exception], datum: str, fashion_bundle: Path, tmp_path: Path
+) -> None:
+    ran: list[str] = []
+    with pytest.raises(error) as caught:
+        quantize(
+            fashion_bundle, data, tmp_path / "out", quantizing(**options), progress=lambda what, *_: ran.append(what)
+        )
+    assert datum in str(caught.value)
+    assert ran == [] or error is DataError
+    assert not (tmp_path / "out").exists()
+
+
+def test_bundles_that_cannot_be_quantized_are_refused(int8_bundle: Path, fashion_bundle: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="already quantized"):
+        quantize(int8_bundle, HELD_OUT, tmp_path / "twice")
+    with pytest.raises(BundleExistsError):
+        quantize(fashion_bundle, HELD_OUT, int8_bundle)
+    with pytest.raises(BundleError, match="nothing"):
+        quantize(tmp_path / "nothing", HELD_OUT, tmp_path / "out")
+    shutil.copytree(int8_bundle, tmp_path / "damaged")
+    (tmp_path / "damaged" / "calibration.json").write_text("{}")
+    with pytest.raises(BundleError, match=r"calibration\.json"):
+        read_calibration(Bundle(tmp_path / "damaged", open_bundle(int8_bundle).manifest))
+
+
+@pytest.mark.usefixtures("untimed")
+@pytest.mark.parametrize(
+    ("place", "name", "raised", "expected"),
+    [
+        (Observer, "run", KeyboardInterrupt(), KeyboardInterrupt),
+        (files, "sync", OSError(errno.ENOSPC, "No space left on device"), ExportError),
+    ],
+)
+def test_an_interrupted_run_and_a_full_disk_leave_nothing(
+    place: object, name: str, raised: BaseException, expected: type[BaseException], fashion_bundle: Path, tmp_path: Path
+) -> None:
+    with mock.patch.object(place, name, side_effect=raised), pytest.raises(expected):
+        quantize(fashion_bundle, HELD_OUT, tmp_path / "out", QuantizeOptions(samples=4))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("row", [0, 3, 5])
+def test_nan_in_one_row_of_a_tensor_is_found(row: int, tmp_path: Path) -> None:
+    """onnxruntime's reductions pass over a NaN that is not in the first row, so bounds alone do not show it."""
+    text = """
+    <ir_version: 10, opset_import: ["" : 20]>
+    one (float[1, 6, 16] x, float[16, 16] w) => (float[1, 6, 16] y) { l = Log (x)  y = MatMul (l, w) }
+    """
+    model = build(text)
+    observer = Observer(save(model, tmp_path), 1)
+    rows = np.ones((1, 6, 16), np.float32)
+    rows[0, row, 2] = -1.0
+
+    observer.run({"x": np.ones_like(rows)})
+    with pytest.raises(DataError, match="NaN or infinity in y"):
+        observer.run({"x": rows})
+    assert np.isfinite(observer.statistics.activations["l"].largest).all()

@@ -28,6 +28,10 @@ from tests.calibration.linear_bundles import CASES, SAMPLES, Arrays, Case, Weigh
 GENERATOR = np.random.default_rng(0)
 
 
+def good(weights: Weights) -> Weights:
+    return weights
+
+
 def near(weights: Weights) -> Weights:
     return {name: array + np.float32(0.02) * array.std() * noise(array) for name, array in weights.items()}
 
@@ -60,14 +64,17 @@ class Runs:
 
     def __init__(self, case: Case, folder: Path) -> None:
         self.case, self.folder, self.inputs = case, folder, case.feeds()
-        self.good = self.outputs(lambda weights: weights, "good")
+        self._found: dict[Change, Arrays] = {}
+        self.good = self.outputs(good)
         self.targets = case.targets(self.inputs, self.good, np.random.default_rng(4))
         self.manifest = read_manifest(folder / "good")
 
-    def outputs(self, change: Change, name: str) -> Arrays:
-        path = self.case.write(self.folder / name, change(self.case.weights()))
-        with load(path, device="ort-cpu") as runtime:
-            return dict(runtime.run(self.inputs))
+    def outputs(self, change: Change) -> Arrays:
+        if change not in self._found:
+            path = self.case.write(self.folder / change.__name__, change(self.case.weights()))
+            with load(path, device="ort-cpu") as runtime:
+                self._found[change] = dict(runtime.run(self.inputs))
+        return self._found[change]
 
     def scores(self, candidate: Arrays, reference: Arrays, targets: Arrays, own: Own | None = None) -> Scores:
         judges = (*([] if own is None else [own]), *families(self.manifest))
@@ -91,12 +98,14 @@ class Runs:
         return found + ([Gates(min_agreement=80)] if "agreement" in scores.measured else [])
 
 
-@pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
-def test_a_ruined_candidate_passes_no_gate(case: Case, tmp_path: Path) -> None:
-    runs = Runs(case, tmp_path)
-    near_by = runs.outputs(near, "near")
-    ruined = {change.__name__: runs.outputs(change, change.__name__) for change in (negated, constant, shuffled)}
-    passed = runs.scores(near_by, runs.good, runs.targets)
+@pytest.fixture(scope="module", params=CASES, ids=[case.name for case in CASES])
+def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(request.param, tmp_path_factory.mktemp("runs"))
+
+
+def test_a_ruined_candidate_passes_no_gate(runs: Runs) -> None:
+    ruined = {change.__name__: runs.outputs(change) for change in (negated, constant, shuffled)}
+    passed = runs.scores(runs.outputs(near), runs.good, runs.targets)
 
     wanted = runs.gates(passed)
     assert wanted
@@ -111,11 +120,9 @@ def test_a_ruined_candidate_passes_no_gate(case: Case, tmp_path: Path) -> None:
             assert not gate.held, f"{name}: {gate}"
 
 
-@pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
-def test_a_reference_that_guesses_lets_no_gate_pass(case: Case, tmp_path: Path) -> None:
+def test_a_reference_that_guesses_lets_no_gate_pass(runs: Runs) -> None:
     """One that always says the same: every gate is vacuous. Shuffled targets: it is no better than chance."""
-    runs = Runs(case, tmp_path)
-    same = runs.outputs(constant, "constant")
+    same = runs.outputs(constant)
     near_by = {name: array + 1e-7 * np.float32(GENERATOR.normal()) for name, array in same.items()}
 
     scores = runs.scores(near_by, same, runs.targets)
@@ -126,7 +133,7 @@ def test_a_reference_that_guesses_lets_no_gate_pass(case: Case, tmp_path: Path) 
         assert "chance" in scores.warnings()
         order = np.random.default_rng(5).permutation(SAMPLES)
         mixed = {name: array[order] for name, array in runs.targets.items()}
-        assert "chance" in runs.scores(runs.outputs(near, "near"), runs.good, mixed).warnings()
+        assert "chance" in runs.scores(runs.outputs(near), runs.good, mixed).warnings()
 
 
 def test_a_regression_is_not_certified_by_agreement_nor_on_a_metric_that_is_blind(
@@ -189,7 +196,7 @@ def test_an_own_metric_that_a_constant_answer_passes_is_vacuous(
 ) -> None:
     runs = Runs(case_of("values of arrays"), tmp_path)
     own = Own(Metric(f"mine:{function.__name__}", "quality", "lower"), function)
-    near_by = runs.outputs(near, "near")
+    near_by = runs.outputs(near)
 
     scores = runs.scores(near_by, runs.good, runs.targets, own)
     (gate,) = judge(Gates(max_metric_change=change, metric=own.metric.name), scores)
@@ -222,7 +229,7 @@ def test_a_gate_on_an_output_that_is_always_the_same_is_vacuous(tmp_path: Path) 
     """The reference's other output varies: only gates that read the constant one say nothing."""
     runs = Runs(case_of("one of arrays"), tmp_path)
     same = np.broadcast_to(runs.good["logits"][:1], runs.good["logits"].shape)
-    near_by = runs.outputs(near, "near") | {"logits": same + 0.01 * noise(same)}
+    near_by = runs.outputs(near) | {"logits": same + 0.01 * noise(same)}
 
     scores = runs.scores(near_by, {**runs.good, "logits": same}, runs.targets)
     (by_logits,) = judge(Gates(max_metric_change=1, metric="kl"), scores)

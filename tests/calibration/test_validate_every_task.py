@@ -1,23 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Validation of every task: small random models, real engines, and torch as the reference."""
+"""Validation of every task: small random models, real engines, and torch as the reference; and the trained byte-level
+language model in int8, judged by what it fills in.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from perceiver_export.calibration import QuantizeOptions, quantize
+from perceiver_export.calibration.quantization.record import read_calibration
+from perceiver_export.runtimes import open_task
 from perceiver_export.runtimes.errors import DataError, UsageError
 from perceiver_export.runtimes.runtime import Array
 from tests.calibration import linear_bundles
-from tests.calibration.asked import judged
+from tests.calibration.asked import judged, value
 from tests.cli import small_models
-from tests.conftest import SmallBundle
+from tests.conftest import FASHION, SmallBundle
 
 GENERATOR = np.random.default_rng(0)
+TEXT_BYTES = FASHION.parent / "text_bytes"
 TEXTS = ["The quick brown fox jumps", "over the lazy dog.", "Pack my box with five", "dozen liquor jugs."]
 
 
@@ -117,3 +124,28 @@ def test_gates_that_do_not_fit_the_task(small_bundle: SmallBundle, tmp_path: Pat
     assert {metric.name for metric in judged(bundle, unknown, against=bundle).metrics} == {"distance", "sqnr"}
     with pytest.raises(DataError, match="epe was not measured"):
         judged(bundle, unknown, against=bundle, metric="epe", max_metric_change=1)
+
+
+def test_it_fills_bytes_that_their_neighbours_tell(text_bundle: Path) -> None:
+    with open_task(text_bundle) as fill:
+        filled = fill("And the LORD sp[MASK]ke unto M[MASK]ses, saying, Speak u[MASK]to the")
+    assert filled.text == "And the LORD spake unto Moses, saying, Speak unto the"
+
+
+@pytest.mark.usefixtures("untimed")
+def test_int8_fills_as_many_bytes_rightly(text_bundle: Path, tmp_path: Path) -> None:
+    int8 = quantize(text_bundle, TEXT_BYTES / "calibration.jsonl", tmp_path / "int8", QuantizeOptions(samples=64))
+    for target in ("ort-cpu", "openvino-cpu"):
+        given: dict[str, Any] = {"against": text_bundle, "device": target, "against_device": "ort-cpu"}
+        result = judged(int8, TEXT_BYTES / "test.jsonl", **given, samples=400)
+        accuracy: Any = result.metric("token accuracy")
+        assert accuracy.reference.value > 60  # the commonest byte, a space, is one of five
+        assert accuracy.worsening.value < 0.5
+        assert value(result, "kl") < 0.01
+        assert value(result, "agreement") > 97
+    calibration = read_calibration(int8)
+
+    assert calibration is not None
+    assert calibration.data.warnings == ()
+    assert int8.manifest.quantization is not None
+    assert int8.manifest.quantization.integer_share == {"ort-cpu": 1.0, "openvino-cpu": 1.0}

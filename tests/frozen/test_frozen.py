@@ -17,6 +17,7 @@ from tests.frozen.size import RECORD, measured
 ALIKE = 0.02  # of the value: kernels of another CPU round otherwise
 
 
+@pytest.mark.usefixtures("untimed")  # speeds are none of the answers
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_the_commands_answer_as_they_did(system: str, tmp_path: Path) -> None:
     expected, found = json.loads(ANSWERS.read_bytes()), json.loads(json.dumps(answer(system, tmp_path)))

@@ -61,10 +61,10 @@ class Target:
     beside: Mapping[str, bytes] = field(default_factory=dict)
 
 
-def targets() -> dict[str, Target]:
-    """Every reader of files that come from somewhere else."""
+def targets(points: Path | None = None) -> dict[str, Target]:
+    """Every reader of files that come from somewhere else; ``points`` is `small_models.points` as a bundle."""
     return {
-        **_bundle_targets(),
+        **_bundle_targets(points),
         **_media_targets(),
         **_checkpoint_targets(),
         **_config_targets(),
@@ -73,7 +73,7 @@ def targets() -> dict[str, Target]:
     }
 
 
-def _bundle_targets() -> dict[str, Target]:
+def _bundle_targets(points: Path | None) -> dict[str, Target]:
     from perceiver_export.calibration.graphs import load_graph
     from perceiver_export.calibration.quantization.record import Calibration
     from perceiver_export.exporter.onnx_files import OnnxFile
@@ -94,7 +94,7 @@ def _bundle_targets() -> dict[str, Target]:
         with Npz(path) as archive:
             return [index for index, _ in archive.rows()]
 
-    made = _bundle()
+    made = _bundle(points)
     graph, weights = {}, {"model.weights": made["model.weights"]}
     readers = {"graph": load_graph, "graph-names": external_files, "graph-ort": load_onnx, "graph-export": OnnxFile}
     for name, read in readers.items():
@@ -114,8 +114,8 @@ def _bundle_targets() -> dict[str, Target]:
         ),
         "certificates": Target("calibration.json", (made["calibration.json"],), lambda p: read_json(p, _Record), True),
         "json": Target("x.json", (b'{"a": [{"b": "[[["}]}',), lambda p: read_json(p, dict[str, Any]), True),
-        "npz": Target("x.npz", (_npz(False), _npz(True), made["golden.npz"]), read_npz),
-        "npz-rows": Target("x.npz", (_npz(False), _npz(True)), rows),
+        "npz": Target("x.npz", (_npz(np.savez), _npz(np.savez_compressed), made["golden.npz"]), read_npz),
+        "npz-rows": Target("x.npz", (_npz(np.savez), _npz(np.savez_compressed)), rows),
     }
 
 
@@ -125,11 +125,12 @@ def _media_targets() -> dict[str, Target]:
     from perceiver_export.runtimes.tasks.points import read_points
     from perceiver_export.runtimes.tasks.sound import take_sound
 
+    array = _written(np.save, np.arange(6.0).reshape(2, 3))
     ply = b"ply\nformat ascii 1.0\nelement vertex 2\nproperty float x\nproperty float y\nproperty float z\nend_header\n"
     return {
         "picture": Target("x.png", tuple(_pictures()), read_image),
         "wav": Target("x.wav", (_wav(2, 1), _wav(1, 2), _wav(4, 1)), lambda path: take_sound(path, 8000, 100)),
-        "npy": Target("x.npy", (_npy(np.arange(6.0).reshape(2, 3)),), lambda path: load_npy(path).tobytes()),
+        "npy": Target("x.npy", (array,), lambda path: load_npy(path).tobytes()),
         "ply": Target("x.ply", (ply + b"0 1 2\n3 4 5\n",), read_points),
         "xyz": Target("x.xyz", (b"0 1 2\n3 4 5\n",), read_points),
     }
@@ -144,12 +145,11 @@ def _checkpoint_targets() -> dict[str, Target]:
     from tests.exporter import haiku_writer
 
     tensors = {"a.weight": torch.zeros(2, 3), "b": torch.ones(1)}
-    pickled = io.BytesIO()
-    torch.save({"state_dict": tensors}, pickled)
+    pickled = _written(lambda file: torch.save({"state_dict": tensors}, file))
     params = haiku_writer.flat_mappings({"m/~/linear": {"w": np.zeros((2, 3), np.float32)}})
     return {
         "safetensors": Target("model.safetensors", (save(tensors),), lambda path: read_state_dict(path.parent)),
-        "torch": Target("pytorch_model.bin", (pickled.getvalue(),), lambda path: read_state_dict(path.parent)),
+        "torch": Target("pytorch_model.bin", (pickled,), lambda path: read_state_dict(path.parent)),
         "haiku": Target("x.pickle", (haiku_writer.dumps(params), haiku_writer.dumps(params, 2)), read_haiku),
         "shards": Target(
             "model.safetensors.index.json",
@@ -223,11 +223,12 @@ def _data_targets() -> dict[str, Target]:
     texts = of("text-classification", text, tokens, {**tokens, "name": "tokens_mask"})
     rows = b'{"text": "a b", "label": "a"}\n{"text": "c", "label": 1}\n'
     table = b"file,label\na.png,a\na.png,1\n"
+    archive = _written(np.savez, image=np.zeros((4, 8, 8, 3), np.uint8), label=np.array([0, 1, 1, 0]))
     return {
         "jsonl": Target("x.jsonl", (rows.split(b"\n")[0], rows.split(b"\n")[1]), texts, True),
         "jsonl-lines": Target("x.jsonl", (rows,), texts),
         "csv": Target("labels.csv", (table,), lambda p: images(p.parent), beside={"a.png": next(_pictures())}),
-        "data-npz": Target("x.npz", (_data_npz(),), images),
+        "data-npz": Target("x.npz", (archive,), images),
     }
 
 
@@ -376,7 +377,7 @@ def main() -> None:
     sys.exit(1 if failures.total() else 0)
 
 
-def _bundle() -> dict[str, bytes]:
+def _bundle(plain: Path | None) -> dict[str, bytes]:
     """Files of a small bundle, quantized and built."""
     from perceiver_export.calibration import QuantizeOptions, quantize
     from perceiver_export.exporter import export
@@ -384,8 +385,8 @@ def _bundle() -> dict[str, bytes]:
     from tests.cli.small_models import points
 
     with tempfile.TemporaryDirectory() as place:
-        export(points(), Path(place) / "b")
-        quantized = quantize(Path(place) / "b", "random", Path(place) / "q", QuantizeOptions(samples=2))
+        plain = plain or export(points(), Path(place) / "b").path
+        quantized = quantize(plain, "random", Path(place) / "q", QuantizeOptions(samples=2))
         engine = build(quantized, "ort-cpu")[0].directory
         names = ("manifest.json", "calibration.json", "golden.npz", "model.onnx", "model.weights")
         files = {name: (Path(place) / "q" / name).read_bytes() for name in names}
@@ -417,17 +418,16 @@ def _manifest(task: str, preprocessing: dict[str, Any] | None, *inputs: dict[str
     return json.dumps(fields).encode()
 
 
-def _npz(compressed: bool) -> bytes:
+def _written(save: Callable[..., object], *arguments: Any, **arrays: Any) -> bytes:
+    """What ``save(file, …)`` writes."""
     buffer = io.BytesIO()
-    save = np.savez_compressed if compressed else np.savez
-    save(buffer, image=np.zeros((4, 2, 3), np.uint8), labels=np.arange(4), f=np.zeros((4, 2), order="F"))
+    save(buffer, *arguments, **arrays)
     return buffer.getvalue()
 
 
-def _data_npz() -> bytes:
-    buffer = io.BytesIO()
-    np.savez(buffer, image=np.zeros((4, 8, 8, 3), np.uint8), label=np.array([0, 1, 1, 0]))
-    return buffer.getvalue()
+def _npz(save: Callable[..., object]) -> bytes:
+    arrays = {"image": np.zeros((4, 2, 3), np.uint8), "labels": np.arange(4), "f": np.zeros((4, 2), order="F")}
+    return _written(save, **arrays)
 
 
 def _tokenizers() -> Iterator[bytes]:
@@ -452,12 +452,6 @@ def _tokenizers() -> Iterator[bytes]:
         yield tokenizer.to_str().encode()
 
 
-def _npy(array: Any) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, array)
-    return buffer.getvalue()
-
-
 def _wav(width: int, channels: int) -> bytes:
     buffer = io.BytesIO()
     with wave.open(buffer, "wb") as file:
@@ -471,9 +465,7 @@ def _pictures() -> Iterator[bytes]:
 
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (8, 9, 3), np.uint8))
     for kind in ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM"):
-        buffer = io.BytesIO()
-        image.save(buffer, kind)
-        yield buffer.getvalue()
+        yield _written(image.save, kind)
     yield b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n"
 
 

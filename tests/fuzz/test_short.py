@@ -10,14 +10,15 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import SmallBundle
 from tests.fuzz import kills, readers
 
 _CASES = 60  # of each reader
 
 
 @pytest.fixture(scope="module")
-def targets() -> dict[str, readers.Target]:
-    return readers.targets()
+def targets(small_bundle: SmallBundle) -> dict[str, readers.Target]:
+    return readers.targets(small_bundle("points"))
 
 
 def test_every_reader_takes_whole_files(targets: dict[str, readers.Target], tmp_path: Path) -> None:

@@ -41,3 +41,10 @@ def edit_record(directory: Path, edit: Callable[[dict[str, Any]], None], sign: b
     edit(document)
     record = msgspec.convert(document, Record)
     path.write_bytes(encode_json(record.signed(read_key()) if sign else record))
+
+
+def flip(path: Path) -> None:
+    """Change one bit in the middle of a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)

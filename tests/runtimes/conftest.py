@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ import pytest
 
 from perceiver_export.runtimes import Runtime, build, load
 from tests.runtimes.targets import EXPECTED
+
+Ask = Callable[..., Any]
 
 
 @pytest.fixture(params=EXPECTED, scope="module")
@@ -46,3 +50,20 @@ def built_bundle(engines: Path, tmp_path: Path) -> Path:
 def golden(fashion_bundle: Path) -> dict[str, Any]:
     with np.load(fashion_bundle / "golden.npz") as arrays:
         return {"image": arrays["input/image"], "logits": arrays["output/logits"]}
+
+
+@pytest.fixture
+def ask(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Ask:
+    """``ask(task, *inputs, as_json=False, **options)``: what `run` prints of a task of `models`, or its JSON."""
+    from perceiver_export.exporter.cli.answers import Request
+    from perceiver_export.exporter.cli.output import quiet
+    from perceiver_export.exporter.cli.run import run_task
+
+    def run(task: Any, *inputs: str | Path, as_json: bool = False, **options: Any) -> Any:
+        monkeypatch.setattr("perceiver_export.runtimes.tasks.open_task", lambda *_: nullcontext(task))
+        with quiet(json=as_json):
+            run_task(task.manifest.task, Request("bundle", list(map(str, inputs)), **options))
+        shown = capsys.readouterr().out
+        return json.loads(shown) if as_json else shown
+
+    return run

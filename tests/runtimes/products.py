@@ -22,40 +22,26 @@ UNIT_ROUNDOFF = {"fp32": 2.0**-24, "fp16": 2.0**-11, "bf16": 2.0**-8}
 
 def write_product(path: Path, rows: int, weight: Array, scale: Array | None = None) -> Path:
     """x (rows, K) × weight (K, N) -> y; weights that are integers have a ``scale`` for each column."""
-    import onnx
-    from onnx import TensorProto, helper, numpy_helper
+    from tests.calibration.onnx_text import write
 
-    initializers = [numpy_helper.from_array(weight, "weight")]
-    nodes = [helper.make_node("MatMul", ["x", "weight" if scale is None else "floats"], ["y"])]
-    if scale is not None:
-        initializers.append(numpy_helper.from_array(scale, "scale"))
-        nodes.insert(0, helper.make_node("DequantizeLinear", ["weight", "scale"], ["floats"], axis=1))
-    graph = helper.make_graph(
-        nodes,
-        "product",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [rows, weight.shape[0]])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [rows, weight.shape[1]])],
-        initializers,
-    )
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
-    return path
+    ends = f"(float[{rows},{weight.shape[0]}] x) => (float[{rows},{weight.shape[1]}] y)"
+    if scale is None:
+        return write(path, f"{ends} {{ y = MatMul(x, weight) }}", 17, weight=weight)
+    body = f"{ends} {{ floats = DequantizeLinear<axis = 1>(weight, scale)  y = MatMul(x, floats) }}"
+    return write(path, body, 17, weight=weight, scale=scale)
 
 
 def write_chain(path: Path, rows: int, weight: Array, transposed: tuple[bool, ...]) -> Path:
     """x (rows, N) -> y: products with one weight (N, N), as it is or ``transposed``, each with a tanh."""
-    import onnx
-    from onnx import TensorProto, helper, numpy_helper
+    from tests.calibration.onnx_text import write
 
-    nodes = []
+    nodes, given = "", "x"
     for layer, swapped in enumerate(transposed):
-        ends = f"x{layer}" if layer else "x", "y" if layer + 1 == len(transposed) else f"x{layer + 1}"
-        nodes.append(helper.make_node("Gemm", [ends[0], "w"], [f"m{layer}"], transB=1) if swapped else
-                     helper.make_node("MatMul", [ends[0], "w"], [f"m{layer}"]))  # fmt: skip
-        nodes.append(helper.make_node("Tanh", [f"m{layer}"], [ends[1]]))
-    given, found = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [rows, len(weight)]) for name in "xy")
-    graph = helper.make_graph(nodes, "chain", [given], [found], [numpy_helper.from_array(weight, "w")])
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
-    return path
+        found = "y" if layer + 1 == len(transposed) else f"x{layer}"
+        nodes += f"m{layer} = {'Gemm<transB = 1>' if swapped else 'MatMul'}({given}, w)  {found} = Tanh(m{layer})  "
+        given = found
+    ends = f"(float[{rows},{len(weight)}] x) => (float[{rows},{len(weight)}] y)"
+    return write(path, f"{ends} {{ {nodes} }}", 17, w=weight)
 
 
 def open_product(path: Path, target: str, precision: Precision = "fp32", flags: dict[str, str] | None = None) -> Engine:

@@ -26,16 +26,17 @@ def wrong(call: Callable[[Any], Any], *but: type) -> None:
                 call(value)
 
 
-def _load(bundle: Path, name: str, value: Any) -> object:
-    return load(bundle, **{name: value})
+def wrong_by_name(call: Callable[..., object], names: str, *but: type, **given: Any) -> None:
+    """Each of these keyword arguments, beside those that are given."""
+    for name in names.split():
+        wrong(lambda value, name=name: call(**{**given, name: value}), *but)  # type: ignore[misc]
 
 
 def test_of_load(fashion_bundle: Path) -> None:
     wrong(load)
     wrong(load_onnx)
     wrong(open_task)
-    for name in ("device", "part", "threads", "verify", "precision", "hint"):
-        wrong(partial(_load, fashion_bundle, name))
+    wrong_by_name(partial(load, fashion_bundle), "device part threads verify precision hint")
     with pytest.raises(PerceiverExportError):
         load(fashion_bundle, device=None)  # type: ignore[arg-type]
 
@@ -43,24 +44,13 @@ def test_of_load(fashion_bundle: Path) -> None:
 def test_of_build(copied_bundle: Path) -> None:
     wrong(lambda value: build(value, EXPECTED[0]))
     wrong(lambda value: build(copied_bundle, value))
-    for name in ("precision", "hint", "shapes", "flags"):
-        wrong(partial(_build, copied_bundle, name))
+    wrong_by_name(partial(build, copied_bundle, EXPECTED[0]), "precision hint shapes flags")
     assert not (copied_bundle / "engines").exists()
-
-
-def _build(bundle: Path, name: str, value: Any) -> object:
-    return build(bundle, EXPECTED[0], **{name: value})
-
-
-def _bench(bundle: Path, name: str, value: Any) -> object:
-    return bench(bundle, runs=5, **{name: value})
 
 
 def test_of_bench(fashion_bundle: Path) -> None:
     wrong(bench)
-    for name in ("against", "part", "device", "threads", "precision"):
-        wrong(partial(_bench, fashion_bundle, name))
-    wrong(lambda value: bench(fashion_bundle, runs=value))
+    wrong_by_name(partial(bench, fashion_bundle), "against part device threads precision runs", runs=5)
 
 
 def test_of_calls(fashion_bundle: Path) -> None:

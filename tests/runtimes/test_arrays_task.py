@@ -1,21 +1,55 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models of your own and of sets: arrays in, arrays out, with and without a batch."""
+"""Models of your own and of sets: arrays in, arrays out, with and without a batch; and `run` on them."""
 
 from __future__ import annotations
 
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from perceiver_export.runtimes.errors import BundleError, InputError
+from perceiver_export.runtimes.errors import BundleError, InputError, UsageError
 from perceiver_export.runtimes.manifest import Part, TensorSpec
+from perceiver_export.runtimes.runtime import Array, Feeds
 from perceiver_export.runtimes.tasks.arrays import Arrays, Sets, read_arrays
 from perceiver_export.runtimes.tasks.base import interface
-from tests.runtimes.array_models import LEFT, RIGHT, RNG, TOTALS, C, E, N, arrays_of, sets_of, two
-from tests.runtimes.models import manifest, spec
+from tests.runtimes.conftest import Ask
+from tests.runtimes.models import NumpyEngine, manifest, opened, spec
+
+N, C, E = 6, 4, 2
+RNG = np.random.default_rng(0)
+LEFT, RIGHT = RNG.normal(size=(5, 2, 3)).astype(np.float32), RNG.integers(-9, 9, (5, 4), dtype=np.int32)
+TOTALS = LEFT.sum(axis=(1, 2)) + RIGHT.sum(axis=1)
+
+
+def sums(names: tuple[str, ...], feeds: Feeds) -> dict[str, Array]:
+    """Each of ``names``: the sum of all inputs over everything but the batch."""
+    total = sum(array.reshape(len(array), -1).sum(axis=1, keepdims=True) for array in feeds.values())
+    return {name: np.asarray(total, np.float32) for name in names}
+
+
+def rows(feeds: Feeds) -> dict[str, Array]:
+    """An entity's first channels and the sum of all that count: each answer depends on the others, as in a model."""
+    mask = feeds.get("entities_mask", np.ones(feeds["entities"].shape[:2], np.int32))
+    total = (feeds["entities"] * mask[..., None]).sum(axis=1, keepdims=True)
+    return {"outputs": (feeds["entities"] + total)[..., :E].astype(np.float32)}
+
+
+def arrays_of(*inputs: TensorSpec, outputs: tuple[str, ...] = ("total",)) -> tuple[Arrays, NumpyEngine]:
+    gives = tuple(spec(name, inputs[0].shape[0], 1, **inputs[0].ranges) for name in outputs)
+    engine = NumpyEngine(lambda feeds: sums(outputs, feeds), inputs, gives)
+    return opened(Arrays, manifest("arrays", engine), engine), engine
+
+
+def sets_of(masked: bool = True, batch: int = 1) -> tuple[Sets, NumpyEngine]:
+    inputs = (spec("entities", batch, N, C), spec("entities_mask", batch, N, dtype="int32"))[: 1 + masked]
+    engine = NumpyEngine(rows, inputs, (spec("outputs", batch, N, E),))
+    return opened(Sets, manifest("sets", engine), engine), engine
+
+
+def two(batch: int | str = 1, **ranges: tuple[int, int]) -> tuple[Arrays, NumpyEngine]:
+    return arrays_of(spec("left", batch, 2, 3, **ranges), spec("right", batch, 4, dtype="int32", **ranges))
 
 
 @pytest.mark.parametrize(("batch", "ranges"), [(1, {}), (2, {}), (8, {}), ("n", {"n": (1, 4)}), ("n", {"n": (3, 9)})])
@@ -203,25 +237,54 @@ def test_manifests_that_do_not_fit_are_refused() -> None:
             Sets.check(manifest("sets", {"model": Part("m.onnx", inputs, outputs)}))
 
 
-def test_archives_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
+def test_files_of_arrays_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
+    """What archives may be is in test_npz."""
     np.savez_compressed(tmp_path / "good.npz", x=np.arange(1000))
-    content = (tmp_path / "good.npz").read_bytes()
-    np.savez(tmp_path / "objects.npz", x=np.array([{}], dtype=object))
-    flipped = bytearray(content)
-    flipped[60] ^= 255
-    broken = {"text.npz": b"text", "empty.npz": b"", "cut.npz": content[:-30], "flipped.npz": bytes(flipped)}
-    for name, bad in broken.items():
-        (tmp_path / name).write_bytes(bad)
-    with zipfile.ZipFile(tmp_path / "other.npz", "w") as archive:
-        archive.writestr("notes.txt", "no array")
-    np.save(tmp_path / "array.npy", np.zeros(3))
-    (tmp_path / "array.npy").rename(tmp_path / "array.npz")
-    for name in (*broken, "objects.npz", "other.npz", "array.npz", "absent.npz", "a.txt"):
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "good.npz").read_bytes()[:-30])
+    for name in ("cut.npz", "absent.npz", "a.txt", ""):
         with pytest.raises(InputError):
             read_arrays(tmp_path / name)
-    with pytest.raises(InputError):
-        read_arrays(tmp_path)
 
     found = read_arrays(tmp_path / "good.npz")
     assert isinstance(found, dict)
     assert found["x"].tolist() == list(range(1000))
+
+
+def test_run_writes_the_outputs_and_prints_what_they_are(ask: Ask, tmp_path: Path) -> None:
+    # `file` is what numpy.savez calls its own first parameter.
+    task, _ = arrays_of(spec("left", 1, 2, 3), spec("right", 1, 4, dtype="int32"), outputs=("total", "file"))
+    np.savez(tmp_path / "in.npz", left=LEFT, right=RIGHT)
+    shown = ask(task, tmp_path / "in.npz", output=tmp_path / "out.npz")
+
+    assert "5 × 1" in shown
+    assert f"{TOTALS.max():.6g}"[:5] in shown
+    with np.load(tmp_path / "out.npz") as written:
+        assert sorted(written.files) == ["file", "total"]
+        np.testing.assert_allclose(written["file"], TOTALS[:, None], rtol=1e-5)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["in.npz", "out.npz"]
+
+
+def test_run_prints_json_and_refuses_what_it_cannot_do(ask: Ask, tmp_path: Path) -> None:
+    task, engine = arrays_of(spec("x", 1, 3))
+    file = tmp_path / "x.npy"
+    np.save(file, np.array([[1, 2, 3.0], [4, 5, 6.0]]))
+    for inputs, output in (([file, file], None), ([file], tmp_path / "out.npy"), ([file], tmp_path)):
+        with pytest.raises(UsageError):
+            ask(task, *inputs, output=output)
+    assert not engine.calls
+
+    total = ask(task, file, as_json=True)["outputs"]["total"]
+    assert total == {"dtype": "float32", "shape": [2, 1], "min": 6.0, "mean": 10.5, "max": 15.0}
+
+
+def test_run_takes_sets_from_both_kinds_of_file(ask: Ask, tmp_path: Path) -> None:
+    entities = RNG.normal(size=(3, C))
+    np.save(tmp_path / "a.npy", entities)
+    np.savez(tmp_path / "a.npz", entities=entities, entities_mask=np.array([1, 1, 1]))
+    np.savez(tmp_path / "wrong.npz", units=entities)
+    one, other = (ask(sets_of()[0], tmp_path / name, as_json=True)["outputs"]["outputs"] for name in ("a.npy", "a.npz"))
+
+    assert one == other
+    assert one["shape"] == [3, E]
+    with pytest.raises(InputError, match="'units'"):
+        ask(sets_of()[0], tmp_path / "wrong.npz")

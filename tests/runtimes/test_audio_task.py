@@ -11,18 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from perceiver_export.exporter.cli.answers import Request
-from perceiver_export.exporter.cli.output import quiet
-from perceiver_export.exporter.cli.run import run_task
 from perceiver_export.runtimes.errors import BundleError, InputError, UsageError
-from perceiver_export.runtimes.manifest import Manifest
 from perceiver_export.runtimes.preprocessing import AudioPreprocessing, PointsPreprocessing
 from perceiver_export.runtimes.runtime import Array, Feeds
 from perceiver_export.runtimes.tasks.base import sigmoid
 from perceiver_export.runtimes.tasks.images import prepare_frames
 from perceiver_export.runtimes.tasks.sound import AudioClassification, log_mel, write_wav
-from tests.runtimes.models import manifest, opened, spec
-from tests.runtimes.numpy_engine import NumpyEngine
+from tests.runtimes.conftest import Ask
+from tests.runtimes.models import NumpyEngine, manifest, opened, spec
 
 RATE, SAMPLES, MEL, T, H, W = 8000, 1600, (10, 6), 2, 4, 4
 SOUND = (np.random.default_rng(0).normal(size=SAMPLES + 100) * 0.1 + 0.2).astype(np.float32)
@@ -44,9 +40,9 @@ def means(names: Sequence[str], feeds: Feeds) -> dict[str, Array]:
     return {"logits": np.stack([*found, *rest], axis=1)[:, :4].astype(np.float32)}
 
 
-def bundle_of(
+def task_of(
     steps: Any, batch: int = 1, labels: Sequence[str] = LABELS, inputs: Any = None, outputs: Any = None
-) -> tuple[Manifest, NumpyEngine]:
+) -> tuple[AudioClassification, NumpyEngine]:
     if inputs is None:
         sound = spec("mel", batch, *MEL, 1) if getattr(steps, "mel", None) else spec("audio", batch, SAMPLES, 1)
         hears = isinstance(steps, AudioPreprocessing) and (steps.mel or steps.num_samples)
@@ -54,21 +50,17 @@ def bundle_of(
         inputs = (*(sound,) * bool(hears), *(spec("frames", batch, T, H, W, 3),) * bool(sees))
     names = [one.name for one in inputs]
     engine = NumpyEngine(lambda feeds: means(names, feeds), inputs, outputs or (spec("logits", batch, 4),))
-    return manifest("audio-classification", engine, steps, labels=tuple(labels)), engine
-
-
-def task_of(described: Manifest, engine: NumpyEngine) -> AudioClassification:
-    return opened(AudioClassification, described, engine)
+    described = manifest("audio-classification", engine, steps, labels=tuple(labels))
+    return opened(AudioClassification, described, engine), engine
 
 
 def test_sound_goes_in_and_each_label_has_its_own_probability(tmp_path: Path) -> None:
     sound = np.round(SOUND * 32768) / np.float32(32768)
     write_wav(tmp_path / "a.wav", sound, RATE)
-    described, engine = bundle_of(HEARS)
-    with task_of(described, engine) as task:
-        found = task(tmp_path / "a.wav", top=3)
-        assert task(sound, top=3) == found
+    task, engine = task_of(HEARS)
+    found = task(tmp_path / "a.wav", top=3)
 
+    assert task(sound, top=3) == found
     np.testing.assert_array_equal(engine.calls[0]["audio"], sound[None, :SAMPLES, None])
     mean = float(sound[:SAMPLES].mean())
     assert [(one.label, one.index) for one in found] == [("music", 1), ("speech", 0), ("rain", 3)]
@@ -76,58 +68,41 @@ def test_sound_goes_in_and_each_label_has_its_own_probability(tmp_path: Path) ->
         [1 / (1 + np.exp(-1)), 1 / (1 + np.exp(-mean)), 0.5], abs=1e-6
     )
     assert sum(one.probability for one in found) > 1.5
-
-
-def test_a_bundle_without_names_gives_indices() -> None:
-    with task_of(*bundle_of(HEARS, labels=())) as task:
-        assert [one.label for one in task(SOUND, top=2)] == ["1", "0"]
-
-
-def test_sound_becomes_a_spectrogram_for_a_model_of_spectrograms() -> None:
-    described, engine = bundle_of(HEARS_MEL)
-    with task_of(described, engine) as task:
-        task(SOUND)
-
-    np.testing.assert_array_equal(engine.calls[0]["mel"][0, :, :, 0], log_mel(SOUND[:SAMPLES], RATE, *MEL))
+    without_names, _ = task_of(HEARS, labels=())
+    assert [one.label for one in without_names(sound, top=2)] == ["1", "0"]
 
 
 @pytest.mark.parametrize("steps", [HEARS_MEL, GIVEN_MEL])
-def test_a_spectrogram_can_be_given_as_it_is(steps: AudioPreprocessing, tmp_path: Path) -> None:
+def test_a_spectrogram_can_be_given_as_it_is_and_sound_becomes_one(steps: AudioPreprocessing, tmp_path: Path) -> None:
     mel = np.random.default_rng(2).normal(size=MEL)
     np.save(tmp_path / "mel.npy", mel)
-    described, engine = bundle_of(steps)
-    with task_of(described, engine) as task:
-        for given in (mel, mel[..., None], tmp_path / "mel.npy", str(tmp_path / "mel.npy")):
-            task(given)
+    task, engine = task_of(steps)
+    for given in (mel, mel[..., None], tmp_path / "mel.npy", str(tmp_path / "mel.npy")):
+        task(given)
 
     for call in engine.calls:
         np.testing.assert_array_equal(call["mel"], mel[None, ..., None].astype(np.float32))
+    if steps is HEARS_MEL:
+        task(SOUND)
+        np.testing.assert_array_equal(engine.calls[-1]["mel"][0, :, :, 0], log_mel(SOUND[:SAMPLES], RATE, *MEL))
 
 
-def test_frames_alone_and_with_sound() -> None:
-    prepared = prepare_frames(list(FRAMES[:T]), H, W)[None]
-    described, engine = bundle_of(SEES)
-    with task_of(described, engine) as task:
-        assert (task.hears, task.sees) == (False, True)
-        task(frames=FRAMES)
-    np.testing.assert_array_equal(engine.calls[0]["frames"], prepared)
+@pytest.mark.parametrize("steps", [SEES, BOTH])
+def test_frames_alone_and_with_sound(steps: AudioPreprocessing) -> None:
+    task, engine = task_of(steps)
+    assert (task.hears, task.sees) == (steps is BOTH, True)
+    task(SOUND if task.hears else None, FRAMES)
 
-    described, engine = bundle_of(BOTH)
-    with task_of(described, engine) as task:
-        assert (task.hears, task.sees) == (True, True)
-        task(SOUND, FRAMES)
-    np.testing.assert_array_equal(engine.calls[0]["frames"], prepared)
-    np.testing.assert_array_equal(engine.calls[0]["audio"][0, :, 0], SOUND[:SAMPLES])
+    np.testing.assert_array_equal(engine.calls[0]["frames"], prepare_frames(list(FRAMES[:T]), H, W)[None])
+    if task.hears:
+        np.testing.assert_array_equal(engine.calls[0]["audio"][0, :, 0], SOUND[:SAMPLES])
 
 
 def test_color_is_of_frames_and_changes_no_sound() -> None:
-    described, engine = bundle_of(BOTH)
-    with task_of(described, engine) as task:
-        blue = [np.ascontiguousarray(frame[..., ::-1]) for frame in FRAMES]
-        found, expected = task.preprocess(SOUND, blue, "bgr"), task.preprocess(SOUND, FRAMES)
-    described, engine = bundle_of(HEARS)
-    with task_of(described, engine) as task:
-        alone = task.preprocess(SOUND, color="bgr")
+    task, _ = task_of(BOTH)
+    blue = [np.ascontiguousarray(frame[..., ::-1]) for frame in FRAMES]
+    found, expected = task.preprocess(SOUND, blue, "bgr"), task.preprocess(SOUND, FRAMES)
+    alone = task_of(HEARS)[0].preprocess(SOUND, color="bgr")
 
     for name, array in expected.items():
         np.testing.assert_array_equal(found[name], array)
@@ -135,12 +110,11 @@ def test_color_is_of_frames_and_changes_no_sound() -> None:
 
 
 def test_the_batch_of_the_bundle_is_filled_up() -> None:
-    described, engine = bundle_of(HEARS, batch=2)
-    with task_of(described, engine) as task, task_of(*bundle_of(HEARS)) as alone:
-        samples = [task.preprocess(SOUND[at:])["audio"] for at in range(3)]
-        logits = task.run_inputs({"audio": np.concatenate(samples)})
-        np.testing.assert_array_equal(logits, np.concatenate([alone.run_inputs({"audio": one}) for one in samples]))
+    (task, engine), (alone, _) = task_of(HEARS, batch=2), task_of(HEARS)
+    samples = [task.preprocess(SOUND[at:])["audio"] for at in range(3)]
+    logits = task.run_inputs({"audio": np.concatenate(samples)})
 
+    np.testing.assert_array_equal(logits, np.concatenate([alone.run_inputs({"audio": one}) for one in samples]))
     assert logits.shape == (3, 4)
     assert len(engine.calls) == 2
 
@@ -167,31 +141,27 @@ def test_the_batch_of_the_bundle_is_filled_up() -> None:
 def test_what_the_model_does_not_take_is_refused(
     steps: AudioPreprocessing, audio: Any, frames: Any, message: str
 ) -> None:
-    described, engine = bundle_of(steps)
-    with task_of(described, engine) as task, pytest.raises(InputError, match=message):
+    task, engine = task_of(steps)
+    with pytest.raises(InputError, match=message):
         task(audio, frames)
-
     assert not engine.calls
 
 
-def test_a_spectrogram_file_of_another_shape_is_refused(tmp_path: Path) -> None:
+def test_a_spectrogram_file_of_another_shape_and_no_label_at_all_are_refused(tmp_path: Path) -> None:
     np.save(tmp_path / "mel.npy", np.zeros((MEL[0] + 1, MEL[1]), np.float32))
-    with task_of(*bundle_of(HEARS_MEL)) as task, pytest.raises(InputError, match=r"\[11, 6\]"):
-        task(tmp_path / "mel.npy")
+    with pytest.raises(InputError, match=r"\[11, 6\]"):
+        task_of(HEARS_MEL)[0](tmp_path / "mel.npy")
+    with pytest.raises(UsageError):
+        task_of(HEARS)[0](SOUND, top=0)
 
 
 def test_sound_and_frames_may_be_lists() -> None:
-    with task_of(*bundle_of(BOTH)) as task:
-        assert task(SOUND.tolist(), list(FRAMES)) == task(SOUND, FRAMES)
-        wrong: list[tuple[Any, Any]] = [(SOUND.tolist(), 3), ([[0.0], [0.0, 1.0]], FRAMES), (["loud"], FRAMES)]
-        for audio, frames in wrong:
-            with pytest.raises(InputError):
-                task(audio, frames)
-
-
-def test_no_label_at_all_is_a_usage_error() -> None:
-    with task_of(*bundle_of(HEARS)) as task, pytest.raises(UsageError):
-        task(SOUND, top=0)
+    task, _ = task_of(BOTH)
+    assert task(SOUND.tolist(), list(FRAMES)) == task(SOUND, FRAMES)
+    wrong: list[tuple[Any, Any]] = [(SOUND.tolist(), 3), ([[0.0], [0.0, 1.0]], FRAMES), (["loud"], FRAMES)]
+    for audio, frames in wrong:
+        with pytest.raises(InputError):
+            task(audio, frames)
 
 
 @pytest.mark.parametrize(
@@ -209,7 +179,7 @@ def test_no_label_at_all_is_a_usage_error() -> None:
 )
 def test_manifests_that_do_not_fit_are_refused(steps: Any, changes: dict[str, Any]) -> None:
     with pytest.raises(BundleError):
-        AudioClassification.check(bundle_of(steps, **changes)[0])
+        task_of(steps, **changes)
 
 
 def test_the_sigmoid_does_not_overflow() -> None:
@@ -219,51 +189,25 @@ def test_the_sigmoid_does_not_overflow() -> None:
     assert found.tolist() == pytest.approx([0, 0.26894143, 0.5, 0.73105857, 1], abs=1e-7)
 
 
-def opened_by(monkeypatch: pytest.MonkeyPatch, steps: AudioPreprocessing) -> None:
-    monkeypatch.setattr("perceiver_export.runtimes.tasks.open_task", lambda *_: task_of(*bundle_of(steps)))
-
-
-def run_audio(inputs: list[str], output: Path | None = None, json: bool = False) -> None:
-    with quiet(json=json):
-        run_task("audio-classification", Request("bundle", inputs, output, top=1))
-
-
-def test_run_takes_many_recordings(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    opened_by(monkeypatch, HEARS)
+def test_run_takes_many_recordings(ask: Ask, tmp_path: Path) -> None:
     files = [str(tmp_path / name) for name in ("a.wav", "b.wav")]
     for file in files:
         write_wav(file, SOUND, RATE)
-    run_audio(files, tmp_path / "out.json")
+    shown = ask(task_of(HEARS)[0], *files, output=tmp_path / "out.json", top=1)
 
-    shown = capsys.readouterr().out
     assert shown.count("music  73.1%") == 2
     written = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
     assert [answer["input"] for answer in written["answers"]] == files
     assert written["answers"][0]["labels"][0]["label"] == "music"
 
 
-def test_run_takes_recordings_and_frames_in_pairs(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    opened_by(monkeypatch, BOTH)
-    wav, frames = str(tmp_path / "a.wav"), str(tmp_path / "frames.npy")
+def test_run_takes_recordings_and_frames_in_pairs(ask: Ask, tmp_path: Path) -> None:
+    wav, frames, other = (str(tmp_path / name) for name in ("a.wav", "frames.npy", "other.npy"))
     write_wav(wav, SOUND, RATE)
     np.save(frames, FRAMES)
-    np.save(tmp_path / "other.npy", FRAMES[::-1])
-    given = [wav, frames, wav, str(tmp_path / "other.npy")]
-    run_audio(given, json=True)
+    np.save(other, FRAMES[::-1])
+    answers = ask(task_of(BOTH)[0], wav, frames, wav, other, as_json=True)["answers"]
 
-    names = [answer["input"] for answer in json.loads(capsys.readouterr().out)["answers"]]
-    assert names == [f"{wav} + {frames}", f"{wav} + {tmp_path / 'other.npy'}"]
+    assert [answer["input"] for answer in answers] == [f"{wav} + {frames}", f"{wav} + {other}"]
     with pytest.raises(UsageError, match="in pairs"):
-        run_audio([wav])
-
-
-def test_run_refuses_a_file_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    opened_by(monkeypatch, HEARS)
-    (tmp_path / "folder.json").mkdir()
-    for output in (tmp_path / "folder.json", tmp_path / "no" / "out.json"):
-        with pytest.raises(InputError, match="cannot be written"):
-            run_audio(["a.wav"], output)
+        ask(task_of(BOTH)[0], wav)

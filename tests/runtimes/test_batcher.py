@@ -17,7 +17,7 @@ from perceiver_export.runtimes import Batcher, Runtime, compare
 from perceiver_export.runtimes.errors import InputError, RuntimeClosedError, UsageError
 from perceiver_export.runtimes.manifest import TensorSpec
 from perceiver_export.runtimes.runtime import Array, Feeds
-from tests.runtimes.numpy_engine import NumpyEngine
+from tests.runtimes.models import NumpyEngine
 
 IMAGES = np.random.default_rng(0).normal(size=(24, 1, 3, 28, 28)).astype(np.float32)
 EXPECTED = [image.sum(axis=(2, 3)) for image in IMAGES]

@@ -37,12 +37,10 @@ def test_a_bundle_against_its_own_graph_is_about_as_fast(fashion_bundle: Path) -
 
 
 def test_a_graph_whose_first_input_is_a_scalar_has_the_batch_of_the_next(tmp_path: Path) -> None:
-    onnx = pytest.importorskip("onnx")  # not where the runtime alone is tested
-    text = """
-    <ir_version: 10, opset_import: ["" : 20]>
-    scaled (float s, float[3, 8] x) => (float[3, 8] y) { y = Mul (s, x) }
-    """
-    onnx.save(onnx.parser.parse_model(text), tmp_path / "scaled.onnx")
+    pytest.importorskip("onnx")  # not where the runtime alone is tested
+    from tests.calibration.onnx_text import write
+
+    write(tmp_path / "scaled.onnx", "(float s, float[3, 8] x) => (float[3, 8] y) { y = Mul(s, x) }")
 
     assert bench(tmp_path / "scaled.onnx", runs=5).measurements[0].batch == 3
 

@@ -161,26 +161,19 @@ def test_a_text_may_be_as_long_as_the_model_and_no_longer(special_tokens: bool) 
             tokenizer.encode(text)
 
 
-@pytest.mark.parametrize("count", ["999999999999", "9" * 5000])
-def test_absurdly_many_masks_are_refused_before_they_are_made(count: str) -> None:
-    with pytest.raises(InputError, match="512 fit"):
-        DEEPMIND.encode(f"[MASK*{count}]")
+UTF_8 = "not valid UTF-8: byte 0x.. at offset {}\nhint: "
+REFUSED: list[tuple[Any, str | None]] = [
+    *((text, None) for text in ("", b"", "[MASK*0]", "a[MASK*000]", None, 7, ["a"])),
+    *((f"[MASK*{count}]", "512 fit") for count in ("999999999999", "9" * 5000)),  # before they are made
+    (b"caf\xe9 au lait", UTF_8.format(3)),
+    (b"\xff", UTF_8.format(0)),
+    ("日".encode()[:2], UTF_8.format(0)),
+    ("caf\udce9", UTF_8.format(3)),
+    ("ab\ud83d", r"character 2 of the text is '\\ud83d'"),  # half of a UTF-16 pair
+]
 
 
-@pytest.mark.parametrize("text", ["", b"", "[MASK*0]", "a[MASK*000]", None, 7, ["a"]])
-def test_no_text_is_refused(text: Any) -> None:
-    with pytest.raises(InputError):
+@pytest.mark.parametrize(("text", "said"), REFUSED, ids=range(len(REFUSED)))
+def test_what_is_no_text_is_refused(text: Any, said: str | None) -> None:
+    with pytest.raises(InputError, match=said):
         DEEPMIND.encode(text)
-
-
-@pytest.mark.parametrize(
-    ("text", "offset"), [(b"caf\xe9 au lait", 3), (b"\xff", 0), ("日".encode()[:2], 0), ("caf\udce9", 3)]
-)
-def test_bytes_that_are_not_utf8_are_refused_with_their_offset(text: str | bytes, offset: int) -> None:
-    with pytest.raises(InputError, match=f"not valid UTF-8: byte 0x.. at offset {offset}\nhint: "):
-        DEEPMIND.encode(text)
-
-
-def test_half_of_a_utf16_pair_is_refused() -> None:
-    with pytest.raises(InputError, match=r"character 2 of the text is '\\ud83d'"):
-        DEEPMIND.encode("ab\ud83d")

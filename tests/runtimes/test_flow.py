@@ -209,17 +209,15 @@ def test_directions_have_middleburys_colours(right: float, down: float, color: t
     np.testing.assert_allclose(picture[0, 2], (np.array(color) + 255) / 2, atol=1)
 
 
-def test_a_fixed_scale_darkens_what_is_longer() -> None:
-    moving = np.array([[[2, 0], [1, 0], [4, 0]]], np.float32)
-
-    assert flow_image(moving, largest=2)[0].tolist() == [[255, 0, 0], [255, 127, 127], [191, 0, 0]]
-
-
-def test_unknown_flow_is_black_and_does_not_set_the_scale() -> None:
-    moving = np.array([[[1, 0], [np.nan, 0], [2e9, 0], [0, -np.inf]]], np.float32)
-
-    assert flow_image(moving)[0].tolist() == [[255, 0, 0], [0, 0, 0], [0, 0, 0], [0, 0, 0]]
-
-
-def test_nothing_moves_is_white() -> None:
-    assert flow_image(np.zeros((2, 3, 2), np.float32)).tolist() == [[[255] * 3] * 3] * 2
+@pytest.mark.parametrize(
+    ("moving", "largest", "picture"),
+    [
+        # A fixed scale darkens what is longer.
+        ([[2, 0], [1, 0], [4, 0]], 2, [[255, 0, 0], [255, 127, 127], [191, 0, 0]]),
+        # Unknown flow is black, and does not set the scale.
+        ([[1, 0], [np.nan, 0], [2e9, 0], [0, -np.inf]], None, [[255, 0, 0], [0, 0, 0], [0, 0, 0], [0, 0, 0]]),
+        ([[0, 0]] * 3, None, [[255] * 3] * 3),  # nothing moves
+    ],
+)
+def test_the_colours_of_lengths(moving: Any, largest: float | None, picture: Any) -> None:
+    assert flow_image(np.array([moving], np.float32), largest).tolist() == [picture]

@@ -145,16 +145,6 @@ def test_fp16_halves_the_weights(tmp_path: Path) -> None:
     assert sizes[0] - sizes[1] > 0.49 * weight.nbytes
 
 
-def test_an_engine_in_fp16_is_the_one_that_runs_and_its_name_says_so(copied_bundle: Path) -> None:
-    build(copied_bundle, "openvino-cpu")
-    (half,) = build(copied_bundle, "openvino-cpu", precision="fp16")
-    with load(copied_bundle, "openvino-cpu") as runtime:
-        described = runtime.describe()
-
-    assert (described["precision"], described["compiled"]) == ("fp16", str(half.directory))
-    assert precision_of(engine_of(described)) == "fp16"
-
-
 def test_engines_that_may_compute_otherwise_have_other_names(ones: Path) -> None:
     flags = {"DYNAMIC_QUANTIZATION_GROUP_SIZE": "32", "ENABLE_CPU_PINNING": "NO"}
     plain = open_product(ones, "openvino-cpu").describe()
@@ -184,13 +174,14 @@ def test_an_engine_with_half_the_weights_gives_the_same_answer_at_every_call(cop
 
 
 def test_the_engine_that_was_asked_for_last_is_taken_and_a_named_precision_is_kept(copied_bundle: Path) -> None:
-    build(copied_bundle, "openvino-cpu", precision="fp16")
-    build(copied_bundle, "openvino-cpu")
-    build(copied_bundle, "openvino-cpu", precision="fp16")
-
+    for precision in ("fp16", "fp32", "fp16"):
+        (built,) = build(copied_bundle, "openvino-cpu", precision=precision)
     with load(copied_bundle, "openvino-cpu") as last, load(copied_bundle, "openvino-cpu", precision="fp32") as named:
-        assert last.describe()["precision"] == "fp16"
+        described = last.describe()
         assert named.describe()["precision"] == "fp32"
+
+    assert (described["precision"], described["compiled"]) == ("fp16", str(built.directory))
+    assert precision_of(engine_of(described)) == "fp16"
 
 
 def test_a_throughput_hint_is_kept_by_the_engine(copied_bundle: Path) -> None:
@@ -242,14 +233,9 @@ def test_a_graph_that_cannot_be_read_is_a_broken_bundle(tmp_path: Path) -> None:
 @pytest.fixture(params=[1, None], ids=["one thread", "all threads"])
 def product(tmp_path: Path, request: pytest.FixtureRequest) -> OpenvinoEngine:
     """Two matrices whose sizes only meet at run time."""
-    import onnx
+    from tests.calibration.onnx_text import write
 
-    (tmp_path / "product.onnx").write_bytes(
-        onnx.parser.parse_model(
-            '<ir_version: 10, opset_import: ["" : 20]>'
-            "product (float[m, k] a, float[n, p] b) => (float[m, p] c) { c = MatMul(a, b) }"
-        ).SerializeToString()
-    )
+    write(tmp_path / "product.onnx", "(float[m, k] a, float[n, p] b) => (float[m, p] c) { c = MatMul(a, b) }")
     spec = TensorSpec("a", "float32", ("m", "k"))
     source = Source("openvino-cpu", tmp_path / "product.onnx", EngineOptions(), inputs=(spec,))
     return openvino.open(source, None, request.param)

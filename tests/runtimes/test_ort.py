@@ -28,24 +28,12 @@ CALLS: dict[str, Callable[[Runtime, dict[str, Any]], Any]] = {
 @pytest.fixture(scope="module")
 def four_tebibytes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small graph whose run needs more memory than there is."""
-    onnx = pytest.importorskip("onnx")  # not where the runtime alone is tested
-    from onnx import TensorProto, helper
+    pytest.importorskip("onnx")  # not where the runtime alone is tested
+    from tests.calibration.onnx_text import write
 
-    nodes = [
-        helper.make_node("Expand", ["x", "shape"], ["large"]),
-        helper.make_node("Softmax", ["large"], ["shares"]),
-        helper.make_node("ReduceSum", ["shares"], ["y"], keepdims=0),
-    ]
-    graph = helper.make_graph(
-        nodes,
-        "four_tebibytes",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [])],
-        [helper.make_tensor("shape", TensorProto.INT64, [2], [2**20, 2**20])],
-    )
-    path = tmp_path_factory.mktemp("graphs") / "large.onnx"
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
-    return path
+    body = """(float[1] x) => (float y)
+        { large = Expand(x, shape)  shares = Softmax(large)  y = ReduceSum<keepdims = 0>(shares) }"""
+    return write(tmp_path_factory.mktemp("graphs") / "large.onnx", body, 17, shape=np.array([2**20, 2**20]))
 
 
 @pytest.mark.parametrize("call", CALLS)

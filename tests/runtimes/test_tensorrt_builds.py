@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The builder against the API of five versions of TensorRT's bindings: what is not in one is not touched."""
+"""The builder against the API of five versions of TensorRT's bindings: what is not in one is not touched; and the
+table of what each version can do.
+"""
 
 from __future__ import annotations
 
@@ -13,23 +15,25 @@ from typing import Any
 
 import pytest
 
-from perceiver_export.runtimes.engines.backend import EngineOptions, Platform, Source
+from perceiver_export.runtimes.engines.backend import EngineOptions, Platform, Progress, Source
 from perceiver_export.runtimes.engines.tensorrt_build import LayerReport, build_engine
-from perceiver_export.runtimes.engines.tensorrt_versions import capabilities
+from perceiver_export.runtimes.engines.tensorrt_versions import TABLE, capabilities
 from perceiver_export.runtimes.errors import BuildError, BundleError, DeviceError, MissingDependencyError
 from perceiver_export.runtimes.manifest import TensorSpec
 from tests.runtimes.fake_networks import RANGED, VERSIONS, X, Y, inspector, made, network, no_cuda
 from tests.runtimes.fake_tensorrt import Fake, FakeModule, layer, tensor
 
 
-def build(module: FakeModule, directory: Path, **options: Any) -> LayerReport:
+def build(
+    module: FakeModule, directory: Path, progress: Progress = lambda what, done, total: None, **options: Any
+) -> LayerReport:
     graph = directory / "model.onnx"
     graph.write_bytes(b"")
     inputs = options.pop("inputs", (X,))
     source = Source("tensorrt", graph, EngineOptions(**{"precision": "fp16", **options}), inputs=inputs, outputs=(Y,))
     here = Platform("tensorrt", module.__version__, "NVIDIA Orin (sm_87)")
     can = capabilities("tensorrt", module.__version__)
-    return build_engine(module, can, here, source, directory, lambda what, done, total: None)
+    return build_engine(module, can, here, source, directory, progress)
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -212,19 +216,8 @@ def test_progress_is_told_and_ctrl_c_stops_the_compiler_before_it_is_raised(vers
             time.sleep(0.001)
         steps.append(False)
 
-    module = made(version, build=compile_slowly)
-    graph = tmp_path / "model.onnx"
-    graph.write_bytes(b"")
-    source = Source("tensorrt", graph, EngineOptions(precision="fp16"), inputs=(X,), outputs=(Y,))
     with pytest.raises(KeyboardInterrupt):
-        build_engine(
-            module,
-            capabilities("tensorrt", version),
-            Platform("tensorrt", version, "NVIDIA Orin (sm_87)"),
-            source,
-            tmp_path,
-            lambda what, done, total: told.append((what, done, total)),
-        )
+        build(made(version, build=compile_slowly), tmp_path, lambda *what: told.append(what))
 
     assert steps == [True, False]
     assert ("Building", 1, 10) in told
@@ -244,3 +237,29 @@ def test_what_was_measured_is_kept_for_the_next_build(tmp_path: Path, own_cache:
     assert "timing cache of 0 bytes" in first._calls
     assert "timing cache of 8 bytes" in second._calls
     assert third._calls[third._calls.index("timing cache of 7 bytes") :].count("timing cache of 0 bytes") > 0
+
+
+@pytest.mark.parametrize(("version", "row"), [("10.7.0", (10, 3)), ("10.13.3.9", (10, 13)), ("11.5.0", (11, 0))])
+def test_a_version_takes_the_row_at_or_below_it(version: str, row: tuple[int, int]) -> None:
+    found = capabilities("tensorrt", version)
+
+    assert found.since == row
+    assert found.name == f"TensorRT {'.'.join(version.split('.')[:2])}"
+
+
+@pytest.mark.parametrize("version", ["8.6.1", "9.2", "10.2.0", "7.1.3", "12.0", "", "ten"])
+def test_versions_that_are_not_supported_are_refused(version: str) -> None:
+    with pytest.raises(DeviceError, match="is not supported"):
+        capabilities("tensorrt", version)
+
+
+def test_a_version_of_tensorrt_is_none_of_tensorrt_for_rtx() -> None:
+    with pytest.raises(DeviceError, match=r"tensorrt-rtx 10\.3 is not supported"):
+        capabilities("tensorrt-rtx", "10.3")
+
+
+def test_every_row_of_the_table_is_sorted_and_grows() -> None:
+    rows = [row for row in TABLE if row.library == "tensorrt"]
+
+    assert [row.since for row in rows] == sorted(row.since for row in rows)
+    assert [row.opset for row in rows] == sorted(row.opset for row in rows)

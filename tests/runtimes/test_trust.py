@@ -19,7 +19,7 @@ from perceiver_export.runtimes.bundle import sha256
 from perceiver_export.runtimes.engines.backend import TARGETS
 from perceiver_export.runtimes.engines.cache import ENVIRONMENT, key_file
 from perceiver_export.runtimes.errors import BuildError, EngineError
-from tests.runtimes.built_engines import compiled, edit_record, logits
+from tests.runtimes.built_engines import compiled, edit_record, flip, logits
 from tests.runtimes.targets import EXPECTED
 
 
@@ -29,12 +29,10 @@ def another_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[]
     return lambda: monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "another"))
 
 
-def flip(directory: Path, name: str) -> None:
-    """Change a byte in the middle of a file, and its hash in engine.json."""
-    content = bytearray((directory / name).read_bytes())
-    content[len(content) // 2] ^= 0xFF
-    (directory / name).write_bytes(content)
-    edit_record(directory, lambda record: record["files"][name].update(sha256=sha256(directory / name)), sign=False)
+def forge(file: Path) -> None:
+    """Change a bit, and the hash in engine.json."""
+    flip(file)
+    edit_record(file.parent, lambda record: record["files"][file.name].update(sha256=sha256(file)), sign=False)
 
 
 def test_an_engine_that_was_changed_with_its_record_is_not_opened(
@@ -44,7 +42,7 @@ def test_an_engine_that_was_changed_with_its_record_is_not_opened(
     (built,) = build(built_bundle, target)
     for file in built.directory.iterdir():
         if file.name != "engine.json":
-            flip(built.directory, file.name)
+            forge(file)
 
     assert compiled(built_bundle, target).startswith(f"at load, because the engine in {built.directory} is not for")
     np.testing.assert_array_equal(expected, logits(built_bundle, target))

@@ -13,8 +13,7 @@ from perceiver_export.runtimes.preprocessing import TextPreprocessing
 from perceiver_export.runtimes.runtime import Array, Feeds
 from perceiver_export.runtimes.tasks.text import FillMask, TextClassification
 from perceiver_export.runtimes.tasks.tokenizers import VOCABULARY, ByteTokenizer, open_tokenizer
-from tests.runtimes.models import T, manifest, opened
-from tests.runtimes.numpy_engine import NumpyEngine
+from tests.runtimes.models import NumpyEngine, T, manifest, opened
 
 LENGTH, NUM_LATENTS, CHUNK = 40, 3, 4
 SENTENCE = "Two bytes are missing."
