@@ -268,7 +268,7 @@ FILES: list[tuple[str, type[PerceiverExportError], str, str, str]] = [
 def test_onnx_files_that_are_refused(
     nodes: str, error: type[PerceiverExportError], datum: str, given: str, outputs: str, tmp_path: Path
 ) -> None:
-    weights = WEIGHTS.astype(np.float64 if "double" in given else np.float32)
+    weights = WEIGHTS.astype("float64" if "double" in given else "float32")
     path = write(tmp_path / "m.onnx", f"({given}) => ({outputs}) {{ {nodes} }}", w=weights)
     assert_refused(path, error, datum)
 

@@ -19,7 +19,7 @@ import torch
 
 from perceiver_export.calibration import graphs
 from perceiver_export.calibration.bundles import new_bundle
-from perceiver_export.exporter import ExportOptions, LoadedModel, export, inspect_bundle, pipeline
+from perceiver_export.exporter import ExportOptions, LoadedModel, OwnModel, export, inspect_bundle, pipeline
 from perceiver_export.exporter.graphs import Batch, whole_model
 from perceiver_export.runtimes import Bundle, files, open_bundle
 from perceiver_export.runtimes.errors import (
@@ -35,6 +35,8 @@ from perceiver_export.runtimes.runtime import compare
 from tests.conftest import MadeOnce
 
 from .conftest import MakeCheckpoint
+
+LINEAR = OwnModel(torch.nn.Linear(8, 4), (torch.ones(1, 8),))  # where it matters only that something is exported
 
 
 @pytest.fixture
@@ -75,13 +77,13 @@ def test_inspection_adds_up(there: Bundle, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("there")
-def test_an_existing_bundle_is_replaced_only_when_asked(one_layer: LoadedModel, tmp_path: Path) -> None:
+def test_an_existing_bundle_is_replaced_only_when_asked(tmp_path: Path) -> None:
     with pytest.raises(BundleExistsError) as caught:
-        export(one_layer, tmp_path / "bundle", ExportOptions(batch=2))
+        export(LINEAR, tmp_path / "bundle", ExportOptions(batch=2))
     assert "--overwrite" in caught.value.hint
     assert open_bundle(tmp_path / "bundle").part().inputs[0].shape[0] == 1
 
-    export(one_layer, tmp_path / "bundle", ExportOptions(batch=2, overwrite=True))
+    export(LINEAR, tmp_path / "bundle", ExportOptions(batch=2, overwrite=True))
     assert open_bundle(tmp_path / "bundle").part().inputs[0].shape[0] == 2
     assert left_in(tmp_path) == ["bundle"]
 
@@ -96,19 +98,19 @@ def test_an_existing_bundle_is_replaced_only_when_asked(one_layer: LoadedModel, 
     ],
 )
 def test_what_is_not_a_bundle_is_never_replaced(
-    file: str, place: str, error: type[PerceiverExportError], one_layer: LoadedModel, tmp_path: Path
+    file: str, place: str, error: type[PerceiverExportError], tmp_path: Path
 ) -> None:
     (tmp_path / file).parent.mkdir(exist_ok=True)
     (tmp_path / file).write_text('{"manifest_version": 3, "name": "theirs"}')
     with pytest.raises(error):
-        export(one_layer, tmp_path / place, ExportOptions(overwrite=True))
+        export(LINEAR, tmp_path / place, ExportOptions(overwrite=True))
     assert "theirs" in (tmp_path / file).read_text()
 
 
 @pytest.mark.parametrize("stage", ["graph", "golden", "manifest"])
 @pytest.mark.parametrize("exists", [False, True])
 def test_a_full_disk_leaves_what_was_there(
-    one_layer: LoadedModel, there: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, exists: bool
+    there: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, exists: bool
 ) -> None:
     if not exists:
         shutil.rmtree(there.path)
@@ -119,7 +121,7 @@ def test_a_full_disk_leaves_what_was_there(
     name = {"graph": "save_graphs", "golden": "write_npz", "manifest": "encode_manifest"}[stage]
     monkeypatch.setattr(graphs if stage == "graph" else pipeline, name, full)
     with pytest.raises(ExportError, match="disk is full"):
-        export(one_layer, tmp_path / "bundle", ExportOptions(overwrite=True))
+        export(LINEAR, tmp_path / "bundle", ExportOptions(overwrite=True))
 
     assert left_in(tmp_path) == (["bundle"] if exists else [])
     if exists:
@@ -129,7 +131,7 @@ def test_a_full_disk_leaves_what_was_there(
 @pytest.mark.usefixtures("there")
 @pytest.mark.parametrize("two_steps", [False, True])
 def test_an_exchange_that_fails_keeps_the_old_bundle(
-    one_layer: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, two_steps: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, two_steps: bool
 ) -> None:
     original = Path.rename
 
@@ -144,19 +146,19 @@ def test_an_exchange_that_fails_keeps_the_old_bundle(
     monkeypatch.setattr(files, "_exchanged", (lambda first, second: False) if two_steps else fail)
     monkeypatch.setattr(Path, "rename", rename)
     with pytest.raises(ExportError):
-        export(one_layer, tmp_path / "bundle", ExportOptions(overwrite=True))
+        export(LINEAR, tmp_path / "bundle", ExportOptions(overwrite=True))
 
     assert left_in(tmp_path) == ["bundle"]
     open_bundle(tmp_path / "bundle", verify="always")
 
 
-def test_ctrl_c_leaves_nothing(one_layer: LoadedModel, tmp_path: Path) -> None:
+def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
     def interrupt(what: str, done: int, total: int) -> None:
         if what.startswith("verify"):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        export(one_layer, tmp_path / "bundle", progress=interrupt)
+        export(LINEAR, tmp_path / "bundle", progress=interrupt)
 
     assert left_in(tmp_path) == []
 
@@ -207,9 +209,9 @@ def test_a_real_write_that_fails_leaves_nothing(one_layer: LoadedModel, tmp_path
 
 
 @pytest.mark.usefixtures("there")
-def test_a_link_to_a_bundle_stays_a_link(one_layer: LoadedModel, tmp_path: Path) -> None:
+def test_a_link_to_a_bundle_stays_a_link(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "bundle")
-    export(one_layer, tmp_path / "link", ExportOptions(batch=2, overwrite=True))
+    export(LINEAR, tmp_path / "link", ExportOptions(batch=2, overwrite=True))
 
     assert (tmp_path / "link").is_symlink()
     assert open_bundle(tmp_path / "bundle").part().inputs[0].shape[0] == 2

@@ -193,9 +193,8 @@ def test_a_branch_behind_another_failure_of_torch_export(tmp_path: Path) -> None
 
 def test_a_file_whose_weights_have_a_size_that_stands_for_samples(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
-    weights = {name: rng.random(shape, np.float32) for name, shape in (("v", (8, 502)), ("w", (502, 4)))}
     body = "(float[n,8] x) => (float[n,4] y) { a = MatMul(x, v)  r = Relu(a)  y = MatMul(r, w) }"
-    path = write(tmp_path / "m.onnx", body, **weights)
+    path = write(tmp_path / "m.onnx", body, v=rng.random((8, 502), np.float32), w=rng.random((502, 4), np.float32))
 
     with load(export(path, tmp_path / "b", RANGE)) as runtime:
         assert runtime.run({"x": np.ones((3, 8), np.float32)})["y"].shape == (3, 4)
