@@ -74,40 +74,28 @@ def test_a_grid_is_decoded_row_by_row(
     assert_same(bundle, f"{MODULES}:cells", samples)
 
 
-def test_queries_that_are_an_input_and_outputs_without_rows(tmp_path: Path) -> None:
-    bundle = export(f"{MODULES}:shape", tmp_path / "b", ExportOptions(split=True, shape={"queries": (20,)}))
-
-    assert shapes(bundle) == {
-        "encoder": {"tokens": (1, 60, 5), "latents": (1, 6, 32)},
-        "decoder_occupancy": {
-            "latents": (1, 6, 32),
-            "queries": (1, 20),
-            "points": (1, 50, 3),
-            "occupancy": (1, 20),
-        },
-        "decoder_label": {"latents": (1, 6, 32), "label": (1, 7)},
-        "decoder_code": {"latents": (1, 6, 32), "code": (1, 6, 32)},
-    }
-    assert_same(bundle, f"{MODULES}:shape")
+LATENTS: dict[str, tuple[int | str, ...]] = {"latents": (1, 6, 32)}
+DECODERS: dict[str, dict[str, dict[str, tuple[int | str, ...]]]] = {
+    # Queries that are an input, and outputs without rows.
+    "shape": {
+        "decoder_occupancy": {**LATENTS, "queries": (1, 20), "points": (1, 50, 3), "occupancy": (1, 20)},
+        "decoder_label": {**LATENTS, "label": (1, 7)},
+        "decoder_code": {**LATENTS, "code": (1, 6, 32)},
+    },
+    # An input that is called queries.
+    "queried": {"decoder": {**LATENTS, "query_indices": (1, 50), "queries": (1, 50, 3), "output": (1, 50)}},
+    # Rows that read each other are decoded together.
+    "mixed": {"decoder": {**LATENTS, "output": (1, 4, 6, 3)}},
+}
 
 
-def test_an_input_may_be_called_queries(tmp_path: Path) -> None:
-    bundle = export(f"{MODULES}:queried", tmp_path / "b", ExportOptions(split=True))
+@pytest.mark.parametrize("function", DECODERS)
+def test_decoders_take_and_give_what_they_need(function: str, tmp_path: Path) -> None:
+    options = ExportOptions(split=True, shape={"queries": (20,)} if function == "shape" else {})
+    bundle = export(f"{MODULES}:{function}", tmp_path / "b", options)
 
-    assert shapes(bundle)["decoder"] == {
-        "latents": (1, 6, 32),
-        "query_indices": (1, 50),
-        "queries": (1, 50, 3),
-        "output": (1, 50),
-    }
-    assert_same(bundle, f"{MODULES}:queried")
-
-
-def test_rows_that_read_each_other_are_decoded_together(tmp_path: Path) -> None:
-    bundle = export(f"{MODULES}:mixed", tmp_path / "b", ExportOptions(split=True))
-
-    assert shapes(bundle)["decoder"] == {"latents": (1, 6, 32), "output": (1, 4, 6, 3)}
-    assert_same(bundle, f"{MODULES}:mixed")
+    assert shapes(bundle) == {"encoder": {"tokens": (1, 60, 5), **LATENTS}, **DECODERS[function]}
+    assert_same(bundle, f"{MODULES}:{function}")
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's own about its older exporter
