@@ -103,6 +103,7 @@ def prepare(place: Path, request: pytest.FixtureRequest, small_bundle: SmallBund
     return prepare
 
 
+@pytest.mark.usefixtures("untimed", "one_process")
 @pytest.mark.parametrize("page", PAGES)
 def test_what_a_page_says_runs(page: str, prepare: Callable[[str], None]) -> None:
     names = dict(ARRAYS.get(page, {}))

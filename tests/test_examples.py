@@ -149,21 +149,6 @@ def test_training_runs_and_writes_a_checkpoint(tmp_path: Path) -> None:
     assert (tmp_path / "model.safetensors").stat().st_size < 3_000_000
 
 
-def test_training_computes_the_models_own_function() -> None:
-    import torch
-
-    from examples.fashion_mnist.train import FastForward
-    from perceiver_export.exporter import load_model
-    from perceiver_export.exporter.model.perceiver import PerceiverIO
-
-    model = load_model(EXAMPLES / "fashion_mnist" / "checkpoint").model.double()
-    assert isinstance(model, PerceiverIO)
-    image = torch.randn(2, 1, 28, 28, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    image = image.expand(-1, 3, -1, -1)
-    with torch.no_grad():
-        np.testing.assert_allclose(FastForward(model)(image), model({"image": image})["logits"], atol=1e-9)
-
-
 @pytest.mark.skipif(BIBLE is None, reason="needs Debian's bible-kjv")
 def test_training_on_text_runs_and_writes_a_checkpoint(tmp_path: Path) -> None:
     output = run(

@@ -11,22 +11,18 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-
 from tests.benchmarks.harness import Row, command
 from tests.exporter.conftest import KINDS
 from tests.exporter.test_huggingface_parity import TEXT_VARIANTS, VARIANTS
-from tests.exporter.transformers_reference import SIZES, difference
+from tests.exporter.transformers_reference import SIZES, differences
 
 
 def measure(work: Path) -> Iterator[Row]:
     for kind, (name, _) in KINDS.items():
         variants = list(VARIANTS.values()) if kind in SIZES else TEXT_VARIANTS
         with contextlib.redirect_stderr(open(os.devnull, "w", encoding="utf-8")):
-            worst = {
-                str(dtype).removeprefix("torch."): max(difference(kind, dtype, **variant) for variant in variants)
-                for dtype in (torch.float32, torch.float64)
-            }
+            found = [differences(kind, **variant) for variant in variants]
+        worst = {str(dtype).removeprefix("torch."): max(one[dtype] for one in found) for dtype in found[0]}
         yield {"transformers class": f"`{name}`", **worst}
 
 

@@ -29,6 +29,7 @@ def test_build_compiles_for_every_target_named_and_load_finds_it(copied_bundle: 
     assert "ort-cpu, part model, fp32: was there" in succeed("build", copied_bundle, "--target", "ort-cpu")
 
 
+@pytest.mark.usefixtures("one_process")
 def test_the_engine_built_last_is_taken_and_named_or_the_one_that_is_asked_for(copied_bundle: Path) -> None:
     for precision in ("fp32", "fp16"):
         build(copied_bundle, "openvino-cpu", precision=precision)
@@ -64,6 +65,7 @@ def test_bench_of_all_targets_is_a_table_and_a_csv_file(copied_bundle: Path, tmp
     assert all(0 < float(row["p50"]) <= float(row["p99"]) and float(row["difference"]) < 1e-4 for row in rows)
 
 
+@pytest.mark.usefixtures("one_process")
 def test_bench_of_precisions_says_that_there_is_no_other_only_where_none_was_skipped(
     copied_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -56,6 +56,7 @@ def test_openvino_runs_it_and_json_is_utf8(fashion_bundle: Path, foreign: Path) 
     assert "Bag" in json.dumps(json.loads(succeed("run", bundle, picture, "--device", "openvino-cpu", "--json")))
 
 
+@pytest.mark.usefixtures("one_process")
 def test_documents_take_any_name(fashion_bundle: Path, foreign: Path) -> None:
     """Names in formulas' signs, and in bytes that are not UTF-8, of the bundle, of its data and of what is written."""
     bundle = Path(shutil.copytree(fashion_bundle, foreign / "$x_{1} \\frac{ bundle"))

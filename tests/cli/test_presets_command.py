@@ -1,18 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`presets` as it is read, and presets that cannot be exported."""
+"""`presets` as it is read."""
 
 from __future__ import annotations
 
 import json
 import re
 
-import pytest
 from typer.testing import CliRunner
 
 from perceiver_export.exporter.cli.main import app
 from perceiver_export.exporter.presets import PRESETS
-from perceiver_export.exporter.sources import load_model
-from perceiver_export.runtimes.errors import UsageError
 
 
 def listed(*options: str) -> str:
@@ -46,23 +43,3 @@ def test_json() -> None:
     }
     assert document["language-bytes"]["flops_of_one_query"] == 111_002_919_936
     assert document["modelnet40"]["architecture"]["encoder"]["num_cross_attentions"] == 2
-
-
-@pytest.mark.parametrize(
-    ("source", "shape", "parity", "message", "hint"),
-    [
-        ("imagenet-furier", None, None, "'imagenet-furier'", "did you mean imagenet-fourier?"),
-        ("", None, None, "''", "presets: language-bytes, "),
-        ("optical-flow", (3, 64, 64), None, "optical-flow", "leave --shape out"),
-        ("imagenet-conv", (1, 64, 64), None, "3 channels", "3xHxW"),
-        ("imagenet-conv", (3, 4, 64), "huggingface", "4 × 64", "5 or more"),
-    ],
-)
-def test_what_cannot_be_built_is_a_usage_error(
-    source: str, shape: tuple[int, int, int] | None, parity: str | None, message: str, hint: str
-) -> None:
-    with pytest.raises(UsageError) as caught:
-        load_model(f"preset:{source}", shape={"image": shape} if shape else None, parity=parity)
-
-    assert message in caught.value.message
-    assert hint in caught.value.hint

@@ -68,6 +68,7 @@ def test_a_profile_is_a_table_a_csv_file_a_page_and_json(
         fail(*given, "-o", wrong)
 
 
+@pytest.mark.usefixtures("untimed")
 def test_what_gates_found_is_shown_kept_and_all_that_fail_are_named(fashion_bundle: Path, tmp_path: Path) -> None:
     few = some(FASHION / "held_out.npz", 0, 200, tmp_path / "few.npz")
     common: list[str | Path] = ["quantize", fashion_bundle, "--data", few, "--samples", "32", "-o"]

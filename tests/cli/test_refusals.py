@@ -27,6 +27,7 @@ REFUSED: list[tuple[str, list[str]]] = [
     ("export C -o T/x --shape image", ["--shape", "'image'"]),
     ("export C -o T/x --shape image=3xyes", ["--shape", "3xyes"]),
     ("export C -o T/x --no-fold --memory-budget 1GB", ["--memory-budget"]),
+    ("export C -o T/x --memory-budget much", ["--memory-budget", "'much'"]),
     ("run B T/text.png", ["text.png"]),
     ("run B T/empty", ["empty"]),
     ("run B", ["IMAGE"]),
@@ -128,30 +129,31 @@ REFUSED: list[tuple[str, list[str]]] = [
 ]
 
 
-@pytest.fixture
-def places(copied_bundle: Path, tmp_path: Path) -> dict[str, str]:
-    folder = tmp_path / "work"
+@pytest.fixture(scope="module")
+def places(fashion_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Made once for all commands: none of them may write there."""
+    folder = tmp_path_factory.mktemp("refused") / "work"
     (folder / "empty").mkdir(parents=True)
     (folder / "text.png").write_text("no image")
     (folder / "layers.json").write_text("{}")
     (folder / "demo").mkdir()
     (folder / "demo" / "demo.json").write_text("{}")
     image, data = (str(shutil.copy(FASHION / name, folder)) for name in ("images/bag.png", "test.npz"))
-    return {"B": str(copied_bundle), "C": str(FASHION / "checkpoint"), "D": data, "P": image, "T": str(folder)}
+    bundle = str(shutil.copytree(fashion_bundle, folder.with_name("bundle")))
+    return {"B": bundle, "C": str(FASHION / "checkpoint"), "D": data, "P": image, "T": str(folder)}
 
 
 @pytest.mark.parametrize(("typed", "expected"), REFUSED, ids=[typed for typed, _ in REFUSED])
-def test_refused_with_the_datum_and_nothing_is_written(
-    typed: str, expected: list[str], places: dict[str, str], tmp_path: Path
-) -> None:
+def test_refused_with_the_datum_and_nothing_is_written(typed: str, expected: list[str], places: dict[str, str]) -> None:
     def named(words: str) -> str:
         return re.sub(r"(?<!\S)[BCDPT](?=/|\s|$)", lambda found: places[found[0]], words)
 
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    folder = Path(places["T"]).parent
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     said = fail(*named(typed).split(" "))
 
     assert all(named(datum) in said for datum in expected), said
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
 
 @pytest.mark.parametrize("typed", ["export", "dance", "run --loud", "bench x --runs many"])

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -99,10 +100,6 @@ def detector() -> tuple[nn.Module, tuple[Tensor]]:
     return Detector(), (torch.randn(1, 5, 8),)
 
 
-def one_number() -> tuple[nn.Module, tuple[Tensor]]:
-    return Detector(of_each=False), (torch.randn(1, 5, 8),)
-
-
 def classifier() -> OwnModel:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 3))
@@ -110,26 +107,15 @@ def classifier() -> OwnModel:
     return OwnModel(model, (torch.randn(1, 8, 8),), outputs=("logits",), output_kinds=kinds)  # type: ignore[arg-type]
 
 
-class Sometimes(nn.Module):
+class Computes(nn.Module):
+    """A function as a module."""
+
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
     def forward(self, x: Tensor) -> Tensor:
-        return x + 1 if x.sum() > 0 else x - 1
-
-
-class Dropped(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.dropout(x, 0.5, training=True)
-
-
-def sometimes() -> tuple[nn.Module, tuple[Tensor]]:
-    return Sometimes(), (torch.randn(1, 4),)
-
-
-def dropped() -> tuple[nn.Module, tuple[Tensor]]:
-    return Dropped(), (torch.randn(1, 64),)
-
-
-def half() -> tuple[nn.Module, tuple[Tensor]]:
-    return nn.Linear(4, 4).half(), (torch.randn(1, 4).half(),)
+        return self.function(x)
 
 
 class Brain(nn.Module):
@@ -143,10 +129,6 @@ class Brain(nn.Module):
         return x @ (self.weight @ self.weight).float()
 
 
-def brain() -> tuple[nn.Module, tuple[Tensor]]:
-    return Brain(), (torch.randn(1, 4),)
-
-
 class Vocabulary(nn.Linear):
     """With state that is no tensor, as modules may have."""
 
@@ -158,26 +140,6 @@ class Vocabulary(nn.Linear):
 
 def vocabulary() -> tuple[nn.Module, tuple[Tensor]]:
     return Vocabulary(4, 3), (torch.randn(1, 4),)
-
-
-def bare() -> nn.Module:
-    return nn.Linear(4, 4)
-
-
-def misnamed() -> tuple[nn.Module, dict[str, Tensor]]:
-    return nn.Linear(4, 4), {"y": torch.randn(1, 4)}
-
-
-def no_tensor() -> tuple[nn.Module, dict[str, object]]:
-    return nn.Linear(4, 4), {"input": [1.0, 2.0]}
-
-
-def empty() -> OwnModel:
-    return OwnModel(nn.Linear(8, 4), (torch.randn(1, 0, 8),))
-
-
-def strange_name() -> OwnModel:
-    return OwnModel(nn.Linear(4, 4), (torch.randn(1, 4),), outputs=("a b",))
 
 
 class Returned(nn.Module):
@@ -211,7 +173,3 @@ class Pairs(nn.Module):
 def pairs() -> tuple[nn.Module, dict[str, Tensor]]:
     torch.manual_seed(0)
     return Pairs(), {"x": torch.randn(1, 8), "z": torch.randn(1, 8)}
-
-
-def twice() -> OwnModel:
-    return OwnModel(nn.Linear(4, 4), (torch.randn(1, 4),), outputs=("input",))

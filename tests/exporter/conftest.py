@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from perceiver_export.exporter import LoadedModel, load_model
 from tests.conftest import MadeOnce
 
 # The class, and the sizes that differ from the common ones; odd where an odd size is possible.
@@ -91,3 +92,10 @@ def make_checkpoint(tmp_path: Path, made_once: MadeOnce) -> MakeCheckpoint:
         return Path(shutil.copytree(made, tmp_path / f"checkpoint-{kind}", dirs_exist_ok=True))
 
     return make
+
+
+@pytest.fixture
+def one_layer(make_checkpoint: MakeCheckpoint) -> LoadedModel:
+    """The smallest image classifier."""
+    checkpoint = make_checkpoint("fourier", num_blocks=1, num_self_attends_per_block=1)
+    return load_model(checkpoint, shape={"image": (3, 8, 8)})

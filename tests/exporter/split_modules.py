@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -82,37 +85,6 @@ class Skipped(nn.Module):
         return found
 
 
-def _with_tokens(module: nn.Module, **more: Tensor) -> Given:
-    for parameter in module.parameters():
-        nn.init.normal_(parameter, std=0.3)
-    return module, {"tokens": torch.randn(1, TOKENS, 5), **more}
-
-
-def cells() -> Given:
-    torch.manual_seed(0)
-    return _with_tokens(Cells())
-
-
-def mixed() -> Given:
-    torch.manual_seed(0)
-    return _with_tokens(Cells(mixed=True))
-
-
-def shape() -> Given:
-    torch.manual_seed(0)
-    return _with_tokens(Shape(), points=torch.rand(1, 50, 3))
-
-
-def skipped() -> Given:
-    torch.manual_seed(0)
-    return _with_tokens(Skipped())
-
-
-def no_latents() -> Given:
-    torch.manual_seed(0)
-    return _with_tokens(Encoder())
-
-
 class Queried(nn.Module):
     """Queries are an input of this name."""
 
@@ -125,11 +97,6 @@ class Queried(nn.Module):
         return found
 
 
-def queried() -> Given:
-    torch.manual_seed(0)
-    return _with_tokens(Queried(), queries=torch.rand(1, 50, 3))
-
-
 class Turned(Queried):
     """Queries are rows of a table plus blocks of its columns, of which there are twice as many."""
 
@@ -138,11 +105,20 @@ class Turned(Queried):
         return super().forward(tokens, (queries + turned)[..., :3])
 
 
-def turned() -> Given:
+def _given(make: Callable[[], nn.Module], **more: tuple[int, ...]) -> Given:
+    """A module with random parameters, tokens, and further inputs of these shapes."""
     torch.manual_seed(0)
-    return _with_tokens(Turned(), queries=torch.rand(1, 3, 6))
+    module = make()
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return module, {"tokens": torch.randn(1, TOKENS, 5), **{name: torch.rand(shape) for name, shape in more.items()}}
+
+
+cells, mixed = partial(_given, Cells), partial(_given, partial(Cells, mixed=True))
+shape, queried = partial(_given, Shape, points=(1, 50, 3)), partial(_given, Queried, queries=(1, 50, 3))
+skipped, no_latents = partial(_given, Skipped), partial(_given, Encoder)
+turned = partial(_given, Turned, queries=(1, 3, 6))
 
 
 def named_like_ours() -> OwnModel:
-    torch.manual_seed(0)
-    return OwnModel(*_with_tokens(Cells()), outputs=("latents",))
+    return OwnModel(*cells(), outputs=("latents",))

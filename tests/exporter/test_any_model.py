@@ -4,16 +4,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import TensorProto, helper
+from onnx import TensorProto
 from torch import nn
+from torch.nn import functional
 
 from perceiver_export.calibration import Gates, QuantizeOptions, ValidateOptions, quantize, validate
 from perceiver_export.exporter import ExportOptions, OwnModel, export, load_model, load_reference
@@ -25,19 +24,16 @@ from perceiver_export.runtimes.errors import (
     UnsupportedModelError,
     UsageError,
 )
+from tests.calibration.onnx_text import write
 from tests.exporter import any_modules
+from tests.exporter.outputs import assert_bundle_gives
 
 MODULES = "tests.exporter.any_modules"
 RNG = np.random.default_rng(0)
 
 
 def assert_bundle_is(bundle: Bundle, source: str, feeds: dict[str, np.ndarray]) -> None:
-    expected = load_model(source).run(feeds)
-    with load(bundle) as runtime:
-        found = runtime.run(feeds)
-    assert found.keys() == expected.keys()
-    for name, array in expected.items():
-        np.testing.assert_allclose(found[name], array, rtol=0, atol=2e-5 * np.abs(array).max())
+    assert_bundle_gives(bundle, feeds, load_model(source).run(feeds), 2e-5)
 
 
 def specs(bundle: Bundle) -> dict[str, tuple[str, tuple[int | str, ...]]]:
@@ -131,63 +127,46 @@ def test_quantized_and_certified(tmp_path: Path) -> None:
     found.require()
 
 
-@pytest.mark.parametrize(
-    ("function", "error", "datum"),
-    [
-        ("sometimes", ExportError, "values of its inputs"),
-        ("brain", ExportError, "MatMul"),
-        ("dropped", UnsupportedModelError, "'output'"),
-        ("half", UnsupportedModelError, "float16"),
-        ("bare", UnsupportedModelError, "Linear"),
-        ("misnamed", UnsupportedModelError, "'y'"),
-        ("no_tensor", UsageError, "list"),
-        ("twice", UsageError, "input"),
-        ("one_number", UnsupportedModelError, "score"),
-        ("empty", UnsupportedModelError, r"'input'.*0, 8"),
-        ("strange_name", UnsupportedModelError, "the model has .*'a b'"),
-    ],
-)
-def test_modules_that_are_refused(function: str, error: type[PerceiverExportError], datum: str, tmp_path: Path) -> None:
+X = (torch.randn(1, 4),)
+REFUSED: list[tuple[object, type[PerceiverExportError], str]] = [
+    ((any_modules.Computes(lambda x: x + 1 if x.sum() > 0 else x - 1), X), ExportError, "values of its inputs"),
+    ((any_modules.Brain(), X), ExportError, "MatMul"),
+    ((any_modules.Computes(lambda x: functional.dropout(x, training=True)), X), UnsupportedModelError, "'output'"),
+    ((nn.Linear(4, 4).half(), (torch.randn(1, 4).half(),)), UnsupportedModelError, "float16"),
+    (nn.Linear(4, 4), UnsupportedModelError, "Linear"),
+    ((nn.Linear(4, 4), {"y": torch.randn(1, 4)}), UnsupportedModelError, "'y'"),
+    ((nn.Linear(4, 4), {"input": [1.0, 2.0]}), UsageError, "list"),
+    (OwnModel(nn.Linear(4, 4), X, outputs=("input",)), UsageError, "input"),
+    ((any_modules.Detector(of_each=False), (torch.randn(1, 5, 8),)), UnsupportedModelError, "score"),
+    (OwnModel(nn.Linear(8, 4), (torch.randn(1, 0, 8),)), UnsupportedModelError, r"'input'.*0, 8"),
+    (OwnModel(nn.Linear(4, 4), X, outputs=("a b",)), UnsupportedModelError, "the model has .*'a b'"),
+]
+
+
+@pytest.mark.parametrize(("made", "error", "datum"), REFUSED, ids=[datum for *_, datum in REFUSED])
+def test_modules_that_are_refused(
+    made: object, error: type[PerceiverExportError], datum: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(any_modules, "refused", lambda: made, raising=False)
     with pytest.raises(error, match=datum) as raised:
-        export(f"{MODULES}:{function}", tmp_path / "b")
+        export(f"{MODULES}:refused", tmp_path / "b")
     assert raised.value.hint
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    ("options", "datum"),
-    [
-        (ExportOptions(split=True), "latents"),
-        (ExportOptions(dynamic_queries=True), "split"),
-        (ExportOptions(like="b"), "like"),
-    ],
-)
-def test_options_that_a_module_does_not_take(options: ExportOptions, datum: str, tmp_path: Path) -> None:
-    with pytest.raises((UsageError, UnsupportedModelError), match=datum):
-        export(f"{MODULES}:detector", tmp_path / "b", options)
+def test_a_module_is_like_no_bundle(tmp_path: Path) -> None:
+    with pytest.raises((UsageError, UnsupportedModelError), match="like"):
+        export(f"{MODULES}:detector", tmp_path / "b", ExportOptions(like="b"))
 
 
-def write(path: Path, nodes: Sequence[Any], opset: int = 20, kind: int = TensorProto.FLOAT, **more: Any) -> Path:
-    """An ONNX file from x (N, 8) to y; `w` (8, 3) is a weight."""
-    shape = more.pop("shape", (1, 8))
-    given = [helper.make_tensor_value_info("x", kind, shape)]
-    out = [helper.make_tensor_value_info("y", kind, None)]
-    weight = onnx.numpy_helper.from_array(
-        RNG.standard_normal((8, 3)).astype(helper.tensor_dtype_to_np_dtype(kind)), "w"
-    )
-    graph = helper.make_graph(list(nodes), "g", given, out, [weight])
-    opsets = [helper.make_opsetid("", opset), *more.pop("opsets", ())]
-    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10, **more), path)
-    return path
-
-
-MATMUL = [helper.make_node("MatMul", ["x", "w"], ["y"])]
+WEIGHTS = RNG.standard_normal((8, 3), dtype=np.float32)
+PRODUCT = "y = MatMul(x, w)"
 
 
 @pytest.mark.parametrize("opset", [11, 13, 17, 20, 22, 25])
 def test_an_onnx_file_of_any_opset(opset: int, tmp_path: Path) -> None:
-    nodes = [helper.make_node("MatMul", ["x", "w"], ["h"]), helper.make_node("Softmax", ["h"], ["y"], axis=-1)]
-    path = write(tmp_path / "m.onnx", nodes, opset)
+    body = "(float[1,8] x) => (float[] y) { h = MatMul(x, w)  y = Softmax<axis = -1>(h) }"
+    path = write(tmp_path / "m.onnx", body, opset, w=WEIGHTS)
     bundle = export(path, tmp_path / "b")
 
     assert specs(bundle) == {"x": ("float32", (1, 8)), "y": ("float32", (1, 3))}
@@ -196,17 +175,12 @@ def test_an_onnx_file_of_any_opset(opset: int, tmp_path: Path) -> None:
 
 def test_tiny_numbers_beside_sequences_stay(tmp_path: Path) -> None:
     """0 / (0 + 1e-8): onnxscript's rules for sequences leave the addition out."""
-    nodes = [
-        helper.make_node("SplitToSequence", ["x"], ["parts"], axis=0),
-        helper.make_node("Constant", [], ["zero"], value_int=0),
-        helper.make_node("SequenceAt", ["parts", "zero"], ["h"]),
-        helper.make_node("Sub", ["h", "h"], ["nothing"]),
-        helper.make_node("Constant", [], ["tiny"], value_float=1e-8),
-        helper.make_node("Add", ["nothing", "tiny"], ["least"]),
-        helper.make_node("Div", ["nothing", "least"], ["share"]),
-        helper.make_node("MatMul", ["share", "w"], ["y"]),
-    ]
-    path = write(tmp_path / "m.onnx", nodes)
+    body = """(float[1,8] x) => (float[] y) {
+        parts = SplitToSequence<axis = 0>(x)  zero = Constant<value_int = 0>()  h = SequenceAt(parts, zero)
+        nothing = Sub(h, h)  tiny = Constant<value_float = 1e-8>()  least = Add(nothing, tiny)
+        share = Div(nothing, least)  y = MatMul(share, w)
+    }"""
+    path = write(tmp_path / "m.onnx", body, w=WEIGHTS)
     bundle = export(path, tmp_path / "b")
 
     assert_bundle_is(bundle, str(path), {"x": RNG.standard_normal((1, 8), dtype=np.float32)})
@@ -241,7 +215,8 @@ def test_an_exported_module_as_an_onnx_file(tmp_path: Path) -> None:
 
 
 def test_what_an_onnx_file_is_comes_from_a_file_or_a_bundle(tmp_path: Path) -> None:
-    path, config = write(tmp_path / "m.onnx", MATMUL), tmp_path / "what.json"
+    path, config = tmp_path / "m.onnx", tmp_path / "what.json"
+    write(path, f"(float[1,8] x) => (float[] y) {{ {PRODUCT} }}", w=WEIGHTS)
     config.write_text(json.dumps({"labels": ["a", "b", "c"], "output_kinds": {"y": "single-label"}}))
     first = export(path, tmp_path / "a", ExportOptions(config=config))
     second = export(path, tmp_path / "b", ExportOptions(like=first.path))
@@ -252,143 +227,77 @@ def test_what_an_onnx_file_is_comes_from_a_file_or_a_bundle(tmp_path: Path) -> N
 
 @pytest.mark.parametrize(("inner", "factor"), [(TensorProto.FLOAT16, 0.3), (TensorProto.INT32, 3)])
 def test_products_of_other_types_stay(inner: int, factor: float, tmp_path: Path) -> None:
-    weights = factor * RNG.standard_normal((2, 64, 64)).astype(np.float32)
-    kept = helper.tensor_dtype_to_np_dtype(inner)
-    nodes = [
-        *(
-            helper.make_node("Constant", [], [name], value=onnx.numpy_helper.from_array(one.astype(kept)))
-            for name, one in zip("ab", weights, strict=True)
-        ),
-        helper.make_node("Cast", ["x"], ["h"], to=inner),
-        helper.make_node("MatMul", ["h", "a"], ["i"]),
-        helper.make_node("MatMul", ["i", "b"], ["j"]),
-        helper.make_node("Cast", ["j"], ["y"], to=TensorProto.FLOAT),
-    ]
-    path = write(tmp_path / "m.onnx", nodes, shape=(1, 900, 64))
+    kept = onnx.helper.tensor_dtype_to_np_dtype(inner)
+    a, b = (factor * RNG.standard_normal((2, 64, 64))).astype(kept)
+    nodes = f"h = Cast<to = {inner}>(x)  i = MatMul(h, a)  j = MatMul(i, b)  y = Cast<to = 1>(j)"
+    path = write(tmp_path / "m.onnx", f"(float[1,900,64] x) => (float[] y) {{ {nodes} }}", a=a, b=b)
     bundle = export(path, tmp_path / "b")
 
     assert bundle.manifest.parts["model"].folds == ()
     assert_bundle_is(bundle, str(path), {"x": RNG.standard_normal((1, 900, 64), dtype=np.float32)})
 
 
-def not_onnx(path: Path) -> None:
-    path.write_bytes(b"no model")
-
-
-def other_domain(path: Path) -> None:
-    write(path, [helper.make_node("Mine", ["x"], ["y"], domain="my")], opsets=[helper.make_opsetid("my", 1)])
-
-
-def branch(path: Path) -> None:
-    def part(name: str, operator: str) -> Any:
-        out = helper.make_tensor_value_info(name, TensorProto.FLOAT, None)
-        return helper.make_graph([helper.make_node(operator, ["x"], [name])], name, [], [out])
-
-    nodes = [
-        helper.make_node("ReduceSum", ["x"], ["s"], keepdims=0),
-        helper.make_node("Cast", ["s"], ["b"], to=TensorProto.BOOL),
-        helper.make_node("If", ["b"], ["y"], then_branch=part("p", "Neg"), else_branch=part("q", "Abs")),
-    ]
-    write(path, nodes)
-
-
-def random_numbers(path: Path) -> None:
-    write(path, [helper.make_node("RandomNormalLike", ["x"], ["y"])])
-
-
-def dropout_in_training(path: Path) -> None:
-    training = helper.make_node("Constant", [], ["t"], value=onnx.numpy_helper.from_array(np.array(True)))
-    write(path, [training, helper.make_node("Dropout", ["x", "", "t"], ["y"])])
-
-
-def input_returned(path: Path) -> None:
-    write(path, MATMUL)
-    model = onnx.load(path)
-    model.graph.output.append(model.graph.input[0])
-    onnx.save(model, path)
-
-
-def no_outputs(path: Path) -> None:
-    write(path, MATMUL)
-    model = onnx.load(path)
-    model.graph.ClearField("output")
-    onnx.save(model, path)
-
-
-def one_name_twice(path: Path) -> None:
-    write(path, [*MATMUL, helper.make_node("Relu", ["x"], ["y"])])
-
-
-def unsafe_name(path: Path) -> None:
-    nodes = [helper.make_node("MatMul", ["x", "w"], ["../y"])]
-    write(path, nodes)
-    model = onnx.load(path)
-    model.graph.output[0].name = "../y"
-    onnx.save(model, path)
-
-
-def number_first(path: Path) -> None:
-    write(path, [helper.make_node("Mul", ["s", "x"], ["y"])])
-    model = onnx.load(path)
-    model.graph.input.insert(0, helper.make_tensor_value_info("s", TensorProto.FLOAT, []))
-    onnx.save(model, path)
-
-
-def double(path: Path) -> None:
-    write(path, MATMUL, kind=TensorProto.DOUBLE)
-
-
-def open_width(path: Path) -> None:
-    write(path, MATMUL, shape=("n", "m"))
-
-
-def old(path: Path) -> None:
-    write(path, MATMUL, opset=9)
-
-
-def lost_weights(path: Path) -> None:
-    write(path, MATMUL)
-    onnx.save(onnx.load(path), path, save_as_external_data=True, location="lost.bin", size_threshold=0)
-    path.with_name("lost.bin").unlink()
-
-
-def weights_elsewhere(path: Path) -> None:
-    """A file that is there, and must not be read."""
-    write(path, MATMUL)
-    model = onnx.load(path)
-    onnx.external_data_helper.convert_model_to_external_data(model, location="../elsewhere.bin", size_threshold=0)
-    for entry in model.graph.initializer[0].external_data:
-        assert entry.key != "location" or entry.value == "../elsewhere.bin"
-    model.graph.initializer[0].ClearField("raw_data")
-    path.write_bytes(model.SerializeToString())
+BRANCH = """s = ReduceSum<keepdims = 0>(x)  b = Cast<to = 9>(s)  y = If(b) <
+    then_branch = one () => (float[] p) { p = Neg(x) }, else_branch = other () => (float[] q) { q = Abs(x) }>"""
+# What stands between the braces, the error, what it names, and where they differ the inputs and the outputs.
+FILES: list[tuple[str, type[PerceiverExportError], str, str, str]] = [
+    ("y = my.Mine(x)", UnsupportedModelError, "my", "float[1,8] x", "float[] y"),
+    (BRANCH, UnsupportedModelError, "If", "float[1,8] x", "float[] y"),
+    ("y = RandomNormalLike(x)", UnsupportedModelError, "RandomNormalLike", "float[1,8] x", "float[] y"),
+    (
+        "t = Constant<value = bool {1}>()  y = Dropout(x, , t)",
+        UnsupportedModelError,
+        "Dropout",
+        "float[1,8] x",
+        "float[] y",
+    ),
+    (PRODUCT, UnsupportedModelError, "'x'", "float[1,8] x", "float[] y, float[1,8] x"),
+    (PRODUCT, UnsupportedModelError, "no outputs", "float[1,8] x", ""),
+    (f"{PRODUCT}  y = Relu(x)", UnsupportedModelError, "hint: export", "float[1,8] x", "float[] y"),
+    ('"../y" = MatMul(x, w)', UnsupportedModelError, "the model has .*'../y'", "float[1,8] x", 'float[] "../y"'),
+    ("y = Mul(s, x)", UnsupportedModelError, "dimension of s\n", "float s, float[1,8] x", "float[] y"),
+    (PRODUCT, UnsupportedModelError, "double", "double[1,8] x", "double[] y"),
+    (PRODUCT, UsageError, "'x'", "float[n,m] x", "float[] y"),
+    ("y = Relu(x)", UnsupportedModelError, r"twice as outputs: y", "float[n,8] x", "float[n,8] y, float[n,8] y"),
+]
 
 
 @pytest.mark.parametrize(
-    ("make", "error", "datum"),
-    [
-        (not_onnx, CheckpointError, "ONNX"),
-        (other_domain, UnsupportedModelError, "my"),
-        (branch, UnsupportedModelError, "If"),
-        (random_numbers, UnsupportedModelError, "RandomNormalLike"),
-        (dropout_in_training, UnsupportedModelError, "Dropout"),
-        (input_returned, UnsupportedModelError, "'x'"),
-        (no_outputs, UnsupportedModelError, "no outputs"),
-        (one_name_twice, UnsupportedModelError, "hint: export"),
-        (unsafe_name, UnsupportedModelError, "the model has .*'../y'"),
-        (number_first, UnsupportedModelError, "dimension of s\n"),
-        (double, UnsupportedModelError, "double"),
-        (open_width, UsageError, "'x'"),
-        (old, UnsupportedModelError, "opset 9"),
-        (lost_weights, CheckpointError, "lost"),
-        (weights_elsewhere, CheckpointError, "elsewhere"),
-    ],
+    ("nodes", "error", "datum", "given", "outputs"), FILES, ids=[datum for _, _, datum, *_ in FILES]
 )
 def test_onnx_files_that_are_refused(
-    make: Callable[[Path], None], error: type[PerceiverExportError], datum: str, tmp_path: Path
+    nodes: str, error: type[PerceiverExportError], datum: str, given: str, outputs: str, tmp_path: Path
 ) -> None:
-    path = tmp_path / "m.onnx"
-    make(path)
+    weights = WEIGHTS.astype("float64" if "double" in given else "float32")
+    path = write(tmp_path / "m.onnx", f"({given}) => ({outputs}) {{ {nodes} }}", w=weights)
+    assert_refused(path, error, datum)
+
+
+def assert_refused(path: Path, error: type[PerceiverExportError], datum: str) -> None:
     with pytest.raises(error, match=datum) as raised:
-        export(path, tmp_path / "b")
+        export(path, path.with_name("b"))
     assert raised.value.hint
-    assert [one.name for one in tmp_path.iterdir()] == ["m.onnx"]
+    assert [one.name for one in path.parent.iterdir()] == ["m.onnx"]
+
+
+def test_other_files_and_old_opsets_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "m.onnx"
+    path.write_bytes(b"no model")
+    assert_refused(path, CheckpointError, "ONNX")
+    write(path, f"(float[1,8] x) => (float[] y) {{ {PRODUCT} }}", 9, w=WEIGHTS)
+    assert_refused(path, UnsupportedModelError, "opset 9")
+
+
+@pytest.mark.parametrize("place", ["lost.bin", "../elsewhere.bin"])
+def test_weights_that_are_lost_or_elsewhere(place: str, tmp_path: Path) -> None:
+    """The second is there, and must not be read."""
+    folder = tmp_path / "given"
+    folder.mkdir()
+    (tmp_path / "elsewhere.bin").write_bytes(WEIGHTS.tobytes())
+    path = write(folder / "m.onnx", f"(float[1,8] x) => (float[] y) {{ {PRODUCT} }}", w=WEIGHTS)
+    model = onnx.load(path)
+    onnx.external_data_helper.convert_model_to_external_data(model, location=place, size_threshold=0)
+    model.graph.initializer[0].ClearField("raw_data")
+    path.write_bytes(model.SerializeToString())
+
+    assert_refused(path, CheckpointError, place.strip("./"))

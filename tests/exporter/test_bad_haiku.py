@@ -52,7 +52,6 @@ def _set(name: str, *shape: int) -> Callable[[Arrays], object]:
 
 
 _VALUE = "perceiver_encoder/~/self_attention_1/attention/linear_2/w"
-_CROSS_VALUE = "perceiver_encoder/~/cross_attention/attention/linear_2/w"
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ import torch
 
 from perceiver_export.calibration import graphs
 from perceiver_export.calibration.bundles import new_bundle
-from perceiver_export.exporter import ExportOptions, LoadedModel, export, inspect_bundle, load_model, pipeline
+from perceiver_export.exporter import ExportOptions, LoadedModel, OwnModel, export, inspect_bundle, pipeline
 from perceiver_export.exporter.graphs import Batch, whole_model
 from perceiver_export.runtimes import Bundle, files, open_bundle
 from perceiver_export.runtimes.errors import (
@@ -36,17 +36,13 @@ from tests.conftest import MadeOnce
 
 from .conftest import MakeCheckpoint
 
-
-@pytest.fixture
-def loaded(make_checkpoint: MakeCheckpoint) -> LoadedModel:
-    checkpoint = make_checkpoint("fourier", num_blocks=1, num_self_attends_per_block=1)
-    return load_model(checkpoint, shape={"image": (3, 8, 8)})
+LINEAR = OwnModel(torch.nn.Linear(8, 4), (torch.ones(1, 8),))  # where it matters only that something is exported
 
 
 @pytest.fixture
-def there(loaded: LoadedModel, made_once: MadeOnce, tmp_path: Path) -> Bundle:
+def there(one_layer: LoadedModel, made_once: MadeOnce, tmp_path: Path) -> Bundle:
     """A bundle of the model in the test's folder."""
-    made = made_once("one-layer", lambda path: export(loaded, path))
+    made = made_once("one-layer", lambda path: export(one_layer, path))
     return open_bundle(shutil.copytree(made, tmp_path / "bundle"))
 
 
@@ -54,7 +50,7 @@ def left_in(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir() if not path.name.startswith("checkpoint"))
 
 
-def test_the_bundle_says_what_it_holds(loaded: LoadedModel, there: Bundle, tmp_path: Path) -> None:
+def test_the_bundle_says_what_it_holds(one_layer: LoadedModel, there: Bundle, tmp_path: Path) -> None:
     manifest = there.manifest
 
     assert sorted(manifest.files) == ["golden.npz", "model.onnx", "model.weights"]
@@ -65,7 +61,7 @@ def test_the_bundle_says_what_it_holds(loaded: LoadedModel, there: Bundle, tmp_p
     assert manifest.tools["torch"] == torch.__version__.split("+")[0] or manifest.tools["torch"] == torch.__version__
     with np.load(tmp_path / "bundle" / "golden.npz") as golden:
         np.testing.assert_allclose(
-            golden["output/logits"], loaded.run({"image": golden["input/image"]})["logits"], atol=1e-6
+            golden["output/logits"], one_layer.run({"image": golden["input/image"]})["logits"], atol=1e-6
         )
 
 
@@ -81,13 +77,13 @@ def test_inspection_adds_up(there: Bundle, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("there")
-def test_an_existing_bundle_is_replaced_only_when_asked(loaded: LoadedModel, tmp_path: Path) -> None:
+def test_an_existing_bundle_is_replaced_only_when_asked(tmp_path: Path) -> None:
     with pytest.raises(BundleExistsError) as caught:
-        export(loaded, tmp_path / "bundle", ExportOptions(batch=2))
+        export(LINEAR, tmp_path / "bundle", ExportOptions(batch=2))
     assert "--overwrite" in caught.value.hint
     assert open_bundle(tmp_path / "bundle").part().inputs[0].shape[0] == 1
 
-    export(loaded, tmp_path / "bundle", ExportOptions(batch=2, overwrite=True))
+    export(LINEAR, tmp_path / "bundle", ExportOptions(batch=2, overwrite=True))
     assert open_bundle(tmp_path / "bundle").part().inputs[0].shape[0] == 2
     assert left_in(tmp_path) == ["bundle"]
 
@@ -102,19 +98,19 @@ def test_an_existing_bundle_is_replaced_only_when_asked(loaded: LoadedModel, tmp
     ],
 )
 def test_what_is_not_a_bundle_is_never_replaced(
-    file: str, place: str, error: type[PerceiverExportError], loaded: LoadedModel, tmp_path: Path
+    file: str, place: str, error: type[PerceiverExportError], tmp_path: Path
 ) -> None:
     (tmp_path / file).parent.mkdir(exist_ok=True)
     (tmp_path / file).write_text('{"manifest_version": 3, "name": "theirs"}')
     with pytest.raises(error):
-        export(loaded, tmp_path / place, ExportOptions(overwrite=True))
+        export(LINEAR, tmp_path / place, ExportOptions(overwrite=True))
     assert "theirs" in (tmp_path / file).read_text()
 
 
 @pytest.mark.parametrize("stage", ["graph", "golden", "manifest"])
 @pytest.mark.parametrize("exists", [False, True])
 def test_a_full_disk_leaves_what_was_there(
-    loaded: LoadedModel, there: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, exists: bool
+    there: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, exists: bool
 ) -> None:
     if not exists:
         shutil.rmtree(there.path)
@@ -125,7 +121,7 @@ def test_a_full_disk_leaves_what_was_there(
     name = {"graph": "save_graphs", "golden": "write_npz", "manifest": "encode_manifest"}[stage]
     monkeypatch.setattr(graphs if stage == "graph" else pipeline, name, full)
     with pytest.raises(ExportError, match="disk is full"):
-        export(loaded, tmp_path / "bundle", ExportOptions(overwrite=True))
+        export(LINEAR, tmp_path / "bundle", ExportOptions(overwrite=True))
 
     assert left_in(tmp_path) == (["bundle"] if exists else [])
     if exists:
@@ -135,7 +131,7 @@ def test_a_full_disk_leaves_what_was_there(
 @pytest.mark.usefixtures("there")
 @pytest.mark.parametrize("two_steps", [False, True])
 def test_an_exchange_that_fails_keeps_the_old_bundle(
-    loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, two_steps: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, two_steps: bool
 ) -> None:
     original = Path.rename
 
@@ -150,19 +146,19 @@ def test_an_exchange_that_fails_keeps_the_old_bundle(
     monkeypatch.setattr(files, "_exchanged", (lambda first, second: False) if two_steps else fail)
     monkeypatch.setattr(Path, "rename", rename)
     with pytest.raises(ExportError):
-        export(loaded, tmp_path / "bundle", ExportOptions(overwrite=True))
+        export(LINEAR, tmp_path / "bundle", ExportOptions(overwrite=True))
 
     assert left_in(tmp_path) == ["bundle"]
     open_bundle(tmp_path / "bundle", verify="always")
 
 
-def test_ctrl_c_leaves_nothing(loaded: LoadedModel, tmp_path: Path) -> None:
+def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
     def interrupt(what: str, done: int, total: int) -> None:
         if what.startswith("verify"):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        export(loaded, tmp_path / "bundle", progress=interrupt)
+        export(LINEAR, tmp_path / "bundle", progress=interrupt)
 
     assert left_in(tmp_path) == []
 
@@ -183,28 +179,28 @@ def test_of_two_exports_to_one_place_the_first_to_finish_wins(tmp_path: Path) ->
 
 @pytest.mark.parametrize(("tensor", "value"), [("bias", 0.01), ("weight", 3e38)], ids=["differs", "overflows"])
 def test_a_graph_that_is_not_the_model_is_refused(
-    tensor: str, value: float, loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tensor: str, value: float, one_layer: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original = graphs.save_graphs
 
     def save_another(models: Any, directory: Path) -> None:
         original(models, directory)
         with torch.no_grad():
-            loaded.model.state_dict()[f"decoder.output.{tensor}"].add_(value)  # torch is no longer what was written
+            one_layer.model.state_dict()[f"decoder.output.{tensor}"].add_(value)  # torch is no longer what was written
 
     monkeypatch.setattr(graphs, "save_graphs", save_another)
     with pytest.raises(VerificationError):
-        export(loaded, tmp_path / "bundle")
+        export(one_layer, tmp_path / "bundle")
     assert left_in(tmp_path) == []
 
 
-def test_a_real_write_that_fails_leaves_nothing(loaded: LoadedModel, tmp_path: Path) -> None:
+def test_a_real_write_that_fails_leaves_nothing(one_layer: LoadedModel, tmp_path: Path) -> None:
     """The kernel refuses to write more than 50 kB to a file, as a full disk would."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
     try:
         with pytest.raises(ExportError) as caught:
-            export(loaded, tmp_path / "bundle")
+            export(one_layer, tmp_path / "bundle")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
@@ -213,9 +209,9 @@ def test_a_real_write_that_fails_leaves_nothing(loaded: LoadedModel, tmp_path: P
 
 
 @pytest.mark.usefixtures("there")
-def test_a_link_to_a_bundle_stays_a_link(loaded: LoadedModel, tmp_path: Path) -> None:
+def test_a_link_to_a_bundle_stays_a_link(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "bundle")
-    export(loaded, tmp_path / "link", ExportOptions(batch=2, overwrite=True))
+    export(LINEAR, tmp_path / "link", ExportOptions(batch=2, overwrite=True))
 
     assert (tmp_path / "link").is_symlink()
     assert open_bundle(tmp_path / "bundle").part().inputs[0].shape[0] == 2
@@ -223,13 +219,13 @@ def test_a_link_to_a_bundle_stays_a_link(loaded: LoadedModel, tmp_path: Path) ->
 
 
 @pytest.mark.usefixtures("there")
-def test_a_bundle_that_no_reader_would_take_is_not_published(loaded: LoadedModel, tmp_path: Path) -> None:
-    assert isinstance(loaded.preprocessing, ImagePreprocessing)
-    broken = dataclasses.replace(loaded, preprocessing=msgspec.structs.replace(loaded.preprocessing, height=17))
+def test_a_bundle_that_no_reader_would_take_is_not_published(one_layer: LoadedModel, tmp_path: Path) -> None:
+    assert isinstance(one_layer.preprocessing, ImagePreprocessing)
+    broken = dataclasses.replace(one_layer, preprocessing=msgspec.structs.replace(one_layer.preprocessing, height=17))
     with pytest.raises(BundleError, match="image"):
         export(broken, tmp_path / "bundle", ExportOptions(overwrite=True))
     steps = (Normalize((0.0, 0.0, 0.0), (0.0, 0.0, 0.0)),)
-    zero = dataclasses.replace(loaded, preprocessing=msgspec.structs.replace(loaded.preprocessing, steps=steps))
+    zero = dataclasses.replace(one_layer, preprocessing=msgspec.structs.replace(one_layer.preprocessing, steps=steps))
     with pytest.raises(UnsupportedModelError, match="std"):
         export(zero, tmp_path / "bundle", ExportOptions(overwrite=True))
 
@@ -253,20 +249,20 @@ def test_an_overwrite_that_another_export_overtakes_loses_nothing_of_theirs(tmp_
     assert left_in(tmp_path) == ["bundle"]
 
 
-def test_a_model_that_loses_digits_is_held_to_torchs_own_error(loaded: LoadedModel, tmp_path: Path) -> None:
+def test_a_model_that_loses_digits_is_held_to_torchs_own_error(one_layer: LoadedModel, tmp_path: Path) -> None:
     """Large queries that the last bias takes away again: float32 torch is further than the tolerance from float64."""
-    decoder: Any = loaded.model.decoder
+    decoder: Any = one_layer.model.decoder
     shift = 1e4 * torch.randn(1, 24, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         decoder.queries["logits"].table.add_(shift)
         decoder.output.bias.sub_((decoder.output.weight @ shift.T).squeeze(1))
     image = np.random.default_rng(0).normal(size=(1, 3, 8, 8)).astype(np.float32)
-    part = whole_model(loaded.model, Batch.parse(1))
+    part = whole_model(one_layer.model, Batch.parse(1))
     exact = copy.deepcopy(part.module).double()(torch.from_numpy(image).double())[0].detach().numpy()
-    own = compare(loaded.run({"image": image})["logits"], exact, 1e-4)
+    own = compare(one_layer.run({"image": image})["logits"], exact, 1e-4)
     assert not own
 
-    checks = export(loaded, tmp_path / "bundle").manifest.verification
+    checks = export(one_layer, tmp_path / "bundle").manifest.verification
 
     assert all(check.difference <= check.tolerance for check in checks)
     assert checks[0].difference < 10 * own.difference

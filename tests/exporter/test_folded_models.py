@@ -161,14 +161,6 @@ def test_budgets_that_are_none(text: str) -> None:
         parse_budget(text)
 
 
-def test_a_budget_without_folds_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="--memory-budget"):
-        export(SYSTEMS["language"](), tmp_path / "b", ExportOptions(fold=False, memory_budget="1MiB"))
-    with pytest.raises(UsageError, match="--memory-budget"):
-        export(SYSTEMS["language"](), tmp_path / "b", ExportOptions(memory_budget="much"))
-    assert not (tmp_path / "b").exists()
-
-
 def test_each_part_has_its_own_plan(tmp_path: Path) -> None:
     """Planned for the largest batch, and for as many queries as the decoder takes."""
     loaded = SYSTEMS["language"]()

@@ -6,7 +6,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import perceiver_pytorch
 import pytest
 import torch
@@ -14,8 +13,7 @@ from torch import Tensor, nn
 
 from perceiver_export.calibration import ValidateOptions, validate
 from perceiver_export.exporter import ExportOptions, OwnModel, export
-from perceiver_export.exporter.verification import TOLERANCE
-from perceiver_export.runtimes import load
+from tests.exporter.outputs import assert_bundle_gives
 
 SIZES: dict[str, Any] = {
     "num_latents": 8,
@@ -66,11 +64,8 @@ def test_the_bundle_is_the_packages_model(name: str, tmp_path: Path) -> None:
     bundle = export(OwnModel(model, inputs, outputs=("out",)), tmp_path / "b", ExportOptions(batch="1:2:3"))
     three = {one: torch.cat([tensor, tensor[:1]]) for one, tensor in inputs.items()}
     with torch.no_grad():
-        expected = model(**three).numpy()
-
-    with load(bundle) as runtime:
-        found = runtime.run({one: tensor.numpy() for one, tensor in three.items()})["out"]
-    np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE * np.abs(expected).max())
+        expected = {"out": model(**three).numpy()}
+    assert_bundle_gives(bundle, {one: tensor.numpy() for one, tensor in three.items()}, expected)
 
 
 def test_a_trained_module_of_the_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -177,7 +177,7 @@ def test_steps_that_are_not_known_are_refused_by_name(flags: dict[str, Any], dat
         {"size": {"height": 0, "width": 3}},
         {"size": {"height": 1 << 30, "width": 3}},
         {"image_mean": [0.5]},
-        {"image_std": 0},
+        *({"image_std": std} for std in (0, [0.5, 0, 0.5], [0.5, -1, 0.5], [0.5], [0.5] * 4, "half")),
         {"image_std": [0.1, float("inf"), 0.1]},
         {"rescale_factor": 0},
         {"crop_size": {"shortest_edge": 3}},

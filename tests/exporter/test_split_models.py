@@ -16,6 +16,7 @@ from perceiver_export.exporter import ExportOptions, export, inspect_bundle, loa
 from perceiver_export.runtimes import Bundle, decode, load
 from perceiver_export.runtimes.errors import PerceiverExportError, UnsupportedModelError, UsageError
 from tests.exporter import split_modules
+from tests.exporter.outputs import assert_close
 
 MODULES = "tests.exporter.split_modules"
 RNG = np.random.default_rng(0)
@@ -33,7 +34,7 @@ def assert_same(bundle: Bundle, source: str, samples: int = 1) -> None:
         found = runtime.run(feeds)
     with load(bundle, part="encoder") as encoder:
         feeds |= encoder.run({spec.name: feeds[spec.name] for spec in encoder.inputs})
-    assert found.keys() == expected.keys()
+    assert_close(found, expected, 2e-5)
     for name, part in bundle.manifest.parts.items():
         if part.num_queries is None:
             continue
@@ -45,8 +46,6 @@ def assert_same(bundle: Bundle, source: str, samples: int = 1) -> None:
         whole = expected[output].reshape(samples, part.num_queries, -1)
         asked = np.take_along_axis(whole, rows[..., None], axis=1).reshape(decoded.shape)
         np.testing.assert_allclose(decoded, asked, rtol=0, atol=2e-5 * np.abs(whole).max())
-    for name, array in expected.items():
-        np.testing.assert_allclose(found[name], array, rtol=0, atol=2e-5 * np.abs(array).max())
 
 
 def shapes(bundle: Bundle) -> dict[str, dict[str, tuple[int | str, ...]]]:
@@ -75,45 +74,37 @@ def test_a_grid_is_decoded_row_by_row(
     assert_same(bundle, f"{MODULES}:cells", samples)
 
 
-def test_queries_that_are_an_input_and_outputs_without_rows(tmp_path: Path) -> None:
-    bundle = export(f"{MODULES}:shape", tmp_path / "b", ExportOptions(split=True, shape={"queries": (20,)}))
-
-    assert shapes(bundle) == {
-        "encoder": {"tokens": (1, 60, 5), "latents": (1, 6, 32)},
-        "decoder_occupancy": {
-            "latents": (1, 6, 32),
-            "queries": (1, 20),
-            "points": (1, 50, 3),
-            "occupancy": (1, 20),
-        },
-        "decoder_label": {"latents": (1, 6, 32), "label": (1, 7)},
-        "decoder_code": {"latents": (1, 6, 32), "code": (1, 6, 32)},
-    }
-    assert_same(bundle, f"{MODULES}:shape")
+LATENTS: dict[str, tuple[int | str, ...]] = {"latents": (1, 6, 32)}
+DECODERS: dict[str, dict[str, dict[str, tuple[int | str, ...]]]] = {
+    # Queries that are an input, and outputs without rows.
+    "shape": {
+        "decoder_occupancy": {**LATENTS, "queries": (1, 20), "points": (1, 50, 3), "occupancy": (1, 20)},
+        "decoder_label": {**LATENTS, "label": (1, 7)},
+        "decoder_code": {**LATENTS, "code": (1, 6, 32)},
+    },
+    # An input that is called queries.
+    "queried": {"decoder": {**LATENTS, "query_indices": (1, 50), "queries": (1, 50, 3), "output": (1, 50)}},
+    # Rows that read each other are decoded together.
+    "mixed": {"decoder": {**LATENTS, "output": (1, 4, 6, 3)}},
+}
 
 
-def test_an_input_may_be_called_queries(tmp_path: Path) -> None:
-    bundle = export(f"{MODULES}:queried", tmp_path / "b", ExportOptions(split=True))
+@pytest.mark.parametrize("function", DECODERS)
+def test_decoders_take_and_give_what_they_need(function: str, tmp_path: Path) -> None:
+    options = ExportOptions(split=True, shape={"queries": (20,)} if function == "shape" else {})
+    bundle = export(f"{MODULES}:{function}", tmp_path / "b", options)
 
-    assert shapes(bundle)["decoder"] == {
-        "latents": (1, 6, 32),
-        "query_indices": (1, 50),
-        "queries": (1, 50, 3),
-        "output": (1, 50),
-    }
-    assert_same(bundle, f"{MODULES}:queried")
-    again = export(f"{MODULES}:queried", tmp_path / "again", ExportOptions(split=True))
-    assert again.manifest.files == bundle.manifest.files  # the same model, the same bytes
+    assert shapes(bundle) == {"encoder": {"tokens": (1, 60, 5), **LATENTS}, **DECODERS[function]}
+    assert_same(bundle, f"{MODULES}:{function}")
 
 
-def test_rows_that_read_each_other_are_decoded_together(tmp_path: Path) -> None:
-    bundle = export(f"{MODULES}:mixed", tmp_path / "b", ExportOptions(split=True))
-
-    assert shapes(bundle)["decoder"] == {"latents": (1, 6, 32), "output": (1, 4, 6, 3)}
-    assert_same(bundle, f"{MODULES}:mixed")
+def test_the_same_model_becomes_the_same_bytes(tmp_path: Path) -> None:
+    first, second = (export(f"{MODULES}:queried", tmp_path / name, ExportOptions(split=True)) for name in "ab")
+    assert first.manifest.files == second.manifest.files
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's own about its older exporter
+@pytest.mark.usefixtures("untimed")
 def test_an_onnx_file_from_split_to_int8(tmp_path: Path) -> None:
     """Cut at a tensor by its name in the file, quantized, validated against the file, linted, inspected."""
     module, inputs = split_modules.cells()

@@ -202,6 +202,7 @@ def test_texts_are_classified_as_by_the_pipeline(make_checkpoint: MakeCheckpoint
             assert [one.probability for one in found] == pytest.approx([one["score"] for one in expected], abs=1e-5)
 
 
+@pytest.mark.usefixtures("untimed")
 def test_a_text_that_is_too_long_is_counted_or_cut_and_the_tokenizer_stays_with_the_bundle(
     make_checkpoint: MakeCheckpoint, tmp_path: Path
 ) -> None:

@@ -3,15 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 import torch
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -20,19 +18,10 @@ from perceiver_export.exporter.verification import TOLERANCE
 from perceiver_export.runtimes import Bundle, load
 from perceiver_export.runtimes.errors import ExportError, UnsupportedModelError, VerificationError
 from perceiver_export.runtimes.runtime import Array, Runtime
+from tests.calibration.onnx_text import write
+from tests.exporter.any_modules import Computes
 
 RANGE = ExportOptions(batch="1:2:4")
-
-
-class Computes(nn.Module):
-    """A function as a module."""
-
-    def __init__(self, function: Callable[..., Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
 
 
 def assert_bundle_is(bundle: Bundle, module: nn.Module, *given: Tensor) -> None:
@@ -202,57 +191,29 @@ def test_a_branch_behind_another_failure_of_torch_export(tmp_path: Path) -> None
     assert_bundle_is(export(OwnModel(module, (given,)), tmp_path / "b"), module, given)
 
 
-def write(path: Path, nodes: Sequence[Any], constants: dict[str, Array], x: Any, outputs: Sequence[Any]) -> Path:
-    stored = [numpy_helper.from_array(array, name) for name, array in constants.items()]
-    graph = helper.make_graph(list(nodes), "g", [x], list(outputs), stored)
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
-    return path
-
-
-def float_of(name: str, *shape: int | str) -> Any:
-    return helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
-
-
 def test_a_file_whose_weights_have_a_size_that_stands_for_samples(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
-    weights = {name: rng.random(shape, np.float32) for name, shape in (("v", (8, 502)), ("w", (502, 4)))}
-    nodes = [helper.make_node("MatMul", ["x", "v"], ["a"]), helper.make_node("Relu", ["a"], ["r"])]
-    nodes.append(helper.make_node("MatMul", ["r", "w"], ["y"]))
-    path = write(tmp_path / "m.onnx", nodes, weights, float_of("x", "n", 8), [float_of("y", "n", 4)])
+    body = "(float[n,8] x) => (float[n,4] y) { a = MatMul(x, v)  r = Relu(a)  y = MatMul(r, w) }"
+    path = write(tmp_path / "m.onnx", body, v=rng.random((8, 502), np.float32), w=rng.random((502, 4), np.float32))
 
     with load(export(path, tmp_path / "b", RANGE)) as runtime:
         assert runtime.run({"x": np.ones((3, 8), np.float32)})["y"].shape == (3, 4)
 
 
 def test_a_grid_for_any_number_of_samples(tmp_path: Path) -> None:
-    nodes = [
-        helper.make_node("Shape", ["x"], ["n"], start=0, end=1),
-        helper.make_node("Concat", ["n", "rest"], ["size"], axis=0),
-        helper.make_node("AffineGrid", ["x", "size"], ["y"]),
-    ]
-    rest = {"rest": np.array([3, 8, 8])}
-    path = write(tmp_path / "m.onnx", nodes, rest, float_of("x", "n", 2, 3), [float_of("y", "n", 8, 8, 2)])
+    body = """(float[n,2,3] x) => (float[n,8,8,2] y) {
+        n = Shape<start = 0, end = 1>(x)  size = Concat<axis = 0>(n, rest)  y = AffineGrid(x, size)
+    }"""
+    path = write(tmp_path / "m.onnx", body, rest=np.array([3, 8, 8]))
 
     with load(export(path, tmp_path / "b", RANGE)) as runtime:
         assert runtime.run({"x": np.ones((3, 2, 3), np.float32)})["y"].shape == (3, 8, 8, 2)
 
 
-def test_a_file_that_lists_an_output_twice(tmp_path: Path) -> None:
-    y = float_of("y", "n", 8)
-    path = write(tmp_path / "m.onnx", [helper.make_node("Relu", ["x"], ["y"])], {}, float_of("x", "n", 8), [y, y])
-    with pytest.raises(UnsupportedModelError, match=r"twice as outputs: y"):
-        export(path, tmp_path / "b")
-
-
 @pytest.mark.parametrize(("to", "known"), [(TensorProto.BOOL, None), (TensorProto.INT32, (0, 1))])
 def test_narrowed_integers_have_no_vocabulary(to: int, known: tuple[int, int] | None, tmp_path: Path) -> None:
-    nodes = [
-        helper.make_node("Cast", ["x"], ["narrow"], to=to),
-        helper.make_node("Cast", ["narrow"], ["row"], to=TensorProto.INT64),
-        helper.make_node("Gather", ["table", "row"], ["y"]),
-    ]
-    table = {"table": np.array([[1.0], [2.0]], np.float32)}
-    x = helper.make_tensor_value_info("x", TensorProto.INT64, ("n", 3))
-    bundle = export(write(tmp_path / "m.onnx", nodes, table, x, [float_of("y", "n", 3, 1)]), tmp_path / "b")
+    nodes = f"narrow = Cast<to = {to}>(x)  row = Cast<to = 7>(narrow)  y = Gather(table, row)"
+    table, body = np.array([[1.0], [2.0]], np.float32), f"(int64[n,3] x) => (float[n,3,1] y) {{ {nodes} }}"
+    bundle = export(write(tmp_path / "m.onnx", body, table=table), tmp_path / "b")
 
     assert bundle.manifest.parts["model"].inputs[0].values == known

@@ -20,12 +20,6 @@ DRAWN_TWICE, DRAWN_ONCE = ["seed 0", "seed 1", "seed 2"], ["seed 0", "seed 2"]
 
 
 @pytest.fixture
-def loaded(make_checkpoint: MakeCheckpoint) -> LoadedModel:
-    checkpoint = make_checkpoint("fourier", num_blocks=1, num_self_attends_per_block=1)
-    return load_model(checkpoint, shape={"image": (3, 8, 8)})
-
-
-@pytest.fixture
 def flow(make_checkpoint: MakeCheckpoint) -> LoadedModel:
     return load_model(make_checkpoint("flow", num_blocks=1, num_self_attends_per_block=1))
 
@@ -41,13 +35,13 @@ def seeds(checks: tuple[Check, ...]) -> list[str]:
 
 
 @pytest.mark.usefixtures("large")
-def test_a_large_model_is_compared_on_two_inputs(loaded: LoadedModel, tmp_path: Path) -> None:
+def test_a_large_model_is_compared_on_two_inputs(one_layer: LoadedModel, tmp_path: Path) -> None:
     """On three where the second has another number of samples."""
-    fixed = export(loaded, tmp_path / "fixed").manifest.verification
+    fixed = export(one_layer, tmp_path / "fixed").manifest.verification
     assert seeds(fixed) == DRAWN_ONCE
     assert fixed[-1].inputs == "seed 2, normal values × 100"  # all of it: the model has one query
 
-    dynamic = export(loaded, tmp_path / "dynamic", ExportOptions(batch="1:2:3")).manifest.verification
+    dynamic = export(one_layer, tmp_path / "dynamic", ExportOptions(batch="1:2:3")).manifest.verification
     assert seeds(dynamic) == DRAWN_TWICE
     assert [check.inputs.rpartition(" ")[2] for check in dynamic] == ["2", "1", "3"]
 

@@ -18,19 +18,21 @@ from .conftest import make_transformers_model
 SIZES = {"learned": (12, 12), "fourier": (13, 17), "conv": (37, 30)}  # pictures, height and width
 
 
-def difference(kind: str, dtype: torch.dtype, **changes: Any) -> float:
-    """Largest difference of our outputs from transformers', as a share of each output's scale."""
+def differences(kind: str, **changes: Any) -> dict[torch.dtype, float]:
+    """Largest difference of our outputs from transformers', as a share of each output's scale, in each precision."""
     theirs = make_transformers_model(kind, **changes)
     with tempfile.TemporaryDirectory() as directory:
         theirs.save_pretrained(directory)
         shape = {"image": (3, *SIZES[kind])} if kind in SIZES else {}
-        ours = load_model(Path(directory), shape=shape).model.to(dtype)
-    feeds = make_feeds(kind, dtype)
-    with torch.no_grad():
-        found = ours(feeds)
-        expected = run_transformers(theirs.to(dtype), feeds)
-    assert found.keys() == expected.keys()
-    return _distance(found, expected)
+        ours = load_model(Path(directory), shape=shape).model
+    found = {}
+    for dtype in (torch.float32, torch.float64):
+        feeds = make_feeds(kind, dtype)
+        with torch.no_grad():
+            outputs, expected = ours.to(dtype)(feeds), run_transformers(theirs.to(dtype), feeds)
+        assert outputs.keys() == expected.keys()
+        found[dtype] = _distance(outputs, expected)
+    return found
 
 
 def rounding(kind: str, **changes: Any) -> float:
