@@ -129,7 +129,7 @@ def _replace(graph: ir.Graph, value: ir.Value, array: np.ndarray) -> None:
     if producer is not None and producer.op_type == "Transpose" and producer.inputs[0] is not None:
         source = producer.inputs[0]
         if source.is_initializer() and len(source.uses()) == 1:
-            name, source.name = source.name, f"{source.name}.untransposed"
+            name, source.name = str(source.name), f"{source.name}.untransposed"
     made = ir.val(name, const_value=ir.tensor(array, name=name))
     value.replace_all_uses_with(made, replace_graph_outputs=True)
     graph.initializers.add(made)

@@ -13,7 +13,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, cast, get_args
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -54,7 +54,7 @@ _GROUP_OF = {name: group for group, names in _OPTIONS.items() for name in names.
 _VALUES: dict[Any, str] = {int: "N", float: "NUMBER", "device": "TARGET", "against_device": "TARGET"}
 _VALUES |= {"max_drop": "POINTS", "min_agreement": "PERCENT", "min_coverage": "PERCENT", "max_metric_change": "CHANGE"}
 _NUMBERS = {"int_parsing": "a whole number", "float_parsing": "a number"}  # errors of typer's library
-_CLICK_ERROR: Any = typer.BadParameter.__mro__[2]  # typer exports no other name of it
+_USAGE_ERROR, _CLICK_ERROR = cast("Any", typer.BadParameter.__mro__[1:3])  # typer has no names for them
 
 
 class _Help:
@@ -77,6 +77,14 @@ class _Command(_Help, TyperCommand):
         named: list[Any] = [one for one in self.params if one.param_type_name == "argument"]
         texts = [f"{one.metavar}{'...' * (one.nargs == -1)}" for one in named]
         return [*(text if one.required else f"[{text}]" for one, text in zip(named, texts, strict=True)), "[OPTIONS]"]
+
+    def parse_args(self, context: Any, given: list[str]) -> list[str]:
+        """Refuse an option that is given twice and takes one value: typer would use the last, without a word."""
+        _, _, typed = self.make_parser(context).parse_args(list(given))
+        for index, one in enumerate(typed):
+            if one in typed[:index] and not (one.multiple or getattr(one, "is_flag", True)):
+                raise _USAGE_ERROR(f"{one.opts[0]} is given twice, and takes one value", context)
+        return super().parse_args(context, given)
 
 
 class _Group(_Help, TyperGroup):
