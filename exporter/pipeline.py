@@ -113,8 +113,9 @@ def export(
     source that `load_model` takes.
 
     The bundle is written only if the ONNX graph reproduces PyTorch's outputs on three random inputs, one of them large
-    in magnitude. A model of 500 GFLOP a call or more may be compared on two, for the second on one query in 17; the
-    manifest lists what was compared. A failure leaves nothing behind.
+    in magnitude: a hundred times the usual values, or ten times or once where float32 is too coarse for PyTorch itself.
+    A model of 500 GFLOP a call or more may be compared on two, for the second on one query in 17; the manifest lists
+    what was compared. A failure leaves nothing behind.
 
     With ``fold`` the graph computes the same function in fewer operations, in pieces that keep the activations of the
     largest batch within ``memory_budget`` (bytes, or a text such as "512MiB"). A decoder of any number of queries is
