@@ -80,7 +80,8 @@ class _Command(_Help, TyperCommand):
 
     def parse_args(self, context: Any, given: list[str]) -> list[str]:
         """Refuse an option that is given twice and takes one value: typer would use the last, without a word."""
-        _, _, typed = self.make_parser(context).parse_args(list(given))
+        completes = context.resilient_parsing
+        typed = [] if completes else self.make_parser(context).parse_args(list(given))[2]
         for index, one in enumerate(typed):
             if one in typed[:index] and not (one.multiple or getattr(one, "is_flag", True)):
                 raise _USAGE_ERROR(f"{one.opts[0]} is given twice, and takes one value", context)

@@ -369,11 +369,11 @@ def check_output(path: Path, read: Iterable[str | os.PathLike[str] | None], endi
         if one is None or not os.path.exists(one):  # text, and module:function
             continue
         place, source = path.resolve(), Path(one).resolve()
-        sample = path.is_file() and source in place.parents and path.suffix.lower() not in _NO_DATA
+        sample = os.path.isfile(path) and source in place.parents and path.suffix.lower() not in _NO_DATA
         if place == source or sample:
             raise UsageError(f"{path} is read by this command, and would be overwritten", "write to another place")
     if ending is not None and path.suffix.lower() != ending:
-        named = path / f"NAME{ending}" if path.is_dir() else path.with_suffix(ending)
+        named = path / f"NAME{ending}" if os.path.isdir(path) else path.with_suffix(ending)
         raise UsageError(f"{path} does not end in {ending}", f"name a file that does: {named}")
     bundle = enclosing_bundle(path)
     if bundle is not None:

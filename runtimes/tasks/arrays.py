@@ -113,6 +113,7 @@ class Sets(Task):
             if flags.shape != shape:
                 raise InputError(f"the mask has shape {list(flags.shape)}", f"give a mask of shape {list(shape)}")
             feeds["entities_mask"] = np.pad(flags.reshape(rows.shape[:2]), ((0, 0), (0, most - count)))
+            check_values(feeds["entities_mask"], specs["entities_mask"])  # of all sets, before the first batch runs
         elif mask is not None or count < most:
             given = "a mask" if mask is not None else f"{count} entities"
             raise InputError(f"the model has no mask, and cannot take {given}", f"give {most} entities and no mask")

@@ -175,8 +175,10 @@ class ByteTokenizer(Tokenizer):
 
     def symbol(self, token: int) -> str:
         r"""``a``, ``\n``, ``\xc3`` (part of a longer character), ``[PAD]``, or ``<300>``, which is not a byte."""
+        if not 0 <= token < VOCABULARY:
+            return f"<{token}>"
         if token >= FIRST_BYTE + 128:
-            return f"\\x{token - FIRST_BYTE:02x}" if token < VOCABULARY else f"<{token}>"
+            return f"\\x{token - FIRST_BYTE:02x}"
         text = _decoded([token])
         return text if text.isprintable() else ascii(text)[1:-1]
 
@@ -200,7 +202,7 @@ class ByteTokenizer(Tokenizer):
 
 def _decoded(tokens: Iterable[int]) -> str:
     # A token that is not a byte is read as 0xFF, which never occurs in UTF-8.
-    content = b"".join(_BYTES[min(token, VOCABULARY - 1)] for token in tokens)
+    content = b"".join(_BYTES[token if 0 <= token < VOCABULARY else -1] for token in tokens)
     return content.decode("utf-8", errors="replace")
 
 
