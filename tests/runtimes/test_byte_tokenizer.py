@@ -147,7 +147,7 @@ def test_symbols_are_readable() -> None:
 
 
 def test_a_token_that_is_no_byte_is_written_as_its_number() -> None:
-    assert DEEPMIND.symbol(VOCABULARY) == "<262>"
+    assert [DEEPMIND.symbol(token) for token in (VOCABULARY, -1)] == ["<262>", "<-1>"]
     assert DEEPMIND.text(np.array([103, VOCABULARY], np.int32)) == "a\ufffd"
 
 
