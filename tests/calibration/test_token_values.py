@@ -19,6 +19,7 @@ from perceiver_export.runtimes.benchmark import bench
 from perceiver_export.runtimes.errors import DataError, InputError
 from perceiver_export.runtimes.runtime import Array
 from tests.calibration.asked import judged
+from tests.cli.commands import fail
 from tests.conftest import SmallBundle
 
 LENGTH = 32
@@ -118,3 +119,10 @@ def test_token_ids_of_a_caller(target: str, token_ids: Path) -> None:
                 run(given)
         assert run(feeds())["logits"].shape == (1, LENGTH, 262)
     assert [one.target for one in bench(token_ids, device=target, runs=5).measurements] == [target]
+
+
+def test_the_command_gives_one_line_and_no_answer(token_ids: Path, tmp_path: Path) -> None:
+    wrong: dict[str, Any] = {**feeds("tokens", 262)}
+    np.savez(tmp_path / "in.npz", **wrong)
+    assert "262" in fail("run", token_ids, tmp_path / "in.npz", "-o", tmp_path / "out.npz")
+    assert [path.name for path in tmp_path.iterdir()] == ["in.npz"]

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Validation of every task: small random models, real engines, and torch as the reference; and the trained byte-level
-language model in int8, judged by what it fills in.
+language model in int8, judged by what it fills in. Every target that is here is in one report.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from perceiver_export.calibration import QuantizeOptions, quantize
+from perceiver_export.calibration import QuantizeOptions, certify, quantize
 from perceiver_export.calibration.quantization.record import read_calibration
-from perceiver_export.runtimes import open_task
+from perceiver_export.calibration.report.report import gather, render
+from perceiver_export.calibration.validation.validation import validate_targets
+from perceiver_export.runtimes import load, open_task
 from perceiver_export.runtimes.errors import DataError, UsageError
+from perceiver_export.runtimes.presence import devices
 from perceiver_export.runtimes.runtime import Array
 from tests.calibration import linear_bundles
-from tests.calibration.asked import judged, value
+from tests.calibration.asked import asked, judged, value
 from tests.cli import small_models
 from tests.conftest import FASHION, SmallBundle
 
@@ -149,3 +153,33 @@ def test_int8_fills_as_many_bytes_rightly(text_bundle: Path, tmp_path: Path) -> 
     assert calibration.data.warnings == ()
     assert int8.manifest.quantization is not None
     assert int8.manifest.quantization.integer_share == {"ort-cpu": 1.0, "openvino-cpu": 1.0}
+
+
+def test_all_targets_are_in_one_report_each_with_its_certificate(
+    int8_bundle: Path, fashion_bundle: Path, thousand: Path, tmp_path: Path
+) -> None:
+    bundle = Path(shutil.copytree(int8_bundle, tmp_path / "int8"))
+    present = [device.target for device in devices()]
+    assert {"ort-cpu", "openvino-cpu"} <= set(present)
+
+    results = validate_targets(
+        bundle, thousand, asked(device="all", against=fashion_bundle, samples=200, max_drop=8, min_agreement=90)
+    )
+    made = certify(bundle, results)
+
+    assert [result.candidate["target"] for result in results] == present
+    assert {(result.reference or {})["target"] for result in results} == {present[0]}
+    assert len({result.data.fingerprint for result in results}) == 1
+    assert [one.target for one in made] == present
+    for target, certificate in zip(present, made, strict=True):
+        with load(bundle, target) as runtime:
+            assert runtime.describe()["certificates"] == (str(certificate),)
+    with load(bundle, "openvino-cpu", precision="fp16") as runtime:  # weights that nothing was measured with
+        assert "certificates" not in runtime.describe()
+    report = gather(bundle, results, fashion_bundle)
+    assert [row[0] for row in report.accuracy.rows[:: len(results[0].metrics)]] == present
+    assert [(speed.target, speed.name) for speed in report.speeds] == [
+        (target, name) for target in present for name in ("int8", "fashion")
+    ]
+    assert all(speed.p50 > 0 and speed.peak_memory > 0 and speed.size > 0.5 for speed in report.speeds)
+    assert render(report).count("Certified:") == len(present)

@@ -54,13 +54,19 @@ def golden(fashion_bundle: Path) -> dict[str, Any]:
 
 @pytest.fixture
 def ask(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Ask:
-    """``ask(task, *inputs, as_json=False, **options)``: what `run` prints of a task of `models`, or its JSON."""
+    """``ask(task, *inputs, as_json=False, **options)``: what `run` prints of a task of `models`, or its JSON.
+
+    With ``opens=False`` the test fails where the task is opened.
+    """
     from perceiver_export.exporter.cli.answers import Request
     from perceiver_export.exporter.cli.output import quiet
     from perceiver_export.exporter.cli.run import run_task
 
-    def run(task: Any, *inputs: str | Path, as_json: bool = False, **options: Any) -> Any:
-        monkeypatch.setattr("perceiver_export.runtimes.tasks.open_task", lambda *_: nullcontext(task))
+    def run(task: Any, *inputs: str | Path, as_json: bool = False, opens: bool = True, **options: Any) -> Any:
+        def open_task(*_: Any) -> Any:
+            return nullcontext(task) if opens else pytest.fail("the task was opened")
+
+        monkeypatch.setattr("perceiver_export.runtimes.tasks.open_task", open_task)
         with quiet(json=as_json):
             run_task(task.manifest.task, Request("bundle", list(map(str, inputs)), **options))
         shown = capsys.readouterr().out

@@ -220,7 +220,7 @@ def in_a_process(statement: str, **options: Any) -> subprocess.Popen[str]:
 
 
 def test_two_processes_build_at_once_and_one_takes_what_the_other_made(copied_bundle: Path, target: str) -> None:
-    slow = "lambda *what: (print(what[0]), time.sleep(0.3))"
+    slow = "lambda *what: (print(what[0]), time.sleep(1))"
     builds = [
         in_a_process(f"print(build({str(copied_bundle)!r}, {target!r}, progress={slow})[0].new)") for _ in range(2)
     ]
