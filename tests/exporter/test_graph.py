@@ -16,8 +16,9 @@ import torch
 from perceiver_export.calibration.graphs import stage_costs
 from perceiver_export.exporter import ExportOptions, LoadedModel, OwnModel, export, load_model
 from perceiver_export.exporter.graphs import Batch, whole_model
+from perceiver_export.exporter.onnx_files import OPSET
 from perceiver_export.exporter.simplify import DivideIntegersPass, FoldConstantsPass
-from perceiver_export.exporter.trace import IR_VERSION, OPSET
+from perceiver_export.exporter.trace import IR_VERSION
 from perceiver_export.exporter.verification import TOLERANCE
 from perceiver_export.runtimes import Bundle, load, open_bundle
 from perceiver_export.runtimes.errors import UsageError
