@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from perceiver_export.runtimes.bundle import sha256
 from perceiver_export.runtimes.manifest import OutputKind
 from perceiver_export.runtimes.preprocessing import Preprocessing
 from perceiver_export.runtimes.runtime import Array
@@ -75,7 +76,11 @@ class LoadedModel:
         return {name: output.numpy() for name, output in outputs.items()}
 
     def hashes(self) -> dict[str, str]:
-        """SHA-256 of the weights in torch."""
+        """SHA-256 of the weights in torch, or of the ONNX file."""
+        from perceiver_export.exporter.onnx_files import OnnxFile
+
+        if isinstance(self.model, OnnxFile):
+            return {self.model.path.name: sha256(self.model.path)}
         digest = hashlib.sha256()
         for name, tensor in sorted(self.model.state_dict().items()):
             if not hasattr(tensor, "shape"):

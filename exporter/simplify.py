@@ -143,8 +143,11 @@ class NameNodesPass(ir.passes.InPlacePass):
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        for name, value in list(model.graph.initializers.items()):
-            value.name = name.removeprefix(_NETWORK)
+        weights = model.graph.initializers
+        for name, value in list(weights.items()):
+            short = name.removeprefix(_NETWORK)
+            if short not in weights:  # a module may have both `norm` and `model.norm`
+                value.name = short
         seen: Counter[str] = Counter()
         for node in model.graph:
             prefix = f"{module_of(node)}/{node.op_type}"

@@ -174,9 +174,14 @@ def _before(graph: ir.Graph, keys: ir.Value, computed: set[ir.Value]) -> list[ir
 def cut(model: ir.Model, latents: ir.Value) -> tuple[ir.Model, dict[str, ir.Model]]:
     """The encoder, whose output is `latents`, and by output the decoder, whose first input is `latents`."""
     graph = model.graph
-    for value in [*graph.initializers.values(), *(value for node in graph for value in node.outputs)]:
+    values = [*graph.initializers.values(), *(value for node in graph for value in node.outputs)]
+    taken = {value.name for value in values}
+    for value in values:
         if value.name in (LATENTS, QUERIES, INDICES) and not value.is_graph_output():
-            value.name = f"{value.name}.value"
+            name = f"{value.name}.value"
+            while name in taken:
+                name += ".value"
+            value.name = name
     for index, output in enumerate(graph.outputs):
         if output is latents:  # a graph cannot give its input as it is
             name, output.name = str(output.name), f"{output.name}.{LATENTS}"
@@ -186,10 +191,8 @@ def cut(model: ir.Model, latents: ir.Value) -> tuple[ir.Model, dict[str, ir.Mode
         reached = _reached([output], *first)
         inputs = first + [value for value in graph.inputs if value in reached]
         extracted = ir.convenience.extract(graph, inputs, [output])
-        weights = [
-            extracted.initializers.pop(name) for name in list(graph.initializers) if name in extracted.initializers
-        ]
-        extracted.initializers.update({str(one.name): one for one in weights})  # in an order that does not change
+        weights = extracted.initializers  # a set's order; that of the graph makes the same bytes each time
+        weights.update({name: weights.pop(name) for name in list(graph.initializers) if name in weights})
         return ir.Model(extracted, ir_version=model.ir_version)
 
     encoder, decoders = part([], latents), {str(one.name): part([latents], one) for one in graph.outputs}

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -301,3 +302,8 @@ def test_weights_that_are_lost_or_elsewhere(place: str, tmp_path: Path) -> None:
     path.write_bytes(model.SerializeToString())
 
     assert_refused(path, CheckpointError, place.strip("./"))
+
+
+def test_an_onnx_file_is_known_by_its_hash(tmp_path: Path) -> None:
+    path = write(tmp_path / "m.onnx", f"(float[1,8] x) => (float[] y) {{ {PRODUCT} }}", w=WEIGHTS)
+    assert load_model(path).hashes() == {"m.onnx": hashlib.sha256(path.read_bytes()).hexdigest()}

@@ -49,6 +49,24 @@ def test_a_dtype_that_numpy_lacks_is_refused(takes: bool, tmp_path: Path) -> Non
     assert "float32" in raised.value.hint
 
 
+class Twice(nn.Module):
+    """Has weights called ``norm`` and ``model.norm``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.model = nn.LayerNorm(4), nn.ModuleDict({"norm": nn.LayerNorm(4)})
+        nn.init.normal_(self.norm.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.model["norm"](self.norm(x) ** 2)
+        return y
+
+
+def test_weights_of_one_name_in_a_module_called_model(tmp_path: Path) -> None:
+    module, rows = Twice(), torch.randn(2, 4)
+    assert_bundle_is(export(OwnModel(module, (rows,)), tmp_path / "b"), module, rows)
+
+
 class InFloat32(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.float())
