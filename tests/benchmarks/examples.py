@@ -87,11 +87,12 @@ def made(folder: Path, example: Example, out: Path) -> dict[str, Bundle]:
         words = step_command(step, folder, out)
         if words[0] not in ("export", "quantize"):
             continue
-        also = [["-o", str(out / "int8-weights"), "--scheme", "int8-weights"]] if words[0] == "quantize" else []
-        for more in ([], *also):
-            if not Path(more[1] if more else words[words.index("-o") + 1]).exists():
+        output = words.index("-o") + 1
+        weights = [*words[:output], str(out / "int8-weights"), *words[output + 1 :], "--scheme", "int8-weights"]
+        for typed in (words, weights)[: 1 + (words[0] == "quantize")]:
+            if not Path(typed[output]).exists():
                 with contextlib.redirect_stdout(sys.stderr):
-                    app([*words, *more], standalone_mode=False)
+                    app(typed, standalone_mode=False)
     names = {"fp32": example.bundle, "int8": example.quantized, "int8 weights": "int8-weights"}
     return {precision: open_bundle(out / name) for precision, name in names.items()}
 
