@@ -8,8 +8,8 @@ upper): the upper one is the smallest margin that these samples can certify. ms:
 of the bundle, and the largest resident size of a fresh process. Certificate: the example's gates, as `validate
 --certify` decides. The baseline is what train.py --baseline measures on the same test data.
 
-The second table has each metric of the demo's validations, on the first engine. In the third, commands of the examples
-print further figures, a JSON object a line.
+The second table has each metric of the demo's validations, on the first engine, with 95 % bounds: a quality compares with
+the targets, a likeness with fp32. In the third, commands of the examples print further figures, a JSON object a line.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ def measure(work: Path, names: tuple[str, ...] = ("",)) -> Iterator[Row]:
         yield from all_metrics(folder, work / folder.name)
     for folder in found:
         for words in FURTHER.get(folder.name, ()):
-            for line in run_own(words.format(out=work / folder.name)).splitlines():
+            out = str(work / folder.name)
+            for line in run_own(words.format(out=out)).replace(out, "{out}").splitlines():
                 said = json.loads(line) if line.startswith("{") else line
                 yield {"example": folder.name, "command": f"python -m examples.{words}", "printed": said}
 
