@@ -8,8 +8,9 @@ upper): the upper one is the smallest margin that these samples can certify. ms:
 of the bundle, and the largest resident size of a fresh process. Certificate: the example's gates, as `validate
 --certify` decides. The baseline is what train.py --baseline measures on the same test data.
 
-The second table has each metric of the demo's validations, on the first engine, with 95 % bounds: a quality compares with
-the targets, a likeness with fp32. In the third, commands of the examples print further figures, a JSON object a line.
+The second table has each metric of the demo's validations, on the first engine, with 95 % bounds: a quality compares
+with the targets, a likeness with fp32. In the third, commands of the examples print further figures, a JSON object a
+line.
 """
 
 from __future__ import annotations
