@@ -92,14 +92,16 @@ def test_a_bundle_of_one_layer_without_names_has_its_product(tmp_path: Path) -> 
 def test_all_the_time_of_a_call_is_some_layers(tmp_path: Path) -> None:
     layers = [torch.nn.Linear(512, 512) for _ in range(4)]  # large enough that profiling takes little of the time
     bundle = export(OwnModel(torch.nn.Sequential(*layers), {"input": torch.zeros(1, 256, 512)}), tmp_path / "linears")
-    feeds, timed = golden_arrays(bundle, "model", "input"), {}
-    for target in TARGETS:
+    feeds = golden_arrays(bundle, "model", "input")
+
+    def share(target: str) -> float:
         found = profile(bundle, device=target, threads=1)
         with load(bundle, target, threads=1) as runtime:
             wall = 1e3 * statistics.median(timeit.repeat(partial(runtime.run, feeds), number=1, repeat=50))
-        timed[target] = sum(one.milliseconds for one in found.layers) / wall
+        return sum(one.milliseconds for one in found.layers) / wall
 
-    assert all(0.3 < share < 3 for share in timed.values()), timed  # the machine may be busy
+    for target in TARGETS:  # a machine that stalls in one of the two is asked again
+        assert any(0.3 < share(target) < 3 for _ in range(3)), target
 
 
 def test_operations_are_of_the_sizes_that_were_timed(fashion_bundle: Path, batched_bundle: Path) -> None:
