@@ -89,7 +89,8 @@ def holds(check: str, place: Path, bundle: Path, package: Path) -> bool:
     command[0] = str(place / "bin" / command[0])
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=place)
     hint = f"pip install 'perceiver-export[{wanted}] @ {package.as_uri()}'"
-    held = done.returncode == 1 and hint in done.stderr if wanted else done.returncode == 0
+    said = " ".join(done.stderr.replace("\\\n", " ").split())  # lines of a command are joined as a shell joins them
+    held = done.returncode == 1 and hint in said if wanted else done.returncode == 0
     if not held:
         print(done.stderr[-2000:])
     return held
