@@ -98,8 +98,8 @@ def _verified(
         step = _STEP if cases and len(seeds) == 2 and _chooses_queries(source) else 1
         case = _own_case(source, feeds, cases) if source.examples else None
         cases.append(case or _Case(feeds, _reference(source, feeds, step=step), step))
-    drawn_as_asked = not cases[-1].shuffled and any(one.dtype.kind == "f" for one in cases[-1].feeds.values())
-    cases[-1] = dataclasses.replace(cases[-1], large=drawn_as_asked)
+    can_shrink = not cases[-1].shuffled and any(one.dtype.kind == "f" for one in cases[-1].feeds.values())
+    cases[-1] = dataclasses.replace(cases[-1], large=can_shrink)
     known = [dict(case.feeds) for case in cases]
     checks: list[Check] = []
     golden: dict[str, dict[str, Array]] = {}

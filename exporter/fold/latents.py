@@ -191,7 +191,7 @@ def cut(model: ir.Model, latents: ir.Value) -> tuple[ir.Model, dict[str, ir.Mode
         reached = _reached([output], *first)
         inputs = first + [value for value in graph.inputs if value in reached]
         extracted = ir.convenience.extract(graph, inputs, [output])
-        weights = extracted.initializers  # a set's order; that of the graph makes the same bytes each time
+        weights = extracted.initializers  # `extract` has no fixed order; the graph's gives the same bytes each time
         weights.update({name: weights.pop(name) for name in list(graph.initializers) if name in weights})
         return ir.Model(extracted, ir_version=model.ir_version)
 
