@@ -57,7 +57,7 @@ def main() -> None:
         failed = [failure for extra in arguments.extras for failure in checked(wheel, extra, bundle, folder)]
         if "" in arguments.extras:
             failed += checked(sdist, "", bundle, folder)
-    sys.exit("\n".join(failed))
+    sys.exit("\n".join(failed) or 0)
 
 
 def exported(bundle: Path) -> Path:
