@@ -14,7 +14,7 @@ import json
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -61,6 +61,8 @@ class Timing(NamedTuple):
 
 
 _PLAIN, _ONCE = EngineOptions(), Timing()
+Kernels = tuple[str, list[Kernel]]  # the engine's name, and what it runs
+Reading = Generator[None, None, Kernels]  # pauses when the graph is compiled, and before each call
 
 
 def targets() -> list[str]:
@@ -92,11 +94,30 @@ def measure_coverage(target: str, path: Path, linears: Sequence[Linear], feeds: 
 
 def read_kernels(
     target: str, path: Path, feeds: Feeds, options: EngineOptions = _PLAIN, how: Timing = _ONCE
-) -> tuple[str, list[Kernel]]:
+) -> Kernels:
     """The engine's name, and what it runs for a graph, in running order, timed in each of several calls.
 
     Raises BundleError: the engine refuses the graph; DeviceError: this target says nothing about its kernels.
     """
+    return read_in_turn([reading(target, path, feeds, options, how)])[0]
+
+
+def read_in_turn(readings: Iterable[Reading]) -> list[Kernels]:
+    """The kernels of several graphs, whose calls take turns: what slows the machine down slows all of them."""
+    found: dict[int, Kernels] = {}
+    left = dict(enumerate(readings))
+    while left:
+        for index, one in list(left.items()):
+            try:
+                next(one)
+            except StopIteration as ended:
+                found[index] = ended.value
+                del left[index]
+    return [found[index] for index in sorted(found)]
+
+
+def reading(target: str, path: Path, feeds: Feeds, options: EngineOptions, how: Timing) -> Reading:
+    """`read_kernels` for `read_in_turn`."""
     if target not in _KERNELS:
         raise DeviceError(f"the kernels of {target} cannot be read", f"profile on {' or '.join(_KERNELS)}")
     return _KERNELS[target][1](path, feeds, options, how)
@@ -123,7 +144,7 @@ def built_kernels(directory: Path) -> list[Kernel]:
     ]
 
 
-def _ort_kernels(path: Path, feeds: Feeds, options: EngineOptions, how: Timing) -> tuple[str, list[Kernel]]:
+def _ort_kernels(path: Path, feeds: Feeds, options: EngineOptions, how: Timing) -> Reading:
     import onnxruntime
 
     with tempfile.TemporaryDirectory() as directory:
@@ -140,7 +161,9 @@ def _ort_kernels(path: Path, feeds: Feeds, options: EngineOptions, how: Timing) 
         for node in model.graph:  # the profile knows kernels by name
             node.name = node.name or node.outputs[0].name
         session = open_session(model, path.parent, how.threads, config, in_order=True)
+        yield
         for _ in how.calls():
+            yield
             session.run(None, dict(feeds))
         ran: dict[str, list[dict[str, Any]]] = {}
         for event in json.loads(Path(session.end_profiling()).read_bytes()):
@@ -167,19 +190,21 @@ def _ort_kernel(op_type: str, names: tuple[str, ...], events: Sequence[Mapping[s
     return Kernel(names, op, precision, product, moved, tuple(event["dur"] / 1e3 for event in events))
 
 
-def _openvino_kernels(path: Path, feeds: Feeds, options: EngineOptions, how: Timing) -> tuple[str, list[Kernel]]:
+def _openvino_kernels(path: Path, feeds: Feeds, options: EngineOptions, how: Timing) -> Reading:
     options = structs.replace(options, flags={**options.flags, "PERF_COUNT": "YES"})
     inputs = tuple(TensorSpec(name, cast("DType", str(array.dtype)), array.shape) for name, array in feeds.items())
     engine = cast(OpenvinoEngine, open_engine(path, "openvino-cpu", how.threads, options, inputs))
     times = []
+    yield
     for _ in how.calls():
+        yield
         engine.run(feeds)
         times.append(engine.kernel_times())
     kernels = [one._replace(times=tuple(call.get(name, 0.0) for call in times)) for name, one in engine.kernels()]
     return f"openvino {engine.describe()['version'].partition('-')[0]}", kernels
 
 
-_KERNELS: dict[str, tuple[str, Callable[[Path, Feeds, EngineOptions, Timing], tuple[str, list[Kernel]]]]] = {
+_KERNELS: dict[str, tuple[str, Callable[[Path, Feeds, EngineOptions, Timing], Reading]]] = {
     "ort-cpu": ("onnxruntime", _ort_kernels),
     "openvino-cpu": ("openvino", _openvino_kernels),
 }

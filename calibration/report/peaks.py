@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import functools
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -25,7 +24,7 @@ _CACHED = 32 << 20  # bytes that a cache may hold
 
 
 class Peaks(NamedTuple):
-    """``products``: FLOP/s by type; ``memory``: bytes/s."""
+    """``products``: FLOP/s by type; ``memory``: bytes/s. The best that was measured, alone or in a layer."""
 
     products: dict[str, float]
     memory: float
@@ -33,12 +32,23 @@ class Peaks(NamedTuple):
     def milliseconds(self, flops: int, precision: str, moved: Iterable[int]) -> float:
         """The least time of products and of bytes that runs of kernels ``moved``; 0 for those that a cache may hold."""
         work = flops / self.products[precision] if precision in self.products else 0.0
-        return 1e3 * max(work, sum(one for one in moved if one > _CACHED) / self.memory if self.memory else 0.0)
+        return 1e3 * max(work, _uncached(moved) / self.memory if self.memory else 0.0)
+
+    def beside(self, flops: int, precision: str, moved: Iterable[int], milliseconds: float) -> Peaks:
+        """The same, or more where a layer did this work in less time than they allow."""
+        if not milliseconds or precision not in self.products:
+            return self
+        rate = max(self.products[precision], 1e3 * flops / milliseconds)
+        memory = max(self.memory, 1e3 * _uncached(moved) / milliseconds)
+        return Peaks({**self.products, precision: rate}, memory)
 
 
-@functools.cache
+def _uncached(moved: Iterable[int]) -> int:
+    return sum(one for one in moved if one > _CACHED)
+
+
 def measure_peaks(target: str, precisions: tuple[str, ...], threads: int | None) -> Peaks:
-    """The rates of an engine on this machine, from products of each type and a large sum; measured once."""
+    """The rates of an engine on this machine, from products of each type and a large sum."""
     products = {name: rate for name in precisions if (rate := _product(target, name, threads))}
     return Peaks(products, _memory(target, threads) if products else 0.0)
 

@@ -18,10 +18,19 @@ import onnx_ir as ir
 
 from perceiver_export.calibration.data.sources import Data
 from perceiver_export.calibration.graphs import PRODUCTS, node_flops, reached, read_graph, set_sizes, with_shapes
-from perceiver_export.calibration.quantization.engines import MISSING, Timing, built_kernels, read_kernels, totals
+from perceiver_export.calibration.quantization.engines import (
+    MISSING,
+    Kernels,
+    Reading,
+    Timing,
+    built_kernels,
+    read_in_turn,
+    reading,
+    totals,
+)
 from perceiver_export.calibration.quantization.record import Calibration, LinearRecord, read_calibration
 from perceiver_export.calibration.quantization.sensitivity import measure_layer_errors
-from perceiver_export.calibration.report.peaks import measure_peaks
+from perceiver_export.calibration.report.peaks import Peaks, measure_peaks
 from perceiver_export.calibration.report.tables import Table
 from perceiver_export.runtimes.benchmark import Side
 from perceiver_export.runtimes.bundle import Bundle, BundleLike, open_bundle
@@ -36,16 +45,16 @@ from perceiver_export.runtimes.engines.backend import (
 from perceiver_export.runtimes.engines.cache import Candidate
 from perceiver_export.runtimes.errors import EngineError, UsageError
 from perceiver_export.runtimes.manifest import Part, index_input
-from perceiver_export.runtimes.opening import engine_for
+from perceiver_export.runtimes.opening import check_threads, engine_for
 from perceiver_export.runtimes.presence import choose_precision, choose_target
-from perceiver_export.runtimes.runtime import Array, Feeds, quartiles, scattered
+from perceiver_export.runtimes.runtime import Array, quartiles, scattered
 from perceiver_export.runtimes.split import queries_a_call
 
 _COLUMNS = (
     *("layer", "asked", "built", "kernel", "ms>", "share>", "× against>", "MiB>", "GFLOP/s>", "GB/s>", "of the peak>"),
     *("SQNR, dB>", "alone, dB>"),
 )
-_SECONDS = 1.0  # of timing
+_SECONDS = 1.0  # of timing a bundle
 
 
 class LayerProfile(msgspec.Struct, frozen=True):
@@ -73,10 +82,10 @@ class LayerProfile(msgspec.Struct, frozen=True):
 
 
 class Profile(msgspec.Struct, frozen=True):
-    """``milliseconds`` is the sum of the layers'. ``peaks``: FLOP/s of the fastest product by type, ``memory``: bytes/s
-    of a large sum, both of this engine on this machine. ``unsteady``: why the times of either bundle do not decide;
-    empty where they do. ``calls``: the decoders that a run calls several times, and how often; a layer's figures are
-    of all these calls.
+    """``milliseconds`` is the sum of the layers' medians. ``peaks``: FLOP/s of the fastest product by type, ``memory``:
+    bytes/s of a large sum, both of this engine on this machine. ``unsteady``: why the times of either bundle do not
+    decide; empty where they do. ``calls``: the decoders that a run calls several times, and how often; a layer's
+    figures are of all these calls. ``against``: the other bundle and its precision.
     """
 
     bundle: str
@@ -89,6 +98,7 @@ class Profile(msgspec.Struct, frozen=True):
     memory: float
     unsteady: str = ""
     calls: dict[str, int] = {}
+    against: str = ""
 
     def worst(self, by: str = "time") -> tuple[LayerProfile, ...]:
         """The layers by ``time``, or by the ``loss`` that lowering them costs, or else by their own SQNR."""
@@ -115,19 +125,25 @@ class Profile(msgspec.Struct, frozen=True):
             )
         peaks = ", ".join(f"{peak / 1e9:,.0f} GFLOP/s in {kind}" for kind, peak in self.peaks.items())
         memory = f"{self.memory / 1e9:,.1f} GB/s for what no cache holds"
-        notes = [f"Of the peak: the least time at {peaks}, and at {memory}, as a share of the time."] * bool(self.peaks)
+        notes = [f"These times decide nothing: {self.unsteady}."] * bool(self.unsteady)
+        notes += [f"× against: {self.against}, timed in turn."] * bool(self.against)
+        if self.peaks:
+            notes.append(f"Of the peak: the least time at {peaks}, and at {memory}, as a share of the time.")
         notes += [f"A run calls {part} {count:,} times; figures are of all." for part, count in self.calls.items()]
         if any(one.sqnr is not None for one in self.layers):
             notes.append("SQNR: of the layer's own product to fp32's, at calibration or on the data given.")
         if any(one.loss is not None for one in self.layers):
             notes.append("Alone: SQNR of the outputs with only this layer quantized.")
+        elif by == "loss":
+            notes.append("No layer's loss was measured; `quantize --sensitivity` measures it.")
         scheme, _, lower = self.precision.partition(" with ")
         if lower and any((one.sqnr, one.loss) != (None, None) for one in self.layers):
             notes.append(f"In dB are figures of {scheme} beside fp32, not beside {lower}.")
         title = f"{self.bundle} in {self.precision} on {self.target}, {self.engine}"
         if not self.milliseconds:  # a report that the build kept
             return Table(title, _COLUMNS, rows, "As the engine's builder reported; it times no layers.").without_empty()
-        return Table(f"{title}: {self.milliseconds:.2f} ms of kernels", _COLUMNS, rows, " ".join(notes)).without_empty()
+        title += f": {self.milliseconds:.2f} ms, the layers' medians added up"
+        return Table(title, _COLUMNS, rows, " ".join(notes)).without_empty()
 
 
 def profile(
@@ -136,26 +152,30 @@ def profile(
     device: str = "auto",
     precision: PrecisionChoice | None = None,
     against: BundleLike | None = None,
+    against_precision: Precision | None = None,
     data: Data | None = None,
     threads: int | None = None,
 ) -> Profile:
     """Profile a bundle as `load` runs it with these options, on its golden inputs; of a split bundle all queries.
 
-    A bundle ``against`` is profiled on the same target, in its own precision. With DATA, ``sqnr`` is measured against
-    it (the float bundle that this one was quantized from), else it is what `quantize` recorded on calibration samples.
+    A bundle ``against`` is profiled in turn on the same target, as `load` runs it in ``against_precision``. With DATA,
+    ``sqnr`` is measured against it (the float bundle that this one was quantized from), else it is what `quantize`
+    recorded on calibration samples.
 
-    Raises DeviceError: the target says nothing about its kernels; UsageError: DATA without a float bundle of the same
-    layers; DataError; and what `load` raises.
+    Raises DeviceError: the target says nothing about its kernels; UsageError: a bundle of other layers, or DATA without
+    a float bundle; DataError; and what `load` raises.
     """
-    opened = open_bundle(bundle)
+    check_threads(threads)
+    opened, other = open_bundle(bundle), None if against is None else open_bundle(against)
+    sqnr, loss = _accuracy(opened, other, data, threads)
     target = choose_target(opened, precision, threads) if device == "auto" else device
     wanted = choose_precision(opened, target, threads) if precision == "auto" else precision
     found = _Run(opened, target, wanted, threads)
-    other = None if against is None else _Run(open_bundle(against), target, None, threads)
-    sqnr, loss = _accuracy(opened, None if other is None else other.bundle, data)
-    products = (one for kernels in found.kernels.values() for one in kernels if one.product and one.times)
-    peaks = measure_peaks(target, tuple(sorted({one.precision for one in products} - {""})), threads)
-    layers, total = [], found.total
+    beside = None if other is None else _Run(other, target, against_precision, threads)
+    _measure_in_turn([found] if beside is None else [found, beside])
+    if beside is not None and not found.kernels.keys() & beside.kernels.keys():
+        raise UsageError(f"{beside.bundle.path} has none of these layers", "compare with a bundle of the same model")
+    peaks, layers, total = _peaks(found), [], found.total
     for key in found.kernels:
         main, time, flops, moved = found.main(key), found.time(key), found.flops[key], found.moved(key)
         least = peaks.milliseconds(flops, main.precision, moved)
@@ -163,13 +183,24 @@ def profile(
             LayerProfile(
                 *(*key, found.asked(*key), found.built(key), main.kernel),
                 *(time, time / total if time else 0.0, flops, sum(moved), least / time if least and time else None),
-                *(sqnr.get(key), loss.get(key), None if other is None else other.time(key)),
+                *(sqnr.get(key), loss.get(key)),
+                None if beside is None or key not in beside.kernels else beside.time(key),
             )
         )
     described = (opened.manifest.name, target, found.engine, found.precision, total)
-    unsteady = found.unsteady or ("" if other is None else other.unsteady)
+    unsteady = found.unsteady or ("" if beside is None else beside.unsteady)
     calls = {part: count for part, count in found.calls.items() if count > 1}
-    return Profile(*described, tuple(layers), peaks.products, peaks.memory, unsteady, calls)
+    named = "" if beside is None else f"{beside.bundle.manifest.name} in {beside.precision}"
+    return Profile(*described, tuple(layers), peaks.products, peaks.memory, unsteady, calls, named)
+
+
+def _peaks(run: _Run) -> Peaks:
+    """Of the types that products run in."""
+    products = (one for kernels in run.kernels.values() for one in kernels if one.product and one.times)
+    peaks = measure_peaks(run.target, tuple(sorted({one.precision for one in products} - {""})), run.threads)
+    for key in run.kernels:
+        peaks = peaks.beside(run.flops[key], run.main(key).precision, run.moved(key), run.time(key))
+    return peaks
 
 
 _Key = tuple[str, str]  # part and layer
@@ -186,18 +217,24 @@ class _Run:
         self.calls: dict[str, int] = {}
         self._schemes = {key: one.scheme for key, one in _linears(read_calibration(bundle))}
         options = EngineOptions(precision=wanted or "fp32")
+        self.parts: dict[str, tuple[Source, dict[str, Array], Candidate | None]] = {}
         for name, part in bundle.manifest.parts.items():
             source, engine, _ = engine_for(bundle, name, target, options, wanted)
             feeds, self.calls[name] = self._feeds(name, part)
-            kernels = self._read(source, name, feeds, engine)
+            self.parts[name] = (source, feeds, engine)
             self._float = source.options.precision
             self.precision = source.precision if self._float == "fp32" else source.compiled_precision
-            model = read_graph(source.graph)
-            set_sizes(model.graph, feeds)
-            for layer, (own, flops) in _by_layer(with_shapes(model).graph, kernels).items():
-                self.kernels[name, layer], self.flops[name, layer] = own, flops * self.calls[name]
-            where = f"{bundle.path.name} ({name})"
-            self.unsteady = self.unsteady or scattered(where, *quartiles(totals(kernels)))
+
+    def take(self, name: str, found: Kernels) -> None:
+        """The kernels that were read of a part."""
+        source, feeds, _ = self.parts[name]
+        self.engine, kernels = found
+        model = read_graph(source.graph)
+        set_sizes(model.graph, feeds)
+        for layer, (own, flops) in _by_layer(with_shapes(model).graph, kernels).items():
+            self.kernels[name, layer], self.flops[name, layer] = own, flops * self.calls[name]
+        where = f"{self.bundle.path.name} ({name})"
+        self.unsteady = self.unsteady or scattered(where, *quartiles(totals(kernels)))
 
     def _feeds(self, name: str, part: Part) -> tuple[dict[str, Array], int]:
         """The inputs of a call of a part, and how many such calls decode all queries."""
@@ -208,17 +245,16 @@ class _Run:
         size, rows = queries_a_call(indices, part.num_queries), feeds[indices.name]
         return feeds | {indices.name: np.resize(rows, (len(rows), size))}, -(-part.num_queries // size)
 
-    def _read(self, source: Source, name: str, feeds: Feeds, engine: Candidate | None) -> list[Kernel]:
+    def read(self, name: str, seconds: float) -> Reading:
         """Timed where the graph compiles in seconds, else of the engine that was built. Raises EngineError: none."""
+        source, feeds, engine = self.parts[name]
         if not find_target(self.target).needs_engine:
-            how = Timing(_SECONDS, self.threads)
-            self.engine, kernels = read_kernels(self.target, source.graph, feeds, source.options, how)
-            return kernels
+            how = Timing(seconds, self.threads)
+            return (yield from reading(self.target, source.graph, feeds, source.options, how))
         if engine is None:
             build = f"perceiver-export build {self.bundle.path} --target {self.target}"
             raise EngineError(f"no engine of {name} was built for {self.target} here", f"build it: {build}")
-        self.engine = f"{self.target} {engine.record.identity.platform.version}"
-        return built_kernels(engine.directory)
+        return f"{self.target} {engine.record.identity.platform.version}", built_kernels(engine.directory)
 
     @property
     def total(self) -> float:
@@ -252,6 +288,13 @@ class _Run:
         """Median milliseconds of a run."""
         kernels = [one for one in self.kernels.get(key, ()) if one.times]
         return float(np.median(totals(kernels))) * self.calls[key[0]] if kernels else 0.0
+
+
+def _measure_in_turn(runs: Sequence[_Run]) -> None:
+    parts = [(run, name) for run in runs for name in run.parts]
+    found = read_in_turn(run.read(name, _SECONDS * len(parts)) for run, name in parts)
+    for (run, name), kernels in zip(parts, found, strict=True):
+        run.take(name, kernels)
 
 
 def _by_layer(graph: ir.Graph, kernels: Sequence[Kernel]) -> dict[str, tuple[list[Kernel], int]]:
@@ -297,20 +340,24 @@ def _layer_of(node: str) -> str:
     return node if module in ("", "model") else module
 
 
-def _accuracy(bundle: Bundle, against: Bundle | None, data: Data | None) -> tuple[dict[_Key, float], dict[_Key, float]]:
+def _accuracy(
+    bundle: Bundle, against: Bundle | None, data: Data | None, threads: int | None
+) -> tuple[dict[_Key, float], dict[_Key, float]]:
     """SQNR by layer, of its own products and of the outputs with it alone quantized: the worst where it runs again."""
     own: dict[_Key, float] = {}
     loss: dict[_Key, float] = {}
     linears = _linears(read_calibration(bundle))
     errors = {}
     if data is not None:
-        if against is None or not linears:
+        if against is None or against.manifest.quantization is not None or not linears:
             raise UsageError("--data compares layers of an int8 bundle with float", "give --against FLOAT_BUNDLE too")
-        errors = {(one.part, one.group): one.sqnr for one in measure_layer_errors(bundle, against, data)}
+        errors = {
+            (one.part, one.group): one.sqnr for one in measure_layer_errors(bundle, against, data, threads=threads)
+        }
     for key, linear in linears:
-        found = errors.get((key[0], linear.group), linear.sqnr)
-        if found is not None:
-            own[key] = min(own.get(key, np.inf), found)
+        error = errors.get((key[0], linear.group), linear.sqnr)
+        if error is not None:
+            own[key] = min(own.get(key, np.inf), error)
     for key, linear in linears or _linears(None if against is None else read_calibration(against)):
         if linear.output_sqnr is not None:
             loss[key] = linear.output_sqnr

@@ -22,7 +22,7 @@ from perceiver_export.calibration.report.tables import Report, Table, tables
 from perceiver_export.calibration.validation.gates import advice
 from perceiver_export.calibration.validation.results import Validation
 from perceiver_export.calibration.validation.validation import machine
-from perceiver_export.runtimes.benchmark import Measurement, bench
+from perceiver_export.runtimes.benchmark import Bench, bench
 from perceiver_export.runtimes.bundle import Bundle, BundleLike, open_bundle
 from perceiver_export.runtimes.certificates import certificates, engine_of, precision_of
 from perceiver_export.runtimes.errors import DataError, DeviceError, EngineError, UsageError, printable, require
@@ -158,33 +158,33 @@ def gather(
     layers, note = _measured(opened, other, data, threads), _MEASURED
     if layers is None:
         layers, note = _recorded(record), _RECORDED
+    timed = [_timed(opened.path, other, one, threads) for one in ran_here]
     tools = {f"{name} (at export)": version for name, version in manifest.tools.items()}
     return Report(
         f"{manifest.name}: {manifest.task}, {manifest.precision}",
         tuple(validations),
-        tuple(speed for one in ran_here for speed in _speeds(opened.path, other, one, threads)),
+        tuple(speed for one in timed for speed in one.measurements),
         tuple(layers),
-        (*_profiles(opened, other, ran_here, threads), *tables(manifest, record)),
+        (*_profiles(opened, ran_here, threads), *tables(manifest, record)),
         note if layers else "",
         tuple(_certified(opened, validations)),
         command,
         {"perceiver-export": importlib.metadata.version("perceiver-export"), **tools},
+        "; ".join(one.unsteady for one in timed if one.unsteady),
     )
 
 
-def _profiles(
-    bundle: Bundle, reference: Path | None, validations: Sequence[Validation], threads: int | None
-) -> Iterator[Table]:
+def _profiles(bundle: Bundle, validations: Sequence[Validation], threads: int | None) -> Iterator[Table]:
     """The slowest layers on each target, in the precision that was validated; none where they cannot be read."""
     for validation in validations:
         target, precision = str(validation.candidate.get("target")), precision_of(engine_of(validation.candidate))
         with contextlib.suppress(ImportError, DeviceError, EngineError):  # no onnx here, or no report of kernels
             from perceiver_export.calibration.report.profile import profile
 
-            found = profile(bundle, device=target, precision=precision, against=reference, threads=threads)
+            found = profile(bundle, device=target, precision=precision, threads=threads)
             # Without milliseconds, which another run measures anew: the times of a report are those of `bench`.
             table = replace(found.table(most=_LAYERS), title=f"Slowest layers on {target}")
-            yield table.without("ms>", "× against>", "GFLOP/s>", "GB/s>")
+            yield table.without("ms>", "GFLOP/s>", "GB/s>")
 
 
 def _certified(bundle: Bundle, validations: Sequence[Validation]) -> Iterator[str]:
@@ -200,14 +200,16 @@ def _certified(bundle: Bundle, validations: Sequence[Validation]) -> Iterator[st
                 yield str(one)
 
 
-def _speeds(path: Path, other: Path | None, validation: Validation, threads: int | None) -> list[Measurement]:
-    """Of the validated engine in its precision, relative to the reference in turn with it; and of the reference."""
+def _timed(path: Path, other: Path | None, validation: Validation, threads: int | None) -> Bench:
+    """The engines that were validated, the candidate's times relative to the reference's where both are steady."""
     target = str(validation.candidate.get("target", ""))
     precision = precision_of(engine_of(validation.candidate))
-    found = bench(path, against=other, device=target, runs=_RUNS, threads=threads, precision=precision)
-    first, *others = found.measurements
-    first = msgspec.structs.replace(first, ratio=found.ratio, ratio_quartiles=found.ratio_quartiles)
-    return [first, *(msgspec.structs.replace(one, ratio=None, ratio_quartiles=None) for one in others)]
+    how: dict[str, Any] = {"device": target, "runs": _RUNS, "threads": threads, "precision": precision}
+    found = bench(path, against=other, against_precision="fp32", **how)
+    first, *others = (msgspec.structs.replace(one, ratio=None, ratio_quartiles=None) for one in found.measurements)
+    if not found.unsteady:
+        first = msgspec.structs.replace(first, ratio=found.ratio, ratio_quartiles=found.ratio_quartiles)
+    return msgspec.structs.replace(found, measurements=(first, *others))
 
 
 def _measured(bundle: Bundle, reference: Path | None, data: Data | None, threads: int | None) -> Layers | None:

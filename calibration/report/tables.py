@@ -60,7 +60,8 @@ class Table:
 class Report:
     """Everything that a report shows. ``validations`` has one per target; ``tables`` are about the bundle itself.
 
-    ``speeds``: each side on each target; the candidate's ratio is to the reference's time.
+    ``speeds``: each side on each target; the candidate's ratio is to the reference's time. ``unsteady``: why times do
+    not decide.
     ``date`` is today.
     ``sensitivity``: layers and their SQNR in dB, worst first. ``certificates``: those that the validations show.
     """
@@ -74,6 +75,7 @@ class Report:
     certificates: tuple[str, ...] = ()
     command: str = ""
     versions: dict[str, str] = field(default_factory=dict)
+    unsteady: str = ""
     date: str = field(default_factory=lambda: datetime.datetime.now(datetime.timezone.utc).date().isoformat())
 
     @property
@@ -189,6 +191,7 @@ class Report:
             rows.append((one.target, one.name, *times, f"{one.peak_memory:.0f} MiB", f"{one.size:.1f} MiB"))
         paired = any(one.ratio is not None for one in self.speeds)
         note = "Both sides were timed in turn. The ratio is the median over pairs. Bars are p50." if paired else ""
+        note = f"These times decide nothing: {self.unsteady}. {note}".strip() if self.unsteady else note
         times_ = ("p50>", "p95>", "of the reference's time>", "half of the pairs>")
         columns = ("target", "side", *times_, "peak memory>", "on disk>")
         bars = _lengths([one.p50 for one in self.speeds])

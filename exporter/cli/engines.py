@@ -310,7 +310,7 @@ def profile(
     with ui.progress_bar("profile"):
         found = profile_(bundle, **vars(how))
     if output is not None and output.suffix == ".csv":
-        _write_csv(output, found.worst(sort), target=found.target, engine=found.engine)
+        _write_csv(output, found.worst(sort), target=found.target, engine=found.engine, unsteady=found.unsteady)
     elif output is not None:
         from perceiver_export.calibration.report.report import page
 
@@ -325,8 +325,6 @@ def profile(
     said = f"{more} more layers, and all figures" if more else "all figures"
     ui.say(f"{said}: -o FILE.csv or FILE.html, or --json", "note:")
     ui.show_written(output)
-    if found.unsteady:
-        ui.say(f"these times decide nothing: {found.unsteady}", "warning:")
 
 
 def doctor() -> None:

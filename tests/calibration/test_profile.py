@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from perceiver_export.calibration import measure_layer_errors, profile
-from perceiver_export.calibration.quantization.engines import built_kernels, read_kernels
+from perceiver_export.calibration.quantization.engines import Reading, built_kernels, read_in_turn, read_kernels
 from perceiver_export.calibration.quantization.record import read_calibration
 from perceiver_export.calibration.report.peaks import Peaks
 from perceiver_export.exporter import ExportOptions, OwnModel, export
@@ -75,8 +75,34 @@ def test_beside_the_float_bundle_a_damaged_layer_comes_first(
     assert found.worst("loss")[0].layer == group
     assert found.worst("loss")[0].sqnr == measure_layer_errors(ruined, fashion_bundle, data)[0].sqnr
     assert sum(one.against or 0 for one in found.layers) > 0
-    with pytest.raises(UsageError, match="--against"):
-        profile(int8_bundle, device="ort-cpu", data=data)
+    assert found.against == f"{fashion_bundle.name} in fp32"
+
+
+def test_what_cannot_be_compared_is_refused_before_anything_runs(
+    int8_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = next(one for one in CASES if one.name == "arrays")
+    unrelated = case.write(tmp_path / "one", case.weights())
+    with pytest.raises(UsageError, match="layers"):
+        profile(int8_bundle, device="ort-cpu", against=unrelated)
+    monkeypatch.setattr("perceiver_export.calibration.report.profile.read_in_turn", pytest.fail)
+    with_data = partial(profile, int8_bundle, device="ort-cpu", data=FASHION / "test.npz")
+    for refused in (with_data, partial(with_data, against=int8_bundle), partial(profile, int8_bundle, threads=0)):
+        with pytest.raises(UsageError):
+            refused()
+
+
+def test_graphs_are_run_in_turn() -> None:
+    ran = []
+
+    def calls(name: str, count: int) -> Reading:
+        for _ in range(count):
+            ran.append(name)
+            yield
+        return name, []
+
+    assert read_in_turn([calls("a", 3), calls("b", 2)]) == [("a", []), ("b", [])]
+    assert "".join(ran) == "ababa"
 
 
 def test_a_bundle_of_one_layer_without_names_has_its_product(tmp_path: Path) -> None:
@@ -131,6 +157,14 @@ def test_what_a_cache_may_hold_takes_no_time_however_many_kernels_read_it() -> N
     assert peaks.milliseconds(0, "fp32", [small] * 100) == 0
     assert peaks.milliseconds(0, "fp32", [small, large, large]) == pytest.approx(2e3 * large / 1e9)
     assert peaks.milliseconds(10**9, "fp32", [large]) == pytest.approx(1e3)
+
+
+def test_no_layer_is_faster_than_the_peak() -> None:
+    peaks, moved = Peaks({"fp32": 1e9}, 1e9), [1 << 30]
+    for flops, milliseconds in ((10**9, 500.0), (10**6, 100.0), (1, 1e4)):
+        peaks = peaks.beside(flops, "fp32", moved, milliseconds)
+        assert peaks.milliseconds(flops, "fp32", moved) <= milliseconds * (1 + 1e-9)
+    assert peaks.beside(10**9, "int8", [], 1.0) is peaks
 
 
 def test_times_of_the_other_bundle_that_vary_are_told(
@@ -206,7 +240,8 @@ def test_a_bundle_without_products_has_no_peaks(tmp_path: Path) -> None:
     own = OwnModel(torch.nn.Softmax(-1), {"input": torch.zeros(1, 4)})
     found = profile(export(own, tmp_path / "one").path, device="ort-cpu")
 
-    assert (found.peaks, found.memory, found.table().note) == ({}, 0.0, "")
+    assert (found.peaks, found.memory) == ({}, 0.0)
+    assert "peak" not in found.table().note
 
 
 def test_the_kernels_of_a_tensorrt_engine_are_those_that_its_builder_reported(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import msgspec
@@ -23,6 +24,7 @@ from perceiver_export.calibration.validation.statistics import rounded
 from perceiver_export.calibration.validation.validation import validate_targets
 from perceiver_export.calibration.validation.worst import WorstClass
 from perceiver_export.runtimes import open_bundle
+from perceiver_export.runtimes.benchmark import Bench, bench
 from perceiver_export.runtimes.errors import DataError, UsageError
 from perceiver_export.runtimes.presence import devices
 from tests.calibration.asked import TEST, asked, judged
@@ -129,10 +131,27 @@ def test_the_most_sensitive_layer_is_measured_on_the_bundle_itself(
     assert {name for name, _ in recorded.sensitivity} == {name for name, _ in report.sensitivity}
 
 
-def test_speed_is_measured_once_in_turn_with_the_reference_and_with_its_spread(report: Report) -> None:
+@pytest.mark.parametrize("busy", ["", "half of the times lie far apart"])
+def test_speed_is_of_the_engines_that_were_validated_and_a_ratio_of_steady_times(
+    busy: str, int8_bundle: Path, fashion_bundle: Path, results: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reference was validated in fp32, though an fp16 engine of it was built later."""
+    asked: dict[str, Any] = {}
+
+    def take(*sides: Any, **how: Any) -> Bench:
+        asked.update(how)
+        return msgspec.structs.replace(bench(*sides, **how), unsteady=busy)
+
+    monkeypatch.setattr("perceiver_export.calibration.report.report.bench", take)
+    report = gather(int8_bundle, results[:1], fashion_bundle)
     candidate, reference = report.speeds
     page = render(report)
 
+    assert (asked["precision"], asked["against_precision"]) == ("fp32", "fp32")
+    assert (f"decide nothing: {busy}" in page) == bool(busy)
+    if busy:
+        assert candidate.ratio is None
+        return
     assert candidate.ratio is not None
     assert candidate.ratio_quartiles is not None
     low, high = candidate.ratio_quartiles
