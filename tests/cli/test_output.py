@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -42,6 +43,8 @@ def test_names_are_folded_between_their_parts_and_figures_never(
     monkeypatch.setenv("COLUMNS", "30")  # too few for the figures of a row: it is a paragraph
     print_table("title", ["", "weights>", "bytes read and written>"], rows)
     said = " ".join(capsys.readouterr().out.split())
+    print_table("title", ["", "f" * 26 + ">"], [("is", "1")])  # a short name and the undrawn > need no room
+    assert "──" in capsys.readouterr().out
     assert all(f"{name}; weights {weights}; bytes read and written {moved}" in said for name, weights, moved in rows)
 
 
@@ -68,7 +71,8 @@ def test_the_command_that_is_advised_certifies_with_a_gate_that_fits_and_the_thr
 
         assert (command[-4:], certifies) == (["--data", "DATA", "--against", "bundle"], "--certify")
         assert "--threads 2" in advice
-        check_against_fp32(Gates(**{option[2:].replace("-", "_"): 1.0}), one)
+        gate: dict[str, Any] = {option[2:].replace("-", "_"): 1.0}
+        check_against_fp32(Gates(**gate), one)
         assert (option == "--max-drop") == (share_of_right(metrics_of(families(one))) is not None)
     quantized = Bundle(Path("bundle"), msgspec.structs.replace(texts, precision="int8"))
     assert "--against FP32_BUNDLE" in precision_advice(quantized, "openvino-cpu", 2)
