@@ -135,7 +135,8 @@ def bench(
     """
     check_whole("runs", runs, _BLOCK, None, f"give {_BLOCK} or more")
     path, several = bundle.path if isinstance(bundle, Bundle) else bundle, precision == "auto"
-    given = [(path, None if several else precision), *([] if against is None else [(against, against_precision)])]
+    given = [(path, None if precision == "auto" else precision)]
+    given += [] if against is None else [(against, against_precision)]
     for place, _ in given:
         check_kind("a side of the benchmark", place, (str, os.PathLike), "the path of a bundle or an ONNX file")
     sides = _on_targets([Side(str(Path(place)), device, part, threads, asked) for place, asked in given], device)

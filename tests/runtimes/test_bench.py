@@ -220,7 +220,7 @@ def test_figures_of_a_bundle_on_a_read_only_file_system(copied_bundle: Path, mon
 def test_one_side_alone_is_unsteady_too_and_auto_takes_no_such_figures(
     copied_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    where = {"device": "openvino-cpu"}
+    where: dict[str, Any] = {"device": "openvino-cpu"}
     assert "too few" not in bench(copied_bundle, **where, runs=5).unsteady
     assert "too few" in bench(copied_bundle, **where, runs=5, save=True).unsteady  # `auto` would compare them
     for why, chosen in (("busy", "ort-cpu"), ("", "openvino-cpu")):
