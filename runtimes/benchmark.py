@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import repeat
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +19,7 @@ import msgspec
 import numpy as np
 
 from perceiver_export.runtimes.bundle import Bundle, BundleLike, golden_arrays, open_bundle
+from perceiver_export.runtimes.certificates import flagged
 from perceiver_export.runtimes.engines.backend import EngineOptions, Precision, PrecisionChoice, find_target
 from perceiver_export.runtimes.errors import BundleError, DeviceError, EngineError, UsageError, check_kind, check_whole
 from perceiver_export.runtimes.figures import check_report, platform_of, save_figures, save_relative
@@ -25,7 +27,7 @@ from perceiver_export.runtimes.loading import load, load_onnx
 from perceiver_export.runtimes.machine import available_cores, cpu_features, cpu_name, peak_memory
 from perceiver_export.runtimes.manifest import TensorSpec
 from perceiver_export.runtimes.presence import choose_target, devices
-from perceiver_export.runtimes.runtime import Array, Runtime, compare, quartiles, scattered
+from perceiver_export.runtimes.runtime import Array, Runtime, compare, fastest, quartiles, scattered
 
 # How far outputs may be from torch's, as a share of the output's scale: in fp32 what export allows, for fewer bits in
 # proportion to what one rounding costs (2^-11 and 2^-8 against 2^-24), with room for depth.
@@ -45,7 +47,7 @@ class Measurement(msgspec.Struct, frozen=True, kw_only=True):
     resident size after load and runs; ``base_memory``: what Python, numpy and the engine's library took before the
     load. ``ratio``: the time of a sample relative to the first side's, the median over pairs of blocks, with quartiles.
     ``difference``: the largest from torch's golden outputs, as a share of their scale, NaN if an output has NaN;
-    ``tolerance``: its limit.
+    ``tolerance``: its limit. ``flags``: those that its engine was built with. ``fastest``, ``unsteady``: as in `Bench`.
     """
 
     name: str
@@ -71,6 +73,9 @@ class Measurement(msgspec.Struct, frozen=True, kw_only=True):
     tolerance: float | None = None
     certificates: tuple[str, ...] = ()  # that hold on this engine and machine
     platform: str = ""
+    flags: dict[str, str] = {}
+    fastest: bool = False
+    unsteady: str = ""
 
     @property
     def within_tolerance(self) -> bool | None:
@@ -148,32 +153,27 @@ def bench(
         sides = [one for side in sides for one in _in_precisions(side)]
     opened, skipped = _open(sides, all_of_them=several or device == "all")
     measured, medians = _measure(opened, -(-runs // _COUNTED), _MOST if several else np.inf, progress)
-    undecided = unsteady(measured, len(opened[0].times)) if len(measured) > 1 else ""
+    calls, compared = len(opened[0].times), len(measured) > 1
+    undecided = unsteady(measured, calls if compared or save else _FEWEST * _COUNTED)
+    sound = [index for index, one in enumerate(measured) if not one.broken]
+    decides = sound and compared and not undecided
+    best = tuple(sound[index] for index in fastest(np.stack(medians)[sound])) if decides else ()
+    verdict = partial(msgspec.structs.replace, unsteady=undecided)
+    measured = tuple(verdict(one, fastest=index in best) for index, one in enumerate(measured))
     if save:
-        _keep(sides, list(zip(opened, measured, medians, strict=True)), several, decided=not undecided)
+        _keep(sides, list(zip(opened, measured, medians, strict=True)), several)
     machine = f"{cpu_name()}, {available_cores()} cores, {' '.join(cpu_features()) or sys.platform}"
     ratio = _ratio(medians[0] / medians[1]) if against is not None and not several and device != "all" else {}
-    sound = [index for index, one in enumerate(measured) if not one.broken]
-    decides = sound and len(measured) > 1 and not undecided
-    best = tuple(sound[index] for index in fastest(np.stack(medians)[sound])) if decides else ()
-    return Bench(machine, len(opened[0].times), measured, skipped=skipped, fastest=best, unsteady=undecided, **ratio)
-
-
-def fastest(times: Array) -> tuple[int, ...]:
-    """The rows of ``times`` (sides, rounds), all measured in turn, with the least median, and those that tie with it.
-
-    A side ties if its ratio to the fastest, round by round, is 1 or less in a quarter of the rounds.
-    """
-    best = times[np.argmin(np.median(times, axis=1))]
-    return tuple(index for index, own in enumerate(times) if quartiles(own / best)[0] <= 1)
+    return Bench(machine, calls, measured, skipped=skipped, fastest=best, unsteady=undecided, **ratio)
 
 
 def unsteady(measured: Sequence[Measurement], runs: int) -> str:
     """Why times do not decide: on a busy or throttled machine those of one side vary as much as precisions differ."""
     if runs < _FEWEST * _COUNTED:
         return f"{runs} calls are too few; give --runs {_FEWEST * _COUNTED} or more"
-    found = ((f"{one.name} in {one.precision} on {one.target}", one.spread, one.median) for one in measured)
-    return next(filter(None, (scattered(where, low, median, high) for where, (low, high), median in found)), "")
+    names = (f"{one.name} in {one.precision}{flagged(one.flags)} on {one.target}" for one in measured)
+    found = (scattered(who, one.spread[0], one.median, one.spread[1]) for who, one in zip(names, measured, strict=True))
+    return next(filter(None, found), "")
 
 
 class Side(msgspec.Struct, frozen=True):
@@ -262,8 +262,8 @@ def _on_targets(sides: list[Side], device: str) -> list[Side]:
         targets = [found.target for found in devices()]
         return [msgspec.structs.replace(side, device=target) for side in sides for target in targets]
     if device == "auto":
-        bundles = (side for side in sides if not side.is_graph)
-        chosen = next((choose_target(open_bundle(side.path), side.precision) for side in bundles), "ort-cpu")
+        first = next((side for side in sides if not side.is_graph), None)
+        chosen = choose_target(open_bundle(first.path), first.precision, first.threads) if first else "ort-cpu"
         return [msgspec.structs.replace(side, device="ort-cpu" if side.is_graph else chosen) for side in sides]
     return sides
 
@@ -333,7 +333,7 @@ def _measurement(one: _Opened, fresh: tuple[float, float, float], ratio: dict[st
         engine=f"{described['engine']} {described['version'].partition('-')[0]}",
         precision=described["precision"],
         # Saved figures name the engine, not its directory, which is another on the next machine.
-        compiled=Path(compiled).name if Path(compiled).is_absolute() else compiled.partition(",")[0],
+        compiled=Path(compiled).name if os.path.isdir(compiled) else compiled.partition(",")[0],
         threads=str(described["threads"]),
         batch=one.batch,
         p50=p50,
@@ -350,6 +350,7 @@ def _measurement(one: _Opened, fresh: tuple[float, float, float], ratio: dict[st
         tolerance=TOLERANCES.get(described["precision"]),
         certificates=described.get("certificates", ()),
         platform=platform_of(one.side.device),
+        flags=described.get("flags", {}),
         **ratio,
     )
 
@@ -359,15 +360,13 @@ def _ratio(pairs: Array) -> dict[str, Any]:
     return {"ratio": median, "ratio_quartiles": (low, high)}
 
 
-def _keep(
-    sides: Sequence[Side], rows: Sequence[tuple[_Opened, Measurement, Array]], several: bool, decided: bool
-) -> None:
+def _keep(sides: Sequence[Side], rows: Sequence[tuple[_Opened, Measurement, Array]], several: bool) -> None:
     """Save the figures of the first bundle's sides, and of ``several`` precisions how they compare."""
     path = sides[0].path
     own = [row for row in rows if row[0].side.path == path]
     save_figures(Path(path), "bench", {figures.target: figures for _, figures, _ in reversed(own)})  # of several fp32's
     if several:
-        sound = [(one.side, times) for one, figures, times in own if decided and not figures.broken]
+        sound = [(one.side, times) for one, figures, times in own if not (figures.unsteady or figures.broken)]
         timed = [(side.device, str(side.precision), times) for side, times in sound]
         save_relative(Path(path), [side.device for side in sides if side.path == path], sides[0].threads, timed)
 

@@ -135,7 +135,7 @@ def engine_of(described: Mapping[str, object]) -> str:
     parts += [f"in {precision}"] * halves
     if arithmetic and arithmetic != (precision if halves else "fp32"):
         parts.append(f"computing in {arithmetic}")
-    return ", ".join(parts) + (_flagged(flags) if isinstance(flags, Mapping) else "")
+    return ", ".join(parts) + (flagged(flags) if isinstance(flags, Mapping) else "")
 
 
 def precision_of(engine: str) -> Precision:
@@ -150,10 +150,11 @@ def may_be(engine: str, library: str, options: EngineOptions) -> bool:
     """
     flags = "".join(engine.partition(", with ")[1:])
     found = (engine.partition(",")[0], precision_of(engine), flags)
-    return found == (library, options.precision, _flagged(options.flags))
+    return found == (library, options.precision, flagged(options.flags))
 
 
-def _flagged(flags: Mapping[str, object]) -> str:
+def flagged(flags: Mapping[str, object]) -> str:
+    """The end of an engine's name."""
     return "".join(f", with {name}={value}" for name, value in sorted(flags.items()))
 
 

@@ -33,6 +33,7 @@ class Measured(msgspec.Struct, frozen=True):
     precision: str = ""
     threads: str = ""
     platform: str = ""
+    unsteady: str = ""
 
 
 class Relative(msgspec.Struct, frozen=True):
@@ -69,12 +70,12 @@ def measurements(bundle: Path) -> dict[str, dict[str, Measured]]:
 
 
 def median_latency(bundle: Bundle, target: str, threads: int | None) -> float | None:
-    """Milliseconds per call in the bundle's own precision and with these threads; None if not measured here."""
+    """Milliseconds per call in the bundle's own precision and with these threads; None without steady ones of here."""
     with contextlib.suppress(PerceiverExportError):
         found = measurements(bundle.path).get(cpu_name(), {}).get(target)
         if found is not None and found.platform == platform_of(target):
             alike = (found.precision, found.threads) == (bundle.manifest.precision, str(threads or "all cores"))
-            return found.p50 if alike else None
+            return found.p50 if alike and not found.unsteady else None
     return None
 
 

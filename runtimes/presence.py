@@ -28,6 +28,7 @@ from perceiver_export.runtimes.engines.cuda import cuda_gpus
 from perceiver_export.runtimes.errors import DeviceError, MissingDependencyError, PerceiverExportError
 from perceiver_export.runtimes.figures import Times, median_latency, relative_times
 from perceiver_export.runtimes.machine import cpu_features, device_files
+from perceiver_export.runtimes.manifest import Manifest, judged_output
 from perceiver_export.runtimes.opening import engine_for
 
 _log = logging.getLogger(__name__)
@@ -139,29 +140,36 @@ def _faster(times: Times) -> tuple[Precision, ...]:
     return tuple(sorted(found, key=lambda precision: times[precision][1]))
 
 
-def precision_advice(bundle: Bundle, target: str) -> str:
+def precision_advice(bundle: Bundle, target: str, threads: int | None = None) -> str:
     """One line on a precision that is faster than fp32 on a target, or may be, with the command to type for it.
 
     Empty where there is none, or where `bench --precision auto --save` found none.
     """
-    name, times = shlex.quote(str(bundle.path)), relative_times(bundle.path, target)
+    name, times = shlex.quote(str(bundle.path)), relative_times(bundle.path, target, threads)
     faster = _faster(times)
     if not times:
         faster = find_target(target).backend().precisions(target)
     if not faster:
         return ""
-    on = f"{name} --device {target}"
+    on = f"{name} --device {target}" + (f" --threads {threads}" if threads else "")
     if not times:
         return f"{faster[0]} may be faster; to measure it: perceiver-export bench {on} --precision auto --save"
     found = f"{faster[0]} takes {times[faster[0]][1]:.2f} × the time of {bundle.manifest.precision} on {target}"
-    if choose_precision(bundle, target) == faster[0]:
+    if choose_precision(bundle, target, threads) == faster[0]:
         return f"{found}, and is certified: --precision auto takes it"
-    against = f" --against {name}" if bundle.manifest.precision == "fp32" else ""
-    check = f"perceiver-export validate {on} --precision {faster[0]} --data DATA{against}"
-    return f"{found}; to check its accuracy: {check}"
+    against = name if bundle.manifest.precision == "fp32" else "FP32_BUNDLE"  # a quantized reference certifies nothing
+    check = f"perceiver-export validate {on} --precision {faster[0]} --data DATA --against {against}"
+    return f"{found}; to certify it: {check} {_gate(bundle.manifest)} --certify"
 
 
-def advice_here(bundle: Bundle, target: str = "") -> str:
+def _gate(manifest: Manifest) -> str:
+    """A gate of `validate` for answers that are right or wrong; of others only the user knows the limit."""
+    judged, task = judged_output(manifest), manifest.task
+    right = task != "video-autoencoding" and judged is not None and judged[1] != "regression"
+    return "--max-drop 1" if right or task == "fill-mask" else "--max-metric-change LIMIT"
+
+
+def advice_here(bundle: Bundle, target: str = "", threads: int | None = None) -> str:
     """`precision_advice` on a target; on a CPU with instructions for 16 bits, on the first of its targets that has one.
 
     Empty where a library does not load: advice is no reason to fail.
@@ -171,7 +179,7 @@ def advice_here(bundle: Bundle, target: str = "") -> str:
         return ""
     for name in names:
         with contextlib.suppress(PerceiverExportError):
-            if find_target(name).version() and (advice := precision_advice(bundle, name)):
+            if find_target(name).version() and (advice := precision_advice(bundle, name, threads)):
                 return advice
     return ""
 

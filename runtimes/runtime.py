@@ -335,6 +335,15 @@ def quartiles(values: Array) -> tuple[float, float, float]:
     return low, median, high
 
 
+def fastest(times: Array) -> tuple[int, ...]:
+    """The rows of ``times`` (sides, rounds), all measured in turn, with the least median, and those that tie with it.
+
+    A side ties if its ratio to the fastest, round by round, is 1 or less in a quarter of the rounds.
+    """
+    best = times[np.argmin(np.median(times, axis=1))]
+    return tuple(index for index, own in enumerate(times) if quartiles(own / best)[0] <= 1)
+
+
 def scattered(where: str, low: float, median: float, high: float) -> str:
     """Why times of these quartiles, in milliseconds, do not decide; empty where they do."""
     found = f"half of the times of {where} lie between {low:.3f} and {high:.3f} ms; measure again on a quiet machine"

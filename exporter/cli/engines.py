@@ -9,6 +9,8 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import compress
+from operator import not_
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -17,6 +19,7 @@ import typer
 
 from perceiver_export.calibration.options import option
 from perceiver_export.exporter.cli import output as ui
+from perceiver_export.runtimes.certificates import flagged
 from perceiver_export.runtimes.engines.backend import Hint, PrecisionChoice
 from perceiver_export.runtimes.errors import GateError, UsageError
 
@@ -28,11 +31,11 @@ if TYPE_CHECKING:
 _SHOWN = 8  # nodes of one rule
 _LAYERS = 15  # of a profile
 # Columns of `--precision auto`.
-_PRECISIONS = ("ms (spread)", "× first", "MiB", "size", "from torch", "certified", "fastest")
+_PRECISIONS = ("ms (spread)", "× first", "memory, MiB", "size, MiB", "from torch", "verdict")
 _BENCH_NOTE = (
-    "ms (spread): median and middle half of the blocks of calls. samples/s: two requests at a time. MiB: peak memory "
-    "of a fresh process. Size: of the bundle's files. From torch: the largest difference on random inputs, of the "
-    "outputs' scale (!: too far); `validate` says more of int8."
+    "ms (spread): median and middle half of the blocks of calls. samples/s: two requests at a time. Memory: peak of a "
+    "fresh process. Size: of the bundle's files. From torch: the largest difference on random inputs, of the "
+    "outputs' scale (!: too far); `validate` says more of int8. Certified: on this machine."
 )
 
 
@@ -71,19 +74,21 @@ def build(
     if how.lower_only:
         _lower(bundle, target, how.precision)
         return
+    measured: dict[str, Bench] = {}
     if how.precision == "auto":
         check_auto(how.hint, how.shape, how.flag)
         _check_measurable(bundle, target)
-        for name in target:
-            _measure(bundle, device=name, precision="auto", save=True)
+        measured = {name: _measure(bundle, device=name, precision="auto", save=True) for name in target}
     given: dict[str, Any] = {"precision": how.precision, "hint": how.hint, "force": how.force}
     given |= {"shapes": how.shape, "flags": how.flag}
     with ui.progress_bar("build") as progress:
         built = [one for name in target for one in build_(bundle, name, **given, progress=progress)]
-    ui.print_json([{**dataclasses.asdict(one), "directory": str(one.directory)} for one in built])
+    engines = [{**dataclasses.asdict(one), "directory": str(one.directory)} for one in built]
+    ui.print_json({"engines": engines, "bench": measured} if measured else engines)
     _show(bundle, built, how.flag.get("compute_capability", ""))
-    if how.precision == "auto" and ui.shows_text():
-        for advice in filter(None, (precision_advice(open_bundle(bundle, "never"), name) for name in target)):
+    if ui.shows_text():
+        decided = (name for name, found in measured.items() if not found.unsteady)  # else: measure again, was said
+        for advice in filter(None, (precision_advice(open_bundle(bundle, "never"), name) for name in decided)):
             ui.say(advice, "note:")
 
 
@@ -223,19 +228,22 @@ def _measure(bundle: str, **options: Any) -> Bench:
 def _show_bench(result: Bench, precisions: bool) -> None:
     """The measurements as a table with a column for each side, or a row for each of many; below it, what follows."""
     sides = result.measurements
-    figures = [_figures(side, result) for side in sides]
+    figures = [_figures(side, "tie" if len(result.fastest) > 1 else "fastest") for side in sides]
     title = f"{result.runs} counted calls on {', '.join(result.machine.split(', ')[:2])}"  # without instructions
-    if precisions or len(sides) > 2:
-        names = [f"{side.name} in {side.precision} on {side.target}" for side in sides]
-        rows = [(name, *(one[key] for key in _PRECISIONS)) for name, one in zip(names, figures, strict=True)]
-        ui.print_table(title, ["", *(f"{name}>" for name in _PRECISIONS)], rows, _BENCH_NOTE)
+    if len(sides) > (1 if precisions else 2):
+        shared, names = _names(
+            [(one.name, f"in {own['precision']}", f"on {one.target}") for one, own in zip(sides, figures, strict=True)]
+        )
+        keys = [key for key in _PRECISIONS if any(one[key] for one in figures)]
+        rows = [(name, *(one[key] for key in keys)) for name, one in zip(names, figures, strict=True)]
+        ui.print_table(f"{title}{shared}", ["", *(f"{key}>" for key in keys)], rows, _BENCH_NOTE)
     else:
         rows = [(name, *(one[name] for one in figures)) for name in figures[0] if any(one[name] for one in figures)]
         ui.print_table(title, ["", *(f"{side.name}>" for side in sides)], rows, _BENCH_NOTE)
     if precisions and len(sides) == 1 and not result.skipped:
         ui.say(f"{sides[0].target} computes in no lower precision here; another target may")
     if result.unsteady:
-        ui.say(f"nothing is decided: {result.unsteady}", "warning:")
+        ui.say(f"these times decide nothing: {result.unsteady}", "warning:")
     for reason in result.skipped:
         ui.say(f"not measured: {reason}")
     if result.ratio is not None and result.ratio_quartiles is not None and not result.unsteady:
@@ -248,27 +256,32 @@ def _show_bench(result: Bench, precisions: bool) -> None:
         )
 
 
-def _figures(side: Measurement, result: Bench) -> dict[str, str]:
-    place = result.measurements.index(side)
-    tied = "tie" if len(result.fastest) > 1 else "fastest"
+def _names(sides: Sequence[Sequence[str]]) -> tuple[str, list[str]]:
+    """What the names of all sides have in common, for the title, and the rest of each."""
+    alike = [len(set(parts)) == 1 for parts in zip(*sides, strict=True)]
+    shared = " ".join(compress(sides[0], alike))
+    return f"; all {shared}" * bool(shared), [" ".join(compress(side, map(not_, alike))) for side in sides]
+
+
+def _figures(side: Measurement, fastest: str) -> dict[str, str]:
+    milliseconds = [f"{one:.{2 if side.median < 100 else 0}f}" for one in (side.median, *side.spread)]
     difference = "–" if side.difference is None else f"{side.difference:.1e}"
     wrong = "!" * (side.within_tolerance is False)  # of int8, `validate` says how close is enough
     return {
         "target": side.target,
         "engine": side.engine,
-        "precision": side.precision,
+        "precision": side.precision + flagged(side.flags),
         "threads": side.threads,
         "batch": str(side.batch),
         "p50 / p95 / p99": f"{side.p50:.2f} / {side.p95:.2f} / {side.p99:.2f} ms",
-        "ms (spread)": f"{side.median:.2f} ({side.spread[0]:.2f} to {side.spread[1]:.2f})",
+        "ms (spread)": "{} ({} to {})".format(*milliseconds),
         "× first": "" if side.ratio is None else f"{side.ratio:.3f}",
         "samples/s": f"{side.throughput:,.0f}",
         "load": f"{side.load:.0f} ms",
-        "MiB": f"{side.peak_memory:.0f}",
-        "size": f"{side.size:,.1f} MiB",
+        "memory, MiB": f"{side.peak_memory:.0f}",
+        "size, MiB": f"{side.size:,.1f}",
         "from torch": difference + wrong,
-        "certified": "yes" if side.certificates else "no",
-        "fastest": tied if place in result.fastest else "",
+        "verdict": ("certified" if side.certificates else "uncertified") + f"\n{fastest}" * side.fastest,
     }
 
 
@@ -278,6 +291,7 @@ def _write_csv(path: Path, rows: Sequence[msgspec.Struct], **common: str) -> Non
         writer = csv.DictWriter(file, fieldnames=[*common, *rows[0].__struct_fields__])
         writer.writeheader()
         for row in map(msgspec.to_builtins, rows):
+            row |= {name: [f"{key}={one[key]}" for key in one] for name, one in row.items() if isinstance(one, dict)}
             joined = {name: " ".join(map(str, one)) for name, one in row.items() if isinstance(one, (list, tuple))}
             writer.writerow({**common, **row, **joined})
 

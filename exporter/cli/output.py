@@ -218,24 +218,23 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]
     if _Quiet.answers or _Quiet.all:
         return
     console = Console(highlight=False, width=_columns())
-    cells = whole = [[_escaped(cell) for cell in row] for row in (columns, *rows)]
+    figures = [name.endswith(">") for name in columns]
+    cells = whole = [[_escaped(cell) for cell in row] for row in ([name.rstrip(">") for name in columns], *rows)]
     room = console.width - 2 * (len(columns) - 1)
-    if sum(map(_widest, zip(*cells, strict=True))) > room:
-        cells = _narrowed(cells, room)
-    least = sum(_widest(cell) if cell[0].endswith(">") else _LEAST for cell in zip(*cells, strict=True))
+    if sum(_widths(cells)) > room:
+        cells = _narrowed(cells, figures, room)
+    least = sum(width if exact else min(_LEAST, width) for exact, width in zip(figures, _widths(cells), strict=True))
     if title:
         typer.secho(wrapped(title), bold=True)
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
-    for name, header in zip(columns, cells[0], strict=True):
-        figures = name.endswith(">")
-        justify: Literal["right", "left"] = "right" if figures else "left"
-        table.add_column(Text(header.rstrip(">")), justify=justify, overflow="fold", no_wrap=figures)
+    for exact, header in zip(figures, cells[0], strict=True):
+        justify: Literal["right", "left"] = "right" if exact else "left"
+        table.add_column(Text(header), justify=justify, overflow="fold", no_wrap=exact)
     for row in cells[1:]:
         table.add_row(*map(Text, row))
     if least > room:
         for row in whole[1:]:
-            pairs = zip((name.rstrip(">") for name in columns), row, strict=True)
-            said = "; ".join(f"{name} {cell}" for name, cell in pairs if cell)
+            said = "; ".join(f"{name} {cell}" for name, cell in zip(whole[0], row, strict=True) if cell)
             typer.echo(wrapped(" ".join(said.split()), 2))
     else:
         with console.capture() as drawn:
@@ -245,17 +244,20 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]
         typer.echo(wrapped(note))
 
 
+def _widths(cells: Sequence[Sequence[str]]) -> list[int]:
+    return [_widest(column) for column in zip(*cells, strict=True)]
+
+
 def _widest(column: Iterable[str]) -> int:
     return max(len(line) for cell in column for line in cell.split("\n"))
 
 
-def _narrowed(cells: Sequence[Sequence[str]], width: int) -> list[list[str]]:
+def _narrowed(cells: Sequence[Sequence[str]], figures: Sequence[bool], width: int) -> list[list[str]]:
     """The cells with a line for each word above figures, and with long words of names folded.
 
-    ``width``: characters of all columns together.
+    ``figures``: whether each column holds figures. ``width``: characters of all columns together.
     """
     columns = list(zip(*cells, strict=True))
-    figures = [header.endswith(">") for header, *_ in columns]
     for index, (header, *rest) in enumerate(columns):
         if figures[index]:
             columns[index] = (header.replace(" ", "\n"), *rest)

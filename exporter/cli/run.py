@@ -91,7 +91,7 @@ def run(
     request = replace(options, bundle=bundle, inputs=inputs or (), output=output)
     where = run_task(task, request if top is None else replace(request, top=top))
     advised = ui.shows_text() and not where["precision"].endswith(("fp16", "bf16"))
-    if advised and (advice := advice_here(open_bundle(bundle, "never"), where["target"])):
+    if advised and (advice := advice_here(open_bundle(bundle, "never"), where["target"], options.threads)):
         ui.say(advice, "note:")
 
 

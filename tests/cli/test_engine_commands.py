@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from perceiver_export.runtimes import build, load
-from perceiver_export.runtimes.engines import ort
+from perceiver_export.runtimes import benchmark, build, load
+from perceiver_export.runtimes.engines import openvino, ort
 from tests.cli.commands import fail, succeed, unwrapped
 from tests.conftest import FASHION
 
@@ -77,6 +77,44 @@ def test_bench_of_precisions_says_that_there_is_no_other_only_where_none_was_ski
     shown = succeed(*asked)
     assert "no lower precision" not in shown
     assert "not measured: ort-cpu in bf16" in unwrapped(shown)
+
+
+@pytest.mark.usefixtures("one_process")
+def test_precisions_are_a_table_of_80_columns_and_a_csv_file_with_what_is_decided(
+    copied_bundle: Path, fashion_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build(copied_bundle, "openvino-cpu", flags={"NUM_STREAMS": "2"})
+    monkeypatch.setattr(openvino, "precisions", lambda target: ("fp16",))
+    monkeypatch.setenv("COLUMNS", "80")
+    sides, csv_ = ("--against", fashion_bundle, "--device", "openvino-cpu"), tmp_path / "figures.csv"
+    for why in ("", "busy"):
+        monkeypatch.setattr(benchmark, "scattered", lambda *_, why=why: why)
+        shown = succeed("bench", copied_bundle, *sides, "--precision", "auto", "--runs", "20", "--csv", csv_)
+        rows = list(csv.DictReader(csv_.read_text(encoding="utf-8").splitlines()))
+        title, _, shown = shown.partition("; all on openvino-cpu\n")
+        table = shown.partition("ms (spread): ")[0]
+
+        assert (title.count("\n"), table.count("──") > 0, table.count("uncertified")) == (0, True, 4)
+        assert max(map(len, table.splitlines())) <= 80
+        assert ("fastest\n" in table or "tie\n" in table) == (not why)
+        assert [row["flags"] for row in rows] == ["NUM_STREAMS=2", "", "", ""]
+        assert [row["unsteady"] for row in rows] == [why] * 4
+        assert ("True" in [row["fastest"] for row in rows]) == (not why)
+
+
+@pytest.mark.usefixtures("one_process")
+def test_build_of_the_fastest_tells_machines_what_was_measured_and_people_nothing_twice(
+    copied_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = ("build", copied_bundle, "--target", "openvino-cpu", "--precision", "auto")
+    monkeypatch.setattr(openvino, "precisions", lambda target: ("fp16",))
+    monkeypatch.setattr(benchmark, "scattered", lambda *_: "busy")
+    document = json.loads(succeed(*asked, "--json"))
+    assert [one["precision"] for one in document["engines"]] == ["fp32"]
+    assert document["bench"]["openvino-cpu"]["unsteady"] == "busy"
+    shown = succeed(*asked)
+    assert "decide nothing: busy" in shown
+    assert "may be faster" not in shown
 
 
 def test_package_writes_beside_the_bundle_and_says_what_is_next(copied_bundle: Path) -> None:

@@ -5,10 +5,20 @@ from __future__ import annotations
 
 import re
 import shlex
+from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
 
+from perceiver_export.calibration import Gates
+from perceiver_export.calibration.validation.gates import check_against_fp32
+from perceiver_export.calibration.validation.metrics import families, metrics_of, share_of_right
 from perceiver_export.exporter.cli.output import mebibytes, print_table, quiet, say
+from perceiver_export.runtimes import presence
+from perceiver_export.runtimes.bundle import Bundle
+from perceiver_export.runtimes.presence import precision_advice
+from tests.calibration import manifests
 
 
 def test_names_are_folded_between_their_parts_and_figures_never(
@@ -33,6 +43,8 @@ def test_names_are_folded_between_their_parts_and_figures_never(
     monkeypatch.setenv("COLUMNS", "30")  # too few for the figures of a row: it is a paragraph
     print_table("title", ["", "weights>", "bytes read and written>"], rows)
     said = " ".join(capsys.readouterr().out.split())
+    print_table("title", ["", "f" * 26 + ">"], [("is", "1")])  # a short name and the undrawn > need no room
+    assert "──" in capsys.readouterr().out
     assert all(f"{name}; weights {weights}; bytes read and written {moved}" in said for name, weights, moved in rows)
 
 
@@ -44,6 +56,26 @@ def test_a_command_goes_on_after_a_backslash_and_can_be_copied(capsys: pytest.Ca
 
         assert " \\\n" in copied
         assert shlex.split("perceiver-export" + copied.replace("\\\n", "")) == words  # as a shell reads it
+
+
+def test_the_command_that_is_advised_certifies_with_a_gate_that_fits_and_the_threads_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    times = {"fp32": (1.0, 1.0, 1.0), "fp16": (0.5, 0.6, 0.7)}
+    monkeypatch.setattr(presence, "relative_times", lambda path, target, threads: times if threads == 2 else {})
+    monkeypatch.setattr(presence, "choose_precision", lambda bundle, target, threads: "fp32")
+    texts, values, several = manifests.texts, manifests.judged("regression"), manifests.judged("multi-label")
+    for one in (texts, values, several, manifests.language, manifests.flow, manifests.video, manifests.sets):
+        advice = precision_advice(Bundle(Path("bundle"), one), "openvino-cpu", 2)
+        *command, option, _, certifies = advice.partition(": ")[2].split()
+
+        assert (command[-4:], certifies) == (["--data", "DATA", "--against", "bundle"], "--certify")
+        assert "--threads 2" in advice
+        gate: dict[str, Any] = {option[2:].replace("-", "_"): 1.0}
+        check_against_fp32(Gates(**gate), one)
+        assert (option == "--max-drop") == (share_of_right(metrics_of(families(one))) is not None)
+    quantized = Bundle(Path("bundle"), msgspec.structs.replace(texts, precision="int8"))
+    assert "--against FP32_BUNDLE" in precision_advice(quantized, "openvino-cpu", 2)
 
 
 def test_quiet_leaves_verdicts_and_warnings_of_a_command_that_writes(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 
 from perceiver_export.runtimes import bench, benchmark, build, figures, load, open_bundle
-from perceiver_export.runtimes.benchmark import fastest, unsteady
+from perceiver_export.runtimes.benchmark import unsteady
 from perceiver_export.runtimes.bundle import change_report, golden_arrays, read_report
 from perceiver_export.runtimes.engines.backend import find_target
 from perceiver_export.runtimes.errors import BundleError, DeviceError, UsageError
 from perceiver_export.runtimes.figures import relative_times, save_relative
 from perceiver_export.runtimes.machine import cpu_name
-from perceiver_export.runtimes.runtime import scattered
+from perceiver_export.runtimes.presence import choose_target
+from perceiver_export.runtimes.runtime import fastest, scattered
 from tests.runtimes.targets import EXPECTED, latencies
 
 
@@ -137,6 +138,8 @@ def test_sides_whose_spreads_overlap_tie_and_a_throttled_machine_decides_nothing
     assert unsteady([steady, steady], 20) == ""
     assert "1.300" in unsteady([steady, msgspec.structs.replace(steady, spread=(0.8, 1.3))], 20)
     assert "too few" in unsteady([steady, steady], 16)
+    flagged = msgspec.structs.replace(steady, spread=(0.8, 1.3), flags={"NUM_STREAMS": "2"})
+    assert "in fp32, with NUM_STREAMS=2 on ort-cpu lie" in unsteady([flagged], 20)
     assert "0.001" in scattered("a layer below the clock's resolution", 0.0, 0.0, 0.001)
 
 
@@ -210,6 +213,44 @@ def test_figures_of_a_bundle_on_a_read_only_file_system(copied_bundle: Path, mon
     monkeypatch.setattr(Path, "unlink", read_only)
     with pytest.raises(BundleError, match=r"report\.json cannot be written: Read-only file system"):
         change_report(copied_bundle, "bench", lambda _: {})
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.skipif("openvino-cpu" not in EXPECTED, reason="PERCEIVER_TEST_TARGETS expects no OpenVINO")
+def test_one_side_alone_is_unsteady_too_and_auto_takes_no_such_figures(
+    copied_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where: dict[str, Any] = {"device": "openvino-cpu"}
+    assert "too few" not in bench(copied_bundle, **where, runs=5).unsteady
+    assert "too few" in bench(copied_bundle, **where, runs=5, save=True).unsteady  # `auto` would compare them
+    for why, chosen in (("busy", "ort-cpu"), ("", "openvino-cpu")):
+        monkeypatch.setattr(benchmark, "scattered", lambda *_, why=why: why)
+        result = bench(copied_bundle, **where, precision="auto", runs=20, save=True)
+        assert [result.unsteady, *(side.unsteady for side in result.measurements)] == [why] * (
+            1 + len(result.measurements)
+        )
+        assert choose_target(open_bundle(copied_bundle)) == chosen
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.skipif("openvino-cpu" not in EXPECTED, reason="PERCEIVER_TEST_TARGETS expects no OpenVINO")
+def test_auto_measures_the_target_that_load_takes_with_as_many_threads(copied_bundle: Path) -> None:
+    change_report(copied_bundle, "bench", lambda _: {cpu_name(): latencies(threads="1", openvino_cpu=1.0)})
+
+    for threads, target in ((None, "ort-cpu"), (1, "openvino-cpu")):
+        assert bench(copied_bundle, runs=5, threads=threads).measurements[0].target == target
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.skipif("openvino-cpu" not in EXPECTED, reason="PERCEIVER_TEST_TARGETS expects no OpenVINO")
+def test_an_engine_with_flags_is_named_by_them_and_without_its_directory(
+    copied_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (built,) = build(copied_bundle, "openvino-cpu", flags={"NUM_STREAMS": "2"})
+    monkeypatch.chdir(copied_bundle.parent)
+    (side,) = bench(copied_bundle.name, device="openvino-cpu", runs=5).measurements
+
+    assert (side.flags, side.compiled) == ({"NUM_STREAMS": "2"}, built.directory.name)
 
 
 @pytest.mark.skipif("openvino-cpu" not in EXPECTED, reason="PERCEIVER_TEST_TARGETS expects no OpenVINO")
