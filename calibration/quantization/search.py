@@ -354,7 +354,7 @@ class Trials:
         how: dict[str, Any] = {"device": target, "runs": _RUNS, "threads": self.options.threads}
         for _ in range(0 if target in self.best else _TRIES):
             self.best[target] = bench(self.source, precision="auto", **how)
-            if not self.best[target].unsteady:
+            if not self._unsteady(target):
                 break
         against = fastest_precision(self.best[target])
         own: Precision = "fp32"
@@ -363,8 +363,12 @@ class Trials:
         timed = bench(path, precision=own, against=self.source.path, against_precision=against, **how)
         assert timed.ratio is not None
         assert timed.ratio_quartiles is not None
-        why = self.best[target].unsteady or timed.unsteady
+        why = self._unsteady(target) or timed.unsteady
         return Time(target, timed.measurements[0].p50, timed.ratio, timed.ratio_quartiles, against, why, own)
+
+    def _unsteady(self, target: str) -> str:
+        """Why the best float is not known; where there is one precision, it is."""
+        return self.best[target].unsteady if len(self.best[target].measurements) > 1 else ""
 
     def _cost(self, step: int) -> float:
         return self.rungs[step].size if self._saves_size else self.rungs[step].time
