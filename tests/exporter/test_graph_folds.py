@@ -284,7 +284,9 @@ def rotary(drawing: Drawing) -> list[str]:
         )
         cosine, sine = drawing.random(count, 4), drawing.random(count, 4)
         first = drawing("Sub", drawing("Mul", even, cosine), drawing("Mul", odd, sine))
-        return drawing("Concat", first, drawing("Add", drawing("Mul", even, sine), drawing("Mul", odd, cosine)), axis=-1)
+        return drawing(
+            "Concat", first, drawing("Add", drawing("Mul", even, sine), drawing("Mul", odd, cosine)), axis=-1
+        )
 
     x = drawing.input(2, 64, 4)
     q = turned(drawing.heads(drawing.linear(drawing.random(1, 3, 16), 16, 32), 1, 3, 4, 8), 3)
