@@ -197,6 +197,12 @@ def own_graph(model: NamedModule | OnnxFile, batch: Batch | None) -> GraphPart:
     taken = batch or Batch(samples, samples, samples)
     other = {name for name, array in examples.items() if array.shape[:1] != (samples,)}
     sized = {name: array if name in other else repeated(array, taken.typical) for name, array in examples.items()}
+    fixed = model.samples if isinstance(model, OnnxFile) and not other else None
+    if fixed is not None and {taken.least, taken.most} != {fixed}:
+        raise UsageError(
+            f"the file takes {fixed} sample{'s' * (fixed > 1)} a call",
+            "leave --batch out, or export the file again with an open batch",
+        )
     found = model.run(sized)
     other |= {name for name, array in found.items() if not samples or array.shape[:1] != (taken.typical,)}
     if other:

@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
-from perceiver_export.exporter.fold.nodes import Sizes, shape_of
+from perceiver_export.exporter.fold.nodes import Sizes, shape_of, stored_sizes
 from perceiver_export.exporter.fold.normalize import Constants
 from perceiver_export.exporter.simplify import is_random, plain_session
 from perceiver_export.runtimes.errors import CheckpointError, UnsupportedModelError, UsageError, first_line
@@ -64,9 +64,10 @@ class OnnxFile:
         self.samples = next((size for size in dims if isinstance(size, int)), None)  # of a call; None: any number
 
     def sizes(self) -> list[int]:
-        """Of its constants."""
-        model = self.graph(self.shapes)
-        return [size for value in model.graph.initializers.values() for size in shape_of(value) or ()]
+        """Of its constants, and in them."""
+        graph = self.graph(self.shapes).graph
+        own = [size for value in graph.initializers.values() for size in shape_of(value) or ()]
+        return own + [size for node in graph for _, found in stored_sizes(node) for size in found]
 
     def model(self) -> ir.Model:
         """The graph in `OPSET` or newer, with functions inlined and weights in memory."""
@@ -86,6 +87,12 @@ class OnnxFile:
             raise UnsupportedModelError(
                 f"{self.path} has opset {opset}; {_LEAST} to {_MOST} are supported", "export it again with opset 20"
             )
+        attributes = (attribute for node in proto.graph.node for attribute in node.attribute)
+        if proto.graph.sparse_initializer or any(one.HasField("sparse_tensor") for one in attributes):
+            raise UnsupportedModelError(f"{self.path} has sparse weights", "store them dense")
+        for value in (*proto.graph.input, *proto.graph.output):
+            if value.type.WhichOneof("value") not in ("tensor_type", None):
+                raise UnsupportedModelError(f"{value.name!r} is no tensor", "take and return tensors only")
         try:
             if proto.functions:
                 proto = onnx.inliner.inline_local_functions(proto)
@@ -98,6 +105,9 @@ class OnnxFile:
                 "export it again with opset 20",
             ) from error
         common.RemoveInitializersFromInputsPass()(model)
+        for value in model.graph.inputs:
+            if value.shape is not None:  # -1 is how old exporters say that a dimension is open
+                value.shape = ir.Shape([None if isinstance(dim, int) and dim < 0 else dim for dim in value.shape])
         return model
 
     def graph(self, shapes: Mapping[str, tuple[int, ...]]) -> ir.Model:
@@ -117,10 +127,12 @@ class OnnxFile:
         try:
             session, hint = plain_session(str(self.path)), f"give --shape NAME=SIZES that the model takes, or {hint}"
             found = session.run(list(self.outputs), dict(feeds))
+            if not all(hasattr(one, "shape") for one in found):
+                raise TypeError("an output is no tensor")  # and has no type in the file
             return dict(zip(self.outputs, found, strict=True))
         except Exception as error:  # onnxruntime has no class of its own for these
             raise UnsupportedModelError(
-                f"ONNX Runtime cannot run {self.path}: {str(error).strip().splitlines()[-1]}", hint
+                f"ONNX Runtime cannot run {self.path}: {' '.join(str(error).split())}", hint
             ) from error
 
     def run_samples(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
@@ -193,8 +205,9 @@ def vocabularies(graph: ir.Graph) -> dict[str, int]:
         while value is not None and (maker := value.producer()) is not None and _keeps_integers(maker):
             value = maker.inputs[0]
         table = None if node.inputs[0] is None else constant(node.inputs[0])
-        if value is not None and value.is_graph_input() and value.dtype in _INTEGERS and table is not None:
-            found[str(value.name)] = min(len(table), found.get(str(value.name), len(table)))
+        rows = 0 if table is None else len(table)
+        if value is not None and value.is_graph_input() and value.dtype in _INTEGERS and rows:
+            found[str(value.name)] = min(rows, found.get(str(value.name), rows))
     return found
 
 

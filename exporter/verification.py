@@ -20,7 +20,7 @@ from perceiver_export.exporter.model.perceiver import PerceiverIO
 from perceiver_export.exporter.onnx_files import OnnxFile
 from perceiver_export.exporter.own import NamedModule, repeated
 from perceiver_export.exporter.trace import FoldedGraph, sample_inputs
-from perceiver_export.runtimes.errors import UnsupportedModelError, VerificationError
+from perceiver_export.runtimes.errors import BundleError, DeviceError, UnsupportedModelError, VerificationError
 from perceiver_export.runtimes.manifest import Check, index_input
 from perceiver_export.runtimes.opening import open_engine
 from perceiver_export.runtimes.runtime import Array, Runtime, compare
@@ -104,8 +104,7 @@ def _verified(
     checks: list[Check] = []
     golden: dict[str, dict[str, Array]] = {}
     for part in (one.part for one in parts):
-        engine = open_engine(directory / part.file, "ort-cpu", threads=None)
-        with Runtime(engine, part.inputs, part.outputs, "fp32") as runtime:
+        with _running(source, directory, part) as runtime:
             for index, (description, drawn) in enumerate(_drawn(part, config, seeds, largest)):
                 progress(len(cases) + index, 2 * len(cases))
                 given = {name: known[index].get(name, array) for name, array in drawn.items()}
@@ -117,6 +116,26 @@ def _verified(
                 own = {f"input/{name}": array for name, array in given.items()}
                 golden.setdefault(part.name, own | {f"output/{name}": array for name, array in expected.items()})
     return checks, golden
+
+
+@contextlib.contextmanager
+def _running(source: GraphPart, directory: Path, part: GraphPart) -> Iterator[Runtime]:
+    """A part's graph on ONNX Runtime. Raises VerificationError where it does not run."""
+    try:
+        engine = open_engine(directory / part.file, "ort-cpu", threads=None)
+        with Runtime(engine, part.inputs, part.outputs, "fp32") as runtime:
+            yield runtime
+    except (BundleError, DeviceError) as error:
+        if error.__cause__ is None or "memory" in error.hint:  # nothing of the graph
+            raise
+        raise VerificationError(f"the exported graph does not run: {error.message}", _cause(source)) from error
+
+
+def _cause(source: GraphPart) -> str:
+    """The likely cause of a wrong graph, as a hint."""
+    if source.examples and source.ranges:
+        return "the model may compute with the number of samples: give one number as --batch"
+    return "report it: this is a bug; a graph exported with --no-fold may pass meanwhile"
 
 
 def _seeds(source: GraphPart, parts: Sequence[FoldedGraph]) -> tuple[int, ...]:
@@ -191,7 +210,7 @@ def _check(source: GraphPart, case: _Case, output: str, found: Array, reference:
     if not comparison:
         raise VerificationError(
             f"{output} for {description}: the exported graph {comparison}",
-            "report it: this is a bug; a graph exported with --no-fold may pass meanwhile",
+            _cause(source),
         )
     return Check(output, description, comparison.difference, comparison.tolerance, comparison.scale)
 

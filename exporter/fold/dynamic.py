@@ -64,8 +64,10 @@ def make_dynamic(model: ir.Model, primes: Mapping[str, int]) -> None:
             value.shape = ir.Shape([_dim(size, primes) for size in shape])
     for constant in graph.initializers.values():
         if constant.uses() and any(_factored(size, primes) for size in shape_of(constant) or ()):
+            reader = next(iter(constant.consumers())).name
             raise UnsupportedModelError(
-                f"the number of samples has become part of constant {constant.name!r}", "give one number as --batch"
+                f"{reader} reads a constant with a number for each sample, such as torch.arange(x.shape[0])",
+                "give one number as --batch; or pick from each sample by gather or take_along_dim",
             )
 
 

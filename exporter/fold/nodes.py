@@ -20,7 +20,12 @@ _FLOATS = (ir.DataType.DOUBLE, ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataTy
 # These move no numbers, or only say how they are counted.
 VIEWS = frozenset({"Reshape", "Unsqueeze", "Squeeze", "Flatten", "Identity"})
 # Operators, and which of their inputs holds sizes or bounds.
-SIZED = {"Reshape": (1,), "Expand": (1,), "ConstantOfShape": (0,), "Slice": (1, 2), "Resize": (3,), "AffineGrid": (1,)}
+SIZED = {
+    **dict.fromkeys(("Reshape", "Expand", "Tile", "Split", "TopK", "Pad", "AffineGrid"), (1,)),
+    "ConstantOfShape": (0,),
+    "Slice": (1, 2),
+    "Resize": (3,),
+}
 
 
 def shape_of(value: ir.Value | None) -> Shape | None:

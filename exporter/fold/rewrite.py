@@ -257,8 +257,12 @@ class _Rewriting:
         return nodes.reshape(nodes.transpose(apart, (0, 2, 1, 3)), (*self.batch, self.rows, count))
 
     def _queries(self) -> ir.Value:
-        """The other operand with the product's leading axes apart, (b, N, d) or (b, d, N)."""
-        return self.nodes.reshape(self.site.other, (*self.site.lead, *sizes(self.site.other)[-2:]))
+        """The other operand with the product's leading axes apart, (b, N, d) or (b, d, N); as wide as the rows are
+        repeated.
+        """
+        lead, last = self.site.lead, sizes(self.site.other)[-2:]
+        wide = [size if kind == "none" else own for (size, kind), own in zip(self.site.batch, lead, strict=True)]
+        return self.nodes.expand(self.nodes.reshape(self.site.other, (*lead, *last)), (*wide, *last))
 
     def _read(self) -> ir.Value:
         """Σ_m p_m row_m for p (b, N, M) -> (b, N, d)."""
@@ -301,12 +305,11 @@ class _Rewriting:
 
     def _product(self, left: ir.Value, right: ir.Value) -> ir.Value:
         """(b, N, K) times rows (samples, K, M); heads join the rows of a sample where samples come first."""
-        where = [axis for axis, size in enumerate(self.samples) if size > 1]
-        if where != list(range(len(where))):
+        (*given, count, depth), width = sizes(left), sizes(right)[-1]
+        first = sum(size > 1 for size in self.samples)
+        lead, rest = self.batch[:first], self.batch[first:]
+        if 1 in self.samples[:first]:
             return self.nodes.matmul(left, right)
-        (*_, count, depth), width = sizes(left), sizes(right)[-1]
-        lead, rest = self.batch[: len(where)], math.prod(self.batch[len(where) :])
-        own = lead if math.prod(sizes(left)[:-2]) == math.prod(self.batch) else [1] * len(where)
-        flat = self.nodes.reshape(left, (*own, rest * count, depth))
+        flat = self.nodes.reshape(left, (*given[:first], math.prod(rest) * count, depth))
         made = self.nodes.matmul(flat, self.nodes.reshape(right, (*lead, depth, width)))
         return self.nodes.reshape(made, (*self.batch, count, width))

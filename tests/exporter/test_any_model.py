@@ -132,7 +132,7 @@ X = (torch.randn(1, 4),)
 REFUSED: list[tuple[object, type[PerceiverExportError], str]] = [
     ((any_modules.Computes(lambda x: x + 1 if x.sum() > 0 else x - 1), X), ExportError, "values of its inputs"),
     ((any_modules.Brain(), X), ExportError, "MatMul"),
-    ((any_modules.Computes(lambda x: functional.dropout(x, training=True)), X), UnsupportedModelError, "'output'"),
+    ((any_modules.Computes(functional.dropout), (torch.randn(1, 99),)), UnsupportedModelError, "'output'"),
     ((nn.Linear(4, 4).half(), (torch.randn(1, 4).half(),)), UnsupportedModelError, "float16"),
     (nn.Linear(4, 4), UnsupportedModelError, "Linear"),
     ((nn.Linear(4, 4), {"y": torch.randn(1, 4)}), UnsupportedModelError, "'y'"),
@@ -259,6 +259,9 @@ FILES: list[tuple[str, type[PerceiverExportError], str, str, str]] = [
     ("y = Mul(s, x)", UnsupportedModelError, "dimension of s\n", "float s, float[1,8] x", "float[] y"),
     (PRODUCT, UnsupportedModelError, "double", "double[1,8] x", "double[] y"),
     (PRODUCT, UsageError, "'x'", "float[n,m] x", "float[] y"),
+    ("y = SequenceConstruct(x, x)", UnsupportedModelError, "'y' is no tensor", "float[1,8] x", "seq(float[1,8]) y"),
+    ("y = SequenceAt(x, i)", UnsupportedModelError, "'x' is no tensor", "seq(float) x, int64 i", "float[] y"),
+    ("t = Constant<value = float[0] {}>()  y = Gather(t, i)", UnsupportedModelError, "out of", "int64[1] i", "float y"),
     ("y = Relu(x)", UnsupportedModelError, r"twice as outputs: y", "float[n,8] x", "float[n,8] y, float[n,8] y"),
 ]
 
@@ -279,6 +282,38 @@ def assert_refused(path: Path, error: type[PerceiverExportError], datum: str) ->
         export(path, path.with_name("b"))
     assert raised.value.hint
     assert [one.name for one in path.parent.iterdir()] == ["m.onnx"]
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_sparse_weights_are_refused(stored: bool, tmp_path: Path) -> None:
+    path = write(tmp_path / "m.onnx", f"(float[1,8] x) => (float[] y) {{ {PRODUCT} }}")
+    model = onnx.load(path)
+    values, indices = (onnx.numpy_helper.from_array(np.array([1], kind), "w") for kind in ("float32", "int64"))
+    sparse = onnx.helper.make_sparse_tensor(values, indices, [8, 3])
+    if stored:
+        model.graph.sparse_initializer.append(sparse)
+    else:
+        model.graph.node.insert(0, onnx.helper.make_node("Constant", [], ["w"], sparse_value=sparse))
+    onnx.save(model, path)
+    assert_refused(path, UnsupportedModelError, "sparse")
+
+
+def test_a_negative_size_is_an_open_one(tmp_path: Path) -> None:
+    path = write(tmp_path / "m.onnx", f"(float[1,8] x) => (float[] y) {{ {PRODUCT} }}", 13, w=WEIGHTS)
+    model = onnx.load(path)
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = -1
+    onnx.save(model, path)
+    bundle = export(path, tmp_path / "b", ExportOptions(batch="1:2:4"))
+
+    assert_bundle_is(bundle, str(path), {"x": RNG.standard_normal((3, 8), dtype=np.float32)})
+
+
+def test_a_file_of_a_fixed_batch_takes_no_other(tmp_path: Path) -> None:
+    path = write(tmp_path / "m.onnx", f"(float[2,8] x) => (float[] y) {{ {PRODUCT} }}", w=WEIGHTS)
+    with pytest.raises(UsageError, match="takes 2 samples a call"):
+        export(path, tmp_path / "b", ExportOptions(batch="1:2:4"))
+    with pytest.raises(UnsupportedModelError, match="Got: 9 Expected: 8"):
+        load_model(path).run({"x": np.ones((2, 9), np.float32)})
 
 
 def test_other_files_and_old_opsets_are_refused(tmp_path: Path) -> None:

@@ -275,6 +275,33 @@ def vector(drawing: Drawing) -> list[str]:
     return [drawing("MatMul", k, query), drawing("MatMul", query, drawing("Transpose", k, perm=[0, 2, 1]))]
 
 
+def rotary(drawing: Drawing) -> list[str]:
+    """Heads are rows there; one set of queries for both samples."""
+
+    def turned(rows: str, count: int) -> str:
+        even, odd = (
+            drawing("Slice", rows, *(drawing.constant(np.array([one])) for one in (at, at + 4, 3))) for at in (0, 4)
+        )
+        cosine, sine = drawing.random(count, 4), drawing.random(count, 4)
+        first = drawing("Sub", drawing("Mul", even, cosine), drawing("Mul", odd, sine))
+        return drawing(
+            "Concat", first, drawing("Add", drawing("Mul", even, sine), drawing("Mul", odd, cosine)), axis=-1
+        )
+
+    x = drawing.input(2, 64, 4)
+    q = turned(drawing.heads(drawing.linear(drawing.random(1, 3, 16), 16, 32), 1, 3, 4, 8), 3)
+    k, v = (drawing.heads(drawing.linear(x, 4, 32), 2, 64, 4, 8) for _ in range(2))
+    return [drawing.attention(q, drawing("Transpose", turned(k, 64), perm=[0, 1, 3, 2]), v)]
+
+
+def repeated_rows(drawing: Drawing) -> list[str]:
+    """For heads that the other operand does not have, on either side."""
+    x = drawing("Unsqueeze", drawing.linear(drawing.norm(drawing.input(2, 64, 4), 4), 4, 32), drawing.constant([1]))
+    k, q = drawing("Expand", x, drawing.constant([2, 3, 64, 32])), drawing.input(2, 1, 5, 32)
+    scores = drawing("MatMul", q, drawing("Transpose", k, perm=[0, 1, 3, 2]))
+    return [scores, drawing("MatMul", k, drawing("Transpose", q, perm=[0, 1, 3, 2]))]
+
+
 FOLDABLE: tuple[Callable[[Drawing], list[str]], ...] = (
     input_queries,
     linear_tail,
@@ -285,6 +312,8 @@ FOLDABLE: tuple[Callable[[Drawing], list[str]], ...] = (
     einsum_with_an_ellipsis,
     rows_before_samples,
     vector,
+    rotary,
+    repeated_rows,
 )
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -160,18 +161,50 @@ class Joined(nn.Module):
         return found
 
 
+class Repeated(nn.Module):
+    """Latents, keys and values of their own for each sample, by Tile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.latents = nn.Parameter(torch.randn(1, 6, 8))
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True, add_bias_kv=True, add_zero_attn=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        latents = self.latents.repeat(x.shape[0], 1, 1)
+        found: Tensor = latents + self.attention(latents, x, x)[0]
+        return found
+
+
 @pytest.mark.parametrize(
     ("module", "shape"),
     [
         (Computes(lambda x: functional.interpolate(x, size=(16, 16), mode="bilinear").mean((2, 3))), (3, 8, 8)),
         (Joined(), (200, 8)),
+        (Repeated(), (20, 8)),
+        (Computes(lambda x: torch.sub(*torch.cat([x, 2 * x]).split([len(x), len(x)])).sort(0)[0]), (8,)),
+        (Computes(lambda x: 2 * functional.pad(torch.cat([x, x]), (0, 0, 0, -len(x)))), (8,)),
     ],
-    ids=["resize", "251 rows"],
+    ids=["resize", "251 rows", "repeated latents", "split and sort", "pad"],
 )
 def test_any_number_of_samples(module: nn.Module, shape: tuple[int, ...], tmp_path: Path) -> None:
     bundle = export(OwnModel(module, (torch.rand(2, *shape),)), tmp_path / "b", RANGE)
 
     assert_bundle_is(bundle, module, torch.rand(3, *shape))
+
+
+@pytest.mark.parametrize(
+    ("function", "datum"),
+    [
+        (lambda x: x * x.shape[0], "differs"),
+        (lambda x: torch.ones(len(x), len(x)).tril() @ x, "does not run"),
+        (lambda x: x[torch.arange(len(x)), x.argmax(-1)], "Concat_1 reads a constant with a number for each sample"),
+    ],
+    ids=["factor", "square", "rows"],
+)
+def test_the_number_of_samples_as_a_number(function: Callable[[Tensor], Tensor], datum: str, tmp_path: Path) -> None:
+    with pytest.raises((UnsupportedModelError, VerificationError), match=datum) as raised:
+        export(OwnModel(Computes(function), (torch.rand(2, 4),)), tmp_path / "b", RANGE)
+    assert "give one number as --batch" in raised.value.hint
 
 
 def test_an_input_with_the_name_of_a_folds_value(tmp_path: Path) -> None:
@@ -216,6 +249,16 @@ def test_a_file_whose_weights_have_a_size_that_stands_for_samples(tmp_path: Path
 
     with load(export(path, tmp_path / "b", RANGE)) as runtime:
         assert runtime.run({"x": np.ones((3, 8), np.float32)})["y"].shape == (3, 4)
+
+
+def test_a_bound_that_stands_for_samples(tmp_path: Path) -> None:
+    body = "(float[n,300] x) => (float[n,1] y) { a = Slice(x, zero, end, one)  y = ReduceMax(a, one) }"
+    zero, end, one = (np.array([bound]) for bound in (0, 251, 1))
+    path = write(tmp_path / "m.onnx", body, zero=zero, end=end, one=one)
+
+    with load(export(path, tmp_path / "b", RANGE)) as runtime:
+        found = runtime.run({"x": np.arange(900, dtype=np.float32).reshape(3, 300)})["y"]
+    assert found.tolist() == [[250], [550], [850]]
 
 
 def test_a_grid_for_any_number_of_samples(tmp_path: Path) -> None:
