@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from torch.nn import functional
 from perceiver_export.exporter import ExportOptions, OwnModel, export
 from perceiver_export.exporter.verification import TOLERANCE
 from perceiver_export.runtimes import Bundle, load
-from perceiver_export.runtimes.errors import ExportError, UnsupportedModelError, VerificationError
+from perceiver_export.runtimes.errors import ExportError, PerceiverExportError, UnsupportedModelError, VerificationError
 from perceiver_export.runtimes.runtime import Array, Runtime
 from tests.calibration.onnx_text import write
 from tests.exporter.any_modules import Computes
@@ -235,3 +237,21 @@ def test_narrowed_integers_have_no_vocabulary(to: int, known: tuple[int, int] | 
     bundle = export(write(tmp_path / "m.onnx", body, table=table), tmp_path / "b")
 
     assert bundle.manifest.parts["model"].inputs[0].values == known
+
+
+def test_what_torch_writes_past_python_is_not_seen(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    module = nn.utils.parametrizations.orthogonal(nn.Linear(8, 8))
+    with pytest.raises(ExportError, match="No ONNX function") as raised:
+        export(OwnModel(module, (torch.rand(1, 8),)), tmp_path / "b")
+    assert "remove_parametrizations" in raised.value.hint
+    assert capfd.readouterr() == ("", "")
+
+
+def test_shapes_that_onnx_cannot_infer_are_not_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    keys = torch.rand(2, 2, 8, 4)  # torch repeats neither these nor the queries' batch as ONNX does
+    attention = Computes(
+        lambda k: functional.scaled_dot_product_attention(torch.ones(1, 4, 8, 4), k, k, enable_gqa=True)
+    )
+    with contextlib.suppress(PerceiverExportError):
+        export(OwnModel(attention, (keys,)), tmp_path / "b")
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
