@@ -189,10 +189,13 @@ def _check(source: GraphPart, case: _Case, output: str, found: Array, reference:
                 "such a model has no exact outputs in float32: look for very sharp attention or cancelling sums",
             )
     if not comparison:
-        raise VerificationError(
-            f"{output} for {description}: the exported graph {comparison}",
-            "report it: this is a bug; a graph exported with --no-fold may pass meanwhile",
-        )
+        hint = "report it: this is a bug; a graph exported with --no-fold may pass meanwhile"
+        weights = source.module.state_dict().values() if isinstance(source.module, torch.nn.Module) else ()
+        if any(getattr(one, "dtype", None) in (torch.float16, torch.bfloat16) for one in weights):
+            hint = (
+                "half precision is rounded differently everywhere: .float() the whole module, and call no .half() in it"
+            )
+        raise VerificationError(f"{output} for {description}: the exported graph {comparison}", hint)
     return Check(output, description, comparison.difference, comparison.tolerance, comparison.scale)
 
 
