@@ -10,7 +10,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -51,6 +52,7 @@ from perceiver_export.runtimes.runtime import Array
 
 # Queries a call of a decoder by default: a text's masked bytes are few, the points of a grid are many.
 _LEARNED_QUERIES, _GRID_QUERIES = 256, 8192
+_UNSAFE = r"[^A-Za-z0-9_.-]|[.](?=[.]|$)"  # of names of files
 _MEANINGS = {
     "logits": "one number per choice",
     "flow": "displacement (x, y) of each pixel, in pixels",
@@ -250,11 +252,10 @@ def cut_parts(
     encoder, decoders = cut(model, latents)
     inputs = tuple(given[str(value.name)] for value in encoder.graph.inputs)
     parts = [(dataclasses.replace(source, name="encoder", inputs=inputs, outputs=(between,)), encoder)]
-    reasons = []
+    names, reasons = decoder_names(decoders), []
     for name, decoder in decoders.items():
         read = tuple(given[str(value.name)] for value in decoder.graph.inputs[1:])
-        part = f"decoder_{name}" if len(decoders) > 1 else "decoder"
-        graph = dataclasses.replace(source, name=part, inputs=(between, *read), outputs=(given[name],))
+        graph = dataclasses.replace(source, name=names[name], inputs=(between, *read), outputs=(given[name],))
         region = independent_rows(decoder.graph, sizes(latents)[0])
         if isinstance(region, str):
             reasons.append(f"for {name}, {region}")
@@ -266,6 +267,17 @@ def cut_parts(
         parts.append((graph, decoder))
     split.check([part for part, _ in parts], ": " + "; ".join(reasons))
     return parts
+
+
+def decoder_names(outputs: Iterable[str]) -> dict[str, str]:
+    """The decoder of each output: `decoder`, of several `decoder_NAME`, which is a file's name on any machine too."""
+    names: dict[str, str] = {}
+    for output in (known := list(outputs)):
+        name = f"decoder_{re.sub(_UNSAFE, '_', output[:150])}" if len(known) > 1 else "decoder"
+        while name.lower() in map(str.lower, names.values()):
+            name += "_"
+        names[output] = name
+    return names
 
 
 def _by_rows(graph: GraphPart, model: ir.Model, region: Region, queries: TensorSpec, stand_in: int | None) -> GraphPart:
@@ -334,8 +346,7 @@ def _decoder(model: PerceiverIO, name: str, latents: TensorSpec, batch: Batch, s
         rows = model.decode(name, feeds.pop("latents"), feeds.pop("queries", None), feeds)
         return [rows if chosen else rows.reshape(rows.shape[0], *output.shape)]
 
-    inputs = (latents, *choice, *given)
-    part = f"decoder_{name}" if len(outputs) > 1 else "decoder"
+    inputs, part = (latents, *choice, *given), decoder_names(outputs)[name]
     return GraphPart(part, ByPosition(model, inputs, compute), inputs, (result,), typical, total if chosen else None)
 
 

@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+import reprlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from perceiver_export.runtimes.bundle import sha256
+from perceiver_export.runtimes.errors import UsageError, check_kind
 from perceiver_export.runtimes.manifest import OutputKind
 from perceiver_export.runtimes.preprocessing import Preprocessing
 from perceiver_export.runtimes.runtime import Array
@@ -19,6 +21,14 @@ if TYPE_CHECKING:
 
 
 OWN_SOURCE = "your own code"
+
+
+def texts(what: str, value: object) -> tuple[str, ...]:
+    """``value`` as a tuple. Raises UsageError unless it holds texts; one text would become its letters."""
+    found = (None,) if isinstance(value, str) or not isinstance(value, Iterable) else tuple(value)
+    if not all(isinstance(one, str) for one in found):
+        raise UsageError(f"{what} cannot be {reprlib.repr(value)}", f"give a tuple of texts: {what}=('a', 'b')")
+    return found
 
 
 @dataclass(frozen=True)
@@ -42,6 +52,12 @@ class LoadedModel:
     output_kinds: Mapping[str, OutputKind] = field(default_factory=dict)
     files: Mapping[str, bytes] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        check_kind("task", self.task, str, "the name of a task")
+        steps = "None, or one of the classes of perceiver_export.runtimes.preprocessing"
+        check_kind("preprocessing", self.preprocessing, (type(None), *get_args(Preprocessing)), steps)
+        check_kind("output_kinds", self.output_kinds, Mapping, "{name of an output: its kind}")
+
     @classmethod
     def own(
         cls,
@@ -61,7 +77,10 @@ class LoadedModel:
         ``regression``, or ``none``. Commands and gates follow it. By default the only output of a classifier is
         ``single-label`` (of a sound classifier ``multi-label``).
         """
-        given = tuple(labels), preprocessing, split, tuple(notes), dict(output_kinds or {})
+        from perceiver_export.exporter.model.perceiver import PerceiverIO
+
+        check_kind("the model", model, PerceiverIO, "a PerceiverIO, or any other module as OwnModel(module, inputs)")
+        given = texts("labels", labels), preprocessing, split, texts("notes", notes), output_kinds or {}
         return cls(model.eval(), model.config, task, "own", OWN_SOURCE, *given)
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:

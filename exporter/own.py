@@ -21,20 +21,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from perceiver_export.runtimes.errors import UnsupportedModelError, UsageError, first_line
+from perceiver_export.exporter.loaded import texts
+from perceiver_export.runtimes.errors import UnsupportedModelError, UsageError, check_kind, first_line
 from perceiver_export.runtimes.manifest import NAMING, DType, OutputKind, is_tensor_name
 from perceiver_export.runtimes.preprocessing import Preprocessing
 from perceiver_export.runtimes.runtime import Array
 
-Inputs = Mapping[str, Tensor] | Sequence[Tensor]
+Inputs = Tensor | Mapping[str, Tensor] | Sequence[Tensor]
 
 
 @dataclass(frozen=True)
 class OwnModel:
     """A module of your own, example inputs, and the description in its bundle.
 
-    ``inputs``: tensors by the names of forward's arguments, or a tuple in their order; the first dimension is the
-    batch. ``outputs``: names of forward's results, in order; by default the keys of a dict, else `output`,
+    ``inputs``: tensors by the names of forward's arguments, a tuple in their order, or one tensor; the first dimension
+    is the batch. ``outputs``: names of forward's results, in order; by default the keys of a dict, else `output`,
     `output_1`, …. ``labels``, ``preprocessing`` and ``output_kinds`` as in `LoadedModel.own`.
     """
 
@@ -56,12 +57,15 @@ class NamedModule(nn.Module):
 
     def __init__(self, module: nn.Module, inputs: Inputs, outputs: Sequence[str] = ()) -> None:
         super().__init__()
-        self.model = module.eval()
+        inputs = (inputs,) if isinstance(inputs, (Tensor, np.ndarray)) else inputs
+        check_kind("the module", module, nn.Module, "a torch.nn.Module")
+        check_kind("inputs", inputs, (Mapping, Sequence), "example tensors: a tuple, or a dict by their names")
+        self.model = _evaluated(module)
         self._positional = not isinstance(inputs, Mapping)
         named = dict(inputs) if isinstance(inputs, Mapping) else _by_position(module, inputs)
         self.examples: dict[str, Array] = {name: _array(name, value) for name, value in named.items()}
         self.outputs: tuple[str, ...] = ()
-        first_call = self._named(self._called(self._call, self.examples), tuple(outputs))
+        first_call = self._named(self._called(self._call, self.examples), texts("outputs", outputs))
         again = self.run(self.examples)
         for name, first in first_call.items():
             if not np.array_equal(first, again[name], equal_nan=first.dtype.kind == "f"):
@@ -83,8 +87,8 @@ class NamedModule(nn.Module):
         try:
             with torch.no_grad():
                 return function({name: torch.from_numpy(array) for name, array in feeds.items()})
-        except Exception as error:  # the user's own code
-            takes = ", ".join(inspect.signature(self.model.forward).parameters)
+        except (Exception, SystemExit) as error:  # the user's own code
+            takes = ", ".join(one.name for one in _arguments(self.model))
             given = ", ".join(f"{name} {array.dtype} {list(array.shape)}" for name, array in feeds.items())
             raise UnsupportedModelError(
                 f"forward fails on {given}: {type(error).__name__}: {first_line(error)}",
@@ -116,8 +120,29 @@ class NamedModule(nn.Module):
         return {name: _array(name, tensor) for name, (_, tensor) in zip(self.outputs, tensors, strict=True)}
 
 
+def _evaluated(module: nn.Module) -> nn.Module:
+    """The module in evaluation mode. Raises UnsupportedModelError for one that torch made of another."""
+    try:
+        if isinstance(module, torch.jit.ScriptModule):
+            raise NotImplementedError("it is of TorchScript")
+        module.eval()  # some return nothing
+    except (Exception, SystemExit) as error:  # of exported programs, or the user's own code
+        raise UnsupportedModelError(
+            f"the module is a {type(module).__name__} that cannot be exported: {first_line(error)}",
+            "give the module that it was made from",
+        ) from error
+    return module
+
+
+def _arguments(module: nn.Module) -> list[inspect.Parameter]:
+    try:
+        return list(inspect.signature(module.forward).parameters.values())
+    except (TypeError, ValueError):  # forward is written in C
+        return [inspect.Parameter("inputs", inspect.Parameter.VAR_POSITIONAL)]
+
+
 def _by_position(module: nn.Module, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
-    takes = inspect.signature(module.forward).parameters.values()
+    takes = _arguments(module)
     names = [one.name for one in takes if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
     if len(inputs) > len(names) and not any(one.kind is one.VAR_POSITIONAL for one in takes):
         raise UsageError(

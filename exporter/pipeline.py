@@ -328,7 +328,7 @@ def _with_frames(part: Part, preprocessing: Preprocessing | None) -> Part:
 
 def _kinds(loaded: LoadedModel, outputs: list[str]) -> dict[str, OutputKind]:
     """The kind of each output. Raises UnsupportedModelError: the model names an unknown output or kind."""
-    for name, kind in sorted(loaded.output_kinds.items()):
+    for name, kind in loaded.output_kinds.items():
         for value, known in ((name, outputs), (kind, get_args(OutputKind))):
             if value not in known:
                 raise UnsupportedModelError(

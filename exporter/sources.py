@@ -30,7 +30,7 @@ import msgspec
 
 from perceiver_export.calibration.data.sources import current_directory_importable, find_function
 from perceiver_export.exporter.checkpoints import tokenizer
-from perceiver_export.exporter.loaded import OWN_SOURCE, LoadedModel
+from perceiver_export.exporter.loaded import OWN_SOURCE, LoadedModel, texts
 from perceiver_export.runtimes.bundle import read_manifest, sha256
 from perceiver_export.runtimes.errors import (
     CheckpointError,
@@ -239,7 +239,7 @@ def loaded_module(own: OwnModel, source: str = OWN_SOURCE) -> LoadedModel:
     from perceiver_export.exporter.own import NamedModule
 
     model = NamedModule(own.module, own.inputs, own.outputs)
-    kinds, labels = dict(own.output_kinds), tuple(own.labels)
+    kinds, labels = own.output_kinds, texts("labels", own.labels)
     return LoadedModel(model, None, own.task, "own", source, labels, own.preprocessing, output_kinds=kinds)
 
 

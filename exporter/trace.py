@@ -7,7 +7,9 @@ import contextlib
 import dataclasses
 import io
 import logging
+import os
 import re
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,9 +41,24 @@ from perceiver_export.runtimes.runtime import Array
 
 IR_VERSION = 10  # onnxruntime 1.23, the newest for Python 3.10, refuses 12 and above
 _DATA_DEPENDENT = re.compile(r"data.?dependent|unbacked|Dynamic control flow|nonzero", re.IGNORECASE)
+_UNSUPPORTED = re.compile(r"No ONNX function|UnsupportedOperator|not supported|Unsupported")
 _ESCAPES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")  # colours
 _CONSTANT = ("ones_like", "zeros_like", "full_like", "empty_like", "new_ones", "new_zeros", "new_full", "new_empty")
 _READS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default)
+
+
+@contextlib.contextmanager
+def unlogged() -> Iterator[None]:
+    """Silence onnx-ir, which logs a traceback at each node whose shape it cannot infer."""
+    loggers = [logging.getLogger(name) for name in ("onnx_ir", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL + 1)
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def sample_inputs(
@@ -98,6 +115,7 @@ class FoldedGraph:
     plan: MemoryPlan | None = None
 
 
+@unlogged()
 def folded_graph(part: GraphPart, config: PerceiverConfig | None, fold: bool, budget: int) -> FoldedGraph:
     """The graph of a part with constants baked and weights stored once, folded and in pieces within ``budget`` bytes.
 
@@ -108,6 +126,7 @@ def folded_graph(part: GraphPart, config: PerceiverConfig | None, fold: bool, bu
     return _folded(part, _plain(part, config, primes), primes, fold, budget)
 
 
+@unlogged()
 def folded_parts(source: GraphPart, split: Split, fold: bool, budget: int) -> list[FoldedGraph]:
     """The same of an encoder and of a decoder for each output, cut from the graph of ``source``.
 
@@ -207,7 +226,7 @@ def _watched(part: GraphPart) -> _Watch:
     given = [torch.from_numpy(array) for array in sample_inputs(part, None, part.typical, seed=0).values()]
     watch = _Watch(given)
     # An error is the user's own code's; tracing reports it.
-    with quiet(), contextlib.suppress(Exception), torch.no_grad(), watch:
+    with quiet(), contextlib.suppress(Exception, SystemExit), torch.no_grad(), watch:
         _module(part)(*given)
     return watch
 
@@ -226,7 +245,7 @@ def _traced(part: GraphPart, examples: dict[str, Array]) -> ir.Model:
     """By torch.export, else by TorchScript. Raises ExportError with the reasons of both."""
     try:
         return _exported(part, examples)
-    except Exception as error:  # tracing runs the user's own code
+    except (Exception, SystemExit) as error:  # tracing runs the user's own code
         first = error
     dependent = _DATA_DEPENDENT.search(_everything(first))
     if dependent or _watched(part).reads:
@@ -238,11 +257,13 @@ def _traced(part: GraphPart, examples: dict[str, Array]) -> ir.Model:
         ) from first
     try:
         return _scripted(part, examples)
-    except Exception as error:
-        raise ExportError(
-            f"torch.export cannot trace this model: {_reason(first)}; nor can TorchScript: {_reason(error)}",
-            "remove what depends on the values of tensors: branches, sizes, .item()",
-        ) from error
+    except (Exception, SystemExit) as error:
+        reasons = f"{_reason(first)}; nor can TorchScript: {_reason(error)}"
+        hint = "remove what depends on the values of tensors: branches, sizes, .item()"
+        if _UNSUPPORTED.search(reasons):
+            first_call = "torch.nn.utils.parametrize.remove_parametrizations"
+            hint = f"replace that operator; for a parametrization, call {first_call} first"
+        raise ExportError(f"torch.export cannot trace this model: {reasons}", hint) from error
 
 
 def _exported(part: GraphPart, examples: dict[str, Array]) -> ir.Model:
@@ -299,11 +320,14 @@ def _reason(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silence torch's exporter: progress, notes about torchvision, its own deprecations, traces of what it raises."""
+    """Silence torch's exporter: progress, notes about torchvision, its own deprecations, traces of what it raises, and
+    the graphs that its C++ code prints.
+    """
     disabled = logging.root.manager.disable
     logging.disable(logging.CRITICAL)  # handlers of torch's loggers keep the stderr that they were made with
     try:
         with (
+            _nowhere(),
             warnings.catch_warnings(),
             contextlib.redirect_stdout(io.StringIO()),
             contextlib.redirect_stderr(io.StringIO()),
@@ -312,3 +336,21 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(disabled)
+
+
+@contextlib.contextmanager
+def _nowhere() -> Iterator[None]:
+    """What C++ code writes to the process's own standard output and error, past Python's, is lost."""
+    with contextlib.ExitStack() as stack:
+        for stream in (sys.stdout, sys.__stdout__, sys.stderr, sys.__stderr__):
+            with contextlib.suppress(Exception):  # closed, detached, or None
+                stream.flush()  # type: ignore[union-attr]
+        null = os.open(os.devnull, os.O_WRONLY)
+        stack.callback(os.close, null)
+        for descriptor in (1, 2):
+            with contextlib.suppress(OSError):  # closed
+                kept = os.dup(descriptor)
+                stack.callback(os.close, kept)
+                stack.callback(os.dup2, kept, descriptor)
+                os.dup2(null, descriptor)
+        yield

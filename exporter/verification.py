@@ -133,6 +133,9 @@ def _running(source: GraphPart, directory: Path, part: GraphPart) -> Iterator[Ru
 
 def _cause(source: GraphPart) -> str:
     """The likely cause of a wrong graph, as a hint."""
+    weights = source.module.state_dict().values() if isinstance(source.module, torch.nn.Module) else ()
+    if any(getattr(one, "dtype", None) in (torch.float16, torch.bfloat16) for one in weights):
+        return "half precision is rounded differently everywhere: .float() the whole module, and call no .half() in it"
     if source.examples and source.ranges:
         return "the model may compute with the number of samples: give one number as --batch"
     return "report it: this is a bug; a graph exported with --no-fold may pass meanwhile"
@@ -208,10 +211,7 @@ def _check(source: GraphPart, case: _Case, output: str, found: Array, reference:
                 "such a model has no exact outputs in float32: look for very sharp attention or cancelling sums",
             )
     if not comparison:
-        raise VerificationError(
-            f"{output} for {description}: the exported graph {comparison}",
-            _cause(source),
-        )
+        raise VerificationError(f"{output} for {description}: the exported graph {comparison}", _cause(source))
     return Check(output, description, comparison.difference, comparison.tolerance, comparison.scale)
 
 

@@ -193,4 +193,5 @@ def _answering(manifest: Manifest) -> tuple[str, OutputKind] | None:
 
 def _decoder(manifest: Manifest, output: str) -> str:
     """The part of a split bundle that computes this output."""
-    return f"decoder_{output}" if len(manifest.outputs) > 1 else "decoder"
+    found = (name for name, part in manifest.parts.items() if output in [spec.name for spec in part.outputs])
+    return next(found, f"decoder_{output}")

@@ -4,15 +4,18 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch import Tensor, nn
 
 from perceiver_export.calibration import validate
-from perceiver_export.exporter import ExportOptions, LoadedModel, export, load_model
+from perceiver_export.exporter import ExportOptions, LoadedModel, OwnModel, export, load_model
 from perceiver_export.exporter.model import (
     ArrayInput,
     EncoderSizes,
@@ -33,6 +36,7 @@ from perceiver_export.runtimes.engines import ort
 from perceiver_export.runtimes.engines.backend import Engine, Source
 from perceiver_export.runtimes.errors import BundleError, InputError, UnsupportedModelError, UsageError
 from tests.exporter.outputs import assert_bundle_gives
+from tests.runtimes.test_arguments import wrong, wrong_by_name
 
 ENCODER = EncoderSizes(4, 16, num_self_attentions_per_block=1)
 POINTS = OutputConfig(PositionQueries((6,), FourierPositions(3, (6,))), (6, 2), 2)
@@ -218,3 +222,60 @@ def test_kinds_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         export(LoadedModel.own(model.model, "image-classification"), tmp_path / "c")
     assert "preprocessing=" in caught.value.hint
     assert not (tmp_path / "c").exists()
+
+
+class Fails(nn.Linear):
+    def __init__(self, error: BaseException) -> None:
+        super().__init__(8, 8)
+        self.error = error
+
+    def forward(self, input: Tensor) -> Tensor:
+        raise self.error
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace")
+def test_what_no_module_can_be_made_of(tmp_path: Path) -> None:
+    layer, row = nn.Linear(8, 8), torch.rand(2, 8)
+    modules: list[tuple[Any, str]] = [
+        (torch.jit.trace(layer, row), "module that it was made from"),
+        (torch.export.export(layer, (row,)).module(), "module that it was made from"),
+        (Fails(SystemExit(0)), "that forward(input) takes"),
+    ]
+    for module, hint in modules:
+        with pytest.raises(UnsupportedModelError) as caught:
+            export((module, (row,)), tmp_path / "b")
+        assert hint in caught.value.hint
+    with pytest.raises(KeyboardInterrupt):
+        export((Fails(KeyboardInterrupt()), (row,)), tmp_path / "b")
+    assert not list(tmp_path.iterdir())
+
+
+def test_fields_of_the_wrong_type(tmp_path: Path) -> None:
+    layer, row = nn.Linear(8, 8), torch.rand(2, 8)
+    own = PerceiverIO(own_model({"x": ArrayInput((5,), 3)}, {"y": POINTS}, ENCODER))
+
+    wrong(lambda value: export((value, (row,)), tmp_path / "b"))
+    wrong(lambda value: export((layer, value), tmp_path / "b"))
+    wrong(LoadedModel.own)
+    wrong_by_name(functools.partial(LoadedModel.own, own), "labels notes preprocessing output_kinds", list, dict)
+    names = "outputs labels task preprocessing output_kinds"
+    wrong_by_name(lambda **given: export(OwnModel(layer, row, **given), tmp_path / "b"), names, list)
+    assert not list(tmp_path.iterdir())
+
+
+class Unusual(nn.Module):
+    """Its forward has no signature, and its train returns nothing."""
+
+    forward = staticmethod(torch.relu)
+
+    def train(self, mode: bool = True) -> None:  # type: ignore[override]
+        super().train(mode)
+
+
+def test_a_bare_tensor_is_the_only_input(tmp_path: Path) -> None:
+    bundle = export((Unusual(), -torch.ones(2, 8)), tmp_path / "b")
+
+    (spec,) = bundle.manifest.parts["model"].inputs
+    assert spec.shape == (2, 8)
+    with load_bundle(bundle) as runtime:
+        assert not runtime.run({spec.name: -np.ones((2, 8), np.float32)})["output"].any()

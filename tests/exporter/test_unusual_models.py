@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,8 @@ from torch.nn import functional
 
 from perceiver_export.exporter import ExportOptions, OwnModel, export
 from perceiver_export.exporter.verification import TOLERANCE
-from perceiver_export.runtimes import Bundle, load
-from perceiver_export.runtimes.errors import ExportError, UnsupportedModelError, VerificationError
+from perceiver_export.runtimes import Bundle, decode, load
+from perceiver_export.runtimes.errors import ExportError, PerceiverExportError, UnsupportedModelError, VerificationError
 from perceiver_export.runtimes.runtime import Array, Runtime
 from tests.calibration.onnx_text import write
 from tests.exporter.any_modules import Computes
@@ -278,3 +280,61 @@ def test_narrowed_integers_have_no_vocabulary(to: int, known: tuple[int, int] | 
     bundle = export(write(tmp_path / "m.onnx", body, table=table), tmp_path / "b")
 
     assert bundle.manifest.parts["model"].inputs[0].values == known
+
+
+def test_what_torch_writes_past_python_is_not_seen(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    module = nn.utils.parametrizations.orthogonal(nn.Linear(8, 8))
+    with pytest.raises(ExportError, match="No ONNX function") as raised:
+        export(OwnModel(module, (torch.rand(1, 8),)), tmp_path / "b")
+    assert "remove_parametrizations" in raised.value.hint
+    assert capfd.readouterr() == ("", "")
+
+
+def test_shapes_that_onnx_cannot_infer_are_not_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    keys = torch.rand(2, 2, 8, 4)  # torch repeats neither these nor the queries' batch as ONNX does
+    attention = Computes(
+        lambda k: functional.scaled_dot_product_attention(torch.ones(1, 4, 8, 4), k, k, enable_gqa=True)
+    )
+    with contextlib.suppress(PerceiverExportError):
+        export(OwnModel(attention, (keys,)), tmp_path / "b")
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+class InHalf(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8).half()
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.layer(x.half())
+        return found.float()
+
+
+def test_a_layer_in_half_precision_is_no_bug_of_the_graph(tmp_path: Path) -> None:
+    with pytest.raises(VerificationError, match="differs") as raised:
+        export(OwnModel(InHalf(), (100 * torch.rand(2, 8),)), tmp_path / "b")
+    assert ".float() the whole module" in raised.value.hint
+
+
+class EncodesAndDecodes(nn.Module):
+    """Several outputs, none of whose names is a file's on all machines, or alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.latents, self.queries = nn.Parameter(torch.randn(6, 8)), nn.Parameter(torch.randn(20, 8))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        latents = functional.scaled_dot_product_attention(self.latents.expand(x.shape[0], -1, -1), x, x)
+        rows = functional.scaled_dot_product_attention(self.queries.expand(x.shape[0], -1, -1), latents, latents)
+        return {"a/b": rows, "a:b": rows + 1, "A_b": rows + 2, "c.": rows + 3, "d" * 200: rows + 4}
+
+
+def test_decoders_are_files_whatever_their_outputs_are_called(tmp_path: Path) -> None:
+    module, points = EncodesAndDecodes().eval(), torch.rand(1, 50, 8)
+    bundle = export(OwnModel(module, points), tmp_path / "b", ExportOptions(split=True))
+
+    encoder, *decoders = bundle.manifest.parts
+    assert decoders == ["decoder_a_b", "decoder_a_b_", "decoder_A_b__", "decoder_c_", f"decoder_{'d' * 150}"]
+    with load(bundle, part=encoder) as first, load(bundle, part="decoder_A_b__") as second:
+        found = decode(second, first.run({"x": points.numpy()}), [3])
+    np.testing.assert_allclose(found, module(points)["A_b"].detach().numpy()[:, [3]], atol=1e-5)
