@@ -10,8 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -24,6 +23,7 @@ from perceiver_export.exporter.fold.latents import (
     LATENTS,
     QUERIES,
     cut,
+    decoder_names,
     gather_rows,
     independent_rows,
     own_outputs,
@@ -52,7 +52,6 @@ from perceiver_export.runtimes.runtime import Array
 
 # Queries a call of a decoder by default: a text's masked bytes are few, the points of a grid are many.
 _LEARNED_QUERIES, _GRID_QUERIES = 256, 8192
-_UNSAFE = r"[^A-Za-z0-9_.-]|[.](?=[.]|$)"  # of names of files
 _MEANINGS = {
     "logits": "one number per choice",
     "flow": "displacement (x, y) of each pixel, in pixels",
@@ -267,17 +266,6 @@ def cut_parts(
         parts.append((graph, decoder))
     split.check([part for part, _ in parts], ": " + "; ".join(reasons))
     return parts
-
-
-def decoder_names(outputs: Iterable[str]) -> dict[str, str]:
-    """The decoder of each output: `decoder`, of several `decoder_NAME`, which is a file's name on any machine too."""
-    names: dict[str, str] = {}
-    for output in (known := list(outputs)):
-        name = f"decoder_{re.sub(_UNSAFE, '_', output[:150])}" if len(known) > 1 else "decoder"
-        while name.lower() in map(str.lower, names.values()):
-            name += "_"
-        names[output] = name
-    return names
 
 
 def _by_rows(graph: GraphPart, model: ir.Model, region: Region, queries: TensorSpec, stand_in: int | None) -> GraphPart:

@@ -284,7 +284,8 @@ def _scripted(part: GraphPart, examples: dict[str, Array]) -> ir.Model:
     import onnx
 
     written = io.BytesIO()
-    _export(part, examples, written, dynamo=False)
+    with _nowhere():  # here only, since it hides progress bars too
+        _export(part, examples, written, dynamo=False)
     return ir.from_proto(onnx.load_from_string(written.getvalue()))
 
 
@@ -320,14 +321,11 @@ def _reason(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silence torch's exporter: progress, notes about torchvision, its own deprecations, traces of what it raises, and
-    the graphs that its C++ code prints.
-    """
+    """Silence torch's exporter: progress, notes about torchvision, its own deprecations, traces of what it raises."""
     disabled = logging.root.manager.disable
     logging.disable(logging.CRITICAL)  # handlers of torch's loggers keep the stderr that they were made with
     try:
         with (
-            _nowhere(),
             warnings.catch_warnings(),
             contextlib.redirect_stdout(io.StringIO()),
             contextlib.redirect_stderr(io.StringIO()),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import functools
 import math
+import re
 from collections.abc import Iterable
 
 import onnx_ir as ir
@@ -23,6 +24,18 @@ from perceiver_export.runtimes.errors import UnsupportedModelError, UsageError
 LATENTS, QUERIES, INDICES = "latents", "queries", "query_indices"  # tensors of parts, see `manifest.index_input`
 _SHOWN = 4  # names in an error
 _OTHER_ROWS = "its rows are not those of queries"
+_UNSAFE = r"[^A-Za-z0-9_.-]|[.](?=[.]|$)"  # of names of files
+
+
+def decoder_names(outputs: Iterable[str]) -> dict[str, str]:
+    """The decoder of each output: `decoder`, of several `decoder_NAME`, which is a file's name on any machine too."""
+    names: dict[str, str] = {}
+    for output in (known := list(outputs)):
+        name = f"decoder_{re.sub(_UNSAFE, '_', output[:150])}" if len(known) > 1 else "decoder"
+        while name.lower() in map(str.lower, names.values()):
+            name += "_"
+        names[output] = name
+    return names
 
 
 def mark(graph: ir.Graph, name: str) -> None:
