@@ -24,6 +24,7 @@ _RANDOM = frozenset(
     {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial"}
 )
 _REPEATING = frozenset({"Expand", "Tile", "ConstantOfShape"})
+_VIEWS = frozenset({"Expand", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
 _GROWING = frozenset({"Expand", "Tile", "Add", "Mul", "MatMul", "Gather"})
 _INTEGERS, _EXACT = (ir.DataType.INT32, ir.DataType.INT64), (ir.DataType.FLOAT, ir.DataType.DOUBLE)
 _SMALL, _LARGE = 1 << 12, 1 << 20  # numbers
@@ -63,9 +64,12 @@ class FoldConstantsPass(ir.passes.InPlacePass):
         ]
         if not frontier:
             return ir.passes.PassResult(model, modified=False)
-        part = ir.Model(ir.convenience.extract(graph, [], frontier), ir_version=model.ir_version)
-        for value, array in zip(frontier, evaluate(part), strict=True):
-            _replace(graph, value, array)
+        views = {value: array for value in frontier if (array := _view(value)) is not None}
+        if computed := [value for value in frontier if value not in views]:
+            part = ir.Model(ir.convenience.extract(graph, [], computed), ir_version=model.ir_version)
+            views |= zip(computed, evaluate(part), strict=True)
+        for value in frontier:
+            _replace(graph, value, views[value])
         common.RemoveUnusedNodesPass()(model)
         return ir.passes.PassResult(model, modified=True)
 
@@ -106,6 +110,19 @@ def _expanded(node: ir.Node) -> int | None:
     if source is None or target is None:
         return None
     return math.prod(np.broadcast_shapes(source, tuple(target.numpy().tolist())))
+
+
+def _view(value: ir.Value) -> np.ndarray | None:
+    """A constant as it is, in another shape, or with its axes in another order: it shares the weight's memory."""
+    node, array = value.producer(), array_of(value)
+    if array is not None or node is None or node.op_type not in _VIEWS or not is_known(node):
+        return array
+    array = _view(operand(node))
+    if array is None or array.size != math.prod(sizes(value)):
+        return None
+    if node.op_type == "Transpose":
+        return array.transpose(node.attributes.get_ints("perm", tuple(range(array.ndim))[::-1]))
+    return array.reshape(sizes(value))
 
 
 def evaluate(model: ir.Model) -> list[np.ndarray]:

@@ -92,7 +92,7 @@ class Table:
                 break
             array = first
         rows = array.reshape(-1, shape[-1])
-        return cls((1,), (Matrix.of(rows),)) if len(rows) == 1 else _separated(rows.astype(np.float64))
+        return cls((1,), (Matrix.of(rows),)) if len(rows) == 1 else _separated(rows)
 
     @property
     def rows(self) -> int:
@@ -152,18 +152,18 @@ class Table:
 
 def _separated(rows: np.ndarray) -> Table | None:
     """A table of rows (M, C) as a sum over the axes of a grid: found numerically, checked at every row; None if it is
-    no such sum.
+    no such sum. Computed in float64, of which few rows at a time lie in memory.
     """
-    count, scale = len(rows), max(float(np.abs(rows).max()), 1e-30)
+    count, scale = len(rows), max(float(rows.max()), -float(rows.min()), 1e-30)
     probes = np.random.default_rng(0)
     factors = (size for size in range(2, count // 2 + 1) if count % size == 0)
     for outer in sorted(factors, key=lambda size: size + count // size):
         inner = count // outer
         y, x = probes.integers(0, outer, _PROBES), probes.integers(0, inner, _PROBES)
-        error = rows[y * inner + x] - rows[y * inner] - rows[x] + rows[0]
+        error = rows[y * inner + x].astype(np.float64) - rows[y * inner] - rows[x] + rows[0]
         if np.abs(error).max() > _TOLERANCE * scale:
             continue
-        first, second = rows[::inner], rows[:inner] - rows[0]
+        first, second = rows[::inner].astype(np.float64), rows[:inner].astype(np.float64) - rows[0]
         slices = (rows[step * inner : (step + 1) * inner] for step in range(outer))
         if any(np.abs(own - first[step] - second).max() > _TOLERANCE * scale for step, own in enumerate(slices)):
             continue
