@@ -103,8 +103,9 @@ def _verified(
     known = [dict(case.feeds) for case in cases]
     checks: list[Check] = []
     golden: dict[str, dict[str, Array]] = {}
-    for part in (one.part for one in parts):
-        with _running(source, directory, part) as runtime:
+    for made in parts:
+        part = made.part
+        with _running(source, directory, made) as runtime:
             for index, (description, drawn) in enumerate(_drawn(part, config, seeds, largest)):
                 progress(len(cases) + index, 2 * len(cases))
                 given = {name: known[index].get(name, array) for name, array in drawn.items()}
@@ -119,10 +120,11 @@ def _verified(
 
 
 @contextlib.contextmanager
-def _running(source: GraphPart, directory: Path, part: GraphPart) -> Iterator[Runtime]:
+def _running(source: GraphPart, directory: Path, made: FoldedGraph) -> Iterator[Runtime]:
     """A part's graph on ONNX Runtime. Raises VerificationError where it does not run."""
+    part = made.part
     try:
-        engine = open_engine(directory / part.file, "ort-cpu", threads=None)
+        engine = open_engine(directory / part.file, "ort-cpu", threads=None, plan=made.plan)
         with Runtime(engine, part.inputs, part.outputs, "fp32") as runtime:
             yield runtime
     except (BundleError, DeviceError) as error:

@@ -34,7 +34,7 @@ from perceiver_export.runtimes.errors import (
     check_kind,
     check_whole,
 )
-from perceiver_export.runtimes.manifest import TensorSpec, misfit
+from perceiver_export.runtimes.manifest import MemoryPlan, TensorSpec, misfit
 from perceiver_export.runtimes.runtime import Runtime
 
 _log = logging.getLogger(__name__)
@@ -94,9 +94,15 @@ def open_graph(path: str | os.PathLike[str], device: str, threads: int | None) -
 
 @exits.awaited
 def open_engine(
-    path: Path, device: str, threads: int | None, options: EngineOptions = _PLAIN, inputs: tuple[TensorSpec, ...] = ()
+    path: Path,
+    device: str,
+    threads: int | None,
+    options: EngineOptions = _PLAIN,
+    inputs: tuple[TensorSpec, ...] = (),
+    plan: MemoryPlan | None = None,
 ) -> Engine:
-    """Compile a graph for a target. ``inputs`` are told to engines that keep several names of one.
+    """Compile a graph for a target. ``inputs`` are told to engines that keep several names of one; ``plan`` says how
+    much memory the graph needs.
 
     Raises DeviceError, EngineError, MissingDependencyError, UsageError.
     """
@@ -110,7 +116,7 @@ def open_engine(
         )
     backend = target.backend()
     backend.platform(device, options)
-    return backend.open(Source(device, path, options, "unknown", inputs), None, threads)
+    return backend.open(Source(device, path, options, "unknown", inputs, plan=plan), None, threads)
 
 
 def engine_for(
