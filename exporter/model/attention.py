@@ -8,7 +8,7 @@ Source: Perceiver IO (arXiv 2107.14795), section 3.1 and appendix E. All layers 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -53,6 +53,27 @@ class Elementwise(nn.Module):
 # Small enough that the softmax gives an exact zero, and that any score vanishes when it is added.
 MASKED_SCORE = -1e30
 LARGEST_SCORES = 1 << 25  # numbers that torch holds at a time
+LARGEST_ROWS = 1 << 20  # numbers
+
+
+def by_rows(function: Callable[[Tensor], Sequence[Tensor]], rows: Tensor) -> Sequence[Tensor]:
+    """What ``function`` makes of each row of (B, M, C). Where torch itself runs, of some at a time: of the flow model's
+    rows, each value in between would take 240 MB.
+    """
+    if _is_traced() or torch.is_grad_enabled() or rows.numel() <= LARGEST_ROWS:
+        return function(rows)
+    step = max(1, LARGEST_ROWS // (rows.shape[0] * rows.shape[2]))
+    results: list[Tensor] = []
+    for at in range(0, rows.shape[1], step):
+        found = function(rows[:, at : at + step])
+        results = results or [one.new_empty(one.shape[0], rows.shape[1], one.shape[2]) for one in found]
+        for one, result in zip(found, results, strict=True):
+            result[:, at : at + step] = one
+    return results
+
+
+def _is_traced() -> bool:
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
 
 
 def attend(
@@ -71,10 +92,9 @@ def attend(
     """
     q, k, v = (split_heads(x, num_heads) for x in (queries, keys, values))
     bias = None if mask is None else (MASKED_SCORE * (1 - mask.to(q.dtype)))[:, None, None, :]
-    traced = torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
     # The fused attention of a CPU keeps no scores, but is slow backwards: small products train faster.
     slow = q.is_cpu and torch.is_grad_enabled() and q.shape[2] * k[..., 0].numel() <= LARGEST_SCORES
-    read = merge_heads((_products if traced or slow else _fused)(q, k, v, bias))
+    read = merge_heads((_products if _is_traced() or slow else _fused)(q, k, v, bias))
     if mask is not None and masked_rows == "zero":
         read = read * mask.to(read.dtype).amax(dim=-1)[:, None, None]
     return read
@@ -122,9 +142,20 @@ class Attention(nn.Module):
         self.output = nn.Linear(config.num_v_channels, num_query_channels)
 
     def forward(
-        self, queries: Tensor, inputs: Tensor, mask: Tensor | None = None, query_mask: Tensor | None = None
+        self,
+        queries: Tensor,
+        inputs: Tensor,
+        mask: Tensor | None = None,
+        query_mask: Tensor | None = None,
+        input_norm: nn.Module | None = None,
     ) -> Tensor:
-        read = attend(self.query(queries), self.key(inputs), self.value(inputs), self.num_heads, mask, self.masked_rows)
+        def keys_and_values(rows: Tensor) -> tuple[Tensor, Tensor]:
+            rows = rows if input_norm is None else input_norm(rows)
+            return self.key(rows), self.value(rows)
+
+        query = self.query(queries)
+        keys, values = by_rows(keys_and_values, inputs)
+        read = attend(query, keys, values, self.num_heads, mask, self.masked_rows)
         if query_mask is not None:
             read = read * query_mask.to(read.dtype)[:, :, None]
         output: Tensor = self.output(read)
@@ -171,7 +202,7 @@ class CrossAttention(nn.Module):
     def forward(
         self, queries: Tensor, inputs: Tensor, mask: Tensor | None = None, query_mask: Tensor | None = None
     ) -> Tensor:
-        x: Tensor = self.attention(self.query_norm(queries), self.input_norm(inputs), mask, query_mask)
+        x: Tensor = self.attention(self.query_norm(queries), inputs, mask, query_mask, self.input_norm)
         if self.query_residual:
             x = x + queries
         y: Tensor = x + self.mlp(self.mlp_norm(x))

@@ -16,7 +16,7 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
-from perceiver_export.exporter.model.attention import CrossAttention, SelfAttention
+from perceiver_export.exporter.model.attention import CrossAttention, SelfAttention, by_rows
 from perceiver_export.exporter.model.checks import require
 from perceiver_export.exporter.model.config import (
     Activation,
@@ -268,7 +268,11 @@ class PerceiverIO(nn.Module):
         else:
             queries = self.decoder.get_submodule(f"queries.{name}")(indices)
         query_mask = mask if self.config.mask_queries and indices is None else None
-        rows: Tensor = self.decoder(latents, name, queries, query_mask, embedding)
+
+        def read(some: Tensor) -> tuple[Tensor]:
+            return (self.decoder(latents, name, some, query_mask, embedding),)
+
+        (rows,) = by_rows(read, queries) if query_mask is None else read(queries)
         scale = config.outputs[name].scale
         return rows if scale == 1 else rows * scale
 

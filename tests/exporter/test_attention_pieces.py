@@ -8,7 +8,10 @@ from typing import Literal
 import pytest
 import torch
 
+from perceiver_export.exporter.model import architectures as systems
 from perceiver_export.exporter.model import attention
+from perceiver_export.exporter.model.architectures import EncoderSizes
+from perceiver_export.exporter.model.perceiver import PerceiverIO
 
 
 class Attend(torch.nn.Module):
@@ -44,3 +47,20 @@ def test_torch_gives_what_is_exported(
     assert (module(*given) - exported).abs().max() <= 1e-14  # as in training
     with torch.no_grad():
         assert (module(*given) - exported).abs().max() <= 1e-14  # fused
+
+
+def test_rows_in_pieces_are_the_rows_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the inputs, and of all queries and of some."""
+    torch.manual_seed(0)
+    config = systems.optical_flow(4, 6, EncoderSizes(5, 8, 1), "huggingface")
+    model, feeds = PerceiverIO(config).double().eval(), {"frames": torch.randn(2, 2, 3, 4, 6, dtype=torch.float64)}
+    indices = torch.tensor([[3, 23], [0, 7]])
+
+    def answers() -> list[torch.Tensor]:
+        with torch.no_grad():
+            return [model(feeds)["flow"], model.decode("flow", model.encode(feeds), indices, feeds)]
+
+    whole = answers()
+    monkeypatch.setattr(attention, "LARGEST_ROWS", 2 * config.num_input_channels * 5)  # five of 24 rows at a time
+    for one, other in zip(whole, answers(), strict=True):
+        assert (one - other).abs().max() <= 1e-12
