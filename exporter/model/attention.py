@@ -53,14 +53,14 @@ class Elementwise(nn.Module):
 # Small enough that the softmax gives an exact zero, and that any score vanishes when it is added.
 MASKED_SCORE = -1e30
 LARGEST_SCORES = 1 << 25  # numbers that torch holds at a time
-LARGEST_ROWS = 1 << 20  # numbers
+LARGEST_ROWS = 1 << 22  # numbers; of smaller pieces, a decoder would project its latents too often
 
 
 def by_rows(function: Callable[[Tensor], Sequence[Tensor]], rows: Tensor) -> Sequence[Tensor]:
-    """What ``function`` makes of each row of (B, M, C). Where torch itself runs, of some at a time: of the flow model's
-    rows, each value in between would take 240 MB.
+    """What ``function`` makes of each row of (B, M, C). Where torch itself computes, of some at a time: of the flow
+    model's rows, each value in between would take 240 MB.
     """
-    if _is_traced() or torch.is_grad_enabled() or rows.numel() <= LARGEST_ROWS:
+    if _is_traced() or torch.is_grad_enabled() or rows.is_meta or rows.numel() <= LARGEST_ROWS:
         return function(rows)
     step = max(1, LARGEST_ROWS // (rows.shape[0] * rows.shape[2]))
     results: list[Tensor] = []
