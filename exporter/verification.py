@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 
 import numpy as np
 import torch
@@ -128,7 +129,8 @@ def _running(source: GraphPart, directory: Path, made: FoldedGraph) -> Iterator[
         with Runtime(engine, part.inputs, part.outputs, "fp32") as runtime:
             yield runtime
     except (BundleError, DeviceError) as error:
-        if error.__cause__ is None or "memory" in error.hint:  # nothing of the graph
+        # Nothing of the graph: no memory, or a path or file that cannot be read.
+        if isinstance(error.__cause__, (NoneType, UnicodeError, OSError)) or "memory" in error.hint:
             raise
         raise VerificationError(f"the exported graph does not run: {error.message}", _cause(source)) from error
 
