@@ -21,7 +21,13 @@ from perceiver_export.exporter.model.perceiver import PerceiverIO
 from perceiver_export.exporter.onnx_files import OnnxFile
 from perceiver_export.exporter.own import NamedModule, repeated
 from perceiver_export.exporter.trace import FoldedGraph, sample_inputs
-from perceiver_export.runtimes.errors import BundleError, DeviceError, UnsupportedModelError, VerificationError
+from perceiver_export.runtimes.errors import (
+    BundleError,
+    DeviceError,
+    PerceiverExportError,
+    UnsupportedModelError,
+    VerificationError,
+)
 from perceiver_export.runtimes.manifest import Check, index_input
 from perceiver_export.runtimes.opening import open_engine
 from perceiver_export.runtimes.runtime import Array, Runtime, compare
@@ -130,7 +136,7 @@ def _running(source: GraphPart, directory: Path, made: FoldedGraph) -> Iterator[
             yield runtime
     except (BundleError, DeviceError) as error:
         # Nothing of the graph: no memory, or a path or file that cannot be read.
-        if isinstance(error.__cause__, (NoneType, UnicodeError, OSError)) or "memory" in error.hint:
+        if isinstance(error.__cause__, (NoneType, PerceiverExportError, OSError)) or "memory" in error.hint:
             raise
         raise VerificationError(f"the exported graph does not run: {error.message}", _cause(source)) from error
 
