@@ -17,14 +17,23 @@ from onnxscript.rewriter import RewritePass
 from onnxscript.rewriter.rules.common import transpose_transpose_rule
 
 from perceiver_export.calibration.graphs import constant
-from perceiver_export.exporter.fold.nodes import array_of, is_known, made_by, operand, optional, put, shape_of, sizes
+from perceiver_export.exporter.fold.nodes import (
+    VIEWS,
+    array_of,
+    is_known,
+    made_by,
+    operand,
+    optional,
+    put,
+    shape_of,
+    sizes,
+)
 from perceiver_export.runtimes.errors import ExportError, first_line
 
 _RANDOM = frozenset(
     {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial"}
 )
 _REPEATING = frozenset({"Expand", "Tile", "ConstantOfShape"})
-_VIEWS = frozenset({"Expand", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
 _GROWING = frozenset({"Expand", "Tile", "Add", "Mul", "MatMul", "Gather"})
 _INTEGERS, _EXACT = (ir.DataType.INT32, ir.DataType.INT64), (ir.DataType.FLOAT, ir.DataType.DOUBLE)
 _SMALL, _LARGE = 1 << 12, 1 << 20  # numbers
@@ -115,7 +124,7 @@ def _expanded(node: ir.Node) -> int | None:
 def _view(value: ir.Value) -> np.ndarray | None:
     """A constant as it is, in another shape, or with its axes in another order: it shares the weight's memory."""
     node, array = value.producer(), array_of(value)
-    if array is not None or node is None or node.op_type not in _VIEWS or not is_known(node):
+    if array is not None or node is None or node.op_type not in (*VIEWS, "Expand", "Transpose") or not is_known(node):
         return array
     array = _view(operand(node))
     if array is None or array.size != math.prod(sizes(value)):
