@@ -17,6 +17,7 @@ import pytest
 from perceiver_export.calibration import QuantizeOptions, measure_sensitivity, quantize, validate
 from perceiver_export.calibration.graphs import sqnr
 from perceiver_export.calibration.lowering.onnxruntime import LOWERINGS
+from perceiver_export.calibration.quantization import engines
 from perceiver_export.calibration.quantization.record import Calibration, read_calibration
 from perceiver_export.calibration.quantization.statistics import Observer
 from perceiver_export.calibration.validation.results import Validation
@@ -235,6 +236,26 @@ def test_a_generator_is_read_once_and_may_be_short(small_bundle: SmallBundle, tm
     assert calibration.data.samples == 5
     with pytest.raises(DataError, match="no samples"):
         quantize(small_bundle("points"), samples, tmp_path / "again")
+
+
+def test_a_precision_that_the_engine_cannot_compile_is_not_compared(
+    small_bundle: SmallBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As OpenVINO's fp16 beside int8 linears without biases, on CPUs that compute in fp16."""
+    source = small_bundle("points")
+
+    def open_no_int8_in_fp16(path: Path, target: str, threads: Any, options: Any, *rest: Any) -> Any:
+        if options.precision == "fp16" and source not in path.parents:
+            raise DeviceError("cannot compile", "")
+        return open_engine(path, target, threads, options, *rest)
+
+    monkeypatch.setattr(engines, "open_engine", open_no_int8_in_fp16)
+    monkeypatch.setattr(openvino, "precisions", lambda target: ("fp16",))
+    quantized = quantize(source, "random", tmp_path / "int8", quantizing(samples=2))
+
+    record = read_calibration(quantized)
+    assert record is not None
+    assert {one.target: set(one.others) for one in record.speeds} == {"ort-cpu": set(), "openvino-cpu": {"fp16"}}
 
 
 @pytest.mark.usefixtures("untimed")
