@@ -277,7 +277,7 @@ def _by_rows(graph: GraphPart, model: ir.Model, region: Region, queries: TensorS
     assert step is not None
     shape = (latents.shape[0], size, *gather_rows(model, region, queries.name, step)[2:])
     ranges = {**output.ranges, **queries.ranges}
-    rows = msgspec.structs.replace(output, shape=shape, meaning="one row a query", ranges=ranges)
+    rows = msgspec.structs.replace(output, shape=shape, meaning="one row per query", ranges=ranges)
     typical, count = {**graph.typical, **_usual(queries)}, sizes(result)[1]
     inputs = (latents, queries, *others)
     return dataclasses.replace(graph, inputs=inputs, outputs=(rows,), typical=typical, num_queries=count)
@@ -329,7 +329,7 @@ def _decoder(model: PerceiverIO, name: str, latents: TensorSpec, batch: Batch, s
         choice = [_choice(split, total, usual, latents, latents.shape[0])]
         typical |= _usual(choice[0])
         shape = (*choice[0].shape, math.prod(output.shape) // total)
-        result = TensorSpec(name, "float32", shape, "one row a query", choice[0].ranges)
+        result = TensorSpec(name, "float32", shape, "one row per query", choice[0].ranges)
 
     def compute(model: Any, feeds: dict[str, Tensor]) -> list[Tensor]:
         rows = model.decode(name, feeds.pop("latents"), feeds.pop("queries", None), feeds)
@@ -364,7 +364,7 @@ def input_specs(config: PerceiverConfig, batch: Batch) -> tuple[TensorSpec, ...]
     for name, output in _outputs(config).items():
         if isinstance(output.queries, GivenQueries):
             rows = (output.queries.num_queries, output.queries.num_channels)
-            specs.append(_spec(f"{name}_queries", rows, batch, "one row a query"))
+            specs.append(_spec(f"{name}_queries", rows, batch, "one row per query"))
     return tuple(specs)
 
 

@@ -125,7 +125,7 @@ def _evaluated(module: nn.Module) -> nn.Module:
     try:
         if isinstance(module, torch.jit.ScriptModule):
             raise NotImplementedError("it is TorchScript")
-        module.eval()  # of some modules it returns None
+        module.eval()  # returns None in some modules
     except (Exception, SystemExit) as error:  # from exported programs, or the user's own code
         raise UnsupportedModelError(
             f"the module is a {type(module).__name__} that cannot be exported: {first_line(error)}",

@@ -54,7 +54,7 @@ def package(
         make_source(opened, part, target, EngineOptions())  # refuses a quantized bundle without a graph for this target
     path = absolute_place(f"{opened.path.absolute()}-{server}" if out is None else out)
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise BundleExistsError(f"{path} exists already", "choose another place with -o, or remove it")
+        raise BundleExistsError(f"{path} already exists", "choose another place with -o, or remove it")
     settings = _settings(opened, target)
     with new_bundle(path, overwrite=False) as directory:
         models = _names(opened)

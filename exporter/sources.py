@@ -285,7 +285,7 @@ def _call(spec: str) -> object:
             raise
         except (Exception, SystemExit) as error:
             module, _, name = spec.partition(":")
-            hint = f'python -c "import {module}; {module}.{name}()" shows where'
+            hint = f'run python -c "import {module}; {module}.{name}()" to see where'
             raise UsageError(f"{spec} failed: {error!r}", hint) from error
     return made
 
@@ -365,7 +365,7 @@ def load_reference(bundle: str | Path, source: str) -> Checkpoint:
             raise
         # The hint is about options of `export`, which nobody typed here.
         hint = "give the checkpoint that it was exported from; or export this one and compare: --against BUNDLE"
-        raise UsageError(f"{source} is no reference for {bundle}: {error.message}", hint) from error
+        raise UsageError(f"{source} cannot be the reference of {bundle}: {error.message}", hint) from error
     if (loaded.task, loaded.labels, loaded.preprocessing) != (manifest.task, manifest.labels, manifest.preprocessing):
         raise UsageError(
             f"{source} prepares its inputs differently from {bundle}, or has another task or other labels",

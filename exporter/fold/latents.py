@@ -121,7 +121,7 @@ def _past(graph: ir.Graph, latents: ir.Value) -> list[str]:
 
 
 def _reached(values: Iterable[ir.Value], stop: ir.Value | None = None) -> set[ir.Value]:
-    """The values, and all that they are computed from, but nothing behind ``stop``."""
+    """The values, and all that they are computed from, but nothing upstream of ``stop``."""
     found, left = set[ir.Value](), list(values)
     while left:
         value = left.pop()

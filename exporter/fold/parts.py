@@ -19,7 +19,7 @@ Parts = list[ir.Value]
 
 
 def split_rows(graph: ir.Graph) -> bool:
-    """Take concatenated rows apart, in place; whether any were."""
+    """Take concatenated rows apart in place. Returns whether any were."""
     found = False
     for node in list(graph):
         if node.op_type != "Concat" or not is_known(node):

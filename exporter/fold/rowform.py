@@ -92,7 +92,7 @@ class RowForm:
         return self._with(lambda one: one * own, node)
 
     def placed(self, at: int, width: int) -> RowForm:
-        """The columns as columns ``at`` and following of wider rows."""
+        """The form as columns ``at`` and following of wider rows."""
         return self._with(lambda one: one.placed(at, width), None, width)
 
     def shifted(self, bias: np.ndarray, node: ir.Node | None = None) -> RowForm:
@@ -106,7 +106,7 @@ class RowForm:
         return replace(made, norm=norm, bias=None if shift is None else Matrix.of(shift.reshape(1, -1)))
 
     def without_bias(self) -> RowForm:
-        """The form with its bias in the table; without a norm this is equal."""
+        """The form with its bias moved into the table, which is equal without a norm."""
         if self.bias is None:
             return self
         table = Table((1,), (self.bias,))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Matrix products that can be re-associated, what that costs, and the decision.
 
-A site is a product with an operand that is a layout of rows in some form. With q or p for the other operand,
+A site is a product with an operand that is a layout of rows in some form. With q, or p in a read, as the other operand,
 
     scores   q · row_m  =  s_m (q A_iᵀ F_i[m] + q T_mᵀ) + q bᵀ         it contracts the rows' columns
     read     Σ_m p_m row_m  =  (Σ_m p_m s_m F_i[m]) A_i + Σ_m p_m s_m T_m + b Σ_m p_m      it contracts the rows
@@ -208,7 +208,7 @@ class Work(Cost, frozen=True):
         return self.in_floats - self.of_weights + self.of_weights // _OF_WEIGHTS
 
     def gain(self, new: Work) -> int:
-        """What replacing it by ``new`` saves in float; if int8 would lose by it, the lower of both gains."""
+        """What ``new`` in its place saves in float; if int8 loses by it, the smaller of the two gains."""
         floats, int8 = self.in_floats - new.in_floats, self.in_int8 - new.in_int8
         return floats if int8 >= 0 else min(floats, int8)
 

@@ -53,7 +53,7 @@ class Matrix:
         return self._then(lambda own: own - own.mean(1, keepdims=True))
 
     def placed(self, at: int, width: int) -> Matrix:
-        """The columns as columns ``at`` and following of a wider matrix."""
+        """The matrix as columns ``at`` and following of a wider one."""
         made = self._then(lambda own: np.pad(own, ((0, 0), (at, width - at - own.shape[1]))), width)
         return made if self.at is None else replace(made, at=self.at + at)
 

@@ -239,7 +239,7 @@ def test_what_no_module_can_be_made_of(tmp_path: Path) -> None:
     modules: list[tuple[Any, str]] = [
         (torch.jit.trace(layer, row), "module that it was made from"),
         (torch.export.export(layer, (row,)).module(), "module that it was made from"),
-        (Fails(SystemExit(0)), "that forward(input) takes"),
+        (Fails(SystemExit(0)), "that forward(input) accepts"),
     ]
     for module, hint in modules:
         with pytest.raises(UnsupportedModelError) as caught:
