@@ -19,10 +19,10 @@ from perceiver_export.runtimes.presence import certificates_for, choose_target
 
 @dataclass(frozen=True)
 class Inspection:
-    """Parts with shapes and costs; the manifest and the record of quantization, None where there is none.
+    """The parts with shapes and costs, and the manifest and the record of quantization, None if there is none.
 
-    ``certificates`` hold here with the defaults of `load`. ``certified_with`` has, by options of the command line, the
-    certificates that hold with them; ``certified_elsewhere`` the targets and engines of those that do not hold here.
+    ``certificates`` hold on this machine with the defaults of `load`. ``certified_with`` maps command-line options to
+    the certificates that hold with them. ``certified_elsewhere`` names the targets and engines of all others.
     """
 
     path: Path
@@ -36,7 +36,7 @@ class Inspection:
 
 
 def inspect_bundle(path: str | os.PathLike[str]) -> Inspection:
-    """Inspect a bundle (from its manifest: neither onnx nor torch is needed) or an ONNX file.
+    """Inspect a bundle, which needs neither onnx nor torch, or an ONNX file.
 
     Raises BundleError, MissingDependencyError.
     """
@@ -63,7 +63,7 @@ def _options(bundle: Bundle, certificate: Certificate) -> str | None:
     """The options with which a certificate holds here, empty for the defaults; None if it does not hold."""
     target, precision = certificate.target, precision_of(certificate.engine)
     if certificate in certificates_for(bundle, target):
-        with contextlib.suppress(MissingDependencyError):  # without an engine nothing is chosen
+        with contextlib.suppress(MissingDependencyError):  # no engine is installed
             if choose_target(bundle) == target:
                 return ""
         return f"--device {target}"
@@ -82,7 +82,7 @@ def _inspect_onnx(path: Path) -> Inspection:
     try:
         common.ShapeInferencePass()(model)
         stages = stage_costs(model.graph)
-    except Exception as error:  # onnx and onnx-ir each have their own for a graph that is not valid
+    except Exception as error:  # onnx and onnx-ir each raise their own for an invalid graph
         raise BundleError(f"{path} is not a valid ONNX model", "copy or export it again") from error
     size = sum(file.stat().st_size for file in {path, *(path.parent / name for name in external_files(path))})
     return Inspection(path, {"model": Part(path.name, engine.inputs, engine.outputs, stages)}, None, size)

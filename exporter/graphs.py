@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The graphs that one model becomes: the whole model, or an encoder and a decoder for each output.
+"""The graphs of one model: the whole model, or an encoder and one decoder per output.
 
-A `PerceiverIO` says where its latents are, and is split before it is traced: a video's 804,737 queries are never traced
-at once. The graph of any other model is cut.
+A `PerceiverIO` knows its latents and is split before it is traced: a video's 804,737 queries are never traced at once.
+The graph of any other model is cut after tracing.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ from perceiver_export.runtimes.errors import UnsupportedModelError, UsageError
 from perceiver_export.runtimes.manifest import DType, TensorSpec
 from perceiver_export.runtimes.runtime import Array
 
-# Queries a call of a decoder by default: a text's masked bytes are few, the points of a grid are many.
+# Default queries per decoder call: a text has few masked bytes, a grid has many points.
 _LEARNED_QUERIES, _GRID_QUERIES = 256, 8192
 _MEANINGS = {
     "logits": "one number per choice",
@@ -71,7 +71,7 @@ class Batch:
 
     @classmethod
     def parse(cls, text: str | int) -> Batch:
-        """``4`` or ``1:4:16``. Raises UsageError."""
+        """Parse ``4`` or ``1:4:16``. Raises UsageError."""
         words = str(text).split(":")
         numbers = [int(word) for word in (words * 3 if len(words) == 1 else words) if word.isdecimal()]
         if len(words) not in (1, 3) or len(numbers) != 3 or not 1 <= numbers[0] <= numbers[1] <= numbers[2]:
@@ -83,20 +83,20 @@ class Batch:
 
     @property
     def ranges(self) -> dict[str, tuple[int, int]]:
-        """(least, most) of the dimension, by its name; empty where it is fixed."""
+        """(least, most) by name of the dimension; empty if it is fixed."""
         return {"batch": (self.least, self.most)} if self.least != self.most else {}
 
     @property
     def sizes(self) -> dict[str, int]:
-        """The usual size of the dimension, by its name; empty where it is fixed."""
+        """The typical size by name of the dimension; empty if it is fixed."""
         return {"batch": self.typical} if self.ranges else {}
 
 
 @dataclass(frozen=True)
 class Split:
-    """Where a model is split: at the tensor, or the end of the module, called ``latents``; None: where they are found.
+    """Where to split a model: at the tensor, or at the end of the module, named ``latents`` (None: find the latents).
 
-    ``queries``: how many a decoder takes a call (None: as is usual), with ``dynamic`` any number up to that.
+    ``queries``: how many a decoder takes per call (None: the default); with ``dynamic``, any number up to that.
     """
 
     latents: str | None = None
@@ -104,21 +104,21 @@ class Split:
     dynamic: bool = False
 
     def check(self, graphs: Sequence[GraphPart], why: str = "") -> None:
-        """Raise UsageError if queries were asked for and no decoder takes them."""
+        """Raise UsageError if queries were asked for but no decoder takes query indices."""
         if (self.dynamic or self.queries) and all(graph.num_queries is None for graph in graphs):
             raise UsageError(
-                f"no decoder of this model takes a choice of queries{why}",
-                "leave --dynamic-queries and --shape queries=… out",
+                f"no decoder of this model can decode a subset of its queries{why}",
+                "leave out --dynamic-queries and --shape queries=…",
             )
 
 
 @dataclass(frozen=True)
 class GraphPart:
-    """One graph: of a module that takes and returns tensors in the order of ``inputs`` and ``outputs``, or of an ONNX
-    file. A part that is cut from it keeps the whole module.
+    """One graph, and the module or ONNX file that it comes from. A part that is cut from it keeps the whole module.
 
-    ``typical`` is the usual size of each dynamic dimension. ``num_queries`` is the number of queries that a decoder
-    chooses from, None where it has no such input. ``examples``: inputs that random ones are made like.
+    ``inputs`` and ``outputs`` are in the module's order. ``typical`` is the usual size of each dynamic dimension.
+    ``num_queries`` is the number of queries that a decoder's indices choose from, None if it takes no indices.
+    ``examples``: inputs that random inputs resemble.
     """
 
     name: str
@@ -139,13 +139,13 @@ class GraphPart:
         return {name: limits for spec in self.inputs for name, limits in spec.ranges.items()}
 
     def planned(self, name: str) -> int:
-        """The size of a dynamic dimension that memory is planned for: the largest, of queries those of a usual call."""
+        """The size that memory is planned for: the largest of the dimension, for queries at most `_GRID_QUERIES`."""
         most = self.ranges[name][1]
         return min(most, _GRID_QUERIES) if name == "queries" else most
 
     @property
     def samples(self) -> int:
-        """The most samples of a call."""
+        """The largest number of samples per call."""
         first = (self.inputs[0].shape or (1,))[0]
         return self.planned(first) if isinstance(first, str) else first
 
@@ -155,7 +155,7 @@ Compute = Callable[[Any, dict[str, Tensor]], Sequence[Tensor]]
 
 
 class ByPosition(nn.Module):
-    """``compute`` as a module of positional tensors; its weights are called ``model.…``."""
+    """``compute`` as a module that takes tensors by position; its weights are named ``model.…``."""
 
     def __init__(self, model: nn.Module, inputs: Sequence[TensorSpec], compute: Compute) -> None:
         super().__init__()
@@ -166,9 +166,9 @@ class ByPosition(nn.Module):
 
 
 def make_graphs(loaded: LoadedModel, batch: Batch | None, split: Split | None) -> tuple[GraphPart, ...]:
-    """The graphs to trace; any module, or ONNX file, is one, which is cut afterwards.
+    """The graphs to trace. Your own module or an ONNX file is one graph, which is cut later.
 
-    Raises UsageError where ``split`` asks for what the model does not have.
+    Raises UsageError if ``split`` does not fit the model.
     """
     if loaded.config is None:
         return (own_graph(loaded.model, batch),)
@@ -176,7 +176,7 @@ def make_graphs(loaded: LoadedModel, batch: Batch | None, split: Split | None) -
     if split is None:
         return (whole_model(loaded.model, batch),)
     if split.latents is not None:
-        raise UsageError("this model says where its latents are", "leave --latents out")
+        raise UsageError("the latents of this model are known", "leave --latents out")
     graphs = split_model(loaded.model, batch, split)
     split.check(graphs)
     return graphs
@@ -185,13 +185,14 @@ def make_graphs(loaded: LoadedModel, batch: Batch | None, split: Split | None) -
 def own_graph(model: NamedModule | OnnxFile, batch: Batch | None) -> GraphPart:
     """Any module or ONNX file in one graph. Without ``batch`` it takes as many samples as its examples have.
 
-    The batch is the first dimension of each input that has as many steps there as the first input.
+    The batch must be the first dimension of every input and output.
 
-    Raises UnsupportedModelError: a type that bundles do not have, or a batch that outputs do not follow.
+    Raises UnsupportedModelError if it is not, or if bundles do not support the type of a tensor; UsageError if the
+    ONNX file has another, fixed batch.
     """
     examples = model.examples
     if not examples:
-        raise UnsupportedModelError("the model has no inputs", "export a model that reads something")
+        raise UnsupportedModelError("the model has no inputs", "export a model with at least one input")
     for name, array in examples.items():
         check_tensor(name, array)
     samples = next((len(array) for array in examples.values() if array.ndim), 0)
@@ -201,15 +202,15 @@ def own_graph(model: NamedModule | OnnxFile, batch: Batch | None) -> GraphPart:
     fixed = model.samples if isinstance(model, OnnxFile) and not other else None
     if fixed is not None and {taken.least, taken.most} != {fixed}:
         raise UsageError(
-            f"the file takes {fixed} sample{'s' * (fixed > 1)} a call",
-            "leave --batch out, or export the file again with an open batch",
+            f"the file takes {fixed} sample{'s' * (fixed > 1)} per call",
+            "leave --batch out, or export the file again with a dynamic batch",
         )
     found = model.run(sized)
     other |= {name for name, array in found.items() if not samples or array.shape[:1] != (taken.typical,)}
     if other:
         raise UnsupportedModelError(
             f"the batch is not the first dimension of {', '.join(sorted(other))}",
-            "put a module around yours that makes it so",
+            "wrap the model in a module that moves it there",
         )
 
     def spec(name: str, array: Array) -> TensorSpec:
@@ -235,15 +236,15 @@ def whole_model(model: PerceiverIO, batch: Batch) -> GraphPart:
 def cut_parts(
     source: GraphPart, model: ir.Model, latents: ir.Value, split: Split, stand_in: int | None
 ) -> list[tuple[GraphPart, ir.Model]]:
-    """The encoder and the decoders of a graph that is cut at ``latents``.
+    """Cut a graph at ``latents`` into the encoder and the decoders.
 
-    ``stand_in``: the number in the place of a dynamic number of queries. Raises UsageError: a name that the parts need
-    for their own tensors, or a choice of queries for decoders whose rows are not independent.
+    ``stand_in`` replaces a dynamic number of queries. Raises UsageError if the model uses a name that the parts need,
+    or if ``split`` asks for queries and the rows of no decoder are independent.
     """
     given = {spec.name: spec for spec in (*source.inputs, *source.outputs)}
     integers = {name for name, spec in given.items() if spec.dtype == "int32"}
     for name in sorted(given.keys() & {LATENTS, INDICES} | integers & {QUERIES}):
-        raise UsageError(f"the model has a tensor {name!r}, and so have the parts of split bundles", "rename it")
+        raise UsageError(f"the model has a tensor {name!r}, a name that split bundles reserve", "rename it")
     ranges = {name: limits for name, limits in source.ranges.items() if name == "batch"}
     shape = (source.outputs[0].shape[0], *sizes(latents)[1:])
     between = TensorSpec(LATENTS, "float32", shape, "the output of the encoder", ranges)
@@ -269,38 +270,38 @@ def cut_parts(
 
 
 def _by_rows(graph: GraphPart, model: ir.Model, region: Region, queries: TensorSpec, stand_in: int | None) -> GraphPart:
-    """A decoder that takes queries; its graph is changed in place."""
+    """Make a decoder take query indices; its graph is changed in place."""
     (result,), (latents, *others), (output,) = region.results, graph.inputs, graph.outputs
     size = queries.shape[1]
     step = size if isinstance(size, int) else stand_in
     assert step is not None
     shape = (latents.shape[0], size, *gather_rows(model, region, queries.name, step)[2:])
     ranges = {**output.ranges, **queries.ranges}
-    rows = msgspec.structs.replace(output, shape=shape, meaning="one row a query", ranges=ranges)
+    rows = msgspec.structs.replace(output, shape=shape, meaning="one row per query", ranges=ranges)
     typical, count = {**graph.typical, **_usual(queries)}, sizes(result)[1]
     inputs = (latents, queries, *others)
     return dataclasses.replace(graph, inputs=inputs, outputs=(rows,), typical=typical, num_queries=count)
 
 
 def _choice(split: Split, total: int, usual: int, latents: TensorSpec, samples: int | str) -> TensorSpec:
-    """The indices that a decoder takes, for each of ``samples``."""
+    """A decoder's input of query indices, for each of ``samples``."""
     most = min(split.queries or (total if split.dynamic else usual), total)
-    dynamic = split.dynamic and most > 1  # torch knows no range from 1 to 1
+    dynamic = split.dynamic and most > 1  # torch accepts no range from 1 to 1
     ranges = {**({} if samples == 1 else latents.ranges), **({"queries": (1, most)} if dynamic else {})}
     meaning = f"which of {total} queries to decode, counted from 0"
     return TensorSpec(QUERIES, "int32", (samples, QUERIES if dynamic else most), meaning, ranges, (0, total - 1))
 
 
 def _usual(queries: TensorSpec) -> dict[str, int]:
-    """The usual size of the dimension, by its name; empty where it is fixed."""
+    """The typical size by name of the dimension; empty if it is fixed."""
     return {name: min(most, _LEARNED_QUERIES) for name, (_, most) in queries.ranges.items() if name == QUERIES}
 
 
 def split_model(model: PerceiverIO, batch: Batch, split: Split = Split()) -> tuple[GraphPart, ...]:
-    """Encoder first, then `decoder`, or `decoder_NAME` for each of several outputs.
+    """The encoder, then `decoder`, or `decoder_NAME` for each of several outputs.
 
-    A decoder takes so many indices a call as ``split`` says (by default 8192 of a grid, 256 of a text), or with
-    ``dynamic`` any number up to that (by default: up to all).
+    A decoder takes ``split.queries`` indices per call (by default 8192 of a grid, 256 of a text); with ``dynamic``, any
+    number up to that (by default up to all).
     """
     config = model.config
     size = (config.encoder.num_latents, config.encoder.num_latent_channels)
@@ -328,7 +329,7 @@ def _decoder(model: PerceiverIO, name: str, latents: TensorSpec, batch: Batch, s
         choice = [_choice(split, total, usual, latents, latents.shape[0])]
         typical |= _usual(choice[0])
         shape = (*choice[0].shape, math.prod(output.shape) // total)
-        result = TensorSpec(name, "float32", shape, "one row a query", choice[0].ranges)
+        result = TensorSpec(name, "float32", shape, "one row per query", choice[0].ranges)
 
     def compute(model: Any, feeds: dict[str, Tensor]) -> list[Tensor]:
         rows = model.decode(name, feeds.pop("latents"), feeds.pop("queries", None), feeds)
@@ -363,12 +364,12 @@ def input_specs(config: PerceiverConfig, batch: Batch) -> tuple[TensorSpec, ...]
     for name, output in _outputs(config).items():
         if isinstance(output.queries, GivenQueries):
             rows = (output.queries.num_queries, output.queries.num_channels)
-            specs.append(_spec(f"{name}_queries", rows, batch, "one row a query"))
+            specs.append(_spec(f"{name}_queries", rows, batch, "one row per query"))
     return tuple(specs)
 
 
 def output_specs(config: PerceiverConfig, batch: Batch) -> tuple[TensorSpec, ...]:
-    """The outputs of the whole model. Raises UsageError where an output has the name of an input."""
+    """The outputs of the whole model. Raises UsageError if an output has the name of an input."""
     shapes = {name: output.shape for name, output in _outputs(config).items()}
     meanings = _MEANINGS
     if not isinstance(config.decoder, QueryDecoder):
@@ -388,7 +389,7 @@ def _spec(
     values: tuple[int, int] | None = None,
     dtype: DType | None = None,
 ) -> TensorSpec:
-    """By default of int32 where ``values`` gives the range of its numbers, else of float32."""
+    """A tensor with the batch in front: by default int32 if ``values`` gives its range, else float32."""
     size: int | str = "batch" if batch.ranges else batch.typical
     kind = dtype or ("float32" if values is None else "int32")
     return TensorSpec(name, kind, (size, *shape), meaning, batch.ranges, values)

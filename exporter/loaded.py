@@ -24,10 +24,10 @@ OWN_SOURCE = "your own code"
 
 
 def texts(what: str, value: object) -> tuple[str, ...]:
-    """``value`` as a tuple. Raises UsageError unless it holds texts; one text would become its letters."""
+    """``value`` as a tuple. Raises UsageError unless it holds strings; one string would become its letters."""
     found = (None,) if isinstance(value, str) or not isinstance(value, Iterable) else tuple(value)
     if not all(isinstance(one, str) for one in found):
-        raise UsageError(f"{what} cannot be {reprlib.repr(value)}", f"give a tuple of texts: {what}=('a', 'b')")
+        raise UsageError(f"{what} cannot be {reprlib.repr(value)}", f"give a tuple of strings: {what}=('a', 'b')")
     return found
 
 
@@ -35,9 +35,9 @@ def texts(what: str, value: object) -> tuple[str, ...]:
 class LoadedModel:
     """A model in evaluation mode, with its description for the bundle.
 
-    ``config`` is None for any other module and for an ONNX file. ``parity``: the code whose numerics it follows, or
-    ``own``. ``split``: whether encoder and decoder are exported apart by default. ``output_kinds``: the meaning of
-    outputs, by name, where it differs from the task's usual one. ``files``: content of further files, by name.
+    ``config`` is None unless the model is a `PerceiverIO`. ``parity``: the code whose numerics it follows, or ``own``.
+    ``split``: whether encoder and decoder are separate graphs by default. ``output_kinds``: the meaning of outputs, by
+    name, where it differs from the task's default. ``files``: contents of further files, by name.
     """
 
     model: Any  # PerceiverIO, or without config NamedModule or OnnxFile
@@ -70,12 +70,12 @@ class LoadedModel:
         split: bool = False,
         notes: Sequence[str] = (),
     ) -> LoadedModel:
-        """A model of your own, for any task: an image classifier, for example, has ``preprocessing``, the steps from an
-        image to its input, and ``labels``, the names of its scores in their order.
+        """A model of your own, for any task. An image classifier, for example, has ``preprocessing``, the steps from an
+        image to its input, and ``labels``, the names of its scores in order.
 
         ``output_kinds`` gives the meaning of outputs, by name: ``single-label`` (softmax), ``multi-label`` (sigmoid),
-        ``regression``, or ``none``. Commands and gates follow it. By default the only output of a classifier is
-        ``single-label`` (of a sound classifier ``multi-label``).
+        ``regression``, or ``none``. Commands and gates follow it. By default, a classifier's only output is
+        ``single-label`` (a sound classifier's is ``multi-label``).
         """
         from perceiver_export.exporter.model.perceiver import PerceiverIO
 
@@ -84,7 +84,7 @@ class LoadedModel:
         return cls(model.eval(), model.config, task, "own", OWN_SOURCE, *given)
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """All outputs by name for preprocessed inputs by name, from the source itself, as a reference."""
+        """Run the source itself, as a reference: preprocessed inputs by name -> all outputs by name."""
         if self.config is None:
             run: Callable[..., dict[str, Array]] = getattr(self.model, "run_samples", self.model.run)
             return run(feeds)
@@ -95,7 +95,7 @@ class LoadedModel:
         return {name: output.numpy() for name, output in outputs.items()}
 
     def hashes(self) -> dict[str, str]:
-        """SHA-256 of the weights in torch, or of the ONNX file."""
+        """SHA-256 of the torch weights, or of the ONNX file."""
         from perceiver_export.exporter.onnx_files import OnnxFile
 
         if isinstance(self.model, OnnxFile):
@@ -103,7 +103,7 @@ class LoadedModel:
         digest = hashlib.sha256()
         for name, tensor in sorted(self.model.state_dict().items()):
             if not hasattr(tensor, "shape"):
-                continue  # further state, which a module may have in any form
+                continue  # extra state, which can be of any type
             array = tensor.cpu().contiguous().numpy()
             digest.update(f"{name} {array.dtype} {array.shape} ".encode())
             digest.update(array.data)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ONNX files of any exporter as models: read, brought to one opset, and run as they are for comparison."""
+"""ONNX files of any exporter as models: read, converted to one opset, and run unchanged for comparison."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ _INTEGERS = (ir.DataType.UINT8, *_INDICES)
 class OnnxFile:
     """An ONNX file as a model: {input: array} -> {output: array}.
 
-    ``shape`` fixes dimensions that the file leaves open, by input, with the batch in front. ``examples``: random inputs
-    of its shapes. Raises CheckpointError for a file that is not ONNX or lacks its external data, UnsupportedModelError
-    for what cannot be exported, UsageError for a dimension that is open still.
+    ``shape`` fixes dimensions that the file leaves open, by input, with or without the batch. ``examples``: random
+    inputs of these shapes. Raises CheckpointError if the file is not ONNX or lacks its external data,
+    UnsupportedModelError if it cannot be exported, UsageError if a dimension stays open.
     """
 
     def __init__(self, path: Path, shape: Mapping[str, tuple[int, ...]] | None = None) -> None:
@@ -45,7 +45,7 @@ class OnnxFile:
         self.shapes = {str(value.name): _fixed(value, shape or {}) for value in model.graph.inputs}
         for name in shape or {}:
             if name not in self.shapes:
-                raise UsageError(f"the model has no input {name!r}", f"its inputs are {', '.join(self.shapes)}")
+                raise UsageError(f"the model has no input {name!r}", f"use one of {', '.join(self.shapes)}")
         rng = np.random.default_rng(0)
         self.vocabularies = vocabularies(model.graph)
         self.examples = {
@@ -54,17 +54,17 @@ class OnnxFile:
         }
         self.outputs = tuple(str(value.name) for value in model.graph.outputs)
         if not self.outputs:
-            raise UnsupportedModelError("the model has no outputs", "export a model that computes something")
+            raise UnsupportedModelError("the model has no outputs", "export a model with at least one output")
         if len(set(self.outputs)) < len(self.outputs):
             twice = sorted({name for name in self.outputs if self.outputs.count(name) > 1})
-            raise UnsupportedModelError(f"listed twice as outputs: {', '.join(twice)}", "list each output once")
+            raise UnsupportedModelError(f"outputs listed twice: {', '.join(twice)}", "list each output once")
         for name in self.shapes.keys() & set(self.outputs):
-            raise UnsupportedModelError(f"{name!r} is an input and an output", "leave that output out")
+            raise UnsupportedModelError(f"{name!r} is both an input and an output", "remove that output")
         dims = [value.shape[0] for value in model.graph.inputs if value.shape]
-        self.samples = next((size for size in dims if isinstance(size, int)), None)  # of a call; None: any number
+        self.samples = next((size for size in dims if isinstance(size, int)), None)  # per call; None: any number
 
     def sizes(self) -> list[int]:
-        """Of its constants, and in them."""
+        """The sizes of its constants, and those that its constants hold."""
         graph = self.graph(self.shapes).graph
         own = [size for value in graph.initializers.values() for size in shape_of(value) or ()]
         return own + [size for node in graph for _, found in stored_sizes(node) for size in found]
@@ -77,7 +77,7 @@ class OnnxFile:
 
         try:
             proto = onnx.load(self.path)
-        except Exception as error:  # protobuf, onnx and the file system each have their own
+        except Exception as error:  # protobuf, onnx and the file system each raise their own
             raise CheckpointError(
                 f"{self.path} cannot be read as ONNX: {first_line(error)}",
                 "copy it again, with its external data beside it",
@@ -92,7 +92,7 @@ class OnnxFile:
             raise UnsupportedModelError(f"{self.path} has sparse weights", "store them dense")
         for value in (*proto.graph.input, *proto.graph.output):
             if value.type.WhichOneof("value") not in ("tensor_type", None):
-                raise UnsupportedModelError(f"{value.name!r} is no tensor", "take and return tensors only")
+                raise UnsupportedModelError(f"{value.name!r} is not a tensor", "take and return tensors only")
         try:
             if proto.functions:
                 proto = onnx.inliner.inline_local_functions(proto)
@@ -106,12 +106,12 @@ class OnnxFile:
             ) from error
         common.RemoveInitializersFromInputsPass()(model)
         for value in model.graph.inputs:
-            if value.shape is not None:  # -1 is how old exporters say that a dimension is open
+            if value.shape is not None:  # old exporters write -1 for an open dimension
                 value.shape = ir.Shape([None if isinstance(dim, int) and dim < 0 else dim for dim in value.shape])
         return model
 
     def graph(self, shapes: Mapping[str, tuple[int, ...]]) -> ir.Model:
-        """The graph with inputs of these shapes; the other shapes are not known yet."""
+        """The graph with inputs of these shapes; all other shapes are still unknown."""
         model = self.model()
         for value in model.graph.inputs:
             value.shape = ir.Shape(shapes[str(value.name)])
@@ -122,21 +122,21 @@ class OnnxFile:
         return model
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """The file itself on ONNX Runtime, without its optimizations."""
+        """Run the unchanged file on ONNX Runtime, without optimizations."""
         hint = "export it again"
         try:
             session, hint = plain_session(str(self.path)), f"give --shape NAME=SIZES that the model takes, or {hint}"
             found = session.run(list(self.outputs), dict(feeds))
             if not all(hasattr(one, "shape") for one in found):
-                raise TypeError("an output is no tensor")  # and has no type in the file
+                raise TypeError("an output is not a tensor")  # its type is missing in the file
             return dict(zip(self.outputs, found, strict=True))
-        except Exception as error:  # onnxruntime has no class of its own for these
+        except Exception as error:  # onnxruntime has no class of its own for them
             raise UnsupportedModelError(
                 f"ONNX Runtime cannot run {self.path}: {' '.join(str(error).split())}", hint
             ) from error
 
     def run_samples(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """The same of any number of samples, in as many calls as a file of a fixed batch needs."""
+        """`run` for any number of samples, in as many calls as a file with a fixed batch needs."""
         count = len(next(iter(feeds.values())))
         size = self.samples or count
         rows = [np.minimum(np.arange(start, start + size), count - 1) for start in range(0, count, size)]
@@ -145,7 +145,7 @@ class OnnxFile:
 
 
 def refuse(graph: ir.Graph) -> None:
-    """Raise UnsupportedModelError for what no engine, or not every engine, runs."""
+    """Raise UnsupportedModelError for nodes and inputs that not every engine supports."""
     for node in graph:
         where = f"node {node.name!r}" if node.name else "a node"
         if node.domain not in ("", "ai.onnx"):
@@ -155,7 +155,7 @@ def refuse(graph: ir.Graph) -> None:
             )
         if node.op_type in _CONTROL:
             raise UnsupportedModelError(
-                f"{where} is {node.op_type}: control flow depends on data", "export the model with that branch alone"
+                f"{where} is {node.op_type}: control flow depends on data", "export the model without it"
             )
         if is_random(node):
             raise UnsupportedModelError(
@@ -163,21 +163,21 @@ def refuse(graph: ir.Graph) -> None:
             )
     for value in graph.inputs:
         if value.dtype not in _KINDS:
-            kind = "no type" if value.dtype is None else value.dtype.name.lower()
+            kind = "untyped" if value.dtype is None else value.dtype.name.lower()
             raise UnsupportedModelError(
-                f"{value.name!r} is of {kind}; float32, integers and bool are supported", "export the model in float32"
+                f"{value.name!r} is {kind}; float32, integers and bool are supported", "export the model in float32"
             )
 
 
 def _fixed(value: ir.Value, shape: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
-    """The shape of an input, open dimensions as asked; an open first one is one sample."""
+    """The shape of an input, with open dimensions as asked; an open first one defaults to one sample."""
     name, asked = str(value.name), shape.get(str(value.name))
     dims = None if value.shape is None else list(value.shape)
     if dims is None or (asked is not None and len(asked) not in (len(dims), len(dims) - 1)):
         if dims is None and asked is not None:
             return asked
         raise UsageError(
-            f"input {name!r} has {'no' if dims is None else len(dims)} dimensions", f"give --shape {name}=SIZExSIZE…"
+            f"input {name!r} has {'open' if dims is None else len(dims)} dimensions", f"give --shape {name}=SIZExSIZE…"
         )
     if asked is not None and len(asked) == len(dims) - 1:
         asked = (dims[0] if isinstance(dims[0], int) else 1, *asked)
@@ -196,7 +196,7 @@ def _fixed(value: ir.Value, shape: Mapping[str, tuple[int, ...]]) -> tuple[int, 
 
 
 def vocabularies(graph: ir.Graph) -> dict[str, int]:
-    """Rows of the table that an integer input looks up, by input."""
+    """The number of rows of the table that an integer input indexes, by input."""
     constant, found = Constants(Sizes()), dict[str, int]()
     for node in graph:
         if node.op_type != "Gather" or node.attributes.get_int("axis", 0) != 0:
@@ -212,7 +212,7 @@ def vocabularies(graph: ir.Graph) -> dict[str, int]:
 
 
 def _keeps_integers(node: ir.Node) -> bool:
-    """Whether each integer of an input is as large afterwards; narrower types wrap."""
+    """Whether a node leaves integers unchanged; a cast to a narrower type would wrap."""
     return node.op_type == "Identity" or (node.op_type == "Cast" and node.attributes.get_int("to", 0) in _INDICES)
 
 

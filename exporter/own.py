@@ -32,7 +32,7 @@ Inputs = Tensor | Mapping[str, Tensor] | Sequence[Tensor]
 
 @dataclass(frozen=True)
 class OwnModel:
-    """A module of your own, example inputs, and the description in its bundle.
+    """A module of your own, example inputs, and the description for its bundle.
 
     ``inputs``: tensors by the names of forward's arguments, a tuple in their order, or one tensor; the first dimension
     is the batch. ``outputs``: names of forward's results, in order; by default the keys of a dict, else `output`,
@@ -59,7 +59,7 @@ class NamedModule(nn.Module):
         super().__init__()
         inputs = (inputs,) if isinstance(inputs, (Tensor, np.ndarray)) else inputs
         check_kind("the module", module, nn.Module, "a torch.nn.Module")
-        check_kind("inputs", inputs, (Mapping, Sequence), "example tensors: a tuple, or a dict by their names")
+        check_kind("inputs", inputs, (Mapping, Sequence), "example tensors: a tuple, or a dict by argument name")
         self.model = _evaluated(module)
         self._positional = not isinstance(inputs, Mapping)
         named = dict(inputs) if isinstance(inputs, Mapping) else _by_position(module, inputs)
@@ -79,7 +79,7 @@ class NamedModule(nn.Module):
         return dict(zip(self.outputs, (tensor for _, tensor in _tensors(found)), strict=True))
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """The same with numpy arrays. Raises UnsupportedModelError for a forward that fails on them."""
+        """`forward` with numpy arrays. Raises UnsupportedModelError if it fails on them."""
         found = self._called(self.forward, feeds)
         return {name: _array(name, tensor) for name, tensor in found.items()}
 
@@ -92,7 +92,7 @@ class NamedModule(nn.Module):
             given = ", ".join(f"{name} {array.dtype} {list(array.shape)}" for name, array in feeds.items())
             raise UnsupportedModelError(
                 f"forward fails on {given}: {type(error).__name__}: {first_line(error)}",
-                f"give inputs, and with --batch numbers of samples, that forward({takes}) takes",
+                f"give inputs, and a --batch, that forward({takes}) accepts",
             ) from error
 
     def _call(self, feeds: Mapping[str, Tensor]) -> Any:
@@ -109,7 +109,7 @@ class NamedModule(nn.Module):
             )
         if asked and len(asked) != len(tensors):
             raise UsageError(
-                f"outputs names {len(asked)} outputs, forward returns {len(tensors)}", "name each of them, in order"
+                f"outputs has {len(asked)} names, forward returns {len(tensors)} tensors", "name each tensor, in order"
             )
         self.outputs = asked or tuple(name for name, _ in tensors)
         if len(set(self.outputs) | set(self.examples)) < len(self.outputs) + len(self.examples):
@@ -121,12 +121,12 @@ class NamedModule(nn.Module):
 
 
 def _evaluated(module: nn.Module) -> nn.Module:
-    """The module in evaluation mode. Raises UnsupportedModelError for one that torch made of another."""
+    """The module in evaluation mode. Raises UnsupportedModelError for one that torch derived from another."""
     try:
         if isinstance(module, torch.jit.ScriptModule):
-            raise NotImplementedError("it is of TorchScript")
-        module.eval()  # some return nothing
-    except (Exception, SystemExit) as error:  # of exported programs, or the user's own code
+            raise NotImplementedError("it is TorchScript")
+        module.eval()  # returns None in some modules
+    except (Exception, SystemExit) as error:  # from exported programs, or the user's own code
         raise UnsupportedModelError(
             f"the module is a {type(module).__name__} that cannot be exported: {first_line(error)}",
             "give the module that it was made from",
@@ -153,20 +153,20 @@ def _by_position(module: nn.Module, inputs: Sequence[Tensor]) -> dict[str, Tenso
 
 
 def _array(name: str, value: object) -> Array:
-    """A copy, which later calls leave as it is."""
+    """A copy, which later calls cannot change."""
     if isinstance(value, np.ndarray):
         return value.copy()
     if not isinstance(value, Tensor):
         raise UsageError(
             f"{name!r} is of type {type(value).__name__}, not a tensor",
-            "give tensors only, and set other arguments in a module around yours",
+            "give tensors only, and set other arguments in a module that wraps yours",
         )
     try:
         return value.detach().cpu().numpy().copy()
     except (TypeError, RuntimeError) as error:  # bfloat16, a sparse tensor
         raise UnsupportedModelError(
-            f"{name!r} is a tensor of {value.dtype} that cannot become an array: {first_line(error)}",
-            "take and return dense tensors of float32: .float()",
+            f"{name!r} is a tensor of {value.dtype}, which cannot become an array: {first_line(error)}",
+            "take and return dense float32 tensors: .float()",
         ) from error
 
 
@@ -185,18 +185,18 @@ def _tensors(found: Any, name: str = "output") -> Iterator[tuple[str, Tensor]]:
 
 
 def check_tensor(name: str, array: Array) -> None:
-    """Raise UnsupportedModelError for a tensor that bundles do not have."""
+    """Raise UnsupportedModelError for a tensor that bundles do not support."""
     if not is_tensor_name(name):
         raise UnsupportedModelError(f"the model has the invalid tensor name {name!r}", NAMING)
     if not array.size:
         raise UnsupportedModelError(f"{name!r} is empty: its shape is {array.shape}", "fix that size to 1 or more")
     if str(array.dtype) not in get_args(DType):
         raise UnsupportedModelError(
-            f"{name!r} is of {array.dtype}; bundles have {', '.join(get_args(DType))}", "convert the model: .float()"
+            f"{name!r} is {array.dtype}; bundles support {', '.join(get_args(DType))}", "convert the model: .float()"
         )
 
 
 def repeated(array: Array, samples: int) -> Array:
-    """As many samples, the given ones in turn."""
+    """``samples`` samples: the given ones, repeated in turn."""
     found: Array = np.ascontiguousarray(array[np.arange(samples) % array.shape[0]])
     return found

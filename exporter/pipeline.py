@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`export`: a model is loaded, traced, folded, written, and compared with its source."""
+"""`export`: load a model, trace, fold and write it, and compare the result with its source."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class ExportOptions:
     latents: str | None = option(
         None, "Split at this tensor, or at the end of this module; by default at the latents, if found.", "NAME"
     )
-    dynamic_queries: bool = option(False, "Split decoders take any number of queries per call.")
+    dynamic_queries: bool = option(False, "Let split decoders take any number of queries per call.")
     batch: str | int | None = option(
         None,
         "Samples per call: a number, or a range. By default 1, or as many as your example inputs have.",
@@ -91,11 +91,11 @@ class ExportOptions:
     use_transformers: bool = option(
         False, "Load a Hugging Face directory of any class with your installed transformers; its own code never runs."
     )
-    fold: bool = option(True, "Rewrite the model into an equal one with less work, where that pays.")
+    fold: bool = option(True, "Rewrite the graph into an equivalent one with less work, where that pays.")
     memory_budget: str | int | None = option(
         None, f"Memory for activations, {DEFAULT_BUDGET} by default; larger stages run in pieces.", "SIZE"
     )
-    truncate: bool = option(False, "The bundle cuts texts that are longer than the model, instead of refusing them.")
+    truncate: bool = option(False, "Truncate texts that are too long for the model, instead of refusing them.")
     overwrite: bool = option(False, "Replace an existing bundle.")
 
 
@@ -114,13 +114,13 @@ def export(
 
     The bundle is written only if the ONNX graph reproduces PyTorch's outputs on three random inputs, one of them large
     in magnitude: a hundred times the usual values, or ten times or once where float32 is too coarse for PyTorch itself.
-    A model of 500 GFLOP a call or more may be compared on two, for the second on one query in 17; the manifest lists
-    what was compared. A failure leaves nothing behind.
+    A model of 500 GFLOP per call or more may be compared on only two, on the second for one query in 17; the manifest
+    lists what was compared. A failure leaves nothing behind.
 
     With ``fold`` the graph computes the same function in fewer operations, in pieces that keep the activations of the
-    largest batch within ``memory_budget`` (bytes, or a text such as "512MiB"). A decoder of any number of queries is
-    planned for calls of 8192. The manifest records each decision. Without ``fold`` the graph has every projection that
-    the model has, and no pieces.
+    largest batch within ``memory_budget`` (bytes, or a string such as "512MiB"). A decoder that takes any number of
+    queries is planned for 8192. The manifest records each decision. Without ``fold`` the graph keeps every projection
+    of the model and is not cut into pieces.
 
     Raises CheckpointError, UnsupportedModelError, UsageError, ExportError, VerificationError, BundleExistsError,
     MissingDependencyError.
@@ -156,14 +156,14 @@ def _is_split(options: ExportOptions, default: bool) -> bool:
 
 
 def _num_queries(source: str, options: ExportOptions) -> tuple[int, ...] | None:
-    """`--shape queries=…`, unless this is an input of an ONNX file."""
+    """`--shape queries=…`, unless `queries` is an input of an ONNX file."""
     sizes = options.shape.get("queries", ())
     of_input = source.endswith(".onnx") and (len(sizes) > 1 or not _is_split(options, default=False))
     return None if of_input else sizes or None
 
 
 def _split(loaded: LoadedModel, options: ExportOptions) -> Split | None:
-    """How to split the model, None where it stays whole. Raises UsageError for options that have no effect."""
+    """How to split the model, None if it stays whole. Raises UsageError for options that have no effect."""
     from perceiver_export.exporter.graphs import Split
 
     queries = _num_queries(loaded.source, options)
@@ -171,7 +171,7 @@ def _split(loaded: LoadedModel, options: ExportOptions) -> Split | None:
         if options.latents is not None:
             raise UsageError("--latents has no effect with --no-split", "leave --latents or --no-split out")
         if options.dynamic_queries or queries is not None:
-            raise UsageError("queries are chosen in split bundles only", "add --split")
+            raise UsageError("only split bundles take queries", "add --split")
         return None
     if queries is not None and (len(queries) != 1 or queries[0] < 1):
         raise UsageError(f"the shape of `queries` is {list(queries)}", "give their number: --shape queries=1024")
@@ -179,11 +179,11 @@ def _split(loaded: LoadedModel, options: ExportOptions) -> Split | None:
 
 
 def parse_budget(text: str | int) -> int:
-    """Bytes; ``"512MiB"``, ``"1.5GB"``. Raises UsageError."""
+    """The bytes of a size such as ``"512MiB"`` or ``"1.5GB"``. Raises UsageError."""
     check_kind("--memory-budget", text, (str, int), "a size, for example 512MiB")
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]i?)?B?\s*", str(text), re.IGNORECASE)
     if found is None:
-        raise UsageError(f"--memory-budget {text!r} is not a size", "for example 512MiB or 1.5GB")
+        raise UsageError(f"--memory-budget {text!r} is not a size", "give a size such as 512MiB or 1.5GB")
     number, unit = found.groups()
     return int(float(number) * _UNITS[(unit or "").lower()])
 
@@ -197,7 +197,7 @@ def _budget(options: ExportOptions) -> int:
 def _load(
     source: str | os.PathLike[str] | LoadedModel | OwnModel | tuple[nn.Module, Inputs], options: ExportOptions
 ) -> LoadedModel:
-    """The model in evaluation mode. Raises UnsupportedModelError where no reader could use its preprocessing."""
+    """The model in evaluation mode. Raises UnsupportedModelError if its preprocessing is unusable."""
     from perceiver_export.exporter.own import OwnModel
 
     of_decoders = _num_queries(str(source), options) is not None
@@ -217,7 +217,7 @@ def _load(
             use_transformers=options.use_transformers,
         )
     elif options.task or options.parity or shape or options.config or options.use_transformers:
-        raise UsageError("a loaded model has its task, parity, shape and config", "give these to load_model")
+        raise UsageError("a loaded model already has its task, parity, shape and config", "pass them to load_model")
     else:
         loaded = source
     if options.truncate:
@@ -228,7 +228,7 @@ def _load(
     if loaded.preprocessing is not None and (found := unusable(loaded.preprocessing)):
         raise UnsupportedModelError(f"the model's preprocessing cannot be used: {found}", "correct its source")
     if loaded.config is not None:
-        loaded.model.eval()  # your own may come from training
+        loaded.model.eval()  # your own may still be in training mode
     return loaded
 
 
@@ -293,7 +293,7 @@ def _manifest(
     checks: tuple[Check, ...],
     directory: Path,
 ) -> Manifest:
-    # onnxruntime-gpu brings the module onnxruntime
+    # onnxruntime-gpu also provides the module onnxruntime
     tools = {name: installed_version(name) or "of another distribution" for name in _TOOLS}
     return Manifest(
         schema_version=SCHEMA_VERSION,
@@ -316,7 +316,7 @@ def _manifest(
 
 
 def _with_frames(part: Part, preprocessing: Preprocessing | None) -> Part:
-    """The part with the meaning of `frames` where preprocessing makes them; the graph does not contain it."""
+    """The part, with the meaning of `frames` if preprocessing makes them; the graph does not say it."""
     if not isinstance(preprocessing, (VideoPreprocessing, AudioPreprocessing)):
         return part
     inputs = (
@@ -327,18 +327,18 @@ def _with_frames(part: Part, preprocessing: Preprocessing | None) -> Part:
 
 
 def _kinds(loaded: LoadedModel, outputs: list[str]) -> dict[str, OutputKind]:
-    """The kind of each output. Raises UnsupportedModelError: the model names an unknown output or kind."""
+    """The kind of each output. Raises UnsupportedModelError if the model names an unknown output or kind."""
     for name, kind in loaded.output_kinds.items():
         for value, known in ((name, outputs), (kind, get_args(OutputKind))):
             if value not in known:
                 raise UnsupportedModelError(
-                    f"output_kinds has {name!r}: {kind!r}; {value!r} is unknown", f"it is one of {', '.join(known)}"
+                    f"output_kinds has {name!r}: {kind!r}; {value!r} is unknown", f"use one of {', '.join(known)}"
                 )
     return default_kinds(loaded.task, loaded.labels, outputs) | dict(loaded.output_kinds)
 
 
 def _check_task(manifest: Manifest) -> None:
-    """Raise BundleError for a bundle that no reader would take, before it is published."""
+    """Raise BundleError, before publishing, for a bundle that no runtime would accept."""
     try:
         checked_task(manifest)
     except BundleError as error:

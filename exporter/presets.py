@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The systems of both papers at their full sizes, to size a device before there is a checkpoint.
+"""The systems of both papers at full size, to size a device before there is a checkpoint.
 
 "Perceiver IO" is arXiv 2107.14795v3, "Perceiver" arXiv 2103.03206v2. presets.json has the figures of each system. Its
-remarks name each size that a paper leaves open, and each count that its sizes do not explain. Only `load_preset`
+remarks name every size that a paper leaves open and every count that the sizes do not explain. Only `load_preset`
 imports torch.
 """
 
@@ -43,7 +43,7 @@ from perceiver_export.runtimes.preprocessing import (
 if TYPE_CHECKING:
     from perceiver_export.exporter.model.perceiver import PerceiverIO
 
-BYTES, SENTENCEPIECE = 262, 32_000  # tokens of the vocabularies
+BYTES, SENTENCEPIECE = 262, 32_000  # sizes of the vocabularies
 IMAGENET_CLASSES, KINETICS_CLASSES, AUDIOSET_CLASSES, MODELNET_CLASSES = 1000, 700, 527, 40
 GLUE_CLASSES = {"cola": 2, "mnli": 3, "mrpc": 2, "qnli": 2, "qqp": 2, "rte": 2, "sst2": 2, "stsb": 1}
 MEL = (75, 64)  # frames, bins: only their product, 4800, is published
@@ -58,14 +58,14 @@ def _text_encoder(num_channels: int, num_layers: int) -> EncoderSizes:
 
 
 def language(vocabulary_size: int, length: int, num_channels: int, num_layers: int, parity: Parity) -> PerceiverConfig:
-    """Masked language models: Perceiver IO, table 11; widths of the attention from DeepMind's code."""
+    """Masked language models: Perceiver IO, table 11; attention widths from DeepMind's code."""
     tokens = TokenInput(vocabulary_size, length, 768)
     decoder = AttentionConfig(8, 256, 768, query_residual=False)
     return systems.language_model(tokens, _text_encoder(num_channels, num_layers), decoder, parity)
 
 
 _BYTES_768 = TokenInput(BYTES, 2048, 768)
-# The byte model with one query for one task, and with a query and a head for each: Perceiver IO, sections F.4 and 4.1.
+# The byte model for one task, and for several with a query and a head each: Perceiver IO, sections F.4 and 4.1.
 sentence_classifier = partial(systems.classifier, {"tokens": _BYTES_768}, _text_encoder(1280, 26), 2)
 glue = partial(systems.multitask_text_classifier, _BYTES_768, _text_encoder(1280, 26), GLUE_CLASSES)
 # The released model of optical flow.
@@ -93,7 +93,7 @@ def audioset(mel: tuple[int, int] | None, num_channels: int, parity: Parity) -> 
 
 
 def first_imagenet(num_cross_attentions: int, sharing: tuple[Sharing, Sharing], parity: Parity) -> PerceiverConfig:
-    """Perceiver, sections 4.1, B and C. ``sharing``: of cross-attentions, and of blocks."""
+    """Perceiver, sections 4.1, B and C. ``sharing``: that of cross-attentions, and that of blocks."""
     image = systems.image_input("pixels", 224, 224, parity, (224, 224))
     return systems.first_perceiver({"image": image}, CONFIG_A, IMAGENET_CLASSES, parity, num_cross_attentions, *sharing)
 
@@ -114,13 +114,13 @@ def first_audioset(encoder: EncoderSizes, parity: Parity) -> PerceiverConfig:
 
 
 def modelnet(parity: Parity) -> PerceiverConfig:
-    """Perceiver, section 4.3: read twice, otherwise as for ImageNet."""
+    """Perceiver, section 4.3: the input is read twice, otherwise as for ImageNet."""
     points = systems.point_input(2048, num_bands=64, max_frequency=1120, parity=parity)
     encoder = EncoderSizes(512, 1024, num_self_attentions_per_block=6, num_blocks=2)
     return systems.first_perceiver({"points": points}, encoder, MODELNET_CLASSES, parity, num_cross_attentions=2)
 
 
-# Of each system in presets.json.
+# One for each system in presets.json.
 BUILDERS: dict[str, Callable[[Parity], PerceiverConfig]] = {
     "language-bytes": partial(language, BYTES, 2048, 1280, 26),
     "language-bytes-plus-plus": partial(language, BYTES, 2048, 1536, 40),
@@ -154,7 +154,7 @@ SAMPLE_RATE = 48_000  # in both papers
 def preprocessing(
     task: str, config: PerceiverConfig, parity: Parity, processor: dict[str, Any], sample_rate: int | None
 ) -> Preprocessing | None:
-    """The steps before a model of these sizes; None where it takes arrays.
+    """The preprocessing of a model of these sizes; None if it takes arrays.
 
     ``processor``: the settings of preprocessor_config.json. ``sample_rate``: of a video's sound, None if unknown.
     """
@@ -182,9 +182,9 @@ def preprocessing(
 
 
 class Counts(NamedTuple):
-    """Trained numbers, and FLOPs of one sample: with all queries, and with the first query of each output.
+    """Parameters, and FLOPs per sample: with all queries, and with the first query of each output.
 
-    FLOPs are those of matrix products and convolutions, a multiply-add as 2, as both papers count (Perceiver IO,
+    FLOPs are those of matrix products and convolutions; a multiply-add counts as 2, as in both papers (Perceiver IO,
     appendix D). Tests compare these figures with torch's own counter.
     """
 
@@ -196,8 +196,8 @@ class Counts(NamedTuple):
 class Preset(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One system: its counts with DeepMind's numerics, and its paper.
 
-    ``parameters`` and ``flops`` are the paper's own, None where it has none. ``remark``: deviations, and the choice
-    where the paper is silent.
+    ``parameters`` and ``flops`` are the paper's own, None if it gives none. ``remark``: deviations, and choices where
+    the paper is silent.
     """
 
     name: str
@@ -209,7 +209,7 @@ class Preset(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     remark: str = ""
 
     def build(self, parity: Parity) -> PerceiverConfig:
-        """Its config."""
+        """Build its config."""
         return BUILDERS[self.name](parity)
 
 
@@ -218,12 +218,12 @@ PRESETS = {one.name: one for one in msgspec.json.decode(_FILE.read_bytes(), type
 
 
 def load_preset(name: str, parity: Parity, image_shape: tuple[int, int, int] | None = None) -> LoadedModel:
-    """The preset with random weights, the same ones each time.
+    """The preset with random weights, which are the same each time.
 
-    ``image_shape`` (channels, height, width) is the image that a classifier will see, 3 × 224 × 224 unless
-    given: Fourier positions are computed on its grid, a learned table is resized to it.
+    ``image_shape`` (channels, height, width) is that of a classifier's images, 3 × 224 × 224 by default: Fourier
+    positions are computed on its grid, a learned table is resized to it.
 
-    Raises UsageError: no such preset, or images that it does not take.
+    Raises UsageError if there is no such preset, or it does not take such images.
     """
     if name not in PRESETS:
         near = [one for one in PRESETS if name and name in one] or difflib.get_close_matches(name, PRESETS, n=1)
@@ -244,7 +244,7 @@ def load_preset(name: str, parity: Parity, image_shape: tuple[int, int, int] | N
 
 
 def described(task: str, model: PerceiverIO, parity: Parity, source: str) -> LoadedModel:
-    """A model of a preset's kind, with labels and preprocessing by its sizes."""
+    """A model of a preset's kind, with the labels and preprocessing of its sizes."""
     config = model.config
     steps, split = preprocessing(task, config, parity, {}, SAMPLE_RATE), task == "video-autoencoding"
     return LoadedModel(model, config, task, parity, source, _labels(task, config), steps, split)
@@ -263,7 +263,7 @@ def resized(source: str, config: PerceiverConfig, image_shape: tuple[int, int, i
 
 
 def _labels(task: str, config: PerceiverConfig) -> tuple[str, ...]:
-    """Names of the classes; none for several tasks, or without classes."""
+    """Names of the classes; none if the model has several tasks, or no classes."""
     if not task.endswith("-classification") and task != "video-autoencoding":
         return ()
     if isinstance(config.decoder, AverageDecoder):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`package`: a bundle as a model repository of NVIDIA Triton or OpenVINO Model Server.
 
-Each part of the bundle becomes a numbered version of a model of its own. The number of instances and the time that a
-batch waits to fill come from the figures that `bench --save` left in the bundle.
+Each part of the bundle becomes a model of one version. The number of instances and the time that a batch waits to fill
+come from the figures that `bench --save` stored in the bundle.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from perceiver_export.runtimes.files import encode_json, inside
 from perceiver_export.runtimes.manifest import Part, TensorSpec
 from perceiver_export.runtimes.preprocessing import TextPreprocessing
 
-_QUEUE_DELAY = 2000  # microseconds that a request waits for others, without a measurement
-_WORTH_IT = 1.1  # gain of throughput by two requests at once that is worth a second instance
+_QUEUE_DELAY = 2000  # microseconds that a request waits for others if nothing was measured
+_WORTH_IT = 1.1  # throughput gain of two concurrent requests that justifies a second instance
 _LABELS = "labels.txt"
-# Of each server, the default first.
+# Targets by server, the default first.
 _TARGETS = {"triton": ("ort-cpu", "ort-cuda"), "ovms": ("openvino-cpu", "openvino-gpu", "openvino-npu")}
 
 
@@ -44,7 +44,7 @@ def package(
     ``server``: triton or ovms. ``target``: the server's target, by default its CPU. Triton takes the result as
     ``--model-repository``; OpenVINO Model Server reads config.json in it, mounted as /models.
 
-    Raises UsageError: an unknown server, or a target that it cannot serve; BundleError; BundleExistsError; ExportError.
+    Raises UsageError for an unknown server or a target that it lacks; BundleError; BundleExistsError; ExportError.
     """
     check_choice("the server", server, tuple(_TARGETS))
     target = _TARGETS[server][0] if target is None else target
@@ -54,7 +54,7 @@ def package(
         make_source(opened, part, target, EngineOptions())  # refuses a quantized bundle without a graph for this target
     path = absolute_place(f"{opened.path.absolute()}-{server}" if out is None else out)
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise BundleExistsError(f"{path} exists already", "choose another place with -o, or remove it")
+        raise BundleExistsError(f"{path} already exists", "choose another place with -o, or remove it")
     settings = _settings(opened, target)
     with new_bundle(path, overwrite=False) as directory:
         models = _names(opened)
@@ -69,7 +69,7 @@ def package(
 
 
 class _Settings(NamedTuple):
-    """``delay``: microseconds that a batch waits to fill. ``origin``: of ``instances`` and ``delay``."""
+    """``delay``: microseconds that a batch waits to fill. ``origin``: where the figures come from."""
 
     target: str
     instances: int
@@ -78,16 +78,16 @@ class _Settings(NamedTuple):
 
 
 def _settings(bundle: Bundle, target: str) -> _Settings:
-    """From the bundle's report, of any machine, or careful defaults."""
+    """From the bundle's report, measured on any machine, or conservative defaults."""
     for machine, targets in measurements(bundle.path).items():
         measured = targets.get(target)
         if measured is not None and measured.throughput > 0 and measured.p50 > 0:
             alone = 1e3 * measured.batch / measured.p50
             instances = 2 if measured.throughput >= _WORTH_IT * alone else 1
             delay = int(min(max(measured.p50 * 1e3 / 2, 100), 20_000))
-            origin = f"report.json: {measured.p50:.2f} ms a call on {printable(machine)}"
+            origin = f"report.json: {measured.p50:.2f} ms per call on {printable(machine)}"
             return _Settings(target, instances, delay, origin)
-    origin = "not measured: run `perceiver-export bench BUNDLE --save` where it will serve"
+    origin = "not measured: run `perceiver-export bench BUNDLE --save` on the serving machine"
     return _Settings(target, 1, _QUEUE_DELAY, origin)
 
 
@@ -129,7 +129,7 @@ def _ovms_config(name: str, settings: _Settings) -> dict[str, object]:
 def _write_triton(bundle: Bundle, name: str, part: Part, settings: _Settings, directory: Path) -> None:
     """config.pbtxt, in the fields of Triton's model_config.proto (message ModelConfig), and the labels of scores.
 
-    Triton's batcher serves only a batch of any size from 1; any other batch is part of the shape.
+    Triton batches only models that take any batch size from 1; any other batch is part of the shape.
     """
     labels, most = bundle.manifest.labels, _most_batched(part)
     if len(part.outputs) != 1 or part.outputs[0].shape[-1:] != (len(labels),):
@@ -167,7 +167,7 @@ def _tensor(spec: TensorSpec, batched: bool, labels: bool = False) -> str:
 
 
 def _most_batched(part: Part) -> int:
-    """The largest batch, where all tensors have the same batch dimension of any size from 1; else 0."""
+    """The largest batch if all tensors share a batch dimension of any size from 1, else 0."""
     specs = (*part.inputs, *part.outputs)
     names = {spec.shape[0] if spec.shape else None for spec in specs}
     least, most = specs[0].ranges.get(str(specs[0].shape[0]), (0, 0)) if len(names) == 1 else (0, 0)

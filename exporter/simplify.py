@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`simplify`: rewrites of the traced graph that change no number, by onnx-ir's own passes where it has them."""
+"""`simplify`: rewrites of the graph that leave all results as they are, with onnx-ir's own passes where it has them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _RANDOM = frozenset(
 _REPEATING = frozenset({"Expand", "Tile", "ConstantOfShape"})
 _GROWING = frozenset({"Expand", "Tile", "Add", "Mul", "MatMul", "Gather"})
 _INTEGERS, _EXACT = (ir.DataType.INT32, ir.DataType.INT64), (ir.DataType.FLOAT, ir.DataType.DOUBLE)
-_SMALL, _LARGE = 1 << 12, 1 << 20  # numbers
+_SMALL, _LARGE = 1 << 12, 1 << 20  # elements
 _NETWORK = "model."  # the name of the network inside each graph, see `graphs`
 _SCOPES = "pkg.torch.onnx.name_scopes"
 
@@ -49,7 +49,7 @@ class FoldConstantsPass(ir.passes.InPlacePass):
 
     Nodes that repeat or combine small constants into a large array stay, because the array would be stored: a position
     table for each image of a batch, the sum of two axes' scores over a grid. So do nodes that repeat a constant along a
-    dynamic dimension: its size is a multiple of one of the primes ``dynamic``.
+    dynamic dimension, whose size is a multiple of one of the primes ``dynamic``.
     """
 
     def __init__(self, dynamic: Collection[int] = ()) -> None:
@@ -91,7 +91,7 @@ class FoldConstantsPass(ir.passes.InPlacePass):
 
 
 def is_random(node: ir.Node) -> bool:
-    """Whether a node draws random numbers; Dropout does in training, and where its mode is not constant."""
+    """Whether a node draws random numbers; Dropout does in training mode, or if its mode is not constant."""
     if node.op_type != "Dropout" or (mode := optional(node, 2)) is None:
         return node.op_type in _RANDOM
     known = ir.convenience.get_const_tensor(mode)
@@ -99,7 +99,7 @@ def is_random(node: ir.Node) -> bool:
 
 
 def _must_stay(node: ir.Node) -> bool:
-    """Whether a node draws numbers, holds a graph, or has a large result that is larger than its inputs."""
+    """Whether a node draws random numbers, contains a graph, or has a large result that is larger than its inputs."""
     if is_random(node) or any(one.type == ir.AttributeType.GRAPH for one in node.attributes.values()):
         return True
     if node.op_type not in _GROWING:
@@ -122,7 +122,7 @@ def _expanded(node: ir.Node) -> int | None:
 
 
 def _view(value: ir.Value) -> np.ndarray | None:
-    """A constant as it is, in another shape, or with its axes in another order: it shares the weight's memory."""
+    """A constant, or a reshaped or transposed one, which shares the weight's memory; None for any other value."""
     node, array = value.producer(), array_of(value)
     if array is not None or node is None or node.op_type not in (*VIEWS, "Expand", "Transpose") or not is_known(node):
         return array
@@ -135,7 +135,7 @@ def _view(value: ir.Value) -> np.ndarray | None:
 
 
 def evaluate(model: ir.Model) -> list[np.ndarray]:
-    """The outputs of a graph without inputs, by ONNX Runtime."""
+    """The outputs of a graph without inputs, computed by ONNX Runtime."""
     return list(plain_session(ir.to_proto(model).SerializeToString()).run(None, {}))
 
 
@@ -190,12 +190,12 @@ def module_of(node: ir.Node) -> str:
         scopes = []
     # The last scope is the operation itself; names with an underscore in front are torch's own, not modules.
     named = (str(scope) for scope in reversed(scopes[:-1]) if scope and not str(scope).startswith("_"))
-    path = (node.name or "").rpartition("/")[0].strip("/").replace("/", ".")  # of TorchScript, and of the first naming
+    path = (node.name or "").rpartition("/")[0].strip("/").replace("/", ".")  # from TorchScript, or named before
     return next(named, path or "model").removeprefix(_NETWORK)
 
 
 class SettleTypesAndShapesPass(ir.passes.InPlacePass):
-    """Replaces types and shapes that are computed at run time by those that the graph knows, so that they fold.
+    """Replaces types and shapes that are computed at run time with known ones, so that they fold.
 
     Given:  CastLike(1.0, x), Expand(., Shape(x)), Reshape(x, [1, 54, 384])      x of (1, 54, 384)
     Result: 1.0, Expand(., initializer), x
@@ -247,7 +247,7 @@ class DivideIntegersPass(ir.passes.InPlacePass):
     Given:  Cast(Floor(Div(Cast(i, float), 48)), int32)      i of int32, as torch.div(i, 48, rounding_mode="floor")
     Result: Div(Sub(i, Mod(i, 48)), 48)
 
-    Float32 is exact below 2²⁴, integers always; OpenVINO's CPU computes them in float32 itself.
+    Float32 is exact below 2²⁴, integers always; but OpenVINO computes integers on the CPU in float32.
     """
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -267,7 +267,7 @@ def _makes(node: ir.Node, dtypes: Collection[ir.DataType]) -> bool:
 
 
 def _rounded(value: ir.Value) -> tuple[str, ir.Node | None]:
-    """How a division is rounded here, Floor or Ceil, and the division; "" if the Cast rounds it towards zero."""
+    """How a division is rounded, Floor or Ceil ("" if the Cast rounds it toward zero), and the division."""
     signed = made_by(value, "Mul")  # Mul(Floor(Abs(q)), Sign(q)): rounding_mode="trunc"
     if signed is not None:
         sign, floor = made_by(operand(signed, 1), "Sign"), made_by(operand(signed), "Floor")
@@ -279,7 +279,7 @@ def _rounded(value: ir.Value) -> tuple[str, ir.Node | None]:
 
 
 def _divide(graph: ir.Graph, node: ir.Node, dividend: ir.Value, divisor: np.ndarray, rounding: str) -> None:
-    """The Cast ``node`` becomes a division of integers, which by itself rounds towards zero."""
+    """Replace the Cast ``node`` with a division of integers, which by itself rounds toward zero."""
     result, made = node.outputs[0], list[ir.Node]()
     name = str(result.name)
 
@@ -302,20 +302,20 @@ def _divide(graph: ir.Graph, node: ir.Node, dividend: ir.Value, divisor: np.ndar
 
 
 def simplify(model: ir.Model, dynamic: Collection[int] = ()) -> None:
-    """Apply the passes in place; ``dynamic``: primes in the place of dynamic dimensions.
+    """Apply the passes in place; ``dynamic``: the primes that stand in for dynamic dimensions.
 
-    Raises ExportError, for example where ONNX Runtime cannot compute a constant.
+    Raises ExportError, for example if ONNX Runtime cannot compute a constant.
     """
     passes = ir.passes.Sequential(
-        # One Transpose(W) a weight instead of one a use, so that folding makes one array of it.
+        # One Transpose(W) per weight instead of one per use, so that folding makes one array of it.
         common.CommonSubexpressionEliminationPass(),
         SettleTypesAndShapesPass(),
-        # The exporter leaves types and shapes open that folding and counting FLOPs need.
+        # Folding and counting FLOPs need types and shapes that the exporter leaves open.
         common.ShapeInferencePass(),
-        # Features come as rows and are read as columns.
+        # Two Transposes in a row: features come as rows and are read as columns.
         RewritePass([transpose_transpose_rule]),
         FoldConstantsPass(dynamic),
-        FoldConstantsPass(dynamic),  # again: small arrays that are expanded to a computed shape
+        FoldConstantsPass(dynamic),  # again, for small arrays that are expanded to a shape computed by the first
         DivideIntegersPass(),
         common.IdentityEliminationPass(),
         # Nodes that lost their readers.
@@ -328,7 +328,7 @@ def simplify(model: ir.Model, dynamic: Collection[int] = ()) -> None:
     except ir.passes.PassError as error:
         raise ExportError(
             f"the traced graph cannot be simplified: {first_line(error.__cause__ or error)}",
-            "compute constants of the model in float32 or int64",
+            "compute the model's constants in float32 or int64",
         ) from error
 
 
@@ -342,7 +342,7 @@ def without_sequences(model: ir.Model) -> None:
     from onnxscript.optimizer import fold_constants_ir
 
     common.InlinePass()(model)
-    for _ in range(2):  # shapes that the first round settles
+    for _ in range(2):  # the second folds what depends on shapes that the first settles
         fold_constants_ir(
             model, onnx_shape_inference=True, should_fold=lambda node: False if node.op_type in _REPEATING else None
         )
@@ -355,8 +355,9 @@ def without_metadata(model: ir.Model) -> None:
 
 
 def number_folds(graph: ir.Graph, taken: Collection[str] = ()) -> None:
-    """Number the values that folds made from 0, so that a model always becomes the same bytes; names of its inputs and
-    outputs are ``taken``.
+    """Number the values that folds made, from 0, so that the same model always becomes the same bytes.
+
+    ``taken``: names of its inputs and outputs.
     """
     made = {value for value in graph.initializers.values() if str(value.name).startswith(("fold.", "fold_"))}
     for value in made:

@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`load_model`: every kind of SOURCE becomes a `LoadedModel`; `load_reference`: the same as a reference to validate by.
+"""`load_model` makes a `LoadedModel` of any SOURCE; `load_reference` makes it a reference to validate against.
 
 A function of your own, ``module:function``, returns a `PerceiverIO`, for a bundle of arrays, or a `LoadedModel`::
 
     def defects() -> LoadedModel:
-        model = PerceiverIO(config)  # one input `image`, one output of as many scores as there are labels
+        model = PerceiverIO(config)  # one input `image`, one output with a score per label
         model.load_state_dict(...)
         return LoadedModel.own(
             model, "image-classification", labels=("scratch", "dent"), preprocessing=ImagePreprocessing(...),
-            output_kinds={"logits": "multi-label"},  # a part may have both
+            output_kinds={"logits": "multi-label"},  # an image may show both
         )
 
-Then `run` prints labels, and `validate` measures the share of right answers. ``output_kinds`` may also name an output
-of a bundle of arrays, which `validate` then judges by ``labels`` in the data.
+Then `run` prints labels, and `validate` measures the share of correct answers. ``output_kinds`` may also name an output
+of a bundle of arrays, which `validate` then compares with ``labels`` in the data.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ if TYPE_CHECKING:
 _PARITIES: tuple[Parity, ...] = ("huggingface", "deepmind")
 _REQUIRED = ("torch", "onnx", "onnx_ir", "onnxruntime", "onnxscript", "safetensors")
 _SOURCES = "a path, a Hub id, preset:NAME, module:function, or OwnModel(module, {'x': example}) around a module"
-_BARE = ("arrays", "sets")  # tasks that need nothing beside the model
-_FILES = [  # that are downloaded; none is executed
+_BARE = ("arrays", "sets")  # tasks that need nothing but the model
+_FILES = [  # downloaded, never executed
     *("*config.json", "*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*"),
     *tokenizer.FILES,
 ]
@@ -78,12 +78,12 @@ def load_model(
     """Load a checkpoint for export. ``source`` is one of
 
     - a Hugging Face directory, or a hub id (``owner/name``), which is downloaded,
-    - ``deepmind:TASK:FILE``, a Haiku pickle, and with ``config`` a JSON file of the sizes that it differs in,
+    - ``deepmind:TASK:FILE``, a Haiku pickle; ``config`` is a JSON file of sizes that differ from the released model's,
     - ``preset:NAME``, random weights at a paper's sizes,
-    - ``module:function``, your own: a function that returns any torch module with example inputs, as a pair or an
-      `OwnModel`, or a `PerceiverIO`, or a `LoadedModel`,
-    - ``FILE.onnx``, from any exporter, with ``config`` a JSON file of its task, labels, preprocessing and output_kinds,
-      or ``like`` another bundle.
+    - ``module:function``, a function of your own, which returns any torch module with example inputs (as a pair or an
+      `OwnModel`), a `PerceiverIO`, or a `LoadedModel`,
+    - ``FILE.onnx``, from any exporter; ``config`` is a JSON file of its task, labels, preprocessing and output_kinds,
+      or ``like`` is a bundle to take them from.
 
     ``parity`` says whose numerics to follow; by default those of the code that trained the checkpoint. ``shape`` maps
     an input's name to its size without the batch, e.g. ``{"image": (3, 224, 224)}``. ``task`` sets the task of your own
@@ -108,14 +108,14 @@ def load_model(
         _refuse("this source", like=like)
         loaded = _load(os.fspath(source), task, cast("Parity | None", parity), shape or {}, sizes)
     if task is not None and task != loaded.task:
-        own = f"the function says its task: LoadedModel.own(model, {task!r}, labels=…, preprocessing=…)"
+        own = f"set the task in the function: LoadedModel.own(model, {task!r}, labels=…, preprocessing=…)"
         hint = own if loaded.parity == "own" else "leave --task out"
         raise UsageError(f"{source} is a model of {loaded.task}, not of {task}", hint)
     return loaded
 
 
 def check_installed() -> None:
-    """Raise MissingDependencyError where a library that export needs is not installed."""
+    """Raise MissingDependencyError if a library that export needs is not installed."""
     for name in _REQUIRED:
         require(name, "export", "export")
 
@@ -150,15 +150,15 @@ def _load_installed(text: str, task: str | None, shape: Mapping[str, tuple[int, 
 
 
 def _directory(text: str) -> tuple[Path, str]:
-    """A Hugging Face directory and its name; that of a hub id, which is downloaded. Raises CheckpointError."""
-    directory = Path(text)  # `./owner/name` loses the mark of a path
+    """A Hugging Face directory and its name; a hub id is downloaded. Raises CheckpointError."""
+    directory = Path(text)  # drops the `./` of `./owner/name`, which is no hub id
     if not directory.exists() and is_hub_id(text):
-        return download(text), text  # not the cache's name for it
+        return download(text), text  # not the name of its cache directory
     if directory.is_file() and directory.suffix in (".pt", ".pth", ".ckpt", ".safetensors"):
         beside = (directory.parent / "config.json").is_file()
-        own = "write a function that returns the module with these weights, and inputs; export module:function"
+        own = "write a function that returns the module with these weights and example inputs; export module:function"
         hint = f"export {directory.parent}, which has its config.json" if beside else own
-        raise CheckpointError(f"{text} is no model: {directory.suffix} files hold weights without the model", hint)
+        raise CheckpointError(f"{text} is not a model: {directory.suffix} files hold weights only", hint)
     if not directory.exists() and directory.suffix == ".onnx":
         raise CheckpointError(f"{text} does not exist", "check the path")
     if not directory.is_dir():
@@ -180,7 +180,7 @@ def _refuse(what: str, **options: object) -> None:
 def _image_shape(shape: Mapping[str, tuple[int, ...]]) -> tuple[int, int, int] | None:
     for name, sizes in shape.items():
         if name != "image":
-            hint = "only `image` has a choice, in image models: --shape image=3x224x224"
+            hint = "give only the size of `image`, for image models: --shape image=3x224x224"
             raise UsageError(f"the size of {name!r} is fixed", hint)
         if len(sizes) != 3 or not 1 <= min(sizes) <= max(sizes) <= MAX_SIDE:
             hint = "give channels, height, width: --shape image=3x224x224"
@@ -190,24 +190,24 @@ def _image_shape(shape: Mapping[str, tuple[int, ...]]) -> tuple[int, int, int] |
 
 
 def _of_its_sizes(loaded: LoadedModel, shape: Mapping[str, tuple[int, ...]]) -> LoadedModel:
-    """A model of your own, whose sizes cannot be chosen."""
+    """A model of your own; refuses ``shape``, since its sizes cannot be chosen."""
     own = loaded.config is None
     names = list(getattr(loaded.model, "examples", ()) if own else loaded.config.inputs)
     for name in shape:
         if name not in names:
             raise UsageError(f"there is no input {name!r}; the inputs are {', '.join(names)}", "leave --shape out")
         whose, hint = ("example inputs", "return other example inputs") if own else ("model", "return another model")
-        raise UsageError(f"the size of {name!r} is that of your {whose}", hint)
+        raise UsageError(f"the size of {name!r} is set by your {whose}", hint)
     return loaded
 
 
 def load_own(spec: str, task: str | None) -> LoadedModel:
-    """Call ``module:function``, seen from the current directory; it returns a `PerceiverIO` or a `LoadedModel`.
+    """Call ``module:function``, imported from the current directory, and describe the model that it returns.
 
-    A bare model becomes a bundle of ``task``, by default ``arrays``: arrays in, arrays out.
+    A bare `PerceiverIO` becomes a bundle of ``task``, by default ``arrays``: arrays in, arrays out.
 
-    Raises UsageError: it cannot be imported, needs arguments, or fails, or a bare model cannot be of that task;
-    UnsupportedModelError: it returns something else.
+    Raises UsageError if the function cannot be imported, needs arguments or fails, or if ``task`` needs more than a
+    bare model; UnsupportedModelError if it returns something else.
     """
     from torch import nn
 
@@ -224,11 +224,11 @@ def load_own(spec: str, task: str | None) -> LoadedModel:
     if not isinstance(made, PerceiverIO):
         kind = type(made).__name__
         hint = "return (module, {'name of an argument': example tensor}), or an OwnModel: see examples/your_own.py"
-        raise UnsupportedModelError(f"{spec} returned a {kind}, which says nothing of its inputs", hint)
+        raise UnsupportedModelError(f"{spec} returned a {kind}, which does not describe its inputs", hint)
     if task not in (None, *_BARE):
         check_choice("--task", task, tuple(TASKS))
         raise UsageError(
-            f"{spec} returns a bare model, which does not say how inputs are prepared for {task}, nor its labels",
+            f"{spec} returns a bare model, without the preprocessing and labels of {task}",
             f"return LoadedModel.own(model, {task!r}, labels=…, preprocessing=…): see examples/your_own.py",
         )
     return dataclasses.replace(LoadedModel.own(made, task or "arrays"), source=spec)
@@ -244,7 +244,7 @@ def loaded_module(own: OwnModel, source: str = OWN_SOURCE) -> LoadedModel:
 
 
 class OnnxDescription(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a bundle says about an ONNX file: the JSON of ``--config``."""
+    """The description of an ONNX file in its bundle: the JSON of ``--config``."""
 
     task: str = "arrays"
     labels: tuple[str, ...] = ()
@@ -262,7 +262,7 @@ def load_onnx_file(
     from perceiver_export.exporter.onnx_files import OnnxFile
 
     if config is not None and like is not None:
-        raise UsageError("--config and --like both say what the model is", "give one of them")
+        raise UsageError("--config and --like both describe the model", "give one of them")
     said = OnnxDescription(task or "arrays") if config is None else read_json(config, OnnxDescription)
     if like is not None:
         manifest = read_manifest(like)
@@ -285,40 +285,40 @@ def _call(spec: str) -> object:
             raise
         except (Exception, SystemExit) as error:
             module, _, name = spec.partition(":")
-            hint = f'python -c "import {module}; {module}.{name}()" shows where'
+            hint = f'run python -c "import {module}; {module}.{name}()" to see where'
             raise UsageError(f"{spec} failed: {error!r}", hint) from error
     return made
 
 
 def is_hub_id(text: str) -> bool:
-    """Whether this could be ``owner/name``; ``./name`` and ``../name`` are paths."""
+    """Whether this can be ``owner/name``; ``./name`` and ``../name`` are paths."""
     return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text) is not None
 
 
 def download(hub_id: str) -> Path:
     """The directory of a hub id, downloaded once into Hugging Face's own cache. Nothing in it is executed.
 
-    Raises CheckpointError: no such model, or no connection; MissingDependencyError.
+    Raises CheckpointError if there is no such model or no connection; MissingDependencyError.
     """
     try:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
     except ImportError as error:
         raise MissingDependencyError(
-            f"{hub_id} is no directory, and downloading it needs huggingface_hub",
+            f"{hub_id} is not a directory, and downloading it needs huggingface_hub",
             f"{install_command('hub')}; or give a directory",
         ) from error
     try:
         return Path(snapshot_download(hub_id, allow_patterns=_FILES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
-            f"{hub_id} is no directory, and cannot be downloaded: {first_line(error)}",
+            f"{hub_id} is not a directory and cannot be downloaded: {first_line(error)}",
             f"check the name, or download it elsewhere: hf download {hub_id} --local-dir {hub_id.partition('/')[2]}",
         ) from error
 
 
-_AS_THEY_ARE = r"(?!preset:)[\w.]+:\w+$"  # whose sizes and numerics cannot be chosen
-_WEIGHTS = ("model.safetensors", "pytorch_model.bin", "model*.safetensors", "pytorch_model*.bin")  # as they are read
+_AS_THEY_ARE = r"(?!preset:)[\w.]+:\w+$"  # sources whose sizes and numerics cannot be chosen
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin", "model*.safetensors", "pytorch_model*.bin")  # in reading order
 
 
 @dataclass(frozen=True)
@@ -333,15 +333,15 @@ class Checkpoint:
     described: Mapping[str, Any]
 
     def __call__(self, feeds: Feeds) -> Mapping[str, Array]:
-        """Outputs of the checkpoint by name."""
+        """The outputs of the checkpoint by name."""
         return self.model.run(feeds)
 
 
 def load_reference(bundle: str | Path, source: str) -> Checkpoint:
     """Load SOURCE as the reference of a bundle that was exported from it, with the bundle's numerics and sizes.
 
-    SOURCE is what `load_model` takes. Raises UsageError where it is not of the bundle's task, labels or preprocessing,
-    and what `load_model` raises.
+    SOURCE is any that `load_model` takes. Raises UsageError if its task, labels or preprocessing differ from the
+    bundle's, and what `load_model` raises.
     """
     if ":" not in source and not Path(source).exists() and not is_hub_id(source):
         raise UsageError(f"the reference {source} does not exist", "give the directory of a bundle, or its checkpoint")
@@ -364,8 +364,8 @@ def load_reference(bundle: str | Path, source: str) -> Checkpoint:
         if "--" not in error.hint:
             raise
         # The hint is about options of `export`, which nobody typed here.
-        hint = "give the checkpoint that it was exported from; or export this one by itself: --against BUNDLE"
-        raise UsageError(f"{source} is no reference for {bundle}: {error.message}", hint) from error
+        hint = "give the checkpoint that it was exported from; or export this one and compare: --against BUNDLE"
+        raise UsageError(f"{source} cannot be the reference of {bundle}: {error.message}", hint) from error
     if (loaded.task, loaded.labels, loaded.preprocessing) != (manifest.task, manifest.labels, manifest.preprocessing):
         raise UsageError(
             f"{source} prepares its inputs differently from {bundle}, or has another task or other labels",
@@ -384,7 +384,7 @@ def _least(spec: TensorSpec) -> tuple[int, ...]:
 
 
 def _hashes(source: str, loaded: LoadedModel) -> dict[str, str]:
-    """SHA-256 of the files of weights; where SOURCE is no file here (a hub id, one's own code), of what was loaded."""
+    """SHA-256 of the weight files; if SOURCE is no local file (a hub id, your own code), of the loaded weights."""
     path = Path(source.rpartition(":")[2] if source.startswith("deepmind:") else source)
     for files in ([path], *(sorted(path.glob(pattern)) for pattern in _WEIGHTS)):
         if files and files[0].is_file():

@@ -42,7 +42,7 @@ from perceiver_export.runtimes.runtime import Array
 IR_VERSION = 10  # onnxruntime 1.23, the newest for Python 3.10, refuses 12 and above
 _DATA_DEPENDENT = re.compile(r"data.?dependent|unbacked|Dynamic control flow|nonzero", re.IGNORECASE)
 _UNSUPPORTED = re.compile(r"No ONNX function|UnsupportedOperator|not supported|Unsupported")
-_ESCAPES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")  # colours
+_ESCAPES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")  # colors
 _CONSTANT = ("ones_like", "zeros_like", "full_like", "empty_like", "new_ones", "new_zeros", "new_full", "new_empty")
 _READS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default)
 
@@ -64,12 +64,12 @@ def unlogged() -> Iterator[None]:
 def sample_inputs(
     part: GraphPart, config: PerceiverConfig | None, sizes: dict[str, int], seed: int, scale: float = 1.0
 ) -> dict[str, Array]:
-    """Random arrays for every input of ``part``; ``sizes`` gives each dynamic dimension a number.
+    """Random arrays for every input of ``part``; ``sizes`` sets each dynamic dimension.
 
-    Numbers are normal times ``scale``. Coordinates of points lie between -1 and 1: the model sees only their Fourier
-    features, which mean nothing further out. Tokens and queries are any valid ones. Masks leave out the last elements,
-    another number of them in each sample. Where there are examples, the first seed gives these, and further ones are
-    like them.
+    Floats are normally distributed, times ``scale``. Coordinates of points lie between -1 and 1: the model sees only
+    their Fourier features, which mean nothing beyond. Tokens and query indices take any valid value. Masks leave out
+    the last elements, a random number of them in each sample. If the part has examples, seed 0 gives these, and other
+    seeds draw similar values.
     """
     rng = np.random.default_rng(seed)
 
@@ -93,7 +93,7 @@ def sample_inputs(
 def _like(
     example: Array, spec: TensorSpec, shape: tuple[int, ...], rng: np.random.Generator | None, scale: float
 ) -> Array:
-    """The example with as many samples, or random numbers of its spread."""
+    """The example, repeated to fill ``shape``, or with ``rng`` random numbers of its mean and spread."""
     if rng is None:
         return repeated(example, shape[0]) if example.shape != shape else example
     if example.dtype.kind == "f":
@@ -107,7 +107,7 @@ def _like(
 
 @dataclass(frozen=True)
 class FoldedGraph:
-    """A part's graph, what was decided at each site, and the pieces; the last two are empty where nothing is folded."""
+    """A part's graph, the decision at each site, and the memory plan; the last two are empty without folding."""
 
     part: GraphPart
     model: ir.Model
@@ -117,10 +117,10 @@ class FoldedGraph:
 
 @unlogged()
 def folded_graph(part: GraphPart, config: PerceiverConfig | None, fold: bool, budget: int) -> FoldedGraph:
-    """The graph of a part with constants baked and weights stored once, folded and in pieces within ``budget`` bytes.
+    """The graph of a part, with constants computed and weights stored once, folded, and cut to fit ``budget`` bytes.
 
-    Dynamic dimensions are traced and folded as prime numbers, see `fold.dynamic`. Raises ExportError; UsageError where
-    the budget is too small.
+    Dynamic dimensions are traced and folded as prime numbers, see `fold.dynamic`. Raises ExportError; UsageError if the
+    budget is too small.
     """
     primes = _stand_ins(part, list(part.typical))
     return _folded(part, _plain(part, config, primes), primes, fold, budget)
@@ -128,9 +128,9 @@ def folded_graph(part: GraphPart, config: PerceiverConfig | None, fold: bool, bu
 
 @unlogged()
 def folded_parts(source: GraphPart, split: Split, fold: bool, budget: int) -> list[FoldedGraph]:
-    """The same of an encoder and of a decoder for each output, cut from the graph of ``source``.
+    """`folded_graph` for an encoder and one decoder per output, cut from the graph of ``source``.
 
-    Raises UsageError, UnsupportedModelError: it cannot be cut, or not as ``split`` asks.
+    Raises UsageError or UnsupportedModelError if it cannot be cut, or not as ``split`` asks.
     """
     primes = _stand_ins(source, [*source.typical, *([QUERIES] if split.dynamic else [])])
     model, first = _plain(source, None, primes, split.latents), source.outputs[0].shape[0]
@@ -146,7 +146,7 @@ def folded_parts(source: GraphPart, split: Split, fold: bool, budget: int) -> li
 def _plain(
     part: GraphPart, config: PerceiverConfig | None, primes: dict[str, int], latents: str | None = None
 ) -> ir.Model:
-    """The graph as it was traced or read, simplified; the tensor called ``latents`` is its last output."""
+    """The graph as traced or read, simplified; the tensor or module named ``latents`` becomes its last output."""
     examples, real = sample_inputs(part, config, primes, seed=0), _counted(part, primes)
     if isinstance(part.module, OnnxFile):
         model = part.module.graph({name: array.shape for name, array in examples.items()})
@@ -182,7 +182,7 @@ def _folded(part: GraphPart, model: ir.Model, primes: dict[str, int], fold: bool
 
 
 def _stand_ins(part: GraphPart, names: list[str]) -> dict[str, int]:
-    """Primes that are no sizes of its inputs and weights, nor of what a module of one's own computes."""
+    """A prime for each name, none of which divides a size of an input, a weight, or a tensor in your own module."""
     if not names:
         return {}
     fixed = [size for spec in (*part.inputs, *part.outputs) for size in spec.shape if isinstance(size, int)]
@@ -197,8 +197,8 @@ def _stand_ins(part: GraphPart, names: list[str]) -> dict[str, int]:
 
 
 class _Watch(TorchDispatchMode):
-    """Within it, ``sizes`` collects the sizes of tensors and the integers that operators take; ``reads`` becomes true
-    where Python reads a number that depends on ``inputs``, as a branch or `.item()` does.
+    """Watches the calls within it: ``sizes`` collects the sizes of tensors and the integers that operators take;
+    ``reads`` becomes true if Python reads a number that depends on ``inputs``, as a branch or `.item()` does.
     """
 
     def __init__(self, inputs: Sequence[Tensor]) -> None:
@@ -222,17 +222,17 @@ class _Watch(TorchDispatchMode):
 
 
 def _watched(part: GraphPart) -> _Watch:
-    """A call of the module with inputs of a usual size; of one that fails, what it did until then."""
+    """Watch a call of the module with inputs of typical size; if it fails, up to the failure."""
     given = [torch.from_numpy(array) for array in sample_inputs(part, None, part.typical, seed=0).values()]
     watch = _Watch(given)
-    # An error is the user's own code's; tracing reports it.
+    # Errors of the user's own code are reported by tracing.
     with quiet(), contextlib.suppress(Exception, SystemExit), torch.no_grad(), watch:
         _module(part)(*given)
     return watch
 
 
 def _with_vocabularies(part: GraphPart, graph: ir.Graph) -> GraphPart:
-    """The part with the range of integers that look up rows of a table; without examples, as it is described."""
+    """The part, with the range of integer inputs that index a table; a part without examples has its ranges already."""
     known = vocabularies(graph) if part.examples else {}
     inputs = tuple(
         msgspec.structs.replace(spec, values=(0, known[spec.name] - 1)) if spec.name in known else spec
@@ -242,24 +242,24 @@ def _with_vocabularies(part: GraphPart, graph: ir.Graph) -> GraphPart:
 
 
 def _traced(part: GraphPart, examples: dict[str, Array]) -> ir.Model:
-    """By torch.export, else by TorchScript. Raises ExportError with the reasons of both."""
+    """Trace with torch.export, else with TorchScript. Raises ExportError with the reasons of both."""
     try:
         return _exported(part, examples)
     except (Exception, SystemExit) as error:  # tracing runs the user's own code
         first = error
     dependent = _DATA_DEPENDENT.search(_everything(first))
     if dependent or _watched(part).reads:
-        # TorchScript would keep the branch that the examples take, without a word.
-        reason = _reason(first) if dependent else "forward reads numbers of tensors"
+        # TorchScript would silently keep the branch that the examples take.
+        reason = _reason(first) if dependent else "forward reads the values of tensors"
         raise ExportError(
-            f"what the model computes depends on the values of its inputs: {reason}",
-            "replace branches on tensors by torch.where, and .item() and sizes from data by fixed ones",
+            f"the model's graph depends on the values of its inputs: {reason}",
+            "replace branches on tensors with torch.where, and .item() and sizes from data with fixed values",
         ) from first
     try:
         return _scripted(part, examples)
     except (Exception, SystemExit) as error:
         reasons = f"{_reason(first)}; nor can TorchScript: {_reason(error)}"
-        hint = "remove what depends on the values of tensors: branches, sizes, .item()"
+        hint = "remove branches, sizes and .item() that depend on the values of tensors"
         if _UNSUPPORTED.search(reasons):
             first_call = "torch.nn.utils.parametrize.remove_parametrizations"
             hint = f"replace that operator; for a parametrization, call {first_call} first"
@@ -271,7 +271,7 @@ def _exported(part: GraphPart, examples: dict[str, Array]) -> ir.Model:
     assert program is not None
     program.model.ir_version = IR_VERSION
     for value, spec in zip(program.model.graph.inputs, part.inputs, strict=True):
-        value.name = spec.name  # torch gives an input that is returned the name of the output
+        value.name = spec.name  # torch renames an input that is returned as an output
     return program.model
 
 
@@ -290,7 +290,7 @@ def _scripted(part: GraphPart, examples: dict[str, Array]) -> ir.Model:
 
 
 def _export(part: GraphPart, examples: dict[str, Array], file: Any, **how: Any) -> torch.onnx.ONNXProgram | None:
-    """To an open ``file`` where one is given: torch takes it, though its types do not say so."""
+    """Export, to an open ``file`` if one is given: torch accepts it, though its types do not say so."""
     with torch.no_grad(), quiet():
         return torch.onnx.export(
             _module(part),
@@ -307,12 +307,12 @@ def _module(part: GraphPart) -> nn.Module:
     module: nn.Module = part.module
     if not isinstance(module, NamedModule):
         return module
-    # Its model alone is registered, or the weights would have two names.
+    # Only its model is registered, or the weights would have two names.
     return ByPosition(module.model, part.inputs, lambda _, feeds: list(module(feeds).values()))
 
 
 def _reason(error: BaseException) -> str:
-    """The first cause in one line: torch's own message is a page of advice around it."""
+    """The root cause in one line: torch surrounds it with a page of advice."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = [line.strip() for line in _ESCAPES.sub("", str(error)).splitlines() if line.strip()]
@@ -321,7 +321,7 @@ def _reason(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silence torch's exporter: progress, notes about torchvision, its own deprecations, traces of what it raises."""
+    """Silence torch's exporter: progress, notes about torchvision, its own deprecations, tracebacks."""
     disabled = logging.root.manager.disable
     logging.disable(logging.CRITICAL)  # handlers of torch's loggers keep the stderr that they were made with
     try:
@@ -338,7 +338,7 @@ def quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _nowhere() -> Iterator[None]:
-    """What C++ code writes to the process's own standard output and error, past Python's, is lost."""
+    """Discard what C++ code writes directly to the process's standard output and error."""
     with contextlib.ExitStack() as stack:
         for stream in (sys.stdout, sys.__stdout__, sys.stderr, sys.__stderr__):
             with contextlib.suppress(Exception):  # closed, detached, or None

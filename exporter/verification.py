@@ -34,26 +34,26 @@ from perceiver_export.runtimes.runtime import Array, Runtime, compare
 
 # Two float32 implementations of a 50-layer model differ by about 1e-6 of the output's scale.
 TOLERANCE = 1e-4
-# Very sharp attention multiplies rounding errors. Where torch in float32 is itself further than the tolerance from
-# torch in float64, the graph may differ by so many times torch's own error: another order of sums is no bug.
+# Very sharp attention multiplies rounding errors. If torch in float32 differs from torch in float64 by more than the
+# tolerance, the graph may differ by this many times torch's own error: another order of sums is not a bug.
 _TIMES_TORCHS_OWN = 10
 _MOST_TOLERANCE = 1e-2
-# Of the third case. Where torch in float32 is too far from float64 for a comparison, smaller ones are drawn.
+# Scales of the third case: the next one is drawn if torch in float32 is too far from float64 for a comparison.
 _LARGE_VALUES = (100.0, 10.0, 1.0)
-LARGE_MODEL = 500e9  # FLOPs of a call: optical flow has 790e9, and torch needs 30 s of a core's time
-_STEP = 17  # of a large model's second input, one query in so many is compared
+LARGE_MODEL = 500e9  # FLOPs per call: optical flow has 790e9, which take torch 30 s of a core's time
+_STEP = 17  # on a large model's second input, one query in this many is compared
 
 
 class _LargeValuesError(VerificationError):
-    """Of large values, torch in float32 is itself so far from torch in float64 that a comparison proves nothing."""
+    """On large values, torch in float32 is itself so far from torch in float64 that a comparison proves nothing."""
 
 
 @dataclass(frozen=True)
 class _Case:
-    """Random inputs, and what the source gives for them: for one query in ``step``.
+    """Inputs, and the source's outputs for them, for one query in ``step``.
 
-    ``first`` and ``shuffled``: the inputs are the source's examples, as they are or in another order. ``large``: they
-    are numbers that may be drawn again, smaller.
+    ``first`` and ``shuffled``: the inputs are the source's examples, unchanged or in another order. ``large``: the
+    inputs may be drawn again with smaller values.
     """
 
     feeds: dict[str, Array]
@@ -71,16 +71,16 @@ def verify(
     directory: Path,
     progress: Callable[[int, int], None],
 ) -> tuple[list[Check], dict[str, dict[str, Array]]]:
-    """Compare the graphs in ``directory`` with torch on the random inputs of `_seeds`, every element of each output;
-    for a large model's second input those of one query in `_STEP`. ``parts``: what ``source`` was cut into, an encoder
-    first, or ``source`` itself.
+    """Compare the graphs in ``directory`` with torch on the random inputs of `_seeds`: every element of each output,
+    but on a large model's second input only one query in `_STEP`. ``parts``: the parts of ``source``, encoder first, or
+    ``source`` itself.
 
-    Returns the checks, and ``input/NAME`` and ``output/NAME`` of each part's first case for golden.npz. torch is done
-    before the graphs are loaded: both of a large model need not fit into memory at once.
+    Returns the checks, and ``input/NAME`` and ``output/NAME`` of each part's first case for golden.npz. torch finishes
+    before the graphs are loaded, so that a large model need not fit into memory twice.
 
-    Raises VerificationError: a difference above `TOLERANCE` of the output's scale (above ten times torch's own rounding
-    error, where that is more, but at most `_MOST_TOLERANCE`), a NaN, or an infinity, but for those that a model of
-    one's own gives at the same places; UnsupportedModelError where such a model fails on random inputs.
+    Raises VerificationError for a NaN, an infinity (unless your own model returns it at the same place), or a
+    difference above `TOLERANCE` of the output's scale; if ten times torch's own rounding error is more, that is the
+    limit, up to `_MOST_TOLERANCE`. Raises UnsupportedModelError if your own model fails on random inputs.
     """
     *larger, least = _LARGE_VALUES
     for largest in larger:
@@ -128,14 +128,14 @@ def _verified(
 
 @contextlib.contextmanager
 def _running(source: GraphPart, directory: Path, made: FoldedGraph) -> Iterator[Runtime]:
-    """A part's graph on ONNX Runtime. Raises VerificationError where it does not run."""
+    """A part's graph on ONNX Runtime. Raises VerificationError if it does not run."""
     part = made.part
     try:
         engine = open_engine(directory / part.file, "ort-cpu", threads=None, plan=made.plan)
         with Runtime(engine, part.inputs, part.outputs, "fp32") as runtime:
             yield runtime
     except (BundleError, DeviceError) as error:
-        # Nothing of the graph: no memory, or a path or file that cannot be read.
+        # Not the graph's fault: too little memory, or a path or file that cannot be read.
         if isinstance(error.__cause__, (NoneType, PerceiverExportError, OSError)) or "memory" in error.hint:
             raise
         raise VerificationError(f"the exported graph does not run: {error.message}", _cause(source)) from error
@@ -145,15 +145,15 @@ def _cause(source: GraphPart) -> str:
     """The likely cause of a wrong graph, as a hint."""
     weights = source.module.state_dict().values() if isinstance(source.module, torch.nn.Module) else ()
     if any(getattr(one, "dtype", None) in (torch.float16, torch.bfloat16) for one in weights):
-        return "half precision is rounded differently everywhere: .float() the whole module, and call no .half() in it"
+        return "convert the whole module with .float(), without .half() in it: engines round 16 bits differently"
     if source.examples and source.ranges:
-        return "the model may compute with the number of samples: give one number as --batch"
-    return "report it: this is a bug; a graph exported with --no-fold may pass meanwhile"
+        return "give one number as --batch: the model may compute with the number of samples"
+    return "report this bug; meanwhile, a graph exported with --no-fold may pass"
 
 
 def _seeds(source: GraphPart, parts: Sequence[FoldedGraph]) -> tuple[int, ...]:
-    """Three. The second draws other sizes, tokens and masks than the first; a large model without these, which would
-    only get other numbers of the same distribution, is compared without it.
+    """Three. The second draws other sizes, tokens and masks than the first; a large model that has none of these skips
+    it, since it would only see other numbers of the same distribution.
     """
     flops = sum(node_flops(node) for one in parts for node in one.model.graph)
     alike = all(spec.dtype == "float32" and not spec.ranges for spec in source.inputs) and not source.examples
@@ -163,7 +163,7 @@ def _seeds(source: GraphPart, parts: Sequence[FoldedGraph]) -> tuple[int, ...]:
 def _expected(
     source: GraphPart, part: GraphPart, found: dict[str, Array], reference: dict[str, Array], given: dict[str, Array]
 ) -> dict[str, Array]:
-    """A part's outputs as ``source`` gives them; its latents are no output of the source."""
+    """A part's outputs as ``source`` computes them; latents, which ``source`` does not return, stay the part's own."""
     expected = {name: reference.get(name, array) for name, array in found.items()}
     index = index_input(part.inputs)
     if source is part or index is None or part.num_queries is None:
@@ -176,8 +176,8 @@ def _expected(
 
 
 def _own_case(source: GraphPart, feeds: dict[str, Array], cases: Sequence[_Case]) -> _Case:
-    """A case of a model with examples, which the first case is made of. Where random inputs leave what the model is
-    defined for, the examples are taken, the elements of each row in another order: a mask keeps its number of ones.
+    """A case of a model with examples; the first case is the examples. If the model is not defined for the random
+    inputs, the elements of each row of the examples are shuffled instead: a mask keeps its number of ones.
     """
     if not cases:
         return _Case(feeds, _reference(source, feeds), first=True)
@@ -211,14 +211,14 @@ def _check(source: GraphPart, case: _Case, output: str, found: Array, reference:
     comparison = compare(found, reference, TOLERANCE)
     if not comparison:
         own = _rounding(source, case, output)
-        most = _MOST_TOLERANCE if reference.dtype.kind == "f" else 1.0  # one tie of few integers is a large share
+        most = _MOST_TOLERANCE if reference.dtype.kind == "f" else 1.0  # among few integers, one tie is a large share
         comparison = compare(found, reference, min(max(TOLERANCE, _TIMES_TORCHS_OWN * own), most))
         if not comparison and _TIMES_TORCHS_OWN * own > most:
             kind = _LargeValuesError if case.large else VerificationError
             raise kind(
                 f"{output} for {description}: torch in float32 differs from torch in float64 by {own:.1g}, so the"
                 f" exported graph, which {comparison}, cannot be judged",
-                "such a model has no exact outputs in float32: look for very sharp attention or cancelling sums",
+                "look for very sharp attention or canceling sums: the model is not exact in float32",
             )
     if not comparison:
         raise VerificationError(f"{output} for {description}: the exported graph {comparison}", _cause(source))
@@ -235,7 +235,7 @@ def _rounding(source: GraphPart, case: _Case, output: str) -> float:
 
 
 def _chooses_queries(part: GraphPart) -> bool:
-    """Whether torch can decode some of many queries of each output: of the whole of a `PerceiverIO`."""
+    """Whether torch can decode a subset of the queries of each output: of a whole `PerceiverIO` with many queries."""
     model = getattr(part.module, "model", None)
     if part.name != "model" or not isinstance(model, PerceiverIO) or not isinstance(model.config.decoder, QueryDecoder):
         return False
@@ -244,9 +244,7 @@ def _chooses_queries(part: GraphPart) -> bool:
 
 
 def _reference(part: GraphPart, feeds: dict[str, Array], double: bool = False, step: int = 1) -> dict[str, Array]:
-    """What the source itself gives, in float64 with ``double``, for one query in ``step``. An ONNX file has one
-    precision.
-    """
+    """The source's own outputs, in float64 with ``double`` (but not of an ONNX file), for one query in ``step``."""
     module = part.module
     if double and not isinstance(module, OnnxFile):
         module = copy.deepcopy(module).double()
@@ -274,7 +272,7 @@ def _some_rows(model: PerceiverIO, feeds: dict[str, torch.Tensor], step: int) ->
 def _drawn(
     part: GraphPart, config: PerceiverConfig | None, seeds: Sequence[int], largest: float
 ) -> Iterator[tuple[str, dict[str, Array]]]:
-    """Inputs of ``seeds``, the third with large ones; dynamic dimensions are tried as usual, at least and at most."""
+    """Inputs of each seed, the third with large values; dynamic dimensions have their usual, least and largest size."""
     least, most = ({name: limits[end] for name, limits in part.ranges.items()} for end in (0, 1))
     of_seed = ((part.typical, 1.0), (least, 1.0), (most, largest))
     for seed in seeds:

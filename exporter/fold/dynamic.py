@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dynamic dimensions: folded with a prime number in the place of each, made dynamic again afterwards."""
+"""Dynamic dimensions: each is folded with a prime number in its place, and made dynamic again afterwards."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _PRIMES = (
     *(1009, 2003, 4001, 8009),
 )
 
-_END = np.iinfo(np.int64).max  # of a slice: that of the axis
+_END = np.iinfo(np.int64).max  # as the end of a slice: that of the axis
 
 
 def stand_ins(names: Sequence[str], taken: Iterable[int]) -> dict[str, int]:
@@ -26,13 +26,13 @@ def stand_ins(names: Sequence[str], taken: Iterable[int]) -> dict[str, int]:
     free = [prime for prime in _PRIMES if all(size % prime for size in sizes_taken)]
     if len(free) < len(names):
         raise UnsupportedModelError(
-            "the model has too many sizes to keep a dynamic batch apart", "give one number as --batch"
+            "the model has too many different sizes to trace a dynamic batch", "give one number as --batch"
         )
     return dict(zip(names, free, strict=False))
 
 
 def _factored(size: int, primes: Mapping[str, int]) -> tuple[str, int] | None:
-    """A size as (name, factor), None where it is a number."""
+    """A size as (name, factor), None if it is not dynamic."""
     for name, prime in primes.items():
         if size and size != _END and size % prime == 0:
             return name, size // prime
@@ -48,9 +48,9 @@ def _dim(size: int, primes: Mapping[str, int]) -> int | ir.SymbolicDim:
 
 
 def make_dynamic(model: ir.Model, primes: Mapping[str, int]) -> None:
-    """Put the named dimensions in the place of their primes, in shapes and in what computes with them.
+    """Replace the primes with the named dimensions, in shapes and in the nodes that compute with them.
 
-    Raises UnsupportedModelError where the size has become part of a constant.
+    Raises UnsupportedModelError if a dynamic size has become part of a constant.
     """
     graph = model.graph
     for node in list(graph):
@@ -67,12 +67,12 @@ def make_dynamic(model: ir.Model, primes: Mapping[str, int]) -> None:
             reader = next(iter(constant.consumers())).name
             raise UnsupportedModelError(
                 f"{reader} reads a constant with a number for each sample, such as torch.arange(x.shape[0])",
-                "give one number as --batch; or pick from each sample by gather or take_along_dim",
+                "give one number as --batch; or select from each sample with gather or take_along_dim",
             )
 
 
 def _sizes(node: ir.Node, index: int, wanted: list[int], primes: Mapping[str, int]) -> ir.Value:
-    """What gives ``wanted``, input ``index``, at run time; a Reshape infers one of them by itself."""
+    """The value of input ``index`` that gives ``wanted`` at run time; a Reshape infers one size by itself."""
     nodes = Nodes(node)
     found = [_factored(size, primes) for size in wanted]
     if node.op_type == "Reshape" and sum(one is not None for one in found) == 1:

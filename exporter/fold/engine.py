@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`fold`: all folds of one graph, and what was decided at each site."""
+"""`fold`: all folds of one graph, and the decision at each site."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def fold(
 ) -> tuple[FoldDecision, ...]:
     """Fold a graph of known shapes in place.
 
-    ``real``: the sizes that dynamic dimensions count as; ``batch``: samples of a call, since decisions are recorded
-    for one sample; ``least_gain``: FLOPs that a fold must save to be worth it.
+    ``real``: the planned sizes of dynamic dimensions. ``batch``: samples per call; decisions are recorded for one
+    sample. ``least_gain``: FLOPs that a fold must save to be worth it.
     """
     real = real or Sizes()
     normalize(model, real)
@@ -68,7 +68,7 @@ def _fold_sites(graph: ir.Graph, real: Sizes, least_gain: int, batch: int) -> li
 
 
 def _grouped(decisions: Iterable[FoldDecision]) -> tuple[FoldDecision, ...]:
-    """One for all equal layers of a model."""
+    """One decision for all equal layers of a model."""
     names: dict[FoldDecision, list[str]] = {}
     for one in decisions:
         names.setdefault(msgspec.structs.replace(one, site=""), []).append(one.site)

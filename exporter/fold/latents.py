@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A graph cut at its latents: an encoder, and a decoder for each output, which computes only the rows asked for.
+"""Cut a graph at its latents into an encoder and one decoder per output, which computes only the requested rows.
 
-Latents are one tensor through which everything that it is computed from reaches the outputs. Cutting and gathering come
-before folding, because a folded grid has no axis of rows.
+Latents are one tensor; everything that it is computed from reaches the outputs only through it. Cutting and gathering
+come before folding, because a folded grid has no row axis.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from perceiver_export.runtimes.errors import UnsupportedModelError, UsageError
 
 LATENTS, QUERIES, INDICES = "latents", "queries", "query_indices"  # tensors of parts, see `manifest.index_input`
 _SHOWN = 4  # names in an error
-_OTHER_ROWS = "its rows are not those of queries"
-_UNSAFE = r"[^A-Za-z0-9_.-]|[.](?=[.]|$)"  # of names of files
+_OTHER_ROWS = "its rows are not queries"
+_UNSAFE = r"[^A-Za-z0-9_.-]|[.](?=[.]|$)"  # in file names
 
 
 def decoder_names(outputs: Iterable[str]) -> dict[str, str]:
-    """The decoder of each output: `decoder`, of several `decoder_NAME`, which is a file's name on any machine too."""
+    """The decoder's name by output: `decoder`, or of several `decoder_NAME`, a valid file name on any machine."""
     names: dict[str, str] = {}
     for output in (known := list(outputs)):
         name = f"decoder_{re.sub(_UNSAFE, '_', output[:150])}" if len(known) > 1 else "decoder"
@@ -39,8 +39,8 @@ def decoder_names(outputs: Iterable[str]) -> dict[str, str]:
 
 
 def mark(graph: ir.Graph, name: str) -> None:
-    """Make the tensor called ``name``, or the one that leaves the module of that name, the graph's last output, so that
-    no later pass loses it. Raises UsageError where there is no such tensor.
+    """Make the tensor ``name``, or the only one that leaves the module ``name``, the graph's last output, so that no
+    later pass removes it. Raises UsageError if there is no such tensor.
     """
     computed = dependent(graph, graph.inputs)
     tensors = {str(value.name): value for node in graph for value in node.outputs if value in computed}
@@ -50,14 +50,14 @@ def mark(graph: ir.Graph, name: str) -> None:
     if len(found) != 1:
         near = difflib.get_close_matches(name, sorted({*modules, *tensors}), _SHOWN) or sorted(modules or tensors)
         shown = ", ".join(str(value.name) for value in found[:_SHOWN])
-        none = f"the model computes no {name!r} from its inputs"
+        none = f"no tensor or module {name!r} depends on the inputs"
         what = f"{len(found)} tensors leave {name!r}: {shown}" if found else none
         raise UsageError(what, f"give --latents one of: {shown or ', '.join(near[:_SHOWN])}")
     graph.outputs.append(_same(graph, found[0], f"{name}.{LATENTS}"))
 
 
 def own_outputs(graph: ir.Graph, names: Iterable[str]) -> None:
-    """Name the outputs, and copy those that are inputs, constants or other outputs as well."""
+    """Name the outputs, and copy those that are also inputs, constants or other outputs."""
     taken = set(graph.inputs)
     for index, (value, name) in enumerate(zip(tuple(graph.outputs), names, strict=True)):
         if value in taken or value.is_initializer():
@@ -70,7 +70,7 @@ def own_outputs(graph: ir.Graph, names: Iterable[str]) -> None:
 
 
 def _same(graph: ir.Graph, value: ir.Value, name: str) -> ir.Value:
-    """The value under another name."""
+    """A copy of the value under another name."""
     node = ir.node("Identity", [value], name=f"{name}/Identity")
     node.outputs[0].name, node.outputs[0].type, node.outputs[0].shape = name, value.type, value.shape
     graph.append(node)
@@ -88,10 +88,10 @@ def _leaving(graph: ir.Graph, module: str, computed: set[ir.Value]) -> list[ir.V
 
 
 def latents_of(graph: ir.Graph, name: str | None, samples: int) -> ir.Value:
-    """The tensor that `mark` made the last output under this name, which is an output no more; without a name the one
-    that is found.
+    """The tensor that `mark` made the last output, which is removed from the outputs; without ``name``, the one that
+    is found.
 
-    Raises UsageError: the graph cannot be cut there; UnsupportedModelError: none is found.
+    Raises UsageError if the graph cannot be cut there; UnsupportedModelError if none is found.
     """
     if name is None:
         return _found(graph, samples)
@@ -100,28 +100,28 @@ def latents_of(graph: ir.Graph, name: str | None, samples: int) -> ir.Value:
         latents = operand(node)
     shape = shape_of(latents)
     if latents.dtype != ir.DataType.FLOAT or shape is None or len(shape) < 2 or shape[0] != samples:
-        kind = "of no type" if latents.dtype is None else latents.dtype.name.lower()
+        kind = "untyped" if latents.dtype is None else latents.dtype.name.lower()
         raise UsageError(
             f"{name!r} is {kind} {list(shape or ())}; latents are float32 with the batch first", "name another tensor"
         )
     if past := _past(graph, latents):
         raise UsageError(
-            f"the model cannot be split at {name!r}: past it, {' and '.join(past)}",
-            "name a tensor through which they all pass, or leave --latents out to have one found",
+            f"the model cannot be split at {name!r}: {' and '.join(past)}",
+            "name a tensor that lies on every path to the outputs, or leave --latents out to find one",
         )
     return latents
 
 
 def _past(graph: ir.Graph, latents: ir.Value) -> list[str]:
-    """Inputs of the encoder that reach outputs past the latents, and outputs that do not read the latents."""
+    """Inputs of the encoder that also reach outputs past the latents, and outputs that do not depend on the latents."""
     encoded, decoded = _reached([latents]), _reached(graph.outputs, latents)
-    inputs = [f"{value.name} reaches the outputs" for value in graph.inputs if value in encoded and value in decoded]
-    alone = [f"{value.name} is computed" for value in graph.outputs if latents not in _reached([value], latents)]
+    inputs = [f"{value.name} bypasses it" for value in graph.inputs if value in encoded and value in decoded]
+    alone = [f"{value.name} does not use it" for value in graph.outputs if latents not in _reached([value], latents)]
     return inputs + alone
 
 
 def _reached(values: Iterable[ir.Value], stop: ir.Value | None = None) -> set[ir.Value]:
-    """What values are computed from, but not what ``stop`` is computed from."""
+    """The values, and all that they are computed from, but nothing upstream of ``stop``."""
     found, left = set[ir.Value](), list(values)
     while left:
         value = left.pop()
@@ -135,9 +135,9 @@ def _reached(values: Iterable[ir.Value], stop: ir.Value | None = None) -> set[ir
 
 
 def _found(graph: ir.Graph, samples: int) -> ir.Value:
-    """A tensor between two attentions: one makes it, and the last one whose queries do not come from it reads it.
+    """A tensor between two attentions: one makes it, and the last one whose queries do not depend on it reads it.
 
-    Of all such tensors through which everything passes it is the smallest, and of equal ones the last.
+    Of all such tensors where the graph can be cut, the smallest; of equal ones, the last.
     """
     computed = dependent(graph, graph.inputs)
     for softmax in reversed([node for node in graph if node.op_type == "Softmax"]):
@@ -152,15 +152,15 @@ def _found(graph: ir.Graph, samples: int) -> ir.Value:
             if not _past(graph, value)
         ]
         if found:
-            return min(found, key=lambda value: math.prod(sizes(value)))  # the first of equals, which is the last made
+            return min(found, key=lambda value: math.prod(sizes(value)))  # the first of equals, which is computed last
     raise UnsupportedModelError(
-        "no latents were found: attention makes them, cross-attention reads them, and all that is encoded passes them",
+        "no latents were found: attention must make them, cross-attention read them, and nothing may bypass them",
         "name a tensor or module with --latents, or leave --split out",
     )
 
 
 def _scores(softmax: ir.Node) -> ir.Node | None:
-    """The product of queries and keys, of which only the queries may be constant, in front of a softmax."""
+    """The product of queries and keys before a softmax; only the queries may be constant."""
     left = [softmax.inputs[0]]
     while left:
         value = left.pop()
@@ -173,7 +173,7 @@ def _scores(softmax: ir.Node) -> ir.Node | None:
 
 
 def _before(graph: ir.Graph, keys: ir.Value, computed: set[ir.Value]) -> list[ir.Value]:
-    """Tensors between an attention and later keys, last ones first; empty where no attention comes before the keys."""
+    """Tensors between an attention and later keys, the last first; empty if no attention precedes the keys."""
     reached, found = _reached([keys]) & computed, list[ir.Value]()
     for node in reversed(list(graph)):
         if node.outputs[0] not in reached:
@@ -185,7 +185,7 @@ def _before(graph: ir.Graph, keys: ir.Value, computed: set[ir.Value]) -> list[ir
 
 
 def cut(model: ir.Model, latents: ir.Value) -> tuple[ir.Model, dict[str, ir.Model]]:
-    """The encoder, whose output is `latents`, and by output the decoder, whose first input is `latents`."""
+    """The encoder, whose output is `latents`, and the decoders by output, whose first input is `latents`."""
     graph = model.graph
     values = [*graph.initializers.values(), *(value for node in graph for value in node.outputs)]
     taken = {value.name for value in values}
@@ -196,7 +196,7 @@ def cut(model: ir.Model, latents: ir.Value) -> tuple[ir.Model, dict[str, ir.Mode
                 name += ".value"
             value.name = name
     for index, output in enumerate(graph.outputs):
-        if output is latents:  # a graph cannot give its input as it is
+        if output is latents:  # a graph cannot return its input directly
             name, output.name = str(output.name), f"{output.name}.{LATENTS}"
             graph.outputs[index] = _same(graph, output, name)
 
@@ -216,8 +216,8 @@ def cut(model: ir.Model, latents: ir.Value) -> tuple[ir.Model, dict[str, ir.Mode
 
 
 def independent_rows(graph: ir.Graph, samples: int) -> Region | str:
-    """The region that makes a decoder's output (B, rows, …) row by row from the latents, and from rows of values that
-    do not depend on them; else the reason why there is none.
+    """The region that computes a decoder's output (B, rows, …) row by row from the latents, and from rows of values
+    that do not depend on them; else the reason why there is none.
     """
     for node in list(graph):
         if node.op_type == "Split" and all(shape_of(value) for value in (*node.inputs[:1], *node.outputs)):
@@ -237,7 +237,7 @@ def independent_rows(graph: ir.Graph, samples: int) -> Region | str:
 
 
 def _as_slices(split: ir.Node) -> None:
-    """Nodes of a region have one output."""
+    """Replace a Split with Slices: nodes of a region have one output."""
     nodes, axis = Nodes(split), axis_of(split, len(sizes(operand(split))), 0)
     for value, steps in places(list(split.outputs), axis):
         put(value, nodes.slice(operand(split), axis, steps.start, steps.stop))
@@ -245,16 +245,16 @@ def _as_slices(split: ir.Node) -> None:
 
 def _region(graph: ir.Graph, result: ir.Value) -> Region | str:
     latents, *inputs = graph.inputs
-    changing = dependent(graph, [latents])  # latents among them
+    changing = dependent(graph, [latents])  # including the latents
     rows, axes, nodes = sizes(result)[1], {result: 1}, dict[ir.Node, None]()
-    whole, twice = set[ir.Value](), set[ir.Value]()  # read in whole, and at a second axis
+    whole, twice = set[ir.Value](), set[ir.Value]()  # read whole, and read at a second axis
     for node in reversed(list(graph)):
         value = node.outputs[0]
         if value not in axes:
             continue
         found = cuts(node, axes[value]) if len(node.outputs) == 1 and value not in whole else None
         wanted = [(one, axis) for one, axis in zip(node.inputs, found or (), strict=False) if one is not None]
-        # Of an axis whose outer part are the rows, blocks are taken.
+        # If the rows are only the outer part of an axis, blocks of it are taken.
         if found is not None and all(axis is None or sizes(one)[axis] % rows == 0 for one, axis in wanted):
             nodes[node] = None
             twice |= {one for one, axis in wanted if axis is not None and axes.setdefault(one, axis) != axis}
@@ -273,9 +273,9 @@ def _region(graph: ir.Graph, result: ir.Value) -> Region | str:
 
 
 def gather_rows(model: ir.Model, region: Region, name: str, size: int) -> tuple[int, ...]:
-    """Give a decoder the input ``name`` (1, ``size``), int32: the rows to compute, for all samples alike.
+    """Give a decoder the int32 input ``name`` (1, ``size``): the rows to compute, the same for all samples.
 
-    Returns the shape of its output.
+    Returns the new shape of its output.
     """
     graph, (result,) = model.graph, region.results
     queries = ir.Value(name=name, shape=ir.Shape([1, size]), type=ir.TensorType(ir.DataType.INT32))

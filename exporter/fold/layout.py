@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the elements of a tensor are in the tensor that it was reshaped, transposed, split, sliced or scaled from."""
+"""Where each element of a reshaped, transposed, split, sliced or scaled tensor comes from."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Layout:
 
 
 def layout_of(value: ir.Value) -> Layout:
-    """Through all views and multiplications by one number; the tensor itself where it is no view."""
+    """The layout through all views and multiplications by one number; of any other tensor, itself."""
     shape, node = sizes(value), value.producer()
     itself = Layout(value, row_major(shape))
     if node is None or not node.inputs or shape_of(node.inputs[0]) is None:
@@ -56,7 +56,7 @@ def _scaled(node: ir.Node, shape: Shape) -> Layout | None:
 
 
 def row_major(shape: Shape) -> list[Axis]:
-    """The axes of a tensor itself."""
+    """The axes of a tensor in its own memory order."""
     axes: list[Axis] = []
     stride = 1
     for extent in reversed(shape):
@@ -69,7 +69,7 @@ _Found = tuple[list[Axis], int] | None
 
 
 def _reshaped(node: ir.Node, value: ir.Value, axes: list[Axis]) -> _Found:
-    """Atoms are split and joined to make the new extents; None where rows and columns would mix."""
+    """Split and join atoms to make the new extents; None if rows and columns would mix."""
     left = [atom for axis in axes for atom in axis][::-1]
     made: list[Axis] = []
     for target in sizes(value):
@@ -93,7 +93,7 @@ def _reshaped(node: ir.Node, value: ir.Value, axes: list[Axis]) -> _Found:
 
 
 def joined(axis: Axis) -> Axis:
-    """Neighbours that are one run of the source as one atom."""
+    """Join neighboring atoms that are one run of the source."""
     joined: Axis = []
     for extent, stride in axis:
         if joined and joined[-1][1] == extent * stride:
@@ -144,7 +144,7 @@ def _sliced(node: ir.Node, value: ir.Value, axes: list[Axis]) -> _Found:
 
 
 def _gathered(node: ir.Node, value: ir.Value, axes: list[Axis]) -> _Found:
-    """One index of an axis, which goes."""
+    """One index of an axis, which is removed."""
     index = array_of(node.inputs[1])
     if index is None or index.ndim > 0:
         return None
@@ -159,7 +159,7 @@ def _cut_one(axes: list[Axis], axis: int, start: int, count: int) -> _Found:
 
 
 def _cut(axis: Axis, start: int, count: int) -> tuple[Axis, int] | None:
-    """Steps ``start`` to ``start + count`` of an axis; None where they are no product of atoms."""
+    """Steps ``start`` to ``start + count`` of an axis; None if they are not a product of atoms."""
     if not axis:
         return [], 0
     (_, stride), *rest = axis
@@ -185,5 +185,5 @@ _STEPS = {
 
 
 def extent(atoms: Sequence[Atom]) -> int:
-    """Steps of an axis."""
+    """The number of steps of an axis."""
     return math.prod(size for size, _ in atoms)

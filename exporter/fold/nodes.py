@@ -17,9 +17,9 @@ from perceiver_export.calibration.graphs import made_by as made_by
 
 Shape = tuple[int, ...]
 _FLOATS = (ir.DataType.DOUBLE, ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
-# These move no numbers, or only say how they are counted.
+# These move no data; they change at most the shape.
 VIEWS = frozenset({"Reshape", "Unsqueeze", "Squeeze", "Flatten", "Identity"})
-# Operators, and which of their inputs holds sizes or bounds.
+# The inputs that hold sizes or bounds, by operator.
 SIZED = {
     **dict.fromkeys(("Reshape", "Expand", "Tile", "Split", "TopK", "Pad", "AffineGrid"), (1,)),
     "ConstantOfShape": (0,),
@@ -29,7 +29,7 @@ SIZED = {
 
 
 def shape_of(value: ir.Value | None) -> Shape | None:
-    """The shape, None where a dimension is unknown."""
+    """The shape, None if a dimension is unknown."""
     if value is None or value.shape is None or not value.shape.is_static():
         return None
     return tuple(value.shape.numpy())
@@ -48,31 +48,31 @@ def is_known(node: ir.Node) -> bool:
 
 
 def is_foldable(node: ir.Node) -> bool:
-    """Whether a node may be rewritten: 16 bits are too few for another order of operations, and integers wrap."""
+    """Whether a node may be rewritten, in float32 or float64: 16 bits are too few to reorder, and integers wrap."""
     return node.outputs[0].dtype in _FLOATS[:2] and is_known(node)
 
 
 def operand(node: ir.Node, index: int = 0) -> ir.Value:
-    """An input that every node of its operator has."""
+    """An input that the operator requires."""
     value = node.inputs[index]
     assert value is not None, node
     return value
 
 
 def optional(node: ir.Node, index: int) -> ir.Value | None:
-    """An input that may be left out."""
+    """An input that may be left out, None if it is."""
     return node.inputs[index] if len(node.inputs) > index else None
 
 
 def array_of(value: ir.Value | None) -> np.ndarray | None:
-    """The numbers of an initializer."""
+    """The array of an initializer, None for any other value."""
     if value is None or value.const_value is None or not value.is_initializer():
         return None
     return value.const_value.numpy()
 
 
 def number(value: ir.Value | None) -> float | None:
-    """The number that an initializer of one element holds."""
+    """The number in an initializer of one element."""
     array = array_of(value)
     return float(array.reshape(())) if array is not None and array.size == 1 else None
 
@@ -103,17 +103,17 @@ def over_last(node: ir.Node, default: int = -1) -> bool:
 
 
 def only_reader(value: ir.Value) -> ir.Node | None:
-    """The one node that reads the value, None where several do or it is an output of the graph."""
+    """The only node that reads the value, None if several do or it is an output of the graph."""
     readers = set(value.consumers())
     return readers.pop() if len(readers) == 1 and not value.is_graph_output() else None
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What dynamic dimensions count as. ``planned`` maps the prime number that stands in for each to its size.
+    """The sizes that dynamic dimensions count as. ``planned`` maps the prime that stands in for each to its size.
 
-    A graph is folded with a prime in the place of each dynamic dimension, so that all arithmetic on shapes is that of
-    integers: what belongs to the dimension is a multiple of its prime.
+    A graph is folded with a prime in place of each dynamic dimension, so that all shapes are plain integers. A size
+    that depends on the dimension is a multiple of its prime.
     """
 
     planned: Mapping[int, int] = field(default_factory=dict)
@@ -129,7 +129,7 @@ class Sizes:
         return number
 
     def one(self, number: int) -> int:
-        """The same with dynamic dimensions of one step."""
+        """`real`, with dynamic dimensions of one step."""
         return Sizes(dict.fromkeys(self.planned, 1)).real(number)
 
     def dynamic(self, number: int) -> bool:
@@ -137,7 +137,7 @@ class Sizes:
 
 
 class Nodes:
-    """Makes nodes in front of ``anchor``, with shapes; they belong to the same module of torch as ``origin``."""
+    """Makes nodes before ``anchor``, with shapes, in the torch module of ``origin``."""
 
     _names = itertools.count()
 
@@ -202,7 +202,7 @@ class Nodes:
         return functools.reduce(functools.partial(self.binary, "Add"), values)
 
     def matmul(self, left: ir.Value, right: ir.Value) -> ir.Value:
-        """A product; that of two constants is computed here, in float64."""
+        """A product; of two constants it is computed here, in float64."""
         one, other = array_of(left), array_of(right)
         if one is not None and other is not None:
             return self.constant(np.matmul(one.astype(np.float64), other.astype(np.float64)))
@@ -215,7 +215,7 @@ class Nodes:
         return self.make("ReduceSum", [value, self.constant(np.array(axes, np.int64))], shape, keepdims=0)
 
     def mean(self, value: ir.Value) -> ir.Value:
-        """Over the last axis, which stays."""
+        """The mean over the last axis, which is kept."""
         axes = self.constant(np.array([-1], np.int64))
         return self.make("ReduceMean", [value, axes], (*sizes(value)[:-1], 1), keepdims=1)
 
@@ -227,7 +227,7 @@ class Nodes:
         return self.make("Concat", values, shape, axis=axis)
 
     def pad(self, value: ir.Value, pads: Sequence[int]) -> ir.Value:
-        """Zeros in front of each axis, then behind each."""
+        """Pad with zeros: ``pads`` has the numbers before each axis, then those after each."""
         rank = len(pads) // 2
         if not any(pads):
             return value
@@ -242,7 +242,7 @@ class Nodes:
         return made
 
     def look_up(self, value: ir.Value, indices: ir.Value, axis: int = 0) -> ir.Value:
-        """Its steps of an axis at indices of any shape."""
+        """The steps of an axis at indices of any shape."""
         shape = sizes(value)
         return self.make("Gather", [value, indices], (*shape[:axis], *sizes(indices), *shape[axis + 1 :]), axis=axis)
 
@@ -254,7 +254,7 @@ class Nodes:
 
 
 def put(value: ir.Value, new: ir.Value) -> None:
-    """``new`` takes the place, and as an output of the graph the name, of ``value``."""
+    """Replace ``value`` with ``new``, which takes its name if it is an output of the graph."""
     if value.is_graph_output():
         name, value.name = value.name, f"{value.name}.unfolded"
         value.replace_all_uses_with(new, replace_graph_outputs=True)

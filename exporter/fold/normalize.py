@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One spelling for what graphs say in many, with every shape known; and the numbers of constant expressions."""
+"""Bring equivalent operators to one form, with every shape known; and compute constant expressions."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from perceiver_export.exporter.fold.nodes import (
 )
 from perceiver_export.exporter.simplify import FoldConstantsPass, SettleTypesAndShapesPass, evaluate
 
-_MOST_ROUNDS = 60  # of settling shapes: those of one layer are known when those of the layer before are
-_LARGEST_TABLE = 1 << 26  # numbers that are computed to see whether they are the same for each sample
+_MOST_ROUNDS = 60  # of settling shapes: those of a layer are known once those of the layer before are
+_LARGEST_TABLE = 1 << 26  # elements of the largest constant that is computed
 
 
 def normalize(model: ir.Model, real: Sizes) -> None:
-    """In place. Values whose shapes stay unknown are left as they are, and nothing that reads them is folded."""
+    """Normalize in place. Values of unknown shape are left as they are, and nothing that reads them is folded."""
     settle(model, real)
     for rules in (_RULES, _NORMS):
         for node in list(model.graph):
@@ -47,7 +47,7 @@ def normalize(model: ir.Model, real: Sizes) -> None:
 
 
 def settle(model: ir.Model, real: Sizes) -> None:
-    """Shapes that the graph computes become constants, and what reads them is inferred, until nothing changes."""
+    """Turn shapes that the graph computes into constants, and infer their readers, until nothing changes."""
     fold_constants = FoldConstantsPass(real.planned)
     rounds = [SettleTypesAndShapesPass(), common.ShapeInferencePass(), fold_constants, fold_constants]
     _apply(model, *rounds)
@@ -59,7 +59,7 @@ def settle(model: ir.Model, real: Sizes) -> None:
         before = len(unknown)
         for value in unknown:
             if not value.is_graph_output():
-                value.shape = None  # what is left of tracing with symbols
+                value.shape = None  # a leftover of tracing with symbols
         _apply(model, common.ShapeInferencePass(), *rounds[:3])
     _apply(
         model,
@@ -75,9 +75,9 @@ def _apply(model: ir.Model, *passes: ir.passes.InPlacePass) -> None:
 
 
 class Constants:
-    """The numbers of values that depend on constants only, though the graph computes them because they are large.
+    """The arrays of values that depend on constants only, but that the graph computes because they are large.
 
-    Dynamic dimensions have one step there: constants are the same for all samples.
+    Their dynamic dimensions have one step: constants are the same for all samples.
     """
 
     def __init__(self, real: Sizes) -> None:
@@ -118,7 +118,7 @@ class Constants:
         return evaluate(ir.Model(part, ir_version=10))[0]
 
     def _one_step(self, array: np.ndarray) -> np.ndarray | None:
-        """The first of equal samples; None where they differ."""
+        """The first of equal samples; None if they differ."""
         one = array[tuple(slice(0, self._real.one(size)) for size in array.shape)]
         if one.shape == array.shape:
             return array
@@ -127,7 +127,7 @@ class Constants:
 
 
 def _is_fixed(value: ir.Value) -> bool:
-    """Whether no input is among what a value is computed from."""
+    """Whether a value depends on no input."""
     seen, left = set[ir.Value](), [value]
     while left:
         one = left.pop()
@@ -142,7 +142,7 @@ def _is_fixed(value: ir.Value) -> bool:
 
 
 def _one_sample(model: ir.Model, real: Sizes) -> None:
-    """Constants that are the same for each sample of a batch are stored once.
+    """Store constants that are the same for each sample of a batch only once.
 
     Given:  MatMul(LayerNormalization(Expand(latents, [8, 32, 64]), γ, β), W), read by MatMul with x of 8 samples
     Result: initializer of (1, 32, 64); the reader broadcasts it
@@ -159,7 +159,7 @@ def _one_sample(model: ir.Model, real: Sizes) -> None:
             if array is None or not np.array_equal(array, np.broadcast_to(array[:1], array.shape)):
                 continue
             if array.shape != tuple(real.one(size) for size in shape) or real.one(shape[0]) not in (1, shape[0]):
-                continue  # samples are not what the first axis counts
+                continue  # the first axis does not count samples
             nodes = Nodes(node)
             if _broadcasts(node, index):
                 node.replace_input_with(index, nodes.constant(array[:1]))
@@ -169,7 +169,7 @@ def _one_sample(model: ir.Model, real: Sizes) -> None:
 
 
 def _broadcasts(node: ir.Node, index: int) -> bool:
-    """Whether another operand gives the result as many samples."""
+    """Whether the other operand has all samples, so that this one can be broadcast."""
     shape = sizes(operand(node, index))
     if node.op_type not in ("MatMul", "Add", "Sub", "Mul", "Div"):
         return False
@@ -218,7 +218,7 @@ def _einsum(nodes: Nodes, node: ir.Node) -> None:
     left, right = operand(node), operand(node, 1)
     size = {**dict(zip(one, sizes(left), strict=True)), **dict(zip(other, sizes(right), strict=True))}
     if any(size[letter] != extent for letter, extent in zip(one, sizes(left), strict=True)):
-        return  # it repeats one of them
+        return  # one operand is broadcast
 
     def extents(letters: list[str]) -> list[int]:
         return [size[letter] for letter in letters]
@@ -237,7 +237,7 @@ def _einsum(nodes: Nodes, node: ir.Node) -> None:
 
 
 def _spelled_out(letters: str, value: ir.Value | None) -> str:
-    """An operand's letters with capital ones in the place of an ellipsis; the last axes of it come last."""
+    """An operand's letters, with capital letters for the axes of an ellipsis, aligned at the last."""
     missing = len(shape_of(value) or ()) - len(letters.replace(".", ""))
     return letters.replace("...", "ABCDEFGH"[8 - missing :] if missing else "")
 
@@ -259,8 +259,9 @@ def _pointwise(nodes: Nodes, node: ir.Node) -> None:
 
 
 def patches(conv: ir.Node) -> tuple[ir.Value, np.ndarray] | None:
-    """What each output pixel of a convolution reads (B, pixels, patch), and the weights (patch, C) that it becomes the
-    pixel by, without the bias; None where a patch has no fewer numbers than the pixel.
+    """The patch that each output pixel of a convolution reads (B, pixels, patch), and the weights (patch, C) that map
+    it to the pixel, without the bias. None if a patch is not smaller than its pixel, or with strides, dilations,
+    groups or computed padding.
     """
     source, weight = operand(conv), array_of(conv.inputs[1])
     if weight is None or math.prod(weight.shape[1:]) >= len(weight) or conv.attributes.get_int("group", 1) != 1:
@@ -282,7 +283,7 @@ def patches(conv: ir.Node) -> tuple[ir.Value, np.ndarray] | None:
 
 
 def _layer_norm(nodes: Nodes, node: ir.Node) -> None:
-    """(x - mean) / sqrt(variance + ε), in the spellings of exporters -> LayerNormalization with γ = 1, β = 0."""
+    """(x - mean) / sqrt(variance + ε), as exporters write it -> LayerNormalization with γ = 1, β = 0."""
     centred, root = made_by(node.inputs[0], "Sub"), made_by(node.inputs[1], "Sqrt", "Pow")
     if centred is None or root is None or (root.op_type == "Pow" and number(root.inputs[1]) != 0.5):
         return
@@ -349,7 +350,7 @@ def _neutral(nodes: Nodes, node: ir.Node) -> None:
 
 
 def _sliced_rows(nodes: Nodes, node: ir.Node) -> None:
-    """Columns of rows that are looked up in a constant -> rows looked up in its columns."""
+    """Some columns of rows looked up in a constant -> rows looked up in these columns of it."""
     found = made_by(node.inputs[0], "Gather")
     rows = None if found is None else array_of(found.inputs[0])
     axes, starts, ends, steps = (integers(node, index) for index in (3, 1, 2, 4))
@@ -374,4 +375,4 @@ _RULES: _Rules = {
     "Slice": _sliced_rows,
     "Mul": _neutral,
 }
-_NORMS: _Rules = {"LayerNormalization": _affine_norm}  # after the decomposed ones were found
+_NORMS: _Rules = {"LayerNormalization": _affine_norm}  # after decomposed norms were found

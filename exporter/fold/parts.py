@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of several inputs side by side, as a video's frames and its sound, taken apart again up to the products:
+"""Concatenated rows of several inputs, such as a video's frames and sound, taken apart up to the products:
 
     softmax(q [K_1; K_2]ᵀ) [V_1; V_2]  =  P_1 V_1 + P_2 V_2   with   [P_1, P_2] = softmax([q K_1ᵀ, q K_2ᵀ])
 
-so that each input is folded by itself. What is done to each row alone is done to the parts.
+so that each input is folded separately. Operations on single rows are applied to each part.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Parts = list[ir.Value]
 
 
 def split_rows(graph: ir.Graph) -> bool:
-    """Take apart what can be, in place; whether anything was."""
+    """Take concatenated rows apart in place. Returns whether any were."""
     found = False
     for node in list(graph):
         if node.op_type != "Concat" or not is_known(node):
@@ -34,7 +34,7 @@ def split_rows(graph: ir.Graph) -> bool:
 
 
 def _reaches_products(value: ir.Value, axis: int) -> bool:
-    """Whether rows, and what is made of them, go into scores and reads."""
+    """Whether the rows, or rows computed from each of them, are the keys or values of a product."""
     return any(
         row < 0 or (user.inputs[1] is value and row == len(sizes(user.outputs[0])) - 1)
         if _is_product(user)
@@ -44,7 +44,7 @@ def _reaches_products(value: ir.Value, axis: int) -> bool:
 
 
 def _users(value: ir.Value, axis: int) -> Iterator[tuple[ir.Node, int]]:
-    """Readers that treat each row alone, with the axis of their result that has its rows; and reads, with -1."""
+    """Nodes that treat each row by itself, with the row axis of their result; and reads, with -1."""
     for user in dict.fromkeys(value.consumers()):
         if len(user.outputs) > 1 or not is_known(user):
             continue
@@ -67,7 +67,7 @@ def _is_product(node: ir.Node) -> bool:
 
 
 def _spread(value: ir.Value, axis: int, parts: Parts) -> None:
-    """Do to each part what is done to all of them."""
+    """Apply the readers of ``value`` to each part."""
     for user, row in list(_users(value, axis)):
         nodes, result = Nodes(user), user.outputs[0]
         if row < 0:
@@ -81,7 +81,7 @@ def _spread(value: ir.Value, axis: int, parts: Parts) -> None:
 
 
 def _copied(nodes: Nodes, node: ir.Node, value: ir.Value, part: ir.Value, row: int, rows: slice) -> ir.Value:
-    """The node for one part."""
+    """A copy of the node for one part."""
 
     def take(one: ir.Value, axis: int) -> ir.Value:
         return part if one is value else rows_of(nodes, one, axis, rows.start, rows.stop)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which regions are computed in pieces so that activations stay within a budget, and the peak that is to be expected.
+"""Which regions are computed in pieces so that activations stay within a budget, and the expected peak.
 
 An engine runs the nodes in order, and an array lives from the node that makes it to the last that reads it. The peak
-is the most that lives at once; scores count twice where one array is read to write the next.
+is the most that lives at once. Scores count twice, because one array is read to write the next.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from perceiver_export.exporter.fold.slicing import Region, copy_region, region_o
 from perceiver_export.runtimes.errors import UsageError
 from perceiver_export.runtimes.manifest import MemoryPlan, PlannedStage
 
-# Bytes of a piece. Larger ones are not faster as long as products have so many rows: for each piece an engine packs the
-# other operand, which may be all inputs.
+# Bytes of a piece. Larger ones are no faster if products have `_LEAST_ROWS` rows; with fewer, packing the other operand
+# for each piece, which may be all inputs, costs too much.
 _PIECE = 64 << 20
 _LEAST_ROWS = 128
-_SMALLEST, _MOST_PIECES = 1 << 16, 512  # pieces that make a graph of many thousand nodes help nobody
+_SMALLEST, _MOST_PIECES = 1 << 16, 512  # more pieces would make a graph of many thousand nodes
 _MIB = 1 << 20
 _SCORES = 2
-_FOLLOWED = 16  # what is behind a softmax is followed while it is at least a part of so many of its size
+_FOLLOWED = 16  # a region goes on while values have 1/16 of the softmax's size
 
 
 def plan(model: ir.Model, budget: int, real: Sizes) -> tuple[ir.Model, MemoryPlan]:
-    """The model with what is larger than the fastest pieces in pieces, or in smaller ones where the budget (bytes) asks
-    for it. Raises UsageError where the smallest pieces need more.
+    """The model with large regions cut into pieces: the fastest, or smaller ones if the budget (bytes) requires them.
+    Raises UsageError if even the smallest pieces need more.
     """
     least, limit = None, budget
     while True:
@@ -44,14 +44,14 @@ def plan(model: ir.Model, budget: int, real: Sizes) -> tuple[ir.Model, MemoryPla
         if limit == 0:
             needed = -(-least // _MIB)
             raise UsageError(
-                f"the model needs {needed} MiB of activations at least, the budget is {budget / _MIB:,.4g} MiB",
-                f"--memory-budget {needed}MiB or more",
+                f"the model needs at least {needed} MiB of activations, the budget is {budget / _MIB:,.4g} MiB",
+                f"give --memory-budget {needed}MiB or more",
             )
         limit = limit // 4 if limit > _SMALLEST else 0
 
 
 def in_pieces(model: ir.Model, limit: int, real: Sizes) -> tuple[PlannedStage, ...]:
-    """Cut what is larger than the fastest pieces, or than ``limit`` bytes, in place."""
+    """Cut regions larger than the fastest pieces, or than ``limit`` bytes, in place."""
     softmaxes = [node for node in model.graph if node.op_type == "Softmax"]
     stages = [stage for softmax in softmaxes if (stage := _cut(softmax, limit, real)) is not None]
     common.RemoveUnusedNodesPass()(model)
@@ -60,7 +60,7 @@ def in_pieces(model: ir.Model, limit: int, real: Sizes) -> tuple[PlannedStage, .
 
 
 def _cut(softmax: ir.Node, budget: int, real: Sizes) -> PlannedStage | None:
-    """The region around a softmax in pieces; None where it is small, or cannot be cut."""
+    """Cut the region around a softmax into pieces; None if it is small, or cannot be cut."""
     if _SCORES * _bytes(softmax.outputs[0], real) <= min(budget, _PIECE):
         return None
     shape = sizes(softmax.outputs[0])
@@ -84,7 +84,7 @@ def _cut(softmax: ir.Node, budget: int, real: Sizes) -> PlannedStage | None:
 
 
 def _piece_size(region: Region, budget: int, least: int, real: Sizes) -> int:
-    """Steps of the axis a piece takes, as equal as can be; ``least``: fewer only where the budget asks for it."""
+    """Steps of the axis per piece, as equal as possible; fewer than ``least`` only if the budget requires it."""
     steps, each = region.steps, _SCORES * _largest(region, real) // region.steps
     at_once = max(min(max(_PIECE // each, least), budget // each, steps), steps // _MOST_PIECES)
     return -(-steps // max(-(-steps // max(at_once, 1)), 1))
@@ -119,7 +119,7 @@ def peak(graph: ir.Graph, real: Sizes) -> int:
 
 
 def _live(graph: ir.Graph, real: Sizes) -> Iterator[int]:
-    """Bytes at each node: its inputs and results, and what is read later. A view is the array that it shows."""
+    """Bytes at each node: its inputs and results, and values that are read later. A view is the array that it shows."""
     shown: dict[ir.Value, ir.Value] = {}
     last: dict[ir.Value, int] = {}
     nodes = list(graph)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Products with constant matrices in another order: linear layers in a row, and the projection behind a read.
+"""Products with constant matrices in another order: consecutive linear layers, and the projection after a read.
 
-tail     (Σ_i F_i A_i) W = Σ_i F_i (A_i W)        what is linear behind the last activation is one product
-output   (P V) W = P (V W)                        a head's part of W goes to its values, which are few
+tail     (Σ_i F_i A_i) W = Σ_i F_i (A_i W)        consecutive linear layers become one product
+output   (P V) W = P (V W)                        each head's part of W is applied to its values, which are few
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from perceiver_export.exporter.fold.sites import Work, cost_of, decided, unneede
 from perceiver_export.exporter.fold.tables import Matrix
 from perceiver_export.runtimes.manifest import FoldDecision
 
-_TAIL = "linear layers in a row are one product"
-_OUTPUT = "the projection behind it is applied to its values, which are fewer"
+_TAIL = "consecutive linear layers become one product"
+_OUTPUT = "the projection after it is applied to its values, which are fewer"
 
 
 def linear_layers(graph: ir.Graph) -> Iterator[tuple[ir.Node, np.ndarray]]:
@@ -35,9 +35,9 @@ def linear_layers(graph: ir.Graph) -> Iterator[tuple[ir.Node, np.ndarray]]:
 
 
 def fold_tails(graph: ir.Graph, real: Sizes, least_gain: int, batch: int) -> list[FoldDecision]:
-    """Linear layers that follow each other, also beside a residual, as one product a changing input."""
+    """Merge consecutive linear layers, also beside a residual, into one product per changing input."""
     found: list[FoldDecision] = []
-    forms = Forms(Constants(real))  # the last layers come first: what is in front of a node is still as it was
+    forms = Forms(Constants(real))  # the last layers come first: the nodes before each are still unchanged
     for node, weight in linear_layers(graph):
         if not node.outputs[0].uses() and not node.outputs[0].is_graph_output():
             continue
@@ -54,7 +54,7 @@ def fold_tails(graph: ir.Graph, real: Sizes, least_gain: int, batch: int) -> lis
 
 
 def _is_sum(form: RowForm) -> bool:
-    """Whether a form is products and a constant row, without a norm on the way."""
+    """Whether a form has only products and a constant row, and no norm on the way."""
     row = form.table is None or form.table.is_row
     normed = form.norm is not None or any(node.op_type == "LayerNormalization" for node in form.kills)
     return bool(form.terms) and row and not normed
@@ -73,7 +73,7 @@ def _write_tail(node: ir.Node, form: RowForm, weight: np.ndarray) -> None:
     count = math.prod(sizes(result)[:-1])
 
     def product(value: ir.Value, matrix: Matrix) -> ir.Value:
-        # a residual stays float where others become int8, which knows it by this name
+        # quantization knows a residual by this name, and keeps it in float
         constant = nodes.constant(matrix.value() @ weight, ".direct" if matrix.at is not None else "")
         return nodes.matmul(nodes.reshape(value, (count, sizes(value)[-1])), constant)
 
@@ -85,7 +85,7 @@ def _write_tail(node: ir.Node, form: RowForm, weight: np.ndarray) -> None:
 
 
 def fold_outputs(graph: ir.Graph, real: Sizes, least_gain: int, batch: int) -> list[FoldDecision]:
-    """The projection behind a read of probabilities, taken to the values where these are fewer."""
+    """Apply the projection after a read of probabilities to the values, where these are fewer."""
     found: list[FoldDecision] = []
     for node, weight in linear_layers(graph):
         source = operand(node)
@@ -105,7 +105,7 @@ def fold_outputs(graph: ir.Graph, real: Sizes, least_gain: int, batch: int) -> l
 
 
 def _heads(layout: Layout, read: ir.Node) -> int | None:
-    """Heads whose reads (…, h, m, d) stand side by side in the rows of ``layout``; None where they do not."""
+    """The number of heads whose reads (…, h, m, d) ``layout`` places side by side in its rows; None if it does not."""
     shape = sizes(layout.source)
     if len(shape) < 2 or not layout.axes or layout.offset:
         return None

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The new nodes of a site (formulas in `sites`), and 1/σ from the changing columns alone.
 
-Where the scores and the read of one softmax share σ, the division behind the softmax moves into it: with
-h_m = softmax(score_m − log σ_m), Σ_m p_m x_m / σ_m = Σ_m h_m x_m / Σ_m h_m σ_m. Both are further columns of products
-that are there anyway: σ log(1/σ) beside the columns of the scores, σ beside those of the read.
+If the scores and the read of one softmax share σ, the division after the softmax moves into it: with
+h_m = softmax(score_m − log σ_m), Σ_m p_m x_m / σ_m = Σ_m h_m x_m / Σ_m h_m σ_m. Both need only one more column of a
+product that exists anyway: σ log(1/σ) beside the columns of the scores, σ beside those of the read.
 """
 
 from __future__ import annotations
@@ -36,21 +36,21 @@ class Rewriter:
             _Rewriting(self, site, form, shared.get((site.node, site.side))).apply()
 
     def inverse(self, norm: Norm) -> ir.Value:
-        """1/σ (rows,), in front of the node that it replaces."""
+        """1/σ (rows,), computed before the node that it replaces."""
         values = tuple(value for value, _ in norm.form.terms)
         if (norm.node, values) not in self._inverse:
             self._inverse[norm.node, values] = _inverse_deviation(norm)
         return self._inverse[norm.node, values]
 
     def one(self, like: ir.Value, nodes: Nodes) -> ir.Value:
-        """The number 1 as a function of an input. OpenVINO would add constants of two axes to one table of N × M."""
+        """The number 1, computed from an input: OpenVINO would add the constants of two axes into one N × M table."""
         if like not in self._one:
             self._one[like] = nodes.make("Sign", [nodes.slice(like, 0, 0, 1)], (1,))
         return self._one[like]
 
 
 def _inverse_deviation(norm: Norm) -> ir.Value:
-    """All sums are of centred squares: nothing cancels where the numbers have a large offset."""
+    """1/σ from sums of centered squares: nothing cancels if the numbers have a large offset."""
     nodes, form = Nodes(norm.node), norm.form
     count = math.prod(form.lead)
     if norm.inverse is not None:
@@ -68,7 +68,7 @@ def _inverse_deviation(norm: Norm) -> ir.Value:
         if not form.terms:
             return nodes.reshape(_of_rows(nodes, form.table, 1 / np.sqrt(known)), (count,))
         rows = nodes.concat([nodes.reshape(value, (count, sizes(value)[-1])) for value, _ in form.terms])
-        # samples beside rows, which have the same constants in each
+        # samples × rows: the constants are the same in each sample
         shape = (count,) if form.table.points else (count // len(known), len(known))
         own, constant = int(used.sum()), int((~used).sum())
         mean = nodes.mean(rows)
@@ -78,13 +78,13 @@ def _inverse_deviation(norm: Norm) -> ir.Value:
         weight = nodes.constant(np.array(own * constant / form.width))
         changing = nodes.binary("Add", changing, nodes.binary("Mul", nodes.binary("Mul", apart, apart), weight))
         changing = nodes.binary("Mul", changing, nodes.constant(np.array(1 / form.width)))
-        # Last: OpenVINO 2026.4 adds a constant that follows a sum wrongly where there are several samples.
+        # Last: OpenVINO 2026.4 wrongly adds a constant that follows a sum if there are several samples.
         variance = nodes.reshape(nodes.binary("Add", changing, _of_rows(nodes, form.table, known)), (count,))
     return nodes.make("Reciprocal", [nodes.make("Sqrt", [variance], (count,))], (count,))
 
 
 def _of_rows(nodes: Nodes, table: Table, numbers: np.ndarray) -> ir.Value:
-    """One number a point of the grid: as they are, or looked up for each row (rows,)."""
+    """One number per point of the grid: as stored, or looked up for each row (rows,)."""
     stored = nodes.constant(numbers)
     if not table.points:
         return stored
@@ -98,8 +98,8 @@ def _of_rows(nodes: Nodes, table: Table, numbers: np.ndarray) -> ir.Value:
 
 @dataclass
 class _Rewriting:
-    """One site. ``shared``: σ of the scores and the read is the same, and what the scores are multiplied with on the
-    way to the softmax.
+    """The rewrite of one site. ``shared``: if the scores and the read share σ, the factor of the scores on their way to
+    the softmax.
     """
 
     rewriter: Rewriter
@@ -139,7 +139,7 @@ class _Rewriting:
         put(result, self.nodes.reshape(new, sizes(result)))
 
     def _picked(self, matrix: np.ndarray) -> np.ndarray:
-        """(r, width) -> (heads or 1, …, r, depth): each head's columns, with the layout's scale. One head's are 2-D."""
+        """(r, width) -> (heads or 1, …, r, depth): each head's columns, times the layout's scale; 2-D for one head."""
         found = np.moveaxis(matrix[:, self.site.picks], 0, -2) * self.site.layout.scale
         return found.reshape(found.shape[-2:]) if math.prod(found.shape[:-2]) == 1 else found
 
@@ -154,7 +154,7 @@ class _Rewriting:
         return self.nodes.reshape(self.nodes.transpose(apart, order), (math.prod(extents), *rest))
 
     def _all_columns(self, *more: ir.Value) -> ir.Value:
-        """The changing columns of all rows with further ones (R,) beside: (samples, …, M, C), (M, C) of one sample."""
+        """The changing columns of all rows, then ``more`` (R,): (samples, …, M, C), or (M, C) of one sample."""
         beside = [self.nodes.reshape(one, (*sizes(one), 1)) for one in more]
         joined = self.nodes.concat([*self.columns, *beside])
         lead = () if self.one_sample else self.samples
@@ -180,7 +180,7 @@ class _Rewriting:
             return nodes.matmul(queries, nodes.constant(np.swapaxes(matrix, -1, -2)))
 
         keys, more = project(self.matrix), []
-        cancels = reaches_softmax(self.site.node)  # what does not depend on the row cancels there
+        cancels = reaches_softmax(self.site.node)  # a term that does not depend on the row cancels there
         bias = None if self.bias is None or cancels else project(self.bias)
         if self.shared is not None:
             assert self.inverse is not None
@@ -204,7 +204,7 @@ class _Rewriting:
             yield term
 
     def _on_grid(self, axis: int, size: int) -> list[int]:
-        """The shape of one axis's numbers over the grid."""
+        """The shape in which one axis's numbers broadcast over the grid."""
         return [size if one == axis else 1 for one in range(len(self.grid))]
 
     def _with_tables(self, scores: ir.Value | None, terms: Iterator[ir.Value], count: int, last: bool) -> ir.Value:
@@ -221,7 +221,7 @@ class _Rewriting:
         return scores
 
     def _scores_of_queries(self) -> ir.Value:
-        """row_m · q (b, d, N) -> (b, M, N). The bias, which σ does not divide, is the factor of a column of σ."""
+        """row_m · q (b, d, N) -> (b, M, N). The bias, which σ does not divide, multiplies a column of σ."""
         nodes, keys = self.nodes, self._queries()
         count = sizes(keys)[-1]
 
@@ -257,7 +257,7 @@ class _Rewriting:
         return nodes.reshape(nodes.transpose(apart, (0, 2, 1, 3)), (*self.batch, self.rows, count))
 
     def _queries(self) -> ir.Value:
-        """The other operand with the product's leading axes apart, (b, N, d) or (b, d, N); as wide as the rows are
+        """The other operand with the product's leading axes apart, (b, N, d) or (b, d, N), expanded where the rows are
         repeated.
         """
         lead, last = self.site.lead, sizes(self.site.other)[-2:]
@@ -291,7 +291,7 @@ class _Rewriting:
     def _read_table(
         self, weights: ir.Value, count: int, norm: ir.Value | None, axis: int, table: np.ndarray
     ) -> ir.Value:
-        """Weights summed over the other axes of the grid, over ``norm``, times the table of this one."""
+        """Weights summed over the other axes of the grid, divided by ``norm``, times the table of this axis."""
         rank, nodes = len(self.batch), self.nodes
         if len(table) == 1:
             summed = nodes.reshape(nodes.sum(weights, [rank + 1]), (*self.batch, count, 1))
@@ -304,7 +304,7 @@ class _Rewriting:
         return nodes.matmul(summed, nodes.constant(self._picked(table)))
 
     def _product(self, left: ir.Value, right: ir.Value) -> ir.Value:
-        """(b, N, K) times rows (samples, K, M); heads join the rows of a sample where samples come first."""
+        """(b, N, K) times rows (samples, K, M); heads join the rows of a sample if samples come first."""
         (*given, count, depth), width = sizes(left), sizes(right)[-1]
         first = sum(size > 1 for size in self.samples)
         lead, rest = self.batch[:first], self.batch[first:]

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tensors whose rows are ``row_m = s_m (sum_i F_i[m] A_i + T_m) + b``.
 
-F_i are tensors of the graph (any number of rows), A_i constant matrices, T a constant table, s_m one number a row (1/σ
-of a LayerNorm or RMSNorm) and b a constant row. The form is closed under products with constant matrices, additions and
-multiplications of constants, both norms over the last axis, concatenation of columns, and views that keep rows whole.
-Rows that are looked up in a constant have no changing terms: their table is read at indices.
+F_i are tensors of the graph, A_i constant matrices, T a constant table, s_m one number per row (1/σ of a LayerNorm or
+RMSNorm), and b a constant row. The form is closed under products with constant matrices, addition of and multiplication
+by constants, both norms over the last axis, concatenation of columns, and views that keep rows whole. Rows that are
+looked up in a constant have no changing (input-dependent) terms: their table is read at indices.
 
     LayerNorm(F A + T) = s (F A C_0 γ + T C_0 γ) + β        C_0 = I − 11ᵀ/C,  s_m = 1/σ_m
 
-A tensor has several forms, one for each way back that is followed: the tensor itself, the input of the linear layer
-that made it, and so on. Matrices are products that nobody computes before a site needs them.
+A tensor has several forms, depending on how far back the graph is followed: the tensor itself, the input of the linear
+layer that made it, and so on. Matrices are products that are computed only when a site needs them.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from perceiver_export.exporter.fold.normalize import Constants, patches
 from perceiver_export.exporter.fold.tables import Matrix, Table
 
 _MOST_FORMS, _MOST_TERMS = 8, 3
-_SUMMED_FORMS = 3  # of each side of an addition
+_SUMMED_FORMS = 3  # tried for each side of an addition
 
 
 @dataclass(frozen=True)
 class Norm:
-    """1/σ of a LayerNorm: one number for each row of its input, whose form is ``form``.
+    """1/σ of a LayerNorm: one number per row of its input, whose form is ``form``.
 
-    ``inverse``: the value of the graph that has these numbers, as RMSNorm is written.
+    ``inverse``: the graph's own value of 1/σ, which a decomposed RMSNorm has.
     """
 
     node: ir.Node
@@ -45,7 +45,7 @@ class Norm:
 
     @property
     def changing(self) -> np.ndarray | None:
-        """A mask of the changing columns where they stand, as they are, beside constant ones: σ follows from them."""
+        """A mask of the changing columns if they stand unmodified beside constant ones, so that σ follows from them."""
         table, mask = self.form.table, np.zeros(self.form.width, bool)
         for _, matrix in self.form.terms:
             if matrix.at is None:
@@ -54,7 +54,7 @@ class Norm:
         return mask if self.inverse is None and table is not None and table.only(~mask) else None
 
     def reads(self) -> list[ir.Value]:
-        """What σ is computed from."""
+        """The values that σ is computed from."""
         if self.inverse is not None:
             return [self.inverse]
         return [value for value, _ in self.form.terms] if self.changing is not None else [operand(self.node)]
@@ -62,7 +62,7 @@ class Norm:
 
 @dataclass(frozen=True)
 class RowForm:
-    """Rows over the axes ``lead``, of ``width`` columns. ``kills``: nodes that are not needed for it."""
+    """Rows over the axes ``lead``, of ``width`` columns. ``kills``: nodes that this form makes unnecessary."""
 
     lead: Shape
     width: int
@@ -74,7 +74,7 @@ class RowForm:
 
     @property
     def columns(self) -> int:
-        """Changing numbers of a row."""
+        """The number of changing values per row."""
         return sum(matrix.rows for _, matrix in self.terms)
 
     @property
@@ -92,21 +92,21 @@ class RowForm:
         return self._with(lambda one: one * own, node)
 
     def placed(self, at: int, width: int) -> RowForm:
-        """As columns ``at`` and following of wider rows."""
+        """The form as columns ``at`` and following of wider rows."""
         return self._with(lambda one: one.placed(at, width), None, width)
 
     def shifted(self, bias: np.ndarray, node: ir.Node | None = None) -> RowForm:
-        """Each row plus one that is the same for all."""
+        """Each row plus one constant row."""
         total = Matrix.of(np.broadcast_to(bias.reshape(1, -1), (1, self.width)))
         return replace(self, bias=total if self.bias is None else self.bias + total, kills=self._killed(node))
 
     def normed(self, norm: Norm, scale: np.ndarray, shift: np.ndarray | None) -> RowForm:
-        """LayerNorm's form; this one must not have a norm."""
+        """The form after a LayerNorm; this one must not have a norm."""
         made = self.without_bias()._with(lambda one: one.centred() * scale, norm.node)
         return replace(made, norm=norm, bias=None if shift is None else Matrix.of(shift.reshape(1, -1)))
 
     def without_bias(self) -> RowForm:
-        """The bias as part of the table; without a norm that is the same."""
+        """The form with its bias moved into the table, which is equal without a norm."""
         if self.bias is None:
             return self
         table = Table((1,), (self.bias,))
@@ -125,7 +125,7 @@ class RowForm:
 
 
 def join(left: RowForm, right: RowForm, node: ir.Node) -> RowForm | None:
-    """The sum of two forms of the same rows; None where one is normed, or the tables have different grids."""
+    """The sum of two forms of the same rows; None if one is normed, the grids differ, or there are too many terms."""
     if left.norm or right.norm or len(left.terms) + len(right.terms) > _MOST_TERMS:
         return None
     left, right = left.without_bias(), right.without_bias()
@@ -138,7 +138,7 @@ def join(left: RowForm, right: RowForm, node: ir.Node) -> RowForm | None:
 
 
 class Forms:
-    """The forms of the values of one graph. ``constant`` gives the numbers of what does not depend on an input."""
+    """The forms of the values of one graph. ``constant`` computes values that do not depend on an input."""
 
     def __init__(self, constant: Constants) -> None:
         self.constant = constant
@@ -146,7 +146,7 @@ class Forms:
         self._tables: dict[ir.Value, Table | None] = {}
 
     def of(self, value: ir.Value) -> list[RowForm]:
-        """The tensor itself first, then what it was made from."""
+        """The tensor itself first, then forms from further back."""
         if value not in self._known:
             shape = sizes(value)
             itself = RowForm(shape[:-1], shape[-1], ((value, Matrix.identity(shape[-1])),))
@@ -158,7 +158,7 @@ class Forms:
         return self._known[value]
 
     def table(self, value: ir.Value, shape: Shape) -> Table | None:
-        """A constant that is added to rows of ``shape``, None where it is none or has other rows."""
+        """A constant that is added to rows of ``shape``; None if it is not constant or its rows do not fit."""
         if value not in self._tables:
             array = self.constant(value)
             self._tables[value] = None if array is None else Table.of(array, shape)
@@ -221,7 +221,7 @@ class Forms:
         return None if table is None else replace(form, table=table, kills=form.kills | {node})
 
     def _turned(self, node: ir.Node, shape: Shape) -> Iterator[RowForm]:
-        """Pixels whose channels came first: the rows that they were made from, or patches."""
+        """Pixels that were transposed from channels first: the rows that they were made from, or patches."""
         value, layout = node.outputs[0], layout_of(node.outputs[0])
         source, kills = layout.source, _between(layout.source, value)
         own = sizes(source)
@@ -244,7 +244,7 @@ class Forms:
             yield RowForm(shape[:-1], shape[-1], (), table, kills=frozenset({node}))
 
     def _concat(self, node: ir.Node, shape: Shape) -> Iterator[RowForm]:
-        """Columns side by side; each input as it is, then as what made it."""
+        """Columns side by side: each input as it is, then each in its deepest form."""
         if axis_of(node, len(shape), 0) == len(shape) - 1:
             made = (self._side_by_side(node, shape, deep) for deep in (False, True))
             yield from (form for form in made if form is not None)
@@ -271,7 +271,7 @@ class Forms:
         scale, shift = array_of(node.inputs[1]), array_of(node.inputs[2]) if len(node.inputs) > 2 else None
         if scale is None or axis_of(node, len(shape)) != len(shape) - 1:
             return
-        epsilon = float(np.float32(node.attributes.get_float("epsilon", 1e-5)))  # as files hold it
+        epsilon = float(np.float32(node.attributes.get_float("epsilon", 1e-5)))  # as stored in files
         forms = [form for form in self.of(operand(node)) if form.norm is None]
         norms = [Norm(node, form.without_bias(), epsilon) for form in forms]
         narrow = next((norm for norm in norms if norm.changing is not None), None)
@@ -281,13 +281,13 @@ class Forms:
 
 
 def _divides_rows(value: ir.Value | None, shape: Shape) -> bool:
-    """Whether a value is one positive number a row: the reciprocal of a root."""
+    """Whether a value is one positive number per row: the reciprocal of a square root."""
     node = made_by(value, "Reciprocal")
     return node is not None and made_by(node.inputs[0], "Sqrt") is not None and shape_of(value) == (*shape[:-1], 1)
 
 
 def _flat(layout: Layout) -> list[Axis]:
-    """Its axes as one of rows and one of columns."""
+    """The layout's axes merged into one of rows and one of columns."""
     *lead, last = layout.axes
     return [joined([atom for axis in lead for atom in axis]), joined(last)]
 

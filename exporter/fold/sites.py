@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Matrix products that can be re-associated, what that costs, and what was decided.
+"""Matrix products that can be re-associated, what that costs, and the decision.
 
-A site is a product one of whose operands is a layout of rows in some form. With q for the other operand,
+A site is a product with an operand that is a layout of rows in some form. With q, or p in a read, as the other operand,
 
     scores   q · row_m  =  s_m (q A_iᵀ F_i[m] + q T_mᵀ) + q bᵀ         it contracts the rows' columns
     read     Σ_m p_m row_m  =  (Σ_m p_m s_m F_i[m]) A_i + Σ_m p_m s_m T_m + b Σ_m p_m      it contracts the rows
 
-so that the rows themselves are never computed. All sites of one projection are decided together: it is only saved if
-nobody reads it any more.
+so that the rows themselves are never computed. All sites of one projection are decided together: it is saved only if
+nothing reads it any more.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ from perceiver_export.exporter.fold.nodes import VIEWS, Sizes, array_of, is_fold
 from perceiver_export.exporter.fold.rowform import Forms, RowForm
 from perceiver_export.runtimes.manifest import Cost, FoldDecision
 
-# Of a 2-core VNNI Xeon under ONNX Runtime: 430 GFLOP/s in large products, 40 GB/s in element-wise passes.
+# On a 2-core VNNI Xeon under ONNX Runtime: 430 GFLOP/s in large products, 40 GB/s in element-wise passes.
 FLOPS_A_BYTE = 10
-# Quantized, a linear layer runs about three times as fast; scores and what reads them stay in floats.
+# In int8, a linear layer runs about three times as fast; scores and reads stay in float.
 _OF_WEIGHTS = 3
 _FLOAT = 4
 LEAST_GAIN = 1 << 22  # FLOPs; a fraction of a millisecond anywhere
-_SAVED = frozenset({"MatMul", "LayerNormalization", "Concat"})  # what a form must make unnecessary
-_MOST_AXES = 3  # of a grid: engines take tensors of rank 6
+_SAVED = frozenset({"MatMul", "LayerNormalization", "Concat"})  # a form must make one of these unnecessary
+_MOST_AXES = 3  # of a grid: engines take tensors up to rank 6
 
 
 @dataclass(frozen=True, eq=False)
 class Site:
     """One operand of one product. Axes are atoms of the rows' tensor, see `layout`.
 
-    ``batch``: the product's leading axes, with their kinds: `row` (samples), `column` (heads) or `none` (repeated);
-    ``lead``: the same for the other operand, 1 where that is repeated. ``rows`` and ``columns``: the last two axes.
-    ``picks`` (heads or 1, …, d): the columns that each head reads.
-    ``order``: (extents, axes) that take the rows to the order in which the product reads them, None where they are.
+    ``batch``: the product's leading axes, with their kinds: `row` (samples), `column` (heads) or `none` (repeated).
+    ``lead``: their sizes in the other operand, 1 where it is repeated. ``num_rows`` and ``num_columns``: sizes of the
+    last two axes. ``picks`` (heads or 1, …, d): the columns that each head reads. ``order``: (extents, axes) that bring
+    the rows into the order in which the product reads them, None if they are in it.
     """
 
     node: ir.Node
@@ -64,7 +64,7 @@ class Site:
 
 
 def find_sites(graph: ir.Graph, forms: Forms) -> tuple[list[Site], dict[ir.Node, str]]:
-    """All sites in the graph's order, and why the other products of two activations are none."""
+    """All sites in the graph's order, and why the other products of two activations are not sites."""
     found: list[Site] = []
     blocked: dict[ir.Node, str] = {}
     for node in graph:
@@ -89,7 +89,7 @@ def _site(node: ir.Node, side: int, forms: Forms) -> Site | str:
     layout = layout_of(value)
     shape = sizes(layout.source)
     if len(shape) < 2 or len(layout.axes) < 2:
-        return "an operand is no matrix"
+        return "an operand is not a matrix"
     width = shape[-1]
     result, other = sizes(node.outputs[0])[:-2], sizes(operand(node, 1 - side))[:-2]
     *batch, first, second = layout.axes
@@ -112,7 +112,7 @@ def _site(node: ir.Node, side: int, forms: Forms) -> Site | str:
     leading = [atom for axis in batch for atom in axis]
     order = _order([atom for atom in leading if _kind(atom, width) == "row"] + rows, math.prod(shape[:-1]), width)
     if order is None or layout.offset >= width:
-        return "some of the rows only"
+        return "only some of the rows are read"
     made = tuple(form for form in forms.of(layout.source) if form.kills)
     if not any(one.op_type in _SAVED for form in made for one in form.kills):
         return _reason(layout.source)
@@ -137,7 +137,7 @@ def _kind(atom: Atom, width: int) -> str:
 
 
 def _split(axis: Axis, width: int) -> Axis:
-    """An atom that counts rows and their columns, as nn.MultiheadAttention's samples × heads, as one of each."""
+    """Split an atom that spans rows and columns, such as nn.MultiheadAttention's samples × heads, into one of each."""
     made: Axis = []
     for size, stride in axis:
         if 0 < stride < width < size * stride and width % stride == 0 and size * stride % width == 0:
@@ -152,7 +152,7 @@ def _all(axis: Iterable[Atom], kind: str, width: int) -> bool:
 
 
 def _order(rows: list[Atom], count: int, width: int) -> tuple[list[int], list[int]] | None:
-    """Extents of the source's rows and the axes that give the product's order; None where some rows are left out."""
+    """Extents of the source's rows and the axes that give the product's order; None if some rows are left out."""
     falling = sorted(range(len(rows)), key=lambda index: -rows[index][1])
     left = count
     for index in falling:
@@ -172,7 +172,7 @@ def _picks(leading: list[Atom], columns: list[Atom], offset: int, width: int) ->
 
 
 def _reason(source: ir.Value) -> str:
-    """Why rows have no other form than themselves."""
+    """Why rows have no form but themselves."""
     node = source.producer()
     if node is None:
         return "an operand is an input of the graph"
@@ -183,12 +183,12 @@ def _reason(source: ir.Value) -> str:
     if node.op_type in ("Add", "Sub", "Concat") and operators & {"Mul", "Neg"}:
         return "rotary positions or another product of activations"
     if node.op_type in ("Div", "Mul"):
-        return "rows are divided by their norm, or multiplied with an activation"
+        return "rows are divided by their norm, or multiplied by an activation"
     return f"{node.op_type} makes the rows"
 
 
 class Work(Cost, frozen=True):
-    """A cost; of its FLOPs, ``of_weights`` are of linear layers, which can be quantized."""
+    """A cost. ``of_weights``: its FLOPs in linear layers, which can be quantized."""
 
     of_weights: int = 0
 
@@ -200,7 +200,7 @@ class Work(Cost, frozen=True):
 
     @property
     def in_floats(self) -> int:
-        """FLOPs, with those that its bytes are worth."""
+        """FLOPs, plus those that its bytes are worth."""
         return self.flops + FLOPS_A_BYTE * self.bytes
 
     @property
@@ -208,7 +208,7 @@ class Work(Cost, frozen=True):
         return self.in_floats - self.of_weights + self.of_weights // _OF_WEIGHTS
 
     def gain(self, new: Work) -> int:
-        """What ``new`` in its place saves in floats, or the loss of a quantized model if that loses by it."""
+        """What ``new`` in its place saves in float; if int8 loses by it, the smaller of the two gains."""
         floats, int8 = self.in_floats - new.in_floats, self.in_int8 - new.in_int8
         return floats if int8 >= 0 else min(floats, int8)
 
@@ -220,7 +220,7 @@ def node_flops(node: ir.Node, real: Sizes) -> int:
 
 
 def cost_of(nodes: Iterable[ir.Node], real: Sizes) -> Work:
-    """FLOPs, and bytes of activations that are read and written."""
+    """FLOPs, and the bytes of activations that are read and written."""
     flops = of_weights = numbers = 0
     for node in nodes:
         own = node_flops(node, real)
@@ -236,7 +236,7 @@ def cost_of(nodes: Iterable[ir.Node], real: Sizes) -> Work:
 
 
 def unneeded(values: Iterable[ir.Value], without: Collection[ir.Node], kept: Iterable[ir.Value]) -> set[ir.Node]:
-    """Nodes that nobody needs once the nodes ``without`` read the values no more; ``kept`` are still read."""
+    """Nodes that are unneeded once the nodes ``without`` no longer read ``values``; ``kept`` are still read."""
     dead: set[ir.Node] = set()
     keep = {value.producer() for value in kept}
     left = [node for value in values if (node := value.producer()) is not None]
@@ -251,7 +251,7 @@ def unneeded(values: Iterable[ir.Value], without: Collection[ir.Node], kept: Ite
 
 
 def folded_cost(site: Site, form: RowForm, real: Sizes) -> Work | None:
-    """Of the nodes that would take a site's place; None where they cannot be made."""
+    """The cost of the nodes that would replace a site; None if they cannot be made."""
     axes = extra = 0
     if form.table is not None:
         grid = form.table.sizes
@@ -269,7 +269,7 @@ def folded_cost(site: Site, form: RowForm, real: Sizes) -> Work | None:
     of_weights = 0 if fixed else 2 * queries * columns * (form.columns + extra)
     normed = form.norm is not None
     all_rows = real.count(form.lead)
-    # a table is added to the scores, and sums over the other axes of a read are read for it
+    # each axis of a table is added to the scores, or needs a sum over the other axes of the read's weights
     numbers = queries * rows * (1 + 2 * normed + (2 if site.kind == "scores" else 1) * axes)
     numbers += all_rows * form.columns * 2 * (1 + normed) + 3 * all_rows * normed
     return Work(2 * queries * rows * form.columns + of_weights, numbers * _FLOAT, of_weights)
@@ -277,7 +277,7 @@ def folded_cost(site: Site, form: RowForm, real: Sizes) -> Work | None:
 
 @dataclass(frozen=True, eq=False)
 class Choice:
-    """The cheapest form of all sites that read one tensor, the form's index, and what both ways cost."""
+    """All sites that read one tensor, the index of their cheapest form, and what both ways cost."""
 
     sites: tuple[Site, ...]
     index: int
@@ -290,7 +290,7 @@ class Choice:
 
 
 def choose(sites: Iterable[Site], real: Sizes, least_gain: int) -> tuple[list[Choice], list[Choice]]:
-    """What is folded, the largest gain first, and what is not. Sites that read one tensor are decided together."""
+    """The choices to fold, the largest gain first, and those to leave. Sites of one tensor are decided together."""
     groups: dict[ir.Value, list[Site]] = {}
     for site in sites:
         groups.setdefault(site.layout.source, []).append(site)
@@ -302,7 +302,7 @@ def choose(sites: Iterable[Site], real: Sizes, least_gain: int) -> tuple[list[Ch
             return taken, [one for one in best.values() if one is not None]
         taken.append(choice)
         del best[source]
-        # A product is rewritten once: what shares one with it has less to gain now.
+        # A product is rewritten once: groups that share one with this choice gain less now.
         nodes = {site.node for site in choice.sites}
         for other in [one for one in best if any(site.node in nodes for site in groups[one])]:
             groups[other] = [site for site in groups[other] if site.node not in nodes]
@@ -325,18 +325,18 @@ def _best(group: list[Site], real: Sizes) -> Choice | None:
 
 
 def decided(node: ir.Node, plain: Work, new: Work, folded: bool, how: str, batch: int) -> FoldDecision:
-    """A decision as the manifest records it, for one sample. ``how``: what a fold does."""
+    """A decision as the manifest records it, for one sample. ``how``: the effect of the fold."""
     one, other = plain.per_sample(batch), new.per_sample(batch)
     ratio = plain.in_floats / max(new.in_floats, 1)
     if folded:
         why = f"{how}: {ratio:.1f} times less work"
     elif ratio > 1 and plain.gain(new) <= 0:
         saved = (one.flops - other.flops) / 1e6
-        why = f"folding would save {saved:.2f} MFLOP, but what is left multiplies two activations: slower in int8"
+        why = f"folding would save {saved:.2f} MFLOP, but the rest multiplies two activations: slower in int8"
     elif ratio > 1:
         kind, unit = ("flops", "MFLOP") if other.flops < one.flops else ("bytes", "MB")
         before, after = (getattr(cost, kind) / 1e6 for cost in (one, other))
         why = f"folding would save only {before - after:.2f} of {before:.2f} {unit}"
     else:
-        why = f"folded would be {1 / ratio:.1f} times the work"
+        why = f"folding would take {1 / ratio:.1f} times the work"
     return FoldDecision(node.name or "", one, other, "folded" if folded else "plain", why)

@@ -21,13 +21,13 @@ _NAMES = (
     "Round Selu Sigmoid Sign Sin Softplus Softsign Sqrt Sub Tanh Where Xor",
 )
 ELEMENTWISE = frozenset(" ".join(_NAMES).split())
-_MOST_GROWN = 60  # nodes behind a region that are tried so that several results become one
+_MOST_GROWN = 60  # nodes after a region that are tried to merge its results into one
 # The axis of each input that is cut where the result is cut; None: all of that input is needed.
 Cuts = list[int | None]
 
 
 def cuts(node: ir.Node, axis: int) -> Cuts | None:
-    """Where the inputs of a node are cut if its result is cut at ``axis``; None where it cannot be."""
+    """Where the inputs of a node are cut if its result is cut at ``axis``; None if it cannot be."""
     if not is_known(node):
         return None
     if node.op_type in ELEMENTWISE:
@@ -143,7 +143,7 @@ _RULES: dict[str, Callable[[ir.Node, int], Cuts | None]] = {
 
 @dataclass
 class Region:
-    """Nodes in the graph's order, the axis at which each of their values is cut, what they read, what they give."""
+    """Nodes in the graph's order, the axis at which each value that they read or make is cut, and their results."""
 
     nodes: list[ir.Node]
     axes: dict[ir.Value, int]
@@ -155,15 +155,15 @@ class Region:
 
     @property
     def steps(self) -> int:
-        """Into how many equal parts the axis can be cut."""
+        """The number of equal parts into which the axis can be cut."""
         return math.gcd(*(sizes(value)[axis] for value, axis in self.axes.items()))
 
 
 def region_of(softmax: ir.Node, axis: int, least: int) -> Region | None:
-    """The region around a softmax that is cut at an axis; None where something needs all of it.
+    """The region around a softmax that is cut at an axis; None if a node needs the whole axis.
 
-    Nodes in front of the softmax belong to it if they make at least ``least`` numbers, nodes behind it as long as they
-    read so many of it.
+    Nodes before the softmax belong to it if they make at least ``least`` numbers, nodes after it if they are views or
+    read more than ``least`` numbers of it.
     """
     return _Growing(softmax, axis, least).grown()
 
@@ -189,7 +189,7 @@ class _Growing:
         return region if self._sound(region) else None
 
     def _backward(self) -> bool:
-        """What is computed for the softmax alone."""
+        """Add the nodes that compute only for the softmax; False if it cannot be cut."""
         found = cuts(self.softmax, self.axes[self.softmax.outputs[0]])
         if found is None:
             return False
@@ -208,7 +208,7 @@ class _Growing:
         return True
 
     def _cut(self, node: ir.Node, found: Cuts) -> bool:
-        """Note where a node's inputs are cut; False where one would be cut in two ways."""
+        """Note where a node's inputs are cut; False if one would be cut at two axes."""
         pairs = zip(node.inputs, found, strict=True)
         wanted = [(value, axis) for value, axis in pairs if value is not None and axis is not None]
         if any(self.axes.get(value, axis) != axis for value, axis in wanted):
@@ -217,13 +217,13 @@ class _Growing:
         return True
 
     def _read(self, node: ir.Node) -> list[ir.Value]:
-        """What a node outside reads of the region."""
+        """The values of the region that a node outside reads."""
         if node in self.nodes:
             return []
         return [value for value in node.inputs if value is not None and value.producer() in self.nodes]
 
     def _take(self, node: ir.Node) -> bool:
-        """Add a node behind the region, where its result can be cut as what it reads is."""
+        """Add a node after the region, if its result can be cut like the values that it reads."""
         read = self._read(node)
         if not read or len(node.outputs) > 1 or not is_known(node):
             return False
@@ -248,7 +248,7 @@ class _Growing:
         ]
 
     def _meet(self) -> None:
-        """Several results keep the softmax of every piece alive until the last is read: go on to where they meet."""
+        """Grow to where the results meet: several keep the softmax of every piece alive until the last is read."""
         if len(self._results()) < 2:
             return
         state, tried = (set(self.nodes), dict(self.axes)), 0
@@ -263,7 +263,7 @@ class _Growing:
         self.nodes, self.axes = state
 
     def _sound(self, region: Region) -> bool:
-        """No node of it needs a value of it whole, directly or by way of nodes outside."""
+        """Whether no node of the region needs a value of it whole, directly or through nodes outside."""
         inside = region.inside
         for node in region.nodes:
             found = cuts(node, self.axes[node.outputs[0]])
@@ -276,7 +276,7 @@ class _Growing:
 
 
 def dependent(graph: ir.Graph, values: Iterable[ir.Value]) -> set[ir.Value]:
-    """Values, and all that depends on their numbers."""
+    """The values, and all values that depend on their numbers."""
     found = set(values)
     for node in graph:
         if node.op_type not in ("Shape", "Size") and any(value in found for value in node.inputs):
@@ -287,7 +287,7 @@ def dependent(graph: ir.Graph, values: Iterable[ir.Value]) -> set[ir.Value]:
 def copy_region(
     nodes: Nodes, region: Region, take: Callable[[ir.Value, int], ir.Value], extent: Callable[[int], int]
 ) -> dict[ir.Value, ir.Value]:
-    """The region for some rows: ``take`` gives those of a value from outside, ``extent`` their number on an axis."""
+    """Copy the region for some rows: ``take`` selects those of an outside value, ``extent`` resizes an axis."""
     made: dict[ir.Value, ir.Value] = {}
     for node in region.nodes:
         result = node.outputs[0]
@@ -315,7 +315,7 @@ def copy_region(
 
 
 def rows_of(nodes: Nodes, value: ir.Value, axis: int, start: int, stop: int) -> ir.Value:
-    """Some rows of a value, those of a constant as a constant."""
+    """Some rows of a value; those of a constant are a constant."""
     array = array_of(value)
     if array is None:
         return nodes.slice(value, axis, start, stop)
@@ -323,7 +323,7 @@ def rows_of(nodes: Nodes, value: ir.Value, axis: int, start: int, stop: int) -> 
 
 
 def places(parts: Iterable[ir.Value], axis: int) -> Iterator[tuple[ir.Value, slice]]:
-    """Each part, and its rows among those of all."""
+    """Each part, and its rows among those of all parts."""
     start = 0
     for part in parts:
         stop = start + sizes(part)[axis]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is known of scores on their way to a softmax, and of probabilities behind it."""
+"""Properties of scores before a softmax, and of probabilities after it."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def shared_norms(chosen: Iterable[tuple[Site, RowForm]]) -> dict[tuple[ir.Node, 
 
 
 def _softmax_read(node: ir.Node) -> tuple[ir.Node | None, float]:
-    """The product that reads the softmax of a product's scores alone, and what they are multiplied with before it."""
+    """The only product that reads the softmax of a product's scores, and the factor of the scores before it."""
     factor, softmax = 1.0, False
     for value, user in _readers(node.outputs[0]):
         if user.op_type == "MatMul" and softmax and user.inputs[0] is value:
@@ -69,7 +69,7 @@ def _readers(value: ir.Value) -> Iterator[tuple[ir.Value, ir.Node]]:
 
 
 def _factor(node: ir.Node, value: ir.Value) -> float | None:
-    """The number that a node multiplies the value with."""
+    """The number that a node multiplies the value by."""
     if node.op_type == "Div":
         found = number(node.inputs[1]) if node.inputs[0] is value else None
         return None if not found else 1 / found
@@ -77,8 +77,8 @@ def _factor(node: ir.Node, value: ir.Value) -> float | None:
 
 
 def reaches_softmax(node: ir.Node) -> bool:
-    """Whether scores go into a softmax over the rows' axis only, multiplied with or added to what does not change
-    that a term of the query cancels.
+    """Whether scores go only into a softmax over the rows' axis, through nodes after which a term of the query alone
+    still cancels.
     """
     for value, user in _readers(node.outputs[0]):
         if user.op_type == "Softmax":
@@ -101,9 +101,9 @@ def sums_to_one(weights: ir.Value) -> bool:
 
 
 def drop_single_keys(graph: ir.Graph) -> None:
-    """Probabilities of a single key times its value become the value, for each query; scores lose their readers.
+    """Replace the probabilities of a single key times its value with the value, for each query; scores become unused.
 
-    Besides the work this saves OpenVINO 2026.4 an error: it cannot move int8's scales behind a key (N, 1, C, 1).
+    Besides saving work, this avoids an error of OpenVINO 2026.4, which cannot move int8 scales past a key (N, 1, C, 1).
     """
     for node in list(graph):
         if node.op_type != "MatMul" or node.outputs[0].is_graph_output() or not _has_one_key(operand(node)):
@@ -114,7 +114,7 @@ def drop_single_keys(graph: ir.Graph) -> None:
 
 
 def _has_one_key(weights: ir.Value) -> bool:
-    """Whether a softmax over one element makes the columns of ``weights``, of which there is one."""
+    """Whether ``weights`` has one column, made by a softmax over one element."""
     shape = shape_of(weights)
     while (node := made_by(weights, *VIEWS, "Cast", "Dropout")) is not None:
         weights = operand(node)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Constant matrices and tables, computed when they are needed.
 
-A table of constant rows on a grid is one small table an axis where it is the sum of such: Fourier positions are.
+A table of constant rows on a grid is stored as one small table per axis if it is their sum, as Fourier positions are.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Matrix:
     rows: int
     columns: int
     value: Callable[[], np.ndarray]
-    at: int | None = None  # where its rows are the unit vectors of that many columns, the first of them
+    at: int | None = None  # the first column, if its rows are the unit vectors of consecutive columns
 
     @classmethod
     def of(cls, array: np.ndarray) -> Matrix:
@@ -49,11 +49,11 @@ class Matrix:
         return self._then(lambda own: own + other.value())
 
     def centred(self) -> Matrix:
-        """Each row less its mean."""
+        """Each row minus its mean."""
         return self._then(lambda own: own - own.mean(1, keepdims=True))
 
     def placed(self, at: int, width: int) -> Matrix:
-        """As columns ``at`` and following of a wider matrix."""
+        """The matrix as columns ``at`` and following of a wider one."""
         made = self._then(lambda own: np.pad(own, ((0, 0), (at, width - at - own.shape[1]))), width)
         return made if self.at is None else replace(made, at=self.at + at)
 
@@ -65,7 +65,7 @@ class Matrix:
 class Table:
     """``row[m] = sum_a tables[a][i_a]`` for each point m of a grid of ``sizes``; sizes (1,): one row for all.
 
-    ``points``: where rows are looked up, the indices i_a of all rows, a value of the graph for each axis.
+    ``points``: if rows are looked up, the indices i_a of all rows, one value of the graph per axis.
     """
 
     sizes: Shape
@@ -76,7 +76,7 @@ class Table:
     def of(cls, array: np.ndarray, shape: Shape) -> Table | None:
         """A constant that broadcasts to ``shape``, as rows of its last axes; equal samples count once.
 
-        None where samples differ in axes that broadcast, or a table of all rows is no sum over axes.
+        None if the last axis is broadcast, or the rows are not a sum over the axes of a grid.
         """
         array = array.reshape((1,) * (len(shape) - array.ndim) + array.shape)
         if array.shape[-1] != shape[-1]:
@@ -103,11 +103,11 @@ class Table:
         return self.sizes == (1,)
 
     def each(self, change: Callable[[Matrix], Matrix]) -> Table:
-        """With something linear done to every row."""
+        """The table with a linear change of every row."""
         return replace(self, tables=tuple(map(change, self.tables)))
 
     def plus(self, other: Table) -> Table | None:
-        """The sum; None where the grids differ."""
+        """The sum; None if the grids differ."""
         if self.is_row or other.is_row:
             row, grid = (self, other) if self.is_row else (other, self)
             return replace(grid, tables=(grid.tables[0] + row.tables[0], *grid.tables[1:]))
@@ -118,7 +118,7 @@ class Table:
         return replace(self, tables=tuple(one + more for one, more in zip(self.tables, other.tables, strict=True)))
 
     def _also_at(self, other: Table) -> Table:
-        """Plus rows that are looked up elsewhere, or with the same indices."""
+        """The sum of looked-up rows, whose indices are the same or others."""
         found = dict(zip(self.points, zip(self.sizes, self.tables, strict=True), strict=True))
         for points, size, table in zip(other.points, other.sizes, other.tables, strict=True):
             found[points] = (size, found[points][1] + table) if points in found else (size, table)
@@ -126,13 +126,13 @@ class Table:
         return Table(sizes, tables, tuple(found))
 
     def only(self, columns: np.ndarray) -> bool:
-        """Whether all other columns (a mask) are zero."""
+        """Whether all columns outside the mask are zero."""
         return bool(columns.all()) or not any(np.any(table.value()[:, ~columns]) for table in self.tables)
 
     def moments(self, columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Of each row, over some columns (a mask): the mean, and the sum of squared deviations from it.
+        """For each row, over the columns of a mask: the mean, and the sum of squared deviations from it.
 
-        The squares of a sum over axes are sums over pairs of axes: the rows of the whole grid are never made.
+        The square of a sum over axes is a sum over pairs of axes, so the rows of the whole grid are never made.
         """
         mean, square = (np.zeros(self.sizes) for _ in range(2))
         centred = []
@@ -146,13 +146,13 @@ class Table:
         return mean.reshape(-1), square.reshape(-1)
 
     def _along(self, array: np.ndarray, *axes: int) -> np.ndarray:
-        """An array over some axes of the grid, to be added to one over all of them."""
+        """An array over some axes of the grid, in a shape that can be added to one over all axes."""
         return array.reshape([size if axis in axes else 1 for axis, size in enumerate(self.sizes)])
 
 
 def _separated(rows: np.ndarray) -> Table | None:
     """A table of rows (M, C) as a sum over the axes of a grid: found numerically, checked at every row; None if it is
-    no such sum. Computed in float64, of which few rows at a time lie in memory.
+    no such sum. The check is in float64, with few rows at a time in memory.
     """
     count, scale = len(rows), max(float(rows.max()), -float(rows.min()), 1e-30)
     probes = np.random.default_rng(0)

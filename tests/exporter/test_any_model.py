@@ -259,10 +259,10 @@ FILES: list[tuple[str, type[PerceiverExportError], str, str, str]] = [
     ("y = Mul(s, x)", UnsupportedModelError, "dimension of s\n", "float s, float[1,8] x", "float[] y"),
     (PRODUCT, UnsupportedModelError, "double", "double[1,8] x", "double[] y"),
     (PRODUCT, UsageError, "'x'", "float[n,m] x", "float[] y"),
-    ("y = SequenceConstruct(x, x)", UnsupportedModelError, "'y' is no tensor", "float[1,8] x", "seq(float[1,8]) y"),
-    ("y = SequenceAt(x, i)", UnsupportedModelError, "'x' is no tensor", "seq(float) x, int64 i", "float[] y"),
+    ("y = SequenceConstruct(x, x)", UnsupportedModelError, "'y' is not a tensor", "float[1,8] x", "seq(float[1,8]) y"),
+    ("y = SequenceAt(x, i)", UnsupportedModelError, "'x' is not a tensor", "seq(float) x, int64 i", "float[] y"),
     ("t = Constant<value = float[0] {}>()  y = Gather(t, i)", UnsupportedModelError, "out of", "int64[1] i", "float y"),
-    ("y = Relu(x)", UnsupportedModelError, r"twice as outputs: y", "float[n,8] x", "float[n,8] y, float[n,8] y"),
+    ("y = Relu(x)", UnsupportedModelError, r"outputs listed twice: y", "float[n,8] x", "float[n,8] y, float[n,8] y"),
 ]
 
 
@@ -310,7 +310,7 @@ def test_a_negative_size_is_an_open_one(tmp_path: Path) -> None:
 
 def test_a_file_of_a_fixed_batch_takes_no_other(tmp_path: Path) -> None:
     path = write(tmp_path / "m.onnx", f"(float[2,8] x) => (float[] y) {{ {PRODUCT} }}", w=WEIGHTS)
-    with pytest.raises(UsageError, match="takes 2 samples a call"):
+    with pytest.raises(UsageError, match="takes 2 samples per call"):
         export(path, tmp_path / "b", ExportOptions(batch="1:2:4"))
     with pytest.raises(UnsupportedModelError, match="Got: 9 Expected: 8"):
         load_model(path).run({"x": np.ones((2, 9), np.float32)})

@@ -37,7 +37,7 @@ def test_hub_ids_come_from_the_cache(make_checkpoint: MakeCheckpoint, cache: Pat
     loaded = load_model("somebody/small-perceiver", shape={"image": (3, 8, 8)})
     assert (loaded.source, loaded.task) == ("somebody/small-perceiver", "image-classification")
 
-    with pytest.raises(CheckpointError, match=r"somebody/other is no directory, and cannot be downloaded") as absent:
+    with pytest.raises(CheckpointError, match=r"somebody/other is not a directory and cannot be downloaded") as absent:
         load_model("somebody/other")
     assert "hf download somebody/other" in absent.value.hint
 

@@ -202,7 +202,7 @@ def test_a_classifier_of_ones_own_has_labels_and_top_1(tmp_path: Path, monkeypat
 def test_a_bare_model_is_sent_to_the_road_to_labels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(Path(__file__).parents[2])
 
-    with pytest.raises(UsageError, match="how inputs are prepared for image-classification") as caught:
+    with pytest.raises(UsageError, match="preprocessing and labels of image-classification") as caught:
         load_model("examples.your_own:robot", task="image-classification")
     assert "LoadedModel.own(model, 'image-classification', labels=" in caught.value.hint
     with pytest.raises(UsageError, match="--task cannot be 'classify'"):
@@ -239,7 +239,7 @@ def test_what_no_module_can_be_made_of(tmp_path: Path) -> None:
     modules: list[tuple[Any, str]] = [
         (torch.jit.trace(layer, row), "module that it was made from"),
         (torch.export.export(layer, (row,)).module(), "module that it was made from"),
-        (Fails(SystemExit(0)), "that forward(input) takes"),
+        (Fails(SystemExit(0)), "that forward(input) accepts"),
     ]
     for module, hint in modules:
         with pytest.raises(UnsupportedModelError) as caught:

@@ -95,7 +95,7 @@ def test_a_range_of_batches_is_left_to_tritons_batcher_as_the_bench_says(batched
     measured = package(batched, "triton", tmp_path / "second") / "fashion-v2" / "config.pbtxt"
     config = triton_config(measured)
     assert (config.dynamic_batching.max_queue_delay_microseconds, config.instance_group[0].count) == (4000, 2)
-    assert "8.00 ms a call on a CPU" in measured.read_text(encoding="utf-8")
+    assert "8.00 ms per call on a CPU" in measured.read_text(encoding="utf-8")
     config = triton_config(package(batched, "triton", tmp_path / "gpu", target="ort-cuda") / "fashion-v2/config.pbtxt")
     assert config.instance_group[0].kind == config.instance_group[0].KIND_GPU
 
