@@ -385,9 +385,7 @@ class PerceiverConfig(Checked, frozen=True):
             channels = output.num_channels or decoder.num_output_channels or decoder.num_query_channels
             if isinstance(tied, TokenInput):
                 width = tied.num_input_channels
-                require(
-                    channels == width, f"output {name!r} has {channels} channels, but its tied embedding {width}"
-                )
+                require(channels == width, f"output {name!r} has {channels} channels, but its tied embedding {width}")
                 channels = tied.vocabulary_size
             require(
                 math.prod(output.shape) == count * channels,

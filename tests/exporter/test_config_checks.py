@@ -172,7 +172,7 @@ CONFIGS: dict[str, tuple[Callable[[], PerceiverConfig], str]] = {
     "an output of nothing": (lambda: model(ARRAY, OutputConfig(LearnedQueries(1, 16), (-2, -1), 2)), "shape"),
     "no classes": (lambda: replace(model(), decoder=AverageDecoder(0)), "num_output_channels"),
     "less than no channels": (lambda: with_decoder(model(), num_output_channels=-2), "num_output_channels"),
-    "an embedding of another width": (lambda: with_decoder(language(), num_output_channels=3), "3 channels, but its tied"),
+    "an embedding of another width": (lambda: with_decoder(language(), num_output_channels=3), "3 channels, but its"),
     "a mask for other queries": (
         lambda: with_decoder(language(), outputs={"y": OutputConfig(LearnedQueries(1, 8), (50,))}),
         "1 queries for 6 inputs",
