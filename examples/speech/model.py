@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Perceiver IO for one second of speech: which of five languages it is.
+"""A Perceiver IO that tells which of five languages one second of speech is in.
 
 perceiver-export export examples.speech.model:speech -o speech
 """
