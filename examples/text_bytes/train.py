@@ -108,7 +108,7 @@ def accuracy(model: PerceiverIO, tokens: np.ndarray, seed: int = 0) -> float:
 
 
 def positional_code(positions: Tensor) -> Tensor:
-    """Cosines and sines (n, 24) of twelve wavelengths from 3.5 bytes to twice the window: what `shift` turns."""
+    """Cosines and sines (n, 24) of twelve wavelengths from 3.5 bytes to twice the window, which `shift` rotates."""
     angles = positions[:, None] * FREQUENCIES
     return torch.stack([angles.cos(), angles.sin()], -1).flatten(1)
 
@@ -122,7 +122,7 @@ def shift(offset: float) -> Tensor:
 
 
 def look_at(attention: Attention, offsets: tuple[float, ...], sharpness: float) -> None:
-    """Head h of a query at position x reads what is at x + offsets[h]. Codes are the first channels on both sides."""
+    """Head h of a query at position x reads from x + offsets[h]. Codes are the first channels on both sides."""
     width = len(attention.query.weight) // attention.num_heads
     for head, offset in enumerate(offsets):
         rows = slice(head * width, head * width + CODE)

@@ -144,7 +144,7 @@ def _lower(bundle: str, targets: list[str], precision: PrecisionChoice) -> None:
 def lint(
     bundle: Annotated[str, typer.Argument(metavar="BUNDLE|MODEL.onnx", help="A bundle, or an ONNX file.")],
     target: Annotated[str, typer.Option(help="tensorrt or tensorrt-rtx.")] = "tensorrt",
-    version: Annotated[str | None, typer.Option(help="Its version, such as 10.3; by default the newest.")] = None,
+    version: Annotated[str | None, typer.Option(help="TensorRT version, such as 10.3; by default the newest.")] = None,
     precision: Annotated[str | None, typer.Option(help="Check only the graph lowered to fp16, bf16 or fp32.")] = None,
 ) -> None:
     """List nodes that TensorRT would refuse, not fuse, or not run in int8; exit 1 if it would refuse any."""

@@ -95,7 +95,7 @@ class _Group(_Help, TyperGroup):
 app = typer.Typer(
     name="perceiver-export",
     cls=_Group,
-    help="Exports a Perceiver, any torch module or an ONNX file, and runs it on a device without torch.",
+    help="Export a Perceiver, any torch module or an ONNX file, and run it on a device without torch.",
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )

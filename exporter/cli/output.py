@@ -43,7 +43,7 @@ _KINDS = {
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 QuietFlag = Annotated[bool, typer.Option("--quiet", "-q", help="Print only answers, warnings and errors.")]
-BundleArgument = Annotated[str, typer.Argument(metavar="BUNDLE", help="A bundle that `export` or `quantize` wrote.")]
+BundleArgument = Annotated[str, typer.Argument(metavar="BUNDLE", help="The bundle's directory.")]
 
 
 def options_of(*kinds: type[Any], **parse: Callable[[str], tuple[str, Any]]) -> Callable[..., Any]:
