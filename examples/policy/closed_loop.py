@@ -119,7 +119,7 @@ def main() -> None:
     parser.add_argument("--episodes", type=int, default=500)
     parser.add_argument("--device", default="auto", help="target of the bundles")
     parser.add_argument("--expert", action="store_true", help="run the scripted expert too")
-    parser.add_argument("--json", action="store_true", help="print one JSON object a line")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per line")
     options = parser.parse_args()
     simulated, seeds = simulator(), range(FIRST_SEED, FIRST_SEED + options.episodes)
     results, times = list[Array](), list[list[float]]()

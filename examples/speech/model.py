@@ -23,7 +23,7 @@ from perceiver_export.exporter.model import (
 from perceiver_export.runtimes.preprocessing import AudioPreprocessing
 
 LABELS = ("English", "Spanish", "French", "Italian", "Russian")
-RATE = WINDOW = 8000  # samples a second, and samples that the model hears
+RATE = WINDOW = 8000  # samples per second, and samples that the model hears
 FRAMES, BINS = 40, 20  # of the log-mel spectrogram
 PATCH = (2, BINS)
 WEIGHTS = Path(__file__).parent / "checkpoint" / "model.safetensors"

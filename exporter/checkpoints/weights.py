@@ -148,7 +148,7 @@ def read_state_dict(directory: Path) -> dict[str, Tensor]:
 
 
 def read_index(index: Path) -> dict[str, str]:
-    """The shard of each tensor, beside ``index``. Raises CheckpointError if it is broken or names another folder."""
+    """Each tensor's shard beside ``index``. Raises CheckpointError if the index is broken or names another folder."""
     # Resolve links: the hub's cache keeps contents elsewhere.
     weight_map = read_json(index.resolve(), _Index, CheckpointError, "copy the checkpoint again").weight_map
     for shard in weight_map.values():

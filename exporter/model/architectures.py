@@ -287,7 +287,7 @@ class AudioVideoSizes:
     video_bands: int = 16
 
     def inputs(self, parity: Parity) -> dict[str, Input]:
-        """Patches of sound and frames, beside Fourier features of their places; bands end at the grid's Nyquist."""
+        """Patches of sound and frames with Fourier features of their places; bands end at the grid's Nyquist."""
         if self.mel is not None:
             sound = ArrayInput(self.mel, 1, positions=fourier(self.audio_bands, self.mel, parity))
         else:

@@ -71,7 +71,7 @@ def _check_axes(positions: Positions, num_axes: int) -> None:
 
 
 class ImageInput(Checked, frozen=True, tag="image"):
-    """An image, NCHW float32, as M × C inputs: the features of each pixel (or patch) beside its position.
+    """An image, NCHW float32, as M × C inputs: the features of each pixel (or patch), then its position.
 
     ``features``: ``pixels`` are taken as they are; ``conv1x1`` maps them to ``num_feature_channels``; ``conv`` is a
     7×7 stride 2 convolution, batch norm, ReLU and a 3×3 stride 2 max-pool, padded as in DeepMind's code (``same``, as
@@ -112,7 +112,7 @@ class ImageInput(Checked, frozen=True, tag="image"):
 
 
 class FramePairInput(Checked, frozen=True, tag="frame-pair"):
-    """Two frames, (B, 2, 3, H, W) float32: for each pixel, its projected 3×3 patches in both beside its position."""
+    """Two frames, (B, 2, 3, H, W) float32: for each pixel, its projected 3×3 patches in both, then its position."""
 
     height: Size
     width: Size
@@ -147,7 +147,7 @@ class ArrayInput(Checked, frozen=True, tag="array"):
     """An array of any rank, channels last, (B, *shape, num_channels) float32: audio, video, voxels, points, sets.
 
     In this order: ``patch`` (one size per axis) moves each patch's values into channels; ``num_projected_channels``
-    projects them linearly (0: as they are); ``positions`` of the grid of patches are put beside them. With
+    projects them linearly (0: as they are); ``positions`` of the grid of patches are appended. With
     ``value_positions``, the values are coordinates (points), and their Fourier features are the inputs. ``masked`` adds
     an input NAME_mask, (B, M) int32: 1 for an element, 0 where there is none.
     """

@@ -34,7 +34,7 @@ def measure(work: Path, samples: int = 10_000) -> Iterator[Row]:
         images = data["image"][:samples]
     with open_task(one) as first, open_task(other) as second:
         inputs = np.stack([first.preprocess(image) for image in images])
-        bare: list[float] = []  # seconds a sample, by block
+        bare: list[float] = []  # seconds per sample, by block
         ours: list[float] = []
         begin, resumed = 0, time.perf_counter()
 
