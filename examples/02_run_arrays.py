@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Arrays in, arrays out: what an app with its own camera and its own preprocessing uses.
+"""Arrays in, arrays out: for an app with its own camera and its own preprocessing.
 
 python examples/02_run_arrays.py fashion
 """

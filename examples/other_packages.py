@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models of lucidrains/perceiver-pytorch and krasserm/perceiver-io, by the packages' own classes.
+"""Models of lucidrains/perceiver-pytorch and krasserm/perceiver-io, built by the packages' own classes.
 
     pip install perceiver-pytorch
     cd examples
     perceiver-export export other_packages:lucidrains -o bundle
 
-Give the arguments that the model was trained with, load its state dict, and return it with example inputs. Any other
-package's model goes the same way. perceiver-io 0.11 needs Python 3.10 or older.
+Pass the arguments that the model was trained with, load its state dict, and return it with example inputs. The models
+of any other package work in the same way. perceiver-io 0.11 needs Python 3.10 or older.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ LUCIDRAINS, KRASSERM = Path("lucidrains.pt"), "krasserm/perceiver-io-img-clf-mni
 
 
 def lucidrains() -> OwnModel:
-    """An image classifier: images (B, H, W, C) -> logits (B, 10). Random weights where there is no lucidrains.pt."""
+    """An image classifier: images (B, H, W, C) -> logits (B, 10). Random weights without lucidrains.pt."""
     from perceiver_pytorch import Perceiver
 
     model = Perceiver(
@@ -38,7 +38,7 @@ def lucidrains() -> OwnModel:
 
 
 class ImageClassifier(nn.Module):
-    """perceiver-io's classifier of the hub, which takes its images under another name and returns a bag of results."""
+    """perceiver-io's classifier from the hub, which names its input differently and returns a mapping of results."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

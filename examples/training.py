@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What trainings share: the precision of products, and steps of AdamW."""
+"""Shared by the training scripts: the precision of products, and AdamW's steps."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from perceiver_export.runtimes.machine import cpu_features
 
 
 def mixed_precision() -> torch.autocast:
-    """bfloat16 products where the CPU has them; on an AVX2 CPU they take 20 times as long as float32's."""
+    """bfloat16 products where the CPU has them; on an AVX2 CPU they would take 20 times as long as float32's."""
     return torch.autocast("cpu", dtype=torch.bfloat16, enabled=any("bf16" in one for one in cpu_features()))
 
 
 class Training:
     """AdamW that decays matrices only, with clipped gradients.
 
-    The learning rate goes up for 100 steps, then is constant, and goes down to zero over the last quarter.
+    The learning rate rises for 100 steps, stays constant, and falls to zero over the last quarter.
     """
 
     def __init__(self, model: nn.Module, rate: float, steps: int) -> None:

@@ -9,8 +9,8 @@
     perceiver-export run int8 fashion_mnist/images/bag.png
 
 `clothes` is a plain `torch.nn.Module` that was trained here: `python your_own.py` trains it again, in a few minutes,
-from Debian's `dataset-fashion-mnist`. `robot` hears, feels and knows where its joints are: what is near, and how its
-arm will move. `shapes` is a classifier of point clouds. Both have random weights.
+from Debian's `dataset-fashion-mnist`. `robot` reads sound, touch and joint positions, and predicts which objects are
+near and how its arm will move. `shapes` is a classifier of point clouds. Both have random weights.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Clothes(nn.Module):
 
 
 def clothes() -> OwnModel:
-    """A trained classifier: with labels and preprocessing `run` takes images, and `validate` measures top-1."""
+    """A trained classifier. With its labels and preprocessing, `run` takes images and `validate` measures top-1."""
     model = Clothes()
     model.load_state_dict(torch.load(WEIGHTS, weights_only=True))
     inputs = {"image": torch.randn(1, 3, 28, 28)}
@@ -82,7 +82,7 @@ def robot() -> PerceiverIO:
 
 
 def shapes() -> LoadedModel:
-    """Point clouds of 64 points in, one of three labels out. The kind of `scores` is the task's default, said here."""
+    """Point clouds of 64 points in, one of three labels out. The kind of `scores` is given, but is also the default."""
     points = ArrayInput((64,), 3, positions=LearnedPositions((64,), 8))
     scores = OutputConfig(LearnedQueries(1, 32), shape=(3,), num_channels=3)
     model = PerceiverIO(own_model({"points": points}, {"scores": scores}, EncoderSizes(16, 32, 2)))
@@ -96,7 +96,7 @@ def shapes() -> LoadedModel:
 
 
 def train(epochs: int = 2) -> None:
-    """Train `clothes` on all images but those that are held out, and write its weights."""
+    """Train `clothes` on all images except the held-out ones, and write its weights."""
     import sys
 
     sys.path.insert(0, str(WEIGHTS.parent / "fashion_mnist"))

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The package: `exporter`, `calibration` and `runtimes`; importing it imports none of them."""
+"""The package: `exporter`, `calibration` and `runtimes`. Importing it imports none of them."""
 
 from __future__ import annotations
 
 
 def __getattr__(name: str) -> str:
-    """``__version__``, read from the installed package when it is asked for."""
+    """Look up ``__version__`` in the installed package's metadata."""
     if name == "__version__":
         from importlib.metadata import version
 

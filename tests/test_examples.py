@@ -155,7 +155,7 @@ def test_training_on_text_runs_and_writes_a_checkpoint(tmp_path: Path) -> None:
         "-m", "examples.text_bytes.train", "--out", tmp_path / "checkpoint", "--steps", "2", "--measured", "64"
     )
 
-    assert "filled rightly" in output
+    assert "filled correctly" in output
     assert (tmp_path / "checkpoint" / "model.safetensors").stat().st_size < 3_000_000
     for name, count in (("calibration.jsonl", 512), ("test.jsonl", 2500)):
         lines = [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]

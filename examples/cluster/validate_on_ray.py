@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Validate a bundle in shards on a Ray cluster, and judge them together.
+"""Validate a bundle in shards on a Ray cluster, and judge all shards together.
 
     python examples/cluster/validate_on_ray.py BUNDLE --data DATA --against BUNDLE --shards 16 --max-drop 0.6 --certify
 
 Without --address it starts a cluster on this machine. On many machines (`ray start --head`, `ray start --address …`),
-give --address auto; every machine needs perceiver-export, BUNDLE, DATA and the reference at the same paths. A shard
-whose worker dies runs again, on another worker. What is left of the command line goes to `validate --merge`. The files
-of shards stay in --parts, and a second run judges only shards without a file: use one folder for one validation.
+give --address auto; every machine needs perceiver-export, BUNDLE, DATA and the reference at the same paths. If a worker
+dies, its shard runs again on another. All other options are passed to `validate --merge`. The files of shards stay in
+--parts, and a second run judges only the shards without a file, so use a new folder for each validation.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _COMMAND = [sys.executable, "-m", "perceiver_export.exporter.cli"]
 
 
 def judge(bundle: str, data: str, shard: tuple[int, int], options: ValidateOptions) -> bytes:
-    """The file of one shard, on a worker."""
+    """Judge one shard on a worker; return the content of its file."""
     return encode_shard(validate_shard(bundle, data, shard, options))
 
 
@@ -38,9 +38,9 @@ def main() -> None:
         parser.add_argument(name, required=True)
     parser.add_argument("--parts", type=Path, default=Path("parts"), help="folder for the files of shards")
     parser.add_argument("--samples", type=int)
-    parser.add_argument("--threads", type=int, default=1, help="of each worker")
+    parser.add_argument("--threads", type=int, default=1, help="threads of each worker")
     parser.add_argument("--shards", type=int, default=16)
-    parser.add_argument("--address", help="of a running cluster; by default a new one of two workers on this machine")
+    parser.add_argument("--address", help="address of a running cluster; by default a new one with two workers here")
     given, gates = parser.parse_known_args()
     if given.address:
         ray.init(given.address)
@@ -61,7 +61,7 @@ def main() -> None:
         for done in ray.wait(list(waiting))[0]:
             index = waiting.pop(done)
             write_bytes(files[index], ray.get(done))
-            print(f"shard {index}/{given.shards} is judged, {len(waiting)} to go", file=sys.stderr)
+            print(f"shard {index}/{given.shards} is done, {len(waiting)} to go", file=sys.stderr)
     command = [*_COMMAND, "validate", given.bundle, *map(str, files.values()), "--merge", "--against", given.against]
     code = subprocess.run([*command, *gates], check=False).returncode
     ray.shutdown()

@@ -3,7 +3,7 @@
 
     python examples/fashion_mnist/prepare_data.py
 
-Files hold the dataset's own pixels; archives carry no time, so the same data gives the same bytes.
+The files hold the dataset's own pixels. Archives have no timestamps, so the same data gives the same bytes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ HERE = Path(__file__).parent
 
 
 def write_npz(path: Path, **arrays: np.ndarray) -> None:
-    """Like numpy's `savez_compressed`, with the strongest compression and without a date."""
+    """Like numpy's `savez_compressed`, but with the strongest compression and without a date."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
         for name, array in arrays.items():
             buffer = io.BytesIO()

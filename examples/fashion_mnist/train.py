@@ -4,9 +4,9 @@
     apt-get install dataset-fashion-mnist
     python -m examples.fashion_mnist.train [--baseline]
 
-The model is transformers' `PerceiverForImageClassificationFourier`, only small: 32 latents of 120 channels, 2 times
-the same 3 self-attentions. It learns from labels, and from the scores of a convolutional network that is trained first.
-2,000 of the 60,000 training pictures are left out (`HELD_OUT`), for calibration later.
+The model is a small `PerceiverForImageClassificationFourier` of transformers: 32 latents of 120 channels, and 3
+self-attentions that run twice. It learns from labels, and from the scores of a convolutional network that is trained
+first. 2,000 of the 60,000 training pictures are held out (`HELD_OUT`) for calibration.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def cross_attention(model: PerceiverIO) -> CrossAttention:
 
 
 class FastForward:
-    """The model's own function in an order of products that costs a third (plain model in evaluation: same logits).
+    """The model's function with products in an order that costs a third. The plain model gives the same logits.
 
     Latents are the same for every picture and positions are constant, so a score is an additive constant plus three
     products, divided by the input's deviation; keys and values are never computed.
@@ -108,7 +108,7 @@ class FastForward:
         self.varies_by_row = (grid[:, :1] == grid).flatten(0, 1).all(0)
 
     def positions_read(self, weights: Tensor) -> Tensor:
-        """``weights @ table`` (B, N, 258) by axes: each position channel depends on the row or the column alone."""
+        """``weights @ table`` (B, N, 258) by axes: each position channel depends only on the row or the column."""
         grid = self.positions().reshape(*self.shape, -1)
         on_grid = weights.reshape(*weights.shape[:-1], *self.shape)
         per_row, per_column = on_grid.sum(-1), on_grid.sum(-2)
@@ -144,10 +144,10 @@ class FastForward:
 
 @torch.no_grad()
 def initialise(model: PerceiverIO) -> None:
-    """Start from latents that differ, look at smooth and different regions, and see pixels beside positions.
+    """Start from latents that differ, attend to smooth and different regions, and see pixels beside positions.
 
-    With transformers' initialisation all latents read the picture's mean for thousands of steps, and 3 pixel channels
-    are drowned by 258 position channels.
+    With transformers' initialization, all latents read the picture's mean for thousands of steps, and 258 position
+    channels drown 3 pixel channels.
     """
     encoder, cross = model.encoder, cross_attention(model)
     encoder.latents.normal_(std=0.5)
@@ -161,7 +161,7 @@ def initialise(model: PerceiverIO) -> None:
 
 
 def to_inputs(images: Tensor) -> Tensor:
-    """uint8 (B, 28, 28) -> normalised float32 (B, 3, 28, 28)."""
+    """uint8 (B, 28, 28) -> normalized float32 (B, 3, 28, 28)."""
     return ((images.float() / 255 - MEAN) / STD).unsqueeze(1).expand(-1, 3, -1, -1).contiguous()
 
 
@@ -219,7 +219,7 @@ def fit(
     rate: float,
     loss_of: Callable[[Tensor, Tensor, Tensor], Tensor],
 ) -> None:
-    """AdamW, one-cycle learning rate, mirrored images, mixed precision; prints one line an epoch."""
+    """AdamW, one-cycle learning rate, mirrored images, mixed precision; prints one line per epoch."""
     decayed = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
@@ -244,7 +244,7 @@ def fit(
 
 
 def distillation(logits: Tensor, labels: Tensor, scores: Tensor) -> Tensor:
-    """Of labels, and of the teacher's scores made softer (Hinton et al. 2015, https://arxiv.org/abs/1503.02531)."""
+    """Cross-entropy with labels and with the teacher's softened scores (Hinton et al. 2015, arXiv 1503.02531)."""
     soft = F.cross_entropy(logits / TEMPERATURE, (scores / TEMPERATURE).softmax(-1))
     return 0.3 * F.cross_entropy(logits, labels, label_smoothing=0.05) + 0.7 * TEMPERATURE**2 * soft
 
@@ -269,7 +269,7 @@ def main() -> None:
     parser.add_argument("--baseline", action="store_true", help="measure a simple baseline instead")
     parser.add_argument("--epochs", type=int, default=14)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--pictures", type=int, default=58_000, help="the first ones only (for a test)")
+    parser.add_argument("--pictures", type=int, default=58_000, help="train on the first ones only (for a test)")
     arguments = parser.parse_args()
     if arguments.baseline:
         print(json.dumps(baseline()))

@@ -22,7 +22,7 @@ from torch.nn.functional import grid_sample
 HERE = Path(__file__).parent
 OPENCV = Path("/usr/share/doc/opencv-doc/examples/data")
 HEIGHT, WIDTH = 24, 32
-MARGIN = 12  # pixels around a tile that a motion may bring in
+MARGIN = 12  # pixels around a tile that motion may bring into view
 TRAINING = (
     "skimage:astronaut", "skimage:brick", "skimage:camera", "skimage:coins", "skimage:grass",
     "skimage:hubble_deep_field", "skimage:retina", "aero1.jpg", "aloeL.jpg", "apple.jpg", "board.jpg", "building.jpg",
@@ -44,7 +44,7 @@ def read_image(name: str) -> Image.Image:
 
 
 def pyramid(names: Sequence[str]) -> list[Tensor]:
-    """Each image (3, H, W) in [0, 1], reduced by 2, 3, 4 and 6 where it stays larger than a tile with its margin."""
+    """Each image (3, H, W) in [0, 1], reduced by 2, 3, 4 and 6, if it stays larger than a tile with its margin."""
     least = (HEIGHT + 2 * MARGIN, WIDTH + 2 * MARGIN)
     levels = []
     for name in names:
@@ -70,7 +70,7 @@ class Warps:
         return torch.from_numpy(self.random.uniform(low, high, shape)).float()
 
     def _patches(self, count: int) -> Tensor:
-        """Random pieces of random images, a tile and its margin, some mirrored."""
+        """Random pieces of random images, as large as a tile with its margin, some mirrored."""
         height, width = HEIGHT + 2 * MARGIN, WIDTH + 2 * MARGIN
         patches = []
         for _ in range(count):
@@ -127,7 +127,7 @@ class Warps:
 
 
 def samples(names: Sequence[str], count: int, seed: int) -> dict[str, npt.NDArray[Any]]:
-    """``count`` pairs as `validate` takes them: uint8 frames (N, 2, 24, 32, 3) and flow (N, 24, 32, 2)."""
+    """``count`` pairs in the form of `validate`: uint8 frames (N, 2, 24, 32, 3) and flow (N, 24, 32, 2)."""
     frames, flow = Warps(names, seed).batch(count)
     pixels = ((frames + 1) * 127.5).round().byte().permute(0, 1, 3, 4, 2).contiguous()
     return {"frames": pixels.numpy(), "flow": flow.numpy().astype(np.float16)}
@@ -165,7 +165,7 @@ def motorcycle_tiles() -> Iterator[dict[str, npt.NDArray[Any]]]:
 
 
 def write() -> None:
-    """held_out.npz, test.npz and two frames of opencv-doc's vtest.avi, at a third of its size."""
+    """Write held_out.npz, test.npz and two frames of opencv-doc's vtest.avi, at a third of its size."""
     av: Any = importlib.import_module("av")
     np.savez_compressed(HERE / "held_out.npz", frames=samples(CALIBRATION, 48, 2)["frames"])
     test = samples(TEST, 144, 1)

@@ -27,7 +27,7 @@ def error(found: Floats, truth: Floats) -> float:
 
 
 def main() -> None:
-    """Write the picture, print the errors as JSON."""
+    """Write the picture and print the errors as JSON."""
     from matplotlib import pyplot
 
     parser = argparse.ArgumentParser(description=__doc__)

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train a small Perceiver IO of optical flow on moving pieces of real images; write checkpoint and data.
+"""Train a small Perceiver IO for optical flow on moving pieces of real images; write checkpoint and data.
 
     apt-get install opencv-doc
     pip install av
     python -m examples.flow.train [--baseline]
 
-The model is transformers' `PerceiverForOpticalFlow`, only small: tiles of 24 × 32 pixels, 48 latents of 96 channels.
+The model is a small `PerceiverForOpticalFlow` of transformers: tiles of 24 × 32 pixels, 48 latents of 96 channels.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ CONFIG = {
     "hidden_act": "gelu",
     "train_size": [HEIGHT, WIDTH],
 }
-CENTRES, LOW_BANDS = (3, 4), 4  # latents start around these centres, and know them by so many bands an axis
+CENTRES, LOW_BANDS = (3, 4), 4  # rows and columns of the latents' first centers; bands per axis that encode them
 
 
 def parts(model: PerceiverIO) -> tuple[FramePairAdapter, CrossAttention, PerceiverDecoder]:
@@ -62,7 +62,7 @@ def parts(model: PerceiverIO) -> tuple[FramePairAdapter, CrossAttention, Perceiv
 
 
 class FastForward:
-    """The model's own function at some pixels only; the constant positions are projected once a batch."""
+    """The model's function at some pixels only; the constant positions are projected once per batch."""
 
     def __init__(self, model: PerceiverIO) -> None:
         self.model = model
@@ -100,23 +100,23 @@ class FastForward:
 
 
 def low_bands() -> Tensor:
-    """Channels of the lowest sines and cosines of rows and columns among a pixel's inputs."""
+    """The channels of a pixel's inputs that hold the lowest sines and cosines of rows and columns."""
     first = NUM_FEATURES + 2
     return torch.cat([first + axis * NUM_BANDS + torch.arange(LOW_BANDS) for axis in range(4)])
 
 
 @torch.no_grad()
 def initialise(model: PerceiverIO, frames: Tensor) -> None:
-    """Start from latents that look around places of their own, and from features with zero response to a flat frame.
+    """Start from latents that each look around their own place, and from features with no response to a flat frame.
 
-    With random weights all latents read the mean of the tile, and 64 features are drowned by 258 positions.
+    With random weights, all latents read the mean of the tile, and 258 positions drown 64 features.
     """
     adapter, cross, decoder = parts(model)
     encoder, chosen, known = model.encoder, low_bands(), 4 * LOW_BANDS
     kernel = torch.randn_like(adapter.features.weight).unflatten(1, (2, 3))
     kernel[: NUM_FEATURES // 2, 1] = -kernel[: NUM_FEATURES // 2, 0]  # change in time
     kernel[NUM_FEATURES // 2 : NUM_FEATURES - 8] -= kernel[NUM_FEATURES // 2 : NUM_FEATURES - 8].mean((-1, -2), True)
-    kernel = kernel.mean(2, True) + 0.2 * kernel  # mostly grey
+    kernel = kernel.mean(2, True) + 0.2 * kernel  # mostly gray
     sobel = torch.tensor([1.0, 2.0, 1.0])[:, None] * torch.tensor([-1.0, 0.0, 1.0])
     kernel[0], kernel[1] = sobel, sobel.T
     kernel[2, 0], kernel[2, 1] = -1.0, 1.0
@@ -184,14 +184,14 @@ def new_model(directory: Path, seed: int) -> tuple[PerceiverIO, Warps]:
 
 
 def equalised(frame: Bytes) -> Floats:
-    """The frame in grey with mean 0 and deviation 1: the methods below take brightness for constant."""
+    """The frame in gray with mean 0 and deviation 1, because the methods below assume constant brightness."""
     grey = frame.mean(-1, dtype=np.float32)
     result: Floats = (grey - grey.mean()) / (grey.std() + 1e-6)
     return result
 
 
 def classical(pair: Bytes) -> dict[str, Floats]:
-    """The flow (H, W, 2) of two frames by methods without training, with the best settings found on test.npz."""
+    """The flow (H, W, 2) of two frames by methods without training, with the best settings for test.npz."""
     registration: Any = importlib.import_module("skimage.registration")  # its functions have no types
     before, after = map(equalised, pair)
     found = {
@@ -202,7 +202,7 @@ def classical(pair: Bytes) -> dict[str, Floats]:
 
 
 def baseline() -> dict[str, float]:
-    """Mean end-point errors on test.npz of the classical methods, and of no motion at all."""
+    """Mean end-point errors on test.npz of the classical methods, and of predicting no motion."""
     with np.load(HERE / "test.npz") as test:
         pairs = [
             (classical(frames) | {"nothing moves": np.zeros_like(flow)}, flow)
@@ -241,7 +241,7 @@ def save(model: PerceiverIO, checkpoint: Path) -> None:
     state = {}
     for name, tensor in model.state_dict().items():
         source = sources(name)
-        if name == "inputs.frames.features.weight":  # a kernel (E, 6, 3, 3); transformers has a layer over patches
+        if name == "inputs.frames.features.weight":  # a kernel (E, 6, 3, 3); in transformers a layer over patches
             tensor = tensor.unflatten(1, (2, 3)).permute(0, 1, 3, 4, 2).flatten(1)
         state[source.name] = tensor.half().contiguous()
     save_file(state, checkpoint / "model.safetensors", metadata={"format": "pt"})

@@ -26,7 +26,7 @@ MOST, CHANNELS = 32, 88  # as in positions.py
 
 
 def untrained() -> PerceiverIO:
-    """24 latents read at most 32 pieces, in no order, and one query reads the latents."""
+    """24 latents read a set of at most 32 pieces, and one query reads the latents."""
     pieces = ArrayInput((MOST,), CHANNELS, masked=True)
     scores = OutputConfig(LearnedQueries(1, 64), shape=(len(LABELS),), num_channels=len(LABELS))
     sizes = EncoderSizes(

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Draw test positions with the bundle's answers: `python -m examples.game.picture game-int8 -o boards.png`.
 
-The model sees the board of the side to move from below, and so does the picture: white pieces are that side's.
+As for the model, the side to move is at the bottom of the board, and its pieces are white.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def draw(axes: Any, pieces: Array, said: str) -> None:
 
 
 def outline(color: str) -> Any:
-    """A thin line around a sign."""
+    """A thin outline around a sign."""
     from matplotlib.patheffects import withStroke
 
     return withStroke(linewidth=1, foreground=color)

@@ -4,8 +4,9 @@
     python -m examples.game.positions '7k/6Q1/5K2/8/8/8/8/8 b - - 0 1' -o mate.npz
     perceiver-export run game mate.npz
 
-A piece is seen by the side to move: its kind, whose it is, where it is on the board, and where it is from that side's
-king: by file, rank and both diagonals. Their order means nothing. Absent pieces are masked.
+Each piece is described from the view of the side to move: its kind and owner, its place on the board, and its place
+relative to that side's king by file, rank and both diagonals. The order of pieces has no meaning. Absent pieces are
+masked.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ CHANNELS = sum(SIZES)
 
 
 def pieces(fen: str) -> Array:
-    """Kind, file and rank of each piece (n, 3), as the side to move sees the board: Black turns it around."""
+    """Kind, file and rank of each piece (n, 3), as the side to move sees the board; for Black it is turned around."""
     placement, turn = fen.split()[:2]
     found = []
     for rank, row in zip(range(7, -1, -1), placement.split("/"), strict=True):
@@ -43,7 +44,7 @@ def pieces(fen: str) -> Array:
 
 
 def mirrored(found: Array) -> Array:
-    """The same position with left and right exchanged (…, 3), in which nothing changes but castling."""
+    """The same position with left and right exchanged (…, 3), which changes nothing but castling."""
     return np.stack([found[..., 0], 7 - found[..., 1], found[..., 2]], -1)
 
 
@@ -68,7 +69,7 @@ def padded(positions: Sequence[Array]) -> tuple[Array, Array]:
 
 
 def inputs(fens: Sequence[str]) -> dict[str, Array]:
-    """The model's inputs for positions in FEN. Half precision holds zeros and ones."""
+    """The model's inputs for positions in FEN, in half precision, because they are zeros and ones."""
     found, mask = padded([pieces(fen) for fen in fens])
     return {"pieces": features(found, mask).astype(np.float16), "pieces_mask": mask}
 

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train on positions of random games, labelled by the rules of chess, and write weights and data.
+"""Train on positions of random games, labeled by the rules of chess, and write weights and data.
 
     pip install chess
     python -m examples.game.train
     python -m examples.game.train --baseline
 
-One side takes what it can, the other plays at random, and nobody gives checkmate. Wherever checkmate is possible, three
-positions are kept: after a move that mates, after one that only gives check, and after one that does neither. So the
-three labels are equally frequent, and to count pieces is of little use. Training, calibration and test are different
+One side captures when it can, the other plays at random, and neither gives checkmate. Wherever checkmate is possible,
+three positions are kept: after a move that mates, after one that only gives check, and after one that does neither. So
+the three labels are equally frequent, and counting pieces hardly helps. Training, calibration and test use different
 games.
 """
 
@@ -35,13 +35,13 @@ if TYPE_CHECKING:
     import chess
 
 HERE = Path(__file__).parent
-PLIES, A_GAME = 160, 8  # the longest game, and the most triples of it that are kept
-GREED = 0.6  # how often the stronger side takes the most valuable piece that it can
+PLIES, A_GAME = 160, 8  # the longest game, and the most triples kept of a game
+GREED = 0.6  # how often the stronger side captures the most valuable piece that it can
 TRAIN, CALIBRATION, TEST = (0, 12_000), (10_000_000, 200), (20_000_000, 1_000)  # seed of the first game, triples
 
 
 def triples(seed: int) -> Iterator[tuple[str, ...]]:
-    """Positions of one game in FEN, by label: wherever the stronger side can mate, and also do the other two."""
+    """Positions of one game in FEN, by label, wherever the stronger side has a move for each of the three labels."""
     import chess
 
     rng, board, kept = random.Random(seed), chess.Board(), 0
@@ -84,7 +84,7 @@ def after(board: chess.Board, move: chess.Move) -> str:
 
 
 def play(first: int, count: int) -> list[tuple[str, int]]:
-    """``count`` triples of games from the seed ``first`` on, without repetitions: FEN and label."""
+    """FEN and label of ``count`` triples, without repetitions, from games that start at the seed ``first``."""
     found: dict[str, int] = {}
     seed = first
     while len(found) < 3 * count:
@@ -107,7 +107,7 @@ def write_data() -> tuple[Array, Array, Array]:
 
 
 def prepared(model: PerceiverIO) -> PerceiverIO:
-    """With latents and queries that differ from the start; as small as by default they all read the same for long."""
+    """Make latents and queries differ from the start: with small default values they read the same for a long time."""
     with torch.no_grad():
         model.encoder.latents.normal_()
         for queries in model.decoder.get_submodule("queries").parameters():
@@ -168,12 +168,12 @@ def baseline(test: dict[str, Array]) -> float:
 
 
 def top1(given: Tensor, labels: Array) -> float:
-    """Right answers in percent."""
+    """Correct answers in percent."""
     return 100 * float((given.argmax(1).numpy() == labels).mean())
 
 
 def main() -> None:
-    """Play, train, write; or the baseline on the test data."""
+    """Play, train, write; or measure the baseline on the test data."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--baseline", action="store_true", help="measure the baseline on the test data instead")
     parser.add_argument("--epochs", type=int, default=3)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Calibration and test data: the images of examples/fashion_mnist, each turned to the left by some quarters.
 
-Use it as DATA in the repository's folder: `validate … --data examples.multitask.data:test`. And metrics of the two
-outputs that have none of their own: `validate … --metric examples.multitask.data:turn`.
+Use it as DATA in the repository's folder: `validate … --data examples.multitask.data:test`. It also has metrics for the
+two outputs that have no built-in metric: `validate … --metric examples.multitask.data:turn`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def turned(images: Array, quarters: Array) -> Array:
 
 
 def read(name: str, count: int) -> dict[str, Array]:
-    """The first images of an archive, turned at random but always alike, and what the model should answer."""
+    """The first images of an archive, turned at random with a fixed seed, and the right answers."""
     with np.load(PICTURES / name) as archive:
         images, labels = archive["image"][:count], archive["labels"][:count]
     quarters = np.random.default_rng(0).integers(TURNS, size=len(images))
@@ -51,7 +51,7 @@ def _samples(name: str, count: int) -> Iterator[dict[str, Array]]:
 
 
 def turn(outputs: dict[str, Array], targets: dict[str, Array]) -> float:
-    """1 where the turn is right, 0 where it is not."""
+    """1 if the turn is right, else 0."""
     return float(outputs["turn"].argmax() == targets["quarters"])
 
 
@@ -59,7 +59,7 @@ turn.unit = "%"  # type: ignore[attr-defined]
 
 
 def upright(outputs: dict[str, Array], targets: dict[str, Array]) -> float:
-    """The mean error of a pixel of the upright image, in grey levels from 0 to 255."""
+    """The mean error of a pixel of the upright image, in gray levels from 0 to 255."""
     return float(np.abs(255 * np.clip(outputs["upright"], 0, 1) - targets["picture"]).mean())
 
 

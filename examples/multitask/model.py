@@ -21,7 +21,7 @@ SIDE, TILES, TILE = 28, 7, 4  # a picture is 7 × 7 tiles of 4 × 4 pixels
 
 
 class Multitask(nn.Module):
-    """Pixels (B, 28, 28), turned by quarters -> its label, how it is turned, and the upright image.
+    """Pixels (B, 28, 28) of a turned image -> its label, its turn in quarters, and the upright image.
 
     24 latents read the picture's tiles and each other. One query asks for the label, one for the turn, and one for
     each tile of the picture.
@@ -59,7 +59,7 @@ class Multitask(nn.Module):
 
 
 def multitask() -> OwnModel:
-    """The trained model. `validate` judges its labels; data.py has metrics of the other two outputs."""
+    """The trained model. `validate` judges its labels; data.py has metrics for the other two outputs."""
     model = Multitask()
     model.load_state_dict(torch.load(WEIGHTS, weights_only=True))
     image = torch.arange(SIDE**2, dtype=torch.int32).reshape(1, SIDE, SIDE) % 256

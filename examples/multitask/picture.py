@@ -15,7 +15,7 @@ SHOWN = 10
 
 
 def main() -> None:
-    """Write the picture: above what the model sees, below what it makes of it."""
+    """Write the picture: the model's inputs above, its answers below."""
     from matplotlib import pyplot
 
     parser = argparse.ArgumentParser(description=__doc__)

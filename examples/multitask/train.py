@@ -3,9 +3,9 @@
 
     apt-get install dataset-fashion-mnist
     python -m examples.multitask.train
-    python -m examples.multitask.train --baseline       # of the labels; --baseline turn, --baseline upright
+    python -m examples.multitask.train --baseline       # for the labels; or --baseline turn, --baseline upright
 
-The pictures that examples/fashion_mnist holds out for calibration are not trained on.
+Training does not use the pictures that examples/fashion_mnist holds out for calibration.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from examples.multitask.model import LABELS, SIDE, WEIGHTS, Multitask
 from perceiver_export.runtimes.npz import write_npz
 from perceiver_export.runtimes.runtime import Array
 
-UPRIGHT = 5.0  # how much the error of the upright picture counts beside the two cross-entropies
+UPRIGHT = 5.0  # weight of the upright picture's error, relative to the two cross-entropies
 
 
 def pictures() -> tuple[Array, Array]:
@@ -68,7 +68,7 @@ def train(epochs: int, seed: int) -> Multitask:
 
 
 def linear(targets: Array, images: Array, classes: int, test: Array) -> Array:
-    """Answers to the test images of a softmax regression on the pixels, trained with Adam for 10 epochs."""
+    """A softmax regression's answers to the test images, from their pixels, after 10 epochs with Adam."""
     torch.manual_seed(0)
     model, batch = nn.Linear(SIDE**2, classes), 128
     optimizer = torch.optim.Adam(model.parameters(), 1e-3)
@@ -101,7 +101,7 @@ def baseline(output: str) -> dict[str, object]:
 
 
 def main() -> None:
-    """Train and write; or a baseline on the test data."""
+    """Train and write; or measure a baseline on the test data."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--baseline", nargs="?", const="label", choices=("label", "turn", "upright"))
     parser.add_argument("--epochs", type=int, default=4)

@@ -23,7 +23,7 @@ from examples.points.model import LABELS
 Array = npt.NDArray[np.float64]
 
 CATALOGS = Path("/usr/share/sweethome3d/furniture")
-# By class: what a name or a tag must contain, and what none may contain.
+# By class: a pattern that the name or tags must contain, and one that they must not contain.
 WORDS = {
     "bed": (r"\bbed\b|crib|futon\b", r"sofa|couch|mattress|sleeping|hammock|toy"),
     "cabinet": (
@@ -41,7 +41,7 @@ WORDS = {
 }
 SAMPLED = 4096  # points of a model's surface
 TEST, HELD_OUT = 0.35, 0.1  # of the models of a class
-TWIN = 0.09  # models of one author whose clouds differ by less, of a cube of side 2, count as the same
+TWIN = 0.09  # models of one author count as the same if their clouds, in a cube of side 2, differ by less
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Model:
 
 
 def read_models() -> list[Model]:
-    """All models of the ten classes, without those that are nearly the same as an earlier one."""
+    """All models of the ten classes, except those that are nearly the same as an earlier one."""
     if not CATALOGS.is_dir():
         raise SystemExit("the models are missing: apt-get install sweethome3d-furniture")
     found: list[Model] = []
@@ -83,7 +83,7 @@ def _models() -> Iterator[Model]:
 
 
 def classified(entry: dict[str, str]) -> int | None:
-    """The class whose words the entry's name or tags contain; None if there is not exactly one."""
+    """The class whose words are in the entry's name or tags; None unless there is exactly one."""
     words = f"{entry['name']}, {entry.get('tags', '')}".lower()
     found = [
         index
@@ -134,7 +134,7 @@ def difference(one: Array, other: Array) -> float:
 
 
 def parts(models: list[Model]) -> dict[str, list[Model]]:
-    """train, held_out and test: of each class the same shares, chosen by a hash of the identity."""
+    """train, held_out and test, with the same shares of each class, chosen by a hash of the identity."""
     found: dict[str, list[Model]] = {"train": [], "held_out": [], "test": []}
     for label in range(len(LABELS)):
         own = sorted(
@@ -147,7 +147,7 @@ def parts(models: list[Model]) -> dict[str, list[Model]]:
 
 
 def turned(points: Array, angle: float) -> Array:
-    """The cloud, turned about its vertical axis."""
+    """The cloud turned about its vertical axis."""
     cos, sin = np.cos(angle), np.sin(angle)
     found: Array = points @ np.array([[cos, sin, 0], [-sin, cos, 0], [0, 0, 1]])
     return found

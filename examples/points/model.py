@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Perceiver IO for point clouds of furniture and what stands beside it: which of ten kinds a cloud is.
+"""A Perceiver IO that classifies point clouds of furniture and other objects into ten kinds.
 
 perceiver-export export examples.points.model:points -o points
 """
@@ -36,7 +36,7 @@ def untrained() -> PerceiverIO:
 
 
 def points() -> LoadedModel:
-    """The trained model, which reads 512 points of a cloud, moved and scaled into a cube."""
+    """The trained model. It reads 512 points of a cloud, moved and scaled into a cube."""
     model = untrained()
     model.load_state_dict(load_file(WEIGHTS))
     steps = PointsPreprocessing(POINTS)

@@ -3,7 +3,8 @@
 
     python -m examples.points.picture BUNDLE PICTURE.png
 
-Two clouds of each class, seen from the front and above; near points are dark. A wrong answer is red, with the label.
+The picture has two clouds of each class, seen from the front and above; near points are dark. A wrong answer is red,
+with the label.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def draw(points: Array) -> Image.Image:
 
 
 def main() -> None:
-    """Ask the bundle, and draw."""
+    """Ask the bundle and draw."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("bundle")
     parser.add_argument("picture", type=Path)

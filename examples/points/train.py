@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train the classifier of point clouds on models of furniture, and write its checkpoint and its data.
+"""Train the point cloud classifier on models of furniture, and write its checkpoint and its data.
 
     apt-get install sweethome3d-furniture
     python -m examples.points.train [--data | --baseline | --credits]
 
-Models are held out, not clouds: no model is in two parts of the data.
+Whole models are held out, not clouds: no model is in two parts of the data.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from perceiver_export.runtimes.npz import write_npz
 from perceiver_export.runtimes.tasks.points import into_unit_cube, subsample
 
 HERE = Path(__file__).parent
-GRID = 64  # stored coordinates are rounded to this part of 1
-VIEWS = {"held_out": 4, "test": 1}  # clouds of each model; one, where samples must be independent
+GRID = 64  # stored coordinates are rounded to 1/64
+VIEWS = {"held_out": 4, "test": 1}  # clouds of each model; only one where samples must be independent
 SHOWN = 1024  # points of a .ply file
 
 
@@ -42,7 +42,7 @@ def scores(model: PerceiverIO, clouds: Tensor) -> Tensor:
 
 
 def clouds(models: list[Model], views: int) -> dict[str, np.ndarray]:
-    """Clouds as the bundle prepares them from a file, each turned by an angle of its own, rounded; and labels."""
+    """Clouds as the bundle prepares them from a file, each turned by a random angle and rounded; and labels."""
     rows, labels = [], []
     for model in models:
         generator = np.random.default_rng(zlib.crc32(model.identity.encode()) + 1)
@@ -54,7 +54,7 @@ def clouds(models: list[Model], views: int) -> dict[str, np.ndarray]:
 
 
 def augmented(points: Tensor, generator: torch.Generator) -> Tensor:
-    """512 points of each cloud (n, 4096, 3): turned, mirrored, stretched, sheared a little, and with noise."""
+    """512 points of each cloud (n, 4096, 3), turned, mirrored, stretched, sheared a little, and with noise."""
     count = len(points)
 
     def normal(*shape: int) -> Tensor:
@@ -71,7 +71,7 @@ def augmented(points: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def in_cube(points: Tensor) -> Tensor:
-    """As `into_unit_cube`, for many clouds."""
+    """Like `into_unit_cube`, for many clouds."""
     centred = points - points.mean(1, keepdim=True)
     return centred / centred.abs().amax((1, 2), keepdim=True)
 
@@ -119,7 +119,7 @@ def answers(model: PerceiverIO, data: dict[str, np.ndarray]) -> np.ndarray:
 
 
 def baseline() -> dict[str, object]:
-    """Logistic regression on where points are: histograms of height, and of the distance from the vertical axis."""
+    """Logistic regression on histograms of height and of the distance from the vertical axis."""
     split = parts(read_models())
     learned, tested = (clouds(split[name], views) for name, views in (("train", 8), ("test", 1)))
     x, y = (torch.from_numpy(histograms(one["points"].astype(np.float64))) for one in (learned, tested))
@@ -145,14 +145,14 @@ def histograms(points: Array) -> np.ndarray:
 
 
 def write_ply(path: Path, points: Array) -> None:
-    """A binary .ply of x, y and z."""
+    """Write a binary .ply of x, y and z."""
     head = f"ply\nformat binary_little_endian 1.0\nelement vertex {len(points)}\n"
     head += "".join(f"property float {axis}\n" for axis in "xyz") + "end_header\n"
     path.write_bytes(head.encode() + points.astype("<f4").tobytes())
 
 
 def write_data(split: dict[str, list[Model]], out: Path) -> dict[str, dict[str, np.ndarray]]:
-    """held_out.npz and test.npz, which are returned, and a .ply of the first test model of each class."""
+    """Write held_out.npz and test.npz, which are also returned, and a .ply of each class's first test model."""
     (out / "clouds").mkdir(parents=True, exist_ok=True)
     found = {name: clouds(split[name], views) for name, views in VIEWS.items()}
     for name, data in found.items():
@@ -164,7 +164,7 @@ def write_data(split: dict[str, list[Model]], out: Path) -> dict[str, dict[str, 
 
 
 def credits(models: list[Model]) -> str:
-    """The models that are used, by catalog and author, with their names in the catalog."""
+    """The models in use, by catalog and author, with their names in the catalog."""
     found = defaultdict(list)
     for model in models:
         catalog, _, name = model.identity.partition("#")
@@ -174,7 +174,7 @@ def credits(models: list[Model]) -> str:
 
 
 def main() -> None:
-    """Train, test, write; or measure the baseline or list authors."""
+    """Train, test, write; or measure the baseline, or list authors."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--baseline", action="store_true", help="measure a simple baseline instead")
     parser.add_argument("--credits", action="store_true", help="list the models and their authors instead")

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run bundles as policies in the simulator, on the same episodes, and compare how often they succeed.
+"""Run bundles as policies in the simulator on the same episodes, and compare how often they succeed.
 
     pip install metaworld
     python -m examples.policy.closed_loop policy policy-int8 --episodes 500
 
-The first bundle is the reference. An episode is a place of the puck and a goal, drawn from its seed; both bundles get
-the same ones. The bounds are those of `validate`: exact, one-sided, 95 % each. Torch is not imported.
+The first bundle is the reference. An episode's seed draws the place of the puck and the goal; all bundles get the same
+episodes. The bounds are those of `validate`: exact, one-sided, 95 % each. Torch is not imported.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from perceiver_export.runtimes import load
 from perceiver_export.runtimes.runtime import Array, Runtime
 
 TASK = "pick-place-v3"
-STEPS = 150  # of an episode at most; the expert needs about 60
+STEPS = 150  # the most in an episode; the expert needs about 60
 REPLAN = 8  # actions of a chunk that are carried out before the policy is asked again
-FIRST_SEED = 100_000  # training and test data are of smaller seeds
+FIRST_SEED = 100_000  # training and test data have smaller seeds
 
 Act = Callable[[Array], Array]
 
 
 def simulator(camera: str | None = None) -> Any:
-    """The robot arm, a puck and a goal that the state shows; with ``camera`` it renders frames."""
+    """The robot arm, a puck and a goal, all in the state; with ``camera`` it renders frames."""
     from metaworld.env_dict import ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE
 
     mode = None if camera is None else "rgb_array"
@@ -45,7 +45,7 @@ def simulator(camera: str | None = None) -> Any:
 
 
 def expert() -> Act:
-    """Meta-World's scripted expert, with its actions cut to the robot's limits."""
+    """Meta-World's scripted expert, with its actions clipped to the robot's limits."""
     import warnings
 
     from metaworld.policies import ENV_POLICY_MAP
@@ -54,7 +54,7 @@ def expert() -> Act:
 
     def act(state: Array) -> Array:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about the cut
+            warnings.simplefilter("ignore")  # about the clipping
             clipped: Array = np.clip(scripted.get_action(state), -1, 1)
         return clipped
 
@@ -62,7 +62,7 @@ def expert() -> Act:
 
 
 def chunked(runtime: Runtime, times: list[float]) -> Act:
-    """A policy that is asked for a chunk and carries out its first actions. Adds each call's seconds to ``times``."""
+    """A policy that predicts a chunk and carries out its first actions. Adds the seconds of each call to ``times``."""
     waiting: list[Array] = []
 
     def act(state: Array) -> Array:
@@ -95,7 +95,7 @@ def _percent(found: statistics.Estimate) -> str:
 
 
 def compare(names: list[str], results: list[Array], times: list[list[float]]) -> Iterator[dict[str, Any]]:
-    """A row for each policy: its success, and against the first the paired drop with bounds."""
+    """A row for each policy: its success, and its paired drop from the first policy with bounds."""
     for name, found, seconds in zip(names, results, times, strict=True):
         total = len(found)
         row: dict[str, Any] = {
@@ -119,7 +119,7 @@ def main() -> None:
     parser.add_argument("--episodes", type=int, default=500)
     parser.add_argument("--device", default="auto", help="target of the bundles")
     parser.add_argument("--expert", action="store_true", help="run the scripted expert too")
-    parser.add_argument("--json", action="store_true", help="print one JSON object a line")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per line")
     options = parser.parse_args()
     simulated, seeds = simulator(), range(FIRST_SEED, FIRST_SEED + options.episodes)
     results, times = list[Array](), list[list[float]]()

@@ -3,8 +3,8 @@
 
     perceiver-export export examples.policy.model:policy -o policy
 
-Like ACT's, it has an encoder of tokens and one decoder layer, whose queries are constant: one for each action of the
-chunk. It has no camera, and no style variable, which in ACT is zero at run time.
+Like ACT, it has an encoder of tokens and one decoder layer with constant queries, one for each action of the chunk. It
+has no camera, and no style variable, which is zero at run time in ACT.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Policy(nn.Module):
 
 
 def policy() -> OwnModel:
-    """The trained policy; `validate` judges its actions by the expert's."""
+    """The trained policy; `validate` compares its actions with the expert's."""
     model = Policy()
     model.load_state_dict(torch.load(WEIGHTS, weights_only=True))
     return OwnModel(model, {"state": torch.zeros(1, STATE)}, ("actions",), output_kinds={"actions": "regression"})

@@ -5,8 +5,8 @@
     python -m examples.policy.train
     python -m examples.policy.train --baseline
 
-The expert's actions are carried out with noise and recorded without it, so that the policy also sees states next to the
-expert's way. Episodes for training, calibration and test have different seeds.
+The expert's actions are carried out with noise and recorded without it, so that the policy also sees states off the
+expert's path. Episodes for training, calibration and test have different seeds.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from perceiver_export.runtimes.npz import write_npz
 from perceiver_export.runtimes.runtime import Array
 
 HERE = Path(__file__).parent
-NOISE = (0.0, 0.2, 0.4)  # standard deviations, one an episode in turn
-# The first seed, how many episodes, and how many samples of each (None: all). One an episode is independent of others.
+NOISE = (0.0, 0.2, 0.4)  # standard deviations, one per episode in turn
+# The first seed, the number of episodes, and of samples from each (None: all). One per episode makes them independent.
 TRAIN, CALIBRATION, TEST = (0, 400, None), (50_000, 200, 1), (60_000, 500, 1)
 SAMPLE = HERE / "sample.npz"
 
 
 class Recorded:
-    """The expert with noise: what it saw, and what it said before noise was added."""
+    """The expert with noise: the states that it saw, and its actions before noise was added."""
 
     def __init__(self, act: Act, noise: float, rng: np.random.Generator) -> None:
         self.act, self.noise, self.rng = act, noise, rng
@@ -73,7 +73,7 @@ def write_data() -> tuple[Array, Array]:
 
 
 def train(states: Array, actions: Array, total: int, seed: int) -> Policy:
-    """AdamW on the mean absolute error, as ACT's; the learning rate falls to zero in ``total`` steps."""
+    """AdamW on the mean absolute error, as in ACT; the learning rate falls to zero in ``total`` steps."""
     torch.manual_seed(seed)
     model, batch = Policy(), 128
     inputs, targets = torch.from_numpy(states), torch.from_numpy(actions)
@@ -98,7 +98,7 @@ def train(states: Array, actions: Array, total: int, seed: int) -> Policy:
 
 
 def mae(found: Array, true: Array) -> float:
-    """Mean absolute error, as `validate` has it."""
+    """Mean absolute error, as in `validate`."""
     return float(np.abs(found - true).mean())
 
 
@@ -119,7 +119,7 @@ def tested() -> tuple[Array, Array]:
 
 
 def main() -> None:
-    """Record, train, write; or the baseline on the test data."""
+    """Record, train, write; or measure the baseline on the test data."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--baseline", action="store_true", help="measure the baseline on the test data instead")
     parser.add_argument("--steps", type=int, default=3_000)

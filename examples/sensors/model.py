@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Perceiver IO for time series of 12 channels and up to 29 steps: which of nine people spoke.
+"""A Perceiver IO that tells which of nine people spoke, from time series of 12 channels and up to 29 steps.
 
 perceiver-export export examples.sensors.model:speaker -o sensors
 """
@@ -26,7 +26,7 @@ WEIGHTS = Path(__file__).parent / "checkpoint" / "model.safetensors"
 
 
 def untrained() -> PerceiverIO:
-    """16 latents of 64 channels read the steps that are not masked, then each other; one query reads the latents."""
+    """16 latents of 64 channels read the unmasked steps, then each other; one query reads the latents."""
     positions = FourierPositions(6, (STEPS,))
     series = ArrayInput((STEPS,), CHANNELS, (1,), num_projected_channels=51, positions=positions, masked=True)
     scores = OutputConfig(LearnedQueries(1, 64), shape=(SPEAKERS,), num_channels=SPEAKERS)

@@ -4,8 +4,8 @@
     pip install --no-deps sktime
     python -m examples.sensors.train [--baseline]
 
-The data set's own split: 270 utterances to train on, 370 of other sessions to test. Of each speaker's 30 the last 5 are
-held out, to calibrate on.
+The split is that of the data set: 270 utterances to train on, and 370 of other sessions to test. Of the 30 utterances
+of each speaker, the last 5 are held out for calibration.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def read_split(name: str) -> tuple[Utterances, np.ndarray]:
     """Utterances (length, 12) and speakers from 0, of TRAIN or TEST, from the files in sktime's wheel."""
     package = importlib.util.find_spec("sktime")
     if package is None or not package.submodule_search_locations:
-        raise SystemExit("sktime is not installed, and the data is in its wheel: pip install --no-deps sktime")
+        raise SystemExit("sktime is not installed, but its wheel has the data: pip install --no-deps sktime")
     folder = Path(package.submodule_search_locations[0]) / "datasets" / "data" / "JapaneseVowels"
     lines = (folder / f"JapaneseVowels_{name}.ts").read_text(encoding="utf-8").splitlines()
     rows = [line.split(":") for line in lines[lines.index("@data") + 1 :]]
@@ -45,7 +45,7 @@ def read_split(name: str) -> tuple[Utterances, np.ndarray]:
 
 
 def splits() -> dict[str, tuple[Utterances, np.ndarray]]:
-    """Those to learn from, those held out, and the test set."""
+    """The utterances to learn from, those held out, and the test set."""
     series, speakers = read_split("TRAIN")
     late = np.arange(len(series)) % 30 >= 30 - HELD_OUT  # the file has 30 of the first speaker, then of the next
     chosen = {"learned": np.flatnonzero(~late), "held_out": np.flatnonzero(late)}
@@ -61,7 +61,7 @@ def padded(series: Utterances) -> dict[str, np.ndarray]:
 
 
 def augmented(series: Utterances, deviation: np.ndarray, generator: np.random.Generator) -> Utterances:
-    """Shorter or longer by a fifth, shifted a little in each channel as between sessions, and with noise."""
+    """Each up to a fifth shorter or longer, shifted a little per channel as between sessions, and with noise."""
     found = []
     for one in series:
         length = int(np.clip(round(len(one) * generator.uniform(0.8, 1.2)), 5, STEPS))
@@ -117,7 +117,7 @@ def train(model: PerceiverIO, series: Utterances, speakers: np.ndarray, epochs: 
 
 
 def baseline() -> dict[str, object]:
-    """The speaker of the most similar utterance to learn from, by the means of the channels over time."""
+    """Predict the speaker of the most similar training utterance, by the means of the channels over time."""
     parts = splits()
     learned, tested = (np.stack([one.mean(0) for one in parts[name][0]]) for name in ("learned", "test"))
     nearest = ((tested[:, None] - learned) ** 2).sum(-1).argmin(-1)
@@ -126,7 +126,7 @@ def baseline() -> dict[str, object]:
 
 
 def draw(series: Utterances, speakers: np.ndarray, path: Path) -> None:
-    """The first utterance of each speaker, channels downwards, time to the right: blue is low, red is high."""
+    """Draw the first utterance of each speaker, channels downwards, time to the right: blue is low, red is high."""
     chosen = padded([series[int(np.argmax(speakers == speaker))] for speaker in range(SPEAKERS)])["series"]
     shade = np.clip(chosen.transpose(0, 2, 1) / 1.5, -1, 1)[..., None]
     colours = 255 * (1 - np.abs(shade) * np.where(shade > 0, [0.2, 0.9, 0.9], [0.9, 0.7, 0.2]))

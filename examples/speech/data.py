@@ -16,13 +16,13 @@ from examples.speech.model import BINS, FRAMES, LABELS, RATE, WINDOW
 from perceiver_export.runtimes.tasks.sound import Sound, log_mel, read_wav
 
 SOUNDS = Path("/usr/share/asterisk/sounds")
-# A folder for each label. One speaker has recorded both English and Spanish.
+# A folder for each label. One speaker recorded both English and Spanish.
 VOICES = ("en_US_f_Allison", "es_MX_f_Allison", "fr_CA_f_June", "it_IT_m_Carlo", "ru_RU_f_IvrvoiceRU")
 TONES = ("beep", "beeperr", "ascending-2tone", "descending-2tone", "silence")  # prompts without speech
 EMPTY = 44  # bytes of a WAV file without sound: the Russian `is`
 QUIET = 0.01  # root mean square; quieter windows hold no speech
 TEST, HELD_OUT = 38, 7  # percent of the prompts
-HOPS = {"train": WINDOW // 4, "held_out": WINDOW, "test": WINDOW}  # only windows to learn from overlap
+HOPS = {"train": WINDOW // 4, "held_out": WINDOW, "test": WINDOW}  # only training windows overlap
 STEP = 0.5  # stored spectrograms are rounded to steps of this size, which compress to half the bytes
 
 
@@ -50,7 +50,7 @@ def windows(sound: Sound, hop: int) -> Iterator[Sound]:
 
 
 def spectrograms(sound: Sound, hop: int) -> list[Sound]:
-    """The windows as the bundle hears them: log-mel spectrograms (FRAMES, BINS)."""
+    """The windows as the bundle prepares them: log-mel spectrograms (FRAMES, BINS)."""
     return [log_mel(window, RATE, FRAMES, BINS) for window in windows(sound, hop)]
 
 
@@ -69,6 +69,6 @@ def read_parts() -> dict[str, tuple[Sound, np.ndarray]]:
 
 
 def stored(heard: Sound, labels: np.ndarray) -> dict[str, np.ndarray]:
-    """Arrays of a data file: rounded spectrograms as the model's input `mel`, and labels."""
+    """The arrays of a data file: rounded spectrograms as the model's input `mel`, and labels."""
     rounded = (np.round(heard / STEP) * STEP).astype(np.float16)
     return {"mel": rounded[..., None], "labels": labels}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Perceiver IO for one second of speech: which of five languages it is.
+"""A Perceiver IO that tells which of five languages one second of speech is in.
 
 perceiver-export export examples.speech.model:speech -o speech
 """
@@ -23,7 +23,7 @@ from perceiver_export.exporter.model import (
 from perceiver_export.runtimes.preprocessing import AudioPreprocessing
 
 LABELS = ("English", "Spanish", "French", "Italian", "Russian")
-RATE = WINDOW = 8000  # samples a second, and samples that the model hears
+RATE = WINDOW = 8000  # samples per second, and samples that the model hears
 FRAMES, BINS = 40, 20  # of the log-mel spectrogram
 PATCH = (2, BINS)
 WEIGHTS = Path(__file__).parent / "checkpoint" / "model.safetensors"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Answers along recordings: a window of one second, moved by a quarter of a second.
+"""Answers along recordings: a window of one second moves in steps of a quarter of a second.
 
     python -m examples.speech.stream BUNDLE SOUND.wav… [--picture PICTURE.png]
 
@@ -23,7 +23,7 @@ QUIET = 0.01  # root mean square; quieter windows hold no speech
 STEPS = 4  # windows a second
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#111111")
 WIDTH, HEIGHT, BAND = 75, 8, 44  # pixels of a second, of a mel bin, and of the answers
-BINS, FRAMES = 32, 25  # of the picture's spectrogram, a second
+BINS, FRAMES = 32, 25  # of the picture's spectrogram; frames per second
 
 
 def answers(classify: AudioClassification, sound: Sound) -> Iterator[tuple[float, Prediction | None]]:
@@ -36,7 +36,7 @@ def answers(classify: AudioClassification, sound: Sound) -> Iterator[tuple[float
 
 
 def draw(sound: Sound, rate: int, found: list[tuple[float, Prediction | None]], lines: list[float]) -> Image.Image:
-    """The spectrogram, lines at the ends of the recordings, and a coloured band of answers."""
+    """The spectrogram, lines at the ends of the recordings, and a colored band of answers."""
     seconds = len(sound) / rate
     heard = log_mel(sound, rate, round(seconds * FRAMES), BINS).T[::-1]
     shade = np.clip((heard + 8) / 18, 0, 1)[..., None]
@@ -59,7 +59,7 @@ def draw(sound: Sound, rate: int, found: list[tuple[float, Prediction | None]], 
 
 
 def main() -> None:
-    """Print the answers, and draw them."""
+    """Print the answers and draw them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("bundle")
     parser.add_argument("sounds", nargs="+", metavar="SOUND.wav")

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train the classifier of languages on telephone prompts, and write its checkpoint and its data.
+"""Train the language classifier on telephone prompts, and write its checkpoint and its data.
 
     apt-get install asterisk-core-sounds-{en,es,fr,it,ru}-wav
     python -m examples.speech.train [--data | --baseline | --voice FOLDER]
 
-Prompts, not windows, are held out; a prompt and its translations are in the same part of the data.
+Whole prompts are held out, not windows; a prompt and its translations are in the same part of the data.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def accuracy(model: PerceiverIO, heard: np.ndarray, labels: np.ndarray) -> float
 
 
 def augmented(heard: Tensor) -> Tensor:
-    """Louder or quieter, with a tilted spectrum as of another line, and with a stretch of time and of bins hidden."""
+    """Louder or quieter, with a tilted spectrum as on another line, and with a stretch of time and of bins hidden."""
     count, mean = len(heard), heard.mean()
     tilt = torch.randn(count, 1, 1) * torch.linspace(-1, 1, BINS)
     heard = (heard + 1.5 * torch.randn(count, 1, 1) + tilt).clamp(min=-23)
@@ -65,7 +65,7 @@ def augmented(heard: Tensor) -> Tensor:
 
 @torch.no_grad()
 def initialise(model: PerceiverIO, heard: Tensor) -> None:
-    """Start from latents and places that differ, and from a projection that sees values around 0."""
+    """Start from latents and positions that differ, and from a projection that sees values around 0."""
     adapter, queries = model.inputs["mel"], model.decoder.get_submodule("queries.logits")
     assert isinstance(adapter, ArrayAdapter)
     assert isinstance(adapter.projection, nn.Linear)
@@ -128,7 +128,7 @@ def baseline() -> dict[str, object]:
 
 
 def heard_as(voice: str) -> dict[str, int]:
-    """How often the trained model takes the windows of another voice for each language."""
+    """The number of windows of another voice that the trained model assigns to each language."""
     model = untrained().eval()
     model.load_state_dict(load_file(WEIGHTS))
     heard = [one for _, sound in prompts(voice) for one in spectrograms(sound, HOPS["test"])]
@@ -137,7 +137,7 @@ def heard_as(voice: str) -> dict[str, int]:
 
 
 def write_data(parts: dict[str, tuple[np.ndarray, np.ndarray]], out: Path) -> None:
-    """held_out.npz, test.npz, and one prompt of the test part in each language as a WAV file."""
+    """Write held_out.npz, test.npz, and one prompt of the test part in each language as a WAV file."""
     assert part_of(SAMPLE) == "test"
     (out / "prompts").mkdir(parents=True, exist_ok=True)
     for name in ("held_out", "test"):
@@ -150,7 +150,7 @@ def main() -> None:
     """Train, test, write; or measure the baseline or another voice."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--baseline", action="store_true", help="measure a simple baseline instead")
-    parser.add_argument("--voice", metavar="FOLDER", help=f"a folder in {SOUNDS}: count what the model takes it for")
+    parser.add_argument("--voice", metavar="FOLDER", help=f"a folder in {SOUNDS}: count the model's answers to it")
     parser.add_argument("--data", action="store_true", help="write the data only")
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--seed", type=int, default=0)
@@ -176,7 +176,7 @@ def main() -> None:
         print(f"{name} top-1 {accuracy(model, *parts[name]):.2f} % of {len(parts[name][1]):,} windows")
     confusion = np.zeros((len(LABELS), len(LABELS)), np.int64)
     np.add.at(confusion, (parts["test"][1], answers(model, parts["test"][0])), 1)
-    print(f"rows are the language spoken, columns the answer:\n{confusion}")
+    print(f"rows are the spoken language, columns the answer:\n{confusion}")
 
 
 if __name__ == "__main__":

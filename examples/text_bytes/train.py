@@ -4,7 +4,7 @@
     apt-get install bible-kjv
     python -m examples.text_bytes.train [--baseline]
 
-The model is transformers' `PerceiverForMaskedLM`, only small: 64 bytes, as many latents. The text is the King James
+The model is a small `PerceiverForMaskedLM` of transformers: 64 bytes and as many latents. The text is the King James
 Bible, verse by verse; every 20th verse is held out, for calibration and for tests on text that it has never seen.
 """
 
@@ -33,9 +33,9 @@ LENGTH = 64
 ROOM = LENGTH - 2  # bytes between [CLS] and [SEP], where transformers' tokenizer puts them
 MASK, CLS, SEP, FIRST_BYTE = 3, 4, 5, 6
 MASKED = 0.15  # of the bytes, as in the paper
-EVERY = 20  # of so many verses one is held out
+EVERY = 20  # one verse in so many is held out
 RATE, WARMUP = 2e-3, 200
-CALIBRATION, TEST = 512, 2500  # pieces of them that are kept beside the checkpoint, masked and as they are
+CALIBRATION, TEST = 512, 2500  # pieces of held-out verses in files beside the checkpoint, masked and unmasked
 CODE = 24  # channels that say where a byte or a latent is
 FREQUENCIES = 2 * math.pi / torch.logspace(math.log10(3.5), math.log10(2 * LENGTH), CODE // 2)
 CONFIG = {
@@ -61,7 +61,7 @@ CONFIG = {
 
 
 def verses() -> list[bytes]:
-    """The text, a verse an item, without its number."""
+    """The text, one verse per item, without its number."""
     done = subprocess.run(["bible", "-f", "gen1:1-rev22:21"], capture_output=True, check=True)
     return [line.split(b" ", 1)[1].strip() for line in done.stdout.splitlines() if b" " in line]
 
@@ -75,27 +75,27 @@ def windows(lines: list[bytes]) -> np.ndarray:
 
 
 def split() -> tuple[np.ndarray, np.ndarray]:
-    """Tokens to train on, and tokens of the verses that are held out."""
+    """Tokens to train on, and tokens of the held-out verses."""
     lines = verses()
     kept = [line for index, line in enumerate(lines) if index % EVERY]
     return windows(kept), windows(lines[::EVERY])
 
 
 def masked(tokens: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens with 15 % of the bytes masked, and where."""
+    """Tokens with 15 % of the bytes masked, and the mask."""
     places = (np.random.default_rng(seed).random(tokens.shape) < MASKED) & (tokens >= FIRST_BYTE)
     return np.where(places, MASK, tokens), places
 
 
 def write_texts(path: Path, tokens: np.ndarray) -> None:
-    """One JSON object a line, as `quantize --data` and `validate --data` take it; masked bytes as [MASK]."""
+    """Write one JSON object per line, for `quantize --data` and `validate --data`; masked bytes are [MASK]."""
     rows = ("".join("[MASK]" if token == MASK else chr(token - FIRST_BYTE) for token in row[1:-1]) for row in tokens)
     path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows), encoding="utf-8")
 
 
 @torch.no_grad()
 def accuracy(model: PerceiverIO, tokens: np.ndarray, seed: int = 0) -> float:
-    """The share of masked bytes that the model fills rightly."""
+    """The share of masked bytes that the model fills correctly."""
     given, places = masked(tokens, seed)
     hits = 0
     for start in range(0, len(tokens), 256):
@@ -108,7 +108,7 @@ def accuracy(model: PerceiverIO, tokens: np.ndarray, seed: int = 0) -> float:
 
 
 def positional_code(positions: Tensor) -> Tensor:
-    """Cosines and sines (n, 24) of twelve wavelengths from 3.5 bytes to twice the window: what `shift` turns."""
+    """Cosines and sines (n, 24) of twelve wavelengths from 3.5 bytes to twice the window, which `shift` rotates."""
     angles = positions[:, None] * FREQUENCIES
     return torch.stack([angles.cos(), angles.sin()], -1).flatten(1)
 
@@ -122,7 +122,7 @@ def shift(offset: float) -> Tensor:
 
 
 def look_at(attention: Attention, offsets: tuple[float, ...], sharpness: float) -> None:
-    """Head h of a query at position x reads what is at x + offsets[h]. Codes are the first channels on both sides."""
+    """Head h of a query at position x reads from x + offsets[h]. Codes are the first channels on both sides."""
     width = len(attention.query.weight) // attention.num_heads
     for head, offset in enumerate(offsets):
         rows = slice(head * width, head * width + CODE)
@@ -135,10 +135,10 @@ def look_at(attention: Attention, offsets: tuple[float, ...], sharpness: float) 
 
 @torch.no_grad()
 def initialise(model: PerceiverIO) -> None:
-    """Start from latents with a place each, and heads that read what is near it.
+    """Start from latents with a place each, and heads that read the bytes near it.
 
-    From transformers' initialisation (everything normal, 0.02) no latent is nearer to one byte than to another, every
-    byte reads the same mean, and training stays at the frequencies of bytes for hours.
+    With transformers' initialization (everything normal, 0.02) no latent is nearer to one byte than to another, every
+    byte reads the same mean, and for hours training learns nothing but the frequencies of bytes.
     """
     code = positional_code(torch.arange(float(LENGTH)))
     tokens, encoder, decoder = model.inputs["tokens"], model.encoder, model.decoder
@@ -159,7 +159,7 @@ def initialise(model: PerceiverIO) -> None:
 
 
 def train(model: PerceiverIO, tokens: np.ndarray, steps: int, seed: int, batch: int = 64) -> None:
-    """AdamW, warmup and a cosine, mixed precision; prints the loss (nats a masked byte) from time to time."""
+    """AdamW, warmup and a cosine, mixed precision; prints the loss (nats per masked byte) from time to time."""
     generator = np.random.default_rng(seed)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01, betas=(0.9, 0.98))
     start, losses = time.perf_counter(), []
@@ -192,7 +192,7 @@ def neighbours(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def baseline() -> dict[str, object]:
-    """The byte that is most frequent between the two beside it, for every byte of the test pieces that has two."""
+    """Predict each byte of the test pieces as the most frequent one between its two neighbors."""
     learned, held_out = split()
     (beside, byte), (beside_test, byte_test) = map(neighbours, (learned, held_out[CALIBRATION : CALIBRATION + TEST]))
     counts = np.zeros((1 << 16, 256), np.int32)
@@ -228,7 +228,7 @@ def main() -> None:
     save_file(state, arguments.out / "model.safetensors", metadata={"format": "pt"})
     write_texts(arguments.out.parent / "calibration.jsonl", masked(held_out[:CALIBRATION], seed=1)[0])
     write_texts(arguments.out.parent / "test.jsonl", held_out[CALIBRATION : CALIBRATION + TEST])
-    print(f"held-out masked bytes filled rightly {accuracy(model, held_out[: arguments.measured]):.4f}")
+    print(f"held-out masked bytes filled correctly {accuracy(model, held_out[: arguments.measured]):.4f}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pieces of three real clips with sound: 8 frames of 32 × 32, 1,280 samples at 4 kHz, and the clip's label.
 
-The rabbit has its own sound. The clips of people and of the tree are silent: a voice and monkeys are put under them.
+The rabbit has its own sound. The clips of people and of the tree are silent: a voice and monkeys are added to them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ HERE = Path(__file__).parent
 OPENCV = Path("/usr/share/doc/opencv-doc/examples/data")
 ASTERISK = Path("/usr/share/asterisk/sounds/en_US_f_Allison")
 LABELS = ("rabbit", "people", "tree")
-# What share of each clip, frames and sound, a split takes.
+# The share of each clip, frames and sound, that each split takes.
 SPLITS = {"train": (0.0, 0.68), "calibration": (0.68, 0.8), "test": (0.8, 1.0)}
 
 
@@ -41,7 +41,7 @@ def sources() -> dict[str, tuple[Path, Path]]:
 
 @dataclass(frozen=True)
 class Clip:
-    """Frames (T, 72, W, 3) uint8, and sound (samples,) at 4 kHz with peak 0.9, as long as the frames or not."""
+    """Frames (T, 72, W, 3) uint8, and sound (samples,) at 4 kHz with peak 0.9, which may have another duration."""
 
     frames: npt.NDArray[np.uint8]
     sound: Floats
@@ -79,7 +79,7 @@ class Pieces:
         self.random = np.random.default_rng(seed)
 
     def piece(self, clip: Clip, mirror: bool) -> tuple[Floats, Floats]:
-        """Frames (8, 32, 32, 3) in [0, 1] and sound (1280, 1); of a voice and of monkeys no pauses."""
+        """Frames (8, 32, 32, 3) in [0, 1] and sound (1280, 1), without the pauses of the voice and the monkeys."""
         start = int(self.random.integers(len(clip.frames) - NUM_FRAMES + 1))
         height, width = clip.frames.shape[1:3]
         side = int(self.random.integers(round(0.6 * height), height + 1))
@@ -89,7 +89,7 @@ class Pieces:
         frames: Floats = np.stack(small).astype(np.float32) / np.float32(255)
         frames = frames[:, :, ::-1] if mirror and self.random.random() < 0.5 else frames
         while True:
-            # The rabbit's own sound runs with its frames; the others' does not belong to a moment.
+            # The rabbit's sound runs with its frames; the other sounds belong to no particular moment.
             first = start * RATE // 25 if clip is self.clips[0] else int(self.random.integers(len(clip.sound)))
             first = min(first + int(self.random.integers(RATE // 25)), len(clip.sound) - NUM_SAMPLES)
             sound = clip.sound[first : first + NUM_SAMPLES]
@@ -104,13 +104,13 @@ class Pieces:
 
 
 def samples(clips: dict[str, Clip], split: str, count: int, seed: int) -> dict[str, npt.NDArray[Any]]:
-    """``count`` pieces as `validate` takes them; 16 bits hold the 256 values of a frame exactly enough."""
+    """``count`` pieces in the form of `validate`; 16 bits are precise enough for the 256 values of a frame."""
     frames, sound, labels = Pieces(clips, split, seed).batch(count)
     return {"frames": frames.astype(np.float16), "audio": sound.astype(np.float16), "label": labels}
 
 
 def write(clips: dict[str, Clip]) -> None:
-    """held_out.npz, test.npz, and a piece of the rabbit's test part as frames and WAV."""
+    """Write held_out.npz, test.npz, and a piece of the rabbit's test part as frames and WAV."""
     from perceiver_export.runtimes.tasks.sound import write_wav
 
     held_out, test = samples(clips, "calibration", 33, 2), samples(clips, "test", 36, 1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draw test pieces and what a bundle makes of them, and write both sounds.
+"""Draw test pieces and a bundle's reconstructions of them, and write both sounds.
 
 python -m examples.video.picture video -o video.png --sounds sounds
 """

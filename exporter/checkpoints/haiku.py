@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DeepMind's Haiku pickles of the six released models, without jax, Haiku, or anything in the file being executed.
+"""Load DeepMind's six released Haiku pickles without jax or Haiku, and without executing anything in them.
 
-A pickle holds parameters only. Its sizes are those of the released model's preset; a JSON file gives those that differ.
+A pickle holds parameters only. The sizes come from the released model's preset; a JSON file gives those that differ.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from perceiver_export.runtimes.errors import CheckpointError, UsageError
 HaikuModel = Literal[
     "language", "imagenet-learned", "imagenet-fourier", "imagenet-conv", "optical-flow", "video-autoencoding"
 ]
-# Each model's preset, Haiku's module of its decoder, and a part of a name that only it and those after it have.
+# Each model's preset, Haiku's module of its decoder, and a part of a name that occurs in no model above it.
 _RELEASED: dict[HaikuModel, tuple[str, str, str]] = {
     "language": ("language-bytes", "basic_decoder", "embedding_decoder/"),
     "optical-flow": ("optical-flow", "flow_decoder/~/basic_decoder", "flow_decoder/"),
@@ -38,7 +38,7 @@ _RELEASED: dict[HaikuModel, tuple[str, str, str]] = {
     "imagenet-learned": ("imagenet-learned", "classification_decoder/~/basic_decoder", "position_encoding_projector/"),
     "imagenet-fourier": ("imagenet-fourier", "classification_decoder/~/basic_decoder", "classification_decoder/"),
 }
-# The models by their own names, by those of DeepMind's notebooks, and by their task.
+# The models by their own names, by those in DeepMind's notebooks, and by task.
 _NAMES: dict[str, HaikuModel] = {
     **{model: model for model in _RELEASED},
     "fill-mask": "language",
@@ -54,7 +54,7 @@ _NETWORK_INPUTS = "image_preprocessor/~_build_network_inputs"
 _QUERIES = "multimodal_decoder/~decoder_query"
 _DOWNSAMPLE = f"{_IMAGE}/conv2_d_downsample/~"
 
-# Our names of parameters that are neither of a linear layer nor of a norm: theirs.
+# Parameters outside linear layers and norms: our names and theirs.
 _TABLES = {
     "decoder.embedding_bias": "embedding_decoder/bias",
     "inputs.tokens.embedding.weight": "embed/embeddings",
@@ -97,7 +97,7 @@ _BATCH_NORM = {
     "running_mean": "~/mean_ema/average",
     "running_var": "~/var_ema/average",
 }
-# The video autoencoder's parameters that only training reads: the label is always masked, the others never.
+# Video autoencoder parameters that only training reads: at inference the label is always masked, the rest never.
 _DEAD = frozenset(
     f"multimodal_preprocessor/{name}/pos_embs" for name in ("audio_mask_token", "image_mask_token", "label_padding")
 )
@@ -124,10 +124,10 @@ def load_haiku(
     state = {name: torch.from_numpy(array) for name, array in {**checkpoint.params, **checkpoint.state}.items()}
     found = released_model(state)
     if found is not None and found != model:
-        raise CheckpointError(f"{path} holds a model of {found}, not of {model}", f"give deepmind:{found}:{path}")
+        raise CheckpointError(f"{path} holds the model {found}, not {model}", f"give deepmind:{found}:{path}")
     network = load_haiku_state(model, state, sizes, parity)
     loaded = described(preset.task, network, parity, path.name)
-    notes = ["Haiku's pickles name no labels: they are LABEL_0, LABEL_1, …"] if loaded.labels else []
+    notes = ["Haiku's pickles have no names of labels: they are LABEL_0, LABEL_1, …"] if loaded.labels else []
     if sizes != trained:
         notes.append("the model was trained on images of another size: measure its accuracy with `validate`")
     return dataclasses.replace(loaded, notes=tuple(notes))
@@ -136,7 +136,7 @@ def load_haiku(
 def load_haiku_state(
     model: HaikuModel, state: Mapping[str, Tensor], sizes: PerceiverConfig, parity: Parity = "deepmind"
 ) -> PerceiverIO:
-    """The model of parameters and state by Haiku's names. Raises CheckpointError where they do not fit ``sizes``."""
+    """The model from parameters and state under Haiku's names. Raises CheckpointError if they do not fit ``sizes``."""
     sources = haiku_sources(model, swap_kernel=parity == "huggingface")
     try:
         return load_model_state(sizes, state, sources, ignored_names(state))
@@ -179,8 +179,8 @@ def _merged(old: Any, new: Any) -> Any:
 def haiku_sources(model: HaikuModel, swap_kernel: bool = False) -> Sources:
     """Where our parameters are in a Haiku checkpoint of ``model``; Haiku's linear layers are (in, out).
 
-    ``swap_kernel`` exchanges height and width of the 7×7 convolution's kernel, as transformers' conversion of
-    DeepMind's weights does: its published checkpoint, and so its numerics, have it thus.
+    ``swap_kernel`` exchanges height and width of the 7×7 convolution's kernel. transformers' conversion of DeepMind's
+    weights does so, and its published checkpoint has them exchanged.
     """
     decoder = _RELEASED[model][1]
     encoder = "encoder/~" if model == "video-autoencoding" else "perceiver_encoder/~"
@@ -217,7 +217,7 @@ def haiku_sources(model: HaikuModel, swap_kernel: bool = False) -> Sources:
 
 
 def _self_attention(encoder: str, own: str) -> str:
-    """Haiku's module of a part of a self-attention; Haiku numbers the layers from the second on."""
+    """Haiku's module for a part of a self-attention; Haiku numbers the layers from the second on."""
     index, _, part = own.removeprefix("encoder.self_attentions.0.").partition(".")
     return f"{encoder}/self_attention{'' if index == '0' else f'_{index}'}/{_IN_A_SELF_LAYER[part]}"
 
@@ -228,7 +228,7 @@ def ignored_names(names: Iterable[str]) -> frozenset[str]:
 
 
 def released_model(names: Iterable[str]) -> HaikuModel | None:
-    """The released model that has parameters of such names, or None."""
+    """The released model whose parameters have such names, or None."""
     names = list(names)
     return next((model for model, (*_, part) in _RELEASED.items() if any(part in name for name in names)), None)
 

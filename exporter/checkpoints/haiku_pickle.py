@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Haiku's pickles, read without jax, haiku, or anything in the file being executed.
+"""Read Haiku's pickles without jax or haiku, and without executing anything in them.
 
 A pickle is a program: it names Python functions and calls them. The unpickler here knows a dozen names (numpy's array,
-dtype and their helpers, Haiku's mappings, jax's array) and refuses every other. The real functions are never called:
-for each name a function of this module checks its arguments and makes a plain array of numbers.
+dtype and their helpers, Haiku's mappings, jax's array) and refuses all others. The real functions are never called: for
+each name, a function of this module checks its arguments and makes a plain array of numbers.
 
-DeepMind's released files hold ``FlatMapping`` of ``FlatMapping`` of arrays; those of ImageNet a dict of two such,
-``params`` and ``state``. Any pickle protocol, and the module paths of numpy 1 and 2, are read.
+DeepMind's released files hold a ``FlatMapping`` of ``FlatMapping`` of arrays; those for ImageNet hold a dict of two
+such mappings, ``params`` and ``state``. All pickle protocols, and the module paths of numpy 1 and 2, are supported.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from perceiver_export.runtimes.errors import CheckpointError
 Array = npt.NDArray[Any]
 
 _DTYPES = frozenset(("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8"))
-_DO_NOT_TRUST = "do not trust this file, others would execute its code: ask its author for plain arrays"
+_DO_NOT_TRUST = "do not trust this file, because other readers would run its code: ask its author for plain arrays"
 _SAVE_NUMPY = "save plain arrays: jax.tree_util.tree_map(lambda x: numpy.asarray(x, numpy.float32), params)"
 _COPY_AGAIN = "give a pickle of Haiku parameters as DeepMind released them; if it is one, copy it again"
-# Extensions come from a table of the process, past find_class; persistent ids from outside the file.
+# Extensions bypass find_class and come from a process-wide table; persistent ids refer to objects outside the file.
 _REFUSED_OPCODES = frozenset(("EXT1", "EXT2", "EXT4", "PERSID", "BINPERSID"))
 _MEMO_OPCODES = frozenset(("PUT", "BINPUT", "LONG_BINPUT"))
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"PK": "zip", b"BZh": "bzip2", b"\xfd7z": "xz", b"\x28\xb5": "zstd"}
@@ -48,7 +48,7 @@ class _RefusedError(Exception):
 
 
 class _StandIn:
-    """A function that the file may call. The file cannot change it, as it could set attributes of a real one."""
+    """A function that the file may call. Unlike a real one, it has no attributes that the file could set."""
 
     __slots__ = ("_function",)
 
@@ -63,14 +63,14 @@ class _StandIn:
 
 
 class _DType:
-    """numpy.dtype: its code when called, its byte order with its state."""
+    """numpy.dtype: the call gives its code, the state its byte order."""
 
     __slots__ = ("kind",)
 
     def __init__(self, code: object, align: object = False, copy: object = False) -> None:
         if not isinstance(code, str) or code not in _DTYPES:
             shown = code if isinstance(code, str) and code.isprintable() and len(code) < 20 else "of another kind"
-            raise _RefusedError(f"holds an array whose dtype is {shown}, not a number's")
+            raise _RefusedError(f"holds an array whose dtype is {shown}, which is not numeric")
         self.kind = np.dtype(code)
 
     def __setstate__(self, state: object) -> None:
@@ -84,7 +84,7 @@ class _DType:
 class _Stored:
     """numpy.ndarray: empty when made, filled by its state ``(version, shape, dtype, Fortran order?, bytes)``.
 
-    It is a view of the file's bytes, since a file can refer to the same ones thousands of times: `_flat` copies it.
+    It is a view of the file's bytes, because a file can refer to the same ones thousands of times; `_flat` copies it.
     """
 
     __slots__ = ("values",)
@@ -110,12 +110,12 @@ def _values(data: object, dtype: object, shape: object, order: object) -> Array:
 
 
 def _ndarray(*args: object) -> NoReturn:
-    raise _RefusedError("makes arrays in a way of its own")  # numpy's pickles only name it to `_reconstruct`
+    raise _RefusedError("makes arrays in an unknown way")  # numpy's pickles only name it to `_reconstruct`
 
 
 def _reconstruct(subtype: object, shape: object, typecode: object) -> _Stored:
     if subtype is not _NAMES["numpy.ndarray"]:
-        raise _RefusedError("holds an array of another class than numpy's")
+        raise _RefusedError("holds an array whose class is not numpy's")
     return _Stored()
 
 
@@ -126,9 +126,9 @@ def _frombuffer(data: object, dtype: object, shape: object, order: object, axis_
 
 
 def _jax_array(function: object, args: Any, state: object, flags: object) -> _Stored:
-    """jax 0.4 and later: numpy's way of making the same array, one level down."""
+    """jax 0.4 and later: numpy's call that makes the same array, one level down."""
     if function is not _RECONSTRUCT:
-        raise _RefusedError("makes an array with another function than numpy's")
+        raise _RefusedError("makes an array with a function that is not numpy's")
     array = _reconstruct(*args)
     array.__setstate__(state)
     return array
@@ -177,7 +177,7 @@ class _Unpickler(pickle.Unpickler):
         if full not in self._names:
             shown = full if full.isprintable() and len(full) <= 100 else ascii(full[:100])
             hint = _SAVE_NUMPY if module.startswith(("jax", "ml_dtypes")) else _DO_NOT_TRUST
-            raise _RefusedError(f"names the class {shown}, which is no array and no mapping", hint)
+            raise _RefusedError(f"names the class {shown}, which is neither an array nor a mapping", hint)
         return self._names[full]
 
 
@@ -195,8 +195,8 @@ class HaikuCheckpoint:
 def read_haiku(path: Path) -> HaikuCheckpoint:
     """Parameters and state of a Haiku pickle: bare parameters, or a mapping of ``params`` and ``state``.
 
-    Raises CheckpointError: no such file, no pickle, a damaged one, one that names anything but arrays and mappings,
-    or one with NaN or infinite values.
+    Raises CheckpointError if the file is missing, not a pickle or damaged, names anything but arrays and mappings, or
+    has NaN or infinite values.
     """
     content = _content(path)
     tree = _unpickle(path, content)
@@ -239,7 +239,7 @@ def _unpickle(path: Path, content: bytes) -> object:
     except _RefusedError as error:
         raise CheckpointError(f"{path} {error}; refused, nothing was executed", error.hint) from error
     except Exception as error:  # a damaged pickle makes Python raise anything
-        raise CheckpointError(f"{path} is not a readable pickle: it is cut or damaged", _COPY_AGAIN) from error
+        raise CheckpointError(f"{path} is not a readable pickle: it is truncated or damaged", _COPY_AGAIN) from error
 
 
 def _flat(path: Path, tree: object, most: int) -> dict[str, Array]:
@@ -252,21 +252,21 @@ def _flat(path: Path, tree: object, most: int) -> dict[str, Array]:
                 raise CheckpointError(f"{path}: {full!r} is not one array", _COPY_AGAIN)
             most -= len(full) + array.values.nbytes
             if most < 0:
-                raise CheckpointError(f"{path} holds more than it has bytes; nothing was executed", _DO_NOT_TRUST)
+                raise CheckpointError(f"{path} expands beyond its size; nothing was executed", _DO_NOT_TRUST)
             kind = array.values.dtype
             if kind.kind == "f" and not np.isfinite(array.values).all():
                 raise CheckpointError(
                     f"{path}: {full!r} holds NaN or infinite values",
                     "give a checkpoint from before the training diverged",
                 )
-            # In this machine's byte order and memory of its own; half precision becomes float32.
+            # A copy in this machine's byte order; half precision becomes float32.
             wide = np.dtype(np.float32) if kind.kind == "f" and kind.itemsize == 2 else kind.newbyteorder("=")
             flat[full] = array.values.astype(wide, order="C", copy=True)
     return flat
 
 
 def _items(path: Path, tree: object) -> list[tuple[str, object]]:
-    """A mapping's items. Names are shown: each is short and printable, so that none can steer a terminal."""
+    """A mapping's items. Names are printed, so each must be short and printable: none can control a terminal."""
     if not isinstance(tree, dict) or not all(
         isinstance(name, str) and name.isprintable() and len(name) <= 500 for name in tree
     ):

@@ -33,7 +33,7 @@ from perceiver_export.exporter.model.config import AttentionConfig, Features, Im
 from perceiver_export.exporter.presets import preprocessing
 from perceiver_export.runtimes.errors import CheckpointError, UnsupportedModelError, UsageError
 
-# transformers' names of our parameters; the first that fits counts. The language model has some one level higher.
+# transformers' names of our parameters; the first match counts. In the language model some are one level higher.
 _QUERIES = "output_position_encodings.position_embeddings"
 _LANGUAGE_MODEL = (
     ("decoder.cross_attention.", "perceiver.decoder.decoding_cross_attention."),
@@ -66,7 +66,7 @@ _NAMES = (
     ("decoder.heads.video.", "perceiver.output_postprocessor.modalities.image.classifier."),
     ("decoder.heads.label.", "perceiver.output_postprocessor.modalities.label.classifier."),
 )
-# The video autoencoder's parameters that only training reads: the label is always masked, the others never.
+# Video autoencoder parameters that only training reads: at inference the label is always masked, the rest never.
 DEAD = (
     "perceiver.input_preprocessor.mask.audio",
     "perceiver.input_preprocessor.mask.image",
@@ -112,7 +112,7 @@ def patches_to_kernel(weight: Tensor) -> Tensor:
 
 
 def _in_a_layer(rest: str) -> str:
-    rest = f".{rest}"  # a dot in front makes the match whole: `.norm.` is not `.mlp_norm.`
+    rest = f".{rest}"  # with a dot in front, whole names match: `.norm.` is not in `.mlp_norm.`
     ours, theirs = next(((ours, theirs) for ours, theirs in _IN_A_LAYER if ours in rest), ("", ""))
     return rest.replace(ours, theirs)[1:] if ours else rest[1:]
 
@@ -173,10 +173,10 @@ def architecture(config: HuggingFaceConfig, parity: Parity, image_shape: tuple[i
         sizes = _architecture(config, parity, image)
     except UsageError as error:  # the sizes are the file's, not the caller's
         raise CheckpointError(f"config.json: {error.message}", error.hint) from error
-    gives = sizes.encoder.self_attention.num_v_channels  # in transformers as many channels as values have
+    gives = sizes.encoder.self_attention.num_v_channels  # in transformers, as many channels as the values have
     if gives != config.d_latents and config.num_self_attends_per_block:
         raise UnsupportedModelError(
-            f"config.json: self-attention gives {gives} channels, d_latents is {config.d_latents}",
+            f"config.json: self-attention gives {gives} channels, but d_latents is {config.d_latents}",
             "make both equal: transformers cannot run such a model either",
         )
     return sizes
@@ -207,7 +207,7 @@ def _image_input(config: HuggingFaceConfig, parity: Parity, image_shape: tuple[i
     channels, height, width = image_shape
     if channels != _RGB:
         raise CheckpointError(
-            f"the image has {channels} channels, the checkpoint reads {_RGB}", "give --shape image=3xHxW"
+            f"the image has {channels} channels, but the checkpoint reads {_RGB}", "give --shape image=3xHxW"
         )
     side = {"conv1x1": config.image_size, "conv": 56, "pixels": 224}[features]
     return architectures.image_input(features, height, width, parity, (side, side))
@@ -217,8 +217,8 @@ def _video_sizes(config: HuggingFaceConfig) -> VideoSizes:
     _, num_frames, height, width = config.output_shape
     if num_frames != config.num_frames:
         raise CheckpointError(
-            f"config.json: output_shape has {num_frames} frames, num_frames is {config.num_frames}",
-            "make them one: a model that reads another number of frames than it gives is not supported",
+            f"config.json: output_shape has {num_frames} frames, but num_frames is {config.num_frames}",
+            "make both equal: a model that returns more or fewer frames than it reads is not supported",
         )
     return VideoSizes(
         num_frames=num_frames,
@@ -234,7 +234,7 @@ def _video_sizes(config: HuggingFaceConfig) -> VideoSizes:
 
 
 def _text(config: HuggingFaceConfig, directory: Path, parity: Parity) -> FoundTokenizer | None:
-    """The tokenizer of a model of text; None for others. DeepMind's code adds no special tokens to its bytes."""
+    """The tokenizer of a text model; None for other models. DeepMind's code adds no special tokens to the bytes."""
     task = TASKS[config.architecture]
     if task not in ("fill-mask", "text-classification"):
         return None
@@ -247,13 +247,13 @@ def _text(config: HuggingFaceConfig, directory: Path, parity: Parity) -> FoundTo
 def _notes(
     config: HuggingFaceConfig, directory: Path, sizes: PerceiverConfig, labels: Labels | None
 ) -> tuple[str, ...]:
-    """Assumptions where the checkpoint says nothing."""
+    """The assumptions that were made where the checkpoint says nothing."""
     notes = list(labels.notes) if labels else []
     if config.auto_map:
-        notes.append(f"config.json names code of its own (auto_map): transformers' {config.architecture} is used")
+        notes.append(f"config.json names custom code (auto_map): transformers' {config.architecture} is used instead")
     if "audio" in sizes.inputs:
         notes.append(
-            "config.json has no sampling rate: give sound at the rate of the training"
+            "config.json has no sampling rate: give sound at the rate used in training"
             " (DeepMind's released model: 48 kHz)"
         )
     image = sizes.inputs.get("image")
@@ -264,12 +264,12 @@ def _notes(
         if not processor:
             notes.append(
                 f"no preprocessor_config.json: images are cropped, resized to {image.height} × {image.width} and"
-                " normalised as for ImageNet; a model that was trained otherwise will be wrong"
+                " normalized as for ImageNet; a model that was trained differently will give wrong answers"
             )
         usual = default_image_shape(config, directory)
         if (image.height, image.width) != usual[1:]:
             notes.append(
-                f"images of {image.height} × {image.width}, where the checkpoint has {usual[1]} × {usual[2]}: measure"
+                f"images are {image.height} × {image.width}, but the checkpoint's are {usual[1]} × {usual[2]}: measure"
                 " the accuracy at this size with `validate`"
             )
     return tuple(notes)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """config.json and preprocessor_config.json of a Hugging Face directory.
 
-docs/guides/checkpoints.md says how each field is treated. `read_labels` gives names and kinds of outputs by id2label,
-num_labels and problem_type, as transformers does.
+docs/guides/checkpoints.md says how each field is treated. `read_labels` derives the names and kinds of outputs from
+id2label, num_labels and problem_type, as transformers does.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ LabelName = str | int | float | bool | None
 
 @dataclass(frozen=True)
 class Labels:
-    """``names`` has one entry an output; ``notes`` are about names that are missing or contradict each other."""
+    """``names`` has one entry per output; ``notes`` are about names that are missing or contradict each other."""
 
     names: tuple[str, ...]
     kind: OutputKind
@@ -41,16 +41,16 @@ def read_labels(
 ) -> Labels:
     """Output i is called id2label[i], else LABEL_i.
 
-    As in transformers 5 there are ``num_labels`` outputs, else as many as id2label names, else two; if both are given
-    and differ, nothing is named. The kind of the scores follows the rules of transformers' pipelines.
+    As in transformers 5 there are ``num_labels`` outputs, else as many as id2label names, else two. If both are given
+    and differ, id2label is ignored. The kind of the scores follows the rules of transformers' pipelines.
 
-    Raises CheckpointError: keys that are no indices, no labels, or a single one where labels exclude each other.
+    Raises CheckpointError: keys that are not indices, no labels, or a single one where labels exclude each other.
     """
     try:
         named = {int(key): name for key, name in (id2label or {}).items()}
     except ValueError as error:
         raise CheckpointError(
-            f"{where}: a key of id2label is no index: {str(error)[:200]}", 'write "0", "1", …'
+            f"{where}: a key of id2label is not an index: {str(error)[:200]}", 'write "0", "1", …'
         ) from error
     count = num_labels if num_labels is not None else 2 if id2label is None else len(named)
     if not 1 <= count <= _MOST:
@@ -62,7 +62,7 @@ def read_labels(
         )
     notes = []
     if id2label is not None and len(named) != count:
-        notes.append(f"{where}: id2label names {len(named)} labels, num_labels is {count}: none is named")
+        notes.append(f"{where}: id2label names {len(named)} labels, but num_labels is {count}: no label is named")
         named = {}
     names = tuple(str(named[i]) if named.get(i) is not None else f"LABEL_{i}" for i in range(count))
     if all(name == f"LABEL_{i}" for i, name in enumerate(names)):
@@ -70,7 +70,7 @@ def read_labels(
     elif gaps := [names[i] for i in range(count) if named.get(i) is None]:
         outside = [f"{i} ({name})" for i, name in sorted(named.items()) if not 0 <= i < count]
         notes.append(
-            f"{where}: id2label has no name for {_listed(gaps)}" + (f", but for {_listed(outside)}" * bool(outside))
+            f"{where}: id2label has no name for {_listed(gaps)}" + (f", but names {_listed(outside)}" * bool(outside))
         )
     return Labels(names, _kind(problem_type, count), tuple(notes))
 
@@ -105,7 +105,7 @@ _VIDEO = _classes("video-autoencoding")
 _CLASSIFIERS = _classes("image-classification", "text-classification")
 _LABELLED = _CLASSIFIERS + _VIDEO
 
-# transformers' names of activation functions. Some differ in rounding only.
+# transformers' names of activation functions. Some differ only in rounding.
 _NAMES: dict[Activation, str] = {
     "gelu": "gelu gelu_python",
     "gelu-tanh": "gelu_new gelu_fast gelu_accurate gelu_pytorch_tanh gelu_python_tanh",
@@ -135,7 +135,7 @@ _OWN_MODEL = (
 )
 
 
-# Fields that only some classes read. The others ignore them, as in transformers.
+# Fields that only some classes read. The other classes ignore them, as in transformers.
 _READ_BY = {
     **dict.fromkeys(("d_model", "vocab_size", "max_position_embeddings"), _TEXT),
     "image_size": ("PerceiverForImageClassificationLearned", *_VIDEO),
@@ -148,7 +148,7 @@ _READ_BY = {
 
 
 class HuggingFaceConfig(msgspec.Struct):
-    """The fields of config.json that are read, with names, types and defaults of transformers' `PerceiverConfig`.
+    """The fields of config.json that are read, with the names, types and defaults of transformers' `PerceiverConfig`.
 
     docs/guides/checkpoints.md says how each is treated, and which others are ignored.
     """
@@ -171,7 +171,7 @@ class HuggingFaceConfig(msgspec.Struct):
     use_query_residual: bool = True
     vocab_size: _Size = 262
     max_position_embeddings: _Size = 2048
-    image_size: Annotated[int, Meta(ge=1, le=2048)] = 56  # side of a square of positions: the table is its square
+    image_size: Annotated[int, Meta(ge=1, le=2048)] = 56  # side of the grid of positions: the table has side² rows
     train_size: tuple[_Size, _Size] = (368, 496)
     num_frames: _Size = 16
     audio_samples_per_frame: _Size = 1920
@@ -245,7 +245,7 @@ def default_image_shape(config: HuggingFaceConfig, directory: Path) -> tuple[int
 def _check_class(path: Path, config: HuggingFaceConfig) -> str:
     if config.model_type != "perceiver":
         raise UnsupportedModelError(
-            f"{path} is of a {config.model_type or 'unnamed'!r} model, not of a Perceiver",
+            f"{path} describes a {config.model_type or 'unnamed'!r} model, not a Perceiver",
             "add --use-transformers to load it with your installed transformers",
         )
     name = config.architecture
@@ -254,7 +254,7 @@ def _check_class(path: Path, config: HuggingFaceConfig) -> str:
             f"{path} does not name its class", f"set `architectures` to the class that was trained: {', '.join(TASKS)}"
         )
     if name not in TASKS:
-        near = difflib.get_close_matches(name, TASKS, n=1, cutoff=0.95)  # a slip of the pen, not another class
+        near = difflib.get_close_matches(name, TASKS, n=1, cutoff=0.95)  # a typo, not another class
         raise UnsupportedModelError(
             f"{path} names the class {name!r}, not one of the {len(TASKS)} that can be exported",
             f"did you mean {near[0]}?" if near else _OWN_MODEL,
@@ -265,11 +265,11 @@ def _check_class(path: Path, config: HuggingFaceConfig) -> str:
 def _check_values(path: Path, config: HuggingFaceConfig) -> None:
     if config.hidden_act in _TRAINED_ACTIVATIONS:
         raise UnsupportedModelError(
-            f"{path}: hidden_act is {config.hidden_act!r}, which has trained parameters of its own", _OWN_MODEL
+            f"{path}: hidden_act is {config.hidden_act!r}, which has trained parameters", _OWN_MODEL
         )
     if config.hidden_act not in ACTIVATIONS:
         raise CheckpointError(
-            f"{path}: hidden_act is {config.hidden_act!r}, which is no activation of transformers",
+            f"{path}: hidden_act is {config.hidden_act!r}, which is not an activation of transformers",
             f"give one of {', '.join(ACTIVATIONS)}",
         )
     shape = config.cross_attention_shape_for_attention
@@ -279,7 +279,7 @@ def _check_values(path: Path, config: HuggingFaceConfig) -> None:
     if config.quantization_config:
         raise UnsupportedModelError(
             f"{path} has a quantization_config: its weights are quantized",
-            "export the model that it was made from, or load it in transformers, call dequantize() and save_pretrained;"
+            "export the original model, or load this one in transformers and call dequantize() and save_pretrained();"
             " `quantize` then makes an int8 bundle",
         )
     if config.per_layer_config:

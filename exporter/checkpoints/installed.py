@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hugging Face directories of any class of your installed transformers, with example inputs made from config.json.
 
-Code of the checkpoint never runs: a config that names its own code, or a kernel to download, is refused.
+The checkpoint's code never runs: a config that names code of its own, or a kernel to download, is refused.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ class ImageClassifier(nn.Module):
 def load_installed(directory: Path, task: str | None, shape: Shape) -> tuple[OwnModel, tuple[str, ...]]:
     """The model of a Hugging Face directory as the installed transformers builds it, and notes, first its class.
 
-    ``shape`` gives sizes of inputs, without the batch, that the config does not say, or other ones. A class
-    `…ForImageClassification` beside an image processor's settings becomes an image classifier, unless ``task`` is
-    "arrays"; all else takes and returns arrays.
+    ``shape`` gives sizes of inputs, without the batch, that the config lacks, or overrides them. A class
+    `…ForImageClassification` with the settings of an image processor becomes an image classifier, unless ``task`` is
+    "arrays". Any other model takes and returns arrays.
 
     Raises MissingDependencyError; CheckpointError: unreadable, or tensors are missing; UnsupportedModelError: an
     unknown class, a config that needs code from elsewhere; UsageError: no example inputs can be made.
@@ -77,7 +77,7 @@ def load_installed(directory: Path, task: str | None, shape: Shape) -> tuple[Own
     if task == "arrays" or not (name.endswith("ForImageClassification") and processor):
         return OwnModel(model, _inputs(model, processor, shape), **named), notes
     if others := shape.keys() - {"image", "pixel_values"}:
-        raise UsageError(f"--shape names {min(others)!r}, and this classifier takes image", "leave it out")
+        raise UsageError(f"--shape names {min(others)!r}, but this classifier takes image", "leave it out")
     given = {"pixel_values" if one == "image" else one: size for one, size in shape.items()}
     (image,) = _inputs(model, processor, given).values()
     try:
@@ -89,7 +89,7 @@ def load_installed(directory: Path, task: str | None, shape: Shape) -> tuple[Own
 
 
 def _from_elsewhere(config: object) -> Iterator[str]:
-    """Fields, at any depth, that make transformers run code which it does not have itself, or read other files."""
+    """Fields, at any depth, that make transformers run code that is not its own, or read other files."""
     if isinstance(config, dict):
         for name, value in config.items():
             chosen = value.values() if isinstance(value, dict) else [value]
@@ -191,7 +191,7 @@ def _inputs(model: Any, processor: dict[str, Any], shape: Shape) -> dict[str, Te
 
 
 def _sizes(config: Any, processor: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Of images and texts, without the batch, where the config or the image processor says them."""
+    """Sizes of images and texts, without the batch, where the config or the image processor gives them."""
     sizes: dict[str, tuple[int, ...]] = {}
     vision = getattr(config, "vision_config", config)
     side = getattr(vision, "image_size", None)
@@ -200,7 +200,7 @@ def _sizes(config: Any, processor: dict[str, Any]) -> dict[str, tuple[int, ...]]
     if len(size) == 3 and all(isinstance(one, int) and 0 < one <= _LONGEST_SIDE for one in size):
         sizes["pixel_values"] = size
     elif processor:
-        with contextlib.suppress(UnsupportedModelError):  # then the size is asked for
+        with contextlib.suppress(UnsupportedModelError):  # then the user must give the size
             found = image_shape(processor)
             sizes |= {} if found is None else {"pixel_values": (_RGB, *found)}
     length = getattr(text_config(config), "max_position_embeddings", None)
@@ -210,7 +210,7 @@ def _sizes(config: Any, processor: dict[str, Any]) -> dict[str, tuple[int, ...]]
 
 
 def text_config(config: Any) -> Any:
-    """That of the text model, of several the one that reads `input_ids`."""
+    """The config of the text model; of several, the one that reads `input_ids`."""
     try:
         return config.get_text_config()
     except ValueError:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The code that wrote a checkpoint, by the names in it: to unwrap them, or to say what to give instead."""
+"""Recognize the code that wrote a checkpoint by its names, to unwrap them or to say what to give instead."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from perceiver_export.exporter.checkpoints.huggingface_config import TASKS
 from perceiver_export.exporter.checkpoints.weights import read_object
 from perceiver_export.runtimes.errors import CheckpointError
 
-# The ends of the names of two tensors in other packages' models.
+# The ends of two tensor names that identify a model of another package.
 _OTHERS = {
     "krasserm/perceiver-io": ("0.latent_provider._query", "0.cross_attn_1.1.module.0.weight"),
     "lucidrains/perceiver-pytorch": ("latents", "fn.to_kv.weight"),
 }
 
 _MERGE = (
-    "merge it into the base, loaded as for the training: "
+    "merge it into the base model, loaded as in training: "
     "model = PeftModel.from_pretrained({name}.from_pretrained({base}), {adapter}).merge_and_unload(); "
     "model.save_pretrained('merged'); then export merged"
 )
@@ -52,7 +52,7 @@ def unwrapped(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str
     that was not merged.
     """
     if adapter := next((name for name in state if "lora_" in name or ".base_layer." in name), None):
-        raise CheckpointError(f"the checkpoint holds an adapter of PEFT that is not merged: {adapter!r}", _MERGE_ANY)
+        raise CheckpointError(f"the checkpoint holds an unmerged PEFT adapter: {adapter!r}", _MERGE_ANY)
     parts = [part for part in _WRAPPERS if any(part in name.split(".") for name in state)]
     names = {name: ".".join(part for part in name.split(".") if part not in _WRAPPERS) for name in state}
     starts = prefixes(names.values(), _LATENTS)
@@ -68,12 +68,12 @@ def unwrapped(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str
             f"the checkpoint holds more than one model: {', '.join(starts)}", "save the state dict of one of them"
         )
     taken_off = [*(f"{part}." for part in parts), *([outer] if outer else [])]
-    notes = (f"{' and '.join(taken_off)} was removed from the names of the weights",) if taken_off else ()
+    notes = (f"removed from the names of the weights: {' and '.join(taken_off)}",) if taken_off else ()
     return {unwrapped[name]: tensor for name, tensor in state.items()}, notes
 
 
 def refuse_other_directories(directory: Path) -> None:
-    """Raise CheckpointError for an adapter of PEFT, and for a training's output that holds checkpoints only."""
+    """Raise CheckpointError for a PEFT adapter, and for a training output that holds only checkpoints."""
     adapter = directory / "adapter_config.json"
     if adapter.is_file():
         settings = read_object(adapter, "the adapter's settings")
@@ -81,13 +81,13 @@ def refuse_other_directories(directory: Path) -> None:
         mapping = settings.get("auto_mapping")
         name = str(mapping.get("base_model_class")) if isinstance(mapping, dict) else ""
         raise CheckpointError(
-            f"{directory} holds an adapter of PEFT, which needs its base model {base}",
+            f"{directory} holds a PEFT adapter, which needs its base model {base}",
             _MERGE.format(name=name if name in TASKS else "CLASS", base=base, adapter=repr(str(directory))),
         )
     numbers = [re.fullmatch(r"checkpoint-(\d+)", path.name) for path in directory.glob("checkpoint-*/")]
     found = sorted((int(match[1]) for match in numbers if match), reverse=True)
     if found and not (directory / "config.json").is_file():
         raise CheckpointError(
-            f"{directory} is the output of a training: it holds {len(found)} checkpoints, and no model of its own",
+            f"{directory} is a training output: it holds {len(found)} checkpoints but no final model",
             f"give one of them: the newest is {directory / f'checkpoint-{found[0]}'}",
         )

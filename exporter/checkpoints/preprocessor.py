@@ -47,7 +47,7 @@ _Size = int | list[int] | dict[str, int]
 
 
 class Values(msgspec.Struct):
-    """The flags that count; the defaults are those of transformers' base class, and of ViT."""
+    """The fields that have an effect; the defaults are those of transformers' base class, and of ViT."""
 
     do_resize: bool = True
     do_center_crop: bool = False
@@ -94,7 +94,7 @@ class Values(msgspec.Struct):
         return self.crop_pct
 
 
-# Null means false for these, not the class's default.
+# For these, null means false, not the class's default.
 SWITCHES = {field.name for field in msgspec.structs.fields(Values) if isinstance(field.default, bool)}
 NO_EFFECT = {"do_convert_rgb", "do_reduce_labels"}  # images are read as RGB; the second is about segmentation maps
 Steps = Iterable[ImageStep]
@@ -102,12 +102,12 @@ Step = tuple[str, Callable[[Values], Steps]]  # a flag, and the steps where it i
 
 
 def _resize_clip(values: Values) -> Steps:
-    """CLIP's older flag for 224 × 224 goes before the size."""
+    """CLIP's older flag for 224 × 224 takes precedence over the size."""
     return [_sized(_SQUARE if values.use_square_size else values.sides, values.filter)]
 
 
 def _resize_levit(values: Values) -> Steps:
-    """A shorter edge of 256/224 of the size."""
+    """The shorter edge becomes 256/224 of the size."""
     size = values.sides
     if "shortest_edge" in size:
         return [ResizeEdge(int((256 / 224) * size["shortest_edge"]), 0, values.filter)]
@@ -115,7 +115,7 @@ def _resize_levit(values: Values) -> Steps:
 
 
 def _resize_convnext(values: Values) -> Steps:
-    """Below 384 the shorter edge / crop_pct and a crop, else a square."""
+    """Below 384, the shorter edge becomes size / crop_pct, then a crop; from 384 on, a square."""
     edge = values.sides.get("shortest_edge")
     if edge is None:
         raise CheckpointError(f"{FILE}: size is {values.size}", "give ConvNext's size a shortest_edge")
@@ -125,7 +125,7 @@ def _resize_convnext(values: Values) -> Steps:
 
 
 def _resize_poolformer(values: Values) -> Steps:
-    """All sizes / crop_pct; a square becomes the shorter edge."""
+    """All sizes are divided by crop_pct; a square gives the shorter edge."""
     size = values.sides
     if values.crop_pct is None:
         return [_sized(size, values.filter)]
@@ -137,7 +137,7 @@ def _resize_poolformer(values: Values) -> Steps:
 
 
 def _crop_share(values: Values) -> Steps:
-    """Perceiver's: size / crop_size of the shorter side."""
+    """Perceiver crops size / crop_size of the shorter side."""
     (height, width), crop = _height_width(values.sides, "size"), values.crop
     return [CenterCropShare(height / crop[0], width / crop[1])]
 
@@ -159,7 +159,7 @@ _USUAL = (_CROP, _RESCALE, _NORMALIZE)  # after resizing
 
 @dataclass(frozen=True)
 class Processor:
-    """A class of transformers: its defaults, and its steps in their order."""
+    """A class of transformers: its defaults, and its steps in order."""
 
     defaults: dict[str, Any]
     steps: tuple[Step, ...] = (_RESIZE, *_USUAL, _PAD)
@@ -246,10 +246,10 @@ def _three(value: float | tuple[float, float, float]) -> tuple[float, float, flo
 
 
 def read_preprocessor(directory: Path) -> dict[str, Any]:
-    """The settings of a directory's image processor; an empty dict where it has none.
+    """The settings of a directory's image processor; an empty dict if it has none.
 
-    As in transformers, ``image_processor`` of processor_config.json goes before preprocessor_config.json. Raises
-    CheckpointError.
+    As in transformers, ``image_processor`` of processor_config.json takes precedence over preprocessor_config.json.
+    Raises CheckpointError.
     """
     for path in (directory / "processor_config.json", directory / FILE):
         if path.is_file():
@@ -261,7 +261,7 @@ def read_preprocessor(directory: Path) -> dict[str, Any]:
 
 
 def image_preprocessing(processor: dict[str, Any], height: int, width: int) -> ImagePreprocessing:
-    """preprocessor_config.json as the steps of our runtime, for a model that sees height × width.
+    """preprocessor_config.json as the steps of our runtime, for a model that takes images of height × width.
 
     If the file has another size, all its sizes are scaled. Raises CheckpointError (an impossible value) and
     UnsupportedModelError (an unknown class or step).
@@ -274,29 +274,29 @@ def image_preprocessing(processor: dict[str, Any], height: int, width: int) -> I
 
 
 def proportions_note(preprocessing: ImagePreprocessing) -> str:
-    """A note about images of another shape than the model's, where the steps do not simply resize them."""
+    """A note about images whose shape is not the model's, unless the steps simply resize them."""
     size, steps = f"{preprocessing.height} × {preprocessing.width}", preprocessing.steps
     kept = next((step for step in steps if isinstance(step, (ResizeEdge, ResizeInto))), None)
     crops = any(isinstance(step, CenterCrop) for step in steps)
     if kept is None:
         fixed = crops or any(isinstance(step, Resize) for step in steps)
-        return "" if fixed else f"{FILE}: images are not resized; those of another size than {size} are refused"
+        return "" if fixed else f"{FILE}: images are not resized, and sizes other than {size} are refused"
     if isinstance(kept, ResizeEdge):
         sized = f"the shorter side becomes {kept.shortest} pixels"
         sized += f", the longer at most {kept.longest}" if kept.longest else ""
     else:
         sized = f"they are resized to fit into {kept.height} × {kept.width}"
-    then = f"the middle {size} is cut out" if crops else f"those that are not {size} then are refused"
-    return f"{FILE}: images keep their proportions: {sized}, and {then}"
+    then = f"the middle {size} is cut out" if crops else f"any result that is not {size} is refused"
+    return f"{FILE}: images keep their aspect ratio: {sized}, and {then}"
 
 
 def image_shape(processor: dict[str, Any]) -> tuple[int, int] | None:
-    """Height and width after the file's steps, of a square image where they keep proportions; None: any."""
+    """Height and width after the file's steps, of a square image where they keep the aspect ratio; None: any."""
     return _shape(_steps(processor)) if processor else None
 
 
 def as_deepmind(preprocessing: ImagePreprocessing) -> ImagePreprocessing:
-    """The same with DeepMind's numerics: OpenCV's filter, and the crop's odd pixel on the other side."""
+    """The same steps with DeepMind's numerics: OpenCV's filter, and the crop's odd pixel on the other side."""
     steps: list[ImageStep] = []
     for step in preprocessing.steps:
         if isinstance(step, (Resize, ResizeEdge, ResizeInto)):
@@ -310,7 +310,7 @@ def as_deepmind(preprocessing: ImagePreprocessing) -> ImagePreprocessing:
 def _steps(processor: dict[str, Any]) -> tuple[ImageStep, ...]:
     kind = _processor(processor)
     given = {name: False if value is None and name in SWITCHES else value for name, value in processor.items()}
-    # Other values that are null are the defaults in transformers 4; transformers 5 refuses most of them.
+    # For other values, null means the default in transformers 4; transformers 5 refuses most of them.
     given = {name: value for name, value in given.items() if value is not None or name == "crop_pct"}
     for name, value in given.items():
         if name.startswith("do_") and value and name not in SWITCHES | NO_EFFECT:
@@ -329,7 +329,7 @@ def _processor(processor: dict[str, Any]) -> Processor:
     if name not in PROCESSORS:
         near = difflib.get_close_matches(name, PROCESSORS, n=1, cutoff=0.9)
         raise UnsupportedModelError(
-            f"{FILE}: the steps of {given} are unknown",
+            f"{FILE}: the image processor {given} is unknown",
             f"did you mean {near[0]}?" if near else f"give prepared arrays, or one of {', '.join(PROCESSORS)}",
         )
     return PROCESSORS[name]
@@ -348,7 +348,7 @@ def _shape(steps: tuple[ImageStep, ...]) -> tuple[int, int] | None:
 
 
 def _scaled(steps: tuple[ImageStep, ...], height: int, width: int) -> Steps:
-    """The steps with all their sizes scaled, so that they give height × width."""
+    """The steps with all their sizes scaled, so that the result is height × width."""
     shape = _shape(steps)
     if shape is None or shape == (height, width):
         return steps

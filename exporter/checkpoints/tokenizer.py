@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tokenizer that a Hugging Face directory was trained with, by its own files.
+"""Find the tokenizer that a Hugging Face directory was trained with, from its files.
 
 | the directory has | tokens are |
 |---|---|
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
     import tokenizers
 
 FILE = "tokenizer.json"
-# Files to download: these, and those that show that there is a tokenizer without tokenizer.json.
+# Files to download: those that are read, and those that reveal a tokenizer without tokenizer.json.
 FILES = (FILE, "tokenizer_config.json", "special_tokens_map.json", "vocab.*", "merges.txt", "*.model")
 _OTHERS = FILES[3:]
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-_MASKS = ("[MASK]", "<mask>")  # of classes that name it in their code, and in no file
+_MASKS = ("[MASK]", "<mask>")  # of classes that name it only in their code
 _OWN = "PerceiverTokenizer"
 _COPY = "copy the checkpoint again"
 _SAVE = "to run text, save a tokenizer.json: AutoTokenizer.from_pretrained(DIRECTORY).save_pretrained(DIRECTORY)"
@@ -39,7 +39,7 @@ _SAVE = "to run text, save a tokenizer.json: AutoTokenizer.from_pretrained(DIREC
 
 @dataclass(frozen=True)
 class FoundTokenizer:
-    """The steps from text to tokens, None where the bundle takes token ids; files for the bundle; notes for you."""
+    """The steps from text to tokens (None: the bundle takes token ids), files for the bundle, notes for the user."""
 
     steps: TextPreprocessing | None
     files: Mapping[str, bytes] = field(default_factory=dict)
@@ -65,7 +65,7 @@ def find_tokenizer(directory: Path, task: str, length: int, vocabulary: int) -> 
         return FoundTokenizer(None, notes=(f"{what}: the bundle takes token ids; {_SAVE}",))
     if vocabulary != VOCABULARY:
         note = f"no tokenizer files, and vocab_size is {vocabulary}: the bundle takes token ids"
-        hint = f"for text, copy {FILE} and tokenizer_config.json of the model's own tokenizer beside config.json"
+        hint = f"for text, copy {FILE} and tokenizer_config.json of the model's tokenizer next to config.json"
         return FoundTokenizer(None, notes=(f"{note}; {hint}",))
     note = f"no tokenizer files: vocab_size is {VOCABULARY}, so text is read as bytes, as by {_OWN}"
     return FoundTokenizer(limits.steps(special_tokens=True), notes=(note,))
@@ -102,9 +102,9 @@ def _bytes(config: Mapping[str, Any], limits: _Limits, vocabulary: int) -> Found
     added = [_text(one) for one in (decoder.values() if isinstance(decoder, dict) else ())]
     more = [*(text for text in added if text not in SPECIAL_TOKENS), *(config.get("extra_special_tokens") or ())]
     if wrong or more:
-        what = f"its {wrong} is {named[wrong]!r}" if wrong else f"it has the token {more[0]!r} of its own"
-        return FoundTokenizer(None, notes=(f"{_OWN} is not the usual one, {what}: the bundle takes token ids",))
-    notes = (f"the tokenizer knows {VOCABULARY} tokens, vocab_size is {vocabulary}: check that it is this model's own",)
+        what = f"its {wrong} is {named[wrong]!r}" if wrong else f"it has the extra token {more[0]!r}"
+        return FoundTokenizer(None, notes=(f"{_OWN} is not the usual one ({what}): the bundle takes token ids",))
+    notes = (f"the tokenizer has {VOCABULARY} tokens, but vocab_size is {vocabulary}: check that it is the model's",)
     return FoundTokenizer(limits.steps(special_tokens=True), notes=notes if vocabulary != VOCABULARY else ())
 
 
@@ -128,22 +128,22 @@ def _from_file(
     cut = f"texts of more than {limits.most} tokens are cut on the {limits.side}, as {FILE} says"
     notes = [cut] if steps.truncate else []
     if not config.get("tokenizer_class"):
-        notes.append(f"tokenizer_config.json names no tokenizer_class: text is read by {FILE}")
+        notes.append(f"tokenizer_config.json names no tokenizer_class: text is tokenized by {FILE}")
     if (config.get("padding_side") or (tokenizer.padding or {}).get("direction")) == "left":
         notes.append(
-            "the tokenizer pads on the left; texts begin at position 0 nevertheless, as in a pipeline of transformers"
+            "the tokenizer pads on the left, but texts begin at position 0, as in the pipelines of transformers"
         )
     largest = max(tokenizer.get_vocab().values(), default=0)
     if largest >= vocabulary:
         notes.append(
-            f"the tokenizer knows tokens up to {largest}, the model up to {vocabulary - 1}: others are refused"
+            f"the tokenizer has ids up to {largest}, but the model only up to {vocabulary - 1}: others are refused"
         )
     content = tokenizer.to_str().encode() if added else path.resolve().read_bytes()
     return FoundTokenizer(steps, {FILE: content}, tuple(notes))
 
 
 def _add_named(tokenizer: tokenizers.Tokenizer, config: Mapping[str, Any]) -> bool:
-    """Add the special tokens that only the config names, as transformers does; whether there were any."""
+    """Add the special tokens that only the config names, as transformers does; return whether any were added."""
     from tokenizers import AddedToken
 
     known = {one.content for one in tokenizer.get_added_tokens_decoder().values()}
@@ -164,7 +164,7 @@ def _cleans_up(tokenizer: tokenizers.Tokenizer, config: Mapping[str, Any]) -> bo
 
 
 def _text(token: Any) -> str:
-    """A special token: a string, or a dict of it and of the treatment of spaces beside it."""
+    """The text of a special token: a string, or a dict with it and the treatment of spaces beside it."""
     text = token.get("content") if isinstance(token, dict) else token
     if not isinstance(text, str):
         raise CheckpointError(f"tokenizer_config.json has the special token {token!r}", "give a string")
@@ -172,6 +172,6 @@ def _text(token: Any) -> str:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A JSON object, empty where there is no such file."""
-    # Through a link: the hub's cache keeps a file's content elsewhere.
+    """A JSON object, empty if the file does not exist."""
+    # Resolve links: the hub's cache keeps a file's content elsewhere.
     return read_json(path.resolve(), dict[str, Any], CheckpointError, _COPY) if os.path.lexists(path) else {}

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Read weight files and JSON configs, and fill a model: every key is used and every shape fits, or an error lists them.
+"""Read weight files and JSON configs, and fill a model. Missing or unused keys and differing shapes are errors.
 
-Nothing in a file is ever executed: safetensors hold no code, and torch's restricted unpickler (``weights_only=True``)
-reads ``.bin`` files, which refuses every class but tensors and containers.
+Nothing in a file is ever executed: safetensors hold no code, and ``.bin`` files are read by torch's restricted
+unpickler (``weights_only=True``), which refuses every class but tensors and containers.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def load_model_state(
 ) -> PerceiverIO:
     """The model of ``config`` with the tensors of ``state``, in evaluation mode.
 
-    ``ignored`` names tensors of the checkpoint that no inference reads (a mask token that is never used).
+    ``ignored`` names tensors of the checkpoint that inference never reads, such as an unused mask token.
 
     Raises CheckpointError: keys missing or left over (with the nearest match), or a shape that differs.
     """
@@ -69,7 +69,7 @@ def load_model_state(
 
 
 def _is_counter(name: str) -> bool:
-    """Batch norm's count of updates, which inference does not read, and not every checkpoint has."""
+    """Batch norm's count of updates, which inference does not read and some checkpoints lack."""
     return name.endswith("num_batches_tracked")
 
 
@@ -94,7 +94,7 @@ def _check_tensor(source: Source, found: Tensor, expected: Tensor) -> None:
         raise CheckpointError(f"{what}, which does not fit its layer", hint) from error
     if converted.shape != expected.shape:
         as_ours = "" if found.shape == converted.shape else f" ({tuple(converted.shape)} in our layout)"
-        raise CheckpointError(f"{what}{as_ours}, the config asks for {tuple(expected.shape)}", hint)
+        raise CheckpointError(f"{what}{as_ours}, but the config asks for {tuple(expected.shape)}", hint)
     if found.is_floating_point() != expected.is_floating_point():
         raise CheckpointError(
             f"tensor {source.name!r} has dtype {found.dtype}", "give a checkpoint that is neither quantized nor damaged"
@@ -102,7 +102,7 @@ def _check_tensor(source: Source, found: Tensor, expected: Tensor) -> None:
 
 
 def _listed(names: list[str], candidates: list[str]) -> str:
-    # Comparing long ones would take hours.
+    # Comparing long names would take hours.
     short = [candidate for candidate in candidates if len(candidate) <= _LONGEST]
     shown = []
     for name in names[:_SHOWN]:
@@ -119,7 +119,7 @@ def _shown(name: str) -> str:
 
 
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
-# Names of the model's state dict in checkpoints of a training.
+# Names of the model's state dict in training checkpoints.
 _NESTED = ("state_dict", "model_state_dict", "model")
 SHARDED = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 
@@ -133,10 +133,10 @@ class _Index(msgspec.Struct):
 def read_state_dict(directory: Path) -> dict[str, Tensor]:
     """All tensors of a Hugging Face directory, safetensors first, sharded or not; floats as float32 or float64.
 
-    In a training's checkpoint the state dict is read. Shared tensors that `safetensors.torch.save_model` wrote once get
-    all of their names.
+    Of a training checkpoint, only the model's state dict is read. Shared tensors that `safetensors.torch.save_model`
+    wrote once appear under all of their names.
 
-    Raises CheckpointError: no weight file, a broken one, or one that wants to execute code.
+    Raises CheckpointError if there is no weight file, or it is broken or needs to execute code.
     """
     for read, names in ((_read_file, _SINGLE), (_read_shards, SHARDED)):
         for path in (directory / name for name in names):
@@ -148,8 +148,8 @@ def read_state_dict(directory: Path) -> dict[str, Tensor]:
 
 
 def read_index(index: Path) -> dict[str, str]:
-    """By tensor, the name of its shard beside ``index``. Raises CheckpointError: broken, or a shard is elsewhere."""
-    # Through a link: the hub's cache keeps contents elsewhere.
+    """Each tensor's shard beside ``index``. Raises CheckpointError if the index is broken or names another folder."""
+    # Resolve links: the hub's cache keeps contents elsewhere.
     weight_map = read_json(index.resolve(), _Index, CheckpointError, "copy the checkpoint again").weight_map
     for shard in weight_map.values():
         if Path(shard).name != shard or shard == "..":
@@ -165,7 +165,7 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
     shards = sorted(set(weight_map.values()))
     state: dict[str, Tensor] = {}
     for shard in shards:
-        if not os.path.isfile(directory / shard):  # unlike Path's it takes a name of any length
+        if not os.path.isfile(directory / shard):  # unlike Path.is_file, it accepts a name of any length
             raise CheckpointError(
                 f"shard {shard} is missing from {directory}", f"copy all {len(shards)} shards that {index.name} lists"
             )
@@ -223,7 +223,7 @@ def _is_plain(name: object, tensor: object) -> bool:
 
 
 def _checked(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Half precision widened to float32; a NaN or an infinity anywhere is an error."""
+    """The tensors, with half precision widened to float32. Raises CheckpointError for NaN or infinite values."""
     for name, tensor in state.items():
         if not tensor.is_floating_point():
             continue
@@ -243,7 +243,7 @@ _LONGEST_JSON = 100  # characters of a value that are shown
 def read_object(path: Path, what: str) -> dict[str, Any]:
     """The JSON object of ``path``, which should be ``what``. Raises CheckpointError."""
     with files.reading(path, CheckpointError, f"give {what}"):
-        content = files.read_bytes(path.resolve())  # through a link: the hub's cache keeps contents elsewhere
+        content = files.read_bytes(path.resolve())  # resolves links: see read_index
     try:
         return files.decode_json(content, dict[str, Any])
     except ValueError as error:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from perceiver_export.runtimes.tasks.base import Prediction
 
 _SHOWN = 20  # samples of arrays
-_INDEPENDENT = "each label has its own probability; they do not exclude each other"
+_INDEPENDENT = "the labels are independent, and each has its own probability"
 
 
 @dataclass(frozen=True)
@@ -37,15 +37,15 @@ class Request:
     inputs: Sequence[str] = ()
     output: Path | None = None
     top: int = 3
-    device: str = option("auto", "Target to run on; `auto` chooses: a certified target first.")
+    device: str = option("auto", "Target to run on; `auto` prefers a certified target.")
     precision: PrecisionChoice | None = option(
         None,
-        "Use the engine of this precision; `auto`: the fastest certified here; by default the one built last.",
+        "Use the engine of this precision; `auto`: the fastest one certified here; by default the one built last.",
     )
     threads: int | None = option(None, "Threads of the engine; by default the engine chooses.")
     check_finite: bool = option(False, "Refuse NaN and infinity in inputs and outputs.")
-    text: Sequence[str] = option(tuple, "A text, even if a file has that name. May be given again.", "TEXT")
-    truncate: bool = option(False, "Cut texts that are longer than the model, instead of refusing them.")
+    text: Sequence[str] = option(tuple, "A text, even if a file has that name. May be repeated.", "TEXT")
+    truncate: bool = option(False, "Cut texts that are too long for the model instead of refusing them.")
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def label_table(
 
 
 def answer_each(what: str, task: Any, samples: Any, request: Request, progress: Progress) -> Answers:
-    """Run the task on one sample after the other; a sample holds the arguments of the task's call, None if absent."""
+    """Run the task on each sample in turn; a sample holds the arguments of the task's call, None if absent."""
     files, answers = [], []
     for done, sample in enumerate(samples):
         progress("run", done, len(samples))
@@ -94,7 +94,7 @@ def answer_each(what: str, task: Any, samples: Any, request: Request, progress: 
 
 
 def short_names(paths: Sequence[str]) -> dict[str, str]:
-    """The names of files in a table: without folders, or where two files have the same name, without the common one."""
+    """File names for a table: without folders, or if two files have the same name, without their common folder."""
     if len({os.path.basename(path) for path in paths}) == len({*paths}):
         return {path: os.path.basename(path) for path in paths}
     folder = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
@@ -115,7 +115,7 @@ def point_files(request: Request) -> list[tuple[Path]]:
     def clouds(directory: Path) -> list[Path]:
         found = sorted(file for file in directory.iterdir() if file.suffix.lower() in POINT_FILES)
         if not found:
-            raise InputError(f"{directory} holds no point clouds", f"they end in {', '.join(POINT_FILES)}")
+            raise InputError(f"{directory} holds no point clouds", f"give files that end in {' or '.join(POINT_FILES)}")
         return found
 
     return _files(request, clouds)
@@ -132,7 +132,7 @@ def answer_sounds(task: Any, inputs: Sequence[str], request: Request, progress: 
     if task.hears and task.sees:
         if len(inputs) % 2:
             hint = "give each recording with the directory of its frames: run BUNDLE sound.wav frames/"
-            raise UsageError(f"the model takes recordings and frames in pairs, {len(inputs)} inputs are given", hint)
+            raise UsageError(f"the model takes recordings and frames in pairs, but got {len(inputs)} inputs", hint)
         samples = list(zip(inputs[::2], inputs[1::2], strict=True))
     return answer_each("input", task, samples, request, progress)
 
@@ -167,7 +167,7 @@ def answer_arrays(task: Any, file: str, request: Request, progress: Progress) ->
         answers = [answer(row, kind, task.manifest.labels, request.top) for row in np.atleast_2d(outputs[name])]
         document["answers"] = [described(one)[0] for one in answers]
         more = len(answers) - _SHOWN
-        notes = [f"{more:,} more samples: --json has them all"] if more > 0 else []
+        notes = [f"{more:,} more samples: use --json"] if more > 0 else []
         names = list(map(str, range(len(answers))))[:_SHOWN]
         table = label_table("sample>", names, answers[:_SHOWN], kind, *notes)
         shown.append(table._replace(title=f"answers of {name}"))

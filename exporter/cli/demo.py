@@ -23,14 +23,14 @@ _NOT_INSTALLED = "run it in a clone of the repository; they are not in the wheel
 
 
 class Step(msgspec.Struct, frozen=True):
-    """One command, and what it does."""
+    """A command and its explanation."""
 
     what: str
     command: str
 
 
 class Example(msgspec.Struct, frozen=True):
-    """demo.json: what the example shows, its steps, and the names of bundles and data and the gates of benchmarks."""
+    """demo.json: what the example shows, its steps, its bundles and data by name, and the gates for benchmarks."""
 
     shows: str
     steps: tuple[Step, ...]
@@ -43,14 +43,14 @@ class Example(msgspec.Struct, frozen=True):
 
 def demo(
     name: Annotated[
-        str, typer.Argument(metavar="NAME", help="An example that --list shows, or the folder of one.")
+        str, typer.Argument(metavar="NAME", help="An example that --list shows, or its folder.")
     ] = "fashion_mnist",
     output: Annotated[
-        str, typer.Option("--output", "-o", metavar="DIR", help="Where the bundles and the report go.")
+        str, typer.Option("--output", "-o", metavar="DIR", help="Where to write the bundles and the report.")
     ] = _DIRECTORY,
-    listed: Annotated[bool, typer.Option("--list", help="Show the examples.")] = False,
+    listed: Annotated[bool, typer.Option("--list", help="List the examples.")] = False,
 ) -> None:
-    """From a checkpoint to a certified int8 bundle, on a small trained model and real data."""
+    """Go from a checkpoint to a certified int8 bundle, with a small trained model and real data."""
     from perceiver_export.calibration.bundles import check_new_directory
     from perceiver_export.calibration.report.report import check_report_file
     from perceiver_export.exporter.cli.main import app
@@ -66,7 +66,7 @@ def demo(
     check_report_file(directory / "report.html")
     if output != _DIRECTORY:
         check_new_directory(directory, "--output", DataError)
-    sys.path.append(str(folder.resolve().parents[1]))  # of sources such as examples.NAME.model:function
+    sys.path.append(str(folder.resolve().parents[1]))  # for sources such as examples.NAME.model:function
     times: list[tuple[str, float]] = []
     for step in example.steps:
         command = step_command(step, folder, directory)
@@ -75,7 +75,7 @@ def demo(
         say(f"   $ {shlex.join(['perceiver-export', *command])}")
         made = Path(dict(pairwise(command)).get("-o", ""))
         if output == _DIRECTORY and directory.resolve() in made.resolve().parents:
-            shutil.rmtree(made, ignore_errors=True)  # what an earlier demo wrote here is replaced
+            shutil.rmtree(made, ignore_errors=True)  # an earlier demo wrote it
         begun = time.monotonic()
         app(command, standalone_mode=False)
         times.append((command[0], time.monotonic() - begun))
@@ -94,24 +94,24 @@ def read_example(folder: Path) -> Example:
     """The example's demo.json. Raises DataError."""
     file, hint = folder / "demo.json", "compare it with the demo.json of another example"
     example = read_json(file, Example, DataError, hint)
-    with parsing(str(file), "has a step that is no command", hint, DataError):
+    with parsing(str(file), "has a step without a valid command", hint, DataError):
         if not all(shlex.split(step.command) for step in example.steps):
             raise ValueError("a command is empty")
     return example
 
 
 def find_examples() -> list[Path]:
-    """The examples of the repository that this was installed from or runs in, by name."""
+    """The examples of the repository that this package was installed from or runs in, by name."""
     source = Path(__file__).resolve().parents[2]  # an editable install keeps links to the checkout
     each = (sorted(file.parent for file in root.glob("examples/*/demo.json")) for root in (Path(), source))
     return next(filter(None, each), [])
 
 
 def _find_example(name: str) -> Path:
-    """Its folder. Raises DataError if there is none of that name."""
+    """The example's folder. Raises DataError if no example has that name."""
     examples = {folder.name: folder for folder in find_examples()}
     folder = Path(name) if (Path(name) / "demo.json").is_file() else examples.get(name)
     if folder is None:
-        hint = f"it is one of {', '.join(examples)}" if examples else _NOT_INSTALLED
+        hint = f"choose one of {', '.join(examples)}" if examples else _NOT_INSTALLED
         raise DataError(f"there is no example {name}", hint)
     return folder

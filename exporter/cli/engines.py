@@ -28,14 +28,14 @@ if TYPE_CHECKING:
     from perceiver_export.runtimes.benchmark import Bench, Measurement
     from perceiver_export.runtimes.building import BuiltEngine
 
-_SHOWN = 8  # nodes of one rule
-_LAYERS = 15  # of a profile
+_SHOWN = 8  # nodes per rule
+_LAYERS = 15  # rows of a profile
 # Columns of `--precision auto`.
 _PRECISIONS = ("ms (spread)", "× first", "memory, MiB", "size, MiB", "from torch", "verdict")
 _BENCH_NOTE = (
-    "ms (spread): median and middle half of the blocks of calls. samples/s: two requests at a time. Memory: peak of a "
-    "fresh process. Size: of the bundle's files. From torch: the largest difference on random inputs, of the "
-    "outputs' scale (!: too far); `validate` says more of int8. Certified: on this machine."
+    "ms (spread): median and middle half of the blocks of calls. samples/s: with two requests in flight. Memory: peak "
+    "of a fresh process. Size: the bundle's files. From torch: the largest difference on random inputs, relative to "
+    "the outputs' scale (!: above tolerance); for int8, use `validate`. Certified: on this machine."
 )
 
 
@@ -50,13 +50,13 @@ def _size(text: str) -> tuple[str, tuple[int, int, int]]:
 @dataclass(frozen=True)
 class _Build:
     precision: PrecisionChoice = option(
-        "fp32", "fp32, fp16 or bf16; auto: measure all, save, and build the fastest certified here, else fp32."
+        "fp32", "fp32, fp16, bf16 or auto: measure all, save, and build the fastest one certified here, else fp32."
     )
-    hint: Hint = option("latency", "latency: one answer soon; throughput: many answers.")
+    hint: Hint = option("latency", "Optimize for latency (of one request) or throughput.")
     shape: Mapping[str, tuple[int, int, int]] = option(dict, "Sizes of a named dimension.", "NAME=LEAST:BEST:MOST")
-    flag: Mapping[str, str] = option(dict, "A setting of the target's own engine.", "NAME=VALUE")
+    flag: Mapping[str, str] = option(dict, "An engine setting of the target.", "NAME=VALUE")
     lower_only: bool = option(False, "Rewrite the graph for the target, but do not compile it.")
-    force: bool = option(False, "Compile again even if a valid engine is there.")
+    force: bool = option(False, "Compile again even if a valid engine exists.")
 
 
 @ui.options_of(_Build, shape=_size, flag=partial(ui.pair, option="--flag", example="workspace=2GiB"))
@@ -65,7 +65,7 @@ def build(
     target: Annotated[list[str], typer.Option(help="Target to compile for. May be repeated.")],
     how: _Build,
 ) -> None:
-    """Compile a bundle for targets, on the device that will run it."""
+    """Compile a bundle for one or more targets, on the device that will run it."""
     from perceiver_export.runtimes.building import build as build_
     from perceiver_export.runtimes.building import check_auto
     from perceiver_export.runtimes.bundle import open_bundle
@@ -87,7 +87,7 @@ def build(
     ui.print_json({"engines": engines, "bench": measured} if measured else engines)
     _show(bundle, built, how.flag.get("compute_capability", ""))
     if ui.shows_text():
-        decided = (name for name, found in measured.items() if not found.unsteady)  # else: measure again, was said
+        decided = (name for name, found in measured.items() if not found.unsteady)  # the others must be measured again
         for advice in filter(None, (precision_advice(open_bundle(bundle, "never"), name) for name in decided)):
             ui.say(advice, "note:")
 
@@ -98,25 +98,25 @@ def _check_measurable(bundle: str, targets: list[str]) -> None:
     for name in targets:
         if find_target(name).needs_engine:
             build_each = f"perceiver-export build {shlex.quote(bundle)} --target {name} --precision fp16"
-            hint = f"build each precision first: {build_each}; then `bench --precision auto --save` measures them"
-            said = f"{name} compiles for minutes, and --precision auto measures only engines that exist"
+            hint = f"build each precision first: {build_each}; then measure them with `bench --precision auto --save`"
+            said = f"{name} takes minutes to compile, and --precision auto measures only engines that exist"
             raise UsageError(said, hint)
 
 
 def _show(bundle: str, built: list[BuiltEngine], crossed: str) -> None:
-    """``crossed``: the compute capability of another machine's GPU that engines were built for."""
+    """``crossed``: the compute capability of the GPU of another machine, if engines were built for one."""
     for one in built:
-        done = f"compiled in {one.seconds:.1f} s" if one.new else "was there"
+        done = f"compiled in {one.seconds:.1f} s" if one.new else "already built"
         ui.say(f"{one.target}, part {one.part}, {one.precision}: {done}")
-    several = "of several engines for a target, the one built last is used"
-    ui.say(f"{several}; `--precision` of run, bench and validate asks for another", "note:")
+    several = "a target with several engines uses the one built last"
+    ui.say(f"{several}; run, bench and validate choose another with `--precision`", "note:")
     where = f"on a machine with such a GPU ({crossed}): " if crossed else ""
     if crossed and not all(one.directory.is_relative_to(bundle) for one in built):
-        ui.say("the bundle is read-only, so the engine is not in it: build a copy, and take that along", "warning:")
+        ui.say("the bundle is read-only, so the engine is not in it: build a writable copy and ship that", "warning:")
     if crossed:
         from perceiver_export.runtimes.engines.cache import ENVIRONMENT, key_file
 
-        ui.say(f"that machine loads it with the key that signed it: copy {key_file()}, name it in {ENVIRONMENT}")
+        ui.say(f"the other machine needs the key that signed it: copy {key_file()} and set {ENVIRONMENT} to the copy")
     ui.show_written(*(one.directory for one in built if one.new))
     ui.say(f"{where}perceiver-export bench {shlex.quote(bundle)} --device {built[-1].target}", "next:")
 
@@ -125,7 +125,7 @@ def _lower(bundle: str, targets: list[str], precision: PrecisionChoice) -> None:
     from perceiver_export.runtimes.engines.backend import find_target
 
     if precision == "auto":
-        raise UsageError("--lower-only measures nothing, and --precision is auto", "name the precision")
+        raise UsageError("--lower-only cannot measure precisions, and --precision is auto", "name the precision")
     for name in targets:
         if find_target(name).module != "tensorrt":
             raise UsageError(f"{name} needs no lowering: its engine takes the bundle's graph", "leave --lower-only out")
@@ -144,10 +144,10 @@ def _lower(bundle: str, targets: list[str], precision: PrecisionChoice) -> None:
 def lint(
     bundle: Annotated[str, typer.Argument(metavar="BUNDLE|MODEL.onnx", help="A bundle, or an ONNX file.")],
     target: Annotated[str, typer.Option(help="tensorrt or tensorrt-rtx.")] = "tensorrt",
-    version: Annotated[str | None, typer.Option(help="Version, such as 10.3; by default the newest.")] = None,
-    precision: Annotated[str | None, typer.Option(help="Only the graph lowered to fp16, bf16 or fp32.")] = None,
+    version: Annotated[str | None, typer.Option(help="TensorRT version, such as 10.3; by default the newest.")] = None,
+    precision: Annotated[str | None, typer.Option(help="Check only the graph lowered to fp16, bf16 or fp32.")] = None,
 ) -> None:
-    """List what TensorRT would refuse, not fuse, or not run in int8; exit 1 if it would refuse something."""
+    """List nodes that TensorRT would refuse, not fuse, or not run in int8; exit 1 if it would refuse any."""
     from perceiver_export.calibration import lint as lint_
 
     results = lint_(bundle, target, version, precision)
@@ -160,7 +160,7 @@ def lint(
 
 
 def show_lint(result: Lint) -> None:
-    """Each problem with the first nodes that have it, then what became of attention and weights."""
+    """Print each problem with its first nodes, then the state of attention and weights."""
     nodes: dict[tuple[str, ...], list[str]] = {}
     for finding in result.findings:
         nodes.setdefault((finding.kind, finding.rule, finding.message, finding.fix), []).append(finding.node)
@@ -171,30 +171,30 @@ def show_lint(result: Lint) -> None:
         for name in (*names[:_SHOWN], *more):
             ui.say(f"  {name}")
         ui.say(f"  fix: {fix}")
-    ui.say(f"attention: {result.fusable} of {result.attentions} become one kernel")
+    ui.say(f"attention: {result.fusable} of {result.attentions} become one kernel each")
     reasons: dict[str, list[str]] = {}
     for node, reason in result.unfused.items():
         reasons.setdefault(reason, []).append(node)
     for reason, names in reasons.items():
         others = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        ui.say(f"  {len(names)} not: {names[0]}{others} ({reason})")
+        ui.say(f"  {len(names)} not fused: {names[0]}{others} ({reason})")
     once, each = ui.mebibytes(result.weight_bytes), ui.mebibytes(result.bytes_each_use)
-    copied = "" if once == each else f"; {each} if an engine had a copy for each use"
+    copied = "" if once == each else f"; {each} if an engine copies them for each use"
     ui.say(f"weights: {once} as the graph stores them{copied}")
 
 
 @dataclass(frozen=True)
 class _Bench:
-    against: str | None = option(None, "Measure this one too, in turn, and give the ratio.", "BUNDLE|MODEL.onnx")
-    part: str | None = option(None, "One part of a split bundle; without it all queries are decoded.")
-    runs: int = option(100, "Counted calls, 5 or more, rounded up to a multiple of 4.")
-    device: str = option("auto", "Target to run on; `auto` chooses: a certified target first; `all`: each in turn.")
+    against: str | None = option(None, "Also measure this one, in turn, and give the ratio.", "BUNDLE|MODEL.onnx")
+    part: str | None = option(None, "Measure one part of a split bundle; by default all queries are decoded.")
+    runs: int = option(100, "Timed calls: 5 or more, rounded up to a multiple of 4.")
+    device: str = option("auto", "Target to run on; `auto` prefers a certified target; `all` runs each in turn.")
     precision: PrecisionChoice | None = option(
         None,
-        "Precision of the engine; `auto` measures all that the device computes in; by default the engine built last.",
+        "Precision of the engine; `auto` measures all that the device supports; by default the engine built last.",
     )
     threads: int | None = option(None, "Threads of the engine; by default the engine chooses.")
-    save: bool = option(False, "Keep the figures in the bundle's report.json, for `auto` and `package`.")
+    save: bool = option(False, "Save the figures in the bundle's report.json, for `auto` and `package`.")
 
 
 @ui.options_of(_Bench)
@@ -202,7 +202,7 @@ def bench(
     bundle: Annotated[str, typer.Argument(metavar="BUNDLE", help="A bundle, or an ONNX file.")],
     how: _Bench,
     csv_: Annotated[
-        Path | None, typer.Option("--csv", metavar="FILE.csv", help="Write the figures here as well.")
+        Path | None, typer.Option("--csv", metavar="FILE.csv", help="Also write the figures to this file.")
     ] = None,
 ) -> None:
     """Measure latency, throughput, load time, memory and accuracy on this machine."""
@@ -216,7 +216,7 @@ def bench(
 
 
 def _measure(bundle: str, **options: Any) -> Bench:
-    """`bench`, shown."""
+    """Run `bench` and print its result."""
     from perceiver_export.runtimes.benchmark import bench as bench_
 
     with ui.progress_bar("bench") as progress:
@@ -226,10 +226,10 @@ def _measure(bundle: str, **options: Any) -> Bench:
 
 
 def _show_bench(result: Bench, precisions: bool) -> None:
-    """The measurements as a table with a column for each side, or a row for each of many; below it, what follows."""
+    """Print a table with a column for each side, or a row for each of many; below it, the conclusions."""
     sides = result.measurements
     figures = [_figures(side, "tie" if len(result.fastest) > 1 else "fastest") for side in sides]
-    title = f"{result.runs} counted calls on {', '.join(result.machine.split(', ')[:2])}"  # without instructions
+    title = f"{result.runs} timed calls on {', '.join(result.machine.split(', ')[:2])}"  # without instructions
     if len(sides) > (1 if precisions else 2):
         shared, names = _names(
             [(one.name, f"in {own['precision']}", f"on {one.target}") for one, own in zip(sides, figures, strict=True)]
@@ -241,7 +241,7 @@ def _show_bench(result: Bench, precisions: bool) -> None:
         rows = [(name, *(one[name] for one in figures)) for name in figures[0] if any(one[name] for one in figures)]
         ui.print_table(title, ["", *(f"{side.name}>" for side in sides)], rows, _BENCH_NOTE)
     if precisions and len(sides) == 1 and not result.skipped:
-        ui.say(f"{sides[0].target} computes in no lower precision here; another target may")
+        ui.say(f"{sides[0].target} supports no lower precision here; another target may")
     if result.unsteady:
         ui.say(f"these times decide nothing: {result.unsteady}", "warning:")
     for reason in result.skipped:
@@ -251,13 +251,13 @@ def _show_bench(result: Bench, precisions: bool) -> None:
         several = len({side.target for side in sides}) > 1
         first, second = (f"{side.name} on {side.target}" if several else side.name for side in sides)
         ui.say(
-            f"{first} takes {result.ratio:.3f} × the time of {second} a sample "
+            f"{first} takes {result.ratio:.3f} × the time of {second} per sample "
             f"(paired; half of the pairs within {low:.3f} to {high:.3f})"
         )
 
 
 def _names(sides: Sequence[Sequence[str]]) -> tuple[str, list[str]]:
-    """What the names of all sides have in common, for the title, and the rest of each."""
+    """The parts that the names of all sides share, for the title, and the rest of each name."""
     alike = [len(set(parts)) == 1 for parts in zip(*sides, strict=True)]
     shared = " ".join(compress(sides[0], alike))
     return f"; all {shared}" * bool(shared), [" ".join(compress(side, map(not_, alike))) for side in sides]
@@ -266,7 +266,7 @@ def _names(sides: Sequence[Sequence[str]]) -> tuple[str, list[str]]:
 def _figures(side: Measurement, fastest: str) -> dict[str, str]:
     milliseconds = [f"{one:.{2 if side.median < 100 else 0}f}" for one in (side.median, *side.spread)]
     difference = "–" if side.difference is None else f"{side.difference:.1e}"
-    wrong = "!" * (side.within_tolerance is False)  # of int8, `validate` says how close is enough
+    wrong = "!" * (side.within_tolerance is False)  # for int8, `validate` decides how close is enough
     return {
         "target": side.target,
         "engine": side.engine,
@@ -286,7 +286,7 @@ def _figures(side: Measurement, fastest: str) -> dict[str, str]:
 
 
 def _write_csv(path: Path, rows: Sequence[msgspec.Struct], **common: str) -> None:
-    """A line for each row and a column for each of its fields; several numbers in one cell are apart by blanks."""
+    """Write a line for each row and a column for each field; spaces separate several numbers in one cell."""
     with ui.new_file(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=[*common, *rows[0].__struct_fields__])
         writer.writeheader()
@@ -298,9 +298,9 @@ def _write_csv(path: Path, rows: Sequence[msgspec.Struct], **common: str) -> Non
 
 @dataclass(frozen=True)
 class _Profile:
-    device: str = option("auto", "Target to run on; `auto` chooses: a certified target first.")
-    precision: PrecisionChoice | None = option(None, "Engine of this precision; by default the one built last.")
-    against: str | None = option(None, "Profile this one too, and give each layer's time relative to it.", "BUNDLE")
+    device: str = option("auto", "Target to run on; `auto` prefers a certified target.")
+    precision: PrecisionChoice | None = option(None, "Use the engine of this precision; by default the one built last.")
+    against: str | None = option(None, "Also profile this one, and give each layer's time relative to it.", "BUNDLE")
     data: str | None = option(None, "With --against FLOAT_BUNDLE: measure the layers' SQNR on this data.", "DATA")
     threads: int | None = option(None, "Threads of the engine; by default the engine chooses.")
 
@@ -310,10 +310,10 @@ def profile(
     bundle: ui.BundleArgument,
     how: _Profile,
     sort: Annotated[
-        Literal["time", "loss"], typer.Option(metavar="time|loss", help="Slowest, or largest loss of accuracy, first.")
+        Literal["time", "loss"], typer.Option(metavar="time|loss", help="Slowest or least accurate layers first.")
     ] = "time",
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write all layers here: .csv or .html.")
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write all layers to this .csv or .html file.")
     ] = None,
 ) -> None:
     """Show what the engine really runs, one row per layer: precisions, kernel, time, roofline, accuracy."""
@@ -336,8 +336,8 @@ def profile(
     rows = [(f"{layer}\n  {kernel}", *row) for (layer, *row), kernel in zip(table.rows, kernels, strict=True)]
     ui.print_table(table.title, ("layer, kernel", *table.columns[1:]), rows, table.note)
     more = max(len(found.layers) - _LAYERS, 0)
-    said = f"{more} more layers, and all figures" if more else "all figures"
-    ui.say(f"{said}: -o FILE.csv or FILE.html, or --json", "note:")
+    said = f"for {more} more layers and all figures" if more else "for all figures"
+    ui.say(f"{said}, use -o FILE.csv, -o FILE.html or --json", "note:")
     ui.show_written(output)
 
 

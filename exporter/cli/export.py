@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from perceiver_export.runtimes.manifest import Part
 
 _PRESETS_NOTE = (
-    "Of one sample, with all queries of the model; a multiply-add is two FLOPs. Then the paper's figure, and the"
-    " difference of this model from it."
+    "FLOPs are for one sample with all queries of the model; a multiply-add is two FLOPs. Below: the paper's figure,"
+    " and this model's difference from it."
 )
 _NEXT = {
     "triton": "tritonserver --model-repository {path}",
@@ -50,10 +50,10 @@ def export(
         typer.Argument(
             metavar="SOURCE",
             help="module:function that returns any torch module with example inputs, FILE.onnx, "
-            "a Hugging Face directory, owner/name of the hub, deepmind:TASK:FILE or preset:NAME.",
+            "a Hugging Face directory, owner/name on the hub, deepmind:TASK:FILE or preset:NAME.",
         ),
     ],
-    output: Annotated[str, typer.Option("--output", "-o", metavar="BUNDLE", help="Where the bundle goes.")],
+    output: Annotated[str, typer.Option("--output", "-o", metavar="BUNDLE", help="Where to write the bundle.")],
     options: ExportOptions,
 ) -> None:
     """Export a model to a bundle: trace, fold, compare with PyTorch, write.
@@ -107,13 +107,13 @@ def _work(part: Part) -> str:
 
 
 def presets() -> None:
-    """List the papers' systems, which `export preset:NAME` builds with random weights to size a device."""
+    """List the papers' models; `export preset:NAME` builds one with random weights, to size a device."""
     from perceiver_export.exporter.presets import PRESETS
 
     ui.print_json({name: _preset_document(preset) for name, preset in PRESETS.items()})
     remarks = (f"{name}: {_remark(preset)}" for name, preset in PRESETS.items() if _remark(preset))
     ui.print_table(
-        "systems of the papers, to export as preset:NAME",
+        "the papers' models, to export as preset:NAME",
         ["preset\n  task", "inputs\nlatents", "parameters\npaper>", "FLOPs\npaper>"],
         [_preset_row(name, preset) for name, preset in PRESETS.items()],
         "\n".join([_PRESETS_NOTE, *remarks]),
@@ -159,7 +159,7 @@ def _size(one: Input) -> str:
 
 
 def _compared(ours: float, paper: float | None) -> str:
-    """62.26 M; below it the paper's number in the same unit, and how far ours is from it."""
+    """62.26 M; below it the paper's number in the same unit, and our difference from it."""
     power, unit = ui.unit(ours)
     there = "" if paper is None else f"\n{paper / power:.4g} {unit}\n{ours / paper - 1:+.1%}"
     return f"{ours / power:.4g} {unit}{there}"
@@ -169,7 +169,7 @@ def inspect(
     bundle: Annotated[str, typer.Argument(metavar="BUNDLE|MODEL.onnx", help="A bundle, or an ONNX file.")],
     layers: Annotated[bool, typer.Option("--layers", help="Show each stage, fold and layer with its costs.")] = False,
 ) -> None:
-    """Show what a bundle is: inputs, outputs, work, precision and certificates; --layers shows each stage."""
+    """Describe a bundle: inputs, outputs, work, precision and certificates; --layers shows each stage."""
     from perceiver_export.exporter.describe import inspect_bundle
 
     found = inspect_bundle(bundle)
@@ -180,7 +180,7 @@ def inspect(
 
 
 def _show_inspection(inspection: Inspection, layers: bool) -> None:
-    """A summary, and with ``layers`` tables of each part."""
+    """Print a summary, and with ``layers`` tables of each part."""
     manifest = inspection.manifest
     if manifest is not None:
         kind = f"{manifest.task}, {manifest.precision}, {manifest.parity} numerics"
@@ -218,7 +218,7 @@ def _show_inspection(inspection: Inspection, layers: bool) -> None:
 
 
 def _show_precision(calibration: Calibration, layers: bool) -> None:
-    """How it was quantized, the integer kernels of each engine, and what stays float; `profile` shows each layer."""
+    """Print how it was quantized, the integer kernels of each engine, and the float layers; see also `profile`."""
     data = calibration.data
     ui.say(f"{calibration.how}, calibrated on {data.samples:,} samples of {data.source}")
     for gate in calibration.gates:
@@ -239,15 +239,15 @@ def _show_precision(calibration: Calibration, layers: bool) -> None:
 
 def package(
     bundle: ui.BundleArgument,
-    server: Annotated[str, typer.Option("--for", metavar="triton|ovms", help="The server to write it for.")],
+    server: Annotated[str, typer.Option("--for", metavar="triton|ovms", help="The inference server.")],
     output: Annotated[
-        str | None, typer.Option("--output", "-o", help="Where the model repository goes; by default BUNDLE-SERVER.")
+        str | None, typer.Option("--output", "-o", help="Where to write the repository; by default BUNDLE-SERVER.")
     ] = None,
     target: Annotated[
         str | None, typer.Option(help="Target on the server: ort-cpu, ort-cuda, openvino-cpu, -gpu or -npu.")
     ] = None,
 ) -> None:
-    """Write a model repository for an inference server, set up by the figures of `bench --save`."""
+    """Write a model repository for an inference server, configured from the figures of `bench --save`."""
     from perceiver_export.exporter.serving import package as package_
 
     path = package_(bundle, server, output, target=target)

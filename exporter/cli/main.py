@@ -29,13 +29,13 @@ from perceiver_export.exporter.cli.validate import validate
 from perceiver_export.runtimes.errors import PerceiverExportError
 from perceiver_export.runtimes.files import is_full
 
-# Groups of the help: of commands, and of options by their names or metavars.
+# Groups in the help: commands, and options by name or metavar.
 _COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
     "Make a bundle": (export, quantize, build, package),
     "Use it": (run, validate, bench, profile),
     "Find out": (inspect_, lint, doctor, presets, demo),
 }
-# --quiet leaves nothing of these but warnings and the verdict.
+# With --quiet, these print only warnings and the verdict.
 _WRITES_ONLY = (export, quantize, build, package, validate, demo)
 # Help shows groups and their options in this order.
 _OPTIONS = {
@@ -50,7 +50,7 @@ _OPTIONS = {
     "Output": "output overwrite csv_ junit report save_worst top sort layers json quiet",
 }
 _GROUP_OF = {name: group for group, names in _OPTIONS.items() for name in names.split()}
-# Metavars of options by their names or types; others have the name of the option.
+# Metavars by option name or type; any other option uses its own name.
 _VALUES: dict[Any, str] = {int: "N", float: "NUMBER", "device": "TARGET", "against_device": "TARGET"}
 _VALUES |= {"max_drop": "POINTS", "min_agreement": "PERCENT", "min_coverage": "PERCENT", "max_metric_change": "CHANGE"}
 _NUMBERS = {"int_parsing": "a whole number", "float_parsing": "a number"}  # errors of typer's library
@@ -58,7 +58,7 @@ _USAGE_ERROR, _CLICK_ERROR = cast("Any", typer.BadParameter.__mro__[1:3])  # typ
 
 
 class _Help:
-    """Help as users know it: `BUNDLE [PART.npz...]`, where typer would show `{BUNDLE}` and `<list[Path]>`."""
+    """Help in the usual notation, `BUNDLE [PART.npz...]`; typer would show `{BUNDLE}` and `<list[Path]>`."""
 
     def get_params(self, context: Any) -> list[Any]:
         """Parameters without the Python type of a flag or an argument."""
@@ -79,12 +79,12 @@ class _Command(_Help, TyperCommand):
         return [*(text if one.required else f"[{text}]" for one, text in zip(named, texts, strict=True)), "[OPTIONS]"]
 
     def parse_args(self, context: Any, given: list[str]) -> list[str]:
-        """Refuse an option that is given twice and takes one value: typer would use the last, without a word."""
+        """Refuse a single-value option that is given twice: typer would silently use the last one."""
         completes = context.resilient_parsing
         typed = [] if completes else self.make_parser(context).parse_args(list(given))[2]
         for index, one in enumerate(typed):
             if one in typed[:index] and not (one.multiple or getattr(one, "is_flag", True)):
-                raise _USAGE_ERROR(f"{one.opts[0]} is given twice, and takes one value", context)
+                raise _USAGE_ERROR(f"{one.opts[0]} is given twice but takes one value", context)
         return super().parse_args(context, given)
 
 
@@ -95,14 +95,14 @@ class _Group(_Help, TyperGroup):
 app = typer.Typer(
     name="perceiver-export",
     cls=_Group,
-    help="Exports a Perceiver, any torch module or an ONNX file, and runs it on a device without torch.",
+    help="Export a Perceiver, any torch module or an ONNX file, and run it on a device without torch.",
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
 
 
 def _command(function: Callable[..., None]) -> Callable[..., None]:
-    """A command with --json, --quiet and groups of options; Ctrl-C is our error, where typer would exit silently."""
+    """Add --json, --quiet and groups of options. Report Ctrl-C as an error: typer would exit silently."""
 
     @functools.wraps(function)
     def run_command(*arguments: Any, quiet: bool, json: bool = False, **options: Any) -> None:
@@ -110,7 +110,7 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
             with ui.quiet(quiet, quiet and function in _WRITES_ONLY, json):
                 function(*arguments, **options)
         except KeyboardInterrupt as error:
-            hint = "nothing was left half-written; type the command again"
+            hint = "run the command again; no half-written file was left behind"
             raise PerceiverExportError("interrupted", hint) from error
 
     signature = inspect.signature(function, eval_str=True)
@@ -132,7 +132,7 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def _metavar(name: str, kind: Any) -> str:
-    """Of an option that has none of its own; ``kind`` is its type, or that type or None, or a list of it."""
+    """The metavar of an option that sets none; ``kind`` is its type, which may be optional or a list."""
     plain = [one for one in get_args(kind) or (kind,) if one is not type(None)]
     return _VALUES.get(name) or _VALUES.get(plain[0], name.upper().replace("_", "-"))
 
@@ -160,7 +160,7 @@ def _options(
 
 
 class _Warnings(logging.Handler):
-    """Warnings, such as of an engine that is compiled again, on standard error."""
+    """Print warnings on standard error, for example that an engine is compiled again."""
 
     def emit(self, record: logging.LogRecord) -> None:
         ui.say(" ".join(record.getMessage().split()), "warning:", err=True)
@@ -177,20 +177,20 @@ def main() -> None:
         message = _wrong_usage(error)
         context = getattr(error, "ctx", None)  # only errors of usage have one
         path = "perceiver-export" if context is None else context.command_path
-        _fail(message[:1].lower() + message[1:], f"{path} --help shows what it takes", error.exit_code)
+        _fail(message[:1].lower() + message[1:], f"see {path} --help", error.exit_code)
     except BrokenPipeError:
         sys.stderr.close()  # the reader of the output stopped, as `head` does
         sys.exit(1)
     except OSError as error:
         if not is_full(error):
             raise
-        with contextlib.suppress(OSError):  # Python would write buffered output again when it ends
+        with contextlib.suppress(OSError):  # Python would write buffered output again at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         _fail(f"the disk is full: {error.filename or 'the output'} was not written", "free some space and try again")
 
 
 def _wrong_usage(error: Any) -> str:
-    """What typer says; of a value that is no number, in words of our own, because it has those of a library."""
+    """typer's message, except for a value that is not a number: there typer repeats the error of a library."""
     cause: list[dict[str, Any]] = getattr(error.__cause__, "errors", list)()
     wanted = _NUMBERS.get(cause[0]["type"]) if len(cause) == 1 else None
     if wanted is not None:

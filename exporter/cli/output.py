@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shared by all commands: options, tables for people, JSON for machines, progress, checks of files."""
+"""Shared by all commands: options, tables, JSON, progress bars and checks of files."""
 
 from __future__ import annotations
 
@@ -26,31 +26,31 @@ if TYPE_CHECKING:
     from perceiver_export.runtimes.manifest import OutputKind, TensorSpec
 
 _STEERING = re.compile("[\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
-_LEAST = 8  # columns of a terminal that are left for a name
-_NARROWEST = 20  # columns that a terminal is taken to have at least
-_PROSE = 80  # columns, also in a wider terminal
+_LEAST = 8  # columns that a name gets at least
+_NARROWEST = 20  # columns; a narrower terminal is treated as this wide
+_PROSE = 80  # columns, even in a wider terminal
 _BETWEEN_PARTS = re.compile(r"(?<=\w[./_:-])(?=[^\W\d_])|(?<=/)(?=\w)")  # encoder. self_ attentions.0. mlp
 _COMMAND = re.compile(r"\b(?:perceiver-export|sudo|pip|docker|tritonserver) (?=[a-z-])[^;`]*[^;`\s]")
 _QUOTED = re.compile(r"'[^']*'")
 _LEFT_OUT = ("note:", "next:", "details:", "written:")  # by --quiet
-_VERDICT = re.compile("(error|hint|warning|[A-Z].*):")  # what --quiet leaves of a command that writes files
-_NO_DATA = (".html", ".json", ".md", ".xml")  # files that commands write, and that are never samples
+_VERDICT = re.compile("(error|hint|warning|[A-Z].*):")  # what --quiet keeps of a command that writes files
+_NO_DATA = (".html", ".json", ".md", ".xml")  # outputs of commands, which are never samples
 _KINDS = {
-    "single-label": "labels that exclude each other (softmax)",
-    "multi-label": "labels that do not exclude each other (sigmoid)",
-    "regression": "values as they are",
+    "single-label": "mutually exclusive labels (softmax)",
+    "multi-label": "independent labels (sigmoid)",
+    "regression": "raw values",
 }
 
-JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON for machines instead of tables.")]
-QuietFlag = Annotated[bool, typer.Option("--quiet", "-q", help="Print answers, warnings and errors only.")]
-BundleArgument = Annotated[str, typer.Argument(metavar="BUNDLE", help="A bundle, as `export` writes it.")]
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+QuietFlag = Annotated[bool, typer.Option("--quiet", "-q", help="Print only answers, warnings and errors.")]
+BundleArgument = Annotated[str, typer.Argument(metavar="BUNDLE", help="The bundle's directory.")]
 
 
 def options_of(*kinds: type[Any], **parse: Callable[[str], tuple[str, Any]]) -> Callable[..., Any]:
-    """Decorate a command: a parameter that is a dataclass of ``kinds`` becomes an option for each field with a ``doc``.
+    """Decorate a command: a parameter whose type is in ``kinds`` becomes one option per field that has a ``doc``.
 
-    A field's metadata hold the help, ``doc``, and the metavar, ``value``. A mapping takes several NAME=VALUE, read by
-    the function of its name in ``parse``. A field that is itself a dataclass takes the options of its fields.
+    A field's metadata hold the help (``doc``) and the metavar (``value``). A mapping takes several NAME=VALUE, parsed
+    by the function of its name in ``parse``. A nested dataclass contributes the options of its own fields.
     """
     fields = [found for kind in kinds for found in _flat(kind)]
 
@@ -108,9 +108,9 @@ def _parameter(field: dataclasses.Field[Any], hint: Any) -> inspect.Parameter:
 
 
 class _Quiet:
-    """What --quiet leaves out: ``notes``, and of a command that writes files also its ``answers``, not its verdict.
+    """What is suppressed. --quiet sets ``notes`` and, in a command that writes files, ``answers`` (except the verdict).
 
-    ``all``, with --json: everything but errors, warnings on standard error, and the document of `print_json`.
+    --json sets ``all``: everything except errors, warnings on standard error, and the document of `print_json`.
     """
 
     notes = answers = all = False
@@ -118,7 +118,7 @@ class _Quiet:
 
 @contextlib.contextmanager
 def quiet(notes: bool = False, answers: bool = False, json: bool = False) -> Iterator[None]:
-    """Leave these out, in commands of a command too."""
+    """Suppress these, also in commands that the command runs."""
     before = _Quiet.notes, _Quiet.answers, _Quiet.all
     _Quiet.notes, _Quiet.answers, _Quiet.all = before[0] or notes, before[1] or answers, before[2] or json
     try:
@@ -128,7 +128,7 @@ def quiet(notes: bool = False, answers: bool = False, json: bool = False) -> Ite
 
 
 def shows_text() -> bool:
-    """Whether anybody reads more than the document of --json."""
+    """Whether text is printed, not only the document of --json."""
     return not _Quiet.all
 
 
@@ -144,7 +144,7 @@ def say(text: str, mark: str = "", colour: str = "yellow", *, err: bool = False)
 def wrapped(text: str, indent: int = 0) -> str:
     """Lines of at most 80 columns with control characters escaped; no word, such as a path, is broken.
 
-    A command can be copied all the same: where it goes on in another line, a backslash is before the break.
+    A command that wraps can still be copied, because each of its broken lines ends with a backslash.
     """
     width, lines = min(_columns(), _PROSE), list[str]()
     for line in map(printable, text.split("\n")):
@@ -160,12 +160,12 @@ def wrapped(text: str, indent: int = 0) -> str:
 
 
 def _columns() -> int:
-    """The width of the terminal, or the least that text fits into."""
+    """The width of the terminal, but at least `_NARROWEST`."""
     return max(shutil.get_terminal_size().columns, _NARROWEST)
 
 
 def show_written(*paths: str | os.PathLike[str] | None) -> None:
-    """Name what a command wrote, at its end, and the version of each; None is an output that was not asked for."""
+    """List what a command wrote, with versions; None is an output that was not requested."""
     from importlib.metadata import version
 
     from perceiver_export.runtimes.manifest import SCHEMA_VERSION
@@ -207,8 +207,8 @@ class Table(NamedTuple):
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], note: str = "") -> None:
     """Print a table; a column whose name ends in ``>`` holds figures, right-aligned.
 
-    Where there is no room, names fold between their parts; figures never fold, and if even they are too wide, each row
-    is a paragraph. A pipe has 80 columns.
+    In a narrow terminal, names fold between their parts. Figures never fold: if they are too wide, each row becomes a
+    paragraph. A pipe has 80 columns.
     """
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
@@ -253,7 +253,7 @@ def _widest(column: Iterable[str]) -> int:
 
 
 def _narrowed(cells: Sequence[Sequence[str]], figures: Sequence[bool], width: int) -> list[list[str]]:
-    """The cells with a line for each word above figures, and with long words of names folded.
+    """The cells, with one word per line in the headers of figures, and with long words in names folded.
 
     ``figures``: whether each column holds figures. ``width``: characters of all columns together.
     """
@@ -271,7 +271,7 @@ def _narrowed(cells: Sequence[Sequence[str]], figures: Sequence[bool], width: in
 
 
 def _folded(cell: str, width: int) -> str:
-    """With long words folded between their parts."""
+    """The cell with long words folded between their parts."""
 
     def broken(word: re.Match[str]) -> str:
         lines = [""]
@@ -286,7 +286,7 @@ def _folded(cell: str, width: int) -> str:
 
 @contextlib.contextmanager
 def progress_bar(what: str) -> Iterator[Callable[[str, int, int | None], None]]:
-    """A bar on standard error that appears after two seconds, if that is a terminal.
+    """Show a bar on standard error after two seconds, if it is a terminal.
 
     Yields ``update(description, done, total)``.
     """
@@ -317,7 +317,7 @@ def progress_bar(what: str) -> Iterator[Callable[[str, int, int | None], None]]:
 
 
 def mebibytes(size: float) -> str:
-    """Bytes as MiB; less than a tenth of one as KiB."""
+    """Bytes as MiB, or below 0.1 MiB as KiB."""
     return f"{size / 2**10:.1f} KiB" if 0 < size < 0.1 * 2**20 else f"{size / 2**20:,.1f} MiB"
 
 
@@ -338,7 +338,7 @@ def shape(dims: Sequence[int | str]) -> str:
 
 
 def described(spec: TensorSpec, kinds: Mapping[str, OutputKind]) -> str:
-    """A tensor's name, type, shape and meaning; ``kinds`` are those of outputs, by name."""
+    """A tensor's name, type, shape and meaning; ``kinds``: those of the outputs, by name."""
     meanings = (spec.meaning, _KINDS.get(kinds.get(spec.name, ""), ""))
     return ", ".join(filter(None, (f"{spec.name}: {spec.dtype} {shape(spec.shape)}", *meanings)))
 
@@ -362,8 +362,8 @@ def check_file(path: Path) -> None:
 def check_output(path: Path, read: Iterable[str | os.PathLike[str] | None], ending: str | None = None) -> None:
     """Raise UsageError for an output that would overwrite an input, lies in a bundle, or has another ``ending``.
 
-    ``read`` are inputs as typed: files, directories of samples, text, or None. With an ``ending`` the output is a file:
-    see `check_file`.
+    ``read``: the inputs as typed, which are files, directories of samples, text, or None. With an ``ending`` the output
+    is a file, so `check_file` checks it too.
     """
     from perceiver_export.calibration.bundles import enclosing_bundle
 
@@ -373,20 +373,20 @@ def check_output(path: Path, read: Iterable[str | os.PathLike[str] | None], endi
         place, source = path.resolve(), Path(one).resolve()
         sample = os.path.isfile(path) and source in place.parents and path.suffix.lower() not in _NO_DATA
         if place == source or sample:
-            raise UsageError(f"{path} is read by this command, and would be overwritten", "write to another place")
+            raise UsageError(f"{path} is an input of this command and would be overwritten", "choose another path")
     if ending is not None and path.suffix.lower() != ending:
         named = path / f"NAME{ending}" if os.path.isdir(path) else path.with_suffix(ending)
         raise UsageError(f"{path} does not end in {ending}", f"name a file that does: {named}")
     bundle = enclosing_bundle(path)
     if bundle is not None:
-        raise UsageError(f"{path} lies inside the bundle {bundle}", "write to a place outside of it")
+        raise UsageError(f"{path} lies inside the bundle {bundle}", "choose a path outside of it")
     if ending is not None:
         check_file(path)
 
 
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """Yields a temporary path to write to, with the same ending; it becomes ``path``. Raises InputError."""
+    """Yield a temporary path with the same ending; once written, it replaces ``path``. Raises InputError."""
     with writing(path, InputError, "choose another file"), replacing(path) as temporary:
         yield temporary
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`perceiver-export quantize`, and with `--search DATA --certify DATA` mixed precision that holds its gates."""
+"""`perceiver-export quantize`; with `--search DATA --certify DATA`, mixed precision whose gates hold."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ _SPLITS = "give --search DATA and --certify DATA"
 
 @dataclass(frozen=True)
 class _Search:
-    """Options that have an effect with --search only."""
+    """Options that only have an effect with --search."""
 
     search: str | None = option(None, "Return layers to higher precision until the gates hold on this data.", "DATA")
-    certify: str | None = option(None, "Certify the result of --search on this data, which it never saw.", "DATA")
+    certify: str | None = option(None, "Certify the result of --search on this data, unseen by the search.", "DATA")
     device: str = option("auto", "With --search: the target to judge and time candidates on; `all`: every target.")
-    least_gain: float = option(2.0, "With --search: time that a riskier mixture must save.", "PERCENT")
-    for_size: bool = option(False, "With --search: save size, and keep a mixture that is smaller but not faster.")
-    allow_overlap: bool = option(False, "With --search: go on even if the sets share samples.")
+    least_gain: float = option(2.0, "With --search: time that a riskier mixture must at least save.", "PERCENT")
+    for_size: bool = option(False, "With --search: minimize size, and accept a mixture that is smaller but not faster.")
+    allow_overlap: bool = option(False, "With --search: continue even if the sets share samples.")
 
 
 @dataclass(frozen=True)
@@ -43,20 +43,20 @@ class _Source:
     """Where the statistics come from: DATA, a share of it, or files of all shares."""
 
     data: str | None = option(
-        None, "Images, .npz by input name (or a directory of them), .jsonl of text, module:function; or `random`."
+        None, "Images, .npz by input name (or a directory of them), .jsonl text, module:function or `random`."
     )
-    shard: str | None = option(None, "Run only this share of the calls: 3/16 is the third of 16.", "I/N")
-    statistics: str | None = option(None, "With --shard: where its statistics go.", "FILE.npz")
-    merge: bool = option(False, "Quantize by the statistics of all shards, the PART.npz files, instead of DATA.")
+    shard: str | None = option(None, "Run only this share of the calls: 3/16 is the third of 16 shards.", "I/N")
+    statistics: str | None = option(None, "With --shard: write its statistics here.", "FILE.npz")
+    merge: bool = option(False, "Quantize from the statistics of all shards, the PART.npz files, instead of DATA.")
 
 
-_Parts = Annotated[list[Path] | None, typer.Argument(metavar="PART.npz", help="Statistics, for --merge.")]
+_Parts = Annotated[list[Path] | None, typer.Argument(metavar="PART.npz", help="Statistics of shards, for --merge.")]
 _Output = Annotated[
-    str | None, typer.Option("--output", "-o", metavar="BUNDLE2", help="Where the quantized bundle goes.")
+    str | None, typer.Option("--output", "-o", metavar="BUNDLE2", help="Where to write the quantized bundle.")
 ]
 _Sensitivity = Annotated[
     Path | None,
-    typer.Option(metavar="FILE.json", help="Also measure each layer by itself, for this file and `profile`."),
+    typer.Option(metavar="FILE.json", help="Also measure each layer quantized alone, for this file and `profile`."),
 ]
 
 
@@ -77,7 +77,7 @@ def quantize(
 ) -> None:
     """Quantize a bundle to int8, calibrated on real data, and check that integer kernels really run it.
 
-    Nothing is written unless they do. Weights alone: --scheme int8-weights.
+    The bundle is written only if they do. To quantize weights only, use --scheme int8-weights.
     """
     if sensitivity is not None:
         ui.check_output(sensitivity, (bundle, source.data, how.search, how.certify), ".json")
@@ -89,7 +89,7 @@ def quantize(
     alone = not (given or sensitivity or options.gates.any)
     if source.shard is not None or source.statistics is not None:
         if output or parts or source.merge or not alone:
-            hint = "give -o, gates, --search and --sensitivity to a later command"
+            hint = "pass -o, gates, --search and --sensitivity to a later command"
             raise UsageError("a shard writes statistics and nothing else", hint)
         _collect(bundle, source, options)
     elif output is None:
@@ -148,14 +148,14 @@ def _quantize_and_show(
     _show_quantized(made, calibration)
     if groups:
         show = f"perceiver-export profile {shlex.quote(str(made.path))} --sort loss"
-        ui.say(show, "each layer by itself:")
+        ui.say(show, "each layer alone:")
     ui.show_written(made.path, sensitivity)
     command = shlex.join(["perceiver-export", "validate", str(made.path), "--data", "DATA", "--against", bundle])
     ui.say(command, "next:")
 
 
 def _show_quantized(made: Bundle, calibration: Calibration) -> None:
-    """The result: outputs, integer kernels and speed on each engine, and the warnings."""
+    """Print the result: integer kernels and speed on each engine, the effect on outputs, and warnings."""
     data, quantization = calibration.data, made.manifest.quantization
     assert quantization is not None
     ui.say(f"quantized to {made.path} ({ui.mebibytes(made.num_bytes)}): {calibration.how}")
@@ -193,11 +193,11 @@ def _search_and_show(
     for index, rung in enumerate(found.rungs):
         ui.say(_shown(rung), f"  rung {rung.step}{', kept' if index == found.kept else ''}:")
     first = ", ".join(f"{one.group} ({one.output_sqnr:.1f} dB)" for one in found.ranking[:3])
-    ui.say(f"most sensitive by themselves, in dB of the outputs: {first}")
+    ui.say(f"most sensitive layers, each quantized alone (SQNR of the outputs): {first}")
     for certificate in found.certificates:
         ui.say(f"certified: {certificate}")
     if any(map(_with, found.rungs[found.kept].times)):
-        ui.say("load, run and build take the certified precision with --precision auto", "note:")
+        ui.say("with --precision auto, load, run and build use the certified precision", "note:")
     for warning in found.warnings:
         ui.say(warning, "warning:")
     ui.show_written(output, sensitivity)
@@ -214,6 +214,6 @@ def _shown(rung: Rung) -> str:
         f"{it.target}{_with(it)} {it.milliseconds:.2f} ms, {it.ratio:.2f} × {it.against}'s" for it in rung.times
     )
     searched, certified = (", ".join(one.split(":")[0] for one in said) for said in (rung.search, rung.certification))
-    layers = f"{counts}: {names}" if counts else "no layer went back"
+    layers = f"{counts}: {names}" if counts else "no layer was raised"
     found = f"search split {searched}; certification {certified or 'not needed'}"
     return f"{layers}; {times}; {rung.size:.2f} × fp32's size; {found}"

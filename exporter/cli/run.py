@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`perceiver-export run`: read files or text, ask the bundle's task, show and save the answers."""
+"""`perceiver-export run`: read files or text, run the bundle's task, show and save the answers."""
 
 from __future__ import annotations
 
@@ -67,10 +67,10 @@ def run(
         typer.Option(
             "--output",
             "-o",
-            help="Where answers go: .json, an image or arrays, which are replaced, or a new directory of frames.",
+            help="Where to write answers: a .json, image or array file, replaced if it exists; or a new directory.",
         ),
     ] = None,
-    top: Annotated[int | None, typer.Option(help="Labels to show of each sample, by default 3.")] = None,
+    top: Annotated[int | None, typer.Option(help="Labels to show per sample; by default 3.")] = None,
 ) -> None:
     """Run a bundle on files or text, and print or write its answers."""
     from perceiver_export.runtimes.bundle import open_bundle, read_manifest
@@ -80,12 +80,12 @@ def run(
     manifest = read_manifest(Path(bundle))
     task = manifest.task
     if task not in RUNNERS:
-        raise BundleError(f"{bundle} is of the unknown task {task!r}", f"this version knows: {', '.join(RUNNERS)}")
+        raise BundleError(f"{bundle} has the unknown task {task!r}", f"use one of {', '.join(RUNNERS)}")
     judged = judged_output(manifest)
     if top is not None and task != "fill-mask" and (judged is None or judged[1] == "regression"):
         raise UsageError(f"{bundle} has no labels for --top to choose from", "leave --top out")
     if (options.text or options.truncate) and task not in ("fill-mask", "text-classification"):
-        raise UsageError(f"{bundle} is of {task}, which reads no text", "leave --text and --truncate out")
+        raise UsageError(f"{bundle} does {task}, which reads no text", "leave --text and --truncate out")
     if not inputs and not options.text:
         raise UsageError("no input is given", f"give {RUNNERS[task].example}")
     request = replace(options, bundle=bundle, inputs=inputs or (), output=output)
@@ -96,7 +96,7 @@ def run(
 
 
 def run_task(task: str, request: Request) -> dict[str, Any]:
-    """Read the samples, run the task, save and show its answers. Returns the runtime. Raises the task's errors."""
+    """Read the samples, run the task, save and show its answers. Return what `Runtime.describe` says."""
     from perceiver_export.runtimes.tasks import open_task
 
     runner, one = RUNNERS[task], request
@@ -115,7 +115,7 @@ def run_task(task: str, request: Request) -> dict[str, Any]:
     elif one.output is not None and runner.ending == ".json":
         ui.write_json(one.output, document)
     ui.print_json(document)
-    version = where["version"].partition("-")[0]  # OpenVINO's goes on with its branch
+    version = where["version"].partition("-")[0]  # OpenVINO appends its branch
     title = f"{request.bundle} on {where['engine']} {version}, {where['device']}, {where['precision']}"
     for shown in found.shown:
         if isinstance(shown, ui.Table):

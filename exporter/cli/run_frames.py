@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`run` with frames: optical flow (images in, motion out), and video autoencoding (frames and sound reconstructed, and
-a label).
+"""`run` with frames: optical flow (images in, motion out), and video autoencoding (frames and sound reconstructed and
+labelled).
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from perceiver_export.runtimes.tasks.video import Reconstruction
 
 _DIRECTIONS = ("right", "down and right", "down", "down and left", "left", "up and left", "up", "up and right")
-_STILL = 0.05  # mean pixels; less is no motion
+_STILL = 0.05  # mean pixels; less counts as no motion
 
 
 def read_frames(request: Request) -> tuple[list[Path], list[list[Path]]]:
-    """The frames in order, of one directory or as named, and the files to write for each pair."""
+    """The frames, in order of one directory or as named, and the files to write for each pair."""
     from perceiver_export.runtimes.tasks.image_files import list_images
 
     paths = [Path(name) for name in request.inputs]
@@ -35,7 +35,7 @@ def read_frames(request: Request) -> tuple[list[Path], list[list[Path]]]:
         raise InputError(f"{directories[0]} is a directory", "give one directory of frames, or two or more images")
     frames = list_images(paths[0]) if directories else paths
     if len(frames) < 2:
-        hint = "flow needs two images of the same size, or a directory of frames"
+        hint = "give two images of the same size, or a directory of frames"
         raise InputError(f"{frames[0]} is one frame", hint)
     return frames, _targets(frames, request.output)
 
@@ -54,19 +54,19 @@ def _targets(frames: Sequence[Path], output: Path | None) -> list[list[Path]]:
         return [[output / f"{stem}.flo", output / f"{stem}.png"] for stem in stems]
     check_format(output)
     if pairs > 1:
-        hint = "give -o a directory, which is made if needed"
-        raise UsageError(f"{output} is one file, there are {pairs} flows", hint)
+        hint = "give -o a directory, which is created if needed"
+        raise UsageError(f"{output} is one file, but there are {pairs} flows", hint)
     check_file(output)
     return [[output]]
 
 
 def _is_directory(output: Path) -> bool:
-    """Whether the flows go to a directory, not to one file."""
+    """Whether to write the flows to a directory, not to one file."""
     return output.is_dir() or not output.suffix
 
 
 def answer_flow(task: Any, given: tuple[list[Path], list[list[Path]]], request: Request, progress: Progress) -> Answers:
-    """The flow from each frame to the next, written one by one, and a line about each."""
+    """The flow from each frame to the next, written one by one, and a row about each."""
     from perceiver_export.runtimes.tasks.flow_files import write_flow
 
     frames, targets = given
@@ -103,7 +103,7 @@ def _direction(x: float, y: float, mean: float) -> str:
         return "not a number"
     if mean < _STILL:
         return "still"
-    # Shorter than half of the mean length: pixels move to different sides, as in a zoom.
+    # Shorter than half of the mean length: pixels move in different directions, as in a zoom.
     if math.hypot(x, y) < 0.5 * mean:
         return "mixed"
     return _DIRECTIONS[round(math.atan2(y, x) / (math.pi / 4)) % 8]
@@ -127,13 +127,13 @@ def read_video(request: Request) -> tuple[Path, Path | None]:
 
     output = request.output
     if len(request.inputs) > 2:
-        hint = "give frames, and a WAV file or none: run BUNDLE FRAMES"
+        hint = "give frames, and optionally a WAV file: run BUNDLE FRAMES SOUND.wav"
         raise UsageError(f"inputs given: {len(request.inputs)}", hint)
     check_top(request.top)
     if output is not None:
         check_new_directory(output, "-o", InputError)
         if output.suffix and not output.is_dir():
-            raise UsageError(f"{output} is the name of a file", f"name a directory: -o {output.with_suffix('')}")
+            raise UsageError(f"{output} is a file name", f"name a directory: -o {output.with_suffix('')}")
         require("PIL.Image", "writing frames", "images")
     frames, audio = (*map(Path, request.inputs), None)[:2]
     assert frames is not None
@@ -141,7 +141,7 @@ def read_video(request: Request) -> tuple[Path, Path | None]:
 
 
 def answer_video(task: Any, given: tuple[Path, Path | None], request: Request, progress: Progress) -> Answers:
-    """PSNR and labels; saved, a directory of PNG files, and ``sound.wav`` where a sampling rate is known."""
+    """PSNR and labels. -o saves a directory of PNG files, and ``sound.wav`` where the sampling rate is known."""
     from perceiver_export.runtimes.tasks.images import open_frames
     from perceiver_export.runtimes.tasks.sound import wav_rate
     from perceiver_export.runtimes.tasks.video import psnr
@@ -166,9 +166,9 @@ def answer_video(task: Any, given: tuple[Path, Path | None], request: Request, p
     labels, cells = described(answer.labels)
     rows += [(f"label {name.rstrip('.>')}", cell) for name, cell in cells.items()]
     output = request.output
-    sound = "sound.wav" if rate is not None else "no sound.wav (the sampling rate is not known)"
-    note = f"{len(answer.video)} frames and {sound} are written" if output else "not written; -o DIRECTORY does"
-    document = {  # infinite PSNR, of a perfect reconstruction, becomes null
+    sound = "sound.wav" if rate is not None else "no sound.wav (the sampling rate is unknown)"
+    note = f"{len(answer.video)} frames and {sound} are written" if output else "not written; use -o DIRECTORY"
+    document = {  # the infinite PSNR of a perfect reconstruction becomes null
         "frames": {"used": len(used), "there": len(found), "first": ends[0], "last": ends[1]},
         "psnr": quality,
         **labels,

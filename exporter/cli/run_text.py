@@ -2,8 +2,8 @@
 """`run` with text: fill masks, or classify.
 
 An input is a file, ``-`` for standard input, or the text itself; ``--text`` is always a text. In a ``.jsonl`` file each
-line has a ``text``. A ``.txt`` file is one text to fill, without its last line break; to classify, each line is a text,
-and blank lines are skipped.
+line has a ``text``. A ``.txt`` file to fill is one text, without its last line break. In one to classify, each line is
+a text, and blank lines are skipped.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def answer_texts(task: Any, texts: Sequence[_Text], request: Request, progress: 
 
 
 def read_texts(request: Request, by_line: bool) -> list[_Text]:
-    """The texts of a request. A .txt file is one text, or with ``by_line`` has one a line."""
+    """The texts of a request. A .txt file is one text, or with ``by_line`` one text per line."""
     from perceiver_export.runtimes.tasks.tokenizers import utf8
 
     texts = [_Text(utf8(text)) for text in request.text]
@@ -104,7 +104,7 @@ def read_texts(request: Request, by_line: bool) -> list[_Text]:
         else:
             found = [_Text(content.removesuffix(b"\n").removesuffix(b"\r"), source)]
         if not any(text.content for text in found):
-            hint = "write one text a line" if by_line else "write a text into it"
+            hint = "write one text per line" if by_line else "write a text into it"
             raise InputError(f"{_place(source)} holds no text", hint)
         texts += found
     return texts
@@ -134,7 +134,7 @@ def _file_content(argument: str) -> bytes | None:
     if not argument.lower().endswith(_FILES):
         if not os.path.lexists(argument):
             return None
-        found = f"{name} exists, and is not a text file: its name does not end in {' or '.join(_FILES)}"
+        found = f"{name} exists but is not a text file: its name does not end in {' or '.join(_FILES)}"
         raise InputError(found, f"rename it; if you mean the name as text: --text {shlex.quote(name)}")
     try:
         return Path(argument).read_bytes()
@@ -153,7 +153,7 @@ def _origins(texts: Sequence[_Text]) -> str:
 
 @contextlib.contextmanager
 def _located(source: str | None) -> Iterator[None]:
-    """Name the file, and line, in an InputError."""
+    """Name the file and line in an InputError."""
     try:
         yield
     except InputError as error:

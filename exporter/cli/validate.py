@@ -33,11 +33,11 @@ class _Source:
     """Where the scores come from: DATA, a share of it, or files of all shares; or a plan instead."""
 
     data: str | None = option(None, "Images with labels.csv or in class folders, .npz, .jsonl, module:function.")
-    shard: str | None = option(None, "Judge only this share of the samples: 3/16 is the third of 16.", "I/N")
-    scores: str | None = option(None, "With --shard: where its scores go.", "FILE.json")
+    shard: str | None = option(None, "Judge only this share of the samples: 3/16 is the third of 16 shards.", "I/N")
+    scores: str | None = option(None, "With --shard: write its scores here.", "FILE.json")
     merge: bool = option(False, "Judge the scores of all shards, the PART.json files, instead of DATA.")
-    plan: bool = option(False, "Print how many samples the gates need, before there is any data.")
-    flips: str = option("1%", "With --plan: answers that you expect to differ from the reference's.", "PERCENT")
+    plan: bool = option(False, "Print how many samples the gates need; this needs no data.")
+    flips: str = option("1%", "With --plan: expected share of answers that differ from the reference's.", "PERCENT")
 
 
 @ui.options_of(ValidateOptions, _Source)
@@ -45,17 +45,17 @@ def validate(
     options: ValidateOptions,
     source: _Source,
     bundle: Annotated[
-        str | None, typer.Argument(metavar="BUNDLE", help="A bundle, as `export` writes it. --plan needs none.")
+        str | None, typer.Argument(metavar="BUNDLE", help="The bundle to measure; --plan needs none.")
     ] = None,
-    parts: Annotated[list[Path] | None, typer.Argument(metavar="PART.json", help="Scores, for --merge.")] = None,
+    parts: Annotated[list[Path] | None, typer.Argument(metavar="PART.json", help="Scores for --merge.")] = None,
     junit: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the gates as JUnit XML.")] = None,
     report: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write a report: .html with everything in it, or .md.")
+        Path | None, typer.Option(metavar="FILE", help="Write a report: self-contained .html, or .md.")
     ] = None,
 ) -> None:
-    """Measure a bundle, paired with a reference, with 95 % bounds; exit 1 if a gate does not hold.
+    """Measure a bundle against a reference on the same samples, with 95 % bounds; exit 1 if a gate does not hold.
 
-    A gate that the samples cannot decide fails too, and says how many samples would decide it.
+    A gate that the samples cannot decide also fails, and reports how many samples would decide it.
     """
     worst = None if options.save_worst is None else Path(options.save_worst)
     outputs = {name: path for name, path in zip(_OUTPUTS, (worst, junit, report), strict=False) if path is not None}
@@ -80,19 +80,19 @@ def validate(
 
 
 def _typed(given: ValidateOptions | Gates | _Source, *others: str) -> list[str]:
-    """The options that are not their defaults, without the ``others``."""
+    """The options that differ from their defaults, except the ``others``."""
     found = [one for one in fields(given) if one.metadata and one.name not in others]
     return [f"--{one.name.replace('_', '-')}" for one in found if getattr(given, one.name) != one.default]
 
 
 def _check_given(options: ValidateOptions, source: _Source, parts: Sequence[Path], outputs: Mapping[str, Path]) -> None:
-    """Raise UsageError for options that are missing, or have no effect together."""
+    """Raise UsageError for options that are missing or have no effect together."""
     if source.merge and (typed := [*_typed(options, *_OF_MERGE), *_typed(source, "merge", "flips")]):
         raise UsageError(f"{typed[0]} has no effect with --merge", "give it to the shards")
     if _typed(source, "data", "shard", "scores", "merge"):
         raise UsageError("--flips has no effect without --plan", "leave it out")
     if parts and not source.merge:
-        hint = "name a reference by --against BUNDLE, and scores by --merge PART.json PART.json …"
+        hint = "give a reference with --against BUNDLE, and scores with --merge PART.json PART.json …"
         raise UsageError(f"{parts[0]} is given without --against or --merge", hint)
     if source.data is None and not source.merge:
         raise UsageError("no data is given", "give --data DATA, or --merge with the scores of shards")
@@ -105,7 +105,7 @@ def _check_given(options: ValidateOptions, source: _Source, parts: Sequence[Path
 
 
 def _plan(options: ValidateOptions, source: _Source, others: Sequence[str]) -> None:
-    """Show it. Raises UsageError for options without effect, the ``others`` among them."""
+    """Print the plan. Raises UsageError for options that have no effect with it, including the ``others``."""
     from perceiver_export.calibration.validation.planning import POWERS, plan
 
     limits = [one.name for one in fields(Gates) if one.name != "metric"]
@@ -115,14 +115,14 @@ def _plan(options: ValidateOptions, source: _Source, others: Sequence[str]) -> N
     try:
         share = float(source.flips.strip().removesuffix("%"))
     except ValueError as error:
-        raise UsageError(f"--flips is {source.flips!r}", "give a percentage, as 1%") from error
+        raise UsageError(f"--flips is {source.flips!r}", "give a percentage, such as 1%") from error
     plans = plan(options.gates, share)
     ui.print_json({"powers": POWERS, "plans": plans})
     none = ("no number", "more than a million")
     rows = [
         (f"{one.option} {one.limit:g}", *(f"{n:,}" if n else none[one.possible] for n in one.samples)) for one in plans
     ]
-    title = f"samples with which a gate holds, if {share:g} % of answers differ from the reference's, and the drop is 0"
+    title = f"samples for a gate to hold if {share:g} % of answers differ from the reference's and the drop is 0"
     ui.print_table(title, ["gate", *(f"{power:.0%} of the time>" for power in POWERS)], rows)
 
 
@@ -143,7 +143,7 @@ def _judge_shard(bundle: str, source: _Source, options: ValidateOptions) -> None
 
 
 def _finish(bundle: str, found: _Outcome, options: ValidateOptions, outputs: Mapping[str, Path]) -> None:
-    """Show results, write outputs, and raise GateError unless all gates hold."""
+    """Print results, write outputs, and raise GateError unless all gates hold."""
     import msgspec
 
     if ui.shows_text():
@@ -173,7 +173,7 @@ class _Outcome:
 
 
 def _check_outputs(outputs: Mapping[str, Path], read: Sequence[str | Path | None]) -> None:
-    """Raise, before models run for minutes, if one of the outputs cannot be written."""
+    """Raise if one of the outputs cannot be written, before models run for minutes."""
     from perceiver_export.calibration.report.report import check_report_file
 
     if "report" in outputs:
@@ -181,7 +181,7 @@ def _check_outputs(outputs: Mapping[str, Path], read: Sequence[str | Path | None
     places = [path.absolute() for path in outputs.values()]
     for name, path in outputs.items():
         if places.count(path.absolute()) > 1:
-            raise UsageError(f"two outputs would be {path}", "name two files")
+            raise UsageError(f"two outputs have the path {path}", "give two different paths")
         if name != "save_worst":
             ui.check_file(path.absolute())
         ui.check_output(path, read, ".xml" if name == "junit" else None)
@@ -211,7 +211,7 @@ def _write(bundle: str, found: _Outcome, options: ValidateOptions, outputs: Mapp
     from perceiver_export.calibration.validation.certify import certify
     from perceiver_export.runtimes.certificates import FILE
 
-    if "save_worst" in outputs and outputs["save_worst"].is_dir():  # not if outputs were NaN
+    if "save_worst" in outputs and outputs["save_worst"].is_dir():  # absent if outputs were NaN
         found.written["save_worst"] = readable(outputs["save_worst"])
     if "junit" in outputs:
         write_bytes(outputs["junit"], junit(found.results), hint="choose another file")
@@ -231,7 +231,7 @@ def _write(bundle: str, found: _Outcome, options: ValidateOptions, outputs: Mapp
 
 
 def _summary(found: _Outcome) -> Iterator[tuple[str, str]]:
-    """Size and speed, on the first target where there are several, and the certificate."""
+    """Size and speed (on the first of several targets), and the certificate."""
     from perceiver_export.calibration.report.tables import Report
 
     report = found.report or Report("", found.results)
@@ -244,9 +244,9 @@ def _summary(found: _Outcome) -> Iterator[tuple[str, str]]:
 
 
 def _show(results: Sequence[Validation]) -> None:
-    """The metrics of both sides as a table, then warnings, worst classes and samples, and the gates that held.
+    """Print the metrics of both sides as a table, then warnings, worst classes and samples, and the gates that held.
 
-    A gate that does not hold is the error that follows.
+    A gate that does not hold becomes the error that follows.
     """
     from perceiver_export.calibration.report.tables import Report
     from perceiver_export.calibration.validation.gates import MARKS

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The systems of the papers as configs, at any size: presets and Hugging Face checkpoints start here.
+"""The papers' models as configs, at any size: the start of presets and Hugging Face checkpoints.
 
-DeepMind's code and transformers' port of it differ. ``parity`` decides the differences, here and nowhere else: the
-GELU, the answer to a query whose keys are all masked, whether masked queries read, the residual of one decoder, the
-padding of a convolution, the precision of position tables.
+DeepMind's code and transformers' port of it differ. ``parity`` selects between them, only in this module: the GELU, the
+answer to a query whose keys are all masked, whether masked queries read, the residual of one decoder, the padding of a
+convolution, the precision of position tables.
 
 Perceiver IO is arXiv 2107.14795. The first Perceiver, arXiv 2103.03206, reads its inputs more than once and averages
 the latents.
@@ -47,8 +47,8 @@ FLOW_SCALE = 20 / 100  # the network's output is divided by 100, and its targets
 
 @dataclass(frozen=True)
 class EncoderSizes:
-    """Sizes of an encoder. ``num_qk_channels`` and ``num_v_channels`` that are None become the latents' width; in the
-    cross-attention with ``width`` "kv", the inputs' width.
+    """Sizes of an encoder. ``num_v_channels`` defaults to ``num_qk_channels``, and that to the latents' width; in the
+    cross-attention with ``width`` "kv", to the inputs' width.
     """
 
     num_latents: int
@@ -88,7 +88,7 @@ class EncoderSizes:
         )
 
     def decoder_attention(self, num_query_channels: int, query_residual: bool, num_heads: int = 1) -> AttentionConfig:
-        """A decoder's attention, as wide as the latents, or with ``width`` "q" as the queries."""
+        """A decoder's attention, as wide as the latents, or with ``width`` "q" as wide as the queries."""
         width = self.num_latent_channels if self.width == "kv" else num_query_channels
         return AttentionConfig(num_heads, width, width, query_residual=query_residual)
 
@@ -107,7 +107,7 @@ def image_classifier(image: ImageInput, encoder: EncoderSizes, num_labels: int, 
 def image_input(
     features: Features, height: int, width: int, parity: Parity, trained_grid: tuple[int, int]
 ) -> ImageInput:
-    """The three image inputs. ``trained_grid`` has the size of learned positions, or the resolution of Fourier ones.
+    """One of three image inputs. ``trained_grid``: the size of learned positions, or the resolution of Fourier ones.
 
     Raises UsageError: an image that is too small for the convolution.
     """
@@ -179,7 +179,7 @@ class VideoSizes:
 
 
 def video_autoencoder(sizes: VideoSizes, encoder: EncoderSizes, parity: Parity) -> PerceiverConfig:
-    """Frames and sound -> themselves and a label. The label is never an input: its mask token is."""
+    """Frames and sound -> themselves and a label. The label is never given: its mask token is the input."""
     positions = fourier(sizes.audio_bands, (sizes.num_samples,), parity)
     audio = ArrayInput((sizes.num_samples,), 1, (sizes.samples_per_patch,), positions=positions)
     positions = fourier(sizes.image_bands, sizes.resolution, parity)
@@ -265,15 +265,15 @@ def own_model(
     return _model(inputs, encoder, QueryDecoder(dict(outputs), width, attention), "deepmind")
 
 
-MODALITY_CHANNELS = 4  # trained channels beside the widest modality; the others are padded to as many in all
+MODALITY_CHANNELS = 4  # trained channels beside the widest modality; the others are padded to the same width
 
 
 @dataclass(frozen=True)
 class AudioVideoSizes:
     """1.28 seconds: 61,440 samples in patches of 128, and 32 frames in patches of 2 × 8 × 8.
 
-    With ``mel`` (frames, bins) the model hears a spectrogram: each value is an input. Of the paper's 487 channels, 384
-    values of a patch and 4 of the modality leave room for 16 bands a video axis.
+    With ``mel`` (frames, bins) the model hears a spectrogram: each value is an input. Of the paper's 487 channels, the
+    384 values of a patch and 4 of the modality leave room for 16 bands per video axis.
     """
 
     num_samples: int = 61_440
@@ -287,7 +287,7 @@ class AudioVideoSizes:
     video_bands: int = 16
 
     def inputs(self, parity: Parity) -> dict[str, Input]:
-        """Sound and frames, each beside the Fourier features of its patch's place; bands end at the grid's Nyquist."""
+        """Patches of sound and frames with Fourier features of their places; bands end at the grid's Nyquist."""
         if self.mel is not None:
             sound = ArrayInput(self.mel, 1, positions=fourier(self.audio_bands, self.mel, parity))
         else:
@@ -301,7 +301,7 @@ class AudioVideoSizes:
 
     @property
     def num_input_channels(self) -> int:
-        """Channels of every input, once padded."""
+        """Channels of every input after padding."""
         widest = max(one.num_input_channels for one in self.inputs("deepmind").values())
         return widest + MODALITY_CHANNELS
 

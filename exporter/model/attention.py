@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from perceiver_export.exporter.model.config import Activation, AttentionConfig, MaskedRows
 
-# The functions are those of transformers' `activations.py`, in operators that every engine has.
+# The functions of transformers' `activations.py`, in operators that every engine supports.
 _ELEMENTWISE: dict[Activation, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu-tanh": partial(F.gelu, approximate="tanh"),
@@ -40,7 +40,7 @@ _ELEMENTWISE: dict[Activation, Callable[[Tensor], Tensor]] = {
 
 
 class Elementwise(nn.Module):
-    """An activation of every number by itself: (…, W) -> (…, W)."""
+    """An elementwise activation: (…, W) -> (…, W)."""
 
     def __init__(self, name: Activation) -> None:
         super().__init__()
@@ -50,15 +50,15 @@ class Elementwise(nn.Module):
         return self.function(x)
 
 
-# Small enough that the softmax gives an exact zero, and that any score vanishes when it is added.
+# Low enough that the softmax gives an exact zero, and that adding any score does not change it.
 MASKED_SCORE = -1e30
 LARGEST_SCORES = 1 << 25  # numbers that torch holds at a time
-LARGEST_ROWS = 1 << 22  # numbers; of smaller pieces, a decoder would project its latents too often
+LARGEST_ROWS = 1 << 22  # numbers; with smaller pieces, a decoder would project its latents too often
 
 
 def by_rows(function: Callable[[Tensor], Sequence[Tensor]], rows: Tensor) -> Sequence[Tensor]:
-    """What ``function`` makes of each row of (B, M, C). Where torch itself computes, of some at a time: of the flow
-    model's rows, each value in between would take 240 MB.
+    """Apply ``function`` to each row of (B, M, C). In eager PyTorch it gets some rows at a time: for all rows of the
+    flow model, each intermediate tensor would take 240 MB.
     """
     if _is_traced() or torch.is_grad_enabled() or rows.is_meta or rows.numel() <= LARGEST_ROWS:
         return function(rows)
@@ -87,12 +87,12 @@ def attend(
     """Multi-head attention, softmax(QKᵀ/√d)V: (B, N, E), (B, M, E), (B, M, V) -> (B, N, V).
 
     The batch of ``queries`` may be 1 where that of keys and values is larger (latents, learned queries). ``mask``
-    (B, M) is 1 for a key and 0 for none. In a sample without keys, queries read the mean of all values (transformers),
-    or ``zero`` (DeepMind).
+    (B, M) is 1 for a key and 0 for a masked one. If a sample has no keys, its queries read the ``mean`` of all values
+    (transformers) or ``zero`` (DeepMind).
     """
     q, k, v = (split_heads(x, num_heads) for x in (queries, keys, values))
     bias = None if mask is None else (MASKED_SCORE * (1 - mask.to(q.dtype)))[:, None, None, :]
-    # The fused attention of a CPU keeps no scores, but is slow backwards: small products train faster.
+    # The CPU's fused attention keeps no scores but has a slow backward pass: small products train faster.
     slow = q.is_cpu and torch.is_grad_enabled() and q.shape[2] * k[..., 0].numel() <= LARGEST_SCORES
     read = merge_heads((_products if _is_traced() or slow else _fused)(q, k, v, bias))
     if mask is not None and masked_rows == "zero":
@@ -101,14 +101,14 @@ def attend(
 
 
 def _products(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    """In the operators that exported graphs have."""
+    """Attention in the operators of exported graphs."""
     # Scaling queries takes N × d products, scaling scores N × M; constant queries are scaled at export.
     scores = torch.matmul(q / math.sqrt(q.shape[-1]), k.transpose(-1, -2))
     return torch.matmul(torch.softmax(scores if bias is None else scores + bias, dim=-1), v)
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    """Where torch itself runs. Its kernel keeps no scores: the flow model's would take 1.5 GB."""
+    """Attention in eager PyTorch, whose kernel keeps no scores: the flow model's would take 1.5 GB."""
     batch = max(x.shape[0] for x in (q, k, v, *(() if bias is None else (bias,))))
     q, k, v = (x.expand(batch, -1, -1, -1) for x in (q, k, v))
     rows = q.shape[2]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Configs that are checked when they are made, before torch builds anything: its own errors speak of matrices."""
+"""Configs that are checked on construction, before torch builds anything: torch's errors only mention matrices."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import msgspec
 
 from perceiver_export.runtimes.errors import UsageError
 
-MOST = 1 << 31  # numbers of one table: 8 GiB, and several times as many while it is computed
-MOST_LAYERS = 4096  # eighty times the papers' deepest model; each is some twenty nodes of a graph
+MOST = 1 << 31  # numbers in one table: 8 GiB, and several times that while it is computed
+MOST_LAYERS = 4096  # eighty times the papers' deepest model; each layer is some twenty nodes of a graph
 MOST_PARAMETERS = 1 << 33  # 32 GiB in fp32, forty times the papers' largest
 
 
 class Checked(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Checks the type and bounds of each field, which Python does not, then the rules that join fields.
+    """Checks the type and bounds of each field, which Python does not, then the rules that involve several fields.
 
     Raises UsageError.
     """
@@ -30,7 +30,7 @@ class Checked(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         self.check()
 
     def check(self) -> None:
-        """Raise UsageError where fields contradict each other."""
+        """Raise UsageError if fields contradict each other."""
 
 
 @functools.cache
@@ -39,11 +39,11 @@ def _kinds(struct: type[msgspec.Struct]) -> dict[str, Any]:
 
 
 def require(holds: bool, message: str, hint: str = "change one of the two") -> None:
-    """Raise UsageError unless it ``holds``."""
+    """Raise UsageError unless ``holds``."""
     if not holds:
         raise UsageError(message, hint)
 
 
 def check_size(what: str, size: int, most: int = MOST) -> None:
-    """Raise UsageError where ``size`` is above ``most``."""
+    """Raise UsageError if ``size`` is above ``most``."""
     require(size <= most, f"{what} is {size:,}, more than {most:,}", "choose smaller sizes")

@@ -31,10 +31,10 @@ Features = Literal["pixels", "conv1x1", "conv"]
 class FourierPositions(Checked, frozen=True, tag="fourier"):
     """Fourier features of grid positions (Perceiver IO, appendix D): per axis the position, K sines, K cosines.
 
-    ``max_resolution`` has one entry an axis; frequencies run linearly from 1 to ``max_resolution / 2``.
-    ``endpoint``: positions run from -1 to 1 with both ends (linspace); without, they are -1 + 2 i / n, as DeepMind's
-    decoders are trained on sampled points. ``arithmetic`` is the precision in which the table is computed before it is
-    rounded to the model's: transformers always computes in float32, and only the same matches its float64 models.
+    ``max_resolution`` has one entry per axis; frequencies run linearly from 1 to ``max_resolution / 2``.
+    ``endpoint``: positions run from -1 to 1 with both ends (linspace); without it they are -1 + 2 i / n, because
+    DeepMind's decoders are trained on sampled points. ``arithmetic`` is the precision in which the table is computed
+    before it is rounded to the model's. transformers always uses float32, also in float64 models.
     """
 
     num_bands: Count
@@ -48,7 +48,7 @@ class FourierPositions(Checked, frozen=True, tag="fourier"):
 
 
 class LearnedPositions(Checked, frozen=True, tag="learned"):
-    """A trained table of ``prod(shape)`` × ``num_table_channels``, projected linearly to another width (0: not)."""
+    """A trained table of ``prod(shape)`` × ``num_table_channels``, projected linearly to another width (0: none)."""
 
     shape: Shape
     num_table_channels: Size
@@ -71,11 +71,11 @@ def _check_axes(positions: Positions, num_axes: int) -> None:
 
 
 class ImageInput(Checked, frozen=True, tag="image"):
-    """An image, NCHW float32, as M × C inputs: features of each pixel (or patch) beside its position.
+    """An image, NCHW float32, as M × C inputs: the features of each pixel (or patch), then its position.
 
     ``features``: ``pixels`` are taken as they are; ``conv1x1`` maps them to ``num_feature_channels``; ``conv`` is a
     7×7 stride 2 convolution, batch norm, ReLU and a 3×3 stride 2 max-pool, padded as in DeepMind's code (``same``, as
-    in TensorFlow) or in transformers (``huggingface``: 3 on each side, the pool not at all).
+    in TensorFlow) or in transformers (``huggingface``: 3 on each side for the convolution, none for the pool).
     """
 
     num_channels: Size
@@ -105,14 +105,14 @@ class ImageInput(Checked, frozen=True, tag="image"):
 
     def check(self) -> None:
         fits = self.features != "pixels" or self.num_feature_channels == self.num_channels
-        require(fits, f"pixels have {self.num_channels} channels, num_feature_channels is {self.num_feature_channels}")
+        require(fits, f"num_feature_channels is {self.num_feature_channels}, but pixels have {self.num_channels}")
         small = f"an image of {self.height} × {self.width} is too small to convolve"
         require(min(self.grid) > 0, small, "give sides of 5 or more")
         _check_axes(self.positions, 2)
 
 
 class FramePairInput(Checked, frozen=True, tag="frame-pair"):
-    """Two frames, (B, 2, 3, H, W) float32: of each pixel the 3×3 patches of both, projected, beside its position."""
+    """Two frames, (B, 2, 3, H, W) float32: for each pixel, its projected 3×3 patches in both, then its position."""
 
     height: Size
     width: Size
@@ -146,10 +146,10 @@ class TokenInput(Checked, frozen=True, tag="tokens"):
 class ArrayInput(Checked, frozen=True, tag="array"):
     """An array of any rank, channels last, (B, *shape, num_channels) float32: audio, video, voxels, points, sets.
 
-    In this order: ``patch`` (one size an axis) moves each patch's values into channels; ``num_projected_channels``
-    projects them linearly (0: not); ``positions`` of the grid of patches are put beside them. Or ``value_positions``:
-    the values are themselves coordinates (points), and their Fourier features the inputs. ``masked`` adds an input
-    NAME_mask, (B, M) int32: 1 for an element, 0 for none.
+    In this order: ``patch`` (one size per axis) moves each patch's values into channels; ``num_projected_channels``
+    projects them linearly (0: as they are); ``positions`` of the grid of patches are appended. With
+    ``value_positions``, the values are coordinates (points), and their Fourier features are the inputs. ``masked`` adds
+    an input NAME_mask, (B, M) int32: 1 for an element, 0 where there is none.
     """
 
     shape: Shape
@@ -186,7 +186,7 @@ class ArrayInput(Checked, frozen=True, tag="array"):
             _check_axes(self.positions, len(self.shape))
         if isinstance(self.positions, LearnedPositions):
             shape = self.positions.shape
-            require(shape == self.grid, f"there are {self.grid} patches, positions are of {shape}")
+            require(shape == self.grid, f"there are {self.grid} patches, but positions of {shape}")
         if self.value_positions is not None:
             require(
                 len(self.value_positions.max_resolution) == self.num_channels
@@ -226,8 +226,8 @@ class AttentionConfig(Checked, frozen=True):
 class EncoderConfig(Checked, frozen=True):
     """Latents (N × D) that read the inputs, then ``num_blocks`` times some self-attentions.
 
-    Perceiver IO reads the inputs once, before the first block; the first Perceiver again before each of the first
-    ``num_cross_attentions`` blocks. ``*_sharing``: whether all of them have the same weights, or all but the first.
+    Perceiver IO reads the inputs once, before the first block; the first Perceiver reads them before each of the first
+    ``num_cross_attentions`` blocks. ``*_sharing``: whether all of them share weights, all but the first, or none.
     """
 
     num_latents: Size
@@ -258,7 +258,7 @@ class _Rows(Checked, frozen=True):
 
 
 class LearnedQueries(_Rows, frozen=True, tag="learned"):
-    """Trained queries (O × F): one for a class, one per position of a text."""
+    """Trained queries (O × F): one to classify, or one per position of a text."""
 
 
 class PositionQueries(Checked, frozen=True, tag="positions"):
@@ -284,17 +284,17 @@ class InputQueries(_Rows, frozen=True, tag="inputs"):
 
 
 class GivenQueries(_Rows, frozen=True, tag="given"):
-    """Queries that the caller gives with each call, (O, F) float32: an input named NAME_queries."""
+    """Queries that the caller passes with each call, (O, F) float32, as an input named NAME_queries."""
 
 
 Queries = LearnedQueries | PositionQueries | InputQueries | GivenQueries
 
 
 class OutputConfig(Checked, frozen=True):
-    """One row of ``num_channels`` a query, read from the latents.
+    """One row of ``num_channels`` per query, read from the latents.
 
-    ``num_channels`` are those of a head of its own; 0 takes the decoder's ``num_output_channels``. ``shape`` is that of
-    the output without the batch, of as many elements. ``scale`` multiplies it.
+    ``num_channels`` is the width of the output's own head; 0 means no head, so the decoder's ``num_output_channels``.
+    ``shape`` is the output's shape without the batch, with as many elements as all rows. ``scale`` multiplies it.
     """
 
     queries: Queries
@@ -306,8 +306,8 @@ class OutputConfig(Checked, frozen=True):
 class QueryDecoder(Checked, frozen=True, tag="queries"):
     """Perceiver IO's decoder: queries read the latents in one cross-attention.
 
-    Queries of several outputs are padded with trained vectors to ``num_query_channels``. Then a linear layer to
-    ``num_output_channels`` (0: none), then each output's head. ``tied_to`` names the `TokenInput` whose embedding
+    Narrower queries are padded with trained vectors to ``num_query_channels``. A linear layer to
+    ``num_output_channels`` (0: none) and each output's head follow. ``tied_to`` names the `TokenInput` whose embedding
     is the last layer.
     """
 
@@ -322,7 +322,7 @@ class QueryDecoder(Checked, frozen=True, tag="queries"):
         for name, output in self.outputs.items():
             count, width = output.queries.num_queries, output.queries.num_channels
             most = self.num_query_channels
-            require(width <= most, f"queries of {name!r} have {width} channels, num_query_channels is {most}")
+            require(width <= most, f"queries of {name!r} have {width} channels, but num_query_channels is {most}")
             check_size(f"the table of queries of {name!r}", count * most)
 
 
@@ -336,9 +336,9 @@ class AverageDecoder(Checked, frozen=True, tag="average"):
 class PerceiverConfig(Checked, frozen=True):
     """Inputs by name in the order in which they are concatenated, an encoder, a decoder.
 
-    With several inputs each is padded with a trained vector to ``num_input_channels``. ``masked_rows``: a query whose
-    keys are all masked reads zeros (DeepMind) or the mean of the values (transformers). ``mask_queries``: where
-    queries stand for the input's own elements, those that are masked read zeros (DeepMind).
+    Narrower inputs are padded with trained vectors to ``num_input_channels``. ``masked_rows``: a query whose keys are
+    all masked reads zeros (DeepMind) or the mean of the values (transformers). ``mask_queries``: if the queries are the
+    input's own elements, masked ones read zeros (DeepMind).
     """
 
     inputs: dict[str, Input]
@@ -357,10 +357,10 @@ class PerceiverConfig(Checked, frozen=True):
         )
         for name, one in self.inputs.items():
             width, most = one.num_input_channels, self.num_input_channels
-            require(width <= most, f"input {name!r} has {width} channels, num_input_channels is {most}")
+            require(width <= most, f"input {name!r} has {width} channels, but num_input_channels is {most}")
             check_size(f"the table of input {name!r}", one.num_inputs * most)
         maskable = any(isinstance(one, TokenInput) or getattr(one, "masked", False) for one in self.inputs.values())
-        require(not self.mask_queries or maskable, "mask_queries is set, and no input has a mask", "leave it out")
+        require(not self.mask_queries or maskable, "mask_queries is set, but no input has a mask", "leave it out")
         if isinstance(self.decoder, QueryDecoder):
             self._check_outputs(self.decoder)
 
@@ -368,7 +368,7 @@ class PerceiverConfig(Checked, frozen=True):
         tied = self.inputs.get(decoder.tied_to or "")
         require(
             decoder.tied_to is None or isinstance(tied, TokenInput),
-            f"the decoder is tied to {decoder.tied_to!r}, which is no input of tokens",
+            f"the decoder is tied to {decoder.tied_to!r}, which is not a token input",
             "name the TokenInput whose embedding it shares",
         )
         num_inputs = sum(one.num_inputs for one in self.inputs.values())
@@ -377,17 +377,15 @@ class PerceiverConfig(Checked, frozen=True):
             if isinstance(output.queries, InputQueries):
                 require(
                     len(self.inputs) == 1 and (count, width) == (num_inputs, self.num_input_channels),
-                    f"output {name!r} takes {count} × {width} inputs as queries; there are {num_inputs} ×"
-                    f" {self.num_input_channels}, of {len(self.inputs)} kinds",
+                    f"output {name!r} takes {count} × {width} inputs as queries, but there are {num_inputs} ×"
+                    f" {self.num_input_channels} from {len(self.inputs)} inputs",
                 )
             fits = not self.mask_queries or count == num_inputs
-            require(fits, f"mask_queries is set, and output {name!r} has {count} queries for {num_inputs} inputs")
+            require(fits, f"mask_queries is set, but output {name!r} has {count} queries for {num_inputs} inputs")
             channels = output.num_channels or decoder.num_output_channels or decoder.num_query_channels
             if isinstance(tied, TokenInput):
                 width = tied.num_input_channels
-                require(
-                    channels == width, f"output {name!r} has {channels} channels, the embedding it is tied to {width}"
-                )
+                require(channels == width, f"output {name!r} has {channels} channels, but its tied embedding {width}")
                 channels = tied.vocabulary_size
             require(
                 math.prod(output.shape) == count * channels,

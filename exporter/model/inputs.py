@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Input adapters: from arrays of a sensor to the M × C inputs that the encoder reads.
+"""Input adapters: from the arrays of a sensor to the M × C inputs that the encoder reads.
 
 Position encodings are computed once, when the model is built.
 """
@@ -42,7 +42,7 @@ def fourier_features(positions: Tensor, config: FourierPositions) -> Tensor:
     """Fourier features of positions (…, A) -> (…, A·(2K+1)).
 
     Perceiver IO, appendix D: sin(π f_k p) and cos(π f_k p), f_k linear from 1 to max_resolution/2. The order of the
-    operations is transformers', so that float32 tables come out bit-equal to it.
+    operations is transformers', so that float32 tables are bit-identical to its own.
     """
     bands = torch.stack(
         [
@@ -75,7 +75,7 @@ class FourierPositionEncoding(nn.Module):
 
 
 class LearnedPositionEncoding(nn.Module):
-    """A trained table and its projection -> (M, C). On another 2-D grid than it was trained for, the table is resized
+    """A trained table and its projection -> (M, C). On a 2-D grid that is not the trained one, the table is resized
     bicubically, as transformers' ``interpolate_pos_encoding`` does.
     """
 
@@ -155,8 +155,8 @@ def _same_padding(x: Tensor, kernel: int) -> tuple[int, int, int, int]:
 class FramePairAdapter(nn.Module):
     """Two frames (B, 2, 3, H, W) -> inputs (B, H·W, C): features, then position.
 
-    The original cuts 3×3 zero-padded patches and projects the 54 values of both frames; that is a 3×3 convolution
-    over 6 channels, and needs no array nine times as large as the frames.
+    The original cuts 3×3 zero-padded patches and projects the 54 values of both frames. That equals a 3×3 convolution
+    over 6 channels, which needs no array nine times as large as the frames.
     """
 
     def __init__(self, config: FramePairInput) -> None:
@@ -206,7 +206,7 @@ class ArrayAdapter(nn.Module):
 def space_to_depth(array: Tensor, patch: tuple[int, ...]) -> Tensor:
     """(B, *shape, C) -> (B, M, prod(patch)·C): the values of each patch in order, channels fastest.
 
-    One axis at a time, the last first, so that no tensor has a rank above 5 (TensorRT takes 8, others fewer).
+    It takes one axis at a time, the last first, so that no rank is above 5 (TensorRT supports 8, others fewer).
     """
     batch, *shape, channels = array.shape
     rest = 1  # patches along the axes that are done

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Perceiver and Perceiver IO in PyTorch: inputs -> encoder -> latents -> decoder -> outputs.
 
-In the encoder latents read the inputs, then each other. In the decoder queries read the latents; the first Perceiver
-averages them instead, and reads its inputs more than once.
+In the encoder, latents read the inputs, then each other. In the decoder, queries read the latents. The first Perceiver
+averages the latents instead, and reads its inputs more than once.
 
 Source: Perceiver IO (arXiv 2107.14795), figure 2, sections 3.1 and 3.2; Perceiver (arXiv 2103.03206), section 3.1.
 """
@@ -69,12 +69,12 @@ class PerceiverEncoder(nn.Module):
 
 
 def _distinct(count: int, sharing: Sharing) -> int:
-    """The number of sets of weights that ``count`` layers have."""
+    """The number of distinct sets of weights in ``count`` layers."""
     return {"all": 1, "all-but-first": min(count, 2), "none": count}[sharing]
 
 
 def layer_index(index: int, sharing: Sharing) -> int:
-    """The set of weights that the layer ``index`` uses."""
+    """The set of weights that layer ``index`` uses."""
     return {"all": 0, "all-but-first": min(index, 1), "none": index}[sharing]
 
 
@@ -92,7 +92,7 @@ class LearnedQueryTable(nn.Module):
 class PositionQueryTable(nn.Module):
     """Fourier features of grid points: all (1, O, F), or those of flat ``indices`` (B, Q) -> (B, Q, F).
 
-    Fourier features are separable: one small table an axis replaces a row for each of a video's 800,000 points.
+    Fourier features are separable: one small table per axis replaces a row for each of a video's 800,000 points.
     """
 
     def __init__(self, config: PositionQueries) -> None:
@@ -118,7 +118,7 @@ class PositionQueryTable(nn.Module):
 
 
 def input_queries(inputs: Tensor, indices: Tensor | None) -> Tensor:
-    """The inputs themselves (B, M, C), or their rows of ``indices`` (B, Q) -> (B, Q, C)."""
+    """The inputs themselves (B, M, C), or their rows at ``indices`` (B, Q) -> (B, Q, C)."""
     if indices is None:
         return inputs
     if inputs.shape[0] == 1:
@@ -205,7 +205,7 @@ class PerceiverIO(nn.Module):
             self.decoder = AverageHead(config.decoder, num_latent_channels)
 
     def forward(self, feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """All outputs, each (B, *shape). Without its mask an input is complete."""
+        """All outputs, each (B, *shape). An input without its mask counts as complete."""
         inputs, mask = self.embed(feeds)
         latents = self.encoder(inputs, mask)
         config = self.config.decoder
@@ -223,7 +223,7 @@ class PerceiverIO(nn.Module):
         return latents
 
     def embed(self, feeds: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
-        """All inputs side by side (B, M, C), and their mask (B, M), None where all are complete."""
+        """All inputs side by side (B, M, C), and their mask (B, M), which is None if all are complete."""
         embedded, masks = [], []
         for name, config in self.config.inputs.items():
             adapter = self.inputs[name]
@@ -250,7 +250,7 @@ class PerceiverIO(nn.Module):
     ) -> Tensor:
         """Rows (B, Q, E) of one output for the queries ``indices`` (B, Q), None for all of them.
 
-        ``inputs`` and ``mask`` are the result of `embed` where the caller has it. With ``mask_queries`` the queries of
+        ``inputs`` and ``mask`` are the result of `embed`, if the caller has it. With ``mask_queries`` the queries of
         masked inputs read zeros.
         """
         config = self.config.decoder
@@ -282,7 +282,7 @@ def _outputs(decoder: QueryDecoder | AverageDecoder) -> Iterable[str]:
 
 
 def _check_name(name: str) -> None:
-    # Modules and parameters get these names, in containers that have attributes of their own.
+    # Modules and parameters get these names in containers that have attributes of their own.
     taken = any(hasattr(keeper, name) for keeper in (nn.ModuleDict(), nn.ParameterDict()))
     taken = taken or name in ("latents", "queries") or name.endswith(("_mask", "_queries"))
     require(name.isidentifier() and not taken, f"{name!r} cannot name an input or output", "choose another name")

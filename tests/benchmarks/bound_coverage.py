@@ -3,10 +3,11 @@
 
     python -m tests.benchmarks.bound_coverage [--pairs 10000]
 
-A pair is drawn by how many of n samples only the reference, or only the candidate, has right (shares p_lost and
-p_gained of all), so its true drop is p_lost − p_gained. A bound is wrong where the true value lies beyond it; 5 % may.
-The normal approximation that other tools use stands beside. Means: the mean difference of skewed losses, by bootstrap.
-The last rows say how often so many samples certify a margin that the true drop keeps: a sum over all outcomes.
+For each pair the benchmark draws how many of n samples only the reference, or only the candidate, gets right (shares
+p_lost and p_gained), so the true drop is p_lost − p_gained. A bound is wrong if the true value lies beyond it, which
+may happen for 5 % of the pairs. The table also has the normal approximation, which other tools use. Means: the mean of
+skewed losses, by bootstrap. The last rows show how often a number of samples certifies a margin that the true drop
+keeps, summed over all outcomes.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def drops(pairs: int) -> Iterator[Row]:
         drawn = generator.multinomial(samples, [p_lost, p_gained, 1 - p_lost - p_gained], size=pairs)
         counts, times = np.unique(drawn[:, :2], axis=0, return_counts=True)
         true = p_lost - p_gained
-        # The bound is the largest drop that the test does not refuse: it is below the true one where that is refused.
+        # The bound is the largest drop that the test accepts, so it is below the true drop if the test rejects that.
         chances = [p_value(int(lost), int(gained), samples, true) for lost, gained in counts]
         refused = np.array(chances) <= 1 - CONFIDENCE
         value = (counts[:, 0] - counts[:, 1]) / samples

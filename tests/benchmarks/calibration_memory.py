@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Peak memory of a calibration pass over that of plain inference, by number of samples.
+"""Peak memory of a calibration pass relative to plain inference, by number of samples.
 
     python -m tests.benchmarks.calibration_memory [--bundle BUNDLE] [--samples 32 128 512]
 
-Each in a process of its own; plain inference loads the same libraries and runs samples on ONNX Runtime.
+Each side runs in a fresh process. Plain inference loads the same libraries and runs samples on ONNX Runtime.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def measure(work: Path, bundle: Path | None = None, samples: tuple[int, ...] = (
 
 
 def run_plain(path: str, count: int) -> float:
-    """MiB."""
+    """The peak MiB of plain inference."""
     from perceiver_export.calibration.data.calls import run_parts
     from perceiver_export.calibration.data.samples import Samples, stack
     from perceiver_export.runtimes import open_bundle
@@ -46,7 +46,7 @@ def run_plain(path: str, count: int) -> float:
 
 
 def calibrate(path: str, count: int) -> float:
-    """MiB."""
+    """The peak MiB of a calibration pass."""
     from perceiver_export.calibration.data.samples import Samples
     from perceiver_export.calibration.quantization.options import QuantizeOptions
     from perceiver_export.calibration.quantization.statistics import observe

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The runtime and the folds of this checkout beside those of an older commit, in one run
+"""The runtime and the folds of this checkout against those of an older commit, in one run
 
     python -m tests.benchmarks.commits [--before COMMIT] [--preset imagenet-learned] [--rounds 7] [--page]
 
 Both commits export and quantize the trained Fashion-MNIST model and export a preset with random weights, through their
-own command lines. Then fresh processes of both take turns, with public names only: one loads a bundle whose engine is
-built, calls it, and streams with two calls in flight. The ratios are after over before, round by round: of the time to
-load, of the median call, and of 40 streamed calls (small models only), each with its quartiles.
+own command lines. Then fresh processes of both take turns and use public names only: each loads a bundle whose engine
+is built, calls it, and streams with two calls in flight. The ratios are after over before, round by round, for the time
+to load, the median call, and 40 streamed calls (small models only), each with its quartiles.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ print(json.dumps(found))
 
 
 def measure(work: Path, before: str = "4276844^", preset: str = "imagenet-learned", rounds: int = 7) -> Iterator[Row]:
-    """A row a bundle and engine."""
+    """A row per bundle and engine."""
     old = work / "checkout"
     subprocess.run(["git", "worktree", "add", "--force", "--detach", old, before], cwd=REPOSITORY, check=True)
     try:
@@ -75,7 +75,7 @@ def package(checkout: Path, folder: Path) -> Path:
 
 
 def python(side: Path, *arguments: str | Path) -> str:
-    """What Python prints with this side's package."""
+    """The output of Python with this side's package."""
     return subprocess.run(
         [sys.executable, *arguments], env={**os.environ, "PYTHONPATH": str(side)}, cwd=side, text=True,
         check=True, stdout=subprocess.PIPE,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""docs/results/parity.md: largest difference of our torch models from what DeepMind's code computed, in float32.
+"""docs/results/parity.md: largest difference of our torch models from outputs of DeepMind's code, in float32.
 
 python -m tests.benchmarks.deepmind_parity
 """
@@ -17,7 +17,7 @@ from tests.exporter.deepmind_runs import computed
 
 
 def measure(work: Path) -> Iterator[Row]:
-    """A row an output, then one for the inner value that comes nearest to its tolerance."""
+    """A row per output, then one for the intermediate value that comes nearest to its tolerance."""
     for folder in model_folders():
         found, expected = computed(folder), arrays(folder)
         rows = {

@@ -3,14 +3,14 @@
 
     python -m tests.benchmarks.examples [NAME …]
 
-Accuracy is of the example's test data. The loss is paired with fp32 on the first engine, with its 95 % bounds (lower,
-upper): the upper one is the smallest margin that these samples can certify. ms: the median of one call. MiB: the files
-of the bundle, and the largest resident size of a fresh process. Certificate: the example's gates, as `validate
---certify` decides. The baseline is what train.py --baseline measures on the same test data.
+Accuracy is measured on the example's test data. The loss is paired with fp32 on the first engine, with 95 % bounds
+(lower, upper); the upper bound is the smallest margin that these samples can certify. ms: the median of one call. MiB:
+the files of the bundle, and the peak resident size of a fresh process. Certificate: the example's gates, as decided by
+`validate --certify`. The baseline is measured by train.py --baseline on the same test data.
 
 The second table has each metric of the demo's validations, on the first engine, with 95 % bounds: a quality compares
-with the targets, a likeness with fp32. In the third, commands of the examples print further figures, a JSON object a
-line.
+with the targets, a likeness with fp32. The third table has further figures that commands of the examples print, one
+JSON object per line.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def rows(folder: Path, out: Path) -> Iterator[Row]:
 
 
 def made(folder: Path, example: Example, out: Path) -> dict[str, Bundle]:
-    """The bundles that the demo's steps make, and one with int8 weights."""
+    """The bundles from the demo's steps, and one with int8 weights."""
     for step in example.steps:
         words = step_command(step, folder, out)
         if words[0] not in ("export", "quantize"):
@@ -100,7 +100,7 @@ def made(folder: Path, example: Example, out: Path) -> dict[str, Bundle]:
 
 
 def gates_of(example: Example, folder: Path) -> Gates:
-    """The gates, as `validate` would be given them."""
+    """The gates in the form that `validate` takes."""
     words = [word.format(example=folder) for word in shlex.split(example.gates)]
     given: dict[str, Any] = {
         option.removeprefix("--").replace("-", "_"): float(value)
@@ -131,7 +131,7 @@ def row(folder: Path, example: Example, bundle: Bundle, options: ValidateOptions
 
 
 def verdict(bundle: Bundle, found: Validation) -> str:
-    """What the gates say, and why there is no certificate where they hold without one."""
+    """The outcomes of the gates, and the reason if they hold but there is no certificate."""
     said = "; ".join(f"{MARKS[gate.outcome]} {gate.wanted}" for gate in found.gates)
     if not found.held:
         return said
@@ -177,7 +177,7 @@ def baseline(folder: Path) -> Row:
 
 
 def run_own(words: str) -> str:
-    """What a command of the examples prints, or why it fails."""
+    """The output of a command of the examples, or the reason why it failed."""
     done = subprocess.run(
         [sys.executable, "-m", *shlex.split(f"examples.{words}")],
         capture_output=True,

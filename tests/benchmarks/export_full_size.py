@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Time and peak memory of exporting an architecture at full size (random weights), beside torch.onnx.
+"""Time and peak memory of exporting an architecture at full size (random weights), compared with torch.onnx.
 
     python -m tests.benchmarks.export_full_size [PRESET…]
 
-Each side runs in a fresh process, timed from the loaded model on. Ours is measured up to the graph on disk, and once
-more with its verification against torch, which torch.onnx does not have. The peer exports transformers' model, where
-there is one. Limits: no slower than torch.onnx, and at most 0.7 GB and four times the weights in memory.
+Each side runs in a fresh process, timed from the loaded model on. Ours is measured up to the graph on disk, and again
+with the verification against torch, which torch.onnx does not have. torch.onnx exports transformers' model, if there is
+one. Limits: no slower than torch.onnx, and at most 0.7 GB plus four times the weights in memory.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def measure(work: Path, presets: tuple[str, ...] = ("imagenet-fourier",)) -> Ite
 
 
 def export_ours(preset: str, out: str) -> Row:
-    """Seconds and MiB, of the graph and of all."""
+    """Seconds and MiB, of the graph and of the whole export."""
     from perceiver_export.exporter import export, load_model
     from perceiver_export.runtimes.machine import peak_memory
 
@@ -49,7 +49,7 @@ def export_ours(preset: str, out: str) -> Row:
 
 
 def export_plain(preset: str, bundle: str, out: str) -> Row | None:
-    """The same of torch.onnx; None where transformers lacks the model."""
+    """The same for torch.onnx; None if transformers lacks the model."""
     from perceiver_export.runtimes.machine import peak_memory
     from tests.benchmarks.plain_models import plain_export, transformers_model
     from tests.benchmarks.sides import golden_inputs

@@ -5,7 +5,7 @@
 
 ImageNet's Fourier Perceiver IO with a single self-attention, on images of 100² to 632² pixels: only the
 cross-attention grows with M. Both graphs are ours, `--fold` and `--no-fold`, each in fresh processes that take turns.
-The last rows say whether the folded encoder's cost grows no faster than linearly, and slower than the plain one's.
+The last rows show whether the folded encoder's cost grows no faster than linearly, and slower than the plain one's.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ KINDS = ("folded", "plain")
 
 
 def measure(work: Path, rounds: int = 3, threads: int = 2, figure: Path | None = None) -> Iterator[Row]:
-    """A row a size: M, milliseconds and MiB of both graphs; then a row a limit."""
+    """A row per size: M, milliseconds and MiB of both graphs; then a row per limit."""
     rows = []
     for side in SIDES:
         bundles = {kind: work / f"{kind}-{side}" for kind in KINDS}
@@ -60,7 +60,7 @@ def export_encoder(side: int, out: Path, fold: bool) -> None:
 
 
 def limits(rows: list[Row]) -> Iterator[Row]:
-    """An input costs no more among many than among few, and one more costs less than in the plain graph."""
+    """The folded graph's cost grows no faster than linearly with the inputs, and slower than the plain graph's."""
     first, last = rows[0], rows[-1]
     thousands = [row["inputs"] / 1e3 for row in rows]
     for unit in ("ms", "MiB"):

@@ -3,8 +3,8 @@
 
     python -m tests.benchmarks.fp16_overflow [PRESET…] [--factor 1e5]
 
-The first linear of every MLP is multiplied by `--factor` and the second divided by it. The graph then runs in fp32 on
-ONNX Runtime's CPU, in fp16 with every node rounded and nothing known of the overflow, and in fp16 with the magnitudes.
+The first linear layer of every MLP is multiplied by `--factor` and the second divided by it. The graph then runs on
+ONNX Runtime's CPU in fp32, in fp16 with every node rounded, and in fp16 with the magnitudes taken into account.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PRESETS = (
 
 
 def measure(work: Path, presets: tuple[str, ...] = PRESETS, factor: float = 1e5) -> Iterator[Row]:
-    """SQNR is that of the outputs against fp32 in dB; nodes in fp32 are those that the magnitudes kept there."""
+    """SQNR is that of the outputs against fp32, in dB; nodes in fp32 are those that the magnitudes kept there."""
     for name in presets:
         path, feeds = scaled(name, factor, work)
         hazards = magnitudes(path, feeds)

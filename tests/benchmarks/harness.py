@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all benchmarks share: options, a folder to work in, fresh processes, sides that take turns, and a table.
+"""Shared by all benchmarks: options, a working folder, fresh processes, sides that take turns, and a table.
 
     python -m tests.benchmarks.NAME [--help] [--json] [--page] [--work DIR]
 
@@ -30,7 +30,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 FASHION = REPOSITORY / "examples" / "fashion_mnist"
 RESULTS = REPOSITORY / "docs" / "results"
 END = "<!-- end -->\n"
-os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # fresh processes find compiled modules, as an installation has them
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # fresh processes use compiled modules, as in an installation
 Row = dict[str, Any]
 T = TypeVar("T")
 _VERSIONS = ("torch", "onnx", "onnxruntime", "openvino", "transformers")
@@ -51,9 +51,9 @@ def command(measure: Callable[..., Iterable[Row]]) -> None:
         epilog=_write_page.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--json", action="store_true", help="print all rows as JSON in the end")
+    parser.add_argument("--json", action="store_true", help="print all rows as JSON at the end")
     parser.add_argument("--page", action="store_true", help="write the results page: see below")
-    parser.add_argument("--work", type=Path, help="a folder to keep; what lies in it is not made again")
+    parser.add_argument("--work", type=Path, help="a folder to keep; its contents are reused")
     for name, parameter in list(inspect.signature(measure).parameters.items())[1:]:
         _add_option(parser, name, parameter.default)
     options = vars(parser.parse_args())
@@ -87,15 +87,15 @@ def _add_option(parser: argparse.ArgumentParser, name: str, default: Any) -> Non
 
 
 def _lines(row: Row, before: list[Row]) -> list[str]:
-    """A row of a Markdown table; a new table begins where the columns change."""
+    """A row of a Markdown table; a new table begins if the columns change."""
     begins = not before or before[-1].keys() != row.keys()
     head = ["", f"| {' | '.join(row)} |", f"|{'---|' * len(row)}"] if begins else []
     return [*head, f"| {' | '.join(map(_cell, row.values()))} |"]
 
 
 def _write_page(description: str, rows: list[Row], busy: float) -> None:
-    """--page writes the rows with the command, the date, the machine and the versions. They become the section of a
-    page in docs/results that is marked with this command, else the page docs/results/NAME.md.
+    """--page writes the rows with the command, the date, the machine and the versions. They replace the section in
+    docs/results that is marked with this command; if there is none, they become the page docs/results/NAME.md.
     """
     name, options = Path(sys.argv[0]).stem, [one for one in sys.argv[1:] if one not in ("--page", "--json")]
     if "--work" in options:
@@ -138,7 +138,7 @@ def _cell(value: Any) -> str:
 
 
 def fresh(function: Callable[..., T], *arguments: Any) -> T:
-    """The answer of a module's function in a process of its own, as JSON carries it."""
+    """Call a module's function in a separate process; arguments and answer travel as JSON."""
     module = sys.modules[function.__module__].__spec__
     assert module is not None
     done = subprocess.run(
@@ -156,7 +156,7 @@ def fresh(function: Callable[..., T], *arguments: Any) -> T:
 
 
 def in_turn(sides: Mapping[str, Callable[[], T]], rounds: int) -> dict[str, list[T]]:
-    """Each side's answers; all sides are called once a round."""
+    """Each side's answers; all sides are called once per round."""
     found: dict[str, list[T]] = {name: [] for name in sides}
     for _ in range(rounds):
         for name, call in sides.items():
@@ -165,7 +165,7 @@ def in_turn(sides: Mapping[str, Callable[[], T]], rounds: int) -> dict[str, list
 
 
 def seconds_in_turn(sides: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """The times of each side, after one round that is not counted."""
+    """The times of each side, after one warm-up round."""
     in_turn(sides, 1)
     return in_turn({name: partial(seconds, call) for name, call in sides.items()}, rounds)
 
@@ -181,7 +181,7 @@ def medians(found: Mapping[str, list[Any]]) -> dict[str, Any]:
 
 
 def seconds(call: Callable[[], object]) -> float:
-    """Of one call."""
+    """The seconds of one call."""
     start = time.perf_counter()
     call()
     return time.perf_counter() - start

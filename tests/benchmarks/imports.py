@@ -3,7 +3,7 @@
 
     python -m tests.benchmarks.imports [--runs 15]
 
-Fresh processes, in turn; medians.
+The figures are medians over fresh processes that take turns.
 """
 
 from __future__ import annotations

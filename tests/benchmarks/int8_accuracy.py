@@ -4,8 +4,8 @@
     python -m tests.benchmarks.int8_accuracy [--images 10000] [--only text]
 
 Fashion-MNIST: calibrated on the 2,000 held-out training images, measured on 10,000 test images. Text: calibrated on
-512 pieces of verses that were held out of training, measured on 2,500 others, with bounds (low, high). Noise is what
-one engine gives for inputs moved by normal numbers of 1e-6 and 1e-5.
+512 pieces of verses that were held out of training, measured on 2,500 others, with bounds (low, high). Noise compares
+an engine with itself after normal noise of 1e-6 and 1e-5 was added to the inputs.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def combinations(schemes: Iterable[str]) -> Iterator[tuple[str, str, str, Precis
 
 
 def fashion(bundles: dict[str, Bundle], count: int) -> Iterator[Row]:
-    """Every scheme on every engine, beside fp32 on ONNX Runtime."""
+    """Every scheme on every engine, compared with fp32 on ONNX Runtime."""
     folder = REPOSITORY / "examples" / "fashion_mnist"
     with open_task(bundles["fp32"]) as task, np.load(folder / "test.npz") as archive:
         truth = archive["labels"][:count]

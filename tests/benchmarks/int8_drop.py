@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What int8 costs the Fashion-MNIST model, with the bounds that a certificate rests on: W8A8, 10,000 test images.
+"""The loss of the Fashion-MNIST model in int8, with the bounds behind a certificate: W8A8, 10,000 test images.
 
     python -m tests.benchmarks.int8_drop [--no-fold] [--samples 10000]
 
-As a user does it: `export`, `quantize` with its defaults on images held out of training, `validate` on every engine
-here against the fp32 bundle.
+The steps are those of a user: `export`, `quantize` with its defaults on images held out of training, and `validate`
+against the fp32 bundle on every engine here.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tests.calibration.asked import asked
 
 
 def measure(work: Path, fold: bool = True, samples: int = 10_000) -> Iterator[Row]:
-    """A row a target: top-1 in percent, drops in points."""
+    """A row per target: top-1 in percent, drops in points."""
     exact = export(FASHION / "checkpoint", work / "fp32", ExportOptions(fold=fold))
     made = quantize(exact, FASHION / "held_out.npz", work / "int8")
     options = asked(device="all", against=exact, samples=samples, certify=True, max_drop=0.6, min_agreement=97.0)

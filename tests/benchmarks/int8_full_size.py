@@ -3,9 +3,9 @@
 
     python -m tests.benchmarks.int8_full_size [PRESET…] [--samples 2] [--threads 2]
 
-A row says which share of the linears' multiply-adds ran in integer kernels, what was excluded, the bytes of graph and
-weights over those of the fp32 bundle, and the largest resident size while quantizing. `tests.benchmarks.speed` times
-the same bundles.
+Each row has the share of the linear layers' multiply-adds that ran in integer kernels, the excluded share, the bytes of
+graph and weights over those of the fp32 bundle, and the peak resident size while quantizing. `tests.benchmarks.speed`
+times the same bundles.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ PRESETS = (
 
 
 def measure(work: Path, presets: tuple[str, ...] = PRESETS, samples: int = 2, threads: int = 2) -> Iterator[Row]:
-    """A row a preset."""
+    """A row per preset."""
     from perceiver_export.runtimes import open_bundle
 
     for preset in presets:
@@ -43,7 +43,7 @@ def measure(work: Path, presets: tuple[str, ...] = PRESETS, samples: int = 2, th
 
 
 def quantize_random(source: str, out: str, samples: int, threads: int) -> float:
-    """The largest MiB of the process."""
+    """Quantize on random samples; return the peak MiB of the process."""
     from perceiver_export.calibration import QuantizeOptions, quantize
     from perceiver_export.runtimes.machine import peak_memory
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loading a built engine against the raw engine's own load; and the time to find that an engine is for something else.
+"""Time to load a built engine, against the engine library's own load; time to detect an engine for another device.
 
     python -m tests.benchmarks.loading [--source preset:imagenet-fourier] [--processes 7]
 
-Each load runs in a process of its own that has imported the library before; sides take turns. The raw side opens the
-same engine files with the same settings: `InferenceSession` of the optimized graph, `import_model` of the blob.
+Each load runs in a fresh process that has already imported the library; sides take turns. The raw side opens the same
+engine files with the same settings: `InferenceSession` of the optimized graph, `import_model` of the blob.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def load_openvino(engine: str) -> float:
 
 
 def preflight(bundle: Bundle, target: str, engine: Path) -> float:
-    """Milliseconds to find that an engine was built for another device, median of 50."""
+    """Milliseconds to detect that an engine was built for another device, median of 50."""
     from perceiver_export.runtimes.engines.backend import EngineOptions
     from perceiver_export.runtimes.opening import engine_for
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `Runtime.run` costs over the raw engine call on the same feeds, and what it allocates.
+"""The overhead of `Runtime.run` over the raw engine call on the same feeds, and the memory that it allocates.
 
     python -m tests.benchmarks.overhead [--calls 2000]
 
@@ -23,7 +23,7 @@ from perceiver_export.exporter.model.perceiver import PerceiverIO
 from perceiver_export.runtimes import Runtime, devices, load
 from tests.benchmarks.harness import Row, command, in_turn, medians, seconds_in_turn
 
-_SIZE = 512  # outputs of the second model are 512 × 512 numbers: their allocation would be seen
+_SIZE = 512  # outputs of the second model are 512 × 512 numbers, so that their allocation would show
 
 
 def measure(work: Path, calls: int = 2000) -> Iterator[Row]:
@@ -54,7 +54,7 @@ def feeds() -> dict[str, Any]:
 
 
 def raw_call(runtime: Runtime, given: dict[str, Any]) -> Callable[[], Any]:
-    """The engine's own call, on what the runtime holds."""
+    """The engine's own call, on the runtime's compiled graph."""
     engine: Any = runtime._engine
     if hasattr(engine, "_session"):
         return lambda: engine._session.run(None, given)

@@ -18,7 +18,7 @@ _ONE_HEAD: dict[str, Any] = {"num_cross_attention_heads": 1, "num_labels": 1000}
 
 
 def transformers_model(preset: str) -> Any | None:
-    """transformers' model of that size in evaluation mode, None where it has no such."""
+    """transformers' model of that size in evaluation mode; None if it has none."""
     torch.manual_seed(0)
     model: Any
     if preset == "imagenet-fourier":
@@ -48,7 +48,7 @@ def transformers_model(preset: str) -> Any | None:
 
 
 def plain_feeds(preset: str, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Inputs of `plain_export`'s graph for those of ours."""
+    """The inputs of our graph, converted for the graph of `plain_export`."""
     if preset == "optical-flow":
         return {"inputs": patches(torch.from_numpy(feeds["frames"])).numpy()}
     if preset == "language-bytes":
@@ -81,7 +81,7 @@ def plain_module(checkpoint: str) -> torch.nn.Module:
 
 
 def plain_export(preset: str, model: Any, feeds: dict[str, np.ndarray], path: Path) -> None:
-    """What `torch.onnx.export` makes of transformers' model, as it is."""
+    """Export transformers' model with `torch.onnx.export`, as it is."""
     given = plain_feeds(preset, feeds)
     path.parent.mkdir(parents=True, exist_ok=True)
     with torch.no_grad():
@@ -97,7 +97,7 @@ def plain_export(preset: str, model: Any, feeds: dict[str, np.ndarray], path: Pa
 
 
 def zoo_export(module: torch.nn.Module, inputs: Mapping[str, torch.Tensor], path: Path) -> None:
-    """What `torch.onnx.export` makes of a module of the zoo."""
+    """Export a module of the zoo with `torch.onnx.export`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with torch.no_grad():
         torch.onnx.export(

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parameters and FLOPs of every preset beside those that its paper states.
+"""Parameters and FLOPs of every preset, and those that its paper states.
 
     python -m tests.benchmarks.preset_counts
 
-GFLOP are of one sample and all its queries; a multiply-add counts as two.
+GFLOP are for one sample with all its queries; a multiply-add counts as two.
 """
 
 from __future__ import annotations

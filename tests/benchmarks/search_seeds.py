@@ -6,20 +6,20 @@
 The Fashion-MNIST model gets three hidden units in one MLP that cancel in fp32 and leave noise in int8
 (`tests/calibration/cancelling_units.py`).
 
-**The same for all seeds**: the model, its calibration on held-out training images, and so the ladder; the fp32
-model's and each rung's answer to each image, which depend on nothing else and are computed once, when the first seed
-asks for the rung; each rung's time, measured once. **Varied by the seed**: which images are searched on (30 %),
-certified on (``--certify``) and fresh (the rest), drawn without replacement; hence which rungs hold, how far the search
-climbs, the order, where the fixed sequence stops, and what is kept. Each seed goes through the functions of `search`.
+**The same for all seeds**: the model, its calibration on held-out training images, and therefore the ladder; the
+answers of the fp32 model and of each rung to each image, which are computed once, when the first seed asks for the
+rung; each rung's time, measured once. **Varied by the seed**: which images are searched on (30 %), certified on
+(``--certify``) and fresh (the rest), drawn without replacement; hence which rungs hold, how far the search climbs, the
+order, where the fixed sequence stops, and which rung is kept. Each seed goes through the functions of `search`.
 
-Counted is how often something is certified; of these, how often the kept rung's drop on the fresh images is within
-the margin, and how often that on all images; and how often the layer that was changed is no longer int8. Splits of
-one set of images overlap, so seeds are not independent experiments: how often the bounds themselves are wrong is what
-`bound_coverage.py` measures.
+The benchmark counts how often something is certified; of these, how often the kept rung's drop is within the margin on
+the fresh images, and on all images; and how often the changed layer is no longer int8. Splits of one set of images
+overlap, so seeds are not independent experiments; `bound_coverage.py` measures how often the bounds themselves are
+wrong.
 
-Of each rung that was asked for: the images that would certify it 99 times in 100, (z₀.₉₅ + z₀.₉₉)² σ² / (margin −
-drop)², σ² the variance of one image's flip. With fewer, seeds end undecided: nothing is certified, which is no wrong
-promise, but no bundle either.
+For each rung that was tried, a row has the number of images that would certify it 99 times in 100: (z₀.₉₅ + z₀.₉₉)² σ²
+/ (margin − drop)², where σ² is the variance of one image's flip. With fewer images some seeds end undecided: nothing is
+certified, so no promise is wrong, but there is no bundle either.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _POWER = 0.99
 def measure(
     work: Path, seeds: int = 100, margin: float = 1.0, samples: int = 10_000, certify: int = 0
 ) -> Iterator[Row]:
-    """A row a rung, then the counts. ``margin`` in points; ``certify`` 0 is 40 % of ``samples``."""
+    """A row per rung, then the counts. ``margin`` is in points; ``certify`` 0 is 40 % of ``samples``."""
     pool, certify, share = Pool(work, samples), certify or int(0.4 * samples), margin / 100
     kept = [one for one in (choose(pool, seed, share, certify) for seed in range(seeds)) if one is not None]
     chosen = [step for step, _ in kept]
@@ -69,7 +69,7 @@ def measure(
 
 
 class Pool:
-    """The fp32 model's and the rungs' right answers to all images, and the rungs' times, each found once."""
+    """Which images the fp32 model and each rung get right, and the rungs' times, each computed once."""
 
     def __init__(self, folder: Path, samples: int) -> None:
         self._folder, self._samples = folder, samples
@@ -118,7 +118,7 @@ def choose(pool: Pool, seed: int, margin: float, certify: int) -> tuple[int, flo
 
 
 def rung(pool: Pool, step: int, margin: float) -> Row:
-    """A rung on all images, and how many would certify it; None if no number would."""
+    """A rung on all images, and how many images would certify it; None if no number would."""
     total = len(pool.reference)
     lost, gained = pool.flips(step, np.arange(total))
     fall, flips = (lost - gained) / total, (lost + gained) / total

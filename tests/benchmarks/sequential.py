@@ -3,10 +3,10 @@
 
     python -m tests.benchmarks.sequential [--runs 4000] [--samples 10000]
 
-Each run draws the answers of two models on so many samples; p_lost of them only the reference gets right, p_gained only
-the candidate. It is judged every 64 samples, as `validate --sequential` does. Where the true drop is the margin itself,
-a pass is wrong: 5 % may be. Elsewhere the mean number of samples taken stands beside the number with which the test of
-a fixed number passes in 95 % of runs, which nobody knows before (`validate --plan`).
+Each run draws the answers of two models: only the reference gets a share p_lost of the samples right, and only the
+candidate a share p_gained. It is judged every 64 samples, as in `validate --sequential`. If the true drop equals the
+margin, a pass is wrong, which may happen in 5 % of the runs. Otherwise the table has the mean number of samples taken,
+and the fixed number with which a test passes in 95 % of the runs (`validate --plan`); nobody knows it in advance.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def measure(work: Path, runs: int = 4_000, samples: int = 10_000) -> Iterator[Ro
 
 
 def outcomes(p_lost: float, p_gained: float, runs: int, samples: int, seed: int = 0) -> tuple[Array, Array, Array]:
-    """Of each run whether it ends with a pass, whether with a fail, and after how many samples."""
+    """For each run, whether it passes, whether it fails, and after how many samples it ends."""
     generator, blocks = np.random.default_rng(seed), []
     total = np.minimum(_BATCH * np.arange(1, math.ceil(samples / _BATCH) + 1), samples)
     sizes = np.diff(total, prepend=0)

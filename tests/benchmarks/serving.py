@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two in flight against the engine's own asynchronous calls; and 20,000 calls from 8 threads: right, and no growth.
+"""Two calls in flight against the engine's own asynchronous calls; answers and memory of 20,000 calls from 8 threads.
 
     python -m tests.benchmarks.serving [--calls 20000] [--blocks 40]
 
 The model is the demo's. Throughput is measured in blocks of 40 calls, the sides in turn, and compared pair by pair. The
-engine's own are two threads in `session.run` and `session.run_async` with two in flight (ONNX Runtime), and
+engine's own calls are two threads in `session.run`, or `session.run_async` with two in flight (ONNX Runtime), and an
 `AsyncInferQueue` of two requests (OpenVINO). A process that never loaded torch makes the 20,000 calls; its resident
 memory is read after each fifth of them.
 """
@@ -47,7 +47,7 @@ def measure(work: Path, calls: int = 20_000, blocks: int = 40) -> Iterator[Row]:
 
 
 def throughput(runtime: Runtime, blocks: int) -> Row:
-    """Calls a second of every side, and the ratio of ours to the best other, pair by pair, with quartiles."""
+    """Calls per second of every side, and the ratio of ours to the best other, pair by pair, with quartiles."""
     feeds = {"image": np.random.default_rng(0).normal(size=(1, 3, 28, 28)).astype(np.float32)}
     found = seconds_in_turn({"stream": partial(stream, runtime, feeds), **own_sides(runtime, feeds)}, blocks)
     rates = {name: _CALLS / median for name, median in medians(found).items()}
@@ -63,7 +63,7 @@ def stream(runtime: Runtime, feeds: Feeds) -> None:
 
 
 def own_sides(runtime: Runtime, feeds: Feeds) -> dict[str, Callable[[], None]]:
-    """The engine's own ways to have two in flight."""
+    """The engine's own ways to keep two calls in flight."""
     engine: Any = runtime._engine
     if hasattr(engine, "_compiled"):
         from openvino import AsyncInferQueue

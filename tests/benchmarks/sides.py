@@ -19,7 +19,7 @@ Call = Callable[[dict[str, Any]], Any]
 
 
 def make_pair(preset: str, work: Path, with_plain: bool = True) -> tuple[Path, Path | None]:
-    """Our folded bundle and the plain graph of the same random weights; no graph where transformers lacks the model."""
+    """Our folded bundle and the plain graph of the same random weights; no graph if transformers lacks the model."""
     from perceiver_export.exporter import ExportOptions, OwnModel, export
     from tests.benchmarks.plain_models import plain_export, transformers_model, zoo_export
     from tests.zoo.models import RELEASED, ZOO
@@ -51,14 +51,14 @@ def golden_inputs(bundle: Path) -> dict[str, Any]:
 
 
 def save_feeds(work: Path, name: str, feeds: Mapping[str, Any]) -> Path:
-    """A file for `timed`."""
+    """Write the feeds to a file for `timed`."""
     path = work / f"{name}.npz"
     np.savez(path, allow_pickle=False, **feeds)
     return path
 
 
 def timed(source: Path, engine: str, threads: int, feeds: Path, precision: str | None = None) -> Row:
-    """A bundle, a graph as its engine's documentation loads it, or transformers' model, in a fresh process."""
+    """Time a bundle, a graph loaded as in its engine's documentation, or transformers' model, in a fresh process."""
     return fresh(_timed, source, engine, threads, feeds, precision)
 
 
@@ -68,8 +68,8 @@ def output_of(feeds: Path, engine: str) -> Any:
 
 
 def _timed(source: str, engine: str, threads: int, feeds: str, precision: str | None) -> Row:
-    """Milliseconds of a call, the median of two at least and of a second; MiB at most, and before the load."""
-    from perceiver_export.runtimes import Runtime  # noqa: F401  part of what was there before
+    """Milliseconds of the median call, of at least two calls and one second; peak MiB, and MiB before the load."""
+    from perceiver_export.runtimes import Runtime  # noqa: F401  counted before the load
     from perceiver_export.runtimes.machine import peak_memory
 
     __import__({"ort": "onnxruntime", "openvino": "openvino"}.get(engine, "torch"))

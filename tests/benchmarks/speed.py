@@ -1,24 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Speed and memory of our bundles beside plain exports of the same models, in every precision of this CPU
+"""Speed and memory of our bundles and of plain exports of the same models, in every precision of this CPU
 
     python -m tests.benchmarks.speed [PRESET…] [--rounds 3] [--threads 2] [--torch] [--no-int8] [--figure FILE.svg]
 
-One model with random weights is exported by `perceiver-export export`, quantized on random samples, and exported by
-transformers → torch.onnx. Every figure comes from fresh processes that load, run once, and take the median of the calls
-of the next second (two at least); sides take turns, and the median of the rounds counts. `plain openvino` is plain
-OpenVINO as people get it: on a CPU with bf16 it computes in bf16. `plain ort dynamic` is onnxruntime's dynamic int8 of
-the plain graph, `plain openvino nncf` NNCF's static int8 of it where the package `nncf` is installed. siglip_head,
-blip2_qformer and detr_decoder are transformers' modules at released sizes. Outputs of all fp32 sides must agree within
-1e-4 of their scale; random weights say nothing about accuracy in lower precisions. With `--work` a preset that was
-measured there is not measured again.
+Each model has random weights. It is exported by `perceiver-export export`, quantized on random samples, and exported
+from transformers by torch.onnx. Every figure comes from fresh processes that load, run once, and take the median of the
+calls in the next second (at least two). Sides take turns, and the table has the median of the rounds. `plain openvino`
+is OpenVINO with its default settings: on a CPU with bf16 it computes in bf16. `plain ort dynamic` is onnxruntime's
+dynamic int8 of the plain graph; `plain openvino nncf` is NNCF's static int8 of it, if the package `nncf` is installed.
+siglip_head, blip2_qformer and detr_decoder are transformers' modules at released sizes. The outputs of all fp32 sides
+must agree within 1e-4 of their scale; random weights say nothing about accuracy in lower precisions. With `--work`,
+presets that were already measured in that folder are not measured again.
 
-In the second table `default over our best` divides the time of the faster plain engine as people get it by that of our
-fastest side; `best plain` also knows int8 and torch. In the last, `share of rates` is the share of the folded fp32
-graph's time that the machine's rates allow: the FLOPs of products at the rate of one product, and the elements of all
-softmaxes at the rate of one softmax, each the best of five sizes of square matrices, measured in the same run on the
-same engine into memory that was allocated before.
-Memory is the largest resident size of the process; `predicted MiB` adds up the plan, the weights, and the process
-before the load.
+In the second table, `default over our best` divides the time of the faster plain engine with default settings by that
+of our fastest side; `best plain` also includes int8 and torch. In the last table, `share of rates` divides the time
+that the machine's rates allow for the folded fp32 graph by the measured time: the FLOPs of products at the rate of one
+product, and the elements of all softmaxes at the rate of one softmax. Each rate is the best of five sizes of square
+matrices, measured in the same run on the same engine into memory that was allocated before.
+Memory is the peak resident size of the process; `predicted MiB` adds up the plan, the weights, and the process before
+the load.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def measure(
     int8: bool = True,
     figure: Path | None = None,
 ) -> Iterator[Row]:
-    """A row a side of each preset, then a row a preset; ``figure`` is a file for the bars."""
+    """A row per side of each preset, then a row per preset; ``figure`` is a file for the bar chart."""
     drawn, summaries = {}, []
     for preset in presets:
         kept = work / f"{preset}.json"
@@ -83,7 +83,7 @@ def measure(
 
 
 def draw(ms: Mapping[str, Mapping[str, float]], figure: Path) -> None:
-    """A panel a preset, a bar a side: milliseconds a call, ours in colour."""
+    """A panel per preset, a bar per side: milliseconds per call, ours in color."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -108,7 +108,7 @@ def draw(ms: Mapping[str, Mapping[str, float]], figure: Path) -> None:
 
 
 def sides_of(preset: str, work: Path, threads: int, torch: bool, int8: bool) -> dict[str, tuple[Path, str, str | None]]:
-    """Source, engine and precision of each side; None is the precision that people get."""
+    """Source, engine and precision of each side; None is the engine's default precision."""
     from perceiver_export.runtimes.machine import cpu_features
     from tests.benchmarks.plain_models import plain_feeds
 
@@ -155,7 +155,7 @@ def quantize_dynamic(graph: str, out: str) -> None:
 
 
 def quantize_nncf(graph: str, feeds: str, out: str) -> None:
-    """NNCF's int8 for transformers, calibrated on one sample; the rest in the precision that people get."""
+    """NNCF's int8 for transformers, calibrated on one sample; the rest in the default precision."""
     import nncf
     import openvino
 
@@ -172,7 +172,7 @@ def compare(
     sides: Mapping[str, tuple[Path, str, str | None]],
     rates: Mapping[str, Mapping[str, float]],
 ) -> tuple[list[Row], Row]:
-    """All sides of one preset, in turn: a row a side, and the summary."""
+    """All sides of one preset, in turn: a row per side, and the summary."""
     from tests.benchmarks.plain_models import plain_feeds, plain_scale
 
     feeds = golden_inputs(work / f"{preset}-folded")
@@ -217,7 +217,7 @@ def _distance(found: Any, reference: Any) -> float:
 
 
 def _allowed(path: Path, middle: Mapping[str, Any], rates: Mapping[str, Mapping[str, float]]) -> Row:
-    """The folded graph's work, the memory that was planned, and the share of the machine's rates that fp32 reaches."""
+    """The folded graph's work, its planned memory, and the share of the machine's rates that fp32 reaches."""
     from perceiver_export.runtimes.bundle import open_bundle
 
     manifest = open_bundle(path).manifest
@@ -245,7 +245,7 @@ def work_of(path: Path) -> tuple[int, int]:
 
 
 def engine_rates(engine: str, threads: int) -> dict[str, float]:
-    """Rates of one product of square matrices, and of one softmax over rows of the same size: the best size counts."""
+    """Rates of one product of square matrices, and of one softmax over rows of that size, each at its best size."""
     return {
         "GFLOP/s": max(2e-9 * size**3 / _best_seconds("MatMul", size, engine, threads) for size in _SIZES),
         "G softmax/s": max(1e-9 * size**2 / _best_seconds("Softmax", size, engine, threads) for size in _SIZES),

@@ -3,10 +3,10 @@
 
     python -m tests.benchmarks.tensorrt_api [--write]
 
-The bindings' wheels (1 MB each) are downloaded into a temporary directory, get empty libraries in the place of
-TensorRT's own, and are imported in a process of their own: no GPU and no TensorRT is needed. TensorRT for RTX is the
-one that is installed. `--write` replaces tests/runtimes/tensorrt_api.json, which the tests' fake of TensorRT is made
-from; without it the two are compared.
+The bindings' wheels (1 MB each) are downloaded into a temporary directory, get empty libraries in place of TensorRT's
+own, and are imported in a separate process. This needs neither a GPU nor TensorRT. For TensorRT for RTX, the installed
+package is used. `--write` replaces tests/runtimes/tensorrt_api.json, the source of the tests' fake TensorRT; without it
+the two are compared.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ _TAKEN = (
     "_ZN11nvuffparser15createUffParserEv",
 )
 
-# Runs in a process of its own: names of the module, and of each class.
+# Runs in a separate process and prints the names of the module and of each class.
 _DUMP = """
 import importlib, json, os, sys, warnings
-sys.setdlopenflags(os.RTLD_LAZY)  # the rest of TensorRT is looked for when it is called, which it is not
+sys.setdlopenflags(os.RTLD_LAZY)  # the rest of TensorRT would be looked up when called, which never happens
 warnings.simplefilter("ignore")
 sys.path.insert(0, sys.argv[1])
 module = importlib.import_module(sys.argv[2])
@@ -92,12 +92,12 @@ def _dumped(directory: str, module: str) -> dict[str, Any]:
 
 
 def _needed(library: Path) -> list[str]:
-    """TensorRT's libraries among those that a binding links with."""
+    """The libraries of TensorRT that a binding links to."""
     return sorted({found.decode() for found in re.findall(rb"libnv[a-z_]+[.]so[.][0-9]+", library.read_bytes())})
 
 
 def _make_empty(path: Path) -> None:
-    """A library of functions that give nothing: those whose address bindings take when they are imported."""
+    """Write a library of empty functions: those whose addresses the bindings take when they are imported."""
     code = "\n".join(f"void* {name}(void) {{ return 0; }}" for name in _TAKEN)
     subprocess.run(["cc", "-shared", "-fPIC", "-x", "c", "-", "-o", str(path)], input=code.encode(), check=True)
 

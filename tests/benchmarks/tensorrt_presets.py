@@ -3,9 +3,9 @@
 
     python -m tests.benchmarks.tensorrt_presets [PRESET…] [--layers N] [--blocks N] [--no-fold]
 
-It counts fused attentions, of those whose heads allow it, and int8 products, of all linears, from the compiler's own
-layer report; and times `lint`. `--layers` and `--blocks` cut depth, not widths; 0 keeps the papers'. int8 has one scale
-for all activations: it is compiled, not run.
+From the compiler's own layer report, it counts the fused attentions (of those whose heads allow it) and the int8
+products (of all linear layers). It also times `lint`. `--layers` and `--blocks` cut depth, not widths; 0 keeps the
+papers' depth. int8 uses one scale for all activations, because the engine is only compiled, not run.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _DEVICES = ("sm86", "sm89")
 def measure(
     work: Path, presets: tuple[str, ...] = tuple(PRESETS), layers: int = 0, blocks: int = 0, fold: bool = True
 ) -> Iterator[Row]:
-    """A row a part; ``seconds`` are those of the engine that took longest."""
+    """A row per part; ``seconds`` are those of the engine that took longest."""
     for name in presets:
         for part, engines in groupby(compiled(work, name, layers or None, blocks or None, fold), itemgetter("part")):
             yield _row(name, part, list(engines))

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Blocks that share weights: the size of an engine of TensorRT for RTX, written out and as a loop over the blocks.
+"""Blocks that share weights: the size of an engine of TensorRT for RTX, unrolled and as a loop over the blocks.
 
     python -m tests.benchmarks.tensorrt_shared_weights
 
-The architecture is ImageNet's, configuration A at one self-attention a block: 1024 channels, 512 latents, 8 heads. As a
-loop the body is compiled once; the table says whether attention is still one kernel in there.
+The architecture is ImageNet's configuration A with one self-attention per block: 1024 channels, 512 latents, 8 heads.
+In a loop, the body is compiled once; the table shows whether its attention is still one kernel.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _SHAPE = (1, 512, 1024)
 
 
 def measure(work: Path) -> Iterator[Row]:
-    """An engine for SM86 a row, of ``blocks`` runs of one layer."""
+    """A row per engine for SM86, which runs one layer ``blocks`` times."""
     for form in ("fp16", "int8"):
         for blocks, loop in ((1, False), (2, False), (8, False), (8, True)):
             model = _blocks(1 if loop else blocks)
@@ -65,7 +65,7 @@ def _blocks(blocks: int) -> ir.Model:
 
 
 def _looped(model: ir.Model, blocks: int) -> ir.Model:
-    """The graph as the body of a Loop: the casts at its ends stay inside, so fp32 goes round."""
+    """The graph as the body of a Loop. The casts at its ends stay inside, so the loop carries fp32."""
     body = model.graph
     count = ir.Value(name="iteration", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([]))
     going = ir.Value(name="going", type=ir.TensorType(ir.DataType.BOOL), shape=ir.Shape([]))

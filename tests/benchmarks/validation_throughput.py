@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `validate` costs over the bare inference of both models: 10,000 images, bundle against bundle.
+"""The overhead of `validate` over the bare inference of both models: 10,000 images, bundle against bundle.
 
     python -m tests.benchmarks.validation_throughput [--samples 10000]
 
-Bare is `Runtime.run` of both models on inputs that are prepared already. Both are run in turn, in blocks of at least
-512 samples, so that other load on the machine hits both alike, and the median block counts for all. The work that
-`validate` does once, before (load) and after (bounds, worst images), is added in full.
+Bare inference is `Runtime.run` of both models on inputs that are already prepared. The two take turns, in blocks of at
+least 512 samples, so that other load on the machine affects both alike, and the median block stands for all. The work
+that `validate` does once, before (load) and after (bounds, worst images), is added in full.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def measure(work: Path, samples: int = 10_000) -> Iterator[Row]:
         images = data["image"][:samples]
     with open_task(one) as first, open_task(other) as second:
         inputs = np.stack([first.preprocess(image) for image in images])
-        bare: list[float] = []  # seconds a sample, by block
+        bare: list[float] = []  # seconds per sample, by block
         ours: list[float] = []
         begin, resumed = 0, time.perf_counter()
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Video autoencoding: all 804,737 queries of a clip decoded by the folded bundle, beside encoding again for each chunk.
+"""Video autoencoding: the folded bundle decodes all 804,737 queries of a clip; the original encodes for each chunk.
 
     python -m tests.benchmarks.video_folds [--rounds 3] [--threads 2]
 
-The original decodes a clip in 128 chunks and encodes it for each. Its time here is that of two such chunks (our
-unfolded graphs on ONNX Runtime, encoder and 6,272 video queries), times 64; sound and label are left out in its favor.
+The original decodes a clip in 128 chunks and encodes it again for each. Its time here is that of two such chunks (our
+unfolded graphs on ONNX Runtime, encoder and 6,272 video queries), times 64. Sound and label are left out in its favor.
 The rows of three chunks must agree within 1e-4 of their scale. Fresh processes take turns; memory is the largest
 resident size of the process.
 """

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models of other packages, and three in plain torch (tests/zoo): what `export` makes of each.
+"""Models of other packages, and three in plain torch (tests/zoo): folds, accuracy and speed of each export.
 
     python -m tests.benchmarks.zoo [--rounds 15] [--only NAME …]
 
-Products recognised and folded, FLOPs with and without folds, the difference to torch in float32, the difference of the
-folded graph to the plain one in float64, milliseconds of both on each engine in turn, and the integer share of int8. A
-fold may add FLOPs where it moves fewer bytes: a byte counts as 10 FLOPs.
+Each row has the products that were recognized and folded, the FLOPs with and without folds, the difference from torch
+in float32, the difference of the folded graph from the plain one in float64, the milliseconds of both on each engine in
+turn, and the integer share of int8. A fold may add FLOPs if it moves fewer bytes: a byte counts as 10 FLOPs.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def _times(plain: Path, folded: Path, feeds: Mapping[str, np.ndarray], rounds: i
 
 
 def exact_error(module: object, inputs: Mapping[str, object]) -> float:
-    """The largest difference of the folded graph to the plain one in float64, as a share of the output's scale."""
+    """The largest difference of the folded graph from the plain one in float64, as a share of the output's scale."""
     from onnx.reference import ReferenceEvaluator
 
     from perceiver_export.exporter.fold.engine import fold

@@ -285,7 +285,7 @@ def test_why_attention_is_not_one_kernel(tmp_path: Path, capsys: pytest.CaptureF
     assert fp32.unfused == {"Softmax_1": NOT_LOWERED}
     show_lint(query)
     said = " ".join(capsys.readouterr().out.split())
-    assert f"0 of 1 become one kernel 1 not: Softmax_1 ({ONE_QUERY})" in said
+    assert f"0 of 1 become one kernel each 1 not fused: Softmax_1 ({ONE_QUERY})" in said
 
 
 def test_scores_that_lowering_left_in_fp32_are_counted_and_no_finding(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ def test_build_compiles_for_every_target_named_and_load_finds_it(copied_bundle: 
     for one in built:
         with load(copied_bundle, one["target"]) as runtime:
             assert runtime.describe()["compiled"] == one["directory"]
-    assert "ort-cpu, part model, fp32: was there" in succeed("build", copied_bundle, "--target", "ort-cpu")
+    assert "ort-cpu, part model, fp32: already built" in succeed("build", copied_bundle, "--target", "ort-cpu")
 
 
 @pytest.mark.usefixtures("one_process")

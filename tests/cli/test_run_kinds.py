@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a score means decides what tasks and `run` say: labels that exclude each other, that do not, or values."""
+"""The kind of the outputs decides what tasks and `run` print: exclusive labels, independent labels, or values."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_run_shows_labels_or_values(kind: OutputKind, tmp_path: Path) -> None:
     (answer,) = json.loads(succeed("run", bundle, tmp_path / "cloud.npy", "--json"))["answers"]
 
     assert ("%" in shown) == (kind != "regression")
-    assert ("do not exclude each other" in shown) == (kind == "multi-label")
+    assert ("labels are independent" in shown) == (kind == "multi-label")
     if kind == "regression":
         scores = scores_of(bundle, cloud)
         assert [one["value"] for one in answer["values"]] == pytest.approx(scores.tolist())

@@ -60,7 +60,7 @@ _VALUE = "perceiver_encoder/~/self_attention_1/attention/linear_2/w"
         ("language", lambda params: params.pop(_VALUE), f"1 tensor is missing from the checkpoint: {_VALUE}"),
         ("language", _rename(_VALUE, f"{_VALUE}_"), f"{_VALUE} (nearest: {_VALUE}_)"),
         ("language", _set("perceiver_encoder/~/self_attention_9/extra/w", 2, 2), "self_attention_9/extra/w"),
-        ("language", _set(_VALUE, 32, 31), "has shape (32, 31) ((31, 32) in our layout), the config asks for (32, 32)"),
+        ("language", _set(_VALUE, 32, 31), "(32, 31) ((31, 32) in our layout), but the config asks for (32, 32)"),
         ("language", _set(_VALUE, 1024), "has shape (1024,), which does not fit its layer"),
         ("optical_flow", _set("image_preprocessor/patches_linear/w", 53, 32), "has shape (53, 32), which does not"),
         (
@@ -115,7 +115,7 @@ def test_sizes_that_do_not_fit(
         ("{}", UsageError, "no released model", "TASK one of language, imagenet-learned"),
         ("language", UsageError, "no checkpoint file is given", "deepmind:language:FILE"),
         ("language:", UsageError, "no checkpoint file is given", "deepmind:language:FILE"),
-        ("optical-flow:{}", CheckpointError, "holds a model of language, not of optical-flow", "deepmind:language:"),
+        ("optical-flow:{}", CheckpointError, "holds the model language, not optical-flow", "deepmind:language:"),
         ("language:{}.missing", CheckpointError, "No such file", "give"),
     ],
 )
@@ -128,7 +128,7 @@ def test_sources_that_name_no_checkpoint(spec: str, kind: type[PerceiverExportEr
 
 @pytest.mark.parametrize("name", ["imagenet_learned", "imagenet_fourier", "imagenet_conv", "video_autoencoding"])
 def test_models_are_told_from_one_another(name: str) -> None:
-    with pytest.raises(CheckpointError, match=f"holds a model of {name.replace('_', '-')}, not of language"):
+    with pytest.raises(CheckpointError, match=f"holds the model {name.replace('_', '-')}, not language"):
         load_model(f"deepmind:language:{VECTORS / name / 'checkpoint.pickle'}")
 
 

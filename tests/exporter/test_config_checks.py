@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Configs of one's own that contradict themselves: refused with what is wrong, before torch is asked."""
+"""Own configs that contradict themselves are refused with what is wrong, before torch builds anything."""
 
 from __future__ import annotations
 
@@ -155,11 +155,11 @@ CONFIGS: dict[str, tuple[Callable[[], PerceiverConfig], str]] = {
     "an unknown sharing": (lambda: model(block_sharing="some"), "'some'"),
     "too few input queries": (
         lambda: model(ARRAY, OutputConfig(InputQueries(4, 3), (4, 3))),
-        "4 × 3 inputs as queries; there are 5 × 3",
+        "4 × 3 inputs as queries, but there are 5 × 3",
     ),
     "narrow input queries": (
         lambda: model(ARRAY, OutputConfig(InputQueries(5, 2), (5, 2))),
-        "5 × 2 inputs as queries; there are 5 × 3",
+        "5 × 2 inputs as queries, but there are 5 × 3",
     ),
     "no queries": (lambda: model(ARRAY, OutputConfig(GivenQueries(0, 3), (0, 3))), "num_queries"),
     "a grid without axes": (lambda: model(ARRAY, grid_queries((), (1,), 1)), "shape"),
@@ -172,7 +172,7 @@ CONFIGS: dict[str, tuple[Callable[[], PerceiverConfig], str]] = {
     "an output of nothing": (lambda: model(ARRAY, OutputConfig(LearnedQueries(1, 16), (-2, -1), 2)), "shape"),
     "no classes": (lambda: replace(model(), decoder=AverageDecoder(0)), "num_output_channels"),
     "less than no channels": (lambda: with_decoder(model(), num_output_channels=-2), "num_output_channels"),
-    "an embedding of another width": (lambda: with_decoder(language(), num_output_channels=3), "3 channels, the embed"),
+    "an embedding of another width": (lambda: with_decoder(language(), num_output_channels=3), "3 channels, but its"),
     "a mask for other queries": (
         lambda: with_decoder(language(), outputs={"y": OutputConfig(LearnedQueries(1, 8), (50,))}),
         "1 queries for 6 inputs",

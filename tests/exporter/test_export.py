@@ -273,7 +273,7 @@ def test_the_bundle_says_what_was_assumed(make_checkpoint: MakeCheckpoint, tmp_p
     notes = export(checkpoint, tmp_path / "assumed", ExportOptions(shape={"image": (3, 8, 8)})).manifest.notes
     assert {note.split(":")[0] for note in notes} == {
         "no preprocessor_config.json",
-        "images of 8 × 8, where the checkpoint has 224 × 224",
+        "images are 8 × 8, but the checkpoint's are 224 × 224",
         "config.json names no labels",
     }
 

@@ -170,7 +170,7 @@ def test_a_memo_of_gigabytes_is_refused(tmp_path: Path) -> None:
 )
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_arrays_of_anything_but_numbers_are_refused(tmp_path: Path, array: npt.NDArray[Any], protocol: int) -> None:
-    with pytest.raises(CheckpointError, match=r"dtype is \w+, not a number's; refused"):
+    with pytest.raises(CheckpointError, match=r"dtype is \w+, which is not numeric; refused"):
         read_haiku(write(tmp_path / "p.pickle", {"a": {"w": array}}, protocol))
 
 
@@ -215,8 +215,8 @@ F4 = np.dtype(np.float32)
         (Forged(1, (1,), ForgedDType(3, "O", None, None, None, -1, -1, 63), False, b"1234"), "with fields"),
         (Forged(1, (1,), ForgedDType(3), False, b"1234"), "with fields"),
         (Forged(1, (1,), F4, False, b"1234", subtype=dict), r"names the class (__builtin__|builtins)\.dict"),
-        (Forged(1, (1,), F4, False, b"1234", subtype=FlatMapping), "another class than numpy's"),
-        (Call(np.ndarray, (2,)), "makes arrays in a way of its own"),
+        (Forged(1, (1,), F4, False, b"1234", subtype=FlatMapping), "class is not numpy's"),
+        (Call(np.ndarray, (2,)), "makes arrays in an unknown way"),
         (Call(np.dtype, F4), "dtype is of another kind"),
         (np.ma.masked_array([1.0], mask=[True]), r"names the class numpy\.ma"),
     ],
