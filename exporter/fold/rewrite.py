@@ -154,11 +154,24 @@ class _Rewriting:
         return self.nodes.reshape(self.nodes.transpose(apart, order), (math.prod(extents), *rest))
 
     def _all_columns(self, *more: ir.Value) -> ir.Value:
-        """The changing columns of all rows, then ``more`` (R,): (samples, …, M, C), or (M, C) of one sample."""
-        beside = [self.nodes.reshape(one, (*sizes(one), 1)) for one in more]
+        """The changing columns of all rows, then ``more`` (R,) or (R, 1): (samples, …, M, C), or (M, C)."""
+        beside = [self.nodes.reshape(one, (sizes(one)[0], 1)) for one in more]
         joined = self.nodes.concat([*self.columns, *beside])
         lead = () if self.one_sample else self.samples
         return self.nodes.reshape(joined, (*lead, self.rows, sizes(joined)[-1]))
+
+    def _even(self, more: Sequence[ir.Value], factor: ir.Value, axis: int) -> tuple[ir.Value, ir.Value]:
+        """All columns, and the factor that multiplies them, with one number for each column along ``axis``.
+
+        If columns are joined anyway and their number is odd, one is repeated with zeros as its factor: AMX multiplies
+        pairs of bf16 numbers, and engines do not use it for products of an odd depth.
+        """
+        shape = list(sizes(factor))
+        if shape[axis] % 2 == 0 or len(self.columns) + len(more) == 1:
+            return self._all_columns(*more), factor
+        shape[axis] = 1
+        columns = self._all_columns(*more, self.nodes.slice(self.columns[0], 1, 0, 1))
+        return columns, self.nodes.concat([factor, self.nodes.constant(np.zeros(shape))], axis)
 
     def _sigma(self) -> ir.Value:
         assert self.inverse is not None
@@ -188,7 +201,7 @@ class _Rewriting:
             more.append(nodes.binary("Mul", self._sigma(), log))
             ones = nodes.constant(np.full((*sizes(keys)[:-1], 1), 1 / self.shared))
             keys = nodes.concat([keys, ones])
-        rows = self._all_columns(*more)
+        rows, keys = self._even(more, keys, -1)
         *lead, last, columns = range(len(sizes(rows)))
         scores = self._product(keys, nodes.transpose(rows, (*lead, columns, last)))
         scores = self._with_tables(scores, self._spread_keys(project), count, last=True)
@@ -235,7 +248,7 @@ class _Rewriting:
                 more.append(self._sigma())
                 wide = nodes.expand(bias, (*sizes(folded)[:-2], *sizes(bias)[-2:]))
                 folded, bias = nodes.concat([folded, wide], -2), None
-            scores = nodes.matmul(self._all_columns(*more), folded)
+            scores = nodes.matmul(*self._even(more, folded, -2))
         terms = (self._spread(project(self._picked(table)), axis) for axis, table in self.tables)
         scores = self._with_tables(scores, terms, count, last=False)
         return scores if bias is None else nodes.binary("Add", scores, bias)

@@ -130,6 +130,8 @@ def _compiled(source: Source, threads: int | None) -> Any:
     with _translated(f"{source.graph} cannot be loaded", BundleError, "copy or export the damaged file again"):
         model = core.read_model(str(source.graph))
     _transpose_shared_weights(openvino, model, every=source.options.precision == "bf16")
+    if source.options.precision == "bf16":
+        _compute_first_factors(openvino, model)
     if source.options.precision == "fp16":
         model = _with_half_weights(openvino, core, model)
     given = source.options.flags
@@ -182,6 +184,26 @@ def _transpose_shared_weights(openvino: Any, model: Any, every: bool) -> None:
             node.input(1).replace_source_output(transposed.output(0))
             node.set_attribute("transpose_b", True)
     model.validate_nodes_and_infer_types()
+
+
+def _compute_first_factors(openvino: Any, model: Any) -> None:
+    """Add zero times a number of the second factor to every constant first factor, such as a Perceiver's queries.
+
+    OpenVINO 2026.4 does not convert such a constant to bf16, and multiplies in fp32. Constants made of integers stay:
+    integer kernels need them.
+    """
+    ops, constant = openvino.opset13, set()
+    for node in model.get_ordered_ops():
+        sources = [node.input_value(index) for index in range(node.get_input_size())]
+        known = [one.get_node().get_name() in constant for one in sources]
+        kind = node.get_type_name()
+        if kind == "Constant" or (known and all(known) and kind != "Convert"):
+            constant.add(node.get_name())
+        elif kind == "MatMul" and known == [True, False]:
+            rank = len(sources[1].get_partial_shape())
+            number = ops.reshape(ops.slice(sources[1], *([value] * rank for value in (0, 1, 1))), [1], False)
+            zero = ops.multiply(number, np.zeros(1, np.float32))
+            node.input(0).replace_source_output(ops.add(sources[0], zero).output(0))
 
 
 def _properties(source: Source, threads: int | None) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from onnx.reference import ReferenceEvaluator
 from perceiver_export.exporter import ExportOptions, LoadedModel, export
 from perceiver_export.exporter.fold.engine import fold
 from perceiver_export.exporter.fold.nodes import Sizes
+from perceiver_export.exporter.fold.nodes import sizes as shape_of
 from perceiver_export.exporter.fold.plan import in_pieces, plan
 from perceiver_export.exporter.fold.sites import LEAST_GAIN
 from perceiver_export.exporter.graphs import Batch, GraphPart, Split, split_model, whole_model
@@ -175,6 +176,18 @@ def test_each_part_has_its_own_plan(tmp_path: Path) -> None:
         assert ranged.peak == fixed.peak
         assert all(stage.stage.startswith(name) for stage in ranged.stages)
     assert not any(one.site.startswith("decoder") for one in parts["16"]["encoder"].folds)
+
+
+@pytest.mark.parametrize(("system", "depths"), [("pictures", [66, 66]), ("flow", [56, 56])])
+def test_scores_multiply_an_even_number_of_columns(system: str, depths: list[int]) -> None:
+    """AMX multiplies pairs of bf16 numbers. The norm's column joins 64 and 54 others."""
+    loaded = SYSTEMS[system]()
+    graph = traced(whole_model(random(loaded.model), Batch.parse(1)), loaded.config)
+    fold(graph, least_gain=ALWAYS)
+
+    products = [node for node in graph.graph if node.op_type == "MatMul" and ".attention/" in str(node.name)]
+    scores = [shape_of(node.inputs[0])[-1] for node in products if len(shape_of(node.outputs[0])) == 2]
+    assert [depth for depth in scores if depth in (*depths, *(depth - 1 for depth in depths))] == depths
 
 
 @pytest.mark.parametrize("shape", [(24, 20), (4, 12, 10)])

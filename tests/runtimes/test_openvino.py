@@ -9,7 +9,7 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -106,6 +106,36 @@ def test_bf16_keeps_a_shared_weight_once(tmp_path: Path) -> None:
     assert layers.count("Transpose") == 0
     assert layers.count("Reorder") <= 2
     assert np.abs(engine.run({"x": x})["y"] - expected).max() <= 8 * 2.0**-7
+
+
+def test_bf16_multiplies_constant_queries_in_bf16(tmp_path: Path) -> None:
+    """OpenVINO 2026.4 by itself multiplies a constant first factor in fp32; integers stay constants."""
+    from tests.calibration.onnx_text import write
+
+    rng = np.random.default_rng(0)
+    queries, scale = rng.normal(size=(64, 32)).astype(np.float32), np.full((), 0.1, np.float32)
+    ends = "(float[32, 128] x) => (float[64, 128] y, float[64, 128] z)"
+    body = "half = Mul(q, scale)  y = MatMul(half, x)  q8 = DequantizeLinear(i, scale)  "
+    body += "integers = QuantizeLinear(x, scale, zero)  x8 = DequantizeLinear(integers, scale, zero) z = MatMul(q8, x8)"
+    constants: dict[str, np.ndarray[Any, Any]] = {
+        "q": queries,
+        "scale": scale,
+        "i": (20 * queries).astype(np.int8),
+        "zero": np.zeros((), np.int8),
+    }
+    path = write(tmp_path / "queries.onnx", f"{ends} {{ {body} }}", 17, **constants)
+    x = rng.normal(size=(32, 128)).astype(np.float32)
+    try:
+        engine = open_product(path, "openvino-cpu", "bf16")
+    except DeviceError:
+        return
+    assert isinstance(engine, OpenvinoEngine)
+    found, exact = engine.run({"x": x})["y"], 0.1 * queries.astype(np.float64) @ x
+    kernels = {name: kernel.precision for _, kernel in engine.kernels() if kernel.product for name in kernel.names}
+
+    assert kernels["y"] == "bf16"
+    assert kernels["z"] == "int8"
+    assert np.abs(found - exact).max() <= 2.0**-6 * np.abs(exact).max()
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
