@@ -72,7 +72,7 @@ class Measurement(msgspec.Struct, frozen=True, kw_only=True):
     ratio_quartiles: tuple[float, float] | None = None
     difference: float | None = None
     tolerance: float | None = None
-    certificates: tuple[str, ...] = ()  # that hold on this engine and machine
+    certificates: tuple[str, ...] = ()  # valid on this engine and machine
     platform: str = ""
     flags: dict[str, str] = {}
     fastest: bool = False
@@ -190,7 +190,7 @@ class Side(msgspec.Struct, frozen=True):
 
     @property
     def is_graph(self) -> bool:
-        """An ONNX file rather than a bundle."""
+        """Whether it is an ONNX file rather than a bundle."""
         return self.path.endswith(".onnx") and Path(self.path).is_file()
 
     @property

@@ -29,7 +29,7 @@ class Closer(Protocol):
     """An object with submitted work."""
 
     def close(self) -> None:
-        """Return when all of it is done."""
+        """Wait until all of it is done."""
 
 
 closing = False  # batchers accept no more requests

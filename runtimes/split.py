@@ -137,7 +137,7 @@ def _check(manifest: Manifest) -> None:
     decoders = {part.outputs[0].name: part for name, part in manifest.parts.items() if name != "encoder"}
     if not manifest.outputs or decoders.keys() != {spec.name for spec in manifest.outputs}:
         outputs = [spec.name for spec in manifest.outputs]
-        raise misfit(f"the bundle has the outputs {outputs} but decoders of {sorted(decoders)}")
+        raise misfit(f"the bundle has the outputs {outputs} but decoders for {sorted(decoders)}")
     for spec in manifest.outputs:
         part, elements = decoders[spec.name], _elements(spec)
         takes_queries = index_input(part.inputs) is not None

@@ -239,5 +239,5 @@ def find_target(name: str) -> Target:
         f"there is no target {name!r}",
         (f"did you mean {' or '.join(near)}? " if near else "")
         + f"give one of {', '.join(TARGETS)}, or ort-NAME for another execution provider of ONNX Runtime, such as "
-        "ort-dnnl; `auto` chooses: a certified target first",
+        "ort-dnnl; `auto` chooses one, a certified target first",
     )

@@ -103,7 +103,7 @@ class OpenvinoEngine:
         names = {spec.name for spec in (*source.inputs, *source.outputs)}
         self.inputs = tuple(_spec(port, names) for port in compiled.inputs)
         self.outputs = tuple(_spec(port, names) for port in compiled.outputs)
-        # As many as the device recommends, and at least two, so that one is ready whenever another ends.
+        # As many as the device recommends, but at least two, so that one is ready when another ends.
         self.in_flight = max(2, int(compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")))
         self._free: deque[_Request] = deque()
 
