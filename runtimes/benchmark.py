@@ -98,7 +98,7 @@ class Bench(msgspec.Struct, frozen=True):
 
     ``skipped``: for ``device="all"`` and ``precision="auto"``, which sides could not be opened, and why. ``fastest``:
     with several sides, the indices of the fastest, more than one if they tie. It is empty if ``unsteady`` says why the
-    times are too unsteady to compare.
+    times cannot be compared.
     """
 
     machine: str
@@ -171,7 +171,7 @@ def bench(
 
 
 def unsteady(measured: Sequence[Measurement], runs: int) -> str:
-    """Why the times are too unsteady to compare, as on a busy or throttled machine; empty if they are steady."""
+    """Why the times cannot be compared: too few calls, or a busy or throttled machine; empty if they can."""
     if runs < _FEWEST * _COUNTED:
         return f"{runs} calls are too few; give --runs {_FEWEST * _COUNTED} or more"
     names = (f"{one.name} in {one.precision}{flagged(one.flags)} on {one.target}" for one in measured)

@@ -113,7 +113,7 @@ class Engine(Protocol):
 
     def describe(self) -> dict[str, Any]:
         """Target, device, engine (its library), version, threads; precision if it is not the bundle's, and ``flags`` if
-        there are any. ``arithmetic`` has the types in which the engine reports to compute, if it can report them.
+        there are any. ``arithmetic`` has the types in which the engine says that it computes, if it can say.
         """
 
 
@@ -124,7 +124,7 @@ class Backend(Protocol):
         """This machine's platform. Cheap: it loads no graph. Raises if the target cannot run (or be built for) here."""
 
     def differences(self, built: Platform, here: Platform) -> tuple[str, ...]:
-        """Why an engine built there cannot be used here, one phrase each; empty if it can. `exact`: unless equal."""
+        """Why an engine built there cannot be used here, one phrase per reason; empty if it can. See `exact`."""
 
     def flags(self, target: str) -> Flags:
         """The library's settings that a user may choose, with the accepted values. See `flags.py`."""

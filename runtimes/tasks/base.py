@@ -161,7 +161,7 @@ def count_samples(feeds: Feeds) -> int:
     counts = {name: len(array) for name, array in feeds.items()}
     if len(set(counts.values())) != 1 or 0 in counts.values():
         found = ", ".join(f"{name!r} has {count}" for name, count in counts.items())
-        raise InputError(f"the numbers of samples differ or are 0: {found}", "give every input the same number")
+        raise InputError(f"the numbers of samples differ or are 0: {found}", "give every input the same number, not 0")
     return next(iter(counts.values()))
 
 
