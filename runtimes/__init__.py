@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The runtime that an app embeds. It needs numpy and msgspec, on first use an engine's library, and never torch.
+"""The runtime that an app embeds. It needs numpy, msgspec and, on first use, an engine's library, but never torch.
 
 from perceiver_export.runtimes import load
 

@@ -103,7 +103,7 @@ class Batcher:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-            if threading.get_ident() in self._calling:  # a callback cannot wait for itself; Python waits for a thread
+            if threading.get_ident() in self._calling:  # it cannot wait for itself, but Python waits for this thread
                 threading.Thread(target=self.close, name="perceiver-export-close", daemon=False).start()
                 return
             self._changed.wait_for(lambda: not (self._queue or self._answering))
@@ -174,7 +174,7 @@ class Batcher:
 
 
 def _with_any_rows(spec: TensorSpec, most: int) -> TensorSpec:
-    """The same tensor of 1 to ``most`` samples."""
+    """The same tensor with a batch of 1 to ``most`` samples."""
     return msgspec.structs.replace(spec, shape=(_ROWS, *spec.shape[1:]), ranges={**spec.ranges, _ROWS: (1, most)})
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Latency, throughput, load time, memory and distance from torch of one or several models, measured in turn."""
+"""Measure latency, throughput, load time, memory and the difference from PyTorch, of one model or several in turn."""
 
 from __future__ import annotations
 
@@ -29,25 +29,26 @@ from perceiver_export.runtimes.manifest import TensorSpec
 from perceiver_export.runtimes.presence import choose_target, devices
 from perceiver_export.runtimes.runtime import Array, Runtime, compare, fastest, quartiles, scattered
 
-# How far outputs may be from torch's, as a share of the output's scale: in fp32 what export allows, for fewer bits in
-# proportion to what one rounding costs (2^-11 and 2^-8 against 2^-24), with room for depth.
+# The largest difference from PyTorch's outputs, as a share of their scale. fp32 has export's tolerance; fp16 and bf16
+# have more, because one rounding costs 2^-11 and 2^-8 instead of 2^-24, and errors add up over the layers.
 TOLERANCES = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 1e-1}
 _BLOCK = 5  # consecutive runs of one side; the first of a block finds cold caches and is not counted
 _COUNTED = _BLOCK - 1
 _WARMUP = 3
-_FEWEST = 5  # blocks that decide
-_MOST = 120.0  # seconds after which `precision="auto"` measures only the blocks that decide
+_FEWEST = 5  # blocks that a comparison needs
+_MOST = 120.0  # seconds after which `precision="auto"` stops once a comparison has enough blocks
 
 
 class Measurement(msgspec.Struct, frozen=True, kw_only=True):
-    """One side. Times are milliseconds per call of ``batch`` samples; memory is MiB, of a fresh process.
+    """One side. Times are in milliseconds per call of ``batch`` samples; memory is in MiB of a fresh process.
 
-    ``median`` and ``spread`` (quartiles): of the medians of blocks of calls; p50 to p99: of calls. ``size``: MiB of the
-    bundle's files. ``throughput``: samples per second with two requests in flight. ``peak_memory``: the largest
-    resident size after load and runs; ``base_memory``: what Python, numpy and the engine's library took before the
-    load. ``ratio``: the time of a sample relative to the first side's, the median over pairs of blocks, with quartiles.
-    ``difference``: the largest from torch's golden outputs, as a share of their scale, NaN if an output has NaN;
-    ``tolerance``: its limit. ``flags``: those that its engine was built with. ``fastest``, ``unsteady``: as in `Bench`.
+    ``p50`` to ``p99`` are percentiles of calls; ``median`` and ``spread`` (quartiles) are those of the medians of
+    blocks of calls. ``size``: MiB of the bundle's files. ``throughput``: samples per second with two requests in
+    flight. ``peak_memory``: the peak resident size after load and runs; ``base_memory``: that of Python, numpy and the
+    engine's library before the load. ``ratio``: the time per sample relative to the first side's, the median over
+    pairs of blocks, with quartiles. ``difference``: the largest difference from PyTorch's golden outputs, as a share
+    of their scale, NaN if an output has NaN; ``tolerance``: its limit. ``flags``: the flags of the engine's build.
+    ``fastest``, ``unsteady``: as in `Bench`.
     """
 
     name: str
@@ -71,7 +72,7 @@ class Measurement(msgspec.Struct, frozen=True, kw_only=True):
     ratio_quartiles: tuple[float, float] | None = None
     difference: float | None = None
     tolerance: float | None = None
-    certificates: tuple[str, ...] = ()  # that hold on this engine and machine
+    certificates: tuple[str, ...] = ()  # valid on this engine and machine
     platform: str = ""
     flags: dict[str, str] = {}
     fastest: bool = False
@@ -79,7 +80,7 @@ class Measurement(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def within_tolerance(self) -> bool | None:
-        """Whether outputs are as near to PyTorch's as the precision allows; None if there is nothing to compare."""
+        """Whether outputs are as close to PyTorch's as the precision requires; None if there is nothing to compare."""
         if self.broken:
             return False
         if self.difference is None or self.tolerance is None:
@@ -93,10 +94,11 @@ class Measurement(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Bench(msgspec.Struct, frozen=True):
-    """``ratio``: with ``against``, the median of the first side's time per sample by the second's, with its quartiles.
+    """``ratio``: with ``against``, the first side's time per sample divided by the second's, the median and quartiles.
 
-    ``skipped``: for ``device="all"`` and ``precision="auto"``, what was refused, and why. ``fastest``: with several
-    sides, the indices of the fastest; more than one tie. Empty where ``unsteady`` says why nothing is decided.
+    ``skipped``: for ``device="all"`` and ``precision="auto"``, which sides could not be opened, and why. ``fastest``:
+    with several sides, the indices of the fastest, more than one if they tie. It is empty if ``unsteady`` says why the
+    times cannot be compared.
     """
 
     machine: str
@@ -122,16 +124,17 @@ def bench(
     save: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Bench:
-    """Measure a bundle (or an ONNX file), alone or in turn with others, on the same machine in the same minutes.
+    """Measure a bundle (or an ONNX file) alone, or several in alternating blocks under the same conditions.
 
-    ``device`` is a target, ``auto``, or ``all`` for every target that is present and takes the bundle; a bundle
-    ``against`` runs on the same one. ``precision`` and ``against_precision`` are those of their engines, as in `load`;
-    ``precision="auto"`` measures each bundle in fp32 (of an int8 bundle: beside int8) and in all lower precisions that
-    the target computes in, and ends after two minutes once there are enough calls to decide. ``part`` is that of split
-    bundles; None measures all of it, every query decoded. Inputs are the bundle's golden ones, or random. ``save``
-    keeps the figures in the bundle's report.json, where `package` and ``auto`` (as device or precision) look for them.
+    ``device`` is a target, ``auto``, or ``all`` for every target that can run the bundle here; a bundle ``against``
+    runs on the same target. ``precision`` and ``against_precision`` are those of the engines, as in `load`;
+    ``precision="auto"`` measures each bundle in fp32 (in an int8 bundle: for the layers that are not int8) and in every
+    lower precision of the target, and stops after two minutes once there are enough calls to compare. ``part`` names
+    one part of a split bundle; None measures the whole, with every query decoded. Inputs are the bundle's golden ones,
+    or random. ``save`` keeps the figures in the bundle's report.json, where `package` and ``auto`` (as device or
+    precision) look for them.
 
-    Raises UsageError; DeviceError: no target takes it; and what `load` raises.
+    Raises UsageError; DeviceError: no target can run the bundle; and what `load` raises.
     """
     check_whole("runs", runs, _BLOCK, None, f"give {_BLOCK} or more")
     path, several = bundle.path if isinstance(bundle, Bundle) else bundle, precision == "auto"
@@ -143,10 +146,10 @@ def bench(
     if sides[0].is_graph and (save or precision is not None):
         raise UsageError(
             f"{path} is a graph, which has its own precision and no report.json",
-            "leave --precision and --save out, or give a bundle",
+            "omit --precision and --save, or give a bundle",
         )
     if save and part is not None:
-        raise UsageError(f"--save keeps figures of a whole bundle, and --part is {part!r}", "leave one of them out")
+        raise UsageError(f"--save needs figures of the whole bundle, but --part is {part!r}", "omit one of them")
     if save:
         check_report(Path(path))
     if several:
@@ -168,7 +171,7 @@ def bench(
 
 
 def unsteady(measured: Sequence[Measurement], runs: int) -> str:
-    """Why times do not decide: on a busy or throttled machine those of one side vary as much as precisions differ."""
+    """Why the times cannot be compared: too few calls, or a busy or throttled machine; empty if they can."""
     if runs < _FEWEST * _COUNTED:
         return f"{runs} calls are too few; give --runs {_FEWEST * _COUNTED} or more"
     names = (f"{one.name} in {one.precision}{flagged(one.flags)} on {one.target}" for one in measured)
@@ -187,12 +190,12 @@ class Side(msgspec.Struct, frozen=True):
 
     @property
     def is_graph(self) -> bool:
-        """An ONNX file rather than a bundle."""
+        """Whether it is an ONNX file rather than a bundle."""
         return self.path.endswith(".onnx") and Path(self.path).is_file()
 
     @property
     def num_bytes(self) -> int:
-        """Of the bundle's files; of a graph without the weights beside it."""
+        """The size of the bundle's files; of a graph, without external weights."""
         return Path(self.path).stat().st_size if self.is_graph else open_bundle(self.path, "never").num_bytes
 
     def open(self) -> Runtime:
@@ -202,7 +205,7 @@ class Side(msgspec.Struct, frozen=True):
         return load(self.path, self.device, self.part, self.threads, precision=self.precision)
 
     def golden(self, kind: Literal["input", "output"]) -> dict[str, Array]:
-        """Arrays by name. A split bundle that is measured whole has the encoder's inputs and no outputs."""
+        """The golden arrays by name. For a whole split bundle, these are the encoder's inputs, and no outputs."""
         if self.is_graph:
             return {}
         bundle = open_bundle(self.path)
@@ -212,7 +215,7 @@ class Side(msgspec.Struct, frozen=True):
         return golden_arrays(bundle, self.part or first, kind)
 
     def feeds(self, inputs: Sequence[TensorSpec]) -> dict[str, Array]:
-        """The golden inputs; random ones for inputs without."""
+        """The golden inputs, or random floats and constant integers where there are none."""
         golden, generator = self.golden("input"), np.random.default_rng(0)
         feeds = {}
         for spec in inputs:
@@ -228,13 +231,13 @@ class Side(msgspec.Struct, frozen=True):
 
 @dataclass
 class _Opened:
-    """A side, and milliseconds and calls per second as they are measured."""
+    """An opened side with its times so far, in milliseconds."""
 
     side: Side
     runtime: Runtime
     feeds: dict[str, Array]
     times: list[float] = field(default_factory=list)
-    streamed: float = 0.0  # seconds of as many calls
+    streamed: float = 0.0  # seconds of all streamed calls
 
     @property
     def batch(self) -> int:
@@ -252,12 +255,12 @@ class _Opened:
         self.streamed += time.perf_counter() - start
 
     def medians(self) -> Array:
-        """Of each block, per sample, so that bundles of different batch sizes compare."""
+        """The median of each block, per sample, so that bundles of different batch sizes can be compared."""
         return np.asarray(np.median(np.reshape(self.times, (-1, _COUNTED)), axis=1) / self.batch)
 
 
 def _on_targets(sides: list[Side], device: str) -> list[Side]:
-    """The sides on every target that they run on; both on the same one, even if `auto` differs for the other."""
+    """The sides on their targets: both on the same one, even if `auto` would choose another for the second."""
     if device == "all":
         targets = [found.target for found in devices()]
         return [msgspec.structs.replace(side, device=target) for side in sides for target in targets]
@@ -269,7 +272,7 @@ def _on_targets(sides: list[Side], device: str) -> list[Side]:
 
 
 def _in_precisions(side: Side) -> list[Side]:
-    """A bundle in fp32 and in all others that its target computes in; a graph as it is."""
+    """A bundle in fp32 and in every lower precision of its target; a graph unchanged."""
     if side.is_graph:
         return [side]
     lower = find_target(side.device).backend().precisions(side.device)
@@ -277,7 +280,7 @@ def _in_precisions(side: Side) -> list[Side]:
 
 
 def _open(sides: Sequence[Side], all_of_them: bool) -> tuple[list[_Opened], tuple[str, ...]]:
-    """The sides that opened; for ``all`` also those that did not, with the reason."""
+    """The sides that could be opened and, with ``all_of_them``, why the others could not."""
     opened, refused = [], []
     for side in sides:
         try:
@@ -289,16 +292,16 @@ def _open(sides: Sequence[Side], all_of_them: bool) -> tuple[list[_Opened], tupl
             asked = f" in {side.precision}" if side.precision else ""
             refused.append(f"{side.device}{asked}: {error.message}")
     if not opened:
-        raise DeviceError(f"no target takes {sides[0].path}: {'; '.join(refused)}", "see `perceiver-export doctor`")
+        raise DeviceError(f"no target can run {sides[0].path}: {'; '.join(refused)}", "run `perceiver-export doctor`")
     return opened, tuple(refused)
 
 
 def _measure(
     sides: list[_Opened], blocks: int, most: float, progress: Callable[[int, int], None] | None
 ) -> tuple[tuple[Measurement, ...], list[Array]]:
-    """The figures of each side, and the medians of its blocks: A A A A A B B B B B A …; closes the sides.
+    """Measure the sides in alternating blocks (A A A A A B B B B B A …): their figures and the medians of their blocks.
 
-    It ends after ``most`` seconds, once there are enough blocks to decide.
+    It stops after ``most`` seconds once a comparison has enough blocks, and closes the sides.
     """
     try:
         fresh = [_measure_fresh(one.side) for one in sides]
@@ -332,7 +335,7 @@ def _measurement(one: _Opened, fresh: tuple[float, float, float], ratio: dict[st
         target=described["target"],
         engine=f"{described['engine']} {described['version'].partition('-')[0]}",
         precision=described["precision"],
-        # Saved figures name the engine, not its directory, which is another on the next machine.
+        # Saved figures name the engine without its directory, which differs between machines.
         compiled=Path(compiled).name if os.path.isdir(compiled) else compiled.partition(",")[0],
         threads=str(described["threads"]),
         batch=one.batch,
@@ -361,7 +364,7 @@ def _ratio(pairs: Array) -> dict[str, Any]:
 
 
 def _keep(sides: Sequence[Side], rows: Sequence[tuple[_Opened, Measurement, Array]], several: bool) -> None:
-    """Save the figures of the first bundle's sides, and of ``several`` precisions how they compare."""
+    """Save the figures of the first bundle's sides and, for ``several`` precisions, their times relative to fp32's."""
     path = sides[0].path
     own = [row for row in rows if row[0].side.path == path]
     save_figures(Path(path), "bench", {figures.target: figures for _, figures, _ in reversed(own)})  # of several fp32's
@@ -372,21 +375,21 @@ def _keep(sides: Sequence[Side], rows: Sequence[tuple[_Opened, Measurement, Arra
 
 
 def _measure_fresh(side: Side) -> tuple[float, float, float]:
-    """Load in milliseconds, and the process's MiB afterwards and before, in a process that does nothing else."""
-    # Not `-m`, which would let a file of the current directory stand in for a library.
+    """Milliseconds to load in a fresh process, and the process's peak MiB after warm-up runs and before the load."""
+    # `-m` would let a file in the current directory replace a library.
     code = f"import sys; sys.path.pop(0); from {__name__} import _main; _main(sys.argv[1])"
     command = [sys.executable, "-c", code, json.dumps(msgspec.to_builtins(side))]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     try:
         return msgspec.json.decode(done.stdout.splitlines()[-1], type=tuple[float, float, float])
     except (IndexError, msgspec.DecodeError) as error:
-        hint = done.stderr.strip()[-500:] or "check whether the system ended it for lack of memory"
-        raise BundleError(f"{side.path} cannot be run in a process of its own", hint) from error
+        hint = done.stderr.strip()[-500:] or "check whether the system killed it because memory ran out"
+        raise BundleError(f"{side.path} cannot be run in its own process", hint) from error
 
 
 def _main(text: str) -> None:
-    side = msgspec.convert(json.loads(text), Side)  # not msgspec's reader: file names may have any bytes
-    # The library's own time and size are not the model's.
+    side = msgspec.convert(json.loads(text), Side)  # not msgspec's decoder: file names may have any bytes
+    # Load the library first, so that its time and memory do not count as the model's.
     find_target(side.device).backend().platform(side.device, EngineOptions())
     base, start = peak_memory(), time.perf_counter()
     runtime = side.open()

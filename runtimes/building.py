@@ -97,7 +97,7 @@ def check_auto(hint: Hint, shapes: Mapping[str, object], flags: Mapping[str, str
     if hint != "latency" or shapes or flags:
         asked = f"hint {hint!r}" if hint != "latency" else ", ".join([*shapes, *flags])
         raise UsageError(
-            f"precision auto compares engines for latency without shapes and flags, not with {asked}",
+            f"precision auto compares engines for latency without shapes or flags, but got {asked}",
             "name the precision",
         )
 
@@ -128,7 +128,7 @@ def _build_part(
 
 
 def _valid(bundle: Bundle, identity: cache.Identity, backend: Backend) -> BuiltEngine | None:
-    """A complete engine of this identity."""
+    """A complete engine of this identity; None if there is none."""
     for candidate in cache.candidates(bundle, identity, backend):
         if candidate.record.identity.options == identity.options and not candidate.problems:
             with contextlib.suppress(BundleError):

@@ -29,7 +29,7 @@ Verify = Literal["auto", "always", "never"]
 GOLDEN = "golden.npz"
 REPORT = "report.json"
 _CHUNK = 1 << 20
-MANIFEST_LIMIT = 16 << 20  # bytes; a manifest with 100,000 labels has 3 MB
+MANIFEST_LIMIT = 16 << 20  # bytes; a manifest with 100,000 labels is 3 MB
 _SOURCES = ("preset:", "deepmind:")  # prefixes of `export`'s sources
 _AGAIN = "copy or export the bundle again"
 NOT_SAVED = "copy the bundle to a writable directory"
@@ -52,11 +52,11 @@ class Bundle:
 
     @property
     def num_bytes(self) -> int:
-        """The size of the files that the manifest lists: not of engines and reports."""
+        """The size of the files that the manifest lists, without engines and reports."""
         return sum(entry.size for entry in self.manifest.files.values())
 
     def part(self, name: str | None = None) -> Part:
-        """The part with that name; None is the only part. Raises UsageError: no such part."""
+        """The part with that name; None selects the only part. Raises UsageError: no such part."""
         parts = self.manifest.parts
         if name is None and len(parts) == 1:
             return next(iter(parts.values()))

@@ -44,7 +44,7 @@ class Certificate(msgspec.Struct, frozen=True):
     reference is given by its name, target, engine and the SHA-256 of its graphs (for a checkpoint, of its weights).
     ``data`` is the fingerprint of the samples and their labels or targets; ``labels`` counts each label. ``caveats``
     weaken the claims: samples accepted by ``--allow-overlap``, inputs out of range, unseen labels, a very wide margin,
-    and bounds that are not exact. ``sequential`` says where a run stopped that ended once its gates were decided.
+    and bounds that are not exact. If the run ended as soon as its gates were decided, ``sequential`` says where.
     """
 
     claims: tuple[Claim, ...]
@@ -154,7 +154,7 @@ def may_be(engine: str, library: str, options: EngineOptions) -> bool:
 
 
 def flagged(flags: Mapping[str, object]) -> str:
-    """The end of an engine's name."""
+    """The flags, as they end an engine's name."""
     return "".join(f", with {name}={value}" for name, value in sorted(flags.items()))
 
 

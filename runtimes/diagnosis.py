@@ -103,7 +103,7 @@ def _intel(hardware: str) -> Finding:
     elif not files:
         found, fix = "present, without a kernel driver", _install(package)
     elif not any(os.access(file, os.R_OK | os.W_OK) for file in files):
-        found, fix = f"you may not open {found}", "sudo usermod -aG render $USER, and log in again"
+        found, fix = f"no permission to open {found}", "sudo usermod -aG render $USER, and log in again"
     return Finding(hardware, target, found, fix)
 
 

@@ -144,7 +144,7 @@ def first_line(error: BaseException) -> str:
 def require(module: str, what: str, extra: str) -> Any:
     """Import a library that may be missing.
 
-    Raises MissingDependencyError: ``what`` needs the library, which this package's ``extra`` installs.
+    Raises MissingDependencyError, which says that ``what`` needs the library and how to install ``extra``.
     """
     try:
         return importlib.import_module(module)
@@ -165,7 +165,7 @@ def install_command(extra: str) -> str:
     # An egg-info in the current folder hides the installed record, and has no direct_url.json.
     found = (one.read_text("direct_url.json") for one in metadata.distributions(name="perceiver-export"))
     origin = json.loads(next(filter(None, found), "{}"))
-    if "url" not in origin:  # pip found it by its name, and so will again
+    if "url" not in origin:  # pip found it by name, and will find it again
         return f"pip install 'perceiver-export[{extra}]'"
     if "dir_info" not in origin:
         vcs, url = origin.get("vcs_info"), origin["url"]

@@ -29,7 +29,7 @@ class Closer(Protocol):
     """An object with submitted work."""
 
     def close(self) -> None:
-        """Return when all of it is done."""
+        """Wait until all of it is done."""
 
 
 closing = False  # batchers accept no more requests
@@ -57,7 +57,7 @@ def close_at_exit(batcher: Closer) -> None:
 
 
 def arm() -> None:
-    """Move the exit hook before the hooks that engines' libraries have registered."""
+    """Make the exit hook run before the hooks that engines' libraries have registered."""
     import concurrent.futures.thread  # noqa: F401  it cannot be imported once Python shuts down
 
     global _armed
@@ -128,7 +128,7 @@ os.register_at_fork(after_in_child=_start_over)
 
 
 def answer(future: Future[Any], result: object, error: BaseException | None = None) -> None:
-    """Finish a future. What a callback raises is logged: a SystemExit would end the worker's thread."""
+    """Finish a future. Exceptions from its callbacks are logged, because a SystemExit would end the worker's thread."""
     try:
         if error is None:
             future.set_result(result)
@@ -158,7 +158,7 @@ class Workers:
         self._pool = ThreadPoolExecutor(number, "perceiver-export", lambda: threads.add(threading.get_ident()))
 
     def submit(self, call: Callable[[], Any]) -> Future[Any]:
-        """Call in a worker thread; at exit, in this thread. In a callback at exit the future never finishes."""
+        """Call in a worker thread; at exit, in this thread. At exit, a future from a callback never finishes."""
         future: Future[Any] = Future()
         try:
             self._pool.submit(_run, call, future)
@@ -172,5 +172,5 @@ class Workers:
         return threading.get_ident() in self._threads
 
     def close(self) -> None:
-        """Return when all submitted calls are done. In a future's callback return at once; the calls still finish."""
+        """Wait until all submitted calls are done. In a future's callback, return at once; the calls still finish."""
         self._pool.shutdown(wait=not self.in_callback())

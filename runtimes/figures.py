@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Figures that `bench --save` keeps in a bundle's report.json, and whether they were measured on a platform like this.
+"""The figures that `bench --save` keeps in a bundle's report.json, by CPU model and target.
 
-They are kept by CPU model and target. Figures of another engine version, device, driver, instruction set or number of
-cores do not count here, and a new measurement replaces them.
+Figures from another engine version, device, driver, instruction set or number of cores are ignored here, and a new
+measurement replaces them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Times = dict[str, tuple[float, float, float]]  # by precision, quartiles of the 
 
 
 class Measured(msgspec.Struct, frozen=True):
-    """A target's figures: milliseconds per call, samples per second, and samples per call; and of what they are."""
+    """A target's figures (milliseconds per call, samples per second, samples per call) and how they were measured."""
 
     p50: float
     throughput: float = 0.0
@@ -44,7 +44,7 @@ class Relative(msgspec.Struct, frozen=True):
 
 
 def platform_of(target: str) -> str:
-    """All that times on a target depend on here beside the CPU model. No library is imported for a CPU target.
+    """Everything besides the CPU model that affects times on a target here. CPU targets import no library.
 
     Raises DeviceError, MissingDependencyError.
     """
@@ -57,20 +57,20 @@ def platform_of(target: str) -> str:
 
 
 def timed_as(target: str, threads: int | None) -> str:
-    """The name of a target in the report's relative times, which another number of threads changes."""
+    """The key of a target's relative times in the report; it includes the number of threads, if given."""
     return target if threads is None else f"{target}, {threads} threads"
 
 
 def measurements(bundle: Path) -> dict[str, dict[str, Measured]]:
-    """The figures by CPU model and target, of any platform. Raises BundleError: the section is not of that form."""
+    """The figures by CPU model and target, from any platform. Raises BundleError: the section is malformed."""
     try:
         return converted(read_report(bundle).get("bench", {}), dict[str, dict[str, Measured]])
     except msgspec.ValidationError as error:
-        raise BundleError(f"`bench` of {bundle / REPORT} is unusable: {error}", "run `bench --save` again") from error
+        raise BundleError(f"`bench` in {bundle / REPORT} is unusable: {error}", "run `bench --save` again") from error
 
 
 def median_latency(bundle: Bundle, target: str, threads: int | None) -> float | None:
-    """Milliseconds per call in the bundle's own precision and with these threads; None without steady ones of here."""
+    """Milliseconds per call, in the bundle's precision with these threads; None without steady figures for here."""
     with contextlib.suppress(PerceiverExportError):
         found = measurements(bundle.path).get(cpu_name(), {}).get(target)
         if found is not None and found.platform == platform_of(target):
@@ -80,7 +80,7 @@ def median_latency(bundle: Bundle, target: str, threads: int | None) -> float | 
 
 
 def relative_times(bundle: Path, target: str, threads: int | None = None) -> Times:
-    """As `bench --precision auto --save` measured them here; empty if nobody did."""
+    """The relative times that `bench --precision auto --save` measured here; empty if there are none."""
     with contextlib.suppress(PerceiverExportError, msgspec.ValidationError):
         saved = converted(read_report(bundle).get("precisions", {}), dict[str, dict[str, Any]])
         if own := saved.get(cpu_name(), {}).get(timed_as(target, threads)):
@@ -109,9 +109,9 @@ def save_figures(bundle: Path, section: str, new: Mapping[str, Any]) -> None:
 def save_relative(
     bundle: Path, targets: Iterable[str], threads: int | None, timed: Sequence[tuple[str, str, Array]]
 ) -> None:
-    """Save times relative to fp32's, from target, precision and times in turn. Raises BundleError.
+    """Save times relative to fp32's; ``timed`` has (target, precision, times). Raises BundleError.
 
-    A target without fp32's times gets none: older figures must not outlive new ones that decide nothing.
+    A target without fp32 times gets an empty entry, so that older figures do not survive an inconclusive measurement.
     """
     found = {target: Relative("", {}) for target in targets}
     exact = {target: times for target, precision, times in timed if precision == "fp32"}

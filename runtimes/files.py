@@ -30,13 +30,13 @@ logging.getLogger("perceiver_export").addHandler(logging.NullHandler())
 _log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
-JSON_LIMIT = 64 << 20  # bytes; a manifest with 100,000 labels has 3 MB
+JSON_LIMIT = 64 << 20  # bytes; a manifest with 100,000 labels is 3 MB
 _DEEPEST = 100  # levels of nested JSON; this package's files have 10
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*")
 _PARTIAL, _NEW, _OLD = ".partial", ".new", ".old"
 _SECONDS = 60.0  # the writer of an older `.new` file died before it could lock the file
-FIRST_USE = threading.Lock()  # while a library sets up what two threads must not set up at once
+FIRST_USE = threading.Lock()  # held while a library sets up state that two threads must not set up at once
 os.register_at_fork(after_in_child=FIRST_USE._at_fork_reinit)  # type: ignore[attr-defined]
 _decoder = functools.cache(msgspec.json.Decoder)
 _AT_CWD, _EXCHANGE = -100, 2  # renameat2's AT_FDCWD and RENAME_EXCHANGE
@@ -72,19 +72,19 @@ def read_bytes(path: Path, limit: int = JSON_LIMIT) -> bytes:
 
 
 def decoder(kind: Any) -> Any:
-    """msgspec's reader of ``kind`` from JSON. msgspec 0.22 crashes if two threads use a type first at the same time."""
+    """msgspec's JSON decoder for ``kind``. msgspec 0.22 crashes if two threads first use a type at the same time."""
     with FIRST_USE:
         return _decoder(kind)
 
 
 def converted(value: object, kind: type[_T]) -> _T:
-    """Lists and dicts as ``kind``. Raises msgspec.ValidationError."""
+    """Convert lists and dicts to ``kind``. Raises msgspec.ValidationError."""
     decoder(kind)
     return msgspec.convert(value, kind)
 
 
 def decode_json(content: bytes, kind: type[_T]) -> _T:
-    """JSON as ``kind``. Raises ValueError: not JSON, another type, or nested too deeply."""
+    """Decode JSON to ``kind``. Raises ValueError: not JSON, of another type, or nested too deeply."""
     depth = 0
     for bracket in content.translate(None, _NOT_BRACKETS):
         depth += 1 if bracket in b"[{" else -1
@@ -229,7 +229,7 @@ def replacing(path: Path, *, directory: bool = False, overwrite: bool = True) ->
 def exchange(first: Path, second: Path) -> None:
     """Swap two directories by one renameat2 if the file system supports it, else by three renames. Raises OSError.
 
-    If the process is killed between the renames, ``second`` is left under the name for which `recover` looks.
+    If the process is killed between the renames, ``second`` is left under a name that `recover` finds.
     """
     if _exchanged(first, second):
         return

@@ -33,13 +33,13 @@ _MOST = (1 << 31) - 1  # of a dimension
 _TENSOR = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:/-]{0,199}")
 NAMING = "name tensors with at most 200 letters, digits and _ . : / -"
 DType = Literal["float32", "int32", "int64", "uint8", "bool"]
-# The meaning of an output: logits of which one class applies (softmax), logits of which several labels may apply
+# The meaning of an output: logits of exclusive classes (softmax), logits of labels of which several may apply
 # (sigmoid), plain values, or anything else.
 OutputKind = Literal["single-label", "multi-label", "regression", "none"]
 
 
 def misfit(message: str) -> BundleError:
-    """The error for a manifest that cannot be right."""
+    """The error for an inconsistent manifest."""
     return BundleError(message, "export the bundle again")
 
 
@@ -58,7 +58,7 @@ class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     values: tuple[int, int] | None = None
 
     def limits(self, axis: int) -> tuple[int, int]:
-        """The smallest and the largest size of a dimension. A name in a plain ONNX file has no range: any size fits."""
+        """The smallest and largest size of a dimension. A named dimension of a plain ONNX file has no range."""
         size = self.shape[axis]
         return (size, size) if isinstance(size, int) else self.ranges.get(size, (1, _MOST))
 
@@ -192,9 +192,9 @@ def interface(manifest: Manifest) -> tuple[tuple[TensorSpec, ...], tuple[TensorS
 
 
 def index_input(specs: Iterable[TensorSpec]) -> TensorSpec | None:
-    """The input of a decoder that chooses queries by their indices; None for a decoder that computes all of them.
+    """The input with which a decoder selects queries by index; None if the decoder computes all of them.
 
-    It is called `queries`, but `query_indices` where the model itself has an input `queries`.
+    It is named `queries`, or `query_indices` if the model itself has an input `queries`.
     """
     integers = {spec.name: spec for spec in specs if spec.dtype == "int32"}
     return integers.get("query_indices", integers.get("queries"))
@@ -240,7 +240,7 @@ def default_kinds(task: str, labels: tuple[str, ...], outputs: Iterable[str]) ->
 
 
 def assumed_note(manifest: Manifest) -> str:
-    """The note in a manifest by an older version whose kinds of outputs are assumed; empty in other manifests."""
+    """The note that an older version wrote the manifest and its output kinds are assumed; empty if there is none."""
     return next((note for note in manifest.notes if note.startswith(ASSUMED)), "")
 
 
@@ -274,7 +274,7 @@ class _Image(msgspec.Struct, forbid_unknown_fields=True):
 
 
 def _with_steps(manifest: dict[str, Any]) -> dict[str, Any]:
-    """Convert image preprocessing of schema version 1, which cropped, resized, scaled and normalised in this order."""
+    """Convert image preprocessing of schema version 1, which cropped, resized, scaled and normalized in this order."""
     given = manifest.get("preprocessing")
     if not isinstance(given, dict) or given.get("type") != "image":
         return manifest

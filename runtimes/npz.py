@@ -24,7 +24,7 @@ from perceiver_export.runtimes.files import parsing
 LIMIT = 2 << 30  # bytes read at once, for all arrays of a file together
 _LONGEST_HEADER = 10_000  # numpy's own limit
 _KINDS = "biufUS"  # booleans, numbers, and strings, which may be labels
-_SAVE = "write it with numpy.savez, and only arrays of numbers"
+_SAVE = "write it with numpy.savez, with arrays of numbers only"
 
 
 class Header(NamedTuple):

@@ -40,7 +40,7 @@ from perceiver_export.runtimes.runtime import Runtime
 _log = logging.getLogger(__name__)
 
 _PLAIN = EngineOptions()
-_MOST_THREADS = 1024  # onnxruntime starts any number of threads, thousands take minutes
+_MOST_THREADS = 1024  # onnxruntime accepts any number; starting thousands takes minutes
 
 
 @exits.awaited
@@ -61,7 +61,7 @@ def open_parts(
     if precision is not None:
         check_choice("precision", precision, get_args(PrecisionChoice))
     if precision == "auto" and hint != "latency":
-        raise UsageError(f"precision auto compares engines for latency, and hint is {hint!r}", "name the precision")
+        raise UsageError(f"precision auto compares engines for latency, but hint is {hint!r}", "name the precision")
     opened = open_bundle(bundle, verify)
     _check_arithmetic(opened)
     _log.debug("%s: verified %s, task %s", opened.path, verify, opened.manifest.task)
@@ -81,7 +81,7 @@ def open_parts(
 
         return join(opened, {name: loader.load(name) for name in opened.manifest.parts})
     except PerceiverExportError as error:
-        _log.info("%s is refused on %s, and no other target takes its place: %s", opened.path, device, error.message)
+        _log.info("%s cannot run on %s, and no other target is used instead: %s", opened.path, device, error.message)
         raise
 
 
@@ -101,8 +101,8 @@ def open_engine(
     inputs: tuple[TensorSpec, ...] = (),
     plan: MemoryPlan | None = None,
 ) -> Engine:
-    """Compile a graph for a target. ``inputs`` are told to engines that keep several names of one; ``plan`` says how
-    much memory the graph needs.
+    """Compile a graph for a target. ``inputs`` gives the names to use if the engine keeps several names of an input;
+    ``plan`` says how much memory the graph needs.
 
     Raises DeviceError, EngineError, MissingDependencyError, UsageError.
     """
@@ -111,8 +111,8 @@ def open_engine(
     target = find_target(device)
     if target.needs_engine:
         raise EngineError(
-            f"{device} compiles for minutes, which is not done for a plain ONNX file",
-            "make a bundle of it with `perceiver-export export`, then `perceiver-export build`",
+            f"{device} needs a built engine, because it compiles for minutes, and a plain ONNX file has none",
+            "make a bundle of it with `perceiver-export export`, then run `perceiver-export build`",
         )
     backend = target.backend()
     backend.platform(device, options)
@@ -124,9 +124,9 @@ def engine_for(
 ) -> tuple[Source, cache.Candidate | None, tuple[cache.Candidate, ...]]:
     """The engine that `load` uses for the part ``name``. No engine is deserialized.
 
-    Gives the part's graph with the options of that engine; the engine, None if there is none for here; and the engines
-    of this target, hint and ``precision`` (None: any) that cannot be used here, of which the first is compiled again.
-    Raises BundleError, DeviceError, MissingDependencyError.
+    Returns the part's graph with the options of that engine; the engine, or None if none can be used here; and if None,
+    the unusable engines of this target, hint and ``precision`` (None: any), newest first: `load` compiles with the
+    first one's options. Raises BundleError, DeviceError, MissingDependencyError.
     """
     backend = find_target(target).backend()
     source = cache.make_source(bundle, bundle.manifest.parts[name], target, options)
@@ -160,7 +160,7 @@ class _Loader(msgspec.Struct, frozen=True):
     check_finite: bool
 
     def load(self, name: str | None) -> Runtime:
-        """Load one part; None is the only one."""
+        """Load one part; None selects the only one."""
         bundle, part, target = self.bundle, self.bundle.part(name), find_target(self.device)
         key = next(key for key, value in bundle.manifest.parts.items() if value is part)
         options = EngineOptions(precision=self.precision or "fp32", hint=self.hint)
@@ -187,7 +187,7 @@ class _Loader(msgspec.Struct, frozen=True):
     def _check_whole(self, found: cache.Candidate) -> str:
         """The engine's directory. Raises EngineError: its files were changed.
 
-        A library runs an engine, but only parses a graph: "never" spares only the bundle's own files.
+        A library executes an engine, but only parses a graph, so "never" skips only the bundle's own files.
         """
         try:
             cache.check_engine(found, "auto" if self.verify == "never" else self.verify)
@@ -197,7 +197,7 @@ class _Loader(msgspec.Struct, frozen=True):
         return str(found.directory)
 
     def _compile_again(self, target: Target, stale: tuple[cache.Candidate, ...]) -> str:
-        """How `describe` says that the graph is compiled at load, and why no built engine is used.
+        """The text in `describe` that the graph is compiled at load and, if engines exist, why none can be used.
 
         Raises EngineError: the target never compiles at load.
         """
@@ -205,8 +205,8 @@ class _Loader(msgspec.Struct, frozen=True):
         why = cache.unreadable(self.bundle, target.name)
         if stale:
             precision = stale[0].record.identity.options.precision
-            why = f"the engine in {stale[0].directory} is not for here: {'; '.join(stale[0].problems)}"
-            hint = "" if stale[0].trusted else f"; or name the key that it was built with in {cache.ENVIRONMENT}"
+            why = f"the engine in {stale[0].directory} cannot be used here: {'; '.join(stale[0].problems)}"
+            hint = "" if stale[0].trusted else f"; or set {cache.ENVIRONMENT} to the key file that signed it"
         hint = self._rebuild(precision) + hint
         if target.needs_engine:
             missing = f"no engine of {self.bundle.path} was built for {target.name} here ({precision})"
@@ -247,7 +247,7 @@ def _check_arithmetic(bundle: Bundle) -> None:
 
     if saturates():
         raise DeviceError(
-            "this CPU has no VNNI: it adds int8 products in 16 bits, and weights of 8 bits overflow them",
+            "this CPU has no VNNI: it adds int8 products in 16 bits, where products of 8-bit weights overflow",
             "quantize again with --weight-bits 7",
         )
 

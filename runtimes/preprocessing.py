@@ -50,7 +50,7 @@ class CenterCrop(msgspec.Struct, frozen=True, tag="center-crop", forbid_unknown_
 
 
 class CenterCropShare(msgspec.Struct, frozen=True, tag="center-crop-share", forbid_unknown_fields=True):
-    """Crop to the middle, to ``vertical`` and ``horizontal`` shares of the shorter side; above 1 pad with zeros.
+    """Crop the middle to ``vertical`` and ``horizontal`` shares of the shorter side; shares above 1 pad with zeros.
 
     If an odd number of pixels is cut off, transformers' Perceiver starts half a pixel above and to the left of the
     exact position, DeepMind's code (``round_up``) below and to the right of it.
@@ -120,7 +120,7 @@ class TextPreprocessing(msgspec.Struct, frozen=True, tag="text", forbid_unknown_
 
     @property
     def cut(self) -> int | None:
-        """The number of tokens to which a longer text is cut; None if it is an error."""
+        """The number of tokens to which a longer text is cut; None if a longer text is an error."""
         return min(self.max_tokens or self.length, self.length) if self.truncate else None
 
 

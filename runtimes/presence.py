@@ -92,8 +92,8 @@ def choose_target(bundle: Bundle, precision: PrecisionChoice | None = None, thre
     It is the first target for which a certificate of the bundle is valid here. Without one, it is the first target in
     the table that is present and, if compiling takes minutes, has an engine for this machine. Of the two CPU targets,
     the one that `bench --save` measured to be faster here, in the bundle's own precision and with the same ``threads``,
-    comes first; without such figures, ort-cpu. A target that computes only in a lower precision needs a certificate, or
-    that ``precision`` asked for. ``precision`` and ``threads`` are the engine's, as in `load`.
+    comes first; without such figures, ort-cpu. A target that computes only in a lower precision needs a certificate,
+    unless ``precision`` asks for it. ``precision`` and ``threads`` are the engine's, as in `load`.
 
     Raises MissingDependencyError: no target is present.
     """
@@ -122,11 +122,11 @@ def choose_target(bundle: Bundle, precision: PrecisionChoice | None = None, thre
 def choose_precision(
     bundle: Bundle, target: str, threads: int | None = None, options: EngineOptions | None = None
 ) -> Precision:
-    """The precision for ``precision="auto"``: the fastest that has a certificate that holds here, else fp32.
+    """The precision for ``precision="auto"``: the fastest with a certificate that is valid here, else fp32.
 
-    Only one that `bench --precision auto --save` found faster than fp32 here, by its spread and with the
-    same ``threads``, is taken. ``options`` are those of engines that `build` is to make; None: of those that `load`
-    takes.
+    It must be one that `bench --precision auto --save` found faster than fp32 here, in three quarters of the pairs of
+    blocks and with the same ``threads``. ``options`` are those of the engines that `build` will make; None means the
+    engines that `load` would use.
     """
     faster = _faster(relative_times(bundle.path, target, threads))
     chosen: Precision = next((one for one in faster if certificates_for(bundle, target, one, options)), "fp32")
@@ -141,9 +141,9 @@ def _faster(times: Times) -> tuple[Precision, ...]:
 
 
 def precision_advice(bundle: Bundle, target: str, threads: int | None = None) -> str:
-    """One line on a precision that is faster than fp32 on a target, or may be, with the command to type for it.
+    """One line on a precision that is or may be faster than fp32 on a target, with the command to measure or use it.
 
-    Empty where there is none, or where `bench --precision auto --save` found none.
+    Empty if the target has none, or if `bench --precision auto --save` found none.
     """
     name, times = shlex.quote(str(bundle.path)), relative_times(bundle.path, target, threads)
     faster = _faster(times)
@@ -156,23 +156,23 @@ def precision_advice(bundle: Bundle, target: str, threads: int | None = None) ->
         return f"{faster[0]} may be faster; to measure it: perceiver-export bench {on} --precision auto --save"
     found = f"{faster[0]} takes {times[faster[0]][1]:.2f} × the time of {bundle.manifest.precision} on {target}"
     if choose_precision(bundle, target, threads) == faster[0]:
-        return f"{found}, and is certified: --precision auto takes it"
+        return f"{found}, and is certified: --precision auto uses it"
     against = name if bundle.manifest.precision == "fp32" else "FP32_BUNDLE"  # a quantized reference certifies nothing
     check = f"perceiver-export validate {on} --precision {faster[0]} --data DATA --against {against}"
     return f"{found}; to certify it: {check} {_gate(bundle.manifest)} --certify"
 
 
 def _gate(manifest: Manifest) -> str:
-    """A gate of `validate` for answers that are right or wrong; of others only the user knows the limit."""
+    """A gate of `validate` for answers that are right or wrong; for other answers, only the user knows the limit."""
     judged, task = judged_output(manifest), manifest.task
     right = task != "video-autoencoding" and judged is not None and judged[1] != "regression"
     return "--max-drop 1" if right or task == "fill-mask" else "--max-metric-change LIMIT"
 
 
 def advice_here(bundle: Bundle, target: str = "", threads: int | None = None) -> str:
-    """`precision_advice` on a target; on a CPU with instructions for 16 bits, on the first of its targets that has one.
+    """`precision_advice` for a target; for a CPU with 16-bit instructions, the first advice for any of its targets.
 
-    Empty where a library does not load: advice is no reason to fail.
+    Empty if a library does not load, because missing advice must not fail a command.
     """
     names = _CPU_TARGETS if target in ("", *_CPU_TARGETS) else (target,)
     if names is _CPU_TARGETS and not _HALVES & set(cpu_features()):

@@ -23,14 +23,14 @@ __all__ = ["Array", "Engine", "Feeds", "Runtime"]
 
 _IN_FLIGHT = 2  # one runs while the next is prepared
 _FIXED = "give that shape, or export again with --batch or --shape"
-_BATCH = "the first dimension is the batch: array[None] adds it"
+_BATCH = "add the batch as the first dimension: array[None]"
 _RANGES = "give sizes in that range, the same for all inputs, or export again with another --batch"
-_HUGE = 1e8  # masks fill with values of at least this size, beside which all others would be nothing
-_STEADY = 0.25  # the largest share of the median between the quartiles of times that still decide
+_HUGE = 1e8  # fill values of masks have at least this magnitude, and would dwarf all others
+_STEADY = 0.25  # the largest interquartile range of steady times, as a share of the median
 
 
 class FeedChecks:
-    """The checks of one graph's inputs and outputs, prepared once. ``check_finite``: inputs have no NaN or infinity."""
+    """The checks of one graph's inputs and outputs, prepared once. ``check_finite`` also rejects NaN and infinity."""
 
     def __init__(
         self, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...], *, check_finite: bool = False
@@ -124,7 +124,7 @@ def check_shape(
 def check_values(array: Array, spec: TensorSpec) -> None:
     """Raise InputError for an integer outside the input's range.
 
-    An engine would read outside a table, or from its end, without an error.
+    An engine would silently read outside a table, or from its end.
     """
     if spec.values is None or not array.size:
         return
@@ -210,9 +210,9 @@ class Runtime:
     def submit(self, feeds: Feeds) -> Future[dict[str, Array]]:
         """`run` in the background. The arrays in ``feeds`` must not change until the future is done.
 
-        It runs in one of two threads, or of as many as the device recommends. The future raises what `run` would raise;
-        only RuntimeClosedError is raised here. A future's callback may submit and close, but must not wait for another
-        future, because its thread also finishes the others.
+        It runs in a pool of two threads, or of as many as the device recommends. The future raises what `run` would
+        raise; only RuntimeClosedError is raised here. A future's callback may submit and close, but must not wait for
+        another future, because its thread also finishes the others.
         """
         if exits.ending and not exits.hold():
             return Future()  # in a callback at exit: nothing waits for this future
@@ -292,10 +292,10 @@ class Runtime:
 class Comparison(msgspec.Struct, frozen=True):
     """The largest absolute difference, as a share of the reference's largest absolute value (``scale``).
 
-    Values of 1e8 and more that are alike, with which masks fill, do not count in the scale, and each is compared with
-    itself. Of integers it is the share of unequal ones, and ``scale`` is their number.
+    Fill values of masks (all of similar magnitude, 1e8 or more) do not count in the scale; their differences are
+    relative to themselves. For integers, the difference is the share of unequal ones, and ``scale`` is their number.
 
-    It is true if the difference is within the tolerance. NaN never is, infinity only where both arrays have the same.
+    It is true if the difference is within the tolerance. NaN never is; infinity is only if both arrays have the same.
     """
 
     difference: float
@@ -306,7 +306,7 @@ class Comparison(msgspec.Struct, frozen=True):
         return bool(np.isfinite(self.difference)) and self.difference <= self.tolerance
 
     def __str__(self) -> str:
-        return f"differs by a share of {self.difference:.1e} of {self.scale:.3g}, {self.tolerance:.0e} allowed"
+        return f"differs by {self.difference:.1e} of its scale, {self.scale:.3g}; {self.tolerance:.0e} is allowed"
 
 
 def compare(found: Array, reference: Array, tolerance: float) -> Comparison:
@@ -320,7 +320,7 @@ def compare(found: Array, reference: Array, tolerance: float) -> Comparison:
     size = np.abs(exact)
     finite, huge = np.isfinite(size), size >= _HUGE
     fills = size[huge & finite]
-    alike = fills.size == 0 or fills.max() <= 4 * fills.min()  # else they are results
+    alike = fills.size == 0 or fills.max() <= 4 * fills.min()  # otherwise they are results
     usual = finite & ~huge if alike else finite
     scale = float(np.max(size, initial=0.0, where=usual))
     with np.errstate(invalid="ignore"):  # between infinities
@@ -330,13 +330,13 @@ def compare(found: Array, reference: Array, tolerance: float) -> Comparison:
 
 
 def quartiles(values: Array) -> tuple[float, float, float]:
-    """25 %, 50 % and 75 %."""
+    """The 25 %, 50 % and 75 % quantiles."""
     low, median, high = map(float, np.quantile(values, [0.25, 0.5, 0.75]))
     return low, median, high
 
 
 def fastest(times: Array) -> tuple[int, ...]:
-    """The rows of ``times`` (sides, rounds), all measured in turn, with the least median, and those that tie with it.
+    """The indices of the row of ``times`` (sides, rounds) with the smallest median, and of the rows that tie with it.
 
     A side ties if its ratio to the fastest, round by round, is 1 or less in a quarter of the rounds.
     """
@@ -345,6 +345,6 @@ def fastest(times: Array) -> tuple[int, ...]:
 
 
 def scattered(where: str, low: float, median: float, high: float) -> str:
-    """Why times of these quartiles, in milliseconds, do not decide; empty where they do."""
+    """Why times with these quartiles (in milliseconds) are too unsteady to compare; empty if they are steady."""
     found = f"half of the times of {where} lie between {low:.3f} and {high:.3f} ms; measure again on a quiet machine"
     return found * (high - low > _STEADY * median)

@@ -56,7 +56,7 @@ def decode(
 
 
 def queries_a_call(indices: TensorSpec, count: int) -> int:
-    """How many of ``count`` queries a decoder with this input of indices takes in a call."""
+    """How many of ``count`` queries a decoder with this input of indices takes per call."""
     least, most = indices.limits(1)
     return max(least, min(most, count))
 
@@ -115,7 +115,7 @@ class JoinedEngine:
         return dict(out)
 
     def describe(self) -> dict[str, Any]:
-        """The encoder's; precision, arithmetic and flags are those of all parts: "bf16, fp32" where they differ."""
+        """The encoder's, but with the precision, arithmetic and flags of all parts: "bf16, fp32" if they differ."""
         parts = [self._encoder.describe(), *(decoder.describe() for decoder, _ in self._decoders.values())]
         described = {name: value for name, value in parts[0].items() if name != "certificates"}
         for name in ("precision", "arithmetic"):
@@ -137,7 +137,7 @@ def _check(manifest: Manifest) -> None:
     decoders = {part.outputs[0].name: part for name, part in manifest.parts.items() if name != "encoder"}
     if not manifest.outputs or decoders.keys() != {spec.name for spec in manifest.outputs}:
         outputs = [spec.name for spec in manifest.outputs]
-        raise misfit(f"the bundle has the outputs {outputs} but decoders of {sorted(decoders)}")
+        raise misfit(f"the bundle has the outputs {outputs} but decoders for {sorted(decoders)}")
     for spec in manifest.outputs:
         part, elements = decoders[spec.name], _elements(spec)
         takes_queries = index_input(part.inputs) is not None

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The interface of a backend: six functions in one module, named in the table of targets.
 
-    platform      everything that an engine of this target depends on beside its model: library, device, driver
-    differences   why an engine that was built on one platform is not for another
+    platform      everything besides the model on which an engine of this target depends: library, device, driver
+    differences   why an engine that was built on one platform cannot be used on another
     flags         the settings of its library that a user may choose
-    precisions    the types that the device computes in
+    precisions    the types in which the device computes
     compile       a graph -> engine files in a directory
-    open          those files, or the graph itself where compiling takes seconds -> an `Engine`
+    open          those files, or the graph itself if compiling takes seconds -> an `Engine`
 
-A backend imports its library inside these functions, and turns its exceptions into ours there. The table of targets
-lists the hardware of each, its engine, and how to install that.
+A backend imports its library inside these functions, and turns the library's exceptions into ours there. The table of
+targets lists the hardware and the library of each, and how to install the library.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ Progress = Callable[[str, int, int | None], None]  # description, steps done, st
 
 
 class Platform(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Everything that an engine depends on beside its model. Strings are empty if a target has no such thing."""
+    """Everything besides the model on which an engine depends. Strings that do not apply to a target are empty."""
 
     library: str  # onnxruntime
     version: str
-    device: str  # its name, with what decides about kernels: "NVIDIA Orin (sm_87)"
+    device: str  # its name, with the architecture that selects kernels: "NVIDIA Orin (sm_87)"
     driver: str = ""
     features: tuple[str, ...] = ()  # instruction sets
 
@@ -49,7 +49,7 @@ class Platform(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class EngineOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A user's choices for a compiled engine. All are in the engine's key.
 
-    ``shapes`` has, for each named dimension, the least, the best and the largest size; ``flags`` are a backend's own.
+    ``shapes`` has the smallest, best and largest size of each named dimension; ``flags`` are a backend's own.
     """
 
     precision: Precision = "fp32"
@@ -71,7 +71,7 @@ class Source(msgspec.Struct, frozen=True):
 
     @property
     def engine_precision(self) -> Precision:
-        """The precision that was asked for, or the only one that the target computes in."""
+        """The requested precision, or the only one in which the target computes."""
         return find_target(self.target).computes or self.options.precision
 
     @property
@@ -82,13 +82,13 @@ class Source(msgspec.Struct, frozen=True):
 
     @property
     def flags_described(self) -> dict[str, Any]:
-        """``flags`` as `Engine.describe` gives them: they may change answers. Empty without flags."""
+        """The ``flags`` entry of `Engine.describe`, because flags may change outputs; empty without flags."""
         return {"flags": self.options.flags} if self.options.flags else {}
 
 
 class Kernel(NamedTuple):
-    """What an engine runs for some nodes of a graph. ``names``: the nodes and tensors that it computes; ``precision``:
-    the type of what it reads; ``num_bytes``: what it reads and writes; ``times``: milliseconds of each call.
+    """A kernel of an engine. ``names``: the graph's nodes and tensors that it computes; ``precision``: the type that
+    it reads; ``num_bytes``: the bytes that it reads and writes; ``times``: milliseconds of each call.
     """
 
     names: tuple[str, ...]
@@ -100,7 +100,7 @@ class Kernel(NamedTuple):
 
 
 class Engine(Protocol):
-    """One compiled graph. All of it is called from several threads at once.
+    """One compiled graph. Several threads may call it at once.
 
     It is closed by dropping the last reference to it, which happens when no call is in flight.
     """
@@ -112,8 +112,8 @@ class Engine(Protocol):
         """Run on checked feeds. The outputs are the arrays in ``out``, or new ones; the caller owns them."""
 
     def describe(self) -> dict[str, Any]:
-        """Target, device, engine (its library), version, threads; precision where it is not the bundle's, and ``flags``
-        where there are any. ``arithmetic`` is what the engine itself says that it computes in, where it can be asked.
+        """Target, device, engine (its library), version, threads; precision if it is not the bundle's, and ``flags`` if
+        there are any. ``arithmetic`` has the types in which the engine says that it computes, if it can say.
         """
 
 
@@ -124,13 +124,13 @@ class Backend(Protocol):
         """This machine's platform. Cheap: it loads no graph. Raises if the target cannot run (or be built for) here."""
 
     def differences(self, built: Platform, here: Platform) -> tuple[str, ...]:
-        """Why an engine built there is not for here, one phrase each; empty where it is. `exact` asks for equality."""
+        """Why an engine built there cannot be used here, one phrase per reason; empty if it can. See `exact`."""
 
     def flags(self, target: str) -> Flags:
-        """Settings of the library that may be given by name, with their values. See `flags.py`."""
+        """The library's settings that a user may choose, with the accepted values. See `flags.py`."""
 
     def precisions(self, target: str) -> tuple[Precision, ...]:
-        """Precisions below fp32 that `compile` takes and the device computes in, not only stores.
+        """Precisions below fp32 that `compile` accepts and in which the device computes, not only stores.
 
         Raises as `platform` does.
         """
@@ -139,14 +139,14 @@ class Backend(Protocol):
         """Write engine files into ``directory``, which is empty. Raises BuildError, BundleError."""
 
     def open(self, source: Source, directory: Path | None, threads: int | None) -> Engine:
-        """Open what `compile` wrote; None: compile the graph now. Raises EngineError, BundleError.
+        """Open the files that `compile` wrote; with None, compile the graph now. Raises EngineError, BundleError.
 
-        A target that the table says ``needs_engine`` is never opened with None.
+        A target that ``needs_engine`` is never opened with None.
         """
 
 
 def exact(built: Platform, here: Platform) -> tuple[str, ...]:
-    """`differences` of backends whose engines run only on the very platform that they were built on."""
+    """`differences` for engines that run only on exactly the platform on which they were built."""
     facts = (
         ("library", f"{built.library} {built.version}", f"{here.library} {here.version}"),
         ("device", built.device, here.device),
@@ -154,14 +154,14 @@ def exact(built: Platform, here: Platform) -> tuple[str, ...]:
         ("instruction sets", " ".join(built.features), " ".join(here.features)),
     )
     return tuple(
-        f"it was built for the {what} {theirs or 'none'}, here is {ours or 'none'}"
+        f"it was built for the {what} {theirs or 'none'}, but this machine has {ours or 'none'}"
         for what, theirs, ours in facts
         if theirs != ours
     )
 
 
 class Target(msgspec.Struct, frozen=True):
-    """Where an engine runs. Any of ``distributions`` has the library; ``extra`` installs the first."""
+    """Where an engine runs. Any of ``distributions`` contains the library; ``extra`` installs the first."""
 
     name: str
     module: str
@@ -169,12 +169,12 @@ class Target(msgspec.Struct, frozen=True):
     extra: str
     hardware: str
     needs_engine: bool = False  # compiling takes minutes, so `load` never does it
-    computes: Precision | None = None  # in which precision, whatever is asked for; None: in that which is asked for
-    index: str = ""  # where the distributions are, if not where pip looks by itself
+    computes: Precision | None = None  # its only precision; None: the requested one
+    index: str = ""  # the package index of the distributions, if it is not pip's default
 
     @property
     def install(self) -> str:
-        """The command that brings the engine's library."""
+        """The command that installs the engine's library."""
         return install_command(self.extra) + self.from_index
 
     @property
@@ -183,7 +183,7 @@ class Target(msgspec.Struct, frozen=True):
         return f" --extra-index-url {self.index}" if self.index else ""
 
     def lowering(self, precision: str) -> str:
-        """The name under which a bundle has the graph for this target: TensorRT has one for each precision."""
+        """The name under which a bundle has the graph for this target. TensorRT has one graph per precision."""
         return f"tensorrt-{precision}" if self.module == "tensorrt" else self.name
 
     def backend(self) -> Backend:
@@ -217,7 +217,7 @@ _TABLE = (
     Target("openvino-cpu", "openvino", ("openvino",), "openvino", "CPU"),
 )
 
-# In the order in which `device="auto"` looks at them.
+# In the order in which `device="auto"` tries them.
 TARGETS = {target.name: target for target in _TABLE}
 
 
@@ -239,5 +239,5 @@ def find_target(name: str) -> Target:
         f"there is no target {name!r}",
         (f"did you mean {' or '.join(near)}? " if near else "")
         + f"give one of {', '.join(TARGETS)}, or ort-NAME for another execution provider of ONNX Runtime, such as "
-        "ort-dnnl; `auto` chooses: a certified target first",
+        "ort-dnnl; `auto` chooses one, a certified target first",
     )

@@ -92,8 +92,8 @@ def flags(target: str) -> Flags:
 
 
 def precisions(target: str) -> tuple[Precision, ...]:
-    """Those that the plugin optimizes for. A CPU without fp16 arithmetic stores fp16, and computes in fp32."""
-    platform(target, EngineOptions())  # raises where there is no such device
+    """Those for which the plugin optimizes: not fp16 on a CPU that stores fp16 but computes in fp32."""
+    platform(target, EngineOptions())  # raises if there is no such device
     halves: tuple[Precision, ...] = ("fp16", "bf16")
     capabilities = _core().get_property(DEVICES[target], "OPTIMIZATION_CAPABILITIES")
     return tuple(precision for precision in halves if precision.upper() in capabilities)
@@ -165,11 +165,11 @@ def _with_half_weights(openvino: Any, core: Any, model: Any) -> Any:
 
 
 def _transpose_shared_weights(openvino: Any, model: Any, every: bool) -> None:
-    """Float weights that several products share, as the plugin reads them: (outputs, inputs).
+    """Store float weights that several products share in the layout that the plugin reads: (outputs, inputs).
 
-    OpenVINO 2026.4 gives wrong answers where a square weight is used both as it is and transposed. With ``every``, for
-    bf16, all that are shared: it transposes and converts others at each use, eight times the bf16 weights of a
-    Perceiver whose blocks share theirs.
+    OpenVINO 2026.4 gives wrong answers if a square weight is used both as it is and transposed, so such weights always
+    change. With ``every`` (for bf16), all shared weights change: OpenVINO would transpose and convert the others once
+    per use, which takes eight times the bf16 weights of a Perceiver whose blocks share theirs.
     """
     for held in model.get_ops():
         if held.get_type_name() != "Constant" or held.get_element_type() != openvino.Type.f32 or len(held.shape) != 2:

@@ -24,7 +24,7 @@ from perceiver_export.runtimes.errors import DeviceError
 from perceiver_export.runtimes.manifest import DType, TensorSpec
 
 DEVICES = {"openvino-cpu": "CPU", "openvino-gpu": "GPU", "openvino-npu": "NPU"}
-_DEQUANTIZATION = "/DequantizationMultiply"  # OpenVINO's suffix of a product whose scales it moved behind it
+_DEQUANTIZATION = "/DequantizationMultiply"  # OpenVINO's suffix for a product whose scales it moved after the product
 _WEIGHT = "/transpose_b"  # OpenVINO appends this to a product's name to name its weight
 _PRODUCTS = frozenset({"FullyConnected", "MatMul", "Convolution"})
 _NAMES = {"f32": "fp32", "f16": "fp16", "u8": "int8", "i8": "int8"}
@@ -35,9 +35,10 @@ _SMALL = 16 << 10  # bytes: a copy takes about a microsecond, binding takes seve
 
 
 def kernels(compiled: Any) -> Iterator[tuple[str, Kernel]]:
-    """All kernels of a compiled model with OpenVINO's name; one named after its scales also has its weight's name.
+    """All kernels of a compiled model, each with OpenVINO's name for it.
 
-    Bytes are without arrays of dynamic shape.
+    A kernel named after its scales also has the product's name, from the weight's. Bytes exclude arrays of dynamic
+    shape.
     """
     for op in compiled.get_runtime_model().get_ops():
         info = op.get_rt_info()
@@ -74,7 +75,7 @@ def arithmetic(compiled: Any, device: str) -> str:
 
 
 def named(element: str) -> str:
-    """This project's name of an OpenVINO type: fp32 for f32, int8 for i8 and u8."""
+    """This project's name for an OpenVINO type: fp32 for f32, int8 for i8 and u8."""
     return _NAMES.get(element, element)
 
 
@@ -102,7 +103,7 @@ class OpenvinoEngine:
         names = {spec.name for spec in (*source.inputs, *source.outputs)}
         self.inputs = tuple(_spec(port, names) for port in compiled.inputs)
         self.outputs = tuple(_spec(port, names) for port in compiled.outputs)
-        # As many as the device recommends, and at least two, so that one is ready whenever another ends.
+        # As many as the device recommends, but at least two, so that one is ready when another ends.
         self.in_flight = max(2, int(compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")))
         self._free: deque[_Request] = deque()
 

@@ -90,7 +90,7 @@ def flags(target: str) -> Flags:
 
 
 def precisions(target: str) -> tuple[Precision, ...]:
-    """None: a graph has its own precision."""
+    """Empty, because a graph has its own precision."""
     return ()
 
 

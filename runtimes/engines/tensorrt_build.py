@@ -151,7 +151,7 @@ def build_engine(
 
 
 def _check_precisions(asked: Mapping[str, str], found: Mapping[str, str]) -> None:
-    """Raise BuildError if a product's type differs, also if it is narrower: fp32 products may overflow in it."""
+    """Raise BuildError if a product's type differs, even if it is narrower: fp32 products may overflow in it."""
     kinds = {node: (kind, found.get(node, "nothing")) for node, kind in asked.items()}
     wrong = [f"{node}: {kind} requested, {other} found" for node, (kind, other) in kinds.items() if kind != other]
     if wrong:
@@ -223,7 +223,7 @@ def _given_up(can: Capabilities, source: Source, problems: list[str]) -> BuildEr
     said = " ".join(problems)
     hint = f"run {tensorrt_layers.lint_command(can, source.graph)} to see why"
     if re.search(r"SM75\): FP32", said):
-        hint = "omit sm75: on it TensorRT for RTX has no fp32 products, and this graph has some"
+        hint = "omit sm75: TensorRT for RTX has no fp32 products for it, but this graph has some"
     if re.search(r"workspace|OutOfMemory|out of memory", said, re.IGNORECASE):
         hint = "raise or omit --flag workspace=…, and close other programs that use the GPU"
     return BuildError(

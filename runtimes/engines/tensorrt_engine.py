@@ -25,7 +25,7 @@ _SLOTS = 2
 
 
 class TensorrtEngine:
-    """One engine with `_SLOTS` slots; another caller waits for a free one. If memory is too small for a second slot,
+    """One engine with `_SLOTS` slots; further callers wait for a free one. If memory is too small for a second slot,
     callers take turns in the first.
 
     Raises EngineError: the file is not an engine for this machine; DeviceError: no driver, or too little GPU memory.

@@ -129,7 +129,7 @@ def precisions(layers: Iterable[Layer]) -> dict[str, str]:
     return {node: _ORDER[place] for node, (_, place) in found.items()}
 
 
-SHARED_WEIGHTS = "weight-only quantized products of one input, with weights that blocks share, crash its compiler"
+SHARED_WEIGHTS = "its compiler crashes on weight-only quantized products of one input if blocks share their weights"
 SHARED_WEIGHTS_FIX = "use --precision bf16 for int8 weights; instead of int4 weights, quantize with --scheme int8"
 
 

@@ -123,7 +123,7 @@ def check_interface(manifest: Manifest, inputs: Mapping[str, Shape], outputs: Ma
     for specs, expected, noun in zip(interface(manifest), (inputs, outputs), ("inputs", "outputs"), strict=True):
         found = {spec.name: spec.shape[1:] for spec in specs}
         if found.keys() != expected.keys() or not all(_fits(found[name], expected[name]) for name in found):
-            raise misfit(f"the {noun} of {manifest.task} are {_listed(expected)}, but here {_listed(found)}")
+            raise misfit(f"the {noun} of {manifest.task} are {_listed(expected)}, but the model has {_listed(found)}")
 
 
 def answering(manifest: Manifest) -> tuple[str, OutputKind]:
@@ -145,7 +145,7 @@ def answering(manifest: Manifest) -> tuple[str, OutputKind]:
 
 
 def as_list(given: Any, what: str, is_one: Callable[[Any], bool]) -> list[Any]:
-    """The samples as a list, of one if ``is_one`` is true of ``given``. Raises InputError: no samples."""
+    """The samples as a list; if ``is_one(given)``, a list of that one. Raises InputError: no samples."""
     if is_one(given):
         return [given]
     if not isinstance(given, Iterable):
@@ -161,7 +161,7 @@ def count_samples(feeds: Feeds) -> int:
     counts = {name: len(array) for name, array in feeds.items()}
     if len(set(counts.values())) != 1 or 0 in counts.values():
         found = ", ".join(f"{name!r} has {count}" for name, count in counts.items())
-        raise InputError(f"the numbers of samples differ or are 0: {found}", "give every input 1 or more, all the same")
+        raise InputError(f"the numbers of samples differ or are 0: {found}", "give every input the same number, not 0")
     return next(iter(counts.values()))
 
 
@@ -243,7 +243,7 @@ def check_top(top: int) -> None:
 
 
 def sigmoid(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Probabilities of labels of which several may apply at once."""
+    """Probabilities of labels if several may apply at once."""
     # The exponent is never above 0, so nothing overflows.
     exponents = np.exp(-np.abs(logits))
     return np.asarray(np.where(logits >= 0, 1, exponents) / (1 + exponents), dtype=np.float32)

@@ -202,8 +202,8 @@ class OpticalFlow(Task):
     def _flows(
         self, pair: RgbImage, wanted: dict[Box, int], region: Box, decoded: bool, progress: Progress | None
     ) -> Iterator[tuple[Box, int, Flow]]:
-        """Each tile, how often it counts, and its flow in the region: cut from the tile's whole flow, or with
-        ``decoded`` only that part decoded. Short batches are padded.
+        """Each tile, how often it counts, and its flow in the region: cut from the tile's whole flow or, with
+        ``decoded``, decoded for that part only. Short batches are padded.
         """
         least, most = self._batch
         for start in range(0, len(wanted), most):

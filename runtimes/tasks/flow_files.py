@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write optical flow as Middlebury's .flo, as .npy, or as an image in the colours of Middlebury's wheel."""
+"""Write optical flow as Middlebury's .flo, as .npy, or as an image in the colors of Middlebury's wheel."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _UNKNOWN = 1e9  # Middlebury marks pixels of unknown flow with larger values
 
 
 def write_flow(path: str | os.PathLike[str], flow: npt.NDArray[Any]) -> None:
-    """Write a flow (H, W, 2) in the format of the name's suffix: .flo, .npy (float32), or .png, a colour image.
+    """Write a flow (H, W, 2) in the format of the name's suffix: .flo, .npy (float32), or .png, a color image.
 
     The file appears only when it is complete. Raises InputError: another suffix, an array that is not a flow, or a file
     that cannot be written; MissingDependencyError: .png without Pillow.
@@ -49,10 +49,10 @@ def as_flow(array: npt.NDArray[Any]) -> Flow:
 
 
 def flow_image(flow: npt.NDArray[Any], largest: float | None = None) -> npt.NDArray[np.uint8]:
-    """A flow (H, W, 2) as colours, uint8 (H, W, 3): the hue shows the direction, the saturation the length.
+    """A flow (H, W, 2) as colors, uint8 (H, W, 3): the hue shows the direction, the saturation the length.
 
     Red is right, yellow down, blue left and violet up, as in Middlebury's evaluation (Baker et al., "A Database and
-    Evaluation Methodology for Optical Flow", IJCV 2011). A displacement of ``largest`` pixels has the full colour, and
+    Evaluation Methodology for Optical Flow", IJCV 2011). A displacement of ``largest`` pixels has the full color, and
     longer ones are darker; None means the longest of this flow. Unknown flow (NaN, or above 1e9) is black.
     """
     right, down = (as_flow(flow)[..., axis].astype(np.float64) for axis in (0, 1))
@@ -68,7 +68,7 @@ def flow_image(flow: npt.NDArray[Any], largest: float | None = None) -> npt.NDAr
 
 
 def _hues(angles: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Colours (..., 3), 0 to 1, of angles from −π to π, interpolated between the two nearest hues of the wheel."""
+    """Colors (..., 3), 0 to 1, of angles from −π to π, interpolated between the two nearest hues of the wheel."""
     wheel = color_wheel() / 255.0
     position = (angles / np.pi + 1.0) / 2.0 * (len(wheel) - 1)
     first = np.floor(position).astype(np.intp)

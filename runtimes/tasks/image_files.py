@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Read images with Pillow; crop, resize and normalise them by the manifest's steps. RGB throughout.
+"""Read images with Pillow; crop, resize and normalize them by the manifest's steps. RGB throughout.
 
 Each step reproduces the Pillow backend of transformers' image processors bit for bit.
 
@@ -7,7 +7,7 @@ OpenCV's INTER_CUBIC and INTER_LINEAR for uint8 images, which do not antialias, 
 notebooks resize with OpenCV, so their models were trained on its pixels. OpenCV builds differ from one another: with
 Intel's IPP (the x86 wheels, and so the reference vectors) cubic weights are real numbers, elsewhere they are multiples
 of 1/2048. Cubic follows IPP here; linear never uses IPP. Compared with opencv-python 5.0 on x86, one value in 700 of a
-cubic resize differs by 1 grey level, and no value of a linear one differs.
+cubic resize differs by 1 gray level, and no value of a linear one differs.
 """
 
 from __future__ import annotations
@@ -78,14 +78,14 @@ def _cubic_taps(size: int, new_size: int) -> _Taps:
 
 @lru_cache(maxsize=8)
 def _linear_taps(size: int, new_size: int) -> _Taps:
-    """Like `_cubic_taps`, for two neighbours, (2, new_size); the weights are integers, where `_ONE` stands for 1."""
+    """Like `_cubic_taps`, for two neighbors, (2, new_size); the weights are integers, where `_ONE` stands for 1."""
     # Positions are float32 as in OpenCV: the last bit decides how a weight that ends in .5 is rounded.
     first, x = _left_of(size, new_size, np.float32)
     return np.clip(first + np.arange(2)[:, None], 0, size - 1), np.rint(np.stack([1 - x, x]) * _ONE)
 
 
 def _left_of(size: int, new_size: int, kind: type[np.floating]) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.float64]]:
-    """The old pixel to the left of each new pixel's centre, and the distance between their centres.
+    """The old pixel to the left of each new pixel's center, and the distance between their centers.
 
     The positions are rounded to ``kind``.
     """
@@ -123,7 +123,7 @@ def take_image(image: ImageLike, color: Color = "rgb") -> RgbImage:
     if is_pillow(image):
         return _of_pillow(cast("Image", image), "the image")
     if image is None:
-        raise InputError("an image is None", "check the file's name: OpenCV reads None where there is no image")
+        raise InputError("an image is None", "check the file's name: OpenCV returns None if it cannot read a file")
     found = as_image(as_array(image))
     return found if color == "rgb" else found[:, :, ::-1]
 
@@ -193,7 +193,7 @@ def as_array(given: Any) -> npt.NDArray[Any]:
 
 
 def as_image(array: npt.NDArray[Any]) -> RgbImage:
-    """uint8 (H, W, 3) from a grey (H, W) or (H, W, 1), or a colour (H, W, 3) or (H, W, 4) array. Raises InputError."""
+    """uint8 (H, W, 3) from a gray (H, W) or (H, W, 1), or a color (H, W, 3) or (H, W, 4) array. Raises InputError."""
     if array.dtype.kind in "UO":
         what = f"a list of {array.size} was" if array.ndim else "an object of another type was"
         raise InputError(f"{what} given as one image", "make a call for each image: a path, a Pillow image or an array")

@@ -199,7 +199,7 @@ def log_mel(sound: npt.NDArray[np.float32], sample_rate: int, frames: int, bins:
     The Perceiver papers do not publish the parameters of their mel spectrograms. These are common ones. For a model
     trained with others, pass its own spectrogram as an array.
 
-    - Frame i is centred at sample (i + ½)·samples/frames, so the frames cover the sound evenly. Zeros surround it.
+    - Frame i is centered at sample (i + ½)·samples/frames, so the frames cover the sound evenly. Zeros surround it.
     - The window is a Hann window of 25 ms, or of two and a half hops if that is longer; the spectrum is |FFT|². The
       FFT is padded to the power of two at which even the narrowest band contains a frequency.
     - The filters are ``bins`` triangles with peak 1, whose corners are evenly spaced from 0 to half the sample rate on
@@ -249,8 +249,8 @@ class AudioClassification(Classifier):
     Several of AudioSet's labels may apply at once: each probability is the sigmoid of its own logit, and they do not
     sum to 1. If the manifest says single-label, probabilities are the softmax. Sound is a WAV file or an array (see
     `take_sound`). For a model of mel spectrograms, a .npy file or an array of the model's shape (frames, bins) is the
-    log-mel spectrogram itself; from sound, `log_mel` computes it, whose parameters may differ from those in training.
-    Input longer than the model's is cut after its length. Frames are as in `read_frames`. Arrays are RGB; with
+    log-mel spectrogram itself; for sound, `log_mel` computes it with parameters that may differ from those in training.
+    Input longer than the model's is cut off at its length. Frames are as in `read_frames`. Arrays are RGB; with
     ``color="bgr"`` they are BGR, as OpenCV reads them.
     """
 

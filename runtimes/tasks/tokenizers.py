@@ -129,7 +129,7 @@ class ByteTokenizer(Tokenizer):
 
     In a text, ``[MASK]`` is one masked byte and ``[MASK*9]`` is nine. With ``special_tokens``, as in transformers, the
     text is put between [CLS] and [SEP], and the names of other special tokens also stand for those tokens:
-    ``first[SEP]second`` is a pair of texts. Without, as in DeepMind's code, the names are plain text. A text of more
+    ``first[SEP]second`` is a pair of texts. Without it, as in DeepMind's code, the names are plain text. A text of more
     than ``length`` tokens is an error, or with ``cut`` is cut to that many tokens on ``side``.
     """
 

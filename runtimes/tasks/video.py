@@ -49,7 +49,7 @@ class VideoAutoencoding(Task):
 
     Frames are a directory of images, a .npy file, an array of uint8 (T, H, W, 3), or a list of image files, Pillow
     images and arrays. Arrays are RGB; with ``color="bgr"`` they are BGR, as OpenCV reads them. Sound is a WAV file or
-    an array; None is silence. Input longer than the model's is cut after its length. A split bundle encodes once and
+    an array; None is silence. Input longer than the model's is cut off at its length. A split bundle encodes once and
     then decodes in steps, so it needs far less memory than a bundle of one graph.
     """
 
@@ -137,7 +137,7 @@ class VideoAutoencoding(Task):
     def _rows(self, output: str, latents: Array, progress: Progress | None) -> Array:
         """Rows (n, queries, E) for all queries of an output; n is at most the decoder's largest batch."""
         decoder, total = self.part(f"decoder_{output}"), self.manifest.parts[f"decoder_{output}"].num_queries
-        assert total is not None  # `check` has made sure of it
+        assert total is not None  # `check` ensures it
         feeds = base.pad_batch(decoder, {"latents": latents})
         queries = np.arange(total, dtype=np.int32)
         # A decoder with a fixed number of queries gets a multiple of that number in each step.

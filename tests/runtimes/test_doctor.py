@@ -127,7 +127,7 @@ def test_a_device_file_that_may_not_be_opened_is_told(tmp_path: Path, monkeypatc
     monkeypatch.setattr(diagnosis, "device_files", lambda pattern: (str(tmp_path / "renderD128"),))
     findings = {finding.what: finding for finding in doctor()}
 
-    assert "you may not open" in findings["Intel GPU"].found
+    assert "no permission to open" in findings["Intel GPU"].found
     assert "usermod -aG render" in findings["target openvino-gpu"].fix
     monkeypatch.setattr(diagnosis, "device_files", lambda pattern: ())
     assert "without a kernel driver" in {finding.what: finding for finding in doctor()}["Intel NPU"].found

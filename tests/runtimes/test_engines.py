@@ -55,10 +55,10 @@ def test_an_engine_goes_along_with_a_copy_of_its_bundle(built_bundle: Path, tmp_
 @pytest.mark.parametrize(
     ("edit", "reason"),
     [
-        (lambda built: built["platform"].update(version="0.9"), "for the library {library} 0.9, here is {library} "),
-        (lambda built: built["platform"].update(device="Abacus"), "it was built for the device Abacus, here is "),
-        (lambda built: built["platform"].update(driver="12.6"), "it was built for the driver 12.6, here is none"),
-        (lambda built: built["platform"].update(features=["mmx"]), "built for the instruction sets mmx, here is "),
+        (lambda built: built["platform"].update(version="0.9"), "{library} 0.9, but this machine has {library} "),
+        (lambda built: built["platform"].update(device="Abacus"), "for the device Abacus, but this machine has "),
+        (lambda built: built["platform"].update(driver="12.6"), "the driver 12.6, but this machine has none"),
+        (lambda built: built["platform"].update(features=["mmx"]), "the instruction sets mmx, but this machine has "),
         (lambda built: built.update(model="0" * 64), "it was built from another model"),
     ],
     ids=["version", "device", "driver", "features", "model"],
@@ -80,7 +80,7 @@ def test_a_stale_engine_is_told_before_it_is_opened_and_compiled_again(
     why = reason.format(library=library)
 
     with caplog.at_level(logging.WARNING):
-        assert compiled(built_bundle, target).startswith(f"at load, because the engine in {built.directory} is not")
+        assert compiled(built_bundle, target).startswith(f"at load, because the engine in {built.directory} cannot")
     assert why in caplog.text
     assert f"perceiver-export build {built_bundle} --target {target}" in caplog.text
     np.testing.assert_array_equal(expected, logits(built_bundle, target))

@@ -44,7 +44,7 @@ def test_an_engine_that_was_changed_with_its_record_is_not_opened(
         if file.name != "engine.json":
             forge(file)
 
-    assert compiled(built_bundle, target).startswith(f"at load, because the engine in {built.directory} is not for")
+    assert compiled(built_bundle, target).startswith(f"at load, because the engine in {built.directory} cannot be used")
     np.testing.assert_array_equal(expected, logits(built_bundle, target))
     with monkeypatch.context() as patch:
         patch.setitem(TARGETS, target, msgspec.structs.replace(TARGETS[target], needs_engine=True))
