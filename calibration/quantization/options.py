@@ -23,7 +23,7 @@ class QuantizeOptions:
 
     ``precision`` gives layers whose names match a pattern (`encoder.*.mlp.*`) another scheme. The last matching pattern
     decides, and ``keep_float`` comes after all of ``precision``. ``gates`` compare the result with the fp32 bundle.
-    ``truncate`` changes how DATA is read, not the new bundle. Raises UsageError: an invalid value.
+    ``truncate`` changes how DATA is read, not the new bundle. Raises UsageError for an invalid value.
     """
 
     scheme: Scheme = option("int8", "int8, int8-weights or int4-weights.")

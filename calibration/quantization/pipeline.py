@@ -55,8 +55,8 @@ def quantize(
     too long for the model are skipped with a note, or cut with ``options.truncate``. ``sensitivity``, the result of
     `measure_sensitivity`, is kept in the record for `profile`.
 
-    Raises UsageError, DataError, BundleError, BundleExistsError, MissingDependencyError; ExportError: the disk is full
-    or not writable; GateError: coverage or accuracy is lower than ``options`` require.
+    Raises UsageError, DataError, BundleError, BundleExistsError, MissingDependencyError; ExportError if the disk is
+    full or not writable; GateError if coverage or accuracy is lower than ``options`` require.
     """
     report = progress or (lambda what, done, total: None)
     path, source = absolute_place(output), open_bundle(bundle)
@@ -129,7 +129,7 @@ def write_quantized(
     """Write all files of a quantized bundle that will be named ``name``. It changes the observation's statistics.
 
     `complete_record` adds measurements. ``raised`` has the groups that a search raised to a higher precision.
-    Raises GateError: the coverage is below ``options.min_coverage``.
+    Raises GateError if the coverage is below ``options.min_coverage``.
     """
     report("quantize", 0, 1)
     parts = {

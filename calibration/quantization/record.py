@@ -193,7 +193,7 @@ class Calibration(msgspec.Struct, frozen=True):
 
 
 def read_calibration(bundle: Bundle) -> Calibration | None:
-    """A quantized bundle's record; None if the bundle is not quantized. Raises BundleError: it cannot be read."""
+    """A quantized bundle's record; None if the bundle is not quantized. Raises BundleError if it cannot be read."""
     if FILE not in bundle.manifest.files or bundle.manifest.quantization is None:
         return None
     return read_json(bundle.file(FILE), Calibration, hint="copy or quantize the bundle again")

@@ -191,7 +191,7 @@ def validate_shard(
 
 
 def _check_shardable(shard: tuple[int, int], options: ValidateOptions) -> None:
-    """Raise UsageError for a number out of range, and for options that a shard cannot have."""
+    """Raise UsageError if the number is out of range, or for options that a shard cannot have."""
     check_shard(shard)
     late = options.gates.any or options.certify or options.allow_overlap
     if late or options.sequential or options.save_worst is not None or options.device == "all":
