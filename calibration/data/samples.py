@@ -294,7 +294,7 @@ def stack(batch: Sequence[Example], of: Literal["feeds", "targets"] = "feeds") -
 
 def partly_labelled(said: str) -> DataError:
     """The error if only some samples have targets."""
-    hint = "label all of them, or none; an image beside class folders has no label"
+    hint = "label all of them, or none; an image outside the class folders has no label"
     return DataError(f"only some samples have a label: {said}", hint)
 
 

@@ -22,7 +22,7 @@ class QuantizeOptions:
     """Options of `quantize`, `search` and `measure_sensitivity`; `quantize --help` prints the doc of each field.
 
     ``precision`` gives layers whose names match a pattern (`encoder.*.mlp.*`) another scheme. The last matching pattern
-    decides, and ``keep_float`` comes after all of ``precision``. ``gates`` compare the result with the fp32 bundle.
+    applies, and ``keep_float`` comes after all of ``precision``. ``gates`` compare the result with the fp32 bundle.
     ``truncate`` changes how DATA is read, not the new bundle. Raises UsageError for an invalid value.
     """
 

@@ -168,7 +168,7 @@ class Ladder:
         """Write the bundle of a rung to ``path``. Raises the errors of `quantize`."""
         back = self.raised(index)
         raised = {glob.escape(group): scheme for group, scheme in back.items()}
-        # The last matching pattern decides, so the raised layers come after the requested schemes.
+        # The last matching pattern applies, so the raised layers come after the requested schemes.
         asked = {name: scheme for name, scheme in self._options.schemes.items() if name not in raised}
         options = replace(self._options, precision={**asked, **raised}, keep_float=())
         with new_bundle(path, overwrite=False) as directory:

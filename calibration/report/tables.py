@@ -161,14 +161,14 @@ class Report:
                 cells = (_bounded(metric.candidate, digits), other, "" if change is None else _bounded(change, points))
                 rows.append((self._where(one), name, *cells))
         first = self.validations[0]
-        note, flips = "In parentheses: separate 95 % bounds. Shares are in %, their changes in points.", first.flips
+        note, flips = "Ranges are 95 % bounds, each by itself. Shares are in %, their changes in points.", first.flips
         if flips is not None and first.mcnemar is not None:
             note += (
                 f" On {_target(first)}, only the reference is right on {flips.lost:,} samples, and only the candidate"
                 f" on {flips.gained:,} (exact McNemar p = {first.mcnemar:.3g})."
             )
         if first.data.sequential:
-            note = "The run {}. Bounds of shares hold wherever it stops, those of others only for a fixed sample count."
+            note = "The run {}. Bounds of shares hold wherever it stops, others only for a fixed number of samples."
             note = note.format(first.data.sequential)
         columns = ("target", "metric", "candidate>", "reference>", "change>")
         return Table("Accuracy", columns, rows, note).without_empty()

@@ -138,7 +138,7 @@ def _asked(gates: Gates, metrics: Sequence[Metric], measured: Collection[str] | 
             continue
         if metric is None:
             said = f"{option} does not fit this task, whose metrics are {', '.join(one.name for one in metrics)}"
-            hint = "gate on --max-metric-change, or export with output_kinds: one with labels, the others none"
+            hint = "gate on --max-metric-change, or export with output_kinds: a label kind for one output, else none"
             raise UsageError(said, hint)
         subject = f"{metric.name} drop" if what == AT_MOST else metric.name
         found.append((metric, Wanted(option, subject, what, limit, unit)))

@@ -199,7 +199,7 @@ class Scores:
         """Why this metric does not tell models apart; empty if it does."""
         reads = self.reads[metric.name]
         if not reads:
-            return f"{metric.name} gives the same whatever the outputs are"
+            return f"{metric.name} does not depend on the outputs"
         columns = [self.sides["outputs"][name] for name in reads]
         if self.count < 2 or any(np.ptp(one.values) > _ALIKE * one.weights.max() for one in columns):
             return ""

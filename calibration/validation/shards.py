@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Validation in shards: each machine judges a share of the samples and writes a file; `merge` judges all of them.
 
-Shard i of n has the samples at positions i − 1, i − 1 + n, …, whoever runs it. Its file holds the values of each sample
-and sums that add up, so merged shards give what one run gives, bit for bit, if the engines do. The exceptions are the
-naive models of your own metric and of arrays of any meaning, whose sums round. A file is checked against the others and
-against the bundle, but nothing proves that its numbers were measured: take files only from machines that you trust.
+Shard i of n has the samples at positions i − 1, i − 1 + n, …, on any machine. Its file has the values of each sample,
+and sums that add up, so merged shards give the result of one run, bit for bit, if the engines do. The exceptions are
+the naive models of your own metric and of arrays of any meaning, whose sums round. A file is checked against the others
+and the bundle, but nothing proves that its numbers were measured: only accept files from machines that you trust.
 """
 
 from __future__ import annotations

@@ -350,10 +350,10 @@ def test_an_engine_of_a_lowered_graph_is_one_of_this_bundle(lowered_bundle: Path
 @pytest.mark.parametrize(
     ("data", "gates", "error", "said"),
     [
-        ({}, {}, UsageError, "a gate that held"),
+        ({}, {}, UsageError, "a certificate needs a gate"),
         ({}, {"max_drop": 0.01}, UndecidedError, "^NOT ENOUGH DATA"),
         ({"of_class": 3}, {"max_drop": 20}, VacuousGateError, "always answering 'Dress' passes too"),
-        ({"of_class": 3}, {"min_agreement": 93}, DataError, "one label"),
+        ({"of_class": 3}, {"min_agreement": 93}, DataError, "the same label"),
         ({"shift": 1}, {"min_agreement": 90}, DataError, "no better than chance"),
     ],
 )

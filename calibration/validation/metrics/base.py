@@ -71,8 +71,8 @@ class Family:
     """How one kind of output is judged. Outputs and targets are arrays (n, ...) by name (`calibration.data`).
 
     ``metrics``: gates that name no metric take the first one measured against targets. ``targets``: the targets that
-    quality needs; None if nothing measures quality. ``telling``: a model guesses if it beats the naive model in none of
-    these metrics.
+    quality needs; None if nothing measures quality. ``telling``: a model that beats the naive model in none of these
+    metrics is guessing.
 
     The naive model ignores its input; it shows what any model can achieve. A gate that it passes shows nothing, and a
     reference must beat it. `seen` summarizes a batch in columns, and in arrays that add up; `naive` computes the naive
