@@ -181,7 +181,7 @@ def test_each_instruction_set_is_judged_by_itself(parts: list[Path], int8_bundle
     assert certify(bundle, results)[1].instruction_set == ("asimd", "i8mm")
     one = msgspec.json.decode(others[1].read_bytes(), type=Shard)
     others[1].write_bytes(encode_shard(changed(reference={**(one.reference or {}), "version": "9.8"})(one)))
-    with pytest.raises(DataError, match="reference.s target or engine"):
+    with pytest.raises(DataError, match="reference's target or engine"):
         merge(bundle, [*parts, *others])
 
 
