@@ -28,7 +28,7 @@ _ELSEWHERE = "choose another path with -o"
 
 
 def absolute_place(out: str | os.PathLike[str]) -> Path:
-    """``out`` as an absolute path, so that "." and "bundle/" have a name too. Raises UsageError: it is not a path."""
+    """``out`` as an absolute path, so that "." and "bundle/" have a name too. Raises UsageError if it is not a path."""
     check_kind("output", out, (str, os.PathLike), "the path of a new directory")
     return Path(os.path.abspath(out))
 
@@ -41,7 +41,7 @@ def new_bundle(path: Path, overwrite: bool, elsewhere: str = _ELSEWHERE) -> Iter
     changed. If two processes write the same path, the first to finish wins. ``elsewhere`` is the hint for a path that
     cannot be written.
 
-    Raises BundleExistsError; ExportError: the disk is full, or the path cannot be written.
+    Raises BundleExistsError, and ExportError if the disk is full or the path cannot be written.
     """
     refuse_existing(path, overwrite)
     with writing(path, ExportError, elsewhere):
@@ -90,8 +90,8 @@ def enclosing_bundle(path: Path) -> Path | None:
 
 
 def refuse_place(path: Path, overwrite: bool, source: BundleLike | None = None) -> None:
-    """`refuse_existing` and `check_writable`. Raises UsageError: ``path`` is inside another bundle, or writing it would
-    overwrite the bundle ``source``.
+    """`refuse_existing` and `check_writable`. Raises UsageError if ``path`` is inside another bundle, or writing it
+    would overwrite the bundle ``source``.
     """
     place, bundle = path.resolve(), enclosing_bundle(path)
     if source is not None:
@@ -134,7 +134,7 @@ def check_new_directory(path: Path, option: str, error: type[PerceiverExportErro
 def new_directory(path: Path, option: str, error: type[PerceiverExportError]) -> Iterator[Path]:
     """A temporary directory that becomes ``path`` if the block succeeds, and is removed if it fails.
 
-    Raises ``error``: as `check_new_directory`, and if the directory cannot be written.
+    Raises ``error`` as `check_new_directory` does, and if the directory cannot be written.
     """
     check_new_directory(path, option, error)
     hint = f"choose another directory with {option}"
@@ -145,7 +145,7 @@ def new_directory(path: Path, option: str, error: type[PerceiverExportError]) ->
 def copy_tree(source: Path, target: Path) -> None:
     """Copy the contents of a directory into another, by hard links if the file system supports them.
 
-    Hidden files (leftovers of killed writers) are skipped. Raises BundleError: a link, a device or a pipe; OSError.
+    Hidden files (leftovers of killed writers) are skipped. Raises BundleError for a link, device or pipe, and OSError.
     """
     import shutil
 

@@ -42,7 +42,7 @@ def dims(value: ir.Value | None) -> tuple[int, ...]:
 
 
 def set_sizes(graph: ir.Graph, feeds: Mapping[str, Array]) -> None:
-    """Put the sizes of ``feeds`` in the place of dynamic dimensions (`batch`, `4*batch`) in all shapes."""
+    """Replace dynamic dimensions (`batch`, `4*batch`) in all shapes by the sizes of ``feeds``."""
     sizes: dict[str, int] = {}
     for value in graph.inputs:
         name = str(value.name)
@@ -94,7 +94,7 @@ def made_by(value: ir.Value | None, *op_types: str) -> ir.Node | None:
 def reached(
     start: Iterable[ir.Value | None], passes: Callable[[ir.Node], bool], forward: bool = False
 ) -> dict[ir.Node, bool]:
-    """The nodes met on a walk from ``start`` to inputs (or outputs), and for each whether the walk ``passes`` it."""
+    """The nodes met on a walk from ``start`` to inputs (or outputs), each with whether the walk ``passes`` it."""
     waiting, seen, found = list(start), set[ir.Value](), dict[ir.Node, bool]()
     while waiting:
         value = waiting.pop()
@@ -140,7 +140,7 @@ def remove_unused(graph: ir.Graph) -> None:
 class Behind:
     """Inserts nodes directly after the node that produces a value, one after the other.
 
-    At the end of the graph they would keep the value alive for the whole run.
+    At the end of the graph, they would keep the value alive for the whole run.
     """
 
     def __init__(self, graph: ir.Graph, value: ir.Value) -> None:
@@ -193,7 +193,7 @@ def split_gemms(graph: ir.Graph) -> None:
 
 
 def read_graph(path: Path) -> ir.Model:
-    """Read an ONNX file. Raises BundleError: damaged, not ONNX, or with weights outside its directory."""
+    """Read an ONNX file. Raises BundleError if it is damaged, not ONNX, or has weights outside its directory."""
     for name in external_files(path):
         if os.path.isabs(name) or ".." in Path(name).parts:
             raise BundleError(f"{path} reads weights from {name!r}", "do not trust this file")
@@ -239,7 +239,7 @@ def is_large(tensor: ir.TensorProtocol | None) -> TypeGuard[ir.TensorProtocol]:
 def store_weights(values: Iterable[ir.Value], directory: Path, file: str = WEIGHTS, name: str = WEIGHTS) -> None:
     """Move the large arrays of ``values`` into a file, each distinct array once. Graphs refer to the file as ``name``.
 
-    Raises OSError: the disk is full.
+    Raises OSError if the disk is full.
     """
     stored: dict[str, ir.TensorProtocol] = {}
     places: list[tuple[ir.Value, str]] = []
@@ -350,8 +350,8 @@ def open_session(
     from the second call on, onnxruntime reserves memory for all tensors of a call. ``config`` has session options by
     name; names without a dot are attributes of SessionOptions.
 
-    Raises BundleError: onnxruntime rejects the graph; ExportError: it cannot write a file that ``config`` requests;
-    MissingDependencyError.
+    Raises BundleError if onnxruntime rejects the graph, ExportError if it cannot write a file that ``config`` requests,
+    and MissingDependencyError.
     """
     onnxruntime = require("onnxruntime", "calibration", "quantize")
     options = onnxruntime.SessionOptions()

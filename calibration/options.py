@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fields of dataclasses of options: the command line makes an option of each, with its documentation as help."""
+"""Fields of option dataclasses. The command line makes an option of each, with its documentation as help."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ from typing import Any
 
 
 def option(default: Any, doc: str, value: str | None = None) -> Any:
-    """A field with the help and the metavar of the command line's option; a type as ``default`` makes the default."""
+    """A field with the help and metavar of its command-line option. If ``default`` is a type, calling it gives one."""
     default = {"default_factory" if isinstance(default, type) else "default": default}
     return field(**default, metadata={"doc": doc, "value": value})

@@ -12,7 +12,7 @@ from perceiver_export.calibration.data.samples import Example
 from perceiver_export.runtimes.manifest import Manifest, Part, index_input
 from perceiver_export.runtimes.runtime import Array, Feeds
 
-_DYNAMIC_QUERIES = 256  # query indices a call, where their number is dynamic
+_DYNAMIC_QUERIES = 256  # query indices per call, if their number is dynamic
 
 Run = Callable[[Feeds], Mapping[str, Array]]
 
@@ -48,13 +48,13 @@ def run_parts(
 
 
 def skip_parts(manifest: Manifest, batch: int, generator: np.random.Generator) -> None:
-    """Draw what `run_parts` draws for a call, and run nothing."""
+    """Draw the random numbers that `run_parts` draws for a call, without running anything."""
     for part in manifest.parts.values():
         _queries(part, batch, generator)
 
 
 def _queries(part: Part, batch: int, generator: np.random.Generator) -> dict[str, Array]:
-    """Random query indices by the name of their input; none for a part that takes none."""
+    """Random query indices by the name of their input; empty for a part that takes none."""
     spec = index_input(part.inputs)
     if spec is None or part.num_queries is None:
         return {}

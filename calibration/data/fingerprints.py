@@ -28,7 +28,7 @@ ENOUGH = 32  # with 32 images PTQ4ViT (arXiv 2111.12293) is within 0.1 points of
 
 class DataReport(msgspec.Struct, frozen=True):
     """A description of data. ``digests`` has one per sample, of its inputs without labels; ``fingerprint`` combines
-    them, whatever their order.
+    them in a way that does not depend on their order.
     """
 
     source: str
@@ -89,13 +89,13 @@ class DataWatch:
         return DataReport(self.source, count, fingerprint(self.digests), tuple(self.digests), (*warnings, *notes))
 
     def out_of_range(self) -> list[str]:
-        """A warning for each input outside the range of its preprocessing, which may be missing, doubled or wrong."""
+        """A warning for each input outside its preprocessing's range: that step may be missing, doubled or wrong."""
         warnings = []
         for name, (low, high) in self.bounds.items():
             least, most = _allowed(self.manifest, name)
             if low < least - 1e-3 or high > most + 1e-3:
                 warnings.append(
-                    f"input {name!r} is in {low:.3g} … {high:.3g}, but preprocessed as in training it is in "
+                    f"input {name!r} is in {low:.3g} … {high:.3g}, but preprocessing as in training gives "
                     f"{least:.3g} … {most:.3g}"
                 )
         return warnings
@@ -114,7 +114,7 @@ def _allowed(manifest: Manifest, name: str) -> tuple[float, float]:
 
 
 def fingerprint(digests: Sequence[str]) -> str:
-    """One hash of a set of samples from their digests, whatever their order."""
+    """One hash of a set of samples from their digests, independent of their order."""
     return hashlib.sha256("".join(sorted(digests)).encode()).hexdigest()
 
 
@@ -130,9 +130,9 @@ class _Used(msgspec.Struct):
 
 
 def calibrated_on(bundle: BundleLike) -> frozenset[str]:
-    """Digests of the samples from which a quantized bundle has its ranges and precisions; empty for a float bundle.
+    """Digests of the samples that determined a quantized bundle's ranges and precisions; empty for a float bundle.
 
-    Raises BundleError: calibration.json cannot be read.
+    Raises BundleError if calibration.json cannot be read.
     """
     opened = open_bundle(bundle, "never")
     if FILE not in opened.manifest.files or opened.manifest.quantization is None:
@@ -142,7 +142,7 @@ def calibrated_on(bundle: BundleLike) -> frozenset[str]:
 
 
 def check_overlap(digests: Sequence[str], used: Collection[str], data: str, allowed: bool) -> dict[str, str]:
-    """Warnings by kind: ``overlap`` and ``repeated``. Raises DataError: any warning, unless ``allowed``."""
+    """Warnings by kind: ``overlap`` and ``repeated``. Unless ``allowed``, raises DataError instead."""
     again, repeated = sum(digest in used for digest in digests), len(digests) - len(set(digests))
     of = f"of {len(digests):,} samples of {data}"
     found = {}
@@ -161,7 +161,7 @@ def check_splits(
 ) -> tuple[str, ...]:
     """The digests of the samples to search on.
 
-    Raises DataError: two of a search's three sets share samples, or one repeats samples; not if ``allowed``.
+    Raises DataError, unless ``allowed``, if two of a search's three sets share samples, or one repeats samples.
     """
     tokenizer = tokenizer_of(bundle)
     calibration, searched, certified = (

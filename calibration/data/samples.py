@@ -51,7 +51,7 @@ class Example:
     """One sample, without the batch. ``source`` is its readable form: an image's path or pixels, or a text.
 
     ``labels`` has the names in its label. ``digest`` is the digest of the inputs before masking, so equal content has
-    equal digests whatever its file. ``position`` is its place in the data, from 0.
+    equal digests in any file. ``position`` is its place in the data, from 0.
     """
 
     name: str
@@ -99,7 +99,7 @@ class Samples:
     After the stream has ended, ``total`` is the number of samples of all shards, and ``rows`` the SHA-256 of their
     names and contents, for a shard only; ``notes`` are complete then too.
 
-    Raises DataError: here for labels and for names of arrays in files; while reading for anything else.
+    Construction raises DataError for labels and for array names in files; iteration raises it for anything else.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class Samples:
         seed: int | None = None,
     ) -> None:
         if judged and isinstance(data, str | Path) and str(data) == RANDOM:
-            raise DataError("random numbers cannot show accuracy", "give labelled data, or real inputs")
+            raise DataError("random numbers cannot show accuracy", "give labeled data, or real inputs")
         self._task, self._judged, self._steps = manifest.task, judged, manifest.preprocessing
         self._specs = {spec.name: spec for spec in interface(manifest)[0]}
         self._tokenizer = tokenizer
@@ -164,7 +164,7 @@ class Samples:
                 raise _missing(name, spec, values)
 
     def _prepare_all(self, rows: Iterable[tuple[int, Row]], shard: tuple[int, int]) -> Iterator[Example]:
-        """The examples, without texts that are too long. Raises DataError; also if a shard has no other."""
+        """The examples, without texts that are too long. Raises DataError, also if a shard has no others."""
         fitting, first = False, None
         for position, (name, values) in rows:
             try:
@@ -176,7 +176,7 @@ class Samples:
                 self.notes.left_out[position] = error.message
                 first = first or error
         if not fitting and shard[1] > 1:
-            raise DataError(f"shard {shard[0]}/{shard[1]} has no sample that fits the model", "take fewer shards")
+            raise DataError(f"shard {shard[0]}/{shard[1]} has no sample that fits the model", "use fewer shards")
         if first is not None and not fitting:
             raise first
 
@@ -192,7 +192,7 @@ class Samples:
                 feeds[key] = _fitted(values.pop(key), spec)
             check_masks({key: array[None] for key, array in feeds.items()}, tuple(self._specs.values()))
         except InputError as error:
-            said = error.message if name in error.message else f"{name}: {error.message}"  # a file's has its path
+            said = error.message if name in error.message else f"{name}: {error.message}"  # files' have the path
             raise DataError(said, error.hint) from error
         digest = digest_of(feeds)
         extras = {key: array for key, value in values.items() if (array := _plain(value)) is not None}
@@ -245,7 +245,7 @@ class Samples:
             expected, flow = (*feeds["frames"].shape[-2:], 2), targets["flow"]
             if flow.shape != expected or flow.dtype.kind != "f":
                 said = f"{where}: `flow` is {flow.dtype} of shape {list(flow.shape)}"
-                raise DataError(said, f"give floating point {list(expected)}")
+                raise DataError(said, f"give floats of shape {list(expected)}")
         return feeds, targets
 
 
@@ -279,7 +279,7 @@ def digest_of(arrays: Mapping[str, Array]) -> str:
 
 
 def stack(batch: Sequence[Example], of: Literal["feeds", "targets"] = "feeds") -> Arrays:
-    """Inputs or targets of several samples, stacked on a batch axis. Raises DataError: names or shapes differ."""
+    """Inputs or targets of several samples, stacked on a batch axis. Raises DataError if names or shapes differ."""
     rows: list[Arrays] = [getattr(example, of) for example in batch]
     for example, row in zip(batch, rows, strict=True):
         if row.keys() != rows[0].keys():
@@ -293,8 +293,8 @@ def stack(batch: Sequence[Example], of: Literal["feeds", "targets"] = "feeds") -
 
 
 def partly_labelled(said: str) -> DataError:
-    """The error for samples of which only some have targets."""
-    hint = "label all of them, or none; an image beside class folders has no label"
+    """The error if only some samples have targets."""
+    hint = "label all of them, or none; an image outside the class folders has no label"
     return DataError(f"only some samples have a label: {said}", hint)
 
 
@@ -337,7 +337,7 @@ def _shuffled(rows: Callable[[], Iterator[tuple[int, Row]]], count: int, seed: i
 
 
 def _image(image: Any, steps: ImagePreprocessing) -> tuple[Path | Array, Array]:
-    """An image in readable form and as the model's input; an array of floats already is one. Raises InputError."""
+    """An image in readable form and as the model's input; a float array is already an input. Raises InputError."""
     if isinstance(image, np.ndarray) and image.dtype.kind == "f":
         return image, image
     pixels = take_image(image)
@@ -351,7 +351,7 @@ def _missing(where: str, spec: TensorSpec, values: Mapping[str, Any]) -> DataErr
 
 
 def _fitted(given: Any, spec: TensorSpec) -> Array:
-    """The array in the model's dtype. Raises InputError: another shape or kind, NaN, or too large values."""
+    """The array in the model's dtype. Raises InputError for another shape or kind, NaN, or too large values."""
     dtype, shape = np.dtype(spec.dtype), spec.shape[1:]
     hint = f"give {dtype} {list(shape)}"
     if not isinstance(given, np.ndarray):

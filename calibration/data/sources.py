@@ -53,7 +53,7 @@ def current_directory_importable() -> Iterator[None]:
 
 
 def find_function(spec: str) -> Callable[..., Any]:
-    """Import ``module:function``. Raises UsageError: the import fails, or the result is not callable."""
+    """Import ``module:function``. Raises UsageError if the import fails or the result is not callable."""
     module, _, name = spec.partition(":")
     if module.endswith(".py") and Path(module).is_file():
         raise UsageError(f"{spec} names a file, not a module", f"did you mean {module[:-3]}:{name}?")
@@ -75,7 +75,7 @@ def find_function(spec: str) -> Callable[..., Any]:
 
 
 def _dicts(items: Callable[[], Iterable[Any]], where: str) -> Iterator[Row]:
-    """Samples from the user's code. Raises DataError: it fails, or yields anything but dicts with names as keys."""
+    """Samples from the user's code. Raises DataError if it fails, or yields anything but dicts with names as keys."""
     index = 0
     try:
         with current_directory_importable():  # the code may import modules while it yields samples
@@ -140,7 +140,7 @@ def _listed(rows: Sequence[Row], unlisted: str = "") -> Source:
 
 
 def _folders(path: Path) -> Iterator[Row]:
-    """The images in the folder, without labels, and those in its subfolders, labelled with the subfolder's name."""
+    """The images in the folder, without labels, and those in its subfolders, labeled with the subfolder's name."""
     classes = sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     for folder in (path, *classes):
         for file in sorted(folder.iterdir()):
@@ -258,7 +258,7 @@ class Labels:
         return [self.names[i] + (f" ({i})" if len(self._indices[self.names[i]]) > 1 else "") for i in indices]
 
     def _index(self, label: Any, where: str) -> int:
-        """The index of one label. A text is a name, else an index (not if names are numbers)."""
+        """The index of one label. A text is a name, or else an index (unless names are numbers)."""
         text = isinstance(label, str)
         named = self._indices.get(label, []) if text else []
         if len(named) > 1:
@@ -302,7 +302,7 @@ class Labels:
 
 
 def _whole(label: Any) -> int | None:
-    """A label as a whole number, also if it is a text of digits; None for anything else."""
+    """A label as a whole number, even if it is a text of digits; None for anything else."""
     try:
         index = int(label)
         return index if isinstance(label, str) or index == label else None

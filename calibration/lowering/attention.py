@@ -33,7 +33,7 @@ class Attention:
 
     @property
     def fits(self) -> bool:
-        """Whether an engine has a kernel for heads this wide. A single query needs none, as a product with a vector."""
+        """Whether an engine has a kernel for heads this wide. A single query needs none: it is a vector product."""
         return self.rows != 1 and self.qk is not None and self.qk == self.v and SMALLEST_HEAD <= self.qk <= LARGEST_HEAD
 
     @property
@@ -106,7 +106,7 @@ def _size(value: ir.Value | None, axis: int) -> int | None:
 
 
 def _pad(graph: ir.Graph, node: ir.Node, index: int, axis: int, width: int) -> None:
-    """Pad one axis of an input with zeros at its end. A constant is padded now."""
+    """Pad one axis of an input with zeros at its end. Constants are padded right away."""
     value = node.inputs[index]
     assert value is not None
     sizes = dims(value)

@@ -3,7 +3,7 @@
 
 Inputs and outputs stay float32 and int32. Nodes that would lose too much accuracy in 16 bits stay float32, each with a
 reason: overflow, indices, angles, long sums, lost epsilons, and attention whose scores are too large for 16 bits, in
-plain and folded graphs. So do nodes to which ONNX allows no 16-bit type.
+plain and folded graphs. So do nodes for which ONNX allows no 16-bit type.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _MASK, _FP16_MASK = -1e9, -49152.0
 # Operators between the softmax and the products whose sum the scores are.
 _TERMS = MOVES | {"Add", "Sub", "Mul"}
 _MASKED = _TERMS | {"Where", "Cast"}
-# Operators that compute scores from normalised values or the graph's inputs. They include squares, roots and sums,
+# Operators that compute scores from normalized values or the graph's inputs. They include squares, roots and sums,
 # because folded attention divides scores by a deviation of its inputs and adds its logarithm.
 _MAKE_SCORES = _TERMS | {"Div", "Pow", "Sqrt", "Reciprocal", "Log", "Cast", "MatMul", "ReduceSum", "ReduceMean"}
 # Operators that compute indices and angles, and those that compare.
@@ -200,7 +200,7 @@ def _carried(graph: ir.Graph, hazards: Mapping[str, float]) -> dict[str, float]:
 
 
 def _integer_products(graph: ir.Graph, kept: Mapping[ir.Node, str]) -> dict[ir.Node, str]:
-    """Integer products that must stay float32 because one of their scales, or another product of the same tensor, does.
+    """Integer products that must stay float32 because one of their scales or another product of the same tensor does.
 
     TensorRT for RTX (1.7.1) does not compile a product whose two scales differ in type, nor products of the same tensor
     whose types differ.
@@ -219,7 +219,7 @@ def _integer_products(graph: ir.Graph, kept: Mapping[ir.Node, str]) -> dict[ir.N
 
 
 def _index_arithmetic(graph: ir.Graph, low: ir.DataType) -> set[ir.Node]:
-    """The nodes that compute values which become integers, or compare counts, and those that compute these counts.
+    """The nodes that compute values that become integers, or compare counts, and those that compute these counts.
 
     fp16 counts only to 2048, but a grid has more points.
     """
@@ -273,7 +273,7 @@ def _makes_angles(node: ir.Node) -> bool:
 
 
 def _epsilons(graph: ir.Graph) -> set[ir.Node]:
-    """The nodes that take an epsilon which fp16 loses, with those that divide by it or take its logarithm or root.
+    """The nodes that take an epsilon that fp16 loses, with those that divide by it or take its logarithm or root.
 
     Products with a reciprocal are among them: 1 / sqrt(1e-12) overflows fp16, and times 0 it is NaN.
     """

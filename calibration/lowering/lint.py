@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`lint()`: find what would make a TensorRT build fail or its engine slow or wrong, from the graph, without a GPU.
+"""`lint()`: find problems in a graph that would make a TensorRT build fail or its engine slow or wrong, without a GPU.
 
 Each rule was verified on TensorRT for RTX 1.7.1, the only version available: a minimal graph that breaks the rule does
 not compile, or loses its fused attention or its int8 product (tests/calibration/test_lint.py). The operators that no
@@ -122,7 +122,7 @@ def lint(
     In a bundle, these are the graphs lowered for TensorRT (in ``precision``, or in every precision present), or the
     canonical graphs if there are none. ``version`` defaults to the newest known version.
 
-    Raises BundleError; DeviceError: an unknown version; UsageError.
+    Raises BundleError, DeviceError if the version is unknown, and UsageError.
     """
     check_choice("target", target, tuple(NEWEST))
     if precision is not None:
@@ -270,7 +270,7 @@ def _operators(subject: _Subject) -> Iterator[Finding]:
             message = f"no version of TensorRT supports {operator}"
             fix = _QUANTIZE if operator in _INTEGER else _REPLACE
         elif can.version < since:
-            message = f"{can.name} does not support {operator}, which {since[0]}.{since[1]} is the first to support"
+            message = f"{can.name} does not support {operator}; the first version that does is {since[0]}.{since[1]}"
         elif not (onnx.defs.has(operator) or operator in MORE or "TRT" in operator):
             message = f"{operator} is not an ONNX operator, so TensorRT needs a plugin for it"
         if message and operator not in calls:

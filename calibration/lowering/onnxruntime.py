@@ -7,7 +7,7 @@
    bias has no integer kernel.
 3. Products of rank 2 are computed in rank 3, for the same reason.
 4. A product without a bias gets a bias of zeros before a Relu or Clip. Otherwise onnxruntime takes the Relu or Clip
-   for a part of the quantizer behind it and, where it is not one, leaves the product in float.
+   for part of the quantizer after it, and if it is not, leaves the product in float.
 
 OpenVINO's low-precision passes accept the canonical form unchanged.
 """
@@ -40,7 +40,7 @@ def _widen_biases(graph: ir.Graph) -> None:
 
 
 def _keep_from_clips(graph: ir.Graph) -> None:
-    """A bias of zeros between a quantized product and a Relu or Clip.
+    """Insert a bias of zeros between a quantized product and a Relu or Clip.
 
     Given:  Relu(MatMul(x, W))
     Result: Relu(Add(MatMul(x, W), 0 of (N)))
@@ -92,7 +92,7 @@ def _quantized_products(graph: ir.Graph) -> list[ir.Node]:
 
 
 def _lower_result(graph: ir.Graph, product: ir.Node, axis: ir.Value) -> None:
-    """Add a Squeeze after the product, or after its bias where nothing else reads the product."""
+    """Add a Squeeze after the product, or after its bias if nothing else reads the product."""
     last, users = product, list(product.outputs[0].consumers())
     alone = len(users) == 1 and not product.outputs[0].is_graph_output()
     if alone and users[0].op_type == "Add" and any(_is_bias(value) for value in users[0].inputs):

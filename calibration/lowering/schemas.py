@@ -17,7 +17,7 @@ _BF16_OPSET = 22
 
 
 def allowed(node: ir.Node, dtype: ir.DataType) -> list[str]:
-    """The schema's name for the type of each input, as `T`; empty where ``dtype`` is not allowed."""
+    """The schema's name for the type of each input, as `T`; empty if ``dtype`` is not allowed."""
     schema = _schema(node, dtype)
     formals = _formals(schema.inputs, len(node.inputs)) if schema else []
     kind = f"tensor({dtype.name.lower()})"
@@ -25,7 +25,7 @@ def allowed(node: ir.Node, dtype: ir.DataType) -> list[str]:
 
 
 def follows(node: ir.Node, dtype: ir.DataType) -> bool:
-    """Whether float outputs get ``dtype`` when float inputs do, and not from the schema or an attribute."""
+    """Whether float outputs get ``dtype`` because float inputs have it, not from the schema or an attribute."""
     floats = [index for index, value in enumerate(node.outputs) if value.dtype == ir.DataType.FLOAT]
     if not floats or node.op_type == "Cast":
         return True
@@ -40,7 +40,7 @@ def follows(node: ir.Node, dtype: ir.DataType) -> bool:
 
 
 def check_types(model: ir.Model, dtype: ir.DataType) -> None:
-    """Raise UnsupportedModelError where a node has types that ONNX does not allow."""
+    """Raise UnsupportedModelError if a node has types that ONNX does not allow."""
     import onnx_ir.passes.common as common
 
     checked = model.clone()
@@ -73,5 +73,5 @@ def _opset(version: int, dtype: ir.DataType) -> int:
 def _formals(
     formals: Sequence[onnx.defs.OpSchema.FormalParameter], count: int
 ) -> list[onnx.defs.OpSchema.FormalParameter]:
-    """One for each value; the last may stand for several."""
+    """One parameter for each value; the last may stand for several."""
     return [formals[min(index, len(formals) - 1)] for index in range(count)]

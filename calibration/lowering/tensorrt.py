@@ -54,8 +54,8 @@ def lower_bundle(path: BundleLike, precision: Precision) -> Lowered:
     Overflows of 16 bits are found by running the canonical graph on golden.npz, and from calibration.json. Only changed
     weights are stored.
 
-    Raises BundleError; GateError: NaN, or too large a difference from the canonical graph; UnsupportedModelError;
-    UsageError: an unknown precision.
+    Raises BundleError, GateError for NaN or too large a difference from the canonical graph, UnsupportedModelError, and
+    UsageError for an unknown precision.
     """
     check_choice("precision", precision, get_args(Precision))
     bundle = open_bundle(path)
@@ -132,7 +132,7 @@ def _compare(bundle: Bundle, part: str, model: ir.Model, precision: Precision) -
     outputs = [spec.name for spec in bundle.part(part).outputs]
     for name in outputs:
         if not np.isfinite(found[name]).all():
-            said = f"{part}'s output {name!r} has NaN or infinite values in 16 bits"
+            said = f"{part}'s output {name!r} contains NaN or infinite values in 16 bits"
             raise GateError(said, "use --precision bf16 or fp32")
     result = {f"{part}/{name}": sqnr(expected[name], found[name]) for name in outputs}
     least = _LEAST_SQNR[precision if bundle.manifest.precision == "fp32" else "int8"]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measures a quantized graph on this machine's engines: the kernels that they run, its outputs and its speed.
 
-Kernels are read from the engine itself. ONNX Runtime writes the graph that it optimized and a profile of the kernels
-that it ran; OpenVINO hands out the model that it runs. Linears are found in them by their output tensors, which no
+Kernels are read from the engine itself. ONNX Runtime writes its optimized graph and a profile of the kernels that it
+ran; OpenVINO exposes the model that it runs. Linear layers are found in them by their output tensors, which no
 optimizer renames.
 """
 
@@ -36,10 +36,10 @@ from perceiver_export.runtimes.manifest import DType, Manifest, OutputKind, Part
 from perceiver_export.runtimes.opening import open_engine
 from perceiver_export.runtimes.runtime import Array, Feeds, quartiles, scattered
 
-_ROUNDS, _LEAST, _MOST = 7, 1.0, 30.0  # of timing: rounds and seconds that are done, and seconds after which it ends
-_FEWEST = 3  # rounds that decide
+_ROUNDS, _LEAST, _MOST = 7, 1.0, 30.0  # of timing: minimum rounds and seconds; no round starts after the maximum
+_FEWEST = 3  # rounds needed for a comparison
 _ORT_INTEGER = frozenset({"MatMulIntegerToFloat", "QLinearMatMul", "QGemm", "MatMulInteger", "DynamicQuantizeMatMul"})
-_ORT_BLOCKED = "_nchwc"  # added to the output's name where a node got the layout of convolutions
+_ORT_BLOCKED = "_nchwc"  # suffix of a node that got the blocked layout of convolutions
 _ORT_TYPES = {"float": "fp32", "float16": "fp16", "bfloat16": "bf16", "uint8": "int8", "int8": "int8"}
 
 
@@ -47,7 +47,7 @@ MISSING = Kernel((), "not found in the engine", "", False, 0)
 
 
 class Timing(NamedTuple):
-    """How often a graph is run: once, or for ``seconds``, after the first call that finds cold caches."""
+    """How often a graph is run: once, or for ``seconds`` after a first call with cold caches."""
 
     seconds: float = 0.0
     threads: int | None = None
@@ -62,8 +62,8 @@ class Timing(NamedTuple):
 
 
 _PLAIN, _ONCE = EngineOptions(), Timing()
-Kernels = tuple[str, list[Kernel]]  # the engine's name, and what it runs
-Reading = Generator[None, None, Kernels]  # pauses when the graph is compiled, and before each call
+Kernels = tuple[str, list[Kernel]]  # the engine's name and its kernels
+Reading = Generator[None, None, Kernels]  # pauses after compiling the graph, and before each call
 
 
 def targets() -> list[str]:
@@ -77,9 +77,9 @@ def graphs_for(target: str, parts: Mapping[str, Part], directory: Path) -> dict[
 
 
 def measure_coverage(target: str, path: Path, linears: Sequence[Linear], feeds: Feeds) -> Coverage:
-    """Open the graph at ``path`` on the target, run it on ``feeds``, and list the kernels of its linears.
+    """Open the graph at ``path`` on the target, run it on ``feeds``, and list the kernels of its linear layers.
 
-    Raises BundleError: the engine refuses the graph.
+    Raises BundleError if the engine rejects the graph.
     """
     engine, found = read_kernels(target, path, feeds)
     layers = []
@@ -96,15 +96,15 @@ def measure_coverage(target: str, path: Path, linears: Sequence[Linear], feeds: 
 def read_kernels(
     target: str, path: Path, feeds: Feeds, options: EngineOptions = _PLAIN, how: Timing = _ONCE
 ) -> Kernels:
-    """The engine's name, and what it runs for a graph, in running order, timed in each of several calls.
+    """The engine's name and the kernels that it runs for a graph, in running order, timed in each of several calls.
 
-    Raises BundleError: the engine refuses the graph; DeviceError: this target says nothing about its kernels.
+    Raises BundleError if the engine rejects the graph, DeviceError if the target does not report its kernels.
     """
     return read_in_turn([reading(target, path, feeds, options, how)])[0]
 
 
 def read_in_turn(readings: Iterable[Reading]) -> list[Kernels]:
-    """The kernels of several graphs, whose calls take turns: what slows the machine down slows all of them."""
+    """The kernels of several graphs. Their calls alternate, so that other work on the machine slows all of them."""
     found: dict[int, Kernels] = {}
     left = dict(enumerate(readings))
     while left:
@@ -125,7 +125,7 @@ def reading(target: str, path: Path, feeds: Feeds, options: EngineOptions, how: 
 
 
 def totals(kernels: Sequence[Kernel]) -> Array:
-    """Milliseconds of each call but the first, which finds cold caches."""
+    """Milliseconds of each call except the first, which runs with cold caches."""
     times = [one.times for one in kernels if one.times]
     if not times:
         return np.zeros(1)
@@ -134,9 +134,9 @@ def totals(kernels: Sequence[Kernel]) -> Array:
 
 
 def built_kernels(directory: Path) -> list[Kernel]:
-    """The kernels of a TensorRT engine, from the report that its build kept: without times and bytes.
+    """The kernels of a TensorRT engine, from the report of its build, which has no times or bytes.
 
-    Raises BundleError: the report cannot be read.
+    Raises BundleError if the report cannot be read.
     """
     report = read_json(directory / REPORT, LayerReport, hint="build it again with --force")
     return [
@@ -214,7 +214,7 @@ _KERNELS: dict[str, tuple[str, Callable[[Path, Feeds, EngineOptions, Timing], Re
 def measure_effects(
     manifest: Manifest, graphs: Mapping[str, Path], calls: Sequence[Call], threads: int | None
 ) -> tuple[OutputEffect, ...]:
-    """SQNR and agreement of every output with fp32, on ONNX Runtime. Decoders read the quantized encoder's latents."""
+    """SQNR and agreement of each output with fp32's, on ONNX Runtime. Decoders read the quantized encoder's latents."""
     sessions = {
         name: open_session(read_graph(path), path.parent, threads, in_order=True) for name, path in graphs.items()
     }
@@ -246,11 +246,11 @@ def _agreement(kind: OutputKind, exact: Array, found: Array) -> float | None:
 def measure_speed(
     target: str, fp32: Mapping[str, Path], quantized: Mapping[str, Path], scheme: str, call: Call, threads: int | None
 ) -> Speed:
-    """Median milliseconds of a call of all parts; fp32, quantized and both in lower precisions take turns.
+    """Median milliseconds of a call of all parts: fp32, quantized, and both in lower precisions, timed alternately.
 
     A lower precision that the engine cannot compile is left out.
 
-    Raises GateError where a quantized part gives NaN or infinite values: some engines have kernels that do.
+    Raises GateError if a quantized part gives NaN or infinite values, as some engines' kernels do.
     """
     sides = {}
     for precision in ("fp32", *find_target(target).backend().precisions(target)):
@@ -265,7 +265,7 @@ def measure_speed(
             if not np.isfinite(values).all():
                 raise GateError(
                     f"the quantized model's {output!r} holds NaN or infinite values on {target}",
-                    "fp32 gives none: try another --scheme, or --keep-float for some layers",
+                    "try another --scheme, or --keep-float for some layers; fp32 gives finite values",
                 )
     times: list[list[float]] = []
     start = time.perf_counter()
@@ -276,7 +276,7 @@ def measure_speed(
             for name, engine in engines.items():
                 engine.run(call.feeds[name])
             times[-1].append((time.perf_counter() - begin) * 1e3)
-    found = dict(zip(sides, np.transpose(times[1:]), strict=True))  # the first round finds cold caches
+    found = dict(zip(sides, np.transpose(times[1:]), strict=True))  # the first round runs with cold caches
     medians = {name: float(np.median(one)) for name, one in found.items()}
     best = tuple(
         min((name for name in medians if name.startswith(scheme) == quantized), key=medians.__getitem__)
@@ -289,14 +289,14 @@ def measure_speed(
 
 
 def _varying(name: str, times: Array) -> str:
-    """Why these times, in milliseconds, do not decide; empty where they do."""
+    """Why these times, in milliseconds, are too unsteady to compare; empty if they are not."""
     low, median, high = quartiles(times)
     vary = scattered(name, low, median, high)
     return f"they vary too much (the middle half of {name}'s: {low:.3g} to {high:.3g} ms)" if vary else ""
 
 
 def _named(own: str, precision: str) -> str:
-    """`bf16`, `int8 with bf16`; as an engine describes itself."""
+    """`bf16` or `int8 with bf16`, as an engine describes itself."""
     return own if precision == "fp32" else precision if own == "fp32" else f"{own} with {precision}"
 
 
@@ -310,14 +310,14 @@ def by_target(coverage: Mapping[str, Sequence[Coverage]]) -> dict[str, Coverage]
 
 
 def require_coverage(coverage: Mapping[str, Coverage], least: float) -> None:
-    """Raise GateError where less than ``least`` percent of a target's int8 multiply-adds run in integer kernels."""
+    """Raise GateError if less than ``least`` percent of a target's int8 multiply-adds run in integer kernels."""
     for target, one in coverage.items():
         found = one.share
         if 100 * found < least - 1e-9:
             slow = sorted((layer for layer in one.layers if not layer.integer), key=lambda layer: -layer.macs)
             names = ", ".join(f"{layer.name} ({layer.kernel})" for layer in slow[:3])
-            enough = int(100 * found) if found >= 0.02 else 0  # the option takes a number up to 1 for a share
+            enough = int(100 * found) if found >= 0.02 else 0  # the option reads a number up to 1 as a share
             raise GateError(
-                f"{100 * found:.2f} % of multiply-adds run in integer kernels on {target}, {least:g} % were asked for",
-                f"in float: {names}; accept it with --min-coverage {enough}, or name them in --keep-float",
+                f"only {100 * found:.2f} % of multiply-adds run in integer kernels on {target} ({least:g} % required)",
+                f"accept it with --min-coverage {enough}, or name the float layers in --keep-float: {names}",
             )

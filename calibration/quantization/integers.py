@@ -8,7 +8,7 @@ not quantized, because TensorRT rejects int32 biases, and a Q on an output costs
 have one scale per block of inputs, which needs opset 21.
 
 This module finds ranges itself, because onnxruntime.quantization keeps histograms of every tensor of every sample, and
-NNCF minimises the error of the values instead of the products.
+NNCF minimizes the error of the values instead of the products.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def find_range(method: Method, rows: Array, largest: float, gram: Array) -> floa
 def _mse(rows: Array, largest: float, gram: Array) -> float:
     """The range with the least squared error of the products, Σ e G eᵀ over rows; e is the rounding and clipping error.
 
-    Minimising the error of the values themselves would clip a few large channels in favour of many small ones, although
+    Minimizing the error of the values themselves would clip a few large channels in favor of many small ones, although
     the weights amplify the large ones. On the Fashion-MNIST model that costs 3 to 6 dB.
     """
     rows = rows[:: -(-len(rows) // _ROWS)]

@@ -36,8 +36,8 @@ SCORES = "it multiplies a table of positions for attention scores, and positions
 class Linear:
     """One run of a linear layer. Blocks that share weights are several runs of one ``group``.
 
-    ``activation`` is the left operand (…, M, K) as found; ``macs`` is the number of multiply-adds, with dynamic sizes
-    as 1.
+    ``activation`` is the left operand (…, M, K) as found; ``macs`` is the number of multiply-adds, where dynamic sizes
+    count as 1.
     """
 
     name: str

@@ -22,8 +22,8 @@ class QuantizeOptions:
     """Options of `quantize`, `search` and `measure_sensitivity`; `quantize --help` prints the doc of each field.
 
     ``precision`` gives layers whose names match a pattern (`encoder.*.mlp.*`) another scheme. The last matching pattern
-    decides, and ``keep_float`` comes after all of ``precision``. ``gates`` compare the result with the fp32 bundle.
-    ``truncate`` changes how DATA is read, not the new bundle. Raises UsageError: an invalid value.
+    applies, and ``keep_float`` comes after all of ``precision``. ``gates`` compare the result with the fp32 bundle.
+    ``truncate`` changes how DATA is read, not the new bundle. Raises UsageError for an invalid value.
     """
 
     scheme: Scheme = option("int8", "int8, int8-weights or int4-weights.")
@@ -45,7 +45,7 @@ class QuantizeOptions:
 
         check_choice("scheme", self.scheme, tuple(one for one in get_args(Scheme) if one != "float"))
         check_choice("method", self.method, get_args(Method))
-        check_whole("samples", self.samples, 1, None, "give 1 or more; 128 suffice for most models")
+        check_whole("samples", self.samples, 1, None, "give 1 or more; 128 is enough for most models")
         if self.weight_bits not in (None, 7, 8):
             raise UsageError(f"weight_bits is {self.weight_bits!r}", "give 7 or 8; for 4 bits use scheme int4-weights")
         check_kind("precision", self.precision, Mapping, "a scheme by pattern of layer names")
@@ -65,7 +65,7 @@ class QuantizeOptions:
 
     @property
     def bits(self) -> int:
-        """Bits of weights that are multiplied as integers: as requested, else what this machine needs."""
+        """Bits of weights that are multiplied as integers: as requested, or as this machine needs."""
         from perceiver_export.runtimes.machine import saturates
 
         return self.weight_bits or (7 if saturates() else 8)

@@ -40,7 +40,7 @@ class PlannedPart:
 
 @dataclass(frozen=True)
 class QuantizedPart:
-    """A quantized part: ``models`` by file name, ``part`` for the manifest, and reasons of ``kept_float`` by layer."""
+    """A quantized part: ``models`` by file name, ``part`` for the manifest; ``kept_float``: reasons by layer."""
 
     part: Part
     models: dict[str, ir.Model]

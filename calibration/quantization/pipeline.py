@@ -55,8 +55,8 @@ def quantize(
     too long for the model are skipped with a note, or cut with ``options.truncate``. ``sensitivity``, the result of
     `measure_sensitivity`, is kept in the record for `profile`.
 
-    Raises UsageError, DataError, BundleError, BundleExistsError, MissingDependencyError; ExportError: the disk is full
-    or not writable; GateError: coverage or accuracy is lower than ``options`` require.
+    Raises UsageError, DataError, BundleError, BundleExistsError, MissingDependencyError; ExportError if the disk is
+    full or not writable; GateError if coverage or accuracy is lower than ``options`` require.
     """
     report = progress or (lambda what, done, total: None)
     path, source = absolute_place(output), open_bundle(bundle)
@@ -86,7 +86,7 @@ def collect_statistics(
     *,
     progress: Report | None = None,
 ) -> None:
-    """Write the statistics of shard i of n to an .npz file; raises what `quantize` raises, and InputError."""
+    """Write the statistics of shard i of n to an .npz file. Raises the errors of `quantize`, and InputError."""
     check_shard(shard)
     source = open_bundle(bundle)
     check_options(options, source)
@@ -129,7 +129,7 @@ def write_quantized(
     """Write all files of a quantized bundle that will be named ``name``. It changes the observation's statistics.
 
     `complete_record` adds measurements. ``raised`` has the groups that a search raised to a higher precision.
-    Raises GateError: the coverage is below ``options.min_coverage``.
+    Raises GateError if the coverage is below ``options.min_coverage``.
     """
     report("quantize", 0, 1)
     parts = {
@@ -212,8 +212,8 @@ def _copy_others(source: Bundle, directory: Path) -> None:
 def complete_record(
     source: Bundle, observation: Observation, directory: Path, threads: int | None, alone: Sequence[GroupSensitivity]
 ) -> None:
-    """Compare the bundle in ``directory`` with the float one, and add to its record outputs and speed. ``alone`` is
-    added too: for each linear the SQNR of the outputs with its layer alone quantized.
+    """Compare the bundle in ``directory`` with the float one, and record the outputs' SQNR and the speed. ``alone`` is
+    recorded too: for each linear layer, the SQNR of the outputs with only that layer quantized.
     """
     made, record = _recorded(directory)
     graphs = {target: engines.graphs_for(target, made.manifest.parts, directory) for target in engines.targets()}
@@ -225,11 +225,11 @@ def complete_record(
         for target, quantized in graphs.items()
     )
     warnings = [
-        f"the times on {one.target} do not say whether {one.best[1]} is faster than {one.best[0]}: {one.undecided}; "
+        f"the times on {one.target} do not show whether {one.best[1]} is faster than {one.best[0]}: {one.undecided}; "
         "run `bench` with --against on a quiet machine"
         if one.undecided
-        else f"not faster than {one.best[0]} with {one.target} on the machine that quantized it"
-        + ("; it gains size alone" if size < 1 else " and not smaller")
+        else f"not faster than {one.best[0]} on {one.target} on the machine that quantized it"
+        + (", only smaller" if size < 1 else ", and not smaller")
         + f": {size:.2f} × fp32's size"
         for one in speeds
         if not one.faster
@@ -259,7 +259,7 @@ def _write_record(directory: Path, manifest: Manifest, record: Calibration, warn
 def _check_gateable(data: Data | None) -> None:
     """Check before anything runs that DATA can be used for gates.
 
-    Raises UsageError: it cannot; MissingDependencyError: the library that computes bounds is missing.
+    Raises UsageError if it cannot, MissingDependencyError if the library that computes bounds is missing.
     """
     if not isinstance(data, (str, Path)):
         raise UsageError("accuracy gates need data that can be read twice", "give a path or module:function")
@@ -278,7 +278,7 @@ def _check_gates(directory: Path, source: Bundle, data: Data, options: QuantizeO
     try:
         found.require()
     except GateError as error:
-        fails = type(error) is GateError  # and is not undecided or vacuous
+        fails = type(error) is GateError  # not undecided or vacuous
         hint = "use --keep-float for the layers that `--sensitivity` lists first" if fails else error.hint
         raise type(error)(f"{error.message}: nothing was written", hint) from error
     made, record = _recorded(directory)

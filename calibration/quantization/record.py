@@ -113,7 +113,7 @@ class Speed(msgspec.Struct, frozen=True):
 
     ``others`` has the lower precisions that the target computes in ("bf16", "int8 with bf16"). ``best`` names the
     fastest float and the fastest quantized precision; ``ratios`` are the quartiles of the second's time relative to the
-    first's, round by round; ``undecided``: why they decide nothing. Older records have none of these.
+    first's, round by round; ``undecided``: why they cannot be compared. Older records have none of these.
     """
 
     target: str
@@ -126,7 +126,7 @@ class Speed(msgspec.Struct, frozen=True):
 
     @property
     def faster(self) -> bool:
-        """Whether it is faster than the best float precision: by its spread, if that was measured."""
+        """Whether it is faster than the fastest float precision, in at least three of four rounds if that is known."""
         found = self.quantized < self.fp32 if self.ratios is None else self.ratios[2] < 1
         return found and not self.undecided
 
@@ -136,7 +136,7 @@ class Speed(msgspec.Struct, frozen=True):
         if self.ratios is None:
             return f"{shown}: quantized is {self.fp32 / self.quantized:.2f} × as fast as fp32"
         if self.undecided:
-            return f"{shown}: not decided"
+            return f"{shown}: not comparable"
         slowest, median, best = (1 / ratio for ratio in reversed(self.ratios))
         sides = f"{self.best[1]} is {median:.2f} × as fast as {self.best[0]}"
         return f"{shown}: {sides} ({slowest:.2f} to {best:.2f} in half of the pairs)"
@@ -193,7 +193,7 @@ class Calibration(msgspec.Struct, frozen=True):
 
 
 def read_calibration(bundle: Bundle) -> Calibration | None:
-    """A quantized bundle's record; None if the bundle is not quantized. Raises BundleError: it cannot be read."""
+    """A quantized bundle's record; None if the bundle is not quantized. Raises BundleError if it cannot be read."""
     if FILE not in bundle.manifest.files or bundle.manifest.quantization is None:
         return None
     return read_json(bundle.file(FILE), Calibration, hint="copy or quantize the bundle again")

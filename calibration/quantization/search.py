@@ -1,21 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`search()`: mixed precision that holds its gates, found on one split of the data and certified on another.
+"""`search()` finds a mixture of precisions whose gates hold on one split of the data, and certifies it on another.
 
-1. **Candidates.** Candidate 0 has the options asked for. In each next one, one more layer goes back to a higher
-   precision (`ladder`; a candidate is called rung in the code, and all of them the ladder).
-2. **Search.** Candidates 0, 1, 2, 4, … are timed on each target, in their own fastest precision (int8, or int8 with
-   bf16) in turn with the fp32 bundle's fastest there, and held against the fp32 bundle on the search split in that
-   precision, up to the first that holds and one more for safety; then halves of those below, as long as there is time
-   to gain. A candidate costs its time as a share of that precision's, the geometric
-   mean over targets; where only weights are quantized, or size was asked for, it costs its bytes. Two kinds are
-   dropped: those that cost no less than ``1 − least_gain`` of a safer one (less than about 2 % is noise of the clock),
-   and those that are not faster than the float bundle by their spread (or not smaller).
-3. **Certify.** On the certification split the candidates that are left are tested in a fixed sequence, the safest
-   first, each at 5 %, up to the first that does not hold; the cheapest that held is kept. The order was fixed before a
-   sample of this split was seen, so the chance of certifying any candidate that is worse than the margin is 5 % in all
-   (Learn then Test, Angelopoulos et al., arXiv 2110.01052, section 2.2; the frontier first, the sequence along it, on
-   two splits: Pareto Testing, Laufer-Goldshtein et al., arXiv 2210.07913). Several gates and targets must all hold,
-   which makes a wrong pass no more likely (Berger, Technometrics 1982).
+1. **Candidates.** Candidate 0 has the requested options. Each next one returns one more layer to a higher precision.
+   The code calls a candidate a rung, and all of them the ladder.
+2. **Search.** Candidates 0, 1, 2, 4, … are tried until one holds, then one more for safety. Below the first that held,
+   bisection continues as long as there is time to gain. On each target, a candidate runs in its own fastest precision
+   (int8, or int8 with bf16). It is timed alternately with the fp32 bundle in that bundle's fastest precision, and
+   compared with the fp32 bundle on the search split. Its cost is the ratio of the two times, the geometric mean over
+   targets. If only weights are quantized, or size was requested, the cost is the size in bytes. Two kinds are dropped:
+   those that do not cost at least ``least_gain`` less than a safer one (less than about 2 % is clock noise), and those
+   that are not faster than the float bundle by more than the spread (or not smaller).
+3. **Certify.** On the certification split, the remaining candidates are tested in a fixed sequence, safest first, each
+   at 5 %, until one does not hold; the cheapest that held is kept. The order was fixed before any sample of this split
+   was seen, so the chance of certifying any candidate that is worse than the margin is 5 % in total (Learn then Test,
+   Angelopoulos et al., arXiv 2110.01052, section 2.2; the frontier first, the sequence along it, on two splits: Pareto
+   Testing, Laufer-Goldshtein et al., arXiv 2210.07913). All gates must hold on all targets, which makes a wrong pass no
+   more likely (Berger, Technometrics 1982).
 
 No split may share samples with another, or with the calibration samples.
 """
@@ -57,9 +57,9 @@ _TRIES = 3  # to find the float bundle's fastest precision
 
 
 class Time(msgspec.Struct, frozen=True):
-    """Median milliseconds of a call on a target, in an engine of ``precision``; ``ratio`` to the fp32 bundle's there in
-    its fastest precision, ``against``: the median over pairs of blocks in turn, with quartiles. ``unsteady``: why it
-    decides nothing.
+    """Median milliseconds of a call on a target, in an engine of ``precision``. ``ratio`` is relative to the fp32
+    bundle in its fastest precision there, ``against``: the median over pairs of alternating blocks, with quartiles.
+    ``unsteady``: why the times are too unsteady to compare.
     """
 
     target: str
@@ -72,21 +72,21 @@ class Time(msgspec.Struct, frozen=True):
 
     @property
     def faster(self) -> bool:
-        """Whether it is faster by its spread."""
+        """Whether it is faster by more than the spread of the ratios."""
         return self.quartiles[1] < 1 and not self.unsteady
 
     def __str__(self) -> str:
         low, high = self.quartiles
-        why = f", which decides nothing: {self.unsteady}" if self.unsteady else ""
+        why = f", too unsteady to compare: {self.unsteady}" if self.unsteady else ""
         own = "" if self.precision == "fp32" else f" with {self.precision}"
         return f"{self.ratio:.2f} × the time of {self.against} on {self.target}{own} ({low:.2f} to {high:.2f}){why}"
 
 
 class Rung(msgspec.Struct, frozen=True):
-    """A candidate: its number (``step``), the layers that went back, its cost, the outcome of the gates.
+    """A candidate: its number (``step``), the layers at a higher precision, its cost, the outcome of the gates.
 
     ``size`` is the bundle's as a share of fp32's. ``search`` and ``certification`` have a line for each gate and
-    target, one that begins with "failed" where an output was NaN or infinite.
+    target, or one that begins with "failed" if an output was NaN or infinite.
     """
 
     step: int
@@ -98,14 +98,14 @@ class Rung(msgspec.Struct, frozen=True):
 
     @property
     def time(self) -> float:
-        """Geometric mean over targets of the time as a share of the best float's."""
+        """The time as a share of the fastest float's, the geometric mean over targets."""
         return math.exp(sum(math.log(time.ratio) for time in self.times) / len(self.times))
 
 
 class Found(msgspec.Struct, frozen=True):
     """The candidates that were tried (``rungs``, by number), the index of the one kept, and its certificates.
 
-    ``ladder`` is the number of all candidates, ``ranking`` the cost of each layer by itself, the worst first.
+    ``ladder`` is the number of all candidates; ``ranking`` has the cost of each layer by itself, the worst first.
     """
 
     rungs: tuple[Rung, ...]
@@ -130,25 +130,24 @@ def search(
     allow_overlap: bool = False,
     progress: Report | None = None,
 ) -> Found:
-    """Write to ``output`` the cheapest mixture whose gates are certified, on the target ``device`` or on ``all``.
+    """Write the cheapest mixture whose gates are certified to ``output``; ``device`` is a target or ``all``.
 
-    ``options`` hold for every candidate: layers start where ``precision`` puts them, and those that are kept float are
-    float throughout. ``least_gain``: percent of a safer candidate's cost that a riskier one must save. ``for_size``:
-    the cost is size, as it is where only weights are quantized, and a mixture need not be faster than the best float.
+    ``options`` apply to every candidate: layers start in the scheme that ``precision`` names, and layers in
+    ``keep_float`` stay float. ``least_gain``: percent of a safer candidate's cost that a riskier one must save.
+    ``for_size``: the cost is size, as it is if only weights are quantized, and a mixture need not be faster than float.
 
-    A candidate with NaN or infinite outputs does not hold. Nothing is written where this raises: GateError where none
-    holds, or none that holds is worth it; UndecidedError where the samples are too few to say; BrokenReferenceError
-    where the fp32 bundle gives NaN; DataError where splits overlap; UsageError; and what `quantize` and `validate`
-    raise.
+    A candidate with NaN or infinite outputs does not hold. Nothing is written if this raises: GateError if none holds,
+    or none that holds is faster (or smaller); UndecidedError if there are too few samples; BrokenReferenceError if the
+    fp32 bundle gives NaN; DataError if splits overlap; UsageError; and the errors of `quantize` and `validate`.
     """
     report = progress or (lambda what, done, total: None)
     path, source = absolute_place(output), open_bundle(bundle)
     check_percent("--least-gain", least_gain, below=0.99)
     if least_gain == 100:
-        raise UsageError("--least-gain is 100, and no mixture costs nothing", "give fewer percent; 2 is the default")
+        raise UsageError("--least-gain is 100, but every mixture costs something", "give less; the default is 2")
     check_options(options, source)
     if not options.gates.any:
-        raise UsageError("a search needs a gate to hold", "give --max-drop or --min-agreement")
+        raise UsageError("a search needs at least one gate", "give --max-drop or --min-agreement")
     refuse_place(path, options.overwrite, source)
     targets = search_targets(device, source)
     reading = truncating(source) if options.truncate else source
@@ -167,7 +166,7 @@ def search(
 
 
 def search_targets(device: str, source: Bundle) -> tuple[str, ...]:
-    """The targets that a search runs and times its rungs on. Raises DeviceError: none, or it needs engines built."""
+    """The targets on which a search runs and times its rungs. Raises DeviceError if none runs without built engines."""
     names = [choose_target(source) if device == "auto" else device]
     if device == "all":
         names = [found.target for found in devices()]
@@ -176,17 +175,17 @@ def search_targets(device: str, source: Bundle) -> tuple[str, ...]:
         said = f"{', '.join(names)} runs engines that take minutes to build" if names else "no target is present"
         raise DeviceError(
             f"{said}; a search tries many bundles and cannot build an engine for each",
-            "search with --device ort-cpu or openvino-cpu, build what it finds, then `validate --device … --certify`",
+            "search with --device ort-cpu or openvino-cpu, build the result, then `validate --device … --certify`",
         )
     return here
 
 
 def climb(count: int, holds: Callable[[int], bool], worth: Callable[[int, int], bool]) -> None:
-    """Ask ``holds`` of as few of ``count`` rungs as find the lowest that holds: 0, 1, 2, 4, … up to the first, one more
-    above it as a safer candidate, then halves of the rungs between it and the last that did not hold.
+    """Find the lowest of ``count`` rungs that ``holds`` with few trials: 0, 1, 2, 4, … up to the first that holds, one
+    more above it as a safer candidate, then bisection between it and the last that did not hold.
 
-    Halving ends where the lower rung is not ``worth`` it against the upper one. A lower rung may hold by chance on
-    these samples: certification finds that out.
+    Bisection ends when the lower rung would not be ``worth`` it, compared with the upper one. A lower rung may hold on
+    these samples by chance; certification catches that.
     """
     failed, index, safer = -1, 0, min(1, count - 1)
     while not holds(index):
@@ -201,9 +200,9 @@ def climb(count: int, holds: Callable[[int], bool], worth: Callable[[int, int], 
 
 
 def fixed_order(costs: Mapping[int, float], worth: Mapping[int, bool], least_gain: float) -> list[int]:
-    """The order of certification: the rungs that are ``worth`` a test, safest (highest) first, cheaper ones after.
+    """The order of certification: the rungs that are ``worth`` a test, safest (highest) first, then cheaper ones.
 
-    A rung that costs no less than ``1 − least_gain`` of a safer one is never worth a test.
+    A rung that does not cost at least ``least_gain`` (a share) less than the one before it is not tested.
     """
     order: list[int] = []
     for index in sorted(costs, reverse=True):
@@ -218,7 +217,7 @@ def gains(cost: float, safer: float, least_gain: float) -> bool:
 
 
 def fixed_sequence(order: Sequence[int], holds: Callable[[int], bool]) -> int | None:
-    """Test one after the other, each at the full level, up to the first that fails; the last that held, or None."""
+    """Test in order, each at the full level, until one fails; return the last that held, or None."""
     kept = None
     for index in order:
         if not holds(index):
@@ -229,7 +228,7 @@ def fixed_sequence(order: Sequence[int], holds: Callable[[int], bool]) -> int | 
 
 @dataclass
 class Trials:
-    """Builds rungs of a ladder, holds them against gates and times them. ``rungs`` has those that were tried."""
+    """Builds rungs of a ladder, times them and checks their gates. ``rungs`` has those that were tried."""
 
     ladder: Ladder
     source: Bundle
@@ -247,7 +246,7 @@ class Trials:
         return self.folder / f"rung-{step}" / self.name
 
     def search(self, data: str | Path, least_gain: float) -> list[int]:
-        """Climb on the search split; gives the order of certification. Raises GateError where no rung holds."""
+        """Climb on the search split; return the order of certification. Raises GateError if no rung holds or saves."""
         results: dict[int, tuple[Validation, ...]] = {}
 
         def holds(step: int) -> bool:
@@ -260,7 +259,7 @@ class Trials:
         )
         costs = {step: self._cost(step) for step, one in results.items() if _held(one)}
         if not costs:
-            hint = "ask for less, give more samples to search on, or look at `quantize --sensitivity`"
+            hint = "relax the gates, give more samples to search on, or look at `quantize --sensitivity`"
             raise _refusal("no mixture of precisions holds", results[max(results)], hint)
         order = fixed_order(costs, {step: self._worth(self.rungs[step]) for step in costs}, least_gain)
         if not order:
@@ -269,18 +268,18 @@ class Trials:
             taken = ", ".join([f"{cheapest.size:.2f} × the size", *map(str, cheapest.times)])
             raise GateError(
                 f"no mixture that holds is {gain} than the float bundle here: the cheapest takes {taken}",
-                "keep float: `bench --precision auto` shows its fastest; or search on a quiet machine, or --for-size",
+                "keep float (`bench --precision auto` finds its fastest), search on a quiet machine, or use --for-size",
             )
         return order
 
     def _worth(self, rung: Rung) -> bool:
-        """Whether a rung is faster by its spread on a target, or smaller where size was asked for."""
+        """Whether a rung is faster on a target by more than the spread, or smaller if the cost is size."""
         return rung.size < 1 if self._saves_size else any(time.faster for time in rung.times)
 
     def certify(self, order: Sequence[int], data: str | Path) -> tuple[int, tuple[Validation, ...]]:
         """The rung that a fixed sequence on the certification split keeps, and the evidence for it.
 
-        Raises GateError where not even the first of ``order`` holds.
+        Raises GateError if not even the first of ``order`` holds.
         """
         evidence: dict[int, tuple[Validation, ...]] = {}
 
@@ -292,7 +291,7 @@ class Trials:
 
         kept = fixed_sequence(order, holds)
         if kept is None:
-            hint = "give more samples to certify on, or ask for less; nothing was written"
+            hint = "give more samples to certify on, or relax the gates; nothing was written"
             raise _refusal("the mixture that held on the search split is not certified", evidence[order[0]], hint)
         return kept, evidence[kept]
 
@@ -309,9 +308,9 @@ class Trials:
         return results
 
     def _judge(self, step: int, times: Sequence[Time], data: str | Path) -> tuple[Validation, ...]:
-        """The rung on each target, in the precision that was timed. NaN outputs fail this rung only.
+        """Validate the rung on each target, in the precision that was timed. NaN outputs fail this rung only.
 
-        Raises BrokenReferenceError where the reference gives NaN: then no rung can hold.
+        Raises BrokenReferenceError if the reference gives NaN, because then no rung can hold.
         """
         common = ValidateOptions(
             self.source,
@@ -339,7 +338,7 @@ class Trials:
         )
 
     def found(self, kept: int, made: tuple[Certificate, ...]) -> Found:
-        """What was tried, with the step ``kept`` and its certificates."""
+        """The rungs that were tried, with the step ``kept`` and its certificates."""
         steps = sorted(self.rungs)
         slow = tuple(
             f"the kept mixture was not found to be faster on this machine: it takes {time}"
@@ -350,7 +349,7 @@ class Trials:
         return Found(rungs, steps.index(kept), made, len(self.ladder.rungs), self.ladder.ranking, slow)
 
     def _time(self, path: Path, target: str) -> Time:
-        """Takes turns with the best float, so that other work on the machine slows both."""
+        """Time a rung alternately with the fastest float, so that other work on the machine slows both."""
         how: dict[str, Any] = {"device": target, "runs": _RUNS, "threads": self.options.threads}
         for _ in range(0 if target in self.best else _TRIES):
             self.best[target] = bench(self.source, precision="auto", **how)
@@ -367,7 +366,7 @@ class Trials:
         return Time(target, timed.measurements[0].p50, timed.ratio, timed.ratio_quartiles, against, why, own)
 
     def _unsteady(self, target: str) -> str:
-        """Why the best float is not known; where there is one precision, it is."""
+        """Why the fastest float precision is not known; empty if it is, as when there is only one."""
         return self.best[target].unsteady if len(self.best[target].measurements) > 1 else ""
 
     def _cost(self, step: int) -> float:
@@ -379,7 +378,7 @@ class Trials:
 
 
 def fastest_precision(measured: Bench) -> Precision:
-    """The fastest of a bundle's engines; fp32 (of an int8 bundle: beside int8) where it ties, or nothing is decided."""
+    """The precision of a bundle's fastest engine (for int8, of its float layers); fp32 for ties and unsteady times."""
     found = [precision_of(f", in {measured.measurements[index].precision}") for index in measured.fastest]
     return "fp32" if "fp32" in found or not found else found[0]
 

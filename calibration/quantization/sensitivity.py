@@ -2,12 +2,12 @@
 """The cost of each layer, predicted from an fp32 bundle or measured in a quantized one; and the ladder of a search.
 
 `measure_sensitivity` quantizes one layer at a time and leaves all others float. For each it gives the SQNR of the
-layer's own products on sampled rows, and the SQNR of the model's outputs, in dB. The second decides: a softmax of large
-scores may turn a small error of a layer into a large one of the output.
+layer's own products on sampled rows, and the SQNR of the model's outputs, in dB. The second matters: a softmax of large
+scores may turn a layer's small error into a large error of the output.
 
-`measure_layer_errors` compares each linear's product in a quantized bundle with fp32's, on the same inputs. It also
-finds a scale that was damaged, or made from the wrong data. Later layers include the errors of earlier ones, but a
-layer that is wrong itself stands out.
+`measure_layer_errors` compares each linear layer's product in a quantized bundle with fp32's, on the same inputs. It
+also reveals a scale that was damaged or computed from the wrong data. Later layers include the errors of earlier ones,
+but a layer that is wrong itself stands out.
 
 The ladder has mixtures of precisions, each with one layer at a higher precision than the mixture before. From the
 requested scheme, a layer goes back to int8 weights with float activations, then to float. A step's effect is the noise
@@ -63,7 +63,7 @@ def measure_sensitivity(
 ) -> tuple[GroupSensitivity, ...]:
     """Sensitivity of every layer of an fp32 bundle, the most harmful first. Takes a short run per layer.
 
-    Leaves out layers that stay float, and ignores gates and coverage. Raises what `quantize` raises.
+    Omits layers that stay float, and ignores gates and coverage. Raises the errors of `quantize`.
     """
     report = progress or (lambda what, done, total: None)
     source = open_bundle(bundle)
@@ -74,7 +74,7 @@ def measure_sensitivity(
 def group_sensitivity(
     source: Bundle, observation: Observation, options: QuantizeOptions, report: Report
 ) -> tuple[GroupSensitivity, ...]:
-    """The same from an observation, whose statistics smoothing changes."""
+    """`measure_sensitivity` from an observation; smoothing changes its statistics."""
     found: list[GroupSensitivity] = []
     for name, part in source.manifest.parts.items():
         statistics = observation.statistics[name]
@@ -124,8 +124,7 @@ class Step(NamedTuple):
 def order_steps(noise: Mapping[str, float], in_middle: Mapping[str, float]) -> tuple[Step, ...]:
     """Steps in the order of their effects, largest first.
 
-    ``noise`` is each layer's noise in its scheme, ``in_middle`` its noise with int8 weights, for layers that may have
-    them.
+    ``noise`` is each layer's noise in its scheme; ``in_middle`` is its noise with int8 weights, if it may have them.
     """
     found: list[Step] = []
     for group, most in noise.items():
@@ -149,7 +148,7 @@ def mixtures(asked: Mapping[str, Scheme], steps: Sequence[Step]) -> list[dict[st
 class Ladder:
     """The rungs of a bundle, each quantized on demand from one pass over the data.
 
-    ``ranking`` has the layers by the noise of the requested scheme.
+    ``ranking`` has the layers by their noise in the requested scheme, the worst first.
     """
 
     def __init__(self, source: Bundle, observation: Observation, options: QuantizeOptions, report: Report) -> None:
@@ -166,10 +165,10 @@ class Ladder:
         return {step.group: self.rungs[index][step.group] for step in self._steps[:index]}
 
     def build(self, index: int, path: Path) -> None:
-        """Write the bundle of a rung to ``path``. Raises what `quantize` raises."""
+        """Write the bundle of a rung to ``path``. Raises the errors of `quantize`."""
         back = self.raised(index)
         raised = {glob.escape(group): scheme for group, scheme in back.items()}
-        # The last matching pattern decides, so the raised layers come after the requested schemes.
+        # The last matching pattern applies, so the raised layers come after the requested schemes.
         asked = {name: scheme for name, scheme in self._options.schemes.items() if name not in raised}
         options = replace(self._options, precision={**asked, **raised}, keep_float=())
         with new_bundle(path, overwrite=False) as directory:
@@ -189,7 +188,7 @@ def _noise(ranking: Sequence[GroupSensitivity]) -> dict[str, float]:
 
 
 class LayerError(msgspec.Struct, frozen=True):
-    """A layer: SQNR of its product in dB, of the worst run where it runs more than once."""
+    """A layer and the SQNR of its product in dB, of its worst run if it runs more than once."""
 
     part: str
     group: str
@@ -199,10 +198,10 @@ class LayerError(msgspec.Struct, frozen=True):
 def measure_layer_errors(
     bundle: BundleLike, reference: BundleLike, data: Data, samples: int = 8, threads: int | None = None
 ) -> tuple[LayerError, ...]:
-    """Compare the linears of two bundles of one model, the second in fp32; the worst layer first.
+    """Compare the linear layers of two bundles of one model, the second in fp32; the worst layer first.
 
-    Where smoothing was folded into a value projection, its channels have other scales than in fp32. There the best gain
-    of each channel is divided out first. Raises DataError; UsageError: the bundles do not have the same linears.
+    If smoothing was folded into a value projection, its channels have other scales than in fp32, so each channel's best
+    gain is applied first. Raises DataError, and UsageError if the bundles have different linear layers.
     """
     opened, exact = open_bundle(bundle), open_bundle(reference)
     if opened.manifest.parts.keys() != exact.manifest.parts.keys():
@@ -222,7 +221,7 @@ def measure_layer_errors(
 
 
 class _Watched:
-    """Both graphs of a part, with the products of their linears as outputs; ``sums`` has signal and noise of each."""
+    """Both graphs of a part, with the linear layers' products as outputs; ``sums`` has signal and noise of each."""
 
     def __init__(self, quantized: Path, exact: Path, threads: int | None) -> None:
         graph = load_graph(exact).graph
@@ -232,7 +231,7 @@ class _Watched:
         self.sums: dict[str, Array] = {}
 
     def _open(self, path: Path, threads: int | None) -> Any:
-        """A session that also gives the products. Raises UsageError where the graph lacks one."""
+        """A session that also gives the products. Raises UsageError if the graph lacks one."""
         model = load_graph(path)
         values = {str(value.name): value for node in model.graph for value in node.outputs}
         if missing := [name for name in self._groups if name not in values]:
@@ -241,7 +240,7 @@ class _Watched:
         return open_session(model, path.parent, threads)
 
     def run(self, feeds: Feeds) -> Mapping[str, Array]:
-        """The exact outputs; adds up the errors of all products on the way."""
+        """Return the exact outputs, and add up the errors of all products."""
         exact, found = (run_session(session, feeds) for session in self._sessions)
         for name, group in self._groups.items():
             signal = exact[name].reshape(-1, exact[name].shape[-1]).astype(np.float64)
@@ -254,7 +253,7 @@ class _Watched:
         return {name: exact[name] for name in self._outputs}
 
     def errors(self) -> dict[str, float]:
-        """SQNR in dB by group, of its worst run; -200 where a product is not finite."""
+        """SQNR in dB by group, of its worst run; -200 if a product is not finite."""
         found: dict[str, float] = {}
         for name, sums in self.sums.items():
             group = self._groups[name]

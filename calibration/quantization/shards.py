@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Statistics of `quantize` in shards: each machine runs a share of the calls, and merged they are those of one pass.
+"""Statistics of `quantize` in shards: each machine runs a share of the calls; merging them gives those of one pass.
 
 Bounds merge by minimum and maximum. Every shard draws the random numbers of all calls, so it knows which of its rows
-one pass would keep. The same int8 graphs follow, bit for bit, if the engines compute alike.
+one pass would keep. If the engines compute alike, the int8 graphs are the same, bit for bit.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class _About(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def alike(self) -> dict[str, object]:
-        """By words: everything that shards of one calibration have in common."""
+        """By name: everything that shards of one calibration must have in common."""
         return {
             "bundle": self.bundle,
             "number of shards": self.shards,
@@ -69,7 +69,7 @@ class _About(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 def write_statistics(
     path: Path, bundle: Bundle, shard: tuple[int, int], options: QuantizeOptions, observation: Observation
 ) -> None:
-    """Write the statistics of shard i of n. Raises DataError: it ran no call; OSError."""
+    """Write the statistics of shard i of n. Raises DataError if it ran no call, and OSError."""
     import onnxruntime
 
     arrays: dict[str, Array] = {}
@@ -77,7 +77,7 @@ def write_statistics(
     for part, found in observation.statistics.items():
         for name, one in found.activations.items():
             if np.isinf(one.low).any():
-                raise DataError(f"shard {shard[0]}/{shard[1]} has no samples", "take fewer shards")
+                raise DataError(f"shard {shard[0]}/{shard[1]} has no samples", "use fewer shards")
             arrays |= {f"{what} {part} {name}": getattr(one, what) for what in ("low", "high", "rows", "own")}
         arrays[f"hazards {part}"] = np.array([one.largest for one in found.hazards.values()])
         seen = {name: one.seen for name, one in found.activations.items()}
@@ -103,24 +103,24 @@ def write_statistics(
 
 
 def merge_statistics(bundle: Bundle, files: Sequence[Path], options: QuantizeOptions) -> Observation:
-    """The statistics of all shards. Raises DataError: a file that cannot be read, does not fit, or is missing."""
+    """The statistics of all shards. Raises DataError if a file cannot be read, does not fit, or is missing."""
     shards: dict[int, tuple[_About, Arrays]] = {}
     for file in files:
         about, arrays = _read(file)
         first = next(iter(shards.values()), (about, arrays))[0]
         for words, value in about.alike.items():
             if value != first.alike[words]:
-                raise DataError(f"{file} has another {words} than {files[0]}", _AGAIN)
+                raise DataError(f"{file} differs from {files[0]} in its {words}", _AGAIN)
         earlier = shards.setdefault(about.shard, (about, arrays))[1]
         if earlier.keys() != arrays.keys() or not all(np.array_equal(earlier[name], arrays[name]) for name in arrays):
-            said = f"{file} has other results than an earlier file of shard {about.shard}/{about.shards}"
+            said = f"{file} and an earlier file of shard {about.shard}/{about.shards} have different results"
             raise DataError(said, "leave one of the two out, and find out why they differ")
     if not shards:
-        raise UsageError("no statistics are given", "name their files: quantize BUNDLE --merge part*.npz -o BUNDLE2")
+        raise UsageError("no statistics were given", "name their files: quantize BUNDLE --merge part*.npz -o BUNDLE2")
     if first.bundle != identity(bundle):
-        raise DataError(f"{files[0]} is not of the bundle {bundle.path}", "give the bundle that the shards ran")
+        raise DataError(f"{files[0]} is not from the bundle {bundle.path}", "give the bundle that the shards ran")
     if (first.samples, first.truncate) != (options.samples, options.truncate):
-        raise UsageError(f"the shards took --samples {first.samples}", "give the same --samples and --truncate")
+        raise UsageError(f"the shards used --samples {first.samples}", "give the same --samples and --truncate")
     if missing := [f"{index}/{first.shards}" for index in range(1, first.shards + 1) if index not in shards]:
         raise DataError(f"{len(missing)} shards are missing: {', '.join(missing[:20])}", "run them, and merge again")
     with parsing(str(files[0]), "and the other shards do not fit this bundle", _AGAIN, DataError):
@@ -140,12 +140,12 @@ def _read(file: Path) -> tuple[_About, Arrays]:
         if not 1 <= about.shard <= about.shards <= MOST_SHARDS:
             raise ValueError(f"it is shard {about.shard}/{about.shards}")
         if not all(np.isfinite(array).all() for array in arrays.values()):
-            raise ValueError("it holds NaN or infinite numbers")
+            raise ValueError("it contains NaN or infinite numbers")
     return about, arrays
 
 
 def _merged(name: str, part: _Part, shards: Sequence[Arrays]) -> Statistics:
-    """Of one part. Raises ValueError and KeyError for arrays that do not fit together."""
+    """The statistics of one part. Raises ValueError and KeyError if arrays do not fit together."""
     activations = {}
     for tensor, seen in part.seen.items():
         low, high, rows, own = (
@@ -165,7 +165,7 @@ def _merged(name: str, part: _Part, shards: Sequence[Arrays]) -> Statistics:
 
 
 def _calls(bundle: Bundle, arrays: Arrays, samples: int) -> tuple[Call, ...]:
-    """The first calls in their order, with feeds and outputs of every part. Raises ValueError: one is missing."""
+    """The first calls in order, with feeds and outputs of every part. Raises ValueError if one is missing."""
 
     def side(kind: str, number: int) -> dict[str, dict[str, Array]]:
         keys = {part: f"{kind} {number} {part} " for part in bundle.manifest.parts}
@@ -177,5 +177,5 @@ def _calls(bundle: Bundle, arrays: Arrays, samples: int) -> tuple[Call, ...]:
     expected = min(KEPT, -(-samples // batch_size(bundle.manifest)))
     calls = tuple(Call(side("feed", number), {**side("output", number)}) for number in range(expected))
     if not all(values for call in calls for values in (*call.feeds.values(), *call.outputs.values())):
-        raise ValueError(f"of the first {expected} calls one is missing")
+        raise ValueError(f"one of the first {expected} calls is missing")
     return calls

@@ -146,7 +146,7 @@ class Observer:
         self._session = open_session(model, path.parent, threads, in_order=True)
 
     def run(self, feeds: Feeds) -> dict[str, Array]:
-        """Run one call and return the graph's own outputs. Raises DataError: a value is NaN or infinite."""
+        """Run one call and return the graph's own outputs. Raises DataError if a value is NaN or infinite."""
         places = {_PLACES: self._generator.random(self._rows, np.float32)} if self._rows else {}
         values = run_session(self._session, {**feeds, **places})
         # Bounds alone would not reveal a NaN: onnxruntime's ReduceMax ignores it, except in the first row.
@@ -161,7 +161,7 @@ class Observer:
         return {name: values[name] for name in self._outputs}
 
     def skip(self) -> None:
-        """Draw what a call draws, which another shard runs."""
+        """Draw the random numbers of a call that another shard runs."""
         if self._rows:
             self._generator.random(self._rows, np.float32)
         for name, activation in self.statistics.activations.items():
@@ -196,7 +196,7 @@ def _watch(graph: ir.Graph, rows: Mapping[ir.Value, int], hazards: Iterable[ir.V
 
 
 def _sample_rows(behind: Behind, matrix: ir.Value, places: ir.Value, count: int) -> None:
-    """Add rows = matrix[floor(places[:count] × number of rows)]; the graph computes this number, as it may vary."""
+    """Add rows = matrix[floor(places[:count] × number of rows)]; the graph computes this number, since it may vary."""
     zero = behind.constant("zero", np.array([0], np.int64))
     wanted = behind.constant("wanted", np.array([count], np.int64))
     one = behind.constant("one", np.array(1, np.int64))
@@ -245,9 +245,9 @@ class Observation:
 def observe(
     bundle: Bundle, data: Data, options: QuantizeOptions, report: Report, shard: tuple[int, int] = (1, 1)
 ) -> Observation:
-    """Run up to ``options.samples`` samples through all parts; for the ``shard`` (i, n) only the i-th of every n calls.
+    """Run up to ``options.samples`` samples through all parts; for a ``shard`` (i, n), only the i-th of every n calls.
 
-    A shard reads all samples. Raises DataError: no samples, and as `Samples`.
+    A shard reads all samples. Raises DataError if there are none, and the errors of `Samples`.
     """
     samples = min(options.samples, _RANDOM_SAMPLES) if str(data) == RANDOM else options.samples
     tokenizer = tokenizer_of(truncating(bundle) if options.truncate else bundle)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rates that a machine's engine reaches at best: of products by their type, and of memory."""
+"""An engine's peak rates on this machine: matrix products by type, and memory."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from perceiver_export.runtimes.runtime import Array
 
 _SECONDS = 0.3  # of timing
 _SIZES = (512, 1024, 2048)  # of a product's matrices: 1 to 16 MiB each in fp32
-_SLOW = 50.0  # milliseconds of a product, from which a larger one would take too long
-_ELEMENTS = 1 << 24  # of a sum's arrays: 64 MiB each
+_SLOW = 50.0  # milliseconds of a product; beyond it, no larger one is timed
+_ELEMENTS = 1 << 24  # of each array of a sum: 64 MiB
 _CACHED = 32 << 20  # bytes that a cache may hold
 
 
 class Peaks(NamedTuple):
-    """``products``: FLOP/s by type; ``memory``: bytes/s. The best that was measured, alone or in a layer."""
+    """``products``: FLOP/s by type; ``memory``: bytes/s. Each is the best rate measured, alone or in a layer."""
 
     products: dict[str, float]
     memory: float
 
     def milliseconds(self, flops: int, precision: str, moved: Iterable[int]) -> float:
-        """The least time of products and of bytes that runs of kernels ``moved``; 0 for those that a cache may hold."""
+        """The least time for the products and for the bytes that each kernel ``moved``, if no cache may hold them."""
         work = flops / self.products[precision] if precision in self.products else 0.0
         return 1e3 * max(work, _uncached(moved) / self.memory if self.memory else 0.0)
 
     def beside(self, flops: int, precision: str, moved: Iterable[int], milliseconds: float) -> Peaks:
-        """The same, or more where a layer did this work in less time than they allow."""
+        """These peaks, raised if a layer did this work in less time than they allow."""
         if not milliseconds or precision not in self.products:
             return self
         rate = max(self.products[precision], 1e3 * flops / milliseconds)
@@ -54,9 +54,9 @@ def measure_peaks(target: str, precisions: tuple[str, ...], threads: int | None)
 
 
 def _product(target: str, precision: str, threads: int | None) -> float:
-    """FLOP/s of products of two square matrices, of the fastest size; 0 where the engine shows no product."""
+    """FLOP/s of a product of two square matrices, at the fastest size; 0 if the engine reports no product."""
     ops: list[tuple[str, ...]] = [("MatMul", "y", "x", "w")]
-    if precision == "int8":  # its activations are quantized before it
+    if precision == "int8":  # its activations are quantized first
         ops = [("QuantizeLinear", "q", "x", "s", "z"), ("DequantizeLinear", "d", "q", "s", "z")]
         ops += [("DequantizeLinear", "v", "w", "s"), ("MatMul", "y", "d", "v")]
     rates = []
@@ -82,7 +82,7 @@ def _memory(target: str, threads: int | None) -> float:
 def _kernels(
     shape: Sequence[int], ops: Iterable[Sequence[str]], weight: Array, target: str, precision: str, threads: int | None
 ) -> list[Kernel]:
-    """The kernels of a graph: ``ops``, each with its output and inputs: ``x`` and the constants ``w``, ``s``, ``z``."""
+    """The kernels of a graph of ``ops`` (type, output, inputs) with input ``x`` and constants ``w``, ``s``, ``z``."""
     x = ir.Value(name="x", shape=ir.Shape(shape), type=ir.TensorType(ir.DataType.FLOAT))
     graph = ir.Graph([x], [], nodes=(), opset_imports={"": 20}, name="peak")
     constants = {"w": weight, "s": np.array(0.01, np.float32), "z": np.array(128, np.uint8)}

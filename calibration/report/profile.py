@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`profile()`: what an engine really runs, one row per layer of the model.
+"""`profile()`: the kernels that an engine really runs, one row per layer of the model.
 
 A layer is a module: a node's name is the module's, a slash, and its operator. A node of the whole model is a layer of
-its own. Engines fuse, split and add nodes. Their kernels are joined to layers by the names of nodes and tensors that
-they keep. A kernel counts to the layer of its product, else to that of its first node; one without a name, such as a
-conversion between types, to the layer that runs next. Layers without a kernel and a product are left out. The graph is
-compiled as `load` does, with the engine's profiler on, which takes some time itself.
+its own. Engines fuse, split and add nodes, but their kernels keep names of nodes and tensors, which assign them to
+layers. A kernel belongs to the layer of its product, or else of its first node. A kernel without a name, such as a
+type conversion, belongs to the layer that runs next. Layers with neither kernel nor product are omitted. The graph is
+compiled as in `load`, but with the engine's profiler on, which takes some time itself.
 """
 
 from __future__ import annotations
@@ -60,10 +60,10 @@ _SECONDS = 1.0  # of timing a bundle
 class LayerProfile(msgspec.Struct, frozen=True):
     """``kernel`` runs (most of) the layer's product; ``built`` is the type of its inputs.
 
-    ``milliseconds`` and ``against`` (of the other bundle) are medians of a run; ``share`` is that of all kernels.
-    ``flops`` are those of products in the graph, ``bytes`` what its kernels read and write. ``roofline``: the least
-    time at the machine's peaks as a share of the time; memory counts where no cache holds a kernel's data. In dB:
-    ``sqnr`` of the layer's product to fp32's, ``loss`` the SQNR of the model's outputs with only this layer quantized.
+    ``milliseconds`` and ``against`` (the other bundle's) are medians per run; ``share`` is of the time of all kernels.
+    ``flops`` counts the layer's products, ``bytes`` its kernels' reads and writes. ``roofline``: the least time at the
+    machine's peaks as a share of the measured time; memory counts only where no cache holds a kernel's data. In dB:
+    ``sqnr`` of the layer's product against fp32's, and ``loss``, that of the outputs with only this layer quantized.
     """
 
     part: str
@@ -83,9 +83,9 @@ class LayerProfile(msgspec.Struct, frozen=True):
 
 class Profile(msgspec.Struct, frozen=True):
     """``milliseconds`` is the sum of the layers' medians. ``peaks``: FLOP/s of the fastest product by type, ``memory``:
-    bytes/s of a large sum, both of this engine on this machine. ``unsteady``: why the times of either bundle do not
-    decide; empty where they do. ``calls``: the decoders that a run calls several times, and how often; a layer's
-    figures are of all these calls. ``against``: the other bundle and its precision.
+    bytes/s of a large sum, both of this engine on this machine. ``unsteady``: why the times of either bundle are too
+    unsteady to compare; empty if they are not. ``calls``: the decoders that a run calls several times, and how often; a
+    layer's figures are for all these calls. ``against``: the other bundle and its precision.
     """
 
     bundle: str
@@ -101,14 +101,14 @@ class Profile(msgspec.Struct, frozen=True):
     against: str = ""
 
     def worst(self, by: str = "time") -> tuple[LayerProfile, ...]:
-        """The layers by ``time``, or by the ``loss`` that lowering them costs, or else by their own SQNR."""
+        """The layers by ``time``, slowest first, or by ``loss`` and then their own SQNR, lowest dB first."""
         if by == "time":
             return tuple(sorted(self.layers, key=lambda one: -one.milliseconds))
         worst = (tuple(np.inf if it is None else it for it in (one.loss, one.sqnr)) for one in self.layers)
         return tuple(one for _, one in sorted(zip(worst, self.layers, strict=True), key=lambda pair: pair[0]))
 
     def table(self, by: str = "time", most: int | None = None) -> Table:
-        """The ``most`` layers that come first, without empty columns."""
+        """The first ``most`` layers, without empty columns."""
         rows, several = [], len({one.part for one in self.layers}) > 1
         for one in self.worst(by)[:most]:
             seconds = one.milliseconds / 1e3
@@ -124,24 +124,24 @@ class Profile(msgspec.Struct, frozen=True):
                 )
             )
         peaks = ", ".join(f"{peak / 1e9:,.0f} GFLOP/s in {kind}" for kind, peak in self.peaks.items())
-        memory = f"{self.memory / 1e9:,.1f} GB/s for what no cache holds"
-        notes = [f"These times decide nothing: {self.unsteady}."] * bool(self.unsteady)
-        notes += [f"× against: {self.against}, timed in turn."] * bool(self.against)
+        memory = f"{self.memory / 1e9:,.1f} GB/s for data that no cache holds"
+        notes = [f"The times are too unsteady to compare: {self.unsteady}."] * bool(self.unsteady)
+        notes += [f"× against: {self.against}, timed alternately."] * bool(self.against)
         if self.peaks:
-            notes.append(f"Of the peak: the least time at {peaks}, and at {memory}, as a share of the time.")
-        notes += [f"A run calls {part} {count:,} times; figures are of all." for part, count in self.calls.items()]
+            notes.append(f"Of the peak: the least time at {peaks}, and at {memory}, as a share of the measured time.")
+        notes += [f"A run calls {part} {count:,} times; figures cover all." for part, count in self.calls.items()]
         if any(one.sqnr is not None for one in self.layers):
-            notes.append("SQNR: of the layer's own product to fp32's, at calibration or on the data given.")
+            notes.append("SQNR: the layer's own product against fp32's, at calibration or on the given data.")
         if any(one.loss is not None for one in self.layers):
             notes.append("Alone: SQNR of the outputs with only this layer quantized.")
         elif by == "loss":
             notes.append("No layer's loss was measured; `quantize --sensitivity` measures it.")
         scheme, _, lower = self.precision.partition(" with ")
         if lower and any((one.sqnr, one.loss) != (None, None) for one in self.layers):
-            notes.append(f"In dB are figures of {scheme} beside fp32, not beside {lower}.")
+            notes.append(f"Figures in dB compare {scheme} with fp32, not with {lower}.")
         title = f"{self.bundle} in {self.precision} on {self.target}, {self.engine}"
-        if not self.milliseconds:  # a report that the build kept
-            return Table(title, _COLUMNS, rows, "As the engine's builder reported; it times no layers.").without_empty()
+        if not self.milliseconds:  # the build's report
+            return Table(title, _COLUMNS, rows, "From the engine's builder, which times no layers.").without_empty()
         title += f": {self.milliseconds:.2f} ms, the layers' medians added up"
         return Table(title, _COLUMNS, rows, " ".join(notes)).without_empty()
 
@@ -156,14 +156,14 @@ def profile(
     data: Data | None = None,
     threads: int | None = None,
 ) -> Profile:
-    """Profile a bundle as `load` runs it with these options, on its golden inputs; of a split bundle all queries.
+    """Profile a bundle as `load` runs it with these options, on its golden inputs; a split bundle decodes all queries.
 
-    A bundle ``against`` is profiled in turn on the same target, as `load` runs it in ``against_precision``. With DATA,
-    ``sqnr`` is measured against it (the float bundle that this one was quantized from), else it is what `quantize`
-    recorded on calibration samples.
+    A bundle ``against`` is profiled alternately on the same target, as `load` runs it in ``against_precision``. With
+    ``data``, ``sqnr`` is measured against it (the float bundle that this one was quantized from); otherwise it is the
+    value that `quantize` recorded on the calibration samples.
 
-    Raises DeviceError: the target says nothing about its kernels; UsageError: a bundle of other layers, or DATA without
-    a float bundle; DataError; and what `load` raises.
+    Raises DeviceError if the target does not report its kernels, UsageError if the two bundles share no layer or
+    ``data`` comes without a float bundle, DataError, and the errors of `load`.
     """
     check_threads(threads)
     opened, other = open_bundle(bundle), None if against is None else open_bundle(against)
@@ -195,7 +195,7 @@ def profile(
 
 
 def _peaks(run: _Run) -> Peaks:
-    """Of the types that products run in."""
+    """The peaks of the types that the products run in."""
     products = (one for kernels in run.kernels.values() for one in kernels if one.product and one.times)
     peaks = measure_peaks(run.target, tuple(sorted({one.precision for one in products} - {""})), run.threads)
     for key in run.kernels:
@@ -207,7 +207,7 @@ _Key = tuple[str, str]  # part and layer
 
 
 class _Run:
-    """The kernels of a bundle on a target, by part and layer; ``calls`` of each part in a run."""
+    """The kernels of a bundle on a target, by part and layer; ``calls`` counts each part's calls in a run."""
 
     def __init__(self, bundle: Bundle, target: str, wanted: Precision | None, threads: int | None) -> None:
         self.bundle, self.target, self.threads = bundle, target, threads
@@ -226,7 +226,7 @@ class _Run:
             self.precision = source.precision if self._float == "fp32" else source.compiled_precision
 
     def take(self, name: str, found: Kernels) -> None:
-        """The kernels that were read of a part."""
+        """Store the kernels that were read for a part."""
         source, feeds, _ = self.parts[name]
         self.engine, kernels = found
         model = read_graph(source.graph)
@@ -246,14 +246,14 @@ class _Run:
         return feeds | {indices.name: np.resize(rows, (len(rows), size))}, -(-part.num_queries // size)
 
     def read(self, name: str, seconds: float) -> Reading:
-        """Timed where the graph compiles in seconds, else of the engine that was built. Raises EngineError: none."""
+        """Time the graph if it compiles in seconds; else read the built engine. Raises EngineError if there is none."""
         source, feeds, engine = self.parts[name]
         if not find_target(self.target).needs_engine:
             how = Timing(seconds, self.threads)
             return (yield from reading(self.target, source.graph, feeds, source.options, how))
         if engine is None:
             build = f"perceiver-export build {self.bundle.path} --target {self.target}"
-            raise EngineError(f"no engine of {name} was built for {self.target} here", f"build it: {build}")
+            raise EngineError(f"no engine of {name} has been built for {self.target} here", f"build it: {build}")
         return f"{self.target} {engine.record.identity.platform.version}", built_kernels(engine.directory)
 
     @property
@@ -262,22 +262,22 @@ class _Run:
         return sum(map(self.time, self.kernels))
 
     def asked(self, part: str, layer: str) -> str:
-        """The scheme that the layer was quantized in, else the precision of the engine."""
+        """The scheme that the layer was quantized in, or else the engine's precision."""
         scheme = self._schemes.get((part, layer), "float")
         return self._float if scheme == "float" else scheme
 
     def main(self, key: _Key) -> Kernel:
-        """The kernel of the layer's product, the slowest of several, or the slowest of all."""
+        """The slowest kernel of the layer's products, or of the whole layer if it has none."""
         return max(self.kernels[key], key=lambda one: (one.product, float(np.sum(one.times))), default=MISSING)
 
     def built(self, key: _Key) -> str:
-        """The types of the layer's products, of all its kernels where it has none; those that take most time first."""
+        """The types of the layer's products, or of all its kernels if it has none; the slowest first."""
         kernels = sorted(self._ran(key), key=lambda one: (-one.product, -float(np.sum(one.times))))
         found = [one.precision for one in kernels if one.precision and one.product == kernels[0].product]
         return ", ".join(dict.fromkeys(found))
 
     def _ran(self, key: _Key) -> list[Kernel]:
-        """Without those that take no time, such as constants, and changes of shape that move nothing."""
+        """The kernels that take time; constants, and reshapes that move no data, take none."""
         return [one for one in self.kernels[key] if any(one.times) or not one.times]
 
     def moved(self, key: _Key) -> list[int]:
@@ -298,7 +298,7 @@ def _measure_in_turn(runs: Sequence[_Run]) -> None:
 
 
 def _by_layer(graph: ir.Graph, kernels: Sequence[Kernel]) -> dict[str, tuple[list[Kernel], int]]:
-    """The kernels and the FLOPs of products of each layer, in the graph's order."""
+    """Each layer's kernels and the FLOPs of its products, in the graph's order."""
     makers: dict[str, ir.Node] = {}
     found: dict[str, tuple[list[Kernel], int]] = {}
     for node in graph:
@@ -308,7 +308,7 @@ def _by_layer(graph: ir.Graph, kernels: Sequence[Kernel]) -> dict[str, tuple[lis
     following = next(iter(makers.values()), None)
     for kernel in reversed(kernels):
         known = [makers[name] for one in kernel.names for name in _with_parents(one) if name in makers]
-        if kernel.product:  # it may bear only the name of what was fused behind it
+        if kernel.product:  # it may have only the name of a node that was fused after it
             values = [value for node in known for value in node.outputs]
             behind = reached(values, lambda node: node.op_type not in PRODUCTS)
             products = [node for node in (*known, *behind) if node.op_type in PRODUCTS]
@@ -324,7 +324,7 @@ def _name(node: ir.Node) -> str:
 
 
 def _with_parents(name: str) -> Iterator[str]:
-    """``a/b/c``, ``a/b`` and ``a``: engines call what they make of a node after it."""
+    """``a/b/c``, ``a/b`` and ``a``: engines append to a node's name for what they make of it."""
     while name:
         yield name
         name = name.rpartition("/")[0]
@@ -343,14 +343,14 @@ def _layer_of(node: str) -> str:
 def _accuracy(
     bundle: Bundle, against: Bundle | None, data: Data | None, threads: int | None
 ) -> tuple[dict[_Key, float], dict[_Key, float]]:
-    """SQNR by layer, of its own products and of the outputs with it alone quantized: the worst where it runs again."""
+    """SQNR by layer: of its own products, and of the outputs with only it quantized; the worst of several runs."""
     own: dict[_Key, float] = {}
     loss: dict[_Key, float] = {}
     linears = _linears(read_calibration(bundle))
     errors = {}
     if data is not None:
         if against is None or against.manifest.quantization is not None or not linears:
-            raise UsageError("--data compares layers of an int8 bundle with float", "give --against FLOAT_BUNDLE too")
+            raise UsageError("--data compares an int8 bundle's layers with float", "give --against FLOAT_BUNDLE too")
         errors = {
             (one.part, one.group): one.sqnr for one in measure_layer_errors(bundle, against, data, threads=threads)
         }

@@ -29,22 +29,22 @@ from perceiver_export.runtimes.errors import DataError, DeviceError, EngineError
 
 
 def check_report_file(path: Path) -> None:
-    """Raise UsageError for an ending that is not a report's, MissingDependencyError without jinja2."""
+    """Raise UsageError unless ``path`` ends in .html or .md, and MissingDependencyError if jinja2 is missing."""
     if path.suffix not in (".html", ".md"):
-        raise UsageError(f"a report cannot be written as {path.suffix or path.name}", "name it .html or .md")
+        raise UsageError(f"cannot write a report as {path.suffix or path.name}", "use a name that ends in .html or .md")
     require("jinja2", "a report", "report")
 
 
 def write_report(path: Path, report: Report) -> None:
-    """Write to ``path``, HTML or Markdown by its ending. Raises UsageError, MissingDependencyError, OSError."""
+    """Write to ``path``, as HTML or Markdown by its suffix. Raises UsageError, MissingDependencyError, OSError."""
     check_report_file(path)
     path.write_text(render(report, path.suffix), encoding="utf-8")
 
 
 def render(report: Report, ending: str = ".html") -> str:
-    """One HTML document: images and bars inline, light and dark by the reader's setting, no script.
+    """One HTML document with inline images and bars, in light or dark by the reader's setting, without scripts.
 
-    With ``.md`` the same for a pull request, without images, which such pages do not accept inline.
+    ``.md`` gives Markdown for a pull request, without images, because such pages do not accept them inline.
     """
     return str(_environment(ending).get_template(f"report{ending}.j2").render(report=report))
 
@@ -59,7 +59,7 @@ def _environment(ending: str) -> Any:
     import jinja2
 
     def finalize(value: Any) -> Any:
-        """Spell out control characters, which may come from a file; in Markdown also HTML, which it interprets."""
+        """Escape control characters, which may come from a file; in Markdown, escape HTML too."""
         text = "\n".join(map(printable, value.split("\n"))) if type(value) is str else value
         return html.escape(text, quote=False) if ending == ".md" and isinstance(text, str) else text
 
@@ -128,10 +128,10 @@ def _properties(result: Validation) -> list[tuple[str, str]]:
 
 
 _RUNS = 50
-_LAYERS = 15  # of a profile
-_MEASURED = "Each layer's product in this bundle against the reference's, on the first samples; worst run of each."
-_RECORDED = "Each layer's own product against fp32's, at calibration; worst run of each."
-_MOST_MOVED = 4 << 30  # bytes: all products of both graphs are in memory at once, and a report must not fill it
+_LAYERS = 15  # rows of a profile
+_MEASURED = "Each layer's product against the reference's, on the first samples; the worst run of each layer."
+_RECORDED = "Each layer's own product against fp32's, at calibration; the worst run of each layer."
+_MOST_MOVED = 4 << 30  # bytes: the products of both graphs are in memory at once, and a report must not exhaust it
 
 Layers = list[tuple[str, float]]
 
@@ -144,12 +144,12 @@ def gather(
     threads: int | None = None,
     data: Data | None = None,
 ) -> Report:
-    """A report on a validated bundle. Each target is timed, in turn with ``reference`` if that is a bundle.
+    """A report on a validated bundle. Each target is timed, alternating with ``reference`` if that is a bundle.
 
     Targets of merged shards that ran on another machine are neither timed nor profiled.
 
-    With a reference and ``data``, the sensitivity of layers is measured on those; otherwise it is what `quantize`
-    recorded at calibration. Raises what `bench` raises.
+    With a reference and ``data``, each layer's sensitivity is measured on them; otherwise it is the value that
+    `quantize` recorded at calibration. Raises the errors of `bench`.
     """
     opened, here = open_bundle(bundle), machine()
     ran_here = [one for one in validations if one.machine == here]
@@ -175,14 +175,14 @@ def gather(
 
 
 def _profiles(bundle: Bundle, validations: Sequence[Validation], threads: int | None) -> Iterator[Table]:
-    """The slowest layers on each target, in the precision that was validated; none where they cannot be read."""
+    """The slowest layers on each target, in the validated precision; none for a target that reports no kernels."""
     for validation in validations:
         target, precision = str(validation.candidate.get("target")), precision_of(engine_of(validation.candidate))
-        with contextlib.suppress(ImportError, DeviceError, EngineError):  # no onnx here, or no report of kernels
+        with contextlib.suppress(ImportError, DeviceError, EngineError):  # onnx is missing, or no kernels are reported
             from perceiver_export.calibration.report.profile import profile
 
             found = profile(bundle, device=target, precision=precision, threads=threads)
-            # Without milliseconds, which another run measures anew: the times of a report are those of `bench`.
+            # Without times, because those of a report come from `bench`, and a second measurement would differ.
             table = replace(found.table(most=_LAYERS), title=f"Slowest layers on {target}")
             yield table.without("ms>", "GFLOP/s>", "GB/s>")
 
@@ -201,7 +201,7 @@ def _certified(bundle: Bundle, validations: Sequence[Validation]) -> Iterator[st
 
 
 def _timed(path: Path, other: Path | None, validation: Validation, threads: int | None) -> Bench:
-    """The engines that were validated, the candidate's times relative to the reference's where both are steady."""
+    """Time the validated engines. The candidate gets a ratio to the reference only if both times are steady."""
     target = str(validation.candidate.get("target", ""))
     precision = precision_of(engine_of(validation.candidate))
     how: dict[str, Any] = {"device": target, "runs": _RUNS, "threads": threads, "precision": precision}
@@ -213,7 +213,7 @@ def _timed(path: Path, other: Path | None, validation: Validation, threads: int 
 
 
 def _measured(bundle: Bundle, reference: Path | None, data: Data | None, threads: int | None) -> Layers | None:
-    """Each layer's error in the bundle as it is, damage included; None if it cannot be measured."""
+    """Each layer's error in the bundle's current files, so that damage shows; None if it cannot be measured."""
     if reference is None or data is None or bundle.manifest.quantization is None:
         return None
     exact = open_bundle(reference, "never").manifest
@@ -224,7 +224,7 @@ def _measured(bundle: Bundle, reference: Path | None, data: Data | None, threads
         from perceiver_export.calibration.quantization.sensitivity import measure_layer_errors
 
         found = measure_layer_errors(bundle, reference, data, threads=threads)
-    except (ImportError, UsageError, DataError):  # no onnx here, other linears, or targets among the data's arrays
+    except (ImportError, UsageError, DataError):  # onnx is missing, the layers differ, or the data contains targets
         return None
     return [(error.group, error.sqnr) for error in found]
 

@@ -15,17 +15,17 @@ from perceiver_export.calibration.validation.statistics import Estimate, rounded
 from perceiver_export.runtimes.benchmark import Measurement
 from perceiver_export.runtimes.manifest import Manifest, Part, Stage
 
-_APART = ("name", "certificates", "graphs")  # keys of a side that have no place in the line of its engine
-_CLASSES, _LAYERS = 20, 15  # at most, in their tables
-_CELL = 60  # characters of an answer
+_APART = ("name", "certificates", "graphs")  # keys of a side that its engine's line omits
+_CLASSES, _LAYERS = 20, 15  # maximum rows of their tables
+_CELL = 60  # maximum characters of an answer
 _MIB = 1 << 20
 
 
 @dataclass(frozen=True)
 class Bar:
-    """From ``left`` over ``width``, with a dot at ``dot`` and a line at ``limit``, all in percent of the column.
+    """A bar of ``width`` from ``left``, with a dot at ``dot`` and a line at ``limit``, all in percent of the column.
 
-    ``allowed``: from where to where values are within the limit.
+    ``allowed``: start and end of the range of allowed values.
     """
 
     left: float
@@ -60,10 +60,9 @@ class Table:
 class Report:
     """Everything that a report shows. ``validations`` has one per target; ``tables`` are about the bundle itself.
 
-    ``speeds``: each side on each target; the candidate's ratio is to the reference's time. ``unsteady``: why times do
-    not decide.
-    ``date`` is today.
-    ``sensitivity``: layers and their SQNR in dB, worst first. ``certificates``: those that the validations show.
+    ``speeds``: each side on each target; the candidate's ratio is to the reference's time. ``unsteady``: why the times
+    are too unsteady to compare. ``sensitivity``: layers and their SQNR in dB, worst first. ``certificates``: those that
+    the validations support. ``date`` is today.
     """
 
     title: str
@@ -113,7 +112,7 @@ class Report:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """Of all targets, each once; failures first."""
+        """Warnings of all targets, without duplicates; failures first."""
         failures = [validation.failure.message for validation in self.validations if validation.failure is not None]
         warnings = [warning for validation in self.validations for warning in validation.warnings]
         return tuple(dict.fromkeys(failures + warnings))
@@ -162,16 +161,14 @@ class Report:
                 cells = (_bounded(metric.candidate, digits), other, "" if change is None else _bounded(change, points))
                 rows.append((self._where(one), name, *cells))
         first = self.validations[0]
-        note, flips = "In brackets: 95 % bounds, each by itself. Shares are in %, their changes in points.", first.flips
+        note, flips = "Ranges are 95 % bounds, each by itself. Shares are in %, their changes in points.", first.flips
         if flips is not None and first.mcnemar is not None:
             note += (
-                f" On {_target(first)}, {flips.lost:,} right with the reference only, {flips.gained:,} with the"
-                f" candidate only (exact McNemar p = {first.mcnemar:.3g})."
+                f" On {_target(first)}, only the reference is right on {flips.lost:,} samples, and only the candidate"
+                f" on {flips.gained:,} (exact McNemar p = {first.mcnemar:.3g})."
             )
         if first.data.sequential:
-            note = (
-                "The run {}. Bounds of shares hold wherever it stops, those of other metrics for a fixed number only."
-            )
+            note = "The run {}. Bounds of shares hold wherever it stops, others only for a fixed number of samples."
             note = note.format(first.data.sequential)
         columns = ("target", "metric", "candidate>", "reference>", "change>")
         return Table("Accuracy", columns, rows, note).without_empty()
@@ -190,8 +187,8 @@ class Report:
             times = (f"{one.p50:.2f} ms", f"{one.p95:.2f} ms", *ratio)
             rows.append((one.target, one.name, *times, f"{one.peak_memory:.0f} MiB", f"{one.size:.1f} MiB"))
         paired = any(one.ratio is not None for one in self.speeds)
-        note = "Both sides were timed in turn. The ratio is the median over pairs. Bars are p50." if paired else ""
-        note = f"These times decide nothing: {self.unsteady}. {note}".strip() if self.unsteady else note
+        note = "Both sides were timed alternately. The ratio is the median over pairs. Bars show p50." if paired else ""
+        note = f"The times are too unsteady to compare: {self.unsteady}. {note}".strip() if self.unsteady else note
         times_ = ("p50>", "p95>", "of the reference's time>", "half of the pairs>")
         columns = ("target", "side", *times_, "peak memory>", "on disk>")
         bars = _lengths([one.p50 for one in self.speeds])
@@ -207,14 +204,14 @@ class Report:
 
     @property
     def classes(self) -> Table:
-        """The classes of the first target in which something changed, the largest fall first."""
+        """The classes of the first target in which something changed, the largest drop first."""
         first = self.validations[0]
         changed, rows = [row for row in first.worst_classes if row.changed], []
         for row in changed[:_CLASSES]:
             shares = ("" if share is None else f"{share:.1f} %" for share in (row.candidate, row.reference))
             rows.append((row.label, f"{row.samples:,}", *shares, "" if row.flips is None else f"{row.flips:,}"))
         what = "a wrong answer" if first.reference is None else "an answer that differs"
-        note = f"{len(changed):,} of {len(first.worst_classes):,} classes have {what}; the largest fall is first."
+        note = f"{len(changed):,} of {len(first.worst_classes):,} classes have {what}; the largest drop comes first."
         columns = ("label", "samples>", "right>", "reference right>", "answers that differ>")
         return Table("Worst classes", columns, rows, note).without_empty()
 
@@ -227,14 +224,14 @@ class Report:
         for one in worst:
             shown = [name for name in differ if name in one.scores][:2]
             scores = ", ".join(f"{name} {one.scores[name]:.4g} {units[name]}".strip() for name in shown)
-            texts = (one.label, one.reference, one.candidate)  # of an array all its numbers
+            texts = (one.label, one.reference, one.candidate)  # an array's text has all its numbers
             short = (text if len(text) <= _CELL else f"{text[: _CELL - 1]}…" for text in texts)
             rows.append((one.name, *short, scores))
         return Table("Worst samples", ("sample", "label", "reference", "candidate", "scores"), rows).without_empty()
 
     @property
     def environment(self) -> Table:
-        """When, machine, engines, data, command."""
+        """Date, machine, data, engines, versions, command."""
         first = self.validations[0]
         rows = [("date", self.date), *first.machine.items()]
         rows += [("data", first.data.source), ("samples", f"{first.samples:,}")]
@@ -252,7 +249,7 @@ def _target(validation: Validation) -> str:
 
 
 def _interval(gate: Gate) -> Bar:
-    """Bounds, measured value and limit, on an axis of their own; a drop's starts at 0 or below."""
+    """Bounds, measured value and limit, on the gate's own axis; that of a drop starts at 0 or below."""
     ends = [gate.lower, gate.upper, gate.wanted.limit, *([] if gate.wanted.what == AT_LEAST else [0.0])]
     scale = 100 / max(max(ends) - min(ends), 1e-12)
     left, right, dot, limit = (scale * (x - min(ends)) for x in (gate.lower, gate.upper, gate.measured, ends[2]))
@@ -296,7 +293,7 @@ def part_tables(name: str, part: Part) -> list[Table]:
             work = (f"{one.flops / scale:,.2f}", f"{one.flops / (whole.flops or 1):.1%}", f"{one.parameters:,}")
             rows.append((one.name, *work, *_mebibytes(one.weight_bytes, one.activation_bytes)))
     columns: tuple[str, ...] = ("share>", "weights>", "MiB of weights>", "MiB read and written>")
-    note = "Weights are numbers in the file, constants such as position tables included; shared ones count once."
+    note = "Weights include constants such as position tables; shared ones count once."
     found = [Table(f"Part {name} ({part.file})", ("stage", f"{unit}>", *columns), rows, note)]
     rows = []
     for fold in part.folds:
@@ -304,8 +301,8 @@ def part_tables(name: str, part: Part) -> list[Table]:
         moved = _mebibytes(fold.plain.bytes, fold.folded.bytes)
         rows.append((fold.site, fold.chosen, *flops, *moved, fold.why))
     columns = ("site", "chosen", f"plain {unit}>", f"folded {unit}>", "plain MiB moved>", "folded MiB moved>", "why")
-    note = "Both forms compute the same; the graph has the chosen one. Arrays count whenever they are read or written. "
-    note += "Work also counts 10 FLOPs for each byte of them."
+    note = "Both forms give the same result; the graph has the chosen one. An array counts at each read and write. "
+    note += "Work is the FLOPs plus 10 for each byte moved."
     found.append(Table(f"Folds of {name}", columns, rows, note))
     if part.plan is not None:
         rows = [

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Judge a bundle beside a reference: metrics, exact bounds, gates, certificates."""
+"""Compare a bundle with a reference: metrics, exact bounds, gates, certificates."""

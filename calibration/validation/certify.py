@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes certificates into a bundle: gates that held on samples that nothing was chosen by."""
+"""Writes certificates into a bundle: gates that held on samples that played no part in choosing the bundle."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from perceiver_export.runtimes.files import check_writable, read_json
 
 _REFUSED = {
     "one label": "certify on data with all the labels that the model will see",
-    "chance": "check the data's labels, or take another reference: one that guesses shows nothing",
+    "chance": "check the data's labels, or give another reference: one that guesses shows nothing",
 }
-_ELSEWHERE = "copy the bundle to where it can be written, and certify it there"
+_ELSEWHERE = "copy the bundle to a writable place, and certify it there"
 
 
 def certify(
@@ -34,7 +34,7 @@ def certify(
     is replaced as a whole: readers see the old one or the new one.
 
     Raises GateError or one of its kinds if a gate did not hold; UsageError if there was no gate, if another bundle was
-    validated, or if no certificate can rest on the reference; DataError if none can rest on the samples.
+    validated, or if the reference cannot support a certificate; DataError if the samples cannot.
     """
     opened = open_bundle(bundle)
     made = tuple(_certificate(opened, validation) for validation in validations)
@@ -50,7 +50,7 @@ def check_certifiable(bundle: BundleLike) -> None:
 
 def _certificate(bundle: Bundle, validation: Validation) -> Certificate:
     if not validation.gates:
-        raise UsageError("a certificate needs a gate that held", "give one: --max-drop, --min-agreement")
+        raise UsageError("a certificate needs a gate", "give --max-drop or --min-agreement")
     validation.require()
     warnings = dict(zip(validation.warning_kinds, validation.warnings, strict=True))
     for kind, hint in _REFUSED.items():
@@ -63,11 +63,11 @@ def _certificate(bundle: Bundle, validation: Validation) -> Certificate:
     if not graphs or not graphs.items() <= files.items():
         raise UsageError(f"{bundle.path} does not have the graphs that were validated", "validate this bundle again")
     reference, claims = validation.reference or {}, []
-    for gate in validation.gates:  # a claim is the limit that was asked: it was fixed before the samples were seen
+    for gate in validation.gates:  # a claim is the requested limit, because that was fixed before the samples were seen
         wanted, bound = gate.wanted, gate.lower if gate.wanted.what == AT_LEAST else gate.upper
         claims.append(Claim(wanted.subject, wanted.what, wanted.limit, wanted.unit, bound, CONFIDENCE))
     means = " and of ".join(gate.wanted.subject for gate in validation.gates if gate.bounds == "bootstrap")
-    caveat = [f"the bound of {means} is {CAVEAT}"] if means else []  # a certificate is read without the manual
+    caveat = [f"the bound of {means} is {CAVEAT}"] if means else []  # readers of a certificate may not have the manual
     return Certificate(
         claims=tuple(claims),
         samples=validation.samples,

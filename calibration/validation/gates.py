@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Gates that `validate` must prove, and their four outcomes: held, not held, undecided and vacuous.
 
-A gate holds if the samples show, wrong at most one time in twenty, that the truth is within the margin. It does not
-hold if they show, as surely, that the truth is beyond it. In between there are too few samples, which is never a pass.
-A gate that any model would pass is vacuous, and never a pass either.
+A gate holds if the samples show, with an error rate of at most one in twenty, that the true value is within the margin.
+It does not hold if they show with the same certainty that the true value is beyond it. In between, there are too few
+samples, which is never a pass. A gate that any model would pass is vacuous, which is never a pass either.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ AT_LEAST, AT_MOST = "at least", "at most"
 DIGITS = {"points": ".3f", "%": ".2f"}  # of bounds, by unit
 _ERRORS = {"not held": GateError, "vacuous": VacuousGateError, "undecided": UndecidedError}
 _POWER = 0.8
-_SEQUENTIAL = 3  # times as many samples decide as often if the run may stop anywhere (tests/benchmarks/sequential.py)
+_SEQUENTIAL = 3  # times as many samples are needed if the run may stop anywhere (tests/benchmarks/sequential.py)
 _MOST = 10**9  # samples; nobody has more
 # Margins beyond which a gate means little: two of ten answers may change, or a mean may worsen by half.
 _WIDE = {"points": 20.0, RELATIVE: 50.0}
@@ -44,9 +44,9 @@ _WIDE_AGREEMENT = 80.0
 
 
 class Wanted(msgspec.Struct, frozen=True):
-    """The demand of a gate: a ``subject`` (a drop, an agreement) of ``what`` (at most, at least) ``limit`` in ``unit``.
+    """A gate's requirement: a ``subject`` (a drop, an agreement) of ``what`` (at most, at least) ``limit`` in ``unit``.
 
-    ``option`` is the command line's.
+    ``option`` is the command-line option.
     """
 
     option: str
@@ -68,12 +68,12 @@ class Wanted(msgspec.Struct, frozen=True):
 class Gate(msgspec.Struct, frozen=True):
     """A gate and its outcome: ``measured``, ``lower`` and ``upper`` bound in the unit of ``wanted``.
 
-    ``samples_to_decide``: the number that would decide four times in five if the measured value is the truth; None if
-    the gate is decided, or if no number would decide it. ``bounds`` are exact, of a sequential run, or by bootstrap,
-    which is too narrow where samples are few and skewed. ``reservations``: why it means less than it seems (repeated
-    samples, a reference that guesses); a gate that holds is never shown without them. ``vacuous``: why any model would
-    pass it. In text, ``outcome`` is PASS (held), FAIL (not held), NOT ENOUGH DATA (undecided) or PROVES NOTHING
-    (vacuous).
+    ``samples_to_decide``: the number that would decide it in four of five cases if the measured value were the true
+    one; None if the gate is decided, or if no number would decide it. ``bounds`` are exact, of a sequential run, or by
+    bootstrap, which is too narrow where samples are few and skewed. ``reservations``: why it means less than it seems
+    (repeated samples, a reference that guesses); a gate that holds is never shown without them. ``vacuous``: why any
+    model would pass it. In text, ``outcome`` is PASS (held), FAIL (not held), NOT ENOUGH DATA (undecided) or PROVES
+    NOTHING (vacuous).
     """
 
     wanted: Wanted
@@ -89,12 +89,12 @@ class Gate(msgspec.Struct, frozen=True):
 
     @property
     def held(self) -> bool:
-        """Whether it passes. Undecided does not."""
+        """Whether it passes. An undecided gate does not."""
         return self.outcome == "held"
 
     @property
     def sentence(self) -> str:
-        """What the samples show, as in `the loss is at most 0.034 points (0.6 allowed)`."""
+        """The finding in words, such as `the loss is at most 0.034 points (0.6 allowed)`."""
         wanted = self.wanted
         subject = {"--max-drop": "the loss", "--min-agreement": "the agreement"}.get(wanted.option, wanted.subject)
         rule = f"{_number(wanted.limit)} {'required' if wanted.what == AT_LEAST else 'allowed'}"
@@ -124,7 +124,7 @@ Ask = tuple[Metric, Wanted]
 
 
 def _asked(gates: Gates, metrics: Sequence[Metric], measured: Collection[str] | None = None) -> list[Ask]:
-    """The gates, each with its metric: of those ``measured``, if known.
+    """The gates, each with its metric. ``measured`` names the metrics that were measured, if that is known.
 
     Raises UsageError for a gate that the task's metrics do not allow, DataError for a metric that was not measured.
     """
@@ -138,7 +138,7 @@ def _asked(gates: Gates, metrics: Sequence[Metric], measured: Collection[str] | 
             continue
         if metric is None:
             said = f"{option} does not fit this task, whose metrics are {', '.join(one.name for one in metrics)}"
-            hint = "gate on --max-metric-change, or export with output_kinds: of one output its labels' kind, else none"
+            hint = "gate on --max-metric-change, or export with output_kinds: a label kind for one output, else none"
             raise UsageError(said, hint)
         subject = f"{metric.name} drop" if what == AT_MOST else metric.name
         found.append((metric, Wanted(option, subject, what, limit, unit)))
@@ -160,7 +160,7 @@ def _change(gates: Gates, limit: float, metrics: Sequence[Metric], measured: Col
         metric = next(one for one in metrics if one.can_worsen and (measured is None or one.name in measured))
     likeness = metric.of == "likeness"
     if not metric.can_worsen:
-        hint = "gate on --min-agreement, or with --metric on a metric that is better when lower"
+        hint = "gate on --min-agreement, or name a --metric that is better when lower"
         raise UsageError(f"{metric.name} compares both models, so it cannot get worse", hint)
     if gates.relative and (metric.kind == "share" or (likeness and metric.unit != "%")):
         why = "a distance from the reference" if likeness else "a share already"
@@ -176,7 +176,7 @@ def _change(gates: Gates, limit: float, metrics: Sequence[Metric], measured: Col
 def check_gates(gates: Gates, metrics: Sequence[Metric], has_reference: bool, sequential: bool = False) -> None:
     """Raise UsageError for a gate that needs a reference, or that the task's ``metrics`` do not allow.
 
-    A ``sequential`` run can decide gates on the share of single answers only.
+    A ``sequential`` run can only decide gates on the share of single answers.
     """
     if gates.any and not has_reference:
         raise UsageError("a gate needs a reference", "give --against BUNDLE or --against CHECKPOINT")
@@ -192,7 +192,7 @@ def _on_answers(metric: Metric, wanted: Wanted) -> bool:
 
 
 def check_against_fp32(gates: Gates, manifest: Manifest) -> None:
-    """Raise UsageError, before anything runs, if a bundle cannot be gated by these against the one it is made from."""
+    """Raise UsageError, before anything runs, if these gates cannot compare a bundle with the one it is made from."""
     if gates.metric is not None and gates.change is None:
         raise UsageError("--metric has no effect without --max-metric-change", "give both, or neither")
     check_gates(gates, metrics_of(families(manifest, gates.own)), has_reference=True)
@@ -242,7 +242,7 @@ def decide(
 
     ``spread``: the standard deviation of one sample, for exact bounds; None for bootstrap bounds. Fewer than 30 samples
     leave these undecided, and so do samples that are all equal, about which resampling shows nothing. ``vacuous``: why
-    any model would pass; a gate that does not hold has shown enough anyway. ``kind``: of exact bounds.
+    any model would pass; it does not matter if the gate does not hold. ``kind``: the kind of exact bounds.
     """
     unknown = spread is None and (samples < LEAST_FOR_BOOTSTRAP or found.lower == found.upper)
     outcome: Literal["held", "not held", "undecided", "vacuous"] = "undecided"
@@ -312,22 +312,22 @@ def require(gates: Sequence[Gate]) -> None:
 def advice(gate: Gate) -> str:
     """The hint for a gate that did not hold."""
     if gate.outcome == "not held":
-        return "do not ship the candidate, or ask for less: it is not as close to its reference as was asked"
+        return "do not ship the candidate, or relax the gate: it is further from its reference than allowed"
     if gate.outcome == "vacuous":
         return "set a tighter limit, or give data, a reference or a metric that tells models apart"
     if gate.samples_to_decide is None:
         if gate.lower == gate.upper:
             return "give other samples, or gate on a share: no sample differs from another, so there are no bounds"
-        return "ask for more or for less: the measured value is the margin itself, so no number of samples decides"
+        return "change the limit: the measured value is too close to it for any number of samples to decide"
     more = "" if gate.bounds == "bootstrap" else ", or more if answers flip more often than in these"
     below, wanted = gate.measured < gate.wanted.limit, gate.wanted
     if below == (wanted.what == AT_LEAST):
         return (
-            f"ask for less or improve the candidate: about {gate.samples_to_decide:,} fresh samples would likely FAIL"
+            f"relax the gate or improve the candidate: about {gate.samples_to_decide:,} fresh samples would likely FAIL"
         )
     return (
         f"validate on about {gate.samples_to_decide:,} fresh samples{more}: {gate.samples:,} are too few to pass;"
-        " adding to these until the gate holds would void the 95 %"
+        " adding to these until the gate holds would void the 95 % confidence"
     )
 
 

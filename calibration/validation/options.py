@@ -16,7 +16,7 @@ from perceiver_export.runtimes.errors import UsageError, check_kind, check_whole
 from perceiver_export.runtimes.runtime import Array, Feeds
 
 # A reference that is not a bundle: preprocessed inputs (n, ...) by name -> outputs (n, ...) by name. It may have a
-# ``name``, and ``described``, in the form of `Side.engine`; without that nothing is certified against it.
+# ``name``, and ``described`` in the form of `Side.described`; without that, nothing can be certified against it.
 Reference = Callable[[Feeds], Mapping[str, Array]]
 
 
@@ -25,12 +25,12 @@ MOST_SHARDS = 100_000
 
 @dataclass(frozen=True)
 class Gates:
-    """Limits on the distance of a candidate from its reference, each on a 95 % bound. Raises UsageError when made."""
+    """Limits on a candidate's distance from its reference, each on a 95 % bound. Construction raises UsageError."""
 
     max_drop: float | None = option(None, "Gate: largest loss of accuracy, in percentage points (95 % upper bound).")
     min_agreement: float | None = option(None, "Gate: least agreement with the reference, in % (95 % lower bound).")
     max_metric_change: float | str | None = option(
-        None, "Gate: most that --metric may worsen, in its unit or as 2% (95 % upper bound)."
+        None, "Gate: most that --metric may worsen, in its unit or relative, as 2% (95 % upper bound)."
     )
     metric: str | None = option(None, "One of the task's metrics, or module:function; by default the task's first.")
 
@@ -80,7 +80,7 @@ def check_percent(option: str, value: float, below: float = 1.0) -> None:
     if not 0 <= value <= 100:
         raise UsageError(f"{option} is {value:g}", "give a percentage, from 0 to 100")
     if 0 < value <= below:
-        raise UsageError(f"{option} is {value:g}, and it is in percent", f"did you mean {100 * value:g}?")
+        raise UsageError(f"{option} is {value:g}, but it is in percent", f"did you mean {100 * value:g}?")
 
 
 def parse_shard(text: str) -> tuple[int, int]:
@@ -96,13 +96,14 @@ def parse_shard(text: str) -> tuple[int, int]:
 def check_shard(shard: tuple[int, int], text: str | None = None) -> None:
     """Raise UsageError unless it is shard i of n, from 1."""
     if not 1 <= shard[0] <= shard[1] <= MOST_SHARDS:
-        raise UsageError(f"--shard is {(text or '{}/{}'.format(*shard))[:40]!r}", "give 1/16 to 16/16, of 16 shards")
+        raise UsageError(f"--shard is {(text or '{}/{}'.format(*shard))[:40]!r}", "give 1/16 to 16/16 for 16 shards")
 
 
 @dataclass(frozen=True)
 class ValidateOptions:
-    """Options of `validate`; `validate --help` prints the doc of each field that has one. Raises UsageError when made.
+    """Options of `validate`; `validate --help` prints the doc of each field that has one.
 
+    Construction raises UsageError.
     ``against`` is a bundle or a function from inputs to outputs by name. ``device`` may be ``all`` for
     `validate_targets`. ``certify`` raises before anything runs if no certificate can rest on the reference or be
     written. Without ``allow_overlap`` it also raises for samples that are repeated, or that the bundle was calibrated
@@ -116,17 +117,17 @@ class ValidateOptions:
     )
     gates: Gates = Gates()
     against_device: str | None = option(
-        None, "Target of the reference; by default the same. Without --against: BUNDLE on this target."
+        None, "Target of the reference, by default the same. Without --against, BUNDLE on this target is the reference."
     )
     samples: int | None = option(None, "Use this many samples, evenly spread over the data.")
-    device: str = option("auto", "Target; `auto` chooses: a certified target first; `all`: each.")
+    device: str = option("auto", "Target. `auto` prefers a certified one; `all` takes each.")
     precision: Precision | None = option(
         None, "Engine of this precision (fp32, fp16, bf16); by default the one built last."
     )
     threads: int | None = option(None, "Threads of the engines; by default the engines choose.")
     truncate: bool = option(False, "Cut texts that are too long for the model instead of leaving them out.")
     certify: bool = option(
-        False, "Write a certificate into BUNDLE if all gates hold; only machines that it is valid for show it."
+        False, "Write a certificate into BUNDLE if all gates hold. It is shown only on machines for which it is valid."
     )
     allow_overlap: bool = option(False, "Certify even if samples are repeated or were used for calibration.")
     sequential: bool = option(False, "Stop as soon as the gates are decided; the bounds hold wherever it stops.")
@@ -145,6 +146,6 @@ class ValidateOptions:
         if self.sequential and not self.gates.any:
             raise UsageError("--sequential has no gate to decide", "give --max-drop or --min-agreement")
         if callable(self.against) and self.against_device is not None:
-            raise UsageError("a checkpoint runs in torch, and on no target", "leave --against-device out")
+            raise UsageError("a checkpoint runs in torch, not on a target", "leave --against-device out")
         if self.certify and not self.gates.any:
-            raise UsageError("a certificate needs a gate that held", "give one: --max-drop, --min-agreement")
+            raise UsageError("a certificate needs a gate", "give --max-drop or --min-agreement")

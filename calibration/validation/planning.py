@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many samples a gate needs before any data is collected: its power by the exact distribution of outcomes."""
+"""How many samples a gate needs, before any data is collected, from the exact distribution of outcomes."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from perceiver_export.calibration.validation.statistics import CONFIDENCE, p_val
 from perceiver_export.runtimes.errors import UsageError
 
 POWERS = (0.8, 0.9, 0.95)
-_SCALES = (0.5, 1.0, 2.0)  # of the margin that was asked for
+_SCALES = (0.5, 1.0, 2.0)  # of the requested margin
 _MOST = 1_000_000
 _STEP, _CLOSE = 1.2, 0.02  # of the search for a number of samples
 _NEGLIGIBLE = 1e-7
 
 
 class Plan(msgspec.Struct, frozen=True):
-    """The samples with which a gate holds with a probability of 0.8, 0.9 and 0.95; None: over a million, or no number.
+    """The samples needed for a gate to hold with a probability of 0.8, 0.9 and 0.95; None if over a million or never.
 
-    ``flips``: the share of answers that differ from the reference's, in percent. Of these the candidate gets as many
-    right that the reference gets wrong as the other way round, so that the true drop is 0.
+    ``flips``: the share of answers that differ from the reference's, in percent. The candidate is right in as many of
+    them as the reference, so the true drop is 0.
     """
 
     option: str
@@ -42,7 +42,7 @@ class Plan(msgspec.Struct, frozen=True):
 def plan(gates: Gates, flips: float = 1.0) -> tuple[Plan, ...]:
     """Samples needed for each gate's limit, and for half and twice its distance from 0 or 100 %. Raises UsageError."""
     if not 0 <= flips <= 100:
-        raise UsageError(f"--flips is {flips:g}", "give the percentage of answers that may differ, as 1%")
+        raise UsageError(f"--flips is {flips:g}", "give the percentage of answers that may differ, such as 1%")
     if gates.change is not None or (gates.max_drop, gates.min_agreement) == (None, None):
         raise UsageError("--plan needs a gate whose bounds are exact", "give --max-drop or --min-agreement")
     found = []
@@ -58,7 +58,7 @@ def plan(gates: Gates, flips: float = 1.0) -> tuple[Plan, ...]:
 
 
 def _samples(power: Callable[[int, float, float], float], margin: float, flips: float) -> tuple[int | None, ...]:
-    """A number for each of `POWERS` whose power is that or more, and within 2 % of the least such number."""
+    """For each of `POWERS`, a number of samples that reaches it, within 2 % of the least such number."""
     if not 0 < margin < 1 or (power is _of_agreement and flips >= margin):
         return (None,) * len(POWERS)
     distance = margin - flips if power is _of_agreement else margin
@@ -84,7 +84,7 @@ def _of_drop(samples: int, margin: float, flips: float) -> float:
 
 
 def power_of_drop(samples: int, p_lost: float, p_gained: float, margin: float) -> float:
-    """Chance that the bound of the drop is within the margin, all as shares; leaves out what is rarer than 1e-7.
+    """Chance that the bound of the drop is within the margin, all as shares; ignores outcomes rarer than 1e-7.
 
     The p-value rises with the number of losses and falls with that of gains.
     """

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two sides that are compared: a bundle on a target, and another one or any function such as the model in PyTorch.
+"""The two sides of a comparison: a bundle on a target, and another bundle or a function such as the PyTorch model.
 
-Also the doubts about a reference, and the references that a certificate cannot rest on.
+Also warnings about a reference, and checks whether it can support a certificate.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ _HINT = "give the fp32 bundle that it was made from, or the checkpoint: --agains
 class Side:
     """One of the two sides.
 
-    ``described``: its ``name``, its engine (`Runtime.describe`), the ``device``'s name, the SHA-256 of the ``graphs``
-    that run by file, and the scheme of its ``quantization``, empty if it has none.
+    ``described``: its ``name``, its engine (`Runtime.describe`), the ``device``'s name, the SHA-256 by file of the
+    ``graphs`` that run, and the scheme of its ``quantization``, empty if it has none.
     """
 
     run: Reference
@@ -45,9 +45,9 @@ class Side:
 def open_side(
     what: BundleLike | Reference | None, device: str, threads: int | None, beside: Task
 ) -> Iterator[Side | None]:
-    """Open the reference, a bundle in fp32, or yield None.
+    """Open the reference, a function or a bundle in fp32; yield None if there is no reference.
 
-    Raises what `load` raises; UsageError unless it compares to ``beside``.
+    Raises the errors of `load`, and UsageError unless the bundle is comparable to ``beside``.
     """
     if what is None:
         yield None
@@ -106,7 +106,7 @@ def _check_finite(role: str, side: Side, outputs: Mapping[str, Array], batch: Se
 
 
 def _check_comparable(one: Manifest, other: Manifest) -> None:
-    """Raise UsageError unless both bundles do the same with the same inputs."""
+    """Raise UsageError unless both bundles do the same task with the same inputs."""
     compared: dict[str, Callable[[Manifest], Any]] = {
         "tasks": lambda manifest: manifest.task,
         "labels": lambda manifest: manifest.labels,
@@ -115,7 +115,7 @@ def _check_comparable(one: Manifest, other: Manifest) -> None:
     }
     for what, of in compared.items():
         if of(one) != of(other):
-            hint = "compare bundles of one checkpoint, exported with one --shape"
+            hint = "compare bundles of the same checkpoint, exported with the same --shape"
             raise UsageError(f"the two bundles have different {what}", hint)
 
 
@@ -130,20 +130,20 @@ def doubts(candidate: Described, reference: Described | None) -> dict[str, str]:
         return {"itself": said}
     if reference is not None and reference.get("quantization"):
         scheme = reference["quantization"]
-        return {"quantized": f"the reference is itself quantized ({scheme}): no number shows the loss from that"}
+        return {"quantized": f"the reference is itself quantized ({scheme}): its own loss is not measured"}
     return {}
 
 
 def check_reference(candidate: Described, reference: Described | None) -> None:
-    """Raise UsageError if no certificate can rest on this reference.
+    """Raise UsageError if this reference cannot support a certificate.
 
-    No reference, the candidate itself, a quantized one, or a function without a hash. Float graphs of other targets, in
-    fp16 or bf16 too, are allowed; the certificate names them.
+    That is no reference, the candidate itself, a quantized one, or a function without a hash. Float graphs of other
+    targets, also in fp16 or bf16, are allowed; the certificate names them.
     """
     why = list(doubts(candidate, reference).values())
     if reference is None:
         why = ["there is no reference"]
     elif not reference.get("graphs"):
-        why.append(f"the reference is {reference.get('target')}, and no hash tells which")
+        why.append(f"the reference, {reference.get('target')}, has no hash that identifies it")
     if why:
         raise UsageError(f"nothing can be certified: {why[0]}", _HINT)

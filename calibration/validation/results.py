@@ -14,7 +14,7 @@ from perceiver_export.runtimes.errors import BrokenReferenceError, GateError
 
 
 class Data(msgspec.Struct, frozen=True):
-    """The samples. ``fingerprint``: a hash of inputs and targets, whatever their order or files.
+    """The samples. ``fingerprint``: a hash of inputs and targets that does not depend on their order or files.
 
     ``labels``: how often each label occurred, by name. ``sequential``: where a sequential run stopped, and its order.
     """
@@ -57,9 +57,8 @@ class Validation(msgspec.Struct, frozen=True):
     failure: Failure | None = None
 
     def require(self) -> None:
-        """Raise GateError if it failed or a gate does not hold, UndecidedError if there are too few samples.
-
-        VacuousGateError if any model passes a gate, BrokenReferenceError if the reference gave NaN.
+        """Raise GateError if it failed or a gate does not hold, UndecidedError if there are too few samples,
+        VacuousGateError if any model passes a gate, and BrokenReferenceError if the reference gave NaN.
         """
         if self.failure is not None:
             kind = BrokenReferenceError if self.failure.of_reference else GateError
@@ -73,7 +72,10 @@ class Validation(msgspec.Struct, frozen=True):
 
     @property
     def sentence(self) -> str:
-        """As `int8 answered 8 more and 5 fewer of 10,000 correctly than fp32; the loss is at most 0.034 points …`."""
+        """The result in words.
+
+        Such as `int8 answered 8 more and 5 fewer of 10,000 correctly than fp32; the loss is at most 0.034 points …`.
+        """
         if self.failure is not None:
             return f"{self.failure.message}."
         said, name, flips = list[str](), str(self.candidate["name"]), self.flips
@@ -89,7 +91,7 @@ class Validation(msgspec.Struct, frozen=True):
 
     @property
     def flips(self) -> MetricResult | None:
-        """The share whose lost and gained samples `mcnemar` compares."""
+        """The share with the lost and gained samples that `mcnemar` compares."""
         return next((result for result in self.metrics if result.lost is not None), None)
 
     def metric(self, name: str) -> MetricResult | None:

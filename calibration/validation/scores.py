@@ -29,11 +29,11 @@ _ALIKE = 1e-6  # of their size: outputs that differ by less are equal
 
 
 class MetricResult(msgspec.Struct, frozen=True):
-    """One metric. Shares and their bounds are in percent, a worsening of them in points.
+    """One metric. Shares and their bounds are in percent, their worsening in points.
 
-    ``kind`` is `Metric.kind`. A quality has both sides and ``worsening`` (positive: the candidate is worse), a likeness
-    only ``candidate``. ``lost``, ``gained``: samples that only the reference, or only the candidate, gets right; for
-    shares only.
+    ``kind`` is `Metric.kind`. A quality has both sides and ``worsening`` (positive: the candidate is worse); a likeness
+    has only ``candidate``. ``lost``, ``gained``: samples that only the reference, or only the candidate, gets right;
+    for shares only.
     """
 
     name: str
@@ -49,7 +49,7 @@ class MetricResult(msgspec.Struct, frozen=True):
 
 
 def value_of(metric: Metric, column: Column, counts: Array | None = None) -> Array:
-    """One side's value (...), shares as shares, with each sample counted ``counts`` (..., n) times, by default once."""
+    """One side's value (...), shares from 0 to 1; each sample counts ``counts`` (..., n) times, by default once."""
     weights = np.ones(len(column.values), np.int64) if counts is None else counts
     if metric.statistic is not None:
         return metric.statistic(column.values, weights)
@@ -59,7 +59,7 @@ def value_of(metric: Metric, column: Column, counts: Array | None = None) -> Arr
 
 
 def estimate(metric: Metric, column: Column, bounds: Bounds = FIXED) -> Estimate:
-    """One side's value with one-sided bounds, shares as shares: exact for them, by bootstrap for all others."""
+    """One side's value with one-sided bounds: exact for shares, which are from 0 to 1, by bootstrap for all others."""
     if metric.kind == "share":
         return bounds.share(int(column.values.sum()), len(column.values))
     found = _resampled(metric, (column,), lambda counts: value_of(metric, column, counts))
@@ -86,7 +86,7 @@ def worsening(
 def _resampled(
     metric: Metric, columns: Sequence[Column], statistic: Callable[[Array], Array], scale: float = 1.0
 ) -> Estimate:
-    """By bootstrap; if no sample of a fraction differs from another, by how rare one that differs can be.
+    """Bounds by bootstrap, or, if all samples of a fraction are equal, by how rare a different one can be.
 
     Resampling shows nothing about samples that were not drawn; 0 of n samples bounds how many of those can differ.
     """
@@ -115,8 +115,8 @@ class Scores:
     ``families`` are those of `metrics.families`; the first that is not your own metric's reads labels and answers.
     ``worst``: how many of the worst samples to keep. ``names``: of the labels. ``bounds``: of shares.
 
-    ``parts``: columns by side, a part for each batch. ``sums``: of each family's `Family.seen`. ``unused``: targets
-    that judge nothing.
+    ``parts``: columns by side, a part for each batch. ``sums``: the sums of each family's `Family.seen`. ``unused``:
+    targets that no metric uses.
     """
 
     def __init__(self, families: Sequence[Family], worst: int, names: Sequence[str], bounds: Bounds = FIXED) -> None:
@@ -135,7 +135,7 @@ class Scores:
         return self.worst.seen
 
     def add(self, batch: Sequence[Example], outputs: Outputs, reference: Outputs | None, targets: Outputs) -> None:
-        """Take in a batch. Raises DataError if only some batches have targets, or targets do not fit the metrics."""
+        """Add a batch. Raises DataError if only some batches have targets, or targets do not fit the metrics."""
         sides = {"quality": self._quality(outputs, targets), "reference": Columns(), "likeness": Columns()}
         if reference is not None:
             sides["reference"] = self._quality(reference, targets)
@@ -151,7 +151,7 @@ class Scores:
         for name, side in sides.items():
             if self.count and side.keys() != self.parts[name][0].keys():
                 fewer = len(side) < len(self.parts[name][0])
-                raise partly_labelled(f"{batch[0].name} has {'none' if fewer else 'one, and none before it'}")
+                raise partly_labelled(f"{batch[0].name} has {'none' if fewer else 'one, but none before it'}")
             self.parts.setdefault(name, []).append(side)
         for computed in ("sides", "naive"):  # of the samples so far
             self.__dict__.pop(computed, None)
@@ -170,7 +170,7 @@ class Scores:
         return found
 
     def _watch(self, outputs: Outputs, targets: Outputs) -> dict[str, Columns]:
-        """Add to the sums of the naive models; returns their columns, and each output's projection and size."""
+        """Add to the sums of the naive models; return their columns, and each output's projection and size."""
         found: dict[str, Columns] = {"outputs": {}}
         for index, (family, sums) in enumerate(zip(self._families, self.sums, strict=True)):
             seen = family.seen(outputs, targets)
@@ -199,7 +199,7 @@ class Scores:
         """Why this metric does not tell models apart; empty if it does."""
         reads = self.reads[metric.name]
         if not reads:
-            return f"{metric.name} gives the same whatever the outputs are"
+            return f"{metric.name} does not depend on the outputs"
         columns = [self.sides["outputs"][name] for name in reads]
         if self.count < 2 or any(np.ptp(one.values) > _ALIKE * one.weights.max() for one in columns):
             return ""
@@ -231,7 +231,7 @@ class Scores:
         return self.sides["quality"] | self.sides["likeness"]
 
     def flips(self, metric: Metric) -> tuple[int, int]:
-        """Samples that a share lost and gained; of agreement those that differ."""
+        """Samples that a share lost and gained; for agreement, those that differ."""
         column = self.measured[metric.name]
         return _flips(column, self.sides["reference"].get(metric.name, Column.of(np.ones(self.count))))
 
@@ -276,19 +276,19 @@ class Scores:
         if self.unused:
             names, wanted = ", ".join(sorted(self.unused)), ", ".join(self._main.targets or ())
             why = f"this task is judged by `{wanted}`" if wanted else "only a --metric module:function can use it"
-            found["unused"] = f"nothing was judged by the data's {names}: {why}"
+            found["unused"] = f"no metric uses the data's {names}: {why}"
         elif self._main.targets and self.sides["likeness"] and not self.sides["quality"]:
             wanted = ", ".join(self._main.targets)
             found["unlabelled"] = f"the data has no `{wanted}`: only agreement with the reference is judged"
         labels = self.sides["answers"].get("label")
         if labels is not None and self.count > 1 and (labels.values == labels.values[0]).all():
-            return {**found, "one label": "all samples have one label: nothing is known about the others"}
+            return {**found, "one label": "all samples have the same label: nothing is known about the others"}
         return found | self._guessing()
 
     def _guessing(self) -> dict[str, str]:
-        """The warning that the reference, or without one the model, does not beat the naive model.
+        """The warning that the reference (without one, the model) does not beat the naive model.
 
-        By its bounds, or with too few samples for that by its measured value.
+        Its bounds decide, or with too few samples for bounds, its measured value.
         """
         side, few = self.sides["reference"] or self.sides["quality"], self.count < LEAST_FOR_BOOTSTRAP
         said = {}

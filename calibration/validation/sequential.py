@@ -4,10 +4,10 @@
 A gambler bets against the claim that the drop is ``margin`` m or more. A sample is X = 1 if only the reference is
 right, −1 if only the candidate is, else 0, and a bet λ multiplies the capital by 1 + λ(m − X). If the claim is true, no
 bet grows on average, so the capital, which starts at 1, ever reaches 20 with a probability of at most 1/20, whatever
-the stopping (Ville 1939). The capital is the mean over bets λ = c / (1 − m) for a grid of c, which are fixed before: a
+the stopping rule (Ville 1939). The capital is the mean over bets λ = c / (1 − m) for a grid of c fixed in advance: a
 mixture of betting martingales (Waudby-Smith & Ramdas, "Estimating means of bounded random variables by betting",
 J. R. Stat. Soc. B 86, 2024: K_n(m) = Π (1 + λ_i(m) (X_i − m)), and the mixture of their grid-Kelly bettor). It depends
-on the counts alone, and increases with m. So the margins that it does not refuse form a confidence sequence.
+on the counts alone, and increases with m. So the margins that it does not reject form a confidence sequence.
 
 The package confseq has such bounds too; its last release is of January 2023.
 """
@@ -51,7 +51,7 @@ def share(count: int, total: int) -> Estimate:
 
 @functools.lru_cache(4096)
 def _upper(lost: int, gained: int, total: int) -> float:
-    """The largest drop that the capital does not refuse."""
+    """The largest drop that the capital does not reject."""
     low, high = (lost - gained) / total, 1.0
     for _ in range(_STEPS):
         middle = (low + high) / 2

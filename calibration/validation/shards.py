@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Validation in shards: each machine judges a share of the samples and writes a file; `merge` judges all of them.
 
-Shard i of n has the samples at positions i − 1, i − 1 + n, …, whoever runs it. Its file holds the values of each sample
-and sums that add up, so merged shards give what one run gives, bit for bit, if the engines do. The exceptions are the
-naive models of your own metric and of arrays of any meaning, whose sums round. A file is checked against the others and
-against the bundle, but nothing proves that its numbers were measured: take files only from machines that you trust.
+Shard i of n has the samples at positions i − 1, i − 1 + n, …, on any machine. Its file has the values of each sample,
+and sums that add up, so merged shards give the result of one run, bit for bit, if the engines do. The exceptions are
+the naive models of your own metric and of arrays of any meaning, whose sums round. A file is checked against the others
+and the bundle, but nothing proves that its numbers were measured: only accept files from machines that you trust.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _AGAIN = "run that shard again, with the files and options of the others"
 
 
 class Numbers(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A float64 array and the weights of its rows; none: each is 1."""
+    """A float64 array and the weights of its rows; without weights, each is 1."""
 
     shape: tuple[int, ...]
     values: list[float]
@@ -57,11 +57,11 @@ class Numbers(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def array(self) -> Array:
-        """The values. Raises ValueError: too many or too few."""
+        """The values. Raises ValueError if there are too many or too few."""
         return np.array(self.values, np.float64).reshape(self.shape)
 
     def column(self, count: int) -> Column:
-        """With its weights, for ``count`` samples. Raises ValueError."""
+        """A column with its weights, for ``count`` samples. Raises ValueError."""
         found = Column.of(self.array, np.array(self.weights, np.float64) if self.weights else None)
         if not len(found.values) == len(found.weights) == count:
             raise ValueError(f"a column has {len(found.values):,} values for {count:,} samples")
@@ -114,7 +114,7 @@ class Shard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def alike(self) -> dict[str, object]:
-        """By name, what all shards of one validation share."""
+        """By name: the facts that all shards of one validation share."""
         return {
             "bundle": self.bundle,
             "number of shards": self.shards,
@@ -130,18 +130,18 @@ class Shard(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def alike_there(self) -> dict[str, object]:
-        """By name, what shards of one place share besides."""
+        """By name: further facts that shards of one place share."""
         side = self.reference or {}
-        return {"target or engine of the reference": (side.get("target"), engine_of(side))}
+        return {"reference's target or engine": (side.get("target"), engine_of(side))}
 
     @property
     def results(self) -> tuple[object, ...]:
-        """Everything that a shard gives again if it runs again in the same place."""
+        """Everything that is the same if a shard runs again in the same place."""
         return self.positions, self.digests, self.judged, self.columns, self.sums
 
     @property
     def place(self) -> str:
-        """Target, engine and instruction set; on other targets than CPUs the device as well."""
+        """Target, engine and instruction set; on targets other than CPUs, the device as well."""
         target, instructions = str(self.candidate["target"]), self.machine["instruction set"]
         device = "" if on_cpu(target) else f" on {self.candidate.get('device')}"
         return f"{target}{device}, {engine_of(self.candidate)}, {instructions}"
@@ -155,7 +155,7 @@ def validate_shard(
     *,
     progress: Progress | None = None,
 ) -> Shard:
-    """Judge shard i of n of the samples; raises what `validate` raises, and UsageError for gates."""
+    """Judge shard i of n of the samples. Raises the errors of `validate`, and UsageError for gates."""
     _check_shardable(shard, options)
     measured = measure(bundle, data, options, progress, shard)
     found, scores, watch = measured.found, measured.scores, measured.watch
@@ -191,7 +191,7 @@ def validate_shard(
 
 
 def _check_shardable(shard: tuple[int, int], options: ValidateOptions) -> None:
-    """Raise UsageError for a number out of range, and for options that a shard cannot have."""
+    """Raise UsageError if the number is out of range, or for options that a shard cannot have."""
     check_shard(shard)
     late = options.gates.any or options.certify or options.allow_overlap
     if late or options.sequential or options.save_worst is not None or options.device == "all":
@@ -200,10 +200,10 @@ def _check_shardable(shard: tuple[int, int], options: ValidateOptions) -> None:
 
 
 def encode_shard(shard: Shard) -> bytes:
-    """Its file. Raises DataError: it is larger than `merge` reads."""
+    """The content of a shard's file. Raises DataError if it is larger than `merge` reads."""
     content = encode_json(shard, indent=0)
     if len(content) > _LIMIT:
-        raise DataError(f"the shard takes {len(content):,} bytes, at most {_LIMIT:,} are read", "take more shards")
+        raise DataError(f"the shard takes {len(content):,} bytes, more than {_LIMIT:,}", "use more shards")
     return content
 
 
@@ -212,8 +212,8 @@ def merge(
 ) -> tuple[Validation, ...]:
     """One result for each target, engine and instruction set that shards ran on; each needs all shards.
 
-    A shard that ran twice there counts once. Raises DataError: a file that cannot be read, of another validation, or
-    missing; UsageError for gates that do not fit.
+    A shard that ran twice there counts once. Raises DataError if a file is missing, cannot be read, or is from another
+    validation, and UsageError for gates that do not fit.
     """
     opened = open_bundle(bundle)
     if options.certify:
@@ -221,12 +221,12 @@ def merge(
     if options.sequential or options.save_worst is not None:
         raise UsageError("merged shards are not run again", "leave --sequential and --save-worst out")
     if not files:
-        raise UsageError("no shard is given", "name their files: validate BUNDLE --merge part*.json --max-drop 0.6")
+        raise UsageError("no shards were given", "name their files: validate BUNDLE --merge part*.json --max-drop 0.6")
     shards = {file: _read(file) for file in files}
     first, expected = next(iter(shards.items()))
     places = _by_place(shards)
     if expected.bundle != identity(opened):
-        raise DataError(f"{first} is not of the bundle {opened.path}", "give the bundle that the shards judged")
+        raise DataError(f"{first} is not from the bundle {opened.path}", "give the bundle that the shards judged")
     for place, found in places.items():
         if missing := [f"{index}/{expected.shards}" for index in range(1, expected.shards + 1) if index not in found]:
             said = f"{len(missing)} of {expected.shards} shards are missing on {place}: {', '.join(missing[:20])}"
@@ -237,9 +237,9 @@ def merge(
 
 
 def _check_options(options: ValidateOptions, shard: Shard) -> None:
-    """Raise UsageError: another metric or reference than the shards'."""
+    """Raise UsageError if the options ask for another metric or reference than the shards used."""
     if options.gates.own != shard.metric:
-        said = f"by --metric {shard.metric}" if shard.metric else f"without --metric {options.gates.own}"
+        said = f"with --metric {shard.metric}" if shard.metric else f"without --metric {options.gates.own}"
         raise UsageError(f"the shards were judged {said}", "give the same to the shards and to --merge")
     if options.against is not None:
         graphs: dict[str, str] = (shard.reference or {}).get("graphs", {})
@@ -253,7 +253,7 @@ def _check_options(options: ValidateOptions, shard: Shard) -> None:
 
 
 def _by_place(shards: Mapping[Path, Shard]) -> dict[str, dict[int, Shard]]:
-    """The shards by place and number. Raises DataError: they do not belong together."""
+    """The shards by place and number. Raises DataError if they do not belong together."""
     places: dict[str, dict[int, Shard]] = {}
     firsts: dict[str, tuple[Path, dict[str, object]]] = {}
     for file, one in shards.items():
@@ -261,15 +261,15 @@ def _by_place(shards: Mapping[Path, Shard]) -> dict[str, dict[int, Shard]]:
             first, expected = firsts.setdefault(where, (file, facts))
             for words, value in facts.items():
                 if value != expected[words]:
-                    raise DataError(f"{file} has another {words} than {first}", _AGAIN)
+                    raise DataError(f"{file} differs from {first} in its {words}", _AGAIN)
         if places.setdefault(one.place, {}).setdefault(one.shard, one).results != one.results:
-            said = f"{file} has other results than an earlier file of shard {one.shard}/{one.shards}"
+            said = f"{file} and an earlier file of shard {one.shard}/{one.shards} have different results"
             raise DataError(said, "leave one of the two out, and find out why they differ")
     return places
 
 
 def _read(file: Path) -> Shard:
-    """A shard that is complete in itself. Raises DataError."""
+    """Read a shard and check that it is complete. Raises DataError."""
     shard = read_json(file, Shard, DataError, _AGAIN, _LIMIT)
     if shard.digest != shard.signed().digest:
         raise DataError(f"{file} was changed or cut after it was written", _AGAIN)
@@ -307,7 +307,7 @@ def _judged(bundle: Bundle, shards: Sequence[Shard], options: ValidateOptions) -
 
 
 def _fill(scores: Scores, shards: Sequence[Shard]) -> None:
-    """The scores of all samples in their order. Raises ValueError and others for shards that do not fit."""
+    """Fill in the scores of all samples in order. Raises ValueError and others if the shards do not fit."""
     order = np.argsort([position for one in shards for position in one.positions])
     for side, columns in shards[0].columns.items():
         parts = {name: [one.columns[side][name].column(len(one.positions)) for one in shards] for name in columns}

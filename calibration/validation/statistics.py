@@ -5,10 +5,10 @@ All one-sided bounds are wrong at most one time in twenty.
 
 `drop` bounds how far the share of right answers falls from one model to another on the same samples. Of n samples,
 ``lost`` are right with the reference only and ``gained`` with the candidate only; the drop is p_lost − p_gained. The
-test is Tango's score (Stat. Med. 1998). Its null distribution is not assumed to be normal, which is wrong where flips
-are few, as they should be: the tail is summed over all outcomes and maximized over the remaining unknown share,
-p_gained, within its 99.9 % confidence set; the 0.1 % is added (Berger & Boos, JASA 1994). Neither scipy nor
-statsmodels has bounds of a difference of paired shares.
+test is Tango's score (Stat. Med. 1998). Its null distribution is not assumed to be normal, because that is wrong for
+few flips, and flips should be few. Instead, the tail is summed over all outcomes and maximized over the remaining
+unknown share, p_gained, within its 99.9 % confidence set; the 0.1 % is added (Berger & Boos, JASA 1994). Neither scipy
+nor statsmodels has bounds for a difference of paired shares.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Estimate(msgspec.Struct, frozen=True):
 
 
 def rounded(value: float, digits: str, up: bool | None = None) -> str:
-    """As ``digits`` (.3f, .4g) say; a bound is rounded ``up`` or down, so that it claims no more than was shown."""
+    """``value`` with ``digits`` (.3f, .4g); a bound is rounded ``up`` or down, to claim no more than was shown."""
     found, sign = float(f"{value:{digits}}"), -1 if up is False else 1
     if up is not None and sign * (value - found) > 1e-9 * abs(value):
         magnitude = math.floor(math.log10(abs(value))) + 1 if digits[-1] == "g" else 0
@@ -121,13 +121,13 @@ _PRECISION = 1e-3  # of the distance between the estimate and its bound
 
 
 def drop(lost: int, gained: int, total: int) -> Estimate:
-    """The drop as a share of samples, positive where the candidate is worse, with one-sided exact 95 % bounds."""
+    """The drop as a share of samples, positive if the candidate is worse, with one-sided exact 95 % bounds."""
     value = (lost - gained) / total
     return Estimate(value, -_upper(gained, lost, total), _upper(lost, gained, total))
 
 
 def p_value(lost: int, gained: int, total: int, margin: float) -> float:
-    """How likely so small a drop, or a smaller one, is if the true drop is ``margin`` (a share) or more."""
+    """The probability of a drop this small, or smaller, if the true drop is ``margin`` (a share) or more."""
     binom = scipy_stats().binom
     observed = float(score(np.array(lost), np.array(gained), total, margin))
     low, high = _within(gained, total)
@@ -163,7 +163,7 @@ def score(lost: Array, gained: Array, total: int, margin: float) -> Array:
 
 
 def _least_gains(losses: Array, total: int, margin: float, observed: float) -> Array:
-    """For each number of losses the least number of gains whose score is as low as the observed one."""
+    """For each number of losses, the least number of gains whose score is as low as the observed one."""
     low, high = np.zeros(len(losses), int), total - losses + 1
     while np.any(low < high):
         middle = (low + high) // 2
@@ -174,7 +174,7 @@ def _least_gains(losses: Array, total: int, margin: float, observed: float) -> A
 
 @functools.lru_cache(4096)
 def _upper(lost: int, gained: int, total: int) -> float:
-    """The largest margin that the test does not refuse."""
+    """The largest margin that the test does not reject."""
 
     def kept(margin: float) -> bool:
         return p_value(lost, gained, total, min(margin, 1 - 1e-9)) > 1 - CONFIDENCE
@@ -191,4 +191,4 @@ def _upper(lost: int, gained: int, total: int) -> float:
     return high
 
 
-FIXED = Bounds("exact", share, drop)  # for a number of samples that was fixed before
+FIXED = Bounds("exact", share, drop)  # for a number of samples that was fixed in advance

@@ -54,7 +54,7 @@ Progress = Callable[[int, int | None], None]
 class Measured:
     """The scores of both sides on the samples, and everything else that `judged` reads.
 
-    ``found`` has no metrics and gates yet. ``total``: the number of samples of all shards; ``rows``: the SHA-256 of
+    ``found`` has no metrics or gates yet. ``total``: the number of samples of all shards; ``rows``: the SHA-256 of
     their names and contents.
     """
 
@@ -75,10 +75,10 @@ def validate(
 ) -> Validation:
     """Run a bundle and its reference over DATA (`calibration.data`), both on the same inputs.
 
-    Drops and agreements of single answers are gated on exact one-sided 95 % bounds, all else on bootstrap bounds.
+    Gates on drops and agreement of single answers use exact one-sided 95 % bounds, all others use bootstrap bounds.
     `Validation.require` raises if a gate does not hold. ``progress(done, total)`` is called after each batch.
 
-    Raises DataError, UsageError, BundleError and what `load` raises; GateError if an output is NaN or infinite;
+    Raises DataError, UsageError, BundleError and the errors of `load`; GateError if an output is NaN or infinite;
     MissingDependencyError without scipy.
     """
     check_kind("options", options, ValidateOptions, "ValidateOptions(gates=Gates(…), …)")
@@ -101,7 +101,7 @@ def measure(
     progress: Progress | None = None,
     shard: tuple[int, int] = (1, 1),
 ) -> Measured:
-    """Run both sides over the data, or over shard i of n (`Samples`); raises what `validate` raises."""
+    """Run both sides over the data, or over shard i of n (`Samples`). Raises the errors of `validate`."""
     against = options.against or (bundle if options.against_device is not None else None)
     scipy_stats()
     if options.save_worst is not None:
@@ -156,13 +156,13 @@ def _compare(
         elif time.perf_counter() - start < _SECONDS:
             size = min(2 * size, _LARGEST_BATCH)
     if not scores.count:
-        raise DataError("the data holds no samples", "check that it is not empty or a generator that was used up")
+        raise DataError("the data contains no samples", "check that it is not empty or a generator that was used up")
 
 
 def judged(bundle: BundleLike, measured: Measured, options: ValidateOptions) -> Validation:
     """The result with metrics, gates and their reservations.
 
-    Raises DataError if samples are repeated or were calibrated on, and no option allows that.
+    Raises DataError if samples are repeated or were used for calibration, and no option allows that.
     """
     found, scores, watch, gates = measured.found, measured.scores, measured.watch, options.gates
     allowed = options.allow_overlap or not options.certify
@@ -174,7 +174,7 @@ def judged(bundle: BundleLike, measured: Measured, options: ValidateOptions) -> 
     flips = next(((result.lost, result.gained) for result in results if result.lost is not None), None)
     order = ""
     if options.sequential:
-        flips = None  # McNemar's p-value holds for a number of samples that was fixed before
+        flips = None  # McNemar's p-value holds for a number of samples that was fixed in advance
         count, whole = scores.count, measured.notes.count
         taken = f"took all {count:,}" if count == whole else f"stopped after {count:,} of {whole:,}"
         order = f"{taken} samples in the order of seed {options.seed}"
@@ -225,7 +225,8 @@ def validate_targets(
 ) -> tuple[Validation, ...]:
     """`validate` on one target, or with the device ``all`` on each that is present, all against the same reference.
 
-    Then ``save_worst`` gets one folder per target. Raises what `validate` raises; DeviceError if no target is present.
+    With ``all``, ``save_worst`` gets one folder per target. Raises the errors of `validate`, and DeviceError if no
+    target is present.
     """
     if options.device != "all":
         return (validate(bundle, data, options, progress=progress),)

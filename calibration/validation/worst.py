@@ -25,7 +25,7 @@ _SIDE = 96  # pixels of a thumbnail's longer side
 class WorstSample(msgspec.Struct, frozen=True):
     """One of the worst samples. Scores are by metric, in its unit; ``image`` is a PNG data URI.
 
-    ``index`` is its position among the samples of the data.
+    ``index`` is its position in the data.
     """
 
     index: int
@@ -59,7 +59,7 @@ class WorstClass(msgspec.Struct, frozen=True):
 class Worst:
     """Keeps the ``most`` worst samples, ranked by how much quality they lost, then by distance.
 
-    ``kept``: each with its badness and its inputs, which samples of shards do not have.
+    ``kept``: each with its badness and its inputs, which are missing for samples from shards.
     """
 
     def __init__(self, most: int) -> None:
@@ -73,7 +73,7 @@ class Worst:
         scores: Mapping[str, Array],
         answers: Mapping[str, Sequence[str]],
     ) -> None:
-        """A batch: ``badness`` (n, 2), scores (n,) by metric, and the texts (n) of the label and of both answers."""
+        """Add a batch: ``badness`` (n, 2), scores (n,) by metric, and texts (n) of the label and of both answers."""
         for row in np.lexsort((-badness[:, 1], -badness[:, 0]))[: self.most].tolist():
             values = {name: float(column[row]) for name, column in scores.items()}
             said = {name: texts[row] for name, texts in answers.items()}
@@ -82,7 +82,7 @@ class Worst:
         self.seen += len(batch)
 
     def keep(self, badness: tuple[float, ...], sample: WorstSample, example: Example | None = None) -> None:
-        """Keep a sample if it is among the worst; of equal ones the first."""
+        """Keep a sample if it is among the worst; of equal ones, the first."""
         self.kept.append((badness, sample, example))
         self.kept = heapq.nlargest(self.most, self.kept, key=lambda kept: (kept[0], -kept[1].index))
 
@@ -94,7 +94,7 @@ class Worst:
 def worst_classes(
     names: Sequence[str], classes: Array, right: Array | None, reference_right: Array | None, same: Array | None
 ) -> tuple[WorstClass, ...]:
-    """One row per class that occurs, the largest fall first. ``classes`` are indices (n,), the others booleans (n,)."""
+    """One row per class that occurs, the largest drop first. ``classes`` are indices (n,), the others booleans (n,)."""
     rows = []
     for index in np.unique(classes).tolist():
         of_class = classes == index
@@ -132,9 +132,9 @@ OPTION = "--save-worst"
 def write_worst(
     path: Path, samples: Sequence[WorstSample], examples: Sequence[Example], classes: Sequence[WorstClass]
 ) -> None:
-    """Write NN.npz, NN.png or NN.txt per sample, worst.json, and for classifiers classes.json. Raises DataError.
+    """Write NN.npz, NN.png or NN.txt per sample, worst.json, and classes.json for classifiers. Raises DataError.
 
-    Writes all files or none.
+    Either all files are written or none.
     """
     with new_directory(path, OPTION, DataError) as temporary:
         for number, (sample, example) in enumerate(zip(samples, examples, strict=True)):

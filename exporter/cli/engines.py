@@ -243,7 +243,7 @@ def _show_bench(result: Bench, precisions: bool) -> None:
     if precisions and len(sides) == 1 and not result.skipped:
         ui.say(f"{sides[0].target} supports no lower precision here; another target may")
     if result.unsteady:
-        ui.say(f"these times decide nothing: {result.unsteady}", "warning:")
+        ui.say(f"the times are too unsteady to compare: {result.unsteady}", "warning:")
     for reason in result.skipped:
         ui.say(f"not measured: {reason}")
     if result.ratio is not None and result.ratio_quartiles is not None and not result.unsteady:

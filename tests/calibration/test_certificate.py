@@ -201,7 +201,7 @@ def test_a_bundle_that_cannot_be_written_gets_a_hint_that_validate_can_follow(
     with pytest.raises(ExportError, match="Read-only file system") as raised:
         certify(bundle, [on["ort-cpu"]])
 
-    assert raised.value.hint == "copy the bundle to where it can be written, and certify it there"
+    assert raised.value.hint == "copy the bundle to a writable place, and certify it there"
 
 
 def test_a_bound_by_bootstrap_says_so_wherever_it_is_shown(bundle: Path, fashion_bundle: Path, fresh: Path) -> None:
@@ -281,7 +281,7 @@ def test_what_shows_nothing_is_no_reference(
         (copied_bundle, {"against": fashion_bundle}, "candidate itself, the same graphs on ort-cpu", "itself"),
         (bundle, {"against": int8_bundle}, "candidate itself, the same graphs on ort-cpu", "itself"),
         (bundle, {"against_device": "openvino-cpu"}, r"itself quantized \(int8\)", "quantized"),
-        (bundle, {"against": float_model}, "no hash tells which", None),
+        (bundle, {"against": float_model}, "has no hash", None),
     ]
     for candidate, options, message, kind in references:
         options |= {"min_agreement": 80, "samples": 60}
@@ -350,10 +350,10 @@ def test_an_engine_of_a_lowered_graph_is_one_of_this_bundle(lowered_bundle: Path
 @pytest.mark.parametrize(
     ("data", "gates", "error", "said"),
     [
-        ({}, {}, UsageError, "a gate that held"),
+        ({}, {}, UsageError, "a certificate needs a gate"),
         ({}, {"max_drop": 0.01}, UndecidedError, "^NOT ENOUGH DATA"),
         ({"of_class": 3}, {"max_drop": 20}, VacuousGateError, "always answering 'Dress' passes too"),
-        ({"of_class": 3}, {"min_agreement": 93}, DataError, "one label"),
+        ({"of_class": 3}, {"min_agreement": 93}, DataError, "the same label"),
         ({"shift": 1}, {"min_agreement": 90}, DataError, "no better than chance"),
     ],
 )

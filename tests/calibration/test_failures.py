@@ -56,7 +56,7 @@ def test_what_may_not_be_certified_is_reported_all_the_same(
 
     assert "error: PROVES NOTHING top-1 drop ≤ 20 points" in said
     assert "Certified" not in report.read_text(encoding="utf-8")
-    assert "all samples have one label" in report.read_text(encoding="utf-8")
+    assert "all samples have the same label" in report.read_text(encoding="utf-8")
 
 
 def test_a_reference_that_gives_nan_fails_too_and_is_never_held(fashion_bundle: Path, thousand: Path) -> None:

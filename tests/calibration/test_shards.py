@@ -123,15 +123,15 @@ def other_results(shard: Shard) -> Shard:
         (damaged, "changed or cut"),
         (changed(positions=[0]), "samples of shard 2/3"),
         (changed(shard=1), "samples of shard 1/3"),
-        (other_results, "other results"),
+        (other_results, "different results"),
         (changed(shards=4), "samples of shard 2/4"),
-        (changed(bundle="0"), "another bundle"),
-        (changed(rows="0"), "another data"),
-        (changed(package="0.0"), "another version"),
-        (changed(metric="module:function"), "another metric"),
-        (changed(reference=None), "another reference"),
-        (changed(columns={}), "another set of values"),
-        (changed(sums=[]), "another set of values"),
+        (changed(bundle="0"), "in its bundle"),
+        (changed(rows="0"), "in its data"),
+        (changed(package="0.0"), "in its version"),
+        (changed(metric="module:function"), "in its metric"),
+        (changed(reference=None), "in its reference"),
+        (changed(columns={}), "in its set of values"),
+        (changed(sums=[]), "in its set of values"),
         (changed(reads={}), "do not fit"),
         (changed(machine={}), "instruction set"),
         (changed(candidate={}), "target"),
@@ -181,7 +181,7 @@ def test_each_instruction_set_is_judged_by_itself(parts: list[Path], int8_bundle
     assert certify(bundle, results)[1].instruction_set == ("asimd", "i8mm")
     one = msgspec.json.decode(others[1].read_bytes(), type=Shard)
     others[1].write_bytes(encode_shard(changed(reference={**(one.reference or {}), "version": "9.8"})(one)))
-    with pytest.raises(DataError, match="engine of the reference"):
+    with pytest.raises(DataError, match="reference's target or engine"):
         merge(bundle, [*parts, *others])
 
 
@@ -209,7 +209,7 @@ def test_numbers_of_shards_that_are_refused(text: str) -> None:
 
 
 def test_a_bundle_that_the_shards_did_not_judge(parts: list[Path], fashion_bundle: Path) -> None:
-    with pytest.raises(DataError, match="not of the bundle"):
+    with pytest.raises(DataError, match="not from the bundle"):
         merge(fashion_bundle, parts)
 
 
@@ -338,14 +338,14 @@ def renamed(old: bytes, new: bytes) -> Callable[[dict[str, Any]], None]:
         (without_call, "8 calls"),
         (not_finite, "NaN"),
         (foreign, "several shards"),
-        (wider, "other results"),
-        (renamed(b'"shards": 3', b'"shards": 4'), "another number of shards"),
+        (wider, "different results"),
+        (renamed(b'"shards": 3', b'"shards": 4'), "in its number of shards"),
         (renamed(b'"shard": 2', b'"shard": 1'), "shard 1/3"),
         (renamed(b'"shard": 2', b'"shard": 9'), "9/3"),
-        (renamed(b'"package": "', b'"package": "9'), "another version"),
-        (renamed(b'"engine": "', b'"engine": "9'), "another version of onnxruntime"),
-        (renamed(b'"instruction_set": [', b'"instruction_set": ["mmx", '), "another instruction set"),
-        (renamed(b'"fingerprint": "', b'"fingerprint": "9'), "another data"),
+        (renamed(b'"package": "', b'"package": "9'), "in its version"),
+        (renamed(b'"engine": "', b'"engine": "9'), "in its version of onnxruntime"),
+        (renamed(b'"instruction_set": [', b'"instruction_set": ["mmx", '), "in its instruction set"),
+        (renamed(b'"fingerprint": "', b'"fingerprint": "9'), "in its data"),
         (renamed(b'{"shard"', b'{"shape"'), "does not hold statistics"),
     ],
 )
@@ -366,7 +366,7 @@ def test_statistics_that_do_not_belong_together(
 def test_statistics_of_other_bundles_and_options_and_links(
     statistics: list[Path], fashion_bundle: Path, plain_fashion_bundle: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(DataError, match="not of the bundle"):
+    with pytest.raises(DataError, match="not from the bundle"):
         quantize(plain_fashion_bundle, None, tmp_path / "out", OPTIONS, statistics=statistics)
     with pytest.raises(UsageError, match="--samples 20"):
         quantize(fashion_bundle, None, tmp_path / "out", statistics=statistics)

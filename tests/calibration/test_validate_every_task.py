@@ -106,7 +106,7 @@ def test_labels_that_judge_nothing_are_told(tmp_path: Path) -> None:
     bundle = case.write(tmp_path / "bundle", case.weights())
     data = archive(tmp_path, **case.feeds(), labels=np.zeros(linear_bundles.SAMPLES, np.int64))
 
-    assert "nothing was judged by the data's label: " in "".join(judged(bundle, data, against=bundle).warnings)
+    assert "no metric uses the data's label: " in "".join(judged(bundle, data, against=bundle).warnings)
 
 
 def test_gates_that_do_not_fit_the_task(small_bundle: SmallBundle, tmp_path: Path) -> None:
@@ -123,7 +123,7 @@ def test_gates_that_do_not_fit_the_task(small_bundle: SmallBundle, tmp_path: Pat
     assert (gate.outcome, gate.samples_to_decide) == ("undecided", 30)  # 3 pairs, though they are equal
     result = judged(bundle, archive(tmp_path, frames=frames, flows=normal(3, 16, 24, 2)), against=bundle)
     assert result.warning_kinds == ("itself", "few", "unused")
-    assert result.warnings[2] == "nothing was judged by the data's flows: this task is judged by `flow`"
+    assert result.warnings[2] == "no metric uses the data's flows: this task is judged by `flow`"
     unknown = archive(tmp_path, frames=frames)
     assert {metric.name for metric in judged(bundle, unknown, against=bundle).metrics} == {"distance", "sqnr"}
     with pytest.raises(DataError, match="epe was not measured"):

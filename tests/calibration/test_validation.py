@@ -176,7 +176,7 @@ def test_data_without_labels_is_judged_by_agreement_only_and_says_so(fashion_bun
     [
         ({"rows": slice(0, 40)}, "", ""),
         ({"rows": slice(0, 3)}, "few", "only 3 samples"),
-        ({"rows": slice(0, 40), "of_class": 3}, "one label", "all samples have one label"),
+        ({"rows": slice(0, 40), "of_class": 3}, "one label", "all samples have the same label"),
         ({"rows": slice(0, 100), "shift": 1}, "chance", "the model is no better than chance"),
     ],
 )

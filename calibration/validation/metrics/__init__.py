@@ -20,7 +20,7 @@ _OF_ALL = ("arrays", "sets")  # tasks whose other outputs are compared too
 def families(manifest: Manifest, own: str | None = None) -> tuple[Family, ...]:
     """The families that judge a bundle; the first one decides which answers are right.
 
-    They follow from the task and from the kind of the judged output in the manifest; ``own`` is ``module:function``.
+    They depend on the task and on the kind of the judged output in the manifest; ``own`` is ``module:function``.
     """
     first: tuple[Family, ...] = () if own is None else (load_own(own),)
     if manifest.task in _TASKS:
@@ -36,7 +36,7 @@ def families(manifest: Manifest, own: str | None = None) -> tuple[Family, ...]:
 
 
 def metrics_of(judges: Sequence[Family]) -> tuple[Metric, ...]:
-    """The metrics of several families; of two with one name the first."""
+    """The metrics of several families; of two with the same name, the first."""
     found: dict[str, Metric] = {}
     for family in judges:
         for metric in family.metrics:

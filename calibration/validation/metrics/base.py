@@ -22,7 +22,7 @@ class Metric(msgspec.Struct, frozen=True):
 
     ``share``: each sample counts 0 or 1, and bounds are exact. ``fraction``: the weighted mean of numbers from 0 to 1;
     ``mean``: of any numbers; ``exp`` and ``root``: its exponential (perplexities) and its square root. ``statistic``: a
-    number of all samples together, which single samples do not have. All but shares have bootstrap bounds.
+    number for all samples together that single samples do not have. All but shares have bootstrap bounds.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Metric(msgspec.Struct, frozen=True):
 
     @property
     def scale(self) -> float:
-        """The factor from its values to its unit."""
+        """The factor that converts its values to its unit."""
         return 100.0 if self.unit == "%" else 1.0
 
 
@@ -52,7 +52,7 @@ class Column:
 
     @classmethod
     def of(cls, values: Array, weights: Array | None = None) -> Column:
-        """In float64, by default with weight 1 each."""
+        """A column in float64, by default with weight 1 for each sample."""
         numbers = np.asarray(values, np.float64)
         return cls(numbers, np.ones(len(numbers)) if weights is None else np.asarray(weights, np.float64))
 
@@ -71,12 +71,12 @@ class Family:
     """How one kind of output is judged. Outputs and targets are arrays (n, ...) by name (`calibration.data`).
 
     ``metrics``: gates that name no metric take the first one measured against targets. ``targets``: the targets that
-    quality needs; None if nothing measures quality. ``telling``: a model guesses if it beats the naive model in none of
-    these metrics.
+    quality needs; None if nothing measures quality. ``telling``: a model that beats the naive model in none of these
+    metrics is guessing.
 
     The naive model ignores its input; it shows what any model can achieve. A gate that it passes shows nothing, and a
-    reference that does not beat it is no reference. `seen` summarizes a batch: columns, and arrays that add up; `naive`
-    computes the naive model's metrics from all columns and sums.
+    reference must beat it. `seen` summarizes a batch in columns, and in arrays that add up; `naive` computes the naive
+    model's metrics from all columns and sums.
     """
 
     metrics: tuple[Metric, ...] = ()

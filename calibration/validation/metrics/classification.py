@@ -2,7 +2,7 @@
 """Metrics of classifiers and masked language models.
 
 Equal accuracy hides answers that flip (arXiv 2407.09141), so agreement with the reference and the divergence of
-probabilities (KL) stand beside it.
+probabilities (KL) are reported too.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class SingleLabel(Family):
     telling: tuple[str, ...] = ("top-1",)
 
     def quality(self, outputs: Outputs, targets: Outputs) -> Columns:
-        """Top-5 only where there are more than five labels. Ties go to the lower index."""
+        """Top-1, and top-5 if there are more than five labels. Ties go to the lower index."""
         logits, labels = self.scores(outputs), targets["label"][:, None]
         order = np.argsort(-logits, axis=1, kind="stable")
         tops = {"top-1": 1, "top-5": _TOP} if logits.shape[1] > _TOP else {"top-1": 1}
@@ -151,11 +151,11 @@ class Text(SingleLabel):
         return {"token accuracy": Column.mean(right, masked), "perplexity": Column.mean(surprise, masked)}
 
     def judged(self, outputs: Outputs, targets: Outputs) -> tuple[Array, Array]:
-        """Only masked positions are."""
+        """Logits, and the masked positions: only those are judged."""
         return outputs["logits"], targets["tokens"] >= 0
 
     def answers(self, outputs: Outputs) -> Any:
-        """None: people do not read tokens."""
+        """None, because people cannot read token indices."""
         return None
 
 
@@ -170,7 +170,7 @@ def macro_f1(values: Array, counts: Array) -> Array:
 
 
 def mean_average_precision(values: Array, counts: Array) -> Array:
-    """``values`` (n, 2, labels): scores and truths; samples of equal scores enter together. Labels must occur."""
+    """``values`` (n, 2, labels): scores and truths. Equal scores enter together; absent labels do not count."""
     drawn = counts.reshape(-1, len(values))
     blocks = (drawn[start : start + _DRAWS] for start in range(0, len(drawn), _DRAWS))
     found = np.concatenate([_precisions(values, block.T.astype(np.float32)) for block in blocks])
@@ -178,7 +178,7 @@ def mean_average_precision(values: Array, counts: Array) -> Array:
 
 
 def _precisions(values: Array, drawn: Array) -> Array:
-    """The same for draws (n, draws): the layout that caches well."""
+    """`mean_average_precision` for draws (n, draws), a layout that caches well."""
     total, labels = np.zeros(drawn.shape[1]), np.zeros(drawn.shape[1])
     for scores, truth in zip(*np.moveaxis(values, 0, -1), strict=True):
         order = np.argsort(-scores, kind="stable")
@@ -186,7 +186,7 @@ def _precisions(values: Array, drawn: Array) -> Array:
         if not len(held):
             continue
         weights = drawn[order]
-        # Each true sample's precision is that of all samples which score no less: up to the end of its group.
+        # Each true sample's precision is that of all samples with at least its score: up to the end of its group.
         ends = np.searchsorted(-scores[order], -scores[order][held], side="right")
         right = np.cumsum(weights[held], axis=0)
         taken = np.cumsum(weights, axis=0)[ends - 1]

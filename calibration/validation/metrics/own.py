@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """``module:function``: your own metric.
 
-The function takes one sample's outputs by name and its targets by name, both without the batch, and returns a number.
-What DATA calls ``label`` or ``labels`` has both names, in the form that the output's kind requires
-(`calibration.data`); other arrays that are not inputs keep their names. More is better unless the function has
-``better = "lower"``; ``unit`` is shown if it has one.
+The function takes one sample's outputs by name and its targets by name, both without the batch axis, and returns a
+number. An array that DATA calls ``label`` or ``labels`` has both names, in the form that the output's kind requires
+(`calibration.data`); other arrays that are not inputs keep their names. Higher is better unless the function has
+``better = "lower"``; its ``unit`` is shown if it has one.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from perceiver_export.calibration.validation.metrics.base import Column, Columns
 from perceiver_export.runtimes.errors import DataError, PerceiverExportError, UsageError
 from perceiver_export.runtimes.runtime import Array
 
-_MOST = 1_000  # samples of which every one is judged for the naive models
-_FORM = "it takes (outputs, targets) of one sample, arrays by name, and returns a number"
+_MOST = 1_000  # samples that are all judged for the naive models; of later ones only some are
+_FORM = "take (outputs, targets) of one sample, both arrays by name, and return a number"
 
 
 class Own(Family):
     """Your function as a family of one metric.
 
     Its naive model is the best of three: always the first sample's outputs, the mean of the first batch's, or zeros.
-    The function may be slow, so the first 1,000 samples are judged, of the next 1,000 one in two, of the next 2,000
-    one in four, and so on, each weighted by the samples that it stands for. A naive model for which the function fails
-    is left out.
+    Since the function may be slow, naive models are judged on the first 1,000 samples, one in two of the next 1,000,
+    one in four of the next 2,000, and so on, each weighted by the samples that it stands for. A naive model for which
+    the function fails is left out.
     """
 
     targets = ()
@@ -65,7 +65,7 @@ class Own(Family):
         return value
 
     def seen(self, outputs: Outputs, targets: Outputs) -> dict[str, Array]:
-        """Of each naive model the sums of its values and of their weights, and how often the function failed."""
+        """For each naive model, the sums of its values and of their weights, and how often the function failed."""
         if not self._count:
             self._models = {
                 "the first sample's outputs": {name: array[:1] for name, array in outputs.items()},
@@ -79,7 +79,7 @@ class Own(Family):
         sums = {says: np.zeros(3) for says in self._models}
         for row in range(len(next(iter(outputs.values())))):
             step = 2 ** (self._count // _MOST).bit_length()
-            # One of so many, spread by the golden ratio: every second sample may always be of the same class.
+            # One in ``step``, spread by the golden ratio, because every second sample may be of the same class.
             if (self._count * 0x9E3779B1 & 0xFFFFFFFF) * step < 2**32:
                 for says in self._models:
                     value = self._of_model(says, targets, row)
@@ -108,7 +108,7 @@ class Own(Family):
         return self._reads
 
     def _depends(self, name: str, outputs: Outputs, targets: Outputs, values: Array) -> bool:
-        """Whether the metric changes, or fails, where an output is negated, another sample's, or zero."""
+        """Whether the metric changes or fails if an output is negated, another sample's, or zero."""
         array = outputs[name]
         try:
             return not all(

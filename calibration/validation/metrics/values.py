@@ -16,12 +16,12 @@ _NOTHING = 1e-20  # of the mean square: the variance of equal numbers after roun
 
 
 def r2(values: Array, counts: Array) -> Array:
-    """Coefficient of determination of (n, 2, k), found and true: the mean over k values, 0 where all truths are equal.
+    """Coefficient of determination of (n, 2, k), found and true: the mean over k values, 0 if all truths are equal.
 
     As scikit-learn's ``uniform_average``.
     """
     weights = counts / counts.sum(axis=-1, keepdims=True)
-    true = values[:, 1] - values[:, 1].mean(axis=0)  # centred, so that sums of squares keep their digits
+    true = values[:, 1] - values[:, 1].mean(axis=0)  # centered, so that sums of squares keep their digits
     spread = weights @ np.square(true) - np.square(weights @ true)
     spread = np.where(spread > _NOTHING * np.square(values[:, 1]).mean(axis=0), spread, np.inf)
     shown: Array = np.where(np.isinf(spread), 0, 1 - weights @ np.square(values[:, 0] - values[:, 1]) / spread)
@@ -29,7 +29,7 @@ def r2(values: Array, counts: Array) -> Array:
 
 
 def pearson(values: Array, counts: Array) -> Array:
-    """Correlation of (n, 2, k), found and true: the mean over k values, 0 where one side is constant."""
+    """Correlation of (n, 2, k), found and true: the mean over k values, 0 if one side is constant."""
     return _correlation(values, counts, lambda side, weights: side)
 
 
@@ -39,11 +39,11 @@ def spearman(values: Array, counts: Array) -> Array:
 
 
 def _correlation(values: Array, counts: Array, numbers: Callable[[Array, Array], Array]) -> Array:
-    """Of (n, 2, k), each side (n,) as ``numbers`` of it (n,) or (draws, n) that count (draws, n) times."""
+    """The mean over k of the correlations of (n, 2, k); ``numbers`` gives what to correlate, such as a side's ranks."""
     weights = counts.reshape(-1, len(values)) / counts.reshape(-1, len(values)).sum(axis=1, keepdims=True)
 
     def standard(side: Array) -> tuple[Array, Array]:
-        """Centred, as a share of its size; and its variance."""
+        """The side, centered and scaled to its size, and its variance."""
         side = numbers(side, counts.reshape(-1, len(values)).astype(np.float64))
         side = (side - side.mean()) / max(float(np.sqrt(np.square(side).mean())), 1e-300)
         side = side - (weights * side).sum(axis=1, keepdims=True)
@@ -95,7 +95,7 @@ class Regression(Family):
         return means | dict.fromkeys(("r2", "pearson", "spearman"), both)
 
     def likeness(self, outputs: Outputs, reference: Outputs, targets: Outputs) -> Columns:
-        """Mean distance, and as a share of the reference's size (over all samples, because one may be 0)."""
+        """The mean distance, and the error as a share of the reference's size over all samples, as one may be 0."""
         found, expected = self.answers(outputs), self.answers(reference)
         size = np.maximum(np.square(expected).mean(axis=1), 1e-30)
         return {
@@ -144,7 +144,7 @@ def sqnr(reference: Array, found: Array) -> Array:
 
 
 def cosine(reference: Array, found: Array) -> Array:
-    """Cosine of the angle between both, per sample (n, ...); 1 where both are zero."""
+    """Cosine of the angle between both, per sample (n, ...); 1 if both are zero."""
     a, b = (side.reshape(len(side), -1).astype(np.float64) for side in (reference, found))
     lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
     both_zero = (a == 0).all(axis=1) & (b == 0).all(axis=1)
@@ -168,7 +168,7 @@ class Arrays(Family):
         return {"error": Column.of(10 ** (-ratio / 20)), "sqnr": Column.of(ratio), "cosine": Column.of(angle)}
 
     def seen(self, outputs: Outputs, targets: Outputs) -> dict[str, Column | Array]:
-        """Of each output, the sum of all samples, and each sample's sum of squares."""
+        """For each output, the sum of all samples, and each sample's sum of squares."""
         found: dict[str, Column | Array] = {}
         for name, array in outputs.items():
             wide = array.astype(np.float64)
@@ -237,7 +237,7 @@ class Reconstruction(Family):
     )
     targets = ("frames",)
     telling = ("psnr",)
-    says = "giving frames of one colour and silence"
+    says = "giving frames of one color and silence"
 
     def quality(self, outputs: Outputs, targets: Outputs) -> Columns:
         """PSNR and SSIM; for sound, if there is any, its SNR."""
@@ -257,7 +257,7 @@ class Reconstruction(Family):
         return {"sqnr": Column.of(sqnr(reference[_VIDEO], outputs[_VIDEO]))}
 
     def guess(self, outputs: Outputs, targets: Outputs) -> Outputs:
-        """Frames of one colour, the mean of the input's; silence."""
+        """Frames of one color, the input's mean, and silence."""
         mean = targets["frames"].mean(axis=(1, 2, 3), keepdims=True)
         video = np.broadcast_to(mean, outputs[_VIDEO].shape)
         return {**outputs, _VIDEO: video, _SOUND: np.zeros_like(outputs[_SOUND])}
