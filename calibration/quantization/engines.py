@@ -256,7 +256,7 @@ def measure_speed(
     for precision in ("fp32", *find_target(target).backend().precisions(target)):
         options = EngineOptions(precision=precision)
         for own, graphs in (("fp32", fp32), (scheme, quantized)):
-            # OpenVINO 2026.4 cannot compile int8 linears without biases beside fp16.
+            # In fp16, OpenVINO 2026.4 cannot compile int8 queries without a bias.
             with contextlib.suppress(*() if precision == "fp32" else (DeviceError,)):
                 opened = {name: open_engine(path, target, threads, options) for name, path in graphs.items()}
                 sides[_named(own, precision)] = opened

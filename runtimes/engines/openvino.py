@@ -134,12 +134,10 @@ def _compiled(source: Source, threads: int | None) -> Any:
         _compute_first_factors(openvino, model)
     if source.options.precision == "fp16":
         model = _with_half_weights(openvino, core, model)
-    given = source.options.flags
-    with _translated(
-        f"{source.target} cannot compile {source.graph.name}",
-        DeviceError,
-        f"omit --flag {', --flag '.join(given)}" if given else _LACKS,
-    ):
+    given, precision = source.options.flags, source.options.precision
+    hint = _LACKS if precision == "fp32" else "give another --precision"
+    hint = f"omit --flag {', --flag '.join(given)}" if given else hint
+    with _translated(f"{source.target} cannot compile {source.graph.name} in {precision}", DeviceError, hint):
         return core.compile_model(model, DEVICES[source.target], _properties(source, threads))
 
 

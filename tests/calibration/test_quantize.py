@@ -241,7 +241,7 @@ def test_a_generator_is_read_once_and_may_be_short(small_bundle: SmallBundle, tm
 def test_a_precision_that_the_engine_cannot_compile_is_not_compared(
     small_bundle: SmallBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As OpenVINO's fp16 beside int8 linears without biases, on CPUs that compute in fp16."""
+    """As OpenVINO's fp16 with int8 queries without a bias, on CPUs that compute in fp16."""
     source = small_bundle("points")
 
     def open_no_int8_in_fp16(path: Path, target: str, threads: Any, options: Any, *rest: Any) -> Any:
