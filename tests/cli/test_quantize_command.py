@@ -58,7 +58,7 @@ def test_a_profile_is_a_table_a_csv_file_a_page_and_json(
         rows = list(csv.DictReader(file))
 
     assert "MatMulIntegerToFloat" in shown
-    assert "figures: -o FILE.csv" in shown
+    assert "-o FILE.csv" in shown
     assert len(rows) == len(document["layers"]) == page.read_text(encoding="utf-8").count("<tr>") - 1
     losses = [float(row["loss"]) for row in rows if row["loss"]]
     assert losses == sorted(losses)

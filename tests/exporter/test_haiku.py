@@ -120,7 +120,7 @@ def test_tasks_preprocessing_and_labels_are_the_originals() -> None:
     assert video.preprocessing == VideoPreprocessing(4, 16, 16, 128, 48_000)
     assert [len(one.labels) for one in (learned, language, flow, video)] == [11, 0, 0, 72]
     assert (learned.labels[10], video.labels[71]) == ("LABEL_10", "LABEL_71")
-    assert "no labels" in learned.notes[0]
+    assert "LABEL_0" in learned.notes[0]
     assert [one.split for one in (learned, language, flow, video)] == [False, False, False, True]
     assert {one.source for one in (learned, language, flow, video)} == {"checkpoint.pickle"}
 
