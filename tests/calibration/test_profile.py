@@ -193,7 +193,7 @@ def test_sqnr_beside_another_precision_is_told_to_be_beside_fp32(int8_bundle: Pa
     lower = profile(int8_bundle, device="openvino-cpu", precision="fp16", threads=1)
 
     assert lower.precision == "int8 with fp16"
-    assert "int8 beside fp32, not beside fp16" in lower.table().note
+    assert "int8 with fp32, not with fp16" in lower.table().note
 
 
 class Residual(torch.nn.Module):

@@ -254,7 +254,7 @@ def test_own_metrics_merge(fashion_bundle: Path, tmp_path: Path, monkeypatch: py
 
     assert merged.metrics == validate(fashion_bundle, data, options).metrics
     for metric in (None, "mine:wrong"):
-        with pytest.raises(UsageError, match="by --metric mine:right"):
+        with pytest.raises(UsageError, match="with --metric mine:right"):
             merge(fashion_bundle, files, asked(metric=metric))
 
 
