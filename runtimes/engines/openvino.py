@@ -185,7 +185,7 @@ def _transpose_shared_weights(openvino: Any, model: Any, every: bool) -> None:
 
 
 def _compute_first_factors(openvino: Any, model: Any) -> None:
-    """Add zero times a number of the second factor to every constant first factor, such as a Perceiver's queries.
+    """Add a number of the second factor, clamped to 0, to every constant first factor, such as a Perceiver's queries.
 
     OpenVINO 2026.4 does not convert such a constant to bf16, and multiplies in fp32. Constants made of integers stay:
     integer kernels need them.
@@ -197,11 +197,12 @@ def _compute_first_factors(openvino: Any, model: Any) -> None:
         kind = node.get_type_name()
         if kind == "Constant" or (known and all(known) and kind != "Convert"):
             constant.add(node.get_name())
-        elif kind == "MatMul" and known == [True, False]:
-            rank = len(sources[1].get_partial_shape())
-            number = ops.reshape(ops.slice(sources[1], *([value] * rank for value in (0, 1, 1))), [1], False)
-            zero = ops.multiply(number, np.zeros(1, np.float32))
-            node.input(0).replace_source_output(ops.add(sources[0], zero).output(0))
+        elif kind == "MatMul" and known == [True, False] and sources[1].get_element_type() == openvino.Type.f32:
+            rank = sources[1].get_partial_shape().rank
+            if rank.is_static:
+                number = ops.slice(sources[1], *([value] * rank.get_length() for value in (0, 1, 1)))
+                zero = ops.clamp(ops.reshape(number, [1], False), 0.0, 0.0)  # also of NaN and infinity
+                node.input(0).replace_source_output(ops.add(sources[0], zero).output(0))
 
 
 def _properties(source: Source, threads: int | None) -> dict[str, Any]:

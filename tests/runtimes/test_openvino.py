@@ -125,12 +125,13 @@ def test_bf16_multiplies_constant_queries_in_bf16(tmp_path: Path) -> None:
     }
     path = write(tmp_path / "queries.onnx", f"{ends} {{ {body} }}", 17, **constants)
     x = rng.normal(size=(32, 128)).astype(np.float32)
+    x[0, 0] = np.inf
     try:
         engine = open_product(path, "openvino-cpu", "bf16")
     except DeviceError:
         return
     assert isinstance(engine, OpenvinoEngine)
-    found, exact = engine.run({"x": x})["y"], 0.1 * queries.astype(np.float64) @ x
+    found, exact = engine.run({"x": x})["y"][:, 1:], 0.1 * queries.astype(np.float64) @ x[:, 1:]
     kernels = {name: kernel.precision for _, kernel in engine.kernels() if kernel.product for name in kernel.names}
 
     assert kernels["y"] == "bf16"
