@@ -164,14 +164,18 @@ class _Rewriting:
         """All columns, and the factor that multiplies them, with one number for each column along ``axis``.
 
         If columns are joined anyway and their number is odd, one is repeated with zeros as its factor: AMX multiplies
-        pairs of bf16 numbers, and engines do not use it for products of an odd depth.
+        pairs of bf16 numbers, and OpenVINO 2026.4 does not use it for products of an odd depth.
         """
         shape = list(sizes(factor))
         if shape[axis] % 2 == 0 or len(self.columns) + len(more) == 1:
             return self._all_columns(*more), factor
         shape[axis] = 1
         columns = self._all_columns(*more, self.nodes.slice(self.columns[0], 1, 0, 1))
-        return columns, self.nodes.concat([factor, self.nodes.constant(np.zeros(shape))], axis)
+        return columns, self.nodes.concat([factor, self._filled(0.0, shape)], axis)
+
+    def _filled(self, number: float, shape: Sequence[int]) -> ir.Value:
+        """A number in a shape that may contain the batch: if it is dynamic, no constant has that shape."""
+        return self.nodes.expand(self.nodes.constant(np.full([1] * len(shape), number)), shape)
 
     def _sigma(self) -> ir.Value:
         assert self.inverse is not None
@@ -199,8 +203,7 @@ class _Rewriting:
             assert self.inverse is not None
             log = nodes.make("Log", [self.inverse], sizes(self.inverse))
             more.append(nodes.binary("Mul", self._sigma(), log))
-            ones = nodes.constant(np.full((*sizes(keys)[:-1], 1), 1 / self.shared))
-            keys = nodes.concat([keys, ones])
+            keys = nodes.concat([keys, self._filled(1 / self.shared, (*sizes(keys)[:-1], 1))])
         rows, keys = self._even(more, keys, -1)
         *lead, last, columns = range(len(sizes(rows)))
         scores = self._product(keys, nodes.transpose(rows, (*lead, columns, last)))

@@ -130,14 +130,14 @@ def _compiled(source: Source, threads: int | None) -> Any:
     with _translated(f"{source.graph} cannot be loaded", BundleError, "copy or export the damaged file again"):
         model = core.read_model(str(source.graph))
     _transpose_shared_weights(openvino, model, every=source.options.precision == "bf16")
-    if source.options.precision == "bf16":
-        _compute_first_factors(openvino, model)
     if source.options.precision == "fp16":
         model = _with_half_weights(openvino, core, model)
     given, precision = source.options.flags, source.options.precision
     hint = _LACKS if precision == "fp32" else "give another --precision"
     hint = f"omit --flag {', --flag '.join(given)}" if given else hint
     with _translated(f"{source.target} cannot compile {source.graph.name} in {precision}", DeviceError, hint):
+        if precision == "bf16":
+            _compute_first_factors(openvino, model)
         return core.compile_model(model, DEVICES[source.target], _properties(source, threads))
 
 
@@ -187,8 +187,8 @@ def _transpose_shared_weights(openvino: Any, model: Any, every: bool) -> None:
 def _compute_first_factors(openvino: Any, model: Any) -> None:
     """Add a number of the second factor, clamped to 0, to every constant first factor, such as a Perceiver's queries.
 
-    OpenVINO 2026.4 does not convert such a constant to bf16, and multiplies in fp32. Constants made of integers stay:
-    integer kernels need them.
+    OpenVINO 2026.4 does not convert such a constant to bf16, and multiplies in fp32. Constants that are converted from
+    another type stay: integer kernels need them.
     """
     ops, constant = openvino.opset13, set()
     for node in model.get_ordered_ops():

@@ -11,6 +11,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import onnx_ir as ir
+import onnxruntime
 import openvino
 import pytest
 import torch
@@ -93,6 +94,22 @@ def assert_folds_change_nothing(part: GraphPart, config: PerceiverConfig) -> Non
 def test_all_folds_give_the_same(system: str, batch: int) -> None:
     loaded = SYSTEMS[system]()
     assert_folds_change_nothing(whole_model(random(loaded.model), Batch.parse(batch)), loaded.config)
+
+
+@pytest.mark.parametrize("system", ["flow", "pictures"])
+def test_folds_of_a_dynamic_batch_give_the_same(system: str) -> None:
+    loaded = SYSTEMS[system]()
+    part = whole_model(random(loaded.model), Batch.parse("1:2:3"))
+    graph = folded_graph(part, loaded.config, True, BUDGET)
+    assert any(one.chosen == "folded" for one in graph.folds)
+    found = onnxruntime.InferenceSession(ir.to_proto(graph.model).SerializeToString())
+
+    for batch in (1, 3):
+        fixed = whole_model(loaded.model, Batch.parse(batch))
+        feeds = sample_inputs(fixed, loaded.config, fixed.typical, seed=0)
+        expected = ReferenceEvaluator(ir.to_proto(traced(fixed, loaded.config))).run(None, feeds)
+        for one, other in zip(expected, found.run(None, feeds), strict=True):
+            np.testing.assert_allclose(other, one, rtol=0, atol=1e-4 * max(1, np.abs(one).max()))
 
 
 @pytest.mark.parametrize("kind", OWN)
