@@ -77,28 +77,27 @@ def test_fewer_bits_are_held_to_a_wider_tolerance(copied_bundle: Path) -> None:
 def test_auto_takes_the_faster_target_of_the_report_of_this_machine(
     copied_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def chosen(threads: int | None = None, **measured: Any) -> str:
-        others = {"another CPU": latencies(ort_cpu=0.001)}
-        change_report(copied_bundle, "bench", lambda _: {cpu_name(): latencies(**measured), **others})
-        with load(copied_bundle, threads=threads) as runtime:
-            return str(runtime.describe()["target"])
+    def chosen() -> str:
+        return choose_target(open_bundle(copied_bundle))
 
-    with load(copied_bundle) as runtime:
-        assert runtime.describe()["target"] == "ort-cpu"
+    def keep(here: dict[str, Any]) -> None:
+        change_report(copied_bundle, "bench", lambda _: {cpu_name(): here, "another CPU": latencies(ort_cpu=0.001)})
+
     assert chosen() == "ort-cpu"
-    assert chosen(ort_cpu=2.0, openvino_cpu=1.0) == "openvino-cpu"
-    assert chosen(ort_cpu=1.0, openvino_cpu=2.0) == "ort-cpu"
-    assert chosen(openvino_cpu=1.0, precision="bf16") == "ort-cpu"
-    assert chosen(openvino_cpu=1.0, threads=1) == "ort-cpu"
+    for here in ({}, latencies(ort_cpu=1.0, openvino_cpu=2.0), latencies(openvino_cpu=1.0, precision="bf16")):
+        keep(here)
+        assert chosen() == "ort-cpu"
+    keep(latencies(ort_cpu=2.0, openvino_cpu=1.0))
+    for threads, target in ((None, "openvino-cpu"), (1, "ort-cpu")):
+        with load(copied_bundle, threads=threads) as runtime:
+            assert runtime.describe()["target"] == target
     with monkeypatch.context() as there:
         there.setattr(figures, "available_cores", lambda: 99)
-        report = latencies(openvino_cpu=1.0)
-    change_report(copied_bundle, "bench", lambda _: {cpu_name(): report})
-    with load(copied_bundle) as runtime:
-        assert runtime.describe()["target"] == "ort-cpu"
+        more_cores = latencies(openvino_cpu=1.0)
+    keep(more_cores)
+    assert chosen() == "ort-cpu"
     (copied_bundle / "report.json").write_text("cut", encoding="utf-8")
-    with load(copied_bundle) as runtime:
-        assert runtime.describe()["target"] == "ort-cpu"
+    assert chosen() == "ort-cpu"
     with pytest.raises(BundleError, match=r"report\.json cannot be read"):
         change_report(copied_bundle, "bench", lambda _: {})
 

@@ -132,13 +132,6 @@ def test_eight_threads_get_their_own_answers(runtime: Runtime) -> None:
     assert differing_answers(runtime, threads=8, calls=20) == 0
 
 
-def test_several_runtimes_live_in_one_process(target: str, fashion_bundle: Path, golden: dict[str, Any]) -> None:
-    with load(fashion_bundle, target) as first, load(fashion_bundle, target, threads=1) as second:
-        left, right = (loaded.run({"image": golden["image"]})["logits"] for loaded in (first, second))
-
-    np.testing.assert_allclose(left, right, atol=1e-5)
-
-
 def test_a_target_that_does_not_exist_is_refused(fashion_bundle: Path) -> None:
     for name in ("abacus", "ort-CPU", "ort-"):
         with pytest.raises(DeviceError, match=f"there is no target '{name}'") as caught:

@@ -24,15 +24,7 @@ from perceiver_export.runtimes.engines import openvino, ort, tensorrt
 from perceiver_export.runtimes.engines.flags import check_flags
 from perceiver_export.runtimes.errors import BuildError, BundleError, EngineError, UsageError
 from perceiver_export.runtimes.files import cache_directory
-from tests.runtimes.built_engines import (
-    answered,
-    compiled,
-    edit_record,
-    files_of_at_most,
-    flip,
-    left_behind,
-    logits,
-)
+from tests.runtimes.built_engines import answered, compiled, edit_record, files_of_at_most, flip, left_behind, logits
 from tests.runtimes.targets import EXPECTED
 
 FILES = {"ort-cpu": "model.weights", "openvino-cpu": "model.blob"}

@@ -14,17 +14,8 @@ import perceiver_export.runtimes
 from perceiver_export.runtimes import errors, load
 
 HEAVY = {
-    "torch",
-    "onnx",
-    "onnx_ir",
-    "onnxruntime",
-    "openvino",
-    "tensorrt",
-    "typer",
-    "rich",
-    "PIL",
-    "scipy",
-    "safetensors",
+    *("torch", "onnx", "onnx_ir", "onnxruntime", "openvino", "tensorrt"),
+    *("typer", "rich", "PIL", "scipy", "safetensors"),
 }
 
 

@@ -38,10 +38,13 @@ def test_more_futures_than_run_at_once_have_their_own_answers(runtime: Runtime, 
         runtime.submit({}).result(timeout=60)
 
 
-def test_one_thread_can_be_submitted_to_as_well(target: str, fashion_bundle: Path, golden: dict[str, Any]) -> None:
-    with load(fashion_bundle, target, threads=1) as runtime:
-        expected = runtime.run({"image": golden["image"]})["logits"]
-        for outputs in runtime.stream([{"image": golden["image"]}] * 4):
+def test_one_thread_can_be_submitted_to_as_well_and_beside_another_runtime(
+    runtime: Runtime, target: str, fashion_bundle: Path, golden: dict[str, Any]
+) -> None:
+    with load(fashion_bundle, target, threads=1) as alone:
+        expected = alone.run({"image": golden["image"]})["logits"]
+        np.testing.assert_allclose(runtime.run({"image": golden["image"]})["logits"], expected, atol=1e-5)
+        for outputs in alone.stream([{"image": golden["image"]}] * 4):
             np.testing.assert_array_equal(expected, outputs["logits"])
 
 
