@@ -252,7 +252,7 @@ def _best_seconds(node: str, size: int, engine: str, threads: int) -> float:
 
     matrix = np.random.default_rng(0).normal(size=(size, size)).astype(np.float32)
     body = f"(float[{size},{size}] a) => (float[{size},{size}] y) {{ y = {node} }}"
-    weights = {"b": matrix} if "b" in node else {}
+    weights: dict[str, Any] = {"b": matrix} if "b" in node else {}
     with tempfile.TemporaryDirectory() as folder:
         path = write(Path(folder) / "one.onnx", body, **weights)
         runtime, out = load_onnx(path, f"{engine}-cpu", threads), {"y": np.empty_like(matrix)}
