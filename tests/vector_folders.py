@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 VECTORS = Path(__file__).resolve().parent / "vectors"
 
@@ -20,6 +21,16 @@ def vector_folders(file: str) -> list[Path]:
         assert root.is_dir(), f"PERCEIVER_VECTORS names {root}, which is not a folder"
     found = [path.parent for root in (VECTORS, *further) for path in sorted(root.rglob(file))]
     assert found, f"no folder of vectors holds {file}"
+    return found
+
+
+def function_cases(group: str) -> list[tuple[Path, str, dict[str, Any]]]:
+    """Every case of one of DeepMind's functions: its folder, its name, and what cases.json says of it."""
+    found = []
+    for folder in vector_folders("cases.json"):
+        cases = json.loads((folder / "cases.json").read_text(encoding="utf-8"))["cases"]
+        found += [(folder, name, case) for name, case in cases.items() if name.split("/")[0] == group]
+    assert found
     return found
 
 

@@ -21,12 +21,8 @@ if TYPE_CHECKING:
     from perceiver_export.runtimes import Bundle
 
 PRESETS = (
-    "imagenet-fourier",
-    "imagenet-learned",
-    "imagenet-conv",
-    "language-bytes",
-    "optical-flow",
-    "video-autoencoding",
+    *("imagenet-fourier", "imagenet-learned", "imagenet-conv"),
+    *("language-bytes", "optical-flow", "video-autoencoding"),
 )
 
 

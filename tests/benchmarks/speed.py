@@ -39,14 +39,8 @@ from tests.benchmarks.int8_full_size import quantize_random
 from tests.benchmarks.sides import ENGINES, golden_inputs, make_pair, output_of, save_feeds, timed
 
 PRESETS = (
-    "optical-flow",
-    "imagenet-fourier",
-    "imagenet-learned",
-    "imagenet-conv",
-    "language-bytes",
-    "siglip_head",
-    "blip2_qformer",
-    "detr_decoder",
+    *("optical-flow", "imagenet-fourier", "imagenet-learned", "imagenet-conv", "language-bytes"),
+    *("siglip_head", "blip2_qformer", "detr_decoder"),
 )
 AGREE = 1e-4
 _FP32 = ("fp32 ort", "fp32 openvino")
@@ -247,25 +241,20 @@ def work_of(path: Path) -> tuple[int, int]:
 def engine_rates(engine: str, threads: int) -> dict[str, float]:
     """Rates of one product of square matrices, and of one softmax over rows of that size, each at its best size."""
     return {
-        "GFLOP/s": max(2e-9 * size**3 / _best_seconds("MatMul", size, engine, threads) for size in _SIZES),
-        "G softmax/s": max(1e-9 * size**2 / _best_seconds("Softmax", size, engine, threads) for size in _SIZES),
+        "GFLOP/s": max(2e-9 * size**3 / _best_seconds("MatMul(a, b)", size, engine, threads) for size in _SIZES),
+        "G softmax/s": max(1e-9 * size**2 / _best_seconds("Softmax(a)", size, engine, threads) for size in _SIZES),
     }
 
 
-def _best_seconds(kind: str, size: int, engine: str, threads: int) -> float:
-    import onnx
-    from onnx import TensorProto, helper, numpy_helper
-
+def _best_seconds(node: str, size: int, engine: str, threads: int) -> float:
     from perceiver_export.runtimes.loading import load_onnx
+    from tests.calibration.onnx_text import write
 
     matrix = np.random.default_rng(0).normal(size=(size, size)).astype(np.float32)
-    tensors = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [size, size]) for name in ("a", "y")]
-    weights = [numpy_helper.from_array(matrix, "b")] if kind == "MatMul" else []
-    node = helper.make_node(kind, ["a", *(one.name for one in weights)], ["y"])
-    graph = helper.make_graph([node], kind, tensors[:1], tensors[1:], weights)
+    body = f"(float[{size},{size}] a) => (float[{size},{size}] y) {{ y = {node} }}"
+    weights: dict[str, Any] = {"b": matrix} if "b" in node else {}
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "one.onnx"
-        onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
+        path = write(Path(folder) / "one.onnx", body, **weights)
         runtime, out = load_onnx(path, f"{engine}-cpu", threads), {"y": np.empty_like(matrix)}
         return min(seconds(lambda: runtime.run({"a": matrix}, out)) for _ in range(12))
 

@@ -32,6 +32,7 @@ _COMMANDS = ("export", "quantize", "quantize", "build", "build", "build", "certi
 _OPERATION_COUNTS = {"export": 60, "quantize": 60, "build": 20, "certify": 60}  # about as many as each does
 _MOST_SECONDS = 6.0
 FASHION = ROOT / "examples" / "fashion_mnist"
+_CALIBRATION = ("--data", str(FASHION / "held_out.npz"), "--samples", "16")
 
 
 class Case:
@@ -44,15 +45,7 @@ class Case:
         place = ["-o", str(self.out), *(["--overwrite"] if overwrite else [])]
         self.arguments = {
             "export": ["export", "tests.cli.small_models:points", *place],
-            "quantize": [
-                "quantize",
-                str(self.bundle),
-                "--data",
-                str(FASHION / "held_out.npz"),
-                "--samples",
-                "16",
-                *place,
-            ],
+            "quantize": ["quantize", str(self.bundle), *_CALIBRATION, *place],
             "build": ["build", str(self.bundle), "--target", "ort-cpu", *(["--force"] if overwrite else [])],
             "certify": [
                 *("validate", str(self.bundle), "--data", str(FASHION / "test.npz"), "--samples", "400"),
@@ -178,8 +171,7 @@ def template(directory: Path, commands: Sequence[str], bundle: Path | None) -> N
     if bundle:
         shutil.copytree(bundle, directory / "bundle")
     if "certify" in commands:
-        data = ("--data", str(FASHION / "held_out.npz"), "--samples", "16")
-        made.append(["quantize", str(directory / "bundle"), *data, "-o", str(directory / "int8")])
+        made.append(["quantize", str(directory / "bundle"), *_CALIBRATION, "-o", str(directory / "int8")])
     for arguments in made:
         killed, code = run(arguments)
         if killed or code:

@@ -14,14 +14,14 @@ import gc
 import resource
 import sys
 import tempfile
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
-from perceiver_export.exporter import export
-from perceiver_export.runtimes import load
+from perceiver_export.runtimes import Runtime, load
 
 ROOT = Path(__file__).resolve().parents[2]
 TARGETS = ("ort-cpu", "openvino-cpu")
@@ -50,19 +50,20 @@ def load_often(bundle: Path, target: str, count: int, seconds: float) -> tuple[i
     return done, [*memory, resident()]
 
 
-def differing_answers(bundle: Path, target: str, threads: int, calls: int) -> int:
+def differing_answers(runtime: Runtime, threads: int, calls: int) -> int:
     """Call one runtime from threads at once, each with its own inputs: how many answers differ from a lone call's."""
     made = (np.random.default_rng(number).normal(size=_SHAPE) for number in range(threads))
     inputs = [{"image": one.astype(np.float32)} for one in made]
-    with load(bundle, target) as runtime:
+    alone = [runtime.run(feeds)["logits"] for feeds in inputs]
+    barrier = threading.Barrier(threads)
 
-        def differing(number: int) -> int:
-            answers = (runtime.run(inputs[number])["logits"] for _ in range(calls))
-            return sum(not np.array_equal(answer, alone[number]) for answer in answers)
+    def differing(number: int) -> int:
+        barrier.wait()
+        answers = (runtime.run(inputs[number])["logits"] for _ in range(calls))
+        return sum(not np.array_equal(answer, alone[number]) for answer in answers)
 
-        alone = [runtime.run(feeds)["logits"] for feeds in inputs]
-        with ThreadPoolExecutor(threads) as pool:
-            return sum(pool.map(differing, range(threads)))
+    with ThreadPoolExecutor(threads) as pool:
+        return sum(pool.map(differing, range(threads)))
 
 
 def main() -> None:
@@ -73,11 +74,14 @@ def main() -> None:
     parser.add_argument("--calls", type=int, default=1000)
     parser.add_argument("--target", choices=TARGETS, action="append")
     options = parser.parse_args()
+    from perceiver_export.exporter import export
+
     failed = False
     with tempfile.TemporaryDirectory() as directory:
         bundle = export(ROOT / "examples" / "fashion_mnist" / "checkpoint", Path(directory) / "bundle").path
         for target in options.target or TARGETS:
-            wrong = differing_answers(bundle, target, options.threads, options.calls)
+            with load(bundle, target) as runtime:
+                wrong = differing_answers(runtime, options.threads, options.calls)
             print(f"{target}: {options.threads} threads × {options.calls:,} calls, {wrong} answers differ", flush=True)
             done, memory = load_often(bundle, target, options.loads, 60 * options.minutes)
             shown = " ".join(f"{one:.0f}" for one in memory)

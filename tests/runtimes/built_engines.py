@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +20,18 @@ from perceiver_export.runtimes.files import encode_json
 IMAGE = np.random.default_rng(0).normal(size=(1, 3, 28, 28)).astype(np.float32)
 
 
-def logits(bundle: Path, target: str) -> Any:
+def answered(bundle: Path, target: str) -> tuple[str, Any]:
+    """Where the engine was compiled, and its logits."""
     with load(bundle, target) as runtime:
-        return runtime.run({"image": IMAGE})["logits"]
+        return runtime.describe()["compiled"], runtime.run({"image": IMAGE})["logits"]
+
+
+def logits(bundle: Path, target: str) -> Any:
+    return answered(bundle, target)[1]
 
 
 def compiled(bundle: Path, target: str) -> str:
-    with load(bundle, target) as runtime:
-        return str(runtime.describe()["compiled"])
+    return answered(bundle, target)[0]
 
 
 def left_behind(bundle: Path) -> list[str]:
@@ -48,3 +54,14 @@ def flip(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
+
+
+@contextmanager
+def files_of_at_most(nbytes: int) -> Iterator[None]:
+    """The kernel writes no more to a file, as on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -10,10 +10,13 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
 from perceiver_export.runtimes import Runtime, build, load
+from perceiver_export.runtimes.engines.backend import TARGETS
+from tests.runtimes.built_engines import IMAGE
 from tests.runtimes.targets import EXPECTED
 
 Ask = Callable[..., Any]
@@ -38,6 +41,20 @@ def engines(fashion_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     for target in EXPECTED:
         build(copy, target)
     return copy
+
+
+@pytest.fixture(scope="module")
+def fashion_logits(target: str, fashion_bundle: Path) -> Any:
+    """What the target answers where it compiles at load."""
+    with load(fashion_bundle, target, verify="never") as loaded:
+        return loaded.run({"image": IMAGE})["logits"]
+
+
+@pytest.fixture
+def needs_engine(target: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """From the call on, the target does not compile at load."""
+    changed = msgspec.structs.replace(TARGETS[target], needs_engine=True)
+    return lambda: monkeypatch.setitem(TARGETS, target, changed)
 
 
 @pytest.fixture

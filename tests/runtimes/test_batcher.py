@@ -17,6 +17,7 @@ from perceiver_export.runtimes import Batcher, Runtime, compare
 from perceiver_export.runtimes.errors import InputError, RuntimeClosedError, UsageError
 from perceiver_export.runtimes.manifest import TensorSpec
 from perceiver_export.runtimes.runtime import Array, Feeds
+from tests.runtimes.callbacks import in_callback
 from tests.runtimes.models import NumpyEngine
 
 IMAGES = np.random.default_rng(0).normal(size=(24, 1, 3, 28, 28)).astype(np.float32)
@@ -185,20 +186,14 @@ def test_what_cannot_be_batched_is_refused() -> None:
 def test_a_callback_may_submit_and_close_and_the_rest_is_answered(runtime: Runtime) -> None:
     """More than may be queued, so that waiting there would be for ever."""
     batcher = Batcher(runtime)
-    closed: Future[list[Future[dict[str, Array]]]] = Future()
 
-    def submit_and_close(_: Future[dict[str, Array]]) -> None:
-        try:
-            more = [batcher.submit({"image": IMAGES[index % 24]}) for index in range(50)]
-            batcher.close()
-            closed.set_result(more)
-        except BaseException as error:
-            closed.set_exception(error)
+    def submit_and_close() -> list[Future[dict[str, Array]]]:
+        more = [batcher.submit({"image": IMAGES[index % 24]}) for index in range(50)]
+        batcher.close()
+        return more
 
     futures = [batcher.submit({"image": image}) for image in IMAGES]
-    futures[4].add_done_callback(submit_and_close)  # which is not done yet, or it closes here
-
-    futures += closed.result(timeout=60)
+    futures += in_callback(futures[4], submit_and_close).result(timeout=60)
     assert all(future.result(timeout=60)["logits"].shape == (1, 3) for future in futures)
     batcher.close()
     with pytest.raises(RuntimeClosedError):
@@ -209,17 +204,11 @@ def test_a_failed_requests_callback_may_close() -> None:
     """The runtime is closed, so that its answer comes in the batcher's own thread."""
     runtime = of_batch(4)
     batcher = Batcher(runtime, max_wait=0.2)
-    closed = threading.Event()
-
-    def close(_: Future[dict[str, Array]]) -> None:
-        batcher.close()
-        closed.set()
-
     future = batcher.submit({"image": IMAGES[0]})
-    future.add_done_callback(close)
+    closed = in_callback(future, batcher.close)
     runtime.close()
 
-    assert closed.wait(timeout=60)
+    closed.result(timeout=60)
     with pytest.raises(RuntimeClosedError):
         future.result(timeout=60)
     batcher.close()

@@ -20,7 +20,7 @@ from perceiver_export.runtimes.figures import relative_times, save_relative
 from perceiver_export.runtimes.machine import cpu_name
 from perceiver_export.runtimes.presence import choose_target
 from perceiver_export.runtimes.runtime import fastest, scattered
-from tests.runtimes.targets import EXPECTED, latencies
+from tests.runtimes.targets import EXPECTED, latencies, needs_openvino
 
 
 def test_a_bundle_against_its_own_graph_is_about_as_fast(fashion_bundle: Path) -> None:
@@ -60,7 +60,8 @@ def test_every_target_that_is_here_stands_in_one_table_and_near_torch(copied_bun
     assert {name: one["p50"] for name, one in saved.items()} == {one.target: one.p50 for one in result.measurements}
 
 
-@pytest.mark.skipif("openvino-cpu" not in EXPECTED, reason="PERCEIVER_TEST_TARGETS expects no OpenVINO")
+@pytest.mark.usefixtures("one_process")
+@needs_openvino
 def test_fewer_bits_are_held_to_a_wider_tolerance(copied_bundle: Path) -> None:
     build(copied_bundle, "openvino-cpu", precision="fp16")
     (side,) = bench(copied_bundle, device="openvino-cpu", runs=5).measurements
@@ -72,37 +73,36 @@ def test_fewer_bits_are_held_to_a_wider_tolerance(copied_bundle: Path) -> None:
     assert len(side.compiled) == 16
 
 
-@pytest.mark.skipif("openvino-cpu" not in EXPECTED, reason="PERCEIVER_TEST_TARGETS expects no OpenVINO")
+@needs_openvino
 def test_auto_takes_the_faster_target_of_the_report_of_this_machine(
     copied_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def chosen(threads: int | None = None, **measured: Any) -> str:
-        others = {"another CPU": latencies(ort_cpu=0.001)}
-        change_report(copied_bundle, "bench", lambda _: {cpu_name(): latencies(**measured), **others})
-        with load(copied_bundle, threads=threads) as runtime:
-            return str(runtime.describe()["target"])
+    def chosen() -> str:
+        return choose_target(open_bundle(copied_bundle))
 
-    with load(copied_bundle) as runtime:
-        assert runtime.describe()["target"] == "ort-cpu"
+    def keep(here: dict[str, Any]) -> None:
+        change_report(copied_bundle, "bench", lambda _: {cpu_name(): here, "another CPU": latencies(ort_cpu=0.001)})
+
     assert chosen() == "ort-cpu"
-    assert chosen(ort_cpu=2.0, openvino_cpu=1.0) == "openvino-cpu"
-    assert chosen(ort_cpu=1.0, openvino_cpu=2.0) == "ort-cpu"
-    assert chosen(openvino_cpu=1.0, precision="bf16") == "ort-cpu"
-    assert chosen(openvino_cpu=1.0, threads=1) == "ort-cpu"
+    for here in ({}, latencies(ort_cpu=1.0, openvino_cpu=2.0), latencies(openvino_cpu=1.0, precision="bf16")):
+        keep(here)
+        assert chosen() == "ort-cpu"
+    keep(latencies(ort_cpu=2.0, openvino_cpu=1.0))
+    for threads, target in ((None, "openvino-cpu"), (1, "ort-cpu")):
+        with load(copied_bundle, threads=threads) as runtime:
+            assert runtime.describe()["target"] == target
     with monkeypatch.context() as there:
         there.setattr(figures, "available_cores", lambda: 99)
-        report = latencies(openvino_cpu=1.0)
-    change_report(copied_bundle, "bench", lambda _: {cpu_name(): report})
-    with load(copied_bundle) as runtime:
-        assert runtime.describe()["target"] == "ort-cpu"
+        more_cores = latencies(openvino_cpu=1.0)
+    keep(more_cores)
+    assert chosen() == "ort-cpu"
     (copied_bundle / "report.json").write_text("cut", encoding="utf-8")
-    with load(copied_bundle) as runtime:
-        assert runtime.describe()["target"] == "ort-cpu"
+    assert chosen() == "ort-cpu"
     with pytest.raises(BundleError, match=r"report\.json cannot be read"):
         change_report(copied_bundle, "bench", lambda _: {})
 
 
-@pytest.mark.skipif("openvino-cpu" not in EXPECTED, reason="PERCEIVER_TEST_TARGETS expects no OpenVINO")
+@needs_openvino
 def test_auto_measures_each_precision_that_the_target_computes_in(copied_bundle: Path) -> None:
     here = {target: ("fp32", *find_target(target).backend().precisions(target)) for target in EXPECTED}
     result = bench(copied_bundle, device="all", precision="auto", runs=20, save=True)
@@ -125,6 +125,7 @@ def test_auto_measures_each_precision_that_the_target_computes_in(copied_bundle:
         assert all(found["fp32"] == [1, 1, 1] for found in times.values())
 
 
+@pytest.mark.usefixtures("one_process")
 def test_sides_whose_spreads_overlap_tie_and_a_throttled_machine_decides_nothing(fashion_bundle: Path) -> None:
     noise = np.random.default_rng(0).uniform(0.95, 1.05, (3, 25))
 
@@ -143,6 +144,7 @@ def test_sides_whose_spreads_overlap_tie_and_a_throttled_machine_decides_nothing
     assert "0.001" in scattered("a layer below the clock's resolution", 0.0, 0.0, 0.001)
 
 
+@pytest.mark.usefixtures("one_process")
 def test_nan_in_one_of_several_outputs_is_seen_and_never_the_fastest(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -216,7 +218,7 @@ def test_figures_of_a_bundle_on_a_read_only_file_system(copied_bundle: Path, mon
 
 
 @pytest.mark.usefixtures("one_process")
-@pytest.mark.skipif("openvino-cpu" not in EXPECTED, reason="PERCEIVER_TEST_TARGETS expects no OpenVINO")
+@needs_openvino
 def test_one_side_alone_is_unsteady_too_and_auto_takes_no_such_figures(
     copied_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -233,7 +235,7 @@ def test_one_side_alone_is_unsteady_too_and_auto_takes_no_such_figures(
 
 
 @pytest.mark.usefixtures("one_process")
-@pytest.mark.skipif("openvino-cpu" not in EXPECTED, reason="PERCEIVER_TEST_TARGETS expects no OpenVINO")
+@needs_openvino
 def test_auto_measures_the_target_that_load_takes_with_as_many_threads(copied_bundle: Path) -> None:
     change_report(copied_bundle, "bench", lambda _: {cpu_name(): latencies(threads="1", openvino_cpu=1.0)})
 
@@ -242,7 +244,7 @@ def test_auto_measures_the_target_that_load_takes_with_as_many_threads(copied_bu
 
 
 @pytest.mark.usefixtures("one_process")
-@pytest.mark.skipif("openvino-cpu" not in EXPECTED, reason="PERCEIVER_TEST_TARGETS expects no OpenVINO")
+@needs_openvino
 def test_an_engine_with_flags_is_named_by_them_and_without_its_directory(
     copied_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -253,7 +255,8 @@ def test_an_engine_with_flags_is_named_by_them_and_without_its_directory(
     assert (side.flags, side.compiled) == ({"NUM_STREAMS": "2"}, built.directory.name)
 
 
-@pytest.mark.skipif("openvino-cpu" not in EXPECTED, reason="PERCEIVER_TEST_TARGETS expects no OpenVINO")
+@pytest.mark.usefixtures("one_process")
+@needs_openvino
 def test_both_bundles_run_on_one_target_whatever_auto_is_for_the_other(
     copied_bundle: Path, fashion_bundle: Path
 ) -> None:
@@ -267,6 +270,7 @@ def test_both_bundles_run_on_one_target_whatever_auto_is_for_the_other(
         assert {side.target for side in bench(first, against=second, runs=5).measurements} == {target}
 
 
+@pytest.mark.usefixtures("one_process")
 def test_what_cannot_be_measured_is_refused(fashion_bundle: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError):
         bench(fashion_bundle, runs=1)

@@ -18,22 +18,9 @@ from PIL import Image
 from perceiver_export.runtimes.errors import InputError, UsageError
 from perceiver_export.runtimes.tasks.flow import Box, grid, stitch, tile_weights, tiles
 from perceiver_export.runtimes.tasks.flow_files import color_wheel, flow_image, write_flow
-from tests.vector_folders import vector_folders
+from tests.vector_folders import function_cases, vector_folders
 
 Array = npt.NDArray[Any]
-
-
-def stitch_cases() -> list[Any]:
-    found = []
-    for folder in vector_folders("cases.json"):
-        cases = json.loads((folder / "cases.json").read_text(encoding="utf-8"))["cases"]
-        found += [
-            pytest.param(folder, name, case, id=name)
-            for name, case in cases.items()
-            if name.split("/")[0] == "flow_stitch"
-        ]
-    assert found
-    return found
 
 
 def grid_files() -> list[Path]:
@@ -79,7 +66,7 @@ def test_what_deepminds_grid_refuses_is_refused(path: Path) -> None:
             grid(tuple(case["image"]), tuple(document["patch_size"]), overlap)
 
 
-@pytest.mark.parametrize(("folder", "name", "case"), stitch_cases())
+@pytest.mark.parametrize(("folder", "name", "case"), function_cases("flow_stitch"))
 def test_stitching_is_deepminds(folder: Path, name: str, case: dict[str, Any]) -> None:
     frame, tile, overlap = tuple(case["image_size"]), tuple(case["patch_size"]), case["min_overlap"]
     with np.load(folder / "functions.npz") as vectors:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ from typing_extensions import assert_type
 from perceiver_export.runtimes import open_task, tasks
 from perceiver_export.runtimes.errors import InputError, UsageError
 from perceiver_export.runtimes.tasks import FillMask, ImageClassification
+from tests.conftest import FASHION
 
-FASHION = Path(__file__).resolve().parents[2] / "examples" / "fashion_mnist"
 THREADS = """
 import logging, sys, threading
 from concurrent.futures import ThreadPoolExecutor
@@ -33,19 +34,23 @@ with open_task(sys.argv[1]) as classify, ThreadPoolExecutor(4) as pool:
 """
 
 
-def test_clothes_are_recognised(fashion_bundle: Path) -> None:
+@pytest.fixture(scope="module")
+def classify(fashion_bundle: Path) -> Iterator[ImageClassification]:
+    with open_task(fashion_bundle, ImageClassification, verify="never") as task:
+        yield task
+
+
+def test_clothes_are_recognised(classify: ImageClassification) -> None:
     rows = (FASHION / "images" / "labels.csv").read_text(encoding="utf-8").splitlines()[1:]
-    with open_task(fashion_bundle) as classify:
-        answers = {row: classify(FASHION / "images" / row.split(",")[0])[0].label for row in rows}
+    answers = {row: classify(FASHION / "images" / row.split(",")[0])[0].label for row in rows}
 
     assert sum(row.split(",", 1)[1] == answer for row, answer in answers.items()) >= 8
 
 
-def test_probabilities_are_sorted_and_sum_to_one(fashion_bundle: Path) -> None:
-    with open_task(fashion_bundle) as classify:
-        predictions = classify(FASHION / "images" / "bag.png", top=10)
-        with pytest.raises(UsageError):
-            classify(FASHION / "images" / "bag.png", top=0)
+def test_probabilities_are_sorted_and_sum_to_one(classify: ImageClassification) -> None:
+    predictions = classify(FASHION / "images" / "bag.png", top=10)
+    with pytest.raises(UsageError):
+        classify(FASHION / "images" / "bag.png", top=0)
 
     probabilities = [prediction.probability for prediction in predictions]
     assert probabilities == sorted(probabilities, reverse=True)
@@ -69,31 +74,29 @@ def test_the_expected_class_is_what_type_checkers_see_and_is_held_to(fashion_bun
         assert getattr(tasks, name).__module__ == f"{tasks.__name__}.{module}"
 
 
-def test_files_and_arrays_give_the_same(fashion_bundle: Path) -> None:
+def test_files_and_arrays_give_the_same(classify: ImageClassification) -> None:
     with np.load(FASHION / "test.npz") as data:
         picture = data["image"][int(np.argmax(data["labels"] == 8))]
-    with open_task(fashion_bundle) as classify:
-        assert classify(picture) == classify(FASHION / "images" / "bag.png")
-        logits = classify.logits([picture] * 3)
 
-    assert logits.shape == (3, 10)
+    assert classify(picture) == classify(FASHION / "images" / "bag.png")
+    assert classify.logits([picture] * 3).shape == (3, 10)
 
 
-def test_one_image_is_one_sample_and_colours_have_an_order(fashion_bundle: Path) -> None:
+def test_one_image_is_one_sample_and_colours_have_an_order(classify: ImageClassification) -> None:
     path = FASHION / "images" / "bag.png"
     with Image.open(path) as image:
         turned = image.convert("RGB")
     blue = np.asarray(turned) // np.array([1, 2, 4], np.uint8)
-    with open_task(fashion_bundle) as classify:
-        expected = classify.logits([blue])
-        for same in (blue, Image.fromarray(blue)):
-            np.testing.assert_array_equal(classify.logits(same), expected)
-        np.testing.assert_array_equal(classify.logits(blue[..., ::-1], color="bgr"), expected)
-        assert classify(blue[..., ::-1], color="bgr") == classify(blue)
-        for one in (path, str(path), np.asarray(turned)[:, :, 0], np.asarray(turned)[:, :, :1]):
-            assert classify.logits(one).shape == (1, 10)
-        for several in (np.stack([blue] * 4), np.stack([blue[:, :, 0]] * 4)):
-            assert classify.logits(several).shape == (4, 10)
+
+    expected = classify.logits([blue])
+    for same in (blue, Image.fromarray(blue)):
+        np.testing.assert_array_equal(classify.logits(same), expected)
+    np.testing.assert_array_equal(classify.logits(blue[..., ::-1], color="bgr"), expected)
+    assert classify(blue[..., ::-1], color="bgr") == classify(blue)
+    for one in (path, str(path), np.asarray(turned)[:, :, 0], np.asarray(turned)[:, :, :1]):
+        assert classify.logits(one).shape == (1, 10)
+    for several in (np.stack([blue] * 4), np.stack([blue[:, :, 0]] * 4)):
+        assert classify.logits(several).shape == (4, 10)
 
 
 def test_the_first_calls_may_come_from_many_threads(fashion_bundle: Path) -> None:
@@ -112,15 +115,14 @@ def test_without_names_the_index_is_the_label(copied_bundle: Path) -> None:
     assert (found.label, found.index) == ("8", 8)
 
 
-def test_what_is_no_picture_or_no_list_of_them_is_refused(fashion_bundle: Path) -> None:
-    with open_task(fashion_bundle) as classify:
-        none_and_no_lists: list[Any] = [[], 3]
-        for pictures in none_and_no_lists:
-            with pytest.raises(InputError, match="images"):
-                classify.logits(pictures)
-        no_pictures: list[Any] = [[[1.5, 2.5]], [[1], [2, 3]], None, 3]
-        for picture in no_pictures:
-            with pytest.raises(InputError):
-                classify(picture)
-        with pytest.raises(InputError, match="'image' has 0"):
-            classify.run_inputs({"image": np.zeros((0, 1, 28, 28), np.float32)})
+def test_what_is_no_picture_or_no_list_of_them_is_refused(classify: ImageClassification) -> None:
+    none_and_no_lists: list[Any] = [[], 3]
+    for pictures in none_and_no_lists:
+        with pytest.raises(InputError, match="images"):
+            classify.logits(pictures)
+    no_pictures: list[Any] = [[[1.5, 2.5]], [[1], [2, 3]], None, 3]
+    for picture in no_pictures:
+        with pytest.raises(InputError):
+            classify(picture)
+    with pytest.raises(InputError, match="'image' has 0"):
+        classify.run_inputs({"image": np.zeros((0, 1, 28, 28), np.float32)})

@@ -6,7 +6,6 @@ DeepMind's images and video frames: our numpy resize gives OpenCV's pixels, with
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, get_args
 
@@ -36,7 +35,7 @@ from perceiver_export.runtimes.tasks.image_files import (
     to_input,
 )
 from perceiver_export.runtimes.tasks.images import prepare_frames
-from tests.vector_folders import vector_folders
+from tests.vector_folders import function_cases
 
 FILTERS = get_args(Filter)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -57,12 +56,6 @@ def test_resize_is_pillows_for_300_random_shapes_and_modes() -> None:
         found = to_input(take_image(image), steps)  # also of modes that no file has
 
         np.testing.assert_array_equal(found, np.asarray(expected, np.float32).transpose(2, 0, 1))
-
-
-def test_a_picture_of_the_right_size_is_not_touched() -> None:
-    picture = np.random.default_rng(0).integers(0, 256, (28, 28, 3), dtype=np.uint8)
-
-    assert resize(picture, 28, 28, "bicubic") is picture
 
 
 def test_the_crop_is_the_middle() -> None:
@@ -184,12 +177,7 @@ def test_a_directory_without_pictures_is_refused(tmp_path: Path) -> None:
 
 
 def cases(group: str) -> list[Any]:
-    found = []
-    for folder in vector_folders("cases.json"):
-        names = json.loads((folder / "cases.json").read_text(encoding="utf-8"))["cases"]
-        found += [pytest.param(folder, name, id=name) for name in names if name.split("/")[0] == group]
-    assert found
-    return found
+    return [pytest.param(folder, name, id=name) for folder, name, _ in function_cases(group)]
 
 
 def arrays(folder: Path, name: str) -> dict[str, npt.NDArray[Any]]:
@@ -289,17 +277,13 @@ def test_what_is_no_frame_is_refused(frames: list[npt.NDArray[Any]]) -> None:
 
 
 @pytest.mark.parametrize("function", [resize_cubic, resize_linear])
-def test_the_same_size_changes_nothing(function: Any) -> None:
+def test_the_same_size_changes_nothing_and_one_pixel_fills_any(function: Any) -> None:
     picture = np.random.default_rng(0).integers(0, 256, (11, 13, 3), dtype=np.uint8)
+    pixel = np.array([[[0, 128, 255]]], np.uint8)
 
     np.testing.assert_array_equal(function(picture, 11, 13), picture)
-
-
-@pytest.mark.parametrize("function", [resize_cubic, resize_linear])
-def test_one_pixel_fills_any_size(function: Any) -> None:
-    picture = np.array([[[0, 128, 255]]], np.uint8)
-
-    np.testing.assert_array_equal(function(picture, 3, 5), np.broadcast_to(picture, (3, 5, 3)))
+    assert resize(picture, 11, 13, "bicubic") is picture
+    np.testing.assert_array_equal(function(pixel, 3, 5), np.broadcast_to(pixel, (3, 5, 3)))
 
 
 def test_linear_drops_bits_downwards_and_not_across() -> None:

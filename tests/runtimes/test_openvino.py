@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -22,12 +21,11 @@ from perceiver_export.runtimes.engines.openvino_engine import OpenvinoEngine
 from perceiver_export.runtimes.errors import BuildError, BundleError, DeviceError
 from perceiver_export.runtimes.manifest import TensorSpec
 from tests.conftest import REPOSITORY
+from tests.runtimes.built_engines import files_of_at_most
 from tests.runtimes.products import UNIT_ROUNDOFF, multiplied_in, open_product, write_chain, write_product
-from tests.runtimes.targets import EXPECTED
+from tests.runtimes.targets import needs_openvino
 
-pytestmark = pytest.mark.skipif(
-    "openvino-cpu" not in EXPECTED, reason="PERCEIVER_TEST_TARGETS expects no OpenVINO: Python 3.10 is tested without"
-)
+pytestmark = needs_openvino
 
 
 @pytest.fixture(scope="module")
@@ -286,11 +284,6 @@ def test_an_inference_that_fails_raises_and_the_next_one_works(product: Openvino
 
 def test_a_full_temporary_directory_is_said(copied_bundle: Path) -> None:
     """Halved weights are written there; the kernel writes no more than 10 kB to a file."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
-    try:
-        with pytest.raises(BuildError) as raised:
-            build(copied_bundle, "openvino-cpu", precision="fp16")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with files_of_at_most(10_000), pytest.raises(BuildError) as raised:
+        build(copied_bundle, "openvino-cpu", precision="fp16")
     assert "TMPDIR" in raised.value.hint

@@ -8,7 +8,6 @@ names a bundle that has them.
 from __future__ import annotations
 
 import shutil
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from perceiver_export.runtimes import Runtime, build, load, open_bundle
 from perceiver_export.runtimes.engines.backend import TARGETS
 from perceiver_export.runtimes.engines.cuda import cuda_gpus
 from perceiver_export.runtimes.errors import BundleError, EngineError
+from tests.fuzz.loads import differing_answers
 
 pytestmark = pytest.mark.skipif(not cuda_gpus(), reason="no NVIDIA GPU here; `make test-gpu` runs these on one")
 
@@ -48,20 +48,19 @@ def runtime(built: Path, target: str) -> Runtime:
     return load(built, target)
 
 
-def golden(bundle: Path) -> tuple[dict[str, Any], np.ndarray[Any, Any]]:
-    with np.load(bundle / "golden.npz") as arrays:
-        return {"image": arrays["input/image"]}, arrays["output/logits"]
+@pytest.fixture
+def feeds(golden: dict[str, Any]) -> dict[str, Any]:
+    return {"image": golden["image"]}
 
 
-def test_answers_are_those_of_torch(runtime: Runtime, built: Path) -> None:
-    feeds, expected = golden(built)
+def test_answers_are_those_of_torch(runtime: Runtime, golden: dict[str, Any], feeds: dict[str, Any]) -> None:
+    expected = golden["logits"]
     difference = np.abs(runtime.run(feeds)["logits"] - expected).max() / np.abs(expected).max()
 
     assert difference < (1e-4 if runtime.describe()["precision"] == "fp32" else 2e-2)
 
 
-def test_replayed_runs_give_the_same_numbers(runtime: Runtime, built: Path) -> None:
-    feeds, _ = golden(built)
+def test_replayed_runs_give_the_same_numbers(runtime: Runtime, feeds: dict[str, Any]) -> None:
     first, *others = [runtime.run(feeds)["logits"] for _ in range(5)]
 
     for other in others:
@@ -69,28 +68,11 @@ def test_replayed_runs_give_the_same_numbers(runtime: Runtime, built: Path) -> N
     assert runtime.describe()["cuda_graph"]
 
 
-def test_callers_at_once_get_their_own_answers(runtime: Runtime, built: Path) -> None:
-    feeds, _ = golden(built)
-    inputs = [{"image": feeds["image"] * factor} for factor in (0.5, 1.0, 1.5, 2.0)]
-    expected = [runtime.run(one)["logits"] for one in inputs]
-    wrong: list[int] = []
-
-    def call(index: int) -> None:
-        for _ in range(20):
-            if not np.array_equal(runtime.run(inputs[index])["logits"], expected[index]):
-                wrong.append(index)
-
-    threads = [threading.Thread(target=call, args=(index,)) for index in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-
-    assert not wrong
+def test_callers_at_once_get_their_own_answers(runtime: Runtime) -> None:
+    assert differing_answers(runtime, threads=4, calls=20) == 0
 
 
-def test_submitted_runs_finish_and_out_is_written(runtime: Runtime, built: Path) -> None:
-    feeds, _ = golden(built)
+def test_submitted_runs_finish_and_out_is_written(runtime: Runtime, feeds: dict[str, Any]) -> None:
     expected = runtime.run(feeds)["logits"]
     futures = [runtime.submit(feeds) for _ in range(8)]
     out = {"logits": np.empty_like(expected)}

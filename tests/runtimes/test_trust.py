@@ -10,16 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import pytest
 
 from perceiver_export.runtimes import build, load
 from perceiver_export.runtimes.bundle import sha256
-from perceiver_export.runtimes.engines.backend import TARGETS
 from perceiver_export.runtimes.engines.cache import ENVIRONMENT, key_file
 from perceiver_export.runtimes.errors import BuildError, EngineError
-from tests.runtimes.built_engines import compiled, edit_record, flip, logits
+from tests.runtimes.built_engines import answered, compiled, edit_record, flip
 from tests.runtimes.targets import EXPECTED
 
 
@@ -36,20 +34,19 @@ def forge(file: Path) -> None:
 
 
 def test_an_engine_that_was_changed_with_its_record_is_not_opened(
-    built_bundle: Path, fashion_bundle: Path, target: str, monkeypatch: pytest.MonkeyPatch
+    built_bundle: Path, target: str, fashion_logits: Any, needs_engine: Callable[[], None]
 ) -> None:
-    expected = logits(fashion_bundle, target)
     (built,) = build(built_bundle, target)
     for file in built.directory.iterdir():
         if file.name != "engine.json":
             forge(file)
 
-    assert compiled(built_bundle, target).startswith(f"at load, because the engine in {built.directory} cannot be used")
-    np.testing.assert_array_equal(expected, logits(built_bundle, target))
-    with monkeypatch.context() as patch:
-        patch.setitem(TARGETS, target, msgspec.structs.replace(TARGETS[target], needs_engine=True))
-        with pytest.raises(EngineError) as caught:
-            load(built_bundle, target)
+    where, found = answered(built_bundle, target)
+    assert where.startswith(f"at load, because the engine in {built.directory} cannot be used")
+    np.testing.assert_array_equal(fashion_logits, found)
+    needs_engine()
+    with pytest.raises(EngineError) as caught:
+        load(built_bundle, target)
     assert "perceiver-export build" in caught.value.hint
     assert ENVIRONMENT in caught.value.hint
     assert build(built_bundle, target)[0].new
