@@ -64,8 +64,7 @@ class FeedChecks:
                 array = array.astype(dtype)
             if array.shape != fixed:
                 check_shape(spec, array.shape, sizes)
-            if spec.values is not None:
-                check_values(array, spec)
+            check_values(array, spec)
             checked[name] = array if array.flags.c_contiguous else np.ascontiguousarray(array)
         if len(feeds) != len(checked):
             raise InputError(f"unknown input {min(map(repr, feeds.keys() - checked.keys()))}", self._hint)

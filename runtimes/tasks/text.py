@@ -105,8 +105,7 @@ class FillMask(TextTask):
         model = self.part("encoder") if self.split else self.runtime
         outputs = model.run(base.pad_batch(model, self.tokenizer.pad([tokens])))
         if self.split:
-            decoder, count = self.part("decoder"), self.manifest.parts["decoder"].num_queries
-            rows = decode_queries(decoder, {"latents": outputs["latents"]}, positions, count)
+            rows = decode_queries(self.part("decoder"), {"latents": outputs["latents"]}, positions)
         else:
             rows = outputs["logits"][:, positions]
         return np.asarray(rows[0])

@@ -62,6 +62,12 @@ def test_every_version_runs_and_replays_where_shapes_are_fixed(version: str, sha
     assert engine.describe()["cuda_graph"]
 
 
+def test_flags_are_described_because_certificates_name_them(tmp_path: Path) -> None:
+    flags = {"optimization_level": "4"}
+    assert opened("10.3.0", tmp_path / "engine", FakeMemory(), flags=flags).describe()["flags"] == flags
+    assert "flags" not in opened("10.3.0", tmp_path / "engine", FakeMemory()).describe()
+
+
 def test_outputs_go_into_the_callers_arrays(tmp_path: Path) -> None:
     engine = opened("10.3.0", tmp_path / "engine", FakeMemory())
     out = {"y": np.zeros((2, 3), np.float32)}
