@@ -134,15 +134,9 @@ def image_files(request: Request) -> list[tuple[Path]]:
 
 def point_files(request: Request) -> list[tuple[Path]]:
     """The files, and the point clouds of the directories, in order."""
-    from perceiver_export.runtimes.tasks.points import POINT_FILES
+    from perceiver_export.runtimes.tasks.points import list_clouds
 
-    def clouds(directory: Path) -> list[Path]:
-        found = sorted(file for file in directory.iterdir() if file.suffix.lower() in POINT_FILES)
-        if not found:
-            raise InputError(f"{directory} holds no point clouds", f"give files that end in {' or '.join(POINT_FILES)}")
-        return found
-
-    return _files(request, clouds)
+    return _files(request, list_clouds)
 
 
 def _files(request: Request, listed: Callable[[Path], list[Path]]) -> list[tuple[Path]]:
