@@ -153,10 +153,9 @@ def _converted(array: npt.NDArray[Any], spec: TensorSpec) -> Array:
     if not isinstance(array, np.ndarray):
         raise InputError(f"{spec.name!r} is of type {type(array).__name__}", "give a numpy array")
     wanted = np.dtype(spec.dtype)
-    kinds = "f" if wanted.kind == "f" else "biu"
     if array.dtype == wanted:
         return array
-    if array.dtype.kind not in kinds:
+    if array.dtype.kind not in ("f" if wanted.kind == "f" else "biu"):
         hint = f"use array.astype({str(wanted)!r})"
         raise InputError(f"{spec.name!r} has dtype {array.dtype}, but the model takes {wanted}", hint)
     with np.errstate(over="ignore", invalid="ignore"):
