@@ -18,11 +18,10 @@ from perceiver_export.runtimes import exits
 from perceiver_export.runtimes.engines.backend import Array, Feeds
 from perceiver_export.runtimes.errors import RuntimeClosedError, UsageError, check_kind, check_whole
 from perceiver_export.runtimes.manifest import TensorSpec
-from perceiver_export.runtimes.runtime import FeedChecks, Runtime
+from perceiver_export.runtimes.runtime import IN_FLIGHT, FeedChecks, Runtime, pad_batch
 
 _ROWS = "rows"
 _QUEUED_BATCHES = 4  # when the queue is full `submit` waits, so that requests do not pile up
-_IN_FLIGHT = 2
 
 
 class _Request(NamedTuple):
@@ -43,7 +42,7 @@ class Batcher:
     def __init__(self, runtime: Runtime, max_batch: int | None = None, max_wait: float = 0.002) -> None:
         """Raises UsageError: the model's tensors have no common batch axis, or ``max_batch`` is out of range."""
         self._runtime = runtime
-        self._least, most = _batch_limits((*runtime.inputs, *runtime.outputs))
+        most = _largest_batch((*runtime.inputs, *runtime.outputs))
         self._most = most if max_batch is None else max_batch
         check_whole("max_batch", self._most, 1, most, f"give 1 to {most} samples")
         check_kind("max_wait", max_wait, (int, float), "seconds")
@@ -132,7 +131,7 @@ class Batcher:
                 self._changed.wait_for(
                     lambda: self._closed or sum(request.rows for request in self._queue) >= self._most, max(0.0, left)
                 )
-                self._changed.wait_for(lambda: self._running < _IN_FLIGHT)
+                self._changed.wait_for(lambda: self._running < IN_FLIGHT)
                 batch: list[_Request] = []
                 while self._queue and sum(one.rows for one in batch) + self._queue[0].rows <= self._most:
                     batch.append(self._queue.popleft())
@@ -163,14 +162,9 @@ class Batcher:
                 self._changed.notify_all()
 
     def _joined(self, batch: list[_Request]) -> dict[str, Array]:
-        missing = max(0, self._least - sum(request.rows for request in batch))
-        joined = {}
-        for spec in self._runtime.inputs:
-            arrays = [request.feeds[spec.name] for request in batch]
-            if missing:
-                arrays.append(np.repeat(arrays[-1][-1:], missing, axis=0))
-            joined[spec.name] = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
-        return joined
+        arrays = {spec.name: [request.feeds[spec.name] for request in batch] for spec in self._runtime.inputs}
+        joined = {name: own[0] if len(own) == 1 else np.concatenate(own) for name, own in arrays.items()}
+        return pad_batch(self._runtime, joined)
 
 
 def _with_any_rows(spec: TensorSpec, most: int) -> TensorSpec:
@@ -178,10 +172,10 @@ def _with_any_rows(spec: TensorSpec, most: int) -> TensorSpec:
     return msgspec.structs.replace(spec, shape=(_ROWS, *spec.shape[1:]), ranges={**spec.ranges, _ROWS: (1, most)})
 
 
-def _batch_limits(specs: tuple[TensorSpec, ...]) -> tuple[int, int]:
+def _largest_batch(specs: tuple[TensorSpec, ...]) -> int:
     batch = specs[0].shape[0] if specs[0].shape else 0
     if any(not spec.shape or spec.shape[0] != batch for spec in specs):
         raise UsageError("the model's inputs and outputs have no common batch axis", "run it without a batcher")
     if isinstance(batch, str) and batch not in specs[0].ranges:
         raise UsageError(f"the batch axis {batch!r} has no range, so batches have no limit", "export a bundle")
-    return specs[0].limits(0)
+    return specs[0].limits(0)[1]

@@ -33,6 +33,7 @@ _T = TypeVar("_T")
 JSON_LIMIT = 64 << 20  # bytes; a manifest with 100,000 labels is 3 MB
 _DEEPEST = 100  # levels of nested JSON; this package's files have 10
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
+_STRING = re.compile(rb'"[^"]*"')  # after the escaped quotes were removed
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*")
 _PARTIAL, _NEW, _OLD = ".partial", ".new", ".old"
 _SECONDS = 60.0  # the writer of an older `.new` file died before it could lock the file
@@ -86,7 +87,8 @@ def converted(value: object, kind: type[_T]) -> _T:
 def decode_json(content: bytes, kind: type[_T]) -> _T:
     """Decode JSON to ``kind``. Raises ValueError: not JSON, of another type, or nested too deeply."""
     depth = 0
-    for bracket in content.translate(None, _NOT_BRACKETS):
+    unescaped = content.replace(rb"\\", b"").replace(rb"\"", b"")
+    for bracket in _STRING.sub(b"", unescaped).translate(None, _NOT_BRACKETS):
         depth += 1 if bracket in b"[{" else -1
         if depth > _DEEPEST:
             raise ValueError(f"it is nested more than {_DEEPEST} levels deep")

@@ -4,7 +4,10 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from perceiver_export.runtimes.errors import check_kind
 
 if TYPE_CHECKING:
     from perceiver_export.runtimes.bundle import BundleLike, Verify
@@ -46,6 +49,9 @@ def load_onnx(path: str | os.PathLike[str], device: str = "auto", threads: int |
 
     Raises BundleError, DeviceError, EngineError, MissingDependencyError, UsageError.
     """
-    from perceiver_export.runtimes.opening import open_graph
+    from perceiver_export.runtimes.opening import open_engine
+    from perceiver_export.runtimes.runtime import Runtime
 
-    return open_graph(path, device, threads)
+    check_kind("a graph", path, (str, os.PathLike), "the path of an ONNX file")
+    engine = open_engine(Path(path), "ort-cpu" if device == "auto" else device, threads)
+    return Runtime(engine, engine.inputs, engine.outputs, "unknown")

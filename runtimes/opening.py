@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from pathlib import Path
 from typing import get_args
 
@@ -31,7 +30,6 @@ from perceiver_export.runtimes.errors import (
     PerceiverExportError,
     UsageError,
     check_choice,
-    check_kind,
     check_whole,
 )
 from perceiver_export.runtimes.manifest import MemoryPlan, TensorSpec, misfit
@@ -83,13 +81,6 @@ def open_parts(
     except PerceiverExportError as error:
         _log.info("%s cannot run on %s, and no other target is used instead: %s", opened.path, device, error.message)
         raise
-
-
-def open_graph(path: str | os.PathLike[str], device: str, threads: int | None) -> Runtime:
-    """See `load_onnx`."""
-    check_kind("a graph", path, (str, os.PathLike), "the path of an ONNX file")
-    engine = open_engine(Path(path), "ort-cpu" if device == "auto" else device, threads)
-    return Runtime(engine, engine.inputs, engine.outputs, "unknown")
 
 
 @exits.awaited

@@ -14,7 +14,7 @@ import msgspec
 
 from perceiver_export.runtimes import exits
 from perceiver_export.runtimes.bundle import Bundle
-from perceiver_export.runtimes.certificates import Certificate, applies, certificates, may_be
+from perceiver_export.runtimes.certificates import Certificate, applies, certificates, may_be, on_cpu
 from perceiver_export.runtimes.engines.backend import (
     TARGETS,
     EngineOptions,
@@ -34,7 +34,11 @@ from perceiver_export.runtimes.opening import engine_for
 _log = logging.getLogger(__name__)
 
 _CPU_TARGETS = ("ort-cpu", "openvino-cpu")
-_HALVES = {"avx512_bf16", "avx512_fp16", "amx_bf16", "amx_fp16", "avx_ne_convert", "asimdhp", "bf16"}
+# Instruction sets that compute in 16 bits and the precision of each, the fastest first: AMX multiplies whole tiles.
+_HALVES: tuple[tuple[str, Precision], ...] = (
+    *(("amx_bf16", "bf16"), ("amx_fp16", "fp16"), ("avx512_bf16", "bf16"), ("avx512_fp16", "fp16")),
+    *(("avx_ne_convert", "bf16"), ("bf16", "bf16"), ("asimdhp", "fp16")),
+)
 _DEVICE_FILES = {"Intel GPU": "dri/renderD*", "Intel NPU": "accel/accel*"}
 
 
@@ -148,7 +152,9 @@ def precision_advice(bundle: Bundle, target: str, threads: int | None = None) ->
     name, times = shlex.quote(str(bundle.path)), relative_times(bundle.path, target, threads)
     faster = _faster(times)
     if not times:
-        faster = find_target(target).backend().precisions(target)
+        lower = find_target(target).backend().precisions(target)
+        native = _native() if on_cpu(target) else ()
+        faster = tuple(dict.fromkeys(one for one in (*native, *lower) if one in lower))
     if not faster:
         return ""
     on = f"{name} --device {target}" + (f" --threads {threads}" if threads else "")
@@ -160,6 +166,11 @@ def precision_advice(bundle: Bundle, target: str, threads: int | None = None) ->
     against = name if bundle.manifest.precision == "fp32" else "FP32_BUNDLE"  # a quantized reference certifies nothing
     check = f"perceiver-export validate {on} --precision {faster[0]} --data DATA --against {against}"
     return f"{found}; to certify it: {check} {_gate(bundle.manifest)} --certify"
+
+
+def _native() -> tuple[Precision, ...]:
+    """The 16-bit precisions that this CPU has instructions for, the fastest first."""
+    return tuple(precision for instructions, precision in _HALVES if instructions in cpu_features())
 
 
 def _gate(manifest: Manifest) -> str:
@@ -175,7 +186,7 @@ def advice_here(bundle: Bundle, target: str = "", threads: int | None = None) ->
     Empty if a library does not load, because missing advice must not fail a command.
     """
     names = _CPU_TARGETS if target in ("", *_CPU_TARGETS) else (target,)
-    if names is _CPU_TARGETS and not _HALVES & set(cpu_features()):
+    if names is _CPU_TARGETS and not _native():
         return ""
     for name in names:
         with contextlib.suppress(PerceiverExportError):

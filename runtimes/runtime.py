@@ -21,7 +21,7 @@ from perceiver_export.runtimes.manifest import TensorSpec
 
 __all__ = ["Array", "Engine", "Feeds", "Runtime"]
 
-_IN_FLIGHT = 2  # one runs while the next is prepared
+IN_FLIGHT = 2  # one runs while the next is prepared
 _FIXED = "give that shape, or export again with --batch or --shape"
 _BATCH = "add the batch as the first dimension: array[None]"
 _RANGES = "give sizes in that range, the same for all inputs, or export again with another --batch"
@@ -64,8 +64,7 @@ class FeedChecks:
                 array = array.astype(dtype)
             if array.shape != fixed:
                 check_shape(spec, array.shape, sizes)
-            if spec.values is not None:
-                check_values(array, spec)
+            check_values(array, spec)
             checked[name] = array if array.flags.c_contiguous else np.ascontiguousarray(array)
         if len(feeds) != len(checked):
             raise InputError(f"unknown input {min(map(repr, feeds.keys() - checked.keys()))}", self._hint)
@@ -225,11 +224,11 @@ class Runtime:
         with self._lock:
             engine = self._open_engine()
             if self._workers is None:
-                self._workers = exits.Workers(getattr(engine, "in_flight", _IN_FLIGHT))
+                self._workers = exits.Workers(getattr(engine, "in_flight", IN_FLIGHT))
             # The call keeps the engine alive, so that submitted calls finish after `close`.
             return self._workers.submit(lambda: self._run(engine, feeds))
 
-    def stream(self, feeds: Iterable[Feeds], in_flight: int = _IN_FLIGHT) -> Iterator[dict[str, Array]]:
+    def stream(self, feeds: Iterable[Feeds], in_flight: int = IN_FLIGHT) -> Iterator[dict[str, Array]]:
         """Outputs for an iterable of feeds, in its order, with at most ``in_flight`` submitted at any time.
 
         The iterable is read only as fast as outputs are consumed, so a camera or a file never runs ahead of the device.
@@ -287,6 +286,23 @@ class Runtime:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def count_samples(feeds: Feeds) -> int:
+    """The number of samples. Raises InputError: none, or not the same number in each feed."""
+    counts = {name: len(array) for name, array in feeds.items()}
+    if len(set(counts.values())) != 1 or 0 in counts.values():
+        found = ", ".join(f"{name!r} has {count}" for name, count in counts.items())
+        raise InputError(f"the numbers of samples differ or are 0: {found}", "give every input the same number, not 0")
+    return next(iter(counts.values()))
+
+
+def pad_batch(runtime: Runtime, feeds: Feeds) -> dict[str, Array]:
+    """The feeds, with the last sample repeated up to the graph's smallest batch."""
+    missing = runtime.inputs[0].limits(0)[0] - count_samples(feeds)
+    if missing <= 0:
+        return dict(feeds)
+    return {name: np.concatenate([array, np.repeat(array[-1:], missing, axis=0)]) for name, array in feeds.items()}
 
 
 class Comparison(msgspec.Struct, frozen=True):

@@ -89,24 +89,20 @@ class JoinedEngine:
     def __init__(self, manifest: Manifest, parts: Mapping[str, Runtime]) -> None:
         _check(manifest)
         self._encoder = parts["encoder"]
-        self._decoders = {
-            decoder.outputs[0].name: (decoder, manifest.parts[name].num_queries)
-            for name, decoder in parts.items()
-            if name != "encoder"
-        }
+        self._decoders = {part.outputs[0].name: part for name, part in parts.items() if name != "encoder"}
         self.inputs, self.outputs = interface(manifest)
 
     def run(self, feeds: Feeds, out: Mapping[str, Array] | None = None) -> dict[str, Array]:
         encoded = self._encoder.run({spec.name: feeds[spec.name] for spec in self._encoder.inputs})
         outputs = {}
         for spec in self.outputs:
-            decoder, num_queries = self._decoders[spec.name]
+            decoder = self._decoders[spec.name]
             chosen = index_input(decoder.inputs)
             own = {one.name: {**feeds, **encoded}[one.name] for one in decoder.inputs if one is not chosen}
-            if num_queries is None:
+            if decoder.num_queries is None:
                 outputs[spec.name] = decoder.run(own)[spec.name]
             else:
-                rows = decode(decoder, own, np.arange(num_queries, dtype=np.int32), num_queries)
+                rows = decode(decoder, own, np.arange(decoder.num_queries, dtype=np.int32))
                 outputs[spec.name] = rows.reshape(-1, *(dim for dim in spec.shape[1:] if isinstance(dim, int)))
         if out is None:
             return outputs
@@ -116,7 +112,7 @@ class JoinedEngine:
 
     def describe(self) -> dict[str, Any]:
         """The encoder's, but with the precision, arithmetic and flags of all parts: "bf16, fp32" if they differ."""
-        parts = [self._encoder.describe(), *(decoder.describe() for decoder, _ in self._decoders.values())]
+        parts = [self._encoder.describe(), *(decoder.describe() for decoder in self._decoders.values())]
         described = {name: value for name, value in parts[0].items() if name != "certificates"}
         for name in ("precision", "arithmetic"):
             if any(name in part for part in parts):

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from perceiver_export.runtimes.tasks.base import Prediction
 
 _SHOWN = 20  # samples of arrays
+_NAMED = 5  # samples without an answer
 _INDEPENDENT = "the labels are independent, and each has its own probability"
 
 
@@ -50,12 +51,16 @@ class Request:
 
 @dataclass(frozen=True)
 class Answers:
-    """The model's answers: ``document`` for JSON, ``shown`` for the terminal, ``save`` to write other files."""
+    """The model's answers: ``document`` for JSON, ``shown`` for the terminal, ``save`` to write other files.
+
+    ``error``: raised in the end, because some of the samples have no answer.
+    """
 
     runtime: Runtime
     document: Mapping[str, Any]
     shown: Sequence[Table | str]
     save: Callable[[Path], None] | None = None
+    error: InputError | None = None
 
 
 def described(answer: Sequence[Prediction]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -81,16 +86,35 @@ def label_table(
 
 
 def answer_each(what: str, task: Any, samples: Any, request: Request, progress: Progress) -> Answers:
-    """Run the task on each sample in turn; a sample holds the arguments of the task's call, None if absent."""
-    files, answers = [], []
+    """Run the task on each sample in turn; a sample holds the arguments of the task's call, None if absent.
+
+    Samples that cannot be read are left out and named in the error. If there is no other sample, it is raised here.
+    """
+    files, answers, refused = [], [], list[tuple[str, InputError]]()
     for done, sample in enumerate(samples):
         progress("run", done, len(samples))
-        files.append([readable(part) for part in sample if part is not None])
-        answers.append(task(*sample, request.top))
+        own = [readable(part) for part in sample if part is not None]
+        try:
+            answers.append(task(*sample, request.top))
+            files.append(own)
+        except InputError as error:
+            refused.append((" + ".join(own), error))
+    if not answers:
+        raise refused[0][1]
     documents = [{"input": " + ".join(name), **described(one)[0]} for name, one in zip(files, answers, strict=True)]
     short = short_names([path for sample in files for path in sample])
     names = [" + ".join(short[path] for path in sample) for sample in files]
-    return Answers(task.runtime, {"answers": documents}, [label_table(what, names, answers, task.kind)])
+    table = label_table(what, names, answers, task.kind)
+    return Answers(task.runtime, {"answers": documents}, [table], error=_without_answer(refused, len(samples)))
+
+
+def _without_answer(refused: Sequence[tuple[str, InputError]], samples: int) -> InputError | None:
+    """The error that names the samples without an answer; None if there are none."""
+    if not refused:
+        return None
+    said = [error.message if name in error.message else f"{name}: {error.message}" for name, error in refused]
+    listed = "; ".join(said[:_NAMED]) + "; …" * (len(said) > _NAMED)
+    return InputError(f"no answer for {len(refused)} of {samples} inputs: {listed}", refused[0][1].hint)
 
 
 def short_names(paths: Sequence[str]) -> dict[str, str]:
@@ -110,15 +134,9 @@ def image_files(request: Request) -> list[tuple[Path]]:
 
 def point_files(request: Request) -> list[tuple[Path]]:
     """The files, and the point clouds of the directories, in order."""
-    from perceiver_export.runtimes.tasks.points import POINT_FILES
+    from perceiver_export.runtimes.tasks.points import list_clouds
 
-    def clouds(directory: Path) -> list[Path]:
-        found = sorted(file for file in directory.iterdir() if file.suffix.lower() in POINT_FILES)
-        if not found:
-            raise InputError(f"{directory} holds no point clouds", f"give files that end in {' or '.join(POINT_FILES)}")
-        return found
-
-    return _files(request, clouds)
+    return _files(request, list_clouds)
 
 
 def _files(request: Request, listed: Callable[[Path], list[Path]]) -> list[tuple[Path]]:

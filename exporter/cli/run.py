@@ -123,6 +123,8 @@ def run_task(task: str, request: Request) -> dict[str, Any]:
         else:
             ui.print_text(shown)
     ui.show_written(one.output)
+    if found.error is not None:
+        raise found.error
     return where
 
 

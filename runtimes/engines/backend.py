@@ -80,10 +80,10 @@ class Source(msgspec.Struct, frozen=True):
         asked = self.engine_precision
         return asked if self.precision == "fp32" else f"{self.precision} with {asked}"
 
-    @property
-    def flags_described(self) -> dict[str, Any]:
-        """The ``flags`` entry of `Engine.describe`, because flags may change outputs; empty without flags."""
-        return {"flags": self.options.flags} if self.options.flags else {}
+    def described(self, device: str, library: str, version: str, threads: int | str) -> dict[str, Any]:
+        """The entries of every `Engine.describe`: with flags, also these, because they may change outputs."""
+        facts = {"target": self.target, "device": device, "engine": library, "version": version, "threads": threads}
+        return {**facts, "flags": self.options.flags} if self.options.flags else facts
 
 
 class Kernel(NamedTuple):

@@ -122,16 +122,12 @@ class OpenvinoEngine:
                 self._free.append(request)
 
     def describe(self) -> dict[str, Any]:
+        device = ", ".join(self._compiled.get_property("EXECUTION_DEVICES"))
         described = {
-            "target": self._source.target,
-            "device": ", ".join(self._compiled.get_property("EXECUTION_DEVICES")),
-            "engine": "openvino",
-            "version": self._version,
-            "threads": self._threads or "all cores",
+            **self._source.described(device, "openvino", self._version, self._threads or "all cores"),
             "hint": str(self._compiled.get_property("PERFORMANCE_HINT")).lower(),
             "streams": int(self._compiled.get_property("NUM_STREAMS")),
             "arithmetic": self._arithmetic,
-            **self._source.flags_described,
         }
         if self._source.engine_precision != "fp32":
             described["precision"] = self._source.compiled_precision

@@ -167,16 +167,9 @@ class OrtEngine:
         provider = self._session.get_providers()[0]
         # CPU kernels compute in the types of the graph's tensors (a test checks this); with flags they may not.
         in_fp32 = provider == _CPU and self._source.precision == "fp32" and not self._source.options.flags
-        return {
-            "target": self._source.target,
-            "device": provider.removesuffix("ExecutionProvider"),
-            "engine": "onnxruntime",
-            "version": self._version,
-            "provider": provider,
-            "threads": self._threads or "all cores",
-            **({"arithmetic": "fp32"} if in_fp32 else {}),
-            **self._source.flags_described,
-        }
+        device, threads = provider.removesuffix("ExecutionProvider"), self._threads or "all cores"
+        described = self._source.described(device, "onnxruntime", self._version, threads)
+        return {**described, "provider": provider, **({"arithmetic": "fp32"} if in_fp32 else {})}
 
 
 def utf8(path: Path) -> str:
@@ -247,7 +240,7 @@ def _spec(node: Any) -> TensorSpec:
 
 def _ours(error: Exception, loading: Path | None = None, flags: Iterable[str] = ()) -> Exception:
     """Turn an onnxruntime exception, from loading a graph or from a run, into ours; leave others unchanged."""
-    name, garbled = type(error).__name__, isinstance(error, UnicodeDecodeError)
+    name = type(error).__name__
     if isinstance(error, UnicodeDecodeError):  # the message quotes names from a damaged graph
         said = error.object.decode(errors="replace")
     elif type(error).__module__.startswith("onnxruntime") or type(error) is RuntimeError:  # from run_with_iobinding
@@ -264,6 +257,6 @@ def _ours(error: Exception, loading: Path | None = None, flags: Iterable[str] = 
         hint = "free memory, or export with a smaller --memory-budget"
     elif loading is not None and list(flags):
         hint = f"omit --flag {', --flag '.join(flags)}"
-    elif loading is not None and (name in _DAMAGED or garbled):
+    elif loading is not None and name in (*_DAMAGED, "UnicodeDecodeError"):
         kind, hint = BundleError, "copy or export the file again: it is damaged, or onnxruntime is too old for it"
     return kind(f"{loading} cannot be loaded: {said}" if loading else f"inference failed: {said}", hint)

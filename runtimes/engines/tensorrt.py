@@ -54,13 +54,11 @@ def platform(target: str, options: EngineOptions) -> Platform:
                 f"{can.name} supports {', '.join(known)}, but not {gpus[0].name}", "use --target tensorrt"
             )
     device = " ".join(sorted({part.strip().lower() for part in crossed.split(",")})) if crossed else gpus[0].name
-    if options.precision == "bf16":
-        if crossed:
-            names = [name for name in device.split() if name.removeprefix("sm") in _NO_BF16]
-        else:
-            names = [gpu.name for gpu in gpus[:1] if gpu.compute_capability < _FIRST_BF16]
-        if names:
-            raise DeviceError(f"{names[0]} does not support bf16", "use --precision fp16")
+    lacking = [gpu.name for gpu in gpus[:1] if gpu.compute_capability < _FIRST_BF16]
+    if crossed:
+        lacking = [name for name in device.split() if name.removeprefix("sm") in _NO_BF16]
+    if lacking and options.precision == "bf16":
+        raise DeviceError(f"{lacking[0]} does not support bf16", "use --precision fp16")
     return Platform(library=target, version=trt.__version__, device=device, driver=driver_version())
 
 

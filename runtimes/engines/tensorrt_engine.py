@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import math
 import queue
-import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -37,20 +36,19 @@ class TensorrtEngine:
         self._cuda = cuda or Cuda()
         self._cuda.enter()
         self._logger = make_logger(trt)
-        # Kept because the engine refers to it.
-        self._runtime = start(trt.Runtime, self._logger, f"{here.library} {here.version}")
+        name = f"{here.library} {here.version}"
+        self._runtime = start(trt.Runtime, self._logger, name)  # kept because the engine refers to it
         self._engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
         if self._engine is None:
             said = " ".join(self._logger.problems[:1]) or "it gives no reason"
-            name = f"{here.library} {here.version}"
             raise EngineError(f"{name} cannot load {path}: {said}", f"build it here: {self._rebuild()}")
         self._check_names()
         # TensorRT for RTX compiles kernels for the GPU at their first run.
         self._kernels = KernelCache(self._engine, path) if here.library == "tensorrt-rtx" else None
-        self._free: queue.LifoQueue[_Slot] = queue.LifoQueue()
-        self._lock, self._opened, self._limit = threading.Lock(), 0, _SLOTS
+        self._free: queue.LifoQueue[_Slot | None] = queue.LifoQueue()
+        for slot in (*[None] * (_SLOTS - 1), self._new_slot()):  # None is a slot that is opened when it is needed
+            self._free.put(slot)
         self._replays = False
-        self._free.put(self._new_slot())
 
     def run(self, feeds: Feeds, out: Mapping[str, Array] | None = None) -> dict[str, Array]:
         with self._slot() as slot:
@@ -63,12 +61,9 @@ class TensorrtEngine:
 
     def describe(self) -> dict[str, Any]:
         """Target, device and versions; ``zero_copy``: host and GPU share buffers; ``cuda_graph``: runs are replayed."""
+        here = self._here
         return {
-            "target": self._source.target,
-            "device": self._here.device,
-            "engine": self._here.library,
-            "version": self._here.version,
-            "threads": "none of the CPU's",
+            **self._source.described(here.device, here.library, here.version, "none of the CPU's"),
             "precision": self._source.compiled_precision,
             "zero_copy": self._cuda.shares_memory,
             "cuda_graph": self._replays,
@@ -90,9 +85,7 @@ class TensorrtEngine:
         if context is None:
             said = f"{self._here.device} has too little memory for this engine: {' '.join(self._logger.problems[-1:])}"
             raise DeviceError(said, "free GPU memory, or export with a smaller --memory-budget")
-        slot = _Slot(self._cuda, context, self._source)
-        self._opened += 1
-        return slot
+        return _Slot(self._cuda, context, self._source)
 
     @contextlib.contextmanager
     def _slot(self) -> Iterator[_Slot]:
@@ -107,17 +100,10 @@ class TensorrtEngine:
 
     def _take(self) -> _Slot:
         self._cuda.enter()  # this may be the calling thread's first CUDA call
-        try:
-            return self._free.get_nowait()
-        except queue.Empty:
-            pass
-        with self._lock:
-            if self._opened < self._limit:
-                try:
-                    return self._new_slot()
-                except DeviceError:  # no memory for another slot: wait for an open one
-                    self._limit = self._opened
-        return self._free.get()
+        while (slot := self._free.get()) is None:
+            with contextlib.suppress(DeviceError):  # no memory for another slot: wait for an open one
+                return self._new_slot()
+        return slot
 
 
 class _Slot:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from perceiver_export.runtimes.errors import InputError
 from perceiver_export.runtimes.manifest import Manifest, TensorSpec
 from perceiver_export.runtimes.npz import read_npz
-from perceiver_export.runtimes.runtime import Array, check_values
+from perceiver_export.runtimes.runtime import Array, check_values, count_samples
 from perceiver_export.runtimes.tasks import base
 from perceiver_export.runtimes.tasks.base import Shape, Task
 from perceiver_export.runtimes.tasks.images import load_npy
@@ -58,7 +58,7 @@ class Arrays(Task):
             raise InputError(f"the number of dimensions is wrong: {found}", hint)
         if ranks == {-1}:
             feeds = {name: array[None] for name, array in feeds.items()}
-        base.count_samples(feeds)
+        count_samples(feeds)
         for name, array in feeds.items():
             if not np.isfinite(array).all():
                 raise InputError(f"{name!r} contains NaN or infinity", "replace such values by 0, or mask them")
@@ -153,10 +153,9 @@ def _converted(array: npt.NDArray[Any], spec: TensorSpec) -> Array:
     if not isinstance(array, np.ndarray):
         raise InputError(f"{spec.name!r} is of type {type(array).__name__}", "give a numpy array")
     wanted = np.dtype(spec.dtype)
-    kinds = "f" if wanted.kind == "f" else "biu"
     if array.dtype == wanted:
         return array
-    if array.dtype.kind not in kinds:
+    if array.dtype.kind not in ("f" if wanted.kind == "f" else "biu"):
         hint = f"use array.astype({str(wanted)!r})"
         raise InputError(f"{spec.name!r} has dtype {array.dtype}, but the model takes {wanted}", hint)
     with np.errstate(over="ignore", invalid="ignore"):

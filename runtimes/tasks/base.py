@@ -19,7 +19,7 @@ from perceiver_export.runtimes.errors import BundleError, InputError, RuntimeClo
 from perceiver_export.runtimes.manifest import Manifest, OutputKind, judged_output
 from perceiver_export.runtimes.manifest import interface as interface
 from perceiver_export.runtimes.manifest import misfit as misfit
-from perceiver_export.runtimes.runtime import Array, Feeds, Runtime
+from perceiver_export.runtimes.runtime import Array, Feeds, Runtime, count_samples, pad_batch
 from perceiver_export.runtimes.tasks.tokenizers import Tokenizer
 
 if TYPE_CHECKING:
@@ -156,23 +156,6 @@ def as_list(given: Any, what: str, is_one: Callable[[Any], bool]) -> list[Any]:
     return samples
 
 
-def count_samples(feeds: Feeds) -> int:
-    """The number of samples. Raises InputError: none, or not the same number in each feed."""
-    counts = {name: len(array) for name, array in feeds.items()}
-    if len(set(counts.values())) != 1 or 0 in counts.values():
-        found = ", ".join(f"{name!r} has {count}" for name, count in counts.items())
-        raise InputError(f"the numbers of samples differ or are 0: {found}", "give every input the same number, not 0")
-    return next(iter(counts.values()))
-
-
-def pad_batch(runtime: Runtime, feeds: Feeds) -> dict[str, Array]:
-    """The feeds, with the last sample repeated up to the graph's smallest batch."""
-    missing = runtime.inputs[0].limits(0)[0] - count_samples(feeds)
-    if missing <= 0:
-        return dict(feeds)
-    return {name: np.concatenate([array, np.repeat(array[-1:], missing, axis=0)]) for name, array in feeds.items()}
-
-
 def run_batched(runtime: Runtime, feeds: Feeds) -> dict[str, Array]:
     """Outputs of n samples by name, run in batches of the size that the graph was exported for.
 
@@ -185,8 +168,6 @@ def run_batched(runtime: Runtime, feeds: Feeds) -> dict[str, Array]:
         runtime.run(pad_batch(runtime, {name: array[start : start + most] for name, array in feeds.items()}))
         for start in range(0, count, most)
     ]
-    if len(results) == 1:
-        return {name: array[:count] for name, array in results[0].items()}
     return {name: np.concatenate([result[name] for result in results])[:count] for name in results[0]}
 
 

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from perceiver_export.runtimes.errors import InputError, UsageError
 from perceiver_export.runtimes.manifest import Manifest, OutputKind, judged_output
+from perceiver_export.runtimes.runtime import pad_batch
 from perceiver_export.runtimes.split import decode as decode_queries
 from perceiver_export.runtimes.tasks import base
 from perceiver_export.runtimes.tasks.base import LoadPart, Prediction, TextTask
@@ -103,10 +104,9 @@ class FillMask(TextTask):
 
     def _logits(self, tokens: Tokens, positions: npt.NDArray[np.integer]) -> npt.NDArray[np.float32]:
         model = self.part("encoder") if self.split else self.runtime
-        outputs = model.run(base.pad_batch(model, self.tokenizer.pad([tokens])))
+        outputs = model.run(pad_batch(model, self.tokenizer.pad([tokens])))
         if self.split:
-            decoder, count = self.part("decoder"), self.manifest.parts["decoder"].num_queries
-            rows = decode_queries(decoder, {"latents": outputs["latents"]}, positions, count)
+            rows = decode_queries(self.part("decoder"), {"latents": outputs["latents"]}, positions)
         else:
             rows = outputs["logits"][:, positions]
         return np.asarray(rows[0])

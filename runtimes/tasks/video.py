@@ -13,7 +13,7 @@ import numpy.typing as npt
 from perceiver_export.runtimes.errors import InputError
 from perceiver_export.runtimes.manifest import Manifest, OutputKind
 from perceiver_export.runtimes.preprocessing import VideoPreprocessing
-from perceiver_export.runtimes.runtime import Array, Feeds
+from perceiver_export.runtimes.runtime import Array, Feeds, pad_batch
 from perceiver_export.runtimes.split import decode
 from perceiver_export.runtimes.tasks import base
 from perceiver_export.runtimes.tasks.base import LoadPart, Prediction, Task
@@ -138,7 +138,7 @@ class VideoAutoencoding(Task):
         """Rows (n, queries, E) for all queries of an output; n is at most the decoder's largest batch."""
         decoder, total = self.part(f"decoder_{output}"), self.manifest.parts[f"decoder_{output}"].num_queries
         assert total is not None  # `check` ensures it
-        feeds = base.pad_batch(decoder, {"latents": latents})
+        feeds = pad_batch(decoder, {"latents": latents})
         queries = np.arange(total, dtype=np.int32)
         # A decoder with a fixed number of queries gets a multiple of that number in each step.
         least, most = next(spec for spec in decoder.inputs if spec.name == "queries").limits(1)

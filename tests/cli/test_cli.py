@@ -38,6 +38,23 @@ def test_run_names_the_clothes_and_writes_json(fashion_bundle: Path, tmp_path: P
     assert found["runtime"]["target"] == "ort-cpu"
 
 
+def test_an_image_that_cannot_be_read_does_not_cost_the_answers_for_the_others(
+    fashion_bundle: Path, tmp_path: Path
+) -> None:
+    images, written = tmp_path / "images", tmp_path / "answers.json"
+    shutil.copytree(FASHION / "images", images)
+    (images / "bag.png").write_bytes(b"no image")
+
+    done = perceiver_export("run", fashion_bundle, images, "--json", "-o", written)
+    answered = [Path(answer["input"]).name for answer in json.loads(done.stdout)["answers"]]
+    assert done.returncode == 1
+    assert answered == sorted(path.name for path in images.glob("*.png") if path.name != "bag.png")
+    assert json.loads(written.read_bytes()) == json.loads(done.stdout)
+    assert f"no answer for 1 of 10 inputs: {images / 'bag.png'} is not" in unwrapped(done.stderr)
+    assert "Trouser" in perceiver_export("run", fashion_bundle, images).stdout
+    assert "inputs" not in fail("run", fashion_bundle, images / "bag.png")
+
+
 def test_validate_gates_by_exit_code(fashion_bundle: Path, tmp_path: Path) -> None:
     common: list[str | Path] = ["validate", fashion_bundle, "--data", FASHION / "test.npz"]
     common += ["--against", FASHION / "checkpoint", "--samples"]

@@ -17,6 +17,7 @@ from perceiver_export.calibration.validation.metrics import families, metrics_of
 from perceiver_export.exporter.cli.output import mebibytes, print_table, quiet, say
 from perceiver_export.runtimes import presence
 from perceiver_export.runtimes.bundle import Bundle
+from perceiver_export.runtimes.engines import openvino
 from perceiver_export.runtimes.presence import precision_advice
 from tests.calibration import manifests
 
@@ -76,6 +77,26 @@ def test_the_command_that_is_advised_certifies_with_a_gate_that_fits_and_the_thr
         assert (option == "--max-drop") == (share_of_right(metrics_of(families(one))) is not None)
     quantized = Bundle(Path("bundle"), msgspec.structs.replace(texts, precision="int8"))
     assert "--against FP32_BUNDLE" in precision_advice(quantized, "openvino-cpu", 2)
+
+
+@pytest.mark.parametrize(
+    ("features", "advised"),
+    [
+        (("avx512_bf16", "avx512_fp16", "amx_int8", "amx_bf16"), "bf16"),
+        (("avx512_fp16",), "fp16"),
+        (("asimd", "asimdhp"), "fp16"),
+        (("avx512_bf16",), "bf16"),
+    ],
+)
+def test_the_precision_to_measure_is_the_one_that_the_cpu_has_the_fastest_instructions_for(
+    features: tuple[str, ...], advised: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(presence, "cpu_features", lambda: features)
+    monkeypatch.setattr(openvino, "precisions", lambda target: ("fp16", "bf16"))
+    bundle = Bundle(Path("bundle"), manifests.texts)
+
+    assert precision_advice(bundle, "openvino-cpu").startswith(f"{advised} may be faster")
+    assert precision_advice(bundle, "openvino-gpu").startswith("fp16 may be faster")
 
 
 def test_quiet_leaves_verdicts_and_warnings_of_a_command_that_writes(capsys: pytest.CaptureFixture[str]) -> None:

@@ -77,7 +77,7 @@ def test_what_is_no_file_of_ours_is_one_error_at_once(kind: str, tmp_path: Path)
 
 
 def test_brackets_in_strings_are_no_depth(tmp_path: Path) -> None:
-    content = {"labels": ["[MASK]", "{x}"] * 1000}
+    content = {"labels": ["[MASK]", "{x}", "[", '"{', "\\", '\\"['] * 1000}
     (tmp_path / "f.json").write_text(json.dumps(content))
 
     assert read_json(tmp_path / "f.json", dict[str, object]) == content

@@ -170,15 +170,15 @@ def test_manifests_that_do_not_fit_are_refused(changes: dict[str, Any]) -> None:
 
 def test_run_takes_files_and_directories(ask: Ask, tmp_path: Path) -> None:
     task, _ = task_of()
-    np.save(tmp_path / "b.npy", CLOUD)
-    np.savetxt(tmp_path / "a.xyz", CLOUD[:4])
+    np.save(tmp_path / "10.npy", CLOUD)
+    np.savetxt(tmp_path / "9.xyz", CLOUD[:4])
     (tmp_path / "notes.txt").write_text("no cloud", encoding="utf-8")
     answers = ask(task, tmp_path, output=tmp_path / "out.json", as_json=True)["answers"]
 
-    assert [answer["input"] for answer in answers] == [str(tmp_path / "a.xyz"), str(tmp_path / "b.npy")]
+    assert [answer["input"] for answer in answers] == [str(tmp_path / "9.xyz"), str(tmp_path / "10.npy")]
     assert sorted(one["label"] for one in answers[1]["labels"]) == sorted(LABELS)
     assert json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))["answers"] == answers
-    assert ask(task, *[tmp_path / "b.npy"] * 2, as_json=True)["answers"] == [answers[1]] * 2
+    assert ask(task, *[tmp_path / "10.npy"] * 2, as_json=True)["answers"] == [answers[1]] * 2
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="no point clouds"):
         ask(task, tmp_path / "empty")

@@ -66,6 +66,12 @@ def test_every_version_runs_and_replays_where_shapes_are_fixed(version: str, sha
     np.testing.assert_array_equal(out["y"], 2)
 
 
+def test_flags_are_described_because_certificates_name_them(tmp_path: Path) -> None:
+    flags = {"optimization_level": "4"}
+    assert opened("10.3.0", tmp_path / "engine", FakeMemory(), flags=flags).describe()["flags"] == flags
+    assert "flags" not in opened("10.3.0", tmp_path / "engine", FakeMemory()).describe()
+
+
 @pytest.mark.parametrize("version", ALL)
 def test_named_dimensions_are_set_and_not_replayed(version: str, tmp_path: Path) -> None:
     specs = (TensorSpec("x", "float32", ("batch", 3), "", RANGED), TensorSpec("y", "float32", ("batch", 3), "", RANGED))
