@@ -41,11 +41,15 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(autouse=True)
 def one_registry() -> None:
-    """Read torch.onnx's table of operators once: it does so for each export, which takes a quarter of a small one."""
+    """Read torch's tables of operators once: it does so for each export, for over a quarter of a small one's time."""
     loaded = sys.modules.get("torch.onnx._internal.exporter._registration")
     registry = getattr(loaded, "ONNXRegistry", None)
     if registry is not None and not isinstance(vars(registry).get("from_torchlib"), staticmethod):
         registry.from_torchlib = staticmethod(functools.cache(registry.from_torchlib))
+    tables, name = sys.modules.get("torch._export.utils"), "_collect_all_valid_cia_ops_for_namespace"
+    listed = getattr(tables, name, None)
+    if listed is not None and not hasattr(listed, "cache_info"):
+        setattr(tables, name, functools.cache(listed))
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -11,10 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
 import pytest
 import torch
 
-from perceiver_export.exporter import LoadedModel, load_model
+from perceiver_export.exporter import ExportOptions, LoadedModel, export, load_model
+from perceiver_export.runtimes import Bundle, open_bundle
 from tests.conftest import MadeOnce
 
 # The class, and the sizes that differ from the common ones; odd where an odd size is possible.
@@ -77,6 +79,17 @@ def moved(model: Any) -> Any:
 
 
 MakeCheckpoint = Callable[..., Path]
+ExportKind = Callable[[str, str], Bundle]
+TracedOnce = Callable[[str, Callable[[], ir.Model]], ir.Model]
+# Every block is the same layer, twice: graphs of more layers differ in nothing but their length.
+SHALLOW = {"num_self_attends_per_block": 1}
+PICTURES = {"learned": (12, 12), "fourier": (13, 17), "conv": (37, 30)}  # height and width
+ONE_QUERY = ["fourier", "text"]
+OPTIONS: dict[str, dict[str, Any]] = {
+    "whole": {"split": False, "batch": 2},
+    "split": {"split": True, "batch": 2},
+    "split, dynamic": {"split": True, "batch": "1:2:4", "dynamic_queries": True},
+}
 
 
 @pytest.fixture
@@ -92,6 +105,38 @@ def make_checkpoint(tmp_path: Path, made_once: MadeOnce) -> MakeCheckpoint:
         return Path(shutil.copytree(made, tmp_path / f"checkpoint-{kind}", dirs_exist_ok=True))
 
     return make
+
+
+@pytest.fixture
+def export_kind(make_checkpoint: MakeCheckpoint, made_once: MadeOnce) -> ExportKind:
+    """Bundles by kind and name of options, each made once; do not change them."""
+
+    def make(kind: str, name: str) -> Bundle:
+        options = dict(OPTIONS[name])
+        shape: dict[str, tuple[int, ...]] = {"image": (3, *PICTURES[kind])} if kind in PICTURES else {}
+        if kind in ONE_QUERY:
+            options.pop("dynamic_queries", None)  # refused where there is nothing to choose from
+        elif options["split"]:
+            shape["queries"] = (7,)
+        every = ExportOptions(shape=shape, **options)
+        place = f"transformers-{kind}-{name}"
+        return open_bundle(made_once(place, lambda path: export(make_checkpoint(kind, **SHALLOW), path, every)))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def traced_once(made_once: MadeOnce) -> TracedOnce:
+    """``traced_once(name, trace)``: the graph ``name``, traced by ``trace()`` for all tests of all workers."""
+
+    def graph(name: str, trace: Callable[[], ir.Model]) -> ir.Model:
+        def save(folder: Path) -> None:
+            folder.mkdir()
+            ir.save(trace(), folder / "model.onnx")
+
+        return ir.load(made_once(f"traced {name}", save) / "model.onnx")
+
+    return graph
 
 
 @pytest.fixture

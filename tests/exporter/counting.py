@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import torch
+from msgspec.structs import replace
 from torch.utils.flop_counter import FlopCounterMode
 
 from perceiver_export.exporter.graphs import Batch, input_specs
@@ -27,18 +28,25 @@ def count(config: PerceiverConfig) -> Counts:
 
 
 def count_model(model: PerceiverIO) -> Counts:
-    """The same of a model on the meta device."""
-    feeds, decoder = meta_feeds(model.config), model.config.decoder
+    """The same of a model on the meta device. Its latent layers are all alike: one is counted, and the rest without."""
+    config, encoder = model.config, model.config.encoder
+    feeds, decoder = meta_feeds(config), config.decoder
+    layers = [layer for block in model.encoder.self_attentions for layer in block.children()]
     with torch.device("meta"), torch.inference_mode():
-        model.requires_grad_(False)
+        without = replace(config, encoder=replace(encoder, num_self_attentions_per_block=0))
+        rest = PerceiverIO(without).eval().requires_grad_(False)
+        with FlopCounterMode(display=False) as one_layer:
+            for layer in layers[:1]:
+                layer(torch.zeros(1, encoder.num_latents, encoder.num_latent_channels))
         with FlopCounterMode(display=False) as whole:
-            model(feeds)
+            rest(feeds)
         one_query = whole
         if isinstance(decoder, QueryDecoder):
-            inputs = model.embed(feeds)[0]  # once, for the encoder
+            inputs = rest.embed(feeds)[0]  # once, for the encoder
             with FlopCounterMode(display=False) as one_query:
-                latents = model.encode(feeds)
+                latents = rest.encode(feeds)
                 for name in decoder.outputs:
-                    model.decode(name, latents, torch.zeros(1, 1, dtype=torch.int64), feeds, inputs)
+                    rest.decode(name, latents, torch.zeros(1, 1, dtype=torch.int64), feeds, inputs)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return Counts(parameters, whole.get_total_flops(), one_query.get_total_flops())
+    of_layers = encoder.num_blocks * encoder.num_self_attentions_per_block * one_layer.get_total_flops()
+    return Counts(parameters, whole.get_total_flops() + of_layers, one_query.get_total_flops() + of_layers)

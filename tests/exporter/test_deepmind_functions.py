@@ -56,8 +56,8 @@ def _array(case: Case, name: str) -> Tensor:
     return torch.from_numpy(arrays(case[0], "functions.npz")[f"{case[1]}/{name}"])
 
 
-def _check(case: Case, found: Tensor, tolerance: float, name: str = "out") -> None:
-    expected = arrays(case[0], "functions.npz")[f"{case[1]}/{name}"]
+def _check(case: Case, found: Tensor, tolerance: float, name: str = "out", file: str = "functions.npz") -> None:
+    expected = arrays(case[0], file)[f"{case[1]}/{name}"]
     assert tuple(found.shape) == expected.shape
     np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=tolerance)
 
@@ -92,8 +92,7 @@ def test_fourier_features(case: Case) -> None:
 
 @pytest.mark.parametrize("case", _cases("fourier", in_double=True), ids=_name)
 def test_fourier_features_in_double_precision(case: Case) -> None:
-    expected = arrays(case[0], "functions_f64.npz")[f"{case[1]}/out"]
-    np.testing.assert_allclose(_features(case).numpy(), expected, rtol=0, atol=1e-9)
+    _check(case, _features(case), 1e-9, file="functions_f64.npz")
 
 
 @pytest.mark.parametrize("case", _cases("positions"), ids=_name)
@@ -113,10 +112,8 @@ def test_queries_at_some_points(case: Case) -> None:
 
 @pytest.mark.parametrize("case", _cases("queries", in_double=True), ids=_name)
 def test_queries_in_double_precision(case: Case) -> None:
-    expected = arrays(case[0], "functions_f64.npz")[f"{case[1]}/out"]
     with precision(torch.float64):
-        rows = _query_rows(case)
-    np.testing.assert_allclose(rows.numpy(), expected, rtol=0, atol=1e-9)
+        _check(case, _query_rows(case), 1e-9, file="functions_f64.npz")
 
 
 def _query_rows(case: Case) -> Tensor:
@@ -185,28 +182,3 @@ def test_space_to_depth(case: Case) -> None:
 @pytest.mark.parametrize("case", _cases("patches_for_flow"), ids=_name)
 def test_patches_of_frames(case: Case) -> None:
     _check(case, patches(_array(case, "in").permute(0, 1, 4, 2, 3)).detach(), 0.0)
-
-
-@pytest.mark.parametrize("case", _cases("extract_patches"), ids=_name)
-def test_patches_of_other_sizes_are_in_ours(case: Case) -> None:
-    """Ours are 3×3 around every pixel, zeros outside; those of other sizes, steps and paddings are some of them."""
-    kwargs = _facts(case)["kwargs"]
-    folder, name = case
-    image = _array((folder, name.partition("/")[0]), "in")
-    ours = patches(image.permute(0, 3, 1, 2).unsqueeze(1).expand(-1, 2, -1, -1, -1))[:, 0].detach()
-    ours = ours.reshape(*ours.shape[:3], 3, 3, image.shape[3])
-    sizes, strides, rates = (kwargs[key][1:3] for key in ("sizes", "strides", "rates"))
-    for axis, (size, stride, rate) in enumerate(zip(sizes, strides, rates, strict=True)):
-        if rate * (size - 1) != 2:
-            pytest.skip("no model has patches of such a width")
-        first = 1 if kwargs["padding"] == "VALID" else _first_centre(image.shape[1 + axis], stride)
-        centres = range(first, image.shape[1 + axis] - (kwargs["padding"] == "VALID"), stride)
-        ours = ours.index_select(1 + axis, torch.tensor(centres)).index_select(3 + axis, torch.arange(0, 3, rate))
-
-    _check(case, ours.flatten(3), 0.0)
-
-
-def _first_centre(size: int, stride: int) -> int:
-    """Where the first 3 wide window of SAME padding is centred: the odd pixel of padding goes to the end."""
-    padding = max((-(-size // stride) - 1) * stride + 3 - size, 0)
-    return 1 - padding // 2

@@ -19,7 +19,7 @@ import torch
 
 from perceiver_export.calibration import graphs
 from perceiver_export.calibration.bundles import new_bundle
-from perceiver_export.exporter import ExportOptions, LoadedModel, OwnModel, export, inspect_bundle, pipeline
+from perceiver_export.exporter import ExportOptions, LoadedModel, export, inspect_bundle, load_model, pipeline
 from perceiver_export.exporter.graphs import Batch, whole_model
 from perceiver_export.runtimes import Bundle, files, open_bundle
 from perceiver_export.runtimes.errors import (
@@ -32,11 +32,17 @@ from perceiver_export.runtimes.errors import (
 )
 from perceiver_export.runtimes.preprocessing import ImagePreprocessing, Normalize
 from perceiver_export.runtimes.runtime import compare
+from tests.calibration.onnx_text import write
 from tests.conftest import MadeOnce
 
 from .conftest import MakeCheckpoint
 
-LINEAR = OwnModel(torch.nn.Linear(8, 4), (torch.ones(1, 8),))  # where it matters only that something is exported
+
+@pytest.fixture(scope="session")
+def linear(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where it matters only that something is exported: a file, of which nothing is traced."""
+    body = "(float[n,8] x) => (float[n,4000] y) { y = MatMul(x, w) }"
+    return write(tmp_path_factory.mktemp("linear") / "linear.onnx", body, w=np.ones((8, 4000), np.float32))
 
 
 @pytest.fixture
@@ -77,13 +83,13 @@ def test_inspection_adds_up(there: Bundle, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("there")
-def test_an_existing_bundle_is_replaced_only_when_asked(tmp_path: Path) -> None:
+def test_an_existing_bundle_is_replaced_only_when_asked(linear: Path, tmp_path: Path) -> None:
     with pytest.raises(BundleExistsError) as caught:
-        export(LINEAR, tmp_path / "bundle", ExportOptions(batch=2))
+        export(linear, tmp_path / "bundle", ExportOptions(batch=2))
     assert "--overwrite" in caught.value.hint
     assert open_bundle(tmp_path / "bundle").part().inputs[0].shape[0] == 1
 
-    export(LINEAR, tmp_path / "bundle", ExportOptions(batch=2, overwrite=True))
+    export(linear, tmp_path / "bundle", ExportOptions(batch=2, overwrite=True))
     assert open_bundle(tmp_path / "bundle").part().inputs[0].shape[0] == 2
     assert left_in(tmp_path) == ["bundle"]
 
@@ -98,19 +104,19 @@ def test_an_existing_bundle_is_replaced_only_when_asked(tmp_path: Path) -> None:
     ],
 )
 def test_what_is_not_a_bundle_is_never_replaced(
-    file: str, place: str, error: type[PerceiverExportError], tmp_path: Path
+    file: str, place: str, error: type[PerceiverExportError], linear: Path, tmp_path: Path
 ) -> None:
     (tmp_path / file).parent.mkdir(exist_ok=True)
     (tmp_path / file).write_text('{"manifest_version": 3, "name": "theirs"}')
     with pytest.raises(error):
-        export(LINEAR, tmp_path / place, ExportOptions(overwrite=True))
+        export(linear, tmp_path / place, ExportOptions(overwrite=True))
     assert "theirs" in (tmp_path / file).read_text()
 
 
 @pytest.mark.parametrize("stage", ["graph", "golden", "manifest"])
 @pytest.mark.parametrize("exists", [False, True])
 def test_a_full_disk_leaves_what_was_there(
-    there: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, exists: bool
+    there: Bundle, linear: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, exists: bool
 ) -> None:
     if not exists:
         shutil.rmtree(there.path)
@@ -121,7 +127,7 @@ def test_a_full_disk_leaves_what_was_there(
     name = {"graph": "save_graphs", "golden": "write_npz", "manifest": "encode_manifest"}[stage]
     monkeypatch.setattr(graphs if stage == "graph" else pipeline, name, full)
     with pytest.raises(ExportError, match="disk is full"):
-        export(LINEAR, tmp_path / "bundle", ExportOptions(overwrite=True))
+        export(linear, tmp_path / "bundle", ExportOptions(overwrite=True))
 
     assert left_in(tmp_path) == (["bundle"] if exists else [])
     if exists:
@@ -131,7 +137,7 @@ def test_a_full_disk_leaves_what_was_there(
 @pytest.mark.usefixtures("there")
 @pytest.mark.parametrize("two_steps", [False, True])
 def test_an_exchange_that_fails_keeps_the_old_bundle(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, two_steps: bool
+    linear: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, two_steps: bool
 ) -> None:
     original = Path.rename
 
@@ -146,19 +152,19 @@ def test_an_exchange_that_fails_keeps_the_old_bundle(
     monkeypatch.setattr(files, "_exchanged", (lambda first, second: False) if two_steps else fail)
     monkeypatch.setattr(Path, "rename", rename)
     with pytest.raises(ExportError):
-        export(LINEAR, tmp_path / "bundle", ExportOptions(overwrite=True))
+        export(linear, tmp_path / "bundle", ExportOptions(overwrite=True))
 
     assert left_in(tmp_path) == ["bundle"]
     open_bundle(tmp_path / "bundle", verify="always")
 
 
-def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
+def test_ctrl_c_leaves_nothing(linear: Path, tmp_path: Path) -> None:
     def interrupt(what: str, done: int, total: int) -> None:
         if what.startswith("verify"):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        export(LINEAR, tmp_path / "bundle", progress=interrupt)
+        export(linear, tmp_path / "bundle", progress=interrupt)
 
     assert left_in(tmp_path) == []
 
@@ -194,13 +200,13 @@ def test_a_graph_that_is_not_the_model_is_refused(
     assert left_in(tmp_path) == []
 
 
-def test_a_real_write_that_fails_leaves_nothing(one_layer: LoadedModel, tmp_path: Path) -> None:
+def test_a_real_write_that_fails_leaves_nothing(linear: Path, tmp_path: Path) -> None:
     """The kernel refuses to write more than 50 kB to a file, as a full disk would."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
     try:
         with pytest.raises(ExportError) as caught:
-            export(one_layer, tmp_path / "bundle")
+            export(linear, tmp_path / "bundle")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
@@ -209,9 +215,9 @@ def test_a_real_write_that_fails_leaves_nothing(one_layer: LoadedModel, tmp_path
 
 
 @pytest.mark.usefixtures("there")
-def test_a_link_to_a_bundle_stays_a_link(tmp_path: Path) -> None:
+def test_a_link_to_a_bundle_stays_a_link(linear: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "bundle")
-    export(LINEAR, tmp_path / "link", ExportOptions(batch=2, overwrite=True))
+    export(linear, tmp_path / "link", ExportOptions(batch=2, overwrite=True))
 
     assert (tmp_path / "link").is_symlink()
     assert open_bundle(tmp_path / "bundle").part().inputs[0].shape[0] == 2
@@ -268,17 +274,16 @@ def test_a_model_that_loses_digits_is_held_to_torchs_own_error(one_layer: Loaded
     assert checks[0].difference < 10 * own.difference
 
 
-def test_the_bundle_says_what_was_assumed(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
-    checkpoint = make_checkpoint("fourier", num_blocks=1, num_self_attends_per_block=1)
-    notes = export(checkpoint, tmp_path / "assumed", ExportOptions(shape={"image": (3, 8, 8)})).manifest.notes
-    assert {note.split(":")[0] for note in notes} == {
+def test_the_bundle_says_what_was_assumed(there: Bundle, make_checkpoint: MakeCheckpoint) -> None:
+    assert {note.split(":")[0] for note in there.manifest.notes} == {
         "no preprocessor_config.json",
         "images are 8 × 8, but the checkpoint's are 224 × 224",
         "config.json names no labels",
     }
 
+    checkpoint = make_checkpoint("fourier")
     (checkpoint / "preprocessor_config.json").write_text('{"size": {"height": 8, "width": 8}}')
     config = json.loads((checkpoint / "config.json").read_text())
     config["id2label"] = dict(enumerate("abcde"))
     (checkpoint / "config.json").write_text(json.dumps(config))
-    assert export(checkpoint, tmp_path / "told").manifest.notes == ()
+    assert load_model(checkpoint).notes == ()  # which are the bundle's

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -41,17 +40,18 @@ from perceiver_export.exporter.model.config import (
 from perceiver_export.exporter.model.perceiver import PerceiverIO
 from perceiver_export.exporter.pipeline import parse_budget
 from perceiver_export.exporter.trace import folded_graph, sample_inputs
+from perceiver_export.runtimes import open_bundle
 from perceiver_export.runtimes.errors import UsageError
 from tests.cli import small_models
+from tests.conftest import SmallBundle
 from tests.exporter.double import doubled, in_double
 from tests.preset_graphs import traced
 
-SYSTEMS: dict[str, Callable[[], LoadedModel]] = {
-    name: getattr(small_models, name)
-    for name in (
-        "language", "sentiment", "glue", "pictures", "flow", "video", "sound", "mel", "first_sound", "points", "sets",
-    )
-}  # fmt: skip
+from .conftest import TracedOnce
+
+SYSTEMS = (
+    "language", "sentiment", "glue", "pictures", "flow", "video", "sound", "mel", "first_sound", "points", "sets",
+)  # fmt: skip
 ONE = AttentionConfig(1, 16, 16)
 IMAGE = ArrayInput((6, 5), 3, positions=FourierPositions(2, (6.0, 5.0)))
 OWN = {
@@ -65,6 +65,16 @@ ALWAYS = -(1 << 60)  # FLOPs that a fold must save: every site is rewritten
 BUDGET = 512 << 20
 
 
+def shallow(system: str) -> LoadedModel:
+    """A system with one layer in each of two blocks, and random parameters."""
+    made = getattr(small_models, system)()
+    encoder = msgspec.structs.replace(made.config.encoder, num_self_attentions_per_block=1)
+    config = msgspec.structs.replace(made.config, encoder=encoder)
+    found = small_models.loaded(config, made.task, made.preprocessing, made.labels, made.split)
+    random(found.model)
+    return found
+
+
 def random(model: PerceiverIO) -> PerceiverIO:
     """All parameters, biases and norms included, away from where they start."""
     torch.manual_seed(1)
@@ -74,10 +84,10 @@ def random(model: PerceiverIO) -> PerceiverIO:
     return model.eval()
 
 
-def assert_folds_change_nothing(part: GraphPart, config: PerceiverConfig) -> None:
+def assert_folds_change_nothing(part: GraphPart, config: PerceiverConfig, plain: ir.Model | None = None) -> None:
     """Those that pay, then all that there are, in the smallest pieces."""
     feeds = {name: doubled(array) for name, array in sample_inputs(part, config, part.typical, seed=0).items()}
-    plain = traced(part, config)
+    plain = plain or traced(part, config)
     in_double(plain)
     expected = ReferenceEvaluator(ir.to_proto(plain)).run(None, feeds)
     for least_gain, limit in ((LEAST_GAIN, BUDGET), (ALWAYS, 0)):
@@ -91,24 +101,24 @@ def assert_folds_change_nothing(part: GraphPart, config: PerceiverConfig) -> Non
 
 @pytest.mark.parametrize("system", SYSTEMS)
 @pytest.mark.parametrize("batch", [1, 2])
-def test_all_folds_give_the_same(system: str, batch: int) -> None:
-    loaded = SYSTEMS[system]()
-    assert_folds_change_nothing(whole_model(random(loaded.model), Batch.parse(batch)), loaded.config)
+def test_all_folds_give_the_same(system: str, batch: int, traced_once: TracedOnce) -> None:
+    loaded = shallow(system)
+    part = whole_model(loaded.model, Batch.parse(batch))
+    plain = traced_once(f"{system} {batch}", lambda: traced(part, loaded.config))
+    assert_folds_change_nothing(part, loaded.config, plain)
 
 
 @pytest.mark.parametrize("system", ["flow", "pictures"])
 def test_folds_of_a_dynamic_batch_give_the_same(system: str) -> None:
-    loaded = SYSTEMS[system]()
-    part = whole_model(random(loaded.model), Batch.parse("1:2:3"))
+    loaded = shallow(system)
+    part = whole_model(loaded.model, Batch.parse("1:2:3"))
     graph = folded_graph(part, loaded.config, True, BUDGET)
     assert any(one.chosen == "folded" for one in graph.folds)
     found = onnxruntime.InferenceSession(ir.to_proto(graph.model).SerializeToString())
 
     for batch in (1, 3):
-        fixed = whole_model(loaded.model, Batch.parse(batch))
-        feeds = sample_inputs(fixed, loaded.config, fixed.typical, seed=0)
-        expected = ReferenceEvaluator(ir.to_proto(traced(fixed, loaded.config))).run(None, feeds)
-        for one, other in zip(expected, found.run(None, feeds), strict=True):
+        feeds = sample_inputs(part, loaded.config, {"batch": batch}, seed=0)
+        for one, other in zip(loaded.run(feeds).values(), found.run(None, feeds), strict=True):
             np.testing.assert_allclose(other, one, rtol=0, atol=1e-4 * max(1, np.abs(one).max()))
 
 
@@ -139,28 +149,24 @@ def test_a_masked_input_beside_a_wider_one() -> None:
 # onnx's evaluator gathers from 64 elements at most, which flow's pixels of two samples are not
 @pytest.mark.parametrize(("system", "batch"), [("flow", 1), *itertools.product(["video", "language", "sets"], [1, 2])])
 def test_chosen_queries_give_the_same(system: str, batch: int) -> None:
-    loaded = SYSTEMS[system]()
-    for part in split_model(random(loaded.model), Batch.parse(batch), Split(queries=8)):
+    loaded = shallow(system)
+    for part in split_model(loaded.model, Batch.parse(batch), Split(queries=8)):
         assert_folds_change_nothing(part, loaded.config)
 
 
-def test_points_of_a_grid_are_looked_up_in_a_table_an_axis() -> None:
+def test_points_of_a_grid_are_looked_up_in_a_table_an_axis(small_bundle: SmallBundle) -> None:
     """The queries of a video are never made: the decoder reads sums of one row an axis."""
-    loaded = SYSTEMS["video"]()
-    parts = {part.name: part for part in split_model(random(loaded.model), Batch.parse(1))}
-    folds = folded_graph(parts["decoder_video"], loaded.config, True, BUDGET).folds
+    folds = open_bundle(small_bundle("video", split=True)).manifest.parts["decoder_video"].folds
     assert any("a projection is never computed" in one.why for one in folds if one.chosen == "folded")
 
 
-def test_a_budget_is_kept_or_the_least_is_named() -> None:
-    loaded = SYSTEMS["flow"]()
-    part = whole_model(loaded.model, Batch.parse(1))
-
+def test_a_budget_is_kept_or_the_least_is_named(small_bundle: SmallBundle) -> None:
+    folded = ir.load(small_bundle("flow") / "model.onnx")
     with pytest.raises(UsageError, match=r"needs at least \d+ MiB of activations") as caught:
-        folded_graph(part, loaded.config, True, 1 << 10)
+        plan(folded, 1 << 10, Sizes())
     least = parse_budget(str(caught.value.hint).split()[2])
 
-    folded, budgets = folded_graph(part, loaded.config, True, 1 << 40).model, (least, 8 << 20, 64 << 20)
+    budgets = (least, 8 << 20, 64 << 20)
     peaks = [plan(folded, budget, Sizes())[1].peak for budget in budgets]
     assert peaks == sorted(peaks)
     assert all(peak <= budget for peak, budget in zip(peaks, budgets, strict=True))
@@ -181,7 +187,7 @@ def test_budgets_that_are_none(text: str) -> None:
 
 def test_each_part_has_its_own_plan(tmp_path: Path) -> None:
     """Planned for the largest batch, and for as many queries as the decoder takes."""
-    loaded = SYSTEMS["language"]()
+    loaded = shallow("language")
     parts = {
         batch: export(loaded, tmp_path / batch.replace(":", "-"), ExportOptions(split=True, batch=batch)).manifest.parts
         for batch in ("1:2:16", "16")
@@ -196,10 +202,10 @@ def test_each_part_has_its_own_plan(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("system", "depths"), [("pictures", [66, 66]), ("flow", [56, 56])])
-def test_scores_multiply_an_even_number_of_columns(system: str, depths: list[int]) -> None:
+def test_scores_multiply_an_even_number_of_columns(system: str, depths: list[int], traced_once: TracedOnce) -> None:
     """AMX multiplies pairs of bf16 numbers. The norm's column joins 64 and 54 others."""
-    loaded = SYSTEMS[system]()
-    graph = traced(whole_model(random(loaded.model), Batch.parse(1)), loaded.config)
+    loaded = shallow(system)
+    graph = traced_once(f"{system} 1", lambda: traced(whole_model(loaded.model, Batch.parse(1)), loaded.config))
     fold(graph, least_gain=ALWAYS)
 
     products = [node for node in graph.graph if node.op_type == "MatMul" and ".attention/" in str(node.name)]

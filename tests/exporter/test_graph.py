@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from perceiver_export.calibration.graphs import stage_costs
-from perceiver_export.exporter import ExportOptions, LoadedModel, OwnModel, export, load_model
+from perceiver_export.exporter import LoadedModel, OwnModel, export, load_model
 from perceiver_export.exporter.graphs import Batch, whole_model
 from perceiver_export.exporter.onnx_files import OPSET
 from perceiver_export.exporter.simplify import DivideIntegersPass, FoldConstantsPass
@@ -22,20 +23,17 @@ from perceiver_export.exporter.trace import IR_VERSION
 from perceiver_export.exporter.verification import TOLERANCE
 from perceiver_export.runtimes import Bundle, load, open_bundle
 from perceiver_export.runtimes.errors import UsageError
-from tests.cli import small_models
-from tests.conftest import MadeOnce
+from tests.conftest import FASHION, MadeOnce, SmallBundle
 from tests.preset_graphs import traced
 
-from .conftest import MakeCheckpoint
+from .conftest import PICTURES, SHALLOW, ExportKind, MakeCheckpoint, TracedOnce
 
-SIZES = {"learned": (10, 14), "fourier": (13, 17), "conv": (37, 30)}
+SIZES = PICTURES | {"learned": (10, 14)}  # whose table is resized
 # Whatever computes positions, draws numbers or works on shapes at run time.
 FORBIDDEN = {"Sin", "Cos", "Range", "Shape", "ConstantOfShape", "Resize", "Constant", "Identity", "Cast", "CastLike"}
 FORBIDDEN |= {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial"}
 FORBIDDEN |= {"If", "Loop"}
-
-
-GRAPHS: dict[tuple[str, str], ir.Model] = {}
+TraceWhole = Callable[[str], ir.Model]
 
 
 @pytest.fixture(params=SIZES)
@@ -45,7 +43,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def loaded(kind: str, make_checkpoint: MakeCheckpoint) -> LoadedModel:
-    return load_model(make_checkpoint(kind), shape={"image": (3, *SIZES[kind])})
+    return load_model(make_checkpoint(kind, **SHALLOW), shape={"image": (3, *SIZES[kind])})
 
 
 @pytest.fixture
@@ -54,17 +52,20 @@ def bundle(kind: str, loaded: LoadedModel, made_once: MadeOnce) -> Bundle:
     return open_bundle(made_once(f"graph-{kind}", lambda path: export(loaded, path)))
 
 
-def trace_whole(loaded: LoadedModel, batch: str) -> ir.Model:
-    """Traced once for each model and batch; do not change it."""
-    key = repr(loaded.config), batch
-    if key not in GRAPHS:
-        GRAPHS[key] = traced(whole_model(loaded.model, Batch.parse(batch)), loaded.config)
-    return GRAPHS[key]
+@pytest.fixture
+def trace_whole(kind: str, loaded: LoadedModel, traced_once: TracedOnce) -> TraceWhole:
+    """The model in one graph, without folds, by its batch."""
+
+    def trace(batch: str) -> ir.Model:
+        part = whole_model(loaded.model, Batch.parse(batch))
+        return traced_once(f"{kind} {batch}", lambda: traced(part, loaded.config))
+
+    return trace
 
 
 @pytest.mark.parametrize("batch", ["1", "4", "1:2:4"])
-def test_nothing_constant_is_left_to_do(loaded: LoadedModel, batch: str) -> None:
-    graph = trace_whole(loaded, batch).graph
+def test_nothing_constant_is_left_to_do(trace_whole: TraceWhole, batch: str) -> None:
+    graph = trace_whole(batch).graph
     operators = Counter(node.op_type for node in graph)
 
     if batch == "1:2:4":  # how often positions are repeated is known at run time only
@@ -79,10 +80,8 @@ def test_nothing_constant_is_left_to_do(loaded: LoadedModel, batch: str) -> None
 
 
 @pytest.mark.parametrize("system", ["flow", "video", "pictures", "first_sound"])
-def test_folded_graphs_ask_at_run_time_for_no_type_and_no_shape(system: str) -> None:
-    model = getattr(small_models, system)().model
-    config = model.config
-    graph = traced(whole_model(model, Batch.parse(1)), config, fold=True).graph
+def test_folded_graphs_ask_at_run_time_for_no_type_and_no_shape(system: str, small_bundle: SmallBundle) -> None:
+    graph = ir.load(small_bundle(system) / "model.onnx").graph
 
     assert not FORBIDDEN & {node.op_type for node in graph}
     for node in graph:
@@ -93,8 +92,8 @@ def test_folded_graphs_ask_at_run_time_for_no_type_and_no_shape(system: str) -> 
         assert not constant or (node.op_type == "Expand" and large), f"{node.name} is constant"
 
 
-def test_shared_blocks_share_their_weights(loaded: LoadedModel) -> None:
-    graph = trace_whole(loaded, "1").graph
+def test_shared_blocks_share_their_weights(loaded: LoadedModel, trace_whole: TraceWhole) -> None:
+    graph = trace_whole("1").graph
     parameters = sum(parameter.numel() for parameter in loaded.model.encoder.self_attentions.parameters())
     stored = sum(
         value.const_value.size
@@ -103,13 +102,12 @@ def test_shared_blocks_share_their_weights(loaded: LoadedModel) -> None:
     )
 
     assert stored == parameters
-    for layer in range(2):
-        weight = graph.initializers[f"encoder.self_attentions.0.{layer}.mlp.hidden.weight"]
-        assert [user.op_type for user in weight.consumers()] == ["MatMul", "MatMul"]  # two blocks
+    weight = graph.initializers["encoder.self_attentions.0.0.mlp.hidden.weight"]
+    assert [user.op_type for user in weight.consumers()] == ["MatMul", "MatMul"]  # two blocks
 
 
-def test_weights_are_stored_as_matmul_takes_them(loaded: LoadedModel) -> None:
-    graph = trace_whole(loaded, "1").graph
+def test_weights_are_stored_as_matmul_takes_them(loaded: LoadedModel, trace_whole: TraceWhole) -> None:
+    graph = trace_whole("1").graph
     weight = graph.initializers["decoder.output.weight"].const_value
     assert weight is not None
 
@@ -193,32 +191,29 @@ def test_a_division_whose_dividend_wraps_stays(narrow: str, number: int) -> None
     assert [node.op_type for node in model.graph] == ["Cast", "Div", "Cast", "Add"]
 
 
-def test_costs_do_not_depend_on_the_batch(loaded: LoadedModel) -> None:
+def test_costs_do_not_depend_on_the_batch(trace_whole: TraceWhole) -> None:
     one, four, range_ = (
-        sum(stage.flops for stage in stage_costs(trace_whole(loaded, batch).graph)) for batch in ("1", "4", "1:2:4")
+        sum(stage.flops for stage in stage_costs(trace_whole(batch).graph)) for batch in ("1", "4", "1:2:4")
     )
 
     assert one == four == range_
 
 
 @pytest.mark.parametrize("kind", ["fourier"])
-def test_a_fixed_batch_does_not_store_positions_for_each_picture(
-    bundle: Bundle, loaded: LoadedModel, tmp_path: Path
-) -> None:
-    four = export(loaded, tmp_path / "four", ExportOptions(batch=4))
+def test_a_fixed_batch_does_not_store_positions_for_each_picture(bundle: Bundle, export_kind: ExportKind) -> None:
+    one, two = (made.manifest.files["model.weights"].size for made in (bundle, export_kind("fourier", "whole")))
 
-    assert four.manifest.files["model.weights"].size < 1.1 * bundle.manifest.files["model.weights"].size
+    assert two < 1.1 * one
 
 
-@pytest.mark.parametrize("kind", ["fourier"])
-def test_a_range_of_batches_runs_at_every_size_and_refuses_others(loaded: LoadedModel, tmp_path: Path) -> None:
-    bundle = export(loaded, tmp_path / "bundle", ExportOptions(batch="1:2:5"))
-    images = np.random.default_rng(0).normal(size=(6, 3, *SIZES["fourier"])).astype(np.float32)
+def test_a_range_of_batches_runs_at_every_size_and_refuses_others(batched_bundle: Path) -> None:
+    loaded = load_model(FASHION / "checkpoint")
+    images = np.random.default_rng(0).normal(size=(17, 3, 28, 28)).astype(np.float32)
 
-    with load(bundle) as runtime:
-        assert runtime.inputs[0].shape == ("batch", 3, *SIZES["fourier"])
-        assert runtime.inputs[0].ranges == {"batch": (1, 5)}
-        for size in range(1, 6):
+    with load(batched_bundle) as runtime:
+        assert runtime.inputs[0].shape == ("batch", 3, 28, 28)
+        assert runtime.inputs[0].ranges == {"batch": (1, 16)}
+        for size in range(1, 17):
             expected = loaded.run({"image": images[:size]})["logits"]
             found = runtime.run({"image": images[:size]})["logits"]
             np.testing.assert_allclose(found, expected, atol=TOLERANCE * np.abs(expected).max())
@@ -226,8 +221,8 @@ def test_a_range_of_batches_runs_at_every_size_and_refuses_others(loaded: Loaded
             np.testing.assert_array_equal(
                 runtime.run({"image": images[:size]}, out={"logits": buffer})["logits"], found
             )
-        for size in (0, 6):
-            with pytest.raises(Exception, match="batch from 1 to 5"):
+        for size in (0, 17):
+            with pytest.raises(Exception, match="batch from 1 to 16"):
                 runtime.run({"image": images[:size]})
 
 

@@ -303,18 +303,9 @@ def repeated_rows(drawing: Drawing) -> list[str]:
 
 
 FOLDABLE: tuple[Callable[[Drawing], list[str]], ...] = (
-    input_queries,
-    linear_tail,
-    packed_keys_and_values,
-    grouped_queries,
-    convolution,
-    einsum,
-    einsum_with_an_ellipsis,
-    rows_before_samples,
-    vector,
-    rotary,
-    repeated_rows,
-)
+    input_queries, linear_tail, packed_keys_and_values, grouped_queries, convolution, einsum, einsum_with_an_ellipsis,
+    rows_before_samples, vector, rotary, repeated_rows,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("make", FOLDABLE, ids=lambda make: make.__name__)

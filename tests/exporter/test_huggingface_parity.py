@@ -16,8 +16,8 @@ from perceiver_export.exporter import LoadedModel, load_model
 from perceiver_export.exporter.model.config import ImageInput
 from perceiver_export.runtimes.preprocessing import CenterCropShare, ImagePreprocessing, Resize, ResizeEdge
 
-from .conftest import MakeCheckpoint, make_transformers_model
-from .transformers_reference import SIZES, differences, rounding
+from .conftest import PICTURES, MakeCheckpoint, make_transformers_model
+from .transformers_reference import differences, rounding
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -42,7 +42,7 @@ TEXT_VARIANTS: list[dict[str, Any]] = [
 
 
 CASES = [
-    *itertools.product(SIZES, VARIANTS.values()),
+    *itertools.product(PICTURES, VARIANTS.values()),
     *itertools.product(("language", "text", "flow", "video"), TEXT_VARIANTS),
 ]
 

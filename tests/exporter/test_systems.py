@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,53 +14,25 @@ import pytest
 import torch
 
 from perceiver_export.exporter import ExportOptions, export, load_model
-from perceiver_export.runtimes import Bundle, load, open_bundle
+from perceiver_export.runtimes import load, open_task
 from perceiver_export.runtimes.errors import InputError, UsageError
 from perceiver_export.runtimes.split import decode
-from tests.conftest import MadeOnce
+from perceiver_export.runtimes.tasks import VideoAutoencoding
 
-from .conftest import MakeCheckpoint, make_transformers_model
+from .conftest import SHALLOW, ExportKind, MakeCheckpoint, make_transformers_model
 from .outputs import assert_close
-from .transformers_reference import SIZES, make_feeds, run_transformers
+from .transformers_reference import make_feeds, run_transformers
 
 KINDS = ["fourier", "language", "text", "flow", "video"]
-ONE_QUERY = ["fourier", "text"]
 RANDOM = {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial"}
 Arrays = dict[str, npt.NDArray[Any]]
-
-
-ExportKind = Callable[[str, str], Bundle]
-OPTIONS: dict[str, dict[str, Any]] = {
-    "whole": {"split": False, "batch": 2},
-    "split": {"split": True, "batch": 2},
-    "split, dynamic": {"split": True, "batch": "1:2:4", "dynamic_queries": True},
-}
-
-
-@pytest.fixture
-def export_kind(make_checkpoint: MakeCheckpoint, made_once: MadeOnce) -> ExportKind:
-    """Bundles by kind and name of options, each made once."""
-
-    def make(kind: str, name: str) -> Bundle:
-        options = dict(OPTIONS[name])
-        shape: dict[str, tuple[int, ...]] = {"image": (3, *SIZES[kind])} if kind in SIZES else {}
-        if kind in ONE_QUERY:
-            options.pop("dynamic_queries", None)  # refused where there is nothing to choose from
-        elif options["split"]:
-            shape["queries"] = (7,)
-        every = ExportOptions(shape=shape, **options)
-        return open_bundle(
-            made_once(f"transformers-{kind}-{name}", lambda path: export(make_checkpoint(kind), path, every))
-        )
-
-    return make
 
 
 def samples(kind: str) -> tuple[Arrays, Arrays]:
     """Two samples, and transformers' answers to them."""
     feeds = {name: tensor[:2] for name, tensor in make_feeds(kind, torch.float32).items()}
     with torch.no_grad():
-        expected = run_transformers(make_transformers_model(kind), feeds)
+        expected = run_transformers(make_transformers_model(kind, **SHALLOW), feeds)
     arrays = {name: tensor.numpy() for name, tensor in feeds.items()}
     return arrays, {name: tensor.numpy() for name, tensor in expected.items()}
 
@@ -126,6 +97,14 @@ def test_only_the_label_of_a_video_is_decoded(export_kind: ExportKind) -> None:
     with load(bundle, part="encoder") as encoder, load(bundle, part="decoder_label") as decoder:
         found = decoder.run(encoder.run(feeds))
     assert_close(found, {"label": expected["label"].reshape(found["label"].shape)}, 2e-5)
+
+
+def test_a_video_has_no_rate_that_nobody_said(export_kind: ExportKind) -> None:
+    feeds, expected = samples("video")
+    with open_task(export_kind("video", "whole"), VideoAutoencoding) as task:
+        assert task.preprocessing.sample_rate is None
+        found = task.run_inputs(feeds)
+    assert_close(found, {name: array.reshape(found[name].shape) for name, array in expected.items()}, 2e-5)
 
 
 def test_parts_share_one_file_of_weights(export_kind: ExportKind) -> None:

@@ -61,18 +61,13 @@ def test_every_attention_that_can_is_fused_and_every_linear_is_int8(
 
 
 def test_heads_of_unequal_width_are_three_kernels_until_they_are_padded(tmp_path: Path) -> None:
+    """With padding, which the test above compiles, all three attentions are fused."""
     (model,) = preset_graphs("language-bytes", 1, 1).values()
-    widths = [(one.qk, one.v) for one in find_attentions(model.graph)]
-    ir.save(model, tmp_path / "plain.onnx", external_data="plain.weights")
+    assert [(one.qk, one.v) for one in find_attentions(model.graph)] == [(32, 160), (32, 160), (32, 96)]
+
     to_half(model, "fp16")
     ir.save(model, tmp_path / "half.onnx", external_data="half.weights")
-    padded = ir.load(tmp_path / "plain.onnx")
-    lower_for_tensorrt(padded, "fp16")
-    ir.save(padded, tmp_path / "padded.onnx", external_data="padded.weights")
-    counts = [compile_rtx(tmp_path / f"{file}.onnx", tmp_path / file).fused_attentions for file in ("half", "padded")]
-
-    assert widths == [(32, 160), (32, 160), (32, 96)]
-    assert counts == [0, 3]
+    assert compile_rtx(tmp_path / "half.onnx", tmp_path / "half").fused_attentions == 0
 
 
 def test_an_attention_between_int8_products_is_fp16_whatever_its_heads_width(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import functools
 import importlib
 import json
 import os
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,7 @@ from perceiver_export.runtimes.errors import CheckpointError, DataError, InputEr
 from perceiver_export.runtimes.preprocessing import TextPreprocessing
 from perceiver_export.runtimes.tasks.tokenizers import ByteTokenizer, FileTokenizer, open_tokenizer
 from tests.calibration.asked import judged
+from tests.conftest import MadeOnce
 
 from .conftest import MakeCheckpoint
 
@@ -111,6 +113,25 @@ def checkpoint(make_checkpoint: MakeCheckpoint, kind: str, tokenizer: Any, **cha
     return directory
 
 
+ExportedOnce = Callable[..., tuple[Path, Path]]
+
+
+@pytest.fixture
+def exported_once(make_checkpoint: MakeCheckpoint, made_once: MadeOnce) -> ExportedOnce:
+    """``exported_once(kind, name, **config)``: a checkpoint with a tokenizer that pads on the left, and its bundle."""
+
+    def exported(kind: str, name: str, **changes: Any) -> tuple[Path, Path]:
+        def make(folder: Path) -> None:
+            made = checkpoint(make_checkpoint, kind, MAKERS[name](padding_side="left"), **changes)
+            shutil.copytree(made, folder / "checkpoint")
+            export(folder / "checkpoint", folder / "bundle")
+
+        folder = made_once(f"{kind} with {name}", make)
+        return folder / "checkpoint", folder / "bundle"
+
+    return exported
+
+
 def ours(directory: Path, **changes: Any) -> FileTokenizer:
     found = find_tokenizer(directory, "text-classification", LENGTH, 1000)
     assert found.steps is not None
@@ -162,12 +183,11 @@ def test_perceivers_own_tokenizer_is_cut_as_in_transformers(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("name", ["byte-level", "unigram", "bert"])
-def test_masks_are_filled_as_by_the_pipeline(name: str, make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
-    directory = checkpoint(make_checkpoint, "language", MAKERS[name](padding_side="left"))
+def test_masks_are_filled_as_by_the_pipeline(name: str, exported_once: ExportedOnce) -> None:
+    directory, bundle = exported_once("language", name)
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
     theirs = transformers.pipeline("fill-mask", model=str(directory), tokenizer=tokenizer, device="cpu")
-    export(directory, tmp_path / "bundle")
-    with open_task(tmp_path / "bundle") as fill:
+    with open_task(bundle) as fill:
         for text in (f"The cat {tokenizer.mask_token} on the mat .", f"{tokenizer.mask_token}"):
             expected, filled = theirs(text, top_k=4), fill(text, top=4)
             (blank,) = filled.blanks
@@ -204,11 +224,10 @@ def test_texts_are_classified_as_by_the_pipeline(make_checkpoint: MakeCheckpoint
 
 @pytest.mark.usefixtures("untimed")
 def test_a_text_that_is_too_long_is_counted_or_cut_and_the_tokenizer_stays_with_the_bundle(
-    make_checkpoint: MakeCheckpoint, tmp_path: Path
+    exported_once: ExportedOnce, tmp_path: Path
 ) -> None:
-    directory = checkpoint(make_checkpoint, "text", bert(), num_labels=2)
-    bundle, data = tmp_path / "bundle", tmp_path / "texts.jsonl"
-    export(directory, bundle)
+    directory, bundle = exported_once("text", "bert", num_labels=2)
+    data = tmp_path / "texts.jsonl"
     texts = [*CORPUS[:9], "the cat sat on the mat " * 9]
     data.write_text("".join(json.dumps({"text": f"{text} {row}", "label": 0}) + "\n" for row, text in enumerate(texts)))
 
@@ -246,9 +265,8 @@ def test_a_text_that_is_too_long_is_counted_or_cut_and_the_tokenizer_stays_with_
 
 
 @pytest.mark.usefixtures("untimed")
-def test_a_certificate_says_how_many_texts_were_cut(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
-    bundle, data = tmp_path / "bundle", tmp_path / "texts.jsonl"
-    export(checkpoint(make_checkpoint, "text", bert(), num_labels=2), bundle)
+def test_a_certificate_says_how_many_texts_were_cut(exported_once: ExportedOnce, tmp_path: Path) -> None:
+    (_, bundle), data = exported_once("text", "bert", num_labels=2), tmp_path / "texts.jsonl"
     texts = [f"{text} {row}" for row, text in enumerate(CORPUS)] + ["the cat sat on the mat " * 9]
     data.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
 
@@ -261,12 +279,10 @@ def test_a_certificate_says_how_many_texts_were_cut(make_checkpoint: MakeCheckpo
     assert any("1 of 61 texts" in caveat for caveat in certificate.caveats)
 
 
-def test_tokens_beyond_the_bytes_are_judged(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+def test_tokens_beyond_the_bytes_are_judged(exported_once: ExportedOnce, tmp_path: Path) -> None:
     """The vocabulary is the tokenizer's, of 300, and not that of bytes, of 262."""
-    tokenizer = byte_level()
-    bundle, data = tmp_path / "bundle", tmp_path / "texts.jsonl"
-    export(checkpoint(make_checkpoint, "language", tokenizer), bundle)
-    assert max(tokenizer(CORPUS[0])["input_ids"]) >= 262
+    (directory, bundle), data = exported_once("language", "byte-level"), tmp_path / "texts.jsonl"
+    assert max(transformers.AutoTokenizer.from_pretrained(directory)(CORPUS[0])["input_ids"]) >= 262
     data.write_text("".join(json.dumps({"text": f"{row} {text}"}) + "\n" for row, text in enumerate(CORPUS[:6])))
 
     found = judged(bundle, data, against=bundle, against_device="ort-cpu")

@@ -13,9 +13,7 @@ from torch import Tensor
 
 from perceiver_export.exporter import load_model
 
-from .conftest import make_transformers_model
-
-SIZES = {"learned": (12, 12), "fourier": (13, 17), "conv": (37, 30)}  # pictures, height and width
+from .conftest import PICTURES, make_transformers_model
 
 
 def differences(kind: str, **changes: Any) -> dict[torch.dtype, float]:
@@ -23,7 +21,7 @@ def differences(kind: str, **changes: Any) -> dict[torch.dtype, float]:
     theirs = make_transformers_model(kind, **changes)
     with tempfile.TemporaryDirectory() as directory:
         theirs.save_pretrained(directory)
-        shape = {"image": (3, *SIZES[kind])} if kind in SIZES else {}
+        shape = {"image": (3, *PICTURES[kind])} if kind in PICTURES else {}
         ours = load_model(Path(directory), shape=shape).model
     found = {}
     for dtype in (torch.float32, torch.float64):
@@ -54,8 +52,8 @@ def _distance(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
 def make_feeds(kind: str, dtype: torch.dtype) -> dict[str, Tensor]:
     """Inputs of our models: two samples, or four texts: of two lengths, one with holes in its mask, one all masked."""
     generator = torch.Generator().manual_seed(1)
-    if kind in SIZES:
-        return {"image": torch.randn(2, 3, *SIZES[kind], dtype=dtype, generator=generator)}
+    if kind in PICTURES:
+        return {"image": torch.randn(2, 3, *PICTURES[kind], dtype=dtype, generator=generator)}
     if kind == "flow":
         return {"frames": torch.randn(2, 2, 3, 11, 14, dtype=dtype, generator=generator)}
     if kind == "video":
