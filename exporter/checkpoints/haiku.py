@@ -119,9 +119,8 @@ def load_haiku(
     trained = preset.build(parity)
     if config is not None:
         trained = _changed(trained, config)
-    sizes = trained if image_shape is None else resized(f"deepmind:{model}", trained, image_shape)
-    checkpoint = read_haiku(path)
-    state = {name: torch.from_numpy(array) for name, array in {**checkpoint.params, **checkpoint.state}.items()}
+    sizes = resized(f"deepmind:{model}", trained, image_shape)
+    state = {name: torch.from_numpy(array) for name, array in read_haiku(path).items()}
     found = released_model(state)
     if found is not None and found != model:
         raise CheckpointError(f"{path} holds the model {found}, not {model}", f"give deepmind:{found}:{path}")

@@ -17,7 +17,6 @@ import math
 import pickle
 import pickletools
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from perceiver_export.runtimes.errors import CheckpointError
+from perceiver_export.runtimes.files import reading
 
 Array = npt.NDArray[Any]
 
@@ -181,19 +181,11 @@ class _Unpickler(pickle.Unpickler):
         return self._names[full]
 
 
-@dataclass(frozen=True, eq=False)
-class HaikuCheckpoint:
-    """Arrays by ``module/path/parameter``, as Haiku names them; ``state`` is empty where nothing was averaged.
+def read_haiku(path: Path) -> dict[str, Array]:
+    """Parameters and state of a Haiku pickle, which holds bare parameters, or a mapping of ``params`` and ``state``.
 
-    Linear ``w`` are (in, out), convolution ``w`` are HWIO. float32, or float64 and integers where the file has them.
-    """
-
-    params: dict[str, Array]
-    state: dict[str, Array]
-
-
-def read_haiku(path: Path) -> HaikuCheckpoint:
-    """Parameters and state of a Haiku pickle: bare parameters, or a mapping of ``params`` and ``state``.
+    Arrays by ``module/path/parameter``, as Haiku names them. Linear ``w`` are (in, out), convolution ``w`` are HWIO.
+    float32, or float64 and integers where the file has them.
 
     Raises CheckpointError if the file is missing, not a pickle or damaged, names anything but arrays and mappings, or
     has NaN or infinite values.
@@ -212,14 +204,12 @@ def read_haiku(path: Path) -> HaikuCheckpoint:
         params, state = tree["params"], tree.get("state") or {}
     # A file can hold the same bytes under any number of names.
     most = len(content) + _SLACK
-    return HaikuCheckpoint(_flat(path, params, most), _flat(path, state, most))
+    return {**_flat(path, params, most), **_flat(path, state, most)}
 
 
 def _content(path: Path) -> bytes:
-    try:
+    with reading(path, CheckpointError, "give a pickle file"):
         content = path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}", "give a pickle file") from error
     if not content:
         raise CheckpointError(f"{path} is empty", "copy the checkpoint again")
     for magic, kind in _COMPRESSED.items():

@@ -116,7 +116,7 @@ def test_sizes_that_do_not_fit(
         ("language", UsageError, "no checkpoint file is given", "deepmind:language:FILE"),
         ("language:", UsageError, "no checkpoint file is given", "deepmind:language:FILE"),
         ("optical-flow:{}", CheckpointError, "holds the model language, not optical-flow", "deepmind:language:"),
-        ("language:{}.missing", CheckpointError, "No such file", "give"),
+        ("language:{}.missing", CheckpointError, "does not exist", "give"),
     ],
 )
 def test_sources_that_name_no_checkpoint(spec: str, kind: type[PerceiverExportError], message: str, hint: str) -> None:
