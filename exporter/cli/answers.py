@@ -35,7 +35,9 @@ class Request:
 
     bundle: str = ""
     inputs: Sequence[str] = ()
-    output: Path | None = None
+    output: Path | None = option(
+        None, "Where to write answers: a .json, image or array file, replaced if it exists; or a new directory."
+    )
     top: int = 3
     device: str = option("auto", "Target to run on; `auto` prefers a certified target.")
     precision: PrecisionChoice | None = option(
@@ -110,15 +112,10 @@ def image_files(request: Request) -> list[tuple[Path]]:
 
 def point_files(request: Request) -> list[tuple[Path]]:
     """The files, and the point clouds of the directories, in order."""
+    from perceiver_export.runtimes.tasks.image_files import list_files
     from perceiver_export.runtimes.tasks.points import POINT_FILES
 
-    def clouds(directory: Path) -> list[Path]:
-        found = sorted(file for file in directory.iterdir() if file.suffix.lower() in POINT_FILES)
-        if not found:
-            raise InputError(f"{directory} holds no point clouds", f"give files that end in {' or '.join(POINT_FILES)}")
-        return found
-
-    return _files(request, clouds)
+    return _files(request, lambda directory: list_files(directory, POINT_FILES, "point clouds"))
 
 
 def _files(request: Request, listed: Callable[[Path], list[Path]]) -> list[tuple[Path]]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections.abc import Collection
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
@@ -164,17 +165,22 @@ def _of_pillow(image: Image, name: str) -> RgbImage:
 
 
 def list_images(directory: str | os.PathLike[str]) -> list[Path]:
-    """A directory's image files in the order of their names, numbers by value: frame2 before frame10.
+    """A directory's images; see `list_files`."""
+    return list_files(directory, IMAGE_SUFFIXES, "images")
 
-    Raises InputError: not a readable directory, or no images in it.
+
+def list_files(directory: str | os.PathLike[str], endings: Collection[str], what: str) -> list[Path]:
+    """A directory's files with such endings in the order of their names, numbers by value: frame2 before frame10.
+
+    ``what``: what they are, in the plural. Raises InputError: not a readable directory, or no such files in it.
     """
     path = Path(directory)
     try:
-        found = [file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()]
+        found = [file for file in path.iterdir() if file.suffix.lower() in endings and file.is_file()]
     except OSError as error:
-        raise InputError(f"{path} is not a readable directory", "give a directory of images") from error
+        raise InputError(f"{path} is not a readable directory", f"give a directory of {what}") from error
     if not found:
-        raise InputError(f"{path} contains no images", f"give files that end in {', '.join(sorted(IMAGE_SUFFIXES))}")
+        raise InputError(f"{path} contains no {what}", f"give files that end in {', '.join(sorted(endings))}")
     return sorted(found, key=_natural)
 
 
