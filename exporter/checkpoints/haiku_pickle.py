@@ -185,10 +185,9 @@ def read_haiku(path: Path) -> dict[str, Array]:
     """Parameters and state of a Haiku pickle, which holds bare parameters, or a mapping of ``params`` and ``state``.
 
     Arrays by ``module/path/parameter``, as Haiku names them. Linear ``w`` are (in, out), convolution ``w`` are HWIO.
-    float32, or float64 and integers where the file has them.
+    They have the types of the file, in this machine's byte order.
 
-    Raises CheckpointError if the file is missing, not a pickle or damaged, names anything but arrays and mappings, or
-    has NaN or infinite values.
+    Raises CheckpointError if the file is missing, not a pickle or damaged, or names anything but arrays and mappings.
     """
     content = _content(path)
     tree = _unpickle(path, content)
@@ -243,15 +242,7 @@ def _flat(path: Path, tree: object, most: int) -> dict[str, Array]:
             most -= len(full) + array.values.nbytes
             if most < 0:
                 raise CheckpointError(f"{path} expands beyond its size; nothing was executed", _DO_NOT_TRUST)
-            kind = array.values.dtype
-            if kind.kind == "f" and not np.isfinite(array.values).all():
-                raise CheckpointError(
-                    f"{path}: {full!r} holds NaN or infinite values",
-                    "give a checkpoint from before the training diverged",
-                )
-            # A copy in this machine's byte order; half precision becomes float32.
-            wide = np.dtype(np.float32) if kind.kind == "f" and kind.itemsize == 2 else kind.newbyteorder("=")
-            flat[full] = array.values.astype(wide, order="C", copy=True)
+            flat[full] = array.values.astype(array.values.dtype.newbyteorder("="), order="C", copy=True)
     return flat
 
 

@@ -137,7 +137,7 @@ def read_state_dict(directory: Path) -> dict[str, Tensor]:
     """
     for path in (directory / name for name in (*_SINGLE, *SHARDED)):
         if path.is_file():
-            return _checked(_read_shards(path) if path.name in SHARDED else _read_file(path))
+            return valid(_read_shards(path) if path.name in SHARDED else _read_file(path))
     raise CheckpointError(
         f"no weights in {directory}", f"give a Hugging Face directory with one of {', '.join((*_SINGLE, *SHARDED))}"
     )
@@ -212,7 +212,7 @@ def _is_plain(name: object, tensor: object) -> bool:
     return isinstance(name, str) and dense
 
 
-def _checked(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def valid(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors, with half precision widened to float32. Raises CheckpointError for NaN or infinite values."""
     for name, tensor in state.items():
         if not tensor.is_floating_point():

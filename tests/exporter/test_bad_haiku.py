@@ -81,6 +81,15 @@ def test_parameters_that_do_not_fit(
     assert "--config" in error.value.hint
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_nan_and_infinity(value: float, dtype: type, tmp_path: Path) -> None:
+    path = _pickle("language", tmp_path, lambda params: params.update({_VALUE: np.full((32, 32), value, dtype)}))
+
+    with pytest.raises(CheckpointError, match=f"{_VALUE}' holds NaN or infinite values"):
+        load_model(f"deepmind:language:{path}")
+
+
 def _sized(part: str, **values: Any) -> Change:
     return lambda found: found[part].update(values)
 

@@ -106,7 +106,7 @@ W, SHARED = np.ones(2, np.float32), np.arange(3, dtype=np.float32)
             {"b/~/mean_ema/average": SHARED},
         ),
         ({"params": {"w": W}}, {"params/w": W}, {}),  # a module that is called params, in a plain dict
-        ({"a": {"w": np.array([0.5, 65504], np.float16)}}, {"a/w": np.array([0.5, 65504], np.float32)}, {}),
+        ({"a": {"w": np.array([0.5, 65504], np.float16)}}, {"a/w": np.array([0.5, 65504], np.float16)}, {}),
         ({"a": {"counter": np.int32(7)}}, {"a/counter": np.array(7, np.int32)}, {}),
         ({"a": {"w": SHARED}, "b": {"w": SHARED}}, {"a/w": SHARED, "b/w": SHARED}, {}),
     ],
@@ -234,15 +234,4 @@ ITSELF["a"] = ITSELF
 )
 def test_pickles_of_other_things(tmp_path: Path, tree: object, message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
-        read_haiku(write(tmp_path / "p.pickle", tree))
-
-
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
-@pytest.mark.parametrize("part", ["params", "state"])
-def test_nan_and_infinity(tmp_path: Path, value: float, dtype: type, part: str) -> None:
-    tree: dict[str, Any] = {"params": {"a": {"w": np.ones(2, dtype)}}, "state": {"a": {"w": np.ones(2, dtype)}}}
-    tree[part]["a"]["w"][1] = value
-
-    with pytest.raises(CheckpointError, match="'a/w' holds NaN or infinite values"):
         read_haiku(write(tmp_path / "p.pickle", tree))
