@@ -13,6 +13,7 @@ from perceiver_export.runtimes.bundle import Bundle, open_bundle
 from perceiver_export.runtimes.certificates import Certificate, certificates, precision_of
 from perceiver_export.runtimes.errors import BundleError, MissingDependencyError, require
 from perceiver_export.runtimes.external_data import external_files
+from perceiver_export.runtimes.files import parsing
 from perceiver_export.runtimes.manifest import Manifest, Part
 from perceiver_export.runtimes.presence import certificates_for, choose_target
 
@@ -79,10 +80,8 @@ def _inspect_onnx(path: Path) -> Inspection:
 
     model = read_graph(path)
     engine = open_engine(path, "ort-cpu", threads=None)
-    try:
+    with parsing(str(path), "is not a valid ONNX model", "copy or export it again", BundleError):
         common.ShapeInferencePass()(model)
         stages = stage_costs(model.graph)
-    except Exception as error:  # onnx and onnx-ir each raise their own for an invalid graph
-        raise BundleError(f"{path} is not a valid ONNX model", "copy or export it again") from error
     size = sum(file.stat().st_size for file in {path, *(path.parent / name for name in external_files(path))})
     return Inspection(path, {"model": Part(path.name, engine.inputs, engine.outputs, stages)}, None, size)

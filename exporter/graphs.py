@@ -82,6 +82,11 @@ class Batch:
         return cls(*numbers)
 
     @property
+    def dimension(self) -> int | str:
+        """The first dimension of every tensor: `batch`, or a fixed number of samples."""
+        return "batch" if self.ranges else self.typical
+
+    @property
     def ranges(self) -> dict[str, tuple[int, int]]:
         """(least, most) by name of the dimension; empty if it is fixed."""
         return {"batch": (self.least, self.most)} if self.least != self.most else {}
@@ -215,7 +220,7 @@ def own_graph(model: NamedModule | OnnxFile, batch: Batch | None) -> GraphPart:
 
     def spec(name: str, array: Array) -> TensorSpec:
         check_tensor(name, array)
-        return _spec(name, array.shape[1:], taken, "", dtype=cast(DType, str(array.dtype)))
+        return TensorSpec(name, cast(DType, str(array.dtype)), (taken.dimension, *array.shape[1:]), "", taken.ranges)
 
     inputs, outputs = (tuple(itertools.starmap(spec, arrays.items())) for arrays in (sized, found))
     return GraphPart("model", model, inputs, outputs, taken.sizes, examples=examples)
@@ -347,20 +352,18 @@ def input_specs(config: PerceiverConfig, batch: Batch) -> tuple[TensorSpec, ...]
     """The inputs of the whole model, with masks and given queries."""
     specs: list[TensorSpec] = []
     for name, one in config.inputs.items():
-        mask: tuple[int, str] | None = None
         if isinstance(one, ImageInput):
             shape = (one.num_channels, one.height, one.width)
             specs.append(_spec(name, shape, batch, "preprocessed RGB images, channels first"))
         elif isinstance(one, FramePairInput):
             specs.append(_spec(name, (2, 3, one.height, one.width), batch, "two RGB frames in [-1, 1], channels first"))
         elif isinstance(one, TokenInput):
-            mask = (one.length, "a token")
             specs.append(_spec(name, (one.length,), batch, "tokens, padded with 0", (0, one.vocabulary_size - 1)))
         elif isinstance(one, ArrayInput):
-            mask = (math.prod(one.grid), "an element") if one.masked else None
             specs.append(_spec(name, (*one.shape, one.num_channels), batch, "values, channels last"))
-        if mask is not None:
-            specs.append(_spec(f"{name}_mask", mask[:1], batch, f"1 where there is {mask[1]}, else 0", (0, 1)))
+        if isinstance(one, TokenInput) or (isinstance(one, ArrayInput) and one.masked):
+            there = "a token" if isinstance(one, TokenInput) else "an element"
+            specs.append(_spec(f"{name}_mask", (one.num_inputs,), batch, f"1 where there is {there}, else 0", (0, 1)))
     for name, output in _outputs(config).items():
         if isinstance(output.queries, GivenQueries):
             rows = (output.queries.num_queries, output.queries.num_channels)
@@ -382,14 +385,8 @@ def output_specs(config: PerceiverConfig, batch: Batch) -> tuple[TensorSpec, ...
 
 
 def _spec(
-    name: str,
-    shape: tuple[int, ...],
-    batch: Batch,
-    meaning: str,
-    values: tuple[int, int] | None = None,
-    dtype: DType | None = None,
+    name: str, shape: tuple[int, ...], batch: Batch, meaning: str, values: tuple[int, int] | None = None
 ) -> TensorSpec:
-    """A tensor with the batch in front: by default int32 if ``values`` gives its range, else float32."""
-    size: int | str = "batch" if batch.ranges else batch.typical
-    kind = dtype or ("float32" if values is None else "int32")
-    return TensorSpec(name, kind, (size, *shape), meaning, batch.ranges, values)
+    """A tensor with the batch in front: int32 if ``values`` gives its range, else float32."""
+    dtype: DType = "float32" if values is None else "int32"
+    return TensorSpec(name, dtype, (batch.dimension, *shape), meaning, batch.ranges, values)

@@ -55,8 +55,7 @@ class OnnxFile:
         self.outputs = tuple(str(value.name) for value in model.graph.outputs)
         if not self.outputs:
             raise UnsupportedModelError("the model has no outputs", "export a model with at least one output")
-        if len(set(self.outputs)) < len(self.outputs):
-            twice = sorted({name for name in self.outputs if self.outputs.count(name) > 1})
+        if twice := sorted({name for name in self.outputs if self.outputs.count(name) > 1}):
             raise UnsupportedModelError(f"outputs listed twice: {', '.join(twice)}", "list each output once")
         for name in self.shapes.keys() & set(self.outputs):
             raise UnsupportedModelError(f"{name!r} is both an input and an output", "remove that output")

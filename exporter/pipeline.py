@@ -9,7 +9,7 @@ import os
 import platform
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
@@ -76,9 +76,8 @@ class ExportOptions:
         "Samples per call: a number, or a range. By default 1, or as many as your example inputs have.",
         "N|MIN:OPT:MAX",
     )
-    shape: Mapping[str, tuple[int, ...]] = field(
-        default_factory=dict,
-        metadata={"doc": "Fix a size, without the batch: image=3x224x224; queries=1024 per call of a split decoder."},
+    shape: Mapping[str, tuple[int, ...]] = option(
+        dict, "Fix a size, without the batch: image=3x224x224; queries=1024 per call of a split decoder."
     )
     config: str | os.PathLike[str] | None = option(
         None,

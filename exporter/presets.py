@@ -234,9 +234,7 @@ def load_preset(name: str, parity: Parity, image_shape: tuple[int, int, int] | N
     from perceiver_export.exporter.model.perceiver import PerceiverIO
 
     preset = PRESETS[name]
-    config = preset.build(parity)
-    if image_shape is not None:
-        config = resized(f"preset {name}", config, image_shape)
+    config = resized(f"preset {name}", preset.build(parity), image_shape)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = PerceiverIO(config).eval()
@@ -250,8 +248,10 @@ def described(task: str, model: PerceiverIO, parity: Parity, source: str) -> Loa
     return LoadedModel(model, config, task, parity, source, _labels(task, config), steps, split)
 
 
-def resized(source: str, config: PerceiverConfig, image_shape: tuple[int, int, int]) -> PerceiverConfig:
-    """``config`` for images of another size. Raises UsageError if it does not take them."""
+def resized(source: str, config: PerceiverConfig, image_shape: tuple[int, int, int] | None) -> PerceiverConfig:
+    """``config`` for images of another size, if one is given. Raises UsageError if it does not take them."""
+    if image_shape is None:
+        return config
     image = config.inputs.get("image")
     if not isinstance(image, ImageInput):
         raise UsageError(f"{source} reads no images: its sizes are fixed", "leave --shape out")

@@ -50,15 +50,11 @@ _READS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.defau
 @contextlib.contextmanager
 def unlogged() -> Iterator[None]:
     """Silence onnx-ir, which logs a traceback at each node whose shape it cannot infer."""
-    loggers = [logging.getLogger(name) for name in ("onnx_ir", "onnxscript")]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
+    with contextlib.ExitStack() as stack:
+        for logger in map(logging.getLogger, ("onnx_ir", "onnxscript")):
+            stack.callback(logger.setLevel, logger.level)
             logger.setLevel(logging.CRITICAL + 1)
         yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 def sample_inputs(
@@ -322,18 +318,16 @@ def _reason(error: BaseException) -> str:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Silence torch's exporter: progress, notes about torchvision, its own deprecations, tracebacks."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)  # handlers of torch's loggers keep the stderr that they were made with
-    try:
-        with (
-            warnings.catch_warnings(),
-            contextlib.redirect_stdout(io.StringIO()),
-            contextlib.redirect_stderr(io.StringIO()),
-        ):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(disabled)
+    with (
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+        contextlib.ExitStack() as stack,
+    ):
+        warnings.simplefilter("ignore")
+        stack.callback(logging.disable, logging.root.manager.disable)
+        logging.disable(logging.CRITICAL)  # handlers of torch's loggers keep the stderr that they were made with
+        yield
 
 
 @contextlib.contextmanager

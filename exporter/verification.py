@@ -102,7 +102,7 @@ def _verified(
     cases: list[_Case] = []
     for _, feeds in _drawn(source, config, seeds, largest):
         progress(len(cases), 2 * len(seeds))
-        step = _STEP if cases and len(seeds) == 2 and _chooses_queries(source) else 1
+        step = _STEP if cases and len(seeds) == 2 and _chooses_queries(source, config) else 1
         case = _own_case(source, feeds, cases) if source.examples else None
         cases.append(case or _Case(feeds, _reference(source, feeds, step=step), step))
     can_shrink = not cases[-1].shuffled and any(one.dtype.kind == "f" for one in cases[-1].feeds.values())
@@ -234,12 +234,11 @@ def _rounding(source: GraphPart, case: _Case, output: str) -> float:
     return compare(case.outputs[output], exact, TOLERANCE).difference
 
 
-def _chooses_queries(part: GraphPart) -> bool:
+def _chooses_queries(part: GraphPart, config: PerceiverConfig | None) -> bool:
     """Whether torch can decode a subset of the queries of each output: of a whole `PerceiverIO` with many queries."""
-    model = getattr(part.module, "model", None)
-    if part.name != "model" or not isinstance(model, PerceiverIO) or not isinstance(model.config.decoder, QueryDecoder):
+    if part.name != "model" or config is None or not isinstance(config.decoder, QueryDecoder):
         return False
-    queries = [output.queries for output in model.config.decoder.outputs.values()]
+    queries = [output.queries for output in config.decoder.outputs.values()]
     return not any(isinstance(one, GivenQueries) or one.num_queries <= _STEP for one in queries)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from perceiver_export.exporter.checkpoints.haiku_pickle import read_haiku
 from perceiver_export.exporter.checkpoints.huggingface import patches_to_kernel
-from perceiver_export.exporter.checkpoints.weights import Source, Sources, convert, load_model_state, read_object
+from perceiver_export.exporter.checkpoints.weights import Source, Sources, convert, load_model_state, read_object, valid
 from perceiver_export.exporter.loaded import LoadedModel
 from perceiver_export.exporter.model.architectures import Parity
 from perceiver_export.exporter.model.config import PerceiverConfig
@@ -119,9 +119,8 @@ def load_haiku(
     trained = preset.build(parity)
     if config is not None:
         trained = _changed(trained, config)
-    sizes = trained if image_shape is None else resized(f"deepmind:{model}", trained, image_shape)
-    checkpoint = read_haiku(path)
-    state = {name: torch.from_numpy(array) for name, array in {**checkpoint.params, **checkpoint.state}.items()}
+    sizes = resized(f"deepmind:{model}", trained, image_shape)
+    state = valid({name: torch.from_numpy(array) for name, array in read_haiku(path).items()})
     found = released_model(state)
     if found is not None and found != model:
         raise CheckpointError(f"{path} holds the model {found}, not {model}", f"give deepmind:{found}:{path}")

@@ -17,7 +17,6 @@ import math
 import pickle
 import pickletools
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from perceiver_export.runtimes.errors import CheckpointError
+from perceiver_export.runtimes.files import reading
 
 Array = npt.NDArray[Any]
 
@@ -181,22 +181,13 @@ class _Unpickler(pickle.Unpickler):
         return self._names[full]
 
 
-@dataclass(frozen=True, eq=False)
-class HaikuCheckpoint:
-    """Arrays by ``module/path/parameter``, as Haiku names them; ``state`` is empty where nothing was averaged.
+def read_haiku(path: Path) -> dict[str, Array]:
+    """Parameters and state of a Haiku pickle, which holds bare parameters, or a mapping of ``params`` and ``state``.
 
-    Linear ``w`` are (in, out), convolution ``w`` are HWIO. float32, or float64 and integers where the file has them.
-    """
+    Arrays by ``module/path/parameter``, as Haiku names them. Linear ``w`` are (in, out), convolution ``w`` are HWIO.
+    They have the types of the file, in this machine's byte order.
 
-    params: dict[str, Array]
-    state: dict[str, Array]
-
-
-def read_haiku(path: Path) -> HaikuCheckpoint:
-    """Parameters and state of a Haiku pickle: bare parameters, or a mapping of ``params`` and ``state``.
-
-    Raises CheckpointError if the file is missing, not a pickle or damaged, names anything but arrays and mappings, or
-    has NaN or infinite values.
+    Raises CheckpointError if the file is missing, not a pickle or damaged, or names anything but arrays and mappings.
     """
     content = _content(path)
     tree = _unpickle(path, content)
@@ -212,14 +203,12 @@ def read_haiku(path: Path) -> HaikuCheckpoint:
         params, state = tree["params"], tree.get("state") or {}
     # A file can hold the same bytes under any number of names.
     most = len(content) + _SLACK
-    return HaikuCheckpoint(_flat(path, params, most), _flat(path, state, most))
+    return {**_flat(path, params, most), **_flat(path, state, most)}
 
 
 def _content(path: Path) -> bytes:
-    try:
+    with reading(path, CheckpointError, "give a pickle file"):
         content = path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}", "give a pickle file") from error
     if not content:
         raise CheckpointError(f"{path} is empty", "copy the checkpoint again")
     for magic, kind in _COMPRESSED.items():
@@ -253,15 +242,7 @@ def _flat(path: Path, tree: object, most: int) -> dict[str, Array]:
             most -= len(full) + array.values.nbytes
             if most < 0:
                 raise CheckpointError(f"{path} expands beyond its size; nothing was executed", _DO_NOT_TRUST)
-            kind = array.values.dtype
-            if kind.kind == "f" and not np.isfinite(array.values).all():
-                raise CheckpointError(
-                    f"{path}: {full!r} holds NaN or infinite values",
-                    "give a checkpoint from before the training diverged",
-                )
-            # A copy in this machine's byte order; half precision becomes float32.
-            wide = np.dtype(np.float32) if kind.kind == "f" and kind.itemsize == 2 else kind.newbyteorder("=")
-            flat[full] = array.values.astype(wide, order="C", copy=True)
+            flat[full] = array.values.astype(array.values.dtype.newbyteorder("="), order="C", copy=True)
     return flat
 
 

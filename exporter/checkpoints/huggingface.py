@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import torch
@@ -19,7 +20,7 @@ from perceiver_export.exporter.checkpoints.huggingface_config import (
     TASKS,
     HuggingFaceConfig,
     Labels,
-    default_image_shape,
+    default_image_size,
     read_config,
 )
 from perceiver_export.exporter.checkpoints.origins import refuse_other_directories, refuse_other_packages, unwrapped
@@ -30,7 +31,7 @@ from perceiver_export.exporter.loaded import LoadedModel
 from perceiver_export.exporter.model import architectures
 from perceiver_export.exporter.model.architectures import Parity, VideoSizes
 from perceiver_export.exporter.model.config import AttentionConfig, Features, ImageInput, PerceiverConfig, TokenInput
-from perceiver_export.exporter.presets import preprocessing
+from perceiver_export.exporter.presets import preprocessing, resized
 from perceiver_export.runtimes.errors import CheckpointError, UnsupportedModelError, UsageError
 
 # transformers' names of our parameters; the first match counts. In the language model some are one level higher.
@@ -123,7 +124,6 @@ _FEATURES: dict[str, Features] = {
     "PerceiverForImageClassificationConvProcessing": "conv",
 }
 _LABELLED = ("image-classification", "text-classification", "video-autoencoding")
-_RGB = 3
 
 
 def load_huggingface(
@@ -138,17 +138,16 @@ def load_huggingface(
     Raises CheckpointError (unreadable, or config and weights that differ), UnsupportedModelError, UsageError.
     """
     refuse_other_directories(directory)
-    config = read_config(directory)
+    config, processor = read_config(directory), read_preprocessor(directory)
     task = TASKS[config.architecture]
-    if image_shape is not None and task != "image-classification":
-        raise UsageError(f"the input sizes of {config.architecture} are fixed by its weights", "leave --shape out")
+    trained = architecture(config, parity, default_image_size(config, processor))
+    sizes = resized(config.architecture, trained, image_shape)
     found = read_state_dict(directory)
     refuse_other_packages(directory, found)
     state, notes = unwrapped(found)
-    sizes = architecture(config, parity, image_shape or default_image_shape(config, directory))
     sources = huggingface_sources(task, swap_kernel=parity == "deepmind")
     model = load_model_state(sizes, state, sources, ignored=DEAD if task == "video-autoencoding" else ())
-    text, processor = _text(config, directory, parity), read_preprocessor(directory)
+    text = _text(config, directory, parity)
     labels = config.read_labels() if task in _LABELLED else None
     return LoadedModel(
         model=model,
@@ -159,16 +158,16 @@ def load_huggingface(
         labels=labels.names if labels else (),
         preprocessing=preprocessing(task, sizes, parity, processor, None) if text is None else text.steps,
         split=task == "video-autoencoding",
-        notes=(*notes, *_notes(config, directory, sizes, labels), *(text.notes if text else ())),
+        notes=(*notes, *_notes(config, processor, trained, sizes, labels), *(text.notes if text else ())),
         files=text.files if text else {},
         output_kinds={"logits": labels.kind} if labels and task != "video-autoencoding" else {},
     )
 
 
-def architecture(config: HuggingFaceConfig, parity: Parity, image_shape: tuple[int, int, int]) -> PerceiverConfig:
-    """Our config of the model that transformers builds, at one image size."""
+def architecture(config: HuggingFaceConfig, parity: Parity, image_size: tuple[int, int]) -> PerceiverConfig:
+    """Our config of the model that transformers builds, at one image size (height, width)."""
     classifies = TASKS[config.architecture] == "image-classification"
-    image = _image_input(config, parity, image_shape) if classifies else None
+    image = _image_input(config, parity, *image_size) if classifies else None
     try:
         sizes = _architecture(config, parity, image)
     except UsageError as error:  # the sizes are the file's, not the caller's
@@ -202,13 +201,8 @@ def _architecture(config: HuggingFaceConfig, parity: Parity, image: ImageInput |
     return sizes if activation == "gelu" else msgspec.structs.replace(sizes, activation=activation)
 
 
-def _image_input(config: HuggingFaceConfig, parity: Parity, image_shape: tuple[int, int, int]) -> ImageInput:
+def _image_input(config: HuggingFaceConfig, parity: Parity, height: int, width: int) -> ImageInput:
     features = _FEATURES[config.architecture]
-    channels, height, width = image_shape
-    if channels != _RGB:
-        raise CheckpointError(
-            f"the image has {channels} channels, but the checkpoint reads {_RGB}", "give --shape image=3xHxW"
-        )
     side = {"conv1x1": config.image_size, "conv": 56, "pixels": 224}[features]
     return architectures.image_input(features, height, width, parity, (side, side))
 
@@ -245,7 +239,11 @@ def _text(config: HuggingFaceConfig, directory: Path, parity: Parity) -> FoundTo
 
 
 def _notes(
-    config: HuggingFaceConfig, directory: Path, sizes: PerceiverConfig, labels: Labels | None
+    config: HuggingFaceConfig,
+    processor: dict[str, Any],
+    trained: PerceiverConfig,
+    sizes: PerceiverConfig,
+    labels: Labels | None,
 ) -> tuple[str, ...]:
     """The assumptions that were made where the checkpoint says nothing."""
     notes = list(labels.notes) if labels else []
@@ -256,9 +254,8 @@ def _notes(
             "config.json has no sampling rate: give sound at the rate used in training"
             " (DeepMind's released model: 48 kHz)"
         )
-    image = sizes.inputs.get("image")
-    if isinstance(image, ImageInput):
-        processor = read_preprocessor(directory)
+    image, usual = sizes.inputs.get("image"), trained.inputs.get("image")
+    if isinstance(image, ImageInput) and isinstance(usual, ImageInput):
         if note := proportions_note(image_preprocessing(processor, image.height, image.width)):
             notes.append(note)
         if not processor:
@@ -266,10 +263,9 @@ def _notes(
                 f"no preprocessor_config.json: images are cropped, resized to {image.height} × {image.width} and"
                 " normalized as for ImageNet; a model that was trained differently will give wrong answers"
             )
-        usual = default_image_shape(config, directory)
-        if (image.height, image.width) != usual[1:]:
+        if image != usual:
             notes.append(
-                f"images are {image.height} × {image.width}, but the checkpoint's are {usual[1]} × {usual[2]}: measure"
-                " the accuracy at this size with `validate`"
+                f"images are {image.height} × {image.width}, but the checkpoint's are {usual.height} × {usual.width}:"
+                " measure the accuracy at this size with `validate`"
             )
     return tuple(notes)

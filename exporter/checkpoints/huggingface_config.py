@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
-from perceiver_export.exporter.checkpoints.preprocessor import image_shape, read_preprocessor
+from perceiver_export.exporter.checkpoints.preprocessor import image_shape
 from perceiver_export.exporter.checkpoints.weights import convert, read_object
 from perceiver_export.exporter.model.architectures import EncoderSizes
 from perceiver_export.exporter.model.config import Activation
@@ -127,7 +127,6 @@ _NAMES: dict[Activation, str] = {
 ACTIVATIONS = {theirs: ours for ours, names in _NAMES.items() for theirs in names.split()}
 _TRAINED_ACTIVATIONS = ("prelu", "xielu")
 
-_RGB = 3
 _Size = Annotated[int, Meta(ge=1, le=_MOST)]
 _OWN_MODEL = (
     "add --use-transformers to load the class with your installed transformers; or export module:function, a function"
@@ -233,13 +232,10 @@ def read_config(directory: Path) -> HuggingFaceConfig:
     return config
 
 
-def default_image_shape(config: HuggingFaceConfig, directory: Path) -> tuple[int, int, int]:
-    """(channels, height, width) of the image processor, else of the learned positions."""
-    if shape := image_shape(read_preprocessor(directory)):
-        return _RGB, *shape
-    if config.architecture == "PerceiverForImageClassificationLearned":
-        return _RGB, config.image_size, config.image_size
-    return _RGB, 224, 224
+def default_image_size(config: HuggingFaceConfig, processor: dict[str, Any]) -> tuple[int, int]:
+    """Height and width of the image processor, else of the learned positions."""
+    learned = config.architecture == "PerceiverForImageClassificationLearned"
+    return image_shape(processor) or ((config.image_size, config.image_size) if learned else (224, 224))
 
 
 def _check_class(path: Path, config: HuggingFaceConfig) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from perceiver_export.exporter.checkpoints.weights import read_object
+from perceiver_export.exporter.checkpoints.weights import convert, read_object
 from perceiver_export.runtimes.errors import CheckpointError, UnsupportedModelError
 from perceiver_export.runtimes.preprocessing import (
     MAX_SIDE,
@@ -39,7 +39,7 @@ _HALF = {"image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5)}
 _CLIP = {"image_mean": (0.48145466, 0.4578275, 0.40821073), "image_std": (0.26862954, 0.26130258, 0.27577711)}
 _SQUARE = {"height": 224, "width": 224}
 _EDGE = {"size": {"shortest_edge": 224}, "default_to_square": False}
-_CUT = {"do_center_crop": True, "crop_size": _SQUARE}
+_CUT = {"do_center_crop": True, "crop_size": 224}
 _RESAMPLE: dict[int, Filter] = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
 
 # A number, [height, width], or sides by name.
@@ -166,16 +166,13 @@ class Processor:
 
     def apply(self, given: dict[str, Any]) -> tuple[ImageStep, ...]:
         """The steps with the values of a file. Raises CheckpointError, UnsupportedModelError."""
-        try:
-            values = msgspec.convert({**self.defaults, **given}, Values)
-        except msgspec.ValidationError as error:
-            raise CheckpointError(f"{FILE}: {error}", "correct the value, or leave it out for the default") from error
+        values = convert({**self.defaults, **given}, Values, FILE)
         return tuple(step for flag, steps in self.steps if getattr(values, flag) for step in steps(values))
 
 
 _CLASSES = {
     "Perceiver": Processor(
-        {**_IMAGENET, "do_center_crop": True, "crop_size": {"height": 256, "width": 256}},
+        {**_IMAGENET, "do_center_crop": True, "crop_size": 256},
         (("do_center_crop", _crop_share), _RESIZE, _RESCALE, _NORMALIZE),
     ),
     "ViT": Processor({"resample": 2}),
@@ -186,12 +183,10 @@ _CLASSES = {
     "Blip": Processor({**_CLIP, "size": {"height": 384, "width": 384}}),
     "Siglip": Processor({"default_to_square": False}),
     "Pvt": Processor(_IMAGENET),
-    "Beit": Processor({"crop_size": _SQUARE}, (_RESIZE, *_USUAL)),
+    "Beit": Processor({"crop_size": 224}, (_RESIZE, *_USUAL)),
     "MobileNetV1": Processor({"resample": 2, **_EDGE, "size": {"shortest_edge": 256}, **_CUT}),
     "MobileNetV2": Processor({"resample": 2, **_EDGE, "size": {"shortest_edge": 256}, **_CUT}, (_RESIZE, *_USUAL)),
-    "MobileViT": Processor(
-        {**_EDGE, "do_center_crop": True, "crop_size": {"height": 256, "width": 256}}, (_RESIZE, _RESCALE, _CROP, _FLIP)
-    ),
+    "MobileViT": Processor({**_EDGE, "do_center_crop": True, "crop_size": 256}, (_RESIZE, _RESCALE, _CROP, _FLIP)),
     "Levit": Processor({**_IMAGENET, **_EDGE, **_CUT}, (("do_resize", _resize_levit), *_USUAL, _PAD)),
     "ConvNext": Processor(
         {"size": {"shortest_edge": 384}, "default_to_square": False}, (("do_resize", _resize_convnext), *_USUAL)
@@ -200,8 +195,7 @@ _CLASSES = {
         {**_IMAGENET, **_EDGE, **_CUT, "crop_pct": 0.9}, (("do_resize", _resize_poolformer), *_USUAL, _PAD)
     ),
     "EfficientNet": Processor(
-        {"size": {"height": 346, "width": 346}, "crop_size": {"height": 289, "width": 289}},
-        (_RESIZE, _CROP, _OFFSET, _NORMALIZE, _DIVIDE),
+        {"size": {"height": 346, "width": 346}, "crop_size": 289}, (_RESIZE, _CROP, _OFFSET, _NORMALIZE, _DIVIDE)
     ),
 }
 PROCESSORS = {f"{name}ImageProcessor": one for name, one in _CLASSES.items()}

@@ -29,10 +29,7 @@ from perceiver_export.runtimes.files import read_json
 
 _SHOWN = 5
 _LONGEST = 200  # characters of a name that is shown as it is
-
-
-def _as_it_is(tensor: Tensor) -> Tensor:
-    return tensor
+_DAMAGED = "copy it again: it is truncated or damaged"
 
 
 @dataclass(frozen=True)
@@ -40,7 +37,7 @@ class Source:
     """Where one of our parameters comes from: the checkpoint's name for it, and how its layout becomes ours."""
 
     name: str
-    convert: Callable[[Tensor], Tensor] = _as_it_is
+    convert: Callable[[Tensor], Tensor] = lambda tensor: tensor
 
 
 # Our parameter's name -> where it comes from.
@@ -138,10 +135,9 @@ def read_state_dict(directory: Path) -> dict[str, Tensor]:
 
     Raises CheckpointError if there is no weight file, or it is broken or needs to execute code.
     """
-    for read, names in ((_read_file, _SINGLE), (_read_shards, SHARDED)):
-        for path in (directory / name for name in names):
-            if path.is_file():
-                return _checked(read(path))
+    for path in (directory / name for name in (*_SINGLE, *SHARDED)):
+        if path.is_file():
+            return valid(_read_shards(path) if path.name in SHARDED else _read_file(path))
     raise CheckpointError(
         f"no weights in {directory}", f"give a Hugging Face directory with one of {', '.join((*_SINGLE, *SHARDED))}"
     )
@@ -184,18 +180,14 @@ def _read_file(path: Path) -> dict[str, Tensor]:
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
     from safetensors.torch import load_file
 
-    try:
+    with files.parsing(str(path), "is not a readable safetensors file", _DAMAGED, CheckpointError):
         state = load_file(path)
         with safe_open(path, framework="pt") as file:
             shared = file.metadata() or {}
         return {**{name: state[kept] for name, kept in shared.items() if kept in state}, **state}
-    except (SafetensorError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            f"{path} is not a readable safetensors file: {error}", "copy it again: it is truncated or damaged"
-        ) from error
 
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:
@@ -207,9 +199,7 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
         hint = "ask its author for a safetensors file: this one could execute code when read"
         raise CheckpointError(f"{path} was refused: it holds more than tensors, or is damaged", hint) from error
     except Exception as error:  # a damaged pickle makes torch raise anything, AssertionError and IndexError included
-        raise CheckpointError(
-            f"{path} is not a readable PyTorch file", "copy it again: it is truncated or damaged"
-        ) from error
+        raise CheckpointError(f"{path} is not a readable PyTorch file", _DAMAGED) from error
     if isinstance(state, dict):
         state = next((state[key] for key in _NESTED if isinstance(state.get(key), dict)), state)
     if not isinstance(state, dict) or not all(_is_plain(name, tensor) for name, tensor in state.items()):
@@ -222,7 +212,7 @@ def _is_plain(name: object, tensor: object) -> bool:
     return isinstance(name, str) and dense
 
 
-def _checked(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def valid(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors, with half precision widened to float32. Raises CheckpointError for NaN or infinite values."""
     for name, tensor in state.items():
         if not tensor.is_floating_point():

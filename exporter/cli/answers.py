@@ -36,7 +36,9 @@ class Request:
 
     bundle: str = ""
     inputs: Sequence[str] = ()
-    output: Path | None = None
+    output: Path | None = option(
+        None, "Where to write answers: a .json, image or array file, replaced if it exists; or a new directory."
+    )
     top: int = 3
     device: str = option("auto", "Target to run on; `auto` prefers a certified target.")
     precision: PrecisionChoice | None = option(
@@ -134,9 +136,10 @@ def image_files(request: Request) -> list[tuple[Path]]:
 
 def point_files(request: Request) -> list[tuple[Path]]:
     """The files, and the point clouds of the directories, in order."""
-    from perceiver_export.runtimes.tasks.points import list_clouds
+    from perceiver_export.runtimes.tasks.image_files import list_files
+    from perceiver_export.runtimes.tasks.points import POINT_FILES
 
-    return _files(request, list_clouds)
+    return _files(request, lambda directory: list_files(directory, POINT_FILES, "point clouds"))
 
 
 def _files(request: Request, listed: Callable[[Path], list[Path]]) -> list[tuple[Path]]:

@@ -50,7 +50,8 @@ def options_of(*kinds: type[Any], **parse: Callable[[str], tuple[str, Any]]) -> 
     """Decorate a command: a parameter whose type is in ``kinds`` becomes one option per field that has a ``doc``.
 
     A field's metadata hold the help (``doc``) and the metavar (``value``). A mapping takes several NAME=VALUE, parsed
-    by the function of its name in ``parse``. A nested dataclass contributes the options of its own fields.
+    by the function of its name in ``parse``. A nested dataclass contributes the options of its own fields. ``output``
+    is also -o.
     """
     fields = [found for kind in kinds for found in _flat(kind)]
 
@@ -68,7 +69,6 @@ def options_of(*kinds: type[Any], **parse: Callable[[str], tuple[str, Any]]) -> 
         others = [one for name, one in signature.parameters.items() if name not in parameters]
         made = [_parameter(field, hint) for field, hint in fields]
         run.__signature__ = signature.replace(parameters=[*others, *made])  # type: ignore[attr-defined]
-        run.__annotations__ = {one.name: one.annotation for one in (*others, *made)}
         return run
 
     return decorate
@@ -101,9 +101,10 @@ def _parameter(field: dataclasses.Field[Any], hint: Any) -> inspect.Parameter:
         kind, default, metavar = list[str] | None, None, metavar or "NAME=VALUE"
     elif hint in (bool, bool | None):
         flag = flag if default is False else f"{flag}/{flag.replace('--', '--no-', 1)}"
-    elif hint not in (int, int | None, float, float | None):
+    elif hint not in (int, int | None, float, float | None, Path | None):
         kind, default = (str | None, None) if default is None else (str, str(default))
-    annotation = Annotated[kind, typer.Option(flag, metavar=metavar, help=field.metadata.get("doc"))]
+    flags = [flag, "-o"] if field.name == "output" else [flag]
+    annotation = Annotated[kind, typer.Option(*flags, metavar=metavar, help=field.metadata.get("doc"))]
     return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 

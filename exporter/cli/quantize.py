@@ -39,8 +39,8 @@ class _Search:
 
 
 @dataclass(frozen=True)
-class _Source:
-    """Where the statistics come from: DATA, a share of it, or files of all shares."""
+class _Files:
+    """Where the statistics come from (DATA, a share of it, or files of all shares), and where results go."""
 
     data: str | None = option(
         None, "Images, .npz by input name (or a directory of them), .jsonl text, module:function or `random`."
@@ -48,86 +48,72 @@ class _Source:
     shard: str | None = option(None, "Run only this share of the calls: 3/16 is the third of 16 shards.", "I/N")
     statistics: str | None = option(None, "With --shard: write its statistics here.", "FILE.npz")
     merge: bool = option(False, "Quantize from the statistics of all shards, the PART.npz files, instead of DATA.")
+    output: str | None = option(None, "Where to write the quantized bundle.", "BUNDLE2")
+    sensitivity: Path | None = option(
+        None, "Also measure each layer quantized alone, for this file and `profile`.", "FILE.json"
+    )
 
 
 _Parts = Annotated[list[Path] | None, typer.Argument(metavar="PART.npz", help="Statistics of shards, for --merge.")]
-_Output = Annotated[
-    str | None, typer.Option("--output", "-o", metavar="BUNDLE2", help="Where to write the quantized bundle.")
-]
-_Sensitivity = Annotated[
-    Path | None,
-    typer.Option(metavar="FILE.json", help="Also measure each layer quantized alone, for this file and `profile`."),
-]
 
 
 @ui.options_of(
     QuantizeOptions,
     _Search,
-    _Source,
+    _Files,
     precision=partial(ui.pair, option="--precision", example="'decoder.*=int8-weights'"),
 )
 def quantize(
-    bundle: ui.BundleArgument,
-    options: QuantizeOptions,
-    how: _Search,
-    source: _Source,
-    parts: _Parts = None,
-    output: _Output = None,
-    sensitivity: _Sensitivity = None,
+    bundle: ui.BundleArgument, options: QuantizeOptions, how: _Search, files: _Files, parts: _Parts = None
 ) -> None:
     """Quantize a bundle to int8, calibrated on real data, and check that integer kernels really run it.
 
     The bundle is written only if they do. To quantize weights only, use --scheme int8-weights.
     """
-    if sensitivity is not None:
-        ui.check_output(sensitivity, (bundle, source.data, how.search, how.certify), ".json")
+    if files.sensitivity is not None:
+        ui.check_output(files.sensitivity, (bundle, files.data, how.search, how.certify), ".json")
     if (how.search is None) != (how.certify is None):
         raise UsageError("a search needs two sets of samples", _SPLITS)
     given = [name for name, value in vars(how).items() if value != getattr(_Search(), name)]
     if given and how.search is None:
         raise UsageError(f"--{given[0].replace('_', '-')} has no effect without a search", f"{_SPLITS} with it")
-    alone = not (given or sensitivity or options.gates.any)
-    if source.shard is not None or source.statistics is not None:
-        if output or parts or source.merge or not alone:
+    alone = not (given or files.sensitivity or options.gates.any)
+    if files.shard is not None or files.statistics is not None:
+        if files.output or parts or files.merge or not alone:
             hint = "pass -o, gates, --search and --sensitivity to a later command"
             raise UsageError("a shard writes statistics and nothing else", hint)
-        _collect(bundle, source, options)
-    elif output is None:
+        _collect(bundle, files, options)
+    elif files.output is None:
         raise UsageError("quantize needs an output", "give -o BUNDLE2")
-    elif (source.data is None) != source.merge or (parts and not source.merge):
+    elif (files.data is None) != files.merge or (parts and not files.merge):
         raise UsageError("quantize needs either data or statistics", "give --data DATA, or --merge PART.npz …")
-    elif source.data is None and not alone:
+    elif files.data is None and not alone:
         raise UsageError("--search, --sensitivity and gates have no effect with --merge", "give --data instead")
-    elif source.data is not None and how.search is not None:
-        _search_and_show(bundle, source.data, output, sensitivity, options, how)
+    elif how.search is not None:
+        _search_and_show(bundle, files, files.output, options, how)
     else:
-        _quantize_and_show(bundle, source.data, output, sensitivity, options, parts or ())
+        _quantize_and_show(bundle, files, files.output, options, parts or ())
 
 
-def _collect(bundle: str, source: _Source, options: QuantizeOptions) -> None:
+def _collect(bundle: str, files: _Files, options: QuantizeOptions) -> None:
     """Write the statistics of a shard."""
     from perceiver_export.calibration import collect_statistics
     from perceiver_export.calibration.validation.options import parse_shard
 
-    if source.data is None or source.shard is None or source.statistics is None:
+    if files.data is None or files.shard is None or files.statistics is None:
         hint = "give --data DATA --shard 3/16 --statistics part3.npz"
         raise UsageError("a shard needs data, its number and a file", hint)
-    shard, path = parse_shard(source.shard), Path(source.statistics)
-    ui.check_output(path, (bundle, source.data), ".npz")
+    shard, path = parse_shard(files.shard), Path(files.statistics)
+    ui.check_output(path, (bundle, files.data), ".npz")
     with ui.progress_bar("quantize") as progress:
-        collect_statistics(bundle, source.data, path, shard, options, progress=progress)
-    ui.print_json({"shard": source.shard, "statistics": str(path)})
+        collect_statistics(bundle, files.data, path, shard, options, progress=progress)
+    ui.print_json({"shard": files.shard, "statistics": str(path)})
     ui.show_written(path)
     ui.say(f"perceiver-export quantize {shlex.quote(bundle)} --merge PART.npz … -o BUNDLE2", "next:")
 
 
 def _quantize_and_show(
-    bundle: str,
-    data: str | None,
-    output: str,
-    sensitivity: Path | None,
-    options: QuantizeOptions,
-    parts: Sequence[Path],
+    bundle: str, files: _Files, output: str, options: QuantizeOptions, parts: Sequence[Path]
 ) -> None:
     from perceiver_export.calibration import quantize as quantize_
     from perceiver_export.calibration.quantization.record import read_calibration
@@ -135,21 +121,21 @@ def _quantize_and_show(
 
     groups: tuple[GroupSensitivity, ...] = ()
     with ui.progress_bar("quantize") as progress:
-        if sensitivity is not None and data is not None:
-            groups = measure_sensitivity(bundle, data, replace(options, samples=SAMPLES), progress=progress)
-        made = quantize_(bundle, data, output, options, sensitivity=groups, progress=progress, statistics=parts)
-        if sensitivity is not None:
-            ui.write_json(sensitivity, groups)
+        if files.sensitivity is not None and files.data is not None:
+            groups = measure_sensitivity(bundle, files.data, replace(options, samples=SAMPLES), progress=progress)
+        made = quantize_(bundle, files.data, output, options, sensitivity=groups, progress=progress, statistics=parts)
+        if files.sensitivity is not None:
+            ui.write_json(files.sensitivity, groups)
     calibration = read_calibration(made)
     assert calibration is not None
     document = {"bundle": str(made.path), "manifest": made.manifest, "calibration": calibration}
-    ui.print_json(document | ({} if sensitivity is None else {"sensitivity": groups}))
+    ui.print_json(document | ({} if files.sensitivity is None else {"sensitivity": groups}))
     made.path = Path(output)  # as it was typed
     _show_quantized(made, calibration)
     if groups:
         show = f"perceiver-export profile {shlex.quote(str(made.path))} --sort loss"
         ui.say(show, "each layer alone:")
-    ui.show_written(made.path, sensitivity)
+    ui.show_written(made.path, files.sensitivity)
     command = shlex.join(["perceiver-export", "validate", str(made.path), "--data", "DATA", "--against", bundle])
     ui.say(command, "next:")
 
@@ -176,18 +162,16 @@ def _show_quantized(made: Bundle, calibration: Calibration) -> None:
         ui.say(str(gate))
 
 
-def _search_and_show(
-    bundle: str, data: str, output: str, sensitivity: Path | None, options: QuantizeOptions, how: _Search
-) -> None:
+def _search_and_show(bundle: str, files: _Files, output: str, options: QuantizeOptions, how: _Search) -> None:
     """Search, then show a row for each mixture that was tried."""
     from perceiver_export.calibration import search
 
-    given: dict[str, Any] = {**vars(how), "calibrate": data}
+    given: dict[str, Any] = {**vars(how), "calibrate": files.data}
     given |= {"search_on": given.pop("search"), "certify_on": given.pop("certify")}
     with ui.progress_bar("search") as progress:
         found = search(bundle, output, options, **given, progress=progress)
-    if sensitivity is not None:
-        ui.write_json(sensitivity, found.ranking)
+    if files.sensitivity is not None:
+        ui.write_json(files.sensitivity, found.ranking)
     ui.print_json(found)
     ui.say(f"tried {len(found.rungs)} of {found.ladder} rungs:")
     for index, rung in enumerate(found.rungs):
@@ -200,7 +184,7 @@ def _search_and_show(
         ui.say("with --precision auto, load, run and build use the certified precision", "note:")
     for warning in found.warnings:
         ui.say(warning, "warning:")
-    ui.show_written(output, sensitivity)
+    ui.show_written(output, files.sensitivity)
 
 
 def _with(time: Time) -> str:

@@ -62,14 +62,6 @@ def run(
             show_default=False,
         ),
     ] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output",
-            "-o",
-            help="Where to write answers: a .json, image or array file, replaced if it exists; or a new directory.",
-        ),
-    ] = None,
     top: Annotated[int | None, typer.Option(help="Labels to show per sample; by default 3.")] = None,
 ) -> None:
     """Run a bundle on files or text, and print or write its answers."""
@@ -88,7 +80,7 @@ def run(
         raise UsageError(f"{bundle} does {task}, which reads no text", "leave --text and --truncate out")
     if not inputs and not options.text:
         raise UsageError("no input is given", f"give {RUNNERS[task].example}")
-    request = replace(options, bundle=bundle, inputs=inputs or (), output=output)
+    request = replace(options, bundle=bundle, inputs=inputs or ())
     where = run_task(task, request if top is None else replace(request, top=top))
     advised = ui.shows_text() and not where["precision"].endswith(("fp16", "bf16"))
     if advised and (advice := advice_here(open_bundle(bundle, "never"), where["target"], options.threads)):

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from perceiver_export.exporter.cli.answers import Answers, Progress, Request, described, label_table
 from perceiver_export.exporter.cli.output import Table
 from perceiver_export.runtimes.errors import InputError, printable
-from perceiver_export.runtimes.files import readable
+from perceiver_export.runtimes.files import readable, reading
 
 if TYPE_CHECKING:
     from perceiver_export.runtimes.tasks.text import Candidate
@@ -136,11 +136,8 @@ def _file_content(argument: str) -> bytes | None:
             return None
         found = f"{name} exists but is not a text file: its name does not end in {' or '.join(_FILES)}"
         raise InputError(found, f"rename it; if you mean the name as text: --text {shlex.quote(name)}")
-    try:
+    with reading(name, InputError, f"check the path; if you mean it as text: --text {shlex.quote(_shortened(name))}"):
         return Path(argument).read_bytes()
-    except OSError as error:
-        hint = f"check the path; if you mean it as text: --text {shlex.quote(_shortened(name))}"
-        raise InputError(f"{name} cannot be read: {error.strerror}", hint) from error
 
 
 def _origins(texts: Sequence[_Text]) -> str:

@@ -25,12 +25,11 @@ if TYPE_CHECKING:
 
 _SHOWN_WORST = 5
 _OF_MERGE = ("against", "certify", "allow_overlap", "threads")  # options that --merge has; the gates are others
-_OUTPUTS = ("save_worst", "junit", "report")
 
 
 @dataclass(frozen=True)
-class _Source:
-    """Where the scores come from: DATA, a share of it, or files of all shares; or a plan instead."""
+class _Files:
+    """Where the scores come from (DATA, a share of it, files of all shares; or a plan instead), and further outputs."""
 
     data: str | None = option(None, "Images with labels.csv or in class folders, .npz, .jsonl, module:function.")
     shard: str | None = option(None, "Judge only this share of the samples: 3/16 is the third of 16 shards.", "I/N")
@@ -38,84 +37,83 @@ class _Source:
     merge: bool = option(False, "Judge the scores of all shards, the PART.json files, instead of DATA.")
     plan: bool = option(False, "Print how many samples the gates need; this needs no data.")
     flips: str = option("1%", "With --plan: expected share of answers that differ from the reference's.", "PERCENT")
+    junit: Path | None = option(None, "Write the gates as JUnit XML.", "FILE")
+    report: Path | None = option(None, "Write a report: self-contained .html, or .md.", "FILE")
 
 
-@ui.options_of(ValidateOptions, _Source)
+@ui.options_of(ValidateOptions, _Files)
 def validate(
     options: ValidateOptions,
-    source: _Source,
+    files: _Files,
     bundle: Annotated[
         str | None, typer.Argument(metavar="BUNDLE", help="The bundle to measure; --plan needs none.")
     ] = None,
     parts: Annotated[list[Path] | None, typer.Argument(metavar="PART.json", help="Scores for --merge.")] = None,
-    junit: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the gates as JUnit XML.")] = None,
-    report: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write a report: self-contained .html, or .md.")
-    ] = None,
 ) -> None:
     """Measure a bundle against a reference on the same samples, with 95 % bounds; exit 1 if a gate does not hold.
 
     A gate that the samples cannot decide also fails, and reports how many samples would decide it.
     """
-    worst = None if options.save_worst is None else Path(options.save_worst)
-    outputs = {name: path for name, path in zip(_OUTPUTS, (worst, junit, report), strict=False) if path is not None}
-    if source.plan:
-        _plan(options, source, [*(["BUNDLE"] if bundle else []), *(f"--{name}" for name in outputs)])
+    if files.plan:
+        _plan(options, files, bundle)
         return
-    if bundle is None or (source.merge and Path(bundle).is_file()):
+    given = {"save_worst": options.save_worst, "junit": files.junit, "report": files.report}
+    outputs = {name: Path(path) for name, path in given.items() if path is not None}
+    if bundle is None or (files.merge and Path(bundle).is_file()):
         hint = "name it first: validate BUNDLE --data DATA, or validate BUNDLE --merge PART.json …"
         raise UsageError("no bundle is given", hint)
-    _check_given(options, source, parts or (), outputs)
-    _check_outputs(outputs, (bundle, source.data, cast("str | None", options.against), *(parts or ())))
-    if source.shard is not None:
-        _judge_shard(bundle, source, options)
+    _check_given(options, files, parts or ())
+    _check_outputs(outputs, (bundle, files.data, cast("str | None", options.against), *(parts or ())))
+    if files.shard is not None:
+        _judge_shard(bundle, files, options)
         return
-    if source.merge:
+    if files.merge:
         from perceiver_export.calibration.validation.shards import merge
 
         results = merge(bundle, parts or (), options)
     else:
-        results = _validated(bundle, source.data or "", options)
-    _finish(bundle, _Outcome(results, source.data), options, outputs)
+        results = _validated(bundle, files.data or "", options)
+    _finish(bundle, _Outcome(results, files.data), options, outputs)
 
 
-def _typed(given: ValidateOptions | Gates | _Source, *others: str) -> list[str]:
+def _typed(given: ValidateOptions | Gates | _Files, *others: str) -> list[str]:
     """The options that differ from their defaults, except the ``others``."""
     found = [one for one in fields(given) if one.metadata and one.name not in others]
     return [f"--{one.name.replace('_', '-')}" for one in found if getattr(given, one.name) != one.default]
 
 
-def _check_given(options: ValidateOptions, source: _Source, parts: Sequence[Path], outputs: Mapping[str, Path]) -> None:
+def _check_given(options: ValidateOptions, files: _Files, parts: Sequence[Path]) -> None:
     """Raise UsageError for options that are missing or have no effect together."""
-    if source.merge and (typed := [*_typed(options, *_OF_MERGE), *_typed(source, "merge", "flips")]):
+    if files.merge and (typed := [*_typed(options, *_OF_MERGE), *_typed(files, "merge", "flips", "junit", "report")]):
         raise UsageError(f"{typed[0]} has no effect with --merge", "give it to the shards")
-    if _typed(source, "data", "shard", "scores", "merge"):
+    if "--flips" in _typed(files):
         raise UsageError("--flips has no effect without --plan", "leave it out")
-    if parts and not source.merge:
+    if parts and not files.merge:
         hint = "give a reference with --against BUNDLE, and scores with --merge PART.json PART.json …"
         raise UsageError(f"{parts[0]} is given without --against or --merge", hint)
-    if source.data is None and not source.merge:
+    if files.data is None and not files.merge:
         raise UsageError("no data is given", "give --data DATA, or --merge with the scores of shards")
-    if (source.shard is None) != (source.scores is None):
+    if (files.shard is None) != (files.scores is None):
         raise UsageError("a shard needs its number and a file", "give both: --shard 3/16 --scores part3.json")
     if options.seed and not options.sequential:
         raise UsageError(f"--seed {options.seed} has no effect without --sequential", "leave it out")
-    if source.shard is not None and (later := [name for name in ("junit", "report") if name in outputs]):
-        raise UsageError(f"--{later[0]} has no effect with --shard", "give it to --merge, with the gates")
+    if files.shard is not None and (later := _typed(files, "data", "shard", "scores")):
+        raise UsageError(f"{later[0]} has no effect with --shard", "give it to --merge, with the gates")
 
 
-def _plan(options: ValidateOptions, source: _Source, others: Sequence[str]) -> None:
-    """Print the plan. Raises UsageError for options that have no effect with it, including the ``others``."""
+def _plan(options: ValidateOptions, files: _Files, bundle: str | None) -> None:
+    """Print the plan. Raises UsageError for options that have no effect with it, or a bundle."""
     from perceiver_export.calibration.validation.planning import POWERS, plan
 
     limits = [one.name for one in fields(Gates) if one.name != "metric"]
-    typed = [*_typed(options), *_typed(source, "plan", "flips"), *_typed(options.gates, *limits), *others]
+    typed = [*_typed(options), *_typed(files, "plan", "flips"), *_typed(options.gates, *limits)]
+    typed += ["BUNDLE"] if bundle else []
     if typed:
         raise UsageError(f"{typed[0]} has no effect with --plan", "give gates, --flips and --json only")
     try:
-        share = float(source.flips.strip().removesuffix("%"))
+        share = float(files.flips.strip().removesuffix("%"))
     except ValueError as error:
-        raise UsageError(f"--flips is {source.flips!r}", "give a percentage, such as 1%") from error
+        raise UsageError(f"--flips is {files.flips!r}", "give a percentage, such as 1%") from error
     plans = plan(options.gates, share)
     ui.print_json({"powers": POWERS, "plans": plans})
     none = ("no number", "more than a million")
@@ -126,17 +124,17 @@ def _plan(options: ValidateOptions, source: _Source, others: Sequence[str]) -> N
     ui.print_table(title, ["gate", *(f"{power:.0%} of the time>" for power in POWERS)], rows)
 
 
-def _judge_shard(bundle: str, source: _Source, options: ValidateOptions) -> None:
+def _judge_shard(bundle: str, files: _Files, options: ValidateOptions) -> None:
     from perceiver_export.calibration.validation.shards import encode_shard, validate_shard
 
-    data, scores, shard = source.data or "", Path(source.scores or ""), parse_shard(source.shard or "")
+    data, scores, shard = files.data or "", Path(files.scores or ""), parse_shard(files.shard or "")
     ui.check_output(scores, (bundle, data), ".json")
     options = _with_reference(bundle, options)
     with ui.progress_bar("validate") as progress:
         found = validate_shard(bundle, data, shard, options, progress=lambda *counts: progress("validate", *counts))
     write_bytes(scores, encode_shard(found))
     samples = {"samples": len(found.positions), "of": found.total}
-    ui.print_json({"shard": source.shard, **samples, "scores": readable(scores)})
+    ui.print_json({"shard": files.shard, **samples, "scores": readable(scores)})
     ui.say(f"{len(found.positions):,} of {found.total:,} samples judged on {found.place}")
     ui.show_written(scores)
     ui.say(f"perceiver-export validate {shlex.quote(bundle)} --merge PART.json …", "next:")

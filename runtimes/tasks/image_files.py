@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
@@ -169,18 +169,18 @@ def list_images(directory: str | os.PathLike[str]) -> list[Path]:
 
     Raises InputError: not a readable directory, or no images in it.
     """
-    return list_files(directory, sorted(IMAGE_SUFFIXES), "images")
+    return list_files(directory, IMAGE_SUFFIXES, "images")
 
 
-def list_files(directory: str | os.PathLike[str], suffixes: Sequence[str], what: str) -> list[Path]:
-    """Like `list_images`, for files with other suffixes; ``what`` names them in errors."""
+def list_files(directory: str | os.PathLike[str], suffixes: Collection[str], what: str) -> list[Path]:
+    """Like `list_images`, for files with other suffixes; ``what`` names them in errors, in the plural."""
     path = Path(directory)
     try:
         found = [file for file in path.iterdir() if file.suffix.lower() in suffixes and file.is_file()]
     except OSError as error:
         raise InputError(f"{path} is not a readable directory", f"give a directory of {what}") from error
     if not found:
-        raise InputError(f"{path} contains no {what}", f"give files that end in {', '.join(suffixes)}")
+        raise InputError(f"{path} contains no {what}", f"give files that end in {', '.join(sorted(suffixes))}")
     return sorted(found, key=_natural)
 
 

@@ -25,7 +25,7 @@ from perceiver_export.runtimes.preprocessing import PointsPreprocessing
 from perceiver_export.runtimes.runtime import Array
 from perceiver_export.runtimes.tasks import base
 from perceiver_export.runtimes.tasks.base import Classifier, LoadPart, Prediction, Shape
-from perceiver_export.runtimes.tasks.image_files import as_array, list_files
+from perceiver_export.runtimes.tasks.image_files import as_array
 from perceiver_export.runtimes.tasks.images import load_npy
 
 # float64, because clouds may be far from the origin.
@@ -63,11 +63,6 @@ def read_points(path: str | os.PathLike[str]) -> Points:
     with parsing(name, "cannot be read", hints[ending]):
         points = _ply(content) if ending == ".ply" else _table(content.decode("utf-8-sig").replace(",", " "), 3)
     return as_points(points, name)
-
-
-def list_clouds(directory: str | os.PathLike[str]) -> list[Path]:
-    """A directory's point clouds in the order of their names. Raises InputError: see `list_images`."""
-    return list_files(directory, POINT_FILES, "point clouds")
 
 
 def as_points(cloud: npt.ArrayLike, name: str = "the point cloud") -> Points:

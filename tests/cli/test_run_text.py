@@ -136,7 +136,7 @@ def test_inputs_and_outputs_that_are_not_there(ask: Ask, tmp_path: Path, monkeyp
         (tmp_path / folder).mkdir()
     stdin(monkeypatch, b"")
     for argument, message in (
-        (str(tmp_path / "absent.txt"), "No such file"),
+        (str(tmp_path / "absent.txt"), "does not exist"),
         (str(tmp_path / "folder.txt"), "Is a directory"),
         ("[MASK]" + "x" * 5000 + ".txt", "too long"),
         ("-", "standard input holds no text"),

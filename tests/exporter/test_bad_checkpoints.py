@@ -203,7 +203,7 @@ ARGUMENTS: list[tuple[str, dict[str, Any], type[PerceiverExportError], str, str]
     ("", {"shape": {"pixels": (3, 4, 4)}}, UsageError, "pixels", ""),
     ("", {"shape": {"image": (4, 4)}}, UsageError, "", ""),
     ("", {"shape": {"image": (3, 0, 4)}}, UsageError, "", ""),
-    ("", {"shape": {"image": (1, 4, 4)}}, CheckpointError, "1 channels", ""),
+    ("", {"shape": {"image": (1, 4, 4)}}, UsageError, "3 channels", "3xHxW"),
 ]
 
 

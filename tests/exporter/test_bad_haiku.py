@@ -81,6 +81,15 @@ def test_parameters_that_do_not_fit(
     assert "--config" in error.value.hint
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_nan_and_infinity(value: float, dtype: type, tmp_path: Path) -> None:
+    path = _pickle("language", tmp_path, lambda params: params.update({_VALUE: np.full((32, 32), value, dtype)}))
+
+    with pytest.raises(CheckpointError, match=f"{_VALUE}' holds NaN or infinite values"):
+        load_model(f"deepmind:language:{path}")
+
+
 def _sized(part: str, **values: Any) -> Change:
     return lambda found: found[part].update(values)
 
@@ -116,7 +125,7 @@ def test_sizes_that_do_not_fit(
         ("language", UsageError, "no checkpoint file is given", "deepmind:language:FILE"),
         ("language:", UsageError, "no checkpoint file is given", "deepmind:language:FILE"),
         ("optical-flow:{}", CheckpointError, "holds the model language, not optical-flow", "deepmind:language:"),
-        ("language:{}.missing", CheckpointError, "No such file", "give"),
+        ("language:{}.missing", CheckpointError, "does not exist", "give"),
     ],
 )
 def test_sources_that_name_no_checkpoint(spec: str, kind: type[PerceiverExportError], message: str, hint: str) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from perceiver_export.exporter.checkpoints.haiku_pickle import HaikuCheckpoint, read_haiku
+from perceiver_export.exporter.checkpoints.haiku_pickle import read_haiku
 from perceiver_export.runtimes.errors import CheckpointError
 
 from .haiku_writer import dumps, flat_mappings, modules, write
@@ -73,8 +73,7 @@ def test_reference_checkpoints_hold_the_reference_parameters(model: str) -> None
 
     found = read_haiku(folder / "checkpoint.pickle")
 
-    assert_same(dict(np.load(folder / "params.npz")), found.params)
-    assert_same(dict(np.load(state)) if state.exists() else {}, found.state)
+    assert_same({**np.load(folder / "params.npz"), **(np.load(state) if state.exists() else {})}, found)
 
 
 def test_there_are_six_reference_checkpoints() -> None:
@@ -91,8 +90,7 @@ def test_every_protocol_and_layout_gives_the_same_numbers(tmp_path: Path, protoc
 
     expected = {f"net/~/linear/{name}": array for name, array in arrays().items()}
     expected["net/~/linear/big_endian"] = expected["net/~/linear/big_endian"].astype(np.float32)
-    assert_same(expected, found.params)
-    assert found.state == {}
+    assert_same(expected, found)
 
 
 W, SHARED = np.ones(2, np.float32), np.arange(3, dtype=np.float32)
@@ -108,7 +106,7 @@ W, SHARED = np.ones(2, np.float32), np.arange(3, dtype=np.float32)
             {"b/~/mean_ema/average": SHARED},
         ),
         ({"params": {"w": W}}, {"params/w": W}, {}),  # a module that is called params, in a plain dict
-        ({"a": {"w": np.array([0.5, 65504], np.float16)}}, {"a/w": np.array([0.5, 65504], np.float32)}, {}),
+        ({"a": {"w": np.array([0.5, 65504], np.float16)}}, {"a/w": np.array([0.5, 65504], np.float16)}, {}),
         ({"a": {"counter": np.int32(7)}}, {"a/counter": np.array(7, np.int32)}, {}),
         ({"a": {"w": SHARED}, "b": {"w": SHARED}}, {"a/w": SHARED, "b/w": SHARED}, {}),
     ],
@@ -117,8 +115,7 @@ W, SHARED = np.ones(2, np.float32), np.arange(3, dtype=np.float32)
 def test_what_a_checkpoint_may_be(content: Any, params: Any, state: Any, protocol: int, tmp_path: Path) -> None:
     found = read_haiku(write(tmp_path / "p.pickle", content, protocol))
 
-    assert_same(params, found.params)
-    assert_same(state, found.state)
+    assert_same({**params, **state}, found)
 
 
 def _reconstruct_array(function: Any, args: Any, state: Any, flags: Any) -> Any:
@@ -146,7 +143,7 @@ def test_arrays_of_jax(tmp_path: Path, protocol: int) -> None:
 
     found = read_haiku(path)
 
-    assert_same({"a/w": values}, found.params)
+    assert_same({"a/w": values}, found)
 
 
 # What is damaged, or something else
@@ -177,7 +174,7 @@ def test_changed_bytes_give_a_checkpoint_or_our_error(tmp_path: Path, protocol: 
         for _ in range(generator.choice((1, 1, 2, 5))):
             changed[generator.randrange(len(changed))] = generator.randrange(256)
         try:
-            assert isinstance(read_haiku(write(tmp_path / "p.pickle", bytes(changed))), HaikuCheckpoint)
+            assert isinstance(read_haiku(write(tmp_path / "p.pickle", bytes(changed))), dict)
         except CheckpointError:
             refused += 1
 
@@ -198,7 +195,7 @@ NO_PICKLES = (b"<html>not found</html>", b"{}", b"\x00" * 64, b"\x89HDF\r\n\x1a\
     ("content", "message", "hint"),
     [
         (b"", "is empty", ""),
-        ("missing.pickle", "cannot be read", ""),
+        ("missing.pickle", "does not exist", ""),
         (".", "cannot be read", ""),
         (gzip.compress((VECTORS / "language" / "checkpoint.pickle").read_bytes(), mtime=0), "is a gzip file", "unpack"),
         (zipped(), "is a zip file", ""),
@@ -237,15 +234,4 @@ ITSELF["a"] = ITSELF
 )
 def test_pickles_of_other_things(tmp_path: Path, tree: object, message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
-        read_haiku(write(tmp_path / "p.pickle", tree))
-
-
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
-@pytest.mark.parametrize("part", ["params", "state"])
-def test_nan_and_infinity(tmp_path: Path, value: float, dtype: type, part: str) -> None:
-    tree: dict[str, Any] = {"params": {"a": {"w": np.ones(2, dtype)}}, "state": {"a": {"w": np.ones(2, dtype)}}}
-    tree[part]["a"]["w"][1] = value
-
-    with pytest.raises(CheckpointError, match="'a/w' holds NaN or infinite values"):
         read_haiku(write(tmp_path / "p.pickle", tree))

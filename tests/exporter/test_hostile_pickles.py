@@ -145,7 +145,7 @@ def test_a_file_cannot_change_what_reads_the_next(tmp_path: Path, target: str) -
             read_haiku(write(tmp_path / "p.pickle", content))
 
     good = read_haiku(write(tmp_path / "good.pickle", {"a": {"w": np.ones(2, np.float32)}}))
-    np.testing.assert_array_equal(good.params["a/w"], np.ones(2, np.float32), strict=True)
+    np.testing.assert_array_equal(good["a/w"], np.ones(2, np.float32), strict=True)
 
 
 def test_a_memo_of_gigabytes_is_refused(tmp_path: Path) -> None:

@@ -163,12 +163,12 @@ def _checkpoint_targets() -> dict[str, Target]:
 
 def _config_targets() -> dict[str, Target]:
     from perceiver_export.exporter.checkpoints.huggingface import architecture
-    from perceiver_export.exporter.checkpoints.huggingface_config import TASKS, default_image_shape, read_config
+    from perceiver_export.exporter.checkpoints.huggingface_config import TASKS, default_image_size, read_config
     from perceiver_export.exporter.checkpoints.preprocessor import image_preprocessing, read_preprocessor
 
     def config(path: Path) -> object:
         read = read_config(path.parent)
-        return architecture(read, "huggingface", default_image_shape(read, path.parent))
+        return architecture(read, "huggingface", default_image_size(read, read_preprocessor(path.parent)))
 
     files = [ROOT / "examples" / name / "checkpoint" / "config.json" for name in ("fashion_mnist", "text_bytes")]
     own = [file.read_bytes() for file in files]
