@@ -25,6 +25,12 @@ class Layout:
     offset: int = 0
     scale: float = 1.0
 
+    @property
+    def flat(self) -> list[Axis]:
+        """The axes merged into one of rows and one of columns."""
+        *lead, last = self.axes
+        return [joined([atom for axis in lead for atom in axis]), joined(last)]
+
 
 def layout_of(value: ir.Value) -> Layout:
     """The layout through all views and multiplications by one number; of any other tensor, itself."""

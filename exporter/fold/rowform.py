@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import onnx_ir as ir
 
-from perceiver_export.exporter.fold.layout import Axis, Layout, joined, layout_of, row_major
+from perceiver_export.exporter.fold.layout import layout_of, row_major
 from perceiver_export.exporter.fold.nodes import VIEWS, Shape, array_of, axis_of, made_by, operand, shape_of, sizes
 from perceiver_export.exporter.fold.normalize import Constants, patches
 from perceiver_export.exporter.fold.tables import Matrix, Table
@@ -225,7 +225,7 @@ class Forms:
         value, layout = node.outputs[0], layout_of(node.outputs[0])
         source, kills = layout.source, _between(layout.source, value)
         own = sizes(source)
-        if layout.offset == 0 and layout.scale == 1 and _flat(layout) == row_major((math.prod(own[:-1]), own[-1])):
+        if layout.offset == 0 and layout.scale == 1 and layout.flat == row_major((math.prod(own[:-1]), own[-1])):
             for form in self.of(source)[1:]:
                 yield replace(form, lead=shape[:-1], kills=form.kills | kills)
         elif (conv := made_by(source, "Conv")) is not None and shape == (own[0], math.prod(own[2:]), own[1]):
@@ -284,12 +284,6 @@ def _divides_rows(value: ir.Value | None, shape: Shape) -> bool:
     """Whether a value is one positive number per row: the reciprocal of a square root."""
     node = made_by(value, "Reciprocal")
     return node is not None and made_by(node.inputs[0], "Sqrt") is not None and shape_of(value) == (*shape[:-1], 1)
-
-
-def _flat(layout: Layout) -> list[Axis]:
-    """The layout's axes merged into one of rows and one of columns."""
-    *lead, last = layout.axes
-    return [joined([atom for axis in lead for atom in axis]), joined(last)]
 
 
 def _between(source: ir.Value, value: ir.Value) -> frozenset[ir.Node]:
