@@ -54,10 +54,8 @@ def fold_tails(graph: ir.Graph, real: Sizes, least_gain: int, batch: int) -> lis
 
 
 def _is_sum(form: RowForm) -> bool:
-    """Whether a form has only products and a constant row, and no norm on the way."""
-    row = form.table is None or form.table.is_row
-    normed = form.norm is not None or any(node.op_type == "LayerNormalization" for node in form.kills)
-    return bool(form.terms) and row and not normed
+    """Whether a form has only products and a constant row, and no norm."""
+    return bool(form.terms) and form.table.is_row and form.norm is None
 
 
 def _tail_costs(node: ir.Node, form: RowForm, real: Sizes) -> tuple[Work, Work]:
@@ -70,16 +68,15 @@ def _tail_costs(node: ir.Node, form: RowForm, real: Sizes) -> tuple[Work, Work]:
 
 def _write_tail(node: ir.Node, form: RowForm, weight: np.ndarray) -> None:
     nodes, result = Nodes(node), node.outputs[0]
-    count = math.prod(sizes(result)[:-1])
 
     def product(value: ir.Value, matrix: Matrix) -> ir.Value:
         # quantization knows a residual by this name, and keeps it in float
         constant = nodes.constant(matrix.value() @ weight, ".direct" if matrix.at is not None else "")
-        return nodes.matmul(nodes.reshape(value, (count, sizes(value)[-1])), constant)
+        return nodes.matmul(nodes.matrix(value), constant)
 
     total = nodes.summed(itertools.starmap(product, form.terms))
     table = form.times(weight).without_bias().table
-    if table is not None and np.any(row := table.tables[0].value()[0]):
+    if table.tables and np.any(row := table.tables[0].value()[0]):
         total = nodes.binary("Add", total, nodes.constant(row))
     put(result, nodes.reshape(total, sizes(result)))
 
