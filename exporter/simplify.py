@@ -20,6 +20,7 @@ from perceiver_export.calibration.graphs import constant
 from perceiver_export.exporter.fold.nodes import (
     VIEWS,
     array_of,
+    exits,
     is_known,
     made_by,
     operand,
@@ -65,12 +66,7 @@ class FoldConstantsPass(ir.passes.InPlacePass):
             if all(value is None or value in known for value in node.inputs) and not stays:
                 folded[node] = None
                 known.update(node.outputs)
-        frontier = [
-            value
-            for node in folded
-            for value in node.outputs
-            if value.is_graph_output() or any(user not in folded for user in value.consumers())
-        ]
+        frontier = exits(folded)
         if not frontier:
             return ir.passes.PassResult(model, modified=False)
         views = {value: array for value in frontier if (array := _view(value)) is not None}

@@ -63,7 +63,7 @@ def _fold_sites(graph: ir.Graph, real: Sizes, least_gain: int, batch: int) -> li
     for node, why in blocked.items():
         one = cost_of([node], real).per_sample(batch)
         decisions.append(FoldDecision(node.name or "", one, one, "plain", f"blocked: {why}"))
-    Rewriter().rewrite([(site, site.forms[choice.index]) for choice in taken for site in choice.sites])
+    Rewriter().rewrite([(site, choice.form) for choice in taken for site in choice.sites])
     return decisions
 
 

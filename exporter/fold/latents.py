@@ -16,8 +16,9 @@ from collections.abc import Iterable
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
-from perceiver_export.exporter.fold.nodes import VIEWS, Nodes, array_of, axis_of, made_by, operand, put, shape_of, sizes
-from perceiver_export.exporter.fold.slicing import ELEMENTWISE, Region, copy_region, cuts, dependent, places
+from perceiver_export.exporter.fold.nodes import VIEWS, Nodes, array_of, exits, made_by, operand, shape_of, sizes
+from perceiver_export.exporter.fold.normalize import as_slices
+from perceiver_export.exporter.fold.slicing import ELEMENTWISE, Region, copy_region, cuts, dependent, upstream
 from perceiver_export.exporter.simplify import module_of
 from perceiver_export.runtimes.errors import UnsupportedModelError, UsageError
 
@@ -79,12 +80,7 @@ def _same(graph: ir.Graph, value: ir.Value, name: str) -> ir.Value:
 
 def _leaving(graph: ir.Graph, module: str, computed: set[ir.Value]) -> list[ir.Value]:
     inside = dict.fromkeys(node for node in graph if f"{module_of(node)}.".startswith(f"{module}."))
-    return [
-        value
-        for node in inside
-        for value in node.outputs
-        if value in computed and (value.is_graph_output() or any(user not in inside for user in value.consumers()))
-    ]
+    return [value for value in exits(inside) if value in computed]
 
 
 def latents_of(graph: ir.Graph, name: str | None, samples: int) -> ir.Value:
@@ -114,24 +110,10 @@ def latents_of(graph: ir.Graph, name: str | None, samples: int) -> ir.Value:
 
 def _past(graph: ir.Graph, latents: ir.Value) -> list[str]:
     """Inputs of the encoder that also reach outputs past the latents, and outputs that do not depend on the latents."""
-    encoded, decoded = _reached([latents]), _reached(graph.outputs, latents)
+    encoded, decoded = set(upstream([latents])), set(upstream(graph.outputs, latents))
     inputs = [f"{value.name} bypasses it" for value in graph.inputs if value in encoded and value in decoded]
-    alone = [f"{value.name} does not use it" for value in graph.outputs if latents not in _reached([value], latents)]
+    alone = [f"{value.name} does not use it" for value in graph.outputs if latents not in upstream([value], latents)]
     return inputs + alone
-
-
-def _reached(values: Iterable[ir.Value], stop: ir.Value | None = None) -> set[ir.Value]:
-    """The values, and all that they are computed from, but nothing upstream of ``stop``."""
-    found, left = set[ir.Value](), list(values)
-    while left:
-        value = left.pop()
-        if value in found:
-            continue
-        found.add(value)
-        node = value.producer()
-        if node is not None and value is not stop:
-            left += [one for one in node.inputs if one is not None]
-    return found
 
 
 def _found(graph: ir.Graph, samples: int) -> ir.Value:
@@ -144,7 +126,7 @@ def _found(graph: ir.Graph, samples: int) -> ir.Value:
         scores = _scores(softmax)
         if scores is None:
             continue
-        queries = _reached([operand(scores, 0)])
+        queries = set(upstream([operand(scores)]))
         found = [
             value
             for value in _before(graph, operand(scores, 1), computed)
@@ -174,7 +156,7 @@ def _scores(softmax: ir.Node) -> ir.Node | None:
 
 def _before(graph: ir.Graph, keys: ir.Value, computed: set[ir.Value]) -> list[ir.Value]:
     """Tensors between an attention and later keys, the last first; empty if no attention precedes the keys."""
-    reached, found = _reached([keys]) & computed, list[ir.Value]()
+    reached, found = computed.intersection(upstream([keys])), list[ir.Value]()
     for node in reversed(list(graph)):
         if node.outputs[0] not in reached:
             continue
@@ -201,7 +183,7 @@ def cut(model: ir.Model, latents: ir.Value) -> tuple[ir.Model, dict[str, ir.Mode
             graph.outputs[index] = _same(graph, output, name)
 
     def part(first: list[ir.Value], output: ir.Value) -> ir.Model:
-        reached = _reached([output], *first)
+        reached = set(upstream([output], *first))
         inputs = first + [value for value in graph.inputs if value in reached]
         extracted = ir.convenience.extract(graph, inputs, [output])
         weights = extracted.initializers  # `extract` has no fixed order; the graph's gives the same bytes each time
@@ -221,7 +203,7 @@ def independent_rows(graph: ir.Graph, samples: int) -> Region | str:
     """
     for node in list(graph):
         if node.op_type == "Split" and all(shape_of(value) for value in (*node.inputs[:1], *node.outputs)):
-            _as_slices(node)
+            as_slices(node)
     value, why = graph.outputs[0], _OTHER_ROWS
     while True:
         shape = shape_of(value) or ()
@@ -234,13 +216,6 @@ def independent_rows(graph: ir.Graph, samples: int) -> Region | str:
         if maker is None:
             return why
         value = operand(maker)
-
-
-def _as_slices(split: ir.Node) -> None:
-    """Replace a Split with Slices: nodes of a region have one output."""
-    nodes, axis = Nodes(split), axis_of(split, len(sizes(operand(split))), 0)
-    for value, steps in places(list(split.outputs), axis):
-        put(value, nodes.slice(operand(split), axis, steps.start, steps.stop))
 
 
 def _region(graph: ir.Graph, result: ir.Value) -> Region | str:
@@ -267,7 +242,7 @@ def _region(graph: ir.Graph, result: ir.Value) -> Region | str:
     mixed = dependent(graph, [node.outputs[0] for node in nodes]) & changing & whole
     if mixed:
         return next(f"{node.name} needs all rows" for node in nodes if mixed & set(node.inputs))
-    if not any(node.op_type == "Softmax" for node in nodes) and not _reached(read) & set(inputs):
+    if not any(node.op_type == "Softmax" for node in nodes) and set(inputs).isdisjoint(upstream(read)):
         return _OTHER_ROWS
     return Region(list(nodes)[::-1], axes, [result])
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
-from perceiver_export.exporter.fold.nodes import Shape, array_of, axis_of, integers, number, operand, shape_of, sizes
+from perceiver_export.exporter.fold.nodes import Shape, array_of, axis_of, factor_of, integers, operand, shape_of, sizes
 
 # An axis is a list of atoms (extent, stride), the outermost first; a stride counts elements of the flat source.
 Atom = tuple[int, int]
@@ -24,6 +24,12 @@ class Layout:
     axes: list[Axis]
     offset: int = 0
     scale: float = 1.0
+
+    @property
+    def flat(self) -> list[Axis]:
+        """The axes merged into one of rows and one of columns."""
+        *lead, last = self.axes
+        return [joined([atom for axis in lead for atom in axis]), joined(last)]
 
 
 def layout_of(value: ir.Value) -> Layout:
@@ -46,12 +52,10 @@ def layout_of(value: ir.Value) -> Layout:
 
 
 def _scaled(node: ir.Node, shape: Shape) -> Layout | None:
-    for index, operators in ((1, ("Mul", "Div")), (0, ("Mul",))):
-        factor, other = number(node.inputs[index]), node.inputs[1 - index]
-        if factor is None or node.op_type not in operators or other is None or shape_of(other) != shape:
-            continue
-        found = layout_of(other)
-        return replace(found, scale=found.scale * (factor if node.op_type == "Mul" else 1 / factor))
+    for value in node.inputs:
+        if value is not None and shape_of(value) == shape and (factor := factor_of(node, value)) is not None:
+            found = layout_of(value)
+            return replace(found, scale=found.scale * factor)
     return None
 
 
@@ -108,10 +112,6 @@ def _transposed(node: ir.Node, value: ir.Value, axes: list[Axis]) -> _Found:
     return [axes[axis] for axis in order], 0
 
 
-def _same(node: ir.Node, value: ir.Value, axes: list[Axis]) -> _Found:
-    return axes, 0
-
-
 def _expanded(node: ir.Node, value: ir.Value, axes: list[Axis]) -> _Found:
     shape = sizes(value)
     missing = len(shape) - len(axes)
@@ -163,7 +163,7 @@ def _cut(axis: Axis, start: int, count: int) -> tuple[Axis, int] | None:
     if not axis:
         return [], 0
     (_, stride), *rest = axis
-    inner = math.prod(extent for extent, _ in rest)
+    inner = extent(rest)
     if start % inner == 0 and count % inner == 0:
         own: Axis = [(count // inner, stride)] if count > inner else []
         return own + rest, start // inner * stride
@@ -174,8 +174,7 @@ def _cut(axis: Axis, start: int, count: int) -> tuple[Axis, int] | None:
 
 
 _STEPS = {
-    **dict.fromkeys(("Reshape", "Squeeze", "Unsqueeze", "Flatten"), _reshaped),
-    **dict.fromkeys(("Identity", "Dropout"), _same),
+    **dict.fromkeys(("Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Dropout"), _reshaped),
     "Transpose": _transposed,
     "Expand": _expanded,
     "Split": _split,

@@ -6,7 +6,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,6 +77,14 @@ def number(value: ir.Value | None) -> float | None:
     return float(array.reshape(())) if array is not None and array.size == 1 else None
 
 
+def factor_of(node: ir.Node, value: ir.Value) -> float | None:
+    """The number that a Mul or Div multiplies the value by; None if it is no constant."""
+    if node.op_type == "Div":
+        found = number(node.inputs[1]) if node.inputs[0] is value else None
+        return None if not found else 1 / found
+    return next((found for one in node.inputs if one is not value and (found := number(one)) is not None), None)
+
+
 def integers(node: ir.Node, index: int) -> list[int] | None:
     """The integers of a constant input."""
     array = array_of(optional(node, index))
@@ -106,6 +114,16 @@ def only_reader(value: ir.Value) -> ir.Node | None:
     """The only node that reads the value, None if several do or it is an output of the graph."""
     readers = set(value.consumers())
     return readers.pop() if len(readers) == 1 and not value.is_graph_output() else None
+
+
+def exits(nodes: Collection[ir.Node]) -> list[ir.Value]:
+    """The values of some nodes that others read, or that are outputs of the graph."""
+    return [
+        value
+        for node in nodes
+        for value in node.outputs
+        if value.is_graph_output() or any(user not in nodes for user in value.consumers())
+    ]
 
 
 @dataclass(frozen=True)
@@ -183,6 +201,10 @@ class Nodes:
             return self.constant(array.reshape(target))
         return self.make("Reshape", [value, self.constant(np.array(target, np.int64))], target)
 
+    def matrix(self, value: ir.Value) -> ir.Value:
+        """All rows of a value, as one matrix."""
+        return self.reshape(value, (-1, sizes(value)[-1]))
+
     def transpose(self, value: ir.Value, order: Sequence[int]) -> ir.Value:
         if list(order) == list(range(len(order))):
             return value
@@ -247,6 +269,8 @@ class Nodes:
         return self.make("Gather", [value, indices], (*shape[:axis], *sizes(indices), *shape[axis + 1 :]), axis=axis)
 
     def slice(self, value: ir.Value, axis: int, start: int, stop: int) -> ir.Value:
+        if (array := array_of(value)) is not None:
+            return self.constant(array[(slice(None),) * axis + (slice(start, stop),)])
         shape = list(sizes(value))
         shape[axis] = stop - start
         bounds = (self.constant(np.array([bound], np.int64)) for bound in (start, stop, axis))

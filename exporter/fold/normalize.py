@@ -15,6 +15,7 @@ from perceiver_export.exporter.fold.nodes import (
     Nodes,
     Sizes,
     array_of,
+    axis_of,
     integers,
     is_foldable,
     made_by,
@@ -28,6 +29,7 @@ from perceiver_export.exporter.fold.nodes import (
     sizes,
     stored_sizes,
 )
+from perceiver_export.exporter.fold.slicing import places, upstream
 from perceiver_export.exporter.simplify import FoldConstantsPass, SettleTypesAndShapesPass, evaluate
 
 _MOST_ROUNDS = 60  # of settling shapes: those of a layer are known once those of the layer before are
@@ -96,11 +98,11 @@ class Constants:
             return None
         target = tuple(self._real.one(size) for size in shape)
         if node.op_type in (*VIEWS, "Expand"):  # these need no memory
-            source = None if node.inputs[0] is None else self(node.inputs[0])
+            source = self(operand(node))
             if source is None:
                 return None
             return np.broadcast_to(source, target) if node.op_type == "Expand" else source.reshape(target)
-        if math.prod(target) > _LARGEST_TABLE or not _is_fixed(value):
+        if math.prod(target) > _LARGEST_TABLE or any(map(_is_given, upstream([value]))):
             return None
         part = ir.convenience.extract(value.graph, [], [value])  # type: ignore[arg-type]
         for one in part:
@@ -126,19 +128,9 @@ class Constants:
         return one if np.array_equal(array, np.tile(one, tiles), equal_nan=array.dtype.kind == "f") else None
 
 
-def _is_fixed(value: ir.Value) -> bool:
-    """Whether a value depends on no input."""
-    seen, left = set[ir.Value](), [value]
-    while left:
-        one = left.pop()
-        if one in seen or array_of(one) is not None:
-            continue
-        seen.add(one)
-        node = one.producer()
-        if node is None:
-            return False
-        left += [source for source in node.inputs if source is not None]
-    return True
+def _is_given(value: ir.Value) -> bool:
+    """Whether a value is neither stored nor computed, but an input."""
+    return value.producer() is None and array_of(value) is None
 
 
 def _one_sample(model: ir.Model, real: Sizes) -> None:
@@ -341,8 +333,8 @@ def _neutral(nodes: Nodes, node: ir.Node) -> None:
     """x + 0 and x · 1 -> x."""
     neutral = float(node.op_type == "Mul")
     for index in (0, 1):
-        array, other = array_of(node.inputs[index]), node.inputs[1 - index]
-        if array is None or other is None or array.dtype.kind != "f" or node.outputs[0].is_graph_output():
+        array, other = array_of(node.inputs[index]), operand(node, 1 - index)
+        if array is None or node.outputs[0].is_graph_output():
             continue
         if sizes(other) == sizes(node.outputs[0]) and np.all(array == neutral):
             node.outputs[0].replace_all_uses_with(other)
@@ -362,6 +354,13 @@ def _sliced_rows(nodes: Nodes, node: ir.Node) -> None:
         return
     columns = nodes.constant(rows[:, starts[0] : ends[0]])
     put(node.outputs[0], nodes.look_up(columns, operand(found, 1)))
+
+
+def as_slices(split: ir.Node) -> None:
+    """Replace a Split with Slices: nodes of a region have one output."""
+    nodes, axis = Nodes(split), axis_of(split, len(sizes(operand(split))), 0)
+    for value, steps in places(list(split.outputs), axis):
+        put(value, nodes.slice(operand(split), axis, steps.start, steps.stop))
 
 
 _Rules = dict[str, Callable[[Nodes, ir.Node], None]]

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import onnx_ir as ir
 
 from perceiver_export.exporter.fold.nodes import Nodes, array_of, axis_of, is_known, operand, put, sizes
-from perceiver_export.exporter.fold.slicing import Region, copy_region, cuts, places, rows_of
+from perceiver_export.exporter.fold.slicing import Region, copy_region, cuts, places
 
 Parts = list[ir.Value]
 
@@ -84,7 +84,7 @@ def _copied(nodes: Nodes, node: ir.Node, value: ir.Value, part: ir.Value, row: i
     """A copy of the node for one part."""
 
     def take(one: ir.Value, axis: int) -> ir.Value:
-        return part if one is value else rows_of(nodes, one, axis, rows.start, rows.stop)
+        return part if one is value else nodes.slice(one, axis, rows.start, rows.stop)
 
     alone = Region([node], {node.outputs[0]: row}, [node.outputs[0]])
     return copy_region(nodes, alone, take, lambda extent: rows.stop - rows.start)[node.outputs[0]]

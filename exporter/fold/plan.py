@@ -15,7 +15,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 
 from perceiver_export.exporter.fold.nodes import VIEWS, Nodes, Sizes, array_of, axis_of, put, shape_of, sizes
-from perceiver_export.exporter.fold.slicing import Region, copy_region, region_of, rows_of
+from perceiver_export.exporter.fold.slicing import Region, copy_region, region_of
 from perceiver_export.runtimes.errors import UsageError
 from perceiver_export.runtimes.manifest import MemoryPlan, PlannedStage
 
@@ -108,7 +108,7 @@ def _piece(nodes: Nodes, region: Region, start: int, stop: int) -> dict[ir.Value
     @functools.cache
     def take(value: ir.Value, axis: int) -> ir.Value:
         each = sizes(value)[axis] // steps
-        return rows_of(nodes, value, axis, start * each, stop * each)
+        return nodes.slice(value, axis, start * each, stop * each)
 
     return copy_region(nodes, region, take, lambda extent: extent // steps * (stop - start))
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import numpy as np
 import onnx_ir as ir
 
-from perceiver_export.exporter.fold.layout import Layout, layout_of
+from perceiver_export.exporter.fold.layout import Layout, extent, joined, layout_of, row_major
 from perceiver_export.exporter.fold.nodes import Nodes, Sizes, array_of, is_foldable, operand, put, sizes
 from perceiver_export.exporter.fold.normalize import Constants
 from perceiver_export.exporter.fold.rowform import Forms, RowForm
@@ -54,10 +54,8 @@ def fold_tails(graph: ir.Graph, real: Sizes, least_gain: int, batch: int) -> lis
 
 
 def _is_sum(form: RowForm) -> bool:
-    """Whether a form has only products and a constant row, and no norm on the way."""
-    row = form.table is None or form.table.is_row
-    normed = form.norm is not None or any(node.op_type == "LayerNormalization" for node in form.kills)
-    return bool(form.terms) and row and not normed
+    """Whether a form has only products and a constant row, and no norm."""
+    return bool(form.terms) and form.table.is_row and form.norm is None
 
 
 def _tail_costs(node: ir.Node, form: RowForm, real: Sizes) -> tuple[Work, Work]:
@@ -70,16 +68,15 @@ def _tail_costs(node: ir.Node, form: RowForm, real: Sizes) -> tuple[Work, Work]:
 
 def _write_tail(node: ir.Node, form: RowForm, weight: np.ndarray) -> None:
     nodes, result = Nodes(node), node.outputs[0]
-    count = math.prod(sizes(result)[:-1])
 
     def product(value: ir.Value, matrix: Matrix) -> ir.Value:
         # quantization knows a residual by this name, and keeps it in float
         constant = nodes.constant(matrix.value() @ weight, ".direct" if matrix.at is not None else "")
-        return nodes.matmul(nodes.reshape(value, (count, sizes(value)[-1])), constant)
+        return nodes.matmul(nodes.matrix(value), constant)
 
     total = nodes.summed(itertools.starmap(product, form.terms))
     table = form.times(weight).without_bias().table
-    if table is not None and np.any(row := table.tables[0].value()[0]):
+    if table.tables and np.any(row := table.tables[0].value()[0]):
         total = nodes.binary("Add", total, nodes.constant(row))
     put(result, nodes.reshape(total, sizes(result)))
 
@@ -91,7 +88,7 @@ def fold_outputs(graph: ir.Graph, real: Sizes, least_gain: int, batch: int) -> l
         source = operand(node)
         layout = layout_of(source)
         read = layout.source.producer()
-        if read is None or read.op_type != "MatMul" or array_of(read.inputs[1]) is not None:
+        if read is None or read.op_type != "MatMul" or not is_foldable(read) or array_of(read.inputs[1]) is not None:
             continue
         heads = _heads(layout, read)
         if heads is None or len(set(layout.source.consumers())) != 1:
@@ -106,18 +103,13 @@ def fold_outputs(graph: ir.Graph, real: Sizes, least_gain: int, batch: int) -> l
 
 def _heads(layout: Layout, read: ir.Node) -> int | None:
     """The number of heads whose reads (…, h, m, d) ``layout`` places side by side in its rows; None if it does not."""
-    shape = sizes(layout.source)
-    if len(shape) < 2 or not layout.axes or layout.offset:
-        return None
-    (*lead, count, depth), (*_, last) = shape, layout.axes
+    (*lead, count, depth), last = sizes(layout.source), layout.axes[-1]
     leading = [atom for axis in layout.axes[:-1] for atom in axis]
-    if not last or last[-1] != (depth, 1) or len(last) > 2 or (len(last) == 2 and last[0][1] != count * depth):
+    if layout.offset or last[-1:] != [(depth, 1)] or (count > 1 and leading[-1:] != [(count, depth)]):
         return None
-    heads = last[0][0] if len(last) == 2 else 1
-    if count > 1 and (not leading or leading[-1] != (count, depth)):
-        return None
-    whole = math.prod(lead)
-    if math.prod(size for size, _ in leading) * heads != whole * count:
+    heads, whole = extent(last) // depth, math.prod(lead)
+    samples, head, row, column = row_major((whole // heads, heads, count, depth))
+    if whole % heads or layout.flat != [joined(samples + row), joined(head + column)]:
         return None
     probabilities, values = (sizes(one) for one in read.inputs if one is not None)
     return heads if math.prod(values[:-2]) == math.prod(probabilities[:-2]) == whole else None

@@ -11,7 +11,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
@@ -27,7 +26,7 @@ class Rewriter:
     """Rewrites sites of one graph; 1/σ is computed once for all that share it."""
 
     def __init__(self) -> None:
-        self._inverse: dict[tuple[ir.Node, tuple[ir.Value, ...]], ir.Value] = {}
+        self._inverse: dict[tuple[ir.Node | ir.Value, ...], ir.Value] = {}
         self._one: dict[ir.Value, ir.Value] = {}
 
     def rewrite(self, chosen: Sequence[tuple[Site, RowForm]]) -> None:
@@ -37,10 +36,10 @@ class Rewriter:
 
     def inverse(self, norm: Norm) -> ir.Value:
         """1/σ (rows,), computed before the node that it replaces."""
-        values = tuple(value for value, _ in norm.form.terms)
-        if (norm.node, values) not in self._inverse:
-            self._inverse[norm.node, values] = _inverse_deviation(norm)
-        return self._inverse[norm.node, values]
+        key: tuple[ir.Node | ir.Value, ...] = (norm.node, *norm.form.values)
+        if key not in self._inverse:
+            self._inverse[key] = _inverse_deviation(norm)
+        return self._inverse[key]
 
     def one(self, like: ir.Value, nodes: Nodes) -> ir.Value:
         """The number 1, computed from an input: OpenVINO would add the constants of two axes into one N × M table."""
@@ -62,12 +61,11 @@ def _inverse_deviation(norm: Norm) -> ir.Value:
         variance = nodes.reshape(nodes.mean(nodes.binary("Mul", centred, centred)), (count,))
         variance = nodes.binary("Add", variance, nodes.constant(np.array(norm.epsilon)))
     else:
-        assert form.table is not None
         means, squares = form.table.moments(~used)
         known = squares / form.width + norm.epsilon
         if not form.terms:
             return nodes.reshape(_of_rows(nodes, form.table, 1 / np.sqrt(known)), (count,))
-        rows = nodes.concat([nodes.reshape(value, (count, sizes(value)[-1])) for value, _ in form.terms])
+        rows = nodes.concat([nodes.matrix(value) for value in form.values])
         # samples × rows: the constants are the same in each sample
         shape = (count,) if form.table.points else (count // len(known), len(known))
         own, constant = int(used.sum()), int((~used).sum())
@@ -96,46 +94,36 @@ def _of_rows(nodes: Nodes, table: Table, numbers: np.ndarray) -> ir.Value:
     return nodes.look_up(stored, nodes.reshape(flat, (math.prod(sizes(flat)),)))
 
 
-@dataclass
 class _Rewriting:
     """The rewrite of one site. ``shared``: if the scores and the read share σ, the factor of the scores on their way to
     the softmax.
     """
 
-    rewriter: Rewriter
-    site: Site
-    form: RowForm
-    shared: float | None
-
-    def __post_init__(self) -> None:
-        site, form = self.site, self.form
+    def __init__(self, rewriter: Rewriter, site: Site, form: RowForm, shared: float | None) -> None:
+        self.rewriter, self.site, self.shared = rewriter, site, shared
         self.nodes = nodes = Nodes(site.node)
         self.batch = [size for size, _ in site.batch]
         self.samples = [size if kind == "row" else 1 for size, kind in site.batch]
         self.one_sample = math.prod(self.samples) == 1
-        self.rows = site.num_rows
-        count = math.prod(form.lead)
-        self.inverse = None if form.norm is None else self._ordered(self.rewriter.inverse(form.norm))
-        self.columns = [self._ordered(nodes.reshape(value, (count, sizes(value)[-1]))) for value, _ in form.terms]
+        self.of_keys = site.side == 1  # else of queries; a read, too, has the rows on its right
+        self.rows, self.count = site.num_rows, sizes(site.other)[-2 if self.of_keys else -1]
+        self.inverse = None if form.norm is None else self._ordered(rewriter.inverse(form.norm))
+        self.columns = [self._ordered(nodes.matrix(value)) for value in form.values]
         # (heads or 1, …, columns, depth)
         changing = [matrix.value() for _, matrix in form.terms]
         self.matrix = self._picked(np.concatenate([*changing, np.zeros((0, form.width))]))
         self.bias = None if form.bias is None else self._picked(form.bias.value())
-        self.tables: list[tuple[int, np.ndarray]] = []
-        self.points: tuple[ir.Value, ...] = ()
-        self.grid: tuple[int, ...] = (self.rows,)
-        if form.table is not None:
-            self.points = form.table.points
-            self.grid = (self.rows,) if form.table.is_row or self.points else form.table.sizes
-            found = ((axis, table.value()) for axis, table in enumerate(form.table.tables))
-            self.tables = [(axis, table) for axis, table in found if np.any(table)]
+        self.points = form.table.points
+        self.grid = (self.rows,) if form.table.is_row or self.points else form.table.sizes
+        found = ((axis, table.value()) for axis, table in enumerate(form.table.tables))
+        self.tables = [(axis, table) for axis, table in found if np.any(table)]
 
     def apply(self) -> None:
         result = self.site.node.outputs[0]
         if self.site.kind == "read":
             new = self._read()
         else:
-            new = self._scores_of_keys() if self.site.side == 1 else self._scores_of_queries()
+            new = self._scores_of_keys() if self.of_keys else self._scores_of_queries()
         put(result, self.nodes.reshape(new, sizes(result)))
 
     def _picked(self, matrix: np.ndarray) -> np.ndarray:
@@ -181,17 +169,20 @@ class _Rewriting:
         assert self.inverse is not None
         return self.nodes.make("Reciprocal", [self.inverse], sizes(self.inverse))
 
-    def _scaled(self, scores: ir.Value, last: bool) -> ir.Value:
-        """Scores over the grid times 1/σ; ``last``: the grid is their last axes, else one more follows."""
+    def _last_axes(self, count: int, rows: Sequence[int]) -> tuple[int, ...]:
+        """The last axes of scores: the rows, in one axis or a grid, and ``count`` of the other operand."""
+        return (count, *rows) if self.of_keys else (*rows, count)
+
+    def _scaled(self, scores: ir.Value) -> ir.Value:
+        """Scores over the grid times 1/σ."""
         if self.inverse is None:
             return scores
-        along = self.nodes.reshape(self.inverse, [*self.samples, *((1, *self.grid) if last else (*self.grid, 1))])
+        along = self.nodes.reshape(self.inverse, [*self.samples, *self._last_axes(1, self.grid)])
         return self.nodes.binary("Mul", scores, along)
 
     def _scores_of_keys(self) -> ir.Value:
         """q (b, N, d) · row_m -> (b, N, M)."""
         nodes, queries = self.nodes, self._queries()
-        count = sizes(queries)[-2]
 
         def project(matrix: np.ndarray) -> ir.Value:
             return nodes.matmul(queries, nodes.constant(np.swapaxes(matrix, -1, -2)))
@@ -207,7 +198,7 @@ class _Rewriting:
         rows, keys = self._even(more, keys, -1)
         *lead, last, columns = range(len(sizes(rows)))
         scores = self._product(keys, nodes.transpose(rows, (*lead, columns, last)))
-        scores = self._with_tables(scores, self._spread_keys(project), count, last=True)
+        scores = self._with_tables(scores, self._spread_keys(project))
         return scores if bias is None else nodes.binary("Add", scores, bias)
 
     def _spread_keys(self, project: Callable[[np.ndarray], ir.Value]) -> Iterator[ir.Value]:
@@ -223,23 +214,19 @@ class _Rewriting:
         """The shape in which one axis's numbers broadcast over the grid."""
         return [size if one == axis else 1 for one in range(len(self.grid))]
 
-    def _with_tables(self, scores: ir.Value | None, terms: Iterator[ir.Value], count: int, last: bool) -> ir.Value:
-        """Scores plus terms over the grid, times 1/σ. ``last``: the grid is their last axes, else ``count`` follows."""
-
-        def shape(rows: Sequence[int]) -> tuple[int, ...]:
-            return (*self.batch, count, *rows) if last else (*self.batch, *rows, count)
-
+    def _with_tables(self, scores: ir.Value | None, terms: Iterator[ir.Value]) -> ir.Value:
+        """Scores plus terms over the grid, times 1/σ."""
         if self.tables or self.inverse is not None:
-            own = [] if scores is None else [self.nodes.reshape(scores, shape(self.grid))]
-            scores = self.nodes.summed(itertools.chain(own, terms))
-            scores = self.nodes.reshape(self._scaled(scores, last), shape((self.rows,)))
+            spread = (*self.batch, *self._last_axes(self.count, self.grid))
+            own = [] if scores is None else [self.nodes.reshape(scores, spread)]
+            scores = self._scaled(self.nodes.summed(itertools.chain(own, terms)))
+            scores = self.nodes.reshape(scores, (*self.batch, *self._last_axes(self.count, (self.rows,))))
         assert scores is not None
         return scores
 
     def _scores_of_queries(self) -> ir.Value:
         """row_m · q (b, d, N) -> (b, M, N). The bias, which σ does not divide, multiplies a column of σ."""
         nodes, keys = self.nodes, self._queries()
-        count = sizes(keys)[-1]
 
         def project(matrix: np.ndarray) -> ir.Value:
             return nodes.matmul(nodes.constant(matrix), keys)
@@ -253,7 +240,7 @@ class _Rewriting:
                 folded, bias = nodes.concat([folded, wide], -2), None
             scores = nodes.matmul(*self._even(more, folded, -2))
         terms = (self._spread(project(self._picked(table)), axis) for axis, table in self.tables)
-        scores = self._with_tables(scores, terms, count, last=False)
+        scores = self._with_tables(scores, terms)
         return scores if bias is None else nodes.binary("Add", scores, bias)
 
     def _spread(self, term: ir.Value, axis: int) -> ir.Value:
@@ -282,13 +269,11 @@ class _Rewriting:
 
     def _read(self) -> ir.Value:
         """Σ_m p_m row_m for p (b, N, M) -> (b, N, d)."""
-        nodes, other = self.nodes, self.site.other
-        count = sizes(other)[-2]
-        weights = nodes.reshape(other, (*self.batch, count, self.rows))
+        nodes, other, lead = self.nodes, self.site.other, (*self.batch, self.count)
+        weights = nodes.reshape(other, (*lead, self.rows))
         own, rank, norm = weights, len(self.batch), None
         if self.inverse is not None and self.shared is None:
-            spread = self._scaled(nodes.reshape(weights, (*self.batch, count, *self.grid)), last=True)
-            own = nodes.reshape(spread, (*self.batch, count, self.rows))
+            own = nodes.reshape(self._scaled(nodes.reshape(weights, (*lead, *self.grid))), (*lead, self.rows))
         read = self._product(own, self._all_columns(*([] if self.shared is None else [self._sigma()])))
         if self.shared is not None:
             last = sizes(read)[-1] - 1
@@ -296,24 +281,26 @@ class _Rewriting:
             read = nodes.binary("Div", nodes.slice(read, rank + 1, 0, last), norm)
         result = nodes.matmul(read, nodes.constant(self.matrix))
         for axis, table in self.tables:
-            result = nodes.binary("Add", result, self._read_table(own, count, norm, axis, table))
+            result = nodes.binary("Add", result, self._read_table(own, norm, axis, table))
         if self.bias is None:
             return result
         bias = nodes.constant(self.bias)
         if not sums_to_one(other):
-            bias = nodes.binary("Mul", nodes.reshape(nodes.sum(weights, [rank + 1]), (*self.batch, count, 1)), bias)
+            bias = nodes.binary("Mul", self._summed(weights), bias)
         return nodes.binary("Add", result, bias)
 
-    def _read_table(
-        self, weights: ir.Value, count: int, norm: ir.Value | None, axis: int, table: np.ndarray
-    ) -> ir.Value:
+    def _summed(self, weights: ir.Value) -> ir.Value:
+        """Weights summed over all rows (b, N, 1)."""
+        return self.nodes.reshape(self.nodes.sum(weights, [len(self.batch) + 1]), (*self.batch, self.count, 1))
+
+    def _read_table(self, weights: ir.Value, norm: ir.Value | None, axis: int, table: np.ndarray) -> ir.Value:
         """Weights summed over the other axes of the grid, divided by ``norm``, times the table of this axis."""
-        rank, nodes = len(self.batch), self.nodes
+        first, nodes = len(self.batch) + 1, self.nodes
         if len(table) == 1:
-            summed = nodes.reshape(nodes.sum(weights, [rank + 1]), (*self.batch, count, 1))
+            summed = self._summed(weights)
         else:
-            apart = nodes.reshape(weights, (*self.batch, count, *self.grid))
-            rest = [rank + 1 + one for one in range(len(self.grid)) if one != axis]
+            apart = nodes.reshape(weights, (*self.batch, self.count, *self.grid))
+            rest = [first + one for one in range(len(self.grid)) if one != axis]
             summed = nodes.sum(apart, rest) if rest else apart
         if norm is not None:
             summed = nodes.binary("Div", summed, norm)

@@ -17,15 +17,15 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
 
-from perceiver_export.exporter.fold.layout import Axis, Layout, joined, layout_of, row_major
+from perceiver_export.exporter.fold.layout import layout_of, row_major
 from perceiver_export.exporter.fold.nodes import VIEWS, Shape, array_of, axis_of, made_by, operand, shape_of, sizes
 from perceiver_export.exporter.fold.normalize import Constants, patches
-from perceiver_export.exporter.fold.tables import Matrix, Table
+from perceiver_export.exporter.fold.tables import ZERO, Matrix, Table
 
 _MOST_FORMS, _MOST_TERMS = 8, 3
 _SUMMED_FORMS = 3  # tried for each side of an addition
@@ -51,26 +51,29 @@ class Norm:
             if matrix.at is None:
                 return None
             mask[matrix.at : matrix.at + matrix.rows] = True
-        return mask if self.inverse is None and table is not None and table.only(~mask) else None
+        return mask if self.inverse is None and table.tables and table.only(~mask) else None
 
     def reads(self) -> list[ir.Value]:
         """The values that σ is computed from."""
         if self.inverse is not None:
             return [self.inverse]
-        return [value for value, _ in self.form.terms] if self.changing is not None else [operand(self.node)]
+        return self.form.values if self.changing is not None else [operand(self.node)]
 
 
 @dataclass(frozen=True)
 class RowForm:
-    """Rows over the axes ``lead``, of ``width`` columns. ``kills``: nodes that this form makes unnecessary."""
+    """Rows over the axes ``lead``, of ``width`` columns.
+
+    ``saves``: whether reading this form can save a product, a norm or a concatenation.
+    """
 
     lead: Shape
     width: int
     terms: tuple[tuple[ir.Value, Matrix], ...]
-    table: Table | None = None
+    table: Table = ZERO
     norm: Norm | None = None
     bias: Matrix | None = None
-    kills: frozenset[ir.Node] = field(default_factory=frozenset)
+    saves: bool = False
 
     @property
     def columns(self) -> int:
@@ -78,63 +81,58 @@ class RowForm:
         return sum(matrix.rows for _, matrix in self.terms)
 
     @property
+    def values(self) -> list[ir.Value]:
+        return [value for value, _ in self.terms]
+
+    @property
     def reads(self) -> list[ir.Value]:
-        own = [value for value, _ in self.terms] + list(self.table.points if self.table else ())
+        own = [*self.values, *self.table.points]
         return own if self.norm is None else own + self.norm.reads()
 
-    def times(self, weight: np.ndarray, node: ir.Node | None = None) -> RowForm:
+    def times(self, weight: np.ndarray) -> RowForm:
         """Each row times a matrix (width, columns)."""
-        return self._with(lambda one: one @ weight, node, weight.shape[1])
+        return replace(self._each(lambda one: one @ weight, weight.shape[1]), saves=True)
 
-    def scaled(self, factor: np.ndarray | float, node: ir.Node | None = None) -> RowForm:
+    def scaled(self, factor: np.ndarray | float) -> RowForm:
         """Each column times a number."""
         own = np.broadcast_to(np.asarray(factor, np.float64).reshape(-1), (self.width,))
-        return self._with(lambda one: one * own, node)
+        return self._each(lambda one: one * own)
 
     def placed(self, at: int, width: int) -> RowForm:
         """The form as columns ``at`` and following of wider rows."""
-        return self._with(lambda one: one.placed(at, width), None, width)
+        return self._each(lambda one: one.placed(at, width), width)
 
-    def shifted(self, bias: np.ndarray, node: ir.Node | None = None) -> RowForm:
+    def shifted(self, bias: np.ndarray) -> RowForm:
         """Each row plus one constant row."""
         total = Matrix.of(np.broadcast_to(bias.reshape(1, -1), (1, self.width)))
-        return replace(self, bias=total if self.bias is None else self.bias + total, kills=self._killed(node))
+        return replace(self, bias=total if self.bias is None else self.bias + total)
 
     def normed(self, norm: Norm, scale: np.ndarray, shift: np.ndarray | None) -> RowForm:
         """The form after a LayerNorm; this one must not have a norm."""
-        made = self.without_bias()._with(lambda one: one.centred() * scale, norm.node)
-        return replace(made, norm=norm, bias=None if shift is None else Matrix.of(shift.reshape(1, -1)))
+        made = self.without_bias()._each(lambda one: one.centred() * scale)
+        return replace(made, norm=norm, bias=None if shift is None else Matrix.of(shift.reshape(1, -1)), saves=True)
 
     def without_bias(self) -> RowForm:
         """The form with its bias moved into the table, which is equal without a norm."""
         if self.bias is None:
             return self
-        table = Table((1,), (self.bias,))
-        joined = table if self.table is None else self.table.plus(table)
-        assert joined is not None
-        return replace(self, table=joined, bias=None)
+        table = self.table.plus(Table((1,), (self.bias,)))
+        assert table is not None
+        return replace(self, table=table, bias=None)
 
-    def _with(self, change: Callable[[Matrix], Matrix], node: ir.Node | None, width: int | None = None) -> RowForm:
+    def _each(self, change: Callable[[Matrix], Matrix], width: int | None = None) -> RowForm:
         terms = tuple((value, change(matrix)) for value, matrix in self.terms)
-        table = None if self.table is None else self.table.each(change)
         bias = None if self.bias is None else change(self.bias)
-        return RowForm(self.lead, width or self.width, terms, table, self.norm, bias, self._killed(node))
-
-    def _killed(self, node: ir.Node | None) -> frozenset[ir.Node]:
-        return self.kills if node is None else self.kills | {node}
+        return replace(self, width=width or self.width, terms=terms, table=self.table.each(change), bias=bias)
 
 
-def join(left: RowForm, right: RowForm, node: ir.Node) -> RowForm | None:
+def join(left: RowForm, right: RowForm) -> RowForm | None:
     """The sum of two forms of the same rows; None if one is normed, the grids differ, or there are too many terms."""
     if left.norm or right.norm or len(left.terms) + len(right.terms) > _MOST_TERMS:
         return None
     left, right = left.without_bias(), right.without_bias()
-    table = left.table or right.table
-    if left.table is not None and right.table is not None:
-        table = left.table.plus(right.table)
-        if table is None:
-            return None
-    return replace(left, terms=left.terms + right.terms, table=table, kills=left.kills | right.kills | {node})
+    table, saves = left.table.plus(right.table), left.saves or right.saves
+    return None if table is None else replace(left, terms=left.terms + right.terms, table=table, saves=saves)
 
 
 class Forms:
@@ -167,13 +165,13 @@ class Forms:
     def _matmul(self, node: ir.Node, shape: Shape) -> Iterator[RowForm]:
         weight = array_of(node.inputs[1])
         if weight is not None and weight.ndim == 2:
-            yield from (form.times(weight, node) for form in self.of(operand(node)))
+            yield from (form.times(weight) for form in self.of(operand(node)))
 
     def _viewed(self, node: ir.Node, shape: Shape) -> Iterator[RowForm]:
         source = operand(node)
         if sizes(source)[-1:] == shape[-1:]:
             for form in self.of(source)[1:]:
-                yield replace(form, lead=shape[:-1], kills=form.kills | {node})
+                yield replace(form, lead=shape[:-1])
 
     def _multiplied(self, node: ir.Node, shape: Shape) -> Iterator[RowForm]:
         for index in (1, 0) if node.op_type == "Mul" else (1,):
@@ -184,7 +182,7 @@ class Forms:
                 continue
             own = factor.astype(np.float64)
             for form in self.of(source):
-                yield form.scaled(own if node.op_type == "Mul" else 1 / own, node)
+                yield form.scaled(own if node.op_type == "Mul" else 1 / own)
             return
 
     def _over_root(self, node: ir.Node, source: ir.Value, inverse: ir.Value) -> Iterator[RowForm]:
@@ -192,7 +190,7 @@ class Forms:
         for form in self.of(source):
             if form.norm is None:
                 own = form.without_bias()
-                yield replace(own, norm=Norm(node, own, inverse=inverse), kills=own.kills | {node})
+                yield replace(own, norm=Norm(node, own, inverse=inverse))
 
     def _added(self, node: ir.Node, shape: Shape) -> Iterator[RowForm]:
         left, right = operand(node), operand(node, 1)
@@ -201,38 +199,36 @@ class Forms:
             if sizes(source) == shape and self.constant(other) is not None:
                 for form in self.of(source):
                     own = form if signs[0] > 0 else form.scaled(-1.0)
-                    if (made := self._plus(own, other, signs[1], node, shape)) is not None:
+                    if (made := self._plus(own, other, signs[1], shape)) is not None:
                         yield made
                 return
         if sizes(left) == sizes(right) and sign > 0:
             pairs = itertools.product(self.of(left)[:_SUMMED_FORMS], self.of(right)[:_SUMMED_FORMS])
-            yield from (made for one, other in pairs if (made := join(one, other, node)) is not None)
+            yield from (made for one, other in pairs if (made := join(one, other)) is not None)
 
-    def _plus(self, form: RowForm, value: ir.Value, sign: float, node: ir.Node, shape: Shape) -> RowForm | None:
+    def _plus(self, form: RowForm, value: ir.Value, sign: float, shape: Shape) -> RowForm | None:
         """A form plus a constant: one row for all, or a table."""
         array = self.constant(value)
         assert array is not None
         if _is_row(array, shape):
-            return form.shifted(sign * array, node)
+            return form.shifted(sign * array)
         table = None if form.norm else self.table(value, shape)
         if table is not None:
-            table = table.each(lambda one: one * sign)
-            table = table if form.table is None else form.table.plus(table)
-        return None if table is None else replace(form, table=table, kills=form.kills | {node})
+            table = form.table.plus(table.each(lambda one: one * sign))
+        return None if table is None else replace(form, table=table)
 
     def _turned(self, node: ir.Node, shape: Shape) -> Iterator[RowForm]:
         """Pixels that were transposed from channels first: the rows that they were made from, or patches."""
-        value, layout = node.outputs[0], layout_of(node.outputs[0])
-        source, kills = layout.source, _between(layout.source, value)
-        own = sizes(source)
-        if layout.offset == 0 and layout.scale == 1 and _flat(layout) == row_major((math.prod(own[:-1]), own[-1])):
+        layout = layout_of(node.outputs[0])
+        source, own = layout.source, sizes(layout.source)
+        if layout.offset == 0 and layout.scale == 1 and layout.flat == row_major((math.prod(own[:-1]), own[-1])):
             for form in self.of(source)[1:]:
-                yield replace(form, lead=shape[:-1], kills=form.kills | kills)
+                yield replace(form, lead=shape[:-1])
         elif (conv := made_by(source, "Conv")) is not None and shape == (own[0], math.prod(own[2:]), own[1]):
             found = patches(conv)
             if found is not None:
                 rows, weight = found
-                form = RowForm(shape[:-1], shape[-1], ((rows, Matrix.of(weight)),), kills=kills | {conv})
+                form = RowForm(shape[:-1], shape[-1], ((rows, Matrix.of(weight)),))
                 bias = array_of(conv.inputs[2]) if len(conv.inputs) > 2 else None
                 yield form if bias is None else form.shifted(bias)
 
@@ -241,7 +237,7 @@ class Forms:
         rows = array_of(node.inputs[0])
         if rows is not None and rows.ndim == 2 and rows.dtype.kind == "f" and axis_of(node, 2, 0) == 0:
             table = Table((len(rows),), (Matrix.of(rows),), (operand(node, 1),))
-            yield RowForm(shape[:-1], shape[-1], (), table, kills=frozenset({node}))
+            yield RowForm(shape[:-1], shape[-1], (), table)
 
     def _concat(self, node: ir.Node, shape: Shape) -> Iterator[RowForm]:
         """Columns side by side: each input as it is, then each in its deepest form."""
@@ -251,7 +247,7 @@ class Forms:
 
     def _side_by_side(self, node: ir.Node, shape: Shape, deep: bool) -> RowForm | None:
         """The sum of the inputs' forms, each at its columns."""
-        total, at, found_deeper = RowForm(shape[:-1], shape[-1], ()), 0, False
+        total, at, found_deeper = RowForm(shape[:-1], shape[-1], (), saves=True), 0, False
         for value in node.inputs:
             assert value is not None
             own, constants = sizes(value)[-1], self.table(value, sizes(value))
@@ -260,12 +256,12 @@ class Forms:
             found_deeper = found_deeper or form is not forms[0]
             if constants is not None:
                 form = RowForm(shape[:-1], own, (), constants)
-            made = join(total, form.placed(at, shape[-1]), node)
+            made = join(total, form.placed(at, shape[-1]))
             if made is None:
                 return None
             total, at = made, at + own
-        looked_up = total.table is not None and bool(total.table.points)
-        return total if (total.terms or looked_up) and (found_deeper or not deep) else None
+        changes = bool(total.terms or total.table.points)
+        return total if changes and (found_deeper or not deep) else None
 
     def _normed(self, node: ir.Node, shape: Shape) -> Iterator[RowForm]:
         scale, shift = array_of(node.inputs[1]), array_of(node.inputs[2]) if len(node.inputs) > 2 else None
@@ -284,23 +280,6 @@ def _divides_rows(value: ir.Value | None, shape: Shape) -> bool:
     """Whether a value is one positive number per row: the reciprocal of a square root."""
     node = made_by(value, "Reciprocal")
     return node is not None and made_by(node.inputs[0], "Sqrt") is not None and shape_of(value) == (*shape[:-1], 1)
-
-
-def _flat(layout: Layout) -> list[Axis]:
-    """The layout's axes merged into one of rows and one of columns."""
-    *lead, last = layout.axes
-    return [joined([atom for axis in lead for atom in axis]), joined(last)]
-
-
-def _between(source: ir.Value, value: ir.Value) -> frozenset[ir.Node]:
-    """The views that make a value from a source."""
-    nodes: set[ir.Node] = set()
-    while value is not source:
-        node = value.producer()
-        assert node is not None
-        nodes.add(node)
-        value = operand(node)
-    return frozenset(nodes)
 
 
 def _is_row(array: np.ndarray, shape: Shape) -> bool:

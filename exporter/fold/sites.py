@@ -32,7 +32,6 @@ FLOPS_A_BYTE = 10
 _OF_WEIGHTS = 3
 _FLOAT = 4
 LEAST_GAIN = 1 << 22  # FLOPs; a fraction of a millisecond anywhere
-_SAVED = frozenset({"MatMul", "LayerNormalization", "Concat"})  # a form must make one of these unnecessary
 _MOST_AXES = 3  # of a grid: engines take tensors up to rank 6
 
 
@@ -56,7 +55,7 @@ class Site:
     num_columns: int
     picks: np.ndarray
     order: tuple[list[int], list[int]] | None
-    forms: tuple[RowForm, ...]
+    forms: list[RowForm]
 
     @property
     def other(self) -> ir.Value:
@@ -92,39 +91,32 @@ def _site(node: ir.Node, side: int, forms: Forms) -> Site | str:
         return "an operand is not a matrix"
     width = shape[-1]
     result, other = sizes(node.outputs[0])[:-2], sizes(operand(node, 1 - side))[:-2]
-    *batch, first, second = layout.axes
+    *batch, first, second = (_split(axis, width) for axis in layout.axes)
     batch = [[]] * (len(result) - len(batch)) + batch
     batch = [axis or ([(size, 0)] if size > 1 else []) for axis, size in zip(batch, result, strict=True)]
     other = (1,) * (len(result) - len(other)) + other
     contracted, free = (second, first) if side == 0 else (first, second)
-    batch = [_split(axis, width) for axis in batch]
-    contracted, free = _split(contracted, width), _split(free, width)
-    kinds = {_kind(atom, width) for axis in (*batch, contracted, free) for atom in axis}
-    if "mixed" in kinds:
-        return "a view mixes rows and columns"
-    if _all(contracted, "column", width) and _all(free, "row", width):
-        kind: Literal["scores", "read"] = "scores"
-        columns, rows = contracted, free
-    elif _all(contracted, "row", width) and _all(free, "column", width) and side == 1:
-        kind, columns, rows = "read", free, contracted
-    else:
-        return "a view mixes rows and columns"
+    scores = _all(contracted, "column", width) and _all(free, "row", width)
+    read = _all(contracted, "row", width) and _all(free, "column", width) and side == 1
     leading = [atom for axis in batch for atom in axis]
+    if not (scores or read) or any(_kind(atom, width) == "mixed" for atom in leading):
+        return "a view mixes rows and columns"
+    columns, rows = (contracted, free) if scores else (free, contracted)
     order = _order([atom for atom in leading if _kind(atom, width) == "row"] + rows, math.prod(shape[:-1]), width)
     if order is None or layout.offset >= width:
         return "only some of the rows are read"
-    made = tuple(form for form in forms.of(layout.source) if form.kills)
-    if not any(one.op_type in _SAVED for form in made for one in form.kills):
+    _, *made = forms.of(layout.source)
+    if not any(form.saves for form in made):
         return _reason(layout.source)
-    if kind == "read" and other != result:
+    if not scores and other != result:
         return "probabilities are repeated"
     pairs = zip(batch, other, strict=True)
     lead = tuple(size if there > 1 else 1 for axis, there in pairs for size, _ in axis)
     named = tuple((size, _kind((size, stride), width)) for size, stride in leading)
-    picks = _picks(leading, columns, layout.offset % width, width)
-    straight = order[1] == list(range(len(order[1])))
-    sides = extent(rows), extent(columns)
-    return Site(node, side, kind, layout, named, lead, *sides, picks, None if straight else order, made)
+    picks = _picks(leading, columns, layout.offset, width)
+    kind: Literal["scores", "read"] = "scores" if scores else "read"
+    moved = None if order[1] == sorted(order[1]) else order
+    return Site(node, side, kind, layout, named, lead, extent(rows), extent(columns), picks, moved, made)
 
 
 def _kind(atom: Atom, width: int) -> str:
@@ -165,9 +157,7 @@ def _order(rows: list[Atom], count: int, width: int) -> tuple[list[int], list[in
 
 def _picks(leading: list[Atom], columns: list[Atom], offset: int, width: int) -> np.ndarray:
     own = [atom if _kind(atom, width) == "column" else (1, 0) for atom in leading] + list(columns)
-    picks = np.full([size for size, _ in own], offset)
-    for axis, (size, stride) in enumerate(own):
-        picks = picks + (np.arange(size) * stride).reshape([-1 if one == axis else 1 for one in range(len(own))])
+    picks = np.asarray(sum(np.ix_(*(np.arange(size) * stride for size, stride in own))) + offset)
     return picks.reshape(*picks.shape[: len(leading)], -1)
 
 
@@ -252,21 +242,17 @@ def unneeded(values: Iterable[ir.Value], without: Collection[ir.Node], kept: Ite
 
 def folded_cost(site: Site, form: RowForm, real: Sizes) -> Work | None:
     """The cost of the nodes that would replace a site; None if they cannot be made."""
-    axes = extra = 0
-    if form.table is not None:
-        grid = form.table.sizes
-        if form.table.points and (site.kind, site.side) != ("scores", 0):
-            return None
-        fits = bool(form.table.points) or form.table.rows == site.num_rows
-        if len(grid) > _MOST_AXES or (not form.table.is_row and (site.order or not fits)):
-            return None
-        axes = len(grid)
-        extra = sum(grid)
+    table, axes = form.table, len(form.table.sizes)
+    if table.points and (site.kind, site.side) != ("scores", 0):
+        return None
+    fits = bool(table.points) or table.rows == site.num_rows
+    if axes > _MOST_AXES or (not table.is_row and (site.order or not fits)):
+        return None
     total = real.count(sizes(site.node.outputs[0]))
     rows, columns = real.real(site.num_rows), real.real(site.num_columns)
     queries = total // (rows if site.kind == "scores" else columns)  # of all samples and heads
     fixed = array_of(site.other) is not None and site.kind == "scores"
-    of_weights = 0 if fixed else 2 * queries * columns * (form.columns + extra)
+    of_weights = 0 if fixed else 2 * queries * columns * (form.columns + sum(table.sizes))
     normed = form.norm is not None
     all_rows = real.count(form.lead)
     # each axis of a table is added to the scores, or needs a sum over the other axes of the read's weights
@@ -277,10 +263,10 @@ def folded_cost(site: Site, form: RowForm, real: Sizes) -> Work | None:
 
 @dataclass(frozen=True, eq=False)
 class Choice:
-    """All sites that read one tensor, the index of their cheapest form, and what both ways cost."""
+    """All sites that read one tensor, its cheapest form, and what both ways cost."""
 
     sites: tuple[Site, ...]
-    index: int
+    form: RowForm
     plain: Work
     folded: Work
 
@@ -314,13 +300,13 @@ def _best(group: list[Site], real: Sizes) -> Choice | None:
     operands = [operand(site.node, site.side) for site in group]
     products = cost_of(nodes, real)
     choices = []
-    for index, form in enumerate(group[0].forms):
-        costs = [folded_cost(site, site.forms[index], real) for site in group]
+    for form in group[0].forms:
+        costs = [folded_cost(site, form, real) for site in group]
         known = [cost for cost in costs if cost is not None]
         if len(known) < len(costs):
             continue
         saved = cost_of(unneeded(operands, nodes, form.reads), real)
-        choices.append(Choice(tuple(group), index, products + saved, sum(known, Work(0, 0))))
+        choices.append(Choice(tuple(group), form, products + saved, sum(known, Work(0, 0))))
     return max(choices, key=lambda one: one.gain, default=None)
 
 

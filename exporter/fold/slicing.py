@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from perceiver_export.exporter.fold.nodes import VIEWS, Nodes, Shape, array_of, axis_of, integers, is_known, sizes
+from perceiver_export.exporter.fold.nodes import VIEWS, Nodes, Shape, axis_of, exits, integers, is_known, sizes
 
 _NAMES = (
     "Abs Add And Cast Ceil Clip Cos Div Dropout Elu Equal Erf Exp Expand Floor Gelu Greater GreaterOrEqual HardSigmoid",
@@ -28,12 +28,8 @@ Cuts = list[int | None]
 
 def cuts(node: ir.Node, axis: int) -> Cuts | None:
     """Where the inputs of a node are cut if its result is cut at ``axis``; None if it cannot be."""
-    if not is_known(node):
-        return None
-    if node.op_type in ELEMENTWISE:
-        return _elementwise(node, axis)
     rule = _RULES.get(node.op_type)
-    return None if rule is None else rule(node, axis)
+    return None if rule is None or not is_known(node) else rule(node, axis)
 
 
 def _shapes(node: ir.Node) -> list[Shape]:
@@ -45,13 +41,19 @@ def _first(node: ir.Node, axis: int | None) -> Cuts | None:
     return None if axis is None else [axis, *[None] * (len(node.inputs) - 1)]
 
 
+def _broadcast(shape: Shape, rank: int, axis: int) -> int | None:
+    """The axis at which an operand is cut that is broadcast to ``rank`` axes; None if it is repeated there."""
+    own = axis - (rank - len(shape))
+    return own if own >= 0 and shape[own] > 1 else None
+
+
 def _elementwise(node: ir.Node, axis: int) -> Cuts:
-    rank, found = len(sizes(node.outputs[0])), Cuts()
-    for index, shape in enumerate(_shapes(node)):
-        own = axis - (rank - len(shape))
-        parameter = node.op_type == "Expand" and index == 1
-        found.append(own if not parameter and own >= 0 and shape[own] > 1 else None)
-    return found
+    rank = len(sizes(node.outputs[0]))
+    return [_broadcast(shape, rank, axis) for shape in _shapes(node)]
+
+
+def _expand(node: ir.Node, axis: int) -> Cuts:
+    return [_elementwise(node, axis)[0], None]
 
 
 def _but_own_axis(node: ir.Node, axis: int) -> Cuts | None:
@@ -70,8 +72,7 @@ def _matmul(node: ir.Node, axis: int) -> Cuts:
         return [None, len(right) - 1]
     if axis == rank - 2:
         return [len(left) - 2, None]
-    places = [(axis - (rank - len(shape)), shape) for shape in (left, right)]
-    return [own if own >= 0 and shape[own] > 1 else None for own, shape in places]
+    return [_broadcast(shape, rank, axis) for shape in (left, right)]
 
 
 def _view(node: ir.Node, axis: int) -> Cuts | None:
@@ -128,6 +129,8 @@ def _gather_nd(node: ir.Node, axis: int) -> Cuts | None:
 
 
 _RULES: dict[str, Callable[[ir.Node, int], Cuts | None]] = {
+    **dict.fromkeys(sorted(ELEMENTWISE), _elementwise),
+    "Expand": _expand,
     **dict.fromkeys(("Softmax", "LogSoftmax"), _but_own_axis),
     "LayerNormalization": _before_norm,
     "MatMul": _matmul,
@@ -239,13 +242,7 @@ class _Growing:
         return False
 
     def _results(self) -> list[ir.Value]:
-        return [
-            value
-            for node in self.listed
-            if node in self.nodes
-            for value in node.outputs
-            if value.is_graph_output() or any(user not in self.nodes for user in value.consumers())
-        ]
+        return exits({node: None for node in self.listed if node in self.nodes})
 
     def _meet(self) -> None:
         """Grow to where the results meet: several keep the softmax of every piece alive until the last is read."""
@@ -284,6 +281,20 @@ def dependent(graph: ir.Graph, values: Iterable[ir.Value]) -> set[ir.Value]:
     return found
 
 
+def upstream(values: Iterable[ir.Value], stop: ir.Value | None = None) -> Iterator[ir.Value]:
+    """The values, and all that they are computed from, but nothing upstream of ``stop``."""
+    found, left = set[ir.Value](), list(values)
+    while left:
+        value = left.pop()
+        if value in found:
+            continue
+        found.add(value)
+        yield value
+        node = value.producer()
+        if node is not None and value is not stop:
+            left += [one for one in node.inputs if one is not None]
+
+
 def copy_region(
     nodes: Nodes, region: Region, take: Callable[[ir.Value, int], ir.Value], extent: Callable[[int], int]
 ) -> dict[ir.Value, ir.Value]:
@@ -312,14 +323,6 @@ def copy_region(
             made[result] = nodes.make(node.op_type, inputs, shape, **attributes)
             made[result].type = result.type
     return made
-
-
-def rows_of(nodes: Nodes, value: ir.Value, axis: int, start: int, stop: int) -> ir.Value:
-    """Some rows of a value; those of a constant are a constant."""
-    array = array_of(value)
-    if array is None:
-        return nodes.slice(value, axis, start, stop)
-    return nodes.constant(array[(slice(None),) * axis + (slice(start, stop),)])
 
 
 def places(parts: Iterable[ir.Value], axis: int) -> Iterator[tuple[ir.Value, slice]]:

@@ -11,8 +11,8 @@ from perceiver_export.exporter.fold.nodes import (
     VIEWS,
     Nodes,
     axis_of,
+    factor_of,
     made_by,
-    number,
     only_reader,
     operand,
     over_last,
@@ -28,7 +28,7 @@ _FOLLOWED = 12  # nodes between a product and its softmax
 
 def shared_norms(chosen: Iterable[tuple[Site, RowForm]]) -> dict[tuple[ir.Node, int], float]:
     """Scores and reads of one softmax that share σ and their columns, with the factor between scores and softmax."""
-    reads = {site.node: (site, form) for site, form in chosen if site.kind == "read" and form.norm is not None}
+    reads = {site.node: form for site, form in chosen if site.kind == "read"}
     shared: dict[tuple[ir.Node, int], float] = {}
     for site, form in chosen:
         if site.kind != "scores" or site.side != 1 or form.norm is None:
@@ -36,9 +36,8 @@ def shared_norms(chosen: Iterable[tuple[Site, RowForm]]) -> dict[tuple[ir.Node, 
         node, factor = _softmax_read(site.node)
         if node not in reads or factor <= 0:
             continue
-        _, other = reads[node]
-        assert other.norm is not None
-        if other.norm.node is form.norm.node and [one for one, _ in other.terms] == [one for one, _ in form.terms]:
+        other = reads[node]
+        if other.norm is not None and other.norm.node is form.norm.node and other.values == form.values:
             shared[site.node, 1] = shared[node, 1] = factor
     return shared
 
@@ -51,7 +50,7 @@ def _softmax_read(node: ir.Node) -> tuple[ir.Node | None, float]:
             return user, factor
         if user.op_type == "Softmax" and not softmax and over_last(user):
             softmax = True
-        elif user.op_type in ("Mul", "Div") and not softmax and (found := _factor(user, value)) is not None:
+        elif user.op_type in ("Mul", "Div") and not softmax and (found := factor_of(user, value)) is not None:
             factor *= found
         elif user.op_type not in (*VIEWS, "Dropout") or sizes(user.outputs[0])[-1] != sizes(value)[-1]:
             break
@@ -68,14 +67,6 @@ def _readers(value: ir.Value) -> Iterator[tuple[ir.Value, ir.Node]]:
         value = user.outputs[0]
 
 
-def _factor(node: ir.Node, value: ir.Value) -> float | None:
-    """The number that a node multiplies the value by."""
-    if node.op_type == "Div":
-        found = number(node.inputs[1]) if node.inputs[0] is value else None
-        return None if not found else 1 / found
-    return next((found for one in node.inputs if one is not value and (found := number(one)) is not None), None)
-
-
 def reaches_softmax(node: ir.Node) -> bool:
     """Whether scores go only into a softmax over the rows' axis, through nodes after which a term of the query alone
     still cancels.
@@ -83,7 +74,7 @@ def reaches_softmax(node: ir.Node) -> bool:
     for value, user in _readers(node.outputs[0]):
         if user.op_type == "Softmax":
             return over_last(user)
-        scaled = user.op_type in ("Mul", "Div") and _factor(user, value) is not None
+        scaled = user.op_type in ("Mul", "Div") and factor_of(user, value) is not None
         added = user.op_type == "Add" and sizes(user.outputs[0]) == sizes(value)
         if not scaled and not added:
             break

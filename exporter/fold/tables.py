@@ -63,7 +63,7 @@ class Matrix:
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """``row[m] = sum_a tables[a][i_a]`` for each point m of a grid of ``sizes``; sizes (1,): one row for all.
+    """``row[m] = sum_a tables[a][i_a]`` for each point m of a grid of ``sizes``; sizes (1,): one row for all, (): zero.
 
     ``points``: if rows are looked up, the indices i_a of all rows, one value of the graph per axis.
     """
@@ -100,7 +100,7 @@ class Table:
 
     @property
     def is_row(self) -> bool:
-        return self.sizes == (1,)
+        return self.sizes in ((), (1,))
 
     def each(self, change: Callable[[Matrix], Matrix]) -> Table:
         """The table with a linear change of every row."""
@@ -108,6 +108,8 @@ class Table:
 
     def plus(self, other: Table) -> Table | None:
         """The sum; None if the grids differ."""
+        if not self.tables or not other.tables:
+            return self if self.tables else other
         if self.is_row or other.is_row:
             row, grid = (self, other) if self.is_row else (other, self)
             return replace(grid, tables=(grid.tables[0] + row.tables[0], *grid.tables[1:]))
@@ -148,6 +150,9 @@ class Table:
     def _along(self, array: np.ndarray, *axes: int) -> np.ndarray:
         """An array over some axes of the grid, in a shape that can be added to one over all axes."""
         return array.reshape([size if axis in axes else 1 for axis, size in enumerate(self.sizes)])
+
+
+ZERO = Table((), ())
 
 
 def _separated(rows: np.ndarray) -> Table | None:

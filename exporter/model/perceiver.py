@@ -33,7 +33,7 @@ from perceiver_export.exporter.model.config import (
     Sharing,
     TokenInput,
 )
-from perceiver_export.exporter.model.inputs import TokenAdapter, fourier_table, input_adapter
+from perceiver_export.exporter.model.inputs import fourier_table, input_adapter
 
 
 class PerceiverEncoder(nn.Module):
@@ -55,7 +55,7 @@ class PerceiverEncoder(nn.Module):
             for _ in range(_distinct(config.num_blocks, config.block_sharing))
         )
 
-    def forward(self, inputs: Tensor | Sequence[Tensor | None], mask: Tensor | None = None) -> Tensor:
+    def forward(self, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
         latents = self.latents.unsqueeze(0)
         for index in range(self.config.num_blocks):
             if index < self.config.num_cross_attentions:
@@ -255,11 +255,8 @@ class PerceiverIO(nn.Module):
         """
         config = self.config.decoder
         assert isinstance(config, QueryDecoder)
-        embedding = None
-        if config.tied_to is not None:
-            adapter = self.inputs[config.tied_to]
-            assert isinstance(adapter, TokenAdapter)
-            embedding = adapter.embedding.weight
+        tied = config.tied_to
+        embedding = None if tied is None else self.get_parameter(f"inputs.{tied}.embedding.weight")
         kind = config.outputs[name].queries
         if isinstance(kind, GivenQueries):
             queries = feeds[f"{name}_queries"]

@@ -325,6 +325,12 @@ def test_a_norm_over_several_axes() -> None:
     assert_same(drawing, drawing("Mul", normed, drawing.random(6, 8)))
 
 
+def test_a_projection_after_transposed_samples() -> None:
+    drawing = Drawing()
+    read = drawing("MatMul", drawing.input(2, 3, 4, 2), drawing.input(2, 3, 2, 5))
+    assert_same(drawing, drawing.linear(drawing("Transpose", read, perm=[1, 0, 2, 3]), 5, 6))
+
+
 def test_what_does_not_pay_stays() -> None:
     drawing = Drawing()
     x = drawing.input(1, 16, 64)
