@@ -116,7 +116,7 @@ def leads_to(
     return any(node.op_type in goal for node in reached(start, lambda node: node.op_type in through, forward))
 
 
-def constant(graph: ir.Graph, name: str, array: Array, dtype: ir.DataType | None = None) -> ir.Value:
+def constant(graph: ir.Graph, name: str, array: Array) -> ir.Value:
     """An initializer with that name, or with a number added if the name belongs to another array."""
     unique, count = name, 1
     while (known := graph.initializers.get(unique)) is not None:
@@ -125,7 +125,7 @@ def constant(graph: ir.Graph, name: str, array: Array, dtype: ir.DataType | None
             return known
         count += 1
         unique = f"{name}.{count}"
-    value = ir.val(unique, const_value=ir.tensor(array, dtype=dtype, name=unique))
+    value = ir.val(unique, const_value=ir.tensor(array, name=unique))
     graph.register_initializer(value)
     return value
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -15,6 +16,14 @@ from perceiver_export.runtimes.runtime import Array, Feeds
 _DYNAMIC_QUERIES = 256  # query indices per call, if their number is dynamic
 
 Run = Callable[[Feeds], Mapping[str, Array]]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call's feeds and outputs, by part."""
+
+    feeds: dict[str, dict[str, Array]]
+    outputs: dict[str, Mapping[str, Array]]
 
 
 def batch_size(manifest: Manifest) -> int:
@@ -30,21 +39,17 @@ def batches(examples: Iterable[Example], size: int) -> Iterator[list[Example]]:
         yield [batch[index % len(batch)] for index in range(size)]
 
 
-def run_parts(
-    manifest: Manifest, runs: Mapping[str, Run], feeds: Feeds, generator: np.random.Generator
-) -> tuple[dict[str, dict[str, Array]], dict[str, Mapping[str, Array]]]:
-    """Run every part in order and return its feeds and outputs. A decoder that takes query indices gets random ones."""
-    given: dict[str, dict[str, Array]] = {}
-    outputs: dict[str, Mapping[str, Array]] = {}
-    available = dict(feeds)
+def run_parts(manifest: Manifest, runs: Mapping[str, Run], feeds: Feeds, generator: np.random.Generator) -> Call:
+    """Run every part in order. A decoder that takes query indices gets random ones."""
+    call, available = Call({}, {}), dict(feeds)
     batch = len(next(iter(feeds.values())))
     for name, part in manifest.parts.items():
         arrays = available | _queries(part, batch, generator)
-        given[name] = {spec.name: arrays[spec.name] for spec in part.inputs}
-        outputs[name] = runs[name](given[name])
+        call.feeds[name] = {spec.name: arrays[spec.name] for spec in part.inputs}
+        call.outputs[name] = runs[name](call.feeds[name])
         if name == "encoder":
-            available["latents"] = outputs[name]["latents"]
-    return given, outputs
+            available["latents"] = call.outputs[name]["latents"]
+    return call
 
 
 def skip_parts(manifest: Manifest, batch: int, generator: np.random.Generator) -> None:

@@ -362,12 +362,8 @@ def _weight_bytes(graph: ir.Graph) -> tuple[int, int]:
 
     TensorRT for RTX stores constants once (tests/benchmarks/tensorrt_shared_weights.py); for TensorRT it is unknown.
     """
-    once = each = 0
-    for value in graph.initializers.values():
-        if value.const_value is not None:
-            size = value.const_value.nbytes
-            once, each = once + size, each + size * _uses(value)
-    return once, each
+    sizes = {value: one.nbytes for value in graph.initializers.values() if (one := value.const_value) is not None}
+    return sum(sizes.values()), sum(size * _uses(value) for value, size in sizes.items())
 
 
 def _uses(value: ir.Value) -> int:

@@ -22,10 +22,10 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 from msgspec import structs
 
+from perceiver_export.calibration.data.calls import Call
 from perceiver_export.calibration.graphs import open_session, read_graph, run_session, sqnr
 from perceiver_export.calibration.quantization.linears import Linear
 from perceiver_export.calibration.quantization.record import Coverage, Layer, OutputEffect, Speed
-from perceiver_export.calibration.quantization.statistics import Call
 from perceiver_export.runtimes.engines.backend import EngineOptions, Kernel, find_target
 from perceiver_export.runtimes.engines.cache import graph_for
 from perceiver_export.runtimes.engines.openvino_engine import OpenvinoEngine

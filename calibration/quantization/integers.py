@@ -80,18 +80,16 @@ _METHODS: dict[Method, Callable[[Array, float, Array], float]] = {
 
 @dataclass(frozen=True)
 class IntegerWeight:
-    """``values`` (…, K, N) int8, ``scales`` (N), () for stacks, or (blocks, N) where ``block`` inputs share one."""
+    """``values`` (…, K, N); ``scales`` (N), () for stacks, or in int4 (blocks, N) where ``block`` inputs share one."""
 
     values: Array
     scales: Array
-    bits: int
     block: int | None = None
 
     def dequantized(self) -> Array:
         """The weight with which an engine computes, float32."""
         scales = self.scales if self.block is None else np.repeat(self.scales, self.block, axis=0)
-        restored: Array = self.values.astype(np.float32) * scales
-        return restored
+        return np.asarray(self.values.astype(np.float32) * scales)
 
 
 def quantize_weight(weight: Array, scheme: Scheme, bits: int) -> IntegerWeight:
@@ -113,7 +111,7 @@ def quantize_channels(weight: Array, bits: int = 8) -> IntegerWeight:
     largest = np.abs(weight).max(axis=0 if weight.ndim == 2 else None)
     scales = np.asarray(np.where(largest > 0, largest, 1.0) / levels, np.float32)
     values = np.clip(np.rint(weight / scales), -levels, levels).astype(np.int8)
-    return IntegerWeight(values, scales, bits)
+    return IntegerWeight(values, scales)
 
 
 def block_size(shape: tuple[int, ...]) -> int | None:
@@ -139,12 +137,11 @@ def quantize_blocks(weight: Array, block: int) -> IntegerWeight:
     errors = [np.square(grouped - _round4(grouped, one) * one[:, None]).sum(axis=1) for one in tried]
     scales = np.take_along_axis(tried, np.argmin(errors, axis=0)[None], axis=0)[0]
     values = _round4(grouped, scales).reshape(depth, width).astype(np.int8)
-    return IntegerWeight(values, scales, 4, block)
+    return IntegerWeight(values, scales, block)
 
 
 def _round4(grouped: Array, scales: Array) -> Array:
-    rounded: Array = np.clip(np.rint(grouped / scales[:, None]), -_INT4_LEVELS - 1, _INT4_LEVELS)
-    return rounded
+    return np.asarray(np.clip(np.rint(grouped / scales[:, None]), -_INT4_LEVELS - 1, _INT4_LEVELS))
 
 
 @dataclass(frozen=True)
@@ -238,8 +235,7 @@ def _gram(weights: tuple[ir.Value, ...]) -> Array:
     """Σ W Wᵀ (K, K)."""
     matrices = [array_of(weight) for weight in weights]
     wide = np.concatenate([np.moveaxis(one, -2, 0).reshape(one.shape[-2], -1) for one in matrices], axis=1)
-    gram: Array = wide @ wide.T
-    return gram
+    return np.asarray(wide @ wide.T)
 
 
 def write_qdq(model: ir.Model, plans: Iterable[LinearPlan]) -> None:
@@ -285,20 +281,16 @@ def _write_activation(graph: ir.Graph, linear: Linear, scale: float) -> ir.Value
 
 def _write_weight(model: ir.Model, linear: Linear, weight: IntegerWeight) -> ir.Value:
     """The only DQ of a weight, inserted before the first product that reads it."""
-    import ml_dtypes
-
     graph, name = model.graph, linear.weight.name
-    int4 = weight.bits == 4
-    dtype, kind = (ir.DataType.INT4, ml_dtypes.int4) if int4 else (ir.DataType.INT8, np.int8)
-    inputs = [
-        constant(graph, f"{name}.int{4 if int4 else 8}", weight.values.astype(kind), dtype),
-        constant(graph, f"{name}.scales", weight.scales),
-        constant(graph, f"{name}.zero_points", np.zeros(weight.scales.shape, kind), dtype),
-    ]
-    attributes: dict[str, int] = {"axis": 1} if weight.scales.ndim else {}
+    dtype, attributes = ir.DataType.INT8, {"axis": 1} if weight.scales.ndim else {}
     if weight.block is not None:
-        attributes = {"axis": 0, "block_size": weight.block}
+        dtype, attributes = ir.DataType.INT4, {"axis": 0, "block_size": weight.block}
         model.opset_imports[""] = max(_INT4_OPSET, model.opset_imports.get("", 0))
+    inputs = [
+        constant(graph, f"{name}.{dtype.name.lower()}", weight.values.astype(dtype.numpy())),
+        constant(graph, f"{name}.scales", weight.scales),
+        constant(graph, f"{name}.zero_points", np.zeros(weight.scales.shape, dtype.numpy())),
+    ]
     restored = ir.Value(name=f"{name}.dequantized", type=linear.weight.type, shape=linear.weight.shape)
     label = f"{_stage(linear)}/Dequantize {name}"
     graph.insert_before(linear.node, ir.node("DequantizeLinear", inputs, attributes, name=label, outputs=[restored]))

@@ -34,7 +34,7 @@ import msgspec
 import numpy as np
 
 from perceiver_export.calibration.bundles import new_bundle
-from perceiver_export.calibration.data.calls import batch_size, batches, run_parts
+from perceiver_export.calibration.data.calls import Call, batch_size, batches, run_parts
 from perceiver_export.calibration.data.samples import Samples, stack
 from perceiver_export.calibration.data.sources import Data
 from perceiver_export.calibration.graphs import decibels, load_graph, open_session, run_session, sqnr
@@ -44,7 +44,7 @@ from perceiver_export.calibration.quantization.options import QuantizeOptions, S
 from perceiver_export.calibration.quantization.part import PlannedPart, plan_part
 from perceiver_export.calibration.quantization.pipeline import check_options, write_quantized
 from perceiver_export.calibration.quantization.record import GroupSensitivity
-from perceiver_export.calibration.quantization.statistics import NO_SAMPLES, Call, Observation, Report, observe
+from perceiver_export.calibration.quantization.statistics import NO_SAMPLES, Observation, Report, observe
 from perceiver_export.runtimes.bundle import Bundle, BundleLike, open_bundle
 from perceiver_export.runtimes.errors import DataError, UsageError
 from perceiver_export.runtimes.runtime import Array, Feeds

@@ -15,10 +15,10 @@ import msgspec
 import numpy as np
 
 from perceiver_export.calibration.bundles import identity
-from perceiver_export.calibration.data.calls import batch_size
+from perceiver_export.calibration.data.calls import Call, batch_size
 from perceiver_export.calibration.data.fingerprints import DataReport
 from perceiver_export.calibration.quantization.options import QuantizeOptions
-from perceiver_export.calibration.quantization.statistics import KEPT, Activation, Call, Hazard, Observation, Statistics
+from perceiver_export.calibration.quantization.statistics import KEPT, Activation, Hazard, Observation, Statistics
 from perceiver_export.calibration.validation.options import MOST_SHARDS
 from perceiver_export.runtimes.bundle import Bundle
 from perceiver_export.runtimes.errors import DataError, UsageError

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from perceiver_export.calibration.data.calls import Run, batch_size, batches, run_parts, skip_parts
+from perceiver_export.calibration.data.calls import Call, Run, batch_size, batches, run_parts, skip_parts
 from perceiver_export.calibration.data.fingerprints import DataReport, DataWatch
 from perceiver_export.calibration.data.samples import Samples, stack
 from perceiver_export.calibration.data.sources import ITERABLE, RANDOM, Data
@@ -226,16 +226,8 @@ def _width(value: ir.Value | None) -> int:
 
 
 @dataclass(frozen=True)
-class Call:
-    """One call's feeds and fp32 outputs, by part."""
-
-    feeds: Mapping[str, Mapping[str, Array]]
-    outputs: Mapping[str, Mapping[str, Array]]
-
-
-@dataclass(frozen=True)
 class Observation:
-    """The result of the pass: statistics by part, a description of the data, and the first calls."""
+    """The result of the pass: statistics by part, a description of the data, and the first calls, in fp32."""
 
     statistics: dict[str, Statistics]
     data: DataReport
@@ -267,9 +259,9 @@ def observe(
         for example in {id(example): example for example in batch}.values():  # a short batch repeats its samples
             watch.see(example)
         if number % shard[1] == shard[0] - 1:
-            feeds, outputs = run_parts(manifest, runs, stack(batch), generator)
+            call = run_parts(manifest, runs, stack(batch), generator)
             if number < KEPT:
-                calls.append(Call(feeds, outputs))
+                calls.append(call)
         else:
             skip_parts(manifest, size, generator)
             for observer in observers.values():

@@ -18,16 +18,7 @@ import onnx_ir as ir
 
 from perceiver_export.calibration.data.sources import Data
 from perceiver_export.calibration.graphs import PRODUCTS, node_flops, reached, read_graph, set_sizes, with_shapes
-from perceiver_export.calibration.quantization.engines import (
-    MISSING,
-    Kernels,
-    Reading,
-    Timing,
-    built_kernels,
-    read_in_turn,
-    reading,
-    totals,
-)
+from perceiver_export.calibration.quantization import engines
 from perceiver_export.calibration.quantization.record import Calibration, LinearRecord, read_calibration
 from perceiver_export.calibration.quantization.sensitivity import measure_layer_errors
 from perceiver_export.calibration.report.peaks import Peaks, measure_peaks
@@ -225,7 +216,7 @@ class _Run:
             self._float = source.options.precision
             self.precision = source.precision if self._float == "fp32" else source.compiled_precision
 
-    def take(self, name: str, found: Kernels) -> None:
+    def take(self, name: str, found: engines.Kernels) -> None:
         """Store the kernels that were read for a part."""
         source, feeds, _ = self.parts[name]
         self.engine, kernels = found
@@ -234,7 +225,7 @@ class _Run:
         for layer, (own, flops) in _by_layer(with_shapes(model).graph, kernels).items():
             self.kernels[name, layer], self.flops[name, layer] = own, flops * self.calls[name]
         where = f"{self.bundle.path.name} ({name})"
-        self.unsteady = self.unsteady or scattered(where, *quartiles(totals(kernels)))
+        self.unsteady = self.unsteady or scattered(where, *quartiles(engines.totals(kernels)))
 
     def _feeds(self, name: str, part: Part) -> tuple[dict[str, Array], int]:
         """The inputs of a call of a part, and how many such calls decode all queries."""
@@ -245,16 +236,16 @@ class _Run:
         size, rows = queries_a_call(indices, part.num_queries), feeds[indices.name]
         return feeds | {indices.name: np.resize(rows, (len(rows), size))}, -(-part.num_queries // size)
 
-    def read(self, name: str, seconds: float) -> Reading:
+    def read(self, name: str, seconds: float) -> engines.Reading:
         """Time the graph if it compiles in seconds; else read the built engine. Raises EngineError if there is none."""
         source, feeds, engine = self.parts[name]
         if not find_target(self.target).needs_engine:
-            how = Timing(seconds, self.threads)
-            return (yield from reading(self.target, source.graph, feeds, source.options, how))
+            how = engines.Timing(seconds, self.threads)
+            return (yield from engines.reading(self.target, source.graph, feeds, source.options, how))
         if engine is None:
             build = f"perceiver-export build {self.bundle.path} --target {self.target}"
             raise EngineError(f"no engine of {name} has been built for {self.target} here", f"build it: {build}")
-        return f"{self.target} {engine.record.identity.platform.version}", built_kernels(engine.directory)
+        return f"{self.target} {engine.record.identity.platform.version}", engines.built_kernels(engine.directory)
 
     @property
     def total(self) -> float:
@@ -268,7 +259,7 @@ class _Run:
 
     def main(self, key: _Key) -> Kernel:
         """The slowest kernel of the layer's products, or of the whole layer if it has none."""
-        return max(self.kernels[key], key=lambda one: (one.product, float(np.sum(one.times))), default=MISSING)
+        return max(self.kernels[key], key=lambda one: (one.product, float(np.sum(one.times))), default=engines.MISSING)
 
     def built(self, key: _Key) -> str:
         """The types of the layer's products, or of all its kernels if it has none; the slowest first."""
@@ -287,12 +278,12 @@ class _Run:
     def time(self, key: _Key) -> float:
         """Median milliseconds of a run."""
         kernels = [one for one in self.kernels.get(key, ()) if one.times]
-        return float(np.median(totals(kernels))) * self.calls[key[0]] if kernels else 0.0
+        return float(np.median(engines.totals(kernels))) * self.calls[key[0]] if kernels else 0.0
 
 
 def _measure_in_turn(runs: Sequence[_Run]) -> None:
     parts = [(run, name) for run in runs for name in run.parts]
-    found = read_in_turn(run.read(name, _SECONDS * len(parts)) for run, name in parts)
+    found = engines.read_in_turn(run.read(name, _SECONDS * len(parts)) for run, name in parts)
     for (run, name), kernels in zip(parts, found, strict=True):
         run.take(name, kernels)
 

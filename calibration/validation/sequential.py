@@ -34,8 +34,7 @@ def log_capital(lost: Array | int, gained: Array | int, total: Array | int, marg
     returns = np.log1p(np.multiply.outer(_BETS / (1 - margin), margin - np.array([1, -1, 0])))
     logs = counts @ returns.T
     largest = logs.max(axis=-1, keepdims=True)
-    found: Array = largest[..., 0] + np.log(np.exp(logs - largest).mean(axis=-1))
-    return found
+    return np.asarray(largest[..., 0] + np.log(np.exp(logs - largest).mean(axis=-1)))
 
 
 def drop(lost: int, gained: int, total: int) -> Estimate:

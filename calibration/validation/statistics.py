@@ -158,8 +158,7 @@ def score(lost: Array, gained: Array, total: int, margin: float) -> Array:
     root = np.sqrt(np.maximum(half**2 + 8 * total * c * margin * (1 - margin), 0.0))
     at_margin = (root - half) / (4 * total)
     variance = np.maximum(total * (2 * at_margin + margin * (1 - margin)), _NEGLIGIBLE)
-    found: Array = (b - c - total * margin) / np.sqrt(variance)
-    return found
+    return np.asarray((b - c - total * margin) / np.sqrt(variance))
 
 
 def _least_gains(losses: Array, total: int, margin: float, observed: float) -> Array:

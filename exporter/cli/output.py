@@ -62,7 +62,11 @@ def options_of(*kinds: type[Any], **parse: Callable[[str], tuple[str, Any]]) -> 
         @functools.wraps(command)
         def run(*arguments: Any, **given: Any) -> None:
             values = {field.name: given.pop(field.name) for field, _ in fields}
-            values |= {name: dict(map(read, values[name] or ())) for name, read in parse.items()}
+            for name, read in parse.items():
+                pairs = [read(text) for text in values[name] or ()]
+                values[name] = dict(pairs)
+                if len(values[name]) < len(pairs):
+                    raise UsageError(f"--{name} names {', '.join(repr(key) for key, _ in pairs)}", "name each once")
             built = {name: _built(one.annotation, values) for name, one in parameters.items()}
             command(*arguments, **given, **built)
 

@@ -85,7 +85,7 @@ def test_what_cannot_be_compared_is_refused_before_anything_runs(
     unrelated = case.write(tmp_path / "one", case.weights())
     with pytest.raises(UsageError, match="layers"):
         profile(int8_bundle, device="ort-cpu", against=unrelated)
-    monkeypatch.setattr("perceiver_export.calibration.report.profile.read_in_turn", pytest.fail)
+    monkeypatch.setattr("perceiver_export.calibration.quantization.engines.read_in_turn", pytest.fail)
     with_data = partial(profile, int8_bundle, device="ort-cpu", data=FASHION / "test.npz")
     for refused in (with_data, partial(with_data, against=int8_bundle), partial(profile, int8_bundle, threads=0)):
         with pytest.raises(UsageError):

@@ -171,8 +171,7 @@ class Ready:
 
 def on_trial(fp32: Path, folder: Path, *rungs: Path, max_drop: float = 5) -> Trials:
     options = quantizing(scheme="int8-weights", max_drop=max_drop, threads=1)
-    ladder = cast("Ladder", Ready(rungs))
-    return Trials(ladder, open_bundle(fp32), options, ("ort-cpu",), folder, "mixed", _quiet)
+    return Trials(cast("Ladder", Ready(rungs)), open_bundle(fp32), options, ("ort-cpu",), folder, "mixed", _quiet)
 
 
 @pytest.fixture(scope="module")

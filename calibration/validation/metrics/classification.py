@@ -29,15 +29,13 @@ def name_of(index: int, names: Sequence[str]) -> str:
 def log_softmax(logits: Array) -> Array:
     """Logarithms of probabilities along the last axis, in float64."""
     shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
-    found: Array = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-    return found
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)))
 
 
 def divergence(expected: Array, found: Array) -> Array:
     """Kullback-Leibler divergence along the last axis of two arrays of logarithms of probabilities, in nats."""
     # Rounding makes it slightly negative where both are equal.
-    moved: Array = np.maximum((np.exp(expected) * (expected - found)).sum(axis=-1), 0.0)
-    return moved
+    return np.asarray(np.maximum((np.exp(expected) * (expected - found)).sum(axis=-1), 0.0))
 
 
 def kl(reference: Array, found: Array) -> Array:
@@ -165,8 +163,7 @@ _DRAWS = 256  # at a time: their weights stay in a cache
 def macro_f1(values: Array, counts: Array) -> Array:
     """``values`` (n, 2, labels): twice the true positives; predicted labels plus true labels."""
     sums = (counts.astype(np.float64) @ values.reshape(len(values), -1)).reshape(*counts.shape[:-1], *values.shape[1:])
-    found: Array = (sums[..., 0, :] / np.maximum(sums[..., 1, :], 1e-12)).mean(axis=-1)
-    return found
+    return np.asarray((sums[..., 0, :] / np.maximum(sums[..., 1, :], 1e-12)).mean(axis=-1))
 
 
 def mean_average_precision(values: Array, counts: Array) -> Array:
@@ -193,8 +190,7 @@ def _precisions(values: Array, drawn: Array) -> Array:
         precision = right[np.searchsorted(held, ends) - 1] / np.maximum(taken, 1)
         total += (weights[held] * precision).sum(axis=0) / np.maximum(right[-1], 1)
         labels += right[-1] > 0
-    found: Array = total / np.maximum(labels, 1)
-    return found
+    return np.asarray(total / np.maximum(labels, 1))
 
 
 class MultiLabel(Family):
