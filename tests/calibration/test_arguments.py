@@ -18,7 +18,7 @@ def test_of_export(tmp_path: Path) -> None:
     wrong_by_name(export, "source", **given)
     wrong_by_name(export, "output", str, **given)
     wrong(lambda value: export(**given, options=ExportOptions(parity=value)))
-    wrong(lambda value: export(**given, options=ExportOptions(memory_budget=value)), int, float)
+    wrong(lambda value: export(**given, options=ExportOptions(memory_budget=value)), int, float, str)
     assert not any(tmp_path.iterdir())
 
 
