@@ -60,9 +60,10 @@ def short_timing() -> Iterator[None]:
         return
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("perceiver_export.calibration.quantization.engines._LEAST", 0.0)
-        for module in ("peaks", "profile"):
-            patch.setattr(f"perceiver_export.calibration.report.{module}._SECONDS", 0.1)
-        patch.setattr("perceiver_export.calibration.report.peaks._ELEMENTS", 1 << 20)
+        patch.setattr("perceiver_export.calibration.report.profile._SECONDS", 0.1)
+        peaks = "perceiver_export.calibration.report.peaks"
+        for name, value in (("_SECONDS", 0.02), ("_SIZES", (64, 256)), ("_ELEMENTS", 1 << 20)):
+            patch.setattr(f"{peaks}.{name}", value)
         yield
 
 
@@ -166,6 +167,14 @@ def int8_bundle(fashion_bundle: Path, made_once: MadeOnce) -> Path:
 
     data, options = FASHION / "held_out.npz", QuantizeOptions(samples=32)
     return made_once("fashion-int8", lambda path: quantize(fashion_bundle, data, path, options))
+
+
+@pytest.fixture(scope="session")
+def thousand(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every tenth of the demo's test images: to read all of them takes longer than to judge a few."""
+    from tests.calibration.asked import pictures
+
+    return pictures(tmp_path_factory.mktemp("images") / "test.npz", slice(0, 10_000, 10))
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ import numpy as np
 from perceiver_export.calibration import Gates, QuantizeOptions, ValidateOptions, Validation, validate
 from tests.conftest import FASHION
 
-TEST = FASHION / "test.npz"
+TEST, HELD_OUT = FASHION / "test.npz", FASHION / "held_out.npz"
 _GATES = {field.name for field in dataclasses.fields(Gates)}
 
 
@@ -40,17 +40,12 @@ def value(result: Validation, name: str) -> float:
     return metric.candidate.value
 
 
-def pictures(path: Path, rows: Any = slice(None), of_class: int | None = None, shift: int = 0) -> Path:
-    """An .npz of some test pictures, of all classes or of one, labels ``shift`` too high."""
-    with np.load(TEST) as data:
+def pictures(
+    path: Path, rows: Any = slice(None), of_class: int | None = None, shift: int = 0, source: Path = TEST
+) -> Path:
+    """An .npz of some test pictures, or those of ``source``; of all classes or of one, labels ``shift`` too high."""
+    with np.load(source) as data:
         images, labels = data["image"], data["labels"].astype(int)
     chosen = np.flatnonzero(labels == of_class) if of_class is not None else np.arange(len(labels))
     np.savez(path, image=images[chosen[rows]], labels=(labels[chosen[rows]] + shift) % 10)
-    return path
-
-
-def some(source: Path, first: int, last: int, path: Path) -> Path:
-    """A file with the images and labels of rows ``first`` to ``last`` of another."""
-    with np.load(source) as data:
-        np.savez(path, image=data["image"][first:last], labels=data["labels"][first:last])
     return path

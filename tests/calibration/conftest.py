@@ -11,7 +11,6 @@ import pytest
 from perceiver_export.calibration import QuantizeOptions, quantize
 from perceiver_export.calibration.lowering.tensorrt import lower_bundle
 from perceiver_export.exporter import export
-from tests.calibration.asked import pictures
 from tests.calibration.damaged_scales import rehashed, with_a_scale_times
 from tests.conftest import FASHION, MadeOnce
 
@@ -21,6 +20,12 @@ def int4_bundle(fashion_bundle: Path, made_once: MadeOnce) -> Path:
     """The same with weights in int4, where their shapes allow it."""
     data, options = FASHION / "held_out.npz", QuantizeOptions(scheme="int4-weights", samples=8)
     return made_once("fashion-int4", lambda path: quantize(fashion_bundle, data, path, options))
+
+
+@pytest.fixture
+def copied_int8(int8_bundle: Path, tmp_path: Path) -> Path:
+    """A copy of the demo's bundle in int8, to be certified."""
+    return Path(shutil.copytree(int8_bundle, tmp_path / "fashion-int8"))
 
 
 @pytest.fixture(scope="session")
@@ -38,12 +43,6 @@ def lowered_bundle(fashion_bundle: Path, made_once: MadeOnce) -> Path:
 def text_bundle(made_once: MadeOnce) -> Path:
     """The trained byte-level language model."""
     return made_once("text", lambda path: export(FASHION.parent / "text_bytes" / "checkpoint", path))
-
-
-@pytest.fixture(scope="session")
-def thousand(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every tenth of the demo's test images: to read all of them takes longer than to judge a few."""
-    return pictures(tmp_path_factory.mktemp("images") / "test.npz", slice(0, 10_000, 10))
 
 
 @pytest.fixture(scope="session")

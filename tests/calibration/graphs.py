@@ -17,9 +17,10 @@ from perceiver_export.calibration.quantization.statistics import Observer, Stati
 from perceiver_export.runtimes.manifest import Part, TensorSpec
 from perceiver_export.runtimes.runtime import Array
 
+# What `build` puts before each of them.
+_HEADER = '<ir_version: 10, opset_import: ["" : 20]>'
 # A layer norm read by two linears of one input, attention, and an MLP whose two runs share both weights.
 BLOCK = """
-<ir_version: 10, opset_import: ["" : 20]>
 block (float[1, 6, 16] x, float[16] g, float[16] b, float[16, 16] wk, float[16] bk, float[16, 16] wv, float[16] bv,
   float[16, 16] wo, float[16] bo, float[16, 32] w1, float[32] b1, float[32, 16] w2, float[16] b2)
   => (float[1, 6, 16] y)
@@ -41,7 +42,6 @@ block (float[1, 6, 16] x, float[16] g, float[16] b, float[16, 16] wk, float[16] 
 
 # A rank-2 head as torch.onnx writes it, with its weight the other way round.
 GEMM = """
-<ir_version: 10, opset_import: ["" : 20]>
 head (float[4, 16] x, float[16, 32] w1, float[10, 32] w2, float[10] c) => (float[4, 10] y)
 {
   h0 = MatMul (x, w1)
@@ -52,7 +52,6 @@ head (float[4, 16] x, float[16, 32] w1, float[10, 32] w2, float[10] c) => (float
 
 # As folds leave it: chunks of one input by one weight, a weight for each head, and products with tables of positions.
 FOLDED = """
-<ir_version: 10, opset_import: ["" : 20]>
 folded (float[1, 8, 16] x, float[16, 16] w, float[2, 8, 12] key, float[12, 20] positions_t, float[20, 12] positions,
   float[24, 16] wo) => (float[1, 8, 16] y)
 <int64[1] zero = {0}, int64[1] four = {4}, int64[1] eight = {8}, int64[1] axis = {1},
@@ -70,7 +69,6 @@ folded (float[1, 8, 16] x, float[16, 16] w, float[2, 8, 12] key, float[12, 20] p
 # Without biases: a Relu, which onnxruntime takes for a part of the quantizer behind it, and a view, which a quantizer
 # moves through.
 RELU = """
-<ir_version: 10, opset_import: ["" : 20]>
 relu (float[1, 6, 16] x, float[16, 32] w1, float[32, 16] w2, float[16, 16] w3) => (float[1, 6, 16] y)
 <int64[4] heads = {1, 6, 2, 8}, int64[3] merged = {1, 6, 16}>
 {
@@ -82,7 +80,7 @@ relu (float[1, 6, 16] x, float[16, 32] w1, float[32, 16] w2, float[16, 16] w3) =
 
 def build(text: str, seed: int = 0) -> ir.Model:
     """The graph, its float parameters drawn at random: of channels of different sizes, as trained ones are."""
-    model = ir.from_onnx_text(text)
+    model = ir.from_onnx_text(_HEADER + text)
     generator = np.random.default_rng(seed)
     for value in model.graph.inputs[1:]:
         assert value.shape is not None

@@ -66,10 +66,10 @@ class Case:
                 found[name] = generator.uniform(low, 1, (SAMPLES, *shape)).astype(np.float32)
         return found
 
-    def write(self, path: Path, weights: Weights) -> Path:
-        """A bundle of these weights."""
+    def write(self, path: Path, weights: Weights | None = None) -> Path:
+        """A bundle of these weights, or of its own."""
         path.mkdir()
-        onnx.save(self._graph(weights), path / "model.onnx")
+        onnx.save(self._graph(weights or self.weights()), path / "model.onnx")
         inputs, outputs = (
             tuple(TensorSpec(name, _dtype(name), (SAMPLES, *shape)) for name, shape in side.items())
             for side in (self.inputs, self.outputs)
@@ -154,7 +154,7 @@ TEXT = {"tokens": (8,), "tokens_mask": (8,)}
 THREE = ("red", "green", "blue")
 PAIR = {"frames": (2, 3, 8, 8)}
 FRAMES, SOUND, X = (2, 8, 8, 3), (16, 1), {"x": (6,)}
-CASES = (
+_CASES = (
     Case(
         "points", "point-cloud-classification", {"points": (20, 3)}, {"scores": (3,)}, _labels,
         steps.PointsPreprocessing(20), labels=THREE,
@@ -181,3 +181,4 @@ CASES = (
     Case("values of arrays", "arrays", X, {"y": (2,)}, _values, None, {"y": "regression"}),
     Case("sets", "sets", {"entities": (5, 4)}, {"outputs": (5, 3)}, _none),
 )  # fmt: skip
+CASES = {case.name: case for case in _CASES}

@@ -8,11 +8,9 @@ from typing import Any
 
 from perceiver_export.calibration import Gates, QuantizeOptions, quantize, search, validate
 from perceiver_export.exporter import ExportOptions, export, package
-from tests.calibration.asked import asked, quantizing
+from tests.calibration.asked import HELD_OUT, asked, quantizing
 from tests.conftest import FASHION
 from tests.runtimes.test_arguments import wrong, wrong_by_name
-
-HELD_OUT = FASHION / "held_out.npz"
 
 
 def test_of_export(tmp_path: Path) -> None:
@@ -20,7 +18,7 @@ def test_of_export(tmp_path: Path) -> None:
     wrong_by_name(export, "source", **given)
     wrong_by_name(export, "output", str, **given)
     wrong(lambda value: export(**given, options=ExportOptions(parity=value)))
-    wrong(lambda value: export(**given, options=ExportOptions(memory_budget=value)), int, float)
+    wrong(lambda value: export(**given, options=ExportOptions(memory_budget=value)), int, float, str)
     assert not any(tmp_path.iterdir())
 
 

@@ -36,10 +36,7 @@ from tests.calibration.onnx_text import write
 from tests.conftest import FASHION
 
 GRAPHS = {"block": BLOCK, "gemm": GEMM, "folded": FOLDED, "relu": RELU}
-PLAIN = """
-<ir_version: 10, opset_import: ["" : 20]>
-plain (float[4, 16] x, float[16, 16] w) => (float[4, 16] y) { y = MatMul (x, w) }
-"""
+PLAIN = "plain (float[4, 16] x, float[16, 16] w) => (float[4, 16] y) { y = MatMul (x, w) }"
 
 
 Int8 = Callable[[str], tuple[QuantizedPart, Path]]
@@ -132,7 +129,6 @@ def test_an_integer_kernel_computes_what_the_codes_say(target: str, file: str, t
     takes the canonical graph as it is, so its codes are those of the graph.
     """
     text = """
-    <ir_version: 10, opset_import: ["" : 20]>
     one (float[1, 6, 16] x, float[16, 16] w, float[16] b) => (float[1, 6, 16] y) { p = MatMul (x, w)  y = Add (p, b) }
     """
     options = QuantizeOptions("int8", method="minmax", correct_bias=False)
@@ -243,7 +239,6 @@ DEPTHS = (128, 261, 322, 58, 46, 170, 66, 40)
 @pytest.mark.parametrize("depth", DEPTHS)
 def test_both_engines_read_the_same_weights(depth: int, rows: int, tmp_path: Path) -> None:
     text = f"""
-    <ir_version: 10, opset_import: ["" : 20]>
     one (float[1, {rows}, {depth}] x, float[{depth}, 32] w, float[32] b) => (float[1, {rows}, 32] y) {{
       p = MatMul (x, w)  y = Add (p, b)
     }}

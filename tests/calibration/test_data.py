@@ -22,7 +22,6 @@ from perceiver_export.runtimes.errors import DataError
 from perceiver_export.runtimes.manifest import Manifest, Part, TensorSpec
 from perceiver_export.runtimes.tasks import ImageClassification
 from tests.calibration.manifests import TOKENS, flow, images, language, manifest, points, sets, spec, texts, video
-from tests.conftest import FASHION
 
 Write = Callable[[Path], Any]  # writes DATA into a folder; None is the folder itself
 
@@ -462,8 +461,3 @@ def test_images_without_a_row_are_noted(judged: bool, tmp_path: Path) -> None:
     table("file,label\na.png,cat\n")(tmp_path)
     notes = Samples(tmp_path, images, judged=judged).notes.by_kind()
     assert notes == {"unlisted": f"1 of 2 images have no row in labels.csv, first {tmp_path / 'sub' / 'b.png'}"}
-
-
-def test_the_demos_pictures_are_read() -> None:
-    found = read(FASHION / "held_out.npz", msgspec.structs.replace(images, labels=tuple("abcdefghij")), samples=4)
-    assert [example.name for example in found] == [f"held_out.npz[{index}]" for index in (0, 500, 1000, 1500)]

@@ -15,7 +15,7 @@ import pytest
 from perceiver_export.calibration.report.report import junit
 from perceiver_export.runtimes.errors import BrokenReferenceError, UsageError
 from perceiver_export.runtimes.runtime import Array
-from tests.calibration.asked import TEST, judged, pictures
+from tests.calibration.asked import judged, pictures
 from tests.cli.commands import fail, perceiver_export, unwrapped
 
 pytestmark = pytest.mark.usefixtures("one_process_in_module")
@@ -112,7 +112,7 @@ def test_a_metric_of_ones_own_needs_no_labels_unless_it_reads_them(
 
 
 def test_a_script_that_ends_the_program_ends_no_command(
-    fashion_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fashion_bundle: Path, thousand: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`validate` ended with 0, as if its gates held."""
     (tmp_path / "script.py").write_text("import sys\ndef samples(): yield {}\nsys.exit(0)\n")
@@ -123,4 +123,4 @@ def test_a_script_that_ends_the_program_ends_no_command(
     said = fail(*command, "--data", "script:samples", "--max-drop", "1")
     assert "script:samples cannot be imported: SystemExit(0)" in said
     own = ["--metric", "metric:leaves", "--max-metric-change", "1"]
-    assert "metric:leaves failed: SystemExit: 0" in fail(*command, "--data", TEST, *own)
+    assert "metric:leaves failed: SystemExit: 0" in fail(*command, "--data", thousand, *own)

@@ -58,7 +58,6 @@ def test_the_exported_model_has_the_linears_that_its_layers_have(plain_fashion_b
 def test_a_table_of_positions_behind_an_index_stays_float() -> None:
     """The video decoder takes rows of its tables of scores by the queries' indices."""
     text = """
-    <ir_version: 10, opset_import: ["" : 20]>
     grid (float[2, 8] x, float[8, 6] table) => (float[5, 2] y) <int64[5] points = {0, 3, 5, 1, 1}> {
       scores = MatMul (x, table)  rows = Transpose <perm = [1, 0]> (scores)
       own = Gather <axis = 0> (rows, points)  y = Softmax <axis = -1> (own)

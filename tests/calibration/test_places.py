@@ -21,11 +21,9 @@ from perceiver_export.exporter.cli.output import check_file
 from perceiver_export.runtimes import open_bundle
 from perceiver_export.runtimes.errors import BundleError, DataError, ExportError, PerceiverExportError, UsageError
 from perceiver_export.runtimes.files import check_writable
-from tests.calibration.asked import quantizing
+from tests.calibration.asked import HELD_OUT, TEST, quantizing
 from tests.cli.commands import fail, succeed
 from tests.conftest import FASHION, SmallBundle
-
-HELD_OUT = FASHION / "held_out.npz"
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -33,7 +31,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def _search(source: Path, out: Path, **options: Any) -> None:
-    splits: dict[str, Any] = {"calibrate": HELD_OUT, "search_on": HELD_OUT, "certify_on": FASHION / "test.npz"}
+    splits: dict[str, Any] = {"calibrate": HELD_OUT, "search_on": HELD_OUT, "certify_on": TEST}
     search(source, out, quantizing(min_agreement=50.0, **options), **splits)
 
 

@@ -20,11 +20,12 @@ from perceiver_export.runtimes import load, open_bundle
 from perceiver_export.runtimes.bundle import golden_arrays
 from perceiver_export.runtimes.engines.backend import EngineOptions, Precision, find_target
 from perceiver_export.runtimes.errors import DeviceError, MissingDependencyError, UsageError
+from tests.calibration.asked import TEST
 from tests.calibration.damaged_scales import with_a_scale_times
 from tests.calibration.linear_bundles import CASES
 from tests.calibration.lint_cases import compiled, partly_int8_attention
 from tests.cli import small_models
-from tests.conftest import FASHION, SmallBundle
+from tests.conftest import SmallBundle
 
 TARGETS = ("ort-cpu", "openvino-cpu")
 
@@ -66,14 +67,14 @@ def test_what_was_built_is_read_and_not_what_was_asked(fashion_bundle: Path) -> 
 
 
 def test_beside_the_float_bundle_a_damaged_layer_comes_first(
-    int8_bundle: Path, fashion_bundle: Path, tmp_path: Path
+    int8_bundle: Path, fashion_bundle: Path, thousand: Path, tmp_path: Path
 ) -> None:
-    group, data = "encoder.self_attentions.0.1.mlp.output", FASHION / "test.npz"
+    group = "encoder.self_attentions.0.1.mlp.output"
     ruined = with_a_scale_times(4.0, group, int8_bundle, tmp_path / "ruined")
-    found = profile(ruined, device="ort-cpu", against=fashion_bundle, data=data)
+    found = profile(ruined, device="ort-cpu", against=fashion_bundle, data=thousand)
 
     assert found.worst("loss")[0].layer == group
-    assert found.worst("loss")[0].sqnr == measure_layer_errors(ruined, fashion_bundle, data)[0].sqnr
+    assert found.worst("loss")[0].sqnr == measure_layer_errors(ruined, fashion_bundle, thousand)[0].sqnr
     assert sum(one.against or 0 for one in found.layers) > 0
     assert found.against == f"{fashion_bundle.name} in fp32"
 
@@ -81,12 +82,11 @@ def test_beside_the_float_bundle_a_damaged_layer_comes_first(
 def test_what_cannot_be_compared_is_refused_before_anything_runs(
     int8_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    case = next(one for one in CASES if one.name == "arrays")
-    unrelated = case.write(tmp_path / "one", case.weights())
+    unrelated = CASES["arrays"].write(tmp_path / "one")
     with pytest.raises(UsageError, match="layers"):
         profile(int8_bundle, device="ort-cpu", against=unrelated)
     monkeypatch.setattr("perceiver_export.calibration.quantization.engines.read_in_turn", pytest.fail)
-    with_data = partial(profile, int8_bundle, device="ort-cpu", data=FASHION / "test.npz")
+    with_data = partial(profile, int8_bundle, device="ort-cpu", data=TEST)
     for refused in (with_data, partial(with_data, against=int8_bundle), partial(profile, int8_bundle, threads=0)):
         with pytest.raises(UsageError):
             refused()
@@ -106,8 +106,7 @@ def test_graphs_are_run_in_turn() -> None:
 
 
 def test_a_bundle_of_one_layer_without_names_has_its_product(tmp_path: Path) -> None:
-    case = next(one for one in CASES if one.name == "arrays")
-    bundle = case.write(tmp_path / "one", case.weights())
+    bundle = CASES["arrays"].write(tmp_path / "one")
     for target in TARGETS:
         found = profile(bundle, device=target)
         (product,) = (one for one in found.layers if one.flops)
@@ -123,7 +122,7 @@ def test_all_the_time_of_a_call_is_some_layers(tmp_path: Path) -> None:
     def share(target: str) -> float:
         found = profile(bundle, device=target, threads=1)
         with load(bundle, target, threads=1) as runtime:
-            wall = 1e3 * statistics.median(timeit.repeat(partial(runtime.run, feeds), number=1, repeat=50))
+            wall = 1e3 * statistics.median(timeit.repeat(partial(runtime.run, feeds), number=1, repeat=15))
         return sum(one.milliseconds for one in found.layers) / wall
 
     for target in TARGETS:  # a machine that stalls in one of the two is asked again

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import html
 import re
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from perceiver_export.runtimes import open_bundle
 from perceiver_export.runtimes.benchmark import Bench, bench
 from perceiver_export.runtimes.errors import DataError, UsageError
 from perceiver_export.runtimes.presence import devices
-from tests.calibration.asked import TEST, asked, judged
+from tests.calibration.asked import asked, judged
 from tests.calibration.damaged_scales import with_a_scale_times
 
 pytestmark = pytest.mark.usefixtures("one_process_in_module")
@@ -41,8 +40,14 @@ def results(int8_bundle: Path, fashion_bundle: Path, thousand: Path) -> tuple[Va
 
 
 @pytest.fixture(scope="module")
-def report(int8_bundle: Path, fashion_bundle: Path, results: tuple[Validation, Validation]) -> Report:
-    return gather(int8_bundle, results[:1], fashion_bundle, "perceiver-export validate …", data=TEST)
+def elsewhere(results: tuple[Validation, Validation]) -> tuple[Validation, ...]:
+    """The same, of another machine with the same instructions: a report on them times nothing."""
+    return tuple(msgspec.structs.replace(one, machine={**one.machine, "cpu": "another"}) for one in results)
+
+
+@pytest.fixture(scope="module")
+def report(int8_bundle: Path, fashion_bundle: Path, results: tuple[Validation, Validation], thousand: Path) -> Report:
+    return gather(int8_bundle, results[:1], fashion_bundle, "perceiver-export validate …", data=thousand)
 
 
 SECTIONS = (
@@ -116,17 +121,17 @@ def test_folds_and_plan_are_the_manifests(report: Report, int8_bundle: Path) -> 
 
 
 def test_the_most_sensitive_layer_is_measured_on_the_bundle_itself(
-    int8_bundle: Path, fashion_bundle: Path, report: Report, results: tuple[Validation, Validation], tmp_path: Path
+    int8_bundle: Path, fashion_bundle: Path, report: Report, elsewhere: Any, thousand: Path, tmp_path: Path
 ) -> None:
     group = "encoder.self_attentions.0.1.mlp.output"
     ruined = with_a_scale_times(4.0, group, int8_bundle, tmp_path / "ruined")
 
-    damaged = gather(ruined, results[:1], fashion_bundle, data=TEST)
+    damaged = gather(ruined, elsewhere[:1], fashion_bundle, data=thousand)
 
     assert damaged.sensitivity[0][0] == group
     assert report.sensitivity[0][0] != group
     assert f"| {group} | -9." in render(damaged, ".md")
-    recorded = gather(int8_bundle, results[:1], fashion_bundle)  # without data: what was noted at calibration
+    recorded = gather(int8_bundle, elsewhere[:1], fashion_bundle)  # without data: what was noted at calibration
     assert recorded.sensitivity_note != damaged.sensitivity_note
     assert {name for name, _ in recorded.sensitivity} == {name for name, _ in report.sensitivity}
 
@@ -165,25 +170,23 @@ def test_speed_is_of_the_engines_that_were_validated_and_a_ratio_of_steady_times
 
 
 def test_only_certificates_of_these_validations_are_shown(
-    int8_bundle: Path, fashion_bundle: Path, results: tuple[Validation, Validation], tmp_path: Path
+    copied_int8: Path, fashion_bundle: Path, elsewhere: tuple[Validation, ...], thousand: Path
 ) -> None:
     """Another's is no word on this one, least of all where this one did not hold."""
-    held, undecided = results
-    bundle = Path(shutil.copytree(int8_bundle, tmp_path / "fashion-int8"))
-    certify(bundle, [judged(bundle, TEST, against=fashion_bundle, samples=150, max_drop=9)])
-    (own,) = certify(bundle, [held])
+    certify(copied_int8, [judged(copied_int8, thousand, against=fashion_bundle, samples=150, max_drop=9)])
+    (own,) = certify(copied_int8, elsewhere[:1])
 
-    for validations, shown in (((held,), (str(own),)), ((undecided,), ()), ((held, undecided), ())):
-        assert gather(bundle, validations).certificates == shown
+    for validations, shown in ((elsewhere[:1], (str(own),)), (elsewhere[1:], ()), (elsewhere, ())):
+        assert gather(copied_int8, validations).certificates == shown
 
 
 def test_targets_of_other_machines_are_neither_timed_nor_profiled(
-    int8_bundle: Path, results: tuple[Validation, Validation]
+    int8_bundle: Path, elsewhere: tuple[Validation, ...]
 ) -> None:
-    elsewhere = gather(int8_bundle, [msgspec.structs.replace(results[0], machine={"cpu": "another"})])
+    report = gather(int8_bundle, elsewhere[:1])
 
-    assert elsewhere.speeds == ()
-    assert not [table.title for table in elsewhere.tables if table.title.startswith("Slowest")]
+    assert report.speeds == ()
+    assert not [table.title for table in report.tables if table.title.startswith("Slowest")]
 
 
 def test_names_of_layers_are_whole_and_bars_as_long_as_the_numbers(report: Report) -> None:

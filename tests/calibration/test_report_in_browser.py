@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from perceiver_export.calibration.report.report import gather, write_report
-from tests.calibration.asked import TEST, judged
+from tests.calibration.asked import judged
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 OPTIONS = ("headless", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "no-first-run", "hide-scrollbars")
@@ -46,12 +46,16 @@ onload = () => {
 
 @pytest.fixture(scope="module")
 def report(
-    int8_bundle: Path, fashion_bundle: Path, tmp_path_factory: pytest.TempPathFactory, one_process_in_module: None
+    int8_bundle: Path,
+    fashion_bundle: Path,
+    thousand: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    one_process_in_module: None,
 ) -> Path:
     path = tmp_path_factory.mktemp("report") / "report.html"
-    result = judged(int8_bundle, TEST, against=fashion_bundle, samples=150, max_drop=0.5, min_agreement=90)
+    result = judged(int8_bundle, thousand, against=fashion_bundle, samples=150, max_drop=0.5, min_agreement=90)
     command = f"perceiver-export validate {'long ' * 60}"
-    write_report(path, gather(int8_bundle, [result], fashion_bundle, command, data=TEST))
+    write_report(path, gather(int8_bundle, [result], fashion_bundle, command, data=thousand))
     return path
 
 

@@ -27,10 +27,9 @@ from perceiver_export.runtimes import errors, open_bundle
 from perceiver_export.runtimes.benchmark import Bench, bench
 from perceiver_export.runtimes.certificates import certificates
 from perceiver_export.runtimes.engines import openvino
-from tests.calibration.asked import judged, quantizing, some
+from tests.calibration.asked import HELD_OUT, judged, pictures, quantizing
 from tests.calibration.cancelling_units import LAYER, with_cancelling_units
 from tests.calibration.damaged_scales import with_a_scale_times
-from tests.conftest import FASHION
 
 pytestmark = pytest.mark.usefixtures("one_process_in_module")
 
@@ -134,7 +133,7 @@ def test_layers_kept_float_are_float_in_every_rung_and_no_part_of_the_ladder(
     kept = ["encoder.self_attentions.0.[12].*", "encoder.cross_attentions.*"]
     options = QuantizeOptions(precision={tail: "int8-weights"}, keep_float=kept, weight_bits=7, smooth=False, samples=8)
     source = open_bundle(fashion_bundle)
-    ladder = Ladder(source, observe(source, FASHION / "held_out.npz", options, _quiet), options, _quiet)
+    ladder = Ladder(source, observe(source, HELD_OUT, options, _quiet), options, _quiet)
     last = len(ladder.rungs) - 1
     ladder.build(last, tmp_path / "last")
     strong = lower_bundle(tmp_path / "last", "fp16")
@@ -180,7 +179,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("splits")
     ends = {"calibrate": (0, 24), "search_on": (24, 174), "certify_on": (174, 374)}
     ends |= {"few": (0, 100), "very few": (174, 194)}
-    return {name: some(FASHION / "test.npz", *both, folder / f"{name}.npz") for name, both in ends.items()}
+    return {name: pictures(folder / f"{name}.npz", slice(*both)) for name, both in ends.items()}
 
 
 @pytest.fixture
@@ -291,19 +290,21 @@ def test_where_no_rung_holds_the_error_says_why(
     assert not trials.path(1).exists()
 
 
-def test_the_worst_layer_comes_first(nan_bundle: Path, int8_bundle: Path, fashion_bundle: Path, tmp_path: Path) -> None:
-    group, data = "encoder.self_attentions.0.1.mlp.output", FASHION / "test.npz"
+def test_the_worst_layer_comes_first(
+    nan_bundle: Path, int8_bundle: Path, fashion_bundle: Path, thousand: Path, tmp_path: Path
+) -> None:
+    group = "encoder.self_attentions.0.1.mlp.output"
     ruined = with_a_scale_times(64.0, group, int8_bundle, tmp_path / "ruined")
-    result = judged(ruined, data, against=fashion_bundle, samples=200, max_drop=1, min_agreement=97)
-    worst = measure_layer_errors(ruined, fashion_bundle, data)[0]
+    result = judged(ruined, thousand, against=fashion_bundle, samples=200, max_drop=1, min_agreement=97)
+    worst = measure_layer_errors(ruined, fashion_bundle, thousand)[0]
 
     assert [gate.outcome for gate in result.gates].count("held") == 0
     with pytest.raises(errors.GateError):
         result.require()
     assert worst.group == group
     assert worst.sqnr == pytest.approx(-36, abs=1)  # an error of 63 times the signal
-    assert measure_layer_errors(int8_bundle, fashion_bundle, data)[0].sqnr > 10
-    assert measure_layer_errors(nan_bundle, fashion_bundle, data, samples=2)[0].sqnr == -200.0
+    assert measure_layer_errors(int8_bundle, fashion_bundle, thousand)[0].sqnr > 10
+    assert measure_layer_errors(nan_bundle, fashion_bundle, thousand, samples=2)[0].sqnr == -200.0
 
 
 def test_a_layer_that_must_not_be_int8_goes_back(

@@ -88,9 +88,11 @@ def test_every_task_merges(case: Any, small_bundle: Callable[..., Path], tmp_pat
 
 
 @pytest.mark.usefixtures("one_process")
-def test_the_command_writes_shards_and_judges_them(int8_bundle: Path, fashion_bundle: Path, tmp_path: Path) -> None:
-    bundle = shutil.copytree(int8_bundle, tmp_path / "bundle")
-    common: list[str | Path] = ["validate", bundle, "--data", TEST, "--samples", "150", "--against", fashion_bundle]
+def test_the_command_writes_shards_and_judges_them(
+    copied_int8: Path, fashion_bundle: Path, thousand: Path, tmp_path: Path
+) -> None:
+    bundle = copied_int8
+    common: list[str | Path] = ["validate", bundle, "--data", thousand, "--samples", "150", "--against", fashion_bundle]
     files = [tmp_path / f"part{index}.json" for index in (1, 2)]
     for index, file in enumerate(files, start=1):
         succeed(*common, "--shard", f"{index}/2", "--scores", file)
@@ -167,8 +169,8 @@ def test_numbers_that_are_not_finite_and_links_are_refused(
         merge(int8_bundle, parts[:2])
 
 
-def test_each_instruction_set_is_judged_by_itself(parts: list[Path], int8_bundle: Path, tmp_path: Path) -> None:
-    bundle, others = Path(shutil.copytree(int8_bundle, tmp_path / "bundle")), [tmp_path / part.name for part in parts]
+def test_each_instruction_set_is_judged_by_itself(parts: list[Path], copied_int8: Path, tmp_path: Path) -> None:
+    bundle, others = copied_int8, [tmp_path / part.name for part in parts]
     for part, other in zip(parts, others, strict=True):
         shard = msgspec.json.decode(part.read_bytes(), type=Shard)
         machine = {**shard.machine, "instruction set": "asimd i8mm"}

@@ -54,10 +54,6 @@ def shuffled(weights: Weights) -> Weights:
 Change = Callable[[Weights], Weights]
 
 
-def case_of(name: str) -> Case:
-    return next(case for case in CASES if case.name == name)
-
-
 class Runs:
     """The outputs of a case's models on the same inputs, each run once."""
 
@@ -97,9 +93,9 @@ class Runs:
         return found + ([Gates(min_agreement=80)] if "agreement" in scores.measured else [])
 
 
-@pytest.fixture(scope="module", params=CASES, ids=[case.name for case in CASES])
+@pytest.fixture(scope="module", params=CASES)
 def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    return Runs(request.param, tmp_path_factory.mktemp("runs"))
+    return Runs(CASES[request.param], tmp_path_factory.mktemp("runs"))
 
 
 def test_a_ruined_candidate_passes_no_gate(runs: Runs) -> None:
@@ -139,7 +135,7 @@ def test_a_regression_is_not_certified_by_agreement_nor_on_a_metric_that_is_blin
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The fault that was reported: the last weights times −3 and shifted by 100 was certified."""
-    runs = Runs(case_of("values of arrays"), tmp_path)
+    runs = Runs(CASES["values of arrays"], tmp_path)
     ruined = runs.case.write(tmp_path / "ruined", negated(runs.case.weights()))
     data = runs.save(tmp_path)
     (tmp_path / "blind_metrics.py").write_text(
@@ -193,7 +189,7 @@ def not_zero(outputs: Arrays, targets: Arrays) -> float:
 def test_an_own_metric_that_a_constant_answer_passes_is_vacuous(
     function: Callable[..., float], change: float, outcome: str, tmp_path: Path
 ) -> None:
-    runs = Runs(case_of("values of arrays"), tmp_path)
+    runs = Runs(CASES["values of arrays"], tmp_path)
     own = Own(Metric(f"mine:{function.__name__}", "quality", "lower"), function)
     near_by = runs.outputs(near)
 
@@ -226,7 +222,7 @@ def test_the_naive_models_of_an_own_metric_are_judged_by_few_samples_of_all(orde
 
 def test_a_gate_on_an_output_that_is_always_the_same_is_vacuous(tmp_path: Path) -> None:
     """The reference's other output varies: only gates that read the constant one say nothing."""
-    runs = Runs(case_of("one of arrays"), tmp_path)
+    runs = Runs(CASES["one of arrays"], tmp_path)
     same = np.broadcast_to(runs.good["logits"][:1], runs.good["logits"].shape)
     near_by = runs.outputs(near) | {"logits": same + 0.01 * noise(same)}
 
@@ -239,7 +235,7 @@ def test_a_gate_on_an_output_that_is_always_the_same_is_vacuous(tmp_path: Path) 
 
 
 def test_what_no_gate_looks_at_is_a_reservation(tmp_path: Path) -> None:
-    runs = Runs(case_of("one of arrays"), tmp_path)
+    runs = Runs(CASES["one of arrays"], tmp_path)
     good = runs.case.weights()
     candidate = near(good) | {"embedding.weight": -3 * good["embedding.weight"]}
     path = runs.case.write(tmp_path / "candidate", candidate)

@@ -105,15 +105,6 @@ def test_worst_samples_and_classes_are_those_that_got_worse(
         judged(ruined, thousand, samples=3, save_worst=folder)
 
 
-def test_a_gate_is_on_the_bound_and_too_few_samples_decide_nothing(fashion_bundle: Path, thousand: Path) -> None:
-    result = judged(fashion_bundle, thousand, against=fashion_bundle, samples=50, min_agreement=99, max_drop=1)
-
-    assert value(result, "agreement") == 100
-    assert [(gate.outcome, gate.samples_to_decide) for gate in result.gates] == [("undecided", 301), ("undecided", 299)]
-    with pytest.raises(UndecidedError, match="NOT ENOUGH DATA"):
-        result.require()
-
-
 def test_metrics_and_their_change(fashion_bundle: Path, ruined: Path, thousand: Path) -> None:
     model = load_model(FASHION / "checkpoint")
     for candidate, against, outcome in (

@@ -13,13 +13,12 @@ import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 
 from perceiver_export.runtimes import devices, open_bundle
 from perceiver_export.runtimes.certificates import certificates
+from tests.calibration.asked import pictures
 from tests.conftest import FASHION
 
 from .commands import COMMAND, fail, perceiver_export, succeed, unwrapped
@@ -55,12 +54,12 @@ def test_an_image_that_cannot_be_read_does_not_cost_the_answers_for_the_others(
     assert "inputs" not in fail("run", fashion_bundle, images / "bag.png")
 
 
-def test_validate_gates_by_exit_code(fashion_bundle: Path, tmp_path: Path) -> None:
-    common: list[str | Path] = ["validate", fashion_bundle, "--data", FASHION / "test.npz"]
+def test_validate_gates_by_exit_code(fashion_bundle: Path, thousand: Path, tmp_path: Path) -> None:
+    common: list[str | Path] = ["validate", fashion_bundle, "--data", thousand]
     common += ["--against", FASHION / "checkpoint", "--samples"]
 
     assert "PASS top-1 drop ≤ 1.5 points" in succeed(*common, "250", "--max-drop", "1.5", "--min-agreement", "98")
-    said = fail(*common, "300", "--min-agreement", "99.9")
+    said = fail(*common, "60", "--min-agreement", "99.9")
     assert "NOT ENOUGH DATA agreement ≥ 99.9 %" in said
     assert "2,995 fresh samples" in said
     result = json.loads(succeed(*common, "60", "--json", "--junit", tmp_path / "gates.xml"))
@@ -71,11 +70,11 @@ def test_validate_gates_by_exit_code(fashion_bundle: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.usefixtures("one_process")
-def test_validate_says_where_it_wrote(copied_bundle: Path, tmp_path: Path) -> None:
+def test_validate_says_where_it_wrote(copied_bundle: Path, thousand: Path, tmp_path: Path) -> None:
     places = {"report": tmp_path / "r.md", "junit": tmp_path / "j.xml", "save_worst": tmp_path / "worst"}
     files = [("--report", places["report"]), ("--junit", places["junit"]), ("--save-worst", places["save_worst"])]
-    against = ("--against", FASHION / "checkpoint", "--min-agreement", "90", "--certify", "--samples", "200")
-    command = ("validate", copied_bundle, "--data", FASHION / "test.npz", *against)
+    against = ("--against", FASHION / "checkpoint", "--min-agreement", "90", "--certify", "--samples", "100")
+    command = ("validate", copied_bundle, "--data", thousand, *against)
 
     output = succeed(*command, *(word for file in files for word in file))
     for place in (*places.values(), copied_bundle / "calibration.json"):
@@ -146,8 +145,8 @@ def test_a_pipe_has_80_columns(typed: str, fashion_bundle: Path) -> None:
     assert ("note: " in shown or "details: " in shown) <= (not typed.endswith("-q"))
 
 
-def test_quiet_leaves_the_verdict(fashion_bundle: Path) -> None:
-    common = ("--data", FASHION / "test.npz", "--samples", "100", "--against", FASHION / "checkpoint")
+def test_quiet_leaves_the_verdict(fashion_bundle: Path, thousand: Path) -> None:
+    common = ("--data", thousand, "--samples", "100", "--against", FASHION / "checkpoint")
 
     assert len(unwrapped(succeed("validate", fashion_bundle, *common, "--max-drop", "9", "-q")).splitlines()) == 1
 
@@ -220,12 +219,11 @@ def test_a_demo_removes_only_what_it_wrote(tmp_path: Path, monkeypatch: pytest.M
     assert not (tmp_path / "perceiver-export-demo" / "old").exists()
 
 
+@pytest.mark.usefixtures("untimed", "one_process")
 def test_the_demo_goes_the_whole_road(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     example = tmp_path / "example"
     shutil.copytree(FASHION, example)
-    with np.load(FASHION / "test.npz") as archive:  # enough of the test images to decide its gates
-        some: dict[str, Any] = {name: archive[name][:1500] for name in archive}
-    np.savez(example / "test.npz", **some)
+    pictures(example / "test.npz", slice(1500))  # enough of the test images to decide its gates
     monkeypatch.chdir(tmp_path)
     output = succeed("demo", example)
     made = tmp_path / "perceiver-export-demo"

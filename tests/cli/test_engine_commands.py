@@ -30,10 +30,12 @@ def test_build_compiles_for_every_target_named_and_load_finds_it(copied_bundle: 
 
 
 @pytest.mark.usefixtures("one_process")
-def test_the_engine_built_last_is_taken_and_named_or_the_one_that_is_asked_for(copied_bundle: Path) -> None:
+def test_the_engine_built_last_is_taken_and_named_or_the_one_that_is_asked_for(
+    copied_bundle: Path, thousand: Path
+) -> None:
     for precision in ("fp32", "fp16"):
         build(copied_bundle, "openvino-cpu", precision=precision)
-    where, data = ["--device", "openvino-cpu"], ["--data", str(FASHION / "test.npz"), "--samples", "3", "--json"]
+    where, data = ["--device", "openvino-cpu"], ["--data", str(thousand), "--samples", "3", "--json"]
 
     for asked, taken in (([], "fp16"), (["--precision", "fp32"], "fp32")):
         shown = succeed("run", copied_bundle, FASHION / "images" / "coat.png", *where, *asked)
@@ -55,6 +57,7 @@ def test_lowered_graphs_are_told_to_machines_too(copied_bundle: Path) -> None:
     assert told.count("dB SQNR") == 1
 
 
+@pytest.mark.usefixtures("one_process")
 def test_bench_of_all_targets_is_a_table_and_a_csv_file(copied_bundle: Path, tmp_path: Path) -> None:
     table = succeed("bench", copied_bundle, "--device", "all", "--runs", "5", "--csv", tmp_path / "figures.csv")
     with (tmp_path / "figures.csv").open(encoding="utf-8", newline="") as file:

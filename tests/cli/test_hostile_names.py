@@ -8,9 +8,9 @@ import shutil
 from pathlib import Path
 from xml.etree import ElementTree
 
-import numpy as np
 import pytest
 
+from tests.calibration.asked import pictures
 from tests.cli.commands import perceiver_export
 from tests.conftest import FASHION
 
@@ -48,9 +48,8 @@ def test_answers_and_descriptions(evil_bundle: Path, json_flag: tuple[str, ...])
 
 @pytest.mark.usefixtures("one_process")
 def test_documents(evil_bundle: Path, tmp_path: Path) -> None:
-    with np.load(FASHION / "test.npz") as arrays:
-        np.savez(tmp_path / "d.npz", image=arrays["image"][:40], labels=arrays["labels"][:40])
-    command = ("validate", evil_bundle, "--data", tmp_path / "d.npz", "--junit", tmp_path / "j.xml", "--report")
+    data = pictures(tmp_path / "d.npz", slice(40))
+    command = ("validate", evil_bundle, "--data", data, "--junit", tmp_path / "j.xml", "--report")
     served = ("package", evil_bundle, "--for", "triton", "-o", tmp_path / "served")
     for words in ((*command, tmp_path / "r.md"), (*command, tmp_path / "r.html"), served):
         assert perceiver_export(*words).returncode == 0

@@ -6,23 +6,14 @@ from __future__ import annotations
 import json
 import re
 
-from typer.testing import CliRunner
-
-from perceiver_export.exporter.cli.main import app
 from perceiver_export.exporter.presets import PRESETS
-
-
-def listed(*options: str) -> str:
-    result = CliRunner().invoke(app, ["presets", *options])
-    assert result.exit_code == 0, result.output
-    return result.stdout
+from tests.cli.commands import succeed
 
 
 def test_every_preset_with_its_counts_the_papers_and_the_remark() -> None:
-    lines = listed().splitlines()
+    lines = succeed("presets").splitlines()
     words, text = " ".join(lines).split(), " ".join(" ".join(lines).split())
 
-    assert max(map(len, lines)) <= 80
     for name, preset in PRESETS.items():
         assert not preset.remark or f"{name}: {preset.remark}" in text
     assert {*PRESETS, *(preset.task for preset in PRESETS.values()), "16×224×224×3", "+91.2%"} <= {*words}
@@ -32,7 +23,7 @@ def test_every_preset_with_its_counts_the_papers_and_the_remark() -> None:
 
 
 def test_json() -> None:
-    document = json.loads(listed("--json"))
+    document = json.loads(succeed("presets", "--json"))
 
     assert list(document) == list(PRESETS)
     assert document["perceiver-imagenet"]["parameters"] == 44_912_254

@@ -14,12 +14,9 @@ import pytest
 from perceiver_export.calibration import Gates, QuantizeOptions
 from perceiver_export.runtimes import open_bundle
 from perceiver_export.runtimes.errors import GateError
-from tests.calibration.asked import some
-from tests.conftest import FASHION
+from tests.calibration.asked import HELD_OUT, pictures
 
 from .commands import fail, succeed
-
-HELD_OUT = str(FASHION / "held_out.npz")
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +24,7 @@ def int8(plain_fashion_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -
     folder = tmp_path_factory.mktemp("quantized") / "with a space"
     folder.mkdir()
     out, file = folder / "int8", folder / "layers.json"
-    arguments = ["--data", HELD_OUT, "-o", str(out), "--samples", "16", "--sensitivity", str(file)]
+    arguments = ("--data", HELD_OUT, "-o", out, "--samples", "16", "--sensitivity", file)
     shown = succeed("quantize", plain_fashion_bundle, *arguments)
     assert "100.00%" in shown
     assert "warning: only 16 calibration samples" in shown
@@ -70,7 +67,7 @@ def test_a_profile_is_a_table_a_csv_file_a_page_and_json(
 
 @pytest.mark.usefixtures("untimed")
 def test_what_gates_found_is_shown_kept_and_all_that_fail_are_named(fashion_bundle: Path, tmp_path: Path) -> None:
-    few = some(FASHION / "held_out.npz", 0, 200, tmp_path / "few.npz")
+    few = pictures(tmp_path / "few.npz", slice(200), source=HELD_OUT)
     common: list[str | Path] = ["quantize", fashion_bundle, "--data", few, "--samples", "32", "-o"]
     shown = succeed(*common, tmp_path / "held", "--max-drop", "10", "--min-agreement", "85")
     kept = json.loads(succeed("inspect", tmp_path / "held", "--json"))["calibration"]["gates"]
@@ -109,14 +106,14 @@ def test_every_option_is_passed_on(fashion_bundle: Path, tmp_path: Path, monkeyp
         assert taken.pop("options") == expected
     assert (taken.pop("sensitivity"), taken.pop("statistics")) == ((), ())
     taken.pop("progress")
-    splits = {"calibrate": HELD_OUT, "search_on": "s", "certify_on": "c"}
+    splits = {"calibrate": str(HELD_OUT), "search_on": "s", "certify_on": "c"}
     assert taken == {**splits, "device": "all", "least_gain": 1, "for_size": False, "allow_overlap": True}
 
 
 @pytest.mark.usefixtures("one_process")
 def test_a_search_is_shown_rung_by_rung(fashion_bundle: Path, tmp_path: Path) -> None:
-    search = some(FASHION / "test.npz", 0, 200, tmp_path / "search.npz")
-    certify = some(FASHION / "test.npz", 200, 400, tmp_path / "certify.npz")
+    search = pictures(tmp_path / "search.npz", slice(200))
+    certify = pictures(tmp_path / "certify.npz", slice(200, 400))
     weights = "decoder.cross_attention.mlp.hidden"
     given: list[str | Path] = ["--data", HELD_OUT, "-o", tmp_path / "mixed", "--samples", "24", "--device", "all"]
     given += ["--keep-float", "encoder.*", "--precision", f"{weights}=int4-weights", "--min-agreement", "80"]

@@ -131,7 +131,7 @@ REFUSED: list[tuple[str, list[str]]] = [
 
 
 @pytest.fixture(scope="module")
-def places(fashion_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def places(fashion_bundle: Path, thousand: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Made once for all commands: none of them may write there."""
     folder = tmp_path_factory.mktemp("refused") / "work"
     (folder / "empty").mkdir(parents=True)
@@ -139,7 +139,7 @@ def places(fashion_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> di
     (folder / "layers.json").write_text("{}")
     (folder / "demo").mkdir()
     (folder / "demo" / "demo.json").write_text("{}")
-    image, data = (str(shutil.copy(FASHION / name, folder)) for name in ("images/bag.png", "test.npz"))
+    image, data = (str(shutil.copy(file, folder)) for file in (FASHION / "images" / "bag.png", thousand))
     bundle = str(shutil.copytree(fashion_bundle, folder.with_name("bundle")))
     return {"B": bundle, "C": str(FASHION / "checkpoint"), "D": data, "P": image, "T": str(folder)}
 

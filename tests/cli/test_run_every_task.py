@@ -9,41 +9,24 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from perceiver_export.exporter.cli.run import RUNNERS
 from perceiver_export.exporter.verification import TOLERANCE
 from perceiver_export.runtimes import load, open_bundle
 from perceiver_export.runtimes.tasks import TASKS
-from perceiver_export.runtimes.tasks.sound import write_wav
 from tests.conftest import SmallBundle
 
 from . import small_models
 from .commands import fail, succeed
+from .input_files import write_inputs
 from .torch_answers import found_numbers, torch_numbers
 
 RNG = np.random.default_rng(0)
 
 
-def write_frames(folder: Path, *sizes: tuple[int, int]) -> None:
-    folder.mkdir()
-    for index, (height, width) in enumerate(sizes):
-        y, x = np.mgrid[:height, :width]
-        waves = [np.sin((x + index) / 5), np.cos(y / 4), np.sin((x + y + index) / 7)]
-        Image.fromarray((127 + 100 * np.stack(waves, axis=-1)).astype(np.uint8)).save(folder / f"frame{index}.png")
-
-
 @pytest.fixture(scope="session")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One file, or directory, of every kind."""
-    folder = tmp_path_factory.mktemp("inputs")
-    write_frames(folder / "frames", *[(20, 30)] * 3)
-    write_frames(folder / "video", *[(24, 20)] * 2)
-    write_wav(folder / "sound.wav", (0.25 * np.sin(np.arange(4800) / 20)).astype(np.float32), 48_000)
-    (folder / "text.txt").write_text("good [MASK*4] to you")
-    np.savetxt(folder / "cloud.xyz", RNG.normal(size=(15, 3)))
-    np.savez(folder / "units.npz", entities=RNG.normal(size=(9, 16)).astype(np.float32))
-    return folder
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 # System, what to give `run`, what its answer must hold.
@@ -51,7 +34,7 @@ RUNS: list[tuple[str, list[str], list[str]]] = [
     ("language", ["text.txt"], ["good ", "position"]),
     ("sentiment", ["This is fine"], ["bad", "good"]),
     ("glue", ["Is it so?"], ["cola", "mnli"]),
-    ("pictures", ["frames"], ["cat", "dog", "bird", "frame2.png"]),
+    ("pictures", ["frames"], ["cat", "dog", "bird", "frame1.png"]),
     ("flow", ["frames/frame0.png", "frames/frame1.png"], ["frame0.png", "mean"]),
     ("video", ["video", "sound.wav"], ["PSNR"]),
     ("sound", ["sound.wav", "video"], ["hum", "hiss", "bang"]),

@@ -20,15 +20,14 @@ from perceiver_export.runtimes.tasks.base import Value
 from tests.calibration.linear_bundles import CASES, SAMPLES, Case
 from tests.cli.commands import fail, perceiver_export, succeed, unwrapped
 
-POINTS = next(case for case in CASES if case.name == "points")
-VIDEO = next(case for case in CASES if case.name == "video")
+POINTS, VIDEO = CASES["points"], CASES["video"]
 KINDS: tuple[OutputKind, ...] = ("single-label", "multi-label", "regression")
 
 
 def write(case: Case, folder: Path, kind: OutputKind) -> Path:
     """A bundle whose output has that kind."""
     output = list(case.outputs)[-1]
-    return dataclasses.replace(case, kinds={output: kind}).write(folder / kind, case.weights())
+    return dataclasses.replace(case, kinds={output: kind}).write(folder / kind)
 
 
 def scores_of(bundle: Path, cloud: Array) -> Array:
@@ -80,9 +79,9 @@ def test_run_shows_labels_or_values(kind: OutputKind, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["one of arrays", "values of arrays"])
 def test_an_output_of_arrays_that_labels_judge_gives_answers(name: str, tmp_path: Path) -> None:
-    case = next(case for case in CASES if case.name == name)
+    case = CASES[name]
     case = dataclasses.replace(case, labels=("red", "green", "blue")[: next(iter(case.outputs.values()))[0]])
-    bundle = case.write(tmp_path / "bundle", case.weights())
+    bundle = case.write(tmp_path / "bundle")
     np.savez(tmp_path / "in.npz", x=case.feeds()["x"])
     (output, kind), *_ = case.kinds.items()
     with load(bundle) as runtime:
@@ -121,8 +120,7 @@ def test_kinds_that_an_older_version_did_not_write_are_said_to_be_assumed(tmp_pa
 
 
 def test_texts_have_values_under_their_names(tmp_path: Path) -> None:
-    case = next(case for case in CASES if case.name == "text")
-    bundle = case.write(tmp_path / "text", case.weights())
+    bundle = CASES["text"].write(tmp_path / "text")
 
     shown = succeed("run", bundle, "good", "bad")
     answers = json.loads(succeed("run", bundle, "good", "bad", "--json"))["answers"]

@@ -158,8 +158,10 @@ def without(more: str = "") -> list[str]:
     return [sys.executable, "-W", "error", "-c", ON_A_DEVICE.format(more=more)]
 
 
-def test_commands_of_a_device_need_neither_torch_nor_onnx_and_others_say_what_they_need(copied_bundle: Path) -> None:
-    data, here = ("--data", FASHION / "test.npz"), ("--device", "ort-cpu")
+def test_commands_of_a_device_need_neither_torch_nor_onnx_and_others_say_what_they_need(
+    copied_bundle: Path, thousand: Path
+) -> None:
+    data, here = ("--data", thousand), ("--device", "ort-cpu")
     lower_bundle(copied_bundle, "fp16")
     succeed("doctor", command=without("onnxruntime"))
     succeed("build", copied_bundle, *SM86, "--precision", "fp16", command=without("onnxruntime"))

@@ -11,7 +11,6 @@ import hashlib
 import json
 import sys
 import tempfile
-import wave
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,12 +23,13 @@ from typer.testing import CliRunner
 
 from perceiver_export.exporter.cli.main import app
 from perceiver_export.runtimes import open_bundle
+from tests.cli.input_files import write_inputs
 
 HERE = Path(__file__).parent
 ANSWERS = HERE / "answers.json"
 SAMPLES = 40
 SYSTEMS = {
-    "pictures": "image.png",
+    "pictures": "frames/frame0.png",
     "sentiment": "text.txt",
     "language": "text.txt",
     "flow": "frames",
@@ -48,7 +48,7 @@ MEASURED = {
 
 def answer(system: str, folder: Path) -> dict[str, Any]:
     """All answers of a system, made in ``folder``."""
-    _inputs(folder)
+    write_inputs(folder)
     bundle, quantized = folder / system, folder / f"{system}-int8"
     found: dict[str, Any] = {"export": call("export", f"tests.cli.small_models:{system}", "-o", bundle, "--json")}
     data = _data(bundle, folder)
@@ -112,21 +112,6 @@ def _graph(path: Path) -> dict[str, Any]:
 def _summary(array: Any) -> list[Any]:
     numbers = np.asarray(array, np.float64)
     return [str(array.dtype), list(array.shape), float(np.abs(numbers).mean()) if array.size else 0.0]
-
-
-def _inputs(folder: Path) -> None:
-    """A file of every kind."""
-    for index in range(2):
-        (folder / "frames").mkdir(exist_ok=True)
-        y, x = np.mgrid[:20, :30]
-        waves = np.stack([np.sin((x + index) / 5), np.cos(y / 4), np.sin((x + y) / 7)], axis=-1)
-        Image.fromarray((127 + 100 * waves).astype(np.uint8)).save(folder / "frames" / f"frame{index}.png")
-    Image.open(folder / "frames" / "frame0.png").save(folder / "image.png")
-    (folder / "text.txt").write_text("good [MASK*4] to you")
-    with wave.open(str(folder / "sound.wav"), "wb") as file:
-        file.setparams((1, 2, 48_000, 0, "NONE", ""))
-        file.writeframes((8000 * np.sin(np.arange(4800) / 20)).astype("<i2").tobytes())
-    np.savetxt(folder / "cloud.xyz", np.random.default_rng(0).normal(size=(15, 3)))
 
 
 def _data(bundle: Path, folder: Path) -> Path:
