@@ -13,10 +13,11 @@ import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from perceiver_export.calibration.bundles import file_entry
@@ -121,7 +122,7 @@ def _compare(bundle: Bundle, part: str, model: ir.Model, precision: Precision) -
     """
     check_types(model, DTYPES.get(precision, ir.DataType.FLOAT))
     emulate(model)
-    feeds, canonical = golden_arrays(bundle, part, "input"), read_graph(bundle.file(bundle.part(part).file))
+    feeds, canonical = _golden_inputs(bundle, part), read_graph(bundle.file(bundle.part(part).file))
     try:
         expected, found = (run_graph(one, bundle.path, feeds) for one in (canonical, model))
     except Exception as error:  # onnxruntime has one class per error code
@@ -145,9 +146,17 @@ def _compare(bundle: Bundle, part: str, model: ir.Model, precision: Precision) -
 
 def _hazards(bundle: Bundle, part: str) -> dict[str, float]:
     """The largest |x| of each tensor on the golden inputs and, for tensors that overflow, in calibration."""
-    seen = magnitudes(bundle.file(bundle.part(part).file), golden_arrays(bundle, part, "input"))
+    seen = magnitudes(bundle.file(bundle.part(part).file), _golden_inputs(bundle, part))
     told = calibrated(bundle.file("calibration.json"), part)
     return {name: max(seen.get(name, 0.0), told.get(name, 0.0)) for name in sorted({*seen, *told})}
+
+
+def _golden_inputs(bundle: Bundle, part: str) -> dict[str, npt.NDArray[Any]]:
+    """The golden inputs of a part. Raises BundleError if one is missing."""
+    golden = golden_arrays(bundle, part, "input")
+    if missing := [spec.name for spec in bundle.part(part).inputs if spec.name not in golden]:
+        raise BundleError(f"{bundle.path} has no golden input for {', '.join(missing)}", "export the bundle again")
+    return golden
 
 
 class _Hazard(msgspec.Struct):

@@ -146,9 +146,11 @@ def p_value(lost: int, gained: int, total: int, margin: float) -> float:
 
 @functools.lru_cache(4096)
 def _within(gained: int, total: int) -> tuple[float, float]:
-    """The set of p_gained that is searched."""
-    found = scipy_stats().binomtest(gained, total).proportion_ci(1 - OUTSIDE, method="exact")
-    return float(found.low), float(found.high)
+    """The set of p_gained that is searched: Clopper and Pearson's interval."""
+    beta, tail = scipy_stats().beta, OUTSIDE / 2
+    low = beta.ppf(tail, gained, total - gained + 1) if gained > 0 else 0.0
+    high = beta.isf(tail, gained + 1, total - gained) if gained < total else 1.0
+    return float(low), float(high)
 
 
 def score(lost: Array, gained: Array, total: int, margin: float) -> Array:

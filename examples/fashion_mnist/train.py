@@ -280,7 +280,7 @@ def main() -> None:
     (arguments.out / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
     (arguments.out / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR, indent=2) + "\n")
 
-    model = PerceiverIO(architecture(read_config(arguments.out), "huggingface", (3, 28, 28)))
+    model = PerceiverIO(architecture(read_config(arguments.out), "huggingface", (28, 28)))
     initialise(model)
     images, labels = read_split("train")
     kept = np.delete(np.arange(len(images)), np.r_[HELD_OUT])[: arguments.pictures]

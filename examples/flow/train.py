@@ -177,7 +177,7 @@ def train(model: PerceiverIO, source: Warps, steps: int, batch: int = 16) -> Non
 def new_model(directory: Path, seed: int) -> tuple[PerceiverIO, Warps]:
     """The untrained model of a directory's config.json, and its training pairs."""
     torch.manual_seed(seed)
-    model = PerceiverIO(architecture(read_config(directory), "huggingface", (3, HEIGHT, WIDTH)))
+    model = PerceiverIO(architecture(read_config(directory), "huggingface", (HEIGHT, WIDTH)))
     source = Warps(TRAINING, seed)
     initialise(model, source.batch(64)[0])
     return model, source

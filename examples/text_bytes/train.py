@@ -217,7 +217,7 @@ def main() -> None:
     torch.set_num_threads(1)  # batches are small: two threads wait for each other
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
-    model = PerceiverIO(architecture(read_config(arguments.out), "huggingface", (3, 1, 1)))
+    model = PerceiverIO(architecture(read_config(arguments.out), "huggingface", (1, 1)))
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
     initialise(model)
     learned, held_out = split()

@@ -243,7 +243,7 @@ def train(model: PerceiverIO, source: Pieces, steps: int, batch: int = 15) -> No
 def new_model(directory: Path, clips: dict[str, Clip], seed: int) -> tuple[PerceiverIO, Pieces]:
     """The untrained model of a directory's config.json, and its training pieces."""
     torch.manual_seed(seed)
-    model = PerceiverIO(architecture(read_config(directory), "huggingface", (3, SIDE, SIDE)))
+    model = PerceiverIO(architecture(read_config(directory), "huggingface", (SIDE, SIDE)))
     initialise(model)
     return model, Pieces(clips, "train", seed)
 

@@ -23,7 +23,17 @@ import numpy as np
 import onnx_ir as ir
 
 from perceiver_export.exporter.fold.layout import layout_of, row_major
-from perceiver_export.exporter.fold.nodes import VIEWS, Shape, array_of, axis_of, made_by, operand, shape_of, sizes
+from perceiver_export.exporter.fold.nodes import (
+    VIEWS,
+    Shape,
+    array_of,
+    axis_of,
+    is_known,
+    made_by,
+    operand,
+    shape_of,
+    sizes,
+)
 from perceiver_export.exporter.fold.normalize import Constants, patches
 from perceiver_export.exporter.fold.tables import ZERO, Matrix, Table
 
@@ -151,7 +161,7 @@ class Forms:
             self._known[value] = [itself]
             node = value.producer()
             step = None if node is None else _FORMS.get(node.op_type)
-            if node is not None and step is not None and all(shape_of(one) for one in node.inputs if one is not None):
+            if node is not None and step is not None and is_known(node):
                 self._known[value] += itertools.islice(step(self, node, shape), _MOST_FORMS - 1)
         return self._known[value]
 

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import onnx_ir as ir
@@ -25,8 +25,10 @@ from perceiver_export.calibration.quantization.options import Scheme
 from perceiver_export.calibration.quantization.record import read_calibration
 from perceiver_export.runtimes import load, open_bundle
 from perceiver_export.runtimes.bundle import Bundle, golden_arrays
+from perceiver_export.runtimes.engines.backend import Precision
 from perceiver_export.runtimes.errors import BundleError, GateError, UnsupportedModelError
 from tests.calibration.damaged_scales import rehashed
+from tests.calibration.linear_bundles import CASES
 from tests.calibration.lint_cases import compiled, run
 from tests.calibration.onnx_text import write
 from tests.conftest import FASHION, SmallBundle
@@ -140,6 +142,13 @@ def test_a_bundle_that_cannot_be_lowered_stays_as_it_was(copied_bundle: Path, mo
 
     assert sorted(path.name for path in copied_bundle.iterdir()) == before
     assert (copied_bundle / "manifest.json").read_bytes() == manifest
+
+
+def test_a_bundle_without_golden_inputs_cannot_be_compared(tmp_path: Path) -> None:
+    bundle = CASES["arrays"].write(tmp_path / "bundle")
+    for precision in get_args(Precision):
+        with pytest.raises(BundleError, match="no golden input"):
+            lower_bundle(bundle, precision)
 
 
 def test_an_invalid_graph_is_not_published(copied_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

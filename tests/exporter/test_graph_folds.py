@@ -302,9 +302,17 @@ def repeated_rows(drawing: Drawing) -> list[str]:
     return [scores, drawing("MatMul", k, drawing("Transpose", q, perm=[0, 1, 3, 2]))]
 
 
+def plus_a_number(drawing: Drawing) -> list[str]:
+    """Numbers have no axes."""
+    x = drawing.input(2, 64, 4)
+    k, v = (drawing("Add", drawing.linear(x, 4, 32), drawing.constant(0.5)) for _ in range(2))
+    k = drawing.heads(drawing("Mul", k, drawing.constant(3.0)), 2, 64, 4, 8, (0, 2, 3, 1))
+    return [drawing.attention(drawing.random(2, 4, 3, 8), k, drawing.heads(v, 2, 64, 4, 8))]
+
+
 FOLDABLE: tuple[Callable[[Drawing], list[str]], ...] = (
     input_queries, linear_tail, packed_keys_and_values, grouped_queries, convolution, einsum, einsum_with_an_ellipsis,
-    rows_before_samples, vector, rotary, repeated_rows,
+    rows_before_samples, vector, rotary, repeated_rows, plus_a_number,
 )  # fmt: skip
 
 
