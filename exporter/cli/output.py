@@ -382,8 +382,7 @@ def check_output(path: Path, read: Iterable[str | os.PathLike[str] | None], endi
     if ending is not None and path.suffix.lower() != ending:
         named = path / f"NAME{ending}" if os.path.isdir(path) else path.with_suffix(ending)
         raise UsageError(f"{path} does not end in {ending}", f"name a file that does: {named}")
-    bundle = enclosing_bundle(path)
-    if bundle is not None:
+    if (bundle := enclosing_bundle(path)) is not None:
         raise UsageError(f"{path} lies inside the bundle {bundle}", "choose a path outside of it")
     if ending is not None:
         check_file(path)
