@@ -316,8 +316,8 @@ def _parameters(given: ast.arguments, module: Any) -> list[str]:
 
 
 def _constant(default: ast.expr, module: Any) -> str:
-    """A default as in the source; of a module's private constant its value."""
-    if isinstance(default, ast.Name) and default.id.startswith("_"):
+    """A default as in the source; of a module's constant, which is not public, its value."""
+    if isinstance(default, ast.Name):
         for one in ast.parse(inspect.getsource(module)).body:
             if isinstance(one, ast.Assign) and ast.unparse(one.targets[0]) == default.id:
                 return ast.unparse(one.value)

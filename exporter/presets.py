@@ -254,7 +254,7 @@ def resized(source: str, config: PerceiverConfig, image_shape: tuple[int, int, i
         return config
     image = config.inputs.get("image")
     if not isinstance(image, ImageInput):
-        raise UsageError(f"{source} reads no images: its sizes are fixed", "leave --shape out")
+        raise UsageError(f"the input sizes of {source} are fixed", "leave --shape out")
     channels, height, width = image_shape
     if channels != image.num_channels:
         raise UsageError(f"{source} reads {image.num_channels} channels, not {channels}", "give --shape image=3xHxW")

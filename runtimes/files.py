@@ -33,7 +33,7 @@ _T = TypeVar("_T")
 JSON_LIMIT = 64 << 20  # bytes; a manifest with 100,000 labels is 3 MB
 _DEEPEST = 100  # levels of nested JSON; this package's files have 10
 _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
-_STRING = re.compile(rb'"[^"]*"')  # after the escaped quotes were removed
+_STRING = re.compile(rb'"[^"]*"[^][{}"]*')  # and what follows, once escaped quotes are removed
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*")
 _PARTIAL, _NEW, _OLD = ".partial", ".new", ".old"
 _SECONDS = 60.0  # the writer of an older `.new` file died before it could lock the file
@@ -86,12 +86,12 @@ def converted(value: object, kind: type[_T]) -> _T:
 
 def decode_json(content: bytes, kind: type[_T]) -> _T:
     """Decode JSON to ``kind``. Raises ValueError: not JSON, of another type, or nested too deeply."""
-    depth = 0
-    unescaped = content.replace(rb"\\", b"").replace(rb"\"", b"")
-    for bracket in _STRING.sub(b"", unescaped).translate(None, _NOT_BRACKETS):
-        depth += 1 if bracket in b"[{" else -1
-        if depth > _DEEPEST:
-            raise ValueError(f"it is nested more than {_DEEPEST} levels deep")
+    if content.count(b"[") + content.count(b"{") > _DEEPEST:
+        depth, unescaped = 0, content.replace(rb"\\", b"").replace(rb"\"", b"")
+        for bracket in _STRING.sub(b"", unescaped).translate(None, _NOT_BRACKETS):
+            depth += 1 if bracket in b"[{" else -1
+            if depth > _DEEPEST:
+                raise ValueError(f"it is nested more than {_DEEPEST} levels deep")
     try:
         decoded: _T = decoder(kind).decode(content)
         return decoded
@@ -154,11 +154,13 @@ def parsing(name: str, problem: str, hint: str, error: type[PerceiverExportError
         yield
     except PerceiverExportError:
         raise
-    except FileNotFoundError as cause:
-        raise error(f"{name} does not exist", "check the path") from cause
     except BaseException as cause:
         if not isinstance(cause, Exception) and type(cause).__name__ != "PanicException":  # from Rust libraries
             raise
+        # Libraries raise OSError for damaged files too, without a number.
+        if isinstance(cause, (FileNotFoundError, PermissionError)) or (isinstance(cause, OSError) and cause.errno):
+            with reading(name, error):
+                raise
         said = " ".join(str(cause).replace(f" {name!r}", "").split())[:200] or type(cause).__name__
         raise error(f"{name} {problem}: {said}", hint) from cause
 

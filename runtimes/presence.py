@@ -34,7 +34,7 @@ from perceiver_export.runtimes.opening import engine_for
 _log = logging.getLogger(__name__)
 
 _CPU_TARGETS = ("ort-cpu", "openvino-cpu")
-# Instruction sets that compute in 16 bits and the precision of each, the fastest first: AMX multiplies whole tiles.
+# Instruction sets for 16 bits and the precision of each, the fastest first: AMX multiplies whole tiles.
 _HALVES: tuple[tuple[str, Precision], ...] = (
     *(("amx_bf16", "bf16"), ("amx_fp16", "fp16"), ("avx512_bf16", "bf16"), ("avx512_fp16", "fp16")),
     *(("avx_ne_convert", "bf16"), ("bf16", "bf16"), ("asimdhp", "fp16")),

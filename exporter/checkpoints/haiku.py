@@ -120,7 +120,7 @@ def load_haiku(
     if config is not None:
         trained = _changed(trained, config)
     sizes = resized(f"deepmind:{model}", trained, image_shape)
-    state = valid({name: torch.from_numpy(array) for name, array in read_haiku(path).items()})
+    state = valid(path, {name: torch.from_numpy(array) for name, array in read_haiku(path).items()})
     found = released_model(state)
     if found is not None and found != model:
         raise CheckpointError(f"{path} holds the model {found}, not {model}", f"give deepmind:{found}:{path}")

@@ -137,7 +137,7 @@ def read_state_dict(directory: Path) -> dict[str, Tensor]:
     """
     for path in (directory / name for name in (*_SINGLE, *SHARDED)):
         if path.is_file():
-            return valid(_read_shards(path) if path.name in SHARDED else _read_file(path))
+            return valid(path, _read_shards(path) if path.name in SHARDED else _read_file(path))
     raise CheckpointError(
         f"no weights in {directory}", f"give a Hugging Face directory with one of {', '.join((*_SINGLE, *SHARDED))}"
     )
@@ -212,8 +212,8 @@ def _is_plain(name: object, tensor: object) -> bool:
     return isinstance(name, str) and dense
 
 
-def valid(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors, with half precision widened to float32. Raises CheckpointError for NaN or infinite values."""
+def valid(path: Path, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Widen half precision to float32 in place. Raises CheckpointError for NaN or infinite values."""
     for name, tensor in state.items():
         if not tensor.is_floating_point():
             continue
@@ -221,7 +221,7 @@ def valid(state: dict[str, Tensor]) -> dict[str, Tensor]:
             state[name] = tensor = tensor.float()
         if not torch.isfinite(tensor).all():
             raise CheckpointError(
-                f"tensor {name!r} holds NaN or infinite values", "give a checkpoint from before the training diverged"
+                f"{path}: {name!r} holds NaN or infinite values", "give a checkpoint from before the training diverged"
             )
     return state
 

@@ -65,8 +65,8 @@ def options_of(*kinds: type[Any], **parse: Callable[[str], tuple[str, Any]]) -> 
             for name, read in parse.items():
                 pairs = [read(text) for text in values[name] or ()]
                 values[name] = dict(pairs)
-                if len(values[name]) < len(pairs):
-                    raise UsageError(f"--{name} names {', '.join(repr(key) for key, _ in pairs)}", "name each once")
+                if twice := sorted({key for key, _ in pairs if [one for one, _ in pairs].count(key) > 1}):
+                    raise UsageError(f"--{name} gives {', '.join(twice)} twice", "give each name once")
             built = {name: _built(one.annotation, values) for name, one in parameters.items()}
             command(*arguments, **given, **built)
 

@@ -88,6 +88,7 @@ def fold_outputs(graph: ir.Graph, real: Sizes, least_gain: int, batch: int) -> l
         source = operand(node)
         layout = layout_of(source)
         read = layout.source.producer()
+        # Normalization has given vectors an axis.
         if read is None or read.op_type != "MatMul" or not is_foldable(read) or array_of(read.inputs[1]) is not None:
             continue
         heads = _heads(layout, read)

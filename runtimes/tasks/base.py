@@ -168,6 +168,8 @@ def run_batched(runtime: Runtime, feeds: Feeds) -> dict[str, Array]:
         runtime.run(pad_batch(runtime, {name: array[start : start + most] for name, array in feeds.items()}))
         for start in range(0, count, most)
     ]
+    if len(results) == 1:
+        return {name: array[:count] for name, array in results[0].items()}
     return {name: np.concatenate([result[name] for result in results])[:count] for name in results[0]}
 
 

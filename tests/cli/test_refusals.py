@@ -98,7 +98,7 @@ REFUSED: list[tuple[str, list[str]]] = [
     (f"{QUANTIZE} D --least-gain 1", ["--least-gain"]),
     (f"{QUANTIZE} D --scheme int3", ["'int3'"]),
     (f"{QUANTIZE} D --precision decoder", ["--precision 'decoder'"]),
-    (f"{QUANTIZE} D --precision a=int8 --precision a=float", ["--precision", "'a', 'a'"]),
+    (f"{QUANTIZE} D --precision a=int8 --precision a=float", ["--precision", "a twice"]),
     (f"{QUANTIZE} D --keep-float head", ["'head'"]),
     (f"{QUANTIZE} T/nowhere", ["T/nowhere"]),
     (f"{QUANTIZE} D --sensitivity T/layers.svg", ["hint: name a file that does: T/layers.json"]),

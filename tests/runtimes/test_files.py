@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -21,6 +22,7 @@ from perceiver_export.runtimes.errors import BundleError, InputError
 from perceiver_export.runtimes.files import (
     exchange,
     inside,
+    parsing,
     private_cache,
     read_bytes,
     read_json,
@@ -136,6 +138,21 @@ def test_a_failed_writer_leaves_what_was_there(tmp_path: Path) -> None:
 
     assert os.listdir(tmp_path) == ["f"]
     assert (tmp_path / "f").read_bytes() == b"old"
+
+
+@pytest.mark.parametrize(
+    ("raised", "said"),
+    [
+        (OSError(errno.EIO, "Input/output error"), "X cannot be read: Input/output error"),
+        (PermissionError("permission denied"), "X cannot be read: permission denied"),
+        (FileNotFoundError("no such file"), "X does not exist"),
+        (OSError("image file is truncated"), "X is damaged: image file is truncated"),
+        (ValueError("3 bytes"), "X is damaged: 3 bytes"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_not_called_damaged(raised: Exception, said: str) -> None:
+    with pytest.raises(InputError, match=f"^{said}"), parsing("X", "is damaged", "copy it again"):
+        raise raised
 
 
 def test_a_full_disk_is_said_to_be_full() -> None:
