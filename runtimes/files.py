@@ -215,19 +215,20 @@ def replacing(path: Path, *, directory: bool = False, overwrite: bool = True) ->
     _remove_leftovers(path)
     temporary = path.with_name(f".{path.stem}.{os.urandom(6).hex()}{_PARTIAL}{path.suffix}")
     new = temporary.with_name(temporary.name.replace(_PARTIAL, _NEW))
-    if directory:
-        new.mkdir()
-    else:
-        os.close(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
-    with locked(new):
-        new.rename(temporary)  # after locking, because an unlocked `.partial` counts as a leftover
-        try:
+    try:
+        if directory:
+            new.mkdir()
+        else:
+            os.close(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+        with locked(new):
+            new.rename(temporary)  # after locking, because an unlocked `.partial` counts as a leftover
             yield temporary
             sync(temporary)
             _put(temporary, path, directory, overwrite)
             sync(path.parent, recursive=False)
-        finally:
-            _remove(temporary)
+    finally:
+        for left in (new, temporary):
+            _remove(left)
 
 
 def exchange(first: Path, second: Path) -> None:

@@ -140,6 +140,20 @@ def test_a_failed_writer_leaves_what_was_there(tmp_path: Path) -> None:
     assert (tmp_path / "f").read_bytes() == b"old"
 
 
+@pytest.mark.parametrize("directory", [False, True])
+def test_an_interrupt_before_anything_is_locked_leaves_nothing(
+    directory: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(path: Path) -> None:
+        assert path.exists()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files, "locked", interrupted)
+    with pytest.raises(KeyboardInterrupt), replacing(tmp_path / "written", directory=directory):
+        pass
+    assert not any(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("raised", "said"),
     [
