@@ -63,7 +63,7 @@ class OnnxFile:
         self.samples = next((size for size in dims if isinstance(size, int)), None)  # per call; None: any number
 
     def sizes(self) -> list[int]:
-        """The sizes of its constants, and those that its constants hold."""
+        """The shapes of the constants, and the shapes stored in constants."""
         graph = self.graph(self.shapes).graph
         own = [size for value in graph.initializers.values() for size in shape_of(value) or ()]
         return own + [size for node in graph for _, found in stored_sizes(node) for size in found]

@@ -152,8 +152,8 @@ def _cause(source: GraphPart) -> str:
 
 
 def _seeds(source: GraphPart, parts: Sequence[FoldedGraph]) -> tuple[int, ...]:
-    """Three. The second draws other sizes, tokens and masks than the first; a large model that has none of these skips
-    it, since it would only see other numbers of the same distribution.
+    """Three seeds. The second draws other sizes, tokens and masks than the first. A large model without any of these
+    skips it: only the random values would differ.
     """
     flops = sum(node_flops(node) for one in parts for node in one.model.graph)
     alike = all(spec.dtype == "float32" and not spec.ranges for spec in source.inputs) and not source.examples

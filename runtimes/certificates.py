@@ -84,7 +84,7 @@ class Certificate(msgspec.Struct, frozen=True):
 
     @property
     def place(self) -> str:
-        """The device; of a CPU, the instructions by which its results may differ from another's."""
+        """The device; for a CPU, also the instruction sets that affect its results."""
         instructions = ", ".join(self.instruction_set) or "no special instructions"
         return f"a CPU with {instructions}" if on_cpu(self.target) else self.device or "an unknown device"
 

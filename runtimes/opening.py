@@ -102,7 +102,7 @@ def open_engine(
     target = find_target(device)
     if target.needs_engine:
         raise EngineError(
-            f"{device} needs a built engine, because it compiles for minutes, and a plain ONNX file has none",
+            f"{device} needs a built engine, and a plain ONNX file has none",
             "make a bundle of it with `perceiver-export export`, then run `perceiver-export build`",
         )
     backend = target.backend()

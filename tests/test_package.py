@@ -20,6 +20,7 @@ import pytest
 from perceiver_export.exporter import PRESETS
 from perceiver_export.exporter.checkpoints import huggingface_config
 from perceiver_export.exporter.checkpoints.haiku import HaikuModel
+from perceiver_export.exporter.cli.run import RUNNERS
 from perceiver_export.runtimes.engines.backend import TARGETS
 from perceiver_export.runtimes.tasks import TASKS
 
@@ -130,7 +131,7 @@ def table(page: str, heading: str) -> list[list[str]]:
 
 def test_every_table_of_tasks_names_the_same() -> None:
     named = [name for row in table("README.md", "| task | call |") for name in re.findall(r"`([\w-]+)`", row[0])]
-    assert named == list(TASKS)
+    assert named == list(TASKS) == list(RUNNERS)
     assert {preset.task for preset in PRESETS.values()} | set(huggingface_config.TASKS.values()) <= TASKS.keys()
 
 

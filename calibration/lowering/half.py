@@ -219,7 +219,7 @@ def _integer_products(graph: ir.Graph, kept: Mapping[ir.Node, str]) -> dict[ir.N
 
 
 def _index_arithmetic(graph: ir.Graph, low: ir.DataType) -> set[ir.Node]:
-    """The nodes that compute values that become integers, or compare counts, and those that compute these counts.
+    """Nodes that compute indices, or compute or compare counts.
 
     fp16 counts only to 2048, but a grid has more points.
     """
@@ -273,7 +273,7 @@ def _makes_angles(node: ir.Node) -> bool:
 
 
 def _epsilons(graph: ir.Graph) -> set[ir.Node]:
-    """The nodes that take an epsilon that fp16 loses, with those that divide by it or take its logarithm or root.
+    """Nodes with an epsilon that fp16 rounds to 0, and those that divide by the result or take its logarithm or root.
 
     Products with a reciprocal are among them: 1 / sqrt(1e-12) overflows fp16, and times 0 it is NaN.
     """

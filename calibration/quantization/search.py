@@ -267,7 +267,7 @@ class Trials:
             gain = "smaller" if self._saves_size else "faster"
             taken = ", ".join([f"{cheapest.size:.2f} × the size", *map(str, cheapest.times)])
             raise GateError(
-                f"no mixture that holds is {gain} than the float bundle here: the cheapest takes {taken}",
+                f"no mixture that passes is {gain} than the float bundle here: the cheapest takes {taken}",
                 "keep float (`bench --precision auto` finds its fastest), search on a quiet machine, or use --for-size",
             )
         return order

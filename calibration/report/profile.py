@@ -119,7 +119,7 @@ class Profile(msgspec.Struct, frozen=True):
         notes = [f"The times are too unsteady to compare: {self.unsteady}."] * bool(self.unsteady)
         notes += [f"× against: {self.against}, timed alternately."] * bool(self.against)
         if self.peaks:
-            notes.append(f"Of the peak: the least time at {peaks}, and at {memory}, as a share of the measured time.")
+            notes.append(f"Of the peak: the shortest possible time, with {peaks} and {memory}, over the measured time.")
         notes += [f"A run calls {part} {count:,} times; figures cover all." for part, count in self.calls.items()]
         if any(one.sqnr is not None for one in self.layers):
             notes.append("SQNR: the layer's own product against fp32's, at calibration or on the given data.")
@@ -315,7 +315,7 @@ def _name(node: ir.Node) -> str:
 
 
 def _with_parents(name: str) -> Iterator[str]:
-    """``a/b/c``, ``a/b`` and ``a``: engines append to a node's name for what they make of it."""
+    """``a/b/c``, ``a/b`` and ``a``: engines append to the names of the nodes that they derive."""
     while name:
         yield name
         name = name.rpartition("/")[0]

@@ -236,7 +236,7 @@ class Scores:
         return _flips(column, self.sides["reference"].get(metric.name, Column.of(np.ones(self.count))))
 
     def distance(self, metric: Metric, relative: bool = False) -> Estimate:
-        """How much worse a quality is than the reference's, as in `worsening`; a likeness as it is."""
+        """How much worse a quality is than the reference's, as in `worsening`; likenesses are returned unchanged."""
         if metric.of == "likeness":
             return estimate(metric, self.sides["likeness"][metric.name], self.bounds)
         quality, reference = (self.sides[side][metric.name] for side in ("quality", "reference"))

@@ -16,6 +16,7 @@ from perceiver_export.calibration.bundles import new_directory
 from perceiver_export.calibration.data.samples import Example
 from perceiver_export.runtimes.errors import DataError
 from perceiver_export.runtimes.files import encode_json
+from perceiver_export.runtimes.npz import write_npz
 from perceiver_export.runtimes.runtime import Array
 from perceiver_export.runtimes.tasks.image_files import take_image
 
@@ -139,7 +140,7 @@ def write_worst(
     with new_directory(path, OPTION, DataError) as temporary:
         for number, (sample, example) in enumerate(zip(samples, examples, strict=True)):
             targets = {f"target_{name}": target for name, target in example.targets.items()}
-            np.savez(temporary / f"{number:02}.npz", **example.feeds, **targets)  # type: ignore[arg-type]
+            write_npz(temporary / f"{number:02}.npz", {**example.feeds, **targets})
             if sample.image:
                 content = base64.b64decode(sample.image.partition(",")[2])
                 (temporary / f"{number:02}.png").write_bytes(content)

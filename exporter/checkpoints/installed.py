@@ -161,7 +161,7 @@ def _inputs(model: Any, processor: dict[str, Any], shape: Shape) -> dict[str, Te
     for name in shape:
         if name not in takes:
             raise UsageError(
-                f"--shape names {name!r}, which {type(model).__name__} does not take", f"it takes {', '.join(takes)}"
+                f"--shape names {name!r}, which {type(model).__name__} does not take", f"use one of {', '.join(takes)}"
             )
     sizes = {**_sizes(model.config, processor), **shape}
     if "input_ids" in sizes and "input_ids" in takes:

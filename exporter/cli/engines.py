@@ -43,7 +43,7 @@ def _size(text: str) -> tuple[str, tuple[int, int, int]]:
     name, value = ui.pair(text, "--shape", "batch=1:4:16")
     least, best, most = ([int(number) if number.isdecimal() else 0 for number in value.split(":")] + [0, 0, 0])[:3]
     if value.count(":") != 2 or not 1 <= least <= best <= most:
-        raise UsageError(f"--shape {text} is not NAME=LEAST:BEST:MOST", "for example --shape batch=1:4:16")
+        raise UsageError(f"--shape {text} is not NAME=LEAST:BEST:MOST", "give --shape batch=1:4:16, for example")
     return name, (least, best, most)
 
 
@@ -116,7 +116,7 @@ def _show(bundle: str, built: list[BuiltEngine], crossed: str) -> None:
     if crossed:
         from perceiver_export.runtimes.engines.cache import ENVIRONMENT, key_file
 
-        ui.say(f"the other machine needs the key that signed it: copy {key_file()} and set {ENVIRONMENT} to the copy")
+        ui.say(f"the other machine needs the engine's key: copy {key_file()} and set {ENVIRONMENT} to the copy")
     ui.show_written(*(one.directory for one in built if one.new))
     ui.say(f"{where}perceiver-export bench {shlex.quote(bundle)} --device {built[-1].target}", "next:")
 

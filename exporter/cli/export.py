@@ -39,7 +39,7 @@ def _parse_shape(text: str) -> tuple[str, tuple[int, ...]]:
     name, value = ui.pair(text, "--shape", "image=3x224x224")
     sizes = value.replace(",", "x").split("x")
     if not all(size.isdecimal() for size in sizes):
-        raise UsageError(f"--shape {text!r} is not NAME=SIZE", "for example --shape image=3x224x224")
+        raise UsageError(f"--shape {text!r} is not NAME=SIZE", "give --shape image=3x224x224, for example")
     return name, tuple(map(int, sizes))
 
 

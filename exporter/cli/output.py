@@ -113,7 +113,7 @@ def _parameter(field: dataclasses.Field[Any], hint: Any) -> inspect.Parameter:
 
 
 class _Quiet:
-    """What is suppressed. --quiet sets ``notes`` and, in a command that writes files, ``answers`` (except the verdict).
+    """Suppressed output. --quiet sets ``notes`` and, in a command that writes files, ``answers`` (except the verdict).
 
     --json sets ``all``: everything except errors, warnings on standard error, and the document of `print_json`.
     """
@@ -352,7 +352,7 @@ def pair(text: str, option: str, example: str) -> tuple[str, str]:
     """NAME=VALUE -> (NAME, VALUE). Raises UsageError."""
     name, equals, value = text.partition("=")
     if not (name and equals and value):
-        raise UsageError(f"{option} {text!r} is not NAME=VALUE", f"for example {option} {example}")
+        raise UsageError(f"{option} {text!r} is not NAME=VALUE", f"give {option} {example}, for example")
     return name, value
 
 

@@ -190,7 +190,7 @@ class Work(Cost, frozen=True):
 
     @property
     def in_floats(self) -> int:
-        """FLOPs, plus those that its bytes are worth."""
+        """FLOPs, plus the bytes converted to FLOPs."""
         return self.flops + FLOPS_A_BYTE * self.bytes
 
     @property
@@ -198,7 +198,7 @@ class Work(Cost, frozen=True):
         return self.in_floats - self.of_weights + self.of_weights // _OF_WEIGHTS
 
     def gain(self, new: Work) -> int:
-        """What ``new`` in its place saves in float; if int8 loses by it, the smaller of the two gains."""
+        """FLOPs that ``new`` saves in float; if it costs more in int8, the smaller of the two gains."""
         floats, int8 = self.in_floats - new.in_floats, self.in_int8 - new.in_int8
         return floats if int8 >= 0 else min(floats, int8)
 

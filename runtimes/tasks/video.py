@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from perceiver_export.runtimes.engines.backend import Progress
 from perceiver_export.runtimes.errors import InputError
 from perceiver_export.runtimes.manifest import Manifest, OutputKind
 from perceiver_export.runtimes.preprocessing import VideoPreprocessing
@@ -20,9 +20,6 @@ from perceiver_export.runtimes.tasks.base import LoadPart, Prediction, Task
 from perceiver_export.runtimes.tasks.image_files import Color
 from perceiver_export.runtimes.tasks.images import FramesLike, prepare_frames, read_frames
 from perceiver_export.runtimes.tasks.sound import AudioLike, take_sound
-
-# ``update(description, done, total)``
-Progress = Callable[[str, int, int | None], None]
 
 OUTPUTS = ("video", "sound", "label")
 # A decoder that takes any number of queries gets about as many at once as in DeepMind's notebook (6272 pixels), so that

@@ -7,7 +7,6 @@ import copy
 import dataclasses
 import errno
 import json
-import resource
 import shutil
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,7 @@ from perceiver_export.runtimes.preprocessing import ImagePreprocessing, Normaliz
 from perceiver_export.runtimes.runtime import compare
 from tests.calibration.onnx_text import write
 from tests.conftest import MadeOnce
+from tests.runtimes.built_engines import files_of_at_most
 
 from .conftest import MakeCheckpoint
 
@@ -201,15 +201,8 @@ def test_a_graph_that_is_not_the_model_is_refused(
 
 
 def test_a_real_write_that_fails_leaves_nothing(linear: Path, tmp_path: Path) -> None:
-    """The kernel refuses to write more than 50 kB to a file, as a full disk would."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
-    try:
-        with pytest.raises(ExportError) as caught:
-            export(linear, tmp_path / "bundle")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
+    with files_of_at_most(50_000), pytest.raises(ExportError) as caught:
+        export(linear, tmp_path / "bundle")
     assert "free some space" in caught.value.hint
     assert left_in(tmp_path) == []
 

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Code lines (without blanks, comments and docstrings) and modules of the product; a test lets neither rise."""
+"""Code lines (without blanks, comments and docstrings) and modules of the product; a test lets neither rise.
+
+`python -m tests.frozen.size` lowers the record. To raise it, edit the file, and give the reason in the commit.
+"""
 
 from __future__ import annotations
 
@@ -42,4 +45,6 @@ def code_lines(path: Path) -> int:
 
 
 if __name__ == "__main__":
-    RECORD.write_text(json.dumps(measured(), indent=1) + "\n", encoding="utf-8")
+    recorded = json.loads(RECORD.read_text(encoding="utf-8"))
+    lowered = {what: min(count, recorded[what]) for what, count in measured().items()}
+    RECORD.write_text(json.dumps(lowered, indent=1) + "\n", encoding="utf-8")

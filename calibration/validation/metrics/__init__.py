@@ -56,4 +56,4 @@ def find_metric(metrics: Sequence[Metric], name: str) -> Metric:
         if metric.name == name:
             return metric
     known = ", ".join(metric.name for metric in metrics)
-    raise UsageError(f"the task has no metric {name!r}", f"its metrics: {known}; or your own as module:function")
+    raise UsageError(f"the task has no metric {name!r}", f"use one of {known}, or your own as module:function")
