@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from perceiver_export.runtimes.errors import DataError, InputError
-from perceiver_export.runtimes.npz import Npz, read_npz
+from perceiver_export.runtimes.npz import Npz, read_npz, write_npz
 
 ARRAYS: dict[str, Any] = {
     "image": np.arange(24, dtype=np.uint8).reshape(4, 2, 3),
@@ -28,6 +28,11 @@ ARRAYS: dict[str, Any] = {
 def archive(tmp_path: Path) -> Path:
     np.savez_compressed(tmp_path / "a.npz", **ARRAYS)
     return tmp_path / "a.npz"
+
+
+def test_a_number_is_no_array_of_one(tmp_path: Path) -> None:
+    write_npz(tmp_path / "a.npz", {"number": np.array(3.0)})
+    assert read_npz(tmp_path / "a.npz")["number"].shape == ()
 
 
 def test_arrays_come_back_whole_and_by_rows(archive: Path) -> None:
