@@ -92,7 +92,7 @@ def answer_each(what: str, task: Any, samples: Any, request: Request, progress: 
 
     Samples that the task refuses are left out and named in the error. If there is no other sample, it is raised here.
     """
-    files, answers, refused = [], [], dict[str, InputError]()
+    files, answers, refused = [], [], list[tuple[str, InputError]]()
     for done, sample in enumerate(samples):
         progress("run", done, len(samples))
         own = [readable(part) for part in sample if part is not None]
@@ -100,9 +100,9 @@ def answer_each(what: str, task: Any, samples: Any, request: Request, progress: 
             answers.append(task(*sample, request.top))
             files.append(own)
         except InputError as error:
-            refused[" + ".join(own)] = error.with_traceback(None)  # which holds the sample
+            refused.append((" + ".join(own), error.with_traceback(None)))  # which holds the sample
     if not answers:
-        raise next(iter(refused.values()))
+        raise refused[0][1]
     documents = [{"input": " + ".join(name), **described(one)[0]} for name, one in zip(files, answers, strict=True)]
     short = short_names([path for sample in files for path in sample])
     names = [" + ".join(short[path] for path in sample) for sample in files]
@@ -110,12 +110,12 @@ def answer_each(what: str, task: Any, samples: Any, request: Request, progress: 
     return Answers(task.runtime, {"answers": documents}, [table], error=_without_answer(refused, len(samples)))
 
 
-def _without_answer(refused: Mapping[str, InputError], samples: int) -> InputError | None:
+def _without_answer(refused: Sequence[tuple[str, InputError]], samples: int) -> InputError | None:
     """The error that names the samples without an answer; None if there are none."""
     if not refused:
         return None
-    said = [error.message if name in error.message else f"{name}: {error.message}" for name, error in refused.items()]
-    listed, hints = "; ".join(said[:_NAMED]) + "; …" * (len(said) > _NAMED), {one.hint for one in refused.values()}
+    said = [error.message if name in error.message else f"{name}: {error.message}" for name, error in refused]
+    listed, hints = "; ".join(said[:_NAMED]) + "; …" * (len(said) > _NAMED), {error.hint for _, error in refused}
     hint = hints.pop() if len(hints) == 1 else "correct these inputs, or leave them out"
     return InputError(f"no answer for {len(refused)} of {samples} inputs: {listed}", hint)
 
