@@ -34,11 +34,11 @@ from perceiver_export.runtimes.opening import engine_for
 _log = logging.getLogger(__name__)
 
 _CPU_TARGETS = ("ort-cpu", "openvino-cpu")
-# Instruction sets for 16 bits and the precision of each, the fastest first: AMX multiplies whole tiles.
-_HALVES: tuple[tuple[str, Precision], ...] = (
-    *(("amx_bf16", "bf16"), ("amx_fp16", "fp16"), ("avx512_bf16", "bf16"), ("avx512_fp16", "fp16")),
-    *(("avx_ne_convert", "bf16"), ("bf16", "bf16"), ("asimdhp", "fp16")),
-)
+# The instruction sets for each 16-bit precision; bf16 first, because AMX multiplies whole tiles in it.
+_NATIVE: dict[Precision, set[str]] = {
+    "bf16": {"amx_bf16", "avx512_bf16", "avx_ne_convert", "bf16"},
+    "fp16": {"amx_fp16", "avx512_fp16", "asimdhp"},
+}
 _DEVICE_FILES = {"Intel GPU": "dri/renderD*", "Intel NPU": "accel/accel*"}
 
 
@@ -170,7 +170,7 @@ def precision_advice(bundle: Bundle, target: str, threads: int | None = None) ->
 
 def _native() -> tuple[Precision, ...]:
     """The 16-bit precisions that this CPU has instructions for, the fastest first."""
-    return tuple(precision for instructions, precision in _HALVES if instructions in cpu_features())
+    return tuple(precision for precision, instructions in _NATIVE.items() if instructions & set(cpu_features()))
 
 
 def _gate(manifest: Manifest) -> str:
